@@ -1,0 +1,306 @@
+"""The configuration of a run: every field, its type, its default, what it means.
+
+The only place where a default stands. The text under a field becomes its entry in
+docs/configuration.md; its tag says what happens when it changes in a run that has begun.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+
+class Tag(enum.Enum):
+    """What a changed field means for a run that has already begun."""
+
+    IDENTITY = "identity"
+    """Another value is another run: refused unless accepted by name (`--accept`)."""
+    HORIZON = "horizon"
+    """How long the run goes: changed with `--extend`."""
+    FREE = "free"
+    """May change at every start."""
+
+
+def _integral(value: Any) -> Any:
+    """Let `2e9` stand for 2000000000; leave everything else for pydantic to judge."""
+    return int(value) if isinstance(value, float) and math.isfinite(value) and value.is_integer() else value
+
+
+Count = Annotated[int, BeforeValidator(_integral), Field(ge=1)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)(s|m|h)")
+_SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0}
+
+
+def duration_seconds(text: str) -> float | None:
+    """Seconds of a duration such as `90s`, `10m` or `1.5h`; None where the text is none."""
+    match = _DURATION.fullmatch(text)
+    return float(match[1]) * _SECONDS[match[2]] if match else None
+
+
+def _steps_or_duration(value: Any) -> Any:
+    if isinstance(value, str) and not duration_seconds(value):
+        raise ValueError("write a number of steps (200) or a duration above zero (90s, 10m, 1.5h)")
+    return value
+
+
+Interval = Annotated[Annotated[int, Field(ge=1)] | str, BeforeValidator(_steps_or_duration)]
+
+
+class Section(BaseModel):
+    """A part of the configuration: strict, frozen, every unknown key an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True)
+
+
+class Run(Section):
+    """Where the run lives and what its chance is drawn from."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$"), Tag.FREE]
+    """Name of the run and of its directory. The same name again resumes it."""
+    dir: Annotated[str, Field(min_length=1), Tag.FREE] = "runs"
+    """Directory that holds the runs. On a cluster: a path that every node sees."""
+    seed: Annotated[int, Field(ge=0), Tag.IDENTITY] = 42
+    """Source of all randomness: initial weights, data order, fill-in-the-middle, dropout."""
+    deterministic: Annotated[bool, Tag.FREE] = False
+    """Use only deterministic kernels (slower on GPUs). On CPU a run repeats bit for bit without it."""
+
+
+class Model(Section):
+    """What is trained."""
+
+    name: Annotated[str, Tag.IDENTITY]
+    """A size of a known family, such as `qwen3-0.6b` (`ltt plan` names the nearest ones when it is unknown)."""
+    path: Annotated[str | None, Tag.IDENTITY] = None
+    """Weights to start from: a directory or a hub id. Without it the weights are random."""
+    init_from: Annotated[str | None, Tag.IDENTITY] = None
+    """Start from the newest checkpoint of another run, given by its directory. Not a resume: step 0, new optimizer."""
+    shape: Annotated[dict[str, int | float | bool | str], Tag.IDENTITY] = {}
+    """Changes to the size's shape, by the names of its Hugging Face configuration. From scratch only."""
+    attention: Annotated[Literal["eager", "sdpa", "flash_attention_2", "flex_attention"], Tag.FREE] = "sdpa"
+    """How attention is computed. Documents in a sequence are isolated in all of them."""
+    activation_checkpointing: Annotated[bool, Tag.FREE] = False
+    """Recompute activations in the backward pass: about a third more time for much less memory."""
+    loss_chunk: Annotated[int, Field(ge=0), Tag.IDENTITY] = 1024
+    """Tokens per chunk of the loss over the vocabulary, so that whole logits never exist. 0 = no chunks."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Model:
+        if self.path is not None and self.init_from is not None:
+            raise ValueError("path and init_from both name weights to start from: keep one")
+        if self.shape and self.path is not None:
+            raise ValueError("shape changes a model from scratch: remove path, or remove shape")
+        return self
+
+
+class TrainTokenizer(Section):
+    """A byte-level BPE tokenizer of one's own, with the special tokens of the model's family."""
+
+    vocab_size: Annotated[int, Field(ge=512, le=1_000_000), Tag.IDENTITY]
+    """Entries of the vocabulary, special tokens included."""
+
+
+class Tokenizer(Section):
+    """Where the tokenizer comes from: exactly one of the two."""
+
+    path: Annotated[str | None, Tag.IDENTITY] = None
+    """A directory with a tokenizer.json, or a hub id."""
+    train: TrainTokenizer | None = None
+    """Train one from the run's own documents."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Tokenizer:
+        if (self.path is None) == (self.train is None):
+            raise ValueError("give exactly one of tokenizer.path and tokenizer.train")
+        return self
+
+
+class FillInTheMiddle(Section):
+    """Fill-in-the-middle: a document is cut twice and the middle is moved to its end."""
+
+    rate: Annotated[Share, Tag.IDENTITY] = 0.5
+    """Share of documents that are rearranged; 0.5 is what StarCoder was trained with."""
+    spm_rate: Annotated[Share, Tag.IDENTITY] = 0.5
+    """Share of those in suffix-prefix-middle order; the others are prefix-suffix-middle."""
+    loss: Annotated[Literal["all", "middle"], Tag.IDENTITY] = "all"
+    """Train on every token, or on the middle and its end alone."""
+
+
+class Source(Section):
+    """One source of documents."""
+
+    path: Annotated[str, Field(min_length=1), Tag.IDENTITY]
+    """A file, a directory, a glob, or `python:stdlib` (the standard library of the running Python)."""
+    format: Annotated[Literal["code", "text"], Tag.IDENTITY]
+    """`code`: one document a file. `text`: a text file is a document; a .jsonl file has one a line, in its field `text`."""
+    fim: FillInTheMiddle | None = None
+    """Fill-in-the-middle for this source; absent = plain."""
+    too_long: Annotated[Literal["continue", "drop", "error"], Tag.IDENTITY] = "continue"
+    """A document longer than a sequence: cut into chunks, drop it (counted), or stop."""
+
+
+class EvalSplit(Section):
+    """What is held out."""
+
+    fraction: Annotated[float, Field(ge=0.0, lt=1.0), Tag.IDENTITY] = 0.01
+    """Share of the documents kept out of training, chosen by a hash of each document's content."""
+
+
+class Data(Section):
+    """What is trained on."""
+
+    sequence_length: Annotated[int, Field(ge=16), Tag.IDENTITY]
+    """Tokens in a packed sequence."""
+    sources: Annotated[tuple[Source, ...], Field(min_length=1)]
+    """Where the documents come from; each once per epoch."""
+    eval: EvalSplit = EvalSplit()
+    """The held-out part."""
+    on_error: Annotated[Literal["stop", "skip"], Tag.IDENTITY] = "stop"
+    """A document that cannot be read: stop and name it, or skip and count it."""
+    max_skipped: Annotated[Share, Tag.IDENTITY] = 0.001
+    """With on_error: skip, the largest share of documents that may be skipped."""
+    cache: Annotated[str, Field(min_length=1), Tag.FREE] = "auto"
+    """Directory for prepared tokens, shared by runs. `auto` = `.cache` beside the runs."""
+
+
+class Optim(Section):
+    """The optimizer and its learning rate. Norms and biases carry no weight decay."""
+
+    name: Annotated[Literal["adamw"], Tag.IDENTITY] = "adamw"
+    """The optimizer."""
+    lr: Annotated[Annotated[float, Field(gt=0.0)] | Literal["auto"], Tag.IDENTITY] = "auto"
+    """Peak learning rate; `auto` chooses by method and size, and the plan shows it."""
+    betas: Annotated[tuple[float, float], Tag.IDENTITY] = (0.9, 0.95)
+    """Decay of the first and second moment; 0.95 is what Qwen and StarCoder use."""
+    eps: Annotated[float, Field(gt=0.0), Tag.IDENTITY] = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: Annotated[float, Field(ge=0.0), Tag.IDENTITY] = 0.1
+    """Decoupled weight decay of matrices."""
+    schedule: Annotated[Literal["constant", "linear", "cosine", "wsd"], Tag.IDENTITY] = "cosine"
+    """Shape after warm-up; `wsd` = stable, then a linear decay over the last `decay` of the run."""
+    warmup: Annotated[Share | Annotated[int, Field(ge=0)], Tag.IDENTITY] = 0.01
+    """Warm-up from zero: a share of the run (0.01) or a number of steps (100)."""
+    decay: Annotated[Share, Tag.IDENTITY] = 0.2
+    """Share of the run that `wsd` decays over."""
+    min_lr: Annotated[Share, Tag.IDENTITY] = 0.1
+    """Where the schedule ends, as a share of the peak."""
+    clip: Annotated[float, Field(ge=0.0), Tag.IDENTITY] = 1.0
+    """Largest norm of the gradient; 0 = no clipping."""
+
+    @model_validator(mode="after")
+    def _betas_below_one(self) -> Optim:
+        if not all(0.0 <= beta < 1.0 for beta in self.betas):
+            raise ValueError(f"betas must lie in [0, 1), not {self.betas}")
+        return self
+
+
+class Train(Section):
+    """How long and in what portions."""
+
+    tokens: Annotated[Count | None, Tag.HORIZON] = None
+    """Length of the run in tokens, padding included (2e9 is fine). Exactly one of tokens, steps, epochs."""
+    steps: Annotated[Count | None, Tag.HORIZON] = None
+    """Length of the run in optimizer steps."""
+    epochs: Annotated[Count | None, Tag.HORIZON] = None
+    """Length of the run in passes over the data."""
+    global_batch: Annotated[int, Field(ge=1), Tag.IDENTITY] = 64
+    """Sequences per optimizer step, over all workers. Never changes, whatever the number of workers."""
+    micro_batch: Annotated[int, Field(ge=1), Tag.FREE] = 1
+    """Sequences per forward pass on one worker. Changes memory and speed, not the result."""
+    precision: Annotated[Literal["bf16", "fp32"], Tag.IDENTITY] = "bf16"
+    """Precision of the forward and backward pass. Weights are kept and updated in fp32 either way."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Train:
+        if sum(length is not None for length in (self.tokens, self.steps, self.epochs)) != 1:
+            raise ValueError("give exactly one of train.tokens, train.steps and train.epochs")
+        return self
+
+
+class Engine(Section):
+    """How DeepSpeed spreads the work."""
+
+    zero: Annotated[Literal[0, 1, 2, 3], Tag.FREE] = 2
+    """ZeRO stage: what is spread over the workers. 1 optimizer state, 2 and gradients, 3 and weights."""
+    deepspeed: Annotated[dict[str, Any], Tag.FREE] = {}
+    """Passed to DeepSpeed as it stands, except the keys the toolkit owns, which are refused."""
+
+
+class Checkpoint(Section):
+    """When the run is saved and what is kept."""
+
+    every: Annotated[Interval, Tag.FREE] = "10m"
+    """Steps (200) or time (10m) between checkpoints. The last step is always saved."""
+    keep: Annotated[int, Field(ge=1), Tag.FREE] = 3
+    """How many of the newest checkpoints are kept."""
+    keep_every: Annotated[int, Field(ge=0), Tag.FREE] = 0
+    """Keep each checkpoint whose step is a multiple of this for good. 0 = none."""
+
+
+class Eval(Section):
+    """When the held-out loss is measured."""
+
+    every: Annotated[int, Field(ge=1), Tag.FREE] = 200
+    """Steps between evaluations; step 0 and the last step are always evaluated."""
+
+
+class Export(Section):
+    """What is left when the run finishes."""
+
+    at_end: Annotated[bool, Tag.FREE] = True
+    """Write a Hugging Face directory to `<run>/export` when the run finishes."""
+
+
+class Cluster(Section):
+    """What the run takes of the machines."""
+
+    workers: Annotated[int, Field(ge=0), Tag.FREE] = 1
+    """Ray Train workers, one device each. 0 = without Ray: this process, or the ranks torchrun started."""
+    gpus_per_worker: Annotated[Literal["auto", 0, 1], Tag.FREE] = "auto"
+    """GPUs of a worker. `auto` = one where the cluster has one for every worker, otherwise none."""
+    cpus_per_worker: Annotated[int, Field(ge=1), Tag.FREE] = 1
+    """CPU cores of a worker, and its number of threads: another number gives other rounding."""
+    placement: Annotated[Literal["pack", "spread", "strict_pack", "strict_spread"], Tag.FREE] = "pack"
+    """How workers are placed on nodes."""
+    env: Annotated[dict[str, str], Tag.FREE] = {}
+    """Environment variables of every worker, for example NCCL_SOCKET_IFNAME."""
+
+
+class Failures(Section):
+    """What happens when a worker dies."""
+
+    max: Annotated[int, Field(ge=0), Tag.FREE] = 3
+    """How often Ray restarts the workers from the newest checkpoint before the run fails."""
+
+
+class Config(Section):
+    """A run, whole."""
+
+    run: Run
+    """Where the run lives and what its chance is drawn from."""
+    model: Model
+    """What is trained."""
+    tokenizer: Tokenizer
+    """The tokenizer."""
+    data: Data
+    """What is trained on."""
+    optim: Optim = Optim()
+    """The optimizer and its learning rate."""
+    train: Train
+    """How long and in what portions."""
+    engine: Engine = Engine()
+    """How DeepSpeed spreads the work."""
+    checkpoint: Checkpoint = Checkpoint()
+    """When the run is saved and what is kept."""
+    eval: Eval = Eval()
+    """When the held-out loss is measured."""
+    export: Export = Export()
+    """What is left when the run finishes."""
+    cluster: Cluster = Cluster()
+    """What the run takes of the machines."""
+    failures: Failures = Failures()
+    """What happens when a worker dies."""
