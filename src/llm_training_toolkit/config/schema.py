@@ -25,12 +25,21 @@ class Tag(enum.Enum):
     """May change at every start."""
 
 
-def _integral(value: Any) -> Any:
+def _integral(value: object) -> object:
     """Let `2e9` stand for 2000000000; leave everything else for pydantic to judge."""
     return int(value) if isinstance(value, float) and math.isfinite(value) and value.is_integer() else value
 
 
 Count = Annotated[int, BeforeValidator(_integral), Field(ge=1)]
+
+
+def _whole_number(value: object) -> object:
+    """Refuse true and 1.0 where a Literal of integers would let them pass for 1."""
+    if isinstance(value, bool | float):
+        raise ValueError("write a whole number")
+    return value
+
+
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(s|m|h)")
 _SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0}
@@ -42,7 +51,7 @@ def duration_seconds(text: str) -> float | None:
     return float(match[1]) * _SECONDS[match[2]] if match else None
 
 
-def _steps_or_duration(value: Any) -> Any:
+def _steps_or_duration(value: object) -> object:
     if isinstance(value, str) and not duration_seconds(value):
         raise ValueError("write a number of steps (200) or a duration above zero (90s, 10m, 1.5h)")
     return value
@@ -54,7 +63,9 @@ Interval = Annotated[Annotated[int, Field(ge=1)] | str, BeforeValidator(_steps_o
 class Section(BaseModel):
     """A part of the configuration: strict, frozen, every unknown key an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
 
 class Run(Section):
@@ -79,7 +90,7 @@ class Model(Section):
     """Weights to start from: a directory or a hub id. Without it the weights are random."""
     init_from: Annotated[str | None, Tag.IDENTITY] = None
     """Start from the newest checkpoint of another run, given by its directory. Not a resume: step 0, new optimizer."""
-    shape: Annotated[dict[str, int | float | bool | str], Tag.IDENTITY] = {}
+    shape: Annotated[dict[str, int | float | bool], Tag.IDENTITY] = {}
     """Changes to the size's shape, by the names of its Hugging Face configuration. From scratch only."""
     attention: Annotated[Literal["eager", "sdpa", "flash_attention_2", "flex_attention"], Tag.FREE] = "sdpa"
     """How attention is computed. Documents in a sequence are isolated in all of them."""
@@ -136,7 +147,7 @@ class Source(Section):
     path: Annotated[str, Field(min_length=1), Tag.IDENTITY]
     """A file, a directory, a glob, or `python:stdlib` (the standard library of the running Python)."""
     format: Annotated[Literal["code", "text"], Tag.IDENTITY]
-    """`code`: one document a file. `text`: a text file is a document; a .jsonl file has one a line, in its field `text`."""
+    """`code`: one document a file. `text`: a document a file; of a .jsonl file one a line, its field `text`."""
     fim: FillInTheMiddle | None = None
     """Fill-in-the-middle for this source; absent = plain."""
     too_long: Annotated[Literal["continue", "drop", "error"], Tag.IDENTITY] = "continue"
@@ -224,7 +235,7 @@ class Train(Section):
 class Engine(Section):
     """How DeepSpeed spreads the work."""
 
-    zero: Annotated[Literal[0, 1, 2, 3], Tag.FREE] = 2
+    zero: Annotated[Literal[0, 1, 2, 3], BeforeValidator(_whole_number), Tag.FREE] = 2
     """ZeRO stage: what is spread over the workers. 1 optimizer state, 2 and gradients, 3 and weights."""
     deepspeed: Annotated[dict[str, Any], Tag.FREE] = {}
     """Passed to DeepSpeed as it stands, except the keys the toolkit owns, which are refused."""
@@ -260,7 +271,7 @@ class Cluster(Section):
 
     workers: Annotated[int, Field(ge=0), Tag.FREE] = 1
     """Ray Train workers, one device each. 0 = without Ray: this process, or the ranks torchrun started."""
-    gpus_per_worker: Annotated[Literal["auto", 0, 1], Tag.FREE] = "auto"
+    gpus_per_worker: Annotated[Literal["auto", 0, 1], BeforeValidator(_whole_number), Tag.FREE] = "auto"
     """GPUs of a worker. `auto` = one where the cluster has one for every worker, otherwise none."""
     cpus_per_worker: Annotated[int, Field(ge=1), Tag.FREE] = 1
     """CPU cores of a worker, and its number of threads: another number gives other rounding."""

@@ -1,0 +1,49 @@
+# What a person runs. Everything happens in .venv; nothing outside this folder is changed, except caches in the home directory.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: quickstart test check format install requirements docs clean
+
+quickstart: $(VENV)/.installed  ## install, train a small model on this machine, export it, let it write
+	@$(BIN)/ltt train configs/quickstart.yaml
+	@$(BIN)/python scripts/next_steps.py
+
+test: $(VENV)/.installed-dev  ## every test
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.installed-dev  ## format, lint, types, import contract, fast tests: under two minutes
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest -m "not slow and not cluster and not ranks"
+
+format: $(VENV)/.installed-dev  ## write the format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+docs: $(VENV)/.installed  ## write docs/configuration.md from the schema
+	$(BIN)/python -m llm_training_toolkit.config.reference docs/configuration.md
+
+install: $(VENV)/.installed-dev  ## the environment for development
+
+requirements: $(VENV)/.installed-dev  ## write requirements*.txt from pyproject.toml
+	$(BIN)/python scripts/requirements.py
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+# The pinned requirements first, then the package itself without asking for anything more.
+$(VENV)/.installed: $(VENV)/bin/python requirements.txt pyproject.toml
+	@echo "installing into $(VENV) (some minutes at the first time)"
+	@$(BIN)/python -m pip install --quiet --requirement requirements.txt
+	@$(BIN)/python -m pip install --quiet --no-deps --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt
+	@$(BIN)/python -m pip install --quiet --requirement requirements-dev.txt
+	@touch $@
+
+clean:  ## remove what was built and every run
+	rm -rf $(VENV) build dist runs .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,19 @@
+"""Checkpoints as fragments: complete or absent, loadable by any number of ranks under any ZeRO stage."""
+
+from llm_training_toolkit.checkpoint.manifest import FileEntry, Manifest
+from llm_training_toolkit.checkpoint.reading import Checkpoint, complete, newest, set_aside
+from llm_training_toolkit.checkpoint.retention import clean, kept
+from llm_training_toolkit.checkpoint.writing import Piece, save
+
+__all__ = [
+    "Checkpoint",
+    "FileEntry",
+    "Manifest",
+    "Piece",
+    "clean",
+    "complete",
+    "kept",
+    "newest",
+    "save",
+    "set_aside",
+]

@@ -1,0 +1,80 @@
+"""The manifest: what a checkpoint holds. Written last, so that a directory without one is no checkpoint."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llm_training_toolkit.errors import CheckpointError
+
+FORMAT = 1
+NAME = "manifest.json"
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """A file of a checkpoint."""
+
+    name: str
+    size: int
+    """Bytes."""
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything needed to load a checkpoint and to know where it comes from."""
+
+    step: int
+    """Completed optimizer steps."""
+    tokens: int
+    """Tokens seen along the lineage, padding included."""
+    attempt: int
+    parent: str | None
+    """Directory name of the checkpoint the attempt went on from; None from the start."""
+    world_size: int
+    zero: int
+    threads: int
+    """Threads per rank; another number gives other rounding."""
+    config_fingerprint: str
+    data_fingerprint: str
+    versions: Mapping[str, str]
+    shapes: Mapping[str, tuple[int, ...]]
+    """Shape of each trainable parameter."""
+    files: tuple[FileEntry, ...]
+    fragments: tuple[tuple[str, int, int, int], ...]
+    """(parameter, start, count, index into files) of every piece."""
+    skips: tuple[int, ...] = ()
+    """Skipped windows of the data order."""
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """As stored."""
+        return json.dumps({"format": FORMAT, **asdict(self)}, indent=1)
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """The manifest of a checkpoint directory. Raises CheckpointError when it cannot be understood."""
+    path = directory / NAME
+    try:
+        data = json.loads(path.read_text())
+        found = data.pop("format")
+        if found != FORMAT:
+            raise CheckpointError(f"{path}: format {found}, this version reads {FORMAT}: use the version that wrote it")
+        data["files"] = tuple(FileEntry(**entry) for entry in data["files"])
+        data["fragments"] = tuple(tuple(piece) for piece in data["fragments"])
+        data["shapes"] = {name: tuple(shape) for name, shape in data["shapes"].items()}
+        data["skips"] = tuple(data["skips"])
+        return Manifest(**data)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: not a readable manifest ({error!r}): delete the directory") from error
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,146 @@
+"""The command line `ltt`: verbs, one call each. Heavy imports live inside the verb that needs them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from llm_training_toolkit import __version__
+from llm_training_toolkit.errors import ToolkitError
+
+app = typer.Typer(
+    name="ltt",
+    help="Train and tune Qwen and StarCoder on any Ray cluster, and lose nothing when machines die.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+ConfigFile = Annotated[Path, typer.Argument(help="The YAML file that describes the run.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Single fields, as key=value: train.steps=100", show_default=False)
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+
+
+def _version(asked: bool) -> None:  # noqa: FBT001 - typer's callback
+    if asked:
+        typer.echo(f"ltt {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[  # noqa: ARG001 - handled by its callback
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Options before the verb."""
+
+
+@app.command()
+def plan(config: ConfigFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """What would happen: derived numbers, memory, the DeepSpeed JSON, and every problem found. Takes no hardware."""
+    from llm_training_toolkit.config import load
+    from llm_training_toolkit.plan import lines, make_plan
+
+    made = make_plan(load(config, overrides or ()))
+    if as_json:
+        typer.echo(json.dumps(made.to_json()))
+    else:
+        typer.echo("\n".join(lines(made)))
+    if made.problems:
+        raise typer.Exit(2)
+
+
+@app.command()
+def prepare(config: ConfigFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Documents to packed tokens on disk, with a receipt. `train` does it when it has not been done."""
+    from llm_training_toolkit.config import load
+    from llm_training_toolkit.console import Console
+    from llm_training_toolkit.launch.preparation import prepare_run, receipt_json, receipt_lines
+
+    console = Console(sys.stderr if as_json else sys.stdout)
+    try:
+        prepared = prepare_run(load(config, overrides or ()), console.stage)
+    finally:
+        console.close()
+    if as_json:
+        typer.echo(json.dumps(receipt_json(prepared.receipt)))
+    else:
+        typer.echo("\n".join(receipt_lines(prepared.receipt)))
+
+
+@app.command()
+def train(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    accept: Annotated[
+        list[str] | None, typer.Option(help="Take a change of an identity field: --accept data.sources")
+    ] = None,
+    extend: Annotated[bool, typer.Option("--extend", help="Take another length; the schedule stretches to it.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train. The same command again resumes; a finished run is left alone. Ctrl-C stops with a checkpoint."""
+    from llm_training_toolkit.console import Console
+    from llm_training_toolkit.launch.outcome import EXIT_CODES
+    from llm_training_toolkit.launch.output import own_terminal
+    from llm_training_toolkit.launch.start import Request, start
+
+    with own_terminal(1) as out, own_terminal(2) as err:
+        console = Console(err if as_json else out)
+        try:
+            outcome = start(Request(config, overrides or (), accept or (), extend), console)
+        except KeyboardInterrupt:
+            console.say("interrupted: the same command goes on from the newest checkpoint")
+            raise typer.Exit(EXIT_CODES["stopped"]) from None
+        except ToolkitError as error:
+            console.close()
+            err.write(f"error: {error}\n")
+            raise typer.Exit(error.exit_code) from None
+        except Exception as error:
+            console.close()
+            err.write(f"error: {type(error).__name__}: {error} (the traceback is in the newest file under logs/)\n")
+            raise
+        finally:
+            console.close()
+        if as_json:
+            out.write(json.dumps(outcome.to_json()) + "\n")
+        elif outcome.status == "stopped":
+            console.say(f"stopped at step {outcome.step:,} with a checkpoint: the same command goes on from there")
+    raise typer.Exit(EXIT_CODES[outcome.status])
+
+
+@app.command()
+def generate(
+    model: Annotated[Path, typer.Argument(help="An exported directory, such as runs/NAME/export.", show_default=False)],
+    prompt: Annotated[str, typer.Option(help="Text to continue; with --suffix, the text before the gap.")],
+    suffix: Annotated[str | None, typer.Option(help="Text after the gap: fill in the middle.")] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Most tokens to write.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 = always the likeliest token.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="For temperatures above 0.")] = 0,
+) -> None:
+    """Let a model continue a prompt, or fill the gap between a prompt and a suffix."""
+    from llm_training_toolkit.generate import Generator, sentinels_of
+
+    generator = Generator(model)
+    if suffix is None:
+        written = generator.complete(prompt, tokens=tokens, temperature=temperature, seed=seed)
+    else:
+        marks = sentinels_of(model)
+        written = generator.infill(prompt, suffix, marks, tokens=tokens, temperature=temperature, seed=seed)
+    typer.echo(f"{prompt}{written}{suffix or ''}")
+
+
+def main() -> None:
+    """Run a command; what went wrong is said in words, with an exit code that says whose fault it was."""
+    try:
+        app()
+    except ToolkitError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)

@@ -1,0 +1,89 @@
+"""Write the reference of the configuration from the schema: `python -m llm_training_toolkit.config.reference FILE`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any, get_origin
+
+from pydantic.fields import FieldInfo
+
+from llm_training_toolkit.config.identity import tag_of
+from llm_training_toolkit.config.load import inner_section, plain_type, sections
+from llm_training_toolkit.config.schema import Config, Section
+
+_HEAD = """\
+# Configuration
+
+<!-- Written from the schema: `python -m llm_training_toolkit.config.reference docs/configuration.md` -->
+
+A run is described by one YAML 1.2 file. `key=value` on the command line changes single fields: `optim.lr=3e-4`,
+`data.sources.0.fim.rate=0.3`, `model.shape={num_hidden_layers: 4}`, `model.path=null`. An unknown key, a key given
+twice and a value of the wrong type are errors.
+
+What happens when a field changes in a run that has begun:
+
+- **identity**: it would be another run. Refused, unless `--accept KEY` takes the change.
+- **horizon**: the length of the run. Refused, unless `--extend` takes it; the schedule stretches to the new length.
+- **free**: may change at every start.
+
+`N` stands for a position in a list, from 0.
+"""
+
+
+def render() -> str:
+    """The reference as Markdown: one table per section."""
+    parts = [_HEAD]
+    parts += [_table(key, section) for key, section in sections() if key]
+    return "\n".join(parts)
+
+
+def _table(key: str, section: type[Section]) -> str:
+    lines = [
+        f"## `{key}`",
+        "",
+        _joined(section.__doc__),
+        "",
+        "| key | value | default | changing it | meaning |",
+        "|---|---|---|---|---|",
+        *(_row(name, info) for name, info in section.model_fields.items()),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _row(name: str, info: FieldInfo) -> str:
+    tag = tag_of(info)
+    cells = [f"`{name}`", _value(info), _default(info), tag.value if tag else "by field", _joined(info.description)]
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _value(info: FieldInfo) -> str:
+    if inner_section(info.annotation) is None:
+        return plain_type(info.annotation, info.metadata)
+    return "a list of sections, below" if get_origin(info.annotation) is tuple else "a section, below"
+
+
+def _default(info: FieldInfo) -> str:
+    if info.is_required():
+        return "**required**"
+    default: Any = info.default
+    return "its defaults" if isinstance(default, Section) else f"`{json.dumps(default)}`"
+
+
+def _joined(text: str | None) -> str:
+    return " ".join((text or "").split())
+
+
+def main(arguments: list[str]) -> None:
+    """Write the reference to the file named."""
+    if len(arguments) != 1:
+        raise SystemExit(f"usage: python -m {Config.__module__.rpartition('.')[0]}.reference FILE")
+    target = Path(arguments[0])
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(render(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,132 @@
+"""What a person sees while a run works: stages with bars, then one line with step, loss, speed, time left.
+
+Fed with events (plain mappings) from this process or from the workers. Writes to the terminal it was
+given, so that output of libraries can be sent to log files meanwhile.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from typing import IO, Any
+
+from rich.console import Console as Terminal
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from llm_training_toolkit.context import Event
+
+_LINE_EVERY = 10.0
+"""Seconds between step lines where there is no terminal to draw on (a log file, a pipe)."""
+
+
+class Console:
+    """The screen of one command."""
+
+    def __init__(self, file: IO[str] | None = None) -> None:
+        self.terminal = Terminal(file=file, highlight=False, soft_wrap=True)
+        self._progress: Progress | None = None
+        self._tasks: dict[str, TaskID] = {}
+        self._recent: deque[tuple[float, int]] = deque(maxlen=50)
+        self._last_line = 0.0
+
+    def say(self, text: str = "", style: str = "") -> None:
+        """A line that stays."""
+        self.terminal.print(text, style=style or None, markup=False)
+
+    def show(self, event: Event) -> None:
+        """Show an event of a kind this screen knows; others are for the logs."""
+        shower = getattr(self, f"_show_{event['kind']}", None)
+        if shower is not None:
+            shower(event)
+
+    def stage(self, name: str, done: int, total: int) -> None:
+        """Progress of a stage of the preparation."""
+        self.show({"kind": "stage", "name": name, "done": done, "total": total})
+
+    def close(self) -> None:
+        """Leave the terminal as it was found."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress, self._tasks = None, {}
+
+    def _bars(self) -> Progress:
+        if self._progress is None:
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=24),
+                TextColumn("{task.fields[note]}"),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+            )
+            self._progress = Progress(*columns, console=self.terminal, disable=not self.terminal.is_terminal)
+            self._progress.start()
+        return self._progress
+
+    def _bar(self, name: str, done: int, total: int, note: str) -> None:
+        bars = self._bars()
+        if name not in self._tasks:
+            self._tasks[name] = bars.add_task(name, total=total or None, note=note)
+        bars.update(self._tasks[name], completed=done, total=total or None, note=note)
+
+    def _show_stage(self, event: Event) -> None:
+        name, done, total = str(event["name"]), int(event["done"]), int(event["total"])
+        fresh = name not in self._tasks
+        counted = f"{done:,}" + (f"/{total:,}" if total else "") if total != 1 else ""
+        self._bar(name, done, total, counted)
+        if fresh and not self.terminal.is_terminal:
+            self.say(name)
+
+    def _show_step(self, event: Event) -> None:
+        step, steps = int(event["step"]), int(event["steps"])
+        self._recent.append((time.monotonic(), step))
+        note = step_line(event, self._seconds_left(step, steps))
+        if self.terminal.is_terminal:
+            self._bar("training", step, steps, note)
+        elif step == steps or time.monotonic() - self._last_line > _LINE_EVERY:
+            self.say(note)
+            self._last_line = time.monotonic()
+
+    def _seconds_left(self, step: int, steps: int) -> float | None:
+        (first, from_step), (last, _) = self._recent[0], self._recent[-1]
+        return (last - first) / (step - from_step) * (steps - step) if step > from_step else None
+
+    def _show_eval(self, event: Event) -> None:
+        bits = f", {event['bits_per_byte']:.3f} bits per byte"
+        self.say(f"step {event['step']}: held-out loss {event['loss']:.4f}{bits}", style="cyan")
+
+    def _show_checkpoint(self, event: Event) -> None:
+        self.say(f"step {event['step']}: checkpoint {event['path']}", style="dim")
+
+    def _show_note(self, event: Event) -> None:
+        self.say(str(event["message"]))
+
+    def _show_warning(self, event: Event) -> None:
+        self.say(f"warning: {event['message']}", style="yellow")
+
+    def _show_sample(self, event: Event) -> None:
+        self.say()
+        self.say(f"{event['title']}:", style="bold")
+        self.terminal.print(*sample_parts(event), sep="", markup=False)
+
+
+def sample_parts(event: Event) -> list[Any]:
+    """A sample with what the model wrote set apart from what it was given."""
+    from rich.text import Text  # noqa: PLC0415 - only where a sample is shown
+
+    return [Text(event["before"], style="dim"), Text(event["written"], style="green"), Text(event["after"], style="dim")]
+
+
+def step_line(event: Event, seconds_left: float | None) -> str:
+    """One line for a step: step, loss, learning rate, speed, time left."""
+    left = "" if seconds_left is None else f"  {_clock(seconds_left)} left"
+    width = len(str(event["steps"]))
+    return (
+        f"step {event['step']:>{width}}/{event['steps']}  loss {event['loss']:.4f}  lr {event['lr']:.2e}"
+        f"  {event['tokens_per_second']:,.0f} tokens/s{left}"
+    )
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

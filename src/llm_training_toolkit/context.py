@@ -1,0 +1,72 @@
+"""RunContext: all that the training loop knows of the world it runs in.
+
+The loop asks for its rank, its device and a few agreements between ranks; whether Ray Train,
+torchrun or a single process stands behind them is settled by `launch`, which makes the context.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+T = TypeVar("T")
+Event = Mapping[str, Any]
+
+
+def _never() -> bool:
+    return False
+
+
+def _silent(event: Event) -> None:
+    """Nobody listens."""
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """One rank's place among the ranks of a run; a process group exists when there are several."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    report: Callable[[Event], None] = _silent
+    """Tells the person at the keyboard something; called on rank 0 alone."""
+    stop_requested: Callable[[], bool] = _never
+    """Whether somebody asked for a stop; asked on rank 0 alone, the loop makes all ranks agree."""
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is rank 0, which alone writes what is written once."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.world_size > 1:
+            dist.barrier()
+
+    def broadcast(self, value: T) -> T:
+        """Rank 0's value, on every rank."""
+        if self.world_size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, in the order of ranks, on every rank."""
+        if self.world_size == 1:
+            return [value]
+        values: list[T] = [value] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def sum(self, *values: float) -> list[float]:
+        """Each value summed over the ranks in double precision, in one exchange."""
+        if self.world_size == 1:
+            return [float(value) for value in values]
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor)
+        return [float(value) for value in tensor.tolist()]

@@ -1,0 +1,127 @@
+"""Packs examples into sequences of fixed length: no token lost, every example whole in one sequence."""
+
+from __future__ import annotations
+
+import hashlib
+from bisect import bisect_left, insort
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llm_training_toolkit.data.store import read_columns, write_columns
+from llm_training_toolkit.errors import DataError
+
+Integers = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class PackingPlan:
+    """Which examples lie in which sequence, in the order in which the sequences are seen.
+
+    order (examples,): numbers of the examples, sequence after sequence.
+    offsets (sequences + 1,): sequence s holds order[offsets[s]:offsets[s + 1]].
+    targets (sequences,): labels other than -100 in each sequence.
+    """
+
+    order: Integers
+    offsets: Integers
+    targets: Integers
+
+    def __len__(self) -> int:
+        """Number of sequences."""
+        return len(self.offsets) - 1
+
+    def examples(self, sequence: int) -> Integers:
+        """Numbers of the examples in a sequence."""
+        return self.order[self.offsets[sequence] : self.offsets[sequence + 1]]
+
+    def write(self, directory: Path) -> None:
+        """Write the plan as two Arrow files into an existing directory."""
+        write_columns(directory / "order.arrow", {"example": self.order})
+        write_columns(directory / "sequences.arrow", {"end": self.offsets[1:], "targets": self.targets})
+
+    @classmethod
+    def read(cls, directory: Path) -> PackingPlan:
+        """Open a written plan; order and targets stay memory-mapped."""
+        sequences = read_columns(directory / "sequences.arrow")
+        offsets = np.concatenate([np.zeros(1, np.int64), sequences["end"]])
+        return cls(read_columns(directory / "order.arrow")["example"], offsets, sequences["targets"])
+
+
+def pack(
+    lengths: NDArray[Any], sequence_length: int, *, targets: NDArray[Any], seed: int = 0, epoch: int = 0
+) -> PackingPlan:
+    """Best-fit decreasing: the longest example first, each into the fullest sequence that has room for it.
+
+    lengths (examples,) in tokens, 1 to sequence_length; targets (examples,): labels each example yields.
+    Examples of equal length are shuffled, so that they mix over sources, and so are the sequences, both by
+    (seed, epoch) alone. Raises DataError for a length outside the limits.
+    """
+    lengths = np.asarray(lengths, dtype=np.int64)
+    if len(lengths) and not 1 <= lengths.min() <= lengths.max() <= sequence_length:
+        raise DataError(
+            f"packing: example lengths go from {lengths.min()} to {lengths.max()} tokens, and must lie within 1 and "
+            f"the sequence length {sequence_length}. Remove the cache directory and prepare the data again."
+        )
+    sorted_examples = np.lexsort((_noise(len(lengths), seed, epoch, "ties"), -lengths))
+    spans = _best_fit(lengths, sequence_length)
+    shuffled = np.argsort(_noise(len(spans), seed, epoch, "sequences"), kind="stable")
+    return _assemble([spans[i] for i in shuffled.tolist()], sorted_examples, np.asarray(targets, dtype=np.int64))
+
+
+def _best_fit(lengths: Integers, capacity: int) -> list[list[tuple[int, int]]]:
+    """Sequences as spans [start, stop) of the examples sorted by falling length.
+
+    Equal lengths are placed together: once an example has gone into the fullest sequence with room, that sequence is
+    still the fullest with room for the next of the same length, so it takes as many as fit.
+    """
+    sequences: list[list[tuple[int, int]]] = []
+    open_by_room: dict[int, list[int]] = {}
+    rooms: list[int] = []  # the keys of open_by_room, sorted
+    values, counts = np.unique(lengths, return_counts=True)
+    start = 0
+    for length, count in zip(values[::-1].tolist(), counts[::-1].tolist(), strict=True):
+        stop = start + count
+        while start < stop:
+            where = bisect_left(rooms, length)
+            room = rooms[where] if where < len(rooms) else capacity
+            if where < len(rooms):
+                sequence = open_by_room[room].pop()
+                if not open_by_room[room]:
+                    del open_by_room[room], rooms[where]
+            else:
+                sequence = len(sequences)
+                sequences.append([])
+            taken = min(room // length, stop - start)
+            sequences[sequence].append((start, start + taken))
+            start += taken
+            _reopen(sequence, room - taken * length, open_by_room, rooms)
+    return sequences
+
+
+def _reopen(sequence: int, room: int, open_by_room: dict[int, list[int]], rooms: list[int]) -> None:
+    if not room:
+        return
+    if room not in open_by_room:
+        open_by_room[room] = []
+        insort(rooms, room)
+    open_by_room[room].append(sequence)
+
+
+def _assemble(spans: list[list[tuple[int, int]]], examples: Integers, targets: Integers) -> PackingPlan:
+    if not spans:
+        return PackingPlan(np.zeros(0, np.int64), np.zeros(1, np.int64), np.zeros(0, np.int64))
+    order = np.concatenate([examples[start:stop] for sequence in spans for start, stop in sequence])
+    sizes = [sum(stop - start for start, stop in sequence) for sequence in spans]
+    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes, dtype=np.int64)])
+    return PackingPlan(order, offsets, np.add.reduceat(targets[order], offsets[:-1]))
+
+
+def _noise(count: int, seed: int, epoch: int, purpose: str) -> NDArray[np.uint64]:
+    """Raw output of a counter-based generator: unlike numpy's shuffle, it is the same in every version of numpy."""
+    key = hashlib.blake2b(f"{seed}/{epoch}/{purpose}".encode(), digest_size=16, person=b"ltt-packing").digest()
+    raw = np.random.Philox(key=np.frombuffer(key, dtype="<u8")).random_raw(count)
+    return np.asarray(raw, dtype=np.uint64)

@@ -1,0 +1,77 @@
+"""The receipt of prepared data: what went in, what came out, and where it lies."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from llm_training_toolkit.errors import DataError
+
+
+@dataclass(frozen=True)
+class SourceReceipt:
+    """What became of one source.
+
+    documents: kept, held-out ones included. dropped: documents left out, by reason. tokens, loss_tokens (labels other
+    than -100): of its training examples in the first epoch. longest: tokens of its longest document, before cutting.
+    """
+
+    path: str
+    documents: int
+    held_out: int
+    dropped: dict[str, int]
+    tokens: int
+    loss_tokens: int
+    longest: int
+
+
+@dataclass(frozen=True)
+class EpochReceipt:
+    """Where one epoch lies, relative to the receipt's directory, and how many sequences it has."""
+
+    tokens: str
+    plan: str
+    sequences: int
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """Everything a worker needs to open prepared data, and a person to judge it.
+
+    padding: share of padding in all prepared epochs' sequences. tokens_lost: rendered tokens that no sequence holds; 0.
+    """
+
+    fingerprint: str
+    directory: str
+    tokenizer_path: str
+    vocab_size: int
+    pad_id: int
+    sequence_length: int
+    seed: int
+    sources: tuple[SourceReceipt, ...]
+    epochs: tuple[EpochReceipt, ...]
+    held_out: str
+    eval_sequences: int
+    padding: float
+    tokens_lost: int
+
+    @property
+    def sequences(self) -> tuple[int, ...]:
+        """Sequences of each prepared epoch."""
+        return tuple(epoch.sequences for epoch in self.epochs)
+
+    def to_json(self) -> str:
+        """The receipt as text that `from_json` reads back."""
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Receipt:
+        """Read a receipt. Raises DataError where it is none, or of another version."""
+        try:
+            values: dict[str, Any] = json.loads(text)
+            values["sources"] = tuple(SourceReceipt(**source) for source in values["sources"])
+            values["epochs"] = tuple(EpochReceipt(**epoch) for epoch in values["epochs"])
+            return cls(**values)
+        except (json.JSONDecodeError, TypeError, KeyError) as error:
+            raise DataError(f"data receipt: cannot be read ({error}). Run `ltt prepare` again.") from error

@@ -1,0 +1,152 @@
+"""Files of the token cache: Arrow, complete or absent, memory-mapped when read."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from llm_training_toolkit.data.render import Example
+from llm_training_toolkit.errors import DataError
+
+_TOKENS_PER_BATCH = 1 << 20
+_TOKENS = pa.schema([("token", pa.uint32()), ("loss", pa.bool_())])
+
+
+def complete(target: Path, build: Callable[[Path], None]) -> Path:
+    """Return the directory `target`, built by `build(temporary directory)` unless it is there.
+
+    The finished directory is renamed into place, so that it is whole or absent whatever dies, and of two processes
+    that build the same one, the second's is thrown away.
+    """
+    if target.is_dir():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}")
+    temporary.mkdir()
+    try:
+        build(temporary)
+        _sync(temporary)
+        try:
+            temporary.rename(target)
+        except OSError:
+            if not target.is_dir():
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return target
+
+
+def _sync(directory: Path) -> None:
+    """Make the files durable before the name that says they are complete."""
+    for path in [*directory.iterdir(), directory]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def write_columns(path: Path, columns: Mapping[str, Any]) -> None:
+    """Write columns of equal length as one Arrow record batch. Arrays keep their types; lists get Arrow's."""
+    batch = pa.record_batch([pa.array(values) for values in columns.values()], names=list(columns))
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+
+
+def read_columns(path: Path) -> dict[str, NDArray[Any]]:
+    """Columns of numbers as read-only arrays on the memory-mapped file."""
+    batch = _reader(path).get_batch(0)
+    return {name: column.to_numpy() for name, column in zip(batch.schema.names, batch.columns, strict=True)}
+
+
+def read_values(path: Path, column: str) -> list[Any]:
+    """One column as Python values: for strings, bytes and truth values."""
+    values: list[Any] = _reader(path).get_batch(0).column(column).to_pylist()
+    return values
+
+
+def _reader(path: Path) -> Any:  # noqa: ANN401 - pyarrow carries no types
+    try:
+        return pa.ipc.open_file(pa.memory_map(str(path)))
+    except (OSError, pa.ArrowInvalid) as error:
+        raise DataError(
+            f"{path}: the prepared data cannot be read ({error}). Remove the directory {path.parent} and run "
+            "`ltt prepare`."
+        ) from error
+
+
+class SourceExample(NamedTuple):
+    """An example and the number of its source."""
+
+    source: int
+    example: Example
+
+
+def write_examples(directory: Path, rendered: Iterable[SourceExample]) -> None:
+    """Write examples as they come: `tokens.arrow` in batches of about a million tokens, `examples.arrow` their index.
+
+    An example never crosses from one batch into the next, so a reader sees it as one array.
+    """
+    index: list[tuple[int, ...]] = []
+    tables: list[NDArray[np.int64]] = []
+    pending: list[Example] = []
+    filled = batches = 0
+    with pa.OSFile(str(directory / "tokens.arrow"), "wb") as sink, pa.ipc.new_file(sink, _TOKENS) as writer:
+        for source, example in rendered:
+            targets = int(np.count_nonzero(example.loss[1:]))
+            index.append((source, example.document, batches, filled, len(example.tokens), targets))
+            pending.append(example)
+            filled += len(example.tokens)
+            if filled >= _TOKENS_PER_BATCH:
+                _flush(writer, pending)
+                tables.append(np.array(index, dtype=np.int64))
+                index.clear()
+                batches, filled = batches + 1, 0
+        _flush(writer, pending)
+    table = np.concatenate([*tables, np.array(index, dtype=np.int64).reshape(-1, 6)])
+    names = ("source", "document", "batch", "start", "length", "targets")
+    write_columns(directory / "examples.arrow", {name: table[:, i].copy() for i, name in enumerate(names)})
+
+
+def _flush(writer: Any, pending: list[Example]) -> None:  # noqa: ANN401 - pyarrow carries no types
+    if pending:
+        tokens = pa.array(np.concatenate([example.tokens for example in pending]), pa.uint32())
+        loss = pa.array(np.concatenate([example.loss for example in pending]), pa.bool_())
+        writer.write_batch(pa.record_batch([tokens, loss], schema=_TOKENS))
+        pending.clear()
+
+
+class Examples:
+    """The examples of one rendering, memory-mapped.
+
+    source, document, length, targets (examples,) int64: whose example it is, its tokens, and the labels it yields.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        columns = read_columns(directory / "examples.arrow")
+        self.source, self.document = columns["source"], columns["document"]
+        self.length, self.targets = columns["length"], columns["targets"]
+        self._batch, self._start = columns["batch"], columns["start"]
+        self._reader = _reader(directory / "tokens.arrow")
+        self._read_batch = lru_cache(maxsize=64)(self._reader.get_batch)
+
+    def __len__(self) -> int:
+        """Number of examples."""
+        return len(self.length)
+
+    def __getitem__(self, number: int) -> Example:
+        """Read one example; its tokens are a view of the file."""
+        batch = self._read_batch(int(self._batch[number]))
+        start, length = int(self._start[number]), int(self.length[number])
+        tokens = batch.column(0).slice(start, length).to_numpy()
+        loss = batch.column(1).slice(start, length).to_numpy(zero_copy_only=False)
+        return Example(tokens, loss, int(self.document[number]))

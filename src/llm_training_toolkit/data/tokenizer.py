@@ -1,0 +1,213 @@
+"""The tokenizer: trains one, opens one, and encodes documents so that their text stays text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from numpy.typing import NDArray
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from llm_training_toolkit.data.markers import Markers
+from llm_training_toolkit.errors import DataError
+
+TOKENIZER_FILES = [
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+]
+_BYTES = 256
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, markers: Markers, path: Path) -> None:
+    """Train a byte-level BPE tokenizer and write it as a directory that transformers' AutoTokenizer opens.
+
+    vocab_size counts the special tokens, which get the first ids; texts with few distinct words may yield fewer.
+    The same texts in the same order give the same files. Raises DataError for a vocab_size without room for the
+    special tokens and the 256 bytes.
+    """
+    least = len(markers.all) + _BYTES
+    if vocab_size < least:
+        raise DataError(
+            f"tokenizer.train.vocab_size: {vocab_size} has no room for {len(markers.all)} special tokens and 256 "
+            f"bytes. Give at least {least}; thousands are usual."
+        )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(markers.pre_tokenizer_pattern), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[AddedToken(marker, special=True, normalized=False) for marker in markers.all],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    path.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(path / "tokenizer.json"))
+    config = json.dumps(_transformers_config(markers), indent=2, ensure_ascii=False)
+    (path / "tokenizer_config.json").write_text(config + "\n", encoding="utf-8")
+
+
+def _transformers_config(markers: Markers) -> dict[str, Any]:
+    named = {markers.end_of_text, markers.pad}
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": markers.end_of_text,
+        "pad_token": markers.pad,
+        "additional_special_tokens": [marker for marker in markers.all if marker not in named],
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 1_000_000_000,
+    }
+
+
+def tokenizer_directory(path: str) -> Path:
+    """The directory that holds a tokenizer: the path itself, or the local copy of a hub id.
+
+    Raises DataError where there is no tokenizer.json and where the hub does not give one.
+    """
+    directory = Path(path).expanduser()
+    if directory.is_dir():
+        if not (directory / "tokenizer.json").is_file():
+            raise DataError(
+                f"tokenizer.path: the directory {path!r} has no tokenizer.json. Give the directory that holds it; a "
+                "tokenizer of another kind is converted by transformers' `AutoTokenizer…save_pretrained`."
+            )
+        return directory
+    # What is here already is taken as it is: a run must not change because the hub did.
+    reason = ""
+    for local_only in (True, False):
+        try:
+            directory = Path(snapshot_download(path, allow_patterns=TOKENIZER_FILES, local_files_only=local_only))
+        except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+            reason = str(error).strip().partition("\n")[0]
+            continue
+        if (directory / "tokenizer.json").is_file():
+            return directory
+        reason = "the repository has no tokenizer.json"
+    raise DataError(
+        f"tokenizer.path: {path!r} is no directory here, and the Hugging Face hub did not give it ({reason}). Correct "
+        "the path, or fetch the tokenizer where there is a network and give its directory."
+    )
+
+
+def open_tokenizer(path: str) -> TextEncoder:
+    """Open the tokenizer of a directory or a hub id. Raises DataError, saying what is missing and what to do."""
+    file = tokenizer_directory(path) / "tokenizer.json"
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        # Families mark some of their markers as ordinary words (Qwen its fill-in-the-middle ones). A document that
+        # speaks of such a marker must not be read as one, so here every added token is special.
+        for token in content.get("added_tokens", ()):
+            token["special"] = True
+        tokenizer = Tokenizer.from_str(json.dumps(content))
+    except Exception as error:  # the library raises nothing finer
+        raise DataError(
+            f"{file}: is no tokenizer ({error}). Fetch it again, or give another tokenizer.path."
+        ) from error
+    return TextEncoder(tokenizer, str(file))
+
+
+class Encoded:
+    """Token ids of a text, and where in the text they stand."""
+
+    def __init__(self, encoding: Any) -> None:  # noqa: ANN401 - tokenizers carries no types
+        self.ids: list[int] = encoding.ids
+        self._encoding = encoding
+
+    def characters(self, token: int) -> tuple[int, int]:
+        """The characters [start, stop) of the text that a token has a part in."""
+        span: tuple[int, int] = self._encoding.token_to_chars(token)
+        return span
+
+    def is_clean(self, token: int) -> bool:
+        """Whether a character begins where this token begins; token 0 and the end are clean."""
+        if not 0 < token < len(self.ids):
+            return True
+        return self.characters(token - 1)[1] <= self.characters(token)[0]
+
+
+class TextEncoder:
+    """A tokenizer that reads documents: nothing is added, cut, padded or drawn by chance, and markers stay text."""
+
+    def __init__(self, tokenizer: Any, where: str) -> None:  # noqa: ANN401 - tokenizers carries no types
+        tokenizer.encode_special_tokens = True
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        # Only the offsets are wanted of this step, and with the white space that belongs to a token.
+        tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+        self._tokenizer = tokenizer
+        self._where = where
+        self._markers: dict[str, int] = {
+            token.content: number for number, token in tokenizer.get_added_tokens_decoder().items()
+        }
+        self._check_bytes()
+
+    @property
+    def vocab_size(self) -> int:
+        """Largest id + 1: the rows an embedding needs."""
+        largest: int = max(self._tokenizer.get_vocab(with_added_tokens=True).values())
+        return largest + 1
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text."""
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of many texts, on all cores."""
+        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def encode_with_offsets(self, text: str) -> Encoded:
+        """Token ids of a text and the characters each token stands for."""
+        return self.encode_batch_with_offsets([text])[0]
+
+    def encode_batch_with_offsets(self, texts: Sequence[str]) -> list[Encoded]:
+        """The same for many texts, on all cores."""
+        return [Encoded(encoding) for encoding in self._tokenizer.encode_batch(texts, add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int] | NDArray[Any], *, skip_special_tokens: bool = False) -> str:
+        """Text of token ids, with the markers written out unless they are skipped."""
+        text: str = self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
+        return text
+
+    def id_of(self, marker: str) -> int:
+        """Id of a special token; 0 is an id like any other. Raises DataError naming the marker it does not have."""
+        if marker not in self._markers:
+            raise DataError(
+                f"{self._where}: has no special token {marker!r}, which this model family needs. Give the tokenizer "
+                f"of the model (its special tokens: {', '.join(list(self._markers)[:12]) or 'none'})."
+            )
+        return self._markers[marker]
+
+    def bytes_per_token(self) -> NDArray[np.int64]:
+        """(vocab_size,): bytes of text each id stands for; 0 for special tokens and unused ids."""
+        counts = np.zeros(self.vocab_size, dtype=np.int64)
+        special = set(self._markers.values())
+        for token, number in self._tokenizer.get_vocab(with_added_tokens=True).items():
+            # A byte-level token is spelt with one character for each of its bytes.
+            counts[number] = 0 if number in special else len(token)
+        return counts
+
+    def _check_bytes(self) -> None:
+        """Without all 256 bytes in the vocabulary the library leaves out what it does not know, silently."""
+        missing = sum(self._tokenizer.token_to_id(letter) is None for letter in pre_tokenizers.ByteLevel.alphabet())
+        if missing:
+            raise DataError(
+                f"{self._where}: is no byte-level tokenizer: {missing} of the 256 bytes have no token, so text would "
+                "be lost. Use the tokenizer of a Qwen or StarCoder model."
+            )

@@ -1,0 +1,170 @@
+"""The engine: forward, backward and update of one optimizer step, through DeepSpeed.
+
+The loop hands it micro-batches and a learning rate. DeepSpeed's own rescaling of the loss, its
+batch arithmetic and its schedulers are kept out of the result, all in `accumulate` and `step`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from llm_training_toolkit.config.schema import Optim
+from llm_training_toolkit.engine.fragments import MOMENTS, Fragment, locate, refresh_low_precision
+
+
+class Batch(Protocol):
+    """What one forward pass sees: three (B, T) int64 tensors."""
+
+    input_ids: Tensor
+    position_ids: Tensor
+    labels: Tensor
+
+
+class Engine:
+    """A model under DeepSpeed, with AdamW in fp32 and gradients that do not depend on how a batch is split."""
+
+    def __init__(
+        self, module: nn.Module, optim: Optim, deepspeed_config: Mapping[str, Any], device: torch.device
+    ) -> None:
+        import deepspeed  # noqa: PLC0415 - heavy, and only after prepare_process
+
+        self.device = device
+        self.stage = int(deepspeed_config["zero_optimization"]["stage"])
+        self._names = {
+            id(parameter): name.removeprefix("lm.")
+            for name, parameter in module.named_parameters()
+            if parameter.requires_grad
+        }
+        self.sizes = {
+            self._names[id(parameter)]: int(getattr(parameter, "ds_numel", parameter.numel()))
+            for parameter in module.parameters()
+            if parameter.requires_grad
+        }
+        """Number of weights of each trainable parameter."""
+        self.shapes = {
+            self._names[id(parameter)]: tuple(getattr(parameter, "ds_shape", parameter.shape))
+            for parameter in module.parameters()
+            if parameter.requires_grad
+        }
+        """Shape of each trainable parameter."""
+        self.optimizer = _adamw(module, self._names, optim, device)
+        deepspeed.init_distributed(dist_init_required=False)  # takes the process group that is there
+        self.deepspeed, self._wrapped, _, _ = deepspeed.initialize(
+            model=module, optimizer=self.optimizer, config=dict(deepspeed_config), dist_init_required=False
+        )
+        # At ZeRO 0 in bf16 DeepSpeed has stepped the optimizer once with zero gradients by now: Adam's bias
+        # correction would be one step ahead and the first update 0.73 of the right one, silently.
+        self.create_optimizer_state(updates=0)
+        self.world_size = dist.get_world_size() if dist.is_initialized() else 1
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+
+    def accumulate(self, micro_batches: Sequence[Batch], loss_tokens: int) -> float:
+        """Add the gradients of this rank's micro-batches; the sum of this rank's token losses comes back.
+
+        `loss_tokens` is the number of loss tokens in the global batch. DeepSpeed averages gradients
+        over ranks, which the factor `world_size` undoes; it would divide by the accumulation steps,
+        which `scale_wrt_gas=False` keeps it from. Both are silent when forgotten.
+        Every rank must bring the same number of micro-batches.
+        """
+        self.deepspeed.train()
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for index, batch in enumerate(micro_batches):
+            self.deepspeed.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
+            loss = self._forward(batch)
+            total += loss.detach()
+            self.deepspeed.backward(loss * (self.world_size / loss_tokens), scale_wrt_gas=False)
+        return float(total)
+
+    def _forward(self, batch: Batch) -> Tensor:
+        loss: Tensor = self.deepspeed(
+            batch.input_ids.to(self.device), batch.position_ids.to(self.device), batch.labels.to(self.device)
+        )
+        return loss
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch) -> float:
+        """Sum of the token losses of a batch, without gradients. Under ZeRO-3 all ranks must call it together."""
+        self.deepspeed.eval()
+        return float(self._forward(batch))
+
+    def step(self, lr: float) -> float:
+        """Update the weights with the accumulated gradients; the gradient's norm before clipping comes back.
+
+        The norm is not finite when the gradients were not; in bf16 the update was then left out.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        own_norm = self._own_norm() if self._wrapped is self.optimizer else None
+        self.deepspeed.step()
+        if not self.deepspeed.was_step_applied():
+            return float("nan")
+        return float(own_norm if own_norm is not None else self.deepspeed.get_global_grad_norm())
+
+    def _own_norm(self) -> float:
+        """The gradient's norm where DeepSpeed reports none: ZeRO 0 in fp32, whose gradients are whole here."""
+        gradients = [parameter.grad for group in self.optimizer.param_groups for parameter in group["params"]]
+        return float(torch.nn.utils.get_total_norm([grad for grad in gradients if grad is not None]))
+
+    def fragments(self) -> list[Fragment]:
+        """The pieces that lie on this rank: under ZeRO 0 all of every parameter."""
+        return list(locate(self._wrapped, self._names, self.stage, self.rank))
+
+    def owned_fragments(self) -> list[Fragment]:
+        """The pieces this rank saves; over all ranks each weight occurs exactly once."""
+        pieces = self.fragments()
+        return pieces[self.rank :: self.world_size] if self.stage == 0 else pieces
+
+    def create_optimizer_state(self, updates: int) -> None:
+        """Give the optimizer a state to load into, as after `updates` updates.
+
+        Each flat tensor gets a step counter of its own: one shared tensor would be advanced once per
+        tensor, which silently wrecks Adam's bias correction (as DeepSpeed's universal loading does).
+        """
+        for group in self.optimizer.param_groups:
+            for flat in group["params"]:
+                state = self.optimizer.state[flat]
+                for key in MOMENTS:
+                    state[key] = torch.zeros_like(flat)
+                place = flat.device if group["fused"] else torch.device("cpu")
+                state["step"] = torch.tensor(float(updates), dtype=torch.float32, device=place)
+
+    def refresh(self) -> None:
+        """Bring the forward pass up to date after fragments were written. Collective."""
+        refresh_low_precision(self._wrapped, self.stage)
+
+    def peak_memory_gb(self) -> float:
+        """Largest amount of device memory used so far in GB; on CPU the largest resident size of this process."""
+        if self.device.type == "cuda":
+            return float(torch.cuda.max_memory_allocated(self.device)) / 1e9
+        import resource  # noqa: PLC0415 - POSIX only
+
+        return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * 1024 / 1e9
+
+    def close(self) -> None:
+        """Give back DeepSpeed's hooks and buffers."""
+        self.deepspeed.destroy()
+
+
+def _adamw(
+    module: nn.Module, names: Mapping[int, str], optim: Optim, device: torch.device
+) -> torch.optim.AdamW:
+    """AdamW with matrices in a group that decays; norms, biases and learned positions in one that does not."""
+    decay, plain = [], []
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            matrix = len(getattr(parameter, "ds_shape", parameter.shape)) >= 2
+            (decay if matrix and ".wpe." not in names[id(parameter)] else plain).append(parameter)
+    groups = [{"params": decay, "weight_decay": optim.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    # The fused kernel reads and writes each value once; on CPU and GPU alike it is torch's fastest.
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=0.0,  # `step` sets it; zero until then, so that a step DeepSpeed takes on its own changes nothing
+        betas=optim.betas,
+        eps=optim.eps,
+        fused=device.type in {"cpu", "cuda"},
+    )

@@ -1,0 +1,109 @@
+"""Where each rank's piece of every parameter and of its optimizer state lies, for ZeRO 0 to 3.
+
+The only place that reads DeepSpeed's internal attributes; they belong to the pinned version, and
+tests/engine/test_fragments.py reads them all. The engine asks; checkpoints are made of the answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""Adam's states, one value per weight each."""
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """A consecutive piece of one flattened parameter that lies on this rank."""
+
+    name: str
+    """Name of the parameter, as the Hugging Face model names it."""
+    start: int
+    """Where the piece begins in the flattened parameter."""
+    count: int
+    """Number of weights in the piece."""
+    flat: Tensor
+    """The fp32 tensor that the optimizer updates, and the key of its state."""
+    offset: int
+    """Where the piece begins in `flat`."""
+
+    def _piece(self, tensor: Tensor) -> Tensor:
+        return tensor.detach().view(-1).narrow(0, self.offset, self.count)
+
+    def weights(self) -> Tensor:
+        """The fp32 weights of the piece (count,), a view."""
+        return self._piece(self.flat)
+
+    def tensors(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+        """Weights and moments of the piece by name, each (count,) fp32, views to copy from and into."""
+        state = optimizer.state[self.flat]
+        return {"weights": self.weights()} | {key: self._piece(state[key]) for key in MOMENTS}
+
+
+def locate(wrapped: Any, names: Mapping[int, str], stage: int, rank: int) -> Iterator[Fragment]:  # noqa: ANN401
+    """Every piece of a trainable parameter on this rank.
+
+    `wrapped` is DeepSpeed's optimizer (or torch's own where DeepSpeed does not wrap it), `names` maps
+    `id(parameter)` to the parameter's name.
+    """
+    if stage == 3:
+        yield from _zero3(wrapped, names, rank)
+    elif stage in {1, 2}:
+        yield from _zero12(wrapped, names)
+    elif hasattr(wrapped, "fp32_groups"):
+        for low_group, high_group in zip(wrapped.fp16_groups, wrapped.fp32_groups, strict=True):
+            for low, high in zip(low_group, high_group, strict=True):
+                yield Fragment(names[id(low)], 0, high.numel(), high, 0)
+    else:
+        for group in wrapped.param_groups:
+            for parameter in group["params"]:
+                yield Fragment(names[id(parameter)], 0, parameter.numel(), parameter, 0)
+
+
+def _zero12(wrapped: Any, names: Mapping[int, str]) -> Iterator[Fragment]:  # noqa: ANN401
+    for group in wrapped.bit16_groups:
+        for parameter in group:
+            mapping = parameter._hp_mapping  # noqa: SLF001 - None where no piece lies on this rank
+            if mapping is None:
+                continue
+            piece, place = mapping.lp_fragment_address, mapping.hp_fragment_address
+            flat = wrapped.single_partition_of_fp32_groups[mapping.param_group_index]
+            yield Fragment(names[id(parameter)], piece.start, piece.numel, flat, place.start)
+
+
+def _zero3(wrapped: Any, names: Mapping[int, str], rank: int) -> Iterator[Fragment]:  # noqa: ANN401
+    for groups in wrapped.fp16_groups:
+        for parameter in groups:
+            group, offset, _ = wrapped.grad_position[wrapped.get_param_id(parameter)]
+            start = rank * parameter.ds_tensor.numel()  # pieces are padded to equal size
+            count = min(parameter.ds_tensor.numel(), parameter.ds_numel - start)
+            if count > 0:
+                flat = wrapped.fp32_partitioned_groups_flat[group]
+                yield Fragment(names[id(parameter)], start, count, flat, offset)
+
+
+def refresh_low_precision(wrapped: Any, stage: int) -> None:  # noqa: ANN401
+    """Bring the weights of the forward pass up to date after fp32 weights were written. Collective."""
+    if stage == 3:
+        _refresh_zero3(wrapped)
+    elif stage in {1, 2}:
+        wrapped.update_lp_params()
+    elif hasattr(wrapped, "fp32_groups"):
+        for low_group, high_group in zip(wrapped.fp16_groups, wrapped.fp32_groups, strict=True):
+            for low, high in zip(low_group, high_group, strict=True):
+                low.data.copy_(high.data)
+
+
+def _refresh_zero3(wrapped: Any) -> None:  # noqa: ANN401
+    persistent: list[nn.Parameter] = wrapped.persistent_parameters
+    if persistent:
+        persistent[0].partition(persistent)  # type: ignore[attr-defined]
+    for group in range(len(wrapped.fp16_partitioned_groups_flat)):
+        wrapped._reassign_or_swap_out_partitioned_parameters(group)  # noqa: SLF001
+    if persistent:
+        persistent[0].all_gather(persistent)  # type: ignore[attr-defined]

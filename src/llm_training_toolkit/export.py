@@ -1,0 +1,114 @@
+"""Export: a checkpoint as a directory that plain `transformers` loads.
+
+Reads the fragments parameter by parameter, so no process ever needs the model twice, whatever ZeRO
+stage and number of workers wrote them.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import AutoConfig, GenerationConfig
+
+from llm_training_toolkit.checkpoint import Checkpoint
+from llm_training_toolkit.errors import CheckpointError
+
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+_SHARD_BYTES = 5_000_000_000
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+
+
+def export(
+    checkpoint: Checkpoint,
+    destination: Path,
+    *,
+    hf_config: Mapping[str, Any],
+    tokenizer: Path,
+    precision: str,
+    end_of_text: int,
+    pad: int,
+    card: str,
+) -> Path:
+    """Write weights, configuration, tokenizer and model card to `destination`, which appears complete or not at all.
+
+    The weights are the fp32 ones rounded once to `precision`: bit for bit those of the forward pass.
+    """
+    temporary = destination.with_name(f".{destination.name}.writing")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        _write_weights(checkpoint, temporary, _DTYPES[precision])
+        _write_configuration(temporary, hf_config, precision, end_of_text, pad)
+        for name in _TOKENIZER_FILES:
+            if (tokenizer / name).is_file():
+                shutil.copyfile(tokenizer / name, temporary / name)
+        (temporary / "README.md").write_text(card)
+        if destination.exists():
+            shutil.rmtree(destination)
+        temporary.rename(destination)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise CheckpointError(
+            f"export to {destination} failed: {error}. The checkpoint is untouched: free some space and start again"
+        ) from error
+    return destination
+
+
+def _write_weights(checkpoint: Checkpoint, directory: Path, dtype: torch.dtype) -> None:
+    shards = list(_shards(checkpoint, dtype.itemsize))
+    index: dict[str, str] = {}
+    for number, names in enumerate(shards, start=1):
+        name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        tensors = {parameter: _tensor(checkpoint, parameter, dtype) for parameter in names}
+        save_file(tensors, directory / name, metadata={"format": "pt"})
+        index |= dict.fromkeys(names, name)
+    if len(shards) > 1:
+        sizes = checkpoint.manifest.shapes
+        total = sum(torch.Size(shape).numel() for shape in sizes.values()) * dtype.itemsize
+        content = {"metadata": {"total_size": total}, "weight_map": index}
+        (directory / "model.safetensors.index.json").write_text(json.dumps(content, indent=1))
+
+
+def _tensor(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> torch.Tensor:
+    shape = checkpoint.manifest.shapes[name]
+    values = checkpoint.read(name, "weights", 0, torch.Size(shape).numel())
+    return torch.from_numpy(values).reshape(shape).to(dtype)
+
+
+def _shards(checkpoint: Checkpoint, itemsize: int) -> Iterator[list[str]]:
+    """Names of parameters, in groups of at most 5 GB."""
+    names: list[str] = []
+    size = 0
+    for name, shape in checkpoint.manifest.shapes.items():
+        more = torch.Size(shape).numel() * itemsize
+        if names and size + more > _SHARD_BYTES:
+            yield names
+            names, size = [], 0
+        names.append(name)
+        size += more
+    yield names
+
+
+def _write_configuration(
+    directory: Path, hf_config: Mapping[str, Any], precision: str, end_of_text: int, pad: int
+) -> None:
+    values = {key: value for key, value in hf_config.items() if key not in {"use_cache", "dtype", "transformers_version"}}
+    config = AutoConfig.for_model(**values)
+    config.dtype = _DTYPES[precision]
+    config.eos_token_id, config.pad_token_id, config.bos_token_id = end_of_text, pad, None
+    config.save_pretrained(directory)
+    GenerationConfig(eos_token_id=end_of_text, pad_token_id=pad).save_pretrained(directory)

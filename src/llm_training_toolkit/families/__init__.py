@@ -1,0 +1,75 @@
+"""The model families as data: find a size, get its Hugging Face configuration, count parameters and work. No torch."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+from llm_training_toolkit.config.schema import Config
+from llm_training_toolkit.errors import PlanError
+from llm_training_toolkit.families import qwen, shape, starcoder
+from llm_training_toolkit.families.family import Anatomy, Family, HfValues, Size, SpecialTokens
+
+__all__ = [
+    "FAMILIES",
+    "SIZES",
+    "Anatomy",
+    "Family",
+    "HfValues",
+    "Size",
+    "SpecialTokens",
+    "anatomy",
+    "find",
+    "flops_per_token",
+    "hf_config",
+    "parameters",
+]
+
+SIZES: dict[str, Size] = {size.name: size for size in (*qwen.SIZES, *starcoder.SIZES)}
+"""Every known size by its name."""
+FAMILIES: dict[str, Family] = {size.family.name: size.family for size in SIZES.values()}
+"""Every family by its name."""
+_BY_TYPE: dict[str, Family] = {family.model_type: family for family in FAMILIES.values()}
+
+
+def find(name: str) -> Size:
+    """The size of this name; raises PlanError with the nearest names when there is none."""
+    if name in SIZES:
+        return SIZES[name]
+    wanted = name.rsplit("/", maxsplit=1)[-1].lower()
+    near = difflib.get_close_matches(wanted, SIZES, n=4, cutoff=0.5)
+    hint = f"Did you mean {', '.join(near)}?" if near else f"Known: {', '.join(SIZES)}."
+    raise PlanError(f"model.name = {name}: no known size has this name. {hint}")
+
+
+def hf_config(config: Config) -> dict[str, Any]:
+    """The complete Hugging Face configuration of the run's model, without a dtype.
+
+    With `model.path` it is the size's own, to be compared with the weights that are loaded. The longest position is at
+    least `data.sequence_length`, except where positions are a learned table (StarCoder 1). Lists that transformers
+    derives itself (layer_types) are left out. Raises PlanError for an unknown size and for an impossible shape.
+    """
+    return shape.build(config, find(config.model.name))
+
+
+def anatomy(hf: HfValues) -> Anatomy:
+    """The sizes of a Hugging Face configuration in words common to all families."""
+    return _BY_TYPE[hf["model_type"]].anatomy(hf)
+
+
+def parameters(hf: HfValues) -> int:
+    """Number of parameters of a Hugging Face configuration; tied embeddings count once."""
+    return anatomy(hf).parameters
+
+
+def flops_per_token(hf: HfValues, sequence_length: int) -> int:
+    """Floating-point operations of one token's forward and backward pass: 6 N + 12 L Q T.
+
+    N = parameters that multiply every token (matrices and the output layer, not the look-up of the embedding), L =
+    layers, Q = heads x head_dim, T = tokens attended to (the sequence, or the sliding window if that is shorter).
+    Source: PaLM (Chowdhery et al. 2022), appendix B, which neither halves attention for the causal mask nor counts
+    recomputation; documents packed into one sequence attend to less.
+    """
+    model = anatomy(hf)
+    attended = min(sequence_length, model.window or sequence_length)
+    return 6 * model.matmul_parameters + 12 * model.layers * model.query_width * attended

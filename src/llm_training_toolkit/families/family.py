@@ -1,0 +1,144 @@
+"""What a family of models is: its shape, its special tokens and how its parameters are counted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+HfValues = Mapping[str, Any]
+"""Values of a Hugging Face configuration by their names there."""
+
+
+@dataclass(frozen=True)
+class SpecialTokens:
+    """The special tokens of a family, as text. Empty text: the family has no such token."""
+
+    end_of_text: str
+    """Closes every document."""
+    end_of_turn: str | None
+    """Closes a turn of a chat."""
+    pad: str
+    """Fills a sequence up; carries no loss, so it may be a token that has another use."""
+    fim_prefix: str
+    fim_middle: str
+    fim_suffix: str
+    fim_pad: str
+    repository: str
+    """Stands before the name of a repository."""
+    file: str
+    """Stands before a file, or before its name."""
+    all: tuple[str, ...]
+    """Every special token in the order of its id."""
+
+    @property
+    def has_fim(self) -> bool:
+        """Whether the family knows fill-in-the-middle."""
+        return all((self.fim_prefix, self.fim_middle, self.fim_suffix))
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """The sizes of one decoder in words that all families share; every count follows from it."""
+
+    vocab: int
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    gated: bool
+    """Two matrices into the feed-forward layer (SwiGLU) instead of one."""
+    tied: bool
+    """One matrix serves as embedding and as output layer."""
+    vectors_per_layer: int
+    """Parameters of a layer outside its matrices: biases and norms."""
+    vectors_outside: int
+    """Parameters of the final norm."""
+    positions: int = 0
+    """Rows of the table of learned positions; 0 = rotary."""
+    window: int | None = None
+    """Tokens a position sees; None = all before it."""
+
+    @property
+    def query_width(self) -> int:
+        """Width of all query heads; differs from `hidden` where head_dim is explicit."""
+        return self.heads * self.head_dim
+
+    @property
+    def kv_width(self) -> int:
+        """Width of all key heads, and of all value heads."""
+        return self.kv_heads * self.head_dim
+
+    @property
+    def matrices_per_layer(self) -> int:
+        """Parameters in the matrices of a layer: q and o, k and v, feed-forward."""
+        attention = 2 * self.hidden * (self.query_width + self.kv_width)
+        return attention + (3 if self.gated else 2) * self.hidden * self.intermediate
+
+    @property
+    def parameters(self) -> int:
+        """All parameters; tied embeddings count once."""
+        embeddings = (1 if self.tied else 2) * self.vocab * self.hidden + self.positions * self.hidden
+        return embeddings + self.layers * (self.matrices_per_layer + self.vectors_per_layer) + self.vectors_outside
+
+    @property
+    def matmul_parameters(self) -> int:
+        """Parameters that multiply every token: matrices and the output layer, not the look-up of embeddings."""
+        return self.layers * self.matrices_per_layer + self.vocab * self.hidden
+
+
+@dataclass(frozen=True)
+class Family:
+    """Everything that the sizes of a family have in common."""
+
+    name: str
+    model_type: str
+    """`model_type` of transformers."""
+    architecture: str
+    """The class that transformers builds."""
+    special_tokens: SpecialTokens
+    splitting: Literal["regex", "digits"]
+    """How text is cut before byte pairs are merged: by `pre_tokenizer_pattern` (isolated matches, then bytes without
+    another expression), or each digit alone and then GPT-2's byte level with its own expression."""
+    pre_tokenizer_pattern: str
+    """The regular expression of the cut; with `digits`, the one of GPT-2 that the byte level applies itself."""
+    normalizer: Literal["NFC"] | None
+    """Unicode normalization before the cut."""
+    defaults: HfValues
+    """Hugging Face values that all sizes share."""
+    anatomy: Callable[[HfValues], Anatomy]
+    """Reads a Hugging Face configuration of this family."""
+    position_key: str = "max_position_embeddings"
+    """Name of the longest position in the configuration."""
+    absolute_positions: bool = False
+    """Positions are learned, row by row: a longer sequence is impossible, not only untrained."""
+    derived_head_dim: bool = False
+    """head_dim is hidden size / heads and is not in the configuration."""
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    """Common names of values that this family calls otherwise."""
+
+    def parameters(self, hf: HfValues) -> int:
+        """Number of parameters of a Hugging Face configuration; tied embeddings count once."""
+        return self.anatomy(hf).parameters
+
+
+@dataclass(frozen=True)
+class Size:
+    """One published size of a family."""
+
+    name: str
+    family: Family
+    config: HfValues
+    """Hugging Face values of this size alone."""
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """The shape of the size: the family's values and its own."""
+        return {**self.family.defaults, **self.config}
+
+
+def rope(theta: float) -> dict[str, Any]:
+    """Rotary positions of a given base, as transformers 5 writes them."""
+    return {"rope_type": "default", "rope_theta": theta}

@@ -1,0 +1,149 @@
+"""The Qwen families as data: Qwen2, Qwen2.5 and Qwen2.5-Coder, and the dense sizes of Qwen3."""
+
+from __future__ import annotations
+
+from llm_training_toolkit.families.family import Anatomy, Family, HfValues, Size, SpecialTokens, rope
+
+PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""GPT-4's expression with single digits: `PRETOKENIZE_REGEX` of transformers' Qwen2 tokenizer."""
+
+_CHAT = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+_CODE = ("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>")
+
+TOKENS = SpecialTokens(
+    end_of_text="<|endoftext|>",
+    end_of_turn="<|im_end|>",
+    pad="<|endoftext|>",
+    fim_prefix="<|fim_prefix|>",
+    fim_middle="<|fim_middle|>",
+    fim_suffix="<|fim_suffix|>",
+    fim_pad="<|fim_pad|>",
+    repository="<|repo_name|>",
+    file="<|file_sep|>",
+    all=_CHAT + _CODE,
+)
+# The tokenizer of Qwen2 ends at <|im_end|>; fill-in-the-middle came with Qwen2.5.
+TOKENS_WITHOUT_FIM = SpecialTokens(
+    end_of_text="<|endoftext|>",
+    end_of_turn="<|im_end|>",
+    pad="<|endoftext|>",
+    fim_prefix="",
+    fim_middle="",
+    fim_suffix="",
+    fim_pad="",
+    repository="",
+    file="",
+    all=_CHAT,
+)
+
+_COMMON = {
+    "hidden_act": "silu",
+    "initializer_range": 0.02,
+    "rms_norm_eps": 1e-6,
+    "rope_parameters": rope(1_000_000.0),
+    "attention_dropout": 0.0,
+    "use_sliding_window": False,
+}
+
+
+def _anatomy(hf: HfValues, head_dim: int, vectors_per_layer: int) -> Anatomy:
+    return Anatomy(
+        vocab=hf["vocab_size"],
+        hidden=hf["hidden_size"],
+        layers=hf["num_hidden_layers"],
+        heads=hf["num_attention_heads"],
+        kv_heads=hf["num_key_value_heads"],
+        head_dim=head_dim,
+        intermediate=hf["intermediate_size"],
+        gated=True,
+        tied=hf["tie_word_embeddings"],
+        vectors_per_layer=vectors_per_layer,
+        vectors_outside=hf["hidden_size"],
+    )
+
+
+def qwen2_anatomy(hf: HfValues) -> Anatomy:
+    """Qwen2 and 2.5: biases on q, k and v, two RMSNorms a layer, head_dim = hidden / heads."""
+    head_dim = hf["hidden_size"] // hf["num_attention_heads"]
+    biases = (hf["num_attention_heads"] + 2 * hf["num_key_value_heads"]) * head_dim
+    return _anatomy(hf, head_dim, biases + 2 * hf["hidden_size"])
+
+
+def qwen3_anatomy(hf: HfValues) -> Anatomy:
+    """Qwen3: no biases unless `attention_bias` (then also on o), a norm on q and on k, head_dim explicit."""
+    head_dim, hidden = hf["head_dim"], hf["hidden_size"]
+    heads_with_bias = hf["num_attention_heads"] + 2 * hf["num_key_value_heads"]
+    biases = heads_with_bias * head_dim + hidden if hf["attention_bias"] else 0
+    return _anatomy(hf, head_dim, biases + 2 * head_dim + 2 * hidden)
+
+
+def _qwen2(name: str, tokens: SpecialTokens) -> Family:
+    return Family(
+        name=name,
+        model_type="qwen2",
+        architecture="Qwen2ForCausalLM",
+        special_tokens=tokens,
+        splitting="regex",
+        pre_tokenizer_pattern=PATTERN,
+        normalizer="NFC",
+        defaults={**_COMMON, "max_position_embeddings": 32768},
+        anatomy=qwen2_anatomy,
+        derived_head_dim=True,
+    )
+
+
+QWEN2 = _qwen2("qwen2", TOKENS_WITHOUT_FIM)
+QWEN2_5 = _qwen2("qwen2.5", TOKENS)
+QWEN3 = Family(
+    name="qwen3",
+    model_type="qwen3",
+    architecture="Qwen3ForCausalLM",
+    special_tokens=TOKENS,
+    splitting="regex",
+    pre_tokenizer_pattern=PATTERN,
+    normalizer="NFC",
+    # head_dim is a value of its own: 0.6B, 4B and 32B have heads x 128 != hidden size.
+    defaults={**_COMMON, "max_position_embeddings": 40960, "head_dim": 128, "attention_bias": False},
+    anatomy=qwen3_anatomy,
+)
+
+
+def _shape(layers: int, hidden: int, heads: tuple[int, int], inter: int, vocab: int, *, tied: bool) -> HfValues:
+    """One row of the published tables; `heads` = attention heads and key-value heads."""
+    return {
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "intermediate_size": inter,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads[0],
+        "num_key_value_heads": heads[1],
+        "tie_word_embeddings": tied,
+    }
+
+
+_QWEN2_SHAPES = {
+    "0.5b": _shape(24, 896, (14, 2), 4864, 151936, tied=True),
+    "1.5b": _shape(28, 1536, (12, 2), 8960, 151936, tied=True),
+    "3b": _shape(36, 2048, (16, 2), 11008, 151936, tied=True),
+    "7b": _shape(28, 3584, (28, 4), 18944, 152064, tied=False),
+    "14b": _shape(48, 5120, (40, 8), 13824, 152064, tied=False),
+    "32b": _shape(64, 5120, (40, 8), 27648, 152064, tied=False),
+}
+_QWEN3_SHAPES = {
+    "0.6b": _shape(28, 1024, (16, 8), 3072, 151936, tied=True),
+    "1.7b": _shape(28, 2048, (16, 8), 6144, 151936, tied=True),
+    "4b": _shape(36, 2560, (32, 8), 9728, 151936, tied=True),
+    "8b": _shape(36, 4096, (32, 8), 12288, 151936, tied=False),
+    "14b": _shape(40, 5120, (40, 8), 17408, 151936, tied=False),
+    "32b": _shape(64, 5120, (64, 8), 25600, 151936, tied=False),
+}
+
+SIZES = (
+    *(Size(f"qwen2-{size}", QWEN2, _QWEN2_SHAPES[size]) for size in ("0.5b", "1.5b", "7b")),
+    *(Size(f"qwen2.5-{size}", QWEN2_5, shape) for size, shape in _QWEN2_SHAPES.items()),
+    *(Size(f"qwen2.5-coder-{size}", QWEN2_5, shape) for size, shape in _QWEN2_SHAPES.items()),
+    *(Size(f"qwen3-{size}", QWEN3, shape) for size, shape in _QWEN3_SHAPES.items()),
+)

@@ -1,0 +1,134 @@
+"""From a configuration to the Hugging Face configuration of its model: the size, changed by `model.shape`, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from llm_training_toolkit.config.schema import Config
+from llm_training_toolkit.errors import PlanError
+from llm_training_toolkit.families.family import Anatomy, Family, Size
+
+# Not to be changed by `model.shape`: a nested value (its base is the key rope_theta), and what would break a promise.
+_FIXED = {
+    "rope_parameters",
+    "use_sliding_window",
+    "attention_dropout",
+    "residual_dropout",
+    "embedding_dropout",
+    "attn_pdrop",
+    "resid_pdrop",
+    "embd_pdrop",
+}
+_VOCABULARY_MULTIPLE = 64
+"""Matrix products are fastest when their sides are multiples of 64 (NVIDIA, Matrix Multiplication Background)."""
+
+
+def shape_keys(size: Size) -> tuple[str, ...]:
+    """The keys that `model.shape` may have for this size, sorted."""
+    values = size.values
+    keys = (set(values) - _FIXED) | set(size.family.aliases)
+    return tuple(sorted(keys | {"rope_theta"} if "rope_parameters" in values else keys))
+
+
+def build(config: Config, size: Size) -> dict[str, Any]:
+    """The complete Hugging Face configuration of a run; raises PlanError with everything that is wrong in it."""
+    values, problems = _changed(size, config.model.shape)
+    if not problems:
+        values["vocab_size"] = vocabulary(config, size)
+        problems = _mismatches(size.family, values) + _vocabulary_problems(config, values["vocab_size"])
+    if problems:
+        raise PlanError("\n".join(f"model.shape of {size.name}: {problem}" for problem in problems))
+    return _complete(size.family, values, config.data.sequence_length)
+
+
+def vocabulary(config: Config, size: Size) -> int:
+    """Rows of the embedding: of model.shape, else the trained tokenizer's up to a multiple of 64, else the size's."""
+    if "vocab_size" in config.model.shape:
+        return int(config.model.shape["vocab_size"])
+    if config.tokenizer.train is not None and config.model.path is None:
+        return -(-config.tokenizer.train.vocab_size // _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE
+    return int(size.values["vocab_size"])
+
+
+def _changed(size: Size, shape: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The size's values with the changes in, and what is wrong with the changes."""
+    values = size.values
+    valid = shape_keys(size)
+    problems: list[str] = []
+    seen: set[str] = set()
+    for given, value in shape.items():
+        key = size.family.aliases.get(given, given)
+        if given not in valid:
+            problems.append(f"{given} is not a key of this size. Valid: {', '.join(valid)}")
+        elif key in seen:
+            problems.append(f"{given} and another key both set {key}: keep one")
+        elif (wrong := _wrong_value(given, value, _current(values, key))) is not None:
+            problems.append(wrong)
+        else:
+            _set(values, key, value)
+        seen.add(key)
+    return values, problems
+
+
+def _current(values: Mapping[str, Any], key: str) -> Any:  # noqa: ANN401 - a value of JSON
+    return values["rope_parameters"]["rope_theta"] if key == "rope_theta" else values[key]
+
+
+def _set(values: dict[str, Any], key: str, value: Any) -> None:  # noqa: ANN401 - a value of JSON
+    if key == "rope_theta":
+        values["rope_parameters"] = {**values["rope_parameters"], "rope_theta": float(value)}
+    else:
+        values[key] = value
+
+
+def _wrong_value(key: str, value: Any, current: Any) -> str | None:  # noqa: ANN401 - values of JSON
+    """What is wrong with a value, judged by the one it replaces."""
+    kind = type(current)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    fits = number if kind is float else type(value) is kind
+    if not fits:
+        names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+        return f"{key} = {value!r} must be {names[kind]}, such as {current!r}"
+    return f"{key} = {value!r} must be above zero" if number and value <= 0 else None
+
+
+def _mismatches(family: Family, values: Mapping[str, Any]) -> list[str]:
+    """Sizes that do not divide each other."""
+    anatomy = family.anatomy(values)
+    if family.derived_head_dim and anatomy.hidden % anatomy.heads:
+        return [f"hidden size {anatomy.hidden} is not divisible by {anatomy.heads} attention heads"]
+    return _head_mismatches(anatomy)
+
+
+def _head_mismatches(anatomy: Anatomy) -> list[str]:
+    problems = []
+    if anatomy.heads % anatomy.kv_heads:
+        problems.append(f"{anatomy.heads} attention heads are not divisible by {anatomy.kv_heads} key-value heads")
+    if anatomy.head_dim % 2 and not anatomy.positions:
+        problems.append(f"head_dim {anatomy.head_dim} is odd: rotary positions turn pairs, so it must be even")
+    return problems
+
+
+def _vocabulary_problems(config: Config, rows: int) -> list[str]:
+    trained = config.tokenizer.train
+    if trained is None or trained.vocab_size <= rows or config.model.path is not None:
+        return []
+    return [f"vocab_size {rows} is below tokenizer.train.vocab_size {trained.vocab_size}: leave it out, or raise it"]
+
+
+def _complete(family: Family, values: dict[str, Any], sequence_length: int) -> dict[str, Any]:
+    """Add what is no shape: the class, positions for the sequence, and switches that training needs off."""
+    if not family.absolute_positions:
+        values[family.position_key] = max(values[family.position_key], sequence_length)
+    return {
+        "model_type": family.model_type,
+        "architectures": [family.architecture],
+        **values,
+        "use_cache": False,
+        # Ids belong to the tokenizer. Left out, two families would default to 50256, beyond a small vocabulary; and an
+        # id for padding would freeze that row of the embedding, which for Qwen and StarCoder is <|endoftext|>.
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+    }

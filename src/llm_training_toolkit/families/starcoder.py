@@ -1,0 +1,197 @@
+"""The StarCoder families as data: StarCoder2 and StarCoder 1 (GPTBigCode)."""
+
+from __future__ import annotations
+
+from llm_training_toolkit.families.family import Anatomy, Family, HfValues, Size, SpecialTokens, rope
+
+PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+"""GPT-2's expression, which `ByteLevel(use_regex=True)` applies; digits have been cut one by one before it."""
+
+_FIM = ("<|endoftext|>", "<fim_prefix>", "<fim_middle>", "<fim_suffix>", "<fim_pad>")
+_ISSUES = ("<issue_start>", "<issue_comment>", "<issue_closed>")
+_JUPYTER = ("<jupyter_start>", "<jupyter_text>", "<jupyter_code>", "<jupyter_output>")
+
+
+def _tokens(repository: str, file: str, every: tuple[str, ...]) -> SpecialTokens:
+    # <|endoftext|> has id 0 in both generations, is begin and end, and pads for want of a token of its own.
+    return SpecialTokens(
+        end_of_text="<|endoftext|>",
+        end_of_turn=None,
+        pad="<|endoftext|>",
+        fim_prefix="<fim_prefix>",
+        fim_middle="<fim_middle>",
+        fim_suffix="<fim_suffix>",
+        fim_pad="<fim_pad>",
+        repository=repository,
+        file=file,
+        all=every,
+    )
+
+
+TOKENS_1 = _tokens(
+    "<reponame>",
+    "<filename>",
+    (
+        *_FIM,
+        "<filename>",
+        "<gh_stars>",
+        *_ISSUES,
+        *_JUPYTER,
+        "<empty_output>",
+        "<commit_before>",
+        "<commit_msg>",
+        "<commit_after>",
+        "<reponame>",
+    ),
+)
+# Table 5 of the StarCoder2 paper, without its tokens for pull requests: nothing here writes them, and a vocabulary
+# trained from scratch should not spend entries on them.
+TOKENS_2 = _tokens(
+    "<repo_name>",
+    "<file_sep>",
+    (
+        *_FIM,
+        "<repo_name>",
+        "<file_sep>",
+        *_ISSUES,
+        *_JUPYTER,
+        "<jupyter_script>",
+        "<empty_output>",
+        "<code_to_intermediate>",
+        "<intermediate_to_code>",
+    ),
+)
+
+
+def starcoder2_anatomy(hf: HfValues) -> Anatomy:
+    """StarCoder2: biases on every linear layer (`use_bias`), two LayerNorms a layer, head_dim = hidden / heads."""
+    hidden, inter = hf["hidden_size"], hf["intermediate_size"]
+    head_dim = hidden // hf["num_attention_heads"]
+    heads = hf["num_attention_heads"] + 2 * hf["num_key_value_heads"]
+    biases = heads * head_dim + hidden + inter + hidden if hf["use_bias"] else 0
+    return Anatomy(
+        vocab=hf["vocab_size"],
+        hidden=hidden,
+        layers=hf["num_hidden_layers"],
+        heads=hf["num_attention_heads"],
+        kv_heads=hf["num_key_value_heads"],
+        head_dim=head_dim,
+        intermediate=inter,
+        gated=False,
+        tied=hf["tie_word_embeddings"],
+        vectors_per_layer=biases + 4 * hidden,
+        vectors_outside=2 * hidden,
+        window=hf["sliding_window"],
+    )
+
+
+def starcoder_anatomy(hf: HfValues) -> Anatomy:
+    """StarCoder 1: one key and value head (`multi_query`), biases everywhere, a table of learned positions."""
+    hidden, inter = hf["n_embd"], hf["n_inner"]
+    head_dim = hidden // hf["n_head"]
+    kv_heads = 1 if hf["multi_query"] else hf["n_head"]
+    biases = (hf["n_head"] + 2 * kv_heads) * head_dim + hidden + inter + hidden
+    return Anatomy(
+        vocab=hf["vocab_size"],
+        hidden=hidden,
+        layers=hf["n_layer"],
+        heads=hf["n_head"],
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        intermediate=inter,
+        gated=False,
+        tied=hf["tie_word_embeddings"],
+        vectors_per_layer=biases + 4 * hidden,
+        vectors_outside=2 * hidden,
+        positions=hf["n_positions"],
+    )
+
+
+# The published configurations carry dropouts of 0.1. Here they are 0, and no key of `model.shape`: dropout draws by the
+# way a batch was split, so that neither an elastic nor a resumed run could repeat the losses of an undisturbed one.
+STARCODER2 = Family(
+    name="starcoder2",
+    model_type="starcoder2",
+    architecture="Starcoder2ForCausalLM",
+    special_tokens=TOKENS_2,
+    splitting="digits",
+    pre_tokenizer_pattern=PATTERN,
+    normalizer=None,
+    defaults={
+        "hidden_act": "gelu_pytorch_tanh",
+        "initializer_range": 0.018042,
+        "norm_epsilon": 1e-5,
+        "sliding_window": 4096,
+        "use_bias": True,
+        "attention_dropout": 0.0,
+        "residual_dropout": 0.0,
+        "embedding_dropout": 0.0,
+        "max_position_embeddings": 16384,
+    },
+    anatomy=starcoder2_anatomy,
+    derived_head_dim=True,
+)
+STARCODER = Family(
+    name="starcoder",
+    model_type="gpt_bigcode",
+    architecture="GPTBigCodeForCausalLM",
+    special_tokens=TOKENS_1,
+    splitting="digits",
+    pre_tokenizer_pattern=PATTERN,
+    normalizer=None,
+    defaults={
+        "activation_function": "gelu_pytorch_tanh",
+        "initializer_range": 0.02,
+        "layer_norm_epsilon": 1e-5,
+        "multi_query": True,
+        "scale_attn_weights": True,
+        "attention_softmax_in_fp32": True,
+        "scale_attention_softmax_in_fp32": True,
+        "attn_pdrop": 0.0,
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "n_positions": 8192,
+        "tie_word_embeddings": True,
+    },
+    anatomy=starcoder_anatomy,
+    position_key="n_positions",
+    absolute_positions=True,
+    derived_head_dim=True,
+    aliases={
+        "hidden_size": "n_embd",
+        "num_hidden_layers": "n_layer",
+        "num_attention_heads": "n_head",
+        "max_position_embeddings": "n_positions",
+        "intermediate_size": "n_inner",
+    },
+)
+
+
+def _second(layers: int, hidden: int, heads: int, kv_heads: int, theta: float, *, tied: bool) -> HfValues:
+    return {
+        "vocab_size": 49152,
+        "hidden_size": hidden,
+        "intermediate_size": 4 * hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "rope_parameters": rope(theta),
+        "tie_word_embeddings": tied,
+    }
+
+
+def _first(layers: int, hidden: int, heads: int) -> HfValues:
+    return {"vocab_size": 49152, "n_layer": layers, "n_embd": hidden, "n_head": heads, "n_inner": 4 * hidden}
+
+
+SIZES = (
+    Size("starcoder2-3b", STARCODER2, _second(30, 3072, 24, 2, 999999.4420358813, tied=True)),
+    Size("starcoder2-7b", STARCODER2, _second(32, 4608, 36, 4, 1_000_000.0, tied=True)),
+    Size("starcoder2-15b", STARCODER2, _second(40, 6144, 48, 4, 100_000.0, tied=False)),
+    Size("starcoderbase-1b", STARCODER, _first(24, 2048, 16)),
+    Size("starcoderbase-3b", STARCODER, _first(36, 2816, 22)),
+    Size("starcoderbase-7b", STARCODER, _first(42, 4096, 32)),
+    Size("starcoderbase", STARCODER, _first(40, 6144, 48)),
+    Size("starcoder", STARCODER, _first(40, 6144, 48)),
+    Size("tiny_starcoder_py", STARCODER, _first(20, 768, 12)),
+)

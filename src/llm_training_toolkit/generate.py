@@ -1,0 +1,87 @@
+"""Generation: complete a prompt, or fill in the middle, from an exported directory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llm_training_toolkit.errors import CheckpointError, PlanError
+
+
+@dataclass(frozen=True)
+class Sentinels:
+    """The fill-in-the-middle markers of a family."""
+
+    prefix: str
+    suffix: str
+    middle: str
+
+
+_KNOWN = (
+    Sentinels("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),
+    Sentinels("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),
+)
+
+
+def sentinels_of(path: str | Path) -> Sentinels:
+    """The markers that the tokenizer of an exported directory has. Raises PlanError when it has none."""
+    from transformers import AutoTokenizer  # noqa: PLC0415 - seconds to import
+
+    vocabulary = AutoTokenizer.from_pretrained(str(path)).get_vocab()
+    for known in _KNOWN:
+        if known.prefix in vocabulary:
+            return known
+    raise PlanError(f"{path}: the tokenizer has no fill-in-the-middle markers: this model cannot fill in the middle")
+
+
+class Generator:
+    """A model loaded for generation."""
+
+    def __init__(self, path: str | Path, device: str = "cpu") -> None:
+        from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: PLC0415 - seconds to import
+
+        if not (Path(path) / "config.json").is_file():
+            raise CheckpointError(f"{path}: no model there (no config.json): name an exported directory, such as RUN/export")
+        self._tokenizer: Any = AutoTokenizer.from_pretrained(str(path))
+        self._model: Any = AutoModelForCausalLM.from_pretrained(str(path)).to(device).eval()
+
+    def complete(self, prompt: str, *, tokens: int = 64, temperature: float = 0.0, seed: int = 0) -> str:
+        """What the model writes after `prompt`, at most `tokens` tokens; temperature 0 = always the likeliest."""
+        return self._continue(self._ids(prompt), tokens, temperature, seed)
+
+    def infill(
+        self, prefix: str, suffix: str, sentinels: Sentinels, *, tokens: int = 64, temperature: float = 0.0, seed: int = 0
+    ) -> str:
+        """What the model writes between `prefix` and `suffix`, in prefix-suffix-middle order."""
+        marks = [self._marker(name) for name in (sentinels.prefix, sentinels.suffix, sentinels.middle)]
+        ids = [marks[0], *self._ids(prefix), marks[1], *self._ids(suffix), marks[2]]
+        return self._continue(ids, tokens, temperature, seed)
+
+    def _ids(self, text: str) -> list[int]:
+        # Marker text inside a prompt is text, not a marker.
+        ids: list[int] = self._tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        return ids
+
+    def _marker(self, name: str) -> int:
+        found = self._tokenizer.get_vocab().get(name)
+        if found is None:
+            raise PlanError(f"the tokenizer has no {name}: this model cannot fill in the middle")
+        return int(found)
+
+    @torch.no_grad()
+    def _continue(self, ids: list[int], tokens: int, temperature: float, seed: int) -> str:
+        limit = int(self._model.config.max_position_embeddings)
+        if not ids:
+            raise PlanError("the prompt is empty: give at least one character")
+        if len(ids) + tokens > limit:
+            raise PlanError(f"prompt of {len(ids)} tokens plus {tokens} new ones exceed the model's context of {limit}")
+        torch.manual_seed(seed)
+        sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+        prompt = torch.tensor([ids], device=self._model.device)
+        mask = torch.ones_like(prompt)
+        out = self._model.generate(prompt, attention_mask=mask, max_new_tokens=tokens, **sampling)
+        text: str = self._tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)
+        return text

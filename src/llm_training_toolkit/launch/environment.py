@@ -1,0 +1,52 @@
+"""What must be settled before `import ray`: its environment, and whether this machine is large enough.
+
+Ray reads RAY_AUTH_MODE once, when its core library loads: set later, the driver and the servers it
+starts disagree, and `ray.init` waits in vain for its own server.
+"""
+
+from __future__ import annotations
+
+import os
+
+from llm_training_toolkit.config import Config
+from llm_training_toolkit.errors import LaunchError
+
+_DRIVER = {
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600",  # covers a runtime_env that installs packages
+    "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": "1800",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # otherwise every line arrives twice
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths keep their meaning
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # workers without a GPU keep their environment
+}
+"""Ray Train copies these from the driver to its controller and workers."""
+
+
+def is_local() -> bool:
+    """Whether Ray is to be started on this machine alone, because no cluster is named."""
+    return "RAY_ADDRESS" not in os.environ
+
+
+def prepare_environment() -> None:
+    """Set what Ray reads when it is imported. What is set already stays."""
+    for name, value in _DRIVER.items():
+        os.environ.setdefault(name, value)
+    if is_local():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+
+def check_machine(config: Config) -> None:
+    """Refuse, before anything starts, more workers than this machine has cores; a cluster is asked later."""
+    wanted = config.cluster.workers * config.cluster.cpus_per_worker
+    cores = len(os.sched_getaffinity(0))
+    if is_local() and wanted > cores:
+        raise LaunchError(too_many(config, f"this machine has {cores} cores"))
+
+
+def too_many(config: Config, found: str) -> str:
+    """The message for a run that asks for more CPUs than there are."""
+    workers, cpus = config.cluster.workers, config.cluster.cpus_per_worker
+    return (
+        f"cluster.workers = {workers} with {cpus} CPU each need {workers * cpus} CPUs, {found}: "
+        "lower cluster.workers or cluster.cpus_per_worker (workers change the speed, not the result), "
+        "or set RAY_ADDRESS to a larger cluster"
+    )

@@ -1,0 +1,131 @@
+"""The end of a run: export the newest checkpoint, then let the exported model show what it can do.
+
+Called by rank 0 when training is over, and by the next start if that was cut short. The samples
+continue held-out documents, so that they suit whatever the run was trained on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llm_training_toolkit import families
+from llm_training_toolkit.checkpoint import Checkpoint, newest
+from llm_training_toolkit.config import Config
+from llm_training_toolkit.context import Event, RunContext
+from llm_training_toolkit.data.feed import held_out_texts
+from llm_training_toolkit.data.receipt import Receipt
+from llm_training_toolkit.data.tokenizer import open_tokenizer
+from llm_training_toolkit.errors import CheckpointError
+from llm_training_toolkit.export import export
+from llm_training_toolkit.generate import Generator, Sentinels
+from llm_training_toolkit.metrics import Metrics
+from llm_training_toolkit.runs import RunDirectory
+
+Report = Callable[[Event], None]
+_COMPLETIONS = 2
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What the model wrote, and what it was given."""
+
+    title: str
+    before: str
+    written: str
+    after: str = ""
+
+    def to_event(self) -> Event:
+        """For the screen."""
+        return {"kind": "sample", **self.__dict__}
+
+    def to_markdown(self) -> str:
+        """For TensorBoard: given and written text apart."""
+        parts = [f"**{self.title}**", "given", _block(self.before), "written", _block(self.written)]
+        return "\n\n".join([*parts, "given", _block(self.after)] if self.after else parts)
+
+
+def _block(text: str) -> str:
+    return f"```\n{text}\n```"
+
+
+def finish(
+    run: RunDirectory,
+    config: Config,
+    receipt: Receipt,
+    hf_config: Mapping[str, Any],
+    metrics: Metrics,
+    report: Report,
+) -> None:
+    """Export the newest checkpoint and sample from the export. Raises CheckpointError when that fails."""
+    directory = newest(run.checkpoints)
+    if directory is None:
+        raise CheckpointError(f"{run.path}: nothing to export: the run has no complete checkpoint")
+    tokens = families.find(config.model.name).family.special_tokens
+    encoder = open_tokenizer(receipt.tokenizer_path)
+    export(
+        Checkpoint(directory),
+        run.export,
+        hf_config=hf_config,
+        tokenizer=Path(receipt.tokenizer_path),
+        precision=config.train.precision,
+        end_of_text=encoder.id_of(tokens.end_of_text),
+        pad=receipt.pad_id,
+        card=_card(config, directory),
+    )
+    report({"kind": "exported", "path": str(run.export)})
+    step = Checkpoint(directory).manifest.step
+    for sample in samples(run.export, config, receipt):
+        metrics.text(step, f"samples/{sample.title}", sample.to_markdown())
+        report(sample.to_event())
+
+
+def finish_again(run: RunDirectory, config: Config, report: Report) -> None:
+    """Make up for a `finish` that was cut short, in a process of its own."""
+    directory = newest(run.checkpoints)
+    assert directory is not None
+    manifest = Checkpoint(directory).manifest
+    context = RunContext(rank=0, world_size=1, device=torch.device("cpu"), report=report)
+    metrics = Metrics(run, manifest.attempt, manifest.step, context)
+    receipt = Receipt.from_json(run.receipt.read_text())
+    finish(run, config, receipt, manifest.extra["hf_config"], metrics, report)
+    metrics.close()
+
+
+def samples(exported: Path, config: Config, receipt: Receipt) -> Iterator[Sample]:
+    """Two completions of held-out documents, and one infilling where the run learnt to infill."""
+    tokens = families.find(config.model.name).family.special_tokens
+    texts = [text for text in held_out_texts(receipt, limit=3) if len(text) >= 60]
+    if not texts:
+        return
+    room = config.data.sequence_length
+    generator = Generator(exported)
+    for number, text in enumerate(texts[:_COMPLETIONS], start=1):
+        before = text[: min(len(text) // 2, room)]
+        yield Sample(f"completion {number}", before, generator.complete(before, tokens=min(48, room // 4)))
+    if any(source.fim is not None for source in config.data.sources):
+        sentinels = Sentinels(tokens.fim_prefix, tokens.fim_suffix, tokens.fim_middle)
+        before, after = _around_a_line(texts[-1][: 2 * room])
+        written = generator.infill(before, after, sentinels, tokens=min(32, room // 8))
+        yield Sample("infilling", before, written, after)
+
+
+def _around_a_line(text: str) -> tuple[str, str]:
+    """What stands before and after the middle line of a text."""
+    lines = text.splitlines(keepends=True)
+    middle = len(lines) // 2
+    return "".join(lines[:middle]), "".join(lines[middle + 1 :])
+
+
+def _card(config: Config, checkpoint: Path) -> str:
+    """A model card with the facts of the run."""
+    sources = "\n".join(f"- `{source.path}` ({source.format})" for source in config.data.sources)
+    return (
+        f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n# {config.run.name}\n\n"
+        f"A {config.model.name} model{' from random weights' if config.model.path is None else ''}, "
+        f"trained with the LLM Training Toolkit; checkpoint `{checkpoint.name}`.\n\nTrained on:\n\n{sources}\n"
+    )

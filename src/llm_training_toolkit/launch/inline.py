@@ -1,0 +1,72 @@
+"""A run without Ray: in this process, or in the ranks that torchrun started. For debugging, and where Ray is absent."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from llm_training_toolkit.config import Config
+from llm_training_toolkit.console import Console
+from llm_training_toolkit.context import RunContext
+from llm_training_toolkit.data.receipt import Receipt
+from llm_training_toolkit.launch.place import Place, is_first_rank, ranks_started
+from llm_training_toolkit.launch.stopping import on_stop_signal
+from llm_training_toolkit.launch.worker import work
+from llm_training_toolkit.runs import RunDirectory
+
+_TIMEOUT = timedelta(hours=1)
+"""Covers the preparation of the data, which ranks other than the first wait for."""
+
+
+@contextmanager
+def process_group() -> Iterator[torch.device]:
+    """The process group of the ranks, on this rank's device."""
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists
+    device = _device()
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if ranks_started() > 1:
+        dist.init_process_group(backend, timeout=_TIMEOUT)
+    else:
+        # DeepSpeed wants a process group even of one; an in-memory store needs no port.
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield device
+    finally:
+        dist.destroy_process_group()
+
+
+def _device() -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
+
+
+def run_inline(run: RunDirectory, config: Config, console: Console) -> dict[str, Any]:
+    """Train in this process, as one of the ranks that torchrun started or alone; what `work` returns comes back.
+
+    Ranks other than the first wait in the rendezvous until the first one has prepared the data.
+    """
+    stop = threading.Event()
+    os.environ.update(config.cluster.env)
+    with process_group() as device, on_stop_signal(stop.set):
+        context = RunContext(
+            rank=int(os.environ.get("RANK", "0")),
+            world_size=ranks_started(),
+            device=device,
+            report=console.show if is_first_rank() else _quiet,
+            stop_requested=stop.is_set,
+        )
+        return work(Place(run, config, Receipt.from_json(run.receipt.read_text())), context)
+
+
+def _quiet(_event: object) -> None:
+    """Ranks other than the first say nothing."""

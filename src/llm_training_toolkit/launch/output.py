@@ -1,0 +1,24 @@
+"""Sending what libraries print to a log file, below Python, so that the screen stays the person's."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import IO
+
+
+def own_terminal(descriptor: int) -> IO[str]:
+    """A file on the present standard output (1) or error (2) that survives `redirect`."""
+    return os.fdopen(os.dup(descriptor), "w", buffering=1, encoding="utf-8", errors="replace")
+
+
+def redirect(path: Path) -> None:
+    """Send standard output and error of this process, and of its children from now on, to the end of a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    target = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(target, 1)
+    os.dup2(target, 2)
+    os.close(target)

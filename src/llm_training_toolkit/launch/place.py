@@ -1,0 +1,29 @@
+"""Where a run takes place: its directory, its configuration, its data, and the ranks torchrun may have started."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from llm_training_toolkit.config import Config
+from llm_training_toolkit.data.receipt import Receipt
+from llm_training_toolkit.runs import RunDirectory
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a rank finds everything."""
+
+    run: RunDirectory
+    config: Config
+    receipt: Receipt
+
+
+def ranks_started() -> int:
+    """Ranks that torchrun started this process among; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_first_rank() -> bool:
+    """Whether this process is rank 0 of its torchrun, or alone."""
+    return int(os.environ.get("RANK", "0")) == 0

@@ -1,0 +1,78 @@
+"""Preparing the data of a run before ranks exist: the tokenizer, tokens and packing of as many epochs as it needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+from llm_training_toolkit import families
+from llm_training_toolkit.config import Config
+from llm_training_toolkit.data.markers import Markers
+from llm_training_toolkit.data.prepare import Prepared, prepare
+from llm_training_toolkit.data.receipt import Receipt
+from llm_training_toolkit.plan import DataFacts, make_plan
+
+Progress = Callable[[str, int, int], None]
+
+
+def markers_of(config: Config) -> Markers:
+    """The special tokens of the run's family, as the data layer takes them."""
+    family = families.find(config.model.name).family
+    tokens = family.special_tokens
+    return Markers(
+        end_of_text=tokens.end_of_text,
+        pad=tokens.pad,
+        fim_prefix=tokens.fim_prefix or None,
+        fim_middle=tokens.fim_middle or None,
+        fim_suffix=tokens.fim_suffix or None,
+        all=tokens.all,
+        pre_tokenizer_pattern=family.pre_tokenizer_pattern,
+    )
+
+
+def prepare_run(config: Config, progress: Progress) -> Prepared:
+    """Prepare the first epoch, then as many more as the run's length asks for."""
+    markers = markers_of(config)
+    epochs = config.train.epochs or 1
+    prepared = prepare(config, markers, epochs=epochs, progress=progress)
+    while (needed := _missing_epochs(config, prepared)) > 0:
+        epochs += needed
+        prepared = prepare(config, markers, epochs=epochs, progress=progress)
+    return prepared
+
+
+def _missing_epochs(config: Config, prepared: Prepared) -> int:
+    """Epochs to add at least, reckoned from the size of the largest prepared one."""
+    sequences = prepared.receipt.sequences
+    plan = make_plan(config, DataFacts(sequences))
+    if config.train.epochs is not None or plan.steps is None:
+        return 0
+    missing = plan.steps * plan.global_batch - sum(sequences)
+    return -(-missing // max(*sequences, 1)) if missing > 0 else 0
+
+
+def receipt_json(receipt: Receipt) -> dict[str, Any]:
+    """The contract of `ltt prepare --json`."""
+    return {
+        "sources": [asdict(source) for source in receipt.sources],
+        "sequences": sum(receipt.sequences),
+        "padding": receipt.padding,
+        "tokens_lost": receipt.tokens_lost,
+        "eval_sequences": receipt.eval_sequences,
+        "tokenizer": receipt.tokenizer_path,
+    }
+
+
+def receipt_lines(receipt: Receipt) -> list[str]:
+    """The receipt in words: what became of every source."""
+    rows = []
+    for source in receipt.sources:
+        dropped = ", ".join(f"{count:,} {reason}" for reason, count in source.dropped.items()) or "none"
+        rows.append(
+            f"{source.path}: {source.documents:,} documents ({source.held_out:,} held out), dropped: {dropped}; "
+            f"{source.tokens:,} tokens, {source.loss_tokens:,} with loss, longest document {source.longest:,}"
+        )
+    total = f"{sum(receipt.sequences):,} sequences of {receipt.sequence_length:,} tokens in {len(receipt.epochs)} epochs"
+    rows.append(f"{total}, {receipt.padding:.2%} padding, {receipt.tokens_lost} tokens lost")
+    return rows

@@ -1,0 +1,204 @@
+"""A run on Ray: workers through Ray Train's TorchTrainer, on the cluster at hand or on this machine alone.
+
+The driver starts the workers in a thread and meanwhile shows what they tell and passes on the wish to
+stop. Ray restarts workers that die; a ToolkitError is final, because a restart would meet it again.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.exceptions
+
+from llm_training_toolkit import errors
+from llm_training_toolkit.config import Config, from_json
+from llm_training_toolkit.console import Console
+from llm_training_toolkit.context import RunContext
+from llm_training_toolkit.data.receipt import Receipt
+from llm_training_toolkit.errors import LaunchError, ToolkitError
+from llm_training_toolkit.launch.control import open_line, reporter, stop_watch
+from llm_training_toolkit.launch.environment import is_local, too_many
+from llm_training_toolkit.launch.output import redirect
+from llm_training_toolkit.launch.place import Place
+from llm_training_toolkit.launch.stopping import on_stop_signal
+from llm_training_toolkit.runs import RunDirectory
+
+_COLLECTIVE_TIMEOUT = 900
+_STARTUP_FAILURES = 3
+"""Ray's default is to try for ever."""
+
+
+@contextmanager
+def cluster(console: Console) -> Iterator[None]:
+    """The Ray cluster that RAY_ADDRESS names or that this job runs in; otherwise one of this machine alone."""
+    local = is_local()
+    console.stage("starting Ray", 0, 1)
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "error", "configure_logging": True}
+    if local:
+        options |= {"address": "local", "num_cpus": len(os.sched_getaffinity(0)), "include_dashboard": False}
+    try:
+        ray.init(**options)
+    except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
+        where = "on this machine" if local else f"at RAY_ADDRESS={os.environ['RAY_ADDRESS']}"
+        raise LaunchError(f"Ray cannot be reached {where}: {error}. `ray status` shows whether it runs") from error
+    console.stage("starting Ray", 1, 1)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _gpus_per_worker(config: Config, resources: Mapping[str, float]) -> int:
+    """GPUs a worker takes; checks on the way that the cluster has what the run asks for."""
+    workers, gpus = config.cluster.workers, resources.get("GPU", 0.0)
+    if resources.get("CPU", 0.0) < workers * config.cluster.cpus_per_worker:
+        raise LaunchError(too_many(config, f"the cluster has {resources.get('CPU', 0.0):g}"))
+    if config.cluster.gpus_per_worker == "auto":
+        return 1 if gpus >= workers else 0
+    if gpus < workers * config.cluster.gpus_per_worker:
+        raise LaunchError(
+            f"cluster.workers = {workers} with {config.cluster.gpus_per_worker} GPU each: the cluster has {gpus:g} GPUs; "
+            "lower cluster.workers, or set cluster.gpus_per_worker to 0"
+        )
+    return config.cluster.gpus_per_worker
+
+
+def run_on_ray(run: RunDirectory, config: Config, console: Console) -> dict[str, Any]:
+    """Train on Ray workers; what `work` returns on rank 0 comes back. Raises ToolkitError."""
+    redirect(run.path / "logs" / "driver.log")
+    with cluster(console):
+        gpus = _gpus_per_worker(config, ray.cluster_resources())
+        line = open_line()
+        trainer = _trainer(run, config, gpus, line)
+        console.stage("starting workers", 0, 1)
+        with on_stop_signal(lambda: _wish_to_stop(line, console)):
+            return _result(run, config, *_watch(trainer, line, console))
+
+
+def _wish_to_stop(line: Any, console: Console) -> None:  # noqa: ANN401
+    console.say("stopping after this step, with a checkpoint (Ctrl-C again: at once, without)")
+    line.ask_to_stop.remote()
+
+
+def _trainer(run: RunDirectory, config: Config, gpus: int, line: Any) -> Any:  # noqa: ANN401
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    resources = {"CPU": config.cluster.cpus_per_worker} | ({"GPU": gpus} if gpus else {})
+    # Ray keeps no checkpoints of ours: a name of its own for every start, so that it finds nothing to restore.
+    name = f"start_{time.time_ns()}"
+    return TorchTrainer(
+        worker_main,
+        train_loop_config={"run": str(run.path), "line": line},
+        torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=_COLLECTIVE_TIMEOUT),
+        scaling_config=ScalingConfig(
+            num_workers=config.cluster.workers,
+            use_gpu=bool(gpus),
+            resources_per_worker=resources,
+            placement_strategy=config.cluster.placement.upper(),
+        ),
+        run_config=RunConfig(
+            name=name,
+            storage_path=str(run.path / "logs" / "ray"),
+            failure_config=FailureConfig(max_failures=config.failures.max, controller_failure_limit=_STARTUP_FAILURES),
+            worker_runtime_env={"env_vars": _worker_environment(config)},
+        ),
+    )
+
+
+def _worker_environment(config: Config) -> dict[str, str]:
+    """Environment of every worker; what the configuration names wins."""
+    tools = str(Path(sys.executable).parent)  # ninja, for the operations DeepSpeed compiles
+    return {
+        "OMP_NUM_THREADS": str(config.cluster.cpus_per_worker),
+        "TOKENIZERS_PARALLELISM": "false",
+        "PATH": f"{tools}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
+        **config.cluster.env,
+    }
+
+
+def _watch(trainer: Any, line: Any, console: Console) -> tuple[Any, Mapping[str, Any] | None]:  # noqa: ANN401
+    """Show what the workers tell until they are done: what `fit` gave or raised, and the last error a worker told.
+
+    Raises the first final error a worker reports.
+    """
+    ended: list[Any] = []
+
+    def fit() -> None:
+        try:
+            ended.append(trainer.fit().return_value)
+        except Exception as error:  # noqa: BLE001 - carried to the main thread, which raises it
+            ended.append(error)
+
+    thread = threading.Thread(target=fit, daemon=True, name="ray-train")
+    thread.start()
+    failure: Mapping[str, Any] | None = None
+    while True:
+        alive = thread.is_alive()
+        for event in ray.get(line.take.remote()):
+            if event["kind"] == "error":
+                failure = event
+                if event["final"]:
+                    raise _as_error(event)
+            console.show(event)
+        if not alive:
+            break
+        time.sleep(0.2)
+    return ended[0], failure
+
+
+def _result(
+    run: RunDirectory, config: Config, ended: Any, failure: Mapping[str, Any] | None  # noqa: ANN401
+) -> dict[str, Any]:
+    if isinstance(ended, dict):
+        return ended
+    logs = run.path / "logs"
+    if failure is not None:
+        raise LaunchError(
+            f"rank {failure['rank']} failed: {failure['text']}. All restarts (failures.max = "
+            f"{config.failures.max}) are used up; the same command goes on from the newest checkpoint. Logs: {logs}"
+        )
+    raise LaunchError(f"Ray ended the run: {ended}. The same command goes on from the newest checkpoint. Logs: {logs}")
+
+
+def _as_error(event: Mapping[str, Any]) -> ToolkitError:
+    """The worker's error again, of the class it had there."""
+    kind = getattr(errors, str(event["type"]), ToolkitError)
+    error: ToolkitError = kind(str(event["text"]))
+    return error
+
+
+def worker_main(assignment: Mapping[str, Any]) -> dict[str, Any]:
+    """What Ray Train runs on every worker."""
+    import ray.train
+    from ray.train.torch import get_device
+
+    from llm_training_toolkit.launch.worker import work
+
+    ranks = ray.train.get_context()
+    rank = ranks.get_world_rank()
+    report = reporter(assignment["line"])
+    run = RunDirectory(Path(assignment["run"]))
+    if rank == 0:
+        report({"kind": "stage", "name": "starting workers", "done": 1, "total": 1})
+    try:
+        place = Place(run, from_json(run.resolved.read_text()), Receipt.from_json(run.receipt.read_text()))
+        stop = stop_watch(assignment["line"]) if rank == 0 else bool
+        context = RunContext(rank, ranks.get_world_size(), get_device(), report, stop)
+        return work(place, context)
+    except Exception as error:
+        final = isinstance(error, ToolkitError)
+        text = str(error) if final else f"{type(error).__name__}: {error}"
+        traceback.print_exc()
+        event = {"kind": "error", "rank": rank, "type": type(error).__name__, "text": text, "final": final}
+        ray.get(assignment["line"].post.remote(event))
+        raise

@@ -1,0 +1,28 @@
+"""Ctrl-C and SIGTERM as a wish: the run stops at the end of the step, with a checkpoint."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+
+@contextmanager
+def on_stop_signal(ask: Callable[[], None]) -> Iterator[None]:
+    """Call `ask` at the first SIGINT or SIGTERM; a second SIGINT interrupts at once. Main thread only."""
+    asked = 0
+
+    def handle(number: int, _frame: FrameType | None) -> None:
+        nonlocal asked
+        asked += 1
+        if asked > 1 and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        ask()
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

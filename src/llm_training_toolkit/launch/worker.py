@@ -1,0 +1,146 @@
+"""What one rank does: build the parts, resume, train, and on rank 0 export and sample at the end.
+
+The same for a Ray Train worker, a torchrun rank and a lone process; they differ in the RunContext.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from llm_training_toolkit.checkpoint import Checkpoint, newest
+from llm_training_toolkit.config import Config
+from llm_training_toolkit.config.identity import fingerprint
+from llm_training_toolkit.context import RunContext
+from llm_training_toolkit.data.feed import Feed
+from llm_training_toolkit.engine import Engine, partitioned, prepare_process, whole_parameter
+from llm_training_toolkit.errors import CheckpointError
+from llm_training_toolkit.launch.finish import finish
+from llm_training_toolkit.launch.output import redirect
+from llm_training_toolkit.launch.place import Place
+from llm_training_toolkit.metrics import Metrics
+from llm_training_toolkit.models import LossModule, build_model, check_size, initialize
+from llm_training_toolkit.plan import DataFacts, Plan, make_plan, require
+from llm_training_toolkit.runs import begin_attempt, end_attempt, environment, run_of
+from llm_training_toolkit.saving import CheckpointSaver, Lineage, newest_sound, restore
+from llm_training_toolkit.train import Parts, Progress, train
+
+
+def work(place: Place, context: RunContext) -> dict[str, Any]:
+    """Take part in the run until it finishes or stops; `{"status", "step"}` comes back on every rank."""
+    run, config = place.run, place.config
+    attempt = _begin(place, context)
+    try:
+        parts, progress, hf_config = _build(place, context, attempt)
+        status, progress = train(parts, progress)
+        if status == "finished" and config.export.at_end and context.is_first:
+            finish(run, config, place.receipt, hf_config, parts.metrics, context.report)
+        parts.metrics.close()
+    except Exception as error:
+        if context.is_first:
+            end_attempt(run, attempt, "failed", error=f"{type(error).__name__}: {error}")
+        raise
+    if context.is_first:
+        end_attempt(run, attempt, status, step=progress.step)
+    return {"status": status, "step": progress.step}
+
+
+def _begin(place: Place, context: RunContext) -> int:
+    """Agree on the attempt's number, send the output of libraries to its log, get the process ready."""
+    config = place.config
+    facts = {"host": socket.gethostname(), "pid": os.getpid(), "workers": context.world_size, "zero": config.engine.zero}
+    attempt = context.broadcast(begin_attempt(place.run, facts) if context.is_first else 0)
+    redirect(place.run.logs(attempt) / f"rank_{context.rank}.log")
+    torch.set_num_threads(config.cluster.cpus_per_worker)
+    if config.run.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(mode=True)
+    return attempt
+
+
+def _build(place: Place, context: RunContext, attempt: int) -> tuple[Parts, Progress, Mapping[str, Any]]:
+    run, config = place.run, place.config
+    facts = DataFacts(place.receipt.sequences)
+    plan = require(make_plan(config, facts, replicas=context.world_size))
+    prepare_process(context.device.type)
+    checkpoint = newest_sound(run, context)
+    engine, hf_config = _engine(config, plan, context, from_scratch=checkpoint is None)
+    progress = _start(engine, config, checkpoint, context)
+    lineage = Lineage(
+        attempt=attempt,
+        parent=checkpoint.directory.name if checkpoint else None,
+        zero=plan.zero,
+        threads=torch.get_num_threads(),
+        config_fingerprint=fingerprint(config),
+        data_fingerprint=place.receipt.fingerprint,
+        versions=environment()["versions"],
+        extra={"hf_config": hf_config},
+    )
+    _warn_of_other_bits(checkpoint, lineage, context)
+    saver = CheckpointSaver(
+        run,
+        context,
+        engine,
+        lineage,
+        every_steps=plan.save_every_steps,
+        every_seconds=plan.save_every_seconds,
+        keep=config.checkpoint.keep,
+        keep_every=config.checkpoint.keep_every,
+    )
+    metrics = Metrics(run, attempt, progress.step, context)
+    metrics.text(progress.step, "configuration", f"```yaml\n{run.config.read_text()}\n```")
+    feed = Feed(place.receipt, global_batch=plan.global_batch, epochs=config.train.epochs)
+    return Parts(plan, plan.schedule(), config.run.seed, context, engine, feed, saver, metrics), progress, hf_config
+
+
+def _engine(
+    config: Config, plan: Plan, context: RunContext, *, from_scratch: bool
+) -> tuple[Engine, Mapping[str, Any]]:
+    """The model under DeepSpeed; its random weights are written only where nothing else will be loaded over them."""
+    model_config = config.model
+    with partitioned(plan.deepspeed):
+        model = build_model(
+            plan.hf_config,
+            precision=plan.precision,
+            attention=model_config.attention,
+            path=model_config.path,
+            activation_checkpointing=model_config.activation_checkpointing,
+        )
+    check_size(model, plan.parameters, model_config.name)
+    if from_scratch and model_config.path is None and model_config.init_from is None:
+        initialize(model, config.run.seed, whole_parameter)
+    hf_config: Mapping[str, Any] = model.config.to_dict()  # type: ignore[union-attr, operator]
+    return Engine(LossModule(model, model_config.loss_chunk), config.optim, plan.deepspeed, context.device), hf_config
+
+
+def _start(engine: Engine, config: Config, checkpoint: Checkpoint | None, context: RunContext) -> Progress:
+    """Bring the engine to where the run goes on: a checkpoint of it, another run's weights, or its own first ones."""
+    if checkpoint is not None:
+        restore(engine, checkpoint)
+        context.report({"kind": "note", "message": f"resuming from {checkpoint.directory.name}"})
+        return Progress(checkpoint.manifest.step, checkpoint.manifest.tokens)
+    if config.model.init_from is not None:
+        source = newest(run_of(config.model.init_from).checkpoints)
+        if source is None:
+            raise CheckpointError(f"model.init_from = {config.model.init_from}: that run has no complete checkpoint")
+        restore(engine, Checkpoint(source), optimizer=False)
+    return Progress()
+
+
+def _warn_of_other_bits(checkpoint: Checkpoint | None, lineage: Lineage, context: RunContext) -> None:
+    """Say when the continuation cannot be bit for bit: rounding depends on ranks and threads."""
+    if checkpoint is None or not context.is_first:
+        return
+    manifest = checkpoint.manifest
+    before, now = (manifest.world_size, manifest.threads), (context.world_size, lineage.threads)
+    if before != now:
+        said = "went on {} workers with {} threads each".format(*before)
+        here = "goes on {} with {}".format(*now)
+        message = f"the run {said} and now {here}: the same sequences, losses equal up to rounding"
+        context.report({"kind": "note", "message": message})
+
+

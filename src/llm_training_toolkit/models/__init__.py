@@ -1,0 +1,7 @@
+"""Models: building them, their first weights, their loss."""
+
+from llm_training_toolkit.models.build import build_model, check_size
+from llm_training_toolkit.models.initial import initialize
+from llm_training_toolkit.models.loss import LossModule
+
+__all__ = ["LossModule", "build_model", "check_size", "initialize"]

@@ -1,0 +1,48 @@
+"""Initial weights as a pure function of (seed, parameter name).
+
+Neither raw `zero.Init` (which leaves the embedding at standard deviation 1) nor transformers' own
+initialisation (whose draw depends on the order of construction) gives the same weights for every
+ZeRO stage and number of workers; this does. Called by the worker for a model from scratch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import torch
+from torch import nn
+
+Whole = Callable[[nn.Parameter], AbstractContextManager[None]]
+"""Makes a partitioned parameter whole while it is written; see `engine.whole_parameter`."""
+
+
+def initialize(model: nn.Module, seed: int, whole: Whole) -> None:
+    """Write every parameter of `model` in place: matrices normal, norms one, biases zero."""
+    config = model.config
+    std = float(config.initializer_range)
+    residual_std = std / math.sqrt(2 * config.num_hidden_layers)
+    for module_name, module in model.named_modules():
+        for local_name, parameter in module.named_parameters(recurse=False):
+            name = f"{module_name}.{local_name}"
+            # GPT-2 and GPTBigCode shrink what is added to the residual stream (Radford et al. 2019, 2.3).
+            scaled = config.model_type == "gpt_bigcode" and name.endswith("c_proj.weight")
+            with whole(parameter):
+                _fill(parameter.data, module, name, seed, residual_std if scaled else std)
+
+
+def _fill(data: torch.Tensor, module: nn.Module, name: str, seed: int, std: float) -> None:
+    if name.endswith("bias"):
+        data.zero_()
+    elif "norm" in type(module).__name__.lower():
+        data.fill_(1.0)
+    else:
+        values = torch.empty(data.shape, dtype=torch.float32).normal_(0.0, std, generator=_generator(seed, name))
+        data.copy_(values)
+
+
+def _generator(seed: int, name: str) -> torch.Generator:
+    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)

@@ -1,0 +1,33 @@
+"""How the sequences of a step are divided among replicas. The global batch never changes."""
+
+from __future__ import annotations
+
+from llm_training_toolkit.errors import PlanError
+
+
+def shares(global_batch: int, replicas: int) -> tuple[int, ...]:
+    """Sequences of each replica: they differ by at most one, larger first, and sum to the global batch.
+
+    Raises PlanError when a replica would have no sequence.
+    """
+    if not 1 <= replicas <= global_batch:
+        raise PlanError(
+            f"train.global_batch = {global_batch} cannot be divided among {replicas} replicas: each needs a sequence. "
+            f"Use 1 to {global_batch} workers, or a larger global batch."
+        )
+    share, rest = divmod(global_batch, replicas)
+    return (share + 1,) * rest + (share,) * (replicas - rest)
+
+
+def slice_of(global_batch: int, replicas: int, rank: int) -> range:
+    """Positions within the global batch that belong to replica `rank`, in order; IndexError beyond the replicas."""
+    if not 0 <= rank < replicas:
+        raise IndexError(f"rank {rank} of {replicas} replicas")
+    portions = shares(global_batch, replicas)
+    start = sum(portions[:rank])
+    return range(start, start + portions[rank])
+
+
+def accumulation(global_batch: int, replicas: int, micro_batch: int) -> int:
+    """Micro-batches of a step: the same on every replica, empty ones where a share is smaller than the largest."""
+    return -(-shares(global_batch, replicas)[0] // micro_batch)

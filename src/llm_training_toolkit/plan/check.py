@@ -1,0 +1,106 @@
+"""What is wrong with a run, and what a person should know about it, before any hardware is taken."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from llm_training_toolkit.config.schema import Config
+from llm_training_toolkit.families import HfValues, Size
+from llm_training_toolkit.plan.batch import shares
+from llm_training_toolkit.plan.deepspeed import deepspeed_problems
+from llm_training_toolkit.plan.problem import Problem
+
+
+def problems(config: Config, size: Size, hf: HfValues, replicas: int) -> tuple[Problem, ...]:
+    """Every reason found in the configuration itself why the run cannot start."""
+    found = (*_run(config), *_tokenizer(config), *_data(config, size, hf), *_batch(config, replicas))
+    return (*found, *deepspeed_problems(config.engine.deepspeed))
+
+
+def length_problems(steps: int | None, warmup: int | None, decay: int | None) -> tuple[Problem, ...]:
+    """Reasons that come from the length of the run, as far as it is known."""
+    if steps is None or warmup is None or decay is None:
+        return ()
+    if steps == 0:
+        return (Problem("data.sources", "there is no training sequence", "Check the paths and data.eval.fraction"),)
+    if warmup > steps:
+        what = f"a warm-up of {warmup} steps is longer than the run of {steps}"
+        return (Problem("optim.warmup", what, "Use a share such as 0.01, or a longer run"),)
+    if warmup + decay > steps:
+        what = f"a warm-up of {warmup} steps and a decay of {decay} do not fit into {steps} steps"
+        return (Problem("optim.decay", what, "Lower optim.decay or optim.warmup"),)
+    return ()
+
+
+def _run(config: Config) -> Iterator[Problem]:
+    if re.match(r"[A-Za-z0-9+.-]+://", config.run.dir):
+        what = f"{config.run.dir} is an object store, which is not supported yet"
+        yield Problem("run.dir", what, "Use a path that every node sees")
+
+
+def _tokenizer(config: Config) -> Iterator[Problem]:
+    origin = "path" if config.model.path is not None else "init_from" if config.model.init_from is not None else None
+    if config.tokenizer.train is not None and origin is not None:
+        what = f"a new tokenizer does not fit the weights of model.{origin}, which know their own tokens"
+        yield Problem("tokenizer.train", what, "Give tokenizer.path, the tokenizer these weights were trained with")
+
+
+def _data(config: Config, size: Size, hf: HfValues) -> Iterator[Problem]:
+    family, length = size.family, config.data.sequence_length
+    positions = hf[family.position_key]
+    if length > positions:
+        what = f"{length} tokens are more than the {positions} learned positions of {size.name}"
+        more = "" if config.model.path is not None else f", or raise model.shape.{family.position_key} (from scratch)"
+        yield Problem("data.sequence_length", what, f"Use at most {positions}{more}")
+    for index, source in enumerate(config.data.sources):
+        if source.fim is not None and not family.special_tokens.has_fim:
+            what = f"{family.name} has no tokens for fill-in-the-middle"
+            yield Problem(
+                f"data.sources[{index}].fim", what, "Remove it, or use a family that has: qwen2.5, starcoder2"
+            )
+
+
+def _batch(config: Config, replicas: int) -> Iterator[Problem]:
+    batch = config.train.global_batch
+    if replicas > batch:
+        what = f"{replicas} workers share {batch} sequences, so {replicas - batch} would have none"
+        yield Problem("cluster.workers", what, f"Use at most {batch} workers, or a larger train.global_batch")
+
+
+def notes(config: Config, size: Size, hf: HfValues, replicas: int) -> tuple[str, ...]:
+    """What is no mistake, but good to know."""
+    return (*_precision_notes(config, replicas), *_batch_notes(config, replicas), *_model_notes(config, size, hf))
+
+
+def _precision_notes(config: Config, replicas: int) -> Iterator[str]:
+    stage = config.engine.zero
+    if (
+        config.train.precision == "bf16"
+        and stage < 2
+        and replicas * config.train.micro_batch < config.train.global_batch
+    ):
+        yield f"ZeRO {stage} in bf16 sums gradients over micro-batches in bf16; engine.zero 2 and 3 do it in fp32."
+    if stage > 0 and replicas == 1:
+        yield f"ZeRO {stage} spreads nothing over one worker."
+
+
+def _batch_notes(config: Config, replicas: int) -> Iterator[str]:
+    if replicas > config.train.global_batch:
+        return
+    portions = shares(config.train.global_batch, replicas)
+    if portions[0] != portions[-1]:
+        yield f"Shares differ ({portions[0]} and {portions[-1]} sequences): the smaller ones wait for the larger."
+    if config.train.micro_batch > portions[0]:
+        yield f"train.micro_batch = {config.train.micro_batch} is more than a worker's share: {portions[0]} is enough."
+
+
+def _model_notes(config: Config, size: Size, hf: HfValues) -> Iterator[str]:
+    length = config.data.sequence_length
+    if config.model.path is not None:
+        yield f"Numbers are those of {size.name}; the weights of model.path are compared with it when they are loaded."
+        if not size.family.absolute_positions and length > size.values[size.family.position_key]:
+            yield f"A sequence of {length} tokens is longer than the weights have seen."
+    window = size.family.anatomy(hf).window
+    if window is not None and length > window:
+        yield f"Attention reaches back {window} tokens (sliding window), a sequence has {length}."

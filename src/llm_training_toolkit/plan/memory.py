@@ -1,0 +1,148 @@
+"""How much memory a device needs, by part, in closed form. An estimate: allocators and kernels add their own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from llm_training_toolkit.families import Anatomy
+
+_MAX_LIVE = 1_000_000_000
+"""DeepSpeed's default of stage3_max_live_parameters: gathered weights are kept up to this number."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes per device by part."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+
+    def gigabytes(self) -> dict[str, float]:
+        """The parts in units of 10^9 bytes."""
+        return {part: size / 1e9 for part, size in vars(self).items()}
+
+
+@dataclass(frozen=True)
+class Load:
+    """What the memory of a device follows from."""
+
+    model: Anatomy
+    zero: int
+    precision: Literal["bf16", "fp32"]
+    workers: int
+    micro_batch: int
+    sequence_length: int
+    activation_checkpointing: bool = False
+    loss_chunk: int = 0
+    eager_attention: bool = False
+    bucket: int = 500_000_000
+    """DeepSpeed's reduce_bucket_size, in elements."""
+    max_live: int = _MAX_LIVE
+    """DeepSpeed's stage3_max_live_parameters."""
+
+    @property
+    def width(self) -> int:
+        """Bytes of a number in the forward pass."""
+        return 2 if self.precision == "bf16" else 4
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a micro-batch."""
+        return self.micro_batch * self.sequence_length
+
+    def part(self, size: int, *, spread: bool) -> int:
+        """A size, or the share of it that one worker holds."""
+        return -(-size // self.workers) if spread else size
+
+
+def estimate(load: Load) -> Memory:
+    """Memory of one device at its peak within a step, in bytes."""
+    return Memory(
+        weights=weights(load),
+        gradients=gradients(load),
+        optimizer=optimizer(load),
+        activations=activations(load),
+        logits=logits(load),
+    )
+
+
+def weights(load: Load) -> int:
+    """The weights of the forward pass: 2 bytes in bf16, 4 in fp32; stage 3 spreads them (ZeRO, Rajbhandari 2020, 5).
+
+    Stage 3 gathers whole layers for use and keeps up to `stage3_max_live_parameters` of them (DeepSpeed's
+    documentation), which for a model below that number is all of it.
+    """
+    total = load.model.parameters
+    if load.zero < 3 or load.workers == 1:
+        return load.width * total
+    return load.width * (load.part(total, spread=True) + min(total, load.max_live))
+
+
+def gradients(load: Load) -> int:
+    """Gradients as accumulated, the copy for the optimizer, and the bucket of the reduction, in bytes.
+
+    Stages 0 and 1 accumulate whole in the precision of the forward pass; the step then needs an fp32 copy, of all at
+    stage 0 in bf16 and of the partition at stage 1. Stages 2 and 3 accumulate in fp32 on the partition alone. From
+    stage 1 on gradients pass through a bucket, which in bf16 is also copied to fp32 for the reduction. Read in
+    DeepSpeed 0.19.8, runtime/zero/stage_1_and_2.py and stage3.py.
+    """
+    total = load.model.parameters
+    if load.zero == 0:
+        return total * (2 + 4) if load.precision == "bf16" else total * 4
+    bucket = min(total, load.bucket) * (2 + 4 if load.precision == "bf16" else 4)
+    partition = 4 * load.part(total, spread=True)
+    return partition + bucket + (load.width * total if load.zero == 1 else 0)
+
+
+def optimizer(load: Load) -> int:
+    """Adam's two moments, 8 bytes, and 4 for the fp32 weights it updates; spread from stage 1 on.
+
+    Only stage 0 in fp32 updates the weights of the forward pass themselves. Source: ZeRO (Rajbhandari et al. 2020),
+    section 3.1, K = 12.
+    """
+    own_copy = load.precision == "bf16" or load.zero > 0
+    return load.part((12 if own_copy else 8) * load.model.parameters, spread=load.zero > 0)
+
+
+def activations(load: Load) -> int:
+    """What the forward pass keeps for the backward pass, in bytes.
+
+    Counted operation by operation after Korthikanti et al. 2022 (Reducing Activation Recomputation, section 4.1),
+    with grouped key-value heads and gated feed-forward layers. Per token and layer, in numbers: input and output of
+    two norms 4 h; queries, keys and values before and after rotation 2 (q + 2 k); attention's output q; feed-forward
+    4 i gated (gate, up, activation, product) or 2 i. Eager attention adds scores and probabilities, 2 heads T. With
+    checkpointing a layer keeps its input h, and one layer at a time is whole.
+    """
+    model = load.model
+    layer = 4 * model.hidden + 2 * (model.query_width + 2 * model.kv_width) + model.query_width
+    layer += (4 if model.gated else 2) * model.intermediate
+    layer += 2 * model.heads * load.sequence_length if load.eager_attention else 0
+    kept = model.layers * model.hidden + layer if load.activation_checkpointing else model.layers * layer
+    return load.width * load.tokens * kept
+
+
+def logits(load: Load) -> int:
+    """Logits of one chunk of the loss: in the precision of the forward pass, in fp32, and their gradient, in bytes.
+
+    tokens x vocabulary x (2 + 4 + 4) in bf16, (4 + 4 + 4) in fp32; a measurement on CPU gave 10.3 bytes a logit.
+    """
+    tokens = min(load.loss_chunk or load.tokens, load.tokens)
+    return tokens * load.model.vocab * (load.width + 8)
+
+
+def deepspeed_limits(deepspeed: Mapping[str, Any]) -> dict[str, int]:
+    """The two numbers of a DeepSpeed configuration that memory depends on, by the names of `Load`."""
+    zero = deepspeed["zero_optimization"]
+    return {
+        "bucket": _number(zero.get("reduce_bucket_size"), Load.bucket),
+        "max_live": _number(zero.get("stage3_max_live_parameters"), Load.max_live),
+    }
+
+
+def _number(value: object, default: int) -> int:
+    return int(value) if isinstance(value, (int, float)) else default

@@ -1,0 +1,207 @@
+"""The plan of a run: every number that follows from its configuration, and every mistake in it. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from llm_training_toolkit import families
+from llm_training_toolkit.config.schema import Config, duration_seconds
+from llm_training_toolkit.errors import PlanError
+from llm_training_toolkit.plan import batch, check, memory, rate
+from llm_training_toolkit.plan.deepspeed import deepspeed_config, deepspeed_problems, own_config
+from llm_training_toolkit.plan.problem import Problem
+from llm_training_toolkit.plan.schedule import Kind, Schedule
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """What preparing the data has found."""
+
+    sequences_per_epoch: tuple[int, ...]
+    """Packed training sequences of each prepared epoch, from the first on."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do. Memory in 10^9 bytes, learning rates absolute, lengths in optimizer steps."""
+
+    name: str
+    """Name of the run."""
+    model: str
+    """Name of the size."""
+    hf_config: Mapping[str, Any]
+    parameters: int
+    trainable_parameters: int
+    flops_per_token: int
+    precision: str
+    zero: int
+    steps: int | None
+    """None: not known before the data is prepared."""
+    steps_estimated: bool
+    """The data of some or all epochs is not prepared."""
+    epochs: float | None
+    """Passes over the data that the steps make; None where the data is not prepared."""
+    global_batch: int
+    micro_batch: int
+    workers: int
+    """`cluster.workers`; 0 = without Ray."""
+    replicas: int
+    """What the plan reckons with: the workers, or the ranks that were started."""
+    sequence_length: int
+    tokens_per_step: int
+    lr: float
+    """Largest learning rate."""
+    lr_floor: float
+    """Learning rate of the last step."""
+    schedule_kind: Kind
+    warmup_steps: int | None
+    decay_steps: int | None
+    save_every_steps: int | None
+    save_every_seconds: float | None
+    eval_every: int
+    deepspeed: Mapping[str, Any]
+    memory_gb_per_device: Mapping[str, float]
+    problems: tuple[Problem, ...]
+    estimated: tuple[str, ...]
+    """Names of the values here that are not exact."""
+    notes: tuple[str, ...]
+
+    def shares(self, replicas: int | None = None) -> tuple[int, ...]:
+        """Sequences of a step for each replica; PlanError when one would have none."""
+        return batch.shares(self.global_batch, replicas or self.replicas)
+
+    def accumulation(self, replicas: int | None = None) -> int:
+        """Micro-batches of a step on every replica."""
+        return batch.accumulation(self.global_batch, replicas or self.replicas, self.micro_batch)
+
+    def schedule(self) -> Schedule:
+        """The learning rate of every step; PlanError while the length of the run is not known."""
+        if self.steps is None or self.warmup_steps is None or self.decay_steps is None:
+            raise PlanError("train.epochs: the number of steps is not known before the data is prepared: ltt prepare")
+        return Schedule(
+            self.schedule_kind, self.lr, self.steps, self.warmup_steps, self.decay_steps, floor=self.lr_floor
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as JSON; `accumulation` maps numbers of workers (1 to 8 and the run's own) to micro-batches."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        worlds = sorted({*range(1, 9), self.replicas} & set(range(1, self.global_batch + 1)))
+        return {
+            **values,
+            "hf_config": dict(self.hf_config),
+            "deepspeed": dict(self.deepspeed),
+            "memory_gb_per_device": dict(self.memory_gb_per_device),
+            "accumulation": {str(world): self.accumulation(world) for world in worlds},
+            "problems": [asdict(problem) for problem in self.problems],
+            "estimated": list(self.estimated),
+            "notes": list(self.notes),
+        }
+
+
+def make_plan(config: Config, facts: DataFacts | None = None, replicas: int | None = None) -> Plan:
+    """The plan of a run with all problems in it; `replicas` = ranks that were started, else `cluster.workers`.
+
+    Raises PlanError only where there is nothing to plan: an unknown size or an impossible shape.
+    """
+    size = families.find(config.model.name)
+    hf = families.hf_config(config)
+    total = families.parameters(hf)
+    world = replicas or max(config.cluster.workers, 1)
+    steps, steps_estimated = run_steps(config, facts)
+    warmup, decay = rate.warmup_steps(config, steps), rate.decay_steps(config, steps)
+    lr = rate.learning_rate(config, total)
+    deepspeed = _deepspeed(config, total)
+    length, every = config.data.sequence_length, config.checkpoint.every
+    return Plan(
+        name=config.run.name,
+        model=size.name,
+        hf_config=hf,
+        parameters=total,
+        trainable_parameters=total,
+        flops_per_token=families.flops_per_token(hf, length),
+        precision=config.train.precision,
+        zero=config.engine.zero,
+        steps=steps,
+        steps_estimated=steps_estimated,
+        epochs=_epochs(config, steps, facts),
+        global_batch=config.train.global_batch,
+        micro_batch=config.train.micro_batch,
+        workers=config.cluster.workers,
+        replicas=world,
+        sequence_length=length,
+        tokens_per_step=config.train.global_batch * length,
+        lr=lr,
+        lr_floor=lr if config.optim.schedule == "constant" else lr * config.optim.min_lr,
+        schedule_kind=config.optim.schedule,
+        warmup_steps=warmup,
+        decay_steps=decay,
+        save_every_steps=every if isinstance(every, int) else None,
+        save_every_seconds=duration_seconds(every) if isinstance(every, str) else None,
+        eval_every=config.eval.every,
+        deepspeed=deepspeed,
+        memory_gb_per_device=_memory(config, hf, world, deepspeed),
+        problems=(*check.problems(config, size, hf, world), *check.length_problems(steps, warmup, decay)),
+        estimated=("steps", "memory_gb_per_device") if steps_estimated else ("memory_gb_per_device",),
+        notes=check.notes(config, size, hf, world),
+    )
+
+
+def require(plan: Plan) -> Plan:
+    """The plan itself when nothing is wrong with it; otherwise PlanError with all problems."""
+    if plan.problems:
+        raise PlanError("\n".join(str(problem) for problem in plan.problems))
+    return plan
+
+
+def run_steps(config: Config, facts: DataFacts | None) -> tuple[int | None, bool]:
+    """Length of the run in steps, and whether it is not exact.
+
+    Tokens: ceil(tokens / (global batch x sequence length)). Epochs: ceil(sequences of all epochs / global batch), as
+    the stream is continuous; an epoch not prepared yet counts as the mean of those that are, and None = none is.
+    """
+    train = config.train
+    if train.steps is not None:
+        return train.steps, False
+    if train.tokens is not None:
+        return -(-train.tokens // (train.global_batch * config.data.sequence_length)), False
+    assert train.epochs is not None  # exactly one length is given, says the schema
+    if facts is None or not facts.sequences_per_epoch:
+        return None, True
+    known = facts.sequences_per_epoch[: train.epochs]
+    missing = train.epochs - len(known)
+    sequences = sum(known) + round(missing * sum(known) / len(known))
+    return -(-sequences // train.global_batch), missing > 0
+
+
+def _epochs(config: Config, steps: int | None, facts: DataFacts | None) -> float | None:
+    """Passes over the data, by the mean length of the prepared epochs."""
+    if config.train.epochs is not None:
+        return float(config.train.epochs)
+    if steps is None or facts is None or not sum(facts.sequences_per_epoch):
+        return None
+    mean = sum(facts.sequences_per_epoch) / len(facts.sequences_per_epoch)
+    return steps * config.train.global_batch / mean
+
+
+def _deepspeed(config: Config, parameters: int) -> dict[str, Any]:
+    """The merged configuration, or the toolkit's own where the person's part cannot be merged."""
+    make = own_config if deepspeed_problems(config.engine.deepspeed) else deepspeed_config
+    return make(config, parameters=parameters)
+
+
+def _memory(config: Config, hf: Mapping[str, Any], replicas: int, deepspeed: Mapping[str, Any]) -> dict[str, float]:
+    load = memory.Load(
+        model=families.anatomy(hf),
+        zero=config.engine.zero,
+        precision=config.train.precision,
+        workers=replicas,
+        micro_batch=config.train.micro_batch,
+        sequence_length=config.data.sequence_length,
+        activation_checkpointing=config.model.activation_checkpointing,
+        loss_chunk=config.model.loss_chunk,
+        eager_attention=config.model.attention == "eager",
+        **memory.deepspeed_limits(deepspeed),
+    )
+    return memory.estimate(load).gigabytes()

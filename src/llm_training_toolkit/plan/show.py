@@ -1,0 +1,91 @@
+"""The plan as a person reads it in a terminal: one aligned line for each thing worth knowing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from llm_training_toolkit.plan.plan import Plan
+
+_SPREAD = (
+    "spreads nothing",
+    "spreads optimizer state",
+    "spreads optimizer state and gradients",
+    "spreads optimizer state, gradients and weights",
+)
+
+
+def lines(plan: Plan) -> list[str]:
+    """The plan in about a dozen lines of plain text; notes and problems stand at the end."""
+    rows = [*_rows(plan), *(("note", note) for note in plan.notes), *(("PROBLEM", str(each)) for each in plan.problems)]
+    width = max(len(label) for label, _ in rows)
+    return [f"{label:<{width}}  {text}" for label, text in rows]
+
+
+def _rows(plan: Plan) -> Iterator[tuple[str, str]]:
+    yield "run", plan.name
+    yield "model", f"{plan.model}, {count(plan.parameters)} parameters ({plan.parameters:,}), {plan.precision}"
+    yield "data", f"sequences of {plan.sequence_length:,} tokens, {_passes(plan)}"
+    yield "batch", _batch(plan)
+    yield "length", _length(plan)
+    yield "learning rate", _rate(plan)
+    yield "DeepSpeed", f"ZeRO {plan.zero} {_SPREAD[plan.zero]} over {_number(plan.replicas, 'worker')}"
+    yield "memory", _memory(plan)
+    yield (
+        "compute",
+        f"{count(plan.flops_per_token)} FLOPs a token, {count(plan.flops_per_token * plan.tokens_per_step)} a step",
+    )
+    yield "checkpoints", f"every {_save_interval(plan)}; evaluation every {_number(plan.eval_every, 'step')}"
+
+
+def _passes(plan: Plan) -> str:
+    return "not prepared yet" if plan.epochs is None else f"{plan.epochs:.3g} epochs"
+
+
+def _batch(plan: Plan) -> str:
+    if plan.replicas > plan.global_batch:
+        return f"global batch {plan.global_batch} cannot be divided among {plan.replicas} replicas"
+    shares = plan.shares()
+    share = f"{shares[0]}" if shares[0] == shares[-1] else f"({shares[-1]} or {shares[0]})"
+    replicas = _number(plan.replicas, "replica")
+    passes = _number(plan.accumulation(), "micro-batch", "es")
+    return f"global batch {plan.global_batch} = {replicas} x {share}, in {passes} of {plan.micro_batch}"
+
+
+def _length(plan: Plan) -> str:
+    if plan.steps is None:
+        return f"known when the data is prepared; {plan.tokens_per_step:,} tokens a step"
+    about = "about " if plan.steps_estimated else ""
+    total = plan.steps * plan.tokens_per_step
+    return f"{about}{_number(plan.steps, 'step')} x {plan.tokens_per_step:,} tokens = {about}{count(total)} tokens"
+
+
+def _rate(plan: Plan) -> str:
+    warmup = "a share of the run" if plan.warmup_steps is None else _number(plan.warmup_steps, "step")
+    shape = "" if plan.schedule_kind == "constant" else f" to {plan.lr_floor:.3g}"
+    decay = f" over the last {_number(plan.decay_steps, 'step')}" if plan.decay_steps else ""
+    return f"{plan.lr:.3g}, {plan.schedule_kind}{shape}{decay}, warm-up {warmup}"
+
+
+def _memory(plan: Plan) -> str:
+    parts = plan.memory_gb_per_device
+    by_part = ", ".join(f"{part} {size:.3g}" for part, size in parts.items())
+    return f"about {sum(parts.values()):.3g} GB a device: {by_part}"
+
+
+def _save_interval(plan: Plan) -> str:
+    if plan.save_every_steps is not None:
+        return _number(plan.save_every_steps, "step")
+    seconds = plan.save_every_seconds or 0.0
+    return f"{seconds / 60:g} min" if seconds >= 60 else f"{seconds:g} s"
+
+
+def _number(value: int, noun: str, plural: str = "s") -> str:
+    return f"{value:,} {noun}{'' if value == 1 else plural}"
+
+
+def count(value: float) -> str:
+    """A large number in three digits: 596M, 8.19B, 1.2e+18."""
+    for size, unit in ((1e15, ""), (1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.3g}{unit}" if unit else f"{value:.3g}"
+    return f"{value:g}"

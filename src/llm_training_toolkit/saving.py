@@ -1,0 +1,170 @@
+"""When a run saves, what it writes into the manifest, and how an engine is brought back to a checkpoint.
+
+Called by the worker: `CheckpointSaver` for the loop, `newest_sound` and `restore` before it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from llm_training_toolkit.checkpoint import Checkpoint, FileEntry, Manifest, Piece, clean, newest, save, set_aside
+from llm_training_toolkit.context import RunContext
+from llm_training_toolkit.errors import CheckpointError
+from llm_training_toolkit.runs import RunDirectory
+from llm_training_toolkit.train import Progress
+
+
+class Holder(Protocol):
+    """The engine's part in saving and loading."""
+
+    optimizer: torch.optim.Optimizer
+    shapes: Mapping[str, tuple[int, ...]]
+
+    def owned_fragments(self) -> Sequence[Piece]:
+        """The pieces this rank saves."""
+
+    def fragments(self) -> Sequence[Piece]:
+        """The pieces this rank holds."""
+
+    def create_optimizer_state(self, updates: int) -> None:
+        """A state to load into."""
+
+    def refresh(self) -> None:
+        """Bring the forward pass up to date."""
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """What a manifest says beyond the weights: where they come from and what made them."""
+
+    attempt: int
+    parent: str | None
+    zero: int
+    threads: int
+    config_fingerprint: str
+    data_fingerprint: str
+    versions: Mapping[str, str]
+    extra: Mapping[str, Any]
+
+
+class CheckpointSaver:
+    """Writes a checkpoint when steps or time say so, then deletes what need not be kept."""
+
+    def __init__(
+        self,
+        run: RunDirectory,
+        context: RunContext,
+        engine: Holder,
+        lineage: Lineage,
+        *,
+        every_steps: int | None,
+        every_seconds: float | None,
+        keep: int,
+        keep_every: int,
+    ) -> None:
+        self._run, self._context, self._engine, self._lineage = run, context, engine, lineage
+        self._every_steps, self._every_seconds = every_steps, every_seconds
+        self._keep, self._keep_every = keep, keep_every
+        self._last = time.monotonic()
+
+    def due(self, step: int) -> bool:
+        """Whether a checkpoint is due after `step` steps."""
+        if self._every_steps is not None:
+            return step % self._every_steps == 0
+        assert self._every_seconds is not None
+        return time.monotonic() - self._last >= self._every_seconds
+
+    def save(self, progress: Progress) -> float:
+        """Write a checkpoint of this moment; the seconds it took. Collective. Raises CheckpointError."""
+        began = time.monotonic()
+        directory = self._run.checkpoint(progress.step, self._lineage.attempt)
+        if not (directory / "manifest.json").exists():
+            engine = self._engine
+            pieces = engine.owned_fragments()
+            save(self._context, directory, pieces, engine.optimizer, self._describe(progress))
+        self._context.barrier()
+        if self._context.is_first:
+            clean(self._run.checkpoints, self._keep, self._keep_every)
+        self._context.barrier()
+        self._last = time.monotonic()
+        if self._context.is_first:
+            self._context.report({"kind": "checkpoint", "step": progress.step, "path": str(directory)})
+        return self._last - began
+
+    def _describe(self, progress: Progress) -> Any:  # noqa: ANN401 - checkpoint.Describe
+        lineage = self._lineage
+
+        def describe(files: tuple[FileEntry, ...], fragments: tuple[tuple[str, int, int, int], ...]) -> Manifest:
+            return Manifest(
+                step=progress.step,
+                tokens=progress.tokens,
+                attempt=lineage.attempt,
+                parent=lineage.parent,
+                world_size=self._context.world_size,
+                zero=lineage.zero,
+                threads=lineage.threads,
+                config_fingerprint=lineage.config_fingerprint,
+                data_fingerprint=lineage.data_fingerprint,
+                versions=lineage.versions,
+                shapes=self._engine.shapes,
+                files=files,
+                fragments=fragments,
+                extra=lineage.extra,
+            )
+
+        return describe
+
+
+def newest_sound(run: RunDirectory, context: RunContext) -> Checkpoint | None:
+    """The newest checkpoint whose files are what was written; damaged ones are set aside and named. Collective."""
+    while True:
+        directory = context.broadcast(newest(run.checkpoints) if context.is_first else None)
+        if directory is None:
+            return None
+        faults = _all_faults(directory, context)
+        if not faults:
+            return Checkpoint(directory)
+        if context.is_first:
+            aside = set_aside(directory)
+            message = f"checkpoint {directory.name} is damaged ({faults[0]}); it lies in {aside.name} now"
+            context.report({"kind": "warning", "message": f"{message}, and the one before it is used"})
+        context.barrier()
+
+
+def _all_faults(directory: Path, context: RunContext) -> list[str]:
+    """What any rank found wrong; each file is read by one rank."""
+    try:
+        faults = Checkpoint(directory).faults(context.rank, context.world_size)
+    except CheckpointError as error:
+        faults = [str(error)]
+    return [fault for found in context.gather(faults) for fault in found]
+
+
+def restore(engine: Holder, checkpoint: Checkpoint, *, optimizer: bool = True) -> None:
+    """Load weights, and with `optimizer` Adam's state, into an engine of any ZeRO stage and number of ranks.
+
+    Each rank reads the ranges it holds. Hyperparameters come from the configuration, not from the file.
+    Collective. Raises CheckpointError when the checkpoint is of another model.
+    """
+    stored, wanted = dict(checkpoint.manifest.shapes), dict(engine.shapes)
+    if stored != wanted:
+        differing = sorted(name for name in stored.keys() | wanted.keys() if stored.get(name) != wanted.get(name))
+        first = differing[0]
+        raise CheckpointError(
+            f"{checkpoint.directory}: not a checkpoint of this model: {first} is {stored.get(first, 'absent')} "
+            f"there and {wanted.get(first, 'absent')} here ({len(differing)} parameters differ)"
+        )
+    engine.create_optimizer_state(updates=checkpoint.manifest.step if optimizer else 0)
+    for piece in engine.fragments():
+        for key, tensor in piece.tensors(engine.optimizer).items():
+            if optimizer or key == "weights":
+                values = checkpoint.read(piece.name, key, piece.start, piece.count)
+                tensor.copy_(torch.from_numpy(np.ascontiguousarray(values)))
+    engine.refresh()

@@ -1,0 +1,132 @@
+"""What makes a run the same run: tags, differences, refusals, the fingerprint."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from llm_training_toolkit.config import (
+    Change,
+    Config,
+    Tag,
+    changes,
+    fingerprint,
+    flatten,
+    parse,
+    refuse_changed_identity,
+)
+from llm_training_toolkit.config.load import inner_section, sections
+from llm_training_toolkit.errors import ConfigError
+
+
+def config(**changed: dict[str, Any]) -> Config:
+    data: dict[str, dict[str, Any]] = {
+        "run": {"name": "small"},
+        "model": {"name": "qwen3-0.6b"},
+        "tokenizer": {"path": "t"},
+        "data": {"sequence_length": 64, "sources": [{"path": "a", "format": "code"}]},
+        "train": {"steps": 10},
+    }
+    for section, values in changed.items():
+        data[section] = data.get(section, {}) | values
+    return parse(data, "test")
+
+
+FIM = {"sources": [{"path": "a", "format": "code", "fim": {"rate": 0.3}}]}
+TWO = {"sources": [{"path": "a", "format": "code"}, {"path": "b", "format": "text"}]}
+
+
+def test_every_leaf_carries_exactly_one_tag_and_no_section_does() -> None:
+    for key, section in sections():
+        for name, info in section.model_fields.items():
+            tags = [item for item in info.metadata if isinstance(item, Tag)]
+            expected = 1 if inner_section(info.annotation) is None else 0
+            assert len(tags) == expected, f"{key}.{name} carries {tags}"
+
+
+def test_flatten_names_list_items_by_position() -> None:
+    flat = flatten(config(data=FIM))
+    assert flat["data.sources.0.path"] == (Tag.IDENTITY, "a")
+    assert flat["data.sources.0.fim.rate"] == (Tag.IDENTITY, 0.3)
+    assert flat["train.steps"] == (Tag.HORIZON, 10)
+    assert flat["cluster.workers"] == (Tag.FREE, 1)
+    assert flat["optim.betas"] == (Tag.IDENTITY, (0.9, 0.95))
+    assert "data.sources" not in flat
+
+
+def test_no_change() -> None:
+    assert changes(config(), config()) == []
+    assert refuse_changed_identity(config(), config()) == []
+
+
+def test_changes_name_old_and_new() -> None:
+    assert changes(config(), config(run={"seed": 7}, cluster={"workers": 2})) == [
+        Change("run.seed", Tag.IDENTITY, 42, 7),
+        Change("cluster.workers", Tag.FREE, 1, 2),
+    ]
+
+
+def test_a_section_that_appears_or_goes_gives_its_leaves() -> None:
+    assert Change("data.sources.0.fim.rate", Tag.IDENTITY, None, 0.3) in changes(config(), config(data=FIM))
+    assert Change("data.sources.0.fim.loss", Tag.IDENTITY, "all", None) in changes(config(data=FIM), config())
+    assert Change("data.sources.1.path", Tag.IDENTITY, None, "b") in changes(config(), config(data=TWO))
+
+
+def test_one_step_of_warmup_is_not_the_whole_run() -> None:
+    step, whole = config(optim={"warmup": 1}), config(optim={"warmup": 1.0})
+    assert [change.key for change in changes(step, whole)] == ["optim.warmup"]
+    assert fingerprint(step) != fingerprint(whole)
+
+
+def test_the_order_of_names_in_a_mapping_means_nothing() -> None:
+    one, two = config(model={"shape": {"a": 1, "b": 2}}), config(model={"shape": {"b": 2, "a": 1}})
+    assert changes(one, two) == []
+    assert fingerprint(one) == fingerprint(two)
+
+
+def test_free_fields_change_unasked() -> None:
+    assert refuse_changed_identity(config(), config(cluster={"workers": 4}, engine={"zero": 3})) == []
+
+
+def test_every_changed_identity_field_is_refused_with_its_flag() -> None:
+    with pytest.raises(ConfigError) as caught:
+        refuse_changed_identity(config(), config(run={"seed": 7}, optim={"lr": 0.1}, cluster={"workers": 2}))
+    header, *lines = str(caught.value).splitlines()
+    assert header == "the run has begun with another configuration:"
+    assert [line.strip().split(";")[0] for line in lines] == ["run.seed: 42 -> 7", 'optim.lr: "auto" -> 0.1']
+    assert lines[0].endswith("--accept run.seed")
+
+
+def test_accept_takes_the_key_and_everything_below() -> None:
+    accepted = refuse_changed_identity(config(), config(data=TWO), accept=["data.sources"])
+    assert {change.key for change in accepted} >= {"data.sources.1.path", "data.sources.1.format"}
+    with pytest.raises(ConfigError, match=r"--accept data\.source:"):
+        refuse_changed_identity(config(), config(data=TWO), accept=["data.source"])
+
+
+@pytest.mark.parametrize("key", ["optim.lr", "run.sed", "cluster.workers", "train.steps"])
+def test_accept_that_matches_nothing_is_an_error(key: str) -> None:
+    new = config(run={"seed": 7}, cluster={"workers": 2}, train={"steps": 20})
+    with pytest.raises(ConfigError, match=f"--accept {key}: no changed identity field"):
+        refuse_changed_identity(config(), new, accept=["run.seed", key], extend=True)
+
+
+def test_a_changed_horizon_needs_extend() -> None:
+    new = config(train={"steps": 20})
+    with pytest.raises(ConfigError, match=r"train\.steps: 10 -> 20; --extend .*the schedule stretches"):
+        refuse_changed_identity(config(), new)
+    assert refuse_changed_identity(config(), new, extend=True) == [Change("train.steps", Tag.HORIZON, 10, 20)]
+
+
+def test_extend_accepts_no_identity() -> None:
+    with pytest.raises(ConfigError, match=r"run\.seed"):
+        refuse_changed_identity(config(), config(run={"seed": 7}), extend=True)
+
+
+def test_fingerprint_covers_identity_alone() -> None:
+    base = fingerprint(config())
+    assert len(base) == 64
+    assert fingerprint(config(train={"steps": 99}, cluster={"workers": 9}, run={"name": "other"})) == base
+    assert fingerprint(config(run={"seed": 1})) != base
+    assert fingerprint(config(data=FIM)) != base

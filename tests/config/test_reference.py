@@ -1,0 +1,33 @@
+"""The reference page: complete, and what the schema says today."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from llm_training_toolkit.config.load import sections
+from llm_training_toolkit.config.reference import main, render
+
+PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
+
+
+def test_the_page_is_what_the_schema_says() -> None:
+    fix = "run: python -m llm_training_toolkit.config.reference docs/configuration.md"
+    assert PAGE.read_text(encoding="utf-8") == render(), fix
+
+
+def test_every_field_has_a_row_with_a_description() -> None:
+    for key, section in sections():
+        assert not key or f"## `{key}`\n" in render()
+        for name, info in section.model_fields.items():
+            assert info.description, f"{key}.{name} has no docstring"
+
+
+def test_rows_have_five_cells() -> None:
+    rows = [line for line in render().splitlines() if line.startswith("| `")]
+    assert len(rows) > 50
+    assert {line.replace("\\|", "").count("|") for line in rows} == {6}
+
+
+def test_main_writes_the_file(tmp_path: Path) -> None:
+    main([str(tmp_path / "new" / "page.md")])
+    assert (tmp_path / "new" / "page.md").read_text(encoding="utf-8") == render()

@@ -1,0 +1,168 @@
+"""Batches: the order is a function of the step, and a row is what it should be to the last position."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from llm_training_toolkit.config.schema import Config
+from llm_training_toolkit.data.batches import MicroBatch, Sequences, assemble, dummy
+from llm_training_toolkit.data.markers import Markers
+from llm_training_toolkit.data.prepare import Prepared, prepare
+from llm_training_toolkit.data.render import Example
+from llm_training_toolkit.data.store import Examples
+from llm_training_toolkit.errors import DataError
+
+Configure = Callable[..., Config]
+N = -100
+
+
+@pytest.fixture
+def prepared(configure: Configure, markers: Markers) -> Prepared:
+    return prepare(configure(fim={"rate": 0.5, "loss": "middle"}), markers, epochs=2)
+
+
+def example(tokens: list[int], loss: list[int]) -> Example:
+    return Example(np.array(tokens, dtype=np.uint32), np.array(loss, dtype=np.bool_), 0)
+
+
+def test_a_row_written_out_by_hand() -> None:
+    pieces = [example([7, 8, 9, 0], [1, 1, 0, 1]), example([5], [1]), example([6, 0], [1, 1])]
+    batch = assemble([pieces, []], 10, pad_id=3)
+    assert batch.input_ids.tolist() == [[7, 8, 9, 0, 5, 6, 0, 3, 3, 3], [3] * 10]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 0, 0, 1, 0, 1, 2], list(range(10))]
+    assert batch.labels.tolist() == [[8, N, 0, N, N, 0, N, N, N, N], [N] * 10]
+    assert {tensor.dtype for tensor in (batch.input_ids, batch.position_ids, batch.labels)} == {torch.int64}
+
+
+def test_a_full_row_has_no_padding_and_a_dummy_nothing_else() -> None:
+    batch = assemble([[example([1, 2], [1, 1]), example([3, 4], [1, 1])]], 4, pad_id=0)
+    assert batch.position_ids.tolist() == [[0, 1, 0, 1]]
+    assert batch.labels.tolist() == [[2, N, 4, N]]
+    assert dummy(2, 4, 9).input_ids.tolist() == [[9] * 4] * 2
+    assert (dummy(2, 4, 9).labels == N).all()
+
+
+def stacked(batches: list[MicroBatch]) -> list[tuple[list[int], list[int], list[int]]]:
+    return [
+        (ids.tolist(), positions.tolist(), labels.tolist())
+        for batch in batches
+        for ids, positions, labels in zip(batch.input_ids, batch.position_ids, batch.labels, strict=True)
+    ]
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40, deadline=None)
+@given(world=st.integers(1, 9), micro=st.integers(1, 5), global_batch=st.integers(1, 12))
+def test_a_step_is_the_same_for_any_number_of_ranks(
+    prepared: Prepared, world: int, micro: int, global_batch: int
+) -> None:
+    sequences = Sequences(prepared.receipt, global_batch=global_batch, epochs=2)
+    whole = stacked(sequences.batch(1, range(global_batch), global_batch))
+    edges = [rank * global_batch // world for rank in range(world + 1)]
+    shares = [sequences.batch(1, range(edges[rank], edges[rank + 1]), micro) for rank in range(world)]
+    assert [row for share in shares for row in stacked(share)] == whole
+    assert all(len(batch.input_ids) <= micro for share in shares for batch in share)
+    assert sequences.loss_tokens(1) == sum(label != N for _, _, labels in whole for label in labels)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=10, deadline=None)
+@given(global_batch=st.integers(1, 40))
+def test_the_stream_holds_every_token_of_every_document_once_an_epoch(prepared: Prepared, global_batch: int) -> None:
+    receipt = prepared.receipt
+    sequences = Sequences(receipt, global_batch=global_batch, epochs=2)
+    assert sequences.steps == -(-sum(receipt.sequences) // global_batch)
+    placed = [place for step in range(sequences.steps) for place in sequences.step_sequences(step)]
+    assert placed == [(epoch, i) for epoch in (0, 1) for i in range(receipt.sequences[epoch])]
+    seen: Counter[tuple[int, int]] = Counter()
+    for step in range(sequences.steps):
+        for place, row in zip(sequences.step_sequences(step), sequences.ledger(step), strict=True):
+            assert sum(piece.tokens for piece in row) <= receipt.sequence_length
+            for piece in row:
+                seen[place.epoch, piece.document] += piece.tokens
+    expected: Counter[tuple[int, int]] = Counter()
+    for epoch, files in enumerate(receipt.epochs):
+        examples = Examples(prepared.directory / files.tokens)
+        for document, length in zip(examples.document.tolist(), examples.length.tolist(), strict=True):
+            expected[epoch, document] += length
+    assert seen == expected
+
+
+def test_tokens_of_an_epoch_are_the_documents_tokens_exactly(prepared: Prepared) -> None:
+    sequences = Sequences(prepared.receipt, global_batch=5, epochs=1)
+    pieces = [
+        p
+        for s in range(sequences.steps or 0)
+        for i in range(5)
+        if i < len(sequences.step_sequences(s))
+        for p in sequences.examples(s, i)
+    ]
+    stored = Examples(prepared.directory / prepared.receipt.epochs[0].tokens)
+    assert sorted(p.tokens.tolist() for p in pieces) == sorted(stored[i].tokens.tolist() for i in range(len(stored)))
+
+
+def test_the_last_step_is_short_and_nothing_comes_after(prepared: Prepared) -> None:
+    total = sum(prepared.receipt.sequences)
+    sequences = Sequences(prepared.receipt, global_batch=total - 1, epochs=2)
+    assert sequences.steps == 2
+    assert len(sequences.step_sequences(1)) == 1
+    assert [len(batch.input_ids) for batch in sequences.batch(1, range(total), 4)] == [1]
+    assert sequences.batch(1, range(1, total), 4) == []
+    for step in (2, -1):
+        with pytest.raises(DataError, match="from 0 to 1"):
+            sequences.step_sequences(step)
+
+
+@pytest.mark.parametrize("epochs", [None, 3])
+def test_an_epoch_that_is_not_prepared_is_named(prepared: Prepared, epochs: int | None) -> None:
+    total = sum(prepared.receipt.sequences)
+    sequences = Sequences(prepared.receipt, global_batch=total - 1, epochs=epochs)
+    assert sequences.steps is None
+    assert len(sequences.step_sequences(0)) == total - 1
+    with pytest.raises(DataError, match=r"step 1: needs sequences of epoch 2.*at least 3"):
+        sequences.step_sequences(1)
+
+
+def test_a_rerun_of_preparing_gives_the_same_stream(
+    configure: Configure, markers: Markers, prepared: Prepared, tmp_path: Path
+) -> None:
+    cache = str(tmp_path / "other")
+    again = prepare(configure(fim={"rate": 0.5, "loss": "middle"}, cache=cache), markers, epochs=2)
+    first, second = (Sequences(p.receipt, global_batch=6) for p in (prepared, again))
+    assert all(stacked(first.batch(s, range(6), 2)) == stacked(second.batch(s, range(6), 2)) for s in range(4))
+    other = prepare(configure(fim={"rate": 0.5, "loss": "middle"}, seed=2), markers, epochs=2)
+    assert first.ledger(0) != Sequences(other.receipt, global_batch=6).ledger(0)
+
+
+@pytest.mark.parametrize(("world", "micro"), [(1, 2), (2, 1), (3, 2), (50, 4)])
+def test_every_rank_evaluates_its_part_in_the_same_shapes(prepared: Prepared, world: int, micro: int) -> None:
+    sequences = Sequences(prepared.receipt, global_batch=4)
+    ranks = [list(sequences.eval_batches(rank, world, micro)) for rank in range(world)]
+    shapes = [[tuple(batch.labels.shape) for batch in batches] for batches in ranks]
+    assert all(shape == shapes[0] for shape in shapes)
+    labels = [int((batch.labels != N).sum()) for batches in ranks for batch in batches]
+    assert sum(labels) == sequences.eval_loss_tokens > 0
+    rows = [row for batches in ranks for row in stacked(batches) if any(label != N for label in row[2])]
+    assert len(rows) == sequences.eval_sequences == prepared.receipt.eval_sequences
+
+
+def test_nothing_held_out_is_nothing_to_evaluate(configure: Configure, markers: Markers) -> None:
+    sequences = Sequences(prepare(configure(eval={"fraction": 0.0}), markers).receipt, global_batch=4)
+    assert (sequences.eval_sequences, sequences.eval_loss_tokens) == (0, 0)
+    assert list(sequences.eval_batches(0, 2, 4)) == []
+
+
+def test_a_sequence_as_text_and_where_it_came_from(configure: Configure, markers: Markers) -> None:
+    sequences = Sequences(prepare(configure(), markers).receipt, global_batch=4)
+    text, row = sequences.text_of(2, 1), sequences.ledger(2)[1]
+    names = [sequences.document_name(piece.source, piece.document) for piece in row]
+    for name in names:
+        if name != "long.py":
+            assert f"value_{int(name[4:6])} = {int(name[4:6]) * 7919}\n" in text
+    assert sequences.dummy(1).input_ids.tolist() == [[4] * 64]

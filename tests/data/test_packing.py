@@ -1,0 +1,86 @@
+"""Packing: every example once, none cut, the same for the same seed, tight and fast."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llm_training_toolkit.data.packing import PackingPlan, pack
+from llm_training_toolkit.errors import DataError
+
+
+def best_fit_decreasing(lengths: list[int], capacity: int) -> list[int]:
+    """Room left in each sequence, one example after the other, as the textbook has it."""
+    rooms: list[int] = []
+    for length in sorted(lengths, reverse=True):
+        fitting = [(room, i) for i, room in enumerate(rooms) if room >= length]
+        if fitting:
+            rooms[min(fitting)[1]] -= length
+        else:
+            rooms.append(capacity - length)
+    return sorted(rooms)
+
+
+@given(
+    lengths=st.lists(st.integers(1, 40), max_size=120),
+    capacity=st.integers(40, 64),
+    seed=st.integers(0),
+    epoch=st.integers(0, 9),
+)
+def test_every_example_lies_whole_in_exactly_one_sequence(
+    lengths: list[int], capacity: int, seed: int, epoch: int
+) -> None:
+    targets = np.array(lengths, dtype=np.int64) - 1
+    plan = pack(np.array(lengths, dtype=np.int64), capacity, targets=targets, seed=seed, epoch=epoch)
+    assert sorted(plan.order.tolist()) == list(range(len(lengths)))
+    filled = [sum(lengths[i] for i in plan.examples(s)) for s in range(len(plan))]
+    assert all(0 < fill <= capacity for fill in filled)
+    assert plan.targets.tolist() == [sum(lengths[i] - 1 for i in plan.examples(s)) for s in range(len(plan))]
+    assert sorted(capacity - fill for fill in filled) == best_fit_decreasing(lengths, capacity)
+    again = pack(np.array(lengths, dtype=np.int64), capacity, targets=targets, seed=seed, epoch=epoch)
+    assert plan.order.tolist() == again.order.tolist()
+
+
+def test_seed_and_epoch_change_the_order_and_mix_equal_lengths() -> None:
+    lengths = np.full(400, 8)
+    plans = [pack(lengths, 32, targets=lengths, seed=seed, epoch=epoch) for seed, epoch in ((1, 0), (1, 1), (2, 0))]
+    assert len({tuple(plan.order.tolist()) for plan in plans}) == 3
+    from_first_half = [int((plans[0].examples(s) < 200).sum()) for s in range(100)]
+    assert 20 < sum(count == 2 for count in from_first_half) < 60
+
+
+def test_the_order_is_the_same_in_every_version() -> None:
+    lengths = np.array([5, 3, 3, 2, 7, 1, 3, 5])
+    plan = pack(lengths, 8, targets=lengths - 1, seed=8, epoch=2)
+    assert plan.order.tolist() == [7, 6, 0, 2, 1, 3, 4, 5]
+    assert plan.offsets.tolist() == [0, 2, 4, 6, 8]
+    assert plan.targets.tolist() == [6, 6, 3, 6]
+
+
+def test_fifty_thousand_lengths_take_well_under_a_second() -> None:
+    lengths = np.random.default_rng(0).integers(1, 2049, 50_000)
+    start = time.perf_counter()
+    plan = pack(lengths, 2048, targets=lengths - 1)
+    assert time.perf_counter() - start < 2.0
+    assert lengths.sum() / (len(plan) * 2048) > 0.99
+
+
+def test_lengths_outside_the_sequence_are_refused() -> None:
+    for wrong in ([3, 9], [0, 3]):
+        with pytest.raises(DataError, match="8"):
+            pack(np.array(wrong), 8, targets=np.array(wrong))
+
+
+@pytest.mark.parametrize("count", [0, 1, 30])
+def test_a_plan_survives_the_disk(tmp_path: Path, count: int) -> None:
+    lengths = np.arange(1, count + 1)
+    plan = pack(lengths, 30, targets=lengths - 1, seed=3)
+    plan.write(tmp_path)
+    read = PackingPlan.read(tmp_path)
+    for name in ("order", "offsets", "targets"):
+        assert getattr(read, name).tolist() == getattr(plan, name).tolist()

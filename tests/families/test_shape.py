@@ -1,0 +1,135 @@
+"""Finding sizes, changing shapes, and refusing what cannot be built."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llm_training_toolkit import families
+from llm_training_toolkit.config.schema import Config
+from llm_training_toolkit.errors import PlanError
+
+
+def config(
+    name: str, shape: dict[str, Any] | None = None, *, train: int | None = None, length: int = 64, **model: Any
+) -> Config:
+    raw = {
+        "run": {"name": "test"},
+        "model": {"name": name, "shape": shape or {}, **model},
+        "tokenizer": {"path": "tokenizer"} if train is None else {"train": {"vocab_size": train}},
+        "data": {"sequence_length": length, "sources": [{"path": "x", "format": "text"}]},
+        "train": {"steps": 10},
+    }
+    return Config.model_validate_json(json.dumps(raw), strict=True)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"), [("qwen3-06b", "qwen3-0.6b"), ("Qwen/Qwen3-8B", "qwen3-8b"), ("starcoder2-3", "starcoder2-3b")]
+)
+def test_an_unknown_size_names_the_nearest(wrong: str, right: str) -> None:
+    with pytest.raises(PlanError, match=f"Did you mean .*{right}"):
+        families.find(wrong)
+
+
+def test_a_far_name_lists_what_is_known() -> None:
+    with pytest.raises(PlanError, match=r"Known: qwen2-0\.5b"):
+        families.find("zzzzzz")
+
+
+def test_head_dim_of_qwen3_stays() -> None:
+    hf = families.hf_config(
+        config("qwen3-0.6b", {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1})
+    )
+    assert (hf["head_dim"], hf["hidden_size"]) == (128, 64)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("qwen3-0.6b", {"layers": 2}, "layers is not a key .*num_hidden_layers"),
+        ("qwen2.5-0.5b", {"head_dim": 64}, "head_dim is not a key"),
+        ("starcoder2-3b", {"attention_dropout": 0.1}, "attention_dropout is not a key"),
+        ("qwen3-0.6b", {"num_key_value_heads": 3}, "16 attention heads are not divisible by 3"),
+        ("qwen2.5-0.5b", {"hidden_size": 100}, "100 is not divisible by 14"),
+        ("starcoderbase-1b", {"n_embd": 100}, "100 is not divisible by 16"),
+        ("qwen3-0.6b", {"head_dim": 33}, "head_dim 33 is odd"),
+        ("starcoder2-3b", {"hidden_size": 24 * 3}, "head_dim 3 is odd"),
+        ("qwen3-0.6b", {"hidden_size": 1.5}, "must be a whole number"),
+        ("qwen3-0.6b", {"hidden_size": True}, "must be a whole number"),
+        ("qwen3-0.6b", {"num_hidden_layers": 0}, "must be above zero"),
+        ("qwen3-0.6b", {"tie_word_embeddings": 1}, "true or false"),
+        ("starcoderbase-1b", {"n_layer": 2, "num_hidden_layers": 3}, "both set n_layer"),
+    ],
+)
+def test_an_impossible_shape_is_refused(name: str, shape: dict[str, Any], message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        families.hf_config(config(name, shape))
+
+
+def test_all_wrong_keys_are_named_at_once() -> None:
+    with pytest.raises(PlanError) as caught:
+        families.hf_config(config("qwen3-0.6b", {"layers": 2, "width": 3}))
+    assert "layers" in str(caught.value)
+    assert "width" in str(caught.value)
+
+
+def test_common_names_reach_starcoder_1() -> None:
+    hf = families.hf_config(config("starcoderbase-1b", {"hidden_size": 64, "num_hidden_layers": 2}))
+    assert (hf["n_embd"], hf["n_layer"]) == (64, 2)
+    assert "hidden_size" not in hf
+
+
+def test_the_vocabulary_follows_shape_then_tokenizer_then_size() -> None:
+    assert families.hf_config(config("qwen3-0.6b"))["vocab_size"] == 151936
+    assert families.hf_config(config("qwen3-0.6b", train=1000))["vocab_size"] == 1024
+    assert families.hf_config(config("qwen3-0.6b", {"vocab_size": 1001}, train=1000))["vocab_size"] == 1001
+    with pytest.raises(PlanError, match="vocab_size 900 is below"):
+        families.hf_config(config("qwen3-0.6b", {"vocab_size": 900}, train=1000))
+
+
+def test_positions_grow_with_the_sequence_unless_learned() -> None:
+    assert families.hf_config(config("qwen3-0.6b", length=100_000))["max_position_embeddings"] == 100_000
+    assert families.hf_config(config("qwen3-0.6b", length=100))["max_position_embeddings"] == 40960
+    assert families.hf_config(config("starcoder", length=100_000))["n_positions"] == 8192
+
+
+def test_weights_keep_the_shape_of_the_size() -> None:
+    assert families.hf_config(config("qwen3-0.6b", path="Qwen/Qwen3-0.6B"))["hidden_size"] == 1024
+
+
+def test_no_id_of_a_foreign_vocabulary() -> None:
+    hf = families.hf_config(config("starcoder2-3b", train=1000))
+    assert [hf[f"{kind}_token_id"] for kind in ("bos", "eos", "pad")] == [None] * 3
+    assert hf["use_cache"] is False
+
+
+@pytest.mark.parametrize("family", families.FAMILIES.values(), ids=lambda family: family.name)
+def test_special_tokens_are_complete(family: families.Family) -> None:
+    tokens = family.special_tokens
+    assert len(set(tokens.all)) == len(tokens.all)
+    assert tokens.all[0] == tokens.end_of_text
+    named = (tokens.pad, tokens.end_of_turn, tokens.fim_prefix, tokens.fim_middle, tokens.fim_suffix, tokens.file)
+    assert {token for token in named if token} <= set(tokens.all)
+    assert tokens.has_fim == (family.name != "qwen2")
+
+
+def test_ids_of_starcoder_1() -> None:
+    every = families.FAMILIES["starcoder"].special_tokens.all
+    assert (every.index("<fim_prefix>"), every.index("<filename>"), every.index("<reponame>")) == (1, 5, 18)
+
+
+def test_the_expressions_are_valid_for_tokenizers() -> None:
+    from tokenizers import Regex, pre_tokenizers
+
+    cut = pre_tokenizers.Split(Regex(families.FAMILIES["qwen3"].pre_tokenizer_pattern), "isolated")
+    assert [piece for piece, _ in cut.pre_tokenize_str("x12 = y\n")] == ["x", "1", "2", " =", " y", "\n"]
+
+
+def test_no_torch_is_imported() -> None:
+    import subprocess
+    import sys
+
+    code = "import sys, llm_training_toolkit.families, llm_training_toolkit.plan; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path.cwd())
+    assert done.stdout.strip() == "False"

@@ -1,0 +1,50 @@
+"""Dividing a global batch: nothing lost, nothing doubled, nobody idle."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llm_training_toolkit.errors import PlanError
+from llm_training_toolkit.plan import accumulation, shares, slice_of
+
+
+@st.composite
+def divided(draw: st.DrawFn) -> tuple[int, int]:
+    batch = draw(st.integers(1, 4096))
+    return batch, draw(st.integers(1, min(batch, 512)))
+
+
+@given(divided())
+def test_shares_sum_to_the_batch_and_differ_by_at_most_one(case: tuple[int, int]) -> None:
+    portions = shares(*case)
+    assert sum(portions) == case[0]
+    assert len(portions) == case[1]
+    assert portions[0] - portions[-1] <= 1
+    assert list(portions) == sorted(portions, reverse=True)
+    assert portions[-1] >= 1
+
+
+@given(divided())
+def test_slices_are_the_batch_in_order(case: tuple[int, int]) -> None:
+    batch, replicas = case
+    joined = [position for rank in range(replicas) for position in slice_of(batch, replicas, rank)]
+    assert joined == list(range(batch))
+
+
+@given(divided(), st.integers(1, 64))
+def test_accumulation_holds_every_share_and_no_more(case: tuple[int, int], micro_batch: int) -> None:
+    steps = accumulation(*case, micro_batch)
+    largest = max(shares(*case))
+    assert (steps - 1) * micro_batch < largest <= steps * micro_batch
+
+
+@pytest.mark.parametrize(("batch", "replicas"), [(4, 5), (4, 0), (4, -1)])
+def test_a_worker_without_work_is_refused(batch: int, replicas: int) -> None:
+    with pytest.raises(PlanError, match="cannot be divided"):
+        shares(batch, replicas)
+
+
+@pytest.mark.parametrize("rank", [-1, 3])
+def test_a_rank_that_does_not_exist(rank: int) -> None:
+    with pytest.raises(IndexError):
+        slice_of(8, 3, rank)

@@ -1,0 +1,82 @@
+"""The DeepSpeed configuration: what it says, what it never says, and what may be added."""
+
+import json
+from typing import Any
+
+import pytest
+
+from llm_training_toolkit.config.schema import Config
+from llm_training_toolkit.plan import deepspeed_config, deepspeed_problems, make_plan
+from llm_training_toolkit.plan.deepspeed import OWNED, REMOVED
+
+
+def config(zero: int = 2, precision: str = "bf16", **deepspeed: Any) -> Config:
+    raw = {
+        "run": {"name": "test"},
+        "model": {"name": "qwen3-0.6b"},
+        "tokenizer": {"path": "tokenizer"},
+        "data": {"sequence_length": 64, "sources": [{"path": "x", "format": "text"}]},
+        "train": {"steps": 10, "micro_batch": 3, "precision": precision},
+        "optim": {"clip": 0.0},
+        "engine": {"zero": zero, "deepspeed": deepspeed},
+    }
+    return Config.model_validate_json(json.dumps(raw), strict=True)
+
+
+@pytest.mark.parametrize("zero", range(4))
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_the_recipe(zero: int, precision: str) -> None:
+    made = deepspeed_config(config(zero, precision))
+    assert made["train_micro_batch_size_per_gpu"] == 3
+    assert made["gradient_accumulation_steps"] == 1
+    assert made["gradient_clipping"] == 0.0
+    assert (made["zero_optimization"]["stage"], made["zero_optimization"]["overlap_comm"]) == (zero, False)
+    assert not {"train_batch_size", "optimizer", "scheduler", "fp16"} & set(made)
+    assert ("bf16" in made) == (precision == "bf16")
+    assert ("data_types" in made) == (precision == "bf16" and zero >= 2)
+
+
+def test_buckets_are_no_larger_than_the_model() -> None:
+    assert deepspeed_config(config(), parameters=1000)["zero_optimization"]["reduce_bucket_size"] == 1000
+    assert deepspeed_config(config(), parameters=10**12)["zero_optimization"]["reduce_bucket_size"] == 500_000_000
+
+
+def test_a_persons_keys_are_merged_deeply() -> None:
+    extra: dict[str, Any] = {
+        "zero_optimization": {"reduce_bucket_size": 7, "overlap_comm": True},
+        "wall_clock_breakdown": True,
+    }
+    plan = make_plan(config(**extra))
+    assert plan.problems == ()
+    zero = plan.deepspeed["zero_optimization"]
+    assert (zero["stage"], zero["reduce_bucket_size"], zero["overlap_comm"]) == (2, 7, True)
+    assert plan.deepspeed["wall_clock_breakdown"] is True
+
+
+@pytest.mark.parametrize("key", [*OWNED, *REMOVED])
+def test_owned_and_removed_keys_are_problems(key: str) -> None:
+    block, _, name = key.rpartition(".")
+    given = {block: {name: 1}} if block else {name: 1}
+    (problem,) = deepspeed_problems(given)
+    assert problem.where == f"engine.deepspeed.{key}"
+    assert problem.fix
+    assert make_plan(config(**given)).deepspeed["gradient_accumulation_steps"] == 1
+
+
+def test_a_block_that_is_none() -> None:
+    (problem,) = make_plan(config(zero_optimization=3)).problems
+    assert problem.where == "engine.deepspeed.zero_optimization"
+
+
+def test_the_removed_keys_are_those_of_the_installed_deepspeed() -> None:
+    import re
+    from importlib.util import find_spec
+    from pathlib import Path
+
+    spec = find_spec("deepspeed")  # read, not imported: the import takes seconds
+    assert spec is not None
+    assert spec.origin is not None
+    source = (Path(spec.origin).parent / "runtime" / "config.py").read_text()
+    tables = source[source.index("_REMOVED_TOP_LEVEL") : source.index("def _reject_removed")]
+    top, zero = (set(re.findall(r'^    "(\w+)":', table, re.M)) for table in tables.split("_REMOVED_ZERO_CONFIG_KEYS"))
+    assert top | {f"zero_optimization.{key}" for key in zero} == set(REMOVED)

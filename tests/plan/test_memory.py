@@ -1,0 +1,76 @@
+"""Memory against sums done by hand, and its direction in every knob."""
+
+from dataclasses import replace
+from typing import Any, Literal
+
+import pytest
+
+from llm_training_toolkit.families import Anatomy
+from llm_training_toolkit.plan import Load, estimate
+
+MODEL = Anatomy(
+    vocab=1000,
+    hidden=64,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    head_dim=16,
+    intermediate=128,
+    gated=True,
+    tied=True,
+    vectors_per_layer=128,
+    vectors_outside=64,
+)
+P = MODEL.parameters
+LOAD = Load(model=MODEL, zero=0, precision="bf16", workers=4, micro_batch=2, sequence_length=32, loss_chunk=16)
+
+
+@pytest.mark.parametrize(
+    ("zero", "precision", "weights", "gradients", "optimizer"),
+    [
+        (0, "bf16", 2 * P, 6 * P, 12 * P),
+        (1, "bf16", 2 * P, 2 * P + P + 6 * P, 3 * P),
+        (2, "bf16", 2 * P, P + 6 * P, 3 * P),
+        (3, "bf16", P // 2 + 2 * P, P + 6 * P, 3 * P),
+        (0, "fp32", 4 * P, 4 * P, 8 * P),
+        (1, "fp32", 4 * P, 4 * P + P + 4 * P, 3 * P),
+        (2, "fp32", 4 * P, P + 4 * P, 3 * P),
+        (3, "fp32", P + 4 * P, P + 4 * P, 3 * P),
+    ],
+)
+def test_state_by_stage(
+    zero: int, precision: Literal["bf16", "fp32"], weights: int, gradients: int, optimizer: int
+) -> None:
+    memory = estimate(replace(LOAD, zero=zero, precision=precision))
+    assert P % 4 == 0
+    assert (memory.weights, memory.gradients, memory.optimizer) == (weights, gradients, optimizer)
+
+
+def test_the_bucket_and_the_gathered_weights_are_bounded() -> None:
+    memory = estimate(replace(LOAD, zero=3, bucket=100, max_live=200))
+    assert memory.weights == P // 2 + 400
+    assert memory.gradients == P + 600
+
+
+def test_activations_by_hand() -> None:
+    per_token = 4 * 64 + 2 * (64 + 2 * 32) + 64 + 4 * 128
+    assert estimate(LOAD).activations == 2 * 64 * 2 * per_token
+    recomputed = estimate(replace(LOAD, activation_checkpointing=True)).activations
+    assert recomputed == 2 * 64 * (2 * 64 + per_token)
+
+
+def test_logits_by_hand() -> None:
+    assert estimate(LOAD).logits == 16 * 1000 * 10
+    assert estimate(replace(LOAD, loss_chunk=0)).logits == 64 * 1000 * 10
+    assert estimate(replace(LOAD, loss_chunk=4096, precision="fp32")).logits == 64 * 1000 * 12
+
+
+@pytest.mark.parametrize(
+    "more", [{"micro_batch": 4}, {"sequence_length": 64}, {"eager_attention": True}, {"precision": "fp32"}]
+)
+def test_more_work_takes_more_activations(more: dict[str, Any]) -> None:
+    assert estimate(replace(LOAD, **more)).activations > estimate(LOAD).activations
+
+
+def test_gigabytes_are_of_ten_to_the_ninth() -> None:
+    assert estimate(LOAD).gigabytes()["weights"] == 2 * P / 1e9

@@ -1,0 +1,190 @@
+"""The plan of whole configurations: numbers, problems, notes, JSON and text."""
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llm_training_toolkit.config.schema import Config
+from llm_training_toolkit.errors import PlanError
+from llm_training_toolkit.plan import DataFacts, Plan, lines, make_plan, require
+from llm_training_toolkit.plan.rate import scratch_rate
+
+TINY = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+
+
+def config(**sections: Any) -> Config:
+    raw: dict[str, Any] = {
+        "run": {"name": "test"},
+        "model": {"name": "qwen3-0.6b", "shape": TINY},
+        "tokenizer": {"train": {"vocab_size": 1000}},
+        "data": {"sequence_length": 128, "sources": [{"path": "x", "format": "code"}]},
+        "train": {"steps": 100, "global_batch": 16},
+        "cluster": {"workers": 2},
+    }
+    for name, section in sections.items():
+        raw[name] = section if name in {"model", "tokenizer"} else {**raw.get(name, {}), **section}
+    return Config.model_validate_json(json.dumps(raw), strict=True)
+
+
+def where(plan: Plan) -> list[str]:
+    return [problem.where for problem in plan.problems]
+
+
+def test_a_sound_run() -> None:
+    plan = require(make_plan(config()))
+    assert (plan.steps, plan.steps_estimated, plan.tokens_per_step) == (100, False, 16 * 128)
+    assert (plan.shares(), plan.accumulation()) == ((8, 8), 8)
+    assert plan.shares(3) == (6, 5, 5)
+    assert plan.lr == 3e-3
+    assert plan.warmup_steps == 1
+    assert plan.save_every_seconds == 600.0
+    assert plan.save_every_steps is None
+    schedule = plan.schedule()
+    assert schedule.lr_at(0) == 3e-3
+    assert schedule.lr_at(99) == pytest.approx(3e-4)
+
+
+@pytest.mark.parametrize(
+    ("train", "facts", "steps", "estimated"),
+    [
+        ({"steps": None, "tokens": 16 * 128 * 10 + 1}, None, 11, False),
+        ({"steps": None, "epochs": 2}, None, None, True),
+        ({"steps": None, "epochs": 2}, (), None, True),
+        ({"steps": None, "epochs": 2}, (100, 93), 13, False),
+        ({"steps": None, "epochs": 2}, (100, 92, 500), 12, False),
+        ({"steps": None, "epochs": 3}, (100, 92), 18, True),
+        ({"steps": 7}, (100,), 7, False),
+    ],
+)
+def test_the_length_of_a_run(
+    train: dict[str, Any], facts: tuple[int, ...] | None, steps: int | None, *, estimated: bool
+) -> None:
+    plan = make_plan(config(train=train), None if facts is None else DataFacts(facts))
+    assert (plan.steps, plan.steps_estimated) == (steps, estimated)
+    assert ("steps" in plan.estimated) == estimated
+
+
+def test_a_run_of_unknown_length_has_no_schedule_yet() -> None:
+    plan = make_plan(config(train={"steps": None, "epochs": 1}))
+    with pytest.raises(PlanError, match="ltt prepare"):
+        plan.schedule()
+    assert plan.warmup_steps is None
+    assert make_plan(config(train={"steps": None, "epochs": 1}, optim={"warmup": 5})).warmup_steps == 5
+
+
+def test_passes_over_the_data() -> None:
+    assert make_plan(config(), DataFacts((400, 400))).epochs == pytest.approx(4.0)
+
+
+@pytest.mark.parametrize(
+    ("sections", "expected"),
+    [
+        ({"run": {"dir": "s3://bucket/runs"}}, "run.dir"),
+        ({"run": {"dir": "gs://bucket/runs"}}, "run.dir"),
+        ({"model": {"name": "qwen3-0.6b", "path": "Qwen/Qwen3-0.6B"}}, "tokenizer.train"),
+        ({"model": {"name": "qwen3-0.6b", "init_from": "runs/base"}}, "tokenizer.train"),
+        ({"cluster": {"workers": 17}}, "cluster.workers"),
+        ({"optim": {"warmup": 101}}, "optim.warmup"),
+        ({"optim": {"warmup": 90, "schedule": "wsd"}}, "optim.decay"),
+        ({"model": {"name": "starcoderbase-1b"}, "data": {"sequence_length": 8193}}, "data.sequence_length"),
+        (
+            {
+                "model": {"name": "qwen2-0.5b"},
+                "data": {"sources": [{"path": "x", "format": "code", "fim": {"rate": 0.5}}]},
+            },
+            "data.sources[0].fim",
+        ),
+        ({"engine": {"deepspeed": {"train_batch_size": 8}}}, "engine.deepspeed.train_batch_size"),
+    ],
+)
+def test_problems_are_found(sections: dict[str, Any], expected: str) -> None:
+    plan = make_plan(config(**sections))
+    assert where(plan) == [expected]
+    with pytest.raises(PlanError, match=expected.replace("[", r"\[")):
+        require(plan)
+    assert plan.problems[0].fix
+    assert any(expected in line for line in lines(plan))
+
+
+def test_an_empty_data_set_is_a_problem() -> None:
+    assert where(make_plan(config(train={"steps": None, "epochs": 1}), DataFacts((0,)))) == ["data.sources"]
+
+
+def test_all_problems_come_at_once() -> None:
+    plan = make_plan(config(run={"dir": "s3://x"}, cluster={"workers": 40}, optim={"warmup": 1000}))
+    assert where(plan) == ["run.dir", "cluster.workers", "optim.warmup"]
+    with pytest.raises(PlanError) as caught:
+        require(plan)
+    assert len(str(caught.value).splitlines()) == 3
+
+
+def test_more_positions_from_scratch_are_possible() -> None:
+    model = {"name": "starcoderbase-1b", "shape": {"n_positions": 16384}}
+    assert where(make_plan(config(model=model, data={"sequence_length": 16384}))) == []
+
+
+@pytest.mark.parametrize(
+    ("sections", "note"),
+    [
+        ({"engine": {"zero": 1}}, "in bf16; engine.zero 2 and 3"),
+        ({"cluster": {"workers": 1}}, "spreads nothing"),
+        ({"cluster": {"workers": 3}}, "Shares differ"),
+        ({"train": {"micro_batch": 9}}, "8 is enough"),
+        ({"model": {"name": "starcoder2-3b"}, "data": {"sequence_length": 8192}}, "sliding window"),
+    ],
+)
+def test_notes(sections: dict[str, Any], note: str) -> None:
+    assert any(note in each for each in make_plan(config(**sections)).notes)
+
+
+def test_the_ranks_that_were_started_count() -> None:
+    assert make_plan(config(cluster={"workers": 0})).replicas == 1
+    assert make_plan(config(cluster={"workers": 0}), replicas=4).shares() == (4, 4, 4, 4)
+
+
+def test_json_has_the_contract() -> None:
+    plan = make_plan(config(cluster={"workers": 12}, run={"dir": "s3://x"}))
+    printed = json.loads(json.dumps(plan.to_json()))
+    contract = {"parameters", "trainable_parameters", "steps", "global_batch", "accumulation", "tokens_per_step"}
+    contract |= {"deepspeed", "problems", "memory_gb_per_device", "estimated", "notes"}
+    assert contract <= set(printed)
+    assert printed["accumulation"] == {
+        "1": 16, "2": 8, "3": 6, "4": 4, "5": 4, "6": 3, "7": 3, "8": 2, "12": 2,
+    }  # fmt: skip
+    assert set(printed["problems"][0]) == {"where", "what", "fix"}
+    assert set(printed["memory_gb_per_device"]) == {"weights", "gradients", "optimizer", "activations", "logits"}
+
+
+def test_too_many_workers_still_print() -> None:
+    assert "17" not in make_plan(config(cluster={"workers": 17})).to_json()["accumulation"]
+
+
+def test_text_says_the_arithmetic() -> None:
+    text = lines(make_plan(config()))
+    assert 10 <= len(text) <= 14
+    assert any("global batch 16 = 2 replicas x 8, in 8 micro-batches of 1" in line for line in text)
+    assert any("100 steps x 2,048 tokens = 205k tokens" in line for line in text)
+    assert any("ZeRO 2 spreads optimizer state and gradients over 2 workers" in line for line in text)
+    assert len({line.index("  ") for line in text if line.startswith("learning rate")}) == 1
+
+
+@pytest.mark.parametrize(
+    ("parameters", "rate"), [(1000, 3e-3), (125_000_000, 6e-4), (1_300_000_000, 2e-4), (70_000_000_000, 1.2e-4)]
+)
+def test_rates_of_the_table(parameters: int, rate: float) -> None:
+    assert scratch_rate(parameters) == rate
+
+
+@given(st.integers(1, 10**11), st.integers(1, 10**11))
+def test_a_larger_model_never_gets_a_larger_rate(one: int, other: int) -> None:
+    small, large = sorted((one, other))
+    assert scratch_rate(small) >= scratch_rate(large)
+
+
+def test_weights_get_the_rate_of_fine_tuning() -> None:
+    tuned = config(model={"name": "qwen3-0.6b", "path": "x"}, tokenizer={"path": "x"})
+    assert make_plan(tuned).lr == 1e-5
+    assert make_plan(config(optim={"lr": 0.5})).lr == 0.5
