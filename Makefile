@@ -7,7 +7,6 @@ BIN := $(VENV)/bin
 
 quickstart: $(VENV)/.installed  ## install, train a small model on this machine, export it, let it write
 	@$(BIN)/ltt train configs/quickstart.yaml
-	@$(BIN)/python scripts/next_steps.py
 
 test: $(VENV)/.installed-dev  ## every test
 	$(BIN)/python -m pytest

@@ -28,7 +28,7 @@ Overrides = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 
 
-def _version(asked: bool) -> None:  # noqa: FBT001 - typer's callback
+def _version(asked: bool) -> None:
     if asked:
         typer.echo(f"ltt {__version__}")
         raise typer.Exit
@@ -36,7 +36,7 @@ def _version(asked: bool) -> None:  # noqa: FBT001 - typer's callback
 
 @app.callback()
 def _options(
-    version: Annotated[  # noqa: ARG001 - handled by its callback
+    version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
@@ -80,22 +80,26 @@ def prepare(config: ConfigFile, overrides: Overrides = None, as_json: AsJson = F
 def train(
     config: ConfigFile,
     overrides: Overrides = None,
+    *,
     accept: Annotated[
         list[str] | None, typer.Option(help="Take a change of an identity field: --accept data.sources")
     ] = None,
-    extend: Annotated[bool, typer.Option("--extend", help="Take another length; the schedule stretches to it.")] = False,
+    extend: Annotated[
+        bool, typer.Option("--extend", help="Take another length; the schedule stretches to it.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Train. The same command again resumes; a finished run is left alone. Ctrl-C stops with a checkpoint."""
     from llm_training_toolkit.console import Console
-    from llm_training_toolkit.launch.outcome import EXIT_CODES
+    from llm_training_toolkit.launch.outcome import EXIT_CODES, Request, closing_lines
     from llm_training_toolkit.launch.output import own_terminal
-    from llm_training_toolkit.launch.start import Request, start
+    from llm_training_toolkit.launch.start import start
 
+    request = Request(config, overrides or (), accept or (), extend)
     with own_terminal(1) as out, own_terminal(2) as err:
         console = Console(err if as_json else out)
         try:
-            outcome = start(Request(config, overrides or (), accept or (), extend), console)
+            outcome = start(request, console)
         except KeyboardInterrupt:
             console.say("interrupted: the same command goes on from the newest checkpoint")
             raise typer.Exit(EXIT_CODES["stopped"]) from None
@@ -111,14 +115,16 @@ def train(
             console.close()
         if as_json:
             out.write(json.dumps(outcome.to_json()) + "\n")
-        elif outcome.status == "stopped":
-            console.say(f"stopped at step {outcome.step:,} with a checkpoint: the same command goes on from there")
+        else:
+            for line in closing_lines(outcome, request):
+                console.say(line)
     raise typer.Exit(EXIT_CODES[outcome.status])
 
 
 @app.command()
 def generate(
     model: Annotated[Path, typer.Argument(help="An exported directory, such as runs/NAME/export.", show_default=False)],
+    *,
     prompt: Annotated[str, typer.Option(help="Text to continue; with --suffix, the text before the gap.")],
     suffix: Annotated[str | None, typer.Option(help="Text after the gap: fill in the middle.")] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Most tokens to write.")] = 64,

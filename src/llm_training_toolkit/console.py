@@ -113,7 +113,11 @@ def sample_parts(event: Event) -> list[Any]:
     """A sample with what the model wrote set apart from what it was given."""
     from rich.text import Text  # noqa: PLC0415 - only where a sample is shown
 
-    return [Text(event["before"], style="dim"), Text(event["written"], style="green"), Text(event["after"], style="dim")]
+    return [
+        Text(event["before"], style="dim"),
+        Text(event["written"], style="green"),
+        Text(event["after"], style="dim"),
+    ]
 
 
 def step_line(event: Event, seconds_left: float | None) -> str:

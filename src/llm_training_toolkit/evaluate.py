@@ -8,26 +8,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol
-
-from torch import Tensor
 
 from llm_training_toolkit.context import RunContext
-
-
-class Batch(Protocol):
-    """What one forward pass sees: (B, T) int64 tensors."""
-
-    input_ids: Tensor
-    position_ids: Tensor
-    labels: Tensor
-
-
-class Measures(Protocol):
-    """The engine's part in an evaluation."""
-
-    def evaluate(self, batch: Batch) -> float:
-        """Sum of the token losses."""
+from llm_training_toolkit.data.batches import MicroBatch
+from llm_training_toolkit.engine import Engine
 
 
 @dataclass(frozen=True)
@@ -60,7 +44,9 @@ class HeldOut:
         }
 
 
-def held_out(engine: Measures, batches: Iterable[Batch], tokens: int, text_bytes: int, context: RunContext) -> HeldOut:
+def held_out(
+    engine: Engine, batches: Iterable[MicroBatch], tokens: int, text_bytes: int, context: RunContext
+) -> HeldOut:
     """Evaluate this rank's batches and add up over the ranks. Collective: every rank brings as many batches.
 
     `tokens` and `text_bytes` are those of the whole held-out part, known from the index.

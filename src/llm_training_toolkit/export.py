@@ -106,7 +106,9 @@ def _shards(checkpoint: Checkpoint, itemsize: int) -> Iterator[list[str]]:
 def _write_configuration(
     directory: Path, hf_config: Mapping[str, Any], precision: str, end_of_text: int, pad: int
 ) -> None:
-    values = {key: value for key, value in hf_config.items() if key not in {"use_cache", "dtype", "transformers_version"}}
+    values = {
+        key: value for key, value in hf_config.items() if key not in {"use_cache", "dtype", "transformers_version"}
+    }
     config = AutoConfig.for_model(**values)
     config.dtype = _DTYPES[precision]
     config.eos_token_id, config.pad_token_id, config.bos_token_id = end_of_text, pad, None

@@ -44,7 +44,9 @@ class Generator:
         from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: PLC0415 - seconds to import
 
         if not (Path(path) / "config.json").is_file():
-            raise CheckpointError(f"{path}: no model there (no config.json): name an exported directory, such as RUN/export")
+            raise CheckpointError(
+                f"{path}: no model there (no config.json): name an exported directory, such as RUN/export"
+            )
         self._tokenizer: Any = AutoTokenizer.from_pretrained(str(path))
         self._model: Any = AutoModelForCausalLM.from_pretrained(str(path)).to(device).eval()
 
@@ -53,7 +55,14 @@ class Generator:
         return self._continue(self._ids(prompt), tokens, temperature, seed)
 
     def infill(
-        self, prefix: str, suffix: str, sentinels: Sentinels, *, tokens: int = 64, temperature: float = 0.0, seed: int = 0
+        self,
+        prefix: str,
+        suffix: str,
+        sentinels: Sentinels,
+        *,
+        tokens: int = 64,
+        temperature: float = 0.0,
+        seed: int = 0,
     ) -> str:
         """What the model writes between `prefix` and `suffix`, in prefix-suffix-middle order."""
         marks = [self._marker(name) for name in (sentinels.prefix, sentinels.suffix, sentinels.middle)]

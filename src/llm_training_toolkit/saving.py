@@ -6,38 +6,29 @@ Called by the worker: `CheckpointSaver` for the loop, `newest_sound` and `restor
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 
-from llm_training_toolkit.checkpoint import Checkpoint, FileEntry, Manifest, Piece, clean, newest, save, set_aside
+from llm_training_toolkit.checkpoint import Checkpoint, FileEntry, Manifest, clean, newest, save, set_aside
 from llm_training_toolkit.context import RunContext
+from llm_training_toolkit.engine import Engine
 from llm_training_toolkit.errors import CheckpointError
 from llm_training_toolkit.runs import RunDirectory
-from llm_training_toolkit.train import Progress
 
 
-class Holder(Protocol):
-    """The engine's part in saving and loading."""
+@dataclass(frozen=True)
+class Progress:
+    """How far a run has come."""
 
-    optimizer: torch.optim.Optimizer
-    shapes: Mapping[str, tuple[int, ...]]
-
-    def owned_fragments(self) -> Sequence[Piece]:
-        """The pieces this rank saves."""
-
-    def fragments(self) -> Sequence[Piece]:
-        """The pieces this rank holds."""
-
-    def create_optimizer_state(self, updates: int) -> None:
-        """A state to load into."""
-
-    def refresh(self) -> None:
-        """Bring the forward pass up to date."""
+    step: int = 0
+    """Completed optimizer steps."""
+    tokens: int = 0
+    """Tokens seen along the lineage, padding included."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +52,7 @@ class CheckpointSaver:
         self,
         run: RunDirectory,
         context: RunContext,
-        engine: Holder,
+        engine: Engine,
         lineage: Lineage,
         *,
         every_steps: int | None,
@@ -147,7 +138,7 @@ def _all_faults(directory: Path, context: RunContext) -> list[str]:
     return [fault for found in context.gather(faults) for fault in found]
 
 
-def restore(engine: Holder, checkpoint: Checkpoint, *, optimizer: bool = True) -> None:
+def restore(engine: Engine, checkpoint: Checkpoint, *, optimizer: bool = True) -> None:
     """Load weights, and with `optimizer` Adam's state, into an engine of any ZeRO stage and number of ranks.
 
     Each rank reads the ranges it holds. Hyperparameters come from the configuration, not from the file.

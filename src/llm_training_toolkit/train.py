@@ -10,82 +10,21 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 
 from llm_training_toolkit.context import RunContext
+from llm_training_toolkit.data.feed import Feed
+from llm_training_toolkit.engine import Engine
 from llm_training_toolkit.errors import TrainingError
-from llm_training_toolkit.evaluate import Batch, HeldOut, held_out
+from llm_training_toolkit.evaluate import HeldOut, held_out
 from llm_training_toolkit.metrics import Metrics
 from llm_training_toolkit.plan import Plan, Schedule, slice_of
+from llm_training_toolkit.saving import CheckpointSaver, Progress
 
 Status = Literal["finished", "stopped"]
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far the run has come."""
-
-    step: int = 0
-    """Completed optimizer steps."""
-    tokens: int = 0
-    """Tokens seen, padding included."""
-
-
-class Steps(Protocol):
-    """The engine, as the loop uses it."""
-
-    def accumulate(self, micro_batches: Sequence[Batch], loss_tokens: int) -> float:
-        """Gradients of this rank's micro-batches; the sum of their token losses."""
-
-    def step(self, lr: float) -> float:
-        """The update; the gradient's norm."""
-
-    def evaluate(self, batch: Batch) -> float:
-        """Sum of the token losses, no gradients."""
-
-    def peak_memory_gb(self) -> float:
-        """Largest memory used so far."""
-
-
-class Order(Protocol):
-    """The data, as the loop uses it: a pure function of the step."""
-
-    def sequences_in(self, step: int) -> int:
-        """Sequences of the step: the global batch, or fewer in the last step of a run over epochs."""
-
-    def loss_tokens(self, step: int) -> int:
-        """Loss tokens of the step's global batch."""
-
-    def batch(self, step: int, positions: range, micro_batch: int, count: int) -> Sequence[Batch]:
-        """Micro-batches of this rank's positions in the global batch, `count` of them, the last ones may be empty."""
-
-    def eval_batches(self, rank: int, world_size: int, micro_batch: int) -> Sequence[Batch]:
-        """This rank's share of the held-out batches; as many on every rank."""
-
-    def names(self, step: int, positions: range) -> str:
-        """Which documents lie at these positions, in words."""
-
-    @property
-    def eval_tokens(self) -> int:
-        """Loss tokens of the held-out part."""
-
-    @property
-    def eval_bytes(self) -> int:
-        """Bytes those tokens stand for."""
-
-
-class Saver(Protocol):
-    """Saves checkpoints and knows when one is due."""
-
-    def due(self, step: int) -> bool:
-        """Whether a checkpoint is due after this step; asked on rank 0."""
-
-    def save(self, progress: Progress) -> float:
-        """Write a checkpoint; seconds it took. Collective."""
 
 
 @dataclass(frozen=True)
@@ -96,9 +35,9 @@ class Parts:
     schedule: Schedule
     seed: int
     context: RunContext
-    engine: Steps
-    order: Order
-    saver: Saver
+    engine: Engine
+    feed: Feed
+    saver: CheckpointSaver
     metrics: Metrics
 
 
@@ -118,10 +57,8 @@ def train(parts: Parts, progress: Progress) -> tuple[Status, Progress]:
     steps = parts.schedule.steps
     if progress.step == 0:
         evaluate(parts, progress)
-    clock = time.perf_counter()
     while progress.step < steps:
-        flags = optimizer_step(parts, progress, clock)
-        clock = time.perf_counter()
+        flags = optimizer_step(parts, progress)
         progress = replace(progress, step=progress.step + 1, tokens=progress.tokens + _tokens(parts, progress.step))
         ended = progress.step == steps
         if ended or progress.step % parts.plan.eval_every == 0:
@@ -135,15 +72,16 @@ def train(parts: Parts, progress: Progress) -> tuple[Status, Progress]:
 
 
 def _tokens(parts: Parts, step: int) -> int:
-    return parts.order.sequences_in(step) * parts.plan.sequence_length
+    return parts.feed.sequences_in(step) * parts.plan.sequence_length
 
 
-def optimizer_step(parts: Parts, progress: Progress, started: float) -> Flags:
+def optimizer_step(parts: Parts, progress: Progress) -> Flags:
     """One step: gradients over this rank's share, one exchange between ranks, the update, the numbers."""
+    started = time.perf_counter()
     context, plan, step = parts.context, parts.plan, progress.step
-    positions = slice_of(parts.order.sequences_in(step), context.world_size, context.rank)
-    micro_batches = parts.order.batch(step, positions, plan.micro_batch, plan.accumulation(context.world_size))
-    loss_tokens = parts.order.loss_tokens(step)
+    positions = slice_of(parts.feed.sequences_in(step), context.world_size, context.rank)
+    micro_batches = parts.feed.batch(step, positions, plan.micro_batch, plan.accumulation(context.world_size))
+    loss_tokens = parts.feed.loss_tokens(step)
     # Whatever chance is left (dropout of loaded weights) comes from the step, so that a resume repeats it.
     torch.manual_seed(hash((parts.seed, step, context.rank)))
     data_seconds = time.perf_counter() - started
@@ -172,11 +110,11 @@ def _agree(parts: Parts, loss_sum: float, completed: int) -> tuple[float, Flags]
 
 def _not_finite(parts: Parts, step: int, positions: range, loss_sum: float, what: str) -> str:
     """Name the step and the sequences of the ranks whose own loss was not finite. Collective."""
-    mine = "" if math.isfinite(loss_sum) else parts.order.names(step, positions)
+    mine = "" if math.isfinite(loss_sum) else parts.feed.names(step, positions)
     named = "; ".join(text for text in parts.context.gather(mine) if text)
     return (
         f"step {step + 1}: {what}; training stopped and nothing of this step was saved. It holds: {named}. "
-        "Look at these documents, lower optim.lr, or resume from an earlier checkpoint with another data order (run.seed)"
+        "Look at these documents, or lower optim.lr (it needs --accept optim.lr) and go on from the last checkpoint"
     )
 
 
@@ -208,16 +146,13 @@ def _record(parts: Parts, completed: int, started: float, data_seconds: float, v
 
 def evaluate(parts: Parts, progress: Progress) -> HeldOut | None:
     """Measure the held-out loss now; None where nothing is held out. Collective."""
-    context, order = parts.context, parts.order
-    if order.eval_tokens == 0:
+    context, feed = parts.context, parts.feed
+    if feed.eval_tokens == 0:
         return None
-    batches = order.eval_batches(context.rank, context.world_size, parts.plan.micro_batch)
-    result = held_out(parts.engine, batches, order.eval_tokens, order.eval_bytes, context)
+    batches = feed.eval_batches(context.rank, context.world_size, parts.plan.micro_batch)
+    result = held_out(parts.engine, batches, feed.eval_tokens, feed.eval_bytes, context)
     parts.metrics.write(progress.step, result.values())
     if context.is_first:
         values = {"loss": result.loss, "bits_per_byte": result.bits_per_byte}
         context.report({"kind": "eval", "step": progress.step, **values})
     return result
-
-
-__all__ = ["Flags", "Order", "Parts", "Progress", "Saver", "Status", "Steps", "evaluate", "train"]

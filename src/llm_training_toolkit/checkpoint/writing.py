@@ -70,9 +70,7 @@ def save(
         )
 
 
-def _write_rank(
-    rank: int, directory: Path, pieces: Sequence[Piece], optimizer: torch.optim.Optimizer
-) -> FileEntry:
+def _write_rank(rank: int, directory: Path, pieces: Sequence[Piece], optimizer: torch.optim.Optimizer) -> FileEntry:
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"fragments_{rank:05d}.safetensors"
     arrays = {

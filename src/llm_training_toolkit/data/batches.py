@@ -152,11 +152,11 @@ class Sequences:
         """Labels other than -100 in all held-out sequences."""
         return int(self._held_out.plan.targets.sum())
 
-    def held_out_pieces(self) -> Iterator[NDArray[np.uint32]]:
-        """Tokens of every held-out piece, in the order of the held-out sequences."""
-        for sequence in range(self.eval_sequences):
-            for example in self._held_out.pieces(sequence):
-                yield example.tokens
+    def held_out_examples(self) -> Iterator[tuple[int, Example]]:
+        """Every held-out piece with its source, in the order of the documents."""
+        examples = self._held_out.examples
+        for index in range(len(examples.length)):
+            yield int(examples.source[index]), examples[index]
 
     def eval_batches(self, rank: int, world: int, micro_batch: int) -> Iterator[MicroBatch]:
         """This rank's part of the held-out sequences (every world-th one).

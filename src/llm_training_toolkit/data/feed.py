@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import cached_property
 
-import numpy as np
-
 from llm_training_toolkit.data.batches import MicroBatch, Sequences
 from llm_training_toolkit.data.receipt import Receipt
 from llm_training_toolkit.data.tokenizer import open_tokenizer
@@ -59,10 +57,14 @@ class Feed:
         return total
 
 
-def held_out_texts(receipt: Receipt, limit: int) -> Iterator[str]:
-    """Beginnings of held-out documents as text, the longest pieces first, at most `limit`."""
-    sequences = Sequences(receipt, global_batch=1)
+def held_out_beginnings(receipt: Receipt, limit: int, characters: int) -> Iterator[str]:
+    """Beginnings of held-out documents of at least `characters` characters, at most `limit` of them."""
     encoder = open_tokenizer(receipt.tokenizer_path)
-    pieces = [np.asarray(tokens) for tokens in sequences.held_out_pieces()]
-    for tokens in sorted(pieces, key=len, reverse=True)[:limit]:
-        yield encoder.decode(tokens, skip_special_tokens=True)
+    seen: set[tuple[int, int]] = set()
+    for source, example in Sequences(receipt, global_batch=1).held_out_examples():
+        text = encoder.decode(example.tokens, skip_special_tokens=True)
+        if (source, example.document) not in seen and len(text) >= characters:
+            yield text
+            if len(seen) + 1 == limit:
+                return
+        seen.add((source, example.document))

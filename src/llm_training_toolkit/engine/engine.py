@@ -7,22 +7,15 @@ batch arithmetic and its schedulers are kept out of the result, all in `accumula
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from llm_training_toolkit.config.schema import Optim
+from llm_training_toolkit.data.batches import MicroBatch
 from llm_training_toolkit.engine.fragments import MOMENTS, Fragment, locate, refresh_low_precision
-
-
-class Batch(Protocol):
-    """What one forward pass sees: three (B, T) int64 tensors."""
-
-    input_ids: Tensor
-    position_ids: Tensor
-    labels: Tensor
 
 
 class Engine:
@@ -63,7 +56,7 @@ class Engine:
         self.world_size = dist.get_world_size() if dist.is_initialized() else 1
         self.rank = dist.get_rank() if dist.is_initialized() else 0
 
-    def accumulate(self, micro_batches: Sequence[Batch], loss_tokens: int) -> float:
+    def accumulate(self, micro_batches: Sequence[MicroBatch], loss_tokens: int) -> float:
         """Add the gradients of this rank's micro-batches; the sum of this rank's token losses comes back.
 
         `loss_tokens` is the number of loss tokens in the global batch. DeepSpeed averages gradients
@@ -80,14 +73,14 @@ class Engine:
             self.deepspeed.backward(loss * (self.world_size / loss_tokens), scale_wrt_gas=False)
         return float(total)
 
-    def _forward(self, batch: Batch) -> Tensor:
+    def _forward(self, batch: MicroBatch) -> Tensor:
         loss: Tensor = self.deepspeed(
             batch.input_ids.to(self.device), batch.position_ids.to(self.device), batch.labels.to(self.device)
         )
         return loss
 
     @torch.no_grad()
-    def evaluate(self, batch: Batch) -> float:
+    def evaluate(self, batch: MicroBatch) -> float:
         """Sum of the token losses of a batch, without gradients. Under ZeRO-3 all ranks must call it together."""
         self.deepspeed.eval()
         return float(self._forward(batch))
@@ -150,11 +143,10 @@ class Engine:
         self.deepspeed.destroy()
 
 
-def _adamw(
-    module: nn.Module, names: Mapping[int, str], optim: Optim, device: torch.device
-) -> torch.optim.AdamW:
+def _adamw(module: nn.Module, names: Mapping[int, str], optim: Optim, device: torch.device) -> torch.optim.AdamW:
     """AdamW with matrices in a group that decays; norms, biases and learned positions in one that does not."""
-    decay, plain = [], []
+    decay: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for parameter in module.parameters():
         if parameter.requires_grad:
             matrix = len(getattr(parameter, "ds_shape", parameter.shape)) >= 2

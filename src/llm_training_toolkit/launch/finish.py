@@ -17,7 +17,7 @@ from llm_training_toolkit import families
 from llm_training_toolkit.checkpoint import Checkpoint, newest
 from llm_training_toolkit.config import Config
 from llm_training_toolkit.context import Event, RunContext
-from llm_training_toolkit.data.feed import held_out_texts
+from llm_training_toolkit.data.feed import held_out_beginnings
 from llm_training_toolkit.data.receipt import Receipt
 from llm_training_toolkit.data.tokenizer import open_tokenizer
 from llm_training_toolkit.errors import CheckpointError
@@ -28,6 +28,10 @@ from llm_training_toolkit.runs import RunDirectory
 
 Report = Callable[[Event], None]
 _COMPLETIONS = 2
+_CHARACTERS = 80
+"""A held-out document shorter than this is no prompt."""
+_SHOWN = 240
+"""Characters of a prompt: enough to see what the model was given, few enough to read."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,7 @@ def finish(
     run: RunDirectory,
     config: Config,
     receipt: Receipt,
+    *,
     hf_config: Mapping[str, Any],
     metrics: Metrics,
     report: Report,
@@ -92,24 +97,23 @@ def finish_again(run: RunDirectory, config: Config, report: Report) -> None:
     context = RunContext(rank=0, world_size=1, device=torch.device("cpu"), report=report)
     metrics = Metrics(run, manifest.attempt, manifest.step, context)
     receipt = Receipt.from_json(run.receipt.read_text())
-    finish(run, config, receipt, manifest.extra["hf_config"], metrics, report)
+    finish(run, config, receipt, hf_config=manifest.extra["hf_config"], metrics=metrics, report=report)
     metrics.close()
 
 
 def samples(exported: Path, config: Config, receipt: Receipt) -> Iterator[Sample]:
     """Two completions of held-out documents, and one infilling where the run learnt to infill."""
     tokens = families.find(config.model.name).family.special_tokens
-    texts = [text for text in held_out_texts(receipt, limit=3) if len(text) >= 60]
+    texts = list(held_out_beginnings(receipt, limit=_COMPLETIONS + 1, characters=_CHARACTERS))
     if not texts:
         return
-    room = config.data.sequence_length
-    generator = Generator(exported)
+    generator, room = Generator(exported), config.data.sequence_length
     for number, text in enumerate(texts[:_COMPLETIONS], start=1):
-        before = text[: min(len(text) // 2, room)]
+        before = text[: min(len(text) // 2, _SHOWN)]
         yield Sample(f"completion {number}", before, generator.complete(before, tokens=min(48, room // 4)))
     if any(source.fim is not None for source in config.data.sources):
         sentinels = Sentinels(tokens.fim_prefix, tokens.fim_suffix, tokens.fim_middle)
-        before, after = _around_a_line(texts[-1][: 2 * room])
+        before, after = _around_a_line(texts[-1][: 2 * _SHOWN])
         written = generator.infill(before, after, sentinels, tokens=min(32, room // 8))
         yield Sample("infilling", before, written, after)
 

@@ -35,7 +35,7 @@ def process_group() -> Iterator[torch.device]:
         dist.init_process_group(backend, timeout=_TIMEOUT)
     else:
         # DeepSpeed wants a process group even of one; an in-memory store needs no port.
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     try:
         yield device
     finally:

@@ -1,13 +1,31 @@
-"""What a command reports when it ends."""
+"""What `ltt train` is asked for, and what it reports when it ends."""
 
 from __future__ import annotations
 
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
+
+from llm_training_toolkit.config import load
 
 Status = Literal["finished", "stopped", "failed"]
 EXIT_CODES: dict[Status, int] = {"finished": 0, "stopped": 75, "failed": 1}
 """75 = stopped, the same command resumes: what Slurm's requeue and a Kubernetes back-off look for."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a person asked for on the command line."""
+
+    config: Path
+    overrides: Sequence[str] = ()
+    accept: Sequence[str] = ()
+    extend: bool = False
 
 
 @dataclass(frozen=True)
@@ -24,3 +42,27 @@ class Outcome:
     def to_json(self) -> dict[str, Any]:
         """The contract of `ltt train --json`."""
         return asdict(self)
+
+
+def closing_lines(outcome: Outcome, request: Request) -> list[str]:
+    """What a person may want to do next, as commands to paste."""
+    if outcome.status == "stopped":
+        return [f"stopped at step {outcome.step:,} with a checkpoint: the same command goes on from there"]
+    run = Path(os.path.relpath(outcome.run))
+    here = Path(sys.argv[0]).parent
+    ltt, tensorboard = (name if shutil.which(name) else os.path.relpath(here / name) for name in ("ltt", "tensorboard"))
+    lines = ["", "next:"]
+    if (run / "export").is_dir():
+        lines.append(f"  {ltt} generate {run}/export --prompt 'def main():'")
+        lines.append(f"  {ltt} generate {run}/export --prompt 'def add(a, b):' --suffix '    return c'")
+    lines.append(f"  {tensorboard} --logdir {run.parent}")
+    lines.append(f"  {ltt} train {_longer(request)} --extend")
+    return lines
+
+
+def _longer(request: Request) -> str:
+    """The arguments of a run twice as long, in the unit its length was given in."""
+    length = load(request.config, request.overrides).train.model_dump(include={"tokens", "steps", "epochs"})
+    [(unit, count)] = [(unit, count) for unit, count in length.items() if count is not None]
+    kept = [override for override in request.overrides if not override.startswith(f"train.{unit}=")]
+    return " ".join([str(request.config), *(shlex.quote(word) for word in [*kept, f"train.{unit}={2 * count}"])])

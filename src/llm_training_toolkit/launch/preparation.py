@@ -73,6 +73,8 @@ def receipt_lines(receipt: Receipt) -> list[str]:
             f"{source.path}: {source.documents:,} documents ({source.held_out:,} held out), dropped: {dropped}; "
             f"{source.tokens:,} tokens, {source.loss_tokens:,} with loss, longest document {source.longest:,}"
         )
-    total = f"{sum(receipt.sequences):,} sequences of {receipt.sequence_length:,} tokens in {len(receipt.epochs)} epochs"
+    total = (
+        f"{sum(receipt.sequences):,} sequences of {receipt.sequence_length:,} tokens in {len(receipt.epochs)} epochs"
+    )
     rows.append(f"{total}, {receipt.padding:.2%} padding, {receipt.tokens_lost} tokens lost")
     return rows

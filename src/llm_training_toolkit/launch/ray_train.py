@@ -66,8 +66,8 @@ def _gpus_per_worker(config: Config, resources: Mapping[str, float]) -> int:
         return 1 if gpus >= workers else 0
     if gpus < workers * config.cluster.gpus_per_worker:
         raise LaunchError(
-            f"cluster.workers = {workers} with {config.cluster.gpus_per_worker} GPU each: the cluster has {gpus:g} GPUs; "
-            "lower cluster.workers, or set cluster.gpus_per_worker to 0"
+            f"cluster.workers = {workers} with {config.cluster.gpus_per_worker} GPU each: the cluster has {gpus:g} "
+            "GPUs; lower cluster.workers, or set cluster.gpus_per_worker to 0"
         )
     return config.cluster.gpus_per_worker
 
@@ -157,7 +157,10 @@ def _watch(trainer: Any, line: Any, console: Console) -> tuple[Any, Mapping[str,
 
 
 def _result(
-    run: RunDirectory, config: Config, ended: Any, failure: Mapping[str, Any] | None  # noqa: ANN401
+    run: RunDirectory,
+    config: Config,
+    ended: Any,  # noqa: ANN401 - what Ray gave
+    failure: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     if isinstance(ended, dict):
         return ended

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +13,11 @@ from llm_training_toolkit.config.identity import refuse_changed_identity
 from llm_training_toolkit.console import Console
 from llm_training_toolkit.data.receipt import Receipt
 from llm_training_toolkit.launch.environment import check_machine, prepare_environment
-from llm_training_toolkit.launch.outcome import Outcome
+from llm_training_toolkit.launch.outcome import Outcome, Request
 from llm_training_toolkit.launch.place import is_first_rank, ranks_started
 from llm_training_toolkit.launch.preparation import prepare_run, receipt_lines
 from llm_training_toolkit.plan import DataFacts, Plan, lines, make_plan, require
 from llm_training_toolkit.runs import RunDirectory, checkpoint_place, claim, environment, write_atomically
-
-
-@dataclass(frozen=True)
-class Request:
-    """What a person asked for on the command line."""
-
-    config: Path
-    overrides: Sequence[str] = ()
-    accept: Sequence[str] = ()
-    extend: bool = False
 
 
 def start(request: Request, console: Console) -> Outcome:
@@ -68,9 +56,7 @@ def _reconcile(run: RunDirectory, config: Config, request: Request) -> None:
         refuse_changed_identity(before, config, accept=request.accept, extend=request.extend)
 
 
-def _prepare(
-    run: RunDirectory, config: Config, request: Request, console: Console, replicas: int | None
-) -> None:
+def _prepare(run: RunDirectory, config: Config, request: Request, console: Console, replicas: int | None) -> None:
     """Prepare the data, then write down everything the workers read."""
     if config.cluster.workers > 0:
         check_machine(config)

@@ -26,8 +26,8 @@ from llm_training_toolkit.metrics import Metrics
 from llm_training_toolkit.models import LossModule, build_model, check_size, initialize
 from llm_training_toolkit.plan import DataFacts, Plan, make_plan, require
 from llm_training_toolkit.runs import begin_attempt, end_attempt, environment, run_of
-from llm_training_toolkit.saving import CheckpointSaver, Lineage, newest_sound, restore
-from llm_training_toolkit.train import Parts, Progress, train
+from llm_training_toolkit.saving import CheckpointSaver, Lineage, Progress, newest_sound, restore
+from llm_training_toolkit.train import Parts, train
 
 
 def work(place: Place, context: RunContext) -> dict[str, Any]:
@@ -38,7 +38,7 @@ def work(place: Place, context: RunContext) -> dict[str, Any]:
         parts, progress, hf_config = _build(place, context, attempt)
         status, progress = train(parts, progress)
         if status == "finished" and config.export.at_end and context.is_first:
-            finish(run, config, place.receipt, hf_config, parts.metrics, context.report)
+            finish(run, config, place.receipt, hf_config=hf_config, metrics=parts.metrics, report=context.report)
         parts.metrics.close()
     except Exception as error:
         if context.is_first:
@@ -52,7 +52,12 @@ def work(place: Place, context: RunContext) -> dict[str, Any]:
 def _begin(place: Place, context: RunContext) -> int:
     """Agree on the attempt's number, send the output of libraries to its log, get the process ready."""
     config = place.config
-    facts = {"host": socket.gethostname(), "pid": os.getpid(), "workers": context.world_size, "zero": config.engine.zero}
+    facts = {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "workers": context.world_size,
+        "zero": config.engine.zero,
+    }
     attempt = context.broadcast(begin_attempt(place.run, facts) if context.is_first else 0)
     redirect(place.run.logs(attempt) / f"rank_{context.rank}.log")
     torch.set_num_threads(config.cluster.cpus_per_worker)
@@ -97,9 +102,7 @@ def _build(place: Place, context: RunContext, attempt: int) -> tuple[Parts, Prog
     return Parts(plan, plan.schedule(), config.run.seed, context, engine, feed, saver, metrics), progress, hf_config
 
 
-def _engine(
-    config: Config, plan: Plan, context: RunContext, *, from_scratch: bool
-) -> tuple[Engine, Mapping[str, Any]]:
+def _engine(config: Config, plan: Plan, context: RunContext, *, from_scratch: bool) -> tuple[Engine, Mapping[str, Any]]:
     """The model under DeepSpeed; its random weights are written only where nothing else will be loaded over them."""
     model_config = config.model
     with partitioned(plan.deepspeed):
@@ -142,5 +145,3 @@ def _warn_of_other_bits(checkpoint: Checkpoint | None, lineage: Lineage, context
         here = "goes on {} with {}".format(*now)
         message = f"the run {said} and now {here}: the same sequences, losses equal up to rounding"
         context.report({"kind": "note", "message": message})
-
-

@@ -11,6 +11,7 @@ import hashlib
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,7 +22,7 @@ Whole = Callable[[nn.Parameter], AbstractContextManager[None]]
 
 def initialize(model: nn.Module, seed: int, whole: Whole) -> None:
     """Write every parameter of `model` in place: matrices normal, norms one, biases zero."""
-    config = model.config
+    config: Any = model.config
     std = float(config.initializer_range)
     residual_std = std / math.sqrt(2 * config.num_hidden_layers)
     for module_name, module in model.named_modules():

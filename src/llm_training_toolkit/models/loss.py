@@ -59,7 +59,7 @@ def token_loss_sum(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int) -
     kept = labels != IGNORED
     hidden, labels = hidden[kept], labels[kept]
     if torch.is_grad_enabled():
-        loss: Tensor = _ChunkedLoss.apply(hidden, weight, labels, chunk)
+        loss: Tensor = _ChunkedLoss.apply(hidden, weight, labels, chunk)  # type: ignore[no-untyped-call]
         return loss
     total = torch.zeros((), dtype=torch.float32, device=hidden.device)
     for rows, targets in zip(*_split(chunk, hidden, labels), strict=True):
