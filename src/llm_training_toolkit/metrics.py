@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -116,10 +117,15 @@ class Metrics:
 
     def _give_up(self, sink: Sink, error: OSError) -> None:
         self._sinks.remove(sink)
+        with suppress(OSError):
+            sink.close()
         message = f"{type(sink).__name__} cannot be written any more ({error}); training goes on without it"
         self._context.report({"kind": "warning", "message": message})
 
     def close(self) -> None:
         """Close every sink."""
-        for sink in self._sinks:
-            sink.close()
+        for sink in list(self._sinks):
+            try:
+                sink.close()
+            except OSError as error:
+                self._give_up(sink, error)

@@ -318,7 +318,8 @@ shares = st.floats(0, 1)
 positive = st.floats(min_value=0, exclude_min=True, allow_infinity=False)
 counts = st.integers(1, 10**12)
 texts = st.text(min_size=1)
-leaves = st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.booleans() | st.text()
+numbers = st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.booleans()
+leaves = numbers | st.text()
 fims = st.fixed_dictionaries(
     {}, optional={"rate": shares, "spm_rate": shares, "loss": st.sampled_from(["all", "middle"])}
 )
@@ -328,7 +329,7 @@ sources = st.fixed_dictionaries(
 configs = st.fixed_dictionaries(
     {
         "run": st.fixed_dictionaries({"name": st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]*", fullmatch=True)}),
-        "model": st.fixed_dictionaries({"name": texts}, optional={"shape": st.dictionaries(st.text(), leaves)}),
+        "model": st.fixed_dictionaries({"name": texts}, optional={"shape": st.dictionaries(st.text(), numbers)}),
         "tokenizer": st.fixed_dictionaries({"path": texts})
         | st.fixed_dictionaries({"train": st.fixed_dictionaries({"vocab_size": st.integers(512, 10**6)})}),
         "data": st.fixed_dictionaries(

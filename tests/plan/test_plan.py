@@ -85,7 +85,6 @@ def test_passes_over_the_data() -> None:
         ({"run": {"dir": "s3://bucket/runs"}}, "run.dir"),
         ({"run": {"dir": "gs://bucket/runs"}}, "run.dir"),
         ({"model": {"name": "qwen3-0.6b", "path": "Qwen/Qwen3-0.6B"}}, "tokenizer.train"),
-        ({"model": {"name": "qwen3-0.6b", "init_from": "runs/base"}}, "tokenizer.train"),
         ({"cluster": {"workers": 17}}, "cluster.workers"),
         ({"optim": {"warmup": 101}}, "optim.warmup"),
         ({"optim": {"warmup": 90, "schedule": "wsd"}}, "optim.decay"),

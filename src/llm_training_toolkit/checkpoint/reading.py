@@ -75,7 +75,7 @@ class Checkpoint:
         filled = 0
         for piece_start, piece_count, file in self._pieces.get(name, []):
             low, high = max(start, piece_start), min(start + count, piece_start + piece_count)
-            if low < high:
+            if low < high and low == start + filled:  # end to end: an overlap must not make up for a gap
                 stored = self._file(file).get_slice(f"{name}@{piece_start}/{key}")
                 out[low - start : high - start] = stored[low - piece_start : high - piece_start]
                 filled += high - low

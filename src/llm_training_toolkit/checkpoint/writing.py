@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -66,7 +65,8 @@ def save(
             shutil.rmtree(directory, ignore_errors=True)
         raise CheckpointError(
             f"checkpoint {directory} could not be written: {'; '.join(failures)}. "
-            "The checkpoints before it are whole: free some space, then give the same command again"
+            "The checkpoints before it are whole: remove the cause (free some space on a full disk), "
+            "then give the same command again"
         )
 
 
@@ -100,10 +100,10 @@ def _complete(
     files = tuple(entry for entry, _, _ in outcomes if entry is not None)
     fragments = tuple((*piece, index) for index, (_, pieces, _) in enumerate(outcomes) for piece in pieces)
     manifest = describe(files, fragments)
-    held = Counter[str]()
-    for name, _, count, _ in fragments:
-        held[name] += count
-    wrong = [name for name, shape in manifest.shapes.items() if held[name] != math.prod(shape)]
+    held: dict[str, list[tuple[int, int]]] = {}
+    for name, start, count, _ in fragments:
+        held.setdefault(name, []).append((start, count))
+    wrong = [name for name, shape in manifest.shapes.items() if not _cover(held.get(name, []), math.prod(shape))]
     if wrong:
         return [f"the pieces of {', '.join(wrong[:3])} do not add up ({len(wrong)} parameters)"]
     try:
@@ -111,3 +111,13 @@ def _complete(
     except OSError as error:
         return [f"rank 0: {error}"]
     return []
+
+
+def _cover(pieces: Sequence[tuple[int, int]], size: int) -> bool:
+    """Whether pieces (start, count) lie end to end from 0 to `size`, without a gap or an overlap."""
+    end = 0
+    for start, count in sorted(pieces):
+        if start != end:
+            return False
+        end += count
+    return end == size

@@ -103,8 +103,8 @@ class Model(Section):
     def _one_origin(self) -> Model:
         if self.path is not None and self.init_from is not None:
             raise ValueError("path and init_from both name weights to start from: keep one")
-        if self.shape and self.path is not None:
-            raise ValueError("shape changes a model from scratch: remove path, or remove shape")
+        if self.shape and (self.path is not None or self.init_from is not None):
+            raise ValueError("shape changes a model from scratch: saved weights bring their own; remove shape")
         return self
 
 

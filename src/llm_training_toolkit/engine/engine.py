@@ -50,11 +50,11 @@ class Engine:
         self.deepspeed, self._wrapped, _, _ = deepspeed.initialize(
             model=module, optimizer=self.optimizer, config=dict(deepspeed_config), dist_init_required=False
         )
+        self.world_size = dist.get_world_size() if dist.is_initialized() else 1
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
         # At ZeRO 0 in bf16 DeepSpeed has stepped the optimizer once with zero gradients by now: Adam's bias
         # correction would be one step ahead and the first update 0.73 of the right one, silently.
         self.create_optimizer_state(updates=0)
-        self.world_size = dist.get_world_size() if dist.is_initialized() else 1
-        self.rank = dist.get_rank() if dist.is_initialized() else 0
 
     def accumulate(self, micro_batches: Sequence[MicroBatch], loss_tokens: int) -> float:
         """Add the gradients of this rank's micro-batches; the sum of this rank's token losses comes back.
@@ -113,18 +113,18 @@ class Engine:
         return pieces[self.rank :: self.world_size] if self.stage == 0 else pieces
 
     def create_optimizer_state(self, updates: int) -> None:
-        """Give the optimizer a state to load into, as after `updates` updates.
+        """Give the optimizer a state to load into, as after `updates` updates; what it had is dropped.
 
         Each flat tensor gets a step counter of its own: one shared tensor would be advanced once per
         tensor, which silently wrecks Adam's bias correction (as DeepSpeed's universal loading does).
         """
-        for group in self.optimizer.param_groups:
-            for flat in group["params"]:
-                state = self.optimizer.state[flat]
-                for key in MOMENTS:
-                    state[key] = torch.zeros_like(flat)
-                place = flat.device if group["fused"] else torch.device("cpu")
-                state["step"] = torch.tensor(float(updates), dtype=torch.float32, device=place)
+        self.optimizer.state.clear()
+        for flat in {id(piece.flat): piece.flat for piece in self.fragments()}.values():
+            place = flat.device if self.optimizer.defaults["fused"] else torch.device("cpu")
+            self.optimizer.state[flat] = {
+                "step": torch.tensor(float(updates), dtype=torch.float32, device=place),
+                **{key: torch.zeros_like(flat) for key in MOMENTS},
+            }
 
     def refresh(self) -> None:
         """Bring the forward pass up to date after fragments were written. Collective."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from llm_training_toolkit.config.schema import Config
+from llm_training_toolkit.config.schema import Config, Model
 from llm_training_toolkit.errors import PlanError
 from llm_training_toolkit.families.family import Anatomy, Family, Size
 
@@ -33,20 +35,58 @@ def shape_keys(size: Size) -> tuple[str, ...]:
 
 def build(config: Config, size: Size) -> dict[str, Any]:
     """The complete Hugging Face configuration of a run; raises PlanError with everything that is wrong in it."""
-    values, problems = _changed(size, config.model.shape)
+    saved = read_saved(config.model, size)
+    values, problems = (saved, []) if saved is not None else _changed(size, config.model.shape)
     if not problems:
-        values["vocab_size"] = vocabulary(config, size)
+        if saved is None:
+            values["vocab_size"] = vocabulary(config, size)
         problems = _mismatches(size.family, values) + _vocabulary_problems(config, values["vocab_size"])
     if problems:
         raise PlanError("\n".join(f"model.shape of {size.name}: {problem}" for problem in problems))
     return _complete(size.family, values, config.data.sequence_length)
 
 
+def read_saved(model: Model, size: Size) -> dict[str, Any] | None:
+    """The size's values as saved weights have them: those of `path` if it is local, or of the run in `init_from`.
+
+    None from scratch, and for a hub id, whose size goes by its name. Raises PlanError when what was saved cannot
+    be read or is of another family.
+    """
+    if model.path is not None:
+        where, file = f"model.path = {model.path}", Path(model.path).expanduser() / "config.json"
+        found = _json(where, file) if file.is_file() else None
+    elif model.init_from is not None:
+        where, file = f"model.init_from = {model.init_from}", Path(model.init_from).expanduser() / "plan.json"
+        found = _json(where, file).get("hf_config", {})
+    else:
+        found = None
+    if found is None:
+        return None
+    if found.get("model_type") != size.family.model_type:
+        raise PlanError(
+            f"{where} holds a {found.get('model_type')} model, and model.name = {size.name} is of "
+            f"{size.family.model_type}: correct one of them"
+        )
+    return {key: found.get(key, value) for key, value in size.values.items()}
+
+
+def _json(where: str, file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise PlanError(
+            f"{where}: {file} cannot be read ({error}): name a saved model, or a run's directory"
+        ) from error
+    if not isinstance(found, dict):
+        raise PlanError(f"{where}: {file} is not the description of a model")
+    return found
+
+
 def vocabulary(config: Config, size: Size) -> int:
     """Rows of the embedding: of model.shape, else the trained tokenizer's up to a multiple of 64, else the size's."""
     if "vocab_size" in config.model.shape:
         return int(config.model.shape["vocab_size"])
-    if config.tokenizer.train is not None and config.model.path is None:
+    if config.tokenizer.train is not None:
         return -(-config.tokenizer.train.vocab_size // _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE
     return int(size.values["vocab_size"])
 
@@ -112,7 +152,7 @@ def _head_mismatches(anatomy: Anatomy) -> list[str]:
 
 def _vocabulary_problems(config: Config, rows: int) -> list[str]:
     trained = config.tokenizer.train
-    if trained is None or trained.vocab_size <= rows or config.model.path is not None:
+    if trained is None or trained.vocab_size <= rows:
         return []
     return [f"vocab_size {rows} is below tokenizer.train.vocab_size {trained.vocab_size}: leave it out, or raise it"]
 

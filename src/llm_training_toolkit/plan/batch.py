@@ -15,17 +15,19 @@ def shares(global_batch: int, replicas: int) -> tuple[int, ...]:
             f"train.global_batch = {global_batch} cannot be divided among {replicas} replicas: each needs a sequence. "
             f"Use 1 to {global_batch} workers, or a larger global batch."
         )
-    share, rest = divmod(global_batch, replicas)
-    return (share + 1,) * rest + (share,) * (replicas - rest)
+    return tuple(len(slice_of(global_batch, replicas, rank)) for rank in range(replicas))
 
 
-def slice_of(global_batch: int, replicas: int, rank: int) -> range:
-    """Positions within the global batch that belong to replica `rank`, in order; IndexError beyond the replicas."""
+def slice_of(sequences: int, replicas: int, rank: int) -> range:
+    """Positions within a step's sequences that belong to replica `rank`, in order; IndexError beyond the replicas.
+
+    The short last step of a run over epochs may leave some replicas without any.
+    """
     if not 0 <= rank < replicas:
         raise IndexError(f"rank {rank} of {replicas} replicas")
-    portions = shares(global_batch, replicas)
-    start = sum(portions[:rank])
-    return range(start, start + portions[rank])
+    share, rest = divmod(sequences, replicas)
+    start = rank * share + min(rank, rest)
+    return range(start, start + share + (rank < rest))
 
 
 def accumulation(global_batch: int, replicas: int, micro_batch: int) -> int:

@@ -1,0 +1,177 @@
+"""What ranks of the pool do for tests: build engines, take steps, run the worker on a run directory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from llm_training_toolkit.checkpoint import Checkpoint, Manifest, save
+from llm_training_toolkit.config import Config, parse
+from llm_training_toolkit.context import Event, RunContext
+from llm_training_toolkit.data.feed import Feed
+from llm_training_toolkit.data.receipt import Receipt
+from llm_training_toolkit.engine import Engine, partitioned, whole_parameter
+from llm_training_toolkit.launch.place import Place
+from llm_training_toolkit.launch.worker import work
+from llm_training_toolkit.models import LossModule, build_model, initialize
+from llm_training_toolkit.plan import DataFacts, Plan, make_plan, slice_of
+from llm_training_toolkit.runs import RunDirectory
+from llm_training_toolkit.saving import restore
+
+Arrays = dict[str, np.ndarray[Any, Any]]
+
+
+def context(report: Any = None, stop: Any = None) -> RunContext:
+    """This rank's place in the pool."""
+    options: dict[str, Any] = {}
+    if report is not None:
+        options["report"] = report
+    if stop is not None:
+        options["stop_requested"] = stop
+    return RunContext(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), **options)
+
+
+def place_of(run: str, changes: Mapping[str, Any] | None = None) -> Place:
+    """The place of a run directory, its configuration changed section by section."""
+    directory = RunDirectory(Path(run))
+    data = json.loads(directory.resolved.read_text())
+    for section, values in (changes or {}).items():
+        data[section] |= values
+    config = parse(data, "test")
+    return Place(directory, config, Receipt.from_json(directory.receipt.read_text()))
+
+
+def engine_of(config: Config, plan: Plan) -> Engine:
+    """A fresh engine with the run's first weights."""
+    with partitioned(plan.deepspeed):
+        model = build_model(plan.hf_config, precision=plan.precision, attention=config.model.attention)
+    initialize(model, config.run.seed, whole_parameter)
+    return Engine(LossModule(model, config.model.loss_chunk), config.optim, plan.deepspeed, torch.device("cpu"))
+
+
+def _plan(place: Place) -> Plan:
+    return make_plan(place.config, DataFacts(place.receipt.sequences), replicas=dist.get_world_size())
+
+
+def gradients(run: str, changes: Mapping[str, Any], micro_batch: int, step: int = 0) -> tuple[float, float, Arrays]:
+    """Loss, gradient norm and whole fp32 gradients of one global batch, split over this pool's ranks."""
+    from deepspeed.utils import safe_get_full_grad
+
+    place = place_of(run, changes)
+    plan = _plan(place)
+    engine = engine_of(place.config, plan)
+    feed = Feed(place.receipt, global_batch=plan.global_batch, epochs=None)
+    world, rank = dist.get_world_size(), dist.get_rank()
+    count = -(-len(slice_of(plan.global_batch, world, 0)) // micro_batch)
+    batches = feed.batch(step, slice_of(plan.global_batch, world, rank), micro_batch, count)
+    loss_sum = engine.accumulate(batches, feed.loss_tokens(step))
+    [total] = context().sum(loss_sum)
+    found = {}
+    for name, parameter in engine.deepspeed.module.named_parameters():
+        gradient = safe_get_full_grad(parameter)
+        found[name] = (parameter.grad if gradient is None else gradient).float().numpy().copy()
+    norm = engine.step(0.0)
+    engine.close()
+    return total / feed.loss_tokens(step), norm, found
+
+
+def whole_state(engine: Engine, directory: str) -> Arrays:
+    """Every weight and moment, gathered by writing and reading a checkpoint of the engine."""
+    shapes = engine.shapes
+
+    def describe(files: Any, fragments: Any) -> Manifest:
+        return Manifest(
+            step=0,
+            tokens=0,
+            attempt=1,
+            parent=None,
+            world_size=dist.get_world_size(),
+            zero=engine.stage,
+            threads=1,
+            config_fingerprint="",
+            data_fingerprint="",
+            versions={},
+            shapes=shapes,
+            files=files,
+            fragments=fragments,
+        )
+
+    save(context(), Path(directory), engine.owned_fragments(), engine.optimizer, describe)
+    return read_state(Path(directory))
+
+
+def read_state(directory: Path) -> Arrays:
+    """Every weight and moment in a checkpoint."""
+    checkpoint = Checkpoint(directory)
+    return {
+        f"{name}/{key}": checkpoint.read(name, key, 0, int(np.prod(shape)))
+        for name, shape in checkpoint.manifest.shapes.items()
+        for key in ("weights", "exp_avg", "exp_avg_sq")
+    }
+
+
+def updated(run: str, changes: Mapping[str, Any], directory: str) -> Arrays:
+    """The state after one update from the first weights."""
+    place = place_of(run, changes)
+    plan = _plan(place)
+    engine = engine_of(place.config, plan)
+    feed = Feed(place.receipt, global_batch=plan.global_batch, epochs=None)
+    world, rank = dist.get_world_size(), dist.get_rank()
+    count = plan.accumulation(world)
+    batches = feed.batch(0, slice_of(plan.global_batch, world, rank), plan.micro_batch, count)
+    engine.accumulate(batches, feed.loss_tokens(0))
+    engine.step(1e-3)
+    state = whole_state(engine, directory)
+    engine.close()
+    return state
+
+
+def loaded(
+    run: str, changes: Mapping[str, Any], checkpoint: str, directory: str
+) -> tuple[Arrays, set[str], set[float]]:
+    """The state right after loading a checkpoint, the groups' weight decays, and the step counters of the flats."""
+    place = place_of(run, changes)
+    engine = engine_of(place.config, _plan(place))
+    restore(engine, Checkpoint(Path(checkpoint)))
+    state = whole_state(engine, directory)
+    decays = {str(group["weight_decay"]) for group in engine.optimizer.param_groups}
+    counters = {float(engine.optimizer.state[piece.flat]["step"]) for piece in engine.fragments()}
+    engine.close()
+    return state, decays, counters
+
+
+def work_on(run: str, changes: Mapping[str, Any] | None = None, stop_after: int | None = None) -> dict[str, Any]:
+    """Take part in a run as its worker does; `stop_after` asks for a stop once that many steps are complete."""
+    completed = [0]
+    events: list[Event] = []
+
+    def report(event: Event) -> None:
+        events.append(event)
+        if event["kind"] == "step":
+            completed[0] = int(event["step"])
+
+    def stop() -> bool:
+        return stop_after is not None and completed[0] >= stop_after - 1
+
+    result = work(place_of(run, changes), context(report, stop))
+    return {**result, "events": events}
+
+
+def logits_of(run: str, checkpoint: str, ids: list[list[int]]) -> np.ndarray[Any, Any]:
+    """The engine's own logits after loading a checkpoint."""
+    place = place_of(run)
+    engine = engine_of(place.config, _plan(place))
+    restore(engine, Checkpoint(Path(checkpoint)))
+    tokens = torch.tensor(ids)
+    positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+    engine.deepspeed.eval()
+    with torch.no_grad():
+        logits = engine.deepspeed.module.logits(tokens, positions)
+    engine.close()
+    return np.asarray(logits.float().numpy())

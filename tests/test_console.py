@@ -1,0 +1,186 @@
+"""The screen: bars where there is a terminal, few plain lines where there is none."""
+
+from __future__ import annotations
+
+import fcntl
+import io
+import os
+import re
+import struct
+import termios
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llm_training_toolkit.console import Console, sample_parts, step_line
+
+
+def step(number: int, steps: int = 1000, **changed: Any) -> dict[str, Any]:
+    event = {"kind": "step", "step": number, "steps": steps, "loss": 2.34567, "lr": 3e-4, "tokens_per_second": 12345.6}
+    return event | changed
+
+
+@pytest.fixture(autouse=True)
+def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "COLUMNS", "LINES"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+
+
+def written(act: Callable[[Console], None]) -> list[str]:
+    """The lines in a file that is no terminal."""
+    file = io.StringIO()
+    console = Console(file)
+    act(console)
+    console.close()
+    return file.getvalue().splitlines()
+
+
+def test_a_step_line_has_step_loss_rate_speed_and_time_left() -> None:
+    line = step_line(step(7), 83.6)
+    assert line == "step    7/1000  loss 2.3457  lr 3.00e-04  12,346 tokens/s  1:24 left"
+
+
+def test_a_step_line_without_a_known_time_left_says_nothing_of_it() -> None:
+    assert step_line(step(1), None).endswith("tokens/s")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "clock"),
+    [(0, "0:00"), (59.6, "1:00"), (3599, "59:59"), (3599.7, "1:00:00"), (90_061, "25:01:01")],
+)
+def test_time_left_reads_as_a_clock(seconds: float, clock: str) -> None:
+    assert step_line(step(1), seconds).endswith(f"  {clock} left")
+
+
+@given(st.integers(1, 10**6), st.integers(0, 10**6), st.floats(allow_nan=True, allow_infinity=True))
+def test_step_lines_of_a_run_keep_their_columns(steps: int, done: int, loss: float) -> None:
+    done = min(done, steps)
+    line = step_line(step(done, steps, loss=loss), None)
+    assert line.index("  loss ") == len(f"step {steps}/{steps}")
+
+
+def test_without_a_terminal_a_stage_appears_once() -> None:
+    def act(console: Console) -> None:
+        for done in range(50):
+            console.stage("reading", done, 0)
+        console.stage("packing", 0, 10)
+        console.stage("packing", 10, 10)
+        console.stage("reading", 50, 50)
+
+    assert written(act) == ["reading", "packing"]
+
+
+def test_without_a_terminal_step_lines_are_rare_but_the_last_is_there() -> None:
+    def act(console: Console) -> None:
+        for number in range(1, 1001):
+            console.show(step(number))
+
+    lines = written(act)
+    assert 2 <= len(lines) <= 4
+    assert lines[-1].startswith("step 1000/1000  loss 2.3457")
+
+
+def test_without_a_terminal_there_is_not_one_control_character() -> None:
+    def act(console: Console) -> None:
+        console.stage("reading", 1, 2)
+        console.show(step(1))
+        console.show({"kind": "warning", "message": "disk nearly full"})
+        console.show({"kind": "eval", "step": 1, "loss": 1.5, "bits_per_byte": 0.75})
+        console.show({"kind": "sample", "title": "t", "before": "a", "written": "b", "after": "c"})
+
+    assert all(line.isprintable() for line in written(act))
+
+
+def test_events_become_lines() -> None:
+    def act(console: Console) -> None:
+        console.show({"kind": "note", "message": "resuming at step 3"})
+        console.show({"kind": "warning", "message": "disk nearly full"})
+        console.show({"kind": "eval", "step": 5, "loss": 1.5, "bits_per_byte": 0.75})
+        console.show({"kind": "checkpoint", "step": 5, "path": "runs/a/checkpoints/step_000000005_a1"})
+
+    assert written(act) == [
+        "resuming at step 3",
+        "warning: disk nearly full",
+        "step 5: held-out loss 1.5000, 0.750 bits per byte",
+        "step 5: checkpoint runs/a/checkpoints/step_000000005_a1",
+    ]
+
+
+def test_a_long_message_stays_on_one_line() -> None:
+    assert written(lambda console: console.show({"kind": "note", "message": "x " * 500})) == ["x " * 500]
+
+
+def test_a_sample_shows_what_was_given_and_what_was_written() -> None:
+    event = {"kind": "sample", "title": "infilling", "before": "def f():\n", "written": "[/x] pass\n", "after": "f()"}
+    assert written(lambda console: console.show(event)) == ["", "infilling:", "def f():", "[/x] pass", "f()"]
+    assert [part.plain for part in sample_parts(event)] == ["def f():\n", "[/x] pass\n", "f()"]
+
+
+def test_events_of_unknown_kinds_are_passed_over() -> None:
+    def act(console: Console) -> None:
+        console.show({"kind": "exported", "path": "runs/a/export"})
+        console.show({"kind": "of tomorrow", "anything": object()})
+
+    assert written(act) == []
+
+
+@pytest.mark.parametrize("text", ["[/closing]", "[bold]", "list[int]", "{curly}", "%s", "\\"])
+def test_text_that_looks_like_markup_is_shown_as_it_is(text: str) -> None:
+    def act(console: Console) -> None:
+        console.show({"kind": "note", "message": text})
+        console.stage(text, 1, 2)
+
+    assert written(act) == [text, text]
+    assert text in on_a_terminal(act)
+
+
+def test_closing_twice_and_going_on_after_closing_is_fine() -> None:
+    def act(console: Console) -> None:
+        console.stage("reading", 1, 2)
+        console.close()
+        console.close()
+        console.stage("packing", 1, 2)
+
+    assert written(act) == ["reading", "packing"]
+
+
+def on_a_terminal(act: Callable[[Console], None], columns: int = 140) -> str:
+    """What a terminal was sent, colours and movements taken out."""
+    master, slave = os.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    with os.fdopen(slave, "w") as file:
+        console = Console(file)
+        assert console.terminal.is_terminal
+        act(console)
+        console.close()
+        file.flush()
+        os.set_blocking(master, False)
+        sent = os.read(master, 1 << 20).decode()
+    os.close(master)
+    assert sent.count("\x1b[?25l") == sent.count("\x1b[?25h"), "the cursor is given back"
+    return re.sub(r"\x1b\[[?\d;]*[A-Za-z]", "", sent)
+
+
+def test_a_terminal_shows_bars_of_stages_and_of_the_training() -> None:
+    def act(console: Console) -> None:
+        console.stage("reading", 0, 0)
+        console.stage("packing", 1_500, 2_000)
+        for number in range(1, 4):
+            console.show(step(number, 4))
+        console.show({"kind": "warning", "message": "disk nearly full"})
+
+    shown = on_a_terminal(act)
+    assert "1,500/2,000" in shown
+    last = [line for line in shown.splitlines() if line.startswith("training")][-1]
+    assert "━" in last
+    assert "step 3/4  loss 2.3457  lr 3.00e-04  12,346 tokens/s" in last
+    assert "warning: disk nearly full" in shown
+
+
+def test_a_narrow_terminal_still_shows_step_loss_and_speed() -> None:
+    shown = on_a_terminal(lambda console: console.show(step(123_456, 200_000)), columns=80)
+    assert "step 123456/200000  loss 2.3457  lr 3.00e-04  12,346 tokens/s" in shown

@@ -1,0 +1,192 @@
+"""Stop anywhere, go on anywhere: the same ranks bit for bit, other ranks and ZeRO stages from the same state."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import rank_tasks
+from llm_training_toolkit.checkpoint import Checkpoint, newest
+from llm_training_toolkit.errors import CheckpointError
+from llm_training_toolkit.plan import make_plan
+from llm_training_toolkit.runs import RunDirectory
+from rank_pool import RankPool
+
+pytestmark = [pytest.mark.ranks]
+Pools = Callable[[int], RankPool]
+Fresh = Callable[[str], RunDirectory]
+STEPS, STOP = 9, 4
+
+
+def losses(run: RunDirectory) -> dict[int, float]:
+    """Training loss by step; the last attempt of a step counts."""
+    rows = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    return {row["step"]: row["train/loss"] for row in rows if "train/loss" in row}
+
+
+def final(run: RunDirectory) -> Path:
+    """The newest checkpoint."""
+    directory = newest(run.checkpoints)
+    assert directory is not None
+    return directory
+
+
+def assert_same_state(found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    assert found.keys() == wanted.keys()
+    for name, values in wanted.items():
+        assert np.array_equal(found[name], values), name
+
+
+@pytest.mark.parametrize(("zero", "precision"), [(0, "bf16"), (1, "bf16"), (2, "bf16"), (2, "fp32"), (3, "bf16")])
+@pytest.mark.parametrize("stop", [1, 4])
+def test_stop_and_resume_is_bitwise_the_undisturbed_run(
+    pools: Pools, fresh_run: Fresh, zero: int, precision: str, stop: int
+) -> None:
+    changes = {"engine": {"zero": zero}, "train": {"precision": precision}}
+    whole, halves = fresh_run("whole"), fresh_run("halves")
+    answers = pools(2).run(rank_tasks.work_on, run=str(whole.path), changes=changes)
+    assert answers[0]["status"] == "finished"
+    stopped = pools(2).run(rank_tasks.work_on, run=str(halves.path), changes=changes, stop_after=stop)
+    assert [(answer["status"], answer["step"]) for answer in stopped] == [("stopped", stop)] * 2
+    resumed = pools(2).run(rank_tasks.work_on, run=str(halves.path), changes=changes)
+    assert resumed[0]["status"] == "finished"
+    assert losses(halves) == losses(whole)
+    assert_same_state(rank_tasks.read_state(final(halves)), rank_tasks.read_state(final(whole)))
+    manifest = Checkpoint(final(halves)).manifest
+    assert (manifest.step, manifest.attempt) == (STEPS, 2)
+    assert manifest.parent == f"step_{stop:09d}_a1"
+    assert manifest.tokens == STEPS * 11 * 64
+
+
+@pytest.fixture(scope="module")
+def stopped_runs(
+    pools: Pools, prepared_run: RunDirectory, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, tuple[Path, RunDirectory]]:
+    """By precision: a checkpoint of two ranks under ZeRO 2, and the run that went on undisturbed."""
+    import shutil
+
+    found = {}
+    for precision in ("fp32", "bf16"):
+        changes = {"train": {"precision": precision}}
+        runs = {name: tmp_path_factory.mktemp(precision) / name for name in ("stopped", "whole")}
+        for path in runs.values():
+            shutil.copytree(prepared_run.path, path)
+        pools(2).run(rank_tasks.work_on, run=str(runs["stopped"]), changes=changes, stop_after=STOP)
+        pools(2).run(rank_tasks.work_on, run=str(runs["whole"]), changes=changes)
+        found[precision] = (final(RunDirectory(runs["stopped"])), RunDirectory(runs["whole"]))
+    return found
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_checkpoint_of_two_ranks_goes_on_with_any_number_under_any_stage(
+    pools: Pools, fresh_run: Fresh, stopped_runs: Any, tmp_path: Path, workers: int, zero: int, precision: str
+) -> None:
+    import shutil
+
+    checkpoint, whole = stopped_runs[precision]
+    changes = {"engine": {"zero": zero}, "train": {"precision": precision}}
+    run = fresh_run("other")
+    target = str(tmp_path / "gathered" / "step_000000004_a9")
+    state, decays, counters = pools(workers).run(
+        rank_tasks.loaded, run=str(run.path), changes=changes, checkpoint=str(checkpoint), directory=target
+    )[0]
+    assert_same_state(state, rank_tasks.read_state(checkpoint))
+    assert decays == {"0.1", "0.0"}
+    assert counters == {float(STOP)}
+
+    shutil.copytree(checkpoint, run.checkpoints / checkpoint.name)
+    answers = pools(workers).run(rank_tasks.work_on, run=str(run.path), changes=changes)
+    assert answers[0]["status"] == "finished"
+    found, wanted = losses(run), losses(whole)
+    assert sorted(found) == list(range(STOP + 1, STEPS + 1))
+    tolerance = 1e-6 if precision == "fp32" else 1e-3
+    assert max(abs(found[step] - wanted[step]) / wanted[step] for step in found) < tolerance
+
+
+def test_a_finished_run_takes_no_further_step(pools: Pools, fresh_run: Fresh) -> None:
+    run = fresh_run("done")
+    pools(2).run(rank_tasks.work_on, run=str(run.path))
+    before = rank_tasks.read_state(final(run))
+    answers = pools(2).run(rank_tasks.work_on, run=str(run.path))
+    assert (answers[0]["status"], answers[0]["step"]) == ("finished", STEPS)
+    assert_same_state(rank_tasks.read_state(final(run)), before)
+    assert sorted(losses(run)) == list(range(1, STEPS + 1))
+
+
+def test_a_damaged_newest_checkpoint_is_set_aside_and_the_one_before_is_used(pools: Pools, fresh_run: Fresh) -> None:
+    whole, run = fresh_run("whole"), fresh_run("damaged")
+    changes = {"checkpoint": {"every": 2}}
+    pools(2).run(rank_tasks.work_on, run=str(whole.path), changes=changes)
+    pools(2).run(rank_tasks.work_on, run=str(run.path), changes=changes, stop_after=5)
+    victim = final(run) / "fragments_00001.safetensors"
+    victim.write_bytes(victim.read_bytes()[:-100])
+    answers = pools(2).run(rank_tasks.work_on, run=str(run.path), changes=changes)
+    assert any(event["kind"] == "warning" and "damaged" in event["message"] for event in answers[0]["events"])
+    assert_same_state(rank_tasks.read_state(final(run)), rank_tasks.read_state(final(whole)))
+
+
+def test_a_run_over_epochs_ends_with_a_short_step_and_every_sequence_once(pools: Pools, fresh_run: Fresh) -> None:
+    run = fresh_run("epoch")
+    train = {"steps": None, "epochs": 1, "global_batch": 8}
+    answers = pools(3).run(rank_tasks.work_on, run=str(run.path), changes={"train": train})
+    place = rank_tasks.place_of(str(run.path))
+    sequences = place.receipt.sequences[0]
+    assert sequences % 8, "the last step of this test is meant to be short"
+    assert (answers[0]["status"], answers[0]["step"]) == ("finished", -(-sequences // 8))
+    assert Checkpoint(final(run)).manifest.tokens == sequences * 64
+
+
+def test_weights_of_another_run_start_a_new_one(pools: Pools, fresh_run: Fresh) -> None:
+    first, second = fresh_run("first"), fresh_run("second")
+    plan = make_plan(rank_tasks.place_of(str(first.path)).config)
+    first.plan.write_text(json.dumps(plan.to_json()))
+    pools(2).run(rank_tasks.work_on, run=str(first.path))
+    tokenizer = rank_tasks.place_of(str(first.path)).receipt.tokenizer_path
+    changes = {"model": {"init_from": str(first.path), "shape": {}}, "tokenizer": {"path": tokenizer, "train": None}}
+    pools(2).run(rank_tasks.work_on, run=str(second.path), changes=changes)
+    assert losses(second)[1] < losses(first)[1] - 0.3
+    assert Checkpoint(final(second)).manifest.step == STEPS
+
+
+def test_a_checkpoint_of_another_model_is_refused_by_name(pools: Pools, fresh_run: Fresh) -> None:
+    run = fresh_run("other_shape")
+    pools(2).run(rank_tasks.work_on, run=str(run.path))
+    shape = rank_tasks.place_of(str(run.path)).config.model.shape | {"intermediate_size": 96}
+    with pytest.raises(CheckpointError, match=r"mlp.*128.*96"):
+        pools(2).run(rank_tasks.work_on, run=str(run.path), changes={"model": {"shape": shape}})
+
+
+def test_export_gives_the_engines_logits(pools: Pools, fresh_run: Fresh) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    run = fresh_run("exported")
+    pools(2).run(rank_tasks.work_on, run=str(run.path), changes={"export": {"at_end": True}})
+    ids = [[5, 17, 300, 42, 8, 111, 7, 64], [400, 3, 3, 9, 250, 31, 77, 1]]
+    wanted = pools(2).run(rank_tasks.logits_of, run=str(run.path), checkpoint=str(final(run)), ids=ids)[0]
+    model = AutoModelForCausalLM.from_pretrained(run.export)
+    assert model.dtype == torch.bfloat16
+    with torch.no_grad():
+        found = model(input_ids=torch.tensor(ids)).logits.float().numpy()
+    assert np.array_equal(found, wanted)
+    assert AutoTokenizer.from_pretrained(run.export).eos_token == "<|endoftext|>"
+
+
+@pytest.mark.parametrize("zero", [2, 3])
+def test_training_from_an_exported_directory_starts_at_its_loss(pools: Pools, fresh_run: Fresh, zero: int) -> None:
+    first, second = fresh_run("pretrained"), fresh_run("tuned")
+    pools(2).run(rank_tasks.work_on, run=str(first.path), changes={"export": {"at_end": True}})
+    changes = {
+        "engine": {"zero": zero},
+        "model": {"path": str(first.export), "shape": {}},
+        "tokenizer": {"path": str(first.export), "train": None},
+    }
+    pools(2).run(rank_tasks.work_on, run=str(second.path), changes=changes)
+    assert losses(second)[1] < losses(first)[1] - 0.3

@@ -1,0 +1,133 @@
+"""Falling back: a damaged newest checkpoint is set aside with a warning, and the one before it is used."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from llm_training_toolkit.checkpoint import FileEntry, Manifest, newest, save
+from llm_training_toolkit.context import Event, RunContext
+from llm_training_toolkit.runs import RunDirectory
+from llm_training_toolkit.saving import newest_sound
+
+OPTIMIZER = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+
+
+@dataclass(frozen=True)
+class Part:
+    """All of one parameter."""
+
+    values: Tensor
+    name: str = "w"
+    start: int = 0
+
+    @property
+    def count(self) -> int:
+        return len(self.values)
+
+    def tensors(self, optimizer: torch.optim.Optimizer) -> Mapping[str, Tensor]:  # noqa: ARG002 - the protocol
+        return {"weights": self.values}
+
+
+@dataclass
+class Rank:
+    """The only rank of a run, and what it told the person at the keyboard."""
+
+    run: RunDirectory
+    events: list[Event] = field(default_factory=list)
+
+    @property
+    def context(self) -> RunContext:
+        return RunContext(0, 1, torch.device("cpu"), report=self.events.append)
+
+    def write(self, step: int) -> Path:
+        def describe(files: tuple[FileEntry, ...], fragments: tuple[tuple[str, int, int, int], ...]) -> Manifest:
+            facts = {"config_fingerprint": "c", "data_fingerprint": "d", "versions": {}, "shapes": {"w": (100,)}}
+            place = {"step": step, "tokens": step, "attempt": 1, "parent": None}
+            return Manifest(**place, **facts, world_size=1, zero=0, threads=1, files=files, fragments=fragments)
+
+        directory = self.run.checkpoint(step, 1)
+        save(self.context, directory, [Part(torch.full((100,), float(step)))], OPTIMIZER, describe)
+        return directory
+
+    def newest_step(self) -> int | None:
+        found = newest_sound(self.run, self.context)
+        return None if found is None else found.manifest.step
+
+
+@pytest.fixture
+def rank(tmp_path: Path) -> Rank:
+    return Rank(RunDirectory(tmp_path))
+
+
+def truncate(directory: Path) -> None:
+    file = directory / "fragments_00000.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+
+
+def test_a_run_without_checkpoints_has_none(rank: Rank) -> None:
+    assert rank.newest_step() is None
+    assert rank.events == []
+
+
+def test_a_sound_newest_checkpoint_is_used_in_silence(rank: Rank) -> None:
+    rank.write(1)
+    rank.write(2)
+    assert rank.newest_step() == 2
+    assert rank.events == []
+
+
+def test_a_truncated_newest_checkpoint_gives_way_to_the_one_before(rank: Rank) -> None:
+    first, second = rank.write(1), rank.write(2)
+    truncate(second)
+    assert rank.newest_step() == 1
+    aside = f"left_behind_1_{second.name}"
+    assert sorted(path.name for path in rank.run.checkpoints.iterdir()) == [aside, first.name]
+    [event] = rank.events
+    assert event["kind"] == "warning"
+    for word in (second.name, "fragments_00000.safetensors", "were written", aside, "the one before it is used"):
+        assert word in event["message"]
+
+
+def test_an_unreadable_manifest_gives_way_too(rank: Rank) -> None:
+    rank.write(1)
+    (rank.write(2) / "manifest.json").write_text("{")
+    assert rank.newest_step() == 1
+    assert "not a readable manifest" in rank.events[0]["message"]
+
+
+def test_every_damaged_checkpoint_is_passed_over_and_named(rank: Rank) -> None:
+    rank.write(1)
+    truncate(rank.write(2))
+    (rank.write(3) / "fragments_00000.safetensors").unlink()
+    assert rank.newest_step() == 1
+    assert [event["message"].split()[1] for event in rank.events] == ["step_000000003_a1", "step_000000002_a1"]
+
+
+def test_a_checkpoint_never_completed_is_passed_over_without_a_word(rank: Rank) -> None:
+    rank.write(1)
+    (rank.write(2) / "manifest.json").unlink()
+    assert rank.newest_step() == 1
+    assert rank.events == []
+
+
+def test_where_every_checkpoint_is_damaged_there_is_none_and_all_lie_aside(rank: Rank) -> None:
+    truncate(rank.write(1))
+    assert rank.newest_step() is None
+    assert len(rank.events) == 1
+    assert [path.name for path in rank.run.checkpoints.iterdir()] == ["left_behind_1_step_000000001_a1"]
+
+
+def test_a_checkpoint_written_again_after_the_damage_is_used(rank: Rank) -> None:
+    truncate(rank.write(1))
+    assert rank.newest_step() is None
+    rank.write(1)
+    assert rank.newest_step() == 1
+    shutil.rmtree(rank.run.checkpoint(1, 1))
+    assert newest(rank.run.checkpoints) is None
