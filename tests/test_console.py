@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import io
 import os
 import re
-import struct
-import termios
+import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -151,18 +150,26 @@ def test_closing_twice_and_going_on_after_closing_is_fine() -> None:
 def on_a_terminal(act: Callable[[Console], None], columns: int = 140) -> str:
     """What a terminal was sent, colours and movements taken out."""
     master, slave = os.openpty()
-    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-    with os.fdopen(slave, "w") as file:
+    sent = bytearray()
+
+    def read() -> None:
+        with suppress(OSError):  # how a terminal says that its other end is closed
+            while part := os.read(master, 4096):
+                sent.extend(part)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    with os.fdopen(slave, "w") as file, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COLUMNS", str(columns))
         console = Console(file)
         assert console.terminal.is_terminal
         act(console)
         console.close()
-        file.flush()
-        os.set_blocking(master, False)
-        sent = os.read(master, 1 << 20).decode()
+    reader.join(10)
     os.close(master)
-    assert sent.count("\x1b[?25l") == sent.count("\x1b[?25h"), "the cursor is given back"
-    return re.sub(r"\x1b\[[?\d;]*[A-Za-z]", "", sent)
+    text = sent.decode()
+    assert text.count("\x1b[?25l") == text.count("\x1b[?25h"), "the cursor is given back"
+    return re.sub(r"\x1b\[[?\d;]*[A-Za-z]", "", text)
 
 
 def test_a_terminal_shows_bars_of_stages_and_of_the_training() -> None:

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -48,8 +49,13 @@ class Rank:
 
     def write(self, step: int) -> Path:
         def describe(files: tuple[FileEntry, ...], fragments: tuple[tuple[str, int, int, int], ...]) -> Manifest:
-            facts = {"config_fingerprint": "c", "data_fingerprint": "d", "versions": {}, "shapes": {"w": (100,)}}
-            place = {"step": step, "tokens": step, "attempt": 1, "parent": None}
+            facts: dict[str, Any] = {
+                "config_fingerprint": "c",
+                "data_fingerprint": "d",
+                "versions": {},
+                "shapes": {"w": (100,)},
+            }
+            place: dict[str, Any] = {"step": step, "tokens": step, "attempt": 1, "parent": None}
             return Manifest(**place, **facts, world_size=1, zero=0, threads=1, files=files, fragments=fragments)
 
         directory = self.run.checkpoint(step, 1)

@@ -1,0 +1,164 @@
+"""`ltt train` on a real Ray cluster: through, stopped, killed; always the run that nothing had disturbed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import rank_tasks
+from launch.conftest import Environment, command, run_of, wait_for_step
+
+from llm_training_toolkit.checkpoint import newest
+from llm_training_toolkit.runs import RunDirectory
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(400)]
+STEPS = 120
+SECTIONS = {
+    "train": {"steps": STEPS, "global_batch": 4, "micro_batch": 2},
+    "checkpoint": {"every": 40, "keep": 2},
+    "eval": {"every": 60},
+}
+
+
+def losses(run: RunDirectory) -> dict[int, float]:
+    rows = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    return {row["step"]: row["train/loss"] for row in rows if "train/loss" in row}
+
+
+def assert_same_run(found: RunDirectory, wanted: RunDirectory) -> None:
+    assert losses(found) == losses(wanted)
+    states = []
+    for run in (found, wanted):
+        directory = newest(run.checkpoints)
+        assert directory is not None
+        states.append(rank_tasks.read_state(directory))
+    for name, values in states[1].items():
+        assert np.array_equal(states[0][name], values), name
+
+
+@pytest.fixture(scope="module")
+def undisturbed(launch_config: Callable[..., Path], ray_environment: Environment) -> Path:
+    config = launch_config("undisturbed", **SECTIONS, export={"at_end": True})
+    done = subprocess.run(command(config, "--json"), env=ray_environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert (answer["status"], answer["step"]) == ("finished", STEPS)
+    assert Path(answer["checkpoint"]).is_dir()
+    (config.parent / "screen").write_text(done.stderr)
+    return config
+
+
+def test_a_run_leaves_all_that_the_run_directory_promises(undisturbed: Path) -> None:
+    run = run_of(undisturbed)
+    for path in (run.config, run.resolved, run.plan, run.environment, run.metrics, run.receipt, run.export):
+        assert path.exists(), path
+    assert sorted(path.name for path in run.logs(1).iterdir()) == ["rank_0.log", "rank_1.log"]
+    assert [path.name for path in sorted(run.checkpoints.iterdir())] == ["step_000000080_a1", "step_000000120_a1"]
+    assert json.loads((run.attempts / "0001.json").read_text())["state"] == "finished"
+    assert list(run.tensorboard.glob("events.*"))
+    rows = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    evaluated = {row["step"]: row["eval/loss"] for row in rows if "eval/loss" in row}
+    assert sorted(evaluated) == [0, 60, STEPS]
+    assert evaluated[STEPS] < 0.7 * evaluated[0]
+
+
+def test_the_screen_shows_progress_and_no_noise(undisturbed: Path) -> None:
+    screen = (undisturbed.parent / "screen").read_text()
+    assert "step 120/120  loss" in screen
+    assert "held-out loss" in screen
+    for noise in ("INFO", "WARNING", "Warning", "DeepSpeed info", "(RayTrainWorker", "Traceback"):
+        assert noise not in screen, noise
+
+
+def test_tensorboard_has_the_curves_and_the_texts(undisturbed: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run_of(undisturbed).tensorboard))
+    events.Reload()
+    tags = events.Tags()
+    wanted = {"train/loss", "optim/lr", "optim/grad_norm", "perf/tokens_per_second", "perf/memory_gb", "eval/loss"}
+    assert wanted <= set(tags["scalars"])
+    assert len(events.Scalars("train/loss")) == STEPS
+    texts = set(tags["tensors"])
+    assert "configuration/text_summary" in texts
+    assert any(name.startswith("samples/") for name in texts)
+
+
+def test_a_finished_run_is_left_alone(undisturbed: Path, ray_environment: Environment) -> None:
+    before = run_of(undisturbed).metrics.read_text()
+    done = subprocess.run(command(undisturbed), env=ray_environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert "is finished" in done.stdout
+    assert run_of(undisturbed).metrics.read_text() == before
+
+
+def test_another_identity_is_refused_with_the_difference(undisturbed: Path, ray_environment: Environment) -> None:
+    changed = command(undisturbed, "optim.weight_decay=0.2")
+    done = subprocess.run(changed, env=ray_environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "optim.weight_decay" in done.stderr
+    assert "0.2" in done.stderr
+    assert "--accept optim.weight_decay" in done.stderr
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_saves_exits_75_and_the_same_command_goes_on(
+    undisturbed: Path, launch_config: Callable[..., Path], ray_environment: Environment, how: signal.Signals
+) -> None:
+    config = launch_config(f"stopped_by_{how.name.lower()}", **SECTIONS)
+    with subprocess.Popen(
+        command(config, "--json"), env=ray_environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        wait_for_step(run_of(config), 5, process)
+        process.send_signal(how)
+        out, err = process.communicate(timeout=120)
+    assert process.returncode == 75, err
+    answer = json.loads(out)
+    assert answer["status"] == "stopped"
+    assert 5 <= answer["step"] < STEPS
+    assert Path(answer["checkpoint"]).name == f"step_{answer['step']:09d}_a1"
+    again = subprocess.run(command(config), env=ray_environment, capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stderr
+    assert f"resuming from step_{answer['step']:09d}_a1" in again.stdout
+    assert_same_run(run_of(config), run_of(undisturbed))
+
+
+def test_a_killed_worker_is_replaced_and_nothing_is_lost(
+    undisturbed: Path, launch_config: Callable[..., Path], ray_environment: Environment
+) -> None:
+    config = launch_config("killed", **SECTIONS)
+    run = run_of(config)
+    with subprocess.Popen(
+        command(config, "--json"), env=ray_environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        wait_for_step(run, 50, process)
+        os.kill(json.loads((run.attempts / "0001.json").read_text())["pid"], signal.SIGKILL)
+        out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
+    assert json.loads(out)["status"] == "finished"
+    assert len(list(run.attempts.iterdir())) == 2
+    assert_same_run(run, run_of(undisturbed))
+
+
+def test_an_error_of_ours_ends_the_run_at_once_with_its_words(
+    launch_config: Callable[..., Path], ray_environment: Environment
+) -> None:
+    config = launch_config("no_weights", **SECTIONS | {"train": SECTIONS["train"] | {"steps": 2}})
+    run = run_of(config)
+    done = subprocess.run(command(config), env=ray_environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    victim = newest(run.checkpoints)
+    assert victim is not None
+    manifest = victim / "manifest.json"
+    manifest.write_text(manifest.read_text().replace("model.norm.weight", "model.other.weight"))
+    longer = command(config, "train.steps=4", "--extend")
+    done = subprocess.run(longer, env=ray_environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "not a checkpoint of this model" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,158 @@
+"""The command line: quick to answer, and every wrong request is said in words with the right exit code."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llm_training_toolkit import __version__
+
+ROOT = Path(__file__).parents[1]
+QUICKSTART = "configs/quickstart.yaml"
+CONFIGS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "configs").rglob("*.yaml"))
+PLAN_KEYS = {
+    "parameters",
+    "trainable_parameters",
+    "steps",
+    "global_batch",
+    "accumulation",
+    "tokens_per_step",
+    "deepspeed",
+    "problems",
+    "memory_gb_per_device",
+    "estimated",
+}
+_LOADED = """
+import sys
+from llm_training_toolkit.cli import main
+try:
+    main()
+finally:
+    heavy = {"torch", "ray", "deepspeed", "transformers"} & sys.modules.keys()
+    print("loaded:", *sorted(heavy), file=sys.stderr)
+"""
+
+
+def ltt(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "llm_training_toolkit", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+
+
+def assert_refused(done: subprocess.CompletedProcess[str], code: int, *words: str) -> None:
+    assert done.returncode == code, done.stderr
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+    for word in words:
+        assert word in done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["--version"],
+        ["train", "--help"],
+        ["generate", "--help"],
+        ["plan", QUICKSTART],
+        ["plan", QUICKSTART, "--json"],
+        ["plan", "absent.yaml"],
+    ],
+    ids=" ".join,
+)
+def test_what_a_person_waits_for_loads_no_heavy_library(arguments: list[str]) -> None:
+    command = [sys.executable, "-c", _LOADED, *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert done.stderr.splitlines()[-1] == "loaded:"
+
+
+def test_help_names_every_verb_with_what_it_does() -> None:
+    done = ltt("--help")
+    assert done.returncode == 0
+    assert "Train and tune Qwen and StarCoder" in done.stdout
+    for verb in ("plan", "prepare", "train", "generate"):
+        assert f"  {verb} " in done.stdout
+
+
+def test_no_argument_at_all_shows_the_help() -> None:
+    done = ltt()
+    assert "Usage:" in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_version() -> None:
+    done = ltt("--version")
+    assert (done.returncode, done.stdout) == (0, f"ltt {__version__}\n")
+
+
+def test_an_unknown_verb_is_a_wrong_request() -> None:
+    assert_refused(ltt("trian", QUICKSTART), 2, "trian")
+
+
+def test_an_unknown_option_is_a_wrong_request() -> None:
+    assert_refused(ltt("plan", QUICKSTART, "--jsn"), 2, "--jsn")
+
+
+@pytest.mark.parametrize("verb", ["plan", "prepare", "train"])
+def test_a_missing_file_is_a_wrong_request_that_names_it(verb: str) -> None:
+    assert_refused(ltt(verb, "no/such.yaml"), 2, "error: ", "no/such.yaml")
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("train.stesp=5", "train.steps"),
+        ("train.steps=many", "train.steps"),
+        ("train.steps=-1", "train.steps"),
+        ("nonsense", "nonsense"),
+        ("engine.zero=7", "engine.zero"),
+    ],
+)
+def test_a_bad_override_is_a_wrong_request_that_names_the_field(override: str, said: str) -> None:
+    assert_refused(ltt("plan", QUICKSTART, override), 2, "error: ", said)
+
+
+def test_all_mistakes_are_named_at_once() -> None:
+    assert_refused(ltt("plan", QUICKSTART, "train.stesp=5", "engine.zero=7"), 2, "train.stesp", "engine.zero")
+
+
+def test_a_plan_with_problems_is_shown_and_refused() -> None:
+    done = ltt("plan", QUICKSTART, "cluster.workers=17", "--json")
+    assert done.returncode == 2
+    [problem] = json.loads(done.stdout)["problems"]
+    assert problem["where"] == "cluster.workers"
+    assert problem.keys() == {"where", "what", "fix"}
+
+
+def test_an_override_changes_the_plan() -> None:
+    plans = [json.loads(ltt("plan", QUICKSTART, *more, "--json").stdout) for more in ([], ["train.steps=7"])]
+    assert [plan["steps"] for plan in plans] == [280, 7]
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_every_config_plans_without_problems_and_keeps_the_contract(config: str) -> None:
+    done = ltt("plan", config, "--json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    plan = json.loads(done.stdout)
+    assert plan.keys() >= PLAN_KEYS
+    assert plan["problems"] == []
+    assert plan["parameters"] >= plan["trainable_parameters"] > 0
+    assert plan["tokens_per_step"] % plan["global_batch"] == 0
+    assert isinstance(plan["deepspeed"], dict)
+    assert all(size >= 0 for size in plan["memory_gb_per_device"].values())
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_every_config_plans_for_people_in_lines_of_a_screen(config: str) -> None:
+    done = ltt("plan", config)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines()[0].startswith("run ")
+    assert "PROBLEM" not in done.stdout
+
+
+def test_generating_from_a_directory_without_a_model_says_what_to_name(tmp_path: Path) -> None:
+    done = ltt("generate", str(tmp_path), "--prompt", "def", "--suffix", "pass")
+    assert_refused(done, 1, f"error: {tmp_path}: no model there (no config.json)", "name an exported directory")
