@@ -12,7 +12,7 @@ import pytest
 
 import rank_tasks
 from llm_training_toolkit.checkpoint import Checkpoint, newest
-from llm_training_toolkit.errors import CheckpointError
+from llm_training_toolkit.errors import CheckpointError, PlanError
 from llm_training_toolkit.plan import make_plan
 from llm_training_toolkit.runs import RunDirectory
 from rank_pool import RankPool
@@ -141,6 +141,9 @@ def test_a_run_over_epochs_ends_with_a_short_step_and_every_sequence_once(pools:
     assert sequences % 8, "the last step of this test is meant to be short"
     assert (answers[0]["status"], answers[0]["step"]) == ("finished", -(-sequences // 8))
     assert Checkpoint(final(run)).manifest.tokens == sequences * 64
+    steps = {"steps": 50, "epochs": None, "global_batch": 8}
+    with pytest.raises(PlanError, match="last step of the epoch was short"):
+        pools(3).run(rank_tasks.work_on, run=str(run.path), changes={"train": steps})
 
 
 def test_weights_of_another_run_start_a_new_one(pools: Pools, fresh_run: Fresh) -> None:

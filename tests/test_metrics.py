@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from llm_training_toolkit.context import Event, RunContext
 from llm_training_toolkit.metrics import Metrics

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from llm_training_toolkit.checkpoint import FileEntry, Manifest, newest, save
 from llm_training_toolkit.context import Event, RunContext
+from llm_training_toolkit.errors import CheckpointError
 from llm_training_toolkit.runs import RunDirectory
 from llm_training_toolkit.saving import newest_sound
 
@@ -123,17 +124,19 @@ def test_a_checkpoint_never_completed_is_passed_over_without_a_word(rank: Rank) 
     assert rank.events == []
 
 
-def test_where_every_checkpoint_is_damaged_there_is_none_and_all_lie_aside(rank: Rank) -> None:
+def test_the_only_checkpoint_stays_where_it_is_when_damaged_and_the_run_is_refused(rank: Rank) -> None:
     truncate(rank.write(1))
-    assert rank.newest_step() is None
-    assert len(rank.events) == 1
-    assert [path.name for path in rank.run.checkpoints.iterdir()] == ["left_behind_1_step_000000001_a1"]
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match=r"only checkpoint of this run is damaged.*start again from step 0"):
+            rank.newest_step()
+    assert [path.name for path in rank.run.checkpoints.iterdir()] == ["step_000000001_a1"]
 
 
 def test_a_checkpoint_written_again_after_the_damage_is_used(rank: Rank) -> None:
-    truncate(rank.write(1))
-    assert rank.newest_step() is None
     rank.write(1)
+    truncate(rank.write(2))
     assert rank.newest_step() == 1
-    shutil.rmtree(rank.run.checkpoint(1, 1))
-    assert newest(rank.run.checkpoints) is None
+    rank.write(2)
+    assert rank.newest_step() == 2
+    shutil.rmtree(rank.run.checkpoint(2, 1))
+    assert newest(rank.run.checkpoints) == rank.run.checkpoint(1, 1)

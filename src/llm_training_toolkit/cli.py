@@ -82,7 +82,10 @@ def train(
     overrides: Overrides = None,
     *,
     accept: Annotated[
-        list[str] | None, typer.Option(help="Take a change of an identity field: --accept data.sources")
+        list[str] | None,
+        typer.Option(
+            help="Take a change of an identity field (data.sources), or of the documents themselves (documents)."
+        ),
     ] = None,
     extend: Annotated[
         bool, typer.Option("--extend", help="Take another length; the schedule stretches to it.")

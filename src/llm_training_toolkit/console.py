@@ -11,7 +11,7 @@ from collections import deque
 from typing import IO, Any
 
 from rich.console import Console as Terminal
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from llm_training_toolkit.context import Event
 
@@ -53,10 +53,8 @@ class Console:
         if self._progress is None:
             columns = (
                 TextColumn("{task.description}", markup=False),
-                BarColumn(bar_width=24),
+                BarColumn(bar_width=16),
                 TextColumn("{task.fields[note]}", markup=False),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
             )
             self._progress = Progress(*columns, console=self.terminal, disable=not self.terminal.is_terminal)
             self._progress.start()

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import AutoConfig, GenerationConfig
 
@@ -60,7 +61,7 @@ def export(
         if destination.exists():
             shutil.rmtree(destination)
         temporary.rename(destination)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(
             f"export to {destination} failed: {error}. The checkpoint is untouched: free some space and start again"

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from llm_training_toolkit.checkpoint import Checkpoint, FileEntry, Manifest, clean, newest, save, set_aside
+from llm_training_toolkit.checkpoint import Checkpoint, FileEntry, Manifest, clean, complete, newest, save, set_aside
 from llm_training_toolkit.context import RunContext
 from llm_training_toolkit.engine import Engine
 from llm_training_toolkit.errors import CheckpointError
@@ -82,12 +82,20 @@ class CheckpointSaver:
             save(self._context, directory, pieces, engine.optimizer, self._describe(progress))
         self._context.barrier()
         if self._context.is_first:
-            clean(self._run.checkpoints, self._keep, self._keep_every)
+            self._clean()
         self._context.barrier()
         self._last = time.monotonic()
         if self._context.is_first:
             self._context.report({"kind": "checkpoint", "step": progress.step, "path": str(directory)})
         return self._last - began
+
+    def _clean(self) -> None:
+        """Deleting what need not be kept must not end a run whose checkpoint is written."""
+        try:
+            clean(self._run.checkpoints, self._keep, self._keep_every)
+        except OSError as error:
+            message = f"old checkpoints in {self._run.checkpoints} cannot be deleted ({error}); training goes on"
+            self._context.report({"kind": "warning", "message": message})
 
     def _describe(self, progress: Progress) -> Any:  # noqa: ANN401 - checkpoint.Describe
         lineage = self._lineage
@@ -122,6 +130,11 @@ def newest_sound(run: RunDirectory, context: RunContext) -> Checkpoint | None:
         faults = _all_faults(directory, context)
         if not faults:
             return Checkpoint(directory)
+        if context.broadcast(len(complete(run.checkpoints)) if context.is_first else 0) < 2:
+            raise CheckpointError(
+                f"{faults[0]}: the only checkpoint of this run is damaged, and there is none before it. "
+                f"Bring the file back, or delete {run.path} to start again from step 0"
+            )
         if context.is_first:
             aside = set_aside(directory)
             message = f"checkpoint {directory.name} is damaged ({faults[0]}); it lies in {aside.name} now"

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from launch.conftest import command, run_of, wait_for_step
 
+from launch.conftest import command, run_of, wait_for_step
 from llm_training_toolkit.runs import RunDirectory
 
 pytestmark = [pytest.mark.slow]
@@ -29,7 +29,7 @@ def test_one_process_stops_with_a_checkpoint_and_goes_on(launch_config: Callable
     arguments = command(config, "train.steps=400", "--json")
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         wait_for_step(run_of(config), 5, process)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGTERM)
         out, err = process.communicate(timeout=60)
     assert process.returncode == 75, err
     stopped = json.loads(out)["step"]
@@ -46,8 +46,38 @@ def test_torchrun_ranks_train_the_same_run_as_one_process(launch_config: Callabl
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--no-python"]
     ranks = [*torchrun, "--master-port", "0", "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
     done = subprocess.run(
-        [*ranks, *command(several)], capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        [*ranks, *command(several)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
     assert losses(run_of(several)) == pytest.approx(losses(run_of(alone)), rel=1e-3)
     assert len(list(run_of(several).logs(1).iterdir())) == 2
+
+
+def test_changed_documents_are_refused_unless_accepted(launch_config: Callable[..., Path], tmp_path: Path) -> None:
+    from conftest import write_corpus
+
+    corpus = write_corpus(tmp_path / "code", documents=30)
+    source = {"path": str(corpus), "format": "code"}
+    train = {"steps": 2, "global_batch": 4, "micro_batch": 2}
+    data = {"sources": [source], "sequence_length": 64, "eval": {"fraction": 0.1}, "cache": str(tmp_path / "cache")}
+    trained = launch_config("own_tokenizer", **SECTIONS | {"train": train, "data": data})
+    subprocess.run(command(trained), check=True, capture_output=True)
+    tokenizer = json.loads(run_of(trained).receipt.read_text())["tokenizer_path"]
+    given = launch_config("given_tokenizer", **SECTIONS | {"train": train, "data": data})
+    choose = ["tokenizer.train=null", f"tokenizer.path={tokenizer}", "model.shape.vocab_size=512"]
+    subprocess.run(command(given, *choose), check=True, capture_output=True)
+
+    (corpus / "module_000.py").write_text("print('another document')\n" * 5)
+    longer = ["train.steps=4", "--extend"]
+    for config, arguments in ((trained, longer), (given, [*choose, *longer])):
+        refused = subprocess.run(command(config, *arguments), capture_output=True, text=True, check=False)
+        assert refused.returncode == 2
+        assert "documents have changed" in refused.stderr
+    accepted = command(given, *choose, *longer, "--accept", "documents")
+    done = subprocess.run(accepted, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len(losses(run_of(given))) == 4

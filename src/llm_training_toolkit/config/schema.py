@@ -93,7 +93,7 @@ class Model(Section):
     shape: Annotated[dict[str, int | float | bool], Tag.IDENTITY] = {}
     """Changes to the size's shape, by the names of its Hugging Face configuration. From scratch only."""
     attention: Annotated[Literal["eager", "sdpa", "flash_attention_2", "flex_attention"], Tag.FREE] = "sdpa"
-    """How attention is computed. Documents in a sequence are isolated in all of them."""
+    """How attention is computed; the last two need a GPU. Documents in a sequence do not see each other."""
     activation_checkpointing: Annotated[bool, Tag.FREE] = False
     """Recompute activations in the backward pass: about a third more time for much less memory."""
     loss_chunk: Annotated[int, Field(ge=0), Tag.IDENTITY] = 1024

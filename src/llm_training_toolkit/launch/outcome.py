@@ -49,13 +49,14 @@ def closing_lines(outcome: Outcome, request: Request) -> list[str]:
     if outcome.status == "stopped":
         return [f"stopped at step {outcome.step:,} with a checkpoint: the same command goes on from there"]
     run = Path(os.path.relpath(outcome.run))
-    here = Path(sys.argv[0]).parent
+    here = Path(sys.executable).parent
     ltt, tensorboard = (name if shutil.which(name) else os.path.relpath(here / name) for name in ("ltt", "tensorboard"))
     lines = ["", "next:"]
     if (run / "export").is_dir():
-        lines.append(f"  {ltt} generate {run}/export --prompt 'def main():'")
-        lines.append(f"  {ltt} generate {run}/export --prompt 'def add(a, b):' --suffix '    return c'")
-    lines.append(f"  {tensorboard} --logdir {run.parent}")
+        exported = shlex.quote(f"{run}/export")
+        lines.append(f"  {ltt} generate {exported} --prompt 'def main():'")
+        lines.append(f"  {ltt} generate {exported} --prompt 'def add(a, b):' --suffix '    return c'")
+    lines.append(f"  {tensorboard} --logdir {shlex.quote(str(run.parent))}")
     lines.append(f"  {ltt} train {_longer(request)} --extend")
     return lines
 
@@ -65,4 +66,6 @@ def _longer(request: Request) -> str:
     length = load(request.config, request.overrides).train.model_dump(include={"tokens", "steps", "epochs"})
     [(unit, count)] = [(unit, count) for unit, count in length.items() if count is not None]
     kept = [override for override in request.overrides if not override.startswith(f"train.{unit}=")]
-    return " ".join([str(request.config), *(shlex.quote(word) for word in [*kept, f"train.{unit}={2 * count}"])])
+    return " ".join(
+        [shlex.quote(str(request.config)), *(shlex.quote(word) for word in [*kept, f"train.{unit}={2 * count}"])]
+    )

@@ -12,12 +12,16 @@ from llm_training_toolkit.config import Config, from_json, load, to_json
 from llm_training_toolkit.config.identity import refuse_changed_identity
 from llm_training_toolkit.console import Console
 from llm_training_toolkit.data.receipt import Receipt
+from llm_training_toolkit.errors import ConfigError
 from llm_training_toolkit.launch.environment import check_machine, prepare_environment
 from llm_training_toolkit.launch.outcome import Outcome, Request
 from llm_training_toolkit.launch.place import is_first_rank, ranks_started
 from llm_training_toolkit.launch.preparation import prepare_run, receipt_lines
 from llm_training_toolkit.plan import DataFacts, Plan, lines, make_plan, require
 from llm_training_toolkit.runs import RunDirectory, checkpoint_place, claim, environment, write_atomically
+
+DOCUMENTS = "documents"
+"""What --accept takes besides field names: the documents themselves are other ones than before."""
 
 
 def start(request: Request, console: Console) -> Outcome:
@@ -53,7 +57,28 @@ def _reconcile(run: RunDirectory, config: Config, request: Request) -> None:
     """Refuse to go on with another identity than the run has; before its first checkpoint it has none."""
     if run.resolved.is_file() and newest(run.checkpoints) is not None:
         before = from_json(run.resolved.read_text(), where=str(run.resolved))
-        refuse_changed_identity(before, config, accept=request.accept, extend=request.extend)
+        accept = [key for key in request.accept if key != DOCUMENTS]
+        refuse_changed_identity(before, config, accept=accept, extend=request.extend)
+
+
+def _refuse_changed_documents(run: RunDirectory, config: Config, receipt: Receipt, request: Request) -> None:
+    """Refuse to go on with other documents than the run began with, unless they, or what names them, are accepted."""
+    if not run.receipt.is_file() or newest(run.checkpoints) is None:
+        return
+    before = Receipt.from_json(run.receipt.read_text())
+    asked = any(key.split(".")[0] in {"data", "tokenizer", "run"} for key in request.accept)
+    if before.fingerprint == receipt.fingerprint or asked:
+        return
+    if config.tokenizer.train is not None and before.tokenizer_path != receipt.tokenizer_path:
+        raise ConfigError(
+            "the documents have changed since the run began, and a tokenizer trained on them now would be another than "
+            "the weights know: bring the documents back, or take another run.name"
+        )
+    if DOCUMENTS not in request.accept:
+        raise ConfigError(
+            "the documents have changed since the run began (paths, sizes or times of modification differ), so the "
+            f"order of the data would be another: bring them back, take another run.name, or --accept {DOCUMENTS}"
+        )
 
 
 def _prepare(run: RunDirectory, config: Config, request: Request, console: Console, replicas: int | None) -> None:
@@ -61,6 +86,7 @@ def _prepare(run: RunDirectory, config: Config, request: Request, console: Conso
     if config.cluster.workers > 0:
         check_machine(config)
     receipt = prepare_run(config, console.stage).receipt
+    _refuse_changed_documents(run, config, receipt, request)
     plan = require(make_plan(config, DataFacts(receipt.sequences), replicas))
     shutil.copyfile(request.config, run.config)
     write_atomically(run.resolved, to_json(config))

@@ -18,7 +18,7 @@ from llm_training_toolkit.config.identity import fingerprint
 from llm_training_toolkit.context import RunContext
 from llm_training_toolkit.data.feed import Feed
 from llm_training_toolkit.engine import Engine, partitioned, prepare_process, whole_parameter
-from llm_training_toolkit.errors import CheckpointError
+from llm_training_toolkit.errors import CheckpointError, PlanError
 from llm_training_toolkit.launch.finish import finish
 from llm_training_toolkit.launch.output import redirect
 from llm_training_toolkit.launch.place import Place
@@ -71,8 +71,10 @@ def _build(place: Place, context: RunContext, attempt: int) -> tuple[Parts, Prog
     run, config = place.run, place.config
     facts = DataFacts(place.receipt.sequences)
     plan = require(make_plan(config, facts, replicas=context.world_size))
+    _check_device(config, context)
     prepare_process(context.device.type)
     checkpoint = newest_sound(run, context)
+    _check_whole_steps(checkpoint, plan)
     engine, hf_config = _engine(config, plan, context, from_scratch=checkpoint is None)
     progress = _start(engine, config, checkpoint, context)
     lineage = Lineage(
@@ -100,6 +102,26 @@ def _build(place: Place, context: RunContext, attempt: int) -> tuple[Parts, Prog
     metrics.text(progress.step, "configuration", f"```yaml\n{run.config.read_text()}\n```")
     feed = Feed(place.receipt, global_batch=plan.global_batch, epochs=config.train.epochs)
     return Parts(plan, plan.schedule(), config.run.seed, context, engine, feed, saver, metrics), progress, hf_config
+
+
+def _check_device(config: Config, context: RunContext) -> None:
+    """Refuse an attention that this device does not have; flex_attention on CPU would abort the process."""
+    if context.device.type == "cpu" and config.model.attention in {"flash_attention_2", "flex_attention"}:
+        raise PlanError(f"model.attention = {config.model.attention} needs a GPU: use sdpa or eager here")
+
+
+def _check_whole_steps(checkpoint: Checkpoint | None, plan: Plan) -> None:
+    """Refuse to lengthen a run over epochs whose last step was short: the next one would begin too late in the data."""
+    if checkpoint is None or plan.steps is None or checkpoint.manifest.step >= plan.steps:
+        return
+    seen, whole = checkpoint.manifest.tokens, checkpoint.manifest.step * plan.tokens_per_step
+    if seen != whole:
+        missing = (whole - seen) // plan.sequence_length
+        raise PlanError(
+            f"{checkpoint.directory.name}: the last step of the epoch was short ({missing} of {plan.global_batch} "
+            "sequences were missing), so going on would leave out as many of the next epoch: "
+            "start a new run with model.init_from, or choose a global batch that divides the epoch"
+        )
 
 
 def _engine(config: Config, plan: Plan, context: RunContext, *, from_scratch: bool) -> tuple[Engine, Mapping[str, Any]]:

@@ -17,6 +17,10 @@ from llm_training_toolkit.errors import CheckpointError, PlanError
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
+_DROPOUTS = {"attention_dropout", "residual_dropout", "embedding_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop"}
+"""Set to 0 for loaded weights too. StarCoder's base configurations carry 0.1, which makes the loss depend on how a
+batch is split; StarCoder2-Instruct was trained with 0 (bigcode-project/starcoder2-self-align)."""
+
 
 def build_model(
     hf_config: Mapping[str, Any],
@@ -45,8 +49,11 @@ def build_model(
 
 def _load(path: str, dtype: torch.dtype, attention: str) -> Any:  # noqa: ANN401 - transformers has no types
     try:
+        config = AutoConfig.from_pretrained(path)
+        for name in _DROPOUTS & set(config.to_dict()):
+            setattr(config, name, 0.0)
         model, info = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, attn_implementation=attention, output_loading_info=True
+            path, config=config, dtype=dtype, attn_implementation=attention, output_loading_info=True
         )
     except OSError as error:
         raise CheckpointError(f"model.path = {path}: no weights can be loaded from there: {error}") from error

@@ -93,6 +93,7 @@ class LossModule(nn.Module):
         super().__init__()
         self.lm = model
         head = model.get_output_embeddings()  # type: ignore[operator]
+        assert head.bias is None, "LossHead computes the loss without a bias"
         head.__class__ = LossHead
         head.loss_chunk = loss_chunk
 
