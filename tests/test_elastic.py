@@ -12,7 +12,7 @@ import pytest
 
 import rank_tasks
 from llm_training_toolkit.checkpoint import Checkpoint, newest
-from llm_training_toolkit.errors import CheckpointError, PlanError
+from llm_training_toolkit.errors import CheckpointError, PlanError, TrainingError
 from llm_training_toolkit.plan import make_plan
 from llm_training_toolkit.runs import RunDirectory
 from rank_pool import RankPool
@@ -144,6 +144,20 @@ def test_a_run_over_epochs_ends_with_a_short_step_and_every_sequence_once(pools:
     steps = {"steps": 50, "epochs": None, "global_batch": 8}
     with pytest.raises(PlanError, match="last step of the epoch was short"):
         pools(3).run(rank_tasks.work_on, run=str(run.path), changes={"train": steps})
+
+
+def test_a_loss_that_is_not_finite_stops_every_rank_and_names_step_and_documents(
+    pools: Pools, fresh_run: Fresh
+) -> None:
+    run = fresh_run("diverges")
+    changes = {"optim": {"lr": 1e20, "warmup": 0, "clip": 0.0}, "checkpoint": {"every": 1}}
+    with pytest.raises(TrainingError, match=r"step [2-9]: the (loss|gradient) is n.*module_\d+\.py") as caught:
+        pools(2).run(rank_tasks.work_on, run=str(run.path), changes=changes)
+    failed_step = int(str(caught.value).split(":")[0].removeprefix("step "))
+    assert Checkpoint(final(run)).manifest.step == failed_step - 1
+    state = rank_tasks.read_state(final(run))
+    assert all(np.isfinite(values).all() for name, values in state.items() if name.endswith("weights"))
+    assert json.loads((run.attempts / "0001.json").read_text())["state"] == "failed"
 
 
 def test_weights_of_another_run_start_a_new_one(pools: Pools, fresh_run: Fresh) -> None:

@@ -42,7 +42,9 @@ class Generator:
 
     def __init__(self, path: str | Path, device: str = "cpu") -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: PLC0415 - seconds to import
+        from transformers.utils.logging import disable_progress_bar  # noqa: PLC0415
 
+        disable_progress_bar()
         if not (Path(path) / "config.json").is_file():
             raise CheckpointError(
                 f"{path}: no model there (no config.json): name an exported directory, such as RUN/export"

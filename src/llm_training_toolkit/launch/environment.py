@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 
 from llm_training_toolkit.config import Config
-from llm_training_toolkit.errors import LaunchError
+from llm_training_toolkit.errors import PlanError
 
 _DRIVER = {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600",  # covers a runtime_env that installs packages
@@ -39,7 +39,7 @@ def check_machine(config: Config) -> None:
     wanted = config.cluster.workers * config.cluster.cpus_per_worker
     cores = len(os.sched_getaffinity(0))
     if is_local() and wanted > cores:
-        raise LaunchError(too_many(config, f"this machine has {cores} cores"))
+        raise PlanError(too_many(config, f"this machine has {cores} cores"))
 
 
 def too_many(config: Config, found: str) -> str:

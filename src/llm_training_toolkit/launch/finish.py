@@ -30,6 +30,8 @@ Report = Callable[[Event], None]
 _COMPLETIONS = 2
 _CHARACTERS = 80
 """A held-out document shorter than this is no prompt."""
+_TEMPERATURE = 0.5
+"""A small model that always takes the likeliest token repeats itself."""
 _SHOWN = 240
 """Characters of a prompt: enough to see what the model was given, few enough to read."""
 
@@ -109,18 +111,24 @@ def samples(exported: Path, config: Config, receipt: Receipt) -> Iterator[Sample
         return
     generator, room = Generator(exported), config.data.sequence_length
     for number, text in enumerate(texts[:_COMPLETIONS], start=1):
-        before = text[: min(len(text) // 2, _SHOWN)]
-        yield Sample(f"completion {number}", before, generator.complete(before, tokens=min(48, room // 4)))
+        before = _whole_lines(text[: min(len(text) // 2, _SHOWN)])
+        written = generator.complete(before, tokens=min(48, room // 4), temperature=_TEMPERATURE)
+        yield Sample(f"completion {number}", before, written)
     if any(source.fim is not None for source in config.data.sources):
         sentinels = Sentinels(tokens.fim_prefix, tokens.fim_suffix, tokens.fim_middle)
         before, after = _around_a_line(texts[-1][: 2 * _SHOWN])
-        written = generator.infill(before, after, sentinels, tokens=min(32, room // 8))
+        written = generator.infill(before, after, sentinels, tokens=min(32, room // 8), temperature=_TEMPERATURE)
         yield Sample("infilling", before, written, after)
+
+
+def _whole_lines(text: str) -> str:
+    """The text up to its last line break, if it has one: models write better from the beginning of a line."""
+    return text[: text.rfind("\n") + 1].lstrip("\n") or text
 
 
 def _around_a_line(text: str) -> tuple[str, str]:
     """What stands before and after the middle line of a text."""
-    lines = text.splitlines(keepends=True)
+    lines = text.lstrip("\n").splitlines(keepends=True)
     middle = len(lines) // 2
     return "".join(lines[:middle]), "".join(lines[middle + 1 :])
 

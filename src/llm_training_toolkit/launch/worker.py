@@ -99,7 +99,7 @@ def _build(place: Place, context: RunContext, attempt: int) -> tuple[Parts, Prog
         keep_every=config.checkpoint.keep_every,
     )
     metrics = Metrics(run, attempt, progress.step, context)
-    metrics.text(progress.step, "configuration", f"```yaml\n{run.config.read_text()}\n```")
+    metrics.text(progress.step, "configuration", f"```json\n{run.resolved.read_text()}\n```")
     feed = Feed(place.receipt, global_batch=plan.global_batch, epochs=config.train.epochs)
     return Parts(plan, plan.schedule(), config.run.seed, context, engine, feed, saver, metrics), progress, hf_config
 
