@@ -1,7 +1,7 @@
 """Write requirements.txt and requirements-dev.txt: exact pins of everything, resolved from pyproject.toml.
 
-Called by `make requirements`. The pins name no index and no build of torch: pip then finds the one
-that suits the machine (CPU, CUDA).
+Called by `make requirements`. The pins name no index and no build of torch: which build pip takes is
+up to the index it is set to.
 """
 
 from __future__ import annotations

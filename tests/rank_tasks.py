@@ -18,9 +18,10 @@ from llm_training_toolkit.data.feed import Feed
 from llm_training_toolkit.data.receipt import Receipt
 from llm_training_toolkit.engine import Engine, partitioned, whole_parameter
 from llm_training_toolkit.launch.place import Place
+from llm_training_toolkit.launch.preparation import facts_of
 from llm_training_toolkit.launch.worker import work
 from llm_training_toolkit.models import LossModule, build_model, initialize
-from llm_training_toolkit.plan import DataFacts, Plan, make_plan, slice_of
+from llm_training_toolkit.plan import Plan, make_plan, slice_of
 from llm_training_toolkit.runs import RunDirectory
 from llm_training_toolkit.saving import restore
 
@@ -56,7 +57,7 @@ def engine_of(config: Config, plan: Plan) -> Engine:
 
 
 def _plan(place: Place) -> Plan:
-    return make_plan(place.config, DataFacts(place.receipt.sequences), replicas=dist.get_world_size())
+    return make_plan(place.config, facts_of(place.receipt), replicas=dist.get_world_size())
 
 
 def gradients(run: str, changes: Mapping[str, Any], micro_batch: int, step: int = 0) -> tuple[float, float, Arrays]:
@@ -81,6 +82,22 @@ def gradients(run: str, changes: Mapping[str, Any], micro_batch: int, step: int 
     return total / feed.loss_tokens(step), norm, found
 
 
+def fragment_table(run: str, changes: Mapping[str, Any]) -> tuple[dict[str, int], list[tuple[str, int, int]]]:
+    """Size of every parameter, and the pieces this rank saves; reads and writes each of them on the way."""
+    place = place_of(run, changes)
+    engine = engine_of(place.config, _plan(place))
+    for piece in engine.fragments():
+        for tensor in piece.tensors(engine.optimizer).values():
+            assert tensor.shape == (piece.count,)
+            assert tensor.dtype == torch.float32
+            tensor.copy_(tensor.clone())
+    engine.refresh()
+    table = [(piece.name, piece.start, piece.count) for piece in engine.owned_fragments()]
+    sizes = {name: int(np.prod(shape)) for name, shape in engine.shapes.items()}
+    engine.close()
+    return sizes, table
+
+
 def whole_state(engine: Engine, directory: str) -> Arrays:
     """Every weight and moment, gathered by writing and reading a checkpoint of the engine."""
     shapes = engine.shapes
@@ -89,6 +106,7 @@ def whole_state(engine: Engine, directory: str) -> Arrays:
         return Manifest(
             step=0,
             tokens=0,
+            sequences=0,
             attempt=1,
             parent=None,
             world_size=dist.get_world_size(),

@@ -83,7 +83,7 @@ def saved(model: nn.Module, directory: Path) -> Checkpoint:
     def describe(files: tuple[FileEntry, ...], fragments: tuple[tuple[str, int, int, int], ...]) -> Manifest:
         shapes = {name: tuple(tensor.shape) for name, tensor in parameters.items()}
         facts: dict[str, Any] = {"config_fingerprint": "c", "data_fingerprint": "d", "versions": {}, "shapes": shapes}
-        place: dict[str, Any] = {"step": 3, "tokens": 3, "attempt": 1, "parent": None}
+        place: dict[str, Any] = {"step": 3, "tokens": 3, "sequences": 3, "attempt": 1, "parent": None}
         return Manifest(**place, **facts, world_size=1, zero=0, threads=1, files=files, fragments=fragments)
 
     save(RunContext(0, 1, torch.device("cpu")), directory, halves, OPTIMIZER, describe)
@@ -216,6 +216,7 @@ def test_the_tokenizer_and_the_card_go_along_and_nothing_else(case: Case) -> Non
         "model.safetensors",
         "tokenizer.json",
         "tokenizer_config.json",
+        "training.json",
     ]
     assert (directory / "README.md").read_text() == "# größer\n"
     assert (directory / "tokenizer.json").read_text() == (case.tokenizer / "tokenizer.json").read_text()

@@ -110,13 +110,14 @@ def test_a_run_directory_that_cannot_be_made_is_an_error(tmp_path: Path) -> None
 def test_attempts_count_from_one_and_record_how_they_went(run: RunDirectory) -> None:
     assert [begin_attempt(run, {"workers": 2}) for _ in range(3)] == [1, 2, 3]
     assert sorted(path.name for path in run.attempts.iterdir()) == ["0001.json", "0002.json", "0003.json"]
-    running = json.loads((run.attempts / "0002.json").read_text())
-    assert (running["attempt"], running["state"], running["workers"]) == (2, "running", 2)
-    end_attempt(run, 2, "failed", error="disk", step=7)
-    ended = json.loads((run.attempts / "0002.json").read_text())
+    lost = json.loads((run.attempts / "0002.json").read_text())
+    assert (lost["attempt"], lost["state"], lost["workers"]) == (2, "lost", 2)
+    running = json.loads((run.attempts / "0003.json").read_text())
+    assert (running["attempt"], running["state"], running["workers"]) == (3, "running", 2)
+    end_attempt(run, 3, "failed", error="disk", step=7)
+    ended = json.loads((run.attempts / "0003.json").read_text())
     assert ended == running | {"state": "failed", "error": "disk", "step": 7, "ended": ended["ended"]}
     assert ended["ended"] >= ended["started"]
-    assert json.loads((run.attempts / "0003.json").read_text())["state"] == "running"
 
 
 def test_attempts_beyond_four_digits_go_on_counting(run: RunDirectory) -> None:

@@ -56,7 +56,7 @@ class Rank:
                 "versions": {},
                 "shapes": {"w": (100,)},
             }
-            place: dict[str, Any] = {"step": step, "tokens": step, "attempt": 1, "parent": None}
+            place: dict[str, Any] = {"step": step, "tokens": step, "sequences": step, "attempt": 1, "parent": None}
             return Manifest(**place, **facts, world_size=1, zero=0, threads=1, files=files, fragments=fragments)
 
         directory = self.run.checkpoint(step, 1)
@@ -140,3 +140,12 @@ def test_a_checkpoint_written_again_after_the_damage_is_used(rank: Rank) -> None
     assert rank.newest_step() == 2
     shutil.rmtree(rank.run.checkpoint(2, 1))
     assert newest(rank.run.checkpoints) == rank.run.checkpoint(1, 1)
+
+
+def test_a_checkpoint_of_a_newer_format_is_refused_and_left_in_its_place(rank: Rank) -> None:
+    rank.write(1)
+    manifest = rank.write(2) / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"format": 1', '"format": 2'))
+    with pytest.raises(CheckpointError, match="format 2, this version reads 1"):
+        rank.newest_step()
+    assert manifest.exists()

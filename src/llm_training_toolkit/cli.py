@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -76,6 +77,11 @@ def prepare(config: ConfigFile, overrides: Overrides = None, as_json: AsJson = F
         typer.echo("\n".join(receipt_lines(prepared.receipt)))
 
 
+def _interrupt(_number: int, _frame: object) -> None:
+    """SIGTERM before training is a Ctrl-C; training itself has a gentler answer to both."""
+    raise KeyboardInterrupt
+
+
 @app.command()
 def train(
     config: ConfigFile,
@@ -94,10 +100,12 @@ def train(
 ) -> None:
     """Train. The same command again resumes; a finished run is left alone. Ctrl-C stops with a checkpoint."""
     from llm_training_toolkit.console import Console
-    from llm_training_toolkit.launch.outcome import EXIT_CODES, Request, closing_lines
+    from llm_training_toolkit.launch.outcome import EXIT_CODES, Request, closing_lines, failure_json
     from llm_training_toolkit.launch.output import own_terminal
+    from llm_training_toolkit.launch.place import is_first_rank
     from llm_training_toolkit.launch.start import start
 
+    signal.signal(signal.SIGTERM, _interrupt)
     request = Request(config, overrides or (), accept or (), extend)
     with own_terminal(1) as out, own_terminal(2) as err:
         console = Console(err if as_json else out)
@@ -109,6 +117,8 @@ def train(
         except ToolkitError as error:
             console.close()
             err.write(f"error: {error}\n")
+            if as_json:
+                out.write(json.dumps(failure_json(error)) + "\n")
             raise typer.Exit(error.exit_code) from None
         except Exception as error:
             console.close()
@@ -116,7 +126,9 @@ def train(
             raise
         finally:
             console.close()
-        if as_json:
+        if not is_first_rank():
+            pass  # under torchrun the first rank speaks for all
+        elif as_json:
             out.write(json.dumps(outcome.to_json()) + "\n")
         else:
             for line in closing_lines(outcome, request):

@@ -21,6 +21,7 @@ from llm_training_toolkit.checkpoint import Checkpoint
 from llm_training_toolkit.errors import CheckpointError
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+_ORIGIN = "training.json"
 _SHARD_BYTES = 5_000_000_000
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -58,6 +59,7 @@ def export(
             if (tokenizer / name).is_file():
                 shutil.copyfile(tokenizer / name, temporary / name)
         (temporary / "README.md").write_text(card)
+        (temporary / _ORIGIN).write_text(json.dumps({"checkpoint": checkpoint.directory.name}))
         if destination.exists():
             shutil.rmtree(destination)
         temporary.rename(destination)
@@ -67,6 +69,14 @@ def export(
             f"export to {destination} failed: {error}. The checkpoint is untouched: free some space and start again"
         ) from error
     return destination
+
+
+def exported_from(directory: Path) -> str | None:
+    """Name of the checkpoint an export was made of; None where there is no export."""
+    try:
+        return str(json.loads((directory / _ORIGIN).read_text())["checkpoint"])
+    except (OSError, ValueError, KeyError):
+        return None
 
 
 def _write_weights(checkpoint: Checkpoint, directory: Path, dtype: torch.dtype) -> None:

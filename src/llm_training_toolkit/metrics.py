@@ -71,7 +71,8 @@ class TensorBoard:
         from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - slow to import, rank 0 alone needs it
 
         directory.mkdir(parents=True, exist_ok=True)
-        purge = resumed_step + 1 if resumed_step else None
+        # From step 0 as well: an attempt that died before its first checkpoint has left points too.
+        purge = resumed_step + 1 if resumed_step else 0
         self._writer: SummaryWriter = SummaryWriter(str(directory), purge_step=purge)
 
     def write(self, step: int, values: Values) -> None:

@@ -37,9 +37,19 @@ def write_atomically(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+        _sync_directory(path.parent)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _sync_directory(directory: Path) -> None:
+    """Make a rename last through a loss of power, before anything older is deleted."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @dataclass(frozen=True)
@@ -147,7 +157,9 @@ def claim(run: RunDirectory) -> Iterator[None]:
 def begin_attempt(run: RunDirectory, facts: Mapping[str, Any]) -> int:
     """Take the next attempt number, by an exclusive create so that no two starts share one."""
     run.attempts.mkdir(parents=True, exist_ok=True)
-    number = 1 + max((int(path.stem) for path in run.attempts.glob("[0-9]*.json")), default=0)
+    number = 1 + last_attempt(run)
+    for before in range(1, number):
+        _close_attempt(run, before)
     while True:
         path = run.attempts / f"{number:04d}.json"
         with suppress(FileExistsError), path.open("x") as file:
@@ -156,8 +168,20 @@ def begin_attempt(run: RunDirectory, facts: Mapping[str, Any]) -> int:
         number += 1
 
 
+def last_attempt(run: RunDirectory) -> int:
+    """The highest attempt number taken; 0 before the first."""
+    return max((int(path.stem) for path in run.attempts.glob("[0-9]*.json")), default=0)
+
+
+def _close_attempt(run: RunDirectory, attempt: int) -> None:
+    """An attempt that still says `running` when the next one begins was killed."""
+    with suppress(OSError, ValueError):
+        if json.loads((run.attempts / f"{attempt:04d}.json").read_text()).get("state") == "running":
+            end_attempt(run, attempt, "lost")
+
+
 def end_attempt(run: RunDirectory, attempt: int, state: str, **facts: object) -> None:
-    """Record how an attempt ended: `finished`, `stopped` or `failed`."""
+    """Record how an attempt ended: `finished`, `stopped`, `failed` or `lost` (killed)."""
     path = run.attempts / f"{attempt:04d}.json"
     record = json.loads(path.read_text()) | {"state": state, "ended": time.time(), **facts}
     write_atomically(path, json.dumps(record, indent=1))

@@ -14,11 +14,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from llm_training_toolkit.checkpoint import Checkpoint, FileEntry, Manifest, clean, complete, newest, save, set_aside
+from llm_training_toolkit.checkpoint import (
+    Checkpoint,
+    FileEntry,
+    Manifest,
+    UnknownFormatError,
+    clean,
+    complete,
+    newest,
+    save,
+    set_aside,
+)
 from llm_training_toolkit.context import RunContext
 from llm_training_toolkit.engine import Engine
 from llm_training_toolkit.errors import CheckpointError
-from llm_training_toolkit.runs import RunDirectory
+from llm_training_toolkit.runs import RunDirectory, last_attempt
 
 
 @dataclass(frozen=True)
@@ -29,6 +39,8 @@ class Progress:
     """Completed optimizer steps."""
     tokens: int = 0
     """Tokens seen along the lineage, padding included."""
+    sequences: int = 0
+    """Sequences seen along the lineage."""
 
 
 @dataclass(frozen=True)
@@ -76,11 +88,9 @@ class CheckpointSaver:
         """Write a checkpoint of this moment; the seconds it took. Collective. Raises CheckpointError."""
         began = time.monotonic()
         directory = self._run.checkpoint(progress.step, self._lineage.attempt)
-        if not (directory / "manifest.json").exists():
-            engine = self._engine
-            pieces = engine.owned_fragments()
-            save(self._context, directory, pieces, engine.optimizer, self._describe(progress))
-        self._context.barrier()
+        self._refuse_after_a_newer_attempt()
+        pieces = self._engine.owned_fragments()
+        save(self._context, directory, pieces, self._engine.optimizer, self._describe(progress))
         if self._context.is_first:
             self._clean()
         self._context.barrier()
@@ -89,10 +99,19 @@ class CheckpointSaver:
             self._context.report({"kind": "checkpoint", "step": progress.step, "path": str(directory)})
         return self._last - began
 
+    def _refuse_after_a_newer_attempt(self) -> None:
+        """Ranks that outlived their driver must not write beside those of the start that replaced them. Collective."""
+        newest_attempt = self._context.broadcast(last_attempt(self._run) if self._context.is_first else 0)
+        if newest_attempt > self._lineage.attempt:
+            raise CheckpointError(
+                f"{self._run.path}: attempt {newest_attempt} has taken over this run; attempt {self._lineage.attempt} "
+                "ends without saving. Nothing is lost: the run goes on there"
+            )
+
     def _clean(self) -> None:
         """Deleting what need not be kept must not end a run whose checkpoint is written."""
         try:
-            clean(self._run.checkpoints, self._keep, self._keep_every)
+            clean(self._run.checkpoints, self._keep, self._keep_every, attempt=self._lineage.attempt)
         except OSError as error:
             message = f"old checkpoints in {self._run.checkpoints} cannot be deleted ({error}); training goes on"
             self._context.report({"kind": "warning", "message": message})
@@ -104,6 +123,7 @@ class CheckpointSaver:
             return Manifest(
                 step=progress.step,
                 tokens=progress.tokens,
+                sequences=progress.sequences,
                 attempt=lineage.attempt,
                 parent=lineage.parent,
                 world_size=self._context.world_size,
@@ -146,7 +166,9 @@ def _all_faults(directory: Path, context: RunContext) -> list[str]:
     """What any rank found wrong; each file is read by one rank."""
     try:
         faults = Checkpoint(directory).faults(context.rank, context.world_size)
-    except CheckpointError as error:
+    except UnknownFormatError:
+        raise
+    except (CheckpointError, OSError) as error:
         faults = [str(error)]
     return [fault for found in context.gather(faults) for fault in found]
 

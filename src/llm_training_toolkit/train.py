@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -59,7 +59,9 @@ def train(parts: Parts, progress: Progress) -> tuple[Status, Progress]:
         evaluate(parts, progress)
     while progress.step < steps:
         flags = optimizer_step(parts, progress)
-        progress = replace(progress, step=progress.step + 1, tokens=progress.tokens + _tokens(parts, progress.step))
+        seen = parts.feed.sequences_in(progress.step)
+        tokens = progress.tokens + seen * parts.plan.sequence_length
+        progress = Progress(progress.step + 1, tokens, progress.sequences + seen)
         ended = progress.step == steps
         if ended or progress.step % parts.plan.eval_every == 0:
             evaluate(parts, progress)
@@ -69,10 +71,6 @@ def train(parts: Parts, progress: Progress) -> tuple[Status, Progress]:
         if flags.stop and not ended:
             return "stopped", progress
     return "finished", progress
-
-
-def _tokens(parts: Parts, step: int) -> int:
-    return parts.feed.sequences_in(step) * parts.plan.sequence_length
 
 
 def optimizer_step(parts: Parts, progress: Progress) -> Flags:
@@ -88,14 +86,14 @@ def optimizer_step(parts: Parts, progress: Progress) -> Flags:
 
     loss_sum = parts.engine.accumulate(micro_batches, loss_tokens)
     total, flags = _agree(parts, loss_sum, step + 1)
-    loss = total / loss_tokens
+    loss = total / max(loss_tokens, 1)
     if not math.isfinite(loss):
         raise TrainingError(_not_finite(parts, step, positions, loss_sum, f"the loss is {loss}"))
     lr = parts.schedule.lr_at(step)
     norm = parts.engine.step(lr)
     if not math.isfinite(norm):
         raise TrainingError(_not_finite(parts, step, positions, math.nan, "the gradient is not finite"))
-    _record(parts, step + 1, started, data_seconds, {"train/loss": loss, "optim/lr": lr, "optim/grad_norm": norm})
+    _record(parts, progress, started, data_seconds, {"train/loss": loss, "optim/lr": lr, "optim/grad_norm": norm})
     return flags
 
 
@@ -118,12 +116,13 @@ def _not_finite(parts: Parts, step: int, positions: range, loss_sum: float, what
     )
 
 
-def _record(parts: Parts, completed: int, started: float, data_seconds: float, values: dict[str, float]) -> None:
+def _record(parts: Parts, before: Progress, started: float, data_seconds: float, values: dict[str, float]) -> None:
     """Write the numbers of a step and tell the person at the keyboard."""
     seconds = time.perf_counter() - started
-    tokens = _tokens(parts, completed - 1)
+    completed = before.step + 1
+    tokens = parts.feed.sequences_in(before.step) * parts.plan.sequence_length
     values |= {
-        "train/tokens": float(completed * parts.plan.tokens_per_step),
+        "train/tokens": float(before.tokens + tokens),
         "perf/tokens_per_second": tokens / seconds,
         "perf/step_seconds": seconds,
         "perf/data_seconds": data_seconds,

@@ -64,21 +64,21 @@ def run(tmp_path: Path) -> RunDirectory:
 def test_clean_deletes_the_oldest_and_keeps_the_multiples(run: RunDirectory) -> None:
     for step in (10, 20, 30, 40, 50):
         checkpoint(run, step, 1)
-    clean(run.checkpoints, keep=2, keep_every=20)
+    clean(run.checkpoints, keep=2, keep_every=20, attempt=9)
     assert names(run) == ["step_000000020_a1", "step_000000040_a1", "step_000000050_a1"]
 
 
 def test_clean_goes_by_the_number_of_steps_not_by_the_attempt(run: RunDirectory) -> None:
     for step, attempt in ((10, 9), (20, 10), (30, 2)):
         checkpoint(run, step, attempt)
-    clean(run.checkpoints, keep=1, keep_every=0)
+    clean(run.checkpoints, keep=1, keep_every=0, attempt=9)
     assert names(run) == ["step_000000030_a2"]
 
 
 def test_clean_deletes_partial_checkpoints_even_newer_ones(run: RunDirectory) -> None:
     checkpoint(run, 10, 1)
     checkpoint(run, 20, 1, whole=False)
-    clean(run.checkpoints, keep=1, keep_every=0)
+    clean(run.checkpoints, keep=1, keep_every=0, attempt=9)
     assert names(run) == ["step_000000010_a1"]
 
 
@@ -86,7 +86,7 @@ def test_partial_checkpoints_take_no_place_among_the_kept(run: RunDirectory) -> 
     checkpoint(run, 10, 1)
     checkpoint(run, 20, 1)
     checkpoint(run, 30, 1, whole=False)
-    clean(run.checkpoints, keep=2, keep_every=0)
+    clean(run.checkpoints, keep=2, keep_every=0, attempt=9)
     assert names(run) == ["step_000000010_a1", "step_000000020_a1"]
 
 
@@ -98,10 +98,10 @@ def test_clean_leaves_directories_of_other_names_alone(run: RunDirectory) -> Non
         (run.checkpoints / name).mkdir()
         (run.checkpoints / name / "fragments_00000.safetensors").write_bytes(b"x")
     (run.checkpoints / "step_000000010_a1.copy" / "manifest.json").write_text("{}")
-    clean(run.checkpoints, keep=1, keep_every=0)
+    clean(run.checkpoints, keep=1, keep_every=0, attempt=9)
     assert names(run) == sorted([*others, "step_000000020_a1"])
 
 
 def test_clean_where_there_is_nothing(tmp_path: Path) -> None:
-    clean(tmp_path / "absent", keep=1, keep_every=0)
+    clean(tmp_path / "absent", keep=1, keep_every=0, attempt=9)
     assert not (tmp_path / "absent").exists()

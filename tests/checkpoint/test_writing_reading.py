@@ -72,6 +72,7 @@ def describe(shapes: Mapping[str, tuple[int, ...]], step: int = 1) -> Describe:
         return Manifest(
             step=step,
             tokens=64 * step,
+            sequences=0,
             attempt=1,
             parent=None,
             world_size=1,

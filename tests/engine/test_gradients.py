@@ -73,3 +73,12 @@ def test_first_loss_in_bf16_is_the_same_for_every_stage(
     assert loss == pytest.approx(reference[0], rel=1e-3)
     assert norm == pytest.approx(reference[1], rel=2e-2)
     assert distance(found, reference[2]) < 5e-2
+
+
+def test_the_norm_in_bf16_does_not_depend_on_the_number_of_workers(pools: Pools, prepared_run: RunDirectory) -> None:
+    changes = {"train": {"precision": "bf16"}, "engine": {"zero": 2}}
+    norms = [
+        pools(workers).run(rank_tasks.gradients, run=str(prepared_run.path), changes=changes, micro_batch=1)[0][1]
+        for workers in (1, 2, 3)
+    ]
+    assert max(norms) / min(norms) < 1 + 5e-4

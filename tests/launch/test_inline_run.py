@@ -72,7 +72,9 @@ def test_changed_documents_are_refused_unless_accepted(launch_config: Callable[.
     subprocess.run(command(given, *choose), check=True, capture_output=True)
 
     (corpus / "module_000.py").write_text("print('another document')\n" * 5)
-    longer = ["train.steps=4", "--extend"]
+    within = subprocess.run(command(trained, "train.steps=3", "--extend"), capture_output=True, text=True, check=False)
+    assert within.returncode == 0, "its tokens are prepared: the documents are not looked at"
+    longer = ["train.steps=200", "--extend"]
     for config, arguments in ((trained, longer), (given, [*choose, *longer])):
         refused = subprocess.run(command(config, *arguments), capture_output=True, text=True, check=False)
         assert refused.returncode == 2
@@ -80,4 +82,4 @@ def test_changed_documents_are_refused_unless_accepted(launch_config: Callable[.
     accepted = command(given, *choose, *longer, "--accept", "documents")
     done = subprocess.run(accepted, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert len(losses(run_of(given))) == 4
+    assert len(losses(run_of(given))) == 200

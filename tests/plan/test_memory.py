@@ -60,9 +60,9 @@ def test_activations_by_hand() -> None:
 
 
 def test_logits_by_hand() -> None:
-    assert estimate(LOAD).logits == 16 * 1000 * 10
-    assert estimate(replace(LOAD, loss_chunk=0)).logits == 64 * 1000 * 10
-    assert estimate(replace(LOAD, loss_chunk=4096, precision="fp32")).logits == 64 * 1000 * 12
+    assert estimate(LOAD).logits == 16 * 1000 * 10 + 1000 * 64 * 6
+    assert estimate(replace(LOAD, loss_chunk=0)).logits == 64 * 1000 * 10 + 1000 * 64 * 6
+    assert estimate(replace(LOAD, loss_chunk=4096, precision="fp32")).logits == 64 * 1000 * 12 + 1000 * 64 * 8
 
 
 @pytest.mark.parametrize(

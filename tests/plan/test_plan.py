@@ -84,6 +84,13 @@ def test_passes_over_the_data() -> None:
     [
         ({"run": {"dir": "s3://bucket/runs"}}, "run.dir"),
         ({"run": {"dir": "gs://bucket/runs"}}, "run.dir"),
+        (
+            {
+                "model": {"name": "qwen3-0.6b", "attention": "flash_attention_2"},
+                "train": {"steps": 10, "global_batch": 8, "micro_batch": 2},
+            },
+            "train.micro_batch",
+        ),
         ({"model": {"name": "qwen3-0.6b", "path": "Qwen/Qwen3-0.6B"}}, "tokenizer.train"),
         ({"cluster": {"workers": 17}}, "cluster.workers"),
         ({"optim": {"warmup": 101}}, "optim.warmup"),
@@ -187,3 +194,16 @@ def test_weights_get_the_rate_of_fine_tuning() -> None:
     tuned = config(model={"name": "qwen3-0.6b", "path": "x"}, tokenizer={"path": "x"})
     assert make_plan(tuned).lr == 1e-5
     assert make_plan(config(optim={"lr": 0.5})).lr == 0.5
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_a_problem() -> None:
+    facts = DataFacts((100,), vocab_size=200_000)
+    assert [problem.where for problem in make_plan(config(), facts).problems] == ["tokenizer.path"]
+
+
+def test_a_run_that_has_begun_counts_what_it_has_seen() -> None:
+    train = {"train": {"steps": None, "epochs": 2, "global_batch": 8}}
+    fresh = make_plan(config(**train), DataFacts((20, 20)))
+    assert fresh.steps == 5
+    lengthened = make_plan(config(**train), DataFacts((20, 20), steps_done=3, sequences_done=20))
+    assert lengthened.steps == 6

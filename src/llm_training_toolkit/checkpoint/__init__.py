@@ -1,6 +1,6 @@
 """Checkpoints as fragments: complete or absent, loadable by any number of ranks under any ZeRO stage."""
 
-from llm_training_toolkit.checkpoint.manifest import FileEntry, Manifest
+from llm_training_toolkit.checkpoint.manifest import FileEntry, Manifest, UnknownFormatError
 from llm_training_toolkit.checkpoint.reading import Checkpoint, complete, newest, set_aside
 from llm_training_toolkit.checkpoint.retention import clean, kept
 from llm_training_toolkit.checkpoint.writing import Piece, save
@@ -10,6 +10,7 @@ __all__ = [
     "FileEntry",
     "Manifest",
     "Piece",
+    "UnknownFormatError",
     "clean",
     "complete",
     "kept",

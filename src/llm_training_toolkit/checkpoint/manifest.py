@@ -12,6 +12,12 @@ from typing import Any
 from llm_training_toolkit.errors import CheckpointError
 
 FORMAT = 1
+
+
+class UnknownFormatError(CheckpointError):
+    """A checkpoint of another version of the toolkit: whole, but not to be read here, and so never set aside."""
+
+
 NAME = "manifest.json"
 
 
@@ -33,6 +39,8 @@ class Manifest:
     """Completed optimizer steps."""
     tokens: int
     """Tokens seen along the lineage, padding included."""
+    sequences: int
+    """Sequences seen along the lineage: where the data goes on."""
     attempt: int
     parent: str | None
     """Directory name of the checkpoint the attempt went on from; None from the start."""
@@ -64,7 +72,9 @@ def read_manifest(directory: Path) -> Manifest:
         data = json.loads(path.read_text())
         found = data.pop("format")
         if found != FORMAT:
-            raise CheckpointError(f"{path}: format {found}, this version reads {FORMAT}: use the version that wrote it")
+            raise UnknownFormatError(
+                f"{path}: format {found}, this version reads {FORMAT}: use the version that wrote it"
+            )
         data["files"] = tuple(FileEntry(**entry) for entry in data["files"])
         data["fragments"] = tuple(tuple(piece) for piece in data["fragments"])
         data["shapes"] = {name: tuple(shape) for name, shape in data["shapes"].items()}

@@ -17,10 +17,11 @@ def kept(steps: Sequence[int], keep: int, keep_every: int) -> set[int]:
     return recent | {step for step in steps if keep_every and step % keep_every == 0}
 
 
-def clean(checkpoints: Path, keep: int, keep_every: int) -> None:
-    """Delete what is not kept and what was never completed. Only called while no rank is writing."""
+def clean(checkpoints: Path, keep: int, keep_every: int, *, attempt: int) -> None:
+    """Delete what is not kept, and what attempts up to `attempt` never completed; none of their ranks is writing."""
     for path in checkpoints.glob("step_*"):
-        if checkpoint_place(path) and not (path / NAME).exists():
+        place = checkpoint_place(path)
+        if place and place[1] <= attempt and not (path / NAME).exists():
             shutil.rmtree(path, ignore_errors=True)
     found = [(place[0], path) for path in complete(checkpoints) if (place := checkpoint_place(path))]
     stay = kept([step for step, _ in found], keep, keep_every)

@@ -65,11 +65,15 @@ class Sequences:
     Sequence g = step * global_batch + i is position i of that step, counted through all epochs without a break.
     Steps count from 0: `step` is the number of steps completed before. With `epochs` the stream ends with the last
     one's last sequence, and the last step may be short; without, it goes on as far as epochs were prepared.
+    `origin` (step, sequence) is where an attempt goes on: they differ from a plain multiple of the global batch only
+    after an epoch that ended in a short step, or a change of the global batch that was accepted.
     """
 
-    def __init__(self, receipt: Receipt, *, global_batch: int, epochs: int | None = None) -> None:
+    def __init__(
+        self, receipt: Receipt, *, global_batch: int, epochs: int | None = None, origin: tuple[int, int] = (0, 0)
+    ) -> None:
         self._directory = Prepared.load(receipt).directory
-        self.receipt, self.global_batch, self.epochs = receipt, global_batch, epochs
+        self.receipt, self.global_batch, self.epochs, self.origin = receipt, global_batch, epochs, origin
         counts = receipt.sequences[:epochs]
         self._starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)])
         self._opened: dict[int, _Packed] = {}
@@ -81,14 +85,16 @@ class Sequences:
         """Steps until the stream ends; None where it has no end, or its last epochs are not prepared yet."""
         if self.epochs is None or len(self.receipt.epochs) < self.epochs:
             return None
-        return -(-int(self._starts[-1]) // self.global_batch)
+        step, sequence = self.origin
+        return step + -(-max(int(self._starts[-1]) - sequence, 0) // self.global_batch)
 
     def step_sequences(self, step: int) -> list[Placed]:
         """The sequences of a step: global_batch of them, fewer only in the last step of a stream that ends.
 
         Raises DataError for a step that needs an epoch that was not prepared, and for one after the end.
         """
-        first, last = step * self.global_batch, (step + 1) * self.global_batch
+        first = self.origin[1] + (step - self.origin[0]) * self.global_batch
+        last = first + self.global_batch
         prepared = int(self._starts[-1])
         if last > prepared and self.steps is None:
             missing = len(self._starts) - 1

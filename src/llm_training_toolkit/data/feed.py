@@ -13,8 +13,10 @@ from llm_training_toolkit.data.tokenizer import open_tokenizer
 class Feed:
     """The sequences of a run, step by step, and its held-out part."""
 
-    def __init__(self, receipt: Receipt, *, global_batch: int, epochs: int | None) -> None:
-        self._sequences = Sequences(receipt, global_batch=global_batch, epochs=epochs)
+    def __init__(
+        self, receipt: Receipt, *, global_batch: int, epochs: int | None, origin: tuple[int, int] = (0, 0)
+    ) -> None:
+        self._sequences = Sequences(receipt, global_batch=global_batch, epochs=epochs, origin=origin)
         self._receipt = receipt
 
     def sequences_in(self, step: int) -> int:
@@ -60,11 +62,11 @@ class Feed:
 def held_out_beginnings(receipt: Receipt, limit: int, characters: int) -> Iterator[str]:
     """Beginnings of held-out documents of at least `characters` characters, at most `limit` of them."""
     encoder = open_tokenizer(receipt.tokenizer_path)
-    seen: set[tuple[int, int]] = set()
+    last: tuple[int, int] | None = None
+    found = 0
     for source, example in Sequences(receipt, global_batch=1).held_out_examples():
-        text = encoder.decode(example.tokens, skip_special_tokens=True)
-        if (source, example.document) not in seen and len(text) >= characters:
+        begins, last = (source, example.document) != last, (source, example.document)
+        text = encoder.decode(example.tokens, skip_special_tokens=True) if begins else ""
+        if len(text) >= characters and found < limit:
+            found += 1
             yield text
-            if len(seen) + 1 == limit:
-                return
-        seen.add((source, example.document))

@@ -33,12 +33,6 @@ class Engine:
             for name, parameter in module.named_parameters()
             if parameter.requires_grad
         }
-        self.sizes = {
-            self._names[id(parameter)]: int(getattr(parameter, "ds_numel", parameter.numel()))
-            for parameter in module.parameters()
-            if parameter.requires_grad
-        }
-        """Number of weights of each trainable parameter."""
         self.shapes = {
             self._names[id(parameter)]: tuple(getattr(parameter, "ds_shape", parameter.shape))
             for parameter in module.parameters()
@@ -70,7 +64,7 @@ class Engine:
             self.deepspeed.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
             loss = self._forward(batch)
             total += loss.detach()
-            self.deepspeed.backward(loss * (self.world_size / loss_tokens), scale_wrt_gas=False)
+            self.deepspeed.backward(loss * (self.world_size / max(loss_tokens, 1)), scale_wrt_gas=False)
         return float(total)
 
     def _forward(self, batch: MicroBatch) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 HfValues = Mapping[str, Any]
 """Values of a Hugging Face configuration by their names there."""
@@ -99,13 +99,8 @@ class Family:
     architecture: str
     """The class that transformers builds."""
     special_tokens: SpecialTokens
-    splitting: Literal["regex", "digits"]
-    """How text is cut before byte pairs are merged: by `pre_tokenizer_pattern` (isolated matches, then bytes without
-    another expression), or each digit alone and then GPT-2's byte level with its own expression."""
     pre_tokenizer_pattern: str
-    """The regular expression of the cut; with `digits`, the one of GPT-2 that the byte level applies itself."""
-    normalizer: Literal["NFC"] | None
-    """Unicode normalization before the cut."""
+    """How text is cut before byte pairs are merged: each match of this regular expression is a piece of its own."""
     defaults: HfValues
     """Hugging Face values that all sizes share."""
     anatomy: Callable[[HfValues], Anatomy]
@@ -118,10 +113,6 @@ class Family:
     """head_dim is hidden size / heads and is not in the configuration."""
     aliases: Mapping[str, str] = field(default_factory=dict)
     """Common names of values that this family calls otherwise."""
-
-    def parameters(self, hf: HfValues) -> int:
-        """Number of parameters of a Hugging Face configuration; tied embeddings count once."""
-        return self.anatomy(hf).parameters
 
 
 @dataclass(frozen=True)

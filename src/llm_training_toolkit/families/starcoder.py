@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from llm_training_toolkit.families.family import Anatomy, Family, HfValues, Size, SpecialTokens, rope
 
-PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-"""GPT-2's expression, which `ByteLevel(use_regex=True)` applies; digits have been cut one by one before it."""
+PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+"""GPT-2's expression, but each digit a piece of its own, as StarCoder's tokenizer cuts them first."""
 
 _FIM = ("<|endoftext|>", "<fim_prefix>", "<fim_middle>", "<fim_suffix>", "<fim_pad>")
 _ISSUES = ("<issue_start>", "<issue_comment>", "<issue_closed>")
@@ -114,9 +114,7 @@ STARCODER2 = Family(
     model_type="starcoder2",
     architecture="Starcoder2ForCausalLM",
     special_tokens=TOKENS_2,
-    splitting="digits",
     pre_tokenizer_pattern=PATTERN,
-    normalizer=None,
     defaults={
         "hidden_act": "gelu_pytorch_tanh",
         "initializer_range": 0.018042,
@@ -136,9 +134,7 @@ STARCODER = Family(
     model_type="gpt_bigcode",
     architecture="GPTBigCodeForCausalLM",
     special_tokens=TOKENS_1,
-    splitting="digits",
     pre_tokenizer_pattern=PATTERN,
-    normalizer=None,
     defaults={
         "activation_function": "gelu_pytorch_tanh",
         "initializer_range": 0.02,

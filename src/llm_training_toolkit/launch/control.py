@@ -40,8 +40,11 @@ class _Control:
 
 
 def open_line() -> Any:  # noqa: ANN401 - Ray's actor handles have no types
-    """Start the actor; it takes no CPU of the cluster."""
-    return ray.remote(_Control).options(num_cpus=0).remote()
+    """Start the actor on the driver's own node, so that no other node's death takes it; it takes no CPU."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(_Control).options(num_cpus=0, scheduling_strategy=here).remote()
 
 
 def reporter(line: Any) -> Callable[[Event], None]:  # noqa: ANN401

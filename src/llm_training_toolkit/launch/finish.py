@@ -20,8 +20,8 @@ from llm_training_toolkit.context import Event, RunContext
 from llm_training_toolkit.data.feed import held_out_beginnings
 from llm_training_toolkit.data.receipt import Receipt
 from llm_training_toolkit.data.tokenizer import open_tokenizer
-from llm_training_toolkit.errors import CheckpointError
-from llm_training_toolkit.export import export
+from llm_training_toolkit.errors import CheckpointError, ToolkitError
+from llm_training_toolkit.export import export, exported_from
 from llm_training_toolkit.generate import Generator, Sentinels
 from llm_training_toolkit.metrics import Metrics
 from llm_training_toolkit.runs import RunDirectory
@@ -66,9 +66,9 @@ def finish(
     *,
     hf_config: Mapping[str, Any],
     metrics: Metrics,
-    report: Report,
+    context: RunContext,
 ) -> None:
-    """Export the newest checkpoint and sample from the export. Raises CheckpointError when that fails."""
+    """Export the newest checkpoint, then sample from the export. Raises CheckpointError when the export fails."""
     directory = newest(run.checkpoints)
     if directory is None:
         raise CheckpointError(f"{run.path}: nothing to export: the run has no complete checkpoint")
@@ -84,11 +84,20 @@ def finish(
         pad=receipt.pad_id,
         card=_card(config, directory),
     )
-    report({"kind": "exported", "path": str(run.export)})
+    context.report({"kind": "exported", "path": str(run.export)})
     step = Checkpoint(directory).manifest.step
-    for sample in samples(run.export, config, receipt):
-        metrics.text(step, f"samples/{sample.title}", sample.to_markdown())
-        report(sample.to_event())
+    try:
+        for sample in samples(run.export, config, receipt, str(context.device)):
+            metrics.text(step, f"samples/{sample.title}", sample.to_markdown())
+            context.report(sample.to_event())
+    except ToolkitError as error:  # the run and its export are whole; samples are a courtesy
+        context.report({"kind": "warning", "message": f"no samples: {error}"})
+
+
+def is_exported(run: RunDirectory) -> bool:
+    """Whether the export is that of the newest checkpoint, and not of one before the run was lengthened."""
+    directory = newest(run.checkpoints)
+    return directory is not None and exported_from(run.export) == directory.name
 
 
 def finish_again(run: RunDirectory, config: Config, report: Report) -> None:
@@ -99,17 +108,17 @@ def finish_again(run: RunDirectory, config: Config, report: Report) -> None:
     context = RunContext(rank=0, world_size=1, device=torch.device("cpu"), report=report)
     metrics = Metrics(run, manifest.attempt, manifest.step, context)
     receipt = Receipt.from_json(run.receipt.read_text())
-    finish(run, config, receipt, hf_config=manifest.extra["hf_config"], metrics=metrics, report=report)
+    finish(run, config, receipt, hf_config=manifest.extra["hf_config"], metrics=metrics, context=context)
     metrics.close()
 
 
-def samples(exported: Path, config: Config, receipt: Receipt) -> Iterator[Sample]:
+def samples(exported: Path, config: Config, receipt: Receipt, device: str) -> Iterator[Sample]:
     """Two completions of held-out documents, and one infilling where the run learnt to infill."""
     tokens = families.find(config.model.name).family.special_tokens
     texts = list(held_out_beginnings(receipt, limit=_COMPLETIONS + 1, characters=_CHARACTERS))
     if not texts:
         return
-    generator, room = Generator(exported), config.data.sequence_length
+    generator, room = Generator(exported, device), config.data.sequence_length
     for number, text in enumerate(texts[:_COMPLETIONS], start=1):
         before = _whole_lines(text[: min(len(text) // 2, _SHOWN)])
         written = generator.complete(before, tokens=min(48, room // 4), temperature=_TEMPERATURE)

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,7 @@ from llm_training_toolkit.config import Config
 from llm_training_toolkit.console import Console
 from llm_training_toolkit.context import RunContext
 from llm_training_toolkit.data.receipt import Receipt
+from llm_training_toolkit.errors import LaunchError
 from llm_training_toolkit.launch.place import Place, is_first_rank, ranks_started
 from llm_training_toolkit.launch.stopping import on_stop_signal
 from llm_training_toolkit.launch.worker import work
@@ -26,10 +27,10 @@ _TIMEOUT = timedelta(hours=1)
 
 
 @contextmanager
-def process_group() -> Iterator[torch.device]:
+def process_group(gpus: Literal["auto", 0, 1]) -> Iterator[torch.device]:
     """The process group of the ranks, on this rank's device."""
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists
-    device = _device()
+    device = _device(gpus)
     backend = "nccl" if device.type == "cuda" else "gloo"
     if ranks_started() > 1:
         dist.init_process_group(backend, timeout=_TIMEOUT)
@@ -42,8 +43,10 @@ def process_group() -> Iterator[torch.device]:
         dist.destroy_process_group()
 
 
-def _device() -> torch.device:
-    if not torch.cuda.is_available():
+def _device(gpus: Literal["auto", 0, 1]) -> torch.device:
+    if gpus == 1 and not torch.cuda.is_available():
+        raise LaunchError("cluster.gpus_per_worker = 1: torch finds no GPU here; set it to 0, or to auto")
+    if gpus == 0 or not torch.cuda.is_available():
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(device)
@@ -57,7 +60,7 @@ def run_inline(run: RunDirectory, config: Config, console: Console) -> dict[str,
     """
     stop = threading.Event()
     os.environ.update(config.cluster.env)
-    with process_group() as device, on_stop_signal(stop.set):
+    with process_group(config.cluster.gpus_per_worker) as device, on_stop_signal(stop.set):
         context = RunContext(
             rank=int(os.environ.get("RANK", "0")),
             world_size=ranks_started(),

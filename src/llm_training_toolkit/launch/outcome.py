@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 from llm_training_toolkit.config import load
 
-Status = Literal["finished", "stopped", "failed"]
-EXIT_CODES: dict[Status, int] = {"finished": 0, "stopped": 75, "failed": 1}
+Status = Literal["finished", "stopped"]
+EXIT_CODES: dict[Status, int] = {"finished": 0, "stopped": 75}
 """75 = stopped, the same command resumes: what Slurm's requeue and a Kubernetes back-off look for."""
 
 
@@ -42,6 +42,11 @@ class Outcome:
     def to_json(self) -> dict[str, Any]:
         """The contract of `ltt train --json`."""
         return asdict(self)
+
+
+def failure_json(error: Exception) -> dict[str, Any]:
+    """The contract of `ltt train --json` for a run that failed, with what went wrong."""
+    return {"run": None, "step": None, "status": "failed", "checkpoint": None, "error": str(error)}
 
 
 def closing_lines(outcome: Outcome, request: Request) -> list[str]:

@@ -31,25 +31,39 @@ def markers_of(config: Config) -> Markers:
     )
 
 
-def prepare_run(config: Config, progress: Progress) -> Prepared:
-    """Prepare the first epoch, then as many more as the run's length asks for."""
+def prepare_run(config: Config, progress: Progress, step: int = 0, sequences: int = 0) -> Prepared:
+    """Prepare the first epoch, then as many more as the run needs from `step`, with `sequences` seen, to its end."""
     markers = markers_of(config)
     epochs = config.train.epochs or 1
     prepared = prepare(config, markers, epochs=epochs, progress=progress)
-    while (needed := _missing_epochs(config, prepared)) > 0:
-        epochs += needed
+    while not covers(config, facts_of(prepared.receipt, step, sequences)):
+        epochs += max(1, _missing_epochs(config, facts_of(prepared.receipt, step, sequences)))
         prepared = prepare(config, markers, epochs=epochs, progress=progress)
     return prepared
 
 
-def _missing_epochs(config: Config, prepared: Prepared) -> int:
+def facts_of(receipt: Receipt, step: int = 0, sequences: int = 0) -> DataFacts:
+    """What the plan needs to know of the data, and of how far the run has come in it."""
+    return DataFacts(receipt.sequences, receipt.vocab_size, step, sequences)
+
+
+def covers(config: Config, facts: DataFacts) -> bool:
+    """Whether the prepared epochs hold every sequence the run still needs."""
+    plan = make_plan(config, facts)
+    if config.train.epochs is not None:
+        return len(facts.sequences_per_epoch) >= config.train.epochs
+    assert plan.steps is not None
+    needed = facts.sequences_done + (plan.steps - facts.steps_done) * plan.global_batch
+    return needed <= sum(facts.sequences_per_epoch)
+
+
+def _missing_epochs(config: Config, facts: DataFacts) -> int:
     """Epochs to add at least, reckoned from the size of the largest prepared one."""
-    sequences = prepared.receipt.sequences
-    plan = make_plan(config, DataFacts(sequences))
-    if config.train.epochs is not None or plan.steps is None:
-        return 0
-    missing = plan.steps * plan.global_batch - sum(sequences)
-    return -(-missing // max(*sequences, 1)) if missing > 0 else 0
+    plan = make_plan(config, facts)
+    assert plan.steps is not None
+    needed = facts.sequences_done + (plan.steps - facts.steps_done) * plan.global_batch
+    missing = needed - sum(facts.sequences_per_epoch)
+    return missing // max(*facts.sequences_per_epoch, 1)
 
 
 def receipt_json(receipt: Receipt) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from llm_training_toolkit.launch.environment import is_local, too_many
 from llm_training_toolkit.launch.output import redirect
 from llm_training_toolkit.launch.place import Place
 from llm_training_toolkit.launch.stopping import on_stop_signal
-from llm_training_toolkit.runs import RunDirectory
+from llm_training_toolkit.runs import RunDirectory, last_attempt
 
 _COLLECTIVE_TIMEOUT = 900
 _STARTUP_FAILURES = 3
@@ -57,12 +57,16 @@ def cluster(console: Console) -> Iterator[None]:
         ray.shutdown()
 
 
-def _gpus_per_worker(config: Config, resources: Mapping[str, float]) -> int:
+def _gpus_per_worker(config: Config, resources: Mapping[str, float], console: Console) -> int:
     """GPUs a worker takes; checks on the way that the cluster has what the run asks for."""
     workers, gpus = config.cluster.workers, resources.get("GPU", 0.0)
     if resources.get("CPU", 0.0) < workers * config.cluster.cpus_per_worker:
         raise LaunchError(too_many(config, f"the cluster has {resources.get('CPU', 0.0):g}"))
     if config.cluster.gpus_per_worker == "auto":
+        if 0 < gpus < workers:
+            console.say(
+                f"note: {gpus:g} GPUs for {workers} workers: training on CPU; cluster.workers={gpus:g} uses them"
+            )
         return 1 if gpus >= workers else 0
     if gpus < workers * config.cluster.gpus_per_worker:
         raise LaunchError(
@@ -76,7 +80,7 @@ def run_on_ray(run: RunDirectory, config: Config, console: Console) -> dict[str,
     """Train on Ray workers; what `work` returns on rank 0 comes back. Raises ToolkitError."""
     redirect(run.path / "logs" / "driver.log")
     with cluster(console):
-        gpus = _gpus_per_worker(config, ray.cluster_resources())
+        gpus = _gpus_per_worker(config, ray.cluster_resources(), console)
         line = open_line()
         trainer = _trainer(run, config, gpus, line)
         console.stage("starting workers", 0, 1)
@@ -146,9 +150,12 @@ def _watch(trainer: Any, line: Any, console: Console) -> tuple[Any, Mapping[str,
         alive = thread.is_alive()
         for event in ray.get(line.take.remote()):
             if event["kind"] == "error":
-                failure = event
                 if event["final"]:
                     raise _as_error(event)
+                # The first rank to fail of an attempt is the cause; the others lose their connection to it.
+                if failure is None or failure["attempt"] != event["attempt"]:
+                    failure = event
+                    console.show(_as_warning(event))
             console.show(event)
         if not alive:
             break
@@ -173,11 +180,20 @@ def _result(
     raise LaunchError(f"Ray ended the run: {ended}. The same command goes on from the newest checkpoint. Logs: {logs}")
 
 
+def _as_warning(event: Mapping[str, Any]) -> Mapping[str, Any]:
+    message = f"rank {event['rank']} failed ({event['text']}); Ray restarts the workers from the newest checkpoint"
+    return {"kind": "warning", "message": message}
+
+
 def _as_error(event: Mapping[str, Any]) -> ToolkitError:
     """The worker's error again, of the class it had there."""
     kind = getattr(errors, str(event["type"]), ToolkitError)
     error: ToolkitError = kind(str(event["text"]))
     return error
+
+
+def _quiet(_event: object) -> None:
+    """Ranks other than the first say nothing."""
 
 
 def worker_main(assignment: Mapping[str, Any]) -> dict[str, Any]:
@@ -196,12 +212,15 @@ def worker_main(assignment: Mapping[str, Any]) -> dict[str, Any]:
     try:
         place = Place(run, from_json(run.resolved.read_text()), Receipt.from_json(run.receipt.read_text()))
         stop = stop_watch(assignment["line"]) if rank == 0 else bool
-        context = RunContext(rank, ranks.get_world_size(), get_device(), report, stop)
+        if get_device().type == "cuda":
+            # DeepSpeed takes its device from LOCAL_RANK, which differs from Ray's order on nodes with over ten GPUs.
+            os.environ["LOCAL_RANK"] = str(get_device().index)
+        context = RunContext(rank, ranks.get_world_size(), get_device(), report if rank == 0 else _quiet, stop)
         return work(place, context)
     except Exception as error:
         final = isinstance(error, ToolkitError)
         text = str(error) if final else f"{type(error).__name__}: {error}"
         traceback.print_exc()
-        event = {"kind": "error", "rank": rank, "type": type(error).__name__, "text": text, "final": final}
-        ray.get(assignment["line"].post.remote(event))
+        told = {"rank": rank, "attempt": last_attempt(run), "type": type(error).__name__, "text": text, "final": final}
+        ray.get(assignment["line"].post.remote({"kind": "error", **told}))
         raise

@@ -8,20 +8,22 @@ from pathlib import Path
 from typing import Any
 
 from llm_training_toolkit.checkpoint import newest
-from llm_training_toolkit.config import Config, from_json, load, to_json
-from llm_training_toolkit.config.identity import refuse_changed_identity
+from llm_training_toolkit.config import Config, load, to_json
 from llm_training_toolkit.console import Console
 from llm_training_toolkit.data.receipt import Receipt
-from llm_training_toolkit.errors import ConfigError
 from llm_training_toolkit.launch.environment import check_machine, prepare_environment
 from llm_training_toolkit.launch.outcome import Outcome, Request
 from llm_training_toolkit.launch.place import is_first_rank, ranks_started
-from llm_training_toolkit.launch.preparation import prepare_run, receipt_lines
-from llm_training_toolkit.plan import DataFacts, Plan, lines, make_plan, require
-from llm_training_toolkit.runs import RunDirectory, checkpoint_place, claim, environment, write_atomically
-
-DOCUMENTS = "documents"
-"""What --accept takes besides field names: the documents themselves are other ones than before."""
+from llm_training_toolkit.launch.preparation import facts_of, prepare_run, receipt_lines
+from llm_training_toolkit.launch.standing import (
+    Standing,
+    refuse_changed_documents,
+    refuse_changed_run,
+    refuse_other_weights,
+    standing_of,
+)
+from llm_training_toolkit.plan import Plan, lines, make_plan, require
+from llm_training_toolkit.runs import RunDirectory, claim, environment, write_atomically
 
 
 def start(request: Request, console: Console) -> Outcome:
@@ -29,72 +31,50 @@ def start(request: Request, console: Console) -> Outcome:
     config = load(request.config, request.overrides)
     run = RunDirectory(Path(config.run.dir).expanduser().absolute() / config.run.name)
     replicas = ranks_started() if config.cluster.workers == 0 else None
-    plan = require(make_plan(config, _known_facts(run), replicas))
+    standing = standing_of(run)
+    plan = require(make_plan(config, standing.facts(), replicas))
     if config.cluster.workers == 0 and not is_first_rank():
-        return _outcome(run, _train(run, config, console))
+        return _take_part(run, config, standing, plan, console)
     with claim(run):
-        _reconcile(run, config, request)
-        if plan.steps is not None and (step := _newest_step(run)) is not None and step >= plan.steps:
-            return _leave_alone(run, config, plan, console)
+        refuse_changed_run(standing, config, request.accept, extend=request.extend)
+        refuse_other_weights(standing, plan)
+        if standing.is_finished(plan):
+            return _leave_alone(run, config, standing, console)
         for line in lines(plan):
             console.say(line)
-        _prepare(run, config, request, console, replicas)
+        if config.cluster.workers > 0:
+            check_machine(config)
+        receipt = _prepare(config, standing, request, console)
+        plan = require(make_plan(config, facts_of(receipt, standing.step, standing.sequences), replicas))
+        _write(run, config, request, plan, receipt)
         return _outcome(run, _train(run, config, console))
 
 
-def _known_facts(run: RunDirectory) -> DataFacts | None:
-    """What an earlier start found out about the data."""
-    return DataFacts(Receipt.from_json(run.receipt.read_text()).sequences) if run.receipt.is_file() else None
+def _take_part(run: RunDirectory, config: Config, standing: Standing, plan: Plan, console: Console) -> Outcome:
+    """A torchrun rank other than the first: it waits for the first one, which alone prepares and writes."""
+    if standing.is_finished(plan):
+        return _outcome(run, {"status": "finished", "step": standing.step})
+    return _outcome(run, _train(run, config, console))
 
 
-def _newest_step(run: RunDirectory) -> int | None:
-    directory = newest(run.checkpoints)
-    place = checkpoint_place(directory) if directory else None
-    return place[0] if place else None
+def _prepare(config: Config, standing: Standing, request: Request, console: Console) -> Receipt:
+    """The run's data: as it was prepared, if that lasts to the run's end, otherwise prepared now."""
+    receipt = standing.prepared(config, request.accept)
+    if receipt is None:
+        receipt = prepare_run(config, console.stage, standing.step, standing.sequences).receipt
+        refuse_changed_documents(standing, config, receipt, request.accept)
+    for row in receipt_lines(receipt):
+        console.say(row)
+    return receipt
 
 
-def _reconcile(run: RunDirectory, config: Config, request: Request) -> None:
-    """Refuse to go on with another identity than the run has; before its first checkpoint it has none."""
-    if run.resolved.is_file() and newest(run.checkpoints) is not None:
-        before = from_json(run.resolved.read_text(), where=str(run.resolved))
-        accept = [key for key in request.accept if key != DOCUMENTS]
-        refuse_changed_identity(before, config, accept=accept, extend=request.extend)
-
-
-def _refuse_changed_documents(run: RunDirectory, config: Config, receipt: Receipt, request: Request) -> None:
-    """Refuse to go on with other documents than the run began with, unless they, or what names them, are accepted."""
-    if not run.receipt.is_file() or newest(run.checkpoints) is None:
-        return
-    before = Receipt.from_json(run.receipt.read_text())
-    asked = any(key.split(".")[0] in {"data", "tokenizer", "run"} for key in request.accept)
-    if before.fingerprint == receipt.fingerprint or asked:
-        return
-    if config.tokenizer.train is not None and before.tokenizer_path != receipt.tokenizer_path:
-        raise ConfigError(
-            "the documents have changed since the run began, and a tokenizer trained on them now would be another than "
-            "the weights know: bring the documents back, or take another run.name"
-        )
-    if DOCUMENTS not in request.accept:
-        raise ConfigError(
-            "the documents have changed since the run began (paths, sizes or times of modification differ), so the "
-            f"order of the data would be another: bring them back, take another run.name, or --accept {DOCUMENTS}"
-        )
-
-
-def _prepare(run: RunDirectory, config: Config, request: Request, console: Console, replicas: int | None) -> None:
-    """Prepare the data, then write down everything the workers read."""
-    if config.cluster.workers > 0:
-        check_machine(config)
-    receipt = prepare_run(config, console.stage).receipt
-    _refuse_changed_documents(run, config, receipt, request)
-    plan = require(make_plan(config, DataFacts(receipt.sequences), replicas))
+def _write(run: RunDirectory, config: Config, request: Request, plan: Plan, receipt: Receipt) -> None:
+    """Write down everything the workers read, once nothing stands against the start any more."""
     shutil.copyfile(request.config, run.config)
     write_atomically(run.resolved, to_json(config))
     write_atomically(run.plan, json.dumps(plan.to_json(), indent=1))
     write_atomically(run.environment, json.dumps(environment(), indent=1))
-    write_atomically(run.receipt, receipt.to_json())  # last: ranks that wait for it find the rest
-    for row in receipt_lines(receipt):
-        console.say(row)
+    write_atomically(run.receipt, receipt.to_json())
 
 
 def _train(run: RunDirectory, config: Config, console: Console) -> dict[str, Any]:
@@ -114,13 +94,12 @@ def _outcome(run: RunDirectory, result: dict[str, Any]) -> Outcome:
     return Outcome(run=str(run.path), step=result["step"], status=result["status"], checkpoint=checkpoint)
 
 
-def _leave_alone(run: RunDirectory, config: Config, plan: Plan, console: Console) -> Outcome:
-    """A finished run stays as it is; only an export that was cut short is made up for."""
-    console.say(f"run {run.name} is finished: {plan.steps:,} steps, in {run.path}")
-    if config.export.at_end and not run.export.exists():
-        from llm_training_toolkit.launch.finish import finish_again
+def _leave_alone(run: RunDirectory, config: Config, standing: Standing, console: Console) -> Outcome:
+    """A finished run stays as it is; only an export that is missing, or of an earlier end, is made up for."""
+    console.say(f"run {run.name} is finished: {standing.step:,} steps, in {run.path}")
+    if config.export.at_end:
+        from llm_training_toolkit.launch.finish import finish_again, is_exported
 
-        finish_again(run, config, console.show)
-    step = _newest_step(run)
-    assert step is not None
-    return _outcome(run, {"status": "finished", "step": step})
+        if not is_exported(run):
+            finish_again(run, config, console.show)
+    return _outcome(run, {"status": "finished", "step": standing.step})

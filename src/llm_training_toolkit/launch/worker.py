@@ -8,6 +8,8 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,9 +24,10 @@ from llm_training_toolkit.errors import CheckpointError, PlanError
 from llm_training_toolkit.launch.finish import finish
 from llm_training_toolkit.launch.output import redirect
 from llm_training_toolkit.launch.place import Place
+from llm_training_toolkit.launch.preparation import facts_of
 from llm_training_toolkit.metrics import Metrics
 from llm_training_toolkit.models import LossModule, build_model, check_size, initialize
-from llm_training_toolkit.plan import DataFacts, Plan, make_plan, require
+from llm_training_toolkit.plan import Plan, make_plan, require
 from llm_training_toolkit.runs import begin_attempt, end_attempt, environment, run_of
 from llm_training_toolkit.saving import CheckpointSaver, Lineage, Progress, newest_sound, restore
 from llm_training_toolkit.train import Parts, train
@@ -38,11 +41,12 @@ def work(place: Place, context: RunContext) -> dict[str, Any]:
         parts, progress, hf_config = _build(place, context, attempt)
         status, progress = train(parts, progress)
         if status == "finished" and config.export.at_end and context.is_first:
-            finish(run, config, place.receipt, hf_config=hf_config, metrics=parts.metrics, report=context.report)
+            finish(run, config, place.receipt, hf_config=hf_config, metrics=parts.metrics, context=context)
         parts.metrics.close()
     except Exception as error:
-        if context.is_first:
-            end_attempt(run, attempt, "failed", error=f"{type(error).__name__}: {error}")
+        # A disk that is full must not hide the error that says so.
+        with suppress(OSError):
+            end_attempt(run, attempt, "failed", error=f"rank {context.rank}: {type(error).__name__}: {error}")
         raise
     if context.is_first:
         end_attempt(run, attempt, status, step=progress.step)
@@ -69,14 +73,14 @@ def _begin(place: Place, context: RunContext) -> int:
 
 def _build(place: Place, context: RunContext, attempt: int) -> tuple[Parts, Progress, Mapping[str, Any]]:
     run, config = place.run, place.config
-    facts = DataFacts(place.receipt.sequences)
+    checkpoint = newest_sound(run, context)
+    done = _progress(checkpoint)
+    facts = facts_of(place.receipt, done.step, done.sequences)
     plan = require(make_plan(config, facts, replicas=context.world_size))
     _check_device(config, context)
     prepare_process(context.device.type)
-    checkpoint = newest_sound(run, context)
-    _check_whole_steps(checkpoint, plan)
-    engine, hf_config = _engine(config, plan, context, from_scratch=checkpoint is None)
-    progress = _start(engine, config, checkpoint, context)
+    engine, hf_config = _engine(config, plan, context, checkpoint)
+    _load(engine, config, checkpoint, context)
     lineage = Lineage(
         attempt=attempt,
         parent=checkpoint.directory.name if checkpoint else None,
@@ -98,10 +102,19 @@ def _build(place: Place, context: RunContext, attempt: int) -> tuple[Parts, Prog
         keep=config.checkpoint.keep,
         keep_every=config.checkpoint.keep_every,
     )
-    metrics = Metrics(run, attempt, progress.step, context)
-    metrics.text(progress.step, "configuration", f"```json\n{run.resolved.read_text()}\n```")
-    feed = Feed(place.receipt, global_batch=plan.global_batch, epochs=config.train.epochs)
-    return Parts(plan, plan.schedule(), config.run.seed, context, engine, feed, saver, metrics), progress, hf_config
+    metrics = Metrics(run, attempt, done.step, context)
+    metrics.text(done.step, "configuration", f"```json\n{run.resolved.read_text()}\n```")
+    origin = (done.step, done.sequences)
+    feed = Feed(place.receipt, global_batch=plan.global_batch, epochs=config.train.epochs, origin=origin)
+    return Parts(plan, plan.schedule(), config.run.seed, context, engine, feed, saver, metrics), done, hf_config
+
+
+def _progress(checkpoint: Checkpoint | None) -> Progress:
+    """Where a run goes on."""
+    if checkpoint is None:
+        return Progress()
+    manifest = checkpoint.manifest
+    return Progress(manifest.step, manifest.tokens, manifest.sequences)
 
 
 def _check_device(config: Config, context: RunContext) -> None:
@@ -110,50 +123,36 @@ def _check_device(config: Config, context: RunContext) -> None:
         raise PlanError(f"model.attention = {config.model.attention} needs a GPU: use sdpa or eager here")
 
 
-def _check_whole_steps(checkpoint: Checkpoint | None, plan: Plan) -> None:
-    """Refuse to lengthen a run over epochs whose last step was short: the next one would begin too late in the data."""
-    if checkpoint is None or plan.steps is None or checkpoint.manifest.step >= plan.steps:
-        return
-    seen, whole = checkpoint.manifest.tokens, checkpoint.manifest.step * plan.tokens_per_step
-    if seen != whole:
-        missing = (whole - seen) // plan.sequence_length
-        raise PlanError(
-            f"{checkpoint.directory.name}: the last step of the epoch was short ({missing} of {plan.global_batch} "
-            "sequences were missing), so going on would leave out as many of the next epoch: "
-            "start a new run with model.init_from, or choose a global batch that divides the epoch"
-        )
-
-
-def _engine(config: Config, plan: Plan, context: RunContext, *, from_scratch: bool) -> tuple[Engine, Mapping[str, Any]]:
-    """The model under DeepSpeed; its random weights are written only where nothing else will be loaded over them."""
-    model_config = config.model
+def _engine(
+    config: Config, plan: Plan, context: RunContext, checkpoint: Checkpoint | None
+) -> tuple[Engine, Mapping[str, Any]]:
+    """The model under DeepSpeed. On a resume the saved weights are not read again: the checkpoint holds everything."""
+    loads = config.model.path is not None or config.model.init_from is not None
     with partitioned(plan.deepspeed):
         model = build_model(
-            plan.hf_config,
+            checkpoint.manifest.extra["hf_config"] if checkpoint and loads else plan.hf_config,
             precision=plan.precision,
-            attention=model_config.attention,
-            path=model_config.path,
-            activation_checkpointing=model_config.activation_checkpointing,
+            attention=config.model.attention,
+            path=None if checkpoint else config.model.path,
+            activation_checkpointing=config.model.activation_checkpointing,
         )
-    check_size(model, plan.parameters, model_config.name)
-    if from_scratch and model_config.path is None and model_config.init_from is None:
+    check_size(model, plan.parameters, config.model.name)
+    if checkpoint is None and not loads:
         initialize(model, config.run.seed, whole_parameter)
     hf_config: Mapping[str, Any] = model.config.to_dict()  # type: ignore[union-attr, operator]
-    return Engine(LossModule(model, model_config.loss_chunk), config.optim, plan.deepspeed, context.device), hf_config
+    return Engine(LossModule(model, config.model.loss_chunk), config.optim, plan.deepspeed, context.device), hf_config
 
 
-def _start(engine: Engine, config: Config, checkpoint: Checkpoint | None, context: RunContext) -> Progress:
-    """Bring the engine to where the run goes on: a checkpoint of it, another run's weights, or its own first ones."""
+def _load(engine: Engine, config: Config, checkpoint: Checkpoint | None, context: RunContext) -> None:
+    """Bring the engine to where the run goes on: its own checkpoint, or the weights of another run."""
     if checkpoint is not None:
         restore(engine, checkpoint)
         context.report({"kind": "note", "message": f"resuming from {checkpoint.directory.name}"})
-        return Progress(checkpoint.manifest.step, checkpoint.manifest.tokens)
-    if config.model.init_from is not None:
-        source = newest(run_of(config.model.init_from).checkpoints)
+    elif config.model.init_from is not None:
+        source = newest(run_of(Path(config.model.init_from).expanduser()).checkpoints)
         if source is None:
             raise CheckpointError(f"model.init_from = {config.model.init_from}: that run has no complete checkpoint")
         restore(engine, Checkpoint(source), optimizer=False)
-    return Progress()
 
 
 def _warn_of_other_bits(checkpoint: Checkpoint | None, lineage: Lineage, context: RunContext) -> None:

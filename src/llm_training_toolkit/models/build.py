@@ -7,9 +7,11 @@ call in `engine.partitioned`, so that no rank ever holds the whole model.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -39,7 +41,8 @@ def build_model(
         config = AutoConfig.for_model(**hf_config)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
     else:
-        model = _load(path, dtype, attention)
+        local = Path(path).expanduser()
+        model = _load(str(local) if local.exists() else path, dtype, attention)
     model.config.use_cache = False  # a cache object switches the isolation of packed documents off
     if activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -55,7 +58,7 @@ def _load(path: str, dtype: torch.dtype, attention: str) -> Any:  # noqa: ANN401
         model, info = AutoModelForCausalLM.from_pretrained(
             path, config=config, dtype=dtype, attn_implementation=attention, output_loading_info=True
         )
-    except OSError as error:
+    except (OSError, ImportError, RuntimeError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"model.path = {path}: no weights can be loaded from there: {error}") from error
     wrong = {kind: sorted(map(str, names)) for kind, names in info.items() if names}
     if wrong:

@@ -14,7 +14,13 @@ from llm_training_toolkit.plan.problem import Problem
 
 def problems(config: Config, size: Size, hf: HfValues, replicas: int) -> tuple[Problem, ...]:
     """Every reason found in the configuration itself why the run cannot start."""
-    found = (*_run(config), *_tokenizer(config), *_data(config, size, hf), *_batch(config, replicas))
+    found = (
+        *_run(config),
+        *_tokenizer(config),
+        *_data(config, size, hf),
+        *_batch(config, replicas),
+        *_attention(config),
+    )
     return (*found, *deepspeed_problems(config.engine.deepspeed))
 
 
@@ -33,10 +39,29 @@ def length_problems(steps: int | None, warmup: int | None, decay: int | None) ->
     return ()
 
 
+def _attention(config: Config) -> Iterator[Problem]:
+    """What flash attention cannot do: transformers recognises packed documents in rows of one sequence only."""
+    if config.model.attention != "flash_attention_2":
+        return
+    if config.train.micro_batch > 1:
+        what = f"flash_attention_2 with {config.train.micro_batch} rows would let packed documents see each other"
+        yield Problem("train.micro_batch", what, "Use micro_batch 1 with a longer sequence, or attention sdpa")
+    if config.train.precision == "fp32":
+        yield Problem("model.attention", "flash_attention_2 has no fp32", "Use sdpa, or train.precision bf16")
+
+
 def _run(config: Config) -> Iterator[Problem]:
     if re.match(r"[A-Za-z0-9+.-]+://", config.run.dir):
         what = f"{config.run.dir} is an object store, which is not supported yet"
         yield Problem("run.dir", what, "Use a path that every node sees")
+
+
+def vocabulary_problems(vocab_size: int | None, hf: HfValues) -> tuple[Problem, ...]:
+    """A tokenizer with more entries than the model's embedding has rows; None = not known before data is prepared."""
+    if vocab_size is None or vocab_size <= hf["vocab_size"]:
+        return ()
+    what = f"the tokenizer has {vocab_size:,} entries, the model's embedding {hf['vocab_size']:,} rows"
+    return (Problem("tokenizer.path", what, "Give the tokenizer of this model's family"),)
 
 
 def _tokenizer(config: Config) -> Iterator[Problem]:

@@ -42,6 +42,8 @@ OWNED: dict[str, str] = {
     "expert_parallel": "Remove it: not supported",
     "pipeline": "Remove it: not supported",
     "zero_optimization.stage": "Set engine.zero",
+    "zero_optimization.offload_optimizer": "Remove it: offloading is not supported yet",
+    "zero_optimization.offload_param": "Remove it: offloading is not supported yet",
     "zero_optimization.elastic_checkpoint": "Remove it: any checkpoint loads at any number of workers",
     "zero_optimization.load_from_fp32_weights": "Remove it: the toolkit loads weights itself",
 }

@@ -127,12 +127,15 @@ def activations(load: Load) -> int:
 
 
 def logits(load: Load) -> int:
-    """Logits of one chunk of the loss: in the precision of the forward pass, in fp32, and their gradient, in bytes.
+    """One chunk of the loss and the output layer's gradient, in bytes.
 
-    tokens x vocabulary x (2 + 4 + 4) in bf16, (4 + 4 + 4) in fp32; a measurement on CPU gave 10.3 bytes a logit.
+    Logits in the precision of the forward pass, in fp32, and their gradient: tokens x vocabulary x (2 + 4 + 4) in
+    bf16, (4 + 4 + 4) in fp32; a measurement on CPU gave 10.3 bytes a logit. The head's gradient is summed over chunks
+    in fp32 and then cast: vocabulary x hidden x (4 + 2) in bf16.
     """
     tokens = min(load.loss_chunk or load.tokens, load.tokens)
-    return tokens * load.model.vocab * (load.width + 8)
+    head = load.model.vocab * load.model.hidden * (4 + load.width)
+    return tokens * load.model.vocab * (load.width + 8) + head
 
 
 def deepspeed_limits(deepspeed: Mapping[str, Any]) -> dict[str, int]:

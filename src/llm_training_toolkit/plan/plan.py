@@ -21,6 +21,12 @@ class DataFacts:
 
     sequences_per_epoch: tuple[int, ...]
     """Packed training sequences of each prepared epoch, from the first on."""
+    vocab_size: int | None = None
+    """Entries of the tokenizer; None = not known."""
+    steps_done: int = 0
+    """Steps of the run's newest checkpoint."""
+    sequences_done: int = 0
+    """Sequences those steps have seen: fewer than steps x global batch where an epoch ended in a short step."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +148,11 @@ def make_plan(config: Config, facts: DataFacts | None = None, replicas: int | No
         eval_every=config.eval.every,
         deepspeed=deepspeed,
         memory_gb_per_device=_memory(config, hf, world, deepspeed),
-        problems=(*check.problems(config, size, hf, world), *check.length_problems(steps, warmup, decay)),
+        problems=(
+            *check.problems(config, size, hf, world),
+            *check.length_problems(steps, warmup, decay),
+            *check.vocabulary_problems(facts.vocab_size if facts else None, hf),
+        ),
         estimated=("steps", "memory_gb_per_device") if steps_estimated else ("memory_gb_per_device",),
         notes=check.notes(config, size, hf, world),
     )
@@ -158,21 +168,28 @@ def require(plan: Plan) -> Plan:
 def run_steps(config: Config, facts: DataFacts | None) -> tuple[int | None, bool]:
     """Length of the run in steps, and whether it is not exact.
 
-    Tokens: ceil(tokens / (global batch x sequence length)). Epochs: ceil(sequences of all epochs / global batch), as
-    the stream is continuous; an epoch not prepared yet counts as the mean of those that are, and None = none is.
+    Tokens and epochs come to a number of sequences, which the steps that are done have seen a part of; the rest is
+    divided by the global batch and rounded up, as the stream is continuous. An epoch not prepared yet counts as the
+    mean of those that are, and None = none is.
     """
     train = config.train
     if train.steps is not None:
         return train.steps, False
+    done, seen = (facts.steps_done, facts.sequences_done) if facts else (0, 0)
     if train.tokens is not None:
-        return -(-train.tokens // (train.global_batch * config.data.sequence_length)), False
+        return _steps_to(-(-train.tokens // config.data.sequence_length), train.global_batch, done, seen), False
     assert train.epochs is not None  # exactly one length is given, says the schema
     if facts is None or not facts.sequences_per_epoch:
         return None, True
     known = facts.sequences_per_epoch[: train.epochs]
     missing = train.epochs - len(known)
     sequences = sum(known) + round(missing * sum(known) / len(known))
-    return -(-sequences // train.global_batch), missing > 0
+    return _steps_to(sequences, train.global_batch, done, seen), missing > 0
+
+
+def _steps_to(sequences: int, global_batch: int, done: int, seen: int) -> int:
+    """Steps at which a run has seen `sequences`, when `done` steps have seen `seen` of them."""
+    return done + -(-max(sequences - seen, 0) // global_batch)
 
 
 def _epochs(config: Config, steps: int | None, facts: DataFacts | None) -> float | None:
