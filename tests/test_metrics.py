@@ -7,6 +7,7 @@ import os
 import resource
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -174,6 +175,10 @@ def no_file_beyond(size: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        # TensorBoard writes in threads of its own; what they meet must be met in this test, not in a later one.
+        for thread in threading.enumerate():
+            if type(thread).__name__ == "_AsyncWriterThread":
+                thread.join(timeout=2)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
