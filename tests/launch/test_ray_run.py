@@ -159,3 +159,20 @@ def test_an_error_of_ours_ends_the_run_at_once_with_its_words(
     assert "not a checkpoint of this model" in done.stderr
     assert "Traceback" not in done.stderr
     assert len(list(run.attempts.iterdir())) == 2
+
+
+def test_a_second_interrupt_leaves_at_once_and_the_run_goes_on_later(
+    undisturbed: Path, launch_config: Callable[..., Path], ray_environment: Environment
+) -> None:
+    config = launch_config("interrupted_twice", **SECTIONS)
+    with subprocess.Popen(
+        command(config), env=ray_environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        wait_for_step(run_of(config), 45, process)
+        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 75, err
+    again = subprocess.run(command(config), env=ray_environment, capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stderr
+    assert_same_run(run_of(config), run_of(undisturbed))

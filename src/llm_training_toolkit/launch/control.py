@@ -7,8 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 import ray
+from ray.train import UserCallback
 
 from llm_training_toolkit.context import Event
+from llm_training_toolkit.errors import LaunchError
 
 _ASK_EVERY = 0.3
 """Seconds between a worker's questions whether to stop: the loop itself never waits for the answer."""
@@ -20,10 +22,17 @@ class _Control:
     def __init__(self) -> None:
         self._events: list[Event] = []
         self._stop = False
+        self._final = ""
 
     def post(self, event: Event) -> None:
         """A worker tells something."""
         self._events.append(event)
+        if event["kind"] == "error" and event["final"]:
+            self._final = self._final or str(event["text"])
+
+    def final_error(self) -> str:
+        """What a worker met that a restart would meet again; empty if nothing."""
+        return self._final
 
     def take(self) -> list[Event]:
         """The driver takes what was told since it last asked."""
@@ -37,6 +46,22 @@ class _Control:
     def stop_requested(self) -> bool:
         """Whether it does."""
         return self._stop
+
+
+class EndOnFinalError(UserCallback):
+    """Keeps Ray from restarting workers that would meet the same error again.
+
+    Runs in Ray Train's controller, where an exception from a callback ends the run without a retry.
+    Shutting Ray down under a running `fit` would end it too, but now and then with a segmentation fault.
+    """
+
+    def __init__(self, line: Any) -> None:  # noqa: ANN401
+        self._line = line
+
+    def after_exception(self, run_context: Any, worker_exceptions: Any) -> None:  # noqa: ANN401, ARG002
+        """Raise LaunchError when a worker reported an error of ours."""
+        if text := ray.get(self._line.final_error.remote()):
+            raise LaunchError(text)
 
 
 def open_line() -> Any:  # noqa: ANN401 - Ray's actor handles have no types

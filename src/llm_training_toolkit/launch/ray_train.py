@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import ray
 import ray.exceptions
@@ -25,8 +25,9 @@ from llm_training_toolkit.console import Console
 from llm_training_toolkit.context import RunContext
 from llm_training_toolkit.data.receipt import Receipt
 from llm_training_toolkit.errors import LaunchError, ToolkitError
-from llm_training_toolkit.launch.control import open_line, reporter, stop_watch
+from llm_training_toolkit.launch.control import EndOnFinalError, open_line, reporter, stop_watch
 from llm_training_toolkit.launch.environment import is_local, too_many
+from llm_training_toolkit.launch.outcome import EXIT_CODES
 from llm_training_toolkit.launch.output import redirect
 from llm_training_toolkit.launch.place import Place
 from llm_training_toolkit.launch.stopping import on_stop_signal
@@ -84,8 +85,21 @@ def run_on_ray(run: RunDirectory, config: Config, console: Console) -> dict[str,
         line = open_line()
         trainer = _trainer(run, config, gpus, line)
         console.stage("starting workers", 0, 1)
-        with on_stop_signal(lambda: _wish_to_stop(line, console)):
-            return _result(run, config, *_watch(trainer, line, console))
+        try:
+            with on_stop_signal(lambda: _wish_to_stop(line, console)):
+                return _result(run, config, *_watch(trainer, line, console))
+        except KeyboardInterrupt:
+            _leave_at_once(console)
+
+
+def _leave_at_once(console: Console) -> NoReturn:
+    """End this process without taking leave: Ray's own processes and workers end with their driver.
+
+    `ray.shutdown` while `fit` still runs in its thread ends now and then in a segmentation fault.
+    """
+    console.say("stopped without a checkpoint: the same command goes on from the newest one")
+    console.close()
+    os._exit(EXIT_CODES["stopped"])
 
 
 def _wish_to_stop(line: Any, console: Console) -> None:  # noqa: ANN401
@@ -115,6 +129,7 @@ def _trainer(run: RunDirectory, config: Config, gpus: int, line: Any) -> Any:  #
             storage_path=str(run.path / "logs" / "ray"),
             failure_config=FailureConfig(max_failures=config.failures.max, controller_failure_limit=_STARTUP_FAILURES),
             worker_runtime_env={"env_vars": _worker_environment(config)},
+            callbacks=[EndOnFinalError(line)],
         ),
     )
 
@@ -131,9 +146,9 @@ def _worker_environment(config: Config) -> dict[str, str]:
 
 
 def _watch(trainer: Any, line: Any, console: Console) -> tuple[Any, Mapping[str, Any] | None]:  # noqa: ANN401
-    """Show what the workers tell until they are done: what `fit` gave or raised, and the last error a worker told.
+    """Show what the workers tell until they are done: what `fit` gave or raised, and the error a worker told of.
 
-    Raises the first final error a worker reports.
+    Raises the first error a worker reports that is final.
     """
     ended: list[Any] = []
 
@@ -146,20 +161,23 @@ def _watch(trainer: Any, line: Any, console: Console) -> tuple[Any, Mapping[str,
     thread = threading.Thread(target=fit, daemon=True, name="ray-train")
     thread.start()
     failure: Mapping[str, Any] | None = None
+    final: Mapping[str, Any] | None = None
     while True:
         alive = thread.is_alive()
         for event in ray.get(line.take.remote()):
             if event["kind"] == "error":
                 if event["final"]:
-                    raise _as_error(event)
+                    final = final or event
                 # The first rank to fail of an attempt is the cause; the others lose their connection to it.
-                if failure is None or failure["attempt"] != event["attempt"]:
+                elif failure is None or failure["attempt"] != event["attempt"]:
                     failure = event
                     console.show(_as_warning(event))
             console.show(event)
         if not alive:
             break
         time.sleep(0.2)
+    if final is not None:
+        raise _as_error(final)
     return ended[0], failure
 
 
