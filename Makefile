@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test check format install requirements docs clean
+.PHONY: quickstart test check bench-step format install requirements docs clean
 
 quickstart: $(VENV)/.installed  ## install, train a small model on this machine, export it, let it write
 	@$(BIN)/ltt train configs/quickstart.yaml
@@ -17,6 +17,9 @@ check: $(VENV)/.installed-dev  ## format, lint, types, import contract, fast tes
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest -m "not slow and not cluster and not ranks"
+
+bench-step: $(VENV)/.installed  ## tokens per second of this loop beside three others (ten minutes, a quiet machine)
+	$(BIN)/python benchmarks/bench_step.py
 
 format: $(VENV)/.installed-dev  ## write the format
 	$(BIN)/ruff format .

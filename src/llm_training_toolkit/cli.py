@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -134,6 +135,33 @@ def train(
             for line in closing_lines(outcome, request):
                 console.say(line)
     raise typer.Exit(EXIT_CODES[outcome.status])
+
+
+@app.command()
+def runs(
+    directory: Annotated[Path, typer.Argument(help="The directory that holds the runs.")] = Path("runs"),
+    watch: Annotated[bool, typer.Option("--watch", help="Keep the table up to date until Ctrl-C.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Every run in a directory: state, step, time left, newest checkpoint, last error."""
+    from llm_training_toolkit.overview import statuses
+
+    found = statuses(directory)
+    if as_json:
+        typer.echo(json.dumps([status.to_json() for status in found]))
+        return
+    if not found and not watch:
+        typer.echo(f"no runs in {directory}")
+        return
+    from rich.console import Console as Terminal
+
+    from llm_training_toolkit.runs_table import runs_table, watch_runs
+
+    if watch:
+        with suppress(KeyboardInterrupt):
+            watch_runs(directory)
+    else:
+        Terminal(highlight=False).print(runs_table(found))
 
 
 @app.command()

@@ -14,6 +14,7 @@ from rich.console import Console as Terminal
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from llm_training_toolkit.context import Event
+from llm_training_toolkit.runs_table import clock
 
 _LINE_EVERY = 10.0
 """Seconds between step lines where there is no terminal to draw on (a log file, a pipe)."""
@@ -120,15 +121,9 @@ def sample_parts(event: Event) -> list[Any]:
 
 def step_line(event: Event, seconds_left: float | None) -> str:
     """One line for a step: step, loss, learning rate, speed, time left."""
-    left = "" if seconds_left is None else f"  {_clock(seconds_left)} left"
+    left = "" if seconds_left is None else f"  {clock(seconds_left)} left"
     width = len(str(event["steps"]))
     return (
         f"step {event['step']:>{width}}/{event['steps']}  loss {event['loss']:.4f}  lr {event['lr']:.2e}"
         f"  {event['tokens_per_second']:,.0f} tokens/s{left}"
     )
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -7,6 +7,7 @@ that fails later is reported once and never kills training.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -35,7 +36,7 @@ class Sink(Protocol):
 
 
 class JsonLines:
-    """`metrics.jsonl`: one object a line with step and attempt; the last attempt of a step counts."""
+    """`metrics.jsonl`: one object a line with step, attempt and time; the last attempt of a step counts."""
 
     def __init__(self, path: Path, attempt: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -45,7 +46,8 @@ class JsonLines:
 
     def write(self, step: int, values: Values) -> None:
         """Append a line."""
-        self._file.write(json.dumps({"step": step, "attempt": self._attempt, **values}) + "\n")
+        row = {"step": step, "attempt": self._attempt, "time": round(time.time(), 3), **values}
+        self._file.write(json.dumps(row) + "\n")
 
     def text(self, step: int, name: str, content: str) -> None:
         """Texts are TensorBoard's."""

@@ -1,0 +1,134 @@
+"""How the runs in a directory stand, read from their files alone: what `ltt runs` shows.
+
+Imports neither torch nor ray, so that looking is quick and disturbs nothing.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import statistics
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from llm_training_toolkit.runs import RunDirectory, checkpoint_place, last_attempt
+
+State = Literal["starting", "running", "finished", "stopped", "failed", "lost"]
+_TAIL = 65_536
+"""Bytes read from the end of metrics.jsonl: some two hundred steps."""
+_RECENT = 20
+"""Steps that the time left is reckoned from."""
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """One line of `ltt runs`."""
+
+    name: str
+    path: str
+    state: State
+    step: int
+    steps: int | None
+    seconds_left: float | None
+    """None where nothing is running."""
+    loss: float | None
+    """Training loss of the newest step."""
+    checkpoint: str | None
+    """Name of the newest complete checkpoint."""
+    error: str | None
+    """What the newest attempt failed of."""
+
+    def to_json(self) -> dict[str, Any]:
+        """For `ltt runs --json`."""
+        return asdict(self)
+
+
+def statuses(directory: Path) -> list[RunStatus]:
+    """Every run in a directory, by name; a directory without `resolved.json` or a claim is no run."""
+    return [status(run) for run in _runs(directory)]
+
+
+def _runs(directory: Path) -> Iterator[RunDirectory]:
+    for path in sorted(directory.iterdir()) if directory.is_dir() else []:
+        if path.is_dir() and ((path / "resolved.json").is_file() or (path / "lock").is_file()):
+            yield RunDirectory(path)
+
+
+def status(run: RunDirectory) -> RunStatus:
+    """How one run stands now."""
+    attempt = _json(run.attempts / f"{last_attempt(run):04d}.json")
+    rows = list(_newest_rows(run.metrics))
+    checkpoint = _newest_checkpoint(run)
+    state = _state(attempt, held=_is_held(run))
+    step = max([int(row["step"]) for row in rows] + [place[0] for place in [checkpoint] if place], default=0)
+    steps = _json(run.plan).get("steps")
+    losses = [float(row["train/loss"]) for row in rows if "train/loss" in row]
+    return RunStatus(
+        name=run.name,
+        path=str(run.path),
+        state=state,
+        step=step,
+        steps=steps,
+        seconds_left=_seconds_left(rows, step, steps) if state == "running" else None,
+        loss=losses[-1] if losses else None,
+        checkpoint=run.checkpoint(*checkpoint).name if checkpoint else None,
+        error=attempt.get("error") if state == "failed" else None,
+    )
+
+
+def _state(attempt: dict[str, Any], *, held: bool) -> State:
+    """What the newest attempt says, and whether somebody still holds the run."""
+    said: State | None = attempt.get("state")
+    if said == "running":
+        return "running" if held else "lost"
+    if held:
+        return "starting"
+    return said or "lost"
+
+
+def _is_held(run: RunDirectory) -> bool:
+    """Whether a process holds the run's claim."""
+    try:
+        with (run.path / "lock").open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return False
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+
+
+def _newest_checkpoint(run: RunDirectory) -> tuple[int, int] | None:
+    places = [checkpoint_place(path.parent) for path in run.checkpoints.glob("*/manifest.json")]
+    return max((place for place in places if place), default=None)
+
+
+def _newest_rows(metrics: Path) -> Iterator[dict[str, Any]]:
+    """The last lines of metrics.jsonl that are whole."""
+    if not metrics.is_file():
+        return
+    with metrics.open("rb") as file:
+        size = file.seek(0, 2)
+        file.seek(max(0, size - _TAIL))
+        lines = file.read().split(b"\n")
+    for line in lines[1:] if size > _TAIL else lines:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        yield row
+
+
+def _seconds_left(rows: Iterable[dict[str, Any]], step: int, steps: int | None) -> float | None:
+    seconds = [float(row["perf/step_seconds"]) for row in rows if "perf/step_seconds" in row][-_RECENT:]
+    return statistics.median(seconds) * (steps - step) if seconds and steps is not None else None
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -1,0 +1,112 @@
+"""`ltt runs` tells how runs stand from their files alone, whatever happened to the processes that wrote them."""
+
+from __future__ import annotations
+
+import io
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from llm_training_toolkit.overview import status, statuses
+from llm_training_toolkit.runs import RunDirectory, begin_attempt, claim, end_attempt
+from llm_training_toolkit.runs_table import clock, runs_table
+
+_HOLD = """
+import sys, time
+from pathlib import Path
+from llm_training_toolkit.runs import RunDirectory, begin_attempt, claim
+run = RunDirectory(Path(sys.argv[1]))
+with claim(run):
+    begin_attempt(run, {})
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDirectory:
+    """A run of ten steps, four of them done, two seconds each."""
+    run = RunDirectory(tmp_path / "runs" / "one")
+    run.path.mkdir(parents=True)
+    run.resolved.write_text("{}")
+    run.plan.write_text(json.dumps({"steps": 10}))
+    rows = [{"step": step, "attempt": 1, "train/loss": 9.0 - step, "perf/step_seconds": 2.0} for step in range(1, 5)]
+    run.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 5, "att')
+    checkpoint = run.checkpoint(4, 1)
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "manifest.json").write_text("{}")
+    run.checkpoint(8, 1).mkdir()
+    return run
+
+
+def test_a_killed_run_is_lost_and_a_held_one_is_running(run: RunDirectory) -> None:
+    arguments = [sys.executable, "-c", _HOLD, str(run.path)]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        running = status(run)
+        holder.send_signal(signal.SIGKILL)
+        holder.wait()
+    assert (running.state, running.step, running.steps, running.seconds_left) == ("running", 4, 10, 12.0)
+    assert (running.loss, running.checkpoint) == (5.0, "step_000000004_a1")
+    lost = status(run)
+    assert (lost.state, lost.seconds_left) == ("lost", None)
+
+
+def test_a_run_that_is_claimed_before_its_first_attempt_is_starting(run: RunDirectory) -> None:
+    with claim(run):
+        assert status(run).state == "starting"
+
+
+@pytest.mark.parametrize("ended", ["finished", "stopped"])
+def test_the_newest_attempt_says_how_a_run_ended(run: RunDirectory, ended: str) -> None:
+    end_attempt(run, begin_attempt(run, {}), "failed", error="old")
+    end_attempt(run, begin_attempt(run, {}), ended, step=4)
+    found = status(run)
+    assert (found.state, found.error) == (ended, None)
+
+
+def test_a_failed_run_shows_its_error(run: RunDirectory) -> None:
+    end_attempt(run, begin_attempt(run, {}), "failed", error="rank 1: [disk] full")
+    found = status(run)
+    assert (found.state, found.error) == ("failed", "rank 1: [disk] full")
+    terminal = Console(width=200, file=io.StringIO())
+    with terminal.capture() as shown_text:
+        terminal.print(runs_table([found]))
+    shown = shown_text.get()
+    for part in ("one", "failed", "4/10", "5.0000", "step_000000004_a1", "rank 1: [disk] full"):
+        assert part in shown
+
+
+def test_only_runs_are_listed_by_name(run: RunDirectory) -> None:
+    runs = run.path.parent
+    (runs / ".cache").mkdir()
+    (runs / "notes.txt").write_text("no run")
+    (runs / "another").mkdir()
+    (runs / "another" / "lock").touch()
+    assert [found.name for found in statuses(runs)] == ["another", "one"]
+    assert statuses(runs / "nowhere") == []
+
+
+def test_the_command_prints_json_and_needs_no_torch(run: RunDirectory) -> None:
+    code = (
+        "import sys; sys.argv = ['ltt', 'runs', sys.argv[1], '--json']\n"
+        "from llm_training_toolkit.cli import main\n"
+        "try: main()\n"
+        "except SystemExit as end: assert not end.code\n"
+        "assert not {'torch', 'ray', 'transformers'} & set(sys.modules)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(run.path.parent)], capture_output=True, text=True, check=True
+    )
+    [found] = json.loads(done.stdout)
+    assert (found["name"], found["state"], found["step"]) == ("one", "lost", 4)
+
+
+def test_clock() -> None:
+    assert [clock(seconds) for seconds in (0, 59.6, 61, 3_725)] == ["0:00", "1:00", "1:01", "1:02:05"]
