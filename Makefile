@@ -18,7 +18,7 @@ check: $(VENV)/.installed-dev  ## format, lint, types, import contract, fast tes
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest -m "not slow and not cluster and not ranks"
 
-bench-step: $(VENV)/.installed  ## tokens per second of this loop beside three others (ten minutes, a quiet machine)
+bench-step: $(VENV)/.installed  ## tokens per second of this loop beside four others (ten minutes, a quiet machine)
 	$(BIN)/python benchmarks/bench_step.py
 
 format: $(VENV)/.installed-dev  ## write the format

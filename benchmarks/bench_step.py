@@ -1,4 +1,4 @@
-"""Tokens per second of one optimizer step: this toolkit's loop beside three others, in one run.
+"""Tokens per second of one optimizer step: this toolkit's loop beside four others, in one run.
 
 The loops take turns, so that a machine that slows down slows all of them. `make bench-step` prints a
 table for docs/benchmarks.md; `--json FILE` keeps every measurement.
@@ -18,17 +18,18 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent / "step"
 LOOPS = {
-    "bare torch": "bare_torch.py",
-    "bare DeepSpeed": "bare_deepspeed.py",
-    "this toolkit": "toolkit.py",
-    "HF Trainer": "hf_trainer.py",
+    "bare torch": ["bare_torch.py"],
+    "bare DeepSpeed": ["bare_deepspeed.py"],
+    "bare DeepSpeed, fp32 gradients": ["bare_deepspeed.py", "fp32"],
+    "this toolkit": ["toolkit.py"],
+    "HF Trainer": ["hf_trainer.py"],
 }
 
 
-def measure(script: str, world_size: int, steps: int) -> float:
+def measure(script: str, *options: str, world_size: int, steps: int) -> float:
     """Tokens per second of one loop in processes of its own."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(world_size)]
-    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", str(HERE / script), str(steps)]
+    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", str(HERE / script), str(steps), *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     found = [line for line in done.stdout.splitlines() if line.startswith('{"tokens_per_second"')]
@@ -62,8 +63,8 @@ def main() -> None:
     results: dict[str, dict[int, list[float]]] = {loop: {world: [] for world in arguments.worlds} for loop in LOOPS}
     for number in range(arguments.rounds):
         for world in arguments.worlds:
-            for loop, script in LOOPS.items():
-                speed = measure(script, world, arguments.steps)
+            for loop, words in LOOPS.items():
+                speed = measure(*words, world_size=world, steps=arguments.steps)
                 results[loop][world].append(speed)
                 print(f"round {number + 1}, {world} process(es), {loop}: {speed:,.0f} tokens/s", flush=True)
     print()

@@ -1,10 +1,17 @@
-"""A bare DeepSpeed loop as its documentation writes it: ZeRO 2, bf16, torch's fused AdamW."""
+"""A bare DeepSpeed loop as its documentation writes it: ZeRO 2, bf16, torch's fused AdamW.
+
+With a second argument `fp32` gradients are reduced and accumulated in fp32, as the toolkit does it.
+"""
 
 from __future__ import annotations
+
+import sys
 
 import torch
 
 from common import CLIP, GLOBAL_BATCH, LR, WEIGHT_DECAY, batch, model, start
+
+FP32_GRADIENTS = {"communication_data_type": "fp32", "data_types": {"grad_accum_dtype": "fp32"}}
 
 
 def main() -> None:
@@ -29,6 +36,7 @@ def main() -> None:
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
             "steps_per_print": 1_000_000,
+            **(FP32_GRADIENTS if sys.argv[2:] == ["fp32"] else {}),
         },
     )
     for _ in range(clock.steps):
