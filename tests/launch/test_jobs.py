@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -42,7 +43,7 @@ def _free_port() -> str:
 @pytest.fixture(scope="module")
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     """`ray start --head` with token authentication, on ports and in a folder of its own; ended by its process."""
-    folder = Path("/tmp") / f"ltt-head-{os.getpid()}"  # a socket's path must be short
+    folder = Path(tempfile.gettempdir()) / f"ltt-head-{os.getpid()}"  # a socket's path must be short
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     environment |= {
         "RAY_AUTH_MODE": "token",
