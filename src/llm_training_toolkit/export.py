@@ -18,20 +18,12 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, GenerationConfig
 
 from llm_training_toolkit.checkpoint import Checkpoint
+from llm_training_toolkit.data.tokenizer import TOKENIZER_FILES
 from llm_training_toolkit.errors import CheckpointError
+from llm_training_toolkit.models.build import DTYPES
 
-_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _ORIGIN = "training.json"
 _SHARD_BYTES = 5_000_000_000
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
 
 
 def export(
@@ -53,9 +45,9 @@ def export(
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
-        _write_weights(checkpoint, temporary, _DTYPES[precision])
+        _write_weights(checkpoint, temporary, DTYPES[precision])
         _write_configuration(temporary, hf_config, precision, end_of_text, pad)
-        for name in _TOKENIZER_FILES:
+        for name in TOKENIZER_FILES:
             if (tokenizer / name).is_file():
                 shutil.copyfile(tokenizer / name, temporary / name)
         (temporary / "README.md").write_text(card)
@@ -121,7 +113,7 @@ def _write_configuration(
         key: value for key, value in hf_config.items() if key not in {"use_cache", "dtype", "transformers_version"}
     }
     config = AutoConfig.for_model(**values)
-    config.dtype = _DTYPES[precision]
+    config.dtype = DTYPES[precision]
     config.eos_token_id, config.pad_token_id, config.bos_token_id = end_of_text, pad, None
     config.save_pretrained(directory)
     GenerationConfig(eos_token_id=end_of_text, pad_token_id=pad).save_pretrained(directory)

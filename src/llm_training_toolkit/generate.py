@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from llm_training_toolkit.errors import CheckpointError, PlanError
+from llm_training_toolkit.families import FAMILIES
 
 
 @dataclass(frozen=True)
@@ -20,20 +21,15 @@ class Sentinels:
     middle: str
 
 
-_KNOWN = (
-    Sentinels("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),
-    Sentinels("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),
-)
-
-
 def sentinels_of(path: str | Path) -> Sentinels:
     """The markers that the tokenizer of an exported directory has. Raises PlanError when it has none."""
     from transformers import AutoTokenizer  # noqa: PLC0415 - seconds to import
 
     vocabulary = AutoTokenizer.from_pretrained(str(path)).get_vocab()
-    for known in _KNOWN:
-        if known.prefix in vocabulary:
-            return known
+    for family in FAMILIES.values():
+        tokens = family.special_tokens
+        if tokens.has_fim and tokens.fim_prefix in vocabulary:
+            return Sentinels(tokens.fim_prefix, tokens.fim_suffix, tokens.fim_middle)
     raise PlanError(f"{path}: the tokenizer has no fill-in-the-middle markers: this model cannot fill in the middle")
 
 

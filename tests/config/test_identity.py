@@ -16,7 +16,7 @@ from llm_training_toolkit.config import (
     parse,
     refuse_changed_identity,
 )
-from llm_training_toolkit.config.load import inner_section, sections
+from llm_training_toolkit.config.fields import inner_section, sections
 from llm_training_toolkit.errors import ConfigError
 
 

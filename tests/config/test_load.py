@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llm_training_toolkit.config import Config, from_json, load, parse, to_json
-from llm_training_toolkit.config.load import plain_type, sections
+from llm_training_toolkit.config.fields import plain_type, sections
 from llm_training_toolkit.errors import ConfigError
 
 SMALL = """\

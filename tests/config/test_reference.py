@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from llm_training_toolkit.config.load import sections
+from llm_training_toolkit.config.fields import sections
 from llm_training_toolkit.config.reference import main, render
 
 PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"

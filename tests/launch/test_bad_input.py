@@ -32,6 +32,15 @@ def test_a_source_that_is_not_there_is_named(launch_config: Callable[..., Path])
     assert "nowhere/at/all" in said
 
 
+def test_sources_that_leave_nothing_to_train_on_end_the_preparation(
+    launch_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    (tmp_path / "empty.py").write_text("  \n")
+    code, said = refused(launch_config("nothing", **INLINE), f"data.sources.0.path={tmp_path}")
+    assert code == 1
+    assert str(tmp_path) in said
+
+
 def test_a_config_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     code, said = refused(tmp_path)
     assert code == 2

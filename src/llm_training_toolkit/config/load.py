@@ -13,23 +13,20 @@ from __future__ import annotations
 import difflib
 import json
 import math
-import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
+from typing import Any, NamedTuple, get_origin
 
 from pydantic import ValidationError
-from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import CollectionNode, MappingNode, Node, ScalarNode, SequenceNode
 
-from llm_training_toolkit.config.schema import Config, Interval, Section
+from llm_training_toolkit.config.fields import Key, dotted, inner_section, kinds, locate, plain_type, sections
+from llm_training_toolkit.config.schema import Config, Section
 from llm_training_toolkit.errors import ConfigError
-
-Key = tuple[str | int, ...]
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -108,11 +105,6 @@ class _Document:
         if self.problems:
             lines = [line for _, line in sorted(self.problems, key=lambda problem: problem[0].order)]
             raise ConfigError("\n".join(lines))
-
-
-def dotted(path: Key) -> str:
-    """A key as people write it, such as `data.sources.0.path`."""
-    return ".".join(map(str, path))
 
 
 def _shown(value: object) -> str:
@@ -339,7 +331,7 @@ def _explain(error: ValidationError, document: _Document) -> None:
     """One line per key: pydantic reports each branch of a union apart, and hides it in the location."""
     seen = set(document.broken)
     for detail in error.errors(include_url=False):
-        path, annotation, metadata = _locate(detail["loc"])
+        path, annotation, metadata = locate(detail["loc"])
         if detail["type"] == "extra_forbidden":
             path = tuple(detail["loc"])
         if path in seen or _is_echo(detail):
@@ -374,14 +366,14 @@ def _in_words(detail: ErrorDetails, path: Key, annotation: object, metadata: Seq
 
 
 def _hint(value: object, annotation: object) -> str:
-    kinds = _kinds(annotation)
+    found = kinds(annotation)
     if isinstance(value, str):
         bare = _bare(value)
-        numeric = isinstance(bare, int | float) and not isinstance(bare, bool) and kinds & {int, float}
-        return "; remove the quotes" if numeric or (isinstance(bare, bool) and bool in kinds) else ""
+        numeric = isinstance(bare, int | float) and not isinstance(bare, bool) and found & {int, float}
+        return "; remove the quotes" if numeric or (isinstance(bare, bool) and bool in found) else ""
     if value is None and isinstance(annotation, type) and issubclass(annotation, Section):
         return "; write {} for one without keys"
-    return "; put it in quotes" if kinds == {str} and isinstance(value, int | float) else ""
+    return "; put it in quotes" if found == {str} and isinstance(value, int | float) else ""
 
 
 def _bare(text: str) -> object:
@@ -393,7 +385,7 @@ def _bare(text: str) -> object:
 
 
 def _unknown_key(path: Key) -> str:
-    _, section, _ = _locate(path[:-1])
+    _, section, _ = locate(path[:-1])
     section = inner_section(section)
     assert section is not None, "only sections forbid unknown keys"
     key, valid = str(path[-1]), list(section.model_fields)
@@ -401,121 +393,3 @@ def _unknown_key(path: Key) -> str:
     near = near or [f"{prefix}.{key}" for prefix, other in sections() if prefix and key in other.model_fields]
     meant = f"; did you mean {' or '.join(near)}?" if near else ""
     return f"unknown key{meant} (valid in {dotted(path[:-1]) or 'the file'}: {', '.join(valid)})"
-
-
-# The schema in plain words ---------------------------------------------------------------------------------------
-
-
-def sections(prefix: str = "", section: type[Section] = Config) -> Iterator[tuple[str, type[Section]]]:
-    """Every section of the schema by its dotted key; `N` stands for a position in a list."""
-    yield prefix, section
-    for name, info in section.model_fields.items():
-        inner = inner_section(info.annotation)
-        if inner is not None:
-            key = f"{prefix}.{name}" if prefix else name
-            yield from sections(f"{key}.N" if get_origin(info.annotation) is tuple else key, inner)
-
-
-def inner_section(annotation: object) -> type[Section] | None:
-    """The section that a field holds: itself, optional, or as the items of a list."""
-    if isinstance(annotation, type) and issubclass(annotation, Section):
-        return annotation
-    if get_origin(annotation) in {Union, types.UnionType, tuple}:
-        return next((inner for inner in map(inner_section, get_args(annotation)) if inner), None)
-    return None
-
-
-def plain_type(annotation: object, metadata: Sequence[Any] = ()) -> str:
-    """What a value may be, in plain words."""
-    args = get_args(annotation)
-    if any(item in metadata for item in get_args(Interval)[1:]):
-        return "a number of steps of at least 1 or a duration (90s, 10m, 1.5h)"
-    if get_origin(annotation) is Annotated:
-        return plain_type(args[0], args[1:])
-    if args:
-        return _plain_generic(get_origin(annotation), args, _limits(metadata))
-    if isinstance(annotation, type) and issubclass(annotation, Section):
-        return f"a section ({', '.join(annotation.model_fields)})"
-    return _plain_scalar(annotation, _limits(metadata))
-
-
-def _plain_generic(origin: object, args: tuple[Any, ...], limits: Mapping[str, Any]) -> str:
-    if origin is Literal:
-        return ("one of " if len(args) > 1 else "") + ", ".join(map(str, args))
-    if origin is dict:
-        return "a section of names and values" if args[1] is Any else f"a section of names, each {plain_type(args[1])}"
-    if origin is tuple:
-        return _plain_list(args, limits)
-    if set(args) == {int, float, bool, str}:
-        return "text, a number, true or false"
-    return " or ".join(map(plain_type, args))
-
-
-def _plain_list(args: tuple[Any, ...], limits: Mapping[str, Any]) -> str:
-    if args[-1] is not ...:
-        return f"a list of {len(args)}: {', '.join(map(plain_type, args))}"
-    least = f" of at least {limits['min_length']}" if "min_length" in limits else ""
-    return f"a list{least}, each {plain_type(args[0])}"
-
-
-def _plain_scalar(annotation: object, limits: Mapping[str, Any]) -> str:
-    if annotation is str and "pattern" in limits:
-        return f"text that matches `{limits['pattern']}`"
-    if annotation is str:
-        return "text that is not empty" if limits.get("min_length") else "text"
-    if annotation in {int, float}:
-        return ("a whole number" if annotation is int else "a number") + _bounds(limits)
-    return {bool: "true or false", types.NoneType: "null"}.get(annotation, "a value")
-
-
-def _bounds(limits: Mapping[str, Any]) -> str:
-    bound = {name: f"{value:g}" if value < 1e6 else str(int(value)) for name, value in limits.items()}
-    low = f"from {bound['ge']}" if "ge" in bound else f"above {bound['gt']}" if "gt" in bound else ""
-    high = f"to {bound['le']}" if "le" in bound else f"to below {bound['lt']}" if "lt" in bound else ""
-    if "ge" in bound and not high:
-        low = f"of at least {bound['ge']}"
-    return "".join(f" {part}" for part in (low, high) if part)
-
-
-_LIMITS = ("ge", "gt", "le", "lt", "min_length", "pattern")
-
-
-def _limits(metadata: Sequence[Any]) -> dict[str, Any]:
-    flat = [inner for item in metadata for inner in (item.metadata if isinstance(item, FieldInfo) else [item])]
-    return {name: getattr(item, name) for item in flat for name in _LIMITS if getattr(item, name, None) is not None}
-
-
-def _kinds(annotation: object) -> set[type]:
-    """The plain types that a field takes; a literal text is not text in general."""
-    origin, args = get_origin(annotation), get_args(annotation)
-    if origin is Annotated:
-        return _kinds(args[0])
-    if origin in {Union, types.UnionType}:
-        return set().union(*map(_kinds, args)) - {types.NoneType}
-    if origin is Literal:
-        return {type(value) for value in args} - {str}
-    return {annotation} if isinstance(annotation, type) else set()
-
-
-def _locate(loc: Sequence[str | int]) -> tuple[Key, Any, Sequence[Any]]:
-    """The key in an error's location, without the names of union branches, and what the schema says of it."""
-    path: Key = ()
-    annotation: Any = Config
-    metadata: Sequence[Any] = ()
-    for part in loc:
-        child = _child(annotation, part)
-        if child is None:
-            break
-        path, (annotation, metadata) = (*path, part), child
-    return path, annotation, metadata
-
-
-def _child(annotation: object, part: str | int) -> tuple[Any, Sequence[Any]] | None:
-    origin, args = get_origin(annotation), get_args(annotation)
-    if origin is tuple and isinstance(part, int):
-        return (args[0] if args[-1] is ... else args[part]), ()
-    if origin is dict:
-        return args[1], ()
-    section = inner_section(annotation)
-    info = section.model_fields.get(str(part)) if section else None
-    return (info.annotation, info.metadata) if info else None

@@ -114,8 +114,13 @@ def open_tokenizer(path: str) -> TextEncoder:
         # speaks of such a marker must not be read as one, so here every added token is special.
         for token in content.get("added_tokens", ()):
             token["special"] = True
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise DataError(
+            f"{file}: is no tokenizer ({error}). Fetch it again, or give another tokenizer.path."
+        ) from error
+    try:
         tokenizer = Tokenizer.from_str(json.dumps(content))
-    except Exception as error:  # the library raises nothing finer
+    except Exception as error:  # tokenizers raises plain Exception, and this call is all that is caught
         raise DataError(
             f"{file}: is no tokenizer ({error}). Fetch it again, or give another tokenizer.path."
         ) from error

@@ -11,6 +11,7 @@ from llm_training_toolkit.config import Config
 from llm_training_toolkit.data.markers import Markers
 from llm_training_toolkit.data.prepare import Prepared, prepare
 from llm_training_toolkit.data.receipt import Receipt
+from llm_training_toolkit.errors import DataError
 from llm_training_toolkit.plan import DataFacts, make_plan
 
 Progress = Callable[[str, int, int], None]
@@ -36,6 +37,12 @@ def prepare_run(config: Config, progress: Progress, step: int = 0, sequences: in
     markers = markers_of(config)
     epochs = config.train.epochs or 1
     prepared = prepare(config, markers, epochs=epochs, progress=progress)
+    if not prepared.receipt.sequences[0]:
+        raise DataError(
+            "data.sources: nothing to train on is left after what was dropped and held out "
+            f"({', '.join(source.path for source in config.data.sources)}): "
+            "give more documents, or lower data.eval.fraction"
+        )
     while not covers(config, facts_of(prepared.receipt, step, sequences)):
         epochs += max(1, _missing_epochs(config, facts_of(prepared.receipt, step, sequences)))
         prepared = prepare(config, markers, epochs=epochs, progress=progress)

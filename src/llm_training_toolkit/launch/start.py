@@ -31,11 +31,12 @@ def start(request: Request, console: Console) -> Outcome:
     config = load(request.config, request.overrides)
     run = RunDirectory(Path(config.run.dir).expanduser().absolute() / config.run.name)
     replicas = ranks_started() if config.cluster.workers == 0 else None
-    standing = standing_of(run)
-    plan = require(make_plan(config, standing.facts(), replicas))
+    require(make_plan(config, replicas=replicas))  # before the directory of an impossible run is made
     if config.cluster.workers == 0 and not is_first_rank():
-        return _take_part(run, config, standing, plan, console)
+        return _take_part(run, config, console)
     with claim(run):
+        standing = standing_of(run)
+        plan = require(make_plan(config, standing.facts(), replicas))
         refuse_changed_run(standing, config, request.accept, extend=request.extend)
         refuse_other_weights(standing, plan)
         if standing.is_finished(plan):
@@ -50,8 +51,10 @@ def start(request: Request, console: Console) -> Outcome:
         return _outcome(run, _train(run, config, console))
 
 
-def _take_part(run: RunDirectory, config: Config, standing: Standing, plan: Plan, console: Console) -> Outcome:
+def _take_part(run: RunDirectory, config: Config, console: Console) -> Outcome:
     """A torchrun rank other than the first: it waits for the first one, which alone prepares and writes."""
+    standing = standing_of(run)
+    plan = make_plan(config, standing.facts(), ranks_started())
     if standing.is_finished(plan):
         return _outcome(run, {"status": "finished", "step": standing.step})
     return _outcome(run, _train(run, config, console))

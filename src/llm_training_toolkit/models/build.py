@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from llm_training_toolkit.errors import CheckpointError, PlanError
 
-_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 _DROPOUTS = {"attention_dropout", "residual_dropout", "embedding_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop"}
 """Set to 0 for loaded weights too. StarCoder's base configurations carry 0.1, which makes the loss depend on how a
@@ -36,7 +36,7 @@ def build_model(
 
     Raises CheckpointError when weights are missing, left over or of another shape.
     """
-    dtype = _DTYPES[precision]
+    dtype = DTYPES[precision]
     if path is None:
         config = AutoConfig.for_model(**hf_config)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)

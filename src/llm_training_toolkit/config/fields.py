@@ -1,0 +1,134 @@
+"""The fields of the schema by their dotted keys, and their types in plain words. For messages and the reference."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic.fields import FieldInfo
+
+from llm_training_toolkit.config.schema import Config, Interval, Section
+
+Key = tuple[str | int, ...]
+"""A key of the configuration, part by part."""
+
+
+def dotted(path: Key) -> str:
+    """A key as people write it, such as `data.sources.0.path`."""
+    return ".".join(map(str, path))
+
+
+def sections(prefix: str = "", section: type[Section] = Config) -> Iterator[tuple[str, type[Section]]]:
+    """Every section of the schema by its dotted key; `N` stands for a position in a list."""
+    yield prefix, section
+    for name, info in section.model_fields.items():
+        inner = inner_section(info.annotation)
+        if inner is not None:
+            key = f"{prefix}.{name}" if prefix else name
+            yield from sections(f"{key}.N" if get_origin(info.annotation) is tuple else key, inner)
+
+
+def inner_section(annotation: object) -> type[Section] | None:
+    """The section that a field holds: itself, optional, or as the items of a list."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    if get_origin(annotation) in {Union, types.UnionType, tuple}:
+        return next((inner for inner in map(inner_section, get_args(annotation)) if inner), None)
+    return None
+
+
+def plain_type(annotation: object, metadata: Sequence[Any] = ()) -> str:
+    """What a value may be, in plain words."""
+    args = get_args(annotation)
+    if any(item in metadata for item in get_args(Interval)[1:]):
+        return "a number of steps of at least 1 or a duration (90s, 10m, 1.5h)"
+    if get_origin(annotation) is Annotated:
+        return plain_type(args[0], args[1:])
+    if args:
+        return _plain_generic(get_origin(annotation), args, _limits(metadata))
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return f"a section ({', '.join(annotation.model_fields)})"
+    return _plain_scalar(annotation, _limits(metadata))
+
+
+def _plain_generic(origin: object, args: tuple[Any, ...], limits: Mapping[str, Any]) -> str:
+    if origin is Literal:
+        return ("one of " if len(args) > 1 else "") + ", ".join(map(str, args))
+    if origin is dict:
+        return "a section of names and values" if args[1] is Any else f"a section of names, each {plain_type(args[1])}"
+    if origin is tuple:
+        return _plain_list(args, limits)
+    if set(args) == {int, float, bool, str}:
+        return "text, a number, true or false"
+    return " or ".join(map(plain_type, args))
+
+
+def _plain_list(args: tuple[Any, ...], limits: Mapping[str, Any]) -> str:
+    if args[-1] is not ...:
+        return f"a list of {len(args)}: {', '.join(map(plain_type, args))}"
+    least = f" of at least {limits['min_length']}" if "min_length" in limits else ""
+    return f"a list{least}, each {plain_type(args[0])}"
+
+
+def _plain_scalar(annotation: object, limits: Mapping[str, Any]) -> str:
+    if annotation is str and "pattern" in limits:
+        return f"text that matches `{limits['pattern']}`"
+    if annotation is str:
+        return "text that is not empty" if limits.get("min_length") else "text"
+    if annotation in {int, float}:
+        return ("a whole number" if annotation is int else "a number") + _bounds(limits)
+    return {bool: "true or false", types.NoneType: "null"}.get(annotation, "a value")
+
+
+def _bounds(limits: Mapping[str, Any]) -> str:
+    bound = {name: f"{value:g}" if value < 1e6 else str(int(value)) for name, value in limits.items()}
+    low = f"from {bound['ge']}" if "ge" in bound else f"above {bound['gt']}" if "gt" in bound else ""
+    high = f"to {bound['le']}" if "le" in bound else f"to below {bound['lt']}" if "lt" in bound else ""
+    if "ge" in bound and not high:
+        low = f"of at least {bound['ge']}"
+    return "".join(f" {part}" for part in (low, high) if part)
+
+
+_LIMITS = ("ge", "gt", "le", "lt", "min_length", "pattern")
+
+
+def _limits(metadata: Sequence[Any]) -> dict[str, Any]:
+    flat = [inner for item in metadata for inner in (item.metadata if isinstance(item, FieldInfo) else [item])]
+    return {name: getattr(item, name) for item in flat for name in _LIMITS if getattr(item, name, None) is not None}
+
+
+def kinds(annotation: object) -> set[type]:
+    """The plain types that a field takes; a literal text is not text in general."""
+    origin, args = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return kinds(args[0])
+    if origin in {Union, types.UnionType}:
+        return set().union(*map(kinds, args)) - {types.NoneType}
+    if origin is Literal:
+        return {type(value) for value in args} - {str}
+    return {annotation} if isinstance(annotation, type) else set()
+
+
+def locate(loc: Sequence[str | int]) -> tuple[Key, Any, Sequence[Any]]:
+    """The key in an error's location, without the names of union branches, and what the schema says of it."""
+    path: Key = ()
+    annotation: Any = Config
+    metadata: Sequence[Any] = ()
+    for part in loc:
+        child = _child(annotation, part)
+        if child is None:
+            break
+        path, (annotation, metadata) = (*path, part), child
+    return path, annotation, metadata
+
+
+def _child(annotation: object, part: str | int) -> tuple[Any, Sequence[Any]] | None:
+    origin, args = get_origin(annotation), get_args(annotation)
+    if origin is tuple and isinstance(part, int):
+        return (args[0] if args[-1] is ... else args[part]), ()
+    if origin is dict:
+        return args[1], ()
+    section = inner_section(annotation)
+    info = section.model_fields.get(str(part)) if section else None
+    return (info.annotation, info.metadata) if info else None
