@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from llm_training_toolkit.runs import RunDirectory, checkpoint_place, last_attempt
+from llm_training_toolkit.runs import RunDirectory, attempt_record, checkpoint_place, last_attempt
 
 State = Literal["starting", "running", "finished", "stopped", "failed", "lost"]
 _TAIL = 65_536
@@ -58,7 +58,7 @@ def _runs(directory: Path) -> Iterator[RunDirectory]:
 
 def status(run: RunDirectory) -> RunStatus:
     """How one run stands now."""
-    attempt = _json(run.attempts / f"{last_attempt(run):04d}.json")
+    attempt = attempt_record(run, last_attempt(run))
     rows = list(_newest_rows(run.metrics))
     checkpoint = _newest_checkpoint(run)
     state = _state(attempt, held=_is_held(run))

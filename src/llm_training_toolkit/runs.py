@@ -173,18 +173,26 @@ def last_attempt(run: RunDirectory) -> int:
     return max((int(path.stem) for path in run.attempts.glob("[0-9]*.json")), default=0)
 
 
+def attempt_record(run: RunDirectory, attempt: int) -> dict[str, Any]:
+    """What the file of an attempt says; empty where there is none."""
+    try:
+        record: dict[str, Any] = json.loads((run.attempts / f"{attempt:04d}.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return record
+
+
 def _close_attempt(run: RunDirectory, attempt: int) -> None:
     """An attempt that still says `running` when the next one begins was killed."""
-    with suppress(OSError, ValueError):
-        if json.loads((run.attempts / f"{attempt:04d}.json").read_text()).get("state") == "running":
+    if attempt_record(run, attempt).get("state") == "running":
+        with suppress(OSError):
             end_attempt(run, attempt, "lost")
 
 
 def end_attempt(run: RunDirectory, attempt: int, state: str, **facts: object) -> None:
     """Record how an attempt ended: `finished`, `stopped`, `failed` or `lost` (killed)."""
-    path = run.attempts / f"{attempt:04d}.json"
-    record = json.loads(path.read_text()) | {"state": state, "ended": time.time(), **facts}
-    write_atomically(path, json.dumps(record, indent=1))
+    record = attempt_record(run, attempt) | {"state": state, "ended": time.time(), **facts}
+    write_atomically(run.attempts / f"{attempt:04d}.json", json.dumps(record, indent=1))
 
 
 def environment() -> dict[str, Any]:

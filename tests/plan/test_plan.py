@@ -21,7 +21,7 @@ def config(**sections: Any) -> Config:
         "model": {"name": "qwen3-0.6b", "shape": TINY},
         "tokenizer": {"train": {"vocab_size": 1000}},
         "data": {"sequence_length": 128, "sources": [{"path": "x", "format": "code"}]},
-        "train": {"steps": 100, "global_batch": 16},
+        "train": {"steps": 100, "global_batch": 16, "micro_batch": 1},
         "cluster": {"workers": 2},
     }
     for name, section in sections.items():

@@ -220,8 +220,9 @@ class Train(Section):
     """Length of the run in passes over the data."""
     global_batch: Annotated[int, Field(ge=1), Tag.IDENTITY] = 64
     """Sequences per optimizer step, over all workers. Never changes, whatever the number of workers."""
-    micro_batch: Annotated[int, Field(ge=1), Tag.FREE] = 1
-    """Sequences per forward pass on one worker. Changes memory and speed, not the result."""
+    micro_batch: Annotated[Annotated[int, Field(ge=1)] | Literal["auto"], Tag.FREE] = "auto"
+    """Sequences per forward pass on one worker. Changes memory and speed, not the result. `auto` = as many as the
+    memory estimate leaves room for on the device, and half of them whenever they turn out to be too many."""
     precision: Annotated[Literal["bf16", "fp32"], Tag.IDENTITY] = "bf16"
     """Precision of the forward and backward pass. Weights are kept and updated in fp32 either way."""
 

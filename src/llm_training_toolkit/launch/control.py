@@ -23,16 +23,28 @@ class _Control:
         self._events: list[Event] = []
         self._stop = False
         self._final = ""
+        self._helped = False
+        self._failures = 0
 
     def post(self, event: Event) -> None:
         """A worker tells something."""
         self._events.append(event)
         if event["kind"] == "error" and event["final"]:
             self._final = self._final or str(event["text"])
+        self._helped = self._helped or (event["kind"] == "error" and event["helped"])
 
-    def final_error(self) -> str:
-        """What a worker met that a restart would meet again; empty if nothing."""
-        return self._final
+    def verdict(self, allowed: int) -> str:
+        """The workers have failed: why the run must end now; empty if they may start again.
+
+        A failure whose remedy is known (less memory is taken next time) is not counted among the `allowed` ones.
+        """
+        if self._final:
+            return self._final
+        if self._helped:
+            self._helped = False
+            return ""
+        self._failures += 1
+        return "" if self._failures <= allowed else f"all restarts (failures.max = {allowed}) are used up"
 
     def take(self) -> list[Event]:
         """The driver takes what was told since it last asked."""
@@ -48,19 +60,19 @@ class _Control:
         return self._stop
 
 
-class EndOnFinalError(UserCallback):
-    """Keeps Ray from restarting workers that would meet the same error again.
+class Restarts(UserCallback):
+    """Decides whether Ray may start the workers again: not for an error they would meet again, nor for ever.
 
     Runs in Ray Train's controller, where an exception from a callback ends the run without a retry.
     Shutting Ray down under a running `fit` would end it too, but now and then with a segmentation fault.
     """
 
-    def __init__(self, line: Any) -> None:  # noqa: ANN401
-        self._line = line
+    def __init__(self, line: Any, allowed: int) -> None:  # noqa: ANN401
+        self._line, self._allowed = line, allowed
 
     def after_exception(self, run_context: Any, worker_exceptions: Any) -> None:  # noqa: ANN401, ARG002
-        """Raise LaunchError when a worker reported an error of ours."""
-        if text := ray.get(self._line.final_error.remote()):
+        """Raise LaunchError when the run must end."""
+        if text := ray.get(self._line.verdict.remote(self._allowed)):
             raise LaunchError(text)
 
 

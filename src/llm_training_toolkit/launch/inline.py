@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -17,7 +18,9 @@ from llm_training_toolkit.console import Console
 from llm_training_toolkit.context import RunContext
 from llm_training_toolkit.data.receipt import Receipt
 from llm_training_toolkit.errors import LaunchError
+from llm_training_toolkit.launch.output import restore
 from llm_training_toolkit.launch.place import Place, is_first_rank, ranks_started
+from llm_training_toolkit.launch.sizing import SmallerMicroBatch
 from llm_training_toolkit.launch.stopping import on_stop_signal
 from llm_training_toolkit.launch.worker import work
 from llm_training_toolkit.runs import RunDirectory
@@ -68,7 +71,25 @@ def run_inline(run: RunDirectory, config: Config, console: Console) -> dict[str,
             report=console.show if is_first_rank() else _quiet,
             stop_requested=stop.is_set,
         )
-        return work(Place(run, config, Receipt.from_json(run.receipt.read_text())), context)
+        place = Place(run, config, Receipt.from_json(run.receipt.read_text()))
+        try:
+            return work(place, context)
+        except SmallerMicroBatch as after:
+            _start_again(after, context, console)
+
+
+def _start_again(after: SmallerMicroBatch, context: RunContext, console: Console) -> NoReturn:
+    """Become a new process of the same command, which reads in the attempt's file what to do differently.
+
+    In this one, what ran out of memory stays in it: DeepSpeed keeps a failed engine alive. Several ranks cannot do
+    so on their own: the others wait in an exchange for the one that failed, until torchrun ends them all.
+    """
+    if context.world_size > 1:
+        raise LaunchError(f"{after}: start it again, or let torchrun do so with --max-restarts") from None
+    console.show({"kind": "warning", "message": str(after)})
+    console.close()
+    restore()
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606 - no shell is wanted
 
 
 def _quiet(_event: object) -> None:

@@ -13,8 +13,15 @@ def own_terminal(descriptor: int) -> IO[str]:
     return os.fdopen(os.dup(descriptor), "w", buffering=1, encoding="utf-8", errors="replace")
 
 
+_before: dict[int, int] = {}
+"""Standard output and error as they were before the first `redirect`, under other numbers."""
+
+
 def redirect(path: Path) -> None:
     """Send standard output and error of this process, and of its children from now on, to the end of a file."""
+    for descriptor in (1, 2):
+        if descriptor not in _before:
+            _before[descriptor] = os.dup(descriptor)
     path.parent.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -22,3 +29,13 @@ def redirect(path: Path) -> None:
     os.dup2(target, 1)
     os.dup2(target, 2)
     os.close(target)
+
+
+def restore() -> None:
+    """Undo every `redirect`."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    while _before:
+        descriptor, saved = _before.popitem()
+        os.dup2(saved, descriptor)
+        os.close(saved)

@@ -25,7 +25,7 @@ from llm_training_toolkit.console import Console
 from llm_training_toolkit.context import RunContext
 from llm_training_toolkit.data.receipt import Receipt
 from llm_training_toolkit.errors import LaunchError, ToolkitError
-from llm_training_toolkit.launch.control import EndOnFinalError, open_line, reporter, stop_watch
+from llm_training_toolkit.launch.control import Restarts, open_line, reporter, stop_watch
 from llm_training_toolkit.launch.environment import is_local, too_many
 from llm_training_toolkit.launch.outcome import EXIT_CODES
 from llm_training_toolkit.launch.output import redirect
@@ -127,9 +127,10 @@ def _trainer(run: RunDirectory, config: Config, gpus: int, line: Any) -> Any:  #
         run_config=RunConfig(
             name=name,
             storage_path=str(run.path / "logs" / "ray"),
-            failure_config=FailureConfig(max_failures=config.failures.max, controller_failure_limit=_STARTUP_FAILURES),
+            # Ray's own count never refills and knows no exception; `Restarts` keeps ours.
+            failure_config=FailureConfig(max_failures=-1, controller_failure_limit=_STARTUP_FAILURES),
             worker_runtime_env={"env_vars": _worker_environment(config)},
-            callbacks=[EndOnFinalError(line)],
+            callbacks=[Restarts(line, config.failures.max)],
         ),
     )
 
@@ -219,6 +220,7 @@ def worker_main(assignment: Mapping[str, Any]) -> dict[str, Any]:
     import ray.train
     from ray.train.torch import get_device
 
+    from llm_training_toolkit.launch.sizing import SmallerMicroBatch
     from llm_training_toolkit.launch.worker import work
 
     ranks = ray.train.get_context()
@@ -236,9 +238,10 @@ def worker_main(assignment: Mapping[str, Any]) -> dict[str, Any]:
         context = RunContext(rank, ranks.get_world_size(), get_device(), report if rank == 0 else _quiet, stop)
         return work(place, context)
     except Exception as error:
-        final = isinstance(error, ToolkitError)
-        text = str(error) if final else f"{type(error).__name__}: {error}"
+        final, helped = isinstance(error, ToolkitError), isinstance(error, SmallerMicroBatch)
+        text = str(error) if final or helped else f"{type(error).__name__}: {error}"
         traceback.print_exc()
-        told = {"rank": rank, "attempt": last_attempt(run), "type": type(error).__name__, "text": text, "final": final}
+        kind = {"type": type(error).__name__, "text": text, "final": final, "helped": helped}
+        told = {"rank": rank, "attempt": last_attempt(run), **kind}
         ray.get(assignment["line"].post.remote({"kind": "error", **told}))
         raise

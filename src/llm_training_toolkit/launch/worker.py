@@ -9,6 +9,7 @@ import os
 import socket
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from llm_training_toolkit.launch.finish import finish
 from llm_training_toolkit.launch.output import redirect
 from llm_training_toolkit.launch.place import Place
 from llm_training_toolkit.launch.preparation import facts_of
+from llm_training_toolkit.launch.sizing import after_out_of_memory, is_out_of_memory, load_of, with_micro_batch
 from llm_training_toolkit.metrics import Metrics
 from llm_training_toolkit.models import LossModule, build_model, check_size, initialize
 from llm_training_toolkit.plan import Plan, make_plan, require
@@ -34,23 +36,35 @@ from llm_training_toolkit.train import Parts, train
 
 
 def work(place: Place, context: RunContext) -> dict[str, Any]:
-    """Take part in the run until it finishes or stops; `{"status", "step"}` comes back on every rank."""
-    run, config = place.run, place.config
+    """Take part in the run until it finishes or stops; `{"status", "step"}` comes back on every rank.
+
+    Raises SmallerMicroBatch when memory ran out and the next attempt will take less.
+    """
+    asked, place = place.config, replace(place, config=with_micro_batch(place, context))
     attempt = _begin(place, context)
     try:
-        parts, progress, hf_config = _build(place, context, attempt)
-        status, progress = train(parts, progress)
-        if status == "finished" and config.export.at_end and context.is_first:
-            finish(run, config, place.receipt, hf_config=hf_config, metrics=parts.metrics, context=context)
-        parts.metrics.close()
+        status, step = _train(place, context, attempt)
     except Exception as error:
+        full = is_out_of_memory(error)
+        told = f"rank {context.rank}: {'out of memory: ' if full else ''}{type(error).__name__}: {error}"
         # A disk that is full must not hide the error that says so.
         with suppress(OSError):
-            end_attempt(run, attempt, "failed", error=f"rank {context.rank}: {type(error).__name__}: {error}")
+            end_attempt(place.run, attempt, "failed", error=told, out_of_memory=full)
+            if full:
+                raise after_out_of_memory(asked, place.config, context.world_size) from error
         raise
     if context.is_first:
-        end_attempt(run, attempt, status, step=progress.step)
-    return {"status": status, "step": progress.step}
+        end_attempt(place.run, attempt, status, step=step)
+    return {"status": status, "step": step}
+
+
+def _train(place: Place, context: RunContext, attempt: int) -> tuple[str, int]:
+    parts, progress, hf_config = _build(place, context, attempt)
+    status, progress = train(parts, progress)
+    if status == "finished" and place.config.export.at_end and context.is_first:
+        finish(place.run, place.config, place.receipt, hf_config=hf_config, metrics=parts.metrics, context=context)
+    parts.metrics.close()
+    return status, progress.step
 
 
 def _begin(place: Place, context: RunContext) -> int:
@@ -60,7 +74,8 @@ def _begin(place: Place, context: RunContext) -> int:
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "workers": context.world_size,
-        "zero": config.engine.zero,
+        "micro_batch": config.train.micro_batch,
+        "load": load_of(config, context),
     }
     attempt = context.broadcast(begin_attempt(place.run, facts) if context.is_first else 0)
     redirect(place.run.logs(attempt) / f"rank_{context.rank}.log")
@@ -89,7 +104,7 @@ def _build(place: Place, context: RunContext, attempt: int) -> tuple[Parts, Prog
         config_fingerprint=fingerprint(config),
         data_fingerprint=place.receipt.fingerprint,
         versions=environment()["versions"],
-        extra={"hf_config": hf_config},
+        extra={"hf_config": hf_config, "micro_batch": plan.micro_batch},
     )
     _warn_of_other_bits(checkpoint, lineage, context)
     saver = CheckpointSaver(
@@ -156,13 +171,14 @@ def _load(engine: Engine, config: Config, checkpoint: Checkpoint | None, context
 
 
 def _warn_of_other_bits(checkpoint: Checkpoint | None, lineage: Lineage, context: RunContext) -> None:
-    """Say when the continuation cannot be bit for bit: rounding depends on ranks and threads."""
+    """Say when the continuation cannot be bit for bit: rounding depends on ranks, threads and micro-batch."""
     if checkpoint is None or not context.is_first:
         return
     manifest = checkpoint.manifest
-    before, now = (manifest.world_size, manifest.threads), (context.world_size, lineage.threads)
+    before = (manifest.world_size, manifest.threads, manifest.extra["micro_batch"])
+    now = (context.world_size, lineage.threads, lineage.extra["micro_batch"])
     if before != now:
-        said = "went on {} workers with {} threads each".format(*before)
-        here = "goes on {} with {}".format(*now)
+        said = "went on {} workers with {} threads each in micro-batches of {}".format(*before)
+        here = "goes on {} with {} in micro-batches of {}".format(*now)
         message = f"the run {said} and now {here}: the same sequences, losses equal up to rounding"
         context.report({"kind": "note", "message": message})

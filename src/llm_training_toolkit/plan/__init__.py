@@ -9,6 +9,7 @@ from llm_training_toolkit.plan.plan import DataFacts, Plan, make_plan, require
 from llm_training_toolkit.plan.problem import Problem
 from llm_training_toolkit.plan.schedule import Schedule
 from llm_training_toolkit.plan.show import lines
+from llm_training_toolkit.plan.sizing import fitting_micro_batch, settled, smaller_micro_batch
 
 __all__ = [
     "DataFacts",
@@ -21,9 +22,12 @@ __all__ = [
     "deepspeed_config",
     "deepspeed_problems",
     "estimate",
+    "fitting_micro_batch",
     "lines",
     "make_plan",
     "require",
+    "settled",
     "shares",
     "slice_of",
+    "smaller_micro_batch",
 ]

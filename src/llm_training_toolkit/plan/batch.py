@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+from llm_training_toolkit.config.schema import Config
 from llm_training_toolkit.errors import PlanError
+
+
+def micro_batch(config: Config) -> int:
+    """Sequences per forward pass on one worker; 1 where `auto` is not settled on a device yet."""
+    rows = config.train.micro_batch
+    return 1 if rows == "auto" else rows
 
 
 def shares(global_batch: int, replicas: int) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from llm_training_toolkit.config.schema import Config
 from llm_training_toolkit.families import HfValues, Size
-from llm_training_toolkit.plan.batch import shares
+from llm_training_toolkit.plan.batch import micro_batch, shares
 from llm_training_toolkit.plan.deepspeed import deepspeed_problems
 from llm_training_toolkit.plan.problem import Problem
 
@@ -43,7 +43,7 @@ def _attention(config: Config) -> Iterator[Problem]:
     """What flash attention cannot do: transformers recognises packed documents in rows of one sequence only."""
     if config.model.attention != "flash_attention_2":
         return
-    if config.train.micro_batch > 1:
+    if micro_batch(config) > 1:
         what = f"flash_attention_2 with {config.train.micro_batch} rows would let packed documents see each other"
         yield Problem("train.micro_batch", what, "Use micro_batch 1 with a longer sequence, or attention sdpa")
     if config.train.precision == "fp32":
@@ -103,6 +103,7 @@ def _precision_notes(config: Config, replicas: int) -> Iterator[str]:
     if (
         config.train.precision == "bf16"
         and stage < 2
+        and config.train.micro_batch != "auto"
         and replicas * config.train.micro_batch < config.train.global_batch
     ):
         yield f"ZeRO {stage} in bf16 sums gradients over micro-batches in bf16; engine.zero 2 and 3 do it in fp32."
@@ -116,7 +117,7 @@ def _batch_notes(config: Config, replicas: int) -> Iterator[str]:
     portions = shares(config.train.global_batch, replicas)
     if portions[0] != portions[-1]:
         yield f"Shares differ ({portions[0]} and {portions[-1]} sequences): the smaller ones wait for the larger."
-    if config.train.micro_batch > portions[0]:
+    if micro_batch(config) > portions[0]:
         yield f"train.micro_batch = {config.train.micro_batch} is more than a worker's share: {portions[0]} is enough."
 
 

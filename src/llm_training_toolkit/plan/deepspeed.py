@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from llm_training_toolkit.config.schema import Config
+from llm_training_toolkit.plan.batch import micro_batch
 from llm_training_toolkit.plan.problem import Problem
 
 _NEVER = 2**31 - 1
@@ -84,7 +85,7 @@ def own_config(config: Config, *, parameters: int = _BUCKET) -> dict[str, Any]:
     model of a few megabytes.
     """
     return {
-        "train_micro_batch_size_per_gpu": config.train.micro_batch,
+        "train_micro_batch_size_per_gpu": micro_batch(config),
         "gradient_accumulation_steps": 1,
         # DeepSpeed's default became 1.0; written out, 0 means none.
         "gradient_clipping": config.optim.clip,

@@ -133,7 +133,7 @@ def make_plan(config: Config, facts: DataFacts | None = None, replicas: int | No
         steps_estimated=steps_estimated,
         epochs=_epochs(config, steps, facts),
         global_batch=config.train.global_batch,
-        micro_batch=config.train.micro_batch,
+        micro_batch=batch.micro_batch(config),
         workers=config.cluster.workers,
         replicas=world,
         sequence_length=length,
@@ -153,7 +153,7 @@ def make_plan(config: Config, facts: DataFacts | None = None, replicas: int | No
             *check.length_problems(steps, warmup, decay),
             *check.vocabulary_problems(facts.vocab_size if facts else None, hf),
         ),
-        estimated=("steps", "memory_gb_per_device") if steps_estimated else ("memory_gb_per_device",),
+        estimated=_estimated(config, steps_estimated=steps_estimated),
         notes=check.notes(config, size, hf, world),
     )
 
@@ -192,6 +192,15 @@ def _steps_to(sequences: int, global_batch: int, done: int, seen: int) -> int:
     return done + -(-max(sequences - seen, 0) // global_batch)
 
 
+def _estimated(config: Config, *, steps_estimated: bool) -> tuple[str, ...]:
+    """Names of the plan's values that are not exact; a micro-batch still `auto` is planned as 1, the least."""
+    return (
+        *(("steps",) if steps_estimated else ()),
+        *(("micro_batch", "accumulation") if config.train.micro_batch == "auto" else ()),
+        "memory_gb_per_device",
+    )
+
+
 def _epochs(config: Config, steps: int | None, facts: DataFacts | None) -> float | None:
     """Passes over the data, by the mean length of the prepared epochs."""
     if config.train.epochs is not None:
@@ -214,7 +223,7 @@ def _memory(config: Config, hf: Mapping[str, Any], replicas: int, deepspeed: Map
         zero=config.engine.zero,
         precision=config.train.precision,
         workers=replicas,
-        micro_batch=config.train.micro_batch,
+        micro_batch=batch.micro_batch(config),
         sequence_length=config.data.sequence_length,
         activation_checkpointing=config.model.activation_checkpointing,
         loss_chunk=config.model.loss_chunk,

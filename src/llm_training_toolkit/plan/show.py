@@ -47,6 +47,8 @@ def _batch(plan: Plan) -> str:
     shares = plan.shares()
     share = f"{shares[0]}" if shares[0] == shares[-1] else f"({shares[-1]} or {shares[0]})"
     replicas = _number(plan.replicas, "replica")
+    if "micro_batch" in plan.estimated:
+        return f"global batch {plan.global_batch} = {replicas} x {share}, in micro-batches as large as memory allows"
     passes = _number(plan.accumulation(), "micro-batch", "es")
     return f"global batch {plan.global_batch} = {replicas} x {share}, in {passes} of {plan.micro_batch}"
 
@@ -69,7 +71,8 @@ def _rate(plan: Plan) -> str:
 def _memory(plan: Plan) -> str:
     parts = plan.memory_gb_per_device
     by_part = ", ".join(f"{part} {size:.3g}" for part, size in parts.items())
-    return f"about {sum(parts.values()):.3g} GB a device: {by_part}"
+    least = " at least" if "micro_batch" in plan.estimated else ""
+    return f"about {sum(parts.values()):.3g} GB a device{least}: {by_part}"
 
 
 def _save_interval(plan: Plan) -> str:
