@@ -78,6 +78,33 @@ def prepare(config: ConfigFile, overrides: Overrides = None, as_json: AsJson = F
         typer.echo("\n".join(receipt_lines(prepared.receipt)))
 
 
+@app.command(name="show-batch")
+def show_batch(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    *,
+    step: Annotated[int, typer.Option(min=1, help="The step, as in metrics.jsonl: the first is 1.")] = 1,
+    as_json: AsJson = False,
+) -> None:
+    """The exact sequences a step trains on, as text with the loss mask in colour, and the document of each piece."""
+    from rich.console import Console as Terminal
+
+    from llm_training_toolkit.config import load
+    from llm_training_toolkit.console import Console
+    from llm_training_toolkit.launch.show_batch import batch_json, print_batch
+    from llm_training_toolkit.launch.show_batch import show_batch as show
+
+    console = Console(sys.stderr)
+    try:
+        shown = show(load(config, overrides or ()), step, console)
+    finally:
+        console.close()
+    if as_json:
+        typer.echo(json.dumps(batch_json(step, shown)))
+    else:
+        print_batch(step, shown, Terminal(highlight=False))
+
+
 def _interrupt(_number: int, _frame: object) -> None:
     """SIGTERM before training is a Ctrl-C; training itself has a gentler answer to both."""
     raise KeyboardInterrupt

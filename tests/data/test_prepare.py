@@ -8,7 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pytest
 
@@ -18,7 +17,7 @@ from llm_training_toolkit.data.packing import PackingPlan
 from llm_training_toolkit.data.prepare import Prepared, prepare
 from llm_training_toolkit.data.receipt import Receipt
 from llm_training_toolkit.data.store import Examples, complete
-from llm_training_toolkit.data.survey import Survey, hold_out
+from llm_training_toolkit.data.survey import Survey
 from llm_training_toolkit.data.tokenizer import TextEncoder
 from llm_training_toolkit.errors import DataError
 
@@ -60,7 +59,7 @@ def test_the_second_call_finds_everything(
     configure: Configure, markers: Markers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = prepare(configure(), markers)
-    monkeypatch.setattr("llm_training_toolkit.data.prepare.render", None)
+    monkeypatch.setattr("llm_training_toolkit.data.prepare.Renderer", None)
     monkeypatch.setattr("llm_training_toolkit.data.prepare.open_tokenizer", None)
     start = time.perf_counter()
     assert prepare(configure(), markers) == first
@@ -155,17 +154,6 @@ def test_nothing_to_train_on_is_an_error(
     path.write_text(text, encoding="utf-8")
     with pytest.raises(DataError, match=match):
         prepare(configure(sources=[{"path": str(path), "format": "text", "too_long": "drop"}]), markers)
-
-
-def test_the_held_out_part_is_chosen_by_content_and_never_empty_or_all() -> None:
-    hashes = [np.random.default_rng(i).bytes(32) for i in range(2000)]
-    held = hold_out(hashes, 0.1)
-    assert 150 < sum(held) < 250
-    assert hold_out(hashes[:1000], 0.1) == held[:1000]
-    assert sum(hold_out(hashes[:3], 1e-9)) == 1
-    assert sum(hold_out(hashes[:3], 1 - 1e-9)) == 2
-    assert hold_out(hashes[:1], 0.5) == [False]
-    assert not any(hold_out(hashes, 0.0))
 
 
 def test_two_at_once_do_not_disturb_each_other(configure: Configure, markers: Markers) -> None:

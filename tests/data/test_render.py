@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from llm_training_toolkit.config.schema import Source
 from llm_training_toolkit.data.markers import Markers
-from llm_training_toolkit.data.render import Example, FimRules, Rendered, Rules, draw, render
+from llm_training_toolkit.data.middle import FimRules, draw
+from llm_training_toolkit.data.render import Example, Rendered, Rules, render
 from llm_training_toolkit.data.sources import Document
 from llm_training_toolkit.data.tokenizer import TextEncoder
 from llm_training_toolkit.errors import DataError

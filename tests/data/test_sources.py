@@ -78,8 +78,8 @@ def test_empty_and_doubled_documents_are_dropped_and_counted(tmp_path: Path) -> 
 
 BROKEN = [
     (b"{broken", "is not JSON", "invalid_json"),
-    (b'{"body": "x"}', "no field 'text'", "no_text"),
-    (b"[1]", "no field 'text'", "no_text"),
+    (b'{"body": "x"}', "no field 'text' or 'content'", "no_text"),
+    (b"[1]", "no field 'text' or 'content'", "no_text"),
     (b'{"text": 5}', "int, not a string", "no_text"),
     (b'{"text": "\\ud800"}', "not text", "invalid_utf8"),
     (b'{"text": "\xff"}', "0xff", "invalid_utf8"),
@@ -115,11 +115,27 @@ def test_too_many_skipped_documents_stop_with_the_first_one_named(tmp_path: Path
         check_skipped([tally], 0.2)
 
 
-@pytest.mark.parametrize("path", ["nothing-here", "*.nothing", "s3://bucket/x.jsonl"])
+@pytest.mark.parametrize("path", ["nothing-here", "*.nothing", "file:///nothing/here"])
 def test_a_path_without_files_is_an_error_that_repeats_it(path: str) -> None:
     with pytest.raises(DataError, match=r"data\.sources") as raised:
         list(documents(source(path), 0))
     assert path in str(raised.value)
+
+
+def test_a_directory_that_may_not_be_listed_is_no_empty_one(tmp_path: Path) -> None:
+    write(tmp_path / "a.py", "x = 1")
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0)
+    if os.access(closed, os.R_OK):
+        pytest.skip("this user may list everything")
+    with pytest.raises(DataError, match=r"closed cannot be listed \(Permission denied\)"):
+        list(documents(source(tmp_path), 0))
+
+
+def test_two_stars_at_the_end_are_every_file(tmp_path: Path) -> None:
+    for name in ("a.x", "b/c.x", "b/.d/e.x"):
+        write(tmp_path / name, name)
+    assert [file.name for file in files(source(tmp_path / "**"))] == ["a.x", "b/c.x"]
 
 
 def test_the_fingerprint_sees_names_sizes_and_times(tmp_path: Path) -> None:

@@ -28,12 +28,43 @@ QWEN3: dict[str, Any] = {
     "max_position_embeddings": 128,
     "initializer_range": 0.3,  # attention that is sharp enough to show a leak
 }
-STARCODER2: dict[str, Any] = {key: QWEN3[key] for key in QWEN3 if key != "head_dim"} | {"model_type": "starcoder2"}
+QWEN2 = {key: QWEN3[key] for key in QWEN3 if key != "head_dim"} | {"model_type": "qwen2"}
+WINDOW = 8
+"""Tokens of a sliding window: shorter than some of the documents."""
+MODELS: dict[str, dict[str, Any]] = {
+    "qwen2": QWEN2,
+    "qwen2, sliding window": QWEN2 | {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 0},
+    "qwen3": QWEN3,
+    "qwen3-moe": QWEN3
+    | {
+        "model_type": "qwen3_moe",
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "norm_topk_prob": True,
+    },
+    "starcoder2": QWEN2 | {"model_type": "starcoder2", "sliding_window": None},
+    "starcoder2, sliding window": QWEN2 | {"model_type": "starcoder2", "sliding_window": WINDOW},
+    "starcoder 1": {
+        "model_type": "gpt_bigcode",
+        "tie_word_embeddings": False,
+        "vocab_size": 512,
+        "n_embd": 64,
+        "n_inner": 128,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": 128,
+        "attn_pdrop": 0.0,
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "initializer_range": 0.3,
+    },
+}
 
 
-@pytest.fixture(params=["qwen3", "starcoder2"])
+@pytest.fixture(params=list(MODELS))
 def config(request: pytest.FixtureRequest) -> dict[str, Any]:
-    return {"qwen3": QWEN3, "starcoder2": STARCODER2}[request.param]
+    return MODELS[request.param]
 
 
 @pytest.fixture(params=["eager", "sdpa"])

@@ -11,7 +11,15 @@ import math
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 
 class Tag(enum.Enum):
@@ -134,31 +142,82 @@ class FillInTheMiddle(Section):
     """Fill-in-the-middle: a document is cut twice and the middle is moved to its end."""
 
     rate: Annotated[Share, Tag.IDENTITY] = 0.5
-    """Share of documents that are rearranged; 0.5 is what StarCoder was trained with."""
+    """Share of documents, or of the files of a repository, that are rearranged; StarCoder was trained with 0.5."""
     spm_rate: Annotated[Share, Tag.IDENTITY] = 0.5
     """Share of those in suffix-prefix-middle order; the others are prefix-suffix-middle."""
     loss: Annotated[Literal["all", "middle"], Tag.IDENTITY] = "all"
     """Train on every token, or on the middle and its end alone."""
+    level: Annotated[Literal["context", "document"], Tag.IDENTITY] = "context"
+    """Rearrange each chunk of a document that is too long for a sequence, or a whole document, or file of a repository,
+    before it is cut."""
 
 
 class Source(Section):
     """One source of documents."""
 
     path: Annotated[str, Field(min_length=1), Tag.IDENTITY]
-    """A file, a directory, a glob, or `python:stdlib` (the standard library of the running Python)."""
-    format: Annotated[Literal["code", "text"], Tag.IDENTITY]
-    """`code`: one document a file. `text`: a document a file; of a .jsonl file one a line, its field `text`."""
+    """A file, a directory, a glob, an address (`s3://`, `gs://`, `hf://`), or `python:stdlib` (the standard library of
+    the running Python). Files may be compressed (.gz, .bz2, .xz, .zst)."""
+    format: Annotated[Literal["code", "text", "chat"], Tag.IDENTITY]
+    """`code`: a document a file, or a record with `content`. `text`: a document a file, or a record with `text`.
+    `chat`: a conversation a record. Records are lines of .jsonl files, or rows of .parquet and .arrow files."""
     fim: FillInTheMiddle | None = None
-    """Fill-in-the-middle for this source; absent = plain."""
-    too_long: Annotated[Literal["continue", "drop", "error"], Tag.IDENTITY] = "continue"
-    """A document longer than a sequence: cut into chunks, drop it (counted), or stop."""
+    """Fill-in-the-middle for this source; absent = plain. Not for chat."""
+    per: Annotated[Literal["file", "repository"], Tag.IDENTITY] = "file"
+    """Code: a document is a file, or all files of a repository in the order of their paths."""
+    metadata: Annotated[bool, Tag.IDENTITY] = False
+    """Code: put the repository's name, the file's path and the stars before a document, in the family's own tokens."""
+    loss: Annotated[Literal["assistant", "last_turn", "all"], Tag.IDENTITY] = "assistant"
+    """Chat: train on what the assistant says and the end of its turn, on its last turn alone, or on everything."""
+    too_long: Annotated[Literal["auto", "continue", "drop", "error"], Tag.IDENTITY] = "auto"
+    """A document longer than a sequence: cut into chunks, drop it (counted), or stop. `auto` = drop for chat, continue
+    for the others."""
+
+    @model_validator(mode="after")
+    def _fits_its_format(self) -> Source:
+        for_code = [
+            name for name in ("per", "metadata") if getattr(self, name) != type(self).model_fields[name].default
+        ]
+        if for_code and self.format != "code":
+            raise ValueError(f"{' and '.join(for_code)}: only for format code, not for {self.format}; remove")
+        if self.fim is not None and self.format == "chat":
+            raise ValueError("fim is for formats code and text: a conversation has no middle to fill in; remove it")
+        if "loss" in self.model_fields_set and self.format != "chat":
+            raise ValueError(
+                f"loss is for format chat: format {self.format} trains on every token (fim.loss is for "
+                "fill-in-the-middle); remove it"
+            )
+        return self
+
+    @model_serializer(mode="wrap")
+    def _what_applies(self, whole: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without `loss` where it says nothing, so that what was written can be read again."""
+        values: dict[str, Any] = whole(self)
+        return values if self.format == "chat" else {name: value for name, value in values.items() if name != "loss"}
 
 
 class EvalSplit(Section):
-    """What is held out."""
+    """What is held out: a share of the documents, or documents of one's own."""
 
     fraction: Annotated[float, Field(ge=0.0, lt=1.0), Tag.IDENTITY] = 0.01
-    """Share of the documents kept out of training, chosen by a hash of each document's content."""
+    """Share of the documents kept out of training, chosen by a hash. With `sources` it must not be given, and is 0."""
+    by: Annotated[Literal["document", "repository"], Tag.IDENTITY] = "document"
+    """What the fraction is taken of: documents, by the hash of their content, or repositories, by the hash of their
+    name, so that no file of a held-out repository is trained on."""
+    sources: tuple[Source, ...] = ()
+    """Documents to hold out instead: never trained on, and whatever of `data.sources` has the same content is dropped
+    and counted as `in_eval`."""
+
+    @model_validator(mode="after")
+    def _one_choice(self) -> EvalSplit:
+        if self.sources and "fraction" not in self.model_fields_set:
+            object.__setattr__(self, "fraction", 0.0)  # frozen, and no validator before this one sees strict values
+        if self.sources and (self.fraction > 0.0 or self.by != "document"):
+            given = "fraction" if self.fraction > 0.0 else "by"
+            raise ValueError(f"{given} chooses among the training documents, sources names others: keep one of the two")
+        if any(source.fim is not None for source in self.sources):
+            raise ValueError("sources: held-out documents are not rearranged; remove fim")
+        return self
 
 
 class Data(Section):

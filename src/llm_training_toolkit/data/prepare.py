@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from itertools import groupby, islice
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,10 @@ from llm_training_toolkit.data import survey as surveys
 from llm_training_toolkit.data.markers import Markers
 from llm_training_toolkit.data.packing import PackingPlan, pack
 from llm_training_toolkit.data.receipt import EpochReceipt, Receipt, SourceReceipt
-from llm_training_toolkit.data.render import Rules, render
+from llm_training_toolkit.data.rendering import Renderer, plain_text
 from llm_training_toolkit.data.sources import Document, fingerprint
 from llm_training_toolkit.data.store import Examples, SourceExample, complete, write_examples
-from llm_training_toolkit.data.survey import Survey, reread
+from llm_training_toolkit.data.survey import Survey, all_sources, reread
 from llm_training_toolkit.data.tokenizer import (
     TOKENIZER_FILES,
     TextEncoder,
@@ -35,8 +35,9 @@ from llm_training_toolkit.errors import DataError
 
 Progress = Callable[[str, int, int], None]
 
-_FORMAT = 1  # part of every key: raise it when the same documents would give other files
+_FORMAT = 2  # part of every key: raise it when the same documents would give other files
 _DOCUMENTS_PER_BATCH = 256
+_CHARACTERS_PER_BATCH = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,8 @@ class _Preparation:
         self.markers, self.progress = markers, progress
         folder = Path(config.run.dir, ".cache") if self.data.cache == "auto" else Path(self.data.cache)
         self.cache = folder.expanduser().resolve()
-        self.files = fingerprint(self.data.sources)
+        self.sources = all_sources(self.data)
+        self.files = fingerprint(self.sources)
         self.tokenizer_key = self._tokenizer_key()
         self.fingerprint = _key(
             self._documents_identity(), self.tokenizer_key, asdict(markers), self.data.sequence_length
@@ -90,7 +92,7 @@ class _Preparation:
 
     def run(self, epochs: int) -> Prepared:
         complete(self.directory / "documents", self._take_survey)
-        tokenizer = complete(self.cache / f"tokenizer-{self.tokenizer_key[:16]}", self._make_tokenizer)
+        tokenizer = complete(self.tokenizer_path, self._make_tokenizer)
         complete(self.directory / "held_out", self._render_held_out)
         parts = [self._epoch(epoch) for epoch in range(epochs)]
         receipt = self._receipt(tokenizer, parts)
@@ -99,14 +101,15 @@ class _Preparation:
     def _documents_identity(self) -> list[Any]:
         data = self.data
         sources = [source.model_dump(mode="json") for source in data.sources]
-        return [_FORMAT, self.files, sources, data.on_error, data.max_skipped, data.eval.fraction]
+        return [_FORMAT, self.files, sources, data.on_error, data.max_skipped, data.eval.model_dump(mode="json")]
 
     def _tokenizer_key(self) -> str:
         """A trained tokenizer is known by what it is trained on and how, an opened one by its content."""
         if self.tokenizer.train is not None:
-            files = [[source.path, source.format] for source in self.data.sources]
+            files = [[source.path, source.format, source.per] for source in self.sources]
+            held_out = [self.data.eval.fraction, self.data.eval.by, len(self.data.eval.sources)]
             how = [tokenizers.__version__, self.tokenizer.train.vocab_size, asdict(self.markers)]
-            return _key(_FORMAT, self.files, files, self.data.on_error, self.data.eval.fraction, how)
+            return _key(_FORMAT, self.files, files, self.data.on_error, held_out, how)
         files = [[name, hashlib.sha256(path.read_bytes()).hexdigest()] for name, path in self._given_tokenizer]
         return _key(_FORMAT, files)
 
@@ -121,11 +124,19 @@ class _Preparation:
 
     @cached_property
     def encoder(self) -> TextEncoder:
-        return open_tokenizer(str(self.cache / f"tokenizer-{self.tokenizer_key[:16]}"))
+        return open_tokenizer(str(self.tokenizer_path))
+
+    @property
+    def tokenizer_path(self) -> Path:
+        return self.cache / f"tokenizer-{self.tokenizer_key[:16]}"
+
+    @cached_property
+    def renderer(self) -> Renderer:
+        return Renderer(self.sources, self.markers, self.encoder, self.tokenizer_path, self.data.sequence_length)
 
     def _take_survey(self, directory: Path) -> None:
         surveys.take(self.data, directory, lambda done: self.progress("reading", done, 0))
-        if fingerprint(self.data.sources) != self.files:
+        if fingerprint(self.sources) != self.files:
             raise DataError(
                 "data.sources: files changed while they were being read. Let nothing write into the sources, and "
                 "prepare again."
@@ -133,7 +144,8 @@ class _Preparation:
 
     def _make_tokenizer(self, directory: Path) -> None:
         if self.tokenizer.train is not None:
-            texts = (document.text for _, document in self._reread("tokenizer", held=False))
+            documents = self._reread("tokenizer", held=False)
+            texts = (plain_text(document, self.sources[document.source]) for _, document in documents)
             train_tokenizer(texts, self.tokenizer.train.vocab_size, self.markers, directory)
             return
         for name, path in self._given_tokenizer:  # copied, so that workers elsewhere and later see this very one
@@ -172,12 +184,12 @@ class _Preparation:
         return EpochReceipt(tokens, plan.name, sequences)
 
     def _render(self, directory: Path, *, epoch: int, held: bool, stage: str) -> None:
-        longest, too_long = np.zeros((2, len(self.data.sources)), dtype=np.int64)
+        longest, too_long = np.zeros((2, len(self.sources)), dtype=np.int64)
         pad, vocab_size = self.encoder.id_of(self.markers.pad), self.encoder.vocab_size
 
         def rendered() -> Iterator[SourceExample]:
             for source, batch in _batches(self._reread(stage, held=held)):
-                for document in render(batch, self._rules(source, epoch, plain=held), self.encoder):
+                for document in self.renderer.render(source, batch, seed=self.seed, epoch=epoch, plain=held):
                     longest[source] = max(longest[source], document.tokens)
                     too_long[source] += not document.examples
                     yield from (SourceExample(source, example) for example in document.examples)
@@ -185,11 +197,6 @@ class _Preparation:
         write_examples(directory, rendered())
         facts = {"pad": pad, "vocab_size": vocab_size, "longest": longest.tolist(), "too_long": too_long.tolist()}
         (directory / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
-
-    def _rules(self, source: int, epoch: int, *, plain: bool) -> Rules:
-        chosen = self.data.sources[source]
-        chosen = chosen.model_copy(update={"fim": None}) if plain else chosen
-        return Rules.of(chosen, self.markers, self.encoder, self.data.sequence_length, seed=self.seed, epoch=epoch)
 
     def _plan(self, tokens: Path, *, seed: int, epoch: int) -> PackingPlan:
         examples = Examples(tokens)
@@ -228,7 +235,7 @@ class _Preparation:
     def _source_receipts(
         self, examples: Examples, facts: dict[str, Any], held_facts: dict[str, Any]
     ) -> tuple[SourceReceipt, ...]:
-        return tuple(self._source_receipt(i, examples, facts, held_facts) for i in range(len(self.data.sources)))
+        return tuple(self._source_receipt(i, examples, facts, held_facts) for i in range(len(self.sources)))
 
     def _source_receipt(
         self, index: int, examples: Examples, facts: dict[str, Any], held_facts: dict[str, Any]
@@ -240,7 +247,7 @@ class _Preparation:
         if too_long + held_too_long:
             dropped["too_long"] = too_long + held_too_long
         return SourceReceipt(
-            path=self.data.sources[index].path,
+            path=self.sources[index].path,
             documents=self.survey.count(held=False, source=index) - too_long + held,
             held_out=held,
             dropped=dropped,
@@ -251,9 +258,17 @@ class _Preparation:
 
 
 def _batches(numbered: Iterator[tuple[int, Document]]) -> Iterator[tuple[int, list[tuple[int, Document]]]]:
-    """Batches of documents of one source each, large enough to keep all cores busy."""
+    """Batches of documents of one source each, large enough to keep all cores busy and no larger."""
     for source, group in groupby(numbered, key=lambda item: item[1].source):
-        while batch := list(islice(group, _DOCUMENTS_PER_BATCH)):
+        batch: list[tuple[int, Document]] = []
+        characters = 0
+        for item in group:
+            batch.append(item)
+            characters += len(item[1].text)
+            if len(batch) == _DOCUMENTS_PER_BATCH or characters > _CHARACTERS_PER_BATCH:
+                yield source, batch
+                batch, characters = [], 0
+        if batch:
             yield source, batch
 
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from llm_training_toolkit.config.schema import FillInTheMiddle, Source
+from llm_training_toolkit.config.schema import Source
+from llm_training_toolkit.data.fragments import Fragment, fragments, spans
+from llm_training_toolkit.data.layout import Layout, Passage, plain
 from llm_training_toolkit.data.markers import Markers
+from llm_training_toolkit.data.middle import FimRules, draw, rearranged
 from llm_training_toolkit.data.sources import Document
-from llm_training_toolkit.data.tokenizer import Encoded, TextEncoder
+from llm_training_toolkit.data.strip import Item, Run, Strip, Text, encode
+from llm_training_toolkit.data.tokenizer import TextEncoder
 from llm_training_toolkit.errors import DataError
 
 
@@ -38,18 +42,6 @@ class Rendered(NamedTuple):
 
 
 @dataclass(frozen=True)
-class FimRules:
-    """How a source is rearranged, with the ids of the three sentinels."""
-
-    prefix: int
-    middle: int
-    suffix: int
-    rate: float
-    spm_rate: float
-    middle_only: bool
-
-
-@dataclass(frozen=True)
 class Rules:
     """All that rendering depends on besides the document and its number."""
 
@@ -59,47 +51,39 @@ class Rules:
     fim: FimRules | None = None
     seed: int = 0
     epoch: int = 0
+    layout: Layout | None = None
 
     @classmethod
     def of(
         cls, source: Source, markers: Markers, encoder: TextEncoder, sequence_length: int, *, seed: int, epoch: int
     ) -> Rules:
         """The rules of a source of the configuration. Raises DataError where the tokenizer lacks a marker."""
-        fim = None if source.fim is None else _fim_rules(source.fim, markers, encoder)
-        return cls(sequence_length, encoder.id_of(markers.end_of_text), source.too_long, fim, seed, epoch)
-
-    @property
-    def chunk_length(self) -> int:
-        """Tokens of a chunk of a document that is too long: what rearranging adds must still fit."""
-        room = min(16, self.sequence_length // 4) if self.fim else 0
-        return self.sequence_length - room
-
-
-def _fim_rules(fim: FillInTheMiddle, markers: Markers, encoder: TextEncoder) -> FimRules:
-    sentinels = (markers.fim_prefix, markers.fim_middle, markers.fim_suffix)
-    ids = [encoder.id_of(sentinel) for sentinel in sentinels if sentinel is not None]
-    if len(ids) != len(sentinels):
-        raise DataError(
-            "data.sources.fim: this model family has no fill-in-the-middle markers. Remove fim from the source, or "
-            "choose a model of a family that has them."
+        return cls(
+            sequence_length,
+            encoder.id_of(markers.end_of_text),
+            "continue" if source.too_long == "auto" else source.too_long,
+            None if source.fim is None else FimRules.of(source.fim, markers, encoder),
+            seed,
+            epoch,
+            Layout.of(source, markers, encoder),
         )
-    return FimRules(ids[0], ids[1], ids[2], fim.rate, fim.spm_rate, fim.loss == "middle")
 
+    def passages(self, document: Document) -> list[Passage]:
+        """The files of a document as they are written."""
+        return plain(document) if self.layout is None else self.layout.passages(document)
 
-class Draw(NamedTuple):
-    """Four independent uniform numbers in [0, 1): rearrange?, in which order?, first cut, second cut."""
+    def longest(self, files: Sequence[int]) -> Callable[[int], int]:
+        """How many tokens a chunk may have that begins at a token; `files` are the tokens where files begin.
 
-    rearrange: float
-    order: float
-    first: float
-    second: float
+        What rearranging adds must still fit: some tokens for every file that may be in the chunk.
+        """
+        room = min(16, self.sequence_length // 4) if self.fim else 0
 
+        def length(start: int) -> int:
+            inside = sum(start < file < start + self.sequence_length for file in files) if room else 0
+            return max(self.sequence_length - room * (1 + inside), self.sequence_length // 2)
 
-def draw(seed: int, epoch: int, source: int, document: int, chunk: int) -> Draw:
-    """The random numbers of a chunk: a hash of its coordinates, so no order of work can change them."""
-    key = f"{seed}/{epoch}/{source}/{document}/{chunk}".encode()
-    raw = np.frombuffer(hashlib.blake2b(key, digest_size=32, person=b"ltt-fim").digest(), dtype="<u8")
-    return Draw(*((raw >> np.uint64(11)) * 2.0**-53).tolist())
+        return length
 
 
 def render(documents: Sequence[tuple[int, Document]], rules: Rules, encoder: TextEncoder) -> list[Rendered]:
@@ -108,118 +92,173 @@ def render(documents: Sequence[tuple[int, Document]], rules: Rules, encoder: Tex
     Every token of every document is in exactly one example, none longer than rules.sequence_length.
     Raises DataError, naming the document, where one is too long and the rules say `error`.
     """
-    encoded = encoder.encode_batch_with_offsets([document.text for _, document in documents])
-    whole = [
-        _chunks(number, document, text, rules) for (number, document), text in zip(documents, encoded, strict=True)
+    written = [rules.passages(document) for _, document in documents]
+    encoded = encode(([item for each in passages for item in _items(each)] for passages in written), encoder)
+    works = [
+        _Work(number, document, passages, runs, Strip([*runs, Run((rules.end_of_text,), rules.end_of_text)]))
+        for (number, document), passages, runs in zip(documents, written, encoded, strict=True)
     ]
-    chunks = [chunk for pieces in whole for chunk in pieces]
-    examples = iter(_examples(chunks, rules, encoder))
+    chunks = [_chunks(work, rules) for work in works]
+    examples = iter(_examples([chunk for each in chunks for chunk in each], rules, encoder))
+    in_one = iter(_cut_last([work for work in works if _is_rearranged_whole(work, rules)], rules, encoder))
     return [
-        Rendered(number, len(text.ids) + 1, [next(examples) for _ in pieces])
-        for (number, _), text, pieces in zip(documents, encoded, whole, strict=True)
+        Rendered(
+            work.number,
+            len(work.strip.tokens),
+            next(in_one) if _is_rearranged_whole(work, rules) else [next(examples) for _ in each],
+        )
+        for work, each in zip(works, chunks, strict=True)
     ]
+
+
+class _Work(NamedTuple):
+    """A document on its way: its files, and its plain tokens with the end."""
+
+    number: int
+    document: Document
+    passages: list[Passage]
+    runs: list[Run]
+    strip: Strip
 
 
 class _Chunk(NamedTuple):
-    """A part of a document: its plain tokens, its text, and where in the data it stands."""
+    """A part of a document: its plain tokens without the end, whether the end comes after it, and its fragments."""
 
     tokens: list[int]
-    text: str
+    is_last: bool
     source: int
     document: int
-    number: int
+    fragments: list[Fragment]
 
 
-def _chunks(number: int, document: Document, encoded: Encoded, rules: Rules) -> list[_Chunk]:
-    tokens = [*encoded.ids, rules.end_of_text]
-    if len(tokens) <= rules.sequence_length:
-        return [_Chunk(tokens, document.text, document.source, number, 0)]
-    if rules.too_long == "drop":
-        return []
-    if rules.too_long == "error":
+class _Piece(NamedTuple):
+    """Tokens of a file as they are shown; `middle` of them, at the end, are the middle, None where it is plain."""
+
+    tokens: list[int]
+    middle: int | None = None
+
+
+def _items(passage: Passage) -> list[Item]:
+    head: list[Item] = [item if isinstance(item, int) else Text(item, len(item)) for item in passage.head]
+    return [*head, Text(passage.lead + passage.body + passage.tail, len(passage.lead))]
+
+
+def _is_rearranged_whole(work: _Work, rules: Rules) -> bool:
+    fits = len(work.strip.tokens) <= rules.sequence_length
+    return rules.fim is not None and rules.fim.whole and rules.too_long == "continue" and not fits
+
+
+def _chunks(work: _Work, rules: Rules) -> list[_Chunk]:
+    """The chunks of a document, one where it fits; none where it is dropped, or rearranged before it is cut."""
+    tokens = work.strip.tokens
+    if len(tokens) > rules.sequence_length and rules.too_long == "error":
         raise DataError(
-            f"{document.name}: {len(tokens)} tokens, longer than data.sequence_length {rules.sequence_length}. Set "
-            "too_long: continue or drop for this source, raise data.sequence_length, or shorten the document."
+            f"{work.document.name}: {len(tokens)} tokens, longer than data.sequence_length {rules.sequence_length}. "
+            "Set too_long: continue or drop for this source, raise data.sequence_length, or shorten the document."
         )
-    cuts = [0, *_cuts(encoded, len(tokens), rules.chunk_length)]
-    # A chunk's text reaches to the next chunk's first character, so that no character falls between two.
-    characters = [0, *(encoded.characters(cut)[0] for cut in cuts[1:]), len(document.text)]
-    cuts.append(len(tokens))
+    if _is_rearranged_whole(work, rules) or (len(tokens) > rules.sequence_length and rules.too_long == "drop"):
+        return []
+    files = spans(work.passages, work.runs)
+    cuts = []
+    if len(tokens) > rules.sequence_length:
+        cuts = work.strip.cuts(rules.longest([file.first for file in files]))
+    bounds = list(pairwise([0, *cuts, len(tokens) - 1]))
+    parts = fragments(work.passages, files, work.strip, bounds) if rules.fim else [[] for _ in bounds]
     return [
-        _Chunk(
-            tokens[cuts[i] : cuts[i + 1]],
-            document.text[characters[i] : characters[i + 1]],
-            document.source,
-            number,
-            i,
-        )
-        for i in range(len(cuts) - 1)
+        _Chunk(tokens[start:stop], stop == len(tokens) - 1, work.document.source, work.number, inside)
+        for (start, stop), inside in zip(bounds, parts, strict=True)
     ]
 
 
-def _cuts(encoded: Encoded, total: int, length: int) -> list[int]:
-    """Where chunks begin, the first left out: after at most `length` tokens, never inside a character."""
-    cuts: list[int] = []
-    start = 0
-    while total - start > length:
-        cut = start + length
-        # An end marker alone would be an example without anything to predict.
-        cut -= cut == total - 1
-        clean = next((at for at in range(cut, start, -1) if encoded.is_clean(at)), cut)
-        cuts.append(clean)
-        start = clean
-    return cuts
+def _examples(chunks: list[_Chunk], rules: Rules, encoder: TextEncoder) -> Iterator[Example]:
+    """One example of every chunk; each of its files has a chance of its own to be rearranged."""
+    fim = rules.fim
+    if fim is None:
+        for chunk in chunks:
+            yield _shown([_Piece(chunk.tokens)], chunk.document, rules, has_end=chunk.is_last)
+        return
+    wanted: dict[tuple[int, int], list[Item]] = {}
+    for index, chunk in enumerate(chunks):
+        for fragment in chunk.fragments:
+            chance = draw(rules.seed, rules.epoch, chunk.source, chunk.document, fragment.number)
+            if chance.rearrange < fim.rate:
+                wanted[index, fragment.number] = rearranged(fragment.lead, fragment.body, chance, fim)
+    texts = [item.text for items in wanted.values() for item in items if isinstance(item, Text)]
+    encoded = iter(encoder.encode_batch(texts))
+    pieces = {place: _piece(items, encoded) for place, items in wanted.items()}
+    for index, chunk in enumerate(chunks):
+        yield _filled_in(chunk, {f.number: pieces.get((index, f.number)) for f in chunk.fragments}, rules)
 
 
-class _Parts(NamedTuple):
-    """A chunk to be rearranged: its number in the batch, the order, and its three texts."""
-
-    chunk: int
-    suffix_first: bool
-    texts: tuple[str, str, str]
+def _piece(items: list[Item], encoded: Iterator[list[int]]) -> _Piece:
+    ids = [[item] if isinstance(item, int) else next(encoded) for item in items]
+    return _Piece([token for each in ids for token in each], len(ids[-1]))
 
 
-def _examples(chunks: list[_Chunk], rules: Rules, encoder: TextEncoder) -> list[Example]:
-    examples = [_plain(chunk) for chunk in chunks]
-    if rules.fim is None:
-        return examples
-    wanted = [parts for i, chunk in enumerate(chunks) if (parts := _split(i, chunk, rules, rules.fim))]
-    encoded = iter(encoder.encode_batch([text for parts in wanted for text in parts.texts]))
-    for parts in wanted:
-        prefix, middle, suffix = next(encoded), next(encoded), next(encoded)
-        tokens = _rearranged(prefix, middle, suffix, rules.fim, suffix_first=parts.suffix_first)
-        tokens.append(rules.end_of_text)
-        # Text cut in three takes a few more tokens than whole; where they do not fit, the chunk stays as it is.
-        if len(tokens) <= rules.sequence_length:
-            examples[parts.chunk] = _with_loss(tokens, len(middle), chunks[parts.chunk].document, rules.fim)
-    return examples
+def _filled_in(chunk: _Chunk, pieces: dict[int, _Piece | None], rules: Rules) -> Example:
+    """A chunk with the files rearranged that are to be, as far as they still fit.
+
+    Text cut in three takes a few more tokens than whole; where they do not fit, a file stays as it is.
+    """
+    room = rules.sequence_length - len(chunk.tokens) - chunk.is_last
+    shown, place = [], 0
+    for fragment in chunk.fragments:
+        shown.append(_Piece(chunk.tokens[place : fragment.start]))
+        place = fragment.stop
+        whole = chunk.tokens[fragment.start : fragment.stop]
+        piece = pieces[fragment.number]
+        if piece is not None:
+            piece = _Piece(whole[: fragment.head] + piece.tokens, piece.middle)
+            needs_end = place == len(chunk.tokens) and not chunk.is_last
+            grown = len(piece.tokens) - len(whole) + needs_end
+            if grown <= room:
+                room -= grown
+                shown.append(piece)
+                continue
+        shown.append(_Piece(whole))
+    shown.append(_Piece(chunk.tokens[place:]))
+    shown = [piece for piece in shown if piece.tokens]
+    # What was moved to the end of an example has to end there.
+    return _shown(shown, chunk.document, rules, has_end=chunk.is_last or shown[-1].middle is not None)
 
 
-def _split(index: int, chunk: _Chunk, rules: Rules, fim: FimRules) -> _Parts | None:
-    chance = draw(rules.seed, rules.epoch, chunk.source, chunk.document, chunk.number)
+def _cut_last(works: list[_Work], rules: Rules, encoder: TextEncoder) -> Iterator[list[Example]]:
+    """The examples of documents whose files are rearranged whole, and which are cut then."""
+    fim = rules.fim
+    if fim is None:
+        return
+    moved = [
+        [_moved(passage, work, number, rules, fim) for number, passage in enumerate(work.passages)] for work in works
+    ]
+    encoded = iter(encode((items for files in moved for items in files), encoder))
+    for work, files in zip(works, moved, strict=True):
+        runs = [next(encoded) for _ in files]
+        pieces = [
+            _Piece([token for run in file for token in run.ids], len(file[-1].ids) if fim.middle in items else None)
+            for file, items in zip(runs, files, strict=True)
+        ]
+        whole = _shown(pieces, work.number, rules, has_end=True)
+        strip = Strip([*(run for file in runs for run in file), Run((rules.end_of_text,), rules.end_of_text)])
+        bounds = pairwise([0, *strip.cuts(lambda _: rules.sequence_length), len(strip.tokens)])
+        yield [Example(whole.tokens[start:stop], whole.loss[start:stop], work.number) for start, stop in bounds]
+
+
+def _moved(passage: Passage, work: _Work, number: int, rules: Rules, fim: FimRules) -> list[Item]:
+    chance = draw(rules.seed, rules.epoch, work.document.source, work.number, number)
     if chance.rearrange >= fim.rate:
-        return None
-    places = len(chunk.text) + 1  # before the first character … after the last
-    first, second = sorted((int(chance.first * places), int(chance.second * places)))
-    texts = (chunk.text[:first], chunk.text[first:second], chunk.text[second:])
-    return _Parts(index, chance.order < fim.spm_rate, texts)
+        return _items(passage)
+    return [*_items(passage)[:-1], *rearranged(passage.lead, passage.body, chance, fim)]
 
 
-def _rearranged(
-    prefix: list[int], middle: list[int], suffix: list[int], fim: FimRules, *, suffix_first: bool
-) -> list[int]:
-    if suffix_first:  # "variant 2": the prefix flows into the middle without a sentinel between them
-        return [fim.prefix, fim.suffix, *suffix, fim.middle, *prefix, *middle]
-    return [fim.prefix, *prefix, fim.suffix, *suffix, fim.middle, *middle]
-
-
-def _plain(chunk: _Chunk) -> Example:
-    tokens = np.array(chunk.tokens, dtype=np.uint32)
-    return Example(tokens, np.ones(len(tokens), dtype=np.bool_), chunk.document)
-
-
-def _with_loss(tokens: list[int], middle: int, document: int, fim: FimRules) -> Example:
+def _shown(pieces: list[_Piece], document: int, rules: Rules, *, has_end: bool) -> Example:
+    """Pieces as one example. With loss on the middle alone, what a rearranged file has else bears none."""
+    tokens = [token for piece in pieces for token in piece.tokens] + [rules.end_of_text] * has_end
     loss = np.ones(len(tokens), dtype=np.bool_)
-    if fim.middle_only:
-        loss[: len(tokens) - middle - 1] = False
+    if rules.fim is not None and rules.fim.middle_only:
+        place, after_middle = 0, False
+        for piece in pieces:
+            if piece.middle is not None:
+                loss[place : place + len(piece.tokens) - piece.middle] = False
+                loss[place] = after_middle  # what ends a middle is the next file's marker, if there is one
+            place, after_middle = place + len(piece.tokens), piece.middle is not None
     return Example(np.array(tokens, dtype=np.uint32), loss, document)

@@ -7,6 +7,7 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from llm_training_toolkit.data.render import Example
 from llm_training_toolkit.errors import DataError
 
 _TOKENS_PER_BATCH = 1 << 20
+_ROWS_PER_BATCH = 1 << 16
 _TOKENS = pa.schema([("token", pa.uint32()), ("loss", pa.bool_())])
 
 
@@ -68,10 +70,33 @@ def read_columns(path: Path) -> dict[str, NDArray[Any]]:
     return {name: column.to_numpy() for name, column in zip(batch.schema.names, batch.columns, strict=True)}
 
 
+def write_rows(path: Path, schema: Any, rows: Iterable[tuple[Any, ...]]) -> None:  # noqa: ANN401 - pyarrow is untyped
+    """Write rows as they come, in record batches: for tables that need not fit into memory."""
+    following = iter(rows)
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+        while batch := list(islice(following, _ROWS_PER_BATCH)):
+            columns = zip(zip(*batch, strict=True), schema.types, strict=True)
+            writer.write_batch(pa.record_batch([pa.array(values, kind) for values, kind in columns], schema=schema))
+
+
 def read_values(path: Path, column: str) -> list[Any]:
-    """One column as Python values: for strings, bytes and truth values."""
-    values: list[Any] = _reader(path).get_batch(0).column(column).to_pylist()
+    """One column as Python values: for strings and truth values."""
+    values: list[Any] = _reader(path).read_all().column(column).to_pylist()
     return values
+
+
+def read_array(path: Path, column: str) -> NDArray[Any]:
+    """One column of numbers as an array (rows,), or of bytes of one width as (rows, width) uint8."""
+    column_of_rows = _reader(path).read_all().column(column)
+    kind = column_of_rows.type
+    if not pa.types.is_fixed_size_binary(kind):
+        values: NDArray[Any] = column_of_rows.to_numpy()
+        return values
+    parts = [
+        np.frombuffer(chunk.buffers()[1], np.uint8).reshape(-1, kind.byte_width)[chunk.offset :][: len(chunk)]
+        for chunk in column_of_rows.chunks
+    ]
+    return np.concatenate([np.empty((0, kind.byte_width), np.uint8), *parts])
 
 
 def _reader(path: Path) -> Any:  # noqa: ANN401 - pyarrow carries no types

@@ -38,6 +38,22 @@ class SpecialTokens:
 
 
 @dataclass(frozen=True)
+class CodeLayout:
+    """How a family writes a repository's name, its files' paths and its stars around their code."""
+
+    stars: str = ""
+    """Special token before the stars, of which only the magnitude is written; empty: not written."""
+    after_repository: str = ""
+    """Text between a repository's name and what follows."""
+    between_files: str = ""
+    """Text between a file and the next one's token."""
+    path_in_prefix: bool = False
+    """Fill-in-the-middle has the path behind the sentinel of the prefix, as a part of it."""
+    needs_path: bool = False
+    """The file's token is followed by a path, always: files cannot be told apart without their paths."""
+
+
+@dataclass(frozen=True)
 class Anatomy:
     """The sizes of one decoder in words that all families share; every count follows from it."""
 
@@ -99,6 +115,8 @@ class Family:
     architecture: str
     """The class that transformers builds."""
     special_tokens: SpecialTokens
+    chat_template: str
+    """How a conversation is written, in jinja, where the tokenizer does not say it."""
     pre_tokenizer_pattern: str
     """How text is cut before byte pairs are merged: each match of this regular expression is a piece of its own."""
     defaults: HfValues
@@ -111,6 +129,8 @@ class Family:
     """Positions are learned, row by row: a longer sequence is impossible, not only untrained."""
     derived_head_dim: bool = False
     """head_dim is hidden size / heads and is not in the configuration."""
+    code_layout: CodeLayout = CodeLayout()
+    """Where the special tokens for repositories and files stand."""
     aliases: Mapping[str, str] = field(default_factory=dict)
     """Common names of values that this family calls otherwise."""
 

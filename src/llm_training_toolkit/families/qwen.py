@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from llm_training_toolkit.families.family import Anatomy, Family, HfValues, Size, SpecialTokens, rope
+from llm_training_toolkit.families import chat
+from llm_training_toolkit.families.family import Anatomy, CodeLayout, Family, HfValues, Size, SpecialTokens, rope
 
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -38,6 +39,9 @@ TOKENS_WITHOUT_FIM = SpecialTokens(
     file="",
     all=_CHAT,
 )
+
+# Figure 4 of the Qwen2.5-Coder report: names and paths on lines of their own.
+_CODE_LAYOUT = CodeLayout(after_repository="\n", between_files="\n")
 
 _COMMON = {
     "hidden_act": "silu",
@@ -80,30 +84,34 @@ def qwen3_anatomy(hf: HfValues) -> Anatomy:
     return _anatomy(hf, head_dim, biases + 2 * head_dim + 2 * hidden)
 
 
-def _qwen2(name: str, tokens: SpecialTokens) -> Family:
+def _qwen2(name: str, tokens: SpecialTokens, chat_template: str) -> Family:
     return Family(
         name=name,
         model_type="qwen2",
         architecture="Qwen2ForCausalLM",
         special_tokens=tokens,
+        chat_template=chat_template,
         pre_tokenizer_pattern=PATTERN,
         defaults={**_COMMON, "max_position_embeddings": 32768},
         anatomy=qwen2_anatomy,
         derived_head_dim=True,
+        code_layout=_CODE_LAYOUT,
     )
 
 
-QWEN2 = _qwen2("qwen2", TOKENS_WITHOUT_FIM)
-QWEN2_5 = _qwen2("qwen2.5", TOKENS)
+QWEN2 = _qwen2("qwen2", TOKENS_WITHOUT_FIM, chat.QWEN2)
+QWEN2_5 = _qwen2("qwen2.5", TOKENS, chat.QWEN2_5)
 QWEN3 = Family(
     name="qwen3",
     model_type="qwen3",
     architecture="Qwen3ForCausalLM",
     special_tokens=TOKENS,
+    chat_template=chat.QWEN3,
     pre_tokenizer_pattern=PATTERN,
     # head_dim is a value of its own: 0.6B, 4B and 32B have heads x 128 != hidden size.
     defaults={**_COMMON, "max_position_embeddings": 40960, "head_dim": 128, "attention_bias": False},
     anatomy=qwen3_anatomy,
+    code_layout=_CODE_LAYOUT,
 )
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from llm_training_toolkit.families.family import Anatomy, Family, HfValues, Size, SpecialTokens, rope
+from llm_training_toolkit.families import chat
+from llm_training_toolkit.families.family import Anatomy, CodeLayout, Family, HfValues, Size, SpecialTokens, rope
 
 PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 """GPT-2's expression, but each digit a piece of its own, as StarCoder's tokenizer cuts them first."""
@@ -114,6 +115,7 @@ STARCODER2 = Family(
     model_type="starcoder2",
     architecture="Starcoder2ForCausalLM",
     special_tokens=TOKENS_2,
+    chat_template=chat.STARCODER,
     pre_tokenizer_pattern=PATTERN,
     defaults={
         "hidden_act": "gelu_pytorch_tanh",
@@ -128,12 +130,14 @@ STARCODER2 = Family(
     },
     anatomy=starcoder2_anatomy,
     derived_head_dim=True,
+    code_layout=CodeLayout(path_in_prefix=True),
 )
 STARCODER = Family(
     name="starcoder",
     model_type="gpt_bigcode",
     architecture="GPTBigCodeForCausalLM",
     special_tokens=TOKENS_1,
+    chat_template=chat.STARCODER,
     pre_tokenizer_pattern=PATTERN,
     defaults={
         "activation_function": "gelu_pytorch_tanh",
@@ -153,6 +157,7 @@ STARCODER = Family(
     position_key="n_positions",
     absolute_positions=True,
     derived_head_dim=True,
+    code_layout=CodeLayout(stars="<gh_stars>", needs_path=True),
     aliases={
         "hidden_size": "n_embd",
         "num_hidden_layers": "n_layer",

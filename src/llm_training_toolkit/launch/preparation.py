@@ -20,7 +20,7 @@ Progress = Callable[[str, int, int], None]
 def markers_of(config: Config) -> Markers:
     """The special tokens of the run's family, as the data layer takes them."""
     family = families.find(config.model.name).family
-    tokens = family.special_tokens
+    tokens, layout = family.special_tokens, family.code_layout
     return Markers(
         end_of_text=tokens.end_of_text,
         pad=tokens.pad,
@@ -29,6 +29,14 @@ def markers_of(config: Config) -> Markers:
         fim_suffix=tokens.fim_suffix or None,
         all=tokens.all,
         pre_tokenizer_pattern=family.pre_tokenizer_pattern,
+        chat_template=family.chat_template,
+        repository=tokens.repository or None,
+        file=tokens.file or None,
+        stars=layout.stars or None,
+        after_repository=layout.after_repository,
+        between_files=layout.between_files,
+        path_in_prefix=layout.path_in_prefix,
+        needs_path=layout.needs_path,
     )
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from llm_training_toolkit.config.schema import Config
-from llm_training_toolkit.families import HfValues, Size
+from llm_training_toolkit.config.schema import Config, Source
+from llm_training_toolkit.families import Family, HfValues, Size
 from llm_training_toolkit.plan.batch import micro_batch, shares
 from llm_training_toolkit.plan.deepspeed import deepspeed_problems
 from llm_training_toolkit.plan.problem import Problem
@@ -79,11 +79,24 @@ def _data(config: Config, size: Size, hf: HfValues) -> Iterator[Problem]:
         more = "" if config.model.path is not None else f", or raise model.shape.{family.position_key} (from scratch)"
         yield Problem("data.sequence_length", what, f"Use at most {positions}{more}")
     for index, source in enumerate(config.data.sources):
-        if source.fim is not None and not family.special_tokens.has_fim:
-            what = f"{family.name} has no tokens for fill-in-the-middle"
-            yield Problem(
-                f"data.sources[{index}].fim", what, "Remove it, or use a family that has: qwen2.5, starcoder2"
-            )
+        yield from _source(f"data.sources[{index}]", source, family)
+    for index, source in enumerate(config.data.eval.sources):
+        yield from _source(f"data.eval.sources[{index}]", source, family)
+
+
+def _source(where: str, source: Source, family: Family) -> Iterator[Problem]:
+    """What the family's special tokens cannot say of a source."""
+    tokens = family.special_tokens
+    if source.fim is not None and not tokens.has_fim:
+        what = f"{family.name} has no tokens for fill-in-the-middle"
+        yield Problem(f"{where}.fim", what, "Remove it, or use a family that has: qwen2.5, starcoder2")
+    if source.per == "repository" and not source.metadata and family.code_layout.needs_path:
+        what = f"{family.name} tells the files of a repository apart by their paths alone"
+        yield Problem(f"{where}.per", what, "Set metadata: true, or per: file")
+    if (source.per == "repository" or source.metadata) and not tokens.repository:
+        key = "metadata" if source.metadata else "per"
+        what = f"{family.name} has no tokens for repositories and files"
+        yield Problem(f"{where}.{key}", what, "Remove it, or use a family that has: qwen2.5, qwen3, starcoder2")
 
 
 def _batch(config: Config, replicas: int) -> Iterator[Problem]:

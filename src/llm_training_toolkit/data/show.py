@@ -1,0 +1,99 @@
+"""What a step trains on, for a person to read: every sequence as text, its loss mask, and where each piece is from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+
+from llm_training_toolkit.data.batches import Sequences
+from llm_training_toolkit.data.render import Example
+from llm_training_toolkit.data.tokenizer import TextEncoder, open_tokenizer
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Neighbouring tokens of one kind, as text."""
+
+    text: str
+    loss: bool
+    """Whether they are to be predicted."""
+    special: bool
+    """Whether they are special tokens, which stand for no text."""
+
+
+@dataclass(frozen=True)
+class ShownPiece:
+    """A piece of a sequence."""
+
+    source: str
+    document: str
+    tokens: int
+    loss_tokens: int
+    stretches: tuple[Stretch, ...]
+
+
+@dataclass(frozen=True)
+class ShownSequence:
+    """A sequence of the step."""
+
+    pieces: tuple[ShownPiece, ...]
+    padding: int
+    """Tokens of padding at its end."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The contract of `ltt show-batch --json` for one sequence."""
+        return {
+            "text": "".join(stretch.text for piece in self.pieces for stretch in piece.stretches),
+            "loss_tokens": sum(piece.loss_tokens for piece in self.pieces),
+            "padding": self.padding,
+            "documents": [
+                {
+                    "source": piece.source,
+                    "document": piece.document,
+                    "tokens": piece.tokens,
+                    "loss_tokens": piece.loss_tokens,
+                }
+                for piece in self.pieces
+            ],
+        }
+
+
+def shown_step(sequences: Sequences, step: int) -> list[ShownSequence]:
+    """The sequences of the step numbered `step`, the first being 1. Raises DataError beyond the run."""
+    encoder = open_tokenizer(sequences.receipt.tokenizer_path)
+    special = encoder.bytes_per_token() == 0
+    shown = []
+    for position, row in enumerate(sequences.ledger(step - 1)):
+        pieces = tuple(
+            ShownPiece(
+                source=sequences.receipt.sources[piece.source].path,
+                document=sequences.document_name(piece.source, piece.document),
+                tokens=piece.tokens,
+                loss_tokens=int(np.count_nonzero(example.loss[1:])),
+                stretches=_stretches(example, special, encoder),
+            )
+            for piece, example in zip(row, sequences.examples(step - 1, position), strict=True)
+        )
+        padding = sequences.receipt.sequence_length - sum(piece.tokens for piece in row)
+        shown.append(ShownSequence(pieces, padding))
+    return shown
+
+
+def _stretches(example: Example, special: Sequence[bool], encoder: TextEncoder) -> tuple[Stretch, ...]:
+    """Runs of tokens with the same mask; a character whose bytes two runs share stands with the later one."""
+    loss = [False, *example.loss[1:].tolist()]  # nothing comes before the first token
+    tokens = example.tokens.tolist()
+    kinds = [(bears, bool(special[token])) for token, bears in zip(tokens, loss, strict=True)]
+    found: list[Stretch] = []
+    start = held = 0
+    for kind, group in groupby(kinds):
+        stop = start + len(list(group))
+        text = encoder.decode(tokens[held:stop])
+        split = text.endswith("\N{REPLACEMENT CHARACTER}") and stop < len(tokens)
+        found.append(Stretch("" if split else text, *kind))
+        start, held = stop, held if split else stop
+    return tuple(found)

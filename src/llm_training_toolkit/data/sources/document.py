@@ -1,0 +1,87 @@
+"""What a source gives: documents, a count of what became of them, and why one could not be had."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import NamedTuple
+
+from llm_training_toolkit.errors import DataError
+
+
+class Part(NamedTuple):
+    """A file of a repository: its path in it, and its text."""
+
+    path: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Document:
+    """One document: the number of its source, a name that leads back to it, and its text.
+
+    For code also the repository it is from, its path in it and the repository's stars, as far as they are known. A
+    document that is a whole repository has its files as `parts`, in the order of their paths, and as `text` their
+    texts one after the other.
+    """
+
+    source: int
+    name: str
+    text: str
+    repository: str = ""
+    path: str = ""
+    stars: int | None = None
+    parts: tuple[Part, ...] = ()
+
+    @cached_property
+    def digest(self) -> bytes:
+        """Its content's hash; neither name nor metadata count."""
+        return content_hash(self.text)
+
+
+@dataclass
+class Tally:
+    """What became of the documents of one source: kept, dropped on purpose, skipped because unreadable (by reason).
+
+    `read` counts what was looked at: files and records, also where a document is a whole repository of them.
+    """
+
+    read: int = 0
+    kept: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    skipped: Counter[str] = field(default_factory=Counter)
+    first_skipped: str = ""
+
+
+class Unreadable(Exception):  # noqa: N818 - a finding that becomes a DataError only where the run is to stop
+    """A document that cannot be had: where, why in words, the reason it is counted under, and how many are lost."""
+
+    def __init__(self, where: str, why: str, reason: str, count: int = 1) -> None:
+        super().__init__(f"{where}: {why}")
+        self.reason = reason
+        self.count = count
+
+
+def content_hash(text: str) -> bytes:
+    """16 bytes that stand for a content: equal contents, equal hashes.
+
+    Half of a SHA-256: two of 10 million different documents are taken for equal with a chance of 1 in 10^25.
+    """
+    return hashlib.sha256(text.encode()).digest()[:16]
+
+
+def check_skipped(tallies: Iterable[Tally], max_skipped: float) -> None:
+    """Raise DataError when a larger share of what was read than `max_skipped` could not be read."""
+    tallies = list(tallies)
+    reasons: Counter[str] = sum((tally.skipped for tally in tallies), Counter())
+    skipped, total = reasons.total(), sum(tally.read for tally in tallies)
+    if skipped and skipped > max_skipped * total:
+        first = next(tally.first_skipped for tally in tallies if tally.first_skipped)
+        listed = ", ".join(f"{reason} {count}" for reason, count in sorted(reasons.items()))
+        raise DataError(
+            f"data.max_skipped: {skipped} of {total} documents could not be read ({listed}), more than the "
+            f"share of {max_skipped:g} that may be skipped. The first: {first}. Repair them, or raise data.max_skipped."
+        )

@@ -1,0 +1,129 @@
+"""Reads the files of a source into documents, and drops what is empty, doubled or held out elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator
+from typing import Literal
+
+from llm_training_toolkit.config.schema import Source
+from llm_training_toolkit.data.sources.document import Document, Tally, Unreadable, content_hash
+from llm_training_toolkit.data.sources.fields import columns_for, document_of
+from llm_training_toolkit.data.sources.finding import files
+from llm_training_toolkit.data.sources.kinds import Format, Kind, kind_of
+from llm_training_toolkit.data.sources.opening import decompressed
+from llm_training_toolkit.data.sources.place import SourceFile
+from llm_training_toolkit.data.sources.records import decoded, records
+from llm_training_toolkit.data.sources.repositories import ordered, whole
+from llm_training_toolkit.errors import DataError
+
+
+def documents(
+    source: Source,
+    index: int,
+    *,
+    on_error: Literal["stop", "skip"] = "stop",
+    tally: Tally | None = None,
+    seen: set[bytes] | None = None,
+    evaluation: Collection[bytes] = frozenset(),
+) -> Iterator[Document]:
+    """Yield the documents of a source, sorted by file name, then by line or row; whole repositories by their name.
+
+    Files and records of white space alone, those whose content hash is in `evaluation` and documents whose hash is
+    already in `seen` are dropped and counted in `tally`. Raises DataError for a path that matches nothing, for a store
+    that does not answer and, with `on_error="stop"`, for the first document that cannot be read, naming file and line
+    or row; with "skip" those are counted.
+    """
+    tally = Tally() if tally is None else tally
+    seen = set() if seen is None else seen
+    pieces = _usable(_readable(source, index, on_error, tally), evaluation, tally)
+    for document in pieces if source.per == "file" else whole(pieces):
+        if document.digest in seen:
+            tally.dropped["duplicate"] += 1
+            continue
+        seen.add(document.digest)
+        tally.kept += 1
+        yield document
+
+
+def hashes(document: Document) -> Iterator[bytes]:
+    """The content hashes by which a document, or a file of it, is known where it must not be trained on."""
+    yield document.digest
+    yield from (content_hash(part.text) for part in document.parts)
+
+
+def _usable(pieces: Iterable[Document], evaluation: Collection[bytes], tally: Tally) -> Iterator[Document]:
+    for piece in pieces:
+        if not piece.text or piece.text.isspace():
+            tally.dropped["empty"] += 1
+        elif evaluation and piece.digest in evaluation:
+            tally.dropped["in_eval"] += 1
+        else:
+            yield piece
+
+
+def _readable(source: Source, index: int, on_error: str, tally: Tally) -> Iterator[Document]:
+    """Every file and record that can be read, in order; what cannot stops here or is counted."""
+    found = files(source)
+    if source.per == "repository":
+        found.sort(key=lambda file: (file.repository, file.path))
+        pieces = (_in_a_repository(piece, source.path) for piece in _read_all(found, source.format, index))
+        yield from (ordered if _has_records(found) else iter)(_sound(pieces, on_error, tally))
+        return
+    yield from _sound(_read_all(found, source.format, index), on_error, tally)
+
+
+def _has_records(found: Iterable[SourceFile]) -> bool:
+    return any(kind_of(file.relative, "code") is not Kind.WHOLE for file in found)
+
+
+def _sound(pieces: Iterable[Document | Unreadable], on_error: str, tally: Tally) -> Iterator[Document]:
+    for piece in pieces:
+        if not isinstance(piece, Unreadable):
+            tally.read += 1
+            yield piece
+            continue
+        if on_error == "stop":
+            raise DataError(f"{piece}. Repair or remove it, or set data.on_error: skip.") from piece
+        tally.read += piece.count
+        tally.skipped[piece.reason] += piece.count
+        tally.first_skipped = tally.first_skipped or str(piece)
+
+
+def _in_a_repository(piece: Document | Unreadable, path: str) -> Document | Unreadable:
+    if isinstance(piece, Unreadable) or piece.repository:
+        return piece
+    why = "belongs to no repository that is known, so per: repository has nowhere to put it"
+    return Unreadable(f"{path}: {piece.name}", why, "no_repository")
+
+
+def _read_all(found: Iterable[SourceFile], form: Format, index: int) -> Iterator[Document | Unreadable]:
+    for file in found:
+        try:
+            yield from _read(file, form, index)
+        except Unreadable as error:
+            yield error
+
+
+def _read(file: SourceFile, form: Format, index: int) -> Iterator[Document | Unreadable]:
+    kind = kind_of(file.relative, form)
+    if kind is Kind.WHOLE:
+        yield _whole_file(file, form, index)
+        return
+    for record in records(file, kind, columns_for(form, file.address)):
+        if isinstance(record, Unreadable):
+            yield record
+            continue
+        try:
+            yield document_of(record, form, index, f"{file.name}:{record.number}")
+        except Unreadable as error:
+            yield error
+
+
+def _whole_file(file: SourceFile, form: Format, index: int) -> Document:
+    if form == "chat":
+        raise Unreadable(file.address, "holds no records (.jsonl, .json, .parquet, .arrow, .feather)", "no_records")
+    with decompressed(file) as stream:
+        text = decoded(stream.read(), file.address)
+    if form == "text":
+        return Document(index, file.name, text)
+    return Document(index, file.name, text, file.repository, file.path)

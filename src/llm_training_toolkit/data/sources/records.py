@@ -1,0 +1,128 @@
+"""Reads files of records, a few at a time: JSON lines, a JSON list, Parquet, Arrow."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from llm_training_toolkit.data.sources.document import Unreadable
+from llm_training_toolkit.data.sources.kinds import Kind, compression
+from llm_training_toolkit.data.sources.opening import DAMAGE, damaged, decompressed, opened
+from llm_training_toolkit.data.sources.place import SourceFile
+
+_ROWS = 128
+"""Rows that are Python objects at a time."""
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_ARROW_FILE = b"ARROW1"
+"""What the file format begins with; the stream format begins with a length."""
+
+Columns = Callable[[Sequence[str]], list[str]]
+"""Which of the columns that a table has are needed; raises Unreadable where the needed ones are missing."""
+
+
+class Record(NamedTuple):
+    """One record: its number in the file, from 1 (for JSON lines the line), where it is in words, and its value."""
+
+    number: int
+    where: str
+    value: Any
+
+
+def records(file: SourceFile, kind: Kind, columns: Columns) -> Iterator[Record | Unreadable]:
+    """The records of a file in its order; those that cannot be read as the reason why.
+
+    Raises Unreadable where the file ends there: nothing after it can be read.
+    """
+    if kind is Kind.PARQUET or kind is Kind.ARROW:
+        return _rows(file, kind, columns)
+    return _json(file, kind)
+
+
+def _json(file: SourceFile, kind: Kind) -> Iterator[Record | Unreadable]:
+    number = 0
+    with decompressed(file) as stream:
+        try:
+            for number, raw in enumerate(stream, start=1):
+                line = raw.removeprefix(_BYTE_ORDER_MARK) if number == 1 else raw
+                if number == 1 and kind is Kind.JSON and line.lstrip().startswith(b"["):
+                    yield from _list(file, line + stream.read())
+                    return
+                yield from _line(file, number, line)
+        except DAMAGE as error:
+            raise damaged(f"{file.address}:{number + 1}", error) from error
+
+
+def _line(file: SourceFile, number: int, line: bytes) -> Iterator[Record | Unreadable]:
+    if not line.strip():
+        return
+    where = f"{file.address}:{number}"
+    try:
+        yield Record(number, where, _parsed(decoded(line, file.address, number), where))
+    except Unreadable as error:
+        yield error
+
+
+def _list(file: SourceFile, content: bytes) -> Iterator[Record]:
+    values = _parsed(decoded(content, file.address), file.address)
+    for number, value in enumerate(values, start=1):
+        yield Record(number, f"{file.address}, record {number}", value)
+
+
+def _parsed(text: str, where: str) -> Any:  # noqa: ANN401 - whatever JSON can say
+    try:
+        return json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise Unreadable(where, f"is not JSON ({error})", "invalid_json") from error
+
+
+def decoded(raw: bytes, address: str, first_line: int = 1) -> str:
+    """Bytes as text. Raises Unreadable, naming the line, where they are not UTF-8."""
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        line = first_line + raw.count(b"\n", 0, error.start)
+        why = f"is not UTF-8 (byte 0x{raw[error.start]:02x} at byte {error.start})"
+        raise Unreadable(f"{address}:{line}", why, "invalid_utf8") from error
+
+
+def _rows(file: SourceFile, kind: Kind, columns: Columns) -> Iterator[Record]:
+    if packed := compression(file.relative):
+        raise Unreadable(file.address, f"is {kind.value} compressed once more: undo its {packed}", "damaged")
+    with opened(file) as stream:
+        number = 0
+        # Mapped where it can be: a table of one batch may be larger than the memory.
+        content = pa.memory_map(file.location) if file.root.filesystem is None else stream
+        for batch in _parquet(content, columns) if kind is Kind.PARQUET else _arrow(content, columns):
+            for start in range(0, batch.num_rows, _ROWS):
+                for value in batch.slice(start, _ROWS).to_pylist():
+                    number += 1
+                    yield Record(number, f"{file.address}, row {number}", value)
+
+
+def _parquet(content: Any, columns: Columns) -> Iterator[Any]:  # noqa: ANN401 - pyarrow is untyped
+    """The needed columns, a part of a row group at a time."""
+    table = pq.ParquetFile(content)
+    needed = _needed(columns, table.schema_arrow.names, lambda: table.metadata.num_rows)
+    yield from table.iter_batches(_ROWS, columns=needed)
+
+
+def _arrow(content: Any, columns: Columns) -> Iterator[Any]:  # noqa: ANN401 - pyarrow is untyped
+    """The needed columns, a record batch at a time, of both of Arrow's formats: files, and streams like `datasets`'."""
+    is_file = content.read(len(_ARROW_FILE)) == _ARROW_FILE
+    content.seek(0)
+    table = pa.ipc.open_file(content) if is_file else pa.ipc.open_stream(content)
+    batches = map(table.get_batch, range(table.num_record_batches)) if is_file else iter(table)
+    needed = _needed(columns, table.schema.names, lambda: sum(batch.num_rows for batch in batches))
+    yield from (batch.select(needed) for batch in batches)
+
+
+def _needed(columns: Columns, names: Sequence[str], rows: Callable[[], int]) -> list[str]:
+    try:
+        return columns(names)
+    except Unreadable as error:
+        error.count = rows()  # of a table without the column not one document is lost, but every row
+        raise

@@ -1,0 +1,166 @@
+"""Finds files behind an address: S3 and Google Cloud through pyarrow, the Hugging Face hub and others by fsspec."""
+
+from __future__ import annotations
+
+import posixpath
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from textwrap import shorten
+from typing import Any
+from urllib.parse import quote
+
+import fsspec  # type: ignore[import-untyped]
+import pyarrow.fs as arrow
+from fsspec.utils import glob_translate  # type: ignore[import-untyped]
+from huggingface_hub import HfFileSystem
+
+from llm_training_toolkit.data.sources.patterns import HIDDEN, is_pattern, is_wanted_directory, split_pattern
+from llm_training_toolkit.data.sources.place import Root, SourceFile
+from llm_training_toolkit.errors import DataError
+
+_LONGEST_CAUSE = 300
+_OPTIONS = re.compile(r"\?(\w+=[^&?]*(?:&\w+=[^&?]*)*)$")
+_GOOGLE_PATIENCE = "retry_limit_seconds=60"
+"""Google's library goes on trying for a quarter of an hour, in silence."""
+_MARKS = (
+    "blob_id",
+    "etag",
+    "ETag",
+    "md5Hash",
+    "mtime",
+    "LastModified",
+    "Last-Modified",
+    "Content-MD5",
+    "last_modified",
+    "created",
+)
+_HINTS = {
+    "s3": "Check the address, the network and the keys: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE; "
+    "AWS_REGION; AWS_ENDPOINT_URL for a store that is not Amazon's.",
+    "gs": "Check the address, the network and the login: GOOGLE_APPLICATION_CREDENTIALS, or `gcloud auth "
+    "application-default login`; `gs://anonymous@bucket/…` for what is public.",
+    "hf": "Check the address (hf://datasets/owner/name/…), the network and, for a private or gated repository, the "
+    "login: `hf auth login` or HF_TOKEN.",
+}
+
+
+@contextmanager
+def reaching(address: str) -> Iterator[None]:
+    """Turn whatever goes wrong on the way to an address into a DataError that says what to check."""
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:  # the library of each protocol raises what it likes
+        said = shorten(str(error), _LONGEST_CAUSE) or type(error).__name__
+        raise DataError(f"data.sources: {address} cannot be read ({said}). {hint(address)}") from error
+
+
+def hint(address: str) -> str:
+    """What to check where an address gives nothing. Stores call absent what one may not see."""
+    return _HINTS.get(address.partition("://")[0], "Check the address, the network and your rights.")
+
+
+def find(address: str) -> tuple[list[SourceFile], bool]:
+    """The files at an address, and whether it is a directory: all below it, else the one, else those a glob matches.
+
+    Directories are searched as on a local disk. Raises DataError where the store does not answer or refuses.
+    """
+    with reaching(address):
+        scheme, filesystem, path = _connected(address)
+        kind = filesystem.get_file_info(path).type
+        if kind == arrow.FileType.Directory:
+            root = Root(path, posixpath.basename(path.rstrip("/")), filesystem, scheme)
+            return list(_below(root)), True
+        if kind == arrow.FileType.File:
+            folder, name = posixpath.split(path)
+            info = filesystem.get_file_info(path)
+            return [SourceFile(Root(folder, "", filesystem, scheme), name, "", _stamp(filesystem, info))], False
+        if is_pattern(path):
+            return list(_matching(filesystem, scheme, path)), False
+        return [], False
+
+
+def _connected(address: str) -> tuple[str, Any, str]:
+    """Scheme with slashes, pyarrow file system, and path in it. An address may end in options: `?region=eu-west-1`."""
+    protocol, _, rest = address.partition("://")
+    scheme = f"{protocol}://"
+    if protocol in {"s3", "gs", "gcs"}:
+        options = match[1] if (match := _OPTIONS.search(rest)) else ""
+        rest = _OPTIONS.sub("", rest)
+        if protocol != "s3" and "retry_limit_seconds" not in options:
+            options = f"{options}&{_GOOGLE_PATIENCE}".lstrip("&")
+        bucket, _, key = rest.partition("/")
+        # Only the bucket goes through the address: a wildcard or a space in the rest is no valid one.
+        filesystem, found = arrow.FileSystem.from_uri(f"{scheme}{quote(bucket, safe='@:.-_')}?{options}".rstrip("?"))
+        return scheme, filesystem, f"{found}/{key.strip('/')}".rstrip("/")
+    if protocol == "hf":
+        # An instance of its own each time: a shared one would answer from what it listed before.
+        inner, path = HfFileSystem(skip_instance_cache=True), rest
+    else:
+        inner, path = fsspec.core.url_to_fs(address)
+        inner.invalidate_cache()
+    return scheme, arrow.PyFileSystem(arrow.FSSpecHandler(inner)), path.rstrip("/")
+
+
+def _below(root: Root) -> Iterator[SourceFile]:
+    """The files below a directory that `is_wanted_directory` and no virtual environment hides."""
+    listed = _listed(root, recursive=True)
+    environments = {posixpath.dirname(name) for name in listed if posixpath.basename(name) == "pyvenv.cfg"}
+    checkouts = _checkouts(listed)
+    for name, info in listed.items():
+        folders = _folders(name)
+        wanted = all(is_wanted_directory(posixpath.basename(folder)) for folder in folders)
+        if wanted and environments.isdisjoint(folders) and not posixpath.basename(name).startswith(HIDDEN):
+            yield SourceFile(root, name, _nearest(folders, checkouts), _stamp(root.filesystem, info))
+
+
+def _matching(filesystem: Any, scheme: str, pattern: str) -> Iterator[SourceFile]:  # noqa: ANN401 - pyarrow is untyped
+    fixed, rest = split_pattern(pattern)
+    matches = re.compile(glob_translate(rest)).fullmatch
+    hidden_wanted = any(part.startswith(HIDDEN) for part in rest.split("/"))
+    root = Root(fixed, posixpath.basename(fixed), filesystem, scheme)
+    listed = _listed(root, recursive="/" in rest or "**" in rest)
+    checkouts = _checkouts(listed)
+    for name, info in listed.items():
+        if matches(name) and (hidden_wanted or not any(part.startswith(HIDDEN) for part in name.split("/"))):
+            yield SourceFile(root, name, _nearest(_folders(name), checkouts), _stamp(filesystem, info))
+
+
+def _listed(root: Root, *, recursive: bool) -> dict[str, Any]:
+    """What the store says of every file below a directory, by the path relative to it."""
+    selector = arrow.FileSelector(root.path, recursive=recursive, allow_not_found=True)
+    return {
+        info.path[len(root.path) :].lstrip("/"): info
+        for info in root.filesystem.get_file_info(selector)
+        if info.type == arrow.FileType.File
+    }
+
+
+def _checkouts(names: Iterable[str]) -> set[str]:
+    """The directories that are checkouts of git: those that hold a `.git`."""
+    return {match[1] for name in names if (match := re.match(r"(.+?)/\.git(?:/|$)", name))}
+
+
+def _nearest(folders: Iterable[str], among: set[str]) -> str:
+    return next((folder for folder in folders if folder in among), "")
+
+
+def _folders(name: str) -> list[str]:
+    """The directories above a name, the nearest first."""
+    parts = name.split("/")[:-1]
+    return ["/".join(parts[:end]) for end in range(len(parts), 0, -1)]
+
+
+def _stamp(filesystem: Any, info: Any) -> str:  # noqa: ANN401 - pyarrow is untyped
+    """Size and modification time; where a store has no time, the tag that it gives each version of a file."""
+    if info.mtime is not None:
+        return f"{info.size}\0{info.mtime_ns}"
+    known: dict[str, Any] = filesystem.handler.fs.info(info.path) if isinstance(filesystem, arrow.PyFileSystem) else {}
+    return f"{info.size}\0" + "\0".join(str(known[mark]) for mark in _MARKS if known.get(mark) is not None)
+
+
+def is_address(path: str) -> bool:
+    """Whether a path is an address, such as `s3://bucket/file`."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", path) is not None

@@ -1,0 +1,83 @@
+"""The data section: which fields of a source go with which format, and what can be held out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from llm_training_toolkit.config import Config, flatten, from_json, parse, to_json
+from llm_training_toolkit.errors import ConfigError
+
+CODE = {"path": "a", "format": "code"}
+
+
+def config(source: dict[str, Any] | None = None, held_out: dict[str, Any] | None = None) -> Config:
+    data = {"sequence_length": 64, "sources": [source or CODE], "eval": held_out or {}}
+    raw = {
+        "run": {"name": "x"},
+        "model": {"name": "qwen3-0.6b"},
+        "tokenizer": {"path": "t"},
+        "data": data,
+        "train": {"steps": 1},
+    }
+    return parse(raw, "a.yaml")
+
+
+REFUSED = [
+    ({"format": "chat", "fim": {}}, "data.sources.0: fim is for formats code and text"),
+    ({"format": "chat", "per": "repository"}, "data.sources.0: per: only for format code, not for chat"),
+    ({"format": "text", "metadata": True, "per": "repository"}, "per and metadata: only for format code, not for text"),
+    ({"loss": "all"}, "data.sources.0: loss is for format chat"),
+    ({"loss": "assistant"}, "data.sources.0: loss is for format chat"),
+    ({"format": "text", "loss": "last_turn"}, "data.sources.0: loss is for format chat"),
+]
+
+
+@pytest.mark.parametrize(("fields", "said"), REFUSED)
+def test_a_field_that_the_format_does_not_know_is_refused(fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        config({**CODE, **fields})
+    assert said in str(raised.value)
+
+
+ACCEPTED = [
+    {"per": "repository", "metadata": True, "fim": {"level": "document"}},
+    {"format": "text", "fim": {}},
+    {"format": "chat", "loss": "last_turn"},
+    {"format": "chat", "per": "file", "metadata": False},
+]
+
+
+@pytest.mark.parametrize("fields", ACCEPTED)
+def test_what_was_written_down_reads_back(fields: dict[str, Any]) -> None:
+    made = config({**CODE, **fields})
+    assert from_json(to_json(made)) == made
+    assert ('"loss": "' in to_json(made).replace('"loss": "all"', "")) == (fields.get("format") == "chat")
+
+
+def test_a_share_is_held_out_unless_files_are_named() -> None:
+    assert config().data.eval.fraction == 0.01
+    own = config(held_out={"sources": [CODE]})
+    assert own.data.eval.fraction == 0.0
+    assert from_json(to_json(own)) == own
+    assert flatten(own)["data.eval.sources.0.path"][1] == "a"
+
+
+BOTH = [
+    ({"fraction": 0.1}, "fraction chooses among the training documents"),
+    ({"fraction": 0.01}, "fraction chooses among the training documents"),
+    ({"by": "repository"}, "by chooses among the training documents"),
+]
+
+
+@pytest.mark.parametrize(("fields", "said"), BOTH)
+def test_a_share_and_files_of_ones_own_exclude_each_other(fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=r"a\.yaml: data\.eval: ") as raised:
+        config(held_out={"sources": [CODE], **fields})
+    assert said in str(raised.value)
+
+
+def test_what_is_held_out_is_not_rearranged() -> None:
+    with pytest.raises(ConfigError, match="held-out documents are not rearranged"):
+        config(held_out={"sources": [{**CODE, "fim": {}}]})

@@ -1,0 +1,176 @@
+"""The survey: what is held out, by document, by repository or by files of one's own; and what it costs to know."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from llm_training_toolkit.config.schema import Config, Data
+from llm_training_toolkit.data.markers import Markers
+from llm_training_toolkit.data.prepare import Prepared, prepare
+from llm_training_toolkit.data.sources import documents
+from llm_training_toolkit.data.store import Examples, read_values
+from llm_training_toolkit.data.survey import Survey, hold_out, reread, take
+from llm_training_toolkit.data.tokenizer import TextEncoder
+from llm_training_toolkit.errors import DataError
+
+Configure = Callable[..., Config]
+
+
+def data(*paths: Path, form: str = "code", **more: Any) -> Data:
+    sources = [{"path": str(path), "format": form} for path in paths]
+    return Data.model_validate({"sequence_length": 64, "sources": sources, **more})
+
+
+def survey(of: Data, folder: Path) -> Survey:
+    folder.mkdir(exist_ok=True)
+    take(of, folder, lambda _done: None)
+    return Survey.read(folder)
+
+
+def texts(of: Data, survey: Survey, *, held: bool) -> list[str]:
+    return [document.text for _, document in reread(of, survey, held=held)]
+
+
+def test_held_out_places_lie_below_the_fraction_and_are_never_none_or_all() -> None:
+    places = np.random.default_rng(0).integers(0, 1 << 64, 2000, dtype=np.uint64)
+    held = hold_out(places, 0.1)
+    assert 150 < held.sum() < 250
+    assert (hold_out(places[:1000], 0.1) == held[:1000]).all()
+    assert hold_out(places[:3], 1e-9).sum() == 1
+    assert hold_out(places[:3], 1 - 1e-9).sum() == 2
+    assert hold_out(np.repeat(places[:3], 4), 1e-9).sum() == 4  # equal places stay together
+    assert not hold_out(places[:1], 0.5).any()
+    assert not hold_out(places, 0.0).any()
+    assert len(hold_out(places[:0], 0.5)) == 0
+
+
+def test_a_survey_reads_back_what_was_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llm_training_toolkit.data.store._ROWS_PER_BATCH", 7)
+    lines = [json.dumps({"text": f"number {i}" if i % 5 else ""}) for i in range(40)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    of = data(tmp_path / "a.jsonl", form="text", eval={"fraction": 0.2})
+    taken = survey(of, tmp_path / "out")
+    assert taken.hashes.shape == (32, 16)
+    assert taken.count(held=True) + taken.count(held=False) == 32
+    assert taken.count(held=True, source=0) == taken.held.sum() > 0
+    assert taken.dropped == [{"empty": 8}]
+    names = read_values(tmp_path / "out" / "documents.arrow", "name")
+    assert names == [f"a.jsonl:{i + 1}" for i in range(40) if i % 5]
+    both = texts(of, taken, held=True) + texts(of, taken, held=False)
+    assert sorted(both) == sorted(f"number {i}" for i in range(40) if i % 5)
+
+
+def repositories(folder: Path, count: int) -> Path:
+    for i in range(count):
+        (folder / f"r{i}" / ".git").mkdir(parents=True)
+        for j in range(5):
+            (folder / f"r{i}" / f"{j}.py").write_text(f"file {j} of {i}\n", encoding="utf-8")
+    return folder
+
+
+def test_by_repository_no_file_of_a_held_out_one_is_trained_on(tmp_path: Path) -> None:
+    of = data(repositories(tmp_path / "all", 20), eval={"fraction": 0.2, "by": "repository"})
+    taken = survey(of, tmp_path / "out")
+    held, trained = ({text.split()[-1] for text in texts(of, taken, held=side)} for side in (True, False))
+    assert held
+    assert trained
+    assert held.isdisjoint(trained)
+    assert taken.count(held=True) == 5 * len(held)
+    by_document = survey(data(tmp_path / "all", eval={"fraction": 0.2}), tmp_path / "by_document")
+    assert by_document.count(held=True) % 5
+    # The name decides, not the content: a repository keeps its side when its files change.
+    for path in (tmp_path / "all").rglob("*.py"):
+        path.write_text("changed: " + path.read_text(encoding="utf-8"), encoding="utf-8")
+    again = survey(of, tmp_path / "again")
+    assert {text.split()[-1] for text in texts(of, again, held=True)} == held
+
+
+def test_one_repository_cannot_be_held_out_of_itself(tmp_path: Path) -> None:
+    of = data(repositories(tmp_path / "all", 1), eval={"by": "repository"})
+    with pytest.raises(DataError, match="all documents are of one repository"):
+        survey(of, tmp_path / "out")
+
+
+def own(path: Path, **more: Any) -> dict[str, Any]:
+    return {"eval": {"sources": [{"path": str(path), "format": "code", **more}]}}
+
+
+def test_files_of_ones_own_are_held_out_and_never_trained_on(tmp_path: Path) -> None:
+    for folder, names in {"train": "abcd", "eval": "cx"}.items():
+        (tmp_path / folder).mkdir()
+        for name in names:
+            (tmp_path / folder / f"{folder}_{name}.py").write_text(f"{name}\n", encoding="utf-8")
+    (tmp_path / "eval" / "again.py").write_text("x\n", encoding="utf-8")
+    of = data(tmp_path / "train", **own(tmp_path / "eval"))
+    taken = survey(of, tmp_path / "out")
+    assert texts(of, taken, held=True) == ["x\n", "c\n"]
+    assert texts(of, taken, held=False) == ["a\n", "b\n", "d\n"]
+    assert taken.dropped == [{"in_eval": 1}, {"duplicate": 1}]
+    assert [taken.count(held=held, source=source) for held in (True, False) for source in (0, 1)] == [0, 2, 3, 0]
+
+
+@pytest.mark.parametrize("trained", ["file", "repository"])
+@pytest.mark.parametrize("evaluated", ["file", "repository"])
+def test_no_file_of_the_evaluation_is_trained_on_in_a_repository_either(
+    tmp_path: Path, trained: str, evaluated: str
+) -> None:
+    repositories(tmp_path / "train", 3)
+    repositories(tmp_path / "eval", 1)
+    (tmp_path / "eval/r0/own.py").write_text("own\n", encoding="utf-8")
+    of = data(
+        sources=[{"path": str(tmp_path / "train"), "format": "code", "per": trained}],
+        **own(tmp_path / "eval", per=evaluated),
+    )
+    taken = survey(of, tmp_path / "out")
+    together = "".join(texts(of, taken, held=False))
+    assert "of 0" not in together
+    assert together.count("of 1") == together.count("of 2") == 5
+    assert taken.dropped[0] == {"in_eval": 5}
+
+
+def test_an_evaluation_of_nothing_is_an_error(tmp_path: Path) -> None:
+    repositories(tmp_path / "train", 1)
+    (tmp_path / "empty.py").write_text(" \n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"data\.eval\.sources: no document is left .*empty\.py"):
+        survey(data(tmp_path / "train", **own(tmp_path / "empty.py")), tmp_path / "out")
+    with pytest.raises(DataError, match=r"data\.sources: no document is left"):
+        survey(data(tmp_path / "train", **own(tmp_path / "train")), tmp_path / "out2")
+
+
+def held_out_text(prepared: Prepared, encoder: TextEncoder) -> str:
+    examples = Examples(prepared.directory / "held_out")
+    return "".join(encoder.decode(examples[i].tokens) for i in range(len(examples)))
+
+
+def test_a_run_with_an_evaluation_of_its_own(
+    configure: Configure, markers: Markers, corpus: Path, encoder: TextEncoder, tmp_path: Path
+) -> None:
+    (tmp_path / "eval").mkdir()
+    (tmp_path / "eval" / "unseen.py").write_text("def unseen(first): ...\n", encoding="utf-8")
+    (tmp_path / "eval" / "seen.py").write_bytes((corpus / "file07.py").read_bytes())
+    config = configure(fim={"rate": 1.0}, **own(tmp_path / "eval"))
+    prepared = prepare(config, markers)
+    trained, evaluated = prepared.receipt.sources
+    assert (trained.documents, trained.held_out, trained.dropped) == (40, 0, {"in_eval": 1})
+    assert (evaluated.documents, evaluated.held_out, evaluated.tokens) == (2, 2, 0)
+    assert evaluated.path == str(tmp_path / "eval")
+    text = held_out_text(prepared, encoder)
+    assert text.count("<|endoftext|>") == 2
+    assert "def unseen(first): ...\n<|endoftext|>" in text
+    assert "<fim_middle>" not in text
+    (tmp_path / "eval" / "unseen.py").write_text("def unseen(second): ...\n", encoding="utf-8")
+    assert prepare(config, markers).receipt.fingerprint != prepared.receipt.fingerprint
+
+
+def test_a_hash_takes_sixteen_bytes(tmp_path: Path) -> None:
+    repositories(tmp_path / "all", 2)
+    seen: set[bytes] = set()
+    list(documents(data(tmp_path / "all").sources[0], 0, seen=seen))
+    assert {len(digest) for digest in seen} == {16}
+    assert len(seen) == 10

@@ -1,0 +1,82 @@
+"""`ltt show-batch`: what it shows is what the step trains on."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console as Terminal
+
+from llm_training_toolkit.config import load
+from llm_training_toolkit.console import Console
+from llm_training_toolkit.data.batches import Sequences
+from llm_training_toolkit.errors import PlanError
+from llm_training_toolkit.launch.preparation import prepare_run
+from llm_training_toolkit.launch.show_batch import batch_json, print_batch, show_batch
+
+CHATS = [
+    [("user", "What is 1 + 1? <|im_end|>"), ("assistant", "2"), ("user", "Sure?"), ("assistant", "Yes, é.")],
+    [("system", "Be brief."), ("user", "Name a colour."), ("assistant", "Blue.")],
+]
+
+
+@pytest.fixture
+def config(launch_config: Callable[..., Path], tmp_path: Path) -> Path:
+    """A run on code with fill-in-the-middle and on a few conversations."""
+    chats = tmp_path / "chats.jsonl"
+    records = [{"messages": [{"role": role, "content": text} for role, text in chat]} for chat in CHATS]
+    chats.write_text("".join(json.dumps(record) + "\n" for record in records))
+    written = launch_config("shown")
+    sources = load(written).model_dump(mode="json", exclude_unset=True)["data"]["sources"]
+    sources.append({"path": str(chats), "format": "chat"})
+    return launch_config(
+        "shown", data={"sources": sources, "sequence_length": 128, "eval": {"fraction": 0.0}}, train={"steps": 9}
+    )
+
+
+def shown_json(config: Path, step: int) -> dict[str, Any]:
+    verb = [sys.executable, "-m", "llm_training_toolkit", "show-batch", str(config), "--step", str(step), "--json"]
+    done = subprocess.run(verb, capture_output=True, text=True, check=True)
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def test_a_step_is_shown_as_it_is_trained_on(config: Path) -> None:
+    made = load(config)
+    receipt = prepare_run(made, lambda _stage, _done, _total: None).receipt
+    sequences = Sequences(receipt, global_batch=made.train.global_batch)
+    for step in (1, 4):
+        found = shown_json(config, step)
+        assert found["step"] == step
+        rows = found["sequences"]
+        assert sum(row["loss_tokens"] for row in rows) == sequences.loss_tokens(step - 1)
+        for position, row in enumerate(rows):
+            assert row["text"] == sequences.text_of(step - 1, position)
+            assert sum(piece["tokens"] for piece in row["documents"]) + row["padding"] == made.data.sequence_length
+            assert all(piece["document"] and piece["source"] for piece in row["documents"])
+
+
+def test_colours_mark_what_is_to_be_predicted(config: Path) -> None:
+    made = load(config)
+    shown = [show_batch(made, step, Console(io.StringIO())) for step in range(1, 10)]
+    pieces = [piece for step in shown for sequence in step for piece in sequence.pieces]
+    [brief] = {piece.stretches for piece in pieces if piece.document == "chats.jsonl:2"}
+    assert "".join(stretch.text for stretch in brief if stretch.loss) == "<think>\n\n</think>\n\nBlue.<|im_end|>"
+    [asked] = {piece.stretches for piece in pieces if piece.document == "chats.jsonl:1"}
+    assert "What is 1 + 1? <|im_end|>" in "".join(stretch.text for stretch in asked if not stretch.special)
+    screen = io.StringIO()
+    for step, batch in enumerate(shown, start=1):
+        print_batch(step, batch, Terminal(file=screen, highlight=False))
+    assert "Yes, é.<|im_end|>" in screen.getvalue()
+    assert batch_json(1, shown[0])["sequences"][0]["documents"]
+
+
+def test_a_step_beyond_the_run_is_refused(config: Path) -> None:
+    with pytest.raises(PlanError, match="--step 10: the run has the steps 1 to 9"):
+        show_batch(load(config), 10, Console(io.StringIO()))
