@@ -38,8 +38,8 @@ def browser() -> str | None:
     return next((found for name in BROWSERS if (found := shutil.which(name))), None)
 
 
-def photograph(page: Page, picture: Path) -> list[str]:
-    """Save a picture of the page as PNG; what the page wrote to its console as errors comes back."""
+def photograph(page: Page, picture: Path) -> None:
+    """Save a picture of the page as PNG. Raises SystemExit for a script that fails and for errors on the page."""
     found = browser()
     if found is None:
         raise SystemExit(f"no browser found ({', '.join(BROWSERS)}): install Chromium")
@@ -49,12 +49,12 @@ def photograph(page: Page, picture: Path) -> list[str]:
         options += [f"--user-data-dir={profile}", f"--window-size={page.size[0]},{page.size[1]}", "about:blank"]
         with subprocess.Popen([found, *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
             try:
-                return asyncio.run(_drive(Path(profile), page, picture))
+                asyncio.run(_drive(Path(profile), page, picture))
             finally:
                 process.terminate()
 
 
-async def _drive(profile: Path, page: Page, picture: Path) -> list[str]:
+async def _drive(profile: Path, page: Page, picture: Path) -> None:
     async with aiohttp.ClientSession() as session:
         port = await _port(profile)
         async with session.get(f"http://127.0.0.1:{port}/json/list") as answer:
@@ -65,11 +65,14 @@ async def _drive(profile: Path, page: Page, picture: Path) -> list[str]:
             await wire.ask("Page.navigate", url=page.address)
             await asyncio.sleep(page.seconds)
             for script in page.scripts:
-                await wire.ask("Runtime.evaluate", expression=script)
+                done = await wire.ask("Runtime.evaluate", expression=script)
+                if "exceptionDetails" in done:
+                    raise SystemExit(f"{page.address}: {script}: {done['exceptionDetails']['text']}")
                 await asyncio.sleep(page.seconds / 2)
             shot = await wire.ask("Page.captureScreenshot", format="png")
             picture.write_bytes(base64.b64decode(shot["data"]))
-            return wire.errors
+            if wire.errors:
+                raise SystemExit(f"{page.address}: errors on the page: {'; '.join(wire.errors)}")
 
 
 async def _port(profile: Path, seconds: float = 30) -> int:
@@ -94,8 +97,10 @@ class _Wire:
         self._number += 1
         await self._socket.send_str(json.dumps({"id": self._number, "method": method, "params": parameters}))
         while True:
-            message = json.loads((await self._socket.receive()).data)
+            message = await self._socket.receive_json()
             if message.get("id") == self._number:
+                if "error" in message:
+                    raise SystemExit(f"{method}: {message['error']['message']}")
                 result: dict[str, Any] = message["result"]
                 return result
             if message.get("method") == "Runtime.exceptionThrown":

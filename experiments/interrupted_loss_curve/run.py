@@ -26,7 +26,7 @@ ROOT = HERE.parents[1]
 RESULT = HERE / "result.json"
 PICTURE = ROOT / "docs" / "pictures" / "interrupted_loss_curve.png"
 STEPS = 300
-LENGTH = [f"train.steps={STEPS}", "checkpoint.every=40", "eval.every=100"]
+LENGTH = [f"train.steps={STEPS}", "checkpoint.every=40", "eval.every=100", "cluster.gpus_per_worker=0"]
 PACKAGES = ("torch", "deepspeed", "ray", "transformers")
 
 
@@ -70,7 +70,7 @@ class Run:
     def rows(self) -> list[dict[str, Any]]:
         """The numbers of every step recorded so far; a step that was repeated occurs again."""
         file = self.path / "metrics.jsonl"
-        lines = file.read_text().splitlines() if file.exists() else []
+        lines = [line for line in file.read_text().splitlines() if line.endswith("}")] if file.exists() else []
         return [row for row in map(json.loads, lines) if "train/loss" in row]
 
     def wait_for(self, step: int) -> None:
@@ -84,6 +84,12 @@ class Run:
         """Wait for the end of the command."""
         if (code := self.process.wait()) != expected:
             raise SystemExit(f"{self.path}: exit code {code}, {expected} was expected")
+
+    def end(self) -> None:
+        """Leave no process behind, whatever happened."""
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
 
     def suffer(self, event: Event) -> int:
         """Do to the run what the event says; the last step recorded before it."""
@@ -106,9 +112,12 @@ class Run:
 def trained(name: str, directory: Path, events: Sequence[Event]) -> dict[str, Any]:
     """Train a run through its events: the loss of every step, the final evaluation, and when what happened."""
     run = Run(name, directory)
-    run.start(workers=2)
-    happened = [asdict(event) | {"step": run.suffer(event)} for event in events]
-    run.finish()
+    try:
+        run.start(workers=2)
+        happened = [asdict(event) | {"step": run.suffer(event)} for event in events]
+        run.finish()
+    finally:
+        run.end()
     rows = run.rows()
     losses = {row["step"]: row["train/loss"] for row in rows}
     evaluations = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
@@ -127,7 +136,7 @@ def measure(directory: Path) -> dict[str, Any]:
 
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, no GPU, Python {platform.python_version()}",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, on CPU, Python {platform.python_version()}",
         "versions": {package: version(package) for package in PACKAGES},
         "undisturbed": trained("undisturbed", directory, []),
         "disturbed": trained("disturbed", directory, DISTURBED),

@@ -10,7 +10,7 @@ import torch
 from llm_training_toolkit import families
 from llm_training_toolkit.config import parse
 from llm_training_toolkit.models import build_model
-from llm_training_toolkit.plan.memory import Load, activations
+from llm_training_toolkit.plan.memory import Load, layer_bytes_per_token
 
 TOKENS = 256
 QWEN = {"hidden_size": 256, "intermediate_size": 768, "num_attention_heads": 8, "vocab_size": 256}
@@ -68,4 +68,4 @@ def test_a_layer_keeps_what_the_plan_counts(name: str, precision: Literal["bf16"
     )
     # The difference of two depths leaves out what lies outside the layers.
     layer = (kept_bytes(name, 3, precision, attention) - kept_bytes(name, 1, precision, attention)) / 2
-    assert activations(load) == pytest.approx(layer, rel=0.02)
+    assert TOKENS * layer_bytes_per_token(load) == pytest.approx(layer, rel=0.02)

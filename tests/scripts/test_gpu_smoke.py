@@ -68,7 +68,7 @@ def test_everything_is_rehearsed_on_cpu_without_ray_and_yaml(
 ) -> None:
     for module in ("ray", "ruamel.yaml"):
         assert python(f"import {module}", without_ray_and_yaml).returncode == 1
-    done, report = smoke(tmp_path / "report.json", "--device", "cpu", "--minutes", "4", **without_ray_and_yaml)
+    done, report = smoke(tmp_path / "report.json", "--device", "cpu", "--minutes", "10", **without_ray_and_yaml)
     assert done.returncode == 0, done.stdout + done.stderr
     assert report["status"] == "ok"
     rows = {row["name"]: row for row in report["rows"]}
@@ -91,6 +91,7 @@ def test_what_has_no_time_left_is_skipped(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.slow
 @pytest.mark.timeout(720)
 def test_every_check_is_right_on_a_gpu(tmp_path: Path) -> None:
     import torch

@@ -110,17 +110,18 @@ def optimizer(load: Load) -> int:
 
 
 def activations(load: Load) -> int:
-    """What the forward pass keeps for the backward pass, in bytes.
+    """What the forward pass keeps for the backward pass, and the gradients of one layer at a time, in bytes.
 
     With checkpointing a layer keeps its input, and one layer at a time is whole.
     """
-    model, layer = load.model, _layer_bytes_per_token(load)
-    recomputed = model.layers * model.hidden * load.width + layer
-    return load.tokens * (recomputed if load.activation_checkpointing else model.layers * layer)
+    model, layer = load.model, layer_bytes_per_token(load)
+    kept = model.layers * (model.hidden * load.width if load.activation_checkpointing else layer)
+    borrowed = layer * (2 if load.activation_checkpointing else 1)
+    return load.tokens * (kept + borrowed)
 
 
-def _layer_bytes_per_token(load: Load) -> int:
-    """Counted operation by operation, as autograd keeps them for the models of transformers 5 (w = `load.width`).
+def layer_bytes_per_token(load: Load) -> int:
+    """What one layer keeps of a token, as autograd keeps it for the models of transformers 5 (w = `load.width`).
 
     Two norms: their inputs and outputs, 4 h w; an RMSNorm also keeps its input in fp32 and what it has normalised,
     2 h 4. The same for the norms of queries and keys. Attention: queries, keys, values and its output, keys and
