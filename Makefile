@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test check bench-step format install requirements docs clean
+.PHONY: quickstart test check bench-step bench-start gpu-smoke cluster format install requirements docs clean
 
 quickstart: $(VENV)/.installed  ## install, train a small model on this machine, export it, let it write
 	@$(BIN)/ltt train configs/quickstart.yaml
@@ -20,6 +20,15 @@ check: $(VENV)/.installed-dev  ## format, lint, types, import contract, fast tes
 
 bench-step: $(VENV)/.installed  ## tokens per second of this loop beside four others (ten minutes, a quiet machine)
 	$(BIN)/python benchmarks/bench_step.py
+
+bench-start: $(VENV)/.installed  ## seconds from command to first step beside an empty TorchTrainer (a quiet machine)
+	$(BIN)/python benchmarks/bench_start.py
+
+cluster: $(VENV)/.installed  ## a Ray cluster of this machine alone, with a token, until Ctrl-C (cluster/local.yaml)
+	@$(BIN)/python cluster/start.py
+
+gpu-smoke: $(VENV)/.installed  ## whether it works on this machine's GPU, in five minutes; without one it says so
+	@$(BIN)/python scripts/gpu_smoke.py
 
 format: $(VENV)/.installed-dev  ## write the format
 	$(BIN)/ruff format .

@@ -58,6 +58,15 @@ def test_a_killed_run_is_lost_and_a_held_one_is_running(run: RunDirectory) -> No
     assert (lost.state, lost.seconds_left) == ("lost", None)
 
 
+def test_steps_that_a_later_attempt_does_again_do_not_count(run: RunDirectory) -> None:
+    with run.metrics.open("a") as file:
+        rows = [{"step": step, "attempt": 2, "train/loss": 1.0} for step in range(1, 3)]
+        file.write("\n" + "".join(json.dumps(row) + "\n" for row in rows))
+    run.checkpoint(4, 1).joinpath("manifest.json").unlink()
+    found = status(run)
+    assert (found.step, found.loss) == (2, 1.0)
+
+
 def test_a_run_that_is_claimed_before_its_first_attempt_is_starting(run: RunDirectory) -> None:
     with claim(run):
         assert status(run).state == "starting"

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
-import torch.distributed as dist
+if TYPE_CHECKING:
+    import torch
 
+# torch.distributed is imported where several ranks talk: the driver, which reads this module too, needs no torch.
 T = TypeVar("T")
 Event = Mapping[str, Any]
 
@@ -45,12 +46,16 @@ class RunContext:
     def barrier(self) -> None:
         """Wait for all ranks."""
         if self.world_size > 1:
+            import torch.distributed as dist  # noqa: PLC0415
+
             dist.barrier()
 
     def broadcast(self, value: T) -> T:
         """Rank 0's value, on every rank."""
         if self.world_size == 1:
             return value
+        import torch.distributed as dist  # noqa: PLC0415
+
         box = [value]
         dist.broadcast_object_list(box, src=0)
         return box[0]
@@ -59,6 +64,8 @@ class RunContext:
         """Every rank's value, in the order of ranks, on every rank."""
         if self.world_size == 1:
             return [value]
+        import torch.distributed as dist  # noqa: PLC0415
+
         values: list[T] = [value] * self.world_size
         dist.all_gather_object(values, value)
         return values
@@ -67,6 +74,9 @@ class RunContext:
         """Each value summed over the ranks in double precision, in one exchange."""
         if self.world_size == 1:
             return [float(value) for value in values]
+        import torch  # noqa: PLC0415
+        import torch.distributed as dist  # noqa: PLC0415
+
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(tensor)
         return [float(value) for value in tensor.tolist()]

@@ -59,7 +59,7 @@ def _runs(directory: Path) -> Iterator[RunDirectory]:
 def status(run: RunDirectory) -> RunStatus:
     """How one run stands now."""
     attempt = attempt_record(run, last_attempt(run))
-    rows = list(_newest_rows(run.metrics))
+    rows = list(_present(newest_rows(run.metrics)))
     checkpoint = _newest_checkpoint(run)
     state = _state(attempt, held=_is_held(run))
     step = max([int(row["step"]) for row in rows] + [place[0] for place in [checkpoint] if place], default=0)
@@ -105,7 +105,7 @@ def _newest_checkpoint(run: RunDirectory) -> tuple[int, int] | None:
     return max((place for place in places if place), default=None)
 
 
-def _newest_rows(metrics: Path) -> Iterator[dict[str, Any]]:
+def newest_rows(metrics: Path) -> Iterator[dict[str, Any]]:
     """The last lines of metrics.jsonl that are whole."""
     if not metrics.is_file():
         return
@@ -119,6 +119,12 @@ def _newest_rows(metrics: Path) -> Iterator[dict[str, Any]]:
         except ValueError:
             continue
         yield row
+
+
+def _present(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The rows of the newest attempt among them: what an earlier one did beyond its start has been done again."""
+    found = list(rows)
+    return (row for row in found if row.get("attempt") == found[-1].get("attempt"))
 
 
 def _seconds_left(rows: Iterable[dict[str, Any]], step: int, steps: int | None) -> float | None:

@@ -14,6 +14,7 @@ import re
 import socket
 import sys
 import time
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -30,7 +31,8 @@ _PACKAGES = ("llm-training-toolkit", "torch", "deepspeed", "ray", "transformers"
 def write_atomically(path: Path, text: str) -> None:
     """Write a text file so that a reader, or a crash, sees the old content or the new, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    # Not the process id: ranks in like containers share it and may write at the same moment.
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
         with temporary.open("w") as file:
             file.write(text)
@@ -184,15 +186,32 @@ def attempt_record(run: RunDirectory, attempt: int) -> dict[str, Any]:
 
 def _close_attempt(run: RunDirectory, attempt: int) -> None:
     """An attempt that still says `running` when the next one begins was killed."""
-    if attempt_record(run, attempt).get("state") == "running":
-        with suppress(OSError):
+    with suppress(OSError, ValueError):
+        if attempt_record(run, attempt).get("state") == "running":
             end_attempt(run, attempt, "lost")
 
 
 def end_attempt(run: RunDirectory, attempt: int, state: str, **facts: object) -> None:
     """Record how an attempt ended: `finished`, `stopped`, `failed` or `lost` (killed)."""
-    record = attempt_record(run, attempt) | {"state": state, "ended": time.time(), **facts}
-    write_atomically(run.attempts / f"{attempt:04d}.json", json.dumps(record, indent=1))
+    path = run.attempts / f"{attempt:04d}.json"
+    record = json.loads(path.read_text()) | {"state": state, "ended": time.time(), **facts}
+    write_atomically(path, json.dumps(record, indent=1))
+
+
+def fail_attempt(run: RunDirectory, attempt: int, error: str) -> None:
+    """Record that an attempt failed; of several ranks the first to say so names the cause."""
+    if attempt_record(run, attempt).get("state") != "failed":
+        end_attempt(run, attempt, "failed", error=error)
+
+
+def mark_out_of_memory(run: RunDirectory, attempt: int) -> None:
+    """Leave a mark that no other rank's failure can take back; the next attempt takes less."""
+    (run.attempts / f"{attempt:04d}.out_of_memory").touch()
+
+
+def ran_out_of_memory(run: RunDirectory, attempt: int) -> bool:
+    """Whether any rank of an attempt left that mark."""
+    return (run.attempts / f"{attempt:04d}.out_of_memory").exists()
 
 
 def environment() -> dict[str, Any]:

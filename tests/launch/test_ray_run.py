@@ -146,6 +146,23 @@ def test_a_killed_worker_is_replaced_and_nothing_is_lost(
     assert_same_run(run, run_of(undisturbed))
 
 
+def test_when_no_restart_is_left_the_cause_is_said(
+    launch_config: Callable[..., Path], ray_environment: Environment
+) -> None:
+    config = launch_config("alone-killed", **SECTIONS, cluster={"workers": 1}, failures={"max": 0})
+    run = run_of(config)
+    with subprocess.Popen(
+        command(config), env=ray_environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        wait_for_step(run, 2, process)
+        os.kill(json.loads((run.attempts / "0001.json").read_text())["pid"], signal.SIGKILL)
+        _, err = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "rank 0 failed" in err
+    assert "All restarts (failures.max = 0) are used up; the same command goes on" in err
+    assert "Traceback" not in err
+
+
 def test_an_error_of_ours_ends_the_run_at_once_with_its_words(
     undisturbed: Path, tmp_path: Path, ray_environment: Environment
 ) -> None:

@@ -9,13 +9,26 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
 
+from conftest import tiny_config
 from launch.conftest import Environment, command, run_of
-from llm_training_toolkit.launch.sizing import _container_free, is_out_of_memory
-from llm_training_toolkit.runs import RunDirectory, attempt_record
+from llm_training_toolkit.config import Config
+from llm_training_toolkit.context import RunContext
+from llm_training_toolkit.data.receipt import Receipt
+from llm_training_toolkit.launch.place import Place
+from llm_training_toolkit.launch.sizing import container_free, is_out_of_memory, load_of, with_micro_batch
+from llm_training_toolkit.runs import (
+    RunDirectory,
+    attempt_record,
+    begin_attempt,
+    end_attempt,
+    fail_attempt,
+    mark_out_of_memory,
+)
 
 TRAIN = {"steps": 3, "global_batch": 32, "micro_batch": "auto"}
 SECTIONS = {
@@ -35,6 +48,8 @@ SECTIONS = {
 """A model whose activations, 50 MB a sequence, are most of what it needs."""
 LIMIT = 3900
 """Megabytes beside the imports: 32 sequences at once need 4,460, 16 need 3,390 (measured)."""
+LIMIT_ON_RAY = 2400
+"""Megabytes beside what a Ray worker holds when its attempt begins: 32 need 2,910, 16 need 1,810 (measured)."""
 LIMITED = """
 import resource, sys
 import deepspeed, torch, transformers
@@ -52,7 +67,7 @@ def losses(run: RunDirectory) -> list[float]:
 
 
 def attempts(run: RunDirectory) -> list[dict[str, object]]:
-    return [json.loads(path.read_text()) for path in sorted(run.attempts.iterdir())]
+    return [json.loads(path.read_text()) for path in sorted(run.attempts.glob("*.json"))]
 
 
 def limited(config: Path, megabytes: int, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -87,14 +102,64 @@ def test_a_micro_batch_that_was_asked_for_is_not_changed(launch_config: Callable
     assert [each["micro_batch"] for each in attempts(run_of(config))] == [32, 16]
 
 
-def test_what_a_container_leaves(tmp_path: Path) -> None:
-    assert _container_free(tmp_path) == float("inf")
-    (tmp_path / "memory.max").write_text("1000\n")
-    (tmp_path / "memory.current").write_text("700\n")
-    (tmp_path / "memory.stat").write_text("anon 400\ninactive_file 250\n")
-    assert _container_free(tmp_path) == 550
-    (tmp_path / "memory.max").write_text("max\n")
-    assert _container_free(tmp_path) == float("inf")
+def write_group(group: Path, limit: str, used: int, cached: int) -> None:
+    group.mkdir(parents=True, exist_ok=True)
+    (group / "memory.max").write_text(f"{limit}\n")
+    (group / "memory.current").write_text(f"{used}\n")
+    (group / "memory.stat").write_text(f"anon 1\ninactive_file {cached}\n")
+
+
+def test_the_tightest_group_counts(tmp_path: Path) -> None:
+    assert container_free("0::/\n", tmp_path) == float("inf")
+    write_group(tmp_path, "1000", 700, 250)
+    assert container_free("0::/\n", tmp_path) == 550
+    write_group(tmp_path / "job", "400", 350, 0)
+    write_group(tmp_path / "job" / "step", "max", 10, 0)
+    assert container_free("0::/job/step\n", tmp_path) == 50
+
+
+def test_older_systems_have_a_folder_for_memory(tmp_path: Path) -> None:
+    group = tmp_path / "memory" / "job"
+    group.mkdir(parents=True)
+    (group / "memory.limit_in_bytes").write_text("900\n")
+    (group / "memory.usage_in_bytes").write_text("500\n")
+    (group / "memory.stat").write_text("total_inactive_file 100\n")
+    assert container_free("5:cpu,cpuacct:/job\n4:memory:/job\n", tmp_path) == 500
+
+
+def chosen(run: RunDirectory, config: Config) -> int:
+    rows = with_micro_batch(
+        Place(run, config, cast("Receipt", None)), RunContext(0, 1, torch.device("cpu"))
+    ).train.micro_batch
+    assert rows != "auto"
+    return rows
+
+
+def test_an_attempt_learns_from_the_one_before(corpus: Path, tmp_path: Path) -> None:
+    config = tiny_config(corpus, tmp_path, train={"steps": 3, "global_batch": 8, "micro_batch": "auto"})
+    run = RunDirectory(tmp_path / "run")
+    context = RunContext(0, 1, torch.device("cpu"))
+
+    def attempt(rows: int, asked: int | str = "auto") -> int:
+        return begin_attempt(run, {"load": load_of(config, context), "micro_batch": rows, "asked": asked})
+
+    assert chosen(run, config) == 8, "nothing is known: by the estimate"
+    end_attempt(run, attempt(4), "stopped")
+    assert chosen(run, config) == 4, "as before, so that a resume repeats every bit"
+    end_attempt(run, attempt(1, asked=1), "stopped")
+    assert chosen(run, config) == 4, "a number somebody asked for is not kept"
+    number = attempt(4)
+    mark_out_of_memory(run, number)
+    fail_attempt(run, number, "rank 1: out of memory")
+    fail_attempt(run, number, "rank 0: connection closed by peer")
+    assert chosen(run, config) == 2, "another rank's failure does not take the mark back"
+    assert attempt_record(run, number)["error"] == "rank 1: out of memory"
+    attempt(2)
+    assert chosen(run, config) == 1, "killed before its first step"
+    longer = tiny_config(
+        corpus, tmp_path, train={"global_batch": 8, "micro_batch": "auto"}, data={"sequence_length": 32}
+    )
+    assert chosen(run, longer) == 8, "another load"
 
 
 def test_an_allocation_that_fails_is_told_from_other_errors() -> None:
@@ -110,7 +175,8 @@ def test_an_allocation_that_fails_is_told_from_other_errors() -> None:
 def test_on_ray_the_next_attempt_takes_less_and_no_restart_is_spent(
     launch_config: Callable[..., Path], ray_environment: Environment
 ) -> None:
-    config = launch_config("narrow-ray", **SECTIONS | {"cluster": {"workers": 1}, "failures": {"max": 0}})
+    sections = SECTIONS | {"train": TRAIN | {"global_batch": 64}, "cluster": {"workers": 2}, "failures": {"max": 0}}
+    config = launch_config("narrow-ray", **sections)
     run = run_of(config)
     with subprocess.Popen(command(config), env=ray_environment, stdout=subprocess.PIPE, text=True) as process:
         _limit_the_first_attempt(run)
@@ -121,11 +187,11 @@ def test_on_ray_the_next_attempt_takes_less_and_no_restart_is_spent(
 
 
 def _limit_the_first_attempt(run: RunDirectory) -> None:
-    """Set the limit on the worker itself, as soon as it has said who it is; later workers have none."""
+    """Set the limit on rank 0 alone, as soon as it has said who it is; later workers have none."""
     end = time.monotonic() + 100
     while not (found := attempt_record(run, 1)):
         assert time.monotonic() < end
         time.sleep(0.02)
     pid = int(found["pid"])
     size = int(Path(f"/proc/{pid}/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.prlimit(pid, resource.RLIMIT_AS, (size + LIMIT * 2**20, resource.RLIM_INFINITY))
+    resource.prlimit(pid, resource.RLIMIT_AS, (size + LIMIT_ON_RAY * 2**20, resource.RLIM_INFINITY))

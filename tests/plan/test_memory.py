@@ -53,10 +53,10 @@ def test_the_bucket_and_the_gathered_weights_are_bounded() -> None:
 
 
 def test_activations_by_hand() -> None:
-    per_token = 4 * 64 + 2 * (64 + 2 * 32) + 64 + 4 * 128
-    assert estimate(LOAD).activations == 2 * 64 * 2 * per_token
+    per_token = 2 * 64 * 4 + 2 * 4 * 64 + 2 * 4 * 128 + 32 * 2
+    assert estimate(LOAD).activations == 3 * 64 * per_token
     recomputed = estimate(replace(LOAD, activation_checkpointing=True)).activations
-    assert recomputed == 2 * 64 * (2 * 64 + per_token)
+    assert recomputed == 64 * (2 * 64 * 2 + 2 * per_token)
 
 
 def test_logits_by_hand() -> None:

@@ -11,17 +11,19 @@ import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import torch
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
-from torch import Tensor
 
 from llm_training_toolkit.checkpoint.manifest import NAME, FileEntry, Manifest, digest
 from llm_training_toolkit.context import RunContext
 from llm_training_toolkit.errors import CheckpointError
 from llm_training_toolkit.runs import write_atomically
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 class Piece(Protocol):

@@ -20,17 +20,25 @@ from typing import Any, NamedTuple, get_origin
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
-from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError, YAMLError
-from ruamel.yaml.nodes import CollectionNode, MappingNode, Node, ScalarNode, SequenceNode
 
 from llm_training_toolkit.config.fields import Key, dotted, inner_section, kinds, locate, plain_type, sections
 from llm_training_toolkit.config.schema import Config, Section
 from llm_training_toolkit.errors import ConfigError
 
+_NO_YAML = ""
+"""Why YAML cannot be read here; plain data and resolved.json are read all the same."""
+try:
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import MarkedYAMLError, YAMLError
+    from ruamel.yaml.nodes import CollectionNode, MappingNode, Node, ScalarNode, SequenceNode
+except ModuleNotFoundError:  # a plain CUDA image
+    _NO_YAML = "YAML cannot be read here: `pip install ruamel.yaml`"
+
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Config:
     """The configuration in a YAML file, changed by `key=value` overrides."""
+    if _NO_YAML:
+        raise ConfigError(f"{path}: {_NO_YAML}")
     document = _Document(str(path))
     _read_file(path, document)
     for number, override in enumerate(overrides):
@@ -378,6 +386,8 @@ def _hint(value: object, annotation: object) -> str:
 
 def _bare(text: str) -> object:
     """What the text would be without its quotes."""
+    if _NO_YAML:
+        return text
     try:
         return YAML(typ="safe", pure=True).load(text)
     except (YAMLError, ValueError):

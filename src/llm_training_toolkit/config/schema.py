@@ -281,7 +281,8 @@ class Train(Section):
     """Sequences per optimizer step, over all workers. Never changes, whatever the number of workers."""
     micro_batch: Annotated[Annotated[int, Field(ge=1)] | Literal["auto"], Tag.FREE] = "auto"
     """Sequences per forward pass on one worker. Changes memory and speed, not the result. `auto` = as many as the
-    memory estimate leaves room for on the device, and half of them whenever they turn out to be too many."""
+    memory estimate leaves room for on the device, and half of them whenever an allocation fails. A resume keeps it;
+    another start of the same file may take another, and then rounds differently."""
     precision: Annotated[Literal["bf16", "fp32"], Tag.IDENTITY] = "bf16"
     """Precision of the forward and backward pass. Weights are kept and updated in fp32 either way."""
 

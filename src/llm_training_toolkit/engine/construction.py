@@ -5,6 +5,7 @@ Called by the worker before a model exists.
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -25,6 +26,23 @@ def prepare_process(device_type: str) -> None:
     import deepspeed  # noqa: PLC0415 - the accelerator is chosen at import
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    _import_muon_uncompiled()
+
+
+def _import_muon_uncompiled() -> None:
+    """Import DeepSpeed's Muon without torch.compile; nothing here uses it.
+
+    Every ZeRO optimizer imports it only to ask whether it is the one in use, and its decorators load torch's
+    whole compiler: 0.9 s at every start of every rank (DeepSpeed 0.19.8, `is_zero_supported_optimizer`).
+    """
+    from deepspeed.runtime import compiler  # noqa: PLC0415 - after the accelerator is chosen
+
+    kept = compiler.compile
+    compiler.compile = lambda: compiler.dummy_decorator
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    finally:
+        compiler.compile = kept
 
 
 @contextmanager

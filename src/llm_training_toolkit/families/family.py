@@ -74,6 +74,10 @@ class Anatomy:
     """Parameters of the final norm."""
     positions: int = 0
     """Rows of the table of learned positions; 0 = rotary."""
+    rms_norms: bool = False
+    """The norms are RMSNorms, computed in fp32 whatever the precision, instead of LayerNorms."""
+    head_norms: bool = False
+    """Queries and keys are normalised head by head."""
     window: int | None = None
     """Tokens a position sees; None = all before it."""
 

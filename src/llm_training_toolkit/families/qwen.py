@@ -53,7 +53,7 @@ _COMMON = {
 }
 
 
-def _anatomy(hf: HfValues, head_dim: int, vectors_per_layer: int) -> Anatomy:
+def _anatomy(hf: HfValues, head_dim: int, vectors_per_layer: int, *, head_norms: bool = False) -> Anatomy:
     return Anatomy(
         vocab=hf["vocab_size"],
         hidden=hf["hidden_size"],
@@ -63,6 +63,8 @@ def _anatomy(hf: HfValues, head_dim: int, vectors_per_layer: int) -> Anatomy:
         head_dim=head_dim,
         intermediate=hf["intermediate_size"],
         gated=True,
+        rms_norms=True,
+        head_norms=head_norms,
         tied=hf["tie_word_embeddings"],
         vectors_per_layer=vectors_per_layer,
         vectors_outside=hf["hidden_size"],
@@ -81,7 +83,7 @@ def qwen3_anatomy(hf: HfValues) -> Anatomy:
     head_dim, hidden = hf["head_dim"], hf["hidden_size"]
     heads_with_bias = hf["num_attention_heads"] + 2 * hf["num_key_value_heads"]
     biases = heads_with_bias * head_dim + hidden if hf["attention_bias"] else 0
-    return _anatomy(hf, head_dim, biases + 2 * head_dim + 2 * hidden)
+    return _anatomy(hf, head_dim, biases + 2 * head_dim + 2 * hidden, head_norms=True)
 
 
 def _qwen2(name: str, tokens: SpecialTokens, chat_template: str) -> Family:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -15,6 +16,19 @@ from llm_training_toolkit.errors import LaunchError
 _ASK_EVERY = 0.3
 """Seconds between a worker's questions whether to stop: the loop itself never waits for the answer."""
 
+_MOST_HELPED = 20
+"""Halvings of a micro-batch that are not counted as failures: more than any micro-batch has."""
+
+
+@dataclass
+class _Group:
+    """What is known of the workers that run now."""
+
+    cause: str = ""
+    """What the first rank to fail told; the others lose their connection to it."""
+    helped: bool = False
+    answer: str | None = None
+
 
 class _Control:
     """State of the line; lives in an actor beside the driver and ends with it."""
@@ -23,28 +37,45 @@ class _Control:
         self._events: list[Event] = []
         self._stop = False
         self._final = ""
-        self._helped = False
-        self._failures = 0
+        self._failures = self._helped = 0
+        self._group = _Group()
 
     def post(self, event: Event) -> None:
         """A worker tells something."""
         self._events.append(event)
-        if event["kind"] == "error" and event["final"]:
-            self._final = self._final or str(event["text"])
-        self._helped = self._helped or (event["kind"] == "error" and event["helped"])
+        if event["kind"] == "started":
+            self._group = _Group()
+        elif event["kind"] == "error":
+            self._group.cause = self._group.cause or f"rank {event['rank']} failed: {event['text']}"
+            self._group.helped = self._group.helped or event["helped"]
+            if event["final"]:
+                self._final = self._final or str(event["text"])
 
-    def verdict(self, allowed: int) -> str:
+    def verdict(self, allowed: int, seen: str) -> str:
         """The workers have failed: why the run must end now; empty if they may start again.
 
-        A failure whose remedy is known (less memory is taken next time) is not counted among the `allowed` ones.
+        `seen` is what Ray saw of the failure. Ray asks again while it waits for ranks to end, so the answer is kept for
+        the workers' lifetime. A failure whose remedy is known (less memory is taken next time) is not counted among
+        the `allowed` ones.
         """
         if self._final:
             return self._final
-        if self._helped:
-            self._helped = False
+        if self._group.answer is None:
+            self._group.answer = self._judge(allowed, seen)
+        return self._group.answer
+
+    def _judge(self, allowed: int, seen: str) -> str:
+        if self._group.helped and self._helped < _MOST_HELPED:
+            self._helped += 1
             return ""
         self._failures += 1
-        return "" if self._failures <= allowed else f"all restarts (failures.max = {allowed}) are used up"
+        if self._failures <= allowed:
+            return ""
+        return f"{self._group.cause or seen}. All restarts (failures.max = {allowed}) are used up"
+
+    def last_answer(self) -> str:
+        """Why the run ended, if `verdict` said so."""
+        return self._group.answer or ""
 
     def take(self) -> list[Event]:
         """The driver takes what was told since it last asked."""
@@ -72,7 +103,9 @@ class Restarts(UserCallback):
 
     def after_exception(self, run_context: Any, worker_exceptions: Any) -> None:  # noqa: ANN401, ARG002
         """Raise LaunchError when the run must end."""
-        if text := ray.get(self._line.verdict.remote(self._allowed)):
+        rank, error = next(iter(worker_exceptions.items()))
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        if text := ray.get(self._line.verdict.remote(self._allowed, f"rank {rank} failed: {lines[-1]}")):
             raise LaunchError(text)
 
 

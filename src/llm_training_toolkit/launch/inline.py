@@ -13,17 +13,19 @@ from typing import Any, Literal, NoReturn
 import torch
 import torch.distributed as dist
 
+from llm_training_toolkit.checkpoint import newest
 from llm_training_toolkit.config import Config
 from llm_training_toolkit.console import Console
 from llm_training_toolkit.context import RunContext
 from llm_training_toolkit.data.receipt import Receipt
 from llm_training_toolkit.errors import LaunchError
+from llm_training_toolkit.launch.outcome import EXIT_CODES
 from llm_training_toolkit.launch.output import restore
 from llm_training_toolkit.launch.place import Place, is_first_rank, ranks_started
 from llm_training_toolkit.launch.sizing import SmallerMicroBatch
 from llm_training_toolkit.launch.stopping import on_stop_signal
 from llm_training_toolkit.launch.worker import work
-from llm_training_toolkit.runs import RunDirectory
+from llm_training_toolkit.runs import RunDirectory, checkpoint_place
 
 _TIMEOUT = timedelta(hours=1)
 """Covers the preparation of the data, which ranks other than the first wait for."""
@@ -75,21 +77,33 @@ def run_inline(run: RunDirectory, config: Config, console: Console) -> dict[str,
         try:
             return work(place, context)
         except SmallerMicroBatch as after:
+            if stop.is_set() and context.world_size == 1:
+                return _stopped(run)
             _start_again(after, context, console)
 
 
 def _start_again(after: SmallerMicroBatch, context: RunContext, console: Console) -> NoReturn:
-    """Become a new process of the same command, which reads in the attempt's file what to do differently.
+    """Become a new process of the same command, which finds in the attempts what to do differently.
 
-    In this one, what ran out of memory stays in it: DeepSpeed keeps a failed engine alive. Several ranks cannot do
-    so on their own: the others wait in an exchange for the one that failed, until torchrun ends them all.
+    In this one, what ran out of memory stays in it: DeepSpeed keeps a failed engine alive. Of several ranks each leaves
+    at once instead: the others wait in an exchange for it, which ending the group in order would wait for, too, and
+    torchrun ends or restarts them all.
     """
+    restore()
     if context.world_size > 1:
-        raise LaunchError(f"{after}: start it again, or let torchrun do so with --max-restarts") from None
+        sys.stderr.write(f"rank {context.rank}: {after}: start it again, or let torchrun do so with --max-restarts\n")
+        sys.stderr.flush()
+        os._exit(EXIT_CODES["stopped"])
     console.show({"kind": "warning", "message": str(after)})
     console.close()
-    restore()
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606 - no shell is wanted
+
+
+def _stopped(run: RunDirectory) -> dict[str, Any]:
+    """What `work` returns for a run that was asked to stop and has just failed: it stands at its newest checkpoint."""
+    newest_one = newest(run.checkpoints)
+    place = checkpoint_place(newest_one) if newest_one else None
+    return {"status": "stopped", "step": place[0] if place else 0}
 
 
 def _quiet(_event: object) -> None:

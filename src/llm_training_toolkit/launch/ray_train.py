@@ -6,6 +6,7 @@ stop. Ray restarts workers that die; a ToolkitError is final, because a restart 
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 import threading
@@ -46,6 +47,8 @@ def cluster(console: Console) -> Iterator[None]:
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "error", "configure_logging": True}
     if local:
         options |= {"address": "local", "num_cpus": len(os.sched_getaffinity(0)), "include_dashboard": False}
+    # TorchTrainer needs torch, which takes a second to import: the time in which Ray's servers start.
+    threading.Thread(target=importlib.import_module, args=("torch",), daemon=True, name="import-torch").start()
     try:
         ray.init(**options)
     except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
@@ -87,7 +90,7 @@ def run_on_ray(run: RunDirectory, config: Config, console: Console) -> dict[str,
         console.stage("starting workers", 0, 1)
         try:
             with on_stop_signal(lambda: _wish_to_stop(line, console)):
-                return _result(run, config, *_watch(trainer, line, console))
+                return _result(run, line, _watch(trainer, line, console))
         except KeyboardInterrupt:
             _leave_at_once(console)
 
@@ -146,8 +149,8 @@ def _worker_environment(config: Config) -> dict[str, str]:
     }
 
 
-def _watch(trainer: Any, line: Any, console: Console) -> tuple[Any, Mapping[str, Any] | None]:  # noqa: ANN401
-    """Show what the workers tell until they are done: what `fit` gave or raised, and the error a worker told of.
+def _watch(trainer: Any, line: Any, console: Console) -> Any:  # noqa: ANN401
+    """Show what the workers tell until they are done: what `fit` gave or raised.
 
     Raises the first error a worker reports that is final.
     """
@@ -161,8 +164,8 @@ def _watch(trainer: Any, line: Any, console: Console) -> tuple[Any, Mapping[str,
 
     thread = threading.Thread(target=fit, daemon=True, name="ray-train")
     thread.start()
-    failure: Mapping[str, Any] | None = None
     final: Mapping[str, Any] | None = None
+    told = 0
     while True:
         alive = thread.is_alive()
         for event in ray.get(line.take.remote()):
@@ -170,8 +173,8 @@ def _watch(trainer: Any, line: Any, console: Console) -> tuple[Any, Mapping[str,
                 if event["final"]:
                     final = final or event
                 # The first rank to fail of an attempt is the cause; the others lose their connection to it.
-                elif failure is None or failure["attempt"] != event["attempt"]:
-                    failure = event
+                elif event["attempt"] != told:
+                    told = event["attempt"]
                     console.show(_as_warning(event))
             console.show(event)
         if not alive:
@@ -179,24 +182,15 @@ def _watch(trainer: Any, line: Any, console: Console) -> tuple[Any, Mapping[str,
         time.sleep(0.2)
     if final is not None:
         raise _as_error(final)
-    return ended[0], failure
+    return ended[0]
 
 
-def _result(
-    run: RunDirectory,
-    config: Config,
-    ended: Any,  # noqa: ANN401 - what Ray gave
-    failure: Mapping[str, Any] | None,
-) -> dict[str, Any]:
+def _result(run: RunDirectory, line: Any, ended: Any) -> dict[str, Any]:  # noqa: ANN401 - what Ray gave
+    """What the workers returned. Raises LaunchError with the reason why there is nothing."""
     if isinstance(ended, dict):
         return ended
-    logs = run.path / "logs"
-    if failure is not None:
-        raise LaunchError(
-            f"rank {failure['rank']} failed: {failure['text']}. All restarts (failures.max = "
-            f"{config.failures.max}) are used up; the same command goes on from the newest checkpoint. Logs: {logs}"
-        )
-    raise LaunchError(f"Ray ended the run: {ended}. The same command goes on from the newest checkpoint. Logs: {logs}")
+    why = ray.get(line.last_answer.remote()) or f"Ray ended the run: {ended}"
+    raise LaunchError(f"{why}; the same command goes on from the newest checkpoint. Logs: {run.path / 'logs'}")
 
 
 def _as_warning(event: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -228,6 +222,7 @@ def worker_main(assignment: Mapping[str, Any]) -> dict[str, Any]:
     report = reporter(assignment["line"])
     run = RunDirectory(Path(assignment["run"]))
     if rank == 0:
+        report({"kind": "started"})
         report({"kind": "stage", "name": "starting workers", "done": 1, "total": 1})
     try:
         place = Place(run, from_json(run.resolved.read_text()), Receipt.from_json(run.receipt.read_text()))

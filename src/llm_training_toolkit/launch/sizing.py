@@ -6,8 +6,10 @@ memory; and what the plan's estimate fits into the devices where no attempt was 
 
 from __future__ import annotations
 
+import math
 import socket
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +20,20 @@ from llm_training_toolkit.config import Config
 from llm_training_toolkit.context import RunContext
 from llm_training_toolkit.errors import TrainingError
 from llm_training_toolkit.launch.place import Place
+from llm_training_toolkit.overview import newest_rows
 from llm_training_toolkit.plan import fitting_micro_batch, settled, smaller_micro_batch
-from llm_training_toolkit.runs import RunDirectory, attempt_record, last_attempt
+from llm_training_toolkit.runs import RunDirectory, attempt_record, last_attempt, ran_out_of_memory
 
-_CGROUP = Path("/sys/fs/cgroup")
-_CPU_ALLOCATOR = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory", "bad_alloc")
-"""What torch says on CPU, where it has no exception class for it."""
+_CGROUPS = Path("/sys/fs/cgroup")
+_OUT_OF_MEMORY = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "DefaultCPUAllocator: not enough memory",
+    "bad_alloc",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "Cuda failure 'out of memory'",
+)
+"""What torch, cuBLAS and NCCL say where there is no exception class for it: on CPU, and outside torch's allocator."""
 
 
 class SmallerMicroBatch(Exception):  # noqa: N818 - what happens next, not what went wrong
@@ -35,9 +45,11 @@ def load_of(config: Config, context: RunContext) -> dict[str, Any]:
     return {
         "workers": context.world_size,
         "device": context.device.type,
-        "zero": config.engine.zero,
-        "attention": config.model.attention,
-        "activation_checkpointing": config.model.activation_checkpointing,
+        "model": config.model.model_dump(mode="json"),
+        "sequence_length": config.data.sequence_length,
+        "global_batch": config.train.global_batch,
+        "precision": config.train.precision,
+        "engine": config.engine.model_dump(mode="json"),
     }
 
 
@@ -46,22 +58,42 @@ def with_micro_batch(place: Place, context: RunContext) -> Config:
     config = place.config
     if config.train.micro_batch != "auto":
         return config
-    smallest = min(context.gather(_free_share(context)))
-    rows = context.broadcast(_choose(place.run, config, context, smallest) if context.is_first else 0)
+    free = min(context.gather(_free_share(context)))
+    rows = context.broadcast(_choose(place.run, config, context, free) if context.is_first else 0)
     return settled(config, rows)
 
 
 def _choose(run: RunDirectory, config: Config, context: RunContext, free: float) -> int:
-    before = attempt_record(run, last_attempt(run))
-    if before.get("load") == load_of(config, context) and "micro_batch" in before:
-        rows = int(before["micro_batch"])
-        if before.get("out_of_memory"):
-            return smaller_micro_batch(config, context.world_size, rows) or 1
-        return rows
-    rows = fitting_micro_batch(config, context.world_size, free)
-    message = f"micro-batches of {rows}: by the estimate they fit into the {free / 1e9:.3g} GB a worker has free"
-    context.report({"kind": "note", "message": message})
+    rows = _from_attempts(run, config, context)
+    why = "as before"
+    if rows is None:
+        rows = fitting_micro_batch(config, context.world_size, free)
+        why = f"by the estimate they fit into the {free / 1e9:.3g} GB a worker has free"
+    context.report({"kind": "note", "message": f"micro-batches of {rows}: {why}"})
     return rows
+
+
+def _from_attempts(run: RunDirectory, config: Config, context: RunContext) -> int | None:
+    """What the newest attempt under the same load teaches; None where there is none."""
+    load = load_of(config, context)
+    for number in range(last_attempt(run), 0, -1):
+        record = attempt_record(run, number)
+        if record.get("load") != load:
+            continue
+        rows = int(record["micro_batch"])
+        killed = number == last_attempt(run) and context.device.type == "cpu" and _died_before_a_step(run, record)
+        if killed or ran_out_of_memory(run, number):
+            return smaller_micro_batch(config, context.world_size, rows) or 1
+        if record["asked"] == "auto":  # a number that somebody asked for once is not ours to keep
+            return rows
+    return None
+
+
+def _died_before_a_step(run: RunDirectory, record: Mapping[str, Any]) -> bool:
+    """Whether an attempt was killed before its first step: on CPU the system's answer to too much memory."""
+    killed = record["state"] in {"running", "lost"}
+    rows = newest_rows(run.metrics)
+    return killed and not any(row["attempt"] == record["attempt"] and "train/loss" in row for row in rows)
 
 
 def _free_share(context: RunContext) -> float:
@@ -69,33 +101,62 @@ def _free_share(context: RunContext) -> float:
     if context.device.type == "cuda":
         return float(torch.cuda.mem_get_info(context.device)[0])
     hosts = Counter(context.gather(socket.gethostname()))
-    free = min(float(psutil.virtual_memory().available), _container_free(_CGROUP))
-    return free / hosts[socket.gethostname()]
+    own = Path("/proc/self/cgroup")
+    left = container_free(own.read_text(), _CGROUPS) if own.exists() else math.inf
+    return min(float(psutil.virtual_memory().available), left) / hosts[socket.gethostname()]
 
 
-def _container_free(group: Path) -> float:
-    """Bytes left under the memory limit of a container (cgroup v2, in the folder `group`); infinite without one."""
+def container_free(membership: str, root: Path) -> float:
+    """Bytes left under the memory limits of the groups a process is in; infinite where none has a limit.
+
+    `membership` is the text of /proc/self/cgroup. A limit may stand in any group from the process's own upwards:
+    Slurm and systemd set it there, a container shows its own as the root. Reads cgroup v2 and v1.
+    """
+    free = math.inf
+    for line in membership.splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers not in {"", "memory"} and "memory" not in controllers.split(","):
+            continue
+        base = root / "memory" if controllers else root
+        group = base / path.lstrip("/")
+        while True:
+            free = min(free, _group_free(group, "v1" if controllers else "v2"))
+            if group == base:
+                break
+            group = group.parent
+    return free
+
+
+_FILES = {
+    "v2": ("memory.max", "memory.current", "inactive_file"),
+    "v1": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
+
+
+def _group_free(group: Path, version: str) -> float:
+    """Bytes left in one group; what is cached of files counts as left."""
+    limit_file, used_file, cached_name = _FILES[version]
     try:
-        limit, used = (group / "memory.max").read_text().strip(), int((group / "memory.current").read_text())
-        cached = dict(line.split() for line in (group / "memory.stat").read_text().splitlines()).get("inactive_file", 0)
+        limit, used = (group / limit_file).read_text().strip(), int((group / used_file).read_text())
+        statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
     except (OSError, ValueError):
-        return float("inf")
-    return float("inf") if limit == "max" else float(int(limit) - used + int(cached))
+        return math.inf
+    return math.inf if limit == "max" else float(int(limit) - used + int(statistics.get(cached_name, 0)))
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that the memory of the device is full."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in _CPU_ALLOCATOR)
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
 
 
-def after_out_of_memory(asked: Config, taken: Config, workers: int) -> SmallerMicroBatch | TrainingError:
+def after_out_of_memory(taken: Config, workers: int, *, adaptable: bool) -> SmallerMicroBatch | TrainingError:
     """What follows when an attempt of `taken` ran out of memory: a smaller micro-batch, or the end of the run."""
     rows = taken.train.micro_batch
     assert rows != "auto"
     smaller = smaller_micro_batch(taken, workers, rows)
-    if asked.train.micro_batch == "auto" and smaller:
+    if adaptable and smaller:
         return SmallerMicroBatch(f"out of memory with micro-batches of {rows}; the next attempt takes {smaller}")
     ways = ["set model.activation_checkpointing: true"] if not taken.model.activation_checkpointing else []
     ways += ["raise engine.zero, with more cluster.workers"] if taken.engine.zero < 3 else ["use more cluster.workers"]

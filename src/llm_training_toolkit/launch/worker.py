@@ -5,6 +5,7 @@ The same for a Ray Train worker, a torchrun rank and a lone process; they differ
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 from collections.abc import Mapping
@@ -30,7 +31,15 @@ from llm_training_toolkit.launch.sizing import after_out_of_memory, is_out_of_me
 from llm_training_toolkit.metrics import Metrics
 from llm_training_toolkit.models import LossModule, build_model, check_size, initialize
 from llm_training_toolkit.plan import Plan, make_plan, require
-from llm_training_toolkit.runs import begin_attempt, end_attempt, environment, run_of
+from llm_training_toolkit.runs import (
+    begin_attempt,
+    end_attempt,
+    environment,
+    fail_attempt,
+    mark_out_of_memory,
+    run_of,
+    write_atomically,
+)
 from llm_training_toolkit.saving import CheckpointSaver, Lineage, Progress, newest_sound, restore
 from llm_training_toolkit.train import Parts, train
 
@@ -40,34 +49,37 @@ def work(place: Place, context: RunContext) -> dict[str, Any]:
 
     Raises SmallerMicroBatch when memory ran out and the next attempt will take less.
     """
-    asked, place = place.config, replace(place, config=with_micro_batch(place, context))
-    attempt = _begin(place, context)
+    asked = place.config.train.micro_batch
+    place = replace(place, config=with_micro_batch(place, context))
+    attempt = _begin(place, context, asked)
     try:
-        status, step = _train(place, context, attempt)
+        status, step = _train(place, context, attempt, asked)
     except Exception as error:
-        full = is_out_of_memory(error)
-        told = f"rank {context.rank}: {'out of memory: ' if full else ''}{type(error).__name__}: {error}"
         # A disk that is full must not hide the error that says so.
-        with suppress(OSError):
-            end_attempt(place.run, attempt, "failed", error=told, out_of_memory=full)
-            if full:
-                raise after_out_of_memory(asked, place.config, context.world_size) from error
+        with suppress(OSError, ValueError):
+            fail_attempt(place.run, attempt, f"rank {context.rank}: {type(error).__name__}: {error}")
         raise
     if context.is_first:
         end_attempt(place.run, attempt, status, step=step)
     return {"status": status, "step": step}
 
 
-def _train(place: Place, context: RunContext, attempt: int) -> tuple[str, int]:
+def _train(place: Place, context: RunContext, attempt: int, asked: int | str) -> tuple[str, int]:
     parts, progress, hf_config = _build(place, context, attempt)
-    status, progress = train(parts, progress)
+    try:
+        status, progress = train(parts, progress)
+    except Exception as error:
+        if is_out_of_memory(error):
+            mark_out_of_memory(place.run, attempt)
+            raise after_out_of_memory(place.config, context.world_size, adaptable=asked == "auto") from error
+        raise
     if status == "finished" and place.config.export.at_end and context.is_first:
         finish(place.run, place.config, place.receipt, hf_config=hf_config, metrics=parts.metrics, context=context)
     parts.metrics.close()
     return status, progress.step
 
 
-def _begin(place: Place, context: RunContext) -> int:
+def _begin(place: Place, context: RunContext, asked: int | str) -> int:
     """Agree on the attempt's number, send the output of libraries to its log, get the process ready."""
     config = place.config
     facts = {
@@ -75,6 +87,7 @@ def _begin(place: Place, context: RunContext) -> int:
         "pid": os.getpid(),
         "workers": context.world_size,
         "micro_batch": config.train.micro_batch,
+        "asked": asked,
         "load": load_of(config, context),
     }
     attempt = context.broadcast(begin_attempt(place.run, facts) if context.is_first else 0)
@@ -92,6 +105,8 @@ def _build(place: Place, context: RunContext, attempt: int) -> tuple[Parts, Prog
     done = _progress(checkpoint)
     facts = facts_of(place.receipt, done.step, done.sequences)
     plan = require(make_plan(config, facts, replicas=context.world_size))
+    if context.is_first:
+        write_atomically(run.plan, json.dumps(plan.to_json(), indent=1))  # with the micro-batch that is taken
     _check_device(config, context)
     prepare_process(context.device.type)
     engine, hf_config = _engine(config, plan, context, checkpoint)

@@ -113,13 +113,11 @@ def notes(config: Config, size: Size, hf: HfValues, replicas: int) -> tuple[str,
 
 def _precision_notes(config: Config, replicas: int) -> Iterator[str]:
     stage = config.engine.zero
-    if (
-        config.train.precision == "bf16"
-        and stage < 2
-        and config.train.micro_batch != "auto"
-        and replicas * config.train.micro_batch < config.train.global_batch
-    ):
+    several = replicas * micro_batch(config) < config.train.global_batch
+    if config.train.precision == "bf16" and stage < 2 and several:
         yield f"ZeRO {stage} in bf16 sums gradients over micro-batches in bf16; engine.zero 2 and 3 do it in fp32."
+    if config.run.deterministic and config.train.micro_batch == "auto":
+        yield "micro_batch: auto depends on the memory that is free at the first start: give a number to repeat a run."
     if stage > 0 and replicas == 1:
         yield f"ZeRO {stage} spreads nothing over one worker."
 

@@ -110,20 +110,40 @@ def optimizer(load: Load) -> int:
 
 
 def activations(load: Load) -> int:
-    """What the forward pass keeps for the backward pass, in bytes.
+    """What the forward pass keeps for the backward pass, and the gradients of one layer at a time, in bytes.
 
-    Counted operation by operation after Korthikanti et al. 2022 (Reducing Activation Recomputation, section 4.1),
-    with grouped key-value heads and gated feed-forward layers. Per token and layer, in numbers: input and output of
-    two norms 4 h; queries, keys and values before and after rotation 2 (q + 2 k); attention's output q; feed-forward
-    4 i gated (gate, up, activation, product) or 2 i. Eager attention adds scores and probabilities, 2 heads T. With
-    checkpointing a layer keeps its input h, and one layer at a time is whole.
+    With checkpointing a layer keeps its input, and one layer at a time is whole.
     """
-    model = load.model
-    layer = 4 * model.hidden + 2 * (model.query_width + 2 * model.kv_width) + model.query_width
-    layer += (4 if model.gated else 2) * model.intermediate
-    layer += 2 * model.heads * load.sequence_length if load.eager_attention else 0
-    kept = model.layers * model.hidden + layer if load.activation_checkpointing else model.layers * layer
-    return load.width * load.tokens * kept
+    model, layer = load.model, layer_bytes_per_token(load)
+    kept = model.layers * (model.hidden * load.width if load.activation_checkpointing else layer)
+    borrowed = layer * (2 if load.activation_checkpointing else 1)
+    return load.tokens * (kept + borrowed)
+
+
+def layer_bytes_per_token(load: Load) -> int:
+    """What one layer keeps of a token, as autograd keeps it for the models of transformers 5 (w = `load.width`).
+
+    Two norms: their inputs and outputs, 4 h w; an RMSNorm also keeps its input in fp32 and what it has normalised,
+    2 h 4. The same for the norms of queries and keys. Attention: queries, keys, values and its output, keys and
+    values repeated for every query head unless there is but one of them. Feed-forward: 4 i gated (gate, activation,
+    up, product), or 2 i. Packed documents need a mask, T w; eager attention keeps scores as probabilities instead,
+    in fp32 and once more in bf16. tests/models/test_activations.py compares it with what autograd keeps.
+    """
+    model, w = load.model, load.width
+    norms = 2 * model.hidden * (2 * w + (4 if model.rms_norms else 0))
+    if model.head_norms:
+        norms += (model.query_width + model.kv_width) * (4 + w)
+    keys_and_values = 2 * (model.kv_width if model.kv_heads == 1 else model.query_width)
+    attention = w * (2 * model.query_width + keys_and_values)
+    feed_forward = w * (4 if model.gated else 2) * model.intermediate
+    return norms + attention + feed_forward + load.sequence_length * _mask_bytes(load)
+
+
+def _mask_bytes(load: Load) -> int:
+    """Bytes kept for each pair of tokens."""
+    if load.eager_attention:
+        return load.model.heads * (4 if load.precision == "fp32" else 6)
+    return load.width
 
 
 def logits(load: Load) -> int:

@@ -1,0 +1,134 @@
+"""A run through the toolkit, without Ray or with it: what `ltt train` does, from a configuration in plain data."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from collections.abc import Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llm_training_toolkit.checkpoint import Checkpoint, newest
+from llm_training_toolkit.config import Config, parse, to_json
+from llm_training_toolkit.console import Console
+from llm_training_toolkit.launch.inline import run_inline
+from llm_training_toolkit.launch.place import is_first_rank, ranks_started
+from llm_training_toolkit.launch.preparation import facts_of, prepare_run
+from llm_training_toolkit.plan import make_plan, require
+from llm_training_toolkit.runs import (
+    RunDirectory,
+    attempt_record,
+    claim,
+    environment,
+    last_attempt,
+    write_atomically,
+)
+from smoke.job import Values, run
+
+_SETTLED = 2
+"""The step after which memory is measured anew: what the start needed, and what ran out of memory, is over."""
+
+
+class Watch(Console):
+    """The screen of a run that stops itself, and measures the memory of its steps alone."""
+
+    def __init__(self, stop_after: int | None) -> None:
+        super().__init__()
+        self._stop_after = stop_after
+
+    def show(self, event: Mapping[str, Any]) -> None:
+        """Look for the steps to act on; a stop asked for in one step takes place after the next."""
+        super().show(event)
+        if event["kind"] != "step":
+            return
+        if event["step"] == _SETTLED and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            torch.cuda.reset_peak_memory_stats()
+        if self._stop_after is not None and event["step"] == self._stop_after - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def train(arguments: Values) -> Values:
+    """Train the run of `config`, to its end or to a stop after `stop_after` steps; the same again resumes.
+
+    `discard` deletes its checkpoints when they have been measured.
+    """
+    config = parse(arguments["config"], "gpu smoke")
+    place = RunDirectory(Path(config.run.dir) / config.run.name)
+    watch = Watch(arguments.get("stop_after"))
+    if not is_first_rank():
+        return run_inline(place, config, watch)
+    with claim(place):
+        _prepare(place, config)
+        outcome = run_inline(place, config, watch) if config.cluster.workers == 0 else _on_ray(place, config, watch)
+    watch.close()
+    found = outcome | _measured(place, arguments["config"])
+    if arguments.get("discard"):
+        shutil.rmtree(place.checkpoints)
+    return found
+
+
+def _on_ray(place: RunDirectory, config: Config, console: Console) -> Values:
+    """Imports here: Ray may be missing, and reads its environment when it is imported."""
+    from llm_training_toolkit.launch.environment import prepare_environment
+
+    prepare_environment()
+    from llm_training_toolkit.launch.ray_train import run_on_ray
+
+    return run_on_ray(place, config, console)
+
+
+def _prepare(place: RunDirectory, config: Config) -> None:
+    """Write what the workers read."""
+    receipt = prepare_run(config, lambda _stage, _done, _total: None).receipt
+    replicas = ranks_started() if config.cluster.workers == 0 else None
+    plan = require(make_plan(config, facts_of(receipt), replicas))
+    write_atomically(place.resolved, to_json(config))
+    write_atomically(place.plan, json.dumps(plan.to_json(), indent=1))
+    write_atomically(place.environment, json.dumps(environment(), indent=1))
+    write_atomically(place.receipt, receipt.to_json())
+
+
+def _measured(place: RunDirectory, config: Values) -> Values:
+    """The numbers a run left in its directory."""
+    rows = [json.loads(line) for line in place.metrics.read_text().splitlines()]
+    steps = {row["step"]: row for row in rows if "train/loss" in row}
+    attempt = attempt_record(place, last_attempt(place))
+    micro_batch = attempt["micro_batch"]
+    settled = parse(config | {"train": config["train"] | {"micro_batch": micro_batch}}, "gpu smoke")
+    plan = make_plan(settled, replicas=attempt["workers"])
+    return {
+        "losses": [row["train/loss"] for _, row in sorted(steps.items())],
+        # From line to line: the whole loop counts, the writing of metrics too.
+        "seconds": [after["time"] - before["time"] for before, after in pairwise(steps.values())],
+        "tokens_per_step": plan.tokens_per_step,
+        "start_gb": steps[min(steps)]["perf/memory_gb"],
+        "peak_gb": max(row["perf/memory_gb"] for step, row in steps.items() if step > _SETTLED),
+        "plan_gb": dict(plan.memory_gb_per_device),
+        "parameters": plan.parameters,
+        "flops_per_token": plan.flops_per_token,
+        "micro_batch": micro_batch,
+        "attempts": last_attempt(place),
+        "checkpoint": _checkpoint(place, rows),
+    }
+
+
+def _checkpoint(place: RunDirectory, rows: list[Values]) -> Values:
+    directory = newest(place.checkpoints)
+    assert directory is not None, "a run that ends or stops leaves a checkpoint"
+    files = Checkpoint(directory).manifest.files
+    seconds = [row["perf/checkpoint_seconds"] for row in rows if "perf/checkpoint_seconds" in row]
+    return {
+        "name": directory.name,
+        "bytes": sum(file.size for file in files),
+        "sha256": [file.sha256 for file in files],
+        "seconds": seconds[-1],
+    }
+
+
+if __name__ == "__main__":
+    run(train)

@@ -1,0 +1,187 @@
+"""Cluster files: Ray takes them, none is open to the world, and the local one really starts a cluster."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from ruamel.yaml import YAML
+
+from conftest import tiny_config
+from llm_training_toolkit.runs import RunDirectory
+
+BIN = Path(sys.executable).parent
+CLUSTER = Path(__file__).parents[2] / "cluster"
+START = [sys.executable, str(CLUSTER / "start.py")]
+
+
+def _content(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = YAML(typ="safe").load(path)
+    return content
+
+
+FILES = [path for path in sorted(CLUSTER.glob("*.yaml")) if "provider" in _content(path)]
+"""Those that `ray up` would take; manifests for Kubernetes have another form."""
+
+
+def _starts(content: Mapping[str, Any]) -> list[str]:
+    """The commands of a cluster file that start Ray."""
+    commands = [command for name in ("head", "worker") for command in content.get(f"{name}_start_ray_commands", [])]
+    return [command for command in commands if "ray start" in command]
+
+
+def test_ray_takes_every_cluster_file() -> None:
+    assert CLUSTER / "local.yaml" in FILES
+    # In a process of its own: Ray settles its authentication when it is imported, for all tests after.
+    check = (
+        "import sys, yaml\n"
+        "from ray.autoscaler._private.util import prepare_config, validate_config\n"
+        "for path in sys.argv[1:]: validate_config(prepare_config(yaml.safe_load(open(path))))"
+    )
+    done = subprocess.run([sys.executable, "-c", check, *FILES], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_no_cluster_is_open_to_the_world(path: Path) -> None:
+    content = _content(path)
+    starts = _starts(content)
+    assert starts
+    for command in starts:
+        assert "RAY_AUTH_MODE=token" in command
+    for command in content["head_start_ray_commands"]:
+        assert "--dashboard-host" not in command or "--dashboard-host 127.0.0.1" in command
+    assert "0.0.0.0" not in path.read_text()
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_the_hardware_is_described_in_one_place(path: Path) -> None:
+    facts = _content(path)["metadata"]
+    assert facts["device"]
+    for name in ("nodes", "devices_per_node", "memory_gb", "cpus"):
+        assert facts[name] > 0
+    assert set(facts["bandwidth_gb_per_s"]) == {"memory", "within_node", "between_nodes", "storage"}
+    assert facts["price_per_hour"]["usd"] >= 0
+    assert isinstance(facts["price_per_hour"]["date"], str)  # `ray up` turns the file into JSON
+    assert isinstance(facts["spot"], bool)
+    assert facts["shared_storage"]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("cluster_name: x\nprovider: {type: local, head_ip: 10.0.0.1, worker_ips: [10.0.0.2]}", "names other machines"),
+        ("cluster_name: x\nprovider: {type: local, head_ip: 127.0.0.1, worker_ips: []}\nnodes: 1", "'nodes'"),
+        ("cluster_name: x\nprovider: {type: local, head_ip: 127.0.0.1, worker_ips: []}", "head_start_ray_commands"),
+        ("provider: {", "is no cluster file"),
+    ],
+)
+def test_a_file_that_cannot_start_here_is_refused_in_words(tmp_path: Path, content: str, words: str) -> None:
+    path = tmp_path / "cluster.yaml"
+    path.write_text(content)
+    done = subprocess.run([*START, str(path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@dataclass(frozen=True)
+class Started:
+    """The cluster of cluster/local.yaml, on other ports."""
+
+    address: str
+    environment: Mapping[str, str]
+    folder: Path
+    process: subprocess.Popen[bytes]
+    log: Path
+
+
+def _free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def _mentioning(folder: Path) -> list[psutil.Process]:
+    """Processes whose command line names a folder: every server of a Ray session names its session's."""
+    processes = psutil.process_iter(["cmdline"])
+    return [process for process in processes if str(folder) in " ".join(process.info["cmdline"] or [])]
+
+
+@pytest.fixture
+def started(tmp_path: Path) -> Iterator[Started]:
+    """The documented command, with a token that it makes itself; ended by its process."""
+    folder = Path(tempfile.gettempdir()) / f"ltt-local-{os.getpid()}"  # a socket's path must be short
+    port, dashboard = _free_port(), _free_port()
+    own = f"--port {port} --temp-dir {folder} --ray-client-server-port {_free_port()}"
+    own += f" --dashboard-agent-listen-port {_free_port()} --num-cpus 2"
+    text = (CLUSTER / "local.yaml").read_text()
+    assert "--port 6379" in text
+    assert "--dashboard-port 8265" in text
+    file = tmp_path / "local.yaml"
+    file.write_text(text.replace("--port 6379", own).replace("--dashboard-port 8265", f"--dashboard-port {dashboard}"))
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment["HOME"] = str(tmp_path)  # where Ray keeps the token
+    log = tmp_path / "log"
+    with (
+        log.open("w") as out,
+        subprocess.Popen([*START, str(file)], env=environment, stdout=out, stderr=out) as process,
+    ):
+        try:
+            address = f"http://127.0.0.1:{dashboard}"
+            yield Started(address, {**environment, "RAY_AUTH_MODE": "token"}, folder, process, log)
+        finally:
+            process.terminate()
+            process.wait(timeout=60)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _wait_for_jobs(cluster: Started) -> None:
+    """Wait until the head takes jobs."""
+    ask = [str(BIN / "ray"), "job", "list", "--address", cluster.address]
+    end = time.monotonic() + 60
+    while subprocess.run(ask, env=cluster.environment, capture_output=True, check=False).returncode:
+        assert cluster.process.poll() is None, cluster.log.read_text()
+        assert time.monotonic() < end, cluster.log.read_text()
+        time.sleep(0.5)
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_local_yaml_starts_a_cluster_that_takes_a_run_and_leaves_nothing_behind(
+    started: Started, corpus: Path, tmp_path: Path
+) -> None:
+    length = {"steps": 2, "global_batch": 4, "micro_batch": 2}
+    config = tiny_config(corpus, tmp_path / "runs", train=length, cluster={"workers": 1})
+    job = tmp_path / "job"
+    job.mkdir()
+    (job / "tiny.yaml").write_text(json.dumps(json.loads(config.model_dump_json(exclude_unset=True))))
+    _wait_for_jobs(started)
+
+    submit = [str(BIN / "ltt"), "submit", "tiny.yaml", "--address", started.address]
+    without = {**started.environment, "RAY_AUTH_MODE": "disabled"}
+    refused = subprocess.run(submit, env=without, cwd=job, capture_output=True, text=True, check=False)
+    assert refused.returncode == 1
+    done = subprocess.run(submit, env=started.environment, cwd=job, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr + started.log.read_text()
+    assert RunDirectory(tmp_path / "runs" / "tiny").checkpoint(2, 1).is_dir()
+
+    assert _mentioning(started.folder)
+    started.process.terminate()
+    started.process.wait(timeout=60)
+    end = time.monotonic() + 15
+    while (left := _mentioning(started.folder)) and time.monotonic() < end:
+        time.sleep(0.5)
+    assert not left
