@@ -27,10 +27,17 @@ def compile_pins(*options: str) -> list[str]:
     return [re.sub(r"\+[a-z0-9.]+$", "", pin) for pin in pins]
 
 
+def name_of(pin: str) -> str:
+    """The package of a pin."""
+    return pin.partition("==")[0]
+
+
 def main() -> None:
-    """Write both files."""
-    run_time = compile_pins()
-    development = [pin for pin in compile_pins("--extra", "dev") if pin not in set(run_time)]
+    """Write both files: one resolution for both, so that what is tested is what is installed."""
+    names = {name_of(pin) for pin in compile_pins()}
+    everything = compile_pins("--extra", "dev")
+    run_time = [pin for pin in everything if name_of(pin) in names]
+    development = [pin for pin in everything if name_of(pin) not in names]
     (ROOT / "requirements.txt").write_text(HEADER.format(what=" needed to train") + "\n".join(run_time) + "\n")
     both = HEADER.format(what=" needed to develop") + "-r requirements.txt\n" + "\n".join(development) + "\n"
     (ROOT / "requirements-dev.txt").write_text(both)

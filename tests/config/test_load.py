@@ -99,8 +99,9 @@ def test_key_in_the_wrong_section_is_sent_to_the_right_one(tmp_path: Path) -> No
 def test_every_section_refuses_an_unknown_key(key: str) -> None:
     data = small()
     target: Any = data
-    for part in key.replace("N", "0").split(".") if key else []:
-        target = target[int(part)] if part == "0" else target.setdefault(part, {})
+    parts = key.replace("N", "0").split(".") if key else []
+    for part, following in zip(parts, [*parts, ""][1:], strict=True):
+        target = target[int(part)] if part == "0" else target.setdefault(part, [{}] if following == "0" else {})
     target["zzz"] = 1
     with pytest.raises(ConfigError, match=r"zzz = 1: unknown key") as caught:
         parse(data, "test")
@@ -202,10 +203,11 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 
 def test_errors_inside_a_list_do_not_call_the_list_short(tmp_path: Path) -> None:
     assert problems(tmp_path, SMALL, "data.sources.0.format=cod") == [
-        "override data.sources.0.format=cod: expected one of code, text"
+        "override data.sources.0.format=cod: expected one of code, text, chat"
     ]
     assert problems(tmp_path, SMALL, "data.sources=[]") == [
-        "override data.sources=[]: expected a list of at least 1, each a section (path, format, fim, too_long)"
+        "override data.sources=[]: expected a list of at least 1, each a section (path, format, fim, per, metadata, "
+        "loss, too_long)"
     ]
 
 
@@ -320,6 +322,7 @@ counts = st.integers(1, 10**12)
 texts = st.text(min_size=1)
 numbers = st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.booleans()
 leaves = numbers | st.text()
+keys = st.text(max_size=80)  # YAML's keys end at 1,024 characters, of which JSON may take twelve for one
 fims = st.fixed_dictionaries(
     {}, optional={"rate": shares, "spm_rate": shares, "loss": st.sampled_from(["all", "middle"])}
 )
@@ -329,7 +332,7 @@ sources = st.fixed_dictionaries(
 configs = st.fixed_dictionaries(
     {
         "run": st.fixed_dictionaries({"name": st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]*", fullmatch=True)}),
-        "model": st.fixed_dictionaries({"name": texts}, optional={"shape": st.dictionaries(st.text(), numbers)}),
+        "model": st.fixed_dictionaries({"name": texts}, optional={"shape": st.dictionaries(keys, numbers)}),
         "tokenizer": st.fixed_dictionaries({"path": texts})
         | st.fixed_dictionaries({"train": st.fixed_dictionaries({"vocab_size": st.integers(512, 10**6)})}),
         "data": st.fixed_dictionaries(
@@ -343,10 +346,10 @@ configs = st.fixed_dictionaries(
         "optim": st.fixed_dictionaries(
             {}, optional={"lr": positive | st.just("auto"), "warmup": shares | counts, "eps": positive, "clip": shares}
         ),
-        "engine": st.fixed_dictionaries({"deepspeed": st.dictionaries(st.text(), leaves | st.lists(leaves))}),
+        "engine": st.fixed_dictionaries({"deepspeed": st.dictionaries(keys, leaves | st.lists(leaves))}),
         "checkpoint": st.fixed_dictionaries({"every": counts | st.sampled_from(["90s", "10m", "1.5h"])}),
         "cluster": st.fixed_dictionaries(
-            {"gpus_per_worker": st.sampled_from(["auto", 0, 1]), "env": st.dictionaries(st.text(), st.text())}
+            {"gpus_per_worker": st.sampled_from(["auto", 0, 1]), "env": st.dictionaries(keys, st.text())}
         ),
     },
 ).map(lambda data: parse(data, "generated"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ from llm_training_toolkit.data.packing import PackingPlan
 from llm_training_toolkit.data.prepare import Prepared
 from llm_training_toolkit.data.receipt import Receipt
 from llm_training_toolkit.data.render import Example
-from llm_training_toolkit.data.store import Examples, read_values
+from llm_training_toolkit.data.store import Examples, read_array, read_value
 from llm_training_toolkit.data.tokenizer import open_tokenizer
 from llm_training_toolkit.errors import DataError
 
@@ -77,7 +78,6 @@ class Sequences:
         counts = receipt.sequences[:epochs]
         self._starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)])
         self._opened: dict[int, _Packed] = {}
-        self._names: list[tuple[int, str]] = []
         self._held_out = _open(self._directory / receipt.held_out, self._directory / receipt.held_out)
 
     @property
@@ -129,11 +129,16 @@ class Sequences:
 
     def document_name(self, source: int, document: int) -> str:
         """Where a document of the ledger came from: its file within the source, and the line in a .jsonl file."""
-        file = self._directory / "documents" / "documents.arrow"
-        if not self._names:
-            self._names = list(zip(read_values(file, "source"), read_values(file, "name"), strict=True))
-        first = next(i for i, (of, _) in enumerate(self._names) if of == source)
-        return self._names[first + document][1]
+        rows = np.flatnonzero(self._document_sources == source)
+        return str(read_value(self._documents, "name", int(rows[document])))
+
+    @property
+    def _documents(self) -> Path:
+        return self._directory / "documents" / "documents.arrow"
+
+    @cached_property
+    def _document_sources(self) -> NDArray[np.int64]:
+        return read_array(self._documents, "source")
 
     def examples(self, step: int, position: int) -> list[Example]:
         """The pieces of one sequence, with tokens and loss flags."""

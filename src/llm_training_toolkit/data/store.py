@@ -79,10 +79,9 @@ def write_rows(path: Path, schema: Any, rows: Iterable[tuple[Any, ...]]) -> None
             writer.write_batch(pa.record_batch([pa.array(values, kind) for values, kind in columns], schema=schema))
 
 
-def read_values(path: Path, column: str) -> list[Any]:
-    """One column as Python values: for strings and truth values."""
-    values: list[Any] = _reader(path).read_all().column(column).to_pylist()
-    return values
+def read_value(path: Path, column: str, row: int) -> Any:  # noqa: ANN401 - whatever the column holds
+    """One value of a column; the file is mapped, not read."""
+    return _reader(path).read_all().column(column)[row].as_py()
 
 
 def read_array(path: Path, column: str) -> NDArray[Any]:
