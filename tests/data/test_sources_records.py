@@ -84,10 +84,33 @@ def test_a_file_cut_off_is_named_with_the_line_reached(tmp_path: Path, suffix: s
     path.write_bytes(COMPRESSIONS[suffix](many)[:-200])
     with pytest.raises(DataError, match=rf"a\.jsonl\{suffix}:\d+: is damaged or cut off"):
         read(path)
+    # Nobody knows how many documents are behind it, so no share of skipped ones can be kept.
+    with pytest.raises(DataError, match="how much that is is not known"):
+        list(documents(source(path), 0, on_error="skip"))
+
+
+def test_a_table_cut_off_is_no_single_document_to_skip(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": [f"{i}" for i in range(1000)]}), path)
+    path.write_bytes(path.read_bytes()[:-50])
+    with pytest.raises(DataError, match="how much that is is not known"):
+        list(documents(source(path), 0, on_error="skip"))
+
+
+def test_what_json_and_tables_may_hold_is_no_traceback(tmp_path: Path) -> None:
+    lines = tmp_path / "a.jsonl"
+    long = '{"text": "two", "n": ' + "9" * 5000 + "}"
+    lines.write_text("\n".join(['{"text": "one"}', long, '{"content": "three", "stars": Infinity}']))
     tally = Tally()
-    kept = list(documents(source(path), 0, on_error="skip", tally=tally))
-    assert [document.text for document in kept] == [f"{i * 7919}" for i in range(len(kept))]
-    assert dict(tally.skipped) == {"damaged": 1}
+    kept = list(documents(source(lines, form="code"), 0, on_error="skip", tally=tally))
+    assert [document.text for document in kept] == ["one"]
+    assert dict(tally.skipped) == {"invalid_json": 1, "wrong_type": 1}
+    table = tmp_path / "b.parquet"
+    wrong = pa.array([b"good", b"\xff\xfe", b"too"], pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"text": wrong}), table)
+    tally = Tally()
+    assert [document.text for document in documents(source(table), 0, on_error="skip", tally=tally)] == ["good", "too"]
+    assert dict(tally.skipped) == {"invalid_utf8": 1}
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.arrow", "a.json", "a.jsonl.gz"])

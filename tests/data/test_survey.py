@@ -14,7 +14,7 @@ from llm_training_toolkit.config.schema import Config, Data
 from llm_training_toolkit.data.markers import Markers
 from llm_training_toolkit.data.prepare import Prepared, prepare
 from llm_training_toolkit.data.sources import documents
-from llm_training_toolkit.data.store import Examples, read_value
+from llm_training_toolkit.data.store import Examples, read_column
 from llm_training_toolkit.data.survey import Survey, hold_out, reread, take
 from llm_training_toolkit.data.tokenizer import TextEncoder
 from llm_training_toolkit.errors import DataError
@@ -60,7 +60,7 @@ def test_a_survey_reads_back_what_was_taken(tmp_path: Path, monkeypatch: pytest.
     assert taken.count(held=True) + taken.count(held=False) == 32
     assert taken.count(held=True, source=0) == taken.held.sum() > 0
     assert taken.dropped == [{"empty": 8}]
-    names = [read_value(tmp_path / "out" / "documents.arrow", "name", row) for row in range(32)]
+    names = read_column(tmp_path / "out" / "documents.arrow", "name").to_pylist()
     assert names == [f"a.jsonl:{i + 1}" for i in range(40) if i % 5]
     both = texts(of, taken, held=True) + texts(of, taken, held=False)
     assert sorted(both) == sorted(f"number {i}" for i in range(40) if i % 5)

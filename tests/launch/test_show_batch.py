@@ -16,7 +16,9 @@ from rich.console import Console as Terminal
 from llm_training_toolkit.config import load
 from llm_training_toolkit.console import Console
 from llm_training_toolkit.data.batches import Sequences
-from llm_training_toolkit.errors import PlanError
+from llm_training_toolkit.data.show import _texts
+from llm_training_toolkit.data.tokenizer import open_tokenizer
+from llm_training_toolkit.errors import DataError, PlanError
 from llm_training_toolkit.launch.preparation import prepare_run
 from llm_training_toolkit.launch.show_batch import batch_json, print_batch, show_batch
 
@@ -75,6 +77,27 @@ def test_colours_mark_what_is_to_be_predicted(config: Path) -> None:
         print_batch(step, batch, Terminal(file=screen, highlight=False))
     assert "Yes, é.<|im_end|>" in screen.getvalue()
     assert batch_json(1, shown[0])["sequences"][0]["documents"]
+
+
+def test_text_of_a_broken_character_keeps_its_place(config: Path) -> None:
+    encoder = open_tokenizer(prepare_run(load(config), lambda *_: None).receipt.tokenizer_path)
+    for text in ("cut \ufffd", "é", "日本"):
+        assert "".join(_texts(encoder.encode(text), encoder)) == text
+
+
+def test_conversations_without_any_loss_are_refused(launch_config: Callable[..., Path], tmp_path: Path) -> None:
+    silent = tmp_path / "silent.jsonl"
+    said = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "loss": False}]}
+    told = {"messages": [{"role": "user", "content": "c"}, {"role": "assistant", "content": "d", "loss": False}]}
+    silent.write_text(json.dumps(said) + "\n" + json.dumps(told))
+    config = launch_config("silent", data={"sources": [{"path": str(silent), "format": "chat"}]})
+    with pytest.raises(DataError, match="no token bears loss"):
+        show_batch(load(config), 1, Console(io.StringIO()))
+
+
+def test_the_template_lies_beside_the_tokenizer(config: Path) -> None:
+    tokenizer = Path(prepare_run(load(config), lambda *_: None).receipt.tokenizer_path)
+    assert "<|im_start|>" in (tokenizer / "chat_template.jinja").read_text()
 
 
 def test_a_step_beyond_the_run_is_refused(config: Path) -> None:

@@ -174,6 +174,15 @@ class Source(Section):
     for the others."""
 
     @model_validator(mode="after")
+    def _names_no_key(self) -> Source:
+        if re.match(r"[A-Za-z0-9+.-]+://[^/@]*:[^/@]*@", self.path):
+            raise ValueError(
+                "path holds a key, which receipts and logs would repeat: give keys by environment variables "
+                "(docs/data.md, Addresses)"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _fits_its_format(self) -> Source:
         for_code = [
             name for name in ("per", "metadata") if getattr(self, name) != type(self).model_fields[name].default

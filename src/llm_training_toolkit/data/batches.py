@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from llm_training_toolkit.data.packing import PackingPlan
 from llm_training_toolkit.data.prepare import Prepared
 from llm_training_toolkit.data.receipt import Receipt
 from llm_training_toolkit.data.render import Example
-from llm_training_toolkit.data.store import Examples, read_array, read_value
+from llm_training_toolkit.data.store import Examples, read_array, read_column
 from llm_training_toolkit.data.tokenizer import open_tokenizer
 from llm_training_toolkit.errors import DataError
 
@@ -129,16 +129,15 @@ class Sequences:
 
     def document_name(self, source: int, document: int) -> str:
         """Where a document of the ledger came from: its file within the source, and the line in a .jsonl file."""
-        rows = np.flatnonzero(self._document_sources == source)
-        return str(read_value(self._documents, "name", int(rows[document])))
-
-    @property
-    def _documents(self) -> Path:
-        return self._directory / "documents" / "documents.arrow"
+        first, names = self._documents
+        return str(names[first[source] + document].as_py())
 
     @cached_property
-    def _document_sources(self) -> NDArray[np.int64]:
-        return read_array(self._documents, "source")
+    def _documents(self) -> tuple[dict[int, int], Any]:
+        """The first row of each source in the table of documents, and their names, mapped."""
+        file = self._directory / "documents" / "documents.arrow"
+        found, first = np.unique(read_array(file, "source"), return_index=True)
+        return dict(zip(found.tolist(), first.tolist(), strict=True)), read_column(file, "name")
 
     def examples(self, step: int, position: int) -> list[Example]:
         """The pieces of one sequence, with tokens and loss flags."""

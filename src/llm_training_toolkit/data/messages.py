@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 Role = Literal["system", "user", "assistant", "tool"]
@@ -53,6 +53,10 @@ class Conversation:
 
     messages: tuple[Message, ...]
     tools: tuple[str, ...] = ()
+
+    def without_switches(self) -> Conversation:
+        """What is said, whatever of it is trained on: two that differ in that alone are one conversation."""
+        return replace(self, messages=tuple(replace(message, loss=None) for message in self.messages))
 
     def to_text(self) -> str:
         """Canonical compact JSON: equal conversations have equal texts. It keeps the order of keys in tools."""

@@ -17,6 +17,7 @@ import tokenizers
 
 from llm_training_toolkit.config.schema import Config
 from llm_training_toolkit.data import survey as surveys
+from llm_training_toolkit.data.chat_template import ChatTemplate
 from llm_training_toolkit.data.markers import Markers
 from llm_training_toolkit.data.packing import PackingPlan, pack
 from llm_training_toolkit.data.receipt import EpochReceipt, Receipt, SourceReceipt
@@ -111,11 +112,17 @@ class _Preparation:
             how = [tokenizers.__version__, self.tokenizer.train.vocab_size, asdict(self.markers)]
             return _key(_FORMAT, self.files, files, self.data.on_error, held_out, how)
         files = [[name, hashlib.sha256(path.read_bytes()).hexdigest()] for name, path in self._given_tokenizer]
-        return _key(_FORMAT, files)
+        return _key(_FORMAT, files, self.markers.chat_template if self._chats else "")
+
+    @property
+    def _chats(self) -> bool:
+        return any(source.format == "chat" for source in self.sources)
 
     @cached_property
     def _given_tokenizer(self) -> list[tuple[str, Path]]:
-        directory = tokenizer_directory(self.tokenizer.path or "")
+        if self.tokenizer.path is None:
+            return []
+        directory = tokenizer_directory(self.tokenizer.path)
         return [(name, directory / name) for name in TOKENIZER_FILES if (directory / name).is_file()]
 
     @cached_property
@@ -147,9 +154,11 @@ class _Preparation:
             documents = self._reread("tokenizer", held=False)
             texts = (plain_text(document, self.sources[document.source]) for _, document in documents)
             train_tokenizer(texts, self.tokenizer.train.vocab_size, self.markers, directory)
-            return
         for name, path in self._given_tokenizer:  # copied, so that workers elsewhere and later see this very one
             shutil.copyfile(path, directory / name)
+        if self._chats:  # whoever loads the trained model must write conversations as they were trained on
+            template = ChatTemplate.open(directory, self.markers.chat_template)
+            (directory / "chat_template.jinja").write_text(template.source, encoding="utf-8")
 
     def _reread(self, stage: str, *, held: bool) -> Iterator[tuple[int, Document]]:
         total = self.survey.count(held=held)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -12,6 +12,9 @@ import numpy as np
 from llm_training_toolkit.data.batches import Sequences
 from llm_training_toolkit.data.render import Example
 from llm_training_toolkit.data.tokenizer import TextEncoder, open_tokenizer
+
+_LONGEST_CHARACTER = 4
+"""Bytes of a character in UTF-8, and so the most tokens it can take."""
 
 
 @dataclass(frozen=True)
@@ -84,16 +87,24 @@ def shown_step(sequences: Sequences, step: int) -> list[ShownSequence]:
 
 
 def _stretches(example: Example, special: Sequence[bool], encoder: TextEncoder) -> tuple[Stretch, ...]:
-    """Runs of tokens with the same mask; a character whose bytes two runs share stands with the later one."""
+    """Runs of tokens with the same mask; a character of several tokens stands with the last of them."""
     loss = [False, *example.loss[1:].tolist()]  # nothing comes before the first token
     tokens = example.tokens.tolist()
-    kinds = [(bears, bool(special[token])) for token, bears in zip(tokens, loss, strict=True)]
-    found: list[Stretch] = []
-    start = held = 0
-    for kind, group in groupby(kinds):
-        stop = start + len(list(group))
-        text = encoder.decode(tokens[held:stop])
-        split = text.endswith("\N{REPLACEMENT CHARACTER}") and stop < len(tokens)
-        found.append(Stretch("" if split else text, *kind))
-        start, held = stop, held if split else stop
-    return tuple(found)
+    marked = zip(_texts(tokens, encoder), loss, (bool(special[token]) for token in tokens), strict=True)
+    return tuple(
+        Stretch("".join(text for text, *_ in group), *kind)
+        for kind, group in groupby(marked, key=lambda token: token[1:])
+    )
+
+
+def _texts(tokens: Sequence[int], encoder: TextEncoder) -> Iterator[str]:
+    """The text of each token; empty where the character it begins ends in a later one."""
+    held: list[int] = []
+    for number, token in enumerate(tokens, start=1):
+        held.append(token)
+        text = encoder.decode(held)
+        if text.endswith("\N{REPLACEMENT CHARACTER}") and number < len(tokens) and len(held) < _LONGEST_CHARACTER:
+            yield ""
+            continue
+        yield text
+        held.clear()

@@ -79,14 +79,14 @@ def write_rows(path: Path, schema: Any, rows: Iterable[tuple[Any, ...]]) -> None
             writer.write_batch(pa.record_batch([pa.array(values, kind) for values, kind in columns], schema=schema))
 
 
-def read_value(path: Path, column: str, row: int) -> Any:  # noqa: ANN401 - whatever the column holds
-    """One value of a column; the file is mapped, not read."""
-    return _reader(path).read_all().column(column)[row].as_py()
+def read_column(path: Path, column: str) -> Any:  # noqa: ANN401 - pyarrow carries no types
+    """A column of any kind as Arrow's own array; the file is mapped, not read."""
+    return _reader(path).read_all().column(column)
 
 
 def read_array(path: Path, column: str) -> NDArray[Any]:
     """One column of numbers as an array (rows,), or of bytes of one width as (rows, width) uint8."""
-    column_of_rows = _reader(path).read_all().column(column)
+    column_of_rows = read_column(path, column)
     kind = column_of_rows.type
     if not pa.types.is_fixed_size_binary(kind):
         values: NDArray[Any] = column_of_rows.to_numpy()

@@ -51,6 +51,11 @@ def prepare_run(config: Config, progress: Progress, step: int = 0, sequences: in
             f"({', '.join(source.path for source in config.data.sources)}): "
             "give more documents, or lower data.eval.fraction"
         )
+    if not sum(source.loss_tokens for source in prepared.receipt.sources):
+        raise DataError(
+            "data.sources: no token bears loss, so nothing would be learnt. Look at the sources' loss, and at switches "
+            "within the records: ltt show-batch shows them in colour"
+        )
     while not covers(config, facts_of(prepared.receipt, step, sequences)):
         epochs += max(1, _missing_epochs(config, facts_of(prepared.receipt, step, sequences)))
         prepared = prepare(config, markers, epochs=epochs, progress=progress)

@@ -16,7 +16,7 @@ from llm_training_toolkit.data.receipt import Receipt
 from llm_training_toolkit.data.show import ShownPiece, ShownSequence, shown_step
 from llm_training_toolkit.errors import PlanError
 from llm_training_toolkit.launch.preparation import facts_of, prepare_run
-from llm_training_toolkit.launch.standing import standing_of
+from llm_training_toolkit.launch.standing import refuse_changed_run, standing_of
 from llm_training_toolkit.plan import make_plan, require
 from llm_training_toolkit.runs import RunDirectory
 
@@ -30,24 +30,31 @@ def show_batch(config: Config, step: int, console: Console) -> list[ShownSequenc
     """
     run = RunDirectory(Path(config.run.dir).expanduser().absolute() / config.run.name)
     standing = standing_of(run)
+    refuse_changed_run(standing, config, (), extend=False)
     receipt = standing.prepared(config, ()) or prepare_run(config, console.stage, standing.step).receipt
     plan = require(make_plan(config, facts_of(receipt, standing.step, standing.sequences)))
     if not 1 <= step <= (plan.steps or step):
         raise PlanError(f"--step {step}: the run has the steps 1 to {plan.steps}")
-    origin = _origin(run, receipt, step)
+    origin = _origin(run, receipt, plan.global_batch, step)
     sequences = Sequences(receipt, global_batch=plan.global_batch, epochs=config.train.epochs, origin=origin)
     return shown_step(sequences, step)
 
 
-def _origin(run: RunDirectory, receipt: Receipt, step: int) -> tuple[int, int]:
-    """(steps, sequences) of the last checkpoint before the step: after an epoch's short last step they part ways."""
+def _origin(run: RunDirectory, receipt: Receipt, global_batch: int, step: int) -> tuple[int, int]:
+    """(steps, sequences) of the last checkpoint before the step: after an epoch's short last step they part ways.
+
+    Raises PlanError where they have parted between two checkpoints that are left, and nobody knows at which step.
+    """
     manifests = (Checkpoint(directory).manifest for directory in complete(run.checkpoints))
-    before = [
-        (each.step, each.sequences)
-        for each in manifests
-        if each.step < step and each.data_fingerprint == receipt.fingerprint
-    ]
-    return max(before, default=(0, 0))
+    places = sorted((each.step, each.sequences) for each in manifests if each.data_fingerprint == receipt.fingerprint)
+    origin = max((place for place in places if place[0] < step), default=(0, 0))
+    later = next((place for place in places if place[0] >= step), None)
+    if later and later[1] - origin[1] != (later[0] - origin[0]) * global_batch and later[0] > step:
+        raise PlanError(
+            f"--step {step}: between the steps {origin[0]} and {later[0]} the run had a short step or another "
+            "train.global_batch, and the checkpoint that knows where is gone. Steps outside of these can be shown"
+        )
+    return origin
 
 
 def batch_json(step: int, shown: list[ShownSequence]) -> dict[str, Any]:

@@ -35,11 +35,13 @@ class Document:
     path: str = ""
     stars: int | None = None
     parts: tuple[Part, ...] = ()
+    said: str = ""
+    """What counts as its content where that is less than `text`: a conversation without its switches of loss."""
 
     @cached_property
     def digest(self) -> bytes:
         """Its content's hash; neither name nor metadata count."""
-        return content_hash(self.text)
+        return content_hash(self.said or self.text)
 
 
 @dataclass
@@ -63,6 +65,8 @@ class Unreadable(Exception):  # noqa: N818 - a finding that becomes a DataError 
         super().__init__(f"{where}: {why}")
         self.reason = reason
         self.count = count
+        self.ends_file = False
+        """Nothing after it in a file of records can be read, and nobody knows how much that is."""
 
 
 def content_hash(text: str) -> bytes:

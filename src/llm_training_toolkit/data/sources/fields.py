@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llm_training_toolkit.data.conversations import UnusableRecord, conversation_of
+from llm_training_toolkit.data.conversations import Conversation, UnusableRecord, conversation_of
 from llm_training_toolkit.data.sources.document import Document, Unreadable
 from llm_training_toolkit.data.sources.kinds import Format
 from llm_training_toolkit.data.sources.records import Columns, Record
@@ -23,6 +23,8 @@ _TEXT: Mapping[Format, Sequence[str]] = {"text": ("text", "content"), "code": ("
 _PATH = ("path", "max_stars_repo_path", "file_path")
 _REPOSITORY = ("repository", "repo_name", "repository_name", "max_stars_repo_name")
 _STARS = ("stars", "max_stars_count", "star_events_count")
+_MOST_STARS = 2**53
+"""Beyond it a table's floating-point number is no count any more."""
 _KNOWN = (_PATH, _REPOSITORY, _STARS)
 
 
@@ -44,7 +46,9 @@ def columns_for(form: Format, address: str) -> Columns:
 def document_of(record: Record, form: Format, source: int, name: str) -> Document:
     """The document in a record. Raises Unreadable, saying which field is wrong."""
     if form == "chat":
-        return Document(source, name, _checked(_conversation(record), record.where))
+        conversation = _conversation(record)
+        text = _checked(conversation.to_text(), record.where)
+        return Document(source, name, text, said=conversation.without_switches().to_text())
     values = record.value
     if not isinstance(values, dict):
         raise Unreadable(record.where, f"has no field {_or(_TEXT[form])} (it is no object)", "no_text")
@@ -55,9 +59,9 @@ def document_of(record: Record, form: Format, source: int, name: str) -> Documen
     return Document(source, name, text, repository, path, _stars(values, record.where))
 
 
-def _conversation(record: Record) -> str:
+def _conversation(record: Record) -> Conversation:
     try:
-        return conversation_of(record.value).to_text()
+        return conversation_of(record.value)
     except UnusableRecord as error:
         raise Unreadable(record.where, error.why, error.reason) from error
 
@@ -100,7 +104,8 @@ def _stars(values: Mapping[str, Any], where: str) -> int | None:
     value = None if name is None else values[name]
     if value is None or value != value:  # noqa: PLR0124 - NaN is the one value that differs from itself
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or value < 0 or value != int(value):
+    is_count = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < _MOST_STARS
+    if not is_count or value != int(value):
         raise Unreadable(where, f"the field {name!r} is {value!r}, not a number of stars", "wrong_type")
     return int(value)
 

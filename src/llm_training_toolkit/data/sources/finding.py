@@ -42,7 +42,7 @@ def files(source: Source) -> list[SourceFile]:
 
 
 def fingerprint(sources: Iterable[Source]) -> str:
-    """Hex sha256 over relative name, size and modification time of every file; the contents are not read.
+    """Hex sha256 over relative name, size, modification time and repository of every file; no content is read.
 
     Where a store has no modification times, the tag it gives a version stands for it. Raises DataError for a path that
     matches nothing.
@@ -51,7 +51,9 @@ def fingerprint(sources: Iterable[Source]) -> str:
     for source in sources:
         digest.update(b"\0source")
         for file in files(source):
-            digest.update(f"\0{file.name}\0{_version(file)}".encode())
+            # A checkout that appears or goes changes which repository a file of code belongs to, and no file.
+            repository = file.repository if source.format == "code" else ""
+            digest.update(f"\0{file.name}\0{_version(file)}\0{repository}".encode())
     return digest.hexdigest()
 
 

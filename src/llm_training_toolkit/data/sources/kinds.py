@@ -40,13 +40,18 @@ _RECORDS = {
 
 def suffix(name: str) -> str:
     """The suffix in lower case that says what is in a file, below that of a compression: `.jsonl` of `a.jsonl.gz`."""
-    stem, last = posixpath.splitext(name.lower())
+    stem, last = posixpath.splitext(_without_query(name))
     return posixpath.splitext(stem)[1] if last in COMPRESSED else last
+
+
+def _without_query(name: str) -> str:
+    """A name in lower case as far as it names a file: `a.jsonl` of the address `…/a.jsonl?download=true`."""
+    return name.lower().partition("?")[0]
 
 
 def compression(name: str) -> str | None:
     """The suffix of the compression, such as `.gz`; None for a plain file."""
-    last = posixpath.splitext(name.lower())[1]
+    last = posixpath.splitext(_without_query(name))[1]
     return last if last in COMPRESSED else None
 
 

@@ -16,6 +16,9 @@ from llm_training_toolkit.data.sources.records import decoded, records
 from llm_training_toolkit.data.sources.repositories import ordered, whole
 from llm_training_toolkit.errors import DataError
 
+_ENDINGS = frozenset({"damaged", "unreadable", "invalid_json", "invalid_utf8"})
+"""Reasons why a file of records, not one of its records, cannot be read."""
+
 
 def documents(
     source: Source,
@@ -82,6 +85,11 @@ def _sound(pieces: Iterable[Document | Unreadable], on_error: str, tally: Tally)
             tally.read += 1
             yield piece
             continue
+        if piece.ends_file:
+            raise DataError(
+                f"{piece}. What comes after it in this file is lost, and how much that is is not known: repair or "
+                "remove the file; data.on_error: skip is for single documents."
+            ) from piece
         if on_error == "stop":
             raise DataError(f"{piece}. Repair or remove it, or set data.on_error: skip.") from piece
         tally.read += piece.count
@@ -101,6 +109,7 @@ def _read_all(found: Iterable[SourceFile], form: Format, index: int) -> Iterator
         try:
             yield from _read(file, form, index)
         except Unreadable as error:
+            error.ends_file = kind_of(file.relative, form) is not Kind.WHOLE and error.reason in _ENDINGS
             yield error
 
 

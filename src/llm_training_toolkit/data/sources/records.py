@@ -75,7 +75,7 @@ def _list(file: SourceFile, content: bytes) -> Iterator[Record]:
 def _parsed(text: str, where: str) -> Any:  # noqa: ANN401 - whatever JSON can say
     try:
         return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits is a plain ValueError
         raise Unreadable(where, f"is not JSON ({error})", "invalid_json") from error
 
 
@@ -89,7 +89,7 @@ def decoded(raw: bytes, address: str, first_line: int = 1) -> str:
         raise Unreadable(f"{address}:{line}", why, "invalid_utf8") from error
 
 
-def _rows(file: SourceFile, kind: Kind, columns: Columns) -> Iterator[Record]:
+def _rows(file: SourceFile, kind: Kind, columns: Columns) -> Iterator[Record | Unreadable]:
     if packed := compression(file.relative):
         raise Unreadable(file.address, f"is {kind.value} compressed once more: undo its {packed}", "damaged")
     with opened(file) as stream:
@@ -98,9 +98,25 @@ def _rows(file: SourceFile, kind: Kind, columns: Columns) -> Iterator[Record]:
         content = pa.memory_map(file.location) if file.root.filesystem is None else stream
         for batch in _parquet(content, columns) if kind is Kind.PARQUET else _arrow(content, columns):
             for start in range(0, batch.num_rows, _ROWS):
-                for value in batch.slice(start, _ROWS).to_pylist():
+                for row in _values(batch.slice(start, _ROWS)):
                     number += 1
-                    yield Record(number, f"{file.address}, row {number}", value)
+                    where = f"{file.address}, row {number}"
+                    if isinstance(row, UnicodeDecodeError):
+                        yield Unreadable(where, f"is not UTF-8 (byte 0x{row.object[row.start]:02x})", "invalid_utf8")
+                    else:
+                        yield Record(number, where, row)
+
+
+def _values(rows: Any) -> Iterator[Any]:  # noqa: ANN401 - pyarrow is untyped
+    """Rows as Python values; the error in place of one that is no text, which Parquet does not check."""
+    try:
+        yield from rows.to_pylist()
+    except UnicodeDecodeError:
+        for number in range(rows.num_rows):
+            try:
+                yield rows.slice(number, 1).to_pylist()[0]
+            except UnicodeDecodeError as error:
+                yield error
 
 
 def _parquet(content: Any, columns: Columns) -> Iterator[Any]:  # noqa: ANN401 - pyarrow is untyped
