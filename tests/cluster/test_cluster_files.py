@@ -10,6 +10,8 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,14 +150,27 @@ def started(tmp_path: Path) -> Iterator[Started]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _wait_for_jobs(cluster: Started) -> None:
-    """Wait until the head takes jobs."""
-    ask = [str(BIN / "ray"), "job", "list", "--address", cluster.address]
+def _answer(address: str, token: str) -> int:
+    """The status with which the head answers the question for its jobs; 0 while nobody answers."""
+    question = urllib.request.Request(f"{address}/api/jobs/", headers={"Authorization": f"Bearer {token}"})
+    try:
+        with urllib.request.urlopen(question, timeout=10) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        return error.code
+    except OSError:
+        return 0
+
+
+def _wait_for_jobs(cluster: Started) -> str:
+    """Wait until the head takes jobs; its token."""
+    kept = Path(cluster.environment["HOME"]) / ".ray" / "auth_token"
     end = time.monotonic() + 60
-    while subprocess.run(ask, env=cluster.environment, capture_output=True, check=False).returncode:
+    while not kept.is_file() or _answer(cluster.address, kept.read_text()) != 200:
         assert cluster.process.poll() is None, cluster.log.read_text()
         assert time.monotonic() < end, cluster.log.read_text()
-        time.sleep(0.5)
+        time.sleep(0.2)
+    return kept.read_text()
 
 
 @pytest.mark.cluster
@@ -168,12 +183,10 @@ def test_local_yaml_starts_a_cluster_that_takes_a_run_and_leaves_nothing_behind(
     job = tmp_path / "job"
     job.mkdir()
     (job / "tiny.yaml").write_text(json.dumps(json.loads(config.model_dump_json(exclude_unset=True))))
-    _wait_for_jobs(started)
+    token = _wait_for_jobs(started)
+    assert _answer(started.address, "0" * len(token)) in {401, 403}
 
     submit = [str(BIN / "ltt"), "submit", "tiny.yaml", "--address", started.address]
-    without = {**started.environment, "RAY_AUTH_MODE": "disabled"}
-    refused = subprocess.run(submit, env=without, cwd=job, capture_output=True, text=True, check=False)
-    assert refused.returncode == 1
     done = subprocess.run(submit, env=started.environment, cwd=job, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr + started.log.read_text()
     assert RunDirectory(tmp_path / "runs" / "tiny").checkpoint(2, 1).is_dir()
