@@ -147,7 +147,7 @@ def _run(bench: Bench, machine: Values, runner: Runner) -> dict[str, Result]:
     with ThreadPoolExecutor(bench.together) as pool:
         try:
             list(pool.map(run, order.together))
-        except BaseException:
+        except KeyboardInterrupt:
             runner.close()  # otherwise the pool waits for every job
             raise
     for job in order.last:

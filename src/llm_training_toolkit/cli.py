@@ -148,7 +148,7 @@ def train(
             if as_json:
                 out.write(json.dumps(failure_json(error)) + "\n")
             raise typer.Exit(error.exit_code) from None
-        except Exception as error:
+        except Exception as error:  # the edge of the command: Python prints the traceback, this the line to read first
             console.close()
             err.write(f"error: {type(error).__name__}: {error} (the traceback is in the newest file under logs/)\n")
             raise

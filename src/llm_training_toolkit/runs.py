@@ -39,10 +39,9 @@ def write_atomically(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-        _sync_directory(path.parent)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    finally:
+        temporary.unlink(missing_ok=True)  # nothing is left of it but where something failed
+    _sync_directory(path.parent)
 
 
 def _sync_directory(directory: Path) -> None:

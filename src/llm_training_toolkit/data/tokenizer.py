@@ -114,13 +114,9 @@ def open_tokenizer(path: str) -> TextEncoder:
         # speaks of such a marker must not be read as one, so here every added token is special.
         for token in content.get("added_tokens", ()):
             token["special"] = True
+        # from_buffer says ValueError where from_str says no more than Exception.
+        tokenizer = Tokenizer.from_buffer(json.dumps(content).encode())
     except (OSError, ValueError, AttributeError, TypeError) as error:
-        raise DataError(
-            f"{file}: is no tokenizer ({error}). Fetch it again, or give another tokenizer.path."
-        ) from error
-    try:
-        tokenizer = Tokenizer.from_str(json.dumps(content))
-    except Exception as error:  # tokenizers raises plain Exception, and this call is all that is caught
         raise DataError(
             f"{file}: is no tokenizer ({error}). Fetch it again, or give another tokenizer.path."
         ) from error

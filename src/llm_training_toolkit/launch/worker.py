@@ -54,7 +54,7 @@ def work(place: Place, context: RunContext) -> dict[str, Any]:
     attempt = _begin(place, context, asked)
     try:
         status, step = _train(place, context, attempt, asked)
-    except Exception as error:
+    except Exception as error:  # the edge of a rank: whatever ends it is written down, and goes on
         # A disk that is full must not hide the error that says so.
         with suppress(OSError, ValueError):
             fail_attempt(place.run, attempt, f"rank {context.rank}: {type(error).__name__}: {error}")
@@ -68,7 +68,7 @@ def _train(place: Place, context: RunContext, attempt: int, asked: int | str) ->
     parts, progress, hf_config = _build(place, context, attempt)
     try:
         status, progress = train(parts, progress)
-    except Exception as error:
+    except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
             mark_out_of_memory(place.run, attempt)
             raise after_out_of_memory(place.config, context.world_size, adaptable=asked == "auto") from error
