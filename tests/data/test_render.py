@@ -156,5 +156,5 @@ def test_too_long_drops_or_stops_with_the_document_named(encoder: TextEncoder) -
 def test_a_family_without_the_markers_is_refused(encoder: TextEncoder, markers: Markers) -> None:
     source = Source.model_validate({"path": "x", "format": "code", "fim": {}})
     with pytest.raises(DataError, match="no fill-in-the-middle markers"):
-        Rules.of(source, replace(markers, fim_middle=None), encoder, 64, seed=0, epoch=0)
+        Rules.of(source, replace(markers, tokens=replace(markers.tokens, fim_middle="")), encoder, 64, seed=0, epoch=0)
     assert Rules.of(source, markers, encoder, 64, seed=0, epoch=0).fim == replace(ALWAYS, rate=0.5)

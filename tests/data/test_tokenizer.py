@@ -22,7 +22,7 @@ def test_training_gives_the_markers_the_first_ids_and_repeats_exactly(tmp_path: 
     for file in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
     encoder = open_tokenizer(str(tmp_path / "one"))
-    assert [encoder.id_of(marker) for marker in markers.all] == [0, 1, 2, 3, 4]
+    assert [encoder.id_of(marker) for marker in markers.tokens.all] == [0, 1, 2, 3, 4]
     assert 5 + 256 < encoder.vocab_size <= 320
 
 
@@ -35,7 +35,7 @@ def test_transformers_opens_it_and_agrees(tmp_path: Path, markers: Markers, mode
     theirs, ours = transformers.AutoTokenizer.from_pretrained(tmp_path), open_tokenizer(str(tmp_path))
     assert (theirs.eos_token, theirs.eos_token_id) == ("<|endoftext|>", 0)
     assert (theirs.pad_token, theirs.pad_token_id) == ("<fim_pad>", 4)
-    assert set(markers.all) <= set(theirs.all_special_tokens)
+    assert set(markers.tokens.all) <= set(theirs.all_special_tokens)
     for text in [*TEXTS, "a , b 's n't ."]:
         assert theirs(text)["input_ids"] == ours.encode(text)
         assert theirs.decode(ours.encode(text)) == text
@@ -63,7 +63,7 @@ def test_offsets_cover_the_text(encoder: TextEncoder, text: str) -> None:
 
 
 def test_marker_text_in_a_document_stays_text(encoder: TextEncoder, markers: Markers) -> None:
-    for marker in markers.all:
+    for marker in markers.tokens.all:
         ids = encoder.encode(f"x {marker} y")
         assert encoder.id_of(marker) not in ids
         assert encoder.decode(ids) == f"x {marker} y"

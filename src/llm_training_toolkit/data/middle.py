@@ -35,15 +35,22 @@ class FimRules:
     @classmethod
     def of(cls, fim: FillInTheMiddle, markers: Markers, encoder: TextEncoder) -> FimRules:
         """The rules of a source. Raises DataError where the family or the tokenizer lacks a sentinel."""
-        sentinels = (markers.fim_prefix, markers.fim_middle, markers.fim_suffix)
-        ids = [encoder.id_of(sentinel) for sentinel in sentinels if sentinel is not None]
-        if len(ids) != len(sentinels):
+        tokens = markers.tokens
+        if not tokens.has_fim:
             raise DataError(
                 "data.sources.fim: this model family has no fill-in-the-middle markers. Remove fim from the source, or "
                 "choose a model of a family that has them."
             )
-        whole, middle_only = fim.level == "document", fim.loss == "middle"
-        return cls(ids[0], ids[1], ids[2], fim.rate, fim.spm_rate, middle_only, whole, markers.path_in_prefix)
+        return cls(
+            encoder.id_of(tokens.fim_prefix),
+            encoder.id_of(tokens.fim_middle),
+            encoder.id_of(tokens.fim_suffix),
+            fim.rate,
+            fim.spm_rate,
+            middle_only=fim.loss == "middle",
+            whole=fim.level == "document",
+            path_in_prefix=markers.layout.path_in_prefix,
+        )
 
 
 class Draw(NamedTuple):

@@ -194,7 +194,7 @@ class _Preparation:
 
     def _render(self, directory: Path, *, epoch: int, held: bool, stage: str) -> None:
         longest, too_long = np.zeros((2, len(self.sources)), dtype=np.int64)
-        pad, vocab_size = self.encoder.id_of(self.markers.pad), self.encoder.vocab_size
+        pad, vocab_size = self.encoder.id_of(self.markers.tokens.pad), self.encoder.vocab_size
 
         def rendered() -> Iterator[SourceExample]:
             for source, batch in _batches(self._reread(stage, held=held)):

@@ -60,7 +60,7 @@ class Rules:
         """The rules of a source of the configuration. Raises DataError where the tokenizer lacks a marker."""
         return cls(
             sequence_length,
-            encoder.id_of(markers.end_of_text),
+            encoder.id_of(markers.tokens.end_of_text),
             "continue" if source.too_long == "auto" else source.too_long,
             None if source.fim is None else FimRules.of(source.fim, markers, encoder),
             seed,

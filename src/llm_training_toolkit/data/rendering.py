@@ -46,7 +46,7 @@ class Renderer:
 
     def _chat_rules(self, source: Source) -> ChatRules:
         too_long: Literal["drop", "continue", "error"] = "drop" if source.too_long == "auto" else source.too_long
-        return ChatRules(self._length, self._encoder.id_of(self._markers.end_of_text), source.loss, too_long)
+        return ChatRules(self._length, self._encoder.id_of(self._markers.tokens.end_of_text), source.loss, too_long)
 
 
 def plain_text(document: Document, source: Source) -> str:

@@ -35,10 +35,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, markers: Markers, pat
     The same texts in the same order give the same files. Raises DataError for a vocab_size without room for the
     special tokens and the 256 bytes.
     """
-    least = len(markers.all) + _BYTES
+    special = markers.tokens.all
+    least = len(special) + _BYTES
     if vocab_size < least:
         raise DataError(
-            f"tokenizer.train.vocab_size: {vocab_size} has no room for {len(markers.all)} special tokens and 256 "
+            f"tokenizer.train.vocab_size: {vocab_size} has no room for {len(special)} special tokens and 256 "
             f"bytes. Give at least {least}; thousands are usual."
         )
     tokenizer = Tokenizer(models.BPE())
@@ -52,7 +53,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, markers: Markers, pat
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[AddedToken(marker, special=True, normalized=False) for marker in markers.all],
+        special_tokens=[AddedToken(marker, special=True, normalized=False) for marker in special],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
@@ -64,12 +65,12 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, markers: Markers, pat
 
 
 def _transformers_config(markers: Markers) -> dict[str, Any]:
-    named = {markers.end_of_text, markers.pad}
+    named = {markers.tokens.end_of_text, markers.tokens.pad}
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": markers.end_of_text,
-        "pad_token": markers.pad,
-        "additional_special_tokens": [marker for marker in markers.all if marker not in named],
+        "eos_token": markers.tokens.end_of_text,
+        "pad_token": markers.tokens.pad,
+        "additional_special_tokens": [marker for marker in markers.tokens.all if marker not in named],
         "clean_up_tokenization_spaces": False,
         "model_max_length": 1_000_000_000,
     }

@@ -8,12 +8,13 @@ from typing import Any
 from llm_training_toolkit.config.schema import Config
 from llm_training_toolkit.errors import PlanError
 from llm_training_toolkit.families import qwen, shape, starcoder
-from llm_training_toolkit.families.family import Anatomy, Family, HfValues, Size, SpecialTokens
+from llm_training_toolkit.families.family import Anatomy, CodeLayout, Family, HfValues, Size, SpecialTokens
 
 __all__ = [
     "FAMILIES",
     "SIZES",
     "Anatomy",
+    "CodeLayout",
     "Family",
     "HfValues",
     "Size",

@@ -16,20 +16,20 @@ class SpecialTokens:
 
     end_of_text: str
     """Closes every document."""
-    end_of_turn: str | None
-    """Closes a turn of a chat."""
     pad: str
     """Fills a sequence up; carries no loss, so it may be a token that has another use."""
-    fim_prefix: str
-    fim_middle: str
-    fim_suffix: str
-    fim_pad: str
-    repository: str
-    """Stands before the name of a repository."""
-    file: str
-    """Stands before a file, or before its name."""
     all: tuple[str, ...]
-    """Every special token in the order of its id."""
+    """Every special token in the order of its id: a tokenizer of one's own gives them the first ids."""
+    end_of_turn: str = ""
+    """Closes a turn of a chat."""
+    fim_prefix: str = ""
+    fim_middle: str = ""
+    fim_suffix: str = ""
+    fim_pad: str = ""
+    repository: str = ""
+    """Stands before the name of a repository."""
+    file: str = ""
+    """Stands before a file, or before its name."""
 
     @property
     def has_fim(self) -> bool:

@@ -17,7 +17,6 @@ def _tokens(repository: str, file: str, every: tuple[str, ...]) -> SpecialTokens
     # <|endoftext|> has id 0 in both generations, is begin and end, and pads for want of a token of its own.
     return SpecialTokens(
         end_of_text="<|endoftext|>",
-        end_of_turn=None,
         pad="<|endoftext|>",
         fim_prefix="<fim_prefix>",
         fim_middle="<fim_middle>",

@@ -17,32 +17,9 @@ from llm_training_toolkit.plan import DataFacts, make_plan
 Progress = Callable[[str, int, int], None]
 
 
-def markers_of(config: Config) -> Markers:
-    """The special tokens of the run's family, as the data layer takes them."""
-    family = families.find(config.model.name).family
-    tokens, layout = family.special_tokens, family.code_layout
-    return Markers(
-        end_of_text=tokens.end_of_text,
-        pad=tokens.pad,
-        fim_prefix=tokens.fim_prefix or None,
-        fim_middle=tokens.fim_middle or None,
-        fim_suffix=tokens.fim_suffix or None,
-        all=tokens.all,
-        pre_tokenizer_pattern=family.pre_tokenizer_pattern,
-        chat_template=family.chat_template,
-        repository=tokens.repository or None,
-        file=tokens.file or None,
-        stars=layout.stars or None,
-        after_repository=layout.after_repository,
-        between_files=layout.between_files,
-        path_in_prefix=layout.path_in_prefix,
-        needs_path=layout.needs_path,
-    )
-
-
 def prepare_run(config: Config, progress: Progress, step: int = 0, sequences: int = 0) -> Prepared:
     """Prepare the first epoch, then as many more as the run needs from `step`, with `sequences` seen, to its end."""
-    markers = markers_of(config)
+    markers = Markers.of(families.find(config.model.name).family)
     epochs = config.train.epochs or 1
     prepared = prepare(config, markers, epochs=epochs, progress=progress)
     if not prepared.receipt.sequences[0]:
