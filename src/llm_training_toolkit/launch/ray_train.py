@@ -26,11 +26,12 @@ from llm_training_toolkit.console import Console
 from llm_training_toolkit.context import RunContext
 from llm_training_toolkit.data.receipt import Receipt
 from llm_training_toolkit.errors import LaunchError, ToolkitError
-from llm_training_toolkit.launch.control import Restarts, open_line, reporter, stop_watch
+from llm_training_toolkit.launch.control import open_line, reporter, stop_watch
 from llm_training_toolkit.launch.environment import is_local, too_many
 from llm_training_toolkit.launch.outcome import EXIT_CODES
 from llm_training_toolkit.launch.output import redirect
 from llm_training_toolkit.launch.place import Place
+from llm_training_toolkit.launch.restarts import Restarts
 from llm_training_toolkit.launch.stopping import on_stop_signal
 from llm_training_toolkit.runs import RunDirectory, last_attempt
 
