@@ -47,8 +47,9 @@ def start(request: Request, console: Console) -> Outcome:
             check_machine(config)
         receipt = _prepare(config, standing, request, console)
         plan = require(make_plan(config, facts_of(receipt, standing.step, standing.sequences), replicas))
-        _write(run, config, request, plan, receipt)
-        return _outcome(run, _train(run, config, console))
+        shutil.copyfile(request.config, run.config)
+        write_down(run, config, plan, receipt)
+        return _outcome(run, train(run, config, console))
 
 
 def _take_part(run: RunDirectory, config: Config, console: Console) -> Outcome:
@@ -57,7 +58,7 @@ def _take_part(run: RunDirectory, config: Config, console: Console) -> Outcome:
     plan = make_plan(config, standing.facts(), ranks_started())
     if standing.is_finished(plan):
         return _outcome(run, {"status": "finished", "step": standing.step})
-    return _outcome(run, _train(run, config, console))
+    return _outcome(run, train(run, config, console))
 
 
 def _prepare(config: Config, standing: Standing, request: Request, console: Console) -> Receipt:
@@ -71,16 +72,16 @@ def _prepare(config: Config, standing: Standing, request: Request, console: Cons
     return receipt
 
 
-def _write(run: RunDirectory, config: Config, request: Request, plan: Plan, receipt: Receipt) -> None:
-    """Write down everything the workers read, once nothing stands against the start any more."""
-    shutil.copyfile(request.config, run.config)
+def write_down(run: RunDirectory, config: Config, plan: Plan, receipt: Receipt) -> None:
+    """Write everything the workers read, once nothing stands against the start any more."""
     write_atomically(run.resolved, to_json(config))
     write_atomically(run.plan, json.dumps(plan.to_json(), indent=1))
     write_atomically(run.environment, json.dumps(environment(), indent=1))
     write_atomically(run.receipt, receipt.to_json())
 
 
-def _train(run: RunDirectory, config: Config, console: Console) -> dict[str, Any]:
+def train(run: RunDirectory, config: Config, console: Console) -> dict[str, Any]:
+    """Train a run that is written down, with Ray or without: `{"status", "step"}`."""
     if config.cluster.workers == 0:
         from llm_training_toolkit.launch.inline import run_inline
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from llm_training_toolkit.config import parse
 from llm_training_toolkit.launch.preparation import prepare_run
-from smoke.job import Values, run
+from smoke.task import Values, run
 
 
 def prepare(arguments: Values) -> Values:
