@@ -69,6 +69,13 @@ def test_what_a_person_waits_for_loads_no_heavy_library(arguments: list[str]) ->
     assert done.stderr.splitlines()[-1] == "loaded:"
 
 
+def test_what_an_actor_imports_while_the_workers_start_is_light() -> None:
+    """Ray does not import Ray Train by itself, nor torch: a second of CPU each, on the cores the workers start on."""
+    code = "import sys, llm_training_toolkit.launch.control; print(*({'torch', 'ray.train'} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "\n"
+
+
 def test_help_names_every_verb_with_what_it_does() -> None:
     done = ltt("--help")
     assert done.returncode == 0
