@@ -237,7 +237,7 @@ def test_the_receipt_and_the_lengths_of_documents_are_shown(
     sources, packing = tables(data_outputs)
     assert sources[1][0] == receipt.sources[0].path
     assert f"{receipt.sources[0].tokens:,}" in sources[1]
-    assert ["sequences", f"{sum(receipt.sequences):,} of 64 tokens"] in packing
+    assert ["sequences", f"{receipt.sequences:,} of 64 tokens"] in packing
     (histogram,) = pictures(data_outputs)
     for half in (histogram[:, : histogram.shape[1] // 2], histogram[:, histogram.shape[1] // 2 :]):
         assert width_of(BLUE, half) > 0.1

@@ -78,7 +78,7 @@ def configure(tmp_path: Path, tokenizer_path: Path, corpus: Path) -> Configure:
                 "model": {"name": "starcoder2-3b"},
                 "tokenizer": tokenizer or {"path": str(tokenizer_path)},
                 "data": values,
-                "train": {"epochs": 2},
+                "train": {"steps": 10} if "weight" in values["sources"][0] else {"epochs": 2},
             }
         )
 

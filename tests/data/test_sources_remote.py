@@ -158,7 +158,7 @@ def test_a_run_is_prepared_from_a_bucket_as_from_a_disk(
         for path in (str(corpus), "s3://data/corpus")
     )
     for part in ("tokens", "held_out"):
-        for name in ("tokens.arrow", "examples.arrow"):
+        for name in ("tokens-00000.arrow", "examples.arrow"):
             assert (local.directory / part / name).read_bytes() == (remote.directory / part / name).read_bytes()
 
 

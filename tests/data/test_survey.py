@@ -15,7 +15,7 @@ from llm_training_toolkit.data.markers import Markers
 from llm_training_toolkit.data.prepare import Prepared, prepare
 from llm_training_toolkit.data.sources import documents
 from llm_training_toolkit.data.store import Examples, read_column
-from llm_training_toolkit.data.survey import Survey, hold_out, reread, take
+from llm_training_toolkit.data.survey import Rereader, Survey, all_sources, hold_out, shards, take
 from llm_training_toolkit.data.tokenizer import TextEncoder
 from llm_training_toolkit.errors import DataError
 
@@ -34,7 +34,10 @@ def survey(of: Data, folder: Path) -> Survey:
 
 
 def texts(of: Data, survey: Survey, *, held: bool) -> list[str]:
-    return [document.text for _, document in reread(of, survey, held=held)]
+    numbers = range(len(all_sources(of)))
+    order = [*numbers[len(of.sources) :], *numbers[: len(of.sources)]]  # the evaluation's own come first
+    chosen, rereader = shards(of, survey, order, held=held), Rereader(of, survey)
+    return [document.text for shard in chosen for _, document in rereader.documents(shard, held=held)]
 
 
 def test_held_out_places_lie_below_the_fraction_and_are_never_none_or_all() -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from llm_training_toolkit.config.schema import Config
 from llm_training_toolkit.errors import PlanError
-from llm_training_toolkit.plan import DataFacts, Plan, lines, make_plan, require
+from llm_training_toolkit.plan import DataFacts, Plan, StreamFacts, lines, make_plan, require
 from llm_training_toolkit.plan.rate import scratch_rate
 
 TINY = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
@@ -62,7 +62,7 @@ def test_a_sound_run() -> None:
 def test_the_length_of_a_run(
     train: dict[str, Any], facts: tuple[int, ...] | None, steps: int | None, *, estimated: bool
 ) -> None:
-    plan = make_plan(config(train=train), None if facts is None else DataFacts(facts))
+    plan = make_plan(config(train=train), None if facts is None else DataFacts((StreamFacts(facts),)))
     assert (plan.steps, plan.steps_estimated) == (steps, estimated)
     assert ("steps" in plan.estimated) == estimated
 
@@ -76,7 +76,7 @@ def test_a_run_of_unknown_length_has_no_schedule_yet() -> None:
 
 
 def test_passes_over_the_data() -> None:
-    assert make_plan(config(), DataFacts((400, 400))).epochs == pytest.approx(4.0)
+    assert make_plan(config(), DataFacts((StreamFacts((400, 400)),))).epochs == pytest.approx(4.0)
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,9 @@ def test_problems_are_found(sections: dict[str, Any], expected: str) -> None:
 
 
 def test_an_empty_data_set_is_a_problem() -> None:
-    assert where(make_plan(config(train={"steps": None, "epochs": 1}), DataFacts((0,)))) == ["data.sources"]
+    assert where(make_plan(config(train={"steps": None, "epochs": 1}), DataFacts((StreamFacts((0,)),)))) == [
+        "data.sources"
+    ]
 
 
 def test_all_problems_come_at_once() -> None:
@@ -197,13 +199,13 @@ def test_weights_get_the_rate_of_fine_tuning() -> None:
 
 
 def test_a_tokenizer_larger_than_the_embedding_is_a_problem() -> None:
-    facts = DataFacts((100,), vocab_size=200_000)
+    facts = DataFacts((StreamFacts((100,)),), vocab_size=200_000)
     assert [problem.where for problem in make_plan(config(), facts).problems] == ["tokenizer.path"]
 
 
 def test_a_run_that_has_begun_counts_what_it_has_seen() -> None:
     train = {"train": {"steps": None, "epochs": 2, "global_batch": 8}}
-    fresh = make_plan(config(**train), DataFacts((20, 20)))
+    fresh = make_plan(config(**train), DataFacts((StreamFacts((20, 20)),)))
     assert fresh.steps == 5
-    lengthened = make_plan(config(**train), DataFacts((20, 20), steps_done=3, sequences_done=20))
+    lengthened = make_plan(config(**train), DataFacts((StreamFacts((20, 20)),), steps_done=3, sequences_done=20))
     assert lengthened.steps == 6

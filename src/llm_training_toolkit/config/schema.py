@@ -172,6 +172,9 @@ class Source(Section):
     too_long: Annotated[Literal["auto", "continue", "drop", "error"], Tag.IDENTITY] = "auto"
     """A document longer than a sequence: cut into chunks, drop it (counted), or stop. `auto` = drop for chat, continue
     for the others."""
+    weight: Annotated[Annotated[float, Field(gt=0.0)] | None, Tag.IDENTITY] = None
+    """Its share of the tokens, relative to the weights of the other sources: all of them have one, or none. Without
+    weights every source is seen once per epoch."""
 
     @model_validator(mode="after")
     def _names_no_key(self) -> Source:
@@ -226,6 +229,8 @@ class EvalSplit(Section):
             raise ValueError(f"{given} chooses among the training documents, sources names others: keep one of the two")
         if any(source.fim is not None for source in self.sources):
             raise ValueError("sources: held-out documents are not rearranged; remove fim")
+        if any(source.weight is not None for source in self.sources):
+            raise ValueError("sources: every held-out document is evaluated once; remove weight")
         return self
 
 
@@ -244,6 +249,18 @@ class Data(Section):
     """With on_error: skip, the largest share of documents that may be skipped."""
     cache: Annotated[str, Field(min_length=1), Tag.FREE] = "auto"
     """Directory for prepared tokens, shared by runs. `auto` = `.cache` beside the runs."""
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """The sources' weights; empty where they have none."""
+        return tuple(source.weight for source in self.sources if source.weight is not None)
+
+    @model_validator(mode="after")
+    def _all_weighted_or_none(self) -> Data:
+        without = [source.path for source in self.sources if source.weight is None]
+        if self.weights and without:
+            raise ValueError(f"sources: a weight for every one or for none; {', '.join(without)} has none")
+        return self
 
 
 class Optim(Section):
@@ -385,3 +402,12 @@ class Config(Section):
     """What the run takes of the machines."""
     failures: Failures = Failures()
     """What happens when a worker dies."""
+
+    @model_validator(mode="after")
+    def _no_epochs_of_a_mixture(self) -> Config:
+        if self.data.weights and self.train.epochs is not None:
+            raise ValueError(
+                "train.epochs has no meaning where sources have weights, each of which runs through epochs of its own: "
+                "give train.tokens or train.steps"
+            )
+        return self

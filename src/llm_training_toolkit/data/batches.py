@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,11 +16,12 @@ from numpy.typing import NDArray
 
 from llm_training_toolkit.data.packing import PackingPlan
 from llm_training_toolkit.data.prepare import Prepared
-from llm_training_toolkit.data.receipt import Receipt
+from llm_training_toolkit.data.receipt import EpochReceipt, Receipt
 from llm_training_toolkit.data.render import Example
 from llm_training_toolkit.data.store import Examples, read_array, read_column
 from llm_training_toolkit.data.tokenizer import open_tokenizer
 from llm_training_toolkit.errors import DataError
+from llm_training_toolkit.plan import Due, counts, merged
 
 IGNORED = -100
 """The label of a position that has nothing to predict."""
@@ -38,8 +41,9 @@ class MicroBatch:
 
 
 class Placed(NamedTuple):
-    """A sequence of the stream: the epoch it belongs to and its number in that epoch."""
+    """A sequence of a step: its stream, the epoch it belongs to and its number in that epoch."""
 
+    stream: int
     epoch: int
     sequence: int
 
@@ -61,10 +65,11 @@ class _Packed(NamedTuple):
 
 
 class Sequences:
-    """The stream of sequences, as a pure function of the step.
+    """The sequences of a run in their order, as a pure function of the step.
 
-    Sequence g = step * global_batch + i is position i of that step, counted through all epochs without a break.
-    Steps count from 0: `step` is the number of steps completed before. With `epochs` the stream ends with the last
+    Sequence g = step * global_batch + i is position i of that step, counted through all epochs without a break. Where
+    sources have weights, g counts through the mixture of their streams, each of which runs through epochs of its own.
+    Steps count from 0: `step` is the number of steps completed before. With `epochs` the order ends with the last
     one's last sequence, and the last step may be short; without, it goes on as far as epochs were prepared.
     `origin` (step, sequence) is where an attempt goes on: they differ from a plain multiple of the global batch only
     after an epoch that ended in a short step, or a change of the global batch that was accepted.
@@ -75,41 +80,54 @@ class Sequences:
     ) -> None:
         self._directory = Prepared.load(receipt).directory
         self.receipt, self.global_batch, self.epochs, self.origin = receipt, global_batch, epochs, origin
-        counts = receipt.sequences[:epochs]
-        self._starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)])
-        self._opened: dict[int, _Packed] = {}
-        self._held_out = _open(self._directory / receipt.held_out, self._directory / receipt.held_out)
+        self._shares = [stream.share for stream in receipt.streams]
+        self._starts = [list(accumulate(stream.sequences[:epochs], initial=0)) for stream in receipt.streams]
+        self._opened: dict[EpochReceipt, _Packed] = {}
+        self._held_out = _open(self._directory / receipt.held_out, self._directory / receipt.held_out_plan)
 
     @property
     def steps(self) -> int | None:
-        """Steps until the stream ends; None where it has no end, or its last epochs are not prepared yet."""
-        if self.epochs is None or len(self.receipt.epochs) < self.epochs:
+        """Steps until the end; None where there is none, or its last epochs are not prepared yet."""
+        if self._end is None:
             return None
         step, sequence = self.origin
-        return step + -(-max(int(self._starts[-1]) - sequence, 0) // self.global_batch)
+        return step + -(-max(self._end - sequence, 0) // self.global_batch)
+
+    @property
+    def _end(self) -> int | None:
+        """Sequences of a run over epochs, once all of them are prepared."""
+        if self.epochs is None or len(self.receipt.streams[0].epochs) < self.epochs:
+            return None
+        return self._starts[0][-1]
 
     def step_sequences(self, step: int) -> list[Placed]:
-        """The sequences of a step: global_batch of them, fewer only in the last step of a stream that ends.
+        """The sequences of a step: global_batch of them, fewer only in the last step of a run over epochs.
 
         Raises DataError for a step that needs an epoch that was not prepared, and for one after the end.
         """
         first = self.origin[1] + (step - self.origin[0]) * self.global_batch
         last = first + self.global_batch
-        prepared = int(self._starts[-1])
-        if last > prepared and self.steps is None:
-            missing = len(self._starts) - 1
-            raise DataError(
-                f"step {step}: needs sequences of epoch {missing}, and only {missing} epochs ({prepared} sequences) "
-                f"are prepared. Prepare at least {missing + 1} epochs."
-            )
-        if not 0 <= first < prepared:
+        if self._end is not None:
+            last = min(last, self._end)
+        if not 0 <= first < last:
             raise DataError(f"step {step}: lies outside the run, whose steps go from 0 to {(self.steps or 1) - 1}.")
-        stream = np.arange(first, min(last, prepared))
-        epochs = np.searchsorted(self._starts, stream, side="right") - 1
-        return [
-            Placed(epoch, sequence)
-            for epoch, sequence in zip(epochs.tolist(), (stream - self._starts[epochs]).tolist(), strict=True)
-        ]
+        self._refuse_unprepared(step, last)
+        return [self._placed(due) for due in merged(self._shares, first, last)]
+
+    def _refuse_unprepared(self, step: int, last: int) -> None:
+        for stream, (starts, needed) in enumerate(zip(self._starts, counts(self._shares, last), strict=True)):
+            if needed > starts[-1]:
+                missing = len(starts) - 1
+                of_source = f" of {self.receipt.sources[stream].path}" if len(self._starts) > 1 else ""
+                raise DataError(
+                    f"step {step}: needs sequences of epoch {missing}{of_source}, and only {missing} epochs "
+                    f"({starts[-1]} sequences) are prepared. Prepare at least {missing + 1} epochs."
+                )
+
+    def _placed(self, due: Due) -> Placed:
+        starts = self._starts[due.stream]
+        epoch = bisect_right(starts, due.number) - 1
+        return Placed(due.stream, epoch, due.number - starts[epoch])
 
     def batch(self, step: int, positions: range, micro_batch: int) -> list[MicroBatch]:
         """Positions of the step's global batch in rows of `micro_batch`; the last may have fewer rows.
@@ -121,7 +139,7 @@ class Sequences:
 
     def loss_tokens(self, step: int) -> int:
         """Labels other than -100 in the whole global batch, from the index alone."""
-        return sum(int(self._epoch(epoch).plan.targets[sequence]) for epoch, sequence in self.step_sequences(step))
+        return sum(int(self._epoch(placed).plan.targets[placed.sequence]) for placed in self.step_sequences(step))
 
     def ledger(self, step: int) -> list[list[Piece]]:
         """For each sequence of the step the pieces it holds, from the index alone."""
@@ -181,17 +199,17 @@ class Sequences:
             rows += [[]] * (min(micro_batch, largest - start) - len(rows))
             yield from self._micro_batches(rows, micro_batch)
 
-    def _epoch(self, epoch: int) -> _Packed:
-        if epoch not in self._opened:
-            files = self.receipt.epochs[epoch]
-            self._opened[epoch] = _open(self._directory / files.tokens, self._directory / files.plan)
-        return self._opened[epoch]
+    def _epoch(self, placed: Placed) -> _Packed:
+        files = self.receipt.streams[placed.stream].epochs[placed.epoch]
+        if files not in self._opened:
+            self._opened[files] = _open(self._directory / files.tokens, self._directory / files.plan)
+        return self._opened[files]
 
     def _pieces(self, placed: Placed) -> list[Example]:
-        return self._epoch(placed.epoch).pieces(placed.sequence)
+        return self._epoch(placed).pieces(placed.sequence)
 
     def _ledger_row(self, placed: Placed) -> list[Piece]:
-        plan, examples = self._epoch(placed.epoch)
+        plan, examples = self._epoch(placed)
         return [
             Piece(int(examples.source[i]), int(examples.document[i]), int(examples.length[i]))
             for i in plan.examples(placed.sequence).tolist()

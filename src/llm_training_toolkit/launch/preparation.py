@@ -12,7 +12,7 @@ from llm_training_toolkit.data.markers import Markers
 from llm_training_toolkit.data.prepare import Prepared, prepare
 from llm_training_toolkit.data.receipt import Receipt
 from llm_training_toolkit.errors import DataError
-from llm_training_toolkit.plan import DataFacts, make_plan
+from llm_training_toolkit.plan import DataFacts, StreamFacts, make_plan
 
 Progress = Callable[[str, int, int], None]
 
@@ -20,54 +20,47 @@ Progress = Callable[[str, int, int], None]
 def prepare_run(config: Config, progress: Progress, step: int = 0, sequences: int = 0) -> Prepared:
     """Prepare the first epoch, then as many more as the run needs from `step`, with `sequences` seen, to its end."""
     markers = Markers.of(families.find(config.model.name).family)
-    epochs = config.train.epochs or 1
+    epochs = [config.train.epochs or 1] * (len(config.data.weights) or 1)
     prepared = prepare(config, markers, epochs=epochs, progress=progress)
-    if not prepared.receipt.sequences[0]:
-        raise DataError(
-            "data.sources: nothing to train on is left after what was dropped and held out "
-            f"({', '.join(source.path for source in config.data.sources)}): "
-            "give more documents, or lower data.eval.fraction"
-        )
     if not sum(source.loss_tokens for source in prepared.receipt.sources):
         raise DataError(
             "data.sources: no token bears loss, so nothing would be learnt. Look at the sources' loss, and at switches "
             "within the records: ltt show-batch shows them in colour"
         )
-    while not covers(config, facts_of(prepared.receipt, step, sequences)):
-        epochs += max(1, _missing_epochs(config, facts_of(prepared.receipt, step, sequences)))
+    while any(missing := _missing_epochs(config, facts_of(prepared.receipt, step, sequences))):
+        epochs = [count + more for count, more in zip(epochs, missing, strict=True)]
         prepared = prepare(config, markers, epochs=epochs, progress=progress)
     return prepared
 
 
 def facts_of(receipt: Receipt, step: int = 0, sequences: int = 0) -> DataFacts:
     """What the plan needs to know of the data, and of how far the run has come in it."""
-    return DataFacts(receipt.sequences, receipt.vocab_size, step, sequences)
+    streams = tuple(StreamFacts(stream.sequences, stream.share) for stream in receipt.streams)
+    return DataFacts(streams, receipt.vocab_size, step, sequences)
 
 
 def covers(config: Config, facts: DataFacts) -> bool:
     """Whether the prepared epochs hold every sequence the run still needs."""
-    plan = make_plan(config, facts)
+    return not any(_missing_epochs(config, facts))
+
+
+def _missing_epochs(config: Config, facts: DataFacts) -> list[int]:
+    """Epochs of each stream to add at least, reckoned from the size of its largest prepared one."""
     if config.train.epochs is not None:
-        return len(facts.sequences_per_epoch) >= config.train.epochs
-    assert plan.steps is not None
-    needed = facts.sequences_done + (plan.steps - facts.steps_done) * plan.global_batch
-    return needed <= sum(facts.sequences_per_epoch)
-
-
-def _missing_epochs(config: Config, facts: DataFacts) -> int:
-    """Epochs to add at least, reckoned from the size of the largest prepared one."""
-    plan = make_plan(config, facts)
-    assert plan.steps is not None
-    needed = facts.sequences_done + (plan.steps - facts.steps_done) * plan.global_batch
-    missing = needed - sum(facts.sequences_per_epoch)
-    return missing // max(*facts.sequences_per_epoch, 1)
+        return [max(config.train.epochs - len(facts.streams[0].sequences_per_epoch), 0)]
+    needed = facts.needed(make_plan(config, facts))
+    missing = [count - sum(stream.sequences_per_epoch) for stream, count in zip(facts.streams, needed, strict=True)]
+    return [
+        max(1, count // max(stream.sequences_per_epoch)) if count > 0 else 0
+        for stream, count in zip(facts.streams, missing, strict=True)
+    ]
 
 
 def receipt_json(receipt: Receipt) -> dict[str, Any]:
     """The contract of `ltt prepare --json`."""
     return {
         "sources": [asdict(source) for source in receipt.sources],
-        "sequences": sum(receipt.sequences),
+        "sequences": receipt.sequences,
         "padding": receipt.padding,
         "tokens_lost": receipt.tokens_lost,
         "eval_sequences": receipt.eval_sequences,
@@ -84,8 +77,9 @@ def receipt_lines(receipt: Receipt) -> list[str]:
             f"{source.path}: {source.documents:,} documents ({source.held_out:,} held out), dropped: {dropped}; "
             f"{source.tokens:,} tokens, {source.loss_tokens:,} with loss, longest document {source.longest:,}"
         )
-    total = (
-        f"{sum(receipt.sequences):,} sequences of {receipt.sequence_length:,} tokens in {len(receipt.epochs)} epochs"
+    epochs = " + ".join(f"{len(stream.epochs)}" for stream in receipt.streams)
+    rows.append(
+        f"{receipt.sequences:,} sequences of {receipt.sequence_length:,} tokens in {epochs} epochs, "
+        f"{receipt.padding:.2%} padding, {receipt.tokens_lost} tokens lost"
     )
-    rows.append(f"{total}, {receipt.padding:.2%} padding, {receipt.tokens_lost} tokens lost")
     return rows

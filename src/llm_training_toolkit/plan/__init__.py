@@ -5,7 +5,8 @@ from __future__ import annotations
 from llm_training_toolkit.plan.batch import accumulation, shares, slice_of
 from llm_training_toolkit.plan.deepspeed import deepspeed_config, deepspeed_problems
 from llm_training_toolkit.plan.memory import Load, Memory, estimate
-from llm_training_toolkit.plan.plan import DataFacts, Plan, make_plan, require
+from llm_training_toolkit.plan.mixing import Due, counts, merged, whole_shares
+from llm_training_toolkit.plan.plan import DataFacts, Plan, StreamFacts, make_plan, require
 from llm_training_toolkit.plan.problem import Problem
 from llm_training_toolkit.plan.schedule import Schedule
 from llm_training_toolkit.plan.show import lines
@@ -13,21 +14,26 @@ from llm_training_toolkit.plan.sizing import fitting_micro_batch, settled, small
 
 __all__ = [
     "DataFacts",
+    "Due",
     "Load",
     "Memory",
     "Plan",
     "Problem",
     "Schedule",
+    "StreamFacts",
     "accumulation",
+    "counts",
     "deepspeed_config",
     "deepspeed_problems",
     "estimate",
     "fitting_micro_batch",
     "lines",
     "make_plan",
+    "merged",
     "require",
     "settled",
     "shares",
     "slice_of",
     "smaller_micro_batch",
+    "whole_shares",
 ]

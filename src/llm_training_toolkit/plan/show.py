@@ -25,6 +25,9 @@ def _rows(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "run", plan.name
     yield "model", f"{plan.model}, {count(plan.parameters)} parameters ({plan.parameters:,}), {plan.precision}"
     yield "data", f"sequences of {plan.sequence_length:,} tokens, {_passes(plan)}"
+    for source in plan.mixture:
+        epochs = "" if source.epochs is None else f", {source.epochs:.3g} epochs"
+        yield "source", f"{source.path}: {source.share:.1%} of the tokens{epochs}"
     yield "batch", _batch(plan)
     yield "length", _length(plan)
     yield "learning rate", _rate(plan)
@@ -38,6 +41,8 @@ def _rows(plan: Plan) -> Iterator[tuple[str, str]]:
 
 
 def _passes(plan: Plan) -> str:
+    if plan.mixture:
+        return "mixed by weight"
     return "not prepared yet" if plan.epochs is None else f"{plan.epochs:.3g} epochs"
 
 

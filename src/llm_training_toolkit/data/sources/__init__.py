@@ -4,7 +4,7 @@ from llm_training_toolkit.data.sources.document import Document, Part, Tally, ch
 from llm_training_toolkit.data.sources.finding import files, fingerprint
 from llm_training_toolkit.data.sources.local import STANDARD_LIBRARY
 from llm_training_toolkit.data.sources.place import SourceFile
-from llm_training_toolkit.data.sources.reading import documents, hashes
+from llm_training_toolkit.data.sources.reading import documents, hashes, with_doubles
 
 __all__ = [
     "STANDARD_LIBRARY",
@@ -18,4 +18,5 @@ __all__ = [
     "files",
     "fingerprint",
     "hashes",
+    "with_doubles",
 ]

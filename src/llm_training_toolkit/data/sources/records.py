@@ -32,26 +32,27 @@ class Record(NamedTuple):
     value: Any
 
 
-def records(file: SourceFile, kind: Kind, columns: Columns) -> Iterator[Record | Unreadable]:
-    """The records of a file in its order; those that cannot be read as the reason why.
+def records(file: SourceFile, kind: Kind, columns: Columns, first: int = 1) -> Iterator[Record | Unreadable]:
+    """The records of a file in its order, from number `first` on; those that cannot be read as the reason why.
 
     Raises Unreadable where the file ends there: nothing after it can be read.
     """
     if kind is Kind.PARQUET or kind is Kind.ARROW:
-        return _rows(file, kind, columns)
-    return _json(file, kind)
+        return _rows(file, kind, columns, first)
+    return _json(file, kind, first)
 
 
-def _json(file: SourceFile, kind: Kind) -> Iterator[Record | Unreadable]:
+def _json(file: SourceFile, kind: Kind, first: int) -> Iterator[Record | Unreadable]:
     number = 0
     with decompressed(file) as stream:
         try:
             for number, raw in enumerate(stream, start=1):
                 line = raw.removeprefix(_BYTE_ORDER_MARK) if number == 1 else raw
                 if number == 1 and kind is Kind.JSON and line.lstrip().startswith(b"["):
-                    yield from _list(file, line + stream.read())
+                    yield from _list(file, line + stream.read(), first)
                     return
-                yield from _line(file, number, line)
+                if number >= first:  # lines before it are not even parsed
+                    yield from _line(file, number, line)
         except DAMAGE as error:
             raise damaged(f"{file.address}:{number + 1}", error) from error
 
@@ -66,9 +67,9 @@ def _line(file: SourceFile, number: int, line: bytes) -> Iterator[Record | Unrea
         yield error
 
 
-def _list(file: SourceFile, content: bytes) -> Iterator[Record]:
+def _list(file: SourceFile, content: bytes, first: int) -> Iterator[Record]:
     values = _parsed(decoded(content, file.address), file.address)
-    for number, value in enumerate(values, start=1):
+    for number, value in enumerate(values[first - 1 :], start=first):
         yield Record(number, f"{file.address}, record {number}", value)
 
 
@@ -89,7 +90,7 @@ def decoded(raw: bytes, address: str, first_line: int = 1) -> str:
         raise Unreadable(f"{address}:{line}", why, "invalid_utf8") from error
 
 
-def _rows(file: SourceFile, kind: Kind, columns: Columns) -> Iterator[Record | Unreadable]:
+def _rows(file: SourceFile, kind: Kind, columns: Columns, first: int) -> Iterator[Record | Unreadable]:
     if packed := compression(file.relative):
         raise Unreadable(file.address, f"is {kind.value} compressed once more: undo its {packed}", "damaged")
     with opened(file) as stream:
@@ -97,7 +98,9 @@ def _rows(file: SourceFile, kind: Kind, columns: Columns) -> Iterator[Record | U
         # Mapped where it can be: a table of one batch may be larger than the memory.
         content = pa.memory_map(file.location) if file.root.filesystem is None else stream
         for batch in _parquet(content, columns) if kind is Kind.PARQUET else _arrow(content, columns):
-            for start in range(0, batch.num_rows, _ROWS):
+            skipped = min(max(first - 1 - number, 0), batch.num_rows)
+            number += skipped
+            for start in range(skipped, batch.num_rows, _ROWS):
                 for row in _values(batch.slice(start, _ROWS)):
                     number += 1
                     where = f"{file.address}, row {number}"
