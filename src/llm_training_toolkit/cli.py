@@ -65,11 +65,12 @@ def prepare(config: ConfigFile, overrides: Overrides = None, as_json: AsJson = F
     """Documents to packed tokens on disk, with a receipt. `train` does it when it has not been done."""
     from llm_training_toolkit.config import load
     from llm_training_toolkit.console import Console
-    from llm_training_toolkit.launch.preparation import prepare_run, receipt_json, receipt_lines
+    from llm_training_toolkit.launch.preparation import prepare_run, receipt_json, receipt_lines, runner_of
 
     console = Console(sys.stderr if as_json else sys.stdout)
     try:
-        prepared = prepare_run(load(config, overrides or ()), console.stage)
+        read = load(config, overrides or ())
+        prepared = prepare_run(read, console.stage, runner=runner_of(read, console))
     finally:
         console.close()
     if as_json:

@@ -100,6 +100,11 @@ class RunDirectory:
         return self.path / "data" / "receipt.json"
 
     @property
+    def preparation_error(self) -> Path:
+        """Why the epochs that are prepared while the run trains could not be; absent while nothing is wrong."""
+        return self.path / "data" / "preparation_error.txt"
+
+    @property
     def attempts(self) -> Path:
         """One JSON file an attempt."""
         return self.path / "attempts"

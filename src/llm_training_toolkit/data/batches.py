@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -73,17 +73,29 @@ class Sequences:
     one's last sequence, and the last step may be short; without, it goes on as far as epochs were prepared.
     `origin` (step, sequence) is where an attempt goes on: they differ from a plain multiple of the global batch only
     after an epoch that ended in a short step, or a change of the global batch that was accepted.
+    `newer` waits for a receipt with more epochs than the one it is given, where later ones are still being prepared.
     """
 
     def __init__(
-        self, receipt: Receipt, *, global_batch: int, epochs: int | None = None, origin: tuple[int, int] = (0, 0)
+        self,
+        receipt: Receipt,
+        *,
+        global_batch: int,
+        epochs: int | None = None,
+        origin: tuple[int, int] = (0, 0),
+        newer: Callable[[Receipt], Receipt] | None = None,
     ) -> None:
         self._directory = Prepared.load(receipt).directory
-        self.receipt, self.global_batch, self.epochs, self.origin = receipt, global_batch, epochs, origin
-        self._shares = [stream.share for stream in receipt.streams]
-        self._starts = [list(accumulate(stream.sequences[:epochs], initial=0)) for stream in receipt.streams]
+        self.global_batch, self.epochs, self.origin = global_batch, epochs, origin
+        self._newer = newer
         self._opened: dict[EpochReceipt, _Packed] = {}
         self._held_out = _open(self._directory / receipt.held_out, self._directory / receipt.held_out_plan)
+        self._take(receipt)
+
+    def _take(self, receipt: Receipt) -> None:
+        self.receipt = receipt
+        self._shares = [stream.share for stream in receipt.streams]
+        self._starts = [list(accumulate(stream.sequences[: self.epochs], initial=0)) for stream in receipt.streams]
 
     @property
     def steps(self) -> int | None:
@@ -111,18 +123,24 @@ class Sequences:
             last = min(last, self._end)
         if not 0 <= first < last:
             raise DataError(f"step {step}: lies outside the run, whose steps go from 0 to {(self.steps or 1) - 1}.")
-        self._refuse_unprepared(step, last)
+        while (stream := self._runs_out(last)) is not None:
+            if self._newer is None:
+                raise self._not_prepared(step, stream)
+            self._take(self._newer(self.receipt))
         return [self._placed(due) for due in merged(self._shares, first, last)]
 
-    def _refuse_unprepared(self, step: int, last: int) -> None:
-        for stream, (starts, needed) in enumerate(zip(self._starts, counts(self._shares, last), strict=True)):
-            if needed > starts[-1]:
-                missing = len(starts) - 1
-                of_source = f" of {self.receipt.sources[stream].path}" if len(self._starts) > 1 else ""
-                raise DataError(
-                    f"step {step}: needs sequences of epoch {missing}{of_source}, and only {missing} epochs "
-                    f"({starts[-1]} sequences) are prepared. Prepare at least {missing + 1} epochs."
-                )
+    def _runs_out(self, last: int) -> int | None:
+        """The first stream that lacks sequences before the place `last`."""
+        needed = counts(self._shares, last)
+        return next((stream for stream, starts in enumerate(self._starts) if needed[stream] > starts[-1]), None)
+
+    def _not_prepared(self, step: int, stream: int) -> DataError:
+        missing, prepared = len(self._starts[stream]) - 1, self._starts[stream][-1]
+        of_source = f" of {self.receipt.sources[stream].path}" if len(self._starts) > 1 else ""
+        return DataError(
+            f"step {step}: needs sequences of epoch {missing}{of_source}, and only {missing} epochs ({prepared} "
+            f"sequences) are prepared. Prepare at least {missing + 1} epochs."
+        )
 
     def _placed(self, due: Due) -> Placed:
         starts = self._starts[due.stream]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 
 from llm_training_toolkit.data.batches import MicroBatch, Sequences
@@ -14,9 +14,15 @@ class Feed:
     """The sequences of a run, step by step, and its held-out part."""
 
     def __init__(
-        self, receipt: Receipt, *, global_batch: int, epochs: int | None, origin: tuple[int, int] = (0, 0)
+        self,
+        receipt: Receipt,
+        *,
+        global_batch: int,
+        epochs: int | None,
+        origin: tuple[int, int] = (0, 0),
+        newer: Callable[[Receipt], Receipt] | None = None,
     ) -> None:
-        self._sequences = Sequences(receipt, global_batch=global_batch, epochs=epochs, origin=origin)
+        self._sequences = Sequences(receipt, global_batch=global_batch, epochs=epochs, origin=origin, newer=newer)
         self._receipt = receipt
 
     def sequences_in(self, step: int) -> int:

@@ -2,34 +2,71 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from llm_training_toolkit import families
 from llm_training_toolkit.config import Config
+from llm_training_toolkit.console import Console
 from llm_training_toolkit.data.markers import Markers
-from llm_training_toolkit.data.prepare import Prepared, prepare
+from llm_training_toolkit.data.prepare import Prepared, Progress, prepare
 from llm_training_toolkit.data.receipt import Receipt
+from llm_training_toolkit.data.shards import Done, Job, Runner, directory_of, in_this_process
+from llm_training_toolkit.data.survey import Shard
 from llm_training_toolkit.errors import DataError
+from llm_training_toolkit.launch.environment import is_local, prepare_environment
 from llm_training_toolkit.plan import DataFacts, StreamFacts, make_plan
 
-Progress = Callable[[str, int, int], None]
+
+def markers_of(config: Config) -> Markers:
+    """The special tokens of the run's family, as the data layer takes them."""
+    return Markers.of(families.find(config.model.name).family)
 
 
-def prepare_run(config: Config, progress: Progress, step: int = 0, sequences: int = 0) -> Prepared:
-    """Prepare the first epoch, then as many more as the run needs from `step`, with `sequences` seen, to its end."""
-    markers = Markers.of(families.find(config.model.name).family)
+def runner_of(config: Config, console: Console) -> Runner:
+    """What renders a run's documents: the cluster the run is for, where there is one and the work is worth it."""
+
+    def run(job: Job, shards: Sequence[Shard], done: Done) -> None:
+        left = [shard for shard in shards if not directory_of(job, shard).is_dir()]
+        done(sum(shard.stop - shard.first for shard in set(shards) - set(left)))
+        if len(left) < 2 or config.cluster.workers == 0 or is_local():
+            in_this_process(job, left, done)
+            return
+        prepare_environment()
+        from llm_training_toolkit.launch.ray_prepare import on_cluster
+
+        on_cluster(job, left, done, console)
+
+    return run
+
+
+def prepare_run(
+    config: Config,
+    progress: Progress,
+    step: int = 0,
+    sequences: int = 0,
+    *,
+    until: int | None = None,
+    runner: Runner = in_this_process,
+) -> Prepared:
+    """Prepare the first epoch, then as many more as the run needs from `step`, with `sequences` seen, to its end.
+
+    With `until`, as many as the steps up to this one need. A run over epochs always gets all: its schedule depends on
+    how many steps they make.
+    """
+    make = partial(prepare, config, markers_of(config), progress=progress, runner=runner)
     epochs = [config.train.epochs or 1] * (len(config.data.weights) or 1)
-    prepared = prepare(config, markers, epochs=epochs, progress=progress)
+    prepared = make(epochs=epochs)
     if not sum(source.loss_tokens for source in prepared.receipt.sources):
         raise DataError(
             "data.sources: no token bears loss, so nothing would be learnt. Look at the sources' loss, and at switches "
             "within the records: ltt show-batch shows them in colour"
         )
-    while any(missing := _missing_epochs(config, facts_of(prepared.receipt, step, sequences))):
+    while any(missing := missing_epochs(config, facts_of(prepared.receipt, step, sequences), until)):
         epochs = [count + more for count, more in zip(epochs, missing, strict=True)]
-        prepared = prepare(config, markers, epochs=epochs, progress=progress)
+        prepared = make(epochs=epochs)
     return prepared
 
 
@@ -41,14 +78,16 @@ def facts_of(receipt: Receipt, step: int = 0, sequences: int = 0) -> DataFacts:
 
 def covers(config: Config, facts: DataFacts) -> bool:
     """Whether the prepared epochs hold every sequence the run still needs."""
-    return not any(_missing_epochs(config, facts))
+    return not any(missing_epochs(config, facts))
 
 
-def _missing_epochs(config: Config, facts: DataFacts) -> list[int]:
+def missing_epochs(config: Config, facts: DataFacts, until: int | None = None) -> list[int]:
     """Epochs of each stream to add at least, reckoned from the size of its largest prepared one."""
     if config.train.epochs is not None:
         return [max(config.train.epochs - len(facts.streams[0].sequences_per_epoch), 0)]
-    needed = facts.needed(make_plan(config, facts))
+    plan = make_plan(config, facts)
+    assert plan.steps is not None
+    needed = facts.needed(plan.steps if until is None else min(until, plan.steps), plan.global_batch)
     missing = [count - sum(stream.sequences_per_epoch) for stream, count in zip(facts.streams, needed, strict=True)]
     return [
         max(1, count // max(stream.sequences_per_epoch)) if count > 0 else 0

@@ -31,7 +31,10 @@ def show_batch(config: Config, step: int, console: Console) -> list[ShownSequenc
     run = RunDirectory(Path(config.run.dir).expanduser().absolute() / config.run.name)
     standing = standing_of(run)
     refuse_changed_run(standing, config, (), extend=False)
-    receipt = standing.prepared(config, ()) or prepare_run(config, console.stage, standing.step).receipt
+    receipt = (
+        standing.prepared(config, ())
+        or prepare_run(config, console.stage, standing.step, standing.sequences, until=step).receipt
+    )
     plan = require(make_plan(config, facts_of(receipt, standing.step, standing.sequences)))
     if not 1 <= step <= (plan.steps or step):
         raise PlanError(f"--step {step}: the run has the steps 1 to {plan.steps}")

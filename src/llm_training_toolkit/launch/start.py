@@ -11,10 +11,11 @@ from llm_training_toolkit.checkpoint import newest
 from llm_training_toolkit.config import Config, load, to_json
 from llm_training_toolkit.console import Console
 from llm_training_toolkit.data.receipt import Receipt
+from llm_training_toolkit.launch.ahead import preparing_ahead
 from llm_training_toolkit.launch.environment import check_machine, prepare_environment
 from llm_training_toolkit.launch.outcome import Outcome, Request
 from llm_training_toolkit.launch.place import is_first_rank, ranks_started
-from llm_training_toolkit.launch.preparation import facts_of, prepare_run, receipt_lines
+from llm_training_toolkit.launch.preparation import facts_of, prepare_run, receipt_lines, runner_of
 from llm_training_toolkit.launch.standing import (
     Standing,
     refuse_changed_documents,
@@ -49,7 +50,8 @@ def start(request: Request, console: Console) -> Outcome:
         plan = require(make_plan(config, facts_of(receipt, standing.step, standing.sequences), replicas))
         shutil.copyfile(request.config, run.config)
         write_down(run, config, plan, receipt)
-        return _outcome(run, train(run, config, console))
+        with preparing_ahead(run, config, facts_of(receipt, standing.step, standing.sequences)):
+            return _outcome(run, train(run, config, console))
 
 
 def _take_part(run: RunDirectory, config: Config, console: Console) -> Outcome:
@@ -65,7 +67,14 @@ def _prepare(config: Config, standing: Standing, request: Request, console: Cons
     """The run's data: as it was prepared, if that lasts to the run's end, otherwise prepared now."""
     receipt = standing.prepared(config, request.accept)
     if receipt is None:
-        receipt = prepare_run(config, console.stage, standing.step, standing.sequences).receipt
+        receipt = prepare_run(
+            config,
+            console.stage,
+            standing.step,
+            standing.sequences,
+            until=standing.step + 1,
+            runner=runner_of(config, console),
+        ).receipt
         refuse_changed_documents(standing, config, receipt, request.accept)
     for row in receipt_lines(receipt):
         console.say(row)

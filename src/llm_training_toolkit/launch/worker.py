@@ -11,6 +11,7 @@ import socket
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from llm_training_toolkit.context import RunContext
 from llm_training_toolkit.data.feed import Feed
 from llm_training_toolkit.engine import Engine, partitioned, prepare_process, whole_parameter
 from llm_training_toolkit.errors import CheckpointError, PlanError
+from llm_training_toolkit.launch.ahead import newer_receipt
 from llm_training_toolkit.launch.finish import finish
 from llm_training_toolkit.launch.output import redirect
 from llm_training_toolkit.launch.place import Place
@@ -135,7 +137,13 @@ def _build(place: Place, context: RunContext, attempt: int) -> tuple[Parts, Prog
     metrics = Metrics(run, attempt, done.step, context)
     metrics.text(done.step, "configuration", f"```json\n{run.resolved.read_text()}\n```")
     origin = (done.step, done.sequences)
-    feed = Feed(place.receipt, global_batch=plan.global_batch, epochs=config.train.epochs, origin=origin)
+    feed = Feed(
+        place.receipt,
+        global_batch=plan.global_batch,
+        epochs=config.train.epochs,
+        origin=origin,
+        newer=partial(newer_receipt, run),
+    )
     return Parts(plan, plan.schedule(), config.run.seed, context, engine, feed, saver, metrics), done, hf_config
 
 

@@ -43,10 +43,9 @@ class DataFacts:
     sequences_done: int = 0
     """Sequences those steps have seen: fewer than steps x global batch where an epoch ended in a short step."""
 
-    def needed(self, plan: Plan) -> tuple[int, ...]:
-        """How many sequences of each stream the run will have seen at its end. The plan knows its steps."""
-        assert plan.steps is not None
-        total = self.sequences_done + (plan.steps - self.steps_done) * plan.global_batch
+    def needed(self, steps: int, global_batch: int) -> tuple[int, ...]:
+        """How many sequences of each stream the run will have seen after `steps` steps."""
+        total = self.sequences_done + (steps - self.steps_done) * global_batch
         return mixing.counts([stream.share for stream in self.streams], total)
 
 
