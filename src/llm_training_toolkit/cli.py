@@ -61,16 +61,32 @@ def plan(config: ConfigFile, overrides: Overrides = None, as_json: AsJson = Fals
 
 
 @app.command()
-def prepare(config: ConfigFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
+def prepare(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    *,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read the documents again and compare their content.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
     """Documents to packed tokens on disk, with a receipt. `train` does it when it has not been done."""
     from llm_training_toolkit.config import load
     from llm_training_toolkit.console import Console
-    from llm_training_toolkit.launch.preparation import prepare_run, receipt_json, receipt_lines, runner_of
+    from llm_training_toolkit.launch.preparation import (
+        prepare_run,
+        receipt_json,
+        receipt_lines,
+        runner_of,
+        verify_content,
+    )
 
     console = Console(sys.stderr if as_json else sys.stdout)
     try:
         read = load(config, overrides or ())
         prepared = prepare_run(read, console.stage, runner=runner_of(read, console))
+        if verify:
+            verify_content(read, prepared, console.stage)
     finally:
         console.close()
     if as_json:

@@ -15,7 +15,7 @@ from llm_training_toolkit.data.markers import Markers
 from llm_training_toolkit.data.prepare import Prepared, prepare
 from llm_training_toolkit.data.sources import documents
 from llm_training_toolkit.data.store import Examples, read_column
-from llm_training_toolkit.data.survey import Rereader, Survey, all_sources, hold_out, shards, take
+from llm_training_toolkit.data.survey import Rereader, Survey, all_sources, hold_out, shards, take, verify
 from llm_training_toolkit.data.tokenizer import TextEncoder
 from llm_training_toolkit.errors import DataError
 
@@ -177,3 +177,17 @@ def test_a_hash_takes_sixteen_bytes(tmp_path: Path) -> None:
     list(documents(data(tmp_path / "all").sources[0], 0, seen=seen))
     assert {len(digest) for digest in seen} == {16}
     assert len(seen) == 10
+
+
+def test_verifying_reads_the_content(tmp_path: Path) -> None:
+    folder = tmp_path / "code"
+    folder.mkdir()
+    for i in range(20):
+        (folder / f"f{i:02}.py").write_text(f"x = {i:02}\n", encoding="utf-8")
+    of = data(folder, eval={"fraction": 0.2})
+    taken, seen = survey(of, tmp_path / "out"), list[int]()
+    verify(of, taken, seen.append)
+    assert seen[-1] == 20
+    (folder / "f07.py").write_text("x = 99\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"f07\.py changed"):
+        verify(of, taken, seen.append)

@@ -209,3 +209,18 @@ def test_a_run_that_has_begun_counts_what_it_has_seen() -> None:
     assert fresh.steps == 5
     lengthened = make_plan(config(**train), DataFacts((StreamFacts((20, 20)),), steps_done=3, sequences_done=20))
     assert lengthened.steps == 6
+
+
+def test_a_mixture_shows_what_each_source_is_worth() -> None:
+    sources = [{"path": "a", "format": "code", "weight": 3.0}, {"path": "b", "format": "code", "weight": 1.0}]
+    mixed = config(data={"sources": sources}, train={"steps": 100, "global_batch": 8})
+    before = make_plan(mixed)
+    assert [(source.path, source.share, source.epochs) for source in before.mixture] == [
+        ("a", 0.75, None),
+        ("b", 0.25, None),
+    ]
+    plan = make_plan(mixed, DataFacts((StreamFacts((300,), share=3), StreamFacts((100, 100), share=1))))
+    assert [source.epochs for source in plan.mixture] == [pytest.approx(2.0), pytest.approx(2.0)]
+    assert plan.epochs is None
+    assert any(line.startswith("source") and "a: 75.0% of the tokens, 2 epochs" in line for line in lines(plan))
+    assert plan.to_json()["mixture"][1] == {"path": "b", "share": 0.25, "epochs": pytest.approx(2.0)}

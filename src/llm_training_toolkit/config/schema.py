@@ -240,7 +240,7 @@ class Data(Section):
     sequence_length: Annotated[int, Field(ge=16), Tag.IDENTITY]
     """Tokens in a packed sequence."""
     sources: Annotated[tuple[Source, ...], Field(min_length=1)]
-    """Where the documents come from; each once per epoch."""
+    """Where the documents come from; each once per epoch, or by its weight."""
     eval: EvalSplit = EvalSplit()
     """The held-out part."""
     on_error: Annotated[Literal["stop", "skip"], Tag.IDENTITY] = "stop"

@@ -77,6 +77,17 @@ def prepare(
     return work.run(epochs or [1] * len(work.streams))
 
 
+def is_prepared(config: Config, markers: Markers, epochs: Sequence[int]) -> bool:
+    """Whether `prepare` would find these epochs on disk."""
+    work = _Preparation(config, markers, lambda _stage, _done, _total: None, in_this_process)
+    return all(
+        (work.directory / name).is_dir()
+        for stream, count in zip(work.streams, epochs, strict=True)
+        for epoch in range(count)
+        for name in work.names(stream, epoch)
+    )
+
+
 @dataclass(frozen=True)
 class _Stream:
     """Sources that are packed together; `name` tells the files of one stream from those of others."""
@@ -180,13 +191,12 @@ class _Preparation:
 
     def _epoch(self, stream: _Stream, epoch: int) -> EpochReceipt:
         """The tokens and the plan of an epoch; without fill-in-the-middle all epochs have the same tokens."""
-        drawn = any(self.sources[source].fim for source in stream.sources)
-        tokens = f"tokens{stream.name}" + (f"-seed{self.seed}-epoch{epoch}" if drawn else "")
+        tokens, plan_name = self.names(stream, epoch)
         what = f" of {self.sources[stream.sources[0]].path}" if len(self.streams) > 1 else ""
-        stage = f"tokens of epoch {epoch}{what}" if drawn else f"tokens{what}"
+        stage = f"tokens of epoch {epoch}{what}" if self._is_drawn(stream) else f"tokens{what}"
         rendered = self._rendered(tokens, stream.sources, epoch=epoch, held=False, stage=stage)
         plan = complete(
-            self.directory / f"plan{stream.name}-seed{self.seed}-epoch{epoch}",
+            self.directory / plan_name,
             lambda path: self._plan(rendered, seed=self.seed, epoch=epoch).write(path),
         )
         sequences = len(PackingPlan.read(plan))
@@ -196,7 +206,16 @@ class _Preparation:
                 f"data.sequence_length {self.data.sequence_length} and was dropped. Set too_long: continue, raise "
                 "data.sequence_length, or give more documents."
             )
-        return EpochReceipt(tokens, plan.name, sequences)
+        return EpochReceipt(tokens, plan_name, sequences)
+
+    def names(self, stream: _Stream, epoch: int) -> tuple[str, str]:
+        """The directories of an epoch's tokens and of its plan."""
+        of_epoch = f"-seed{self.seed}-epoch{epoch}"
+        tokens = f"tokens{stream.name}{of_epoch}" if self._is_drawn(stream) else f"tokens{stream.name}"
+        return tokens, f"plan{stream.name}{of_epoch}"
+
+    def _is_drawn(self, stream: _Stream) -> bool:
+        return any(self.sources[source].fim for source in stream.sources)
 
     def _rendered(self, name: str, sources: Iterable[int], *, epoch: int, held: bool, stage: str) -> Path:
         """The directory of a rendering, made shard by shard unless it is there."""
@@ -210,7 +229,7 @@ class _Preparation:
         try:
             self.runner(job, chosen, _counted(self.progress, stage, total))
             complete(target, lambda directory: join(job, chosen, directory, len(self.sources)))
-        except OSError:  # another process was faster, and has tidied away the shards
+        except (OSError, DataError):  # another process was faster, and has tidied away the shards
             if not target.is_dir():
                 raise
         shutil.rmtree(place, ignore_errors=True)

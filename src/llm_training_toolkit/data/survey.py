@@ -97,6 +97,19 @@ def shards(data: Data, survey: Survey, sources: Iterable[int], *, held: bool) ->
     return found
 
 
+def verify(data: Data, survey: Survey, progress: Callable[[int], None]) -> None:
+    """Read every document again and compare its content. Raises DataError for one that is not what it was."""
+    rereader, done = Rereader(data, survey), 0
+    for source in range(len(all_sources(data))):
+        whole = Shard(source, 0, len(survey.of(source)))
+        for held in (True, False):
+            for _ in rereader.documents(whole, held=held):
+                done += 1
+                if done % _EVERY == 0:
+                    progress(done)
+    progress(done)
+
+
 def all_sources(data: Data) -> tuple[Source, ...]:
     """The sources that are trained on, and behind them those of `data.eval.sources`: a source's number is its place."""
     return (*data.sources, *data.eval.sources)

@@ -11,10 +11,10 @@ from llm_training_toolkit import families
 from llm_training_toolkit.config import Config
 from llm_training_toolkit.console import Console
 from llm_training_toolkit.data.markers import Markers
-from llm_training_toolkit.data.prepare import Prepared, Progress, prepare
+from llm_training_toolkit.data.prepare import Prepared, Progress, is_prepared, prepare
 from llm_training_toolkit.data.receipt import Receipt
 from llm_training_toolkit.data.shards import Done, Job, Runner, directory_of, in_this_process
-from llm_training_toolkit.data.survey import Shard
+from llm_training_toolkit.data.survey import Shard, Survey, verify
 from llm_training_toolkit.errors import DataError
 from llm_training_toolkit.launch.environment import is_local, prepare_environment
 from llm_training_toolkit.plan import DataFacts, StreamFacts, make_plan
@@ -53,8 +53,8 @@ def prepare_run(
 ) -> Prepared:
     """Prepare the first epoch, then as many more as the run needs from `step`, with `sequences` seen, to its end.
 
-    With `until`, as many as the steps up to this one need. A run over epochs always gets all: its schedule depends on
-    how many steps they make.
+    With `until`, as many as the steps up to this one need, and what lies prepared already. A run over epochs always
+    gets all: its schedule depends on how many steps they make.
     """
     make = partial(prepare, config, markers_of(config), progress=progress, runner=runner)
     epochs = [config.train.epochs or 1] * (len(config.data.weights) or 1)
@@ -64,10 +64,27 @@ def prepare_run(
             "data.sources: no token bears loss, so nothing would be learnt. Look at the sources' loss, and at switches "
             "within the records: ltt show-batch shows them in colour"
         )
-    while any(missing := missing_epochs(config, facts_of(prepared.receipt, step, sequences), until)):
-        epochs = [count + more for count, more in zip(epochs, missing, strict=True)]
+    while any(more := _more_epochs(config, facts_of(prepared.receipt, step, sequences), epochs, until)):
+        epochs = [count + one for count, one in zip(epochs, more, strict=True)]
         prepared = make(epochs=epochs)
     return prepared
+
+
+def _more_epochs(config: Config, facts: DataFacts, epochs: list[int], until: int | None) -> list[int]:
+    """Epochs to add: those that are needed, or else the next ones where they lie prepared already."""
+    if any(needed := missing_epochs(config, facts, until)):
+        return needed
+    following = [min(count, 1) for count in missing_epochs(config, facts)]
+    wanted = [count + one for count, one in zip(epochs, following, strict=True)]
+    found = any(following) and is_prepared(config, markers_of(config), wanted)
+    return following if found else [0] * len(epochs)
+
+
+def verify_content(config: Config, prepared: Prepared, progress: Progress) -> None:
+    """Compare the documents with what was prepared from them, by content. Raises DataError for the first other one."""
+    survey = Survey.read(prepared.directory / "documents")
+    total = len(survey.sources)
+    verify(config.data, survey, lambda done: progress("comparing", done, total))
 
 
 def facts_of(receipt: Receipt, step: int = 0, sequences: int = 0) -> DataFacts:
