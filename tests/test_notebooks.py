@@ -43,12 +43,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
     code = folder / "code"
     code.mkdir()
     for number in range(40):
+        # The last character of each comment comes once in all files, so that no tokenizer has a token for it.
         lines = [
-            f"# größe {number} 漢字 😀 <b>&amp;</b> <|fim_prefix|>",
-            f"def f{number}(a):",
-            f"\treturn a < {number}\n",
+            f"# größe {number} 漢字 😀 <b>&amp;</b> <|fim_prefix|> {chr(0x4E00 + 40 * line + number)}\n"
+            f"def f{number}(a):\n\treturn a < {number}\n"
+            for line in range(1 + number % 4)
         ]
-        (code / f"m_{number:02}.py").write_text("\n".join(lines * (1 + number % 4)))
+        (code / f"m_{number:02}.py").write_text("\n".join(lines))
     sections: dict[str, dict[str, Any]] = {
         "run": {"name": "three"},
         "train": {"steps": 4, "global_batch": GLOBAL_BATCH, "micro_batch": 2},

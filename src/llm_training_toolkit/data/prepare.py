@@ -48,7 +48,11 @@ class Prepared:
         """Reopen prepared data from its receipt. Raises DataError where its files are not (any more)."""
         directory, tokenizer = Path(receipt.directory), Path(receipt.tokenizer_path)
         epochs = [epoch for stream in receipt.streams for epoch in stream.epochs]
-        parts = [receipt.held_out, *(name for epoch in epochs for name in (epoch.tokens, epoch.plan))]
+        parts = [
+            receipt.held_out,
+            receipt.held_out_plan,
+            *(name for epoch in epochs for name in (epoch.tokens, epoch.plan)),
+        ]
         for path in [tokenizer, *(directory / part for part in parts)]:
             if not path.is_dir():
                 raise DataError(
@@ -312,13 +316,13 @@ class _Preparation:
 
 
 def _counted(progress: Progress, stage: str, total: int) -> Callable[[int], None]:
-    """A listener that adds up what it is told and passes it on."""
+    """A listener that adds up what it is told and passes it on; shards found done count their held-out ones, too."""
     seen = 0
 
     def done(more: int) -> None:
         nonlocal seen
         seen += more
-        progress(stage, seen, total)
+        progress(stage, min(seen, total), total)
 
     return done
 
