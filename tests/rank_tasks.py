@@ -11,7 +11,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from llm_training_toolkit.checkpoint import Checkpoint, Manifest, save
+from checkpoints import save
+from llm_training_toolkit.checkpoint import Checkpoint, Manifest
 from llm_training_toolkit.config import Config, parse
 from llm_training_toolkit.context import Event, RunContext
 from llm_training_toolkit.data.feed import Feed

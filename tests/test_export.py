@@ -16,8 +16,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig
 
+from checkpoints import save
 from llm_training_toolkit import export as export_module
-from llm_training_toolkit.checkpoint import Checkpoint, FileEntry, Manifest, save
+from llm_training_toolkit.checkpoint import Checkpoint, FileEntry, Manifest
 from llm_training_toolkit.context import RunContext
 from llm_training_toolkit.errors import CheckpointError
 from llm_training_toolkit.export import export

@@ -47,6 +47,8 @@ class Flags:
 
     stop: bool
     save: bool
+    written: bool
+    """Every rank has written its part of the checkpoint that has begun."""
 
 
 def train(parts: Parts, progress: Progress) -> tuple[Status, Progress]:
@@ -57,6 +59,18 @@ def train(parts: Parts, progress: Progress) -> tuple[Status, Progress]:
     steps = parts.schedule.steps
     if progress.step == 0:
         evaluate(parts, progress)
+    try:
+        progress = _steps(parts, progress)
+    except TrainingError:
+        parts.saver.complete()  # all ranks raise it: the checkpoint on its way is of a step before
+        raise
+    parts.saver.complete()
+    return "finished" if progress.step == steps else "stopped", progress
+
+
+def _steps(parts: Parts, progress: Progress) -> Progress:
+    """Step after step, each with what is due after it, to the end or to a stop."""
+    steps = parts.schedule.steps
     while progress.step < steps:
         flags = optimizer_step(parts, progress)
         seen = parts.feed.sequences_in(progress.step)
@@ -65,12 +79,14 @@ def train(parts: Parts, progress: Progress) -> tuple[Status, Progress]:
         ended = progress.step == steps
         if ended or progress.step % parts.plan.eval_every == 0:
             evaluate(parts, progress)
+        if flags.written:
+            parts.saver.complete()
         if ended or flags.stop or flags.save:
-            seconds = parts.saver.save(progress)
+            seconds = parts.saver.begin(progress)
             parts.metrics.write(progress.step, {"perf/checkpoint_seconds": seconds})
-        if flags.stop and not ended:
-            return "stopped", progress
-    return "finished", progress
+        if flags.stop:
+            break
+    return progress
 
 
 def optimizer_step(parts: Parts, progress: Progress) -> Flags:
@@ -102,8 +118,8 @@ def _agree(parts: Parts, loss_sum: float, completed: int) -> tuple[float, Flags]
     context = parts.context
     stop = context.is_first and context.stop_requested()
     save = context.is_first and parts.saver.due(completed)
-    total, stops, saves = context.sum(loss_sum, stop, save)
-    return total, Flags(stop=stops > 0, save=saves > 0)
+    total, stops, saves, writing = context.sum(loss_sum, stop, save, parts.saver.is_writing)
+    return total, Flags(stop=stops > 0, save=saves > 0, written=parts.saver.has_begun and not writing)
 
 
 def _not_finite(parts: Parts, step: int, positions: range, loss_sum: float, what: str) -> str:

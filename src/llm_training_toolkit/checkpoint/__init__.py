@@ -3,7 +3,7 @@
 from llm_training_toolkit.checkpoint.manifest import FileEntry, Manifest, UnknownFormatError
 from llm_training_toolkit.checkpoint.reading import Checkpoint, complete, newest, set_aside
 from llm_training_toolkit.checkpoint.retention import clean, kept
-from llm_training_toolkit.checkpoint.writing import Piece, save
+from llm_training_toolkit.checkpoint.writing import Piece, Writing, finish
 
 __all__ = [
     "Checkpoint",
@@ -11,10 +11,11 @@ __all__ = [
     "Manifest",
     "Piece",
     "UnknownFormatError",
+    "Writing",
     "clean",
     "complete",
+    "finish",
     "kept",
     "newest",
-    "save",
     "set_aside",
 ]

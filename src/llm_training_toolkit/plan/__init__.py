@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from llm_training_toolkit.plan.batch import accumulation, shares, slice_of
 from llm_training_toolkit.plan.deepspeed import deepspeed_config, deepspeed_problems
-from llm_training_toolkit.plan.memory import Load, Memory, estimate
+from llm_training_toolkit.plan.memory import Load, Memory, checkpoint_copy, estimate
 from llm_training_toolkit.plan.mixing import Due, counts, merged, whole_shares
 from llm_training_toolkit.plan.plan import DataFacts, Plan, StreamFacts, make_plan, require
 from llm_training_toolkit.plan.problem import Problem
@@ -22,6 +22,7 @@ __all__ = [
     "Schedule",
     "StreamFacts",
     "accumulation",
+    "checkpoint_copy",
     "counts",
     "deepspeed_config",
     "deepspeed_problems",

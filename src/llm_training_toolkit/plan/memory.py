@@ -109,6 +109,14 @@ def optimizer(load: Load) -> int:
     return load.part((12 if own_copy else 8) * load.model.parameters, spread=load.zero > 0)
 
 
+def checkpoint_copy(parameters: int, workers: int) -> int:
+    """Bytes of the machine's memory that a worker's copy takes while a checkpoint is written: its part of 12 a weight.
+
+    The fp32 weights and Adam's two moments of what is trained, which the workers save in equal parts at every stage.
+    """
+    return -(-12 * parameters // workers)
+
+
 def activations(load: Load) -> int:
     """What the forward pass keeps for the backward pass, and the gradients of one layer at a time, in bytes.
 
