@@ -74,25 +74,27 @@ def prepare(
     from llm_training_toolkit.config import load
     from llm_training_toolkit.console import Console
     from llm_training_toolkit.launch.preparation import (
-        prepare_run,
+        facts_of,
+        preparation_of,
+        prepare_epochs,
         receipt_json,
         receipt_lines,
-        runner_of,
-        verify_content,
     )
+    from llm_training_toolkit.plan import make_plan, mixture_lines
 
     console = Console(sys.stderr if as_json else sys.stdout)
     try:
         read = load(config, overrides or ())
-        prepared = prepare_run(read, console.stage, runner=runner_of(read, console))
+        work = preparation_of(read, console)
+        receipt = prepare_epochs(work, read).receipt
         if verify:
-            verify_content(read, prepared, console.stage)
+            work.verify()
     finally:
         console.close()
     if as_json:
-        typer.echo(json.dumps(receipt_json(prepared.receipt)))
+        typer.echo(json.dumps(receipt_json(receipt)))
     else:
-        typer.echo("\n".join(receipt_lines(prepared.receipt)))
+        typer.echo("\n".join([*receipt_lines(receipt), *mixture_lines(make_plan(read, facts_of(receipt)))]))
 
 
 @app.command(name="show-batch")

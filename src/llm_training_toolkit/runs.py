@@ -100,9 +100,9 @@ class RunDirectory:
         return self.path / "data" / "receipt.json"
 
     @property
-    def preparation_error(self) -> Path:
-        """Why the epochs that are prepared while the run trains could not be; absent while nothing is wrong."""
-        return self.path / "data" / "preparation_error.txt"
+    def preparation(self) -> Path:
+        """Whether later epochs are being prepared while the run trains, are done, or why they cannot be."""
+        return self.path / "data" / "preparation.json"
 
     @property
     def attempts(self) -> Path:

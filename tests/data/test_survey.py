@@ -184,10 +184,16 @@ def test_verifying_reads_the_content(tmp_path: Path) -> None:
     folder.mkdir()
     for i in range(20):
         (folder / f"f{i:02}.py").write_text(f"x = {i:02}\n", encoding="utf-8")
+    (folder / "empty.py").write_text("      \n", encoding="utf-8")
     of = data(folder, eval={"fraction": 0.2})
-    taken, seen = survey(of, tmp_path / "out"), list[int]()
-    verify(of, taken, seen.append)
+    survey(of, tmp_path / "out")
+    seen = list[int]()
+    verify(of, tmp_path / "out", seen.append)
     assert seen[-1] == 20
     (folder / "f07.py").write_text("x = 99\n", encoding="utf-8")
-    with pytest.raises(DataError, match=r"f07\.py changed"):
-        verify(of, taken, seen.append)
+    with pytest.raises(DataError, match=r"f07\.py is not what was prepared \(20 documents then, 20 now\)\. Remove"):
+        verify(of, tmp_path / "out", seen.append)
+    (folder / "f07.py").write_text("x = 07\n", encoding="utf-8")
+    (folder / "empty.py").write_text("x = 20\n", encoding="utf-8")  # it was no document, and is one now
+    with pytest.raises(DataError, match=r"empty\.py is not what was prepared \(20 documents then, 21 now\)"):
+        verify(of, tmp_path / "out", seen.append)

@@ -122,3 +122,17 @@ def test_a_source_that_gives_nothing_is_named(
     sources[1]["too_long"] = "drop"
     with pytest.raises(DataError, match=r"no document of .*long\.txt is left to train on"):
         prepare(configure(sources=sources, eval={"fraction": 0.0}), markers)
+
+
+def test_hundreds_of_epochs_are_prepared_and_read_with_few_open_files(
+    configure: Configure, markers: Markers, corpus: Path, words: Path
+) -> None:
+    prepared = prepare(configure(sources=mixed(corpus, words, 1, 20)), markers, epochs=[2, 120])
+    sequences = Sequences(prepared.receipt, global_batch=4)
+    opened, step = [], 0
+    while sequences.has(step):
+        sequences.batch(step, range(4), 4)
+        opened.append(len(list(Path("/proc/self/fd").iterdir())))
+        step += 1
+    assert step > 100
+    assert max(opened) - min(opened) < 40

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from conftest import write_corpus
 from launch.conftest import command, run_of, wait_for_step
+from llm_training_toolkit.checkpoint import newest
+from llm_training_toolkit.runs import checkpoint_place
 
 pytestmark = [pytest.mark.slow]
 
@@ -61,8 +66,53 @@ def test_documents_that_change_while_the_run_trains_stop_it_in_words(
     config = launch_config("changed", **sections(corpus, tmp_path / "cache", 5000))
     with subprocess.Popen(command(config), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         wait_for_step(run_of(config), 3, process)
-        (corpus / "one_more.py").write_text("x = 1\n")
-        _, err = process.communicate(timeout=120)
+        sorted(corpus.iterdir())[5].write_text("x = 1\n")
+        out, err = process.communicate(timeout=120)
     assert process.returncode == 1, err
-    assert "documents have changed while the run trained" in err
+    assert "later epochs cannot be prepared, the run ends before them" in out + err
+    assert "changed" in err
     assert 0 < len(losses(config)) < 5000
+
+
+def test_a_stop_while_waiting_leaves_a_checkpoint(launch_config: Callable[..., Path], tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path / "code", documents=40)
+    config = launch_config("waiting", **sections(corpus, tmp_path / "cache", 5000))
+    with subprocess.Popen(command(config), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        wait_for_step(run_of(config), 1, process)
+        children = psutil.Process(process.pid).children(recursive=True)
+        (ahead,) = [child for child in children if "llm_training_toolkit.launch.ahead" in child.cmdline()]
+        ahead.suspend()
+        reached = -1
+        while (now := len(losses(config))) > reached:  # until the epochs that are there are used up
+            reached = now
+            time.sleep(2)
+        process.send_signal(signal.SIGTERM)
+        end = time.monotonic() + 60
+        while newest(run_of(config).checkpoints) is None and time.monotonic() < end:
+            time.sleep(0.1)
+        ahead.resume()
+        out, err = process.communicate(timeout=120)
+    assert process.returncode == 75, err
+    assert "waits for data of the next epoch" in out + err
+    assert json.loads((run_of(config).path / "attempts" / "0001.json").read_text())["state"] == "stopped"
+    saved = newest(run_of(config).checkpoints)
+    assert saved is not None
+    assert checkpoint_place(saved) == (reached, 1)
+    assert not list((tmp_path / "cache").rglob(".*.*.*"))  # nothing half built
+
+
+def test_a_run_that_has_begun_keeps_its_weights(launch_config: Callable[..., Path], tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path / "code", documents=40)
+    made = sections(corpus, tmp_path / "cache", 3)
+    config = launch_config("weights", **made)
+    weighted = f"data.sources=[{{path: {corpus}, format: code, fim: {{rate: 0.5}}, weight: 1.0}}]"
+    done = subprocess.run(command(config), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    again = subprocess.run(
+        command(config, weighted, "train.steps=5", "--extend", "--accept", "data.sources"),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert again.returncode == 2
+    assert "the weights of a run that has begun cannot change" in again.stderr

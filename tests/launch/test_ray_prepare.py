@@ -21,14 +21,16 @@ from llm_training_toolkit.config import load
 from llm_training_toolkit.console import Console
 from llm_training_toolkit.data import survey
 from llm_training_toolkit.data.batches import Sequences
+from llm_training_toolkit.data.prepare import Preparation
 from llm_training_toolkit.errors import ToolkitError
-from llm_training_toolkit.launch.preparation import prepare_run, runner_of
+from llm_training_toolkit.launch.preparation import markers_of, prepare_epochs, runner_of
 survey._CHARACTERS_PER_SHARD = 1500
 config = load(Path(sys.argv[1]), sys.argv[2:])
 said = StringIO()
 done = []
 try:
-    prepared = prepare_run(config, lambda *event: done.append(event), runner=runner_of(config, Console(said)))
+    work = Preparation(config, markers_of(config), lambda *event: done.append(event), runner_of(config, Console(said)))
+    prepared = prepare_epochs(work, config)
 except ToolkitError as error:
     print("error", type(error).__name__, error)
     raise SystemExit

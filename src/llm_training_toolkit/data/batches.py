@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import accumulate
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 
 from llm_training_toolkit.data.packing import PackingPlan
 from llm_training_toolkit.data.prepare import Prepared
-from llm_training_toolkit.data.receipt import EpochReceipt, Receipt
+from llm_training_toolkit.data.receipt import Receipt
 from llm_training_toolkit.data.render import Example
 from llm_training_toolkit.data.store import Examples, read_array, read_column
 from llm_training_toolkit.data.tokenizer import open_tokenizer
@@ -73,7 +72,6 @@ class Sequences:
     one's last sequence, and the last step may be short; without, it goes on as far as epochs were prepared.
     `origin` (step, sequence) is where an attempt goes on: they differ from a plain multiple of the global batch only
     after an epoch that ended in a short step, or a change of the global batch that was accepted.
-    `newer` waits for a receipt with more epochs than the one it is given, where later ones are still being prepared.
     """
 
     def __init__(
@@ -83,16 +81,17 @@ class Sequences:
         global_batch: int,
         epochs: int | None = None,
         origin: tuple[int, int] = (0, 0),
-        newer: Callable[[Receipt], Receipt] | None = None,
     ) -> None:
         self._directory = Prepared.load(receipt).directory
         self.global_batch, self.epochs, self.origin = global_batch, epochs, origin
-        self._newer = newer
-        self._opened: dict[EpochReceipt, _Packed] = {}
-        self._held_out = _open(self._directory / receipt.held_out, self._directory / receipt.held_out_plan)
-        self._take(receipt)
+        # Streams alternate, and a step may span two epochs of each; every epoch that is open costs descriptors.
+        self._examples = lru_cache(maxsize=2 * len(receipt.streams) + 1)(lambda name: Examples(self._directory / name))
+        self._plan = lru_cache(maxsize=2 * len(receipt.streams))(lambda name: PackingPlan.read(self._directory / name))
+        self._last: tuple[int, list[Placed]] = (-1, [])
+        self.extend(receipt)
 
-    def _take(self, receipt: Receipt) -> None:
+    def extend(self, receipt: Receipt) -> None:
+        """Take a receipt of the same data with more epochs."""
         self.receipt = receipt
         self._shares = [stream.share for stream in receipt.streams]
         self._starts = [list(accumulate(stream.sequences[: self.epochs], initial=0)) for stream in receipt.streams]
@@ -117,17 +116,25 @@ class Sequences:
 
         Raises DataError for a step that needs an epoch that was not prepared, and for one after the end.
         """
-        first = self.origin[1] + (step - self.origin[0]) * self.global_batch
-        last = first + self.global_batch
-        if self._end is not None:
-            last = min(last, self._end)
+        if self._last[0] == step:
+            return self._last[1]
+        first, last = self._places(step)
         if not 0 <= first < last:
             raise DataError(f"step {step}: lies outside the run, whose steps go from 0 to {(self.steps or 1) - 1}.")
-        while (stream := self._runs_out(last)) is not None:
-            if self._newer is None:
-                raise self._not_prepared(step, stream)
-            self._take(self._newer(self.receipt))
-        return [self._placed(due) for due in merged(self._shares, first, last)]
+        if (stream := self._runs_out(last)) is not None:
+            raise self._not_prepared(step, stream)
+        self._last = (step, [self._placed(due) for due in merged(self._shares, first, last)])
+        return self._last[1]
+
+    def has(self, step: int) -> bool:
+        """Whether all sequences of a step are prepared."""
+        return self._runs_out(self._places(step)[1]) is None
+
+    def _places(self, step: int) -> tuple[int, int]:
+        """Where the sequences of a step lie in the whole order, [first, stop)."""
+        first = self.origin[1] + (step - self.origin[0]) * self.global_batch
+        last = first + self.global_batch
+        return first, last if self._end is None else min(last, self._end)
 
     def _runs_out(self, last: int) -> int | None:
         """The first stream that lacks sequences before the place `last`."""
@@ -219,9 +226,12 @@ class Sequences:
 
     def _epoch(self, placed: Placed) -> _Packed:
         files = self.receipt.streams[placed.stream].epochs[placed.epoch]
-        if files not in self._opened:
-            self._opened[files] = _open(self._directory / files.tokens, self._directory / files.plan)
-        return self._opened[files]
+        return _Packed(self._plan(files.plan), self._examples(files.tokens))
+
+    @cached_property
+    def _held_out(self) -> _Packed:
+        plan = PackingPlan.read(self._directory / self.receipt.held_out_plan)
+        return _Packed(plan, Examples(self._directory / self.receipt.held_out))
 
     def _pieces(self, placed: Placed) -> list[Example]:
         return self._epoch(placed).pieces(placed.sequence)
@@ -264,7 +274,3 @@ def _row(pieces: Sequence[Example], length: int, pad_id: int) -> tuple[NDArray[n
         start = stop
     positions[start:] = np.arange(length - start)
     return ids, positions, labels
-
-
-def _open(tokens: Path, plan: Path) -> _Packed:
-    return _Packed(PackingPlan.read(plan), Examples(tokens))

@@ -20,10 +20,21 @@ class Feed:
         global_batch: int,
         epochs: int | None,
         origin: tuple[int, int] = (0, 0),
-        newer: Callable[[Receipt], Receipt] | None = None,
+        newest: Callable[[Receipt], Receipt] | None = None,
     ) -> None:
-        self._sequences = Sequences(receipt, global_batch=global_batch, epochs=epochs, origin=origin, newer=newer)
+        """Open the data; `newest` looks for a receipt with more epochs, where later ones are still being prepared."""
+        self._sequences = Sequences(receipt, global_batch=global_batch, epochs=epochs, origin=origin)
+        self._newest = newest
         self._receipt = receipt
+
+    def has(self, step: int) -> bool:
+        """Whether all sequences of a step are prepared, as far as was looked."""
+        return self._sequences.has(step)
+
+    def look(self) -> None:
+        """See whether more epochs were prepared. Raises DataError when there will be no more."""
+        if self._newest is not None:
+            self._sequences.extend(self._newest(self._sequences.receipt))
 
     def sequences_in(self, step: int) -> int:
         """Sequences of the step: the global batch, fewer only in the last step of a run over epochs."""

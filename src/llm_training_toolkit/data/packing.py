@@ -16,9 +16,9 @@ from llm_training_toolkit.errors import DataError
 
 Integers = NDArray[np.int64]
 
-_WINDOW = 64
-"""Shards, of a million tokens or some 4 MB each, that are packed together: best fit wastes nothing to speak of on so
-many examples, and a node that reads ahead needs 300 MB."""
+_WINDOW_TOKENS = 1 << 26
+"""Tokens that are packed together: best fit wastes nothing to speak of on so many, and a node that reads ahead needs
+300 MB."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def pack_in_windows(
     seed: int = 0,
     epoch: int = 0,
 ) -> PackingPlan:
-    """Shards in random order, some dozens at a time packed together: a reader needs no more of them at once.
+    """Shards in random order, some at a time packed together: a reader needs no more of them at once.
 
     shards (examples,), rising: which shard each example lies in. The rest as for `pack`, which does each window.
     """
@@ -72,9 +72,8 @@ def pack_in_windows(
     starts = np.flatnonzero(np.diff(shards, prepend=-1))
     members = np.split(np.arange(len(lengths)), starts[1:]) if len(starts) else []
     order = np.argsort(_noise(len(members), seed, epoch, "shards"), kind="stable")
-    windows = np.array_split(order, max(-(-len(members) // _WINDOW), 1))
     plans = []
-    for number, window in enumerate(windows):
+    for number, window in enumerate(_windows(order, np.array([lengths[each].sum() for each in members]))):
         # In the order of the shards: the same examples give the same plan while one window holds them all.
         examples = np.concatenate([np.zeros(0, np.int64), *(members[i] for i in np.sort(window).tolist())])
         plan = pack(
@@ -82,6 +81,14 @@ def pack_in_windows(
         )
         plans.append(PackingPlan(examples[plan.order], plan.offsets, plan.targets))
     return _joined(plans)
+
+
+def _windows(order: Integers, tokens: Integers) -> list[Integers]:
+    """Shards in their order, cut into windows of about as many tokens each, no more of them than are needed."""
+    ends = np.cumsum(tokens[order])
+    count = max(-(-int(ends[-1]) // _WINDOW_TOKENS), 1) if len(ends) else 1
+    cuts = np.searchsorted(ends, ends[-1] * np.arange(1, count) // count, side="left") + 1 if count > 1 else []
+    return np.split(order, cuts)
 
 
 def pack(

@@ -8,13 +8,14 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tokenizers
 
-from llm_training_toolkit.config.schema import Config
+from llm_training_toolkit.config.schema import Config, Data
 from llm_training_toolkit.data import survey as surveys
 from llm_training_toolkit.data.chat_template import ChatTemplate
 from llm_training_toolkit.data.markers import Markers
@@ -26,7 +27,7 @@ from llm_training_toolkit.data.sources import fingerprint
 from llm_training_toolkit.data.store import Examples, complete
 from llm_training_toolkit.data.survey import Rereader, Survey, all_sources, shards
 from llm_training_toolkit.data.tokenizer import TOKENIZER_FILES, tokenizer_directory, train_tokenizer
-from llm_training_toolkit.errors import DataError
+from llm_training_toolkit.errors import DataError, ToolkitError
 from llm_training_toolkit.plan import whole_shares
 
 Progress = Callable[[str, int, int], None]
@@ -70,38 +71,28 @@ def prepare(
     progress: Progress | None = None,
     runner: Runner = in_this_process,
 ) -> Prepared:
-    """Prepare the first epochs, or find them prepared.
-
-    epochs: how many of each stream, that is of all sources together, or where they have weights of each; 1 where
-    nothing is said. The cache is `<run.dir>/.cache`, or data.cache. progress(stage, done, total) is called as
-    documents pass, with total 0 while it is not known. Raises DataError for whatever is wrong with sources, documents
-    or tokenizer.
-    """
-    work = _Preparation(config, markers, progress or (lambda _stage, _done, _total: None), runner)
-    return work.run(epochs or [1] * len(work.streams))
-
-
-def is_prepared(config: Config, markers: Markers, epochs: Sequence[int]) -> bool:
-    """Whether `prepare` would find these epochs on disk."""
-    work = _Preparation(config, markers, lambda _stage, _done, _total: None, in_this_process)
-    return all(
-        (work.directory / name).is_dir()
-        for stream, count in zip(work.streams, epochs, strict=True)
-        for epoch in range(count)
-        for name in work.names(stream, epoch)
-    )
+    """Prepare the first epochs, or find them prepared: `Preparation` for a single call."""
+    work = Preparation(config, markers, progress or (lambda _stage, _done, _total: None), runner)
+    return work.prepare(epochs or [1] * len(work.streams))
 
 
 @dataclass(frozen=True)
-class _Stream:
+class Stream:
     """Sources that are packed together; `name` tells the files of one stream from those of others."""
 
     name: str
     sources: tuple[int, ...]
+    is_drawn: bool
+    """Whether every epoch has tokens of its own, because of fill-in-the-middle."""
 
 
-class _Preparation:
-    """One call of `prepare`: every part is looked for on disk first and built when it is not there."""
+class Preparation:
+    """The data of one configuration: every part is looked for on disk first and built when it is not there.
+
+    The files of the sources are listed once, when it is made. The cache is `<run.dir>/.cache`, or data.cache.
+    progress(stage, done, total) is called as documents pass, with total 0 while it is not known. Raises DataError for
+    whatever is wrong with sources, documents or tokenizer.
+    """
 
     def __init__(self, config: Config, markers: Markers, progress: Progress, runner: Runner) -> None:
         self.data, self.tokenizer, self.seed = config.data, config.tokenizer, config.run.seed
@@ -109,8 +100,8 @@ class _Preparation:
         folder = Path(config.run.dir, ".cache") if self.data.cache == "auto" else Path(self.data.cache)
         self.cache = folder.expanduser().resolve()
         self.sources = all_sources(self.data)
-        own = range(len(self.data.sources))
-        self.streams = [_Stream(f"-source{i}", (i,)) for i in own] if self.data.weights else [_Stream("", tuple(own))]
+        self.streams = _streams(self.data)
+        self._epochs: dict[tuple[str, int], EpochReceipt] = {}
         self.files = fingerprint(self.sources)
         self.tokenizer_key = self._tokenizer_key()
         self.fingerprint = _key(
@@ -118,7 +109,8 @@ class _Preparation:
         )
         self.directory = self.cache / self.fingerprint[:16]
 
-    def run(self, epochs: Sequence[int]) -> Prepared:
+    def prepare(self, epochs: Sequence[int]) -> Prepared:
+        """Prepare the first epochs, as many of each stream, or find them prepared."""
         complete(self.directory / "documents", self._take_survey)
         tokenizer = complete(self.tokenizer_path, self._make_tokenizer)
         held_out = self._rendered("held_out", range(len(self.sources)), epoch=0, held=True, stage="held-out tokens")
@@ -128,6 +120,18 @@ class _Preparation:
             for stream, count in zip(self.streams, epochs, strict=True)
         ]
         return Prepared(self._receipt(tokenizer, prepared), tokenizer, self.directory)
+
+    def found(self) -> list[int]:
+        """How many epochs of each stream lie prepared already, from the first on without a gap."""
+        return [next(epoch for epoch in count() if not self._is_there(each, epoch)) for each in self.streams]
+
+    def _is_there(self, stream: Stream, epoch: int) -> bool:
+        return all((self.directory / name).is_dir() for name in self._names(stream, epoch))
+
+    def verify(self) -> None:
+        """Read everything again and compare it with what was prepared. Raises DataError for the first difference."""
+        total = len(self.survey.sources)
+        surveys.verify(self.data, self.directory / "documents", lambda done: self.progress("comparing", done, total))
 
     def _documents_identity(self) -> list[Any]:
         data = self.data
@@ -193,33 +197,36 @@ class _Preparation:
                 yield plain_text(document, self.sources[document.source])
         self.progress("tokenizer", total, total)
 
-    def _epoch(self, stream: _Stream, epoch: int) -> EpochReceipt:
+    def _epoch(self, stream: Stream, epoch: int) -> EpochReceipt:
         """The tokens and the plan of an epoch; without fill-in-the-middle all epochs have the same tokens."""
-        tokens, plan_name = self.names(stream, epoch)
+        if (stream.name, epoch) in self._epochs:
+            return self._epochs[stream.name, epoch]
+        tokens, plan_name = self._names(stream, epoch)
         what = f" of {self.sources[stream.sources[0]].path}" if len(self.streams) > 1 else ""
-        stage = f"tokens of epoch {epoch}{what}" if self._is_drawn(stream) else f"tokens{what}"
+        stage = f"tokens of epoch {epoch}{what}" if stream.is_drawn else f"tokens{what}"
         rendered = self._rendered(tokens, stream.sources, epoch=epoch, held=False, stage=stage)
         plan = complete(
             self.directory / plan_name,
             lambda path: self._plan(rendered, seed=self.seed, epoch=epoch).write(path),
         )
-        sequences = len(PackingPlan.read(plan))
-        if not sequences:
+        packed = PackingPlan.read(plan)
+        if not len(packed):
             raise DataError(
                 f"data.sources: no document{what} is left to train on: each is held out, or longer than "
                 f"data.sequence_length {self.data.sequence_length} and was dropped. Set too_long: continue, raise "
                 "data.sequence_length, or give more documents."
             )
-        return EpochReceipt(tokens, plan_name, sequences)
+        lengths = Examples(rendered).length
+        times = np.bincount(packed.order, minlength=len(lengths))  # counted, not assumed
+        filled, lost = int((lengths * times).sum()), int(lengths[times == 0].sum())
+        self._epochs[stream.name, epoch] = EpochReceipt(tokens, plan_name, len(packed), filled, lost)
+        return self._epochs[stream.name, epoch]
 
-    def names(self, stream: _Stream, epoch: int) -> tuple[str, str]:
+    def _names(self, stream: Stream, epoch: int) -> tuple[str, str]:
         """The directories of an epoch's tokens and of its plan."""
         of_epoch = f"-seed{self.seed}-epoch{epoch}"
-        tokens = f"tokens{stream.name}{of_epoch}" if self._is_drawn(stream) else f"tokens{stream.name}"
+        tokens = f"tokens{stream.name}{of_epoch}" if stream.is_drawn else f"tokens{stream.name}"
         return tokens, f"plan{stream.name}{of_epoch}"
-
-    def _is_drawn(self, stream: _Stream) -> bool:
-        return any(self.sources[source].fim for source in stream.sources)
 
     def _rendered(self, name: str, sources: Iterable[int], *, epoch: int, held: bool, stage: str) -> Path:
         """The directory of a rendering, made shard by shard unless it is there."""
@@ -233,7 +240,7 @@ class _Preparation:
         try:
             self.runner(job, chosen, _counted(self.progress, stage, total))
             complete(target, lambda directory: join(job, chosen, directory, len(self.sources)))
-        except (OSError, DataError):  # another process was faster, and has tidied away the shards
+        except (OSError, ToolkitError):  # another process was faster, and has tidied away the shards
             if not target.is_dir():
                 raise
         shutil.rmtree(place, ignore_errors=True)
@@ -253,7 +260,6 @@ class _Preparation:
     def _receipt(self, tokenizer: Path, prepared: list[list[EpochReceipt]]) -> Receipt:
         held_facts = read_facts(self.directory / "held_out")
         epochs = [epoch for of_stream in prepared for epoch in of_stream]
-        packed, lost = zip(*(self._accounts(epoch) for epoch in epochs), strict=True)
         space = sum(epoch.sequences for epoch in epochs) * self.data.sequence_length
         return Receipt(
             fingerprint=self.fingerprint,
@@ -264,27 +270,20 @@ class _Preparation:
             sequence_length=self.data.sequence_length,
             seed=self.seed,
             sources=self._source_receipts([of_stream[0] for of_stream in prepared], held_facts),
-            streams=self._streams(prepared),
+            streams=self._stream_receipts(prepared),
             held_out="held_out",
             held_out_plan="plan-held_out",
             eval_sequences=len(PackingPlan.read(self.directory / "plan-held_out")),
-            padding=1.0 - sum(packed) / space,
-            tokens_lost=sum(lost),
+            padding=1.0 - sum(epoch.filled for epoch in epochs) / space,
+            tokens_lost=sum(epoch.lost for epoch in epochs),
         )
 
-    def _streams(self, prepared: list[list[EpochReceipt]]) -> tuple[StreamReceipt, ...]:
+    def _stream_receipts(self, prepared: list[list[EpochReceipt]]) -> tuple[StreamReceipt, ...]:
         """Weights are shares of tokens: a stream with more padding in its sequences needs more of them."""
         weights = self.data.weights or (1.0,)
-        first = [of_stream[0] for of_stream in prepared]
-        filled = [self._accounts(epoch)[0] / epoch.sequences for epoch in first]
+        filled = [of_stream[0].filled / of_stream[0].sequences for of_stream in prepared]
         shares = whole_shares([weight / tokens for weight, tokens in zip(weights, filled, strict=True)])
         return tuple(StreamReceipt(share, tuple(each)) for share, each in zip(shares, prepared, strict=True))
-
-    def _accounts(self, epoch: EpochReceipt) -> tuple[int, int]:
-        """Tokens that lie in the sequences of an epoch, and rendered tokens that do not: counted, not assumed."""
-        lengths = Examples(self.directory / epoch.tokens).length
-        times = np.bincount(PackingPlan.read(self.directory / epoch.plan).order, minlength=len(lengths))
-        return int((lengths * times).sum()), int(lengths[times == 0].sum())
 
     def _source_receipts(self, first: list[EpochReceipt], held_facts: dict[str, Any]) -> tuple[SourceReceipt, ...]:
         """What became of every source, by the first epoch of its stream; those of the evaluation are in none."""
@@ -313,6 +312,14 @@ class _Preparation:
             loss_tokens=int(examples.targets[of_source].sum()),
             longest=max(facts["longest"][index], held_facts["longest"][index]),
         )
+
+
+def _streams(data: Data) -> list[Stream]:
+    """All sources together, or where they have weights one for each."""
+    drawn = [source.fim is not None for source in data.sources]
+    if not data.weights:
+        return [Stream("", tuple(range(len(drawn))), any(drawn))]
+    return [Stream(f"-source{number}", (number,), is_drawn) for number, is_drawn in enumerate(drawn)]
 
 
 def _counted(progress: Progress, stage: str, total: int) -> Callable[[int], None]:

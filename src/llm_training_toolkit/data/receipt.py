@@ -28,11 +28,16 @@ class SourceReceipt:
 
 @dataclass(frozen=True)
 class EpochReceipt:
-    """Where one epoch lies, relative to the receipt's directory, and how many sequences it has."""
+    """Where one epoch lies, relative to the receipt's directory, and what it has.
+
+    filled: tokens in its sequences, without padding. lost: rendered tokens that no sequence holds; 0.
+    """
 
     tokens: str
     plan: str
     sequences: int
+    filled: int
+    lost: int
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cache, lru_cache
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -101,11 +101,12 @@ def read_array(path: Path, column: str) -> NDArray[Any]:
 def _reader(path: Path) -> Any:  # noqa: ANN401 - pyarrow carries no types
     try:
         return pa.ipc.open_file(pa.memory_map(str(path)))
-    except (OSError, pa.ArrowInvalid) as error:
+    except pa.ArrowInvalid as error:
         raise DataError(
-            f"{path}: the prepared data cannot be read ({error}). Remove the directory {path.parent} and run "
-            "`ltt prepare`."
+            f"{path}: the prepared data is damaged ({error}). Remove the directory {path.parent} and run `ltt prepare`."
         ) from error
+    except OSError as error:
+        raise DataError(f"{path}: the prepared data cannot be read ({error}).") from error
 
 
 class SourceExample(NamedTuple):
@@ -185,7 +186,8 @@ class Examples:
         self.length, self.targets = columns["length"], columns["targets"]
         self.batch, self._start = columns["batch"], columns["start"]
         self._ends = np.cumsum(read_columns(directory / "parts.arrow")["batches"])
-        self._open = cache(lambda part: _reader(directory / _part_name(part)))
+        # A window of packed sequences lies in a few files; an open one costs a descriptor, of which there are 1,024.
+        self._open = lru_cache(maxsize=16)(lambda part: _reader(directory / _part_name(part)))
         self._read_batch = lru_cache(maxsize=64)(self._batch_of)
 
     def __len__(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -97,17 +98,29 @@ def shards(data: Data, survey: Survey, sources: Iterable[int], *, held: bool) ->
     return found
 
 
-def verify(data: Data, survey: Survey, progress: Callable[[int], None]) -> None:
-    """Read every document again and compare its content. Raises DataError for one that is not what it was."""
-    rereader, done = Rereader(data, survey), 0
-    for source in range(len(all_sources(data))):
-        whole = Shard(source, 0, len(survey.of(source)))
-        for held in (True, False):
-            for _ in rereader.documents(whole, held=held):
-                done += 1
-                if done % _EVERY == 0:
-                    progress(done)
-    progress(done)
+def verify(data: Data, directory: Path, progress: Callable[[int], None]) -> None:
+    """Read everything again and compare it with the survey in `directory`. Raises DataError for the first difference.
+
+    The survey lies in the prepared data's directory, which the error names: nothing else would make it anew.
+    """
+    before = Survey.read(directory)
+    with tempfile.TemporaryDirectory(prefix="ltt-") as folder:
+        take(data, Path(folder), progress)
+        now = Survey.read(Path(folder))
+    shorter = min(len(before.sources), len(now.sources))
+    same = (before.hashes[:shorter] == now.hashes[:shorter]).all(axis=1) & (
+        before.sources[:shorter] == now.sources[:shorter]
+    )
+    different = int(np.argmin(same)) if not same.all() else shorter
+    if different == len(before.sources) == len(now.sources):
+        return
+    one = now if different < len(now.sources) else before
+    path = all_sources(data)[one.sources[different]].path
+    raise DataError(
+        f"{path}: {one.names[different]} is not what was prepared ({len(before.sources):,} documents then, "
+        f"{len(now.sources):,} now). Remove {directory.parent} and prepare again; a run that has begun on it needs the "
+        "documents as they were."
+    )
 
 
 def all_sources(data: Data) -> tuple[Source, ...]:
@@ -168,26 +181,27 @@ class Rereader:
     def __init__(self, data: Data, survey: Survey) -> None:
         self._data, self._survey, self._sources = data, survey, all_sources(data)
         self._files = cache(lambda source: files(self._sources[source]))
+        # Where the last shard ended: the next often begins there, and need not read its file from the start.
+        self._reached: tuple[tuple[int, int], Iterator[Document]] | None = None
 
     def documents(self, shard: Shard, *, held: bool) -> Iterator[tuple[int, Document]]:
         """Yield a shard's documents that are held out, or the others, with their number within their source.
 
         What the survey dropped is passed over. Raises DataError where a document is not there any more as it was.
         """
-        number, rows = shard.first, self._survey.of(shard.source)
-        for document in self._found(shard, str(self._survey.names[rows[number]])):
-            if document.digest != self._survey.hashes[rows[number]].tobytes():
-                continue
+        rows = self._survey.of(shard.source)
+        place, found = self._reached or (None, iter(()))
+        self._reached = None
+        if place != (shard.source, shard.first):
+            found = self._found(shard, str(self._survey.names[rows[shard.first]]))
+        for number in range(shard.first, shard.stop):
+            wanted = self._survey.hashes[rows[number]].tobytes()
+            document = next((each for each in found if each.digest == wanted), None)
+            if document is None:
+                raise _changed(str(self._survey.names[rows[number]]), self._sources[shard.source].path)
             if self._survey.held[rows[number]] == held:
                 yield number, document
-            number += 1
-            if number == shard.stop:
-                return
-        name, path = self._survey.names[rows[number]], self._sources[shard.source].path
-        raise DataError(
-            f"{path}: {name} changed while the data was being prepared, or since. Let nothing write into the sources, "
-            "and prepare again."
-        )
+        self._reached = ((shard.source, shard.stop), found)
 
     def _found(self, shard: Shard, begin: str) -> Iterator[Document]:
         index = shard.source
@@ -244,3 +258,10 @@ def _check_left(sources: tuple[Source, ...], documents_left: int, key: str) -> N
             f"data.{key}: no document is left ({', '.join(source.path for source in sources)} hold only empty, doubled "
             "or unreadable ones). Give files with text in them."
         )
+
+
+def _changed(name: str, path: str) -> DataError:
+    return DataError(
+        f"{path}: {name} changed while the data was being prepared, or since. Let nothing write into the sources, and "
+        "prepare again."
+    )

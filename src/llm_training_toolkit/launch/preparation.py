@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from functools import partial
 from typing import Any
 
 from llm_training_toolkit import families
 from llm_training_toolkit.config import Config
 from llm_training_toolkit.console import Console
 from llm_training_toolkit.data.markers import Markers
-from llm_training_toolkit.data.prepare import Prepared, Progress, is_prepared, prepare
+from llm_training_toolkit.data.prepare import Preparation, Prepared, Progress
 from llm_training_toolkit.data.receipt import Receipt
 from llm_training_toolkit.data.shards import Done, Job, Runner, directory_of, in_this_process
-from llm_training_toolkit.data.survey import Shard, Survey, verify
+from llm_training_toolkit.data.survey import Shard
 from llm_training_toolkit.errors import DataError
 from llm_training_toolkit.launch.environment import is_local, prepare_environment
 from llm_training_toolkit.plan import DataFacts, StreamFacts, make_plan
@@ -42,49 +41,50 @@ def runner_of(config: Config, console: Console) -> Runner:
     return run
 
 
-def prepare_run(
-    config: Config,
-    progress: Progress,
-    step: int = 0,
-    sequences: int = 0,
-    *,
-    until: int | None = None,
-    runner: Runner = in_this_process,
-) -> Prepared:
-    """Prepare the first epoch, then as many more as the run needs from `step`, with `sequences` seen, to its end.
+def preparation_of(config: Config, console: Console) -> Preparation:
+    """The data of a run, with progress on the console, spread over a cluster where there is one."""
+    return Preparation(config, markers_of(config), console.stage, runner_of(config, console))
 
-    With `until`, as many as the steps up to this one need, and what lies prepared already. A run over epochs always
-    gets all: its schedule depends on how many steps they make.
+
+def prepare_run(config: Config, progress: Progress) -> Prepared:
+    """Prepare all that a run which has not begun needs, in this process."""
+    return prepare_epochs(Preparation(config, markers_of(config), progress, in_this_process), config)
+
+
+def prepare_epochs(
+    work: Preparation, config: Config, step: int = 0, sequences: int = 0, *, until: int | None = None
+) -> Prepared:
+    """Prepare the epochs that the run needs from `step`, with `sequences` seen, to its end.
+
+    With `until`, of what is rendered anew for every epoch only as much as the steps up to this one need, and what lies
+    prepared already. A run over epochs always gets all: its schedule depends on how many steps they make.
     """
-    make = partial(prepare, config, markers_of(config), progress=progress, runner=runner)
-    epochs = [config.train.epochs or 1] * (len(config.data.weights) or 1)
-    prepared = make(epochs=epochs)
+    epochs = [config.train.epochs or 1] * len(work.streams)
+    prepared = _useful(work.prepare(epochs))
+    while any(more := _more_epochs(work, config, facts_of(prepared.receipt, step, sequences), until)):
+        epochs = [count + one for count, one in zip(epochs, more, strict=True)]
+        prepared = work.prepare(epochs)
+    return prepared
+
+
+def _useful(prepared: Prepared) -> Prepared:
     if not sum(source.loss_tokens for source in prepared.receipt.sources):
         raise DataError(
             "data.sources: no token bears loss, so nothing would be learnt. Look at the sources' loss, and at switches "
             "within the records: ltt show-batch shows them in colour"
         )
-    while any(more := _more_epochs(config, facts_of(prepared.receipt, step, sequences), epochs, until)):
-        epochs = [count + one for count, one in zip(epochs, more, strict=True)]
-        prepared = make(epochs=epochs)
     return prepared
 
 
-def _more_epochs(config: Config, facts: DataFacts, epochs: list[int], until: int | None) -> list[int]:
-    """Epochs to add: those that are needed, or else the next ones where they lie prepared already."""
-    if any(needed := missing_epochs(config, facts, until)):
-        return needed
-    following = [min(count, 1) for count in missing_epochs(config, facts)]
-    wanted = [count + one for count, one in zip(epochs, following, strict=True)]
-    found = any(following) and is_prepared(config, markers_of(config), wanted)
-    return following if found else [0] * len(epochs)
-
-
-def verify_content(config: Config, prepared: Prepared, progress: Progress) -> None:
-    """Compare the documents with what was prepared from them, by content. Raises DataError for the first other one."""
-    survey = Survey.read(prepared.directory / "documents")
-    total = len(survey.sources)
-    verify(config.data, survey, lambda done: progress("comparing", done, total))
+def _more_epochs(work: Preparation, config: Config, facts: DataFacts, until: int | None) -> list[int]:
+    """Epochs of each stream to add."""
+    at_the_end, now = missing_epochs(config, facts), missing_epochs(config, facts, until)
+    there = [len(stream.sequences_per_epoch) for stream in facts.streams]
+    found = [count - known for count, known in zip(work.found(), there, strict=True)]
+    return [
+        max(needed, min(more, missing)) if stream.is_drawn else missing
+        for stream, needed, more, missing in zip(work.streams, now, found, at_the_end, strict=True)
+    ]
 
 
 def facts_of(receipt: Receipt, step: int = 0, sequences: int = 0) -> DataFacts:

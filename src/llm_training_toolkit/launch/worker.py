@@ -24,7 +24,7 @@ from llm_training_toolkit.context import RunContext
 from llm_training_toolkit.data.feed import Feed
 from llm_training_toolkit.engine import Engine, partitioned, prepare_process, whole_parameter
 from llm_training_toolkit.errors import CheckpointError, PlanError
-from llm_training_toolkit.launch.ahead import newer_receipt
+from llm_training_toolkit.launch.ahead import newest_receipt
 from llm_training_toolkit.launch.finish import finish
 from llm_training_toolkit.launch.output import redirect
 from llm_training_toolkit.launch.place import Place
@@ -142,7 +142,7 @@ def _build(place: Place, context: RunContext, attempt: int) -> tuple[Parts, Prog
         global_batch=plan.global_batch,
         epochs=config.train.epochs,
         origin=origin,
-        newer=partial(newer_receipt, run),
+        newest=partial(newest_receipt, run),
     )
     return Parts(plan, plan.schedule(), config.run.seed, context, engine, feed, saver, metrics), done, hf_config
 

@@ -9,7 +9,7 @@ from llm_training_toolkit.plan.mixing import Due, counts, merged, whole_shares
 from llm_training_toolkit.plan.plan import DataFacts, Plan, StreamFacts, make_plan, require
 from llm_training_toolkit.plan.problem import Problem
 from llm_training_toolkit.plan.schedule import Schedule
-from llm_training_toolkit.plan.show import lines
+from llm_training_toolkit.plan.show import lines, mixture_lines
 from llm_training_toolkit.plan.sizing import fitting_micro_batch, settled, smaller_micro_batch
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "lines",
     "make_plan",
     "merged",
+    "mixture_lines",
     "require",
     "settled",
     "shares",

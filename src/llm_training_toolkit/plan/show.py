@@ -25,9 +25,8 @@ def _rows(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "run", plan.name
     yield "model", f"{plan.model}, {count(plan.parameters)} parameters ({plan.parameters:,}), {plan.precision}"
     yield "data", f"sequences of {plan.sequence_length:,} tokens, {_passes(plan)}"
-    for source in plan.mixture:
-        epochs = "" if source.epochs is None else f", {source.epochs:.3g} epochs"
-        yield "source", f"{source.path}: {source.share:.1%} of the tokens{epochs}"
+    for line in mixture_lines(plan):
+        yield "source", line
     yield "batch", _batch(plan)
     yield "length", _length(plan)
     yield "learning rate", _rate(plan)
@@ -38,6 +37,15 @@ def _rows(plan: Plan) -> Iterator[tuple[str, str]]:
         f"{count(plan.flops_per_token)} FLOPs a token, {count(plan.flops_per_token * plan.tokens_per_step)} a step",
     )
     yield "checkpoints", f"every {_save_interval(plan)}; evaluation every {_number(plan.eval_every, 'step')}"
+
+
+def mixture_lines(plan: Plan) -> list[str]:
+    """What each source with a weight is worth; nothing where they have none."""
+    return [
+        f"{source.path}: {source.share:.1%} of the tokens"
+        + ("" if source.epochs is None else f", {source.epochs:.3g} epochs")
+        for source in plan.mixture
+    ]
 
 
 def _passes(plan: Plan) -> str:

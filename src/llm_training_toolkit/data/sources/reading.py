@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Collection, Iterable, Iterator
 from typing import Literal
 
@@ -97,12 +98,16 @@ def _readable(
 
 
 def _place(found: list[SourceFile], name: str) -> tuple[int, int]:
-    """Which file holds the document of this name, and as which record; the very first where none does."""
-    place = {file.name: number for number, file in enumerate(found)} if name else {}
+    """Which file, of files sorted by name, holds the document of this name, and as which record; else the very first.
+
+    A document of a file of records is named after the file, a colon and its number.
+    """
     file, _, record = name.rpartition(":")
-    if name not in place and file in place and record.isdecimal():
-        return place[file], int(record)
-    return place.get(name, 0), 1
+    for candidate, number in ((name, "1"), (file, record)):
+        place = bisect_left(found, candidate, key=lambda each: each.name)
+        if number.isdecimal() and place < len(found) and found[place].name == candidate:
+            return place, int(number)
+    return 0, 1
 
 
 def _has_records(found: Iterable[SourceFile]) -> bool:

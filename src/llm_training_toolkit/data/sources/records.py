@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -94,10 +96,11 @@ def _rows(file: SourceFile, kind: Kind, columns: Columns, first: int) -> Iterato
     if packed := compression(file.relative):
         raise Unreadable(file.address, f"is {kind.value} compressed once more: undo its {packed}", "damaged")
     with opened(file) as stream:
-        number = 0
         # Mapped where it can be: a table of one batch may be larger than the memory.
         content = pa.memory_map(file.location) if file.root.filesystem is None else stream
-        for batch in _parquet(content, columns) if kind is Kind.PARQUET else _arrow(content, columns):
+        table = pq.ParquetFile(content) if kind is Kind.PARQUET else None
+        groups, number = _row_groups(table.metadata, first) if table else ([], 0)
+        for batch in _parquet(table, groups, columns) if table else _arrow(content, columns):
             skipped = min(max(first - 1 - number, 0), batch.num_rows)
             number += skipped
             for start in range(skipped, batch.num_rows, _ROWS):
@@ -122,11 +125,17 @@ def _values(rows: Any) -> Iterator[Any]:  # noqa: ANN401 - pyarrow is untyped
                 yield error
 
 
-def _parquet(content: Any, columns: Columns) -> Iterator[Any]:  # noqa: ANN401 - pyarrow is untyped
+def _row_groups(metadata: Any, first: int) -> tuple[list[int], int]:  # noqa: ANN401 - pyarrow is untyped
+    """The row groups from the one that holds row number `first` on, and the rows before them."""
+    ends = list(accumulate(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)))
+    begin = bisect_left(ends, first)
+    return list(range(begin, len(ends))), ends[begin - 1] if begin else 0
+
+
+def _parquet(table: Any, groups: list[int], columns: Columns) -> Iterator[Any]:  # noqa: ANN401 - pyarrow is untyped
     """The needed columns, a part of a row group at a time."""
-    table = pq.ParquetFile(content)
     needed = _needed(columns, table.schema_arrow.names, lambda: table.metadata.num_rows)
-    yield from table.iter_batches(_ROWS, columns=needed)
+    yield from table.iter_batches(_ROWS, columns=needed, row_groups=groups)
 
 
 def _arrow(content: Any, columns: Columns) -> Iterator[Any]:  # noqa: ANN401 - pyarrow is untyped
