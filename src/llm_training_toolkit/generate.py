@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from llm_training_toolkit.errors import CheckpointError, PlanError
+from llm_training_toolkit.errors import PlanError
 from llm_training_toolkit.families import FAMILIES
 
 
@@ -37,16 +37,14 @@ class Generator:
     """A model loaded for generation."""
 
     def __init__(self, path: str | Path, device: str = "cpu") -> None:
-        from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: PLC0415 - seconds to import
+        from transformers import AutoTokenizer  # noqa: PLC0415 - seconds to import
         from transformers.utils.logging import disable_progress_bar  # noqa: PLC0415
 
+        from llm_training_toolkit.models.exported import open_exported  # noqa: PLC0415
+
         disable_progress_bar()
-        if not (Path(path) / "config.json").is_file():
-            raise CheckpointError(
-                f"{path}: no model there (no config.json): name an exported directory, such as RUN/export"
-            )
+        self._model: Any = open_exported(Path(path)).to(device)
         self._tokenizer: Any = AutoTokenizer.from_pretrained(str(path))
-        self._model: Any = AutoModelForCausalLM.from_pretrained(str(path)).to(device).eval()
 
     def complete(self, prompt: str, *, tokens: int = 64, temperature: float = 0.0, seed: int = 0) -> str:
         """What the model writes after `prompt`, at most `tokens` tokens; temperature 0 = always the likeliest."""
