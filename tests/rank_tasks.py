@@ -204,9 +204,11 @@ def work_on(run: str, changes: Mapping[str, Any] | None = None, stop_after: int 
     return {**result, "events": events}
 
 
-def logits_of(run: str, checkpoint: str, ids: list[list[int]]) -> np.ndarray[Any, Any]:
+def logits_of(
+    run: str, checkpoint: str, ids: list[list[int]], changes: Mapping[str, Any] | None = None
+) -> np.ndarray[Any, Any]:
     """The engine's own logits after loading a checkpoint."""
-    place = place_of(run)
+    place = place_of(run, changes)
     engine = engine_of(place, _plan(place))
     restore(engine, Checkpoint(Path(checkpoint)))
     tokens = torch.tensor(ids)

@@ -25,7 +25,10 @@ from typing import Any
 from llm_training_toolkit.errors import CheckpointError, LaunchError
 
 _CHECKPOINT = re.compile(r"step_(\d{9})_a(\d+)")
-_PACKAGES = ("llm-training-toolkit", "torch", "deepspeed", "ray", "transformers", "peft", "tokenizers", "numpy", "pyarrow")
+_PACKAGES = (
+    *("llm-training-toolkit", "torch", "deepspeed", "ray", "transformers", "peft"),
+    *("tokenizers", "numpy", "pyarrow"),
+)
 
 
 def write_atomically(path: Path, text: str) -> None:
