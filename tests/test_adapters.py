@@ -172,7 +172,7 @@ def test_every_family_trains_resumes_bitwise_and_loads_in_plain_peft(pools: Pool
     wanted = pool.run(rank_tasks.logits_of, **asked)[0]
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[row.precision]
     assert np.array_equal(logits(reloaded(whole.export, dtype)), wanted)
-    merged = AutoModelForCausalLM.from_pretrained(export_run(whole, step=None, merge=True, out=None).path)
+    merged = AutoModelForCausalLM.from_pretrained(export_run(whole, step=None, merge=True, out=None, say=print).path)
     difference, largest = np.abs(logits(merged) - wanted).max(), np.abs(wanted).max()
     assert difference < {"bf16": 0.05, "fp32": 1e-4}[row.precision] * largest
     base = AutoModelForCausalLM.from_pretrained(whole.base, dtype=dtype)
@@ -199,7 +199,7 @@ def test_another_base_is_refused(pools: Pools, make: Make) -> None:
     with pytest.raises(CheckpointError, match=r"not the weights.*model\.safetensors has other content"):
         pools(1).run(rank_tasks.work_on, run=str(run.path))
     with pytest.raises(CheckpointError, match=r"not the weights.*model\.safetensors has other content"):
-        export_run(run, step=None, merge=True, out=None)
+        export_run(run, step=None, merge=True, out=None, say=print)
     shutil.rmtree(run.base)  # from scratch it is a function of the seed
     assert pools(1).run(rank_tasks.work_on, run=str(run.path))[0]["status"] == "finished"
 
@@ -232,7 +232,7 @@ def test_weights_of_another_run_become_the_base(pools: Pools, make: Make) -> Non
 
     third = make("third", model=given | {"init_from": str(run.path), "lora": {"rank": 2}}, tokenizer=tokenizer)
     pools(1).run(rank_tasks.work_on, run=str(third.path), stop_after=1)
-    merged = export_run(run, step=None, merge=True, out=None)
+    merged = export_run(run, step=None, merge=True, out=None, say=print)
     base = AutoModelForCausalLM.from_pretrained(third.base)
     assert np.array_equal(logits(base), logits(AutoModelForCausalLM.from_pretrained(merged.path)))
 

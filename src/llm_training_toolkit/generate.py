@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from llm_training_toolkit.errors import PlanError
+from llm_training_toolkit.errors import CheckpointError, PlanError
 from llm_training_toolkit.families import FAMILIES
 
 
@@ -31,6 +31,17 @@ def sentinels_of(path: str | Path) -> Sentinels:
         if tokens.has_fim and tokens.fim_prefix in vocabulary:
             return Sentinels(tokens.fim_prefix, tokens.fim_suffix, tokens.fim_middle)
     raise PlanError(f"{path}: the tokenizer has no fill-in-the-middle markers: this model cannot fill in the middle")
+
+
+def exported_directory(path: Path) -> Path:
+    """`path`, or the export of the run that lies there. Raises CheckpointError for a run without one."""
+    if not (path / "resolved.json").is_file():
+        return path
+    if not (path / "export").is_dir():
+        raise CheckpointError(
+            f"{path} is a run without an export: ltt export {path} makes one of its newest checkpoint"
+        )
+    return path / "export"
 
 
 class Generator:

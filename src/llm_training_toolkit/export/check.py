@@ -21,15 +21,15 @@ from llm_training_toolkit.models.exported import open_exported
 _TOKENS = 32
 
 
-def check_whole(directory: Path, checkpoint: Checkpoint, hf_config: Mapping[str, Any], precision: str) -> None:
-    """Raise CheckpointError unless a model that was trained whole gives the same logits bit for bit."""
+def check_whole(directory: Path, checkpoint: Checkpoint, hf_config: Mapping[str, Any], precision: str) -> float:
+    """0.0; raise CheckpointError unless a model that was trained whole gives the same logits bit for bit."""
     model = build_model(hf_config, precision=precision, attention="sdpa").eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(stored(checkpoint, name))
     wanted = logits(model)
     del model
-    compare(directory, logits(open_exported(directory)), wanted, 0.0)
+    return compare(directory, logits(open_exported(directory)), wanted, 0.0)
 
 
 @torch.no_grad()
@@ -42,11 +42,12 @@ def logits(model: nn.Module) -> Tensor:
     return out.float()
 
 
-def compare(directory: Path, found: Tensor, wanted: Tensor, tolerance: float) -> None:
-    """Raise CheckpointError where logits differ by more than `tolerance` x the largest wanted one."""
+def compare(directory: Path, found: Tensor, wanted: Tensor, tolerance: float) -> float:
+    """Largest difference of a logit as a share of the largest wanted one. Raises CheckpointError above `tolerance`."""
     difference, largest = float((found - wanted).abs().max()), float(wanted.abs().max())
     if not difference <= tolerance * largest:  # not a number is no equality either
         raise CheckpointError(
             f"export to {directory}: the reloaded model does not give the checkpoint's logits (they differ by "
             f"{difference:.3g}, the largest is {largest:.3g}); nothing was exported"
         )
+    return difference / largest if largest else 0.0

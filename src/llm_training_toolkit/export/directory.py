@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError
+from transformers import GenerationConfig
 
 from llm_training_toolkit.data.tokenizer import TOKENIZER_FILES
 from llm_training_toolkit.errors import CheckpointError
@@ -57,7 +58,9 @@ def appearing(destination: Path) -> Iterator[Path]:
 
 
 def write_beside(directory: Path, beside: Beside) -> None:
-    """Write tokenizer, model card and where the weights are from."""
+    """Write where generation stops, tokenizer, model card and where the weights are from."""
+    ends = list(beside.ends) if len(beside.ends) > 1 else beside.ends[0]
+    GenerationConfig(eos_token_id=ends, pad_token_id=beside.pad).save_pretrained(directory)
     for name in TOKENIZER_FILES:
         if (beside.tokenizer / name).is_file():
             shutil.copyfile(beside.tokenizer / name, directory / name)

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, GenerationConfig
+from transformers import AutoConfig
 
 from llm_training_toolkit.checkpoint import Checkpoint
 from llm_training_toolkit.export.directory import Beside, write_beside
@@ -107,5 +107,3 @@ def _write_configuration(directory: Path, hf_config: Mapping[str, Any], precisio
     config.dtype = DTYPES[precision]
     config.eos_token_id, config.pad_token_id, config.bos_token_id = beside.ends[0], beside.pad, None
     config.save_pretrained(directory)
-    ends = list(beside.ends) if len(beside.ends) > 1 else beside.ends[0]
-    GenerationConfig(eos_token_id=ends, pad_token_id=beside.pad).save_pretrained(directory)

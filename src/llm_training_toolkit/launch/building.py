@@ -19,6 +19,7 @@ from llm_training_toolkit.context import RunContext
 from llm_training_toolkit.engine import Engine, partitioned, prepare_process, whole_parameter
 from llm_training_toolkit.errors import CheckpointError, PlanError
 from llm_training_toolkit.launch.base import base_path
+from llm_training_toolkit.launch.environment import what_four_bits_lack
 from llm_training_toolkit.launch.place import Place
 from llm_training_toolkit.models import LossModule, build_model, check_size, initialize
 from llm_training_toolkit.models.build import DTYPES
@@ -51,12 +52,13 @@ def build(place: Place, plan: Plan, context: RunContext, checkpoint: Checkpoint 
 
 def _check_device(config: Config, context: RunContext) -> None:
     """Refuse what this device does not have; flex_attention on CPU would abort the process."""
-    if context.device.type != "cpu":
-        return
-    if config.model.attention in {"flash_attention_2", "flex_attention"}:
+    gpu = context.device.type != "cpu"
+    if not gpu and config.model.attention in {"flash_attention_2", "flex_attention"}:
         raise PlanError(f"model.attention = {config.model.attention} needs a GPU: use sdpa or eager here")
     if config.model.lora is not None and config.model.lora.quantize is not None:
-        raise PlanError(f"model.lora.quantize = {config.model.lora.quantize} needs a GPU: remove it here")
+        missing = what_four_bits_lack(gpu=gpu)
+        if missing:
+            raise PlanError(f"model.lora.quantize = {config.model.lora.quantize}: {missing}")
 
 
 def _engine(

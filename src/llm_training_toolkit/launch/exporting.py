@@ -5,12 +5,13 @@ Written under a temporary name, loaded again and compared with the checkpoint, t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from transformers.utils.logging import disable_progress_bar
 
 from llm_training_toolkit import families
 from llm_training_toolkit.checkpoint import Base, Checkpoint, base_of, complete, refuse_other_base
@@ -55,6 +56,12 @@ class Exported:
     checkpoint: str
     """Name of the checkpoint."""
     step: int
+    difference: float
+    """Largest difference of a logit from the checkpoint's, as a share of the largest: 0 but for merged adapters."""
+
+    def __str__(self) -> str:
+        same = "equal" if self.difference == 0.0 else f"within {self.difference:.2g} of the largest"
+        return f"{self.kind} of {self.checkpoint} in {self.path}; logits compared with the checkpoint's: {same}"
 
     def to_json(self) -> dict[str, Any]:
         """The contract of `ltt export --json`."""
@@ -69,11 +76,14 @@ def read_run(run: RunDirectory) -> Trained:
     return Trained(run, config, Receipt.from_json(run.receipt.read_text()))
 
 
-def export_run(run: RunDirectory, *, step: int | None, merge: bool, out: Path | None) -> Exported:
+def export_run(
+    run: RunDirectory, *, step: int | None, merge: bool, out: Path | None, say: Callable[[str], None]
+) -> Exported:
     """Export the newest complete checkpoint of a run, or that of `step`; by default beside the run's own export.
 
     Raises CheckpointError where there is none, where it is damaged, and for adapters without their base.
     """
+    disable_progress_bar()
     trained = read_run(run)
     if merge and trained.config.model.lora is None:
         raise CheckpointError(
@@ -85,7 +95,7 @@ def export_run(run: RunDirectory, *, step: int | None, merge: bool, out: Path | 
         raise CheckpointError(f"{checkpoint.directory} is damaged: {faults[0]}. Export another one: --step")
     suffix = ("" if step is None else f"_step_{step}") + ("_merged" if merge else "")
     destination = (out or run.path / f"export{suffix}").expanduser().absolute()
-    return export_checkpoint(trained, checkpoint, destination, merge=merge)
+    return export_checkpoint(trained, checkpoint, destination, merge=merge, say=say)
 
 
 def _chosen(run: RunDirectory, step: int | None) -> Path:
@@ -104,7 +114,9 @@ def _chosen(run: RunDirectory, step: int | None) -> Path:
     raise CheckpointError(f"{run.path}: the checkpoint of step {step} {what}; {there}")
 
 
-def export_checkpoint(trained: Trained, checkpoint: Checkpoint, destination: Path, *, merge: bool) -> Exported:
+def export_checkpoint(
+    trained: Trained, checkpoint: Checkpoint, destination: Path, *, merge: bool, say: Callable[[str], None]
+) -> Exported:
     """Write a checkpoint to `destination` and compare what was written with it."""
     adapter = trained.adapter(checkpoint)
     config, precision = trained.config, trained.config.train.precision
@@ -112,6 +124,7 @@ def export_checkpoint(trained: Trained, checkpoint: Checkpoint, destination: Pat
     name = checkpoint.directory.name
     text = card(trained.run, config, trained.receipt, checkpoint.manifest, kind=kind, base=trained.base)
     about = beside(config, trained.receipt, text, name)
+    say(f"writing {kind} of {name}")
     with appearing(destination) as directory:
         if adapter is None or merge:
             weights, hf_config = whole_weights(trained, checkpoint)
@@ -122,19 +135,20 @@ def export_checkpoint(trained: Trained, checkpoint: Checkpoint, destination: Pat
 
             refuse_missing_base(trained, checkpoint)
             write_adapters(checkpoint, directory, adapter, base=trained.base, precision=precision, beside=about)
-        _check(trained, checkpoint, directory, adapter, kind)
-    return Exported(str(destination), kind, name, checkpoint.manifest.step)
+        say("comparing logits")
+        difference = _check(trained, checkpoint, directory, adapter, kind)
+    return Exported(str(destination), kind, name, checkpoint.manifest.step, difference)
 
 
-def _check(trained: Trained, checkpoint: Checkpoint, directory: Path, adapter: Adapter | None, kind: Kind) -> None:
+def _check(trained: Trained, checkpoint: Checkpoint, directory: Path, adapter: Adapter | None, kind: Kind) -> float:
     precision = trained.config.train.precision
     if adapter is None:
-        check_whole(directory, checkpoint, checkpoint.manifest.extra["hf_config"], precision)
-        return
+        return check_whole(directory, checkpoint, checkpoint.manifest.extra["hf_config"], precision)
     from llm_training_toolkit.export.adapters import MERGE_TOLERANCE, check_adapters
 
     tolerance = MERGE_TOLERANCE[precision] if kind == "merged" else 0.0
-    check_adapters(directory, checkpoint, adapter, base=trained.base, precision=precision, tolerance=tolerance)
+    how = {"base": trained.base, "precision": precision}
+    return check_adapters(directory, checkpoint, adapter, **how, tolerance=tolerance)
 
 
 def whole_weights(trained: Trained, checkpoint: Checkpoint) -> tuple[Weights, Mapping[str, Any]]:

@@ -64,7 +64,7 @@ def finish(trained: Trained, *, metrics: Metrics, context: RunContext) -> None:
     directory = newest(run.checkpoints)
     if directory is None:
         raise CheckpointError(f"{run.path}: nothing to export: the run has no complete checkpoint")
-    exported = export_checkpoint(trained, Checkpoint(directory), run.export, merge=False)
+    exported = export_checkpoint(trained, Checkpoint(directory), run.export, merge=False, say=lambda _text: None)
     context.report({"kind": "exported", "path": exported.path})
     try:
         for sample in samples(run.export, trained.config, trained.receipt, str(context.device)):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from llm_training_toolkit.errors import CheckpointError
 from llm_training_toolkit.models.build import build_model
@@ -28,10 +28,22 @@ def open_exported(directory: Path) -> Any:  # noqa: ANN401 - transformers has no
     from peft import PeftModel  # noqa: PLC0415 - over a second to import
 
     precision = _precision(directory / "adapter_model.safetensors")
-    base = build_model({}, precision=precision, attention="sdpa", path=_base(directory))
+    base: Any = _open_base(directory, precision)
+    base.generation_config = GenerationConfig.from_pretrained(str(directory))
     # As in training: peft would compute adapters in fp32.
     model = PeftModel.from_pretrained(base, str(directory), autocast_adapter_dtype=False)
     return model.eval()
+
+
+def _open_base(directory: Path, precision: str) -> Any:  # noqa: ANN401 - transformers has no types
+    given = str(json.loads((directory / _ADAPTERS).read_text())["base_model_name_or_path"])
+    try:
+        return build_model({}, precision=precision, attention="sdpa", path=_base_path(directory, given))
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{directory} holds adapters, and the model they belong to is not there: {given}. Bring it back, or name "
+            f"it in {_ADAPTERS}; adapters merged into their model (ltt export RUN --merge) need none. {error}"
+        ) from error
 
 
 def _precision(file: Path) -> str:
@@ -39,9 +51,8 @@ def _precision(file: Path) -> str:
         return _DTYPES[tensors.get_slice(next(iter(tensors.keys()))).get_dtype()]
 
 
-def _base(directory: Path) -> str:
-    """Where the weights lie that adapters stand beside: as given, or beside them under the same name."""
-    given = str(json.loads((directory / _ADAPTERS).read_text())["base_model_name_or_path"])
+def _base_path(directory: Path, given: str) -> str:
+    """Where the weights lie that adapters belong to: where they say, or next to them under the same name."""
     for place in (Path(given).expanduser(), directory.parent / Path(given).name):
         if (place / "config.json").is_file():
             return str(place)
