@@ -55,8 +55,12 @@ def weight_files(path: str) -> list[Path]:
     if not directory.exists():
         try:
             directory = Path(snapshot_download(path, local_files_only=True))
-        except (LocalEntryNotFoundError, HFValidationError, OSError) as error:
-            raise CheckpointError(f"{path}: no weights there, and none fetched from the hub: {error}") from error
+        except HFValidationError as error:
+            raise CheckpointError(f"{path}: there is no such directory") from error
+        except (LocalEntryNotFoundError, OSError) as error:
+            raise CheckpointError(
+                f"{path}: no such directory, and nothing of this name fetched from the hub"
+            ) from error
     for pattern in _PATTERNS:
         if found := sorted(directory.glob(pattern)):
             return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,10 @@ def open_exported(directory: Path) -> Any:  # noqa: ANN401 - transformers has no
     precision = _precision(directory / "adapter_model.safetensors")
     base: Any = _open_base(directory, precision)
     base.generation_config = GenerationConfig.from_pretrained(str(directory))
-    # As in training: peft would compute adapters in fp32.
-    model = PeftModel.from_pretrained(base, str(directory), autocast_adapter_dtype=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by an old name whether it recomputes
+        # As in training: peft would compute adapters in fp32.
+        model = PeftModel.from_pretrained(base, str(directory), autocast_adapter_dtype=False)
     return model.eval()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from llm_training_toolkit.config.schema import Config, Source
 from llm_training_toolkit.families import Family, HfValues, Size
@@ -59,6 +60,9 @@ def _lora(config: Config, size: Size, hf: HfValues) -> Iterator[Problem]:
     if lora is None:
         return
     yield from _unknown("model.lora.targets", () if lora.targets == "auto" else lora.targets, family.lora_targets, size)
+    if config.model.path is not None and not _may_exist(config.model.path):
+        what = f"there is no directory {config.model.path}, and adapters need the weights they stand beside"
+        yield Problem("model.path", what, "Give the directory of the weights, or a hub id (organisation/name)")
     anatomy = family.anatomy(hf)
     whole = tuple(whole_modules(family, anatomy))
     yield from _unknown("model.lora.modules_to_save", lora.modules_to_save, whole, size)
@@ -71,6 +75,11 @@ def _lora(config: Config, size: Size, hf: HfValues) -> Iterator[Problem]:
     if lora.quantize is not None and config.cluster.gpus_per_worker == 0:
         what = "4-bit weights need a GPU, and cluster.gpus_per_worker is 0"
         yield Problem("model.lora.quantize", what, "Remove quantize, or train where there are GPUs")
+
+
+def _may_exist(path: str) -> bool:
+    """Whether weights are there, or may be fetched from the hub: an id has at most one slash."""
+    return Path(path).expanduser().is_dir() or re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) is not None
 
 
 def _unknown(where: str, given: Sequence[str], known: Sequence[str], size: Size) -> Iterator[Problem]:
