@@ -231,25 +231,56 @@ def runs(
 
 
 @app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="The directory of a run, such as runs/NAME.", show_default=False)],
+    *,
+    step: Annotated[
+        int | None, typer.Option(min=0, help="The checkpoint of this step.", show_default="the newest complete one")
+    ] = None,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Merge adapters (LoRA) into the model they belong to.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option(help="Directory to write.", show_default="RUN/export")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """A run's checkpoint as a Hugging Face directory, loaded again and compared on its logits before it is there."""
+    from llm_training_toolkit.launch.exporting import export_run
+    from llm_training_toolkit.runs import run_of
+
+    done = export_run(run_of(run), step=step, merge=merge, out=out, say=lambda text: typer.echo(text, err=True))
+    typer.echo(json.dumps(done.to_json()) if as_json else str(done))
+
+
+@app.command()
 def generate(
-    model: Annotated[Path, typer.Argument(help="An exported directory, such as runs/NAME/export.", show_default=False)],
+    model: Annotated[
+        Path,
+        typer.Argument(
+            help="An exported directory, merged or with adapters, or a run that has one.", show_default=False
+        ),
+    ],
     *,
     prompt: Annotated[str, typer.Option(help="Text to continue; with --suffix, the text before the gap.")],
     suffix: Annotated[str | None, typer.Option(help="Text after the gap: fill in the middle.")] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Most tokens to write.")] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 = always the likeliest token.")] = 0.0,
     seed: Annotated[int, typer.Option(help="For temperatures above 0.")] = 0,
+    as_json: AsJson = False,
 ) -> None:
     """Let a model continue a prompt, or fill the gap between a prompt and a suffix."""
-    from llm_training_toolkit.generate import Generator, sentinels_of
+    from llm_training_toolkit.generate import Generator, exported_directory, sentinels_of
 
+    model = exported_directory(model)
     generator = Generator(model)
     if suffix is None:
         written = generator.complete(prompt, tokens=tokens, temperature=temperature, seed=seed)
     else:
         marks = sentinels_of(model)
         written = generator.infill(prompt, suffix, marks, tokens=tokens, temperature=temperature, seed=seed)
-    typer.echo(f"{prompt}{written}{suffix or ''}")
+    if as_json:
+        typer.echo(json.dumps({"model": str(model), "prompt": prompt, "suffix": suffix, "written": written}))
+    else:
+        typer.echo(f"{prompt}{written}{suffix or ''}")
 
 
 def main() -> None:

@@ -25,7 +25,10 @@ from typing import Any
 from llm_training_toolkit.errors import CheckpointError, LaunchError
 
 _CHECKPOINT = re.compile(r"step_(\d{9})_a(\d+)")
-_PACKAGES = ("llm-training-toolkit", "torch", "deepspeed", "ray", "transformers", "tokenizers", "numpy", "pyarrow")
+_PACKAGES = (
+    *("llm-training-toolkit", "torch", "deepspeed", "ray", "transformers", "peft"),
+    *("tokenizers", "numpy", "pyarrow"),
+)
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -118,6 +121,11 @@ class RunDirectory:
     def export(self) -> Path:
         """The Hugging Face directory written when the run finishes."""
         return self.path / "export"
+
+    @property
+    def base(self) -> Path:
+        """The weights that adapters stand beside, as a Hugging Face directory, where they did not lie in one before."""
+        return self.path / "base"
 
     def logs(self, attempt: int) -> Path:
         """The directory with one log file a rank."""

@@ -198,6 +198,64 @@ def test_weights_get_the_rate_of_fine_tuning() -> None:
     assert make_plan(config(optim={"lr": 0.5})).lr == 0.5
 
 
+ADAPTED = {"name": "qwen3-0.6b", "path": "x", "lora": {}}
+
+
+def test_adapters_are_what_is_trained() -> None:
+    plan = require(make_plan(config(model=ADAPTED, tokenizer={"path": "x"})))
+    assert plan.adapter is not None
+    per_layer = 16 * (1024 + 2048 + 2 * (1024 + 1024) + 2048 + 1024 + 3 * (1024 + 3072))
+    assert plan.trainable_parameters == 28 * per_layer
+    assert plan.parameters == 596_049_920
+    assert plan.lr == 1e-4
+    assert plan.adapter.scaling == 2.0
+    whole = make_plan(config(model={"name": "qwen3-0.6b", "path": "x"}, tokenizer={"path": "x"}))
+    assert 0.66 < plan.flops_per_token / whole.flops_per_token < 0.8
+    assert plan.deepspeed["zero_optimization"]["reduce_bucket_size"] == plan.trainable_parameters
+    printed = json.loads(json.dumps(plan.to_json()))
+    assert printed["adapter"]["targets"] == [
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    ]
+    assert printed["trainable_parameters"] == plan.trainable_parameters
+    assert make_plan(config()).to_json()["adapter"] is None
+    [line] = [line for line in lines(plan) if line.startswith("adapters")]
+    assert "LoRA rank 16, scaled by 2, on q_proj, k_proj" in line
+    assert "10.1M parameters trained (10,092,544, 1.69% of the model)" in line
+
+
+@pytest.mark.parametrize(
+    ("lora", "sections", "expected", "said"),
+    [
+        ({"targets": ["q_prj"]}, {}, "model.lora.targets", "Did you mean q_proj? There are: q_proj, k_proj"),
+        ({"targets": ["query"]}, {}, "model.lora.targets", "There are: q_proj, k_proj"),
+        ({"targets": ["lm_head"]}, {}, "model.lora.targets", "There are"),
+        ({"modules_to_save": ["norm"]}, {}, "model.lora.modules_to_save", "There are: embed_tokens, lm_head"),
+        ({"modules_to_save": ["lm_head"]}, {}, "model.lora.modules_to_save", "one matrix"),
+        ({"quantize": "nf4"}, {"engine": {"zero": 3}}, "engine.zero", "blocks"),
+        ({"quantize": "nf4"}, {"cluster": {"gpus_per_worker": 0}}, "model.lora.quantize", "need a GPU"),
+    ],
+)
+def test_adapters_that_cannot_be(lora: dict[str, Any], sections: dict[str, Any], expected: str, said: str) -> None:
+    plan = make_plan(config(model=ADAPTED | {"lora": lora}, tokenizer={"path": "x"}, **sections))
+    assert where(plan) == [expected]
+    assert said in str(plan.problems[0])
+
+
+def test_adapters_that_are_no_mistake_but_worth_a_word() -> None:
+    random = make_plan(config(model={"name": "qwen3-0.6b", "shape": TINY, "lora": {}}))
+    assert not random.problems
+    assert any("random weights learn next to nothing" in note for note in random.notes)
+    quantized = make_plan(config(model=ADAPTED | {"lora": {"quantize": "nf4"}}, tokenizer={"path": "x"}))
+    assert not quantized.problems
+    assert any("bitsandbytes" in note for note in quantized.notes)
+
+
 def test_a_tokenizer_larger_than_the_embedding_is_a_problem() -> None:
     facts = DataFacts((StreamFacts((100,)),), vocab_size=200_000)
     assert [problem.where for problem in make_plan(config(), facts).problems] == ["tokenizer.path"]

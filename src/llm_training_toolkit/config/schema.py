@@ -89,6 +89,27 @@ class Run(Section):
     """Use only deterministic kernels (slower on GPUs). On CPU a run repeats bit for bit without it."""
 
 
+class Lora(Section):
+    """Low-rank adapters: the model stays as it is, two small matrices beside each linear layer are trained (LoRA)."""
+
+    rank: Annotated[int, Field(ge=1), Tag.IDENTITY] = 16
+    """Inner width of an adapter's two matrices."""
+    alpha: Annotated[int, Field(ge=1), Tag.IDENTITY] = 32
+    """What an adapter adds is multiplied by alpha / rank."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0), Tag.IDENTITY] = 0.0
+    """Share of an adapter's inputs that is left out in training, drawn from seed, step and sequence."""
+    targets: Annotated[Literal["auto"] | Annotated[tuple[str, ...], Field(min_length=1)], Tag.IDENTITY] = "auto"
+    """Names of the linear layers that get adapters; `auto` = all of the family's, attention and feed-forward."""
+    rslora: Annotated[bool, Tag.IDENTITY] = False
+    """Multiply by alpha / root of rank instead (Kalajdzievski 2023), so that higher ranks learn as fast."""
+    dora: Annotated[bool, Tag.IDENTITY] = False
+    """Train the length of each row of the weights apart from its direction (DoRA, Liu et al. 2024). Slower."""
+    modules_to_save: Annotated[tuple[str, ...], Tag.IDENTITY] = ()
+    """Modules trained whole beside the adapters: the embedding or the output layer, by name."""
+    quantize: Annotated[Literal["nf4"] | None, Tag.IDENTITY] = None
+    """Keep the model's matrices in 4 bits while the adapters are trained (QLoRA, Dettmers et al. 2023). GPU only."""
+
+
 class Model(Section):
     """What is trained."""
 
@@ -106,6 +127,8 @@ class Model(Section):
     """Recompute activations in the backward pass: about a third more time for much less memory."""
     loss_chunk: Annotated[int, Field(ge=0), Tag.IDENTITY] = 1024
     """Tokens per chunk of the loss over the vocabulary, so that whole logits never exist. 0 = no chunks."""
+    lora: Lora | None = None
+    """Train adapters instead of the model; absent = the model itself."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> Model:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -32,11 +32,14 @@ class MicroBatch:
 
     position_ids start at 0 for every piece of a row, padding being a piece of its own: that alone keeps the documents
     of a row apart. labels are shifted already: labels[t] is the token at t + 1 of the same piece, or -100.
+    Row r is position `first` + r of the global batch of `step`; both mean nothing in rows without labels.
     """
 
     input_ids: torch.Tensor
     position_ids: torch.Tensor
     labels: torch.Tensor
+    step: int = 0
+    first: int = 0
 
 
 class Placed(NamedTuple):
@@ -160,7 +163,10 @@ class Sequences:
         Positions that a short last step does not have are left out.
         """
         rows = [self._pieces(placed) for placed in self.step_sequences(step)[positions.start : positions.stop]]
-        return list(self._micro_batches(rows, micro_batch))
+        return [
+            replace(batch, step=step, first=positions.start + number * micro_batch)
+            for number, batch in enumerate(self._micro_batches(rows, micro_batch))
+        ]
 
     def loss_tokens(self, step: int) -> int:
         """Labels other than -100 in the whole global batch, from the index alone."""

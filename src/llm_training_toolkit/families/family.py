@@ -127,6 +127,12 @@ class Family:
     """Hugging Face values that all sizes share."""
     anatomy: Callable[[HfValues], Anatomy]
     """Reads a Hugging Face configuration of this family."""
+    lora_targets: tuple[str, ...]
+    """Names of the linear layers that adapters go to: all of attention and feed-forward, but of a mixture attention
+    alone. Its experts are one fused tensor a layer, no linear layers, and its router is called `gate`, which ends the
+    name of no target."""
+    embedding_name: str = "embed_tokens"
+    """Name of the embedding among the model's modules; the output layer is `lm_head` in all families."""
     position_key: str = "max_position_embeddings"
     """Name of the longest position in the configuration."""
     absolute_positions: bool = False

@@ -34,6 +34,9 @@ TOKENS_WITHOUT_FIM = SpecialTokens(
 # Figure 4 of the Qwen2.5-Coder report: names and paths on lines of their own.
 _CODE_LAYOUT = CodeLayout(after_repository="\n", between_files="\n")
 
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+_LINEAR = (*_ATTENTION, "gate_proj", "up_proj", "down_proj")
+
 _COMMON = {
     "hidden_act": "silu",
     "initializer_range": 0.02,
@@ -87,6 +90,7 @@ def _qwen2(name: str, tokens: SpecialTokens, chat_template: str) -> Family:
         pre_tokenizer_pattern=PATTERN,
         defaults={**_COMMON, "max_position_embeddings": 32768},
         anatomy=qwen2_anatomy,
+        lora_targets=_LINEAR,
         derived_head_dim=True,
         code_layout=_CODE_LAYOUT,
     )
@@ -104,6 +108,7 @@ QWEN3 = Family(
     # head_dim is a value of its own: 0.6B, 4B and 32B have heads x 128 != hidden size.
     defaults={**_COMMON, "max_position_embeddings": 40960, "head_dim": 128, "attention_bias": False},
     anatomy=qwen3_anatomy,
+    lora_targets=_LINEAR,
     code_layout=_CODE_LAYOUT,
 )
 

@@ -128,6 +128,7 @@ STARCODER2 = Family(
         "max_position_embeddings": 16384,
     },
     anatomy=starcoder2_anatomy,
+    lora_targets=("q_proj", "k_proj", "v_proj", "o_proj", "c_fc", "c_proj"),
     derived_head_dim=True,
     code_layout=CodeLayout(path_in_prefix=True),
 )
@@ -153,6 +154,8 @@ STARCODER = Family(
         "tie_word_embeddings": True,
     },
     anatomy=starcoder_anatomy,
+    lora_targets=("c_attn", "c_proj", "c_fc"),
+    embedding_name="wte",
     position_key="n_positions",
     absolute_positions=True,
     derived_head_dim=True,

@@ -12,7 +12,7 @@ from llm_training_toolkit.config import Config, load, to_json
 from llm_training_toolkit.console import Console
 from llm_training_toolkit.data.receipt import Receipt
 from llm_training_toolkit.launch.ahead import preparing_ahead
-from llm_training_toolkit.launch.environment import check_machine, prepare_environment
+from llm_training_toolkit.launch.environment import check_machine, check_quantization, prepare_environment
 from llm_training_toolkit.launch.outcome import Outcome, Request
 from llm_training_toolkit.launch.place import is_first_rank, ranks_started
 from llm_training_toolkit.launch.preparation import facts_of, preparation_of, prepare_epochs, receipt_lines
@@ -44,6 +44,7 @@ def start(request: Request, console: Console) -> Outcome:
             return _leave_alone(run, config, standing, console)
         for line in lines(plan):
             console.say(line)
+        check_quantization(config)
         if config.cluster.workers > 0:
             check_machine(config)
         receipt = _prepare(config, standing, request, console)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from llm_training_toolkit.errors import CheckpointError, PlanError
 
@@ -31,10 +31,12 @@ def build_model(
     attention: str,
     path: str | None = None,
     activation_checkpointing: bool = False,
+    four_bits_on: torch.device | None = None,
 ) -> nn.Module:
     """A causal language model of the given Hugging Face configuration, with the weights at `path` if there is one.
 
-    Raises CheckpointError when weights are missing, left over or of another shape.
+    `four_bits_on` keeps the matrices of loaded weights in 4 bits (NF4) on that GPU. Raises CheckpointError when weights
+    are missing, left over or of another shape.
     """
     dtype = DTYPES[precision]
     if path is None:
@@ -42,7 +44,8 @@ def build_model(
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
     else:
         local = Path(path).expanduser()
-        model = _load(str(local) if local.exists() else path, dtype, attention)
+        how = {"attn_implementation": attention} | (_four_bits(dtype, four_bits_on) if four_bits_on else {})
+        model = _load(str(local) if local.exists() else path, dtype, how)
     model.config.use_cache = False  # a cache object switches the isolation of packed documents off
     if activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -50,13 +53,24 @@ def build_model(
     return model
 
 
-def _load(path: str, dtype: torch.dtype, attention: str) -> Any:  # noqa: ANN401 - transformers has no types
+def _four_bits(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """NF4 with constants that are quantized themselves, as in QLoRA; products are computed in `dtype`."""
+    kind = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    return {"quantization_config": kind, "device_map": {"": device}}
+
+
+def _load(path: str, dtype: torch.dtype, how: Mapping[str, Any]) -> Any:  # noqa: ANN401 - transformers has no types
     try:
         config = AutoConfig.from_pretrained(path)
         for name in _DROPOUTS & set(config.to_dict()):
             setattr(config, name, 0.0)
         model, info = AutoModelForCausalLM.from_pretrained(
-            path, config=config, dtype=dtype, attn_implementation=attention, output_loading_info=True
+            path, config=config, dtype=dtype, output_loading_info=True, **how
         )
     except (OSError, ImportError, RuntimeError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"model.path = {path}: no weights can be loaded from there: {error}") from error
@@ -69,9 +83,15 @@ def _load(path: str, dtype: torch.dtype, attention: str) -> Any:  # noqa: ANN401
 
 def check_size(model: nn.Module, expected: int, name: str) -> None:
     """Refuse weights of another size than the plan counted on."""
-    found = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
+    found = sum(_size(parameter) for parameter in model.parameters())
     if found != expected:
         raise PlanError(
             f"model.path holds {found:,} parameters, {name} has {expected:,}: "
             "correct model.name, or point model.path at the weights of that size"
         )
+
+
+def _size(parameter: nn.Parameter) -> int:
+    """Weights of a parameter, wherever they lie and however they are packed."""
+    packed = 2 if type(parameter).__name__ == "Params4bit" else 1  # two weights a byte
+    return packed * int(getattr(parameter, "ds_numel", parameter.numel()))

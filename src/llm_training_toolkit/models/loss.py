@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llm_training_toolkit.models.dropout import Draws
+
 IGNORED = -100
 """Label of a position without loss."""
 
@@ -23,7 +25,8 @@ class _ChunkedLoss(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int) -> Tensor:  # noqa: ANN401
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+        trained = ctx.needs_input_grad[1]  # beside adapters the head is frozen
+        grad_weight = torch.zeros(weight.shape if trained else 0, dtype=torch.float32, device=weight.device)
         for rows, targets, out in zip(*_split(chunk, hidden, labels, grad_hidden), strict=True):
             logits = (rows @ weight.T).float()
             log_norm = torch.logsumexp(logits, dim=-1, keepdim=True)
@@ -32,17 +35,19 @@ class _ChunkedLoss(torch.autograd.Function):
             gradient[torch.arange(len(targets), device=targets.device), targets] -= 1.0
             low = gradient.to(weight.dtype)
             torch.matmul(low, weight, out=out)
-            grad_weight += low.T @ rows
+            if trained:
+                grad_weight += low.T @ rows
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.dtype = weight.dtype
         return loss
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None, None]:  # noqa: ANN401
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor | None, None, None]:  # noqa: ANN401
         grad_hidden, grad_weight = ctx.saved_tensors
         # Scaled in fp32: rounded to bf16 the scale is off by up to 0.4 %, differently for every number of workers.
         scale = grad_outputs[0]
-        return (grad_hidden.float() * scale).to(ctx.dtype), (grad_weight * scale).to(ctx.dtype), None, None
+        of_weight = (grad_weight * scale).to(ctx.dtype) if ctx.needs_input_grad[1] else None
+        return (grad_hidden.float() * scale).to(ctx.dtype), of_weight, None, None
 
 
 def _split(chunk: int, *tensors: Tensor) -> tuple[tuple[Tensor, ...], ...]:
@@ -94,6 +99,8 @@ class LossModule(nn.Module):
     def __init__(self, model: nn.Module, loss_chunk: int) -> None:
         super().__init__()
         self.lm = model
+        self.draws = Draws()
+        """What dropout draws from; whoever runs the forward pass says which sequences it sees."""
         head = model.get_output_embeddings()  # type: ignore[operator]
         assert head.bias is None, "LossHead computes the loss without a bias"
         head.__class__ = LossHead

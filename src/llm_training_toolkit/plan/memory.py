@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from llm_training_toolkit.families import Anatomy
+from llm_training_toolkit.families import Adapter, Anatomy
 
+_NF4_BYTES = 0.5 + 0.127 / 8
+"""Of a weight in 4 bits, with constants that are quantized once more: 0.127 bits (Dettmers et al. 2023, section 3)."""
 _MAX_LIVE = 1_000_000_000
 """DeepSpeed's default of stage3_max_live_parameters: gathered weights are kept up to this number."""
 
@@ -37,6 +39,8 @@ class Load:
     workers: int
     micro_batch: int
     sequence_length: int
+    adapter: Adapter | None = None
+    """What is trained beside a frozen model; None: the model itself."""
     activation_checkpointing: bool = False
     loss_chunk: int = 0
     eager_attention: bool = False
@@ -54,6 +58,11 @@ class Load:
     def tokens(self) -> int:
         """Tokens of a micro-batch."""
         return self.micro_batch * self.sequence_length
+
+    @property
+    def trained(self) -> int:
+        """Trained parameters."""
+        return self.adapter.parameters if self.adapter else self.model.parameters
 
     def part(self, size: int, *, spread: bool) -> int:
         """A size, or the share of it that one worker holds."""
@@ -75,9 +84,12 @@ def weights(load: Load) -> int:
     """The weights of the forward pass: 2 bytes in bf16, 4 in fp32; stage 3 spreads them (ZeRO, Rajbhandari 2020, 5).
 
     Stage 3 gathers whole layers for use and keeps up to `stage3_max_live_parameters` of them (DeepSpeed's
-    documentation), which for a model below that number is all of it.
+    documentation), which for a model below that number is all of it. In 4 bits are the matrices of the layers alone.
     """
-    total = load.model.parameters
+    total = load.model.parameters + (load.adapter.parameters if load.adapter else 0)
+    if load.adapter is not None and load.adapter.quantize is not None:
+        matrices = load.model.layers * load.model.matrices_per_layer
+        return round(_NF4_BYTES * matrices) + load.width * (total - matrices)
     if load.zero < 3 or load.workers == 1:
         return load.width * total
     return load.width * (load.part(total, spread=True) + min(total, load.max_live))
@@ -91,7 +103,7 @@ def gradients(load: Load) -> int:
     stage 1 on gradients pass through a bucket, which in bf16 is also copied to fp32 for the reduction. Read in
     DeepSpeed 0.19.8, runtime/zero/stage_1_and_2.py and stage3.py.
     """
-    total = load.model.parameters
+    total = load.trained
     if load.zero == 0:
         return total * (2 + 4) if load.precision == "bf16" else total * 4
     bucket = min(total, load.bucket) * (2 + 4 if load.precision == "bf16" else 4)
@@ -106,7 +118,7 @@ def optimizer(load: Load) -> int:
     section 3.1, K = 12.
     """
     own_copy = load.precision == "bf16" or load.zero > 0
-    return load.part((12 if own_copy else 8) * load.model.parameters, spread=load.zero > 0)
+    return load.part((12 if own_copy else 8) * load.trained, spread=load.zero > 0)
 
 
 def checkpoint_copy(parameters: int, workers: int) -> int:
@@ -135,16 +147,46 @@ def layer_bytes_per_token(load: Load) -> int:
     2 h 4. The same for the norms of queries and keys. Attention: queries, keys, values and its output, keys and
     values repeated for every query head unless there is but one of them. Feed-forward: 4 i gated (gate, activation,
     up, product), or 2 i. Packed documents need a mask, T w; eager attention keeps scores as probabilities instead,
-    in fp32 and once more in bf16. tests/models/test_activations.py compares it with what autograd keeps.
+    in fp32 and once more in bf16.
+    tests/models/test_activations.py compares it with what autograd keeps.
     """
     model, w = load.model, load.width
+    if load.adapter is not None:
+        return _frozen_bytes_per_token(load, load.adapter)
     norms = 2 * model.hidden * (2 * w + (4 if model.rms_norms else 0))
     if model.head_norms:
         norms += (model.query_width + model.kv_width) * (4 + w)
-    keys_and_values = 2 * (model.kv_width if model.kv_heads == 1 else model.query_width)
-    attention = w * (2 * model.query_width + keys_and_values)
+    attention = w * _attention_numbers(model)
     feed_forward = w * (4 if model.gated else 2) * model.intermediate
     return norms + attention + feed_forward + load.sequence_length * _mask_bytes(load)
+
+
+def _attention_numbers(model: Anatomy) -> int:
+    """Queries, keys, values and output of a token; keys and values repeated for every query head, unless of one."""
+    return 2 * model.query_width + 2 * (model.kv_width if model.kv_heads == 1 else model.query_width)
+
+
+def _frozen_bytes_per_token(load: Load, adapter: Adapter) -> int:
+    """What one frozen layer and its adapters keep of a token.
+
+    Without gradients of its weights a linear layer keeps no input and an RMSNorm not what it has normalised. An adapter
+    keeps its input, one for all that read the same, and what its first matrix gives; with dropout each keeps an input
+    of its own and which of it was left out. DoRA keeps what the layer gives and what the adapter gives.
+    """
+    model, w = load.model, load.width
+    norms = 2 * model.hidden * (4 if model.rms_norms else w)
+    if model.head_norms:
+        norms += (model.query_width + model.kv_width) * 4
+    attention = w * _attention_numbers(model)
+    feed_forward = w * (3 if model.gated else 1) * model.intermediate
+    if adapter.dropout:
+        inputs = sum((w + 1) * layer.inputs for layer in adapter.layers)
+    else:
+        # What the heads give is kept by attention already.
+        inputs = w * sum({layer.reads: layer.inputs for layer in adapter.layers if layer.reads != "heads"}.values())
+    inner = w * adapter.rank * len(adapter.layers)
+    results = 2 * w * sum(layer.outputs for layer in adapter.layers) if adapter.dora else 0
+    return norms + attention + feed_forward + inputs + inner + results + load.sequence_length * _mask_bytes(load)
 
 
 def _mask_bytes(load: Load) -> int:
@@ -159,10 +201,11 @@ def logits(load: Load) -> int:
 
     Logits in the precision of the forward pass, in fp32, and their gradient: tokens x vocabulary x (2 + 4 + 4) in
     bf16, (4 + 4 + 4) in fp32; a measurement on CPU gave 10.3 bytes a logit. The head's gradient is summed over chunks
-    in fp32 and then cast: vocabulary x hidden x (4 + 2) in bf16.
+    in fp32 and then cast: vocabulary x hidden x (4 + 2) in bf16. A frozen head has none.
     """
     tokens = min(load.loss_chunk or load.tokens, load.tokens)
-    head = load.model.vocab * load.model.hidden * (4 + load.width)
+    frozen = load.adapter is not None and "lm_head" not in load.adapter.modules_to_save
+    head = 0 if frozen else load.model.vocab * load.model.hidden * (4 + load.width)
     return tokens * load.model.vocab * (load.width + 8) + head
 
 

@@ -68,7 +68,11 @@ class Plan:
     """Name of the size."""
     hf_config: Mapping[str, Any]
     parameters: int
+    """Of the model, without adapters."""
     trainable_parameters: int
+    """Of the adapters, and of what is trained whole beside them; without adapters all."""
+    adapter: families.Adapter | None
+    """None: the model itself is trained."""
     flops_per_token: int
     precision: str
     zero: int
@@ -129,6 +133,7 @@ class Plan:
             **values,
             "hf_config": dict(self.hf_config),
             "deepspeed": dict(self.deepspeed),
+            "adapter": _adapter_json(self.adapter),
             "memory_gb_per_device": dict(self.memory_gb_per_device),
             "mixture": [asdict(source) for source in self.mixture],
             "accumulation": {str(world): self.accumulation(world) for world in worlds},
@@ -146,19 +151,22 @@ def make_plan(config: Config, facts: DataFacts | None = None, replicas: int | No
     size = families.find(config.model.name)
     hf = families.hf_config(config)
     total = families.parameters(hf)
+    adapter = families.adapter(config, hf)
+    trained = adapter.parameters if adapter else total
     world = replicas or max(config.cluster.workers, 1)
     steps, steps_estimated = run_steps(config, facts)
     warmup, decay = rate.warmup_steps(config, steps), rate.decay_steps(config, steps)
     lr = rate.learning_rate(config, total)
-    deepspeed = _deepspeed(config, total)
+    deepspeed = _deepspeed(config, trained)
     length, every = config.data.sequence_length, config.checkpoint.every
     return Plan(
         name=config.run.name,
         model=size.name,
         hf_config=hf,
         parameters=total,
-        trainable_parameters=total,
-        flops_per_token=families.flops_per_token(hf, length),
+        trainable_parameters=trained,
+        adapter=adapter,
+        flops_per_token=families.flops_per_token(hf, length, adapter),
         precision=config.train.precision,
         zero=config.engine.zero,
         steps=steps,
@@ -180,7 +188,7 @@ def make_plan(config: Config, facts: DataFacts | None = None, replicas: int | No
         save_every_seconds=duration_seconds(every) if isinstance(every, str) else None,
         eval_every=config.eval.every,
         deepspeed=deepspeed,
-        memory_gb_per_device=_memory(config, hf, world, deepspeed),
+        memory_gb_per_device=_memory(config, hf, adapter, world, deepspeed),
         problems=(
             *check.problems(config, size, hf, world),
             *check.length_problems(steps, warmup, decay),
@@ -262,9 +270,22 @@ def _deepspeed(config: Config, parameters: int) -> dict[str, Any]:
     return make(config, parameters=parameters)
 
 
-def _memory(config: Config, hf: Mapping[str, Any], replicas: int, deepspeed: Mapping[str, Any]) -> dict[str, float]:
+def _adapter_json(adapter: families.Adapter | None) -> dict[str, Any] | None:
+    if adapter is None:
+        return None
+    return {key: value for key, value in asdict(adapter).items() if key != "layers"}
+
+
+def _memory(
+    config: Config,
+    hf: Mapping[str, Any],
+    adapter: families.Adapter | None,
+    replicas: int,
+    deepspeed: Mapping[str, Any],
+) -> dict[str, float]:
     load = memory.Load(
         model=families.anatomy(hf),
+        adapter=adapter,
         zero=config.engine.zero,
         precision=config.train.precision,
         workers=replicas,

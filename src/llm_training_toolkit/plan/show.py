@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from llm_training_toolkit.families import Adapter
 from llm_training_toolkit.plan.plan import Plan
 
 _SPREAD = (
@@ -24,6 +25,8 @@ def lines(plan: Plan) -> list[str]:
 def _rows(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "run", plan.name
     yield "model", f"{plan.model}, {count(plan.parameters)} parameters ({plan.parameters:,}), {plan.precision}"
+    if plan.adapter is not None:
+        yield "adapters", _adapters(plan, plan.adapter)
     yield "data", f"sequences of {plan.sequence_length:,} tokens, {_passes(plan)}"
     for line in mixture_lines(plan):
         yield "source", line
@@ -46,6 +49,15 @@ def mixture_lines(plan: Plan) -> list[str]:
         + ("" if source.epochs is None else f", {source.epochs:.3g} epochs")
         for source in plan.mixture
     ]
+
+
+def _adapters(plan: Plan, adapter: Adapter) -> str:
+    kind = ("QLoRA" if adapter.quantize else "LoRA") + (" with DoRA" if adapter.dora else "")
+    places = ", ".join((*adapter.targets, *(f"all of {name}" for name in adapter.modules_to_save)))
+    trained = plan.trainable_parameters
+    share = f"{trained:,}, {trained / plan.parameters:.2%} of the model"
+    what = f"{kind} rank {adapter.rank}, scaled by {adapter.scaling:.3g}, on {places}"
+    return f"{what}; {count(trained)} parameters trained ({share})"
 
 
 def _passes(plan: Plan) -> str:
