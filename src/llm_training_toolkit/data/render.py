@@ -11,14 +11,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llm_training_toolkit.config.schema import Source
+from llm_training_toolkit.data.encoded import Encoded
 from llm_training_toolkit.data.fragments import Fragment, fragments, spans
 from llm_training_toolkit.data.layout import Layout, Passage, plain
 from llm_training_toolkit.data.markers import Markers
 from llm_training_toolkit.data.middle import FimRules, draw, rearranged
 from llm_training_toolkit.data.sources import Document
-from llm_training_toolkit.data.strip import Item, Run, Strip, Text, encode
+from llm_training_toolkit.data.strip import Item, Run, Strip, Text, encode, special
 from llm_training_toolkit.data.tokenizer import TextEncoder
 from llm_training_toolkit.errors import DataError
+
+Tokens = NDArray[np.uint32]
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,7 @@ class Example:
     `loss[i]` says whether token i is to be predicted; the first token of an example never can be.
     """
 
-    tokens: NDArray[np.uint32]
+    tokens: Tokens
     loss: NDArray[np.bool_]
     document: int
 
@@ -95,7 +98,7 @@ def render(documents: Sequence[tuple[int, Document]], rules: Rules, encoder: Tex
     written = [rules.passages(document) for _, document in documents]
     encoded = encode(([item for each in passages for item in _items(each)] for passages in written), encoder)
     works = [
-        _Work(number, document, passages, runs, Strip([*runs, Run((rules.end_of_text,), rules.end_of_text)]))
+        _Work(number, document, passages, runs, Strip([*runs, special(rules.end_of_text)]))
         for (number, document), passages, runs in zip(documents, written, encoded, strict=True)
     ]
     chunks = [_chunks(work, rules) for work in works]
@@ -124,7 +127,7 @@ class _Work(NamedTuple):
 class _Chunk(NamedTuple):
     """A part of a document: its plain tokens without the end, whether the end comes after it, and its fragments."""
 
-    tokens: list[int]
+    tokens: Tokens
     is_last: bool
     source: int
     document: int
@@ -134,7 +137,7 @@ class _Chunk(NamedTuple):
 class _Piece(NamedTuple):
     """Tokens of a file as they are shown; `middle` of them, at the end, are the middle, None where it is plain."""
 
-    tokens: list[int]
+    tokens: Tokens
     middle: int | None = None
 
 
@@ -190,9 +193,9 @@ def _examples(chunks: list[_Chunk], rules: Rules, encoder: TextEncoder) -> Itera
         yield _filled_in(chunk, {f.number: pieces.get((index, f.number)) for f in chunk.fragments}, rules)
 
 
-def _piece(items: list[Item], encoded: Iterator[list[int]]) -> _Piece:
-    ids = [[item] if isinstance(item, int) else next(encoded) for item in items]
-    return _Piece([token for each in ids for token in each], len(ids[-1]))
+def _piece(items: list[Item], encoded: Iterator[Encoded]) -> _Piece:
+    ids = [np.array([item], dtype=np.uint32) if isinstance(item, int) else next(encoded).ids for item in items]
+    return _Piece(np.concatenate(ids), len(ids[-1]))
 
 
 def _filled_in(chunk: _Chunk, pieces: dict[int, _Piece | None], rules: Rules) -> Example:
@@ -208,7 +211,7 @@ def _filled_in(chunk: _Chunk, pieces: dict[int, _Piece | None], rules: Rules) ->
         whole = chunk.tokens[fragment.start : fragment.stop]
         piece = pieces[fragment.number]
         if piece is not None:
-            piece = _Piece(whole[: fragment.head] + piece.tokens, piece.middle)
+            piece = _Piece(np.concatenate([whole[: fragment.head], piece.tokens]), piece.middle)
             needs_end = place == len(chunk.tokens) and not chunk.is_last
             grown = len(piece.tokens) - len(whole) + needs_end
             if grown <= room:
@@ -217,7 +220,7 @@ def _filled_in(chunk: _Chunk, pieces: dict[int, _Piece | None], rules: Rules) ->
                 continue
         shown.append(_Piece(whole))
     shown.append(_Piece(chunk.tokens[place:]))
-    shown = [piece for piece in shown if piece.tokens]
+    shown = [piece for piece in shown if len(piece.tokens)]
     # What was moved to the end of an example has to end there.
     return _shown(shown, chunk.document, rules, has_end=chunk.is_last or shown[-1].middle is not None)
 
@@ -234,11 +237,11 @@ def _cut_last(works: list[_Work], rules: Rules, encoder: TextEncoder) -> Iterato
     for work, files in zip(works, moved, strict=True):
         runs = [next(encoded) for _ in files]
         pieces = [
-            _Piece([token for run in file for token in run.ids], len(file[-1].ids) if fim.middle in items else None)
+            _Piece(np.concatenate([run.ids for run in file]), len(file[-1].ids) if fim.middle in items else None)
             for file, items in zip(runs, files, strict=True)
         ]
         whole = _shown(pieces, work.number, rules, has_end=True)
-        strip = Strip([*(run for file in runs for run in file), Run((rules.end_of_text,), rules.end_of_text)])
+        strip = Strip([*(run for file in runs for run in file), special(rules.end_of_text)])
         bounds = pairwise([0, *strip.cuts(lambda _: rules.sequence_length), len(strip.tokens)])
         yield [Example(whole.tokens[start:stop], whole.loss[start:stop], work.number) for start, stop in bounds]
 
@@ -252,7 +255,8 @@ def _moved(passage: Passage, work: _Work, number: int, rules: Rules, fim: FimRul
 
 def _shown(pieces: list[_Piece], document: int, rules: Rules, *, has_end: bool) -> Example:
     """Pieces as one example. With loss on the middle alone, what a rearranged file has else bears none."""
-    tokens = [token for piece in pieces for token in piece.tokens] + [rules.end_of_text] * has_end
+    end = np.full(int(has_end), rules.end_of_text, dtype=np.uint32)
+    tokens = np.concatenate([*(piece.tokens for piece in pieces), end])
     loss = np.ones(len(tokens), dtype=np.bool_)
     if rules.fim is not None and rules.fim.middle_only:
         place, after_middle = 0, False
@@ -261,4 +265,4 @@ def _shown(pieces: list[_Piece], document: int, rules: Rules, *, has_end: bool) 
                 loss[place : place + len(piece.tokens) - piece.middle] = False
                 loss[place] = after_middle  # what ends a middle is the next file's marker, if there is one
             place, after_middle = place + len(piece.tokens), piece.middle is not None
-    return Example(np.array(tokens, dtype=np.uint32), loss, document)
+    return Example(tokens, loss, document)
