@@ -80,13 +80,15 @@ class Strip:
         cuts: list[int] = []
         start, total = 0, len(self.tokens)
         while total - start > (length := longest(start)):
-            cut = min(start + length, total - 2)
-            good = (at for at in range(cut, start + length // 2, -1) if self._is_good(at))
-            clean = (at for at in range(cut, start, -1) if self._is_clean(at))
-            # Where not even that is possible, because a character is longer than a piece, it is cut anywhere.
-            found = chain(good, clean)
-            cuts.append(start := next(found, cut))
+            cuts.append(start := self.cut(start, min(start + length, total - 2)))
         return cuts
+
+    def cut(self, start: int, latest: int) -> int:
+        """Where a piece that begins at `start` ends best: as late as can be, and at `latest` at the latest."""
+        good = (at for at in range(latest, (start + latest) // 2, -1) if self._is_good(at))
+        clean = (at for at in range(latest, start, -1) if self._is_clean(at))
+        # Where not even that is possible, because a character is longer than a piece, it is cut anywhere.
+        return next(chain(good, clean), latest)
 
     def character(self, at: int) -> int:
         """The character of its text that token `at` begins with, or is a part of."""
