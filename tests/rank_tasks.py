@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,16 @@ from checkpoints import save
 from llm_training_toolkit.checkpoint import Checkpoint, Manifest
 from llm_training_toolkit.config import parse
 from llm_training_toolkit.context import Event, RunContext
+from llm_training_toolkit.data.batches import MicroBatch
 from llm_training_toolkit.data.feed import Feed
 from llm_training_toolkit.data.receipt import Receipt
 from llm_training_toolkit.engine import Engine
+from llm_training_toolkit.evaluate import held_out
 from llm_training_toolkit.launch.building import build
 from llm_training_toolkit.launch.place import Place
 from llm_training_toolkit.launch.preparation import facts_of
 from llm_training_toolkit.launch.worker import work
+from llm_training_toolkit.models import LossModule, build_model
 from llm_training_toolkit.models.initial import generator
 from llm_training_toolkit.plan import Plan, make_plan, slice_of
 from llm_training_toolkit.runs import RunDirectory
@@ -202,6 +206,61 @@ def work_on(run: str, changes: Mapping[str, Any] | None = None, stop_after: int 
 
     result = work(place_of(run, changes), context(report, stop))
     return {**result, "events": events}
+
+
+def evaluation_of_packed_documents(run: str, model: dict[str, Any], attention: str) -> dict[str, Any]:
+    """What the evaluation says of the documents of one packed held-out row, each of them changed once.
+
+    loss (documents,) of each, `changed` (documents, documents): the same after one (the row) was changed, and
+    `same_logits` (documents, documents): whether its logits stayed as they were. `leaking` is `changed` with positions
+    that do not begin anew, so that documents see each other.
+    """
+    place = place_of(run, {"train": {"precision": "fp32"}})
+    plan = _plan(place)
+    torch.manual_seed(0)
+    built = build_model(model, precision="fp32", attention=attention)
+    engine = Engine(LossModule(built, 16), place.config.optim, plan.deepspeed, torch.device("cpu"))
+    feed = Feed(place.receipt, global_batch=plan.global_batch, epochs=None)
+    [batch] = feed.eval_batches(0, 1, 1000)
+    row, documents = _fullest_row(batch)
+
+    def losses(ids: torch.Tensor, positions: torch.Tensor) -> list[float]:
+        found = []
+        for document in documents:
+            labels = torch.full_like(batch.labels, -100)
+            labels[row, document] = batch.labels[row, document]
+            found.append(held_out(engine, [MicroBatch(ids, positions, labels)], 1, 1, context()).loss)
+        return found
+
+    def logits(ids: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            whole: torch.Tensor = engine.deepspeed.module.logits(ids, batch.position_ids)
+        return whole[row]
+
+    through = torch.arange(batch.input_ids.shape[1]).expand_as(batch.position_ids)
+    loss, before = losses(batch.input_ids, batch.position_ids), logits(batch.input_ids)
+    changed, same_logits, leaking = [], [], []
+    for document in documents:
+        ids = batch.input_ids.clone()
+        ids[row, document] = (ids[row, document] + 100) % 512
+        after = logits(ids)
+        changed.append(losses(ids, batch.position_ids))
+        leaking.append(losses(ids, through))
+        same_logits.append([torch.equal(before[each], after[each]) for each in documents])
+    assert not engine.deepspeed.module.training
+    engine.close()
+    return {"loss": loss, "changed": changed, "same_logits": same_logits, "leaking": leaking}
+
+
+def _fullest_row(batch: MicroBatch) -> tuple[int, list[slice]]:
+    """The row with most documents, and where each of them lies; padding is a piece that bears no loss."""
+    found = []
+    for positions, labels in zip(batch.position_ids, batch.labels, strict=True):
+        bounds = [*torch.nonzero(positions == 0).flatten().tolist(), len(positions)]
+        pieces = [slice(*each) for each in pairwise(bounds)]
+        found.append([piece for piece in pieces if (labels[piece] >= 0).any()])
+    row = max(range(len(found)), key=lambda each: len(found[each]))
+    return row, found[row]
 
 
 def logits_of(

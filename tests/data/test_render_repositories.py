@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from data.conftest import CODE, MARKERS
 from llm_training_toolkit.data.layout import Layout
 from llm_training_toolkit.data.middle import FimRules
-from llm_training_toolkit.data.render import Example, Rules, render
+from llm_training_toolkit.data.render import Example, render
+from llm_training_toolkit.data.rules import Rules
 from llm_training_toolkit.data.sources import Document, Part
 from llm_training_toolkit.data.tokenizer import TextEncoder, open_tokenizer, train_tokenizer
 from llm_training_toolkit.families import FAMILIES

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import struct
 from dataclasses import dataclass
 from typing import NamedTuple
-
-import numpy as np
 
 from llm_training_toolkit.config.schema import FillInTheMiddle
 from llm_training_toolkit.data.markers import Markers
@@ -62,11 +61,11 @@ class Draw(NamedTuple):
     second: float
 
 
-def draw(seed: int, epoch: int, source: int, document: int, part: int) -> Draw:
+def draw(seed: int, epoch: int, source: int, document: int, part: str) -> Draw:
     """The random numbers of a part of a document: a hash of its coordinates, so no order of work can change them."""
     key = f"{seed}/{epoch}/{source}/{document}/{part}".encode()
-    raw = np.frombuffer(hashlib.blake2b(key, digest_size=32, person=b"ltt-fim").digest(), dtype="<u8")
-    return Draw(*((raw >> np.uint64(11)) * 2.0**-53).tolist())
+    raw = struct.unpack("<4Q", hashlib.blake2b(key, digest_size=32, person=b"ltt-fim").digest())
+    return Draw(*((value >> 11) * 2.0**-53 for value in raw))
 
 
 def rearranged(lead: str, body: str, chance: Draw, fim: FimRules) -> list[Item]:

@@ -32,7 +32,7 @@ from llm_training_toolkit.plan import whole_shares
 
 Progress = Callable[[str, int, int], None]
 
-_FORMAT = 3  # part of every key: raise it when the same documents would give other files
+_FORMAT = 4  # part of every key: raise it when the same documents would give other files
 _EVERY = 256
 
 

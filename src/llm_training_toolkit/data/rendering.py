@@ -11,7 +11,8 @@ from llm_training_toolkit.data.chat import ChatRules, render_chat
 from llm_training_toolkit.data.chat_template import ChatTemplate
 from llm_training_toolkit.data.markers import Markers
 from llm_training_toolkit.data.messages import Conversation
-from llm_training_toolkit.data.render import Rendered, Rules, render
+from llm_training_toolkit.data.render import Rendered, render
+from llm_training_toolkit.data.rules import Rules
 from llm_training_toolkit.data.sources import Document
 from llm_training_toolkit.data.tokenizer import TextEncoder
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from numpy.typing import NDArray
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from llm_training_toolkit.data.encoded import Encoded, spans_of_bytes
 from llm_training_toolkit.data.markers import Markers
 from llm_training_toolkit.errors import DataError
 
@@ -124,25 +126,6 @@ def open_tokenizer(path: str) -> TextEncoder:
     return TextEncoder(tokenizer, str(file))
 
 
-class Encoded:
-    """Token ids of a text, and where in the text they stand."""
-
-    def __init__(self, encoding: Any) -> None:  # noqa: ANN401 - tokenizers carries no types
-        self.ids: list[int] = encoding.ids
-        self._encoding = encoding
-
-    def characters(self, token: int) -> tuple[int, int]:
-        """The characters [start, stop) of the text that a token has a part in."""
-        span: tuple[int, int] = self._encoding.token_to_chars(token)
-        return span
-
-    def is_clean(self, token: int) -> bool:
-        """Whether a character begins where this token begins; token 0 and the end are clean."""
-        if not 0 < token < len(self.ids):
-            return True
-        return self.characters(token - 1)[1] <= self.characters(token)[0]
-
-
 class TextEncoder:
     """A tokenizer that reads documents: nothing is added, cut, padded or drawn by chance, and markers stay text."""
 
@@ -170,17 +153,27 @@ class TextEncoder:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode_batch(self, texts: Sequence[str]) -> list[Encoded]:
         """Token ids of many texts, on all cores."""
-        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        found = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [
+            Encoded(text, np.array(encoding.ids, dtype=np.uint32), self._spans)
+            for text, encoding in zip(texts, found, strict=True)
+        ]
 
-    def encode_with_offsets(self, text: str) -> Encoded:
-        """Token ids of a text and the characters each token stands for."""
-        return self.encode_batch_with_offsets([text])[0]
+    def _spans(self, text: str, ids: NDArray[np.uint32]) -> NDArray[np.int64]:
+        """(tokens, 2): the characters of a text that each of its tokens has a part in."""
+        normalizer = self._tokenizer.normalizer
+        as_it_is = normalizer is None or normalizer.normalize_str(text) == text
+        spans = spans_of_bytes(text, self._bytes_of[ids]) if as_it_is else None
+        if spans is None:  # only the library knows what it has made of the text
+            offsets = self._tokenizer.encode(text, add_special_tokens=False).offsets
+            spans = np.array(offsets, dtype=np.int64).reshape(-1, 2)
+        return spans
 
-    def encode_batch_with_offsets(self, texts: Sequence[str]) -> list[Encoded]:
-        """The same for many texts, on all cores."""
-        return [Encoded(encoding) for encoding in self._tokenizer.encode_batch(texts, add_special_tokens=False)]
+    @cached_property
+    def _bytes_of(self) -> NDArray[np.int64]:
+        return self.bytes_per_token()
 
     def decode(self, ids: Sequence[int] | NDArray[Any], *, skip_special_tokens: bool = False) -> str:
         """Text of token ids, with the markers written out unless they are skipped."""
