@@ -9,20 +9,19 @@ from typing import Any
 from llm_training_toolkit.config.schema import Config
 from llm_training_toolkit.plan.batch import accumulation
 from llm_training_toolkit.plan.hardware import Hardware
+from llm_training_toolkit.plan.memory import checkpoint_copy
 from llm_training_toolkit.plan.plan import Plan
 from llm_training_toolkit.plan.problem import Problem
 from llm_training_toolkit.plan.sizing import fitting_micro_batch
 
 LEFT_OUT = (
-    "Time and cost are of the steps alone: starting up, preparing data, evaluation, checkpoints, waiting for links and "
-    "restarts come on top."
+    "Time and cost are of computing the steps alone: starting up, preparing data, evaluation, copies for checkpoints, "
+    "waiting for links and restarts come on top."
 )
 _RECOMPUTED = 4 / 3
 """Work of a step with activation checkpointing: the forward pass, a third of it, happens twice."""
 _TIGHT = 0.9
 """Share of a device from which on the memory estimate leaves too little for what it does not count."""
-_CHECKPOINT_BYTES = 12
-"""Of a parameter: the fp32 weight and Adam's two moments."""
 
 
 @dataclass(frozen=True)
@@ -93,15 +92,16 @@ def on_cluster(config: Config, plan: Plan, hardware: Hardware) -> Forecast:
     compute_seconds = work * plan.tokens_per_step / speed
     problems = tuple(_problems(config, plan, hardware, per_node))
     rows = _micro_batch(config, plan, hardware)
+    sending = _communication(plan, hardware, nodes, rows)
     return Forecast(
         hardware=hardware,
         nodes=nodes,
         hours=None if plan.steps is None or problems else plan.steps * compute_seconds / 3600,
         compute_seconds=compute_seconds,
-        communication_seconds=_communication(plan, hardware, nodes, rows),
-        checkpoint_gb=_CHECKPOINT_BYTES * plan.trainable_parameters / 1e9,
+        communication_seconds=sending,
+        checkpoint_gb=checkpoint_copy(plan.trainable_parameters, workers=1) / 1e9,
         problems=problems,
-        notes=(*_notes(config, plan, hardware, rows), LEFT_OUT),
+        notes=(*_notes(config, plan, hardware, rows), *_links(sending, compute_seconds), LEFT_OUT),
     )
 
 
@@ -192,9 +192,11 @@ def _micro_batch(config: Config, plan: Plan, hardware: Hardware) -> int:
 def _communication(plan: Plan, hardware: Hardware, nodes: int, micro_batch: int) -> float:
     """Seconds to send a step's gradients and weights over the slowest link, when nothing overlaps.
 
-    In a ring every worker sends (n - 1) / n of what is reduced or gathered. Gradients are reduced in fp32: at stage 0
-    they go round twice, as each worker needs the sum, and at stages 2 and 3 with every micro-batch. Stages 1 and 2
-    gather the weights once a step, stage 3 twice with every micro-batch (ZeRO, Rajbhandari et al. 2020, section 7).
+    In a ring every worker sends (n - 1) / n of what is reduced or gathered, and NCCL lays its rings so that they enter
+    and leave a node once: all links of a node together carry as much as one device sends. Gradients are reduced in
+    fp32: at stage 0 they go round twice, as each worker needs the sum, and at stages 2 and 3 with every micro-batch.
+    Stages 1 and 2 gather the weights once a step, stage 3 twice with every micro-batch (ZeRO, Rajbhandari et al. 2020,
+    section 7).
     """
     workers = plan.replicas
     if workers == 1 or workers > plan.global_batch:
@@ -208,7 +210,12 @@ def _communication(plan: Plan, hardware: Hardware, nodes: int, micro_batch: int)
         passes * (gradients + 2 * weights),
     )[plan.zero]
     links = hardware.bandwidth_gb_per_s
-    link = links.within_node if nodes == 1 else links.between_nodes / -(-workers // nodes)
+    if nodes == 1:
+        link = links.within_node
+    elif workers > nodes:
+        link = min(links.within_node, links.between_nodes)
+    else:  # one on each
+        link = links.between_nodes
     return sent * (workers - 1) / workers / (1e9 * link)
 
 
@@ -222,6 +229,16 @@ def _notes(config: Config, plan: Plan, hardware: Hardware, micro_batch: int) -> 
         yield f"About {needed:.3g} of {there:.3g} GB is tight: what allocators and kernels add is not counted."
     if hardware.spot:
         yield "Nodes may be taken away (spot): what is lost then is at most the work since the last checkpoint."
+
+
+def _links(sending: float, computing: float) -> Iterator[str]:
+    """A warning where links decide, and not devices."""
+    if sending > computing:
+        yield (
+            f"Sending gradients and weights takes longer than computing ({sending:.3g} and {computing:.3g} s a step): "
+            f"the time may be {1 + sending / computing:.2g} times as long. Larger micro-batches, engine.zero 1 or "
+            "fewer nodes send less."
+        )
 
 
 def _number(value: int, noun: str) -> str:

@@ -52,7 +52,10 @@ def _cluster_rows(forecast: Forecast) -> Iterator[tuple[str, str]]:
     hourly = f"${forecast.usd_per_hour:,.2f} an hour: {_number(forecast.nodes, 'node')} at ${price.node:,.2f}{head}"
     unknown = "it does not fit there" if forecast.problems else "known when the data is prepared"
     yield "time", unknown if hours is None else f"about {_time(hours)}, if {usual}"
-    yield "cost", unknown if cost is None else f"about ${cost:,.2f} at {hourly}; prices of {price.date}"
+    yield (
+        "cost",
+        unknown if cost is None else f"about ${cost:,.{0 if cost >= 100 else 2}f} at {hourly}; prices of {price.date}",
+    )
     step = f"computing about {forecast.compute_seconds:.3g} s"
     if forecast.communication_seconds:
         step += f"; sending {forecast.communication_seconds:.3g} s over the slowest link, in part meanwhile"
