@@ -46,16 +46,31 @@ def _options(
 
 
 @app.command()
-def plan(config: ConfigFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
+def plan(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    *,
+    cluster: Annotated[
+        Path | None,
+        typer.Option(help="A cluster file (cluster/*.yaml, cluster/slurm.sh): does it fit there, time and cost."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
     """What would happen: derived numbers, memory, the DeepSpeed JSON, and every problem found. Takes no hardware."""
     from llm_training_toolkit.config import load
-    from llm_training_toolkit.plan import lines, make_plan
+    from llm_training_toolkit.plan import lines, make_plan, on_cluster
 
-    made = make_plan(load(config, overrides or ()))
+    read = load(config, overrides or ())
+    made, there = make_plan(read), None
+    if cluster is not None:
+        from llm_training_toolkit.plan.cluster_file import read_hardware
+
+        there = on_cluster(read, made, read_hardware(cluster))
+        made = there.added_to(made)
     if as_json:
-        typer.echo(json.dumps(made.to_json()))
+        typer.echo(json.dumps(made.to_json() | (there.to_json() if there else {"hours": None, "cost": None})))
     else:
-        typer.echo("\n".join(lines(made)))
+        typer.echo("\n".join(lines(made, there)))
     if made.problems:
         raise typer.Exit(2)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from llm_training_toolkit.plan.batch import accumulation, shares, slice_of
 from llm_training_toolkit.plan.deepspeed import deepspeed_config, deepspeed_problems
+from llm_training_toolkit.plan.forecast import Forecast, on_cluster
+from llm_training_toolkit.plan.hardware import Hardware
 from llm_training_toolkit.plan.memory import Load, Memory, checkpoint_copy, estimate
 from llm_training_toolkit.plan.mixing import Due, counts, merged, whole_shares
 from llm_training_toolkit.plan.plan import DataFacts, Plan, StreamFacts, make_plan, require
@@ -15,6 +17,8 @@ from llm_training_toolkit.plan.sizing import fitting_micro_batch, settled, small
 __all__ = [
     "DataFacts",
     "Due",
+    "Forecast",
+    "Hardware",
     "Load",
     "Memory",
     "Plan",
@@ -32,6 +36,7 @@ __all__ = [
     "make_plan",
     "merged",
     "mixture_lines",
+    "on_cluster",
     "require",
     "settled",
     "shares",
