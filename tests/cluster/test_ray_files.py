@@ -94,8 +94,10 @@ def test_the_hardware_is_that_of_the_machines(path: Path) -> None:
     assert "SPOT" not in str(head["node_config"]).upper()
 
 
-def test_on_premises_every_machine_counts() -> None:
+def test_on_premises_every_machine_counts_and_is_started() -> None:
     content = content_of(CLUSTER / "onprem.yaml")
+    # Version 2 of Ray's autoscaler, the default, never starts the workers of such a cluster.
+    assert "RAY_enable_autoscaler_v2=0" in content["head_start_ray_commands"][-1]
     assert read_hardware(CLUSTER / "onprem.yaml").nodes == 1 + len(content["provider"]["worker_ips"])
 
 
