@@ -57,6 +57,7 @@ def assert_refused(done: subprocess.CompletedProcess[str], code: int, *words: st
         ["--version"],
         ["train", "--help"],
         ["generate", "--help"],
+        ["export", "--help"],
         ["plan", QUICKSTART],
         ["plan", QUICKSTART, "--json"],
         ["plan", "absent.yaml"],
@@ -80,7 +81,7 @@ def test_help_names_every_verb_with_what_it_does() -> None:
     done = ltt("--help")
     assert done.returncode == 0
     assert "Train and tune Qwen and StarCoder" in done.stdout
-    for verb in ("plan", "prepare", "train", "generate"):
+    for verb in ("plan", "prepare", "train", "export", "generate"):
         assert f"  {verb} " in done.stdout
 
 
