@@ -163,4 +163,9 @@ def test_every_config_plans_for_people_in_lines_of_a_screen(config: str) -> None
 
 def test_generating_from_a_directory_without_a_model_says_what_to_name(tmp_path: Path) -> None:
     done = ltt("generate", str(tmp_path), "--prompt", "def", "--suffix", "pass")
-    assert_refused(done, 1, f"error: {tmp_path}: no model there (neither config.json nor adapter_config.json)", "name an exported directory")
+    assert_refused(
+        done,
+        1,
+        f"error: {tmp_path}: no model there (neither config.json nor adapter_config.json)",
+        "name an exported directory",
+    )
