@@ -41,6 +41,7 @@ STARCODER2: dict[str, Any] = {key: QWEN3[key] for key in QWEN3 if key != "head_d
 CONFIGS = {"qwen3": QWEN3, "qwen3 untied": UNTIED, "starcoder2": STARCODER2}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 OPTIMIZER = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+ONE_END = {"<|endoftext|>": 3}
 PROMPT = torch.arange(40).reshape(2, 20)
 
 
@@ -111,7 +112,7 @@ class Case:
     tokenizer: Path
     destination: Path
 
-    def export(self, precision: str = "fp32", ends: tuple[int, ...] = (3,)) -> Path:
+    def export(self, precision: str = "fp32", ends: Mapping[str, int] = ONE_END) -> Path:
         beside = Beside(self.tokenizer, ends, pad=7, card="# größer\n", origin=self.checkpoint.directory.name)
         with appearing(self.destination) as directory:
             held = CheckpointWeights(self.checkpoint)
@@ -218,9 +219,10 @@ def test_the_ends_of_texts_stand_in_both_configurations(case: Case) -> None:
 
 
 def test_a_model_of_conversations_stops_at_the_end_of_its_turn_too(case: Case) -> None:
-    directory = case.export(ends=(3, 5))
-    assert GenerationConfig.from_pretrained(directory).eos_token_id == [3, 5]
-    assert json.loads((directory / "config.json").read_text())["eos_token_id"] == 3
+    directory = case.export(ends={"<|im_end|>": 5, "<|endoftext|>": 3})
+    assert GenerationConfig.from_pretrained(directory).eos_token_id == [5, 3]
+    assert json.loads((directory / "config.json").read_text())["eos_token_id"] == 5
+    assert json.loads((directory / "tokenizer_config.json").read_text()) == {"eos_token": "<|im_end|>"}
 
 
 def test_weights_that_are_not_the_checkpoints_are_not_exported(case: Case) -> None:

@@ -43,8 +43,8 @@ def with_sources(config: Config, *formats: str) -> Config:
     ("formats", "ends"),
     [
         (("code",), ["<|endoftext|>"]),
-        (("chat",), ["<|endoftext|>", "<|im_end|>"]),
-        (("text", "chat"), ["<|endoftext|>", "<|im_end|>"]),
+        (("chat",), ["<|im_end|>", "<|endoftext|>"]),
+        (("text", "chat"), ["<|im_end|>", "<|endoftext|>"]),
     ],
 )
 def test_a_model_of_conversations_stops_where_a_turn_ends(
@@ -53,7 +53,8 @@ def test_a_model_of_conversations_stops_where_a_turn_ends(
     place = rank_tasks.place_of(str(prepared_run.path))
     found = beside(with_sources(place.config, *formats), place.receipt, "card", "step_1")
     encoder = open_tokenizer(place.receipt.tokenizer_path)
-    assert [encoder.decode([token]) for token in found.ends] == ends
+    assert found.ends == {token: encoder.id_of(token) for token in ends}
+    assert list(found.ends) == ends
     assert found.pad == encoder.id_of("<|endoftext|>")
 
 

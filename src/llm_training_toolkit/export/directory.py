@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +24,9 @@ class Beside:
 
     tokenizer: Path
     """Directory of the tokenizer, with the chat template if there is one."""
-    ends: tuple[int, ...]
-    """Tokens at which generation stops, the end of text first."""
+    ends: Mapping[str, int]
+    """Special tokens that generation stops at, with their ids. Of several the first ends an answer, and becomes the
+    tokenizer's end: a model trained on chat never writes the end of text."""
     pad: int
     card: str
     """The model card."""
@@ -59,13 +60,23 @@ def appearing(destination: Path) -> Iterator[Path]:
 
 def write_beside(directory: Path, beside: Beside) -> None:
     """Write where generation stops, tokenizer, model card and where the weights are from."""
-    ends = list(beside.ends) if len(beside.ends) > 1 else beside.ends[0]
-    GenerationConfig(eos_token_id=ends, pad_token_id=beside.pad).save_pretrained(directory)
-    for name in TOKENIZER_FILES:
-        if (beside.tokenizer / name).is_file():
-            shutil.copyfile(beside.tokenizer / name, directory / name)
+    ends = list(beside.ends.values())
+    stops = ends if len(ends) > 1 else ends[0]
+    GenerationConfig(eos_token_id=stops, pad_token_id=beside.pad).save_pretrained(directory)
+    _write_tokenizer(beside.tokenizer, directory, next(iter(beside.ends)) if len(ends) > 1 else None)
     (directory / "README.md").write_text(beside.card)
     (directory / _ORIGIN).write_text(json.dumps({"checkpoint": beside.origin}))
+
+
+def _write_tokenizer(source: Path, directory: Path, end: str | None) -> None:
+    """Copy the tokenizer; `end` becomes its end, if there is one."""
+    for name in TOKENIZER_FILES:
+        if not (source / name).is_file():
+            continue
+        shutil.copyfile(source / name, directory / name)
+        if end is not None and name in {"tokenizer_config.json", "special_tokens_map.json"}:
+            values = json.loads((source / name).read_text(encoding="utf-8")) | {"eos_token": end}
+            (directory / name).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def exported_from(directory: Path) -> str | None:

@@ -147,8 +147,9 @@ def _check(trained: Trained, checkpoint: Checkpoint, directory: Path, adapter: A
     from llm_training_toolkit.export.adapters import MERGE_TOLERANCE, check_adapters
 
     tolerance = MERGE_TOLERANCE[precision] if kind == "merged" else 0.0
-    how = {"base": trained.base, "precision": precision}
-    return check_adapters(directory, checkpoint, adapter, **how, tolerance=tolerance)
+    base, hf_config = trained.base, checkpoint.manifest.extra["hf_config"]
+    how = {"base": base, "hf_config": hf_config, "precision": precision, "tolerance": tolerance}
+    return check_adapters(directory, checkpoint, adapter, **how)
 
 
 def whole_weights(trained: Trained, checkpoint: Checkpoint) -> tuple[Weights, Mapping[str, Any]]:
@@ -160,7 +161,7 @@ def whole_weights(trained: Trained, checkpoint: Checkpoint) -> tuple[Weights, Ma
     from llm_training_toolkit.export.adapters import MergedWeights
 
     refuse_missing_base(trained, checkpoint)
-    base = build_model({}, precision=trained.config.train.precision, attention="sdpa", path=trained.base)
+    base = build_model(hf_config, precision=trained.config.train.precision, attention="sdpa", path=trained.base)
     return MergedWeights(base, checkpoint, adapter), hf_config
 
 
@@ -175,11 +176,11 @@ def beside(config: Config, receipt: Receipt, text: str, origin: str) -> Beside:
     tokens = families.find(config.model.name).family.special_tokens
     encoder = open_tokenizer(receipt.tokenizer_path)
     ends = [tokens.end_of_text]
-    if tokens.end_of_turn is not None and any(source.format == "chat" for source in config.data.sources):
-        ends.append(tokens.end_of_turn)
+    if tokens.end_of_turn and any(source.format == "chat" for source in config.data.sources):
+        ends.insert(0, tokens.end_of_turn)
     return Beside(
         tokenizer=Path(receipt.tokenizer_path),
-        ends=tuple(encoder.id_of(token) for token in ends),
+        ends={token: encoder.id_of(token) for token in ends},
         pad=receipt.pad_id,
         card=text,
         origin=origin,
