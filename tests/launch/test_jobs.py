@@ -23,7 +23,8 @@ from llm_training_toolkit.runs import RunDirectory
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(400)]
 BIN = Path(sys.executable).parent
-SECTIONS = {"train": {"steps": 150, "global_batch": 4, "micro_batch": 2}}
+STEPS = 600
+SECTIONS = {"train": {"steps": STEPS, "global_batch": 4, "micro_batch": 2}}
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def test_a_job_is_followed_stopped_with_a_checkpoint_and_resumed(
     assert process.returncode == 75, err
     assert "with a checkpoint" in out
     stopped = steps_of(run)[-1]
-    assert 5 <= stopped < 150
+    assert 5 <= stopped < STEPS
     assert run.checkpoint(stopped, 1).is_dir()
 
     plain = [str(BIN / "ray"), "job", "submit", "--address", head.address, "--working-dir", str(config.parent)]
@@ -119,7 +120,7 @@ def test_a_job_is_followed_stopped_with_a_checkpoint_and_resumed(
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"resuming from step_{stopped:09d}_a1" in done.stdout
-    assert steps_of(run) == list(range(1, 151))
+    assert steps_of(run) == list(range(1, STEPS + 1))
 
 
 def test_a_finished_run_is_left_alone_by_a_job_too(launch_config: Callable[..., Path], head: Head) -> None:

@@ -10,9 +10,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
 from llm_training_toolkit.checkpoint.manifest import FileEntry, digest
 from llm_training_toolkit.context import RunContext
 from llm_training_toolkit.errors import CheckpointError
@@ -53,6 +50,10 @@ def weight_files(path: str) -> list[Path]:
     """The files of weights in a directory, or of a hub id that has been fetched, by name."""
     directory = Path(path).expanduser()
     if not directory.exists():
+        # Whoever reads checkpoints reads this module, and the hub's client brings progress bars of its own.
+        from huggingface_hub import snapshot_download  # noqa: PLC0415
+        from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError  # noqa: PLC0415
+
         try:
             directory = Path(snapshot_download(path, local_files_only=True))
         except HFValidationError as error:
