@@ -89,6 +89,10 @@ class Console:
         (first, from_step), (last, _) = self._recent[0], self._recent[-1]
         return (last - first) / (step - from_step) * (steps - step) if step > from_step else None
 
+    def _show_introduction(self, event: Event) -> None:
+        if event["rank"] == 0:  # other workers: the time they took to start says nothing of the speed
+            self._recent.clear()
+
     def _show_eval(self, event: Event) -> None:
         bits = f", {event['bits_per_byte']:.3f} bits per byte"
         self.say(f"step {event['step']}: held-out loss {event['loss']:.4f}{bits}", style="cyan")

@@ -6,7 +6,7 @@ batch arithmetic and its schedulers are kept out of the result, all in `accumula
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,10 @@ from llm_training_toolkit.config.schema import Optim
 from llm_training_toolkit.data.batches import MicroBatch
 from llm_training_toolkit.engine.fragments import MOMENTS, Fragment, locate, refresh_low_precision
 from llm_training_toolkit.models import LossModule
+
+
+def _say_nothing(_index: int) -> None:
+    """Nobody watches."""
 
 
 class Engine:
@@ -52,17 +56,20 @@ class Engine:
         # correction would be one step ahead and the first update 0.73 of the right one, silently.
         self.create_optimizer_state(updates=0)
 
-    def accumulate(self, micro_batches: Sequence[MicroBatch], loss_tokens: int) -> float:
+    def accumulate(
+        self, micro_batches: Sequence[MicroBatch], loss_tokens: int, begin: Callable[[int], None] = _say_nothing
+    ) -> float:
         """Add the gradients of this rank's micro-batches; the sum of this rank's token losses comes back.
 
         `loss_tokens` is the number of loss tokens in the global batch. DeepSpeed averages gradients
         over ranks, which the factor `world_size` undoes; it would divide by the accumulation steps,
         which `scale_wrt_gas=False` keeps it from. Both are silent when forgotten.
-        Every rank must bring the same number of micro-batches.
+        Every rank must bring the same number of micro-batches; `begin` is told the index of each before it runs.
         """
         self.deepspeed.train()
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for index, batch in enumerate(micro_batches):
+            begin(index)
             self.deepspeed.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
             self._draws.step, self._draws.first = batch.step, batch.first
             loss = self._forward(batch)
