@@ -24,28 +24,19 @@ Heard = dict[int, tuple[Beat, float]]
 
 
 class _Control:
-    """State of the line; lives in an actor beside the driver and ends with it."""
+    """State of the line to one group of workers; lives in an actor beside the driver and ends with it."""
 
     def __init__(self) -> None:
-        self._group = 0
         self._events: list[Event] = []
         self._beats: dict[int, tuple[Beat, float]] = {}
         self._wish = Wish.GO_ON
 
-    def begin(self, group: int) -> None:
-        """Other workers start: what older ones still say is not heard any more. The wish to stop stays."""
-        self._group, self._events, self._beats = group, [], {}
-        self._wish = Wish.STOP if self._wish is Wish.STOP else Wish.GO_ON
-
-    def post(self, group: int, event: Event) -> None:
+    def post(self, event: Event) -> None:
         """A worker tells something."""
-        if group == self._group:
-            self._events.append(event)
+        self._events.append(event)
 
-    def beat(self, group: int, rank: int, beat: Beat) -> Wish:
+    def beat(self, rank: int, beat: Beat) -> Wish:
         """A worker says where it stands; what is wanted of the run comes back."""
-        if group != self._group:
-            return Wish.GO_ON
         self._beats[rank] = (beat, time.monotonic())
         return self._wish
 
@@ -68,16 +59,16 @@ def open_line() -> Any:  # noqa: ANN401 - Ray's actor handles have no types
     return ray.remote(_Control).options(num_cpus=0, scheduling_strategy=here).remote()
 
 
-def reporter(line: Any, group: int) -> Callable[[Event], None]:  # noqa: ANN401
+def reporter(line: Any) -> Callable[[Event], None]:  # noqa: ANN401
     """A worker's way to tell events without waiting."""
 
     def report(event: Event) -> None:
-        line.post.remote(group, dict(event))
+        line.post.remote(dict(event))
 
     return report
 
 
-def heartbeat(line: Any, group: int, rank: int, pulse: Pulse) -> Callable[[], Wish]:  # noqa: ANN401
+def heartbeat(line: Any, rank: int, pulse: Pulse) -> Callable[[], Wish]:  # noqa: ANN401
     """Send the pulse from a thread; a worker's answer to 'what is wanted?' comes back, as fresh as the last beat."""
     wanted = [Wish.GO_ON]
     every = OTHERS_BEAT_EVERY if rank else _FIRST_BEATS_EVERY
@@ -86,7 +77,7 @@ def heartbeat(line: Any, group: int, rank: int, pulse: Pulse) -> Callable[[], Wi
         wait = threading.Event()
         while True:
             try:
-                wanted[0] = ray.get(line.beat.remote(group, rank, pulse.read()))
+                wanted[0] = ray.get(line.beat.remote(rank, pulse.read()))
             except ray.exceptions.RayError:
                 return  # the driver is gone; Ray ends this worker
             wait.wait(every)

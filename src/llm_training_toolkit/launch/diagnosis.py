@@ -28,6 +28,8 @@ class Worker:
     """When the process was started, in seconds since 1970: a process id may be given again."""
     actor: str
     """Id of its actor."""
+    places: str
+    """Id of the placement group that holds the places of all ranks."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,8 @@ class Seen:
     """The hang that the driver ended, in words."""
     hung: Worker | None = None
     """The rank that held up the others, where it is one."""
+    memory: str = ""
+    """Ray's text, where a process of the driver's own node was ended for its memory."""
     said: str = ""
     """What Ray says."""
 
@@ -66,10 +70,7 @@ def diagnose(seen: Seen, step: int) -> Failure:
         return _node_lost(gone, seen, step)
     if seen.deaths:
         return _died(seen, step)
-    if errors:
-        return _told(errors[0], seen, step)
-    kind: Kind = "killed" if seen.workers else "not started"
-    return Failure(kind, f"the workers {'ended' if seen.workers else 'did not start'}: {_last_line(seen.said)}", step)
+    return _told(errors[0], seen, step) if errors else _only_ray_knows(seen, step)
 
 
 def _node_lost(gone: Sequence[Worker], seen: Seen, step: int) -> Failure:
@@ -102,6 +103,14 @@ def _told(error: Event, seen: Seen, step: int) -> Failure:
     return Failure("raised", cause, step, error["rank"], node, helped=bool(error["helped"]))
 
 
+def _only_ray_knows(seen: Seen, step: int) -> Failure:
+    """The driver's own helpers ended, or the workers never began."""
+    if seen.memory:
+        return Failure("out of memory", f"the memory of the driver's node ran out: {_memory_line(seen.memory)}", step)
+    kind: Kind = "killed" if seen.workers else "not started"
+    return Failure(kind, f"the workers {'ended' if seen.workers else 'did not start'}: {_last_line(seen.said)}", step)
+
+
 def _last_line(text: str) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[-1] if lines else "Ray gives no reason"
@@ -115,5 +124,5 @@ def _memory_line(text: str) -> str:
 
 def as_worker(event: Mapping[str, Any]) -> Worker:
     """A worker from the event with which it introduced itself."""
-    names = ("rank", "node", "address", "pid", "started", "actor")
+    names = ("rank", "node", "address", "pid", "started", "actor", "places")
     return Worker(**{name: event[name] for name in names})

@@ -13,6 +13,7 @@ from typing import Any, Literal, Self
 from llm_training_toolkit.config.schema import Failures
 
 Kind = Literal["raised", "killed", "out of memory", "hang", "node lost", "taken away", "not started"]
+_NOT_OF_THE_STEP: tuple[Kind, ...] = ("node lost", "not started")
 _LEFT_OUT_AFTER = 2
 """Failures of a node within one start of a run after which it is left out."""
 
@@ -79,9 +80,9 @@ def spent(failures: Mapping[int, Failure], saved_by: int) -> int:
 
 
 def _same_step(failures: Sequence[Failure]) -> int:
-    """How many of the newest failures in a row were at the newest one's step; a lost node says nothing of the step."""
-    counted = [failure.step for failure in failures if failure.kind != "node lost"]
-    if failures[-1].kind == "node lost" or not counted:
+    """How many of the newest failures in a row were at the newest one's step; the machines' own say nothing of it."""
+    counted = [failure.step for failure in failures if failure.kind not in _NOT_OF_THE_STEP]
+    if failures[-1].kind in _NOT_OF_THE_STEP or not counted:
         return 0
     different = (index for index, step in enumerate(reversed(counted)) if step != counted[-1])
     return next(different, len(counted))

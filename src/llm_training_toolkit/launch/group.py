@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import OutOfMemoryError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -27,7 +28,7 @@ from llm_training_toolkit.console import Console
 from llm_training_toolkit.context import Event, Wish
 from llm_training_toolkit.errors import LaunchError, ToolkitError
 from llm_training_toolkit.launch import nodes, rescue
-from llm_training_toolkit.launch.control import Heard
+from llm_training_toolkit.launch.control import OTHERS_BEAT_EVERY, Heard, open_line
 from llm_training_toolkit.launch.diagnosis import Seen, Worker, as_worker
 from llm_training_toolkit.launch.growth import Growth
 from llm_training_toolkit.launch.heartbeat import Hang, Watch
@@ -36,6 +37,8 @@ from llm_training_toolkit.launch.room import Node, Wanted
 from llm_training_toolkit.launch.stacks import size_of, stands_in
 from llm_training_toolkit.runs import RunDirectory, last_attempt
 
+_LISTEN_EVERY = 0.2
+"""Seconds between two questions for what the workers have told."""
 _LOOK_EVERY = 1.0
 """Seconds between two looks at the nodes and the heartbeats."""
 _STARTS_WITHIN = 1200.0
@@ -51,8 +54,6 @@ class Job:
     run: RunDirectory
     config: Config
     wanted: Wanted
-    line: Any
-    """The actor that `control.open_line` started."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,6 @@ class Assignment:
     """What one group is started with."""
 
     job: Job
-    number: int
-    """Of the group within this start, from 1."""
     size: int
     avoid: tuple[Node, ...]
     """Nodes to keep off."""
@@ -82,34 +81,37 @@ class Group:
 
     def __init__(self, assignment: Assignment, console: Console) -> None:
         self._the, self._job, self._console = assignment, assignment.job, console
+        self._line = open_line()
+        self._line_lost: ray.exceptions.RayError | None = None
         self._workers: dict[int, Worker] = {}
         self._errors: list[Event] = []
         self._announced: set[str] = set()
         self._hang = ""
         self._hung: Worker | None = None
-        self._watch = Watch(assignment.size, hang_seconds(self._job.config))
+        self._watch = Watch(assignment.size, hang_seconds(self._job.config), OTHERS_BEAT_EVERY)
         self._growth = Growth(self._job.wanted, assignment.size, assignment.left_out)
         self._wish = Wish.GO_ON
         self._ended: list[Any] = []
 
+    def want(self, wish: Wish) -> None:
+        """Tell the ranks what is wanted of the run. Any thread, any time."""
+        self._line.want.remote(wish)
+
     def run(self) -> Ended:
         """Start the workers and follow them to their end. Raises the first ToolkitError that a rank met."""
-        ray.get(self._job.line.begin.remote(self._the.number))
         thread = threading.Thread(target=self._fit, daemon=True, name="ray-train")
         thread.start()
         began = looked = time.monotonic()
-        while True:
-            alive = thread.is_alive()
+        while thread.is_alive():
+            time.sleep(_LISTEN_EVERY)
             heard = self._listen()
-            if not alive:
-                break
             now = time.monotonic()
-            if now - looked >= _LOOK_EVERY:
+            if heard is not None and now - looked >= _LOOK_EVERY:
                 looked = now
                 self._look(heard, now)
             if not self._workers and now - began > _STARTS_WITHIN:
                 raise LaunchError(f"no worker has started within {_STARTS_WITHIN / 60:g} minutes: see `ray status`")
-            time.sleep(0.2)
+        self._listen()
         final = next((error for error in self._errors if error["final"]), None)
         if final is not None:
             raise _as_error(final)
@@ -118,13 +120,20 @@ class Group:
 
     def _fit(self) -> None:
         try:
-            self._ended.append(_trainer(self._the).fit().return_value)
+            self._ended.append(_trainer(self._the, self._line).fit().return_value)
         except Exception as error:  # noqa: BLE001 - the edge of a thread: `run` looks at it in the main one
             self._ended.append(error)
 
-    def _listen(self) -> Heard:
-        """Take and show what the workers have told."""
-        taken: tuple[list[Event], Heard] = ray.get(self._job.line.take.remote())
+    def _listen(self) -> Heard | None:
+        """Take and show what the workers have told; None when the line itself is lost, which ends them."""
+        if self._line_lost is not None:
+            return None
+        try:
+            taken: tuple[list[Event], Heard] = ray.get(self._line.take.remote())
+        except ray.exceptions.RayError as error:  # its process may be the one that is ended when the memory runs out
+            self._line_lost = error
+            rescue.end(self._workers.values())
+            return None
         for event in taken[0]:
             if event["kind"] == "introduction":
                 self._workers[event["rank"]] = as_worker(event)
@@ -146,7 +155,7 @@ class Group:
                 self._wish = wish
                 when = "now" if wish is Wish.LEAVE else "after the next checkpoint"
                 self._console.say(f"there is room for more than {self._the.size} workers: making way {when}")
-                self._job.line.want.remote(wish)
+                self.want(wish)
         hang = self._watch.hung(now)
         if hang is not None:
             self._end_hang(hang)
@@ -159,7 +168,7 @@ class Group:
                 left = f" in {max(0.0, deadline / 1e3 - time.time()):.0f} s" if deadline else ""
                 [address] = {worker.address for worker in self._workers.values() if worker.node == node}
                 self._warn(f"node {address} will be taken away{left}: saving a checkpoint, then leaving it")
-                self._job.line.want.remote(Wish.LEAVE)
+                self.want(Wish.LEAVE)
 
     def _end_hang(self, hang: Hang) -> None:
         """Say who holds up the others and where it stands, then end all of them; `fit` sees the rest."""
@@ -175,8 +184,8 @@ class Group:
         ]
         waiting = "" if len(told) < len(self._workers) or len(told) == 1 else "; every rank waits for another"
         self._hang = (
-            f"no rank has advanced for {hang.seconds:.0f} s (failures.hang): {'; '.join(told)}{waiting}. "
-            f"The stacks of all threads are in {logs}"
+            f"no rank has advanced for {hang.seconds:.0f} s (failures.hang = {self._job.config.failures.hang}): "
+            f"{'; '.join(told)}{waiting}. The stacks of all threads are in {logs}"
         )
         rescue.end(self._workers.values())
 
@@ -184,6 +193,7 @@ class Group:
         """What there is to find a cause in, once `fit` has ended."""
         if isinstance(ended, dict):
             return Seen(self._workers)
+        nodes.give_back({worker.places for worker in self._workers.values()})
         living = {node.id for node in nodes.answering(nodes.living_nodes())}
         return Seen(
             workers=self._workers,
@@ -193,7 +203,8 @@ class Group:
             taken_away=frozenset(self._announced),
             hang=self._hang,
             hung=self._hung,
-            said=str(ended),
+            memory=next((str(error) for error in (self._line_lost, ended) if isinstance(error, OutOfMemoryError)), ""),
+            said=str(self._line_lost or ended),
         )
 
     def _warn(self, message: str) -> None:
@@ -209,21 +220,20 @@ def hang_seconds(config: Config) -> float:
 
 def _in_words(worker: Worker, doing: str, state: str | None, stands: str) -> str:
     """What is known of a rank that does not advance."""
-    named = f"rank {worker.rank} (process {worker.pid} on node {worker.address}) is at: {doing}"
+    named = f"rank {worker.rank} (process {worker.pid} on node {worker.address}) was last heard of at: {doing}"
     if state is None:
         return f"{named}; its node does not answer"
-    if state == "stopped":
-        return f"{named}; its process is stopped (SIGSTOP)"
-    return named + (f"; it stands in {stands}" if stands else f"; its process is {state}")
+    stopped = "; its process had been stopped (SIGSTOP)" if state == "stopped" else ""
+    return named + stopped + (f"; it stands in {stands}" if stands else f"; its process is {state}")
 
 
-def _trainer(the: Assignment) -> TorchTrainer:
+def _trainer(the: Assignment, line: Any) -> TorchTrainer:  # noqa: ANN401 - Ray's actor handles have no types
     job = the.job
     gpus = int(job.wanted.each.get("GPU", 0))
     timeout = max(900.0, _COLLECTIVE_TIMEOUTS * hang_seconds(job.config))
     return TorchTrainer(
         worker_main,
-        train_loop_config={"run": str(job.run.path), "line": job.line, "group": the.number},
+        train_loop_config={"run": str(job.run.path), "line": line},
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=int(timeout)),
         scaling_config=ScalingConfig(
             num_workers=the.size,

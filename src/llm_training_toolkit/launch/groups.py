@@ -7,12 +7,13 @@ something failed. Then the next one takes as many workers as there is room for.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any
 
 from llm_training_toolkit.checkpoint import newest
 from llm_training_toolkit.config.schema import duration_seconds
 from llm_training_toolkit.console import Console
+from llm_training_toolkit.context import Wish
 from llm_training_toolkit.errors import LaunchError
 from llm_training_toolkit.launch import nodes
 from llm_training_toolkit.launch.diagnosis import diagnose
@@ -37,32 +38,40 @@ _MOST_HELPED = 20
 class Groups:
     """The workers of one start of a run."""
 
-    def __init__(self, job: Job, console: Console, stop_asked: Callable[[], bool]) -> None:
-        self._job, self._run, self._wanted = job, job.run, job.wanted
-        self._console, self._stop_asked = console, stop_asked
+    def __init__(self, job: Job, console: Console) -> None:
+        self._job, self._run, self._wanted, self._console = job, job.run, job.wanted, console
+        self._stop = False
+        self._group: Group | None = None
         self._began_after = last_attempt(job.run)
         self._named: set[str] = set()
         self._helped = 0
 
+    def stop(self) -> None:
+        """Stop after the step that is being done, with a checkpoint; also from a signal's handler."""
+        self._stop = True
+        if self._group is not None:
+            self._group.want(Wish.STOP)
+
     def run(self) -> dict[str, Any]:
         """Train to the end or to a stop: `{"status", "step"}`. Raises ToolkitError, LaunchError with the cause."""
-        number = size = 0
+        size = 0
         while True:
             found = self._room()
             if found is None:
                 return self._stopped()
             before, (size, avoid) = size, found
-            number += 1
-            if size != before:
-                self._say_size(before, size)
-            left_out = frozenset(self._left_out())
+            left_out = self._left_out()
+            self._say_what_changes(before, size, {node.address: left_out.get(node.address, "") for node in avoid})
             before_attempt = last_attempt(self._run)
-            ended = Group(Assignment(self._job, number, size, avoid, left_out), self._console).run()
+            self._group = Group(Assignment(self._job, size, avoid, frozenset(left_out)), self._console)
+            if self._stop:  # asked for while the group came about
+                self.stop()
+            ended = self._group.run()
             if ended.result is None:
                 self._after_failure(ended, before_attempt)
             elif ended.result["status"] != "left":
                 return ended.result
-            if self._stop_asked():
+            if self._stop:
                 return self._stopped()
 
     def _room(self) -> tuple[int, tuple[Node, ...]] | None:
@@ -72,7 +81,7 @@ class Groups:
         """
         began, told = time.monotonic(), False
         patience = duration_seconds(self._job.config.cluster.wait) or 0.0
-        while not self._stop_asked():
+        while not self._stop:
             living = nodes.living_nodes()
             good = usable(nodes.answering(living), self._wanted, self._left_out())
             now = self._wanted.room(node.free for node in good)
@@ -94,10 +103,15 @@ class Groups:
             time.sleep(0.5)
         return None
 
-    def _say_size(self, before: int, size: int) -> None:
-        if before:
+    def _say_what_changes(self, before: int, size: int, avoided: Mapping[str, str]) -> None:
+        """Name the number of workers where it is news, and the nodes left out for what they did (`avoided`)."""
+        for address, cause in avoided.items():
+            if cause and address not in self._named:
+                self._named.add(address)
+                self._warn(f"node {address} has failed twice and is left out from now on; last: {cause}")
+        if before not in {0, size}:
             self._console.say(f"going on with {size} workers instead of {before}")
-        elif self._wanted.fewest < self._wanted.most:
+        elif not before and self._wanted.fewest < self._wanted.most:
             self._console.say(f"starting with {size} workers of {self._wanted.fewest} to {self._wanted.most}")
 
     def _after_failure(self, ended: Ended, before_attempt: int) -> None:
@@ -107,7 +121,7 @@ class Groups:
             attempt = begin_attempt(self._run, {})
         failure = diagnose(ended.seen, self._step(attempt))
         end_attempt(self._run, attempt, "failed", error=failure.cause, failure=failure.to_json())
-        if self._stop_asked():
+        if self._stop:
             self._warn(failure.cause)
         elif not failure.counts:
             self._not_counted(failure)
@@ -129,10 +143,6 @@ class Groups:
             f"failure {spent(failures, saved_by)} of {self._job.config.failures.max} without a checkpoint in between"
         )
         self._warn(f"{failure.cause}. New workers go on from the newest checkpoint ({count})")
-        for address, cause in self._left_out().items():
-            if address not in self._named:
-                self._named.add(address)
-                self._warn(f"node {address} has failed twice and is left out from now on; last: {cause}")
 
     def _ending(self, why: str) -> str:
         return f"{why}; the same command goes on from the newest checkpoint. Logs: {self._run.path / 'logs'}"

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 from llm_training_toolkit.pulse import OUTSIDE_STEPS, Beat
 
-_SILENT = 15.0
-"""Seconds that a rank's last beat may be older than the freshest one: several of its own intervals."""
+_SILENT = 5.0
+"""Times the interval between two beats that a rank's last one may be older than the freshest."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,8 @@ class Watch:
     size: int
     hang: float
     """`failures.hang` in seconds."""
+    beats_every: float
+    """Seconds between two beats of a rank."""
     _beats: dict[int, Beat] = field(default_factory=dict)
     _heard: dict[int, float] = field(default_factory=dict)
     _advanced: float | None = None
@@ -46,16 +48,22 @@ class Watch:
         working = [rank for rank in range(self.size) if rank not in self._beats or not self._beats[rank].done]
         if self._advanced is None or not working:
             return None
-        patience = max(self._beats[rank].patience if rank in self._beats else OUTSIDE_STEPS for rank in working)
+        silent = self._silent(working)
+        # A rank that is silent was last heard of some time before it fell silent: the others know better what is done.
+        asked = [rank for rank in working if rank not in silent] or silent
+        patience = max(self._beats[rank].patience if rank in self._beats else OUTSIDE_STEPS for rank in asked)
         if now - self._advanced <= patience * self.hang:
             return None
-        silent = self._silent(working)
         behind = silent or self._slowest(working)
         return Hang(now - self._advanced, {rank: self._doing(rank) for rank in behind}, silent=bool(silent))
 
     def _silent(self, working: list[int]) -> list[int]:
         freshest = max(self._heard.values())
-        return [rank for rank in working if rank in self._heard and freshest - self._heard[rank] > _SILENT]
+        return [
+            rank
+            for rank in working
+            if rank in self._heard and freshest - self._heard[rank] > _SILENT * self.beats_every
+        ]
 
     def _slowest(self, working: list[int]) -> list[int]:
         marks = {rank: self._beats[rank].marks if rank in self._beats else -1 for rank in working}

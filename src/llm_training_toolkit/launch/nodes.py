@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import ray
 from ray._private import state
+from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from llm_training_toolkit.launch.room import Node
 
@@ -65,6 +66,12 @@ def selector_without(nodes: Iterable[Node]) -> dict[str, str] | None:
     """The label selector of workers that keep off these nodes; None where there are none."""
     ids = sorted(node.id for node in nodes)
     return {NODE_ID_LABEL: f"!in({','.join(ids)})"} if ids else None
+
+
+def give_back(places: Iterable[str]) -> None:
+    """Give back what placement groups hold: Ray Train's own clean-up needs a dashboard if its controller is ended."""
+    for group in places:
+        remove_placement_group(PlacementGroup(ray.PlacementGroupID.from_hex(group)))
 
 
 def deaths(actors: Mapping[int, str]) -> dict[int, Death]:

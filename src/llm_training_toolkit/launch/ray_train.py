@@ -17,9 +17,7 @@ import ray.exceptions
 
 from llm_training_toolkit.config import Config
 from llm_training_toolkit.console import Console
-from llm_training_toolkit.context import Wish
 from llm_training_toolkit.errors import LaunchError
-from llm_training_toolkit.launch.control import open_line
 from llm_training_toolkit.launch.environment import is_local, too_many
 from llm_training_toolkit.launch.outcome import EXIT_CODES
 from llm_training_toolkit.launch.output import redirect
@@ -80,17 +78,21 @@ def _gpus_per_worker(config: Config, gpus: float, console: Console) -> int:
 def run_on_ray(run: RunDirectory, config: Config, console: Console) -> dict[str, Any]:
     """Train on Ray workers; what `work` returns on rank 0 comes back. Raises ToolkitError."""
     redirect(run.path / "logs" / "driver.log")
-    stop = threading.Event()
     with cluster(console):
         wanted = _wanted(config, ray.cluster_resources(), console)
-        line = open_line()
         console.stage("starting workers", 0, 1)
         from llm_training_toolkit.launch.group import Job  # Ray Train comes with it, and torch with that
         from llm_training_toolkit.launch.groups import Groups
 
+        groups = Groups(Job(run, config, wanted), console)
+
+        def stop() -> None:
+            console.say("stopping after this step, with a checkpoint (Ctrl-C again: at once, without)")
+            groups.stop()
+
         try:
-            with on_stop_signal(lambda: _wish_to_stop(stop, line, console)):
-                return Groups(Job(run, config, wanted, line), console, stop.is_set).run()
+            with on_stop_signal(stop):
+                return groups.run()
         except KeyboardInterrupt:
             _leave_at_once(console)
 
@@ -103,9 +105,3 @@ def _leave_at_once(console: Console) -> NoReturn:
     console.say("stopped without a checkpoint: the same command goes on from the newest one")
     console.close()
     os._exit(EXIT_CODES["stopped"])
-
-
-def _wish_to_stop(stop: threading.Event, line: Any, console: Console) -> None:  # noqa: ANN401
-    console.say("stopping after this step, with a checkpoint (Ctrl-C again: at once, without)")
-    stop.set()
-    line.want.remote(Wish.STOP)

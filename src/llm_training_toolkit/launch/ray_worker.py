@@ -26,13 +26,13 @@ from llm_training_toolkit.runs import RunDirectory
 
 
 def worker_main(assignment: Mapping[str, Any]) -> dict[str, Any]:
-    """Work as one rank of group `assignment["group"]` on the run in directory `assignment["run"]`."""
+    """Work as one rank on the run in directory `assignment["run"]`, on the line `assignment["line"]` to the driver."""
     faulthandler.register(STACK_SIGNAL, file=2, all_threads=True)  # 2 is the rank's log as soon as there is one
     ranks = ray.train.get_context()
     rank, pulse = ranks.get_world_rank(), Pulse()
-    report = reporter(assignment["line"], assignment["group"])
+    report = reporter(assignment["line"])
     report(_introduction(rank))
-    wish = heartbeat(assignment["line"], assignment["group"], rank, pulse)
+    wish = heartbeat(assignment["line"], rank, pulse)
     if rank == 0:
         report({"kind": "stage", "name": "starting workers", "done": 1, "total": 1})
     try:
@@ -40,7 +40,7 @@ def worker_main(assignment: Mapping[str, Any]) -> dict[str, Any]:
     except Exception as error:  # the edge of a worker's process: the driver is told before Ray takes it down
         traceback.print_exc()
         told = {"kind": "error", "rank": rank, "doing": pulse.read().doing, **_described(error)}
-        ray.get(assignment["line"].post.remote(assignment["group"], told))
+        ray.get(assignment["line"].post.remote(told))
         raise
 
 
@@ -66,6 +66,7 @@ def _introduction(rank: int) -> Event:
         "pid": own.pid,
         "started": own.create_time(),
         "actor": here.get_actor_id(),
+        "places": here.get_placement_group_id(),
     }
 
 

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -63,7 +62,8 @@ def _ask_for_stacks(workers: list[Worker]) -> dict[int, str]:
     states = {}
     for worker, process in _processes(workers).items():
         states[worker.rank] = process.status()
-        os.kill(process.pid, STACK_SIGNAL)
+        process.send_signal(STACK_SIGNAL)
+        process.resume()  # one that is stopped would write nothing; it is ended in a moment anyway
     return states
 
 
