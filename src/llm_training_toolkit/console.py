@@ -106,6 +106,14 @@ class Console:
     def _show_warning(self, event: Event) -> None:
         self.say(f"warning: {event['message']}", style="yellow")
 
+    def _show_slow(self, event: Event) -> None:
+        where = f" on node {event['address']}" if "address" in event else ""
+        self.say(
+            f"warning: rank {event['rank']}{where} takes {event['ratio']:.1f} times as long for its own work as the "
+            "other ranks, which wait for it in every step",
+            style="yellow",
+        )
+
     def _show_sample(self, event: Event) -> None:
         self.say()
         self.say(f"{event['title']}:", style="bold")

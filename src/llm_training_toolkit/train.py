@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -23,6 +23,7 @@ from llm_training_toolkit.engine import Engine
 from llm_training_toolkit.errors import DataError, TrainingError
 from llm_training_toolkit.evaluate import HeldOut, held_out
 from llm_training_toolkit.metrics import Metrics
+from llm_training_toolkit.pace import Pace, Slowest, slowest
 from llm_training_toolkit.plan import Plan, Schedule, slice_of
 from llm_training_toolkit.pulse import OUTSIDE_STEPS, UNLIMITED, WITHIN_A_STEP, Pulse
 from llm_training_toolkit.saving import CheckpointSaver, Progress
@@ -48,6 +49,7 @@ class Parts:
     metrics: Metrics
     origin: Progress
     """Where this attempt goes on from."""
+    pace: Pace = field(default_factory=Pace)
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,9 @@ def optimizer_step(parts: Parts, progress: Progress) -> Flags:
 
     loss_sum = parts.engine.accumulate(micro_batches, loss_tokens, begin)
     context.pulse.mark(f"step {step + 1}, adding up the losses", patience)
-    total, flags = _agree(parts, loss_sum, step + 1)
+    # Under ZeRO 3 a forward pass waits for the others' weights: it tells nothing of this rank alone.
+    own_seconds = data_seconds + parts.engine.forward_seconds if parts.engine.stage < 3 else 0.0
+    total, flags, slow = _agree(parts, loss_sum, step + 1, own_seconds)
     loss = total / max(loss_tokens, 1)
     if not math.isfinite(loss):
         raise TrainingError(_not_finite(parts, step, positions, loss_sum, f"the loss is {loss}"))
@@ -138,19 +142,32 @@ def optimizer_step(parts: Parts, progress: Progress) -> Flags:
     norm = parts.engine.step(lr)
     if not math.isfinite(norm):
         raise TrainingError(_not_finite(parts, step, positions, math.nan, "the gradient is not finite"))
-    _record(parts, progress, started, data_seconds, {"train/loss": loss, "optim/lr": lr, "optim/grad_norm": norm})
+    values = {"train/loss": loss, "optim/lr": lr, "optim/grad_norm": norm, "perf/data_seconds": data_seconds}
+    if slow is not None:
+        values |= {"perf/slowest_rank": float(slow.rank), "perf/slowest_ratio": slow.ratio}
+        _watch_pace(parts, slow)
+    _record(parts, progress, started, values)
     return flags
 
 
-def _agree(parts: Parts, loss_sum: float, completed: int) -> tuple[float, Flags]:
-    """The loss summed over ranks, and rank 0's decisions, in one exchange."""
+def _watch_pace(parts: Parts, step: Slowest) -> None:
+    """Name a rank that holds up the others, once."""
+    lasting = parts.pace.see(step)
+    if lasting is not None and parts.context.is_first:
+        parts.context.report({"kind": "slow", "rank": lasting.rank, "ratio": lasting.ratio})
+
+
+def _agree(parts: Parts, loss_sum: float, completed: int, own_seconds: float) -> tuple[float, Flags, Slowest | None]:
+    """The loss summed over ranks, rank 0's decisions, and the slowest rank, in one exchange."""
     context = parts.context
     wish = context.wish() if context.is_first else Wish.GO_ON
     save = context.is_first and parts.saver.due(completed)
     lacks = completed < parts.schedule.steps and not parts.feed.has(completed)
-    total, wishes, saves, writing, lacking = context.sum(loss_sum, wish, save, parts.saver.is_writing, lacks)
+    own = [own_seconds if rank == context.rank else 0.0 for rank in range(context.world_size)]
+    mine = (loss_sum, wish, save, parts.saver.is_writing, lacks)
+    total, wishes, saves, writing, lacking, *seconds = context.sum(*mine, *own)
     written = parts.saver.has_begun and not writing
-    return total, Flags(Wish(round(wishes)), save=saves > 0, written=written, wait=lacking > 0)
+    return total, Flags(Wish(round(wishes)), save=saves > 0, written=written, wait=lacking > 0), slowest(seconds)
 
 
 def wait_for_data(parts: Parts, progress: Progress) -> Status | None:
@@ -192,7 +209,7 @@ def _not_finite(parts: Parts, step: int, positions: range, loss_sum: float, what
     )
 
 
-def _record(parts: Parts, before: Progress, started: float, data_seconds: float, values: dict[str, float]) -> None:
+def _record(parts: Parts, before: Progress, started: float, values: dict[str, float]) -> None:
     """Write the numbers of a step and tell the person at the keyboard."""
     seconds = time.perf_counter() - started
     completed = before.step + 1
@@ -201,7 +218,6 @@ def _record(parts: Parts, before: Progress, started: float, data_seconds: float,
         "train/tokens": float(before.tokens + tokens),
         "perf/tokens_per_second": tokens / seconds,
         "perf/step_seconds": seconds,
-        "perf/data_seconds": data_seconds,
         "perf/memory_gb": parts.engine.peak_memory_gb(),
     }
     parts.metrics.write(completed, values)

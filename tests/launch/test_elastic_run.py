@@ -72,19 +72,32 @@ def test_a_lost_node_shrinks_the_run_and_a_new_one_grows_it(
     run = run_of(config)
     environment = {**ray_environment, "RAY_ADDRESS": nodes.cluster.address}
     t0 = time.time()
-    with open("/tmp/lab/elastic/screen", "w") as screen, subprocess.Popen(command(config), env=environment, stdout=screen, stderr=screen, text=True) as process:
+    with (
+        open("/tmp/lab/elastic/screen", "w") as screen,
+        subprocess.Popen(command(config), env=environment, stdout=screen, stderr=screen, text=True) as process,
+    ):
         wait_for_step(run, 30, process)
-        print("step 30", time.time()-t0)
+        print("step 30", time.time() - t0)
         nodes.lose("127.0.1.2")
-        print("lost", time.time()-t0)
+        print("lost", time.time() - t0)
         until(lambda: last_attempt(run) == 2, process)
-        print("attempt 2", time.time()-t0)
+        print("attempt 2", time.time() - t0)
         nodes.add("127.0.1.5")
-        print("added", time.time()-t0)
+        print("added", time.time() - t0)
         until(lambda: last_attempt(run) == 3, process)
-        print("attempt 3", time.time()-t0)
+        print("attempt 3", time.time() - t0)
         process.wait(timeout=120)
-        print("end", time.time()-t0)
+        print("end", time.time() - t0)
     print(open("/tmp/lab/elastic/screen").read())
     print(workers_of(run), [attempt_record(run, n) for n in range(1, last_attempt(run) + 1)])
-    print(sorted({(r["attempt"]) for r in rows(run)}), [(a, min(r["step"] for r in rows(run) if r["attempt"]==a), max(r["step"] for r in rows(run) if r["attempt"]==a)) for a in (1,2,3)])
+    print(
+        sorted({(r["attempt"]) for r in rows(run)}),
+        [
+            (
+                a,
+                min(r["step"] for r in rows(run) if r["attempt"] == a),
+                max(r["step"] for r in rows(run) if r["attempt"] == a),
+            )
+            for a in (1, 2, 3)
+        ],
+    )

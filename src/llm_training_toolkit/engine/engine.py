@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from llm_training_toolkit.config.schema import Optim
 from llm_training_toolkit.data.batches import MicroBatch
 from llm_training_toolkit.engine.fragments import MOMENTS, Fragment, locate, refresh_low_precision
+from llm_training_toolkit.engine.stopwatch import Stopwatch
 from llm_training_toolkit.models import LossModule
 
 
@@ -52,6 +53,9 @@ class Engine:
         )
         self.world_size = dist.get_world_size() if dist.is_initialized() else 1
         self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.forward_seconds = 0.0
+        """Seconds that this rank's forward passes took in the last `accumulate`: its own work before it waits for the
+        others, except under ZeRO 3, where it waits for their weights meanwhile."""
         # At ZeRO 0 in bf16 DeepSpeed has stepped the optimizer once with zero gradients by now: Adam's bias
         # correction would be one step ahead and the first update 0.73 of the right one, silently.
         self.create_optimizer_state(updates=0)
@@ -68,14 +72,18 @@ class Engine:
         """
         self.deepspeed.train()
         total = torch.zeros((), dtype=torch.float64, device=self.device)
+        stopwatch = Stopwatch(self.device)
         for index, batch in enumerate(micro_batches):
             begin(index)
             self.deepspeed.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
             self._draws.step, self._draws.first = batch.step, batch.first
-            loss = self._forward(batch)
+            with stopwatch:
+                loss = self._forward(batch)
             total += loss.detach()
             self.deepspeed.backward(loss * (self.world_size / max(loss_tokens, 1)), scale_wrt_gas=False)
-        return float(total)
+        summed = float(total)  # waits for the device, so that the times below are known
+        self.forward_seconds = stopwatch.seconds()
+        return summed
 
     def _forward(self, batch: MicroBatch) -> Tensor:
         loss: Tensor = self.deepspeed(

@@ -139,7 +139,8 @@ class Group:
                 self._workers[event["rank"]] = as_worker(event)
             elif event["kind"] == "error":
                 self._errors.append(event)
-            self._console.show(event)
+            worker = self._workers.get(event.get("rank", -1))
+            self._console.show({**event, "address": worker.address} if worker else event)
         return taken[1]
 
     def _look(self, heard: Heard, now: float) -> None:
