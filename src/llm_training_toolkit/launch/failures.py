@@ -66,8 +66,8 @@ def why_end(failures: Mapping[int, Failure], saved_by: int, policy: Failures) ->
     if repeated >= policy.same_step:
         times = {1: "once", 2: "twice"}.get(repeated, f"{repeated} times")
         return (
-            f"step {newest.step} failed {times} in a row, so the cause is in the step and new workers would meet it "
-            f"again (failures.same_step = {policy.same_step}): {newest.cause}"
+            f"step {newest.step} failed {times} in a row, so new workers would most likely fail there again "
+            f"(failures.same_step = {policy.same_step}). The last time {newest.cause}"
         )
     if spent(failures, saved_by) > policy.max:
         return f"{newest.cause}. All restarts (failures.max = {policy.max}) are used up"

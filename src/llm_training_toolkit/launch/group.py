@@ -110,6 +110,7 @@ class Group:
                 looked = now
                 self._look(heard, now)
             if not self._workers and now - began > _STARTS_WITHIN:
+                self._warn("Ray starts no worker")  # said before Ray is shut down under a `fit` that waits
                 raise LaunchError(f"no worker has started within {_STARTS_WITHIN / 60:g} minutes: see `ray status`")
         self._listen()
         final = next((error for error in self._errors if error["final"]), None)
@@ -146,8 +147,15 @@ class Group:
     def _look(self, heard: Heard, now: float) -> None:
         """Whether nodes come or go, and whether the ranks advance."""
         self._watch.see(heard, now)
-        if len(self._workers) < self._the.size or self._hang:
+        if self._hang:
             return
+        hang = self._watch.hung(now)
+        if hang is not None:
+            self._end_hang(hang)
+        elif len(self._workers) == self._the.size:
+            self._look_at_nodes(now)
+
+    def _look_at_nodes(self, now: float) -> None:
         self._leave_nodes_taken_away()
         if self._growth.due(now):
             own = Counter(worker.node for worker in self._workers.values())
@@ -157,9 +165,6 @@ class Group:
                 when = "now" if wish is Wish.LEAVE else "after the next checkpoint"
                 self._console.say(f"there is room for more than {self._the.size} workers: making way {when}")
                 self.want(wish)
-        hang = self._watch.hung(now)
-        if hang is not None:
-            self._end_hang(hang)
 
     def _leave_nodes_taken_away(self) -> None:
         announced = nodes.taken_away({worker.node for worker in self._workers.values()})
@@ -178,12 +183,14 @@ class Group:
         before = {rank: size_of(path) for rank, path in paths.items()}
         states = rescue.examine(self._workers.values())
         if len(hang.behind) == 1:
-            self._hung = self._workers[next(iter(hang.behind))]
+            self._hung = self._workers.get(next(iter(hang.behind)))
         told = [
             _in_words(self._workers[rank], doing, states.get(rank), stands_in(paths[rank], before[rank]))
+            if rank in self._workers
+            else f"rank {rank} has not started"
             for rank, doing in hang.behind.items()
         ]
-        waiting = "" if len(told) < len(self._workers) or len(told) == 1 else "; every rank waits for another"
+        waiting = "; every rank waits for another" if len(told) == self._the.size > 1 else ""
         self._hang = (
             f"no rank has advanced for {hang.seconds:.0f} s (failures.hang = {self._job.config.failures.hang}): "
             f"{'; '.join(told)}{waiting}. The stacks of all threads are in {logs}"
