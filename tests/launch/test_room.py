@@ -61,10 +61,10 @@ def test_growing_waits_for_steady_room_and_the_next_checkpoint() -> None:
     growth = Growth(wanted(most=4), 2, left_out=())
     full, more = [node(1, free=0.0)], [node(1, free=0.0), node(2, 1.0)]
     assert set(look(growth, full, range(20))) == {Wish.GO_ON}
-    assert look(growth, more, range(20, 24)) == [Wish.GO_ON] * 2
-    assert set(look(growth, full, range(24, 26))) == {Wish.GO_ON}, "it went away again"
-    assert look(growth, more, range(26, 31)) == [Wish.GO_ON] * 3
-    assert look(growth, more, range(32, 33)) == [Wish.LEAVE_WHEN_SAVED]
+    assert look(growth, more, range(21, 25)) == [Wish.GO_ON] * 2
+    assert set(look(growth, full, range(27, 28))) == {Wish.GO_ON}, "it went away again"
+    assert look(growth, more, range(30, 35)) == [Wish.GO_ON] * 2
+    assert look(growth, more, range(36, 37)) == [Wish.LEAVE_WHEN_SAVED]
     assert look(growth, more, range(330, 331)) == [Wish.LEAVE]
 
 

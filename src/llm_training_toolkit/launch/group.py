@@ -54,6 +54,7 @@ class Job:
     run: RunDirectory
     config: Config
     wanted: Wanted
+    demand: nodes.Demand
 
 
 @dataclass(frozen=True)
@@ -158,6 +159,7 @@ class Group:
     def _look_at_nodes(self, now: float) -> None:
         self._leave_nodes_taken_away()
         if self._growth.due(now):
+            self._job.demand.make()
             own = Counter(worker.node for worker in self._workers.values())
             wish = self._growth.wish(nodes.answering(nodes.living_nodes()), own, now)
             if wish > self._wish:

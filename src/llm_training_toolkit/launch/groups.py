@@ -29,6 +29,8 @@ from llm_training_toolkit.runs import (
     last_attempt,
 )
 
+_LOOK_EVERY = 0.5
+"""Seconds between two looks for room."""
 _SETTLES_WITHIN = 10.0
 """Seconds that what ended workers held may take to be free again, before fewer workers start than have room."""
 _MOST_HELPED = 20
@@ -54,6 +56,12 @@ class Groups:
 
     def run(self) -> dict[str, Any]:
         """Train to the end or to a stop: `{"status", "step"}`. Raises ToolkitError, LaunchError with the cause."""
+        try:
+            return self._one_after_another()
+        finally:
+            self._job.demand.withdraw()
+
+    def _one_after_another(self) -> dict[str, Any]:
         size = 0
         while True:
             found = self._room()
@@ -100,7 +108,8 @@ class Groups:
                     f"waiting for room: the cluster has it for {now} of {self._wanted.fewest} workers "
                     f"(cluster.wait = {self._job.config.cluster.wait})"
                 )
-            time.sleep(0.5)
+            self._job.demand.make()
+            time.sleep(_LOOK_EVERY)
         return None
 
     def _say_what_changes(self, before: int, size: int, avoided: Mapping[str, str]) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from llm_training_toolkit.context import Wish
 from llm_training_toolkit.launch.room import Node, Wanted, room_beside, usable
 
-_LOOK_EVERY = 2.0
+_LOOK_EVERY = 3.0
 """Seconds between two looks for room."""
 _STEADY = 5.0
 """Seconds that there must have been room: a node that has just joined, or a job that has just ended, may be between two

@@ -13,9 +13,10 @@ from typing import Any, Literal
 
 import ray
 from ray._private import state
+from ray.autoscaler.sdk import request_resources
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
-from llm_training_toolkit.launch.room import Node
+from llm_training_toolkit.launch.room import Node, Wanted
 
 _ANSWERS_WITHIN = 2.0
 """Seconds a node's Ray process has to take a connection."""
@@ -66,6 +67,24 @@ def selector_without(nodes: Iterable[Node]) -> dict[str, str] | None:
     """The label selector of workers that keep off these nodes; None where there are none."""
     ids = sorted(node.id for node in nodes)
     return {NODE_ID_LABEL: f"!in({','.join(ids)})"} if ids else None
+
+
+class Demand:
+    """What an autoscaler, where there is one, is told that the run wants beyond the workers it has."""
+
+    def __init__(self, wanted: Wanted) -> None:
+        self._bundles = [dict(wanted.each)] * wanted.most
+        self._made = False
+
+    def make(self) -> None:
+        """Ask for the most workers. To be repeated: Ray Train's own request replaces this one every 20 s."""
+        request_resources(bundles=self._bundles)
+        self._made = True
+
+    def withdraw(self) -> None:
+        """Ask for nothing any more, if anything was asked for: the request is one for the whole cluster."""
+        if self._made:
+            request_resources(bundles=[])
 
 
 def give_back(places: Iterable[str]) -> None:

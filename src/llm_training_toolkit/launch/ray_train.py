@@ -83,8 +83,9 @@ def run_on_ray(run: RunDirectory, config: Config, console: Console) -> dict[str,
         console.stage("starting workers", 0, 1)
         from llm_training_toolkit.launch.group import Job  # Ray Train comes with it, and torch with that
         from llm_training_toolkit.launch.groups import Groups
+        from llm_training_toolkit.launch.nodes import Demand
 
-        groups = Groups(Job(run, config, wanted), console)
+        groups = Groups(Job(run, config, wanted, Demand(wanted)), console)
 
         def stop() -> None:
             console.say("stopping after this step, with a checkpoint (Ctrl-C again: at once, without)")
