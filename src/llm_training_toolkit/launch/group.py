@@ -12,6 +12,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -154,7 +155,8 @@ class Group:
         if hang is not None:
             self._end_hang(hang)
         elif len(self._workers) == self._the.size:
-            self._look_at_nodes(now)
+            with suppress(ray.exceptions.RayError):  # Ray's head is busy or starts anew: training goes on without it
+                self._look_at_nodes(now)
 
     def _look_at_nodes(self, now: float) -> None:
         self._leave_nodes_taken_away()
