@@ -6,6 +6,8 @@ something failed. Then the next one takes as many workers as there is room for.
 
 from __future__ import annotations
 
+import os
+import socket
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -76,7 +78,7 @@ class Groups:
                 self.stop()
             ended = self._group.run()
             if ended.result is None:
-                self._after_failure(ended, before_attempt)
+                self._after_failure(ended, before_attempt, size)
             elif ended.result["status"] != "left":
                 return ended.result
             if self._stop:
@@ -123,11 +125,11 @@ class Groups:
         elif not before and self._wanted.fewest < self._wanted.most:
             self._console.say(f"starting with {size} workers of {self._wanted.fewest} to {self._wanted.most}")
 
-    def _after_failure(self, ended: Ended, before_attempt: int) -> None:
+    def _after_failure(self, ended: Ended, before_attempt: int, size: int) -> None:
         """Write the failure down, and say it. Raises LaunchError when no other group may follow."""
         attempt = last_attempt(self._run)
-        if attempt == before_attempt:
-            attempt = begin_attempt(self._run, {})
+        if attempt == before_attempt:  # it did not come as far as to begin one
+            attempt = begin_attempt(self._run, {"host": socket.gethostname(), "pid": os.getpid(), "workers": size})
         failure = diagnose(ended.seen, self._step(attempt))
         end_attempt(self._run, attempt, "failed", error=failure.cause, failure=failure.to_json())
         if self._stop:

@@ -20,7 +20,7 @@ from llm_training_toolkit.launch.room import Node, Wanted
 
 _ANSWERS_WITHIN = 2.0
 """Seconds a node's Ray process has to take a connection."""
-NODE_ID_LABEL = "ray.io/node-id"
+_NODE_ID_LABEL = "ray.io/node-id"
 Death = tuple[Literal["killed", "out of memory", "node lost"], str]
 """How a worker's process ended without a word of its own, and Ray's text."""
 
@@ -66,7 +66,7 @@ def taken_away(ids: Iterable[str]) -> dict[str, int]:
 def selector_without(nodes: Iterable[Node]) -> dict[str, str] | None:
     """The label selector of workers that keep off these nodes; None where there are none."""
     ids = sorted(node.id for node in nodes)
-    return {NODE_ID_LABEL: f"!in({','.join(ids)})"} if ids else None
+    return {_NODE_ID_LABEL: f"!in({','.join(ids)})"} if ids else None
 
 
 class Demand:
