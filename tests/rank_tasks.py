@@ -15,7 +15,7 @@ import torch.distributed as dist
 from checkpoints import save
 from llm_training_toolkit.checkpoint import Checkpoint, Manifest
 from llm_training_toolkit.config import parse
-from llm_training_toolkit.context import Event, RunContext
+from llm_training_toolkit.context import Event, RunContext, Wish
 from llm_training_toolkit.data.batches import MicroBatch
 from llm_training_toolkit.data.feed import Feed
 from llm_training_toolkit.data.receipt import Receipt
@@ -34,13 +34,13 @@ from llm_training_toolkit.saving import restore
 Arrays = dict[str, np.ndarray[Any, Any]]
 
 
-def context(report: Any = None, stop: Any = None) -> RunContext:
+def context(report: Any = None, wish: Any = None) -> RunContext:
     """This rank's place in the pool."""
     options: dict[str, Any] = {}
     if report is not None:
         options["report"] = report
-    if stop is not None:
-        options["stop_requested"] = stop
+    if wish is not None:
+        options["wish"] = wish
     return RunContext(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), **options)
 
 
@@ -201,10 +201,10 @@ def work_on(run: str, changes: Mapping[str, Any] | None = None, stop_after: int 
         if event["kind"] == "step":
             completed[0] = int(event["step"])
 
-    def stop() -> bool:
-        return stop_after is not None and completed[0] >= stop_after - 1
+    def wish() -> Wish:
+        return Wish.STOP if stop_after is not None and completed[0] >= stop_after - 1 else Wish.GO_ON
 
-    result = work(place_of(run, changes), context(report, stop))
+    result = work(place_of(run, changes), context(report, wish))
     return {**result, "events": events}
 
 

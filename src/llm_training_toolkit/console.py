@@ -89,6 +89,10 @@ class Console:
         (first, from_step), (last, _) = self._recent[0], self._recent[-1]
         return (last - first) / (step - from_step) * (steps - step) if step > from_step else None
 
+    def _show_introduction(self, event: Event) -> None:
+        if event["rank"] == 0:  # other workers: the time they took to start says nothing of the speed
+            self._recent.clear()
+
     def _show_eval(self, event: Event) -> None:
         bits = f", {event['bits_per_byte']:.3f} bits per byte"
         self.say(f"step {event['step']}: held-out loss {event['loss']:.4f}{bits}", style="cyan")
@@ -101,6 +105,14 @@ class Console:
 
     def _show_warning(self, event: Event) -> None:
         self.say(f"warning: {event['message']}", style="yellow")
+
+    def _show_slow(self, event: Event) -> None:
+        where = f" on node {event['address']}" if "address" in event else ""
+        self.say(
+            f"warning: rank {event['rank']}{where} takes {event['ratio']:.1f} times as long for its own work as the "
+            "other ranks, which wait for it in every step",
+            style="yellow",
+        )
 
     def _show_sample(self, event: Event) -> None:
         self.say()

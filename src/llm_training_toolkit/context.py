@@ -6,9 +6,12 @@ torchrun or a single process stands behind them is settled by `launch`, which ma
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
+
+from llm_training_toolkit.pulse import Pulse
 
 if TYPE_CHECKING:
     import torch
@@ -18,8 +21,20 @@ T = TypeVar("T")
 Event = Mapping[str, Any]
 
 
-def _never() -> bool:
-    return False
+class Wish(enum.IntEnum):
+    """What the driver, or the person at the keyboard, wants of a run that works."""
+
+    GO_ON = 0
+    LEAVE_WHEN_SAVED = 1
+    """End after the next checkpoint that is due: other workers go on from it."""
+    LEAVE = 2
+    """Save now and end: other workers go on from it."""
+    STOP = 3
+    """Save now and end."""
+
+
+def _go_on() -> Wish:
+    return Wish.GO_ON
 
 
 def _silent(event: Event) -> None:
@@ -35,8 +50,10 @@ class RunContext:
     device: torch.device
     report: Callable[[Event], None] = _silent
     """Tells the person at the keyboard something; called on rank 0 alone."""
-    stop_requested: Callable[[], bool] = _never
-    """Whether somebody asked for a stop; asked on rank 0 alone, the loop makes all ranks agree."""
+    wish: Callable[[], Wish] = _go_on
+    """What is wanted of the run; asked on rank 0 alone, the loop makes all ranks agree."""
+    pulse: Pulse = field(default_factory=Pulse)
+    """Where this rank stands; kept up to date by whoever works, read by whoever watches."""
 
     @property
     def is_first(self) -> bool:

@@ -16,6 +16,8 @@ from typing import Any, Literal
 from llm_training_toolkit.runs import RunDirectory, attempt_record, checkpoint_place, last_attempt
 
 State = Literal["starting", "running", "finished", "stopped", "failed", "lost"]
+_ENDS: tuple[State, ...] = ("finished", "stopped", "failed")
+"""How an attempt ends for good; another one should have followed where it says something else."""
 _TAIL = 65_536
 """Bytes read from the end of metrics.jsonl: some two hundred steps."""
 _RECENT = 20
@@ -80,12 +82,12 @@ def status(run: RunDirectory) -> RunStatus:
 
 def _state(attempt: dict[str, Any], *, held: bool) -> State:
     """What the newest attempt says, and whether somebody still holds the run."""
-    said: State | None = attempt.get("state")
+    said = attempt.get("state")
     if said == "running":
         return "running" if held else "lost"
     if held:
         return "starting"
-    return said or "lost"
+    return said if said in _ENDS else "lost"
 
 
 def _is_held(run: RunDirectory) -> bool:

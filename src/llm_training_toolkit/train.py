@@ -10,24 +10,29 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 
-from llm_training_toolkit.context import RunContext
+from llm_training_toolkit.context import RunContext, Wish
+from llm_training_toolkit.data.batches import MicroBatch
 from llm_training_toolkit.data.feed import Feed
 from llm_training_toolkit.engine import Engine
 from llm_training_toolkit.errors import DataError, TrainingError
 from llm_training_toolkit.evaluate import HeldOut, held_out
 from llm_training_toolkit.metrics import Metrics
+from llm_training_toolkit.pace import Pace, Slowest, slowest
 from llm_training_toolkit.plan import Plan, Schedule, slice_of
+from llm_training_toolkit.pulse import OUTSIDE_STEPS, UNLIMITED, WITHIN_A_STEP, Pulse
 from llm_training_toolkit.saving import CheckpointSaver, Progress
 
 _LOOK_SECONDS = 0.5
 """Between looks for data that is being prepared."""
 
-Status = Literal["finished", "stopped"]
+Status = Literal["finished", "stopped", "left"]
+"""How the loop ended; `left` = other workers are to go on from the checkpoint just written."""
 
 
 @dataclass(frozen=True)
@@ -42,39 +47,51 @@ class Parts:
     feed: Feed
     saver: CheckpointSaver
     metrics: Metrics
+    origin: Progress
+    """Where this attempt goes on from."""
+    pace: Pace = field(default_factory=Pace)
 
 
 @dataclass(frozen=True)
 class Flags:
     """What rank 0 decided after a step, the same on every rank."""
 
-    stop: bool
+    wish: Wish
     save: bool
     written: bool
     """Every rank has written its part of the checkpoint that has begun."""
     wait: bool
     """Some rank lacks data of the next step: it is being prepared."""
 
+    @property
+    def status(self) -> Status | None:
+        """How the loop ends after this step and its checkpoint; None = it goes on."""
+        if self.wish is Wish.STOP:
+            return "stopped"
+        leave = self.wish is Wish.LEAVE or (self.wish is Wish.LEAVE_WHEN_SAVED and self.save)
+        return "left" if leave else None
 
-def train(parts: Parts, progress: Progress) -> tuple[Status, Progress]:
-    """Run from `progress` to the end of the plan, or to a stop that somebody asked for.
+
+def train(parts: Parts) -> tuple[Status, Progress]:
+    """Run from where the attempt begins to the end of the plan, or until somebody asks to stop or to leave.
 
     Raises TrainingError when the loss or the gradient is not finite.
     """
-    steps = parts.schedule.steps
+    progress = parts.origin
     if progress.step == 0:
         evaluate(parts, progress)
     try:
-        progress = _steps(parts, progress)
+        status, progress = _steps(parts, progress)
     except (TrainingError, DataError):
         parts.saver.complete()  # all ranks raise it: the checkpoint on its way is of a step before
         raise
+    parts.context.pulse.mark("completing the last checkpoint")
     parts.saver.complete()
-    return "finished" if progress.step == steps else "stopped", progress
+    return status, progress
 
 
-def _steps(parts: Parts, progress: Progress) -> Progress:
-    """Step after step, each with what is due after it, to the end or to a stop."""
+def _steps(parts: Parts, progress: Progress) -> tuple[Status, Progress]:
+    """Step after step, each with what is due after it, to the end or to a wish to end."""
     steps = parts.schedule.steps
     while progress.step < steps:
         flags = optimizer_step(parts, progress)
@@ -86,18 +103,22 @@ def _steps(parts: Parts, progress: Progress) -> Progress:
             evaluate(parts, progress)
         if flags.written:
             parts.saver.complete()
-        if ended or flags.stop or flags.save:
+        if ended or flags.status or flags.save:
+            parts.context.pulse.mark(f"saving a checkpoint of step {progress.step}")
             seconds = parts.saver.begin(progress)
             parts.metrics.write(progress.step, {"perf/checkpoint_seconds": seconds})
-        if flags.stop or (flags.wait and not wait_for_data(parts, progress)):
-            break
-    return progress
+        status = flags.status or (wait_for_data(parts, progress) if flags.wait else None)
+        if status and not ended:
+            return status, progress
+    return "finished", progress
 
 
 def optimizer_step(parts: Parts, progress: Progress) -> Flags:
     """One step: gradients over this rank's share, one exchange between ranks, the update, the numbers."""
     started = time.perf_counter()
     context, plan, step = parts.context, parts.plan, progress.step
+    patience = OUTSIDE_STEPS if progress == parts.origin else WITHIN_A_STEP  # the first step of an attempt compiles
+    context.pulse.mark(f"step {step + 1}, reading its sequences", patience)
     positions = slice_of(parts.feed.sequences_in(step), context.world_size, context.rank)
     micro_batches = parts.feed.batch(step, positions, plan.micro_batch, plan.accumulation(context.world_size))
     loss_tokens = parts.feed.loss_tokens(step)
@@ -105,36 +126,57 @@ def optimizer_step(parts: Parts, progress: Progress) -> Flags:
     torch.manual_seed(hash((parts.seed, step, context.rank)))
     data_seconds = time.perf_counter() - started
 
-    loss_sum = parts.engine.accumulate(micro_batches, loss_tokens)
-    total, flags = _agree(parts, loss_sum, step + 1)
+    def begin(index: int) -> None:
+        context.pulse.mark(f"step {step + 1}, micro-batch {index + 1} of {len(micro_batches)}", patience)
+
+    loss_sum = parts.engine.accumulate(micro_batches, loss_tokens, begin)
+    context.pulse.mark(f"step {step + 1}, adding up the losses", patience)
+    # Under ZeRO 3 a forward pass waits for the others' weights: it tells nothing of this rank alone.
+    own_seconds = data_seconds + parts.engine.forward_seconds if parts.engine.stage < 3 else 0.0
+    total, flags, slow = _agree(parts, loss_sum, step + 1, own_seconds)
     loss = total / max(loss_tokens, 1)
     if not math.isfinite(loss):
         raise TrainingError(_not_finite(parts, step, positions, loss_sum, f"the loss is {loss}"))
     lr = parts.schedule.lr_at(step)
+    context.pulse.mark(f"step {step + 1}, updating the weights", patience)
     norm = parts.engine.step(lr)
     if not math.isfinite(norm):
         raise TrainingError(_not_finite(parts, step, positions, math.nan, "the gradient is not finite"))
-    _record(parts, progress, started, data_seconds, {"train/loss": loss, "optim/lr": lr, "optim/grad_norm": norm})
+    values = {"train/loss": loss, "optim/lr": lr, "optim/grad_norm": norm, "perf/data_seconds": data_seconds}
+    if slow is not None:
+        values |= {"perf/slowest_rank": float(slow.rank), "perf/slowest_ratio": slow.ratio}
+        _watch_pace(parts, slow)
+    _record(parts, progress, started, values)
     return flags
 
 
-def _agree(parts: Parts, loss_sum: float, completed: int) -> tuple[float, Flags]:
-    """The loss summed over ranks, and rank 0's decisions, in one exchange."""
+def _watch_pace(parts: Parts, step: Slowest) -> None:
+    """Name a rank that holds up the others, once."""
+    lasting = parts.pace.see(step)
+    if lasting is not None and parts.context.is_first:
+        parts.context.report({"kind": "slow", "rank": lasting.rank, "ratio": lasting.ratio})
+
+
+def _agree(parts: Parts, loss_sum: float, completed: int, own_seconds: float) -> tuple[float, Flags, Slowest | None]:
+    """The loss summed over ranks, rank 0's decisions, and the slowest rank, in one exchange."""
     context = parts.context
-    stop = context.is_first and context.stop_requested()
+    wish = context.wish() if context.is_first else Wish.GO_ON
     save = context.is_first and parts.saver.due(completed)
     lacks = completed < parts.schedule.steps and not parts.feed.has(completed)
-    total, stops, saves, writing, lacking = context.sum(loss_sum, stop, save, parts.saver.is_writing, lacks)
+    own = [own_seconds if rank == context.rank else 0.0 for rank in range(context.world_size)]
+    mine = (loss_sum, wish, save, parts.saver.is_writing, lacks)
+    total, wishes, saves, writing, lacking, *seconds = context.sum(*mine, *own)
     written = parts.saver.has_begun and not writing
-    return total, Flags(stop=stops > 0, save=saves > 0, written=written, wait=lacking > 0)
+    return total, Flags(Wish(round(wishes)), save=saves > 0, written=written, wait=lacking > 0), slowest(seconds)
 
 
-def wait_for_data(parts: Parts, progress: Progress) -> bool:
-    """Wait until every rank has the data of the next step; False where a stop came first, with a checkpoint of now.
+def wait_for_data(parts: Parts, progress: Progress) -> Status | None:
+    """Wait until every rank has the data of the next step; how the loop ends where a wish came first, saved now.
 
     Collective. Raises DataError on every rank when it will never be there.
     """
     context, feed = parts.context, parts.feed
+    context.pulse.mark("waiting for data that is being prepared", UNLIMITED)
     if context.is_first:
         message = f"step {progress.step + 1} waits for data of the next epoch, which is being prepared"
         context.report({"kind": "note", "message": message})
@@ -145,14 +187,15 @@ def wait_for_data(parts: Parts, progress: Progress) -> bool:
                 feed.look()
         except DataError as error:
             failure = str(error)
-        answers = context.gather((feed.has(progress.step), failure, context.is_first and context.stop_requested()))
+        wish = context.wish() if context.is_first else Wish.GO_ON
+        answers = context.gather((feed.has(progress.step), failure, wish))
         if failures := [failure for _, failure, _ in answers if failure]:
             raise DataError(failures[0])
-        if any(stop for _, _, stop in answers):
+        if (wish := answers[0][2]) is not Wish.GO_ON:
             parts.saver.begin(progress)
-            return False
+            return "stopped" if wish is Wish.STOP else "left"
         if all(has for has, _, _ in answers):
-            return True
+            return None
         time.sleep(_LOOK_SECONDS)
 
 
@@ -166,7 +209,7 @@ def _not_finite(parts: Parts, step: int, positions: range, loss_sum: float, what
     )
 
 
-def _record(parts: Parts, before: Progress, started: float, data_seconds: float, values: dict[str, float]) -> None:
+def _record(parts: Parts, before: Progress, started: float, values: dict[str, float]) -> None:
     """Write the numbers of a step and tell the person at the keyboard."""
     seconds = time.perf_counter() - started
     completed = before.step + 1
@@ -175,7 +218,6 @@ def _record(parts: Parts, before: Progress, started: float, data_seconds: float,
         "train/tokens": float(before.tokens + tokens),
         "perf/tokens_per_second": tokens / seconds,
         "perf/step_seconds": seconds,
-        "perf/data_seconds": data_seconds,
         "perf/memory_gb": parts.engine.peak_memory_gb(),
     }
     parts.metrics.write(completed, values)
@@ -198,10 +240,18 @@ def evaluate(parts: Parts, progress: Progress) -> HeldOut | None:
     context, feed = parts.context, parts.feed
     if feed.eval_tokens == 0:
         return None
-    batches = feed.eval_batches(context.rank, context.world_size, parts.plan.micro_batch)
+    batches = _marked(feed.eval_batches(context.rank, context.world_size, parts.plan.micro_batch), context.pulse)
     result = held_out(parts.engine, batches, feed.eval_tokens, feed.eval_bytes, context)
     parts.metrics.write(progress.step, result.values())
     if context.is_first:
         values = {"loss": result.loss, "bits_per_byte": result.bits_per_byte}
         context.report({"kind": "eval", "step": progress.step, **values})
     return result
+
+
+def _marked(batches: Sequence[MicroBatch], pulse: Pulse) -> Iterator[MicroBatch]:
+    """The batches of an evaluation, each of which is an advance."""
+    for number, batch in enumerate(batches, start=1):
+        pulse.mark(f"evaluating, batch {number} of {len(batches)}")
+        yield batch
+    pulse.mark("evaluating, adding up the losses")

@@ -349,7 +349,11 @@ configs = st.fixed_dictionaries(
         "engine": st.fixed_dictionaries({"deepspeed": st.dictionaries(keys, leaves | st.lists(leaves))}),
         "checkpoint": st.fixed_dictionaries({"every": counts | st.sampled_from(["90s", "10m", "1.5h"])}),
         "cluster": st.fixed_dictionaries(
-            {"gpus_per_worker": st.sampled_from(["auto", 0, 1]), "env": st.dictionaries(keys, st.text())}
+            {
+                "gpus_per_worker": st.sampled_from(["auto", 0, 1]),
+                "env": st.dictionaries(keys, st.text()),
+                "workers": st.integers(0, 9) | st.tuples(st.integers(1, 4), st.integers(4, 9)),
+            }
         ),
     },
 ).map(lambda data: parse(data, "generated"))
@@ -370,3 +374,21 @@ def test_a_json_file_is_a_yaml_file(config: Config) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Path, "read_text", lambda *_, **__: "{}")
         assert load(Path("empty.yaml"), overrides) == config
+
+
+@pytest.mark.parametrize(("workers", "ends"), [(0, (0, 0)), (4, (4, 4)), ([1, 8], (1, 8)), ([3, 3], (3, 3))])
+def test_workers_are_a_number_or_the_fewest_and_the_most(workers: object, ends: tuple[int, int]) -> None:
+    cluster = parse(small(cluster={"workers": workers}), "test").cluster
+    assert (cluster.fewest, cluster.most) == ends
+
+
+@pytest.mark.parametrize("workers", [-1, True, 1.0, "2", None, [], [1], [0, 3], [3, 1], [1, 2, 3], [1, 2.0], [1, True]])
+def test_other_workers_are_refused_in_words(workers: object) -> None:
+    with pytest.raises(ConfigError, match=r"cluster.workers.*the fewest \(at least 1\) and the most of them"):
+        parse(small(cluster={"workers": workers}), "test")
+
+
+@pytest.mark.parametrize("duration", ["0s", 5, "soon", None])
+def test_a_duration_is_written_with_its_unit(duration: object) -> None:
+    with pytest.raises(ConfigError, match=r"failures.hang.*write a duration above zero \(90s, 10m, 1.5h\)"):
+        parse(small(failures={"hang": duration}), "test")

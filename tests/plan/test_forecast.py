@@ -267,3 +267,13 @@ def test_the_command_line(tmp_path: Path) -> None:
     found = json.loads(done.stdout)
     assert "cluster.workers" in [problem["where"] for problem in found["problems"]]
     assert (found["hours"], found["cost"]) == (None, None)
+
+
+def test_an_elastic_run_takes_what_fits_and_only_its_fewest_workers_must() -> None:
+    elastic, fixed = (
+        seen(hardware(nodes=1), cluster={"workers": [4, 64]}),
+        seen(hardware(nodes=1), cluster={"workers": 8}),
+    )
+    assert not [problem for problem in elastic.problems if problem.where == "cluster.workers"]
+    assert (elastic.nodes, elastic.compute_seconds) == (fixed.nodes, fixed.compute_seconds)
+    assert where(seen(hardware(nodes=1), cluster={"workers": [9, 64]})) == ["cluster.workers"]

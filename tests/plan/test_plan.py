@@ -282,3 +282,40 @@ def test_a_mixture_shows_what_each_source_is_worth() -> None:
     assert plan.epochs is None
     assert any(line.startswith("source") and "a: 75.0% of the tokens, 2 epochs" in line for line in lines(plan))
     assert plan.to_json()["mixture"][1] == {"path": "b", "share": 0.25, "epochs": pytest.approx(2.0)}
+
+
+def test_an_elastic_run_is_planned_at_every_size() -> None:
+    plan = make_plan(
+        config(cluster={"workers": [1, 6]}, train={"micro_batch": 2, "global_batch": 12}, engine={"zero": 3})
+    )
+    assert (plan.replicas, plan.workers, plan.fewest_workers, plan.is_elastic) == (6, 6, 1, True)
+    assert plan.to_json()["accumulation"] == {"1": 6, "2": 3, "3": 2, "4": 2, "5": 2, "6": 1, "7": 1, "8": 1}
+    text = lines(plan)
+    for row in (
+        "with 1 worker: 12 each, in 6 micro-batches of 2",
+        "with 2 workers: 6 each, in 3 micro-batches of 2",
+        "with 3 to 5 workers: 2 to 4 each, in 2 micro-batches of 2",
+        "with 6 workers: 2 each, in 1 micro-batch of 2",
+    ):
+        assert any(line.endswith(row) for line in text), row
+    assert any("over 1 to 6 workers" in line for line in text)
+    alone = make_plan(config(cluster={"workers": 1}, train={"micro_batch": 2, "global_batch": 12}, engine={"zero": 3}))
+    assert plan.memory_gb_per_device == alone.memory_gb_per_device, "a device holds the most with the fewest workers"
+    at_two = make_plan(config(cluster={"workers": [1, 6]}, engine={"zero": 3}), replicas=2)
+    assert at_two.memory_gb_per_device != plan.memory_gb_per_device
+
+
+def test_notes_of_an_elastic_run_are_of_the_size_they_are_true_of() -> None:
+    notes = make_plan(config(cluster={"workers": [1, 3]}, train={"micro_batch": 12})).notes
+    assert not any("is enough" in note or "Shares differ" in note or "spreads nothing" in note for note in notes)
+    assert where(make_plan(config(cluster={"workers": [2, 17]}))) == ["cluster.workers"]
+
+
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 8))
+def test_the_lines_of_an_elastic_run_name_every_size_once(fewest: int, more: int, micro_batch: int) -> None:
+    sizes = range(fewest, min(fewest + more, 64) + 1)
+    train = {"global_batch": 64, "micro_batch": micro_batch}
+    text = lines(make_plan(config(cluster={"workers": [fewest, fewest + more]}, train=train)))
+    rows = [line.split("with ")[1].split(" worker")[0] for line in text if line.startswith(" ") and "with " in line]
+    named = [range(int(row.split(" to ")[0]), int(row.split(" to ")[-1]) + 1) for row in rows]
+    assert [size for group in named for size in group] == list(sizes)

@@ -8,10 +8,18 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from llm_training_toolkit.config.schema import Config, Interval, Section
+from llm_training_toolkit.config.schema import Config, Duration, Interval, Section, Workers
 
 Key = tuple[str | int, ...]
 """A key of the configuration, part by part."""
+
+
+_SPECIAL: Mapping[Any, str] = {
+    Interval: "a number of steps of at least 1 or a duration (90s, 10m, 1.5h)",
+    Duration: "a duration (90s, 10m, 1.5h)",
+    Workers: "a whole number of at least 0, or two of at least 1, the smaller one first ([1, 8])",
+}
+"""Types whose validator says more than their parts."""
 
 
 def dotted(path: Key) -> str:
@@ -41,8 +49,9 @@ def inner_section(annotation: object) -> type[Section] | None:
 def plain_type(annotation: object, metadata: Sequence[Any] = ()) -> str:
     """What a value may be, in plain words."""
     args = get_args(annotation)
-    if any(item in metadata for item in get_args(Interval)[1:]):
-        return "a number of steps of at least 1 or a duration (90s, 10m, 1.5h)"
+    for special, words in _SPECIAL.items():
+        if any(item in metadata for item in get_args(special)[1:]):
+            return words
     if get_origin(annotation) is Annotated:
         return plain_type(args[0], args[1:])
     if args:

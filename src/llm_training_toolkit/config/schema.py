@@ -68,6 +68,29 @@ def _steps_or_duration(value: object) -> object:
 Interval = Annotated[Annotated[int, Field(ge=1)] | str, BeforeValidator(_steps_or_duration)]
 
 
+def _is_duration(value: object) -> object:
+    if not isinstance(value, str) or not duration_seconds(value):
+        raise ValueError("write a duration above zero (90s, 10m, 1.5h)")
+    return value
+
+
+Duration = Annotated[str, BeforeValidator(_is_duration)]
+
+
+def _one_or_two(value: object) -> object:
+    """One number, or the fewest and the most; true and 1.0 are neither."""
+    ends = tuple(value) if isinstance(value, list | tuple) else (value,)
+    numbers = [end for end in ends if isinstance(end, int) and not isinstance(end, bool)]
+    pair = isinstance(value, list | tuple)
+    right = len(numbers) == len(ends) == 1 + pair and min(numbers) >= pair and numbers == sorted(numbers)
+    if not right:
+        raise ValueError("write a number of workers (4), or the fewest (at least 1) and the most of them ([1, 8])")
+    return ends if pair else value
+
+
+Workers = Annotated[int | tuple[int, int], BeforeValidator(_one_or_two)]
+
+
 class Section(BaseModel):
     """A part of the configuration: strict, frozen, every unknown key an error."""
 
@@ -379,8 +402,11 @@ class Export(Section):
 class Cluster(Section):
     """What the run takes of the machines."""
 
-    workers: Annotated[int, Field(ge=0), Tag.FREE] = 1
-    """Ray Train workers, one device each. 0 = without Ray: this process, or the ranks torchrun started."""
+    workers: Annotated[Workers, Tag.FREE] = 1
+    """Ray Train workers, one device each. `[1, 8]` = elastic: as many as there is room for, from 1 to 8; the run
+    shrinks when a node is lost and grows when one comes. 0 = without Ray: this process, or torchrun's ranks."""
+    wait: Annotated[Duration, Tag.FREE] = "10m"
+    """How long a run that has lost nodes waits for room for its (fewest) workers before it fails."""
     gpus_per_worker: Annotated[Literal["auto", 0, 1], BeforeValidator(_whole_number), Tag.FREE] = "auto"
     """GPUs of a worker. `auto` = one where the cluster has one for every worker, otherwise none."""
     cpus_per_worker: Annotated[int, Field(ge=1), Tag.FREE] = 1
@@ -390,12 +416,29 @@ class Cluster(Section):
     env: Annotated[dict[str, str], Tag.FREE] = {}
     """Environment variables of every worker, for example NCCL_SOCKET_IFNAME."""
 
+    @property
+    def fewest(self) -> int:
+        """The smallest number of workers the run goes on with."""
+        return self.workers if isinstance(self.workers, int) else self.workers[0]
+
+    @property
+    def most(self) -> int:
+        """The largest number of workers the run takes."""
+        return self.workers if isinstance(self.workers, int) else self.workers[1]
+
 
 class Failures(Section):
-    """What happens when a worker dies."""
+    """What happens when a worker dies, hangs, or raises an error that a restart may not meet again."""
 
     max: Annotated[int, Field(ge=0), Tag.FREE] = 3
-    """How often Ray restarts the workers from the newest checkpoint before the run fails."""
+    """How many failures in a row are answered by new workers that go on from the newest checkpoint. A checkpoint
+    completed after a failure wipes out what was counted before it."""
+    same_step: Annotated[int, Field(ge=1), Tag.FREE] = 2
+    """How often the same step may fail in a row before the run ends: the cause is then in the step. A lost node does
+    not count."""
+    hang: Annotated[Duration, Tag.FREE] = "10m"
+    """How long no rank may advance within a step before the run counts as hung and gets new workers. Three times as
+    long while it starts, evaluates or saves; no limit on the export."""
 
 
 class Config(Section):

@@ -6,7 +6,7 @@ batch arithmetic and its schedulers are kept out of the result, all in `accumula
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,12 @@ from torch import Tensor, nn
 from llm_training_toolkit.config.schema import Optim
 from llm_training_toolkit.data.batches import MicroBatch
 from llm_training_toolkit.engine.fragments import MOMENTS, Fragment, locate, refresh_low_precision
+from llm_training_toolkit.engine.stopwatch import Stopwatch
 from llm_training_toolkit.models import LossModule
+
+
+def _say_nothing(_index: int) -> None:
+    """Nobody watches."""
 
 
 class Engine:
@@ -48,27 +53,37 @@ class Engine:
         )
         self.world_size = dist.get_world_size() if dist.is_initialized() else 1
         self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.forward_seconds = 0.0
+        """Seconds that this rank's forward passes took in the last `accumulate`: its own work before it waits for the
+        others, except under ZeRO 3, where it waits for their weights meanwhile."""
         # At ZeRO 0 in bf16 DeepSpeed has stepped the optimizer once with zero gradients by now: Adam's bias
         # correction would be one step ahead and the first update 0.73 of the right one, silently.
         self.create_optimizer_state(updates=0)
 
-    def accumulate(self, micro_batches: Sequence[MicroBatch], loss_tokens: int) -> float:
+    def accumulate(
+        self, micro_batches: Sequence[MicroBatch], loss_tokens: int, begin: Callable[[int], None] = _say_nothing
+    ) -> float:
         """Add the gradients of this rank's micro-batches; the sum of this rank's token losses comes back.
 
         `loss_tokens` is the number of loss tokens in the global batch. DeepSpeed averages gradients
         over ranks, which the factor `world_size` undoes; it would divide by the accumulation steps,
         which `scale_wrt_gas=False` keeps it from. Both are silent when forgotten.
-        Every rank must bring the same number of micro-batches.
+        Every rank must bring the same number of micro-batches; `begin` is told the index of each before it runs.
         """
         self.deepspeed.train()
         total = torch.zeros((), dtype=torch.float64, device=self.device)
+        stopwatch = Stopwatch(self.device)
         for index, batch in enumerate(micro_batches):
+            begin(index)
             self.deepspeed.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
             self._draws.step, self._draws.first = batch.step, batch.first
-            loss = self._forward(batch)
+            with stopwatch:
+                loss = self._forward(batch)
             total += loss.detach()
             self.deepspeed.backward(loss * (self.world_size / max(loss_tokens, 1)), scale_wrt_gas=False)
-        return float(total)
+        summed = float(total)  # waits for the device, so that the times below are known
+        self.forward_seconds = stopwatch.seconds()
+        return summed
 
     def _forward(self, batch: MicroBatch) -> Tensor:
         loss: Tensor = self.deepspeed(

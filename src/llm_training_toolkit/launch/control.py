@@ -1,4 +1,4 @@
-"""The line between the driver and its workers: events one way, the wish to stop the other.
+"""The line between the driver and its workers: events and heartbeats one way, what is wanted of the run the other.
 
 The actor's process imports this module while the workers start, so neither torch nor Ray Train comes with it.
 """
@@ -6,90 +6,49 @@ The actor's process imports this module while the workers start, so neither torc
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import ray
 
-from llm_training_toolkit.context import Event
+from llm_training_toolkit.context import Event, Wish
+from llm_training_toolkit.pulse import Beat, Pulse
 
-_ASK_EVERY = 0.3
-"""Seconds between a worker's questions whether to stop: the loop itself never waits for the answer."""
-
-_MOST_HELPED = 20
-"""Halvings of a micro-batch that are not counted as failures: more than any micro-batch has."""
-
-
-@dataclass
-class _Group:
-    """What is known of the workers that run now."""
-
-    cause: str = ""
-    """What the first rank to fail told; the others lose their connection to it."""
-    helped: bool = False
-    answer: str | None = None
+_FIRST_BEATS_EVERY = 0.3
+"""Seconds between two beats of rank 0, which ask what is wanted: the loop itself never waits for the answer."""
+OTHERS_BEAT_EVERY = 2.0
+"""Seconds between two beats of every other rank."""
+Heard = dict[int, tuple[Beat, float]]
+"""Each rank's newest beat, and seconds since it came."""
 
 
 class _Control:
-    """State of the line; lives in an actor beside the driver and ends with it."""
+    """State of the line to one group of workers; lives in an actor beside the driver and ends with it."""
 
     def __init__(self) -> None:
         self._events: list[Event] = []
-        self._stop = False
-        self._final = ""
-        self._failures = self._helped = 0
-        self._group = _Group()
+        self._beats: dict[int, tuple[Beat, float]] = {}
+        self._wish = Wish.GO_ON
 
     def post(self, event: Event) -> None:
         """A worker tells something."""
         self._events.append(event)
-        if event["kind"] == "started":
-            self._group = _Group()
-        elif event["kind"] == "error":
-            self._group.cause = self._group.cause or f"rank {event['rank']} failed: {event['text']}"
-            self._group.helped = self._group.helped or event["helped"]
-            if event["final"]:
-                self._final = self._final or str(event["text"])
 
-    def verdict(self, allowed: int, seen: str) -> str:
-        """The workers have failed: why the run must end now; empty if they may start again.
+    def beat(self, rank: int, beat: Beat) -> Wish:
+        """A worker says where it stands; what is wanted of the run comes back."""
+        self._beats[rank] = (beat, time.monotonic())
+        return self._wish
 
-        `seen` is what Ray saw of the failure. Ray asks again while it waits for ranks to end, so the answer is kept for
-        the workers' lifetime. A failure whose remedy is known (less memory is taken next time) is not counted among
-        the `allowed` ones.
-        """
-        if self._final:
-            return self._final
-        if self._group.answer is None:
-            self._group.answer = self._judge(allowed, seen)
-        return self._group.answer
-
-    def _judge(self, allowed: int, seen: str) -> str:
-        if self._group.helped and self._helped < _MOST_HELPED:
-            self._helped += 1
-            return ""
-        self._failures += 1
-        if self._failures <= allowed:
-            return ""
-        return f"{self._group.cause or seen}. All restarts (failures.max = {allowed}) are used up"
-
-    def last_answer(self) -> str:
-        """Why the run ended, if `verdict` said so."""
-        return self._group.answer or ""
-
-    def take(self) -> list[Event]:
-        """The driver takes what was told since it last asked."""
+    def take(self) -> tuple[list[Event], Heard]:
+        """The driver takes what was told since it last asked, and where each rank stands."""
         taken, self._events = self._events, []
-        return taken
+        now = time.monotonic()
+        return taken, {rank: (beat, now - came) for rank, (beat, came) in self._beats.items()}
 
-    def ask_to_stop(self) -> None:
-        """The driver wants the run to stop."""
-        self._stop = True
-
-    def stop_requested(self) -> bool:
-        """Whether it does."""
-        return self._stop
+    def want(self, wish: Wish) -> None:
+        """The driver wants something of the run; a stronger wish is not taken back by a weaker one."""
+        self._wish = max(self._wish, wish)
 
 
 def open_line() -> Any:  # noqa: ANN401 - Ray's actor handles have no types
@@ -109,19 +68,19 @@ def reporter(line: Any) -> Callable[[Event], None]:  # noqa: ANN401
     return report
 
 
-def stop_watch(line: Any) -> Callable[[], bool]:  # noqa: ANN401
-    """A worker's answer to 'shall I stop?', kept fresh by a thread."""
-    stop = threading.Event()
+def heartbeat(line: Any, rank: int, pulse: Pulse) -> Callable[[], Wish]:  # noqa: ANN401
+    """Send the pulse from a thread; a worker's answer to 'what is wanted?' comes back, as fresh as the last beat."""
+    wanted = [Wish.GO_ON]
+    every = OTHERS_BEAT_EVERY if rank else _FIRST_BEATS_EVERY
 
-    def watch() -> None:
+    def beat() -> None:
         wait = threading.Event()
-        while not stop.is_set():
+        while True:
             try:
-                if ray.get(line.stop_requested.remote()):
-                    stop.set()
+                wanted[0] = ray.get(line.beat.remote(rank, pulse.read()))
             except ray.exceptions.RayError:
                 return  # the driver is gone; Ray ends this worker
-            wait.wait(_ASK_EVERY)
+            wait.wait(every)
 
-    threading.Thread(target=watch, daemon=True, name="stop-watch").start()
-    return stop.is_set
+    threading.Thread(target=beat, daemon=True, name="heartbeat").start()
+    return lambda: wanted[0]

@@ -13,8 +13,10 @@ from llm_training_toolkit.config import Config
 from llm_training_toolkit.errors import PlanError
 
 _DRIVER = {
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600",  # covers a runtime_env that installs packages
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",  # for the places alone, and there was room just before
     "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": "1800",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # the driver watches for nodes that are taken away
+    "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",  # ranks that wait for a dead one are ended anyway
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # otherwise every line arrives twice
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths keep their meaning
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # workers without a GPU keep their environment
@@ -33,13 +35,11 @@ def prepare_environment() -> None:
         os.environ.setdefault(name, value)
     if is_local():
         os.environ.setdefault("RAY_AUTH_MODE", "token")
-        # It watches for nodes that are taken away; this machine is the only one, and a process less starts.
-        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
 
 
 def check_machine(config: Config) -> None:
     """Refuse, before anything starts, more workers than this machine has cores; a cluster is asked later."""
-    wanted = config.cluster.workers * config.cluster.cpus_per_worker
+    wanted = config.cluster.fewest * config.cluster.cpus_per_worker
     cores = len(os.sched_getaffinity(0))
     if is_local() and wanted > cores:
         raise PlanError(too_many(config, f"this machine has {cores} cores"))
@@ -67,9 +67,10 @@ def what_four_bits_lack(*, gpu: bool) -> str:
 
 def too_many(config: Config, found: str) -> str:
     """The message for a run that asks for more CPUs than there are."""
-    workers, cpus = config.cluster.workers, config.cluster.cpus_per_worker
+    workers, cpus = config.cluster.fewest, config.cluster.cpus_per_worker
+    least = "at least " if config.cluster.most > workers else ""
     return (
-        f"cluster.workers = {workers} with {cpus} CPU each need {workers * cpus} CPUs, {found}: "
+        f"cluster.workers = {least}{workers} with {cpus} CPU each need {workers * cpus} CPUs, {found}: "
         "lower cluster.workers or cluster.cpus_per_worker (workers change the speed, not the result), "
         "or set RAY_ADDRESS to a larger cluster"
     )

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from llm_training_toolkit.checkpoint import newest
 from llm_training_toolkit.config import Config
 from llm_training_toolkit.console import Console
-from llm_training_toolkit.context import RunContext
+from llm_training_toolkit.context import RunContext, Wish
 from llm_training_toolkit.data.receipt import Receipt
 from llm_training_toolkit.errors import LaunchError
 from llm_training_toolkit.launch.outcome import EXIT_CODES
@@ -71,7 +71,7 @@ def run_inline(run: RunDirectory, config: Config, console: Console) -> dict[str,
             world_size=ranks_started(),
             device=device,
             report=console.show if is_first_rank() else _quiet,
-            stop_requested=stop.is_set,
+            wish=lambda: Wish.STOP if stop.is_set() else Wish.GO_ON,
         )
         place = Place(run, config, Receipt.from_json(run.receipt.read_text()))
         try:

@@ -93,7 +93,8 @@ def _from_attempts(run: RunDirectory, config: Config, context: RunContext) -> in
 
 def _died_before_a_step(run: RunDirectory, record: Mapping[str, Any]) -> bool:
     """Whether an attempt was killed before its first step: on CPU the system's answer to too much memory."""
-    killed = record["state"] in {"running", "lost"}
+    kind = record.get("failure", {}).get("kind")
+    killed = kind in {"killed", "out of memory"} if kind else record["state"] in {"running", "lost"}
     rows = newest_rows(run.metrics)
     return killed and not any(row["attempt"] == record["attempt"] and "train/loss" in row for row in rows)
 

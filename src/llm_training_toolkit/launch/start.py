@@ -45,7 +45,7 @@ def start(request: Request, console: Console) -> Outcome:
         for line in lines(plan):
             console.say(line)
         check_quantization(config)
-        if config.cluster.workers > 0:
+        if config.cluster.workers != 0:
             check_machine(config)
         receipt = _prepare(config, standing, request, console)
         plan = require(make_plan(config, facts_of(receipt, standing.step, standing.sequences), replicas))

@@ -29,6 +29,7 @@ from llm_training_toolkit.launch.preparation import facts_of
 from llm_training_toolkit.launch.sizing import after_out_of_memory, is_out_of_memory, load_of, with_micro_batch
 from llm_training_toolkit.metrics import Metrics
 from llm_training_toolkit.plan import Plan, make_plan, require
+from llm_training_toolkit.pulse import UNLIMITED
 from llm_training_toolkit.runs import (
     begin_attempt,
     end_attempt,
@@ -58,19 +59,21 @@ def work(place: Place, context: RunContext) -> dict[str, Any]:
         raise
     if context.is_first:
         end_attempt(place.run, attempt, status, step=step)
+    context.pulse.finish()
     return {"status": status, "step": step}
 
 
 def _train(place: Place, context: RunContext, attempt: int, asked: int | str) -> tuple[str, int]:
-    parts, progress = _build(place, context, attempt)
+    parts = _build(place, context, attempt)
     try:
-        status, progress = train(parts, progress)
+        status, progress = train(parts)
     except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
             mark_out_of_memory(place.run, attempt)
             raise after_out_of_memory(place.config, context.world_size, adaptable=asked == "auto") from error
         raise
     if status == "finished" and place.config.export.at_end and context.is_first:
+        context.pulse.mark("exporting", UNLIMITED)
         finish(Trained(place.run, place.config, place.receipt), metrics=parts.metrics, context=context)
     parts.metrics.close()
     return status, progress.step
@@ -96,15 +99,18 @@ def _begin(place: Place, context: RunContext, asked: int | str) -> int:
     return attempt
 
 
-def _build(place: Place, context: RunContext, attempt: int) -> tuple[Parts, Progress]:
+def _build(place: Place, context: RunContext, attempt: int) -> Parts:
     run, config = place.run, place.config
+    context.pulse.mark("looking for a checkpoint")
     checkpoint = newest_sound(run, context)
     done = _progress(checkpoint)
     facts = facts_of(place.receipt, done.step, done.sequences)
     plan = require(make_plan(config, facts, replicas=context.world_size))
     if context.is_first:
         write_atomically(run.plan, json.dumps(plan.to_json(), indent=1))  # with the micro-batch that is taken
+    context.pulse.mark("building the model and loading its state")
     built = build(place, plan, context, checkpoint)
+    context.pulse.mark("opening the data")
     lineage = Lineage(
         attempt=attempt,
         parent=checkpoint.directory.name if checkpoint else None,
@@ -136,7 +142,7 @@ def _build(place: Place, context: RunContext, attempt: int) -> tuple[Parts, Prog
         origin=origin,
         newest=partial(newest_receipt, run),
     )
-    return Parts(plan, plan.schedule(), config.run.seed, context, built.engine, feed, saver, metrics), done
+    return Parts(plan, plan.schedule(), config.run.seed, context, built.engine, feed, saver, metrics, done)
 
 
 def _extra(built: Built, plan: Plan) -> dict[str, Any]:

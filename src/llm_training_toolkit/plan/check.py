@@ -147,27 +147,27 @@ def _batch(config: Config, replicas: int) -> Iterator[Problem]:
         yield Problem("cluster.workers", what, f"Use at most {batch} workers, or a larger train.global_batch")
 
 
-def notes(config: Config, size: Size, hf: HfValues, replicas: int) -> tuple[str, ...]:
-    """What is no mistake, but good to know."""
-    return (*_precision_notes(config, replicas), *_batch_notes(config, replicas), *_model_notes(config, size, hf))
+def notes(config: Config, size: Size, hf: HfValues, replicas: tuple[int, int]) -> tuple[str, ...]:
+    """What is no mistake, but good to know; `replicas` are the fewest and the most."""
+    return (*_precision_notes(config, *replicas), *_batch_notes(config, *replicas), *_model_notes(config, size, hf))
 
 
-def _precision_notes(config: Config, replicas: int) -> Iterator[str]:
+def _precision_notes(config: Config, fewest: int, most: int) -> Iterator[str]:
     stage = config.engine.zero
-    several = replicas * micro_batch(config) < config.train.global_batch
+    several = fewest * micro_batch(config) < config.train.global_batch
     if config.train.precision == "bf16" and stage < 2 and several:
         yield f"ZeRO {stage} in bf16 sums gradients over micro-batches in bf16; engine.zero 2 and 3 do it in fp32."
     if config.run.deterministic and config.train.micro_batch == "auto":
         yield "micro_batch: auto depends on the memory that is free at the first start: give a number to repeat a run."
-    if stage > 0 and replicas == 1:
+    if stage > 0 and most == 1:
         yield f"ZeRO {stage} spreads nothing over one worker."
 
 
-def _batch_notes(config: Config, replicas: int) -> Iterator[str]:
-    if replicas > config.train.global_batch:
+def _batch_notes(config: Config, fewest: int, most: int) -> Iterator[str]:
+    if most > config.train.global_batch:
         return
-    portions = shares(config.train.global_batch, replicas)
-    if portions[0] != portions[-1]:
+    portions = shares(config.train.global_batch, fewest)
+    if fewest == most and portions[0] != portions[-1]:
         yield f"Shares differ ({portions[0]} and {portions[-1]} sequences): the smaller ones wait for the larger."
     if micro_batch(config) > portions[0]:
         yield f"train.micro_batch = {config.train.micro_batch} is more than a worker's share: {portions[0]} is enough."

@@ -82,9 +82,11 @@ class Forecast:
 
 
 def on_cluster(config: Config, plan: Plan, hardware: Hardware) -> Forecast:
-    """The run of a plan on a cluster, with all that speaks against it there."""
+    """The run of a plan on a cluster, with all that speaks against it there; an elastic one with all that fit."""
     cpus = config.cluster.cpus_per_worker
     per_node = hardware.workers_per_node(cpus)
+    if plan.is_elastic:
+        plan = replace(plan, replicas=min(plan.workers, max(plan.fewest_workers, _most(config, hardware, per_node))))
     nodes = _nodes(config, plan.replicas, per_node, hardware.nodes)
     speed = plan.replicas * hardware.devices_per_worker(cpus) * hardware.flops(config.train.precision)
     compute_seconds = _work(config, plan) * plan.tokens_per_step / speed
@@ -127,7 +129,7 @@ def _problems(config: Config, plan: Plan, hardware: Hardware, per_node: int) -> 
         yield Problem("cluster.gpus_per_worker", what, "Remove it: auto takes one for each worker")
     if wanted == 1 and hardware.is_cpu:
         yield Problem("cluster.gpus_per_worker", "the cluster has no GPUs", "Remove it: auto takes none")
-    yield from _places(config, plan.replicas, hardware, per_node)
+    yield from _places(config, plan.fewest_workers, hardware, per_node)
     yield from _memory(config, plan, hardware)
 
 
@@ -138,7 +140,7 @@ def _places(config: Config, workers: int, hardware: Hardware, per_node: int) -> 
         what = f"a worker of {cpus} CPUs fits into no node, which has {hardware.cpus}"
         yield Problem("cluster.cpus_per_worker", what, f"Use at most {hardware.cpus}")
         return
-    most = {"strict_pack": per_node, "strict_spread": hardware.nodes}.get(placement, hardware.nodes * per_node)
+    most = _most(config, hardware, per_node)
     if workers <= most:
         return
     limit = {"strict_pack": ", all on one node", "strict_spread": ", each on a node of its own"}.get(placement, "")
@@ -149,6 +151,12 @@ def _places(config: Config, workers: int, hardware: Hardware, per_node: int) -> 
         f"which is {_number(most, 'worker')} on {cluster}"
     )
     yield Problem("cluster.workers", what, f"Use at most {most} workers, or raise the nodes of the cluster file")
+
+
+def _most(config: Config, hardware: Hardware, per_node: int) -> int:
+    """Workers that the largest cluster of the file holds, placed as asked."""
+    limits = {"strict_pack": per_node, "strict_spread": hardware.nodes}
+    return limits.get(config.cluster.placement, hardware.nodes * per_node)
 
 
 def _memory(config: Config, plan: Plan, hardware: Hardware) -> Iterator[Problem]:

@@ -87,9 +87,11 @@ class Plan:
     global_batch: int
     micro_batch: int
     workers: int
-    """`cluster.workers`; 0 = without Ray."""
+    """`cluster.workers`, the most of an elastic run; 0 = without Ray."""
+    fewest_workers: int
+    """The fewest of an elastic run, otherwise the same."""
     replicas: int
-    """What the plan reckons with: the workers, or the ranks that were started."""
+    """What the plan reckons with: the (most) workers, or the ranks that were started."""
     sequence_length: int
     tokens_per_step: int
     lr: float
@@ -104,10 +106,16 @@ class Plan:
     eval_every: int
     deepspeed: Mapping[str, Any]
     memory_gb_per_device: Mapping[str, float]
+    """With the fewest workers, where a device holds the most."""
     problems: tuple[Problem, ...]
     estimated: tuple[str, ...]
     """Names of the values here that are not exact."""
     notes: tuple[str, ...]
+
+    @property
+    def is_elastic(self) -> bool:
+        """Whether the number of workers may change while the run works."""
+        return self.fewest_workers < self.workers
 
     def shares(self, replicas: int | None = None) -> tuple[int, ...]:
         """Sequences of a step for each replica; PlanError when one would have none."""
@@ -128,7 +136,8 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         """The plan as JSON; `accumulation` maps numbers of workers (1 to 8 and the run's own) to micro-batches."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        worlds = sorted({*range(1, 9), self.replicas} & set(range(1, self.global_batch + 1)))
+        own = range(self.fewest_workers or 1, self.replicas + 1)
+        worlds = sorted({*range(1, 9), *own, self.replicas} & set(range(1, self.global_batch + 1)))
         return {
             **values,
             "hf_config": dict(self.hf_config),
@@ -144,7 +153,7 @@ class Plan:
 
 
 def make_plan(config: Config, facts: DataFacts | None = None, replicas: int | None = None) -> Plan:
-    """The plan of a run with all problems in it; `replicas` = ranks that were started, else `cluster.workers`.
+    """The plan of a run with all problems in it; `replicas` = ranks that were started, else the most workers.
 
     Raises PlanError only where there is nothing to plan: an unknown size or an impossible shape.
     """
@@ -153,7 +162,8 @@ def make_plan(config: Config, facts: DataFacts | None = None, replicas: int | No
     total = families.parameters(hf)
     adapter = families.adapter(config, hf)
     trained = adapter.parameters if adapter else total
-    world = replicas or max(config.cluster.workers, 1)
+    world = replicas or max(config.cluster.most, 1)
+    smallest = replicas or max(config.cluster.fewest, 1)
     steps, steps_estimated = run_steps(config, facts)
     warmup, decay = rate.warmup_steps(config, steps), rate.decay_steps(config, steps)
     lr = rate.learning_rate(config, total)
@@ -175,7 +185,8 @@ def make_plan(config: Config, facts: DataFacts | None = None, replicas: int | No
         mixture=_mixture(config, steps, facts),
         global_batch=config.train.global_batch,
         micro_batch=batch.micro_batch(config),
-        workers=config.cluster.workers,
+        workers=config.cluster.most,
+        fewest_workers=config.cluster.fewest,
         replicas=world,
         sequence_length=length,
         tokens_per_step=config.train.global_batch * length,
@@ -188,14 +199,14 @@ def make_plan(config: Config, facts: DataFacts | None = None, replicas: int | No
         save_every_seconds=duration_seconds(every) if isinstance(every, str) else None,
         eval_every=config.eval.every,
         deepspeed=deepspeed,
-        memory_gb_per_device=_memory(config, hf, adapter, world, deepspeed),
+        memory_gb_per_device=_memory(config, hf, adapter, smallest, deepspeed),
         problems=(
             *check.problems(config, size, hf, world),
             *check.length_problems(steps, warmup, decay),
             *check.vocabulary_problems(facts.vocab_size if facts else None, hf),
         ),
         estimated=_estimated(config, steps_estimated=steps_estimated),
-        notes=check.notes(config, size, hf, world),
+        notes=check.notes(config, size, hf, (smallest, world)),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 from llm_training_toolkit.families import Adapter
@@ -33,9 +34,10 @@ def _rows(plan: Plan) -> Iterator[tuple[str, str]]:
     for line in mixture_lines(plan):
         yield "source", line
     yield "batch", _batch(plan)
+    yield from _sizes(plan)
     yield "length", _length(plan)
     yield "learning rate", _rate(plan)
-    yield "DeepSpeed", f"ZeRO {plan.zero} {_SPREAD[plan.zero]} over {_number(plan.replicas, 'worker')}"
+    yield "DeepSpeed", f"ZeRO {plan.zero} {_SPREAD[plan.zero]} over {_workers(plan)}"
     yield "memory", _memory(plan)
     yield (
         "compute",
@@ -105,6 +107,26 @@ def _batch(plan: Plan) -> str:
     return f"global batch {plan.global_batch} = {replicas} x {share}, in {passes} of {plan.micro_batch}"
 
 
+def _sizes(plan: Plan) -> Iterator[tuple[str, str]]:
+    """The batch of an elastic run at every size; sizes that run as many micro-batches share a line."""
+    sizes = range(plan.fewest_workers, min(plan.workers, plan.global_batch) + 1)
+    for _, same in itertools.groupby(sizes if plan.is_elastic else (), key=plan.accumulation):
+        worlds = list(same)
+        low, high = plan.shares(worlds[-1])[-1], plan.shares(worlds[0])[0]
+        share = f"{low}" if low == high else f"{low} to {high}"
+        passes = _number(plan.accumulation(worlds[0]), "micro-batch", "es")
+        settled = "" if "micro_batch" in plan.estimated else f", in {passes} of {plan.micro_batch}"
+        ends = _number(worlds[0], "worker") if len(worlds) == 1 else f"{worlds[0]} to {worlds[-1]} workers"
+        yield "", f"with {ends}: {share} each{settled}"
+
+
+def _workers(plan: Plan) -> str:
+    """How many workers the plan is for."""
+    if plan.is_elastic:
+        return f"{plan.fewest_workers} to {plan.workers} workers"
+    return _number(plan.replicas, "worker")
+
+
 def _length(plan: Plan) -> str:
     if plan.steps is None:
         return f"known when the data is prepared; {plan.tokens_per_step:,} tokens a step"
@@ -124,7 +146,8 @@ def _memory(plan: Plan) -> str:
     parts = plan.memory_gb_per_device
     by_part = ", ".join(f"{part} {size:.3g}" for part, size in parts.items())
     least = " at least" if "micro_batch" in plan.estimated else ""
-    return f"about {sum(parts.values()):.3g} GB a device{least}: {by_part}"
+    smallest = f" with {_number(plan.fewest_workers, 'worker')}" if plan.is_elastic else ""
+    return f"about {sum(parts.values()):.3g} GB a device{least}{smallest}: {by_part}"
 
 
 def _save_interval(plan: Plan) -> str:

@@ -1,0 +1,95 @@
+"""What went wrong with a group of workers, and whether others may follow: from the attempts of the run. Pure.
+
+A failure is kept in the file of its attempt, so that the count goes on over several starts of a run.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, Self
+
+from llm_training_toolkit.config.schema import Failures
+
+Kind = Literal["raised", "killed", "out of memory", "hang", "node lost", "taken away", "not started"]
+_NOT_OF_THE_STEP: tuple[Kind, ...] = ("node lost", "not started")
+_LEFT_OUT_AFTER = 2
+"""Failures of a node within one start of a run after which it is left out."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a group of workers ended before the run did."""
+
+    kind: Kind
+    cause: str
+    """In words, with rank and node."""
+    step: int
+    """The step that was not completed, counted from 1."""
+    rank: int | None = None
+    node: str | None = None
+    """The address of the node it began on; None where that is not known."""
+    helped: bool = False
+    """The next attempt does differently, so that this one counts for nothing."""
+
+    def to_json(self) -> dict[str, Any]:
+        """As kept in the attempt."""
+        return asdict(self)
+
+    @classmethod
+    def of(cls, attempt: Mapping[str, Any]) -> Self | None:
+        """The failure in an attempt's record; None where it did not fail, or nobody was left to write it down."""
+        kept = attempt.get("failure")
+        return cls(**kept) if kept else None
+
+    @property
+    def counts(self) -> bool:
+        """Whether it is one of `failures.max`: not a node that was taken away with notice, nor what is remedied."""
+        return not self.helped and self.kind != "taken away"
+
+
+def failures_of(attempts: Mapping[int, Mapping[str, Any]]) -> dict[int, Failure]:
+    """The failures that count, by the number of the attempt, from attempts by number."""
+    found = {number: Failure.of(record) for number, record in sorted(attempts.items())}
+    return {number: failure for number, failure in found.items() if failure and failure.counts}
+
+
+def why_end(failures: Mapping[int, Failure], saved_by: int, policy: Failures) -> str:
+    """Why the run must end after its newest failure; empty where new workers may start.
+
+    `saved_by` is the attempt that wrote the newest complete checkpoint, 0 = there is none: what failed before that
+    attempt is made up for. The newest failure alone never ends a run of a new start with `max` above 0.
+    """
+    newest = list(failures.values())[-1]
+    repeated = _same_step(list(failures.values()))
+    if repeated >= policy.same_step:
+        times = {1: "once", 2: "twice"}.get(repeated, f"{repeated} times")
+        return (
+            f"step {newest.step} failed {times} in a row, so new workers would most likely fail there again "
+            f"(failures.same_step = {policy.same_step}). The last time {newest.cause}"
+        )
+    if spent(failures, saved_by) > policy.max:
+        return f"{newest.cause}. All restarts (failures.max = {policy.max}) are used up"
+    return ""
+
+
+def spent(failures: Mapping[int, Failure], saved_by: int) -> int:
+    """Failures since the newest complete checkpoint, with that of the attempt that wrote it."""
+    return sum(number >= saved_by for number in failures)
+
+
+def _same_step(failures: Sequence[Failure]) -> int:
+    """How many of the newest failures in a row were at the newest one's step; the machines' own say nothing of it."""
+    counted = [failure.step for failure in failures if failure.kind not in _NOT_OF_THE_STEP]
+    if failures[-1].kind in _NOT_OF_THE_STEP or not counted:
+        return 0
+    different = (index for index, step in enumerate(reversed(counted)) if step != counted[-1])
+    return next(different, len(counted))
+
+
+def nodes_to_leave_out(failures: Mapping[int, Failure], since: int) -> dict[str, str]:
+    """Addresses of nodes that failed twice in the attempts after number `since`, with the newest cause."""
+    recent = [failure for number, failure in failures.items() if number > since and failure.node is not None]
+    counted = Counter(failure.node for failure in recent)
+    return {str(each.node): each.cause for each in recent if counted[each.node] >= _LEFT_OUT_AFTER}

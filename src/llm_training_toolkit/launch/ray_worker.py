@@ -1,0 +1,86 @@
+"""What Ray Train runs on every worker: it introduces itself, sends heartbeats, and takes part in the run."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+import ray
+import ray.train
+from ray.train.torch import get_device
+
+from llm_training_toolkit.config import from_json
+from llm_training_toolkit.context import Event, RunContext
+from llm_training_toolkit.data.receipt import Receipt
+from llm_training_toolkit.errors import ToolkitError
+from llm_training_toolkit.launch.control import heartbeat, reporter
+from llm_training_toolkit.launch.place import Place
+from llm_training_toolkit.launch.rescue import STACK_SIGNAL
+from llm_training_toolkit.pulse import Pulse
+from llm_training_toolkit.runs import RunDirectory
+
+
+def worker_main(assignment: Mapping[str, Any]) -> dict[str, Any]:
+    """Work as one rank on the run in directory `assignment["run"]`, on the line `assignment["line"]` to the driver."""
+    faulthandler.register(STACK_SIGNAL, file=2, all_threads=True)  # 2 is the rank's log as soon as there is one
+    ranks = ray.train.get_context()
+    rank, pulse = ranks.get_world_rank(), Pulse()
+    report = reporter(assignment["line"])
+    report(_introduction(rank))
+    wish = heartbeat(assignment["line"], rank, pulse)
+    if rank == 0:
+        report({"kind": "stage", "name": "starting workers", "done": 1, "total": 1})
+    try:
+        return _work(RunDirectory(Path(assignment["run"])), rank, report if rank == 0 else _quiet, wish, pulse)
+    except Exception as error:  # the edge of a worker's process: the driver is told before Ray takes it down
+        traceback.print_exc()
+        told = {"kind": "error", "rank": rank, "doing": pulse.read().doing, **_described(error)}
+        ray.get(assignment["line"].post.remote(told))
+        raise
+
+
+def _work(run: RunDirectory, rank: int, report: Any, wish: Any, pulse: Pulse) -> dict[str, Any]:  # noqa: ANN401
+    from llm_training_toolkit.launch.worker import work  # torch, transformers and DeepSpeed come with it
+
+    place = Place(run, from_json(run.resolved.read_text()), Receipt.from_json(run.receipt.read_text()))
+    device = get_device()
+    if device.type == "cuda":
+        # DeepSpeed takes its device from LOCAL_RANK, which differs from Ray's order on nodes with over ten GPUs.
+        os.environ["LOCAL_RANK"] = str(device.index)
+    return work(place, RunContext(rank, ray.train.get_context().get_world_size(), device, report, wish, pulse))
+
+
+def _introduction(rank: int) -> Event:
+    """Who and where this rank is, as `diagnosis.Worker`."""
+    here, own = ray.get_runtime_context(), psutil.Process()
+    return {
+        "kind": "introduction",
+        "rank": rank,
+        "node": here.get_node_id(),
+        "address": ray.util.get_node_ip_address(),
+        "pid": own.pid,
+        "started": own.create_time(),
+        "actor": here.get_actor_id(),
+        "places": here.get_placement_group_id(),
+    }
+
+
+def _described(error: Exception) -> dict[str, Any]:
+    """What the driver needs to know of an error: its words first, then where it was raised."""
+    from llm_training_toolkit.launch.sizing import SmallerMicroBatch
+
+    final, helped = isinstance(error, ToolkitError), isinstance(error, SmallerMicroBatch)
+    if final or helped:
+        return {"type": type(error).__name__, "text": str(error), "final": final, "helped": helped}
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    text = f"{type(error).__name__}: {error} ({Path(last.filename).name}:{last.lineno}, in {last.name})"
+    return {"type": type(error).__name__, "text": text, "final": False, "helped": False}
+
+
+def _quiet(_event: Event) -> None:
+    """Ranks other than the first say nothing."""

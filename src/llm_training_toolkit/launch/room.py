@@ -1,0 +1,67 @@
+"""How many workers the nodes of a cluster have room for. Pure; `nodes.py` asks Ray for the nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+Resources = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Node:
+    """A node of the cluster as Ray sees it."""
+
+    id: str
+    """New at every start of the node."""
+    address: str
+    port: int
+    """Of the node's Ray process."""
+    total: Resources
+    free: Resources
+    taken_away: bool = False
+    """Ray was told that the node will be taken away."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The workers a run asks for."""
+
+    fewest: int
+    most: int
+    each: Resources
+    """What one worker takes."""
+    placement: str
+    """`cluster.placement`."""
+
+    def room(self, nodes: Iterable[Resources]) -> int:
+        """Workers that fit into what the nodes have, at most `most`."""
+        fitting = [_times(resources, self.each) for resources in nodes]
+        if self.placement == "strict_pack":
+            count = max(fitting, default=0)
+        elif self.placement == "strict_spread":
+            count = sum(map(bool, fitting))
+        else:
+            count = sum(fitting)
+        return min(count, self.most)
+
+
+def _times(resources: Resources, each: Resources) -> int:
+    """How often one worker's resources fit into those of a node; Ray counts in ten-thousandths."""
+    return min(int((resources.get(name, 0.0) + 1e-4) // amount) for name, amount in each.items() if amount)
+
+
+def usable(nodes: Sequence[Node], wanted: Wanted, left_out: Collection[str]) -> list[Node]:
+    """The nodes that stay, without the addresses to leave out, as long as the fewest workers fit without those."""
+    staying = [node for node in nodes if not node.taken_away]
+    trusted = [node for node in staying if node.address not in left_out]
+    return trusted if wanted.room(node.total for node in trusted) >= wanted.fewest else staying
+
+
+def room_beside(nodes: Iterable[Node], wanted: Wanted, own: Mapping[str, int]) -> int:
+    """Workers that would fit if the run's present ones made way: `own` is how many of them are on each node, by id."""
+    return wanted.room(_with_own(node, wanted.each, own.get(node.id, 0)) for node in nodes)
+
+
+def _with_own(node: Node, each: Resources, count: int) -> Resources:
+    return {name: node.free.get(name, 0.0) + count * amount for name, amount in each.items()}

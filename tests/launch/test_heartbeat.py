@@ -1,0 +1,115 @@
+"""A hang is told from work that takes its time, and the rank that holds up the others is found."""
+
+from __future__ import annotations
+
+import faulthandler
+from pathlib import Path
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llm_training_toolkit import pulse
+from llm_training_toolkit.launch.heartbeat import Watch
+from llm_training_toolkit.launch.stacks import size_of, stands_in
+from llm_training_toolkit.pulse import UNLIMITED, WITHIN_A_STEP, Beat, Pulse
+
+HANG, EVERY = 60.0, 2.0
+
+
+def beat(marks: int, patience: float = WITHIN_A_STEP, *, done: bool = False) -> tuple[Beat, float]:
+    return Beat(marks, f"place {marks}", patience, done), 0.0
+
+
+def watch(size: int = 3) -> Watch:
+    return Watch(size, HANG, EVERY)
+
+
+def test_the_rank_with_the_fewest_marks_is_behind() -> None:
+    seen = watch()
+    seen.see({0: beat(7), 1: beat(6), 2: beat(7)}, 100.0)
+    assert seen.hung(100.0 + HANG) is None
+    hang = seen.hung(101.0 + HANG)
+    assert hang is not None
+    assert (dict(hang.behind), hang.silent, hang.seconds) == ({1: "place 6"}, False, HANG + 1)
+
+
+def test_a_rank_that_falls_silent_is_behind_wherever_it_was_last() -> None:
+    seen = watch()
+    seen.see({0: beat(7), 1: beat(8, 3.0), 2: beat(7)}, 0.0)
+    seen.see({0: beat(7), 1: (beat(8, 3.0)[0], HANG), 2: beat(7)}, HANG + 1)
+    hang = seen.hung(HANG + 1)
+    assert hang is not None, "what the silent rank did last grants no patience"
+    assert (list(hang.behind), hang.silent) == ([1], True)
+
+
+def test_any_advance_of_any_rank_starts_the_wait_anew() -> None:
+    seen = watch()
+    for now in range(0, 1000, 50):
+        seen.see({0: beat(7), 1: beat(now), 2: beat(7)}, float(now))
+        assert seen.hung(float(now)) is None
+
+
+def test_building_saving_and_evaluating_may_take_longer_and_an_export_any_time() -> None:
+    seen = watch(2)
+    seen.see({0: beat(7, 3.0), 1: beat(7, 3.0)}, 0.0)
+    assert seen.hung(3 * HANG) is None
+    assert seen.hung(3 * HANG + 1) is not None
+    seen.see({0: beat(8, UNLIMITED), 1: beat(8, UNLIMITED, done=True)}, 200.0)
+    assert seen.hung(1e9) is None
+
+
+def test_a_rank_that_never_starts_holds_up_the_others() -> None:
+    seen = watch(2)
+    assert seen.hung(1e6) is None, "nobody has started: that is not for the watch"
+    seen.see({0: beat(3, 3.0)}, 0.0)
+    hang = seen.hung(3 * HANG + 1)
+    assert hang is not None
+    assert dict(hang.behind) == {1: "starting its process"}
+
+
+def test_where_all_wait_for_each_other_all_are_named() -> None:
+    seen = watch(2)
+    seen.see({0: beat(5), 1: beat(5)}, 0.0)
+    hang = seen.hung(HANG + 1)
+    assert hang is not None
+    assert list(hang.behind) == [0, 1]
+
+
+@given(st.integers(2, 8), st.data())
+def test_exactly_the_stragglers_are_named(size: int, data: st.DataObject) -> None:
+    late = data.draw(st.sets(st.integers(0, size - 1), min_size=1, max_size=size - 1))
+    seen = watch(size)
+    seen.see({rank: beat(4 if rank in late else 5) for rank in range(size)}, 0.0)
+    hang = seen.hung(HANG + 1)
+    assert hang is not None
+    assert set(hang.behind) == late
+
+
+def test_a_pulse_advances_with_every_mark() -> None:
+    own = Pulse()
+    first = own.read()
+    own.mark("step 1", WITHIN_A_STEP)
+    own.mark("step 1", WITHIN_A_STEP)
+    assert own.read().marks == first.marks + 2
+    own.finish()
+    assert own.read().done
+
+
+def test_where_a_rank_stands_is_read_from_the_stacks_in_its_log(tmp_path: Path) -> None:
+    log, own = tmp_path / "rank_0.log", Path(pulse.__file__).parent
+    log.write_text("noise\n")
+    before = size_of(log)
+    assert stands_in(log, before) == ""
+    with log.open("a") as file:
+        faulthandler.dump_traceback(file, all_threads=True)  # of this process: no worker's thread is among them
+    assert stands_in(log, before) == ""
+    with log.open("a") as file:
+        file.write(
+            "Thread 0x00007fe7 (most recent call first):\n"
+            '  File "/site-packages/torch/distributed/distributed_c10d.py", line 3252 in all_reduce\n'
+            f'  File "{own}/engine/engine.py", line 80 in accumulate\n'
+            f'  File "{own}/launch/ray_worker.py", line 39 in worker_main\n'
+            "\nCurrent thread 0x00007fe8 (most recent call first):\n"
+            '  File "/site-packages/ray/_private/worker.py", line 1069 in main_loop\n'
+        )
+    assert stands_in(log, before) == "all_reduce (distributed_c10d.py:3252), called by accumulate (engine.py:80)"
