@@ -48,8 +48,25 @@ def test_state_by_stage(
 
 def test_the_bucket_and_the_gathered_weights_are_bounded() -> None:
     memory = estimate(replace(LOAD, zero=3, bucket=100, max_live=200))
-    assert memory.weights == P // 2 + 400
-    assert memory.gradients == P + 600
+    assert memory.weights == P // 2 + 2 * 64_000  # the embedding is larger than both, and cannot be divided
+    assert memory.gradients == P + 6 * 64_000
+    memory = estimate(replace(LOAD, zero=3, bucket=70_000, max_live=80_000))
+    assert memory.weights == P // 2 + 2 * 80_000
+    assert memory.gradients == P + 6 * 70_000
+
+
+def test_the_experts_of_a_layer_are_gathered_together() -> None:
+    mixture = replace(MODEL, experts=8, experts_per_token=2)
+    layer = 8 * (3 * 64 * 128 + 64)
+    memory = estimate(replace(LOAD, model=mixture, zero=3, bucket=100, max_live=200))
+    assert memory.weights == mixture.parameters // 2 + 2 * layer
+    assert memory.gradients == mixture.parameters + 6 * (8 * 2 * 64 * 128)
+
+
+def test_activations_of_a_mixture_by_hand() -> None:
+    mixture = replace(MODEL, experts=8, experts_per_token=2)
+    more = 2 * (2 * 4 * 128 + 2 * 2 * 64 + 38) + 4 * 8 - 2 * 4 * 128
+    assert estimate(replace(LOAD, model=mixture)).activations - estimate(LOAD).activations == 3 * 64 * more
 
 
 def test_activations_by_hand() -> None:

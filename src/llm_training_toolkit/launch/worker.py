@@ -29,7 +29,7 @@ from llm_training_toolkit.launch.place import Place
 from llm_training_toolkit.launch.preparation import facts_of
 from llm_training_toolkit.launch.sizing import after_out_of_memory, is_out_of_memory, load_of, with_micro_batch
 from llm_training_toolkit.metrics import Metrics
-from llm_training_toolkit.models import LossModule, build_model, check_size, initialize
+from llm_training_toolkit.models import LossModule, build_model, check_size, grow_vocabulary, initialize
 from llm_training_toolkit.plan import Plan, make_plan, require
 from llm_training_toolkit.runs import (
     begin_attempt,
@@ -166,6 +166,8 @@ def _engine(
             path=None if checkpoint else config.model.path,
             activation_checkpointing=config.model.activation_checkpointing,
         )
+        if checkpoint is None and config.model.grow_vocabulary is not None:
+            grow_vocabulary(model, config.model.grow_vocabulary, whole_parameter)
     check_size(model, plan.parameters, config.model.name)
     if checkpoint is None and not loads:
         initialize(model, config.run.seed, whole_parameter)

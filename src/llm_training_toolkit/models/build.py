@@ -16,12 +16,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from llm_training_toolkit.errors import CheckpointError, PlanError
+from llm_training_toolkit.families import DROPOUTS
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-
-_DROPOUTS = {"attention_dropout", "residual_dropout", "embedding_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop"}
-"""Set to 0 for loaded weights too. StarCoder's base configurations carry 0.1, which makes the loss depend on how a
-batch is split; StarCoder2-Instruct was trained with 0 (bigcode-project/starcoder2-self-align)."""
 
 
 def build_model(
@@ -34,7 +31,8 @@ def build_model(
 ) -> nn.Module:
     """A causal language model of the given Hugging Face configuration, with the weights at `path` if there is one.
 
-    Raises CheckpointError when weights are missing, left over or of another shape.
+    Raises CheckpointError when weights are missing, left over or of another shape, and PlanError when they are of
+    another family than the configuration.
     """
     dtype = DTYPES[precision]
     if path is None:
@@ -42,7 +40,7 @@ def build_model(
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
     else:
         local = Path(path).expanduser()
-        model = _load(str(local) if local.exists() else path, dtype, attention)
+        model = _load(str(local) if local.exists() else path, hf_config["model_type"], dtype, attention)
     model.config.use_cache = False  # a cache object switches the isolation of packed documents off
     if activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -50,21 +48,45 @@ def build_model(
     return model
 
 
-def _load(path: str, dtype: torch.dtype, attention: str) -> Any:  # noqa: ANN401 - transformers has no types
+def _load(path: str, model_type: str, dtype: torch.dtype, attention: str) -> Any:  # noqa: ANN401 - transformers has no types
     try:
-        config = AutoConfig.from_pretrained(path)
-        for name in _DROPOUTS & set(config.to_dict()):
+        # trust_remote_code off in so many words: left out, transformers asks at the terminal whether to run the code.
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        if config.model_type != model_type:
+            raise PlanError(f"model.path = {path} holds a {config.model_type} model, model.name is of {model_type}")
+        for name in set(DROPOUTS) & set(config.to_dict()):
             setattr(config, name, 0.0)
         model, info = AutoModelForCausalLM.from_pretrained(
             path, config=config, dtype=dtype, attn_implementation=attention, output_loading_info=True
         )
     except (OSError, ImportError, RuntimeError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"model.path = {path}: no weights can be loaded from there: {error}") from error
+        raise CheckpointError(f"model.path = {path}: no weights can be loaded from there: {_reason(error)}") from error
     wrong = {kind: sorted(map(str, names)) for kind, names in info.items() if names}
     if wrong:
         found = "; ".join(f"{kind}: {', '.join(names[:3])} ({len(names)} in all)" for kind, names in wrong.items())
         raise CheckpointError(f"model.path = {path}: the weights do not fit the model: {found}")
+    _check_tied(path, model)
     return model
+
+
+def _reason(error: Exception) -> str:
+    if "trust_remote_code" in str(error):
+        return (
+            "its classes are code in its own repository, which is never run here: use weights that transformers knows"
+        )
+    return str(error)
+
+
+def _check_tied(path: str, model: Any) -> None:  # noqa: ANN401 - transformers has no types
+    """transformers leaves embedding and output layer apart when a file holds two different ones; it only logs that."""
+    if (
+        model.config.tie_word_embeddings
+        and model.get_output_embeddings().weight is not model.get_input_embeddings().weight
+    ):
+        raise CheckpointError(
+            f"model.path = {path}: config.json says that embedding and output layer are one, the weights hold two "
+            "different ones: correct tie_word_embeddings there"
+        )
 
 
 def check_size(model: nn.Module, expected: int, name: str) -> None:

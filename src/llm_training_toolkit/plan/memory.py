@@ -75,12 +75,13 @@ def weights(load: Load) -> int:
     """The weights of the forward pass: 2 bytes in bf16, 4 in fp32; stage 3 spreads them (ZeRO, Rajbhandari 2020, 5).
 
     Stage 3 gathers whole layers for use and keeps up to `stage3_max_live_parameters` of them (DeepSpeed's
-    documentation), which for a model below that number is all of it.
+    documentation), which for a model below that number is all of it. The experts of a layer are gathered together,
+    however many they are.
     """
     total = load.model.parameters
     if load.zero < 3 or load.workers == 1:
         return load.width * total
-    return load.width * (load.part(total, spread=True) + min(total, load.max_live))
+    return load.width * (load.part(total, spread=True) + min(total, max(load.max_live, load.model.largest_module)))
 
 
 def gradients(load: Load) -> int:
@@ -88,13 +89,14 @@ def gradients(load: Load) -> int:
 
     Stages 0 and 1 accumulate whole in the precision of the forward pass; the step then needs an fp32 copy, of all at
     stage 0 in bf16 and of the partition at stage 1. Stages 2 and 3 accumulate in fp32 on the partition alone. From
-    stage 1 on gradients pass through a bucket, which in bf16 is also copied to fp32 for the reduction. Read in
-    DeepSpeed 0.19.8, runtime/zero/stage_1_and_2.py and stage3.py.
+    stage 1 on gradients pass through a bucket, which in bf16 is also copied to fp32 for the reduction; a tensor larger
+    than the bucket (an embedding, the fused experts of a layer) passes alone. Read in DeepSpeed 0.19.8,
+    runtime/zero/stage_1_and_2.py and stage3.py.
     """
     total = load.model.parameters
     if load.zero == 0:
         return total * (2 + 4) if load.precision == "bf16" else total * 4
-    bucket = min(total, load.bucket) * (2 + 4 if load.precision == "bf16" else 4)
+    bucket = min(total, max(load.bucket, load.model.largest_tensor)) * (2 + 4 if load.precision == "bf16" else 4)
     partition = 4 * load.part(total, spread=True)
     return partition + bucket + (load.width * total if load.zero == 1 else 0)
 
@@ -125,9 +127,9 @@ def layer_bytes_per_token(load: Load) -> int:
 
     Two norms: their inputs and outputs, 4 h w; an RMSNorm also keeps its input in fp32 and what it has normalised,
     2 h 4. The same for the norms of queries and keys. Attention: queries, keys, values and its output, keys and
-    values repeated for every query head unless there is but one of them. Feed-forward: 4 i gated (gate, activation,
-    up, product), or 2 i. Packed documents need a mask, T w; eager attention keeps scores as probabilities instead,
-    in fp32 and once more in bf16. tests/models/test_activations.py compares it with what autograd keeps.
+    values repeated for every query head unless there is but one of them. Packed documents need a mask, T w; eager
+    attention keeps scores as probabilities instead, in fp32 and once more in bf16. tests/models/test_activations.py
+    compares it with what autograd keeps.
     """
     model, w = load.model, load.width
     norms = 2 * model.hidden * (2 * w + (4 if model.rms_norms else 0))
@@ -135,8 +137,19 @@ def layer_bytes_per_token(load: Load) -> int:
         norms += (model.query_width + model.kv_width) * (4 + w)
     keys_and_values = 2 * (model.kv_width if model.kv_heads == 1 else model.query_width)
     attention = w * (2 * model.query_width + keys_and_values)
-    feed_forward = w * (4 if model.gated else 2) * model.intermediate
-    return norms + attention + feed_forward + load.sequence_length * _mask_bytes(load)
+    return norms + attention + _feed_forward_bytes(model, w) + load.sequence_length * _mask_bytes(load)
+
+
+def _feed_forward_bytes(model: Anatomy, w: int) -> int:
+    """Feed-forward: 4 i w gated (gate, activation, up, product), or 2 i w.
+
+    An expert also keeps the copy of its input and its output before they are weighed, 2 h w, and the way of a token to
+    it and back (four indices of 8 bytes, a probability of 4 and of w). The router keeps its softmax in fp32.
+    """
+    one = w * (4 if model.gated else 2) * model.intermediate
+    if not model.experts:
+        return one
+    return model.experts_per_token * (one + 2 * w * model.hidden + 36 + w) + 4 * model.experts
 
 
 def _mask_bytes(load: Load) -> int:

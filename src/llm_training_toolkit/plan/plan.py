@@ -40,6 +40,8 @@ class Plan:
     hf_config: Mapping[str, Any]
     parameters: int
     trainable_parameters: int
+    active_parameters: int
+    """Those that a token passes through: fewer than all in a mixture of experts."""
     flops_per_token: int
     precision: str
     zero: int
@@ -126,6 +128,7 @@ def make_plan(config: Config, facts: DataFacts | None = None, replicas: int | No
         hf_config=hf,
         parameters=total,
         trainable_parameters=total,
+        active_parameters=families.anatomy(hf).active_parameters,
         flops_per_token=families.flops_per_token(hf, length),
         precision=config.train.precision,
         zero=config.engine.zero,
@@ -151,7 +154,7 @@ def make_plan(config: Config, facts: DataFacts | None = None, replicas: int | No
         problems=(
             *check.problems(config, size, hf, world),
             *check.length_problems(steps, warmup, decay),
-            *check.vocabulary_problems(facts.vocab_size if facts else None, hf),
+            *check.vocabulary_problems(config, facts.vocab_size if facts else None, hf),
         ),
         estimated=_estimated(config, steps_estimated=steps_estimated),
         notes=check.notes(config, size, hf, world),

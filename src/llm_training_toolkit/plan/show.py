@@ -23,7 +23,10 @@ def lines(plan: Plan) -> list[str]:
 
 def _rows(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "run", plan.name
-    yield "model", f"{plan.model}, {count(plan.parameters)} parameters ({plan.parameters:,}), {plan.precision}"
+    yield (
+        "model",
+        f"{plan.model}, {count(plan.parameters)} parameters ({plan.parameters:,}){_active(plan)}, {plan.precision}",
+    )
     yield "data", f"sequences of {plan.sequence_length:,} tokens, {_passes(plan)}"
     yield "batch", _batch(plan)
     yield "length", _length(plan)
@@ -35,6 +38,11 @@ def _rows(plan: Plan) -> Iterator[tuple[str, str]]:
         f"{count(plan.flops_per_token)} FLOPs a token, {count(plan.flops_per_token * plan.tokens_per_step)} a step",
     )
     yield "checkpoints", f"every {_save_interval(plan)}; evaluation every {_number(plan.eval_every, 'step')}"
+
+
+def _active(plan: Plan) -> str:
+    few = plan.active_parameters < plan.parameters
+    return f", of which a token passes {count(plan.active_parameters)}" if few else ""
 
 
 def _passes(plan: Plan) -> str:
