@@ -20,7 +20,7 @@ from llm_training_toolkit.engine import Engine, partitioned, whole_parameter
 from llm_training_toolkit.launch.place import Place
 from llm_training_toolkit.launch.preparation import facts_of
 from llm_training_toolkit.launch.worker import work
-from llm_training_toolkit.models import LossModule, build_model, initialize
+from llm_training_toolkit.models import LossModule, build_model, check_weights, grow_vocabulary, initialize
 from llm_training_toolkit.plan import Plan, make_plan, slice_of
 from llm_training_toolkit.runs import RunDirectory
 from llm_training_toolkit.saving import restore
@@ -179,6 +179,20 @@ def work_on(run: str, changes: Mapping[str, Any] | None = None, stop_after: int 
 
     result = work(place_of(run, changes), context(report, stop))
     return {**result, "events": events}
+
+
+def loaded_weights(hf_config: Mapping[str, Any], path: str, zero: int, rows: int | None = None) -> Arrays:
+    """The weights at `path`, loaded as a worker does under a ZeRO stage, with as many rows of the vocabulary."""
+    check_weights(path, hf_config["model_type"])
+    with partitioned({"zero_optimization": {"stage": zero}, "train_micro_batch_size_per_gpu": 1}):
+        model = build_model(hf_config, precision="fp32", attention="sdpa", path=path)
+        if rows is not None:
+            grow_vocabulary(model, rows, whole_parameter)
+    found = {}
+    for name, parameter in model.named_parameters():
+        with whole_parameter(parameter):
+            found[name] = parameter.detach().numpy().copy()
+    return found
 
 
 def logits_of(run: str, checkpoint: str, ids: list[list[int]]) -> np.ndarray[Any, Any]:

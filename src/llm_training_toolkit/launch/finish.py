@@ -17,6 +17,7 @@ from llm_training_toolkit import families
 from llm_training_toolkit.checkpoint import Checkpoint, newest
 from llm_training_toolkit.config import Config
 from llm_training_toolkit.context import Event, RunContext
+from llm_training_toolkit.data.chat_template import ChatTemplate
 from llm_training_toolkit.data.feed import held_out_beginnings
 from llm_training_toolkit.data.receipt import Receipt
 from llm_training_toolkit.data.tokenizer import open_tokenizer
@@ -72,7 +73,6 @@ def finish(
     directory = newest(run.checkpoints)
     if directory is None:
         raise CheckpointError(f"{run.path}: nothing to export: the run has no complete checkpoint")
-    tokens = families.find(config.model.name).family.special_tokens
     encoder = open_tokenizer(receipt.tokenizer_path)
     export(
         Checkpoint(directory),
@@ -80,7 +80,7 @@ def finish(
         hf_config=hf_config,
         tokenizer=Path(receipt.tokenizer_path),
         precision=config.train.precision,
-        end_of_text=encoder.id_of(tokens.end_of_text),
+        ends={marker: encoder.id_of(marker) for marker in _ends(config, receipt)},
         pad=receipt.pad_id,
         card=_card(config, directory),
     )
@@ -92,6 +92,16 @@ def finish(
             context.report(sample.to_event())
     except ToolkitError as error:  # the run and its export are whole; samples are a courtesy
         context.report({"kind": "warning", "message": f"no samples: {error}"})
+
+
+def _ends(config: Config, receipt: Receipt) -> tuple[str, ...]:
+    """The special tokens that the model has learnt to end with, that of an answer first."""
+    family = families.find(config.model.name).family
+    end_of_text = family.special_tokens.end_of_text
+    if all(source.format != "chat" for source in config.data.sources):
+        return (end_of_text,)
+    end_of_turn = ChatTemplate.open(Path(receipt.tokenizer_path), family.chat_template).end_of_turn
+    return tuple(dict.fromkeys((end_of_turn or end_of_text, end_of_text)))
 
 
 def is_exported(run: RunDirectory) -> bool:

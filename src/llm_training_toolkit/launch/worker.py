@@ -29,7 +29,7 @@ from llm_training_toolkit.launch.place import Place
 from llm_training_toolkit.launch.preparation import facts_of
 from llm_training_toolkit.launch.sizing import after_out_of_memory, is_out_of_memory, load_of, with_micro_batch
 from llm_training_toolkit.metrics import Metrics
-from llm_training_toolkit.models import LossModule, build_model, check_size, grow_vocabulary, initialize
+from llm_training_toolkit.models import LossModule, build_model, check_size, check_weights, grow_vocabulary, initialize
 from llm_training_toolkit.plan import Plan, make_plan, require
 from llm_training_toolkit.runs import (
     begin_attempt,
@@ -158,6 +158,8 @@ def _engine(
 ) -> tuple[Engine, Mapping[str, Any]]:
     """The model under DeepSpeed. On a resume the saved weights are not read again: the checkpoint holds everything."""
     loads = config.model.path is not None or config.model.init_from is not None
+    if config.model.path is not None and checkpoint is None:
+        check_weights(config.model.path, plan.hf_config["model_type"])
     with partitioned(plan.deepspeed):
         model = build_model(
             checkpoint.manifest.extra["hf_config"] if checkpoint and loads else plan.hf_config,
