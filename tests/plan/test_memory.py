@@ -77,9 +77,9 @@ def test_activations_by_hand() -> None:
 
 
 def test_logits_by_hand() -> None:
-    assert estimate(LOAD).logits == 16 * 1000 * 10 + 1000 * 64 * 6
-    assert estimate(replace(LOAD, loss_chunk=0)).logits == 64 * 1000 * 10 + 1000 * 64 * 6
-    assert estimate(replace(LOAD, loss_chunk=4096, precision="fp32")).logits == 64 * 1000 * 12 + 1000 * 64 * 8
+    assert estimate(LOAD).logits == 16 * 1000 * 6 + 1000 * 64 * 2
+    assert estimate(replace(LOAD, loss_chunk=0)).logits == 64 * 1000 * 6 + 1000 * 64 * 2
+    assert estimate(replace(LOAD, loss_chunk=4096, precision="fp32")).logits == 64 * 1000 * 4 + 1000 * 64 * 4
 
 
 @pytest.mark.parametrize(

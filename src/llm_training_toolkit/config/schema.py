@@ -107,8 +107,9 @@ class Model(Section):
     """How attention is computed; the last two need a GPU. Documents in a sequence do not see each other."""
     activation_checkpointing: Annotated[bool, Tag.FREE] = False
     """Recompute activations in the backward pass: about a third more time for much less memory."""
-    loss_chunk: Annotated[int, Field(ge=0), Tag.IDENTITY] = 1024
-    """Tokens per chunk of the loss over the vocabulary, so that whole logits never exist. 0 = no chunks."""
+    loss_chunk: Annotated[Annotated[int, Field(ge=0)] | Literal["auto"], Tag.IDENTITY] = "auto"
+    """Tokens per chunk of the loss over the vocabulary, so that whole logits never exist. `auto` = as many as make 67
+    million logits (0.4 GB in bf16): 441 for Qwen's vocabulary. 0 = no chunks."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> Model:

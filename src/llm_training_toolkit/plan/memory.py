@@ -162,13 +162,12 @@ def _mask_bytes(load: Load) -> int:
 def logits(load: Load) -> int:
     """One chunk of the loss and the output layer's gradient, in bytes.
 
-    Logits in the precision of the forward pass, in fp32, and their gradient: tokens x vocabulary x (2 + 4 + 4) in
-    bf16, (4 + 4 + 4) in fp32; a measurement on CPU gave 10.3 bytes a logit. The head's gradient is summed over chunks
-    in fp32 and then cast: vocabulary x hidden x (4 + 2) in bf16.
+    Logits in fp32, which become their gradient in place, and in bf16 before and after that: tokens x vocabulary x 6,
+    or x 4 in fp32. Beside them the gradient of the head, vocabulary x hidden.
     """
     tokens = min(load.loss_chunk or load.tokens, load.tokens)
-    head = load.model.vocab * load.model.hidden * (4 + load.width)
-    return tokens * load.model.vocab * (load.width + 8) + head
+    logit = 4 if load.precision == "fp32" else 6
+    return load.model.vocab * (tokens * logit + load.model.hidden * load.width)
 
 
 def deepspeed_limits(deepspeed: Mapping[str, Any]) -> dict[str, int]:

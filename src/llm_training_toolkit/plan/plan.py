@@ -229,7 +229,7 @@ def _memory(config: Config, hf: Mapping[str, Any], replicas: int, deepspeed: Map
         micro_batch=batch.micro_batch(config),
         sequence_length=config.data.sequence_length,
         activation_checkpointing=config.model.activation_checkpointing,
-        loss_chunk=config.model.loss_chunk,
+        loss_chunk=batch.loss_chunk_tokens(config.model.loss_chunk, hf["vocab_size"]),
         eager_attention=config.model.attention == "eager",
         **memory.deepspeed_limits(deepspeed),
     )
