@@ -187,6 +187,8 @@ class Family:
     """Where the special tokens for repositories and files stand."""
     aliases: Mapping[str, str] = field(default_factory=dict)
     """Common names of values that this family calls otherwise."""
+    saved_as: Mapping[str, str] = field(default_factory=dict)
+    """Other names that transformers gives values when it saves them."""
     fixed: frozenset[str] = frozenset()
     """Values that `model.shape` must not change."""
     published_dropout: float = 0.0

@@ -152,6 +152,7 @@ QWEN3_MOE = replace(
         "router_aux_loss_coef": 0.001,
     },
     anatomy=qwen3_moe_anatomy,
+    saved_as={"num_experts": "num_local_experts"},
     # Without dense layers the first two mean nothing, nor do the others without a balance loss.
     fixed=frozenset({"intermediate_size", "decoder_sparse_step", "output_router_logits", "router_aux_loss_coef"}),
     lora_targets=_ATTENTION,

@@ -57,7 +57,8 @@ def read_saved(model: Model, size: Size) -> dict[str, Any] | None:
             f"{where} holds a {found.get('model_type')} model, and model.name = {size.name} is of "
             f"{size.family.model_type}: correct one of them"
         )
-    return {key: value if key in DROPOUTS else found.get(key, value) for key, value in size.values.items()}
+    also = {key: found[name] for key, name in size.family.saved_as.items() if name in found}
+    return {key: value if key in DROPOUTS else {**also, **found}.get(key, value) for key, value in size.values.items()}
 
 
 def saved_dropout(model: Model, size: Size) -> float:

@@ -137,7 +137,7 @@ def _batch_notes(config: Config, replicas: int) -> Iterator[str]:
 def _model_notes(config: Config, size: Size, hf: HfValues) -> Iterator[str]:
     length = config.data.sequence_length
     if config.model.path is not None:
-        yield f"Numbers are those of {size.name}; the weights of model.path are compared with it when they are loaded."
+        yield f"Numbers are those of {config.model.name}; the weights of model.path are compared with it when loaded."
         if not size.family.absolute_positions and length > size.values[size.family.position_key]:
             yield f"A sequence of {length} tokens is longer than the weights have seen."
         if dropout := saved_dropout(config.model, size):

@@ -124,7 +124,7 @@ def make_plan(config: Config, facts: DataFacts | None = None, replicas: int | No
     length, every = config.data.sequence_length, config.checkpoint.every
     return Plan(
         name=config.run.name,
-        model=size.name,
+        model=config.model.name,
         hf_config=hf,
         parameters=total,
         trainable_parameters=total,
