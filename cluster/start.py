@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from jsonschema import ValidationError  # type: ignore[import-untyped]
+from jsonschema import ValidationError
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError

@@ -29,8 +29,8 @@ sys.path[:0] = [str(HERE), str(HERE.parent / "src")]
 
 from smoke.bench import Bench  # noqa: E402 - the path comes first, so that nothing need be installed
 from smoke.checks import CHECKS  # noqa: E402
-from smoke.jobs import order_for  # noqa: E402
-from smoke.runner import Done, Job, Result, Runner  # noqa: E402
+from smoke.order import order_for  # noqa: E402
+from smoke.runner import Done, Result, Runner, Task  # noqa: E402
 
 Values = dict[str, Any]
 _LOOK_SECONDS = 120.0
@@ -46,7 +46,7 @@ _WIDTH = 150
 def main(words: Sequence[str] | None = None) -> int:
     """Look, check, tell; 1 when a check failed."""
     arguments = _arguments(words)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the jobs are ended, too
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the tasks are ended, too
     began = time.monotonic()
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
@@ -55,7 +55,7 @@ def main(words: Sequence[str] | None = None) -> int:
         try:
             report = _report(arguments.device, runner)
         except KeyboardInterrupt:
-            sys.stderr.write("interrupted: every job is ended\n")
+            sys.stderr.write("interrupted: every task is ended\n")
             return _INTERRUPTED
         finally:
             runner.close()
@@ -75,7 +75,7 @@ def _arguments(words: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _report(device: str, runner: Runner) -> Values:
-    """The machine, the jobs and the rows."""
+    """The machine, the tasks and the rows."""
     report: Values = {
         "status": "skipped",
         "reason": "",
@@ -84,12 +84,12 @@ def _report(device: str, runner: Runner) -> Values:
         "seconds": 0.0,
         "machine": {},
         "rows": [],
-        "jobs": {},
+        "tasks": {},
     }
     looked = _look(device, runner)
     if not isinstance(looked, Done):
         reason = f"this machine cannot be looked at: {looked.reason}"
-        return report | {"status": "failed", "reason": reason, "jobs": {"probe": asdict(looked)}}
+        return report | {"status": "failed", "reason": reason, "tasks": {"probe": asdict(looked)}}
     machine = looked.stages[0]
     report["machine"] = machine
     if device == "cuda" and (reason := _unusable(machine)):
@@ -100,14 +100,14 @@ def _report(device: str, runner: Runner) -> Values:
     found = {row.result for row in rows}
     status = "failed" if "failed" in found else "ok" if "ok" in found else "skipped"
     reason = "no check was made" if status == "skipped" else ""
-    jobs = {name: asdict(result) for name, result in results.items()}
-    return report | {"status": status, "reason": reason, "rows": [asdict(row) for row in rows], "jobs": jobs}
+    tasks = {name: asdict(result) for name, result in results.items()}
+    return report | {"status": status, "reason": reason, "rows": [asdict(row) for row in rows], "tasks": tasks}
 
 
 def _look(device: str, runner: Runner) -> Result:
     """What machine this is. It has a limit of its own: without it there is nothing to tell."""
     own = Runner(runner.work, device, time.monotonic() + _LOOK_SECONDS)
-    return own.run(Job("probe", "job_probe", [{"device": device}], needs=0.0, limit=_LOOK_SECONDS))
+    return own.run(Task("probe", "task_probe", [{"device": device}], needs=0.0, limit=_LOOK_SECONDS))
 
 
 def _unusable(machine: Values) -> str:
@@ -132,31 +132,31 @@ def _bench(device: str, work: Path, machine: Values) -> Bench:
 
 
 def _run(bench: Bench, machine: Values, runner: Runner) -> dict[str, Result]:
-    """Run every job of this machine, saying so; the results by name."""
+    """Run every task of this machine, saying so; the results by name."""
     order = order_for(bench, machine["packages"])
     results: dict[str, Result] = dict(order.left_out)
     terminal = Console(stderr=True, highlight=False, soft_wrap=True)
 
-    def run(job: Job) -> None:
-        results[job.name] = result = runner.run(job)
+    def run(task: Task) -> None:
+        results[task.name] = result = runner.run(task)
         said = f"{result.seconds:.0f} s" if isinstance(result, Done) else result.reason
-        terminal.print(f"{job.name}: {said}", markup=False, style="dim")
+        terminal.print(f"{task.name}: {said}", markup=False, style="dim")
 
-    for job in order.first:
-        run(job)
+    for task in order.first:
+        run(task)
     with ThreadPoolExecutor(bench.together) as pool:
         try:
             list(pool.map(run, order.together))
-        except BaseException:
-            runner.close()  # otherwise the pool waits for every job
+        except KeyboardInterrupt:
+            runner.close()  # otherwise the pool waits for every task
             raise
-    for job in order.last:
-        run(job)
+    for task in order.last:
+        run(task)
     return results
 
 
 def _show(report: Values) -> None:
-    """The table on standard output, or the one line that says why there is none; then what failed jobs said."""
+    """The table on standard output, or the one line that says why there is none; then what failed tasks said."""
     terminal = Console(highlight=False)
     terminal.width = terminal.width if terminal.is_terminal else _WIDTH
     if not report["rows"]:
@@ -169,9 +169,9 @@ def _show(report: Values) -> None:
             table.add_row(row["name"], result, Text(row["value"]), Text(row["expected"]))
         terminal.print(table)
         terminal.print(f"{report['status']} in {report['seconds']:.0f} s", markup=False)
-    for name, job in report["jobs"].items():
-        if job.get("log"):
-            terminal.print(f"\n{name}: {job['reason']}\n{job['log']}", markup=False, soft_wrap=True)
+    for name, task in report["tasks"].items():
+        if task.get("log"):
+            terminal.print(f"\n{name}: {task['reason']}\n{task['log']}", markup=False, soft_wrap=True)
 
 
 def _title(machine: Values, device: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,21 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from llm_training_toolkit.checkpoint import Checkpoint, Manifest, save
-from llm_training_toolkit.config import Config, parse
+from checkpoints import save
+from llm_training_toolkit.checkpoint import Checkpoint, Manifest
+from llm_training_toolkit.config import parse
 from llm_training_toolkit.context import Event, RunContext
+from llm_training_toolkit.data.batches import MicroBatch
 from llm_training_toolkit.data.feed import Feed
 from llm_training_toolkit.data.receipt import Receipt
 from llm_training_toolkit.engine import Engine, partitioned, whole_parameter
+from llm_training_toolkit.evaluate import held_out
+from llm_training_toolkit.launch.building import build
 from llm_training_toolkit.launch.place import Place
 from llm_training_toolkit.launch.preparation import facts_of
 from llm_training_toolkit.launch.worker import work
-from llm_training_toolkit.models import LossModule, build_model, check_weights, grow_vocabulary, initialize
+from llm_training_toolkit.models import LossModule, build_model, check_weights, grow_vocabulary
+from llm_training_toolkit.models.initial import generator
 from llm_training_toolkit.plan import Plan, make_plan, slice_of
 from llm_training_toolkit.runs import RunDirectory
 from llm_training_toolkit.saving import restore
@@ -38,6 +44,11 @@ def context(report: Any = None, stop: Any = None) -> RunContext:
     return RunContext(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), **options)
 
 
+def alone() -> RunContext:
+    """The only rank there is."""
+    return RunContext(0, 1, torch.device("cpu"))
+
+
 def place_of(run: str, changes: Mapping[str, Any] | None = None) -> Place:
     """The place of a run directory, its configuration changed section by section."""
     directory = RunDirectory(Path(run))
@@ -48,25 +59,39 @@ def place_of(run: str, changes: Mapping[str, Any] | None = None) -> Place:
     return Place(directory, config, Receipt.from_json(directory.receipt.read_text()))
 
 
-def engine_of(config: Config, plan: Plan) -> Engine:
+def engine_of(place: Place, plan: Plan) -> Engine:
     """A fresh engine with the run's first weights."""
-    with partitioned(plan.deepspeed):
-        model = build_model(plan.hf_config, precision=plan.precision, attention=config.model.attention)
-    initialize(model, config.run.seed, whole_parameter)
-    return Engine(LossModule(model, config.model.loss_chunk), config.optim, plan.deepspeed, torch.device("cpu"))
+    return build(place, plan, context(), None).engine
 
 
 def _plan(place: Place) -> Plan:
     return make_plan(place.config, facts_of(place.receipt), replicas=dist.get_world_size())
 
 
-def gradients(run: str, changes: Mapping[str, Any], micro_batch: int, step: int = 0) -> tuple[float, float, Arrays]:
+def drawn(name: str, shape: Any) -> torch.Tensor:
+    """Weights of adapters that have learnt something: a pure function of the name."""
+    return torch.empty(tuple(shape)).normal_(0.0, 0.05, generator=generator(7, name))
+
+
+def stir(engine: Engine) -> None:
+    """Give the trained weights the values of `drawn`: beside a zero one, a factor of an adapter has no gradient."""
+    for piece in engine.fragments():
+        whole = drawn(piece.name, engine.shapes[piece.name]).flatten()
+        piece.weights().copy_(whole[piece.start : piece.start + piece.count])
+    engine.refresh()
+
+
+def gradients(
+    run: str, changes: Mapping[str, Any], micro_batch: int, step: int = 0, *, stirred: bool = False
+) -> tuple[float, float, Arrays]:
     """Loss, gradient norm and whole fp32 gradients of one global batch, split over this pool's ranks."""
     from deepspeed.utils import safe_get_full_grad
 
     place = place_of(run, changes)
     plan = _plan(place)
-    engine = engine_of(place.config, plan)
+    engine = engine_of(place, plan)
+    if stirred:
+        stir(engine)
     feed = Feed(place.receipt, global_batch=plan.global_batch, epochs=None)
     world, rank = dist.get_world_size(), dist.get_rank()
     count = -(-len(slice_of(plan.global_batch, world, 0)) // micro_batch)
@@ -75,6 +100,8 @@ def gradients(run: str, changes: Mapping[str, Any], micro_batch: int, step: int 
     [total] = context().sum(loss_sum)
     found = {}
     for name, parameter in engine.deepspeed.module.named_parameters():
+        if not parameter.requires_grad:
+            continue
         gradient = safe_get_full_grad(parameter)
         found[name] = (parameter.grad if gradient is None else gradient).float().numpy().copy()
     norm = engine.step(0.0)
@@ -85,7 +112,7 @@ def gradients(run: str, changes: Mapping[str, Any], micro_batch: int, step: int 
 def fragment_table(run: str, changes: Mapping[str, Any]) -> tuple[dict[str, int], list[tuple[str, int, int]]]:
     """Size of every parameter, and the pieces this rank saves; reads and writes each of them on the way."""
     place = place_of(run, changes)
-    engine = engine_of(place.config, _plan(place))
+    engine = engine_of(place, _plan(place))
     for piece in engine.fragments():
         for tensor in piece.tensors(engine.optimizer).values():
             assert tensor.shape == (piece.count,)
@@ -138,7 +165,7 @@ def updated(run: str, changes: Mapping[str, Any], directory: str) -> Arrays:
     """The state after one update from the first weights."""
     place = place_of(run, changes)
     plan = _plan(place)
-    engine = engine_of(place.config, plan)
+    engine = engine_of(place, plan)
     feed = Feed(place.receipt, global_batch=plan.global_batch, epochs=None)
     world, rank = dist.get_world_size(), dist.get_rank()
     count = plan.accumulation(world)
@@ -155,7 +182,7 @@ def loaded(
 ) -> tuple[Arrays, set[str], set[float]]:
     """The state right after loading a checkpoint, the groups' weight decays, and the step counters of the flats."""
     place = place_of(run, changes)
-    engine = engine_of(place.config, _plan(place))
+    engine = engine_of(place, _plan(place))
     restore(engine, Checkpoint(Path(checkpoint)))
     state = whole_state(engine, directory)
     decays = {str(group["weight_decay"]) for group in engine.optimizer.param_groups}
@@ -195,10 +222,67 @@ def loaded_weights(hf_config: Mapping[str, Any], path: str, zero: int, rows: int
     return found
 
 
-def logits_of(run: str, checkpoint: str, ids: list[list[int]]) -> np.ndarray[Any, Any]:
+def evaluation_of_packed_documents(run: str, model: dict[str, Any], attention: str) -> dict[str, Any]:
+    """What the evaluation says of the documents of one packed held-out row, each of them changed once.
+
+    loss (documents,) of each, `changed` (documents, documents): the same after one (the row) was changed, and
+    `same_logits` (documents, documents): whether its logits stayed as they were. `leaking` is `changed` with positions
+    that do not begin anew, so that documents see each other.
+    """
+    place = place_of(run, {"train": {"precision": "fp32"}})
+    plan = _plan(place)
+    torch.manual_seed(0)
+    built = build_model(model, precision="fp32", attention=attention)
+    engine = Engine(LossModule(built, 16), place.config.optim, plan.deepspeed, torch.device("cpu"))
+    feed = Feed(place.receipt, global_batch=plan.global_batch, epochs=None)
+    [batch] = feed.eval_batches(0, 1, 1000)
+    row, documents = _fullest_row(batch)
+
+    def losses(ids: torch.Tensor, positions: torch.Tensor) -> list[float]:
+        found = []
+        for document in documents:
+            labels = torch.full_like(batch.labels, -100)
+            labels[row, document] = batch.labels[row, document]
+            found.append(held_out(engine, [MicroBatch(ids, positions, labels)], 1, 1, context()).loss)
+        return found
+
+    def logits(ids: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            whole: torch.Tensor = engine.deepspeed.module.logits(ids, batch.position_ids)
+        return whole[row]
+
+    through = torch.arange(batch.input_ids.shape[1]).expand_as(batch.position_ids)
+    loss, before = losses(batch.input_ids, batch.position_ids), logits(batch.input_ids)
+    changed, same_logits, leaking = [], [], []
+    for document in documents:
+        ids = batch.input_ids.clone()
+        ids[row, document] = (ids[row, document] + 100) % 512
+        after = logits(ids)
+        changed.append(losses(ids, batch.position_ids))
+        leaking.append(losses(ids, through))
+        same_logits.append([torch.equal(before[each], after[each]) for each in documents])
+    assert not engine.deepspeed.module.training
+    engine.close()
+    return {"loss": loss, "changed": changed, "same_logits": same_logits, "leaking": leaking}
+
+
+def _fullest_row(batch: MicroBatch) -> tuple[int, list[slice]]:
+    """The row with most documents, and where each of them lies; padding is a piece that bears no loss."""
+    found = []
+    for positions, labels in zip(batch.position_ids, batch.labels, strict=True):
+        bounds = [*torch.nonzero(positions == 0).flatten().tolist(), len(positions)]
+        pieces = [slice(*each) for each in pairwise(bounds)]
+        found.append([piece for piece in pieces if (labels[piece] >= 0).any()])
+    row = max(range(len(found)), key=lambda each: len(found[each]))
+    return row, found[row]
+
+
+def logits_of(
+    run: str, checkpoint: str, ids: list[list[int]], changes: Mapping[str, Any] | None = None
+) -> np.ndarray[Any, Any]:
     """The engine's own logits after loading a checkpoint."""
-    place = place_of(run)
-    engine = engine_of(place.config, _plan(place))
+    place = place_of(run, changes)
+    engine = engine_of(place, _plan(place))
     restore(engine, Checkpoint(Path(checkpoint)))
     tokens = torch.tensor(ids)
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)

@@ -57,6 +57,7 @@ def assert_refused(done: subprocess.CompletedProcess[str], code: int, *words: st
         ["--version"],
         ["train", "--help"],
         ["generate", "--help"],
+        ["export", "--help"],
         ["plan", QUICKSTART],
         ["plan", QUICKSTART, "--json"],
         ["plan", "absent.yaml"],
@@ -69,11 +70,18 @@ def test_what_a_person_waits_for_loads_no_heavy_library(arguments: list[str]) ->
     assert done.stderr.splitlines()[-1] == "loaded:"
 
 
+def test_what_an_actor_imports_while_the_workers_start_is_light() -> None:
+    """Ray does not import Ray Train by itself, nor torch: a second of CPU each, on the cores the workers start on."""
+    code = "import sys, llm_training_toolkit.launch.control; print(*({'torch', 'ray.train'} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "\n"
+
+
 def test_help_names_every_verb_with_what_it_does() -> None:
     done = ltt("--help")
     assert done.returncode == 0
     assert "Train and tune Qwen and StarCoder" in done.stdout
-    for verb in ("plan", "prepare", "train", "generate"):
+    for verb in ("plan", "prepare", "train", "export", "generate"):
         assert f"  {verb} " in done.stdout
 
 
@@ -155,4 +163,9 @@ def test_every_config_plans_for_people_in_lines_of_a_screen(config: str) -> None
 
 def test_generating_from_a_directory_without_a_model_says_what_to_name(tmp_path: Path) -> None:
     done = ltt("generate", str(tmp_path), "--prompt", "def", "--suffix", "pass")
-    assert_refused(done, 1, f"error: {tmp_path}: no model there (no config.json)", "name an exported directory")
+    assert_refused(
+        done,
+        1,
+        f"error: {tmp_path}: no model there (neither config.json nor adapter_config.json)",
+        "name an exported directory",
+    )

@@ -139,7 +139,7 @@ def test_a_run_over_epochs_ends_with_a_short_step_and_every_sequence_once(pools:
     train = {"steps": None, "epochs": 1, "global_batch": 8}
     answers = pools(3).run(rank_tasks.work_on, run=str(run.path), changes={"train": train})
     place = rank_tasks.place_of(str(run.path))
-    sequences = place.receipt.sequences[0]
+    sequences = place.receipt.streams[0].sequences[0]
     assert sequences % 8, "the last step of this test is meant to be short"
     assert (answers[0]["status"], answers[0]["step"]) == ("finished", -(-sequences // 8))
     assert Checkpoint(final(run)).manifest.tokens == sequences * 64
@@ -148,7 +148,7 @@ def test_a_run_over_epochs_ends_with_a_short_step_and_every_sequence_once(pools:
 def test_a_run_lengthened_after_a_short_step_leaves_out_nothing(pools: Pools, fresh_run: Fresh) -> None:
     run = fresh_run("lengthened")
     place = rank_tasks.place_of(str(run.path))
-    first = place.receipt.sequences[0]
+    first = place.receipt.streams[0].sequences[0]
     assert first % 8, "the last step of the first epoch is meant to be short"
     one = {"train": {"steps": None, "epochs": 1, "global_batch": 8}}
     pools(2).run(rank_tasks.work_on, run=str(run.path), changes=one)
@@ -158,13 +158,15 @@ def test_a_run_lengthened_after_a_short_step_leaves_out_nothing(pools: Pools, fr
     answers = pools(3).run(
         rank_tasks.work_on, run=str(run.path), changes={"train": {"steps": None, "epochs": 2, "global_batch": 8}}
     )
-    steps = -(-first // 8) + -(-receipt.sequences[1] // 8)
+    steps = -(-first // 8) + -(-receipt.streams[0].sequences[1] // 8)
     assert (answers[0]["status"], answers[0]["step"]) == ("finished", steps)
     manifest = Checkpoint(final(run)).manifest
-    assert manifest.sequences == sum(receipt.sequences)
+    assert manifest.sequences == receipt.sequences
     feed = Sequences(receipt, global_batch=8, epochs=2, origin=(-(-first // 8), first))
     seen = [placed for step in range(-(-first // 8), steps) for placed in feed.step_sequences(step)]
-    assert [(placed.epoch, placed.sequence) for placed in seen] == [(1, n) for n in range(receipt.sequences[1])]
+    assert [(placed.epoch, placed.sequence) for placed in seen] == [
+        (1, n) for n in range(receipt.streams[0].sequences[1])
+    ]
 
 
 def test_a_loss_that_is_not_finite_stops_every_rank_and_names_step_and_documents(

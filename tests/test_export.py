@@ -6,7 +6,7 @@ import json
 import resource
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,12 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from llm_training_toolkit import export as export_module
-from llm_training_toolkit.checkpoint import Checkpoint, FileEntry, Manifest, save
+from checkpoints import save
+from llm_training_toolkit.checkpoint import Checkpoint, FileEntry, Manifest
+from llm_training_toolkit.checkpoint.reading import Array
 from llm_training_toolkit.context import RunContext
 from llm_training_toolkit.errors import CheckpointError
-from llm_training_toolkit.export import export
+from llm_training_toolkit.export import Beside, CheckpointWeights, appearing, check_whole, weights, write_model
 from llm_training_toolkit.models import build_model
 
 QWEN3: dict[str, Any] = {
@@ -118,16 +119,26 @@ class Case:
     destination: Path
 
     def export(self, precision: str = "fp32", ends: Mapping[str, int] | None = None) -> Path:
-        return export(
-            self.checkpoint,
-            self.destination,
-            hf_config=self.config,
-            tokenizer=self.tokenizer,
-            precision=precision,
-            ends=ends or {"<|endoftext|>": 3},
-            pad=7,
-            card="# größer\n",
-        )
+        name = self.checkpoint.directory.name
+        beside = Beside(self.tokenizer, ends or {"<|endoftext|>": 3}, pad=7, card="# größer\n", origin=name)
+        with appearing(self.destination) as directory:
+            held = CheckpointWeights(self.checkpoint)
+            write_model(held, directory, hf_config=self.config, precision=precision, beside=beside)
+            check_whole(directory, self.checkpoint, self.config, precision)
+        return self.destination
+
+
+class Mixed(Checkpoint):
+    """A checkpoint that gives other weights when it is read a second time."""
+
+    def __init__(self, first: Checkpoint, second: Checkpoint) -> None:
+        super().__init__(first.directory)
+        self._second, self._read = second, set[str]()
+
+    def read(self, name: str, key: str, start: int, count: int) -> Array:
+        seen = name in self._read
+        self._read.add(name)
+        return self._second.read(name, key, start, count) if seen else super().read(name, key, start, count)
 
 
 def in_precision(case: Case, precision: str) -> nn.Module:
@@ -190,7 +201,7 @@ def test_untied_weights_stay_apart(tmp_path: Path, tokenizer: Path) -> None:
 
 @pytest.mark.parametrize("limit", [1, 50_000])
 def test_a_large_model_is_stored_in_shards(case: Case, monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
-    monkeypatch.setattr(export_module, "_SHARD_BYTES", limit)
+    monkeypatch.setattr(weights, "_SHARD_BYTES", limit)
     directory = case.export()
     index = json.loads((directory / "model.safetensors.index.json").read_text())
     files = sorted(path.name for path in directory.glob("*.safetensors"))
@@ -232,6 +243,24 @@ def test_experts_have_the_names_that_are_published(tmp_path: Path, tokenizer: Pa
             names.append({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 - no mapping
     assert names[0].keys() == names[1].keys()
     assert all(torch.equal(names[0][name], names[1][name]) for name in names[0])
+
+
+def test_weights_that_are_not_the_checkpoints_are_not_exported(case: Case) -> None:
+    other = trained(QWEN3)
+    with torch.no_grad():
+        other.get_output_embeddings().weight[0, 0] += 0.5  # type: ignore[operator]
+    elsewhere = case.checkpoint.directory.parent / "step_000000004_a1"
+    with pytest.raises(CheckpointError, match=r"does not give the checkpoint's logits"):
+        replace(case, checkpoint=Mixed(case.checkpoint, saved(other, elsewhere))).export()
+    assert not case.destination.exists()
+
+
+def test_a_directory_of_something_else_is_left_alone(case: Case) -> None:
+    case.destination.mkdir(parents=True)
+    (case.destination / "thesis.tex").write_text("years of work")
+    with pytest.raises(CheckpointError, match="no earlier export"):
+        case.export()
+    assert (case.destination / "thesis.tex").read_text() == "years of work"
 
 
 def test_the_tokenizer_and_the_card_go_along_and_nothing_else(case: Case) -> None:

@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from llm_training_toolkit.checkpoint import FileEntry, Manifest, newest, save
+from checkpoints import save
+from llm_training_toolkit.checkpoint import FileEntry, Manifest, newest
 from llm_training_toolkit.context import Event, RunContext
 from llm_training_toolkit.errors import CheckpointError
 from llm_training_toolkit.runs import RunDirectory

@@ -5,6 +5,7 @@ Expected results are written as text, with [[loss]] in brackets.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -62,16 +63,8 @@ class Chat:
     def __init__(self, path: Path, family: str, source: str | None = None) -> None:
         chosen = FAMILIES[family]
         tokens = chosen.special_tokens
-        markers = Markers(
-            end_of_text=tokens.end_of_text,
-            pad=tokens.pad,
-            fim_prefix=None,
-            fim_middle=None,
-            fim_suffix=None,
-            all=tokens.all + (TAGS if family == "qwen3" else ()),
-            pre_tokenizer_pattern=chosen.pre_tokenizer_pattern,
-        )
-        train_tokenizer(_TEXTS, len(markers.all) + 300, markers, path)
+        tokens = replace(tokens, all=tokens.all + (TAGS if family == "qwen3" else ()))
+        train_tokenizer(_TEXTS, len(tokens.all) + 300, replace(Markers.of(chosen), tokens=tokens), path)
         self.path, self.source = path, source or chosen.chat_template
         (path / "chat_template.jinja").write_text(self.source, encoding="utf-8")
         self.encoder: TextEncoder = open_tokenizer(str(path))

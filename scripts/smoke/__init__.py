@@ -1,1 +1,1 @@
-"""The jobs of `make gpu-smoke`, each in a process of its own, and what becomes of their results."""
+"""The tasks of `make gpu-smoke`, each in a process of its own, and what becomes of their results."""

@@ -1,4 +1,4 @@
-"""The rows of the table: what the jobs found, what was expected, and whether that is right."""
+"""The rows of the table: what the tasks found, what was expected, and whether that is right."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Verdict = Literal["ok", "failed", "skipped"]
 Found = tuple[Verdict, str, str]
 """Verdict, value, what was expected."""
 Stages = Mapping[str, Sequence[Values]]
-"""What the stages of each job gave."""
+"""What the stages of each task gave."""
 Judge = Callable[[Stages, Bench, Values], Found]
 """From stages, bench and facts of the machine to a finding."""
 
@@ -45,26 +45,26 @@ class Row:
 
 @dataclass(frozen=True)
 class Check:
-    """A row to be, and the jobs it is judged by."""
+    """A row to be, and the tasks it is judged by."""
 
     name: str
-    jobs: Sequence[str]
+    tasks: Sequence[str]
     judge: Judge
     optional: bool = False
-    """A job that fails means that this machine does not have it."""
+    """A task that fails means that this machine does not have it."""
 
     def row(self, results: Mapping[str, Result], bench: Bench, machine: Values) -> Row:
-        """The row; where a job failed or was left out, that is the row."""
-        found = {job: results[job] for job in self.jobs}
-        for job, result in found.items():
+        """The row; where a task failed or was left out, that is the row."""
+        found = {task: results[task] for task in self.tasks}
+        for task, result in found.items():
             if isinstance(result, Failed) and self.optional:
                 return Row(self.name, "skipped", f"does not work here: {result.reason}")
             if isinstance(result, Failed):
-                return Row(self.name, "failed", f"{job}: {result.reason}")
+                return Row(self.name, "failed", f"{task}: {result.reason}")
         for result in found.values():
             if isinstance(result, Skipped):
                 return Row(self.name, "skipped", result.reason)
-        stages = {job: result.stages for job, result in found.items() if isinstance(result, Done)}
+        stages = {task: result.stages for task, result in found.items() if isinstance(result, Done)}
         return Row(self.name, *self.judge(stages, bench, machine))
 
 

@@ -1,4 +1,4 @@
-"""Runs jobs in processes of their own, within a limit of time for each and for all of them together."""
+"""Runs tasks in processes of their own, within a limit of time for each and for all of them together."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Values = dict[str, Any]
 _SCRIPTS = Path(__file__).resolve().parent.parent
 _SOURCES = _SCRIPTS.parent / "src"
 _LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""What a launcher around this process may have set: here every job says for itself how many ranks it has."""
+"""What a launcher around this process may have set: here every task says for itself how many ranks it has."""
 _POLL = 0.05
 _MOURNING = 5.0
 """Seconds the other ranks may go on after one has failed, to say what they saw."""
@@ -27,7 +27,7 @@ _TAIL = 3000
 
 
 @dataclass(frozen=True)
-class Job:
+class Task:
     """Something to run: a module of `smoke`, and the arguments of its stages, which run one after another."""
 
     name: str
@@ -77,7 +77,7 @@ class _NotDoneError(Exception):
 
 @dataclass
 class Runner:
-    """Starts the processes of jobs, and ends those that are left when it is closed."""
+    """Starts the processes of tasks, and ends those that are left when it is closed."""
 
     work: Path
     device: str
@@ -89,13 +89,13 @@ class Runner:
         """Seconds until the deadline."""
         return max(self.deadline - time.monotonic(), 0.0)
 
-    def run(self, job: Job) -> Result:
-        """Run the stages of a job; what goes wrong in them is in the result."""
-        if self.left() < job.needs:
-            return Skipped(f"out of time: takes about {job.needs:.0f} s, {self.left():.0f} s are left")
+    def run(self, task: Task) -> Result:
+        """Run the stages of a task; what goes wrong in them is in the result."""
+        if self.left() < task.needs:
+            return Skipped(f"out of time: takes about {task.needs:.0f} s, {self.left():.0f} s are left")
         began = time.monotonic()
         try:
-            stages = [self._stage(job, number, arguments) for number, arguments in enumerate(job.stages)]
+            stages = [self._stage(task, number, arguments) for number, arguments in enumerate(task.stages)]
         except _NotDoneError as error:
             return error.result
         return Done(stages, time.monotonic() - began)
@@ -106,25 +106,25 @@ class Runner:
         for process in self._started:
             _end(process)
 
-    def _stage(self, job: Job, number: int, arguments: Values) -> Values:
-        place = self.work / "jobs" / f"{job.name}_{number}"
+    def _stage(self, task: Task, number: int, arguments: Values) -> Values:
+        place = self.work / "tasks" / f"{task.name}_{number}"
         place.mkdir(parents=True)
         (place / "arguments.json").write_text(json.dumps(arguments, indent=1))
-        processes = self._start(job, place)
+        processes = self._start(task, place)
         try:
-            self._wait(processes, job.limit)
+            self._wait(processes, task.limit)
         finally:
             for process in processes:
                 _end(process)
         return _answer(place, [process.returncode for process in processes], arguments)
 
-    def _start(self, job: Job, place: Path) -> list[subprocess.Popen[bytes]]:
+    def _start(self, task: Task, place: Path) -> list[subprocess.Popen[bytes]]:
         port = _free_port()
         processes = []
-        for rank in range(job.ranks):
-            command = [sys.executable, "-m", f"smoke.{job.module}"]
+        for rank in range(task.ranks):
+            command = [sys.executable, "-m", f"smoke.{task.module}"]
             command += [str(place / "arguments.json"), str(place / f"result_{rank}.json")]
-            environment = _environment(self.device) | _rank_environment(rank, job.ranks, port)
+            environment = _environment(self.device) | _rank_environment(rank, task.ranks, port)
             with (place / f"log_{rank}.txt").open("wb") as log:
                 process = subprocess.Popen(
                     command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
@@ -149,7 +149,7 @@ class Runner:
 
 
 def _environment(device: str) -> dict[str, str]:
-    """The surroundings of every job: the code beside this file, no network, no launcher."""
+    """The surroundings of every task: the code beside this file, no network, no launcher."""
     kept = {name: value for name, value in os.environ.items() if name not in _LAUNCHER}
     paths = [str(_SCRIPTS), str(_SOURCES), *filter(None, [kept.get("PYTHONPATH")])]
     kept |= {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}

@@ -46,36 +46,70 @@ def _options(
 
 
 @app.command()
-def plan(config: ConfigFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
+def plan(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    *,
+    cluster: Annotated[
+        Path | None,
+        typer.Option(help="A cluster file (cluster/*.yaml, cluster/slurm.sh): does it fit there, time and cost."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
     """What would happen: derived numbers, memory, the DeepSpeed JSON, and every problem found. Takes no hardware."""
     from llm_training_toolkit.config import load
-    from llm_training_toolkit.plan import lines, make_plan
+    from llm_training_toolkit.plan import lines, make_plan, on_cluster
 
-    made = make_plan(load(config, overrides or ()))
+    read = load(config, overrides or ())
+    made, there = make_plan(read), None
+    if cluster is not None:
+        from llm_training_toolkit.plan.cluster_file import read_hardware
+
+        there = on_cluster(read, made, read_hardware(cluster))
+        made = there.added_to(made)
     if as_json:
-        typer.echo(json.dumps(made.to_json()))
+        typer.echo(json.dumps(made.to_json() | (there.to_json() if there else {"hours": None, "cost": None})))
     else:
-        typer.echo("\n".join(lines(made)))
+        typer.echo("\n".join(lines(made, there)))
     if made.problems:
         raise typer.Exit(2)
 
 
 @app.command()
-def prepare(config: ConfigFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
+def prepare(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    *,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read the documents again and compare their content.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
     """Documents to packed tokens on disk, with a receipt. `train` does it when it has not been done."""
     from llm_training_toolkit.config import load
     from llm_training_toolkit.console import Console
-    from llm_training_toolkit.launch.preparation import prepare_run, receipt_json, receipt_lines
+    from llm_training_toolkit.launch.preparation import (
+        facts_of,
+        preparation_of,
+        prepare_epochs,
+        receipt_json,
+        receipt_lines,
+    )
+    from llm_training_toolkit.plan import make_plan, mixture_lines
 
     console = Console(sys.stderr if as_json else sys.stdout)
     try:
-        prepared = prepare_run(load(config, overrides or ()), console.stage)
+        read = load(config, overrides or ())
+        work = preparation_of(read, console)
+        receipt = prepare_epochs(work, read).receipt
+        if verify:
+            work.verify()
     finally:
         console.close()
     if as_json:
-        typer.echo(json.dumps(receipt_json(prepared.receipt)))
+        typer.echo(json.dumps(receipt_json(receipt)))
     else:
-        typer.echo("\n".join(receipt_lines(prepared.receipt)))
+        typer.echo("\n".join([*receipt_lines(receipt), *mixture_lines(make_plan(read, facts_of(receipt)))]))
 
 
 @app.command(name="show-batch")
@@ -148,7 +182,7 @@ def train(
             if as_json:
                 out.write(json.dumps(failure_json(error)) + "\n")
             raise typer.Exit(error.exit_code) from None
-        except Exception as error:
+        except Exception as error:  # the edge of the command: Python prints the traceback, this the line to read first
             console.close()
             err.write(f"error: {type(error).__name__}: {error} (the traceback is in the newest file under logs/)\n")
             raise
@@ -212,25 +246,56 @@ def runs(
 
 
 @app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="The directory of a run, such as runs/NAME.", show_default=False)],
+    *,
+    step: Annotated[
+        int | None, typer.Option(min=0, help="The checkpoint of this step.", show_default="the newest complete one")
+    ] = None,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Merge adapters (LoRA) into the model they belong to.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option(help="Directory to write.", show_default="RUN/export")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """A run's checkpoint as a Hugging Face directory, loaded again and compared on its logits before it is there."""
+    from llm_training_toolkit.launch.exporting import export_run
+    from llm_training_toolkit.runs import run_of
+
+    done = export_run(run_of(run), step=step, merge=merge, out=out, say=lambda text: typer.echo(text, err=True))
+    typer.echo(json.dumps(done.to_json()) if as_json else str(done))
+
+
+@app.command()
 def generate(
-    model: Annotated[Path, typer.Argument(help="An exported directory, such as runs/NAME/export.", show_default=False)],
+    model: Annotated[
+        Path,
+        typer.Argument(
+            help="An exported directory, merged or with adapters, or a run that has one.", show_default=False
+        ),
+    ],
     *,
     prompt: Annotated[str, typer.Option(help="Text to continue; with --suffix, the text before the gap.")],
     suffix: Annotated[str | None, typer.Option(help="Text after the gap: fill in the middle.")] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Most tokens to write.")] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 = always the likeliest token.")] = 0.0,
     seed: Annotated[int, typer.Option(help="For temperatures above 0.")] = 0,
+    as_json: AsJson = False,
 ) -> None:
     """Let a model continue a prompt, or fill the gap between a prompt and a suffix."""
-    from llm_training_toolkit.generate import Generator, sentinels_of
+    from llm_training_toolkit.generate import Generator, exported_directory, sentinels_of
 
+    model = exported_directory(model)
     generator = Generator(model)
     if suffix is None:
         written = generator.complete(prompt, tokens=tokens, temperature=temperature, seed=seed)
     else:
         marks = sentinels_of(model)
         written = generator.infill(prompt, suffix, marks, tokens=tokens, temperature=temperature, seed=seed)
-    typer.echo(f"{prompt}{written}{suffix or ''}")
+    if as_json:
+        typer.echo(json.dumps({"model": str(model), "prompt": prompt, "suffix": suffix, "written": written}))
+    else:
+        typer.echo(f"{prompt}{written}{suffix or ''}")
 
 
 def main() -> None:

@@ -33,20 +33,29 @@ def sentinels_of(path: str | Path) -> Sentinels:
     raise PlanError(f"{path}: the tokenizer has no fill-in-the-middle markers: this model cannot fill in the middle")
 
 
+def exported_directory(path: Path) -> Path:
+    """`path`, or the export of the run that lies there. Raises CheckpointError for a run without one."""
+    if not (path / "resolved.json").is_file():
+        return path
+    if not (path / "export").is_dir():
+        raise CheckpointError(
+            f"{path} is a run without an export: ltt export {path} makes one of its newest checkpoint"
+        )
+    return path / "export"
+
+
 class Generator:
     """A model loaded for generation."""
 
     def __init__(self, path: str | Path, device: str = "cpu") -> None:
-        from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: PLC0415 - seconds to import
+        from transformers import AutoTokenizer  # noqa: PLC0415 - seconds to import
         from transformers.utils.logging import disable_progress_bar  # noqa: PLC0415
 
+        from llm_training_toolkit.models.exported import open_exported  # noqa: PLC0415
+
         disable_progress_bar()
-        if not (Path(path) / "config.json").is_file():
-            raise CheckpointError(
-                f"{path}: no model there (no config.json): name an exported directory, such as RUN/export"
-            )
+        self._model: Any = open_exported(Path(path)).to(device)
         self._tokenizer: Any = AutoTokenizer.from_pretrained(str(path))
-        self._model: Any = AutoModelForCausalLM.from_pretrained(str(path)).to(device).eval()
 
     def complete(self, prompt: str, *, tokens: int = 64, temperature: float = 0.0, seed: int = 0) -> str:
         """What the model writes after `prompt`, at most `tokens` tokens; temperature 0 = always the likeliest."""

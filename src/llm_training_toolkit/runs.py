@@ -25,7 +25,10 @@ from typing import Any
 from llm_training_toolkit.errors import CheckpointError, LaunchError
 
 _CHECKPOINT = re.compile(r"step_(\d{9})_a(\d+)")
-_PACKAGES = ("llm-training-toolkit", "torch", "deepspeed", "ray", "transformers", "tokenizers", "numpy", "pyarrow")
+_PACKAGES = (
+    *("llm-training-toolkit", "torch", "deepspeed", "ray", "transformers", "peft"),
+    *("tokenizers", "numpy", "pyarrow"),
+)
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -39,10 +42,9 @@ def write_atomically(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-        _sync_directory(path.parent)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    finally:
+        temporary.unlink(missing_ok=True)  # nothing is left of it but where something failed
+    _sync_directory(path.parent)
 
 
 def _sync_directory(directory: Path) -> None:
@@ -101,6 +103,11 @@ class RunDirectory:
         return self.path / "data" / "receipt.json"
 
     @property
+    def preparation(self) -> Path:
+        """Whether later epochs are being prepared while the run trains, are done, or why they cannot be."""
+        return self.path / "data" / "preparation.json"
+
+    @property
     def attempts(self) -> Path:
         """One JSON file an attempt."""
         return self.path / "attempts"
@@ -114,6 +121,11 @@ class RunDirectory:
     def export(self) -> Path:
         """The Hugging Face directory written when the run finishes."""
         return self.path / "export"
+
+    @property
+    def base(self) -> Path:
+        """The weights that adapters stand beside, as a Hugging Face directory, where they did not lie in one before."""
+        return self.path / "base"
 
     def logs(self, attempt: int) -> Path:
         """The directory with one log file a rank."""

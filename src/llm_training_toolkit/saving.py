@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,10 +19,11 @@ from llm_training_toolkit.checkpoint import (
     FileEntry,
     Manifest,
     UnknownFormatError,
+    Writing,
     clean,
     complete,
+    finish,
     newest,
-    save,
     set_aside,
 )
 from llm_training_toolkit.context import RunContext
@@ -57,6 +58,13 @@ class Lineage:
     extra: Mapping[str, Any]
 
 
+class _Begun(NamedTuple):
+    """A checkpoint on its way, and the moment it is of."""
+
+    writing: Writing
+    progress: Progress
+
+
 class CheckpointSaver:
     """Writes a checkpoint when steps or time say so, then deletes what need not be kept."""
 
@@ -76,6 +84,7 @@ class CheckpointSaver:
         self._every_steps, self._every_seconds = every_steps, every_seconds
         self._keep, self._keep_every = keep, keep_every
         self._last = time.monotonic()
+        self._begun: _Begun | None = None
 
     def due(self, step: int) -> bool:
         """Whether a checkpoint is due after `step` steps."""
@@ -84,20 +93,45 @@ class CheckpointSaver:
         assert self._every_seconds is not None
         return time.monotonic() - self._last >= self._every_seconds
 
-    def save(self, progress: Progress) -> float:
-        """Write a checkpoint of this moment; the seconds it took. Collective. Raises CheckpointError."""
-        began = time.monotonic()
-        directory = self._run.checkpoint(progress.step, self._lineage.attempt)
+    @property
+    def is_writing(self) -> bool:
+        """Whether this rank's part of a checkpoint is still being written."""
+        return self._begun is not None and not self._begun.writing.is_done
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether a checkpoint has begun that is not complete yet; the same on every rank."""
+        return self._begun is not None
+
+    def begin(self, progress: Progress) -> float:
+        """Copy this moment, to be written behind the training; the seconds it took. Collective.
+
+        There is never more than one on its way: a checkpoint before that is not complete yet is waited for. Raises
+        CheckpointError.
+        """
+        started = time.monotonic()
+        self.complete()
         self._refuse_after_a_newer_attempt()
+        directory = self._run.checkpoint(progress.step, self._lineage.attempt)
         pieces = self._engine.owned_fragments()
-        save(self._context, directory, pieces, self._engine.optimizer, self._describe(progress))
+        self._begun = _Begun(Writing(self._context.rank, directory, pieces, self._engine.optimizer), progress)
+        self._last = time.monotonic()
+        return self._last - started
+
+    def complete(self) -> None:
+        """Wait for the checkpoint that has begun, if there is one, and complete it. Collective. Raises CheckpointError.
+
+        The loop calls it once all ranks have written, so that nobody waits long, and at the end.
+        """
+        if self._begun is None:
+            return
+        begun, self._begun = self._begun, None
+        self._refuse_after_a_newer_attempt()
+        finish(self._context, begun.writing, self._describe(begun.progress))
         if self._context.is_first:
             self._clean()
-        self._context.barrier()
-        self._last = time.monotonic()
-        if self._context.is_first:
-            self._context.report({"kind": "checkpoint", "step": progress.step, "path": str(directory)})
-        return self._last - began
+            event = {"kind": "checkpoint", "step": begun.progress.step, "path": str(begun.writing.directory)}
+            self._context.report(event)
 
     def _refuse_after_a_newer_attempt(self) -> None:
         """Ranks that outlived their driver must not write beside those of the start that replaced them. Collective."""

@@ -18,11 +18,14 @@ import torch
 from llm_training_toolkit.context import RunContext
 from llm_training_toolkit.data.feed import Feed
 from llm_training_toolkit.engine import Engine
-from llm_training_toolkit.errors import TrainingError
+from llm_training_toolkit.errors import DataError, TrainingError
 from llm_training_toolkit.evaluate import HeldOut, held_out
 from llm_training_toolkit.metrics import Metrics
 from llm_training_toolkit.plan import Plan, Schedule, slice_of
 from llm_training_toolkit.saving import CheckpointSaver, Progress
+
+_LOOK_SECONDS = 0.5
+"""Between looks for data that is being prepared."""
 
 Status = Literal["finished", "stopped"]
 
@@ -47,6 +50,10 @@ class Flags:
 
     stop: bool
     save: bool
+    written: bool
+    """Every rank has written its part of the checkpoint that has begun."""
+    wait: bool
+    """Some rank lacks data of the next step: it is being prepared."""
 
 
 def train(parts: Parts, progress: Progress) -> tuple[Status, Progress]:
@@ -57,6 +64,18 @@ def train(parts: Parts, progress: Progress) -> tuple[Status, Progress]:
     steps = parts.schedule.steps
     if progress.step == 0:
         evaluate(parts, progress)
+    try:
+        progress = _steps(parts, progress)
+    except (TrainingError, DataError):
+        parts.saver.complete()  # all ranks raise it: the checkpoint on its way is of a step before
+        raise
+    parts.saver.complete()
+    return "finished" if progress.step == steps else "stopped", progress
+
+
+def _steps(parts: Parts, progress: Progress) -> Progress:
+    """Step after step, each with what is due after it, to the end or to a stop."""
+    steps = parts.schedule.steps
     while progress.step < steps:
         flags = optimizer_step(parts, progress)
         seen = parts.feed.sequences_in(progress.step)
@@ -65,12 +84,14 @@ def train(parts: Parts, progress: Progress) -> tuple[Status, Progress]:
         ended = progress.step == steps
         if ended or progress.step % parts.plan.eval_every == 0:
             evaluate(parts, progress)
+        if flags.written:
+            parts.saver.complete()
         if ended or flags.stop or flags.save:
-            seconds = parts.saver.save(progress)
+            seconds = parts.saver.begin(progress)
             parts.metrics.write(progress.step, {"perf/checkpoint_seconds": seconds})
-        if flags.stop and not ended:
-            return "stopped", progress
-    return "finished", progress
+        if flags.stop or (flags.wait and not wait_for_data(parts, progress)):
+            break
+    return progress
 
 
 def optimizer_step(parts: Parts, progress: Progress) -> Flags:
@@ -102,8 +123,37 @@ def _agree(parts: Parts, loss_sum: float, completed: int) -> tuple[float, Flags]
     context = parts.context
     stop = context.is_first and context.stop_requested()
     save = context.is_first and parts.saver.due(completed)
-    total, stops, saves = context.sum(loss_sum, stop, save)
-    return total, Flags(stop=stops > 0, save=saves > 0)
+    lacks = completed < parts.schedule.steps and not parts.feed.has(completed)
+    total, stops, saves, writing, lacking = context.sum(loss_sum, stop, save, parts.saver.is_writing, lacks)
+    written = parts.saver.has_begun and not writing
+    return total, Flags(stop=stops > 0, save=saves > 0, written=written, wait=lacking > 0)
+
+
+def wait_for_data(parts: Parts, progress: Progress) -> bool:
+    """Wait until every rank has the data of the next step; False where a stop came first, with a checkpoint of now.
+
+    Collective. Raises DataError on every rank when it will never be there.
+    """
+    context, feed = parts.context, parts.feed
+    if context.is_first:
+        message = f"step {progress.step + 1} waits for data of the next epoch, which is being prepared"
+        context.report({"kind": "note", "message": message})
+    while True:
+        failure = ""
+        try:
+            if not feed.has(progress.step):
+                feed.look()
+        except DataError as error:
+            failure = str(error)
+        answers = context.gather((feed.has(progress.step), failure, context.is_first and context.stop_requested()))
+        if failures := [failure for _, failure, _ in answers if failure]:
+            raise DataError(failures[0])
+        if any(stop for _, _, stop in answers):
+            parts.saver.begin(progress)
+            return False
+        if all(has for has, _, _ in answers):
+            return True
+        time.sleep(_LOOK_SECONDS)
 
 
 def _not_finite(parts: Parts, step: int, positions: range, loss_sum: float, what: str) -> str:

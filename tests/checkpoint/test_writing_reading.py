@@ -8,11 +8,13 @@ import re
 import resource
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -20,9 +22,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import save_file
 from torch import Tensor
 
-from llm_training_toolkit.checkpoint import Checkpoint, FileEntry, Manifest, complete, newest, save, set_aside
+from checkpoints import save
+from llm_training_toolkit.checkpoint import (
+    Checkpoint,
+    FileEntry,
+    Manifest,
+    Writing,
+    complete,
+    finish,
+    newest,
+    set_aside,
+)
 from llm_training_toolkit.checkpoint.manifest import read_manifest
 from llm_training_toolkit.checkpoint.writing import Describe
 from llm_training_toolkit.context import RunContext
@@ -136,6 +149,45 @@ def test_any_range_of_any_parameter_reads_back_bit_for_bit(
         whole = dict(checkpoint.parameters())
         assert {name: array.shape for name, array in whole.items()} == shapes
         assert all(np.array_equal(array.ravel(), values[name]["weights"].numpy()) for name, array in whole.items())
+
+
+def test_what_is_written_is_the_moment_it_began_however_slow_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_write, values = Event(), values_of(SHAPES)
+    before = {name: tensors["weights"].clone() for name, tensors in values.items()}
+
+    def slow(arrays: dict[str, Any], path: Path) -> None:
+        assert may_write.wait(30)
+        save_file(arrays, path)
+
+    monkeypatch.setattr("llm_training_toolkit.checkpoint.writing.save_file", slow)
+    began = time.monotonic()
+    writing = Writing(0, tmp_path / "c", cut(values, {}), OPTIMIZER)
+    assert time.monotonic() - began < 10
+    for tensors in values.values():  # the training goes on
+        for tensor in tensors.values():
+            tensor.add_(1)
+    was_done = writing.is_done
+    assert newest(tmp_path) is None
+    may_write.set()
+    finish(ONE_RANK, writing, describe(SHAPES))
+    assert (was_done, writing.is_done) == (False, True)
+    checkpoint = Checkpoint(tmp_path / "c")
+    for name, weights in before.items():
+        assert checkpoint.read(name, "weights", 0, len(weights)).tobytes() == weights.numpy().tobytes()
+
+
+def test_an_error_of_ours_in_the_thread_comes_up_where_it_is_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(_arrays: object, _path: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("llm_training_toolkit.checkpoint.writing.save_file", broken)
+    writing = Writing(0, tmp_path / "c", cut(values_of(SHAPES), {}), OPTIMIZER)
+    with pytest.raises(ZeroDivisionError):
+        finish(ONE_RANK, writing, describe(SHAPES))
 
 
 def test_values_that_are_no_ordinary_numbers_survive(tmp_path: Path) -> None:

@@ -82,3 +82,35 @@ def test_a_share_and_files_of_ones_own_exclude_each_other(fields: dict[str, Any]
 def test_what_is_held_out_is_not_rearranged() -> None:
     with pytest.raises(ConfigError, match="held-out documents are not rearranged"):
         config(held_out={"sources": [{**CODE, "fim": {}}]})
+
+
+@pytest.mark.parametrize(
+    ("sources", "train", "said"),
+    [
+        (
+            [{**CODE, "weight": 1.0}, CODE],
+            {"steps": 1},
+            "a weight for every one or for none; a has none",
+        ),
+        ([{**CODE, "weight": 1.0}], {"epochs": 1}, "train.epochs has no meaning where sources have weights"),
+        ([{**CODE, "weight": 0.0}], {"steps": 1}, "data.sources.0.weight = 0.0: expected a number above 0"),
+    ],
+)
+def test_weights_go_together_and_not_with_epochs(
+    sources: list[dict[str, Any]], train: dict[str, int], said: str
+) -> None:
+    raw = {
+        "run": {"name": "x"},
+        "model": {"name": "qwen3-0.6b"},
+        "tokenizer": {"path": "t"},
+        "data": {"sequence_length": 64, "sources": sources},
+        "train": train,
+    }
+    with pytest.raises(ConfigError) as raised:
+        parse(raw, "a.yaml")
+    assert said in str(raised.value)
+
+
+def test_held_out_documents_have_no_weight() -> None:
+    with pytest.raises(ConfigError, match="every held-out document is evaluated once; remove weight"):
+        config(held_out={"sources": [{**CODE, "weight": 1.0}]})

@@ -207,7 +207,7 @@ def test_errors_inside_a_list_do_not_call_the_list_short(tmp_path: Path) -> None
     ]
     assert problems(tmp_path, SMALL, "data.sources=[]") == [
         "override data.sources=[]: expected a list of at least 1, each a section (path, format, fim, per, metadata, "
-        "loss, too_long)"
+        "loss, too_long, weight)"
     ]
 
 

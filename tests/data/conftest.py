@@ -12,6 +12,7 @@ from hypothesis import settings
 from llm_training_toolkit.config.schema import Config
 from llm_training_toolkit.data.markers import Markers
 from llm_training_toolkit.data.tokenizer import TextEncoder, open_tokenizer, train_tokenizer
+from llm_training_toolkit.families import CodeLayout, SpecialTokens
 
 Configure = Callable[..., Config]
 
@@ -21,13 +22,17 @@ settings.load_profile("data")
 
 # StarCoder's ids: the end of text is 0, which no code may take for "none".
 MARKERS = Markers(
-    end_of_text="<|endoftext|>",
-    pad="<fim_pad>",
-    fim_prefix="<fim_prefix>",
-    fim_middle="<fim_middle>",
-    fim_suffix="<fim_suffix>",
-    all=("<|endoftext|>", "<fim_prefix>", "<fim_middle>", "<fim_suffix>", "<fim_pad>"),
+    SpecialTokens(
+        end_of_text="<|endoftext|>",
+        pad="<fim_pad>",
+        all=("<|endoftext|>", "<fim_prefix>", "<fim_middle>", "<fim_suffix>", "<fim_pad>"),
+        fim_prefix="<fim_prefix>",
+        fim_middle="<fim_middle>",
+        fim_suffix="<fim_suffix>",
+    ),
+    CodeLayout(),
     pre_tokenizer_pattern=r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    chat_template="",
 )
 CODE = "def add(first, second):\n    return first + second\n\n\nclass Größe:\n    name = '漢字 😀'\n"
 
@@ -73,7 +78,7 @@ def configure(tmp_path: Path, tokenizer_path: Path, corpus: Path) -> Configure:
                 "model": {"name": "starcoder2-3b"},
                 "tokenizer": tokenizer or {"path": str(tokenizer_path)},
                 "data": values,
-                "train": {"epochs": 2},
+                "train": {"steps": 10} if "weight" in values["sources"][0] else {"epochs": 2},
             }
         )
 

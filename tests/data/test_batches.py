@@ -26,7 +26,7 @@ N = -100
 
 @pytest.fixture
 def prepared(configure: Configure, markers: Markers) -> Prepared:
-    return prepare(configure(fim={"rate": 0.5, "loss": "middle"}), markers, epochs=2)
+    return prepare(configure(fim={"rate": 0.5, "loss": "middle"}), markers, epochs=[2])
 
 
 def example(tokens: list[int], loss: list[int]) -> Example:
@@ -77,9 +77,9 @@ def test_a_step_is_the_same_for_any_number_of_ranks(
 def test_the_stream_holds_every_token_of_every_document_once_an_epoch(prepared: Prepared, global_batch: int) -> None:
     receipt = prepared.receipt
     sequences = Sequences(receipt, global_batch=global_batch, epochs=2)
-    assert sequences.steps == -(-sum(receipt.sequences) // global_batch)
+    assert sequences.steps == -(-receipt.sequences // global_batch)
     placed = [place for step in range(sequences.steps) for place in sequences.step_sequences(step)]
-    assert placed == [(epoch, i) for epoch in (0, 1) for i in range(receipt.sequences[epoch])]
+    assert placed == [(0, epoch, i) for epoch in (0, 1) for i in range(receipt.streams[0].sequences[epoch])]
     seen: Counter[tuple[int, int]] = Counter()
     for step in range(sequences.steps):
         for place, row in zip(sequences.step_sequences(step), sequences.ledger(step), strict=True):
@@ -87,7 +87,7 @@ def test_the_stream_holds_every_token_of_every_document_once_an_epoch(prepared: 
             for piece in row:
                 seen[place.epoch, piece.document] += piece.tokens
     expected: Counter[tuple[int, int]] = Counter()
-    for epoch, files in enumerate(receipt.epochs):
+    for epoch, files in enumerate(receipt.streams[0].epochs):
         examples = Examples(prepared.directory / files.tokens)
         for document, length in zip(examples.document.tolist(), examples.length.tolist(), strict=True):
             expected[epoch, document] += length
@@ -103,12 +103,12 @@ def test_tokens_of_an_epoch_are_the_documents_tokens_exactly(prepared: Prepared)
         if i < len(sequences.step_sequences(s))
         for p in sequences.examples(s, i)
     ]
-    stored = Examples(prepared.directory / prepared.receipt.epochs[0].tokens)
+    stored = Examples(prepared.directory / prepared.receipt.streams[0].epochs[0].tokens)
     assert sorted(p.tokens.tolist() for p in pieces) == sorted(stored[i].tokens.tolist() for i in range(len(stored)))
 
 
 def test_the_last_step_is_short_and_nothing_comes_after(prepared: Prepared) -> None:
-    total = sum(prepared.receipt.sequences)
+    total = prepared.receipt.sequences
     sequences = Sequences(prepared.receipt, global_batch=total - 1, epochs=2)
     assert sequences.steps == 2
     assert len(sequences.step_sequences(1)) == 1
@@ -121,7 +121,7 @@ def test_the_last_step_is_short_and_nothing_comes_after(prepared: Prepared) -> N
 
 @pytest.mark.parametrize("epochs", [None, 3])
 def test_an_epoch_that_is_not_prepared_is_named(prepared: Prepared, epochs: int | None) -> None:
-    total = sum(prepared.receipt.sequences)
+    total = prepared.receipt.sequences
     sequences = Sequences(prepared.receipt, global_batch=total - 1, epochs=epochs)
     assert sequences.steps is None
     assert len(sequences.step_sequences(0)) == total - 1
@@ -133,10 +133,10 @@ def test_a_rerun_of_preparing_gives_the_same_stream(
     configure: Configure, markers: Markers, prepared: Prepared, tmp_path: Path
 ) -> None:
     cache = str(tmp_path / "other")
-    again = prepare(configure(fim={"rate": 0.5, "loss": "middle"}, cache=cache), markers, epochs=2)
+    again = prepare(configure(fim={"rate": 0.5, "loss": "middle"}, cache=cache), markers, epochs=[2])
     first, second = (Sequences(p.receipt, global_batch=6) for p in (prepared, again))
     assert all(stacked(first.batch(s, range(6), 2)) == stacked(second.batch(s, range(6), 2)) for s in range(4))
-    other = prepare(configure(fim={"rate": 0.5, "loss": "middle"}, seed=2), markers, epochs=2)
+    other = prepare(configure(fim={"rate": 0.5, "loss": "middle"}, seed=2), markers, epochs=[2])
     assert first.ledger(0) != Sequences(other.receipt, global_batch=6).ledger(0)
 
 

@@ -9,14 +9,15 @@ from typing import Any
 import pytest
 import tokenizers
 
-from llm_training_toolkit.config.schema import Config, Source
+from llm_training_toolkit.config.schema import Source
 from llm_training_toolkit.data.layout import magnitude
 from llm_training_toolkit.data.markers import Markers
-from llm_training_toolkit.data.render import Rules, render
+from llm_training_toolkit.data.render import render
+from llm_training_toolkit.data.rules import Rules
 from llm_training_toolkit.data.sources import Document, Part
 from llm_training_toolkit.data.tokenizer import TextEncoder, open_tokenizer, train_tokenizer
 from llm_training_toolkit.errors import DataError
-from llm_training_toolkit.launch.preparation import markers_of
+from llm_training_toolkit.families import find
 
 FILE = Document(0, "a.jsonl:1", "x = 1\n", "me/app", "src/a.py", 42)
 PARTS = (Part("a.py", "x = 1\n"), Part("b/c.py", "y = 2\n"), Part("z.py", "z = 3"))
@@ -51,16 +52,7 @@ class Written:
 def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Written]:
     found = {}
     for name in ("starcoderbase-1b", "starcoder2-3b", "qwen2.5-coder-0.5b", "qwen3-0.6b", "qwen2-0.5b"):
-        config = Config.model_validate(
-            {
-                "run": {"name": "x"},
-                "model": {"name": name},
-                "tokenizer": {"path": "x"},
-                "data": {"sequence_length": 64, "sources": [{"path": "x", "format": "code"}]},
-                "train": {"steps": 1},
-            }
-        )
-        markers, path = markers_of(config), tmp_path_factory.mktemp(name)
+        markers, path = Markers.of(find(name).family), tmp_path_factory.mktemp(name)
         train_tokenizer(["x = 1\n me/app src/a.py\n"] * 4, 300, markers, path)
         found[name] = Written(markers, open_tokenizer(str(path)), path)
     return found
@@ -138,7 +130,7 @@ def test_marker_text_in_names_and_code_stays_text(families: dict[str, Written]) 
     sly = Document(0, "n", "s = '<file_sep>'", "<repo_name>", "<fim_middle>.py")
     written = families["starcoder2-3b"]
     (example,) = written.examples(sly, 256, metadata=True)
-    special = {written.encoder.id_of(marker) for marker in written.markers.all}
+    special = {written.encoder.id_of(marker) for marker in written.markers.tokens.all}
     assert [written.encoder.decode([i]) for i in example if i in special] == [
         "<repo_name>",
         "<file_sep>",

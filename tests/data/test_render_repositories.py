@@ -15,14 +15,16 @@ from hypothesis import strategies as st
 from data.conftest import CODE, MARKERS
 from llm_training_toolkit.data.layout import Layout
 from llm_training_toolkit.data.middle import FimRules
-from llm_training_toolkit.data.render import Example, Rules, render
+from llm_training_toolkit.data.render import Example, render
+from llm_training_toolkit.data.rules import Rules
 from llm_training_toolkit.data.sources import Document, Part
 from llm_training_toolkit.data.tokenizer import TextEncoder, open_tokenizer, train_tokenizer
+from llm_training_toolkit.families import FAMILIES
 
 END, PREFIX, MIDDLE, SUFFIX, REPOSITORY, FILE = 0, 1, 2, 3, 5, 6
 SPECIAL = {PREFIX, MIDDLE, SUFFIX, REPOSITORY, FILE}
-STARCODER2 = Layout(FILE, REPOSITORY, None, "", "", path_in_prefix=True, needs_path=False, metadata=True)
-QWEN = replace(STARCODER2, after_repository="\n", between_files="\n", path_in_prefix=False)
+STARCODER2 = Layout(FILE, REPOSITORY, None, FAMILIES["starcoder2"].code_layout, metadata=True)
+QWEN = replace(STARCODER2, form=FAMILIES["qwen3"].code_layout)
 LAYOUTS = {"starcoder2": STARCODER2, "qwen": QWEN}
 ALWAYS = FimRules(PREFIX, MIDDLE, SUFFIX, rate=1.0, spm_rate=0.5, middle_only=False)
 
@@ -34,8 +36,8 @@ repositories = st.lists(st.tuples(paths, words), min_size=1, max_size=4)
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> TextEncoder:
     path = tmp_path_factory.mktemp("tokenizer")
-    markers = replace(MARKERS, all=(*MARKERS.all, "<repo_name>", "<file_sep>"))
-    train_tokenizer([CODE] * 4, 302, markers, path)
+    tokens = replace(MARKERS.tokens, all=(*MARKERS.tokens.all, "<repo_name>", "<file_sep>"))
+    train_tokenizer([CODE] * 4, 302, replace(MARKERS, tokens=tokens), path)
     return open_tokenizer(str(path))
 
 
@@ -45,7 +47,7 @@ def document(files: list[tuple[str, str]], name: str = "me/app") -> Document:
 
 
 def rules(layout: str, length: int, *, whole: bool, seed: int = 0, **fim: Any) -> Rules:
-    chosen = replace(ALWAYS, whole=whole, path_in_prefix=LAYOUTS[layout].path_in_prefix, **fim)
+    chosen = replace(ALWAYS, whole=whole, path_in_prefix=LAYOUTS[layout].form.path_in_prefix, **fim)
     return Rules(length, END, fim=chosen, seed=seed, layout=LAYOUTS[layout])
 
 
@@ -88,7 +90,7 @@ def read(pieces: list[list[int]], encoder: TextEncoder) -> Read:
 
 
 def expected(files: list[tuple[str, str]], layout: Layout, moved: list[bool]) -> list[str]:
-    tails = [layout.between_files] * (len(files) - 1) + [""]
+    tails = [layout.form.between_files] * (len(files) - 1) + [""]
     return [
         f"{path}\n{text}" + ("" if is_moved else tail)
         for (path, text), tail, is_moved in zip(files, tails, moved, strict=True)
@@ -102,7 +104,7 @@ def test_chunk_by_chunk_no_character_is_lost(
 ) -> None:
     shown = examples(files, rules(layout, length, whole=False, seed=seed, rate=rate), encoder)
     back = read([example.tokens.tolist() for example in shown], encoder)
-    assert back.repository == "me/app" + LAYOUTS[layout].after_repository
+    assert back.repository == "me/app" + LAYOUTS[layout].form.after_repository
     assert back.files == expected(files, LAYOUTS[layout], back.moved)
     assert all(2 <= len(example.tokens) <= length for example in shown)
     assert shown[-1].tokens[-1] == END

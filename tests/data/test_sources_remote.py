@@ -12,11 +12,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import fsspec  # type: ignore[import-untyped]
+import httpx2
 import pyarrow as pa
 import pyarrow.fs
 import pyarrow.parquet as pq
 import pytest
+from botocore.exceptions import NoCredentialsError  # type: ignore[import-untyped]
 from moto.server import ThreadedMotoServer
 
 from data.hub_server import hub
@@ -24,6 +27,7 @@ from llm_training_toolkit.config.schema import Config, Source
 from llm_training_toolkit.data.markers import Markers
 from llm_training_toolkit.data.prepare import prepare
 from llm_training_toolkit.data.sources import Document, documents, files, fingerprint
+from llm_training_toolkit.data.sources.remote import reaching
 from llm_training_toolkit.errors import DataError
 
 Put = Callable[[str, bytes], None]
@@ -154,7 +158,7 @@ def test_a_run_is_prepared_from_a_bucket_as_from_a_disk(
         for path in (str(corpus), "s3://data/corpus")
     )
     for part in ("tokens", "held_out"):
-        for name in ("tokens.arrow", "examples.arrow"):
+        for name in ("tokens-00000.arrow", "examples.arrow"):
             assert (local.directory / part / name).read_bytes() == (remote.directory / part / name).read_bytes()
 
 
@@ -164,6 +168,7 @@ def test_a_data_set_of_the_hub() -> None:
 import json, sys
 from llm_training_toolkit.config.schema import Source
 from llm_training_toolkit.data.sources import documents, files
+from llm_training_toolkit.data.sources.remote import reaching
 from llm_training_toolkit.errors import DataError
 said = []
 for path in sys.argv[1:]:
@@ -201,7 +206,29 @@ def test_other_protocols_go_through_fsspec() -> None:
     assert fingerprint([source("memory://box")]) != before
 
 
-@pytest.mark.parametrize(("address", "said"), [("nothing://x/y", "Protocol not known"), ("gs:///x", "separator")])
+@pytest.mark.parametrize(
+    "raised",
+    [aiohttp.ServerDisconnectedError(), httpx2.ConnectError("no route"), NoCredentialsError(), OSError(5, "x")],
+)
+def test_what_the_library_of_a_protocol_raises_names_the_address(raised: Exception) -> None:
+    with pytest.raises(DataError, match=r"https://x/y cannot be read"), reaching("https://x/y"):
+        raise raised
+
+
+def test_a_mistake_of_ours_is_not_blamed_on_the_store() -> None:
+    with pytest.raises(AttributeError), reaching("https://x/y"):
+        raise AttributeError("no such thing")
+
+
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [
+        ("nothing://x/y", "Protocol not known"),
+        ("gs:///x", "separator"),
+        ("github://x/y", "missing"),
+        ("abfs://x/y", "Install adlfs"),
+    ],
+)
 def test_an_address_that_is_none_is_an_error_in_words(address: str, said: str) -> None:
     with pytest.raises(DataError, match=rf"data\.sources: {address} cannot be read .*{said}.* Check") as raised:
         read(address)

@@ -15,7 +15,7 @@ from llm_training_toolkit.data.markers import Markers
 from llm_training_toolkit.data.prepare import Prepared, prepare
 from llm_training_toolkit.data.sources import documents
 from llm_training_toolkit.data.store import Examples, read_column
-from llm_training_toolkit.data.survey import Survey, hold_out, reread, take
+from llm_training_toolkit.data.survey import Rereader, Survey, all_sources, hold_out, shards, take, verify
 from llm_training_toolkit.data.tokenizer import TextEncoder
 from llm_training_toolkit.errors import DataError
 
@@ -34,7 +34,10 @@ def survey(of: Data, folder: Path) -> Survey:
 
 
 def texts(of: Data, survey: Survey, *, held: bool) -> list[str]:
-    return [document.text for _, document in reread(of, survey, held=held)]
+    numbers = range(len(all_sources(of)))
+    order = [*numbers[len(of.sources) :], *numbers[: len(of.sources)]]  # the evaluation's own come first
+    chosen, rereader = shards(of, survey, order, held=held), Rereader(of, survey)
+    return [document.text for shard in chosen for _, document in rereader.documents(shard, held=held)]
 
 
 def test_held_out_places_lie_below_the_fraction_and_are_never_none_or_all() -> None:
@@ -174,3 +177,23 @@ def test_a_hash_takes_sixteen_bytes(tmp_path: Path) -> None:
     list(documents(data(tmp_path / "all").sources[0], 0, seen=seen))
     assert {len(digest) for digest in seen} == {16}
     assert len(seen) == 10
+
+
+def test_verifying_reads_the_content(tmp_path: Path) -> None:
+    folder = tmp_path / "code"
+    folder.mkdir()
+    for i in range(20):
+        (folder / f"f{i:02}.py").write_text(f"x = {i:02}\n", encoding="utf-8")
+    (folder / "empty.py").write_text("      \n", encoding="utf-8")
+    of = data(folder, eval={"fraction": 0.2})
+    survey(of, tmp_path / "out")
+    seen = list[int]()
+    verify(of, tmp_path / "out", seen.append)
+    assert seen[-1] == 20
+    (folder / "f07.py").write_text("x = 99\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"f07\.py is not what was prepared \(20 documents then, 20 now\)\. Remove"):
+        verify(of, tmp_path / "out", seen.append)
+    (folder / "f07.py").write_text("x = 07\n", encoding="utf-8")
+    (folder / "empty.py").write_text("x = 20\n", encoding="utf-8")  # it was no document, and is one now
+    with pytest.raises(DataError, match=r"empty\.py is not what was prepared \(20 documents then, 21 now\)"):
+        verify(of, tmp_path / "out", seen.append)

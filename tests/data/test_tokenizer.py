@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -22,7 +23,7 @@ def test_training_gives_the_markers_the_first_ids_and_repeats_exactly(tmp_path: 
     for file in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
     encoder = open_tokenizer(str(tmp_path / "one"))
-    assert [encoder.id_of(marker) for marker in markers.all] == [0, 1, 2, 3, 4]
+    assert [encoder.id_of(marker) for marker in markers.tokens.all] == [0, 1, 2, 3, 4]
     assert 5 + 256 < encoder.vocab_size <= 320
 
 
@@ -35,7 +36,7 @@ def test_transformers_opens_it_and_agrees(tmp_path: Path, markers: Markers, mode
     theirs, ours = transformers.AutoTokenizer.from_pretrained(tmp_path), open_tokenizer(str(tmp_path))
     assert (theirs.eos_token, theirs.eos_token_id) == ("<|endoftext|>", 0)
     assert (theirs.pad_token, theirs.pad_token_id) == ("<fim_pad>", 4)
-    assert set(markers.all) <= set(theirs.all_special_tokens)
+    assert set(markers.tokens.all) <= set(theirs.all_special_tokens)
     for text in [*TEXTS, "a , b 's n't ."]:
         assert theirs(text)["input_ids"] == ours.encode(text)
         assert theirs.decode(ours.encode(text)) == text
@@ -47,23 +48,46 @@ def test_round_trip_and_byte_counts_are_exact(encoder: TextEncoder, text: str) -
     ids = encoder.encode(text)
     assert encoder.decode(ids) == text
     assert int(encoder.bytes_per_token()[ids].sum()) == len(text.encode())
-    assert encoder.encode_batch([text, "x"]) == [ids, encoder.encode("x")]
+    assert [each.ids.tolist() for each in encoder.encode_batch([text, "x"])] == [ids, encoder.encode("x")]
 
 
 @given(text=st.text(max_size=60))
-def test_offsets_cover_the_text(encoder: TextEncoder, text: str) -> None:
-    encoded = encoder.encode_with_offsets(text)
-    assert encoded.ids == encoder.encode(text)
-    spans = [encoded.characters(i) for i in range(len(encoded.ids))]
+def test_spans_cover_the_text(encoder: TextEncoder, text: str) -> None:
+    [encoded] = encoder.encode_batch([text])
+    assert encoded.ids.tolist() == encoder.encode(text)
+    assert len(encoded.clean) == len(encoded.spans) == len(encoded.ids)
+    spans = encoded.spans.tolist()
     assert {i for start, stop in spans for i in range(start, stop)} == set(range(len(text)))
-    for cut in (i for i in range(len(spans)) if encoded.is_clean(i)):
+    for cut in np.flatnonzero(encoded.clean).tolist():
         place = spans[cut][0]
         assert encoder.decode(encoded.ids[:cut]) == text[:place]
         assert encoder.decode(encoded.ids[cut:]) == text[place:]
 
 
+@pytest.fixture(scope="module")
+def composing(tokenizer_path: Path, tmp_path_factory: pytest.TempPathFactory) -> TextEncoder:
+    """The same tokenizer with Qwen's normalizer, which writes e and a combining accent as one character."""
+    content = json.loads((tokenizer_path / "tokenizer.json").read_text(encoding="utf-8"))
+    path = tmp_path_factory.mktemp("composing")
+    (path / "tokenizer.json").write_text(json.dumps({**content, "normalizer": {"type": "NFC"}}), encoding="utf-8")
+    return open_tokenizer(str(path))
+
+
+@given(
+    text=st.text(
+        st.sampled_from("ae\u0301\u0327\u212b\u1100\u1161漢😀 \n(") | st.characters(codec="utf-8"), max_size=40
+    )
+)
+def test_spans_are_those_the_library_follows(encoder: TextEncoder, composing: TextEncoder, text: str) -> None:
+    for each in (encoder, composing):
+        [encoded] = each.encode_batch([text])
+        followed = each._tokenizer.encode(text, add_special_tokens=False)
+        assert encoded.ids.tolist() == followed.ids
+        assert [tuple(span) for span in encoded.spans.tolist()] == followed.offsets
+
+
 def test_marker_text_in_a_document_stays_text(encoder: TextEncoder, markers: Markers) -> None:
-    for marker in markers.all:
+    for marker in markers.tokens.all:
         ids = encoder.encode(f"x {marker} y")
         assert encoder.id_of(marker) not in ids
         assert encoder.decode(ids) == f"x {marker} y"

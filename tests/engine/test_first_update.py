@@ -55,5 +55,7 @@ def test_the_update_has_the_size_that_adam_says(pools: Pools, prepared_run: RunD
         state = state_after_one_update(pools, prepared_run, tmp_path, 1, zero, "bf16")
         moment = state["model.layers.0.mlp.up_proj.weight/exp_avg"]
         assert float(np.abs(moment).max()) > 0
-        norm = state["model.norm.weight/weights"]  # begins at 1, no weight decay: 1 -+ lr
-        assert np.abs(np.abs(norm - 1.0) - 1e-3).max() < 1e-4
+        # The norm begins at 1 and has no weight decay: 1 -+ lr, but where bf16 has rounded the gradient to nothing.
+        felt = np.abs(state["model.norm.weight/exp_avg"]) > 1e-7
+        assert felt.mean() > 0.9
+        assert np.abs(np.abs(state["model.norm.weight/weights"][felt] - 1.0) - 1e-3).max() < 1e-4

@@ -130,7 +130,7 @@ def test_special_tokens_are_complete(family: families.Family) -> None:
     tokens = family.special_tokens
     assert len(set(tokens.all)) == len(tokens.all)
     assert tokens.all[0] == tokens.end_of_text
-    named = (tokens.pad, tokens.end_of_turn, tokens.fim_prefix, tokens.fim_middle, tokens.fim_suffix, tokens.file)
+    named = (tokens.pad, tokens.fim_prefix, tokens.fim_middle, tokens.fim_suffix, tokens.file)
     assert {token for token in named if token} <= set(tokens.all)
     assert tokens.has_fim == (family.name != "qwen2")
     assert bool(tokens.repository) == bool(tokens.file) == (family.name not in {"qwen2", "santacoder"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any, Literal
 
 import pytest
@@ -9,15 +10,22 @@ import torch
 
 from llm_training_toolkit import families
 from llm_training_toolkit.config import parse
+from llm_training_toolkit.config.schema import Lora
+from llm_training_toolkit.families.lora import adapter_of
 from llm_training_toolkit.models import build_model
+from llm_training_toolkit.models.adapters import add_adapters
+from llm_training_toolkit.models.build import DTYPES
+from llm_training_toolkit.models.dropout import Draws
 from llm_training_toolkit.plan.memory import Load, layer_bytes_per_token
 
 TOKENS = 256
 QWEN = {"hidden_size": 256, "intermediate_size": 768, "num_attention_heads": 8, "vocab_size": 256}
 SHAPES: dict[str, dict[str, Any]] = {
     "qwen3-0.6b": QWEN | {"num_key_value_heads": 4, "head_dim": 64},
-    "qwen3-30b-a3b": QWEN
-    | {
+    "qwen3-30b-a3b": {
+        "hidden_size": 256,
+        "vocab_size": 256,
+        "num_attention_heads": 8,
         "num_key_value_heads": 4,
         "head_dim": 64,
         "num_experts": 16,
@@ -42,23 +50,34 @@ def hf_config(name: str, layers: int) -> dict[str, Any]:
     return dict(families.hf_config(parse(raw, "test")))
 
 
-def kept_bytes(name: str, layers: int, precision: str, attention: str) -> int:
-    """Bytes of all storages that autograd holds after the forward pass, the weights left out."""
-    model: Any = build_model(hf_config(name, layers), precision=precision, attention=attention).train()
-    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    kept: dict[int, tuple[int, torch.Tensor]] = {}
+class Held:
+    """A tensor that autograd keeps; it goes when autograd lets go of it."""
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # holding it keeps its address its own
-        return tensor
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+
+def kept_bytes(name: str, layers: int, precision: str, attention: str, lora: Lora | None = None) -> int:
+    """Bytes of all storages that autograd holds after the forward pass, the weights left out."""
+    hf = hf_config(name, layers)
+    model: Any = build_model(hf, precision=precision, attention=attention).train()
+    if lora is not None:
+        adapter = adapter_of(lora, families.find(name).family, families.anatomy(hf))
+        add_adapters(model, adapter, seed=0, dtype=DTYPES[precision], draws=Draws())
+    held: weakref.WeakSet[Held] = weakref.WeakSet()
+
+    def keep(tensor: torch.Tensor) -> Held:
+        held.add(kept := Held(tensor))
+        return kept
 
     ids = torch.randint(0, 256, (1, TOKENS))
     packed = torch.cat([torch.arange(TOKENS // 2)] * 2)[None]
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model.base_model(input_ids=ids, position_ids=packed, use_cache=False)
-    return sum(size for size, _ in kept.values())
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda kept: kept.tensor):
+        out = model.base_model(input_ids=ids, position_ids=packed, use_cache=False)
+    storages = {kept.tensor.untyped_storage().data_ptr(): kept.tensor.untyped_storage().nbytes() for kept in held}
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    assert out.last_hidden_state.requires_grad
+    return sum(size for place, size in storages.items() if place not in weights)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -77,3 +96,35 @@ def test_a_layer_keeps_what_the_plan_counts(name: str, precision: Literal["bf16"
     # The difference of two depths leaves out what lies outside the layers.
     layer = (kept_bytes(name, 3, precision, attention) - kept_bytes(name, 1, precision, attention)) / 2
     assert TOKENS * layer_bytes_per_token(load) == pytest.approx(layer, rel=0.02)
+
+
+ADAPTERS = [
+    ("bf16", Lora()),
+    ("fp32", Lora()),
+    ("bf16", Lora(dropout=0.1)),
+    ("bf16", Lora(dora=True)),
+    ("bf16", Lora(targets=("o_proj", "down_proj"))),
+]
+
+
+@pytest.mark.parametrize(("precision", "lora"), ADAPTERS, ids=str)
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_frozen_layer_and_its_adapters_keep_what_the_plan_counts(
+    name: str, precision: Literal["bf16", "fp32"], lora: Lora
+) -> None:
+    family, model = families.find(name).family, families.anatomy(hf_config(name, 1))
+    if not set(family.lora_targets) >= set(family.lora_targets if lora.targets == "auto" else lora.targets):
+        lora = lora.model_copy(update={"targets": family.lora_targets[-2:]})
+    adapter = adapter_of(lora, family, model)
+    load = Load(
+        model=model,
+        zero=0,
+        precision=precision,
+        workers=1,
+        micro_batch=1,
+        sequence_length=TOKENS,
+        adapter=adapter,
+    )
+    # The first layer keeps less: nothing before it is trained, so its norm and projections have nobody to tell.
+    layer = (kept_bytes(name, 4, precision, "sdpa", lora) - kept_bytes(name, 2, precision, "sdpa", lora)) / 2
+    assert TOKENS * layer_bytes_per_token(load) == pytest.approx(layer, rel=0.03)

@@ -5,7 +5,10 @@ from typing import Any, Literal
 
 import pytest
 
+from llm_training_toolkit.config.schema import Lora
 from llm_training_toolkit.families import Anatomy
+from llm_training_toolkit.families.lora import adapter_of
+from llm_training_toolkit.families.qwen import QWEN3
 from llm_training_toolkit.plan import Load, estimate
 
 MODEL = Anatomy(
@@ -80,6 +83,42 @@ def test_logits_by_hand() -> None:
     assert estimate(LOAD).logits == 16 * 1000 * 6 + 1000 * 64 * 2
     assert estimate(replace(LOAD, loss_chunk=0)).logits == 64 * 1000 * 6 + 1000 * 64 * 2
     assert estimate(replace(LOAD, loss_chunk=4096, precision="fp32")).logits == 64 * 1000 * 4 + 1000 * 64 * 4
+
+
+ADAPTER = adapter_of(Lora(rank=8, targets=("q_proj", "v_proj")), QWEN3, MODEL)
+A = 2 * 8 * (64 + 64 + 64 + 32)
+"""Two layers, rank 8: q from 64 to 64, v from 64 to 32."""
+
+
+@pytest.mark.parametrize(
+    ("zero", "weights", "gradients", "optimizer"),
+    [
+        (0, 2 * (P + A), 6 * A, 12 * A),
+        (1, 2 * (P + A), 2 * A + A + 6 * A, 3 * A),
+        (2, 2 * (P + A), A + 6 * A, 3 * A),
+        (3, (P + A) // 2 + 2 * (P + A), A + 6 * A, 3 * A),
+    ],
+)
+def test_beside_adapters_a_model_has_weights_alone(zero: int, weights: int, gradients: int, optimizer: int) -> None:
+    memory = estimate(replace(LOAD, zero=zero, adapter=ADAPTER))
+    assert ADAPTER.parameters == A
+    assert (memory.weights, memory.gradients, memory.optimizer) == (weights, gradients, optimizer)
+    assert memory.logits == 16 * 1000 * 6, "a frozen output layer has no gradient"
+    whole_head = replace(ADAPTER, modules_to_save=("lm_head",))
+    assert estimate(replace(LOAD, adapter=whole_head)).logits == estimate(LOAD).logits
+
+
+def test_matrices_of_the_layers_in_four_bits() -> None:
+    matrices = 2 * MODEL.matrices_per_layer
+    memory = estimate(replace(LOAD, adapter=replace(ADAPTER, quantize="nf4")))
+    assert memory.weights == round((4 + 0.127) / 8 * matrices) + 2 * (P - matrices + A)
+
+
+def test_activations_beside_a_frozen_layer_by_hand() -> None:
+    per_token = 2 * 64 * 2 + 2 * 4 * 64 + 2 * 3 * 128 + 2 * 64 + 2 * 2 * 8 + 32 * 2
+    assert estimate(replace(LOAD, adapter=ADAPTER)).activations == 3 * 64 * per_token
+    dropped = replace(ADAPTER, dropout=0.1)
+    assert estimate(replace(LOAD, adapter=dropped)).activations == 3 * 64 * (per_token - 2 * 64 + 2 * 3 * 64)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from llm_training_toolkit.config.schema import Config
 from llm_training_toolkit.errors import PlanError
-from llm_training_toolkit.plan import DataFacts, Plan, lines, make_plan, require
+from llm_training_toolkit.plan import DataFacts, Plan, StreamFacts, lines, make_plan, require
 from llm_training_toolkit.plan.rate import scratch_rate
 
 TINY = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
@@ -62,7 +62,7 @@ def test_a_sound_run() -> None:
 def test_the_length_of_a_run(
     train: dict[str, Any], facts: tuple[int, ...] | None, steps: int | None, *, estimated: bool
 ) -> None:
-    plan = make_plan(config(train=train), None if facts is None else DataFacts(facts))
+    plan = make_plan(config(train=train), None if facts is None else DataFacts((StreamFacts(facts),)))
     assert (plan.steps, plan.steps_estimated) == (steps, estimated)
     assert ("steps" in plan.estimated) == estimated
 
@@ -76,7 +76,7 @@ def test_a_run_of_unknown_length_has_no_schedule_yet() -> None:
 
 
 def test_passes_over_the_data() -> None:
-    assert make_plan(config(), DataFacts((400, 400))).epochs == pytest.approx(4.0)
+    assert make_plan(config(), DataFacts((StreamFacts((400, 400)),))).epochs == pytest.approx(4.0)
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,9 @@ def test_problems_are_found(sections: dict[str, Any], expected: str) -> None:
 
 
 def test_an_empty_data_set_is_a_problem() -> None:
-    assert where(make_plan(config(train={"steps": None, "epochs": 1}), DataFacts((0,)))) == ["data.sources"]
+    assert where(make_plan(config(train={"steps": None, "epochs": 1}), DataFacts((StreamFacts((0,)),)))) == [
+        "data.sources"
+    ]
 
 
 def test_all_problems_come_at_once() -> None:
@@ -196,14 +198,87 @@ def test_weights_get_the_rate_of_fine_tuning() -> None:
     assert make_plan(config(optim={"lr": 0.5})).lr == 0.5
 
 
+ADAPTED = {"name": "qwen3-0.6b", "path": "x", "lora": {}}
+
+
+def test_adapters_are_what_is_trained() -> None:
+    plan = require(make_plan(config(model=ADAPTED, tokenizer={"path": "x"})))
+    assert plan.adapter is not None
+    per_layer = 16 * (1024 + 2048 + 2 * (1024 + 1024) + 2048 + 1024 + 3 * (1024 + 3072))
+    assert plan.trainable_parameters == 28 * per_layer
+    assert plan.parameters == 596_049_920
+    assert plan.lr == 1e-4
+    assert plan.adapter.scaling == 2.0
+    whole = make_plan(config(model={"name": "qwen3-0.6b", "path": "x"}, tokenizer={"path": "x"}))
+    assert 0.66 < plan.flops_per_token / whole.flops_per_token < 0.8
+    assert plan.deepspeed["zero_optimization"]["reduce_bucket_size"] == plan.trainable_parameters
+    printed = json.loads(json.dumps(plan.to_json()))
+    assert printed["adapter"]["targets"] == [
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    ]
+    assert printed["trainable_parameters"] == plan.trainable_parameters
+    assert make_plan(config()).to_json()["adapter"] is None
+    [line] = [line for line in lines(plan) if line.startswith("adapters")]
+    assert "LoRA rank 16, scaled by 2, on q_proj, k_proj" in line
+    assert "10.1M parameters trained (10,092,544, 1.69% of the model)" in line
+
+
+@pytest.mark.parametrize(
+    ("lora", "sections", "expected", "said"),
+    [
+        ({"targets": ["q_prj"]}, {}, "model.lora.targets", "Did you mean q_proj? There are: q_proj, k_proj"),
+        ({"targets": ["query"]}, {}, "model.lora.targets", "There are: q_proj, k_proj"),
+        ({"targets": ["lm_head"]}, {}, "model.lora.targets", "There are"),
+        ({"modules_to_save": ["norm"]}, {}, "model.lora.modules_to_save", "There are: embed_tokens, lm_head"),
+        ({"modules_to_save": ["lm_head"]}, {}, "model.lora.modules_to_save", "one matrix"),
+        ({"quantize": "nf4"}, {"engine": {"zero": 3}}, "engine.zero", "blocks"),
+        ({"quantize": "nf4"}, {"cluster": {"gpus_per_worker": 0}}, "model.lora.quantize", "need a GPU"),
+    ],
+)
+def test_adapters_that_cannot_be(lora: dict[str, Any], sections: dict[str, Any], expected: str, said: str) -> None:
+    plan = make_plan(config(model=ADAPTED | {"lora": lora}, tokenizer={"path": "x"}, **sections))
+    assert where(plan) == [expected]
+    assert said in str(plan.problems[0])
+
+
+def test_adapters_that_are_no_mistake_but_worth_a_word() -> None:
+    random = make_plan(config(model={"name": "qwen3-0.6b", "shape": TINY, "lora": {}}))
+    assert not random.problems
+    assert any("random weights learn next to nothing" in note for note in random.notes)
+    quantized = make_plan(config(model=ADAPTED | {"lora": {"quantize": "nf4"}}, tokenizer={"path": "x"}))
+    assert not quantized.problems
+    assert any("bitsandbytes" in note for note in quantized.notes)
+
+
 def test_a_tokenizer_larger_than_the_embedding_is_a_problem() -> None:
-    facts = DataFacts((100,), vocab_size=200_000)
+    facts = DataFacts((StreamFacts((100,)),), vocab_size=200_000)
     assert [problem.where for problem in make_plan(config(), facts).problems] == ["tokenizer.path"]
 
 
 def test_a_run_that_has_begun_counts_what_it_has_seen() -> None:
     train = {"train": {"steps": None, "epochs": 2, "global_batch": 8}}
-    fresh = make_plan(config(**train), DataFacts((20, 20)))
+    fresh = make_plan(config(**train), DataFacts((StreamFacts((20, 20)),)))
     assert fresh.steps == 5
-    lengthened = make_plan(config(**train), DataFacts((20, 20), steps_done=3, sequences_done=20))
+    lengthened = make_plan(config(**train), DataFacts((StreamFacts((20, 20)),), steps_done=3, sequences_done=20))
     assert lengthened.steps == 6
+
+
+def test_a_mixture_shows_what_each_source_is_worth() -> None:
+    sources = [{"path": "a", "format": "code", "weight": 3.0}, {"path": "b", "format": "code", "weight": 1.0}]
+    mixed = config(data={"sources": sources}, train={"steps": 100, "global_batch": 8})
+    before = make_plan(mixed)
+    assert [(source.path, source.share, source.epochs) for source in before.mixture] == [
+        ("a", 0.75, None),
+        ("b", 0.25, None),
+    ]
+    plan = make_plan(mixed, DataFacts((StreamFacts((300,), share=3), StreamFacts((100, 100), share=1))))
+    assert [source.epochs for source in plan.mixture] == [pytest.approx(2.0), pytest.approx(2.0)]
+    assert plan.epochs is None
+    assert any(line.startswith("source") and "a: 75.0% of the tokens, 2 epochs" in line for line in lines(plan))
+    assert plan.to_json()["mixture"][1] == {"path": "b", "share": 0.25, "epochs": pytest.approx(2.0)}

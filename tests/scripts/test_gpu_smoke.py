@@ -15,9 +15,9 @@ import pytest
 
 from smoke.bench import Bench
 from smoke.checks import CHECKS, Check, attention_faults
-from smoke.jobs import order_for
+from smoke.order import order_for
 from smoke.peaks import peak
-from smoke.runner import Done, Failed, Job, Result, Runner, Skipped
+from smoke.runner import Done, Failed, Result, Runner, Skipped, Task
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "gpu_smoke.py"
@@ -146,26 +146,26 @@ def runner(folder: Path, seconds: float) -> Runner:
     return Runner(folder, "cpu", time.monotonic() + seconds)
 
 
-def test_a_job_that_fails_hangs_or_ends_says_so(tmp_path: Path) -> None:
-    jobs = runner(tmp_path, 60)
-    raised = jobs.run(Job("raises", "job_probe", [{}], needs=0, limit=60))
+def test_a_task_that_fails_hangs_or_ends_says_so(tmp_path: Path) -> None:
+    tasks = runner(tmp_path, 60)
+    raised = tasks.run(Task("raises", "task_probe", [{}], needs=0, limit=60))
     assert isinstance(raised, Failed)
     assert raised.reason == "KeyError: 'device'"
     assert "Traceback" in raised.log
-    ended = jobs.run(Job("ends", "no_such_job", [{}], needs=0, limit=60, ranks=2))
+    ended = tasks.run(Task("ends", "no_such_task", [{}], needs=0, limit=60, ranks=2))
     assert isinstance(ended, Failed)
     assert ended.reason == "rank 0 ended without a result, exit code 1"
-    assert "No module named smoke.no_such_job" in ended.log
-    hanging = jobs.run(Job("hangs", "job_probe", [{"device": "cpu"}], needs=0, limit=0.1))
+    assert "No module named smoke.no_such_task" in ended.log
+    hanging = tasks.run(Task("hangs", "task_probe", [{"device": "cpu"}], needs=0, limit=0.1))
     assert hanging == Failed("hangs: no result within 0 s")
 
 
-def test_the_time_of_all_jobs_is_bounded(tmp_path: Path) -> None:
-    jobs = runner(tmp_path, 0.5)
-    early = jobs.run(Job("early", "job_probe", [{"device": "cpu"}], needs=30, limit=60))
+def test_the_time_of_all_tasks_is_bounded(tmp_path: Path) -> None:
+    tasks = runner(tmp_path, 0.5)
+    early = tasks.run(Task("early", "task_probe", [{"device": "cpu"}], needs=30, limit=60))
     assert isinstance(early, Skipped)
     assert early.reason.startswith("out of time: takes about 30 s")
-    late = jobs.run(Job("late", "job_probe", [{"device": "cpu"}], needs=0, limit=60))
+    late = tasks.run(Task("late", "task_probe", [{"device": "cpu"}], needs=0, limit=60))
     assert late == Skipped("out of time: it was stopped")
 
 
@@ -178,8 +178,8 @@ def test_one_failure_fails_the_rows_it_carries_and_no_other(tmp_path: Path) -> N
         "out": Skipped("one GPU"),
     }
 
-    def row(*jobs: str, optional: bool = False) -> tuple[str, str]:
-        made = Check("x", jobs, lambda *_: ("ok", "fine", ""), optional=optional).row(results, bench, {})
+    def row(*tasks: str, optional: bool = False) -> tuple[str, str]:
+        made = Check("x", tasks, lambda *_: ("ok", "fine", ""), optional=optional).row(results, bench, {})
         return made.result, made.value
 
     assert row("good") == ("ok", "fine")
@@ -213,5 +213,5 @@ def test_a_gpu_gets_the_whole_size_where_it_fits(tmp_path: Path) -> None:
         "two_ranks": "one GPU",
         "flash_attention_2": "the package flash_attn is not installed",
     }
-    assert {job.name for job in pair.together} - {job.name for job in alone.together} == {"two_ranks"}
-    assert {job.ranks for job in pair.together if job.name in {"ranks", "two_ranks"}} == {2}
+    assert {task.name for task in pair.together} - {task.name for task in alone.together} == {"two_ranks"}
+    assert {task.ranks for task in pair.together if task.name in {"ranks", "two_ranks"}} == {2}

@@ -1,20 +1,26 @@
 """Checkpoints as fragments: complete or absent, loadable by any number of ranks under any ZeRO stage."""
 
+from llm_training_toolkit.checkpoint.base import Base, base_of, refuse_other_base, weight_files
 from llm_training_toolkit.checkpoint.manifest import FileEntry, Manifest, UnknownFormatError
 from llm_training_toolkit.checkpoint.reading import Checkpoint, complete, newest, set_aside
 from llm_training_toolkit.checkpoint.retention import clean, kept
-from llm_training_toolkit.checkpoint.writing import Piece, save
+from llm_training_toolkit.checkpoint.writing import Piece, Writing, finish
 
 __all__ = [
+    "Base",
     "Checkpoint",
     "FileEntry",
     "Manifest",
     "Piece",
     "UnknownFormatError",
+    "Writing",
+    "base_of",
     "clean",
     "complete",
+    "finish",
     "kept",
     "newest",
-    "save",
+    "refuse_other_base",
     "set_aside",
+    "weight_files",
 ]

@@ -1,7 +1,10 @@
-"""Writing a checkpoint: each rank its own pieces, rank 0 the manifest last.
+"""Writing a checkpoint: each rank its own pieces behind the training, rank 0 the manifest last.
 
-Called by the loop on all ranks. If one rank fails, all of them raise, nothing half-written stays,
-and the checkpoints before are untouched.
+    begin     copies the pieces out of the device; a thread writes, syncs and sums them up
+    finish    once every rank's thread is done: ranks tell each other, rank 0 writes the manifest
+
+Threads never talk to other ranks, so they cannot get between the exchanges of the training. If one rank fails, all of
+them raise, nothing half-written stays, and the checkpoints before are untouched.
 """
 
 from __future__ import annotations
@@ -10,13 +13,16 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from threading import Thread
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from llm_training_toolkit.checkpoint.manifest import NAME, FileEntry, Manifest, digest
+from llm_training_toolkit.checkpoint.reading import Array
 from llm_training_toolkit.context import RunContext
 from llm_training_toolkit.errors import CheckpointError
 from llm_training_toolkit.runs import write_atomically
@@ -42,24 +48,55 @@ Describe = Callable[[tuple[FileEntry, ...], tuple[tuple[str, int, int, int], ...
 """Makes the manifest once files and fragments are known."""
 
 
-def save(
-    context: RunContext,
-    directory: Path,
-    pieces: Sequence[Piece],
-    optimizer: torch.optim.Optimizer,
-    describe: Describe,
-) -> None:
-    """Write the pieces of all ranks into `directory` and complete it with the manifest. Collective.
+class Outcome(NamedTuple):
+    """What became of a rank's part: its file and pieces, or why there is none."""
 
-    Raises CheckpointError on every rank when any rank cannot write (a full disk, for example).
+    entry: FileEntry | None
+    pieces: list[tuple[str, int, int]]
+    failure: str = ""
+
+
+class Writing:
+    """This rank's part of a checkpoint on its way to storage."""
+
+    def __init__(self, rank: int, directory: Path, pieces: Sequence[Piece], optimizer: torch.optim.Optimizer) -> None:
+        self.directory = directory
+        index = [(piece.name, piece.start, piece.count) for piece in pieces]
+        arrays = {
+            f"{piece.name}@{piece.start}/{key}": tensor.detach().to("cpu", copy=True).numpy()
+            for piece in pieces
+            for key, tensor in piece.tensors(optimizer).items()
+        }
+        self._outcome: Future[Outcome] = Future()
+        # A daemon: a process that has to end does not wait for a part that nobody will complete.
+        Thread(target=self._run, args=(rank, arrays, index), daemon=True, name="checkpoint").start()
+
+    @property
+    def is_done(self) -> bool:
+        """Whether this rank's part is written, or has failed."""
+        return self._outcome.done()
+
+    def outcome(self) -> Outcome:
+        """Wait for the end and say what became of the part."""
+        return self._outcome.result()
+
+    def _run(self, rank: int, arrays: Mapping[str, Array], index: list[tuple[str, int, int]]) -> None:
+        try:
+            self._outcome.set_result(Outcome(_write(rank, self.directory, arrays), index))
+        except (OSError, SafetensorError) as error:
+            self._outcome.set_result(Outcome(None, [], f"rank {rank}: {error}"))
+        except Exception as error:  # noqa: BLE001 - the edge of a thread: raised again where the outcome is asked for
+            self._outcome.set_exception(error)
+
+
+def finish(context: RunContext, writing: Writing, describe: Describe) -> None:
+    """Wait for every rank's part and complete the checkpoint with the manifest. Collective.
+
+    Raises CheckpointError on every rank when any rank could not write (a full disk, for example).
     """
-    try:
-        entry = _write_rank(context.rank, directory, pieces, optimizer)
-        outcome: tuple[FileEntry | None, list[tuple[str, int, int]], str] = (entry, _index(pieces), "")
-    except (OSError, SafetensorError) as error:
-        outcome = (None, [], f"rank {context.rank}: {error}")
-    outcomes = context.gather(outcome)
-    failures = [text for _, _, text in outcomes if text]
+    directory = writing.directory
+    outcomes = context.gather(writing.outcome())
+    failures = [outcome.failure for outcome in outcomes if outcome.failure]
     if not failures:
         failures = context.broadcast(_complete(context, directory, outcomes, describe))
     if failures:
@@ -72,35 +109,21 @@ def save(
         )
 
 
-def _write_rank(rank: int, directory: Path, pieces: Sequence[Piece], optimizer: torch.optim.Optimizer) -> FileEntry:
+def _write(rank: int, directory: Path, arrays: Mapping[str, Array]) -> FileEntry:
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"fragments_{rank:05d}.safetensors"
-    arrays = {
-        f"{piece.name}@{piece.start}/{key}": tensor.cpu().numpy()
-        for piece in pieces
-        for key, tensor in piece.tensors(optimizer).items()
-    }
-    save_file(arrays, path)
+    save_file(dict(arrays), path)
     with path.open("rb+") as file:
         os.fsync(file.fileno())
     return FileEntry(path.name, path.stat().st_size, digest(path))
 
 
-def _index(pieces: Sequence[Piece]) -> list[tuple[str, int, int]]:
-    return [(piece.name, piece.start, piece.count) for piece in pieces]
-
-
-def _complete(
-    context: RunContext,
-    directory: Path,
-    outcomes: Sequence[tuple[FileEntry | None, list[tuple[str, int, int]], str]],
-    describe: Describe,
-) -> list[str]:
+def _complete(context: RunContext, directory: Path, outcomes: Sequence[Outcome], describe: Describe) -> list[str]:
     """On rank 0, check that the pieces add up and write the manifest; what went wrong comes back."""
     if not context.is_first:
         return []
-    files = tuple(entry for entry, _, _ in outcomes if entry is not None)
-    fragments = tuple((*piece, index) for index, (_, pieces, _) in enumerate(outcomes) for piece in pieces)
+    files = tuple(outcome.entry for outcome in outcomes if outcome.entry is not None)
+    fragments = tuple((*piece, number) for number, outcome in enumerate(outcomes) for piece in outcome.pieces)
     manifest = describe(files, fragments)
     held: dict[str, list[tuple[int, int]]] = {}
     for name, start, count, _ in fragments:

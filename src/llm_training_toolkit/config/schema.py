@@ -89,6 +89,27 @@ class Run(Section):
     """Use only deterministic kernels (slower on GPUs). On CPU a run repeats bit for bit without it."""
 
 
+class Lora(Section):
+    """Low-rank adapters: the model stays as it is, two small matrices beside each linear layer are trained (LoRA)."""
+
+    rank: Annotated[int, Field(ge=1), Tag.IDENTITY] = 16
+    """Inner width of an adapter's two matrices."""
+    alpha: Annotated[int, Field(ge=1), Tag.IDENTITY] = 32
+    """What an adapter adds is multiplied by alpha / rank."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0), Tag.IDENTITY] = 0.0
+    """Share of an adapter's inputs that is left out in training, drawn from seed, step and sequence."""
+    targets: Annotated[Literal["auto"] | Annotated[tuple[str, ...], Field(min_length=1)], Tag.IDENTITY] = "auto"
+    """Names of the linear layers that get adapters; `auto` = all of the family's, attention and feed-forward."""
+    rslora: Annotated[bool, Tag.IDENTITY] = False
+    """Multiply by alpha / root of rank instead (Kalajdzievski 2023), so that higher ranks learn as fast."""
+    dora: Annotated[bool, Tag.IDENTITY] = False
+    """Train the length of each row of the weights apart from its direction (DoRA, Liu et al. 2024). Slower."""
+    modules_to_save: Annotated[tuple[str, ...], Tag.IDENTITY] = ()
+    """Modules trained whole beside the adapters: the embedding or the output layer, by name."""
+    quantize: Annotated[Literal["nf4"] | None, Tag.IDENTITY] = None
+    """Keep the model's matrices in 4 bits while the adapters are trained (QLoRA, Dettmers et al. 2023). GPU only."""
+
+
 class Model(Section):
     """What is trained."""
 
@@ -110,6 +131,8 @@ class Model(Section):
     loss_chunk: Annotated[Annotated[int, Field(ge=0)] | Literal["auto"], Tag.IDENTITY] = "auto"
     """Tokens per chunk of the loss over the vocabulary, so that whole logits never exist. `auto` = as many as make 67
     million logits (0.4 GB in bf16): 441 for Qwen's vocabulary. 0 = no chunks."""
+    lora: Lora | None = None
+    """Train adapters instead of the model; absent = the model itself."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> Model:
@@ -119,6 +142,10 @@ class Model(Section):
             raise ValueError("shape changes a model from scratch: saved weights bring their own; remove shape")
         if self.grow_vocabulary is not None and self.path is None:
             raise ValueError("grow_vocabulary is for weights of model.path; from scratch set shape.vocab_size")
+        if self.grow_vocabulary is not None and self.lora is not None:
+            raise ValueError(
+                "grow_vocabulary adds rows to weights that adapters leave as they are: keep one of the two"
+            )
         return self
 
 
@@ -178,6 +205,9 @@ class Source(Section):
     too_long: Annotated[Literal["auto", "continue", "drop", "error"], Tag.IDENTITY] = "auto"
     """A document longer than a sequence: cut into chunks, drop it (counted), or stop. `auto` = drop for chat, continue
     for the others."""
+    weight: Annotated[Annotated[float, Field(gt=0.0)] | None, Tag.IDENTITY] = None
+    """Its share of the tokens, relative to the weights of the other sources: all of them have one, or none. Without
+    weights every source is seen once per epoch."""
 
     @model_validator(mode="after")
     def _names_no_key(self) -> Source:
@@ -232,6 +262,8 @@ class EvalSplit(Section):
             raise ValueError(f"{given} chooses among the training documents, sources names others: keep one of the two")
         if any(source.fim is not None for source in self.sources):
             raise ValueError("sources: held-out documents are not rearranged; remove fim")
+        if any(source.weight is not None for source in self.sources):
+            raise ValueError("sources: every held-out document is evaluated once; remove weight")
         return self
 
 
@@ -241,7 +273,7 @@ class Data(Section):
     sequence_length: Annotated[int, Field(ge=16), Tag.IDENTITY]
     """Tokens in a packed sequence."""
     sources: Annotated[tuple[Source, ...], Field(min_length=1)]
-    """Where the documents come from; each once per epoch."""
+    """Where the documents come from; each once per epoch, or by its weight."""
     eval: EvalSplit = EvalSplit()
     """The held-out part."""
     on_error: Annotated[Literal["stop", "skip"], Tag.IDENTITY] = "stop"
@@ -250,6 +282,18 @@ class Data(Section):
     """With on_error: skip, the largest share of documents that may be skipped."""
     cache: Annotated[str, Field(min_length=1), Tag.FREE] = "auto"
     """Directory for prepared tokens, shared by runs. `auto` = `.cache` beside the runs."""
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """The sources' weights; empty where they have none."""
+        return tuple(source.weight for source in self.sources if source.weight is not None)
+
+    @model_validator(mode="after")
+    def _all_weighted_or_none(self) -> Data:
+        without = [source.path for source in self.sources if source.weight is None]
+        if self.weights and without:
+            raise ValueError(f"sources: a weight for every one or for none; {', '.join(without)} has none")
+        return self
 
 
 class Optim(Section):
@@ -391,3 +435,12 @@ class Config(Section):
     """What the run takes of the machines."""
     failures: Failures = Failures()
     """What happens when a worker dies."""
+
+    @model_validator(mode="after")
+    def _no_epochs_of_a_mixture(self) -> Config:
+        if self.data.weights and self.train.epochs is not None:
+            raise ValueError(
+                "train.epochs has no meaning where sources have weights, each of which runs through epochs of its own: "
+                "give train.tokens or train.steps"
+            )
+        return self

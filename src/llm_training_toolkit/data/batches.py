@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +20,7 @@ from llm_training_toolkit.data.render import Example
 from llm_training_toolkit.data.store import Examples, read_array, read_column
 from llm_training_toolkit.data.tokenizer import open_tokenizer
 from llm_training_toolkit.errors import DataError
+from llm_training_toolkit.plan import Due, counts, merged
 
 IGNORED = -100
 """The label of a position that has nothing to predict."""
@@ -30,16 +32,20 @@ class MicroBatch:
 
     position_ids start at 0 for every piece of a row, padding being a piece of its own: that alone keeps the documents
     of a row apart. labels are shifted already: labels[t] is the token at t + 1 of the same piece, or -100.
+    Row r is position `first` + r of the global batch of `step`; both mean nothing in rows without labels.
     """
 
     input_ids: torch.Tensor
     position_ids: torch.Tensor
     labels: torch.Tensor
+    step: int = 0
+    first: int = 0
 
 
 class Placed(NamedTuple):
-    """A sequence of the stream: the epoch it belongs to and its number in that epoch."""
+    """A sequence of a step: its stream, the epoch it belongs to and its number in that epoch."""
 
+    stream: int
     epoch: int
     sequence: int
 
@@ -61,55 +67,95 @@ class _Packed(NamedTuple):
 
 
 class Sequences:
-    """The stream of sequences, as a pure function of the step.
+    """The sequences of a run in their order, as a pure function of the step.
 
-    Sequence g = step * global_batch + i is position i of that step, counted through all epochs without a break.
-    Steps count from 0: `step` is the number of steps completed before. With `epochs` the stream ends with the last
+    Sequence g = step * global_batch + i is position i of that step, counted through all epochs without a break. Where
+    sources have weights, g counts through the mixture of their streams, each of which runs through epochs of its own.
+    Steps count from 0: `step` is the number of steps completed before. With `epochs` the order ends with the last
     one's last sequence, and the last step may be short; without, it goes on as far as epochs were prepared.
     `origin` (step, sequence) is where an attempt goes on: they differ from a plain multiple of the global batch only
     after an epoch that ended in a short step, or a change of the global batch that was accepted.
     """
 
     def __init__(
-        self, receipt: Receipt, *, global_batch: int, epochs: int | None = None, origin: tuple[int, int] = (0, 0)
+        self,
+        receipt: Receipt,
+        *,
+        global_batch: int,
+        epochs: int | None = None,
+        origin: tuple[int, int] = (0, 0),
     ) -> None:
         self._directory = Prepared.load(receipt).directory
-        self.receipt, self.global_batch, self.epochs, self.origin = receipt, global_batch, epochs, origin
-        counts = receipt.sequences[:epochs]
-        self._starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)])
-        self._opened: dict[int, _Packed] = {}
-        self._held_out = _open(self._directory / receipt.held_out, self._directory / receipt.held_out)
+        self.global_batch, self.epochs, self.origin = global_batch, epochs, origin
+        # Streams alternate, and a step may span two epochs of each; every epoch that is open costs descriptors.
+        self._examples = lru_cache(maxsize=2 * len(receipt.streams) + 1)(lambda name: Examples(self._directory / name))
+        self._plan = lru_cache(maxsize=2 * len(receipt.streams))(lambda name: PackingPlan.read(self._directory / name))
+        self._last: tuple[int, list[Placed]] = (-1, [])
+        self.extend(receipt)
+
+    def extend(self, receipt: Receipt) -> None:
+        """Take a receipt of the same data with more epochs."""
+        self.receipt = receipt
+        self._shares = [stream.share for stream in receipt.streams]
+        self._starts = [list(accumulate(stream.sequences[: self.epochs], initial=0)) for stream in receipt.streams]
 
     @property
     def steps(self) -> int | None:
-        """Steps until the stream ends; None where it has no end, or its last epochs are not prepared yet."""
-        if self.epochs is None or len(self.receipt.epochs) < self.epochs:
+        """Steps until the end; None where there is none, or its last epochs are not prepared yet."""
+        if self._end is None:
             return None
         step, sequence = self.origin
-        return step + -(-max(int(self._starts[-1]) - sequence, 0) // self.global_batch)
+        return step + -(-max(self._end - sequence, 0) // self.global_batch)
+
+    @property
+    def _end(self) -> int | None:
+        """Sequences of a run over epochs, once all of them are prepared."""
+        if self.epochs is None or len(self.receipt.streams[0].epochs) < self.epochs:
+            return None
+        return self._starts[0][-1]
 
     def step_sequences(self, step: int) -> list[Placed]:
-        """The sequences of a step: global_batch of them, fewer only in the last step of a stream that ends.
+        """The sequences of a step: global_batch of them, fewer only in the last step of a run over epochs.
 
         Raises DataError for a step that needs an epoch that was not prepared, and for one after the end.
         """
+        if self._last[0] == step:
+            return self._last[1]
+        first, last = self._places(step)
+        if not 0 <= first < last:
+            raise DataError(f"step {step}: lies outside the run, whose steps go from 0 to {(self.steps or 1) - 1}.")
+        if (stream := self._runs_out(last)) is not None:
+            raise self._not_prepared(step, stream)
+        self._last = (step, [self._placed(due) for due in merged(self._shares, first, last)])
+        return self._last[1]
+
+    def has(self, step: int) -> bool:
+        """Whether all sequences of a step are prepared."""
+        return self._runs_out(self._places(step)[1]) is None
+
+    def _places(self, step: int) -> tuple[int, int]:
+        """Where the sequences of a step lie in the whole order, [first, stop)."""
         first = self.origin[1] + (step - self.origin[0]) * self.global_batch
         last = first + self.global_batch
-        prepared = int(self._starts[-1])
-        if last > prepared and self.steps is None:
-            missing = len(self._starts) - 1
-            raise DataError(
-                f"step {step}: needs sequences of epoch {missing}, and only {missing} epochs ({prepared} sequences) "
-                f"are prepared. Prepare at least {missing + 1} epochs."
-            )
-        if not 0 <= first < prepared:
-            raise DataError(f"step {step}: lies outside the run, whose steps go from 0 to {(self.steps or 1) - 1}.")
-        stream = np.arange(first, min(last, prepared))
-        epochs = np.searchsorted(self._starts, stream, side="right") - 1
-        return [
-            Placed(epoch, sequence)
-            for epoch, sequence in zip(epochs.tolist(), (stream - self._starts[epochs]).tolist(), strict=True)
-        ]
+        return first, last if self._end is None else min(last, self._end)
+
+    def _runs_out(self, last: int) -> int | None:
+        """The first stream that lacks sequences before the place `last`."""
+        needed = counts(self._shares, last)
+        return next((stream for stream, starts in enumerate(self._starts) if needed[stream] > starts[-1]), None)
+
+    def _not_prepared(self, step: int, stream: int) -> DataError:
+        missing, prepared = len(self._starts[stream]) - 1, self._starts[stream][-1]
+        of_source = f" of {self.receipt.sources[stream].path}" if len(self._starts) > 1 else ""
+        return DataError(
+            f"step {step}: needs sequences of epoch {missing}{of_source}, and only {missing} epochs ({prepared} "
+            f"sequences) are prepared. Prepare at least {missing + 1} epochs."
+        )
+
+    def _placed(self, due: Due) -> Placed:
+        starts = self._starts[due.stream]
+        epoch = bisect_right(starts, due.number) - 1
+        return Placed(due.stream, epoch, due.number - starts[epoch])
 
     def batch(self, step: int, positions: range, micro_batch: int) -> list[MicroBatch]:
         """Positions of the step's global batch in rows of `micro_batch`; the last may have fewer rows.
@@ -117,11 +163,14 @@ class Sequences:
         Positions that a short last step does not have are left out.
         """
         rows = [self._pieces(placed) for placed in self.step_sequences(step)[positions.start : positions.stop]]
-        return list(self._micro_batches(rows, micro_batch))
+        return [
+            replace(batch, step=step, first=positions.start + number * micro_batch)
+            for number, batch in enumerate(self._micro_batches(rows, micro_batch))
+        ]
 
     def loss_tokens(self, step: int) -> int:
         """Labels other than -100 in the whole global batch, from the index alone."""
-        return sum(int(self._epoch(epoch).plan.targets[sequence]) for epoch, sequence in self.step_sequences(step))
+        return sum(int(self._epoch(placed).plan.targets[placed.sequence]) for placed in self.step_sequences(step))
 
     def ledger(self, step: int) -> list[list[Piece]]:
         """For each sequence of the step the pieces it holds, from the index alone."""
@@ -181,17 +230,20 @@ class Sequences:
             rows += [[]] * (min(micro_batch, largest - start) - len(rows))
             yield from self._micro_batches(rows, micro_batch)
 
-    def _epoch(self, epoch: int) -> _Packed:
-        if epoch not in self._opened:
-            files = self.receipt.epochs[epoch]
-            self._opened[epoch] = _open(self._directory / files.tokens, self._directory / files.plan)
-        return self._opened[epoch]
+    def _epoch(self, placed: Placed) -> _Packed:
+        files = self.receipt.streams[placed.stream].epochs[placed.epoch]
+        return _Packed(self._plan(files.plan), self._examples(files.tokens))
+
+    @cached_property
+    def _held_out(self) -> _Packed:
+        plan = PackingPlan.read(self._directory / self.receipt.held_out_plan)
+        return _Packed(plan, Examples(self._directory / self.receipt.held_out))
 
     def _pieces(self, placed: Placed) -> list[Example]:
-        return self._epoch(placed.epoch).pieces(placed.sequence)
+        return self._epoch(placed).pieces(placed.sequence)
 
     def _ledger_row(self, placed: Placed) -> list[Piece]:
-        plan, examples = self._epoch(placed.epoch)
+        plan, examples = self._epoch(placed)
         return [
             Piece(int(examples.source[i]), int(examples.document[i]), int(examples.length[i]))
             for i in plan.examples(placed.sequence).tolist()
@@ -228,7 +280,3 @@ def _row(pieces: Sequence[Example], length: int, pad_id: int) -> tuple[NDArray[n
         start = stop
     positions[start:] = np.arange(length - start)
     return ids, positions, labels
-
-
-def _open(tokens: Path, plan: Path) -> _Packed:
-    return _Packed(PackingPlan.read(plan), Examples(tokens))

@@ -24,10 +24,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llm_training_toolkit.data.chat_template import ChatTemplate, Script
+from llm_training_toolkit.data.encoded import Encoded
 from llm_training_toolkit.data.messages import Conversation, UnusableRecord
 from llm_training_toolkit.data.render import Example, Rendered
 from llm_training_toolkit.data.sources import Document
-from llm_training_toolkit.data.tokenizer import Encoded, TextEncoder
+from llm_training_toolkit.data.tokenizer import TextEncoder
 from llm_training_toolkit.errors import DataError
 
 
@@ -76,7 +77,7 @@ def render_chat(
         for piece in cut
         if not piece.is_marker
     ]
-    encoded = iter(encoder.encode_batch_with_offsets(texts))
+    encoded = iter(encoder.encode_batch(texts))
     rendered = []
     for (number, document), (conversation, script), cut in zip(documents, read, pieces, strict=True):
         mask = _mask(conversation, script, rules.loss)
@@ -129,11 +130,9 @@ def _encode(
     if piece.is_marker:
         return _one(encoder.id_of(script.text[piece.start : piece.stop]), loss=bool(with_loss.any()))
     text = next(encoded)
-    spans = np.array([text.characters(i) for i in range(len(text.ids))], dtype=np.int64).reshape(-1, 2)
     # Characters with loss before each place: a token bears loss when there are more at its end than at its beginning.
     before = np.concatenate([[0], np.cumsum(with_loss)])
-    clean = np.concatenate([[True], spans[:-1, 1] <= spans[1:, 0]])
-    return _Tokens(np.array(text.ids, dtype=np.uint32), before[spans[:, 1]] > before[spans[:, 0]], clean)
+    return _Tokens(text.ids, before[text.spans[:, 1]] > before[text.spans[:, 0]], text.clean)
 
 
 def _closing(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 
 from llm_training_toolkit.data.batches import MicroBatch, Sequences
@@ -14,10 +14,27 @@ class Feed:
     """The sequences of a run, step by step, and its held-out part."""
 
     def __init__(
-        self, receipt: Receipt, *, global_batch: int, epochs: int | None, origin: tuple[int, int] = (0, 0)
+        self,
+        receipt: Receipt,
+        *,
+        global_batch: int,
+        epochs: int | None,
+        origin: tuple[int, int] = (0, 0),
+        newest: Callable[[Receipt], Receipt] | None = None,
     ) -> None:
+        """Open the data; `newest` looks for a receipt with more epochs, where later ones are still being prepared."""
         self._sequences = Sequences(receipt, global_batch=global_batch, epochs=epochs, origin=origin)
+        self._newest = newest
         self._receipt = receipt
+
+    def has(self, step: int) -> bool:
+        """Whether all sequences of a step are prepared, as far as was looked."""
+        return self._sequences.has(step)
+
+    def look(self) -> None:
+        """See whether more epochs were prepared. Raises DataError when there will be no more."""
+        if self._newest is not None:
+            self._sequences.extend(self._newest(self._sequences.receipt))
 
     def sequences_in(self, step: int) -> int:
         """Sequences of the step: the global batch, fewer only in the last step of a run over epochs."""

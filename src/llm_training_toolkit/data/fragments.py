@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ class Fragment(NamedTuple):
     """What a chunk holds of a file.
 
     start, stop: its tokens [start, stop) in the chunk. head: how many of them are special tokens and texts in front.
-    lead, body: its metadata and its code as text. number: among all fragments of the document.
+    lead, body: its metadata and its code as text. part: what it is of the document, as `part` names it.
     """
 
     start: int
@@ -29,7 +30,15 @@ class Fragment(NamedTuple):
     head: int
     lead: str
     body: str
-    number: int
+    part: str
+
+
+def part(file: int, character: int) -> str:
+    """The name of a part of a document: a file, or what goes on in it with a character.
+
+    Random numbers are drawn by it. It is known before the part's end is, and the same for every tokenizer.
+    """
+    return f"{file}+{character}" if character else f"{file}"
 
 
 def spans(passages: Sequence[Passage], runs: Sequence[Run]) -> list[Span]:
@@ -44,22 +53,17 @@ def spans(passages: Sequence[Passage], runs: Sequence[Run]) -> list[Span]:
 
 
 def fragments(
-    passages: Sequence[Passage], files: Sequence[Span], strip: Strip, bounds: Sequence[tuple[int, int]]
-) -> list[list[Fragment]]:
-    """The fragments in each chunk [start, stop) of the bounds, without those that hold nothing of a file's code."""
-    found: list[list[Fragment]] = []
-    number = 0
-    for chunk in bounds:
-        inside = []
-        for passage, file in zip(passages, files, strict=True):
-            if file.first < chunk[1] and chunk[0] < file.end:
-                inside.append(_fragment(strip, passage, file, chunk, number))
-                number += 1
-        found.append([fragment for fragment in inside if fragment.body])
-    return found
+    passages: Sequence[Passage], files: Sequence[Span], strip: Strip, start: int, stop: int
+) -> list[Fragment]:
+    """What the tokens [start, stop) hold of the files, without fragments that hold nothing of a file's code."""
+    # Only the files that lie there are looked at: a repository may have thousands, and as many chunks.
+    first = bisect_right(files, start, key=lambda file: file.end)
+    last = bisect_left(files, stop, key=lambda file: file.first)
+    found = (_fragment(strip, number, passages[number], files[number], (start, stop)) for number in range(first, last))
+    return [fragment for fragment in found if fragment.body]
 
 
-def _fragment(strip: Strip, passage: Passage, file: Span, chunk: tuple[int, int], number: int) -> Fragment:
+def _fragment(strip: Strip, number: int, passage: Passage, file: Span, chunk: tuple[int, int]) -> Fragment:
     """A fragment's text reaches to the next one's first character, so that no character falls between two.
 
     Where a cut had to part a file's metadata, the fragment has no body: the file stays as it is.
@@ -76,5 +80,5 @@ def _fragment(strip: Strip, passage: Passage, file: Span, chunk: tuple[int, int]
         file.text - file.first if is_first else 0,
         passage.lead if is_first else "",
         passage.body[begin : max(close, 0)] if begin >= 0 else "",
-        number,
+        part(number, max(begin, 0)),
     )

@@ -10,6 +10,7 @@ from llm_training_toolkit.data.markers import Markers
 from llm_training_toolkit.data.sources import Document, Part
 from llm_training_toolkit.data.tokenizer import TextEncoder
 from llm_training_toolkit.errors import DataError
+from llm_training_toolkit.families import CodeLayout
 
 _MAGNITUDES = ((0, "0"), (10, "1-10"), (100, "10-100"), (1000, "100-1000"))
 
@@ -29,18 +30,16 @@ class Passage(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """How the documents of a source are written: the ids of the special tokens, and what stands between them.
+    """How the documents of a source are written: the ids of the special tokens, and the family's form.
 
-    metadata: whether repository, path and stars are written, or nothing but the file's token.
+    stars: None where they are not written. metadata: whether repository, path and stars are written, or nothing but
+    the file's token.
     """
 
     file: int
     repository: int
     stars: int | None
-    after_repository: str
-    between_files: str
-    path_in_prefix: bool
-    needs_path: bool
+    form: CodeLayout
     metadata: bool
 
     @classmethod
@@ -51,26 +50,24 @@ class Layout:
         """
         if not source.metadata and source.per == "file":
             return None
-        if markers.repository is None or markers.file is None or (markers.needs_path and not source.metadata):
+        tokens, form = markers.tokens, markers.layout
+        if not tokens.repository or not tokens.file or (form.needs_path and not source.metadata):
             raise DataError(
                 "data.sources: this model family has no special tokens for repositories, or none for files without "
                 "metadata. Remove per and metadata from the source, or choose a model of a family that has them."
             )
         return cls(
-            encoder.id_of(markers.file),
-            encoder.id_of(markers.repository),
-            None if markers.stars is None else encoder.id_of(markers.stars),
-            markers.after_repository,
-            markers.between_files,
-            markers.path_in_prefix,
-            markers.needs_path,
+            encoder.id_of(tokens.file),
+            encoder.id_of(tokens.repository),
+            encoder.id_of(form.stars) if form.stars else None,
+            form,
             source.metadata,
         )
 
     def passages(self, document: Document) -> list[Passage]:
         """The files of a document in their order, the first with what is known of the repository."""
         files = document.parts or (Part(document.path, document.text),)
-        tails = [self.between_files] * (len(files) - 1) + [""]
+        tails = [self.form.between_files] * (len(files) - 1) + [""]
         written = []
         for number, (file, tail) in enumerate(zip(files, tails, strict=True)):
             labels = self._labels(document if number == 0 else None, file)
@@ -86,8 +83,8 @@ class Layout:
             return [(self.file, "")]
         labels = []
         if document is not None and document.repository:
-            labels.append((self.repository, document.repository + self.after_repository))
-        if file.path or document is None or not self.needs_path:
+            labels.append((self.repository, document.repository + self.form.after_repository))
+        if file.path or document is None or not self.form.needs_path:
             labels.append((self.file, file.path))
         if document is not None and document.stars is not None and self.stars is not None:
             labels.append((self.stars, magnitude(document.stars)))

@@ -1,32 +1,22 @@
-"""The special tokens the data layer needs to know, as plain values."""
+"""What the data layer takes from a family of models: its special tokens, and how text is written with them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from llm_training_toolkit.families import CodeLayout, Family, SpecialTokens
+
 
 @dataclass(frozen=True)
 class Markers:
-    """The special tokens of a model family, and how its tokenizer splits text before merging bytes.
+    """The part of a family that decides about tokens, and so whether prepared ones are those of a run."""
 
-    `all` holds every special token in id order: a tokenizer of one's own gives them the first ids.
-    The three fill-in-the-middle markers, and those for a repository's name, a file and its stars, are None where the
-    family has none. The rest is how code is written with them: see `CodeLayout` in families/family.py.
-    """
-
-    end_of_text: str
-    pad: str
-    fim_prefix: str | None
-    fim_middle: str | None
-    fim_suffix: str | None
-    all: tuple[str, ...]
+    tokens: SpecialTokens
+    layout: CodeLayout
     pre_tokenizer_pattern: str
-    chat_template: str = ""
-    """Jinja text of the family's own way to write a conversation, for tokenizers that bring none."""
-    repository: str | None = None
-    file: str | None = None
-    stars: str | None = None
-    after_repository: str = ""
-    between_files: str = ""
-    path_in_prefix: bool = False
-    needs_path: bool = False
+    chat_template: str
+
+    @classmethod
+    def of(cls, family: Family) -> Markers:
+        """The markers of a family."""
+        return cls(family.special_tokens, family.code_layout, family.pre_tokenizer_pattern, family.chat_template)

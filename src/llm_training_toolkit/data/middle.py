@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import struct
 from dataclasses import dataclass
 from typing import NamedTuple
-
-import numpy as np
 
 from llm_training_toolkit.config.schema import FillInTheMiddle
 from llm_training_toolkit.data.markers import Markers
@@ -35,15 +34,22 @@ class FimRules:
     @classmethod
     def of(cls, fim: FillInTheMiddle, markers: Markers, encoder: TextEncoder) -> FimRules:
         """The rules of a source. Raises DataError where the family or the tokenizer lacks a sentinel."""
-        sentinels = (markers.fim_prefix, markers.fim_middle, markers.fim_suffix)
-        ids = [encoder.id_of(sentinel) for sentinel in sentinels if sentinel is not None]
-        if len(ids) != len(sentinels):
+        tokens = markers.tokens
+        if not tokens.has_fim:
             raise DataError(
                 "data.sources.fim: this model family has no fill-in-the-middle markers. Remove fim from the source, or "
                 "choose a model of a family that has them."
             )
-        whole, middle_only = fim.level == "document", fim.loss == "middle"
-        return cls(ids[0], ids[1], ids[2], fim.rate, fim.spm_rate, middle_only, whole, markers.path_in_prefix)
+        return cls(
+            encoder.id_of(tokens.fim_prefix),
+            encoder.id_of(tokens.fim_middle),
+            encoder.id_of(tokens.fim_suffix),
+            fim.rate,
+            fim.spm_rate,
+            middle_only=fim.loss == "middle",
+            whole=fim.level == "document",
+            path_in_prefix=markers.layout.path_in_prefix,
+        )
 
 
 class Draw(NamedTuple):
@@ -55,11 +61,11 @@ class Draw(NamedTuple):
     second: float
 
 
-def draw(seed: int, epoch: int, source: int, document: int, part: int) -> Draw:
+def draw(seed: int, epoch: int, source: int, document: int, part: str) -> Draw:
     """The random numbers of a part of a document: a hash of its coordinates, so no order of work can change them."""
     key = f"{seed}/{epoch}/{source}/{document}/{part}".encode()
-    raw = np.frombuffer(hashlib.blake2b(key, digest_size=32, person=b"ltt-fim").digest(), dtype="<u8")
-    return Draw(*((raw >> np.uint64(11)) * 2.0**-53).tolist())
+    raw = struct.unpack("<4Q", hashlib.blake2b(key, digest_size=32, person=b"ltt-fim").digest())
+    return Draw(*((value >> 11) * 2.0**-53 for value in raw))
 
 
 def rearranged(lead: str, body: str, chance: Draw, fim: FimRules) -> list[Item]:

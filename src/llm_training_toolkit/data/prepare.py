@@ -5,40 +5,35 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from itertools import groupby
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tokenizers
 
-from llm_training_toolkit.config.schema import Config
+from llm_training_toolkit.config.schema import Config, Data
 from llm_training_toolkit.data import survey as surveys
 from llm_training_toolkit.data.chat_template import ChatTemplate
 from llm_training_toolkit.data.markers import Markers
-from llm_training_toolkit.data.packing import PackingPlan, pack
-from llm_training_toolkit.data.receipt import EpochReceipt, Receipt, SourceReceipt
-from llm_training_toolkit.data.rendering import Renderer, plain_text
-from llm_training_toolkit.data.sources import Document, fingerprint
-from llm_training_toolkit.data.store import Examples, SourceExample, complete, write_examples
-from llm_training_toolkit.data.survey import Survey, all_sources, reread
-from llm_training_toolkit.data.tokenizer import (
-    TOKENIZER_FILES,
-    TextEncoder,
-    open_tokenizer,
-    tokenizer_directory,
-    train_tokenizer,
-)
-from llm_training_toolkit.errors import DataError
+from llm_training_toolkit.data.packing import PackingPlan, pack_in_windows
+from llm_training_toolkit.data.receipt import EpochReceipt, Receipt, SourceReceipt, StreamReceipt
+from llm_training_toolkit.data.rendering import plain_text
+from llm_training_toolkit.data.shards import Job, Runner, in_this_process, join, read_facts
+from llm_training_toolkit.data.sources import fingerprint
+from llm_training_toolkit.data.store import Examples, complete
+from llm_training_toolkit.data.survey import Rereader, Survey, all_sources, shards
+from llm_training_toolkit.data.tokenizer import TOKENIZER_FILES, tokenizer_directory, train_tokenizer
+from llm_training_toolkit.errors import DataError, ToolkitError
+from llm_training_toolkit.plan import whole_shares
 
 Progress = Callable[[str, int, int], None]
 
-_FORMAT = 2  # part of every key: raise it when the same documents would give other files
-_DOCUMENTS_PER_BATCH = 256
-_CHARACTERS_PER_BATCH = 8 << 20
+_FORMAT = 4  # part of every key: raise it when the same documents would give other files
+_EVERY = 256
 
 
 @dataclass(frozen=True)
@@ -53,7 +48,12 @@ class Prepared:
     def load(cls, receipt: Receipt) -> Prepared:
         """Reopen prepared data from its receipt. Raises DataError where its files are not (any more)."""
         directory, tokenizer = Path(receipt.directory), Path(receipt.tokenizer_path)
-        parts = [receipt.held_out, *(name for epoch in receipt.epochs for name in (epoch.tokens, epoch.plan))]
+        epochs = [epoch for stream in receipt.streams for epoch in stream.epochs]
+        parts = [
+            receipt.held_out,
+            receipt.held_out_plan,
+            *(name for epoch in epochs for name in (epoch.tokens, epoch.plan)),
+        ]
         for path in [tokenizer, *(directory / part for part in parts)]:
             if not path.is_dir():
                 raise DataError(
@@ -63,27 +63,45 @@ class Prepared:
         return cls(receipt, tokenizer, directory)
 
 
-def prepare(config: Config, markers: Markers, *, epochs: int = 1, progress: Progress | None = None) -> Prepared:
-    """Prepare the first `epochs` epochs, or find them prepared.
+def prepare(
+    config: Config,
+    markers: Markers,
+    *,
+    epochs: Sequence[int] = (),
+    progress: Progress | None = None,
+    runner: Runner = in_this_process,
+) -> Prepared:
+    """Prepare the first epochs, or find them prepared: `Preparation` for a single call."""
+    work = Preparation(config, markers, progress or (lambda _stage, _done, _total: None), runner)
+    return work.prepare(epochs or [1] * len(work.streams))
 
-    The cache is `<run.dir>/.cache`, or data.cache. progress(stage, done, total) is called as documents pass, with
-    total 0 while it is not known. Raises DataError for whatever is wrong with sources, documents or tokenizer.
+
+@dataclass(frozen=True)
+class Stream:
+    """Sources that are packed together; `name` tells the files of one stream from those of others."""
+
+    name: str
+    sources: tuple[int, ...]
+    is_drawn: bool
+    """Whether every epoch has tokens of its own, because of fill-in-the-middle."""
+
+
+class Preparation:
+    """The data of one configuration: every part is looked for on disk first and built when it is not there.
+
+    The files of the sources are listed once, when it is made. The cache is `<run.dir>/.cache`, or data.cache.
+    progress(stage, done, total) is called as documents pass, with total 0 while it is not known. Raises DataError for
+    whatever is wrong with sources, documents or tokenizer.
     """
-    if epochs < 1:
-        raise DataError(f"prepare: {epochs} epochs were asked for. At least one is needed.")
-    work = _Preparation(config, markers, progress or (lambda _stage, _done, _total: None))
-    return work.run(epochs)
 
-
-class _Preparation:
-    """One call of `prepare`: every part is looked for on disk first and built when it is not there."""
-
-    def __init__(self, config: Config, markers: Markers, progress: Progress) -> None:
+    def __init__(self, config: Config, markers: Markers, progress: Progress, runner: Runner) -> None:
         self.data, self.tokenizer, self.seed = config.data, config.tokenizer, config.run.seed
-        self.markers, self.progress = markers, progress
+        self.markers, self.progress, self.runner = markers, progress, runner
         folder = Path(config.run.dir, ".cache") if self.data.cache == "auto" else Path(self.data.cache)
         self.cache = folder.expanduser().resolve()
         self.sources = all_sources(self.data)
+        self.streams = _streams(self.data)
+        self._epochs: dict[tuple[str, int], EpochReceipt] = {}
         self.files = fingerprint(self.sources)
         self.tokenizer_key = self._tokenizer_key()
         self.fingerprint = _key(
@@ -91,17 +109,34 @@ class _Preparation:
         )
         self.directory = self.cache / self.fingerprint[:16]
 
-    def run(self, epochs: int) -> Prepared:
+    def prepare(self, epochs: Sequence[int]) -> Prepared:
+        """Prepare the first epochs, as many of each stream, or find them prepared."""
         complete(self.directory / "documents", self._take_survey)
         tokenizer = complete(self.tokenizer_path, self._make_tokenizer)
-        complete(self.directory / "held_out", self._render_held_out)
-        parts = [self._epoch(epoch) for epoch in range(epochs)]
-        receipt = self._receipt(tokenizer, parts)
-        return Prepared(receipt, tokenizer, self.directory)
+        held_out = self._rendered("held_out", range(len(self.sources)), epoch=0, held=True, stage="held-out tokens")
+        complete(self.directory / "plan-held_out", lambda path: self._plan(held_out, seed=0, epoch=0).write(path))
+        prepared = [
+            [self._epoch(stream, epoch) for epoch in range(count)]
+            for stream, count in zip(self.streams, epochs, strict=True)
+        ]
+        return Prepared(self._receipt(tokenizer, prepared), tokenizer, self.directory)
+
+    def found(self) -> list[int]:
+        """How many epochs of each stream lie prepared already, from the first on without a gap."""
+        return [next(epoch for epoch in count() if not self._is_there(each, epoch)) for each in self.streams]
+
+    def _is_there(self, stream: Stream, epoch: int) -> bool:
+        return all((self.directory / name).is_dir() for name in self._names(stream, epoch))
+
+    def verify(self) -> None:
+        """Read everything again and compare it with what was prepared. Raises DataError for the first difference."""
+        total = len(self.survey.sources)
+        surveys.verify(self.data, self.directory / "documents", lambda done: self.progress("comparing", done, total))
 
     def _documents_identity(self) -> list[Any]:
         data = self.data
-        sources = [source.model_dump(mode="json") for source in data.sources]
+        # Weights change the order in which finished sequences are seen, and nothing in them.
+        sources = [source.model_dump(mode="json", exclude={"weight"}) for source in data.sources]
         return [_FORMAT, self.files, sources, data.on_error, data.max_skipped, data.eval.model_dump(mode="json")]
 
     def _tokenizer_key(self) -> str:
@@ -129,17 +164,9 @@ class _Preparation:
     def survey(self) -> Survey:
         return Survey.read(self.directory / "documents")
 
-    @cached_property
-    def encoder(self) -> TextEncoder:
-        return open_tokenizer(str(self.tokenizer_path))
-
     @property
     def tokenizer_path(self) -> Path:
         return self.cache / f"tokenizer-{self.tokenizer_key[:16]}"
-
-    @cached_property
-    def renderer(self) -> Renderer:
-        return Renderer(self.sources, self.markers, self.encoder, self.tokenizer_path, self.data.sequence_length)
 
     def _take_survey(self, directory: Path) -> None:
         surveys.take(self.data, directory, lambda done: self.progress("reading", done, 0))
@@ -151,100 +178,121 @@ class _Preparation:
 
     def _make_tokenizer(self, directory: Path) -> None:
         if self.tokenizer.train is not None:
-            documents = self._reread("tokenizer", held=False)
-            texts = (plain_text(document, self.sources[document.source]) for _, document in documents)
-            train_tokenizer(texts, self.tokenizer.train.vocab_size, self.markers, directory)
+            train_tokenizer(self._texts(), self.tokenizer.train.vocab_size, self.markers, directory)
         for name, path in self._given_tokenizer:  # copied, so that workers elsewhere and later see this very one
             shutil.copyfile(path, directory / name)
         if self._chats:  # whoever loads the trained model must write conversations as they were trained on
             template = ChatTemplate.open(directory, self.markers.chat_template)
             (directory / "chat_template.jinja").write_text(template.source, encoding="utf-8")
 
-    def _reread(self, stage: str, *, held: bool) -> Iterator[tuple[int, Document]]:
-        total = self.survey.count(held=held)
-        for done, item in enumerate(reread(self.data, self.survey, held=held)):
-            if done % _DOCUMENTS_PER_BATCH == 0:
-                self.progress(stage, done, total)
-            yield item
-        self.progress(stage, total, total)
+    def _texts(self) -> Iterator[str]:
+        """What a tokenizer is trained on: every document that is not held out."""
+        total, done = self.survey.count(held=False), 0
+        rereader = Rereader(self.data, self.survey)
+        for shard in shards(self.data, self.survey, range(len(self.data.sources)), held=False):
+            for _, document in rereader.documents(shard, held=False):
+                if done % _EVERY == 0:
+                    self.progress("tokenizer", done, total)
+                done += 1
+                yield plain_text(document, self.sources[document.source])
+        self.progress("tokenizer", total, total)
 
-    def _render_held_out(self, directory: Path) -> None:
-        self._render(directory, epoch=0, held=True, stage="held-out tokens")
-        self._plan(directory, seed=0, epoch=0).write(directory)
-
-    def _epoch(self, epoch: int) -> EpochReceipt:
+    def _epoch(self, stream: Stream, epoch: int) -> EpochReceipt:
         """The tokens and the plan of an epoch; without fill-in-the-middle all epochs have the same tokens."""
-        drawn = any(source.fim for source in self.data.sources)
-        tokens = f"tokens-seed{self.seed}-epoch{epoch}" if drawn else "tokens"
-        stage = f"tokens of epoch {epoch}" if drawn else "tokens"
-        rendered = complete(
-            self.directory / tokens, lambda path: self._render(path, epoch=epoch, held=False, stage=stage)
-        )
+        if (stream.name, epoch) in self._epochs:
+            return self._epochs[stream.name, epoch]
+        tokens, plan_name = self._names(stream, epoch)
+        what = f" of {self.sources[stream.sources[0]].path}" if len(self.streams) > 1 else ""
+        stage = f"tokens of epoch {epoch}{what}" if stream.is_drawn else f"tokens{what}"
+        rendered = self._rendered(tokens, stream.sources, epoch=epoch, held=False, stage=stage)
         plan = complete(
-            self.directory / f"plan-seed{self.seed}-epoch{epoch}",
+            self.directory / plan_name,
             lambda path: self._plan(rendered, seed=self.seed, epoch=epoch).write(path),
         )
-        sequences = len(PackingPlan.read(plan))
-        if not sequences:
+        packed = PackingPlan.read(plan)
+        if not len(packed):
             raise DataError(
-                f"data.sources: every document is longer than data.sequence_length {self.data.sequence_length} and was "
-                "dropped. Set too_long: continue, or raise data.sequence_length."
+                f"data.sources: no document{what} is left to train on: each is held out, or longer than "
+                f"data.sequence_length {self.data.sequence_length} and was dropped. Set too_long: continue, raise "
+                "data.sequence_length, or give more documents."
             )
-        return EpochReceipt(tokens, plan.name, sequences)
+        lengths = Examples(rendered).length
+        times = np.bincount(packed.order, minlength=len(lengths))  # counted, not assumed
+        filled, lost = int((lengths * times).sum()), int(lengths[times == 0].sum())
+        self._epochs[stream.name, epoch] = EpochReceipt(tokens, plan_name, len(packed), filled, lost)
+        return self._epochs[stream.name, epoch]
 
-    def _render(self, directory: Path, *, epoch: int, held: bool, stage: str) -> None:
-        longest, too_long = np.zeros((2, len(self.sources)), dtype=np.int64)
-        pad, vocab_size = self.encoder.id_of(self.markers.pad), self.encoder.vocab_size
+    def _names(self, stream: Stream, epoch: int) -> tuple[str, str]:
+        """The directories of an epoch's tokens and of its plan."""
+        of_epoch = f"-seed{self.seed}-epoch{epoch}"
+        tokens = f"tokens{stream.name}{of_epoch}" if stream.is_drawn else f"tokens{stream.name}"
+        return tokens, f"plan{stream.name}{of_epoch}"
 
-        def rendered() -> Iterator[SourceExample]:
-            for source, batch in _batches(self._reread(stage, held=held)):
-                for document in self.renderer.render(source, batch, seed=self.seed, epoch=epoch, plain=held):
-                    longest[source] = max(longest[source], document.tokens)
-                    too_long[source] += not document.examples
-                    yield from (SourceExample(source, example) for example in document.examples)
-
-        write_examples(directory, rendered())
-        facts = {"pad": pad, "vocab_size": vocab_size, "longest": longest.tolist(), "too_long": too_long.tolist()}
-        (directory / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
+    def _rendered(self, name: str, sources: Iterable[int], *, epoch: int, held: bool, stage: str) -> Path:
+        """The directory of a rendering, made shard by shard unless it is there."""
+        target, place = self.directory / name, self.directory / f".{name}.shards"
+        if target.is_dir():
+            return target
+        chosen = shards(self.data, self.survey, sources, held=held)
+        total = sum(self.survey.count(held=held, source=source) for source in {shard.source for shard in chosen})
+        documents = self.directory / "documents"
+        job = Job(self.data, self.markers, self.seed, epoch, held, documents, self.tokenizer_path, place)
+        try:
+            self.runner(job, chosen, _counted(self.progress, stage, total))
+            complete(target, lambda directory: join(job, chosen, directory, len(self.sources)))
+        except (OSError, ToolkitError):  # another process was faster, and has tidied away the shards
+            if not target.is_dir():
+                raise
+        shutil.rmtree(place, ignore_errors=True)
+        self.progress(stage, total, total)
+        return target
 
     def _plan(self, tokens: Path, *, seed: int, epoch: int) -> PackingPlan:
         examples = Examples(tokens)
         self.progress("packing", 0, len(examples))
         length = self.data.sequence_length
-        plan = pack(examples.length, length, targets=examples.targets, seed=seed, epoch=epoch)
+        plan = pack_in_windows(
+            examples.batch, examples.length, length, targets=examples.targets, seed=seed, epoch=epoch
+        )
         self.progress("packing", len(examples), len(examples))
         return plan
 
-    def _receipt(self, tokenizer: Path, epochs: list[EpochReceipt]) -> Receipt:
-        held_facts, facts = (_facts(self.directory / part) for part in ("held_out", epochs[0].tokens))
-        packed, lost = zip(*(self._accounts(epoch) for epoch in epochs), strict=True)
+    def _receipt(self, tokenizer: Path, prepared: list[list[EpochReceipt]]) -> Receipt:
+        held_facts = read_facts(self.directory / "held_out")
+        epochs = [epoch for of_stream in prepared for epoch in of_stream]
         space = sum(epoch.sequences for epoch in epochs) * self.data.sequence_length
         return Receipt(
             fingerprint=self.fingerprint,
             directory=str(self.directory),
             tokenizer_path=str(tokenizer),
-            vocab_size=facts["vocab_size"],
-            pad_id=facts["pad"],
+            vocab_size=held_facts["vocab_size"],
+            pad_id=held_facts["pad"],
             sequence_length=self.data.sequence_length,
             seed=self.seed,
-            sources=self._source_receipts(Examples(self.directory / epochs[0].tokens), facts, held_facts),
-            epochs=tuple(epochs),
+            sources=self._source_receipts([of_stream[0] for of_stream in prepared], held_facts),
+            streams=self._stream_receipts(prepared),
             held_out="held_out",
-            eval_sequences=len(PackingPlan.read(self.directory / "held_out")),
-            padding=1.0 - sum(packed) / space,
-            tokens_lost=sum(lost),
+            held_out_plan="plan-held_out",
+            eval_sequences=len(PackingPlan.read(self.directory / "plan-held_out")),
+            padding=1.0 - sum(epoch.filled for epoch in epochs) / space,
+            tokens_lost=sum(epoch.lost for epoch in epochs),
         )
 
-    def _accounts(self, epoch: EpochReceipt) -> tuple[int, int]:
-        """Tokens that lie in the sequences of an epoch, and rendered tokens that do not: counted, not assumed."""
-        lengths = Examples(self.directory / epoch.tokens).length
-        times = np.bincount(PackingPlan.read(self.directory / epoch.plan).order, minlength=len(lengths))
-        return int((lengths * times).sum()), int(lengths[times == 0].sum())
+    def _stream_receipts(self, prepared: list[list[EpochReceipt]]) -> tuple[StreamReceipt, ...]:
+        """Weights are shares of tokens: a stream with more padding in its sequences needs more of them."""
+        weights = self.data.weights or (1.0,)
+        filled = [of_stream[0].filled / of_stream[0].sequences for of_stream in prepared]
+        shares = whole_shares([weight / tokens for weight, tokens in zip(weights, filled, strict=True)])
+        return tuple(StreamReceipt(share, tuple(each)) for share, each in zip(shares, prepared, strict=True))
 
-    def _source_receipts(
-        self, examples: Examples, facts: dict[str, Any], held_facts: dict[str, Any]
-    ) -> tuple[SourceReceipt, ...]:
-        return tuple(self._source_receipt(i, examples, facts, held_facts) for i in range(len(self.sources)))
+    def _source_receipts(self, first: list[EpochReceipt], held_facts: dict[str, Any]) -> tuple[SourceReceipt, ...]:
+        """What became of every source, by the first epoch of its stream; those of the evaluation are in none."""
+        renderings = [self.directory / epoch.tokens for epoch in first]
+        opened = [(Examples(rendering), read_facts(rendering)) for rendering in renderings]
+        return tuple(
+            self._source_receipt(i, *opened[i if self.data.weights and i < len(opened) else 0], held_facts)
+            for i in range(len(self.sources))
+        )
 
     def _source_receipt(
         self, index: int, examples: Examples, facts: dict[str, Any], held_facts: dict[str, Any]
@@ -266,24 +314,24 @@ class _Preparation:
         )
 
 
-def _batches(numbered: Iterator[tuple[int, Document]]) -> Iterator[tuple[int, list[tuple[int, Document]]]]:
-    """Batches of documents of one source each, large enough to keep all cores busy and no larger."""
-    for source, group in groupby(numbered, key=lambda item: item[1].source):
-        batch: list[tuple[int, Document]] = []
-        characters = 0
-        for item in group:
-            batch.append(item)
-            characters += len(item[1].text)
-            if len(batch) == _DOCUMENTS_PER_BATCH or characters > _CHARACTERS_PER_BATCH:
-                yield source, batch
-                batch, characters = [], 0
-        if batch:
-            yield source, batch
+def _streams(data: Data) -> list[Stream]:
+    """All sources together, or where they have weights one for each."""
+    drawn = [source.fim is not None for source in data.sources]
+    if not data.weights:
+        return [Stream("", tuple(range(len(drawn))), any(drawn))]
+    return [Stream(f"-source{number}", (number,), is_drawn) for number, is_drawn in enumerate(drawn)]
 
 
-def _facts(directory: Path) -> dict[str, Any]:
-    facts: dict[str, Any] = json.loads((directory / "facts.json").read_text(encoding="utf-8"))
-    return facts
+def _counted(progress: Progress, stage: str, total: int) -> Callable[[int], None]:
+    """A listener that adds up what it is told and passes it on; shards found done count their held-out ones, too."""
+    seen = 0
+
+    def done(more: int) -> None:
+        nonlocal seen
+        seen += more
+        progress(stage, min(seen, total), total)
+
+    return done
 
 
 def _key(*parts: Any) -> str:  # noqa: ANN401 - whatever JSON can say

@@ -28,17 +28,39 @@ class SourceReceipt:
 
 @dataclass(frozen=True)
 class EpochReceipt:
-    """Where one epoch lies, relative to the receipt's directory, and how many sequences it has."""
+    """Where one epoch lies, relative to the receipt's directory, and what it has.
+
+    filled: tokens in its sequences, without padding. lost: rendered tokens that no sequence holds; 0.
+    """
 
     tokens: str
     plan: str
     sequences: int
+    filled: int
+    lost: int
+
+
+@dataclass(frozen=True)
+class StreamReceipt:
+    """A stream of sequences: all sources together, or where they have weights one source; `share`: its part of the mix.
+
+    Shares are of sequences, relative to the other streams'; they make the weights shares of tokens.
+    """
+
+    share: int
+    epochs: tuple[EpochReceipt, ...]
+
+    @property
+    def sequences(self) -> tuple[int, ...]:
+        """Sequences of each prepared epoch."""
+        return tuple(epoch.sequences for epoch in self.epochs)
 
 
 @dataclass(frozen=True)
 class Receipt:
     """Everything a worker needs to open prepared data, and a person to judge it.
 
+    streams: one, or where sources have weights one for each of those that are trained on, in their order.
     padding: share of padding in all prepared epochs' sequences. tokens_lost: rendered tokens that no sequence holds; 0.
     """
 
@@ -50,16 +72,17 @@ class Receipt:
     sequence_length: int
     seed: int
     sources: tuple[SourceReceipt, ...]
-    epochs: tuple[EpochReceipt, ...]
+    streams: tuple[StreamReceipt, ...]
     held_out: str
+    held_out_plan: str
     eval_sequences: int
     padding: float
     tokens_lost: int
 
     @property
-    def sequences(self) -> tuple[int, ...]:
-        """Sequences of each prepared epoch."""
-        return tuple(epoch.sequences for epoch in self.epochs)
+    def sequences(self) -> int:
+        """Sequences of all prepared epochs."""
+        return sum(sum(stream.sequences) for stream in self.streams)
 
     def to_json(self) -> str:
         """The receipt as text that `from_json` reads back."""
@@ -71,7 +94,10 @@ class Receipt:
         try:
             values: dict[str, Any] = json.loads(text)
             values["sources"] = tuple(SourceReceipt(**source) for source in values["sources"])
-            values["epochs"] = tuple(EpochReceipt(**epoch) for epoch in values["epochs"])
+            values["streams"] = tuple(
+                StreamReceipt(stream["share"], tuple(EpochReceipt(**epoch) for epoch in stream["epochs"]))
+                for stream in values["streams"]
+            )
             return cls(**values)
         except (json.JSONDecodeError, TypeError, KeyError) as error:
             raise DataError(f"data receipt: cannot be read ({error}). Run `ltt prepare` again.") from error

@@ -11,7 +11,8 @@ from llm_training_toolkit.data.chat import ChatRules, render_chat
 from llm_training_toolkit.data.chat_template import ChatTemplate
 from llm_training_toolkit.data.markers import Markers
 from llm_training_toolkit.data.messages import Conversation
-from llm_training_toolkit.data.render import Rendered, Rules, render
+from llm_training_toolkit.data.render import Rendered, render
+from llm_training_toolkit.data.rules import Rules
 from llm_training_toolkit.data.sources import Document
 from llm_training_toolkit.data.tokenizer import TextEncoder
 
@@ -46,7 +47,7 @@ class Renderer:
 
     def _chat_rules(self, source: Source) -> ChatRules:
         too_long: Literal["drop", "continue", "error"] = "drop" if source.too_long == "auto" else source.too_long
-        return ChatRules(self._length, self._encoder.id_of(self._markers.end_of_text), source.loss, too_long)
+        return ChatRules(self._length, self._encoder.id_of(self._markers.tokens.end_of_text), source.loss, too_long)
 
 
 def plain_text(document: Document, source: Source) -> str:

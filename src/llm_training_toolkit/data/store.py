@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
@@ -20,6 +20,7 @@ from llm_training_toolkit.errors import DataError
 
 _TOKENS_PER_BATCH = 1 << 20
 _ROWS_PER_BATCH = 1 << 16
+_INDEX = ("source", "document", "batch", "start", "length", "targets")
 _TOKENS = pa.schema([("token", pa.uint32()), ("loss", pa.bool_())])
 
 
@@ -37,11 +38,10 @@ def complete(target: Path, build: Callable[[Path], None]) -> Path:
     try:
         build(temporary)
         _sync(temporary)
-        try:
-            temporary.rename(target)
-        except OSError:
-            if not target.is_dir():
-                raise
+        temporary.rename(target)
+    except OSError:  # another process was faster, and may have tidied away what this one was building from
+        if not target.is_dir():
+            raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return target
@@ -101,11 +101,12 @@ def read_array(path: Path, column: str) -> NDArray[Any]:
 def _reader(path: Path) -> Any:  # noqa: ANN401 - pyarrow carries no types
     try:
         return pa.ipc.open_file(pa.memory_map(str(path)))
-    except (OSError, pa.ArrowInvalid) as error:
+    except pa.ArrowInvalid as error:
         raise DataError(
-            f"{path}: the prepared data cannot be read ({error}). Remove the directory {path.parent} and run "
-            "`ltt prepare`."
+            f"{path}: the prepared data is damaged ({error}). Remove the directory {path.parent} and run `ltt prepare`."
         ) from error
+    except OSError as error:
+        raise DataError(f"{path}: the prepared data cannot be read ({error}).") from error
 
 
 class SourceExample(NamedTuple):
@@ -137,8 +138,31 @@ def write_examples(directory: Path, rendered: Iterable[SourceExample]) -> None:
                 batches, filled = batches + 1, 0
         _flush(writer, pending)
     table = np.concatenate([*tables, np.array(index, dtype=np.int64).reshape(-1, 6)])
-    names = ("source", "document", "batch", "start", "length", "targets")
-    write_columns(directory / "examples.arrow", {name: table[:, i].copy() for i, name in enumerate(names)})
+    write_columns(directory / "examples.arrow", {name: table[:, i].copy() for i, name in enumerate(_INDEX)})
+
+
+def join_examples(parts: Sequence[Path], target: Path, transfer: Callable[[Path, Path], None]) -> None:
+    """Put the files of several directories of examples together as one, in their order, in the directory `target`.
+
+    `transfer(file, new file)` brings over the tokens; the index is written anew, with record batches counted through.
+    """
+    tables, counts, total = [], [], 0
+    for number, part in enumerate(parts):
+        columns = read_columns(part / "examples.arrow")
+        tables.append({**columns, "batch": columns["batch"] + total})
+        counts.append(_reader(part / "tokens.arrow").num_record_batches)
+        total += counts[-1]
+        transfer(part / "tokens.arrow", target / _part_name(number))
+    empty = {name: np.zeros(0, dtype=np.int64) for name in _INDEX}
+    write_columns(
+        target / "examples.arrow",
+        {name: np.concatenate([table[name] for table in (empty, *tables)]) for name in _INDEX},
+    )
+    write_columns(target / "parts.arrow", {"batches": np.array(counts, dtype=np.int64)})
+
+
+def _part_name(number: int) -> str:
+    return f"tokens-{number:05d}.arrow"
 
 
 def _flush(writer: Any, pending: list[Example]) -> None:  # noqa: ANN401 - pyarrow carries no types
@@ -153,15 +177,18 @@ class Examples:
     """The examples of one rendering, memory-mapped.
 
     source, document, length, targets (examples,) int64: whose example it is, its tokens, and the labels it yields.
+    batch (examples,) int64: the record batch it lies in, counted through all files; about a million tokens each.
     """
 
     def __init__(self, directory: Path) -> None:
         columns = read_columns(directory / "examples.arrow")
         self.source, self.document = columns["source"], columns["document"]
         self.length, self.targets = columns["length"], columns["targets"]
-        self._batch, self._start = columns["batch"], columns["start"]
-        self._reader = _reader(directory / "tokens.arrow")
-        self._read_batch = lru_cache(maxsize=64)(self._reader.get_batch)
+        self.batch, self._start = columns["batch"], columns["start"]
+        self._ends = np.cumsum(read_columns(directory / "parts.arrow")["batches"])
+        # A window of packed sequences lies in a few files; an open one costs a descriptor, of which there are 1,024.
+        self._open = lru_cache(maxsize=16)(lambda part: _reader(directory / _part_name(part)))
+        self._read_batch = lru_cache(maxsize=64)(self._batch_of)
 
     def __len__(self) -> int:
         """Number of examples."""
@@ -169,8 +196,12 @@ class Examples:
 
     def __getitem__(self, number: int) -> Example:
         """Read one example; its tokens are a view of the file."""
-        batch = self._read_batch(int(self._batch[number]))
+        batch = self._read_batch(int(self.batch[number]))
         start, length = int(self._start[number]), int(self.length[number])
         tokens = batch.column(0).slice(start, length).to_numpy()
         loss = batch.column(1).slice(start, length).to_numpy(zero_copy_only=False)
         return Example(tokens, loss, int(self.document[number]))
+
+    def _batch_of(self, number: int) -> Any:  # noqa: ANN401 - pyarrow carries no types
+        part = int(np.searchsorted(self._ends, number, side="right"))
+        return self._open(part).get_batch(number - (int(self._ends[part - 1]) if part else 0))

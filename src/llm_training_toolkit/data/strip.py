@@ -7,7 +7,11 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate, chain
 from typing import NamedTuple
 
-from llm_training_toolkit.data.tokenizer import Encoded, TextEncoder
+import numpy as np
+from numpy.typing import NDArray
+
+from llm_training_toolkit.data.encoded import Encoded
+from llm_training_toolkit.data.tokenizer import TextEncoder
 
 
 class Text(NamedTuple):
@@ -26,9 +30,9 @@ Item = int | Text
 
 
 class Run(NamedTuple):
-    """The tokens of an item; `encoded` is None for a special token."""
+    """The tokens of an item (tokens,); `encoded` is None for a special token."""
 
-    ids: Sequence[int]
+    ids: NDArray[np.uint32]
     item: Item
     encoded: Encoded | None = None
 
@@ -42,12 +46,19 @@ def encode(written: Iterable[Sequence[Item]], encoder: TextEncoder) -> list[list
     """The runs of many documents, each given as its items; all texts are encoded at once, on all cores."""
     written = list(written)
     texts = [item.text for items in written for item in items if isinstance(item, Text)]
-    encoded = iter(encoder.encode_batch_with_offsets(texts))
-    return [[_run(item, None if isinstance(item, int) else next(encoded)) for item in items] for items in written]
+    encoded = iter(encoder.encode_batch(texts))
+    return [
+        [special(item) if isinstance(item, int) else _run(item, next(encoded)) for item in items] for items in written
+    ]
 
 
-def _run(item: Item, encoded: Encoded | None) -> Run:
-    return Run((item,), item) if isinstance(item, int) else Run(encoded.ids if encoded else (), item, encoded)
+def special(token: int) -> Run:
+    """The run of a special token."""
+    return Run(np.array([token], dtype=np.uint32), token)
+
+
+def _run(item: Text, encoded: Encoded) -> Run:
+    return Run(encoded.ids, item, encoded)
 
 
 class Strip:
@@ -60,28 +71,30 @@ class Strip:
     """
 
     def __init__(self, runs: Iterable[Run]) -> None:
-        self._runs = [run for run in runs if run.ids]
+        self._runs = [run for run in runs if len(run.ids)]
         self._starts = [0, *accumulate(len(run.ids) for run in self._runs)][:-1]
-        self.tokens = [token for run in self._runs for token in run.ids]
+        self.tokens = np.concatenate([run.ids for run in self._runs])
 
     def cuts(self, longest: Callable[[int], int]) -> list[int]:
         """Where pieces begin, the first left out. `longest(start)` is how many tokens the piece from there may have."""
         cuts: list[int] = []
         start, total = 0, len(self.tokens)
         while total - start > (length := longest(start)):
-            cut = min(start + length, total - 2)
-            good = (at for at in range(cut, start + length // 2, -1) if self._is_good(at))
-            clean = (at for at in range(cut, start, -1) if self._is_clean(at))
-            # Where not even that is possible, because a character is longer than a piece, it is cut anywhere.
-            found = chain(good, clean)
-            cuts.append(start := next(found, cut))
+            cuts.append(start := self.cut(start, min(start + length, total - 2)))
         return cuts
+
+    def cut(self, start: int, latest: int) -> int:
+        """Where a piece that begins at `start` ends best: as late as can be, and at `latest` at the latest."""
+        good = (at for at in range(latest, (start + latest) // 2, -1) if self._is_good(at))
+        clean = (at for at in range(latest, start, -1) if self._is_clean(at))
+        # Where not even that is possible, because a character is longer than a piece, it is cut anywhere.
+        return next(chain(good, clean), latest)
 
     def character(self, at: int) -> int:
         """The character of its text that token `at` begins with, or is a part of."""
         run, offset = self._find(at)
         assert run.encoded is not None
-        return run.encoded.characters(offset)[0]
+        return int(run.encoded.spans[offset, 0])
 
     def _find(self, at: int) -> tuple[Run, int]:
         index = bisect_right(self._starts, at) - 1
@@ -89,7 +102,7 @@ class Strip:
 
     def _is_clean(self, at: int) -> bool:
         run, offset = self._find(at)
-        return run.encoded is None or run.encoded.is_clean(offset)
+        return run.encoded is None or bool(run.encoded.clean[offset])
 
     def _is_good(self, at: int) -> bool:
         run, offset = self._find(at)
@@ -97,4 +110,4 @@ class Strip:
             return not self._find(at - 1)[0].is_bound
         if run.encoded is None or isinstance(run.item, int) or run.is_bound:
             return False
-        return run.encoded.is_clean(offset) and run.encoded.characters(offset)[0] > run.item.held
+        return bool(run.encoded.clean[offset] and run.encoded.spans[offset, 0] > run.item.held)

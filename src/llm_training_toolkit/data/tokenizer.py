@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from numpy.typing import NDArray
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from llm_training_toolkit.data.encoded import Encoded, spans_of_bytes
 from llm_training_toolkit.data.markers import Markers
 from llm_training_toolkit.errors import DataError
 
@@ -35,10 +37,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, markers: Markers, pat
     The same texts in the same order give the same files. Raises DataError for a vocab_size without room for the
     special tokens and the 256 bytes.
     """
-    least = len(markers.all) + _BYTES
+    special = markers.tokens.all
+    least = len(special) + _BYTES
     if vocab_size < least:
         raise DataError(
-            f"tokenizer.train.vocab_size: {vocab_size} has no room for {len(markers.all)} special tokens and 256 "
+            f"tokenizer.train.vocab_size: {vocab_size} has no room for {len(special)} special tokens and 256 "
             f"bytes. Give at least {least}; thousands are usual."
         )
     tokenizer = Tokenizer(models.BPE())
@@ -52,7 +55,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, markers: Markers, pat
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[AddedToken(marker, special=True, normalized=False) for marker in markers.all],
+        special_tokens=[AddedToken(marker, special=True, normalized=False) for marker in special],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
@@ -64,12 +67,12 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, markers: Markers, pat
 
 
 def _transformers_config(markers: Markers) -> dict[str, Any]:
-    named = {markers.end_of_text, markers.pad}
+    named = {markers.tokens.end_of_text, markers.tokens.pad}
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": markers.end_of_text,
-        "pad_token": markers.pad,
-        "additional_special_tokens": [marker for marker in markers.all if marker not in named],
+        "eos_token": markers.tokens.end_of_text,
+        "pad_token": markers.tokens.pad,
+        "additional_special_tokens": [marker for marker in markers.tokens.all if marker not in named],
         "clean_up_tokenization_spaces": False,
         "model_max_length": 1_000_000_000,
     }
@@ -114,36 +117,13 @@ def open_tokenizer(path: str) -> TextEncoder:
         # speaks of such a marker must not be read as one, so here every added token is special.
         for token in content.get("added_tokens", ()):
             token["special"] = True
+        # from_buffer says ValueError where from_str says no more than Exception.
+        tokenizer = Tokenizer.from_buffer(json.dumps(content).encode())
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise DataError(
             f"{file}: is no tokenizer ({error}). Fetch it again, or give another tokenizer.path."
         ) from error
-    try:
-        tokenizer = Tokenizer.from_str(json.dumps(content))
-    except Exception as error:  # tokenizers raises plain Exception, and this call is all that is caught
-        raise DataError(
-            f"{file}: is no tokenizer ({error}). Fetch it again, or give another tokenizer.path."
-        ) from error
     return TextEncoder(tokenizer, str(file))
-
-
-class Encoded:
-    """Token ids of a text, and where in the text they stand."""
-
-    def __init__(self, encoding: Any) -> None:  # noqa: ANN401 - tokenizers carries no types
-        self.ids: list[int] = encoding.ids
-        self._encoding = encoding
-
-    def characters(self, token: int) -> tuple[int, int]:
-        """The characters [start, stop) of the text that a token has a part in."""
-        span: tuple[int, int] = self._encoding.token_to_chars(token)
-        return span
-
-    def is_clean(self, token: int) -> bool:
-        """Whether a character begins where this token begins; token 0 and the end are clean."""
-        if not 0 < token < len(self.ids):
-            return True
-        return self.characters(token - 1)[1] <= self.characters(token)[0]
 
 
 class TextEncoder:
@@ -173,17 +153,27 @@ class TextEncoder:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode_batch(self, texts: Sequence[str]) -> list[Encoded]:
         """Token ids of many texts, on all cores."""
-        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        found = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [
+            Encoded(text, np.array(encoding.ids, dtype=np.uint32), self._spans)
+            for text, encoding in zip(texts, found, strict=True)
+        ]
 
-    def encode_with_offsets(self, text: str) -> Encoded:
-        """Token ids of a text and the characters each token stands for."""
-        return self.encode_batch_with_offsets([text])[0]
+    def _spans(self, text: str, ids: NDArray[np.uint32]) -> NDArray[np.int64]:
+        """(tokens, 2): the characters of a text that each of its tokens has a part in."""
+        normalizer = self._tokenizer.normalizer
+        as_it_is = normalizer is None or normalizer.normalize_str(text) == text
+        spans = spans_of_bytes(text, self._bytes_of[ids]) if as_it_is else None
+        if spans is None:  # only the library knows what it has made of the text
+            offsets = self._tokenizer.encode(text, add_special_tokens=False).offsets
+            spans = np.array(offsets, dtype=np.int64).reshape(-1, 2)
+        return spans
 
-    def encode_batch_with_offsets(self, texts: Sequence[str]) -> list[Encoded]:
-        """The same for many texts, on all cores."""
-        return [Encoded(encoding) for encoding in self._tokenizer.encode_batch(texts, add_special_tokens=False)]
+    @cached_property
+    def _bytes_of(self) -> NDArray[np.int64]:
+        return self.bytes_per_token()
 
     def decode(self, ids: Sequence[int] | NDArray[Any], *, skip_special_tokens: bool = False) -> str:
         """Text of token ids, with the markers written out unless they are skipped."""

@@ -16,17 +16,19 @@ from torch import Tensor, nn
 from llm_training_toolkit.config.schema import Optim
 from llm_training_toolkit.data.batches import MicroBatch
 from llm_training_toolkit.engine.fragments import MOMENTS, Fragment, locate, refresh_low_precision
+from llm_training_toolkit.models import LossModule
 
 
 class Engine:
     """A model under DeepSpeed, with AdamW in fp32 and gradients that do not depend on how a batch is split."""
 
     def __init__(
-        self, module: nn.Module, optim: Optim, deepspeed_config: Mapping[str, Any], device: torch.device
+        self, module: LossModule, optim: Optim, deepspeed_config: Mapping[str, Any], device: torch.device
     ) -> None:
         import deepspeed  # noqa: PLC0415 - heavy, and only after prepare_process
 
         self.device = device
+        self._draws = module.draws
         self.stage = int(deepspeed_config["zero_optimization"]["stage"])
         self._names = {
             id(parameter): name.removeprefix("lm.")
@@ -62,6 +64,7 @@ class Engine:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for index, batch in enumerate(micro_batches):
             self.deepspeed.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
+            self._draws.step, self._draws.first = batch.step, batch.first
             loss = self._forward(batch)
             total += loss.detach()
             self.deepspeed.backward(loss * (self.world_size / max(loss_tokens, 1)), scale_wrt_gas=False)

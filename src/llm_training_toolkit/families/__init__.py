@@ -8,18 +8,22 @@ from typing import Any
 from llm_training_toolkit.config.schema import Config
 from llm_training_toolkit.errors import PlanError
 from llm_training_toolkit.families import qwen, shape, starcoder
-from llm_training_toolkit.families.family import DROPOUTS, Anatomy, Family, HfValues, Size, SpecialTokens
+from llm_training_toolkit.families.family import DROPOUTS, Anatomy, CodeLayout, Family, HfValues, Size, SpecialTokens
+from llm_training_toolkit.families.lora import Adapter, adapter_of
 from llm_training_toolkit.families.shape import saved_dropout
 
 __all__ = [
     "DROPOUTS",
     "FAMILIES",
     "SIZES",
+    "Adapter",
     "Anatomy",
+    "CodeLayout",
     "Family",
     "HfValues",
     "Size",
     "SpecialTokens",
+    "adapter",
     "anatomy",
     "find",
     "flops_per_token",
@@ -66,15 +70,25 @@ def parameters(hf: HfValues) -> int:
     return anatomy(hf).parameters
 
 
-def flops_per_token(hf: HfValues, sequence_length: int) -> int:
+def adapter(config: Config, hf: HfValues) -> Adapter | None:
+    """The adapters that a run trains beside its model; None where it trains the model itself."""
+    lora = config.model.lora
+    return None if lora is None else adapter_of(lora, find(config.model.name).family, anatomy(hf))
+
+
+def flops_per_token(hf: HfValues, sequence_length: int, beside: Adapter | None = None) -> int:
     """Floating-point operations of one token's forward and backward pass: 6 N + 12 L Q T.
 
     N = parameters that multiply a token (matrices and the output layer, not the look-up of the embedding, nor experts
     it is not sent to), L = layers, Q = heads x head_dim, T = tokens attended to (the sequence, or the sliding window if
     that is shorter).
     Source: PaLM (Chowdhery et al. 2022), appendix B, which neither halves attention for the causal mask nor counts
-    recomputation; documents packed into one sequence attend to less.
+    recomputation; documents packed into one sequence attend to less. Beside adapters a model has no gradients of its
+    own weights: 4 N for it, 6 for each parameter of the adapters, 2 more for each of a module that is trained whole.
     """
     model = anatomy(hf)
     attended = min(sequence_length, model.window or sequence_length)
-    return 6 * model.matmul_parameters + 12 * model.layers * model.query_width * attended
+    attention = 12 * model.layers * model.query_width * attended
+    if beside is None:
+        return 6 * model.matmul_parameters + attention
+    return 4 * model.matmul_parameters + 6 * beside.matrices + 2 * beside.whole + attention

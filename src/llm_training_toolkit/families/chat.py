@@ -33,11 +33,16 @@ _TOOLS = r"""
 {%- endmacro %}
 {%- set given = messages[0].role == 'system' %}
 """
-_RESULT = r"""
+_OTHERS = r"""
     {%- elif message.role == 'tool' %}
         {%- set first = loop.first or messages[loop.index0 - 1].role != 'tool' %}
         {{- write_result(message, first, loop.last or messages[loop.index0 + 1].role != 'tool') }}
+    {%- elif not (loop.first and given) %}
+        {{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}
+    {%- endif %}
+{%- endfor %}
 """
+"""The end of the loop over messages, after what the assistant says."""
 
 _CHATML = r"""
 {{- '<|im_start|>system\n' + (messages[0].content if given else 'DEFAULT SYSTEM TEXT') }}
@@ -48,11 +53,7 @@ _CHATML = r"""
         {{- '<|im_start|>assistant\n' + message.content }}
         {{- write_calls(message, '\n' if message.content else '') }}
         {{- '<|im_end|>\n' }}
-RESULT
-    {%- elif not (loop.first and given) %}
-        {{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}
-    {%- endif %}
-{%- endfor %}
+OTHERS
 {{- '<|im_start|>assistant\n' if add_generation_prompt }}
 """
 
@@ -87,11 +88,7 @@ _QWEN3 = r"""
         {{- content.lstrip('\n') if thinks else content }}
         {{- write_calls(message, '\n' if content else '') }}
         {{- '<|im_end|>\n' }}
-RESULT
-    {%- elif not (loop.first and given) %}
-        {{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}
-    {%- endif %}
-{%- endfor %}
+OTHERS
 {%- if add_generation_prompt %}
     {{- '<|im_start|>assistant\n' }}
     {{- '<think>\n\n</think>\n\n' if enable_thinking is defined and enable_thinking is false }}
@@ -118,7 +115,7 @@ _PLAIN = r"""
 
 
 def _qwen(turns: str) -> str:
-    return (_TOOLS.strip("\n") + turns.replace("RESULT", _RESULT.strip("\n"))).rstrip("\n")
+    return (_TOOLS.strip("\n") + turns.replace("OTHERS", _OTHERS.strip("\n"))).rstrip("\n")
 
 
 def _chatml(system: str) -> str:

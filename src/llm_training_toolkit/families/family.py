@@ -27,20 +27,18 @@ class SpecialTokens:
 
     end_of_text: str
     """Closes every document."""
-    end_of_turn: str | None
-    """Closes a turn of a chat."""
     pad: str
     """Fills a sequence up; carries no loss, so it may be a token that has another use."""
-    fim_prefix: str
-    fim_middle: str
-    fim_suffix: str
-    fim_pad: str
-    repository: str
-    """Stands before the name of a repository."""
-    file: str
-    """Stands before a file, or before its name."""
     all: tuple[str, ...]
-    """Every special token in the order of its id."""
+    """Every special token in the order of its id: a tokenizer of one's own gives them the first ids."""
+    fim_prefix: str = ""
+    fim_middle: str = ""
+    fim_suffix: str = ""
+    fim_pad: str = ""
+    repository: str = ""
+    """Stands before the name of a repository."""
+    file: str = ""
+    """Stands before a file, or before its name."""
 
     @property
     def has_fim(self) -> bool:
@@ -122,6 +120,11 @@ class Anatomy:
         return self.attention_matrices + max(self.experts, 1) * self.feed_forward + self.experts * self.hidden
 
     @property
+    def linear_matrices(self) -> int:
+        """Those of them that are linear layers: transformers 5 has experts and router as bare tensors."""
+        return self.attention_matrices if self.experts else self.matrices_per_layer
+
+    @property
     def idle_parameters(self) -> int:
         """Parameters of the experts that a token does not pass through."""
         return self.layers * (self.experts - self.experts_per_token) * self.feed_forward
@@ -177,6 +180,8 @@ class Family:
     """Names of the linear layers that adapters go to: all of attention and feed-forward, but of a mixture attention
     alone. Its experts are one fused tensor a layer, no linear layers, and its router is called `gate`, which ends the
     name of no target."""
+    embedding_name: str = "embed_tokens"
+    """Name of the embedding among the model's modules; the output layer is `lm_head` in all families."""
     position_key: str = "max_position_embeddings"
     """Name of the longest position in the configuration."""
     absolute_positions: bool = False

@@ -22,7 +22,6 @@ _CODE = ("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>", "<
 
 TOKENS = SpecialTokens(
     end_of_text="<|endoftext|>",
-    end_of_turn="<|im_end|>",
     pad="<|endoftext|>",
     fim_prefix="<|fim_prefix|>",
     fim_middle="<|fim_middle|>",
@@ -33,18 +32,7 @@ TOKENS = SpecialTokens(
     all=_CHAT + _CODE,
 )
 # The tokenizer of Qwen2 ends at <|im_end|>; fill-in-the-middle came with Qwen2.5.
-TOKENS_WITHOUT_FIM = SpecialTokens(
-    end_of_text="<|endoftext|>",
-    end_of_turn="<|im_end|>",
-    pad="<|endoftext|>",
-    fim_prefix="",
-    fim_middle="",
-    fim_suffix="",
-    fim_pad="",
-    repository="",
-    file="",
-    all=_CHAT,
-)
+TOKENS_WITHOUT_FIM = SpecialTokens(end_of_text="<|endoftext|>", pad="<|endoftext|>", all=_CHAT)
 
 # Figure 4 of the Qwen2.5-Coder report: names and paths on lines of their own.
 _CODE_LAYOUT = CodeLayout(after_repository="\n", between_files="\n")

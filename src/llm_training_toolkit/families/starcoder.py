@@ -19,7 +19,6 @@ def _tokens(repository: str, file: str, every: tuple[str, ...]) -> SpecialTokens
     # <|endoftext|> has id 0 in both generations, is begin and end, and pads for want of a token of its own.
     return SpecialTokens(
         end_of_text="<|endoftext|>",
-        end_of_turn=None,
         pad="<|endoftext|>",
         fim_prefix="<fim_prefix>",
         fim_middle="<fim_middle>",
@@ -68,14 +67,11 @@ TOKENS_2 = _tokens(
 
 TOKENS_SANTA = SpecialTokens(
     end_of_text="<|endoftext|>",
-    end_of_turn=None,
     pad="<|endoftext|>",
     fim_prefix="<fim-prefix>",
     fim_middle="<fim-middle>",
     fim_suffix="<fim-suffix>",
     fim_pad="<fim-pad>",
-    repository="",
-    file="",
     all=("<|endoftext|>", "<fim-prefix>", "<fim-middle>", "<fim-suffix>", "<fim-pad>"),
 )
 
@@ -171,6 +167,7 @@ STARCODER = Family(
     },
     anatomy=starcoder_anatomy,
     lora_targets=("c_attn", "c_proj", "c_fc"),
+    embedding_name="wte",
     position_key="n_positions",
     absolute_positions=True,
     derived_head_dim=True,

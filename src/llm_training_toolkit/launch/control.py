@@ -1,4 +1,7 @@
-"""The line between the driver and its workers: events one way, the wish to stop the other."""
+"""The line between the driver and its workers: events one way, the wish to stop the other.
+
+The actor's process imports this module while the workers start, so neither torch nor Ray Train comes with it.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.train import UserCallback
 
 from llm_training_toolkit.context import Event
-from llm_training_toolkit.errors import LaunchError
 
 _ASK_EVERY = 0.3
 """Seconds between a worker's questions whether to stop: the loop itself never waits for the answer."""
@@ -89,24 +90,6 @@ class _Control:
     def stop_requested(self) -> bool:
         """Whether it does."""
         return self._stop
-
-
-class Restarts(UserCallback):
-    """Decides whether Ray may start the workers again: not for an error they would meet again, nor for ever.
-
-    Runs in Ray Train's controller, where an exception from a callback ends the run without a retry.
-    Shutting Ray down under a running `fit` would end it too, but now and then with a segmentation fault.
-    """
-
-    def __init__(self, line: Any, allowed: int) -> None:  # noqa: ANN401
-        self._line, self._allowed = line, allowed
-
-    def after_exception(self, run_context: Any, worker_exceptions: Any) -> None:  # noqa: ANN401, ARG002
-        """Raise LaunchError when the run must end."""
-        rank, error = next(iter(worker_exceptions.items()))
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        if text := ray.get(self._line.verdict.remote(self._allowed, f"rank {rank} failed: {lines[-1]}")):
-            raise LaunchError(text)
 
 
 def open_line() -> Any:  # noqa: ANN401 - Ray's actor handles have no types

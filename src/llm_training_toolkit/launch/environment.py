@@ -6,6 +6,7 @@ starts disagree, and `ray.init` waits in vain for its own server.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 
 from llm_training_toolkit.config import Config
@@ -42,6 +43,26 @@ def check_machine(config: Config) -> None:
     cores = len(os.sched_getaffinity(0))
     if is_local() and wanted > cores:
         raise PlanError(too_many(config, f"this machine has {cores} cores"))
+
+
+def check_quantization(config: Config) -> None:
+    """Refuse, before anything starts, 4-bit weights where this machine trains and cannot hold them."""
+    lora = config.model.lora
+    if lora is not None and lora.quantize is not None and (config.cluster.workers == 0 or is_local()):
+        import torch
+
+        missing = what_four_bits_lack(gpu=torch.cuda.is_available())
+        if missing:
+            raise PlanError(f"model.lora.quantize = {lora.quantize}: {missing}")
+
+
+def what_four_bits_lack(*, gpu: bool) -> str:
+    """What is missing here for 4-bit weights, and what to do; empty where nothing is."""
+    if not gpu:
+        return "4-bit weights need a GPU, and there is none here: remove it (LoRA works without), or train elsewhere"
+    if importlib.util.find_spec("bitsandbytes") is None:
+        return "4-bit weights need bitsandbytes, which is not installed: pip install 'llm-training-toolkit[qlora]'"
+    return ""
 
 
 def too_many(config: Config, found: str) -> str:

@@ -6,10 +6,9 @@ continue held-out documents, so that they suit whatever the run was trained on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -17,13 +16,12 @@ from llm_training_toolkit import families
 from llm_training_toolkit.checkpoint import Checkpoint, newest
 from llm_training_toolkit.config import Config
 from llm_training_toolkit.context import Event, RunContext
-from llm_training_toolkit.data.chat_template import ChatTemplate
 from llm_training_toolkit.data.feed import held_out_beginnings
 from llm_training_toolkit.data.receipt import Receipt
-from llm_training_toolkit.data.tokenizer import open_tokenizer
 from llm_training_toolkit.errors import CheckpointError, ToolkitError
-from llm_training_toolkit.export import export, exported_from
+from llm_training_toolkit.export import exported_from
 from llm_training_toolkit.generate import Generator, Sentinels
+from llm_training_toolkit.launch.exporting import Trained, export_checkpoint
 from llm_training_toolkit.metrics import Metrics
 from llm_training_toolkit.runs import RunDirectory
 
@@ -60,48 +58,20 @@ def _block(text: str) -> str:
     return f"```\n{text}\n```"
 
 
-def finish(
-    run: RunDirectory,
-    config: Config,
-    receipt: Receipt,
-    *,
-    hf_config: Mapping[str, Any],
-    metrics: Metrics,
-    context: RunContext,
-) -> None:
+def finish(trained: Trained, *, metrics: Metrics, context: RunContext) -> None:
     """Export the newest checkpoint, then sample from the export. Raises CheckpointError when the export fails."""
+    run = trained.run
     directory = newest(run.checkpoints)
     if directory is None:
         raise CheckpointError(f"{run.path}: nothing to export: the run has no complete checkpoint")
-    encoder = open_tokenizer(receipt.tokenizer_path)
-    export(
-        Checkpoint(directory),
-        run.export,
-        hf_config=hf_config,
-        tokenizer=Path(receipt.tokenizer_path),
-        precision=config.train.precision,
-        ends={marker: encoder.id_of(marker) for marker in _ends(config, receipt)},
-        pad=receipt.pad_id,
-        card=_card(config, directory),
-    )
-    context.report({"kind": "exported", "path": str(run.export)})
-    step = Checkpoint(directory).manifest.step
+    exported = export_checkpoint(trained, Checkpoint(directory), run.export, merge=False, say=lambda _text: None)
+    context.report({"kind": "exported", "path": exported.path})
     try:
-        for sample in samples(run.export, config, receipt, str(context.device)):
-            metrics.text(step, f"samples/{sample.title}", sample.to_markdown())
+        for sample in samples(run.export, trained.config, trained.receipt, str(context.device)):
+            metrics.text(exported.step, f"samples/{sample.title}", sample.to_markdown())
             context.report(sample.to_event())
     except ToolkitError as error:  # the run and its export are whole; samples are a courtesy
         context.report({"kind": "warning", "message": f"no samples: {error}"})
-
-
-def _ends(config: Config, receipt: Receipt) -> tuple[str, ...]:
-    """The special tokens that the model has learnt to end with, that of an answer first."""
-    family = families.find(config.model.name).family
-    end_of_text = family.special_tokens.end_of_text
-    if all(source.format != "chat" for source in config.data.sources):
-        return (end_of_text,)
-    end_of_turn = ChatTemplate.open(Path(receipt.tokenizer_path), family.chat_template).end_of_turn
-    return tuple(dict.fromkeys((end_of_turn or end_of_text, end_of_text)))
 
 
 def is_exported(run: RunDirectory) -> bool:
@@ -118,7 +88,7 @@ def finish_again(run: RunDirectory, config: Config, report: Report) -> None:
     context = RunContext(rank=0, world_size=1, device=torch.device("cpu"), report=report)
     metrics = Metrics(run, manifest.attempt, manifest.step, context)
     receipt = Receipt.from_json(run.receipt.read_text())
-    finish(run, config, receipt, hf_config=manifest.extra["hf_config"], metrics=metrics, context=context)
+    finish(Trained(run, config, receipt), metrics=metrics, context=context)
     metrics.close()
 
 
@@ -150,13 +120,3 @@ def _around_a_line(text: str) -> tuple[str, str]:
     lines = text.lstrip("\n").splitlines(keepends=True)
     middle = len(lines) // 2
     return "".join(lines[:middle]), "".join(lines[middle + 1 :])
-
-
-def _card(config: Config, checkpoint: Path) -> str:
-    """A model card with the facts of the run."""
-    sources = "\n".join(f"- `{source.path}` ({source.format})" for source in config.data.sources)
-    return (
-        f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n# {config.run.name}\n\n"
-        f"A {config.model.name} model{' from random weights' if config.model.path is None else ''}, "
-        f"trained with the LLM Training Toolkit; checkpoint `{checkpoint.name}`.\n\nTrained on:\n\n{sources}\n"
-    )

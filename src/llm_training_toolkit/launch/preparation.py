@@ -2,95 +2,121 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 from llm_training_toolkit import families
 from llm_training_toolkit.config import Config
+from llm_training_toolkit.console import Console
 from llm_training_toolkit.data.markers import Markers
-from llm_training_toolkit.data.prepare import Prepared, prepare
+from llm_training_toolkit.data.prepare import Preparation, Prepared, Progress
 from llm_training_toolkit.data.receipt import Receipt
+from llm_training_toolkit.data.shards import Done, Job, Runner, directory_of, in_this_process
+from llm_training_toolkit.data.survey import Shard
 from llm_training_toolkit.errors import DataError
-from llm_training_toolkit.plan import DataFacts, make_plan
-
-Progress = Callable[[str, int, int], None]
+from llm_training_toolkit.launch.environment import is_local, prepare_environment
+from llm_training_toolkit.plan import DataFacts, StreamFacts, make_plan
 
 
 def markers_of(config: Config) -> Markers:
     """The special tokens of the run's family, as the data layer takes them."""
-    family = families.find(config.model.name).family
-    tokens, layout = family.special_tokens, family.code_layout
-    return Markers(
-        end_of_text=tokens.end_of_text,
-        pad=tokens.pad,
-        fim_prefix=tokens.fim_prefix or None,
-        fim_middle=tokens.fim_middle or None,
-        fim_suffix=tokens.fim_suffix or None,
-        all=tokens.all,
-        pre_tokenizer_pattern=family.pre_tokenizer_pattern,
-        chat_template=family.chat_template,
-        repository=tokens.repository or None,
-        file=tokens.file or None,
-        stars=layout.stars or None,
-        after_repository=layout.after_repository,
-        between_files=layout.between_files,
-        path_in_prefix=layout.path_in_prefix,
-        needs_path=layout.needs_path,
-    )
+    return Markers.of(families.find(config.model.name).family)
 
 
-def prepare_run(config: Config, progress: Progress, step: int = 0, sequences: int = 0) -> Prepared:
-    """Prepare the first epoch, then as many more as the run needs from `step`, with `sequences` seen, to its end."""
-    markers = markers_of(config)
-    epochs = config.train.epochs or 1
-    prepared = prepare(config, markers, epochs=epochs, progress=progress)
-    if not prepared.receipt.sequences[0]:
-        raise DataError(
-            "data.sources: nothing to train on is left after what was dropped and held out "
-            f"({', '.join(source.path for source in config.data.sources)}): "
-            "give more documents, or lower data.eval.fraction"
-        )
+def runner_of(config: Config, console: Console) -> Runner:
+    """What renders a run's documents: the cluster the run is for, where there is one and the work is worth it."""
+
+    def run(job: Job, shards: Sequence[Shard], done: Done) -> None:
+        left = [shard for shard in shards if not directory_of(job, shard).is_dir()]
+        done(sum(shard.stop - shard.first for shard in set(shards) - set(left)))
+        if len(left) < 2 or config.cluster.workers == 0 or is_local():
+            in_this_process(job, left, done)
+            return
+        prepare_environment()
+        from llm_training_toolkit.launch.ray_prepare import on_cluster
+
+        on_cluster(job, left, done, console)
+
+    return run
+
+
+def preparation_of(config: Config, console: Console) -> Preparation:
+    """The data of a run, with progress on the console, spread over a cluster where there is one."""
+    return Preparation(config, markers_of(config), console.stage, runner_of(config, console))
+
+
+def prepare_run(config: Config, progress: Progress) -> Prepared:
+    """Prepare all that a run which has not begun needs, in this process."""
+    return prepare_epochs(Preparation(config, markers_of(config), progress, in_this_process), config)
+
+
+def prepare_epochs(
+    work: Preparation, config: Config, step: int = 0, sequences: int = 0, *, until: int | None = None
+) -> Prepared:
+    """Prepare the epochs that the run needs from `step`, with `sequences` seen, to its end.
+
+    With `until`, of what is rendered anew for every epoch only as much as the steps up to this one need, and what lies
+    prepared already. A run over epochs always gets all: its schedule depends on how many steps they make.
+    """
+    epochs = [config.train.epochs or 1] * len(work.streams)
+    prepared = _useful(work.prepare(epochs))
+    while any(more := _more_epochs(work, config, facts_of(prepared.receipt, step, sequences), until)):
+        epochs = [count + one for count, one in zip(epochs, more, strict=True)]
+        prepared = work.prepare(epochs)
+    return prepared
+
+
+def _useful(prepared: Prepared) -> Prepared:
     if not sum(source.loss_tokens for source in prepared.receipt.sources):
         raise DataError(
             "data.sources: no token bears loss, so nothing would be learnt. Look at the sources' loss, and at switches "
             "within the records: ltt show-batch shows them in colour"
         )
-    while not covers(config, facts_of(prepared.receipt, step, sequences)):
-        epochs += max(1, _missing_epochs(config, facts_of(prepared.receipt, step, sequences)))
-        prepared = prepare(config, markers, epochs=epochs, progress=progress)
     return prepared
+
+
+def _more_epochs(work: Preparation, config: Config, facts: DataFacts, until: int | None) -> list[int]:
+    """Epochs of each stream to add."""
+    at_the_end, now = missing_epochs(config, facts), missing_epochs(config, facts, until)
+    there = [len(stream.sequences_per_epoch) for stream in facts.streams]
+    found = [count - known for count, known in zip(work.found(), there, strict=True)]
+    return [
+        max(needed, min(more, missing)) if stream.is_drawn else missing
+        for stream, needed, more, missing in zip(work.streams, now, found, at_the_end, strict=True)
+    ]
 
 
 def facts_of(receipt: Receipt, step: int = 0, sequences: int = 0) -> DataFacts:
     """What the plan needs to know of the data, and of how far the run has come in it."""
-    return DataFacts(receipt.sequences, receipt.vocab_size, step, sequences)
+    streams = tuple(StreamFacts(stream.sequences, stream.share) for stream in receipt.streams)
+    return DataFacts(streams, receipt.vocab_size, step, sequences)
 
 
 def covers(config: Config, facts: DataFacts) -> bool:
     """Whether the prepared epochs hold every sequence the run still needs."""
-    plan = make_plan(config, facts)
+    return not any(missing_epochs(config, facts))
+
+
+def missing_epochs(config: Config, facts: DataFacts, until: int | None = None) -> list[int]:
+    """Epochs of each stream to add at least, reckoned from the size of its largest prepared one."""
     if config.train.epochs is not None:
-        return len(facts.sequences_per_epoch) >= config.train.epochs
-    assert plan.steps is not None
-    needed = facts.sequences_done + (plan.steps - facts.steps_done) * plan.global_batch
-    return needed <= sum(facts.sequences_per_epoch)
-
-
-def _missing_epochs(config: Config, facts: DataFacts) -> int:
-    """Epochs to add at least, reckoned from the size of the largest prepared one."""
+        return [max(config.train.epochs - len(facts.streams[0].sequences_per_epoch), 0)]
     plan = make_plan(config, facts)
     assert plan.steps is not None
-    needed = facts.sequences_done + (plan.steps - facts.steps_done) * plan.global_batch
-    missing = needed - sum(facts.sequences_per_epoch)
-    return missing // max(*facts.sequences_per_epoch, 1)
+    needed = facts.needed(plan.steps if until is None else min(until, plan.steps), plan.global_batch)
+    missing = [count - sum(stream.sequences_per_epoch) for stream, count in zip(facts.streams, needed, strict=True)]
+    return [
+        max(1, count // max(stream.sequences_per_epoch)) if count > 0 else 0
+        for stream, count in zip(facts.streams, missing, strict=True)
+    ]
 
 
 def receipt_json(receipt: Receipt) -> dict[str, Any]:
     """The contract of `ltt prepare --json`."""
     return {
         "sources": [asdict(source) for source in receipt.sources],
-        "sequences": sum(receipt.sequences),
+        "sequences": receipt.sequences,
         "padding": receipt.padding,
         "tokens_lost": receipt.tokens_lost,
         "eval_sequences": receipt.eval_sequences,
@@ -107,8 +133,9 @@ def receipt_lines(receipt: Receipt) -> list[str]:
             f"{source.path}: {source.documents:,} documents ({source.held_out:,} held out), dropped: {dropped}; "
             f"{source.tokens:,} tokens, {source.loss_tokens:,} with loss, longest document {source.longest:,}"
         )
-    total = (
-        f"{sum(receipt.sequences):,} sequences of {receipt.sequence_length:,} tokens in {len(receipt.epochs)} epochs"
+    epochs = " + ".join(f"{len(stream.epochs)}" for stream in receipt.streams)
+    rows.append(
+        f"{receipt.sequences:,} sequences of {receipt.sequence_length:,} tokens in {epochs} epochs, "
+        f"{receipt.padding:.2%} padding, {receipt.tokens_lost} tokens lost"
     )
-    rows.append(f"{total}, {receipt.padding:.2%} padding, {receipt.tokens_lost} tokens lost")
     return rows

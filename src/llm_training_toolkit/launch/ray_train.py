@@ -26,11 +26,12 @@ from llm_training_toolkit.console import Console
 from llm_training_toolkit.context import RunContext
 from llm_training_toolkit.data.receipt import Receipt
 from llm_training_toolkit.errors import LaunchError, ToolkitError
-from llm_training_toolkit.launch.control import Restarts, open_line, reporter, stop_watch
+from llm_training_toolkit.launch.control import open_line, reporter, stop_watch
 from llm_training_toolkit.launch.environment import is_local, too_many
 from llm_training_toolkit.launch.outcome import EXIT_CODES
 from llm_training_toolkit.launch.output import redirect
 from llm_training_toolkit.launch.place import Place
+from llm_training_toolkit.launch.restarts import Restarts
 from llm_training_toolkit.launch.stopping import on_stop_signal
 from llm_training_toolkit.runs import RunDirectory, last_attempt
 
@@ -159,7 +160,7 @@ def _watch(trainer: Any, line: Any, console: Console) -> Any:  # noqa: ANN401
     def fit() -> None:
         try:
             ended.append(trainer.fit().return_value)
-        except Exception as error:  # noqa: BLE001 - carried to the main thread, which raises it
+        except Exception as error:  # noqa: BLE001 - the edge of a thread: `_result` says it in the main one
             ended.append(error)
 
     thread = threading.Thread(target=fit, daemon=True, name="ray-train")
@@ -232,7 +233,7 @@ def worker_main(assignment: Mapping[str, Any]) -> dict[str, Any]:
             os.environ["LOCAL_RANK"] = str(get_device().index)
         context = RunContext(rank, ranks.get_world_size(), get_device(), report if rank == 0 else _quiet, stop)
         return work(place, context)
-    except Exception as error:
+    except Exception as error:  # the edge of a worker's process: the driver is told before Ray takes it down
         final, helped = isinstance(error, ToolkitError), isinstance(error, SmallerMicroBatch)
         text = str(error) if final or helped else f"{type(error).__name__}: {error}"
         traceback.print_exc()

@@ -15,7 +15,7 @@ from llm_training_toolkit.data.batches import Sequences
 from llm_training_toolkit.data.receipt import Receipt
 from llm_training_toolkit.data.show import ShownPiece, ShownSequence, shown_step
 from llm_training_toolkit.errors import PlanError
-from llm_training_toolkit.launch.preparation import facts_of, prepare_run
+from llm_training_toolkit.launch.preparation import facts_of, preparation_of, prepare_epochs
 from llm_training_toolkit.launch.standing import refuse_changed_run, standing_of
 from llm_training_toolkit.plan import make_plan, require
 from llm_training_toolkit.runs import RunDirectory
@@ -31,7 +31,12 @@ def show_batch(config: Config, step: int, console: Console) -> list[ShownSequenc
     run = RunDirectory(Path(config.run.dir).expanduser().absolute() / config.run.name)
     standing = standing_of(run)
     refuse_changed_run(standing, config, (), extend=False)
-    receipt = standing.prepared(config, ()) or prepare_run(config, console.stage, standing.step).receipt
+    receipt = (
+        standing.prepared(config, ())
+        or prepare_epochs(
+            preparation_of(config, console), config, standing.step, standing.sequences, until=step
+        ).receipt
+    )
     plan = require(make_plan(config, facts_of(receipt, standing.step, standing.sequences)))
     if not 1 <= step <= (plan.steps or step):
         raise PlanError(f"--step {step}: the run has the steps 1 to {plan.steps}")

@@ -21,7 +21,7 @@ from llm_training_toolkit.context import RunContext
 from llm_training_toolkit.errors import TrainingError
 from llm_training_toolkit.launch.place import Place
 from llm_training_toolkit.overview import newest_rows
-from llm_training_toolkit.plan import fitting_micro_batch, settled, smaller_micro_batch
+from llm_training_toolkit.plan import checkpoint_copy, fitting_micro_batch, make_plan, settled, smaller_micro_batch
 from llm_training_toolkit.runs import RunDirectory, attempt_record, last_attempt, ran_out_of_memory
 
 _CGROUPS = Path("/sys/fs/cgroup")
@@ -67,6 +67,8 @@ def _choose(run: RunDirectory, config: Config, context: RunContext, free: float)
     rows = _from_attempts(run, config, context)
     why = "as before"
     if rows is None:
+        if context.device.type == "cpu":  # where the copy of a checkpoint that is being written lies as well
+            free -= checkpoint_copy(make_plan(config).trainable_parameters, context.world_size)
         rows = fitting_micro_batch(config, context.world_size, free)
         why = f"by the estimate they fit into the {free / 1e9:.3g} GB a worker has free"
     context.report({"kind": "note", "message": f"micro-batches of {rows}: {why}"})

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from llm_training_toolkit.checkpoint import Checkpoint, Manifest, UnknownFormatError, complete
 from llm_training_toolkit.config import Config, from_json
 from llm_training_toolkit.config.identity import refuse_changed_identity
-from llm_training_toolkit.data.prepare import Prepared
+from llm_training_toolkit.data.prepare import Preparation, Prepared
 from llm_training_toolkit.data.receipt import Receipt
 from llm_training_toolkit.errors import CheckpointError, ConfigError, DataError, PlanError
 from llm_training_toolkit.launch.preparation import covers, facts_of
@@ -39,9 +39,11 @@ class Standing:
         """Sequences they have seen."""
         return self.manifest.sequences if self.manifest else 0
 
-    def facts(self) -> DataFacts | None:
-        """What the plan can know before anything is prepared again."""
-        return facts_of(self.receipt, self.step, self.sequences) if self.receipt else None
+    def facts(self, config: Config) -> DataFacts | None:
+        """What the plan can know before anything is prepared again; nothing of data that is mixed otherwise."""
+        if self.receipt is None or len(self.receipt.streams) != max(len(config.data.weights), 1):
+            return None
+        return facts_of(self.receipt, self.step, self.sequences)
 
     def is_finished(self, plan: Plan) -> bool:
         """Whether the run has taken all its steps."""
@@ -49,13 +51,14 @@ class Standing:
 
     def prepared(self, config: Config, accept: Sequence[str]) -> Receipt | None:
         """The receipt, if its tokens are there and last to the run's end: the documents need not be read again."""
-        if self.manifest is None or self.receipt is None or _touches_data(accept):
+        facts = self.facts(config)
+        if self.manifest is None or self.receipt is None or facts is None or _touches_data(accept):
             return None
         try:
             Prepared.load(self.receipt)
         except DataError:
             return None
-        return self.receipt if covers(config, facts_of(self.receipt, self.step, self.sequences)) else None
+        return self.receipt if covers(config, facts) else None
 
 
 def standing_of(run: RunDirectory) -> Standing:
@@ -75,6 +78,11 @@ def standing_of(run: RunDirectory) -> Standing:
 def refuse_changed_run(standing: Standing, config: Config, accept: Sequence[str], *, extend: bool) -> None:
     """Refuse another identity than the run has, unless it is accepted. Raises ConfigError with the difference."""
     if standing.manifest is not None and standing.config is not None:
+        if standing.config.data.weights != config.data.weights:
+            raise ConfigError(
+                "data.sources: the weights of a run that has begun cannot change, because its place in every source "
+                "follows from them: change them back, or start another run with model.init_from"
+            )
         fields = [key for key in accept if key != DOCUMENTS]
         refuse_changed_identity(standing.config, config, accept=fields, extend=extend)
 
@@ -91,12 +99,12 @@ def refuse_other_weights(standing: Standing, plan: Plan) -> None:
         )
 
 
-def refuse_changed_documents(standing: Standing, config: Config, receipt: Receipt, accept: Sequence[str]) -> None:
+def refuse_changed_documents(standing: Standing, config: Config, work: Preparation, accept: Sequence[str]) -> None:
     """Refuse other documents than the run began with, unless they, or the fields that name them, are accepted."""
     before = standing.receipt
-    if standing.manifest is None or before is None or before.fingerprint == receipt.fingerprint:
+    if standing.manifest is None or before is None or before.fingerprint == work.fingerprint:
         return
-    if config.tokenizer.train is not None and before.tokenizer_path != receipt.tokenizer_path:
+    if config.tokenizer.train is not None and before.tokenizer_path != str(work.tokenizer_path):
         raise ConfigError(
             "the documents have changed since the run began, and a tokenizer trained on them now would be another than "
             "the weights know: bring the documents back, or take another run.name"

@@ -11,10 +11,11 @@ from llm_training_toolkit.checkpoint import newest
 from llm_training_toolkit.config import Config, load, to_json
 from llm_training_toolkit.console import Console
 from llm_training_toolkit.data.receipt import Receipt
-from llm_training_toolkit.launch.environment import check_machine, prepare_environment
+from llm_training_toolkit.launch.ahead import preparing_ahead
+from llm_training_toolkit.launch.environment import check_machine, check_quantization, prepare_environment
 from llm_training_toolkit.launch.outcome import Outcome, Request
 from llm_training_toolkit.launch.place import is_first_rank, ranks_started
-from llm_training_toolkit.launch.preparation import facts_of, prepare_run, receipt_lines
+from llm_training_toolkit.launch.preparation import facts_of, preparation_of, prepare_epochs, receipt_lines
 from llm_training_toolkit.launch.standing import (
     Standing,
     refuse_changed_documents,
@@ -22,7 +23,7 @@ from llm_training_toolkit.launch.standing import (
     refuse_other_weights,
     standing_of,
 )
-from llm_training_toolkit.plan import Plan, lines, make_plan, require
+from llm_training_toolkit.plan import Plan, lines, make_plan, mixture_lines, require
 from llm_training_toolkit.runs import RunDirectory, claim, environment, write_atomically
 
 
@@ -36,51 +37,57 @@ def start(request: Request, console: Console) -> Outcome:
         return _take_part(run, config, console)
     with claim(run):
         standing = standing_of(run)
-        plan = require(make_plan(config, standing.facts(), replicas))
+        plan = require(make_plan(config, standing.facts(config), replicas))
         refuse_changed_run(standing, config, request.accept, extend=request.extend)
         refuse_other_weights(standing, plan)
         if standing.is_finished(plan):
             return _leave_alone(run, config, standing, console)
         for line in lines(plan):
             console.say(line)
+        check_quantization(config)
         if config.cluster.workers > 0:
             check_machine(config)
         receipt = _prepare(config, standing, request, console)
         plan = require(make_plan(config, facts_of(receipt, standing.step, standing.sequences), replicas))
-        _write(run, config, request, plan, receipt)
-        return _outcome(run, _train(run, config, console))
+        shutil.copyfile(request.config, run.config)
+        write_down(run, config, plan, receipt)
+        for line in mixture_lines(plan):
+            console.say(line)
+        with preparing_ahead(run, config, facts_of(receipt, standing.step, standing.sequences), console):
+            return _outcome(run, train(run, config, console))
 
 
 def _take_part(run: RunDirectory, config: Config, console: Console) -> Outcome:
     """A torchrun rank other than the first: it waits for the first one, which alone prepares and writes."""
     standing = standing_of(run)
-    plan = make_plan(config, standing.facts(), ranks_started())
+    plan = make_plan(config, standing.facts(config), ranks_started())
     if standing.is_finished(plan):
         return _outcome(run, {"status": "finished", "step": standing.step})
-    return _outcome(run, _train(run, config, console))
+    return _outcome(run, train(run, config, console))
 
 
 def _prepare(config: Config, standing: Standing, request: Request, console: Console) -> Receipt:
     """The run's data: as it was prepared, if that lasts to the run's end, otherwise prepared now."""
     receipt = standing.prepared(config, request.accept)
     if receipt is None:
-        receipt = prepare_run(config, console.stage, standing.step, standing.sequences).receipt
-        refuse_changed_documents(standing, config, receipt, request.accept)
+        work = preparation_of(config, console)
+        refuse_changed_documents(standing, config, work, request.accept)
+        receipt = prepare_epochs(work, config, standing.step, standing.sequences, until=standing.step + 1).receipt
     for row in receipt_lines(receipt):
         console.say(row)
     return receipt
 
 
-def _write(run: RunDirectory, config: Config, request: Request, plan: Plan, receipt: Receipt) -> None:
-    """Write down everything the workers read, once nothing stands against the start any more."""
-    shutil.copyfile(request.config, run.config)
+def write_down(run: RunDirectory, config: Config, plan: Plan, receipt: Receipt) -> None:
+    """Write everything the workers read, once nothing stands against the start any more."""
     write_atomically(run.resolved, to_json(config))
     write_atomically(run.plan, json.dumps(plan.to_json(), indent=1))
     write_atomically(run.environment, json.dumps(environment(), indent=1))
     write_atomically(run.receipt, receipt.to_json())
 
 
-def _train(run: RunDirectory, config: Config, console: Console) -> dict[str, Any]:
+def train(run: RunDirectory, config: Config, console: Console) -> dict[str, Any]:
+    """Train a run that is written down, with Ray or without: `{"status", "step"}`."""
     if config.cluster.workers == 0:
         from llm_training_toolkit.launch.inline import run_inline
 

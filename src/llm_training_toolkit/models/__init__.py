@@ -1,4 +1,4 @@
-"""Models: building them, their first weights, their loss."""
+"""Models: building them, their first weights, their loss. `adapters` is imported by those who need peft."""
 
 from llm_training_toolkit.models.build import build_model, check_size
 from llm_training_toolkit.models.initial import initialize

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from llm_training_toolkit.errors import CheckpointError, PlanError
 from llm_training_toolkit.models.weights import UNREADABLE, place_of, read_config
@@ -26,18 +26,21 @@ def build_model(
     attention: str,
     path: str | None = None,
     activation_checkpointing: bool = False,
+    four_bits_on: torch.device | None = None,
 ) -> nn.Module:
     """A causal language model of the given Hugging Face configuration, with the weights at `path` if there is one.
 
-    Weights must have passed `weights.check_weights`. Raises CheckpointError when they cannot be read, and PlanError
-    when they are of another family than the configuration.
+    Weights must have passed `weights.check_weights`. `four_bits_on` keeps the matrices of loaded weights in 4 bits
+    (NF4) on that GPU. Raises CheckpointError when weights cannot be read, and PlanError when they are of another family
+    than the configuration.
     """
     dtype = DTYPES[precision]
     if path is None:
         config = AutoConfig.for_model(**hf_config)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
     else:
-        model = _load(path, hf_config["model_type"], dtype, attention)
+        how = {"attn_implementation": attention} | (_four_bits(dtype, four_bits_on) if four_bits_on else {})
+        model = _load(path, hf_config.get("model_type"), dtype, how)
     model.config.use_cache = False  # a cache object switches the isolation of packed documents off
     if activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -45,11 +48,22 @@ def build_model(
     return model
 
 
-def _load(path: str, model_type: str, dtype: torch.dtype, attention: str) -> Any:  # noqa: ANN401 - transformers has no types
+def _four_bits(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """NF4 with constants that are quantized themselves, as in QLoRA; products are computed in `dtype`."""
+    kind = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    return {"quantization_config": kind, "device_map": {"": device}}
+
+
+def _load(path: str, model_type: str | None, dtype: torch.dtype, how: Mapping[str, Any]) -> Any:  # noqa: ANN401
     config = read_config(path, model_type)
     try:
         return AutoModelForCausalLM.from_pretrained(
-            place_of(path), config=config, dtype=dtype, attn_implementation=attention, use_safetensors=True
+            place_of(path), config=config, dtype=dtype, use_safetensors=True, **how
         )
     except UNREADABLE as error:
         raise CheckpointError(f"model.path = {path}: the weights cannot be loaded: {error}") from error
@@ -57,9 +71,15 @@ def _load(path: str, model_type: str, dtype: torch.dtype, attention: str) -> Any
 
 def check_size(model: nn.Module, expected: int, name: str) -> None:
     """Refuse weights of another size than the plan counted on."""
-    found = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
+    found = sum(_size(parameter) for parameter in model.parameters())
     if found != expected:
         raise PlanError(
             f"model.path holds {found:,} parameters, {name} has {expected:,}: "
             "correct model.name, or point model.path at the weights of that size"
         )
+
+
+def _size(parameter: nn.Parameter) -> int:
+    """Weights of a parameter, wherever they lie and however they are packed."""
+    packed = 2 if type(parameter).__name__ == "Params4bit" else 1  # two weights a byte
+    return packed * int(getattr(parameter, "ds_numel", parameter.numel()))

@@ -40,10 +40,16 @@ def _fill(data: torch.Tensor, module: nn.Module, name: str, seed: int, std: floa
     elif "norm" in type(module).__name__.lower():
         data.fill_(1.0)
     else:
-        values = torch.empty(data.shape, dtype=torch.float32).normal_(0.0, std, generator=_generator(seed, name))
+        values = torch.empty(data.shape, dtype=torch.float32).normal_(0.0, std, generator=generator(seed, name))
         data.copy_(values)
 
 
-def _generator(seed: int, name: str) -> torch.Generator:
+def generator(seed: int, name: str) -> torch.Generator:
+    """The source of chance of whatever has this name."""
+    return torch.Generator().manual_seed(seed_of(seed, name))
+
+
+def seed_of(seed: int, name: str) -> int:
+    """A seed of its own for whatever has this name, the same in every process."""
     digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+    return int.from_bytes(digest, "big") >> 1

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llm_training_toolkit.models.dropout import Draws
 from llm_training_toolkit.plan import loss_chunk_tokens
 
 IGNORED = -100
@@ -153,6 +154,8 @@ class LossModule(nn.Module):
     def __init__(self, model: nn.Module, loss_chunk: int | Literal["auto"]) -> None:
         super().__init__()
         self.lm = model
+        self.draws = Draws()
+        """What dropout draws from; whoever runs the forward pass says which sequences it sees."""
         head = model.get_output_embeddings()  # type: ignore[operator]
         assert head.bias is None, "LossHead computes the loss without a bias"
         head.__class__ = LossHead

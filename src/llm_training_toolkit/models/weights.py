@@ -28,15 +28,15 @@ def place_of(path: str) -> str:
     return str(local) if local.exists() else path
 
 
-def read_config(path: str, model_type: str) -> Any:  # noqa: ANN401 - transformers has no types
-    """The configuration of the weights at `path`, dropouts 0; PlanError for weights of another family."""
+def read_config(path: str, model_type: str | None) -> Any:  # noqa: ANN401 - transformers has no types
+    """The configuration of the weights at `path`, dropouts 0; PlanError unless they are of `model_type`, if any."""
     path = place_of(path)
     try:
         # trust_remote_code off in so many words: left out, transformers asks at the terminal whether to run the code.
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except UNREADABLE as error:
         raise CheckpointError(f"model.path = {path}: no weights can be loaded from there: {_reason(error)}") from error
-    if config.model_type != model_type:
+    if model_type is not None and config.model_type != model_type:
         raise PlanError(f"model.path = {path} holds a {config.model_type} model, model.name is of {model_type}")
     config.pad_token_id = None  # it would freeze its row of the embedding, and here padding is <|endoftext|>
     for name in set(DROPOUTS) & set(config.to_dict()):

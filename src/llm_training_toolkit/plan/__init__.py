@@ -4,21 +4,30 @@ from __future__ import annotations
 
 from llm_training_toolkit.plan.batch import accumulation, loss_chunk_tokens, shares, slice_of
 from llm_training_toolkit.plan.deepspeed import deepspeed_config, deepspeed_problems
-from llm_training_toolkit.plan.memory import Load, Memory, estimate
-from llm_training_toolkit.plan.plan import DataFacts, Plan, make_plan, require
+from llm_training_toolkit.plan.forecast import Forecast, on_cluster
+from llm_training_toolkit.plan.hardware import Hardware
+from llm_training_toolkit.plan.memory import Load, Memory, checkpoint_copy, estimate
+from llm_training_toolkit.plan.mixing import Due, counts, merged, whole_shares
+from llm_training_toolkit.plan.plan import DataFacts, Plan, StreamFacts, make_plan, require
 from llm_training_toolkit.plan.problem import Problem
 from llm_training_toolkit.plan.schedule import Schedule
-from llm_training_toolkit.plan.show import lines
+from llm_training_toolkit.plan.show import lines, mixture_lines
 from llm_training_toolkit.plan.sizing import fitting_micro_batch, settled, smaller_micro_batch
 
 __all__ = [
     "DataFacts",
+    "Due",
+    "Forecast",
+    "Hardware",
     "Load",
     "Memory",
     "Plan",
     "Problem",
     "Schedule",
+    "StreamFacts",
     "accumulation",
+    "checkpoint_copy",
+    "counts",
     "deepspeed_config",
     "deepspeed_problems",
     "estimate",
@@ -26,9 +35,13 @@ __all__ = [
     "lines",
     "loss_chunk_tokens",
     "make_plan",
+    "merged",
+    "mixture_lines",
+    "on_cluster",
     "require",
     "settled",
     "shares",
     "slice_of",
     "smaller_micro_batch",
+    "whole_shares",
 ]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from llm_training_toolkit.config.schema import Config, Source
 from llm_training_toolkit.families import Family, HfValues, Size, saved_dropout
+from llm_training_toolkit.families.lora import whole_modules
 from llm_training_toolkit.plan.batch import micro_batch, shares
 from llm_training_toolkit.plan.deepspeed import deepspeed_problems
 from llm_training_toolkit.plan.problem import Problem
@@ -20,6 +23,7 @@ def problems(config: Config, size: Size, hf: HfValues, replicas: int) -> tuple[P
         *_data(config, size, hf),
         *_batch(config, replicas),
         *_attention(config),
+        *_lora(config, size, hf),
     )
     return (*found, *deepspeed_problems(config.engine.deepspeed))
 
@@ -48,6 +52,43 @@ def _attention(config: Config) -> Iterator[Problem]:
         yield Problem("train.micro_batch", what, "Use micro_batch 1 with a longer sequence, or attention sdpa")
     if config.train.precision == "fp32":
         yield Problem("model.attention", "flash_attention_2 has no fp32", "Use sdpa, or train.precision bf16")
+
+
+def _lora(config: Config, size: Size, hf: HfValues) -> Iterator[Problem]:
+    """Adapters for layers that are not there, and what 4-bit weights cannot do."""
+    lora, family = config.model.lora, size.family
+    if lora is None:
+        return
+    yield from _unknown("model.lora.targets", () if lora.targets == "auto" else lora.targets, family.lora_targets, size)
+    if config.model.path is not None and not _may_exist(config.model.path):
+        what = f"there is no directory {config.model.path}, and adapters need the weights they stand beside"
+        yield Problem("model.path", what, "Give the directory of the weights, or a hub id (organisation/name)")
+    anatomy = family.anatomy(hf)
+    whole = tuple(whole_modules(family, anatomy))
+    yield from _unknown("model.lora.modules_to_save", lora.modules_to_save, whole, size)
+    if anatomy.tied and set(lora.modules_to_save) & set(whole):
+        what = f"embedding and output layer of {size.name} are one matrix, which training one of them would part"
+        yield Problem("model.lora.modules_to_save", what, "Remove it, or train the whole model without lora")
+    if lora.quantize is not None and config.engine.zero == 3:
+        what = "ZeRO 3 would cut 4-bit weights, whose blocks belong together"
+        yield Problem("engine.zero", what, "Use 2: the weights in 4 bits are small, and only adapters have gradients")
+    if lora.quantize is not None and config.cluster.gpus_per_worker == 0:
+        what = "4-bit weights need a GPU, and cluster.gpus_per_worker is 0"
+        yield Problem("model.lora.quantize", what, "Remove quantize, or train where there are GPUs")
+
+
+def _may_exist(path: str) -> bool:
+    """Whether weights are there, or may be fetched from the hub: an id has at most one slash."""
+    return Path(path).expanduser().is_dir() or re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) is not None
+
+
+def _unknown(where: str, given: Sequence[str], known: Sequence[str], size: Size) -> Iterator[Problem]:
+    """Names that the family does not have, each with the nearest one."""
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            meant = f"Did you mean {near[0]}? " if near else ""
+            yield Problem(where, f"{size.name} has no {name!r}", f"{meant}There are: {', '.join(known)}")
 
 
 def _run(config: Config) -> Iterator[Problem]:
@@ -134,8 +175,19 @@ def _batch_notes(config: Config, replicas: int) -> Iterator[str]:
         yield f"train.micro_batch = {config.train.micro_batch} is more than a worker's share: {portions[0]} is enough."
 
 
+def _lora_notes(config: Config) -> Iterator[str]:
+    lora = config.model.lora
+    if lora is None:
+        return
+    if config.model.path is None and config.model.init_from is None:
+        yield "Adapters beside random weights learn next to nothing: give model.path, or leave out model.lora."
+    if lora.quantize is not None:
+        yield "4-bit weights need a GPU and bitsandbytes on every worker."
+
+
 def _model_notes(config: Config, size: Size, hf: HfValues) -> Iterator[str]:
     length = config.data.sequence_length
+    yield from _lora_notes(config)
     if config.model.path is not None:
         yield f"Numbers are those of {config.model.name}; the weights of model.path are compared with it when loaded."
         if not size.family.absolute_positions and length > size.values[size.family.position_key]:

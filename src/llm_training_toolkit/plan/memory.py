@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from llm_training_toolkit.families import Anatomy
+from llm_training_toolkit.families import Adapter, Anatomy
 
+_NF4_BYTES = 0.5 + 0.127 / 8
+"""Of a weight in 4 bits, with constants that are quantized once more: 0.127 bits (Dettmers et al. 2023, section 3)."""
 _MAX_LIVE = 1_000_000_000
 """DeepSpeed's default of stage3_max_live_parameters: gathered weights are kept up to this number."""
 
@@ -37,6 +39,8 @@ class Load:
     workers: int
     micro_batch: int
     sequence_length: int
+    adapter: Adapter | None = None
+    """What is trained beside a frozen model; None: the model itself."""
     activation_checkpointing: bool = False
     loss_chunk: int = 0
     eager_attention: bool = False
@@ -54,6 +58,11 @@ class Load:
     def tokens(self) -> int:
         """Tokens of a micro-batch."""
         return self.micro_batch * self.sequence_length
+
+    @property
+    def trained(self) -> int:
+        """Trained parameters."""
+        return self.adapter.parameters if self.adapter else self.model.parameters
 
     def part(self, size: int, *, spread: bool) -> int:
         """A size, or the share of it that one worker holds."""
@@ -76,9 +85,12 @@ def weights(load: Load) -> int:
 
     Stage 3 gathers whole layers for use and keeps up to `stage3_max_live_parameters` of them (DeepSpeed's
     documentation), which for a model below that number is all of it. The experts of a layer are gathered together,
-    however many they are.
+    however many they are. In 4 bits are the linear layers' matrices alone, of which experts are none.
     """
-    total = load.model.parameters
+    total = load.model.parameters + (load.adapter.parameters if load.adapter else 0)
+    if load.adapter is not None and load.adapter.quantize is not None:
+        matrices = load.model.layers * load.model.linear_matrices
+        return round(_NF4_BYTES * matrices) + load.width * (total - matrices)
     if load.zero < 3 or load.workers == 1:
         return load.width * total
     return load.width * (load.part(total, spread=True) + min(total, max(load.max_live, load.model.largest_module)))
@@ -93,7 +105,7 @@ def gradients(load: Load) -> int:
     than the bucket (an embedding, the fused experts of a layer) passes alone. Read in DeepSpeed 0.19.8,
     runtime/zero/stage_1_and_2.py and stage3.py.
     """
-    total = load.model.parameters
+    total = load.trained
     if load.zero == 0:
         return total * (2 + 4) if load.precision == "bf16" else total * 4
     bucket = min(total, max(load.bucket, load.model.largest_tensor)) * (2 + 4 if load.precision == "bf16" else 4)
@@ -108,7 +120,15 @@ def optimizer(load: Load) -> int:
     section 3.1, K = 12.
     """
     own_copy = load.precision == "bf16" or load.zero > 0
-    return load.part((12 if own_copy else 8) * load.model.parameters, spread=load.zero > 0)
+    return load.part((12 if own_copy else 8) * load.trained, spread=load.zero > 0)
+
+
+def checkpoint_copy(parameters: int, workers: int) -> int:
+    """Bytes of the machine's memory that a worker's copy takes while a checkpoint is written: its part of 12 a weight.
+
+    The fp32 weights and Adam's two moments of what is trained, which the workers save in equal parts at every stage.
+    """
+    return -(-12 * parameters // workers)
 
 
 def activations(load: Load) -> int:
@@ -132,24 +152,54 @@ def layer_bytes_per_token(load: Load) -> int:
     compares it with what autograd keeps.
     """
     model, w = load.model, load.width
+    if load.adapter is not None:
+        return _frozen_bytes_per_token(load, load.adapter)
     norms = 2 * model.hidden * (2 * w + (4 if model.rms_norms else 0))
     if model.head_norms:
         norms += (model.query_width + model.kv_width) * (4 + w)
-    keys_and_values = 2 * (model.kv_width if model.kv_heads == 1 else model.query_width)
-    attention = w * (2 * model.query_width + keys_and_values)
-    return norms + attention + _feed_forward_bytes(model, w) + load.sequence_length * _mask_bytes(load)
+    attention = w * _attention_numbers(model)
+    return norms + attention + _feed_forward_bytes(model, w, trained=True) + load.sequence_length * _mask_bytes(load)
 
 
-def _feed_forward_bytes(model: Anatomy, w: int) -> int:
-    """Feed-forward: 4 i w gated (gate, activation, up, product), or 2 i w.
+def _feed_forward_bytes(model: Anatomy, w: int, *, trained: bool) -> int:
+    """Feed-forward: 4 i w gated (gate, activation, up, product), or 2 i w; a frozen one not its product.
 
-    An expert also keeps the copy of its input and its output before they are weighed, 2 h w, and the way of a token to
-    it and back (four indices of 8 bytes, a probability of 4 and of w). The router keeps its softmax in fp32.
+    An expert also keeps its output before it is weighed and, if it is trained, the copy of its input, h w each, and the
+    way of a token to it and back (four indices of 8 bytes, a probability of 4 and of w). The router keeps its softmax
+    in fp32.
     """
-    one = w * (4 if model.gated else 2) * model.intermediate
+    one = w * ((4 if model.gated else 2) - (not trained)) * model.intermediate
     if not model.experts:
         return one
-    return model.experts_per_token * (one + 2 * w * model.hidden + 36 + w) + 4 * model.experts
+    return model.experts_per_token * (one + (1 + trained) * w * model.hidden + 36 + w) + 4 * model.experts
+
+
+def _attention_numbers(model: Anatomy) -> int:
+    """Queries, keys, values and output of a token; keys and values repeated for every query head, unless of one."""
+    return 2 * model.query_width + 2 * (model.kv_width if model.kv_heads == 1 else model.query_width)
+
+
+def _frozen_bytes_per_token(load: Load, adapter: Adapter) -> int:
+    """What one frozen layer and its adapters keep of a token.
+
+    Without gradients of its weights a linear layer keeps no input and an RMSNorm not what it has normalised. An adapter
+    keeps its input, one for all that read the same, and what its first matrix gives; with dropout each keeps an input
+    of its own and which of it was left out. DoRA keeps what the layer gives and what the adapter gives.
+    """
+    model, w = load.model, load.width
+    norms = 2 * model.hidden * (4 if model.rms_norms else w)
+    if model.head_norms:
+        norms += (model.query_width + model.kv_width) * 4
+    attention = w * _attention_numbers(model)
+    feed_forward = _feed_forward_bytes(model, w, trained=False)
+    if adapter.dropout:
+        inputs = sum((w + 1) * layer.inputs for layer in adapter.layers)
+    else:
+        # What the heads give is kept by attention already.
+        inputs = w * sum({layer.reads: layer.inputs for layer in adapter.layers if layer.reads != "heads"}.values())
+    inner = w * adapter.rank * len(adapter.layers)
+    results = 2 * w * sum(layer.outputs for layer in adapter.layers) if adapter.dora else 0
+    return norms + attention + feed_forward + inputs + inner + results + load.sequence_length * _mask_bytes(load)
 
 
 def _mask_bytes(load: Load) -> int:
@@ -163,11 +213,12 @@ def logits(load: Load) -> int:
     """One chunk of the loss and the output layer's gradient, in bytes.
 
     Logits in fp32, which become their gradient in place, and in bf16 before and after that: tokens x vocabulary x 6,
-    or x 4 in fp32. Beside them the gradient of the head, vocabulary x hidden.
+    or x 4 in fp32. Beside them the gradient of the head, vocabulary x hidden, unless it is frozen.
     """
     tokens = min(load.loss_chunk or load.tokens, load.tokens)
     logit = 4 if load.precision == "fp32" else 6
-    return load.model.vocab * (tokens * logit + load.model.hidden * load.width)
+    frozen = load.adapter is not None and "lm_head" not in load.adapter.modules_to_save
+    return load.model.vocab * (tokens * logit + (0 if frozen else load.model.hidden * load.width))
 
 
 def deepspeed_limits(deepspeed: Mapping[str, Any]) -> dict[str, int]:

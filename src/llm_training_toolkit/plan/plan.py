@@ -9,24 +9,53 @@ from typing import Any
 from llm_training_toolkit import families
 from llm_training_toolkit.config.schema import Config, duration_seconds
 from llm_training_toolkit.errors import PlanError
-from llm_training_toolkit.plan import batch, check, memory, rate
+from llm_training_toolkit.plan import batch, check, memory, mixing, rate
 from llm_training_toolkit.plan.deepspeed import deepspeed_config, deepspeed_problems, own_config
 from llm_training_toolkit.plan.problem import Problem
 from llm_training_toolkit.plan.schedule import Kind, Schedule
 
 
 @dataclass(frozen=True)
-class DataFacts:
-    """What preparing the data has found."""
+class StreamFacts:
+    """A stream of sequences: all sources together, or where they have weights one source."""
 
     sequences_per_epoch: tuple[int, ...]
     """Packed training sequences of each prepared epoch, from the first on."""
+    share: int = 1
+    """Its part of the mixture, relative to the others'."""
+
+    def epochs(self, sequences: int) -> float | None:
+        """How many passes over it `sequences` are, by the mean of the prepared epochs; None for an empty one."""
+        prepared = sum(self.sequences_per_epoch)
+        return sequences * len(self.sequences_per_epoch) / prepared if prepared else None
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """What preparing the data has found."""
+
+    streams: tuple[StreamFacts, ...]
+    """One, or where sources have weights one for each, in their order."""
     vocab_size: int | None = None
     """Entries of the tokenizer; None = not known."""
     steps_done: int = 0
     """Steps of the run's newest checkpoint."""
     sequences_done: int = 0
     """Sequences those steps have seen: fewer than steps x global batch where an epoch ended in a short step."""
+
+    def needed(self, steps: int, global_batch: int) -> tuple[int, ...]:
+        """How many sequences of each stream the run will have seen after `steps` steps."""
+        total = self.sequences_done + (steps - self.steps_done) * global_batch
+        return mixing.counts([stream.share for stream in self.streams], total)
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """A source with a weight: its share of the tokens, and its epochs in the run; None = not known yet."""
+
+    path: str
+    share: float
+    epochs: float | None
 
 
 @dataclass(frozen=True)
@@ -39,9 +68,13 @@ class Plan:
     """Name of the size."""
     hf_config: Mapping[str, Any]
     parameters: int
+    """Of the model, without adapters."""
     trainable_parameters: int
+    """Of the adapters, and of what is trained whole beside them; without adapters all."""
     active_parameters: int
     """Those that a token passes through: fewer than all in a mixture of experts."""
+    adapter: families.Adapter | None
+    """None: the model itself is trained."""
     flops_per_token: int
     precision: str
     zero: int
@@ -50,7 +83,9 @@ class Plan:
     steps_estimated: bool
     """The data of some or all epochs is not prepared."""
     epochs: float | None
-    """Passes over the data that the steps make; None where the data is not prepared."""
+    """Passes over the data that the steps make; None where the data is not prepared, or its sources have weights."""
+    mixture: tuple[Mixed, ...]
+    """The sources, where they have weights."""
     global_batch: int
     micro_batch: int
     workers: int
@@ -100,7 +135,9 @@ class Plan:
             **values,
             "hf_config": dict(self.hf_config),
             "deepspeed": dict(self.deepspeed),
+            "adapter": _adapter_json(self.adapter),
             "memory_gb_per_device": dict(self.memory_gb_per_device),
+            "mixture": [asdict(source) for source in self.mixture],
             "accumulation": {str(world): self.accumulation(world) for world in worlds},
             "problems": [asdict(problem) for problem in self.problems],
             "estimated": list(self.estimated),
@@ -116,25 +153,29 @@ def make_plan(config: Config, facts: DataFacts | None = None, replicas: int | No
     size = families.find(config.model.name)
     hf = families.hf_config(config)
     total = families.parameters(hf)
+    adapter = families.adapter(config, hf)
+    trained = adapter.parameters if adapter else total
     world = replicas or max(config.cluster.workers, 1)
     steps, steps_estimated = run_steps(config, facts)
     warmup, decay = rate.warmup_steps(config, steps), rate.decay_steps(config, steps)
     lr = rate.learning_rate(config, total)
-    deepspeed = _deepspeed(config, total)
+    deepspeed = _deepspeed(config, trained)
     length, every = config.data.sequence_length, config.checkpoint.every
     return Plan(
         name=config.run.name,
         model=config.model.name,
         hf_config=hf,
         parameters=total,
-        trainable_parameters=total,
+        trainable_parameters=trained,
         active_parameters=families.anatomy(hf).active_parameters,
-        flops_per_token=families.flops_per_token(hf, length),
+        adapter=adapter,
+        flops_per_token=families.flops_per_token(hf, length, adapter),
         precision=config.train.precision,
         zero=config.engine.zero,
         steps=steps,
         steps_estimated=steps_estimated,
         epochs=_epochs(config, steps, facts),
+        mixture=_mixture(config, steps, facts),
         global_batch=config.train.global_batch,
         micro_batch=batch.micro_batch(config),
         workers=config.cluster.workers,
@@ -150,7 +191,7 @@ def make_plan(config: Config, facts: DataFacts | None = None, replicas: int | No
         save_every_seconds=duration_seconds(every) if isinstance(every, str) else None,
         eval_every=config.eval.every,
         deepspeed=deepspeed,
-        memory_gb_per_device=_memory(config, hf, world, deepspeed),
+        memory_gb_per_device=_memory(config, hf, adapter, world, deepspeed),
         problems=(
             *check.problems(config, size, hf, world),
             *check.length_problems(steps, warmup, decay),
@@ -182,9 +223,9 @@ def run_steps(config: Config, facts: DataFacts | None) -> tuple[int | None, bool
     if train.tokens is not None:
         return _steps_to(-(-train.tokens // config.data.sequence_length), train.global_batch, done, seen), False
     assert train.epochs is not None  # exactly one length is given, says the schema
-    if facts is None or not facts.sequences_per_epoch:
+    if facts is None or not facts.streams[0].sequences_per_epoch:
         return None, True
-    known = facts.sequences_per_epoch[: train.epochs]
+    known = facts.streams[0].sequences_per_epoch[: train.epochs]
     missing = train.epochs - len(known)
     sequences = sum(known) + round(missing * sum(known) / len(known))
     return _steps_to(sequences, train.global_batch, done, seen), missing > 0
@@ -208,10 +249,22 @@ def _epochs(config: Config, steps: int | None, facts: DataFacts | None) -> float
     """Passes over the data, by the mean length of the prepared epochs."""
     if config.train.epochs is not None:
         return float(config.train.epochs)
-    if steps is None or facts is None or not sum(facts.sequences_per_epoch):
+    if steps is None or facts is None or config.data.weights:
         return None
-    mean = sum(facts.sequences_per_epoch) / len(facts.sequences_per_epoch)
-    return steps * config.train.global_batch / mean
+    return facts.streams[0].epochs(steps * config.train.global_batch)
+
+
+def _mixture(config: Config, steps: int | None, facts: DataFacts | None) -> tuple[Mixed, ...]:
+    """What each source with a weight is worth."""
+    weights = config.data.weights
+    if not weights:
+        return ()
+    epochs: list[float | None] = [None] * len(weights)
+    if steps is not None and facts is not None:
+        seen = mixing.counts([stream.share for stream in facts.streams], steps * config.train.global_batch)
+        epochs = [stream.epochs(count) for stream, count in zip(facts.streams, seen, strict=True)]
+    sources = zip(config.data.sources, weights, epochs, strict=True)
+    return tuple(Mixed(source.path, weight / sum(weights), passes) for source, weight, passes in sources)
 
 
 def _deepspeed(config: Config, parameters: int) -> dict[str, Any]:
@@ -220,9 +273,22 @@ def _deepspeed(config: Config, parameters: int) -> dict[str, Any]:
     return make(config, parameters=parameters)
 
 
-def _memory(config: Config, hf: Mapping[str, Any], replicas: int, deepspeed: Mapping[str, Any]) -> dict[str, float]:
+def _adapter_json(adapter: families.Adapter | None) -> dict[str, Any] | None:
+    if adapter is None:
+        return None
+    return {key: value for key, value in asdict(adapter).items() if key != "layers"}
+
+
+def _memory(
+    config: Config,
+    hf: Mapping[str, Any],
+    adapter: families.Adapter | None,
+    replicas: int,
+    deepspeed: Mapping[str, Any],
+) -> dict[str, float]:
     load = memory.Load(
         model=families.anatomy(hf),
+        adapter=adapter,
         zero=config.engine.zero,
         precision=config.train.precision,
         workers=replicas,

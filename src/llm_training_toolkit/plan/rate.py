@@ -10,6 +10,7 @@ from llm_training_toolkit.config.schema import Config
 
 _SCRATCH = ((10e6, 3e-3), (125e6, 6e-4), (350e6, 3e-4), (1.3e9, 2e-4), (6.7e9, 1.2e-4))
 _FINE_TUNING = 1e-5
+_ADAPTERS = 1e-4
 
 
 def learning_rate(config: Config, parameters: int) -> float:
@@ -17,10 +18,14 @@ def learning_rate(config: Config, parameters: int) -> float:
 
     From scratch: Brown et al. 2020 (GPT-3), table 2.1 (125M 6e-4, 350M 3e-4, 1.3B 2e-4, 6.7B 1.2e-4), between its rows
     along straight lines of the logarithms, and on to 3e-3 at 10M parameters and below. With weights, all of them
-    trained: 1e-5, as in Qwen's finetune_ds.sh.
+    trained: 1e-5, as in Qwen's finetune_ds.sh. Adapters: 1e-4, as in the commands of bigcode-project/starcoder
+    (finetune, rank 16 and alpha 32 as here) and ten times full fine-tuning, as Schulman et al. 2025 measured ("LoRA
+    Without Regret").
     """
     if config.optim.lr != "auto":
         return config.optim.lr
+    if config.model.lora is not None:
+        return _ADAPTERS
     if config.model.path is not None or config.model.init_from is not None:
         return _FINE_TUNING
     return scratch_rate(parameters)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from llm_training_toolkit.families import Adapter
+from llm_training_toolkit.plan.forecast import Forecast
 from llm_training_toolkit.plan.plan import Plan
 
 _SPREAD = (
@@ -14,9 +16,10 @@ _SPREAD = (
 )
 
 
-def lines(plan: Plan) -> list[str]:
-    """The plan in about a dozen lines of plain text; notes and problems stand at the end."""
-    rows = [*_rows(plan), *(("note", note) for note in plan.notes), *(("PROBLEM", str(each)) for each in plan.problems)]
+def lines(plan: Plan, forecast: Forecast | None = None) -> list[str]:
+    """The plan in about a dozen lines of plain text, with a few more on a cluster; notes and problems at the end."""
+    rows = [*_rows(plan), *(_cluster_rows(forecast) if forecast else ())]
+    rows += [*(("note", note) for note in plan.notes), *(("PROBLEM", str(each)) for each in plan.problems)]
     width = max(len(label) for label, _ in rows)
     return [f"{label:<{width}}  {text}" for label, text in rows]
 
@@ -27,7 +30,11 @@ def _rows(plan: Plan) -> Iterator[tuple[str, str]]:
         "model",
         f"{plan.model}, {count(plan.parameters)} parameters ({plan.parameters:,}){_active(plan)}, {plan.precision}",
     )
+    if plan.adapter is not None:
+        yield "adapters", _adapters(plan, plan.adapter)
     yield "data", f"sequences of {plan.sequence_length:,} tokens, {_passes(plan)}"
+    for line in mixture_lines(plan):
+        yield "source", line
     yield "batch", _batch(plan)
     yield "length", _length(plan)
     yield "learning rate", _rate(plan)
@@ -45,7 +52,52 @@ def _active(plan: Plan) -> str:
     return f", of which a token passes {count(plan.active_parameters)}" if few else ""
 
 
+def mixture_lines(plan: Plan) -> list[str]:
+    """What each source with a weight is worth; nothing where they have none."""
+    return [
+        f"{source.path}: {source.share:.1%} of the tokens"
+        + ("" if source.epochs is None else f", {source.epochs:.3g} epochs")
+        for source in plan.mixture
+    ]
+
+
+def _adapters(plan: Plan, adapter: Adapter) -> str:
+    kind = ("QLoRA" if adapter.quantize else "LoRA") + (" with DoRA" if adapter.dora else "")
+    places = ", ".join((*adapter.targets, *(f"all of {name}" for name in adapter.modules_to_save)))
+    trained = plan.trainable_parameters
+    share = f"{trained:,}, {trained / plan.parameters:.2%} of the model"
+    what = f"{kind} rank {adapter.rank}, scaled by {adapter.scaling:.3g}, on {places}"
+    return f"{what}; {count(trained)} parameters trained ({share})"
+
+
+def _cluster_rows(forecast: Forecast) -> Iterator[tuple[str, str]]:
+    hardware, price = forecast.hardware, forecast.hardware.price_per_hour
+    devices = "cores" if hardware.is_cpu else f"{hardware.device} ({hardware.memory_gb:g} GB)"
+    nodes, terms = _number(hardware.nodes, "node"), "spot" if hardware.spot else "on demand"
+    yield "cluster", f"{forecast.nodes} of {nodes}, each with {hardware.devices_per_node} {devices}, {terms}"
+    hours, cost, usual = forecast.hours, forecast.cost, f"devices reach {hardware.utilisation:.0%} of their peak"
+    head = f", the head at ${price.head:,.2f}" if price.head else ""
+    hourly = f"${forecast.usd_per_hour:,.2f} an hour: {_number(forecast.nodes, 'node')} at ${price.node:,.2f}{head}"
+    unknown = "it does not fit there" if forecast.problems else "known when the data is prepared"
+    yield "time", unknown if hours is None else f"about {_time(hours)}, if {usual}"
+    yield (
+        "cost",
+        unknown if cost is None else f"about ${cost:,.{0 if cost >= 100 else 2}f} at {hourly}; prices of {price.date}",
+    )
+    step = f"computing about {forecast.compute_seconds:.3g} s"
+    if forecast.communication_seconds:
+        step += f"; sending {forecast.communication_seconds:.3g} s over the slowest link, in part meanwhile"
+    yield "step", step
+    yield "storage", f"a checkpoint of {forecast.checkpoint_gb:.3g} GB takes {forecast.checkpoint_seconds:.3g} s"
+
+
+def _time(hours: float) -> str:
+    return f"{hours:,.3g} hours" if hours >= 1 else f"{60 * hours:.3g} minutes"
+
+
 def _passes(plan: Plan) -> str:
+    if plan.mixture:
+        return "mixed by weight"
     return "not prepared yet" if plan.epochs is None else f"{plan.epochs:.3g} epochs"
 
 

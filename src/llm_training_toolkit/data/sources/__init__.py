@@ -4,7 +4,8 @@ from llm_training_toolkit.data.sources.document import Document, Part, Tally, ch
 from llm_training_toolkit.data.sources.finding import files, fingerprint
 from llm_training_toolkit.data.sources.local import STANDARD_LIBRARY
 from llm_training_toolkit.data.sources.place import SourceFile
-from llm_training_toolkit.data.sources.reading import documents, hashes
+from llm_training_toolkit.data.sources.reading import documents, hashes, with_doubles
+from llm_training_toolkit.data.sources.remote import is_address
 
 __all__ = [
     "STANDARD_LIBRARY",
@@ -18,4 +19,6 @@ __all__ = [
     "files",
     "fingerprint",
     "hashes",
+    "is_address",
+    "with_doubles",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Collection, Iterable, Iterator
 from typing import Literal
 
@@ -16,6 +17,8 @@ from llm_training_toolkit.data.sources.records import decoded, records
 from llm_training_toolkit.data.sources.repositories import ordered, whole
 from llm_training_toolkit.errors import DataError
 
+OnError = Literal["stop", "skip"]
+
 _ENDINGS = frozenset({"damaged", "unreadable", "invalid_json", "invalid_utf8"})
 """Reasons why a file of records, not one of its records, cannot be read."""
 
@@ -24,7 +27,7 @@ def documents(
     source: Source,
     index: int,
     *,
-    on_error: Literal["stop", "skip"] = "stop",
+    on_error: OnError = "stop",
     tally: Tally | None = None,
     seen: set[bytes] | None = None,
     evaluation: Collection[bytes] = frozenset(),
@@ -38,14 +41,31 @@ def documents(
     """
     tally = Tally() if tally is None else tally
     seen = set() if seen is None else seen
-    pieces = _usable(_readable(source, index, on_error, tally), evaluation, tally)
-    for document in pieces if source.per == "file" else whole(pieces):
+    for document in with_doubles(source, index, files(source), on_error=on_error, tally=tally, evaluation=evaluation):
         if document.digest in seen:
             tally.dropped["duplicate"] += 1
             continue
         seen.add(document.digest)
         tally.kept += 1
         yield document
+
+
+def with_doubles(
+    source: Source,
+    index: int,
+    found: list[SourceFile],
+    *,
+    on_error: OnError,
+    tally: Tally,
+    evaluation: Collection[bytes] = frozenset(),
+    begin: str = "",
+) -> Iterator[Document]:
+    """The same before doubled documents are dropped, from the source's files, or from the document named `begin` on.
+
+    Whole repositories always come from the first: their files lie in another order than they do.
+    """
+    pieces = _usable(_readable(source, index, found, on_error=on_error, tally=tally, begin=begin), evaluation, tally)
+    yield from pieces if source.per == "file" else whole(pieces)
 
 
 def hashes(document: Document) -> Iterator[bytes]:
@@ -64,15 +84,30 @@ def _usable(pieces: Iterable[Document], evaluation: Collection[bytes], tally: Ta
             yield piece
 
 
-def _readable(source: Source, index: int, on_error: str, tally: Tally) -> Iterator[Document]:
+def _readable(
+    source: Source, index: int, found: list[SourceFile], *, on_error: OnError, tally: Tally, begin: str
+) -> Iterator[Document]:
     """Every file and record that can be read, in order; what cannot stops here or is counted."""
-    found = files(source)
     if source.per == "repository":
-        found.sort(key=lambda file: (file.repository, file.path))
+        found = sorted(found, key=lambda file: (file.repository, file.path))
         pieces = (_in_a_repository(piece, source.path) for piece in _read_all(found, source.format, index))
         yield from (ordered if _has_records(found) else iter)(_sound(pieces, on_error, tally))
         return
-    yield from _sound(_read_all(found, source.format, index), on_error, tally)
+    place, record = _place(found, begin)
+    yield from _sound(_read_all(found[place:], source.format, index, record), on_error, tally)
+
+
+def _place(found: list[SourceFile], name: str) -> tuple[int, int]:
+    """Which file, of files sorted by name, holds the document of this name, and as which record; else the very first.
+
+    A document of a file of records is named after the file, a colon and its number.
+    """
+    file, _, record = name.rpartition(":")
+    for candidate, number in ((name, "1"), (file, record)):
+        place = bisect_left(found, candidate, key=lambda each: each.name)
+        if number.isdecimal() and place < len(found) and found[place].name == candidate:
+            return place, int(number)
+    return 0, 1
 
 
 def _has_records(found: Iterable[SourceFile]) -> bool:
@@ -104,21 +139,23 @@ def _in_a_repository(piece: Document | Unreadable, path: str) -> Document | Unre
     return Unreadable(f"{path}: {piece.name}", why, "no_repository")
 
 
-def _read_all(found: Iterable[SourceFile], form: Format, index: int) -> Iterator[Document | Unreadable]:
-    for file in found:
+def _read_all(
+    found: Iterable[SourceFile], form: Format, index: int, first_record: int = 1
+) -> Iterator[Document | Unreadable]:
+    for number, file in enumerate(found):
         try:
-            yield from _read(file, form, index)
+            yield from _read(file, form, index, 1 if number else first_record)
         except Unreadable as error:
             error.ends_file = kind_of(file.relative, form) is not Kind.WHOLE and error.reason in _ENDINGS
             yield error
 
 
-def _read(file: SourceFile, form: Format, index: int) -> Iterator[Document | Unreadable]:
+def _read(file: SourceFile, form: Format, index: int, first: int) -> Iterator[Document | Unreadable]:
     kind = kind_of(file.relative, form)
     if kind is Kind.WHOLE:
         yield _whole_file(file, form, index)
         return
-    for record in records(file, kind, columns_for(form, file.address)):
+    for record in records(file, kind, columns_for(form, file.address), first):
         if isinstance(record, Unreadable):
             yield record
             continue

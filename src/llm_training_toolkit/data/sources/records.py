@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -32,26 +34,27 @@ class Record(NamedTuple):
     value: Any
 
 
-def records(file: SourceFile, kind: Kind, columns: Columns) -> Iterator[Record | Unreadable]:
-    """The records of a file in its order; those that cannot be read as the reason why.
+def records(file: SourceFile, kind: Kind, columns: Columns, first: int = 1) -> Iterator[Record | Unreadable]:
+    """The records of a file in its order, from number `first` on; those that cannot be read as the reason why.
 
     Raises Unreadable where the file ends there: nothing after it can be read.
     """
     if kind is Kind.PARQUET or kind is Kind.ARROW:
-        return _rows(file, kind, columns)
-    return _json(file, kind)
+        return _rows(file, kind, columns, first)
+    return _json(file, kind, first)
 
 
-def _json(file: SourceFile, kind: Kind) -> Iterator[Record | Unreadable]:
+def _json(file: SourceFile, kind: Kind, first: int) -> Iterator[Record | Unreadable]:
     number = 0
     with decompressed(file) as stream:
         try:
             for number, raw in enumerate(stream, start=1):
                 line = raw.removeprefix(_BYTE_ORDER_MARK) if number == 1 else raw
                 if number == 1 and kind is Kind.JSON and line.lstrip().startswith(b"["):
-                    yield from _list(file, line + stream.read())
+                    yield from _list(file, line + stream.read(), first)
                     return
-                yield from _line(file, number, line)
+                if number >= first:  # lines before it are not even parsed
+                    yield from _line(file, number, line)
         except DAMAGE as error:
             raise damaged(f"{file.address}:{number + 1}", error) from error
 
@@ -66,9 +69,9 @@ def _line(file: SourceFile, number: int, line: bytes) -> Iterator[Record | Unrea
         yield error
 
 
-def _list(file: SourceFile, content: bytes) -> Iterator[Record]:
+def _list(file: SourceFile, content: bytes, first: int) -> Iterator[Record]:
     values = _parsed(decoded(content, file.address), file.address)
-    for number, value in enumerate(values, start=1):
+    for number, value in enumerate(values[first - 1 :], start=first):
         yield Record(number, f"{file.address}, record {number}", value)
 
 
@@ -89,15 +92,18 @@ def decoded(raw: bytes, address: str, first_line: int = 1) -> str:
         raise Unreadable(f"{address}:{line}", why, "invalid_utf8") from error
 
 
-def _rows(file: SourceFile, kind: Kind, columns: Columns) -> Iterator[Record | Unreadable]:
+def _rows(file: SourceFile, kind: Kind, columns: Columns, first: int) -> Iterator[Record | Unreadable]:
     if packed := compression(file.relative):
         raise Unreadable(file.address, f"is {kind.value} compressed once more: undo its {packed}", "damaged")
     with opened(file) as stream:
-        number = 0
         # Mapped where it can be: a table of one batch may be larger than the memory.
         content = pa.memory_map(file.location) if file.root.filesystem is None else stream
-        for batch in _parquet(content, columns) if kind is Kind.PARQUET else _arrow(content, columns):
-            for start in range(0, batch.num_rows, _ROWS):
+        table = pq.ParquetFile(content) if kind is Kind.PARQUET else None
+        groups, number = _row_groups(table.metadata, first) if table else ([], 0)
+        for batch in _parquet(table, groups, columns) if table else _arrow(content, columns):
+            skipped = min(max(first - 1 - number, 0), batch.num_rows)
+            number += skipped
+            for start in range(skipped, batch.num_rows, _ROWS):
                 for row in _values(batch.slice(start, _ROWS)):
                     number += 1
                     where = f"{file.address}, row {number}"
@@ -119,11 +125,17 @@ def _values(rows: Any) -> Iterator[Any]:  # noqa: ANN401 - pyarrow is untyped
                 yield error
 
 
-def _parquet(content: Any, columns: Columns) -> Iterator[Any]:  # noqa: ANN401 - pyarrow is untyped
+def _row_groups(metadata: Any, first: int) -> tuple[list[int], int]:  # noqa: ANN401 - pyarrow is untyped
+    """The row groups from the one that holds row number `first` on, and the rows before them."""
+    ends = list(accumulate(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)))
+    begin = bisect_left(ends, first)
+    return list(range(begin, len(ends))), ends[begin - 1] if begin else 0
+
+
+def _parquet(table: Any, groups: list[int], columns: Columns) -> Iterator[Any]:  # noqa: ANN401 - pyarrow is untyped
     """The needed columns, a part of a row group at a time."""
-    table = pq.ParquetFile(content)
     needed = _needed(columns, table.schema_arrow.names, lambda: table.metadata.num_rows)
-    yield from table.iter_batches(_ROWS, columns=needed)
+    yield from table.iter_batches(_ROWS, columns=needed, row_groups=groups)
 
 
 def _arrow(content: Any, columns: Columns) -> Iterator[Any]:  # noqa: ANN401 - pyarrow is untyped

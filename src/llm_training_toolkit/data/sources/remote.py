@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import posixpath
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from textwrap import shorten
@@ -11,9 +12,11 @@ from typing import Any
 from urllib.parse import quote
 
 import fsspec  # type: ignore[import-untyped]
+import pyarrow as pa
 import pyarrow.fs as arrow
 from fsspec.utils import glob_translate  # type: ignore[import-untyped]
 from huggingface_hub import HfFileSystem
+from huggingface_hub.errors import EntryNotFoundError
 
 from llm_training_toolkit.data.sources.patterns import HIDDEN, is_pattern, is_wanted_directory, split_pattern
 from llm_training_toolkit.data.sources.place import Root, SourceFile
@@ -35,6 +38,19 @@ _MARKS = (
     "last_modified",
     "created",
 )
+_RAISED = (OSError, ValueError, ImportError, NotImplementedError, pa.ArrowException, EntryNotFoundError)
+"""Arrow, fsspec and the hub; most libraries of other protocols derive theirs from OSError, too."""
+_RAISED_BY = {
+    "aiohttp": "ClientError",
+    "azure.core.exceptions": "AzureError",
+    "botocore.exceptions": "BotoCoreError",
+    "ftplib": "Error",
+    "gcsfs.retry": "HttpError",
+    "google.auth.exceptions": "GoogleAuthError",
+    "httpx2": "HTTPError",
+    "paramiko.ssh_exception": "SSHException",
+}
+"""The libraries behind some protocols have a root of errors of their own. Few of them are installed at a time."""
 _HINTS = {
     "s3": "Check the address, the network and the keys: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE; "
     "AWS_REGION; AWS_ENDPOINT_URL for a store that is not Amazon's.",
@@ -47,14 +63,18 @@ _HINTS = {
 
 @contextmanager
 def reaching(address: str) -> Iterator[None]:
-    """Turn whatever goes wrong on the way to an address into a DataError that says what to check."""
+    """Turn what the libraries raise on the way to an address into a DataError that says what to check."""
     try:
         yield
-    except DataError:
-        raise
-    except Exception as error:  # the library of each protocol raises what it likes
+    except _raised() as error:
         said = shorten(str(error), _LONGEST_CAUSE) or type(error).__name__
         raise DataError(f"data.sources: {address} cannot be read ({said}). {hint(address)}") from error
+
+
+def _raised() -> tuple[type[Exception], ...]:
+    """The classes of errors that the libraries in use raise: one that is not loaded has raised nothing."""
+    loaded = ((sys.modules[module], name) for module, name in _RAISED_BY.items() if module in sys.modules)
+    return (*_RAISED, *(getattr(module, name) for module, name in loaded))
 
 
 def hint(address: str) -> str:
@@ -99,7 +119,10 @@ def _connected(address: str) -> tuple[str, Any, str]:
         # An instance of its own each time: a shared one would answer from what it listed before.
         inner, path = HfFileSystem(skip_instance_cache=True), rest
     else:
-        inner, path = fsspec.core.url_to_fs(address)
+        try:
+            inner, path = fsspec.core.url_to_fs(address)
+        except TypeError as error:  # what the address leaves out is an argument that is missing
+            raise ValueError(str(error)) from error
         inner.invalidate_cache()
     return scheme, arrow.PyFileSystem(arrow.FSSpecHandler(inner)), path.rstrip("/")
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from llm_training_toolkit.config import parse
 from llm_training_toolkit.launch.preparation import prepare_run
-from smoke.job import Values, run
+from smoke.task import Values, run
 
 
 def prepare(arguments: Values) -> Values:
     """Prepare the data of `config`, the run that needs most of it."""
     receipt = prepare_run(parse(arguments["config"], "gpu smoke"), lambda _stage, _done, _total: None).receipt
-    return {"sequences": sum(receipt.sequences), "documents": sum(source.documents for source in receipt.sources)}
+    return {"sequences": receipt.sequences, "documents": sum(source.documents for source in receipt.sources)}
 
 
 if __name__ == "__main__":

@@ -14,21 +14,14 @@ from typing import Any
 import torch
 
 from llm_training_toolkit.checkpoint import Checkpoint, newest
-from llm_training_toolkit.config import Config, parse, to_json
+from llm_training_toolkit.config import Config, parse
 from llm_training_toolkit.console import Console
-from llm_training_toolkit.launch.inline import run_inline
+from llm_training_toolkit.launch import start
 from llm_training_toolkit.launch.place import is_first_rank, ranks_started
 from llm_training_toolkit.launch.preparation import facts_of, prepare_run
 from llm_training_toolkit.plan import make_plan, require
-from llm_training_toolkit.runs import (
-    RunDirectory,
-    attempt_record,
-    claim,
-    environment,
-    last_attempt,
-    write_atomically,
-)
-from smoke.job import Values, run
+from llm_training_toolkit.runs import RunDirectory, attempt_record, claim, last_attempt
+from smoke.task import Values, run
 
 _SETTLED = 2
 """The step after which memory is measured anew: what the start needed, and what ran out of memory, is over."""
@@ -61,10 +54,10 @@ def train(arguments: Values) -> Values:
     place = RunDirectory(Path(config.run.dir) / config.run.name)
     watch = Watch(arguments.get("stop_after"))
     if not is_first_rank():
-        return run_inline(place, config, watch)
+        return start.train(place, config, watch)
     with claim(place):
         _prepare(place, config)
-        outcome = run_inline(place, config, watch) if config.cluster.workers == 0 else _on_ray(place, config, watch)
+        outcome = start.train(place, config, watch)
     watch.close()
     found = outcome | _measured(place, arguments["config"])
     if arguments.get("discard"):
@@ -72,25 +65,11 @@ def train(arguments: Values) -> Values:
     return found
 
 
-def _on_ray(place: RunDirectory, config: Config, console: Console) -> Values:
-    """Imports here: Ray may be missing, and reads its environment when it is imported."""
-    from llm_training_toolkit.launch.environment import prepare_environment
-
-    prepare_environment()
-    from llm_training_toolkit.launch.ray_train import run_on_ray
-
-    return run_on_ray(place, config, console)
-
-
 def _prepare(place: RunDirectory, config: Config) -> None:
     """Write what the workers read."""
     receipt = prepare_run(config, lambda _stage, _done, _total: None).receipt
     replicas = ranks_started() if config.cluster.workers == 0 else None
-    plan = require(make_plan(config, facts_of(receipt), replicas))
-    write_atomically(place.resolved, to_json(config))
-    write_atomically(place.plan, json.dumps(plan.to_json(), indent=1))
-    write_atomically(place.environment, json.dumps(environment(), indent=1))
-    write_atomically(place.receipt, receipt.to_json())
+    start.write_down(place, config, require(make_plan(config, facts_of(receipt), replicas)), receipt)
 
 
 def _measured(place: RunDirectory, config: Values) -> Values:

@@ -1,4 +1,4 @@
-"""A job's own process: arguments from one JSON file, the result into another.
+"""A task's own process: arguments from one JSON file, the result into another.
 
 Standard output belongs to the log, because the toolkit sends it to the run's logs while it trains.
 """
@@ -18,7 +18,7 @@ Values = dict[str, Any]
 
 
 def run(work: Callable[[Values], Values]) -> None:
-    """Do the work of the job that this process was started for; exit code 1 where it raised."""
+    """Do the work of the task that this process was started for; exit code 1 where it raised."""
     arguments, result = map(Path, sys.argv[1:3])
     try:
         answer = work(json.loads(arguments.read_text()))

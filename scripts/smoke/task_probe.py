@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from llm_training_toolkit.runs import environment
-from smoke.job import Values, run
+from smoke.task import Values, run
 
 _SIDE = {"cuda": 8192, "cpu": 512}
 _REPEATS = {"cuda": 20, "cpu": 4}

@@ -19,7 +19,7 @@ from llm_training_toolkit.launch.inline import process_group
 from llm_training_toolkit.launch.place import ranks_started
 from llm_training_toolkit.models import LossModule, build_model
 from llm_training_toolkit.plan import make_plan, require
-from smoke.job import Values, run
+from smoke.task import Values, run
 
 _BYTES = {"cuda": 256 * 2**20, "cpu": 2**20}
 _REPEATS = 10

@@ -15,7 +15,7 @@ from llm_training_toolkit.config import Config, parse
 from llm_training_toolkit.engine import whole_parameter
 from llm_training_toolkit.models import LossModule, build_model, initialize
 from llm_training_toolkit.plan import make_plan
-from smoke.job import Values, run
+from smoke.task import Values, run
 
 _LENGTHS = (130, 201, 1, 180)
 """Tokens of the documents of a row: odd numbers on purpose."""

@@ -1,4 +1,4 @@
-"""Which jobs a machine gets, in which order, and which it does not get, with the reason."""
+"""Which tasks a machine gets, in which order, and which it does not get, with the reason."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from llm_training_toolkit.config import parse
 from llm_training_toolkit.plan import make_plan
 from smoke.bench import Bench
-from smoke.runner import Job, Skipped, Values
+from smoke.runner import Skipped, Task, Values
 
 _MARGIN = 3e9
 """Bytes that tokens, small checkpoints and logs may take beside the large checkpoint."""
@@ -18,7 +18,7 @@ _STOP_AFTER = 3
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds a job takes at least, and those after which it counts as hanging."""
+    """Seconds a task takes at least, and those after which it counts as hanging."""
 
     small: float
     large: float
@@ -33,26 +33,26 @@ _CPU = Times(small=4.0, large=5.0, limit=120.0)
 class Order:
     """What runs when. Speed is measured on a machine that does nothing else."""
 
-    first: list[Job] = field(default_factory=list)
+    first: list[Task] = field(default_factory=list)
     """One by one."""
-    together: list[Job] = field(default_factory=list)
+    together: list[Task] = field(default_factory=list)
     """Side by side."""
-    last: list[Job] = field(default_factory=list)
+    last: list[Task] = field(default_factory=list)
     """One by one."""
     left_out: dict[str, Skipped] = field(default_factory=dict)
 
 
 def order_for(bench: Bench, packages: Values) -> Order:
-    """The jobs of a machine; `packages` says which optional ones can be imported."""
+    """The tasks of a machine; `packages` says which optional ones can be imported."""
     order = Order()
     times = _GPU if bench.on_gpu else _CPU
     large: Values = {"config": bench.large("large"), "discard": True}
-    order.first.append(Job("data", "job_prepare", [large], times.small, times.limit))
+    order.first.append(Task("data", "task_prepare", [large], times.small, times.limit))
     room = _no_room(bench, large["config"])
     if room is not None:
         order.left_out["large"] = order.left_out["ray"] = room
     else:
-        order.first.append(Job("large", "job_train", [large], times.large, times.limit))
+        order.first.append(Task("large", "task_train", [large], times.large, times.limit))
         _add_ray(order, bench, packages, times)
     _add_runs(order, bench, times)
     _add_attention(order, bench, packages, times)
@@ -62,8 +62,8 @@ def order_for(bench: Bench, packages: Values) -> Order:
 def _add_runs(order: Order, bench: Bench, times: Times) -> None:
     """Small runs, whose losses are compared."""
 
-    def train(name: str, *stages: Values, ranks: int = 1) -> Job:
-        return Job(name, "job_train", stages, times.small * len(stages), times.limit, ranks)
+    def train(name: str, *stages: Values, ranks: int = 1) -> Task:
+        return Task(name, "task_train", stages, times.small * len(stages), times.limit, ranks)
 
     ranks = min(bench.gpus, 2) if bench.on_gpu else 2
     exact = {"deterministic": True}
@@ -74,7 +74,7 @@ def _add_runs(order: Order, bench: Bench, times: Times) -> None:
     else:
         order.left_out["two_ranks"] = Skipped("one GPU")
     order.together += [
-        Job("ranks", "job_ranks", [{"config": bench.small("ranks")}], times.small, times.limit, ranks=ranks),
+        Task("ranks", "task_ranks", [{"config": bench.small("ranks")}], times.small, times.limit, ranks=ranks),
         *(train(f"zero{stage}", {"config": bench.small(f"zero{stage}", engine={"zero": stage})}) for stage in range(4)),
         train("fp32", {"config": bench.small("fp32", train={"precision": "fp32"})}),
         train("straight", {"config": bench.small("straight", run=exact)}),
@@ -92,7 +92,7 @@ def _add_attention(order: Order, bench: Bench, packages: Values, times: Times) -
         if kind not in order.left_out:
             arguments = {"attention": kind, "precisions": precisions, "device": bench.device}
             stage = arguments | {"config": bench.small("attention")}
-            order.together.append(Job(kind, "job_attention", [stage], times.small, times.limit))
+            order.together.append(Task(kind, "task_attention", [stage], times.small, times.limit))
 
 
 def _add_ray(order: Order, bench: Bench, packages: Values, times: Times) -> None:
@@ -101,7 +101,7 @@ def _add_ray(order: Order, bench: Bench, packages: Values, times: Times) -> None
         order.left_out["ray"] = Skipped("ray is not installed")
         return
     config = bench.large("ray", cluster={"workers": 1}, train={"steps": _RAY_STEPS})
-    order.last.append(Job("ray", "job_train", [{"config": config, "discard": True}], times.large, times.limit))
+    order.last.append(Task("ray", "task_train", [{"config": config, "discard": True}], times.large, times.limit))
 
 
 def _no_room(bench: Bench, config: Values) -> Skipped | None:

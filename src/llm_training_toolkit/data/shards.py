@@ -1,0 +1,141 @@
+"""Renders documents in shards, each complete or absent on disk: what is done is never done again, anywhere.
+
+A shard is some half a minute of work. `in_this_process` does one after the other; `launch` can spread them over the
+CPUs of a cluster, because a job is plain values and whatever it needs lies in the cache.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llm_training_toolkit.config.schema import Data
+from llm_training_toolkit.data.markers import Markers
+from llm_training_toolkit.data.rendering import Renderer
+from llm_training_toolkit.data.sources import Document
+from llm_training_toolkit.data.store import SourceExample, complete, join_examples, write_examples
+from llm_training_toolkit.data.survey import Rereader, Shard, Survey, all_sources
+from llm_training_toolkit.data.tokenizer import open_tokenizer
+
+_DOCUMENTS_PER_BATCH = 256
+_CHARACTERS_PER_BATCH = 8 << 20
+
+Done = Callable[[int], None]
+"""Told how many documents were rendered since it was last told."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to render: everything but the shard. `place`: the directory that the finished shards are put into."""
+
+    data: Data
+    markers: Markers
+    seed: int
+    epoch: int
+    held: bool
+    survey: Path
+    tokenizer: Path
+    place: Path
+
+
+Runner = Callable[[Job, Sequence[Shard], Done], None]
+"""Sees to it that every shard of a job is in its place."""
+
+
+def in_this_process(job: Job, shards: Sequence[Shard], done: Done) -> None:
+    """Render one shard after the other; the tokenizer uses all cores by itself."""
+    writer = ShardWriter(job)
+    for shard in shards:
+        writer.write(shard, done)
+
+
+class ShardWriter:
+    """Renders shards of one job; what all of them need is opened once."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._encoder = open_tokenizer(str(job.tokenizer))
+        self._rereader = Rereader(job.data, Survey.read(job.survey))
+        sources, length = all_sources(job.data), job.data.sequence_length
+        self._renderer = Renderer(sources, job.markers, self._encoder, job.tokenizer, length)
+
+    def write(self, shard: Shard, done: Done) -> None:
+        """Render a shard unless it is there. Raises DataError for documents that changed or cannot be rendered."""
+        complete(directory_of(self._job, shard), lambda directory: self._render(directory, shard, done))
+
+    def _render(self, directory: Path, shard: Shard, done: Done) -> None:
+        longest = too_long = 0
+        job = self._job
+
+        def rendered() -> Iterator[SourceExample]:
+            nonlocal longest, too_long
+            for batch in _batches(self._rereader.documents(shard, held=job.held)):
+                for document in self._renderer.render(
+                    shard.source, batch, seed=job.seed, epoch=job.epoch, plain=job.held
+                ):
+                    longest = max(longest, document.tokens)
+                    too_long += not document.examples
+                    yield from (SourceExample(shard.source, example) for example in document.examples)
+                done(len(batch))
+
+        write_examples(directory, rendered())
+        facts = {"source": shard.source, "longest": longest, "too_long": too_long}
+        (directory / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
+
+
+def directory_of(job: Job, shard: Shard) -> Path:
+    """Where a shard is put."""
+    return job.place / f"source{shard.source}-{shard.first}-{shard.stop}"
+
+
+def join(job: Job, shards: Sequence[Shard], target: Path, sources: int) -> None:
+    """Make one rendering of all its shards in `target`: their files are linked or copied, the index is written anew."""
+    directories = [directory_of(job, shard) for shard in shards]
+    longest, too_long = np.zeros((2, sources), dtype=np.int64)
+    for directory in directories:
+        facts = json.loads((directory / "facts.json").read_text(encoding="utf-8"))
+        longest[facts["source"]] = max(longest[facts["source"]], facts["longest"])
+        too_long[facts["source"]] += facts["too_long"]
+    join_examples(directories, target, _linked)
+    encoder = open_tokenizer(str(job.tokenizer))
+    facts = {
+        "pad": encoder.id_of(job.markers.tokens.pad),
+        "vocab_size": encoder.vocab_size,
+        "longest": longest.tolist(),
+        "too_long": too_long.tolist(),
+    }
+    (target / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
+
+
+def read_facts(directory: Path) -> dict[str, Any]:
+    """What `join` found: `pad` and `vocab_size` of the tokenizer; by source `longest` (tokens) and `too_long`."""
+    facts: dict[str, Any] = json.loads((directory / "facts.json").read_text(encoding="utf-8"))
+    return facts
+
+
+def _linked(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(source, target)
+
+
+def _batches(numbered: Iterable[tuple[int, Document]]) -> Iterator[list[tuple[int, Document]]]:
+    """Batches of documents, large enough to keep all cores busy and no larger."""
+    batch: list[tuple[int, Document]] = []
+    characters = 0
+    for item in numbered:
+        batch.append(item)
+        characters += len(item[1].text)
+        if len(batch) == _DOCUMENTS_PER_BATCH or characters > _CHARACTERS_PER_BATCH:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch

@@ -1,0 +1,87 @@
+"""The exported directory: complete or absent, and what stands in it beside the weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError
+from transformers import GenerationConfig
+
+from llm_training_toolkit.data.tokenizer import TOKENIZER_FILES
+from llm_training_toolkit.errors import CheckpointError
+
+_ORIGIN = "training.json"
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What an exported directory holds beside its weights."""
+
+    tokenizer: Path
+    """Directory of the tokenizer, with the chat template if there is one."""
+    ends: Mapping[str, int]
+    """The special tokens, with their ids, that generation stops at. Of several the first ends an answer, and becomes
+    the tokenizer's end: a model trained on chat never writes the end of text."""
+    pad: int
+    card: str
+    """The model card."""
+    origin: str
+    """Name of the checkpoint the weights are of."""
+
+
+@contextmanager
+def appearing(destination: Path) -> Iterator[Path]:
+    """A directory to write into, which takes the place of `destination` once everything in it is written.
+
+    Raises CheckpointError when it cannot be written, and for a destination that holds something else than an export.
+    """
+    if destination.exists() and exported_from(destination) is None and any(destination.iterdir()):
+        raise CheckpointError(f"{destination} is not empty and no earlier export: name another directory (--out)")
+    temporary = destination.with_name(f".{destination.name}.writing")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        if destination.exists():
+            shutil.rmtree(destination)
+        temporary.rename(destination)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"export to {destination} failed: {error}. The checkpoint is untouched: free some space and start again"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_beside(directory: Path, beside: Beside) -> None:
+    """Write where generation stops, tokenizer, model card and where the weights are from."""
+    ids = list(beside.ends.values())
+    GenerationConfig(eos_token_id=ids if len(ids) > 1 else ids[0], pad_token_id=beside.pad).save_pretrained(directory)
+    for name in TOKENIZER_FILES:
+        if (beside.tokenizer / name).is_file():
+            shutil.copyfile(beside.tokenizer / name, directory / name)
+    if len(ids) > 1:
+        _end_with(directory, next(iter(beside.ends)))
+    (directory / "README.md").write_text(beside.card)
+    (directory / _ORIGIN).write_text(json.dumps({"checkpoint": beside.origin}))
+
+
+def _end_with(directory: Path, token: str) -> None:
+    """Make a special token the end of the tokenizer in a directory, in each of the files that may name it."""
+    for file in (directory / "tokenizer_config.json", directory / "special_tokens_map.json"):
+        if file.is_file():
+            values = json.loads(file.read_text(encoding="utf-8")) | {"eos_token": token}
+            file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def exported_from(directory: Path) -> str | None:
+    """Name of the checkpoint an export was made of; None where there is no export."""
+    try:
+        return str(json.loads((directory / _ORIGIN).read_text())["checkpoint"])
+    except (OSError, ValueError, KeyError):
+        return None

@@ -1,0 +1,129 @@
+"""Whole models as safetensors: parameter by parameter from wherever they lie, in shards.
+
+So no process needs a model more than once, whatever ZeRO stage and number of workers wrote its checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoConfig
+
+from llm_training_toolkit.checkpoint import Checkpoint
+from llm_training_toolkit.export.directory import Beside, write_beside
+from llm_training_toolkit.models.build import DTYPES
+
+_SHARD_BYTES = 5_000_000_000
+
+
+class Weights(Protocol):
+    """The parameters of a model, to be had one at a time; tied ones once."""
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
+    def tensor(self, name: str) -> Tensor: ...
+
+
+class CheckpointWeights:
+    """The parameters in a checkpoint of a model that was trained whole, in fp32."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        self.shapes = checkpoint.manifest.shapes
+
+    def tensor(self, name: str) -> Tensor:
+        """A parameter, whole."""
+        return stored(self._checkpoint, name)
+
+
+class ModelWeights:
+    """The parameters of a model in memory."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._parameters = dict(model.named_parameters())
+        self.shapes = {name: tuple(parameter.shape) for name, parameter in self._parameters.items()}
+
+    def tensor(self, name: str) -> Tensor:
+        """A parameter, whole."""
+        return self._parameters[name].detach()
+
+
+def stored(checkpoint: Checkpoint, name: str) -> Tensor:
+    """A parameter of a checkpoint, whole, in fp32."""
+    shape = checkpoint.manifest.shapes[name]
+    return torch.from_numpy(checkpoint.read(name, "weights", 0, torch.Size(shape).numel())).reshape(shape)
+
+
+def write_model(
+    weights: Weights, directory: Path, *, hf_config: Mapping[str, Any], precision: str, beside: Beside
+) -> None:
+    """Write a whole model into a directory that exists: weights, configuration and what stands beside them.
+
+    The weights are rounded once to `precision`: bit for bit those of the forward pass. They have the names that are
+    published.
+    """
+    _write_weights(weights, directory, DTYPES[precision])
+    _write_configuration(directory, hf_config, precision, beside)
+    write_beside(directory, beside)
+
+
+def _write_weights(weights: Weights, directory: Path, dtype: torch.dtype) -> None:
+    shards = list(_shards(weights.shapes, dtype.itemsize))
+    index: dict[str, str] = {}
+    for number, names in enumerate(shards, start=1):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        tensors: dict[str, Tensor] = {}
+        for name in names:
+            tensors |= _published(name, weights.tensor(name).to(dtype))
+        save_file(tensors, directory / file, metadata={"format": "pt"})
+        index |= dict.fromkeys(tensors, file)
+    if len(shards) > 1:
+        total = sum(torch.Size(shape).numel() for shape in weights.shapes.values()) * dtype.itemsize
+        content = {"metadata": {"total_size": total}, "weight_map": index}
+        (directory / "model.safetensors.index.json").write_text(json.dumps(content, indent=1))
+
+
+def _published(name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """A parameter under the names of published weights: those of a mixture have matrices of their own for each expert.
+
+    transformers fuses them into one tensor a layer when it loads them; inference engines expect them apart.
+    """
+    prefix, fused, kind = name.rpartition(".experts.")
+    if not fused:
+        return {name: tensor}
+    parts = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}[kind]
+    return {
+        f"{prefix}.experts.{number}.{part}.weight": matrix.clone()
+        for number, expert in enumerate(tensor)
+        for part, matrix in zip(parts, expert.chunk(len(parts)), strict=True)
+    }
+
+
+def _shards(shapes: Mapping[str, tuple[int, ...]], itemsize: int) -> Iterator[list[str]]:
+    """Names of parameters, in groups of at most 5 GB."""
+    names: list[str] = []
+    size = 0
+    for name, shape in shapes.items():
+        more = torch.Size(shape).numel() * itemsize
+        if names and size + more > _SHARD_BYTES:
+            yield names
+            names, size = [], 0
+        names.append(name)
+        size += more
+    yield names
+
+
+def _write_configuration(directory: Path, hf_config: Mapping[str, Any], precision: str, beside: Beside) -> None:
+    values = {
+        key: value for key, value in hf_config.items() if key not in {"use_cache", "dtype", "transformers_version"}
+    }
+    config = AutoConfig.for_model(**values)
+    config.dtype = DTYPES[precision]
+    config.eos_token_id, config.pad_token_id, config.bos_token_id = next(iter(beside.ends.values())), beside.pad, None
+    config.save_pretrained(directory)

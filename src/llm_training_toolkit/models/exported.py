@@ -1,0 +1,62 @@
+"""Models from exported directories: whole ones, and adapters with the model they stand beside."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+from llm_training_toolkit.errors import CheckpointError
+from llm_training_toolkit.models.build import build_model
+
+_ADAPTERS = "adapter_config.json"
+_DTYPES = {"BF16": "bf16", "F32": "fp32"}
+
+
+def open_exported(directory: Path) -> Any:  # noqa: ANN401 - transformers has no types
+    """The model in a directory, as it was trained. Raises CheckpointError where there is none, or not its base."""
+    if (directory / "config.json").is_file():
+        return AutoModelForCausalLM.from_pretrained(str(directory)).eval()
+    if not (directory / _ADAPTERS).is_file():
+        raise CheckpointError(
+            f"{directory}: no model there (neither config.json nor {_ADAPTERS}): name an exported directory, such as "
+            "RUN/export"
+        )
+    from peft import PeftModel  # noqa: PLC0415 - over a second to import
+
+    precision = _precision(directory / "adapter_model.safetensors")
+    base: Any = _open_base(directory, precision)
+    base.generation_config = GenerationConfig.from_pretrained(str(directory))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by an old name whether it recomputes
+        # As in training: peft would compute adapters in fp32.
+        model = PeftModel.from_pretrained(base, str(directory), autocast_adapter_dtype=False)
+    return model.eval()
+
+
+def _open_base(directory: Path, precision: str) -> Any:  # noqa: ANN401 - transformers has no types
+    given = str(json.loads((directory / _ADAPTERS).read_text())["base_model_name_or_path"])
+    try:
+        return build_model({}, precision=precision, attention="sdpa", path=_base_path(directory, given))
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{directory} holds adapters, and the model they belong to is not there: {given}. Bring it back, or name "
+            f"it in {_ADAPTERS}; adapters merged into their model (ltt export RUN --merge) need none. {error}"
+        ) from error
+
+
+def _precision(file: Path) -> str:
+    with safe_open(file, framework="pt") as tensors:
+        return _DTYPES[tensors.get_slice(next(iter(tensors.keys()))).get_dtype()]
+
+
+def _base_path(directory: Path, given: str) -> str:
+    """Where the weights lie that adapters belong to: where they say, or next to them under the same name."""
+    for place in (Path(given).expanduser(), directory.parent / Path(given).name):
+        if (place / "config.json").is_file():
+            return str(place)
+    return given

@@ -1,0 +1,80 @@
+"""Adapters are counted as peft makes them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from llm_training_toolkit import families
+from llm_training_toolkit.config import parse
+from llm_training_toolkit.config.schema import Lora
+from llm_training_toolkit.families.lora import adapter_of, linear_layers
+from llm_training_toolkit.models import build_model
+from llm_training_toolkit.models.adapters import adapted_layers, add_adapters
+
+WIDE = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
+GROUPED = WIDE | {"num_key_value_heads": 2, "vocab_size": 512, "tie_word_embeddings": False}
+BIGCODE = {"n_layer": 2, "n_embd": 64, "n_inner": 96, "n_head": 4, "vocab_size": 512, "tie_word_embeddings": False}
+SHAPES: dict[str, dict[str, Any]] = {
+    "qwen2.5-0.5b": GROUPED,
+    "qwen3-0.6b": GROUPED | {"head_dim": 24},
+    "starcoder2-3b": GROUPED,
+    "starcoderbase-1b": BIGCODE,
+}
+LORAS = [
+    {"rank": 3},
+    {"rank": 5, "dora": True},
+    {"rank": 2, "targets": [0, 0]},
+    {"rank": 2, "targets": [1], "modules_to_save": ["lm_head"]},
+    {"rank": 4, "modules_to_save": ["lm_head", 0]},
+]
+
+
+def hf_config(name: str) -> dict[str, Any]:
+    raw = {
+        "run": {"name": "a"},
+        "model": {"name": name, "shape": SHAPES[name]},
+        "tokenizer": {"path": "a"},
+        "data": {"sequence_length": 64, "sources": [{"path": "a", "format": "code"}]},
+        "train": {"steps": 1},
+    }
+    return dict(families.hf_config(parse(raw, "test")))
+
+
+def named(lora: dict[str, Any], family: families.Family) -> Lora:
+    """Numbers stand for the family's own names."""
+    targets = [family.lora_targets[number] for number in lora.get("targets", ())] or "auto"
+    modules = [family.embedding_name if name == 0 else name for name in lora.get("modules_to_save", ())]
+    return Lora.model_validate(lora | {"targets": targets, "modules_to_save": modules})
+
+
+@pytest.mark.parametrize("lora", LORAS, ids=str)
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_count_is_that_of_peft(name: str, lora: dict[str, Any]) -> None:
+    family, hf = families.find(name).family, hf_config(name)
+    adapter = adapter_of(named(lora, family), family, families.anatomy(hf))
+    model = build_model(hf, precision="fp32", attention="sdpa")
+    add_adapters(model, adapter, seed=0, dtype=torch.float32)
+    assert adapter.parameters == sum(each.numel() for each in model.parameters() if each.requires_grad)
+    layers = adapted_layers(model)
+    assert len(layers) == 2 * len(adapter.layers)
+    assert {layer.split(".")[-1] for layer in layers} == set(adapter.targets)
+    expected = {layer.scaling["default"] for layer in layers.values()}
+    assert expected == {adapter.scaling}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_auto_means_every_linear_layer_of_a_decoder_layer(name: str) -> None:
+    family, hf = families.find(name).family, hf_config(name)
+    model = build_model(hf, precision="fp32", attention="sdpa")
+    linear = {path.split(".")[-1] for path, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    assert set(family.lora_targets) == linear - {"lm_head"}
+
+
+def test_every_family_knows_the_size_of_what_it_names() -> None:
+    for size in families.SIZES.values():
+        anatomy = size.family.anatomy(size.values)
+        assert all(linear_layers(name, size.family, anatomy) for name in size.family.lora_targets)
+        assert linear_layers("lm_head", size.family, anatomy) == ()

@@ -1,0 +1,82 @@
+"""What stands beside exported weights: where generation stops, and a card with the facts of the run."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+import rank_tasks
+from llm_training_toolkit.checkpoint import Manifest
+from llm_training_toolkit.config import Config, parse
+from llm_training_toolkit.data.tokenizer import open_tokenizer
+from llm_training_toolkit.launch.card import Kind, card
+from llm_training_toolkit.launch.exporting import beside
+from llm_training_toolkit.runs import RunDirectory
+
+MANIFEST = Manifest(
+    step=1200,
+    tokens=9_830_400,
+    sequences=153_600,
+    attempt=1,
+    parent=None,
+    world_size=2,
+    zero=2,
+    threads=1,
+    config_fingerprint="c",
+    data_fingerprint="d",
+    versions={"torch": "2.13.0"},
+    shapes={},
+    files=(),
+    fragments=(),
+)
+
+
+def with_sources(config: Config, *formats: str) -> Config:
+    data = config.model_dump(mode="json")
+    data["data"]["sources"] = [{"path": f"documents/{each}", "format": each} for each in formats]
+    return parse(data, "test")
+
+
+@pytest.mark.parametrize(
+    ("formats", "ends"),
+    [
+        (("code",), ["<|endoftext|>"]),
+        (("chat",), ["<|im_end|>", "<|endoftext|>"]),
+        (("text", "chat"), ["<|im_end|>", "<|endoftext|>"]),
+    ],
+)
+def test_a_model_of_conversations_stops_where_a_turn_ends(
+    prepared_run: RunDirectory, formats: tuple[str, ...], ends: list[str]
+) -> None:
+    place = rank_tasks.place_of(str(prepared_run.path))
+    found = beside(with_sources(place.config, *formats), place.receipt, "card", "step_1")
+    encoder = open_tokenizer(place.receipt.tokenizer_path)
+    assert found.ends == {token: encoder.id_of(token) for token in ends}
+    assert list(found.ends) == ends
+    assert found.pad == encoder.id_of("<|endoftext|>")
+
+
+@pytest.mark.parametrize(
+    ("kind", "model", "said"),
+    [
+        ("model", {}, ["A qwen3-0.6b model, from random weights", "library_name: transformers"]),
+        ("model", {"path": "x/y", "shape": {}}, ["which began as `x/y`", "licence of the weights"]),
+        (
+            "adapters",
+            {"path": "x/y", "shape": {}, "lora": {}},
+            ["for `x/y`", "base_model: x/y", "PeftModel", "rank 16"],
+        ),
+        ("merged", {"path": "x/y", "shape": {}, "lora": {}}, ["`x/y` with adapters (LoRA) merged", "transformers"]),
+    ],
+)
+def test_the_card_tells_the_facts_of_the_run(
+    prepared_run: RunDirectory, kind: Kind, model: dict[str, Any], said: list[str]
+) -> None:
+    changes = {"model": model, "tokenizer": {"path": "x/y", "train": None}} if model else {}
+    place = rank_tasks.place_of(str(prepared_run.path), changes)
+    receipt = replace(place.receipt, sources=(replace(place.receipt.sources[0], documents=12_345),))
+    text = card(prepared_run, place.config, receipt, MANIFEST, kind=kind, base="x/y")
+    for part in [*said, "| step | 1,200 |", "9,830,400, padding included", "12,345 documents", "torch 2.13.0"]:
+        assert part in text, text
