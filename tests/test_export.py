@@ -48,6 +48,7 @@ QWEN3_MOE = UNTIED | {
 CONFIGS = {"qwen3": QWEN3, "qwen3 untied": UNTIED, "qwen3-moe": QWEN3_MOE, "starcoder2": STARCODER2}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 OPTIMIZER = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+ONE_END = {"<|endoftext|>": 3}
 PROMPT = torch.arange(40).reshape(2, 20)
 
 
@@ -118,9 +119,8 @@ class Case:
     tokenizer: Path
     destination: Path
 
-    def export(self, precision: str = "fp32", ends: Mapping[str, int] | None = None) -> Path:
-        name = self.checkpoint.directory.name
-        beside = Beside(self.tokenizer, ends or {"<|endoftext|>": 3}, pad=7, card="# größer\n", origin=name)
+    def export(self, precision: str = "fp32", ends: Mapping[str, int] = ONE_END) -> Path:
+        beside = Beside(self.tokenizer, ends, pad=7, card="# größer\n", origin=self.checkpoint.directory.name)
         with appearing(self.destination) as directory:
             held = CheckpointWeights(self.checkpoint)
             write_model(held, directory, hf_config=self.config, precision=precision, beside=beside)
@@ -225,13 +225,6 @@ def test_the_ends_of_texts_stand_in_both_configurations(case: Case) -> None:
     assert (generation.eos_token_id, generation.pad_token_id) == (3, 7)
 
 
-def test_a_model_of_chat_stops_where_a_turn_ends(case: Case) -> None:
-    directory = case.export(ends={"<|im_end|>": 5, "<|endoftext|>": 3})
-    assert json.loads((directory / "config.json").read_text())["eos_token_id"] == 5
-    assert GenerationConfig.from_pretrained(directory).eos_token_id == [5, 3]
-    assert json.loads((directory / "tokenizer_config.json").read_text()) == {"eos_token": "<|im_end|>"}
-
-
 def test_experts_have_the_names_that_are_published(tmp_path: Path, tokenizer: Path) -> None:
     case = case_of(QWEN3_MOE, tmp_path, tokenizer)
     directory = case.export()
@@ -243,6 +236,13 @@ def test_experts_have_the_names_that_are_published(tmp_path: Path, tokenizer: Pa
             names.append({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 - no mapping
     assert names[0].keys() == names[1].keys()
     assert all(torch.equal(names[0][name], names[1][name]) for name in names[0])
+
+
+def test_a_model_of_conversations_stops_at_the_end_of_its_turn_too(case: Case) -> None:
+    directory = case.export(ends={"<|im_end|>": 5, "<|endoftext|>": 3})
+    assert GenerationConfig.from_pretrained(directory).eos_token_id == [5, 3]
+    assert json.loads((directory / "config.json").read_text())["eos_token_id"] == 5
+    assert json.loads((directory / "tokenizer_config.json").read_text()) == {"eos_token": "<|im_end|>"}
 
 
 def test_weights_that_are_not_the_checkpoints_are_not_exported(case: Case) -> None:

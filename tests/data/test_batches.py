@@ -72,6 +72,15 @@ def test_a_step_is_the_same_for_any_number_of_ranks(
     assert sequences.loss_tokens(1) == sum(label != N for _, _, labels in whole for label in labels)
 
 
+@pytest.mark.parametrize(("start", "stop", "micro"), [(0, 11, 4), (3, 8, 2), (5, 6, 3)])
+def test_a_micro_batch_knows_which_positions_it_holds(prepared: Prepared, start: int, stop: int, micro: int) -> None:
+    sequences = Sequences(prepared.receipt, global_batch=11)
+    batches = sequences.batch(2, range(start, stop), micro)
+    assert {batch.step for batch in batches} == {2}
+    held = [batch.first + row for batch in batches for row in range(len(batch.input_ids))]
+    assert held == list(range(start, stop))
+
+
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=10, deadline=None)
 @given(global_batch=st.integers(1, 40))
 def test_the_stream_holds_every_token_of_every_document_once_an_epoch(prepared: Prepared, global_batch: int) -> None:

@@ -35,7 +35,8 @@ def plain(run: str, lora: dict[str, Any]) -> tuple[float, dict[str, Any]]:
     place = rank_tasks.place_of(run, changes(lora, 0))
     plan = make_plan(place.config)
     assert plan.adapter is not None
-    model = build_model({}, precision="fp32", attention="sdpa", path=base_path(place, plan, rank_tasks.alone()))
+    base = base_path(place, plan, rank_tasks.alone())
+    model = build_model(plan.hf_config, precision="fp32", attention="sdpa", path=base)
     module = LossModule(model, 64)
     add_adapters(model, plan.adapter, seed=place.config.run.seed, dtype=torch.float32, draws=module.draws)
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

@@ -132,6 +132,19 @@ def test_what_is_sent_by_hand() -> None:
     assert found == pytest.approx(32 * 8 * parameters / 2 / 50e9)
 
 
+def test_adapters_take_less_work_and_send_less() -> None:
+    lora: dict[str, Any] = {"model": {"path": "weights", "lora": {"rank": 16}}, "engine": {"zero": 2}}
+    plan = make_plan(config(**lora))
+    full, beside = seen(hardware(memory_gb=999)), seen(hardware(memory_gb=999), **lora)
+    assert full.hours is not None
+    assert beside.hours is not None
+    assert 4 / 6 < beside.hours / full.hours < 0.8
+    assert beside.communication_seconds == pytest.approx((4 * 4 + 2) * plan.trainable_parameters * 15 / 16 / 400e9)
+    recomputed = seen(hardware(memory_gb=999), **{**lora, "model": {**lora["model"], **RECOMPUTED["model"]}}).hours
+    assert recomputed == pytest.approx(beside.hours + full.hours / 3)  # the forward pass of the whole model once more
+    assert beside.checkpoint_gb == pytest.approx(12 * plan.trainable_parameters / 1e9)
+
+
 def test_links_that_decide_are_said() -> None:
     slow = {"bandwidth_gb_per_s": {"within_node": 450, "between_nodes": 10, "storage": 2}}
     assert any("longer than computing" in note for note in seen(hardware(**slow)).notes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -52,10 +53,17 @@ def load_adapters(model: nn.Module, checkpoint: Checkpoint) -> None:
 
 
 def check_adapters(
-    directory: Path, checkpoint: Checkpoint, adapter: Adapter, *, base: str, precision: str, tolerance: float = 0.0
+    directory: Path,
+    checkpoint: Checkpoint,
+    adapter: Adapter,
+    *,
+    base: str,
+    hf_config: Mapping[str, Any],
+    precision: str,
+    tolerance: float,
 ) -> float:
     """How far the logits of adapters, or of what they were merged into, are from the checkpoint's; see `compare`."""
-    model = build_model({}, precision=precision, attention="sdpa", path=base).eval()
+    model = build_model(hf_config, precision=precision, attention="sdpa", path=base).eval()
     add_adapters(model, adapter, seed=0, dtype=DTYPES[precision])
     load_adapters(model, checkpoint)
     wanted = logits(model)

@@ -25,8 +25,8 @@ class Beside:
     tokenizer: Path
     """Directory of the tokenizer, with the chat template if there is one."""
     ends: Mapping[str, int]
-    """The special tokens, with their ids, that generation stops at. Of several the first ends an answer, and becomes
-    the tokenizer's end: a model trained on chat never writes the end of text."""
+    """Special tokens that generation stops at, with their ids. Of several the first ends an answer, and becomes the
+    tokenizer's end: a model trained on chat never writes the end of text."""
     pad: int
     card: str
     """The model card."""
@@ -60,23 +60,23 @@ def appearing(destination: Path) -> Iterator[Path]:
 
 def write_beside(directory: Path, beside: Beside) -> None:
     """Write where generation stops, tokenizer, model card and where the weights are from."""
-    ids = list(beside.ends.values())
-    GenerationConfig(eos_token_id=ids if len(ids) > 1 else ids[0], pad_token_id=beside.pad).save_pretrained(directory)
-    for name in TOKENIZER_FILES:
-        if (beside.tokenizer / name).is_file():
-            shutil.copyfile(beside.tokenizer / name, directory / name)
-    if len(ids) > 1:
-        _end_with(directory, next(iter(beside.ends)))
+    ends = list(beside.ends.values())
+    stops = ends if len(ends) > 1 else ends[0]
+    GenerationConfig(eos_token_id=stops, pad_token_id=beside.pad).save_pretrained(directory)
+    _write_tokenizer(beside.tokenizer, directory, next(iter(beside.ends)) if len(ends) > 1 else None)
     (directory / "README.md").write_text(beside.card)
     (directory / _ORIGIN).write_text(json.dumps({"checkpoint": beside.origin}))
 
 
-def _end_with(directory: Path, token: str) -> None:
-    """Make a special token the end of the tokenizer in a directory, in each of the files that may name it."""
-    for file in (directory / "tokenizer_config.json", directory / "special_tokens_map.json"):
-        if file.is_file():
-            values = json.loads(file.read_text(encoding="utf-8")) | {"eos_token": token}
-            file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def _write_tokenizer(source: Path, directory: Path, end: str | None) -> None:
+    """Copy the tokenizer; `end` becomes its end, if there is one."""
+    for name in TOKENIZER_FILES:
+        if not (source / name).is_file():
+            continue
+        shutil.copyfile(source / name, directory / name)
+        if end is not None and name in {"tokenizer_config.json", "special_tokens_map.json"}:
+            values = json.loads((source / name).read_text(encoding="utf-8")) | {"eos_token": end}
+            (directory / name).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def exported_from(directory: Path) -> str | None:

@@ -125,5 +125,6 @@ def _write_configuration(directory: Path, hf_config: Mapping[str, Any], precisio
     }
     config = AutoConfig.for_model(**values)
     config.dtype = DTYPES[precision]
-    config.eos_token_id, config.pad_token_id, config.bos_token_id = next(iter(beside.ends.values())), beside.pad, None
+    config.eos_token_id, config.pad_token_id = next(iter(beside.ends.values())), beside.pad
+    config.bos_token_id = None
     config.save_pretrained(directory)

@@ -148,8 +148,9 @@ def _check(trained: Trained, checkpoint: Checkpoint, directory: Path, adapter: A
     from llm_training_toolkit.export.adapters import MERGE_TOLERANCE, check_adapters
 
     tolerance = MERGE_TOLERANCE[precision] if kind == "merged" else 0.0
-    how = {"base": trained.base, "precision": precision}
-    return check_adapters(directory, checkpoint, adapter, **how, tolerance=tolerance)
+    base, hf_config = trained.base, checkpoint.manifest.extra["hf_config"]
+    how = {"base": base, "hf_config": hf_config, "precision": precision, "tolerance": tolerance}
+    return check_adapters(directory, checkpoint, adapter, **how)
 
 
 def whole_weights(trained: Trained, checkpoint: Checkpoint) -> tuple[Weights, Mapping[str, Any]]:
@@ -161,7 +162,7 @@ def whole_weights(trained: Trained, checkpoint: Checkpoint) -> tuple[Weights, Ma
     from llm_training_toolkit.export.adapters import MergedWeights
 
     refuse_missing_base(trained, checkpoint)
-    base = build_model({}, precision=trained.config.train.precision, attention="sdpa", path=trained.base)
+    base = build_model(hf_config, precision=trained.config.train.precision, attention="sdpa", path=trained.base)
     return MergedWeights(base, checkpoint, adapter), hf_config
 
 

@@ -61,6 +61,8 @@ def closing_lines(outcome: Outcome, request: Request) -> list[str]:
         exported = shlex.quote(f"{run}/export")
         lines.append(f"  {ltt} generate {exported} --prompt 'def main():'")
         lines.append(f"  {ltt} generate {exported} --prompt 'def add(a, b):' --suffix '    return c'")
+    if (run / "export" / "adapter_config.json").is_file():
+        lines.append(f"  {ltt} export {shlex.quote(str(run))} --merge")
     lines.append(f"  {tensorboard} --logdir {shlex.quote(str(run.parent))}")
     lines.append(f"  {ltt} train {_longer(request)} --extend")
     return lines

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from llm_training_toolkit.errors import CheckpointError
-from llm_training_toolkit.models.build import build_model
+from llm_training_toolkit.models.build import DTYPES
 
 _ADAPTERS = "adapter_config.json"
 _DTYPES = {"BF16": "bf16", "F32": "fp32"}
@@ -41,8 +41,8 @@ def open_exported(directory: Path) -> Any:  # noqa: ANN401 - transformers has no
 def _open_base(directory: Path, precision: str) -> Any:  # noqa: ANN401 - transformers has no types
     given = str(json.loads((directory / _ADAPTERS).read_text())["base_model_name_or_path"])
     try:
-        return build_model({}, precision=precision, attention="sdpa", path=_base_path(directory, given))
-    except CheckpointError as error:
+        return AutoModelForCausalLM.from_pretrained(_base_path(directory, given), dtype=DTYPES[precision])
+    except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{directory} holds adapters, and the model they belong to is not there: {given}. Bring it back, or name "
             f"it in {_ADAPTERS}; adapters merged into their model (ltt export RUN --merge) need none. {error}"

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from llm_training_toolkit import families
 from llm_training_toolkit.config.schema import Config
 from llm_training_toolkit.plan.batch import accumulation
 from llm_training_toolkit.plan.hardware import Hardware
@@ -18,8 +19,6 @@ LEFT_OUT = (
     "Time and cost are of computing the steps alone: starting up, preparing data, evaluation, copies for checkpoints, "
     "waiting for links and restarts come on top."
 )
-_RECOMPUTED = 4 / 3
-"""Work of a step with activation checkpointing: the forward pass, a third of it, happens twice."""
 _TIGHT = 0.9
 """Share of a device from which on the memory estimate leaves too little for what it does not count."""
 
@@ -87,9 +86,8 @@ def on_cluster(config: Config, plan: Plan, hardware: Hardware) -> Forecast:
     cpus = config.cluster.cpus_per_worker
     per_node = hardware.workers_per_node(cpus)
     nodes = _nodes(config, plan.replicas, per_node, hardware.nodes)
-    work = plan.flops_per_token * (_RECOMPUTED if config.model.activation_checkpointing else 1)
     speed = plan.replicas * hardware.devices_per_worker(cpus) * hardware.flops(config.train.precision)
-    compute_seconds = work * plan.tokens_per_step / speed
+    compute_seconds = _work(config, plan) * plan.tokens_per_step / speed
     problems = tuple(_problems(config, plan, hardware, per_node))
     rows = _micro_batch(config, plan, hardware)
     sending = _communication(plan, hardware, nodes, rows)
@@ -103,6 +101,12 @@ def on_cluster(config: Config, plan: Plan, hardware: Hardware) -> Forecast:
         problems=problems,
         notes=(*_notes(config, plan, hardware, rows), *_links(sending, compute_seconds), LEFT_OUT),
     )
+
+
+def _work(config: Config, plan: Plan) -> float:
+    """Operations of a token; activation checkpointing does the forward pass, a third of full training, twice."""
+    forward = families.flops_per_token(plan.hf_config, plan.sequence_length) / 3
+    return plan.flops_per_token + (forward if config.model.activation_checkpointing else 0)
 
 
 def _nodes(config: Config, workers: int, per_node: int, available: int) -> int:
@@ -195,19 +199,20 @@ def _communication(plan: Plan, hardware: Hardware, nodes: int, micro_batch: int)
     In a ring every worker sends (n - 1) / n of what is reduced or gathered, and NCCL lays its rings so that they enter
     and leave a node once: all links of a node together carry as much as one device sends. Gradients are reduced in
     fp32: at stage 0 they go round twice, as each worker needs the sum, and at stages 2 and 3 with every micro-batch.
-    Stages 1 and 2 gather the weights once a step, stage 3 twice with every micro-batch (ZeRO, Rajbhandari et al. 2020,
-    section 7).
+    Stages 1 and 2 gather what is trained once a step, stage 3 all weights twice with every micro-batch (ZeRO,
+    Rajbhandari et al. 2020, section 7).
     """
     workers = plan.replicas
     if workers == 1 or workers > plan.global_batch:
         return 0.0
-    weights, gradients = plan.parameters * (2 if plan.precision == "bf16" else 4), 4 * plan.parameters
+    width, trained = 2 if plan.precision == "bf16" else 4, plan.trainable_parameters
+    gradients = 4 * trained
     passes = accumulation(plan.global_batch, workers, micro_batch)
     sent = (
         2 * gradients,
-        gradients + weights,
-        passes * gradients + weights,
-        passes * (gradients + 2 * weights),
+        gradients + width * trained,
+        passes * gradients + width * trained,
+        passes * (gradients + 2 * width * plan.parameters),
     )[plan.zero]
     links = hardware.bandwidth_gb_per_s
     if nodes == 1:
