@@ -82,6 +82,8 @@ def miniature(name: str, documents: dict[str, Path], folder: Path) -> Config:
     model_type = families.find(data["model"]["name"]).family.model_type
     data["run"] |= {"name": "tiny", "dir": str(folder)}
     data["model"] |= {"path": None, "shape": TINY[model_type]}
+    if data["model"]["lora"] is not None:
+        data["model"]["lora"]["quantize"] = None  # needs a GPU
     data["tokenizer"] = {"train": {"vocab_size": 512}}
     for source in data["data"]["sources"]:
         kind = next((kind for kind in documents if str(source["path"]).endswith(kind)), None)
