@@ -99,8 +99,8 @@ def _weight_gradient(hidden: Tensor, weight: Tensor, labels: Tensor, log_norms: 
 def _block_gradient(logits: Tensor, targets: Tensor, log_norms: Tensor, dtype: torch.dtype) -> Tensor:
     """The gradient in the logits (R, B) of a block, which it overwrites; targets outside [0, B) are of other blocks."""
     probabilities = logits.sub_(log_norms[:, None]).exp_()
-    [own] = torch.nonzero((targets >= 0) & (targets < logits.shape[1]), as_tuple=True)
-    probabilities[own, targets[own]] -= 1.0
+    own = ((targets >= 0) & (targets < logits.shape[1])).float()  # no index of them: on a GPU that would wait for it
+    probabilities[torch.arange(len(targets), device=targets.device), targets.clamp(0, logits.shape[1] - 1)] -= own
     return probabilities.to(dtype)
 
 
