@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test check bench-step bench-start gpu-smoke cluster format install requirements docs clean
+.PHONY: quickstart test check bench-step bench-start bench-memory bench-loading gpu-smoke cluster format install requirements docs clean
 
 quickstart: $(VENV)/.installed  ## install, train a small model on this machine, export it, let it write
 	@$(BIN)/ltt train configs/quickstart.yaml
@@ -23,6 +23,12 @@ bench-step: $(VENV)/.installed  ## tokens per second of this loop beside four ot
 
 bench-start: $(VENV)/.installed  ## seconds from command to first step beside an empty TorchTrainer (a quiet machine)
 	$(BIN)/python benchmarks/bench_start.py
+
+bench-memory: $(VENV)/.installed  ## memory of the loss in chunks beside whole logits, at Qwen's vocabulary (two minutes)
+	$(BIN)/python benchmarks/bench_memory.py
+
+bench-loading: $(VENV)/.installed  ## memory of a rank while weights are loaded, at ZeRO 2 and 3 (a minute)
+	$(BIN)/python benchmarks/bench_loading.py
 
 cluster: $(VENV)/.installed  ## a Ray cluster of this machine alone, with a token, until Ctrl-C (cluster/local.yaml)
 	@$(BIN)/python cluster/start.py

@@ -19,13 +19,13 @@ from llm_training_toolkit.context import Event, RunContext, Wish
 from llm_training_toolkit.data.batches import MicroBatch
 from llm_training_toolkit.data.feed import Feed
 from llm_training_toolkit.data.receipt import Receipt
-from llm_training_toolkit.engine import Engine
+from llm_training_toolkit.engine import Engine, partitioned, whole_parameter
 from llm_training_toolkit.evaluate import held_out
 from llm_training_toolkit.launch.building import build
 from llm_training_toolkit.launch.place import Place
 from llm_training_toolkit.launch.preparation import facts_of
 from llm_training_toolkit.launch.worker import work
-from llm_training_toolkit.models import LossModule, build_model
+from llm_training_toolkit.models import LossModule, build_model, check_weights, grow_vocabulary
 from llm_training_toolkit.models.initial import generator
 from llm_training_toolkit.plan import Plan, make_plan, slice_of
 from llm_training_toolkit.runs import RunDirectory
@@ -206,6 +206,20 @@ def work_on(run: str, changes: Mapping[str, Any] | None = None, stop_after: int 
 
     result = work(place_of(run, changes), context(report, wish))
     return {**result, "events": events}
+
+
+def loaded_weights(hf_config: Mapping[str, Any], path: str, zero: int, rows: int | None = None) -> Arrays:
+    """The weights at `path`, loaded as a worker does under a ZeRO stage, with as many rows of the vocabulary."""
+    check_weights(path, hf_config["model_type"])
+    with partitioned({"zero_optimization": {"stage": zero}, "train_micro_batch_size_per_gpu": 1}):
+        model = build_model(hf_config, precision="fp32", attention="sdpa", path=path)
+        if rows is not None:
+            grow_vocabulary(model, rows, whole_parameter)
+    found = {}
+    for name, parameter in model.named_parameters():
+        with whole_parameter(parameter):
+            found[name] = parameter.detach().numpy().copy()
+    return found
 
 
 def evaluation_of_packed_documents(run: str, model: dict[str, Any], attention: str) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from llm_training_toolkit.launch.preparation import prepare_run
 from llm_training_toolkit.plan import make_plan
 from llm_training_toolkit.runs import RunDirectory
 from rank_pool import RankPool
+from tiny_models import SHAPES
 
 pytestmark = [pytest.mark.ranks]
 Pools = Callable[[int], RankPool]
@@ -38,6 +39,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen3": {"name": "qwen3-0.6b", "shape": SHAPE},
     "qwen3 untied": {"name": "qwen3-0.6b", "shape": SHAPE | {"tie_word_embeddings": False}},
     "qwen2": {"name": "qwen2.5-0.5b", "shape": QWEN2},
+    "qwen3 mixture": {"name": "qwen3-30b-a3b", "shape": SHAPES["qwen3-30b-a3b"]},
     "starcoder2": {"name": "starcoder2-3b", "shape": QWEN2},
     "starcoder 1": {"name": "starcoderbase-1b", "shape": BIGCODE},
 }
@@ -64,6 +66,7 @@ TABLE = [
     Row("qwen2", 1, 2, "fp32", {"dropout": 0.1}),
     Row("qwen2", 2, 2, "bf16"),
     Row("qwen2", 3, 1, "bf16", {"dora": True, "dropout": 0.1}),
+    Row("qwen3 mixture", 3, 2, "bf16", {"dropout": 0.1}),
     Row("starcoder2", 2, 1, "bf16", {"rslora": True, "targets": ["q_proj", "c_proj"]}),
     Row("starcoder2", 3, 2, "bf16", {"dropout": 0.1}),
     Row("starcoder2", 0, 2, "fp32"),

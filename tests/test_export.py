@@ -38,7 +38,14 @@ QWEN3: dict[str, Any] = {
 }
 UNTIED = QWEN3 | {"tie_word_embeddings": False}
 STARCODER2: dict[str, Any] = {key: QWEN3[key] for key in QWEN3 if key != "head_dim"} | {"model_type": "starcoder2"}
-CONFIGS = {"qwen3": QWEN3, "qwen3 untied": UNTIED, "starcoder2": STARCODER2}
+QWEN3_MOE = UNTIED | {
+    "model_type": "qwen3_moe",
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "norm_topk_prob": True,
+}
+CONFIGS = {"qwen3": QWEN3, "qwen3 untied": UNTIED, "qwen3-moe": QWEN3_MOE, "starcoder2": STARCODER2}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 OPTIMIZER = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
 ONE_END = {"<|endoftext|>": 3}
@@ -216,6 +223,19 @@ def test_the_ends_of_texts_stand_in_both_configurations(case: Case) -> None:
     assert config["dtype"] == "bfloat16"
     generation = GenerationConfig.from_pretrained(directory)
     assert (generation.eos_token_id, generation.pad_token_id) == (3, 7)
+
+
+def test_experts_have_the_names_that_are_published(tmp_path: Path, tokenizer: Path) -> None:
+    case = case_of(QWEN3_MOE, tmp_path, tokenizer)
+    directory = case.export()
+    plain: Any = case.model
+    plain.save_pretrained(tmp_path / "transformers")
+    names = []
+    for folder in (directory, tmp_path / "transformers"):
+        with safe_open(folder / "model.safetensors", framework="pt") as file:
+            names.append({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 - no mapping
+    assert names[0].keys() == names[1].keys()
+    assert all(torch.equal(names[0][name], names[1][name]) for name in names[0])
 
 
 def test_a_model_of_conversations_stops_at_the_end_of_its_turn_too(case: Case) -> None:

@@ -49,6 +49,39 @@ def test_gradients_agree_between_splits_and_stages(
     assert norm == pytest.approx(reference[1], rel=1e-5)
 
 
+MIXTURE = {
+    "name": "qwen3-30b-a3b",
+    "shape": {
+        "num_hidden_layers": 2,
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+    },
+}
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+@pytest.mark.parametrize(("workers", "micro_batch"), [(1, 3), (2, 2)])
+def test_gradients_of_a_mixture_agree_between_splits_and_stages(
+    pools: Pools, prepared_run: RunDirectory, workers: int, micro_batch: int, zero: int
+) -> None:
+    changes = {"train": {"precision": "fp32"}, "engine": {"zero": 0}, "model": MIXTURE}
+    [(loss, norm, whole)] = pools(1).run(
+        rank_tasks.gradients, run=str(prepared_run.path), changes=changes, micro_batch=11
+    )
+    changes["engine"] = {"zero": zero}
+    answers = pools(workers).run(
+        rank_tasks.gradients, run=str(prepared_run.path), changes=changes, micro_batch=micro_batch
+    )
+    assert distance(answers[0][2], whole) < 1e-5
+    assert answers[0][0] == pytest.approx(loss, rel=1e-6)
+    assert answers[0][1] == pytest.approx(norm, rel=1e-5)
+
+
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
 def test_a_rank_with_nothing_but_empty_micro_batches_adds_nothing(
     pools: Pools, prepared_run: RunDirectory, zero: int

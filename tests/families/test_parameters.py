@@ -16,12 +16,16 @@ PUBLISHED = {
     "qwen2.5-coder-7b": 7_615_616_512,
     "qwen2.5-14b": 14_770_033_664,
     "qwen2.5-32b": 32_763_876_352,
+    "qwen2.5-72b-instruct": 72_706_203_648,
     "qwen3-0.6b": 596_049_920,
     "qwen3-1.7b": 1_720_574_976,
     "qwen3-4b": 4_022_468_096,
     "qwen3-8b": 8_190_735_360,
     "qwen3-14b": 14_768_307_200,
     "qwen3-32b": 32_762_123_264,
+    "qwen3-30b-a3b": 30_532_122_624,
+    "qwen3-235b-a22b": 235_093_634_560,
+    "qwen3-coder-480b-a35b-instruct": 480_154_875_392,
     "starcoderbase-1b": 1_137_207_296,
     "starcoderbase-3b": 3_043_311_104,
     "starcoderbase-7b": 7_327_263_232,
@@ -29,7 +33,9 @@ PUBLISHED = {
     "starcoder2-3b": 3_030_371_328,
     "starcoder2-7b": 7_173_923_840,
     "starcoder2-15b": 15_957_889_024,
+    "gpt_bigcode-santacoder": 1_124_886_528,
 }
+ACTIVE = {"qwen3-30b-a3b": 3_353_032_704, "qwen3-235b-a22b-thinking-2507": 22_190_763_520, "qwen3-8b": 8_190_735_360}
 SMALL = {"num_hidden_layers": 3, "hidden_size": 96, "num_attention_heads": 6, "intermediate_size": 160}
 
 
@@ -44,9 +50,41 @@ def config(name: str, **shape: Any) -> Config:
     return Config.model_validate_json(json.dumps(raw), strict=True)
 
 
+def built(hf: dict[str, Any]) -> Any:
+    """The model of transformers without weights."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(**hf))
+
+
 @pytest.mark.parametrize(("name", "total"), PUBLISHED.items())
 def test_totals_are_the_published_ones(name: str, total: int) -> None:
     assert families.parameters(families.hf_config(config(name))) == total
+
+
+@pytest.mark.parametrize(("name", "active"), ACTIVE.items())
+def test_active_parameters_are_the_published_ones(name: str, active: int) -> None:
+    assert families.anatomy(families.hf_config(config(name))).active_parameters == active
+
+
+@pytest.mark.parametrize("name", families.SIZES)
+def test_transformers_builds_every_size_with_as_many_parameters(name: str) -> None:
+    model = built(families.hf_config(config(name)))
+    assert sum(weight.numel() for weight in model.parameters()) == families.parameters(families.hf_config(config(name)))
+    anatomy = families.anatomy(families.hf_config(config(name)))
+    assert anatomy.largest_tensor == max(weight.numel() for weight in model.parameters())
+
+
+@pytest.mark.parametrize("family", families.FAMILIES.values(), ids=lambda family: family.name)
+def test_adapters_go_to_every_linear_layer_but_the_output(family: families.Family) -> None:
+    import torch
+
+    name = next(size.name for size in families.SIZES.values() if size.family is family)
+    modules = built(families.hf_config(config(name))).named_modules()
+    linear = {path.rsplit(".")[-1] for path, module in modules if isinstance(module, torch.nn.Linear)}
+    assert set(family.lora_targets) == linear - {"lm_head"}
 
 
 @pytest.mark.parametrize(
@@ -56,6 +94,10 @@ def test_totals_are_the_published_ones(name: str, total: int) -> None:
         ("qwen2.5-7b", {"num_key_value_heads": 3, "vocab_size": 1000}),
         ("qwen3-0.6b", {"num_key_value_heads": 2, "head_dim": 10}),
         ("qwen3-8b", {"num_key_value_heads": 6, "attention_bias": True}),
+        (
+            "qwen3-30b-a3b",
+            {"moe_intermediate_size": 24, "num_experts": 5, "num_experts_per_tok": 2, "num_key_value_heads": 2},
+        ),
         ("qwen3-1.7b", {"num_key_value_heads": 1, "tie_word_embeddings": False, "rope_theta": 10000}),
         ("starcoder2-3b", {"num_key_value_heads": 2}),
         ("starcoder2-15b", {"num_key_value_heads": 3, "use_bias": False}),
@@ -64,12 +106,9 @@ def test_totals_are_the_published_ones(name: str, total: int) -> None:
     ],
 )
 def test_transformers_builds_as_many(name: str, shape: dict[str, Any]) -> None:
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    hf = families.hf_config(config(name, **{"vocab_size": 512, **SMALL, **shape}))
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**hf))
+    small = {key: value for key, value in SMALL.items() if "num_experts" not in shape or key != "intermediate_size"}
+    hf = families.hf_config(config(name, **{"vocab_size": 512, **small, **shape}))
+    model = built(hf)
     assert type(model).__name__ == hf["architectures"][0]
     assert sum(weight.numel() for weight in model.parameters()) == families.parameters(hf)
 
@@ -99,6 +138,13 @@ def test_flops_count_matrices_and_attention() -> None:
     norms = 28 * (2 * 1024 + 2 * 128) + 1024
     assert model.matmul_parameters == 596_049_920 - norms  # tied: the look-up and the output layer are one matrix
     assert families.flops_per_token(hf, 2048) == 6 * model.matmul_parameters + 12 * 28 * 16 * 128 * 2048
+
+
+def test_flops_count_the_experts_a_token_passes() -> None:
+    hf = families.hf_config(config("qwen3-30b-a3b"))
+    norms = 48 * (2 * 2048 + 2 * 128) + 2048
+    look_up = 151936 * 2048
+    assert families.flops_per_token(hf, 64) == 6 * (3_353_032_704 - norms - look_up) + 12 * 48 * 32 * 128 * 64
 
 
 def test_flops_stop_at_the_sliding_window() -> None:

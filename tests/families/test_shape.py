@@ -32,6 +32,25 @@ def test_an_unknown_size_names_the_nearest(wrong: str, right: str) -> None:
         families.find(wrong)
 
 
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("qwen2.5-coder-7b-instruct", "qwen2.5-coder-7b"),
+        ("qwen3-0.6b-base", "qwen3-0.6b"),
+        ("starcoderplus", "starcoder"),
+        ("qwen3-235b-a22b-thinking-2507", "qwen3-235b-a22b-instruct-2507"),
+    ],
+)
+def test_weights_of_the_same_shape_are_known_by_their_own_names(name: str, size: str) -> None:
+    assert families.find(name).name == size
+
+
+def test_every_name_is_one_of_the_hub_in_lower_case() -> None:
+    names = [name for size in families.SIZES.values() for name in (size.name, *size.also)]
+    assert len(set(names)) == len(names)
+    assert all(name == name.lower() and "/" not in name for name in names)
+
+
 def test_a_far_name_lists_what_is_known() -> None:
     with pytest.raises(PlanError, match=r"Known: qwen2-0\.5b"):
         families.find("zzzzzz")
@@ -55,6 +74,8 @@ def test_head_dim_of_qwen3_stays() -> None:
         ("starcoderbase-1b", {"n_embd": 100}, "100 is not divisible by 16"),
         ("qwen3-0.6b", {"head_dim": 33}, "head_dim 33 is odd"),
         ("starcoder2-3b", {"hidden_size": 24 * 3}, "head_dim 3 is odd"),
+        ("qwen3-30b-a3b", {"intermediate_size": 64}, "intermediate_size is not a key .*moe_intermediate_size"),
+        ("qwen3-30b-a3b", {"num_experts": 4}, "a token cannot pass 8 of 4 experts"),
         ("qwen3-0.6b", {"hidden_size": 1.5}, "must be a whole number"),
         ("qwen3-0.6b", {"hidden_size": True}, "must be a whole number"),
         ("qwen3-0.6b", {"num_hidden_layers": 0}, "must be above zero"),
@@ -109,9 +130,10 @@ def test_special_tokens_are_complete(family: families.Family) -> None:
     tokens = family.special_tokens
     assert len(set(tokens.all)) == len(tokens.all)
     assert tokens.all[0] == tokens.end_of_text
-    named = (tokens.pad, tokens.end_of_turn, tokens.fim_prefix, tokens.fim_middle, tokens.fim_suffix, tokens.file)
+    named = (tokens.pad, tokens.fim_prefix, tokens.fim_middle, tokens.fim_suffix, tokens.file)
     assert {token for token in named if token} <= set(tokens.all)
     assert tokens.has_fim == (family.name != "qwen2")
+    assert bool(tokens.repository) == bool(tokens.file) == (family.name not in {"qwen2", "santacoder"})
 
 
 def test_ids_of_starcoder_1() -> None:

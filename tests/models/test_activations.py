@@ -22,6 +22,16 @@ TOKENS = 256
 QWEN = {"hidden_size": 256, "intermediate_size": 768, "num_attention_heads": 8, "vocab_size": 256}
 SHAPES: dict[str, dict[str, Any]] = {
     "qwen3-0.6b": QWEN | {"num_key_value_heads": 4, "head_dim": 64},
+    "qwen3-30b-a3b": {
+        "hidden_size": 256,
+        "vocab_size": 256,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 64,
+        "num_experts": 16,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 192,
+    },
     "qwen2.5-0.5b": QWEN | {"num_key_value_heads": 2},
     "starcoder2-3b": QWEN | {"num_key_value_heads": 2},
     "starcoderbase-1b": {"n_embd": 256, "n_inner": 768, "n_head": 8, "vocab_size": 256},

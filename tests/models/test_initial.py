@@ -26,6 +26,12 @@ QWEN3: dict[str, Any] = {
     "max_position_embeddings": 128,
 }
 STARCODER2: dict[str, Any] = {key: QWEN3[key] for key in QWEN3 if key != "head_dim"} | {"model_type": "starcoder2"}
+QWEN3_MOE = QWEN3 | {
+    "model_type": "qwen3_moe",
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+}
 GPT_BIGCODE: dict[str, Any] = {
     "model_type": "gpt_bigcode",
     "vocab_size": 512,
@@ -35,7 +41,9 @@ GPT_BIGCODE: dict[str, Any] = {
     "n_head": 4,
     "n_positions": 128,
 }
-ALL = pytest.mark.parametrize("config", [QWEN3, STARCODER2, GPT_BIGCODE], ids=lambda config: config["model_type"])
+ALL = pytest.mark.parametrize(
+    "config", [QWEN3, QWEN3_MOE, STARCODER2, GPT_BIGCODE], ids=lambda config: config["model_type"]
+)
 
 
 def weights(config: dict[str, Any], seed: int = 1, precision: str = "fp32", noise: int = 0) -> dict[str, Tensor]:
@@ -46,7 +54,7 @@ def weights(config: dict[str, Any], seed: int = 1, precision: str = "fp32", nois
 
 
 def matrices(found: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in found.items() if tensor.dim() == 2}
+    return {name: tensor for name, tensor in found.items() if tensor.dim() >= 2}
 
 
 @ALL
@@ -75,7 +83,7 @@ def test_initialising_draws_nothing_from_the_common_generator() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("config", [QWEN3, STARCODER2], ids=lambda config: config["model_type"])
+@pytest.mark.parametrize("config", [QWEN3, QWEN3_MOE, STARCODER2], ids=lambda config: config["model_type"])
 def test_a_layer_more_leaves_the_others_as_they_were(config: dict[str, Any]) -> None:
     small, large = weights(config), weights(config | {"num_hidden_layers": 3})
     assert small.keys() < large.keys()
@@ -111,7 +119,7 @@ def test_norms_are_one_and_biases_zero(config: dict[str, Any]) -> None:
         elif name in norms:
             assert (found[name] == 1).all(), name
         else:
-            assert found[name].dim() == 2, name
+            assert found[name].dim() >= 2, name
 
 
 def assert_normal(values: Tensor, std: float, name: str) -> None:
@@ -122,7 +130,7 @@ def assert_normal(values: Tensor, std: float, name: str) -> None:
 
 
 @pytest.mark.parametrize("std", [0.02, 0.5])
-@pytest.mark.parametrize("config", [QWEN3, STARCODER2], ids=lambda config: config["model_type"])
+@pytest.mark.parametrize("config", [QWEN3, QWEN3_MOE, STARCODER2], ids=lambda config: config["model_type"])
 def test_matrices_are_normal_with_the_configured_deviation(config: dict[str, Any], std: float) -> None:
     for name, tensor in matrices(weights(config | {"initializer_range": std})).items():
         assert_normal(tensor, std, name)
@@ -134,6 +142,13 @@ def test_gpt_bigcode_shrinks_what_is_added_to_the_residual_stream() -> None:
     assert len(residual) == 2 * GPT_BIGCODE["n_layer"]
     for name, tensor in found.items():
         assert_normal(tensor, 0.02 / math.sqrt(2 * 2) if name in residual else 0.02, name)
+
+
+def test_the_experts_of_a_layer_differ() -> None:
+    for name, tensor in weights(QWEN3_MOE).items():
+        if ".experts." in name:
+            assert tensor.dim() == 3
+            assert len({tuple(expert.flatten()[:64].tolist()) for expert in tensor}) == 4, name
 
 
 def test_weights_in_bf16_are_those_in_fp32_rounded() -> None:

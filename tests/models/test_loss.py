@@ -129,6 +129,34 @@ def test_the_gradient_scales_with_what_comes_from_above(dtype: torch.dtype) -> N
     torch.testing.assert_close(negative, tuple(-3 * each for each in plain))
 
 
+@pytest.mark.parametrize("chunk", [0, 5])
+def test_a_frozen_output_layer_gets_no_gradient(chunk: int) -> None:
+    hidden, weight, labels = inputs()
+    loss = token_loss_sum(hidden, weight.detach(), labels, chunk)
+    exact = torch.autograd.grad(reference(hidden, weight, labels), hidden)
+    torch.testing.assert_close(torch.autograd.grad(loss, hidden), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_a_second_backward_pass_is_refused_as_its_gradients_are_spent() -> None:
+    hidden, weight, labels = inputs()
+    loss = token_loss_sum(hidden, weight, labels, 5)
+    torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
+    with pytest.raises(AssertionError, match="one backward pass"):
+        torch.autograd.grad(loss, (hidden, weight))
+
+
+def test_at_qwens_vocabulary_chunks_give_the_loss_and_the_gradients_of_whole_logits() -> None:
+    generator = torch.Generator().manual_seed(2)
+    hidden = torch.randn(48, 8, generator=generator).requires_grad_()
+    weight = torch.randn(151_936, 8, generator=generator).requires_grad_()
+    labels = torch.randint(151_936, (48,), generator=generator)
+    expected, got = reference(hidden, weight, labels), token_loss_sum(hidden, weight, labels, 7)
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        gradients(got, hidden, weight), gradients(expected, hidden, weight), rtol=1e-4, atol=1e-4
+    )
+
+
 def test_large_logits_overflow_nothing() -> None:
     hidden, weight, labels = inputs()
     hidden, weight = (200 * hidden.detach()).requires_grad_(), (200 * weight.detach()).requires_grad_()

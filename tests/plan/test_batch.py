@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llm_training_toolkit.errors import PlanError
-from llm_training_toolkit.plan import accumulation, shares, slice_of
+from llm_training_toolkit.plan import accumulation, loss_chunk_tokens, shares, slice_of
 
 
 @st.composite
@@ -48,3 +48,10 @@ def test_a_worker_without_work_is_refused(batch: int, replicas: int) -> None:
 def test_a_rank_that_does_not_exist(rank: int) -> None:
     with pytest.raises(IndexError):
         slice_of(8, 3, rank)
+
+
+@pytest.mark.parametrize(("vocabulary", "tokens"), [(151_936, 441), (49_152, 1365), (4096, 16_384), (2**27, 1)])
+def test_chunks_of_the_loss_have_as_many_logits_for_every_vocabulary(vocabulary: int, tokens: int) -> None:
+    assert loss_chunk_tokens("auto", vocabulary) == tokens
+    assert loss_chunk_tokens(0, vocabulary) == 0
+    assert loss_chunk_tokens(64, vocabulary) == 64

@@ -51,8 +51,25 @@ def test_state_by_stage(
 
 def test_the_bucket_and_the_gathered_weights_are_bounded() -> None:
     memory = estimate(replace(LOAD, zero=3, bucket=100, max_live=200))
-    assert memory.weights == P // 2 + 400
-    assert memory.gradients == P + 600
+    assert memory.weights == P // 2 + 2 * 64_000  # the embedding is larger than both, and cannot be divided
+    assert memory.gradients == P + 6 * 64_000
+    memory = estimate(replace(LOAD, zero=3, bucket=70_000, max_live=80_000))
+    assert memory.weights == P // 2 + 2 * 80_000
+    assert memory.gradients == P + 6 * 70_000
+
+
+def test_the_experts_of_a_layer_are_gathered_together() -> None:
+    mixture = replace(MODEL, experts=8, experts_per_token=2)
+    layer = 8 * (3 * 64 * 128 + 64)
+    memory = estimate(replace(LOAD, model=mixture, zero=3, bucket=100, max_live=200))
+    assert memory.weights == mixture.parameters // 2 + 2 * layer
+    assert memory.gradients == mixture.parameters + 6 * (8 * 2 * 64 * 128)
+
+
+def test_activations_of_a_mixture_by_hand() -> None:
+    mixture = replace(MODEL, experts=8, experts_per_token=2)
+    more = 2 * (2 * 4 * 128 + 2 * 2 * 64 + 38) + 4 * 8 - 2 * 4 * 128
+    assert estimate(replace(LOAD, model=mixture)).activations - estimate(LOAD).activations == 3 * 64 * more
 
 
 def test_activations_by_hand() -> None:
@@ -63,9 +80,9 @@ def test_activations_by_hand() -> None:
 
 
 def test_logits_by_hand() -> None:
-    assert estimate(LOAD).logits == 16 * 1000 * 10 + 1000 * 64 * 6
-    assert estimate(replace(LOAD, loss_chunk=0)).logits == 64 * 1000 * 10 + 1000 * 64 * 6
-    assert estimate(replace(LOAD, loss_chunk=4096, precision="fp32")).logits == 64 * 1000 * 12 + 1000 * 64 * 8
+    assert estimate(LOAD).logits == 16 * 1000 * 6 + 1000 * 64 * 2
+    assert estimate(replace(LOAD, loss_chunk=0)).logits == 64 * 1000 * 6 + 1000 * 64 * 2
+    assert estimate(replace(LOAD, loss_chunk=4096, precision="fp32")).logits == 64 * 1000 * 4 + 1000 * 64 * 4
 
 
 ADAPTER = adapter_of(Lora(rank=8, targets=("q_proj", "v_proj")), QWEN3, MODEL)
@@ -86,7 +103,7 @@ def test_beside_adapters_a_model_has_weights_alone(zero: int, weights: int, grad
     memory = estimate(replace(LOAD, zero=zero, adapter=ADAPTER))
     assert ADAPTER.parameters == A
     assert (memory.weights, memory.gradients, memory.optimizer) == (weights, gradients, optimizer)
-    assert memory.logits == 16 * 1000 * 10, "a frozen output layer has no gradient"
+    assert memory.logits == 16 * 1000 * 6, "a frozen output layer has no gradient"
     whole_head = replace(ADAPTER, modules_to_save=("lm_head",))
     assert estimate(replace(LOAD, adapter=whole_head)).logits == estimate(LOAD).logits
 

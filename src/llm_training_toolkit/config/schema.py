@@ -144,12 +144,16 @@ class Model(Section):
     """Start from the newest checkpoint of another run, given by its directory. Not a resume: step 0, new optimizer."""
     shape: Annotated[dict[str, int | float | bool], Tag.IDENTITY] = {}
     """Changes to the size's shape, by the names of its Hugging Face configuration. From scratch only."""
+    grow_vocabulary: Annotated[Annotated[int, Field(ge=64, multiple_of=64)] | None, Tag.IDENTITY] = None
+    """Rows of the embedding, for a tokenizer with more entries than the weights of `path` have rows: a multiple of 64,
+    such as 49216. New rows begin at the mean of the old. Absent = as the weights have them; none is ever removed."""
     attention: Annotated[Literal["eager", "sdpa", "flash_attention_2", "flex_attention"], Tag.FREE] = "sdpa"
     """How attention is computed; the last two need a GPU. Documents in a sequence do not see each other."""
     activation_checkpointing: Annotated[bool, Tag.FREE] = False
     """Recompute activations in the backward pass: about a third more time for much less memory."""
-    loss_chunk: Annotated[int, Field(ge=0), Tag.IDENTITY] = 1024
-    """Tokens per chunk of the loss over the vocabulary, so that whole logits never exist. 0 = no chunks."""
+    loss_chunk: Annotated[Annotated[int, Field(ge=0)] | Literal["auto"], Tag.IDENTITY] = "auto"
+    """Tokens per chunk of the loss over the vocabulary, so that whole logits never exist. `auto` = as many as make 67
+    million logits (0.4 GB in bf16): 441 for Qwen's vocabulary. 0 = no chunks."""
     lora: Lora | None = None
     """Train adapters instead of the model; absent = the model itself."""
 
@@ -159,6 +163,12 @@ class Model(Section):
             raise ValueError("path and init_from both name weights to start from: keep one")
         if self.shape and (self.path is not None or self.init_from is not None):
             raise ValueError("shape changes a model from scratch: saved weights bring their own; remove shape")
+        if self.grow_vocabulary is not None and self.path is None:
+            raise ValueError("grow_vocabulary is for weights of model.path; from scratch set shape.vocab_size")
+        if self.grow_vocabulary is not None and self.lora is not None:
+            raise ValueError(
+                "grow_vocabulary adds rows to weights that adapters leave as they are: keep one of the two"
+            )
         return self
 
 

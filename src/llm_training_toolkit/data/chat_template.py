@@ -89,6 +89,11 @@ class ChatTemplate:
                 "chat_template.jinja."
             ) from error
 
+    @property
+    def end_of_turn(self) -> str | None:
+        """The special token that ends what the assistant says; None where the template has none."""
+        return self._habits.end
+
     def write(self, conversation: Conversation) -> Script:
         """Write a conversation.
 

@@ -65,7 +65,8 @@ def write_model(
 ) -> None:
     """Write a whole model into a directory that exists: weights, configuration and what stands beside them.
 
-    The weights are rounded once to `precision`: bit for bit those of the forward pass.
+    The weights are rounded once to `precision`: bit for bit those of the forward pass. They have the names that are
+    published.
     """
     _write_weights(weights, directory, DTYPES[precision])
     _write_configuration(directory, hf_config, precision, beside)
@@ -77,12 +78,31 @@ def _write_weights(weights: Weights, directory: Path, dtype: torch.dtype) -> Non
     index: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file({name: weights.tensor(name).to(dtype) for name in names}, directory / file, metadata={"format": "pt"})
-        index |= dict.fromkeys(names, file)
+        tensors: dict[str, Tensor] = {}
+        for name in names:
+            tensors |= _published(name, weights.tensor(name).to(dtype))
+        save_file(tensors, directory / file, metadata={"format": "pt"})
+        index |= dict.fromkeys(tensors, file)
     if len(shards) > 1:
         total = sum(torch.Size(shape).numel() for shape in weights.shapes.values()) * dtype.itemsize
         content = {"metadata": {"total_size": total}, "weight_map": index}
         (directory / "model.safetensors.index.json").write_text(json.dumps(content, indent=1))
+
+
+def _published(name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """A parameter under the names of published weights: those of a mixture have matrices of their own for each expert.
+
+    transformers fuses them into one tensor a layer when it loads them; inference engines expect them apart.
+    """
+    prefix, fused, kind = name.rpartition(".experts.")
+    if not fused:
+        return {name: tensor}
+    parts = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}[kind]
+    return {
+        f"{prefix}.experts.{number}.{part}.weight": matrix.clone()
+        for number, expert in enumerate(tensor)
+        for part, matrix in zip(parts, expert.chunk(len(parts)), strict=True)
+    }
 
 
 def _shards(shapes: Mapping[str, tuple[int, ...]], itemsize: int) -> Iterator[list[str]]:

@@ -8,10 +8,12 @@ from typing import Any
 from llm_training_toolkit.config.schema import Config
 from llm_training_toolkit.errors import PlanError
 from llm_training_toolkit.families import qwen, shape, starcoder
-from llm_training_toolkit.families.family import Anatomy, CodeLayout, Family, HfValues, Size, SpecialTokens
+from llm_training_toolkit.families.family import DROPOUTS, Anatomy, CodeLayout, Family, HfValues, Size, SpecialTokens
 from llm_training_toolkit.families.lora import Adapter, adapter_of
+from llm_training_toolkit.families.shape import saved_dropout
 
 __all__ = [
+    "DROPOUTS",
     "FAMILIES",
     "SIZES",
     "Adapter",
@@ -27,21 +29,23 @@ __all__ = [
     "flops_per_token",
     "hf_config",
     "parameters",
+    "saved_dropout",
 ]
 
 SIZES: dict[str, Size] = {size.name: size for size in (*qwen.SIZES, *starcoder.SIZES)}
 """Every known size by its name."""
+_BY_NAME: dict[str, Size] = {name: size for size in SIZES.values() for name in (size.name, *size.also)}
 FAMILIES: dict[str, Family] = {size.family.name: size.family for size in SIZES.values()}
 """Every family by its name."""
 _BY_TYPE: dict[str, Family] = {family.model_type: family for family in FAMILIES.values()}
 
 
 def find(name: str) -> Size:
-    """The size of this name; raises PlanError with the nearest names when there is none."""
-    if name in SIZES:
-        return SIZES[name]
+    """The size of this name, its weights' on the hub in lower case. PlanError with the nearest where there is none."""
+    if name in _BY_NAME:
+        return _BY_NAME[name]
     wanted = name.rsplit("/", maxsplit=1)[-1].lower()
-    near = difflib.get_close_matches(wanted, SIZES, n=4, cutoff=0.5)
+    near = difflib.get_close_matches(wanted, _BY_NAME, n=4, cutoff=0.5)
     hint = f"Did you mean {', '.join(near)}?" if near else f"Known: {', '.join(SIZES)}."
     raise PlanError(f"model.name = {name}: no known size has this name. {hint}")
 
@@ -75,8 +79,9 @@ def adapter(config: Config, hf: HfValues) -> Adapter | None:
 def flops_per_token(hf: HfValues, sequence_length: int, beside: Adapter | None = None) -> int:
     """Floating-point operations of one token's forward and backward pass: 6 N + 12 L Q T.
 
-    N = parameters that multiply every token (matrices and the output layer, not the look-up of the embedding), L =
-    layers, Q = heads x head_dim, T = tokens attended to (the sequence, or the sliding window if that is shorter).
+    N = parameters that multiply a token (matrices and the output layer, not the look-up of the embedding, nor experts
+    it is not sent to), L = layers, Q = heads x head_dim, T = tokens attended to (the sequence, or the sliding window if
+    that is shorter).
     Source: PaLM (Chowdhery et al. 2022), appendix B, which neither halves attention for the causal mask nor counts
     recomputation; documents packed into one sequence attend to less. Beside adapters a model has no gradients of its
     own weights: 4 N for it, 6 for each parameter of the adapters, 2 more for each of a module that is trained whole.

@@ -9,6 +9,17 @@ from typing import Any
 HfValues = Mapping[str, Any]
 """Values of a Hugging Face configuration by their names there."""
 
+DROPOUTS = (
+    "attention_dropout",
+    "residual_dropout",
+    "embedding_dropout",
+    "attn_pdrop",
+    "resid_pdrop",
+    "embd_pdrop",
+)
+"""Their names in all families. Always 0, in loaded weights too: dropout draws by the way a batch was split, so that
+neither an elastic nor a resumed run could repeat the losses of an undisturbed one."""
+
 
 @dataclass(frozen=True)
 class SpecialTokens:
@@ -20,8 +31,6 @@ class SpecialTokens:
     """Fills a sequence up; carries no loss, so it may be a token that has another use."""
     all: tuple[str, ...]
     """Every special token in the order of its id: a tokenizer of one's own gives them the first ids."""
-    end_of_turn: str = ""
-    """Closes a turn of a chat."""
     fim_prefix: str = ""
     fim_middle: str = ""
     fim_suffix: str = ""
@@ -80,6 +89,10 @@ class Anatomy:
     """Queries and keys are normalised head by head."""
     window: int | None = None
     """Tokens a position sees; None = all before it."""
+    experts: int = 0
+    """Feed-forward layers of width `intermediate` in every layer, of which a router picks some; 0 = one, no router."""
+    experts_per_token: int = 0
+    """Experts that a token passes through."""
 
     @property
     def query_width(self) -> int:
@@ -92,10 +105,29 @@ class Anatomy:
         return self.kv_heads * self.head_dim
 
     @property
+    def attention_matrices(self) -> int:
+        """Parameters of a layer in q and o, k and v."""
+        return 2 * self.hidden * (self.query_width + self.kv_width)
+
+    @property
+    def feed_forward(self) -> int:
+        """Parameters of one feed-forward layer, or of one expert."""
+        return (3 if self.gated else 2) * self.hidden * self.intermediate
+
+    @property
     def matrices_per_layer(self) -> int:
-        """Parameters in the matrices of a layer: q and o, k and v, feed-forward."""
-        attention = 2 * self.hidden * (self.query_width + self.kv_width)
-        return attention + (3 if self.gated else 2) * self.hidden * self.intermediate
+        """Parameters in the matrices of a layer: attention, feed-forward or all experts, router."""
+        return self.attention_matrices + max(self.experts, 1) * self.feed_forward + self.experts * self.hidden
+
+    @property
+    def linear_matrices(self) -> int:
+        """Those of them that are linear layers: transformers 5 has experts and router as bare tensors."""
+        return self.attention_matrices if self.experts else self.matrices_per_layer
+
+    @property
+    def idle_parameters(self) -> int:
+        """Parameters of the experts that a token does not pass through."""
+        return self.layers * (self.experts - self.experts_per_token) * self.feed_forward
 
     @property
     def parameters(self) -> int:
@@ -104,9 +136,26 @@ class Anatomy:
         return embeddings + self.layers * (self.matrices_per_layer + self.vectors_per_layer) + self.vectors_outside
 
     @property
+    def active_parameters(self) -> int:
+        """Parameters that a token passes through: all but those of the experts it is not sent to."""
+        return self.parameters - self.idle_parameters
+
+    @property
     def matmul_parameters(self) -> int:
-        """Parameters that multiply every token: matrices and the output layer, not the look-up of embeddings."""
-        return self.layers * self.matrices_per_layer + self.vocab * self.hidden
+        """Parameters that multiply a token: matrices and the output layer, not the look-up of embeddings."""
+        return self.layers * self.matrices_per_layer + self.vocab * self.hidden - self.idle_parameters
+
+    @property
+    def largest_tensor(self) -> int:
+        """Numbers in the largest single parameter; transformers 5 fuses all experts of a layer into one."""
+        one = self.hidden * self.intermediate
+        feed_forward = (2 if self.gated else 1) * self.experts * one if self.experts else one
+        return max(self.vocab * self.hidden, self.hidden * self.query_width, feed_forward)
+
+    @property
+    def largest_module(self) -> int:
+        """Parameters that the forward pass needs at once at the least: a matrix, or a layer's experts and router."""
+        return max(self.largest_tensor, self.experts * (self.feed_forward + self.hidden))
 
 
 @dataclass(frozen=True)
@@ -143,6 +192,12 @@ class Family:
     """Where the special tokens for repositories and files stand."""
     aliases: Mapping[str, str] = field(default_factory=dict)
     """Common names of values that this family calls otherwise."""
+    saved_as: Mapping[str, str] = field(default_factory=dict)
+    """Other names that transformers gives values when it saves them."""
+    fixed: frozenset[str] = frozenset()
+    """Values that `model.shape` must not change."""
+    published_dropout: float = 0.0
+    """Dropout in the configurations that are published with the weights; training sets it to 0."""
 
 
 @dataclass(frozen=True)
@@ -153,6 +208,8 @@ class Size:
     family: Family
     config: HfValues
     """Hugging Face values of this size alone."""
+    also: tuple[str, ...] = ()
+    """Names of other published weights of exactly this shape."""
 
     @property
     def values(self) -> dict[str, Any]:

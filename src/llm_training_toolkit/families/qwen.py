@@ -1,6 +1,12 @@
-"""The Qwen families as data: Qwen2, Qwen2.5 and Qwen2.5-Coder, and the dense sizes of Qwen3."""
+"""The Qwen families as data: Qwen2, Qwen2.5 and Qwen2.5-Coder, Qwen3 and Qwen3-Coder, dense and as mixtures of experts.
+
+Sizes bear the name of their weights on the hub in lower case, without the organisation. The first Qwen (2023) is not
+among them: its class is remote code, which is never run here.
+"""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from llm_training_toolkit.families import chat
 from llm_training_toolkit.families.family import Anatomy, CodeLayout, Family, HfValues, Size, SpecialTokens, rope
@@ -16,7 +22,6 @@ _CODE = ("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>", "<
 
 TOKENS = SpecialTokens(
     end_of_text="<|endoftext|>",
-    end_of_turn="<|im_end|>",
     pad="<|endoftext|>",
     fim_prefix="<|fim_prefix|>",
     fim_middle="<|fim_middle|>",
@@ -27,9 +32,7 @@ TOKENS = SpecialTokens(
     all=_CHAT + _CODE,
 )
 # The tokenizer of Qwen2 ends at <|im_end|>; fill-in-the-middle came with Qwen2.5.
-TOKENS_WITHOUT_FIM = SpecialTokens(
-    end_of_text="<|endoftext|>", end_of_turn="<|im_end|>", pad="<|endoftext|>", all=_CHAT
-)
+TOKENS_WITHOUT_FIM = SpecialTokens(end_of_text="<|endoftext|>", pad="<|endoftext|>", all=_CHAT)
 
 # Figure 4 of the Qwen2.5-Coder report: names and paths on lines of their own.
 _CODE_LAYOUT = CodeLayout(after_repository="\n", between_files="\n")
@@ -80,6 +83,16 @@ def qwen3_anatomy(hf: HfValues) -> Anatomy:
     return _anatomy(hf, head_dim, biases + 2 * head_dim + 2 * hidden, head_norms=True)
 
 
+def qwen3_moe_anatomy(hf: HfValues) -> Anatomy:
+    """Qwen3 with experts in every layer, as all published sizes have them, and no shared one."""
+    return replace(
+        qwen3_anatomy(hf),
+        intermediate=hf["moe_intermediate_size"],
+        experts=hf["num_experts"],
+        experts_per_token=hf["num_experts_per_tok"],
+    )
+
+
 def _qwen2(name: str, tokens: SpecialTokens, chat_template: str) -> Family:
     return Family(
         name=name,
@@ -98,6 +111,8 @@ def _qwen2(name: str, tokens: SpecialTokens, chat_template: str) -> Family:
 
 QWEN2 = _qwen2("qwen2", TOKENS_WITHOUT_FIM, chat.QWEN2)
 QWEN2_5 = _qwen2("qwen2.5", TOKENS, chat.QWEN2_5)
+# head_dim is a value of its own: 0.6B, 4B, 32B and the mixtures have heads x 128 != hidden size.
+_QWEN3 = {**_COMMON, "max_position_embeddings": 40960, "head_dim": 128, "attention_bias": False}
 QWEN3 = Family(
     name="qwen3",
     model_type="qwen3",
@@ -105,11 +120,30 @@ QWEN3 = Family(
     special_tokens=TOKENS,
     chat_template=chat.QWEN3,
     pre_tokenizer_pattern=PATTERN,
-    # head_dim is a value of its own: 0.6B, 4B and 32B have heads x 128 != hidden size.
-    defaults={**_COMMON, "max_position_embeddings": 40960, "head_dim": 128, "attention_bias": False},
+    defaults=_QWEN3,
     anatomy=qwen3_anatomy,
     lora_targets=_LINEAR,
     code_layout=_CODE_LAYOUT,
+)
+QWEN3_MOE = replace(
+    QWEN3,
+    name="qwen3-moe",
+    model_type="qwen3_moe",
+    architecture="Qwen3MoeForCausalLM",
+    defaults={
+        **_QWEN3,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        # A balance loss is no sum over tokens: docs/objective.md.
+        "output_router_logits": False,
+        "router_aux_loss_coef": 0.001,
+    },
+    anatomy=qwen3_moe_anatomy,
+    saved_as={"num_experts": "num_local_experts"},
+    # Without dense layers the first two mean nothing, nor do the others without a balance loss.
+    fixed=frozenset({"intermediate_size", "decoder_sparse_step", "output_router_logits", "router_aux_loss_coef"}),
+    lora_targets=_ATTENTION,
 )
 
 
@@ -133,6 +167,7 @@ _QWEN2_SHAPES = {
     "7b": _shape(28, 3584, (28, 4), 18944, 152064, tied=False),
     "14b": _shape(48, 5120, (40, 8), 13824, 152064, tied=False),
     "32b": _shape(64, 5120, (40, 8), 27648, 152064, tied=False),
+    "72b": _shape(80, 8192, (64, 8), 29568, 152064, tied=False),
 }
 _QWEN3_SHAPES = {
     "0.6b": _shape(28, 1024, (16, 8), 3072, 151936, tied=True),
@@ -142,10 +177,39 @@ _QWEN3_SHAPES = {
     "14b": _shape(40, 5120, (40, 8), 17408, 151936, tied=False),
     "32b": _shape(64, 5120, (64, 8), 25600, 151936, tied=False),
 }
+_A3B = {**_shape(48, 2048, (32, 4), 6144, 151936, tied=False), "num_experts": 128, "moe_intermediate_size": 768}
+_A22B = {**_shape(94, 4096, (64, 4), 12288, 151936, tied=False), "num_experts": 128, "moe_intermediate_size": 1536}
+_A35B = {**_shape(62, 6144, (96, 8), 8192, 151936, tied=False), "num_experts": 160, "moe_intermediate_size": 2560}
+# Weights of July 2025 see 262,144 positions; their rotary base was raised with them.
+_LONG = {"max_position_embeddings": 262_144, "rope_parameters": rope(5_000_000.0)}
+_LONG_CODER = {"max_position_embeddings": 262_144, "rope_parameters": rope(10_000_000.0)}
+
+
+def _and_instruct(prefix: str, family: Family, *sizes: str) -> tuple[Size, ...]:
+    """Sizes that are published as base weights and as -Instruct."""
+    return tuple(
+        Size(f"{prefix}-{size}", family, _QWEN2_SHAPES[size], also=(f"{prefix}-{size}-instruct",)) for size in sizes
+    )
+
+
+def _2507(name: str, family: Family, shape: HfValues) -> Size:
+    """The two kinds of weights of July 2025."""
+    return Size(f"{name}-instruct-2507", family, {**shape, **_LONG}, also=(f"{name}-thinking-2507",))
+
 
 SIZES = (
-    *(Size(f"qwen2-{size}", QWEN2, _QWEN2_SHAPES[size]) for size in ("0.5b", "1.5b", "7b")),
-    *(Size(f"qwen2.5-{size}", QWEN2_5, shape) for size, shape in _QWEN2_SHAPES.items()),
-    *(Size(f"qwen2.5-coder-{size}", QWEN2_5, shape) for size, shape in _QWEN2_SHAPES.items()),
-    *(Size(f"qwen3-{size}", QWEN3, shape) for size, shape in _QWEN3_SHAPES.items()),
+    *_and_instruct("qwen2", QWEN2, "0.5b", "1.5b", "7b", "72b"),
+    *_and_instruct("qwen2.5", QWEN2_5, *_QWEN2_SHAPES),
+    *_and_instruct("qwen2.5-coder", QWEN2_5, "0.5b", "1.5b", "3b", "7b", "14b", "32b"),
+    *(
+        Size(f"qwen3-{size}", QWEN3, shape, also=(f"qwen3-{size}-base",) if size != "32b" else ())
+        for size, shape in _QWEN3_SHAPES.items()
+    ),
+    _2507("qwen3-4b", QWEN3, _QWEN3_SHAPES["4b"]),
+    Size("qwen3-30b-a3b", QWEN3_MOE, _A3B, also=("qwen3-30b-a3b-base",)),
+    Size("qwen3-235b-a22b", QWEN3_MOE, _A22B),
+    _2507("qwen3-30b-a3b", QWEN3_MOE, _A3B),
+    _2507("qwen3-235b-a22b", QWEN3_MOE, _A22B),
+    Size("qwen3-coder-30b-a3b-instruct", QWEN3_MOE, {**_A3B, **_LONG_CODER}),
+    Size("qwen3-coder-480b-a35b-instruct", QWEN3_MOE, {**_A35B, **_LONG_CODER}),
 )

@@ -9,19 +9,10 @@ from typing import Any
 
 from llm_training_toolkit.config.schema import Config, Model
 from llm_training_toolkit.errors import PlanError
-from llm_training_toolkit.families.family import Anatomy, Family, Size
+from llm_training_toolkit.families.family import DROPOUTS, Anatomy, Family, Size
 
 # Not to be changed by `model.shape`: a nested value (its base is the key rope_theta), and what would break a promise.
-_FIXED = {
-    "rope_parameters",
-    "use_sliding_window",
-    "attention_dropout",
-    "residual_dropout",
-    "embedding_dropout",
-    "attn_pdrop",
-    "resid_pdrop",
-    "embd_pdrop",
-}
+_FIXED = {"rope_parameters", "use_sliding_window", *DROPOUTS}
 _VOCABULARY_MULTIPLE = 64
 """Matrix products are fastest when their sides are multiples of 64 (NVIDIA, Matrix Multiplication Background)."""
 
@@ -29,7 +20,7 @@ _VOCABULARY_MULTIPLE = 64
 def shape_keys(size: Size) -> tuple[str, ...]:
     """The keys that `model.shape` may have for this size, sorted."""
     values = size.values
-    keys = (set(values) - _FIXED) | set(size.family.aliases)
+    keys = (set(values) - _FIXED - size.family.fixed) | set(size.family.aliases)
     return tuple(sorted(keys | {"rope_theta"} if "rope_parameters" in values else keys))
 
 
@@ -38,8 +29,8 @@ def build(config: Config, size: Size) -> dict[str, Any]:
     saved = read_saved(config.model, size)
     values, problems = (saved, []) if saved is not None else _changed(size, config.model.shape)
     if not problems:
-        if saved is None:
-            values["vocab_size"] = vocabulary(config, size)
+        rows = values["vocab_size"] if saved is not None else vocabulary(config, size)
+        values["vocab_size"] = _grown(config.model, rows)
         problems = _mismatches(size.family, values) + _vocabulary_problems(config, values["vocab_size"])
     if problems:
         raise PlanError("\n".join(f"model.shape of {size.name}: {problem}" for problem in problems))
@@ -53,8 +44,7 @@ def read_saved(model: Model, size: Size) -> dict[str, Any] | None:
     be read or is of another family.
     """
     if model.path is not None:
-        where, file = f"model.path = {model.path}", Path(model.path).expanduser() / "config.json"
-        found = _json(where, file) if file.is_file() else None
+        where, found = f"model.path = {model.path}", _saved_config(model.path)
     elif model.init_from is not None:
         where, file = f"model.init_from = {model.init_from}", Path(model.init_from).expanduser() / "plan.json"
         found = _json(where, file).get("hf_config", {})
@@ -67,7 +57,22 @@ def read_saved(model: Model, size: Size) -> dict[str, Any] | None:
             f"{where} holds a {found.get('model_type')} model, and model.name = {size.name} is of "
             f"{size.family.model_type}: correct one of them"
         )
-    return {key: found.get(key, value) for key, value in size.values.items()}
+    also = {key: found[name] for key, name in size.family.saved_as.items() if name in found}
+    return {key: value if key in DROPOUTS else {**also, **found}.get(key, value) for key, value in size.values.items()}
+
+
+def saved_dropout(model: Model, size: Size) -> float:
+    """The largest dropout in the configuration of the weights at `path`, as far as it can be read here."""
+    found = _saved_config(model.path) if model.path is not None else {}
+    if found is None:
+        return size.family.published_dropout
+    return max(float(found.get(name, 0.0)) for name in DROPOUTS)
+
+
+def _saved_config(path: str) -> dict[str, Any] | None:
+    """The configuration of weights in a directory; None where that is no directory, but an id of the hub."""
+    file = Path(path).expanduser() / "config.json"
+    return _json(f"model.path = {path}", file) if file.is_file() else None
 
 
 def _json(where: str, file: Path) -> dict[str, Any]:
@@ -145,9 +150,21 @@ def _head_mismatches(anatomy: Anatomy) -> list[str]:
     problems = []
     if anatomy.heads % anatomy.kv_heads:
         problems.append(f"{anatomy.heads} attention heads are not divisible by {anatomy.kv_heads} key-value heads")
+    if anatomy.experts_per_token > anatomy.experts:
+        problems.append(f"a token cannot pass {anatomy.experts_per_token} of {anatomy.experts} experts")
     if anatomy.head_dim % 2 and not anatomy.positions:
         problems.append(f"head_dim {anatomy.head_dim} is odd: rotary positions turn pairs, so it must be even")
     return problems
+
+
+def _grown(model: Model, rows: int) -> int:
+    """Rows of the embedding with those that are added to `rows`."""
+    wanted = model.grow_vocabulary
+    if wanted is not None and wanted <= rows:
+        raise PlanError(
+            f"model.grow_vocabulary = {wanted}: the weights have {rows} rows, and none is removed: remove it"
+        )
+    return wanted or rows
 
 
 def _vocabulary_problems(config: Config, rows: int) -> list[str]:

@@ -1,6 +1,8 @@
-"""The StarCoder families as data: StarCoder2 and StarCoder 1 (GPTBigCode)."""
+"""The StarCoder families as data: StarCoder2, StarCoder 1 (GPTBigCode) and SantaCoder before it."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from llm_training_toolkit.families import chat
 from llm_training_toolkit.families.family import Anatomy, CodeLayout, Family, HfValues, Size, SpecialTokens, rope
@@ -63,6 +65,17 @@ TOKENS_2 = _tokens(
 )
 
 
+TOKENS_SANTA = SpecialTokens(
+    end_of_text="<|endoftext|>",
+    pad="<|endoftext|>",
+    fim_prefix="<fim-prefix>",
+    fim_middle="<fim-middle>",
+    fim_suffix="<fim-suffix>",
+    fim_pad="<fim-pad>",
+    all=("<|endoftext|>", "<fim-prefix>", "<fim-middle>", "<fim-suffix>", "<fim-pad>"),
+)
+
+
 def starcoder2_anatomy(hf: HfValues) -> Anatomy:
     """StarCoder2: biases on every linear layer (`use_bias`), two LayerNorms a layer, head_dim = hidden / heads."""
     hidden, inter = hf["hidden_size"], hf["intermediate_size"]
@@ -107,8 +120,6 @@ def starcoder_anatomy(hf: HfValues) -> Anatomy:
     )
 
 
-# The published configurations carry dropouts of 0.1. Here they are 0, and no key of `model.shape`: dropout draws by the
-# way a batch was split, so that neither an elastic nor a resumed run could repeat the losses of an undisturbed one.
 STARCODER2 = Family(
     name="starcoder2",
     model_type="starcoder2",
@@ -131,6 +142,7 @@ STARCODER2 = Family(
     lora_targets=("q_proj", "k_proj", "v_proj", "o_proj", "c_fc", "c_proj"),
     derived_head_dim=True,
     code_layout=CodeLayout(path_in_prefix=True),
+    published_dropout=0.1,
 )
 STARCODER = Family(
     name="starcoder",
@@ -167,6 +179,14 @@ STARCODER = Family(
         "max_position_embeddings": "n_positions",
         "intermediate_size": "n_inner",
     },
+    published_dropout=0.1,
+)
+SANTACODER = replace(
+    STARCODER,
+    name="santacoder",
+    special_tokens=TOKENS_SANTA,
+    defaults={**STARCODER.defaults, "n_positions": 2048},
+    code_layout=CodeLayout(),
 )
 
 
@@ -190,11 +210,16 @@ def _first(layers: int, hidden: int, heads: int) -> HfValues:
 SIZES = (
     Size("starcoder2-3b", STARCODER2, _second(30, 3072, 24, 2, 999999.4420358813, tied=True)),
     Size("starcoder2-7b", STARCODER2, _second(32, 4608, 36, 4, 1_000_000.0, tied=True)),
-    Size("starcoder2-15b", STARCODER2, _second(40, 6144, 48, 4, 100_000.0, tied=False)),
+    Size(
+        "starcoder2-15b",
+        STARCODER2,
+        _second(40, 6144, 48, 4, 100_000.0, tied=False),
+        also=("starcoder2-15b-instruct-v0.1",),
+    ),
     Size("starcoderbase-1b", STARCODER, _first(24, 2048, 16)),
     Size("starcoderbase-3b", STARCODER, _first(36, 2816, 22)),
     Size("starcoderbase-7b", STARCODER, _first(42, 4096, 32)),
-    Size("starcoderbase", STARCODER, _first(40, 6144, 48)),
-    Size("starcoder", STARCODER, _first(40, 6144, 48)),
+    Size("starcoder", STARCODER, _first(40, 6144, 48), also=("starcoderbase", "starcoderplus")),
     Size("tiny_starcoder_py", STARCODER, _first(20, 768, 12)),
+    Size("gpt_bigcode-santacoder", SANTACODER, {**_first(24, 2048, 16), "vocab_size": 49280}),
 )

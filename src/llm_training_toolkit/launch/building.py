@@ -21,7 +21,7 @@ from llm_training_toolkit.errors import CheckpointError, PlanError
 from llm_training_toolkit.launch.base import base_path
 from llm_training_toolkit.launch.environment import what_four_bits_lack
 from llm_training_toolkit.launch.place import Place
-from llm_training_toolkit.models import LossModule, build_model, check_size, initialize
+from llm_training_toolkit.models import LossModule, build_model, check_size, check_weights, grow_vocabulary, initialize
 from llm_training_toolkit.models.build import DTYPES
 from llm_training_toolkit.plan import Plan
 from llm_training_toolkit.runs import RunDirectory, run_of
@@ -68,6 +68,8 @@ def _engine(
     model_section = config.model
     loads = model_section.path is not None or model_section.init_from is not None
     quantize = plan.adapter is not None and plan.adapter.quantize is not None
+    if path is not None:
+        check_weights(path, plan.hf_config["model_type"])
     with partitioned(plan.deepspeed):
         model = build_model(
             checkpoint.manifest.extra["hf_config"] if checkpoint and loads else plan.hf_config,
@@ -77,6 +79,8 @@ def _engine(
             activation_checkpointing=model_section.activation_checkpointing,
             four_bits_on=context.device if quantize else None,
         )
+        if path is not None and model_section.grow_vocabulary is not None:
+            grow_vocabulary(model, model_section.grow_vocabulary, whole_parameter)
         check_size(model, plan.parameters, model_section.name)
         if checkpoint is None and path is None and not loads:
             initialize(model, config.run.seed, whole_parameter)

@@ -17,6 +17,7 @@ from llm_training_toolkit import families
 from llm_training_toolkit.checkpoint import Base, Checkpoint, base_of, complete, refuse_other_base
 from llm_training_toolkit.config import Config, from_json
 from llm_training_toolkit.context import RunContext
+from llm_training_toolkit.data.chat_template import ChatTemplate
 from llm_training_toolkit.data.receipt import Receipt
 from llm_training_toolkit.data.tokenizer import open_tokenizer
 from llm_training_toolkit.errors import CheckpointError
@@ -172,16 +173,22 @@ def refuse_missing_base(trained: Trained, checkpoint: Checkpoint) -> None:
 
 
 def beside(config: Config, receipt: Receipt, text: str, origin: str) -> Beside:
-    """What stands beside a run's weights. A model of conversations stops at the end of its turn, too."""
-    tokens = families.find(config.model.name).family.special_tokens
+    """What stands beside a run's weights."""
     encoder = open_tokenizer(receipt.tokenizer_path)
-    ends = [tokens.end_of_text]
-    if tokens.end_of_turn and any(source.format == "chat" for source in config.data.sources):
-        ends.insert(0, tokens.end_of_turn)
     return Beside(
         tokenizer=Path(receipt.tokenizer_path),
-        ends={token: encoder.id_of(token) for token in ends},
+        ends={token: encoder.id_of(token) for token in _ends(config, receipt)},
         pad=receipt.pad_id,
         card=text,
         origin=origin,
     )
+
+
+def _ends(config: Config, receipt: Receipt) -> tuple[str, ...]:
+    """The special tokens that the model has learnt to end with, that of an answer first."""
+    family = families.find(config.model.name).family
+    end_of_text = family.special_tokens.end_of_text
+    if all(source.format != "chat" for source in config.data.sources):
+        return (end_of_text,)
+    end_of_turn = ChatTemplate.open(Path(receipt.tokenizer_path), family.chat_template).end_of_turn
+    return tuple(dict.fromkeys((end_of_turn or end_of_text, end_of_text)))

@@ -7,21 +7,16 @@ call in `engine.partitioned`, so that no rank ever holds the whole model.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from llm_training_toolkit.errors import CheckpointError, PlanError
+from llm_training_toolkit.models.weights import UNREADABLE, place_of, read_config
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-
-_DROPOUTS = {"attention_dropout", "residual_dropout", "embedding_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop"}
-"""Set to 0 for loaded weights too. StarCoder's base configurations carry 0.1, which makes the loss depend on how a
-batch is split; StarCoder2-Instruct was trained with 0 (bigcode-project/starcoder2-self-align)."""
 
 
 def build_model(
@@ -35,17 +30,17 @@ def build_model(
 ) -> nn.Module:
     """A causal language model of the given Hugging Face configuration, with the weights at `path` if there is one.
 
-    `four_bits_on` keeps the matrices of loaded weights in 4 bits (NF4) on that GPU. Raises CheckpointError when weights
-    are missing, left over or of another shape.
+    Weights must have passed `weights.check_weights`. `four_bits_on` keeps the matrices of loaded weights in 4 bits
+    (NF4) on that GPU. Raises CheckpointError when weights cannot be read, and PlanError when they are of another family
+    than the configuration.
     """
     dtype = DTYPES[precision]
     if path is None:
         config = AutoConfig.for_model(**hf_config)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
     else:
-        local = Path(path).expanduser()
         how = {"attn_implementation": attention} | (_four_bits(dtype, four_bits_on) if four_bits_on else {})
-        model = _load(str(local) if local.exists() else path, dtype, how)
+        model = _load(path, hf_config.get("model_type"), dtype, how)
     model.config.use_cache = False  # a cache object switches the isolation of packed documents off
     if activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -64,21 +59,14 @@ def _four_bits(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     return {"quantization_config": kind, "device_map": {"": device}}
 
 
-def _load(path: str, dtype: torch.dtype, how: Mapping[str, Any]) -> Any:  # noqa: ANN401 - transformers has no types
+def _load(path: str, model_type: str | None, dtype: torch.dtype, how: Mapping[str, Any]) -> Any:  # noqa: ANN401
+    config = read_config(path, model_type)
     try:
-        config = AutoConfig.from_pretrained(path)
-        for name in _DROPOUTS & set(config.to_dict()):
-            setattr(config, name, 0.0)
-        model, info = AutoModelForCausalLM.from_pretrained(
-            path, config=config, dtype=dtype, output_loading_info=True, **how
+        return AutoModelForCausalLM.from_pretrained(
+            place_of(path), config=config, dtype=dtype, use_safetensors=True, **how
         )
-    except (OSError, ImportError, RuntimeError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"model.path = {path}: no weights can be loaded from there: {error}") from error
-    wrong = {kind: sorted(map(str, names)) for kind, names in info.items() if names}
-    if wrong:
-        found = "; ".join(f"{kind}: {', '.join(names[:3])} ({len(names)} in all)" for kind, names in wrong.items())
-        raise CheckpointError(f"model.path = {path}: the weights do not fit the model: {found}")
-    return model
+    except UNREADABLE as error:
+        raise CheckpointError(f"model.path = {path}: the weights cannot be loaded: {error}") from error
 
 
 def check_size(model: nn.Module, expected: int, name: str) -> None:

@@ -6,55 +6,110 @@ so that whole logits (4.6 GiB a row at 8,192 tokens of Qwen's vocabulary in fp32
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llm_training_toolkit.models.dropout import Draws
+from llm_training_toolkit.plan import loss_chunk_tokens
 
 IGNORED = -100
 """Label of a position without loss."""
+_SCALED_AT_ONCE = 2**22
+"""Numbers: 16 MB in fp32."""
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """Cross-entropy summed over tokens; the gradient is computed beside the loss, in the forward pass."""
+    """Cross-entropy summed over tokens; the gradients are computed beside the loss, in the forward pass.
+
+    Per chunk there is one matrix of logits, which becomes their gradient in place. With several chunks the gradient of
+    the weights is not added up over them, which would take an fp32 copy of the weights (2.2 GB for Qwen2.5-7B), but
+    computed by blocks of the vocabulary from logits that are computed once more: a third more work in the output layer.
+    """
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int) -> Tensor:  # noqa: ANN401
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        log_norms = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden)
-        trained = ctx.needs_input_grad[1]  # beside adapters the head is frozen
-        grad_weight = torch.zeros(weight.shape if trained else 0, dtype=torch.float32, device=weight.device)
-        for rows, targets, out in zip(*_split(chunk, hidden, labels, grad_hidden), strict=True):
-            logits = (rows @ weight.T).float()
-            log_norm = torch.logsumexp(logits, dim=-1, keepdim=True)
-            loss += (log_norm.squeeze(-1) - logits.gather(1, targets[:, None]).squeeze(1)).sum()
-            gradient = torch.exp(logits.sub_(log_norm))
-            gradient[torch.arange(len(targets), device=targets.device), targets] -= 1.0
-            low = gradient.to(weight.dtype)
-            torch.matmul(low, weight, out=out)
-            if trained:
-                grad_weight += low.T @ rows
-        ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.dtype = weight.dtype
+        grad_weight: Tensor | None = None
+        chunk = min(chunk or len(hidden), len(hidden))
+        for rows, targets, norms, out in _chunks(chunk, hidden, labels, log_norms, grad_hidden):
+            part, gradient = _loss_and_gradient((rows @ weight.T).float(), targets, norms, weight.dtype)
+            loss += part
+            torch.matmul(gradient, weight, out=out)
+            if ctx.needs_input_grad[1] and chunk == len(hidden):
+                grad_weight = gradient.T @ rows
+            del gradient  # before the next chunk's logits
+        if ctx.needs_input_grad[1] and grad_weight is None:
+            grad_weight = _weight_gradient(hidden, weight, labels, log_norms, chunk)
+        ctx.gradients = (grad_hidden, grad_weight)
         return loss
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor | None, None, None]:  # noqa: ANN401
-        grad_hidden, grad_weight = ctx.saved_tensors
-        # Scaled in fp32: rounded to bf16 the scale is off by up to 0.4 %, differently for every number of workers.
-        scale = grad_outputs[0]
-        of_weight = (grad_weight * scale).to(ctx.dtype) if ctx.needs_input_grad[1] else None
-        return (grad_hidden.float() * scale).to(ctx.dtype), of_weight, None, None
+        assert ctx.gradients is not None, "they are scaled in place, so the loss has one backward pass"
+        (grad_hidden, grad_weight), ctx.gradients = ctx.gradients, None
+        for gradient in (grad_hidden, grad_weight):
+            if gradient is not None:
+                _scale(gradient, grad_outputs[0])
+        return grad_hidden, grad_weight, None, None
 
 
-def _split(chunk: int, *tensors: Tensor) -> tuple[tuple[Tensor, ...], ...]:
+def _chunks(chunk: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Each tensor in pieces of `chunk` rows; no pieces where there are no rows."""
-    if len(tensors[0]) == 0:
-        return tuple(() for _ in tensors)
-    return tuple(torch.split(tensor, chunk or len(tensor)) for tensor in tensors)
+    if chunk:
+        yield from zip(*(torch.split(tensor, chunk) for tensor in tensors), strict=True)
+
+
+def _loss_and_gradient(logits: Tensor, targets: Tensor, log_norms: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Summed loss of fp32 logits (R, V) and its gradient in them, rounded to `dtype`; overwrites logits and log_norms.
+
+    torch.logsumexp would take a second matrix of this size.
+    """
+    top = logits.amax(dim=-1)
+    chosen = logits.gather(1, targets[:, None]).squeeze(1)
+    probabilities = logits.sub_(top[:, None]).exp_()
+    total = probabilities.sum(dim=-1)
+    torch.add(total.log(), top, out=log_norms)
+    probabilities.div_(total[:, None])
+    probabilities[torch.arange(len(targets), device=targets.device), targets] -= 1.0
+    return (log_norms - chosen).sum(), probabilities.to(dtype)
+
+
+def _weight_gradient(hidden: Tensor, weight: Tensor, labels: Tensor, log_norms: Tensor, chunk: int) -> Tensor:
+    """Gradient of the weights (V, H) by blocks of the vocabulary, with a quarter of the logits that a chunk has: now
+    the gradient itself takes memory, too.
+    """
+    if not chunk:
+        return torch.zeros_like(weight)
+    found = torch.empty_like(weight)
+    block = -(-chunk * len(weight) // (4 * len(hidden)))
+    for start in range(0, len(weight), block):
+        part = weight[start : start + block]
+        gradient = _block_gradient((hidden @ part.T).float(), labels - start, log_norms, weight.dtype)
+        torch.matmul(gradient.T, hidden, out=found[start : start + block])
+        del gradient  # before the next block's logits
+    return found
+
+
+def _block_gradient(logits: Tensor, targets: Tensor, log_norms: Tensor, dtype: torch.dtype) -> Tensor:
+    """The gradient in the logits (R, B) of a block, which it overwrites; targets outside [0, B) are of other blocks."""
+    probabilities = logits.sub_(log_norms[:, None]).exp_()
+    own = ((targets >= 0) & (targets < logits.shape[1])).float()  # no index of them: on a GPU that would wait for it
+    probabilities[torch.arange(len(targets), device=targets.device), targets.clamp(0, logits.shape[1] - 1)] -= own
+    return probabilities.to(dtype)
+
+
+def _scale(gradient: Tensor, scale: Tensor) -> None:
+    """Multiply in place and in fp32: rounded to bf16 the scale is off by up to 0.4 %, differently for every number of
+    workers. Block by block, because all of it in fp32 would be as large as what chunks save.
+    """
+    for block in torch.split(gradient, max(1, _SCALED_AT_ONCE // gradient.shape[1])):
+        block.copy_(block.float() * scale)
 
 
 def token_loss_sum(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int) -> Tensor:
@@ -69,7 +124,7 @@ def token_loss_sum(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int) -
         loss: Tensor = _ChunkedLoss.apply(hidden, weight, labels, chunk)  # type: ignore[no-untyped-call]
         return loss
     total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-    for rows, targets in zip(*_split(chunk, hidden, labels), strict=True):
+    for rows, targets in _chunks(min(chunk or len(hidden), len(hidden)), hidden, labels):
         total += F.cross_entropy((rows @ weight.T).float(), targets, reduction="sum")
     return total
 
@@ -96,7 +151,7 @@ class LossModule(nn.Module):
     `use_cache=False` and no attention mask, in training and in evaluation alike.
     """
 
-    def __init__(self, model: nn.Module, loss_chunk: int) -> None:
+    def __init__(self, model: nn.Module, loss_chunk: int | Literal["auto"]) -> None:
         super().__init__()
         self.lm = model
         self.draws = Draws()
@@ -104,7 +159,7 @@ class LossModule(nn.Module):
         head = model.get_output_embeddings()  # type: ignore[operator]
         assert head.bias is None, "LossHead computes the loss without a bias"
         head.__class__ = LossHead
-        head.loss_chunk = loss_chunk
+        head.loss_chunk = loss_chunk_tokens(loss_chunk, len(head.weight))
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, labels: Tensor) -> Tensor:
         """Summed loss of (B, T) tokens; `labels` (B, T) are already shifted, -100 = no loss."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llm_training_toolkit.plan.batch import accumulation, shares, slice_of
+from llm_training_toolkit.plan.batch import accumulation, loss_chunk_tokens, shares, slice_of
 from llm_training_toolkit.plan.deepspeed import deepspeed_config, deepspeed_problems
 from llm_training_toolkit.plan.forecast import Forecast, on_cluster
 from llm_training_toolkit.plan.hardware import Hardware
@@ -33,6 +33,7 @@ __all__ = [
     "estimate",
     "fitting_micro_batch",
     "lines",
+    "loss_chunk_tokens",
     "make_plan",
     "merged",
     "mixture_lines",

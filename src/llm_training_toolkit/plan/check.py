@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from llm_training_toolkit.config.schema import Config, Source
-from llm_training_toolkit.families import Family, HfValues, Size
+from llm_training_toolkit.families import Family, HfValues, Size, saved_dropout
 from llm_training_toolkit.families.lora import whole_modules
 from llm_training_toolkit.plan.batch import micro_batch, shares
 from llm_training_toolkit.plan.deepspeed import deepspeed_problems
@@ -97,12 +97,14 @@ def _run(config: Config) -> Iterator[Problem]:
         yield Problem("run.dir", what, "Use a path that every node sees")
 
 
-def vocabulary_problems(vocab_size: int | None, hf: HfValues) -> tuple[Problem, ...]:
+def vocabulary_problems(config: Config, vocab_size: int | None, hf: HfValues) -> tuple[Problem, ...]:
     """A tokenizer with more entries than the model's embedding has rows; None = not known before data is prepared."""
     if vocab_size is None or vocab_size <= hf["vocab_size"]:
         return ()
     what = f"the tokenizer has {vocab_size:,} entries, the model's embedding {hf['vocab_size']:,} rows"
-    return (Problem("tokenizer.path", what, "Give the tokenizer of this model's family"),)
+    key = "model.grow_vocabulary" if config.model.path is not None else "model.shape.vocab_size"
+    fix = f"Give the tokenizer of this model, or let the embedding have more: {key}={-(-vocab_size // 64) * 64}"
+    return (Problem("tokenizer.path", what, fix),)
 
 
 def _tokenizer(config: Config) -> Iterator[Problem]:
@@ -187,9 +189,13 @@ def _model_notes(config: Config, size: Size, hf: HfValues) -> Iterator[str]:
     length = config.data.sequence_length
     yield from _lora_notes(config)
     if config.model.path is not None:
-        yield f"Numbers are those of {size.name}; the weights of model.path are compared with it when they are loaded."
+        yield f"Numbers are those of {config.model.name}; the weights of model.path are compared with it when loaded."
         if not size.family.absolute_positions and length > size.values[size.family.position_key]:
             yield f"A sequence of {length} tokens is longer than the weights have seen."
+        if dropout := saved_dropout(config.model, size):
+            yield f"The weights' configuration has a dropout of {dropout:g}, which is set to 0 (docs/objective.md)."
+    elif "num_experts" in hf:
+        yield "Without a balance loss (docs/objective.md) some experts of a mixture from scratch may fall out of use."
     window = size.family.anatomy(hf).window
     if window is not None and length > window:
         yield f"Attention reaches back {window} tokens (sliding window), a sequence has {length}."

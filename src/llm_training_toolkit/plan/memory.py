@@ -84,15 +84,16 @@ def weights(load: Load) -> int:
     """The weights of the forward pass: 2 bytes in bf16, 4 in fp32; stage 3 spreads them (ZeRO, Rajbhandari 2020, 5).
 
     Stage 3 gathers whole layers for use and keeps up to `stage3_max_live_parameters` of them (DeepSpeed's
-    documentation), which for a model below that number is all of it. In 4 bits are the matrices of the layers alone.
+    documentation), which for a model below that number is all of it. The experts of a layer are gathered together,
+    however many they are. In 4 bits are the linear layers' matrices alone, of which experts are none.
     """
     total = load.model.parameters + (load.adapter.parameters if load.adapter else 0)
     if load.adapter is not None and load.adapter.quantize is not None:
-        matrices = load.model.layers * load.model.matrices_per_layer
+        matrices = load.model.layers * load.model.linear_matrices
         return round(_NF4_BYTES * matrices) + load.width * (total - matrices)
     if load.zero < 3 or load.workers == 1:
         return load.width * total
-    return load.width * (load.part(total, spread=True) + min(total, load.max_live))
+    return load.width * (load.part(total, spread=True) + min(total, max(load.max_live, load.model.largest_module)))
 
 
 def gradients(load: Load) -> int:
@@ -100,13 +101,14 @@ def gradients(load: Load) -> int:
 
     Stages 0 and 1 accumulate whole in the precision of the forward pass; the step then needs an fp32 copy, of all at
     stage 0 in bf16 and of the partition at stage 1. Stages 2 and 3 accumulate in fp32 on the partition alone. From
-    stage 1 on gradients pass through a bucket, which in bf16 is also copied to fp32 for the reduction. Read in
-    DeepSpeed 0.19.8, runtime/zero/stage_1_and_2.py and stage3.py.
+    stage 1 on gradients pass through a bucket, which in bf16 is also copied to fp32 for the reduction; a tensor larger
+    than the bucket (an embedding, the fused experts of a layer) passes alone. Read in DeepSpeed 0.19.8,
+    runtime/zero/stage_1_and_2.py and stage3.py.
     """
     total = load.trained
     if load.zero == 0:
         return total * (2 + 4) if load.precision == "bf16" else total * 4
-    bucket = min(total, load.bucket) * (2 + 4 if load.precision == "bf16" else 4)
+    bucket = min(total, max(load.bucket, load.model.largest_tensor)) * (2 + 4 if load.precision == "bf16" else 4)
     partition = 4 * load.part(total, spread=True)
     return partition + bucket + (load.width * total if load.zero == 1 else 0)
 
@@ -145,10 +147,9 @@ def layer_bytes_per_token(load: Load) -> int:
 
     Two norms: their inputs and outputs, 4 h w; an RMSNorm also keeps its input in fp32 and what it has normalised,
     2 h 4. The same for the norms of queries and keys. Attention: queries, keys, values and its output, keys and
-    values repeated for every query head unless there is but one of them. Feed-forward: 4 i gated (gate, activation,
-    up, product), or 2 i. Packed documents need a mask, T w; eager attention keeps scores as probabilities instead,
-    in fp32 and once more in bf16.
-    tests/models/test_activations.py compares it with what autograd keeps.
+    values repeated for every query head unless there is but one of them. Packed documents need a mask, T w; eager
+    attention keeps scores as probabilities instead, in fp32 and once more in bf16. tests/models/test_activations.py
+    compares it with what autograd keeps.
     """
     model, w = load.model, load.width
     if load.adapter is not None:
@@ -157,8 +158,20 @@ def layer_bytes_per_token(load: Load) -> int:
     if model.head_norms:
         norms += (model.query_width + model.kv_width) * (4 + w)
     attention = w * _attention_numbers(model)
-    feed_forward = w * (4 if model.gated else 2) * model.intermediate
-    return norms + attention + feed_forward + load.sequence_length * _mask_bytes(load)
+    return norms + attention + _feed_forward_bytes(model, w, trained=True) + load.sequence_length * _mask_bytes(load)
+
+
+def _feed_forward_bytes(model: Anatomy, w: int, *, trained: bool) -> int:
+    """Feed-forward: 4 i w gated (gate, activation, up, product), or 2 i w; a frozen one not its product.
+
+    An expert also keeps its output before it is weighed and, if it is trained, the copy of its input, h w each, and the
+    way of a token to it and back (four indices of 8 bytes, a probability of 4 and of w). The router keeps its softmax
+    in fp32.
+    """
+    one = w * ((4 if model.gated else 2) - (not trained)) * model.intermediate
+    if not model.experts:
+        return one
+    return model.experts_per_token * (one + (1 + trained) * w * model.hidden + 36 + w) + 4 * model.experts
 
 
 def _attention_numbers(model: Anatomy) -> int:
@@ -178,7 +191,7 @@ def _frozen_bytes_per_token(load: Load, adapter: Adapter) -> int:
     if model.head_norms:
         norms += (model.query_width + model.kv_width) * 4
     attention = w * _attention_numbers(model)
-    feed_forward = w * (3 if model.gated else 1) * model.intermediate
+    feed_forward = _feed_forward_bytes(model, w, trained=False)
     if adapter.dropout:
         inputs = sum((w + 1) * layer.inputs for layer in adapter.layers)
     else:
@@ -199,14 +212,13 @@ def _mask_bytes(load: Load) -> int:
 def logits(load: Load) -> int:
     """One chunk of the loss and the output layer's gradient, in bytes.
 
-    Logits in the precision of the forward pass, in fp32, and their gradient: tokens x vocabulary x (2 + 4 + 4) in
-    bf16, (4 + 4 + 4) in fp32; a measurement on CPU gave 10.3 bytes a logit. The head's gradient is summed over chunks
-    in fp32 and then cast: vocabulary x hidden x (4 + 2) in bf16. A frozen head has none.
+    Logits in fp32, which become their gradient in place, and in bf16 before and after that: tokens x vocabulary x 6,
+    or x 4 in fp32. Beside them the gradient of the head, vocabulary x hidden, unless it is frozen.
     """
     tokens = min(load.loss_chunk or load.tokens, load.tokens)
+    logit = 4 if load.precision == "fp32" else 6
     frozen = load.adapter is not None and "lm_head" not in load.adapter.modules_to_save
-    head = 0 if frozen else load.model.vocab * load.model.hidden * (4 + load.width)
-    return tokens * load.model.vocab * (load.width + 8) + head
+    return load.model.vocab * (tokens * logit + (0 if frozen else load.model.hidden * load.width))
 
 
 def deepspeed_limits(deepspeed: Mapping[str, Any]) -> dict[str, int]:

@@ -71,6 +71,8 @@ class Plan:
     """Of the model, without adapters."""
     trainable_parameters: int
     """Of the adapters, and of what is trained whole beside them; without adapters all."""
+    active_parameters: int
+    """Those that a token passes through: fewer than all in a mixture of experts."""
     adapter: families.Adapter | None
     """None: the model itself is trained."""
     flops_per_token: int
@@ -171,10 +173,11 @@ def make_plan(config: Config, facts: DataFacts | None = None, replicas: int | No
     length, every = config.data.sequence_length, config.checkpoint.every
     return Plan(
         name=config.run.name,
-        model=size.name,
+        model=config.model.name,
         hf_config=hf,
         parameters=total,
         trainable_parameters=trained,
+        active_parameters=families.anatomy(hf).active_parameters,
         adapter=adapter,
         flops_per_token=families.flops_per_token(hf, length, adapter),
         precision=config.train.precision,
@@ -203,7 +206,7 @@ def make_plan(config: Config, facts: DataFacts | None = None, replicas: int | No
         problems=(
             *check.problems(config, size, hf, world),
             *check.length_problems(steps, warmup, decay),
-            *check.vocabulary_problems(facts.vocab_size if facts else None, hf),
+            *check.vocabulary_problems(config, facts.vocab_size if facts else None, hf),
         ),
         estimated=_estimated(config, steps_estimated=steps_estimated),
         notes=check.notes(config, size, hf, (smallest, world)),
@@ -303,7 +306,7 @@ def _memory(
         micro_batch=batch.micro_batch(config),
         sequence_length=config.data.sequence_length,
         activation_checkpointing=config.model.activation_checkpointing,
-        loss_chunk=config.model.loss_chunk,
+        loss_chunk=batch.loss_chunk_tokens(config.model.loss_chunk, hf["vocab_size"]),
         eager_attention=config.model.attention == "eager",
         **memory.deepspeed_limits(deepspeed),
     )

@@ -27,7 +27,10 @@ def lines(plan: Plan, forecast: Forecast | None = None) -> list[str]:
 
 def _rows(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "run", plan.name
-    yield "model", f"{plan.model}, {count(plan.parameters)} parameters ({plan.parameters:,}), {plan.precision}"
+    yield (
+        "model",
+        f"{plan.model}, {count(plan.parameters)} parameters ({plan.parameters:,}){_active(plan)}, {plan.precision}",
+    )
     if plan.adapter is not None:
         yield "adapters", _adapters(plan, plan.adapter)
     yield "data", f"sequences of {plan.sequence_length:,} tokens, {_passes(plan)}"
@@ -44,6 +47,11 @@ def _rows(plan: Plan) -> Iterator[tuple[str, str]]:
         f"{count(plan.flops_per_token)} FLOPs a token, {count(plan.flops_per_token * plan.tokens_per_step)} a step",
     )
     yield "checkpoints", f"every {_save_interval(plan)}; evaluation every {_number(plan.eval_every, 'step')}"
+
+
+def _active(plan: Plan) -> str:
+    few = plan.active_parameters < plan.parameters
+    return f", of which a token passes {count(plan.active_parameters)}" if few else ""
 
 
 def mixture_lines(plan: Plan) -> list[str]:

@@ -1,0 +1,154 @@
+"""Every class of model under every ZeRO stage: loads, trains, resumes bit for bit, exports, and is loaded again.
+
+A row of the table is a case. Its columns are crossed so that each pair of values occurs: classes with stages, and
+precisions with both. Another column goes into `Case`, `ROWS` and `changes`.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+import rank_tasks
+from conftest import tiny_config
+from llm_training_toolkit import families
+from llm_training_toolkit.checkpoint import newest
+from llm_training_toolkit.config import Config, parse, to_json
+from llm_training_toolkit.launch.preparation import prepare_run
+from llm_training_toolkit.runs import RunDirectory
+from rank_pool import RankPool
+from tiny_models import SHAPES
+
+pytestmark = [pytest.mark.ranks]
+Pools = Callable[[int], RankPool]
+STEPS, STOP = 3, 1
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row."""
+
+    model: str
+    zero: int
+    precision: Literal["bf16", "fp32"]
+
+    def changes(self, weights: Path, tokenizer: str) -> dict[str, Any]:
+        """What the row changes in the prepared run of its class."""
+        return {
+            "model": {"path": str(weights), "shape": {}},
+            "tokenizer": {"path": tokenizer, "train": None},
+            "engine": {"zero": self.zero},
+            "train": {"precision": self.precision},
+        }
+
+
+ROWS = [
+    Case(model, zero, "fp32" if (number + zero) % 3 == 0 else "bf16")
+    for number, model in enumerate(SHAPES)
+    for zero in range(4)
+]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run directory ready for workers, and weights to start from, as transformers publishes them."""
+
+    run: RunDirectory
+    weights: Path
+    tokenizer: str
+
+
+@pytest.fixture(scope="module")
+def prepared(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Prepared]:
+    """Prepares a class when it is first asked for."""
+    made: dict[str, Prepared] = {}
+
+    def make(model: str) -> Prepared:
+        if model not in made:
+            made[model] = _prepare(model, corpus, tmp_path_factory.mktemp("families"))
+        return made[model]
+
+    return make
+
+
+def _prepare(model: str, corpus: Path, folder: Path) -> Prepared:
+    sections: dict[str, Any] = {
+        "model": {"name": model, "shape": SHAPES[model]},
+        "train": {"steps": STEPS, "global_batch": 5, "micro_batch": 2},
+        "data": {"eval": {"fraction": 0.0}},
+        "eval": {"every": 10},
+        "export": {"at_end": True},
+    }
+    config: Config = tiny_config(corpus, folder, **sections)
+    run = RunDirectory(folder / "tiny")
+    run.receipt.parent.mkdir(parents=True)
+    receipt = prepare_run(config, lambda _stage, _done, _total: None).receipt
+    run.receipt.write_text(receipt.to_json())
+    run.resolved.write_text(to_json(config))
+    run.config.write_text("# a test's run\n")
+    torch.manual_seed(3)
+    built = AutoModelForCausalLM.from_config(AutoConfig.for_model(**families.hf_config(config)))
+    built.save_pretrained(folder / "weights")
+    return Prepared(run, folder / "weights", receipt.tokenizer_path)
+
+
+def _copy(run: RunDirectory, changes: Mapping[str, Any], target: Path) -> RunDirectory:
+    """A run directory of its own, with the changes written into its configuration."""
+    shutil.copytree(run.path, target)
+    copy = RunDirectory(target)
+    data = json.loads(copy.resolved.read_text())
+    for section, values in changes.items():
+        data[section] |= values
+    copy.resolved.write_text(to_json(parse(data, "test")))
+    return copy
+
+
+def _final(run: RunDirectory) -> Path:
+    directory = newest(run.checkpoints)
+    assert directory is not None
+    return directory
+
+
+def _losses(run: RunDirectory) -> dict[int, float]:
+    rows = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    return {row["step"]: row["train/loss"] for row in rows if "train/loss" in row}
+
+
+@pytest.mark.parametrize("case", ROWS, ids=lambda case: f"{case.model}, ZeRO {case.zero}, {case.precision}")
+def test_a_model_is_loaded_trained_resumed_and_exported(
+    pools: Pools, prepared: Callable[[str], Prepared], tmp_path: Path, case: Case
+) -> None:
+    base = prepared(case.model)
+    changes = case.changes(base.weights, base.tokenizer)
+    whole, halves = (_copy(base.run, changes, tmp_path / name) for name in ("whole", "halves"))
+    assert pools(2).run(rank_tasks.work_on, run=str(whole.path))[0]["status"] == "finished"
+    assert pools(2).run(rank_tasks.work_on, run=str(halves.path), stop_after=STOP)[0]["status"] == "stopped"
+    assert pools(2).run(rank_tasks.work_on, run=str(halves.path))[0]["status"] == "finished"
+    assert _losses(halves) == _losses(whole)
+    assert sorted(_losses(whole)) == [1, 2, 3]
+    found, wanted = (rank_tasks.read_state(_final(run)) for run in (halves, whole))
+    assert found.keys() == wanted.keys()
+    assert all(np.array_equal(found[name], wanted[name]) for name in wanted)
+    _assert_exported(pools, whole, case)
+
+
+def _assert_exported(pools: Pools, run: RunDirectory, case: Case) -> None:
+    """Plain transformers loads all of the export, and has the engine's logits bit for bit."""
+    ids = [[5, 17, 300, 42, 8, 111, 7, 64], [400, 3, 3, 9, 250, 31, 77, 1]]
+    wanted = pools(2).run(rank_tasks.logits_of, run=str(run.path), checkpoint=str(_final(run)), ids=ids)[0]
+    model, info = AutoModelForCausalLM.from_pretrained(run.export, output_loading_info=True)
+    assert not any(info.values()), info
+    assert type(model).__name__ == families.find(case.model).family.architecture
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor(ids), use_cache=False).logits.float().numpy()
+    assert np.array_equal(logits, wanted)
+    assert AutoTokenizer.from_pretrained(run.export).eos_token == "<|endoftext|>"

@@ -1,0 +1,129 @@
+"""Every recipe in configs/ plans without a problem, lets its rate decay as it says, and trains in a tiny shape."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import rank_tasks
+from conftest import write_corpus
+from llm_training_toolkit import families
+from llm_training_toolkit.config import Config, load, parse, to_json
+from llm_training_toolkit.launch.preparation import prepare_run
+from llm_training_toolkit.plan import make_plan
+from llm_training_toolkit.runs import RunDirectory
+from rank_pool import RankPool
+from tiny_models import SHAPES
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+RECIPES = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml"))
+PUBLISHED = [name for name in RECIPES if "/" in name]
+"""Those that start from published weights."""
+GIGABYTES = 80
+"""Of the devices that the files name."""
+TINY = {families.find(size).family.model_type: shape for size, shape in SHAPES.items()}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_it_plans_without_a_problem_and_fits_with_room_for_a_micro_batch(name: str) -> None:
+    config = load(CONFIGS / name)
+    plan = make_plan(config)
+    assert plan.problems == ()
+    assert sum(plan.memory_gb_per_device.values()) < 0.8 * GIGABYTES
+    assert plan.global_batch % plan.replicas == 0
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_its_rate_ends_where_the_file_says_and_not_at_the_peak(name: str) -> None:
+    config = load(CONFIGS / name)
+    horizon = {"steps": 8500, "tokens": None, "epochs": None}
+    lengthened = config.model_copy(update={"train": config.train.model_copy(update=horizon)})
+    schedule = make_plan(lengthened).schedule()
+    rates = [schedule.lr_at(step) for step in range(8500)]
+    assert max(rates) == config.optim.lr if config.optim.lr != "auto" else max(rates) > 0
+    assert rates[-1] == pytest.approx(max(rates) * config.optim.min_lr)
+    assert config.optim.schedule != "constant"
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_it_says_where_its_numbers_come_from_and_what_was_changed(name: str) -> None:
+    lines = (CONFIGS / name).read_text().partition("run:")[0].splitlines()
+    head = " ".join(line.removeprefix("# ") for line in lines)
+    assert "#" not in head
+    assert re.search(r"commit [0-9a-f]{8}\b", head)
+    assert "Changed: " in head or "full-7b-one-node.yaml" in head
+
+
+@pytest.fixture(scope="module")
+def documents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Conversations, a repository, and a table of files, by what a recipe's path ends with."""
+    folder = tmp_path_factory.mktemp("documents")
+    turns = [
+        [{"role": "user", "content": f"{number} + 1?"}, {"role": "assistant", "content": f"It is {number + 1}."}]
+        for number in range(60)
+    ]
+    (folder / "chats.jsonl").write_text("".join(json.dumps({"messages": pair * 2}) + "\n" for pair in turns))
+    files = sorted(write_corpus(folder / "repository").iterdir())
+    columns = {"content": [file.read_text() for file in files], "path": [file.name for file in files]}
+    pq.write_table(pa.table(columns | {"repository": ["us/maths"] * len(files)}), folder / "code.parquet")
+    return {"jsonl": folder / "chats.jsonl", "repository": folder / "repository", "parquet": folder / "code.parquet"}
+
+
+def miniature(name: str, documents: dict[str, Path], folder: Path) -> Config:
+    """The recipe on two workers, with three steps of small sequences, a tiny shape, and documents made here."""
+    data = json.loads(to_json(load(CONFIGS / name)))
+    model_type = families.find(data["model"]["name"]).family.model_type
+    data["run"] |= {"name": "tiny", "dir": str(folder)}
+    data["model"] |= {"path": None, "shape": TINY[model_type]}
+    if data["model"]["lora"] is not None:
+        data["model"]["lora"]["quantize"] = None  # needs a GPU
+    data["tokenizer"] = {"train": {"vocab_size": 512}}
+    for source in data["data"]["sources"]:
+        kind = next((kind for kind in documents if str(source["path"]).endswith(kind)), None)
+        source["path"] = str(documents[kind]) if kind else source["path"]
+    data["data"] |= {"sequence_length": 128}
+    data["optim"]["warmup"] = 1
+    data["train"] |= {"steps": 3, "epochs": None, "tokens": None, "global_batch": 4, "micro_batch": 1}
+    data["export"]["at_end"] = name == "qwen/full-7b-one-node.yaml"
+    data["cluster"] |= {"workers": 2, "cpus_per_worker": 1}
+    return parse(data, name)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_tiny_shape_of_it_trains(
+    pools: Callable[[int], RankPool], documents: dict[str, Path], tmp_path: Path, name: str
+) -> None:
+    config = miniature(name, documents, tmp_path)
+    run = RunDirectory(tmp_path / "tiny")
+    run.receipt.parent.mkdir(parents=True)
+    run.receipt.write_text(prepare_run(config, lambda _stage, _done, _total: None).receipt.to_json())
+    run.resolved.write_text(to_json(config))
+    run.config.write_text("# a test's run\n")
+    assert pools(2).run(rank_tasks.work_on, run=str(run.path))[0]["status"] == "finished"
+    rows: list[dict[str, Any]] = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    steps = [row for row in rows if "train/loss" in row]
+    assert [row["step"] for row in steps] == [1, 2, 3]
+    assert steps[0]["optim/lr"] == config.optim.lr
+    assert steps[2]["optim/lr"] == pytest.approx(float(config.optim.lr) * config.optim.min_lr)
+    assert all(0 < row["optim/grad_norm"] < 100 for row in steps)
+    if config.export.at_end:
+        assert_answers_end(run)
+
+
+def assert_answers_end(run: RunDirectory) -> None:
+    """Whatever generates with a model of chat stops at the end of a turn, or of a text."""
+    from transformers import AutoTokenizer, GenerationConfig
+
+    tokenizer = AutoTokenizer.from_pretrained(run.export)
+    ends = [tokenizer.convert_tokens_to_ids(token) for token in ("<|im_end|>", "<|endoftext|>")]
+    assert GenerationConfig.from_pretrained(run.export).eos_token_id == ends
+    assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|endoftext|>")
+    assert "<|im_start|>" in tokenizer.chat_template

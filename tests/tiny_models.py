@@ -1,0 +1,22 @@
+"""A tiny shape of each of the five classes, as changes to a published size of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_QWEN = {
+    "num_hidden_layers": 2,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+SHAPES: dict[str, dict[str, Any]] = {
+    "qwen2.5-0.5b": _QWEN,
+    "qwen3-0.6b": _QWEN | {"head_dim": 32},
+    "qwen3-30b-a3b": {key: _QWEN[key] for key in _QWEN if key != "intermediate_size"}
+    | {"head_dim": 16, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    "starcoder2-3b": _QWEN,
+    "starcoderbase-1b": {"n_layer": 2, "n_embd": 64, "n_inner": 128, "n_head": 4, "n_positions": 128},
+}
+"""By size. Heads x head_dim of Qwen3 is not its hidden size; the mixture has an output layer of its own."""
