@@ -19,7 +19,7 @@ from llm_training_toolkit.context import RunContext
 from llm_training_toolkit.data.feed import Feed
 from llm_training_toolkit.engine import Engine
 from llm_training_toolkit.errors import DataError, TrainingError
-from llm_training_toolkit.evaluate import HeldOut, held_out
+from llm_training_toolkit.evaluation.held_out import HeldOut, held_out
 from llm_training_toolkit.metrics import Metrics
 from llm_training_toolkit.plan import Plan, Schedule, slice_of
 from llm_training_toolkit.saving import CheckpointSaver, Progress
