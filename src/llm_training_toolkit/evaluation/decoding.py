@@ -52,7 +52,7 @@ def write(
     answers: dict[int, Written] = {}
     for start in range(0, len(order), how.batch):
         together = order[start : start + how.batch]
-        torch.manual_seed(int(draw(how.seed, 0, 0, start, 0).first * 2**53))
+        torch.manual_seed(int(draw(how.seed, 0, 0, start, "answers").first * 2**53))
         found = _answers(subject, [prompts[index] for index in together], how)
         answers |= dict(zip(together, found, strict=True))
         done(len(answers))

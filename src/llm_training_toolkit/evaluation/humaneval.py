@@ -68,7 +68,7 @@ def _completions(
     task: HumanEval, subject: Subject, problems: Sequence[Problem], progress: Progress
 ) -> list[list[str | None]]:
     """What the model writes for each problem."""
-    prompts = subject.encoder.encode_batch([problem.prompt for problem in problems])
+    prompts = [subject.encoder.encode(problem.prompt) for problem in problems]
     asked = [prompt for prompt in prompts if len(prompt) < subject.context for _ in range(task.samples)]
     how = Writing(task.tokens, STOPS, task.temperature, task.seed, task.batch)
     answers = iter(write(subject, asked, how, lambda done: progress("completions", done, len(asked))))

@@ -84,7 +84,7 @@ def _gaps(task: Infill, documents: Iterable[Document]) -> tuple[list[Gap], int]:
 
 def gap_of(document: Document, kind: Middle, seed: int) -> Gap | None:
     """The gap of a document, drawn from (seed, content) alone; None where it has no place for one."""
-    chance = draw(seed, 0, 0, int.from_bytes(document.digest, "big"), 0)
+    chance = draw(seed, 0, 0, int.from_bytes(document.digest, "big"), "gap")
     text = document.text
     lines = [match.span() for match in _LINE.finditer(text) if _is_worth_it(match[0])]
     if not lines:
@@ -126,7 +126,7 @@ def _prompt(gap: Gap, sentinels: tuple[int, int, int], subject: Subject, most: i
 
     The suffix has a third of the room, or what the prefix leaves of it.
     """
-    before, after = subject.encoder.encode_batch([gap.prefix, gap.suffix])
+    before, after = map(subject.encoder.encode, (gap.prefix, gap.suffix))
     room = most - len(sentinels)
     kept_after = min(len(after), max(room - len(before), room // 3))
     kept_before = min(len(before), room - kept_after)

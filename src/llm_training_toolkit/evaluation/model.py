@@ -40,8 +40,7 @@ class Subject:
     def __init__(self, path: Path, *, device: str = "auto", context: int | None = None) -> None:
         self.directory, self._asked = _directory(path), context
         self.device = torch.device(_device(device))
-        run = RunDirectory(self.directory.parent)
-        self.origin = _origin(run, self.directory) if run.resolved.is_file() and self.directory == run.export else None
+        self.origin = _origin(RunDirectory(self.directory.parent), self.directory)
 
     @cached_property
     def encoder(self) -> TextEncoder:
@@ -100,16 +99,14 @@ def _directory(path: Path) -> Path:
     return path
 
 
-def _origin(run: RunDirectory, exported: Path) -> Origin:
+def _origin(run: RunDirectory, exported: Path) -> Origin | None:
+    """The run that an export lies in, as `ltt export` writes it; None where it lies elsewhere."""
     checkpoint = exported_from(exported)
-    place = checkpoint_place(Path(checkpoint)) if checkpoint else None
-    if place is None:
-        raise CheckpointError(f"{exported}: does not say which checkpoint it was made of: export the run again")
-    try:
-        receipt = Receipt.from_json(run.receipt.read_text())
-    except OSError as error:
-        raise CheckpointError(f"{run.receipt}: cannot be read ({error})") from error
-    return Origin(run, from_json(run.resolved.read_text(), where=str(run.resolved)), receipt, place[0])
+    place = checkpoint_place(Path(checkpoint)) if checkpoint is not None else None
+    if place is None or not (run.resolved.is_file() and run.receipt.is_file()):
+        return None
+    config = from_json(run.resolved.read_text(), where=str(run.resolved))
+    return Origin(run, config, Receipt.from_json(run.receipt.read_text()), place[0])
 
 
 def _device(asked: str) -> str:

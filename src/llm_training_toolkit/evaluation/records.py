@@ -58,9 +58,10 @@ class Evaluation:
 
     @property
     def key(self) -> str:
-        """What tells it from other evaluations of the same task and step: the same again replaces it."""
+        """What tells it from other evaluations of the task at this step: the same again replaces it."""
         settings = {name: value for name, value in self.settings.items() if name != "contained_by"}
-        text = json.dumps([self.data, settings], sort_keys=True)
+        kind = Path(self.model).name if self.model is not None else ""  # adapters, and the same ones merged
+        text = json.dumps([kind, self.data, settings], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 

@@ -67,6 +67,12 @@ def _named(evaluation: Evaluation, names: Sequence[str]) -> str:
     return ", ".join(f"{name} {evaluation.settings[name]}" for name in names if evaluation.settings.get(name))
 
 
+def in_a_line(evaluation: Evaluation) -> str:
+    """What a task came to, in short."""
+    figures = [f"{name} {shown(name, value)}" for name, value in evaluation.figures.items() if name in _SHOWN]
+    return f"{evaluation.task}: {', '.join(figures)} ({evaluation.data})"
+
+
 def shown(name: str, value: float) -> str:
     """A figure for people: counts as whole numbers, shares and losses with four digits behind the point."""
     if name not in _SHOWN:
