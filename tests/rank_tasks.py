@@ -20,7 +20,7 @@ from llm_training_toolkit.data.batches import MicroBatch
 from llm_training_toolkit.data.feed import Feed
 from llm_training_toolkit.data.receipt import Receipt
 from llm_training_toolkit.engine import Engine, partitioned, whole_parameter
-from llm_training_toolkit.evaluate import held_out
+from llm_training_toolkit.evaluation.held_out import held_out
 from llm_training_toolkit.launch.building import build
 from llm_training_toolkit.launch.place import Place
 from llm_training_toolkit.launch.preparation import facts_of

@@ -58,6 +58,8 @@ def assert_refused(done: subprocess.CompletedProcess[str], code: int, *words: st
         ["train", "--help"],
         ["generate", "--help"],
         ["export", "--help"],
+        ["evaluate", "--help"],
+        ["evaluate", "--compare", "absent"],
         ["plan", QUICKSTART],
         ["plan", QUICKSTART, "--json"],
         ["plan", "absent.yaml"],
@@ -81,7 +83,7 @@ def test_help_names_every_verb_with_what_it_does() -> None:
     done = ltt("--help")
     assert done.returncode == 0
     assert "Train and tune Qwen and StarCoder" in done.stdout
-    for verb in ("plan", "prepare", "train", "export", "generate"):
+    for verb in ("plan", "prepare", "train", "export", "generate", "evaluate"):
         assert f"  {verb} " in done.stdout
 
 
@@ -169,3 +171,24 @@ def test_generating_from_a_directory_without_a_model_says_what_to_name(tmp_path:
         f"error: {tmp_path}: no model there (neither config.json nor adapter_config.json)",
         "name an exported directory",
     )
+
+
+def test_evaluating_says_what_is_missing(tmp_path: Path) -> None:
+    assert_refused(ltt("evaluate"), 2, "give one MODEL and a --task, or several runs with --compare")
+    assert_refused(ltt("evaluate", str(tmp_path), "--task", "infill"), 1, "neither a run nor a model there")
+    assert_refused(ltt("evaluate", "--task", "infill"), 2, "name a model")
+    assert_refused(ltt("evaluate", "--task", "mmlu"), 2, "mmlu")
+    assert_refused(ltt("evaluate", str(tmp_path), "--task", "infill", "--samples", "3"), 2, "--samples: not for --task")
+    (tmp_path / "resolved.json").write_text("{}")
+    assert_refused(ltt("evaluate", str(tmp_path), "--task", "infill"), 1, "a run without an export: ltt export")
+
+
+def test_given_completions_are_scored_without_a_model(tmp_path: Path) -> None:
+    problem = {"task_id": "a", "prompt": "def f():\n", "test": "def check(f):\n    assert f() == 1", "entry_point": "f"}
+    (tmp_path / "problems.jsonl").write_text(json.dumps(problem))
+    (tmp_path / "done.jsonl").write_text(json.dumps({"task_id": "a", "completion": "    return 1"}))
+    files = ["--data", str(tmp_path / "problems.jsonl"), "--completions", str(tmp_path / "done.jsonl")]
+    done = ltt("evaluate", "--task", "humaneval", *files, "--unsafe", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert (found["task"], found["pass@1"], found["problems"]) == ("humaneval", 1.0, 1)

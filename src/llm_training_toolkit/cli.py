@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from llm_training_toolkit import __version__
+from llm_training_toolkit.cli_evaluate import evaluate
 from llm_training_toolkit.errors import ToolkitError
 
 app = typer.Typer(
@@ -296,6 +297,9 @@ def generate(
         typer.echo(json.dumps({"model": str(model), "prompt": prompt, "suffix": suffix, "written": written}))
     else:
         typer.echo(f"{prompt}{written}{suffix or ''}")
+
+
+app.command()(evaluate)
 
 
 def main() -> None:

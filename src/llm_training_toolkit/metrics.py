@@ -67,14 +67,14 @@ def _end_last_line(path: Path) -> None:
 
 
 class TensorBoard:
-    """Event files under `tb/`; after a resume, points beyond the resumed step are hidden."""
+    """Event files in a directory; after a resume, points beyond the resumed step are hidden. None hides nothing."""
 
-    def __init__(self, directory: Path, resumed_step: int) -> None:
+    def __init__(self, directory: Path, resumed_step: int | None) -> None:
         from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - slow to import, rank 0 alone needs it
 
         directory.mkdir(parents=True, exist_ok=True)
         # From step 0 as well: an attempt that died before its first checkpoint has left points too.
-        purge = resumed_step + 1 if resumed_step else 0
+        purge = resumed_step + 1 if resumed_step else resumed_step
         self._writer: SummaryWriter = SummaryWriter(str(directory), purge_step=purge)
 
     def write(self, step: int, values: Values) -> None:

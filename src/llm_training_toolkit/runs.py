@@ -127,6 +127,11 @@ class RunDirectory:
         """The weights that adapters stand beside, as a Hugging Face directory, where they did not lie in one before."""
         return self.path / "base"
 
+    @property
+    def evaluations(self) -> Path:
+        """What its model was measured at, one JSON file for each task, step, data and settings."""
+        return self.path / "eval"
+
     def logs(self, attempt: int) -> Path:
         """The directory with one log file a rank."""
         return self.path / "logs" / f"attempt_{attempt}"

@@ -21,7 +21,7 @@ from llm_training_toolkit.data.batches import MicroBatch
 from llm_training_toolkit.data.feed import Feed
 from llm_training_toolkit.engine import Engine
 from llm_training_toolkit.errors import DataError, TrainingError
-from llm_training_toolkit.evaluate import HeldOut, held_out
+from llm_training_toolkit.evaluation.held_out import HeldOut, held_out
 from llm_training_toolkit.metrics import Metrics
 from llm_training_toolkit.pace import Pace, Slowest, slowest
 from llm_training_toolkit.plan import Plan, Schedule, slice_of

@@ -395,11 +395,48 @@ class Checkpoint(Section):
     """Keep each checkpoint whose step is a multiple of this for good. 0 = none."""
 
 
+class EvalTask(Section):
+    """A task the model is measured by when the run finishes. What is absent has the default of `ltt evaluate`."""
+
+    task: Annotated[Literal["perplexity", "infill", "humaneval"], Tag.FREE]
+    """Loss of documents, gaps in code, or functions and their tests (docs/evaluation.md)."""
+    data: Annotated[str | None, Tag.FREE] = None
+    """Documents, or a file of problems. Absent: what the run holds out; for humaneval the 164 of the package."""
+    format: Annotated[Literal["code", "text", "chat"] | None, Tag.FREE] = None
+    """Of the documents."""
+    limit: Annotated[Annotated[int, Field(ge=1)] | None, Tag.FREE] = None
+    """infill, humaneval: so many documents or problems."""
+    samples: Annotated[Annotated[int, Field(ge=1)] | None, Tag.FREE] = None
+    """humaneval: completions of each problem, for pass@10 and pass@100."""
+    temperature: Annotated[Annotated[float, Field(ge=0.0)] | None, Tag.FREE] = None
+    """humaneval: 0 = always the likeliest token."""
+
+    @model_validator(mode="after")
+    def _fits_its_task(self) -> EvalTask:
+        own = {
+            "perplexity": {"format"},
+            "infill": {"format", "limit"},
+            "humaneval": {"limit", "samples", "temperature"},
+        }
+        strange = [name for name in self.settings() if name not in own[self.task] | {"data"}]
+        if strange:
+            raise ValueError(f"{' and '.join(strange)}: not for task {self.task}; remove")
+        if self.samples is not None and self.samples > 1 and not self.temperature:
+            raise ValueError("samples are all the same without a temperature: 0.2 and 0.8 are usual")
+        return self
+
+    def settings(self) -> dict[str, Any]:
+        """What was given beside the name, as `ltt evaluate` takes it."""
+        return self.model_dump(exclude={"task"}, exclude_none=True)
+
+
 class Eval(Section):
-    """When the held-out loss is measured."""
+    """When the held-out loss is measured, and what else the model is measured by."""
 
     every: Annotated[int, Field(ge=1), Tag.FREE] = 200
     """Steps between evaluations; step 0 and the last step are always evaluated."""
+    tasks: tuple[EvalTask, ...] = ()
+    """Tasks carried out on the exported model when the run finishes. One that fails is reported, no more."""
 
 
 class Export(Section):

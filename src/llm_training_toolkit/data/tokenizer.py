@@ -180,6 +180,10 @@ class TextEncoder:
         text: str = self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
         return text
 
+    def knows(self, marker: str) -> bool:
+        """Whether there is such a special token."""
+        return marker in self._markers
+
     def id_of(self, marker: str) -> int:
         """Id of a special token; 0 is an id like any other. Raises DataError naming the marker it does not have."""
         if marker not in self._markers:

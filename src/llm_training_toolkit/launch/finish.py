@@ -1,4 +1,4 @@
-"""The end of a run: export the newest checkpoint, then let the exported model show what it can do.
+"""The end of a run: export the newest checkpoint, then let the exported model show and measure what it can do.
 
 Called by rank 0 when training is over, and by the next start if that was cut short. The samples
 continue held-out documents, so that they suit whatever the run was trained on.
@@ -22,6 +22,7 @@ from llm_training_toolkit.errors import CheckpointError, ToolkitError
 from llm_training_toolkit.export import exported_from
 from llm_training_toolkit.generate import Generator, Sentinels
 from llm_training_toolkit.launch.exporting import Trained, export_checkpoint
+from llm_training_toolkit.launch.tasks import are_carried_out, carry_out
 from llm_training_toolkit.metrics import Metrics
 from llm_training_toolkit.runs import RunDirectory
 
@@ -59,7 +60,10 @@ def _block(text: str) -> str:
 
 
 def finish(trained: Trained, *, metrics: Metrics, context: RunContext) -> None:
-    """Export the newest checkpoint, then sample from the export. Raises CheckpointError when the export fails."""
+    """Export the newest checkpoint, then sample from the export and carry out the tasks of `eval.tasks`.
+
+    Raises CheckpointError when the export fails.
+    """
     run = trained.run
     directory = newest(run.checkpoints)
     if directory is None:
@@ -72,6 +76,7 @@ def finish(trained: Trained, *, metrics: Metrics, context: RunContext) -> None:
             context.report(sample.to_event())
     except ToolkitError as error:  # the run and its export are whole; samples are a courtesy
         context.report({"kind": "warning", "message": f"no samples: {error}"})
+    carry_out(trained, metrics=metrics, context=context)
 
 
 def is_exported(run: RunDirectory) -> bool:
@@ -80,15 +85,20 @@ def is_exported(run: RunDirectory) -> bool:
     return directory is not None and exported_from(run.export) == directory.name
 
 
+def is_finished(run: RunDirectory, config: Config) -> bool:
+    """Whether everything that `finish` does has been done."""
+    return is_exported(run) and are_carried_out(run, config)
+
+
 def finish_again(run: RunDirectory, config: Config, report: Report) -> None:
-    """Make up for a `finish` that was cut short, in a process of its own."""
+    """Make up for what is missing of a `finish` that was cut short, in a process of its own."""
     directory = newest(run.checkpoints)
     assert directory is not None
     manifest = Checkpoint(directory).manifest
     context = RunContext(rank=0, world_size=1, device=torch.device("cpu"), report=report)
     metrics = Metrics(run, manifest.attempt, manifest.step, context)
-    receipt = Receipt.from_json(run.receipt.read_text())
-    finish(Trained(run, config, receipt), metrics=metrics, context=context)
+    trained = Trained(run, config, Receipt.from_json(run.receipt.read_text()))
+    (carry_out if is_exported(run) else finish)(trained, metrics=metrics, context=context)
     metrics.close()
 
 

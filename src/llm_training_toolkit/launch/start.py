@@ -108,8 +108,8 @@ def _leave_alone(run: RunDirectory, config: Config, standing: Standing, console:
     """A finished run stays as it is; only an export that is missing, or of an earlier end, is made up for."""
     console.say(f"run {run.name} is finished: {standing.step:,} steps, in {run.path}")
     if config.export.at_end:
-        from llm_training_toolkit.launch.finish import finish_again, is_exported
+        from llm_training_toolkit.launch.finish import finish_again, is_finished
 
-        if not is_exported(run):
+        if not is_finished(run, config):
             finish_again(run, config, console.show)
     return _outcome(run, {"status": "finished", "step": standing.step})

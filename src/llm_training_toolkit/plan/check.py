@@ -24,6 +24,7 @@ def problems(config: Config, size: Size, hf: HfValues, replicas: int) -> tuple[P
         *_batch(config, replicas),
         *_attention(config),
         *_lora(config, size, hf),
+        *_evaluation(config),
     )
     return (*found, *deepspeed_problems(config.engine.deepspeed))
 
@@ -89,6 +90,12 @@ def _unknown(where: str, given: Sequence[str], known: Sequence[str], size: Size)
             near = difflib.get_close_matches(name, known, n=1)
             meant = f"Did you mean {near[0]}? " if near else ""
             yield Problem(where, f"{size.name} has no {name!r}", f"{meant}There are: {', '.join(known)}")
+
+
+def _evaluation(config: Config) -> Iterator[Problem]:
+    if config.eval.tasks and not config.export.at_end:
+        what = "tasks are carried out on the exported model, and export.at_end is false"
+        yield Problem("eval.tasks", what, "Set export.at_end to true, or evaluate later: ltt export, ltt evaluate")
 
 
 def _run(config: Config) -> Iterator[Problem]:

@@ -1,4 +1,4 @@
-"""Evaluation: the loss on what was held out, as loss, perplexity and bits per byte.
+"""The loss on what was held out, as loss, perplexity and bits per byte.
 
 Called by the loop at step 0, every `eval.every` steps and at the end.
 """

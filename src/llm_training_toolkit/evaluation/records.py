@@ -1,0 +1,90 @@
+"""Evaluations on disk: in a run's `eval/` a JSON file for each task, step, data and settings."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from llm_training_toolkit.errors import CheckpointError
+from llm_training_toolkit.evaluation.result import Measured
+from llm_training_toolkit.runs import RunDirectory, write_atomically
+
+_ABOUT = ("task", "data", "settings", "model", "run", "step", "date")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A task's figures with everything needed to know what they say."""
+
+    task: str
+    figures: Mapping[str, float]
+    data: str
+    settings: Mapping[str, Any]
+    model: str | None
+    """Its directory; None where given completions were scored."""
+    run: str | None
+    """Name of the run it came from."""
+    step: int | None
+    """Step of the run."""
+    date: str
+    """When it was measured, in UTC."""
+
+    @classmethod
+    def of(cls, task: str, measured: Measured, model: Path | None, run: str | None, step: int | None) -> Evaluation:
+        """What was measured now."""
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        where = str(model) if model is not None else None
+        return cls(task, dict(measured.figures), measured.data, dict(measured.settings), where, run, step, now)
+
+    def to_json(self) -> dict[str, Any]:
+        """The contract of `ltt evaluate --json`: the task, its figures, then the rest."""
+        about = {name: getattr(self, name) for name in _ABOUT if name != "task"}
+        return {"task": self.task, **self.figures, **about}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Evaluation:
+        """The reverse. Raises KeyError and TypeError for what is no evaluation."""
+        about = {name: values[name] for name in _ABOUT}
+        return cls(figures={name: float(value) for name, value in values.items() if name not in _ABOUT}, **about)
+
+    def metrics(self) -> dict[str, float]:
+        """The figures by metric name."""
+        return {f"eval/{self.task}_{name}": value for name, value in self.figures.items()}
+
+    @property
+    def key(self) -> str:
+        """What tells it from other evaluations of the task at this step: the same again replaces it."""
+        settings = {name: value for name, value in self.settings.items() if name != "contained_by"}
+        kind = Path(self.model).name if self.model is not None else ""  # adapters, and the same ones merged
+        text = json.dumps([kind, self.data, settings], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def keep(run: RunDirectory, evaluation: Evaluation, items: Iterable[Mapping[str, Any]]) -> Path:
+    """Write an evaluation into its run, and its items beside it; the path of the first comes back."""
+    place = run.evaluations / f"{evaluation.task}_step_{evaluation.step or 0:09d}_{evaluation.key}.json"
+    if lines := item_lines(items):
+        write_atomically(place.with_suffix(".items.jsonl"), lines)
+    write_atomically(place, json.dumps(evaluation.to_json(), indent=1) + "\n")
+    return place
+
+
+def item_lines(items: Iterable[Mapping[str, Any]]) -> str:
+    """Items as JSON lines."""
+    return "".join(json.dumps(item) + "\n" for item in items)
+
+
+def kept(run: RunDirectory) -> Iterator[Evaluation]:
+    """The evaluations of a run by task, step and date. Raises CheckpointError for a file that is none."""
+    found = []
+    for path in run.evaluations.glob("*.json"):
+        try:
+            found.append(Evaluation.from_json(json.loads(path.read_text())))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{path}: is no evaluation ({type(error).__name__}: {error}): remove it") from error
+    yield from sorted(found, key=lambda each: (each.task, each.step or 0, each.date))

@@ -1,0 +1,80 @@
+"""Evaluations of several runs as tables for people. Imports no torch, so that they are there at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+
+from rich.markup import escape
+from rich.table import Table
+
+from llm_training_toolkit.errors import PlanError
+from llm_training_toolkit.evaluation.records import Evaluation, kept
+from llm_training_toolkit.runs import run_of
+
+_SHOWN = (
+    *("pass@1", "pass@10", "pass@100", "exact_match", "edit_similarity"),
+    *("loss", "perplexity", "bits_per_byte"),
+)
+"""Figures that have a column, where an evaluation of the task has them."""
+_ITEMS = ("problems", "documents")
+"""What they are the mean of, where they are not of tokens."""
+
+
+def compared(runs: Sequence[Path]) -> list[Evaluation]:
+    """Every evaluation of some runs, by task and data. Raises PlanError where none of them has any."""
+    if not runs:
+        raise PlanError("--compare: name the directories of runs")
+    found = [evaluation for run in map(run_of, runs) for evaluation in kept(run)]
+    if not found:
+        raise PlanError("--compare: none of these runs has been evaluated: ltt evaluate RUN --task … does it")
+    return sorted(found, key=lambda each: (each.task, each.data))
+
+
+def tables(found: Sequence[Evaluation]) -> Iterator[Table]:
+    """A table for each task, a row for each evaluation of it; `found` is in the order of tasks."""
+    for task, group in groupby(found, key=lambda each: each.task):
+        evaluations = list(group)
+        known = {name for evaluation in evaluations for name in evaluation.figures}
+        columns = [name for name in (*_SHOWN, *_ITEMS) if name in known]
+        table = Table(box=None, pad_edge=False, header_style="bold", title=task, title_justify="left")
+        table.add_column("run", no_wrap=True)
+        for title in ("step", *columns):
+            table.add_column(title, justify="right", no_wrap=True)
+        differing = _differing(evaluations)
+        for title in ("data", *(["settings"] if differing else [])):
+            table.add_column(title, overflow="fold")
+        for evaluation in evaluations:
+            table.add_row(
+                escape(evaluation.run or ""),
+                "" if evaluation.step is None else f"{evaluation.step:,}",
+                *(shown(name, evaluation.figures[name]) if name in evaluation.figures else "" for name in columns),
+                escape(evaluation.data),
+                *([escape(_named(evaluation, differing))] if differing else []),
+            )
+        yield table
+
+
+def _differing(evaluations: Sequence[Evaluation]) -> list[str]:
+    """The settings that have several values."""
+    names = dict.fromkeys(name for evaluation in evaluations for name in evaluation.settings)
+    values = {name: {str(each.settings[name]) for each in evaluations if name in each.settings} for name in names}
+    return [name for name in names if len(values[name]) > 1]
+
+
+def _named(evaluation: Evaluation, names: Sequence[str]) -> str:
+    return ", ".join(f"{name} {evaluation.settings[name]}" for name in names if evaluation.settings.get(name))
+
+
+def in_a_line(evaluation: Evaluation) -> str:
+    """What a task came to, in short."""
+    figures = [f"{name} {shown(name, value)}" for name, value in evaluation.figures.items() if name in _SHOWN]
+    return f"{evaluation.task}: {', '.join(figures)} ({evaluation.data})"
+
+
+def shown(name: str, value: float) -> str:
+    """A figure for people: counts as whole numbers, shares and losses with four digits behind the point."""
+    if name not in _SHOWN:
+        return f"{value:,.0f}"
+    return f"{value:.4f}" if value < 1e6 else f"{value:.3g}"

@@ -1,0 +1,83 @@
+"""The calls of the Linux kernel that Python 3.11 has no names for. Each raises OSError where the kernel refuses."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+
+CLONE_NEWNS = 0x00020000
+CLONE_NEWCGROUP = 0x02000000
+CLONE_NEWUTS = 0x04000000
+CLONE_NEWIPC = 0x08000000
+CLONE_NEWUSER = 0x10000000
+CLONE_NEWPID = 0x20000000
+CLONE_NEWNET = 0x40000000
+
+MS_NOSUID, MS_NODEV, MS_NOEXEC = 2, 4, 8
+MS_BIND, MS_REC, MS_PRIVATE = 0x1000, 0x4000, 0x40000
+_DETACH = 2
+
+_PDEATHSIG, _CAPBSET_DROP, _CHILD_SUBREAPER, _NO_NEW_PRIVS = 1, 24, 36, 38
+_SIGKILL = 9
+_MOUNT_SETATTR = 442
+_READ_ONLY_ATTRIBUTES = 1 | 2 | 4
+"""Read only, no set-user-id, no device files."""
+_AT_FDCWD, _AT_RECURSIVE = -100, 0x8000
+_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def _check(result: int, what: str) -> None:
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"{what}: {os.strerror(number)}")
+
+
+def unshare(flags: int) -> None:
+    """Leave namespaces for new ones."""
+    _check(_libc.unshare(flags), "unshare")
+
+
+def mount(source: str, target: str, kind: str, flags: int, options: str = "") -> None:
+    """Mount, or bind with MS_BIND."""
+    words = [text.encode() for text in (source, target, kind)]
+    _check(_libc.mount(*words, ctypes.c_ulong(flags), options.encode()), f"mount {target}")
+
+
+def read_only(target: str, *, recursive: bool) -> None:
+    """Make a mount read only, with the mounts below it where `recursive`. Linux 5.12 or newer."""
+    attributes = (ctypes.c_uint64 * 4)(_READ_ONLY_ATTRIBUTES, 0, 0, 0)
+    size = ctypes.c_size_t(ctypes.sizeof(attributes))
+    flags = _AT_RECURSIVE if recursive else 0
+    result = _libc.syscall(_MOUNT_SETATTR, _AT_FDCWD, target.encode(), flags, ctypes.byref(attributes), size)
+    _check(result, f"make {target} read only")
+
+
+def enter_root(directory: str) -> None:
+    """Make a mount the root of this process, and let go of the old one."""
+    number = _PIVOT_ROOT.get(os.uname().machine)
+    if number is None:
+        raise OSError(0, f"pivot_root: its number on {os.uname().machine} is not known")
+    os.chdir(directory)
+    _check(_libc.syscall(number, b".", b"."), "pivot_root")  # the old root lies on top of the new one now
+    _check(_libc.umount2(b".", _DETACH), "umount of the old root")
+    os.chdir("/")
+
+
+def die_with_parent() -> None:
+    """Be killed when the thread that started this process ends. A change of user undoes it."""
+    _check(_libc.prctl(_PDEATHSIG, _SIGKILL), "prctl")
+
+
+def adopt_orphans() -> None:
+    """Become the parent of every descendant whose parent ends."""
+    _check(_libc.prctl(_CHILD_SUBREAPER, 1), "prctl")
+
+
+def give_up_privileges() -> None:
+    """Never again gain a privilege, neither by a program's owner nor by capabilities."""
+    for capability in range(64):
+        if _libc.prctl(_CAPBSET_DROP, capability, 0, 0, 0) < 0:
+            break  # the kernel knows no more of them, or there is none to drop
+    _check(_libc.prctl(_NO_NEW_PRIVS, 1, 0, 0, 0), "prctl")

@@ -1,0 +1,59 @@
+"""Tasks of `eval.tasks`: what goes with which, and what they need."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from llm_training_toolkit.config import Config, parse, to_json
+from llm_training_toolkit.config.load import from_json
+from llm_training_toolkit.errors import ConfigError
+from llm_training_toolkit.evaluation.settings import make_task
+from llm_training_toolkit.plan import make_plan
+
+
+def config(tasks: list[dict[str, Any]], **sections: Any) -> Config:
+    data: dict[str, Any] = {
+        "run": {"name": "a"},
+        "model": {"name": "qwen3-0.6b"},
+        "tokenizer": {"path": "t"},
+        "data": {"sequence_length": 128, "sources": [{"path": "x", "format": "code"}]},
+        "train": {"steps": 1},
+        "eval": {"tasks": tasks},
+    }
+    return parse(data | sections, "a.yaml")
+
+
+@pytest.mark.parametrize(
+    ("task", "said"),
+    [
+        ({"task": "perplexity", "limit": 3}, "limit: not for task perplexity"),
+        ({"task": "infill", "samples": 2, "temperature": 0.2}, "samples and temperature: not for task infill"),
+        ({"task": "humaneval", "format": "code"}, "format: not for task humaneval"),
+        ({"task": "humaneval", "samples": 10}, "samples are all the same without a temperature"),
+        ({"task": "mmlu"}, "eval.tasks.0.task"),
+    ],
+)
+def test_what_a_task_does_not_know_is_refused(task: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        config([task])
+    assert said in str(raised.value)
+
+
+def test_what_is_accepted_makes_a_task_and_is_read_again() -> None:
+    given: list[dict[str, Any]] = [
+        {"task": "perplexity", "data": "b", "format": "text"},
+        {"task": "infill", "limit": 3},
+        {"task": "humaneval", "samples": 10, "temperature": 0.8, "limit": 2},
+    ]
+    read = config(given)
+    made = [make_task(asked.task, asked.settings()) for asked in read.eval.tasks]
+    assert [task.name for task in made] == ["perplexity", "infill", "humaneval"]
+    assert from_json(to_json(read)) == read
+
+
+def test_tasks_need_the_export() -> None:
+    found = make_plan(config([{"task": "infill"}], export={"at_end": False})).problems
+    assert [problem.where for problem in found] == ["eval.tasks"]
+    assert not make_plan(config([{"task": "infill"}])).problems

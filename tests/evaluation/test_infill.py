@@ -1,0 +1,94 @@
+"""Infilling: gaps are drawn from the content alone, and asked for as the model was trained."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from evaluation.conftest import CONTEXT, KNOWN
+from llm_training_toolkit import families
+from llm_training_toolkit.data.markers import Markers
+from llm_training_toolkit.data.sources import Document
+from llm_training_toolkit.data.tokenizer import train_tokenizer
+from llm_training_toolkit.errors import DataError, PlanError
+from llm_training_toolkit.evaluation.infill import gap_of, measure_infill
+from llm_training_toolkit.evaluation.model import Subject
+from llm_training_toolkit.evaluation.result import Measured
+from llm_training_toolkit.evaluation.settings import Infill, Middle
+
+
+def measured(subject: Subject, **settings: Any) -> Measured:
+    return measure_infill(Infill(**settings), subject, lambda _stage, _done, _total: None)
+
+
+@given(st.text(alphabet=" \n\tabcdé😀", max_size=300), st.sampled_from(["line", "span"]), st.integers(0, 3))
+def test_a_gap_is_a_piece_worth_filling_and_nothing_is_lost(text: str, kind: Middle, seed: int) -> None:
+    gap = gap_of(Document(0, "a", text), kind, seed)
+    assert gap == gap_of(Document(0, "a", text), kind, seed)
+    if gap is None:
+        assert all(len("".join(line.split())) < 4 or len(line) > 200 for line in text.split("\n"))
+        return
+    assert gap.prefix + gap.middle + gap.suffix == text
+    assert len("".join(gap.middle.split())) >= 4
+    if kind == "line":
+        assert "\n" not in gap.middle
+        assert not gap.prefix or gap.prefix.endswith("\n")
+        assert not gap.suffix or gap.suffix.startswith("\n")
+    else:
+        assert len(gap.middle) <= 120
+
+
+def test_gaps_differ_by_seed_and_by_document() -> None:
+    texts = [f"first_{i} = 1\nsecond_{i} = 2\nthird_{i} = 3\n" for i in range(30)]
+    found = {seed: [gap_of(Document(0, "a", text), "line", seed) for text in texts] for seed in (0, 1)}
+    places = {seed: [gap.prefix.count("\n") for gap in gaps if gap] for seed, gaps in found.items()}
+    assert set(places[0]) == {0, 1, 2}
+    assert places[0] != places[1]
+
+
+def test_a_model_that_knows_the_gap_fills_it(exported: Path, known_document: Path) -> None:
+    found = measured(Subject(exported, device="cpu"), data=str(known_document))
+    assert found.figures["exact_match"] == found.figures["edit_similarity"] == found.figures["ended"] == 1.0
+    [item] = found.items
+    assert item["wanted"] == item["written"]
+    assert item["wanted"] in KNOWN
+
+
+def test_the_batch_changes_nothing(exported: Path, tmp_path: Path) -> None:
+    for number in range(6):
+        (tmp_path / f"{number}.py").write_text(KNOWN.replace("area", f"area_{number}" * (1 + number)))
+    subject = Subject(exported, device="cpu")
+    alone, together = (measured(subject, data=str(tmp_path), batch=batch, middle="span") for batch in (1, 4))
+    assert alone.items == together.items
+    assert alone.figures == together.figures
+    few = measured(subject, data=str(tmp_path), limit=2, middle="span")
+    assert [item for item in together.items if item in few.items] == list(few.items)
+
+
+def test_a_document_longer_than_the_context_is_shortened_around_its_gap(exported: Path, tmp_path: Path) -> None:
+    (tmp_path / "long.py").write_text("".join(f"value_{i} = {i}\n" for i in range(500)))
+    found = measured(Subject(exported, device="cpu"), data=str(tmp_path))
+    assert found.figures["shortened"] == 1
+    assert "do not fit the context" in found.notes[0]
+    assert found.settings["tokens"] == CONTEXT // 4
+
+
+def test_a_model_without_sentinels_is_refused(exported: Path, known_document: Path, tmp_path: Path) -> None:
+    without = tmp_path / "qwen2"
+    shutil.copytree(exported, without)
+    train_tokenizer([KNOWN] * 4, 512, Markers.of(families.find("qwen2-0.5b").family), without)
+    with pytest.raises(PlanError, match="no fill-in-the-middle sentinels"):
+        measured(Subject(without, device="cpu"), data=str(known_document))
+
+
+def test_nothing_to_fill_is_said(exported: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_text("a\n\nb\n")
+    with pytest.raises(DataError, match="no document has a line"):
+        measured(Subject(exported, device="cpu"), data=str(tmp_path))
+    with pytest.raises(PlanError, match="belongs to no run"):
+        measured(Subject(exported, device="cpu"))

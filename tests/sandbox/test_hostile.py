@@ -1,0 +1,136 @@
+"""Containment: what a hostile program does stays without effect, and counts as a failure."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+
+from llm_training_toolkit.sandbox.containment import why_not
+from llm_training_toolkit.sandbox.running import MEGABYTE, Ended, Kind, Limits, run, run_all
+from sandbox.hostile import PROGRAMS
+
+MARK = 16 * MEGABYTE + 4711
+"""A limit no one else sets: it stands in the command line of every process of these tests' programs."""
+LIMITS = Limits(seconds=3.0, memory=256 * MEGABYTE, file=MARK)
+Report = Mapping[str, Ended]
+
+
+def needed(kind: Kind) -> None:
+    if problem := why_not(kind):
+        pytest.skip(f"{kind}: {problem}")
+
+
+def left_over() -> list[str]:
+    """Processes of contained programs that still live."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            command = path.read_bytes().decode(errors="replace")
+        except OSError:
+            continue
+        if str(MARK) in command and path.parent.name != str(os.getpid()):
+            found.append(command[-200:])
+    return found
+
+
+@pytest.fixture(scope="module", params=["bubblewrap", "namespaces"])
+def report(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Report]:
+    """How each hostile program ended, all of them run side by side; what lies outside is as it was."""
+    kind: Kind = request.param
+    needed(kind)
+    outside = tmp_path_factory.mktemp("outside")
+    (outside / "file").write_text("as it was")
+    os.environ["LTT_TEST_SECRET"] = "secret"
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.socket(socket.AF_UNIX) as abstract:
+        abstract.bind(f"\0ltt-test-{os.getpid()}")
+        abstract.listen()
+        given = {
+            "OUTSIDE": repr(str(outside)),
+            "PORT": server.getsockname()[1],
+            "PARENT": os.getpid(),
+            "HOME": repr(str(Path.home())),
+        }
+        head = "".join(f"{name} = {value}\n" for name, value in given.items())
+        programs = [head + text.replace("ltt-test-PARENT", f"ltt-test-{os.getpid()}") for text in PROGRAMS.values()]
+        started = time.monotonic()
+        ends = run_all(programs, kind, LIMITS, at_a_time=6)
+        assert time.monotonic() - started < 60
+    del os.environ["LTT_TEST_SECRET"]
+    assert left_over() == []
+    assert [path.name for path in outside.iterdir()] == ["file"]
+    assert (outside / "file").read_text() == "as it was"
+    yield dict(zip(PROGRAMS, ends, strict=True))
+    assert left_over() == []
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_a_hostile_program_is_a_counted_failure(report: Report, name: str) -> None:
+    assert report[name].end != "passed"
+
+
+def test_what_never_ends_is_ended(report: Report) -> None:
+    for name in ("an endless loop", "a long sleep", "stopping itself", "output without end"):
+        assert report[name].end == "timed out", name
+
+
+def test_what_ends_early_has_not_passed(report: Report) -> None:
+    for name in ("an early end", "another program", "a crash", "a daemon", "an end like its keeper's"):
+        assert report[name].end == "crashed", name
+    assert report["a polite early end"] == Ended("failed", "SystemExit: 0")
+
+
+@pytest.mark.parametrize("kind", ["bubblewrap", "namespaces"])
+def test_honest_programs_pass(kind: Kind) -> None:
+    needed(kind)
+    programs = {
+        "nothing": "",
+        "a file of its own": "open('mine', 'w').write('x')\nassert open('/tmp/mine').read() == 'x'",
+        "a temporary file": "import tempfile\nwith tempfile.NamedTemporaryFile() as f: f.write(b'x')",
+        "output": "print('hello')\nimport sys\nprint('x' * 100_000, file=sys.stderr)",
+        "a thread and a process": """
+import subprocess, sys, threading
+threading.Thread(target=print).start()
+assert subprocess.run([sys.executable, '-c', 'print(7)'], capture_output=True, text=True).stdout == '7\\n'
+""",
+        "dataclasses": "from dataclasses import dataclass\n@dataclass\nclass A:\n    x: int\nassert A(1) == A(1)",
+        "text of every kind": "assert len('漢字 😀') == 4",
+    }
+    assert dict(zip(programs, run_all(list(programs.values()), kind, LIMITS, 2), strict=True)) == dict.fromkeys(
+        programs, Ended("passed")
+    )
+
+
+def test_without_containment_time_and_memory_are_limited_still() -> None:
+    chosen = [PROGRAMS[name] for name in ("an endless loop", "memory", "a daemon", "output without end", "a crash")]
+    ends = [ended.end for ended in run_all(chosen, "none", LIMITS, at_a_time=3)]
+    assert ends == ["timed out", "failed", "crashed", "timed out", "crashed"]
+    assert left_over() == []
+
+
+def test_a_toolkit_that_is_killed_leaves_nothing_behind() -> None:
+    kind: Kind = "none" if why_not("namespaces") else "namespaces"
+    code = (
+        "import sys\nfrom llm_training_toolkit.sandbox.running import Limits, run\n"
+        f"run('import time; time.sleep(99)', {kind!r}, Limits(seconds=99.0, file={MARK}))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code])
+    end = time.monotonic() + 30
+    while len(left_over()) < 3 and time.monotonic() < end:  # supervisor, keeper, program
+        time.sleep(0.05)
+    assert left_over()
+    process.kill()
+    process.wait()
+    while left_over() and time.monotonic() < end:
+        time.sleep(0.05)
+    assert left_over() == []
+
+
+def test_errors_are_told() -> None:
+    assert run("assert 1 == 2, 'one is not two'", "none", LIMITS) == Ended("failed", "AssertionError: one is not two")
