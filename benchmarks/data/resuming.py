@@ -84,7 +84,7 @@ def prepared(tokens: NDArray[np.uint32], folder: Path) -> Receipt:
         sequence_length=LENGTH,
         seed=0,
         sources=(),
-        streams=(StreamReceipt(1, (EpochReceipt("tokens", "plan", len(plan)),)),),
+        streams=(StreamReceipt(1, (EpochReceipt("tokens", "plan", len(plan), filled=tokens.size, lost=0),)),),
         held_out="tokens",
         held_out_plan="plan",
         eval_sequences=len(plan),
