@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test check bench-step bench-start bench-memory bench-loading gpu-smoke cluster format install requirements docs clean
+.PHONY: quickstart test check bench-step bench-start bench-data bench-memory bench-loading gpu-smoke cluster format install requirements docs clean
 
 quickstart: $(VENV)/.installed  ## install, train a small model on this machine, export it, let it write
 	@$(BIN)/ltt train configs/quickstart.yaml
@@ -29,6 +29,9 @@ bench-memory: $(VENV)/.installed  ## memory of the loss in chunks beside whole l
 
 bench-loading: $(VENV)/.installed  ## memory of a rank while weights are loaded, at ZeRO 2 and 3 (a minute)
 	$(BIN)/python benchmarks/bench_loading.py
+
+bench-data: $(VENV)/.installed-bench  ## rendering, packing and resuming beside tokenizers, TRL and HF Trainer (five minutes, a quiet machine)
+	$(BIN)/python benchmarks/bench_data.py
 
 cluster: $(VENV)/.installed  ## a Ray cluster of this machine alone, with a token, until Ctrl-C (cluster/local.yaml)
 	@$(BIN)/python cluster/start.py
@@ -60,6 +63,10 @@ $(VENV)/.installed: $(VENV)/bin/python requirements.txt pyproject.toml
 
 $(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt
 	@$(BIN)/python -m pip install --quiet --requirement requirements-dev.txt
+	@touch $@
+
+$(VENV)/.installed-bench: $(VENV)/.installed requirements-bench.txt
+	@$(BIN)/python -m pip install --quiet --requirement requirements-bench.txt
 	@touch $@
 
 clean:  ## remove what was built and every run

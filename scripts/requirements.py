@@ -1,4 +1,4 @@
-"""Write requirements.txt and requirements-dev.txt: exact pins of everything, resolved from pyproject.toml.
+"""Write requirements.txt and its -dev and -bench: exact pins of everything, resolved from pyproject.toml.
 
 Called by `make requirements`. The pins name no index and no build of torch: which build pip takes is
 up to the index it is set to.
@@ -32,15 +32,28 @@ def name_of(pin: str) -> str:
     return pin.partition("==")[0]
 
 
+def write(name: str, what: str, pins: list[str], before: str = "") -> None:
+    """Write a file of pins, on top of those of another."""
+    first = f"-r {before}\n" if before else ""
+    (ROOT / name).write_text(HEADER.format(what=what) + first + "\n".join(pins) + "\n")
+
+
 def main() -> None:
-    """Write both files: one resolution for both, so that what is tested is what is installed."""
-    names = {name_of(pin) for pin in compile_pins()}
-    everything = compile_pins("--extra", "dev")
-    run_time = [pin for pin in everything if name_of(pin) in names]
-    development = [pin for pin in everything if name_of(pin) not in names]
-    (ROOT / "requirements.txt").write_text(HEADER.format(what=" needed to train") + "\n".join(run_time) + "\n")
-    both = HEADER.format(what=" needed to develop") + "-r requirements.txt\n" + "\n".join(development) + "\n"
-    (ROOT / "requirements-dev.txt").write_text(both)
+    """Write all files: one resolution for all, so that what is tested is what is installed."""
+    run_time = {name_of(pin) for pin in compile_pins()}
+    development = {name_of(pin) for pin in compile_pins("--extra", "dev")} - run_time
+    pins = compile_pins("--extra", "dev", "--extra", "bench")
+    of = {name_of(pin): pin for pin in pins}
+    bench = [name for name in of if name not in run_time | development]
+    write("requirements.txt", " needed to train", [pin for name, pin in of.items() if name in run_time])
+    write(
+        "requirements-dev.txt",
+        " needed to develop",
+        [pin for name, pin in of.items() if name in development],
+        before="requirements.txt",
+    )
+    what = " that only `make bench-data` compares with"
+    write("requirements-bench.txt", what, [of[name] for name in bench], before="requirements.txt")
 
 
 if __name__ == "__main__":

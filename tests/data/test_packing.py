@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -99,6 +101,25 @@ def test_fifty_thousand_lengths_take_well_under_a_second() -> None:
     plan = pack(lengths, 2048, targets=lengths - 1)
     assert time.perf_counter() - start < 2.0
     assert lengths.sum() / (len(plan) * 2048) > 0.99
+
+
+TEN_MILLION = """
+import resource
+import numpy as np
+from llm_training_toolkit.data.packing import pack
+
+lengths = np.minimum(np.random.default_rng(0).lognormal(6.0, 1.1, 10_000_000).astype(np.int64) + 1, 2048)
+plan = pack(lengths, 2048, targets=lengths - 1)
+print(lengths.sum() / (len(plan) * 2048), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)
+"""
+
+
+@pytest.mark.slow
+def test_ten_million_lengths_need_less_than_two_gigabytes() -> None:
+    done = subprocess.run([sys.executable, "-c", TEN_MILLION], capture_output=True, text=True, check=True)
+    filled, peak_gb = map(float, done.stdout.split())
+    assert filled > 0.9999
+    assert peak_gb < 2.0
 
 
 def test_lengths_outside_the_sequence_are_refused() -> None:
