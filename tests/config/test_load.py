@@ -231,6 +231,32 @@ def test_overrides_reach_sections_lists_and_null(tmp_path: Path) -> None:
     assert config.run.name == "7"
 
 
+def test_adapters_are_asked_for_by_any_of_their_fields(tmp_path: Path) -> None:
+    assert load(written(tmp_path, SMALL)).model.lora is None
+    asked = load(written(tmp_path, SMALL), ["model.lora.rank=8", "model.lora.targets=[q_proj, v_proj]"]).model.lora
+    assert asked is not None
+    assert (asked.rank, asked.alpha, asked.targets) == (8, 32, ("q_proj", "v_proj"))
+    plain = load(written(tmp_path, SMALL), ["model.lora={}"]).model.lora
+    assert plain is not None
+    assert (plain.rank, plain.targets, plain.quantize) == (16, "auto", None)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("model.lora.rank=0", "expected a whole number of at least 1"),
+        ("model.lora.targets=q_proj", "expected auto or a list of at least 1, each text"),
+        ("model.lora.targets=[]", "expected auto or a list of at least 1, each text"),
+        ("model.lora.dropout=1", "expected a number from 0 to below 1"),
+        ("model.lora.quantize=int8", "expected nf4 or null"),
+        ("model.lora.r=4", "unknown key"),
+    ],
+)
+def test_adapters_that_are_written_wrong(tmp_path: Path, override: str, said: str) -> None:
+    (line,) = problems(tmp_path, SMALL, override)
+    assert said in line
+
+
 def test_the_last_override_of_a_key_counts(tmp_path: Path) -> None:
     assert load(written(tmp_path, SMALL), ["run.seed=x", "run.seed=1", "run.seed=2"]).run.seed == 2
 

@@ -20,9 +20,9 @@ from llm_training_toolkit.models.adapters import NAME, add_adapters, lora_config
 from llm_training_toolkit.models.build import DTYPES
 from llm_training_toolkit.models.exported import open_exported
 
-MERGE_TOLERANCE = {"bf16": 0.05, "fp32": 1e-4}
-"""Largest difference of a logit that merging may make, as a share of the largest one: rounding the sum to bf16 once
-more moves logits by 1 to 2 %."""
+MERGE_TOLERANCE = {"bf16": 0.1, "fp32": 1e-4}
+"""Largest difference of a logit that merging may make, as a share of the largest one. Rounding the sum to bf16 once
+more moved logits of small models by 0.6 to 1.5 % with 2 layers and by 3.3 % with 48; in fp32 it was 1e-6."""
 _WHOLE = f".modules_to_save.{NAME}"
 
 

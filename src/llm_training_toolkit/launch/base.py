@@ -11,7 +11,7 @@ from pathlib import Path
 
 from llm_training_toolkit.checkpoint import Checkpoint, newest
 from llm_training_toolkit.context import RunContext
-from llm_training_toolkit.errors import CheckpointError
+from llm_training_toolkit.errors import CheckpointError, ToolkitError
 from llm_training_toolkit.export import ModelWeights, appearing, exported_from, write_model
 from llm_training_toolkit.launch.exporting import beside, read_run, whole_weights
 from llm_training_toolkit.launch.place import Place
@@ -29,7 +29,7 @@ def base_path(place: Place, plan: Plan, context: RunContext) -> str:
     if context.is_first and exported_from(place.run.base) is None:
         try:
             _write(place, plan)
-        except CheckpointError as error:
+        except ToolkitError as error:
             failed = str(error)
     failed = context.broadcast(failed)
     if failed:

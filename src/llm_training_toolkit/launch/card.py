@@ -12,6 +12,7 @@ from llm_training_toolkit.plan import make_plan
 from llm_training_toolkit.runs import RunDirectory
 
 Kind = Literal["model", "adapters", "merged"]
+"""What an exported directory holds: a model that was trained whole, adapters, or what they were merged into."""
 
 
 def card(run: RunDirectory, config: Config, receipt: Receipt, manifest: Manifest, *, kind: Kind, base: str) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformers.utils.logging import disable_progress_bar
@@ -23,11 +23,9 @@ from llm_training_toolkit.data.tokenizer import open_tokenizer
 from llm_training_toolkit.errors import CheckpointError
 from llm_training_toolkit.export import Beside, CheckpointWeights, Weights, appearing, check_whole, write_model
 from llm_training_toolkit.families import Adapter
-from llm_training_toolkit.launch.card import card
+from llm_training_toolkit.launch.card import Kind, card
 from llm_training_toolkit.models import build_model
 from llm_training_toolkit.runs import RunDirectory, checkpoint_place
-
-Kind = Literal["model", "adapters", "merged"]
 
 
 @dataclass(frozen=True)

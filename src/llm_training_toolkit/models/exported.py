@@ -7,14 +7,13 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from llm_training_toolkit.errors import CheckpointError
-from llm_training_toolkit.models.build import DTYPES
 
 _ADAPTERS = "adapter_config.json"
-_DTYPES = {"BF16": "bf16", "F32": "fp32"}
 
 
 def open_exported(directory: Path) -> Any:  # noqa: ANN401 - transformers has no types
@@ -28,9 +27,9 @@ def open_exported(directory: Path) -> Any:  # noqa: ANN401 - transformers has no
         )
     from peft import PeftModel  # noqa: PLC0415 - over a second to import
 
-    precision = _precision(directory / "adapter_model.safetensors")
-    base: Any = _open_base(directory, precision)
-    base.generation_config = GenerationConfig.from_pretrained(str(directory))
+    base: Any = _open_base(directory, _dtype(directory / "adapter_model.safetensors"))
+    if (directory / "generation_config.json").is_file():
+        base.generation_config = GenerationConfig.from_pretrained(str(directory))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by an old name whether it recomputes
         # As in training: peft would compute adapters in fp32.
@@ -38,10 +37,10 @@ def open_exported(directory: Path) -> Any:  # noqa: ANN401 - transformers has no
     return model.eval()
 
 
-def _open_base(directory: Path, precision: str) -> Any:  # noqa: ANN401 - transformers has no types
+def _open_base(directory: Path, dtype: torch.dtype) -> Any:  # noqa: ANN401 - transformers has no types
     given = str(json.loads((directory / _ADAPTERS).read_text())["base_model_name_or_path"])
     try:
-        return AutoModelForCausalLM.from_pretrained(_base_path(directory, given), dtype=DTYPES[precision])
+        return AutoModelForCausalLM.from_pretrained(_base_path(directory, given), dtype=dtype)
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{directory} holds adapters, and the model they belong to is not there: {given}. Bring it back, or name "
@@ -49,9 +48,11 @@ def _open_base(directory: Path, precision: str) -> Any:  # noqa: ANN401 - transf
         ) from error
 
 
-def _precision(file: Path) -> str:
+def _dtype(file: Path) -> torch.dtype:
+    """What adapters were computed in, and so what their base is to be computed in."""
     with safe_open(file, framework="pt") as tensors:
-        return _DTYPES[tensors.get_slice(next(iter(tensors.keys()))).get_dtype()]
+        dtype: torch.dtype = tensors.get_tensor(next(iter(tensors.keys()))).dtype
+    return dtype
 
 
 def _base_path(directory: Path, given: str) -> str:

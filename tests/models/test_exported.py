@@ -1,0 +1,78 @@
+"""A model from an exported directory: whole, or adapters with their base wherever it went."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from llm_training_toolkit.errors import CheckpointError
+from llm_training_toolkit.models import build_model
+from llm_training_toolkit.models.exported import open_exported
+
+CONFIG: dict[str, Any] = {
+    "model_type": "qwen3",
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 64,
+}
+IDS = torch.arange(12)[None]
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    out: torch.Tensor = model(input_ids=IDS, use_cache=False).logits
+    return out
+
+
+@pytest.fixture
+def adapters(tmp_path: Path) -> tuple[Path, torch.Tensor]:
+    """Adapters that peft itself has saved, beside a base of bf16, and the logits of the two."""
+    torch.manual_seed(2)
+    base: Any = build_model(CONFIG, precision="bf16", attention="sdpa")
+    base.save_pretrained(tmp_path / "base")
+    base.name_or_path = str(tmp_path / "base")
+    given = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+    model: Any = get_peft_model(base, given, autocast_adapter_dtype=False).eval()
+    model.save_pretrained(tmp_path / "adapters")
+    return tmp_path / "adapters", logits(model)
+
+
+def test_adapters_of_peft_open_with_the_logits_they_had(adapters: tuple[Path, torch.Tensor]) -> None:
+    directory, wanted = adapters
+    assert torch.equal(logits(open_exported(directory)), wanted)
+    assert not torch.equal(logits(open_exported(directory.parent / "base")), wanted)
+
+
+def test_a_base_that_moved_along_is_found(adapters: tuple[Path, torch.Tensor], tmp_path: Path) -> None:
+    directory, wanted = adapters
+    (tmp_path / "new").mkdir()
+    for part in (directory, directory.parent / "base"):
+        part.rename(tmp_path / "new" / part.name)
+    assert torch.equal(logits(open_exported(tmp_path / "new" / "adapters")), wanted)
+
+
+def test_a_base_that_is_gone_is_named(adapters: tuple[Path, torch.Tensor], tmp_path: Path) -> None:
+    directory, _ = adapters
+    (directory.parent / "base").rename(tmp_path / "renamed")
+    with pytest.raises(CheckpointError, match=rf"holds adapters.*is not there: {tmp_path}/base.*--merge"):
+        open_exported(directory)
+    config = directory / "adapter_config.json"
+    values = json.loads(config.read_text()) | {"base_model_name_or_path": str(tmp_path / "renamed")}
+    config.write_text(json.dumps(values))
+    open_exported(directory)
+
+
+def test_a_directory_without_a_model(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"neither config\.json nor adapter_config\.json"):
+        open_exported(tmp_path)
