@@ -151,3 +151,12 @@ def test_flops_stop_at_the_sliding_window() -> None:
     hf = families.hf_config(config("starcoder2-3b"))
     assert families.flops_per_token(hf, 4096) == families.flops_per_token(hf, 16384)
     assert families.flops_per_token(hf, 2048) < families.flops_per_token(hf, 4096)
+
+
+def test_a_configuration_that_transformers_wrote_counts_as_ours() -> None:
+    from transformers import Qwen3MoeConfig
+
+    ours = families.hf_config(config("qwen3-30b-a3b"))
+    written = Qwen3MoeConfig(**ours).to_dict()
+    assert "num_experts" not in written  # otherwise this test proves nothing
+    assert families.parameters(written) == families.parameters(ours)

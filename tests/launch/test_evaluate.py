@@ -97,4 +97,4 @@ def test_a_finished_run_takes_up_another_task(trained: tuple[Path, str]) -> None
     assert "infill: exact_match" in done.stdout
     assert metrics(config)["eval/infill_documents"] == 1
     once_more = subprocess.run(again, capture_output=True, text=True, check=True, cwd=config.parent)
-    assert "infill" not in once_more.stdout
+    assert "infill:" not in once_more.stdout

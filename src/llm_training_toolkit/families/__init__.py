@@ -61,8 +61,10 @@ def hf_config(config: Config) -> dict[str, Any]:
 
 
 def anatomy(hf: HfValues) -> Anatomy:
-    """The sizes of a Hugging Face configuration in words common to all families."""
-    return _BY_TYPE[hf["model_type"]].anatomy(hf)
+    """The sizes of a Hugging Face configuration, also one that transformers wrote, in words common to all families."""
+    family = _BY_TYPE[hf["model_type"]]
+    names = {saved: name for name, saved in family.saved_as.items()}
+    return family.anatomy({names.get(name, name): value for name, value in hf.items()})
 
 
 def parameters(hf: HfValues) -> int:
