@@ -29,12 +29,13 @@ from llm_training_toolkit.console import Console
 from llm_training_toolkit.context import Event, Wish
 from llm_training_toolkit.errors import LaunchError, ToolkitError
 from llm_training_toolkit.launch import nodes, rescue
+from llm_training_toolkit.launch.autoscaler import Autoscaler
 from llm_training_toolkit.launch.control import OTHERS_BEAT_EVERY, Heard, open_line
 from llm_training_toolkit.launch.diagnosis import Seen, Worker, as_worker
 from llm_training_toolkit.launch.growth import Growth
 from llm_training_toolkit.launch.heartbeat import Hang, Watch
 from llm_training_toolkit.launch.ray_worker import worker_main
-from llm_training_toolkit.launch.room import Node, Wanted
+from llm_training_toolkit.launch.room import Node, Wanted, used_by_others
 from llm_training_toolkit.launch.stacks import size_of, stands_in
 from llm_training_toolkit.runs import RunDirectory, last_attempt
 
@@ -55,7 +56,7 @@ class Job:
     run: RunDirectory
     config: Config
     wanted: Wanted
-    demand: nodes.Demand
+    autoscaler: Autoscaler
 
 
 @dataclass(frozen=True)
@@ -161,9 +162,10 @@ class Group:
     def _look_at_nodes(self, now: float) -> None:
         self._leave_nodes_taken_away()
         if self._growth.due(now):
-            self._job.demand.make()
             own = Counter(worker.node for worker in self._workers.values())
-            wish = self._growth.wish(nodes.answering(nodes.living_nodes()), own, now)
+            living = nodes.living_nodes()
+            self._job.autoscaler.ask(used_by_others(living, self._job.wanted, own))
+            wish = self._growth.wish(nodes.answering(living), own, now)
             if wish > self._wish:
                 self._wish = wish
                 when = "now" if wish is Wish.LEAVE else "after the next checkpoint"

@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from llm_training_toolkit.checkpoint import newest
-from llm_training_toolkit.config.schema import duration_seconds
 from llm_training_toolkit.console import Console
 from llm_training_toolkit.context import Wish
 from llm_training_toolkit.errors import LaunchError
@@ -22,6 +21,7 @@ from llm_training_toolkit.launch.diagnosis import diagnose
 from llm_training_toolkit.launch.failures import Failure, failures_of, nodes_to_leave_out, spent, why_end
 from llm_training_toolkit.launch.group import Assignment, Ended, Group, Job
 from llm_training_toolkit.launch.room import Node, usable
+from llm_training_toolkit.launch.waiting import Waiting
 from llm_training_toolkit.overview import newest_rows
 from llm_training_toolkit.runs import (
     attempt_record,
@@ -61,7 +61,7 @@ class Groups:
         try:
             return self._one_after_another()
         finally:
-            self._job.demand.withdraw()
+            self._job.autoscaler.withdraw()
 
     def _one_after_another(self) -> dict[str, Any]:
         size = 0
@@ -87,30 +87,19 @@ class Groups:
     def _room(self) -> tuple[int, tuple[Node, ...]] | None:
         """How many workers start now, and the nodes to keep off; None when a stop was asked for meanwhile.
 
-        Raises LaunchError when there is no room for the fewest within `cluster.wait`.
+        Raises LaunchError when there is no room for the fewest within `cluster.wait`, or never can be.
         """
-        began, told = time.monotonic(), False
-        patience = duration_seconds(self._job.config.cluster.wait) or 0.0
+        is_first = self._group is None
+        waiting = Waiting(self._job.config, self._wanted, self._job.autoscaler, self._console)
         while not self._stop:
             living = nodes.living_nodes()
             good = usable(nodes.answering(living), self._wanted, self._left_out())
             now = self._wanted.room(node.free for node in good)
-            could = self._wanted.room(node.total for node in good)
-            waited = time.monotonic() - began
-            if now >= self._wanted.fewest and (now >= could or waited > _SETTLES_WITHIN):
+            settled = is_first or waiting.seconds > _SETTLES_WITHIN
+            if now >= self._wanted.fewest and (settled or now >= self._wanted.room(node.total for node in good)):
                 return now, tuple(node for node in living if node not in good)
-            if waited > patience:
-                raise LaunchError(
-                    f"the cluster has room for {now} workers, the run needs {self._wanted.fewest}, none came "
-                    f"within cluster.wait = {self._job.config.cluster.wait}: the same command goes on once there is"
-                )
-            if waited > _SETTLES_WITHIN and not told:
-                told = True
-                self._console.say(
-                    f"waiting for room: the cluster has it for {now} of {self._wanted.fewest} workers "
-                    f"(cluster.wait = {self._job.config.cluster.wait})"
-                )
-            self._job.demand.make()
+            # Nodes that a run had may come back; those that a new one lacks come from an autoscaler or not at all.
+            waiting.go_on(living, good, quietly=not settled, nodes_may_return=not is_first)
             time.sleep(_LOOK_EVERY)
         return None
 

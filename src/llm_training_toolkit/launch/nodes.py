@@ -7,19 +7,22 @@ read where Ray Train itself and Ray Data read them.
 from __future__ import annotations
 
 import socket
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 import ray
 from ray._private import state
-from ray.autoscaler.sdk import request_resources
+from ray.core.generated.gcs_pb2 import PlacementGroupTableData
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
-from llm_training_toolkit.launch.room import Node, Wanted
+from llm_training_toolkit.launch.room import Node
 
 _ANSWERS_WITHIN = 2.0
 """Seconds a node's Ray process has to take a connection."""
+_COMMAND_SHOWN = 60
+"""Characters of another job's command that are shown."""
 _NODE_ID_LABEL = "ray.io/node-id"
 Death = tuple[Literal["killed", "out of memory", "node lost"], str]
 """How a worker's process ended without a word of its own, and Ray's text."""
@@ -69,22 +72,24 @@ def selector_without(nodes: Iterable[Node]) -> dict[str, str] | None:
     return {_NODE_ID_LABEL: f"!in({','.join(ids)})"} if ids else None
 
 
-class Demand:
-    """What an autoscaler, where there is one, is told that the run wants beyond the workers it has."""
+def uses() -> dict[str, dict[str, float]]:
+    """What other jobs' placement groups hold, by job: its command and number. Single tasks and actors do not show."""
+    commands = {job["JobID"]: job["Entrypoint"] for job in state.jobs()}
+    own = ray.get_runtime_context().get_job_id()
+    found: dict[str, Counter[str]] = {}
+    for serialized in state.state._connect_and_get_accessor().get_placement_group_table():  # noqa: SLF001
+        group = PlacementGroupTableData.FromString(serialized)
+        job = group.creator_job_id.hex()
+        if group.state == PlacementGroupTableData.CREATED and job != own:
+            using = found.setdefault(f"`{_shortened(commands.get(job, ''))}` (job {job})", Counter())
+            for bundle in group.bundles:
+                using.update(bundle.unit_resources)
+    return {job: dict(using) for job, using in found.items()}
 
-    def __init__(self, wanted: Wanted) -> None:
-        self._bundles = [dict(wanted.each)] * wanted.most
-        self._made = False
 
-    def make(self) -> None:
-        """Ask for the most workers. To be repeated: Ray Train's own request replaces this one every 20 s."""
-        request_resources(bundles=self._bundles)
-        self._made = True
-
-    def withdraw(self) -> None:
-        """Ask for nothing any more, if anything was asked for: the request is one for the whole cluster."""
-        if self._made:
-            request_resources(bundles=[])
+def _shortened(command: str) -> str:
+    """The end of a command: what tells one from another."""
+    return command if len(command) <= _COMMAND_SHOWN else f"...{command[-_COMMAND_SHOWN:]}"
 
 
 def give_back(places: Iterable[str]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -18,7 +18,7 @@ import ray.exceptions
 from llm_training_toolkit.config import Config
 from llm_training_toolkit.console import Console
 from llm_training_toolkit.errors import LaunchError
-from llm_training_toolkit.launch.environment import is_local, too_many
+from llm_training_toolkit.launch.environment import is_local
 from llm_training_toolkit.launch.outcome import EXIT_CODES
 from llm_training_toolkit.launch.output import redirect
 from llm_training_toolkit.launch.room import Wanted
@@ -48,12 +48,10 @@ def cluster(console: Console) -> Iterator[None]:
         ray.shutdown()
 
 
-def _wanted(config: Config, resources: Mapping[str, float], console: Console) -> Wanted:
-    """The workers to ask for; checks on the way that the cluster has what the run needs at least."""
+def _wanted(config: Config, gpus_there: float, console: Console) -> Wanted:
+    """The workers to ask for, on a cluster that has so many GPUs now."""
     asked = config.cluster
-    if resources.get("CPU", 0.0) < asked.fewest * asked.cpus_per_worker:
-        raise LaunchError(too_many(config, f"the cluster has {resources.get('CPU', 0.0):g}"))
-    gpus = _gpus_per_worker(config, resources.get("GPU", 0.0), console)
+    gpus = _gpus_per_worker(config, gpus_there, console)
     each = {"CPU": float(asked.cpus_per_worker)} | ({"GPU": float(gpus)} if gpus else {})
     return Wanted(asked.fewest, asked.most, each, asked.placement)
 
@@ -61,31 +59,27 @@ def _wanted(config: Config, resources: Mapping[str, float], console: Console) ->
 def _gpus_per_worker(config: Config, gpus: float, console: Console) -> int:
     """GPUs a worker takes, of `gpus` in the cluster."""
     fewest = config.cluster.fewest
-    if config.cluster.gpus_per_worker == "auto":
-        if 0 < gpus < fewest:
-            console.say(
-                f"note: {gpus:g} GPUs for {fewest} workers: training on CPU; cluster.workers={gpus:g} uses them"
-            )
-        return 1 if gpus >= fewest else 0
-    if gpus < fewest * config.cluster.gpus_per_worker:
-        raise LaunchError(
-            f"cluster.workers = {fewest} with {config.cluster.gpus_per_worker} GPU each: the cluster has {gpus:g} "
-            "GPUs; lower cluster.workers, or set cluster.gpus_per_worker to 0"
+    if config.cluster.gpus_per_worker != "auto":
+        return config.cluster.gpus_per_worker
+    if 0 < gpus < fewest:
+        console.say(
+            f"note: {gpus:g} GPUs for {fewest} workers: training on CPU; cluster.workers={gpus:g} uses them, "
+            "cluster.gpus_per_worker=1 waits for more"
         )
-    return config.cluster.gpus_per_worker
+    return 1 if gpus >= fewest else 0
 
 
 def run_on_ray(run: RunDirectory, config: Config, console: Console) -> dict[str, Any]:
     """Train on Ray workers; what `work` returns on rank 0 comes back. Raises ToolkitError."""
     redirect(run.path / "logs" / "driver.log")
     with cluster(console):
-        wanted = _wanted(config, ray.cluster_resources(), console)
+        wanted = _wanted(config, ray.cluster_resources().get("GPU", 0.0), console)
         console.stage("starting workers", 0, 1)
+        from llm_training_toolkit.launch.autoscaler import Autoscaler
         from llm_training_toolkit.launch.group import Job  # Ray Train comes with it, and torch with that
         from llm_training_toolkit.launch.groups import Groups
-        from llm_training_toolkit.launch.nodes import Demand
 
-        groups = Groups(Job(run, config, wanted, Demand(wanted)), console)
+        groups = Groups(Job(run, config, wanted, Autoscaler(wanted)), console)
 
         def stop() -> None:
             console.say("stopping after this step, with a checkpoint (Ctrl-C again: at once, without)")

@@ -63,5 +63,15 @@ def room_beside(nodes: Iterable[Node], wanted: Wanted, own: Mapping[str, int]) -
     return wanted.room(_with_own(node, wanted.each, own.get(node.id, 0)) for node in nodes)
 
 
+def used_by_others(nodes: Iterable[Node], wanted: Wanted, own: Mapping[str, int]) -> list[Resources]:
+    """What of a worker's resources is in use on each node, without the run's own workers: `own` as above."""
+    found = []
+    for node in nodes:
+        free = _with_own(node, wanted.each, own.get(node.id, 0))
+        used = {name: round(node.total.get(name, 0.0) - amount, 4) for name, amount in free.items()}
+        found.append({name: amount for name, amount in used.items() if amount > 0})
+    return [used for used in found if used]
+
+
 def _with_own(node: Node, each: Resources, count: int) -> Resources:
     return {name: node.free.get(name, 0.0) + count * amount for name, amount in each.items()}
