@@ -13,6 +13,7 @@ import typer
 
 from llm_training_toolkit import __version__
 from llm_training_toolkit.cli_evaluate import evaluate
+from llm_training_toolkit.cli_jobs import jobs, submit
 from llm_training_toolkit.errors import ToolkitError
 
 app = typer.Typer(
@@ -200,26 +201,6 @@ def train(
 
 
 @app.command()
-def submit(
-    config: ConfigFile,
-    overrides: Overrides = None,
-    *,
-    address: Annotated[
-        str, typer.Option(envvar="RAY_API_SERVER_ADDRESS", help="The cluster's dashboard: http://HOST:8265")
-    ],
-    accept: Annotated[list[str] | None, typer.Option(help="As for `ltt train`.")] = None,
-    extend: Annotated[bool, typer.Option("--extend", help="As for `ltt train`.")] = False,
-) -> None:
-    """Train as a Ray job on a cluster: follow it, stop it with a checkpoint by Ctrl-C, submit again to resume."""
-    from llm_training_toolkit.console import Console
-    from llm_training_toolkit.launch.jobs import submit as submit_job
-    from llm_training_toolkit.launch.outcome import Request
-
-    signal.signal(signal.SIGTERM, _interrupt)
-    raise typer.Exit(submit_job(Request(config, overrides or (), accept or (), extend), address, Console()))
-
-
-@app.command()
 def runs(
     directory: Annotated[Path, typer.Argument(help="The directory that holds the runs.")] = Path("runs"),
     watch: Annotated[bool, typer.Option("--watch", help="Keep the table up to date until Ctrl-C.")] = False,
@@ -299,6 +280,8 @@ def generate(
         typer.echo(f"{prompt}{written}{suffix or ''}")
 
 
+app.command()(submit)
+app.add_typer(jobs, name="jobs")
 app.command()(evaluate)
 
 

@@ -135,8 +135,8 @@ def test_a_finished_run_is_left_alone_by_a_job_too(launch_config: Callable[..., 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"RAY_AUTH_TOKEN": "0" * 64}, "no job can be submitted"),
-        ({"RAY_AUTH_MODE": "disabled"}, "no job can be submitted"),
+        ({"RAY_AUTH_TOKEN": "0" * 64}, "cannot be reached"),
+        ({"RAY_AUTH_MODE": "disabled"}, "cannot be reached"),
     ],
 )
 def test_a_wrong_token_is_said(
@@ -156,7 +156,7 @@ def test_a_wrong_address_and_a_lost_run_directory_are_refused(launch_config: Cal
     config = launch_config("job", **SECTIONS)
     nowhere = Head(f"http://127.0.0.1:{_free_port()}", head.environment)
     for command, code, words in (
-        (submit(config, nowhere), 1, "no job can be submitted"),
+        (submit(config, nowhere), 1, "cannot be reached"),
         (submit(config, head, "run.dir=runs"), 2, "give a path that every node sees"),
         (submit(config, head, "cluster.workers=0"), 2, "cluster.workers = 0"),
     ):

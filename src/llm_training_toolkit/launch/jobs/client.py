@@ -1,0 +1,109 @@
+"""The way to a cluster's jobs: reached, or a message that says why not; and the jobs that are runs of this toolkit."""
+
+from __future__ import annotations
+
+import difflib
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from llm_training_toolkit.errors import LaunchError
+
+RUN_NAME = "ltt_run"
+"""Where a job's metadata hold the name of its run, which is the key to resume by."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job of the cluster that is a run."""
+
+    id: str
+    run: str
+    """Its name; empty where it was submitted by `ray job submit`."""
+    status: str
+    """As Ray says it, in lower case: pending, running, stopped, succeeded, failed."""
+    is_over: bool
+    entrypoint: str
+    message: str
+    began: float
+    """Seconds since 1970; 0 = not yet."""
+    ended: float
+    """The same; 0 = not yet."""
+    exit_code: int | None
+    """Of its driver."""
+
+
+@contextmanager
+def reachable(address: str) -> Iterator[None]:
+    """Put Ray's complaints about an address or a token into words."""
+    from ray.exceptions import RayError
+
+    try:
+        yield
+    except (RayError, ConnectionError, RuntimeError, ValueError, OSError) as error:
+        first = (str(error).strip() or repr(error)).splitlines()[0]
+        raise LaunchError(
+            f"the jobs of {address} cannot be reached: {first}. It is the address of the dashboard (http://HOST:8265), "
+            "which needs ray[default] on the head; a cluster with token authentication wants RAY_AUTH_MODE=token and "
+            "the token in RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
+        ) from error
+
+
+def connect(address: str) -> Any:  # noqa: ANN401 - Ray has no types
+    """A client of the cluster's jobs. Raises LaunchError where it cannot be reached, or runs another Ray than here."""
+    from ray.job_submission import JobSubmissionClient
+
+    with reachable(address):
+        client = JobSubmissionClient(address)
+    version = client._server_ray_version  # noqa: SLF001 - read when the client checks the connection
+    if version != ray.__version__:
+        raise LaunchError(
+            f"{address} runs Ray {version}, here is Ray {ray.__version__}: install ray=={version} here, or the "
+            "cluster's from requirements.txt"
+        )
+    return client
+
+
+def jobs_of(client: Any) -> list[Job]:  # noqa: ANN401
+    """The cluster's jobs that are runs of this toolkit, oldest first."""
+    found = [_job(details) for details in client.list_jobs() if details.submission_id]
+    return sorted((job for job in found if job.run or _is_run(job.entrypoint)), key=lambda job: (job.began, job.id))
+
+
+def find(client: Any, name: str) -> Job:  # noqa: ANN401
+    """The newest job of a run's name, or the job of this id. Raises LaunchError with names that are there."""
+    known = jobs_of(client)
+    matching = [job for job in known if name in {job.run, job.id}]
+    if matching:
+        return matching[-1]
+    names = sorted({job.run or job.id for job in known})
+    near = difflib.get_close_matches(name, names, n=3)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"there are: {', '.join(names) or 'none'}"
+    raise LaunchError(f"no job there is the run {name}; {hint}")
+
+
+def _job(details: Any) -> Job:  # noqa: ANN401
+    return Job(
+        id=details.submission_id,
+        run=(details.metadata or {}).get(RUN_NAME, ""),
+        status=details.status.value.lower(),
+        is_over=details.status.is_terminal(),
+        entrypoint=details.entrypoint,
+        message=details.message or "",
+        began=(details.start_time or 0) / 1e3,
+        ended=(details.end_time or 0) / 1e3,
+        exit_code=details.driver_exit_code,
+    )
+
+
+def _is_run(entrypoint: str) -> bool:
+    """Whether a command trains by this toolkit, as `ray job submit -- ltt train …` does."""
+    try:
+        words = shlex.split(entrypoint)
+    except ValueError:
+        return False
+    return any(word.rsplit("/", maxsplit=1)[-1] == "ltt" for word in words[:2]) and "train" in words
