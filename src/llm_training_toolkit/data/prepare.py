@@ -86,10 +86,16 @@ class Stream:
     """Whether every epoch has tokens of its own, because of fill-in-the-middle."""
 
 
+def cache_of(config: Config) -> Path:
+    """Where prepared data lies, shared by runs: `<run.dir>/.cache`, or data.cache."""
+    folder = Path(config.run.dir, ".cache") if config.data.cache == "auto" else Path(config.data.cache)
+    return folder.expanduser().resolve()
+
+
 class Preparation:
     """The data of one configuration: every part is looked for on disk first and built when it is not there.
 
-    The files of the sources are listed once, when it is made. The cache is `<run.dir>/.cache`, or data.cache.
+    The files of the sources are listed once, when it is made.
     progress(stage, done, total) is called as documents pass, with total 0 while it is not known. Raises DataError for
     whatever is wrong with sources, documents or tokenizer.
     """
@@ -97,8 +103,7 @@ class Preparation:
     def __init__(self, config: Config, markers: Markers, progress: Progress, runner: Runner) -> None:
         self.data, self.tokenizer, self.seed = config.data, config.tokenizer, config.run.seed
         self.markers, self.progress, self.runner = markers, progress, runner
-        folder = Path(config.run.dir, ".cache") if self.data.cache == "auto" else Path(self.data.cache)
-        self.cache = folder.expanduser().resolve()
+        self.cache = cache_of(config)
         self.sources = all_sources(self.data)
         self.streams = _streams(self.data)
         self._epochs: dict[tuple[str, int], EpochReceipt] = {}

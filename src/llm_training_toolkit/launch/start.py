@@ -12,7 +12,7 @@ from llm_training_toolkit.config import Config, load, to_json
 from llm_training_toolkit.console import Console
 from llm_training_toolkit.data.receipt import Receipt
 from llm_training_toolkit.launch.ahead import preparing_ahead
-from llm_training_toolkit.launch.environment import check_machine, check_quantization, prepare_environment
+from llm_training_toolkit.launch.environment import check_machine, check_quantization, is_local, prepare_environment
 from llm_training_toolkit.launch.outcome import Outcome, Request
 from llm_training_toolkit.launch.place import is_first_rank, ranks_started
 from llm_training_toolkit.launch.preparation import facts_of, preparation_of, prepare_epochs, receipt_lines
@@ -47,6 +47,7 @@ def start(request: Request, console: Console) -> Outcome:
         check_quantization(config)
         if config.cluster.workers != 0:
             check_machine(config)
+            _check_nodes(run, config, console)
         receipt = _prepare(config, standing, request, console)
         plan = require(make_plan(config, facts_of(receipt, standing.step, standing.sequences), replicas))
         shutil.copyfile(request.config, run.config)
@@ -55,6 +56,16 @@ def start(request: Request, console: Console) -> Outcome:
             console.say(line)
         with preparing_ahead(run, config, facts_of(receipt, standing.step, standing.sequences), console):
             return _outcome(run, train(run, config, console))
+
+
+def _check_nodes(run: RunDirectory, config: Config, console: Console) -> None:
+    """Refuse nodes of a cluster that could not work on the run."""
+    if is_local():
+        return
+    prepare_environment()
+    from llm_training_toolkit.launch.preflight import check_nodes
+
+    check_nodes(run, config, console)
 
 
 def _take_part(run: RunDirectory, config: Config, console: Console) -> Outcome:

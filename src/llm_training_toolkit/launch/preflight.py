@@ -1,0 +1,97 @@
+"""Whether the nodes of a cluster can work on a run, found out before anything is prepared: storage and toolkit."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import ray
+import ray.exceptions
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from llm_training_toolkit import __version__
+from llm_training_toolkit.config import Config
+from llm_training_toolkit.console import Console
+from llm_training_toolkit.data.prepare import cache_of
+from llm_training_toolkit.errors import LaunchError
+from llm_training_toolkit.launch import nodes
+from llm_training_toolkit.launch.ray_train import cluster
+from llm_training_toolkit.launch.room import Node
+from llm_training_toolkit.runs import RunDirectory
+
+_ANSWERS_WITHIN = 60.0
+"""Seconds a node has to look: it starts a process for it. One that takes longer is left to what follows."""
+_STAGE = "looking at the nodes"
+
+
+def check_nodes(run: RunDirectory, config: Config, console: Console) -> None:
+    """Look at every node that has room for a worker. Raises LaunchError with all that would fail there later."""
+    folders = {"run.dir": run.path, "data.cache": cache_of(config)}
+    with cluster(console):
+        console.stage(_STAGE, 0, 1)
+        living = [node for node in nodes.living_nodes() if node.total.get("CPU", 0.0) >= config.cluster.cpus_per_worker]
+        with _marked(folders.values()) as mark:
+            problems = list(_problems(living, folders, mark))
+        console.stage(_STAGE, 1, 1)
+    if problems:
+        raise LaunchError("not every node can work on this run:\n" + "\n".join(f"  {problem}" for problem in problems))
+
+
+@contextmanager
+def _marked(folders: Iterable[Path]) -> Iterator[str]:
+    """A file of a new name in every folder, while the nodes look for it."""
+    mark = f".node-check-{secrets.token_hex(8)}"
+    try:
+        for folder in folders:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / mark).touch()
+        yield mark
+    finally:
+        for folder in folders:
+            (folder / mark).unlink(missing_ok=True)
+
+
+def _problems(living: Sequence[Node], folders: Mapping[str, Path], mark: str) -> Iterator[str]:
+    """What is wrong, a line for each node and folder."""
+    look = ray.remote(num_cpus=0, max_retries=0)(look_around)
+    asked = {
+        look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False)).remote(
+            [str(folder) for folder in folders.values()], mark
+        ): node.address
+        for node in living
+    }
+    answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=_ANSWERS_WITHIN)
+    for answer in answered:
+        address = asked[answer]
+        try:
+            version, found = ray.get(answer)
+        except ray.exceptions.RayTaskError as error:
+            cause = f"{type(error.cause).__name__}: {error.cause}"
+            yield f"node {address} cannot run the toolkit ({cause}): install the same version there"
+            continue
+        except ray.exceptions.RayError:
+            continue  # the node has gone meanwhile: whoever starts workers sees that too
+        if version != __version__:
+            yield f"node {address} has version {version} of the toolkit, here is {__version__}: install the same version"
+        for (field, folder), problem in zip(folders.items(), found, strict=True):
+            if problem:
+                yield f"node {address} {problem} ({field} = {folder}): it must be storage that every node shares"
+
+
+def look_around(folders: Sequence[str], mark: str) -> tuple[str, list[str]]:
+    """On a node: its version of the toolkit, and what is wrong with each folder, empty where it is fine."""
+    return __version__, [_wrong_with(Path(folder), mark) for folder in folders]
+
+
+def _wrong_with(folder: Path, mark: str) -> str:
+    if not (folder / mark).is_file():
+        return "does not see what was just written"
+    own = folder / f"{mark}-{secrets.token_hex(8)}"
+    try:
+        own.touch()
+        own.unlink()
+    except OSError as error:
+        return f"cannot write: {error.strerror}"
+    return ""

@@ -1,0 +1,108 @@
+"""Nodes that cannot work on a run are named before anything is prepared: real nodes, with views of the disk of their own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from launch.conftest import Environment, command, run_of
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(180)]
+RAY = str(Path(sys.executable).parent / "ray")
+
+
+@pytest.fixture
+def head(ray_environment: Environment) -> Iterator[str]:
+    """A cluster whose head has no CPU."""
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    yield cluster.address
+    cluster.shutdown()
+
+
+@contextmanager
+def node(head: str, environment: Environment, address: str, before: str = "") -> Iterator[None]:
+    """A node of one CPU that has run `before` in a mount namespace of its own."""
+    start = f"exec {RAY} start --address {head} --num-cpus 1 --node-ip-address {address} --block --disable-usage-stats"
+    command = ["sh", "-c", f"{before}\n{start}"]
+    if before:
+        command = ["unshare", "--mount", *command]
+    with subprocess.Popen(command, env=dict(environment), stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        try:
+            _wait_for(head, address, environment, process)
+            yield
+        finally:
+            process.terminate()
+
+
+def _wait_for(head: str, address: str, environment: Mapping[str, str], process: subprocess.Popen[bytes]) -> None:
+    ask = "import ray; ray.init(logging_level='error'); print([n['NodeManagerAddress'] for n in ray.nodes() if n['Alive']])"
+    end = time.monotonic() + 60
+    while True:
+        asked = subprocess.run(
+            [sys.executable, "-c", ask],
+            env={**environment, "RAY_ADDRESS": head},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        if f"'{address}'" in asked.stdout:
+            return
+        assert process.poll() is None
+        assert time.monotonic() < end
+
+
+def _may_mount() -> bool:
+    unshare = shutil.which("unshare")
+    return (
+        bool(unshare) and not subprocess.run([unshare, "--mount", "true"], capture_output=True, check=False).returncode
+    )
+
+
+@pytest.mark.skipif(not _may_mount(), reason="this user may not mount")
+def test_storage_that_a_node_does_not_share_is_named(
+    head: str, launch_config: Callable[..., Path], ray_environment: Environment, tmp_path: Path
+) -> None:
+    config = launch_config("unshared", cluster={"workers": 2}, data={"cache": str(tmp_path / "cache")})
+    run, cache = run_of(config), tmp_path / "cache"
+    run.path.mkdir(parents=True, exist_ok=True)
+    cache.mkdir()
+    hidden = f"mount -t tmpfs none {run.path}"
+    sealed = f"mount --bind {cache} {cache} && mount -o remount,bind,ro {cache}"
+    with node(head, ray_environment, "127.0.1.7", hidden), node(head, ray_environment, "127.0.1.8", sealed):
+        done = subprocess.run(
+            command(config), env={**ray_environment, "RAY_ADDRESS": head}, capture_output=True, text=True, check=False
+        )
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert f"node 127.0.1.7 does not see what was just written (run.dir = {run.path})" in done.stderr
+    assert f"node 127.0.1.8 cannot write: Read-only file system (data.cache = {cache})" in done.stderr
+    assert not list(run.path.glob(".node-check*"))
+    assert not run.resolved.exists()
+
+
+def test_a_node_with_another_version_of_the_toolkit_is_named(
+    head: str, launch_config: Callable[..., Path], ray_environment: Environment, tmp_path: Path
+) -> None:
+    import llm_training_toolkit
+
+    copy = tmp_path / "llm_training_toolkit"
+    shutil.copytree(Path(llm_training_toolkit.__file__).parent, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    initial = copy / "__init__.py"
+    initial.write_text(initial.read_text() + '\n__version__ = "0.0.1"\n')
+    config = launch_config("versions", cluster={"workers": 1})
+    older = {**ray_environment, "PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    with node(head, older, "127.0.1.9"):
+        done = subprocess.run(
+            command(config), env={**ray_environment, "RAY_ADDRESS": head}, capture_output=True, text=True, check=False
+        )
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "node 127.0.1.9 has version 0.0.1 of the toolkit, here is" in done.stderr
