@@ -74,7 +74,7 @@ def _problems(living: Sequence[Node], folders: Mapping[str, Path], mark: str) ->
         except ray.exceptions.RayError:
             continue  # the node has gone meanwhile: whoever starts workers sees that too
         if version != __version__:
-            yield f"node {address} has version {version} of the toolkit, here is {__version__}: install the same version"
+            yield f"node {address} has version {version} of the toolkit, this machine {__version__}: install the same"
         for (field, folder), problem in zip(folders.items(), found, strict=True):
             if problem:
                 yield f"node {address} {problem} ({field} = {folder}): it must be storage that every node shares"
