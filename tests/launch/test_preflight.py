@@ -1,4 +1,4 @@
-"""Nodes that cannot work on a run are named before anything is prepared: real nodes, with views of the disk of their own."""
+"""Nodes that cannot work on a run are named before anything is prepared: real nodes, each with a disk of its own."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def node(head: str, environment: Environment, address: str, before: str = "") ->
 
 
 def _wait_for(head: str, address: str, environment: Mapping[str, str], process: subprocess.Popen[bytes]) -> None:
-    ask = "import ray; ray.init(logging_level='error'); print([n['NodeManagerAddress'] for n in ray.nodes() if n['Alive']])"
+    ask = "import ray; ray.init(logging_level='error'); print([n['NodeManagerAddress'] for n in ray.nodes()])"
     end = time.monotonic() + 60
     while True:
         asked = subprocess.run(
@@ -63,9 +63,7 @@ def _wait_for(head: str, address: str, environment: Mapping[str, str], process: 
 
 def _may_mount() -> bool:
     unshare = shutil.which("unshare")
-    return (
-        bool(unshare) and not subprocess.run([unshare, "--mount", "true"], capture_output=True, check=False).returncode
-    )
+    return unshare is not None and not subprocess.run([unshare, "--mount", "true"], check=False).returncode
 
 
 @pytest.mark.skipif(not _may_mount(), reason="this user may not mount")
@@ -105,4 +103,4 @@ def test_a_node_with_another_version_of_the_toolkit_is_named(
             command(config), env={**ray_environment, "RAY_ADDRESS": head}, capture_output=True, text=True, check=False
         )
     assert done.returncode == 1, done.stdout + done.stderr
-    assert "node 127.0.1.9 has version 0.0.1 of the toolkit, here is" in done.stderr
+    assert "node 127.0.1.9 has version 0.0.1 of the toolkit, this machine" in done.stderr

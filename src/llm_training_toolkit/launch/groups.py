@@ -89,11 +89,11 @@ class Groups:
 
         Raises LaunchError when there is no room for the fewest within `cluster.wait`, or never can be.
         """
-        is_first = self._group is None
+        is_first, left_out = self._group is None, self._left_out()
         waiting = Waiting(self._job.config, self._wanted, self._job.autoscaler, self._console)
         while not self._stop:
             living = nodes.living_nodes()
-            good = usable(nodes.answering(living), self._wanted, self._left_out())
+            good = usable(nodes.answering(living), self._wanted, left_out)
             now = self._wanted.room(node.free for node in good)
             settled = is_first or waiting.seconds > _SETTLES_WITHIN
             if now >= self._wanted.fewest and (settled or now >= self._wanted.room(node.total for node in good)):
