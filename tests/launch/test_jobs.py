@@ -13,26 +13,35 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import IO, Any
 
 import pytest
 
-from launch.conftest import run_of, wait_for_step
-from llm_training_toolkit.runs import RunDirectory
+from launch.broken_connection import Connection
+from launch.conftest import command, run_of, wait_for_step
+from llm_training_toolkit.runs import RunDirectory, attempt_record
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(400)]
 BIN = Path(sys.executable).parent
-STEPS = 600
-SECTIONS = {"train": {"steps": STEPS, "global_batch": 4, "micro_batch": 2}}
+STEPS = 900
+SECTIONS = {
+    "train": {"steps": STEPS, "global_batch": 4, "micro_batch": 2, "precision": "fp32"},
+    "cluster": {"workers": [2, 3], "env": {"SAID_IN_THE_CONFIGURATION": "yes"}},
+}
+NODES = ("127.0.1.1", "127.0.1.2", "127.0.1.3")
 
 
 @dataclass(frozen=True)
 class Head:
-    """A running head node."""
+    """A running head node without CPUs, and three nodes with one each and addresses of their own."""
 
     address: str
+    """Of its dashboard."""
     environment: Mapping[str, str]
+    nodes: list[subprocess.Popen[bytes]]
 
 
 def _free_port() -> str:
@@ -51,20 +60,41 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
     }
-    dashboard = _free_port()
-    command = [str(BIN / "ray"), "start", "--head", "--block", "--num-cpus", "4", "--temp-dir", str(folder)]
-    command += ["--port", _free_port(), "--dashboard-port", dashboard, "--ray-client-server-port", _free_port()]
+    dashboard, port = _free_port(), _free_port()
+    command = [str(BIN / "ray"), "start", "--head", "--block", "--num-cpus", "0", "--temp-dir", str(folder)]
+    command += ["--port", port, "--dashboard-port", dashboard, "--ray-client-server-port", _free_port()]
     command += ["--dashboard-agent-listen-port", _free_port(), "--disable-usage-stats"]
     log = tmp_path_factory.mktemp("head") / "log"
-    with log.open("w") as out, subprocess.Popen(command, env=environment, stdout=out, stderr=out) as process:
-        try:
-            address = f"http://127.0.0.1:{dashboard}"
-            _wait_for_jobs(address, environment, process, log)
-            yield Head(address, environment)
-        finally:
-            process.terminate()
-            process.wait(timeout=60)
+    with ExitStack() as running, log.open("w") as out:
+        address = f"http://127.0.0.1:{dashboard}"
+        process = _start(command, environment, out, running)
+        _wait_for_jobs(address, environment, process, log)
+        joining = [str(BIN / "ray"), "start", "--address", f"127.0.0.1:{port}", "--block", "--num-cpus", "1"]
+        nodes = [
+            _start(
+                [*joining, "--node-ip-address", node, "--dashboard-agent-listen-port", _free_port()],
+                environment,
+                out,
+                running,
+            )
+            for node in NODES
+        ]
+        yield Head(address, environment, nodes)
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def _start(
+    command: list[str], environment: Mapping[str, str], out: IO[str], running: ExitStack
+) -> subprocess.Popen[bytes]:
+    """A process that is ended with the others."""
+    process = subprocess.Popen(command, env=environment, stdout=out, stderr=out)
+
+    def end() -> None:
+        process.terminate()
+        process.wait(timeout=60)
+
+    running.callback(end)
+    return process
 
 
 def _wait_for_jobs(address: str, environment: Mapping[str, str], process: subprocess.Popen[bytes], log: Path) -> None:
@@ -82,45 +112,107 @@ def submit(config: Path, head: Head, *arguments: str) -> list[str]:
     return [str(BIN / "ltt"), "submit", config.name, "--address", head.address, *arguments]
 
 
-def steps_of(run: RunDirectory) -> list[int]:
+def jobs(head: Head, *arguments: str) -> list[str]:
+    """`ltt jobs`."""
+    return [str(BIN / "ltt"), "jobs", *arguments, "--address", head.address]
+
+
+def run_command(command: list[str], config: Path, environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, env=environment, cwd=config.parent, capture_output=True, text=True, check=False)
+
+
+@contextmanager
+def going_on(
+    command: list[str], config: Path, head: Head, stdin: int = subprocess.DEVNULL
+) -> Iterator[subprocess.Popen[str]]:
+    pipes = {"stdin": stdin, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, env=head.environment, cwd=config.parent, text=True, **pipes) as process:  # type: ignore[call-overload]
+        yield process
+
+
+def rows_of(run: RunDirectory) -> list[dict[str, Any]]:
+    """What was recorded of the steps."""
     rows = [json.loads(line) for line in run.metrics.read_text().splitlines()]
-    return [row["step"] for row in rows if "train/loss" in row]
+    return [row for row in rows if "train/loss" in row]
 
 
-def test_a_job_is_followed_stopped_with_a_checkpoint_and_resumed(
+def test_a_run_on_three_nodes_is_followed_left_alone_stopped_resumed_on_two_and_finished(
     launch_config: Callable[..., Path], head: Head
 ) -> None:
     config = launch_config("job", **SECTIONS)
+    stopped = follow_and_stop(config, head)
+    head.nodes.pop().terminate()
+    resume_leave_alone_and_stop(config, head, stopped)
+    plain = [str(BIN / "ray"), "job", "submit", "--address", head.address, "--working-dir", str(config.parent)]
+    done = run_command([*plain, "--", "ltt", "train", config.name], config, head.environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+    alone = launch_config("job-alone", **SECTIONS | {"cluster": {"workers": 0}})
+    assert run_command(command(alone), alone, os.environ).returncode == 0
+    found, wanted = rows_of(run_of(config)), rows_of(run_of(alone))
+    assert [row["step"] for row in found] == list(range(1, STEPS + 1))
+    assert [row["train/tokens"] for row in found] == [row["train/tokens"] for row in wanted]
+    apart = [abs(mine["train/loss"] / other["train/loss"] - 1) for mine, other in zip(found, wanted, strict=True)]
+    assert max(apart) < 1e-5
+
+
+def follow_and_stop(config: Path, head: Head) -> int:
+    """Submit the run, over a connection that breaks for a while, and stop it by Ctrl-C; the step it has stopped at."""
     run = run_of(config)
-    with subprocess.Popen(
-        submit(config, head),
-        env=head.environment,
-        cwd=config.parent,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
+    connection = Connection(int(head.address.rsplit(":", maxsplit=1)[-1]))
+    through = replace(head, address=f"http://127.0.0.1:{connection.port}")
+    with going_on(submit(config, through), config, head) as process:
         wait_for_step(run, 5, process)
-        second = subprocess.run(
-            submit(config, head), env=head.environment, cwd=config.parent, capture_output=True, text=True, check=False
-        )
+        second = run_command(submit(config, head), config, head.environment)
+        connection.cut()
+        time.sleep(3)
+        connection.mend()
+        wait_for_step(run, rows_of(run)[-1]["step"] + 5, process)
+        time.sleep(3)  # until it has read on
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=120)
     assert second.returncode == 1
     assert "run job is going on there as job" in second.stderr
     assert process.returncode == 75, err
-    assert "with a checkpoint" in out
-    stopped = steps_of(run)[-1]
+    assert " of this folder" in out
+    assert out.count("is lost; trying again") == 1
+    assert out.count("starting with 3 workers of 2 to 3") == 1, "what was shown before is not shown again"
+    stopped = rows_of(run)[-1]["step"]
     assert 5 <= stopped < STEPS
     assert run.checkpoint(stopped, 1).is_dir()
+    return stopped
 
-    plain = [str(BIN / "ray"), "job", "submit", "--address", head.address, "--working-dir", str(config.parent)]
-    done = subprocess.run(
-        [*plain, "--", "ltt", "train", config.name], env=head.environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert f"resuming from step_{stopped:09d}_a1" in done.stdout
-    assert steps_of(run) == list(range(1, STEPS + 1))
+
+def resume_leave_alone_and_stop(config: Path, head: Head, stopped: int) -> None:
+    """Go on from where it stopped, leave it alone at a keyboard, stop it from elsewhere."""
+    run = run_of(config)
+    ours, theirs = os.openpty()
+    with going_on(jobs(head, "resume", "job"), config, head, stdin=theirs) as process:
+        wait_for_step(run, stopped + 5, process)
+        process.send_signal(signal.SIGINT)
+        os.write(ours, b"d\n")
+        out, err = process.communicate(timeout=60)
+    os.close(ours)
+    os.close(theirs)
+    assert process.returncode == 0, err
+    assert f"resuming from step_{stopped:09d}_a1" in out
+    assert "the run goes on; `ltt jobs logs job` follows it again" in out
+    [first, now] = json.loads(run_command([*jobs(head), "--json"], config, head.environment).stdout)
+    assert (first["run"], first["status"], now["run"], now["status"]) == ("job", "stopped", "job", "running")
+    left = run_command(jobs(head, "stop", "job"), config, head.environment)
+    assert left.returncode == 0, left.stderr
+    assert "stopped; `ltt jobs resume job` goes on" in left.stdout
+    assert attempt_record(run, 2)["workers"] == 2
+    shown = run_command(jobs(head, "logs", "job"), config, head.environment)
+    assert shown.returncode == 75
+    assert f"resuming from step_{stopped:09d}_a1" in shown.stdout
+
+
+def test_a_run_that_is_not_there_is_said(launch_config: Callable[..., Path], head: Head) -> None:
+    config = launch_config("job", **SECTIONS)
+    done = run_command(jobs(head, "logs", "jobs"), config, head.environment)
+    assert done.returncode == 1
+    assert "no job there is the run jobs; did you mean job?" in done.stderr
 
 
 def test_a_finished_run_is_left_alone_by_a_job_too(launch_config: Callable[..., Path], head: Head) -> None:
@@ -154,14 +246,12 @@ def test_a_wrong_token_is_said(
 
 def test_a_wrong_address_and_a_lost_run_directory_are_refused(launch_config: Callable[..., Path], head: Head) -> None:
     config = launch_config("job", **SECTIONS)
-    nowhere = Head(f"http://127.0.0.1:{_free_port()}", head.environment)
-    for command, code, words in (
+    nowhere = replace(head, address=f"http://127.0.0.1:{_free_port()}")
+    for wrong, code, words in (
         (submit(config, nowhere), 1, "cannot be reached"),
         (submit(config, head, "run.dir=runs"), 2, "give a path that every node sees"),
         (submit(config, head, "cluster.workers=0"), 2, "cluster.workers = 0"),
     ):
-        done = subprocess.run(
-            command, env=head.environment, cwd=config.parent, capture_output=True, text=True, check=False
-        )
+        done = run_command(wrong, config, head.environment)
         assert done.returncode == code, done.stderr
         assert words in done.stderr

@@ -32,14 +32,15 @@ def what_travels(folder: Path) -> str:
     # Ray's own walk, so that what is counted is what it will pack.
     _dir_travel(folder, [_get_excludes(folder, EXCLUDED)], add, include_gitignore=True)
     total = sum(sizes.values())
+    carried = f"{files:,} {'file' if files == 1 else 'files'}, {_in_words(total)}"
     if total >= GCS_STORAGE_MAX_SIZE:
         largest = ", ".join(f"{name} {_in_words(size)}" for name, size in sizes.most_common(_LARGEST))
         raise PlanError(
-            f"the current folder holds {_in_words(total)} in {files:,} files, a job carries less than "
+            f"the current folder holds {carried}, a job carries less than "
             f"{_in_words(GCS_STORAGE_MAX_SIZE)} of code. Largest: {largest}. Keep data where the cluster reads it, or "
             "name what stays here in .rayignore (written like .gitignore)"
         )
-    return f"{files:,} {'file' if files == 1 else 'files'}, {_in_words(total)}"
+    return carried
 
 
 def _in_words(size: float) -> str:

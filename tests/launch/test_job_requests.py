@@ -1,0 +1,50 @@
+"""What travels with a job, and what a job was asked for."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import pytest
+
+from llm_training_toolkit.errors import LaunchError, PlanError
+from llm_training_toolkit.launch.jobs.client import Job
+from llm_training_toolkit.launch.jobs.package import what_travels
+from llm_training_toolkit.launch.jobs.submit import request_of
+
+
+def job(*words: str) -> Job:
+    return Job("one-1", "one", "stopped", True, shlex.join(words), "", 0.0, 0.0, 75)
+
+
+def test_a_job_is_resumed_with_all_that_it_was_asked_for() -> None:
+    words = ["a b.yaml", "run.dir=/x y", "train.steps=3", "--accept", "optim.lr", "--accept", "documents", "--extend"]
+    request = request_of(job("exec", "ltt", "train", *words))
+    assert request.config == Path("a b.yaml")
+    assert request.overrides == ["run.dir=/x y", "train.steps=3"]
+    assert request.accept == ["optim.lr", "documents"]
+    assert request.extend
+    assert not request_of(job("exec", "ltt", "train", "a.yaml")).extend
+
+
+@pytest.mark.parametrize("words", [["ltt", "train", "a.yaml"], ["exec", "ltt", "train"], ["python", "a.py"]])
+def test_a_job_of_another_command_is_not_guessed_at(words: list[str]) -> None:
+    with pytest.raises(LaunchError, match="was not submitted by `ltt submit`"):
+        request_of(job(*words))
+
+
+def test_only_code_travels(tmp_path: Path) -> None:
+    for name in ("a.yaml", "src/b.py", "runs/one/metrics.jsonl", ".venv/lib/c.py", "model.safetensors", "data/d.txt"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x" * 1000)
+    (tmp_path / ".gitignore").write_text("/data/\n")
+    assert what_travels(tmp_path) == "3 files, 2 kB"
+
+
+def test_a_folder_over_rays_limit_is_refused_with_what_is_large(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    with (tmp_path / "data" / "tokens.bin").open("wb") as file:
+        file.truncate(600 * 2**20)  # sparse: it takes no room
+    with pytest.raises(PlanError, match=r"holds 1 file, 629 MB, .* Largest: data 629 MB"):
+        what_travels(tmp_path)
