@@ -228,6 +228,24 @@ def runs(
 
 
 @app.command()
+def tensorboard(
+    run: Annotated[
+        str,
+        typer.Argument(
+            help="A run, a directory of runs, or the address of one (s3://bucket/runs).", show_default=False
+        ),
+    ],
+    *,
+    host: Annotated[str, typer.Option(help="Who may connect: localhost = this machine alone.")] = "localhost",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 = any that is free.")] = 6006,
+) -> None:
+    """Show a run, or several, in TensorBoard until Ctrl-C."""
+    from llm_training_toolkit.boards import show_in_tensorboard
+
+    show_in_tensorboard(run, host, port)
+
+
+@app.command()
 def export(
     run: Annotated[Path, typer.Argument(help="The directory of a run, such as runs/NAME.", show_default=False)],
     *,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
+import re
+import shlex
 import shutil
 import socket
 import subprocess
@@ -19,11 +20,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from conftest import tiny_config
-from llm_training_toolkit.runs import RunDirectory
-
-BIN = Path(sys.executable).parent
-CLUSTER = Path(__file__).parents[2] / "cluster"
+ROOT = Path(__file__).parents[2]
+CLUSTER = ROOT / "cluster"
 START = [sys.executable, str(CLUSTER / "start.py")]
 
 
@@ -119,23 +117,51 @@ def _wait_for_jobs(cluster: Started) -> str:
     return kept.read_text()
 
 
+def _walk() -> tuple[str, list[str]]:
+    """What docs/clusters.md says to type in the one terminal, and in the other."""
+    section = (ROOT / "docs" / "clusters.md").read_text().split("## This machine")[1].split("\n## ")[0]
+    first, second = re.findall(r"```\n(.*?)\n```", section, re.DOTALL)
+    return first.split("#")[0].strip(), [line.split("  #")[0] for line in second.splitlines()]
+
+
+def test_the_first_line_of_the_walk_starts_the_file() -> None:
+    first, _ = _walk()
+    assert first == "make cluster"
+    recipe = subprocess.run(["make", "-n", "cluster"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert recipe.strip().endswith("/python cluster/start.py")
+
+
 @pytest.mark.cluster
 @pytest.mark.slow
-def test_local_yaml_starts_a_cluster_that_takes_a_run_and_leaves_nothing_behind(
+def test_the_walk_works_as_written_and_the_cluster_leaves_nothing_behind(
     started: Started, corpus: Path, tmp_path: Path
 ) -> None:
-    length = {"steps": 2, "global_batch": 4, "micro_batch": 2}
-    config = tiny_config(corpus, tmp_path / "runs", train=length, cluster={"workers": 1})
-    job = tmp_path / "job"
-    job.mkdir()
-    (job / "tiny.yaml").write_text(json.dumps(json.loads(config.model_dump_json(exclude_unset=True))))
+    """Typed as written, but for the port, the place of the environment, and a smaller run."""
     token = _wait_for_jobs(started)
     assert _answer(started.address, "0" * len(token)) in {401, 403}
-
-    submit = [str(BIN / "ltt"), "submit", "tiny.yaml", "--address", started.address]
-    done = subprocess.run(submit, env=started.environment, cwd=job, capture_output=True, text=True, check=False)
+    _, lines = _walk()
+    smaller = [f"data.sources=[{{path: {corpus}, format: code}}]", "model.shape.hidden_size=64", "train.steps=2"]
+    smaller += ["data.sequence_length=64", "tokenizer.train.vocab_size=512", "cluster.workers=1"]
+    replaced = {
+        "http://127.0.0.1:8265": started.address,
+        ".venv/bin/activate": str(Path(sys.prefix) / "bin" / "activate"),
+        "ltt submit configs/quickstart.yaml": f"ltt submit configs/quickstart.yaml {shlex.join(smaller)}",
+    }
+    for written, typed in replaced.items():
+        assert sum(written in line for line in lines) == 1
+        lines = [line.replace(written, typed) for line in lines]
+    environment = {name: value for name, value in started.environment.items() if name != "RAY_AUTH_MODE"}
+    script = "set -e\n" + "\n".join(f"echo '>>> {number}'\n{line}" for number, line in enumerate(lines))
+    done = subprocess.run(
+        ["bash", "-c", script], env=environment, cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr + started.log.read_text()
-    assert RunDirectory(tmp_path / "runs" / "tiny").checkpoint(2, 1).is_dir()
+    said = dict(part.split("\n", maxsplit=1) for part in done.stdout.split(">>> ")[1:])
+    assert "time           about" in said["3"]
+    assert "submitted as job quickstart-" in said["4"]
+    assert "succeeded" in said["5"]
+    assert "step 2/2" in said["6"]
+    assert "finished" in said["7"]
 
     assert _mentioning(started.folder)
     started.process.terminate()

@@ -19,6 +19,8 @@ import psutil
 
 _HEAD = "f" * 51 + "00000"
 """The head's name for the provider of nodes below."""
+_COMMANDS = ["initialization", "setup", "head_setup", "worker_setup", "head_start_ray", "worker_start_ray"]
+"""Lists that Ray's configuration of a cluster must have, here empty: its provider needs no machine set up."""
 _RAY = str(Path(sys.executable).parent / "ray")
 
 
@@ -65,7 +67,8 @@ def _works_in(process: psutil.Process, folder: Path) -> bool:
 
 def _wait_for(address: str, environment: Mapping[str, str], process: subprocess.Popen[bytes], log: Path) -> None:
     end = time.monotonic() + 60
-    while subprocess.run([_RAY, "health-check", "--address", address], env=environment, check=False).returncode:
+    ask = [_RAY, "health-check", "--address", address]
+    while subprocess.run(ask, env=environment, capture_output=True, check=False).returncode:
         assert process.poll() is None, log.read_text()
         assert time.monotonic() < end, log.read_text()
 
@@ -92,4 +95,8 @@ def _configuration(address: str, most: int) -> dict[str, Any]:
             "cpu-worker": {"node_config": {}, **worker},
         },
         "head_node_type": "ray.head.default",
+        "file_mounts": {},
+        "file_mounts_sync_continuously": False,
+        **dict.fromkeys(["cluster_synced_files", "rsync_exclude", "rsync_filter"], ()),
+        **{f"{name}_commands": [] for name in _COMMANDS},
     }

@@ -177,7 +177,7 @@ def follow_and_stop(config: Path, head: Head) -> int:
     assert " of this folder" in out
     assert out.count("is lost; trying again") == 1
     assert out.count("starting with 3 workers of 2 to 3") == 1, "what was shown before is not shown again"
-    stopped = rows_of(run)[-1]["step"]
+    stopped = int(rows_of(run)[-1]["step"])
     assert 5 <= stopped < STEPS
     assert run.checkpoint(stopped, 1).is_dir()
     return stopped

@@ -453,7 +453,8 @@ class Cluster(Section):
     """Ray Train workers, one device each. `[1, 8]` = elastic: as many as there is room for, from 1 to 8; the run
     shrinks when a node is lost and grows when one comes. 0 = without Ray: this process, or torchrun's ranks."""
     wait: Annotated[Duration, Tag.FREE] = "10m"
-    """How long a run that has lost nodes waits for room for its (fewest) workers before it fails."""
+    """How long a run waits for room for its (fewest) workers, at its start and after it has lost some, before it fails.
+    What can never come is not waited for at the start."""
     gpus_per_worker: Annotated[Literal["auto", 0, 1], BeforeValidator(_whole_number), Tag.FREE] = "auto"
     """GPUs of a worker. `auto` = one where the cluster has one for every worker, otherwise none."""
     cpus_per_worker: Annotated[int, Field(ge=1), Tag.FREE] = 1

@@ -1,0 +1,39 @@
+"""Runs in TensorBoard: its command line, with what a run directory holds."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from llm_training_toolkit.errors import ConfigError
+
+_READS_S3 = "boto3"
+"""What TensorBoard reads s3:// with."""
+
+
+def show_in_tensorboard(where: str, host: str, port: int) -> NoReturn:
+    """Become TensorBoard. Raises ConfigError where there are no runs, or what reads the address is not installed."""
+    options = ["--logdir", log_directory(where), "--host", host, "--port", str(port)]
+    if "://" in where:
+        options += ["--load_fast", "false"]  # its fast reader knows local files alone
+    command = [sys.executable, "-m", "tensorboard.main", *options]
+    os.execv(command[0], command)  # noqa: S606 - Ctrl-C and its exit code are TensorBoard's own
+
+
+def log_directory(where: str) -> str:
+    """What TensorBoard is to look at: it finds the files of every run below. Raises ConfigError as above."""
+    if where.startswith("s3://"):
+        if importlib.util.find_spec(_READS_S3) is None:
+            raise ConfigError(f"{where}: TensorBoard reads s3:// with {_READS_S3}: pip install {_READS_S3}")
+        return where
+    if "://" in where:
+        return where
+    path = Path(where).expanduser().absolute()
+    if next(path.glob("**/events.out.tfevents.*"), None) is None:
+        runs = sorted(found.parent.name for found in path.parent.glob("*/tb"))
+        hint = f"; runs beside it: {', '.join(runs)}" if runs else ""
+        raise ConfigError(f"{where}: no run has written anything for TensorBoard there{hint}")
+    return str(path)
