@@ -22,6 +22,7 @@ import pytest
 
 from launch.broken_connection import Connection
 from launch.conftest import command, run_of, wait_for_step
+from launch.joining import wait_for_nodes
 from llm_training_toolkit.runs import RunDirectory, attempt_record
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(400)]
@@ -79,6 +80,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
             )
             for node in NODES
         ]
+        wait_for_nodes(f"127.0.0.1:{port}", environment, *NODES)
         yield Head(address, environment, nodes)
     shutil.rmtree(folder, ignore_errors=True)
 

@@ -6,14 +6,14 @@ import os
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from launch.conftest import Environment, command, run_of
+from launch.joining import wait_for_nodes
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(180)]
 RAY = str(Path(sys.executable).parent / "ray")
@@ -38,27 +38,10 @@ def node(head: str, environment: Environment, address: str, before: str = "") ->
         command = ["unshare", "--mount", *command]
     with subprocess.Popen(command, env=dict(environment), stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
         try:
-            _wait_for(head, address, environment, process)
+            wait_for_nodes(head, environment, address)
             yield
         finally:
             process.terminate()
-
-
-def _wait_for(head: str, address: str, environment: Mapping[str, str], process: subprocess.Popen[bytes]) -> None:
-    ask = "import ray; ray.init(logging_level='error'); print([n['NodeManagerAddress'] for n in ray.nodes()])"
-    end = time.monotonic() + 60
-    while True:
-        asked = subprocess.run(
-            [sys.executable, "-c", ask],
-            env={**environment, "RAY_ADDRESS": head},
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        if f"'{address}'" in asked.stdout:
-            return
-        assert process.poll() is None
-        assert time.monotonic() < end
 
 
 def _may_mount() -> bool:

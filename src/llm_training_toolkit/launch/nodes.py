@@ -88,7 +88,8 @@ def uses() -> dict[str, dict[str, float]]:
 
 
 def _shortened(command: str) -> str:
-    """The end of a command: what tells one from another."""
+    """The end of a command, on one line: what tells one from another."""
+    command = " ".join(command.split())
     return command if len(command) <= _COMMAND_SHOWN else f"...{command[-_COMMAND_SHOWN:]}"
 
 
