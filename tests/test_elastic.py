@@ -195,6 +195,26 @@ def test_weights_of_another_run_start_a_new_one(pools: Pools, fresh_run: Fresh) 
     assert Checkpoint(final(second)).manifest.step == STEPS
 
 
+def test_weights_of_another_run_keep_the_positions_they_were_trained_with(
+    pools: Pools, fresh_run: Fresh, tmp_path: Path
+) -> None:
+    from llm_training_toolkit.models import build_model
+
+    yarn = {"rope_type": "yarn", "rope_theta": 5e6, "factor": 4.0, "original_max_position_embeddings": 64}
+    first, second = fresh_run("first"), fresh_run("second")
+    place = rank_tasks.place_of(str(first.path))
+    published = {**make_plan(place.config).hf_config, "rope_parameters": yarn, "rms_norm_eps": 1e-5}
+    model: Any = build_model(published, precision="bf16", attention="sdpa")
+    model.save_pretrained(tmp_path / "published")
+    tokenizer = {"path": place.receipt.tokenizer_path, "train": None}
+    for run, origin in ((first, {"path": str(tmp_path / "published")}), (second, {"init_from": str(first.path)})):
+        changes = {"model": {"shape": {}, **origin}, "tokenizer": tokenizer}
+        pools(1).run(rank_tasks.work_on, run=str(run.path), changes=changes, stop_after=1)
+        found = Checkpoint(final(run)).manifest.extra["hf_config"]
+        assert found["rope_parameters"].items() >= yarn.items()
+        assert found["rms_norm_eps"] == 1e-5
+
+
 def test_a_checkpoint_of_another_model_is_refused_by_name(pools: Pools, fresh_run: Fresh) -> None:
     run = fresh_run("other_shape")
     pools(2).run(rank_tasks.work_on, run=str(run.path))

@@ -44,9 +44,10 @@ def build(place: Place, plan: Plan, context: RunContext, checkpoint: Checkpoint 
     _check_device(place.config, context)
     prepare_process(context.device.type)
     path = base_path(place, plan, context) if plan.adapter else place.config.model.path if checkpoint is None else None
-    engine, hf_config = _engine(place.config, plan, context, path, checkpoint)
+    origin = checkpoint or _other_run(place.config, plan)
+    engine, hf_config = _engine(place.config, plan, context, path, origin)
     base = base_of(path, context) if plan.adapter and path else None
-    _load(engine, place.config, checkpoint, base, context)
+    _load(engine, checkpoint, origin, base, context)
     return Built(engine, hf_config, base)
 
 
@@ -62,9 +63,9 @@ def _check_device(config: Config, context: RunContext) -> None:
 
 
 def _engine(
-    config: Config, plan: Plan, context: RunContext, path: str | None, checkpoint: Checkpoint | None
+    config: Config, plan: Plan, context: RunContext, path: str | None, origin: Checkpoint | None
 ) -> tuple[Engine, Mapping[str, Any]]:
-    """The model under DeepSpeed, with the weights at `path` if there is one."""
+    """The model under DeepSpeed, with the weights at `path` if there is one, else those of `origin` later."""
     model_section = config.model
     loads = model_section.path is not None or model_section.init_from is not None
     quantize = plan.adapter is not None and plan.adapter.quantize is not None
@@ -72,7 +73,7 @@ def _engine(
         check_weights(path, plan.hf_config["model_type"])
     with partitioned(plan.deepspeed):
         model = build_model(
-            checkpoint.manifest.extra["hf_config"] if checkpoint and loads else plan.hf_config,
+            _as_trained(origin, plan) if origin and loads else plan.hf_config,
             precision=plan.precision,
             attention=model_section.attention,
             path=path,
@@ -82,7 +83,7 @@ def _engine(
         if path is not None and model_section.grow_vocabulary is not None:
             grow_vocabulary(model, model_section.grow_vocabulary, whole_parameter)
         check_size(model, plan.parameters, model_section.name)
-        if checkpoint is None and path is None and not loads:
+        if origin is None and path is None:
             initialize(model, config.run.seed, whole_parameter)
         hf_config = model.config.to_dict()  # type: ignore[union-attr, operator]
         hf_config.pop("quantization_config", None)  # of these ranks, not of the weights
@@ -101,7 +102,7 @@ def _add_adapters(module: LossModule, model: nn.Module, config: Config, plan: Pl
 
 
 def _load(
-    engine: Engine, config: Config, checkpoint: Checkpoint | None, base: Base | None, context: RunContext
+    engine: Engine, checkpoint: Checkpoint | None, origin: Checkpoint | None, base: Base | None, context: RunContext
 ) -> None:
     """Bring the engine to where the run goes on: its own checkpoint, or the weights of another run."""
     if checkpoint is not None:
@@ -109,8 +110,26 @@ def _load(
             refuse_other_base(Base.from_json(checkpoint.manifest.extra["base"]), base)
         restore(engine, checkpoint)
         context.report({"kind": "note", "message": f"resuming from {checkpoint.directory.name}"})
-    elif config.model.init_from is not None and base is None:
-        restore(engine, _newest_of(config.model.init_from), optimizer=False)
+    elif origin is not None:
+        restore(engine, origin, optimizer=False)
+
+
+def _as_trained(origin: Checkpoint, plan: Plan) -> dict[str, Any]:
+    """The configuration that a checkpoint's weights were trained with: the plan has the size's, and published weights
+    may differ from it in what no parameter shows, such as their rotary positions.
+    """
+    values = dict(origin.manifest.extra["hf_config"])
+    if (values.get("rope_parameters") or {}).get("rope_type") == "default":  # others may scale by this number
+        key = "max_position_embeddings"
+        values[key] = max(values[key], plan.hf_config[key])
+    return values
+
+
+def _other_run(config: Config, plan: Plan) -> Checkpoint | None:
+    """The checkpoint of another run whose weights this one begins with, where its model is trained whole."""
+    if config.model.init_from is None or plan.adapter is not None:
+        return None
+    return _newest_of(config.model.init_from)
 
 
 def _newest_of(init_from: str) -> Checkpoint:
