@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from llm_training_toolkit.errors import CheckpointError
-from llm_training_toolkit.models import build_model
+from llm_training_toolkit.models import LossModule, build_model
 from llm_training_toolkit.models.exported import open_exported
 
 CONFIG: dict[str, Any] = {
@@ -52,6 +52,24 @@ def test_adapters_of_peft_open_with_the_logits_they_had(adapters: tuple[Path, to
     directory, wanted = adapters
     assert torch.equal(logits(open_exported(directory)), wanted)
     assert not torch.equal(logits(open_exported(directory.parent / "base")), wanted)
+
+
+def test_the_loss_of_adapters_is_that_of_an_output_layer_trained_whole(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    base: Any = build_model(CONFIG | {"tie_word_embeddings": False}, precision="fp32", attention="sdpa")
+    base.save_pretrained(tmp_path / "base")
+    base.name_or_path = str(tmp_path / "base")
+    given = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    model: Any = get_peft_model(base, given)
+    torch.nn.init.normal_(model.base_model.model.lm_head.modules_to_save["default"].weight)
+    model.save_pretrained(tmp_path / "adapters")
+
+    opened = open_exported(tmp_path / "adapters")
+    wanted = torch.nn.functional.cross_entropy(logits(opened)[0, :-1], IDS[0, 1:], reduction="sum")
+    labels = torch.cat([IDS[:, 1:], torch.tensor([[-100]])], dim=1)
+    with torch.no_grad():
+        found = LossModule(opened, "auto")(IDS, torch.arange(IDS.shape[1])[None], labels)
+    torch.testing.assert_close(found, wanted)
 
 
 def test_a_base_that_moved_along_is_found(adapters: tuple[Path, torch.Tensor], tmp_path: Path) -> None:

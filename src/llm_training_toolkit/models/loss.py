@@ -156,10 +156,13 @@ class LossModule(nn.Module):
         self.lm = model
         self.draws = Draws()
         """What dropout draws from; whoever runs the forward pass says which sequences it sees."""
-        head = model.get_output_embeddings()  # type: ignore[operator]
-        assert head.bias is None, "LossHead computes the loss without a bias"
-        head.__class__ = LossHead
-        head.loss_chunk = loss_chunk_tokens(loss_chunk, len(head.weight))
+        # Where the head was trained whole beside adapters, peft keeps two: as it was, and as it was trained.
+        given = model.get_output_embeddings().modules()  # type: ignore[operator]
+        heads: list[Any] = [module for module in given if isinstance(module, nn.Linear)]
+        for head in heads:
+            assert head.bias is None, "LossHead computes the loss without a bias"
+            head.__class__ = LossHead
+            head.loss_chunk = loss_chunk_tokens(loss_chunk, len(head.weight))
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, labels: Tensor) -> Tensor:
         """Summed loss of (B, T) tokens; `labels` (B, T) are already shifted, -100 = no loss."""
