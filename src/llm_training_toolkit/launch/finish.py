@@ -18,11 +18,11 @@ from llm_training_toolkit.config import Config
 from llm_training_toolkit.context import Event, RunContext
 from llm_training_toolkit.data.feed import held_out_beginnings
 from llm_training_toolkit.data.receipt import Receipt
-from llm_training_toolkit.errors import CheckpointError, ToolkitError
+from llm_training_toolkit.errors import CheckpointError
 from llm_training_toolkit.export import exported_from
 from llm_training_toolkit.generate import Generator, Sentinels
 from llm_training_toolkit.launch.exporting import Trained, export_checkpoint
-from llm_training_toolkit.launch.tasks import are_carried_out, carry_out
+from llm_training_toolkit.launch.tasks import are_carried_out, carry_out, reason
 from llm_training_toolkit.metrics import Metrics
 from llm_training_toolkit.runs import RunDirectory
 
@@ -74,8 +74,8 @@ def finish(trained: Trained, *, metrics: Metrics, context: RunContext) -> None:
         for sample in samples(run.export, trained.config, trained.receipt, str(context.device)):
             metrics.text(exported.step, f"samples/{sample.title}", sample.to_markdown())
             context.report(sample.to_event())
-    except ToolkitError as error:  # the run and its export are whole; samples are a courtesy
-        context.report({"kind": "warning", "message": f"no samples: {error}"})
+    except Exception as error:  # noqa: BLE001 - the run and its export are whole; samples are a courtesy
+        context.report({"kind": "warning", "message": f"no samples: {reason(error)}"})
     carry_out(trained, metrics=metrics, context=context)
 
 

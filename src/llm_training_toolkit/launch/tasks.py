@@ -7,6 +7,7 @@ the run as it is, finished and exported.
 from __future__ import annotations
 
 import json
+import traceback
 from pathlib import Path
 
 from llm_training_toolkit.config import Config, EvalTask
@@ -32,16 +33,22 @@ def carry_out(trained: Trained, *, metrics: Metrics, context: RunContext) -> Non
         context.report({"kind": "note", "message": f"evaluating {asked.task}"})
         try:
             evaluation = _evaluate(asked, trained, context)
-        except ToolkitError as error:
-            _report_failure(asked, str(error), trained, context)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            _report_failure(asked, "memory ran out", trained, context)
+        except Exception as error:  # noqa: BLE001 - the run is trained and exported: nothing here may end it
+            _report_failure(asked, reason(error), trained, context)
         else:
             metrics.write(evaluation.step or 0, evaluation.metrics())
             context.report({"kind": "note", "message": in_a_line(evaluation)})
     write_atomically(_mark(trained.run), _what(trained.run, trained.config))
+
+
+def reason(error: Exception) -> str:
+    """Why something at the end of a run was not done; what nobody foresaw goes into the log in full."""
+    if isinstance(error, ToolkitError):
+        return str(error)
+    if is_out_of_memory(error):
+        return "memory ran out"
+    traceback.print_exception(error)
+    return f"{type(error).__name__}: {error}"
 
 
 def are_carried_out(run: RunDirectory, config: Config) -> bool:
