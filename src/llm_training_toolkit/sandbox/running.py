@@ -196,6 +196,7 @@ def _bubblewrap(limits: Limits) -> Iterator[str]:
     yield from _bwrap()
     yield from ("--unshare-all", "--unshare-user", "--die-with-parent", "--new-session", "--cap-drop", "ALL")
     yield from ("--uid", "65534", "--gid", "65534", "--proc", "/proc", "--dev", "/dev")
+    yield from ("--remount-ro", "/dev")  # it is memory without a limit, below /dev/shm as well
     yield from ("--size", str(limits.room), "--tmpfs", "/tmp", "--chdir", "/tmp", "--setenv", "HOME", "/tmp")
     for path in visible():  # after /tmp, below which a Python may live
         link = Path(path).is_symlink()
