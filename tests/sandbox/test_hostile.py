@@ -19,6 +19,16 @@ from sandbox.hostile import PROGRAMS
 MARK = 16 * MEGABYTE + 4711
 """A limit no one else sets: it stands in the command line of every process of these tests' programs."""
 LIMITS = Limits(seconds=3.0, memory=256 * MEGABYTE, file=MARK)
+REFUSED = """
+import ctypes, errno, os
+libc = ctypes.CDLL(None, use_errno=True)
+for call, arguments in {
+    "shmget": (0, 4096, 0o1600), "semget": (0, 1, 0o1600), "msgget": (0, 0o1600), "memfd_create": (b"x", 0),
+    "unshare": (0x10000000,), "prctl": (1, 0), "mount": (b"none", b"/tmp", b"tmpfs", 0, None),
+}.items():
+    assert getattr(libc, call)(*arguments) < 0 and ctypes.get_errno() == errno.EPERM, call
+"""
+"""Shared memory, files without a name, namespaces, and living on when the toolkit is dead."""
 Report = Mapping[str, Ended]
 
 
@@ -101,6 +111,7 @@ assert subprocess.run([sys.executable, '-c', 'print(7)'], capture_output=True, t
 """,
         "dataclasses": "from dataclasses import dataclass\n@dataclass\nclass A:\n    x: int\nassert A(1) == A(1)",
         "text of every kind": "assert len('漢字 😀') == 4",
+        "calls that get round limits are refused": REFUSED,
     }
     assert dict(zip(programs, run_all(list(programs.values()), kind, LIMITS, 2), strict=True)) == dict.fromkeys(
         programs, Ended("passed")
@@ -118,7 +129,8 @@ def test_a_toolkit_that_is_killed_leaves_nothing_behind() -> None:
     kind: Kind = "none" if why_not("namespaces") else "namespaces"
     code = (
         "import sys\nfrom llm_training_toolkit.sandbox.running import Limits, run\n"
-        f"run('import time; time.sleep(99)', {kind!r}, Limits(seconds=99.0, file={MARK}))"
+        "program = 'import ctypes, time; ctypes.CDLL(None).prctl(1, 0); time.sleep(99)'\n"
+        f"run(program, {kind!r}, Limits(seconds=99.0, file={MARK}))"
     )
     process = subprocess.Popen([sys.executable, "-c", code])
     end = time.monotonic() + 30
