@@ -103,8 +103,9 @@ def run(program: str, kind: Kind, limits: Limits) -> Ended:
         ) as supervisor:
             assert supervisor.stdout is not None
             try:
-                report = _read(supervisor.stdout, limits.seconds + _GRACE_SECONDS)
-                code = _end_of(supervisor)
+                end = time.monotonic() + limits.seconds + _GRACE_SECONDS
+                report = _read(supervisor.stdout, end)
+                code = _end_of(supervisor, end)
             finally:
                 supervisor.kill()
         said.seek(0)
@@ -125,9 +126,9 @@ def _judged(report: str, secret: str, code: int, said: str) -> Ended:
     return Ended("failed", error) if verdict == "failed" else Ended("crashed")
 
 
-def _read(pipe: IO[bytes], seconds: float) -> bytes:
-    """What comes out of a pipe until its end, its first bytes alone, and never for longer than `seconds`."""
-    end, found = time.monotonic() + seconds, b""
+def _read(pipe: IO[bytes], end: float) -> bytes:
+    """What comes out of a pipe until its end, its first bytes alone, and never after `end` of the monotonic clock."""
+    found = b""
     with selectors.DefaultSelector() as selector:
         selector.register(pipe, selectors.EVENT_READ)
         while len(found) < _REPORT_BYTES and selector.select(max(end - time.monotonic(), 0.0)):
@@ -138,9 +139,9 @@ def _read(pipe: IO[bytes], seconds: float) -> bytes:
     return found
 
 
-def _end_of(supervisor: subprocess.Popen[bytes]) -> int:
+def _end_of(supervisor: subprocess.Popen[bytes], end: float) -> int:
     with suppress(subprocess.TimeoutExpired):
-        return supervisor.wait(_GRACE_SECONDS)
+        return supervisor.wait(max(end - time.monotonic(), 0.0))
     supervisor.kill()
     return supervisor.wait()
 
