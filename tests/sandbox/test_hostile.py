@@ -6,14 +6,17 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
+from llm_training_toolkit.sandbox import running
 from llm_training_toolkit.sandbox.containment import why_not
 from llm_training_toolkit.sandbox.running import MEGABYTE, Ended, Kind, Limits, run, run_all
+from llm_training_toolkit.sandbox.supervise import folder
 from sandbox.hostile import PROGRAMS
 
 MARK = 16 * MEGABYTE + 4711
@@ -142,6 +145,24 @@ def test_a_toolkit_that_is_killed_leaves_nothing_behind() -> None:
     while left_over() and time.monotonic() < end:
         time.sleep(0.05)
     assert left_over() == []
+
+
+@pytest.mark.slow
+def test_a_program_that_floods_its_report_has_all_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(running, "_GRACE_SECONDS", 1.5)
+    assert run(PROGRAMS["output everywhere"], "none", Limits(seconds=2.0, file=MARK)).end == "timed out"
+
+
+def test_what_a_killed_supervisor_left_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    held, left, young = Path(folder.make()), tmp_path / "ltt-program-left", tmp_path / "ltt-program-young"
+    for path in (left, young):
+        path.mkdir()
+    (left / "file").touch()
+    for path in (held, left):
+        os.utime(path, (0, 0))
+    folder.clear_left_over()
+    assert sorted(tmp_path.iterdir()) == sorted([held, young])
 
 
 def test_errors_are_told() -> None:

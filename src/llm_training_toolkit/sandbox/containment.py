@@ -12,6 +12,7 @@ from pathlib import Path
 
 from llm_training_toolkit.errors import LaunchError
 from llm_training_toolkit.sandbox.running import Kind, Limits, run
+from llm_training_toolkit.sandbox.supervise.folder import clear_left_over
 
 _LIMITS = Limits(seconds=20.0)
 _IN_WORDS = {
@@ -70,6 +71,7 @@ def containment(*, unsafe: bool = False) -> Kind:
 
     Raises LaunchError, saying what was found, where there is none and `unsafe` does not allow to do without.
     """
+    clear_left_over()
     found: dict[str, str] = {}
     kinds: tuple[Kind, ...] = ("bubblewrap", "namespaces")
     for kind in kinds:

@@ -8,6 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 
 _ROOT = Path("/sys/fs/cgroup")
+_PREFIX = "ltt-"
+"""Of a group's name, before the number of the process that made it."""
 _REMOVAL_SECONDS = 2.0
 
 
@@ -16,19 +18,21 @@ class ControlGroup:
 
     def __init__(self, memory: int, processes: int) -> None:
         self._directories: list[Path] = []
-        name = f"ltt-{os.getpid()}"
         for parent, limits in _parents(memory, processes):
-            directory = parent / name
+            _clear_left_over(parent)
+            directory = parent / f"{_PREFIX}{os.getpid()}"
             with suppress(OSError):
                 directory.mkdir()
                 self._directories.append(directory)
-                for file, value in limits.items():
+            for file, value in limits.items():
+                with suppress(OSError):  # a kernel without swap has no limit of it, and the others hold still
                     (directory / file).write_text(str(value))
 
     def join(self) -> None:
-        """Put this process, and what it starts from now on, into the group."""
+        """Put this process, and what it starts from now on, into the group, where that is allowed."""
         for directory in self._directories:
-            (directory / "cgroup.procs").write_text("0")
+            with suppress(OSError):
+                (directory / "cgroup.procs").write_text("0")
 
     def remove(self) -> None:
         """Take the group away, once nothing is in it."""
@@ -41,6 +45,15 @@ class ControlGroup:
                 if time.monotonic() > end:
                     return
                 time.sleep(0.01)
+
+
+def _clear_left_over(parent: Path) -> None:
+    """Remove the groups of supervisors that were killed; where processes are in one, the kernel refuses."""
+    for group in parent.glob(f"{_PREFIX}*"):
+        owner = group.name.removeprefix(_PREFIX)
+        if owner == str(os.getpid()) or not Path("/proc", owner).exists():
+            with suppress(OSError):
+                group.rmdir()
 
 
 def _parents(memory: int, processes: int) -> list[tuple[Path, dict[str, int]]]:

@@ -15,13 +15,12 @@ import select
 import shutil
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, NoReturn
 
-from llm_training_toolkit.sandbox.supervise import kernel, namespaces
+from llm_training_toolkit.sandbox.supervise import folder, kernel, namespaces
 from llm_training_toolkit.sandbox.supervise.cgroup import ControlGroup
 
 TIMED_OUT, BROKEN = 3, 4
@@ -38,14 +37,14 @@ def main() -> None:
     kernel.adopt_orphans()
     deadline = time.monotonic() + orders["seconds"]
     group = ControlGroup(orders["memory"], orders["processes"])
-    folder = tempfile.mkdtemp(prefix="ltt-program-")
+    home = folder.make()
     try:
-        child = _fork(lambda: _BEGINNINGS[orders["kind"]](orders, group, folder))
+        child = _fork(lambda: _BEGINNINGS[orders["kind"]](orders, group, home))
         status = _wait(child, deadline)
         _sweep()
     finally:
         group.remove()
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(home, ignore_errors=True)
     if status is None:
         sys.exit(TIMED_OUT)
     sys.exit(BROKEN if os.WIFEXITED(status) and os.WEXITSTATUS(status) == BROKEN else 0)
@@ -69,7 +68,7 @@ def _fork(work: Callable[[], None]) -> int:
         os._exit(code)  # never back into the parent's code
 
 
-def _contained(orders: dict[str, Any], group: ControlGroup, folder: str) -> None:
+def _contained(orders: dict[str, Any], group: ControlGroup, home: str) -> None:
     """The doorkeeper: leaves the namespaces and starts process 1 of new ones."""
     group.join()
     left, mapped = os.pipe(), os.pipe()
@@ -80,7 +79,7 @@ def _contained(orders: dict[str, Any], group: ControlGroup, folder: str) -> None
     os.waitpid(helper, 0)
     if answer != b".":
         raise OSError(0, "no users can be mapped into a namespace")
-    child = _fork(lambda: _first_process(orders, folder))
+    child = _fork(lambda: _first_process(orders, home))
     _, status = os.waitpid(child, 0)
     os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
 
@@ -99,22 +98,22 @@ def _fork_mapper(process: int, left: tuple[int, int], mapped: tuple[int, int]) -
     return helper
 
 
-def _first_process(orders: dict[str, Any], folder: str) -> None:
-    namespaces.enter(folder, orders["visible"], orders["room"])
+def _first_process(orders: dict[str, Any], home: str) -> None:
+    namespaces.enter(home, orders["visible"], orders["room"])
     kernel.die_with_parent()  # becoming nobody has undone it
     _become(orders["command"], "/tmp")
 
 
-def _bubblewrapped(orders: dict[str, Any], group: ControlGroup, folder: str) -> None:
+def _bubblewrapped(orders: dict[str, Any], group: ControlGroup, home: str) -> None:
     group.join()
-    _become(orders["command"], folder)
+    _become(orders["command"], home)
 
 
-def _bare(orders: dict[str, Any], group: ControlGroup, folder: str) -> None:
+def _bare(orders: dict[str, Any], group: ControlGroup, home: str) -> None:
     """No containment but limits and the folder the program begins in."""
     group.join()
-    os.chdir(folder)
-    _become(orders["command"], folder)
+    os.chdir(home)
+    _become(orders["command"], home)
 
 
 _BEGINNINGS = {"namespaces": _contained, "bubblewrap": _bubblewrapped, "none": _bare}

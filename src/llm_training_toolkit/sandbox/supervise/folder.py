@@ -1,0 +1,41 @@
+"""The folder that a program begins in, and those that supervisors who were killed have left behind."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+
+_PREFIX = "ltt-program-"
+_YOUNG_SECONDS = 60.0
+"""A folder younger than this may not have been locked yet."""
+
+
+def make() -> str:
+    """A new folder, locked for as long as this process or one that it forked lives."""
+    folder = tempfile.mkdtemp(prefix=_PREFIX)
+    with suppress(OSError):  # a file system without locks
+        fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX)
+    return folder
+
+
+def clear_left_over() -> None:
+    """Remove the folders that nobody holds any more."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+        with suppress(OSError):
+            _remove_unless_held(folder)
+
+
+def _remove_unless_held(folder: Path) -> None:
+    if time.time() - folder.stat().st_mtime < _YOUNG_SECONDS:
+        return
+    held = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        os.close(held)
