@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -56,6 +59,19 @@ def test_a_model_of_conversations_stops_where_a_turn_ends(
     assert found.ends == {token: encoder.id_of(token) for token in ends}
     assert list(found.ends) == ends
     assert found.pad == encoder.id_of("<|endoftext|>")
+
+
+@pytest.mark.parametrize("own", ["<|im_end|>", {"content": "<|im_end|>"}, "<unknown>"])
+def test_a_model_tuned_to_converse_still_ends_its_turns_after_code(
+    prepared_run: RunDirectory, tmp_path: Path, own: object
+) -> None:
+    place = rank_tasks.place_of(str(prepared_run.path))
+    shutil.copytree(place.receipt.tokenizer_path, tmp_path / "tokenizer")
+    file = tmp_path / "tokenizer" / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token": own}))
+    receipt = replace(place.receipt, tokenizer_path=str(tmp_path / "tokenizer"))
+    wanted = ["<|endoftext|>"] if own == "<unknown>" else ["<|im_end|>", "<|endoftext|>"]
+    assert list(beside(place.config, receipt, "card", "step_1").ends) == wanted
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,7 @@ class ChatTemplate:
         own = _own_template(tokenizer_directory)
         markers = [token["content"] for token in _json(tokenizer_directory / "tokenizer.json").get("added_tokens", ())]
         try:
-            return cls(own or family_template, markers, _variables(tokenizer_directory))
+            return cls(own or family_template, markers, named_tokens(tokenizer_directory))
         except DataError as error:
             raise DataError(
                 f"{tokenizer_directory}: the chat template {error}. Put one that can be used into the tokenizer's "
@@ -257,8 +257,8 @@ def _own_template(directory: Path) -> str | None:
     return str(named["default"])
 
 
-def _variables(directory: Path) -> dict[str, str]:
-    """The special tokens that a template may name, as transformers gives them to it."""
+def named_tokens(directory: Path) -> dict[str, str]:
+    """A tokenizer's special tokens by name (`eos_token` and its like), as transformers gives them to a template."""
     known = _json(directory / "special_tokens_map.json") | _json(directory / "tokenizer_config.json")
     tokens = {name: known[name] for name in _NAMED if known.get(name) is not None}
     return {name: token["content"] if isinstance(token, Mapping) else token for name, token in tokens.items()}

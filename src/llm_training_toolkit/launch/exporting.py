@@ -17,9 +17,9 @@ from llm_training_toolkit import families
 from llm_training_toolkit.checkpoint import Base, Checkpoint, base_of, complete, refuse_other_base
 from llm_training_toolkit.config import Config, from_json
 from llm_training_toolkit.context import RunContext
-from llm_training_toolkit.data.chat_template import ChatTemplate
+from llm_training_toolkit.data.chat_template import ChatTemplate, named_tokens
 from llm_training_toolkit.data.receipt import Receipt
-from llm_training_toolkit.data.tokenizer import open_tokenizer
+from llm_training_toolkit.data.tokenizer import TextEncoder, open_tokenizer
 from llm_training_toolkit.errors import CheckpointError
 from llm_training_toolkit.export import Beside, CheckpointWeights, Weights, appearing, check_whole, write_model
 from llm_training_toolkit.families import Adapter
@@ -175,18 +175,22 @@ def beside(config: Config, receipt: Receipt, text: str, origin: str) -> Beside:
     encoder = open_tokenizer(receipt.tokenizer_path)
     return Beside(
         tokenizer=Path(receipt.tokenizer_path),
-        ends={token: encoder.id_of(token) for token in _ends(config, receipt)},
+        ends={token: encoder.id_of(token) for token in _ends(config, receipt, encoder)},
         pad=receipt.pad_id,
         card=text,
         origin=origin,
     )
 
 
-def _ends(config: Config, receipt: Receipt) -> tuple[str, ...]:
-    """The special tokens that the model has learnt to end with, that of an answer first."""
-    family = families.find(config.model.name).family
+def _ends(config: Config, receipt: Receipt, encoder: TextEncoder) -> tuple[str, ...]:
+    """The special tokens that the model ends with, that of an answer first: those it has learnt here, and its own.
+
+    A model that was tuned to converse still ends its turns after a training on text, and its tokenizer says by what.
+    """
+    family, directory = families.find(config.model.name).family, Path(receipt.tokenizer_path)
     end_of_text = family.special_tokens.end_of_text
-    if all(source.format != "chat" for source in config.data.sources):
-        return (end_of_text,)
-    end_of_turn = ChatTemplate.open(Path(receipt.tokenizer_path), family.chat_template).end_of_turn
-    return tuple(dict.fromkeys((end_of_turn or end_of_text, end_of_text)))
+    own = named_tokens(directory).get("eos_token", end_of_text)
+    ends = [own if encoder.knows(own) else end_of_text, end_of_text]
+    if any(source.format == "chat" for source in config.data.sources):
+        ends.insert(0, ChatTemplate.open(directory, family.chat_template).end_of_turn or end_of_text)
+    return tuple(dict.fromkeys(ends))
