@@ -17,11 +17,23 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from checkpoints import save
+from llm_training_toolkit import families
 from llm_training_toolkit.checkpoint import Checkpoint, FileEntry, Manifest
 from llm_training_toolkit.checkpoint.reading import Array
+from llm_training_toolkit.config.schema import Lora
 from llm_training_toolkit.context import RunContext
 from llm_training_toolkit.errors import CheckpointError
-from llm_training_toolkit.export import Beside, CheckpointWeights, appearing, check_whole, weights, write_model
+from llm_training_toolkit.export import (
+    Beside,
+    CheckpointWeights,
+    ModelWeights,
+    Weights,
+    appearing,
+    check_whole,
+    weights,
+    write_model,
+)
+from llm_training_toolkit.families.lora import adapter_of
 from llm_training_toolkit.models import build_model
 
 QWEN3: dict[str, Any] = {
@@ -79,8 +91,8 @@ def trained(config: Mapping[str, Any]) -> nn.Module:
 
 
 def saved(model: nn.Module, directory: Path) -> Checkpoint:
-    """The parameters of a model as a checkpoint."""
-    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    """The trained parameters of a model as a checkpoint, in fp32."""
+    parameters = {name: each.detach().float() for name, each in model.named_parameters() if each.requires_grad}
     halves = [
         Half(name, start, part.clone())
         for name, tensor in parameters.items()
@@ -325,3 +337,35 @@ def test_a_failed_export_leaves_the_one_before(case: Case) -> None:
     with no_file_beyond(1_000_000), pytest.raises(CheckpointError):
         case.export("bf16")
     assert torch.equal(logits(reloaded(directory)), logits(case.model))
+
+
+@pytest.mark.parametrize("learnt", [1e-3, 0.2])
+@pytest.mark.parametrize("dora", [False, True])
+def test_merged_adapters_are_told_from_a_base_they_hardly_change(
+    tmp_path: Path, tokenizer: Path, dora: bool, learnt: float
+) -> None:
+    from llm_training_toolkit.export.adapters import MergedWeights, check_adapters
+    from llm_training_toolkit.models.adapters import add_adapters
+
+    config = UNTIED | {"attention_bias": False}
+    adapter = adapter_of(Lora(rank=4, dora=dora), families.find("qwen3-0.6b").family, families.anatomy(config))
+    whole: Any = trained(config).to(torch.bfloat16)
+    whole.save_pretrained(tmp_path / "base")
+    how: dict[str, Any] = {"precision": "bf16", "attention": "sdpa", "path": str(tmp_path / "base")}
+    model = build_model(config, **how)
+    add_adapters(model, adapter, seed=0, dtype=torch.float32)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=learnt)
+    checkpoint, base = saved(model, tmp_path / "step_000000003_a1"), build_model(config, **how)
+    beside = Beside(tokenizer, ONE_END, pad=7, card="", origin="step_000000003_a1")
+
+    def check(weights: Weights, directory: Path) -> float:
+        directory.mkdir()
+        write_model(weights, directory, hf_config=config, precision="bf16", beside=beside)
+        given: dict[str, Any] = {"base": how["path"], "hf_config": config, "precision": "bf16", "tolerance": 0.1}
+        return check_adapters(directory, checkpoint, adapter, **given)
+
+    assert check(MergedWeights(base, checkpoint, adapter), tmp_path / "merged") < 0.1
+    with pytest.raises(CheckpointError, match=r"_proj\.weight is not what its adapter makes of it"):
+        check(ModelWeights(base), tmp_path / "unmerged")
