@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import rank_tasks
+from checkpoints import save
 from llm_training_toolkit.checkpoint import Manifest
 from llm_training_toolkit.config import Config, parse
 from llm_training_toolkit.data.tokenizer import open_tokenizer
+from llm_training_toolkit.errors import CheckpointError
+from llm_training_toolkit.export import appearing
 from llm_training_toolkit.launch.card import Kind, card
-from llm_training_toolkit.launch.exporting import beside
+from llm_training_toolkit.launch.exporting import beside, export_run
 from llm_training_toolkit.runs import RunDirectory
 
 MANIFEST = Manifest(
@@ -34,6 +39,8 @@ MANIFEST = Manifest(
     files=(),
     fragments=(),
 )
+
+OPTIMIZER = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
 
 
 def with_sources(config: Config, *formats: str) -> Config:
@@ -96,3 +103,21 @@ def test_the_card_tells_the_facts_of_the_run(
     text = card(prepared_run, place.config, receipt, MANIFEST, kind=kind, base="x/y")
     for part in [*said, "| step | 1,200 |", "9,830,400, padding included", "12,345 documents", "torch 2.13.0"]:
         assert part in text, text
+
+
+def test_an_export_takes_the_place_of_nothing_that_is_needed(
+    fresh_run: Callable[[str], RunDirectory], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, other = fresh_run("one"), fresh_run("other")
+    save(rank_tasks.alone(), run.checkpoints / "step_000000003_a1", [], OPTIMIZER, lambda *_: replace(MANIFEST, step=3))
+    for taken in (run.base, other.base, other.export):
+        taken.mkdir()
+        (taken / "training.json").write_text('{"checkpoint": "seed 1"}')
+    monkeypatch.chdir(other.path)
+    for out in (run.base, Path("export"), other.path / "export_step_3", Path("base")):
+        with pytest.raises(CheckpointError, match=r"--out .* belongs to .*(adapters|another run)"):
+            export_run(run, step=None, merge=False, out=out, say=print)
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="is a file"), appearing(tmp_path / "file"):
+        pass
+    assert other.export.is_dir()

@@ -40,6 +40,8 @@ def appearing(destination: Path) -> Iterator[Path]:
 
     Raises CheckpointError when it cannot be written, and for a destination that holds something else than an export.
     """
+    if destination.exists() and not destination.is_dir():
+        raise CheckpointError(f"{destination} is a file: name a directory (--out)")
     if destination.exists() and exported_from(destination) is None and any(destination.iterdir()):
         raise CheckpointError(f"{destination} is not empty and no earlier export: name another directory (--out)")
     temporary = destination.with_name(f".{destination.name}.writing")

@@ -94,7 +94,17 @@ def export_run(
         raise CheckpointError(f"{checkpoint.directory} is damaged: {faults[0]}. Export another one: --step")
     suffix = ("" if step is None else f"_step_{step}") + ("_merged" if merge else "")
     destination = (out or run.path / f"export{suffix}").expanduser().absolute()
+    _refuse_what_others_need(destination, run)
     return export_checkpoint(trained, checkpoint, destination, merge=merge, say=say)
+
+
+def _refuse_what_others_need(destination: Path, run: RunDirectory) -> None:
+    """Raise CheckpointError where an export would take the place of adapters' base, or of something in another run."""
+    destination = destination.resolve()
+    around = RunDirectory(destination.parent)
+    if around.resolved.is_file() and (around.path != run.path.resolve() or destination == around.base):
+        what = "what its adapters stand beside" if destination == around.base else "and that is another run"
+        raise CheckpointError(f"--out {destination} belongs to {around.path}, {what}: name another directory")
 
 
 def _chosen(run: RunDirectory, step: int | None) -> Path:
