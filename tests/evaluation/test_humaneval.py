@@ -161,3 +161,14 @@ def test_completions_must_fit_the_problems(tmp_path: Path) -> None:
     few = write(tmp_path / "b.jsonl", [{"task_id": "Small/0", "completion": ""}])
     with pytest.raises(DataError, match="1 of 2 problems have no completion, the first is Small/1"):
         read_completions(few, problems)
+    assert read_completions(few, problems, limit=1) == [[""]]
+    more = write(tmp_path / "c.jsonl", [{"task_id": f"Small/{number}", "completion": ""} for number in range(2)])
+    assert read_completions(more, problems, limit=1) == [[""]]
+
+
+def test_files_below_the_home_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path / "problems.jsonl", [PROBLEM])
+    problems = read_problems("~/problems.jsonl")
+    write(tmp_path / "a.jsonl", [{"task_id": "Small/0", "completion": ""}])
+    assert read_completions("~/a.jsonl", problems) == [[""]]

@@ -40,10 +40,11 @@ def measure_humaneval(task: HumanEval, subject: Subject | None, progress: Progre
     """
     if task.samples > 1 and task.temperature == 0.0:
         raise PlanError("--samples without --temperature: all samples would be the same; 0.2 and 0.8 are usual")
-    problems = read_problems(task.data)[: task.limit]
+    every = read_problems(task.data)
+    problems = every[: task.limit]
     kind = containment(unsafe=task.unsafe)
     if task.completions is not None:
-        pairs: _Pairs = list(zip(problems, read_completions(task.completions, problems), strict=True))
+        pairs: _Pairs = list(zip(problems, read_completions(task.completions, every, task.limit), strict=True))
         settings: dict[str, Any] = {"completions": where(task.completions)}
     elif subject is not None:
         pairs = list(zip(problems, _completions(task, subject, problems, progress), strict=True))

@@ -36,7 +36,7 @@ def read_problems(path: str | None) -> list[Problem]:
 
     Raises DataError, naming the line, for a field that is missing and for a problem that comes twice.
     """
-    file = Path(path) if path is not None else _of_package()
+    file = Path(path).expanduser() if path is not None else _of_package()
     problems: dict[str, Problem] = {}
     for record in _records(file):
         problem = Problem(*(_text(record, name) for name in ("task_id", "prompt", "test", "entry_point")))
@@ -48,24 +48,26 @@ def read_problems(path: str | None) -> list[Problem]:
     return list(problems.values())
 
 
-def read_completions(path: str, problems: Sequence[Problem]) -> list[list[str]]:
-    """The completions of each problem, at least one, from a file of `task_id` and `completion`.
+def read_completions(path: str, problems: Sequence[Problem], limit: int | None = None) -> list[list[str]]:
+    """The completions of each of the first `limit` problems, at least one, from a file of `task_id` and `completion`.
 
-    Raises DataError, naming the line, for a task that is none of the problems, and where a problem has no completion.
+    Raises DataError, naming the line, for a task that is none of the problems, and where one of the first has no
+    completion.
     """
     found: dict[str, list[str]] = {problem.task_id: [] for problem in problems}
-    for record in _records(Path(path)):
+    for record in _records(Path(path).expanduser()):
         task = _text(record, "task_id")
         if task not in found:
             raise DataError(f"{record.where}: task_id {task!r} is none of the {len(found)} problems")
         found[task].append(_text(record, "completion"))
-    without = [task for task, completions in found.items() if not completions]
+    kept = {problem.task_id: found[problem.task_id] for problem in problems[:limit]}
+    without = [task for task, completions in kept.items() if not completions]
     if without:
         raise DataError(
-            f"{path}: {len(without)} of {len(found)} problems have no completion, the first is {without[0]}: pass@k "
+            f"{path}: {len(without)} of {len(kept)} problems have no completion, the first is {without[0]}: pass@k "
             "of the others cannot be compared. Complete all, or take a file with fewer problems, or --limit"
         )
-    return list(found.values())
+    return list(kept.values())
 
 
 def _of_package() -> Path:
