@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -57,3 +58,21 @@ def test_tasks_need_the_export() -> None:
     found = make_plan(config([{"task": "infill"}], export={"at_end": False})).problems
     assert [problem.where for problem in found] == ["eval.tasks"]
     assert not make_plan(config([{"task": "infill"}])).problems
+
+
+def test_what_no_model_of_the_family_can_do_is_a_problem() -> None:
+    chat = make_plan(config([{"task": "infill", "format": "chat"}])).problems
+    assert [problem.where for problem in chat] == ["eval.tasks[0].format"]
+    tasks: list[dict[str, Any]] = [{"task": "perplexity"}, {"task": "infill"}]
+    without = make_plan(config(tasks, model={"name": "qwen2-0.5b"})).problems
+    assert [problem.where for problem in without] == ["eval.tasks[1]"]
+
+
+def test_what_a_task_needs_and_is_not_here_is_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "there.jsonl").touch()
+    names = ["~/there.jsonl", "~/gone.jsonl", "s3://bucket/problems", "code/*.py", "python:stdlib"]
+    noted = make_plan(config([{"task": "perplexity", "data": name} for name in names])).notes
+    assert [note for note in noted if note.startswith("eval.tasks")] == [
+        "eval.tasks: perplexity needs ~/gone.jsonl, which is not here."
+    ]

