@@ -85,6 +85,7 @@ class Subject:
 
 def _directory(path: Path) -> Path:
     """The exported directory at a path, or that of the run there. Raises CheckpointError where there is neither."""
+    path = path.expanduser().absolute()  # a model may be the directory that this process stands in
     run = RunDirectory(path)
     if run.resolved.is_file():
         if not run.export.is_dir():

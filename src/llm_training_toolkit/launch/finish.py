@@ -95,7 +95,8 @@ def finish_again(run: RunDirectory, config: Config, report: Report) -> None:
     directory = newest(run.checkpoints)
     assert directory is not None
     manifest = Checkpoint(directory).manifest
-    context = RunContext(rank=0, world_size=1, device=torch.device("cpu"), report=report)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    context = RunContext(rank=0, world_size=1, device=device, report=report)
     metrics = Metrics(run, manifest.attempt, manifest.step, context)
     trained = Trained(run, config, Receipt.from_json(run.receipt.read_text()))
     (carry_out if is_exported(run) else finish)(trained, metrics=metrics, context=context)

@@ -7,6 +7,8 @@ the run as it is, finished and exported.
 from __future__ import annotations
 
 import json
+import math
+import time
 import traceback
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from llm_training_toolkit.context import RunContext
 from llm_training_toolkit.errors import ToolkitError
 from llm_training_toolkit.evaluation.model import Subject
 from llm_training_toolkit.evaluation.records import Evaluation, keep
+from llm_training_toolkit.evaluation.result import Progress
 from llm_training_toolkit.evaluation.settings import make_task
 from llm_training_toolkit.evaluation.table import in_a_line
 from llm_training_toolkit.evaluation.tasks import measure
@@ -71,12 +74,25 @@ def _evaluate(asked: EvalTask, trained: Trained, context: RunContext) -> Evaluat
     task = make_task(asked.task, asked.settings())
     subject = Subject(trained.run.path, device=str(context.device))
     assert subject.origin is not None
-    measured = measure(task, subject, lambda _stage, _done, _total: None)
+    measured = measure(task, subject, _told(asked.task, context))
     for note in measured.notes:
         context.report({"kind": "note", "message": f"{asked.task}: {note}"})
     evaluation = Evaluation.of(task.name, measured, subject.directory, trained.run.name, subject.origin.step)
     keep(trained.run, evaluation, measured.items)
     return evaluation
+
+
+def _told(task: str, context: RunContext) -> Progress:
+    """Tells how far a task is, once a second: from a worker every word travels."""
+    last = -math.inf
+
+    def tell(stage: str, done: int, total: int) -> None:
+        nonlocal last
+        if done == total or time.monotonic() >= last + 1.0:
+            last = time.monotonic()
+            context.report({"kind": "stage", "name": f"{task}: {stage}", "done": done, "total": total})
+
+    return tell
 
 
 def _report_failure(asked: EvalTask, why: str, trained: Trained, context: RunContext) -> None:
