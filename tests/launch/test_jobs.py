@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -23,6 +24,10 @@ import pytest
 from launch.broken_connection import Connection
 from launch.conftest import command, run_of, wait_for_step
 from launch.joining import wait_for_nodes
+from llm_training_toolkit.console import Console
+from llm_training_toolkit.errors import LaunchError
+from llm_training_toolkit.launch.jobs import log
+from llm_training_toolkit.launch.jobs.log import Log
 from llm_training_toolkit.runs import RunDirectory, attempt_record
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(400)]
@@ -65,11 +70,11 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     command = [str(BIN / "ray"), "start", "--head", "--block", "--num-cpus", "0", "--temp-dir", str(folder)]
     command += ["--port", port, "--dashboard-port", dashboard, "--ray-client-server-port", _free_port()]
     command += ["--dashboard-agent-listen-port", _free_port(), "--disable-usage-stats"]
-    log = tmp_path_factory.mktemp("head") / "log"
-    with ExitStack() as running, log.open("w") as out:
+    written = tmp_path_factory.mktemp("head") / "log"
+    with ExitStack() as running, written.open("w") as out:
         address = f"http://127.0.0.1:{dashboard}"
         process = _start(command, environment, out, running)
-        _wait_for_jobs(address, environment, process, log)
+        _wait_for_jobs(address, environment, process, written)
         joining = [str(BIN / "ray"), "start", "--address", f"127.0.0.1:{port}", "--block", "--num-cpus", "1"]
         nodes = [
             _start(
@@ -165,6 +170,7 @@ def follow_and_stop(config: Path, head: Head) -> int:
     through = replace(head, address=f"http://127.0.0.1:{connection.port}")
     with going_on(submit(config, through), config, head) as process:
         wait_for_step(run, 5, process)
+        of_a_worker = Path(f"/proc/{attempt_record(run, 1)['pid']}/environ").read_text()
         second = run_command(submit(config, head), config, head.environment)
         connection.cut()
         time.sleep(3)
@@ -173,6 +179,7 @@ def follow_and_stop(config: Path, head: Head) -> int:
         time.sleep(3)  # until it has read on
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=120)
+    assert "SAID_IN_THE_CONFIGURATION=yes" in of_a_worker
     assert second.returncode == 1
     assert "run job is going on there as job" in second.stderr
     assert process.returncode == 75, err
@@ -208,6 +215,34 @@ def resume_leave_alone_and_stop(config: Path, head: Head, stopped: int) -> None:
     shown = run_command(jobs(head, "logs", "job"), config, head.environment)
     assert shown.returncode == 75
     assert f"resuming from step_{stopped:09d}_a1" in shown.stdout
+
+
+def test_the_train_view_of_the_dashboard_has_the_run(head: Head) -> None:
+    question = urllib.request.Request(
+        f"{head.address}/api/train/v2/runs/v1",
+        headers={"Authorization": f"Bearer {head.environment['RAY_AUTH_TOKEN']}"},
+    )
+    with urllib.request.urlopen(question, timeout=30) as answer:
+        runs = json.load(answer)["train_runs"]
+    assert max(len(attempt["workers"]) for run in runs for attempt in run["attempts"]) == 3
+
+
+def test_a_cluster_that_dies_and_one_that_has_forgotten_the_job_are_said(
+    head: Head, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from ray.job_submission import JobSubmissionClient
+
+    connection = Connection(int(head.address.rsplit(":", maxsplit=1)[-1]))
+    address = f"http://127.0.0.1:{connection.port}"
+    token = {"Authorization": f"Bearer {head.environment['RAY_AUTH_TOKEN']}"}
+    client = JobSubmissionClient(address, headers=token)
+    with pytest.raises(LaunchError, match="knows no job gone any more: its head has started anew"):
+        Log(client, "gone", address, Console()).follow()
+    monkeypatch.setattr(log, "_GIVE_UP_AFTER", 3.0)
+    connection.cut()
+    with pytest.raises(LaunchError, match="If the cluster lives, the job goes on: `ltt jobs logs gone"):
+        Log(client, "gone", address, Console()).follow()
+    assert "is lost; trying again" in capsys.readouterr().out
 
 
 def test_a_run_that_is_not_there_is_said(launch_config: Callable[..., Path], head: Head) -> None:

@@ -35,6 +35,8 @@ def prepare_environment() -> None:
         os.environ.setdefault(name, value)
     if is_local():
         os.environ.setdefault("RAY_AUTH_MODE", "token")
+    else:
+        os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")  # the dashboard's Train view
 
 
 def check_machine(config: Config) -> None:

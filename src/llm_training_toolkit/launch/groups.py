@@ -20,6 +20,7 @@ from llm_training_toolkit.launch import nodes
 from llm_training_toolkit.launch.diagnosis import diagnose
 from llm_training_toolkit.launch.failures import Failure, failures_of, nodes_to_leave_out, spent, why_end
 from llm_training_toolkit.launch.group import Assignment, Ended, Group, Job
+from llm_training_toolkit.launch.output import last_lines
 from llm_training_toolkit.launch.room import Node, usable
 from llm_training_toolkit.launch.waiting import Waiting
 from llm_training_toolkit.overview import newest_rows
@@ -35,6 +36,10 @@ _LOOK_EVERY = 0.5
 """Seconds between two looks for room."""
 _SETTLES_WITHIN = 10.0
 """Seconds that what ended workers held may take to be free again, before fewer workers start than have room."""
+_LINES_SHOWN = 10
+"""Lines of a failed rank's log that are shown."""
+_OF_A_RANK = ("raised", "killed")
+"""Kinds of failures that a rank's own log tells of."""
 _MOST_HELPED = 20
 """Failures that do not count because the next attempt does differently: more than any micro-batch has halves."""
 
@@ -121,12 +126,21 @@ class Groups:
             attempt = begin_attempt(self._run, {"host": socket.gethostname(), "pid": os.getpid(), "workers": size})
         failure = diagnose(ended.seen, self._step(attempt))
         end_attempt(self._run, attempt, "failed", error=failure.cause, failure=failure.to_json())
+        self._show_log(failure, attempt)
         if self._stop:
             self._warn(failure.cause)
         elif not failure.counts:
             self._not_counted(failure)
         else:
             self._counted(failure)
+
+    def _show_log(self, failure: Failure, attempt: int) -> None:
+        """The end of the log of a rank that died or raised: its log may be on another machine's screen otherwise."""
+        if failure.rank is None or failure.kind not in _OF_A_RANK:
+            return
+        log = self._run.logs(attempt) / f"rank_{failure.rank}.log"
+        for line in last_lines(log, _LINES_SHOWN):
+            self._console.say(f"  {log.name}: {line}")
 
     def _not_counted(self, failure: Failure) -> None:
         self._helped += failure.helped

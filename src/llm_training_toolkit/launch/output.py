@@ -13,6 +13,21 @@ def own_terminal(descriptor: int) -> IO[str]:
     return os.fdopen(os.dup(descriptor), "w", buffering=1, encoding="utf-8", errors="replace")
 
 
+_END = 16_384
+"""Bytes of a log's end that are looked at."""
+
+
+def last_lines(path: Path, count: int) -> list[str]:
+    """The last lines of a log, without blank ones; none where there is no log."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _END))
+            text = file.read().decode(errors="replace")
+    except OSError:
+        return []
+    return [line for line in text.splitlines() if line.strip()][-count:]
+
+
 _before: dict[int, int] = {}
 """Standard output and error as they were before the first `redirect`, under other numbers."""
 

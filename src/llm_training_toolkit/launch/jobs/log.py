@@ -63,6 +63,7 @@ class Log:
 
     def _read_to_end(self) -> bool:
         """Show what the job prints until the connection ends; whether the job has ended too."""
+        self._client.get_job_info(self._job)  # a job that is not known says so here, not when its log is asked for
         asyncio.run(self._read())
         return bool(self._client.get_job_info(self._job).status.is_terminal())
 
