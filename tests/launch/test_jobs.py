@@ -76,16 +76,11 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
         process = _start(command, environment, out, running)
         _wait_for_jobs(address, environment, process, written)
         joining = [str(BIN / "ray"), "start", "--address", f"127.0.0.1:{port}", "--block", "--num-cpus", "1"]
-        nodes = [
-            _start(
-                [*joining, "--node-ip-address", node, "--dashboard-agent-listen-port", _free_port()],
-                environment,
-                out,
-                running,
-            )
-            for node in NODES
-        ]
-        wait_for_nodes(f"127.0.0.1:{port}", environment, *NODES)
+        nodes = []
+        for node in NODES:  # one after another: Ray's start of several on one machine at once fails now and then
+            own = ["--node-ip-address", node, "--dashboard-agent-listen-port", _free_port()]
+            nodes.append(_start([*joining, *own], environment, out, running))
+            wait_for_nodes(f"127.0.0.1:{port}", environment, node)
         yield Head(address, environment, nodes)
     shutil.rmtree(folder, ignore_errors=True)
 
