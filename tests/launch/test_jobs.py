@@ -79,10 +79,12 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
         nodes = []
         for node in NODES:  # one after another: Ray's start of several on one machine at once fails now and then
             own = ["--node-ip-address", node, "--dashboard-agent-listen-port", _free_port()]
+            own += ["--temp-dir", f"{folder}-{node}"]  # as on machines of their own: nodes delete what they unpacked
             nodes.append(_start([*joining, *own], environment, out, running))
             wait_for_nodes(f"127.0.0.1:{port}", environment, node)
         yield Head(address, environment, nodes)
-    shutil.rmtree(folder, ignore_errors=True)
+    for left in [folder, *(Path(f"{folder}-{node}") for node in NODES)]:
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def _start(
@@ -193,6 +195,7 @@ def resume_leave_alone_and_stop(config: Path, head: Head, stopped: int) -> None:
     ours, theirs = os.openpty()
     with going_on(jobs(head, "resume", "job"), config, head, stdin=theirs) as process:
         wait_for_step(run, stopped + 5, process)
+        time.sleep(3)  # until the log is here
         process.send_signal(signal.SIGINT)
         os.write(ours, b"d\n")
         out, err = process.communicate(timeout=60)

@@ -28,7 +28,13 @@ from llm_training_toolkit.runs import RunDirectory
 
 @contextmanager
 def cluster(console: Console) -> Iterator[None]:
-    """The Ray cluster that RAY_ADDRESS names or that this job runs in; otherwise one of this machine alone."""
+    """The Ray cluster that RAY_ADDRESS names or that this job runs in; otherwise one of this machine alone.
+
+    The connection to a cluster lasts as long as this process, whoever asked for it first: making one takes a second.
+    """
+    if ray.is_initialized():
+        yield
+        return
     local = is_local()
     console.stage("starting Ray", 0, 1)
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "error", "configure_logging": True}
@@ -45,7 +51,8 @@ def cluster(console: Console) -> Iterator[None]:
     try:
         yield
     finally:
-        ray.shutdown()
+        if local:
+            ray.shutdown()
 
 
 def _wanted(config: Config, gpus_there: float, console: Console) -> Wanted:
