@@ -98,3 +98,11 @@ def test_dropout_of_published_weights_is_in_the_plan(tmp_path: Path) -> None:
     plan = plan_from(str(tmp_path), "starcoder2-3b")
     assert "a dropout of 0.3, which is set to 0" in noted(plan)[0]
     assert plan.hf_config["residual_dropout"] == 0.0
+
+
+def test_numbers_are_those_of_weights_that_are_here(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").touch()
+    for values, noted in (({}, []), ({"num_hidden_layers": 12}, ["qwen2.5-0.5b has 494,032,768 parameters; numbers"])):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2", **values}))
+        found = [note for note in plan_from(str(tmp_path)).notes if "umbers are those" in note]
+        assert [note.partition(" are those")[0] for note in found] == noted

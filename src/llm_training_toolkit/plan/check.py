@@ -229,13 +229,22 @@ def _lora_notes(config: Config) -> Iterator[str]:
         yield "4-bit weights need a GPU and bitsandbytes on every worker."
 
 
+def _path_notes(path: str, size: Size, hf: HfValues) -> Iterator[str]:
+    """Whose numbers the plan has: those of the weights where their configuration is here, else those of the name."""
+    if not may_exist(path):
+        yield f"There is no directory {path} on this machine: training will look for it."
+    found, named = (size.family.anatomy(values).parameters for values in (hf, size.values))
+    if not Path(path).expanduser().is_dir():
+        yield f"Numbers are those of {size.name}; the weights of model.path are compared with it when loaded."
+    elif found != named:
+        yield f"{size.name} has {named:,} parameters; numbers are those of the weights in {path}: {found:,}."
+
+
 def _model_notes(config: Config, size: Size, hf: HfValues) -> Iterator[str]:
     length = config.data.sequence_length
     yield from _lora_notes(config)
     if config.model.path is not None:
-        if not may_exist(config.model.path):
-            yield f"There is no directory {config.model.path} on this machine: training will look for it."
-        yield f"Numbers are those of {config.model.name}; the weights of model.path are compared with it when loaded."
+        yield from _path_notes(config.model.path, size, hf)
         if not size.family.absolute_positions and length > size.values[size.family.position_key]:
             yield f"A sequence of {length} tokens is longer than the weights have seen."
         if dropout := saved_dropout(config.model, size):
