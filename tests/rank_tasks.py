@@ -26,6 +26,7 @@ from llm_training_toolkit.launch.place import Place
 from llm_training_toolkit.launch.preparation import facts_of
 from llm_training_toolkit.launch.worker import work
 from llm_training_toolkit.models import LossModule, build_model, check_weights, grow_vocabulary
+from llm_training_toolkit.models.build import DTYPES
 from llm_training_toolkit.models.initial import generator
 from llm_training_toolkit.plan import Plan, make_plan, slice_of
 from llm_training_toolkit.runs import RunDirectory
@@ -291,3 +292,19 @@ def logits_of(
         logits = engine.deepspeed.module.logits(tokens, positions)
     engine.close()
     return np.asarray(logits.float().numpy())
+
+
+def reloaded_logits(directory: str, precision: str, ids: list[list[int]]) -> dict[str, Any]:
+    """The logits of an exported directory as plain transformers and peft load it, its class, and what did not fit."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    adapters, dtype = Path(directory, "adapter_config.json"), DTYPES[precision]
+    place = json.loads(adapters.read_text())["base_model_name_or_path"] if adapters.is_file() else directory
+    model, info = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, output_loading_info=True)
+    architecture = type(model).__name__
+    if adapters.is_file():
+        model = PeftModel.from_pretrained(model, directory, autocast_adapter_dtype=False)
+    with torch.no_grad():
+        logits = model.eval()(input_ids=torch.tensor(ids), use_cache=False).logits.float().numpy()
+    return {"logits": logits, "architecture": architecture, "info": info}

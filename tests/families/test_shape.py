@@ -38,6 +38,7 @@ def test_an_unknown_size_names_the_nearest(wrong: str, right: str) -> None:
         ("qwen2.5-coder-7b-instruct", "qwen2.5-coder-7b"),
         ("qwen3-0.6b-base", "qwen3-0.6b"),
         ("starcoderplus", "starcoder"),
+        ("starcoder-15.5b", "starcoder"),
         ("qwen3-235b-a22b-thinking-2507", "qwen3-235b-a22b-instruct-2507"),
     ],
 )
@@ -117,6 +118,46 @@ def test_positions_grow_with_the_sequence_unless_learned() -> None:
 
 def test_weights_keep_the_shape_of_the_size() -> None:
     assert families.hf_config(config("qwen3-0.6b", path="Qwen/Qwen3-0.6B"))["hidden_size"] == 1024
+
+
+def test_weights_of_another_family_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3"}))
+    with pytest.raises(PlanError, match=r"holds a qwen3 model, and model\.name = qwen2\.5-0\.5b is of qwen2"):
+        families.hf_config(config("qwen2.5-0.5b", path=str(tmp_path)))
+
+
+def test_the_vocabulary_grows_by_multiples_of_64_and_never_shrinks(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2", "vocab_size": 512}))
+    assert families.hf_config(config("qwen2.5-0.5b", path=str(tmp_path), grow_vocabulary=576))["vocab_size"] == 576
+    assert families.hf_config(config("starcoderbase", path="a/b", grow_vocabulary=49216))["vocab_size"] == 49216
+    for rows in (448, 512):
+        with pytest.raises(
+            PlanError, match=rf"grow_vocabulary = {rows}: the weights have 512 rows, and none is removed"
+        ):
+            families.hf_config(config("qwen2.5-0.5b", path=str(tmp_path), grow_vocabulary=rows))
+    with pytest.raises(ValueError, match="multiple of 64"):
+        config("qwen2.5-0.5b", path=str(tmp_path), grow_vocabulary=600)
+
+
+def within(runs: Path, given: Config) -> Config:
+    return given.model_copy(update={"run": given.run.model_copy(update={"dir": str(runs)})})
+
+
+def test_a_begun_run_knows_the_weights_it_began_with_when_they_are_gone(tmp_path: Path) -> None:
+    weights, run = tmp_path / "weights", tmp_path / "test"
+    for directory in (weights, run):
+        directory.mkdir()
+    begun = within(tmp_path, config("qwen2.5-0.5b", path=str(weights), grow_vocabulary=576))
+    hf = families.hf_config(config("qwen2.5-0.5b", {"hidden_size": 56, "vocab_size": 512}))
+    (weights / "config.json").write_text(json.dumps(hf))
+    wanted = families.hf_config(begun)
+    assert (wanted["hidden_size"], wanted["vocab_size"]) == (56, 576)
+    (run / "resolved.json").write_text(begun.model_dump_json())
+    (run / "plan.json").write_text(json.dumps({"hf_config": wanted}))
+    weights.rename(tmp_path / "gone")
+    assert families.hf_config(begun) == wanted
+    other = within(tmp_path, config("qwen2.5-0.5b", path="Qwen/Qwen2.5-0.5B"))
+    assert families.hf_config(other)["hidden_size"] == 896, "what was written down says nothing of other weights"
 
 
 def test_no_id_of_a_foreign_vocabulary() -> None:

@@ -72,7 +72,7 @@ def test_from_a_saved_model_over_a_resume_to_text(launch_config: Callable[..., P
         Generator(run.export)
     refused = subprocess.run(command(config, "train.steps=6", "--extend"), check=False, capture_output=True, text=True)
     assert refused.returncode == 2
-    assert "model.path: there is no directory" in refused.stderr
+    assert "export: there is no such directory" in refused.stderr
     moved.rename(run_of(base).export)
 
 

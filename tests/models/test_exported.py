@@ -91,6 +91,26 @@ def test_a_base_that_is_gone_is_named(adapters: tuple[Path, torch.Tensor], tmp_p
     open_exported(directory)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_size": 64}, r"do not fit .*other.*another model.*size mismatch"),
+        ({"model_type": "gpt_bigcode"}, r"do not fit .*other.*another model.*not found in the base model"),
+    ],
+)
+def test_adapters_of_another_model_are_refused(
+    adapters: tuple[Path, torch.Tensor], tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    directory, _ = adapters
+    other: Any = build_model(CONFIG | change, precision="bf16", attention="sdpa")
+    other.save_pretrained(tmp_path / "other")
+    config = directory / "adapter_config.json"
+    values = json.loads(config.read_text()) | {"base_model_name_or_path": str(tmp_path / "other")}
+    config.write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match=message):
+        open_exported(directory)
+
+
 def test_a_directory_without_a_model(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"neither config\.json nor adapter_config\.json"):
         open_exported(tmp_path)

@@ -85,6 +85,8 @@ def _plain_scalar(annotation: object, limits: Mapping[str, Any]) -> str:
         return f"text that matches `{limits['pattern']}`"
     if annotation is str:
         return "text that is not empty" if limits.get("min_length") else "text"
+    if "multiple_of" in limits:
+        return f"a multiple of {limits['multiple_of']}" + _bounds(limits)
     if annotation in {int, float}:
         return ("a whole number" if annotation is int else "a number") + _bounds(limits)
     return {bool: "true or false", types.NoneType: "null"}.get(annotation, "a value")
@@ -99,7 +101,7 @@ def _bounds(limits: Mapping[str, Any]) -> str:
     return "".join(f" {part}" for part in (low, high) if part)
 
 
-_LIMITS = ("ge", "gt", "le", "lt", "min_length", "pattern")
+_LIMITS = ("ge", "gt", "le", "lt", "multiple_of", "min_length", "pattern")
 
 
 def _limits(metadata: Sequence[Any]) -> dict[str, Any]:

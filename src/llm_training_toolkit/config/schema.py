@@ -144,7 +144,7 @@ class Model(Section):
     """Start from the newest checkpoint of another run, given by its directory. Not a resume: step 0, new optimizer."""
     shape: Annotated[dict[str, int | float | bool], Tag.IDENTITY] = {}
     """Changes to the size's shape, by the names of its Hugging Face configuration. From scratch only."""
-    grow_vocabulary: Annotated[Annotated[int, Field(ge=64, multiple_of=64)] | None, Tag.IDENTITY] = None
+    grow_vocabulary: Annotated[Annotated[int, Field(gt=0, multiple_of=64)] | None, Tag.IDENTITY] = None
     """Rows of the embedding, for a tokenizer with more entries than the weights of `path` have rows: a multiple of 64,
     such as 49216. New rows begin at the mean of the old. Absent = as the weights have them; none is ever removed."""
     attention: Annotated[Literal["eager", "sdpa", "flash_attention_2", "flex_attention"], Tag.FREE] = "sdpa"

@@ -126,6 +126,11 @@ class Preparation:
         ]
         return Prepared(self._receipt(tokenizer, prepared), tokenizer, self.directory)
 
+    @property
+    def is_rendered(self) -> bool:
+        """Whether documents have become tokens before, so that the receipt knows their tokenizer."""
+        return (self.directory / "held_out").is_dir()
+
     def found(self) -> list[int]:
         """How many epochs of each stream lie prepared already, from the first on without a gap."""
         return [next(epoch for epoch in count() if not self._is_there(each, epoch)) for each in self.streams]

@@ -26,11 +26,12 @@ def shape_keys(size: Size) -> tuple[str, ...]:
 
 def build(config: Config, size: Size) -> dict[str, Any]:
     """The complete Hugging Face configuration of a run; raises PlanError with everything that is wrong in it."""
-    saved = read_saved(config.model, size)
+    begun = _as_begun(config)
+    saved = read_saved(config.model, size) if begun is None else _own(size, begun)
     values, problems = (saved, []) if saved is not None else _changed(size, config.model.shape)
     if not problems:
         rows = values["vocab_size"] if saved is not None else vocabulary(config, size)
-        values["vocab_size"] = _grown(config.model, rows)
+        values["vocab_size"] = _grown(config.model, rows) if begun is None else rows
         problems = _mismatches(size.family, values) + _vocabulary_problems(config, values["vocab_size"])
     if problems:
         raise PlanError("\n".join(f"model.shape of {size.name}: {problem}" for problem in problems))
@@ -57,8 +58,32 @@ def read_saved(model: Model, size: Size) -> dict[str, Any] | None:
             f"{where} holds a {found.get('model_type')} model, and model.name = {size.name} is of "
             f"{size.family.model_type}: correct one of them"
         )
+    return _own(size, found)
+
+
+def _own(size: Size, found: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of the size, as another configuration of its family has them."""
     also = {key: found[name] for key, name in size.family.saved_as.items() if name in found}
     return {key: value if key in DROPOUTS else {**also, **found}.get(key, value) for key, value in size.values.items()}
+
+
+def _as_begun(config: Config) -> dict[str, Any] | None:
+    """What the run itself wrote down of the weights it began with, where they are no more: it has its checkpoints.
+
+    None while they are there, for a run that has not begun, and for one that would begin with other weights now.
+    """
+    given = config.model.path or config.model.init_from
+    if given is None or Path(given).expanduser().exists():
+        return None
+    run = Path(config.run.dir).expanduser() / config.run.name
+    try:
+        before, plan = (json.loads((run / name).read_text()) for name in ("resolved.json", "plan.json"))
+    except (OSError, ValueError):
+        return None
+    keys = ("name", "path", "init_from", "grow_vocabulary")
+    same = all(before["model"].get(key) == getattr(config.model, key) for key in keys)
+    found: dict[str, Any] | None = plan.get("hf_config") if same else None
+    return found
 
 
 def saved_dropout(model: Model, size: Size) -> float:

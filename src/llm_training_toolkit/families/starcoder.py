@@ -100,7 +100,8 @@ def starcoder2_anatomy(hf: HfValues) -> Anatomy:
 
 def starcoder_anatomy(hf: HfValues) -> Anatomy:
     """StarCoder 1: one key and value head (`multi_query`), biases everywhere, a table of learned positions."""
-    hidden, inter = hf["n_embd"], hf["n_inner"]
+    hidden = hf["n_embd"]
+    inter = hf["n_inner"] or 4 * hidden  # transformers writes none where it is four times as wide
     head_dim = hidden // hf["n_head"]
     kv_heads = 1 if hf["multi_query"] else hf["n_head"]
     biases = (hf["n_head"] + 2 * kv_heads) * head_dim + hidden + inter + hidden
@@ -219,7 +220,7 @@ SIZES = (
     Size("starcoderbase-1b", STARCODER, _first(24, 2048, 16)),
     Size("starcoderbase-3b", STARCODER, _first(36, 2816, 22)),
     Size("starcoderbase-7b", STARCODER, _first(42, 4096, 32)),
-    Size("starcoder", STARCODER, _first(40, 6144, 48), also=("starcoderbase", "starcoderplus")),
+    Size("starcoder", STARCODER, _first(40, 6144, 48), also=("starcoder-15.5b", "starcoderbase", "starcoderplus")),
     Size("tiny_starcoder_py", STARCODER, _first(20, 768, 12)),
     Size("gpt_bigcode-santacoder", SANTACODER, {**_first(24, 2048, 16), "vocab_size": 49280}),
 )

@@ -14,9 +14,11 @@ from llm_training_toolkit.data.prepare import Preparation, Prepared, Progress
 from llm_training_toolkit.data.receipt import Receipt
 from llm_training_toolkit.data.shards import Done, Job, Runner, directory_of, in_this_process
 from llm_training_toolkit.data.survey import Shard
-from llm_training_toolkit.errors import DataError
+from llm_training_toolkit.data.tokenizer import open_tokenizer
+from llm_training_toolkit.errors import DataError, PlanError
 from llm_training_toolkit.launch.environment import is_local, prepare_environment
 from llm_training_toolkit.plan import DataFacts, StreamFacts, make_plan
+from llm_training_toolkit.plan.check import vocabulary_problems
 
 
 def markers_of(config: Config) -> Markers:
@@ -59,12 +61,22 @@ def prepare_epochs(
     With `until`, of what is rendered anew for every epoch only as much as the steps up to this one need, and what lies
     prepared already. A run over epochs always gets all: its schedule depends on how many steps they make.
     """
+    _refuse_larger_tokenizer(work, config)
     epochs = [config.train.epochs or 1] * len(work.streams)
     prepared = _useful(work.prepare(epochs))
     while any(more := _more_epochs(work, config, facts_of(prepared.receipt, step, sequences), until)):
         epochs = [count + one for count, one in zip(epochs, more, strict=True)]
         prepared = work.prepare(epochs)
     return prepared
+
+
+def _refuse_larger_tokenizer(work: Preparation, config: Config) -> None:
+    """Raise PlanError for a tokenizer whose ids the embedding has no rows for, before any document is read."""
+    if config.tokenizer.path is None or work.is_rendered:
+        return
+    entries = open_tokenizer(config.tokenizer.path).vocab_size
+    for problem in vocabulary_problems(config, entries, families.hf_config(config)):
+        raise PlanError(str(problem))
 
 
 def _useful(prepared: Prepared) -> Prepared:

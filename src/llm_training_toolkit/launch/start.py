@@ -13,6 +13,7 @@ from llm_training_toolkit.console import Console
 from llm_training_toolkit.data.receipt import Receipt
 from llm_training_toolkit.launch.ahead import preparing_ahead
 from llm_training_toolkit.launch.environment import check_machine, check_quantization, is_local, prepare_environment
+from llm_training_toolkit.launch.origin import refuse_unfit_weights
 from llm_training_toolkit.launch.outcome import Outcome, Request
 from llm_training_toolkit.launch.place import is_first_rank, ranks_started
 from llm_training_toolkit.launch.preparation import facts_of, preparation_of, prepare_epochs, receipt_lines
@@ -45,6 +46,7 @@ def start(request: Request, console: Console) -> Outcome:
         for line in lines(plan):
             console.say(line)
         check_quantization(config)
+        refuse_unfit_weights(config, plan, standing)
         if config.cluster.workers != 0:
             check_machine(config)
             _check_nodes(run, config, console)

@@ -33,7 +33,13 @@ def open_exported(directory: Path) -> Any:  # noqa: ANN401 - transformers has no
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by an old name whether it recomputes
         # As in training: peft would compute adapters in fp32.
-        model = PeftModel.from_pretrained(base, str(directory), autocast_adapter_dtype=False)
+        try:
+            model = PeftModel.from_pretrained(base, str(directory), autocast_adapter_dtype=False)
+        except (RuntimeError, ValueError) as error:  # layers of other sizes, or none of their names
+            raise CheckpointError(
+                f"{directory}: these adapters do not fit {base.name_or_path}: they belong to another model. Name it in "
+                f"{_ADAPTERS} (base_model_name_or_path). {_first_difference(error)}"
+            ) from error
     return model.eval()
 
 
@@ -46,6 +52,12 @@ def _open_base(directory: Path, dtype: torch.dtype) -> Any:  # noqa: ANN401 - tr
             f"{directory} holds adapters, and the model they belong to is not there: {given}. Bring it back, or name "
             f"it in {_ADAPTERS}; adapters merged into their model (ltt export RUN --merge) need none. {error}"
         ) from error
+
+
+def _first_difference(error: Exception) -> str:
+    """Of torch's list of all layers that differ, the first; other messages as they are."""
+    rows = [row.strip() for row in str(error).splitlines()]
+    return next((row for row in rows if row.startswith("size mismatch")), rows[0])
 
 
 def _dtype(file: Path) -> torch.dtype:

@@ -159,10 +159,12 @@ class LossModule(nn.Module):
         # Where the head was trained whole beside adapters, peft keeps two: as it was, and as it was trained.
         given = model.get_output_embeddings().modules()  # type: ignore[operator]
         heads: list[Any] = [module for module in given if isinstance(module, nn.Linear)]
+        # Under ZeRO-3 a head's weight is empty here, its rows are with the ranks: the configuration counts them.
+        chunk = loss_chunk_tokens(loss_chunk, model.config.vocab_size)  # type: ignore[union-attr, arg-type]
         for head in heads:
             assert head.bias is None, "LossHead computes the loss without a bias"
             head.__class__ = LossHead
-            head.loss_chunk = loss_chunk_tokens(loss_chunk, len(head.weight))
+            head.loss_chunk = chunk
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, labels: Tensor) -> Tensor:
         """Summed loss of (B, T) tokens; `labels` (B, T) are already shifted, -100 = no loss."""

@@ -24,6 +24,7 @@ def problems(config: Config, size: Size, hf: HfValues, replicas: int) -> tuple[P
         *_data(config, size, hf),
         *_batch(config, replicas),
         *_attention(config),
+        *_weights(config),
         *_lora(config, size, hf),
         *_evaluation(config, size.family),
     )
@@ -56,15 +57,27 @@ def _attention(config: Config) -> Iterator[Problem]:
         yield Problem("model.attention", "flash_attention_2 has no fp32", "Use sdpa, or train.precision bf16")
 
 
+def _weights(config: Config) -> Iterator[Problem]:
+    """A directory of weights that holds none which can be loaded."""
+    if config.model.path is None or not (directory := Path(config.model.path).expanduser()).is_dir():
+        return
+    if not (directory / "config.json").is_file() and (directory / "adapter_config.json").is_file():
+        fix = "Merge them (ltt export RUN --merge) and give the result, or start from their run with model.init_from"
+        yield Problem("model.path", f"{config.model.path} holds adapters, and no model", fix)
+    elif not (directory / "config.json").is_file():
+        what = f"{config.model.path} holds no model (no config.json)"
+        yield Problem("model.path", what, "Give the directory that holds it")
+    elif not any(directory.glob("*.safetensors")):
+        what = f"{config.model.path} has no weights in safetensors, and pickled ones are not opened"
+        yield Problem("model.path", what, "Save them anew with transformers, save_pretrained, where you trust them")
+
+
 def _lora(config: Config, size: Size, hf: HfValues) -> Iterator[Problem]:
     """Adapters for layers that are not there, and what 4-bit weights cannot do."""
     lora, family = config.model.lora, size.family
     if lora is None:
         return
     yield from _unknown("model.lora.targets", () if lora.targets == "auto" else lora.targets, family.lora_targets, size)
-    if config.model.path is not None and not _may_exist(config.model.path):
-        what = f"there is no directory {config.model.path}, and adapters need the weights they stand beside"
-        yield Problem("model.path", what, "Give the directory of the weights, or a hub id (organisation/name)")
     anatomy = family.anatomy(hf)
     whole = tuple(whole_modules(family, anatomy))
     yield from _unknown("model.lora.modules_to_save", lora.modules_to_save, whole, size)
@@ -77,11 +90,6 @@ def _lora(config: Config, size: Size, hf: HfValues) -> Iterator[Problem]:
     if lora.quantize is not None and config.cluster.gpus_per_worker == 0:
         what = "4-bit weights need a GPU, and cluster.gpus_per_worker is 0"
         yield Problem("model.lora.quantize", what, "Remove quantize, or train where there are GPUs")
-
-
-def _may_exist(path: str) -> bool:
-    """Whether weights are there, or may be fetched from the hub: an id has at most one slash."""
-    return Path(path).expanduser().is_dir() or re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) is not None
 
 
 def _unknown(where: str, given: Sequence[str], known: Sequence[str], size: Size) -> Iterator[Problem]:
@@ -165,6 +173,11 @@ def _batch(config: Config, replicas: int) -> Iterator[Problem]:
         yield Problem("cluster.workers", what, f"Use at most {batch} workers, or a larger train.global_batch")
 
 
+def may_exist(path: str) -> bool:
+    """Whether weights are here, or may be fetched from the hub: an id has at most one slash."""
+    return Path(path).expanduser().is_dir() or re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) is not None
+
+
 def notes(config: Config, size: Size, hf: HfValues, replicas: tuple[int, int]) -> tuple[str, ...]:
     """What is no mistake, but good to know; `replicas` are the fewest and the most."""
     return (
@@ -216,11 +229,22 @@ def _lora_notes(config: Config) -> Iterator[str]:
         yield "4-bit weights need a GPU and bitsandbytes on every worker."
 
 
+def _path_notes(path: str, size: Size, hf: HfValues) -> Iterator[str]:
+    """Whose numbers the plan has: those of the weights where their configuration is here, else those of the name."""
+    if not may_exist(path):
+        yield f"There is no directory {path} on this machine: training will look for it."
+    found, named = (size.family.anatomy(values).parameters for values in (hf, size.values))
+    if not Path(path).expanduser().is_dir():
+        yield f"Numbers are those of {size.name}; the weights of model.path are compared with it when loaded."
+    elif found != named:
+        yield f"{size.name} has {named:,} parameters; numbers are those of the weights in {path}: {found:,}."
+
+
 def _model_notes(config: Config, size: Size, hf: HfValues) -> Iterator[str]:
     length = config.data.sequence_length
     yield from _lora_notes(config)
     if config.model.path is not None:
-        yield f"Numbers are those of {config.model.name}; the weights of model.path are compared with it when loaded."
+        yield from _path_notes(config.model.path, size, hf)
         if not size.family.absolute_positions and length > size.values[size.family.position_key]:
             yield f"A sequence of {length} tokens is longer than the weights have seen."
         if dropout := saved_dropout(config.model, size):
