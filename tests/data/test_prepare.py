@@ -16,7 +16,7 @@ from llm_training_toolkit.data.markers import Markers
 from llm_training_toolkit.data.packing import PackingPlan
 from llm_training_toolkit.data.prepare import Prepared, prepare
 from llm_training_toolkit.data.receipt import Receipt
-from llm_training_toolkit.data.store import Examples, complete
+from llm_training_toolkit.data.store import Examples
 from llm_training_toolkit.data.survey import Survey
 from llm_training_toolkit.data.tokenizer import TextEncoder
 from llm_training_toolkit.errors import DataError
@@ -166,16 +166,6 @@ def test_two_at_once_do_not_disturb_each_other(configure: Configure, markers: Ma
     assert all(result == results[0] for result in results)
     cache = results[0].directory.parent
     assert not [path for path in cache.rglob(".*") if path != cache]
-
-
-def test_a_part_is_whole_or_absent(tmp_path: Path) -> None:
-    def dies(directory: Path) -> None:
-        (directory / "half").write_text("x", encoding="utf-8")
-        raise RuntimeError("killed")
-
-    with pytest.raises(RuntimeError):
-        complete(tmp_path / "part", dies)
-    assert not list(tmp_path.iterdir())
 
 
 def test_documents_that_change_meanwhile_are_noticed(

@@ -18,13 +18,14 @@ import tokenizers
 from llm_training_toolkit.config.schema import Config, Data
 from llm_training_toolkit.data import survey as surveys
 from llm_training_toolkit.data.chat_template import ChatTemplate
+from llm_training_toolkit.data.complete import complete, sweep
 from llm_training_toolkit.data.markers import Markers
 from llm_training_toolkit.data.packing import PackingPlan, pack_in_windows
 from llm_training_toolkit.data.receipt import EpochReceipt, Receipt, SourceReceipt, StreamReceipt
 from llm_training_toolkit.data.rendering import plain_text
 from llm_training_toolkit.data.shards import Job, Runner, in_this_process, join, read_facts
 from llm_training_toolkit.data.sources import fingerprint
-from llm_training_toolkit.data.store import Examples, complete
+from llm_training_toolkit.data.store import Examples
 from llm_training_toolkit.data.survey import Rereader, Survey, all_sources, shards
 from llm_training_toolkit.data.tokenizer import TOKENIZER_FILES, tokenizer_directory, train_tokenizer
 from llm_training_toolkit.errors import DataError, ToolkitError
@@ -116,6 +117,7 @@ class Preparation:
 
     def prepare(self, epochs: Sequence[int]) -> Prepared:
         """Prepare the first epochs, as many of each stream, or find them prepared."""
+        sweep(self.cache)
         complete(self.directory / "documents", self._take_survey)
         tokenizer = complete(self.tokenizer_path, self._make_tokenizer)
         held_out = self._rendered("held_out", range(len(self.sources)), epoch=0, held=True, stage="held-out tokens")
@@ -237,6 +239,7 @@ class Preparation:
         """The directory of a rendering, made shard by shard unless it is there."""
         target, place = self.directory / name, self.directory / f".{name}.shards"
         if target.is_dir():
+            shutil.rmtree(place, ignore_errors=True)  # of a process that was killed right before it could
             return target
         chosen = shards(self.data, self.survey, sources, held=held)
         total = sum(self.survey.count(held=held, source=source) for source in {shard.source for shard in chosen})

@@ -17,10 +17,11 @@ from typing import Any
 import numpy as np
 
 from llm_training_toolkit.config.schema import Data
+from llm_training_toolkit.data.complete import complete
 from llm_training_toolkit.data.markers import Markers
 from llm_training_toolkit.data.rendering import Renderer
 from llm_training_toolkit.data.sources import Document
-from llm_training_toolkit.data.store import SourceExample, complete, join_examples, write_examples
+from llm_training_toolkit.data.store import SourceExample, join_examples, write_examples
 from llm_training_toolkit.data.survey import Rereader, Shard, Survey, all_sources
 from llm_training_toolkit.data.tokenizer import open_tokenizer
 
