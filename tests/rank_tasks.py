@@ -208,6 +208,29 @@ def work_on(run: str, changes: Mapping[str, Any] | None = None, stop_after: int 
     return {**result, "events": events}
 
 
+def wait_on(runs: list[str], comes: Mapping[str, Mapping[int, str]], stop_at: int | None = None) -> dict[str, Any]:
+    """Work on a run, each rank with a view of its own, while the rest of its data comes.
+
+    `comes`: by file of the data directory, what each rank finds there from some look on; rank 0 brings them, one rank
+    more each time it is asked while it waits. stop_at: at which of these times it asks for a stop instead.
+    """
+    waiting, asked = [False], [0]
+
+    def report(event: Event) -> None:
+        waiting[0] |= "waits for data of the next epoch" in str(event.get("message"))
+
+    def wish() -> Wish:
+        if waiting[0]:
+            asked[0] += 1
+            for name, by_rank in comes.items():
+                if (rank := asked[0] - 1) in by_rank:
+                    Path(runs[rank], "data", name).write_text(by_rank[rank])
+        return Wish.STOP if asked[0] == stop_at else Wish.GO_ON
+
+    result = work(place_of(runs[dist.get_rank()]), context(report, wish))
+    return {**result, "asked": asked[0]}
+
+
 def loaded_weights(hf_config: Mapping[str, Any], path: str, zero: int, rows: int | None = None) -> Arrays:
     """The weights at `path`, loaded as a worker does under a ZeRO stage, with as many rows of the vocabulary."""
     check_weights(path, hf_config["model_type"])
