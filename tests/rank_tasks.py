@@ -211,8 +211,9 @@ def work_on(run: str, changes: Mapping[str, Any] | None = None, stop_after: int 
 def wait_on(runs: list[str], comes: Mapping[str, Mapping[int, str]], stop_at: int | None = None) -> dict[str, Any]:
     """Work on a run, each rank with a view of its own, while the rest of its data comes.
 
-    `comes`: by file of the data directory, what each rank finds there from some look on; rank 0 brings them, one rank
-    more each time it is asked while it waits. stop_at: at which of these times it asks for a stop instead.
+    `comes`: by file of the data directory, what each rank finds there from some look on; rank 0 brings them when it is
+    asked for wishes while it waits, those of rank r at time 2r + 1, so that one look is sure to find them at the ranks
+    before and not at r. stop_at: at which of these times it asks for a stop.
     """
     waiting, asked = [False], [0]
 
@@ -223,8 +224,9 @@ def wait_on(runs: list[str], comes: Mapping[str, Mapping[int, str]], stop_at: in
         if waiting[0]:
             asked[0] += 1
             for name, by_rank in comes.items():
-                if (rank := asked[0] - 1) in by_rank:
-                    Path(runs[rank], "data", name).write_text(by_rank[rank])
+                for rank, text in by_rank.items():
+                    if asked[0] == 2 * rank + 1:
+                        Path(runs[rank], "data", name).write_text(text)
         return Wish.STOP if asked[0] == stop_at else Wish.GO_ON
 
     result = work(place_of(runs[dist.get_rank()]), context(report, wish))
