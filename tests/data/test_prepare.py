@@ -53,7 +53,10 @@ def test_every_document_is_there_once_on_its_side(
     )
     assert source.tokens == sum(len(encoder.encode(text.removesuffix("<|endoftext|>"))) + 1 for text in trained)
     assert receipt.padding == pytest.approx(1 - source.tokens / (64 * receipt.streams[0].sequences[0]))
-    assert source.longest > 10 * 64
+    longest = max(written, key=lambda text: len(encoder.encode(text.removesuffix("<|endoftext|>"))))
+    assert source.longest == len(encoder.encode(longest.removesuffix("<|endoftext|>"))) + 1 > 10 * 64
+    assert (corpus / source.longest_document).read_text(encoding="utf-8") + "<|endoftext|>" == longest
+    assert source.truncated == 0.0
     assert [epoch.tokens for epoch in receipt.streams[0].epochs] == ["tokens", "tokens"]
 
 
@@ -141,6 +144,8 @@ def test_dropped_documents_are_counted_by_reason(configure: Configure, markers: 
     (receipt,) = prepare(config, markers).receipt.sources
     assert receipt.dropped == {"empty": 1, "duplicate": 1, "invalid_json": 1, "too_long": 1}
     assert (receipt.documents, receipt.held_out) == (2, 0)
+    assert receipt.longest_document == "x.jsonl:5"
+    assert receipt.truncated == receipt.longest / (receipt.longest + receipt.tokens) > 0.9
     strict = configure(sources=[source], on_error="skip", max_skipped=0.1)
     with pytest.raises(DataError, match="max_skipped"):
         prepare(strict, markers)

@@ -131,7 +131,8 @@ def receipt_lines(receipt: Receipt) -> list[str]:
         dropped = ", ".join(f"{count:,} {reason}" for reason, count in source.dropped.items()) or "none"
         rows.append(
             f"{source.path}: {source.documents:,} documents ({source.held_out:,} held out), dropped: {dropped}; "
-            f"{source.tokens:,} tokens, {source.loss_tokens:,} with loss, longest document {source.longest:,}"
+            f"{source.tokens:,} tokens, {source.loss_tokens:,} with loss, {source.truncated:.2%} left out as too long; "
+            f"the longest document has {source.longest:,}: {source.longest_document}"
         )
     epochs = " + ".join(f"{len(stream.epochs)}" for stream in receipt.streams)
     rows.append(
