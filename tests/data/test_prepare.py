@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,16 @@ def test_a_given_tokenizer_is_copied(configure: Configure, markers: Markers, tok
     copied = prepared.tokenizer_path / "tokenizer.json"
     assert copied.read_bytes() == (tokenizer_path / "tokenizer.json").read_bytes()
     assert prepared.tokenizer_path != tokenizer_path
+
+
+def test_a_tokenizer_that_lacks_a_sentinel_is_refused_before_anything_is_read(
+    configure: Configure, markers: Markers, tokenizer_path: Path
+) -> None:
+    other = replace(markers, tokens=replace(markers.tokens, fim_middle="<mid>"))
+    stages: list[tuple[str, int, int]] = []
+    with pytest.raises(DataError, match=rf"{tokenizer_path}/tokenizer.json: has no special token '<mid>'"):
+        prepare(configure(fim={"rate": 0.5}), other, progress=lambda *event: stages.append(event))
+    assert not stages
 
 
 def test_dropped_documents_are_counted_by_reason(configure: Configure, markers: Markers, tmp_path: Path) -> None:

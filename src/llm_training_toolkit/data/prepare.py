@@ -23,12 +23,12 @@ from llm_training_toolkit.data.complete import complete, sweep
 from llm_training_toolkit.data.markers import Markers
 from llm_training_toolkit.data.packing import PackingPlan, pack_in_windows
 from llm_training_toolkit.data.receipt import EpochReceipt, Receipt, StreamReceipt
-from llm_training_toolkit.data.rendering import plain_text
+from llm_training_toolkit.data.rendering import Renderer, plain_text
 from llm_training_toolkit.data.shards import Job, Runner, in_this_process, join, read_facts
 from llm_training_toolkit.data.sources import fingerprint
 from llm_training_toolkit.data.store import Examples
 from llm_training_toolkit.data.survey import Rereader, Survey, all_sources, shards
-from llm_training_toolkit.data.tokenizer import TOKENIZER_FILES, tokenizer_directory, train_tokenizer
+from llm_training_toolkit.data.tokenizer import TOKENIZER_FILES, open_tokenizer, tokenizer_directory, train_tokenizer
 from llm_training_toolkit.errors import DataError, ToolkitError
 from llm_training_toolkit.plan import whole_shares
 
@@ -119,6 +119,8 @@ class Preparation:
     def prepare(self, epochs: Sequence[int]) -> Prepared:
         """Prepare the first epochs, as many of each stream, or find them prepared."""
         sweep(self.cache)
+        if not (self.directory / "documents").is_dir():
+            self._check_tokenizer()
         complete(self.directory / "documents", self._take_survey)
         tokenizer = complete(self.tokenizer_path, self._make_tokenizer)
         held_out = self._rendered("held_out", range(len(self.sources)), epoch=0, held=True, stage="held-out tokens")
@@ -183,6 +185,13 @@ class Preparation:
                 "data.sources: files changed while they were being read. Let nothing write into the sources, and "
                 "prepare again."
             )
+
+    def _check_tokenizer(self) -> None:
+        """Refuse a given tokenizer, or its chat template, before hours of reading."""
+        if self.tokenizer.path is not None:
+            directory = tokenizer_directory(self.tokenizer.path)
+            encoder = open_tokenizer(str(directory))
+            Renderer(self.data.sources, self.markers, encoder, directory, self.data.sequence_length).check()
 
     def _make_tokenizer(self, directory: Path) -> None:
         if self.tokenizer.train is not None:
