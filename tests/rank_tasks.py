@@ -28,7 +28,7 @@ from llm_training_toolkit.launch.worker import work
 from llm_training_toolkit.models import LossModule, build_model, check_weights, grow_vocabulary
 from llm_training_toolkit.models.initial import generator
 from llm_training_toolkit.plan import Plan, make_plan, slice_of
-from llm_training_toolkit.runs import RunDirectory
+from llm_training_toolkit.runs import RunDirectory, write_atomically
 from llm_training_toolkit.saving import restore
 
 Arrays = dict[str, np.ndarray[Any, Any]]
@@ -226,7 +226,7 @@ def wait_on(runs: list[str], comes: Mapping[str, Mapping[int, str]], stop_at: in
             for name, by_rank in comes.items():
                 for rank, text in by_rank.items():
                     if asked[0] == 2 * rank + 1:
-                        Path(runs[rank], "data", name).write_text(text)
+                        write_atomically(Path(runs[rank], "data", name), text)
         return Wish.STOP if asked[0] == stop_at else Wish.GO_ON
 
     result = work(place_of(runs[dist.get_rank()]), context(report, wish))
