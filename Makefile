@@ -30,7 +30,7 @@ bench-memory: $(VENV)/.installed  ## memory of the loss in chunks beside whole l
 bench-loading: $(VENV)/.installed  ## memory of a rank while weights are loaded, at ZeRO 2 and 3 (a minute)
 	$(BIN)/python benchmarks/bench_loading.py
 
-bench-data: $(VENV)/.installed-bench  ## rendering, packing and resuming beside tokenizers, TRL and HF Trainer (five minutes, a quiet machine)
+bench-data: $(VENV)/.installed-bench  ## rendering, packing and resuming beside tokenizers, TRL and HF Trainer (ten minutes, a quiet machine)
 	$(BIN)/python benchmarks/bench_data.py
 
 cluster: $(VENV)/.installed  ## a Ray cluster of this machine alone, with a token, until Ctrl-C (cluster/local.yaml)

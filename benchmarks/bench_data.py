@@ -1,7 +1,8 @@
 """The data layer beside what others use, in one run: rendering, packing, and the first batch after a resume.
 
-Those that are compared take turns, so that a machine that slows down slows all of them. `make bench-data` prints
-tables for docs/benchmarks.md; `--json FILE` keeps every measurement. TRL's packing is measured where it is installed
+Those that are compared take turns, so that a machine that slows down slows all of them. How many documents can be
+indexed and packed, in how much memory, is measured of the toolkit alone. `make bench-data` prints tables for
+docs/benchmarks.md; `--json FILE` keeps every measurement. TRL's packing is measured where it is installed
 (requirements-bench.txt); elsewhere its rows are left out, with a word.
 """
 
@@ -17,13 +18,14 @@ import platform
 import statistics
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent / "data"
 STRATEGIES = ("bfd", "bfd_split", "wrapped")
 TOOLKIT = "this toolkit"
+PARTS = ("rendering", "packing", "resuming", "indexing")
 PACKAGES = ("tokenizers", "accelerate", "transformers", "numpy", "trl", "datasets")
 Found = dict[str, Any]
 
@@ -62,7 +64,7 @@ def rendering(rounds: int) -> tuple[Found, str]:
     return found, markdown(["", "tokens a second", "ratio"], rows)
 
 
-def packing(rounds: int, documents: int, large: Sequence[int]) -> tuple[Found, str]:
+def packing(rounds: int, documents: int) -> tuple[Found, str]:
     """Seconds and what became of the documents; with TRL where it is."""
     others = STRATEGIES if importlib.util.find_spec("trl") else ()
     if not others:
@@ -72,8 +74,6 @@ def packing(rounds: int, documents: int, large: Sequence[int]) -> tuple[Found, s
         found.setdefault(TOOLKIT, []).append(run("packing.py", documents))
         for strategy in others:
             found.setdefault(f'TRL, "{strategy}"', []).append(run("packing_trl.py", documents, strategy))
-    for count in large:
-        found[f"{TOOLKIT}, {count:,} documents"] = [run("packing.py", count)]
     heads = [
         "",
         "seconds",
@@ -103,6 +103,35 @@ def _packing_row(name: str, measured: Sequence[Found]) -> list[str]:
     ]
 
 
+def indexing(large: Sequence[int]) -> tuple[Found, str]:
+    """Seconds and memory of the toolkit's survey, index and packing of many documents."""
+    found = {f"{count:,}": run("indexing.py", count) for count in large}
+    heads = [
+        "documents",
+        "tokens",
+        "surveyed, s",
+        "indexed, s",
+        "packed, s",
+        "sequences",
+        "padding",
+        "lost",
+        "peak, GB",
+    ]
+    rows = [
+        [
+            name,
+            f"{each['tokens']:,}",
+            *(f"{each[part]:.1f}" for part in ("survey", "index", "pack")),
+            f"{each['sequences']:,}",
+            f"{each['padding']:.2%}",
+            f"{each['lost']:,}",
+            f"{each['peak_gb']:.2f}",
+        ]
+        for name, each in found.items()
+    ]
+    return found, markdown(heads, rows)
+
+
 def resuming(rounds: int, places: Sequence[int]) -> tuple[Found, str]:
     """Milliseconds to the first batch, by where it lies."""
     found = run("resuming.py", rounds, *places)
@@ -124,19 +153,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--documents", type=int, default=50_000, help="of the packing beside TRL's")
-    parser.add_argument("--large", type=int, nargs="*", default=[1_000_000, 10_000_000], help="of the packing alone")
+    parser.add_argument("--large", type=int, nargs="+", default=[1_000_000, 10_000_000], help="of the indexing")
     parser.add_argument("--places", type=int, nargs="+", default=[10, 10_000, 1_000_000], help="sequences to resume at")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="the parts to measure")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     measured: Found = {"date": str(datetime.datetime.now(tz=datetime.UTC).date()), "machine": platform.platform()}
     measured |= {"cpus": os.cpu_count(), "rounds": arguments.rounds, "versions": versions()}
-    for name, (found, table) in (
-        ("rendering", rendering(arguments.rounds)),
-        ("packing", packing(arguments.rounds, arguments.documents, arguments.large)),
-        ("resuming", resuming(arguments.rounds, arguments.places)),
-    ):
-        measured[name] = found
-        print(f"\n{name}\n\n{table}", flush=True)
+    parts: dict[str, Callable[[], tuple[Found, str]]] = {
+        "rendering": lambda: rendering(arguments.rounds),
+        "packing": lambda: packing(arguments.rounds, arguments.documents),
+        "resuming": lambda: resuming(arguments.rounds, arguments.places),
+        "indexing": lambda: indexing(arguments.large),
+    }
+    for name in PARTS:
+        if name in arguments.only:
+            measured[name], table = parts[name]()
+            print(f"\n{name}\n\n{table}", flush=True)
     print("\n" + ", ".join(f"{name} {version}" for name, version in measured["versions"].items()))
     if arguments.json:
         arguments.json.write_text(json.dumps(measured, indent=1))

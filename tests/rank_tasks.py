@@ -29,7 +29,7 @@ from llm_training_toolkit.models import LossModule, build_model, check_weights, 
 from llm_training_toolkit.models.build import DTYPES
 from llm_training_toolkit.models.initial import generator
 from llm_training_toolkit.plan import Plan, make_plan, slice_of
-from llm_training_toolkit.runs import RunDirectory
+from llm_training_toolkit.runs import RunDirectory, write_atomically
 from llm_training_toolkit.saving import restore
 
 Arrays = dict[str, np.ndarray[Any, Any]]
@@ -207,6 +207,31 @@ def work_on(run: str, changes: Mapping[str, Any] | None = None, stop_after: int 
 
     result = work(place_of(run, changes), context(report, wish))
     return {**result, "events": events}
+
+
+def wait_on(runs: list[str], comes: Mapping[str, Mapping[int, str]], stop_at: int | None = None) -> dict[str, Any]:
+    """Work on a run, each rank with a view of its own, while the rest of its data comes.
+
+    `comes`: by file of the data directory, what each rank finds there from some look on; rank 0 brings them when it is
+    asked for wishes while it waits, those of rank r at time 2r + 1, so that one look is sure to find them at the ranks
+    before and not at r. stop_at: at which of these times it asks for a stop.
+    """
+    waiting, asked = [False], [0]
+
+    def report(event: Event) -> None:
+        waiting[0] |= "waits for data of the next epoch" in str(event.get("message"))
+
+    def wish() -> Wish:
+        if waiting[0]:
+            asked[0] += 1
+            for name, by_rank in comes.items():
+                for rank, text in by_rank.items():
+                    if asked[0] == 2 * rank + 1:
+                        write_atomically(Path(runs[rank], "data", name), text)
+        return Wish.STOP if asked[0] == stop_at else Wish.GO_ON
+
+    result = work(place_of(runs[dist.get_rank()]), context(report, wish))
+    return {**result, "asked": asked[0]}
 
 
 def loaded_weights(hf_config: Mapping[str, Any], path: str, zero: int, rows: int | None = None) -> Arrays:

@@ -19,6 +19,15 @@ def lengths_of(documents: int) -> Integers:
     return drawn.astype(np.int64) + 1
 
 
+def chunks_of(lengths: Integers) -> tuple[Integers, Integers]:
+    """Document and length of every chunk, as `too_long: continue` cuts them."""
+    counts = -(-lengths // LENGTH)
+    document = np.repeat(np.arange(len(lengths)), counts)
+    chunks = np.full(len(document), LENGTH)
+    chunks[np.cumsum(counts) - 1] = lengths - LENGTH * (counts - 1)
+    return document, chunks
+
+
 class Pieces(NamedTuple):
     """What lies in the sequences, piece after piece: whose tokens (document), in which sequence (row), and how many."""
 

@@ -12,17 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from lengths import LENGTH, Integers, Pieces, lengths_of, report
+from lengths import LENGTH, Integers, Pieces, chunks_of, lengths_of, report
 from llm_training_toolkit.data.packing import PackingPlan, pack
-
-
-def chunks_of(lengths: Integers) -> tuple[Integers, Integers]:
-    """Document and length of every chunk, as `too_long: continue` cuts them."""
-    counts = -(-lengths // LENGTH)
-    document = np.repeat(np.arange(len(lengths)), counts)
-    chunks = np.full(len(document), LENGTH)
-    chunks[np.cumsum(counts) - 1] = lengths - LENGTH * (counts - 1)
-    return document, chunks
 
 
 def packed(lengths: Integers) -> tuple[float, Integers, Integers, PackingPlan]:

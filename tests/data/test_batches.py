@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
@@ -14,11 +16,15 @@ from hypothesis import strategies as st
 
 from llm_training_toolkit.config.schema import Config
 from llm_training_toolkit.data.batches import MicroBatch, Sequences, assemble, dummy
+from llm_training_toolkit.data.feed import Feed
 from llm_training_toolkit.data.markers import Markers
+from llm_training_toolkit.data.packing import pack_in_windows
 from llm_training_toolkit.data.prepare import Prepared, prepare
+from llm_training_toolkit.data.receipt import EpochReceipt, Receipt, StreamReceipt
 from llm_training_toolkit.data.render import Example
-from llm_training_toolkit.data.store import Examples
+from llm_training_toolkit.data.store import Examples, SourceExample, join_examples, write_examples
 from llm_training_toolkit.errors import DataError
+from llm_training_toolkit.plan import slice_of
 
 Configure = Callable[..., Config]
 N = -100
@@ -70,6 +76,83 @@ def test_a_step_is_the_same_for_any_number_of_ranks(
     assert [row for share in shares for row in stacked(share)] == whole
     assert all(len(batch.input_ids) <= micro for share in shares for batch in share)
     assert sequences.loss_tokens(1) == sum(label != N for _, _, labels in whole for label in labels)
+
+
+def stored(folder: Path, lengths: list[int], seed: int) -> Receipt:
+    """Two epochs of documents of these lengths, cut to 16 tokens. Each token says whose it is and which of its."""
+    for name in ("part", "tokens", "tokenizer", "plan0", "plan1"):
+        (folder / name).mkdir()
+    pieces = [
+        (number, range(start, min(start + 16, length)))
+        for number, length in enumerate(lengths)
+        for start in range(0, length, 16)
+    ]
+    ones = np.ones(16, dtype=np.bool_)
+    write_examples(
+        folder / "part",
+        [
+            SourceExample(
+                0, Example(np.array(places, dtype=np.uint32) + 1000 * number + 1, ones[: len(places)], number)
+            )
+            for number, places in pieces
+        ],
+    )
+    join_examples([folder / "part"], folder / "tokens", os.link)
+    index, epochs = Examples(folder / "tokens"), []
+    for epoch in (0, 1):
+        plan = pack_in_windows(index.batch, index.length, 16, targets=index.targets, seed=seed, epoch=epoch)
+        plan.write(folder / f"plan{epoch}")
+        epochs.append(EpochReceipt("tokens", f"plan{epoch}", len(plan), sum(lengths), 0))
+    return Receipt(
+        fingerprint="",
+        directory=str(folder),
+        tokenizer_path=str(folder / "tokenizer"),
+        vocab_size=1 << 20,
+        pad_id=0,
+        sequence_length=16,
+        seed=seed,
+        sources=(),
+        streams=(StreamReceipt(1, tuple(epochs)),),
+        held_out="tokens",
+        held_out_plan="plan0",
+        eval_sequences=0,
+        padding=0.0,
+        tokens_lost=0,
+    )
+
+
+@settings(max_examples=30)
+@given(
+    lengths=st.lists(st.integers(2, 40).filter(lambda length: length % 16 != 1), min_size=1, max_size=30),
+    seed=st.integers(0, 99),
+    global_batch=st.integers(1, 9),
+    micro=st.integers(1, 4),
+    attempts=st.lists(st.tuples(st.integers(1, 8), st.integers(1, 6)), min_size=1, max_size=4),
+)
+def test_any_documents_any_ranks_any_restarts(
+    lengths: list[int], seed: int, global_batch: int, micro: int, attempts: list[tuple[int, int]]
+) -> None:
+    """Attempts (ranks, steps until they are killed) one after the other see what one undisturbed rank sees."""
+    with TemporaryDirectory() as name:
+        receipt = stored(Path(name), lengths, seed)
+        undisturbed = Feed(receipt, global_batch=global_batch, epochs=2)
+        steps = -(-receipt.sequences // global_batch)
+        alone = [undisturbed.batch(s, range(undisturbed.sequences_in(s)), global_batch, 1) for s in range(steps)]
+        seen: list[list[tuple[list[int], list[int], list[int]]]] = []
+        for world, until in [*attempts, (attempts[0][0], steps)]:
+            origin = (len(seen), min(len(seen) * global_batch, receipt.sequences))
+            feed = Feed(receipt, global_batch=global_batch, epochs=2, origin=origin)
+            for step in range(len(seen), min(len(seen) + until, steps)):
+                count = feed.sequences_in(step)
+                most = -(-len(slice_of(count, world, 0)) // micro)
+                shares = [feed.batch(step, slice_of(count, world, rank), micro, most) for rank in range(world)]
+                assert {len(share) for share in shares} == {most}
+                rows = [row for share in shares for row in stacked(share) if any(label != N for label in row[2])]
+                assert feed.loss_tokens(step) == sum(label != N for row in rows for label in row[2])
+                seen.append(rows)
+        assert seen == [stacked(batches) for batches in alone]
+        tokens = Counter(token for rows in seen for ids, _, _ in rows for token in ids if token)
+        assert tokens == {1000 * n + at + 1: 2 for n, length in enumerate(lengths) for at in range(length)}
 
 
 @pytest.mark.parametrize(("start", "stop", "micro"), [(0, 11, 4), (3, 8, 2), (5, 6, 3)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from llm_training_toolkit.data.markers import Markers
 from llm_training_toolkit.data.packing import PackingPlan
 from llm_training_toolkit.data.prepare import Prepared, prepare
 from llm_training_toolkit.data.receipt import Receipt
-from llm_training_toolkit.data.store import Examples, complete
+from llm_training_toolkit.data.store import Examples
 from llm_training_toolkit.data.survey import Survey
 from llm_training_toolkit.data.tokenizer import TextEncoder
 from llm_training_toolkit.errors import DataError
@@ -53,7 +54,10 @@ def test_every_document_is_there_once_on_its_side(
     )
     assert source.tokens == sum(len(encoder.encode(text.removesuffix("<|endoftext|>"))) + 1 for text in trained)
     assert receipt.padding == pytest.approx(1 - source.tokens / (64 * receipt.streams[0].sequences[0]))
-    assert source.longest > 10 * 64
+    longest = max(written, key=lambda text: len(encoder.encode(text.removesuffix("<|endoftext|>"))))
+    assert source.longest == len(encoder.encode(longest.removesuffix("<|endoftext|>"))) + 1 > 10 * 64
+    assert (corpus / source.longest_document).read_text(encoding="utf-8") + "<|endoftext|>" == longest
+    assert source.truncated == 0.0
     assert [epoch.tokens for epoch in receipt.streams[0].epochs] == ["tokens", "tokens"]
 
 
@@ -132,6 +136,16 @@ def test_a_given_tokenizer_is_copied(configure: Configure, markers: Markers, tok
     assert prepared.tokenizer_path != tokenizer_path
 
 
+def test_a_tokenizer_that_lacks_a_sentinel_is_refused_before_anything_is_read(
+    configure: Configure, markers: Markers, tokenizer_path: Path
+) -> None:
+    other = replace(markers, tokens=replace(markers.tokens, fim_middle="<mid>"))
+    stages: list[tuple[str, int, int]] = []
+    with pytest.raises(DataError, match=rf"{tokenizer_path}/tokenizer.json: has no special token '<mid>'"):
+        prepare(configure(fim={"rate": 0.5}), other, progress=lambda *event: stages.append(event))
+    assert not stages
+
+
 def test_dropped_documents_are_counted_by_reason(configure: Configure, markers: Markers, tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     lines = ['{"text": "a"}', '{"text": ""}', "{", '{"text": "a"}', '{"text": "%s"}' % ("long " * 99), '{"text": "b"}']
@@ -141,6 +155,8 @@ def test_dropped_documents_are_counted_by_reason(configure: Configure, markers: 
     (receipt,) = prepare(config, markers).receipt.sources
     assert receipt.dropped == {"empty": 1, "duplicate": 1, "invalid_json": 1, "too_long": 1}
     assert (receipt.documents, receipt.held_out) == (2, 0)
+    assert receipt.longest_document == "x.jsonl:5"
+    assert receipt.truncated == receipt.longest / (receipt.longest + receipt.tokens) > 0.9
     strict = configure(sources=[source], on_error="skip", max_skipped=0.1)
     with pytest.raises(DataError, match="max_skipped"):
         prepare(strict, markers)
@@ -166,16 +182,6 @@ def test_two_at_once_do_not_disturb_each_other(configure: Configure, markers: Ma
     assert all(result == results[0] for result in results)
     cache = results[0].directory.parent
     assert not [path for path in cache.rglob(".*") if path != cache]
-
-
-def test_a_part_is_whole_or_absent(tmp_path: Path) -> None:
-    def dies(directory: Path) -> None:
-        (directory / "half").write_text("x", encoding="utf-8")
-        raise RuntimeError("killed")
-
-    with pytest.raises(RuntimeError):
-        complete(tmp_path / "part", dies)
-    assert not list(tmp_path.iterdir())
 
 
 def test_documents_that_change_meanwhile_are_noticed(

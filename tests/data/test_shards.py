@@ -159,6 +159,7 @@ prepare(from_json(open(sys.argv[1]).read()), MARKERS)
 """
 
 
+@pytest.mark.slow
 def test_sigkill_in_the_middle_loses_one_shard_at_most(
     configure: Configure, markers: Markers, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

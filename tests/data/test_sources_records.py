@@ -263,6 +263,7 @@ def test_a_record_that_is_no_conversation_is_named_or_counted(tmp_path: Path) ->
         read(tmp_path / "b.md", "chat")
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
     text = "x" * 1000
     peaks = []

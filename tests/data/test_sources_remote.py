@@ -125,6 +125,7 @@ def test_what_is_cut_off_in_a_bucket_is_named(put: Put) -> None:
         read("s3://data/cut.jsonl.gz")
 
 
+@pytest.mark.slow
 def test_a_store_that_stops_answering_ends_the_reading_even_where_errors_are_skipped(
     put: Put, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -62,6 +62,8 @@ def test_a_cluster_renders_what_one_process_renders(
     assert spread == alone
     assert int(spread.split()[1]) > 3
     assert "this machine alone" not in said
+    assert "ray.data" not in said
+    assert "Progress bars" not in said
     (corpus / sorted(corpus.iterdir())[-1].name).write_bytes(b"\xff")
     broken, _ = prepared(config, ray_environment)
     assert broken.startswith("error DataError")

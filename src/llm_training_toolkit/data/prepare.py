@@ -17,22 +17,24 @@ import tokenizers
 
 from llm_training_toolkit.config.schema import Config, Data
 from llm_training_toolkit.data import survey as surveys
+from llm_training_toolkit.data.accounts import source_receipts
 from llm_training_toolkit.data.chat_template import ChatTemplate
+from llm_training_toolkit.data.complete import complete, sweep
 from llm_training_toolkit.data.markers import Markers
 from llm_training_toolkit.data.packing import PackingPlan, pack_in_windows
-from llm_training_toolkit.data.receipt import EpochReceipt, Receipt, SourceReceipt, StreamReceipt
-from llm_training_toolkit.data.rendering import plain_text
+from llm_training_toolkit.data.receipt import EpochReceipt, Receipt, StreamReceipt
+from llm_training_toolkit.data.rendering import Renderer, plain_text
 from llm_training_toolkit.data.shards import Job, Runner, in_this_process, join, read_facts
 from llm_training_toolkit.data.sources import fingerprint
-from llm_training_toolkit.data.store import Examples, complete
+from llm_training_toolkit.data.store import Examples
 from llm_training_toolkit.data.survey import Rereader, Survey, all_sources, shards
-from llm_training_toolkit.data.tokenizer import TOKENIZER_FILES, tokenizer_directory, train_tokenizer
+from llm_training_toolkit.data.tokenizer import TOKENIZER_FILES, open_tokenizer, tokenizer_directory, train_tokenizer
 from llm_training_toolkit.errors import DataError, ToolkitError
 from llm_training_toolkit.plan import whole_shares
 
 Progress = Callable[[str, int, int], None]
 
-_FORMAT = 4  # part of every key: raise it when the same documents would give other files
+_FORMAT = 5  # part of every key: raise it when the same documents would give other files
 _EVERY = 256
 
 
@@ -116,6 +118,9 @@ class Preparation:
 
     def prepare(self, epochs: Sequence[int]) -> Prepared:
         """Prepare the first epochs, as many of each stream, or find them prepared."""
+        sweep(self.cache)
+        if not (self.directory / "documents").is_dir():
+            self._check_tokenizer()
         complete(self.directory / "documents", self._take_survey)
         tokenizer = complete(self.tokenizer_path, self._make_tokenizer)
         held_out = self._rendered("held_out", range(len(self.sources)), epoch=0, held=True, stage="held-out tokens")
@@ -186,6 +191,13 @@ class Preparation:
                 "prepare again."
             )
 
+    def _check_tokenizer(self) -> None:
+        """Refuse a given tokenizer, or its chat template, before hours of reading."""
+        if self.tokenizer.path is not None:
+            directory = tokenizer_directory(self.tokenizer.path)
+            encoder = open_tokenizer(str(directory))
+            Renderer(self.data.sources, self.markers, encoder, directory, self.data.sequence_length).check()
+
     def _make_tokenizer(self, directory: Path) -> None:
         if self.tokenizer.train is not None:
             train_tokenizer(self._texts(), self.tokenizer.train.vocab_size, self.markers, directory)
@@ -242,6 +254,7 @@ class Preparation:
         """The directory of a rendering, made shard by shard unless it is there."""
         target, place = self.directory / name, self.directory / f".{name}.shards"
         if target.is_dir():
+            shutil.rmtree(place, ignore_errors=True)  # of a process that was killed right before it could
             return target
         chosen = shards(self.data, self.survey, sources, held=held)
         total = sum(self.survey.count(held=held, source=source) for source in {shard.source for shard in chosen})
@@ -268,18 +281,23 @@ class Preparation:
         return plan
 
     def _receipt(self, tokenizer: Path, prepared: list[list[EpochReceipt]]) -> Receipt:
-        held_facts = read_facts(self.directory / "held_out")
+        facts = read_facts(self.directory / "held_out")
         epochs = [epoch for of_stream in prepared for epoch in of_stream]
         space = sum(epoch.sequences for epoch in epochs) * self.data.sequence_length
         return Receipt(
             fingerprint=self.fingerprint,
             directory=str(self.directory),
             tokenizer_path=str(tokenizer),
-            vocab_size=held_facts["vocab_size"],
-            pad_id=held_facts["pad"],
+            vocab_size=facts.vocab_size,
+            pad_id=facts.pad,
             sequence_length=self.data.sequence_length,
             seed=self.seed,
-            sources=self._source_receipts([of_stream[0] for of_stream in prepared], held_facts),
+            sources=source_receipts(
+                [source.path for source in self.sources],
+                self.survey,
+                [self.directory / of_stream[0].tokens for of_stream in prepared],
+                self.directory / "held_out",
+            ),
             streams=self._stream_receipts(prepared),
             held_out="held_out",
             held_out_plan="plan-held_out",
@@ -294,34 +312,6 @@ class Preparation:
         filled = [of_stream[0].filled / of_stream[0].sequences for of_stream in prepared]
         shares = whole_shares([weight / tokens for weight, tokens in zip(weights, filled, strict=True)])
         return tuple(StreamReceipt(share, tuple(each)) for share, each in zip(shares, prepared, strict=True))
-
-    def _source_receipts(self, first: list[EpochReceipt], held_facts: dict[str, Any]) -> tuple[SourceReceipt, ...]:
-        """What became of every source, by the first epoch of its stream; those of the evaluation are in none."""
-        renderings = [self.directory / epoch.tokens for epoch in first]
-        opened = [(Examples(rendering), read_facts(rendering)) for rendering in renderings]
-        return tuple(
-            self._source_receipt(i, *opened[i if self.data.weights and i < len(opened) else 0], held_facts)
-            for i in range(len(self.sources))
-        )
-
-    def _source_receipt(
-        self, index: int, examples: Examples, facts: dict[str, Any], held_facts: dict[str, Any]
-    ) -> SourceReceipt:
-        of_source = examples.source == index
-        held_too_long, too_long = held_facts["too_long"][index], facts["too_long"][index]
-        held = self.survey.count(held=True, source=index) - held_too_long
-        dropped = dict(self.survey.dropped[index])
-        if too_long + held_too_long:
-            dropped["too_long"] = too_long + held_too_long
-        return SourceReceipt(
-            path=self.sources[index].path,
-            documents=self.survey.count(held=False, source=index) - too_long + held,
-            held_out=held,
-            dropped=dropped,
-            tokens=int(examples.length[of_source].sum()),
-            loss_tokens=int(examples.targets[of_source].sum()),
-            longest=max(facts["longest"][index], held_facts["longest"][index]),
-        )
 
 
 def _streams(data: Data) -> list[Stream]:

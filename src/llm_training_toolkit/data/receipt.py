@@ -14,7 +14,9 @@ class SourceReceipt:
     """What became of one source.
 
     documents: kept, held-out ones included. dropped: documents left out, by reason. tokens, loss_tokens (labels other
-    than -100): of its training examples in the first epoch. longest: tokens of its longest document, before cutting.
+    than -100): of its training examples in the first epoch. longest: tokens of its longest document, before cutting;
+    longest_document: its name. truncated: share of all its tokens that belong to documents dropped as too long; 0
+    unless that was asked for, as no document is ever cut short.
     """
 
     path: str
@@ -24,6 +26,8 @@ class SourceReceipt:
     tokens: int
     loss_tokens: int
     longest: int
+    longest_document: str
+    truncated: float
 
 
 @dataclass(frozen=True)

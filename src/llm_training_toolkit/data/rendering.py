@@ -42,8 +42,18 @@ class Renderer:
         if self._template is not None and chosen.format == "chat":
             return render_chat(documents, self._chat_rules(chosen), self._encoder, self._template)
         chosen = chosen.model_copy(update={"fim": None}) if plain else chosen
-        rules = Rules.of(chosen, self._markers, self._encoder, self._length, seed=seed, epoch=epoch)
-        return render(documents, rules, self._encoder)
+        return render(documents, self._rules(chosen, seed=seed, epoch=epoch), self._encoder)
+
+    def check(self) -> None:
+        """Raise DataError where the tokenizer lacks a special token that a source needs; no document is looked at."""
+        for source in self._sources:
+            if source.format == "chat":
+                self._chat_rules(source)
+            else:
+                self._rules(source, seed=0, epoch=0)
+
+    def _rules(self, source: Source, *, seed: int, epoch: int) -> Rules:
+        return Rules.of(source, self._markers, self._encoder, self._length, seed=seed, epoch=epoch)
 
     def _chat_rules(self, source: Source) -> ChatRules:
         too_long: Literal["drop", "continue", "error"] = "drop" if source.too_long == "auto" else source.too_long

@@ -10,17 +10,16 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from llm_training_toolkit.config.schema import Data
+from llm_training_toolkit.data.complete import complete
 from llm_training_toolkit.data.markers import Markers
+from llm_training_toolkit.data.render import Rendered
 from llm_training_toolkit.data.rendering import Renderer
 from llm_training_toolkit.data.sources import Document
-from llm_training_toolkit.data.store import SourceExample, complete, join_examples, write_examples
+from llm_training_toolkit.data.store import SourceExample, join_examples, write_examples
 from llm_training_toolkit.data.survey import Rereader, Shard, Survey, all_sources
 from llm_training_toolkit.data.tokenizer import open_tokenizer
 
@@ -43,6 +42,31 @@ class Job:
     survey: Path
     tokenizer: Path
     place: Path
+
+
+@dataclass
+class Lengths:
+    """What is known of the lengths of rendered documents: the longest one's tokens and name, and those left out.
+
+    too_long: how many documents were dropped because they are longer than a sequence; left_out: their tokens.
+    """
+
+    longest: int = 0
+    name: str = ""
+    too_long: int = 0
+    left_out: int = 0
+
+    def see(self, name: str, document: Rendered) -> None:
+        """Count a document in."""
+        dropped = not document.examples
+        self.add(Lengths(document.tokens, name, int(dropped), document.tokens * dropped))
+
+    def add(self, other: Lengths) -> None:
+        """Count others in; of documents of one length the first is named."""
+        if other.longest > self.longest:
+            self.longest, self.name = other.longest, other.name
+        self.too_long += other.too_long
+        self.left_out += other.left_out
 
 
 Runner = Callable[[Job, Sequence[Shard], Done], None]
@@ -71,22 +95,18 @@ class ShardWriter:
         complete(directory_of(self._job, shard), lambda directory: self._render(directory, shard, done))
 
     def _render(self, directory: Path, shard: Shard, done: Done) -> None:
-        longest = too_long = 0
-        job = self._job
+        lengths, job = Lengths(), self._job
 
         def rendered() -> Iterator[SourceExample]:
-            nonlocal longest, too_long
             for batch in _batches(self._rereader.documents(shard, held=job.held)):
-                for document in self._renderer.render(
-                    shard.source, batch, seed=job.seed, epoch=job.epoch, plain=job.held
-                ):
-                    longest = max(longest, document.tokens)
-                    too_long += not document.examples
-                    yield from (SourceExample(shard.source, example) for example in document.examples)
+                found = self._renderer.render(shard.source, batch, seed=job.seed, epoch=job.epoch, plain=job.held)
+                for (_, document), each in zip(batch, found, strict=True):
+                    lengths.see(document.name, each)
+                    yield from (SourceExample(shard.source, example) for example in each.examples)
                 done(len(batch))
 
         write_examples(directory, rendered())
-        facts = {"source": shard.source, "longest": longest, "too_long": too_long}
+        facts = {"source": shard.source, "lengths": asdict(lengths)}
         (directory / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
 
 
@@ -98,26 +118,33 @@ def directory_of(job: Job, shard: Shard) -> Path:
 def join(job: Job, shards: Sequence[Shard], target: Path, sources: int) -> None:
     """Make one rendering of all its shards in `target`: their files are linked or copied, the index is written anew."""
     directories = [directory_of(job, shard) for shard in shards]
-    longest, too_long = np.zeros((2, sources), dtype=np.int64)
+    lengths = [Lengths() for _ in range(sources)]
     for directory in directories:
         facts = json.loads((directory / "facts.json").read_text(encoding="utf-8"))
-        longest[facts["source"]] = max(longest[facts["source"]], facts["longest"])
-        too_long[facts["source"]] += facts["too_long"]
+        lengths[facts["source"]].add(Lengths(**facts["lengths"]))
     join_examples(directories, target, _linked)
     encoder = open_tokenizer(str(job.tokenizer))
     facts = {
         "pad": encoder.id_of(job.markers.tokens.pad),
         "vocab_size": encoder.vocab_size,
-        "longest": longest.tolist(),
-        "too_long": too_long.tolist(),
+        "lengths": [asdict(each) for each in lengths],
     }
     (target / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
 
 
-def read_facts(directory: Path) -> dict[str, Any]:
-    """What `join` found: `pad` and `vocab_size` of the tokenizer; by source `longest` (tokens) and `too_long`."""
-    facts: dict[str, Any] = json.loads((directory / "facts.json").read_text(encoding="utf-8"))
-    return facts
+@dataclass(frozen=True)
+class Facts:
+    """What `join` found: the padding token and the size of the vocabulary; the lengths of each source's documents."""
+
+    pad: int
+    vocab_size: int
+    lengths: tuple[Lengths, ...]
+
+
+def read_facts(directory: Path) -> Facts:
+    """The facts of a rendering."""
+    facts = json.loads((directory / "facts.json").read_text(encoding="utf-8"))
+    return Facts(facts["pad"], facts["vocab_size"], tuple(Lengths(**each) for each in facts["lengths"]))
 
 
 def _linked(source: Path, target: Path) -> None:

@@ -1,10 +1,7 @@
-"""Files of the token cache: Arrow, complete or absent, memory-mapped when read."""
+"""Files of the token cache: Arrow, memory-mapped when read."""
 
 from __future__ import annotations
 
-import os
-import shutil
-import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from itertools import islice
@@ -22,39 +19,6 @@ _TOKENS_PER_BATCH = 1 << 20
 _ROWS_PER_BATCH = 1 << 16
 _INDEX = ("source", "document", "batch", "start", "length", "targets")
 _TOKENS = pa.schema([("token", pa.uint32()), ("loss", pa.bool_())])
-
-
-def complete(target: Path, build: Callable[[Path], None]) -> Path:
-    """Return the directory `target`, built by `build(temporary directory)` unless it is there.
-
-    The finished directory is renamed into place, so that it is whole or absent whatever dies, and of two processes
-    that build the same one, the second's is thrown away.
-    """
-    if target.is_dir():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}")
-    temporary.mkdir()
-    try:
-        build(temporary)
-        _sync(temporary)
-        temporary.rename(target)
-    except OSError:  # another process was faster, and may have tidied away what this one was building from
-        if not target.is_dir():
-            raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return target
-
-
-def _sync(directory: Path) -> None:
-    """Make the files durable before the name that says they are complete."""
-    for path in [*directory.iterdir(), directory]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def write_columns(path: Path, columns: Mapping[str, Any]) -> None:

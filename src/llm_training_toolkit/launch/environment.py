@@ -19,6 +19,7 @@ _DRIVER = {
     "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",  # ranks that wait for a dead one are ended anyway
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # otherwise every line arrives twice
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths keep their meaning
+    "RAY_DATA_LOG_LEVEL": "ERROR",  # what it warns of is what was asked for: no progress bars of its own
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # workers without a GPU keep their environment
 }
 """Ray Train copies these from the driver to its controller and workers."""

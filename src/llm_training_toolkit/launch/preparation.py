@@ -141,13 +141,17 @@ def receipt_lines(receipt: Receipt) -> list[str]:
     rows = []
     for source in receipt.sources:
         dropped = ", ".join(f"{count:,} {reason}" for reason, count in source.dropped.items()) or "none"
-        rows.append(
-            f"{source.path}: {source.documents:,} documents ({source.held_out:,} held out), dropped: {dropped}; "
-            f"{source.tokens:,} tokens, {source.loss_tokens:,} with loss, longest document {source.longest:,}"
-        )
+        too_long = f" ({source.truncated:.2%} of the tokens left out as too long)" if source.truncated else ""
+        rows += [
+            f"{source.path}: {source.documents:,} documents ({source.held_out:,} held out), "
+            f"dropped: {dropped}{too_long}",
+            f"  {source.tokens:,} tokens, {source.loss_tokens:,} with loss; "
+            f"the longest document has {source.longest:,}: {source.longest_document}",
+        ]
     epochs = " + ".join(f"{len(stream.epochs)}" for stream in receipt.streams)
     rows.append(
-        f"{receipt.sequences:,} sequences of {receipt.sequence_length:,} tokens in {epochs} epochs, "
+        f"{receipt.sequences:,} sequences of {receipt.sequence_length:,} tokens in {epochs} "
+        f"{'epoch' if epochs == '1' else 'epochs'}, "
         f"{receipt.padding:.2%} padding, {receipt.tokens_lost} tokens lost"
     )
     return rows

@@ -43,7 +43,8 @@ def _spread(job: Job, shards: Sequence[Shard], done: Done) -> None:
     context.print_on_execution_start = False
     most = max(1, min(len(shards), int(ray.cluster_resources().get("CPU", 1))))
     work = ray.data.from_items([shard._asdict() for shard in shards], override_num_blocks=len(shards))
-    finished = work.map(_Renderer, fn_constructor_args=(job, str(Path.cwd())), concurrency=(1, most), num_cpus=1)
+    processes = ray.data.ActorPoolStrategy(min_size=1, max_size=most)
+    finished = work.map(_Renderer, fn_constructor_args=(job, str(Path.cwd())), compute=processes, num_cpus=1)
     try:
         for row in finished.iter_rows():
             done(int(row["documents"]))
