@@ -17,7 +17,7 @@ from llm_training_toolkit.checkpoint import FileEntry, Manifest, newest
 from llm_training_toolkit.context import Event, RunContext
 from llm_training_toolkit.errors import CheckpointError
 from llm_training_toolkit.runs import RunDirectory
-from llm_training_toolkit.saving import newest_sound
+from llm_training_toolkit.saving import CheckpointSaver, Lineage, Progress, newest_sound
 
 OPTIMIZER = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
 
@@ -150,3 +150,32 @@ def test_a_checkpoint_of_a_newer_format_is_refused_and_left_in_its_place(rank: R
     with pytest.raises(CheckpointError, match="format 2, this version reads 1"):
         rank.newest_step()
     assert manifest.exists()
+
+
+class Model:
+    """What a saver asks of an engine: one parameter of a hundred weights."""
+
+    optimizer = OPTIMIZER
+    shapes: Mapping[str, tuple[int, ...]] = {"w": (100,)}
+
+    def owned_fragments(self) -> list[Part]:
+        return [Part(torch.zeros(100))]
+
+
+def saver(rank: Rank) -> CheckpointSaver:
+    lineage = Lineage(1, None, 0, 1, "c", "d", {}, {})
+    engine: Any = Model()
+    return CheckpointSaver(
+        rank.run, rank.context, engine, lineage, every_steps=1, every_seconds=None, keep=3, keep_every=0
+    )
+
+
+def test_a_step_is_saved_once(rank: Rank) -> None:
+    saving = saver(rank)
+    saving.begin(Progress(5, 5, 5))
+    saving.complete()
+    manifest = rank.run.checkpoint(5, 1) / "manifest.json"
+    written = manifest.stat().st_mtime_ns
+    assert saving.begin(Progress(5, 5, 5)) == 0.0
+    assert not saving.has_begun
+    assert manifest.stat().st_mtime_ns == written

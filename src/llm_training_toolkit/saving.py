@@ -85,6 +85,7 @@ class CheckpointSaver:
         self._keep, self._keep_every = keep, keep_every
         self._last = time.monotonic()
         self._begun: _Begun | None = None
+        self._saved: int | None = None
 
     def due(self, step: int) -> bool:
         """Whether a checkpoint is due after `step` steps."""
@@ -106,11 +107,14 @@ class CheckpointSaver:
     def begin(self, progress: Progress) -> float:
         """Copy this moment, to be written behind the training; the seconds it took. Collective.
 
-        There is never more than one on its way: a checkpoint before that is not complete yet is waited for. Raises
-        CheckpointError.
+        There is never more than one on its way: a checkpoint before that is not complete yet is waited for. Where this
+        attempt has saved this step already, it is there. Raises CheckpointError.
         """
         started = time.monotonic()
+        if progress.step == self._saved:
+            return 0.0
         self.complete()
+        self._saved = progress.step
         self._refuse_after_a_newer_attempt()
         directory = self._run.checkpoint(progress.step, self._lineage.attempt)
         pieces = self._engine.owned_fragments()

@@ -186,6 +186,7 @@ def wait_for_data(parts: Parts, progress: Progress) -> Status | None:
     Collective. Raises DataError on every rank when it will never be there.
     """
     context, feed = parts.context, parts.feed
+    parts.saver.complete()  # the wait may be long, and end with the processes
     context.pulse.mark("waiting for data that is being prepared", UNLIMITED)
     if context.is_first:
         message = f"step {progress.step + 1} waits for data of the next epoch, which is being prepared"

@@ -101,7 +101,7 @@ def finish(context: RunContext, writing: Writing, describe: Describe) -> None:
         failures = context.broadcast(_complete(context, directory, outcomes, describe))
     if failures:
         if context.is_first:
-            shutil.rmtree(directory, ignore_errors=True)
+            _remove_unfinished(directory)
         raise CheckpointError(
             f"checkpoint {directory} could not be written: {'; '.join(failures)}. "
             "The checkpoints before it are whole: remove the cause (free some space on a full disk), "
@@ -109,8 +109,15 @@ def finish(context: RunContext, writing: Writing, describe: Describe) -> None:
         )
 
 
+def _remove_unfinished(directory: Path) -> None:
+    if not (directory / NAME).exists():
+        shutil.rmtree(directory, ignore_errors=True)
+
+
 def _write(rank: int, directory: Path, arrays: Mapping[str, Array]) -> FileEntry:
     directory.mkdir(parents=True, exist_ok=True)
+    if (directory / NAME).exists():
+        raise FileExistsError(f"{directory} is a complete checkpoint")
     path = directory / f"fragments_{rank:05d}.safetensors"
     save_file(dict(arrays), path)
     with path.open("rb+") as file:
