@@ -179,3 +179,23 @@ def test_a_step_is_saved_once(rank: Rank) -> None:
     assert saving.begin(Progress(5, 5, 5)) == 0.0
     assert not saving.has_begun
     assert manifest.stat().st_mtime_ns == written
+
+
+@pytest.mark.parametrize("name", ["fragments_00000.safetensors", "manifest.json"])
+def test_storage_that_cannot_be_read_is_no_damage(rank: Rank, name: str) -> None:
+    rank.write(1)
+    file = rank.write(2) / name
+    moved = file.rename(file.with_name("elsewhere"))
+    if name == "manifest.json":
+        file.mkdir()
+    else:
+        file.symlink_to("x" * 300)  # longer than a name may be
+    with pytest.raises(OSError, match="Is a directory|too long"):
+        rank.newest_step()
+    assert rank.events == []
+    if file.is_symlink():
+        file.unlink()
+    else:
+        file.rmdir()
+    moved.rename(file)
+    assert rank.newest_step() == 2

@@ -38,6 +38,13 @@ class Pulse:
         """The rank begins something, or another piece of it."""
         self._beat = Beat(self._beat.marks + 1, doing, patience, done=False)
 
+    def advance(self, doing: str) -> None:
+        """The rank gets on with what it marked last, in pieces that other ranks may have more or fewer of.
+
+        They count as no marks, by which it is told who is behind; another text each time is what shows the advance.
+        """
+        self._beat = self._beat._replace(doing=doing)
+
     def finish(self) -> None:
         """The rank has done all it was there for."""
         self._beat = Beat(self._beat.marks + 1, "done", UNLIMITED, done=True)

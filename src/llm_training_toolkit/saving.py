@@ -180,12 +180,15 @@ class CheckpointSaver:
 
 
 def newest_sound(run: RunDirectory, context: RunContext) -> Checkpoint | None:
-    """The newest checkpoint whose files are what was written; damaged ones are set aside and named. Collective."""
+    """The newest checkpoint whose files are what was written; damaged ones are set aside and named. Collective.
+
+    Raises CheckpointError where the only one is damaged, OSError where the storage cannot be read.
+    """
     while True:
         directory = context.broadcast(newest(run.checkpoints) if context.is_first else None)
         if directory is None:
             return None
-        faults = _all_faults(directory, context)
+        faults = _damage(directory, context)
         if not faults:
             return Checkpoint(directory)
         if context.broadcast(len(complete(run.checkpoints)) if context.is_first else 0) < 2:
@@ -200,15 +203,38 @@ def newest_sound(run: RunDirectory, context: RunContext) -> Checkpoint | None:
         context.barrier()
 
 
-def _all_faults(directory: Path, context: RunContext) -> list[str]:
-    """What any rank found wrong; each file is read by one rank."""
+def _damage(directory: Path, context: RunContext) -> list[str]:
+    """What is wrong with a checkpoint; each file is read by one rank, and by rank 0 where that one finds a fault.
+
+    Only what rank 0 finds as well is damage. An OSError goes out as it is, on the rank that meets it: storage that
+    fails for a moment, or shows a node not yet what another one wrote, is a matter for new workers.
+    """
+    unreadable = context.broadcast(_unreadable(directory) if context.is_first else "")
+    if unreadable:
+        return [unreadable]
+    checkpoint = Checkpoint(directory)
+    mine = {}
+    for number in range(context.rank, len(checkpoint.manifest.files), context.world_size):
+        context.pulse.advance(f"checking file {number} of {directory.name}")
+        if fault := checkpoint.fault(number):
+            mine[number] = fault
+    suspected = sorted(number for found in context.gather(tuple(mine)) for number in found)
+    checked = [fault for number in suspected if (fault := checkpoint.fault(number))] if context.is_first else []
+    damage = context.broadcast(checked)
+    if mine and not damage:
+        raise OSError(f"{next(iter(mine.values()))}, but rank 0 finds it whole: is it the same storage on this node?")
+    return damage
+
+
+def _unreadable(directory: Path) -> str:
+    """Why the manifest cannot be understood; empty where it can, and where all ranks are to refuse its format."""
     try:
-        faults = Checkpoint(directory).faults(context.rank, context.world_size)
+        Checkpoint(directory)
     except UnknownFormatError:
-        raise
-    except (CheckpointError, OSError) as error:
-        faults = [str(error)]
-    return [fault for found in context.gather(faults) for fault in found]
+        return ""
+    except CheckpointError as error:
+        return str(error)
+    return ""
 
 
 def restore(engine: Engine, checkpoint: Checkpoint, *, optimizer: bool = True) -> None:
