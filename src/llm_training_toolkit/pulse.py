@@ -27,6 +27,11 @@ class Beat(NamedTuple):
     done: bool
     """The rank has returned, and nobody waits for it."""
 
+    @property
+    def in_a_step(self) -> bool:
+        """Whether the rank is at a step, not at what comes before the first one or between two."""
+        return self.doing.startswith("step ")
+
 
 class Pulse:
     """Where a rank stands."""

@@ -219,6 +219,7 @@ class Group:
             hung=self._hung,
             memory=next((str(error) for error in (self._line_lost, ended) if isinstance(error, OutOfMemoryError)), ""),
             said=str(self._line_lost or ended),
+            stepped=self._watch.stepped or any(error["doing"].startswith("step ") for error in self._errors),
         )
 
     def _warn(self, message: str) -> None:
