@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from checkpoints import save
-from llm_training_toolkit.checkpoint import FileEntry, Manifest, newest
+from llm_training_toolkit.checkpoint import FileEntry, Manifest, Writing, newest
 from llm_training_toolkit.context import Event, RunContext
 from llm_training_toolkit.errors import CheckpointError
 from llm_training_toolkit.runs import RunDirectory
@@ -199,3 +200,33 @@ def test_storage_that_cannot_be_read_is_no_damage(rank: Rank, name: str) -> None
         file.rmdir()
     moved.rename(file)
     assert rank.newest_step() == 2
+
+
+def test_a_slow_write_is_an_advance_while_the_file_grows(rank: Rank) -> None:
+    directory = rank.run.checkpoint(5, 1)
+    writing = Writing(0, directory, [Part(torch.zeros(100))], OPTIMIZER)
+    writing.outcome()
+    assert writing.size == (directory / "fragments_00000.safetensors").stat().st_size > 400
+
+
+class Large(Part):
+    def tensors(self, optimizer: torch.optim.Optimizer) -> Mapping[str, Tensor]:  # noqa: ARG002 - the protocol
+        raise MemoryError
+
+
+def test_a_copy_that_does_not_fit_is_no_matter_of_the_micro_batch(rank: Rank, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Model, "owned_fragments", lambda _self: [Large(torch.zeros(100))])
+    with pytest.raises(CheckpointError, match="copy of a checkpoint needs"):
+        saver(rank).begin(Progress(5, 5, 5))
+
+
+def test_files_that_rank_0_does_not_see_make_no_checkpoint(rank: Rank) -> None:
+    saving = saver(rank)
+    saving.begin(Progress(5, 5, 5))
+    directory = rank.run.checkpoint(5, 1)
+    while saving.is_writing:
+        time.sleep(0.01)
+    (directory / "fragments_00000.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="0 bytes on rank 0"):
+        saving.complete()
+    assert newest(rank.run.checkpoints) is None

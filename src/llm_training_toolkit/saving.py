@@ -31,6 +31,9 @@ from llm_training_toolkit.engine import Engine
 from llm_training_toolkit.errors import CheckpointError
 from llm_training_toolkit.runs import RunDirectory, last_attempt
 
+_ASK_EVERY = 0.5
+"""Seconds between two questions whether all ranks have written, where that takes long."""
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -118,7 +121,17 @@ class CheckpointSaver:
         self._refuse_after_a_newer_attempt()
         directory = self._run.checkpoint(progress.step, self._lineage.attempt)
         pieces = self._engine.owned_fragments()
-        self._begun = _Begun(Writing(self._context.rank, directory, pieces, self._engine.optimizer), progress)
+        try:
+            writing = Writing(self._context.rank, directory, pieces, self._engine.optimizer)
+        except (MemoryError, RuntimeError) as error:
+            if not isinstance(error, MemoryError) and "DefaultCPUAllocator" not in str(error):
+                raise
+            needs = 12 * sum(piece.count for piece in pieces) / 1e9
+            raise CheckpointError(
+                f"rank {self._context.rank}: the copy of a checkpoint needs {needs:.1f} GB of the machine's memory, "
+                "which it does not have: give the node more, or more nodes fewer workers each"
+            ) from error
+        self._begun = _Begun(writing, progress)
         self._last = time.monotonic()
         return self._last - started
 
@@ -129,6 +142,8 @@ class CheckpointSaver:
         """
         if self._begun is None:
             return
+        self._context.pulse.mark(f"completing the checkpoint of step {self._begun.progress.step}")
+        self._wait(self._begun.writing)
         begun, self._begun = self._begun, None
         self._refuse_after_a_newer_attempt()
         finish(self._context, begun.writing, self._describe(begun.progress))
@@ -136,6 +151,17 @@ class CheckpointSaver:
             self._clean()
             event = {"kind": "checkpoint", "step": begun.progress.step, "path": str(begun.writing.directory)}
             self._context.report(event)
+
+    def _wait(self, writing: Writing) -> None:
+        """Until every rank's part is written, or has failed. Collective.
+
+        Short exchanges, since a long one counts as a hang: here only storage that takes nothing any more does.
+        """
+        pause = 0.01
+        while self._context.sum(not writing.is_done)[0]:
+            self._context.pulse.advance(f"writing its part of a checkpoint, {writing.size:,} bytes so far")
+            time.sleep(pause)
+            pause = min(2 * pause, _ASK_EVERY)
 
     def _refuse_after_a_newer_attempt(self) -> None:
         """Ranks that outlived their driver must not write beside those of the start that replaced them. Collective."""
