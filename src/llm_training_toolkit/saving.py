@@ -29,6 +29,7 @@ from llm_training_toolkit.checkpoint import (
 from llm_training_toolkit.context import RunContext
 from llm_training_toolkit.engine import Engine
 from llm_training_toolkit.errors import CheckpointError
+from llm_training_toolkit.pulse import Pulse
 from llm_training_toolkit.runs import RunDirectory, last_attempt
 
 _ASK_EVERY = 0.5
@@ -263,7 +264,9 @@ def _unreadable(directory: Path) -> str:
     return ""
 
 
-def restore(engine: Engine, checkpoint: Checkpoint, *, optimizer: bool = True) -> None:
+def restore(
+    engine: Engine, checkpoint: Checkpoint, *, optimizer: bool = True, pulse: Pulse | None = None
+) -> None:
     """Load weights, and with `optimizer` Adam's state, into an engine of any ZeRO stage and number of ranks.
 
     Each rank reads the ranges it holds. Hyperparameters come from the configuration, not from the file.
@@ -279,6 +282,8 @@ def restore(engine: Engine, checkpoint: Checkpoint, *, optimizer: bool = True) -
         )
     engine.create_optimizer_state(updates=checkpoint.manifest.step if optimizer else 0)
     for piece in engine.fragments():
+        if pulse is not None:
+            pulse.advance(f"loading {piece.name}")
         for key, tensor in piece.tensors(engine.optimizer).items():
             if optimizer or key == "weights":
                 values = checkpoint.read(piece.name, key, piece.start, piece.count)
