@@ -102,14 +102,16 @@ def _steps(parts: Parts, progress: Progress) -> tuple[Status, Progress]:
         tokens = progress.tokens + seen * parts.plan.sequence_length
         progress = Progress(progress.step + 1, tokens, progress.sequences + seen)
         ended = progress.step == steps
-        if ended or progress.step % parts.plan.eval_every == 0:
-            evaluate(parts, progress)
         if flags.written:
             parts.saver.complete()
         if ended or flags.status or flags.save:
             parts.context.pulse.mark(f"saving a checkpoint of step {progress.step}")
             seconds = parts.saver.begin(progress)
             parts.metrics.write(progress.step, {"perf/checkpoint_seconds": seconds})
+        if flags.status and not ended:
+            parts.saver.complete()  # whoever asks to stop may not wait for an evaluation
+        if ended or progress.step % parts.plan.eval_every == 0:
+            evaluate(parts, progress)
         status = flags.status or (wait_for_data(parts, progress) if flags.wait else None)
         if status and not ended:
             return status, progress
