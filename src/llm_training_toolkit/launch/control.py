@@ -52,6 +52,11 @@ class _Control:
         """The driver wants something of the run; a stronger wish is not taken back by a weaker one."""
         self._wish = max(self._wish, wish)
 
+    def stay(self) -> None:
+        """The driver takes back that the ranks leave after their next checkpoint, and nothing stronger."""
+        if self._wish is Wish.LEAVE_WHEN_SAVED:
+            self._wish = Wish.GO_ON
+
 
 def open_line() -> Any:  # noqa: ANN401 - Ray's actor handles have no types
     """Start the actor on the driver's own node, so that no other node's death takes it; it takes no CPU."""

@@ -63,9 +63,7 @@ def failures_of(attempts: Mapping[int, Mapping[str, Any]]) -> dict[int, Failure]
     return {number: failure for number, failure in found.items() if failure and failure.counts}
 
 
-def why_end(
-    failures: Mapping[int, Failure], saved_by: int, policy: Failures, avoided: Collection[str] = ()
-) -> str:
+def why_end(failures: Mapping[int, Failure], saved_by: int, policy: Failures, avoided: Collection[str] = ()) -> str:
     """Why the run must end after its newest failure; empty where new workers may start.
 
     A step that failed on a node of `avoided` alone, which the next workers keep off, is tried again elsewhere.

@@ -39,9 +39,7 @@ def worker_main(assignment: Mapping[str, Any]) -> dict[str, Any]:
         return _work(RunDirectory(Path(assignment["run"])), rank, report if rank == 0 else _quiet, wish, pulse)
     except Exception as error:  # the edge of a worker's process: the driver is told before Ray takes it down
         traceback.print_exc()
-        tell(
-            assignment["line"], {"kind": "error", "rank": rank, "doing": pulse.read().doing, **_described(error)}
-        )
+        tell(assignment["line"], {"kind": "error", "rank": rank, "doing": pulse.read().doing, **_described(error)})
         raise
 
 
