@@ -237,5 +237,5 @@ def test_a_file_system_without_locks_is_named(run: RunDirectory, monkeypatch: py
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    with pytest.raises(LaunchError, match="keeps no locks .No locks available."), claim(run):
+    with pytest.raises(LaunchError, match=r"keeps no locks .No locks available."), claim(run):
         pytest.fail("claimed without a lock")

@@ -264,9 +264,7 @@ def _unreadable(directory: Path) -> str:
     return ""
 
 
-def restore(
-    engine: Engine, checkpoint: Checkpoint, *, optimizer: bool = True, pulse: Pulse | None = None
-) -> None:
+def restore(engine: Engine, checkpoint: Checkpoint, *, optimizer: bool = True, pulse: Pulse | None = None) -> None:
     """Load weights, and with `optimizer` Adam's state, into an engine of any ZeRO stage and number of ranks.
 
     Each rank reads the ranges it holds. Hyperparameters come from the configuration, not from the file.
