@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import resource
@@ -217,3 +219,23 @@ def test_the_environment_names_versions_and_machine_and_is_json() -> None:
     assert found["versions"]["torch"].startswith("2.")
     assert found["python"] == sys.version.split()[0]
     assert found["cpus"] == os.cpu_count()
+
+
+def test_an_attempt_that_was_cut_short_as_it_began_is_closed_like_any_other(run: RunDirectory) -> None:
+    begin_attempt(run, {})
+    (run.attempts / "0002.json").write_text('{"attempt": 2, "sta')
+    assert begin_attempt(run, {}) == 3
+    states = [json.loads(path.read_text())["state"] for path in sorted(run.attempts.iterdir())]
+    assert states == ["lost", "lost", "running"]
+    (run.attempts / "0003.json").write_text("")
+    end_attempt(run, 3, "failed", error="disk")
+    assert json.loads((run.attempts / "0003.json").read_text())["error"] == "disk"
+
+
+def test_a_file_system_without_locks_is_named(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(LaunchError, match=r"keeps no locks .No locks available."), claim(run):
+        pytest.fail("claimed without a lock")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,11 +14,11 @@ import torch
 from torch import Tensor
 
 from checkpoints import save
-from llm_training_toolkit.checkpoint import FileEntry, Manifest, newest
+from llm_training_toolkit.checkpoint import FileEntry, Manifest, Writing, newest
 from llm_training_toolkit.context import Event, RunContext
 from llm_training_toolkit.errors import CheckpointError
 from llm_training_toolkit.runs import RunDirectory
-from llm_training_toolkit.saving import newest_sound
+from llm_training_toolkit.saving import CheckpointSaver, Lineage, Progress, newest_sound
 
 OPTIMIZER = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
 
@@ -150,3 +151,82 @@ def test_a_checkpoint_of_a_newer_format_is_refused_and_left_in_its_place(rank: R
     with pytest.raises(CheckpointError, match="format 2, this version reads 1"):
         rank.newest_step()
     assert manifest.exists()
+
+
+class Model:
+    """What a saver asks of an engine: one parameter of a hundred weights."""
+
+    optimizer = OPTIMIZER
+    shapes: Mapping[str, tuple[int, ...]] = {"w": (100,)}
+
+    def owned_fragments(self) -> list[Part]:
+        return [Part(torch.zeros(100))]
+
+
+def saver(rank: Rank) -> CheckpointSaver:
+    lineage = Lineage(1, None, 0, 1, "c", "d", {}, {})
+    engine: Any = Model()
+    return CheckpointSaver(
+        rank.run, rank.context, engine, lineage, every_steps=1, every_seconds=None, keep=3, keep_every=0
+    )
+
+
+def test_a_step_is_saved_once(rank: Rank) -> None:
+    saving = saver(rank)
+    saving.begin(Progress(5, 5, 5))
+    saving.complete()
+    manifest = rank.run.checkpoint(5, 1) / "manifest.json"
+    written = manifest.stat().st_mtime_ns
+    assert saving.begin(Progress(5, 5, 5)) == 0.0
+    assert not saving.has_begun
+    assert manifest.stat().st_mtime_ns == written
+
+
+@pytest.mark.parametrize("name", ["fragments_00000.safetensors", "manifest.json"])
+def test_storage_that_cannot_be_read_is_no_damage(rank: Rank, name: str) -> None:
+    rank.write(1)
+    file = rank.write(2) / name
+    moved = file.rename(file.with_name("elsewhere"))
+    if name == "manifest.json":
+        file.mkdir()
+    else:
+        file.symlink_to("x" * 300)  # longer than a name may be
+    with pytest.raises(OSError, match=r"Is a directory|too long"):
+        rank.newest_step()
+    assert rank.events == []
+    if file.is_symlink():
+        file.unlink()
+    else:
+        file.rmdir()
+    moved.rename(file)
+    assert rank.newest_step() == 2
+
+
+def test_a_slow_write_is_an_advance_while_the_file_grows(rank: Rank) -> None:
+    directory = rank.run.checkpoint(5, 1)
+    writing = Writing(0, directory, [Part(torch.zeros(100))], OPTIMIZER)
+    writing.outcome()
+    assert writing.size == (directory / "fragments_00000.safetensors").stat().st_size > 400
+
+
+class Large(Part):
+    def tensors(self, optimizer: torch.optim.Optimizer) -> Mapping[str, Tensor]:  # noqa: ARG002 - the protocol
+        raise MemoryError
+
+
+def test_a_copy_that_does_not_fit_is_no_matter_of_the_micro_batch(rank: Rank, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Model, "owned_fragments", lambda _self: [Large(torch.zeros(100))])
+    with pytest.raises(CheckpointError, match="copy of a checkpoint needs"):
+        saver(rank).begin(Progress(5, 5, 5))
+
+
+def test_files_that_rank_0_does_not_see_make_no_checkpoint(rank: Rank) -> None:
+    saving = saver(rank)
+    saving.begin(Progress(5, 5, 5))
+    directory = rank.run.checkpoint(5, 1)
+    while saving.is_writing:
+        time.sleep(0.01)
+    (directory / "fragments_00000.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="0 bytes on rank 0"):
+        saving.complete()
+    assert newest(rank.run.checkpoints) is None

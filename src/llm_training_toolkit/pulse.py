@@ -27,6 +27,11 @@ class Beat(NamedTuple):
     done: bool
     """The rank has returned, and nobody waits for it."""
 
+    @property
+    def in_a_step(self) -> bool:
+        """Whether the rank is at a step, not at what comes before the first one or between two."""
+        return self.doing.startswith("step ")
+
 
 class Pulse:
     """Where a rank stands."""
@@ -37,6 +42,13 @@ class Pulse:
     def mark(self, doing: str, patience: float = OUTSIDE_STEPS) -> None:
         """The rank begins something, or another piece of it."""
         self._beat = Beat(self._beat.marks + 1, doing, patience, done=False)
+
+    def advance(self, doing: str) -> None:
+        """The rank gets on with what it marked last, in pieces that other ranks may have more or fewer of.
+
+        They count as no marks, by which it is told who is behind; another text each time is what shows the advance.
+        """
+        self._beat = self._beat._replace(doing=doing)
 
     def finish(self) -> None:
         """The rank has done all it was there for."""

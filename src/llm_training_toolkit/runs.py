@@ -167,6 +167,11 @@ def claim(run: RunDirectory) -> Iterator[None]:
                 f"run {run.path} is already running ({lock.read().strip() or 'holder unknown'}): "
                 "wait for it or stop it, or give this one another run.name"
             ) from None
+        except OSError as error:
+            raise LaunchError(
+                f"run directory {run.path}: its file system keeps no locks ({error.strerror}), so nothing would keep "
+                "two processes out of one run. Mount it with them (Lustre: -o flock), or set run.dir elsewhere"
+            ) from error
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         lock.flush()
@@ -177,14 +182,17 @@ def begin_attempt(run: RunDirectory, facts: Mapping[str, Any]) -> int:
     """Take the next attempt number, by an exclusive create so that no two starts share one."""
     run.attempts.mkdir(parents=True, exist_ok=True)
     number = 1 + last_attempt(run)
-    for before in range(1, number):
-        _close_attempt(run, before)
+    for before in range(number - 1, 0, -1):
+        if not _close_attempt(run, before):
+            break  # those before it were closed when it began
     while True:
         path = run.attempts / f"{number:04d}.json"
-        with suppress(FileExistsError), path.open("x") as file:
-            json.dump({"attempt": number, "state": "running", "started": time.time(), **facts}, file, indent=1)
-            return number
+        with suppress(FileExistsError), path.open("x"):
+            break
         number += 1
+    record = {"attempt": number, "state": "running", "started": time.time(), **facts}
+    write_atomically(path, json.dumps(record, indent=1))
+    return number
 
 
 def last_attempt(run: RunDirectory) -> int:
@@ -193,7 +201,7 @@ def last_attempt(run: RunDirectory) -> int:
 
 
 def attempt_record(run: RunDirectory, attempt: int) -> dict[str, Any]:
-    """What the file of an attempt says; empty where there is none."""
+    """What the file of an attempt says; empty where there is none, or it was cut short."""
     try:
         record: dict[str, Any] = json.loads((run.attempts / f"{attempt:04d}.json").read_text())
     except (OSError, ValueError):
@@ -201,17 +209,20 @@ def attempt_record(run: RunDirectory, attempt: int) -> dict[str, Any]:
     return record
 
 
-def _close_attempt(run: RunDirectory, attempt: int) -> None:
-    """An attempt that still says `running` when the next one begins was killed."""
-    with suppress(OSError, ValueError):
-        if attempt_record(run, attempt).get("state") == "running":
-            end_attempt(run, attempt, "lost")
+def _close_attempt(run: RunDirectory, attempt: int) -> bool:
+    """An attempt that does not say how it ended when the next one begins was killed; whether it was this one."""
+    if attempt_record(run, attempt).get("state", "running") != "running":
+        return False
+    with suppress(OSError):
+        end_attempt(run, attempt, "lost")
+    return True
 
 
 def end_attempt(run: RunDirectory, attempt: int, state: str, **facts: object) -> None:
     """Record how an attempt ended: `finished`, `stopped`, `failed` or `lost` (killed)."""
     path = run.attempts / f"{attempt:04d}.json"
-    record = json.loads(path.read_text()) | {"state": state, "ended": time.time(), **facts}
+    # One that was cut short, by a kill or a full disk as it began, has nothing else to say.
+    record = {"attempt": attempt} | attempt_record(run, attempt) | {"state": state, "ended": time.time(), **facts}
     write_atomically(path, json.dumps(record, indent=1))
 
 

@@ -29,7 +29,11 @@ from llm_training_toolkit.checkpoint import (
 from llm_training_toolkit.context import RunContext
 from llm_training_toolkit.engine import Engine
 from llm_training_toolkit.errors import CheckpointError
+from llm_training_toolkit.pulse import Pulse
 from llm_training_toolkit.runs import RunDirectory, last_attempt
+
+_ASK_EVERY = 0.5
+"""Seconds between two questions whether all ranks have written, where that takes long."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,7 @@ class CheckpointSaver:
         self._keep, self._keep_every = keep, keep_every
         self._last = time.monotonic()
         self._begun: _Begun | None = None
+        self._saved: int | None = None
 
     def due(self, step: int) -> bool:
         """Whether a checkpoint is due after `step` steps."""
@@ -106,15 +111,28 @@ class CheckpointSaver:
     def begin(self, progress: Progress) -> float:
         """Copy this moment, to be written behind the training; the seconds it took. Collective.
 
-        There is never more than one on its way: a checkpoint before that is not complete yet is waited for. Raises
-        CheckpointError.
+        There is never more than one on its way: a checkpoint before that is not complete yet is waited for. Where this
+        attempt has saved this step already, it is there. Raises CheckpointError.
         """
         started = time.monotonic()
+        if progress.step == self._saved:
+            return 0.0
         self.complete()
+        self._saved = progress.step
         self._refuse_after_a_newer_attempt()
         directory = self._run.checkpoint(progress.step, self._lineage.attempt)
         pieces = self._engine.owned_fragments()
-        self._begun = _Begun(Writing(self._context.rank, directory, pieces, self._engine.optimizer), progress)
+        try:
+            writing = Writing(self._context.rank, directory, pieces, self._engine.optimizer)
+        except (MemoryError, RuntimeError) as error:
+            if not isinstance(error, MemoryError) and "DefaultCPUAllocator" not in str(error):
+                raise
+            needs = 12 * sum(piece.count for piece in pieces) / 1e9
+            raise CheckpointError(
+                f"rank {self._context.rank}: the copy of a checkpoint needs {needs:.1f} GB of the machine's memory, "
+                "which it does not have: give the node more, or more nodes fewer workers each"
+            ) from error
+        self._begun = _Begun(writing, progress)
         self._last = time.monotonic()
         return self._last - started
 
@@ -125,6 +143,8 @@ class CheckpointSaver:
         """
         if self._begun is None:
             return
+        self._context.pulse.mark(f"completing the checkpoint of step {self._begun.progress.step}")
+        self._wait(self._begun.writing)
         begun, self._begun = self._begun, None
         self._refuse_after_a_newer_attempt()
         finish(self._context, begun.writing, self._describe(begun.progress))
@@ -132,6 +152,17 @@ class CheckpointSaver:
             self._clean()
             event = {"kind": "checkpoint", "step": begun.progress.step, "path": str(begun.writing.directory)}
             self._context.report(event)
+
+    def _wait(self, writing: Writing) -> None:
+        """Until every rank's part is written, or has failed. Collective.
+
+        Short exchanges, since a long one counts as a hang: here only storage that takes nothing any more does.
+        """
+        pause = 0.01
+        while self._context.sum(not writing.is_done)[0]:
+            self._context.pulse.advance(f"writing its part of a checkpoint, {writing.size:,} bytes so far")
+            time.sleep(pause)
+            pause = min(2 * pause, _ASK_EVERY)
 
     def _refuse_after_a_newer_attempt(self) -> None:
         """Ranks that outlived their driver must not write beside those of the start that replaced them. Collective."""
@@ -176,12 +207,15 @@ class CheckpointSaver:
 
 
 def newest_sound(run: RunDirectory, context: RunContext) -> Checkpoint | None:
-    """The newest checkpoint whose files are what was written; damaged ones are set aside and named. Collective."""
+    """The newest checkpoint whose files are what was written; damaged ones are set aside and named. Collective.
+
+    Raises CheckpointError where the only one is damaged, OSError where the storage cannot be read.
+    """
     while True:
         directory = context.broadcast(newest(run.checkpoints) if context.is_first else None)
         if directory is None:
             return None
-        faults = _all_faults(directory, context)
+        faults = _damage(directory, context)
         if not faults:
             return Checkpoint(directory)
         if context.broadcast(len(complete(run.checkpoints)) if context.is_first else 0) < 2:
@@ -196,18 +230,41 @@ def newest_sound(run: RunDirectory, context: RunContext) -> Checkpoint | None:
         context.barrier()
 
 
-def _all_faults(directory: Path, context: RunContext) -> list[str]:
-    """What any rank found wrong; each file is read by one rank."""
+def _damage(directory: Path, context: RunContext) -> list[str]:
+    """What is wrong with a checkpoint; each file is read by one rank, and by rank 0 where that one finds a fault.
+
+    Only what rank 0 finds as well is damage. An OSError goes out as it is, on the rank that meets it: storage that
+    fails for a moment, or shows a node not yet what another one wrote, is a matter for new workers.
+    """
+    unreadable = context.broadcast(_unreadable(directory) if context.is_first else "")
+    if unreadable:
+        return [unreadable]
+    checkpoint = Checkpoint(directory)
+    mine = {}
+    for number in range(context.rank, len(checkpoint.manifest.files), context.world_size):
+        context.pulse.advance(f"checking file {number} of {directory.name}")
+        if fault := checkpoint.fault(number):
+            mine[number] = fault
+    suspected = sorted(number for found in context.gather(tuple(mine)) for number in found)
+    checked = [fault for number in suspected if (fault := checkpoint.fault(number))] if context.is_first else []
+    damage = context.broadcast(checked)
+    if mine and not damage:
+        raise OSError(f"{next(iter(mine.values()))}, but rank 0 finds it whole: is it the same storage on this node?")
+    return damage
+
+
+def _unreadable(directory: Path) -> str:
+    """Why the manifest cannot be understood; empty where it can, and where all ranks are to refuse its format."""
     try:
-        faults = Checkpoint(directory).faults(context.rank, context.world_size)
+        Checkpoint(directory)
     except UnknownFormatError:
-        raise
-    except (CheckpointError, OSError) as error:
-        faults = [str(error)]
-    return [fault for found in context.gather(faults) for fault in found]
+        return ""
+    except CheckpointError as error:
+        return str(error)
+    return ""
 
 
-def restore(engine: Engine, checkpoint: Checkpoint, *, optimizer: bool = True) -> None:
+def restore(engine: Engine, checkpoint: Checkpoint, *, optimizer: bool = True, pulse: Pulse | None = None) -> None:
     """Load weights, and with `optimizer` Adam's state, into an engine of any ZeRO stage and number of ranks.
 
     Each rank reads the ranges it holds. Hyperparameters come from the configuration, not from the file.
@@ -223,6 +280,8 @@ def restore(engine: Engine, checkpoint: Checkpoint, *, optimizer: bool = True) -
         )
     engine.create_optimizer_state(updates=checkpoint.manifest.step if optimizer else 0)
     for piece in engine.fragments():
+        if pulse is not None:
+            pulse.advance(f"loading {piece.name}")
         for key, tensor in piece.tensors(engine.optimizer).items():
             if optimizer or key == "weights":
                 values = checkpoint.read(piece.name, key, piece.start, piece.count)

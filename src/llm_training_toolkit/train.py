@@ -93,20 +93,25 @@ def train(parts: Parts) -> tuple[Status, Progress]:
 def _steps(parts: Parts, progress: Progress) -> tuple[Status, Progress]:
     """Step after step, each with what is due after it, to the end or to a wish to end."""
     steps = parts.schedule.steps
+    # A group may begin where the data ends: the one before left, or was lost, while it waited for more.
+    if (status := _wait_where_data_lacks(parts, progress)) is not None:
+        return status, progress
     while progress.step < steps:
         flags = optimizer_step(parts, progress)
         seen = parts.feed.sequences_in(progress.step)
         tokens = progress.tokens + seen * parts.plan.sequence_length
         progress = Progress(progress.step + 1, tokens, progress.sequences + seen)
         ended = progress.step == steps
-        if ended or progress.step % parts.plan.eval_every == 0:
-            evaluate(parts, progress)
         if flags.written:
             parts.saver.complete()
         if ended or flags.status or flags.save:
             parts.context.pulse.mark(f"saving a checkpoint of step {progress.step}")
             seconds = parts.saver.begin(progress)
             parts.metrics.write(progress.step, {"perf/checkpoint_seconds": seconds})
+        if flags.status and not ended:
+            parts.saver.complete()  # whoever asks to stop may not wait for an evaluation
+        if ended or progress.step % parts.plan.eval_every == 0:
+            evaluate(parts, progress)
         status = flags.status or (wait_for_data(parts, progress) if flags.wait else None)
         if status and not ended:
             return status, progress
@@ -170,12 +175,20 @@ def _agree(parts: Parts, loss_sum: float, completed: int, own_seconds: float) ->
     return total, Flags(Wish(round(wishes)), save=saves > 0, written=written, wait=lacking > 0), slowest(seconds)
 
 
+def _wait_where_data_lacks(parts: Parts, progress: Progress) -> Status | None:
+    """Wait where some rank lacks data of the next step; how the loop ends where a wish came first. Collective."""
+    lacks = progress.step < parts.schedule.steps and not parts.feed.has(progress.step)
+    [lacking] = parts.context.sum(lacks)
+    return wait_for_data(parts, progress) if lacking else None
+
+
 def wait_for_data(parts: Parts, progress: Progress) -> Status | None:
     """Wait until every rank has the data of the next step; how the loop ends where a wish came first, saved now.
 
     Collective. Raises DataError on every rank when it will never be there.
     """
     context, feed = parts.context, parts.feed
+    parts.saver.complete()  # the wait may be long, and end with the processes
     context.pulse.mark("waiting for data that is being prepared", UNLIMITED)
     if context.is_first:
         message = f"step {progress.step + 1} waits for data of the next epoch, which is being prepared"
@@ -192,7 +205,8 @@ def wait_for_data(parts: Parts, progress: Progress) -> Status | None:
         if failures := [failure for _, failure, _ in answers if failure]:
             raise DataError(failures[0])
         if (wish := answers[0][2]) is not Wish.GO_ON:
-            parts.saver.begin(progress)
+            if progress != parts.origin:  # that one is saved, or the run's beginning
+                parts.saver.begin(progress)
             return "stopped" if wish is Wish.STOP else "left"
         if all(has for has, _, _ in answers):
             return None

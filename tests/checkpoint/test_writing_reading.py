@@ -427,3 +427,12 @@ def test_setting_aside_twice_overwrites_nothing(run: RunDirectory) -> None:
         write(run.checkpoint(2, 1), number)
         assert set_aside(run.checkpoint(2, 1)).name == f"left_behind_{number}_step_000000002_a1"
     assert [Checkpoint(path).manifest.step for path in sorted(run.checkpoints.iterdir())] == [1, 2, 3]
+
+
+def test_a_complete_checkpoint_is_neither_written_over_nor_deleted(run: RunDirectory) -> None:
+    directory = run.checkpoint(1, 1)
+    write(directory)
+    with pytest.raises(CheckpointError, match="is a complete checkpoint"):
+        write(directory)
+    assert complete(run.checkpoints) == [directory]
+    assert Checkpoint(directory).faults() == []

@@ -119,3 +119,21 @@ def test_a_run_never_goes_on_for_ever_without_a_checkpoint(
 def test_a_failure_is_read_back_as_it_was_kept(failure: Failure) -> None:
     assert Failure.of({"failure": failure.to_json()}) == failure
     assert Failure.of({"state": "lost"}) is None
+
+
+def test_a_broken_node_is_left_out_before_the_step_is_accused() -> None:
+    policy = Failures(max=5, same_step=2)
+    broken = kept(killed(1, "b"), killed(1, "b"))
+    assert why_end(broken, 0, policy, {"b"}) == ""
+    assert "step 1 failed twice" in why_end(broken, 0, policy), "the run cannot do without that node"
+    assert "step 1 failed twice" in why_end(kept(killed(1, "a"), killed(1, "b")), 0, policy, {"b"})
+    assert "step 1 failed 3 times" in why_end(kept(killed(1, "b"), killed(1, "b"), killed(1, "c")), 0, policy, {"b"})
+    assert "All restarts" in why_end(broken, 0, Failures(max=1, same_step=2), {"b"}), "the budget holds all the same"
+
+
+def test_what_fails_before_any_step_says_nothing_of_one() -> None:
+    early = [replace(killed(101, node), starting=True) for node in "ab"]
+    assert why_end(kept(*early), 0, POLICY) == ""
+    assert why_end(kept(killed(101), early[0]), 0, POLICY) == ""
+    assert "failed twice" in why_end(kept(killed(101), early[0], killed(101)), 0, POLICY)
+    assert "All restarts" in why_end(kept(*early, *early), 0, POLICY)

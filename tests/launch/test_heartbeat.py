@@ -113,3 +113,22 @@ def test_where_a_rank_stands_is_read_from_the_stacks_in_its_log(tmp_path: Path) 
             '  File "/site-packages/ray/_private/worker.py", line 1069 in main_loop\n'
         )
     assert stands_in(log, before) == "all_reduce (distributed_c10d.py:3252), called by accumulate (engine.py:80)"
+
+
+def test_it_is_known_whether_a_rank_has_come_to_a_step_and_pieces_are_no_marks() -> None:
+    seen, own = Watch(1, 10.0, 2.0), Pulse()
+    own.mark("building the model", 1.0)
+    seen.see({0: (own.read(), 0.0)}, 0.0)
+    for now in (8.0, 16.0):
+        before = own.read().marks
+        own.advance(f"building the model, {now}")
+        assert own.read().marks == before
+        seen.see({0: (own.read(), 0.0)}, now)
+        assert seen.hung(now) is None
+    assert seen.hung(27.0) is not None
+    assert not seen.stepped
+    own.mark("step 1, reading its sequences")
+    seen.see({0: (own.read(), 0.0)}, 27.0)
+    own.mark("saving")
+    seen.see({0: (own.read(), 0.0)}, 28.0)
+    assert seen.stepped

@@ -6,8 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llm_training_toolkit.context import Wish
+from llm_training_toolkit.launch.control import _Control
 from llm_training_toolkit.launch.growth import Growth
 from llm_training_toolkit.launch.room import Node, Wanted, room_beside, usable
+from llm_training_toolkit.pulse import Pulse
 
 ONE = {"CPU": 1.0}
 
@@ -75,3 +77,16 @@ def test_a_run_at_its_largest_size_does_not_look() -> None:
 def test_a_node_that_is_left_out_is_no_room() -> None:
     growth = Growth(wanted(most=4), 2, left_out={"10.0.0.2"})
     assert set(look(growth, [node(1, free=0.0), node(2)], range(40))) == {Wish.GO_ON}
+
+
+def test_leaving_after_a_checkpoint_is_taken_back_and_nothing_else_is() -> None:
+    control = _Control()
+    told = Pulse().read()
+    control.want(Wish.LEAVE_WHEN_SAVED)
+    control.stay()
+    assert control.beat(0, told) is Wish.GO_ON
+    for wish in (Wish.LEAVE, Wish.STOP):
+        control.want(wish)
+        control.stay()
+        control.want(Wish.LEAVE_WHEN_SAVED)
+        assert control.beat(0, told) is wish

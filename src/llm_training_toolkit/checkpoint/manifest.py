@@ -66,7 +66,10 @@ class Manifest:
 
 
 def read_manifest(directory: Path) -> Manifest:
-    """The manifest of a checkpoint directory. Raises CheckpointError when it cannot be understood."""
+    """The manifest of a checkpoint directory. Raises CheckpointError when it cannot be understood.
+
+    What the storage says (OSError) goes out as it is: a file that cannot be read now is not damaged.
+    """
     path = directory / NAME
     try:
         data = json.loads(path.read_text())
@@ -80,7 +83,7 @@ def read_manifest(directory: Path) -> Manifest:
         data["shapes"] = {name: tuple(shape) for name, shape in data["shapes"].items()}
         data["skips"] = tuple(data["skips"])
         return Manifest(**data)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: not a readable manifest ({error!r}): delete the directory") from error
 
 

@@ -48,16 +48,17 @@ class Checkpoint:
 
     def faults(self, share: int = 0, of: int = 1) -> list[str]:
         """What is wrong with the files; a rank checks every `of`-th file, so that each is read once."""
-        faults = []
-        for entry in self.manifest.files[share::of]:
-            path = self.directory / entry.name
-            if not path.is_file():
-                faults.append(f"{path}: missing")
-            elif path.stat().st_size != entry.size:
-                faults.append(f"{path}: {path.stat().st_size} bytes, {entry.size} were written")
-            elif digest(path) != entry.sha256:
-                faults.append(f"{path}: the checksum differs from what was written")
-        return faults
+        return [found for number in range(share, len(self.manifest.files), of) if (found := self.fault(number))]
+
+    def fault(self, number: int) -> str:
+        """What is wrong with one file: not there, another size, another checksum; empty where nothing is."""
+        entry = self.manifest.files[number]
+        path = self.directory / entry.name
+        if not path.is_file():
+            return f"{path}: missing"
+        if path.stat().st_size != entry.size:
+            return f"{path}: {path.stat().st_size} bytes, {entry.size} were written"
+        return "" if digest(path) == entry.sha256 else f"{path}: the checksum differs from what was written"
 
     @cached_property
     def _pieces(self) -> Mapping[str, list[tuple[int, int, int]]]:

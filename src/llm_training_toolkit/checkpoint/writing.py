@@ -61,6 +61,7 @@ class Writing:
 
     def __init__(self, rank: int, directory: Path, pieces: Sequence[Piece], optimizer: torch.optim.Optimizer) -> None:
         self.directory = directory
+        self._path = directory / _name(rank)
         index = [(piece.name, piece.start, piece.count) for piece in pieces]
         arrays = {
             f"{piece.name}@{piece.start}/{key}": tensor.detach().to("cpu", copy=True).numpy()
@@ -76,6 +77,14 @@ class Writing:
         """Whether this rank's part is written, or has failed."""
         return self._outcome.done()
 
+    @property
+    def size(self) -> int:
+        """Bytes of this rank's file so far."""
+        try:
+            return self._path.stat().st_size
+        except OSError:
+            return 0
+
     def outcome(self) -> Outcome:
         """Wait for the end and say what became of the part."""
         return self._outcome.result()
@@ -83,6 +92,8 @@ class Writing:
     def _run(self, rank: int, arrays: Mapping[str, Array], index: list[tuple[str, int, int]]) -> None:
         try:
             self._outcome.set_result(Outcome(_write(rank, self.directory, arrays), index))
+        except MemoryError:
+            self._outcome.set_result(Outcome(None, [], f"rank {rank}: the memory of its machine is full"))
         except (OSError, SafetensorError) as error:
             self._outcome.set_result(Outcome(None, [], f"rank {rank}: {error}"))
         except Exception as error:  # noqa: BLE001 - the edge of a thread: raised again where the outcome is asked for
@@ -101,7 +112,7 @@ def finish(context: RunContext, writing: Writing, describe: Describe) -> None:
         failures = context.broadcast(_complete(context, directory, outcomes, describe))
     if failures:
         if context.is_first:
-            shutil.rmtree(directory, ignore_errors=True)
+            _remove_unfinished(directory)
         raise CheckpointError(
             f"checkpoint {directory} could not be written: {'; '.join(failures)}. "
             "The checkpoints before it are whole: remove the cause (free some space on a full disk), "
@@ -109,9 +120,20 @@ def finish(context: RunContext, writing: Writing, describe: Describe) -> None:
         )
 
 
+def _remove_unfinished(directory: Path) -> None:
+    if not (directory / NAME).exists():
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _name(rank: int) -> str:
+    return f"fragments_{rank:05d}.safetensors"
+
+
 def _write(rank: int, directory: Path, arrays: Mapping[str, Array]) -> FileEntry:
     directory.mkdir(parents=True, exist_ok=True)
-    path = directory / f"fragments_{rank:05d}.safetensors"
+    if (directory / NAME).exists():
+        raise FileExistsError(f"{directory} is a complete checkpoint")
+    path = directory / _name(rank)
     save_file(dict(arrays), path)
     with path.open("rb+") as file:
         os.fsync(file.fileno())
@@ -132,6 +154,10 @@ def _complete(context: RunContext, directory: Path, outcomes: Sequence[Outcome],
     if wrong:
         return [f"the pieces of {', '.join(wrong[:3])} do not add up ({len(wrong)} parameters)"]
     try:
+        for entry in files:  # what a rank wrote where rank 0 does not see it is no checkpoint
+            size = (directory / entry.name).stat().st_size
+            if size != entry.size:
+                return [f"{entry.name} has {size} bytes on rank 0, {entry.size} were written: is the storage shared?"]
         write_atomically(directory / NAME, manifest.to_json())
     except OSError as error:
         return [f"rank 0: {error}"]

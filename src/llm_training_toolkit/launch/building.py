@@ -44,7 +44,7 @@ def build(place: Place, plan: Plan, context: RunContext, checkpoint: Checkpoint 
     _check_device(place.config, context)
     prepare_process(context.device.type)
     path = base_path(place, plan, context) if plan.adapter else place.config.model.path if checkpoint is None else None
-    origin = checkpoint or _other_run(place.config, plan)
+    origin = checkpoint or _other_run(place.config, plan, context)
     engine, hf_config = _engine(place.config, plan, context, path, origin)
     base = base_of(path, context) if plan.adapter and path else None
     _load(engine, checkpoint, origin, base, context)
@@ -108,10 +108,10 @@ def _load(
     if checkpoint is not None:
         if base is not None:
             refuse_other_base(Base.from_json(checkpoint.manifest.extra["base"]), base)
-        restore(engine, checkpoint)
+        restore(engine, checkpoint, pulse=context.pulse)
         context.report({"kind": "note", "message": f"resuming from {checkpoint.directory.name}"})
     elif origin is not None:
-        restore(engine, origin, optimizer=False)
+        _load_of_another_run(engine, origin, context)
 
 
 def _as_trained(origin: Checkpoint, plan: Plan) -> dict[str, Any]:
@@ -125,22 +125,32 @@ def _as_trained(origin: Checkpoint, plan: Plan) -> dict[str, Any]:
     return values
 
 
-def _other_run(config: Config, plan: Plan) -> Checkpoint | None:
+def _other_run(config: Config, plan: Plan, context: RunContext) -> Checkpoint | None:
     """The checkpoint of another run whose weights this one begins with, where its model is trained whole."""
     if config.model.init_from is None or plan.adapter is not None:
         return None
-    return _newest_of(config.model.init_from)
+    return _newest_of(config.model.init_from, context)
 
 
-def _newest_of(init_from: str) -> Checkpoint:
-    """The newest checkpoint of another run that trained its model whole."""
+def _load_of_another_run(engine: Engine, origin: Checkpoint, context: RunContext) -> None:
+    try:
+        restore(engine, origin, optimizer=False, pulse=context.pulse)
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"model.init_from: {origin.directory} has gone while it was read: that run still trains, and has deleted "
+            "an old checkpoint. Start again, or let it end first"
+        ) from error
+
+
+def _newest_of(init_from: str, context: RunContext) -> Checkpoint:
+    """The newest checkpoint of another run that trained its model whole: rank 0's, as that run may be going on."""
     run = run_of(Path(init_from).expanduser())
     if _trained_adapters(run):
         raise CheckpointError(
             f"model.init_from = {init_from}: that run trained adapters. Train adapters here, too (model.lora), or "
             f"merge them, `ltt export {init_from} --merge`, and give the result as model.path"
         )
-    source = newest(run.checkpoints)
+    source = context.broadcast(newest(run.checkpoints) if context.is_first else None)
     if source is None:
         raise CheckpointError(f"model.init_from = {init_from}: that run has no complete checkpoint")
     return Checkpoint(source)

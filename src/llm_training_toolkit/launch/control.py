@@ -19,6 +19,8 @@ _FIRST_BEATS_EVERY = 0.3
 """Seconds between two beats of rank 0, which ask what is wanted: the loop itself never waits for the answer."""
 OTHERS_BEAT_EVERY = 2.0
 """Seconds between two beats of every other rank."""
+_TRIES = 5
+"""How often a worker tells what the driver must know, a second between two tries."""
 Heard = dict[int, tuple[Beat, float]]
 """Each rank's newest beat, and seconds since it came."""
 
@@ -50,6 +52,11 @@ class _Control:
         """The driver wants something of the run; a stronger wish is not taken back by a weaker one."""
         self._wish = max(self._wish, wish)
 
+    def stay(self) -> None:
+        """The driver takes back that the ranks leave after their next checkpoint, and nothing stronger."""
+        if self._wish is Wish.LEAVE_WHEN_SAVED:
+            self._wish = Wish.GO_ON
+
 
 def open_line() -> Any:  # noqa: ANN401 - Ray's actor handles have no types
     """Start the actor on the driver's own node, so that no other node's death takes it; it takes no CPU."""
@@ -68,6 +75,19 @@ def reporter(line: Any) -> Callable[[Event], None]:  # noqa: ANN401
     return report
 
 
+def tell(line: Any, event: Event) -> None:  # noqa: ANN401
+    """Tell what the driver must know: again where the connection fails for a moment. Never raises an error of Ray."""
+    for attempt in range(_TRIES):
+        time.sleep(min(attempt, 1))
+        try:
+            ray.get(line.post.remote(dict(event)))
+        except ray.exceptions.ActorDiedError:
+            return  # nobody is left to be told
+        except ray.exceptions.RayError:
+            continue
+        return
+
+
 def heartbeat(line: Any, rank: int, pulse: Pulse) -> Callable[[], Wish]:  # noqa: ANN401
     """Send the pulse from a thread; a worker's answer to 'what is wanted?' comes back, as fresh as the last beat."""
     wanted = [Wish.GO_ON]
@@ -78,8 +98,10 @@ def heartbeat(line: Any, rank: int, pulse: Pulse) -> Callable[[], Wish]:  # noqa
         while True:
             try:
                 wanted[0] = ray.get(line.beat.remote(rank, pulse.read()))
-            except ray.exceptions.RayError:
+            except ray.exceptions.ActorDiedError:
                 return  # the driver is gone; Ray ends this worker
+            except ray.exceptions.RayError:
+                pass  # a connection that failed for a moment: a rank without heartbeats would be ended as hung
             wait.wait(every)
 
     threading.Thread(target=beat, daemon=True, name="heartbeat").start()

@@ -54,6 +54,8 @@ class Seen:
     """Ray's text, where a process of the driver's own node was ended for its memory."""
     said: str = ""
     """What Ray says."""
+    stepped: bool = True
+    """Some rank had come to a step."""
 
 
 def diagnose(seen: Seen, step: int) -> Failure:

@@ -6,8 +6,9 @@ A failure is kept in the file of its attempt, so that the count goes on over sev
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import takewhile
 from typing import Any, Literal, Self
 
 from llm_training_toolkit.config.schema import Failures
@@ -32,6 +33,13 @@ class Failure:
     """The address of the node it began on; None where that is not known."""
     helped: bool = False
     """The next attempt does differently, so that this one counts for nothing."""
+    starting: bool = False
+    """No rank had come to a step yet."""
+
+    @property
+    def is_of_the_step(self) -> bool:
+        """Whether it may say something of the step: not what the machines did, nor what came before any step."""
+        return not self.starting and self.kind not in _NOT_OF_THE_STEP
 
     def to_json(self) -> dict[str, Any]:
         """As kept in the attempt."""
@@ -55,15 +63,17 @@ def failures_of(attempts: Mapping[int, Mapping[str, Any]]) -> dict[int, Failure]
     return {number: failure for number, failure in found.items() if failure and failure.counts}
 
 
-def why_end(failures: Mapping[int, Failure], saved_by: int, policy: Failures) -> str:
+def why_end(failures: Mapping[int, Failure], saved_by: int, policy: Failures, avoided: Collection[str] = ()) -> str:
     """Why the run must end after its newest failure; empty where new workers may start.
 
+    A step that failed on a node of `avoided` alone, which the next workers keep off, is tried again elsewhere.
     `saved_by` is the attempt that wrote the newest complete checkpoint, 0 = there is none: what failed before that
     attempt is made up for. The newest failure alone never ends a run of a new start with `max` above 0.
     """
     newest = list(failures.values())[-1]
-    repeated = _same_step(list(failures.values()))
-    if repeated >= policy.same_step:
+    repeats = _same_step(list(failures.values()))
+    repeated, where = len(repeats), {failure.node for failure in repeats}
+    if repeated >= policy.same_step and not (len(where) == 1 and where <= set(avoided)):
         times = {1: "once", 2: "twice"}.get(repeated, f"{repeated} times")
         return (
             f"step {newest.step} failed {times} in a row, so new workers would most likely fail there again "
@@ -79,13 +89,13 @@ def spent(failures: Mapping[int, Failure], saved_by: int) -> int:
     return sum(number >= saved_by for number in failures)
 
 
-def _same_step(failures: Sequence[Failure]) -> int:
-    """How many of the newest failures in a row were at the newest one's step; the machines' own say nothing of it."""
-    counted = [failure.step for failure in failures if failure.kind not in _NOT_OF_THE_STEP]
-    if failures[-1].kind in _NOT_OF_THE_STEP or not counted:
-        return 0
-    different = (index for index, step in enumerate(reversed(counted)) if step != counted[-1])
-    return next(different, len(counted))
+def _same_step(failures: Sequence[Failure]) -> list[Failure]:
+    """The newest failures in a row that were at the newest one's step, newest first."""
+    newest = failures[-1]
+    if not newest.is_of_the_step:
+        return []
+    counted = [failure for failure in reversed(failures) if failure.is_of_the_step]
+    return list(takewhile(lambda failure: failure.step == newest.step, counted))
 
 
 def nodes_to_leave_out(failures: Mapping[int, Failure], since: int) -> dict[str, str]:

@@ -45,6 +45,10 @@ _LOOK_EVERY = 1.0
 """Seconds between two looks at the nodes and the heartbeats."""
 _STARTS_WITHIN = 1200.0
 """Seconds that the first worker may take to start: Ray waits without end when a node dies in that moment."""
+_END_EVERY = 30.0
+"""Seconds after which workers that were to be ended, and still keep `fit` waiting, are ended again."""
+_END_ROUNDS = 10
+"""How often they are."""
 _COLLECTIVE_TIMEOUTS = 4.0
 """Times `failures.hang` after which torch gives up an exchange by itself: later than the watch, which knows more."""
 
@@ -79,6 +83,10 @@ class Ended:
     seen: Seen
 
 
+class FitStuckError(LaunchError):
+    """Ray Train's `fit` waits in its thread for workers that never come, or never end."""
+
+
 class Group:
     """A group of workers that trains."""
 
@@ -95,6 +103,7 @@ class Group:
         self._growth = Growth(self._job.wanted, assignment.size, assignment.left_out)
         self._wish = Wish.GO_ON
         self._ended: list[Any] = []
+        self._end_tried: list[float] = []
 
     def want(self, wish: Wish) -> None:
         """Tell the ranks what is wanted of the run. Any thread, any time."""
@@ -112,9 +121,10 @@ class Group:
             if heard is not None and now - looked >= _LOOK_EVERY:
                 looked = now
                 self._look(heard, now)
+            if self._end_tried and now - self._end_tried[-1] > _END_EVERY:
+                self._end_workers()
             if not self._workers and now - began > _STARTS_WITHIN:
-                self._warn("Ray starts no worker")  # said before Ray is shut down under a `fit` that waits
-                raise LaunchError(f"no worker has started within {_STARTS_WITHIN / 60:g} minutes: see `ray status`")
+                raise FitStuckError(f"no worker has started within {_STARTS_WITHIN / 60:g} minutes: see `ray status`")
         self._listen()
         final = next((error for error in self._errors if error["final"]), None)
         if final is not None:
@@ -136,7 +146,7 @@ class Group:
             taken: tuple[list[Event], Heard] = ray.get(self._line.take.remote())
         except ray.exceptions.RayError as error:  # its process may be the one that is ended when the memory runs out
             self._line_lost = error
-            rescue.end(self._workers.values())
+            self._end_workers()
             return None
         for event in taken[0]:
             if event["kind"] == "introduction":
@@ -171,6 +181,10 @@ class Group:
                 when = "now" if wish is Wish.LEAVE else "after the next checkpoint"
                 self._console.say(f"there is room for more than {self._the.size} workers: making way {when}")
                 self.want(wish)
+            elif wish is Wish.GO_ON and self._wish is Wish.LEAVE_WHEN_SAVED:
+                self._wish = wish
+                self._console.say("that room is gone: staying")
+                self._line.stay.remote()
 
     def _leave_nodes_taken_away(self) -> None:
         announced = nodes.taken_away({worker.node for worker in self._workers.values()})
@@ -201,7 +215,22 @@ class Group:
             f"no rank has advanced for {hang.seconds:.0f} s (failures.hang = {self._job.config.failures.hang}): "
             f"{'; '.join(told)}{waiting}. The stacks of all threads are in {logs}"
         )
-        rescue.end(self._workers.values())
+        self._end_workers()
+
+    def _end_workers(self) -> None:
+        """End the processes of all ranks; from the second time on Ray is asked to end their actors as well.
+
+        Raises FitStuckError where they outlive that.
+        """
+        if len(self._end_tried) == _END_ROUNDS:
+            where = ", ".join(sorted({worker.address for worker in self._workers.values()}))
+            cause = self._hang or str(self._line_lost)
+            raise FitStuckError(f"{cause}. The workers cannot be ended: look after the processes on {where}")
+        with suppress(ray.exceptions.RayError):  # a node or Ray's head that does not answer now is asked again
+            rescue.end(self._workers.values())
+            if self._end_tried:
+                nodes.give_back({worker.places for worker in self._workers.values()})
+        self._end_tried.append(time.monotonic())
 
     def _seen(self, ended: object) -> Seen:
         """What there is to find a cause in, once `fit` has ended."""
@@ -219,6 +248,7 @@ class Group:
             hung=self._hung,
             memory=next((str(error) for error in (self._line_lost, ended) if isinstance(error, OutOfMemoryError)), ""),
             said=str(self._line_lost or ended),
+            stepped=self._watch.stepped or any(error["doing"].startswith("step ") for error in self._errors),
         )
 
     def _warn(self, message: str) -> None:

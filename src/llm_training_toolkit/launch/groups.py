@@ -10,6 +10,7 @@ import os
 import socket
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from llm_training_toolkit.checkpoint import newest
@@ -122,10 +123,15 @@ class Groups:
     def _after_failure(self, ended: Ended, before_attempt: int, size: int) -> None:
         """Write the failure down, and say it. Raises LaunchError when no other group may follow."""
         attempt = last_attempt(self._run)
-        if attempt == before_attempt:  # it did not come as far as to begin one
-            attempt = begin_attempt(self._run, {"host": socket.gethostname(), "pid": os.getpid(), "workers": size})
-        failure = diagnose(ended.seen, self._step(attempt))
-        end_attempt(self._run, attempt, "failed", error=failure.cause, failure=failure.to_json())
+        began = attempt > before_attempt
+        step = self._step(attempt) if began else 1 + self._newest_step()
+        failure = replace(diagnose(ended.seen, step), starting=not ended.seen.stepped)
+        try:
+            if not began:  # it did not come as far as that
+                attempt = begin_attempt(self._run, {"host": socket.gethostname(), "pid": os.getpid(), "workers": size})
+            end_attempt(self._run, attempt, "failed", error=failure.cause, failure=failure.to_json())
+        except OSError as error:
+            raise LaunchError(self._ending(f"{failure.cause}; it could not be written down ({error})")) from error
         self._show_log(failure, attempt)
         if self._stop:
             self._warn(failure.cause)
@@ -150,7 +156,7 @@ class Groups:
 
     def _counted(self, failure: Failure) -> None:
         failures, saved_by = self._failures(), self._saved_by()
-        end = why_end(failures, saved_by, self._job.config.failures)
+        end = why_end(failures, saved_by, self._job.config.failures, self._avoided())
         if end:
             raise LaunchError(self._ending(end))
         count = (
@@ -167,6 +173,12 @@ class Groups:
 
     def _left_out(self) -> dict[str, str]:
         return nodes_to_leave_out(self._failures(), self._began_after)
+
+    def _avoided(self) -> set[str]:
+        """Addresses left out that the next workers can do without."""
+        left_out = self._left_out()
+        taken = usable(nodes.answering(nodes.living_nodes()), self._wanted, left_out) if left_out else []
+        return left_out.keys() - {node.address for node in taken}
 
     def _saved_by(self) -> int:
         """The attempt that wrote the newest complete checkpoint; 0 = there is none."""

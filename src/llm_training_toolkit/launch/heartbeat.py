@@ -35,12 +35,15 @@ class Watch:
     _beats: dict[int, Beat] = field(default_factory=dict)
     _heard: dict[int, float] = field(default_factory=dict)
     _advanced: float | None = None
+    stepped: bool = False
+    """Some rank has come to a step."""
 
     def see(self, heard: Mapping[int, tuple[Beat, float]], now: float) -> None:
         """Take each rank's newest beat and its age in seconds."""
         for rank, (beat, age) in heard.items():
             if self._beats.get(rank) != beat:
                 self._beats[rank], self._advanced = beat, now
+                self.stepped = self.stepped or beat.in_a_step
             self._heard[rank] = now - age
 
     def hung(self, now: float) -> Hang | None:

@@ -83,7 +83,7 @@ def run_on_ray(run: RunDirectory, config: Config, console: Console) -> dict[str,
         wanted = _wanted(config, ray.cluster_resources().get("GPU", 0.0), console)
         console.stage("starting workers", 0, 1)
         from llm_training_toolkit.launch.autoscaler import Autoscaler
-        from llm_training_toolkit.launch.group import Job  # Ray Train comes with it, and torch with that
+        from llm_training_toolkit.launch.group import FitStuckError, Job  # Ray Train comes with it, and torch with that
         from llm_training_toolkit.launch.groups import Groups
 
         groups = Groups(Job(run, config, wanted, Autoscaler(wanted)), console)
@@ -95,15 +95,18 @@ def run_on_ray(run: RunDirectory, config: Config, console: Console) -> dict[str,
         try:
             with on_stop_signal(stop):
                 return groups.run()
+        except FitStuckError as error:
+            _leave_at_once(console, f"error: {error}", error.exit_code)
         except KeyboardInterrupt:
-            _leave_at_once(console)
+            said = "stopped without a checkpoint: the same command goes on from the newest one"
+            _leave_at_once(console, said, EXIT_CODES["stopped"])
 
 
-def _leave_at_once(console: Console) -> NoReturn:
+def _leave_at_once(console: Console, said: str, code: int) -> NoReturn:
     """End this process without taking leave: Ray's own processes and workers end with their driver.
 
     `ray.shutdown` while `fit` still runs in its thread ends now and then in a segmentation fault.
     """
-    console.say("stopped without a checkpoint: the same command goes on from the newest one")
+    console.say(said)
     console.close()
-    os._exit(EXIT_CODES["stopped"])
+    os._exit(code)

@@ -18,7 +18,7 @@ from llm_training_toolkit.config import from_json
 from llm_training_toolkit.context import Event, RunContext
 from llm_training_toolkit.data.receipt import Receipt
 from llm_training_toolkit.errors import ToolkitError
-from llm_training_toolkit.launch.control import heartbeat, reporter
+from llm_training_toolkit.launch.control import heartbeat, reporter, tell
 from llm_training_toolkit.launch.place import Place
 from llm_training_toolkit.launch.rescue import STACK_SIGNAL
 from llm_training_toolkit.pulse import Pulse
@@ -31,7 +31,7 @@ def worker_main(assignment: Mapping[str, Any]) -> dict[str, Any]:
     ranks = ray.train.get_context()
     rank, pulse = ranks.get_world_rank(), Pulse()
     report = reporter(assignment["line"])
-    report(_introduction(rank))
+    tell(assignment["line"], _introduction(rank))
     wish = heartbeat(assignment["line"], rank, pulse)
     if rank == 0:
         report({"kind": "stage", "name": "starting workers", "done": 1, "total": 1})
@@ -39,8 +39,7 @@ def worker_main(assignment: Mapping[str, Any]) -> dict[str, Any]:
         return _work(RunDirectory(Path(assignment["run"])), rank, report if rank == 0 else _quiet, wish, pulse)
     except Exception as error:  # the edge of a worker's process: the driver is told before Ray takes it down
         traceback.print_exc()
-        told = {"kind": "error", "rank": rank, "doing": pulse.read().doing, **_described(error)}
-        ray.get(assignment["line"].post.remote(told))
+        tell(assignment["line"], {"kind": "error", "rank": rank, "doing": pulse.read().doing, **_described(error)})
         raise
 
 

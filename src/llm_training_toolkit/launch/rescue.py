@@ -8,6 +8,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import psutil
@@ -61,15 +62,17 @@ def _task_on(node: str, task: Callable[[list[Worker]], dict[int, str]]) -> Any: 
 def _ask_for_stacks(workers: list[Worker]) -> dict[int, str]:
     states = {}
     for worker, process in _processes(workers).items():
-        states[worker.rank] = process.status()
-        process.send_signal(STACK_SIGNAL)
-        process.resume()  # one that is stopped would write nothing; it is ended in a moment anyway
+        with suppress(psutil.NoSuchProcess):
+            states[worker.rank] = process.status()
+            process.send_signal(STACK_SIGNAL)
+            process.resume()  # one that is stopped would write nothing; it is ended in a moment anyway
     return states
 
 
 def _kill(workers: list[Worker]) -> dict[int, str]:
     for process in _processes(workers).values():
-        process.kill()
+        with suppress(psutil.NoSuchProcess):  # it ended meanwhile; the others of the node are still to be ended
+            process.kill()
     return {}
 
 
@@ -77,10 +80,8 @@ def _processes(workers: list[Worker]) -> Mapping[Worker, psutil.Process]:
     """The processes that are still those of these workers."""
     found = {}
     for worker in workers:
-        try:
+        with suppress(psutil.NoSuchProcess):
             process = psutil.Process(worker.pid)
-        except psutil.NoSuchProcess:
-            continue
-        if abs(process.create_time() - worker.started) < 1.0:
-            found[worker] = process
+            if abs(process.create_time() - worker.started) < 1.0:
+                found[worker] = process
     return found

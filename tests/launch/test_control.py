@@ -1,0 +1,65 @@
+"""The line between driver and workers outlives a connection that fails for a moment."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from launch.conftest import Environment
+from llm_training_toolkit.context import Event, Wish
+from llm_training_toolkit.launch.control import heartbeat, tell
+from llm_training_toolkit.pulse import Pulse
+
+pytestmark = [pytest.mark.cluster]
+
+
+def until(true: Callable[[], bool]) -> None:
+    """Wait for something, ten seconds at most."""
+    end = time.monotonic() + 10
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+class Unsteady:
+    """A line whose first two answers of each kind are errors."""
+
+    def __init__(self) -> None:
+        self.beats, self.posts = 0, 0
+
+    def beat(self, _rank: int, _beat: Any) -> Wish:
+        self.beats += 1
+        if self.beats < 3:
+            raise ConnectionError("for a moment")
+        return Wish.STOP
+
+    def post(self, _event: Event) -> None:
+        self.posts += 1
+        if self.posts < 3:
+            raise ConnectionError("for a moment")
+
+    def counted(self) -> int:
+        return self.posts
+
+
+def test_heartbeats_and_what_must_be_told_go_on_after_an_error_and_end_with_the_driver(
+    ray_environment: Environment,
+) -> None:
+    import ray
+
+    ray.init(address=ray_environment["RAY_ADDRESS"], log_to_driver=False)
+    try:
+        line: Any = ray.remote(Unsteady).options(num_cpus=0).remote()
+        wish = heartbeat(line, 0, Pulse())
+        until(lambda: wish() is Wish.STOP)
+        tell(line, {"kind": "note"})
+        assert ray.get(line.counted.remote()) == 3
+        ray.kill(line)
+        tell(line, {"kind": "note"})
+        until(lambda: not any(thread.name == "heartbeat" for thread in threading.enumerate()))
+    finally:
+        ray.shutdown()

@@ -1,0 +1,58 @@
+"""The loop where it does not step: it begins at the end of the data that is prepared."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llm_training_toolkit.config import from_json
+from llm_training_toolkit.context import RunContext, Wish
+from llm_training_toolkit.data.feed import Feed
+from llm_training_toolkit.data.receipt import Receipt
+from llm_training_toolkit.errors import DataError
+from llm_training_toolkit.launch.preparation import facts_of
+from llm_training_toolkit.plan import make_plan
+from llm_training_toolkit.runs import RunDirectory
+from llm_training_toolkit.saving import CheckpointSaver, Lineage, Progress
+from llm_training_toolkit.train import Parts, train
+
+FAR = 10_000
+"""A step whose data is not prepared."""
+
+
+def parts(prepared_run: RunDirectory, run: RunDirectory, wish: Wish) -> Parts:
+    """A run that goes on from step FAR; nothing of its engine and its metrics is reached."""
+
+    def no_more(_receipt: Receipt) -> Receipt:
+        raise DataError("later epochs cannot be prepared")
+
+    receipt = Receipt.from_json(prepared_run.receipt.read_text())
+    plan = make_plan(from_json(prepared_run.resolved.read_text()), facts_of(receipt))
+    context = RunContext(0, 1, torch.device("cpu"), wish=lambda: wish)
+    more = no_more if wish is Wish.GO_ON else lambda receipt: receipt
+    feed = Feed(receipt, global_batch=plan.global_batch, epochs=None, newest=more)
+    absent: Any = None
+    lineage = Lineage(2, "step", 0, 1, "c", "d", {}, {})
+    saver = CheckpointSaver(run, context, absent, lineage, every_steps=1, every_seconds=None, keep=1, keep_every=0)
+    origin = Progress(FAR, FAR, FAR * plan.global_batch)
+    schedule = replace(plan.schedule(), steps=2 * FAR)
+    return Parts(plan, schedule, 0, context, absent, feed, saver, absent, origin)
+
+
+@pytest.mark.parametrize(("wish", "status"), [(Wish.LEAVE, "left"), (Wish.STOP, "stopped")])
+def test_a_wish_while_it_waits_at_its_first_step_ends_it_without_another_checkpoint(
+    prepared_run: RunDirectory, tmp_path: Path, wish: Wish, status: str
+) -> None:
+    run = RunDirectory(tmp_path)
+    ready = parts(prepared_run, run, wish)
+    assert train(ready) == (status, ready.origin)
+    assert not run.checkpoints.exists()
+
+
+def test_data_that_will_never_be_there_ends_it_in_words(prepared_run: RunDirectory, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="later epochs cannot be prepared"):
+        train(parts(prepared_run, RunDirectory(tmp_path), Wish.GO_ON))
