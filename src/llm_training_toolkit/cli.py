@@ -13,6 +13,7 @@ import typer
 
 from llm_training_toolkit import __version__
 from llm_training_toolkit.cli_evaluate import evaluate
+from llm_training_toolkit.cli_generate import generate
 from llm_training_toolkit.cli_jobs import jobs, submit
 from llm_training_toolkit.errors import ToolkitError
 
@@ -89,6 +90,8 @@ def prepare(
 ) -> None:
     """Documents to packed tokens on disk, with a receipt. `train` does it when it has not been done."""
     from llm_training_toolkit.config import load
+
+    read = load(config, overrides or ())  # what is wrong with it is said before torch is imported
     from llm_training_toolkit.console import Console
     from llm_training_toolkit.launch.preparation import (
         facts_of,
@@ -101,7 +104,6 @@ def prepare(
 
     console = Console(sys.stderr if as_json else sys.stdout)
     try:
-        read = load(config, overrides or ())
         work = preparation_of(read, console)
         receipt = prepare_epochs(work, read).receipt
         if verify:
@@ -163,17 +165,20 @@ def train(
     as_json: AsJson = False,
 ) -> None:
     """Train. The same command again resumes; a finished run is left alone. Ctrl-C stops with a checkpoint."""
+    from llm_training_toolkit.config import load
     from llm_training_toolkit.console import Console
     from llm_training_toolkit.launch.outcome import EXIT_CODES, Request, closing_lines, failure_json
     from llm_training_toolkit.launch.output import own_terminal
-    from llm_training_toolkit.launch.place import is_first_rank
-    from llm_training_toolkit.launch.start import start
 
     signal.signal(signal.SIGTERM, _interrupt)
     request = Request(config, overrides or (), accept or (), extend)
     with own_terminal(1) as out, own_terminal(2) as err:
         console = Console(err if as_json else out)
         try:
+            load(config, overrides or ())  # what is wrong with it is said before torch is imported
+            from llm_training_toolkit.launch.place import is_first_rank
+            from llm_training_toolkit.launch.start import start
+
             outcome = start(request, console)
         except KeyboardInterrupt:
             console.say("interrupted: the same command goes on from the newest checkpoint")
@@ -266,40 +271,9 @@ def export(
     typer.echo(json.dumps(done.to_json()) if as_json else str(done))
 
 
-@app.command()
-def generate(
-    model: Annotated[
-        Path,
-        typer.Argument(
-            help="An exported directory, merged or with adapters, or a run that has one.", show_default=False
-        ),
-    ],
-    *,
-    prompt: Annotated[str, typer.Option(help="Text to continue; with --suffix, the text before the gap.")],
-    suffix: Annotated[str | None, typer.Option(help="Text after the gap: fill in the middle.")] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="Most tokens to write.")] = 64,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 = always the likeliest token.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="For temperatures above 0.")] = 0,
-    as_json: AsJson = False,
-) -> None:
-    """Let a model continue a prompt, or fill the gap between a prompt and a suffix."""
-    from llm_training_toolkit.generate import Generator, exported_directory, sentinels_of
-
-    model = exported_directory(model)
-    generator = Generator(model)
-    if suffix is None:
-        written = generator.complete(prompt, tokens=tokens, temperature=temperature, seed=seed)
-    else:
-        marks = sentinels_of(model)
-        written = generator.infill(prompt, suffix, marks, tokens=tokens, temperature=temperature, seed=seed)
-    if as_json:
-        typer.echo(json.dumps({"model": str(model), "prompt": prompt, "suffix": suffix, "written": written}))
-    else:
-        typer.echo(f"{prompt}{written}{suffix or ''}")
-
-
 app.command()(submit)
 app.add_typer(jobs, name="jobs")
+app.command()(generate)
 app.command()(evaluate)
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
-from llm_training_toolkit.evaluation.settings import Format, Middle, default_of
+from llm_training_toolkit.errors import PlanError
+from llm_training_toolkit.evaluation.settings import Format, Given, HumanEval, Middle, default_of, make_task
+from llm_training_toolkit.runs import model_directory
 
 TaskName = Literal["perplexity", "infill", "humaneval"]
 
@@ -34,6 +37,7 @@ def evaluate(
     form: Annotated[Format | None, _setting("format", "Of the documents.")] = None,
     stride: Annotated[int | None, _setting("stride", "perplexity: tokens between overlapping windows.", min=1)] = None,
     middle: Annotated[Middle | None, _setting("middle", "infill: what is cut out.")] = None,
+    given: Annotated[Given | None, _setting("given", "infill: what the model sees of the document.")] = None,
     limit: Annotated[int | None, _setting("limit", "infill, humaneval: documents, problems.", min=1)] = None,
     tokens: Annotated[int | None, _setting("tokens", "Most new tokens of an answer.", min=1)] = None,
     batch: Annotated[int | None, _setting("batch", "Sequences or answers at a time.", min=1)] = None,
@@ -67,6 +71,7 @@ def evaluate(
         "format": form,
         "stride": stride,
         "middle": middle,
+        "given": given,
         "limit": limit,
         "tokens": tokens,
         "batch": batch,
@@ -78,18 +83,28 @@ def evaluate(
         "jobs": jobs,
         "unsafe": unsafe or None,
     }
+    settings = {name: value for name, value in asked.items() if value is not None}
+    model = models[0] if models else None
+    _check_request(task, settings, model)
     from llm_training_toolkit.console import Console
     from llm_training_toolkit.launch.evaluate import Request, lines
     from llm_training_toolkit.launch.evaluate import evaluate as carry_out
 
-    settings = {name: value for name, value in asked.items() if value is not None}
-    model = models[0] if models else None
     console = Console(sys.stderr)
     try:
         evaluation = carry_out(Request(model, task, settings, device, context, details), console)
     finally:
         console.close()
     typer.echo(json.dumps(evaluation.to_json()) if as_json else "\n".join(lines(evaluation)))
+
+
+def _check_request(task: TaskName, settings: Mapping[str, Any], model: Path | None) -> None:
+    """What can be said before anything heavy is imported."""
+    wanted = make_task(task, settings)
+    if model is not None:
+        model_directory(model)
+    elif not isinstance(wanted, HumanEval) or wanted.completions is None:
+        raise PlanError(f"--task {task}: name a model, an exported directory or a run")
 
 
 def _compare(runs: list[Path], *, as_json: bool) -> None:

@@ -261,6 +261,23 @@ def environment() -> dict[str, Any]:
     }
 
 
+def model_directory(path: Path) -> Path:
+    """The exported directory at a path, or that of the run there. Raises CheckpointError where there is neither."""
+    path = path.expanduser().absolute()  # a model may be the directory that this process stands in
+    run = RunDirectory(path)
+    if run.resolved.is_file():
+        if not run.export.is_dir():
+            raise CheckpointError(
+                f"{path} is a run without an export: ltt export {path} makes one of its newest checkpoint"
+            )
+        return run.export
+    if not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
+        raise CheckpointError(
+            f"{path}: neither a run nor a model there: name a run's directory, or an exported one such as RUN/export"
+        )
+    return path
+
+
 def run_of(path: str | Path) -> RunDirectory:
     """The run at `path`. Raises CheckpointError when there is none."""
     run = RunDirectory(Path(path))

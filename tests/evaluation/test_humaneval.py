@@ -22,14 +22,11 @@ from llm_training_toolkit.evaluation.model import Subject
 from llm_training_toolkit.evaluation.problems import read_completions, read_problems
 from llm_training_toolkit.evaluation.result import Measured
 from llm_training_toolkit.evaluation.settings import HumanEval
-from llm_training_toolkit.sandbox.containment import why_not
-
-CONTAINED = not (why_not("bubblewrap") and why_not("namespaces"))
-"""Where programs cannot be contained, these tests run the honest ones all the same."""
 
 
 def measured(subject: Subject | None = None, **settings: Any) -> Measured:
-    task = HumanEval(**{"unsafe": not CONTAINED} | settings)
+    """Where programs cannot be contained, the honest ones of these tests are run all the same."""
+    task = HumanEval(**{"unsafe": True} | settings)
     return measure_humaneval(task, subject, lambda _stage, _done, _total: None)
 
 
@@ -61,6 +58,7 @@ def test_pass_at_k_of_many_samples_stays_exact() -> None:
     assert pass_at_k(100_000, 99_999, 2) == 1.0
 
 
+@pytest.mark.slow
 def test_the_published_solutions_all_pass(tmp_path: Path) -> None:
     rows = [{"task_id": row["task_id"], "completion": row["canonical_solution"]} for row in published()]
     started = time.monotonic()
@@ -70,6 +68,7 @@ def test_the_published_solutions_all_pass(tmp_path: Path) -> None:
     assert (found.figures["problems"], found.figures["passed"]) == (164, 164)
 
 
+@pytest.mark.slow
 def test_wrong_completions_pass_nowhere(tmp_path: Path) -> None:
     wrong = ["    return None\n", "    pass\n", "    import os\n    os._exit(0)\n", "    (\n"]
     rows = [{"task_id": row["task_id"], "completion": wrong[i % 4]} for i, row in enumerate(published()[:24])]
@@ -79,6 +78,7 @@ def test_wrong_completions_pass_nowhere(tmp_path: Path) -> None:
     assert {item["end"] for item in found.items} == {"failed", "crashed"}
 
 
+@pytest.mark.slow
 def test_several_completions_of_a_problem_are_estimated_together(tmp_path: Path) -> None:
     problems = write(tmp_path / "problems.jsonl", [PROBLEM, PROBLEM | {"task_id": "Small/1"}])
     right, wrong = SOLUTION, "    return number\n"

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evaluation.conftest import CONTEXT, KNOWN
+from evaluation.conftest import CONTEXT, KNOWN, PROBLEM, SOLUTION
 from llm_training_toolkit import families
 from llm_training_toolkit.data.markers import Markers
 from llm_training_toolkit.data.sources import Document
@@ -31,13 +33,13 @@ def test_a_gap_is_a_piece_worth_filling_and_nothing_is_lost(text: str, kind: Mid
     gap = gap_of(Document(0, "a", text), kind, seed)
     assert gap == gap_of(Document(0, "a", text), kind, seed)
     if gap is None:
-        assert all(len("".join(line.split())) < 4 or len(line) > 200 for line in text.split("\n"))
+        assert all(len("".join(line.split())) < 4 or len(line) > 200 for line in text.split("\n")[1:])
         return
     assert gap.prefix + gap.middle + gap.suffix == text
     assert len("".join(gap.middle.split())) >= 4
     if kind == "line":
         assert "\n" not in gap.middle
-        assert not gap.prefix or gap.prefix.endswith("\n")
+        assert gap.prefix.endswith("\n")
         assert not gap.suffix or gap.suffix.startswith("\n")
     else:
         assert len(gap.middle) <= 120
@@ -47,7 +49,7 @@ def test_gaps_differ_by_seed_and_by_document() -> None:
     texts = [f"first_{i} = 1\nsecond_{i} = 2\nthird_{i} = 3\n" for i in range(30)]
     found = {seed: [gap_of(Document(0, "a", text), "line", seed) for text in texts] for seed in (0, 1)}
     places = {seed: [gap.prefix.count("\n") for gap in gaps if gap] for seed, gaps in found.items()}
-    assert set(places[0]) == {0, 1, 2}
+    assert set(places[0]) == {1, 2}  # nothing stands before the first line
     assert places[0] != places[1]
 
 
@@ -57,6 +59,7 @@ def test_a_model_that_knows_the_gap_fills_it(exported: Path, known_document: Pat
     [item] = found.items
     assert item["wanted"] == item["written"]
     assert item["wanted"] in KNOWN
+    assert 0.0 < found.figures["bits_per_byte"] < 0.1
 
 
 def test_the_batch_changes_nothing(exported: Path, tmp_path: Path) -> None:
@@ -65,7 +68,7 @@ def test_the_batch_changes_nothing(exported: Path, tmp_path: Path) -> None:
     subject = Subject(exported, device="cpu")
     alone, together = (measured(subject, data=str(tmp_path), batch=batch, middle="span") for batch in (1, 4))
     assert alone.items == together.items
-    assert alone.figures == together.figures
+    assert alone.figures == pytest.approx(together.figures, rel=1e-5)  # rounding of the loss depends on it
     few = measured(subject, data=str(tmp_path), limit=2, middle="span")
     assert [item for item in together.items if item in few.items] == list(few.items)
 
@@ -78,12 +81,43 @@ def test_a_document_longer_than_the_context_is_shortened_around_its_gap(exported
     assert found.settings["tokens"] == CONTEXT // 4
 
 
-def test_a_model_without_sentinels_is_refused(exported: Path, known_document: Path, tmp_path: Path) -> None:
+def test_a_model_without_sentinels_is_refused_or_shown_the_prefix_alone(
+    exported: Path, known_document: Path, tmp_path: Path
+) -> None:
     without = tmp_path / "qwen2"
     shutil.copytree(exported, without)
     train_tokenizer([KNOWN] * 4, 512, Markers.of(families.find("qwen2-0.5b").family), without)
+    subject = Subject(without, device="cpu")
     with pytest.raises(PlanError, match="no fill-in-the-middle sentinels"):
-        measured(Subject(without, device="cpu"), data=str(known_document))
+        measured(subject, data=str(known_document))
+    assert measured(subject, data=str(known_document), given="prefix").figures["documents"] == 1
+
+
+def test_a_line_that_is_known_follows_its_prefix(exported: Path, tmp_path: Path) -> None:
+    document = tmp_path / "function.py"
+    document.write_text(PROBLEM["prompt"] + SOLUTION)
+    gaps = {seed: gap_of(Document(0, "f", document.read_text()), "line", seed) for seed in range(99)}
+    seed = next(seed for seed, gap in gaps.items() if gap and gap.middle == "    return twice")
+    found = measured(Subject(exported, device="cpu"), data=str(document), given="prefix", seed=seed)
+    assert found.figures["exact_match"] == found.figures["ended"] == 1.0
+    assert 0.0 < found.figures["bits_per_byte"] < 0.2
+    with pytest.raises(PlanError, match="only with --middle line"):
+        measured(Subject(exported, device="cpu"), data=str(document), given="prefix", middle="span")
+
+
+@torch.no_grad()
+def test_the_bits_of_a_middle_are_those_of_its_tokens_one_by_one(exported: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_text("first = 1\n\nsecond = 2\n\nthird = 3\n")
+    subject = Subject(exported, device="cpu")
+    found = measured(subject, data=str(tmp_path), given="prefix")
+    [item] = found.items
+    text = (tmp_path / "a.py").read_text()
+    before = subject.encoder.encode(text[: text.index(item["wanted"])])
+    breaks = "\n\n" if "second" in item["wanted"] else "\n"
+    answer = subject.encoder.encode(item["wanted"] + breaks)
+    logits = subject.lm(torch.tensor([before + answer])).logits[0, len(before) - 1 : -1].log_softmax(-1)
+    nats = -float(logits.gather(1, torch.tensor(answer)[:, None]).sum())
+    assert found.figures["bits_per_byte"] == pytest.approx(nats / math.log(2) / len(item["wanted"]), rel=1e-5)
 
 
 def test_nothing_to_fill_is_said(exported: Path, tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ import torch
 
 from launch.conftest import command, run_of
 from llm_training_toolkit.errors import CheckpointError
-from llm_training_toolkit.generate import Generator, exported_directory
+from llm_training_toolkit.generate import Generator, Writing
+from llm_training_toolkit.runs import model_directory
 
 INLINE: dict[str, dict[str, Any]] = {
     "train": {"steps": 4, "global_batch": 4, "micro_batch": 2},
@@ -57,7 +58,7 @@ def test_from_a_saved_model_over_a_resume_to_text(launch_config: Callable[..., P
         "tokenizer_config.json",
         "training.json",
     ]
-    text = Generator(exported_directory(run.path)).complete("def ", tokens=4)
+    text = Generator.open(model_directory(run.path)).complete("def ", Writing(4)).text
 
     merged = ltt("export", str(run.path), "--merge", "--json")
     assert merged.returncode == 0, merged.stderr
@@ -69,7 +70,7 @@ def test_from_a_saved_model_over_a_resume_to_text(launch_config: Callable[..., P
 
     moved = run_of(base).export.rename(run_of(base).path / "elsewhere")
     with pytest.raises(CheckpointError, match=r"holds adapters.*is not there.*adapters_base/export"):
-        Generator(run.export)
+        Generator.open(run.export)
     refused = subprocess.run(command(config, "train.steps=6", "--extend"), check=False, capture_output=True, text=True)
     assert refused.returncode == 2
     assert "export: there is no such directory" in refused.stderr
@@ -82,7 +83,7 @@ def test_checkpoints_that_are_not_there_are_not_exported(launch_config: Callable
     subprocess.run(command(config), check=True, capture_output=True)
     run = run_of(config)
     with pytest.raises(CheckpointError, match="a run without an export: ltt export"):
-        exported_directory(run.path)
+        model_directory(run.path)
     (run.checkpoint(4, 1) / "manifest.json").rename(run.path / "kept.json")
     half = ltt("export", str(run.path), "--step", "4")
     assert half.returncode == 1
@@ -93,7 +94,7 @@ def test_checkpoints_that_are_not_there_are_not_exported(launch_config: Callable
     assert done.returncode == 0, done.stderr
     assert "model of step_000000002_a1" in done.stdout
     assert "equal" in done.stdout
-    assert exported_directory(run.path / "mine") == run.path / "mine"
+    assert model_directory(run.path / "mine") == run.path / "mine"
 
 
 def test_four_bits_without_a_gpu_are_refused_before_anything_is_prepared(launch_config: Callable[..., Path]) -> None:

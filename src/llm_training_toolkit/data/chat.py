@@ -87,6 +87,19 @@ def render_chat(
     return rendered
 
 
+def prompt_tokens(conversation: Conversation, template: ChatTemplate, encoder: TextEncoder) -> list[int]:
+    """The tokens of a conversation up to where the assistant goes on; special tokens' text within it stays text.
+
+    Raises DataError, what the chat template does wrong, where it cannot write the conversation.
+    """
+    script = template.prompt(conversation)
+    ids: list[int] = []
+    for piece in _pieces(script):
+        text = script.text[piece.start : piece.stop]
+        ids += [encoder.id_of(text)] if piece.is_marker else encoder.encode(text)
+    return ids
+
+
 def _read(document: Document, template: ChatTemplate) -> tuple[Conversation, Script]:
     try:
         conversation = Conversation.from_text(document.text)

@@ -108,6 +108,17 @@ class ChatTemplate:
         turns = [turn for number in spoken for turn in self._turns(conversation, written, number)]
         return self._cut(conversation, written, tuple(turns))
 
+    def prompt(self, conversation: Conversation) -> Script:
+        """Write a conversation and the beginning of the assistant's next turn.
+
+        Raises DataError, what the chat template does wrong, where it refuses the conversation or leaves something out.
+        """
+        messages = [_template_message(message) for message in conversation.messages]
+        tools = [json.loads(tool) for tool in conversation.tools]
+        written = self._template.write(messages, tools, prompt=True)
+        _check_complete(conversation, tools, written.text)
+        return Script(written.text, written.markers, turns=(), closing=None)
+
     def _turns(self, conversation: Conversation, written: Written, number: int) -> list[Turn]:
         """What the assistant says with one message: one stretch, or as many as there are `{% generation %}` blocks."""
         if number not in written.parts:
@@ -239,6 +250,11 @@ def _template_message(message: Message) -> dict[str, Any]:
             for call in message.tool_calls
         ]
     return values
+
+
+def has_template(directory: Path) -> bool:
+    """Whether a tokenizer brings a chat template of its own."""
+    return bool(_own_template(directory))
 
 
 def _own_template(directory: Path) -> str | None:

@@ -8,10 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from llm_training_toolkit.context import RunContext
 from llm_training_toolkit.data.batches import MicroBatch
-from llm_training_toolkit.engine import Engine
+
+if TYPE_CHECKING:  # DeepSpeed takes seconds to import, and only training needs it
+    from llm_training_toolkit.engine import Engine
 
 
 @dataclass(frozen=True)

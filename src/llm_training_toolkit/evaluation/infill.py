@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import heapq
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import Any
+
+import numpy as np
 
 from llm_training_toolkit.data.middle import Draw, draw
+from llm_training_toolkit.data.render import Example
 from llm_training_toolkit.data.sources import Document
 from llm_training_toolkit.errors import DataError, PlanError
 from llm_training_toolkit.evaluation.decoding import Writing, Written, write
 from llm_training_toolkit.evaluation.documents import described, documents_of
+from llm_training_toolkit.evaluation.gaps import BothSides, Gap, PrefixAlone, View
+from llm_training_toolkit.evaluation.losses import Losses, packed
 from llm_training_toolkit.evaluation.model import Subject
 from llm_training_toolkit.evaluation.result import Measured, Progress
 from llm_training_toolkit.evaluation.settings import Infill, Middle
@@ -26,26 +32,16 @@ _LEAST = 4
 _LONGEST_SPAN = 120
 
 
-class Gap(NamedTuple):
-    """A document with its middle cut out."""
-
-    document: str
-    prefix: str
-    middle: str
-    suffix: str
-
-
 def measure_infill(task: Infill, subject: Subject, progress: Progress) -> Measured:
     """Fill one gap of each document. Raises PlanError where the model has no sentinels to say where a gap is."""
-    if task.format == "chat":
-        raise PlanError("--format chat: a conversation has no middle to fill in")
-    sentinels = _sentinels(subject)
+    view = _view(task, subject)
     gaps, without = _gaps(task, documents_of(subject, task.data, task.format))
     if not gaps:
         raise DataError("--data: no document has a line of 4 to 200 characters that could be cut out")
     room = min(task.tokens, subject.context // 4)
-    prompts = [_prompt(gap, sentinels, subject, subject.context - room) for gap in gaps]
-    how = Writing(tokens=room, batch=task.batch)
+    prompts = [view.prompt(gap, subject.context - room) for gap in gaps]
+    stops = (view.stop,) if view.stop else ()
+    how = Writing(tokens=room, stops=stops, batch=task.batch)
     written = write(subject, [ids for ids, _ in prompts], how, lambda done: progress("gaps filled", done, len(gaps)))
     items = [_item(gap, answer) for gap, answer in zip(gaps, written, strict=True)]
     shortened = sum(was_cut for _, was_cut in prompts)
@@ -54,16 +50,51 @@ def measure_infill(task: Infill, subject: Subject, progress: Progress) -> Measur
         {
             "exact_match": fmean(bool(item["exact"]) for item in items),
             "edit_similarity": fmean(item["similarity"] for item in items),
+            "bits_per_byte": _bits_per_byte(gaps, view, subject, task.batch, progress),
             "ended": fmean(answer.ended for answer in written),
             "documents": len(items),
             "shortened": shortened,
             "without_gap": without,
         },
         described(subject, task.data),
-        {"middle": task.middle, "limit": task.limit, "tokens": room, "seed": task.seed, "context": subject.context},
+        {
+            **{name: getattr(task, name) for name in ("middle", "given", "limit", "seed")},
+            "tokens": room,
+            "context": subject.context,
+        },
         [note] if shortened else [],
         items,
     )
+
+
+def _view(task: Infill, subject: Subject) -> View:
+    """How the model is shown its gaps. Raises PlanError for documents without any, and gaps that cannot be shown."""
+    if task.format == "chat":
+        raise PlanError("--format chat: a conversation has no middle to fill in")
+    if task.given == "both":
+        return BothSides(subject)
+    if task.middle != "line":
+        raise PlanError(
+            "--given prefix: only with --middle line: after the prefix alone nothing tells where a span ends"
+        )
+    return PrefixAlone(subject)
+
+
+def _bits_per_byte(gaps: Sequence[Gap], view: View, subject: Subject, batch: int, progress: Progress) -> float:
+    """What the model needs to know a middle and where it ends, in bits for each byte of the middles."""
+    losses = Losses(subject, progress)
+    examples = [_shown(gap, view, subject.context, number) for number, gap in enumerate(gaps)]
+    losses.add(packed(examples, subject, batch))
+    found = losses.result()
+    return replace(found, bytes=sum(len(gap.middle.encode()) for gap in gaps)).bits_per_byte
+
+
+def _shown(gap: Gap, view: View, context: int, number: int) -> Example:
+    """A gap with what belongs into it, which alone is to be predicted; at most half of the context is for it."""
+    answer = view.answer(gap)[: context // 2]
+    prompt, _ = view.prompt(gap, context - len(answer))
+    loss = np.arange(len(prompt) + len(answer)) >= len(prompt)
+    return Example(np.array([*prompt, *answer], dtype=np.uint32), loss, number)
 
 
 def _gaps(task: Infill, documents: Iterable[Document]) -> tuple[list[Gap], int]:
@@ -86,7 +117,8 @@ def gap_of(document: Document, kind: Middle, seed: int) -> Gap | None:
     """The gap of a document, drawn from (seed, content) alone; None where it has no place for one."""
     chance = draw(seed, 0, 0, int.from_bytes(document.digest, "big"), "gap")
     text = document.text
-    lines = [match.span() for match in _LINE.finditer(text) if _is_worth_it(match[0])]
+    # The first line has nothing before it, and whoever sees the prefix alone would see nothing.
+    lines = [match.span() for match in _LINE.finditer(text) if match.start() and _is_worth_it(match[0])]
     if not lines:
         return None
     start, stop = lines[int(chance.first * len(lines))]
@@ -106,33 +138,6 @@ def _span(text: str, start: int, stop: int, chance: Draw) -> tuple[int, int]:
 
 def _is_worth_it(text: str) -> bool:
     return len(text) <= _LONGEST_LINE and len("".join(text.split())) >= _LEAST
-
-
-def _sentinels(subject: Subject) -> tuple[int, int, int]:
-    """Ids of the sentinels of prefix, suffix and middle."""
-    tokens = subject.markers.tokens
-    names = (tokens.fim_prefix, tokens.fim_suffix, tokens.fim_middle)
-    if not tokens.has_fim or not all(map(subject.encoder.knows, names)):
-        raise PlanError(
-            f"{subject.directory}: the tokenizer has no fill-in-the-middle sentinels: this model cannot fill in the "
-            "middle. Measure its perplexity, or take a model of a family that has them"
-        )
-    prefix, suffix, middle = map(subject.encoder.id_of, names)
-    return prefix, suffix, middle
-
-
-def _prompt(gap: Gap, sentinels: tuple[int, int, int], subject: Subject, most: int) -> tuple[list[int], bool]:
-    """Prefix, suffix, middle, with no more than `most` tokens; and whether something far from the gap was left out.
-
-    The suffix has a third of the room, or what the prefix leaves of it.
-    """
-    before, after = map(subject.encoder.encode, (gap.prefix, gap.suffix))
-    room = most - len(sentinels)
-    kept_after = min(len(after), max(room - len(before), room // 3))
-    kept_before = min(len(before), room - kept_after)
-    was_cut = kept_before < len(before) or kept_after < len(after)
-    prefix, suffix, middle = sentinels
-    return [prefix, *before[len(before) - kept_before :], suffix, *after[:kept_after], middle], was_cut
 
 
 def _item(gap: Gap, answer: Written) -> dict[str, Any]:

@@ -14,10 +14,10 @@ from llm_training_toolkit.config import Config, from_json
 from llm_training_toolkit.data.markers import Markers
 from llm_training_toolkit.data.receipt import Receipt
 from llm_training_toolkit.data.tokenizer import TextEncoder, open_tokenizer
-from llm_training_toolkit.errors import CheckpointError, PlanError
+from llm_training_toolkit.errors import PlanError
 from llm_training_toolkit.export import exported_from
-from llm_training_toolkit.models.exported import open_exported
-from llm_training_toolkit.runs import RunDirectory, checkpoint_place
+from llm_training_toolkit.models.exported import device_of, open_exported
+from llm_training_toolkit.runs import RunDirectory, checkpoint_place, model_directory
 
 _LONGEST = 4096
 """Tokens of context where no run says how long its sequences were: a published model may allow 262,144, whose attention
@@ -38,8 +38,8 @@ class Subject:
     """A model to be evaluated. It is loaded when it is first asked for something."""
 
     def __init__(self, path: Path, *, device: str = "auto", context: int | None = None) -> None:
-        self.directory, self._asked = _directory(path), context
-        self.device = torch.device(_device(device))
+        self.directory, self._asked = model_directory(path), context
+        self.device = torch.device(device_of(device))
         self.origin = _origin(RunDirectory(self.directory.parent), self.directory)
 
     @cached_property
@@ -83,23 +83,6 @@ class Subject:
         return self.origin.config.data.sequence_length if self.origin else min(allowed, _LONGEST)
 
 
-def _directory(path: Path) -> Path:
-    """The exported directory at a path, or that of the run there. Raises CheckpointError where there is neither."""
-    path = path.expanduser().absolute()  # a model may be the directory that this process stands in
-    run = RunDirectory(path)
-    if run.resolved.is_file():
-        if not run.export.is_dir():
-            raise CheckpointError(
-                f"{path} is a run without an export: ltt export {path} makes one of its newest checkpoint"
-            )
-        return run.export
-    if not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
-        raise CheckpointError(
-            f"{path}: neither a run nor a model there: name a run's directory, or an exported one such as RUN/export"
-        )
-    return path
-
-
 def _origin(run: RunDirectory, exported: Path) -> Origin | None:
     """The run that an export lies in, as `ltt export` writes it; None where it lies elsewhere."""
     checkpoint = exported_from(exported)
@@ -108,11 +91,3 @@ def _origin(run: RunDirectory, exported: Path) -> Origin | None:
         return None
     config = from_json(run.resolved.read_text(), where=str(run.resolved))
     return Origin(run, config, Receipt.from_json(run.receipt.read_text()), place[0])
-
-
-def _device(asked: str) -> str:
-    if asked == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if asked.startswith("cuda") and not torch.cuda.is_available():
-        raise PlanError(f"--device {asked}: torch finds no GPU here")
-    return asked

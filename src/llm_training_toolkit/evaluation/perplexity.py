@@ -5,31 +5,23 @@ Documents are rendered, cut and packed as the held-out part of a run is, so that
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
-from typing import Any
 
-import numpy as np
-import torch
-
-from llm_training_toolkit.data.batches import MicroBatch, Sequences, assemble
-from llm_training_toolkit.data.packing import pack
+from llm_training_toolkit.data.batches import MicroBatch, Sequences
 from llm_training_toolkit.data.render import Example
 from llm_training_toolkit.data.rendering import Renderer
 from llm_training_toolkit.data.sources import Document
 from llm_training_toolkit.errors import DataError, PlanError
 from llm_training_toolkit.evaluation.documents import described, origin_of, own_documents, source_of
-from llm_training_toolkit.evaluation.held_out import HeldOut
+from llm_training_toolkit.evaluation.losses import Losses, packed
 from llm_training_toolkit.evaluation.model import Subject
 from llm_training_toolkit.evaluation.result import Measured, Progress
 from llm_training_toolkit.evaluation.settings import Perplexity
-from llm_training_toolkit.models import LossModule
 
 _TOGETHER = 256
 """Documents that are rendered and packed at a time."""
-_LOSS_CHUNK = 1024
 _ENDLESS = 1 << 40
 """A sequence no document is longer than."""
 
@@ -38,7 +30,7 @@ def measure_perplexity(task: Perplexity, subject: Subject, progress: Progress) -
     """The loss of all documents. Raises DataError where they cannot be read, or hold nothing to predict."""
     if task.stride is not None and not 1 <= task.stride < subject.context:
         raise PlanError(f"--stride {task.stride}: give 1 to {subject.context - 1}: less than the context")
-    loss = _Loss(subject, progress)
+    loss = Losses(subject, progress)
     found: dict[str, int] = {}
     settings: dict[str, object] = {"context": subject.context, "stride": task.stride or subject.context}
     if task.data is None:
@@ -48,7 +40,7 @@ def measure_perplexity(task: Perplexity, subject: Subject, progress: Progress) -
     else:
         documents = _Documents(task, subject)
         for examples in documents.rendered():
-            loss.add(_packed(examples, subject, documents.pad, task.batch))
+            loss.add(packed(examples, subject, task.batch))
         found = {"documents": documents.count, "too_long": documents.too_long}
         settings["format"] = task.format
     held = loss.result()
@@ -56,35 +48,6 @@ def measure_perplexity(task: Perplexity, subject: Subject, progress: Progress) -
     return Measured(
         {**figures, "tokens": held.tokens, "bytes": held.bytes, **found}, described(subject, task.data), settings
     )
-
-
-class _Loss:
-    """Adds up losses, tokens and bytes."""
-
-    def __init__(self, subject: Subject, progress: Progress) -> None:
-        self._device, self._progress = subject.device, progress
-        self._module = LossModule(subject.lm, _LOSS_CHUNK)
-        self._sizes = subject.encoder.bytes_per_token()
-        self._losses: list[float] = []
-        self._tokens = self._bytes = 0
-
-    @torch.no_grad()
-    def add(self, batches: Iterable[MicroBatch]) -> None:
-        """Add the losses of some batches."""
-        for batch in batches:
-            parts = (batch.input_ids, batch.position_ids, batch.labels)
-            self._losses.append(float(self._module(*(part.to(self._device) for part in parts))))
-            labels = batch.labels.numpy()
-            targets = labels[labels >= 0]
-            self._tokens += len(targets)
-            self._bytes += int(self._sizes[targets].sum())
-            self._progress("tokens evaluated", self._tokens, 0)
-
-    def result(self) -> HeldOut:
-        """Everything added. Raises DataError where that is nothing."""
-        if not self._tokens:
-            raise DataError("--data: nothing to predict in these documents: each is empty, or a single token")
-        return HeldOut(math.fsum(self._losses) / self._tokens, self._tokens, self._bytes)
 
 
 def _of_run(subject: Subject, batch: int) -> Iterator[MicroBatch]:
@@ -109,7 +72,6 @@ class _Documents:
         self._source, self._context, self._stride = source_of(task.data, task.format), subject.context, task.stride
         length = self._context if task.stride is None else _ENDLESS
         self._renderer = Renderer([self._source], subject.markers, subject.encoder, subject.directory, length)
-        self.pad = subject.encoder.id_of(subject.markers.tokens.pad)
         self.count = self.too_long = 0
 
     def rendered(self) -> Iterator[list[Example]]:
@@ -140,17 +102,3 @@ def windows(example: Example, context: int, stride: int) -> Iterator[Example]:
             loss[: seen - start] = False
             yield replace(example, tokens=example.tokens[start:stop], loss=loss)
         seen = stop
-
-
-def _packed(examples: list[Example], subject: Subject, pad: int, batch: int) -> Iterator[MicroBatch]:
-    """Examples in full rows, each apart from its neighbours."""
-    if not examples:
-        return
-    lengths: Any = np.array([len(example.tokens) for example in examples])
-    targets: Any = np.array([int(example.loss[1:].sum()) for example in examples])
-    plan = pack(lengths, subject.context, targets=targets)
-    for start in range(0, len(plan), batch):
-        rows = [
-            [examples[i] for i in plan.examples(row).tolist()] for row in range(start, min(start + batch, len(plan)))
-        ]
-        yield assemble(rows, subject.context, pad)

@@ -10,6 +10,7 @@ from llm_training_toolkit.errors import PlanError
 
 Format = Literal["code", "text", "chat"]
 Middle = Literal["line", "span"]
+Given = Literal["both", "prefix"]
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,9 @@ class Infill:
     format: Format = "code"
     middle: Middle = "line"
     """What is cut out: a whole line, or a piece of up to 120 characters that begins anywhere."""
+    given: Given = "both"
+    """What the model is shown: what stands on both sides of the gap, or the prefix alone, for models without
+    sentinels."""
     limit: int = 200
     """Documents, chosen by their content's hash."""
     tokens: int = 64

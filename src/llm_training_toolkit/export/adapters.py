@@ -15,7 +15,7 @@ from llm_training_toolkit.checkpoint import Checkpoint
 from llm_training_toolkit.errors import CheckpointError
 from llm_training_toolkit.export.check import compare, logits
 from llm_training_toolkit.export.directory import Beside, write_beside
-from llm_training_toolkit.export.weights import stored
+from llm_training_toolkit.export.weights import load_stored, stored
 from llm_training_toolkit.families import Adapter
 from llm_training_toolkit.models import build_model
 from llm_training_toolkit.models.adapters import NAME, adapted_layers, add_adapters, lora_config
@@ -49,14 +49,6 @@ def _peft_name(name: str) -> str:
     return f"base_model.model.{plain.replace(f'.{NAME}.', '.')}"
 
 
-def load_adapters(model: nn.Module, checkpoint: Checkpoint) -> None:
-    """Write the trained parameters of a checkpoint into a model that has adapters beside its layers."""
-    parameters = dict(model.named_parameters())
-    with torch.no_grad():
-        for name in checkpoint.manifest.shapes:
-            parameters[name].copy_(stored(checkpoint, name))
-
-
 def check_adapters(
     directory: Path,
     checkpoint: Checkpoint,
@@ -73,7 +65,7 @@ def check_adapters(
     """
     model = build_model(hf_config, precision=precision, attention="sdpa", path=base).eval()
     add_adapters(model, adapter, seed=0, dtype=DTYPES[precision])
-    load_adapters(model, checkpoint)
+    load_stored(model, checkpoint)
     wanted = logits(model)
     _check_merged(model, directory)
     del model

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from llm_training_toolkit.checkpoint import Checkpoint
 from llm_training_toolkit.errors import CheckpointError
-from llm_training_toolkit.export.weights import stored
+from llm_training_toolkit.export.weights import load_stored
 from llm_training_toolkit.models import build_model
 from llm_training_toolkit.models.exported import open_exported
 
@@ -24,9 +24,7 @@ _TOKENS = 32
 def check_whole(directory: Path, checkpoint: Checkpoint, hf_config: Mapping[str, Any], precision: str) -> float:
     """0.0; raise CheckpointError unless a model that was trained whole gives the same logits bit for bit."""
     model = build_model(hf_config, precision=precision, attention="sdpa").eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(stored(checkpoint, name))
+    load_stored(model, checkpoint)
     wanted = logits(model)
     del model
     return compare(directory, logits(open_exported(directory)), wanted, 0.0)

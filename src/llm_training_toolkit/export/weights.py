@@ -60,6 +60,14 @@ def stored(checkpoint: Checkpoint, name: str) -> Tensor:
     return torch.from_numpy(checkpoint.read(name, "weights", 0, torch.Size(shape).numel())).reshape(shape)
 
 
+@torch.no_grad()
+def load_stored(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Write the trained parameters of a checkpoint into a model that has them, in the model's precision."""
+    parameters = dict(model.named_parameters())
+    for name in checkpoint.manifest.shapes:
+        parameters[name].copy_(stored(checkpoint, name))
+
+
 def write_model(
     weights: Weights, directory: Path, *, hf_config: Mapping[str, Any], precision: str, beside: Beside
 ) -> None:

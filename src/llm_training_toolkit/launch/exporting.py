@@ -19,7 +19,7 @@ from llm_training_toolkit.config import Config, from_json
 from llm_training_toolkit.context import RunContext
 from llm_training_toolkit.data.chat_template import ChatTemplate, named_tokens
 from llm_training_toolkit.data.receipt import Receipt
-from llm_training_toolkit.data.tokenizer import TextEncoder, open_tokenizer
+from llm_training_toolkit.data.tokenizer import open_tokenizer
 from llm_training_toolkit.errors import CheckpointError
 from llm_training_toolkit.export import Beside, CheckpointWeights, Weights, appearing, check_whole, write_model
 from llm_training_toolkit.families import Adapter
@@ -88,10 +88,7 @@ def export_run(
         raise CheckpointError(
             f"{run.path}: there is nothing to merge, the run trained the model itself: leave out --merge"
         )
-    checkpoint = Checkpoint(_chosen(run, step))
-    faults = checkpoint.faults()
-    if faults:
-        raise CheckpointError(f"{checkpoint.directory} is damaged: {faults[0]}. Export another one: --step")
+    checkpoint = checkpoint_of(run, step)
     suffix = ("" if step is None else f"_step_{step}") + ("_merged" if merge else "")
     destination = (out or run.path / f"export{suffix}").expanduser().absolute()
     _refuse_what_others_need(destination, run)
@@ -105,6 +102,15 @@ def _refuse_what_others_need(destination: Path, run: RunDirectory) -> None:
     if around.resolved.is_file() and (around.path != run.path.resolve() or destination == around.base):
         what = "what its adapters stand beside" if destination == around.base else "and that is another run"
         raise CheckpointError(f"--out {destination} belongs to {around.path}, {what}: name another directory")
+
+
+def checkpoint_of(run: RunDirectory, step: int | None) -> Checkpoint:
+    """The newest complete checkpoint of a run, or that of `step`. Raises CheckpointError without it, or damaged."""
+    checkpoint = Checkpoint(_chosen(run, step))
+    faults = checkpoint.faults()
+    if faults:
+        raise CheckpointError(f"{checkpoint.directory} is damaged: {faults[0]}. Take another one: --step")
+    return checkpoint
 
 
 def _chosen(run: RunDirectory, step: int | None) -> Path:
@@ -182,25 +188,26 @@ def refuse_missing_base(trained: Trained, checkpoint: Checkpoint) -> None:
 
 def beside(config: Config, receipt: Receipt, text: str, origin: str) -> Beside:
     """What stands beside a run's weights."""
-    encoder = open_tokenizer(receipt.tokenizer_path)
     return Beside(
         tokenizer=Path(receipt.tokenizer_path),
-        ends={token: encoder.id_of(token) for token in _ends(config, receipt, encoder)},
+        ends=ends_of(config, receipt),
         pad=receipt.pad_id,
         card=text,
         origin=origin,
     )
 
 
-def _ends(config: Config, receipt: Receipt, encoder: TextEncoder) -> tuple[str, ...]:
+def ends_of(config: Config, receipt: Receipt) -> dict[str, int]:
     """The special tokens that the model ends with, that of an answer first: those it has learnt here, and its own.
 
-    A model that was tuned to converse still ends its turns after a training on text, and its tokenizer says by what.
+    With their ids. A model that was tuned to converse still ends its turns after a training on text, and its tokenizer
+    says by what.
     """
     family, directory = families.find(config.model.name).family, Path(receipt.tokenizer_path)
+    encoder = open_tokenizer(receipt.tokenizer_path)
     end_of_text = family.special_tokens.end_of_text
     own = named_tokens(directory).get("eos_token", end_of_text)
     ends = [own if encoder.knows(own) else end_of_text, end_of_text]
     if any(source.format == "chat" for source in config.data.sources):
         ends.insert(0, ChatTemplate.open(directory, family.chat_template).end_of_turn or end_of_text)
-    return tuple(dict.fromkeys(ends))
+    return {token: encoder.id_of(token) for token in dict.fromkeys(ends)}

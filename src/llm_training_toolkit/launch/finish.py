@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 
-from llm_training_toolkit import families
 from llm_training_toolkit.checkpoint import Checkpoint, newest
 from llm_training_toolkit.config import Config
 from llm_training_toolkit.context import Event, RunContext
@@ -20,7 +19,7 @@ from llm_training_toolkit.data.feed import held_out_beginnings
 from llm_training_toolkit.data.receipt import Receipt
 from llm_training_toolkit.errors import CheckpointError
 from llm_training_toolkit.export import exported_from
-from llm_training_toolkit.generate import Generator, Sentinels
+from llm_training_toolkit.generate import Generator, Writing
 from llm_training_toolkit.launch.exporting import Trained, export_checkpoint
 from llm_training_toolkit.launch.tasks import are_carried_out, carry_out, reason
 from llm_training_toolkit.metrics import Metrics
@@ -105,20 +104,18 @@ def finish_again(run: RunDirectory, config: Config, report: Report) -> None:
 
 def samples(exported: Path, config: Config, receipt: Receipt, device: str) -> Iterator[Sample]:
     """Two completions of held-out documents, and one infilling where the run learnt to infill."""
-    tokens = families.find(config.model.name).family.special_tokens
     texts = list(held_out_beginnings(receipt, limit=_COMPLETIONS + 1, characters=_CHARACTERS))
     if not texts:
         return
-    generator, room = Generator(exported, device), config.data.sequence_length
+    generator, room = Generator.open(exported, device), config.data.sequence_length
     for number, text in enumerate(texts[:_COMPLETIONS], start=1):
         before = _whole_lines(text[: min(len(text) // 2, _SHOWN)])
-        written = generator.complete(before, tokens=min(48, room // 4), temperature=_TEMPERATURE)
-        yield Sample(f"completion {number}", before, written)
+        written = generator.complete(before, Writing(min(48, room // 4), _TEMPERATURE))
+        yield Sample(f"completion {number}", before, written.text)
     if any(source.fim is not None for source in config.data.sources):
-        sentinels = Sentinels(tokens.fim_prefix, tokens.fim_suffix, tokens.fim_middle)
         before, after = _around_a_line(texts[-1][: 2 * _SHOWN])
-        written = generator.infill(before, after, sentinels, tokens=min(32, room // 8), temperature=_TEMPERATURE)
-        yield Sample("infilling", before, written, after)
+        written = generator.infill(before, after, Writing(min(32, room // 8), _TEMPERATURE))
+        yield Sample("infilling", before, written.text, after)
 
 
 def _whole_lines(text: str) -> str:

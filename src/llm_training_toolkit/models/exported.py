@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from llm_training_toolkit.errors import CheckpointError
+from llm_training_toolkit.errors import CheckpointError, PlanError
 
 _ADAPTERS = "adapter_config.json"
 
@@ -41,6 +41,15 @@ def open_exported(directory: Path) -> Any:  # noqa: ANN401 - transformers has no
                 f"{_ADAPTERS} (base_model_name_or_path). {_first_difference(error)}"
             ) from error
     return model.eval()
+
+
+def device_of(asked: str) -> str:
+    """The device asked for; `auto` = a GPU where there is one. Raises PlanError for a GPU that is not there."""
+    if asked == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if asked.startswith("cuda") and not torch.cuda.is_available():
+        raise PlanError(f"--device {asked}: torch finds no GPU here")
+    return asked
 
 
 def _open_base(directory: Path, dtype: torch.dtype) -> Any:  # noqa: ANN401 - transformers has no types

@@ -1,0 +1,65 @@
+"""Losses of examples, added up over batches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from llm_training_toolkit.data.batches import MicroBatch, assemble
+from llm_training_toolkit.data.packing import pack
+from llm_training_toolkit.data.render import Example
+from llm_training_toolkit.errors import DataError
+from llm_training_toolkit.evaluation.held_out import HeldOut
+from llm_training_toolkit.evaluation.model import Subject
+from llm_training_toolkit.evaluation.result import Progress
+from llm_training_toolkit.models import LossModule
+
+_LOSS_CHUNK = 1024
+
+
+class Losses:
+    """Adds up losses, tokens and bytes."""
+
+    def __init__(self, subject: Subject, progress: Progress) -> None:
+        self._device, self._progress = subject.device, progress
+        self._module = LossModule(subject.lm, _LOSS_CHUNK)
+        self._sizes = subject.encoder.bytes_per_token()
+        self._losses: list[float] = []
+        self._tokens = self._bytes = 0
+
+    @torch.no_grad()
+    def add(self, batches: Iterable[MicroBatch]) -> None:
+        """Add the losses of some batches."""
+        for batch in batches:
+            parts = (batch.input_ids, batch.position_ids, batch.labels)
+            self._losses.append(float(self._module(*(part.to(self._device) for part in parts))))
+            labels = batch.labels.numpy()
+            targets = labels[labels >= 0]
+            self._tokens += len(targets)
+            self._bytes += int(self._sizes[targets].sum())
+            self._progress("tokens evaluated", self._tokens, 0)
+
+    def result(self) -> HeldOut:
+        """Everything added. Raises DataError where that is nothing."""
+        if not self._tokens:
+            raise DataError("--data: nothing to predict in these documents: each is empty, or a single token")
+        return HeldOut(math.fsum(self._losses) / self._tokens, self._tokens, self._bytes)
+
+
+def packed(examples: Sequence[Example], subject: Subject, batch: int) -> Iterator[MicroBatch]:
+    """Examples in full rows, each apart from its neighbours."""
+    if not examples:
+        return
+    pad = subject.encoder.id_of(subject.markers.tokens.pad)
+    lengths: Any = np.array([len(example.tokens) for example in examples])
+    targets: Any = np.array([int(example.loss[1:].sum()) for example in examples])
+    plan = pack(lengths, subject.context, targets=targets)
+    for start in range(0, len(plan), batch):
+        rows = [
+            [examples[i] for i in plan.examples(row).tolist()] for row in range(start, min(start + batch, len(plan)))
+        ]
+        yield assemble(rows, subject.context, pad)
