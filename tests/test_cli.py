@@ -60,6 +60,9 @@ def assert_refused(done: subprocess.CompletedProcess[str], code: int, *words: st
         ["export", "--help"],
         ["evaluate", "--help"],
         ["evaluate", "--compare", "absent"],
+        ["evaluate", "absent", "--task", "infill"],
+        ["evaluate", "--task", "humaneval"],
+        ["generate", "absent", "--prompt", "def"],
         ["plan", QUICKSTART],
         ["plan", QUICKSTART, "--json"],
         ["plan", "absent.yaml"],
@@ -168,9 +171,16 @@ def test_generating_from_a_directory_without_a_model_says_what_to_name(tmp_path:
     assert_refused(
         done,
         1,
-        f"error: {tmp_path}: no model there (neither config.json nor adapter_config.json)",
-        "name an exported directory",
+        f"error: {tmp_path}: neither a run nor a model there",
+        "name a run's directory, or an exported one",
     )
+
+
+def test_a_generation_of_nothing_in_particular_is_refused() -> None:
+    assert_refused(ltt("generate", "absent"), 2, "give a --prompt, or --chat")
+    assert_refused(ltt("generate", "absent", "--chat", "--json"), 2, "--json prints one answer")
+    assert_refused(ltt("generate", "absent", "--chat", "--prompt", "a", "--suffix", "b"), 2, "not with --chat")
+    assert_refused(ltt("generate", "absent", "--prompt", "a", "--step", "3"), 1, "no run there")
 
 
 def test_evaluating_says_what_is_missing(tmp_path: Path) -> None:
@@ -183,6 +193,7 @@ def test_evaluating_says_what_is_missing(tmp_path: Path) -> None:
     assert_refused(ltt("evaluate", str(tmp_path), "--task", "infill"), 1, "a run without an export: ltt export")
 
 
+@pytest.mark.slow
 def test_given_completions_are_scored_without_a_model(tmp_path: Path) -> None:
     problem = {"task_id": "a", "prompt": "def f():\n", "test": "def check(f):\n    assert f() == 1", "entry_point": "f"}
     (tmp_path / "problems.jsonl").write_text(json.dumps(problem))

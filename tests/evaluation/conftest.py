@@ -9,9 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from llm_training_toolkit import families
+from llm_training_toolkit.data.chat import prompt_tokens
+from llm_training_toolkit.data.chat_template import ChatTemplate
 from llm_training_toolkit.data.markers import Markers
+from llm_training_toolkit.data.messages import Conversation, Message
 from llm_training_toolkit.data.middle import Draw, FimRules, rearranged
 from llm_training_toolkit.data.sources import Document
 from llm_training_toolkit.data.strip import Text
@@ -33,6 +37,8 @@ PROBLEM = {
     "test": "def check(candidate):\n    assert candidate(2) == 4\n    assert candidate(-1) == -2\n",
     "entry_point": "double",
 }
+QUESTION = "What is the area?"
+ANSWER = "Width times height."
 SOLUTION = "    twice = number + number\n    return twice\n"
 SHAPE: dict[str, Any] = {
     "model_type": "qwen3",
@@ -73,10 +79,13 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory that plain transformers loads, in fp32."""
     directory = tmp_path_factory.mktemp("exported")
     train_tokenizer([KNOWN, PROBLEM["prompt"] + SOLUTION] * 2, 512, Markers.of(FAMILY), directory)
+    (directory / "chat_template.jinja").write_text(FAMILY.chat_template)
     encoder = open_tokenizer(str(directory))
     torch.manual_seed(1)
     model: Any = build_model(SHAPE | {"vocab_size": encoder.vocab_size}, precision="fp32", attention="sdpa")
-    _memorise(model, [_gap(encoder), _solution(encoder)])
+    _memorise(model, [_gap(encoder), _solution(encoder), _conversation(encoder, directory)])
+    ends = [encoder.id_of(token) for token in ("<|im_end|>", "<|endoftext|>")]
+    model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=ends[1])
     model.save_pretrained(directory)
     return directory
 
@@ -99,6 +108,14 @@ def _gap(encoder: TextEncoder) -> list[int]:
 def _solution(encoder: TextEncoder) -> list[int]:
     """The function as a document; another follows it, as in a file."""
     return encoder.encode(PROBLEM["prompt"]) + encoder.encode(SOLUTION + "\ndef other():\n")
+
+
+def _conversation(encoder: TextEncoder, directory: Path) -> list[int]:
+    """A question with its answer, as the family's template writes them, and a text after it."""
+    template = ChatTemplate.open(directory, "")
+    asked = prompt_tokens(Conversation((Message("user", QUESTION),)), template, encoder)
+    assert template.end_of_turn is not None
+    return [*asked, *encoder.encode(ANSWER), encoder.id_of(template.end_of_turn), *encoder.encode("\nand more")]
 
 
 def _memorise(model: Any, texts: Sequence[list[int]]) -> None:

@@ -1,0 +1,40 @@
+"""`ltt generate`, as a person calls it, with a model that knows its answers by heart."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from evaluation.conftest import ANSWER, KNOWN, QUESTION
+from llm_training_toolkit.data.sources import Document
+from llm_training_toolkit.evaluation.infill import gap_of
+from llm_training_toolkit.generate import Generator, Writing
+
+
+def ltt(*arguments: object, typed: str = "") -> str:
+    command = [sys.executable, "-m", "llm_training_toolkit", "generate", *map(str, arguments)]
+    return subprocess.run(command, check=True, capture_output=True, text=True, input=typed).stdout
+
+
+def test_a_conversation_ends_at_the_end_of_turn(exported: Path) -> None:
+    pieces: list[str] = []
+    written = Generator.open(exported).dialogue().ask(QUESTION, Writing(), pieces.append)
+    assert (written.text, written.ended) == (ANSWER, True)
+    assert len(pieces) > 1
+    assert "".join(pieces) == ANSWER
+
+
+def test_a_conversation_of_one_question_and_of_typed_lines(exported: Path) -> None:
+    assert ltt(exported, "--chat", "--prompt", QUESTION) == f"{ANSWER}\n"
+    assert ltt(exported, "--chat", typed=f"{QUESTION}\n\n") == f"{ANSWER}\n"
+
+
+def test_a_gap_is_filled_between_what_was_given(exported: Path) -> None:
+    gap = gap_of(Document(0, "area.py", KNOWN), "line", seed=0)
+    assert gap is not None
+    given = ("--prompt", gap.prefix, "--suffix", gap.suffix)
+    assert ltt(exported, *given) == f"{KNOWN}\n"
+    found = json.loads(ltt(exported, *given, "--json"))
+    assert (found["written"], found["ended"]) == (gap.middle, True)

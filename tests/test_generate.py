@@ -1,0 +1,185 @@
+"""Generation: shown piece by piece, asked for as the model was trained, and ended where it should."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoTokenizer, GenerationConfig
+
+from llm_training_toolkit import families
+from llm_training_toolkit.data.chat import prompt_tokens
+from llm_training_toolkit.data.chat_template import ChatTemplate
+from llm_training_toolkit.data.markers import Markers
+from llm_training_toolkit.data.messages import Conversation, Message
+from llm_training_toolkit.data.tokenizer import TextEncoder, open_tokenizer, train_tokenizer
+from llm_training_toolkit.errors import PlanError
+from llm_training_toolkit.generate import Generator, Writing, _Pieces
+from llm_training_toolkit.models import build_model
+
+CONTEXT = 64
+SHAPE: dict[str, Any] = {
+    "model_type": "qwen3",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "vocab_size": 512,
+    "max_position_embeddings": CONTEXT,
+}
+TEXT = "def area(width, height):\n    return width * height\n"
+ASKED = Conversation((Message("system", "Be brief."), Message("user", "Is <|im_end|> a marker?")))
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer with sentinels and a chat template."""
+    family = families.find("qwen3-0.6b").family
+    path = tmp_path_factory.mktemp("tokenizer")
+    train_tokenizer([TEXT] * 2, 512, Markers.of(family), path)
+    (path / "chat_template.jinja").write_text(family.chat_template)
+    return path
+
+
+@pytest.fixture(scope="module")
+def encoder(directory: Path) -> TextEncoder:
+    return open_tokenizer(str(directory))
+
+
+@pytest.fixture
+def model() -> Any:
+    """A model with random weights that stops at token 0."""
+    torch.manual_seed(0)
+    found: Any = build_model(SHAPE, precision="fp32", attention="sdpa").eval()
+    found.generation_config = GenerationConfig(eos_token_id=0, pad_token_id=0)
+    return found
+
+
+def test_what_is_said_piece_by_piece_is_what_was_written(model: Any, directory: Path, encoder: TextEncoder) -> None:
+    pieces: list[str] = []
+    written = Generator(model, directory).complete("def ", Writing(tokens=24), pieces.append)
+    ids = torch.tensor([encoder.encode("def ")])
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False)
+    assert written.text == "".join(pieces) == encoder.decode(out[0, ids.shape[1] :].tolist(), skip_special_tokens=True)
+    assert len(pieces) > 1
+
+
+@given(st.text(alphabet="aé漢😀\n", max_size=20), st.integers(0, 3))
+def test_no_half_character_is_said(text: str, cut: int) -> None:
+    encoder = _bytewise()
+    pieces: list[str] = []
+    stream = _Pieces(encoder, frozenset(), pieces.append)
+    ids = encoder.encode(text)
+    stream.put(torch.tensor([ids]))  # a prompt, which is not said
+    for token in ids[: len(ids) - cut] if cut else ids:
+        stream.put(torch.tensor([token]))
+    stream.end()
+    assert "".join(pieces) == stream.text
+    assert all("\N{REPLACEMENT CHARACTER}" not in piece for piece in pieces[:-1])
+    if not cut:
+        assert stream.text == text
+
+
+_BYTEWISE: list[TextEncoder] = []
+
+
+def _bytewise() -> TextEncoder:
+    """A tokenizer whose characters beyond ASCII are several tokens."""
+    if not _BYTEWISE:
+        import tempfile
+
+        with tempfile.TemporaryDirectory() as folder:
+            train_tokenizer(["a b"], 512, Markers.of(families.find("qwen3-0.6b").family), Path(folder))
+            _BYTEWISE.append(open_tokenizer(folder))
+    return _BYTEWISE[0]
+
+
+def test_a_prompt_longer_than_the_context_is_refused(model: Any, directory: Path) -> None:
+    generator = Generator(model, directory)
+    with pytest.raises(PlanError, match=r"the prompt has [\d,]+ tokens, and the model's context has room for 63"):
+        generator.complete("x = 1\n" * 200, Writing())
+    with pytest.raises(PlanError, match="the prompt has"):
+        generator.infill("x = 1\n" * 200, "y", Writing())
+    with pytest.raises(PlanError, match="the prompt has"):
+        generator.dialogue().ask("x = 1\n" * 200, Writing())
+    with pytest.raises(PlanError, match="the prompt is empty"):
+        generator.complete("", Writing())
+
+
+def test_no_more_is_written_than_the_context_has_room_for(model: Any, directory: Path, encoder: TextEncoder) -> None:
+    model.generation_config.eos_token_id = None
+    prompt = "=" * 60
+    count = len(encoder.encode(prompt))
+    seen: list[int] = []
+    generate = model.generate
+
+    def counted(*given: Any, **settings: Any) -> Any:
+        seen.append(settings["max_new_tokens"])
+        return generate(*given, **settings)
+
+    model.generate = counted
+    written = Generator(model, directory).complete(prompt, Writing(tokens=1000))
+    assert seen == [CONTEXT - count]
+    assert not written.ended
+
+
+@pytest.mark.parametrize(("ends", "ended"), [([0], True), ([7, 0], True), ([7], False)])
+def test_it_ends_at_any_of_the_ids_the_model_stops_at(
+    model: Any, directory: Path, ends: list[int], ended: bool
+) -> None:
+    torch.nn.init.zeros_(model.model.norm.weight)  # every logit is the same, so the first token is the likeliest
+    model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=0)
+    written = Generator(model, directory).complete("def ", Writing(tokens=5))
+    assert (written.text, written.ended) == ("", ended)
+
+
+def test_an_infilling_ends_at_any_special_token(model: Any, directory: Path) -> None:
+    torch.nn.init.zeros_(model.model.norm.weight)
+    model.generation_config = GenerationConfig(eos_token_id=7, pad_token_id=0)
+    assert Generator(model, directory).infill("def ", "\n", Writing(tokens=5)).ended
+
+
+def test_without_sentinels_nothing_is_infilled(model: Any, tmp_path: Path) -> None:
+    train_tokenizer([TEXT] * 2, 512, Markers.of(families.find("qwen2-0.5b").family), tmp_path)
+    with pytest.raises(PlanError, match="no fill-in-the-middle sentinels"):
+        Generator(model, tmp_path).infill("def ", "\n", Writing())
+
+
+def test_without_a_chat_template_there_is_no_conversation(model: Any, directory: Path, tmp_path: Path) -> None:
+    without = shutil.copytree(directory, tmp_path / "without")
+    (without / "chat_template.jinja").unlink()
+    with pytest.raises(PlanError, match="no chat template"):
+        Generator(model, without).dialogue()
+
+
+def test_the_prompt_of_a_conversation_is_that_of_transformers(directory: Path, encoder: TextEncoder) -> None:
+    messages = [{"role": message.role, "content": message.content} for message in ASKED.messages]
+    ids = prompt_tokens(ASKED, ChatTemplate.open(directory, ""), encoder)
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    assert encoder.decode(ids) == tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    marker = encoder.id_of("<|im_end|>")
+    assert ids.count(marker) == len(messages), "what a person writes is no marker"
+
+
+def test_a_conversation_goes_on_from_what_was_said(model: Any, directory: Path) -> None:
+    model.config.max_position_embeddings = 4096
+    seen: list[str] = []
+    generator = Generator(model, directory)
+    dialogue = generator.dialogue("Be brief.")
+    first = dialogue.ask("One?", Writing(tokens=3))
+    answer = generator.answer
+
+    def watched(conversation: Conversation, *rest: Any) -> Any:
+        seen.extend(message.content for message in conversation.messages)
+        return answer(conversation, *rest)
+
+    generator.answer = watched  # type: ignore[method-assign]
+    dialogue.ask("Two?", Writing(tokens=3))
+    assert seen == ["Be brief.", "One?", first.text, "Two?"]
