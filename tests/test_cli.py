@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import subprocess
 import sys
@@ -10,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from llm_training_toolkit import __version__
+from llm_training_toolkit.cli import main
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = "configs/quickstart.yaml"
@@ -38,6 +41,22 @@ finally:
 
 
 def ltt(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """The command in this process, which has imported everything: a process for each request takes a second."""
+    out, err = io.StringIO(), io.StringIO()
+    given, code = sys.argv, 0
+    sys.argv = ["ltt", *arguments]
+    try:
+        with contextlib.chdir(ROOT), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            main()
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    finally:
+        sys.argv = given
+    return subprocess.CompletedProcess(sys.argv, code, out.getvalue(), err.getvalue())
+
+
+def ltt_apart(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own, as `train` needs: it takes over the terminal and the signals."""
     command = [sys.executable, "-m", "llm_training_toolkit", *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
 
@@ -111,7 +130,7 @@ def test_an_unknown_option_is_a_wrong_request() -> None:
 
 @pytest.mark.parametrize("verb", ["plan", "prepare", "train"])
 def test_a_missing_file_is_a_wrong_request_that_names_it(verb: str) -> None:
-    assert_refused(ltt(verb, "no/such.yaml"), 2, "error: ", "no/such.yaml")
+    assert_refused(ltt_apart(verb, "no/such.yaml"), 2, "error: ", "no/such.yaml")
 
 
 @pytest.mark.parametrize(
