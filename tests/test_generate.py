@@ -117,16 +117,10 @@ def test_no_more_is_written_than_the_context_has_room_for(model: Any, directory:
     model.generation_config.eos_token_id = None
     prompt = "=" * 60
     count = len(encoder.encode(prompt))
-    seen: list[int] = []
-    generate = model.generate
-
-    def counted(*given: Any, **settings: Any) -> Any:
-        seen.append(settings["max_new_tokens"])
-        return generate(*given, **settings)
-
-    model.generate = counted
     written = Generator(model, directory).complete(prompt, Writing(tokens=1000))
-    assert seen == [CONTEXT - count]
+    ids = torch.tensor([encoder.encode(prompt)])
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=CONTEXT - count, do_sample=False)
+    assert written.text == encoder.decode(out[0, count:].tolist(), skip_special_tokens=True)
     assert not written.ended
 
 
@@ -170,16 +164,7 @@ def test_the_prompt_of_a_conversation_is_that_of_transformers(directory: Path, e
 
 def test_a_conversation_goes_on_from_what_was_said(model: Any, directory: Path) -> None:
     model.config.max_position_embeddings = 4096
-    seen: list[str] = []
-    generator = Generator(model, directory)
-    dialogue = generator.dialogue("Be brief.")
-    first = dialogue.ask("One?", Writing(tokens=3))
-    answer = generator.answer
-
-    def watched(conversation: Conversation, *rest: Any) -> Any:
-        seen.extend(message.content for message in conversation.messages)
-        return answer(conversation, *rest)
-
-    generator.answer = watched  # type: ignore[method-assign]
-    dialogue.ask("Two?", Writing(tokens=3))
-    assert seen == ["Be brief.", "One?", first.text, "Two?"]
+    dialogue = Generator(model, directory).dialogue("Be brief.")
+    written = [dialogue.ask(question, Writing(tokens=3)).text for question in ("One?", "Two?")]
+    said = [("system", "Be brief."), ("user", "One?"), ("assistant", written[0])]
+    assert [(message.role, message.content) for message in dialogue.messages[:-2]] == said

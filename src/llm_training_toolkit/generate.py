@@ -153,13 +153,14 @@ class Dialogue:
 
     def __init__(self, generator: Generator, template: ChatTemplate, system: str | None) -> None:
         self._generator, self._template = generator, template
-        self._messages = (Message("system", system),) if system is not None else ()
+        self.messages: tuple[Message, ...] = (Message("system", system),) if system is not None else ()
+        """What was said."""
 
     def ask(self, text: str, how: Writing, say: Say = _silent) -> Written:
         """The answer to `text`, up to the end of the assistant's turn. Raises PlanError once the context is full."""
-        asked = (*self._messages, Message("user", text))
+        asked = (*self.messages, Message("user", text))
         written = self._generator.answer(Conversation(asked), self._template, how, say)
-        self._messages = (*asked, Message("assistant", written.text))
+        self.messages = (*asked, Message("assistant", written.text))
         return written
 
 
