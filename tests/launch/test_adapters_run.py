@@ -16,6 +16,7 @@ import torch
 from launch.conftest import command, run_of
 from llm_training_toolkit.errors import CheckpointError
 from llm_training_toolkit.generate import Generator, Writing
+from llm_training_toolkit.launch.generating import open_model
 from llm_training_toolkit.runs import model_directory
 
 INLINE: dict[str, dict[str, Any]] = {
@@ -59,6 +60,8 @@ def test_from_a_saved_model_over_a_resume_to_text(launch_config: Callable[..., P
         "training.json",
     ]
     text = Generator.open(model_directory(run.path)).complete("def ", Writing(4)).text
+    from_checkpoint, _ = open_model(run.path, step=4, device="cpu")
+    assert from_checkpoint.complete("def ", Writing(4)).text == text
 
     merged = ltt("export", str(run.path), "--merge", "--json")
     assert merged.returncode == 0, merged.stderr
@@ -89,12 +92,16 @@ def test_checkpoints_that_are_not_there_are_not_exported(launch_config: Callable
     assert half.returncode == 1
     assert "step 4 is not complete (it has no manifest.json); complete are steps 2" in half.stderr
     assert "step 3 is not there; complete are steps 2" in ltt("export", str(run.path), "--step", "3").stderr
+    written = json.loads(ltt("generate", str(run.path), "--prompt", "def ", "--tokens", "4", "--json").stdout)
+    assert Path(written["model"]).name == "step_000000002_a1", "the newest complete one, for want of an export"
     assert "nothing to merge" in ltt("export", str(run.path), "--merge").stderr
     done = ltt("export", str(run.path), "--out", str(run.path / "mine"))
     assert done.returncode == 0, done.stderr
     assert "model of step_000000002_a1" in done.stdout
     assert "equal" in done.stdout
     assert model_directory(run.path / "mine") == run.path / "mine"
+    exported = ltt("generate", str(run.path / "mine"), "--prompt", "def ", "--tokens", "4", "--json")
+    assert json.loads(exported.stdout)["written"] == written["written"]
 
 
 def test_four_bits_without_a_gpu_are_refused_before_anything_is_prepared(launch_config: Callable[..., Path]) -> None:
