@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -52,6 +53,7 @@ def test_heartbeats_and_what_must_be_told_go_on_after_an_error_and_end_with_the_
     import ray
 
     ray.init(address=ray_environment["RAY_ADDRESS"], log_to_driver=False)
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the actor's process does not find the tests
     try:
         line: Any = ray.remote(Unsteady).options(num_cpus=0).remote()
         wish = heartbeat(line, 0, Pulse())
