@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -232,6 +233,33 @@ def wait_on(runs: list[str], comes: Mapping[str, Mapping[int, str]], stop_at: in
 
     result = work(place_of(runs[dist.get_rank()]), context(report, wish))
     return {**result, "asked": asked[0]}
+
+
+def work_on_spoilt_data(
+    run: str, spoilt: Sequence[int], changes: Mapping[str, Any] | None = None, stop_after: int | None = None
+) -> dict[str, Any]:
+    """The same where the tokens of some steps (counted from 0) are drawn by chance, as damaged storage gives them."""
+    whole = Feed.batch
+
+    def batch(feed: Feed, step: int, positions: range, micro_batch: int, count: int) -> list[MicroBatch]:
+        found = whole(feed, step, positions, micro_batch, count)
+        if step not in spoilt:
+            return found
+        draw = torch.Generator().manual_seed(step)
+        drawn_ids = [torch.randint(5, 500, each.input_ids.shape, generator=draw) for each in found]
+        labels = [
+            torch.where(each.labels >= 0, ids.roll(-1, 1), -100) for each, ids in zip(found, drawn_ids, strict=True)
+        ]
+        return [
+            replace(each, input_ids=ids, labels=label)
+            for each, ids, label in zip(found, drawn_ids, labels, strict=True)
+        ]
+
+    Feed.batch = batch  # type: ignore[method-assign, assignment]
+    try:
+        return work_on(run, changes, stop_after)
+    finally:
+        Feed.batch = whole  # type: ignore[method-assign]
 
 
 def loaded_weights(hf_config: Mapping[str, Any], path: str, zero: int, rows: int | None = None) -> Arrays:

@@ -134,6 +134,29 @@ def test_a_damaged_newest_checkpoint_is_set_aside_and_the_one_before_is_used(poo
     assert_same_state(rank_tasks.read_state(final(run)), rank_tasks.read_state(final(whole)))
 
 
+def test_the_best_by_held_out_loss_stays_also_over_a_resume(pools: Pools, fresh_run: Fresh) -> None:
+    run = fresh_run("best")
+    # The rate is so high that the first step is the best one.
+    changes = {
+        "optim": {"lr": 0.5, "warmup": 1},
+        "checkpoint": {"every": 1, "keep": 1},
+        "eval": {"every": 1},
+        "failures": {"on_spike": "ignore"},
+    }
+    pools(2).run(rank_tasks.work_on, run=str(run.path), changes=changes, stop_after=5)
+    left_over = run.checkpoint(6, 1)
+    left_over.mkdir()
+    (left_over / "fragments_00000.safetensors").write_bytes(b"half")
+    pools(2).run(rank_tasks.work_on, run=str(run.path), changes=changes)
+    rows = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    measured = {row["step"]: row["eval/loss"] for row in rows if "eval/loss" in row and row["step"] > 0}
+    best = min(measured, key=lambda step: measured[step])
+    assert best < 5, "the best one is meant to be older than the resume"
+    kept = {Checkpoint(path).manifest.step: Checkpoint(path).manifest for path in run.checkpoints.iterdir()}
+    assert sorted(kept) == [best, STEPS]
+    assert kept[best].eval_loss == measured[best]
+
+
 def test_a_run_over_epochs_ends_with_a_short_step_and_every_sequence_once(pools: Pools, fresh_run: Fresh) -> None:
     run = fresh_run("epoch")
     train = {"steps": None, "epochs": 1, "global_batch": 8}

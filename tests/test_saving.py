@@ -147,8 +147,8 @@ def test_a_checkpoint_written_again_after_the_damage_is_used(rank: Rank) -> None
 def test_a_checkpoint_of_a_newer_format_is_refused_and_left_in_its_place(rank: Rank) -> None:
     rank.write(1)
     manifest = rank.write(2) / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"format": 1', '"format": 2'))
-    with pytest.raises(CheckpointError, match="format 2, this version reads 1"):
+    manifest.write_text(manifest.read_text().replace('"format": 2', '"format": 3'))
+    with pytest.raises(CheckpointError, match="format 3, this version reads 2"):
         rank.newest_step()
     assert manifest.exists()
 

@@ -18,11 +18,14 @@ from llm_training_toolkit.checkpoint import (
     Checkpoint,
     FileEntry,
     Manifest,
+    Rule,
     UnknownFormatError,
     Writing,
     clean,
+    clear_unfinished,
     complete,
     finish,
+    held_out_losses,
     newest,
     set_aside,
 )
@@ -31,6 +34,7 @@ from llm_training_toolkit.engine import Engine
 from llm_training_toolkit.errors import CheckpointError
 from llm_training_toolkit.pulse import Pulse
 from llm_training_toolkit.runs import RunDirectory, last_attempt
+from llm_training_toolkit.spikes import Skip, Taken
 
 _ASK_EVERY = 0.5
 """Seconds between two questions whether all ranks have written, where that takes long."""
@@ -46,6 +50,10 @@ class Progress:
     """Tokens seen along the lineage, padding included."""
     sequences: int = 0
     """Sequences seen along the lineage."""
+    skips: tuple[Skip, ...] = ()
+    """Updates that were left out along the lineage."""
+    recent: tuple[Taken, ...] = ()
+    """The last steps, as the next one is compared with them."""
 
 
 @dataclass(frozen=True)
@@ -81,12 +89,15 @@ class CheckpointSaver:
         *,
         every_steps: int | None,
         every_seconds: float | None,
-        keep: int,
-        keep_every: int,
+        rule: Rule,
     ) -> None:
         self._run, self._context, self._engine, self._lineage = run, context, engine, lineage
         self._every_steps, self._every_seconds = every_steps, every_seconds
-        self._keep, self._keep_every = keep, keep_every
+        self._rule = rule
+        self._losses: dict[int, float] = {}
+        if context.is_first:
+            clear_unfinished(run.checkpoints, attempt=lineage.attempt - 1)
+            self._losses = held_out_losses(run.checkpoints)
         self._last = time.monotonic()
         self._begun: _Begun | None = None
         self._saved: int | None = None
@@ -97,6 +108,10 @@ class CheckpointSaver:
             return step % self._every_steps == 0
         assert self._every_seconds is not None
         return time.monotonic() - self._last >= self._every_seconds
+
+    def measured(self, step: int, loss: float) -> None:
+        """The held-out loss after `step` steps, by which the best checkpoints are told."""
+        self._losses[step] = loss
 
     @property
     def is_writing(self) -> bool:
@@ -176,7 +191,7 @@ class CheckpointSaver:
     def _clean(self) -> None:
         """Deleting what need not be kept must not end a run whose checkpoint is written."""
         try:
-            clean(self._run.checkpoints, self._keep, self._keep_every, attempt=self._lineage.attempt)
+            clean(self._run.checkpoints, self._rule, attempt=self._lineage.attempt, losses=self._losses)
         except OSError as error:
             message = f"old checkpoints in {self._run.checkpoints} cannot be deleted ({error}); training goes on"
             self._context.report({"kind": "warning", "message": message})
@@ -200,6 +215,9 @@ class CheckpointSaver:
                 shapes=self._engine.shapes,
                 files=files,
                 fragments=fragments,
+                skips=progress.skips,
+                recent=progress.recent,
+                eval_loss=self._losses.get(progress.step),
                 extra=lineage.extra,
             )
 
@@ -278,7 +296,7 @@ def restore(engine: Engine, checkpoint: Checkpoint, *, optimizer: bool = True, p
             f"{checkpoint.directory}: not a checkpoint of this model: {first} is {stored.get(first, 'absent')} "
             f"there and {wanted.get(first, 'absent')} here ({len(differing)} parameters differ)"
         )
-    engine.create_optimizer_state(updates=checkpoint.manifest.step if optimizer else 0)
+    engine.create_optimizer_state(updates=checkpoint.manifest.updates if optimizer else 0)
     for piece in engine.fragments():
         if pulse is not None:
             pulse.advance(f"loading {piece.name}")

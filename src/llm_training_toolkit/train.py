@@ -22,11 +22,13 @@ from llm_training_toolkit.data.feed import Feed
 from llm_training_toolkit.engine import Engine
 from llm_training_toolkit.errors import DataError, TrainingError
 from llm_training_toolkit.evaluation.held_out import HeldOut, held_out
+from llm_training_toolkit.judge import Judge, Policy
 from llm_training_toolkit.metrics import Metrics
 from llm_training_toolkit.pace import Pace, Slowest, slowest
 from llm_training_toolkit.plan import Plan, Schedule, slice_of
 from llm_training_toolkit.pulse import OUTSIDE_STEPS, UNLIMITED, WITHIN_A_STEP, Pulse
 from llm_training_toolkit.saving import CheckpointSaver, Progress
+from llm_training_toolkit.spikes import Skip, Taken, remembered
 
 _LOOK_SECONDS = 0.5
 """Between looks for data that is being prepared."""
@@ -49,6 +51,7 @@ class Parts:
     metrics: Metrics
     origin: Progress
     """Where this attempt goes on from."""
+    on_spike: Policy = "stop"
     pace: Pace = field(default_factory=Pace)
 
 
@@ -97,10 +100,7 @@ def _steps(parts: Parts, progress: Progress) -> tuple[Status, Progress]:
     if (status := _wait_where_data_lacks(parts, progress)) is not None:
         return status, progress
     while progress.step < steps:
-        flags = optimizer_step(parts, progress)
-        seen = parts.feed.sequences_in(progress.step)
-        tokens = progress.tokens + seen * parts.plan.sequence_length
-        progress = Progress(progress.step + 1, tokens, progress.sequences + seen)
+        progress, flags = optimizer_step(parts, progress)
         ended = progress.step == steps
         if flags.written:
             parts.saver.complete()
@@ -118,7 +118,7 @@ def _steps(parts: Parts, progress: Progress) -> tuple[Status, Progress]:
     return "finished", progress
 
 
-def optimizer_step(parts: Parts, progress: Progress) -> Flags:
+def optimizer_step(parts: Parts, progress: Progress) -> tuple[Progress, Flags]:
     """One step: gradients over this rank's share, one exchange between ranks, the update, the numbers."""
     started = time.perf_counter()
     context, plan, step = parts.context, parts.plan, progress.step
@@ -144,15 +144,31 @@ def optimizer_step(parts: Parts, progress: Progress) -> Flags:
         raise TrainingError(_not_finite(parts, step, positions, loss_sum, f"the loss is {loss}"))
     lr = parts.schedule.lr_at(step)
     context.pulse.mark(f"step {step + 1}, updating the weights", patience)
-    norm = parts.engine.step(lr)
+    judge = Judge(parts.on_spike, context, progress, loss)
+    norm = parts.engine.step(lr, judge.allow)
     if not math.isfinite(norm):
         raise TrainingError(_not_finite(parts, step, positions, math.nan, "the gradient is not finite"))
+    if judge.spike:
+        judge.settle(parts.saver, loss_sum, parts.feed.names(step, positions))
     values = {"train/loss": loss, "optim/lr": lr, "optim/grad_norm": norm, "perf/data_seconds": data_seconds}
     if slow is not None:
         values |= {"perf/slowest_rank": float(slow.rank), "perf/slowest_ratio": slow.ratio}
         _watch_pace(parts, slow)
-    _record(parts, progress, started, values)
-    return flags
+    _record(parts, progress, started, values | ({"optim/skipped": 1.0} if judge.spike else {}))
+    return _advanced(parts, progress, Taken(loss, norm), skipped=bool(judge.spike)), flags
+
+
+def _advanced(parts: Parts, before: Progress, taken: Taken, *, skipped: bool) -> Progress:
+    """How far the run has come with a step more."""
+    seen = parts.feed.sequences_in(before.step)
+    skip = (Skip(before.step + 1, before.sequences, seen),) if skipped else ()
+    return Progress(
+        before.step + 1,
+        before.tokens + seen * parts.plan.sequence_length,
+        before.sequences + seen,
+        before.skips + skip,
+        remembered(before.recent, taken),
+    )
 
 
 def _watch_pace(parts: Parts, step: Slowest) -> None:
@@ -257,6 +273,7 @@ def evaluate(parts: Parts, progress: Progress) -> HeldOut | None:
     batches = _marked(feed.eval_batches(context.rank, context.world_size, parts.plan.micro_batch), context.pulse)
     result = held_out(parts.engine, batches, feed.eval_tokens, feed.eval_bytes, context)
     parts.metrics.write(progress.step, result.values())
+    parts.saver.measured(progress.step, result.loss)
     if context.is_first:
         values = {"loss": result.loss, "bits_per_byte": result.bits_per_byte}
         context.report({"kind": "eval", "step": progress.step, **values})

@@ -376,7 +376,7 @@ def test_a_manifest_reads_back_as_it_was_written(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"{", b"\xff\xfe", b"null", b"[]", b"3", b'"text"', b"{}", b'{"format": 1}', b'{"format": 1, "files": [1]}'],
+    [b"", b"{", b"\xff\xfe", b"null", b"[]", b"3", b'"text"', b"{}", b'{"format": 2}', b'{"format": 2, "files": [1]}'],
     ids=repr,
 )
 def test_an_unreadable_manifest_is_named(tmp_path: Path, content: bytes) -> None:
@@ -408,8 +408,8 @@ def test_a_manifest_with_anything_in_a_field_is_read_or_refused(field: str, valu
 
 def test_a_manifest_of_another_format_says_which_version_reads_it(tmp_path: Path) -> None:
     write(tmp_path / "c")
-    edit_manifest(tmp_path / "c", lambda manifest: manifest.update(format=2))
-    with pytest.raises(CheckpointError, match="format 2, this version reads 1"):
+    edit_manifest(tmp_path / "c", lambda manifest: manifest.update(format=3))
+    with pytest.raises(CheckpointError, match="format 3, this version reads 2"):
         Checkpoint(tmp_path / "c")
 
 

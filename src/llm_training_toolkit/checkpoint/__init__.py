@@ -3,7 +3,7 @@
 from llm_training_toolkit.checkpoint.base import Base, base_of, refuse_other_base, weight_files
 from llm_training_toolkit.checkpoint.manifest import FileEntry, Manifest, UnknownFormatError
 from llm_training_toolkit.checkpoint.reading import Checkpoint, complete, newest, set_aside
-from llm_training_toolkit.checkpoint.retention import clean, kept
+from llm_training_toolkit.checkpoint.retention import Rule, clean, clear_unfinished, held_out_losses, kept
 from llm_training_toolkit.checkpoint.writing import Piece, Writing, finish
 
 __all__ = [
@@ -12,12 +12,15 @@ __all__ = [
     "FileEntry",
     "Manifest",
     "Piece",
+    "Rule",
     "UnknownFormatError",
     "Writing",
     "base_of",
     "clean",
+    "clear_unfinished",
     "complete",
     "finish",
+    "held_out_losses",
     "kept",
     "newest",
     "refuse_other_base",

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from llm_training_toolkit.errors import CheckpointError
+from llm_training_toolkit.spikes import Skip, Taken
 
-FORMAT = 1
+FORMAT = 2
 
 
 class UnknownFormatError(CheckpointError):
@@ -56,9 +57,18 @@ class Manifest:
     files: tuple[FileEntry, ...]
     fragments: tuple[tuple[str, int, int, int], ...]
     """(parameter, start, count, index into files) of every piece."""
-    skips: tuple[int, ...] = ()
-    """Skipped windows of the data order."""
+    skips: tuple[Skip, ...] = ()
+    """Updates that were left out along the lineage, with their sequences."""
+    recent: tuple[Taken, ...] = ()
+    """Losses and gradient norms of the last steps: what the next one is compared with."""
+    eval_loss: float | None = None
+    """The held-out loss of exactly this step; None where it was not measured then."""
     extra: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def updates(self) -> int:
+        """How often the optimizer has updated the weights."""
+        return self.step - len(self.skips)
 
     def to_json(self) -> str:
         """As stored."""
@@ -81,7 +91,8 @@ def read_manifest(directory: Path) -> Manifest:
         data["files"] = tuple(FileEntry(**entry) for entry in data["files"])
         data["fragments"] = tuple(tuple(piece) for piece in data["fragments"])
         data["shapes"] = {name: tuple(shape) for name, shape in data["shapes"].items()}
-        data["skips"] = tuple(data["skips"])
+        data["skips"] = tuple(Skip(*skip) for skip in data["skips"])
+        data["recent"] = tuple(Taken(*step) for step in data["recent"])
         return Manifest(**data)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: not a readable manifest ({error!r}): delete the directory") from error

@@ -393,6 +393,8 @@ class Checkpoint(Section):
     """How many of the newest checkpoints are kept."""
     keep_every: Annotated[int, Field(ge=0), Tag.FREE] = 0
     """Keep each checkpoint whose step is a multiple of this for good. 0 = none."""
+    keep_best: Annotated[int, Field(ge=0), Tag.FREE] = 1
+    """How many with the lowest held-out loss are kept, of those whose own step was evaluated. 0 = none."""
 
 
 class EvalTask(Section):
@@ -484,6 +486,10 @@ class Failures(Section):
     same_step: Annotated[int, Field(ge=1), Tag.FREE] = 2
     """How often the same step may fail in a row before the run ends: the cause is then in the step. A lost node does
     not count."""
+    on_spike: Annotated[Literal["stop", "skip", "ignore"], Tag.FREE] = "stop"
+    """What happens before an update whose loss lies 6 deviations above the median of the last 128 steps, or whose
+    gradient is ten times as large as usual and stands out as much (docs/failures.md). `stop`: the run saves and ends,
+    with the documents of the step named. `skip`: the update is left out and written down. `ignore`: it is taken."""
     hang: Annotated[Duration, Tag.FREE] = "10m"
     """How long no rank may advance within a step before the run counts as hung and gets new workers. Three times as
     long while it starts, evaluates or saves; no limit on the export."""

@@ -6,6 +6,7 @@ batch arithmetic and its schedulers are kept out of the result, all in `accumula
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,12 +17,18 @@ from torch import Tensor, nn
 from llm_training_toolkit.config.schema import Optim
 from llm_training_toolkit.data.batches import MicroBatch
 from llm_training_toolkit.engine.fragments import MOMENTS, Fragment, locate, refresh_low_precision
+from llm_training_toolkit.engine.gate import UpdateGate
 from llm_training_toolkit.engine.stopwatch import Stopwatch
 from llm_training_toolkit.models import LossModule
 
 
 def _say_nothing(_index: int) -> None:
     """Nobody watches."""
+
+
+def _always(_norm: float) -> bool:
+    """Every update is taken."""
+    return True
 
 
 class Engine:
@@ -56,6 +63,7 @@ class Engine:
         self.forward_seconds = 0.0
         """Seconds that this rank's forward passes took in the last `accumulate`: its own work before it waits for the
         others, except under ZeRO 3, where it waits for their weights meanwhile."""
+        self._gate = UpdateGate(self.optimizer)
         # At ZeRO 0 in bf16 DeepSpeed has stepped the optimizer once with zero gradients by now: Adam's bias
         # correction would be one step ahead and the first update 0.73 of the right one, silently.
         self.create_optimizer_state(updates=0)
@@ -97,18 +105,23 @@ class Engine:
         self.deepspeed.eval()
         return float(self._forward(batch))
 
-    def step(self, lr: float) -> float:
+    def step(self, lr: float, allow: Callable[[float], bool] = _always) -> float:
         """Update the weights with the accumulated gradients; the gradient's norm before clipping comes back.
 
-        The norm is not finite when the gradients were not; in bf16 the update was then left out.
+        `allow` is asked once on every rank with that norm, in the same order: where it says no, weights and moments
+        stay as they are, bit for bit. The norm is not finite when the gradients were not; there is then no update, and
+        `allow` may not be asked.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         own_norm = self._own_norm() if self._wrapped is self.optimizer else None
+
+        def norm() -> float:
+            return float(own_norm if own_norm is not None else self._wrapped._global_grad_norm)  # noqa: SLF001
+
+        self._gate.ask(lambda: math.isfinite(norm()) and allow(norm()))
         self.deepspeed.step()
-        if not self.deepspeed.was_step_applied():
-            return float("nan")
-        return float(own_norm if own_norm is not None else self.deepspeed.get_global_grad_norm())
+        return norm() if self.deepspeed.was_step_applied() else float("nan")
 
     def _own_norm(self) -> float:
         """The gradient's norm where DeepSpeed reports none: ZeRO 0 in fp32, whose gradients are whole here."""

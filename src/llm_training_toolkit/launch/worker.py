@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from llm_training_toolkit.checkpoint import Checkpoint
+from llm_training_toolkit.checkpoint import Checkpoint, Rule
 from llm_training_toolkit.config.identity import fingerprint
 from llm_training_toolkit.context import RunContext
 from llm_training_toolkit.data.feed import Feed
@@ -129,8 +129,7 @@ def _build(place: Place, context: RunContext, attempt: int) -> Parts:
         lineage,
         every_steps=plan.save_every_steps,
         every_seconds=plan.save_every_seconds,
-        keep=config.checkpoint.keep,
-        keep_every=config.checkpoint.keep_every,
+        rule=Rule(config.checkpoint.keep, config.checkpoint.keep_every, config.checkpoint.keep_best),
     )
     metrics = Metrics(run, attempt, done.step, context)
     metrics.text(done.step, "configuration", f"```json\n{run.resolved.read_text()}\n```")
@@ -142,7 +141,18 @@ def _build(place: Place, context: RunContext, attempt: int) -> Parts:
         origin=origin,
         newest=partial(newest_receipt, run),
     )
-    return Parts(plan, plan.schedule(), config.run.seed, context, built.engine, feed, saver, metrics, done)
+    return Parts(
+        plan,
+        plan.schedule(),
+        config.run.seed,
+        context,
+        built.engine,
+        feed,
+        saver,
+        metrics,
+        origin=done,
+        on_spike=config.failures.on_spike,
+    )
 
 
 def _extra(built: Built, plan: Plan) -> dict[str, Any]:
@@ -156,7 +166,7 @@ def _progress(checkpoint: Checkpoint | None) -> Progress:
     if checkpoint is None:
         return Progress()
     manifest = checkpoint.manifest
-    return Progress(manifest.step, manifest.tokens, manifest.sequences)
+    return Progress(manifest.step, manifest.tokens, manifest.sequences, manifest.skips, manifest.recent)
 
 
 def _warn_of_other_bits(checkpoint: Checkpoint | None, lineage: Lineage, context: RunContext) -> None:

@@ -1,0 +1,63 @@
+"""Spikes: what stands out is found whatever the scale, what is usual is not, and a few spikes hide no further one."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llm_training_toolkit.spikes import FEWEST, WINDOW, Skip, Taken, remembered, row_of_skips, spike
+
+
+def history(seed: int, count: int = WINDOW, scale: float = 1.0) -> list[Taken]:
+    """Losses around 3 that vary by 0.05 and norms around 1 that vary by a third, times `scale`."""
+    draw = random.Random(seed)
+    return [Taken(scale * draw.gauss(3.0, 0.05), scale * draw.lognormvariate(0.0, 0.3)) for _ in range(count)]
+
+
+@given(st.integers(0, 10**6), st.floats(1e-3, 1e3))
+def test_usual_steps_are_no_spikes_at_any_scale(seed: int, scale: float) -> None:
+    recent = history(seed, WINDOW + 1, scale)
+    assert spike(recent[-1], recent[:-1]) == ""
+
+
+@given(st.integers(0, 10**6), st.floats(1e-3, 1e3), st.integers(0, WINDOW // 4))
+def test_a_loss_half_as_high_again_is_one_whatever_spikes_came_before(seed: int, scale: float, earlier: int) -> None:
+    recent = history(seed, scale=scale)
+    for index in range(earlier):
+        recent[3 * index] = Taken(scale * 50.0, scale * 500.0)
+    assert "the loss is" in spike(Taken(scale * 4.5, scale), recent)
+    assert "the gradient's norm is" in spike(Taken(scale * 3.0, scale * 60.0), recent)
+
+
+@given(st.integers(0, 10**6))
+def test_a_gradient_below_ten_times_the_usual_one_is_none(seed: int) -> None:
+    assert spike(Taken(3.0, 9.0 * 0.85), history(seed)) == ""
+
+
+def test_losses_that_fall_are_no_spikes_and_equal_ones_leave_room_for_a_tenth() -> None:
+    falling = [Taken(10.0 - index / 20, 1.0) for index in range(WINDOW)]
+    assert spike(Taken(10.0, 1.0), falling) == ""
+    equal = [Taken(2.0, 0.0)] * WINDOW
+    assert spike(Taken(2.2, 0.0), equal) == ""
+    assert "above its median of 2" in spike(Taken(2.3, 0.0), equal)
+
+
+def test_nothing_is_judged_before_enough_is_known() -> None:
+    assert spike(Taken(1e9, 1e9), history(1, FEWEST - 1)) == ""
+    assert spike(Taken(1e9, 1e9), history(1, FEWEST))
+
+
+@given(st.integers(0, 3 * WINDOW))
+def test_the_last_steps_are_remembered_in_order(count: int) -> None:
+    recent: tuple[Taken, ...] = ()
+    for index in range(count):
+        recent = remembered(recent, Taken(float(index), 1.0))
+    assert [step.loss for step in recent] == [float(index) for index in range(max(0, count - WINDOW), count)]
+
+
+@pytest.mark.parametrize(("left_out", "step", "row"), [([], 5, 0), ([5], 5, 1), ([3, 5], 5, 1), ([3, 4, 5], 5, 3)])
+def test_updates_left_out_in_a_row(left_out: list[int], step: int, row: int) -> None:
+    assert row_of_skips([Skip(each, 0, 1) for each in left_out], step) == row
