@@ -28,7 +28,14 @@ STEPS = FEWEST + 8
 
 def changes(**sections: dict[str, Any]) -> dict[str, Any]:
     train = {"steps": STEPS, "global_batch": BATCH}
-    found: dict[str, Any] = {"train": train, "checkpoint": {"every": 1000}, "failures": {"on_spike": "skip"}}
+    # Fast enough that tokens drawn by chance stand out from what was learnt by then.
+    optim = {"lr": 1e-2}
+    found: dict[str, Any] = {
+        "train": train,
+        "optim": optim,
+        "checkpoint": {"every": 1000},
+        "failures": {"on_spike": "skip"},
+    }
     for name, values in sections.items():
         found[name] = found.get(name, {}) | values
     return found

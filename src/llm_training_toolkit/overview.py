@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from llm_training_toolkit.goodput import Split, split_of
 from llm_training_toolkit.runs import RunDirectory, attempt_record, checkpoint_place, last_attempt
 
 State = Literal["starting", "running", "finished", "stopped", "failed", "lost"]
@@ -41,6 +42,8 @@ class RunStatus:
     """Name of the newest complete checkpoint."""
     error: str | None
     """What the newest attempt failed of."""
+    goodput: Split
+    """Seconds by part (`goodput.Part`), of all attempts; empty before the first step."""
 
     def to_json(self) -> dict[str, Any]:
         """For `ltt runs --json`."""
@@ -77,7 +80,13 @@ def status(run: RunDirectory) -> RunStatus:
         loss=losses[-1] if losses else None,
         checkpoint=run.checkpoint(*checkpoint).name if checkpoint else None,
         error=attempt.get("error") if state == "failed" else None,
+        goodput=goodput(run),
     )
+
+
+def goodput(run: RunDirectory) -> Split:
+    """Where the run's time went so far, all attempts together; empty before its first step."""
+    return next((found for row in reversed(list(newest_rows(run.metrics))) if (found := split_of(row))), {})
 
 
 def _state(attempt: dict[str, Any], *, held: bool) -> State:

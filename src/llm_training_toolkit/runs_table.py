@@ -25,7 +25,7 @@ _COLOURS = {
 def runs_table(found: Iterable[RunStatus]) -> Table:
     """The runs of a directory as a table."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("run", "state", "step", "left", "loss", "newest checkpoint", "last error"):
+    for title in ("run", "state", "step", "left", "loss", "goodput", "newest checkpoint", "last error"):
         table.add_column(title, overflow="fold")
     for run in found:
         table.add_row(
@@ -34,6 +34,7 @@ def runs_table(found: Iterable[RunStatus]) -> Table:
             f"{run.step:,}" + (f"/{run.steps:,}" if run.steps is not None else ""),
             "" if run.seconds_left is None else clock(run.seconds_left),
             "" if run.loss is None else f"{run.loss:.4f}",
+            f"{run.goodput['step'] / sum(run.goodput.values()):.0%}" if sum(run.goodput.values()) else "",
             run.checkpoint or "",
             escape(run.error or ""),
         )

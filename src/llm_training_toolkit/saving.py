@@ -33,7 +33,7 @@ from llm_training_toolkit.context import RunContext
 from llm_training_toolkit.engine import Engine
 from llm_training_toolkit.errors import CheckpointError
 from llm_training_toolkit.pulse import Pulse
-from llm_training_toolkit.runs import RunDirectory, last_attempt
+from llm_training_toolkit.runs import RunDirectory, checkpoint_place, last_attempt
 from llm_training_toolkit.spikes import Skip, Taken
 
 _ASK_EVERY = 0.5
@@ -100,7 +100,8 @@ class CheckpointSaver:
             self._losses = held_out_losses(run.checkpoints)
         self._last = time.monotonic()
         self._begun: _Begun | None = None
-        self._saved: int | None = None
+        parent = checkpoint_place(Path(lineage.parent)) if lineage.parent else None
+        self._saved = parent[0] if parent else None
 
     def due(self, step: int) -> bool:
         """Whether a checkpoint is due after `step` steps."""
@@ -127,7 +128,7 @@ class CheckpointSaver:
         """Copy this moment, to be written behind the training; the seconds it took. Collective.
 
         There is never more than one on its way: a checkpoint before that is not complete yet is waited for. Where this
-        attempt has saved this step already, it is there. Raises CheckpointError.
+        step is that of the newest one, it is there. Raises CheckpointError.
         """
         started = time.monotonic()
         if progress.step == self._saved:

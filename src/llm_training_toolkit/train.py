@@ -22,6 +22,7 @@ from llm_training_toolkit.data.feed import Feed
 from llm_training_toolkit.engine import Engine
 from llm_training_toolkit.errors import DataError, TrainingError
 from llm_training_toolkit.evaluation.held_out import HeldOut, held_out
+from llm_training_toolkit.goodput import Account
 from llm_training_toolkit.judge import Judge, Policy
 from llm_training_toolkit.metrics import Metrics
 from llm_training_toolkit.pace import Pace, Slowest, slowest
@@ -49,6 +50,9 @@ class Parts:
     feed: Feed
     saver: CheckpointSaver
     metrics: Metrics
+    attempt: int
+    account: Account
+    """Where the time goes."""
     origin: Progress
     """Where this attempt goes on from."""
     on_spike: Policy = "stop"
@@ -82,6 +86,7 @@ def train(parts: Parts) -> tuple[Status, Progress]:
     """
     progress = parts.origin
     if progress.step == 0:
+        parts.account.enter("step")
         evaluate(parts, progress)
     try:
         status, progress = _steps(parts, progress)
@@ -89,6 +94,7 @@ def train(parts: Parts) -> tuple[Status, Progress]:
         parts.saver.complete()  # all ranks raise it: the checkpoint on its way is of a step before
         raise
     parts.context.pulse.mark("completing the last checkpoint")
+    parts.account.enter("checkpoint")
     parts.saver.complete()
     return status, progress
 
@@ -102,6 +108,7 @@ def _steps(parts: Parts, progress: Progress) -> tuple[Status, Progress]:
     while progress.step < steps:
         progress, flags = optimizer_step(parts, progress)
         ended = progress.step == steps
+        parts.account.enter("checkpoint")
         if flags.written:
             parts.saver.complete()
         if ended or flags.status or flags.save:
@@ -111,6 +118,7 @@ def _steps(parts: Parts, progress: Progress) -> tuple[Status, Progress]:
         if flags.status and not ended:
             parts.saver.complete()  # whoever asks to stop may not wait for an evaluation
         if ended or progress.step % parts.plan.eval_every == 0:
+            parts.account.enter_step(progress.step)
             evaluate(parts, progress)
         status = flags.status or (wait_for_data(parts, progress) if flags.wait else None)
         if status and not ended:
@@ -124,12 +132,14 @@ def optimizer_step(parts: Parts, progress: Progress) -> tuple[Progress, Flags]:
     context, plan, step = parts.context, parts.plan, progress.step
     patience = OUTSIDE_STEPS if progress == parts.origin else WITHIN_A_STEP  # the first step of an attempt compiles
     context.pulse.mark(f"step {step + 1}, reading its sequences", patience)
+    parts.account.enter("data")
     positions = slice_of(parts.feed.sequences_in(step), context.world_size, context.rank)
     micro_batches = parts.feed.batch(step, positions, plan.micro_batch, plan.accumulation(context.world_size))
     loss_tokens = parts.feed.loss_tokens(step)
     # Whatever chance is left (dropout of loaded weights) comes from the step, so that a resume repeats it.
     torch.manual_seed(hash((parts.seed, step, context.rank)))
     data_seconds = time.perf_counter() - started
+    parts.account.enter_step(step + 1)
 
     def begin(index: int) -> None:
         context.pulse.mark(f"step {step + 1}, micro-batch {index + 1} of {len(micro_batches)}", patience)
@@ -206,6 +216,7 @@ def wait_for_data(parts: Parts, progress: Progress) -> Status | None:
     context, feed = parts.context, parts.feed
     parts.saver.complete()  # the wait may be long, and end with the processes
     context.pulse.mark("waiting for data that is being prepared", UNLIMITED)
+    parts.account.enter("data")
     if context.is_first:
         message = f"step {progress.step + 1} waits for data of the next epoch, which is being prepared"
         context.report({"kind": "note", "message": message})
@@ -250,7 +261,7 @@ def _record(parts: Parts, before: Progress, started: float, values: dict[str, fl
         "perf/step_seconds": seconds,
         "perf/memory_gb": parts.engine.peak_memory_gb(),
     }
-    parts.metrics.write(completed, values)
+    parts.metrics.write(completed, values | parts.account.values())
     if parts.context.is_first:
         parts.context.report(
             {

@@ -7,36 +7,50 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from launch.conftest import command, run_of, wait_for_step
+from llm_training_toolkit.goodput import split_of
 from llm_training_toolkit.runs import RunDirectory
 
 pytestmark = [pytest.mark.slow]
 SECTIONS = {"train": {"steps": 40, "global_batch": 4, "micro_batch": 2}, "cluster": {"workers": 0}}
 
 
+def rows(run: RunDirectory) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in run.metrics.read_text().splitlines()]
+
+
 def losses(run: RunDirectory) -> list[float]:
-    rows = [json.loads(line) for line in run.metrics.read_text().splitlines()]
-    return [row["train/loss"] for row in rows if "train/loss" in row]
+    return [row["train/loss"] for row in rows(run) if "train/loss" in row]
 
 
 def test_one_process_stops_with_a_checkpoint_and_goes_on(launch_config: Callable[..., Path]) -> None:
     config = launch_config("inline", **SECTIONS)
     arguments = command(config, "train.steps=400", "--json")
+    first_began = time.time()
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         wait_for_step(run_of(config), 5, process)
         process.send_signal(signal.SIGTERM)
         out, err = process.communicate(timeout=60)
     assert process.returncode == 75, err
     stopped = json.loads(out)["step"]
+    first_ended = rows(run_of(config))[-1]["time"]
+    second_began = time.time()
     shorter = command(config, f"train.steps={stopped + 5}", "--extend")
     done = subprocess.run(shorter, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert len(losses(run_of(config))) == stopped + 5
+    assert "goodput " in done.stdout
+    last = rows(run_of(config))[-1]
+    took = first_ended - first_began + last["time"] - second_began
+    assert sum(split_of(last).values()) == pytest.approx(took, rel=0.01)
+    assert split_of(last)["idle"] == 0.0, "the time between a stop and the next command is none of the run's"
 
 
 def test_torchrun_ranks_train_the_same_run_as_one_process(launch_config: Callable[..., Path]) -> None:

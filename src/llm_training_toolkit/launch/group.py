@@ -73,6 +73,8 @@ class Assignment:
     """Nodes to keep off."""
     left_out: frozenset[str]
     """Addresses that failed too often."""
+    began: float
+    """When it was asked for, in seconds since 1970."""
 
 
 @dataclass(frozen=True)
@@ -277,7 +279,7 @@ def _trainer(the: Assignment, line: Any) -> TorchTrainer:  # noqa: ANN401 - Ray'
     timeout = max(900.0, _COLLECTIVE_TIMEOUTS * hang_seconds(job.config))
     return TorchTrainer(
         worker_main,
-        train_loop_config={"run": str(job.run.path), "line": line},
+        train_loop_config={"run": str(job.run.path), "line": line, "began": the.began},
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=int(timeout)),
         scaling_config=ScalingConfig(
             num_workers=the.size,

@@ -18,6 +18,7 @@ from llm_training_toolkit.console import Console
 from llm_training_toolkit.context import Wish
 from llm_training_toolkit.errors import LaunchError
 from llm_training_toolkit.launch import nodes
+from llm_training_toolkit.launch.accounting import command_began
 from llm_training_toolkit.launch.diagnosis import diagnose
 from llm_training_toolkit.launch.failures import Failure, failures_of, nodes_to_leave_out, spent, why_end
 from llm_training_toolkit.launch.group import Assignment, Ended, Group, Job
@@ -70,19 +71,21 @@ class Groups:
             self._job.autoscaler.withdraw()
 
     def _one_after_another(self) -> dict[str, Any]:
-        size = 0
+        size, began = 0, command_began()
         while True:
             found = self._room()
             if found is None:
                 return self._stopped()
+            began = began or time.time()  # the first workers are asked for by the command
             before, (size, avoid) = size, found
             left_out = self._left_out()
             self._say_what_changes(before, size, {node.address: left_out.get(node.address, "") for node in avoid})
             before_attempt = last_attempt(self._run)
-            self._group = Group(Assignment(self._job, size, avoid, frozenset(left_out)), self._console)
+            self._group = Group(Assignment(self._job, size, avoid, frozenset(left_out), began), self._console)
             if self._stop:  # asked for while the group came about
                 self.stop()
             ended = self._group.run()
+            began = 0.0
             if ended.result is None:
                 self._after_failure(ended, before_attempt, size)
             elif ended.result["status"] != "left":

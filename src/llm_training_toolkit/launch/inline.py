@@ -19,6 +19,7 @@ from llm_training_toolkit.console import Console
 from llm_training_toolkit.context import RunContext, Wish
 from llm_training_toolkit.data.receipt import Receipt
 from llm_training_toolkit.errors import LaunchError
+from llm_training_toolkit.launch.accounting import command_began
 from llm_training_toolkit.launch.outcome import EXIT_CODES
 from llm_training_toolkit.launch.output import restore
 from llm_training_toolkit.launch.place import Place, is_first_rank, ranks_started
@@ -73,7 +74,7 @@ def run_inline(run: RunDirectory, config: Config, console: Console) -> dict[str,
             report=console.show if is_first_rank() else _quiet,
             wish=lambda: Wish.STOP if stop.is_set() else Wish.GO_ON,
         )
-        place = Place(run, config, Receipt.from_json(run.receipt.read_text()))
+        place = Place(run, config, Receipt.from_json(run.receipt.read_text()), command_began())
         try:
             return work(place, context)
         except SmallerMicroBatch as after:

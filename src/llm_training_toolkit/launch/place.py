@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 
 from llm_training_toolkit.config import Config
 from llm_training_toolkit.data.receipt import Receipt
@@ -17,6 +18,8 @@ class Place:
     run: RunDirectory
     config: Config
     receipt: Receipt
+    began: float = field(default_factory=time.time)
+    """When these ranks were asked for, in seconds since 1970."""
 
 
 def ranks_started() -> int:

@@ -36,17 +36,20 @@ def worker_main(assignment: Mapping[str, Any]) -> dict[str, Any]:
     if rank == 0:
         report({"kind": "stage", "name": "starting workers", "done": 1, "total": 1})
     try:
-        return _work(RunDirectory(Path(assignment["run"])), rank, report if rank == 0 else _quiet, wish, pulse)
+        return _work(assignment, rank, report if rank == 0 else _quiet, wish, pulse)
     except Exception as error:  # the edge of a worker's process: the driver is told before Ray takes it down
         traceback.print_exc()
         tell(assignment["line"], {"kind": "error", "rank": rank, "doing": pulse.read().doing, **_described(error)})
         raise
 
 
-def _work(run: RunDirectory, rank: int, report: Any, wish: Any, pulse: Pulse) -> dict[str, Any]:  # noqa: ANN401
+def _work(assignment: Mapping[str, Any], rank: int, report: Any, wish: Any, pulse: Pulse) -> dict[str, Any]:  # noqa: ANN401
+    run = RunDirectory(Path(assignment["run"]))
     from llm_training_toolkit.launch.worker import work  # torch, transformers and DeepSpeed come with it
 
-    place = Place(run, from_json(run.resolved.read_text()), Receipt.from_json(run.receipt.read_text()))
+    place = Place(
+        run, from_json(run.resolved.read_text()), Receipt.from_json(run.receipt.read_text()), assignment["began"]
+    )
     device = get_device()
     if device.type == "cuda":
         # DeepSpeed takes its device from LOCAL_RANK, which differs from Ray's order on nodes with over ten GPUs.

@@ -11,6 +11,7 @@ from llm_training_toolkit.checkpoint import newest
 from llm_training_toolkit.config import Config, load, to_json
 from llm_training_toolkit.console import Console
 from llm_training_toolkit.data.receipt import Receipt
+from llm_training_toolkit.goodput import in_words
 from llm_training_toolkit.launch.ahead import preparing_ahead
 from llm_training_toolkit.launch.environment import check_machine, check_quantization, is_local, prepare_environment
 from llm_training_toolkit.launch.origin import refuse_unfit_weights
@@ -24,6 +25,7 @@ from llm_training_toolkit.launch.standing import (
     refuse_other_weights,
     standing_of,
 )
+from llm_training_toolkit.overview import goodput
 from llm_training_toolkit.plan import Plan, lines, make_plan, mixture_lines, require
 from llm_training_toolkit.runs import RunDirectory, claim, environment, write_atomically
 
@@ -57,7 +59,9 @@ def start(request: Request, console: Console) -> Outcome:
         for line in mixture_lines(plan):
             console.say(line)
         with preparing_ahead(run, config, facts_of(receipt, standing.step, standing.sequences), console):
-            return _outcome(run, train(run, config, console))
+            result = train(run, config, console)
+        console.say(in_words(goodput(run)))
+        return _outcome(run, result)
 
 
 def _check_nodes(run: RunDirectory, config: Config, console: Console) -> None:

@@ -19,6 +19,8 @@ from llm_training_toolkit.checkpoint import Checkpoint, Rule
 from llm_training_toolkit.config.identity import fingerprint
 from llm_training_toolkit.context import RunContext
 from llm_training_toolkit.data.feed import Feed
+from llm_training_toolkit.goodput import Account
+from llm_training_toolkit.launch.accounting import Carried, carried
 from llm_training_toolkit.launch.ahead import newest_receipt
 from llm_training_toolkit.launch.building import Built, build
 from llm_training_toolkit.launch.exporting import Trained
@@ -49,9 +51,9 @@ def work(place: Place, context: RunContext) -> dict[str, Any]:
     """
     asked = place.config.train.micro_batch
     place = replace(place, config=with_micro_batch(place, context))
-    attempt = _begin(place, context, asked)
+    attempt, account = _begin(place, context, asked)
     try:
-        status, step = _train(place, context, attempt, asked)
+        status, step = _train(_build(place, context, attempt, account), place, asked)
     except Exception as error:  # the edge of a rank: whatever ends it is written down, and goes on
         # A disk that is full must not hide the error that says so.
         with suppress(OSError, ValueError):
@@ -63,25 +65,28 @@ def work(place: Place, context: RunContext) -> dict[str, Any]:
     return {"status": status, "step": step}
 
 
-def _train(place: Place, context: RunContext, attempt: int, asked: int | str) -> tuple[str, int]:
-    parts = _build(place, context, attempt)
+def _train(parts: Parts, place: Place, asked: int | str) -> tuple[str, int]:
+    context = parts.context
     try:
         status, progress = train(parts)
     except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
-            mark_out_of_memory(place.run, attempt)
+            mark_out_of_memory(place.run, parts.attempt)
             raise after_out_of_memory(place.config, context.world_size, adaptable=asked == "auto") from error
         raise
     if status == "finished" and place.config.export.at_end and context.is_first:
         context.pulse.mark("exporting", UNLIMITED)
+        parts.account.enter("checkpoint")
         finish(Trained(place.run, place.config, place.receipt), metrics=parts.metrics, context=context)
+    parts.metrics.write(progress.step, parts.account.values())
     parts.metrics.close()
     return status, progress.step
 
 
-def _begin(place: Place, context: RunContext, asked: int | str) -> int:
+def _begin(place: Place, context: RunContext, asked: int | str) -> tuple[int, Account]:
     """Agree on the attempt's number, send the output of libraries to its log, get the process ready."""
     config = place.config
+    so_far = carried(place.run, place.began) if context.is_first else Carried({}, 0)
     facts = {
         "host": socket.gethostname(),
         "pid": os.getpid(),
@@ -89,6 +94,8 @@ def _begin(place: Place, context: RunContext, asked: int | str) -> int:
         "micro_batch": config.train.micro_batch,
         "asked": asked,
         "load": load_of(config, context),
+        "began": place.began,
+        "reached": so_far.reached,
     }
     attempt = context.broadcast(begin_attempt(place.run, facts) if context.is_first else 0)
     redirect(place.run.logs(attempt) / f"rank_{context.rank}.log")
@@ -96,10 +103,10 @@ def _begin(place: Place, context: RunContext, asked: int | str) -> int:
     if config.run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(mode=True)
-    return attempt
+    return attempt, so_far.open(place.began)
 
 
-def _build(place: Place, context: RunContext, attempt: int) -> Parts:
+def _build(place: Place, context: RunContext, attempt: int, account: Account) -> Parts:
     run, config = place.run, place.config
     context.pulse.mark("looking for a checkpoint")
     checkpoint = newest_sound(run, context)
@@ -150,6 +157,8 @@ def _build(place: Place, context: RunContext, attempt: int) -> Parts:
         feed,
         saver,
         metrics,
+        attempt=attempt,
+        account=account,
         origin=done,
         on_spike=config.failures.on_spike,
     )

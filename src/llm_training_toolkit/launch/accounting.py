@@ -1,0 +1,45 @@
+"""The account of a run's time, carried on from its files: metrics.jsonl and attempts/."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import psutil
+
+from llm_training_toolkit.goodput import Account, Split, split_of
+from llm_training_toolkit.overview import newest_rows
+from llm_training_toolkit.runs import RunDirectory, attempt_record, last_attempt
+
+_ASKED_FOR = {"stopped", "finished"}
+"""How an attempt ends after which the run does not wait for the next one."""
+
+
+class Carried(NamedTuple):
+    """What an attempt begins its account with."""
+
+    before: Split
+    reached: int
+    """The last step that was ever completed."""
+
+    def open(self, began: float) -> Account:
+        """The account of workers that were asked for at `began`."""
+        return Account(began, self.before, self.reached)
+
+
+def carried(run: RunDirectory, began: float) -> Carried:
+    """The account so far, before the next attempt is taken, whose workers were asked for at `began`."""
+    previous = attempt_record(run, last_attempt(run))
+    if not previous:
+        return Carried({}, 0)
+    rows = list(newest_rows(run.metrics))
+    accounts = [(split_of(row), float(row["time"])) for row in rows if split_of(row)]
+    before, until = accounts[-1] if accounts else ({}, float(attempt_record(run, 1).get("began", began)))
+    if previous.get("state") not in _ASKED_FOR:
+        before["idle"] = before.get("idle", 0.0) + max(0.0, began - until)
+    done = [int(row["step"]) for row in rows if "train/loss" in row]
+    return Carried(before, max([int(previous.get("reached", 0)), *done[-1:]]))
+
+
+def command_began() -> float:
+    """When this process was started, in seconds since 1970."""
+    return float(psutil.Process().create_time())
