@@ -251,6 +251,29 @@ def tensorboard(
 
 
 @app.command()
+def drill(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    *,
+    kills: Annotated[int, typer.Option(min=1, help="How many failures.")] = 5,
+    kinds: Annotated[
+        str, typer.Option(help="Which, separated by commas: worker, driver, saving, truncated, hang.")
+    ] = "worker,driver,saving,truncated",
+    seed: Annotated[int, typer.Option(help="Draws kinds and moments.")] = 0,
+    hang: Annotated[str, typer.Option(help="failures.hang of both runs.")] = "20s",
+    as_json: AsJson = False,
+) -> None:
+    """Run a configuration undisturbed and with real failures, on this machine, and say what was lost."""
+    from llm_training_toolkit.launch.drill.drill import Drill, Order, lines_of
+
+    order = Order(config, overrides or (), kills, [kind.strip() for kind in kinds.split(",")], seed, hang)
+    report = Drill(order, lambda text: typer.echo(text, err=True)).carry_out()
+    typer.echo(json.dumps(report.to_json()) if as_json else "\n".join(lines_of(report)))
+    if report.sequences_missing or report.sequences_doubled:
+        raise typer.Exit(1)
+
+
+@app.command()
 def export(
     run: Annotated[Path, typer.Argument(help="The directory of a run, such as runs/NAME.", show_default=False)],
     *,

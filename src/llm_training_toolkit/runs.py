@@ -132,6 +132,11 @@ class RunDirectory:
         """What its model was measured at, one JSON file for each task, step, data and settings."""
         return self.path / "eval"
 
+    @property
+    def ledger(self) -> Path:
+        """What each rank of each attempt fetched, where `failures.ledger` asks for it."""
+        return self.path / "ledger"
+
     def logs(self, attempt: int) -> Path:
         """The directory with one log file a rank."""
         return self.path / "logs" / f"attempt_{attempt}"
@@ -224,6 +229,12 @@ def end_attempt(run: RunDirectory, attempt: int, state: str, **facts: object) ->
     # One that was cut short, by a kill or a full disk as it began, has nothing else to say.
     record = {"attempt": attempt} | attempt_record(run, attempt) | {"state": state, "ended": time.time(), **facts}
     write_atomically(path, json.dumps(record, indent=1))
+
+
+def note_in_attempt(run: RunDirectory, attempt: int, **facts: object) -> None:
+    """Add to what the file of an attempt says."""
+    path = run.attempts / f"{attempt:04d}.json"
+    write_atomically(path, json.dumps(json.loads(path.read_text()) | facts, indent=1))
 
 
 def fail_attempt(run: RunDirectory, attempt: int, error: str) -> None:

@@ -490,6 +490,9 @@ class Failures(Section):
     """What happens before an update whose loss lies 6 deviations above the median of the last 128 steps, or whose
     gradient is ten times as large as usual and stands out as much (docs/failures.md). `stop`: the run saves and ends,
     with the documents of the step named. `skip`: the update is left out and written down. `ignore`: it is taken."""
+    ledger: Annotated[bool, Tag.FREE] = False
+    """Every rank writes down which sequences it fetched, with a checksum of their tokens: a line a step, in
+    `<run>/ledger`. `ltt drill` counts with it."""
     hang: Annotated[Duration, Tag.FREE] = "10m"
     """How long no rank may advance within a step before the run counts as hung and gets new workers. Three times as
     long while it starts, evaluates or saves; no limit on the export."""

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from functools import cached_property
 
 from llm_training_toolkit.data.batches import MicroBatch, Sequences
+from llm_training_toolkit.data.ledger import Ledger
 from llm_training_toolkit.data.receipt import Receipt
 from llm_training_toolkit.data.tokenizer import open_tokenizer
 
@@ -21,8 +22,10 @@ class Feed:
         epochs: int | None,
         origin: tuple[int, int] = (0, 0),
         newest: Callable[[Receipt], Receipt] | None = None,
+        ledger: Ledger | None = None,
     ) -> None:
         """Open the data; `newest` looks for a receipt with more epochs, where later ones are still being prepared."""
+        self._ledger = ledger
         self._sequences = Sequences(receipt, global_batch=global_batch, epochs=epochs, origin=origin)
         self._newest = newest
         self._receipt = receipt
@@ -47,6 +50,8 @@ class Feed:
     def batch(self, step: int, positions: range, micro_batch: int, count: int) -> list[MicroBatch]:
         """`count` micro-batches: those of `positions`, then empty ones (one row of padding, no loss)."""
         batches = self._sequences.batch(step, positions, micro_batch)
+        if self._ledger is not None:
+            self._ledger.note(step + 1, self._sequences.step_sequences(step)[positions.start : positions.stop], batches)
         return batches + [self._sequences.dummy(1)] * (count - len(batches))
 
     def names(self, step: int, positions: range) -> str:

@@ -19,6 +19,7 @@ from llm_training_toolkit.checkpoint import Checkpoint, Rule
 from llm_training_toolkit.config.identity import fingerprint
 from llm_training_toolkit.context import RunContext
 from llm_training_toolkit.data.feed import Feed
+from llm_training_toolkit.data.ledger import Ledger
 from llm_training_toolkit.goodput import Account
 from llm_training_toolkit.launch.accounting import Carried, carried
 from llm_training_toolkit.launch.ahead import newest_receipt
@@ -38,6 +39,7 @@ from llm_training_toolkit.runs import (
     environment,
     fail_attempt,
     mark_out_of_memory,
+    note_in_attempt,
     write_atomically,
 )
 from llm_training_toolkit.saving import CheckpointSaver, Lineage, Progress, newest_sound
@@ -87,9 +89,11 @@ def _begin(place: Place, context: RunContext, asked: int | str) -> tuple[int, Ac
     """Agree on the attempt's number, send the output of libraries to its log, get the process ready."""
     config = place.config
     so_far = carried(place.run, place.began) if context.is_first else Carried({}, 0)
+    processes = context.gather(os.getpid())
     facts = {
         "host": socket.gethostname(),
         "pid": os.getpid(),
+        "processes": processes,
         "workers": context.world_size,
         "micro_batch": config.train.micro_batch,
         "asked": asked,
@@ -111,6 +115,8 @@ def _build(place: Place, context: RunContext, attempt: int, account: Account) ->
     context.pulse.mark("looking for a checkpoint")
     checkpoint = newest_sound(run, context)
     done = _progress(checkpoint)
+    if context.is_first:
+        note_in_attempt(run, attempt, resumed=checkpoint.directory.name if checkpoint else None)
     facts = facts_of(place.receipt, done.step, done.sequences)
     plan = require(make_plan(config, facts, replicas=context.world_size))
     if context.is_first:
@@ -147,6 +153,7 @@ def _build(place: Place, context: RunContext, attempt: int, account: Account) ->
         epochs=config.train.epochs,
         origin=origin,
         newest=partial(newest_receipt, run),
+        ledger=Ledger(run.ledger, attempt, context.rank) if config.failures.ledger else None,
     )
     return Parts(
         plan,
