@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test check bench-step bench-start bench-data bench-memory bench-loading gpu-smoke cluster format install requirements docs clean
+.PHONY: quickstart test check bench-step bench-start bench-data bench-memory bench-loading drill gpu-smoke cluster format install requirements docs clean
 
 quickstart: $(VENV)/.installed  ## install, train a small model on this machine, export it, let it write
 	@$(BIN)/ltt train configs/quickstart.yaml
@@ -32,6 +32,9 @@ bench-loading: $(VENV)/.installed  ## memory of a rank while weights are loaded,
 
 bench-data: $(VENV)/.installed-bench  ## rendering, packing and resuming beside tokenizers, TRL and HF Trainer (ten minutes, a quiet machine)
 	$(BIN)/python benchmarks/bench_data.py
+
+drill: $(VENV)/.installed-dev  ## 20 failures by chance in one run, 50 kills while saving in another: table and picture (an hour)
+	$(BIN)/python experiments/drill/run.py
 
 cluster: $(VENV)/.installed  ## a Ray cluster of this machine alone, with a token, until Ctrl-C (cluster/local.yaml)
 	@$(BIN)/python cluster/start.py
