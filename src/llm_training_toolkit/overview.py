@@ -19,7 +19,7 @@ from llm_training_toolkit.runs import RunDirectory, attempt_record, checkpoint_p
 State = Literal["starting", "running", "finished", "stopped", "failed", "lost"]
 _ENDS: tuple[State, ...] = ("finished", "stopped", "failed")
 """How an attempt ends for good; another one should have followed where it says something else."""
-_TAIL = 65_536
+_TAIL = 131_072
 """Bytes read from the end of metrics.jsonl: some two hundred steps."""
 _RECENT = 20
 """Steps that the time left is reckoned from."""

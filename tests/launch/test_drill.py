@@ -12,7 +12,8 @@ import pytest
 
 from launch.conftest import Environment
 from llm_training_toolkit.data.ledger import Fetched
-from llm_training_toolkit.errors import CheckpointError
+from llm_training_toolkit.errors import CheckpointError, ConfigError
+from llm_training_toolkit.launch.drill.drill import Drill, Order
 from llm_training_toolkit.launch.drill.lineage import Stretch, compare, fetched_along, stretches
 from llm_training_toolkit.runs import RunDirectory, begin_attempt
 
@@ -70,6 +71,13 @@ SECTIONS = {
     "checkpoint": {"every": 10, "keep": 3},
     "cluster": {"workers": 0},
 }
+
+
+def test_a_failure_that_the_run_cannot_have_is_refused(launch_config: Callable[..., Path]) -> None:
+    config = launch_config("refused", cluster={"workers": 0})
+    for kinds in (["worker", "flood"], ["hang"]):
+        with pytest.raises(ConfigError, match=r"this run can have worker, driver, saving, truncated$"):
+            Drill(Order(config, (), 1, kinds, 0, "20s"), print)
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from typing import Any
 from llm_training_toolkit.checkpoint import newest, read_manifest
 from llm_training_toolkit.config import load
 from llm_training_toolkit.data.receipt import Receipt
-from llm_training_toolkit.errors import LaunchError
+from llm_training_toolkit.errors import ConfigError, LaunchError
 from llm_training_toolkit.goodput import Split, in_words
 from llm_training_toolkit.launch.drill.failures import KINDS, Victim, steps_done
 from llm_training_toolkit.launch.drill.lineage import compare, fetched_along, stretches
@@ -93,7 +93,7 @@ class Drill:
         unknown = sorted(set(order.kinds) - KINDS.keys())
         if unknown or (alone and "hang" in order.kinds):
             fitting = [kind for kind in KINDS if not (alone and kind == "hang")]
-            raise LaunchError(f"--kinds {','.join(order.kinds)}: this run can have {', '.join(fitting)}")
+            raise ConfigError(f"--kinds {','.join(order.kinds)}: this run can have {', '.join(fitting)}")
 
     def carry_out(self) -> Report:
         """Run both and compare them. Raises LaunchError when one of them does not finish."""
