@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -94,3 +97,10 @@ def test_an_attempt_that_never_took_a_step_is_idle_time(run: RunDirectory) -> No
     assert carried(run, 130.0).before == {"idle": 30.0}
     attempt(run, 130.0, range(0), 130.0, "lost")
     assert carried(run, 160.0).before == {"idle": 60.0}
+
+
+def test_a_command_begins_when_its_process_is_started() -> None:
+    code = "from llm_training_toolkit.launch.accounting import command_began; print(command_began())"
+    before = time.time()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert -0.02 < float(done.stdout) - before < 0.5

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import time
+from pathlib import Path
 from typing import NamedTuple
-
-import psutil
 
 from llm_training_toolkit.goodput import Account, Split, split_of
 from llm_training_toolkit.overview import newest_rows
@@ -41,5 +42,10 @@ def carried(run: RunDirectory, began: float) -> Carried:
 
 
 def command_began() -> float:
-    """When this process was started, in seconds since 1970."""
-    return float(psutil.Process().create_time())
+    """When this process was started, in seconds since 1970.
+
+    By its age in clock ticks: psutil counts from a boot time in whole seconds, and is up to one of them early.
+    """
+    started = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    age = time.clock_gettime(time.CLOCK_BOOTTIME) - started / os.sysconf("SC_CLK_TCK")
+    return time.time() - age
