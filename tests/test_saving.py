@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from checkpoints import save
-from llm_training_toolkit.checkpoint import FileEntry, Manifest, Writing, newest
+from llm_training_toolkit.checkpoint import FileEntry, Manifest, Rule, Writing, newest
 from llm_training_toolkit.context import Event, RunContext
 from llm_training_toolkit.errors import CheckpointError
 from llm_training_toolkit.runs import RunDirectory
@@ -166,9 +166,7 @@ class Model:
 def saver(rank: Rank) -> CheckpointSaver:
     lineage = Lineage(1, None, 0, 1, "c", "d", {}, {})
     engine: Any = Model()
-    return CheckpointSaver(
-        rank.run, rank.context, engine, lineage, every_steps=1, every_seconds=None, keep=3, keep_every=0
-    )
+    return CheckpointSaver(rank.run, rank.context, engine, lineage, every_steps=1, every_seconds=None, rule=Rule(3))
 
 
 def test_a_step_is_saved_once(rank: Rank) -> None:

@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 
+from llm_training_toolkit.checkpoint import Rule
 from llm_training_toolkit.config import from_json
 from llm_training_toolkit.context import RunContext, Wish
 from llm_training_toolkit.data.feed import Feed
 from llm_training_toolkit.data.receipt import Receipt
 from llm_training_toolkit.errors import DataError
+from llm_training_toolkit.goodput import Account
 from llm_training_toolkit.launch.preparation import facts_of
 from llm_training_toolkit.plan import make_plan
 from llm_training_toolkit.runs import RunDirectory
@@ -37,10 +39,10 @@ def parts(prepared_run: RunDirectory, run: RunDirectory, wish: Wish) -> Parts:
     feed = Feed(receipt, global_batch=plan.global_batch, epochs=None, newest=more)
     absent: Any = None
     lineage = Lineage(2, "step", 0, 1, "c", "d", {}, {})
-    saver = CheckpointSaver(run, context, absent, lineage, every_steps=1, every_seconds=None, keep=1, keep_every=0)
+    saver = CheckpointSaver(run, context, absent, lineage, every_steps=1, every_seconds=None, rule=Rule(1))
     origin = Progress(FAR, FAR, FAR * plan.global_batch)
     schedule = replace(plan.schedule(), steps=2 * FAR)
-    return Parts(plan, schedule, 0, context, absent, feed, saver, absent, origin)
+    return Parts(plan, schedule, 0, context, absent, feed, saver, absent, 2, Account(0.0, {}, 0), origin)
 
 
 @pytest.mark.parametrize(("wish", "status"), [(Wish.LEAVE, "left"), (Wish.STOP, "stopped")])
