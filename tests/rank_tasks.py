@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -232,6 +233,17 @@ def wait_on(runs: list[str], comes: Mapping[str, Mapping[int, str]], stop_at: in
 
     result = work(place_of(runs[dist.get_rank()]), context(report, wish))
     return {**result, "asked": asked[0]}
+
+
+def work_to_a_rung(run: str, rungs: tuple[int, ...], stop_at: int) -> tuple[dict[str, Any], list[int]]:
+    """A trial that is stopped at a rung: how it ended, and the rungs at which rank 0 asked."""
+    asked: list[int] = []
+
+    def ask(step: int) -> Wish:
+        asked.append(step)
+        return Wish.STOP if step == stop_at else Wish.GO_ON
+
+    return work(place_of(run), replace(context(), rungs=rungs, ask=ask)), asked
 
 
 def loaded_weights(hf_config: Mapping[str, Any], path: str, zero: int, rows: int | None = None) -> Arrays:
