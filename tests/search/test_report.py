@@ -5,15 +5,18 @@ from __future__ import annotations
 import math
 import re
 from html.parser import HTMLParser
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from llm_training_toolkit.config.search import Search
 from llm_training_toolkit.search.ledger import Ledger, Rung, Trial
 from llm_training_toolkit.search.report import page
 from llm_training_toolkit.search.rungs import goes_on
 from llm_training_toolkit.search.space import draw
+from llm_training_toolkit.search.table import table
 from photograph import Page, browser, photograph
 from search.test_space import CHOICES, RATE, search
 
@@ -82,3 +85,15 @@ def test_a_browser_draws_every_plot(tmp_path: Path) -> None:
     )
     photograph(Page(report.as_uri(), seconds=1.0, scripts=[drawn]), tmp_path / "report.png")
     assert (tmp_path / "report.png").stat().st_size > 20_000
+
+
+def test_the_screen_shows_a_few_trials_the_best_first_and_all_at_work(tmp_path: Path) -> None:
+    asked, ledger = searched(tmp_path / "ledger.jsonl")
+    ledger.begin(Trial(17, draw(asked, 17), 17))
+    console = Console(width=140, record=True, file=StringIO())
+    console.print(table(asked, ledger))
+    lines = console.export_text().splitlines()
+    assert lines[1].startswith("t0000")
+    assert sum(line.startswith("t00") for line in lines) == 12
+    assert any(line.startswith("t0017") and "running" in line for line in lines)
+    assert "and 6 more; 17 of 16 trials ended" in lines[-1]

@@ -5,6 +5,7 @@ Nothing is kept between questions, so a search that goes on after its driver's d
 
 from __future__ import annotations
 
+import math
 import warnings
 from datetime import UTC, datetime
 from typing import Any
@@ -44,6 +45,8 @@ def learnt(search: Search, ledger: Ledger, number: int) -> Parameters:
 
 def _frozen(search: Search, trial: Trial) -> FrozenTrial:
     state = _STATES[trial.state]
+    if state is TrialState.COMPLETE and not (trial.last and math.isfinite(trial.last.value)):
+        state = TrialState.FAIL
     ended = state.is_finished()
     return FrozenTrial(
         number=trial.number,

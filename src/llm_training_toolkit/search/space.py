@@ -25,10 +25,11 @@ _NAMED = 8
 
 def shown(parameters: Parameters) -> str:
     """A point of the space as people write it."""
-    return ", ".join(f"{key} = {_short(value)}" for key, value in parameters.items())
+    return ", ".join(f"{key} = {short(value)}" for key, value in parameters.items())
 
 
-def _short(value: object) -> str:
+def short(value: object) -> str:
+    """A value as people write it."""
     return f"{value:.4g}" if isinstance(value, float) else json.dumps(value)
 
 

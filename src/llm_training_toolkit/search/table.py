@@ -10,7 +10,7 @@ from llm_training_toolkit.config.search import Search
 from llm_training_toolkit.runs_table import clock
 from llm_training_toolkit.search.ledger import Ledger, Trial
 from llm_training_toolkit.search.results import ranked, tokens_of
-from llm_training_toolkit.search.space import shown
+from llm_training_toolkit.search.space import short, shown
 
 _ROWS = 12
 """Trials shown; those at work always are."""
@@ -25,10 +25,11 @@ def table(search: Search, ledger: Ledger) -> Table:
     kept = [trial for trial in order if trial.state != "begun"][: max(_ROWS - len(at_work), 1)]
     rows = [trial for trial in order if trial in kept or trial in at_work]
     found = Table(box=None, pad_edge=False, header_style="bold", caption=footer(search, ledger, len(order) - len(rows)))
-    for title in ("trial", "state", search.metric, "at step", "tokens", "values"):
+    errors = ["error"] if any(trial.state == "failed" for trial in rows) else []
+    for title in ("trial", "state", search.metric, "at step", "tokens", *search.search, *errors):
         found.add_column(title, overflow="fold")
     for trial in rows:
-        found.add_row(*_cells(trial))
+        found.add_row(*_cells(trial)[: len(found.columns)])
     return found
 
 
@@ -40,7 +41,8 @@ def _cells(trial: Trial) -> tuple[str, ...]:
         f"{trial.last.value:.4f}" if trial.last else "",
         f"{trial.last.step:,}" if trial.last else "",
         f"{tokens_of(trial):,}" if trial.last else "",
-        escape(trial.error if trial.state == "failed" and trial.error else shown(trial.parameters)),
+        *(escape(short(value).strip('"')) for value in trial.parameters.values()),
+        escape(trial.error or "") if trial.state == "failed" else "",
     )
 
 
