@@ -133,6 +133,7 @@ def _drive(
     screen: Callable[[], None],
     console: Console,
 ) -> Status:
+    import ray.exceptions
     from ray import tune as ray_tune
 
     from llm_training_toolkit.launch.trial import TrialDriver
@@ -163,8 +164,11 @@ def _drive(
             verbose=0,
         ),
     )
-    with on_stop_signal(stop):
-        tuner.fit()
+    try:
+        with on_stop_signal(stop):
+            tuner.fit()
+    except (ray.exceptions.RayError, ray_tune.TuneError) as error:
+        raise LaunchError(f"Ray was lost while the search worked: {error}; the same command goes on") from error
     return "stopped" if state.stopping else "finished"
 
 
