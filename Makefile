@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test check bench-step bench-start bench-data bench-memory bench-loading drill gpu-smoke cluster format install requirements docs clean
+.PHONY: quickstart test check bench-step bench-start bench-data bench-memory bench-loading bench-tune drill gpu-smoke cluster format install requirements docs clean
 
 quickstart: $(VENV)/.installed  ## install, train a small model on this machine, export it, let it write
 	@$(BIN)/ltt train configs/quickstart.yaml
@@ -29,6 +29,9 @@ bench-memory: $(VENV)/.installed  ## memory of the loss in chunks beside whole l
 
 bench-loading: $(VENV)/.installed  ## memory of a rank while weights are loaded, at ZeRO 2 and 3 (a minute)
 	$(BIN)/python benchmarks/bench_loading.py
+
+bench-tune: $(VENV)/.installed  ## sixteen trials with ASHA beside the full grid, three seeds (half an hour)
+	$(BIN)/python benchmarks/bench_tune.py
 
 bench-data: $(VENV)/.installed-bench  ## rendering, packing and resuming beside tokenizers, TRL and HF Trainer (ten minutes, a quiet machine)
 	$(BIN)/python benchmarks/bench_data.py

@@ -262,6 +262,17 @@ def work_on_spoilt_data(
         Feed.batch = whole  # type: ignore[method-assign]
 
 
+def work_to_a_rung(run: str, rungs: tuple[int, ...], stop_at: int) -> tuple[dict[str, Any], list[int]]:
+    """A trial that is stopped at a rung: how it ended, and the rungs at which rank 0 asked."""
+    asked: list[int] = []
+
+    def ask(step: int) -> Wish:
+        asked.append(step)
+        return Wish.STOP if step == stop_at else Wish.GO_ON
+
+    return work(place_of(run), replace(context(), rungs=rungs, ask=ask)), asked
+
+
 def loaded_weights(hf_config: Mapping[str, Any], path: str, zero: int, rows: int | None = None) -> Arrays:
     """The weights at `path`, loaded as a worker does under a ZeRO stage, with as many rows of the vocabulary."""
     check_weights(path, hf_config["model_type"])

@@ -16,7 +16,11 @@ from llm_training_toolkit.cli import main
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = "configs/quickstart.yaml"
-CONFIGS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "configs").rglob("*.yaml"))
+CONFIGS = sorted(
+    str(path.relative_to(ROOT))
+    for path in (ROOT / "configs").rglob("*.yaml")
+    if path.parent.name != "search"  # searches are no runs: tests/config/test_search.py
+)
 PLAN_KEYS = {
     "parameters",
     "trainable_parameters",

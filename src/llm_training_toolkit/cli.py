@@ -15,6 +15,7 @@ from llm_training_toolkit import __version__
 from llm_training_toolkit.cli_evaluate import evaluate
 from llm_training_toolkit.cli_generate import generate
 from llm_training_toolkit.cli_jobs import jobs, submit
+from llm_training_toolkit.cli_tune import tune
 from llm_training_toolkit.errors import ToolkitError
 
 app = typer.Typer(
@@ -298,6 +299,7 @@ app.command()(submit)
 app.add_typer(jobs, name="jobs")
 app.command()(generate)
 app.command()(evaluate)
+app.command()(tune)
 
 
 def main() -> None:

@@ -37,6 +37,11 @@ def _go_on() -> Wish:
     return Wish.GO_ON
 
 
+def _on(_step: int) -> Wish:
+    """Nobody stops a run at a rung."""
+    return Wish.GO_ON
+
+
 def _silent(event: Event) -> None:
     """Nobody listens."""
 
@@ -52,6 +57,10 @@ class RunContext:
     """Tells the person at the keyboard something; called on rank 0 alone."""
     wish: Callable[[], Wish] = _go_on
     """What is wanted of the run; asked on rank 0 alone, the loop makes all ranks agree."""
+    rungs: tuple[int, ...] = ()
+    """Steps after which a trial of a search is compared with others, before it goes on or ends."""
+    ask: Callable[[int], Wish] = _on
+    """Waits for the answer whether a trial goes on after a rung; asked on rank 0 alone."""
     pulse: Pulse = field(default_factory=Pulse)
     """Where this rank stands; kept up to date by whoever works, read by whoever watches."""
 

@@ -117,10 +117,12 @@ def _steps(parts: Parts, progress: Progress) -> tuple[Status, Progress]:
             parts.metrics.write(progress.step, {"perf/checkpoint_seconds": seconds})
         if flags.status and not ended:
             parts.saver.complete()  # whoever asks to stop may not wait for an evaluation
-        if ended or progress.step % parts.plan.eval_every == 0:
+        if ended or progress.step % parts.plan.eval_every == 0 or progress.step in parts.context.rungs:
             parts.account.enter_step(progress.step)
             evaluate(parts, progress)
         status = flags.status or (wait_for_data(parts, progress) if flags.wait else None)
+        if not status and not ended and progress.step in parts.context.rungs:
+            status = at_rung(parts, progress)
         if status and not ended:
             return status, progress
     return "finished", progress
@@ -238,6 +240,14 @@ def wait_for_data(parts: Parts, progress: Progress) -> Status | None:
         if all(has for has, _, _ in answers):
             return None
         time.sleep(_LOOK_SECONDS)
+
+
+def at_rung(parts: Parts, progress: Progress) -> Status | None:
+    """Wait for the answer whether this trial of a search goes on; one that does not needs no checkpoint. Collective."""
+    context = parts.context
+    context.pulse.mark(f"waiting at the rung after step {progress.step}", UNLIMITED)
+    wish = context.broadcast(context.ask(progress.step) if context.is_first else Wish.GO_ON)
+    return "stopped" if wish is Wish.STOP else None
 
 
 def _not_finite(parts: Parts, step: int, positions: range, loss_sum: float, what: str) -> str:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from llm_training_toolkit.context import Wish
 from llm_training_toolkit.launch.control import _Control
 from llm_training_toolkit.launch.growth import Growth
-from llm_training_toolkit.launch.room import Node, Wanted, room_beside, usable
+from llm_training_toolkit.launch.room import Node, Wanted, room_beside, runs_at_once, usable
 from llm_training_toolkit.pulse import Pulse
 
 ONE = {"CPU": 1.0}
@@ -90,3 +90,31 @@ def test_leaving_after_a_checkpoint_is_taken_back_and_nothing_else_is() -> None:
         control.stay()
         control.want(Wish.LEAVE_WHEN_SAVED)
         assert control.beat(0, told) is wish
+
+
+def placed(nodes: list[int], workers: int, placement: str) -> int:
+    """Runs that can be placed one after the other, by trying: the fullest nodes first."""
+    free, runs = list(nodes), 0
+    while True:
+        order = sorted(range(len(free)), key=lambda node: -free[node])
+        if placement == "strict_pack":
+            taken = [order[0]] * workers if free and free[order[0]] >= workers else []
+        elif placement == "strict_spread":
+            taken = [node for node in order if free[node]][:workers]
+        else:
+            taken = [node for node in order for _ in range(free[node])][:workers]
+        if len(taken) < workers:
+            return runs
+        for node in taken:
+            free[node] -= 1
+        runs += 1
+
+
+@given(
+    nodes=st.lists(st.integers(0, 6), max_size=5),
+    workers=st.integers(1, 5),
+    placement=st.sampled_from(["pack", "spread", "strict_pack", "strict_spread"]),
+)
+def test_as_many_runs_at_once_as_can_be_placed(nodes: list[int], workers: int, placement: str) -> None:
+    trial = Wanted(workers, workers, {"CPU": 2.0}, placement)
+    assert runs_at_once([{"CPU": 2.0 * count + 1.0} for count in nodes], trial) == placed(nodes, workers, placement)

@@ -121,10 +121,10 @@ def kinds(annotation: object) -> set[type]:
     return {annotation} if isinstance(annotation, type) else set()
 
 
-def locate(loc: Sequence[str | int]) -> tuple[Key, Any, Sequence[Any]]:
+def locate(loc: Sequence[str | int], root: type[Section] = Config) -> tuple[Key, Any, Sequence[Any]]:
     """The key in an error's location, without the names of union branches, and what the schema says of it."""
     path: Key = ()
-    annotation: Any = Config
+    annotation: Any = root
     metadata: Sequence[Any] = ()
     for part in loc:
         child = _child(annotation, part)

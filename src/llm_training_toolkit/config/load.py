@@ -14,7 +14,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_origin
+from typing import Any, TypeVar, get_origin
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
@@ -24,9 +24,16 @@ from llm_training_toolkit.config.fields import Key, dotted, inner_section, kinds
 from llm_training_toolkit.config.schema import Config, Section
 from llm_training_toolkit.errors import ConfigError
 
+S = TypeVar("S", bound=Section)
+
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Config:
     """The configuration in a YAML file, changed by `key=value` overrides."""
+    return validated(read(path, overrides), Config)
+
+
+def read(path: Path, overrides: Sequence[str] = ()) -> Document:
+    """What a YAML file holds, changed by `key=value` overrides, not validated yet."""
     try:
         from llm_training_toolkit.config.overrides import apply
         from llm_training_toolkit.config.yaml_nodes import read_file
@@ -36,7 +43,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
     read_file(path, document)
     for number, override in enumerate(overrides):
         apply(override, number, document)
-    return _validated(document)
+    return document
 
 
 def from_json(text: str, where: str = "resolved.json") -> Config:
@@ -53,7 +60,7 @@ def from_json(text: str, where: str = "resolved.json") -> Config:
         document.data = json.loads(text, object_pairs_hook=pairs_once)
     except json.JSONDecodeError as error:
         raise ConfigError(f"{where}:{error.lineno}: not valid JSON: {error.msg}") from error
-    return _validated(document)
+    return validated(document, Config)
 
 
 def to_json(config: Config) -> str:
@@ -63,18 +70,19 @@ def to_json(config: Config) -> str:
 
 def parse(data: Mapping[str, Any], where: str) -> Config:
     """The configuration in plain data; `where` begins every line of the error."""
-    return _validated(Document(where, data))
+    return validated(Document(where, data), Config)
 
 
-def _validated(document: Document) -> Config:
+def validated(document: Document, root: type[S]) -> S:
+    """The document as the section that the whole file is. Raises ConfigError with every problem."""
     if not isinstance(document.data, Mapping):
-        document.report((), f"expected sections ({', '.join(Config.model_fields)}), not {_shown(document.data)}")
+        document.report((), f"expected sections ({', '.join(root.model_fields)}), not {_shown(document.data)}")
         document.raise_problems()
     data = _plain(document.data, (), document)
     try:
-        config = Config.model_validate_json(json.dumps(data), strict=True)
+        config = root.model_validate_json(json.dumps(data), strict=True)
     except ValidationError as error:
-        _explain(error, document)
+        _explain(error, document, root)
         document.raise_problems()
         raise
     document.raise_problems()
@@ -102,17 +110,17 @@ def _shown(value: object) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _explain(error: ValidationError, document: Document) -> None:
+def _explain(error: ValidationError, document: Document, root: type[Section]) -> None:
     """One line per key: pydantic reports each branch of a union apart, and hides it in the location."""
     seen = set(document.broken)
     for detail in error.errors(include_url=False):
-        path, annotation, metadata = locate(detail["loc"])
+        path, annotation, metadata = locate(detail["loc"], root)
         if detail["type"] == "extra_forbidden":
             path = tuple(detail["loc"])
         if path in seen or _is_echo(detail):
             continue
         seen.add(path)
-        what = _in_words(detail, path, annotation, metadata)
+        what = _in_words(detail, path, annotation, metadata, root)
         hidden = detail["type"] in {"missing", "json_invalid"} or _is_section(detail["input"], annotation)
         document.report(path, what, None if hidden else _shown(detail["input"]))
 
@@ -127,9 +135,9 @@ def _is_echo(detail: ErrorDetails) -> bool:
     return detail["type"] == "too_short" and len(detail["input"]) >= detail["ctx"]["min_length"]
 
 
-def _in_words(detail: ErrorDetails, path: Key, annotation: object, metadata: Sequence[Any]) -> str:
+def _in_words(detail: ErrorDetails, path: Key, annotation: object, metadata: Sequence[Any], root: type[Section]) -> str:
     if detail["type"] == "extra_forbidden":
-        return _unknown_key(path)
+        return unknown_key(path, root)
     if detail["type"] == "value_error":
         return str(detail["ctx"]["error"])
     if detail["type"] == "json_invalid":
@@ -157,12 +165,13 @@ def _is_number(text: str) -> bool:
         return False
 
 
-def _unknown_key(path: Key) -> str:
-    _, section, _ = locate(path[:-1])
+def unknown_key(path: Key, root: type[Section]) -> str:
+    """What to say of a key whose section does not have it."""
+    _, section, _ = locate(path[:-1], root)
     section = inner_section(section)
     assert section is not None, "only sections forbid unknown keys"
     key, valid = str(path[-1]), list(section.model_fields)
     near = [dotted((*path[:-1], name)) for name in difflib.get_close_matches(key, valid, n=1)]
-    near = near or [f"{prefix}.{key}" for prefix, other in sections() if prefix and key in other.model_fields]
+    near = near or [f"{prefix}.{key}" for prefix, other in sections("", root) if prefix and key in other.model_fields]
     meant = f"; did you mean {' or '.join(near)}?" if near else ""
     return f"unknown key{meant} (valid in {dotted(path[:-1]) or 'the file'}: {', '.join(valid)})"

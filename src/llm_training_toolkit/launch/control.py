@@ -17,6 +17,8 @@ from llm_training_toolkit.pulse import Beat, Pulse
 
 _FIRST_BEATS_EVERY = 0.3
 """Seconds between two beats of rank 0, which ask what is wanted: the loop itself never waits for the answer."""
+_ANSWER_EVERY = 0.05
+"""Seconds between two looks for the answer at a rung."""
 OTHERS_BEAT_EVERY = 2.0
 """Seconds between two beats of every other rank."""
 _TRIES = 5
@@ -32,6 +34,7 @@ class _Control:
         self._events: list[Event] = []
         self._beats: dict[int, tuple[Beat, float]] = {}
         self._wish = Wish.GO_ON
+        self._answers: dict[int, Wish] = {}
 
     def post(self, event: Event) -> None:
         """A worker tells something."""
@@ -56,6 +59,14 @@ class _Control:
         """The driver takes back that the ranks leave after their next checkpoint, and nothing stronger."""
         if self._wish is Wish.LEAVE_WHEN_SAVED:
             self._wish = Wish.GO_ON
+
+    def answer(self, step: int, wish: Wish) -> None:
+        """The driver says whether a trial goes on after a rung."""
+        self._answers[step] = wish
+
+    def answered(self, step: int) -> Wish | None:
+        """What the driver said of a rung; None = nothing yet."""
+        return self._answers.get(step)
 
 
 def open_line() -> Any:  # noqa: ANN401 - Ray's actor handles have no types
@@ -86,6 +97,18 @@ def tell(line: Any, event: Event) -> None:  # noqa: ANN401
         except ray.exceptions.RayError:
             continue
         return
+
+
+def asker(line: Any) -> Callable[[int], Wish]:  # noqa: ANN401
+    """Rank 0's way to ask whether a trial goes on after a rung, which waits for the answer."""
+
+    def ask(step: int) -> Wish:
+        line.post.remote({"kind": "rung", "step": step})
+        while (wish := ray.get(line.answered.remote(step))) is None:
+            time.sleep(_ANSWER_EVERY)
+        return Wish(wish)
+
+    return ask
 
 
 def heartbeat(line: Any, rank: int, pulse: Pulse) -> Callable[[], Wish]:  # noqa: ANN401

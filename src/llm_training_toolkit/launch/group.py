@@ -61,6 +61,8 @@ class Job:
     config: Config
     wanted: Wanted
     autoscaler: Autoscaler
+    rungs: tuple[int, ...] = ()
+    """Steps after which a trial waits for `Groups.answer`."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,10 @@ class Group:
     def want(self, wish: Wish) -> None:
         """Tell the ranks what is wanted of the run. Any thread, any time."""
         self._line.want.remote(wish)
+
+    def answer(self, step: int, wish: Wish) -> None:
+        """Tell rank 0, which waits after this step, whether the trial goes on. Any thread, any time."""
+        self._line.answer.remote(step, wish)
 
     def run(self) -> Ended:
         """Start the workers and follow them to their end. Raises the first ToolkitError that a rank met."""
@@ -279,7 +285,7 @@ def _trainer(the: Assignment, line: Any) -> TorchTrainer:  # noqa: ANN401 - Ray'
     timeout = max(900.0, _COLLECTIVE_TIMEOUTS * hang_seconds(job.config))
     return TorchTrainer(
         worker_main,
-        train_loop_config={"run": str(job.run.path), "line": line, "began": the.began},
+        train_loop_config={"run": str(job.run.path), "line": line, "began": the.began, "rungs": job.rungs},
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=int(timeout)),
         scaling_config=ScalingConfig(
             num_workers=the.size,

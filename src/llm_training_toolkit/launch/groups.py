@@ -63,6 +63,11 @@ class Groups:
         if self._group is not None:
             self._group.want(Wish.STOP)
 
+    def answer(self, step: int, wish: Wish) -> None:
+        """Say whether a trial that waits after a step goes on."""
+        if self._group is not None:
+            self._group.answer(step, wish)
+
     def run(self) -> dict[str, Any]:
         """Train to the end or to a stop: `{"status", "step"}`. Raises ToolkitError, LaunchError with the cause."""
         try:

@@ -55,7 +55,7 @@ def cluster(console: Console) -> Iterator[None]:
             ray.shutdown()
 
 
-def _wanted(config: Config, gpus_there: float, console: Console) -> Wanted:
+def wanted_of(config: Config, gpus_there: float, console: Console) -> Wanted:
     """The workers to ask for, on a cluster that has so many GPUs now."""
     asked = config.cluster
     gpus = _gpus_per_worker(config, gpus_there, console)
@@ -80,7 +80,7 @@ def run_on_ray(run: RunDirectory, config: Config, console: Console) -> dict[str,
     """Train on Ray workers; what `work` returns on rank 0 comes back. Raises ToolkitError."""
     redirect(run.path / "logs" / "driver.log")
     with cluster(console):
-        wanted = _wanted(config, ray.cluster_resources().get("GPU", 0.0), console)
+        wanted = wanted_of(config, ray.cluster_resources().get("GPU", 0.0), console)
         console.stage("starting workers", 0, 1)
         from llm_training_toolkit.launch.autoscaler import Autoscaler
         from llm_training_toolkit.launch.group import FitStuckError, Job  # Ray Train comes with it, and torch with that

@@ -5,7 +5,8 @@ from __future__ import annotations
 import faulthandler
 import os
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from llm_training_toolkit.config import from_json
 from llm_training_toolkit.context import Event, RunContext
 from llm_training_toolkit.data.receipt import Receipt
 from llm_training_toolkit.errors import ToolkitError
-from llm_training_toolkit.launch.control import heartbeat, reporter, tell
+from llm_training_toolkit.launch.control import asker, heartbeat, reporter, tell
 from llm_training_toolkit.launch.place import Place
 from llm_training_toolkit.launch.rescue import STACK_SIGNAL
 from llm_training_toolkit.pulse import Pulse
@@ -36,14 +37,17 @@ def worker_main(assignment: Mapping[str, Any]) -> dict[str, Any]:
     if rank == 0:
         report({"kind": "stage", "name": "starting workers", "done": 1, "total": 1})
     try:
-        return _work(assignment, rank, report if rank == 0 else _quiet, wish, pulse)
+        context = partial(RunContext, wish=wish, pulse=pulse, rungs=assignment["rungs"], ask=asker(assignment["line"]))
+        return _work(assignment, rank, report if rank == 0 else _quiet, context)
     except Exception as error:  # the edge of a worker's process: the driver is told before Ray takes it down
         traceback.print_exc()
         tell(assignment["line"], {"kind": "error", "rank": rank, "doing": pulse.read().doing, **_described(error)})
         raise
 
 
-def _work(assignment: Mapping[str, Any], rank: int, report: Any, wish: Any, pulse: Pulse) -> dict[str, Any]:  # noqa: ANN401
+def _work(
+    assignment: Mapping[str, Any], rank: int, report: Callable[[Event], None], context: Callable[..., RunContext]
+) -> dict[str, Any]:
     run = RunDirectory(Path(assignment["run"]))
     from llm_training_toolkit.launch.worker import work  # torch, transformers and DeepSpeed come with it
 
@@ -54,7 +58,7 @@ def _work(assignment: Mapping[str, Any], rank: int, report: Any, wish: Any, puls
     if device.type == "cuda":
         # DeepSpeed takes its device from LOCAL_RANK, which differs from Ray's order on nodes with over ten GPUs.
         os.environ["LOCAL_RANK"] = str(device.index)
-    return work(place, RunContext(rank, ray.train.get_context().get_world_size(), device, report, wish, pulse))
+    return work(place, context(rank, ray.train.get_context().get_world_size(), device, report))
 
 
 def _introduction(rank: int) -> Event:

@@ -75,3 +75,14 @@ def used_by_others(nodes: Iterable[Node], wanted: Wanted, own: Mapping[str, int]
 
 def _with_own(node: Node, each: Resources, count: int) -> Resources:
     return {name: node.free.get(name, 0.0) + count * amount for name, amount in each.items()}
+
+
+def runs_at_once(nodes: Iterable[Resources], wanted: Wanted) -> int:
+    """How many runs of `wanted.fewest` workers each the nodes have room for at a time."""
+    fitting = [_times(resources, wanted.each) for resources in nodes]
+    if wanted.placement == "strict_pack":
+        return sum(count // wanted.fewest for count in fitting)
+    if wanted.placement == "strict_spread":  # each node takes one worker of a run: k runs if they can be dealt out
+        counts = range(sum(fitting) // wanted.fewest, 0, -1)
+        return next((k for k in counts if sum(min(fit, k) for fit in fitting) >= k * wanted.fewest), 0)
+    return sum(fitting) // wanted.fewest

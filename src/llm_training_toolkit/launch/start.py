@@ -51,7 +51,7 @@ def start(request: Request, console: Console) -> Outcome:
         refuse_unfit_weights(config, plan, standing)
         if config.cluster.workers != 0:
             check_machine(config)
-            _check_nodes(run, config, console)
+            check_nodes_of(run, config, console)
         receipt = _prepare(config, standing, request, console)
         plan = require(make_plan(config, facts_of(receipt, standing.step, standing.sequences), replicas))
         shutil.copyfile(request.config, run.config)
@@ -64,7 +64,7 @@ def start(request: Request, console: Console) -> Outcome:
         return _outcome(run, result)
 
 
-def _check_nodes(run: RunDirectory, config: Config, console: Console) -> None:
+def check_nodes_of(run: RunDirectory, config: Config, console: Console) -> None:
     """Refuse nodes of a cluster that could not work on the run."""
     if is_local():
         return

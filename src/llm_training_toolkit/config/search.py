@@ -1,0 +1,274 @@
+"""A search file: which run, what varies in it, how many trials, and which of them go on. Read as strictly as a run."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import Field, model_validator
+
+from llm_training_toolkit.config.document import Document
+from llm_training_toolkit.config.fields import Key, dotted, locate
+from llm_training_toolkit.config.load import load, read, unknown_key, validated
+from llm_training_toolkit.config.schema import Config, Count, Duration, Section
+from llm_training_toolkit.errors import ConfigError
+
+Value = bool | int | float | str | None
+METRICS = ("eval/loss", "eval/perplexity", "eval/bits_per_byte", "train/loss")
+_OWNED = {
+    "run.name": "every trial has its own",
+    "run.dir": "trials lie in the search's directory",
+    "data.cache": "all trials share one",
+    "train.tokens": "trials of different lengths cannot be compared; give the length of all in set",
+    "train.steps": "trials of different lengths cannot be compared; give the length of all in set",
+    "train.epochs": "trials of different lengths cannot be compared; give the length of all in set",
+    "cluster": "all trials take as many workers; give it in set",
+}
+"""Keys, or sections, that are no hyperparameters, and why."""
+
+
+class Distribution(Section):
+    """The values that a key may take: exactly one of the four. A plain list is a choice."""
+
+    choice: Annotated[tuple[Value | tuple[Value, ...], ...], Field(min_length=1)] | None = None
+    """One of these values."""
+    uniform: tuple[float, float] | None = None
+    """A number between two, all alike."""
+    log_uniform: tuple[float, float] | None = None
+    """A number between two above zero, all orders of magnitude alike: for learning rates."""
+    integers: tuple[int, int] | None = None
+    """A whole number from the first to the second, both included."""
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Distribution:
+        if sum(kind is not None for kind in (self.choice, self.uniform, self.log_uniform, self.integers)) != 1:
+            raise ValueError("give exactly one of choice, uniform, log_uniform and integers")
+        if self.choice is not None and len({json.dumps(value) for value in self.choice}) < len(self.choice):
+            raise ValueError("choice has a value twice")
+        if self.choice is None and not self.ends[0] < self.ends[1]:
+            raise ValueError(f"nothing lies between {self.ends[0]:g} and {self.ends[1]:g}: the smaller one comes first")
+        if self.log_uniform is not None and self.log_uniform[0] <= 0.0:
+            raise ValueError("log_uniform: both numbers must be above zero")
+        return self
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """The smallest and the largest number of a range."""
+        ends = self.uniform or self.log_uniform or self.integers
+        assert ends is not None, "a choice has no ends"
+        return ends
+
+    @property
+    def corners(self) -> tuple[Any, ...]:
+        """What a corner of the space can have here: every choice, or both ends."""
+        if self.choice is not None:
+            return tuple(list(value) if isinstance(value, tuple) else value for value in self.choice)
+        return self.ends
+
+    def holds(self, value: object) -> bool:
+        """Whether a value is one that the key may take."""
+        if self.choice is not None:
+            return json.dumps(value) in {json.dumps(choice) for choice in self.choice}
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            return False
+        return self.ends[0] <= value <= self.ends[1] and (self.integers is None or isinstance(value, int))
+
+
+class Budget(Section):
+    """When no other trial begins, and those that work end at their next rung."""
+
+    tokens: Count | None = None
+    """Tokens that all trials together have trained on."""
+    time: Duration | None = None
+    """Working time of the search, over all its starts."""
+
+    @model_validator(mode="after")
+    def _some(self) -> Budget:
+        if self.tokens is None and self.time is None:
+            raise ValueError("give tokens, time or both")
+        return self
+
+
+class Scheduler(Section):
+    """Which trials go on at a rung."""
+
+    name: Literal["none", "asha", "median", "hyperband"] = "asha"
+    """`none`: all, to their end. `asha`: at every rung the best 1/factor of those that came so far. `median`: those
+    that are no worse than the median. `hyperband`: asha, where trials take turns in how early their first rung is."""
+    factor: Annotated[int, Field(ge=2)] = 4
+    """asha, hyperband: how many times as far the next rung is, and one in how many goes on."""
+    first_tokens: Count | None = None
+    """Tokens at the first rung. Absent, as is first_steps: the trial's length / factor² (median: / 8)."""
+    first_steps: Count | None = None
+    """Steps at the first rung instead."""
+
+    @model_validator(mode="after")
+    def _one_unit(self) -> Scheduler:
+        if self.first_tokens is not None and self.first_steps is not None:
+            raise ValueError("first_tokens and first_steps both say where the first rung is: keep one")
+        return self
+
+
+class Searcher(Section):
+    """Where the next trial's values come from."""
+
+    name: Literal["random", "grid", "optuna"] = "random"
+    """`random`: drawn. `grid`: every combination once, in a mixed order. `optuna`: from what the trials so far have
+    shown (TPE)."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Source of what is drawn."""
+    start: Annotated[int, Field(ge=1)] = 8
+    """optuna: trials drawn before it begins to learn."""
+
+
+class Search(Section):
+    """A search, whole."""
+
+    base: Annotated[str, Field(min_length=1)]
+    """The run file that all trials are made from; its path from here."""
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] | None = None
+    """Name of the search and of its directory, in the base's `run.dir`. Absent: the file's own name."""
+    set: dict[str, Any] = Field(default_factory=dict)
+    """Fields of the base that are other for all trials, by their dotted keys: `train.steps: 200`."""
+    search: Annotated[dict[str, Distribution], Field(min_length=1)]
+    """What varies: dotted keys of the run file, and the values each may take."""
+    metric: Literal["eval/loss", "eval/perplexity", "eval/bits_per_byte", "train/loss"] = "eval/loss"
+    """What trials are compared by."""
+    mode: Literal["min", "max"] = "min"
+    """Whether less or more of it is better."""
+    trials: Annotated[int, Field(ge=1)] | None = None
+    """How many trials. Absent with grid: all combinations."""
+    budget: Budget | None = None
+    """Tokens or time instead of a number of trials, or a limit beside it."""
+    scheduler: Scheduler = Scheduler()
+    """Which trials go on."""
+    searcher: Searcher = Searcher()
+    """Where values come from."""
+    first: tuple[dict[str, Any], ...] = ()
+    """Points to try first: a value for every key of `search`."""
+    concurrent: Annotated[int, Field(ge=1)] | None = None
+    """Trials at a time. Absent: as many as the cluster has room for."""
+    retries: Annotated[int, Field(ge=0)] = 1
+    """How often a trial that failed is tried again, from its newest checkpoint."""
+    impossible: Literal["refuse", "leave_out"] = "refuse"
+    """Combinations that cannot be trained: name them and start nothing, or leave them out."""
+
+    @model_validator(mode="after")
+    def _ends(self) -> Search:
+        if self.trials is None and self.budget is None and self.searcher.name != "grid":
+            raise ValueError("give trials, budget or both: the search has no end")
+        ranges = [key for key, values in self.search.items() if values.choice is None]
+        if self.searcher.name == "grid" and ranges:
+            raise ValueError(f"a grid has choices alone: write out the values of {', '.join(ranges)}")
+        return self
+
+
+class Loaded(NamedTuple):
+    """A search, its base, and the base as its trials have it (`set`)."""
+
+    search: Search
+    whole: Config
+    base: Config
+
+
+def load_search(path: Path, overrides: Sequence[str] = ()) -> Loaded:
+    """A search file and its base; keys and points to try first are checked.
+
+    Raises ConfigError with every problem.
+    """
+    document = read(path, overrides)
+    _lists_are_choices(document)
+    search = validated(document, Search)
+    for section, keys in (("search", search.search), ("set", search.set)):
+        for key in keys:
+            if what := _problem_of_key(key, owned=section == "search"):
+                document.report((section, key), what)
+    for number, point in enumerate(search.first):
+        _check_point(search, number, point, document)
+    document.raise_problems()
+    whole = load(path.parent / search.base)
+    return Loaded(search, whole, changed(whole, search.set, f"{path}: base {search.base} with set"))
+
+
+def _lists_are_choices(document: Document) -> None:
+    """Let `[a, b]` stand for `{choice: [a, b]}`, before anything is validated: a validator would see no strict JSON."""
+    space = document.data.get("search") if isinstance(document.data, dict) else None
+    if isinstance(space, dict):
+        for key, values in space.items():
+            if isinstance(values, list):
+                space[key] = {"choice": values}
+
+
+def _problem_of_key(key: str, *, owned: bool) -> str:
+    parts = parts_of(key)
+    reason = next((why for taken, why in _OWNED.items() if owned and (key + ".").startswith(taken + ".")), "")
+    if reason:
+        return f"cannot be searched: {reason}"
+    found, _, _ = locate(parts, Config)
+    if len(found) == len(parts):
+        return ""
+    return _unknown(parts, found)
+
+
+def _unknown(parts: Key, found: Key) -> str:
+    _, annotation, _ = locate(found, Config)
+    try:
+        return unknown_key(parts[: len(found) + 1], Config)
+    except AssertionError:
+        return f"{dotted(found)} is {type(annotation).__name__}, not a section: it has no {parts[len(found)]}"
+
+
+def _check_point(search: Search, number: int, point: Mapping[str, Any], document: Document) -> None:
+    for key in sorted(set(point) ^ set(search.search)):
+        what = "is not searched: remove it" if key in point else "has no value: a point has one for every key"
+        document.report(("first", number, key), what)
+    for key in set(point) & set(search.search):
+        if not search.search[key].holds(point[key]):
+            document.report(("first", number, key), "lies outside what search gives it", json.dumps(point[key]))
+
+
+def parts_of(key: str) -> Key:
+    """The parts of a dotted key; positions in a list as numbers."""
+    return tuple(int(part) if part.isdecimal() else part for part in key.split("."))
+
+
+def changed(config: Config, values: Mapping[str, Any], where: str) -> Config:
+    """A configuration with other values for some dotted keys, read strictly. Raises ConfigError.
+
+    A length of the run takes the place of the one there was.
+    """
+    data = json.loads(config.model_dump_json(exclude_unset=True))
+    for key, value in values.items():
+        parts = parts_of(key)
+        if key in {"train.tokens", "train.steps", "train.epochs"}:
+            data["train"] = {name: old for name, old in data["train"].items() if f"train.{name}" not in _OWNED}
+        holder = data
+        for part in parts[:-1]:
+            holder = _step(holder, part, key)
+        _put(holder, parts[-1], value, key)
+    return validated(Document(where, data), Config)
+
+
+def _step(holder: Any, part: str | int, key: str) -> Any:  # noqa: ANN401 - plain data
+    if isinstance(holder, dict):
+        if holder.get(str(part)) is None:
+            holder[str(part)] = {}
+        return holder[str(part)]
+    return holder[_index(holder, part, key)]
+
+
+def _put(holder: Any, part: str | int, value: object, key: str) -> None:  # noqa: ANN401 - plain data
+    if isinstance(holder, dict):
+        holder[str(part)] = value
+    else:
+        holder[_index(holder, part, key)] = value
+
+
+def _index(holder: Any, part: str | int, key: str) -> int:  # noqa: ANN401 - plain data
+    if not isinstance(holder, list) or not isinstance(part, int) or part >= len(holder):
+        length = len(holder) if isinstance(holder, list) else 0
+        raise ConfigError(f"{key}: the base has no entry {part} there: its {length} entries count from 0")
+    return part

@@ -1,0 +1,167 @@
+"""The space of a search: its corners, what is drawn from it, and what in it cannot be trained. Pure."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from llm_training_toolkit.config.schema import Config
+from llm_training_toolkit.config.search import Distribution, Search, changed
+from llm_training_toolkit.errors import PlanError, ToolkitError
+from llm_training_toolkit.plan import make_plan, require
+
+Parameters = Mapping[str, Any]
+"""A value for every key that is searched."""
+_MOST_CORNERS = 2000
+"""Corners looked at, a few milliseconds each; of more, as many by chance."""
+_NAMED = 8
+"""Impossible combinations that are named one by one."""
+
+
+def shown(parameters: Parameters) -> str:
+    """A point of the space as people write it."""
+    return ", ".join(f"{key} = {short(value)}" for key, value in parameters.items())
+
+
+def short(value: object) -> str:
+    """A value as people write it."""
+    return f"{value:.4g}" if isinstance(value, float) else json.dumps(value)
+
+
+def same(parameters: Parameters) -> str:
+    """What two points that are the same have in common."""
+    return json.dumps(parameters, sort_keys=True)
+
+
+def combinations(search: Search) -> int | None:
+    """How many points the space has; None where it has a range of numbers."""
+    if any(values.choice is None for values in search.search.values()):
+        return None
+    return math.prod(len(values.corners) for values in search.search.values())
+
+
+def grid(search: Search) -> list[Parameters]:
+    """Every combination of choices, in an order mixed by the seed."""
+    points = [dict(zip(search.search, values, strict=True)) for values in itertools.product(*_corners(search))]
+    random.Random(search.searcher.seed).shuffle(points)  # noqa: S311 - an order, not a secret
+    return list(points)
+
+
+def draw(search: Search, number: int) -> Parameters:
+    """A point by chance: the same for the same seed and number, whatever was drawn before."""
+    chance = random.Random(f"{search.searcher.seed}:{number}")  # noqa: S311 - as above
+    return {key: _drawn(values, chance) for key, values in search.search.items()}
+
+
+def _drawn(values: Distribution, chance: random.Random) -> Any:  # noqa: ANN401 - whatever a field takes
+    if values.choice is not None:
+        return chance.choice(values.corners)
+    low, high = values.ends
+    if values.integers is not None:
+        return chance.randint(*values.integers)
+    if values.log_uniform is not None:
+        return min(max(math.exp(chance.uniform(math.log(low), math.log(high))), low), high)
+    return chance.uniform(low, high)
+
+
+def _corners(search: Search) -> list[Sequence[Any]]:
+    return [values.corners for values in search.search.values()]
+
+
+def corners(search: Search) -> Iterator[Parameters]:
+    """Every corner of the space, and the points to try first.
+
+    Where there are too many corners: each value of each key with the others at their first, and corners by chance.
+    """
+    yield from search.first
+    keys, values = list(search.search), _corners(search)
+    if math.prod(map(len, values)) <= _MOST_CORNERS:
+        yield from (dict(zip(keys, point, strict=True)) for point in itertools.product(*values))
+        return
+    begin = dict(zip(keys, (options[0] for options in values), strict=True))
+    for key, options in zip(keys, values, strict=True):
+        yield from (begin | {key: option} for option in options)
+    chance = random.Random(search.searcher.seed)  # noqa: S311 - as above
+    for _ in range(_MOST_CORNERS):
+        yield dict(zip(keys, map(chance.choice, values), strict=True))
+
+
+@dataclass(frozen=True)
+class Trials:
+    """Makes the configurations of a search's trials."""
+
+    search: Search
+    base: Config
+    directory: str
+    """That holds the trials' run directories."""
+    cache: str
+    """Of prepared data, which all trials and the base share."""
+
+    def config(self, parameters: Parameters, name: str = "trial") -> Config:
+        """The run of a trial. Raises ConfigError where the schema refuses it."""
+        return changed(self.base, {**parameters, **self._own(name)}, f"trial with {shown(parameters)}")
+
+    def _own(self, name: str) -> dict[str, Any]:
+        return {
+            "run.name": name,
+            "run.dir": self.directory,
+            "data.cache": self.cache,
+            "checkpoint.keep": 1,
+            "export.at_end": False,
+            "eval.tasks": [],
+        }
+
+    def problem(self, parameters: Parameters) -> str:
+        """Why a point cannot be trained; empty where it can."""
+        try:
+            require(make_plan(self.config(parameters)))
+        except ToolkitError as error:
+            return str(error)
+        return ""
+
+
+def check(trials: Trials) -> list[str]:
+    """Look at every corner before anything starts; the impossible ones in words, if they are to be left out.
+
+    Raises PlanError that names them if they are not, or if nothing is possible.
+    """
+    search, base = trials.search, trials.base
+    if base.cluster.workers == 0 or base.cluster.fewest != base.cluster.most:
+        raise PlanError(
+            f"cluster.workers = {json.dumps(base.cluster.workers)}: a trial has a fixed number of Ray workers, so that "
+            "it is known how many trials fit at a time; put `cluster.workers: 1` under set"
+        )
+    if search.metric.startswith("eval/") and not base.data.eval.fraction and not base.data.eval.sources:
+        raise PlanError(
+            f"metric = {search.metric}: nothing is held out (data.eval.fraction = 0), so it is never reported; give "
+            "data.eval.fraction in the base or under set, or take metric: train/loss"
+        )
+    looked = {same(point): point for point in corners(search)}
+    bad = {shown(point): problem for point in looked.values() if (problem := trials.problem(point))}
+    words = [f"{point}: {_one_line(problem)}" for point, problem in bad.items()]
+    if words and (search.impossible == "refuse" or len(bad) == len(looked)):
+        raise PlanError(_refusal(words, len(looked)))
+    return words
+
+
+def _one_line(problem: str) -> str:
+    return " | ".join(line.partition(": ")[2] if line.startswith("trial with ") else line for line in _lines(problem))
+
+
+def _lines(text: str) -> Iterable[str]:
+    return (line for line in text.splitlines() if line)
+
+
+def _refusal(words: Sequence[str], of: int) -> str:
+    more = [f"  and {len(words) - _NAMED} more"] if len(words) > _NAMED else []
+    end = "" if len(words) == of else "; `impossible: leave_out` searches the others"
+    return "\n".join(
+        [f"{len(words)} of {of} corners of the space cannot be trained{end}:"]
+        + [f"  {line}" for line in words[:_NAMED]]
+        + more
+    )

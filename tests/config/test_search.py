@@ -1,0 +1,104 @@
+"""Search files: read strictly, every problem named where it stands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from llm_training_toolkit.config.search import changed, load_search
+from llm_training_toolkit.errors import ConfigError
+from llm_training_toolkit.search.space import Trials, check
+
+BASE = """
+run: {name: base}
+model: {name: qwen3-0.6b}
+tokenizer: {train: {vocab_size: 512}}
+data: {sequence_length: 64, sources: [{path: a, format: code, weight: 1}, {path: b, format: text, weight: 2}]}
+train: {tokens: 2e6}
+"""
+SEARCH = """
+base: base.yaml
+trials: 4
+search:
+  optim.lr: {log_uniform: [1e-4, 1e-2]}
+  data.sources.1.weight: [1, 2.5]
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    (tmp_path / "base.yaml").write_text(BASE)
+    path = tmp_path / "find.yaml"
+    path.write_text(SEARCH)
+    return path
+
+
+def refusal(path: Path, *more: str) -> str:
+    path.write_text(SEARCH + "\n".join(more))
+    with pytest.raises(ConfigError) as refused:
+        load_search(path)
+    return str(refused.value)
+
+
+def test_a_search_file_with_its_base(file: Path) -> None:
+    read = load_search(file, ["trials=7", "set={train.steps: 50}"])
+    assert read.search.trials == 7
+    assert (read.whole.train.tokens, read.whole.train.steps) == (2_000_000, None)
+    assert (read.base.train.tokens, read.base.train.steps) == (None, 50)
+    assert read.search.search["data.sources.1.weight"].corners == (1, 2.5)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("  optim.lrr: [1.0]", r"find.yaml:7: search.optim.lrr: unknown key; did you mean optim.lr"),
+        ("  optm.lr: [1.0]", "unknown key; did you mean optim"),
+        ("  optim.lr.high: [1.0]", "it has no high"),
+        ("  data.sources.x.weight: [1.0]", "unknown key (valid in data.sources: path"),
+        ("  optim.clip: []", "expected a list of at least 1"),
+        ("  optim.clip: [1.0, 1.0]", "choice has a value twice"),
+        ("  optim.clip: {uniform: [2, 1]}", "nothing lies between 2 and 1"),
+        ("  optim.clip: {log_uniform: [0, 1]}", "must be above zero"),
+        ("  optim.clip: {uniform: [0, 1], choice: [1]}", "give exactly one of"),
+        ("  optim.clip: {gauss: [0, 1]}", "unknown key"),
+        ("  train.steps: [10, 20]", "cannot be searched: trials of different lengths"),
+        ("  cluster.workers: [1, 2]", "cannot be searched: all trials take as many workers"),
+        ("metric: eval/accuracy", "expected one of eval/loss"),
+        ("trails: 5", "unknown key; did you mean trials"),
+        ("first: [{optim.lr: 1e-3}]", "first.0.data.sources.1.weight: has no value"),
+        ("first: [{optim.lr: 1, data.sources.1.weight: 1}]", "first.0.optim.lr = 1: lies outside"),
+        ("searcher: {name: grid}", "write out the values of optim.lr"),
+        ("scheduler: {first_tokens: 100, first_steps: 10}", "keep one"),
+    ],
+)
+def test_what_is_wrong_is_said_where_it_stands(file: Path, line: str, words: str) -> None:
+    assert words in refusal(file, line)
+
+
+def test_all_problems_are_said_at_once(file: Path) -> None:
+    said = refusal(file, "  optim.lrr: [1.0]", "  optim.clp: [1.0]")
+    assert len(said.splitlines()) == 2
+
+
+def test_a_search_without_an_end_is_refused(file: Path) -> None:
+    file.write_text(SEARCH.replace("trials: 4\n", ""))
+    with pytest.raises(ConfigError, match="the search has no end"):
+        load_search(file)
+
+
+def test_a_list_entry_that_is_not_there_is_named(file: Path) -> None:
+    with pytest.raises(ConfigError, match="no entry 5 there: its 2 entries"):
+        changed(load_search(file).whole, {"data.sources.5.weight": 1.0}, "trial")
+
+
+def test_a_section_that_was_absent_comes_about(file: Path) -> None:
+    config = changed(load_search(file).whole, {"model.lora.rank": 8}, "trial")
+    assert config.model.lora is not None
+    assert config.model.lora.rank == 8
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "configs" / "search").glob("*.yaml")), ids=str)
+def test_every_search_in_the_repository_can_be_trained_in_all_its_corners(path: Path, tmp_path: Path) -> None:
+    search, _, base = load_search(path)
+    assert check(Trials(search, base, str(tmp_path), str(tmp_path))) == []

@@ -1,0 +1,123 @@
+"""`ltt tune` on a real Ray cluster: a search whose driver is killed finishes, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from ruamel.yaml import YAML
+
+from launch.conftest import Environment
+from llm_training_toolkit.config import load
+from llm_training_toolkit.search.ledger import Ledger, SearchDirectory
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(400)]
+TRIALS = 4
+_LEFT = """
+import json, ray
+ray.init(log_to_driver=False)
+table = ray.util.placement_group_table()
+actors = ray._private.state.actors().values()
+print(json.dumps({
+    "groups": [group["state"] for group in table.values() if group["state"] != "REMOVED"],
+    "actors": sorted(actor["ActorClassName"] for actor in actors if actor["State"] == "ALIVE"),
+    "free": ray.available_resources().get("CPU"), "all": ray.cluster_resources().get("CPU"),
+}))
+"""
+
+
+def command(file: Path, *arguments: str) -> list[str]:
+    return [sys.executable, "-m", "llm_training_toolkit", "tune", str(file), *arguments]
+
+
+def directory_of(file: Path) -> SearchDirectory:
+    return SearchDirectory(file.parent / file.stem)
+
+
+def what_is_left(environment: Environment, seconds: float = 30) -> dict[str, Any]:
+    """Placement groups and CPUs that are still held, once Ray has had time to take them back."""
+    end = time.monotonic() + seconds
+    while True:
+        asked = [sys.executable, "-c", _LEFT]
+        said = subprocess.run(asked, env=environment, capture_output=True, text=True, check=True).stdout
+        found: dict[str, Any] = json.loads(said.splitlines()[-1])
+        if (not found["groups"] and not found["actors"] and found["free"] == found["all"]) or time.monotonic() > end:
+            return found
+        time.sleep(1)
+
+
+@pytest.fixture
+def file(launch_config: Callable[..., Path]) -> Path:
+    """A search of four trials of a tiny model, two of which have hopeless rates."""
+    base = launch_config(
+        "tuned", train={"steps": 32, "global_batch": 4, "micro_batch": 4}, cluster={"workers": 1}, eval={"every": 100}
+    )
+    path = base.parent / "find.yaml"
+    search = {
+        "base": base.name,
+        "search": {"optim.lr": {"choice": [1e-7, 1e-6, 3e-3, 1e-2]}},
+        "searcher": {"name": "grid"},
+        "scheduler": {"name": "asha", "factor": 2, "first_steps": 8},
+        "concurrent": 2,
+    }
+    with path.open("w") as out:
+        YAML().dump(search, out)
+    return path
+
+
+def wait_for_an_end(ledger: Path, process: subprocess.Popen[str], seconds: float = 150) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if any(trial.state != "begun" for trial in Ledger(ledger).trials.values()):
+            return
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    raise TimeoutError(f"no trial has ended within {seconds} s")
+
+
+def test_a_search_survives_its_driver_and_leaves_nothing_behind(file: Path, ray_environment: Environment) -> None:
+    found = directory_of(file)
+    with subprocess.Popen(
+        command(file), env=ray_environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        wait_for_an_end(found.ledger, process)
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate()
+    ended = [number for number, trial in Ledger(found.ledger).trials.items() if trial.state != "begun"]
+    rows = {number: found.trial(number).metrics.read_text() for number in ended}
+    assert ended
+
+    done = subprocess.run(
+        command(file, "--json"), env=ray_environment, capture_output=True, text=True, check=False, timeout=240
+    )
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert len(answer["trials"]) == TRIALS
+    assert {trial["state"] for trial in answer["trials"]} <= {"finished", "stopped"}
+    assert all(found.trial(number).metrics.read_text() == rows[number] for number in ended)  # not repeated
+    assert answer["best"]["config"]["optim.lr"] >= 1e-3
+    assert 0 < answer["tokens"] < TRIALS * 32 * 4 * 64
+
+    assert load(found.path / "best.yaml").optim.lr == answer["best"]["config"]["optim.lr"]
+    assert pq.read_table(found.path / "results.parquet").num_rows == TRIALS
+    assert "<svg" in (found.path / "report.html").read_text()
+    assert len(list((found.path / "tb").glob("*/events*"))) == TRIALS
+    assert what_is_left(ray_environment) == {"groups": [], "actors": [], "free": 8.0, "all": 8.0}
+
+    again = subprocess.run(command(file, "--json"), env=ray_environment, capture_output=True, text=True, check=True)
+    assert json.loads(again.stdout)["best"] == answer["best"]
+    assert "is finished" in again.stderr
+
+    file.write_text(file.read_text().replace("0.01", "0.02"))
+    other = subprocess.run(command(file), env=ray_environment, capture_output=True, text=True, check=False)
+    assert other.returncode == 2
+    assert "has begun with another space" in other.stderr

@@ -1,0 +1,112 @@
+"""What a search remembers, and what it makes of it."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from pathlib import Path
+
+import pytest
+
+from llm_training_toolkit.search.ledger import Ledger, Rung, Trial, settle
+from llm_training_toolkit.search.results import best, importance, progress, ranked
+from search.test_space import CHOICES, RATE, search
+
+
+def filled(path: Path) -> Ledger:
+    """Two trials to the end, one stopped, one failed, one that had begun."""
+    ledger = Ledger(path)
+    ledger.start()
+    for number, (lr, values) in enumerate(
+        [(1e-3, [3.0, 2.5]), (3e-3, [2.8, 2.0]), (1e-1, [5.0]), (1e-2, []), (2e-3, [])]
+    ):
+        ledger.begin(Trial(number, {"optim.lr": lr}, number))
+        for rung, value in enumerate(values):
+            last = rung == 1
+            ledger.rung(
+                number, Rung(rung, 4 if not last else 16, 400 if not last else 1600, value, not last, last=last)
+            )
+    ledger.end(0, "finished")
+    ledger.end(1, "finished")
+    ledger.end(2, "stopped")
+    ledger.end(3, "failed", "the loss is nan")
+    return ledger
+
+
+def test_the_file_says_all_that_the_ledger_knows(tmp_path: Path) -> None:
+    written = filled(tmp_path / "ledger.jsonl")
+    read = Ledger(tmp_path / "ledger.jsonl")
+    assert read.trials == written.trials
+    assert read.passed == written.passed
+    assert [trial.number for trial in read.unfinished] == [4]
+    assert read.next_draw == 5
+
+
+def test_half_a_line_of_a_killed_driver_does_no_harm(tmp_path: Path) -> None:
+    filled(tmp_path / "ledger.jsonl")
+    with (tmp_path / "ledger.jsonl").open("a") as file:
+        file.write('{"event": "end", "trial": 4, "sta')
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    ledger.end(4, "stopped")
+    assert Ledger(tmp_path / "ledger.jsonl").unfinished == []
+
+
+def test_a_decision_without_its_end_is_made_up_for(tmp_path: Path) -> None:
+    ledger = filled(tmp_path / "ledger.jsonl")
+    ledger.rung(4, Rung(0, 4, 400, 9.0, go_on=False))
+    settle(Ledger(tmp_path / "ledger.jsonl"))
+    assert Ledger(tmp_path / "ledger.jsonl").trials[4].state == "stopped"
+
+
+def test_the_best_is_the_best_of_those_that_came_furthest(tmp_path: Path) -> None:
+    ledger = filled(tmp_path / "ledger.jsonl")
+    assert [trial.number for trial in ranked(ledger, "min")] == [1, 0, 2, 4, 3]
+    winner = best(ledger, "max")
+    assert winner is not None
+    assert winner.number == 0
+
+
+def test_best_so_far_counts_the_tokens_of_all(tmp_path: Path) -> None:
+    assert progress(filled(tmp_path / "ledger.jsonl"), "min") == [(400, 3.0), (1600, 2.5), (3200, 2.0), (3600, 2.0)]
+
+
+def test_what_matters_is_told_from_what_does_not(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    for number in range(24):
+        lr, kind = 10 ** (-4 + 3 * number / 23), ["cosine", "wsd", "constant"][number % 3]
+        point = {"optim.lr": lr, "optim.schedule": kind, "optim.weight_decay": [0.0, 0.1][number // 3 % 2]}
+        ledger.begin(Trial(number, point, number))
+        ledger.rung(number, Rung(0, 4, 400, (math.log10(lr) + 2.5) ** 2 + 0.01 * (number % 5), go_on=False))
+    found = importance(search(RATE | CHOICES), ledger)
+    assert found["optim.lr"] > 0.95
+    assert max(found["optim.schedule"], found["optim.weight_decay"]) < 0.2
+
+
+def test_of_a_few_trials_nothing_is_said(tmp_path: Path) -> None:
+    assert importance(search(RATE), filled(tmp_path / "ledger.jsonl")) == {}
+
+
+@pytest.mark.slow
+def test_optuna_learns_from_the_ledger_alone_and_repeats(tmp_path: Path) -> None:
+    from llm_training_toolkit.search.learner import learnt
+
+    asked = search(RATE | CHOICES, searcher={"name": "optuna", "start": 6})
+    path = tmp_path / "ledger.jsonl"
+    for number in range(40):
+        ledger = Ledger(path)
+        point = learnt(asked, ledger, number)
+        assert all(asked.search[key].holds(value) for key, value in point.items())
+        assert point == learnt(asked, Ledger(path), number)
+        ledger.begin(Trial(number, point, number))
+        value = (math.log10(point["optim.lr"]) + 2.0) ** 2 + (point["optim.schedule"] != "wsd")
+        go_on = value < 1.0
+        ledger.rung(number, Rung(0, 4, 400, value, go_on=go_on))
+        if go_on:
+            ledger.rung(number, Rung(1, 16, 1600, value, go_on=False, last=True))
+        ledger.end(number, "finished" if go_on else "stopped")
+    values = [trial.rungs[0].value for trial in Ledger(path).trials.values()]
+    assert statistics.mean(values[20:]) < 0.7 * statistics.mean(values[:8])
+    winner = best(Ledger(path), "min")
+    assert winner is not None
+    assert winner.last is not None
+    assert winner.last.value < 0.05

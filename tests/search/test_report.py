@@ -1,0 +1,99 @@
+"""report.html in a real Chromium: every plot is there, nothing fails, nothing is fetched."""
+
+from __future__ import annotations
+
+import math
+import re
+from html.parser import HTMLParser
+from io import StringIO
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from llm_training_toolkit.config.search import Search
+from llm_training_toolkit.search.ledger import Ledger, Rung, Trial
+from llm_training_toolkit.search.report import page
+from llm_training_toolkit.search.rungs import goes_on
+from llm_training_toolkit.search.space import draw
+from llm_training_toolkit.search.table import table
+from photograph import Page, browser, photograph
+from search.test_space import CHOICES, RATE, search
+
+
+def searched(path: Path) -> tuple[Search, Ledger]:
+    """A search of sixteen trials on a bowl, one of which failed."""
+    asked = search(RATE | CHOICES, trials=16)
+    ledger = Ledger(path)
+    ledger.start()
+    for number in range(16):
+        point = draw(asked, number)
+        ledger.begin(Trial(number, point, number))
+        worth = (math.log10(point["optim.lr"]) + 2.3) ** 2 + 0.2 * (point["optim.schedule"] != "wsd")
+        for rung, step in enumerate((4, 16, 64)):
+            value = worth + 6.0 / (rung + 1)
+            good = rung < 2 and goes_on(asked.scheduler, "min", value, ledger.values_at(rung, 0, number))
+            ledger.rung(number, Rung(rung, step, step * 512, value, go_on=good, last=rung == 2))
+            if not good:
+                break
+        ledger.end(number, "finished" if rung == 2 else "stopped")
+    ledger.begin(Trial(16, draw(asked, 16), 16))
+    ledger.end(16, "failed", "step 3: the loss is <nan> & more")
+    return asked, ledger
+
+
+class _Balance(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag: str, _attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in {"meta", "html"}:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag != "html":
+            assert self.open.pop() == tag
+
+
+def test_the_page_is_whole_and_fetches_nothing(tmp_path: Path) -> None:
+    text = page(*searched(tmp_path / "ledger.jsonl"), "bowl", 123_456)
+    balance = _Balance()
+    balance.feed(text)
+    assert balance.open == []
+    assert not re.search(r"https?://|src=|@import|url\(", text)
+    assert "the loss is &lt;nan&gt; &amp; more" in text
+    assert text.count("<svg") == 3
+
+
+def test_a_search_in_which_all_failed_still_has_a_page(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    ledger.begin(Trial(0, {"optim.lr": 0.01}, 0))
+    ledger.rung(0, Rung(0, 4, 400, math.nan, go_on=False))
+    ledger.end(0, "failed", "gone")
+    assert "No trial" in page(search(RATE), ledger, "none", 0)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(browser() is None, reason="no Chromium on this machine")
+def test_a_browser_draws_every_plot(tmp_path: Path) -> None:
+    report = tmp_path / "report.html"
+    report.write_text(page(*searched(tmp_path / "ledger.jsonl"), "bowl", 123_456))
+    drawn = (
+        "const sizes = [...document.querySelectorAll('.plot')].map(plot => plot.getBoundingClientRect());"
+        "if (sizes.length < 16 || !sizes.some(size => size.width > 100 && size.height > 20)) throw Error('no plots')"
+    )
+    photograph(Page(report.as_uri(), seconds=1.0, scripts=[drawn]), tmp_path / "report.png")
+    assert (tmp_path / "report.png").stat().st_size > 20_000
+
+
+def test_the_screen_shows_a_few_trials_the_best_first_and_all_at_work(tmp_path: Path) -> None:
+    asked, ledger = searched(tmp_path / "ledger.jsonl")
+    ledger.begin(Trial(17, draw(asked, 17), 17))
+    console = Console(width=140, record=True, file=StringIO())
+    console.print(table(asked, ledger))
+    lines = console.export_text().splitlines()
+    assert lines[1].startswith("t0000")
+    assert sum(line.startswith("t00") for line in lines) == 12
+    assert any(line.startswith("t0017") and "running" in line for line in lines)
+    assert "and 6 more; 17 of 16 trials ended" in lines[-1]

@@ -1,0 +1,57 @@
+"""When a search has nothing left to begin."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from llm_training_toolkit.search.ledger import Ledger, Rung, Trial
+from llm_training_toolkit.search.state import State
+from search.test_space import CHOICES, RATE, search
+
+
+def begun(ledger: Ledger, count: int, tokens: int = 100) -> None:
+    for number in range(count):
+        ledger.begin(Trial(number, {"optim.lr": 0.001 + number}, number))
+        ledger.rung(number, Rung(0, 4, tokens, 1.0, go_on=False))
+        ledger.end(number, "stopped")
+
+
+def test_the_number_of_trials_is_an_end_that_can_be_put_off(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    begun(ledger, 4)
+    assert State(search(RATE, trials=4), ledger).over
+    assert not State(search(RATE, trials=5), ledger).over
+
+
+def test_a_trial_at_work_is_no_end(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    begun(ledger, 3)
+    ledger.begin(Trial(3, {"optim.lr": 0.5}, 3))
+    assert not State(search(RATE, trials=4), ledger).over
+
+
+def test_a_grid_ends_with_its_combinations_those_left_out_included(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    begun(ledger, 5)
+    grid = search(CHOICES, trials=100, searcher={"name": "grid"})
+    assert not State(grid, ledger).over
+    ledger.leave_out(5, "impossible")
+    assert State(grid, ledger).over
+
+
+def test_tokens_of_all_trials_use_up_the_budget(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    begun(ledger, 3, tokens=500)
+    assert State(search(RATE, trials=None, budget={"tokens": 1500}), ledger).spent
+    assert not State(search(RATE, trials=None, budget={"tokens": 1501}), ledger).spent
+
+
+def test_time_counts_while_a_driver_works_and_not_between(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.jsonl"
+    now = time.time()
+    events = [(now - 1000, "start"), (now - 900, "beat"), (now - 30, "start")]
+    path.write_text("".join(f'{{"time": {when}, "event": "{what}"}}\n' for when, what in events))
+    assert abs(Ledger(path).seconds() - 130) < 5
+    assert State(search(RATE, trials=None, budget={"time": "2m"}), Ledger(path)).spent
+    assert not State(search(RATE, trials=None, budget={"time": "3m"}), Ledger(path)).spent
