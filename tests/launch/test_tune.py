@@ -26,10 +26,11 @@ _LEFT = """
 import json, ray
 ray.init(log_to_driver=False)
 table = ray.util.placement_group_table()
+of_ray = {"TrainStateActor", "_AutoscalingCoordinatorActor"}  # one of each a cluster, for the dashboard and for demand
 actors = ray._private.state.actors().values()
 print(json.dumps({
     "groups": [group["state"] for group in table.values() if group["state"] != "REMOVED"],
-    "actors": sorted(actor["ActorClassName"] for actor in actors if actor["State"] == "ALIVE"),
+    "actors": sorted({actor["ActorClassName"] for actor in actors if actor["State"] == "ALIVE"} - of_ray),
     "free": ray.available_resources().get("CPU"), "all": ray.cluster_resources().get("CPU"),
 }))
 """
