@@ -57,7 +57,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("picture", type=Path)
     arguments = parser.parse_args()
-    recipes = sorted(CONFIGS.rglob("*.yaml"))
+    recipes = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name != "search")
     rows = -(-len(recipes) // COLUMNS)
     figure, axes = plt.subplots(rows, COLUMNS, figsize=(12, 1.75 * rows), layout="constrained", squeeze=False)
     for axis, path in zip(axes.flat, recipes, strict=False):

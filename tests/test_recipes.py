@@ -24,7 +24,7 @@ from tiny_models import SHAPES
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 RESOURCES = Path(__file__).parents[1] / "docs" / "external-resources.md"
-RECIPES = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml"))
+RECIPES = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml") if path.parent.name != "search")
 PUBLISHED = [name for name in RECIPES if "/" in name]
 """Those that start from published weights."""
 GIGABYTES = 80
