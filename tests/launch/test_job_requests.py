@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from llm_training_toolkit.console import Console
 from llm_training_toolkit.errors import LaunchError, PlanError
 from llm_training_toolkit.launch.jobs.client import Job
 from llm_training_toolkit.launch.jobs.package import what_travels
-from llm_training_toolkit.launch.jobs.submit import request_of
+from llm_training_toolkit.launch.jobs.submit import request_of, submit
+from llm_training_toolkit.launch.outcome import Request
 
 
 def job(*words: str) -> Job:
@@ -48,3 +50,13 @@ def test_a_folder_over_rays_limit_is_refused_with_what_is_large(tmp_path: Path) 
         file.truncate(600 * 2**20)  # sparse: it takes no room
     with pytest.raises(PlanError, match=r"holds 1 file, 629 MB, .* Largest: data 629 MB"):
         what_travels(tmp_path)
+
+
+def test_more_workers_than_the_cluster_file_holds_are_refused_before_anybody_is_asked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    root = Path(__file__).parents[2]
+    monkeypatch.chdir(root)
+    request = Request(Path("configs/quickstart.yaml"), ["cluster.workers=64", "train.global_batch=64", "run.dir=/runs"])
+    with pytest.raises(PlanError, match=r"cluster\.workers"):
+        submit(request, "http://127.0.0.1:1", Path("cluster/local.yaml"), Console())
