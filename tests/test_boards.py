@@ -7,7 +7,9 @@ import re
 import signal
 import subprocess
 import sys
+import time
 import urllib.request
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -39,14 +41,47 @@ def test_a_run_that_has_written_nothing_is_said_with_those_that_have(runs: Path,
         log_directory(str(runs / name))
 
 
-@pytest.mark.slow
-def test_tensorboard_shows_the_run(runs: Path) -> None:
-    command = [sys.executable, "-m", "llm_training_toolkit", "tensorboard", str(runs), "--port", "0"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=dict(os.environ)) as process:
+def shown(where: str, environment: Mapping[str, str], seconds: float) -> bytes:
+    """The runs that TensorBoard shows, once it has had some seconds to look."""
+    command = [sys.executable, "-m", "llm_training_toolkit", "tensorboard", where, "--port", "0"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=dict(environment)) as process:
         assert process.stderr is not None
-        said = next(line for line in process.stderr if "http://" in line)
+        said = next(line for line in process.stderr if "http://localhost" in line)
         [address] = re.findall(r"http://\S+", said)
-        with urllib.request.urlopen(f"{address}data/runs", timeout=30) as answer:
-            assert answer.read() == b'["one/tb"]'
+        end = time.monotonic() + seconds
+        while True:
+            with urllib.request.urlopen(f"{address}data/runs", timeout=30) as answer:
+                found = bytes(answer.read())
+            if found != b"[]" or time.monotonic() > end:
+                break
+            time.sleep(0.5)
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=30)
+    return found
+
+
+@pytest.mark.slow
+def test_tensorboard_shows_the_run(runs: Path) -> None:
+    assert shown(str(runs), os.environ, seconds=20) == b'["one/tb"]'
+
+
+@pytest.mark.slow
+def test_tensorboard_shows_a_run_in_a_bucket(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    try:
+        address = "http://{}:{}".format(*server.get_host_and_port())
+        keys = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_DEFAULT_REGION": "us-east-1"}
+        for name, value in {**keys, "AWS_ENDPOINT_URL": address, "S3_ENDPOINT": address}.items():
+            monkeypatch.setenv(name, value)
+        import boto3
+
+        client = boto3.client("s3")
+        client.create_bucket(Bucket="bucket")
+        for file in runs.rglob("events*"):
+            client.upload_file(str(file), "bucket", f"runs/{file.relative_to(runs)}")
+        assert shown("s3://bucket/runs", os.environ, seconds=30) == b'["one/tb"]'
+    finally:
+        server.stop()
