@@ -22,6 +22,7 @@ class Connection:
 
     def cut(self) -> None:
         """End all connections and take no new ones."""
+        self._listener.shutdown(socket.SHUT_RDWR)  # closing it alone would let the thread that waits take one more
         self._listener.close()
         for end in self._pairs:
             with suppress(OSError):
