@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -55,7 +54,7 @@ def shown(where: str, environment: Mapping[str, str], seconds: float) -> bytes:
             if found != b"[]" or time.monotonic() > end:
                 break
             time.sleep(0.5)
-        process.send_signal(signal.SIGINT)
+        process.terminate()  # not Ctrl-C: who runs in the background may be told to ignore it
         process.communicate(timeout=30)
     return found
 

@@ -32,7 +32,7 @@ from llm_training_toolkit.runs import RunDirectory, attempt_record
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(400)]
 BIN = Path(sys.executable).parent
-STEPS = 600
+STEPS = 900
 SECTIONS = {
     "train": {"steps": STEPS, "global_batch": 4, "micro_batch": 2, "precision": "fp32"},
     "cluster": {"workers": [2, 3], "env": {"SAID_IN_THE_CONFIGURATION": "yes"}},

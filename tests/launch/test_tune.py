@@ -27,11 +27,12 @@ import json, ray
 ray.init(log_to_driver=False)
 table = ray.util.placement_group_table()
 of_ray = {"TrainStateActor", "_AutoscalingCoordinatorActor"}  # one of each a cluster, for the dashboard and for demand
-actors = ray._private.state.actors().values()
+actors = ray._private.state.actors()
+name = lambda actor: actor["ActorClassName"]
 print(json.dumps({
-    "groups": [group["state"] for group in table.values() if group["state"] != "REMOVED"],
-    "actors": sorted({actor["ActorClassName"] for actor in actors if actor["State"] == "ALIVE"} - of_ray),
-    "free": ray.available_resources().get("CPU"), "all": ray.cluster_resources().get("CPU"),
+    "groups": [id for id, group in table.items() if group["state"] != "REMOVED"],
+    "actors": sorted(id for id, actor in actors.items() if actor["State"] == "ALIVE" and name(actor) not in of_ray),
+    "free": ray.available_resources().get("CPU"),
 }))
 """
 
@@ -44,15 +45,23 @@ def directory_of(file: Path) -> SearchDirectory:
     return SearchDirectory(file.parent / file.stem)
 
 
-def what_is_left(environment: Environment, seconds: float = 30) -> dict[str, Any]:
-    """Placement groups and CPUs that are still held, once Ray has had time to take them back."""
+def what_there_is(environment: Environment) -> dict[str, Any]:
+    """Placement groups, actors and CPUs that are held in the cluster, which other tests have used before."""
+    asked = [sys.executable, "-c", _LEFT]
+    said = subprocess.run(asked, env=environment, capture_output=True, text=True, check=True).stdout
+    found: dict[str, Any] = json.loads(said.splitlines()[-1])
+    return found
+
+
+def what_is_left(environment: Environment, before: dict[str, Any], seconds: float = 30) -> dict[str, Any]:
+    """What is held more than before, once Ray has had time to take it back."""
     end = time.monotonic() + seconds
     while True:
-        asked = [sys.executable, "-c", _LEFT]
-        said = subprocess.run(asked, env=environment, capture_output=True, text=True, check=True).stdout
-        found: dict[str, Any] = json.loads(said.splitlines()[-1])
-        if (not found["groups"] and not found["actors"] and found["free"] == found["all"]) or time.monotonic() > end:
-            return found
+        found = what_there_is(environment)
+        more: dict[str, Any] = {kind: sorted(set(found[kind]) - set(before[kind])) for kind in ("groups", "actors")}
+        more["CPUs"] = before["free"] - found["free"]
+        if not any(more.values()) or time.monotonic() > end:
+            return more
         time.sleep(1)
 
 
@@ -86,7 +95,7 @@ def wait_for_an_end(ledger: Path, process: subprocess.Popen[str], seconds: float
 
 
 def test_a_search_survives_its_driver_and_leaves_nothing_behind(file: Path, ray_environment: Environment) -> None:
-    found = directory_of(file)
+    found, before = directory_of(file), what_there_is(ray_environment)
     with subprocess.Popen(
         command(file), env=ray_environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
@@ -112,7 +121,7 @@ def test_a_search_survives_its_driver_and_leaves_nothing_behind(file: Path, ray_
     assert pq.read_table(found.path / "results.parquet").num_rows == TRIALS
     assert "<svg" in (found.path / "report.html").read_text()
     assert len({file.parent for file in (found.path / "tb").glob("*/events*")}) == TRIALS
-    assert what_is_left(ray_environment) == {"groups": [], "actors": [], "free": 8.0, "all": 8.0}
+    assert what_is_left(ray_environment, before) == {"groups": [], "actors": [], "CPUs": 0.0}
 
     again = subprocess.run(command(file, "--json"), env=ray_environment, capture_output=True, text=True, check=True)
     assert json.loads(again.stdout)["best"] == answer["best"]
