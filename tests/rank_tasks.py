@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -208,6 +209,18 @@ def work_on(run: str, changes: Mapping[str, Any] | None = None, stop_after: int 
 
     result = work(place_of(run, changes), context(report, wish))
     return {**result, "events": events}
+
+
+def work_until(run: str, changes: Mapping[str, Any], said: str, seconds: float) -> dict[str, Any]:
+    """Take part in a run; a stop is asked for `seconds` after rank 0 has said `said`, which waits for so long."""
+    stop = [False]
+
+    def report(event: Event) -> None:
+        if said in str(event.get("message")):
+            time.sleep(seconds)
+            stop[0] = True
+
+    return work(place_of(run, changes), context(report, lambda: Wish.STOP if stop[0] else Wish.GO_ON))
 
 
 def wait_on(runs: list[str], comes: Mapping[str, Mapping[int, str]], stop_at: int | None = None) -> dict[str, Any]:

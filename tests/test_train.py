@@ -16,11 +16,14 @@ from llm_training_toolkit.data.feed import Feed
 from llm_training_toolkit.data.receipt import Receipt
 from llm_training_toolkit.errors import DataError
 from llm_training_toolkit.goodput import Account
+from llm_training_toolkit.launch.exporting import Trained
+from llm_training_toolkit.launch.midway import Midway
 from llm_training_toolkit.launch.preparation import facts_of
+from llm_training_toolkit.parts import Parts
 from llm_training_toolkit.plan import make_plan
 from llm_training_toolkit.runs import RunDirectory
 from llm_training_toolkit.saving import CheckpointSaver, Lineage, Progress
-from llm_training_toolkit.train import Parts, train
+from llm_training_toolkit.train import train
 
 FAR = 10_000
 """A step whose data is not prepared."""
@@ -33,16 +36,18 @@ def parts(prepared_run: RunDirectory, run: RunDirectory, wish: Wish) -> Parts:
         raise DataError("later epochs cannot be prepared")
 
     receipt = Receipt.from_json(prepared_run.receipt.read_text())
-    plan = make_plan(from_json(prepared_run.resolved.read_text()), facts_of(receipt))
+    config = from_json(prepared_run.resolved.read_text())
+    plan = make_plan(config, facts_of(receipt))
     context = RunContext(0, 1, torch.device("cpu"), wish=lambda: wish)
     more = no_more if wish is Wish.GO_ON else lambda receipt: receipt
     feed = Feed(receipt, global_batch=plan.global_batch, epochs=None, newest=more)
     absent: Any = None
+    midway = Midway(Trained(run, config, receipt), metrics=absent, context=context)
     lineage = Lineage(2, "step", 0, 1, "c", "d", {}, {})
     saver = CheckpointSaver(run, context, absent, lineage, every_steps=1, every_seconds=None, rule=Rule(1))
     origin = Progress(FAR, FAR, FAR * plan.global_batch)
     schedule = replace(plan.schedule(), steps=2 * FAR)
-    return Parts(plan, schedule, 0, context, absent, feed, saver, absent, 2, Account(0.0, {}, 0), origin)
+    return Parts(plan, schedule, 0, context, absent, feed, saver, absent, 2, Account(0.0, {}, 0), origin, midway)
 
 
 @pytest.mark.parametrize(("wish", "status"), [(Wish.LEAVE, "left"), (Wish.STOP, "stopped")])

@@ -123,6 +123,11 @@ class RunDirectory:
         return self.path / "export"
 
     @property
+    def task_export(self) -> Path:
+        """The same of a step on the way, while tasks measure it."""
+        return self.path / "export_for_tasks"
+
+    @property
     def base(self) -> Path:
         """The weights that adapters stand beside, as a Hugging Face directory, where they did not lie in one before."""
         return self.path / "base"

@@ -10,53 +10,20 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
 
 import torch
 
-from llm_training_toolkit.context import RunContext, Wish
-from llm_training_toolkit.data.batches import MicroBatch
-from llm_training_toolkit.data.feed import Feed
-from llm_training_toolkit.engine import Engine
+from llm_training_toolkit.between import at_rung, at_tasks, evaluate, wait_for_data, wait_where_data_lacks
+from llm_training_toolkit.context import Wish
 from llm_training_toolkit.errors import DataError, TrainingError
-from llm_training_toolkit.evaluation.held_out import HeldOut, held_out
-from llm_training_toolkit.goodput import Account
-from llm_training_toolkit.judge import Judge, Policy
-from llm_training_toolkit.metrics import Metrics
-from llm_training_toolkit.pace import Pace, Slowest, slowest
-from llm_training_toolkit.plan import Plan, Schedule, slice_of
-from llm_training_toolkit.pulse import OUTSIDE_STEPS, UNLIMITED, WITHIN_A_STEP, Pulse
-from llm_training_toolkit.saving import CheckpointSaver, Progress
+from llm_training_toolkit.judge import Judge
+from llm_training_toolkit.pace import Slowest, slowest
+from llm_training_toolkit.parts import Parts, Status
+from llm_training_toolkit.plan import slice_of
+from llm_training_toolkit.pulse import OUTSIDE_STEPS, WITHIN_A_STEP
+from llm_training_toolkit.saving import Progress
 from llm_training_toolkit.spikes import Skip, Taken, remembered
-
-_LOOK_SECONDS = 0.5
-"""Between looks for data that is being prepared."""
-
-Status = Literal["finished", "stopped", "left"]
-"""How the loop ended; `left` = other workers are to go on from the checkpoint just written."""
-
-
-@dataclass(frozen=True)
-class Parts:
-    """Everything a run is made of."""
-
-    plan: Plan
-    schedule: Schedule
-    seed: int
-    context: RunContext
-    engine: Engine
-    feed: Feed
-    saver: CheckpointSaver
-    metrics: Metrics
-    attempt: int
-    account: Account
-    """Where the time goes."""
-    origin: Progress
-    """Where this attempt goes on from."""
-    on_spike: Policy = "stop"
-    pace: Pace = field(default_factory=Pace)
 
 
 @dataclass(frozen=True)
@@ -103,7 +70,7 @@ def _steps(parts: Parts, progress: Progress) -> tuple[Status, Progress]:
     """Step after step, each with what is due after it, to the end or to a wish to end."""
     steps = parts.schedule.steps
     # A group may begin where the data ends: the one before left, or was lost, while it waited for more.
-    if (status := _wait_where_data_lacks(parts, progress)) is not None:
+    if (status := wait_where_data_lacks(parts, progress) or at_tasks(parts, progress)) is not None:
         return status, progress
     while progress.step < steps:
         progress, flags = optimizer_step(parts, progress)
@@ -120,10 +87,10 @@ def _steps(parts: Parts, progress: Progress) -> tuple[Status, Progress]:
         if ended or progress.step % parts.plan.eval_every == 0 or progress.step in parts.context.rungs:
             parts.account.enter_step(progress.step)
             evaluate(parts, progress)
+        if ended:
+            break
         status = flags.status or (wait_for_data(parts, progress) if flags.wait else None)
-        if not status and not ended and progress.step in parts.context.rungs:
-            status = at_rung(parts, progress)
-        if status and not ended:
+        if status := status or at_tasks(parts, progress) or at_rung(parts, progress):
             return status, progress
     return "finished", progress
 
@@ -194,60 +161,13 @@ def _agree(parts: Parts, loss_sum: float, completed: int, own_seconds: float) ->
     """The loss summed over ranks, rank 0's decisions, and the slowest rank, in one exchange."""
     context = parts.context
     wish = context.wish() if context.is_first else Wish.GO_ON
-    save = context.is_first and parts.saver.due(completed)
+    save = context.is_first and (parts.saver.due(completed) or parts.midway.due(completed))
     lacks = completed < parts.schedule.steps and not parts.feed.has(completed)
     own = [own_seconds if rank == context.rank else 0.0 for rank in range(context.world_size)]
     mine = (loss_sum, wish, save, parts.saver.is_writing, lacks)
     total, wishes, saves, writing, lacking, *seconds = context.sum(*mine, *own)
     written = parts.saver.has_begun and not writing
     return total, Flags(Wish(round(wishes)), save=saves > 0, written=written, wait=lacking > 0), slowest(seconds)
-
-
-def _wait_where_data_lacks(parts: Parts, progress: Progress) -> Status | None:
-    """Wait where some rank lacks data of the next step; how the loop ends where a wish came first. Collective."""
-    lacks = progress.step < parts.schedule.steps and not parts.feed.has(progress.step)
-    [lacking] = parts.context.sum(lacks)
-    return wait_for_data(parts, progress) if lacking else None
-
-
-def wait_for_data(parts: Parts, progress: Progress) -> Status | None:
-    """Wait until every rank has the data of the next step; how the loop ends where a wish came first, saved now.
-
-    Collective. Raises DataError on every rank when it will never be there.
-    """
-    context, feed = parts.context, parts.feed
-    parts.saver.complete()  # the wait may be long, and end with the processes
-    context.pulse.mark("waiting for data that is being prepared", UNLIMITED)
-    parts.account.enter("data")
-    if context.is_first:
-        message = f"step {progress.step + 1} waits for data of the next epoch, which is being prepared"
-        context.report({"kind": "note", "message": message})
-    while True:
-        failure = ""
-        try:
-            if not feed.has(progress.step):
-                feed.look()
-        except DataError as error:
-            failure = str(error)
-        wish = context.wish() if context.is_first else Wish.GO_ON
-        answers = context.gather((feed.has(progress.step), failure, wish))
-        if failures := [failure for _, failure, _ in answers if failure]:
-            raise DataError(failures[0])
-        if (wish := answers[0][2]) is not Wish.GO_ON:
-            if progress != parts.origin:  # that one is saved, or the run's beginning
-                parts.saver.begin(progress)
-            return "stopped" if wish is Wish.STOP else "left"
-        if all(has for has, _, _ in answers):
-            return None
-        time.sleep(_LOOK_SECONDS)
-
-
-def at_rung(parts: Parts, progress: Progress) -> Status | None:
-    """Wait for the answer whether this trial of a search goes on; one that does not needs no checkpoint. Collective."""
-    context = parts.context
-    context.pulse.mark(f"waiting at the rung after step {progress.step}", UNLIMITED)
-    wish = context.broadcast(context.ask(progress.step) if context.is_first else Wish.GO_ON)
-    return "stopped" if wish is Wish.STOP else None
 
 
 def _not_finite(parts: Parts, step: int, positions: range, loss_sum: float, what: str) -> str:
@@ -284,26 +204,3 @@ def _record(parts: Parts, before: Progress, started: float, values: dict[str, fl
                 "seconds": seconds,
             }
         )
-
-
-def evaluate(parts: Parts, progress: Progress) -> HeldOut | None:
-    """Measure the held-out loss now; None where nothing is held out. Collective."""
-    context, feed = parts.context, parts.feed
-    if feed.eval_tokens == 0:
-        return None
-    batches = _marked(feed.eval_batches(context.rank, context.world_size, parts.plan.micro_batch), context.pulse)
-    result = held_out(parts.engine, batches, feed.eval_tokens, feed.eval_bytes, context)
-    parts.metrics.write(progress.step, result.values())
-    parts.saver.measured(progress.step, result.loss)
-    if context.is_first:
-        values = {"loss": result.loss, "bits_per_byte": result.bits_per_byte}
-        context.report({"kind": "eval", "step": progress.step, **values})
-    return result
-
-
-def _marked(batches: Sequence[MicroBatch], pulse: Pulse) -> Iterator[MicroBatch]:
-    """The batches of an evaluation, each of which is an advance."""
-    for number, batch in enumerate(batches, start=1):
-        pulse.mark(f"evaluating, batch {number} of {len(batches)}")
-        yield batch
-    pulse.mark("evaluating, adding up the losses")

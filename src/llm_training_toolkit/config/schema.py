@@ -398,10 +398,12 @@ class Checkpoint(Section):
 
 
 class EvalTask(Section):
-    """A task the model is measured by when the run finishes. What is absent has the default of `ltt evaluate`."""
+    """A task the model is measured by. What is absent has the default of `ltt evaluate`."""
 
     task: Annotated[Literal["perplexity", "infill", "humaneval"], Tag.FREE]
     """Loss of documents, gaps in code, or functions and their tests (docs/evaluation.md)."""
+    every: Annotated[Annotated[int, Field(ge=1)] | None, Tag.FREE] = None
+    """Also while the run trains, on a checkpoint every so many steps; all workers wait. Absent: at the end alone."""
     data: Annotated[str | None, Tag.FREE] = None
     """Documents, or a file of problems. Absent: what the run holds out; for humaneval the 164 of the package."""
     format: Annotated[Literal["code", "text", "chat"] | None, Tag.FREE] = None
@@ -429,7 +431,7 @@ class EvalTask(Section):
 
     def settings(self) -> dict[str, Any]:
         """What was given beside the name, as `ltt evaluate` takes it."""
-        return self.model_dump(exclude={"task"}, exclude_none=True)
+        return self.model_dump(exclude={"task", "every"}, exclude_none=True)
 
 
 class Eval(Section):
@@ -438,7 +440,7 @@ class Eval(Section):
     every: Annotated[int, Field(ge=1), Tag.FREE] = 200
     """Steps between evaluations; step 0 and the last step are always evaluated."""
     tasks: tuple[EvalTask, ...] = ()
-    """Tasks carried out on the exported model when the run finishes. One that fails is reported, no more."""
+    """Tasks carried out on the exported model when the run finishes, and on the way. One that fails is reported."""
 
 
 class Export(Section):

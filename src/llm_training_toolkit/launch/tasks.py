@@ -1,7 +1,7 @@
-"""The tasks of `eval.tasks`, carried out on the exported model when a run finishes.
+"""The tasks of `eval.tasks`, carried out on an exported model: when a run finishes, and on its way (`midway.py`).
 
 Rank 0 does it alone: generation under ZeRO 3 would need all ranks at every token. A task that fails says so and leaves
-the run as it is, finished and exported.
+the run as it is.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import math
 import time
 import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from llm_training_toolkit.config import Config, EvalTask
@@ -30,18 +31,42 @@ from llm_training_toolkit.runs import RunDirectory, write_atomically
 
 def carry_out(trained: Trained, *, metrics: Metrics, context: RunContext) -> None:
     """Measure the export by each task; the figures go into the run, to its metrics and onto the screen."""
-    if not trained.config.eval.tasks:
-        return
-    for asked in trained.config.eval.tasks:
+    tasks = trained.config.eval.tasks
+    if tasks:
+        measure_each(tasks, trained.run.export, trained, metrics=metrics, context=context, word=_nobody_waits)
+        write_atomically(_mark(trained.run), _what(trained.run, trained.config))
+
+
+def _nobody_waits() -> None:
+    """The other ranks are done."""
+
+
+def measure_each(
+    tasks: Sequence[EvalTask],
+    model: Path,
+    trained: Trained,
+    *,
+    metrics: Metrics,
+    context: RunContext,
+    word: Callable[[], None],
+) -> None:
+    """Measure an exported model of the run by each task. `word` is called as they get on; what it raises goes through.
+
+    Whatever else a task raises is reported.
+    """
+    for asked in tasks:
         context.report({"kind": "note", "message": f"evaluating {asked.task}"})
+        word()
+        measuring = _Measuring(asked.task, context, word)
         try:
-            evaluation = _evaluate(asked, trained, context)
-        except Exception as error:  # noqa: BLE001 - the run is trained and exported: nothing here may end it
+            evaluation = _evaluate(asked, model, trained, context, measuring)
+        except Exception as error:  # the weights are saved: nothing here may end the run
+            if error is measuring.broken_off:
+                raise
             _report_failure(asked, reason(error), trained, context)
         else:
             metrics.write(evaluation.step or 0, evaluation.metrics())
             context.report({"kind": "note", "message": in_a_line(evaluation)})
-    write_atomically(_mark(trained.run), _what(trained.run, trained.config))
 
 
 def reason(error: Exception) -> str:
@@ -67,14 +92,19 @@ def _mark(run: RunDirectory) -> Path:
 
 
 def _what(run: RunDirectory, config: Config) -> str:
-    return json.dumps([exported_from(run.export), config.eval.model_dump(mode="json")["tasks"]])
+    return described(exported_from(run.export), config.eval.tasks)
 
 
-def _evaluate(asked: EvalTask, trained: Trained, context: RunContext) -> Evaluation:
+def described(checkpoint: str | None, tasks: Sequence[EvalTask]) -> str:
+    """What tasks measured of which checkpoint, whenever it was."""
+    return json.dumps([checkpoint, [task.model_dump(mode="json", exclude={"every"}) for task in tasks]])
+
+
+def _evaluate(asked: EvalTask, model: Path, trained: Trained, context: RunContext, progress: Progress) -> Evaluation:
     task = make_task(asked.task, asked.settings())
-    subject = Subject(trained.run.path, device=str(context.device))
+    subject = Subject(model, device=str(context.device))
     assert subject.origin is not None
-    measured = measure(task, subject, _told(asked.task, context))
+    measured = measure(task, subject, progress)
     for note in measured.notes:
         context.report({"kind": "note", "message": f"{asked.task}: {note}"})
     evaluation = Evaluation.of(task.name, measured, subject.directory, trained.run.name, subject.origin.step)
@@ -82,20 +112,28 @@ def _evaluate(asked: EvalTask, trained: Trained, context: RunContext) -> Evaluat
     return evaluation
 
 
-def _told(task: str, context: RunContext) -> Progress:
-    """Tells how far a task is, once a second: from a worker every word travels."""
-    last = -math.inf
+class _Measuring:
+    """Tells how far a task is, once a second (from a worker every word travels), and that it goes on."""
 
-    def tell(stage: str, done: int, total: int) -> None:
-        nonlocal last
-        if done == total or time.monotonic() >= last + 1.0:
-            last = time.monotonic()
-            context.report({"kind": "stage", "name": f"{task}: {stage}", "done": done, "total": total})
+    def __init__(self, task: str, context: RunContext, word: Callable[[], None]) -> None:
+        self._task, self._context, self._word = task, context, word
+        self._last = -math.inf
+        self.broken_off: Exception | None = None
+        """What `word` raised: the task did not fail, it is not wanted any more."""
 
-    return tell
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        """The `Progress` of an evaluation."""
+        try:
+            self._word()
+        except Exception as error:
+            self.broken_off = error
+            raise
+        if done == total or time.monotonic() >= self._last + 1.0:
+            self._last = time.monotonic()
+            self._context.report({"kind": "stage", "name": f"{self._task}: {stage}", "done": done, "total": total})
 
 
 def _report_failure(asked: EvalTask, why: str, trained: Trained, context: RunContext) -> None:
     again = f"ltt evaluate {trained.run.path} --task {asked.task}"
-    message = f"eval.tasks: {asked.task} was not evaluated: {why}. The run is whole; later: {again}"
+    message = f"eval.tasks: {asked.task} was not evaluated: {why}. The run itself is whole; later: {again}"
     context.report({"kind": "warning", "message": message})

@@ -26,11 +26,13 @@ from llm_training_toolkit.launch.ahead import newest_receipt
 from llm_training_toolkit.launch.building import Built, build
 from llm_training_toolkit.launch.exporting import Trained
 from llm_training_toolkit.launch.finish import finish
+from llm_training_toolkit.launch.midway import Midway
 from llm_training_toolkit.launch.output import redirect
 from llm_training_toolkit.launch.place import Place
 from llm_training_toolkit.launch.preparation import facts_of
 from llm_training_toolkit.launch.sizing import after_out_of_memory, is_out_of_memory, load_of, with_micro_batch
 from llm_training_toolkit.metrics import Metrics
+from llm_training_toolkit.parts import Parts
 from llm_training_toolkit.plan import Plan, make_plan, require
 from llm_training_toolkit.pulse import UNLIMITED
 from llm_training_toolkit.runs import (
@@ -43,7 +45,7 @@ from llm_training_toolkit.runs import (
     write_atomically,
 )
 from llm_training_toolkit.saving import CheckpointSaver, Lineage, Progress, newest_sound
-from llm_training_toolkit.train import Parts, train
+from llm_training_toolkit.train import train
 
 
 def work(place: Place, context: RunContext) -> dict[str, Any]:
@@ -167,6 +169,7 @@ def _build(place: Place, context: RunContext, attempt: int, account: Account) ->
         attempt=attempt,
         account=account,
         origin=done,
+        midway=Midway(Trained(run, config, place.receipt), metrics=metrics, context=context),
         on_spike=config.failures.on_spike,
     )
 
