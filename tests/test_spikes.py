@@ -10,6 +10,9 @@ from hypothesis import strategies as st
 
 from llm_training_toolkit.spikes import FEWEST, WINDOW, Skip, Taken, remembered, row_of_skips, spike
 
+MANY = 10**12
+"""Loss tokens: so many that chance has no part in the mean."""
+
 
 def history(seed: int, count: int = WINDOW, scale: float = 1.0) -> list[Taken]:
     """Losses around 3 that vary by 0.05 and norms around 1 that vary by a third, times `scale`."""
@@ -20,7 +23,7 @@ def history(seed: int, count: int = WINDOW, scale: float = 1.0) -> list[Taken]:
 @given(st.integers(0, 10**6), st.floats(1e-3, 1e3))
 def test_usual_steps_are_no_spikes_at_any_scale(seed: int, scale: float) -> None:
     recent = history(seed, WINDOW + 1, scale)
-    assert spike(recent[-1], recent[:-1]) == ""
+    assert spike(recent[-1], MANY, recent[:-1]) == ""
 
 
 @given(st.integers(0, 10**6), st.floats(1e-3, 1e3), st.integers(0, WINDOW // 4))
@@ -28,26 +31,32 @@ def test_a_loss_half_as_high_again_is_one_whatever_spikes_came_before(seed: int,
     recent = history(seed, scale=scale)
     for index in range(earlier):
         recent[3 * index] = Taken(scale * 50.0, scale * 500.0)
-    assert "the loss is" in spike(Taken(scale * 4.5, scale), recent)
-    assert "the gradient's norm is" in spike(Taken(scale * 3.0, scale * 60.0), recent)
+    assert "the loss is" in spike(Taken(scale * 4.5, scale), MANY, recent)
+    assert "the gradient's norm is" in spike(Taken(scale * 3.0, scale * 60.0), MANY, recent)
 
 
 @given(st.integers(0, 10**6))
 def test_a_gradient_below_ten_times_the_usual_one_is_none(seed: int) -> None:
-    assert spike(Taken(3.0, 9.0 * 0.85), history(seed)) == ""
+    assert spike(Taken(3.0, 9.0 * 0.85), MANY, history(seed)) == ""
 
 
 def test_losses_that_fall_are_no_spikes_and_equal_ones_leave_room_for_a_tenth() -> None:
     falling = [Taken(10.0 - index / 20, 1.0) for index in range(WINDOW)]
-    assert spike(Taken(10.0, 1.0), falling) == ""
+    assert spike(Taken(10.0, 1.0), MANY, falling) == ""
     equal = [Taken(2.0, 0.0)] * WINDOW
-    assert spike(Taken(2.2, 0.0), equal) == ""
-    assert "above its median of 2" in spike(Taken(2.3, 0.0), equal)
+    assert spike(Taken(2.2, 0.0), MANY, equal) == ""
+    assert "above its median of 2" in spike(Taken(2.3, 0.0), MANY, equal)
+
+
+def test_what_chance_makes_of_few_tokens_is_none() -> None:
+    recent = [Taken(0.96 + 0.05 * (-1) ** index, 1.0) for index in range(WINDOW)]
+    assert spike(Taken(2.97, 1.0), 256, recent) == ""  # of a healthy run
+    assert "the loss is" in spike(Taken(2.97, 1.0), 2048, recent)
 
 
 def test_nothing_is_judged_before_enough_is_known() -> None:
-    assert spike(Taken(1e9, 1e9), history(1, FEWEST - 1)) == ""
-    assert spike(Taken(1e9, 1e9), history(1, FEWEST))
+    assert spike(Taken(1e9, 1e9), MANY, history(1, FEWEST - 1)) == ""
+    assert spike(Taken(1e9, 1e9), MANY, history(1, FEWEST))
 
 
 @given(st.integers(0, 3 * WINDOW))

@@ -15,8 +15,9 @@ Policy = Literal["stop", "skip", "ignore"]
 class Judge:
     """Judges one update, and says what follows where it is left out."""
 
-    def __init__(self, policy: Policy, context: RunContext, progress: Progress, loss: float) -> None:
-        self._policy, self._context, self._progress, self._loss = policy, context, progress, loss
+    def __init__(self, policy: Policy, context: RunContext, progress: Progress, loss: float, loss_tokens: int) -> None:
+        self._policy, self._context, self._progress = policy, context, progress
+        self._loss, self._loss_tokens = loss, loss_tokens
         self.spike = ""
         """Why the update was left out, in words; empty where it was taken."""
 
@@ -28,7 +29,7 @@ class Judge:
         recent = self._progress.recent
         if self._policy == "ignore" or len(recent) < FEWEST:
             return True
-        found = spike(Taken(self._loss, norm), recent)
+        found = spike(Taken(self._loss, norm), self._loss_tokens, recent)
         [agreed] = self._context.sum(float(bool(found) and self._context.is_first))
         self.spike = (found or "rank 0 finds that it stands out") if agreed else ""
         return not agreed

@@ -21,6 +21,10 @@ _NORMAL = 1.4826
 """Median absolute deviation to standard deviation, where values are normally distributed."""
 _LOSS_FLOOR = 0.02
 """Of the median: the least deviation of losses, so that a run whose losses hardly vary is not stopped below +12 %."""
+_TOKEN_FLOOR = 8.0
+"""Nats: the least deviation of losses is this over the root of the step's loss tokens. One token's loss varies by 2 or
+3 nats, and neighbours vary together. A healthy run of 256 tokens a step went from 0.96 to 2.97 and back, 4.0 of these
+deviations; from 65,536 tokens a step on they are below 2 % of a loss of 1.6."""
 _NORM_FLOOR = math.log(10.0) / _DEVIATIONS
 """The least deviation of the logarithm of gradient norms. They are skewed, and clipping takes care of the common
 outliers: less than ten times the usual one is none."""
@@ -51,11 +55,16 @@ def remembered(recent: Sequence[Taken], step: Taken) -> tuple[Taken, ...]:
     return (*recent[-(WINDOW - 1) :], step)
 
 
-def spike(step: Taken, recent: Sequence[Taken]) -> str:
-    """How a step stands out from those before it, in words; empty where it does not, or too few are known."""
+def spike(step: Taken, loss_tokens: int, recent: Sequence[Taken]) -> str:
+    """How a step stands out from those before it, in words; empty where it does not, or too few are known.
+
+    loss_tokens: of which the step's loss is the mean.
+    """
     if len(recent) < FEWEST:
         return ""
-    deviations, usual = _deviations(step.loss, [each.loss for each in recent], relative_floor=_LOSS_FLOOR)
+    chance = _TOKEN_FLOOR / math.sqrt(max(loss_tokens, 1))
+    losses = [each.loss for each in recent]
+    deviations, usual = _deviations(step.loss, losses, floor=chance, relative_floor=_LOSS_FLOOR)
     if deviations > _DEVIATIONS:
         return f"the loss is {step.loss:.4g}, {deviations:.0f} deviations above its median of {usual:.4g}"
     logs = [_log(each.norm) for each in recent]

@@ -123,7 +123,7 @@ def optimizer_step(parts: Parts, progress: Progress) -> tuple[Progress, Flags]:
         raise TrainingError(_not_finite(parts, step, positions, loss_sum, f"the loss is {loss}"))
     lr = parts.schedule.lr_at(step)
     context.pulse.mark(f"step {step + 1}, updating the weights", patience)
-    judge = Judge(parts.on_spike, context, progress, loss)
+    judge = Judge(parts.on_spike, context, progress, loss, loss_tokens)
     norm = parts.engine.step(lr, judge.allow)
     if not math.isfinite(norm):
         raise TrainingError(_not_finite(parts, step, positions, math.nan, "the gradient is not finite"))
