@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from llm_training_toolkit.between import at_tasks
 from llm_training_toolkit.checkpoint import Rule
-from llm_training_toolkit.config import from_json
+from llm_training_toolkit.config import EvalTask, from_json
 from llm_training_toolkit.context import RunContext, Wish
 from llm_training_toolkit.data.feed import Feed
 from llm_training_toolkit.data.receipt import Receipt
@@ -63,3 +64,20 @@ def test_a_wish_while_it_waits_at_its_first_step_ends_it_without_another_checkpo
 def test_data_that_will_never_be_there_ends_it_in_words(prepared_run: RunDirectory, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="later epochs cannot be prepared"):
         train(parts(prepared_run, RunDirectory(tmp_path), Wish.GO_ON))
+
+
+@pytest.mark.parametrize("steps_left", [0, 1])
+def test_tasks_between_steps_are_not_carried_out_after_the_last_one(
+    prepared_run: RunDirectory, tmp_path: Path, steps_left: int
+) -> None:
+    run = RunDirectory(tmp_path)
+    ready = parts(prepared_run, run, Wish.STOP)
+    config = from_json(prepared_run.resolved.read_text())
+    tasks = config.eval.model_copy(update={"tasks": (EvalTask(task="perplexity", every=1),)})
+    trained = Trained(
+        run, config.model_copy(update={"eval": tasks}), Receipt.from_json(prepared_run.receipt.read_text())
+    )
+    midway = Midway(trained, metrics=ready.metrics, context=ready.context)
+    ready = replace(ready, midway=midway, schedule=replace(ready.schedule, steps=FAR + steps_left))
+    at_tasks(ready, ready.origin)
+    assert ready.context.pulse.read().doing.startswith("carrying out") == bool(steps_left)

@@ -60,8 +60,11 @@ def wait_for_data(parts: Parts, progress: Progress) -> Status | None:
 
 
 def at_tasks(parts: Parts, progress: Progress) -> Status | None:
-    """Carry out what is due, on the checkpoint of this step; how the loop ends where that was wished. Collective."""
-    if progress.step == 0 or not parts.midway.due(progress.step):
+    """Carry out what is due, on the checkpoint of this step; how the loop ends where that was wished. Collective.
+
+    Nothing is after the last step, whose export is measured by all tasks when the run finishes.
+    """
+    if not 0 < progress.step < parts.schedule.steps or not parts.midway.due(progress.step):
         return None
     parts.saver.complete()
     parts.account.enter_step(progress.step)

@@ -44,7 +44,7 @@ def appearing(destination: Path) -> Iterator[Path]:
         raise CheckpointError(f"{destination} is a file: name a directory (--out)")
     if destination.exists() and exported_from(destination) is None and any(destination.iterdir()):
         raise CheckpointError(f"{destination} is not empty and no earlier export: name another directory (--out)")
-    temporary = destination.with_name(f".{destination.name}.writing")
+    temporary = _temporary(destination)
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
@@ -58,6 +58,16 @@ def appearing(destination: Path) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _temporary(destination: Path) -> Path:
+    return destination.with_name(f".{destination.name}.writing")
+
+
+def remove_export(destination: Path) -> None:
+    """Delete an export that nobody needs any more, and what a process that was killed had written of it."""
+    for directory in (destination, _temporary(destination)):
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 def write_beside(directory: Path, beside: Beside) -> None:

@@ -1,13 +1,12 @@
 """Tasks of `eval.tasks` that have an `every`: carried out while the run trains, on an export of that step's checkpoint.
 
-Rank 0 works and the others wait for its word, which comes every second, so that no exchange between them runs out of
-time. A wish to end the run breaks off; the next start makes up for what was not done.
+Rank 0 works and the others wait for its word, which comes at every advance, at most once a second, so that no exchange
+between them runs out of time. A wish to end the run breaks off; the next start makes up for what was not done.
 """
 
 from __future__ import annotations
 
 import math
-import shutil
 import time
 from typing import NamedTuple
 
@@ -16,11 +15,11 @@ import torch
 from llm_training_toolkit.checkpoint import Checkpoint, newest
 from llm_training_toolkit.config import EvalTask
 from llm_training_toolkit.context import RunContext, Wish
+from llm_training_toolkit.export import remove_export
 from llm_training_toolkit.launch.exporting import Trained, export_checkpoint
-from llm_training_toolkit.launch.tasks import described, measure_each, reason
+from llm_training_toolkit.launch.tasks import DEADLY, Mark, described, measure_each, reason
 from llm_training_toolkit.metrics import Metrics
 from llm_training_toolkit.pulse import UNLIMITED
-from llm_training_toolkit.runs import write_atomically
 
 _WORD_EVERY = 1.0
 """Seconds between two words of rank 0."""
@@ -47,6 +46,8 @@ class Midway:
     def __init__(self, trained: Trained, *, metrics: Metrics, context: RunContext) -> None:
         self._trained, self._metrics, self._context = trained, metrics, context
         self._last = -math.inf
+        self._unheard: Exception | None = None
+        """What was raised as a word was given: other ranks are gone, which is no failure of a task."""
         if context.is_first:
             self._remove_export()  # of an attempt that was killed
 
@@ -75,11 +76,29 @@ class Midway:
         return [task for task in self._trained.config.eval.tasks if task.every and step % task.every == 0]
 
     def _measure(self, step: int) -> None:
+        try:
+            self._measure_newest(step)
+        except _BrokenOffError:
+            raise
+        except Exception as error:  # the others wait for a word, and the run is as whole as before
+            if error is self._unheard:
+                raise
+            message = f"the tasks of step {step} were not carried out: {reason(error)}. The run goes on"
+            self._context.report({"kind": "warning", "message": message})
+        finally:
+            self._remove_export()
+
+    def _measure_newest(self, step: int) -> None:
+        """Measure the newest checkpoint, which is that of `step`: the loop saves before it asks."""
         run, tasks = self._trained.run, self._tasks(step)
         directory = newest(run.checkpoints)
-        assert directory is not None, "the loop saves before it asks"
-        mark, what = run.evaluations / f"at_step_{step}", described(directory.name, tasks)
-        if mark.is_file() and mark.read_text() == what:
+        assert directory is not None
+        mark = Mark(run.evaluations / f"at_step_{step}", described(directory.name, tasks))
+        if mark.is_settled:
+            return
+        if not mark.begin():
+            self._context.report({"kind": "warning", "message": f"the tasks of step {step} {DEADLY}"})
+            mark.settle()
             return
         try:
             self._give_word()
@@ -94,27 +113,27 @@ class Midway:
                 context=self._context,
                 word=self._give_word,
             )
-        except _BrokenOffError:
+        except Exception as error:
+            if error is not self._unheard:
+                mark.forget()
             raise
-        except Exception as error:  # noqa: BLE001 - the others wait for a word, and the run is as whole as before
-            message = f"the tasks of step {step} were not carried out: {reason(error)}. The run goes on"
-            self._context.report({"kind": "warning", "message": message})
-        else:
-            write_atomically(mark, what)
-        finally:
-            self._remove_export()
+        mark.settle()
 
     def _give_word(self) -> None:
         """Tell the others that it goes on. Raises _BrokenOffError where the run is to end."""
         if time.monotonic() < self._last + _WORD_EVERY:
             return
         self._last = time.monotonic()
-        self._context.broadcast(_Word(done=False))
+        try:
+            self._context.broadcast(_Word(done=False))
+        except Exception as error:
+            self._unheard = error
+            raise
         wish = self._context.wish()
-        if wish >= Wish.LEAVE:
+        if wish is not Wish.GO_ON:  # also one that waits for a checkpoint: that of this step is written
             raise _BrokenOffError(wish)
 
     def _remove_export(self) -> None:
-        shutil.rmtree(self._trained.run.task_export, ignore_errors=True)
+        remove_export(self._trained.run.task_export)
         if self._context.device.type == "cuda":
             torch.cuda.empty_cache()  # the engine needs the room of the model that was measured

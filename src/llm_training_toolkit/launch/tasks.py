@@ -11,6 +11,7 @@ import math
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from llm_training_toolkit.config import Config, EvalTask
@@ -28,13 +29,64 @@ from llm_training_toolkit.launch.sizing import is_out_of_memory
 from llm_training_toolkit.metrics import Metrics
 from llm_training_toolkit.runs import RunDirectory, write_atomically
 
+_BEGUN = "\nbegun"
+_TRIES = 2
+"""One more than needed where a node is lost meanwhile, and one less than `failures.max` allows."""
+DEADLY = (
+    f"were not carried out: {_TRIES} times the process that began them was gone before they were done (did memory run "
+    "out?). The run itself is whole; ltt evaluate measures it elsewhere"
+)
+
+
+@dataclass(frozen=True)
+class Mark:
+    """Whether tasks of one checkpoint were carried out, with whatever success, as a file says.
+
+    Tasks that end their own process, by taking the memory of the machine, must not end every one that follows: what was
+    begun so often and never came to an end is not begun again.
+    """
+
+    path: Path
+    what: str
+    """As `described`."""
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether nothing is left to do."""
+        return self._says() == self.what
+
+    def begin(self) -> bool:
+        """Write down that they begin; False where that is not to be tried any more. Raises OSError."""
+        before = self._says()
+        tries = before.count(_BEGUN) if before.startswith(self.what + _BEGUN) else 0
+        if tries >= _TRIES:
+            return False
+        write_atomically(self.path, self.what + (tries + 1) * _BEGUN)
+        return True
+
+    def settle(self) -> None:
+        """Write down that they are done. Raises OSError."""
+        write_atomically(self.path, self.what)
+
+    def forget(self) -> None:
+        """They were not wanted any more: the next start begins as if nothing had been."""
+        self.path.unlink(missing_ok=True)
+
+    def _says(self) -> str:
+        return self.path.read_text() if self.path.is_file() else ""
+
 
 def carry_out(trained: Trained, *, metrics: Metrics, context: RunContext) -> None:
     """Measure the export by each task; the figures go into the run, to its metrics and onto the screen."""
     tasks = trained.config.eval.tasks
-    if tasks:
+    if not tasks:
+        return
+    mark = _mark(trained.run, trained.config)
+    if mark.begin():
         measure_each(tasks, trained.run.export, trained, metrics=metrics, context=context, word=_nobody_waits)
-        write_atomically(_mark(trained.run), _what(trained.run, trained.config))
+    else:
+        context.report({"kind": "warning", "message": f"eval.tasks {DEADLY}"})
+    mark.settle()
 
 
 def _nobody_waits() -> None:
@@ -82,17 +134,13 @@ def reason(error: Exception) -> str:
 def are_carried_out(run: RunDirectory, config: Config) -> bool:
     """Whether this was done for the present export and the present tasks, with whatever success."""
     try:
-        return not config.eval.tasks or _mark(run).read_text() == _what(run, config)
+        return not config.eval.tasks or _mark(run, config).is_settled
     except OSError:
         return False
 
 
-def _mark(run: RunDirectory) -> Path:
-    return run.evaluations / "at_end"
-
-
-def _what(run: RunDirectory, config: Config) -> str:
-    return described(exported_from(run.export), config.eval.tasks)
+def _mark(run: RunDirectory, config: Config) -> Mark:
+    return Mark(run.evaluations / "at_end", described(exported_from(run.export), config.eval.tasks))
 
 
 def described(checkpoint: str | None, tasks: Sequence[EvalTask]) -> str:
