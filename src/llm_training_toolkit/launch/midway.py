@@ -6,6 +6,7 @@ between them runs out of time. A wish to end the run breaks off; the next start 
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 from typing import NamedTuple
@@ -87,6 +88,7 @@ class Midway:
             self._context.report({"kind": "warning", "message": message})
         finally:
             self._remove_export()
+            self._free()
 
     def _measure_newest(self, step: int) -> None:
         """Measure the newest checkpoint, which is that of `step`: the loop saves before it asks."""
@@ -135,5 +137,9 @@ class Midway:
 
     def _remove_export(self) -> None:
         remove_export(self._trained.run.task_export)
+
+    def _free(self) -> None:
+        """Give back the room of the model that was measured, which the engine needs."""
+        gc.collect()  # the first model that a process loads stands in a circle of references: it was there still
         if self._context.device.type == "cuda":
-            torch.cuda.empty_cache()  # the engine needs the room of the model that was measured
+            torch.cuda.empty_cache()
