@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from llm_training_toolkit.checkpoint import Piece, Writing, finish
+from llm_training_toolkit.checkpoint import Piece, Writing, finish, memory_for
 from llm_training_toolkit.checkpoint.writing import Describe
 from llm_training_toolkit.context import RunContext
 
@@ -20,4 +20,4 @@ def save(
     describe: Describe,
 ) -> None:
     """Write the pieces of all ranks into `directory` and complete it. Collective."""
-    finish(context, Writing(context.rank, directory, pieces, optimizer), describe)
+    finish(context, Writing(context.rank, directory, pieces, optimizer, memory_for(pieces)), describe)

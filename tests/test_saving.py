@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from checkpoints import save
-from llm_training_toolkit.checkpoint import FileEntry, Manifest, Rule, Writing, newest
+from llm_training_toolkit.checkpoint import FileEntry, Manifest, Rule, Writing, memory_for, newest
 from llm_training_toolkit.context import Event, RunContext
 from llm_training_toolkit.errors import CheckpointError
 from llm_training_toolkit.runs import RunDirectory
@@ -202,7 +202,8 @@ def test_storage_that_cannot_be_read_is_no_damage(rank: Rank, name: str) -> None
 
 def test_a_slow_write_is_an_advance_while_the_file_grows(rank: Rank) -> None:
     directory = rank.run.checkpoint(5, 1)
-    writing = Writing(0, directory, [Part(torch.zeros(100))], OPTIMIZER)
+    pieces = [Part(torch.zeros(100))]
+    writing = Writing(0, directory, pieces, OPTIMIZER, memory_for(pieces))
     writing.outcome()
     assert writing.size == (directory / "fragments_00000.safetensors").stat().st_size > 400
 

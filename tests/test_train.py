@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -42,7 +43,7 @@ def parts(prepared_run: RunDirectory, run: RunDirectory, wish: Wish) -> Parts:
     context = RunContext(0, 1, torch.device("cpu"), wish=lambda: wish)
     more = no_more if wish is Wish.GO_ON else lambda receipt: receipt
     feed = Feed(receipt, global_batch=plan.global_batch, epochs=None, newest=more)
-    absent: Any = None
+    absent: Any = SimpleNamespace(owned_fragments=list)
     midway = Midway(Trained(run, config, receipt), metrics=absent, context=context)
     lineage = Lineage(2, "step", 0, 1, "c", "d", {}, {})
     saver = CheckpointSaver(run, context, absent, lineage, every_steps=1, every_seconds=None, rule=Rule(1))

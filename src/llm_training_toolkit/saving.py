@@ -6,7 +6,8 @@ Called by the worker: `CheckpointSaver` for the loop, `newest_sound` and `restor
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from llm_training_toolkit.checkpoint import (
     Checkpoint,
     FileEntry,
     Manifest,
+    Piece,
     Rule,
     UnknownFormatError,
     Writing,
@@ -26,6 +28,7 @@ from llm_training_toolkit.checkpoint import (
     complete,
     finish,
     held_out_losses,
+    memory_for,
     newest,
     set_aside,
 )
@@ -98,6 +101,8 @@ class CheckpointSaver:
         if context.is_first:
             clear_unfinished(run.checkpoints, attempt=lineage.attempt - 1)
             self._losses = held_out_losses(run.checkpoints)
+        with self._room_for(pieces := engine.owned_fragments()):
+            self._memory = memory_for(pieces)
         self._last = time.monotonic()
         self._begun: _Begun | None = None
         parent = checkpoint_place(Path(lineage.parent)) if lineage.parent else None
@@ -138,16 +143,8 @@ class CheckpointSaver:
         self._refuse_after_a_newer_attempt()
         directory = self._run.checkpoint(progress.step, self._lineage.attempt)
         pieces = self._engine.owned_fragments()
-        try:
-            writing = Writing(self._context.rank, directory, pieces, self._engine.optimizer)
-        except (MemoryError, RuntimeError) as error:
-            if not isinstance(error, MemoryError) and "DefaultCPUAllocator" not in str(error):
-                raise
-            needs = 12 * sum(piece.count for piece in pieces) / 1e9
-            raise CheckpointError(
-                f"rank {self._context.rank}: the copy of a checkpoint needs {needs:.1f} GB of the machine's memory, "
-                "which it does not have: give the node more, or more nodes fewer workers each"
-            ) from error
+        with self._room_for(pieces):
+            writing = Writing(self._context.rank, directory, pieces, self._engine.optimizer, self._memory)
         self._begun = _Begun(writing, progress)
         self._last = time.monotonic()
         return self._last - started
@@ -168,6 +165,18 @@ class CheckpointSaver:
             self._clean()
             event = {"kind": "checkpoint", "step": begun.progress.step, "path": str(begun.writing.directory)}
             self._context.report(event)
+
+    @contextmanager
+    def _room_for(self, pieces: Sequence[Piece]) -> Iterator[None]:
+        """Too little memory for the copy, in words: it must not be taken for a micro-batch that is too large."""
+        try:
+            yield
+        except MemoryError as error:
+            needs = 12 * sum(piece.count for piece in pieces) / 1e9
+            raise CheckpointError(
+                f"rank {self._context.rank}: the copy of a checkpoint needs {needs:.1f} GB of the machine's memory, "
+                "which it does not have: give the node more, or more nodes fewer workers each"
+            ) from error
 
     def _wait(self, writing: Writing) -> None:
         """Until every rank's part is written, or has failed. Collective.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -22,7 +23,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file
 from torch import Tensor
 
 from checkpoints import save
@@ -33,6 +34,7 @@ from llm_training_toolkit.checkpoint import (
     Writing,
     complete,
     finish,
+    memory_for,
     newest,
     set_aside,
 )
@@ -157,13 +159,14 @@ def test_what_is_written_is_the_moment_it_began_however_slow_the_disk(
     may_write, values = Event(), values_of(SHAPES)
     before = {name: tensors["weights"].clone() for name, tensors in values.items()}
 
-    def slow(arrays: dict[str, Any], path: Path) -> None:
+    def slow(path: Path, mode: str, buffering: int) -> Any:
         assert may_write.wait(30)
-        save_file(arrays, path)
+        return open(path, mode, buffering)  # noqa: PTH123 - the path's own is what is slow here
 
-    monkeypatch.setattr("llm_training_toolkit.checkpoint.writing.save_file", slow)
+    monkeypatch.setattr(Path, "open", slow)
+    pieces = cut(values, {})
     began = time.monotonic()
-    writing = Writing(0, tmp_path / "c", cut(values, {}), OPTIMIZER)
+    writing = Writing(0, tmp_path / "c", pieces, OPTIMIZER, memory_for(pieces))
     assert time.monotonic() - began < 10
     for tensors in values.values():  # the training goes on
         for tensor in tensors.values():
@@ -171,6 +174,8 @@ def test_what_is_written_is_the_moment_it_began_however_slow_the_disk(
     was_done = writing.is_done
     assert newest(tmp_path) is None
     may_write.set()
+    writing.outcome()
+    monkeypatch.undo()
     finish(ONE_RANK, writing, describe(SHAPES))
     assert (was_done, writing.is_done) == (False, True)
     checkpoint = Checkpoint(tmp_path / "c")
@@ -181,13 +186,30 @@ def test_what_is_written_is_the_moment_it_began_however_slow_the_disk(
 def test_an_error_of_ours_in_the_thread_comes_up_where_it_is_finished(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(_arrays: object, _path: object) -> None:
+    def broken(_file: int) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr("llm_training_toolkit.checkpoint.writing.save_file", broken)
-    writing = Writing(0, tmp_path / "c", cut(values_of(SHAPES), {}), OPTIMIZER)
+    monkeypatch.setattr("os.fsync", broken)
+    pieces = cut(values_of(SHAPES), {})
+    writing = Writing(0, tmp_path / "c", pieces, OPTIMIZER, memory_for(pieces))
     with pytest.raises(ZeroDivisionError):
         finish(ONE_RANK, writing, describe(SHAPES))
+
+
+def test_memory_is_used_again_for_other_pieces_and_the_files_are_plain_safetensors(tmp_path: Path) -> None:
+    memory = memory_for([])
+    # It grows, and a shorter file has nothing of a longer one before. The second is written in chunks and a rest.
+    for number, size in enumerate((5, 800_000, 2)):
+        values = values_of({"w": (size,), 'ü "quoted"': (1,)}, seed=number)
+        writing = Writing(number, tmp_path, cut(values, {}), OPTIMIZER, memory)
+        entry = writing.outcome().entry
+        assert entry is not None
+        path = tmp_path / entry.name
+        assert (entry.size, entry.sha256) == (path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest())
+        found = load_file(path)
+        assert found.keys() == {f"{name}@0/{key}" for name in values for key in KEYS}
+        for name, tensors in values.items():
+            assert all(np.array_equal(found[f"{name}@0/{key}"], each.numpy()) for key, each in tensors.items())
 
 
 def test_values_that_are_no_ordinary_numbers_survive(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from llm_training_toolkit.checkpoint.base import Base, base_of, refuse_other_bas
 from llm_training_toolkit.checkpoint.manifest import FileEntry, Manifest, UnknownFormatError, read_manifest
 from llm_training_toolkit.checkpoint.reading import Checkpoint, complete, newest, set_aside
 from llm_training_toolkit.checkpoint.retention import Rule, clean, clear_unfinished, held_out_losses, kept
-from llm_training_toolkit.checkpoint.writing import Piece, Writing, finish
+from llm_training_toolkit.checkpoint.writing import Piece, Writing, finish, memory_for
 
 __all__ = [
     "Base",
@@ -22,6 +22,7 @@ __all__ = [
     "finish",
     "held_out_losses",
     "kept",
+    "memory_for",
     "newest",
     "read_manifest",
     "refuse_other_base",

@@ -1,0 +1,84 @@
+"""A rank's file as it will lie in storage, put together in the machine's memory: all that a step waits for.
+
+The format is safetensors: the length of a header, the header in JSON, the values of one tensor after another.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+from collections.abc import Mapping
+from threading import Thread
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Memory:
+    """Memory of this machine that holds one image after another.
+
+    It is kept between them, and made ready behind the first steps: the kernel clears fresh memory page by page when it
+    is first written. On a virtual machine 1.2 GB took 0.5 to 4 s while the step waited, the copy itself 0.2 s.
+    """
+
+    def __init__(self, size: int) -> None:
+        """`size` bytes are made ready; where more are asked for, the memory grows. Raises MemoryError."""
+        self._pages = _anonymous(size)
+        self._touching = Thread(target=_touch, args=(self._pages,), daemon=True, name="checkpoint memory")
+        self._touching.start()
+
+    def of(self, size: int) -> memoryview:
+        """`size` bytes; what was in them before is lost. Raises MemoryError."""
+        self._touching.join()
+        if len(self._pages) < size:
+            self._pages = _anonymous(size)
+        return memoryview(self._pages)[:size]
+
+
+def image_of(tensors: Mapping[str, Tensor], memory: Memory) -> memoryview:
+    """A safetensors file of flat fp32 tensors, copied out of their device. Raises MemoryError."""
+    import torch  # noqa: PLC0415 - whoever reads checkpoints needs no torch
+
+    places, end = {}, 0
+    for name, tensor in tensors.items():
+        assert tensor.dtype == torch.float32
+        places[name] = (end, end + 4 * tensor.numel())
+        end += 4 * tensor.numel()
+    header = _header(places)
+    image = memory.of(len(header) + end)
+    image[: len(header)] = header
+    for name, tensor in tensors.items():
+        at = len(header) + places[name][0]
+        torch.frombuffer(image, dtype=torch.float32, count=tensor.numel(), offset=at).copy_(tensor.detach())
+    return image
+
+
+def size_of(names: Mapping[str, int]) -> int:
+    """Bytes of the image of tensors with so many values each."""
+    return len(_header(dict.fromkeys(names, (2**40, 2**40)))) + 4 * sum(names.values())
+
+
+def _header(places: Mapping[str, tuple[int, int]]) -> bytes:
+    """The beginning of the file; values begin at a multiple of eight bytes."""
+    entries = {
+        name: {"dtype": "F32", "shape": [(end - start) // 4], "data_offsets": [start, end]}
+        for name, (start, end) in places.items()
+    }
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _anonymous(size: int) -> mmap.mmap:
+    try:
+        return mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise MemoryError(str(error)) from error
+
+
+def _touch(pages: mmap.mmap) -> None:
+    """Write a byte of every page; numpy lets other threads run meanwhile."""
+    np.frombuffer(pages, dtype=np.uint8)[:: mmap.PAGESIZE] = 0
