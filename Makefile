@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test check bench-step bench-start bench-data bench-memory bench-loading bench-tune drill gpu-smoke cluster format install requirements docs clean
+.PHONY: quickstart test check bench-step bench-start bench-data bench-memory bench-loading bench-checkpoint bench-tune drill gpu-smoke cluster format install requirements docs clean
 
 quickstart: $(VENV)/.installed  ## install, train a small model on this machine, export it, let it write
 	@$(BIN)/ltt train configs/quickstart.yaml
@@ -29,6 +29,9 @@ bench-memory: $(VENV)/.installed  ## memory of the loss in chunks beside whole l
 
 bench-loading: $(VENV)/.installed  ## memory of a rank while weights are loaded, at ZeRO 2 and 3 (a minute)
 	$(BIN)/python benchmarks/bench_loading.py
+
+bench-checkpoint: $(VENV)/.installed  ## wall time with checkpoints beside without, on local and slow storage, beside two others (an hour, a quiet machine)
+	$(BIN)/python benchmarks/bench_checkpoint.py
 
 bench-tune: $(VENV)/.installed  ## sixteen trials with ASHA beside the full grid, three seeds (half an hour)
 	$(BIN)/python benchmarks/bench_tune.py
