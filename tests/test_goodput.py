@@ -63,6 +63,17 @@ def test_a_clock_that_was_set_back_takes_nothing_away() -> None:
     assert sum(split_of(account.values()).values()) == 0.0
 
 
+@pytest.mark.parametrize("set_by", [-86_400.0, 86_400.0])
+def test_a_clock_that_is_set_while_the_run_works_moves_nothing(monkeypatch: pytest.MonkeyPatch, set_by: float) -> None:
+    account, now = Account(time.time(), {}, 0), time.time
+    account.enter("step")
+    monkeypatch.setattr(time, "time", lambda: now() + set_by)
+    time.sleep(0.02)
+    split = split_of(account.values())
+    assert 0.02 <= split["step"] < 10
+    assert sum(split.values()) < 10
+
+
 @pytest.fixture
 def run(tmp_path: Path) -> RunDirectory:
     return RunDirectory(tmp_path)

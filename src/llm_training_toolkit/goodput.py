@@ -22,21 +22,27 @@ Split = dict[Part, float]
 """Seconds by part."""
 
 
+def steady_clock() -> Callable[[], float]:
+    """Seconds since 1970, asked of the machine once: setting its clock later moves nothing."""
+    wall, counted = time.time(), time.monotonic()
+    return lambda: wall + time.monotonic() - counted
+
+
 class Account:
     """The account of an attempt, on rank 0: what it is doing now, and what was put down so far."""
 
     def __init__(
-        self, began: float, before: Mapping[Part, float], reached: int, clock: Callable[[], float] = time.time
+        self, began: float, before: Mapping[Part, float], reached: int, clock: Callable[[], float] | None = None
     ) -> None:
         """`began`: when these workers were asked for; `reached`: the last step that was ever completed before."""
-        self._clock, self._since = clock, began
+        self._clock, self._since = clock or steady_clock(), began
         self._split: Split = {part: before.get(part, 0.0) for part in PARTS}
         self._reached = reached
         self._doing: Part = "startup"
 
     def enter(self, part: Part) -> None:
         """From now on time goes to `part`."""
-        now = max(self._clock(), self._since)  # a clock that was set back takes nothing away
+        now = max(self._clock(), self._since)  # where `began` is of a clock that is ahead, nothing is taken away
         self._split[self._doing] += now - self._since
         self._doing, self._since = part, now
 

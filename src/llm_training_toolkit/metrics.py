@@ -73,6 +73,7 @@ class TensorBoard:
         from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - slow to import, rank 0 alone needs it
 
         directory.mkdir(parents=True, exist_ok=True)
+        _order_before_now(directory)
         # From step 0 as well: an attempt that died before its first checkpoint has left points too.
         purge = resumed_step + 1 if resumed_step else resumed_step
         self._writer: SummaryWriter = SummaryWriter(str(directory), purge_step=purge)
@@ -91,6 +92,18 @@ class TensorBoard:
     def close(self) -> None:
         """Flush and close."""
         self._writer.close()
+
+
+def _order_before_now(directory: Path) -> None:
+    """Rename event files of a clock that was ahead of this one: they are read in the order of the second in their name.
+
+    Otherwise TensorBoard would read what comes now before what it goes on from.
+    """
+    now = int(time.time())
+    ahead = [path for path in sorted(directory.glob("events.out.tfevents.*")) if int(path.name.split(".")[3]) >= now]
+    for age, path in enumerate(reversed(ahead), start=1):
+        words = path.name.split(".")
+        path.rename(path.with_name(".".join([*words[:3], f"{now - age:010d}", *words[4:]])))
 
 
 class Metrics:
