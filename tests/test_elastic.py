@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import rank_tasks
-from llm_training_toolkit.checkpoint import Checkpoint, newest
+from llm_training_toolkit.checkpoint import Checkpoint, complete, newest
 from llm_training_toolkit.data.batches import Sequences
+from llm_training_toolkit.data.ledger import Fetched, read_ledger
 from llm_training_toolkit.errors import CheckpointError, TrainingError
+from llm_training_toolkit.goodput import split_of
 from llm_training_toolkit.launch.preparation import prepare_run
 from llm_training_toolkit.plan import make_plan
-from llm_training_toolkit.runs import RunDirectory
+from llm_training_toolkit.runs import RunDirectory, attempt_record, last_attempt
 from rank_pool import RankPool
 
 pytestmark = [pytest.mark.ranks]
 Pools = Callable[[int], RankPool]
 Fresh = Callable[[str], RunDirectory]
+Undisturbed = Callable[[int, int, str], RunDirectory]
 STEPS, STOP = 9, 4
 
 
@@ -44,20 +52,56 @@ def assert_same_state(found: dict[str, Any], wanted: dict[str, Any]) -> None:
         assert np.array_equal(found[name], values), name
 
 
+def fetched(run: RunDirectory) -> dict[int, list[Fetched]]:
+    """The sequences that all ranks of all attempts fetched, by step, each with a checksum of its tokens."""
+    found: dict[int, list[Fetched]] = {}
+    for attempt in range(1, last_attempt(run) + 1):
+        for step, sequences in read_ledger(run.ledger, attempt):
+            found.setdefault(step, []).extend(sequences)
+    return {step: sorted(sequences) for step, sequences in found.items()}
+
+
+def assert_goes_on(run: RunDirectory, whole: RunDirectory, steps: range, precision: str) -> None:
+    """The losses of these steps are those of the undisturbed run, up to rounding."""
+    found, wanted = losses(run), losses(whole)
+    tolerance = 1e-6 if precision == "fp32" else 1e-3
+    assert max(abs(found[step] - wanted[step]) / wanted[step] for step in steps) < tolerance
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    pools: Pools, prepared_run: RunDirectory, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[int, int, str], RunDirectory]:
+    """The run of so many ranks, a ZeRO stage and a precision that nothing disturbed, with its ledger; each once."""
+
+    @cache
+    def whole(workers: int, zero: int, precision: str) -> RunDirectory:
+        run = RunDirectory(tmp_path_factory.mktemp("undisturbed") / "whole")
+        shutil.copytree(prepared_run.path, run.path)
+        answers = pools(workers).run(rank_tasks.work_on, run=str(run.path), changes=changed(zero, precision))
+        assert answers[0]["status"] == "finished"
+        return run
+
+    return whole
+
+
+def changed(zero: int, precision: str) -> dict[str, dict[str, Any]]:
+    return {"engine": {"zero": zero}, "train": {"precision": precision}, "failures": {"ledger": True}}
+
+
 @pytest.mark.parametrize(("zero", "precision"), [(0, "bf16"), (1, "bf16"), (2, "bf16"), (2, "fp32"), (3, "bf16")])
 @pytest.mark.parametrize("stop", [1, 4])
 def test_stop_and_resume_is_bitwise_the_undisturbed_run(
-    pools: Pools, fresh_run: Fresh, zero: int, precision: str, stop: int
+    pools: Pools, fresh_run: Fresh, undisturbed: Undisturbed, zero: int, precision: str, stop: int
 ) -> None:
-    changes = {"engine": {"zero": zero}, "train": {"precision": precision}}
-    whole, halves = fresh_run("whole"), fresh_run("halves")
-    answers = pools(2).run(rank_tasks.work_on, run=str(whole.path), changes=changes)
-    assert answers[0]["status"] == "finished"
+    changes = changed(zero, precision)
+    whole, halves = undisturbed(2, zero, precision), fresh_run("halves")
     stopped = pools(2).run(rank_tasks.work_on, run=str(halves.path), changes=changes, stop_after=stop)
     assert [(answer["status"], answer["step"]) for answer in stopped] == [("stopped", stop)] * 2
     resumed = pools(2).run(rank_tasks.work_on, run=str(halves.path), changes=changes)
     assert resumed[0]["status"] == "finished"
     assert losses(halves) == losses(whole)
+    assert fetched(halves) == fetched(whole)
     assert_same_state(rank_tasks.read_state(final(halves)), rank_tasks.read_state(final(whole)))
     manifest = Checkpoint(final(halves)).manifest
     assert (manifest.step, manifest.attempt) == (STEPS, 2)
@@ -65,35 +109,91 @@ def test_stop_and_resume_is_bitwise_the_undisturbed_run(
     assert manifest.tokens == STEPS * 11 * 64
 
 
-@pytest.fixture(scope="module")
-def stopped_runs(
-    pools: Pools, prepared_run: RunDirectory, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, tuple[Path, RunDirectory]]:
-    """By precision: a checkpoint of two ranks under ZeRO 2, and the run that went on undisturbed."""
-    import shutil
-
-    found = {}
-    for precision in ("fp32", "bf16"):
-        changes = {"train": {"precision": precision}}
-        runs = {name: tmp_path_factory.mktemp(precision) / name for name in ("stopped", "whole")}
-        for path in runs.values():
-            shutil.copytree(prepared_run.path, path)
-        pools(2).run(rank_tasks.work_on, run=str(runs["stopped"]), changes=changes, stop_after=STOP)
-        pools(2).run(rank_tasks.work_on, run=str(runs["whole"]), changes=changes)
-        found[precision] = (final(RunDirectory(runs["stopped"])), RunDirectory(runs["whole"]))
-    return found
+def test_another_host_and_a_clock_that_went_back_a_day_change_nothing(
+    pools: Pools, fresh_run: Fresh, undisturbed: Undisturbed
+) -> None:
+    changes = changed(2, "bf16") | {"checkpoint": {"every": 2, "keep": 2}}
+    whole, run = undisturbed(2, 2, "bf16"), fresh_run("moved")
+    pools(2).run(rank_tasks.work_on, run=str(run.path), changes=changes, stop_after=4)
+    tomorrow = time.time() + 86_400
+    record = attempt_record(run, 1) | {"host": "elsewhere", "pid": os.getpid()}
+    ahead = {key: record[key] + 86_400 for key in ("started", "began", "ended")}
+    (run.attempts / "0001.json").write_text(json.dumps(record | ahead))
+    rows = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    run.metrics.write_text("".join(json.dumps(row | {"time": row["time"] + 86_400}) + "\n" for row in rows))
+    for path in [run.path, *run.path.rglob("*")]:
+        os.utime(path, (tomorrow, tomorrow))
+    for path in list(run.tensorboard.iterdir()):
+        path.rename(path.with_name(path.name.replace(path.name.split(".")[3], f"{int(tomorrow)}")))
+    pools(2).run(rank_tasks.work_on, run=str(run.path), changes=changes)
+    assert losses(run) == losses(whole)
+    assert fetched(run) == fetched(whole)
+    assert_same_state(rank_tasks.read_state(final(run)), rank_tasks.read_state(final(whole)))
+    assert [Checkpoint(path).manifest.step for path in complete(run.checkpoints)] == [8, 9]
+    split = split_of(json.loads(run.metrics.read_text().splitlines()[-1]))
+    assert all(0 <= seconds < 1000 for seconds in split.values())
+    curve = EventAccumulator(str(run.tensorboard), size_guidance={"scalars": 0})
+    curve.Reload()
+    assert [event.step for event in curve.Scalars("train/loss")] == list(range(1, STEPS + 1))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("zero", [0, 1, 2, 3])
-@pytest.mark.parametrize("workers", [1, 3])
-def test_a_checkpoint_of_two_ranks_goes_on_with_any_number_under_any_stage(
-    pools: Pools, fresh_run: Fresh, stopped_runs: Any, tmp_path: Path, workers: int, zero: int, precision: str
+@pytest.mark.parametrize("zero", [1, 2, 3])
+@pytest.mark.parametrize("path", [((2, 2), (1, 4), (2, None)), ((3, 4), (2, None))], ids=["2 to 1 to 2", "3 to 2"])
+def test_workers_that_go_and_come_change_neither_sequences_nor_state_nor_what_follows(
+    pools: Pools,
+    fresh_run: Fresh,
+    undisturbed: Undisturbed,
+    tmp_path: Path,
+    path: tuple[tuple[int, int | None], ...],
+    zero: int,
+    precision: str,
 ) -> None:
-    import shutil
+    changes, run = changed(zero, precision), fresh_run("elastic")
+    for workers, stop in path:
+        if saved := newest(run.checkpoints):
+            target = tmp_path / "gathered" / saved.name
+            place: dict[str, Any] = {"run": str(run.path), "checkpoint": str(saved), "directory": str(target)}
+            state, _, _ = pools(workers).run(rank_tasks.loaded, changes=changes, **place)[0]
+            assert_same_state(state, rank_tasks.read_state(saved))
+        answers = pools(workers).run(rank_tasks.work_on, run=str(run.path), changes=changes, stop_after=stop)
+        assert answers[0]["step"] == (stop or STEPS)
+    whole = undisturbed(path[0][0], zero, precision)
+    assert fetched(run) == fetched(whole)
+    assert_goes_on(
+        run, whole, range(1, STEPS + 1), precision
+    )  # five steps after the last change, seven after the first
 
-    checkpoint, whole = stopped_runs[precision]
-    changes = {"engine": {"zero": zero}, "train": {"precision": precision}}
+
+@pytest.fixture(scope="module")
+def stopped_at(
+    pools: Pools, prepared_run: RunDirectory, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """A checkpoint of two ranks under ZeRO 2, by precision."""
+
+    @cache
+    def checkpoint(precision: str) -> Path:
+        run = RunDirectory(tmp_path_factory.mktemp("stopped") / precision)
+        shutil.copytree(prepared_run.path, run.path)
+        pools(2).run(rank_tasks.work_on, run=str(run.path), changes=changed(2, precision), stop_after=STOP)
+        return final(run)
+
+    return checkpoint
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(("zero", "workers"), [(0, 1), (0, 3), (1, 3), (2, 3), (3, 3), (3, 1)])
+def test_a_checkpoint_of_two_ranks_goes_on_with_any_number_under_any_stage(
+    pools: Pools,
+    fresh_run: Fresh,
+    undisturbed: Undisturbed,
+    stopped_at: Callable[[str], Path],
+    tmp_path: Path,
+    workers: int,
+    zero: int,
+    precision: str,
+) -> None:
+    checkpoint, changes = stopped_at(precision), changed(zero, precision)
     run = fresh_run("other")
     target = str(tmp_path / "gathered" / "step_000000004_a9")
     state, decays, counters = pools(workers).run(
@@ -106,10 +206,8 @@ def test_a_checkpoint_of_two_ranks_goes_on_with_any_number_under_any_stage(
     shutil.copytree(checkpoint, run.checkpoints / checkpoint.name)
     answers = pools(workers).run(rank_tasks.work_on, run=str(run.path), changes=changes)
     assert answers[0]["status"] == "finished"
-    found, wanted = losses(run), losses(whole)
-    assert sorted(found) == list(range(STOP + 1, STEPS + 1))
-    tolerance = 1e-6 if precision == "fp32" else 1e-3
-    assert max(abs(found[step] - wanted[step]) / wanted[step] for step in found) < tolerance
+    assert sorted(losses(run)) == list(range(STOP + 1, STEPS + 1))
+    assert_goes_on(run, undisturbed(2, 2, precision), range(STOP + 1, STEPS + 1), precision)
 
 
 def test_a_finished_run_takes_no_further_step(pools: Pools, fresh_run: Fresh) -> None:
