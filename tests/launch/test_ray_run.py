@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,14 +17,15 @@ import pytest
 import rank_tasks
 from launch.conftest import Environment, command, run_of, wait_for_step
 from llm_training_toolkit.checkpoint import newest
-from llm_training_toolkit.runs import RunDirectory
+from llm_training_toolkit.runs import RunDirectory, attempt_record, last_attempt
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(400)]
-STEPS = 120
+Start = Callable[[list[str]], subprocess.Popen[str]]
+STEPS = 80
 SECTIONS = {
     "train": {"steps": STEPS, "global_batch": 4, "micro_batch": 2},
-    "checkpoint": {"every": 40, "keep": 2},
-    "eval": {"every": 60},
+    "checkpoint": {"every": 20, "keep": 2},
+    "eval": {"every": 40},
 }
 
 
@@ -60,18 +62,18 @@ def test_a_run_leaves_all_that_the_run_directory_promises(undisturbed: Path) -> 
     for path in (run.config, run.resolved, run.plan, run.environment, run.metrics, run.receipt, run.export):
         assert path.exists(), path
     assert sorted(path.name for path in run.logs(1).iterdir()) == ["rank_0.log", "rank_1.log"]
-    assert [path.name for path in sorted(run.checkpoints.iterdir())] == ["step_000000080_a1", "step_000000120_a1"]
+    assert [path.name for path in sorted(run.checkpoints.iterdir())] == ["step_000000060_a1", "step_000000080_a1"]
     assert json.loads((run.attempts / "0001.json").read_text())["state"] == "finished"
     assert list(run.tensorboard.glob("events.*"))
     rows = [json.loads(line) for line in run.metrics.read_text().splitlines()]
     evaluated = {row["step"]: row["eval/loss"] for row in rows if "eval/loss" in row}
-    assert sorted(evaluated) == [0, 60, STEPS]
+    assert sorted(evaluated) == [0, 40, STEPS]
     assert evaluated[STEPS] < 0.7 * evaluated[0]
 
 
 def test_the_screen_shows_progress_and_no_noise(undisturbed: Path) -> None:
     screen = (undisturbed.parent / "screen").read_text()
-    assert "step 120/120  loss" in screen
+    assert "step 80/80  loss" in screen
     assert "held-out loss" in screen
     for noise in ("INFO", "WARNING", "Warning", "DeepSpeed info", "(RayTrainWorker", "Traceback"):
         assert noise not in screen, noise
@@ -108,13 +110,20 @@ def test_another_identity_is_refused_with_the_difference(undisturbed: Path, ray_
     assert "--accept optim.weight_decay" in done.stderr
 
 
-def test_a_stop_saves_exits_75_and_the_same_command_goes_on(
+def test_a_run_stopped_interrupted_and_killed_loses_nothing(
     undisturbed: Path, launch_config: Callable[..., Path], ray_environment: Environment
 ) -> None:
-    config = launch_config("stopped", **SECTIONS)
-    with subprocess.Popen(
-        command(config, "--json"), env=ray_environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
+    config = launch_config("disturbed", **SECTIONS)
+    start = partial(subprocess.Popen, env=ray_environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    a_stop_saves_and_exits_75(config, start)
+    a_second_interrupt_leaves_at_once(config, start)
+    without_a_restart_left_the_cause_is_said(config, start)
+    a_killed_worker_is_replaced(config, start)
+    assert_same_run(run_of(config), run_of(undisturbed))
+
+
+def a_stop_saves_and_exits_75(config: Path, start: Start) -> None:
+    with start(command(config, "--json")) as process:
         wait_for_step(run_of(config), 5, process)
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=120)
@@ -123,44 +132,45 @@ def test_a_stop_saves_exits_75_and_the_same_command_goes_on(
     assert answer["status"] == "stopped"
     assert 5 <= answer["step"] < STEPS
     assert Path(answer["checkpoint"]).name == f"step_{answer['step']:09d}_a1"
-    again = subprocess.run(command(config), env=ray_environment, capture_output=True, text=True, check=False)
-    assert again.returncode == 0, again.stderr
-    assert f"resuming from step_{answer['step']:09d}_a1" in again.stdout
-    assert_same_run(run_of(config), run_of(undisturbed))
 
 
-def test_a_killed_worker_is_replaced_and_nothing_is_lost(
-    undisturbed: Path, launch_config: Callable[..., Path], ray_environment: Environment
-) -> None:
-    config = launch_config("killed", **SECTIONS)
-    run = run_of(config)
-    with subprocess.Popen(
-        command(config, "--json"), env=ray_environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        wait_for_step(run, 50, process)
-        os.kill(json.loads((run.attempts / "0001.json").read_text())["pid"], signal.SIGKILL)
-        out, err = process.communicate(timeout=240)
-    assert process.returncode == 0, err
-    assert json.loads(out)["status"] == "finished"
-    assert len(list(run.attempts.iterdir())) == 2
-    assert_same_run(run, run_of(undisturbed))
+def a_second_interrupt_leaves_at_once(config: Path, start: Start) -> None:
+    before = newest(run_of(config).checkpoints)
+    assert before is not None
+    with start(command(config)) as process:
+        wait_for_step(run_of(config), 25, process)
+        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 75, err
+    assert f"resuming from {before.name}" in out
 
 
-def test_when_no_restart_is_left_the_cause_is_said(
-    launch_config: Callable[..., Path], ray_environment: Environment
-) -> None:
-    config = launch_config("alone-killed", **SECTIONS, cluster={"workers": 1}, failures={"max": 0})
-    run = run_of(config)
-    with subprocess.Popen(
-        command(config), env=ray_environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        wait_for_step(run, 2, process)
-        os.kill(json.loads((run.attempts / "0001.json").read_text())["pid"], signal.SIGKILL)
+def without_a_restart_left_the_cause_is_said(config: Path, start: Start) -> None:
+    with start(command(config, "failures.max=0")) as process:
+        kill_rank_0(config, 45, process)
         _, err = process.communicate(timeout=120)
     assert process.returncode == 1
     assert "rank 0 failed" in err
     assert "All restarts (failures.max = 0) are used up; the same command goes on" in err
     assert "Traceback" not in err
+
+
+def a_killed_worker_is_replaced(config: Path, start: Start) -> None:
+    run = run_of(config)
+    with start(command(config, "--json")) as process:
+        kill_rank_0(config, 65, process)
+        out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
+    assert json.loads(out)["status"] == "finished"
+    states = [attempt_record(run, number)["state"] for number in range(1, last_attempt(run) + 1)]
+    assert states == ["stopped", "lost", "failed", "failed", "finished"]
+
+
+def kill_rank_0(config: Path, step: int, process: subprocess.Popen[str]) -> None:
+    run = run_of(config)
+    wait_for_step(run, step, process)
+    os.kill(attempt_record(run, last_attempt(run))["pid"], signal.SIGKILL)
 
 
 def test_an_error_of_ours_ends_the_run_at_once_with_its_words(
@@ -176,20 +186,3 @@ def test_an_error_of_ours_ends_the_run_at_once_with_its_words(
     assert "not a checkpoint of this model" in done.stderr
     assert "Traceback" not in done.stderr
     assert len(list(run.attempts.iterdir())) == 2
-
-
-def test_a_second_interrupt_leaves_at_once_and_the_run_goes_on_later(
-    undisturbed: Path, launch_config: Callable[..., Path], ray_environment: Environment
-) -> None:
-    config = launch_config("interrupted_twice", **SECTIONS)
-    with subprocess.Popen(
-        command(config), env=ray_environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        wait_for_step(run_of(config), 45, process)
-        process.send_signal(signal.SIGINT)
-        process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
-    assert process.returncode == 75, err
-    again = subprocess.run(command(config), env=ray_environment, capture_output=True, text=True, check=False)
-    assert again.returncode == 0, again.stderr
-    assert_same_run(run_of(config), run_of(undisturbed))
