@@ -24,6 +24,7 @@ from llm_training_toolkit.data.receipt import Receipt
 from llm_training_toolkit.engine import Engine, partitioned, whole_parameter
 from llm_training_toolkit.evaluation.held_out import held_out
 from llm_training_toolkit.launch.building import build
+from llm_training_toolkit.launch.fetching import weights_here
 from llm_training_toolkit.launch.place import Place
 from llm_training_toolkit.launch.preparation import facts_of
 from llm_training_toolkit.launch.worker import work
@@ -385,3 +386,20 @@ def reloaded_logits(directory: str, precision: str, ids: list[list[int]]) -> dic
     with torch.no_grad():
         logits = model.eval()(input_ids=torch.tensor(ids), use_cache=False).logits.float().numpy()
     return {"logits": logits, "architecture": architecture, "info": info}
+
+
+def fetched(run: str, path: str, endpoint: str, nodes: Sequence[str], homes: Sequence[str]) -> str:
+    """Where the weights of a hub id lie for this rank: `nodes` and folders of the hub's client are by rank."""
+    from huggingface_hub import constants
+
+    rank, kept = dist.get_rank(), {}
+    changed = {"ENDPOINT": endpoint, "HF_HUB_CACHE": homes[rank]}
+    changed["HUGGINGFACE_CO_URL_TEMPLATE"] = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    for name, value in changed.items():
+        kept[name] = getattr(constants, name)
+        setattr(constants, name, value)
+    try:
+        return weights_here(path, replace(place_of(run), node=nodes[rank]), context())
+    finally:
+        for name, value in kept.items():
+            setattr(constants, name, value)

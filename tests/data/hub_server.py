@@ -1,4 +1,4 @@
-"""A server that speaks as much of the Hugging Face hub's protocol as reading a data set takes."""
+"""A server that speaks as much of the Hugging Face hub's protocol as reading a data set or fetching a model takes."""
 
 from __future__ import annotations
 
@@ -12,49 +12,80 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlparse
 
+_COMMIT = "a" * 40
+
+
+class _Handler(BaseHTTPRequestHandler):
+    """Answers for one repository; `hub` makes a class of its own with these."""
+
+    repository: str
+    files: Mapping[str, bytes]
+    kind: str
+    sent: list[str]
+
+    def log_message(self, *_: Any) -> None:
+        """Say nothing."""
+
+    def do_HEAD(self) -> None:
+        match = re.fullmatch(rf"{self._folder()}/{self.repository}/resolve/\w+/(.*)", unquote(self.path))
+        if match is None or match[1] not in self.files:
+            self._answer(404, {"error": "no such entry"}, "EntryNotFound")
+            return
+        self.send_response(200)
+        self.send_header("X-Repo-Commit", _COMMIT)
+        self.send_header("ETag", f'"{hashlib.sha1(self.files[match[1]]).hexdigest()}"')
+        self.send_header("Content-Length", str(len(self.files[match[1]])))
+        self.end_headers()
+
+    def do_GET(self) -> None:
+        address = urlparse(self.path)
+        path = unquote(address.path)
+        recursive = parse_qs(address.query).get("recursive") == ["true"]
+        if re.fullmatch(rf"/api/{self.kind}/{self.repository}(/revision/\w+)?", path):
+            self._answer(200, {"id": self.repository, "sha": _COMMIT, "siblings": []})
+        elif match := re.fullmatch(rf"/api/{self.kind}/{self.repository}/tree/\w+/?(.*)", path):
+            entries = _tree(self.files, match[1], recursive=recursive)
+            self._answer(200 if entries else 404, entries or {"error": "no such entry"}, "EntryNotFound")
+        elif match := re.fullmatch(rf"{self._folder()}/{self.repository}/resolve/\w+/(.*)", path):
+            self.sent.append(match[1])
+            self._send(self.files[match[1]])
+        else:
+            self._answer(404, {"error": "no such repository"}, "RepoNotFound")
+
+    def _answer(self, code: int, said: object, error: str = "") -> None:
+        self.send_response(code)
+        if code == 404:
+            self.send_header("X-Error-Code", error)
+        self._finish(json.dumps(said).encode())
+
+    def _send(self, content: bytes) -> None:
+        asked = re.match(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "bytes=0-"))
+        assert asked is not None
+        first, last = int(asked[1]), int(asked[2] or len(content) - 1)
+        self.send_response(206)
+        self.send_header("Content-Range", f"bytes {first}-{last}/{len(content)}")
+        self._finish(content[first : last + 1])
+
+    def _finish(self, body: bytes) -> None:
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def _folder(self) -> str:
+        return "" if self.kind == "models" else f"/{self.kind}"
+
 
 @contextmanager
-def hub(repository: str, files: Mapping[str, bytes]) -> Iterator[str]:
-    """Serve one data set repository on a free port of this machine; gives the endpoint."""
+def hub(
+    repository: str, files: Mapping[str, bytes], kind: str = "datasets", asked: list[str] | None = None
+) -> Iterator[str]:
+    """Serve one repository on a free port of this machine; gives the endpoint.
 
-    class Handler(BaseHTTPRequestHandler):
-        def log_message(self, *_: Any) -> None:
-            """Say nothing."""
-
-        def do_GET(self) -> None:
-            address = urlparse(self.path)
-            path = unquote(address.path)
-            recursive = parse_qs(address.query).get("recursive") == ["true"]
-            if re.fullmatch(rf"/api/datasets/{repository}(/revision/main)?", path):
-                self._answer(200, {"id": repository, "sha": "a" * 40, "siblings": []})
-            elif match := re.fullmatch(rf"/api/datasets/{repository}/tree/main/?(.*)", path):
-                entries = _tree(files, match[1], recursive=recursive)
-                self._answer(200 if entries else 404, entries or {"error": "no such entry"}, "EntryNotFound")
-            elif match := re.fullmatch(rf"/datasets/{repository}/resolve/main/(.*)", path):
-                self._send(files[match[1]])
-            else:
-                self._answer(404, {"error": "no such repository"}, "RepoNotFound")
-
-        def _answer(self, code: int, said: object, error: str = "") -> None:
-            self.send_response(code)
-            if code == 404:
-                self.send_header("X-Error-Code", error)
-            self._finish(json.dumps(said).encode())
-
-        def _send(self, content: bytes) -> None:
-            asked = re.match(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "bytes=0-"))
-            assert asked is not None
-            first, last = int(asked[1]), int(asked[2] or len(content) - 1)
-            self.send_response(206)
-            self.send_header("Content-Range", f"bytes {first}-{last}/{len(content)}")
-            self._finish(content[first : last + 1])
-
-        def _finish(self, body: bytes) -> None:
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    `kind` is `datasets` or `models`; the names of files that were sent are added to `asked`.
+    """
+    answers = {"repository": repository, "files": files, "kind": kind, "sent": [] if asked is None else asked}
+    handler = type("Handler", (_Handler,), answers)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:

@@ -13,6 +13,8 @@ from typing import Any
 
 from torch import nn
 
+from llm_training_toolkit.engine.compiled import keep_compiled
+
 
 def prepare_process(device_type: str) -> None:
     """Choose DeepSpeed's accelerator; must run before anything imports deepspeed.
@@ -23,6 +25,7 @@ def prepare_process(device_type: str) -> None:
     """
     if device_type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
+    keep_compiled()
     import deepspeed  # noqa: PLC0415 - the accelerator is chosen at import
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

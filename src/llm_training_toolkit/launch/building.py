@@ -7,7 +7,7 @@ random weights, model.path, model.init_from or the run's own checkpoint
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from llm_training_toolkit.engine import Engine, partitioned, prepare_process, wh
 from llm_training_toolkit.errors import CheckpointError, PlanError
 from llm_training_toolkit.launch.base import base_path
 from llm_training_toolkit.launch.environment import what_four_bits_lack
+from llm_training_toolkit.launch.fetching import weights_here
 from llm_training_toolkit.launch.place import Place
 from llm_training_toolkit.models import LossModule, build_model, check_size, check_weights, grow_vocabulary, initialize
 from llm_training_toolkit.models.build import DTYPES
@@ -45,8 +46,12 @@ def build(place: Place, plan: Plan, context: RunContext, checkpoint: Checkpoint 
     prepare_process(context.device.type)
     path = base_path(place, plan, context) if plan.adapter else place.config.model.path if checkpoint is None else None
     origin = checkpoint or _other_run(place.config, plan, context)
-    engine, hf_config = _engine(place.config, plan, context, path, origin)
-    base = base_of(path, context) if plan.adapter and path else None
+    directory = weights_here(path, place, context) if path is not None else None
+    engine, hf_config = _engine(place.config, plan, context, directory, origin)
+    # A hub id stays one: what is written down must be found on other machines, too.
+    if path is not None:
+        hf_config = {**hf_config, "_name_or_path": path}
+    base = replace(base_of(directory, context), path=path) if plan.adapter and directory and path else None
     _load(engine, checkpoint, origin, base, context)
     return Built(engine, hf_config, base)
 

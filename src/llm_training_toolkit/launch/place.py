@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import os
+import socket
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from llm_training_toolkit.config import Config
 from llm_training_toolkit.data.receipt import Receipt
 from llm_training_toolkit.runs import RunDirectory
+
+_BOOT = Path("/proc/sys/kernel/random/boot_id")
+
+
+def _this_machine() -> str:
+    """What tells machines of one host name apart; containers of a machine have it in common."""
+    with suppress(OSError):
+        return _BOOT.read_text().strip()
+    return ""
 
 
 @dataclass(frozen=True)
@@ -20,6 +32,9 @@ class Place:
     receipt: Receipt
     began: float = field(default_factory=time.time)
     """When these ranks were asked for, in seconds since 1970."""
+    node: str = field(default_factory=socket.gethostname)
+    """This rank's, as its cluster names it."""
+    machine: str = field(default_factory=_this_machine)
 
 
 def ranks_started() -> int:

@@ -51,9 +51,8 @@ def _work(
     run = RunDirectory(Path(assignment["run"]))
     from llm_training_toolkit.launch.worker import work  # torch, transformers and DeepSpeed come with it
 
-    place = Place(
-        run, from_json(run.resolved.read_text()), Receipt.from_json(run.receipt.read_text()), assignment["began"]
-    )
+    config, receipt = from_json(run.resolved.read_text()), Receipt.from_json(run.receipt.read_text())
+    place = Place(run, config, receipt, assignment["began"], node=ray.util.get_node_ip_address())
     device = get_device()
     if device.type == "cuda":
         # DeepSpeed takes its device from LOCAL_RANK, which differs from Ray's order on nodes with over ten GPUs.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -30,6 +31,7 @@ from llm_training_toolkit.launch.midway import Midway
 from llm_training_toolkit.launch.output import redirect
 from llm_training_toolkit.launch.place import Place
 from llm_training_toolkit.launch.preparation import facts_of
+from llm_training_toolkit.launch.seats import Seat, take_seats
 from llm_training_toolkit.launch.sizing import after_out_of_memory, is_out_of_memory, load_of, with_micro_batch
 from llm_training_toolkit.metrics import Metrics
 from llm_training_toolkit.parts import Parts
@@ -54,8 +56,9 @@ def work(place: Place, context: RunContext) -> dict[str, Any]:
     Raises SmallerMicroBatch when memory ran out and the next attempt will take less.
     """
     asked = place.config.train.micro_batch
+    seats = take_seats(place, context)
     place = replace(place, config=with_micro_batch(place, context))
-    attempt, account = _begin(place, context, asked)
+    attempt, account = _begin(place, context, asked, seats)
     try:
         status, step = _train(_build(place, context, attempt, account), place, asked)
     except Exception as error:  # the edge of a rank: whatever ends it is written down, and goes on
@@ -87,7 +90,7 @@ def _train(parts: Parts, place: Place, asked: int | str) -> tuple[str, int]:
     return status, progress.step
 
 
-def _begin(place: Place, context: RunContext, asked: int | str) -> tuple[int, Account]:
+def _begin(place: Place, context: RunContext, asked: int | str, seats: Sequence[Seat]) -> tuple[int, Account]:
     """Agree on the attempt's number, send the output of libraries to its log, get the process ready."""
     config = place.config
     so_far = carried(place.run, place.began) if context.is_first else Carried({}, 0)
@@ -96,6 +99,7 @@ def _begin(place: Place, context: RunContext, asked: int | str) -> tuple[int, Ac
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "processes": processes,
+        "seats": [seat.to_json() for seat in seats],
         "workers": context.world_size,
         "micro_batch": config.train.micro_batch,
         "asked": asked,
