@@ -10,8 +10,8 @@ from typing import NoReturn
 
 from llm_training_toolkit.errors import ConfigError
 
-_READS_S3 = "boto3"
-"""What TensorBoard reads s3:// with."""
+_READERS = {"s3": "boto3", "gs": "gcsfs"}
+"""What TensorBoard reads addresses with, by their first part."""
 
 
 def show_in_tensorboard(where: str, host: str, port: int) -> NoReturn:
@@ -25,11 +25,11 @@ def show_in_tensorboard(where: str, host: str, port: int) -> NoReturn:
 
 def log_directory(where: str) -> str:
     """What TensorBoard is to look at: it finds the files of every run below. Raises ConfigError as above."""
-    if where.startswith("s3://"):
-        if importlib.util.find_spec(_READS_S3) is None:
-            raise ConfigError(f"{where}: TensorBoard reads s3:// with {_READS_S3}: pip install {_READS_S3}")
-        return where
-    if "://" in where:
+    protocol, found, _ = where.partition("://")
+    if found:
+        reader = _READERS.get(protocol)
+        if reader is not None and importlib.util.find_spec(reader) is None:
+            raise ConfigError(f"{where}: TensorBoard reads {protocol}:// with {reader}: pip install {reader}")
         return where
     path = Path(where).expanduser().absolute()
     if next(path.glob("**/events.out.tfevents.*"), None) is None:

@@ -14,6 +14,7 @@ import pytest
 
 from launch.conftest import Environment, command, run_of
 from launch.joining import wait_for_nodes
+from models.test_loading import QWEN3, published
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(180)]
 RAY = str(Path(sys.executable).parent / "ray")
@@ -49,41 +50,59 @@ def _may_mount() -> bool:
     return unshare is not None and not subprocess.run([unshare, "--mount", "true"], check=False).returncode
 
 
+@pytest.fixture
+def other_version(tmp_path: Path) -> Path:
+    """A folder with a toolkit of another version."""
+    import llm_training_toolkit
+
+    copy = tmp_path / "other" / "llm_training_toolkit"
+    shutil.copytree(Path(llm_training_toolkit.__file__).parent, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    initial = copy / "__init__.py"
+    initial.write_text(initial.read_text() + '\n__version__ = "0.0.1"\n')
+    return copy.parent
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    """Published weights of a Qwen3."""
+    published(QWEN3, tmp_path / "weights")
+    return tmp_path / "weights"
+
+
 @pytest.mark.skipif(not _may_mount(), reason="this user may not mount")
-def test_storage_that_a_node_does_not_share_is_named(
-    head: str, launch_config: Callable[..., Path], ray_environment: Environment, tmp_path: Path
+def test_all_that_is_wrong_with_nodes_is_said_at_once(
+    head: str,
+    launch_config: Callable[..., Path],
+    ray_environment: Environment,
+    tmp_path: Path,
+    other_version: Path,
+    weights: Path,
 ) -> None:
-    config = launch_config("unshared", cluster={"workers": 2}, data={"cache": str(tmp_path / "cache")})
+    config = launch_config(
+        "unshared",
+        cluster={"workers": 2},
+        data={"cache": str(tmp_path / "cache")},
+        model={"path": str(weights), "shape": {}},
+        tokenizer={"path": "not/asked-for", "train": None},
+    )
     run, cache = run_of(config), tmp_path / "cache"
     run.path.mkdir(parents=True, exist_ok=True)
     cache.mkdir()
-    hidden = f"mount -t tmpfs none {run.path}"
+    hidden = f"mount -t tmpfs none {run.path} && mount -t tmpfs none {weights}"
     sealed = f"mount --bind {cache} {cache} && mount -o remount,bind,ro {cache}"
-    with node(head, ray_environment, "127.0.1.7", hidden), node(head, ray_environment, "127.0.1.8", sealed):
+    older = {**ray_environment, "PYTHONPATH": f"{other_version}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    with (
+        node(head, ray_environment, "127.0.1.7", hidden),
+        node(head, ray_environment, "127.0.1.8", sealed),
+        node(head, older, "127.0.1.9"),
+    ):
         done = subprocess.run(
             command(config), env={**ray_environment, "RAY_ADDRESS": head}, capture_output=True, text=True, check=False
         )
     assert done.returncode == 1, done.stdout + done.stderr
     assert f"node 127.0.1.7 does not see what was just written (run.dir = {run.path})" in done.stderr
+    assert f"node 127.0.1.7 does not see model.path = {weights}" in done.stderr
     assert f"node 127.0.1.8 cannot write: Read-only file system (data.cache = {cache})" in done.stderr
+    assert "node 127.0.1.9 has version 0.0.1 of the toolkit, this machine" in done.stderr
     assert not list(run.path.glob(".node-check*"))
     assert not run.resolved.exists()
-
-
-def test_a_node_with_another_version_of_the_toolkit_is_named(
-    head: str, launch_config: Callable[..., Path], ray_environment: Environment, tmp_path: Path
-) -> None:
-    import llm_training_toolkit
-
-    copy = tmp_path / "llm_training_toolkit"
-    shutil.copytree(Path(llm_training_toolkit.__file__).parent, copy, ignore=shutil.ignore_patterns("__pycache__"))
-    initial = copy / "__init__.py"
-    initial.write_text(initial.read_text() + '\n__version__ = "0.0.1"\n')
-    config = launch_config("versions", cluster={"workers": 1})
-    older = {**ray_environment, "PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
-    with node(head, older, "127.0.1.9"):
-        done = subprocess.run(
-            command(config), env={**ray_environment, "RAY_ADDRESS": head}, capture_output=True, text=True, check=False
-        )
-    assert done.returncode == 1, done.stdout + done.stderr
-    assert "node 127.0.1.9 has version 0.0.1 of the toolkit, this machine" in done.stderr

@@ -36,19 +36,6 @@ def train(config: Path, environment: Mapping[str, str], *overrides: str) -> subp
     )
 
 
-def test_nodes_that_an_autoscaler_adds_are_waited_for(
-    launch_config: Callable[..., Path], autoscaling: Mapping[str, str]
-) -> None:
-    config = launch_config("added", train={"steps": 3})
-    done = train(config, autoscaling)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert (
-        "waiting for room: the run needs 2 workers of 1 CPU; the cluster has room for 0: no node has CPU" in done.stdout
-    )
-    assert "its autoscaler" in done.stdout
-    assert run_of(config).checkpoint(3, 1).is_dir()
-
-
 def test_more_than_the_autoscaler_can_add_ends_the_run_at_once(
     launch_config: Callable[..., Path], autoscaling: Mapping[str, str]
 ) -> None:
@@ -59,14 +46,19 @@ def test_more_than_the_autoscaler_can_add_ends_the_run_at_once(
     assert "its autoscaler can never add enough" in done.stderr
 
 
-def test_an_elastic_run_takes_what_the_autoscaler_can_add(
+def test_nodes_that_an_autoscaler_adds_are_waited_for(
     launch_config: Callable[..., Path], autoscaling: Mapping[str, str]
 ) -> None:
-    """A request for all five is refused whole: it goes on with less."""
-    config = launch_config("some", train={"steps": 3}, cluster={"workers": [2, 5]})
+    """A request for all five is refused whole: it goes on with less, and the run starts with what that brings."""
+    config = launch_config("added", train={"steps": 3}, cluster={"workers": [2, 5]})
     done = train(config, autoscaling)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert (
+        "waiting for room: the run needs 2 workers of 1 CPU; the cluster has room for 0: no node has CPU" in done.stdout
+    )
+    assert "its autoscaler" in done.stdout
     assert "starting with 2 workers of 2 to 5" in done.stdout
+    assert run_of(config).checkpoint(3, 1).is_dir()
 
 
 def test_a_cluster_that_is_too_small_without_an_autoscaler_ends_the_run_at_once(

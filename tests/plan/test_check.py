@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from conftest import tiny_config
 from llm_training_toolkit.config.schema import Config
 from llm_training_toolkit.plan import Plan, make_plan
 
@@ -106,3 +107,10 @@ def test_numbers_are_those_of_weights_that_are_here(tmp_path: Path) -> None:
         (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2", **values}))
         found = [note for note in plan_from(str(tmp_path)).notes if "umbers are those" in note]
         assert [note.partition(" are those")[0] for note in found] == noted
+
+
+def test_a_secret_in_the_configuration_is_noted(tmp_path: Path) -> None:
+    environment = {"HF_TOKEN": "x", "NCCL_DEBUG": "WARN", "TOKENIZERS_PARALLELISM": "true"}
+    config = tiny_config(tmp_path, tmp_path, cluster={"env": environment})
+    [said] = [note for note in make_plan(config).notes if "cluster.env" in note]
+    assert said.startswith("cluster.env.HF_TOKEN can be read in the run's directory")

@@ -466,7 +466,7 @@ class Cluster(Section):
     placement: Annotated[Literal["pack", "spread", "strict_pack", "strict_spread"], Tag.FREE] = "pack"
     """How workers are placed on nodes."""
     env: Annotated[dict[str, str], Tag.FREE] = {}
-    """Environment variables of every worker, for example NCCL_SOCKET_IFNAME."""
+    """Environment variables of every worker, for example NCCL_SOCKET_IFNAME; no secrets, as it is written down."""
 
     @property
     def fewest(self) -> int:

@@ -1,4 +1,4 @@
-"""Whether the nodes of a cluster can work on a run, found out before anything is prepared: storage and toolkit."""
+"""Whether the nodes of a cluster can work on a run, before anything is prepared: storage, weights, versions."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from llm_training_toolkit.console import Console
 from llm_training_toolkit.data.prepare import cache_of
 from llm_training_toolkit.errors import LaunchError
 from llm_training_toolkit.launch import nodes
-from llm_training_toolkit.launch.ray_train import cluster
-from llm_training_toolkit.launch.room import Node
+from llm_training_toolkit.launch.ray_train import cluster, resources_of_a_worker
+from llm_training_toolkit.launch.room import Node, fits
 from llm_training_toolkit.runs import RunDirectory
 
 _ANSWERS_WITHIN = 60.0
@@ -31,12 +31,20 @@ def check_nodes(run: RunDirectory, config: Config, console: Console) -> None:
     folders = {"run.dir": run.path, "data.cache": cache_of(config)}
     with cluster(console):
         console.stage(_STAGE, 0, 1)
-        living = [node for node in nodes.living_nodes() if node.total.get("CPU", 0.0) >= config.cluster.cpus_per_worker]
+        each = resources_of_a_worker(config, ray.cluster_resources().get("GPU", 0.0))
+        living = [node for node in nodes.living_nodes() if fits(node.total, each)]
         with _marked(folders.values()) as mark:
-            problems = list(_problems(living, folders, mark))
+            problems = list(_problems(living, folders, mark, _read(config)))
         console.stage(_STAGE, 1, 1)
     if problems:
         raise LaunchError("not every node can work on this run:\n" + "\n".join(f"  {problem}" for problem in problems))
+
+
+def _read(config: Config) -> dict[str, str]:
+    """Directories that every worker reads and that are on this machine, by field. A hub id is fetched on each node."""
+    given = {"model.path": config.model.path, "model.init_from": config.model.init_from}
+    local = {field: Path(path).expanduser().absolute() for field, path in given.items() if path is not None}
+    return {field: str(path) for field, path in local.items() if path.is_dir()}
 
 
 @contextmanager
@@ -53,12 +61,12 @@ def _marked(folders: Iterable[Path]) -> Iterator[str]:
             (folder / mark).unlink(missing_ok=True)
 
 
-def _problems(living: Sequence[Node], folders: Mapping[str, Path], mark: str) -> Iterator[str]:
+def _problems(living: Sequence[Node], folders: Mapping[str, Path], mark: str, read: Mapping[str, str]) -> Iterator[str]:
     """What is wrong, a line for each node and folder."""
     look = ray.remote(num_cpus=0, max_retries=0)(look_around)
     asked = {
         look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False)).remote(
-            [str(folder) for folder in folders.values()], mark
+            [str(folder) for folder in folders.values()], mark, list(read.values())
         ): node.address
         for node in living
     }
@@ -66,7 +74,7 @@ def _problems(living: Sequence[Node], folders: Mapping[str, Path], mark: str) ->
     for answer in answered:
         address = asked[answer]
         try:
-            version, found = ray.get(answer)
+            version, found, blind = ray.get(answer)
         except ray.exceptions.RayTaskError as error:
             cause = f"{type(error.cause).__name__}: {error.cause}"
             yield f"node {address} cannot run the toolkit ({cause}): install the same version there"
@@ -78,11 +86,19 @@ def _problems(living: Sequence[Node], folders: Mapping[str, Path], mark: str) ->
         for (field, folder), problem in zip(folders.items(), found, strict=True):
             if problem:
                 yield f"node {address} {problem} ({field} = {folder}): it must be storage that every node shares"
+        for field, path in read.items():
+            if path in blind:
+                yield f"node {address} does not see {field} = {path}: put it where every node reads it"
 
 
-def look_around(folders: Sequence[str], mark: str) -> tuple[str, list[str]]:
-    """On a node: its version of the toolkit, and what is wrong with each folder, empty where it is fine."""
-    return __version__, [_wrong_with(Path(folder), mark) for folder in folders]
+def look_around(folders: Sequence[str], mark: str, read: Sequence[str]) -> tuple[str, list[str], list[str]]:
+    """On a node: its version of the toolkit; what is wrong with each folder, empty where it is fine; what is not there.
+
+    `folders` are written to, `read` is only read.
+    """
+    wrong = [_wrong_with(Path(folder), mark) for folder in folders]
+    # A disk that is not mounted leaves an empty folder.
+    return __version__, wrong, [path for path in read if next(Path(path).glob("*"), None) is None]
 
 
 def _wrong_with(folder: Path, mark: str) -> str:

@@ -56,24 +56,22 @@ def cluster(console: Console) -> Iterator[None]:
 
 
 def wanted_of(config: Config, gpus_there: float, console: Console) -> Wanted:
-    """The workers to ask for, on a cluster that has so many GPUs now."""
+    """The workers to ask for, on a cluster that has so many GPUs now; says so where those are left unused."""
     asked = config.cluster
-    gpus = _gpus_per_worker(config, gpus_there, console)
-    each = {"CPU": float(asked.cpus_per_worker)} | ({"GPU": float(gpus)} if gpus else {})
-    return Wanted(asked.fewest, asked.most, each, asked.placement)
-
-
-def _gpus_per_worker(config: Config, gpus: float, console: Console) -> int:
-    """GPUs a worker takes, of `gpus` in the cluster."""
-    fewest = config.cluster.fewest
-    if config.cluster.gpus_per_worker != "auto":
-        return config.cluster.gpus_per_worker
-    if 0 < gpus < fewest:
+    if asked.gpus_per_worker == "auto" and 0 < gpus_there < asked.fewest:
         console.say(
-            f"note: {gpus:g} GPUs for {fewest} workers: training on CPU; cluster.workers={gpus:g} uses them, "
-            "cluster.gpus_per_worker=1 waits for more"
+            f"note: {gpus_there:g} GPUs for {asked.fewest} workers: training on CPU; cluster.workers={gpus_there:g} "
+            "uses them, cluster.gpus_per_worker=1 waits for more"
         )
-    return 1 if gpus >= fewest else 0
+    return Wanted(asked.fewest, asked.most, resources_of_a_worker(config, gpus_there), asked.placement)
+
+
+def resources_of_a_worker(config: Config, gpus_there: float) -> dict[str, float]:
+    """What one worker takes, on a cluster that has so many GPUs now."""
+    gpus = config.cluster.gpus_per_worker
+    if gpus == "auto":
+        gpus = 1 if gpus_there >= config.cluster.fewest else 0
+    return {"CPU": float(config.cluster.cpus_per_worker)} | ({"GPU": float(gpus)} if gpus else {})
 
 
 def run_on_ray(run: RunDirectory, config: Config, console: Console) -> dict[str, Any]:

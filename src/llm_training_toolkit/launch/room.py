@@ -46,6 +46,11 @@ class Wanted:
         return min(count, self.most)
 
 
+def fits(resources: Resources, each: Resources) -> bool:
+    """Whether a node that has `resources` can hold a worker at all."""
+    return _times(resources, each) > 0
+
+
 def _times(resources: Resources, each: Resources) -> int:
     """How often one worker's resources fit into those of a node; Ray counts in ten-thousandths."""
     return min(int((resources.get(name, 0.0) + 1e-4) // amount) for name, amount in each.items() if amount)

@@ -15,6 +15,9 @@ from llm_training_toolkit.plan.batch import micro_batch, shares
 from llm_training_toolkit.plan.deepspeed import deepspeed_problems
 from llm_training_toolkit.plan.problem import Problem
 
+_SECRET = re.compile(r"TOKEN$|SECRET|PASSWORD|CREDENTIAL|KEY$", re.IGNORECASE)
+"""Names of environment variables that hold what nobody else may know."""
+
 
 def problems(config: Config, size: Size, hf: HfValues, replicas: int) -> tuple[Problem, ...]:
     """Every reason found in the configuration itself why the run cannot start."""
@@ -185,7 +188,18 @@ def notes(config: Config, size: Size, hf: HfValues, replicas: tuple[int, int]) -
         *_batch_notes(config, *replicas),
         *_model_notes(config, size, hf),
         *_evaluation_notes(config),
+        *_environment_notes(config),
     )
+
+
+def _environment_notes(config: Config) -> Iterator[str]:
+    """Secrets in what many can read."""
+    for name in config.cluster.env:
+        if _SECRET.search(name):
+            yield (
+                f"cluster.env.{name} can be read in the run's directory, its TensorBoard and Ray's dashboard: set a "
+                "secret in the environment of the nodes instead."
+            )
 
 
 def _evaluation_notes(config: Config) -> Iterator[str]:
