@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import shlex
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
 from llm_training_toolkit.console import Console
 from llm_training_toolkit.errors import LaunchError, PlanError
-from llm_training_toolkit.launch.jobs.client import Job
+from llm_training_toolkit.launch.jobs.client import Job, connect
 from llm_training_toolkit.launch.jobs.package import what_travels
 from llm_training_toolkit.launch.jobs.submit import request_of, submit
 from llm_training_toolkit.launch.outcome import Request
@@ -62,3 +67,40 @@ def test_more_workers_than_the_cluster_file_holds_are_refused_before_anybody_is_
     request = Request(Path("configs/quickstart.yaml"), ["cluster.workers=64", "train.global_batch=64", "run.dir=/runs"])
     with pytest.raises(PlanError, match=r"cluster\.workers"):
         submit(request, "http://127.0.0.1:1", Path("cluster/local.yaml"), Console())
+
+
+@contextmanager
+def answering(code: int, answer: object) -> Iterator[str]:
+    """A server that gives one answer to every question."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            """Say nothing."""
+
+        def do_GET(self) -> None:
+            body = json.dumps(answer).encode()
+            self.send_response(code)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("code", "answer", "words"),
+    [
+        (
+            200,
+            {"version": "4", "ray_version": "2.9.0", "ray_commit": ""},
+            r"runs Ray 2\.9\.0, here is Ray .*: install ray==",
+        ),
+        (404, {}, r"cannot be reached: .*needs ray\[default\] on the head"),
+    ],
+)
+def test_another_ray_and_a_head_without_a_job_server_are_said(code: int, answer: object, words: str) -> None:
+    with answering(code, answer) as address, pytest.raises(LaunchError, match=words):
+        connect(address)
