@@ -36,7 +36,8 @@ STEPS = 1200
 """More than are done before the run has been stopped twice."""
 SECTIONS = {
     "train": {"steps": STEPS, "global_batch": 4, "micro_batch": 2, "precision": "fp32"},
-    "optim": {"schedule": "constant"},  # the length, which is settled when the run has stopped twice, changes nothing
+    # The length, which is settled when the run has stopped twice, changes nothing.
+    "optim": {"schedule": "constant", "lr": 3e-4},
     "cluster": {"workers": [2, 3], "env": {"SAID_IN_THE_CONFIGURATION": "yes"}},
 }
 NODES = ("127.0.1.1", "127.0.1.2", "127.0.1.3")

@@ -41,9 +41,12 @@ def check_nodes(run: RunDirectory, config: Config, console: Console) -> None:
 
 
 def _read(config: Config) -> dict[str, str]:
-    """Directories that every worker reads and that are on this machine, by field. A hub id is fetched on each node."""
+    """Directories that every worker reads and that are on this machine, by field. A hub id is fetched on each node.
+
+    As they are given: what is relative lies in the folder that Ray gives to every node.
+    """
     given = {"model.path": config.model.path, "model.init_from": config.model.init_from}
-    local = {field: Path(path).expanduser().absolute() for field, path in given.items() if path is not None}
+    local = {field: Path(path).expanduser() for field, path in given.items() if path is not None}
     return {field: str(path) for field, path in local.items() if path.is_dir()}
 
 
