@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from llm_training_toolkit.goodput import PARTS, Account, Part, in_words, split_of
 from llm_training_toolkit.launch.accounting import Carried, carried
-from llm_training_toolkit.runs import RunDirectory, begin_attempt, end_attempt
+from llm_training_toolkit.overview import goodput
+from llm_training_toolkit.runs import RunDirectory, begin_attempt, end_attempt, note_in_attempt
 
 Moves = st.lists(st.tuples(st.sampled_from(PARTS), st.floats(0.0, 1e4)), max_size=30)
 
@@ -108,6 +109,21 @@ def test_an_attempt_that_never_took_a_step_is_idle_time(run: RunDirectory) -> No
     assert carried(run, 130.0).before == {"idle": 30.0}
     attempt(run, 130.0, range(0), 130.0, "lost")
     assert carried(run, 160.0).before == {"idle": 60.0}
+
+
+def test_a_command_counts_to_its_end_and_the_time_until_the_next_one_does_not(run: RunDirectory) -> None:
+    attempt(run, 100.0, range(1, 6), 150.0, "stopped")
+    note_in_attempt(run, 1, command_ended=153.0)
+    assert goodput(run)["idle"] == 3.0
+    assert carried(run, 9_000.0).before["idle"] == 3.0
+    attempt(run, 9_000.0, range(6, 8), 9_010.0, "finished")
+    assert sum(goodput(run).values()) == pytest.approx(63.0)
+
+
+def test_a_process_that_becomes_another_one_of_its_command_counts_its_time_once(run: RunDirectory) -> None:
+    attempt(run, 100.0, range(1, 6), 150.0, "failed")
+    account = carried(run, 100.0).open(100.0)
+    assert sum(split_of(account.values()).values()) == pytest.approx(time.time() - 100.0, abs=10.0)
 
 
 def test_a_command_begins_when_its_process_is_started() -> None:

@@ -3,6 +3,8 @@
 python experiments/drill/run.py                             # what `make drill` does: about an hour on two cores
 python experiments/drill/run.py --failures 3 --saving 3     # fewer of each
 python experiments/drill/run.py --plot-only                 # table and picture again, from result.json
+
+A drill that result.json has is not done again; delete the file to begin anew.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import argparse
 import datetime
 import json
 import os
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -24,90 +27,129 @@ SHAPE = {"num_hidden_layers": 2, "hidden_size": 128, "intermediate_size": 256, "
 SMALL = [
     *(f"model.shape.{key}={value}" for key, value in SHAPE.items()),
     "data.sequence_length=128",
-    "checkpoint.every=20",
     "checkpoint.keep=3",
     "cluster.gpus_per_worker=0",
+    "failures.on_spike=ignore",  # steps of a thousand tokens vary as much as spikes do
 ]
+KINDS = "worker,driver,stop,saving,truncated,storage,hang,node,notice,head"
+ON_RAY, ALONE = "every kind, two workers on Ray", "kills while saving, one process"
 
 
-def drill(arguments: list[str], settings: list[str]) -> dict[str, Any]:
+def results() -> dict[str, dict[str, Any]]:
+    """What has been done, by drill."""
+    done: dict[str, dict[str, Any]] = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+    return {name: done[name] for name in (ON_RAY, ALONE) if name in done}
+
+
+def drill(kills: int, kinds: str, seed: int, settings: list[str]) -> dict[str, Any]:
     """One drill on the quickstart, made small."""
     config = str(ROOT / "configs" / "quickstart.yaml")
-    command = [sys.executable, "-m", "llm_training_toolkit", "drill", config, *SMALL, *settings, "--json", *arguments]
-    found: dict[str, Any] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
-    return found
+    command = [sys.executable, "-m", "llm_training_toolkit", "drill", config, *SMALL, *settings, "--json"]
+    command += ["--kills", str(kills), "--kinds", kinds, "--seed", str(seed)]
+    found = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True).stdout
+    result: dict[str, Any] = json.loads(found)  # also where something was lost: that is to be seen in the table
+    return result | {"run": Path(result["run"]).parent.name}
 
 
-def table(result: dict[str, Any]) -> str:
-    """Both drills as a table, failures by kind."""
-    lines = ["| drill | kind | failures | seconds to recover: median, most |", "|---|---|---|---|"]
-    for name, found in result["drills"].items():
+def table(drills: dict[str, dict[str, Any]]) -> str:
+    """All drills: failures by kind, then what was counted."""
+    lines = [
+        "| drill | kind | failures | seconds to the next step: median, most | of these its workers' start |",
+        "|---|---|---|---|---|",
+    ]
+    for name, found in drills.items():
         for kind in sorted({each["kind"] for each in found["failures"]}):
-            seconds = sorted(each["seconds_to_recover"] for each in found["failures"] if each["kind"] == kind)
-            middle = seconds[len(seconds) // 2]
-            lines.append(f"| {name} | {kind} | {len(seconds)} | {middle:.1f}, {seconds[-1]:.1f} |")
-    titles = ("steps", "steps repeated", "missing", "doubled", "largest loss difference", "weights equal", "cold start")
-    lines += ["", f"| drill | {' | '.join(titles)} |", "|---" * (len(titles) + 1) + "|"]
-    for name, found in result["drills"].items():
-        keys = ("steps", "steps_repeated", "sequences_missing", "sequences_doubled", "max_loss_difference")
-        values = [f"{found[key]:g}" for key in keys]
-        values += ["yes" if found["weights_equal"] else "no", f"{found['cold_start_seconds']:.1f} s"]
-        lines.append(f"| {name} | {' | '.join(values)} |")
+            mine = [each for each in found["failures"] if each["kind"] == kind]
+            seconds = [each["seconds_to_recover"] for each in mine]
+            group = statistics.median(each["group_seconds"] for each in mine)
+            row = f"{len(mine)} | {statistics.median(seconds):.1f}, {max(seconds):.1f} | {group:.1f}"
+            lines.append(f"| {name} | {kind} | {row} |")
+    lines += ["", f"| | {' | '.join(drills)} |", "|---" * (len(drills) + 1) + "|"]
+    for title in (rows := [counted(found) for found in drills.values()])[0]:
+        lines.append(f"| {title} | {' | '.join(row[title] for row in rows)} |")
     return "\n".join(lines) + "\n"
 
 
-def plot(result: dict[str, Any]) -> None:
+def counted(found: dict[str, Any]) -> dict[str, str]:
+    """What a drill counted, by title."""
+    killed = [each["seconds_to_recover"] for each in found["failures"] if each["kind"] in {"worker", "saving"}]
+    shares = [f"{sum(found[f'goodput{of}'].values()) / found[f'wall_seconds{of}']:.2%}" for of in ("", "_undisturbed")]
+    split = found["goodput"]
+    return {
+        "failures": str(len(found["failures"])),
+        "steps": str(found["steps"]),
+        "steps done again": str(found["steps_repeated"]),
+        "sequences missing": str(found["sequences_missing"]),
+        "sequences doubled": str(found["sequences_doubled"]),
+        "largest difference of a step's loss": f"{found['max_loss_difference']:g}",
+        "final weights and moments bit for bit": "yes" if found["weights_equal"] else "no",
+        "a checkpoint was half written": str(sum(each["half_written"] for each in found["failures"])),
+        "went on from a wrong checkpoint": str(found["checkpoints_wrong"]),
+        "cold start, and its workers alone": (
+            f"{found['cold_start_seconds']:.1f} s, {found['cold_group_seconds']:.1f} s"
+        ),
+        "killed worker to next step / cold start of the workers: median, most": (
+            f"{statistics.median(killed) / found['cold_group_seconds']:.2f}, "
+            f"{max(killed) / found['cold_group_seconds']:.2f}"
+        ),
+        "wall time": f"{found['wall_seconds']:.1f} s",
+        "sum of the parts / wall time, and undisturbed": ", ".join(shares),
+        "parts": ", ".join(f"{part} {seconds:.1f}" for part, seconds in split.items()),
+    }
+
+
+def plot(drills: dict[str, dict[str, Any]]) -> None:
     """Seconds to recover by step and kind, and where the time went."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    drills = result["drills"]
-    figure, axes = plt.subplots(len(drills), 2, figsize=(11, 3.4 * len(drills)), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(len(drills), 2, figsize=(13, 4.2 * len(drills)), squeeze=False, layout="constrained")
     for (name, found), (left, right) in zip(drills.items(), axes, strict=True):
-        for kind in sorted({each["kind"] for each in found["failures"]}):
+        for number, kind in enumerate(sorted({each["kind"] for each in found["failures"]})):
             points = [(each["step"], each["seconds_to_recover"]) for each in found["failures"] if each["kind"] == kind]
-            left.scatter(*zip(*points, strict=True), label=kind, s=28)
+            marker = "osD^vP*X<>"[number % 10]
+            left.scatter(*zip(*points, strict=True), label=kind, s=30, marker=marker)
         left.axhline(found["cold_start_seconds"], color="grey", linestyle="--", label="cold start")
-        left.set(title=f"{name}: {len(found['failures'])} failures", xlabel="step", ylabel="seconds to the next step")
+        left.axhline(
+            2 * found["cold_group_seconds"], color="grey", linestyle=":", label="twice the workers' cold start"
+        )
+        left.set(title=f"{len(found['failures'])} failures: {name}", xlabel="step", ylabel="seconds to the next step")
         left.set_ylim(bottom=0)
-        left.legend(fontsize=8)
+        left.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
         for row, key in enumerate(("goodput", "goodput_undisturbed")):
             start = 0.0
             for number, (part, seconds) in enumerate(found[key].items()):
                 right.barh(row, seconds, left=start, color=f"C{number}", label=part if row == 0 else None)
                 start += seconds
-        right.set(
-            yticks=[0, 1], yticklabels=["disturbed", "undisturbed"], xlabel="seconds", title="where the time went"
-        )
-        right.legend(fontsize=8)
+        names = ["disturbed", "undisturbed"]
+        right.set(yticks=[0, 1], yticklabels=names, xlabel="seconds", title="where the time went")
+        right.legend(fontsize=8, loc="upper right")
     PICTURE.parent.mkdir(exist_ok=True)
     figure.savefig(PICTURE, dpi=110)
 
 
 def main() -> None:
-    """Run what was asked for and write it down."""
+    """Run what was asked for and is not there yet, and write it down."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--failures", type=int, default=20)
     parser.add_argument("--saving", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--plot-only", action="store_true")
     asked = parser.parse_args()
-    if not asked.plot_only:
-        ray, alone = ["cluster.workers=2"], ["cluster.workers=0"]
-        seed = ["--seed", str(asked.seed)]
-        kinds = ["--kills", str(asked.failures), "--kinds", "worker,driver,saving,truncated,hang", *seed]
-        saving = ["--kills", str(asked.saving), "--kinds", "saving", *seed]
-        drills = {
-            "all kinds, 2 workers on Ray": drill(kinds, [*ray, f"train.steps={60 * asked.failures}"]),
-            "while saving, 1 process": drill(saving, [*alone, f"train.steps={40 * asked.saving}"]),
-        }
-        day, cpus = datetime.datetime.now(tz=datetime.UTC).date().isoformat(), os.cpu_count()
-        RESULT.write_text(json.dumps({"date": day, "cpus": cpus, "drills": drills}, indent=1) + "\n")
-    result = json.loads(RESULT.read_text())
-    TABLE.write_text(table(result))
-    plot(result)
+    orders = {
+        ON_RAY: (asked.failures, KINDS, ["cluster.workers=2", "checkpoint.every=10"], 40),
+        ALONE: (asked.saving, "saving", ["cluster.workers=0", "checkpoint.every=10"], 40),
+    }
+    for name, (kills, kinds, settings, each) in orders.items():
+        if kills and not asked.plot_only and name not in results():
+            found = drill(kills, kinds, asked.seed, [*settings, f"train.steps={each * kills}"])
+            day = datetime.datetime.now(tz=datetime.UTC).date().isoformat()
+            done = results() | {name: found | {"date": day, "cpus": os.cpu_count()}}
+            RESULT.write_text(json.dumps(done, indent=1) + "\n")
+    TABLE.write_text(table(results()))
+    plot(results())
 
 
 if __name__ == "__main__":

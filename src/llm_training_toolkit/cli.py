@@ -258,19 +258,25 @@ def drill(
     *,
     kills: Annotated[int, typer.Option(min=1, help="How many failures.")] = 5,
     kinds: Annotated[
-        str, typer.Option(help="Which, separated by commas: worker, driver, saving, truncated, hang.")
-    ] = "worker,driver,saving,truncated",
+        str,
+        typer.Option(
+            help="Which, separated by commas: worker, driver, stop, saving, truncated, storage; on Ray also hang; on a "
+            "cluster that the drill starts here also node, notice, head."
+        ),
+    ] = "worker,driver,stop,saving,truncated,storage",
     seed: Annotated[int, typer.Option(help="Draws kinds and moments.")] = 0,
     hang: Annotated[str, typer.Option(help="failures.hang of both runs.")] = "20s",
     as_json: AsJson = False,
 ) -> None:
     """Run a configuration undisturbed and with real failures, on this machine, and say what was lost."""
-    from llm_training_toolkit.launch.drill.drill import Drill, Order, lines_of
+    from llm_training_toolkit.launch.drill.drill import Drill, Order
+    from llm_training_toolkit.launch.drill.report import lines_of
 
+    signal.signal(signal.SIGTERM, _interrupt)
     order = Order(config, overrides or (), kills, [kind.strip() for kind in kinds.split(",")], seed, hang)
     report = Drill(order, lambda text: typer.echo(text, err=True)).carry_out()
     typer.echo(json.dumps(report.to_json()) if as_json else "\n".join(lines_of(report)))
-    if report.sequences_missing or report.sequences_doubled:
+    if not report.is_whole:
         raise typer.Exit(1)
 
 

@@ -85,8 +85,16 @@ def status(run: RunDirectory) -> RunStatus:
 
 
 def goodput(run: RunDirectory) -> Split:
-    """Where the run's time went so far, all attempts together; empty before its first step."""
-    return next((found for row in reversed(list(newest_rows(run.metrics))) if (found := split_of(row))), {})
+    """Where the run's time went so far, all attempts together; empty before its first step.
+
+    What passed after the last row until the command ended is idle.
+    """
+    for row in reversed(list(newest_rows(run.metrics))):
+        if split := split_of(row):
+            ended = float(attempt_record(run, last_attempt(run)).get("command_ended", 0.0))
+            split["idle"] += max(0.0, ended - float(row["time"]))
+            return split
+    return {}
 
 
 def _state(attempt: dict[str, Any], *, held: bool) -> State:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from llm_training_toolkit.goodput import Account, Split, split_of
 from llm_training_toolkit.overview import newest_rows
-from llm_training_toolkit.runs import RunDirectory, attempt_record, last_attempt
+from llm_training_toolkit.runs import RunDirectory, attempt_record, last_attempt, note_in_attempt
 
 _ASKED_FOR = {"stopped", "finished"}
 """How an attempt ends after which the run does not wait for the next one."""
@@ -21,10 +21,13 @@ class Carried(NamedTuple):
     before: Split
     reached: int
     """The last step that was ever completed."""
+    until: float = 0.0
+    """When the account stood so, in seconds since 1970: what comes before is in it."""
 
     def open(self, began: float) -> Account:
         """The account of workers that were asked for at `began`."""
-        return Account(began, self.before, self.reached)
+        # A process that becomes a new one of the same command (inline.py) keeps the moment it was started.
+        return Account(max(began, self.until), self.before, self.reached)
 
 
 def carried(run: RunDirectory, began: float) -> Carried:
@@ -35,10 +38,16 @@ def carried(run: RunDirectory, began: float) -> Carried:
     rows = list(newest_rows(run.metrics))
     accounts = [(split_of(row), float(row["time"])) for row in rows if split_of(row)]
     before, until = accounts[-1] if accounts else ({}, float(attempt_record(run, 1).get("began", began)))
-    if previous.get("state") not in _ASKED_FOR:
-        before["idle"] = before.get("idle", 0.0) + max(0.0, began - until)
+    waited_to = float(previous.get("command_ended", until if previous.get("state") in _ASKED_FOR else began))
+    before["idle"] = before.get("idle", 0.0) + max(0.0, waited_to - until)
     done = [int(row["step"]) for row in rows if "train/loss" in row]
-    return Carried(before, max([int(previous.get("reached", 0)), *done[-1:]]))
+    return Carried(before, max([int(previous.get("reached", 0)), *done[-1:]]), until)
+
+
+def note_end(run: RunDirectory) -> None:
+    """Write down that the command ends now, because the run has finished or was to stop: the run waits for nobody."""
+    if attempt := last_attempt(run):
+        note_in_attempt(run, attempt, command_ended=time.time())
 
 
 def command_began() -> float:

@@ -285,7 +285,13 @@ def _trainer(the: Assignment, line: Any) -> TorchTrainer:  # noqa: ANN401 - Ray'
     timeout = max(900.0, _COLLECTIVE_TIMEOUTS * hang_seconds(job.config))
     return TorchTrainer(
         worker_main,
-        train_loop_config={"run": str(job.run.path), "line": line, "began": the.began, "rungs": job.rungs},
+        train_loop_config={
+            "run": str(job.run.path),
+            "line": line,
+            "began": the.began,
+            "group_began": time.time(),
+            "rungs": job.rungs,
+        },
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=int(timeout)),
         scaling_config=ScalingConfig(
             num_workers=the.size,

@@ -31,7 +31,9 @@ class Place:
     config: Config
     receipt: Receipt
     began: float = field(default_factory=time.time)
-    """When these ranks were asked for, in seconds since 1970."""
+    """When these ranks were asked for, in seconds since 1970: the first ones by the command."""
+    group_began: float = field(default_factory=time.time)
+    """When their group was started, once everything before it was settled."""
     node: str = field(default_factory=socket.gethostname)
     """This rank's, as its cluster names it."""
     machine: str = field(default_factory=_this_machine)

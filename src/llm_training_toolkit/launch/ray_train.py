@@ -9,7 +9,7 @@ import importlib
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 import ray
@@ -19,11 +19,12 @@ from llm_training_toolkit.config import Config
 from llm_training_toolkit.console import Console
 from llm_training_toolkit.errors import LaunchError
 from llm_training_toolkit.launch.environment import is_local
+from llm_training_toolkit.launch.head import watching
 from llm_training_toolkit.launch.outcome import EXIT_CODES
 from llm_training_toolkit.launch.output import redirect
 from llm_training_toolkit.launch.room import Wanted
 from llm_training_toolkit.launch.stopping import on_stop_signal
-from llm_training_toolkit.runs import RunDirectory
+from llm_training_toolkit.runs import RunDirectory, fail_attempt, last_attempt
 
 
 @contextmanager
@@ -90,8 +91,17 @@ def run_on_ray(run: RunDirectory, config: Config, console: Console) -> dict[str,
             console.say("stopping after this step, with a checkpoint (Ctrl-C again: at once, without)")
             groups.stop()
 
+        def head_is_gone(why: str) -> None:
+            with suppress(OSError, ValueError):
+                fail_attempt(run, last_attempt(run), why)
+            said = f"error: {why}. The same command goes on from the newest checkpoint once there is a cluster again"
+            _leave_at_once(console, said, LaunchError.exit_code)
+
+        def warn(message: str) -> None:
+            console.show({"kind": "warning", "message": message})
+
         try:
-            with on_stop_signal(stop):
+            with on_stop_signal(stop), watching(ray.get_runtime_context().gcs_address, warn, head_is_gone):
                 return groups.run()
         except FitStuckError as error:
             _leave_at_once(console, f"error: {error}", error.exit_code)

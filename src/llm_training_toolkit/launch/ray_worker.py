@@ -52,7 +52,8 @@ def _work(
     from llm_training_toolkit.launch.worker import work  # torch, transformers and DeepSpeed come with it
 
     config, receipt = from_json(run.resolved.read_text()), Receipt.from_json(run.receipt.read_text())
-    place = Place(run, config, receipt, assignment["began"], node=ray.util.get_node_ip_address())
+    began, node = (assignment["began"], assignment["group_began"]), ray.util.get_node_ip_address()
+    place = Place(run, config, receipt, *began, node=node)
     device = get_device()
     if device.type == "cuda":
         # DeepSpeed takes its device from LOCAL_RANK, which differs from Ray's order on nodes with over ten GPUs.

@@ -12,6 +12,7 @@ from llm_training_toolkit.config import Config, load, to_json
 from llm_training_toolkit.console import Console
 from llm_training_toolkit.data.receipt import Receipt
 from llm_training_toolkit.goodput import in_words
+from llm_training_toolkit.launch.accounting import note_end
 from llm_training_toolkit.launch.ahead import preparing_ahead
 from llm_training_toolkit.launch.environment import check_machine, check_quantization, is_local, prepare_environment
 from llm_training_toolkit.launch.origin import refuse_unfit_weights
@@ -60,6 +61,7 @@ def start(request: Request, console: Console) -> Outcome:
             console.say(line)
         with preparing_ahead(run, config, facts_of(receipt, standing.step, standing.sequences), console):
             result = train(run, config, console)
+        note_end(run)
         console.say(in_words(goodput(run)))
         return _outcome(run, result)
 

@@ -105,6 +105,7 @@ def _begin(place: Place, context: RunContext, asked: int | str, seats: Sequence[
         "asked": asked,
         "load": load_of(config, context),
         "began": place.began,
+        "group_began": place.group_began,
         "reached": so_far.reached,
     }
     attempt = context.broadcast(begin_attempt(place.run, facts) if context.is_first else 0)
