@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llm_training_toolkit.data.ledger import Fetched
-from llm_training_toolkit.errors import CheckpointError, ConfigError
+from llm_training_toolkit.errors import CheckpointError, ConfigError, PlanError
 from llm_training_toolkit.launch.drill.drill import Drill, Order, schedule
 from llm_training_toolkit.launch.drill.failures import KINDS
 from llm_training_toolkit.launch.drill.lineage import Stretch, compare, fetched_along, stretches
@@ -71,6 +71,8 @@ def test_a_failure_that_the_run_cannot_have_is_refused(launch_config: Callable[.
     for kinds in (["worker", "flood"], ["hang"], ["head"], [""], []):
         with pytest.raises(ConfigError, match=r"this run can have worker, driver, stop, saving, truncated, storage \("):
             Drill(Order(config, (), 1, kinds, 0, "20s"), print)
+    with pytest.raises(PlanError, match="this machine has"):
+        Drill(Order(config, ("cluster.workers=500", "train.global_batch=500"), 1, ["node"], 0, "20s"), print)
     with pytest.raises(ConfigError, match=r"failures\.hang"):
         Drill(Order(config, (), 1, ["worker"], 0, "soon"), print)
 

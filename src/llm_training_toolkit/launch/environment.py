@@ -42,9 +42,14 @@ def prepare_environment() -> None:
 
 def check_machine(config: Config) -> None:
     """Refuse, before anything starts, more workers than this machine has cores; a cluster is asked later."""
-    wanted = config.cluster.fewest * config.cluster.cpus_per_worker
+    if is_local():
+        refuse_too_many(config)
+
+
+def refuse_too_many(config: Config) -> None:
+    """Raise PlanError where this machine has fewer cores than the fewest workers take."""
     cores = len(os.sched_getaffinity(0))
-    if is_local() and wanted > cores:
+    if config.cluster.fewest * config.cluster.cpus_per_worker > cores:
         raise PlanError(too_many(config, f"this machine has {cores} cores"))
 
 

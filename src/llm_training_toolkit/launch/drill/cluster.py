@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import shutil
@@ -37,6 +38,7 @@ class OwnCluster:
         os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
         os.environ.setdefault(RAY_WAITS_SETTING, _WAIT_FOR_HEAD)
         prepare_environment()
+        logging.getLogger("ray").setLevel(logging.ERROR)
         self._nodes, self._cpus, self._added = nodes, cpus, 0
         self.start()
 
@@ -75,7 +77,8 @@ class OwnCluster:
         from ray.cluster_utils import Cluster
 
         self._place = tempfile.mkdtemp(prefix="ltt-drill-")  # not deeper: Ray's sockets need a short path
-        head = {"num_cpus": 0, "include_dashboard": False, "temp_dir": self._place}
+        os.environ["RAY_TMPDIR"] = self._place  # where also stands which cluster a command without address joins
+        head = {"num_cpus": 0, "include_dashboard": False}
         with _sigterm_as_it_is():
             self._cluster = Cluster(initialize_head=True, head_node_args=head)
         for _ in range(self._nodes):

@@ -17,6 +17,7 @@ from llm_training_toolkit.errors import ConfigError, LaunchError
 from llm_training_toolkit.launch.drill.cluster import OwnCluster
 from llm_training_toolkit.launch.drill.failures import KINDS, Victim, being_written, steps_done
 from llm_training_toolkit.launch.drill.report import Clock, Injected, Report, newest_undamaged, report, rows
+from llm_training_toolkit.launch.environment import refuse_too_many
 from llm_training_toolkit.runs import RunDirectory, attempt_record, last_attempt
 
 _LOOK_EVERY = 0.1
@@ -75,7 +76,9 @@ class Drill:
     def _ground(self) -> Iterator[None]:
         """A cluster of its own where a failure needs one; however the drill ends, its commands end with it."""
         if any(KINDS[kind].needs == "nodes" for kind in self._order.kinds):
-            self._cluster = OwnCluster(self._config.cluster.most, self._config.cluster.cpus_per_worker)
+            asked = self._config.cluster
+            there = len(os.sched_getaffinity(0)) // asked.cpus_per_worker
+            self._cluster = OwnCluster(min(asked.most, there), asked.cpus_per_worker)
         try:
             yield
         finally:
@@ -167,6 +170,8 @@ def _refuse_unfit(config: Config, kinds: Sequence[str]) -> None:
     if not kinds or set(kinds) - set(fitting):
         why = "" if config.cluster.workers else " (hang, node, notice and head need Ray: cluster.workers)"
         raise ConfigError(f"--kinds {','.join(kinds)}: this run can have {', '.join(fitting)}{why}")
+    if any(KINDS[kind].needs == "nodes" for kind in kinds):
+        refuse_too_many(config)
 
 
 def _log(run: RunDirectory) -> Path:
