@@ -88,14 +88,19 @@ def counted(found: dict[str, Any]) -> dict[str, str]:
         "cold start, and its workers alone": (
             f"{found['cold_start_seconds']:.1f} s, {found['cold_group_seconds']:.1f} s"
         ),
-        "killed worker to next step / cold start of the workers: median, most": (
-            f"{statistics.median(killed) / found['cold_group_seconds']:.2f}, "
-            f"{max(killed) / found['cold_group_seconds']:.2f}"
+        "killed rank to next step / cold start: median, most": ratio(killed, found["cold_start_seconds"]),
+        "killed rank to next step / cold start of the workers alone: median, most": (
+            ratio(killed, found["cold_group_seconds"])
         ),
         "wall time": f"{found['wall_seconds']:.1f} s",
         "sum of the parts / wall time, and undisturbed": ", ".join(shares),
         "parts": ", ".join(f"{part} {seconds:.1f}" for part, seconds in split.items()),
     }
+
+
+def ratio(seconds: list[float], to: float) -> str:
+    """Median and most, as parts of a time."""
+    return f"{statistics.median(seconds) / to:.2f}, {max(seconds) / to:.2f}"
 
 
 def plot(drills: dict[str, dict[str, Any]]) -> None:
