@@ -117,9 +117,9 @@ def plot(drills: dict[str, dict[str, Any]]) -> None:
             marker = "osD^vP*X<>"[number % 10]
             left.scatter(*zip(*points, strict=True), label=kind, s=30, marker=marker)
         left.axhline(found["cold_start_seconds"], color="grey", linestyle="--", label="cold start")
-        left.axhline(
-            2 * found["cold_group_seconds"], color="grey", linestyle=":", label="twice the workers' cold start"
-        )
+        if name == ON_RAY:  # a lone process has no workers: its whole command comes again
+            twice = 2 * found["cold_group_seconds"]
+            left.axhline(twice, color="grey", linestyle=":", label="twice the workers' cold start")
         left.set(title=f"{len(found['failures'])} failures: {name}", xlabel="step", ylabel="seconds to the next step")
         left.set_ylim(bottom=0)
         left.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
