@@ -40,7 +40,7 @@ def tight(ray_environment: Environment) -> Iterator[Environment]:
 
 def fill_memory(run: RunDirectory) -> None:
     """Take memory, bit by bit, until a process of the run is ended for it; then give it back."""
-    taken = []
+    taken: list[bytearray] = []
     while attempt_record(run, 1).get("state") == "running":
         if len(taken) * PIECE < ROOM:
             taken.append(bytearray(b"\1") * PIECE)
