@@ -39,7 +39,7 @@ bench-tune: $(VENV)/.installed  ## sixteen trials with ASHA beside the full grid
 bench-data: $(VENV)/.installed-bench  ## rendering, packing and resuming beside tokenizers, TRL and HF Trainer (ten minutes, a quiet machine)
 	$(BIN)/python benchmarks/bench_data.py
 
-drill: $(VENV)/.installed-dev  ## 20 failures by chance in one run, 50 kills while saving in another: table and picture (an hour)
+drill: $(VENV)/.installed-dev  ## 20 failures by chance in one run, 50 kills while saving in another: table and picture (half an hour)
 	$(BIN)/python experiments/drill/run.py
 
 cluster: $(VENV)/.installed  ## a Ray cluster of this machine alone, with a token, until Ctrl-C (cluster/local.yaml)
