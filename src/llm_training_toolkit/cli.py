@@ -208,29 +208,33 @@ def train(
 
 @app.command()
 def runs(
-    directory: Annotated[Path, typer.Argument(help="The directory that holds the runs.")] = Path("runs"),
+    directory: Annotated[
+        str, typer.Argument(help="The directory that holds the runs, or its address (s3://bucket/runs).")
+    ] = "runs",
     watch: Annotated[bool, typer.Option("--watch", help="Keep the table up to date until Ctrl-C.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Every run in a directory: state, step, time left, newest checkpoint, last error."""
     from llm_training_toolkit.overview import statuses
+    from llm_training_toolkit.storage import runs_at
 
-    found = statuses(directory)
-    if as_json:
-        typer.echo(json.dumps([status.to_json() for status in found]))
-        return
-    if not found and not watch:
-        typer.echo(f"no runs in {directory}")
-        return
-    from rich.console import Console as Terminal
+    with runs_at(directory) as look:
+        found = statuses(look())
+        if as_json:
+            typer.echo(json.dumps([status.to_json() for status in found]))
+            return
+        if not found and not watch:
+            typer.echo(f"no runs in {directory}")
+            return
+        from rich.console import Console as Terminal
 
-    from llm_training_toolkit.runs_table import runs_table, watch_runs
+        from llm_training_toolkit.runs_table import runs_table, watch_runs
 
-    if watch:
-        with suppress(KeyboardInterrupt):
-            watch_runs(directory)
-    else:
-        Terminal(highlight=False).print(runs_table(found))
+        if watch:
+            with suppress(KeyboardInterrupt):
+                watch_runs(look)
+        else:
+            Terminal(highlight=False).print(runs_table(found))
 
 
 @app.command()
@@ -282,7 +286,9 @@ def drill(
 
 @app.command()
 def export(
-    run: Annotated[Path, typer.Argument(help="The directory of a run, such as runs/NAME.", show_default=False)],
+    run: Annotated[
+        str, typer.Argument(help="The directory of a run, such as runs/NAME, or its address.", show_default=False)
+    ],
     *,
     step: Annotated[
         int | None, typer.Option(min=0, help="The checkpoint of this step.", show_default="the newest complete one")
@@ -296,8 +302,10 @@ def export(
     """A run's checkpoint as a Hugging Face directory, loaded again and compared on its logits before it is there."""
     from llm_training_toolkit.launch.exporting import export_run
     from llm_training_toolkit.runs import run_of
+    from llm_training_toolkit.storage import opened
 
-    done = export_run(run_of(run), step=step, merge=merge, out=out, say=lambda text: typer.echo(text, err=True))
+    with opened(run) as path:
+        done = export_run(run_of(path), step=step, merge=merge, out=out, say=lambda text: typer.echo(text, err=True))
     typer.echo(json.dumps(done.to_json()) if as_json else str(done))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,6 +14,7 @@ import typer
 from llm_training_toolkit.errors import PlanError
 from llm_training_toolkit.evaluation.settings import Format, Given, HumanEval, Middle, default_of, make_task
 from llm_training_toolkit.runs import model_directory
+from llm_training_toolkit.storage import opened
 
 TaskName = Literal["perplexity", "infill", "humaneval"]
 
@@ -24,8 +26,12 @@ def _setting(name: str, text: str, **limits: Any) -> Any:  # noqa: ANN401 - as t
 
 def evaluate(
     models: Annotated[
-        list[Path] | None,
-        typer.Argument(metavar="MODEL", help="A run that has an export, or an exported directory.", show_default=False),
+        list[str] | None,
+        typer.Argument(
+            metavar="MODEL",
+            help="A run that has an export, or an exported directory; a path, or the address of a run.",
+            show_default=False,
+        ),
     ] = None,
     *,
     task: Annotated[TaskName | None, typer.Option(help="What to measure.", show_default=False)] = None,
@@ -84,17 +90,17 @@ def evaluate(
         "unsafe": unsafe or None,
     }
     settings = {name: value for name, value in asked.items() if value is not None}
-    model = models[0] if models else None
-    _check_request(task, settings, model)
-    from llm_training_toolkit.console import Console
-    from llm_training_toolkit.launch.evaluate import Request, lines
-    from llm_training_toolkit.launch.evaluate import evaluate as carry_out
+    with opened(models[0], export=True) if models else nullcontext(None) as model:
+        _check_request(task, settings, model)
+        from llm_training_toolkit.console import Console
+        from llm_training_toolkit.launch.evaluate import Request, lines
+        from llm_training_toolkit.launch.evaluate import evaluate as carry_out
 
-    console = Console(sys.stderr)
-    try:
-        evaluation = carry_out(Request(model, task, settings, device, context, details), console)
-    finally:
-        console.close()
+        console = Console(sys.stderr)
+        try:
+            evaluation = carry_out(Request(model, task, settings, device, context, details), console)
+        finally:
+            console.close()
     typer.echo(json.dumps(evaluation.to_json()) if as_json else "\n".join(lines(evaluation)))
 
 
@@ -107,12 +113,13 @@ def _check_request(task: TaskName, settings: Mapping[str, Any], model: Path | No
         raise PlanError(f"--task {task}: name a model, an exported directory or a run")
 
 
-def _compare(runs: list[Path], *, as_json: bool) -> None:
+def _compare(runs: list[str], *, as_json: bool) -> None:
     from rich.console import Console as Terminal
 
     from llm_training_toolkit.evaluation.table import compared, tables
 
-    found = compared(runs)
+    with ExitStack() as stack:
+        found = compared([stack.enter_context(opened(run)) for run in runs])
     if as_json:
         typer.echo(json.dumps([evaluation.to_json() for evaluation in found]))
     else:

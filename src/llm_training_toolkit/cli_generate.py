@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llm_training_toolkit.runs import RunDirectory, model_directory, run_of
+from llm_training_toolkit.storage import opened
 
 if TYPE_CHECKING:
     from llm_training_toolkit.generate import Dialogue, Writing
@@ -18,9 +19,9 @@ if TYPE_CHECKING:
 
 def generate(
     model: Annotated[
-        Path,
+        str,
         typer.Argument(
-            help="A run, or an exported directory, merged or with adapters.",
+            help="A run, or an exported directory, merged or with adapters; a path, or the address of a run.",
             show_default=False,
         ),
     ],
@@ -46,11 +47,12 @@ def generate(
 ) -> None:
     """Let a model continue a prompt, fill the gap between a prompt and a suffix, or hold a conversation."""
     _check_request(prompt, suffix, system, chat=chat, as_json=as_json)
-    _check_model(model, step)  # before anything heavy is imported
-    from llm_training_toolkit.generate import Writing
-    from llm_training_toolkit.launch.generating import open_model
+    with opened(model, export=step is None) as path:
+        _check_model(path, step)  # before anything heavy is imported
+        from llm_training_toolkit.generate import Writing
+        from llm_training_toolkit.launch.generating import open_model
 
-    generator, where = open_model(model, step=step, device=device)
+        generator, where = open_model(path, step=step, device=device)
     how = Writing(tokens, temperature, seed)
     if prompt is None:
         _converse(generator.dialogue(system), how)

@@ -5,7 +5,6 @@ Imports neither torch nor ray, so that looking is quick and disturbs nothing.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import statistics
 from collections.abc import Iterable, Iterator
@@ -15,6 +14,7 @@ from typing import Any, Literal
 
 from llm_training_toolkit.goodput import Split, split_of
 from llm_training_toolkit.runs import RunDirectory, attempt_record, checkpoint_place, last_attempt
+from llm_training_toolkit.storage import storage_of
 
 State = Literal["starting", "running", "finished", "stopped", "failed", "lost"]
 _ENDS: tuple[State, ...] = ("finished", "stopped", "failed")
@@ -63,16 +63,16 @@ def _runs(directory: Path) -> Iterator[RunDirectory]:
 
 def status(run: RunDirectory) -> RunStatus:
     """How one run stands now."""
-    attempt = attempt_record(run, last_attempt(run))
+    storage, attempt = storage_of(run.path), attempt_record(run, last_attempt(run))
     rows = list(_present(newest_rows(run.metrics)))
     checkpoint = _newest_checkpoint(run)
-    state = _state(attempt, held=_is_held(run))
+    state = _state(attempt, held=storage.is_held())
     step = max([int(row["step"]) for row in rows] + [place[0] for place in [checkpoint] if place], default=0)
     steps = _json(run.plan).get("steps")
     losses = [float(row["train/loss"]) for row in rows if "train/loss" in row]
     return RunStatus(
         name=run.name,
-        path=str(run.path),
+        path=storage.address(run.path),
         state=state,
         step=step,
         steps=steps,
@@ -105,18 +105,6 @@ def _state(attempt: dict[str, Any], *, held: bool) -> State:
     if held:
         return "starting"
     return said if said in _ENDS else "lost"
-
-
-def _is_held(run: RunDirectory) -> bool:
-    """Whether a process holds the run's claim."""
-    try:
-        with (run.path / "lock").open() as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            return False
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
 
 
 def _newest_checkpoint(run: RunDirectory) -> tuple[int, int] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from rich.live import Live
@@ -41,12 +41,12 @@ def runs_table(found: Iterable[RunStatus]) -> Table:
     return table
 
 
-def watch_runs(directory: Path, seconds: float = 2.0) -> None:
-    """Show the table of a directory's runs until Ctrl-C."""
-    with Live(runs_table(statuses(directory)), auto_refresh=False) as live:
+def watch_runs(directory: Callable[[], Path], seconds: float = 2.0) -> None:
+    """Show the table of a directory's runs until Ctrl-C; `directory` is asked for it every time."""
+    with Live(runs_table(statuses(directory())), auto_refresh=False) as live:
         while True:
             time.sleep(seconds)
-            live.update(runs_table(statuses(directory)), refresh=True)
+            live.update(runs_table(statuses(directory())), refresh=True)
 
 
 def clock(seconds: float) -> str:

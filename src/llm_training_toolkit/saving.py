@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,6 +38,7 @@ from llm_training_toolkit.errors import CheckpointError
 from llm_training_toolkit.pulse import Pulse
 from llm_training_toolkit.runs import RunDirectory, checkpoint_place, last_attempt
 from llm_training_toolkit.spikes import Skip, Taken
+from llm_training_toolkit.storage import StorageError, storage_of
 
 _ASK_EVERY = 0.5
 """Seconds between two questions whether all ranks have written, where that takes long."""
@@ -97,6 +98,7 @@ class CheckpointSaver:
         self._run, self._context, self._engine, self._lineage = run, context, engine, lineage
         self._every_steps, self._every_seconds = every_steps, every_seconds
         self._rule = rule
+        self._where = storage_of(run.path).address(run.path)
         self._losses: dict[int, float] = {}
         if context.is_first:
             clear_unfinished(run.checkpoints, attempt=lineage.attempt - 1)
@@ -163,8 +165,8 @@ class CheckpointSaver:
         finish(self._context, begun.writing, self._describe(begun.progress))
         if self._context.is_first:
             self._clean()
-            event = {"kind": "checkpoint", "step": begun.progress.step, "path": str(begun.writing.directory)}
-            self._context.report(event)
+            where = storage_of(begun.writing.directory).address(begun.writing.directory)
+            self._context.report({"kind": "checkpoint", "step": begun.progress.step, "path": where})
 
     @contextmanager
     def _room_for(self, pieces: Sequence[Piece]) -> Iterator[None]:
@@ -191,19 +193,24 @@ class CheckpointSaver:
 
     def _refuse_after_a_newer_attempt(self) -> None:
         """Ranks that outlived their driver must not write beside those of the start that replaced them. Collective."""
-        newest_attempt = self._context.broadcast(last_attempt(self._run) if self._context.is_first else 0)
+        newest_attempt = self._context.broadcast(self._last_attempt() if self._context.is_first else 0)
         if newest_attempt > self._lineage.attempt:
             raise CheckpointError(
-                f"{self._run.path}: attempt {newest_attempt} has taken over this run; attempt {self._lineage.attempt} "
+                f"{self._where}: attempt {newest_attempt} has taken over this run; attempt {self._lineage.attempt} "
                 "ends without saving. Nothing is lost: the run goes on there"
             )
+
+    def _last_attempt(self) -> int:
+        with suppress(StorageError):  # a store that does not answer now is tried again by whoever writes there
+            storage_of(self._run.path).look(self._run.attempts)
+        return last_attempt(self._run)
 
     def _clean(self) -> None:
         """Deleting what need not be kept must not end a run whose checkpoint is written."""
         try:
             clean(self._run.checkpoints, self._rule, attempt=self._lineage.attempt, losses=self._losses)
         except OSError as error:
-            message = f"old checkpoints in {self._run.checkpoints} cannot be deleted ({error}); training goes on"
+            message = f"old checkpoints of {self._where} cannot be deleted ({error}); training goes on"
             self._context.report({"kind": "warning", "message": message})
 
     def _describe(self, progress: Progress) -> Any:  # noqa: ANN401 - checkpoint.Describe
@@ -240,20 +247,22 @@ def newest_sound(run: RunDirectory, context: RunContext) -> Checkpoint | None:
     Raises CheckpointError where the only one is damaged, OSError where the storage cannot be read.
     """
     while True:
-        directory = context.broadcast(newest(run.checkpoints) if context.is_first else None)
-        if directory is None:
+        found = newest(run.checkpoints) if context.is_first else None
+        name = context.broadcast(found.name if found else None)  # not the path: a store's run has one on every rank
+        if name is None:
             return None
+        directory = run.checkpoints / name
         faults = _damage(directory, context)
         if not faults:
             return Checkpoint(directory)
         if context.broadcast(len(complete(run.checkpoints)) if context.is_first else 0) < 2:
             raise CheckpointError(
                 f"{faults[0]}: the only checkpoint of this run is damaged, and there is none before it. "
-                f"Bring the file back, or delete {run.path} to start again from step 0"
+                f"Bring the file back, or delete {storage_of(run.path).address(run.path)} to start again from step 0"
             )
         if context.is_first:
-            aside = set_aside(directory)
-            message = f"checkpoint {directory.name} is damaged ({faults[0]}); it lies in {aside.name} now"
+            where = set_aside(directory)
+            message = f"checkpoint {directory.name} is damaged ({faults[0]}); {where}"
             context.report({"kind": "warning", "message": f"{message}, and the one before it is used"})
         context.barrier()
 
@@ -314,4 +323,5 @@ def restore(engine: Engine, checkpoint: Checkpoint, *, optimizer: bool = True, p
             if optimizer or key == "weights":
                 values = checkpoint.read(piece.name, key, piece.start, piece.count)
                 tensor.copy_(torch.from_numpy(np.ascontiguousarray(values)))
+    storage_of(checkpoint.directory).let_go(checkpoint.directory)
     engine.refresh()

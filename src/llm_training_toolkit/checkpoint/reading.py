@@ -14,6 +14,7 @@ from safetensors import safe_open
 from llm_training_toolkit.checkpoint.manifest import NAME, Manifest, digest, read_manifest
 from llm_training_toolkit.errors import CheckpointError
 from llm_training_toolkit.runs import checkpoint_place
+from llm_training_toolkit.storage import storage_of
 
 Array = NDArray[np.float32]
 
@@ -30,12 +31,9 @@ def newest(checkpoints: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def set_aside(directory: Path) -> Path:
-    """Rename a checkpoint that the lineage leaves behind; it is no longer found, and nothing is lost."""
-    number = 1
-    while (target := directory.with_name(f"left_behind_{number}_{directory.name}")).exists():
-        number += 1
-    return directory.rename(target)
+def set_aside(directory: Path) -> str:
+    """Put away a checkpoint that the lineage leaves behind; it is no longer found, and nothing is lost. Says where."""
+    return storage_of(directory).leave_behind(directory)
 
 
 class Checkpoint:
@@ -54,6 +52,7 @@ class Checkpoint:
         """What is wrong with one file: not there, another size, another checksum; empty where nothing is."""
         entry = self.manifest.files[number]
         path = self.directory / entry.name
+        storage_of(path).bring(path)
         if not path.is_file():
             return f"{path}: missing"
         if path.stat().st_size != entry.size:
@@ -90,6 +89,7 @@ class Checkpoint:
     def _file(self, index: int) -> Any:  # noqa: ANN401 - safetensors has no types
         if index not in self._open:
             path = self.directory / self.manifest.files[index].name
+            storage_of(path).bring(path)
             self._open[index] = safe_open(path, framework="numpy")
         return self._open[index]
 

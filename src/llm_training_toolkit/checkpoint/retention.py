@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from llm_training_toolkit.checkpoint.manifest import NAME, read_manifest
 from llm_training_toolkit.checkpoint.reading import complete
 from llm_training_toolkit.errors import CheckpointError
 from llm_training_toolkit.runs import checkpoint_place
+from llm_training_toolkit.storage import storage_of
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,7 @@ def clean(checkpoints: Path, rule: Rule, *, attempt: int, losses: Mapping[int, f
     stay = kept([step for step, _ in found], rule, losses)
     for step, path in found:
         if step not in stay:
-            # The manifest goes first: a deletion that is cut short leaves no checkpoint that looks whole.
-            (path / NAME).unlink()
-            shutil.rmtree(path, ignore_errors=True)
+            storage_of(path).discard(path)
 
 
 def clear_unfinished(checkpoints: Path, *, attempt: int) -> None:
@@ -53,7 +51,7 @@ def clear_unfinished(checkpoints: Path, *, attempt: int) -> None:
     for path in checkpoints.glob("step_*"):
         place = checkpoint_place(path)
         if place and place[1] <= attempt and not (path / NAME).exists():
-            shutil.rmtree(path, ignore_errors=True)
+            storage_of(path).discard(path)
 
 
 def held_out_losses(checkpoints: Path) -> dict[int, float]:

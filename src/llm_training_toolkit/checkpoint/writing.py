@@ -15,7 +15,6 @@ import hashlib
 import math
 import mmap
 import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
@@ -27,7 +26,7 @@ from llm_training_toolkit.checkpoint.image import Memory, image_of, size_of
 from llm_training_toolkit.checkpoint.manifest import NAME, FileEntry, Manifest
 from llm_training_toolkit.context import RunContext
 from llm_training_toolkit.errors import CheckpointError
-from llm_training_toolkit.runs import write_atomically
+from llm_training_toolkit.storage import storage_of
 
 if TYPE_CHECKING:
     import torch
@@ -82,6 +81,7 @@ class Writing:
     ) -> None:
         """Copy the pieces into `memory`, which is in use until the outcome is there. Raises MemoryError."""
         self.directory = directory
+        self._sent = 0
         self._path = directory / _name(rank)
         index = [(piece.name, piece.start, piece.count) for piece in pieces]
         tensors = {_key(piece, key): each for piece in pieces for key, each in piece.tensors(optimizer).items()}
@@ -97,11 +97,11 @@ class Writing:
 
     @property
     def size(self) -> int:
-        """Bytes of this rank's file so far."""
+        """Bytes of this rank's file so far; one that goes on to a store counts again, for as much as has been sent."""
         try:
-            return self._path.stat().st_size
+            return self._path.stat().st_size + self._sent
         except OSError:
-            return 0
+            return self._sent
 
     def outcome(self) -> Outcome:
         """Wait for the end and say what became of the part."""
@@ -109,13 +109,18 @@ class Writing:
 
     def _run(self, rank: int, image: memoryview, index: list[tuple[str, int, int]]) -> None:
         try:
-            self._outcome.set_result(Outcome(_write(rank, self.directory, image), index))
+            entry = _write(self._path, image)
+            storage_of(self._path).deliver(self._path, self._count)
+            self._outcome.set_result(Outcome(entry, index))
         except MemoryError:
             self._outcome.set_result(Outcome(None, [], f"rank {rank}: the memory of its machine is full"))
         except OSError as error:
             self._outcome.set_result(Outcome(None, [], f"rank {rank}: {error}"))
         except Exception as error:  # noqa: BLE001 - the edge of a thread: raised again where the outcome is asked for
             self._outcome.set_exception(error)
+
+    def _count(self, count: int) -> None:
+        self._sent += count
 
 
 def finish(context: RunContext, writing: Writing, describe: Describe) -> None:
@@ -132,7 +137,7 @@ def finish(context: RunContext, writing: Writing, describe: Describe) -> None:
         if context.is_first:
             _remove_unfinished(directory)
         raise CheckpointError(
-            f"checkpoint {directory} could not be written: {'; '.join(failures)}. "
+            f"checkpoint {storage_of(directory).address(directory)} could not be written: {'; '.join(failures)}. "
             "The checkpoints before it are whole: remove the cause (free some space on a full disk), "
             "then give the same command again"
         )
@@ -140,7 +145,8 @@ def finish(context: RunContext, writing: Writing, describe: Describe) -> None:
 
 def _remove_unfinished(directory: Path) -> None:
     if not (directory / NAME).exists():
-        shutil.rmtree(directory, ignore_errors=True)
+        with suppress(OSError):  # a store that takes nothing deletes nothing either; the next start does
+            storage_of(directory).discard(directory)
 
 
 def _name(rank: int) -> str:
@@ -152,13 +158,12 @@ def _key(piece: Piece, key: str) -> str:
     return f"{piece.name}@{piece.start}/{key}"
 
 
-def _write(rank: int, directory: Path, image: memoryview) -> FileEntry:
+def _write(path: Path, image: memoryview) -> FileEntry:
     """Write and sum up in one pass: the checksum is of what was meant to be written, and nothing is read again."""
     summed = hashlib.sha256()
-    directory.mkdir(parents=True, exist_ok=True)
-    if (directory / NAME).exists():
-        raise FileExistsError(f"{directory} is a complete checkpoint")
-    path = directory / _name(rank)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if (path.parent / NAME).exists():
+        raise FileExistsError(f"{path.parent} is a complete checkpoint")
     with path.open("wb", buffering=0) as file:
         _past_the_page_cache(file.fileno(), on=True)
         while image:
@@ -205,12 +210,14 @@ def _complete(context: RunContext, directory: Path, outcomes: Sequence[Outcome],
     wrong = [name for name, shape in manifest.shapes.items() if not _cover(held.get(name, []), math.prod(shape))]
     if wrong:
         return [f"the pieces of {', '.join(wrong[:3])} do not add up ({len(wrong)} parameters)"]
+    storage = storage_of(directory)
     try:
+        sizes = storage.sizes(directory)
         for entry in files:  # what a rank wrote where rank 0 does not see it is no checkpoint
-            size = (directory / entry.name).stat().st_size
+            size = sizes.get(entry.name, 0)
             if size != entry.size:
                 return [f"{entry.name} has {size} bytes on rank 0, {entry.size} were written: is the storage shared?"]
-        write_atomically(directory / NAME, manifest.to_json())
+        storage.publish(directory / NAME, manifest.to_json())
     except OSError as error:
         return [f"rank 0: {error}"]
     return []

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 
+from llm_training_toolkit.config.address import is_address
 from llm_training_toolkit.config.schema import Config, Data
 from llm_training_toolkit.data import survey as surveys
 from llm_training_toolkit.data.accounts import source_receipts
@@ -89,8 +90,11 @@ class Stream:
 
 
 def cache_of(config: Config) -> Path:
-    """Where prepared data lies, shared by runs: `<run.dir>/.cache`, or data.cache."""
-    folder = Path(config.run.dir, ".cache") if config.data.cache == "auto" else Path(config.data.cache)
+    """Where prepared data lies, shared by runs: data.cache, or `<run.dir>/.cache`; it is mapped into memory, so of runs
+    in an object store each machine has its own.
+    """
+    beside = "~/.cache/llm-training-toolkit" if is_address(config.run.dir) else f"{config.run.dir}/.cache"
+    folder = Path(beside if config.data.cache == "auto" else config.data.cache)
     return folder.expanduser().resolve()
 
 

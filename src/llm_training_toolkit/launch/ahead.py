@@ -28,6 +28,7 @@ from llm_training_toolkit.launch.preparation import covers, facts_of, markers_of
 from llm_training_toolkit.launch.standing import Standing, standing_of
 from llm_training_toolkit.plan import DataFacts, make_plan
 from llm_training_toolkit.runs import RunDirectory, write_atomically
+from llm_training_toolkit.storage import storage_of
 
 _LEAVE_SECONDS = 10
 _NICENESS = 10
@@ -98,6 +99,7 @@ def _read_state(run: RunDirectory) -> tuple[str, str]:
 
 def newest_receipt(run: RunDirectory, known: Receipt) -> Receipt:
     """The receipt as it is now, if it will ever be another than the known one. Raises DataError when it will not."""
+    storage_of(run.path).look(run.receipt.parent)
     state, why = _read_state(run)  # before the receipt: what is done has been written
     receipt = Receipt.from_json(run.receipt.read_text(encoding="utf-8"))
     if receipt == known and state == "failed":

@@ -16,6 +16,7 @@ from llm_training_toolkit.evaluation.table import shown
 from llm_training_toolkit.evaluation.tasks import measure
 from llm_training_toolkit.metrics import TensorBoard
 from llm_training_toolkit.runs import RunDirectory, write_atomically
+from llm_training_toolkit.storage import storage_of
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,8 @@ def record(task: str, measured: Measured, subject: Subject | None, console: Cons
     if origin is None:
         return Evaluation.of(task, measured, where, None, None)
     evaluation = Evaluation.of(task, measured, where, origin.run.name, origin.step)
-    console.say(f"kept in {keep(origin.run, evaluation, measured.items)}", style="dim")
+    written = keep(origin.run, evaluation, measured.items)
+    console.say(f"kept in {storage_of(written).address(written)}", style="dim")
     _points(origin.run, evaluation)
     return evaluation
 

@@ -26,6 +26,7 @@ from llm_training_toolkit.families import Adapter
 from llm_training_toolkit.launch.card import Kind, card
 from llm_training_toolkit.models import build_model
 from llm_training_toolkit.runs import RunDirectory, checkpoint_place
+from llm_training_toolkit.storage import storage_of
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,7 @@ def export_checkpoint(
             write_adapters(checkpoint, directory, adapter, base=trained.base, precision=precision, beside=about)
         say("comparing logits")
         difference = _check(trained, checkpoint, directory, adapter, kind)
-    return Exported(str(destination), kind, name, checkpoint.manifest.step, difference)
+    return Exported(storage_of(destination).address(destination), kind, name, checkpoint.manifest.step, difference)
 
 
 def _check(trained: Trained, checkpoint: Checkpoint, directory: Path, adapter: Adapter | None, kind: Kind) -> float:

@@ -14,6 +14,7 @@ from llm_training_toolkit.models import build_model
 from llm_training_toolkit.models.build import DTYPES
 from llm_training_toolkit.models.exported import device_of
 from llm_training_toolkit.runs import RunDirectory, model_directory, run_of
+from llm_training_toolkit.storage import storage_of
 
 
 def open_model(path: Path, *, step: int | None, device: str) -> tuple[Generator, str]:
@@ -26,7 +27,7 @@ def open_model(path: Path, *, step: int | None, device: str) -> tuple[Generator,
     if step is not None or (run.resolved.is_file() and not run.export.is_dir()):
         return open_checkpoint(run_of(path), step, device_of(device))
     directory = model_directory(path)
-    return Generator.open(directory, device_of(device)), str(directory)
+    return Generator.open(directory, device_of(device)), storage_of(directory).address(directory)
 
 
 def open_checkpoint(run: RunDirectory, step: int | None, device: str) -> tuple[Generator, str]:
@@ -49,4 +50,4 @@ def open_checkpoint(run: RunDirectory, step: int | None, device: str) -> tuple[G
     model.generation_config = GenerationConfig(eos_token_id=list(ends.values()), pad_token_id=trained.receipt.pad_id)
     model.config.use_cache = True
     opened = Generator(model.eval().to(device), Path(trained.receipt.tokenizer_path))
-    return opened, str(checkpoint.directory)
+    return opened, storage_of(checkpoint.directory).address(checkpoint.directory)

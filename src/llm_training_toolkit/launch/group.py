@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -38,6 +39,7 @@ from llm_training_toolkit.launch.ray_worker import worker_main
 from llm_training_toolkit.launch.room import Node, Wanted, used_by_others
 from llm_training_toolkit.launch.stacks import size_of, stands_in
 from llm_training_toolkit.runs import RunDirectory, last_attempt
+from llm_training_toolkit.storage import storage_of
 
 _LISTEN_EVERY = 0.2
 """Seconds between two questions for what the workers have told."""
@@ -286,7 +288,7 @@ def _trainer(the: Assignment, line: Any) -> TorchTrainer:  # noqa: ANN401 - Ray'
     return TorchTrainer(
         worker_main,
         train_loop_config={
-            "run": str(job.run.path),
+            "run": storage_of(job.run.path).address(job.run.path),
             "line": line,
             "began": the.began,
             "group_began": time.time(),
@@ -303,12 +305,18 @@ def _trainer(the: Assignment, line: Any) -> TorchTrainer:  # noqa: ANN401 - Ray'
         run_config=RunConfig(
             # Ray keeps no checkpoints of ours: a name of its own for every group, so that it finds nothing to restore.
             name=f"start_{time.time_ns()}",
-            storage_path=str(job.run.path / "logs" / "ray"),
+            storage_path=str(ray_directory(job.run)),
             # Ray's own count never refills and knows no exception.
             failure_config=FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
             worker_runtime_env={"env_vars": _worker_environment(job.config)},
         ),
     )
+
+
+def ray_directory(run: RunDirectory) -> Path:
+    """Where Ray Train keeps its own notes: in the run's logs, and of a run in a store where they are no one's."""
+    is_here = storage_of(run.path).address(run.path) == str(run.path)
+    return run.path / "logs" / "ray" if is_here else Path(tempfile.gettempdir()) / "llm-training-toolkit-ray"
 
 
 def _worker_environment(config: Config) -> dict[str, str]:

@@ -10,6 +10,7 @@ import os
 import socket
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -28,11 +29,11 @@ from llm_training_toolkit.launch.waiting import Waiting
 from llm_training_toolkit.overview import newest_rows
 from llm_training_toolkit.runs import (
     attempt_record,
-    begin_attempt,
     checkpoint_place,
     end_attempt,
     last_attempt,
 )
+from llm_training_toolkit.storage import StorageError, reached, storage_of
 
 _LOOK_EVERY = 0.5
 """Seconds between two looks for room."""
@@ -91,12 +92,20 @@ class Groups:
                 self.stop()
             ended = self._group.run()
             began = 0.0
+            self._look()
             if ended.result is None:
                 self._after_failure(ended, before_attempt, size)
             elif ended.result["status"] != "left":
                 return ended.result
             if self._stop:
                 return self._stopped()
+
+    def _look(self) -> None:
+        """See what the ranks of a run in a store have written. Raises LaunchError when it does not answer."""
+        storage = storage_of(self._run.path)
+        with reached():
+            storage.look(self._run.path)
+            storage.bring(self._run.metrics)
 
     def _room(self) -> tuple[int, tuple[Node, ...]] | None:
         """How many workers start now, and the nodes to keep off; None when a stop was asked for meanwhile.
@@ -136,7 +145,8 @@ class Groups:
         failure = replace(diagnose(ended.seen, step), starting=not ended.seen.stepped)
         try:
             if not began:  # it did not come as far as that
-                attempt = begin_attempt(self._run, {"host": socket.gethostname(), "pid": os.getpid(), "workers": size})
+                facts = {"host": socket.gethostname(), "pid": os.getpid(), "workers": size}
+                attempt = storage_of(self._run.path).begin_attempt(facts)
             end_attempt(self._run, attempt, "failed", error=failure.cause, failure=failure.to_json())
         except OSError as error:
             raise LaunchError(self._ending(f"{failure.cause}; it could not be written down ({error})")) from error
@@ -153,6 +163,8 @@ class Groups:
         if failure.rank is None or failure.kind not in _OF_A_RANK:
             return
         log = self._run.logs(attempt) / f"rank_{failure.rank}.log"
+        with suppress(StorageError):
+            storage_of(log).bring(log)
         for line in last_lines(log, _LINES_SHOWN):
             self._console.say(f"  {log.name}: {line}")
 
@@ -173,7 +185,8 @@ class Groups:
         self._warn(f"{failure.cause}. New workers go on from the newest checkpoint ({count})")
 
     def _ending(self, why: str) -> str:
-        return f"{why}; the same command goes on from the newest checkpoint. Logs: {self._run.path / 'logs'}"
+        logs = storage_of(self._run.path).address(self._run.path / "logs")
+        return f"{why}; the same command goes on from the newest checkpoint. Logs: {logs}"
 
     def _failures(self) -> dict[int, Failure]:
         numbers = range(1, last_attempt(self._run) + 1)

@@ -27,6 +27,7 @@ from llm_training_toolkit.launch.sizing import SmallerMicroBatch
 from llm_training_toolkit.launch.stopping import on_stop_signal
 from llm_training_toolkit.launch.worker import work
 from llm_training_toolkit.runs import RunDirectory, checkpoint_place
+from llm_training_toolkit.storage import storage_of
 
 _TIMEOUT = timedelta(hours=1)
 """Covers the preparation of the data, which ranks other than the first wait for."""
@@ -80,6 +81,7 @@ def run_inline(run: RunDirectory, config: Config, console: Console) -> dict[str,
         except SmallerMicroBatch as after:
             if stop.is_set() and context.world_size == 1:
                 return _stopped(run)
+            storage_of(run.path).send(last=True)
             _start_again(after, context, console)
 
 

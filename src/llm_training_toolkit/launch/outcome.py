@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from llm_training_toolkit.config import load
+from llm_training_toolkit.config import Config, load
+from llm_training_toolkit.config.address import is_address
 
 Status = Literal["finished", "stopped"]
 EXIT_CODES: dict[Status, int] = {"finished": 0, "stopped": 75}
@@ -53,24 +54,25 @@ def closing_lines(outcome: Outcome, request: Request) -> list[str]:
     """What a person may want to do next, as commands to paste."""
     if outcome.status == "stopped":
         return [f"stopped at step {outcome.step:,} with a checkpoint: the same command goes on from there"]
-    run = Path(os.path.relpath(outcome.run))
+    config, is_here = load(request.config, request.overrides), not is_address(outcome.run)
+    run = os.path.relpath(outcome.run) if is_here else outcome.run
     here = Path(sys.executable).parent
-    ltt, tensorboard = (name if shutil.which(name) else os.path.relpath(here / name) for name in ("ltt", "tensorboard"))
+    ltt = "ltt" if shutil.which("ltt") else os.path.relpath(here / "ltt")
     lines = ["", "next:"]
-    if (run / "export").is_dir():
+    if config.export.at_end:
         exported = shlex.quote(f"{run}/export")
         lines.append(f"  {ltt} generate {exported} --prompt 'def main():'")
         lines.append(f"  {ltt} generate {exported} --prompt 'def add(a, b):' --suffix '    return c'")
-    if (run / "export" / "adapter_config.json").is_file():
-        lines.append(f"  {ltt} export {shlex.quote(str(run))} --merge")
-    lines.append(f"  {tensorboard} --logdir {shlex.quote(str(run.parent))}")
-    lines.append(f"  {ltt} train {_longer(request)} --extend")
+    if config.export.at_end and config.model.lora is not None:
+        lines.append(f"  {ltt} export {shlex.quote(run)} --merge")
+    lines.append(f"  {ltt} tensorboard {shlex.quote(run.rpartition('/')[0] or '.')}")
+    lines.append(f"  {ltt} train {_longer(request, config)} --extend")
     return lines
 
 
-def _longer(request: Request) -> str:
+def _longer(request: Request, config: Config) -> str:
     """The arguments of a run twice as long, in the unit its length was given in."""
-    length = load(request.config, request.overrides).train.model_dump(include={"tokens", "steps", "epochs"})
+    length = config.train.model_dump(include={"tokens", "steps", "epochs"})
     [(unit, count)] = [(unit, count) for unit, count in length.items() if count is not None]
     kept = [override for override in request.overrides if not override.startswith(f"train.{unit}=")]
     return " ".join(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import ray
@@ -13,6 +14,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from llm_training_toolkit import __version__
 from llm_training_toolkit.config import Config
+from llm_training_toolkit.config.address import is_address
 from llm_training_toolkit.console import Console
 from llm_training_toolkit.data.prepare import cache_of
 from llm_training_toolkit.errors import LaunchError
@@ -20,6 +22,7 @@ from llm_training_toolkit.launch import nodes
 from llm_training_toolkit.launch.ray_train import cluster, resources_of_a_worker
 from llm_training_toolkit.launch.room import Node, fits
 from llm_training_toolkit.runs import RunDirectory
+from llm_training_toolkit.storage import refusal_of, storage_of
 
 _ANSWERS_WITHIN = 60.0
 """Seconds a node has to look: it starts a process for it. One that takes longer is left to what follows."""
@@ -28,13 +31,15 @@ _STAGE = "looking at the nodes"
 
 def check_nodes(run: RunDirectory, config: Config, console: Console) -> None:
     """Look at every node that has room for a worker. Raises LaunchError with all that would fail there later."""
-    folders = {"run.dir": run.path, "data.cache": cache_of(config)}
+    address = storage_of(run.path).address(run.path)
+    store = address if is_address(address) else ""
+    folders = ({} if store else {"run.dir": run.path}) | {"data.cache": cache_of(config)}
     with cluster(console):
         console.stage(_STAGE, 0, 1)
         each = resources_of_a_worker(config, ray.cluster_resources().get("GPU", 0.0))
         living = [node for node in nodes.living_nodes() if fits(node.total, each)]
         with _marked(folders.values()) as mark:
-            problems = list(_problems(living, folders, mark, _read(config)))
+            problems = list(_problems(living, folders, Look(store, config.cluster.env, mark, _read(config))))
         console.stage(_STAGE, 1, 1)
     if problems:
         raise LaunchError("not every node can work on this run:\n" + "\n".join(f"  {problem}" for problem in problems))
@@ -64,12 +69,28 @@ def _marked(folders: Iterable[Path]) -> Iterator[str]:
             (folder / mark).unlink(missing_ok=True)
 
 
-def _problems(living: Sequence[Node], folders: Mapping[str, Path], mark: str, read: Mapping[str, str]) -> Iterator[str]:
+@dataclass(frozen=True)
+class Look:
+    """What nodes are asked to look for beside folders that are written to."""
+
+    store: str
+    """The address of a run in an object store; empty for one in a folder."""
+    environment: Mapping[str, str]
+    """`cluster.env`: keys of a store may be among it."""
+    mark: str
+    """The name of a file in every folder."""
+    read: Mapping[str, str]
+    """What is only read, by field."""
+
+
+def _problems(living: Sequence[Node], folders: Mapping[str, Path], the: Look) -> Iterator[str]:
     """What is wrong, a line for each node and folder."""
     look = ray.remote(num_cpus=0, max_retries=0)(look_around)
+    # A process with an environment of its own takes a second: for a store alone, which may need the keys in it.
+    environment = {"runtime_env": {"env_vars": dict(the.environment)}} if the.store and the.environment else {}
     asked = {
-        look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False)).remote(
-            [str(folder) for folder in folders.values()], mark, list(read.values())
+        look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False), **environment).remote(
+            [str(folder) for folder in folders.values()], the.mark, list(the.read.values()), the.store
         ): node.address
         for node in living
     }
@@ -77,7 +98,7 @@ def _problems(living: Sequence[Node], folders: Mapping[str, Path], mark: str, re
     for answer in answered:
         address = asked[answer]
         try:
-            version, found, blind = ray.get(answer)
+            version, found, blind, refused = ray.get(answer)
         except ray.exceptions.RayTaskError as error:
             cause = f"{type(error.cause).__name__}: {error.cause}"
             yield f"node {address} cannot run the toolkit ({cause}): install the same version there"
@@ -86,22 +107,27 @@ def _problems(living: Sequence[Node], folders: Mapping[str, Path], mark: str, re
             continue  # the node has gone meanwhile: whoever starts workers sees that too
         if version != __version__:
             yield f"node {address} has version {version} of the toolkit, this machine {__version__}: install the same"
+        if refused:
+            yield f"node {address} does not reach run.dir: {refused}; cluster.env may hold what it needs"
         for (field, folder), problem in zip(folders.items(), found, strict=True):
             if problem:
                 yield f"node {address} {problem} ({field} = {folder}): it must be storage that every node shares"
-        for field, path in read.items():
+        for field, path in the.read.items():
             if path in blind:
                 yield f"node {address} does not see {field} = {path}: put it where every node reads it"
 
 
-def look_around(folders: Sequence[str], mark: str, read: Sequence[str]) -> tuple[str, list[str], list[str]]:
-    """On a node: its version of the toolkit; what is wrong with each folder, empty where it is fine; what is not there.
+def look_around(
+    folders: Sequence[str], mark: str, read: Sequence[str], store: str
+) -> tuple[str, list[str], list[str], str]:
+    """On a node: its version; what is wrong with each folder, empty where it is fine; what is not there; the store's.
 
-    `folders` are written to, `read` is only read.
+    `folders` are written to, `read` is only read; `store` is the address of a run, empty for one in a folder.
     """
     wrong = [_wrong_with(Path(folder), mark) for folder in folders]
     # A disk that is not mounted leaves an empty folder.
-    return __version__, wrong, [path for path in read if next(Path(path).glob("*"), None) is None]
+    blind = [path for path in read if next(Path(path).glob("*"), None) is None]
+    return __version__, wrong, blind, refusal_of(store) if store else ""
 
 
 def _wrong_with(folder: Path, mark: str) -> str:

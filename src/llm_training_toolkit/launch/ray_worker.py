@@ -20,14 +20,14 @@ from llm_training_toolkit.context import Event, RunContext
 from llm_training_toolkit.data.receipt import Receipt
 from llm_training_toolkit.errors import ToolkitError
 from llm_training_toolkit.launch.control import asker, heartbeat, reporter, tell
+from llm_training_toolkit.launch.opening import joined
 from llm_training_toolkit.launch.place import Place
 from llm_training_toolkit.launch.rescue import STACK_SIGNAL
 from llm_training_toolkit.pulse import Pulse
-from llm_training_toolkit.runs import RunDirectory
 
 
 def worker_main(assignment: Mapping[str, Any]) -> dict[str, Any]:
-    """Work as one rank on the run in directory `assignment["run"]`, on the line `assignment["line"]` to the driver."""
+    """Work as one rank on the run at `assignment["run"]`, path or address, on the driver's `assignment["line"]`."""
     faulthandler.register(STACK_SIGNAL, file=2, all_threads=True)  # 2 is the rank's log as soon as there is one
     ranks = ray.train.get_context()
     rank, pulse = ranks.get_world_rank(), Pulse()
@@ -48,17 +48,20 @@ def worker_main(assignment: Mapping[str, Any]) -> dict[str, Any]:
 def _work(
     assignment: Mapping[str, Any], rank: int, report: Callable[[Event], None], context: Callable[..., RunContext]
 ) -> dict[str, Any]:
-    run = RunDirectory(Path(assignment["run"]))
     from llm_training_toolkit.launch.worker import work  # torch, transformers and DeepSpeed come with it
 
-    config, receipt = from_json(run.resolved.read_text()), Receipt.from_json(run.receipt.read_text())
-    began, node = (assignment["began"], assignment["group_began"]), ray.util.get_node_ip_address()
-    place = Place(run, config, receipt, *began, node=node)
-    device = get_device()
-    if device.type == "cuda":
-        # DeepSpeed takes its device from LOCAL_RANK, which differs from Ray's order on nodes with over ten GPUs.
-        os.environ["LOCAL_RANK"] = str(device.index)
-    return work(place, context(rank, ray.train.get_context().get_world_size(), device, report))
+    def say(text: str) -> None:
+        report({"kind": "note", "message": text})
+
+    with joined(assignment["run"], say) as run:
+        config, receipt = from_json(run.resolved.read_text()), Receipt.from_json(run.receipt.read_text())
+        began, node = (assignment["began"], assignment["group_began"]), ray.util.get_node_ip_address()
+        place = Place(run, config, receipt, *began, node=node)
+        device = get_device()
+        if device.type == "cuda":
+            # DeepSpeed takes its device from LOCAL_RANK, which differs from Ray's order on nodes with over ten GPUs.
+            os.environ["LOCAL_RANK"] = str(device.index)
+        return work(place, context(rank, ray.train.get_context().get_world_size(), device, report))
 
 
 def _introduction(rank: int) -> Event:

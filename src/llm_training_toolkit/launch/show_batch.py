@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console as Terminal
@@ -15,10 +14,12 @@ from llm_training_toolkit.data.batches import Sequences
 from llm_training_toolkit.data.receipt import Receipt
 from llm_training_toolkit.data.show import ShownPiece, ShownSequence, shown_step
 from llm_training_toolkit.errors import PlanError
+from llm_training_toolkit.launch.opening import place_of
 from llm_training_toolkit.launch.preparation import facts_of, preparation_of, prepare_epochs
 from llm_training_toolkit.launch.standing import refuse_changed_run, standing_of
 from llm_training_toolkit.plan import make_plan, require
 from llm_training_toolkit.runs import RunDirectory
+from llm_training_toolkit.storage import opened
 
 _LOSS, _PLAIN, _SPECIAL = "black on bright_green", "dim", "bold"
 
@@ -28,7 +29,11 @@ def show_batch(config: Config, step: int, console: Console) -> list[ShownSequenc
 
     Raises PlanError for a step outside the run.
     """
-    run = RunDirectory(Path(config.run.dir).expanduser().absolute() / config.run.name)
+    with opened(place_of(config)) as path:
+        return _shown(RunDirectory(path), config, step, console)
+
+
+def _shown(run: RunDirectory, config: Config, step: int, console: Console) -> list[ShownSequence]:
     standing = standing_of(run)
     refuse_changed_run(standing, config, (), extend=False)
     receipt = (

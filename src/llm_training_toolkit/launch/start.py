@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from pathlib import Path
 from typing import Any
 
 from llm_training_toolkit.checkpoint import newest
@@ -15,6 +14,7 @@ from llm_training_toolkit.goodput import in_words
 from llm_training_toolkit.launch.accounting import note_end
 from llm_training_toolkit.launch.ahead import preparing_ahead
 from llm_training_toolkit.launch.environment import check_machine, check_quantization, is_local, prepare_environment
+from llm_training_toolkit.launch.opening import held, joined, place_of
 from llm_training_toolkit.launch.origin import refuse_unfit_weights
 from llm_training_toolkit.launch.outcome import Outcome, Request
 from llm_training_toolkit.launch.place import is_first_rank, ranks_started
@@ -28,18 +28,19 @@ from llm_training_toolkit.launch.standing import (
 )
 from llm_training_toolkit.overview import goodput
 from llm_training_toolkit.plan import Plan, lines, make_plan, mixture_lines, require
-from llm_training_toolkit.runs import RunDirectory, claim, environment, write_atomically
+from llm_training_toolkit.runs import RunDirectory, environment, write_atomically
+from llm_training_toolkit.storage import storage_of
 
 
 def start(request: Request, console: Console) -> Outcome:
     """Start, resume or leave alone the run that the request names. Raises ToolkitError."""
     config = load(request.config, request.overrides)
-    run = RunDirectory(Path(config.run.dir).expanduser().absolute() / config.run.name)
     replicas = ranks_started() if config.cluster.workers == 0 else None
     require(make_plan(config, replicas=replicas))  # before the directory of an impossible run is made
     if config.cluster.workers == 0 and not is_first_rank():
-        return _take_part(run, config, console)
-    with claim(run):
+        with joined(place_of(config), console.say) as run:
+            return _take_part(run, config, console)
+    with held(place_of(config), console) as run:
         standing = standing_of(run)
         plan = require(make_plan(config, standing.facts(config), replicas))
         refuse_changed_run(standing, config, request.accept, extend=request.extend)
@@ -118,14 +119,14 @@ def train(run: RunDirectory, config: Config, console: Console) -> dict[str, Any]
 
 
 def _outcome(run: RunDirectory, result: dict[str, Any]) -> Outcome:
-    directory = newest(run.checkpoints)
-    checkpoint = str(directory) if directory else None
-    return Outcome(run=str(run.path), step=result["step"], status=result["status"], checkpoint=checkpoint)
+    directory, storage = newest(run.checkpoints), storage_of(run.path)
+    checkpoint = storage.address(directory) if directory else None
+    return Outcome(run=storage.address(run.path), step=result["step"], status=result["status"], checkpoint=checkpoint)
 
 
 def _leave_alone(run: RunDirectory, config: Config, standing: Standing, console: Console) -> Outcome:
     """A finished run stays as it is; only an export that is missing, or of an earlier end, is made up for."""
-    console.say(f"run {run.name} is finished: {standing.step:,} steps, in {run.path}")
+    console.say(f"run {run.name} is finished: {standing.step:,} steps, in {storage_of(run.path).address(run.path)}")
     if config.export.at_end:
         from llm_training_toolkit.launch.finish import finish_again, is_finished
 

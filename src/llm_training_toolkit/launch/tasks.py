@@ -28,6 +28,7 @@ from llm_training_toolkit.launch.exporting import Trained
 from llm_training_toolkit.launch.sizing import is_out_of_memory
 from llm_training_toolkit.metrics import Metrics
 from llm_training_toolkit.runs import RunDirectory, write_atomically
+from llm_training_toolkit.storage import storage_of
 
 _BEGUN = "\nbegun"
 _TRIES = 2
@@ -182,6 +183,6 @@ class _Measuring:
 
 
 def _report_failure(asked: EvalTask, why: str, trained: Trained, context: RunContext) -> None:
-    again = f"ltt evaluate {trained.run.path} --task {asked.task}"
+    again = f"ltt evaluate {storage_of(trained.run.path).address(trained.run.path)} --task {asked.task}"
     message = f"eval.tasks: {asked.task} was not evaluated: {why}. The run itself is whole; later: {again}"
     context.report({"kind": "warning", "message": message})

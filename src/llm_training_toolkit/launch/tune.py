@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_training_toolkit.config import Config, to_json
+from llm_training_toolkit.config.address import is_address
 from llm_training_toolkit.config.identity import flatten
 from llm_training_toolkit.config.schema import Tag
 from llm_training_toolkit.config.search import Search, load_search
@@ -62,6 +63,8 @@ class Asked:
 def read_search(path: Path, overrides: list[str]) -> Asked:
     """The search in a file, and where it lies. Raises ConfigError."""
     search, whole, base = load_search(path, overrides)
+    if is_address(base.run.dir):
+        raise ConfigError(f"run.dir = {base.run.dir}: a search lies on a path that every node sees; name one")
     runs = Path(base.run.dir).expanduser().absolute()
     directory = SearchDirectory(runs / (search.name or path.stem))
     cache = str(runs / ".cache") if base.data.cache == "auto" else str(Path(base.data.cache).expanduser().absolute())

@@ -38,7 +38,6 @@ from llm_training_toolkit.parts import Parts
 from llm_training_toolkit.plan import Plan, make_plan, require
 from llm_training_toolkit.pulse import UNLIMITED
 from llm_training_toolkit.runs import (
-    begin_attempt,
     end_attempt,
     environment,
     fail_attempt,
@@ -47,6 +46,7 @@ from llm_training_toolkit.runs import (
     write_atomically,
 )
 from llm_training_toolkit.saving import CheckpointSaver, Lineage, Progress, newest_sound
+from llm_training_toolkit.storage import storage_of
 from llm_training_toolkit.train import train
 
 
@@ -64,6 +64,7 @@ def work(place: Place, context: RunContext) -> dict[str, Any]:
     except Exception as error:  # the edge of a rank: whatever ends it is written down, and goes on
         # A disk that is full must not hide the error that says so.
         with suppress(OSError, ValueError):
+            storage_of(place.run.path).look(place.run.attempts)
             fail_attempt(place.run, attempt, f"rank {context.rank}: {type(error).__name__}: {error}")
         raise
     if context.is_first:
@@ -108,7 +109,7 @@ def _begin(place: Place, context: RunContext, asked: int | str, seats: Sequence[
         "group_began": place.group_began,
         "reached": so_far.reached,
     }
-    attempt = context.broadcast(begin_attempt(place.run, facts) if context.is_first else 0)
+    attempt = context.broadcast(storage_of(place.run.path).begin_attempt(facts) if context.is_first else 0)
     redirect(place.run.logs(attempt) / f"rank_{context.rank}.log")
     torch.set_num_threads(config.cluster.cpus_per_worker)
     if config.run.deterministic:

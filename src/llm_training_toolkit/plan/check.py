@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from llm_training_toolkit.config.address import is_address
 from llm_training_toolkit.config.schema import Config, Source
 from llm_training_toolkit.families import Family, HfValues, Size, saved_dropout
 from llm_training_toolkit.families.lora import whole_modules
@@ -119,9 +120,19 @@ def _evaluation(config: Config, family: Family) -> Iterator[Problem]:
 
 
 def _run(config: Config) -> Iterator[Problem]:
-    if re.match(r"[A-Za-z0-9+.-]+://", config.run.dir):
-        what = f"{config.run.dir} is an object store, which is not supported yet"
-        yield Problem("run.dir", what, "Use a path that every node sees")
+    """What cannot be where the run lies in an object store."""
+    model = config.model
+    if model.init_from is not None and is_address(model.init_from):
+        what = f"{model.init_from} is an address: another run's weights are read from a directory"
+        yield Problem("model.init_from", what, "Export it to a path (ltt export RUN --out) and give model.path")
+    if not is_address(config.run.dir):
+        return
+    if not config.run.dir.startswith("s3://"):
+        what = f"{config.run.dir}: of object stores, runs can lie in S3 and what speaks its protocol (s3://)"
+        yield Problem("run.dir", what, "Use s3://bucket/path, or a path that every node sees")
+    if model.lora is not None and model.path is None:
+        what = "without model.path the weights that adapters stand beside would be written into an object store"
+        yield Problem("model.path", what, "Give their directory or hub id, or a run.dir that is a path")
 
 
 def vocabulary_problems(config: Config, vocab_size: int | None, hf: HfValues) -> tuple[Problem, ...]:

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
+from llm_training_toolkit.config.address import is_address
 from llm_training_toolkit.config.schema import Source
 from llm_training_toolkit.data.sources import local, remote
 from llm_training_toolkit.data.sources.kinds import of_directory, searched
@@ -32,7 +33,7 @@ def files(source: Source) -> list[SourceFile]:
             f"looked from {Path.cwd()}; ",
             "Correct the path; a relative one counts from the working directory.",
         )
-        if remote.is_address(source.path):
+        if is_address(source.path):
             where, advice = "", remote.hint(source.path)
         raise DataError(
             f"data.sources: {source.path!r} matches no file ({where}a directory is searched for "
@@ -70,7 +71,7 @@ def _version(file: SourceFile) -> str:
 def _find(source: Source) -> Iterable[SourceFile]:
     if source.path == local.STANDARD_LIBRARY:
         return local.standard_library()
-    if remote.is_address(source.path) and not source.path.startswith("file://"):
+    if is_address(source.path) and not source.path.startswith("file://"):
         found, is_directory = remote.find(source.path)
         return of_directory(found, source.format) if is_directory else found
     path = Path(source.path.removeprefix("file://")).expanduser()

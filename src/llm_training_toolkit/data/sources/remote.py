@@ -182,8 +182,3 @@ def _stamp(filesystem: Any, info: Any) -> str:  # noqa: ANN401 - pyarrow is unty
         return f"{info.size}\0{info.mtime_ns}"
     known: dict[str, Any] = filesystem.handler.fs.info(info.path) if isinstance(filesystem, arrow.PyFileSystem) else {}
     return f"{info.size}\0" + "\0".join(str(known[mark]) for mark in _MARKS if known.get(mark) is not None)
-
-
-def is_address(path: str) -> bool:
-    """Whether a path is an address, such as `s3://bucket/file`."""
-    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", path) is not None

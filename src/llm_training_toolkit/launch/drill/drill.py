@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llm_training_toolkit.config import Config, load
+from llm_training_toolkit.config.address import is_address
 from llm_training_toolkit.errors import ConfigError, LaunchError
 from llm_training_toolkit.launch.drill.cluster import OwnCluster
 from llm_training_toolkit.launch.drill.failures import KINDS, Victim, being_written, steps_done
@@ -166,6 +167,8 @@ def schedule(steps: int, kills: int, kinds: Sequence[str], draw: random.Random) 
 
 
 def _refuse_unfit(config: Config, kinds: Sequence[str]) -> None:
+    if is_address(config.run.dir):
+        raise ConfigError(f"run.dir = {config.run.dir}: a drill damages files of its runs: name a path")
     fitting = [name for name, kind in KINDS.items() if config.cluster.workers != 0 or not kind.needs]
     if not kinds or set(kinds) - set(fitting):
         why = "" if config.cluster.workers else " (hang, node, notice and head need Ray: cluster.workers)"

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llm_training_toolkit.config import Config, load
+from llm_training_toolkit.config.address import is_address
 from llm_training_toolkit.console import Console
 from llm_training_toolkit.errors import LaunchError, PlanError
 from llm_training_toolkit.launch.jobs.client import RUN_NAME, Job, connect, find, jobs_of, reachable
@@ -120,7 +121,7 @@ def _checked(config: Config, request: Request, cluster: Path | None) -> Plan:
     if cluster is not None:
         plan = on_cluster(config, plan, read_hardware(cluster)).added_to(plan)
     require(plan)
-    if not Path(config.run.dir).expanduser().is_absolute():
+    if not is_address(config.run.dir) and not Path(config.run.dir).expanduser().is_absolute():
         raise PlanError(
             f"run.dir = {config.run.dir}: a job works in a copy of this folder that Ray deletes, so its runs would go "
             "with it: give a path that every node sees, for example run.dir=/shared/runs"
