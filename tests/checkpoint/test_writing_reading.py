@@ -438,8 +438,8 @@ def test_a_manifest_of_another_format_says_which_version_reads_it(tmp_path: Path
 def test_a_checkpoint_set_aside_is_not_found_and_loses_nothing(run: RunDirectory) -> None:
     write(run.checkpoint(1, 1), 1)
     values = write(run.checkpoint(2, 1), 2)
-    aside = set_aside(run.checkpoint(2, 1))
-    assert aside.name == "left_behind_1_step_000000002_a1"
+    assert set_aside(run.checkpoint(2, 1)) == "it lies in left_behind_1_step_000000002_a1 now"
+    aside = run.checkpoints / "left_behind_1_step_000000002_a1"
     assert newest(run.checkpoints) == run.checkpoint(1, 1)
     assert np.array_equal(Checkpoint(aside).read("scale", "weights", 0, 1), values["scale"]["weights"].numpy())
 
@@ -447,7 +447,7 @@ def test_a_checkpoint_set_aside_is_not_found_and_loses_nothing(run: RunDirectory
 def test_setting_aside_twice_overwrites_nothing(run: RunDirectory) -> None:
     for number in (1, 2, 3):
         write(run.checkpoint(2, 1), number)
-        assert set_aside(run.checkpoint(2, 1)).name == f"left_behind_{number}_step_000000002_a1"
+        assert set_aside(run.checkpoint(2, 1)) == f"it lies in left_behind_{number}_step_000000002_a1 now"
     assert [Checkpoint(path).manifest.step for path in sorted(run.checkpoints.iterdir())] == [1, 2, 3]
 
 

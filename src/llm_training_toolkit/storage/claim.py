@@ -41,7 +41,8 @@ def claimed(bucket: Bucket, say: Say) -> Iterator[None]:
     """
     number = _free_number(bucket, say)
     record = {"holder": _who(), "process": _process(), "token": secrets.token_hex(8)}
-    if bucket.create(_key(number), json.dumps(record).encode()) is None or max(bucket.listed(CLAIMS)) > _key(number):
+    is_ours = bucket.create(_key(number), json.dumps(record).encode()) is not None
+    if not is_ours or max(bucket.listed(CLAIMS), default="") > _key(number):
         raise LaunchError(_refusal(bucket, "another process has just started on it"))
     if bucket.create(_key(number), b"another's") is not None:
         raise LaunchError(
@@ -77,7 +78,8 @@ def _free_number(bucket: Bucket, say: Say) -> int:
     while claims := bucket.listed(CLAIMS):
         newest = max(claims)
         record, claim = _read(bucket, newest), claims[newest]
-        if _is_over(record) or claim.age >= EXPIRES_AFTER:
+        is_own = record.get("process") == _process()  # a run that has started itself again (launch.inline)
+        if is_own or _is_over(record) or claim.age >= EXPIRES_AFTER:
             return 1 + int(newest.removeprefix(CLAIMS))
         if first and claim.mark != first:
             raise LaunchError(_refusal(bucket, record["holder"]))
@@ -95,7 +97,7 @@ def _renew(bucket: Bucket, number: int, record: dict[str, Any], ending: threadin
         renewals += 1
         with suppress(StorageError):
             bucket.put(_key(number), json.dumps(record | {"renewals": renewals}).encode())
-            if max(bucket.listed(CLAIMS)) > _key(number):
+            if max(bucket.listed(CLAIMS), default="") > _key(number):
                 say("warning: another process has taken over this run; this one ends when it next saves")
                 return
 
@@ -115,10 +117,8 @@ def _is_over(record: dict[str, Any]) -> bool:
     if not record or "given_back" in record:
         return True
     machine, _, process = str(record["process"]).rpartition("/")
-    own_machine, _, own = _process().rpartition("/")
-    if machine != own_machine:
-        return False
-    return process == own or not _is_alive(process)
+    own_machine = _process().rpartition("/")[0]
+    return machine == own_machine and not _is_alive(process)
 
 
 def _who() -> str:

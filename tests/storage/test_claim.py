@@ -1,0 +1,139 @@
+"""One holder at a time of a run in a bucket; the dead are found out, the living are not robbed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+
+from llm_training_toolkit.errors import LaunchError
+from llm_training_toolkit.storage import claim
+from llm_training_toolkit.storage.bucket import Bucket, StorageError
+from llm_training_toolkit.storage.claim import claimed, is_held
+
+pytestmark = pytest.mark.slow
+_HOLD = """
+import sys, time
+from llm_training_toolkit.storage.bucket import Bucket
+from llm_training_toolkit.storage.claim import claimed
+with claimed(Bucket(sys.argv[1]), print):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def silent(_text: str) -> None:
+    """Nobody listens."""
+
+
+def elsewhere(bucket: Bucket, number: int) -> None:
+    """A claim of a process of another machine."""
+    record = {"holder": "process 7 on other", "process": "boot/pid/7@1", "token": "t"}
+    assert bucket.create(f"claims/{number:06d}", json.dumps(record).encode())
+
+
+def test_a_claim_ends_with_its_block_and_the_next_one_has_the_next_number(bucket: str) -> None:
+    store = Bucket(bucket)
+    assert not is_held(store)
+    for number in (1, 2, 3):
+        with claimed(store, silent):
+            assert is_held(store)
+            assert list(store.listed("claims/")) == [f"claims/{number:06d}"]
+        assert not is_held(store)
+
+
+def test_a_living_holder_is_told_from_a_dead_one(bucket: str) -> None:
+    with subprocess.Popen([sys.executable, "-c", _HOLD, bucket], stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        said: list[str] = []
+        with (
+            pytest.raises(LaunchError, match=rf"already running \(process {holder.pid} on"),
+            claimed(Bucket(bucket), said.append),
+        ):
+            pass
+        assert "waiting" in said[0]
+        holder.kill()
+        holder.wait()
+    began = time.monotonic()
+    with claimed(Bucket(bucket), silent):
+        assert time.monotonic() - began < 5, "its process is known to be gone"
+
+
+def test_a_holder_on_another_machine_is_dead_when_its_claim_expires(
+    bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Bucket(bucket)
+    elsewhere(store, 1)
+    assert is_held(store)
+    monkeypatch.setattr(claim, "EXPIRES_AFTER", 2.0)
+    with claimed(store, silent):
+        assert list(store.listed("claims/")) == ["claims/000002"]
+
+
+def test_a_holder_that_was_taken_over_learns_it(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(claim, "RENEWED_EVERY", 0.1)
+    store, said = Bucket(bucket), threading.Event()
+    with claimed(store, lambda _text: said.set()):
+        assert not said.wait(0.5)
+        elsewhere(store, 2)
+        assert said.wait(10)
+
+
+class _Forgetful(BaseHTTPRequestHandler):
+    """A store that writes whatever the conditions of a request are."""
+
+    def do_PUT(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_response(200)
+        self.send_header("ETag", '"one"')
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def do_GET(self) -> None:
+        body = b"<ListBucketResult><IsTruncated>false</IsTruncated></ListBucketResult>"
+        if "claims" not in self.path:
+            self.send_error(404)
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_arguments: object) -> None:
+        """Nobody reads it."""
+
+
+def test_a_store_without_conditional_writes_is_refused(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = HTTPServer(("127.0.0.1", 0), _Forgetful)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+    try:
+        with pytest.raises(LaunchError, match="ignores conditional writes"), claimed(Bucket(bucket), silent):
+            pass
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("AWS_ENDPOINT_URL", "http://127.0.0.1:9", "Could not connect"),
+        ("BUCKET", "s3://no-such-bucket/run", "NoSuchBucket"),
+    ],
+)
+def test_a_store_that_cannot_be_had_is_said_with_what_to_check(
+    bucket: str, monkeypatch: pytest.MonkeyPatch, name: str, value: str, said: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    address = value if name == "BUCKET" else bucket
+    with (
+        pytest.raises(StorageError, match=rf"{address}: .*{said}.*AWS_ACCESS_KEY_ID"),
+        claimed(Bucket(address), silent),
+    ):
+        pass
