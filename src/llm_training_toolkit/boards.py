@@ -19,6 +19,8 @@ def show_in_tensorboard(where: str, host: str, port: int) -> NoReturn:
     options = ["--logdir", log_directory(where), "--host", host, "--port", str(port)]
     if "://" in where:
         options += ["--load_fast", "false"]  # its fast reader knows local files alone
+        if endpoint := os.environ.get("AWS_ENDPOINT_URL"):
+            os.environ.setdefault("S3_ENDPOINT", endpoint)  # its own name for a store that is not Amazon's
     command = [sys.executable, "-m", "tensorboard.main", *options]
     os.execv(command[0], command)  # noqa: S606 - Ctrl-C and its exit code are TensorBoard's own
 

@@ -82,8 +82,8 @@ def test_passes_over_the_data() -> None:
 @pytest.mark.parametrize(
     ("sections", "expected"),
     [
-        ({"run": {"dir": "s3://bucket/runs"}}, "run.dir"),
         ({"run": {"dir": "gs://bucket/runs"}}, "run.dir"),
+        ({"run": {"dir": "s3://bucket/runs"}, "model": {"name": "qwen3-0.6b", "lora": {}}}, "model.path"),
         (
             {
                 "model": {"name": "qwen3-0.6b", "attention": "flash_attention_2"},
@@ -122,7 +122,7 @@ def test_an_empty_data_set_is_a_problem() -> None:
 
 
 def test_all_problems_come_at_once() -> None:
-    plan = make_plan(config(run={"dir": "s3://x"}, cluster={"workers": 40}, optim={"warmup": 1000}))
+    plan = make_plan(config(run={"dir": "gs://x"}, cluster={"workers": 40}, optim={"warmup": 1000}))
     assert where(plan) == ["run.dir", "cluster.workers", "optim.warmup"]
     with pytest.raises(PlanError) as caught:
         require(plan)
@@ -154,7 +154,7 @@ def test_the_ranks_that_were_started_count() -> None:
 
 
 def test_json_has_the_contract() -> None:
-    plan = make_plan(config(cluster={"workers": 12}, run={"dir": "s3://x"}))
+    plan = make_plan(config(cluster={"workers": 12}, run={"dir": "gs://x"}))
     printed = json.loads(json.dumps(plan.to_json()))
     contract = {"parameters", "trainable_parameters", "steps", "global_batch", "accumulation", "tokens_per_step"}
     contract |= {"deepspeed", "problems", "memory_gb_per_device", "estimated", "notes"}

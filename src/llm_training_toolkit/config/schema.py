@@ -105,7 +105,8 @@ class Run(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$"), Tag.FREE]
     """Name of the run and of its directory. The same name again resumes it."""
     dir: Annotated[str, Field(min_length=1), Tag.FREE] = "runs"
-    """Directory that holds the runs. On a cluster: a path that every node sees."""
+    """Directory that holds the runs. On a cluster: a path that every node sees, or `s3://bucket/path`
+    (docs/checkpoints.md)."""
     seed: Annotated[int, Field(ge=0), Tag.IDENTITY] = 42
     """Source of all randomness: initial weights, data order, fill-in-the-middle, dropout."""
     deterministic: Annotated[bool, Tag.FREE] = False
@@ -304,7 +305,8 @@ class Data(Section):
     max_skipped: Annotated[Share, Tag.IDENTITY] = 0.001
     """With on_error: skip, the largest share of documents that may be skipped."""
     cache: Annotated[str, Field(min_length=1), Tag.FREE] = "auto"
-    """Directory for prepared tokens, shared by runs. `auto` = `.cache` beside the runs."""
+    """Directory for prepared tokens, shared by runs. `auto` = `.cache` beside the runs; where those lie in an object
+    store, `~/.cache/llm-training-toolkit`."""
 
     @property
     def weights(self) -> tuple[float, ...]:

@@ -108,7 +108,7 @@ def _problems(living: Sequence[Node], folders: Mapping[str, Path], the: Look) ->
         if version != __version__:
             yield f"node {address} has version {version} of the toolkit, this machine {__version__}: install the same"
         if refused:
-            yield f"node {address} does not reach run.dir: {refused}; cluster.env may hold what it needs"
+            yield f"node {address} does not reach run.dir: {refused}"
         for (field, folder), problem in zip(folders.items(), found, strict=True):
             if problem:
                 yield f"node {address} {problem} ({field} = {folder}): it must be storage that every node shares"
