@@ -10,10 +10,12 @@ Everything below works on the staging directory as on any run directory; this al
 
 from __future__ import annotations
 
+import os
 import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +150,7 @@ class Mirror:
     def send(self, *, last: bool = False) -> None:
         """Send what has changed here, in the order in which it was written. Raises StorageError."""
         with self._lock:
-            for path in sorted(self._files(), key=lambda path: path.stat().st_mtime_ns):
+            for path in self._files():
                 relative = self._relative(path)
                 if segments.grows(relative):
                     self._growing.send(relative, last=last)
@@ -156,15 +158,20 @@ class Mirror:
                     self._send_whole(path)
 
     def _files(self) -> list[Path]:
-        """What this process has here to be sent: not what is being written, nor checkpoints."""
-        found = []
-        for path in self.run.path.rglob("*"):
-            parts = path.relative_to(self.run.path).parts
-            hidden = any(part.startswith(".") for part in parts)
-            told_last = path.name != _TELLS and (path.parent / _TELLS).exists()
-            if path.is_file() and not hidden and parts[0] != "checkpoints" and not told_last:
-                found.append(path)
-        return found
+        """What this process has here to be sent, oldest first: not what is being written, nor checkpoints."""
+        found: list[tuple[int, Path]] = []
+        for where, directories, names in os.walk(self.run.path):
+            directory = Path(where)
+            if directory == self.run.path:
+                directories[:] = [
+                    name for name in directories if name not in {"checkpoints", self.run.task_export.name}
+                ]
+            directories[:] = [name for name in directories if not name.startswith(".")]
+            shown = {_TELLS} if _TELLS in names else {name for name in names if not name.startswith(".")}
+            for name in shown:
+                with suppress(FileNotFoundError):  # what it stood in has just been replaced
+                    found.append(((directory / name).stat().st_mtime_ns, directory / name))
+        return [path for _, path in sorted(found)]
 
     def _send_whole(self, path: Path) -> None:
         relative, state = self._relative(path), _state(path)

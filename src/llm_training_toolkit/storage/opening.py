@@ -152,7 +152,7 @@ def _carry(mirror: Mirror, ending: threading.Event, say: Say) -> None:
     while not ending.wait(_SEND_EVERY):
         try:
             mirror.send()
-        except StorageError as error:
+        except OSError as error:
             if not since:
                 since = time.monotonic()
                 say(f"warning: metrics and logs wait here until the store takes them ({error})")
