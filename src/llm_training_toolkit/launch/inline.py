@@ -75,6 +75,8 @@ def run_inline(run: RunDirectory, config: Config, console: Console) -> dict[str,
             report=console.show if is_first_rank() else _quiet,
             wish=lambda: Wish.STOP if stop.is_set() else Wish.GO_ON,
         )
+        if not is_first_rank():
+            storage_of(run.path).look(run.path)  # what the first one has written meanwhile
         place = Place(run, config, Receipt.from_json(run.receipt.read_text()), command_began())
         try:
             return work(place, context)

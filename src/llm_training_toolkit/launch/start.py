@@ -29,7 +29,7 @@ from llm_training_toolkit.launch.standing import (
 from llm_training_toolkit.overview import goodput
 from llm_training_toolkit.plan import Plan, lines, make_plan, mixture_lines, require
 from llm_training_toolkit.runs import RunDirectory, environment, write_atomically
-from llm_training_toolkit.storage import storage_of
+from llm_training_toolkit.storage import reached, storage_of
 
 
 def start(request: Request, console: Console) -> Outcome:
@@ -108,6 +108,8 @@ def write_down(run: RunDirectory, config: Config, plan: Plan, receipt: Receipt) 
 
 def train(run: RunDirectory, config: Config, console: Console) -> dict[str, Any]:
     """Train a run that is written down, with Ray or without: `{"status", "step"}`."""
+    with reached():
+        storage_of(run.path).send()  # ranks on other machines read it
     if config.cluster.workers == 0:
         from llm_training_toolkit.launch.inline import run_inline
 
