@@ -16,6 +16,8 @@ import pytest
 from llm_training_toolkit.boards import log_directory
 from llm_training_toolkit.errors import ConfigError
 from llm_training_toolkit.metrics import TensorBoard
+from llm_training_toolkit.storage import storage_of, taking_part
+from s3_server import keys, s3_server
 
 
 @pytest.fixture
@@ -65,22 +67,15 @@ def test_tensorboard_shows_the_run(runs: Path) -> None:
 
 
 @pytest.mark.slow
-def test_tensorboard_shows_a_run_in_a_bucket(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(port=0, verbose=False)
-    server.start()
-    try:
-        address = "http://{}:{}".format(*server.get_host_and_port())
-        keys = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_DEFAULT_REGION": "us-east-1"}
-        for name, value in {**keys, "AWS_ENDPOINT_URL": address, "S3_ENDPOINT": address}.items():
+def test_tensorboard_shows_a_run_in_a_bucket(monkeypatch: pytest.MonkeyPatch) -> None:
+    with s3_server() as environment:
+        for name, value in environment.items():
             monkeypatch.setenv(name, value)
-        import boto3
-
-        client = boto3.client("s3")
-        client.create_bucket(Bucket="bucket")
-        for file in runs.rglob("events*"):
-            client.upload_file(str(file), "bucket", f"runs/{file.relative_to(runs)}")
+        with taking_part("s3://bucket/runs/one", print) as run:
+            board = TensorBoard(run.tensorboard, None)
+            for step in (1, 2):
+                board.write(step, {"train/loss": 2.0})
+                storage_of(run.path).send()
+            board.close()
+        assert len(keys("runs/one/tb/")) == 2, "segments, each an event file"
         assert shown("s3://bucket/runs", os.environ, seconds=30) == b'["one/tb"]'
-    finally:
-        server.stop()
