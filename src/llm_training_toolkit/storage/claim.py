@@ -28,7 +28,8 @@ CLAIMS = "claims/"
 RENEWED_EVERY = 5.0
 """Seconds."""
 EXPIRES_AFTER = 60.0
-"""Seconds without renewal: longer than any request with all its tries takes."""
+"""Seconds without renewal. Of a store that is away for longer another start may take the run over: the number of its
+attempt then keeps the earlier one from saving."""
 _LOOK_EVERY = 1.0
 Say = Callable[[str], None]
 
@@ -44,7 +45,7 @@ def claimed(bucket: Bucket, say: Say) -> Iterator[None]:
     is_ours = bucket.create(_key(number), json.dumps(record).encode()) is not None
     if not is_ours or max(bucket.listed(CLAIMS), default="") > _key(number):
         raise LaunchError(_refusal(bucket, "another process has just started on it"))
-    if bucket.create(_key(number), b"another's") is not None:
+    if bucket.create(_key(number), b'{"given_back": true}') is not None:
         raise LaunchError(
             f"{bucket.address}: this store ignores conditional writes (If-None-Match), so nothing would keep two "
             "processes out of one run. Set run.dir to a store that has them, or to a path"
