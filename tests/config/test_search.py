@@ -56,13 +56,14 @@ def test_a_search_file_with_its_base(file: Path) -> None:
         ("  optm.lr: [1.0]", "unknown key; did you mean optim"),
         ("  optim.lr.high: [1.0]", "it has no high"),
         ("  data.sources.x.weight: [1.0]", "unknown key (valid in data.sources: path"),
-        ("  optim.clip: []", "expected a list of at least 1"),
+        ("  optim.clip: []", "optim.clip: has nothing to choose from"),
         ("  optim.clip: [1.0, 1.0]", "choice has a value twice"),
         ("  optim.clip: {uniform: [2, 1]}", "nothing lies between 2 and 1"),
         ("  optim.clip: {log_uniform: [0, 1]}", "must be above zero"),
         ("  optim.clip: {uniform: [0, 1], choice: [1]}", "give exactly one of"),
         ("  optim.clip: {gauss: [0, 1]}", "unknown key"),
         ("  train.steps: [10, 20]", "cannot be searched: trials of different lengths"),
+        ("  data.eval.fraction: [0.0, 0.1]", "cannot be searched: trials measured on other documents"),
         ("  cluster.workers: [1, 2]", "cannot be searched: all trials take as many workers"),
         ("metric: eval/accuracy", "expected one of eval/loss"),
         ("trails: 5", "unknown key; did you mean trials"),
@@ -88,7 +89,7 @@ def test_a_search_without_an_end_is_refused(file: Path) -> None:
 
 
 def test_a_list_entry_that_is_not_there_is_named(file: Path) -> None:
-    with pytest.raises(ConfigError, match="no entry 5 there: its 2 entries"):
+    with pytest.raises(ConfigError, match="no entry 5 there; it has entries 0 to 1"):
         changed(load_search(file).whole, {"data.sources.5.weight": 1.0}, "trial")
 
 

@@ -97,3 +97,12 @@ def test_the_screen_shows_a_few_trials_the_best_first_and_all_at_work(tmp_path: 
     assert sum(line.startswith("t00") for line in lines) == 12
     assert any(line.startswith("t0017") and "running" in line for line in lines)
     assert "and 6 more; 17 of 16 trials ended" in lines[-1]
+
+
+def test_on_a_narrow_screen_titles_are_folded_and_no_value_is(tmp_path: Path) -> None:
+    asked, ledger = searched(tmp_path / "ledger.jsonl")
+    console = Console(width=70, record=True, file=StringIO())
+    console.print(table(asked, ledger))
+    first = next(line for line in console.export_text().splitlines() if line.startswith("t0000"))
+    assert first.split()[:5] == ["t0000", "finished", "2.0029", "64", "32,768"]
+    assert first.split()[-1] == "wsd"

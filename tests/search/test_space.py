@@ -134,3 +134,10 @@ def test_a_trial_is_a_run_of_its_own_that_shares_the_prepared_data(tmp_path: Pat
     assert (config.optim.lr, config.run.name, config.run.dir) == (0.002, "t0007", str(tmp_path / "trials"))
     assert config.data.cache == str(tmp_path / "cache")
     assert not config.export.at_end
+
+
+def test_losses_per_token_are_not_compared_between_tokenizers(tmp_path: Path) -> None:
+    sizes = {"tokenizer.train.vocab_size": {"choice": [512, 600]}}
+    with pytest.raises(PlanError, match="bits_per_byte"):
+        check(trials(search(sizes), tmp_path))
+    assert check(trials(search(sizes, metric="eval/bits_per_byte"), tmp_path)) == []

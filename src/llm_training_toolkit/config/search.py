@@ -22,6 +22,7 @@ _OWNED = {
     "run.name": "every trial has its own",
     "run.dir": "trials lie in the search's directory",
     "data.cache": "all trials share one",
+    "data.eval": "trials measured on other documents cannot be compared; give it in set",
     "train.tokens": "trials of different lengths cannot be compared; give the length of all in set",
     "train.steps": "trials of different lengths cannot be compared; give the length of all in set",
     "train.epochs": "trials of different lengths cannot be compared; give the length of all in set",
@@ -33,7 +34,7 @@ _OWNED = {
 class Distribution(Section):
     """The values that a key may take: exactly one of the four. A plain list is a choice."""
 
-    choice: Annotated[tuple[Value | tuple[Value, ...], ...], Field(min_length=1)] | None = None
+    choice: tuple[Value | tuple[Value, ...], ...] | None = None
     """One of these values."""
     uniform: tuple[float, float] | None = None
     """A number between two, all alike."""
@@ -46,6 +47,8 @@ class Distribution(Section):
     def _one_kind(self) -> Distribution:
         if sum(kind is not None for kind in (self.choice, self.uniform, self.log_uniform, self.integers)) != 1:
             raise ValueError("give exactly one of choice, uniform, log_uniform and integers")
+        if self.choice == ():
+            raise ValueError("has nothing to choose from: give at least one value")
         if self.choice is not None and len({json.dumps(value) for value in self.choice}) < len(self.choice):
             raise ValueError("choice has a value twice")
         if self.choice is None and not self.ends[0] < self.ends[1]:
@@ -133,7 +136,7 @@ class Search(Section):
     """Name of the search and of its directory, in the base's `run.dir`. Absent: the file's own name."""
     set: dict[str, Any] = Field(default_factory=dict)
     """Fields of the base that are other for all trials, by their dotted keys: `train.steps: 200`."""
-    search: Annotated[dict[str, Distribution], Field(min_length=1)]
+    search: dict[str, Distribution]
     """What varies: dotted keys of the run file, and the values each may take."""
     metric: Literal["eval/loss", "eval/perplexity", "eval/bits_per_byte", "train/loss"] = "eval/loss"
     """What trials are compared by."""
@@ -158,6 +161,8 @@ class Search(Section):
 
     @model_validator(mode="after")
     def _ends(self) -> Search:
+        if not self.search:
+            raise ValueError("search: nothing varies: give at least one key with its values")
         if self.trials is None and self.budget is None and self.searcher.name != "grid":
             raise ValueError("give trials, budget or both: the search has no end")
         ranges = [key for key, values in self.search.items() if values.choice is None]
@@ -214,11 +219,10 @@ def _problem_of_key(key: str, *, owned: bool) -> str:
 
 
 def _unknown(parts: Key, found: Key) -> str:
-    _, annotation, _ = locate(found, Config)
     try:
         return unknown_key(parts[: len(found) + 1], Config)
     except AssertionError:
-        return f"{dotted(found)} is {type(annotation).__name__}, not a section: it has no {parts[len(found)]}"
+        return f"{dotted(found)} is a value, no section: it has no {parts[len(found)]}"
 
 
 def _check_point(search: Search, number: int, point: Mapping[str, Any], document: Document) -> None:
@@ -269,6 +273,6 @@ def _put(holder: Any, part: str | int, value: object, key: str) -> None:  # noqa
 
 def _index(holder: Any, part: str | int, key: str) -> int:  # noqa: ANN401 - plain data
     if not isinstance(holder, list) or not isinstance(part, int) or part >= len(holder):
-        length = len(holder) if isinstance(holder, list) else 0
-        raise ConfigError(f"{key}: the base has no entry {part} there: its {length} entries count from 0")
+        there = f"entries 0 to {len(holder) - 1}" if isinstance(holder, list) and holder else "none"
+        raise ConfigError(f"{key}: the base has no entry {part} there; it has {there}")
     return part

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -43,8 +44,10 @@ def cluster(console: Console) -> Iterator[None]:
         options |= {"address": "local", "num_cpus": len(os.sched_getaffinity(0)), "include_dashboard": False}
     # TorchTrainer needs torch, which takes a second to import: the time in which Ray's servers start.
     threading.Thread(target=importlib.import_module, args=("torch",), daemon=True, name="import-torch").start()
+    terminates = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(**options)
+        signal.signal(signal.SIGTERM, terminates)  # Ray's own would exit with a status that says nothing
     except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
         where = "on this machine" if local else f"at RAY_ADDRESS={os.environ['RAY_ADDRESS']}"
         raise LaunchError(f"Ray cannot be reached {where}: {error}. `ray status` shows whether it runs") from error

@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from llm_training_toolkit.config import Config, to_json
 from llm_training_toolkit.config.address import is_address
@@ -21,7 +21,7 @@ from llm_training_toolkit.config.identity import flatten
 from llm_training_toolkit.config.schema import Tag
 from llm_training_toolkit.config.search import Search, load_search
 from llm_training_toolkit.console import Console
-from llm_training_toolkit.errors import ConfigError, LaunchError
+from llm_training_toolkit.errors import ConfigError, DataError, LaunchError
 from llm_training_toolkit.launch.environment import check_machine, check_quantization, prepare_environment
 from llm_training_toolkit.launch.outcome import EXIT_CODES, Status
 from llm_training_toolkit.launch.output import redirect
@@ -45,6 +45,7 @@ _TUNE = {
 }
 _DRIVER_SHARE = {"node:__internal_head__": 0.0001}
 """What a trial's driver takes: no CPU, for the cluster is its workers'; Tune refuses to take nothing at all."""
+_LOST = "Ray was lost while the search worked; the same command goes on"
 
 
 @dataclass(frozen=True)
@@ -79,8 +80,9 @@ def tune(asked: Asked, console: Console) -> tuple[Status, dict[str, Any]]:
     check_machine(asked.base)
     check_quantization(asked.base)
     with claim(directory.driver):
-        _refuse_changed(asked)
         ledger = Ledger(directory.ledger)
+        if ledger.trials:
+            _refuse_changed(asked)
         settle(ledger)
         _write_asked(asked)
         directory.stopping.unlink(missing_ok=True)
@@ -102,29 +104,54 @@ def _carry_out(asked: Asked, ledger: Ledger, console: Console) -> Status:
     if State(asked.search, ledger).over:
         console.say(f"search {asked.directory.path.name} is finished, in {asked.directory.path}")
         return "finished"
-    some = asked.trials.config(_any_point(asked))
-    check_nodes_of(asked.directory.driver, some, console)
-    for row in receipt_lines(prepare_epochs(preparation_of(some, console), some, until=1).receipt):
-        console.say(row)
     prepare_environment()  # before anything imports Ray
     for name, value in _TUNE.items():
         os.environ[name] = value
     redirect(asked.directory.driver.path / "logs" / "driver.log")
+    import ray
+
+    from llm_training_toolkit.launch.head import watching
     from llm_training_toolkit.launch.ray_train import cluster
 
     with cluster(console):
-        concurrent = _concurrent(asked, console)
+        concurrent = _concurrent(asked, console)  # before data is prepared for trials that fit nowhere
+        _prepare(asked, console)
         suggestions = _suggestions(asked, ledger)
         screen = Screen(asked.search, ledger, console)
-        try:
-            return _drive(asked, ledger, suggestions, concurrent=concurrent, screen=screen, console=console)
-        except KeyboardInterrupt:
+
+        def leave(said: str, code: int) -> NoReturn:
             screen.close()
-            console.say("stopped at once: the same command goes on with the trials that had begun")
+            console.say(said)
             console.close()
-            os._exit(EXIT_CODES["stopped"])
+            os._exit(code)
+
+        def lost(why: str) -> None:
+            leave(f"error: {_LOST} ({why})", LaunchError.exit_code)
+
+        try:
+            with watching(ray.get_runtime_context().gcs_address, console.say, lost):
+                return _drive(asked, ledger, suggestions, concurrent=concurrent, screen=screen, console=console)
+        except KeyboardInterrupt:
+            leave("stopped at once: the same command goes on with the trials that had begun", EXIT_CODES["stopped"])
         finally:
             screen.close()
+
+
+def _prepare(asked: Asked, console: Console) -> None:
+    """Prepare the data of all trials for which it is the same, once the nodes were looked at.
+
+    Raises DataError where nothing is held out of so few documents, as the metric would never be reported.
+    """
+    some = asked.trials.config(_any_point(asked))
+    check_nodes_of(asked.directory.driver, some, console)
+    receipt = prepare_epochs(preparation_of(some, console), some, until=1).receipt
+    for row in receipt_lines(receipt):
+        console.say(row)
+    if asked.search.metric.startswith("eval/") and not receipt.eval_sequences:
+        raise DataError(
+            f"metric = {asked.search.metric}: no document is held out, so it is never reported; give a larger "
+            "data.eval.fraction, or data.eval.sources, in the base or under set"
+        )
 
 
 def _drive(
@@ -171,7 +198,7 @@ def _drive(
         with on_stop_signal(stop):
             tuner.fit()
     except (ray.exceptions.RayError, ray_tune.TuneError) as error:
-        raise LaunchError(f"Ray was lost while the search worked: {error}; the same command goes on") from error
+        raise LaunchError(f"{_LOST} ({error})") from error
     return "stopped" if state.stopping else "finished"
 
 
@@ -223,7 +250,7 @@ def _concurrent(asked: Asked, console: Console) -> int:
     if want is not None and want > room:
         console.say(f"note: concurrent = {want}, but the cluster has room for {room} trials at a time")
     taken = min(want or room, room)
-    console.say(f"{taken} trials at a time, {wanted.fewest} workers each")
+    console.say(f"{taken} trials at a time, workers each: {wanted.fewest}")
     return taken
 
 
@@ -242,8 +269,6 @@ def _write_asked(asked: Asked) -> None:
 
 def _refuse_changed(asked: Asked) -> None:
     """Refuse to go on with another search. Raises ConfigError with every difference."""
-    if not asked.directory.asked.is_file() or not asked.directory.ledger.is_file():
-        return
     before, now = _flat(json.loads(asked.directory.asked.read_text())), _flat(_identity(asked))
     lines = [
         f"  {key}: {json.dumps(before.get(key))} -> {json.dumps(now.get(key))}"

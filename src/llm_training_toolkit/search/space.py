@@ -141,6 +141,11 @@ def check(trials: Trials) -> list[str]:
             f"metric = {search.metric}: nothing is held out (data.eval.fraction = 0), so it is never reported; give "
             "data.eval.fraction in the base or under set, or take metric: train/loss"
         )
+    if search.metric != "eval/bits_per_byte" and any(key.startswith("tokenizer.") for key in search.search):
+        raise PlanError(
+            f"metric = {search.metric}: a loss per token says nothing between tokenizers; take metric: "
+            "eval/bits_per_byte"
+        )
     looked = {same(point): point for point in corners(search)}
     bad = {shown(point): problem for point in looked.values() if (problem := trials.problem(point))}
     words = [f"{point}: {_one_line(problem)}" for point, problem in bad.items()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from llm_training_toolkit.config.schema import duration_seconds
 from llm_training_toolkit.config.search import Search
@@ -26,10 +27,14 @@ def table(search: Search, ledger: Ledger) -> Table:
     rows = [trial for trial in order if trial in kept or trial in at_work]
     found = Table(box=None, pad_edge=False, header_style="bold", caption=footer(search, ledger, len(order) - len(rows)))
     errors = ["error"] if any(trial.state == "failed" for trial in rows) else []
-    for title in ("trial", "state", search.metric, "at step", "tokens", *search.search, *errors):
-        found.add_column(title, overflow="fold")
-    for trial in rows:
-        found.add_row(*_cells(trial)[: len(found.columns)])
+    titles = ("trial", "state", search.metric, "at step", "tokens", *search.search, *errors)
+    cells = [_cells(trial)[: len(titles)] for trial in rows]
+    for position, title in enumerate(titles):
+        # On a narrow screen the titles are folded before the values are.
+        widest = max((Text.from_markup(row[position]).cell_len for row in cells), default=0)
+        found.add_column(title, overflow="fold", min_width=None if title == "error" else widest)
+    for row in cells:
+        found.add_row(*row)
     return found
 
 

@@ -1,0 +1,141 @@
+"""What Ray Tune asks of a search, asked as Tune does but without a cluster: schedulers, budgets, failures, deaths."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from llm_training_toolkit.config.search import Search
+from llm_training_toolkit.launch.tune_parts import Gate, Source, Watcher
+from llm_training_toolkit.search.learner import learnt
+from llm_training_toolkit.search.ledger import Ledger, Trial, settle
+from llm_training_toolkit.search.results import best
+from llm_training_toolkit.search.rungs import bracket_of, rung_steps
+from llm_training_toolkit.search.state import State
+from llm_training_toolkit.search.suggest import Suggestions
+from search.test_space import RATE, search, trials
+
+pytestmark = pytest.mark.slow  # for the import of Ray Tune
+STEPS, TOKENS = 64, 100
+"""Of a trial, and of a step."""
+
+
+def value(trial: Trial, step: int) -> float:
+    """The loss of a trial at a step: a bowl around 0.005, that all sink into."""
+    return (math.log10(trial.parameters["optim.lr"]) + 2.3) ** 2 + 4.0 / step
+
+
+class Begun:
+    """A trial at work, as its driver would tell of it."""
+
+    def __init__(self, asked: Search, trial: Trial) -> None:
+        self.trial, self._steps = trial, rung_steps(asked.scheduler, STEPS, TOKENS)
+        self._bracket = bracket_of(asked.scheduler, trial.number, len(self._steps))
+        self._rung = self._bracket
+
+    def next(self) -> dict[str, Any]:
+        """What it says at its next rung, or at its end."""
+        rung, step = self._rung, self._steps[self._rung]
+        self._rung += 1
+        last = rung == len(self._steps) - 1
+        kind = {"kind": "end", "state": "finished"} if last else {"kind": "rung"}
+        at = {"rung": rung, "bracket": self._bracket, "step": step, "tokens": step * TOKENS}
+        return {"trial": self.trial.number, "value": value(self.trial, step), **at, **kind}
+
+
+def work(asked: Search, path: Path, at_once: int = 4, events: int | None = None) -> Ledger:
+    """Carry a search out as Tune does, or go on with it; `events` in, the driver dies."""
+    ledger = Ledger(path / "ledger.jsonl")
+    settle(ledger)
+    ledger.start()
+    state = State(asked, ledger)
+    learner = learnt if asked.searcher.name == "optuna" else None
+    source = Source(state, Suggestions(trials(asked, path), ledger, learner), lambda trial: {"number": trial.number})
+    gate, at_work, more = Gate(state), list[Begun](), True
+    while more or at_work:
+        if events == 0:
+            break
+        events = events and events - 1
+        order = source.suggest("") if more and len(at_work) < at_once else "wait"
+        if isinstance(order, dict):
+            at_work.append(Begun(asked, ledger.trials[order["number"]]))
+            continue
+        more = more and order != Source.FINISHED
+        if not at_work:
+            continue
+        one = at_work.pop(0)
+        said = one.next()
+        if said["kind"] == "end":
+            gate.on_trial_complete(None, None, said)
+        elif gate.on_trial_result(None, None, said) == Gate.CONTINUE:
+            at_work.append(one)
+    return Ledger(path / "ledger.jsonl")
+
+
+def tokens(ledger: Ledger) -> int:
+    return sum(trial.last.tokens for trial in ledger.trials.values() if trial.last)
+
+
+@pytest.mark.parametrize(("scheduler", "share"), [("none", 1.0), ("asha", 0.4), ("median", 0.8), ("hyperband", 0.75)])
+def test_each_scheduler_keeps_the_best_and_saves_what_it_can(scheduler: str, share: float, tmp_path: Path) -> None:
+    asked = search(RATE, trials=16, scheduler={"name": scheduler})
+    ledger = work(asked, tmp_path)
+    assert len(ledger.trials) == 16
+    assert {trial.state for trial in ledger.trials.values()} <= {"finished", "stopped"}
+    found = best(ledger, "min")
+    assert found is not None
+    assert found.state == "finished"
+    whole = work(search(RATE, trials=16, scheduler={"name": "none"}), tmp_path / "whole")
+    assert found.number == min(whole.trials.values(), key=lambda trial: value(trial, STEPS)).number
+    assert tokens(ledger) <= share * tokens(whole)
+    if scheduler == "hyperband":
+        assert {rung.bracket for _, rung in ledger.passed} == {0, 1, 2}
+
+
+@pytest.mark.parametrize("searcher", ["random", "optuna"])
+def test_a_driver_that_dies_anywhere_changes_no_decision(searcher: str, tmp_path: Path) -> None:
+    asked = search(RATE, trials=9, searcher={"name": searcher, "start": 3})
+    for death in range(1, 24, 2):
+        path = tmp_path / str(death)
+        before = work(asked, path, at_once=1, events=death)
+        ended = {number: trial for number, trial in before.trials.items() if trial.state != "begun"}
+        after = work(asked, path, at_once=1)
+        assert {number: after.trials[number] for number in ended} == ended  # none is repeated
+        assert [trial.parameters for trial in before.trials.values()] == [
+            after.trials[number].parameters for number in before.trials
+        ]
+        assert len(after.trials) == 9
+        assert after.unfinished == []
+
+
+def test_a_budget_in_tokens_ends_optunas_search_at_the_next_rungs(tmp_path: Path) -> None:
+    budget = 3 * STEPS * TOKENS
+    asked = search(RATE, trials=None, budget={"tokens": budget}, searcher={"name": "optuna", "start": 4})
+    ledger = work(asked, tmp_path)
+    assert budget <= tokens(ledger) < budget + 4 * STEPS * TOKENS
+    assert ledger.unfinished == []
+    assert len(ledger.trials) > 4
+    assert State(asked, ledger).over
+
+
+def test_a_budget_in_time_lets_nothing_begin_once_it_is_over(tmp_path: Path) -> None:
+    asked = search(RATE, trials=None, budget={"time": "1s"})
+    (tmp_path / "ledger.jsonl").write_text('{"time": 10, "event": "start"}\n{"time": 12, "event": "beat"}\n')
+    assert work(asked, tmp_path).trials == {}
+
+
+def test_failures_are_counted_and_the_last_one_is_written_down(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    ledger.begin(Trial(0, {"optim.lr": 0.01}, 0))
+    (tmp_path / "error.txt").write_text("Traceback\n  somewhere\nLaunchError: node 10.0.0.1 was lost\n\n")
+    told = SimpleNamespace(config={"number": 0}, error_file=str(tmp_path / "error.txt"))
+    watcher = Watcher(State(search(RATE), ledger), lambda: None)
+    watcher.on_trial_recover(0, [], told)
+    assert (ledger.trials[0].state, ledger.trials[0].failures) == ("begun", 1)
+    watcher.on_trial_error(0, [], told)
+    known = Ledger(tmp_path / "ledger.jsonl").trials[0]
+    assert (known.state, known.error) == ("failed", "LaunchError: node 10.0.0.1 was lost")
