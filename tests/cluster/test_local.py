@@ -118,8 +118,8 @@ def _wait_for_jobs(cluster: Started) -> str:
 
 
 def _walk() -> tuple[str, list[str]]:
-    """What docs/clusters.md says to type in the one terminal, and in the other."""
-    section = (ROOT / "docs" / "clusters.md").read_text().split("## This machine")[1].split("\n## ")[0]
+    """What docs/cluster.md says to type in the one terminal, and in the other."""
+    section = (ROOT / "docs" / "cluster.md").read_text().split("## This machine")[1].split("\n## ")[0]
     first, second = re.findall(r"```\n(.*?)\n```", section, re.DOTALL)
     return first.split("#")[0].strip(), [line.split("  #")[0] for line in second.splitlines()]
 
