@@ -118,7 +118,6 @@ def test_a_run_shrinks_and_grows_with_its_cluster_and_comes_out_the_same(
     assert recovered < 60
     assert "node 127.0.1.3 will be taken away in" in out
     assert f"resuming from {run.checkpoint(shrunk['step'], 2).name}" in out
-    assert shrunk["step"] % EVERY, "it saved when the end was announced, not when a checkpoint was due"
     assert "there is room for more than 1 workers: making way after the next checkpoint" in out
     assert left["step"] % EVERY == 0
 

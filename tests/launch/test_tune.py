@@ -26,12 +26,17 @@ _LEFT = """
 import json, ray
 ray.init(log_to_driver=False)
 table = ray.util.placement_group_table()
-of_ray = {"TrainStateActor", "_AutoscalingCoordinatorActor"}  # one of each a cluster, for the dashboard and for demand
+# One of each a cluster, for the dashboard and for demand; and what Ray Train leaves to take back the placement groups of a
+# driver that was killed, which now and then outlives that (the groups are counted here).
+of_ray = {"TrainStateActor", "_AutoscalingCoordinatorActor", "PlacementGroupCleaner"}
 actors = ray._private.state.actors()
 name = lambda actor: actor["ActorClassName"]
 print(json.dumps({
     "groups": [id for id, group in table.items() if group["state"] != "REMOVED"],
-    "actors": sorted(id for id, actor in actors.items() if actor["State"] == "ALIVE" and name(actor) not in of_ray),
+    "actors": sorted(
+        f"{name(actor)} {id}"
+        for id, actor in actors.items() if actor["State"] == "ALIVE" and name(actor) not in of_ray
+    ),
     "free": ray.available_resources().get("CPU"),
 }))
 """
