@@ -26,8 +26,8 @@ _LEFT = """
 import json, ray
 ray.init(log_to_driver=False)
 table = ray.util.placement_group_table()
-# One of each a cluster, for the dashboard and for demand; and what Ray Train leaves to take back the placement groups of a
-# driver that was killed, which now and then outlives that (the groups are counted here).
+# One of each a cluster, for the dashboard and for demand; and what Ray Train leaves to take back the
+# placement groups of a driver that was killed, which now and then outlives that (groups are counted here).
 of_ray = {"TrainStateActor", "_AutoscalingCoordinatorActor", "PlacementGroupCleaner"}
 actors = ray._private.state.actors()
 name = lambda actor: actor["ActorClassName"]
