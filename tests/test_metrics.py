@@ -172,8 +172,13 @@ def test_a_full_disk_is_reported_once_and_the_other_sink_goes_on(
     assert points(run, "train/loss") == [(1, 1.0), (2, 2.0), (3, 3.0)]
 
 
+@pytest.fixture
+def threads_before() -> set[threading.Thread]:
+    return set(threading.enumerate())
+
+
 @contextmanager
-def no_file_beyond(size: int) -> Iterator[None]:
+def no_file_beyond(size: int, threads_before: set[threading.Thread]) -> Iterator[None]:
     """The kernel refuses to let a file of this process grow further, as a full disk does."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
@@ -182,16 +187,16 @@ def no_file_beyond(size: int) -> Iterator[None]:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         # TensorBoard writes in threads of its own; what they meet must be met in this test, not in a later one.
-        for thread in threading.enumerate():
+        for thread in set(threading.enumerate()) - threads_before:
             if type(thread).__name__ == "_AsyncWriterThread":
                 thread.join(timeout=2)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_when_no_sink_can_be_written_each_is_reported_once_and_training_goes_on(
-    run: RunDirectory, context: RunContext, events: list[Event]
+    run: RunDirectory, context: RunContext, events: list[Event], threads_before: set[threading.Thread]
 ) -> None:
-    with no_file_beyond(2_000), metrics(run, context) as opened:
+    with no_file_beyond(2_000, threads_before), metrics(run, context) as opened:
         for step in range(1, 201):
             opened.write(step, {"train/loss": float(step)})
         opened.text(200, "note", "x" * 5_000)
@@ -201,13 +206,14 @@ def test_when_no_sink_can_be_written_each_is_reported_once_and_training_goes_on(
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_disk_that_is_full_when_metrics_are_closed_does_not_fail_a_finished_run(
-    run: RunDirectory, context: RunContext, events: list[Event]
+    run: RunDirectory, context: RunContext, events: list[Event], threads_before: set[threading.Thread]
 ) -> None:
     opened = Metrics(run, 1, 0, context)
     opened.write(1, {"train/loss": 1.0})
     [sink] = [sink for sink in opened._sinks if type(sink).__name__ == "TensorBoard"]
     writer = sink._writer  # type: ignore[attr-defined]
-    with no_file_beyond(os.path.getsize(next(run.tensorboard.iterdir()))):  # noqa: PTH202
+    size = os.path.getsize(next(run.tensorboard.iterdir()))  # noqa: PTH202
+    with no_file_beyond(size, threads_before):
         for step in range(2, 20):
             writer.add_scalar("train/loss", 1.0, step)  # queued: nobody has noticed yet
             time.sleep(0.001)

@@ -221,7 +221,8 @@ def attempt_record(run: RunDirectory, attempt: int) -> dict[str, Any]:
 
 def _close_attempt(run: RunDirectory, attempt: int) -> bool:
     """An attempt that does not say how it ended when the next one begins was killed; whether it was this one."""
-    if attempt_record(run, attempt).get("state", "running") != "running":
+    there = (run.attempts / f"{attempt:04d}.json").exists()
+    if not there or attempt_record(run, attempt).get("state", "running") != "running":
         return False
     with suppress(OSError):
         end_attempt(run, attempt, "lost")
