@@ -1,4 +1,4 @@
-"""`ltt tune` on a real Ray cluster: a search whose driver is killed finishes, and leaves nothing behind."""
+"""`ltt tune` on a real Ray cluster: a search whose worker and driver are killed finishes and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from ruamel.yaml import YAML
 
 from launch.conftest import Environment
 from llm_training_toolkit.config import load
+from llm_training_toolkit.runs import attempt_record
 from llm_training_toolkit.search.ledger import Ledger, SearchDirectory
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(400)]
@@ -72,15 +73,22 @@ def what_is_left(environment: Environment, before: dict[str, Any], seconds: floa
 
 @pytest.fixture
 def file(launch_config: Callable[..., Path]) -> Path:
-    """A search of four trials of a tiny model, two of which have hopeless rates."""
+    """A search of four trials of a tiny model with two workers each; two rates are hopeless.
+
+    The seed puts the worst last, so that it is stopped whoever comes to a rung before whom.
+    """
     base = launch_config(
-        "tuned", train={"steps": 32, "global_batch": 4, "micro_batch": 4}, cluster={"workers": 1}, eval={"every": 100}
+        "tuned",
+        train={"steps": 32, "global_batch": 4, "micro_batch": 2},
+        cluster={"workers": 2},
+        eval={"every": 100},
+        failures={"max": 0},
     )
     path = base.parent / "find.yaml"
     search = {
         "base": base.name,
         "search": {"optim.lr": {"choice": [1e-7, 1e-6, 3e-3, 1e-2]}},
-        "searcher": {"name": "grid"},
+        "searcher": {"name": "grid", "seed": 6},
         "scheduler": {"name": "asha", "factor": 2, "first_steps": 8},
         "concurrent": 2,
     }
@@ -89,22 +97,24 @@ def file(launch_config: Callable[..., Path]) -> Path:
     return path
 
 
-def wait_for_an_end(ledger: Path, process: subprocess.Popen[str], seconds: float = 150) -> None:
+def wait_for(what: Callable[[], object], process: subprocess.Popen[str], seconds: float = 150) -> None:
     end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if any(trial.state != "begun" for trial in Ledger(ledger).trials.values()):
-            return
+    while not what():
         assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end, f"waited for {seconds} s"
         time.sleep(0.1)
-    raise TimeoutError(f"no trial has ended within {seconds} s")
 
 
-def test_a_search_survives_its_driver_and_leaves_nothing_behind(file: Path, ray_environment: Environment) -> None:
+def test_a_search_survives_its_workers_and_its_driver(file: Path, ray_environment: Environment) -> None:
     found, before = directory_of(file), what_there_is(ray_environment)
     with subprocess.Popen(
         command(file), env=ray_environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
-        wait_for_an_end(found.ledger, process)
+        run = found.trial(0)
+        wait_for((run.attempts / "0001.json").is_file, process)
+        os.kill(attempt_record(run, 1)["pid"], signal.SIGKILL)
+        wait_for(lambda: any(trial.state != "begun" for trial in Ledger(found.ledger).trials.values()), process)
+        wait_for(lambda: Ledger(found.ledger).trials[0].failures, process)
         os.kill(process.pid, signal.SIGKILL)
         process.communicate()
     ended = [number for number, trial in Ledger(found.ledger).trials.items() if trial.state != "begun"]
@@ -118,8 +128,10 @@ def test_a_search_survives_its_driver_and_leaves_nothing_behind(file: Path, ray_
     answer = json.loads(done.stdout)
     assert len(answer["trials"]) == TRIALS
     assert {trial["state"] for trial in answer["trials"]} <= {"finished", "stopped"}
+    assert {trial["trial"] for trial in answer["trials"] if trial["failures"]} == {"t0000"}  # tried again
     assert all(found.trial(number).metrics.read_text() == rows[number] for number in ended)  # not repeated
     assert answer["best"]["config"]["optim.lr"] >= 1e-3
+    assert {trial["trial"]: trial["state"] for trial in answer["trials"]}["t0003"] == "stopped"
     assert 0 < answer["tokens"] < TRIALS * 32 * 4 * 64
 
     assert load(found.path / "best.yaml").optim.lr == answer["best"]["config"]["optim.lr"]
