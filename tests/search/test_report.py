@@ -91,7 +91,7 @@ def test_the_screen_shows_a_few_trials_the_best_first_and_all_at_work(tmp_path: 
     asked, ledger = searched(tmp_path / "ledger.jsonl")
     ledger.begin(Trial(17, draw(asked, 17), 17))
     console = Console(width=140, record=True, file=StringIO())
-    console.print(table(asked, ledger))
+    console.print(table(asked, ledger, console.width))
     lines = console.export_text().splitlines()
     assert lines[1].startswith("t0000")
     assert sum(line.startswith("t00") for line in lines) == 12
@@ -101,8 +101,12 @@ def test_the_screen_shows_a_few_trials_the_best_first_and_all_at_work(tmp_path: 
 
 def test_on_a_narrow_screen_titles_are_folded_and_no_value_is(tmp_path: Path) -> None:
     asked, ledger = searched(tmp_path / "ledger.jsonl")
-    console = Console(width=70, record=True, file=StringIO())
-    console.print(table(asked, ledger))
-    first = next(line for line in console.export_text().splitlines() if line.startswith("t0000"))
-    assert first.split()[:5] == ["t0000", "finished", "2.0029", "64", "32,768"]
-    assert first.split()[-1] == "wsd"
+    found = {}
+    for width in (70, 60):
+        console = Console(width=width, record=True, file=StringIO())
+        console.print(table(asked, ledger, width))
+        found[width] = next(line for line in console.export_text().splitlines() if line.startswith("t0000")).split()
+    assert found[70][:5] == ["t0000", "finished", "2.0029", "64", "32,768"]
+    assert found[60][:4] == ["t0000", "finished", "2.0029", "64"], "tokens are left out first"
+    assert found[60][4:] == found[70][5:]
+    assert found[60][-1] == "wsd"

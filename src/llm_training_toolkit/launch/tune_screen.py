@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 from rich.live import Live
+from rich.table import Table
 
 from llm_training_toolkit.config.search import Search
 from llm_training_toolkit.console import Console
@@ -24,7 +25,7 @@ class Screen:
         self._live: Live | None = None
         console.close()
         if console.terminal.is_terminal:
-            self._live = Live(table(search, ledger), console=console.terminal, auto_refresh=False)
+            self._live = Live(self._table(), console=console.terminal, auto_refresh=False)
             self._live.start()
 
     def __call__(self) -> None:
@@ -33,16 +34,19 @@ class Screen:
             self._say()
         elif time.monotonic() - self._drawn > _DRAW_EVERY:
             self._drawn = time.monotonic()
-            self._live.update(table(self._search, self._ledger), refresh=True)
+            self._live.update(self._table(), refresh=True)
 
     def close(self) -> None:
         """Leave the last table on the screen."""
         if self._live is None:
             self._say()
             return
-        self._live.update(table(self._search, self._ledger), refresh=True)
+        self._live.update(self._table(), refresh=True)
         self._live.stop()
         self._live = None
+
+    def _table(self) -> Table:
+        return table(self._search, self._ledger, self._console.terminal.width)
 
     def _say(self) -> None:
         for trial in list(self._ledger.trials.values()):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
@@ -17,25 +19,37 @@ _ROWS = 12
 """Trials shown; those at work always are."""
 _COLOURS = {"begun": "green", "finished": "bold green", "stopped": "yellow", "failed": "red"}
 _WORDS = {"begun": "running"}
+_GAP = 2
+"""Between columns, as rich puts it."""
+_CAN_GO = ("tokens", "at step")
+"""Left out of a narrow screen, this one first: what a trial tries and came to is what the table is for."""
 
 
-def table(search: Search, ledger: Ledger) -> Table:
-    """The trials as a table."""
+def table(search: Search, ledger: Ledger, width: int) -> Table:
+    """The trials as a table that stands on a screen of so many columns as well as it can."""
     order = ranked(ledger, search.mode)
     at_work = [trial for trial in order if trial.state == "begun"]
     kept = [trial for trial in order if trial.state != "begun"][: max(_ROWS - len(at_work), 1)]
     rows = [trial for trial in order if trial in kept or trial in at_work]
     found = Table(box=None, pad_edge=False, header_style="bold", caption=footer(search, ledger, len(order) - len(rows)))
     errors = ["error"] if any(trial.state == "failed" for trial in rows) else []
-    titles = ("trial", "state", search.metric, "at step", "tokens", *search.search, *errors)
-    cells = [_cells(trial)[: len(titles)] for trial in rows]
-    for position, title in enumerate(titles):
-        # On a narrow screen the titles are folded before the values are.
-        widest = max((Text.from_markup(row[position]).cell_len for row in cells), default=0)
-        found.add_column(title, overflow="fold", min_width=None if title == "error" else widest)
-    for row in cells:
+    titles = ["trial", "state", search.metric, "at step", "tokens", *search.search, *errors]
+    cells = list(zip(*(_cells(trial)[: len(titles)] for trial in rows), strict=True)) or [()] * len(titles)
+    columns = dict(zip(titles, cells, strict=True))
+    # On a narrow screen errors and titles are folded before the values are.
+    needed = {title: 0 if title == "error" else _widest(column) for title, column in columns.items()}
+    for title in _CAN_GO:
+        if sum(needed.values()) + _GAP * (len(needed) - 1) > width:
+            del columns[title], needed[title]
+    for title in columns:
+        found.add_column(title, overflow="fold", min_width=needed[title] or None)
+    for row in zip(*columns.values(), strict=True):
         found.add_row(*row)
     return found
+
+
+def _widest(cells: Iterable[str]) -> int:
+    return max((Text.from_markup(cell).cell_len for cell in cells), default=0)
 
 
 def _cells(trial: Trial) -> tuple[str, ...]:
