@@ -14,13 +14,15 @@ import json
 import os
 import platform
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import psutil
 
 from llm_training_toolkit.data.ledger import read_ledger
 from llm_training_toolkit.runs import RunDirectory
@@ -54,13 +56,23 @@ ELASTIC |= {f"3, 2 ranks, ZeRO {zero}": Plan(1, zero, FEWER) for zero in (1, 2, 
 
 
 def start(plan: Plan, ranks: int, directory: Path, name: str) -> subprocess.Popen[bytes]:
-    """The command, with torchrun, in a process group of its own."""
+    """The command, with torchrun."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--no-python", "--nproc-per-node", str(ranks)]
     torchrun += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
     words = [f"run.name={name}", f"run.dir={directory}", f"run.seed={plan.seed}", f"engine.zero={plan.zero}"]
     ltt = [sys.executable, "-m", "llm_training_toolkit", "train", str(HERE / "config.yaml"), *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([*torchrun, *ltt], env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
+    return subprocess.Popen([*torchrun, *ltt], env=environment, stdout=subprocess.DEVNULL)
+
+
+def kill(torchrun: subprocess.Popen[bytes]) -> None:
+    """SIGKILL to all at once: torchrun puts every rank in a session of its own, so none dies with it."""
+    processes = [psutil.Process(torchrun.pid), *psutil.Process(torchrun.pid).children(recursive=True)]
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    torchrun.wait()
+    psutil.wait_procs(processes[1:], timeout=LIMIT)
 
 
 def wait_for(run: RunDirectory, step: int, process: subprocess.Popen[bytes]) -> None:
@@ -85,8 +97,7 @@ def trained(name: str, plan: Plan, directory: Path) -> dict[str, Any]:
                 raise SystemExit(f"{run.path}: exit code {process.returncode}")
         finally:
             if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+                kill(process)
     rows = [json.loads(line) for line in run.metrics.read_text().splitlines() if line.endswith("}")]
     steps = {row["step"]: row for row in rows if "train/loss" in row}
     fetched: dict[int, list[Any]] = {step: [] for step in steps}
