@@ -90,7 +90,8 @@ def _steps(parts: Parts, progress: Progress) -> tuple[Status, Progress]:
         if ended:
             break
         status = flags.status or (wait_for_data(parts, progress) if flags.wait else None)
-        if status := status or at_tasks(parts, progress) or at_rung(parts, progress):
+        # A rung is passed even by who is to stop: the checkpoint is of this step, and it would never be asked again.
+        if status := at_rung(parts, progress) or status or at_tasks(parts, progress):
             return status, progress
     return "finished", progress
 

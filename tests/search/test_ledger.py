@@ -66,6 +66,16 @@ def test_the_best_is_the_best_of_those_that_came_furthest(tmp_path: Path) -> Non
     assert winner.number == 0
 
 
+def test_ends_are_compared_with_ends_whatever_rungs_came_before_them(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    for number, (rung, value) in enumerate([(2, 1.0), (3, 2.0)]):  # the larger batch has a rung more
+        ledger.begin(Trial(number, {"train.global_batch": 8 * 4**number}, number))
+        ledger.rung(number, Rung(rung, 10, 100, value, go_on=False, last=True))
+        ledger.end(number, "finished")
+    assert [trial.number for trial in ranked(ledger, "min")] == [0, 1]
+    assert ledger.values_at(2, 0, but=1) == [], "an end is no rung of others"
+
+
 def test_best_so_far_counts_the_tokens_of_all(tmp_path: Path) -> None:
     assert progress(filled(tmp_path / "ledger.jsonl"), "min") == [(400, 3.0), (1600, 2.5), (3200, 2.0), (3600, 2.0)]
 

@@ -95,6 +95,30 @@ def test_impossible_points_are_left_out_when_asked_and_count_as_no_trial(tmp_pat
     assert len(ledger.left_out) == 1
 
 
+def test_points_known_as_impossible_are_not_written_down_again(tmp_path: Path) -> None:
+    asked = search({"train.global_batch": {"choice": [4, 8, 16]}}, impossible="leave_out", trials=10)
+    made = trials(asked, tmp_path, tiny_config(Path("corpus"), tmp_path, cluster={"workers": 6}))
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    while Suggestions(made, ledger, None).next() is not None:
+        pass
+    assert len(ledger.trials) == 2
+    assert list(ledger.left_out.values()) == [{"train.global_batch": 4}]
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "words"),
+    [
+        ({"first_steps": 50}, "first_steps = 50, but the trial .* ends after "),
+        ({"first_tokens": 1e9}, "first_tokens = 1,000,000,000, but the trial .* ends after "),
+        ({"first_tokens": 1}, "a step of the trial .* has "),
+    ],
+)
+def test_a_first_rung_that_compares_nothing_is_refused(tmp_path: Path, scheduler: dict[str, int], words: str) -> None:
+    base = tiny_config(Path("corpus"), tmp_path, train={"steps": 50}, cluster={"workers": 1})
+    with pytest.raises(PlanError, match=words):
+        check(trials(search(RATE, scheduler={"name": "asha", **scheduler}), tmp_path, base))
+
+
 def test_a_space_without_any_possible_point_is_refused_even_then(tmp_path: Path) -> None:
     asked = search({"train.global_batch": {"choice": [1, 2]}}, impossible="leave_out")
     with pytest.raises(PlanError, match="2 of 2 corners"):

@@ -36,8 +36,29 @@ def test_a_grid_ends_with_its_combinations_those_left_out_included(tmp_path: Pat
     begun(ledger, 5)
     grid = search(CHOICES, trials=100, searcher={"name": "grid"})
     assert not State(grid, ledger).over
-    ledger.leave_out(5, "impossible")
+    ledger.leave_out(5, {"optim.lr": 99}, "impossible")
     assert State(grid, ledger).over
+
+
+def test_a_point_that_is_left_out_twice_is_one_point(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    begun(ledger, 4)
+    for draw in (5, 9):
+        ledger.leave_out(draw, {"optim.lr": 99}, "impossible")
+    assert ledger.next_draw == 10
+    assert not State(search(CHOICES, trials=100), ledger).over
+
+
+def test_failures_in_a_row_before_any_rung_are_without_hope_until_the_next_start(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    begun(ledger, 1)
+    state = State(search(RATE, trials=None, budget={"tokens": 1e9}), ledger)
+    for number in range(1, 9):
+        assert not state.hopeless
+        ledger.begin(Trial(number, {"optim.lr": 0.001}, number))
+        ledger.end(number, "failed", f"error {number}")
+    assert state.hopeless == "error 8"
+    assert not State(state.search, ledger).hopeless
 
 
 def test_tokens_of_all_trials_use_up_the_budget(tmp_path: Path) -> None:

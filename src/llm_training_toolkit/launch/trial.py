@@ -209,11 +209,11 @@ class _Work:
         return result
 
     def _at(self, step: int) -> dict[str, Any]:
-        """What the run had after a step: its own metrics say it, in the newest attempt that came there."""
+        """What the run had after a step: its own metrics say it, those of newer attempts before those of older ones."""
         found: dict[str, Any] = {}
         for row in newest_rows(RunDirectory(Path(self._order.run)).metrics):
             if row.get("step") == step:
-                found = {**found, **row} if row.get("attempt") == found.get("attempt") else dict(row)
+                found |= row
         if self._order.metric not in found:
             raise LaunchError(f"{self._order.metric} was not reported after step {step}")
         return {

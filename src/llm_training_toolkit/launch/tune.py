@@ -19,7 +19,7 @@ from llm_training_toolkit.config import Config, to_json
 from llm_training_toolkit.config.address import is_address
 from llm_training_toolkit.config.identity import flatten
 from llm_training_toolkit.config.schema import Tag
-from llm_training_toolkit.config.search import Search, load_search
+from llm_training_toolkit.config.search import Search, changed, load_search
 from llm_training_toolkit.console import Console
 from llm_training_toolkit.errors import ConfigError, DataError, LaunchError
 from llm_training_toolkit.launch.environment import check_machine, check_quantization, prepare_environment
@@ -32,7 +32,7 @@ from llm_training_toolkit.launch.tune_screen import Screen
 from llm_training_toolkit.runs import claim, write_atomically
 from llm_training_toolkit.search.ledger import Ledger, SearchDirectory, Trial, settle
 from llm_training_toolkit.search.results import best, summary
-from llm_training_toolkit.search.space import Trials, check, corners
+from llm_training_toolkit.search.space import Trials, check, corners, shown
 from llm_training_toolkit.search.state import State
 from llm_training_toolkit.search.suggest import Suggestions
 
@@ -77,6 +77,7 @@ def tune(asked: Asked, console: Console) -> tuple[Status, dict[str, Any]]:
     search, directory = asked.search, asked.directory
     for words in check(asked.trials):
         console.say(f"left out: {words}")
+    _check_winners(asked)
     check_machine(asked.base)
     check_quantization(asked.base)
     with claim(directory.driver):
@@ -98,6 +99,13 @@ def tune(asked: Asked, console: Console) -> tuple[Status, dict[str, Any]]:
 
             write_outputs(asked.search, asked.whole, ledger, directory)
         return status, summary(search, ledger, directory)
+
+
+def _check_winners(asked: Asked) -> None:
+    """Whether `best.yaml` could be written for every corner: better known before the trials. Raises ConfigError."""
+    for point in corners(asked.search):
+        if not asked.trials.problem(point):
+            changed(asked.whole, point, f"best.yaml (the base without set) with {shown(point)}")
 
 
 def _carry_out(asked: Asked, ledger: Ledger, console: Console) -> Status:
@@ -199,6 +207,11 @@ def _drive(
             tuner.fit()
     except (ray.exceptions.RayError, ray_tune.TuneError) as error:
         raise LaunchError(f"{_LOST} ({error})") from error
+    if state.hopeless:
+        raise LaunchError(
+            "trial after trial has failed before its first rung, so no other is begun; the same command tries again. "
+            f"The newest error: {state.hopeless}"
+        )
     return "stopped" if state.stopping else "finished"
 
 

@@ -26,10 +26,10 @@ def write_outputs(search: Search, whole: Config, ledger: Ledger, directory: Sear
     tokens = {trial.name: spent(directory.trial(trial.number).metrics) for trial in ledger.trials.values()}
     winner = best(ledger, search.mode)
     assert winner is not None, "asked for only where some trial came to a rung"
-    write_atomically(directory.path / "best.yaml", best_run(search, whole, winner, directory))
     write_atomically(directory.path / "report.html", page(search, ledger, directory.path.name, sum(tokens.values())))
     _write_table(directory.path / "results.parquet", search, ledger, tokens)
     _write_tensorboard(directory.path / "tb", search, ledger)
+    write_atomically(directory.path / "best.yaml", best_run(search, whole, winner, directory))
 
 
 def best_run(search: Search, whole: Config, winner: Trial, directory: SearchDirectory) -> str:

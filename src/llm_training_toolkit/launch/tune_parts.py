@@ -39,7 +39,7 @@ class Source(_Unsaved, Searcher):
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str:  # noqa: ARG002 - trials have names of their own
         """The next trial's order, or that there is none."""
-        if self._state.stopping or self._state.spent:
+        if self._state.stopping or self._state.spent or self._state.hopeless:
             return str(self.FINISHED)
         trial = self._left.pop(0) if self._left else self._suggestions.next()
         return str(self.FINISHED) if trial is None else self._start(trial)

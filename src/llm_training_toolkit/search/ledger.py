@@ -106,8 +106,8 @@ class Ledger:
     def __init__(self, path: Path) -> None:
         self._path = path
         self.trials: dict[int, Trial] = {}
-        self.left_out: list[tuple[int, str]] = []
-        """Points of the searcher that cannot be trained, and why."""
+        self.left_out: dict[int, Parameters] = {}
+        """Points of the searcher that cannot be trained."""
         self.passed: list[tuple[int, Rung]] = []
         """Every rung, with its trial, in the order in which they were passed."""
         self._spans: list[list[float]] = []
@@ -124,9 +124,9 @@ class Ledger:
         facts = {"trial": trial.number, "parameters": dict(trial.parameters), "draw": trial.draw}
         self._write({"event": "begin", **facts})
 
-    def leave_out(self, draw: int, why: str) -> None:
+    def leave_out(self, draw: int, parameters: Parameters, why: str) -> None:
         """A point of the searcher cannot be trained."""
-        self._write({"event": "left_out", "draw": draw, "why": why})
+        self._write({"event": "left_out", "draw": draw, "parameters": dict(parameters), "why": why})
 
     def rung(self, trial: int, rung: Rung) -> None:
         """A trial has come to a rung, and whether it goes on is decided."""
@@ -148,7 +148,7 @@ class Ledger:
     def next_draw(self) -> int:
         """The first point of the searcher that was not taken."""
         taken = [trial.draw for trial in self.trials.values() if trial.draw is not None]
-        return 1 + max(taken + [draw for draw, _ in self.left_out], default=-1)
+        return 1 + max([*taken, *self.left_out], default=-1)
 
     @property
     def unfinished(self) -> list[Trial]:
@@ -156,13 +156,13 @@ class Ledger:
         return [trial for trial in self.trials.values() if trial.state == "begun"]
 
     def values_at(self, rung: int, bracket: int, but: int) -> list[float]:
-        """What the other trials of a bracket had at a rung."""
+        """What the other trials of a bracket had at a rung; an end, where the learning rate is low, is none."""
         return [
             passed.value
             for trial in self.trials.values()
             if trial.number != but
             for passed in trial.rungs
-            if passed.rung == rung and passed.bracket == bracket
+            if passed.rung == rung and passed.bracket == bracket and not passed.last
         ]
 
     def seconds(self) -> float:
@@ -196,7 +196,7 @@ class Ledger:
         self.trials[number] = Trial(number, event["parameters"], event["draw"])
 
     def _take_left_out(self, event: dict[str, Any]) -> None:
-        self.left_out.append((event["draw"], event["why"]))
+        self.left_out[event["draw"]] = event["parameters"]
 
     def _take_rung(self, event: dict[str, Any]) -> None:
         trial = self.trials[event["trial"]]

@@ -28,7 +28,8 @@ def ranked(ledger: Ledger, mode: str) -> list[Trial]:
 
 def _merit(trial: Trial, mode: str) -> tuple[int, int, float]:
     assert trial.last is not None, "only trials that came to a rung have merit"
-    return (-trial.last.last, -trial.last.rung, key(mode, trial.last.value))
+    # Ends are equal, whatever their number: with another batch there are other rungs before them.
+    return (-trial.last.last, 0 if trial.last.last else -trial.last.rung, key(mode, trial.last.value))
 
 
 def best(ledger: Ledger, mode: str) -> Trial | None:

@@ -148,10 +148,34 @@ def check(trials: Trials) -> list[str]:
         )
     looked = {same(point): point for point in corners(search)}
     bad = {shown(point): problem for point in looked.values() if (problem := trials.problem(point))}
+    _check_rungs(trials, (point for point in looked.values() if shown(point) not in bad))
     words = [f"{point}: {_one_line(problem)}" for point, problem in bad.items()]
     if words and (search.impossible == "refuse" or len(bad) == len(looked)):
         raise PlanError(_refusal(words, len(looked)))
     return words
+
+
+def _check_rungs(trials: Trials, points: Iterable[Parameters]) -> None:
+    """Refuse a first rung that no trial comes to before its end, or that lies within a step. Raises PlanError."""
+    scheduler = trials.search.scheduler
+    for point in points:
+        plan = make_plan(trials.config(point))
+        length = (plan.steps or math.inf, (plan.steps or math.inf) * plan.tokens_per_step)
+        for name, first, own in (
+            ("first_steps", scheduler.first_steps, length[0]),
+            ("first_tokens", scheduler.first_tokens, length[1]),
+        ):
+            if first is not None and first >= own:
+                raise PlanError(
+                    f"scheduler.{name} = {first:,.0f}, but the trial with {shown(point)} ends after {own:,.0f}: trials "
+                    "would never be compared before their ends; give a smaller one, or none: the default goes by the "
+                    "length"
+                )
+        if (scheduler.first_tokens or math.inf) < plan.tokens_per_step:
+            raise PlanError(
+                f"scheduler.first_tokens = {scheduler.first_tokens:,.0f}, but a step of the trial with {shown(point)} "
+                f"has {plan.tokens_per_step:,}; give at least as many"
+            )
 
 
 def _one_line(problem: str) -> str:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from llm_training_toolkit.config.schema import duration_seconds
 from llm_training_toolkit.config.search import Search
-from llm_training_toolkit.search.ledger import Ledger
+from llm_training_toolkit.search.ledger import Ledger, Trial
 from llm_training_toolkit.search.results import tokens_of
-from llm_training_toolkit.search.space import combinations
+from llm_training_toolkit.search.space import combinations, same
+
+_HOPELESS = 8
+"""Trials in a row that fail before their first rung: whatever fails them, a budget in tokens would never end it."""
 
 
 class State:
@@ -16,6 +19,7 @@ class State:
         self.search, self.ledger = search, ledger
         self.stopping = False
         """A person has asked the search to stop."""
+        self._before = {trial.number for trial in self._ended}
 
     @property
     def spent(self) -> bool:
@@ -30,6 +34,18 @@ class State:
         )
 
     @property
+    def _ended(self) -> list[Trial]:
+        return [trial for trial in self.ledger.trials.values() if trial.state != "begun"]
+
+    @property
+    def hopeless(self) -> str:
+        """The newest error where the last trials of this start have all failed at once; empty where they have not."""
+        newest = [trial for trial in self._ended if trial.number not in self._before][-_HOPELESS:]
+        if len(newest) < _HOPELESS or any(trial.state != "failed" or trial.rungs for trial in newest):
+            return ""
+        return newest[-1].error or "no error was written down"
+
+    @property
     def over(self) -> bool:
         """Whether nothing is left to do: no trial at work, and no other one to begin."""
         count, search = len(self.ledger.trials), self.search
@@ -40,4 +56,5 @@ class State:
         if search.trials is not None and count >= search.trials:
             return True
         every = combinations(search)
-        return every is not None and count + len(self.ledger.left_out) >= every
+        left_out = {same(point) for point in self.ledger.left_out.values()}
+        return every is not None and count + len(left_out) >= every

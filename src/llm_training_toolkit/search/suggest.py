@@ -34,7 +34,8 @@ class Suggestions:
         return self._ledger.trials[number]
 
     def _known(self) -> set[str]:
-        return {same(trial.parameters) for trial in self._ledger.trials.values()}
+        tried = (trial.parameters for trial in self._ledger.trials.values())
+        return {same(point) for point in (*tried, *self._ledger.left_out.values())}
 
     def _first(self) -> tuple[Parameters, int | None] | None:
         known = self._known()
@@ -54,7 +55,8 @@ class Suggestions:
             problem = self._trials.problem(point)
             if not problem:
                 return point, number
-            self._ledger.leave_out(number, f"{shown(point)}: {problem}")
+            self._ledger.leave_out(number, point, f"{shown(point)}: {problem}")
+            known.add(same(point))
         return None
 
     def _point(self, number: int) -> Parameters | None:
