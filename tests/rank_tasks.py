@@ -276,15 +276,20 @@ def work_on_spoilt_data(
         Feed.batch = whole  # type: ignore[method-assign]
 
 
-def work_to_a_rung(run: str, rungs: tuple[int, ...], stop_at: int) -> tuple[dict[str, Any], list[int]]:
-    """A trial that is stopped at a rung: how it ended, and the rungs at which rank 0 asked."""
+def work_to_a_rung(
+    run: str, rungs: tuple[int, ...], stop_at: int, wish: Wish = Wish.GO_ON
+) -> tuple[dict[str, Any], list[int]]:
+    """A trial that is stopped at a rung: how it ended, and the rungs at which rank 0 asked.
+
+    `wish` is what a person wants of it, after every step.
+    """
     asked: list[int] = []
 
     def ask(step: int) -> Wish:
         asked.append(step)
         return Wish.STOP if step == stop_at else Wish.GO_ON
 
-    return work(place_of(run), replace(context(), rungs=rungs, ask=ask)), asked
+    return work(place_of(run), replace(context(wish=lambda: wish), rungs=rungs, ask=ask)), asked
 
 
 def loaded_weights(hf_config: Mapping[str, Any], path: str, zero: int, rows: int | None = None) -> Arrays:

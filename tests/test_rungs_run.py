@@ -9,6 +9,7 @@ import pytest
 
 import rank_tasks
 from llm_training_toolkit.checkpoint import complete
+from llm_training_toolkit.context import Wish
 from llm_training_toolkit.runs import RunDirectory, attempt_record
 from rank_pool import RankPool
 
@@ -30,3 +31,15 @@ def test_a_trial_stops_at_its_rung_and_costs_no_step_more(
     assert max(row["step"] for row in rows) == 5
     assert complete(run.checkpoints) == []
     assert attempt_record(run, 1)["state"] == "stopped"
+
+
+def test_a_stop_at_a_rung_is_still_compared_there(
+    pools: Callable[[int], RankPool], fresh_run: Callable[[str], RunDirectory]
+) -> None:
+    run = fresh_run("trial")
+    [(result, asked)] = pools(1).run(
+        rank_tasks.work_to_a_rung, run=str(run.path), rungs=(1, 2), stop_at=5, wish=Wish.STOP
+    )
+    assert result == {"status": "stopped", "step": 1}
+    assert asked == [1], "a resume goes on after it and would not ask again"
+    assert [path.name[:14] for path in complete(run.checkpoints)] == ["step_000000001"]

@@ -21,7 +21,11 @@ def test_a_winner_that_the_base_could_not_take_is_refused_before_the_trials(tmp_
         "run": {"name": "base", "dir": str(tmp_path / "runs")},
         "model": {"name": "qwen3-0.6b", "shape": {"num_hidden_layers": 1}},
         "tokenizer": {"train": {"vocab_size": 512}},
-        "data": {"sequence_length": 64, "sources": [{"path": str(corpus), "format": "code"}], "eval": {"fraction": 0.1}},
+        "data": {
+            "sequence_length": 64,
+            "sources": [{"path": str(corpus), "format": "code"}],
+            "eval": {"fraction": 0.1},
+        },
         "train": {"epochs": 1, "global_batch": 4},
         "cluster": {"workers": 1},
     }
