@@ -14,8 +14,8 @@ import ray
 
 from llm_training_toolkit.errors import LaunchError
 
-_CHATTY = ["dashboard.modules.job.sdk", "dashboard.modules.dashboard_sdk", "_private.runtime_env.packaging"]
-"""Modules of Ray that tell how they upload and connect."""
+_CHATTY = ["dashboard.modules.job.sdk", "dashboard.modules.dashboard_sdk", "_private.runtime_env"]
+"""Modules of Ray that tell how they upload and connect, and what they leave out."""
 RUN_NAME = "ltt_run"
 """Where a job's metadata hold the name of its run, which is the key to resume by."""
 
@@ -56,12 +56,17 @@ def reachable(address: str) -> Iterator[None]:
         ) from error
 
 
+def quiet() -> None:
+    """Ray says nothing of how it connects and packs, unless it fails."""
+    for chatty in _CHATTY:
+        logging.getLogger(f"ray.{chatty}").setLevel(logging.ERROR)
+
+
 def connect(address: str) -> Any:  # noqa: ANN401 - Ray has no types
     """A client of the cluster's jobs. Raises LaunchError where it cannot be reached, or runs another Ray than here."""
     from ray.job_submission import JobSubmissionClient
 
-    for chatty in _CHATTY:
-        logging.getLogger(f"ray.{chatty}").setLevel(logging.WARNING)
+    quiet()
     with reachable(address):
         client = JobSubmissionClient(address)
     version = client._server_ray_version  # noqa: SLF001 - read when the client checks the connection

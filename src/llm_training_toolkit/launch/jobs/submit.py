@@ -18,7 +18,7 @@ from llm_training_toolkit.config import Config, load
 from llm_training_toolkit.config.address import is_address
 from llm_training_toolkit.console import Console
 from llm_training_toolkit.errors import LaunchError, PlanError
-from llm_training_toolkit.launch.jobs.client import RUN_NAME, Job, connect, find, jobs_of, reachable
+from llm_training_toolkit.launch.jobs.client import RUN_NAME, Job, connect, find, jobs_of, quiet, reachable
 from llm_training_toolkit.launch.jobs.log import Log
 from llm_training_toolkit.launch.jobs.package import EXCLUDED, what_travels
 from llm_training_toolkit.launch.outcome import EXIT_CODES, Request
@@ -44,6 +44,7 @@ def submit(request: Request, address: str, cluster: Path | None, console: Consol
     config = load(request.config, request.overrides)
     for line in lines(_checked(config, request, cluster)):
         console.say(line)
+    quiet()
     carried = what_travels(Path.cwd())
     client = connect(address)
     with reachable(address):
