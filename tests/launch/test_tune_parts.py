@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,9 +12,11 @@ from typing import Any
 import pytest
 
 from llm_training_toolkit.config.search import Search
+from llm_training_toolkit.errors import LaunchError
+from llm_training_toolkit.launch.trial import reported
 from llm_training_toolkit.launch.tune_parts import Gate, Source, Watcher
 from llm_training_toolkit.search.learner import learnt
-from llm_training_toolkit.search.ledger import Ledger, Trial, settle
+from llm_training_toolkit.search.ledger import Ledger, Trial
 from llm_training_toolkit.search.results import best
 from llm_training_toolkit.search.rungs import bracket_of, rung_steps
 from llm_training_toolkit.search.state import State
@@ -50,7 +54,6 @@ class Begun:
 def work(asked: Search, path: Path, at_once: int = 4, events: int | None = None) -> Ledger:
     """Carry a search out as Tune does, or go on with it; `events` in, the driver dies."""
     ledger = Ledger(path / "ledger.jsonl")
-    settle(ledger)
     ledger.start()
     state = State(asked, ledger)
     learner = learnt if asked.searcher.name == "optuna" else None
@@ -132,10 +135,32 @@ def test_failures_are_counted_and_the_last_one_is_written_down(tmp_path: Path) -
     ledger = Ledger(tmp_path / "ledger.jsonl")
     ledger.begin(Trial(0, {"optim.lr": 0.01}, 0))
     (tmp_path / "error.txt").write_text("Traceback\n  somewhere\nLaunchError: node 10.0.0.1 was lost\n\n")
-    told = SimpleNamespace(config={"number": 0}, error_file=str(tmp_path / "error.txt"))
+    told = SimpleNamespace(config={"number": 0, "run": str(tmp_path)}, error_file=str(tmp_path / "error.txt"))
     watcher = Watcher(State(search(RATE), ledger), lambda: None)
     watcher.on_trial_recover(0, [], told)
     assert (ledger.trials[0].state, ledger.trials[0].failures) == ("begun", 1)
+    row = {"perf/tokens_per_second": 50.0, "perf/step_seconds": 2.0}
+    (tmp_path / "metrics.jsonl").write_text(f"{json.dumps(row)}\n" * 3)
     watcher.on_trial_error(0, [], told)
     known = Ledger(tmp_path / "ledger.jsonl").trials[0]
     assert (known.state, known.error) == ("failed", "LaunchError: node 10.0.0.1 was lost")
+    assert known.trained == 300
+
+
+def test_a_run_that_fails_by_itself_says_what_it_had_trained(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    ledger.begin(Trial(0, {"optim.lr": 0.01}, 0))
+    asked = search(RATE, trials=None, budget={"tokens": 500})
+    said = {"trial": 0, "kind": "end", "state": "failed", "error": "the loss is nan", "trained": 500}
+    Gate(State(asked, ledger)).on_trial_complete(None, None, said)
+    assert State(asked, Ledger(tmp_path / "ledger.jsonl")).spent
+
+
+def test_a_line_that_comes_late_from_another_node_is_waited_for(tmp_path: Path) -> None:
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text('{"step": 4, "train/tokens": 400}\n')
+    late = threading.Timer(0.5, lambda: metrics.write_text('{"step": 4, "eval/loss": 3.0, "train/tokens": 400}\n'))
+    late.start()
+    assert reported(metrics, 4, "eval/loss", within=30)["eval/loss"] == 3.0
+    with pytest.raises(LaunchError, match=r"eval/loss after step 8 was not in .* within 0\.1 s"):
+        reported(metrics, 8, "eval/loss", within=0.1)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from pathlib import Path
 
 import pytest
 
-from llm_training_toolkit.search.ledger import Ledger, Rung, Trial, settle
-from llm_training_toolkit.search.results import best, importance, progress, ranked
+from llm_training_toolkit.errors import LaunchError
+from llm_training_toolkit.search.ledger import Ledger, Rung, Trial
+from llm_training_toolkit.search.results import best, importance, progress, ranked, tokens_of
 from search.test_space import CHOICES, RATE, search
 
 
@@ -54,8 +56,39 @@ def test_half_a_line_of_a_killed_driver_does_no_harm(tmp_path: Path) -> None:
 def test_a_decision_without_its_end_is_made_up_for(tmp_path: Path) -> None:
     ledger = filled(tmp_path / "ledger.jsonl")
     ledger.rung(4, Rung(0, 4, 400, 9.0, go_on=False))
-    settle(Ledger(tmp_path / "ledger.jsonl"))
+    Ledger(tmp_path / "ledger.jsonl").start()
     assert Ledger(tmp_path / "ledger.jsonl").trials[4].state == "stopped"
+
+
+def test_making_up_for_an_end_does_not_count_the_time_when_nobody_worked(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.jsonl"
+    path.write_text('{"time": 10, "event": "start"}\n{"time": 12, "event": "begin", "trial": 0, ')
+    with path.open("a") as file:
+        file.write('"parameters": {}, "draw": 0}\n')
+        facts = {"trial": 0, "rung": 0, "step": 4, "tokens": 400, "value": 9.0, "bracket": 0, "last": False}
+        file.write(json.dumps({"time": 15, "event": "rung", **facts, "go_on": False}) + "\n")
+    ledger = Ledger(path)
+    ledger.start()
+    assert ledger.trials[0].state == "stopped"
+    assert 5 <= ledger.seconds() < 10
+
+
+def test_a_ledger_that_cannot_be_written_says_so_and_takes_nothing(tmp_path: Path) -> None:
+    ledger = filled(tmp_path / "ledger.jsonl")
+    (tmp_path / "ledger.jsonl").unlink()
+    (tmp_path / "ledger.jsonl").symlink_to("/dev/full")  # every write: no space left on device
+    with pytest.raises(LaunchError, match=r"ledger\.jsonl cannot be written .*No space left"):
+        ledger.end(4, "stopped")
+    assert "No space left" in ledger.broken
+    assert ledger.trials[4].state == "begun"
+
+
+def test_what_a_failed_trial_has_trained_counts_beyond_its_last_rung(tmp_path: Path) -> None:
+    ledger = filled(tmp_path / "ledger.jsonl")
+    ledger.rung(4, Rung(0, 4, 400, 3.0, go_on=True))
+    ledger.end(4, "failed", "the loss is nan", trained=700)
+    assert tokens_of(Ledger(tmp_path / "ledger.jsonl").trials[4]) == 700
+    assert tokens_of(ledger.trials[0]) == 1600
 
 
 def test_the_best_is_the_best_of_those_that_came_furthest(tmp_path: Path) -> None:

@@ -39,6 +39,7 @@ from llm_training_toolkit.launch.start import write_down
 from llm_training_toolkit.overview import newest_rows
 from llm_training_toolkit.plan import Plan, make_plan, require
 from llm_training_toolkit.runs import RunDirectory, claim, write_atomically
+from llm_training_toolkit.search.results import spent
 from llm_training_toolkit.search.rungs import bracket_of, rung_steps
 
 _LOOK_EVERY = 0.2
@@ -47,6 +48,8 @@ _HELD_FOR = 30.0
 """Seconds that the processes of a killed driver may hold a trial's run."""
 _ENDS_WITHIN = 120.0
 """Seconds that the workers of a stopped trial may take to end."""
+_SEEN_WITHIN = 60.0
+"""Seconds until a line that another node has written can be read here: NFS clients flush after 30 s."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +130,8 @@ class _Work:
         except LaunchError as error:  # the machines: another start may have more luck
             self._told.put({"kind": "broken", "error": str(error)})
         except ToolkitError as error:  # the run itself: another start would meet it again
-            self._told.put({"kind": "end", "state": "failed", "error": str(error)})
+            trained = spent(self._run.metrics)
+            self._told.put({"kind": "end", "state": "failed", "error": str(error), "trained": trained})
         except Exception as error:  # noqa: BLE001 - the edge of a thread: Tune is told, and tries again
             traceback.print_exc()
             self._told.put({"kind": "broken", "error": f"{type(error).__name__}: {error}"})
@@ -157,10 +161,14 @@ class _Work:
     @property
     def _places(self) -> Path:
         """The placement group of the newest workers: what ends without giving it back, the next start does."""
-        return Path(self._order.run) / "places.json"
+        return self._run.path / "places.json"
+
+    @property
+    def _run(self) -> RunDirectory:
+        return RunDirectory(Path(self._order.run))
 
     def _train(self) -> dict[str, Any]:
-        run, config = RunDirectory(Path(self._order.run)), from_json(self._order.config)
+        run, config = self._run, from_json(self._order.config)
         self._give_back()
         with _claimed(run), (run.path / "trial.log").open("a") as log:
             console = _Ears(log, self)
@@ -210,12 +218,7 @@ class _Work:
 
     def _at(self, step: int) -> dict[str, Any]:
         """What the run had after a step: its own metrics say it, those of newer attempts before those of older ones."""
-        found: dict[str, Any] = {}
-        for row in newest_rows(RunDirectory(Path(self._order.run)).metrics):
-            if row.get("step") == step:
-                found |= row
-        if self._order.metric not in found:
-            raise LaunchError(f"{self._order.metric} was not reported after step {step}")
+        found = reported(self._run.metrics, step, self._order.metric)
         return {
             "rung": self._steps.index(step),
             "bracket": self._bracket,
@@ -227,6 +230,24 @@ class _Work:
     def _give_back(self) -> None:
         if self._places.exists():
             nodes.give_back(json.loads(self._places.read_text()))
+
+
+def reported(metrics: Path, step: int, metric: str, within: float = _SEEN_WITHIN) -> dict[str, Any]:
+    """What a run has measured after a step, once the metric can be read; the newest attempt's values before others'.
+
+    Raises LaunchError where it cannot be read within so many seconds.
+    """
+    end = time.monotonic() + within
+    while True:
+        found: dict[str, Any] = {}
+        for row in newest_rows(metrics):
+            if row.get("step") == step:
+                found |= row
+        if metric in found:
+            return found
+        if time.monotonic() > end:
+            raise LaunchError(f"{metric} after step {step} was not in {metrics} within {within:g} s")
+        time.sleep(_LOOK_EVERY)
 
 
 class _Ears(Console):

@@ -30,7 +30,7 @@ from llm_training_toolkit.launch.start import check_nodes_of
 from llm_training_toolkit.launch.stopping import on_stop_signal
 from llm_training_toolkit.launch.tune_screen import Screen
 from llm_training_toolkit.runs import claim, write_atomically
-from llm_training_toolkit.search.ledger import Ledger, SearchDirectory, Trial, settle
+from llm_training_toolkit.search.ledger import Ledger, SearchDirectory, Trial
 from llm_training_toolkit.search.results import best, summary
 from llm_training_toolkit.search.space import Trials, check, corners, shown
 from llm_training_toolkit.search.state import State
@@ -84,15 +84,14 @@ def tune(asked: Asked, console: Console) -> tuple[Status, dict[str, Any]]:
         ledger = Ledger(directory.ledger)
         if ledger.trials:
             _refuse_changed(asked)
-        settle(ledger)
         _write_asked(asked)
+        ledger.start()
         directory.stopping.unlink(missing_ok=True)
         done = len(ledger.trials) - len(ledger.unfinished)
         if done:
             console.say(
                 f"search {directory.path.name} goes on: {done} trials have ended, {len(ledger.unfinished)} had begun"
             )
-        ledger.start()
         status = _carry_out(asked, ledger, console)
         if best(ledger, search.mode) is not None:
             from llm_training_toolkit.launch.tune_outputs import write_outputs
@@ -205,8 +204,12 @@ def _drive(
     try:
         with on_stop_signal(stop):
             tuner.fit()
-    except (ray.exceptions.RayError, ray_tune.TuneError) as error:
+    except ray.exceptions.RayError as error:
         raise LaunchError(f"{_LOST} ({error})") from error
+    except ray_tune.TuneError as error:
+        raise LaunchError(ledger.broken or f"Ray Tune has failed; the same command goes on ({error})") from error
+    if ledger.broken:
+        raise LaunchError(ledger.broken)
     if state.hopeless:
         raise LaunchError(
             "trial after trial has failed before its first rung, so no other is begun; the same command tries again. "

@@ -11,7 +11,9 @@ from ray.tune import Callback
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
+from llm_training_toolkit.runs import RunDirectory
 from llm_training_toolkit.search.ledger import Rung, Trial
+from llm_training_toolkit.search.results import spent
 from llm_training_toolkit.search.rungs import goes_on
 from llm_training_toolkit.search.state import State
 from llm_training_toolkit.search.suggest import Suggestions
@@ -82,7 +84,7 @@ class Gate(_Unsaved, FIFOScheduler):
             return
         if result["state"] == "finished":
             ledger.rung(number, _rung(result, go_on=False))
-        ledger.end(number, result["state"], result.get("error"))
+        ledger.end(number, result["state"], result.get("error"), result.get("trained", 0))
 
 
 def _rung(result: dict[str, Any], *, go_on: bool) -> Rung:
@@ -110,7 +112,8 @@ class Watcher(_Unsaved, Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ANN401, ARG002
         """A trial has failed as often as it may."""
-        self._state.ledger.end(trial.config["number"], "failed", _cause(trial))
+        trained = spent(RunDirectory(Path(trial.config["run"])).metrics)
+        self._state.ledger.end(trial.config["number"], "failed", _cause(trial), trained)
 
 
 def _cause(trial: Any) -> str:  # noqa: ANN401 - Tune's trials have no types

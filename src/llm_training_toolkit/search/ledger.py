@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from llm_training_toolkit.errors import LaunchError
 from llm_training_toolkit.runs import RunDirectory
 from llm_training_toolkit.search.space import Parameters
 
@@ -88,6 +89,8 @@ class Trial:
     state: State = "begun"
     error: str | None = None
     failures: int = 0
+    trained: int = 0
+    """Tokens it had really trained on when it failed for good."""
 
     @property
     def name(self) -> str:
@@ -110,14 +113,19 @@ class Ledger:
         """Points of the searcher that cannot be trained."""
         self.passed: list[tuple[int, Rung]] = []
         """Every rung, with its trial, in the order in which they were passed."""
+        self.broken = ""
+        """Why something could not be written down; the search must not go on from there."""
         self._spans: list[list[float]] = []
         for event in _events(path):
             self._take(event)
         path.parent.mkdir(parents=True, exist_ok=True)
 
     def start(self) -> None:
-        """A driver begins to work."""
+        """A driver begins to work: first it ends the trials whose end the last one had decided but not written down."""
         self._write({"event": "start"})
+        for trial in self.unfinished:
+            if trial.last is not None and not trial.last.go_on:
+                self.end(trial.number, "finished" if trial.last.last else "stopped")
 
     def begin(self, trial: Trial) -> None:
         """A trial is about to begin."""
@@ -136,9 +144,9 @@ class Ledger:
         """A trial has failed and will be tried again."""
         self._write({"event": "failure", "trial": trial, "error": error})
 
-    def end(self, trial: int, state: State, error: str | None = None) -> None:
-        """A trial has ended for good."""
-        self._write({"event": "end", "trial": trial, "state": state, "error": error})
+    def end(self, trial: int, state: State, error: str | None = None, trained: int = 0) -> None:
+        """A trial has ended for good; one that failed has trained on so many tokens."""
+        self._write({"event": "end", "trial": trial, "state": state, "error": error, "trained": trained})
 
     def beat(self) -> None:
         """The driver works still: time that counts for the budget."""
@@ -173,14 +181,22 @@ class Ledger:
         return past + max(time.time(), self._spans[-1][1]) - self._spans[-1][0]
 
     def _write(self, event: dict[str, Any]) -> None:
+        """Append an event. Raises LaunchError, and remembers why, because Tune keeps the text of an error alone."""
         line = {"time": round(time.time(), 3), **event}
+        try:
+            self._append(json.dumps(line).encode() + b"\n")
+        except OSError as error:
+            self.broken = f"{self._path} cannot be written ({error}); put that right, and the same command goes on"
+            raise LaunchError(self.broken) from error
+        self._take(line)
+
+    def _append(self, line: bytes) -> None:
         with self._path.open("a+b") as file:
             if file.tell() and not _ends_a_line(file):
-                file.write(b"\n")  # a driver that was killed may have left half a line
-            file.write(json.dumps(line).encode() + b"\n")
+                file.write(b"\n")  # a driver that was killed, or a full disk, may have left half a line
+            file.write(line)
             file.flush()
             os.fsync(file.fileno())
-        self._take(line)
 
     def _take(self, event: dict[str, Any]) -> None:
         if event["event"] == "start":
@@ -209,7 +225,7 @@ class Ledger:
 
     def _take_end(self, event: dict[str, Any]) -> None:
         trial = self.trials[event["trial"]]
-        trial.state, trial.error = event["state"], event["error"]
+        trial.state, trial.error, trial.trained = event["state"], event["error"], event["trained"]
 
 
 def _ends_a_line(file: Any) -> bool:  # noqa: ANN401 - a binary file
@@ -226,10 +242,3 @@ def _events(path: Path) -> Iterator[dict[str, Any]]:
         except ValueError:
             continue
         yield event
-
-
-def settle(ledger: Ledger) -> None:
-    """End the trials whose end was decided when a driver was killed, before it was written down."""
-    for trial in ledger.unfinished:
-        if trial.last is not None and not trial.last.go_on:
-            ledger.end(trial.number, "finished" if trial.last.last else "stopped")

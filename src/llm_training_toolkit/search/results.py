@@ -39,8 +39,11 @@ def best(ledger: Ledger, mode: str) -> Trial | None:
 
 
 def tokens_of(trial: Trial) -> int:
-    """Tokens a trial had trained on at its last rung; what was done twice or since then is not in it."""
-    return trial.last.tokens if trial.last else 0
+    """Tokens a trial had trained on at its last rung, or until it failed for good.
+
+    What a trial that has not failed did twice or since its last rung is not in it.
+    """
+    return max(trial.last.tokens if trial.last else 0, trial.trained)
 
 
 def spent(path: Path) -> int:
