@@ -41,6 +41,7 @@ def submit(
     from llm_training_toolkit.launch.outcome import Request
 
     _end_on_sigterm()
+    _hear_interrupts()
     request = Request(config, overrides or (), accept or (), extend)
     raise typer.Exit(submit_job(request, address, cluster, Console()))
 
@@ -55,6 +56,7 @@ def _list(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
 ) -> None:
     """List the runs that are jobs of a cluster."""
+    _hear_interrupts()
     if context.invoked_subcommand is not None:
         return
     if address is None:
@@ -119,6 +121,11 @@ def resume(name: Name, *, address: Address) -> None:
 
     _end_on_sigterm()
     raise typer.Exit(resume_job(name, address, Console()))
+
+
+def _hear_interrupts() -> None:
+    """SIGINT interrupts also what a script has started in the background, for which the shell has it ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _end_on_sigterm() -> None:

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from llm_training_toolkit.config import Config, load
 from llm_training_toolkit.console import Console
 from llm_training_toolkit.errors import LaunchError, PlanError
 from llm_training_toolkit.launch.jobs.client import Job, connect
-from llm_training_toolkit.launch.jobs.package import what_travels
+from llm_training_toolkit.launch.jobs.package import excluded, what_travels
 from llm_training_toolkit.launch.jobs.submit import request_of, submit
 from llm_training_toolkit.launch.outcome import Request
 
@@ -40,13 +41,43 @@ def test_a_job_of_another_command_is_not_guessed_at(words: list[str]) -> None:
         request_of(job(*words))
 
 
-def test_only_code_travels(tmp_path: Path) -> None:
-    for name in ("a.yaml", "src/b.py", "runs/one/metrics.jsonl", ".venv/lib/c.py", "model.safetensors", "data/d.txt"):
-        path = tmp_path / name
+def config_of(folder: Path, source: str) -> Config:
+    sections = {
+        "run": {"name": "one", "dir": str(folder / "all" / "my-runs")},
+        "model": {"name": "qwen3-0.6b"},
+        "tokenizer": {"path": "/elsewhere/tokenizer"},
+        "data": {
+            "sequence_length": 64,
+            "sources": [{"path": source, "format": "text"}],
+            "cache": str(folder / "prepared"),
+        },
+        "train": {"steps": 1, "global_batch": 1},
+    }
+    (folder / "a.yaml").write_text(json.dumps(sections))  # JSON is YAML
+    return load(folder / "a.yaml")
+
+
+def fill(folder: Path, *names: str) -> None:
+    for name in names:
+        path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"x" * 1000)
+
+
+def test_only_code_travels(tmp_path: Path) -> None:
+    fill(tmp_path, "src/b.py", "runs/one/metrics.jsonl", ".venv/lib/c.py", "model.safetensors", "data/d.txt")
+    fill(
+        tmp_path, "all/my-runs/one/config.yaml", "prepared/tokens.bin", "more/d.jsonl", "more/e.parquet", "f.jsonl.zst"
+    )
     (tmp_path / ".gitignore").write_text("/data/\n")
-    assert what_travels(tmp_path) == "3 files, 2 kB"
+    left_out = excluded(config_of(tmp_path, "/elsewhere/d.jsonl"), tmp_path)
+    assert what_travels(tmp_path, left_out).startswith("3 files, ")
+
+
+@pytest.mark.parametrize(("source", "count"), [("more/d.jsonl", 3), ("more", 4), (".", 5), ("hf://some/set", 2)])
+def test_records_of_this_folder_travel_where_the_run_names_them(source: str, count: int, tmp_path: Path) -> None:
+    fill(tmp_path, "src/b.py", "more/d.jsonl", "more/e.parquet", "f.jsonl.gz")
+    assert what_travels(tmp_path, excluded(config_of(tmp_path, source), tmp_path)).startswith(f"{count} files, ")
 
 
 def test_a_folder_over_rays_limit_is_refused_with_what_is_large(tmp_path: Path) -> None:
@@ -56,7 +87,7 @@ def test_a_folder_over_rays_limit_is_refused_with_what_is_large(tmp_path: Path) 
     with pytest.raises(
         PlanError, match=r"holds 1 file, 105 MB, a job carries less than 105 MB .* Largest: data 105 MB"
     ):
-        what_travels(tmp_path)
+        what_travels(tmp_path, [])
 
 
 def test_more_workers_than_the_cluster_file_holds_are_refused_before_anybody_is_asked(

@@ -37,13 +37,14 @@ def train(config: Path, environment: Mapping[str, str], *overrides: str) -> subp
 
 
 def test_more_than_the_autoscaler_can_add_ends_the_run_at_once(
-    launch_config: Callable[..., Path], autoscaling: Mapping[str, str]
+    launch_config: Callable[..., Path], autoscaling: Mapping[str, str], tmp_path: Path
 ) -> None:
     config = launch_config("too_much", train={"steps": 3}, cluster={"workers": 5})
-    done = train(config, autoscaling)
+    done = train(config, autoscaling, f"data.cache={tmp_path / 'cache'}")
     assert done.returncode == 1
     assert "the run needs 5 workers of 1 CPU" in done.stderr
     assert "its autoscaler can never add enough" in done.stderr
+    assert not (tmp_path / "cache").exists(), "nothing is prepared before"
 
 
 def test_nodes_that_an_autoscaler_adds_are_waited_for(
@@ -62,14 +63,15 @@ def test_nodes_that_an_autoscaler_adds_are_waited_for(
 
 
 def test_a_cluster_that_is_too_small_without_an_autoscaler_ends_the_run_at_once(
-    launch_config: Callable[..., Path], ray_environment: Environment
+    launch_config: Callable[..., Path], ray_environment: Environment, tmp_path: Path
 ) -> None:
     config = launch_config("too_small", cluster={"workers": 9})
-    done = train(config, ray_environment)
+    done = train(config, ray_environment, f"data.cache={tmp_path / 'cache'}")
     assert done.returncode == 1
     expected = "the run needs 9 workers of 1 CPU; the cluster has room for 8: 1 node with 8 CPU, none of it in use"
     assert expected in done.stderr
     assert "no autoscaler adds nodes to it: set cluster.workers to 8" in done.stderr
+    assert not (tmp_path / "cache").exists(), "nothing is prepared before"
 
 
 def test_a_busy_cluster_is_waited_for_and_who_uses_it_is_named(

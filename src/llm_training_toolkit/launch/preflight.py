@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,8 +20,10 @@ from llm_training_toolkit.console import Console
 from llm_training_toolkit.data.prepare import cache_of
 from llm_training_toolkit.errors import LaunchError
 from llm_training_toolkit.launch import nodes
-from llm_training_toolkit.launch.ray_train import cluster, resources_of_a_worker
+from llm_training_toolkit.launch.autoscaler import Autoscaler
+from llm_training_toolkit.launch.ray_train import cluster, wanted_of
 from llm_training_toolkit.launch.room import Node, fits
+from llm_training_toolkit.launch.waiting import Waiting
 from llm_training_toolkit.runs import RunDirectory
 from llm_training_toolkit.storage import refusal_of, storage_of
 
@@ -30,14 +33,18 @@ _STAGE = "looking at the nodes"
 
 
 def check_nodes(run: RunDirectory, config: Config, console: Console) -> None:
-    """Look at every node that has room for a worker. Raises LaunchError with all that would fail there later."""
+    """Look for room, and at every node that has some for a worker.
+
+    Raises LaunchError where there can never be enough, and with all that would fail on the nodes later.
+    """
     address = storage_of(run.path).address(run.path)
     store = address if is_address(address) else ""
     folders = ({} if store else {"run.dir": run.path}) | {"data.cache": cache_of(config)}
     with cluster(console):
         console.stage(_STAGE, 0, 1)
-        each = resources_of_a_worker(config, ray.cluster_resources().get("GPU", 0.0))
-        living = [node for node in nodes.living_nodes() if fits(node.total, each)]
+        wanted = wanted_of(config, ray.cluster_resources().get("GPU", 0.0), Console(io.StringIO()))  # said at the start
+        Waiting(config, wanted, Autoscaler(wanted), console).refuse_never()
+        living = [node for node in nodes.living_nodes() if fits(node.total, wanted.each)]
         with _marked(folders.values()) as mark:
             problems = list(_problems(living, folders, Look(store, config.cluster.env, mark, _read(config))))
         console.stage(_STAGE, 1, 1)

@@ -29,7 +29,7 @@ class Kind(enum.Enum):
     ARROW = "Arrow"
 
 
-_RECORDS = {
+RECORDS = {
     ".jsonl": Kind.LINES,
     ".ndjson": Kind.LINES,
     ".parquet": Kind.PARQUET,
@@ -60,7 +60,7 @@ def kind_of(name: str, form: Format) -> Kind:
     ending = suffix(name)
     if ending == ".json" and form != "code":
         return Kind.JSON
-    return _RECORDS.get(ending, Kind.WHOLE)
+    return RECORDS.get(ending, Kind.WHOLE)
 
 
 def of_directory(found: Iterable[SourceFile], form: Format) -> list[SourceFile]:
@@ -70,7 +70,7 @@ def of_directory(found: Iterable[SourceFile], form: Format) -> list[SourceFile]:
     there is none but .md and .rst (a data set with its README), files of records.
     """
     files = list(found)
-    records = [file for file in files if suffix(file.relative) in _RECORDS]
+    records = [file for file in files if suffix(file.relative) in RECORDS]
     if form == "chat":
         return [file for file in files if kind_of(file.relative, form) is not Kind.WHOLE]
     if form == "text":
@@ -81,7 +81,7 @@ def of_directory(found: Iterable[SourceFile], form: Format) -> list[SourceFile]:
 
 def searched(form: Format) -> str:
     """What a directory is searched for, in words."""
-    records = "/".join(sorted(_RECORDS))
+    records = "/".join(sorted(RECORDS))
     return {
         "code": f"source files, or {records} where there are none",
         "text": f"{records}/.md/.txt",

@@ -20,7 +20,7 @@ from llm_training_toolkit.console import Console
 from llm_training_toolkit.errors import LaunchError, PlanError
 from llm_training_toolkit.launch.jobs.client import RUN_NAME, Job, connect, find, jobs_of, quiet, reachable
 from llm_training_toolkit.launch.jobs.log import Log
-from llm_training_toolkit.launch.jobs.package import EXCLUDED, what_travels
+from llm_training_toolkit.launch.jobs.package import excluded, what_travels
 from llm_training_toolkit.launch.outcome import EXIT_CODES, Request
 from llm_training_toolkit.plan import Plan, lines, make_plan, on_cluster, require
 from llm_training_toolkit.plan.cluster_file import read_hardware
@@ -45,11 +45,12 @@ def submit(request: Request, address: str, cluster: Path | None, console: Consol
     for line in lines(_checked(config, request, cluster)):
         console.say(line)
     quiet()
-    carried = what_travels(Path.cwd())
+    left_out = excluded(config, Path.cwd())
+    carried = what_travels(Path.cwd(), left_out)
     client = connect(address)
     with reachable(address):
         _refuse_running(client, config.run.name)
-        job = _submit(client, request, config)
+        job = _submit(client, request, config, left_out)
     console.say(f"submitted as job {job} to {address}, with {carried} of this folder")
     console.say("Ctrl-C: stop it with a checkpoint, or leave it alone")
     return follow(Log(client, job, address, console), config.run.name, console)
@@ -144,7 +145,7 @@ def _refuse_running(client: Any, name: str) -> None:  # noqa: ANN401 - Ray has n
             )
 
 
-def _submit(client: Any, request: Request, config: Config) -> str:  # noqa: ANN401
+def _submit(client: Any, request: Request, config: Config, left_out: list[str]) -> str:  # noqa: ANN401
     words = ["ltt", "train", str(request.config), *request.overrides]
     words += [word for key in request.accept for word in ("--accept", key)]
     words += ["--extend"] if request.extend else []
@@ -153,7 +154,7 @@ def _submit(client: Any, request: Request, config: Config) -> str:  # noqa: ANN4
         submission_id=f"{config.run.name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
         runtime_env={
             "working_dir": ".",
-            "excludes": EXCLUDED,
+            "excludes": left_out,
             "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": _STOP_WAIT, **config.cluster.env},
         },
         metadata={RUN_NAME: config.run.name},
