@@ -12,13 +12,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pyarrow.parquet as pq
 import pytest
 from ruamel.yaml import YAML
 
 from launch.conftest import Environment
+from launch.conftest import command as train_command
+from llm_training_toolkit.checkpoint import newest
 from llm_training_toolkit.config import load
-from llm_training_toolkit.runs import attempt_record
+from llm_training_toolkit.runs import RunDirectory, attempt_record
 from llm_training_toolkit.search.ledger import Ledger, SearchDirectory
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(400)]
@@ -82,6 +85,7 @@ def file(launch_config: Callable[..., Path]) -> Path:
         train={"steps": 32, "global_batch": 4, "micro_batch": 2},
         cluster={"workers": 2},
         eval={"every": 100},
+        checkpoint={"every": 4},
         failures={"max": 0},
     )
     path = base.parent / "find.yaml"
@@ -105,13 +109,44 @@ def wait_for(what: Callable[[], object], process: subprocess.Popen[str], seconds
         time.sleep(0.1)
 
 
+def steps_of(run: RunDirectory, attempt: int) -> list[int]:
+    rows = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    return [row["step"] for row in rows if row["attempt"] == attempt and "train/loss" in row]
+
+
+def processes_of(run: RunDirectory) -> list[int]:
+    """The workers of all its attempts."""
+    return [pid for record in run.attempts.glob("*.json") for pid in json.loads(record.read_text())["processes"]]
+
+
+def train_alone(config: Path, runs: Path, lr: float) -> float:
+    """The held-out loss at the end of a run without Ray."""
+    alone = [f"optim.lr={lr}", f"run.name=at-{lr}", "cluster.workers=0", "eval.every=32"]
+    subprocess.run(train_command(config, *alone), check=True, capture_output=True)
+    rows = RunDirectory(runs / f"at-{lr}").metrics.read_text().splitlines()
+    return float([row["eval/loss"] for row in map(json.loads, rows) if "eval/loss" in row][-1])
+
+
+def test_a_search_whose_trials_do_not_fit_is_refused_before_data_is_prepared(
+    file: Path, ray_environment: Environment
+) -> None:
+    yaml = YAML()
+    search = yaml.load(file)
+    with file.open("w") as out:
+        yaml.dump({**search, "set": {"cluster.workers": 4, "cluster.cpus_per_worker": 3}}, out)
+    done = subprocess.run(command(file), env=ray_environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "a trial takes 4 workers with {'CPU': 3.0} each, placed as pack: no trial fits the cluster" in done.stderr
+    assert not directory_of(file).trials.exists()
+
+
 def test_a_search_survives_its_workers_and_its_driver(file: Path, ray_environment: Environment) -> None:
     found, before = directory_of(file), what_there_is(ray_environment)
     with subprocess.Popen(
         command(file), env=ray_environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
         run = found.trial(0)
-        wait_for((run.attempts / "0001.json").is_file, process)
+        wait_for(lambda: newest(run.checkpoints), process)
         os.kill(attempt_record(run, 1)["pid"], signal.SIGKILL)
         wait_for(lambda: any(trial.state != "begun" for trial in Ledger(found.ledger).trials.values()), process)
         wait_for(lambda: Ledger(found.ledger).trials[0].failures, process)
@@ -133,12 +168,18 @@ def test_a_search_survives_its_workers_and_its_driver(file: Path, ray_environmen
     assert answer["best"]["config"]["optim.lr"] >= 1e-3
     assert {trial["trial"]: trial["state"] for trial in answer["trials"]}["t0003"] == "stopped"
     assert 0 < answer["tokens"] < TRIALS * 32 * 4 * 64
+    assert min(steps_of(run, attempt=2)) > 4, "it has gone on from its checkpoint"
+    assert not {pid for number in range(TRIALS) for pid in processes_of(found.trial(number)) if psutil.pid_exists(pid)}
 
-    assert load(found.path / "best.yaml").optim.lr == answer["best"]["config"]["optim.lr"]
     assert pq.read_table(found.path / "results.parquet").num_rows == TRIALS
     assert "<svg" in (found.path / "report.html").read_text()
     assert len({file.parent for file in (found.path / "tb").glob("*/events*")}) == TRIALS
     assert what_is_left(ray_environment, before) == {"groups": [], "actors": [], "CPUs": 0.0}
+
+    best = load(found.path / "best.yaml")
+    assert best.optim.lr == answer["best"]["config"]["optim.lr"]
+    undisturbed = [train_alone(found.path / "best.yaml", file.parent, lr) for lr in (3e-3, 1e-2)]
+    assert answer["best"]["value"] == pytest.approx(min(undisturbed), rel=0.01)
 
     again = subprocess.run(command(file, "--json"), env=ray_environment, capture_output=True, text=True, check=True)
     assert json.loads(again.stdout)["best"] == answer["best"]
