@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 import urllib.request
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -24,8 +25,11 @@ import pytest
 from launch.broken_connection import Connection
 from launch.conftest import command, run_of, wait_for_step
 from launch.joining import wait_for_nodes
+from llm_training_toolkit.checkpoint import newest
 from llm_training_toolkit.console import Console
+from llm_training_toolkit.data.ledger import Fetched
 from llm_training_toolkit.errors import LaunchError
+from llm_training_toolkit.launch.drill.lineage import fetched_along, stretches
 from llm_training_toolkit.launch.jobs import log
 from llm_training_toolkit.launch.jobs.log import Log
 from llm_training_toolkit.runs import RunDirectory, attempt_record
@@ -39,6 +43,7 @@ SECTIONS = {
     # The length, which is settled when the run has stopped twice, changes nothing.
     "optim": {"schedule": "constant", "lr": 3e-4},
     "cluster": {"workers": [2, 3], "env": {"SAID_IN_THE_CONFIGURATION": "yes"}},
+    "failures": {"ledger": True},
 }
 NODES = ("127.0.1.1", "127.0.1.2", "127.0.1.3")
 
@@ -176,6 +181,14 @@ def test_a_run_on_three_nodes_is_followed_left_alone_stopped_resumed_on_two_and_
     assert [row["train/tokens"] for row in found] == [row["train/tokens"] for row in wanted]
     apart = [abs(mine["train/loss"] / other["train/loss"] - 1) for mine, other in zip(found, wanted, strict=True)]
     assert max(apart) < 1e-5
+    assert Counter(fetched(run_of(config))) == Counter(fetched(run_of(alone)))
+
+
+def fetched(run: RunDirectory) -> list[Fetched]:
+    """The sequences that went into the newest weights."""
+    newest_one = newest(run.checkpoints)
+    assert newest_one is not None
+    return fetched_along(run, stretches(run, newest_one.name))
 
 
 def follow_and_stop(config: Path, head: Head) -> int:
@@ -185,7 +198,7 @@ def follow_and_stop(config: Path, head: Head) -> int:
     through = replace(head, address=f"http://127.0.0.1:{connection.port}")
     with going_on(submit(config, through), config, head) as process:
         wait_for_step(run, 5, process)
-        of_a_worker = Path(f"/proc/{attempt_record(run, 1)['pid']}/environ").read_text()
+        of_workers = [Path(f"/proc/{pid}/environ").read_text() for pid in attempt_record(run, 1)["processes"]]
         second = run_command(submit(config, head), config, head.environment)
         connection.cut()
         time.sleep(3)
@@ -194,12 +207,13 @@ def follow_and_stop(config: Path, head: Head) -> int:
         time.sleep(3)  # until it has read on
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=120)
-    assert "SAID_IN_THE_CONFIGURATION=yes" in of_a_worker
+    assert len(of_workers) == 3
+    assert all("SAID_IN_THE_CONFIGURATION=yes" in environment for environment in of_workers)
     assert sorted(seat["node"] for seat in attempt_record(run, 1)["seats"]) == sorted(NODES)
     assert all(f" on node {node} (cpu)" in out for node in NODES)
     assert second.returncode == 1
     assert "run job is going on there as job" in second.stderr
-    assert process.returncode == 75, err
+    assert process.returncode == 75, out + err
     assert " of this folder" in out
     assert out.count("is lost; trying again") == 1
     assert out.count("starting with 3 workers of 2 to 3") == 1, "what was shown before is not shown again"

@@ -136,7 +136,8 @@ def test_a_search_whose_trials_do_not_fit_is_refused_before_data_is_prepared(
         yaml.dump({**search, "set": {"cluster.workers": 4, "cluster.cpus_per_worker": 3}}, out)
     done = subprocess.run(command(file), env=ray_environment, capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert "a trial takes 4 workers with {'CPU': 3.0} each, placed as pack: no trial fits the cluster" in done.stderr
+    assert "needs 4 workers of 3 CPU; the cluster has room for 2" in done.stderr
+    assert "no autoscaler adds nodes to it: set cluster.workers to 2" in done.stderr
     assert not directory_of(file).trials.exists()
 
 

@@ -248,20 +248,18 @@ def _any_point(asked: Asked) -> dict[str, Any]:
 
 
 def _concurrent(asked: Asked, console: Console) -> int:
-    """Trials at a time: what was asked for, as far as the cluster has room. Raises LaunchError where none fits."""
+    """Trials at a time: what was asked for, as far as the cluster has room. Raises LaunchError where none ever fits."""
     import ray
 
+    from llm_training_toolkit.launch.autoscaler import Autoscaler
     from llm_training_toolkit.launch.nodes import living_nodes
     from llm_training_toolkit.launch.ray_train import wanted_of
     from llm_training_toolkit.launch.room import runs_at_once
+    from llm_training_toolkit.launch.waiting import Waiting
 
     wanted = wanted_of(asked.base, ray.cluster_resources().get("GPU", 0.0), console)
-    room = runs_at_once([node.total for node in living_nodes()], wanted)
-    if room == 0:
-        raise LaunchError(
-            f"a trial takes {wanted.fewest} workers with {dict(wanted.each)} each, placed as {wanted.placement}: no "
-            "trial fits the cluster; lower cluster.workers or cluster.cpus_per_worker under set"
-        )
+    Waiting(asked.base, wanted, Autoscaler(wanted), console).refuse_never()
+    room = max(1, runs_at_once([node.total for node in living_nodes()], wanted))  # 1: nodes are yet to be added
     want = asked.search.concurrent
     if want is not None and want > room:
         console.say(f"note: concurrent = {want}, but the cluster has room for {room} trials at a time")
