@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -152,6 +153,7 @@ def test_a_rank_that_hangs_is_named_and_a_step_that_fails_twice_ends_the_run(
     assert (hung["kind"], hung["rank"], hung["step"]) == ("hang", 1, at + 1)
     assert f"rank 1 (process {stopped.pid}" in out
     assert "its process had been stopped (SIGSTOP); it stands in " in out
+    assert re.search(r"the others wait in \w+ \(distributed_c10d\.py:\d+\), called by \w+ \(\w+\.py:\d+\)", out)
     assert (killed["kind"], killed["step"]) == ("killed", at + 1)
     assert f"step {at + 1} failed twice in a row" in err
     assert "Traceback" not in out + err

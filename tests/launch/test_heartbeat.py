@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from llm_training_toolkit import pulse
 from llm_training_toolkit.launch.heartbeat import Watch
-from llm_training_toolkit.launch.stacks import size_of, stands_in
+from llm_training_toolkit.launch.stacks import size_of, stands_in, waits_in
 from llm_training_toolkit.pulse import UNLIMITED, WITHIN_A_STEP, Beat, Pulse
 
 HANG, EVERY = 60.0, 2.0
@@ -113,6 +113,22 @@ def test_where_a_rank_stands_is_read_from_the_stacks_in_its_log(tmp_path: Path) 
             '  File "/site-packages/ray/_private/worker.py", line 1069 in main_loop\n'
         )
     assert stands_in(log, before) == "all_reduce (distributed_c10d.py:3252), called by accumulate (engine.py:80)"
+
+
+def test_an_exchange_is_found_below_what_waits_for_it_and_none_where_there_is_none(tmp_path: Path) -> None:
+    log, own = tmp_path / "rank_0.log", Path(pulse.__file__).parent
+    thread = (
+        '  File "/site-packages/torch/nn/modules/linear.py", line 1 in forward\n'
+        "{exchange}"
+        f'  File "{own}/engine/engine.py", line 80 in accumulate\n'
+        f'  File "{own}/launch/ray_worker.py", line 39 in worker_main\n'
+    )
+    log.write_text("Thread 0x1 (most recent call first):\n" + thread.format(exchange=""))
+    assert waits_in(log, 0) == ""
+    assert stands_in(log, 0) == "forward (linear.py:1), called by accumulate (engine.py:80)"
+    exchange = '  File "/site-packages/torch/distributed/distributed_c10d.py", line 7 in barrier\n'
+    log.write_text("Thread 0x1 (most recent call first):\n" + thread.format(exchange=exchange))
+    assert waits_in(log, 0) == "barrier (distributed_c10d.py:7), called by accumulate (engine.py:80)"
 
 
 def test_it_is_known_whether_a_rank_has_come_to_a_step_and_pieces_are_no_marks() -> None:

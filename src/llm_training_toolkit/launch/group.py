@@ -37,7 +37,7 @@ from llm_training_toolkit.launch.growth import Growth
 from llm_training_toolkit.launch.heartbeat import Hang, Watch
 from llm_training_toolkit.launch.ray_worker import worker_main
 from llm_training_toolkit.launch.room import Node, Wanted, used_by_others
-from llm_training_toolkit.launch.stacks import size_of, stands_in
+from llm_training_toolkit.launch.stacks import size_of, stands_in, waits_in
 from llm_training_toolkit.runs import RunDirectory, last_attempt
 from llm_training_toolkit.storage import storage_of
 
@@ -221,6 +221,9 @@ class Group:
             for rank, doing in hang.behind.items()
         ]
         waiting = "; every rank waits for another" if len(told) == self._the.size > 1 else ""
+        others = self._workers.keys() - hang.behind.keys()
+        exchange = next(filter(None, (waits_in(paths[rank], before[rank]) for rank in sorted(others))), "")
+        waiting += f"; the others wait in {exchange}" if exchange else ""
         self._hang = (
             f"no rank has advanced for {hang.seconds:.0f} s (failures.hang = {self._job.config.failures.hang}): "
             f"{'; '.join(told)}{waiting}. The stacks of all threads are in {logs}"
