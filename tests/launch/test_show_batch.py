@@ -76,6 +76,11 @@ def test_colours_mark_what_is_to_be_predicted(config: Path) -> None:
     for step, batch in enumerate(shown, start=1):
         print_batch(step, batch, Terminal(file=screen, highlight=False))
     assert "Yes, é.<|im_end|>" in screen.getvalue()
+    coloured = io.StringIO()
+    for step, batch in enumerate(shown, start=1):
+        print_batch(step, batch, Terminal(file=coloured, force_terminal=True, color_system="standard"))
+    assert "\x1b[30;102m" in coloured.getvalue().partition("Yes, é.")[0].rpartition("\n")[2], "on bright green"
+    assert "\x1b[2mWhat is 1 + 1?" in coloured.getvalue(), "what was asked is dim"
     assert batch_json(1, shown[0])["sequences"][0]["documents"]
 
 
