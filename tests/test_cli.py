@@ -86,8 +86,9 @@ def assert_refused(done: subprocess.CompletedProcess[str], code: int, *words: st
         ["evaluate", "absent", "--task", "infill"],
         ["evaluate", "--task", "humaneval"],
         ["generate", "absent", "--prompt", "def"],
-        ["plan", QUICKSTART],
-        ["plan", QUICKSTART, "--json"],
+        ["plan", QUICKSTART, "train.precision=bf16"],
+        ["plan", QUICKSTART, "train.precision=bf16", "--json"],
+        ["plan", QUICKSTART, "--cluster", "cluster/aws-h100.yaml"],
         ["plan", "absent.yaml"],
     ],
     ids=" ".join,
@@ -96,6 +97,13 @@ def test_what_a_person_waits_for_loads_no_heavy_library(arguments: list[str]) ->
     command = [sys.executable, "-c", _LOADED, *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
     assert done.stderr.splitlines()[-1] == "loaded:"
+
+
+def test_a_plan_measures_the_precision_of_this_machine_with_torch_alone() -> None:
+    command = [sys.executable, "-c", _LOADED, "plan", QUICKSTART]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert done.stderr.splitlines()[-1] == "loaded: torch"
+    assert "train.precision = " in done.stdout
 
 
 def test_what_an_actor_imports_while_the_workers_start_is_light() -> None:

@@ -62,14 +62,21 @@ def plan(
 ) -> None:
     """What would happen: derived numbers, memory, the DeepSpeed JSON, and every problem found. Takes no hardware."""
     from llm_training_toolkit.config import load
-    from llm_training_toolkit.plan import lines, make_plan, on_cluster
+    from llm_training_toolkit.plan import lines, make_plan, on_cluster, resolved_on
 
-    read = load(config, overrides or ())
-    made, there = make_plan(read), None
-    if cluster is not None:
+    read, there = load(config, overrides or ()), None
+    if cluster is None:
+        from llm_training_toolkit.launch.precision import resolve_precision_here
+
+        read, resolved = resolve_precision_here(read)
+        made = make_plan(read).with_notes(resolved)
+    else:
         from llm_training_toolkit.plan.cluster_file import read_hardware
 
-        there = on_cluster(read, made, read_hardware(cluster))
+        hardware = read_hardware(cluster)
+        read = resolved_on(read, hardware)
+        made = make_plan(read)
+        there = on_cluster(read, made, hardware)
         made = there.added_to(made)
     if as_json:
         typer.echo(json.dumps(made.to_json() | (there.to_json() if there else {"hours": None, "cost": None})))

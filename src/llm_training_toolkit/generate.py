@@ -17,7 +17,7 @@ from llm_training_toolkit.data.messages import Conversation, Message
 from llm_training_toolkit.data.tokenizer import TextEncoder, open_tokenizer
 from llm_training_toolkit.errors import DataError, PlanError
 from llm_training_toolkit.families import FAMILIES
-from llm_training_toolkit.models.exported import open_exported
+from llm_training_toolkit.models.exported import on_device, open_exported
 
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 """What the bytes of a character decode to before they are all there."""
@@ -68,7 +68,7 @@ class Generator:
     def open(cls, directory: Path, device: str = "cpu") -> Generator:
         """The model in an exported directory, whole or adapters. Raises CheckpointError where there is none."""
         disable_progress_bar()
-        return cls(open_exported(directory).to(device), directory)
+        return cls(on_device(open_exported(directory), device), directory)
 
     def complete(self, prompt: str, how: Writing, say: Say = _silent) -> Written:
         """What the model writes after `prompt`. Marker text in it is text."""

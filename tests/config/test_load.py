@@ -113,8 +113,8 @@ QUOTED = [
     ("optim", "lr", "a number above 0 or auto"),
     ("optim", "warmup", "a number from 0 to 1 or a whole number of at least 0"),
     ("optim", "clip", "a number of at least 0"),
-    ("train", "tokens", "a whole number of at least 1 or null"),
-    ("engine", "zero", "one of 0, 1, 2, 3"),
+    ("train", "tokens", "a whole number from 1 to 1000000000000000 or null"),
+    ("engine", "zero", "one of auto, 0, 1, 2, 3"),
 ]
 
 

@@ -20,7 +20,7 @@ from llm_training_toolkit.config import Config
 from llm_training_toolkit.context import RunContext
 from llm_training_toolkit.data.receipt import Receipt
 from llm_training_toolkit.launch.place import Place
-from llm_training_toolkit.launch.sizing import container_free, is_out_of_memory, load_of, with_micro_batch
+from llm_training_toolkit.launch.sizing import container_free, fit_into_memory, is_out_of_memory, load_of
 from llm_training_toolkit.runs import (
     RunDirectory,
     attempt_record,
@@ -128,9 +128,8 @@ def test_older_systems_have_a_folder_for_memory(tmp_path: Path) -> None:
 
 
 def chosen(run: RunDirectory, config: Config) -> int:
-    rows = with_micro_batch(
-        Place(run, config, cast("Receipt", None)), RunContext(0, 1, torch.device("cpu"))
-    ).train.micro_batch
+    place, _ = fit_into_memory(Place(run, config, cast("Receipt", None)), RunContext(0, 1, torch.device("cpu")))
+    rows = place.config.train.micro_batch
     assert rows != "auto"
     return rows
 
@@ -141,7 +140,8 @@ def test_an_attempt_learns_from_the_one_before(corpus: Path, tmp_path: Path) -> 
     context = RunContext(0, 1, torch.device("cpu"))
 
     def attempt(rows: int, asked: int | str = "auto") -> int:
-        return begin_attempt(run, {"load": load_of(config, context), "micro_batch": rows, "asked": asked})
+        facts = {"load": load_of(config, context), "micro_batch": rows, "asked": asked, "zero": 0}
+        return begin_attempt(run, facts)
 
     assert chosen(run, config) == 8, "nothing is known: by the estimate"
     end_attempt(run, attempt(4), "stopped")

@@ -9,7 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llm_training_toolkit.config import Config, parse
-from llm_training_toolkit.plan import fitting_micro_batch, lines, make_plan, settled, smaller_micro_batch
+from llm_training_toolkit.plan import (
+    fitting_micro_batch,
+    lines,
+    make_plan,
+    settled,
+    smaller_micro_batch,
+    with_precision,
+    with_zero_stage,
+)
 
 
 def config(global_batch: int = 64, **model: Any) -> Config:
@@ -61,7 +69,8 @@ def test_a_plan_without_a_device_says_that_the_micro_batch_is_open() -> None:
     assert made.micro_batch == 1
     assert {"micro_batch", "accumulation"} <= set(made.estimated)
     assert any("as large as memory allows" in line for line in lines(made))
-    assert make_plan(settled(config(), 8)).estimated == ("memory_gb_per_device",)
+    chosen = with_precision(with_zero_stage(settled(config(), 8), 2), "fp32")
+    assert make_plan(chosen).estimated == ("memory_gb_per_device",)
 
 
 @pytest.mark.parametrize("value", ["Auto", 0, 1.5, True, "8"])

@@ -38,7 +38,9 @@ def _integral(value: object) -> object:
     return int(value) if isinstance(value, float) and math.isfinite(value) and value.is_integer() else value
 
 
-Count = Annotated[int, BeforeValidator(_integral), Field(ge=1)]
+_MOST = 10**15
+"""Largest length, batch or number of threads that is read: more than any cluster does, and safe in 64 bits."""
+Count = Annotated[int, BeforeValidator(_integral), Field(ge=1, le=_MOST)]
 
 
 def _whole_number(value: object) -> object:
@@ -294,7 +296,7 @@ class EvalSplit(Section):
 class Data(Section):
     """What is trained on."""
 
-    sequence_length: Annotated[int, Field(ge=16), Tag.IDENTITY]
+    sequence_length: Annotated[int, Field(ge=16, le=10**9), Tag.IDENTITY]
     """Tokens in a packed sequence."""
     sources: Annotated[tuple[Source, ...], Field(min_length=1)]
     """Where the documents come from; each once per epoch, or by its weight."""
@@ -361,14 +363,16 @@ class Train(Section):
     """Length of the run in optimizer steps."""
     epochs: Annotated[Count | None, Tag.HORIZON] = None
     """Length of the run in passes over the data."""
-    global_batch: Annotated[int, Field(ge=1), Tag.IDENTITY] = 64
+    global_batch: Annotated[int, Field(ge=1, le=_MOST), Tag.IDENTITY] = 64
     """Sequences per optimizer step, over all workers. Never changes, whatever the number of workers."""
-    micro_batch: Annotated[Annotated[int, Field(ge=1)] | Literal["auto"], Tag.FREE] = "auto"
+    micro_batch: Annotated[Annotated[int, Field(ge=1, le=_MOST)] | Literal["auto"], Tag.FREE] = "auto"
     """Sequences per forward pass on one worker. Changes memory and speed, not the result. `auto` = as many as the
     memory estimate leaves room for on the device, and half of them whenever an allocation fails. A resume keeps it;
     another start of the same file may take another, and then rounds differently."""
-    precision: Annotated[Literal["bf16", "fp32"], Tag.IDENTITY] = "bf16"
-    """Precision of the forward and backward pass. Weights are kept and updated in fp32 either way."""
+    precision: Annotated[Literal["auto", "bf16", "fp32"], Tag.IDENTITY] = "auto"
+    """Precision of the forward and backward pass. Weights are kept and updated in fp32 either way. `auto` = bf16 on
+    GPUs that have it; on CPUs bf16 where a measurement on every worker finds it no slower than fp32. A resume keeps
+    it."""
 
     @model_validator(mode="after")
     def _one_length(self) -> Train:
@@ -380,8 +384,9 @@ class Train(Section):
 class Engine(Section):
     """How DeepSpeed spreads the work."""
 
-    zero: Annotated[Literal[0, 1, 2, 3], BeforeValidator(_whole_number), Tag.FREE] = 2
-    """ZeRO stage: what is spread over the workers. 1 optimizer state, 2 and gradients, 3 and weights."""
+    zero: Annotated[Literal["auto", 0, 1, 2, 3], BeforeValidator(_whole_number), Tag.FREE] = "auto"
+    """ZeRO stage: what is spread over the workers. 1 optimizer state, 2 and gradients, 3 and weights. `auto` = for one
+    worker the stage that costs least, for several the lowest that the memory estimate fits into their devices."""
     deepspeed: Annotated[dict[str, Any], Tag.FREE] = {}
     """Passed to DeepSpeed as it stands, except the keys the toolkit owns, which are refused."""
 
@@ -463,7 +468,7 @@ class Cluster(Section):
     What can never come is not waited for at the start."""
     gpus_per_worker: Annotated[Literal["auto", 0, 1], BeforeValidator(_whole_number), Tag.FREE] = "auto"
     """GPUs of a worker. `auto` = one where the cluster has one for every worker, otherwise none."""
-    cpus_per_worker: Annotated[int, Field(ge=1), Tag.FREE] = 1
+    cpus_per_worker: Annotated[int, Field(ge=1, le=_MOST), Tag.FREE] = 1
     """CPU cores of a worker, and its number of threads: another number gives other rounding."""
     placement: Annotated[Literal["pack", "spread", "strict_pack", "strict_spread"], Tag.FREE] = "pack"
     """How workers are placed on nodes."""

@@ -16,7 +16,7 @@ from llm_training_toolkit.data.receipt import Receipt
 from llm_training_toolkit.data.tokenizer import TextEncoder, open_tokenizer
 from llm_training_toolkit.errors import PlanError
 from llm_training_toolkit.export import exported_from
-from llm_training_toolkit.models.exported import device_of, open_exported
+from llm_training_toolkit.models.exported import device_of, on_device, open_exported
 from llm_training_toolkit.runs import RunDirectory, checkpoint_place, model_directory
 
 _LONGEST = 4096
@@ -67,7 +67,7 @@ class Subject:
         from transformers.utils.logging import disable_progress_bar  # noqa: PLC0415 - seconds to import
 
         disable_progress_bar()
-        return open_exported(self.directory).to(self.device)
+        return on_device(open_exported(self.directory), self.device)
 
     @cached_property
     def context(self) -> int:

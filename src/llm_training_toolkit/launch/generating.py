@@ -12,7 +12,7 @@ from llm_training_toolkit.generate import Generator
 from llm_training_toolkit.launch.exporting import checkpoint_of, ends_of, read_run, refuse_missing_base
 from llm_training_toolkit.models import build_model
 from llm_training_toolkit.models.build import DTYPES
-from llm_training_toolkit.models.exported import device_of
+from llm_training_toolkit.models.exported import device_of, on_device
 from llm_training_toolkit.runs import RunDirectory, model_directory, run_of
 from llm_training_toolkit.storage import storage_of
 
@@ -49,5 +49,5 @@ def open_checkpoint(run: RunDirectory, step: int | None, device: str) -> tuple[G
     ends = ends_of(trained.config, trained.receipt)
     model.generation_config = GenerationConfig(eos_token_id=list(ends.values()), pad_token_id=trained.receipt.pad_id)
     model.config.use_cache = True
-    opened = Generator(model.eval().to(device), Path(trained.receipt.tokenizer_path))
+    opened = Generator(on_device(model.eval(), device), Path(trained.receipt.tokenizer_path))
     return opened, storage_of(checkpoint.directory).address(checkpoint.directory)

@@ -1,7 +1,8 @@
-"""The micro-batch of an attempt where the configuration says `auto`, and what an out-of-memory means for the next.
+"""ZeRO stage and micro-batch of an attempt where the configuration says `auto`, and the answer to an out-of-memory.
 
-An attempt takes what the one before it took, so that a resume repeats every bit; half of it if that ran out of
-memory; and what the plan's estimate fits into the devices where no attempt was like this one.
+An attempt takes those of the one before it, so that a resume repeats every bit; half the micro-batch, or the next ZeRO
+stage, if that ran out of memory; and those that the plan's estimate fits into the devices where no attempt was like
+this one.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import math
 import socket
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,16 @@ from llm_training_toolkit.context import RunContext
 from llm_training_toolkit.errors import TrainingError
 from llm_training_toolkit.launch.place import Place
 from llm_training_toolkit.overview import newest_rows
-from llm_training_toolkit.plan import checkpoint_copy, fitting_micro_batch, make_plan, settled, smaller_micro_batch
+from llm_training_toolkit.plan import (
+    checkpoint_copy,
+    fitting_micro_batch,
+    fitting_zero_stage,
+    higher_zero_stage,
+    make_plan,
+    settled,
+    smaller_micro_batch,
+    with_zero_stage,
+)
 from llm_training_toolkit.runs import RunDirectory, attempt_record, last_attempt, ran_out_of_memory
 
 _CGROUPS = Path("/sys/fs/cgroup")
@@ -37,11 +48,23 @@ _OUT_OF_MEMORY = (
 
 
 class SmallerMicroBatch(Exception):  # noqa: N818 - what happens next, not what went wrong
-    """Memory ran out; the next attempt of this run takes a smaller micro-batch and needs no other help."""
+    """Memory ran out; the next attempt of this run takes less of it and needs no other help."""
+
+
+@dataclass(frozen=True)
+class MemorySettings:
+    """What an attempt takes of a device's memory: where the configuration gives numbers, those."""
+
+    zero: int
+    micro_batch: int
+
+    def of(self, config: Config) -> Config:
+        """The configuration with these settings."""
+        return settled(with_zero_stage(config, self.zero), self.micro_batch)
 
 
 def load_of(config: Config, context: RunContext) -> dict[str, Any]:
-    """What the memory of a device depends on, the micro-batch apart."""
+    """What the memory of a device depends on, the micro-batch apart; `engine.zero` as it was asked for."""
     return {
         "workers": context.world_size,
         "device": context.device.type,
@@ -53,42 +76,85 @@ def load_of(config: Config, context: RunContext) -> dict[str, Any]:
     }
 
 
-def with_micro_batch(place: Place, context: RunContext) -> Config:
-    """The configuration with a number for `train.micro_batch`, the same on every rank. Collective."""
+def fit_into_memory(place: Place, context: RunContext) -> tuple[Place, tuple[str, ...]]:
+    """Numbers for `engine.zero` and `train.micro_batch`, the same on every rank, and what the plan says of them.
+
+    Collective.
+    """
     config = place.config
-    if config.train.micro_batch != "auto":
-        return config
+    if config.train.micro_batch != "auto" and config.engine.zero != "auto":
+        return place, ()
     free = min(context.gather(_free_share(context)))
-    rows = context.broadcast(_choose(place.run, config, context, free) if context.is_first else 0)
-    return settled(config, rows)
+    found = context.broadcast(_choose(place.run, config, context, free) if context.is_first else None)
+    assert found is not None, "rank 0 chooses"
+    settings, said = found
+    return replace(place, config=settings.of(config)), said
 
 
-def _choose(run: RunDirectory, config: Config, context: RunContext, free: float) -> int:
-    rows = _from_attempts(run, config, context)
-    why = "as before"
-    if rows is None:
+def _choose(
+    run: RunDirectory, config: Config, context: RunContext, free: float
+) -> tuple[MemorySettings, tuple[str, ...]]:
+    before = _from_attempts(run, config, context)
+    if before is not None:
+        said = (*_stage_as_before(config, before), *_rows_as_before(config, before))
+        settings = before
+    else:
         if context.device.type == "cpu":  # where the copy of a checkpoint that is being written lies as well
             free -= checkpoint_copy(make_plan(config).trainable_parameters, context.world_size)
-        rows = fitting_micro_batch(config, context.world_size, free)
-        why = f"by the estimate they fit into the {free / 1e9:.3g} GB a worker has free"
-    context.report({"kind": "note", "message": f"micro-batches of {rows}: {why}"})
-    return rows
+        settings, said = _by_the_estimate(config, context.world_size, free)
+    for message in said:
+        context.report({"kind": "note", "message": message})
+    return settings, said
 
 
-def _from_attempts(run: RunDirectory, config: Config, context: RunContext) -> int | None:
+def _by_the_estimate(config: Config, workers: int, free: float) -> tuple[MemorySettings, tuple[str, ...]]:
+    said: list[str] = []
+    if config.engine.zero == "auto":
+        stage = fitting_zero_stage(config, workers, free)
+        config = with_zero_stage(config, int(stage.value))
+        said.append(str(stage))
+    rows = config.train.micro_batch
+    if rows == "auto":
+        rows = fitting_micro_batch(config, workers, free)
+        said.append(f"micro-batches of {rows}: by the estimate they fit into the {free / 1e9:.3g} GB a worker has free")
+    return MemorySettings(int(config.engine.zero), rows), tuple(said)
+
+
+def _stage_as_before(config: Config, before: MemorySettings) -> tuple[str, ...]:
+    return (f"engine.zero = {before.zero} (auto): as before",) if config.engine.zero == "auto" else ()
+
+
+def _rows_as_before(config: Config, before: MemorySettings) -> tuple[str, ...]:
+    return (f"micro-batches of {before.micro_batch}: as before",) if config.train.micro_batch == "auto" else ()
+
+
+def _from_attempts(run: RunDirectory, config: Config, context: RunContext) -> MemorySettings | None:
     """What the newest attempt under the same load teaches; None where there is none."""
     load = load_of(config, context)
     for number in range(last_attempt(run), 0, -1):
         record = attempt_record(run, number)
-        if record.get("load") != load:
+        if record.get("load") != load or "zero" not in record:
             continue
-        rows = int(record["micro_batch"])
+        tried, given = MemorySettings(int(record["zero"]), int(record["micro_batch"])), config.train.micro_batch
+        least = MemorySettings(tried.zero, 1 if given == "auto" else given)
         killed = number == last_attempt(run) and context.device.type == "cpu" and _died_before_a_step(run, record)
         if killed or ran_out_of_memory(run, number):
-            return smaller_micro_batch(config, context.world_size, rows) or 1
+            return _less_memory(config, tried, context.world_size) or least
+        if given != "auto":
+            return least
         if record["asked"] == "auto":  # a number that somebody asked for once is not ours to keep
-            return rows
+            return tried
     return None
+
+
+def _less_memory(asked: Config, tried: MemorySettings, workers: int) -> MemorySettings | None:
+    """The settings to try after `tried` did not fit, of those that were asked for as `auto`; None = there are none."""
+    taken = tried.of(asked)
+    rows = smaller_micro_batch(taken, workers, tried.micro_batch) if asked.train.micro_batch == "auto" else 0
+    if rows:
+        return MemorySettings(tried.zero, rows)
+    stage = higher_zero_stage(taken, workers) if asked.engine.zero == "auto" else None
+    return None if stage is None else MemorySettings(stage, tried.micro_batch)
 
 
 def _died_before_a_step(run: RunDirectory, record: Mapping[str, Any]) -> bool:
@@ -154,15 +220,18 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
 
 
-def after_out_of_memory(taken: Config, workers: int, *, adaptable: bool) -> SmallerMicroBatch | TrainingError:
-    """What follows when an attempt of `taken` ran out of memory: a smaller micro-batch, or the end of the run."""
-    rows = taken.train.micro_batch
+def after_out_of_memory(asked: Config, taken: Config, workers: int) -> SmallerMicroBatch | TrainingError:
+    """What follows when an attempt of `taken` ran out of memory: one that takes less, or the end of the run."""
+    rows, stage = taken.train.micro_batch, taken.engine.zero
     assert rows != "auto"
-    smaller = smaller_micro_batch(taken, workers, rows)
-    if adaptable and smaller:
-        return SmallerMicroBatch(f"out of memory with micro-batches of {rows}; the next attempt takes {smaller}")
+    assert stage != "auto"
+    tried = MemorySettings(stage, rows)
+    less = _less_memory(asked, tried, workers)
+    if less is not None:
+        what = f"{less.micro_batch}" if less.zero == stage else f"ZeRO {less.zero}"
+        return SmallerMicroBatch(f"out of memory with micro-batches of {rows}; the next attempt takes {what}")
     ways = ["set model.activation_checkpointing: true"] if not taken.model.activation_checkpointing else []
-    ways += ["raise engine.zero, with more cluster.workers"] if taken.engine.zero < 3 else ["use more cluster.workers"]
-    if smaller:
+    ways += ["raise engine.zero, with more cluster.workers"] if stage < 3 else ["use more cluster.workers"]
+    if smaller_micro_batch(taken, workers, rows):
         ways.insert(0, "lower train.micro_batch, or set it to auto")
     return TrainingError(f"out of memory with micro-batches of {rows}: {'; or '.join(ways)}. The same command resumes")

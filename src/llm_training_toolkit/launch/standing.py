@@ -13,7 +13,7 @@ from llm_training_toolkit.data.prepare import Preparation, Prepared
 from llm_training_toolkit.data.receipt import Receipt
 from llm_training_toolkit.errors import CheckpointError, ConfigError, DataError, PlanError
 from llm_training_toolkit.launch.preparation import covers, facts_of
-from llm_training_toolkit.plan import DataFacts, Plan
+from llm_training_toolkit.plan import DataFacts, Plan, with_precision
 from llm_training_toolkit.runs import RunDirectory
 
 DOCUMENTS = "documents"
@@ -48,6 +48,13 @@ class Standing:
     def is_finished(self, plan: Plan) -> bool:
         """Whether the run has taken all its steps."""
         return self.manifest is not None and plan.steps is not None and self.step >= plan.steps
+
+    def kept(self, config: Config) -> Config:
+        """The configuration with the precision that the run began with, where it leaves that to the machine."""
+        if self.manifest is None or self.config is None or config.train.precision != "auto":
+            return config
+        began_with = self.config.train.precision
+        return config if began_with == "auto" else with_precision(config, began_with)
 
     def prepared(self, config: Config, accept: Sequence[str]) -> Receipt | None:
         """The receipt, if its tokens are there and last to the run's end: the documents need not be read again."""
@@ -84,7 +91,7 @@ def refuse_changed_run(standing: Standing, config: Config, accept: Sequence[str]
                 "follows from them: change them back, or start another run with model.init_from"
             )
         fields = [key for key in accept if key != DOCUMENTS]
-        refuse_changed_identity(standing.config, config, accept=fields, extend=extend)
+        refuse_changed_identity(standing.config, standing.kept(config), accept=fields, extend=extend)
 
 
 def refuse_other_weights(standing: Standing, plan: Plan) -> None:

@@ -18,6 +18,7 @@ from llm_training_toolkit.launch.opening import held, joined, place_of
 from llm_training_toolkit.launch.origin import refuse_unfit_weights
 from llm_training_toolkit.launch.outcome import Outcome, Request
 from llm_training_toolkit.launch.place import is_first_rank, ranks_started
+from llm_training_toolkit.launch.precision import precision_notes, resolve_precision_here
 from llm_training_toolkit.launch.preparation import facts_of, preparation_of, prepare_epochs, receipt_lines
 from llm_training_toolkit.launch.standing import (
     Standing,
@@ -42,7 +43,9 @@ def start(request: Request, console: Console) -> Outcome:
             return _take_part(run, config, console)
     with held(place_of(config), console) as run:
         standing = standing_of(run)
-        plan = require(make_plan(config, standing.facts(config), replicas))
+        config, resolved = resolve_precision_here(standing.kept(config))
+        resolved = resolved or (precision_notes(run) if standing.manifest is not None else ())
+        plan = require(make_plan(config, standing.facts(config), replicas)).with_notes(resolved)
         refuse_changed_run(standing, config, request.accept, extend=request.extend)
         refuse_other_weights(standing, plan)
         if standing.is_finished(plan):
@@ -55,12 +58,13 @@ def start(request: Request, console: Console) -> Outcome:
             check_machine(config)
             check_nodes_of(run, config, console)
         receipt = _prepare(config, standing, request, console)
-        plan = require(make_plan(config, facts_of(receipt, standing.step, standing.sequences), replicas))
+        facts = facts_of(receipt, standing.step, standing.sequences)
+        plan = require(make_plan(config, facts, replicas)).with_notes(resolved)
         shutil.copyfile(request.config, run.config)
         write_down(run, config, plan, receipt)
         for line in mixture_lines(plan):
             console.say(line)
-        with preparing_ahead(run, config, facts_of(receipt, standing.step, standing.sequences), console):
+        with preparing_ahead(run, config, facts, console):
             result = train(run, config, console)
         note_end(run)
         console.say(in_words(goodput(run)))

@@ -10,13 +10,13 @@ import os
 import socket
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 
 from llm_training_toolkit.checkpoint import Checkpoint, Rule
+from llm_training_toolkit.config import Config
 from llm_training_toolkit.config.identity import fingerprint
 from llm_training_toolkit.context import RunContext
 from llm_training_toolkit.data.feed import Feed
@@ -30,9 +30,10 @@ from llm_training_toolkit.launch.finish import finish
 from llm_training_toolkit.launch.midway import Midway
 from llm_training_toolkit.launch.output import redirect
 from llm_training_toolkit.launch.place import Place
+from llm_training_toolkit.launch.precision import resolve_precision
 from llm_training_toolkit.launch.preparation import facts_of
 from llm_training_toolkit.launch.seats import Seat, take_seats
-from llm_training_toolkit.launch.sizing import after_out_of_memory, is_out_of_memory, load_of, with_micro_batch
+from llm_training_toolkit.launch.sizing import after_out_of_memory, fit_into_memory, is_out_of_memory, load_of
 from llm_training_toolkit.metrics import Metrics
 from llm_training_toolkit.parts import Parts
 from llm_training_toolkit.plan import Plan, make_plan, require
@@ -55,12 +56,13 @@ def work(place: Place, context: RunContext) -> dict[str, Any]:
 
     Raises SmallerMicroBatch when memory ran out and the next attempt will take less.
     """
-    asked = place.config.train.micro_batch
     seats = take_seats(place, context)
-    place = replace(place, config=with_micro_batch(place, context))
-    attempt, account = _begin(place, context, asked, seats)
+    asked, precision_note = resolve_precision(place, context)
+    place, memory_notes = fit_into_memory(asked, context)
+    attempt, account = _begin(place, context, asked.config, seats)
     try:
-        status, step = _train(_build(place, context, attempt, account), place, asked)
+        parts = _build(place, context, attempt, account, (*precision_note, *memory_notes))
+        status, step = _train(parts, place, asked.config)
     except Exception as error:  # the edge of a rank: whatever ends it is written down, and goes on
         # A disk that is full must not hide the error that says so.
         with suppress(OSError, ValueError):
@@ -73,14 +75,14 @@ def work(place: Place, context: RunContext) -> dict[str, Any]:
     return {"status": status, "step": step}
 
 
-def _train(parts: Parts, place: Place, asked: int | str) -> tuple[str, int]:
+def _train(parts: Parts, place: Place, asked: Config) -> tuple[str, int]:
     context = parts.context
     try:
         status, progress = train(parts)
     except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
             mark_out_of_memory(place.run, parts.attempt)
-            raise after_out_of_memory(place.config, context.world_size, adaptable=asked == "auto") from error
+            raise after_out_of_memory(asked, place.config, context.world_size) from error
         raise
     if status == "finished" and place.config.export.at_end and context.is_first:
         context.pulse.mark("exporting", UNLIMITED)
@@ -91,7 +93,7 @@ def _train(parts: Parts, place: Place, asked: int | str) -> tuple[str, int]:
     return status, progress.step
 
 
-def _begin(place: Place, context: RunContext, asked: int | str, seats: Sequence[Seat]) -> tuple[int, Account]:
+def _begin(place: Place, context: RunContext, asked: Config, seats: Sequence[Seat]) -> tuple[int, Account]:
     """Agree on the attempt's number, send the output of libraries to its log, get the process ready."""
     config = place.config
     so_far = carried(place.run, place.began) if context.is_first else Carried({}, 0)
@@ -103,8 +105,9 @@ def _begin(place: Place, context: RunContext, asked: int | str, seats: Sequence[
         "seats": [seat.to_json() for seat in seats],
         "workers": context.world_size,
         "micro_batch": config.train.micro_batch,
-        "asked": asked,
-        "load": load_of(config, context),
+        "asked": asked.train.micro_batch,
+        "zero": config.engine.zero,
+        "load": load_of(asked, context),
         "began": place.began,
         "group_began": place.group_began,
         "reached": so_far.reached,
@@ -118,7 +121,7 @@ def _begin(place: Place, context: RunContext, asked: int | str, seats: Sequence[
     return attempt, so_far.open(place.began)
 
 
-def _build(place: Place, context: RunContext, attempt: int, account: Account) -> Parts:
+def _build(place: Place, context: RunContext, attempt: int, account: Account, resolved: Sequence[str]) -> Parts:
     run, config = place.run, place.config
     context.pulse.mark("looking for a checkpoint")
     checkpoint = newest_sound(run, context)
@@ -126,9 +129,9 @@ def _build(place: Place, context: RunContext, attempt: int, account: Account) ->
     if context.is_first:
         note_in_attempt(run, attempt, resumed=checkpoint.directory.name if checkpoint else None)
     facts = facts_of(place.receipt, done.step, done.sequences)
-    plan = require(make_plan(config, facts, replicas=context.world_size))
+    plan = require(make_plan(config, facts, replicas=context.world_size)).with_notes(resolved)
     if context.is_first:
-        write_atomically(run.plan, json.dumps(plan.to_json(), indent=1))  # with the micro-batch that is taken
+        write_atomically(run.plan, json.dumps(plan.to_json(), indent=1))  # with what `auto` has become
     context.pulse.mark("building the model and loading its state")
     built = build(place, plan, context, checkpoint)
     context.pulse.mark("opening the data")

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from llm_training_toolkit.errors import CheckpointError, PlanError
+from llm_training_toolkit.matmul_speed import bf16_slowdown
 
 _ADAPTERS = "adapter_config.json"
 
@@ -50,6 +51,16 @@ def device_of(asked: str) -> str:
     if asked.startswith("cuda") and not torch.cuda.is_available():
         raise PlanError(f"--device {asked}: torch finds no GPU here")
     return asked
+
+
+def on_device(model: Any, device: str | torch.device) -> Any:  # noqa: ANN401 - transformers has no types
+    """Move a model to a device; to fp32 on a CPU where bf16 is slower, as `train.precision: auto` decides.
+
+    Its weights keep their values, which fp32 holds exactly; sums are rounded less.
+    """
+    place = torch.device(device)
+    upcast = place.type == "cpu" and model.dtype == torch.bfloat16 and bf16_slowdown(place) > 1
+    return model.to(place, torch.float32) if upcast else model.to(place)
 
 
 def _open_base(directory: Path, dtype: torch.dtype) -> Any:  # noqa: ANN401 - transformers has no types

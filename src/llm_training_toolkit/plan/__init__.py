@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from llm_training_toolkit.plan.auto import (
+    PRECISION,
+    Resolved,
+    choose_precision,
+    slow_precision,
+    with_precision,
+    with_zero_stage,
+)
 from llm_training_toolkit.plan.batch import accumulation, loss_chunk_tokens, shares, slice_of
 from llm_training_toolkit.plan.deepspeed import deepspeed_config, deepspeed_problems
-from llm_training_toolkit.plan.forecast import Forecast, on_cluster
+from llm_training_toolkit.plan.forecast import Forecast, on_cluster, resolved_on
 from llm_training_toolkit.plan.hardware import Hardware
 from llm_training_toolkit.plan.memory import Load, Memory, checkpoint_copy, estimate
 from llm_training_toolkit.plan.mixing import Due, counts, merged, whole_shares
@@ -12,9 +20,16 @@ from llm_training_toolkit.plan.plan import DataFacts, Plan, StreamFacts, make_pl
 from llm_training_toolkit.plan.problem import Problem
 from llm_training_toolkit.plan.schedule import Schedule
 from llm_training_toolkit.plan.show import lines, mixture_lines
-from llm_training_toolkit.plan.sizing import fitting_micro_batch, settled, smaller_micro_batch
+from llm_training_toolkit.plan.sizing import (
+    fitting_micro_batch,
+    fitting_zero_stage,
+    higher_zero_stage,
+    settled,
+    smaller_micro_batch,
+)
 
 __all__ = [
+    "PRECISION",
     "DataFacts",
     "Due",
     "Forecast",
@@ -23,15 +38,19 @@ __all__ = [
     "Memory",
     "Plan",
     "Problem",
+    "Resolved",
     "Schedule",
     "StreamFacts",
     "accumulation",
     "checkpoint_copy",
+    "choose_precision",
     "counts",
     "deepspeed_config",
     "deepspeed_problems",
     "estimate",
     "fitting_micro_batch",
+    "fitting_zero_stage",
+    "higher_zero_stage",
     "lines",
     "loss_chunk_tokens",
     "make_plan",
@@ -39,9 +58,13 @@ __all__ = [
     "mixture_lines",
     "on_cluster",
     "require",
+    "resolved_on",
     "settled",
     "shares",
     "slice_of",
+    "slow_precision",
     "smaller_micro_batch",
     "whole_shares",
+    "with_precision",
+    "with_zero_stage",
 ]

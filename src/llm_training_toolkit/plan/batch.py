@@ -32,7 +32,8 @@ def shares(global_batch: int, replicas: int) -> tuple[int, ...]:
             f"train.global_batch = {global_batch} cannot be divided among {replicas} replicas: each needs a sequence. "
             f"Use 1 to {global_batch} workers, or a larger global batch."
         )
-    return tuple(len(slice_of(global_batch, replicas, rank)) for rank in range(replicas))
+    share, rest = divmod(global_batch, replicas)
+    return tuple(share + (rank < rest) for rank in range(replicas))
 
 
 def slice_of(sequences: int, replicas: int, rank: int) -> range:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from llm_training_toolkit.config.address import is_address
@@ -16,6 +16,8 @@ from llm_training_toolkit.plan.batch import micro_batch, shares
 from llm_training_toolkit.plan.deepspeed import deepspeed_problems
 from llm_training_toolkit.plan.problem import Problem
 
+_MOST_MEMORY_GB = 1e6
+"""A petabyte on one device: larger numbers are slips of the pen."""
 _SECRET = re.compile(r"TOKEN$|SECRET|PASSWORD|CREDENTIAL|KEY$", re.IGNORECASE)
 """Names of environment variables that hold what nobody else may know."""
 
@@ -135,6 +137,21 @@ def _run(config: Config) -> Iterator[Problem]:
         yield Problem("model.path", what, "Give their directory or hub id, or a run.dir that is a path")
 
 
+def memory_problems(memory_gb: Mapping[str, float]) -> tuple[Problem, ...]:
+    """A run that needs more memory of a device than a whole data center has."""
+    needed = sum(memory_gb.values())
+    if needed <= _MOST_MEMORY_GB:
+        return ()
+    largest = max(memory_gb, key=lambda part: memory_gb[part])
+    where = "model.shape" if largest in {"weights", "gradients", "optimizer"} else "data.sequence_length"
+    what = f"about {needed:.3g} GB a device, most of it {largest} ({memory_gb[largest]:.3g} GB): this can never fit"
+    return (Problem(where, what, "Check the number of zeros in model.shape, data.sequence_length, train.micro_batch"),)
+
+
+def _number(value: int, noun: str) -> str:
+    return f"{value:,} {noun}{'' if value == 1 else 's'}"
+
+
 def vocabulary_problems(config: Config, vocab_size: int | None, hf: HfValues) -> tuple[Problem, ...]:
     """A tokenizer with more entries than the model's embedding has rows; None = not known before data is prepared."""
     if vocab_size is None or vocab_size <= hf["vocab_size"]:
@@ -183,8 +200,9 @@ def _source(where: str, source: Source, family: Family) -> Iterator[Problem]:
 def _batch(config: Config, replicas: int) -> Iterator[Problem]:
     batch = config.train.global_batch
     if replicas > batch:
-        what = f"{replicas} workers share {batch} sequences, so {replicas - batch} would have none"
-        yield Problem("cluster.workers", what, f"Use at most {batch} workers, or a larger train.global_batch")
+        sequences, workers = _number(batch, "sequence"), _number(batch, "worker")
+        what = f"{replicas:,} workers share {sequences}, so {replicas - batch:,} would have none"
+        yield Problem("cluster.workers", what, f"Use at most {workers}, or a larger train.global_batch")
 
 
 def may_exist(path: str) -> bool:
@@ -225,9 +243,10 @@ def _evaluation_notes(config: Config) -> Iterator[str]:
 
 def _precision_notes(config: Config, fewest: int, most: int) -> Iterator[str]:
     stage = config.engine.zero
-    several = fewest * micro_batch(config) < config.train.global_batch
-    if config.train.precision == "bf16" and stage < 2 and several:
-        yield f"ZeRO {stage} in bf16 sums gradients over micro-batches in bf16; engine.zero 2 and 3 do it in fp32."
+    assert stage != "auto", "a plan has a stage"
+    several = config.train.micro_batch != "auto" and fewest * micro_batch(config) < config.train.global_batch
+    if config.train.precision == "bf16" and stage == 1 and several:
+        yield "ZeRO 1 in bf16 sums gradients over micro-batches in bf16; the other stages do it in fp32."
     if config.run.deterministic and config.train.micro_batch == "auto":
         yield "micro_batch: auto depends on the memory that is free at the first start: give a number to repeat a run."
     if stage > 0 and most == 1:

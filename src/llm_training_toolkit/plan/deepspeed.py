@@ -89,7 +89,7 @@ def own_config(config: Config, *, parameters: int = _BUCKET) -> dict[str, Any]:
         "gradient_accumulation_steps": 1,
         # DeepSpeed's default became 1.0; written out, 0 means none.
         "gradient_clipping": config.optim.clip,
-        "zero_optimization": _zero(config.engine.zero, min(parameters, _BUCKET)),
+        "zero_optimization": _zero(int(config.engine.zero), min(parameters, _BUCKET)),
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "communication_data_type": "fp32",
@@ -115,7 +115,7 @@ def _precision(config: Config) -> dict[str, Any]:
     # With the check DeepSpeed leaves such an update out instead of writing NaN into the weights; the engine
     # asks whether it was left out, and the loop stops and says so.
     blocks: dict[str, Any] = {"bf16": {"enabled": True, "check_grad_overflow": True}}
-    if config.engine.zero >= 2:
+    if int(config.engine.zero) >= 2:
         # Stage 0 raises on this, and stage 1 switches to another optimizer class.
         blocks["data_types"] = {"grad_accum_dtype": "fp32"}
     return blocks

@@ -8,12 +8,13 @@ from typing import Any
 
 from llm_training_toolkit import families
 from llm_training_toolkit.config.schema import Config
+from llm_training_toolkit.plan.auto import Precision, with_precision, with_zero_stage
 from llm_training_toolkit.plan.batch import accumulation
 from llm_training_toolkit.plan.hardware import Hardware
 from llm_training_toolkit.plan.memory import checkpoint_copy
 from llm_training_toolkit.plan.plan import Plan
 from llm_training_toolkit.plan.problem import Problem
-from llm_training_toolkit.plan.sizing import fitting_micro_batch
+from llm_training_toolkit.plan.sizing import fitting_micro_batch, fitting_zero_stage
 
 LEFT_OUT = (
     "Time and cost are of computing the steps alone: starting up, preparing data, evaluation, copies for checkpoints, "
@@ -81,6 +82,18 @@ class Forecast:
         }
 
 
+def resolved_on(config: Config, hardware: Hardware) -> Config:
+    """The configuration with what `auto` becomes on a cluster: the faster precision, the lowest stage that fits."""
+    replicas = max(config.cluster.most, 1)
+    if config.train.precision == "auto":
+        faster: Precision = "bf16" if hardware.flops("bf16") >= hardware.flops("fp32") else "fp32"
+        config = with_precision(config, faster)
+    if config.engine.zero == "auto" and replicas <= config.train.global_batch:
+        stage = fitting_zero_stage(config, replicas, 1e9 * _memory_of_worker(config, hardware)).value
+        config = with_zero_stage(config, int(stage))
+    return config
+
+
 def on_cluster(config: Config, plan: Plan, hardware: Hardware) -> Forecast:
     """The run of a plan on a cluster, with all that speaks against it there; an elastic one with all that fit."""
     cpus = config.cluster.cpus_per_worker
@@ -88,7 +101,7 @@ def on_cluster(config: Config, plan: Plan, hardware: Hardware) -> Forecast:
     if plan.is_elastic:
         plan = replace(plan, replicas=min(plan.workers, max(plan.fewest_workers, _most(config, hardware, per_node))))
     nodes = _nodes(config, plan.replicas, per_node, hardware.nodes)
-    speed = plan.replicas * hardware.devices_per_worker(cpus) * hardware.flops(config.train.precision)
+    speed = plan.replicas * hardware.devices_per_worker(cpus) * hardware.flops(plan.precision)
     compute_seconds = _work(config, plan) * plan.tokens_per_step / speed
     problems = tuple(_problems(config, plan, hardware, per_node))
     rows = _micro_batch(config, plan, hardware)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field, model_validator
 
@@ -101,6 +101,6 @@ class Hardware(Section):
         """One GPU, or the cores of a worker."""
         return cpus_per_worker if self.is_cpu else 1
 
-    def flops(self, precision: Literal["bf16", "fp32"]) -> float:
+    def flops(self, precision: str) -> float:
         """Operations per second that a device reaches in training."""
         return 1e12 * self.utilisation * (self.tflops.bf16 if precision == "bf16" else self.tflops.fp32)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from llm_training_toolkit import families
 from llm_training_toolkit.config.schema import Config, duration_seconds
 from llm_training_toolkit.errors import PlanError
-from llm_training_toolkit.plan import batch, check, memory, mixing, rate
+from llm_training_toolkit.plan import auto, batch, check, memory, mixing, rate
 from llm_training_toolkit.plan.deepspeed import deepspeed_config, deepspeed_problems, own_config
 from llm_training_toolkit.plan.problem import Problem
 from llm_training_toolkit.plan.schedule import Kind, Schedule
@@ -127,6 +127,10 @@ class Plan:
         """Micro-batches of a step on every replica."""
         return batch.accumulation(self.global_batch, replicas or self.replicas, self.micro_batch)
 
+    def with_notes(self, notes: Sequence[str]) -> Plan:
+        """The plan with more notes, before its own."""
+        return replace(self, notes=(*notes, *self.notes))
+
     def schedule(self) -> Schedule:
         """The learning rate of every step; PlanError while the length of the run is not known."""
         if self.steps is None or self.warmup_steps is None or self.decay_steps is None:
@@ -166,11 +170,13 @@ def make_plan(config: Config, facts: DataFacts | None = None, replicas: int | No
     trained = adapter.parameters if adapter else total
     world = replicas or max(config.cluster.most, 1)
     smallest = replicas or max(config.cluster.fewest, 1)
+    given, config = config, auto.assumed(config)
     steps, steps_estimated = run_steps(config, facts)
     warmup, decay = rate.warmup_steps(config, steps), rate.decay_steps(config, steps)
     lr = rate.learning_rate(config, total)
     deepspeed = _deepspeed(config, trained)
     length, every = config.data.sequence_length, config.checkpoint.every
+    memory_gb = _memory(config, hf, adapter, smallest, deepspeed)
     return Plan(
         name=config.run.name,
         model=config.model.name,
@@ -180,8 +186,8 @@ def make_plan(config: Config, facts: DataFacts | None = None, replicas: int | No
         active_parameters=families.anatomy(hf).active_parameters,
         adapter=adapter,
         flops_per_token=families.flops_per_token(hf, length, adapter),
-        precision=config.train.precision,
-        zero=config.engine.zero,
+        precision=str(config.train.precision),
+        zero=int(config.engine.zero),
         steps=steps,
         steps_estimated=steps_estimated,
         epochs=_epochs(config, steps, facts),
@@ -202,13 +208,14 @@ def make_plan(config: Config, facts: DataFacts | None = None, replicas: int | No
         save_every_seconds=duration_seconds(every) if isinstance(every, str) else None,
         eval_every=config.eval.every,
         deepspeed=deepspeed,
-        memory_gb_per_device=_memory(config, hf, adapter, smallest, deepspeed),
+        memory_gb_per_device=memory_gb,
         problems=(
             *check.problems(config, size, hf, world),
+            *check.memory_problems(memory_gb),
             *check.length_problems(steps, warmup, decay),
             *check.vocabulary_problems(config, facts.vocab_size if facts else None, hf),
         ),
-        estimated=_estimated(config, steps_estimated=steps_estimated),
+        estimated=_estimated(given, steps_estimated=steps_estimated),
         notes=check.notes(config, size, hf, (smallest, world)),
     )
 
@@ -251,6 +258,8 @@ def _estimated(config: Config, *, steps_estimated: bool) -> tuple[str, ...]:
     """Names of the plan's values that are not exact; a micro-batch still `auto` is planned as 1, the least."""
     return (
         *(("steps",) if steps_estimated else ()),
+        *(("precision",) if config.train.precision == "auto" else ()),
+        *(("zero",) if config.engine.zero == "auto" else ()),
         *(("micro_batch", "accumulation") if config.train.micro_batch == "auto" else ()),
         "memory_gb_per_device",
     )
@@ -300,8 +309,8 @@ def _memory(
     load = memory.Load(
         model=families.anatomy(hf),
         adapter=adapter,
-        zero=config.engine.zero,
-        precision=config.train.precision,
+        zero=int(config.engine.zero),
+        precision="bf16" if config.train.precision == "bf16" else "fp32",
         workers=replicas,
         micro_batch=batch.micro_batch(config),
         sequence_length=config.data.sequence_length,

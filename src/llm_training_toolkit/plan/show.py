@@ -29,7 +29,7 @@ def _rows(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "run", plan.name
     yield (
         "model",
-        f"{plan.model}, {count(plan.parameters)} parameters ({plan.parameters:,}){_active(plan)}, {plan.precision}",
+        f"{plan.model}, {count(plan.parameters)} parameters ({plan.parameters:,}){_active(plan)}, {_precision(plan)}",
     )
     if plan.adapter is not None:
         yield "adapters", _adapters(plan, plan.adapter)
@@ -40,13 +40,25 @@ def _rows(plan: Plan) -> Iterator[tuple[str, str]]:
     yield from _sizes(plan)
     yield "length", _length(plan)
     yield "learning rate", _rate(plan)
-    yield "DeepSpeed", f"ZeRO {plan.zero} {_SPREAD[plan.zero]} over {_workers(plan)}"
+    yield "DeepSpeed", _stage(plan)
     yield "memory", _memory(plan)
     yield (
         "compute",
         f"{count(plan.flops_per_token)} FLOPs a token, {count(plan.flops_per_token * plan.tokens_per_step)} a step",
     )
     yield "checkpoints", f"every {_save_interval(plan)}; evaluation every {_number(plan.eval_every, 'step')}"
+
+
+def _precision(plan: Plan) -> str:
+    return "bf16, or what the workers measure to be faster" if "precision" in plan.estimated else plan.precision
+
+
+def _stage(plan: Plan) -> str:
+    if "zero" not in plan.estimated:
+        return f"ZeRO {plan.zero} {_SPREAD[plan.zero]} over {_workers(plan)}"
+    if plan.replicas == 1:
+        return f"ZeRO {plan.zero} (auto): one worker spreads nothing"
+    return f"ZeRO {plan.zero} (auto) {_SPREAD[plan.zero]} over {_workers(plan)}; a higher stage where memory is short"
 
 
 def _active(plan: Plan) -> str:

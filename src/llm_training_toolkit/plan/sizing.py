@@ -1,9 +1,10 @@
-"""`train.micro_batch: auto`: how many sequences a forward pass takes, from the memory of a device. Pure."""
+"""`train.micro_batch: auto` and `engine.zero: auto`: what fits into the memory of a device. Pure."""
 
 from __future__ import annotations
 
 from llm_training_toolkit.config.schema import Config
-from llm_training_toolkit.plan.batch import shares
+from llm_training_toolkit.plan.auto import Resolved, with_zero_stage, zero_stages
+from llm_training_toolkit.plan.batch import micro_batch, shares
 from llm_training_toolkit.plan.plan import make_plan
 
 _FILL = 0.9
@@ -32,6 +33,32 @@ def smaller_micro_batch(config: Config, replicas: int, micro_batch: int) -> int:
     """The next one to try after `micro_batch` did not fit: at most half of it. 0 = there is none."""
     share = shares(config.train.global_batch, replicas)[0]
     return max((rows for rows in _even(share) if rows <= micro_batch // 2), default=0)
+
+
+def fitting_zero_stage(config: Config, replicas: int, free_bytes: float) -> Resolved:
+    """The cheapest ZeRO stage whose estimate fits into `free_bytes` of every device; the highest where none does.
+
+    One worker has nothing to spread, so that no stage above the first saves memory there.
+    """
+    stages = zero_stages(config)
+    if replicas == 1:
+        return Resolved("engine.zero", stages[0], "it costs least for one worker")
+    needed = {stage: _needed_at(config, replicas, stage) for stage in stages}
+    stage = next((stage for stage in stages if needed[stage] <= _FILL * free_bytes), stages[-1])
+    fits = "the lowest stage that fits" if needed[stage] <= _FILL * free_bytes else "the stage with the least memory"
+    why = f"{fits}, {needed[stage] / 1e9:.3g} GB of the {free_bytes / 1e9:.3g} GB a worker has free"
+    return Resolved("engine.zero", stage, why)
+
+
+def _needed_at(config: Config, replicas: int, stage: int) -> float:
+    """Bytes of a device at a ZeRO stage; with micro-batches of one where they are `auto`."""
+    return _needed(with_zero_stage(config, stage), replicas, micro_batch(config))
+
+
+def higher_zero_stage(config: Config, replicas: int) -> int | None:
+    """The stage to try after memory ran out with the smallest micro-batch; None for one worker, or at the highest."""
+    higher = [stage for stage in zero_stages(config) if stage > int(config.engine.zero)]
+    return min(higher) if replicas > 1 and higher else None
 
 
 def _even(share: int) -> list[int]:

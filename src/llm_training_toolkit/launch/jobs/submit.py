@@ -22,7 +22,7 @@ from llm_training_toolkit.launch.jobs.client import RUN_NAME, Job, connect, find
 from llm_training_toolkit.launch.jobs.log import Log
 from llm_training_toolkit.launch.jobs.package import excluded, what_travels
 from llm_training_toolkit.launch.outcome import EXIT_CODES, Request
-from llm_training_toolkit.plan import Plan, lines, make_plan, on_cluster, require
+from llm_training_toolkit.plan import Plan, lines, make_plan, on_cluster, require, resolved_on
 from llm_training_toolkit.plan.cluster_file import read_hardware
 
 _STOP_WAIT = "600"
@@ -121,7 +121,10 @@ def _checked(config: Config, request: Request, cluster: Path | None) -> Plan:
     """The plan, once nothing is in it that can only fail over there."""
     plan = make_plan(config)
     if cluster is not None:
-        plan = on_cluster(config, plan, read_hardware(cluster)).added_to(plan)
+        hardware = read_hardware(cluster)
+        config = resolved_on(config, hardware)
+        plan = make_plan(config)
+        plan = on_cluster(config, plan, hardware).added_to(plan)
     require(plan)
     if not is_address(config.run.dir) and not Path(config.run.dir).expanduser().is_absolute():
         raise PlanError(
