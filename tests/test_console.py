@@ -14,12 +14,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_training_toolkit.console import Console, sample_parts, step_line
+from llm_training_toolkit.console import Console, RemainingTime, sample_parts, step_line
 
 
 def step(number: int, steps: int = 1000, **changed: Any) -> dict[str, Any]:
     event = {"kind": "step", "step": number, "steps": steps, "loss": 2.34567, "lr": 3e-4, "tokens_per_second": 12345.6}
-    return event | changed
+    return event | {"seconds": 0.5, "time": 1e9 + 0.5 * number} | changed
 
 
 @pytest.fixture(autouse=True)
@@ -53,6 +53,27 @@ def test_a_step_line_without_a_known_time_left_says_nothing_of_it() -> None:
 )
 def test_time_left_reads_as_a_clock(seconds: float, clock: str) -> None:
     assert step_line(step(1), seconds).endswith(f"  {clock} left")
+
+
+@given(st.floats(0.01, 100), st.floats(0, 10), st.floats(0, 1000))
+def test_time_left_is_right_after_ten_steps_whatever_the_first_one_took(
+    seconds: float, between: float, first: float
+) -> None:
+    remaining = RemainingTime()
+    remaining.add(1e9, first)
+    assert remaining.seconds(100) is None
+    for number in range(1, 11):
+        remaining.add(1e9 + number * (seconds + between), seconds)
+    assert remaining.seconds(100) == pytest.approx(100 * (seconds + between), rel=1e-3)
+
+
+def test_the_length_of_a_run_is_said_once_after_its_first_steps() -> None:
+    def act(console: Console) -> None:
+        for number in range(1, 40):
+            console.show(step(number))
+
+    said = [line for line in written(act) if "on this machine" in line]
+    assert said == ["about 8:14 left on this machine, by its first 10 steps"]
 
 
 @given(st.integers(1, 10**6), st.integers(0, 10**6), st.floats(allow_nan=True, allow_infinity=True))

@@ -20,6 +20,39 @@ _LINE_EVERY = 10.0
 """Seconds between step lines where there is no terminal to draw on (a log file, a pipe)."""
 
 
+_FORECAST_AFTER = 10
+"""Steps after which the length of the run is said: the first one of an attempt is not among them."""
+
+
+class RemainingTime:
+    """Seconds to the end of a run, from the steps of this attempt: its newest 50, and all that came between steps.
+
+    The first step is left out, as it loads and compiles. Times are the worker's own, because events arrive in groups.
+    """
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self._began = 0.0
+        self._recent: deque[float] = deque(maxlen=50)
+        self._within = self._between = 0.0
+
+    def add(self, completed_at: float, seconds: float) -> None:
+        """Count a step that took so many seconds and was completed at a time in seconds."""
+        if self._began == 0.0:
+            self._began = completed_at
+            return
+        self.steps += 1
+        self._recent.append(seconds)
+        self._within += seconds
+        self._between = max(0.0, (completed_at - self._began - self._within) / self.steps)
+
+    def seconds(self, steps_left: int) -> float | None:
+        """Seconds that so many steps will take; None before the second step."""
+        if not self.steps:
+            return None
+        return steps_left * (sum(self._recent) / len(self._recent) + self._between)
+
+
 class Console:
     """The screen of one command."""
 
@@ -27,7 +60,7 @@ class Console:
         self.terminal = Terminal(file=file, highlight=False, soft_wrap=True)
         self._progress: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
-        self._recent: deque[tuple[float, int]] = deque(maxlen=50)
+        self._remaining = RemainingTime()
         self._last_line = 0.0
 
     def say(self, text: str = "", style: str = "") -> None:
@@ -77,21 +110,20 @@ class Console:
 
     def _show_step(self, event: Event) -> None:
         step, steps = int(event["step"]), int(event["steps"])
-        self._recent.append((time.monotonic(), step))
-        note = step_line(event, self._seconds_left(step, steps))
+        self._remaining.add(float(event["time"]), float(event["seconds"]))
+        left = self._remaining.seconds(steps - step)
+        if self._remaining.steps == _FORECAST_AFTER and left is not None and left > _LINE_EVERY:
+            self.say(f"about {clock(left)} left on this machine, by its first {_FORECAST_AFTER} steps")
+        note = step_line(event, left)
         if self.terminal.is_terminal:
             self._bar("training", step, steps, note)
         elif step == steps or time.monotonic() - self._last_line > _LINE_EVERY:
             self.say(note)
             self._last_line = time.monotonic()
 
-    def _seconds_left(self, step: int, steps: int) -> float | None:
-        (first, from_step), (last, _) = self._recent[0], self._recent[-1]
-        return (last - first) / (step - from_step) * (steps - step) if step > from_step else None
-
     def _show_introduction(self, event: Event) -> None:
         if event["rank"] == 0:  # other workers: the time they took to start says nothing of the speed
-            self._recent.clear()
+            self._remaining = RemainingTime()
 
     def _show_eval(self, event: Event) -> None:
         bits = f", {event['bits_per_byte']:.3f} bits per byte"

@@ -203,5 +203,6 @@ def _record(parts: Parts, before: Progress, started: float, values: dict[str, fl
                 "lr": values["optim/lr"],
                 "tokens_per_second": values["perf/tokens_per_second"],
                 "seconds": seconds,
+                "time": time.time(),
             }
         )
