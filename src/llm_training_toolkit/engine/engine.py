@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from llm_training_toolkit.config.schema import Optim
 from llm_training_toolkit.data.batches import MicroBatch
-from llm_training_toolkit.engine.allocation import keep_freed_memory
+from llm_training_toolkit.engine.allocation import keep_freed_memory, zeros
 from llm_training_toolkit.engine.fragments import MOMENTS, Fragment, locate, refresh_low_precision
 from llm_training_toolkit.engine.gate import UpdateGate
 from llm_training_toolkit.engine.replica import Replica
@@ -166,11 +166,14 @@ class Engine:
         tensor, which silently wrecks Adam's bias correction (as DeepSpeed's universal loading does).
         """
         self.optimizer.state.clear()
-        for flat in {id(piece.flat): piece.flat for piece in self.fragments()}.values():
+        flats = list({id(piece.flat): piece.flat for piece in self.fragments()}.values())
+        shapes = [flat.shape for flat in flats]
+        moments = {key: zeros(shapes, torch.float32, self.device)[1] for key in MOMENTS}
+        for index, flat in enumerate(flats):
             place = flat.device if self.optimizer.defaults["fused"] else torch.device("cpu")
             self.optimizer.state[flat] = {
                 "step": torch.tensor(float(updates), dtype=torch.float32, device=place),
-                **{key: torch.zeros_like(flat) for key in MOMENTS},
+                **{key: moments[key][index] for key in MOMENTS},
             }
 
     def refresh(self) -> None:

@@ -1,8 +1,8 @@
 """Weights that every rank holds whole (ZeRO 0): fp32 copies, gradients summed in fp32, one reduction a step.
 
 DeepSpeed's own path for bf16 sums micro-batches in bf16, and moves every gradient eight times even in one process:
-flatten, cast, reduce, cast back, unflatten, copy, cast for the update, clip. At 99.5 million weights on one core that
-took 1.0 of 1.55 s a step; this takes 0.4.
+flatten, cast, reduce, cast back, unflatten, copy, cast for the update, clip. At 99.5 million weights on one core all
+that with norm and AdamW took 0.8 of 1.55 s a step; this takes 0.4.
 """
 
 from __future__ import annotations
@@ -13,28 +13,35 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from llm_training_toolkit.engine.allocation import zeros
+
 
 class Replica:
     """fp32 weights and gradients of a model's trainable parameters."""
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
-        self.pairs = [(parameter, _in_fp32(parameter)) for parameter in parameters]
-        """Each parameter and the fp32 tensor that the optimizer updates: itself where it is in fp32."""
-        self._own = {id(parameter): own for parameter, own in self.pairs}
-        self._low = [(parameter, own) for parameter, own in self.pairs if own is not parameter]
-        self._summed: set[int] = set()
+        device = parameters[0].device if parameters else torch.device("cpu")
+        if device.type == "cpu":
+            _move(parameters, device)
+        low = [parameter for parameter in parameters if parameter.dtype != torch.float32]
+        shapes = [parameter.shape for parameter in low]
+        _, weights = zeros(shapes, torch.float32, device)
         # One buffer: it is reduced in place. fp32 parameters keep the gradients that autograd makes, without a copy.
-        self._flat = torch.zeros(sum(own.numel() for _, own in self._low), device=_device(parameters))
-        for (parameter, own), gradient in zip(
-            self._low, _split(self._flat, [own for _, own in self._low]), strict=True
-        ):
+        self._flat, gradients = zeros(shapes, torch.float32, device)
+        self._low = [(parameter, nn.Parameter(own)) for parameter, own in zip(low, weights, strict=True)]
+        self.reload()
+        self._own = {id(parameter): own for parameter, own in self._low}
+        self.pairs = [(parameter, self._own.get(id(parameter), parameter)) for parameter in parameters]
+        """Each parameter and the fp32 tensor that the optimizer updates: itself where it is in fp32."""
+        self._summed: set[int] = set()
+        for (parameter, own), gradient in zip(self._low, gradients, strict=True):
             own.grad = gradient
             parameter.register_post_accumulate_grad_hook(self._add)  # type: ignore[no-untyped-call]
         self._gradients = {id(parameter): own.grad for parameter, own in self._low}
 
     def weights(self, parameter: nn.Parameter) -> nn.Parameter:
         """The fp32 tensor that the optimizer updates: the parameter itself where it is in fp32."""
-        return self._own[id(parameter)]
+        return self._own.get(id(parameter), parameter)
 
     def gradient(self, parameter: nn.Parameter) -> Tensor | None:
         """The parameter's fp32 gradient: of this rank until `reduce`, then of all."""
@@ -105,12 +112,12 @@ class Replica:
             parameter.copy_(own)
 
 
-def _in_fp32(parameter: nn.Parameter) -> nn.Parameter:
-    return parameter if parameter.dtype == torch.float32 else nn.Parameter(parameter.detach().float())
-
-
-def _device(parameters: Sequence[nn.Parameter]) -> torch.device:
-    return parameters[0].device if parameters else torch.device("cpu")
+def _move(parameters: Sequence[nn.Parameter], device: torch.device) -> None:
+    """Lay parameters of one type into one piece of memory, in large pages."""
+    for dtype in sorted({parameter.dtype for parameter in parameters}, key=str):
+        same = [parameter for parameter in parameters if parameter.dtype == dtype]
+        for parameter, place in zip(same, zeros([p.shape for p in same], dtype, device)[1], strict=True):
+            parameter.data = place.copy_(parameter.detach())
 
 
 def _split(flat: Tensor, shaped: Sequence[Tensor]) -> list[Tensor]:
