@@ -106,8 +106,8 @@ def gradients(
     for name, parameter in engine.deepspeed.module.named_parameters():
         if not parameter.requires_grad:
             continue
-        gradient = safe_get_full_grad(parameter)
-        found[name] = (parameter.grad if gradient is None else gradient).float().numpy().copy()
+        own = engine.whole_gradient(parameter)
+        found[name] = (safe_get_full_grad(parameter) if own is None else own).float().numpy().copy()
     norm = engine.step(0.0)
     engine.close()
     return total / feed.loss_tokens(step), norm, found

@@ -7,40 +7,69 @@ import os
 import statistics
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-MODEL: dict[str, Any] = {
-    "model_type": "qwen3",
-    "vocab_size": 4096,
-    "hidden_size": 256,
-    "intermediate_size": 768,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 64,
-    "tie_word_embeddings": True,
-    "max_position_embeddings": 4096,
-    "use_cache": False,
-}
-"""The model of configs/quickstart.yaml: 4.2 million parameters."""
-LENGTH = 256
-GLOBAL_BATCH = 8
-WARM_UP = 5
-LR = 1e-3
+from loop import LENGTH, SHAPES, VOCABULARY
+
+SIZES = {"4.2M": ("tiny", 8), "99.5M": ("100m", 1)}
+"""Shape in benchmarks/checkpoint/loop.py, and sequences of a micro-batch, which two processes divide; one at least."""
+WARM_UP = 3
+LR = 1e-4
 CLIP = 1.0
 WEIGHT_DECAY = 0.1
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What one loop is to do; a JSON object on its command line."""
+
+    size: str
+    precision: str
+    steps: int
+    micro_batches: int
+    """Of each process in a step."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights in the forward pass."""
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        """The model's."""
+        return SHAPES[SIZES[self.size][0]]
+
+    @property
+    def rows(self) -> int:
+        """Sequences in a micro-batch of one process."""
+        return max(1, SIZES[self.size][1] // world_size())
+
+    @property
+    def global_batch(self) -> int:
+        """Sequences in a step."""
+        return self.rows * self.micro_batches * world_size()
+
+
+def asked() -> Asked:
+    """What the command line asks."""
+    return Asked(**json.loads(sys.argv[1]))
+
+
+def world_size() -> int:
+    """Number of processes."""
+    return int(os.environ["WORLD_SIZE"])
 
 
 @dataclass
 class Clock:
     """Seconds of each step after the warm-up."""
 
-    steps: int
-    seconds: list[float]
+    asked: Asked
+    seconds: list[float] = field(default_factory=list)
     last: float = 0.0
 
     def tick(self) -> None:
@@ -52,28 +81,34 @@ class Clock:
 
     def report(self) -> None:
         """Print tokens per second of the median step on rank 0, for the benchmark to read."""
-        if int(os.environ.get("RANK", "0")) == 0:
+        if int(os.environ["RANK"]) == 0:
             median = statistics.median(self.seconds[WARM_UP:])
-            print(json.dumps({"tokens_per_second": GLOBAL_BATCH * LENGTH / median}), flush=True)
+            print(json.dumps({"tokens_per_second": self.asked.global_batch * LENGTH / median}), flush=True)
 
 
-def start() -> tuple[int, int, Clock]:
-    """Rank, world size and a clock; one thread a rank, a gloo group."""
+def start() -> tuple[Asked, Clock]:
+    """What is asked and a clock; one thread a rank, a gloo group."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     torch.manual_seed(0)
-    return dist.get_rank(), dist.get_world_size(), Clock(int(sys.argv[1]), [])
+    return asked(), Clock(asked())
 
 
-def model() -> Any:
-    """The model in bf16."""
+def model(dtype: torch.dtype, shape: dict[str, Any]) -> Any:
+    """The model with random weights."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(**MODEL), dtype=torch.bfloat16, attn_implementation="sdpa"
+    config = AutoConfig.for_model(
+        "qwen3",
+        **shape,
+        vocab_size=VOCABULARY,
+        tie_word_embeddings=True,
+        max_position_embeddings=4096,
+        use_cache=False,
     )
+    return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
 
 
-def batch(world_size: int) -> torch.Tensor:
-    """Random tokens of one rank's share (rows, LENGTH)."""
-    return torch.randint(0, MODEL["vocab_size"], (GLOBAL_BATCH // world_size, LENGTH))
+def batch(asked: Asked) -> torch.Tensor:
+    """Random tokens of a micro-batch (rows, LENGTH)."""
+    return torch.randint(0, VOCABULARY, (asked.rows, LENGTH))

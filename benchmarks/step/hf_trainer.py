@@ -1,4 +1,4 @@
-"""Hugging Face Trainer on the same model and batch, bf16 as it does it (autocast over fp32 weights)."""
+"""Hugging Face Trainer on the same model and batch; bf16 as it does it, by autocast over fp32 weights."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ import torch
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from common import CLIP, GLOBAL_BATCH, LENGTH, LR, MODEL, WEIGHT_DECAY, Clock, model, start
+from common import CLIP, LR, WEIGHT_DECAY, Clock, model, start
+from loop import rows
 
 
 class Rows(Dataset[dict[str, torch.Tensor]]):
     """Random rows."""
 
     def __init__(self, count: int) -> None:
-        self._ids = torch.randint(0, MODEL["vocab_size"], (count, LENGTH))
+        self._ids = rows(count)
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -38,17 +39,18 @@ class Ticks(TrainerCallback):  # type: ignore[misc] # transformers has no types
 
 def main() -> None:
     """Train and report."""
-    _, world_size, clock = start()
+    asked, clock = start()
     with tempfile.TemporaryDirectory() as directory:
         arguments = TrainingArguments(
             output_dir=directory,
-            max_steps=clock.steps,
-            per_device_train_batch_size=GLOBAL_BATCH // world_size,
+            max_steps=asked.steps,
+            per_device_train_batch_size=asked.rows,
+            gradient_accumulation_steps=asked.micro_batches,
             learning_rate=LR,
             weight_decay=WEIGHT_DECAY,
             adam_beta2=0.95,
             max_grad_norm=CLIP,
-            bf16=True,
+            bf16=asked.precision == "bf16",
             use_cpu=True,
             optim="adamw_torch_fused",
             save_strategy="no",
@@ -56,8 +58,9 @@ def main() -> None:
             report_to=[],
             disable_tqdm=True,
         )
-        rows = Rows(clock.steps * GLOBAL_BATCH)
-        Trainer(model=model().float(), args=arguments, train_dataset=rows, callbacks=[Ticks(clock)]).train()
+        data = Rows(asked.steps * asked.global_batch)
+        net = model(torch.float32, asked.shape)
+        Trainer(model=net, args=arguments, train_dataset=data, callbacks=[Ticks(clock)]).train()
     clock.report()
 
 

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 
 from llm_training_toolkit.config.schema import Optim
 from llm_training_toolkit.data.batches import MicroBatch
+from llm_training_toolkit.engine.allocation import keep_freed_memory, zeros
 from llm_training_toolkit.engine.fragments import MOMENTS, Fragment, locate, refresh_low_precision
 from llm_training_toolkit.engine.gate import UpdateGate
+from llm_training_toolkit.engine.replica import Replica
 from llm_training_toolkit.engine.stopwatch import Stopwatch
 from llm_training_toolkit.models import LossModule
 
@@ -39,6 +41,8 @@ class Engine:
     ) -> None:
         import deepspeed  # noqa: PLC0415 - heavy, and only after prepare_process
 
+        if device.type == "cpu":
+            keep_freed_memory()
         self.device = device
         self._draws = module.draws
         self.stage = int(deepspeed_config["zero_optimization"]["stage"])
@@ -53,19 +57,27 @@ class Engine:
             if parameter.requires_grad
         }
         """Shape of each trainable parameter."""
-        self.optimizer = _adamw(module, self._names, optim, device)
+        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        self._clip = float(deepspeed_config["gradient_clipping"])
+        self._replica: Replica | None = None
+        if self.stage == 0:
+            module.to(device)  # DeepSpeed would do it after the fp32 copies are made
+            self._replica = Replica(trained)
+            deepspeed_config = _forward_only(deepspeed_config)
+        self.optimizer = _adamw(module, self._names, optim, device, self._replica)
         deepspeed.init_distributed(dist_init_required=False)  # takes the process group that is there
         self.deepspeed, self._wrapped, _, _ = deepspeed.initialize(
             model=module, optimizer=self.optimizer, config=dict(deepspeed_config), dist_init_required=False
         )
+        if self._replica is not None:
+            self.deepspeed.enable_backward_allreduce = False
+            self._replica.reload()  # DeepSpeed has given every rank those of rank 0
         self.world_size = dist.get_world_size() if dist.is_initialized() else 1
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.forward_seconds = 0.0
         """Seconds that this rank's forward passes took in the last `accumulate`: its own work before it waits for the
         others, except under ZeRO 3, where it waits for their weights meanwhile."""
         self._gate = UpdateGate(self.optimizer)
-        # At ZeRO 0 in bf16 DeepSpeed has stepped the optimizer once with zero gradients by now: Adam's bias
-        # correction would be one step ahead and the first update 0.73 of the right one, silently.
         self.create_optimizer_state(updates=0)
 
     def accumulate(
@@ -73,14 +85,15 @@ class Engine:
     ) -> float:
         """Add the gradients of this rank's micro-batches; the sum of this rank's token losses comes back.
 
-        `loss_tokens` is the number of loss tokens in the global batch. DeepSpeed averages gradients
-        over ranks, which the factor `world_size` undoes; it would divide by the accumulation steps,
-        which `scale_wrt_gas=False` keeps it from. Both are silent when forgotten.
+        `loss_tokens` is the number of loss tokens in the global batch. From ZeRO 1 on DeepSpeed averages
+        gradients over ranks, which the factor `world_size` undoes; it would divide by the accumulation
+        steps, which `scale_wrt_gas=False` keeps it from. Both are silent when forgotten.
         Every rank must bring the same number of micro-batches; `begin` is told the index of each before it runs.
         """
         self.deepspeed.train()
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         stopwatch = Stopwatch(self.device)
+        scale = (1 if self._replica is not None else self.world_size) / max(loss_tokens, 1)
         for index, batch in enumerate(micro_batches):
             begin(index)
             self.deepspeed.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
@@ -88,7 +101,9 @@ class Engine:
             with stopwatch:
                 loss = self._forward(batch)
             total += loss.detach()
-            self.deepspeed.backward(loss * (self.world_size / max(loss_tokens, 1)), scale_wrt_gas=False)
+            self.deepspeed.backward(loss * scale, scale_wrt_gas=False)
+        if self._replica is not None:
+            self._replica.reduce()
         summed = float(total)  # waits for the device, so that the times below are known
         self.forward_seconds = stopwatch.seconds()
         return summed
@@ -114,22 +129,29 @@ class Engine:
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        own_norm = self._own_norm() if self._wrapped is self.optimizer else None
+        own_norm: float | None = None
+        if self._replica is not None:
+            own_norm = self._replica.norm()
+            self._replica.clip(self.optimizer, own_norm, self._clip)
 
         def norm() -> float:
             return float(own_norm if own_norm is not None else self._wrapped._global_grad_norm)  # noqa: SLF001
 
         self._gate.ask(lambda: math.isfinite(norm()) and allow(norm()))
         self.deepspeed.step()
+        if self._replica is not None:
+            self._replica.refresh()
         return norm() if self.deepspeed.was_step_applied() else float("nan")
 
-    def _own_norm(self) -> float:
-        """The gradient's norm where DeepSpeed reports none: ZeRO 0 in fp32, whose gradients are whole here."""
-        gradients = [parameter.grad for group in self.optimizer.param_groups for parameter in group["params"]]
-        return float(torch.nn.utils.get_total_norm([grad for grad in gradients if grad is not None]))
+    def whole_gradient(self, parameter: nn.Parameter) -> Tensor | None:
+        """The fp32 gradient after `accumulate`, at ZeRO 0; None at the other stages, where DeepSpeed has it."""
+        return None if self._replica is None else self._replica.gradient(parameter)
 
     def fragments(self) -> list[Fragment]:
         """The pieces that lie on this rank: under ZeRO 0 all of every parameter."""
+        if self._replica is not None:
+            named = [(self._names[id(parameter)], own) for parameter, own in self._replica.pairs]
+            return [Fragment(name, 0, own.numel(), own, 0) for name, own in named]
         return list(locate(self._wrapped, self._names, self.stage, self.rank))
 
     def owned_fragments(self) -> list[Fragment]:
@@ -144,16 +166,22 @@ class Engine:
         tensor, which silently wrecks Adam's bias correction (as DeepSpeed's universal loading does).
         """
         self.optimizer.state.clear()
-        for flat in {id(piece.flat): piece.flat for piece in self.fragments()}.values():
+        flats = list({id(piece.flat): piece.flat for piece in self.fragments()}.values())
+        shapes = [flat.shape for flat in flats]
+        moments = {key: zeros(shapes, torch.float32, self.device)[1] for key in MOMENTS}
+        for index, flat in enumerate(flats):
             place = flat.device if self.optimizer.defaults["fused"] else torch.device("cpu")
             self.optimizer.state[flat] = {
                 "step": torch.tensor(float(updates), dtype=torch.float32, device=place),
-                **{key: torch.zeros_like(flat) for key in MOMENTS},
+                **{key: moments[key][index] for key in MOMENTS},
             }
 
     def refresh(self) -> None:
         """Bring the forward pass up to date after fragments were written. Collective."""
-        refresh_low_precision(self._wrapped, self.stage)
+        if self._replica is not None:
+            self._replica.refresh()
+        else:
+            refresh_low_precision(self._wrapped, self.stage)
 
     def peak_memory_gb(self) -> float:
         """Largest amount of device memory used so far in GB; on CPU the largest resident size of this process."""
@@ -168,14 +196,23 @@ class Engine:
         self.deepspeed.destroy()
 
 
-def _adamw(module: nn.Module, names: Mapping[int, str], optim: Optim, device: torch.device) -> torch.optim.AdamW:
+def _forward_only(deepspeed_config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration with which DeepSpeed takes module and optimizer as they are, and neither casts nor clips."""
+    kept = {key: value for key, value in deepspeed_config.items() if key not in {"bf16", "data_types"}}
+    return {**kept, "gradient_clipping": 0.0}
+
+
+def _adamw(
+    module: nn.Module, names: Mapping[int, str], optim: Optim, device: torch.device, replica: Replica | None
+) -> torch.optim.AdamW:
     """AdamW with matrices in a group that decays; norms, biases and learned positions in one that does not."""
     decay: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     for parameter in module.parameters():
         if parameter.requires_grad:
             matrix = len(getattr(parameter, "ds_shape", parameter.shape)) >= 2
-            (decay if matrix and ".wpe." not in names[id(parameter)] else plain).append(parameter)
+            updated = parameter if replica is None else replica.weights(parameter)
+            (decay if matrix and ".wpe." not in names[id(parameter)] else plain).append(updated)
     groups = [{"params": decay, "weight_decay": optim.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     # The fused kernel reads and writes each value once; on CPU and GPU alike it is torch's fastest.
     return torch.optim.AdamW(

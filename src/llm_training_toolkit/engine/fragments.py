@@ -1,4 +1,4 @@
-"""Where each rank's piece of every parameter and of its optimizer state lies, for ZeRO 0 to 3.
+"""Where each rank's piece of every parameter and of its optimizer state lies under DeepSpeed, ZeRO 1 to 3.
 
 The only place that reads DeepSpeed's internal attributes; they belong to the pinned version, and
 tests/engine/test_fragments.py reads them all. The engine asks; checkpoints are made of the answers.
@@ -48,21 +48,12 @@ class Fragment:
 def locate(wrapped: Any, names: Mapping[int, str], stage: int, rank: int) -> Iterator[Fragment]:  # noqa: ANN401
     """Every piece of a trainable parameter on this rank.
 
-    `wrapped` is DeepSpeed's optimizer (or torch's own where DeepSpeed does not wrap it), `names` maps
-    `id(parameter)` to the parameter's name.
+    `wrapped` is DeepSpeed's optimizer, `names` maps `id(parameter)` to the parameter's name.
     """
     if stage == 3:
         yield from _zero3(wrapped, names, rank)
-    elif stage in {1, 2}:
-        yield from _zero12(wrapped, names)
-    elif hasattr(wrapped, "fp32_groups"):
-        for low_group, high_group in zip(wrapped.fp16_groups, wrapped.fp32_groups, strict=True):
-            for low, high in zip(low_group, high_group, strict=True):
-                yield Fragment(names[id(low)], 0, high.numel(), high, 0)
     else:
-        for group in wrapped.param_groups:
-            for parameter in group["params"]:
-                yield Fragment(names[id(parameter)], 0, parameter.numel(), parameter, 0)
+        yield from _zero12(wrapped, names)
 
 
 def _zero12(wrapped: Any, names: Mapping[int, str]) -> Iterator[Fragment]:  # noqa: ANN401
@@ -91,12 +82,8 @@ def refresh_low_precision(wrapped: Any, stage: int) -> None:  # noqa: ANN401
     """Bring the weights of the forward pass up to date after fp32 weights were written. Collective."""
     if stage == 3:
         _refresh_zero3(wrapped)
-    elif stage in {1, 2}:
+    else:
         wrapped.update_lp_params()
-    elif hasattr(wrapped, "fp32_groups"):
-        for low_group, high_group in zip(wrapped.fp16_groups, wrapped.fp32_groups, strict=True):
-            for low, high in zip(low_group, high_group, strict=True):
-                low.data.copy_(high.data)
 
 
 def _refresh_zero3(wrapped: Any) -> None:  # noqa: ANN401

@@ -1,0 +1,126 @@
+"""Weights that every rank holds whole (ZeRO 0): fp32 copies, gradients summed in fp32, one reduction a step.
+
+DeepSpeed's own path for bf16 sums micro-batches in bf16, and moves every gradient eight times even in one process:
+flatten, cast, reduce, cast back, unflatten, copy, cast for the update, clip. At 99.5 million weights on one core all
+that with norm and AdamW took 0.8 of 1.55 s a step; this takes 0.4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from llm_training_toolkit.engine.allocation import zeros
+
+
+class Replica:
+    """fp32 weights and gradients of a model's trainable parameters."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        device = parameters[0].device if parameters else torch.device("cpu")
+        if device.type == "cpu":
+            _move(parameters, device)
+        low = [parameter for parameter in parameters if parameter.dtype != torch.float32]
+        shapes = [parameter.shape for parameter in low]
+        _, weights = zeros(shapes, torch.float32, device)
+        # One buffer: it is reduced in place. fp32 parameters keep the gradients that autograd makes, without a copy.
+        self._flat, gradients = zeros(shapes, torch.float32, device)
+        self._low = [(parameter, nn.Parameter(own)) for parameter, own in zip(low, weights, strict=True)]
+        self.reload()
+        self._own = {id(parameter): own for parameter, own in self._low}
+        self.pairs = [(parameter, self._own.get(id(parameter), parameter)) for parameter in parameters]
+        """Each parameter and the fp32 tensor that the optimizer updates: itself where it is in fp32."""
+        self._summed: set[int] = set()
+        for (parameter, own), gradient in zip(self._low, gradients, strict=True):
+            own.grad = gradient
+            parameter.register_post_accumulate_grad_hook(self._add)  # type: ignore[no-untyped-call]
+        self._gradients = {id(parameter): own.grad for parameter, own in self._low}
+
+    def weights(self, parameter: nn.Parameter) -> nn.Parameter:
+        """The fp32 tensor that the optimizer updates: the parameter itself where it is in fp32."""
+        return self._own.get(id(parameter), parameter)
+
+    def gradient(self, parameter: nn.Parameter) -> Tensor | None:
+        """The parameter's fp32 gradient: of this rank until `reduce`, then of all."""
+        return self.weights(parameter).grad
+
+    @torch.no_grad()
+    def _add(self, parameter: Tensor) -> None:
+        """Add a gradient of a micro-batch as soon as backward has made it, and free it."""
+        total = self._gradients[id(parameter)]
+        assert total is not None
+        assert parameter.grad is not None
+        if id(parameter) in self._summed:
+            total.add_(parameter.grad)
+        else:
+            total.copy_(parameter.grad)  # saves zeroing
+            self._summed.add(id(parameter))
+        parameter.grad = None
+
+    @torch.no_grad()
+    def reduce(self) -> None:
+        """Sum the gradients over the ranks; a parameter without one gets zeros. Collective."""
+        for parameter, own in self._low:
+            if id(parameter) not in self._summed:
+                self._gradients[id(parameter)].zero_()  # type: ignore[union-attr] # set in the constructor
+            own.grad = self._gradients[id(parameter)]
+        self._summed.clear()
+        own_gradients = [own for parameter, own in self.pairs if own is parameter]
+        for own in own_gradients:
+            if own.grad is None:
+                own.grad = torch.zeros_like(own)
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            return
+        if self._low:
+            dist.all_reduce(self._flat)
+        if own_gradients:
+            flat = torch.cat([own.grad.flatten() for own in own_gradients])  # type: ignore[union-attr] # set above
+            dist.all_reduce(flat)
+            for own, gradient in zip(own_gradients, _split(flat, own_gradients), strict=True):
+                own.grad = gradient
+
+    def norm(self) -> float:
+        """Norm of the reduced gradients."""
+        return float(torch.nn.utils.get_total_norm([own.grad for _, own in self.pairs if own.grad is not None]))
+
+    @torch.no_grad()
+    def clip(self, optimizer: torch.optim.Optimizer, norm: float, largest: float) -> None:
+        """Divide the gradients so that their norm is at most `largest`; 0 = never.
+
+        The fused kernel divides while it reads, which saves a pass over them.
+        """
+        ratio = (norm + 1e-6) / largest if largest > 0 else 0.0  # as DeepSpeed has it at the other stages
+        scale = torch.tensor(ratio, dtype=torch.float32, device=self._flat.device) if ratio > 1 else None
+        if optimizer.defaults["fused"]:
+            optimizer.grad_scale = scale  # type: ignore[attr-defined] # torch's own protocol of its GradScaler
+        elif scale is not None:
+            torch._foreach_div_([own.grad for _, own in self.pairs if own.grad is not None], scale)
+
+    @torch.no_grad()
+    def reload(self) -> None:
+        """Take the fp32 weights from those of the forward pass."""
+        for parameter, own in self._low:
+            own.copy_(parameter)
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Round the fp32 weights for the forward pass."""
+        for parameter, own in self._low:
+            parameter.copy_(own)
+
+
+def _move(parameters: Sequence[nn.Parameter], device: torch.device) -> None:
+    """Lay parameters of one type into one piece of memory, in large pages."""
+    for dtype in sorted({parameter.dtype for parameter in parameters}, key=str):
+        same = [parameter for parameter in parameters if parameter.dtype == dtype]
+        for parameter, place in zip(same, zeros([p.shape for p in same], dtype, device)[1], strict=True):
+            parameter.data = place.copy_(parameter.detach())
+
+
+def _split(flat: Tensor, shaped: Sequence[Tensor]) -> list[Tensor]:
+    """Views of a flat tensor in the given shapes, one after another."""
+    pieces = torch.split(flat, [tensor.numel() for tensor in shaped]) if shaped else ()
+    return [piece.view_as(tensor) for piece, tensor in zip(pieces, shaped, strict=True)]
