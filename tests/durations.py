@@ -15,13 +15,14 @@ MARKS = ("slow", "cluster", "ranks")
 FILE = ".pytest_durations.json"
 
 
-@dataclass
+@dataclass(eq=False)  # pluggy keeps plugins in sets
 class Durations:
     """Plugin of one session. Under pytest-xdist workers apply the limit, the controller writes the file."""
 
     root: Path
     limit: float  # seconds of processor time, or three times as many by the clock: a busy machine takes longer
     writes: bool = True
+    in_groups: bool = False  # `--dist loadgroup` adds "@group" to the names of tests
     _seconds: dict[str, dict[str, float]] = field(default_factory=dict)
     _began: tuple[float, float] = (0.0, 0.0)
 
@@ -45,7 +46,8 @@ class Durations:
         return report
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        self._seconds.setdefault(report.nodeid, {})[report.when] = round(report.duration, 3)
+        test = report.nodeid.rpartition("@")[0] if self.in_groups else report.nodeid
+        self._seconds.setdefault(test, {})[report.when] = round(report.duration, 3)
 
     def pytest_sessionfinish(self) -> None:
         """Write the durations, slowest first. Those of other tests stay: CI runs the tests in two sessions."""
