@@ -46,6 +46,9 @@ def test_marked():
 def test_an_unmarked_test_over_the_limit_fails_and_durations_are_kept(tmp_path: Path) -> None:
     (tmp_path / "conftest.py").write_text(_CONFTEST)
     (tmp_path / "test_these.py").write_text(_TESTS)
+    (tmp_path / "inner").mkdir()  # with hooks that are not for the other tests
+    (tmp_path / "inner" / "conftest.py").touch()
+    (tmp_path / "inner" / "test_inner.py").write_text("def test_inside():\n    pass\n")
     kept = {"test_gone.py::test": {"call": 1}, "test_these.py::test_other": {"call": 9}}
     (tmp_path / durations.FILE).write_text(json.dumps(kept))
     command = [sys.executable, "-m", "pytest", "--rootdir", str(tmp_path), "-p", "no:cacheprovider", "-rA", "."]
@@ -58,5 +61,5 @@ def test_an_unmarked_test_over_the_limit_fails_and_durations_are_kept(tmp_path: 
     assert "make it faster, or mark it as one of slow, cluster, ranks" in done.stdout
     found = json.loads((tmp_path / durations.FILE).read_text())
     assert next(iter(found)) == "test_these.py::test_other", "slowest first, with those of another session"
-    assert len(found) == 6
+    assert len(found) == 7
     assert found["test_these.py::test_that_waits"]["call"] >= 1.6
