@@ -47,7 +47,7 @@ def tiny_config(corpus: Path, runs: Path, **sections: dict[str, Any]) -> Config:
             "sources": [{"path": str(corpus), "format": "code", "fim": {"rate": 0.5, "loss": "middle"}}],
             "eval": {"fraction": 0.1},
         },
-        "train": {"steps": 9, "global_batch": 11, "micro_batch": 2},
+        "train": {"steps": 9, "global_batch": 11, "micro_batch": 2, "precision": "fp32"},
         "optim": {"lr": 1e-3, "warmup": 2},
         "checkpoint": {"every": 100, "keep": 100},
         "eval": {"every": 100},
