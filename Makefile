@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test check bench-step bench-start bench-data bench-memory bench-loading bench-checkpoint bench-tune drill gpu-smoke cluster format install requirements docs clean
+.PHONY: quickstart test test-slow check bench-step bench-start bench-data bench-memory bench-loading bench-checkpoint bench-tune drill gpu-smoke cluster format install requirements docs clean
 
 quickstart: $(VENV)/.installed  ## install, train a small model on this machine, export it, let it write
 	@$(BIN)/ltt train configs/quickstart.yaml
@@ -11,7 +11,10 @@ quickstart: $(VENV)/.installed  ## install, train a small model on this machine,
 test: $(VENV)/.installed-dev  ## every test
 	$(BIN)/python -m pytest
 
-check: $(VENV)/.installed-dev  ## format, lint, types, import contract, fast tests: under two minutes
+test-slow: $(VENV)/.installed-dev  ## the tests that `make check` leaves out
+	$(BIN)/python -m pytest -m "slow or cluster or ranks"
+
+check: $(VENV)/.installed-dev  ## format, lint, types, import contract, fast tests: three minutes at most
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -79,4 +82,4 @@ $(VENV)/.installed-bench: $(VENV)/.installed requirements-bench.txt
 	@touch $@
 
 clean:  ## remove what was built and every run
-	rm -rf $(VENV) build dist runs .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) build dist runs .mypy_cache .ruff_cache .pytest_cache .pytest_durations.json .hypothesis

@@ -9,10 +9,13 @@ from typing import Any
 
 import pytest
 
+from durations import Durations
 from llm_training_toolkit.config import Config, parse, to_json
 from llm_training_toolkit.launch.preparation import prepare_run
 from llm_training_toolkit.runs import RunDirectory
 from rank_pool import RankPool
+
+LIMIT = 20.0  # seconds for a test without a marker
 
 SHAPE = {
     "num_hidden_layers": 2,
@@ -25,8 +28,16 @@ SHAPE = {
 """A Qwen3 of 0.1 million parameters."""
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep the durations of all tests, and refuse slow ones without a marker."""
+    config.pluginmanager.register(Durations(config.rootpath, LIMIT, writes=not hasattr(config, "workerinput")))
+
+
 def tiny_config(corpus: Path, runs: Path, **sections: dict[str, Any]) -> Config:
-    """A run of a tiny model on a small corpus; sections are merged into it."""
+    """A run of a tiny model on a small corpus; sections are merged into it.
+
+    In fp32: a processor without instructions for bf16 takes twenty times as long for it.
+    """
     data: dict[str, Any] = {
         "run": {"name": "tiny", "dir": str(runs)},
         "model": {"name": "qwen3-0.6b", "shape": dict(SHAPE), "loss_chunk": 64},
@@ -36,7 +47,7 @@ def tiny_config(corpus: Path, runs: Path, **sections: dict[str, Any]) -> Config:
             "sources": [{"path": str(corpus), "format": "code", "fim": {"rate": 0.5, "loss": "middle"}}],
             "eval": {"fraction": 0.1},
         },
-        "train": {"steps": 9, "global_batch": 11, "micro_batch": 2},
+        "train": {"steps": 9, "global_batch": 11, "micro_batch": 2, "precision": "fp32"},
         "optim": {"lr": 1e-3, "warmup": 2},
         "checkpoint": {"every": 100, "keep": 100},
         "eval": {"every": 100},

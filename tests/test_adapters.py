@@ -62,13 +62,10 @@ class Row:
 TABLE = [
     Row("qwen3", 0, 2, "bf16", {"dora": True}),
     Row("qwen3 untied", 3, 2, "fp32", {"modules_to_save": ["lm_head", "embed_tokens"]}),
-    Row("qwen3", 1, 1, "fp32", {"dropout": 0.1}),
-    Row("qwen2", 1, 2, "fp32", {"dropout": 0.1}),
-    Row("qwen2", 3, 1, "bf16", {"dora": True, "dropout": 0.1}),
-    Row("qwen3 mixture", 3, 2, "bf16", {"dropout": 0.1}),
+    Row("qwen2", 3, 1, "fp32", {"dora": True, "dropout": 0.1}),
+    Row("qwen3 mixture", 3, 2, "fp32", {"dropout": 0.1}),
     Row("starcoder2", 2, 1, "bf16", {"rslora": True, "targets": ["q_proj", "c_proj"]}),
-    Row("starcoder 1", 2, 2, "bf16", {"dropout": 0.1}),
-    Row("starcoder 1", 0, 1, "bf16", {"dora": True}),
+    Row("starcoder 1", 0, 1, "fp32", {"dora": True}),
 ]
 
 

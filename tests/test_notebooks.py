@@ -22,6 +22,7 @@ import pytest
 from nbclient import NotebookClient
 from numpy.typing import NDArray
 
+import fork_server
 from conftest import tiny_config
 from launch.conftest import command, wait_for_step
 from llm_training_toolkit.data.batches import IGNORED, Sequences
@@ -61,12 +62,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
     # JSON is YAML.
     config.write_text(tiny_config(code, folder / "runs", **sections).model_dump_json(exclude_unset=True))
     made = RunDirectory(folder / "runs" / "three")
-    subprocess.run(command(config), check=True, capture_output=True)
+    fork_server.run(command(config), check=True, capture_output=True)
     longer = command(config, "train.steps=400", "--extend")
-    with subprocess.Popen(longer, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with fork_server.popen(longer, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         wait_for_step(made, 12, process)
         process.send_signal(signal.SIGKILL)
-    subprocess.run(command(config, "train.steps=10", "--extend"), check=True, capture_output=True)
+    fork_server.run(command(config, "train.steps=10", "--extend"), check=True, capture_output=True)
     return made
 
 

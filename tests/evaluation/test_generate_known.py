@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
+import fork_server
 from evaluation.conftest import ANSWER, KNOWN, QUESTION
 from llm_training_toolkit.data.sources import Document
 from llm_training_toolkit.evaluation.infill import gap_of
@@ -15,7 +15,7 @@ from llm_training_toolkit.generate import Generator, Writing
 
 def ltt(*arguments: object, typed: str = "") -> str:
     command = [sys.executable, "-m", "llm_training_toolkit", "generate", *map(str, arguments)]
-    return subprocess.run(command, check=True, capture_output=True, text=True, input=typed).stdout
+    return fork_server.run(command, check=True, capture_output=True, input=typed).stdout
 
 
 def test_a_conversation_ends_at_the_end_of_turn(exported: Path) -> None:

@@ -34,6 +34,7 @@ def autoscaling_cluster(most: int) -> Iterator[Mapping[str, str]]:
     file.write_text(json.dumps(_configuration(address, most)))
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     environment |= {"RAY_AUTH_MODE": "disabled", "RAY_enable_autoscaler_v2": "1", "RAY_FAKE_CLUSTER": "1"}
+    environment["RAY_worker_niceness"] = "0"
     head = {"RAY_OVERRIDE_NODE_ID_FOR_TESTING": _HEAD, "RAY_CLOUD_INSTANCE_ID": _HEAD}
     head["RAY_NODE_TYPE_NAME"] = "ray.head.default"
     command = [_RAY, "start", "--head", "--block", "--num-cpus", "0", "--port", str(port), "--temp-dir", str(folder)]

@@ -23,6 +23,7 @@ Environment = Mapping[str, str]
 def ray_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Environment]:
     """The environment of a command that joins the tests' own Ray cluster."""
     os.environ["RAY_AUTH_MODE"] = "disabled"  # read when ray is imported
+    os.environ.update(RAY_worker_niceness="0")  # Ray's 15 starves its workers beside another lane of tests
     os.environ["RAY_TMPDIR"] = str(tmp_path_factory.mktemp("ray"))
     from ray.cluster_utils import Cluster
 
@@ -58,7 +59,7 @@ def command(config: Path, *arguments: str) -> list[str]:
     return [sys.executable, "-m", "llm_training_toolkit", "train", str(config), *arguments]
 
 
-def wait_for_step(run: RunDirectory, step: int, process: subprocess.Popen[str], seconds: float = 120) -> None:
+def wait_for_step(run: RunDirectory, step: int, process: subprocess.Popen[str], seconds: float = 240) -> None:
     """Wait until the run has completed `step` steps."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+import fork_server
 from launch.conftest import command, run_of
 from llm_training_toolkit.errors import CheckpointError
 from llm_training_toolkit.generate import Generator, Writing
@@ -20,7 +21,7 @@ from llm_training_toolkit.launch.generating import open_model
 from llm_training_toolkit.runs import model_directory
 
 INLINE: dict[str, dict[str, Any]] = {
-    "train": {"steps": 4, "global_batch": 4, "micro_batch": 2},
+    "train": {"steps": 4, "global_batch": 4, "micro_batch": 2, "precision": "bf16"},
     "cluster": {"workers": 0},
     "export": {"at_end": True},
 }
@@ -28,7 +29,7 @@ INLINE: dict[str, dict[str, Any]] = {
 
 def ltt(verb: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     whole = [sys.executable, "-m", "llm_training_toolkit", verb, *arguments]
-    return subprocess.run(whole, capture_output=True, text=True, check=False, timeout=120)
+    return fork_server.run(whole, capture_output=True, timeout=240)
 
 
 def adapted(base: Path, **lora: Any) -> dict[str, dict[str, Any]]:
@@ -40,15 +41,15 @@ def adapted(base: Path, **lora: Any) -> dict[str, dict[str, Any]]:
 @pytest.mark.slow
 def test_from_a_saved_model_over_a_resume_to_text(launch_config: Callable[..., Path]) -> None:
     base = launch_config("adapters_base", **INLINE)
-    subprocess.run(command(base), check=True, capture_output=True)
+    fork_server.run(command(base), check=True, capture_output=True)
     config = launch_config("adapters", **adapted(run_of(base).export, dropout=0.1))
     planned = json.loads(ltt("plan", str(config), "--json").stdout)
     assert planned["trainable_parameters"] < planned["parameters"] / 5
 
     run = run_of(config)
-    subprocess.run(command(config, "train.steps=2"), check=True, capture_output=True)
+    fork_server.run(command(config, "train.steps=2"), check=True, capture_output=True)
     shutil.rmtree(run.export)
-    done = subprocess.run(command(config, "--extend", "--json"), check=True, capture_output=True, text=True)
+    done = fork_server.run(command(config, "--extend", "--json"), check=True, capture_output=True)
     assert json.loads(done.stdout)["step"] == 4
     assert sorted(path.name for path in run.export.iterdir()) == [
         "README.md",
@@ -74,7 +75,7 @@ def test_from_a_saved_model_over_a_resume_to_text(launch_config: Callable[..., P
     moved = run_of(base).export.rename(run_of(base).path / "elsewhere")
     with pytest.raises(CheckpointError, match=r"holds adapters.*is not there.*adapters_base/export"):
         Generator.open(run.export)
-    refused = subprocess.run(command(config, "train.steps=6", "--extend"), check=False, capture_output=True, text=True)
+    refused = fork_server.run(command(config, "train.steps=6", "--extend"), capture_output=True)
     assert refused.returncode == 2
     assert "export: there is no such directory" in refused.stderr
     moved.rename(run_of(base).export)
@@ -83,7 +84,7 @@ def test_from_a_saved_model_over_a_resume_to_text(launch_config: Callable[..., P
 @pytest.mark.slow
 def test_checkpoints_that_are_not_there_are_not_exported(launch_config: Callable[..., Path]) -> None:
     config = launch_config("exports", **INLINE | {"checkpoint": {"every": 2}, "export": {"at_end": False}})
-    subprocess.run(command(config), check=True, capture_output=True)
+    fork_server.run(command(config), check=True, capture_output=True)
     run = run_of(config)
     with pytest.raises(CheckpointError, match="a run without an export: ltt export"):
         model_directory(run.path)

@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
+import fork_server
 from conftest import write_corpus
 from launch.conftest import command, run_of, wait_for_step
 from llm_training_toolkit.checkpoint import newest
@@ -40,6 +41,13 @@ def epochs(config: Path) -> int:
     return len(json.loads(run_of(config).receipt.read_text())["streams"][0]["epochs"])
 
 
+def preparing(process: subprocess.Popen[str]) -> psutil.Process:
+    """The process that prepares later epochs for a run."""
+    children = psutil.Process(process.pid).children(recursive=True)
+    (ahead,) = [child for child in children if "llm_training_toolkit.launch.ahead" in child.cmdline()]
+    return ahead
+
+
 def test_the_run_is_the_one_with_every_epoch_prepared_before(
     launch_config: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -48,9 +56,9 @@ def test_the_run_is_the_one_with_every_epoch_prepared_before(
     before = launch_config("before", **sections(corpus, tmp_path / "two", 60))
     command_of_before = command(before)
     prepare = [*command_of_before[:3], "prepare", *command_of_before[4:], "--json"]
-    prepared = json.loads(subprocess.run(prepare, check=True, capture_output=True, text=True).stdout)
+    prepared = json.loads(fork_server.run(prepare, check=True, capture_output=True).stdout)
     for config in (ahead, before):
-        done = subprocess.run(command(config), capture_output=True, text=True, check=False)
+        done = fork_server.run(command(config), capture_output=True)
         assert done.returncode == 0, done.stderr
     assert losses(ahead) == losses(before)
     assert epochs(ahead) == epochs(before) > 2
@@ -64,10 +72,15 @@ def test_documents_that_change_while_the_run_trains_stop_it_in_words(
 ) -> None:
     corpus = write_corpus(tmp_path / "code", documents=40)
     config = launch_config("changed", **sections(corpus, tmp_path / "cache", 5000))
-    with subprocess.Popen(command(config), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with fork_server.popen(command(config), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         wait_for_step(run_of(config), 3, process)
+        ahead = preparing(process)
+        process.send_signal(signal.SIGSTOP)  # or the run would use up what is prepared before the other process ends
         sorted(corpus.iterdir())[5].write_text("x = 1\n")
-        out, err = process.communicate(timeout=120)
+        while ahead.status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGCONT)
+        out, err = process.communicate(timeout=240)
     assert process.returncode == 1, err
     assert "later epochs cannot be prepared, the run ends before them" in out + err
     assert "changed" in err
@@ -77,10 +90,9 @@ def test_documents_that_change_while_the_run_trains_stop_it_in_words(
 def test_a_stop_while_waiting_leaves_a_checkpoint(launch_config: Callable[..., Path], tmp_path: Path) -> None:
     corpus = write_corpus(tmp_path / "code", documents=40)
     config = launch_config("waiting", **sections(corpus, tmp_path / "cache", 5000))
-    with subprocess.Popen(command(config), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with fork_server.popen(command(config), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         wait_for_step(run_of(config), 1, process)
-        children = psutil.Process(process.pid).children(recursive=True)
-        (ahead,) = [child for child in children if "llm_training_toolkit.launch.ahead" in child.cmdline()]
+        ahead = preparing(process)
         ahead.suspend()
         reached = -1
         while (now := len(losses(config))) > reached:  # until the epochs that are there are used up
@@ -91,7 +103,7 @@ def test_a_stop_while_waiting_leaves_a_checkpoint(launch_config: Callable[..., P
         while newest(run_of(config).checkpoints) is None and time.monotonic() < end:
             time.sleep(0.1)
         ahead.resume()
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=240)
     assert process.returncode == 75, err
     assert "waits for data of the next epoch" in out + err
     assert json.loads((run_of(config).path / "attempts" / "0001.json").read_text())["state"] == "stopped"
@@ -106,13 +118,11 @@ def test_a_run_that_has_begun_keeps_its_weights(launch_config: Callable[..., Pat
     made = sections(corpus, tmp_path / "cache", 3)
     config = launch_config("weights", **made)
     weighted = f"data.sources=[{{path: {corpus}, format: code, fim: {{rate: 0.5}}, weight: 1.0}}]"
-    done = subprocess.run(command(config), capture_output=True, text=True, check=False)
+    done = fork_server.run(command(config), capture_output=True)
     assert done.returncode == 0, done.stderr
-    again = subprocess.run(
+    again = fork_server.run(
         command(config, weighted, "train.steps=5", "--extend", "--accept", "data.sources"),
         capture_output=True,
-        text=True,
-        check=False,
     )
     assert again.returncode == 2
     assert "the weights of a run that has begun cannot change" in again.stderr

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import fork_server
 from launch.conftest import command, run_of, wait_for_step
 
 INLINE = {"train": {"steps": 4, "global_batch": 4, "micro_batch": 2}, "cluster": {"workers": 0}}
@@ -18,9 +19,7 @@ WITHOUT_CLUSTER = {name: value for name, value in os.environ.items() if name != 
 
 def refused(config: Path, *arguments: str) -> tuple[int, str]:
     """Exit code and standard error of a start that is meant to be refused."""
-    done = subprocess.run(
-        command(config, *arguments), capture_output=True, text=True, check=False, env=WITHOUT_CLUSTER, timeout=60
-    )
+    done = fork_server.run(command(config, *arguments), capture_output=True, env=WITHOUT_CLUSTER, timeout=240)
     assert "Traceback" not in done.stderr
     return done.returncode, done.stderr
 
@@ -76,11 +75,11 @@ def test_a_run_directory_that_cannot_be_written_is_named(launch_config: Callable
 def test_a_second_start_of_a_running_run_is_refused(launch_config: Callable[..., Path]) -> None:
     config = launch_config("twice", **INLINE)
     first = command(config, "train.steps=2000")
-    with subprocess.Popen(first, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with fork_server.popen(first, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         wait_for_step(run_of(config), 2, process)
         code, said = refused(config, "train.steps=2000")
         process.send_signal(signal.SIGINT)
-        process.communicate(timeout=60)
+        process.communicate(timeout=240)
     assert code == 1
     assert f"already running (process {process.pid}" in said
     assert process.returncode == 75

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import fork_server
 from launch.conftest import command, run_of
 from llm_training_toolkit.evaluation.documents import held_out_documents
 from llm_training_toolkit.evaluation.model import Subject
@@ -30,13 +30,13 @@ def trained(launch_config: Callable[..., Path], tmp_path_factory: pytest.TempPat
         export={"at_end": True},
         eval={"tasks": [{"task": "humaneval", "data": "nowhere.jsonl"}, {"task": "infill", "limit": 3}]},
     )
-    done = subprocess.run(command(config), capture_output=True, text=True, check=True, cwd=config.parent)
+    done = fork_server.run(command(config), capture_output=True, check=True, cwd=config.parent)
     return config, done.stdout
 
 
 def evaluated(*arguments: object, **options: Any) -> Any:
     verb = [sys.executable, "-m", "llm_training_toolkit", "evaluate", *map(str, arguments), "--json"]
-    done = subprocess.run(verb, capture_output=True, text=True, check=False, **options)
+    done = fork_server.run(verb, capture_output=True, **options)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -92,9 +92,9 @@ def test_evaluations_are_kept_drawn_and_compared(trained: tuple[Path, str]) -> N
 def test_a_finished_run_takes_up_another_task(trained: tuple[Path, str]) -> None:
     config, _ = trained
     again = command(config, 'eval.tasks=[{"task": "infill", "limit": 1}]')
-    done = subprocess.run(again, capture_output=True, text=True, check=True, cwd=config.parent)
+    done = fork_server.run(again, capture_output=True, check=True, cwd=config.parent)
     assert "is finished" in done.stdout
     assert "infill: exact_match" in done.stdout
     assert metrics(config)["eval/infill_documents"] == 1
-    once_more = subprocess.run(again, capture_output=True, text=True, check=True, cwd=config.parent)
+    once_more = fork_server.run(again, capture_output=True, check=True, cwd=config.parent)
     assert "infill:" not in once_more.stdout

@@ -22,7 +22,7 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"),
 ]
 SECTIONS: dict[str, dict[str, Any]] = {
-    "train": {"steps": 6, "global_batch": 4, "micro_batch": 2},
+    "train": {"steps": 6, "global_batch": 4, "micro_batch": 2, "precision": "bf16"},
     "cluster": {"workers": 0},
     "export": {"at_end": True},
 }

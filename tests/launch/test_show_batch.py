@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 from rich.console import Console as Terminal
 
+import fork_server
 from llm_training_toolkit.config import load
 from llm_training_toolkit.console import Console
 from llm_training_toolkit.data.batches import Sequences
@@ -44,7 +44,7 @@ def config(launch_config: Callable[..., Path], tmp_path: Path) -> Path:
 
 def shown_json(config: Path, step: int) -> dict[str, Any]:
     verb = [sys.executable, "-m", "llm_training_toolkit", "show-batch", str(config), "--step", str(step), "--json"]
-    done = subprocess.run(verb, capture_output=True, text=True, check=True)
+    done = fork_server.run(verb, capture_output=True, check=True)
     found: dict[str, Any] = json.loads(done.stdout)
     return found
 

@@ -14,6 +14,7 @@ from typing import cast
 import pytest
 import torch
 
+import fork_server
 from conftest import tiny_config
 from launch.conftest import Environment, command, run_of
 from llm_training_toolkit.config import Config
@@ -30,7 +31,7 @@ from llm_training_toolkit.runs import (
     mark_out_of_memory,
 )
 
-TRAIN = {"steps": 3, "global_batch": 32, "micro_batch": "auto"}
+TRAIN = {"steps": 3, "global_batch": 32, "micro_batch": "auto", "precision": "bf16"}
 SECTIONS = {
     "model": {
         "shape": {
@@ -80,7 +81,7 @@ def limited(config: Path, megabytes: int, *arguments: str) -> subprocess.Complet
 def test_out_of_memory_halves_the_micro_batch_and_changes_nothing_else(launch_config: Callable[..., Path]) -> None:
     halved = launch_config("halved", **SECTIONS | {"train": TRAIN | {"micro_batch": 16}})
     config = launch_config("narrow", **SECTIONS)
-    subprocess.run(command(halved), check=True, capture_output=True)
+    fork_server.run(command(halved), check=True, capture_output=True)
     done = limited(config, LIMIT)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "warning: out of memory with micro-batches of 32; the next attempt takes 16" in done.stdout
@@ -178,9 +179,9 @@ def test_on_ray_the_next_attempt_takes_less_and_no_restart_is_spent(
     sections = SECTIONS | {"train": TRAIN | {"global_batch": 64}, "cluster": {"workers": 2}, "failures": {"max": 0}}
     config = launch_config("narrow-ray", **sections)
     run = run_of(config)
-    with subprocess.Popen(command(config), env=ray_environment, stdout=subprocess.PIPE, text=True) as process:
+    with fork_server.popen(command(config), env=ray_environment, stdout=subprocess.PIPE) as process:
         _limit_the_first_attempt(run)
-        out, _ = process.communicate(timeout=120)
+        out, _ = process.communicate(timeout=240)
     assert process.returncode == 0, out
     assert "out of memory with micro-batches of 32; the next attempt takes 16" in out
     assert [(each["micro_batch"], each["state"]) for each in attempts(run)] == [(32, "failed"), (16, "finished")]

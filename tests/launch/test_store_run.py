@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 
+import fork_server
 from launch.conftest import Environment, command, run_of
 from launch.test_inline_run import losses
 from s3_server import client, keys, s3_server
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 STEPS = 32
 SECTIONS: dict[str, dict[str, Any]] = {
     "train": {"steps": STEPS, "global_batch": 4, "micro_batch": 2},
@@ -57,7 +58,7 @@ def test_a_run_in_a_bucket_is_killed_and_goes_on_elsewhere_bit_for_bit(
 ) -> None:
     config = launch_config("stored", **SECTIONS, cluster={"workers": 0}, export={"at_end": True})
     cache = f"data.cache={config.parent / '.cache'}"
-    subprocess.run(command(config), check=True, capture_output=True)
+    fork_server.run(command(config), check=True, capture_output=True)
     stored = command(config, "run.dir=s3://bucket", cache)
 
     def machine(number: int) -> dict[str, str]:
@@ -65,11 +66,11 @@ def test_a_run_in_a_bucket_is_killed_and_goes_on_elsewhere_bit_for_bit(
         return {**os.environ, **s3, "TMPDIR": str(tmp_path / str(number))}
 
     first, second = machine(1), machine(2)
-    with subprocess.Popen(stored, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=first) as process:
+    with fork_server.popen(stored, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=first) as process:
         wait_for_checkpoint("stored", 4, s3, process)
         process.kill()
         process.communicate()
-    done = subprocess.run([*stored, "--json"], capture_output=True, text=True, check=False, env=second)
+    done = fork_server.run([*stored, "--json"], capture_output=True, env=second)
     assert done.returncode == 0, done.stderr
     outcome = json.loads(done.stdout)
     assert outcome["run"] == "s3://bucket/stored"
@@ -80,11 +81,11 @@ def test_a_run_in_a_bucket_is_killed_and_goes_on_elsewhere_bit_for_bit(
     assert list(by_step.values()) == losses(run_of(config))
     assert "model.safetensors" in keys("stored/export/", s3)
 
-    told = subprocess.run([*stored[:3], "runs", "s3://bucket", "--json"], capture_output=True, check=True, env=second)
+    told = fork_server.run([*stored[:3], "runs", "s3://bucket", "--json"], capture_output=True, check=True, env=second)
     [status] = json.loads(told.stdout)
     assert (status["state"], status["step"], status["path"]) == ("finished", STEPS, "s3://bucket/stored")
     words = ["generate", "s3://bucket/stored", "--prompt", "def", "--tokens", "3", "--json"]
-    told = subprocess.run([*stored[:3], *words], capture_output=True, check=True, env=second)
+    told = fork_server.run([*stored[:3], *words], capture_output=True, check=True, env=second)
     assert json.loads(told.stdout)["model"] == "s3://bucket/stored/export"
     left = [path for root in (first, second) for path in Path(root["TMPDIR"]).glob("llm-training-toolkit*/*")]
     assert [path.parent.parent.name for path in left] == ["1"], "only of the process that was killed"
@@ -96,13 +97,13 @@ def test_workers_with_directories_of_their_own_lose_one_and_go_on(
 ) -> None:
     config = launch_config("stored_on_ray", **SECTIONS, cluster={"workers": 2, "env": dict(s3)})
     stored = command(config, "run.dir=s3://bucket", f"data.cache={config.parent / '.cache'}", "--json")
-    with subprocess.Popen(
-        stored, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**ray_environment, **s3}
+    with fork_server.popen(
+        stored, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**ray_environment, **s3}
     ) as process:
         wait_for_checkpoint("stored_on_ray", 4, s3, process)
         body = client(s3).get_object(Bucket="bucket", Key="stored_on_ray/attempts/0001.json")["Body"]
         os.kill(json.loads(body.read())["processes"][1], signal.SIGKILL)
-        out, err = process.communicate(timeout=180)
+        out, err = process.communicate(timeout=240)
     assert process.returncode == 0, err
     assert json.loads(out)["step"] == STEPS
     assert [entry["name"] for entry in manifest("stored_on_ray", s3)["files"]] == [

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 from ruamel.yaml import YAML
 
+import fork_server
 from launch.conftest import Environment
 from launch.conftest import command as train_command
 from llm_training_toolkit.checkpoint import newest
@@ -24,7 +25,7 @@ from llm_training_toolkit.config import load
 from llm_training_toolkit.runs import RunDirectory, attempt_record
 from llm_training_toolkit.search.ledger import Ledger, SearchDirectory
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(900)]
 TRIALS = 4
 _LEFT = """
 import json, ray
@@ -57,7 +58,7 @@ def directory_of(file: Path) -> SearchDirectory:
 def what_there_is(environment: Environment) -> dict[str, Any]:
     """Placement groups, actors and CPUs that are held in the cluster, which other tests have used before."""
     asked = [sys.executable, "-c", _LEFT]
-    said = subprocess.run(asked, env=environment, capture_output=True, text=True, check=True).stdout
+    said = fork_server.run(asked, env=environment, capture_output=True, check=True).stdout
     found: dict[str, Any] = json.loads(said.splitlines()[-1])
     return found
 
@@ -101,7 +102,7 @@ def file(launch_config: Callable[..., Path]) -> Path:
     return path
 
 
-def wait_for(what: Callable[[], object], process: subprocess.Popen[str], seconds: float = 150) -> None:
+def wait_for(what: Callable[[], object], process: subprocess.Popen[str], seconds: float = 240) -> None:
     end = time.monotonic() + seconds
     while not what():
         assert process.poll() is None, process.communicate()
@@ -122,7 +123,7 @@ def processes_of(run: RunDirectory) -> list[int]:
 def train_alone(config: Path, runs: Path, lr: float) -> float:
     """The held-out loss at the end of a run without Ray."""
     alone = [f"optim.lr={lr}", f"run.name=at-{lr}", "cluster.workers=0", "eval.every=32"]
-    subprocess.run(train_command(config, *alone), check=True, capture_output=True)
+    fork_server.run(train_command(config, *alone), check=True, capture_output=True)
     rows = RunDirectory(runs / f"at-{lr}").metrics.read_text().splitlines()
     return float([row["eval/loss"] for row in map(json.loads, rows) if "eval/loss" in row][-1])
 
@@ -134,7 +135,7 @@ def test_a_search_whose_trials_do_not_fit_is_refused_before_data_is_prepared(
     search = yaml.load(file)
     with file.open("w") as out:
         yaml.dump({**search, "set": {"cluster.workers": 4, "cluster.cpus_per_worker": 3}}, out)
-    done = subprocess.run(command(file), env=ray_environment, capture_output=True, text=True, check=False)
+    done = fork_server.run(command(file), env=ray_environment, capture_output=True)
     assert done.returncode == 1
     assert "needs 4 workers of 3 CPU; the cluster has room for 2" in done.stderr
     assert "no autoscaler adds nodes to it: set cluster.workers to 2" in done.stderr
@@ -143,8 +144,8 @@ def test_a_search_whose_trials_do_not_fit_is_refused_before_data_is_prepared(
 
 def test_a_search_survives_its_workers_and_its_driver(file: Path, ray_environment: Environment) -> None:
     found, before = directory_of(file), what_there_is(ray_environment)
-    with subprocess.Popen(
-        command(file), env=ray_environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    with fork_server.popen(
+        command(file), env=ray_environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as process:
         run = found.trial(0)
         wait_for(lambda: newest(run.checkpoints), process)
@@ -157,9 +158,7 @@ def test_a_search_survives_its_workers_and_its_driver(file: Path, ray_environmen
     rows = {number: found.trial(number).metrics.read_text() for number in ended}
     assert ended
 
-    done = subprocess.run(
-        command(file, "--json"), env=ray_environment, capture_output=True, text=True, check=False, timeout=240
-    )
+    done = fork_server.run(command(file, "--json"), env=ray_environment, capture_output=True, timeout=240)
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout)
     assert len(answer["trials"]) == TRIALS
@@ -182,11 +181,11 @@ def test_a_search_survives_its_workers_and_its_driver(file: Path, ray_environmen
     undisturbed = [train_alone(found.path / "best.yaml", file.parent, lr) for lr in (3e-3, 1e-2)]
     assert answer["best"]["value"] == pytest.approx(min(undisturbed), rel=0.01)
 
-    again = subprocess.run(command(file, "--json"), env=ray_environment, capture_output=True, text=True, check=True)
+    again = fork_server.run(command(file, "--json"), env=ray_environment, capture_output=True, check=True)
     assert json.loads(again.stdout)["best"] == answer["best"]
     assert "is finished" in again.stderr
 
     file.write_text(file.read_text().replace("0.01", "0.02"))
-    other = subprocess.run(command(file), env=ray_environment, capture_output=True, text=True, check=False)
+    other = fork_server.run(command(file), env=ray_environment, capture_output=True)
     assert other.returncode == 2
     assert "has begun with another space" in other.stderr

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
+import fork_server
 from launch.autoscaling import autoscaling_cluster
 from launch.conftest import Environment, command, run_of
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(900)]
 HOLD = """
 import sys, ray
 from ray.util.placement_group import placement_group
@@ -31,9 +32,7 @@ def autoscaling() -> Iterator[Mapping[str, str]]:
 
 
 def train(config: Path, environment: Mapping[str, str], *overrides: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(config, *overrides), env=dict(environment), capture_output=True, text=True, check=False
-    )
+    return fork_server.run(command(config, *overrides), env=dict(environment), capture_output=True)
 
 
 def test_more_than_the_autoscaler_can_add_ends_the_run_at_once(
@@ -78,14 +77,14 @@ def test_a_busy_cluster_is_waited_for_and_who_uses_it_is_named(
     launch_config: Callable[..., Path], ray_environment: Environment
 ) -> None:
     config = launch_config("patient", train={"steps": 3}, cluster={"workers": 4})
-    with subprocess.Popen(
-        [sys.executable, "-c", HOLD], env=ray_environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    with fork_server.popen(
+        [sys.executable, "-c", HOLD], env=ray_environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as other:
         assert other.stdin is not None
         assert other.stdout is not None
         assert other.stdout.readline() == "held\n"
         given_up = train(config, ray_environment, "cluster.wait=1s")
-        with subprocess.Popen(command(config), env=ray_environment, stdout=subprocess.PIPE, text=True) as run:
+        with fork_server.popen(command(config), env=ray_environment, stdout=subprocess.PIPE) as run:
             assert run.stdout is not None
             said = next(line for line in run.stdout if "waiting for room" in line)
             other.stdin.write("end\n")
