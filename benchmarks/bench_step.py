@@ -15,7 +15,6 @@ import shutil
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -67,22 +66,13 @@ def measure(script: str, case: Case, asked: dict[str, Any]) -> float:
 
 
 def faster_precision() -> str:
-    """The precision whose matrix products are faster here: without AMX or AVX-512 bf16 is up to 20 times slower."""
+    """The precision that `train.precision: auto` takes on this CPU."""
     import torch
 
-    torch.set_num_threads(1)
-    seconds = {}
-    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
-        activations = torch.randn(256, 768, dtype=dtype, requires_grad=True)
-        weights = torch.randn(768, 768, dtype=dtype, requires_grad=True)
-        times: list[float] = []
-        began = time.perf_counter()
-        while len(times) < 2 or time.perf_counter() - began < 0.05:
-            start = time.perf_counter()
-            torch.autograd.backward((activations @ weights.T).sum())
-            times.append(time.perf_counter() - start)
-        seconds[name] = min(times[1:])
-    return min(seconds, key=lambda name: seconds[name])
+    from llm_training_toolkit.matmul_speed import bf16_slowdown
+    from llm_training_toolkit.plan import choose_precision
+
+    return str(choose_precision([bf16_slowdown(torch.device("cpu"))], "cpu").value)
 
 
 def table(results: Results) -> str:
