@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from collections.abc import Mapping
+
+import fork_server
 
 _WAIT = """
 import sys, time, ray
@@ -19,5 +20,5 @@ while not set(sys.argv[2:]) <= {node["NodeManagerAddress"] for node in ray.nodes
 def wait_for_nodes(head: str, environment: Mapping[str, str], *addresses: str) -> None:
     """Wait until the nodes belong to the cluster."""
     asked = [sys.executable, "-c", _WAIT, head, *addresses]
-    done = subprocess.run(asked, env=dict(environment), capture_output=True, text=True, check=False)
+    done = fork_server.run(asked, env=dict(environment), capture_output=True)
     assert done.returncode == 0, done.stderr

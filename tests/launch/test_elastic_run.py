@@ -15,10 +15,11 @@ from typing import Any
 import psutil
 import pytest
 
+import fork_server
 from launch.conftest import Environment, command, run_of, wait_for_step
 from llm_training_toolkit.runs import RunDirectory, attempt_record, last_attempt
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(900)]
 STEPS, EVERY = 300, 25
 SECTIONS = {
     "train": {"steps": STEPS, "global_batch": 12, "micro_batch": 2, "precision": "fp32"},
@@ -73,7 +74,7 @@ def attempts(run: RunDirectory) -> list[dict[str, Any]]:
     return [attempt_record(run, number) for number in range(1, last_attempt(run) + 1)]
 
 
-def until(condition: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 90) -> None:
+def until(condition: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 240) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None
@@ -98,7 +99,7 @@ def test_a_run_shrinks_and_grows_with_its_cluster_and_comes_out_the_same(
 ) -> None:
     config = launch_config("elastic", **SECTIONS, cluster={"workers": [1, 3]})
     run, environment = run_of(config), {**ray_environment, "RAY_ADDRESS": nodes.cluster.address}
-    with subprocess.Popen(command(config), env=environment, stdout=subprocess.PIPE, text=True) as process:
+    with fork_server.popen(command(config), env=environment, stdout=subprocess.PIPE) as process:
         wait_for_step(run, EVERY + 5, process)
         nodes.lose("127.0.1.2")
         lost = time.monotonic()
@@ -109,7 +110,7 @@ def test_a_run_shrinks_and_grows_with_its_cluster_and_comes_out_the_same(
         nodes.lose("127.0.1.3")
         nodes.add("127.0.1.4")
         nodes.add("127.0.1.5")
-        out, _ = process.communicate(timeout=150)
+        out, _ = process.communicate(timeout=240)
     assert process.returncode == 0, out
     first, shrunk, left, grown = attempts(run)
     assert [each["workers"] for each in (first, shrunk, left, grown)] == [3, 2, 1, 3]
@@ -123,7 +124,7 @@ def test_a_run_shrinks_and_grows_with_its_cluster_and_comes_out_the_same(
     assert left["step"] % EVERY == 0
 
     alone = launch_config("undisturbed-elastic", **SECTIONS, cluster={"workers": 0})
-    done = subprocess.run(command(alone), env=ray_environment, capture_output=True, text=True, check=False)
+    done = fork_server.run(command(alone), env=ray_environment, capture_output=True)
     assert done.returncode == 0, done.stderr
     found, wanted = rows(run), rows(run_of(alone))
     assert [row["step"] for row in found] == list(range(1, STEPS + 1))
@@ -138,8 +139,8 @@ def test_a_rank_that_hangs_is_named_and_a_step_that_fails_twice_ends_the_run(
     sections = {"train": {"steps": 40, "global_batch": 400, "micro_batch": 2}}
     config = launch_config("hung", **sections, failures={"hang": "5s"})
     run = run_of(config)
-    with subprocess.Popen(
-        command(config), env=ray_environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    with fork_server.popen(
+        command(config), env=ray_environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as process:
         at = works(run, 1, process, steps=1)
         stopped = other_rank(run, 1)
@@ -147,7 +148,7 @@ def test_a_rank_that_hangs_is_named_and_a_step_that_fails_twice_ends_the_run(
         assert works(run, 2, process, steps=at) == at, "no checkpoint: it began at the first step again"
         assert not stopped.is_running(), "a stopped process would keep its GPU's memory"
         os.kill(attempt_record(run, 2)["pid"], signal.SIGKILL)
-        out, err = process.communicate(timeout=90)
+        out, err = process.communicate(timeout=240)
     assert process.returncode == 1
     hung, killed = (each["failure"] for each in attempts(run))
     assert (hung["kind"], hung["rank"], hung["step"]) == ("hang", 1, at + 1)

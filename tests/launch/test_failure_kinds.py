@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+import fork_server
 from launch.conftest import Environment, command, run_of
 from llm_training_toolkit.runs import attempt_record
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(300)]
-TRAIN = {"steps": 30, "global_batch": 4, "micro_batch": 2}
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(900)]
+TRAIN = {"steps": 10, "global_batch": 4, "micro_batch": 2, "precision": "bf16"}
 
 
 def test_the_error_of_a_rank_is_what_a_person_sees(
@@ -23,7 +23,7 @@ def test_the_error_of_a_rank_is_what_a_person_sees(
     run = run_of(config)
     run.path.mkdir()
     run.ledger.write_text("in the way of the directory")
-    done = subprocess.run(command(config), env=ray_environment, capture_output=True, text=True, check=False)
+    done = fork_server.run(command(config), env=ray_environment, capture_output=True)
     assert done.returncode == 1
     assert done.stderr.startswith("error: rank ")
     assert f"failed: FileExistsError: [Errno 17] File exists: '{run.ledger}'" in done.stderr
@@ -32,7 +32,7 @@ def test_the_error_of_a_rank_is_what_a_person_sees(
     assert failure["kind"] == "raised"
     assert failure["cause"] in done.stderr
     run.ledger.unlink()
-    again = subprocess.run(command(config, "--json"), env=ray_environment, capture_output=True, text=True, check=False)
+    again = fork_server.run(command(config, "--json"), env=ray_environment, capture_output=True)
     assert again.returncode == 0, again.stderr
     assert json.loads(again.stdout)["status"] == "finished"
     assert sorted(path.name for path in run.ledger.iterdir()) == [

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 
+import fork_server
 from launch.conftest import Environment, command, run_of
 from launch.joining import wait_for_nodes
 from models.test_loading import QWEN3, published
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(900)]
 RAY = str(Path(sys.executable).parent / "ray")
 
 
@@ -96,9 +97,7 @@ def test_all_that_is_wrong_with_nodes_is_said_at_once(
         node(head, ray_environment, "127.0.1.8", sealed),
         node(head, older, "127.0.1.9"),
     ):
-        done = subprocess.run(
-            command(config), env={**ray_environment, "RAY_ADDRESS": head}, capture_output=True, text=True, check=False
-        )
+        done = fork_server.run(command(config), env={**ray_environment, "RAY_ADDRESS": head}, capture_output=True)
     assert done.returncode == 1, done.stdout + done.stderr
     assert f"node 127.0.1.7 does not see what was just written (run.dir = {run.path})" in done.stderr
     assert f"node 127.0.1.7 does not see model.path = {weights}" in done.stderr
