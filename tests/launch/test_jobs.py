@@ -22,6 +22,7 @@ from typing import IO, Any
 
 import pytest
 
+import fork_server
 from launch.broken_connection import Connection
 from launch.conftest import command, run_of, wait_for_step
 from launch.joining import wait_for_nodes
@@ -34,7 +35,7 @@ from llm_training_toolkit.launch.jobs import log
 from llm_training_toolkit.launch.jobs.log import Log
 from llm_training_toolkit.runs import RunDirectory, attempt_record
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(900)]
 BIN = Path(sys.executable).parent
 STEPS = 1200
 """More than are done before the run has been stopped twice."""
@@ -72,6 +73,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     environment |= {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "RAY_worker_niceness": "0",
         "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
     }
     dashboard, port = _free_port(), _free_port()
@@ -141,7 +143,7 @@ def jobs(head: Head, *arguments: str) -> list[str]:
 
 
 def run_command(command: list[str], config: Path, environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, env=environment, cwd=config.parent, capture_output=True, text=True, check=False)
+    return fork_server.run(command, env=environment, cwd=config.parent, capture_output=True)
 
 
 @contextmanager
@@ -149,7 +151,7 @@ def going_on(
     command: list[str], config: Path, head: Head, stdin: int = subprocess.DEVNULL
 ) -> Iterator[subprocess.Popen[str]]:
     pipes = {"stdin": stdin, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command, env=head.environment, cwd=config.parent, text=True, **pipes) as process:  # type: ignore[call-overload]
+    with fork_server.popen(command, env=head.environment, cwd=config.parent, **pipes) as process:
         yield process
 
 
@@ -206,7 +208,7 @@ def follow_and_stop(config: Path, head: Head) -> int:
         wait_for_step(run, rows_of(run)[-1]["step"] + 5, process)
         time.sleep(3)  # until it has read on
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=240)
     assert len(of_workers) == 3
     assert all("SAID_IN_THE_CONFIGURATION=yes" in environment for environment in of_workers)
     assert sorted(seat["node"] for seat in attempt_record(run, 1)["seats"]) == sorted(NODES)
@@ -232,7 +234,7 @@ def resume_leave_alone_and_stop(config: Path, head: Head, stopped: int) -> None:
         time.sleep(3)  # until the log is here
         process.send_signal(signal.SIGINT)
         os.write(ours, b"d\n")
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=240)
     os.close(ours)
     os.close(theirs)
     assert process.returncode == 0, err
@@ -299,9 +301,7 @@ def test_a_wrong_token_is_said(
 ) -> None:
     config = launch_config("job", **SECTIONS)
     environment = {**head.environment, **change}
-    done = subprocess.run(
-        submit(config, head), env=environment, cwd=config.parent, capture_output=True, text=True, check=False
-    )
+    done = fork_server.run(submit(config, head), env=environment, cwd=config.parent, capture_output=True)
     assert done.returncode == 1
     assert words in done.stderr
     assert "Traceback" not in done.stderr

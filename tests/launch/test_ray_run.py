@@ -14,12 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import fork_server
 import rank_tasks
 from launch.conftest import Environment, command, run_of, wait_for_step
 from llm_training_toolkit.checkpoint import newest
 from llm_training_toolkit.runs import RunDirectory, attempt_record, last_attempt
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(900)]
 Start = Callable[[list[str]], subprocess.Popen[str]]
 STEPS = 80
 SECTIONS = {
@@ -48,6 +49,7 @@ def assert_same_run(found: RunDirectory, wanted: RunDirectory) -> None:
 @pytest.fixture(scope="module")
 def undisturbed(launch_config: Callable[..., Path], ray_environment: Environment) -> Path:
     config = launch_config("undisturbed", **SECTIONS, export={"at_end": True})
+    # A start of its own: what imports write would be on the screen.
     done = subprocess.run(command(config, "--json"), env=ray_environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout)
@@ -95,7 +97,7 @@ def test_tensorboard_has_the_curves_and_the_texts(undisturbed: Path) -> None:
 
 def test_a_finished_run_is_left_alone(undisturbed: Path, ray_environment: Environment) -> None:
     before = run_of(undisturbed).metrics.read_text()
-    done = subprocess.run(command(undisturbed), env=ray_environment, capture_output=True, text=True, check=False)
+    done = fork_server.run(command(undisturbed), env=ray_environment, capture_output=True)
     assert done.returncode == 0
     assert "is finished" in done.stdout
     assert run_of(undisturbed).metrics.read_text() == before
@@ -103,7 +105,7 @@ def test_a_finished_run_is_left_alone(undisturbed: Path, ray_environment: Enviro
 
 def test_another_identity_is_refused_with_the_difference(undisturbed: Path, ray_environment: Environment) -> None:
     changed = command(undisturbed, "optim.weight_decay=0.2")
-    done = subprocess.run(changed, env=ray_environment, capture_output=True, text=True, check=False)
+    done = fork_server.run(changed, env=ray_environment, capture_output=True)
     assert done.returncode == 2
     assert "optim.weight_decay" in done.stderr
     assert "0.2" in done.stderr
@@ -114,7 +116,7 @@ def test_a_run_stopped_interrupted_and_killed_loses_nothing(
     undisturbed: Path, launch_config: Callable[..., Path], ray_environment: Environment
 ) -> None:
     config = launch_config("disturbed", **SECTIONS)
-    start = partial(subprocess.Popen, env=ray_environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    start = partial(fork_server.popen, env=ray_environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     a_stop_saves_and_exits_75(config, start)
     a_second_interrupt_leaves_at_once(config, start)
     without_a_restart_left_the_cause_is_said(config, start)
@@ -126,7 +128,7 @@ def a_stop_saves_and_exits_75(config: Path, start: Start) -> None:
     with start(command(config, "--json")) as process:
         wait_for_step(run_of(config), 5, process)
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=240)
     assert process.returncode == 75, err
     answer = json.loads(out)
     assert answer["status"] == "stopped"
@@ -141,7 +143,7 @@ def a_second_interrupt_leaves_at_once(config: Path, start: Start) -> None:
         wait_for_step(run_of(config), 25, process)
         process.send_signal(signal.SIGINT)
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=240)
     assert process.returncode == 75, err
     assert f"resuming from {before.name}" in out
 
@@ -149,7 +151,7 @@ def a_second_interrupt_leaves_at_once(config: Path, start: Start) -> None:
 def without_a_restart_left_the_cause_is_said(config: Path, start: Start) -> None:
     with start(command(config, "failures.max=0")) as process:
         kill_rank_0(config, 45, process)
-        _, err = process.communicate(timeout=120)
+        _, err = process.communicate(timeout=240)
     assert process.returncode == 1
     assert "rank 0 failed" in err
     assert "All restarts (failures.max = 0) are used up; the same command goes on" in err
@@ -182,7 +184,7 @@ def test_an_error_of_ours_ends_the_run_at_once_with_its_words(
     for manifest in run.checkpoints.glob("*/manifest.json"):
         manifest.write_text(manifest.read_text().replace("model.norm.weight", "model.other.weight"))
     longer = command(undisturbed, f"run.dir={tmp_path}", f"train.steps={STEPS + 2}", "--extend")
-    done = subprocess.run(longer, env=ray_environment, capture_output=True, text=True, check=False)
+    done = fork_server.run(longer, env=ray_environment, capture_output=True)
     assert done.returncode == 1
     assert "not a checkpoint of this model" in done.stderr
     assert "Traceback" not in done.stderr
