@@ -1,6 +1,5 @@
 # What a person runs. Everything happens in .venv; nothing outside this folder is changed, except caches in the home directory.
 PYTHON ?= python3.11
-LANES ?=  # make test LANES="-n 2 --dist loadgroup --no-loadscope-reorder": two lanes at a time (tests/lanes.py)
 VENV := .venv
 BIN := $(VENV)/bin
 
@@ -10,17 +9,17 @@ quickstart: $(VENV)/.installed  ## install, train a small model on this machine,
 	@$(BIN)/ltt train configs/quickstart.yaml
 
 test: $(VENV)/.installed-dev  ## every test
-	$(BIN)/python -m pytest $(LANES)
+	$(BIN)/python -m pytest
 
 test-slow: $(VENV)/.installed-dev  ## the tests that `make check` leaves out
-	$(BIN)/python -m pytest $(LANES) -m "slow or cluster or ranks"
+	$(BIN)/python -m pytest -m "slow or cluster or ranks"
 
 check: $(VENV)/.installed-dev  ## format, lint, types, import contract, fast tests: three minutes at most
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest $(LANES) -m "not slow and not cluster and not ranks"
+	$(BIN)/python -m pytest -m "not slow and not cluster and not ranks"
 
 bench-step: $(VENV)/.installed  ## tokens per second of this loop beside four others (ten minutes, a quiet machine)
 	$(BIN)/python benchmarks/bench_step.py

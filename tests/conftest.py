@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import Any
 import pytest
 
 from durations import Durations
-from lanes import Lanes
 from llm_training_toolkit.config import Config, parse, to_json
 from llm_training_toolkit.launch.preparation import prepare_run
 from llm_training_toolkit.runs import RunDirectory
@@ -32,11 +30,7 @@ SHAPE = {
 
 def pytest_configure(config: pytest.Config) -> None:
     """Keep the durations of all tests, and refuse slow ones without a marker."""
-    is_worker = hasattr(config, "workerinput")  # of pytest-xdist
-    in_groups = config.getoption("dist", "no") == "loadgroup"
-    config.pluginmanager.register(Durations(config.rootpath, LIMIT, writes=not is_worker, in_groups=in_groups))
-    if is_worker:
-        config.pluginmanager.register(Lanes(os.environ["PYTEST_XDIST_TESTRUNUID"]))
+    config.pluginmanager.register(Durations(config.rootpath, LIMIT, writes=not hasattr(config, "workerinput")))
 
 
 def tiny_config(corpus: Path, runs: Path, **sections: dict[str, Any]) -> Config:

@@ -13,7 +13,7 @@ from launch.conftest import Environment, command, run_of, wait_for_step
 from llm_training_toolkit.launch.drill.failures import steps_done
 from llm_training_toolkit.runs import RunDirectory, attempt_record
 
-pytestmark = [pytest.mark.alone, pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(300)]
 ROOM = 5_000_000_000
 """Bytes that the cluster may take beyond what was in use before: a run of two workers takes half of it."""
 PIECE = 100_000_000
@@ -62,7 +62,7 @@ def test_ranks_that_are_ended_for_their_memory_are_replaced_and_it_is_said(
             assert process.poll() is None
             time.sleep(0.05)
         process.terminate()
-        out, _ = process.communicate(timeout=240)
+        out, _ = process.communicate(timeout=60)
     assert process.returncode == 75, out
     failure = attempt_record(run, 1)["failure"]
     assert failure["kind"] == "out of memory", out
