@@ -3,23 +3,36 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test test-slow check bench-step bench-start bench-data bench-memory bench-loading bench-checkpoint bench-tune drill gpu-smoke cluster format install requirements docs clean
+SHELL := bash
+
+.PHONY: quickstart test test-fast test-slow test-cluster test-ranks check bench-step bench-start bench-data bench-memory bench-loading bench-checkpoint bench-tune drill gpu-smoke cluster format install requirements docs clean
 
 quickstart: $(VENV)/.installed  ## install, train a small model on this machine, export it, let it write
 	@$(BIN)/ltt train configs/quickstart.yaml
 
 test: $(VENV)/.installed-dev  ## every test
-	$(BIN)/python -m pytest
+	$(MAKE) test-fast
+	$(MAKE) test-slow
 
+test-fast: $(VENV)/.installed-dev  ## the tests of `make check`
+	$(BIN)/python -m pytest -m "not slow and not cluster and not ranks"
+
+# Two lanes: tests on Ray clusters mostly wait, and the others have the processors meanwhile. sed keeps lines whole.
 test-slow: $(VENV)/.installed-dev  ## the tests that `make check` leaves out
-	$(BIN)/python -m pytest -m "slow or cluster or ranks"
+	$(MAKE) --jobs=2 test-cluster test-ranks
+
+test-cluster:
+	set -o pipefail; $(BIN)/python -m pytest -m cluster 2>&1 | sed --unbuffered ''
+
+test-ranks:
+	set -o pipefail; $(BIN)/python -m pytest -m "(slow or ranks) and not cluster" 2>&1 | sed --unbuffered ''
 
 check: $(VENV)/.installed-dev  ## format, lint, types, import contract, fast tests: three minutes at most
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -m "not slow and not cluster and not ranks"
+	$(MAKE) test-fast
 
 bench-step: $(VENV)/.installed  ## tokens per second of this loop beside four others (ten minutes, a quiet machine)
 	$(BIN)/python benchmarks/bench_step.py

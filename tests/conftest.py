@@ -30,7 +30,7 @@ SHAPE = {
 
 def pytest_configure(config: pytest.Config) -> None:
     """Keep the durations of all tests, and refuse slow ones without a marker."""
-    config.pluginmanager.register(Durations(config.rootpath, LIMIT, writes=not hasattr(config, "workerinput")))
+    config.pluginmanager.register(Durations(config.rootpath, LIMIT))
 
 
 def tiny_config(corpus: Path, runs: Path, **sections: dict[str, Any]) -> Config:

@@ -17,12 +17,10 @@ FILE = ".pytest_durations.json"
 
 @dataclass(eq=False)  # pluggy keeps plugins in sets
 class Durations:
-    """Plugin of one session. Under pytest-xdist workers apply the limit, the controller writes the file."""
+    """Plugin of one session."""
 
     root: Path
     limit: float  # seconds of processor time, or three times as many by the clock: a busy machine takes longer
-    writes: bool = True
-    in_groups: bool = False  # `--dist loadgroup` adds "@group" to the names of tests
     _seconds: dict[str, dict[str, float]] = field(default_factory=dict)
     _began: tuple[float, float] = (0.0, 0.0)
 
@@ -46,12 +44,11 @@ class Durations:
         return report
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        test = report.nodeid.rpartition("@")[0] if self.in_groups else report.nodeid
-        self._seconds.setdefault(test, {})[report.when] = round(report.duration, 3)
+        self._seconds.setdefault(report.nodeid, {})[report.when] = round(report.duration, 3)
 
     def pytest_sessionfinish(self) -> None:
-        """Write the durations, slowest first. Those of other tests stay: CI runs the tests in two sessions."""
-        if not self.writes or not self._seconds:
+        """Write the durations, slowest first. Those of other tests stay: CI runs the tests in several sessions."""
+        if not self._seconds:
             return
         path = self.root / FILE
         before = json.loads(path.read_text()) if path.exists() else {}
