@@ -17,7 +17,8 @@ from conftest import write_corpus
 from llm_training_toolkit import families
 from llm_training_toolkit.config import Config, load, parse, to_json
 from llm_training_toolkit.launch.preparation import prepare_run
-from llm_training_toolkit.plan import make_plan
+from llm_training_toolkit.plan import make_plan, resolved_on
+from llm_training_toolkit.plan.cluster_file import read_hardware
 from llm_training_toolkit.runs import RunDirectory
 from rank_pool import RankPool
 from tiny_models import SHAPES
@@ -27,6 +28,7 @@ RESOURCES = Path(__file__).parents[1] / "docs" / "external-resources.md"
 RECIPES = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml") if path.parent.name != "search")
 PUBLISHED = [name for name in RECIPES if "/" in name]
 """Those that start from published weights."""
+CLUSTER = Path(__file__).parents[1] / "cluster" / "aws-h100.yaml"
 GIGABYTES = 80
 """Of the devices that the files name."""
 TINY = {families.find(size).family.model_type: dict(shape) for size, shape in SHAPES.items()}
@@ -37,7 +39,7 @@ TINY["gpt_bigcode"]["n_positions"] = LENGTH
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_it_plans_without_a_problem_and_fits_with_room_for_a_micro_batch(name: str) -> None:
-    config = load(CONFIGS / name)
+    config = resolved_on(load(CONFIGS / name), read_hardware(CLUSTER))
     plan = make_plan(config)
     assert plan.problems == ()
     assert sum(plan.memory_gb_per_device.values()) < 0.8 * GIGABYTES

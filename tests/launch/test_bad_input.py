@@ -49,7 +49,7 @@ def test_a_config_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 def test_a_batch_smaller_than_the_workers_is_refused(launch_config: Callable[..., Path]) -> None:
     code, said = refused(launch_config("small_batch"), "train.global_batch=1", "cluster.workers=2")
     assert code == 2
-    assert "2 workers share 1 sequences" in said
+    assert "2 workers share 1 sequence," in said
     assert "train.global_batch" in said
 
 

@@ -126,11 +126,12 @@ def drill(config: Path, *kinds: str, seed: int = 1, hang: str = "20s") -> dict[s
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_one_process_survives_kills_damage_and_storage_that_takes_no_more(
     launch_config: Callable[..., Path],
 ) -> None:
-    found = drill(launch_config("drilled", **sections(200, 4, 0)), "saving", "truncated", "storage")
+    kinds = ("worker", "driver", "stop", "saving", "truncated", "storage")
+    found = drill(launch_config("drilled", **sections(200, 4, 0)), *kinds)
     for of in ("", "_undisturbed"):
         split: dict[str, float] = found[f"goodput{of}"]
         wall = found[f"wall_seconds{of}"]
@@ -140,8 +141,6 @@ def test_one_process_survives_kills_damage_and_storage_that_takes_no_more(
 
 @pytest.mark.cluster
 @pytest.mark.slow
-@pytest.mark.timeout(400)
-def test_a_cluster_of_several_nodes_survives_whatever_happens_to_it(launch_config: Callable[..., Path]) -> None:
-    config = launch_config("drilled-on-ray", **sections(600, 4, 2))
-    # The seed has the head first and the driver second: ranks that outlive them go on meanwhile.
-    drill(config, "worker", "driver", "stop", "hang", "node", "notice", "head", seed=78, hang="5s")
+@pytest.mark.timeout(900)
+def test_a_cluster_of_several_nodes_survives_what_only_a_cluster_can_have(launch_config: Callable[..., Path]) -> None:
+    drill(launch_config("drilled-on-ray", **sections(400, 4, 2)), "hang", "node", "notice", "head", hang="5s")
