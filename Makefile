@@ -34,7 +34,7 @@ check: $(VENV)/.installed-dev  ## format, lint, types, import contract, fast tes
 	$(BIN)/lint-imports
 	$(MAKE) test-fast
 
-bench-step: $(VENV)/.installed  ## tokens per second of this loop beside four others (ten minutes, a quiet machine)
+bench-step: $(VENV)/.installed  ## tokens per second of this loop beside three others, two sizes (half an hour, a quiet machine)
 	$(BIN)/python benchmarks/bench_step.py
 
 bench-start: $(VENV)/.installed  ## seconds from command to first step beside an empty TorchTrainer (a quiet machine)

@@ -63,7 +63,9 @@ def build(size: str, precision: str, stage: int, parts: Parts) -> Any:
         "communication_data_type": "fp32",
         "steps_per_print": 2**31 - 1,
     }
-    if precision == "bf16":
+    if stage == 0:
+        config["gradient_clipping"] = 0.0  # the engine clips
+    elif precision == "bf16":
         config["bf16"] = {"enabled": True, "check_grad_overflow": True}
         if stage >= 2:
             config["data_types"] = {"grad_accum_dtype": "fp32"}

@@ -1,7 +1,7 @@
 """The first update is the same for every ZeRO stage, moments and step counter included.
 
-At ZeRO 0 in bf16 DeepSpeed steps the optimizer once with zero gradients while it is built; without the
-engine's own fresh state the first update would be 0.73 of the right one.
+A wrapper that steps the optimizer while it is built would leave Adam's bias correction one step ahead: the first update
+would be 0.73 of the right one, silently.
 """
 
 from __future__ import annotations

@@ -20,8 +20,18 @@ from launch.conftest import Environment, command, run_of
 from llm_training_toolkit.config import Config
 from llm_training_toolkit.context import RunContext
 from llm_training_toolkit.data.receipt import Receipt
+from llm_training_toolkit.errors import TrainingError
 from llm_training_toolkit.launch.place import Place
-from llm_training_toolkit.launch.sizing import container_free, fit_into_memory, is_out_of_memory, load_of
+from llm_training_toolkit.launch.sizing import (
+    MemorySettings,
+    SmallerMicroBatch,
+    _from_attempts,
+    after_out_of_memory,
+    container_free,
+    fit_into_memory,
+    is_out_of_memory,
+    load_of,
+)
 from llm_training_toolkit.runs import (
     RunDirectory,
     attempt_record,
@@ -196,3 +206,18 @@ def _limit_the_first_attempt(run: RunDirectory) -> None:
     pid = int(found["pid"])
     size = int(Path(f"/proc/{pid}/statm").read_text().split()[0]) * resource.getpagesize()
     resource.prlimit(pid, resource.RLIMIT_AS, (size + LIMIT_ON_RAY * 2**20, resource.RLIM_INFINITY))
+
+
+def test_after_the_smallest_micro_batch_several_workers_take_the_next_zero_stage(corpus: Path, tmp_path: Path) -> None:
+    asked = tiny_config(corpus, tmp_path, train={"steps": 3, "global_batch": 8, "micro_batch": "auto"})
+    run, context = RunDirectory(tmp_path / "run"), RunContext(0, 2, torch.device("cpu"))
+    taken = MemorySettings(zero=0, micro_batch=1).of(asked)
+    after = after_out_of_memory(asked, taken, 2)
+    assert isinstance(after, SmallerMicroBatch)
+    assert "ZeRO 2" in str(after)
+    facts = {"load": load_of(asked, context), "micro_batch": 1, "asked": "auto", "zero": 0}
+    mark_out_of_memory(run, begin_attempt(run, facts))
+    assert _from_attempts(run, asked, context) == MemorySettings(zero=2, micro_batch=1)
+    highest = MemorySettings(zero=3, micro_batch=1).of(asked)
+    assert isinstance(after_out_of_memory(asked, highest, 2), TrainingError)
+    assert isinstance(after_out_of_memory(asked, taken, 1), TrainingError), "one worker has nothing to spread"

@@ -31,11 +31,11 @@ LOAD = Load(model=MODEL, zero=0, precision="bf16", workers=4, micro_batch=2, seq
 @pytest.mark.parametrize(
     ("zero", "precision", "weights", "gradients", "optimizer"),
     [
-        (0, "bf16", 2 * P, 6 * P, 12 * P),
+        (0, "bf16", 2 * P, 4 * P + 2 * 64_000, 12 * P),
         (1, "bf16", 2 * P, 2 * P + P + 6 * P, 3 * P),
         (2, "bf16", 2 * P, P + 6 * P, 3 * P),
         (3, "bf16", P // 2 + 2 * P, P + 6 * P, 3 * P),
-        (0, "fp32", 4 * P, 4 * P, 8 * P),
+        (0, "fp32", 4 * P, 4 * P + 4 * P, 8 * P),
         (1, "fp32", 4 * P, 4 * P + P + 4 * P, 3 * P),
         (2, "fp32", 4 * P, P + 4 * P, 3 * P),
         (3, "fp32", P + 4 * P, P + 4 * P, 3 * P),

@@ -58,12 +58,11 @@ class Engine:
         }
         """Shape of each trainable parameter."""
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        self._clip = float(deepspeed_config["gradient_clipping"])
+        self._clip = optim.clip
         self._replica: Replica | None = None
         if self.stage == 0:
             module.to(device)  # DeepSpeed would do it after the fp32 copies are made
             self._replica = Replica(trained)
-            deepspeed_config = _forward_only(deepspeed_config)
         self.optimizer = _adamw(module, self._names, optim, device, self._replica)
         deepspeed.init_distributed(dist_init_required=False)  # takes the process group that is there
         self.deepspeed, self._wrapped, _, _ = deepspeed.initialize(
@@ -192,14 +191,10 @@ class Engine:
         return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * 1024 / 1e9
 
     def close(self) -> None:
-        """Give back DeepSpeed's hooks and buffers."""
+        """Give back the hooks and buffers of DeepSpeed and of ZeRO 0."""
+        if self._replica is not None:
+            self._replica.close()
         self.deepspeed.destroy()
-
-
-def _forward_only(deepspeed_config: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration with which DeepSpeed takes module and optimizer as they are, and neither casts nor clips."""
-    kept = {key: value for key, value in deepspeed_config.items() if key not in {"bf16", "data_types"}}
-    return {**kept, "gradient_clipping": 0.0}
 
 
 def _adamw(

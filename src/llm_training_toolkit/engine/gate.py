@@ -1,4 +1,4 @@
-"""Leaving out an update after DeepSpeed has computed the gradient's norm, which it does just before the update.
+"""Leaving out an update once the gradient's norm is known: just before the update, by DeepSpeed or at ZeRO 0 by us.
 
 DeepSpeed calls the optimizer that it was given, under ZeRO 1 to 3 once for each flat partition. When the optimizer
 does nothing, the fp32 weights and the moments stay as they are, and the weights of the forward pass are rounded from

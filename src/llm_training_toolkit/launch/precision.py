@@ -9,7 +9,7 @@ from llm_training_toolkit.config import Config, to_json
 from llm_training_toolkit.context import RunContext
 from llm_training_toolkit.launch.environment import is_local
 from llm_training_toolkit.launch.place import Place, ranks_started
-from llm_training_toolkit.plan import PRECISION, Resolved, choose_precision, slow_precision, with_precision
+from llm_training_toolkit.plan import PRECISION, Precision, Resolved, choose_precision, slow_precision, with_precision
 from llm_training_toolkit.runs import RunDirectory, write_atomically
 
 
@@ -20,7 +20,7 @@ def resolve_precision(place: Place, context: RunContext) -> tuple[Place, tuple[s
     """
     precision = context.broadcast(place.config.train.precision)  # torchrun's ranks have read files of their own
     if precision == "fp32" or (precision == "bf16" and context.device.type != "cpu"):
-        return replace(place, config=with_precision(place.config, precision)), precision_notes(place.run)
+        return _kept(place, precision)
     from llm_training_toolkit.matmul_speed import bf16_slowdown
 
     slowdowns = context.gather(bf16_slowdown(context.device))
@@ -28,7 +28,7 @@ def resolve_precision(place: Place, context: RunContext) -> tuple[Place, tuple[s
         slow = slow_precision(precision, slowdowns)
         if slow is not None and context.is_first:
             context.report({"kind": "warning", "message": slow})
-        return replace(place, config=with_precision(place.config, precision)), precision_notes(place.run)
+        return _kept(place, precision)
     chosen = choose_precision(slowdowns, context.device.type)
     config = _with(place.config, chosen)
     if context.is_first:
@@ -37,11 +37,17 @@ def resolve_precision(place: Place, context: RunContext) -> tuple[Place, tuple[s
     return replace(place, config=config), (str(chosen),)
 
 
-def precision_notes(run: RunDirectory) -> tuple[str, ...]:
-    """The reason for the precision that an earlier plan of the run gives; nothing where it was asked for."""
+def _kept(place: Place, precision: Precision) -> tuple[Place, tuple[str, ...]]:
+    kept = replace(place, config=with_precision(place.config, precision))
+    return kept, precision_notes(kept.run, kept.config)
+
+
+def precision_notes(run: RunDirectory, config: Config) -> tuple[str, ...]:
+    """Read the reason for the run's precision from its earlier plan; empty where it was asked for."""
     if not run.plan.is_file():
         return ()
-    return tuple(note for note in json.loads(run.plan.read_text())["notes"] if note.startswith(f"{PRECISION} = "))
+    reason = f"{PRECISION} = {config.train.precision} (auto)"
+    return tuple(note for note in json.loads(run.plan.read_text())["notes"] if note.startswith(reason))
 
 
 def resolve_precision_here(config: Config) -> tuple[Config, tuple[str, ...]]:
@@ -50,7 +56,7 @@ def resolve_precision_here(config: Config) -> tuple[Config, tuple[str, ...]]:
     A cluster, torchrun's other machines and GPUs are left to the workers: there `auto` stays.
     """
     elsewhere = not is_local() if config.cluster.workers != 0 else ranks_started() > 1
-    if config.train.precision != "auto" or elsewhere:
+    if config.train.precision != "auto" or elsewhere or _needs_gpu(config):
         return config, ()
     import torch  # two seconds, which a precision that is given does not cost
 
@@ -60,6 +66,12 @@ def resolve_precision_here(config: Config) -> tuple[Config, tuple[str, ...]]:
         return config, ()
     chosen = choose_precision([bf16_slowdown(torch.device("cpu"))], "cpu")
     return _with(config, chosen), (str(chosen),)
+
+
+def _needs_gpu(config: Config) -> bool:
+    """Whether the configuration can work on GPUs alone, wherever they are."""
+    quantized = config.model.lora is not None and config.model.lora.quantize is not None
+    return quantized or config.cluster.gpus_per_worker == 1 or config.model.attention not in {"sdpa", "eager"}
 
 
 def _with(config: Config, chosen: Resolved) -> Config:

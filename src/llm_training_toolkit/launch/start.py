@@ -44,7 +44,7 @@ def start(request: Request, console: Console) -> Outcome:
     with held(place_of(config), console) as run:
         standing = standing_of(run)
         config, resolved = resolve_precision_here(standing.kept(config))
-        resolved = resolved or (precision_notes(run) if standing.manifest is not None else ())
+        resolved = resolved or precision_notes(run, config)
         plan = require(make_plan(config, standing.facts(config), replicas)).with_notes(resolved)
         refuse_changed_run(standing, config, request.accept, extend=request.extend)
         refuse_other_weights(standing, plan)

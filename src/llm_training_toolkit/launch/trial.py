@@ -32,6 +32,7 @@ from llm_training_toolkit.errors import LaunchError, ToolkitError
 from llm_training_toolkit.launch import nodes
 from llm_training_toolkit.launch.ahead import preparing_ahead
 from llm_training_toolkit.launch.environment import prepare_environment
+from llm_training_toolkit.launch.precision import precision_notes
 from llm_training_toolkit.launch.preparation import facts_of, markers_of, prepare_epochs
 from llm_training_toolkit.launch.ray_train import wanted_of
 from llm_training_toolkit.launch.standing import standing_of
@@ -185,12 +186,13 @@ class _Work:
     def _make_ready(self, run: RunDirectory, config: Config, console: Console) -> Plan | None:
         """Prepare and write down what workers need; None where the run has been trained to its end."""
         standing = standing_of(run)
+        config = standing.kept(config)
         prepared = standing.prepared(config, ())
         if prepared is None:
             work = Preparation(config, markers_of(config), console.stage, in_this_process)
             prepared = prepare_epochs(work, config, standing.step, standing.sequences, until=standing.step + 1).receipt
         facts = facts_of(prepared, standing.step, standing.sequences)
-        plan = require(make_plan(config, facts))
+        plan = require(make_plan(config, facts)).with_notes(precision_notes(run, config))
         assert plan.steps is not None, "the data is prepared"
         scheduler = Scheduler.model_validate_json(self._order.scheduler)
         self._steps = rung_steps(scheduler, plan.steps, plan.tokens_per_step)

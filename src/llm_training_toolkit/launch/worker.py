@@ -198,14 +198,14 @@ def _progress(checkpoint: Checkpoint | None) -> Progress:
 
 
 def _warn_of_other_bits(checkpoint: Checkpoint | None, lineage: Lineage, context: RunContext) -> None:
-    """Say when the continuation cannot be bit for bit: rounding depends on ranks, threads and micro-batch."""
+    """Say when the continuation cannot be bit for bit: rounding depends on ranks, threads, micro-batch and stage."""
     if checkpoint is None or not context.is_first:
         return
     manifest = checkpoint.manifest
-    before = (manifest.world_size, manifest.threads, manifest.extra["micro_batch"])
-    now = (context.world_size, lineage.threads, lineage.extra["micro_batch"])
+    before = (manifest.world_size, manifest.threads, manifest.extra["micro_batch"], manifest.zero)
+    now = (context.world_size, lineage.threads, lineage.extra["micro_batch"], lineage.zero)
     if before != now:
-        said = "went on {} workers with {} threads each in micro-batches of {}".format(*before)
-        here = "goes on {} with {} in micro-batches of {}".format(*now)
+        said = "went on {} workers with {} threads each in micro-batches of {} under ZeRO {}".format(*before)
+        here = "goes on {} with {} in micro-batches of {} under ZeRO {}".format(*now)
         message = f"the run {said} and now {here}: the same sequences, losses equal up to rounding"
         context.report({"kind": "note", "message": message})

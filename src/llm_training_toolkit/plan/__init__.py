@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from llm_training_toolkit.plan.auto import (
     PRECISION,
+    Precision,
     Resolved,
     choose_precision,
     slow_precision,
@@ -37,6 +38,7 @@ __all__ = [
     "Load",
     "Memory",
     "Plan",
+    "Precision",
     "Problem",
     "Resolved",
     "Schedule",

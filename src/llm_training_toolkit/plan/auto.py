@@ -53,8 +53,8 @@ def slow_precision(precision: str, slowdowns: Sequence[float]) -> str | None:
     if precision != "bf16" or worst < _SLOW or math.isinf(worst):
         return None
     return (
-        f"this run is in bf16, which is {_times(worst)} than fp32 on the CPU here; a run keeps its precision, and a "
-        "new one takes the faster (train.precision: auto)"
+        f"this run is in bf16, which is {_times(worst)} than fp32 on the CPU here; a run keeps its precision. "
+        "With train.precision: auto a new one takes the faster"
     )
 
 
@@ -63,19 +63,19 @@ def _times(slowdown: float) -> str:
 
 
 def with_precision(config: Config, precision: Precision) -> Config:
-    """The same run with a precision where `auto` stood."""
+    """Set the precision of a run."""
     train = config.train.model_copy(update={"precision": precision})
     return config.model_copy(update={"train": train})
 
 
 def with_zero_stage(config: Config, stage: int) -> Config:
-    """The same run with a ZeRO stage where `auto` stood."""
+    """Set the ZeRO stage of a run."""
     engine = config.engine.model_copy(update={"zero": stage})
     return config.model_copy(update={"engine": engine})
 
 
 def assumed(config: Config) -> Config:
-    """The configuration that is planned before a machine has decided: bf16, and the stage for enough memory."""
+    """Assume bf16 and the stage for enough memory, as planned before a machine has decided."""
     if config.train.precision == "auto":
         config = with_precision(config, "bf16")
     return with_zero_stage(config, zero_stages(config)[0]) if config.engine.zero == "auto" else config
@@ -88,4 +88,6 @@ def zero_stages(config: Config) -> tuple[int, ...]:
     adds up micro-batches in bf16. Weights in 4 bits cannot be cut, so stage 3 is not for them.
     """
     lora = config.model.lora
-    return (0, 2) if lora is not None and lora.quantize is not None else (0, 2, 3)
+    stages = (0, 2) if lora is not None and lora.quantize is not None else (0, 2, 3)
+    # Settings of zero_optimization would do nothing at stage 0, which is the engine's own.
+    return stages[1:] if config.engine.deepspeed.get("zero_optimization") else stages

@@ -138,7 +138,7 @@ def _run(config: Config) -> Iterator[Problem]:
 
 
 def memory_problems(memory_gb: Mapping[str, float]) -> tuple[Problem, ...]:
-    """A run that needs more memory of a device than a whole data center has."""
+    """Find a run that needs more memory of a device than a whole data center has."""
     needed = sum(memory_gb.values())
     if needed <= _MOST_MEMORY_GB:
         return ()
@@ -249,6 +249,8 @@ def _precision_notes(config: Config, fewest: int, most: int) -> Iterator[str]:
         yield "ZeRO 1 in bf16 sums gradients over micro-batches in bf16; the other stages do it in fp32."
     if config.run.deterministic and config.train.micro_batch == "auto":
         yield "micro_batch: auto depends on the memory that is free at the first start: give a number to repeat a run."
+    if stage == 0 and config.engine.deepspeed.get("zero_optimization"):
+        yield "engine.deepspeed.zero_optimization does nothing at ZeRO 0: set engine.zero to 1, 2 or 3, or remove it."
     if stage > 0 and most == 1:
         yield f"ZeRO {stage} spreads nothing over one worker."
 

@@ -87,8 +87,8 @@ def own_config(config: Config, *, parameters: int = _BUCKET) -> dict[str, Any]:
     return {
         "train_micro_batch_size_per_gpu": micro_batch(config),
         "gradient_accumulation_steps": 1,
-        # DeepSpeed's default became 1.0; written out, 0 means none.
-        "gradient_clipping": config.optim.clip,
+        # DeepSpeed's default became 1.0; written out, 0 means none. At stage 0 the engine clips (engine/replica.py).
+        "gradient_clipping": config.optim.clip if int(config.engine.zero) else 0.0,
         "zero_optimization": _zero(int(config.engine.zero), min(parameters, _BUCKET)),
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
@@ -109,14 +109,14 @@ def _zero(stage: int, bucket: int) -> dict[str, Any]:
 
 
 def _precision(config: Config) -> dict[str, Any]:
-    """Blocks of the precision; fp32 is the absence of all."""
-    if config.train.precision == "fp32":
+    """Blocks of the precision; fp32 is the absence of all. At stage 0 the engine keeps the fp32 weights itself."""
+    if config.train.precision == "fp32" or config.engine.zero == 0:
         return {}
     # With the check DeepSpeed leaves such an update out instead of writing NaN into the weights; the engine
     # asks whether it was left out, and the loop stops and says so.
     blocks: dict[str, Any] = {"bf16": {"enabled": True, "check_grad_overflow": True}}
     if int(config.engine.zero) >= 2:
-        # Stage 0 raises on this, and stage 1 switches to another optimizer class.
+        # Stage 1 would switch to another optimizer class.
         blocks["data_types"] = {"grad_accum_dtype": "fp32"}
     return blocks
 

@@ -84,7 +84,7 @@ class Forecast:
 
 def resolved_on(config: Config, hardware: Hardware) -> Config:
     """The configuration with what `auto` becomes on a cluster: the faster precision, the lowest stage that fits."""
-    replicas = max(config.cluster.most, 1)
+    replicas = max(config.cluster.fewest, 1)  # a device holds the most with the fewest workers
     if config.train.precision == "auto":
         faster: Precision = "bf16" if hardware.flops("bf16") >= hardware.flops("fp32") else "fp32"
         config = with_precision(config, faster)

@@ -10,6 +10,8 @@ from llm_training_toolkit.families import Adapter, Anatomy
 
 _NF4_BYTES = 0.5 + 0.127 / 8
 """Of a weight in 4 bits, with constants that are quantized once more: 0.127 bits (Dettmers et al. 2023, section 3)."""
+REDUCED_AT_ONCE = 2**26
+"""fp32 gradients that stage 0 copies into one piece for a reduction: 0.27 GB."""
 _MAX_LIVE = 1_000_000_000
 """DeepSpeed's default of stage3_max_live_parameters: gathered weights are kept up to this number."""
 
@@ -99,15 +101,18 @@ def weights(load: Load) -> int:
 def gradients(load: Load) -> int:
     """Gradients as accumulated, the copy for the optimizer, and the bucket of the reduction, in bytes.
 
-    Stages 0 and 1 accumulate whole in the precision of the forward pass; the step then needs an fp32 copy, of all at
-    stage 0 in bf16 and of the partition at stage 1. Stages 2 and 3 accumulate in fp32 on the partition alone. From
+    Stage 0 accumulates whole in fp32 (`engine/replica.py`): in bf16 beside the largest gradient that backward has just
+    made, in fp32 beside a piece that is being reduced. Stage 1 accumulates whole in the precision of the forward pass,
+    and the step needs an fp32 copy of the partition. Stages 2 and 3 accumulate in fp32 on the partition alone. From
     stage 1 on gradients pass through a bucket, which in bf16 is also copied to fp32 for the reduction; a tensor larger
     than the bucket (an embedding, the fused experts of a layer) passes alone. Read in DeepSpeed 0.19.8,
     runtime/zero/stage_1_and_2.py and stage3.py.
     """
     total = load.trained
     if load.zero == 0:
-        return total * (2 + 4) if load.precision == "bf16" else total * 4
+        reduced = 4 * min(total, max(REDUCED_AT_ONCE, load.model.largest_tensor)) if load.workers > 1 else 0
+        made = 2 * min(total, load.model.largest_tensor)
+        return 4 * total + (made if load.precision == "bf16" else reduced)
     bucket = min(total, max(load.bucket, load.model.largest_tensor)) * (2 + 4 if load.precision == "bf16" else 4)
     partition = 4 * load.part(total, spread=True)
     return partition + bucket + (load.width * total if load.zero == 1 else 0)
