@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 SHELL := bash
 
-.PHONY: quickstart test test-fast test-slow test-cluster test-ranks check bench-step bench-start bench-data bench-memory bench-loading bench-checkpoint bench-tune drill gpu-smoke cluster format install requirements docs clean
+.PHONY: quickstart test test-fast test-fast-one test-fast-other test-slow test-cluster test-ranks lint check bench-step bench-start bench-data bench-memory bench-loading bench-checkpoint bench-tune drill gpu-smoke cluster format install requirements docs clean
 
 quickstart: $(VENV)/.installed  ## install, train a small model on this machine, export it, let it write
 	@$(BIN)/ltt train configs/quickstart.yaml
@@ -14,8 +14,18 @@ test: $(VENV)/.installed-dev  ## every test
 	$(MAKE) test-fast
 	$(MAKE) test-slow
 
+FAST := -m "not slow and not cluster and not ranks"
+HALF := tests/cluster tests/data tests/evaluation tests/launch tests/scripts
+
 test-fast: $(VENV)/.installed-dev  ## the tests of `make check`
-	$(BIN)/python -m pytest -m "not slow and not cluster and not ranks"
+	$(MAKE) --jobs=2 test-fast-one test-fast-other
+
+# Halves of about the same time (.pytest_durations.json).
+test-fast-one:
+	set -o pipefail; $(BIN)/python -m pytest $(FAST) $(HALF) 2>&1 | sed --unbuffered ''
+
+test-fast-other:
+	set -o pipefail; $(BIN)/python -m pytest $(FAST) $(HALF:%=--ignore=%) 2>&1 | sed --unbuffered ''
 
 # Two lanes: tests on Ray clusters mostly wait, and the others have the processors meanwhile. sed keeps lines whole.
 test-slow: $(VENV)/.installed-dev  ## the tests that `make check` leaves out
@@ -28,11 +38,13 @@ test-ranks:
 	set -o pipefail; $(BIN)/python -m pytest -m "(slow or ranks) and not cluster" 2>&1 | sed --unbuffered ''
 
 check: $(VENV)/.installed-dev  ## format, lint, types, import contract, fast tests: three minutes at most
+	$(MAKE) --jobs=2 lint test-fast-one test-fast-other
+
+lint: $(VENV)/.installed-dev  ## format, lint, types, import contract
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(MAKE) test-fast
 
 bench-step: $(VENV)/.installed  ## tokens per second of this loop beside three others, two sizes (half an hour, a quiet machine)
 	$(BIN)/python benchmarks/bench_step.py

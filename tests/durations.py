@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import time
@@ -51,7 +52,12 @@ class Durations:
         if not self._seconds:
             return
         path = self.root / FILE
-        before = json.loads(path.read_text()) if path.exists() else {}
+        with path.open("a+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # the other lane may end at the same moment
+            self._add_to(path)
+
+    def _add_to(self, path: Path) -> None:
+        before = json.loads(path.read_text() or "{}")
         there = {test: found for test, found in before.items() if (self.root / test.partition("::")[0]).exists()}
         ordered = sorted((there | self._seconds).items(), key=lambda each: -sum(each[1].values()))
         path.write_text(json.dumps(dict(ordered), indent=1) + "\n")
