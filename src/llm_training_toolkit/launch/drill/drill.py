@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from llm_training_toolkit.config import Config, from_json, load
+from llm_training_toolkit.config import Config, load
 from llm_training_toolkit.config.address import is_address
 from llm_training_toolkit.errors import ConfigError, LaunchError
 from llm_training_toolkit.launch.drill.cluster import OwnCluster
@@ -66,7 +66,6 @@ class Drill:
             began = time.time()
             self._start(calm)
             self._finish(calm)
-            self._given = (*self._given, *_settings_of(calm))
             steps, cold = rows(calm)[-1]["step"], rows(calm)[0]["time"] - began
             self._say(f"{steps} steps, first after {cold:.1f} s; now with {self._order.kills} failures")
             again = time.time()
@@ -151,17 +150,6 @@ class Drill:
     def _finish(self, run: RunDirectory) -> None:
         if self._wait(run, lambda _now: False).wait() != 0:
             raise LaunchError(f"the run did not finish: see {_log(run)}")
-
-
-def _settings_of(run: RunDirectory) -> tuple[str, ...]:
-    """What `auto` became in a run, as overrides: another precision or stage would round differently."""
-    precision = from_json(run.resolved.read_text()).train.precision
-    record = attempt_record(run, last_attempt(run))
-    return (
-        f"train.precision={precision}",
-        f"engine.zero={record['zero']}",
-        f"train.micro_batch={record['micro_batch']}",
-    )
 
 
 def schedule(steps: int, kills: int, kinds: Sequence[str], draw: random.Random) -> list[tuple[int, str]]:
