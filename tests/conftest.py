@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from durations import Durations
+from durations import Durations, slowness
 from llm_training_toolkit.config import Config, parse, to_json
 from llm_training_toolkit.launch.preparation import prepare_run
 from llm_training_toolkit.runs import RunDirectory
 from rank_pool import RankPool
 
-LIMIT = 20.0  # seconds for a test without a marker
+LIMIT = 20.0  # seconds for a test without a marker, on a processor as fast as that of `durations.slowness`
 
 SHAPE = {
     "num_hidden_layers": 2,
@@ -30,7 +30,7 @@ SHAPE = {
 
 def pytest_configure(config: pytest.Config) -> None:
     """Keep the durations of all tests, and refuse slow ones without a marker."""
-    config.pluginmanager.register(Durations(config.rootpath, LIMIT))
+    config.pluginmanager.register(Durations(config.rootpath, LIMIT * slowness()))
 
 
 def tiny_config(corpus: Path, runs: Path, **sections: dict[str, Any]) -> Config:

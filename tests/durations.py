@@ -14,6 +14,7 @@ import pytest
 
 MARKS = ("slow", "cluster", "ranks")
 FILE = ".pytest_durations.json"
+_LOOP_SECONDS = 0.0055  # of `_loop_seconds` on a Xeon with AMX, 2026-11-30
 
 
 @dataclass(eq=False)  # pluggy keeps plugins in sets
@@ -61,6 +62,23 @@ class Durations:
         there = {test: found for test, found in before.items() if (self.root / test.partition("::")[0]).exists()}
         ordered = sorted((there | self._seconds).items(), key=lambda each: -sum(each[1].values()))
         path.write_text(json.dumps(dict(ordered), indent=1) + "\n")
+
+
+def slowness() -> float:
+    """How many times longer this processor takes for plain Python than a Xeon with AMX; at least 1.
+
+    A limit in seconds alone would fail on the slower of two machines with the same tests.
+    """
+    fastest = min(_loop_seconds() for _ in range(5))
+    return max(1.0, fastest / _LOOP_SECONDS)
+
+
+def _loop_seconds() -> float:
+    began = time.process_time()
+    total = 0
+    for number in range(200_000):
+        total += number
+    return time.process_time() - began
 
 
 def _clocks() -> tuple[float, float]:

@@ -7,10 +7,9 @@ import time
 
 import torch
 
-_SIDE = 256
-"""Rows and columns of the products: forward and backward are 0.1 GFLOP, 40 ms at the 2.7 GFLOP/s of bf16 on AVX2."""
-_SECONDS = 0.05
-"""Time for the measured products, warm-up excluded."""
+_SMALL, _LARGE = 64, 256  # rows and columns; forward and backward at 256 are 0.1 GFLOP, 40 ms at AVX2's 2.7 GFLOP/s
+_SECONDS = 0.05  # for the products of one size, warm-up excluded
+_TOO_LONG = 0.5  # seconds for one large product in bf16: an emulated processor may take several
 
 
 def bf16_slowdown(device: torch.device) -> float:
@@ -30,22 +29,31 @@ def bf16_slowdown(device: torch.device) -> float:
 
 
 def _measured_slowdown() -> float:
-    """The ratio of the fastest products, in turns, so that a machine that slows down slows both."""
-    operands = {dtype: _operands(dtype) for dtype in (torch.float32, torch.bfloat16)}
+    """The ratio for large products; for small ones where a large one would take too long to measure."""
+    fp32, bf16 = _fastest_products(_SMALL)
+    if bf16 * (_LARGE / _SMALL) ** 3 < _TOO_LONG:
+        fp32, bf16 = _fastest_products(_LARGE)
+    return bf16 / fp32
+
+
+def _fastest_products(side: int) -> tuple[float, float]:
+    """Seconds of the fastest in fp32 and in bf16, in turns, so that a machine that slows down slows both."""
+    dtypes = (torch.float32, torch.bfloat16)
+    operands = {dtype: _operands(side, dtype) for dtype in dtypes}
     for pair in operands.values():
         _product_seconds(*pair)  # the first one prepares oneDNN's kernels
-    fastest = dict.fromkeys(operands, math.inf)
+    fastest = dict.fromkeys(dtypes, math.inf)
     end = time.perf_counter() + _SECONDS
     while True:
         for dtype, pair in operands.items():
             fastest[dtype] = min(fastest[dtype], _product_seconds(*pair))
         if time.perf_counter() > end:
-            return fastest[torch.bfloat16] / fastest[torch.float32]
+            return fastest[torch.float32], fastest[torch.bfloat16]
 
 
-def _operands(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def _operands(side: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)  # the process's own generator is left as it is
-    one, other = (torch.randn(_SIDE, _SIDE, generator=generator).to(dtype).requires_grad_() for _ in range(2))
+    one, other = (torch.randn(side, side, generator=generator).to(dtype).requires_grad_() for _ in range(2))
     return one, other
 
 
