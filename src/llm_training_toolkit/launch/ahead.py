@@ -39,10 +39,10 @@ _NICENESS = 10
 def preparing_ahead(run: RunDirectory, config: Config, facts: DataFacts, console: Console) -> Iterator[None]:
     """Have the epochs that the run still lacks prepared while it trains; nothing where it has them all."""
     if covers(config, facts):
-        _state(run, "done")
+        write_preparation_state(run, "done")
         yield
         return
-    _state(run, "working")
+    write_preparation_state(run, "working")
     log = run.path / "logs" / "preparation.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "llm_training_toolkit.launch.ahead", str(run.path)]
@@ -79,18 +79,18 @@ def _watch(
     """Say at once when later epochs cannot be had, also when the process ends without a word, killed for its memory."""
     if process.wait() == 0 or ending.is_set():
         return
-    state, why = _read_state(run)
+    state, why = read_preparation_state(run)
     if state == "working":
         why = f"the process that prepares them ended with {process.returncode}; see {log}"
-        _state(run, "failed", why)
+        write_preparation_state(run, "failed", why)
     console.show({"kind": "warning", "message": f"later epochs cannot be prepared, the run ends before them: {why}"})
 
 
-def _state(run: RunDirectory, state: str, why: str = "") -> None:
+def write_preparation_state(run: RunDirectory, state: str, why: str = "") -> None:
     write_atomically(run.preparation, json.dumps({"state": state, "why": why}))
 
 
-def _read_state(run: RunDirectory) -> tuple[str, str]:
+def read_preparation_state(run: RunDirectory) -> tuple[str, str]:
     if not run.preparation.exists():
         return "done", ""
     record = json.loads(run.preparation.read_text(encoding="utf-8"))
@@ -100,7 +100,7 @@ def _read_state(run: RunDirectory) -> tuple[str, str]:
 def newest_receipt(run: RunDirectory, known: Receipt) -> Receipt:
     """The receipt as it is now, if it will ever be another than the known one. Raises DataError when it will not."""
     storage_of(run.path).look(run.receipt.parent)
-    state, why = _read_state(run)  # before the receipt: what is done has been written
+    state, why = read_preparation_state(run)  # before the receipt: what is done has been written
     receipt = Receipt.from_json(run.receipt.read_text(encoding="utf-8"))
     if receipt == known and state == "failed":
         raise DataError(f"later epochs could not be prepared: {why}")
@@ -155,9 +155,9 @@ def main() -> None:
     except KeyboardInterrupt:
         return
     except (ToolkitError, OSError, MemoryError) as error:
-        _state(run, "failed", str(error) or type(error).__name__)
+        write_preparation_state(run, "failed", str(error) or type(error).__name__)
         raise
-    _state(run, "done")
+    write_preparation_state(run, "done")
 
 
 if __name__ == "__main__":

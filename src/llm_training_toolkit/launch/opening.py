@@ -6,11 +6,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from llm_training_toolkit import storage
 from llm_training_toolkit.config import Config
 from llm_training_toolkit.config.address import is_address
-from llm_training_toolkit.console import Console
 from llm_training_toolkit.runs import RunDirectory, claim
+from llm_training_toolkit.storage.opening import hold_stored, taking_part
 
 
 def place_of(config: Config) -> str:
@@ -21,10 +20,10 @@ def place_of(config: Config) -> str:
 
 
 @contextmanager
-def held(place: str, console: Console) -> Iterator[RunDirectory]:
+def held(place: str, say: Callable[[str], None]) -> Iterator[RunDirectory]:
     """The run at a place, held by this process. Raises LaunchError when another holds it, or nothing can be written."""
     if is_address(place):
-        with storage.held(place, console.say) as run:
+        with hold_stored(place, say) as run:
             yield run
     else:
         run = RunDirectory(Path(place))
@@ -36,7 +35,7 @@ def held(place: str, console: Console) -> Iterator[RunDirectory]:
 def joined(place: str, say: Callable[[str], None]) -> Iterator[RunDirectory]:
     """The run at a place, which another process holds and this one takes part in."""
     if is_address(place):
-        with storage.taking_part(place, say) as run:
+        with taking_part(place, say) as run:
             yield run
     else:
         yield RunDirectory(Path(place))

@@ -41,7 +41,7 @@ def start(request: Request, console: Console) -> Outcome:
     if config.cluster.workers == 0 and not is_first_rank():
         with joined(place_of(config), console.say) as run:
             return _take_part(run, config, console)
-    with held(place_of(config), console) as run:
+    with held(place_of(config), console.say) as run:
         standing = standing_of(run)
         config, resolved = resolve_precision_here(standing.kept(config))
         resolved = resolved or precision_notes(run, config)

@@ -47,9 +47,9 @@ def curve(points: Sequence[tuple[float, float]], across: str, up: str) -> str:
         for x, y in points[:-1] or points
     )
     frame = [_grid_line(at(0, y)[1], f"{y:.4g}") for y in _even(low, high)]
-    frame += [_text(at(x, 0)[0], _HEIGHT - 24, _large(x), "middle", "dim") for x in _even(0.0, right)]
-    frame.append(_text(_LEFT + (_WIDTH - _LEFT - _RIGHT) / 2, _HEIGHT - 6, across, "middle"))
-    frame.append(_text(4, 12, up))
+    frame += [_svg_text(at(x, 0)[0], _HEIGHT - 24, _large(x), "middle", "dim") for x in _even(0.0, right)]
+    frame.append(_svg_text(_LEFT + (_WIDTH - _LEFT - _RIGHT) / 2, _HEIGHT - 6, across, "middle"))
+    frame.append(_svg_text(4, 12, up))
     stroke = 'fill="none" stroke="var(--mark)" stroke-width="2"'
     return _svg(_HEIGHT, f'{"".join(frame)}<polyline class="plot" points="{line}" {stroke}/>{dots}')
 
@@ -72,8 +72,8 @@ def parallel(axes: Sequence[Axis], strength: Sequence[float], titles: Sequence[s
     frame = []
     for x, axis in zip(xs, axes, strict=True):
         frame.append(f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{top}" y2="{bottom}"/>')
-        frame.append(_text(x, top - 16, axis.name, "middle"))
-        frame += [_text(x + 6, y(place) + 4, text, "start", "dim") for place, text in axis.ticks]
+        frame.append(_svg_text(x, top - 16, axis.name, "middle"))
+        frame += [_svg_text(x + 6, y(place) + 4, text, "start", "dim") for place, text in axis.ticks]
     return _svg(_HEIGHT, "".join([*lines, *frame]))
 
 
@@ -83,10 +83,10 @@ def bars(values: Sequence[tuple[str, float]]) -> str:
     parts = []
     for number, (name, value) in enumerate(values):
         y = 6 + number * height
-        parts.append(_text(220, y + 13, name, "end"))
+        parts.append(_svg_text(220, y + 13, name, "end"))
         size = f'width="{max(value * wide, 1):.1f}" height="{height - 8}"'
         parts.append(f'<rect class="plot" x="230" y="{y}" {size} fill="var(--mark)"/>')
-        parts.append(_text(238 + value * wide, y + 13, f"{value:.0%}", "start", "dim"))
+        parts.append(_svg_text(238 + value * wide, y + 13, f"{value:.0%}", "start", "dim"))
     return _svg(len(values) * height + 10, "".join(parts))
 
 
@@ -96,10 +96,10 @@ def _even(low: float, high: float) -> list[float]:
 
 def _grid_line(y: float, text: str) -> str:
     line = f'<line class="axis" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
-    return line + _text(_LEFT - 8, y + 4, text, "end", "dim")
+    return line + _svg_text(_LEFT - 8, y + 4, text, "end", "dim")
 
 
-def _text(x: float, y: float, text: str, anchor: str = "start", kind: str = "") -> str:
+def _svg_text(x: float, y: float, text: str, anchor: str = "start", kind: str = "") -> str:
     named = f' class="{kind}"' if kind else ""
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{named}>{html.escape(text)}</text>'
 

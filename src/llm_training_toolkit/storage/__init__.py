@@ -1,13 +1,13 @@
 """Runs whose directory lies in an object store; of no concern to those on a disk."""
 
 from llm_training_toolkit.storage.bucket import StorageError
-from llm_training_toolkit.storage.opening import held, opened, reached, refusal_of, runs_at, taking_part
+from llm_training_toolkit.storage.opening import hold_stored, opened, reached, refusal_of, runs_at, taking_part
 from llm_training_toolkit.storage.place import Storage, storage_of
 
 __all__ = [
     "Storage",
     "StorageError",
-    "held",
+    "hold_stored",
     "opened",
     "reached",
     "refusal_of",

@@ -23,7 +23,7 @@ Say = Callable[[str], None]
 
 
 @contextmanager
-def held(address: str, say: Say) -> Iterator[RunDirectory]:
+def hold_stored(address: str, say: Say) -> Iterator[RunDirectory]:
     """The run at an address, held by this process. Raises LaunchError when another holds it, or the store refuses."""
     with ExitStack() as stack:
         with reached():
