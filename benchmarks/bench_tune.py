@@ -26,13 +26,13 @@ from typing import Any
 
 os.environ |= {"RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"}  # a thread a worker; read at the imports below
 
+from llm_training_toolkit.commands.train import start
 from llm_training_toolkit.config.search import load_search
-from llm_training_toolkit.console import Console
-from llm_training_toolkit.launch import inline  # noqa: F401 - torch and DeepSpeed, once for all points of the grid
-from llm_training_toolkit.launch.outcome import Request
-from llm_training_toolkit.launch.start import start
-from llm_training_toolkit.overview import newest_rows
-from llm_training_toolkit.runs import RunDirectory
+from llm_training_toolkit.launch import torchrun  # noqa: F401 - torch and DeepSpeed, once for all points of the grid
+from llm_training_toolkit.launch.request import Request
+from llm_training_toolkit.monitoring.console import Console
+from llm_training_toolkit.runs.directory import RunDirectory
+from llm_training_toolkit.runs.metrics_log import newest_rows
 from llm_training_toolkit.search.results import spent
 from llm_training_toolkit.search.space import grid
 

@@ -91,7 +91,7 @@ def micro_batch(size: str) -> Any:
     import torch
 
     from common import SIZES
-    from llm_training_toolkit.data.batches import MicroBatch
+    from llm_training_toolkit.data.dataset import MicroBatch
     from loop import rows
 
     ids = rows(SIZES[size][1])

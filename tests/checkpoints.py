@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from llm_training_toolkit.checkpoint import Piece, Writing, finish, memory_for
-from llm_training_toolkit.checkpoint.writing import Describe
-from llm_training_toolkit.context import RunContext
+from llm_training_toolkit.checkpoint.writer import Describe
+from llm_training_toolkit.distributed.context import RunContext
 
 
 def save(

@@ -11,8 +11,8 @@ import pytest
 
 from durations import Durations, slowness
 from llm_training_toolkit.config import Config, parse, to_json
-from llm_training_toolkit.launch.preparation import prepare_run
-from llm_training_toolkit.runs import RunDirectory
+from llm_training_toolkit.data.prepare.epochs import prepare_run
+from llm_training_toolkit.runs.directory import RunDirectory
 from rank_pool import RankPool
 
 LIMIT = 20.0  # seconds for a test without a marker, on a processor as fast as that of `durations.slowness`

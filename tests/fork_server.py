@@ -166,7 +166,7 @@ def run(
 
 def _import_all() -> None:
     """Import what the commands import, in the order that the toolkit keeps to."""
-    from llm_training_toolkit.launch.environment import prepare_environment
+    from llm_training_toolkit.launch.backend import prepare_environment
 
     prepare_environment()
     from llm_training_toolkit.engine import prepare_process

@@ -95,7 +95,7 @@ def _serve(rank: int, world_size: int, port: int, pipe: Connection, log: Path) -
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
     )
-    from llm_training_toolkit.launch.output import redirect
+    from llm_training_toolkit.monitoring.logs import redirect
 
     redirect(log / f"ranks_{world_size}_{rank}.log")
     import torch

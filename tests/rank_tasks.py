@@ -16,24 +16,24 @@ import torch.distributed as dist
 
 from checkpoints import save
 from llm_training_toolkit.checkpoint import Checkpoint, Manifest
+from llm_training_toolkit.checkpoint.restore import restore
 from llm_training_toolkit.config import parse
-from llm_training_toolkit.context import Event, RunContext, Wish
-from llm_training_toolkit.data.batches import MicroBatch
-from llm_training_toolkit.data.feed import Feed
-from llm_training_toolkit.data.receipt import Receipt
+from llm_training_toolkit.data.dataloader import Feed
+from llm_training_toolkit.data.dataset import MicroBatch
+from llm_training_toolkit.data.prepare.dataset_info import Receipt
+from llm_training_toolkit.data.prepare.epochs import facts_of
+from llm_training_toolkit.distributed.context import Event, RunContext, Wish
 from llm_training_toolkit.engine import Engine, partitioned, whole_parameter
-from llm_training_toolkit.evaluation.held_out import held_out
-from llm_training_toolkit.launch.building import build
-from llm_training_toolkit.launch.fetching import weights_here
-from llm_training_toolkit.launch.place import Place
-from llm_training_toolkit.launch.preparation import facts_of
-from llm_training_toolkit.launch.worker import work
+from llm_training_toolkit.evaluation.validation import held_out
 from llm_training_toolkit.models import LossModule, build_model, check_weights, grow_vocabulary
 from llm_training_toolkit.models.build import DTYPES
-from llm_training_toolkit.models.initial import generator
+from llm_training_toolkit.models.init_weights import generator
 from llm_training_toolkit.plan import Plan, make_plan, slice_of
-from llm_training_toolkit.runs import RunDirectory, write_atomically
-from llm_training_toolkit.saving import restore
+from llm_training_toolkit.runs.directory import RunDirectory, write_atomically
+from llm_training_toolkit.worker.build import build
+from llm_training_toolkit.worker.hub_download import weights_here
+from llm_training_toolkit.worker.main import work
+from llm_training_toolkit.worker.spec import Place
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 

@@ -19,11 +19,11 @@ import rank_tasks
 from conftest import SHAPE, tiny_config
 from llm_training_toolkit.checkpoint import Checkpoint, newest
 from llm_training_toolkit.config import to_json
+from llm_training_toolkit.data.prepare.epochs import prepare_run
 from llm_training_toolkit.errors import CheckpointError
-from llm_training_toolkit.launch.exporting import export_run
-from llm_training_toolkit.launch.preparation import prepare_run
+from llm_training_toolkit.export.export_run import export_run
 from llm_training_toolkit.plan import make_plan
-from llm_training_toolkit.runs import RunDirectory
+from llm_training_toolkit.runs.directory import RunDirectory
 from rank_pool import RankPool
 from tiny_models import SHAPES
 

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from llm_training_toolkit.boards import log_directory
+from llm_training_toolkit.cli.tensorboard import log_directory
 from llm_training_toolkit.errors import ConfigError
-from llm_training_toolkit.metrics import TensorBoard
-from llm_training_toolkit.storage import storage_of, taking_part
+from llm_training_toolkit.monitoring.metrics import TensorBoard
+from llm_training_toolkit.runs.storage import storage_of, taking_part
 from s3_server import keys, s3_server
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from llm_training_toolkit import __version__
-from llm_training_toolkit.cli import main
+from llm_training_toolkit.cli.app import main
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = "configs/quickstart.yaml"
@@ -35,7 +35,7 @@ PLAN_KEYS = {
 }
 _LOADED = """
 import sys
-from llm_training_toolkit.cli import main
+from llm_training_toolkit.cli.app import main
 try:
     main()
 finally:
@@ -108,7 +108,8 @@ def test_a_plan_measures_the_precision_of_this_machine_with_torch_alone() -> Non
 
 def test_what_an_actor_imports_while_the_workers_start_is_light() -> None:
     """Ray does not import Ray Train by itself, nor torch: a second of CPU each, on the cores the workers start on."""
-    code = "import sys, llm_training_toolkit.launch.control; print(*({'torch', 'ray.train'} & sys.modules.keys()))"
+    heavy = "{'torch', 'ray.train'} & sys.modules.keys()"
+    code = f"import sys, llm_training_toolkit.launch.ray.control_actor; print(*({heavy}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout == "\n"
 

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_training_toolkit.console import Console, RemainingTime, sample_parts, step_line
+from llm_training_toolkit.monitoring.console import Console, RemainingTime, sample_parts, step_line
 
 
 def step(number: int, steps: int = 1000, **changed: Any) -> dict[str, Any]:

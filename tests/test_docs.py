@@ -10,7 +10,7 @@ from urllib.parse import unquote
 import pytest
 import typer
 
-from llm_training_toolkit.cli import app
+from llm_training_toolkit.cli.app import app
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "PROJECT_STRUCTURE.md", *sorted((ROOT / "docs").rglob("*.md"))]

@@ -17,13 +17,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import rank_tasks
 from llm_training_toolkit.checkpoint import Checkpoint, complete, newest
-from llm_training_toolkit.data.batches import Sequences
-from llm_training_toolkit.data.ledger import Fetched, read_ledger
+from llm_training_toolkit.data.dataset import Sequences
+from llm_training_toolkit.data.prepare.epochs import prepare_run
+from llm_training_toolkit.data.sample_log import Fetched, read_ledger
 from llm_training_toolkit.errors import CheckpointError, TrainingError
-from llm_training_toolkit.goodput import split_of
-from llm_training_toolkit.launch.preparation import prepare_run
 from llm_training_toolkit.plan import make_plan
-from llm_training_toolkit.runs import RunDirectory, attempt_record, last_attempt
+from llm_training_toolkit.runs.attempts import attempt_record, last_attempt
+from llm_training_toolkit.runs.directory import RunDirectory
+from llm_training_toolkit.runs.goodput import split_of
 from rank_pool import RankPool
 
 pytestmark = [pytest.mark.ranks]

@@ -19,9 +19,9 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from checkpoints import save
 from llm_training_toolkit import families
 from llm_training_toolkit.checkpoint import Checkpoint, FileEntry, Manifest
-from llm_training_toolkit.checkpoint.reading import Array
+from llm_training_toolkit.checkpoint.reader import Array
 from llm_training_toolkit.config.schema import Lora
-from llm_training_toolkit.context import RunContext
+from llm_training_toolkit.distributed.context import RunContext
 from llm_training_toolkit.errors import CheckpointError
 from llm_training_toolkit.export import (
     Beside,
@@ -345,7 +345,7 @@ def test_merged_adapters_are_told_from_a_base_they_hardly_change(
     tmp_path: Path, tokenizer: Path, dora: bool, learnt: float
 ) -> None:
     from llm_training_toolkit.export.adapters import MergedWeights, check_adapters
-    from llm_training_toolkit.models.adapters import add_adapters
+    from llm_training_toolkit.models.lora import add_adapters
 
     config = UNTIED | {"attention_bias": False}
     adapter = adapter_of(Lora(rank=4, dora=dora), families.find("qwen3-0.6b").family, families.anatomy(config))

@@ -25,8 +25,8 @@ from conftest import tiny_config
 from llm_training_toolkit import families
 from llm_training_toolkit.checkpoint import newest
 from llm_training_toolkit.config import Config, parse, to_json
-from llm_training_toolkit.launch.preparation import prepare_run
-from llm_training_toolkit.runs import RunDirectory
+from llm_training_toolkit.data.prepare.epochs import prepare_run
+from llm_training_toolkit.runs.directory import RunDirectory
 from rank_pool import RankPool
 from tiny_models import SHAPES
 

@@ -13,13 +13,12 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, GenerationConfig
 
 from llm_training_toolkit import families
-from llm_training_toolkit.data.chat import prompt_tokens
-from llm_training_toolkit.data.chat_template import ChatTemplate
-from llm_training_toolkit.data.markers import Markers
-from llm_training_toolkit.data.messages import Conversation, Message
-from llm_training_toolkit.data.tokenizer import TextEncoder, open_tokenizer, train_tokenizer
+from llm_training_toolkit.data.chat.messages import Conversation, Message
+from llm_training_toolkit.data.chat.render import prompt_tokens
+from llm_training_toolkit.data.chat.template import ChatTemplate
+from llm_training_toolkit.data.tokenizer import Markers, TextEncoder, open_tokenizer, train_tokenizer
 from llm_training_toolkit.errors import PlanError
-from llm_training_toolkit.generate import Generator, Writing, _Pieces
+from llm_training_toolkit.generation.generator import Generator, Writing, _Pieces
 from llm_training_toolkit.models import build_model
 
 CONTEXT = 64

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_training_toolkit.goodput import PARTS, Account, Part, in_words, split_of
-from llm_training_toolkit.launch.accounting import Carried, carried
-from llm_training_toolkit.overview import goodput
-from llm_training_toolkit.runs import RunDirectory, begin_attempt, end_attempt, note_in_attempt
+from llm_training_toolkit.runs.attempts import begin_attempt, end_attempt, note_in_attempt
+from llm_training_toolkit.runs.directory import RunDirectory
+from llm_training_toolkit.runs.goodput import PARTS, Account, Carried, Part, carried, in_words, split_of
+from llm_training_toolkit.runs.status import goodput
 
 Moves = st.lists(st.tuples(st.sampled_from(PARTS), st.floats(0.0, 1e4)), max_size=30)
 
@@ -127,7 +127,7 @@ def test_a_process_that_becomes_another_one_of_its_command_counts_its_time_once(
 
 
 def test_a_command_begins_when_its_process_is_started() -> None:
-    code = "from llm_training_toolkit.launch.accounting import command_began; print(command_began())"
+    code = "from llm_training_toolkit.runs.goodput import command_began; print(command_began())"
     before = time.time()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert -0.02 < float(done.stdout) - before < 0.5

@@ -18,9 +18,9 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from llm_training_toolkit.context import Event, RunContext
-from llm_training_toolkit.metrics import Metrics
-from llm_training_toolkit.runs import RunDirectory
+from llm_training_toolkit.distributed.context import Event, RunContext
+from llm_training_toolkit.monitoring.metrics import Metrics
+from llm_training_toolkit.runs.directory import RunDirectory
 
 
 @pytest.fixture
@@ -112,9 +112,9 @@ def test_a_whole_last_line_gets_no_empty_line_after_it(run: RunDirectory, contex
 _KILLED = """
 import os, signal, sys, torch
 from pathlib import Path
-from llm_training_toolkit.context import RunContext
-from llm_training_toolkit.metrics import Metrics
-from llm_training_toolkit.runs import RunDirectory
+from llm_training_toolkit.distributed.context import RunContext
+from llm_training_toolkit.monitoring.metrics import Metrics
+from llm_training_toolkit.runs.directory import RunDirectory
 metrics = Metrics(RunDirectory(Path(sys.argv[1])), 1, 0, RunContext(0, 1, torch.device("cpu")))
 for step in range(1, 6):
     metrics.write(step, {"train/loss": float(step)})

@@ -25,11 +25,11 @@ from numpy.typing import NDArray
 import fork_server
 from conftest import tiny_config
 from launch.conftest import command, wait_for_step
-from llm_training_toolkit.data.batches import IGNORED, Sequences
-from llm_training_toolkit.data.receipt import Receipt
+from llm_training_toolkit.data.dataset import IGNORED, Sequences
+from llm_training_toolkit.data.prepare.dataset_info import Receipt
 from llm_training_toolkit.data.tokenizer import open_tokenizer
 from llm_training_toolkit.families.qwen import TOKENS
-from llm_training_toolkit.runs import RunDirectory
+from llm_training_toolkit.runs.directory import RunDirectory
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 GLOBAL_BATCH = 4

@@ -12,14 +12,16 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from llm_training_toolkit.overview import status, statuses
-from llm_training_toolkit.runs import RunDirectory, begin_attempt, claim, end_attempt
-from llm_training_toolkit.runs_table import clock, runs_table
+from llm_training_toolkit.runs.attempts import begin_attempt, end_attempt
+from llm_training_toolkit.runs.directory import RunDirectory, claim
+from llm_training_toolkit.runs.status import status, statuses
+from llm_training_toolkit.runs.table import clock, runs_table
 
 _HOLD = """
 import sys, time
 from pathlib import Path
-from llm_training_toolkit.runs import RunDirectory, begin_attempt, claim
+from llm_training_toolkit.runs.directory import RunDirectory, claim
+from llm_training_toolkit.runs.attempts import begin_attempt
 run = RunDirectory(Path(sys.argv[1]))
 with claim(run):
     begin_attempt(run, {})
@@ -105,7 +107,7 @@ def test_only_runs_are_listed_by_name(run: RunDirectory) -> None:
 def test_the_command_prints_json_and_needs_no_torch(run: RunDirectory) -> None:
     code = (
         "import sys; sys.argv = ['ltt', 'runs', sys.argv[1], '--json']\n"
-        "from llm_training_toolkit.cli import main\n"
+        "from llm_training_toolkit.cli.app import main\n"
         "try: main()\n"
         "except SystemExit as end: assert not end.code\n"
         "assert not {'torch', 'ray', 'transformers'} & set(sys.modules)\n"

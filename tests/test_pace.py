@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_training_toolkit.pace import Pace, Slowest, slowest
+from llm_training_toolkit.train.stragglers import Pace, Slowest, slowest
 
 
 @given(st.lists(st.floats(0.001, 100.0), min_size=2, max_size=9))

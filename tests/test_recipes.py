@@ -16,10 +16,10 @@ import rank_tasks
 from conftest import write_corpus
 from llm_training_toolkit import families
 from llm_training_toolkit.config import Config, load, parse, to_json
-from llm_training_toolkit.launch.preparation import prepare_run
+from llm_training_toolkit.data.prepare.epochs import prepare_run
 from llm_training_toolkit.plan import make_plan, resolved_on
 from llm_training_toolkit.plan.cluster_file import read_hardware
-from llm_training_toolkit.runs import RunDirectory
+from llm_training_toolkit.runs.directory import RunDirectory
 from rank_pool import RankPool
 from tiny_models import SHAPES
 

@@ -9,8 +9,9 @@ import pytest
 
 import rank_tasks
 from llm_training_toolkit.checkpoint import complete
-from llm_training_toolkit.context import Wish
-from llm_training_toolkit.runs import RunDirectory, attempt_record
+from llm_training_toolkit.distributed.context import Wish
+from llm_training_toolkit.runs.attempts import attempt_record
+from llm_training_toolkit.runs.directory import RunDirectory
 from rank_pool import RankPool
 
 pytestmark = pytest.mark.ranks

@@ -20,18 +20,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llm_training_toolkit.errors import CheckpointError, LaunchError
-from llm_training_toolkit.runs import (
+from llm_training_toolkit.runs.attempts import begin_attempt, end_attempt
+from llm_training_toolkit.runs.directory import (
     RunDirectory,
-    begin_attempt,
     checkpoint_place,
     claim,
-    end_attempt,
     environment,
     run_of,
     write_atomically,
 )
 
-_IMPORTS = "import sys, time\nfrom pathlib import Path\nfrom llm_training_toolkit.runs import *\n"
+_IMPORTS = """
+import sys, time
+from pathlib import Path
+from llm_training_toolkit.runs.attempts import *
+from llm_training_toolkit.runs.directory import *
+"""
 _HOLD = """
 with claim(RunDirectory(Path(sys.argv[1]))):
     print("held", flush=True)

@@ -15,10 +15,12 @@ from torch import Tensor
 
 from checkpoints import save
 from llm_training_toolkit.checkpoint import FileEntry, Manifest, Rule, Writing, memory_for, newest
-from llm_training_toolkit.context import Event, RunContext
+from llm_training_toolkit.checkpoint.manager import CheckpointSaver, Lineage
+from llm_training_toolkit.checkpoint.restore import newest_sound
+from llm_training_toolkit.checkpoint.state import Progress
+from llm_training_toolkit.distributed.context import Event, RunContext
 from llm_training_toolkit.errors import CheckpointError
-from llm_training_toolkit.runs import RunDirectory
-from llm_training_toolkit.saving import CheckpointSaver, Lineage, Progress, newest_sound
+from llm_training_toolkit.runs.directory import RunDirectory
 
 OPTIMIZER = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
 

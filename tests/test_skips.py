@@ -12,10 +12,11 @@ import pytest
 
 import rank_tasks
 from llm_training_toolkit.checkpoint import Checkpoint, newest
+from llm_training_toolkit.checkpoint.state import Skip
+from llm_training_toolkit.data.prepare.epochs import prepare_run
 from llm_training_toolkit.errors import TrainingError
-from llm_training_toolkit.launch.preparation import prepare_run
-from llm_training_toolkit.runs import RunDirectory
-from llm_training_toolkit.spikes import FEWEST, MOST_IN_A_ROW, Skip
+from llm_training_toolkit.runs.directory import RunDirectory
+from llm_training_toolkit.train.loss_spikes import FEWEST, MOST_IN_A_ROW
 from rank_pool import RankPool
 
 pytestmark = [pytest.mark.ranks]

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_training_toolkit.spikes import FEWEST, WINDOW, Skip, Taken, remembered, row_of_skips, spike
+from llm_training_toolkit.checkpoint.state import Skip, Taken
+from llm_training_toolkit.train.loss_spikes import FEWEST, WINDOW, remembered, row_of_skips, spike
 
 MANY = 10**12
 """Loss tokens: so many that chance has no part in the mean."""

@@ -10,22 +10,23 @@ from typing import Any
 import pytest
 import torch
 
-from llm_training_toolkit.between import at_tasks
 from llm_training_toolkit.checkpoint import Rule
+from llm_training_toolkit.checkpoint.manager import CheckpointSaver, Lineage
+from llm_training_toolkit.checkpoint.state import Progress
 from llm_training_toolkit.config import EvalTask, from_json
-from llm_training_toolkit.context import RunContext, Wish
-from llm_training_toolkit.data.feed import Feed
-from llm_training_toolkit.data.receipt import Receipt
+from llm_training_toolkit.data.dataloader import Feed
+from llm_training_toolkit.data.prepare.dataset_info import Receipt
+from llm_training_toolkit.data.prepare.epochs import facts_of
+from llm_training_toolkit.distributed.context import RunContext, Wish
 from llm_training_toolkit.errors import DataError
-from llm_training_toolkit.goodput import Account
-from llm_training_toolkit.launch.exporting import Trained
-from llm_training_toolkit.launch.midway import Midway
-from llm_training_toolkit.launch.preparation import facts_of
-from llm_training_toolkit.parts import Parts
+from llm_training_toolkit.evaluation.in_training import Midway
+from llm_training_toolkit.export.export_run import Trained
 from llm_training_toolkit.plan import make_plan
-from llm_training_toolkit.runs import RunDirectory
-from llm_training_toolkit.saving import CheckpointSaver, Lineage, Progress
-from llm_training_toolkit.train import train
+from llm_training_toolkit.runs.directory import RunDirectory
+from llm_training_toolkit.runs.goodput import Account
+from llm_training_toolkit.train.components import Parts
+from llm_training_toolkit.train.hooks import at_tasks
+from llm_training_toolkit.train.loop import train
 
 FAR = 10_000
 """A step whose data is not prepared."""

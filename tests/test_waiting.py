@@ -11,9 +11,9 @@ import pytest
 
 import rank_tasks
 from llm_training_toolkit.checkpoint import newest
-from llm_training_toolkit.data.receipt import Receipt
+from llm_training_toolkit.data.prepare.dataset_info import Receipt
 from llm_training_toolkit.errors import DataError
-from llm_training_toolkit.runs import RunDirectory, checkpoint_place
+from llm_training_toolkit.runs.directory import RunDirectory, checkpoint_place
 from rank_pool import RankPool
 from test_elastic import assert_same_state, final, losses
 

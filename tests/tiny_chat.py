@@ -13,13 +13,12 @@ from typing import Any
 import pytest
 import transformers
 
-from llm_training_toolkit.data.chat import ChatRules, render_chat
-from llm_training_toolkit.data.chat_template import ChatTemplate
-from llm_training_toolkit.data.conversations import conversation_of
-from llm_training_toolkit.data.markers import Markers
-from llm_training_toolkit.data.render import Rendered
+from llm_training_toolkit.data.chat.parse import conversation_of
+from llm_training_toolkit.data.chat.render import ChatRules, render_chat
+from llm_training_toolkit.data.chat.template import ChatTemplate
 from llm_training_toolkit.data.sources import Document
-from llm_training_toolkit.data.tokenizer import TextEncoder, open_tokenizer, train_tokenizer
+from llm_training_toolkit.data.tokenizer import Markers, TextEncoder, open_tokenizer, train_tokenizer
+from llm_training_toolkit.data.types import Rendered
 from llm_training_toolkit.families import FAMILIES
 
 TAGS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>")

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from llm_training_toolkit.cli import main as ltt
+from llm_training_toolkit.cli.app import main as ltt
 from loop import CLIP, LENGTH, LR, SHAPES, VOCABULARY, WEIGHT_DECAY, Asked, Measured, size_of
 
 

@@ -23,9 +23,9 @@ import pyarrow as pa
 
 from lengths import LENGTH, Integers, chunks_of, lengths_of
 from llm_training_toolkit.config.schema import Data
-from llm_training_toolkit.data.packing import PackingPlan, pack_in_windows
-from llm_training_toolkit.data.store import Examples, join_examples, write_columns
-from llm_training_toolkit.data.survey import Survey, take
+from llm_training_toolkit.data.prepare.arrow_store import Examples, join_examples, write_columns
+from llm_training_toolkit.data.prepare.document_index import Survey, take
+from llm_training_toolkit.data.prepare.packing import PackingPlan, pack_in_windows
 
 BATCH_TOKENS = 1 << 20
 SHARD_TOKENS = 10 * BATCH_TOKENS

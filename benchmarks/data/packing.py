@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from lengths import LENGTH, Integers, Pieces, chunks_of, lengths_of, report
-from llm_training_toolkit.data.packing import PackingPlan, pack
+from llm_training_toolkit.data.prepare.packing import PackingPlan, pack
 
 
 def packed(lengths: Integers) -> tuple[float, Integers, Integers, PackingPlan]:

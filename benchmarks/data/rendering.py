@@ -20,11 +20,10 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from llm_training_toolkit.config.schema import Source
-from llm_training_toolkit.data.markers import Markers
-from llm_training_toolkit.data.rendering import Renderer
+from llm_training_toolkit.data.prepare.arrow_store import SourceExample, write_examples
+from llm_training_toolkit.data.prepare.renderer import Renderer
 from llm_training_toolkit.data.sources import Document, documents
-from llm_training_toolkit.data.store import SourceExample, write_examples
-from llm_training_toolkit.data.tokenizer import open_tokenizer, train_tokenizer
+from llm_training_toolkit.data.tokenizer import Markers, open_tokenizer, train_tokenizer
 from llm_training_toolkit.families import find
 
 MARKERS = Markers.of(find("qwen2.5-coder-0.5b").family)

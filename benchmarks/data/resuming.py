@@ -24,11 +24,11 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset, IterableDataset
 
-from llm_training_toolkit.data.feed import Feed
-from llm_training_toolkit.data.packing import pack_in_windows
-from llm_training_toolkit.data.receipt import EpochReceipt, Receipt, StreamReceipt
-from llm_training_toolkit.data.render import Example
-from llm_training_toolkit.data.store import Examples, SourceExample, join_examples, write_examples
+from llm_training_toolkit.data.dataloader import Feed
+from llm_training_toolkit.data.prepare.arrow_store import Examples, SourceExample, join_examples, write_examples
+from llm_training_toolkit.data.prepare.dataset_info import EpochReceipt, Receipt, StreamReceipt
+from llm_training_toolkit.data.prepare.packing import pack_in_windows
+from llm_training_toolkit.data.types import Example
 
 LENGTH = 128
 BATCH = 10

@@ -10,7 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from common import CLIP, LR, WEIGHT_DECAY, Clock, asked
-from llm_training_toolkit.cli import main as ltt
+from llm_training_toolkit.cli.app import main as ltt
 from loop import LENGTH, VOCABULARY
 
 

@@ -24,8 +24,8 @@ from typing import Any, NamedTuple
 
 import psutil
 
-from llm_training_toolkit.data.ledger import read_ledger
-from llm_training_toolkit.runs import RunDirectory
+from llm_training_toolkit.data.sample_log import read_ledger
+from llm_training_toolkit.runs.directory import RunDirectory
 
 HERE = Path(__file__).parent
 RESULT = HERE / "result.json"

@@ -66,8 +66,8 @@ def measure(run: Path, kind: str) -> dict[str, Any]:
     if kept.is_file():
         return dict(json.loads(kept.read_text()))
     from llm_training_toolkit.evaluation.model import Subject
-    from llm_training_toolkit.evaluation.settings import Infill, Perplexity
-    from llm_training_toolkit.evaluation.tasks import measure as carry_out
+    from llm_training_toolkit.evaluation.run_tasks import measure as carry_out
+    from llm_training_toolkit.evaluation.task import Infill, Perplexity
 
     subject = Subject(run, device="cpu")
     found: dict[str, Any] = {"next token": dict(carry_out(Perplexity(batch=16), subject, _silent).figures)}

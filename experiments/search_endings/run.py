@@ -26,8 +26,9 @@ from typing import Any
 
 import psutil
 
-from llm_training_toolkit.runs import RunDirectory, attempt_record
-from llm_training_toolkit.search.ledger import Ledger, SearchDirectory
+from llm_training_toolkit.runs.attempts import attempt_record
+from llm_training_toolkit.runs.directory import RunDirectory
+from llm_training_toolkit.search.event_log import Ledger, SearchDirectory
 from llm_training_toolkit.search.results import best
 
 HERE = Path(__file__).parent

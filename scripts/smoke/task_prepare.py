@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from llm_training_toolkit.config import parse
-from llm_training_toolkit.launch.preparation import prepare_run
+from llm_training_toolkit.data.prepare.epochs import prepare_run
 from smoke.task import Values, run
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from llm_training_toolkit.runs import environment
+from llm_training_toolkit.runs.directory import environment
 from smoke.task import Values, run
 
 _SIDE = {"cuda": 8192, "cpu": 512}

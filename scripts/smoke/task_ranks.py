@@ -12,13 +12,13 @@ import torch
 import torch.distributed as dist
 
 from llm_training_toolkit.config import Config, parse
-from llm_training_toolkit.context import RunContext
-from llm_training_toolkit.data.batches import MicroBatch
+from llm_training_toolkit.data.dataset import MicroBatch
+from llm_training_toolkit.distributed.context import RunContext
 from llm_training_toolkit.engine import Engine, prepare_process
-from llm_training_toolkit.launch.inline import process_group
-from llm_training_toolkit.launch.place import ranks_started
+from llm_training_toolkit.launch.torchrun import process_group
 from llm_training_toolkit.models import LossModule, build_model
 from llm_training_toolkit.plan import make_plan, require
+from llm_training_toolkit.worker.spec import ranks_started
 from smoke.task import Values, run
 
 _BYTES = {"cuda": 256 * 2**20, "cpu": 2**20}

@@ -15,12 +15,14 @@ import torch
 
 from llm_training_toolkit.checkpoint import Checkpoint, newest
 from llm_training_toolkit.config import Config, parse
-from llm_training_toolkit.console import Console
-from llm_training_toolkit.launch import start
-from llm_training_toolkit.launch.place import is_first_rank, ranks_started
-from llm_training_toolkit.launch.preparation import facts_of, prepare_run
+from llm_training_toolkit.data.prepare.epochs import facts_of, prepare_run
+from llm_training_toolkit.launch import backend
+from llm_training_toolkit.monitoring.console import Console
 from llm_training_toolkit.plan import make_plan, require
-from llm_training_toolkit.runs import RunDirectory, attempt_record, claim, last_attempt
+from llm_training_toolkit.runs.attempts import attempt_record, last_attempt
+from llm_training_toolkit.runs.directory import RunDirectory, claim
+from llm_training_toolkit.setup.run_files import write_down
+from llm_training_toolkit.worker.spec import is_first_rank, ranks_started
 from smoke.task import Values, run
 
 _SETTLED = 2
@@ -54,10 +56,10 @@ def train(arguments: Values) -> Values:
     place = RunDirectory(Path(config.run.dir) / config.run.name)
     watch = Watch(arguments.get("stop_after"))
     if not is_first_rank():
-        return start.train(place, config, watch)
+        return backend.train(place, config, watch)
     with claim(place):
         _prepare(place, config)
-        outcome = start.train(place, config, watch)
+        outcome = backend.train(place, config, watch)
     watch.close()
     found = outcome | _measured(place, arguments["config"])
     if arguments.get("discard"):
@@ -69,7 +71,7 @@ def _prepare(place: RunDirectory, config: Config) -> None:
     """Write what the workers read."""
     receipt = prepare_run(config, lambda _stage, _done, _total: None).receipt
     replicas = ranks_started() if config.cluster.workers == 0 else None
-    start.write_down(place, config, require(make_plan(config, facts_of(receipt), replicas)), receipt)
+    write_down(place, config, require(make_plan(config, facts_of(receipt), replicas)), receipt)
 
 
 def _measured(place: RunDirectory, config: Values) -> Values:

@@ -1,6 +1,6 @@
 """`python -m llm_training_toolkit` is the command `ltt`."""
 
-from llm_training_toolkit.cli import main
+from llm_training_toolkit.cli.app import main
 
 if __name__ == "__main__":
     main()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from llm_training_toolkit.checkpoint import Base, base_of, refuse_other_base, weight_files
-from llm_training_toolkit.context import RunContext
+from llm_training_toolkit.distributed.context import RunContext
 from llm_training_toolkit.errors import CheckpointError
 
 ALONE = RunContext(0, 1, torch.device("cpu"))

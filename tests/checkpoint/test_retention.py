@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llm_training_toolkit.checkpoint import Rule, clean, clear_unfinished, kept
-from llm_training_toolkit.runs import RunDirectory
+from llm_training_toolkit.runs.directory import RunDirectory
 
 Steps = st.lists(st.integers(0, 2_000), max_size=30)
 

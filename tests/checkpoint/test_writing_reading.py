@@ -39,10 +39,10 @@ from llm_training_toolkit.checkpoint import (
     set_aside,
 )
 from llm_training_toolkit.checkpoint.manifest import read_manifest
-from llm_training_toolkit.checkpoint.writing import Describe
-from llm_training_toolkit.context import RunContext
+from llm_training_toolkit.checkpoint.writer import Describe
+from llm_training_toolkit.distributed.context import RunContext
 from llm_training_toolkit.errors import CheckpointError
-from llm_training_toolkit.runs import RunDirectory
+from llm_training_toolkit.runs.directory import RunDirectory
 
 ONE_RANK = RunContext(0, 1, torch.device("cpu"))
 OPTIMIZER = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)

@@ -10,7 +10,7 @@ import pytest
 from llm_training_toolkit.config import Config, parse, to_json
 from llm_training_toolkit.config.load import from_json
 from llm_training_toolkit.errors import ConfigError
-from llm_training_toolkit.evaluation.settings import make_task
+from llm_training_toolkit.evaluation.task import make_task
 from llm_training_toolkit.plan import make_plan
 
 

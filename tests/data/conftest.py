@@ -10,8 +10,7 @@ import pytest
 from hypothesis import settings
 
 from llm_training_toolkit.config.schema import Config
-from llm_training_toolkit.data.markers import Markers
-from llm_training_toolkit.data.tokenizer import TextEncoder, open_tokenizer, train_tokenizer
+from llm_training_toolkit.data.tokenizer import Markers, TextEncoder, open_tokenizer, train_tokenizer
 from llm_training_toolkit.families import CodeLayout, SpecialTokens
 
 Configure = Callable[..., Config]

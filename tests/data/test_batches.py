@@ -15,14 +15,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llm_training_toolkit.config.schema import Config
-from llm_training_toolkit.data.batches import MicroBatch, Sequences, assemble, dummy
-from llm_training_toolkit.data.feed import Feed
-from llm_training_toolkit.data.markers import Markers
-from llm_training_toolkit.data.packing import pack_in_windows
-from llm_training_toolkit.data.prepare import Prepared, prepare
-from llm_training_toolkit.data.receipt import EpochReceipt, Receipt, StreamReceipt
-from llm_training_toolkit.data.render import Example
-from llm_training_toolkit.data.store import Examples, SourceExample, join_examples, write_examples
+from llm_training_toolkit.data.dataloader import Feed
+from llm_training_toolkit.data.dataset import MicroBatch, Sequences, assemble, dummy
+from llm_training_toolkit.data.prepare.arrow_store import Examples, SourceExample, join_examples, write_examples
+from llm_training_toolkit.data.prepare.builder import Prepared, prepare
+from llm_training_toolkit.data.prepare.dataset_info import EpochReceipt, Receipt, StreamReceipt
+from llm_training_toolkit.data.prepare.packing import pack_in_windows
+from llm_training_toolkit.data.tokenizer import Markers
+from llm_training_toolkit.data.types import Example
 from llm_training_toolkit.errors import DataError
 from llm_training_toolkit.plan import slice_of
 

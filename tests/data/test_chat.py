@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_training_toolkit.data.chat import ChatRules, render_chat
-from llm_training_toolkit.data.conversations import conversation_of
+from llm_training_toolkit.data.chat.parse import conversation_of
+from llm_training_toolkit.data.chat.render import ChatRules, render_chat
 from llm_training_toolkit.data.sources import Document
 from llm_training_toolkit.errors import DataError
 from llm_training_toolkit.families import FAMILIES

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_training_toolkit.data.chat_template import ChatTemplate
-from llm_training_toolkit.data.conversations import conversation_of
+from llm_training_toolkit.data.chat.parse import conversation_of
+from llm_training_toolkit.data.chat.template import ChatTemplate
 from llm_training_toolkit.errors import DataError
 from llm_training_toolkit.families import FAMILIES
 from tiny_chat import AGENT, RECORD, TAGS, WEATHER, ChatMaker

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from llm_training_toolkit.data.complete import complete, sweep
+from llm_training_toolkit.data.prepare.atomic_dir import complete, sweep
 
 _BUILDS_FOR_EVER = """
 import sys, time
 from pathlib import Path
-from llm_training_toolkit.data.complete import complete
+from llm_training_toolkit.data.prepare.atomic_dir import complete
 def build(directory):
     (directory / "half").write_text("x")
     time.sleep(60)

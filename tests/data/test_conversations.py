@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_training_toolkit.data.conversations import Conversation, Message, ToolCall, UnusableRecord, conversation_of
+from llm_training_toolkit.data.chat.parse import Conversation, Message, ToolCall, UnusableRecord, conversation_of
 
 ASKED, ANSWERED = {"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}
 SYSTEM = {"role": "system", "content": "Be brief."}

@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 
 from llm_training_toolkit.config.schema import Config
-from llm_training_toolkit.data.markers import Markers
-from llm_training_toolkit.data.prepare import Prepared, prepare
-from llm_training_toolkit.data.store import Examples
-from llm_training_toolkit.data.tokenizer import open_tokenizer
+from llm_training_toolkit.data.prepare.arrow_store import Examples
+from llm_training_toolkit.data.prepare.builder import Prepared, prepare
+from llm_training_toolkit.data.tokenizer import Markers, open_tokenizer
 from llm_training_toolkit.families import find
 
 RATE, SPM_RATE = 0.6, 0.25

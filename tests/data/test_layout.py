@@ -10,12 +10,11 @@ import pytest
 import tokenizers
 
 from llm_training_toolkit.config.schema import Source
-from llm_training_toolkit.data.layout import magnitude
-from llm_training_toolkit.data.markers import Markers
-from llm_training_toolkit.data.render import render
-from llm_training_toolkit.data.rules import Rules
+from llm_training_toolkit.data.code.render import render
+from llm_training_toolkit.data.code.repo_format import magnitude
+from llm_training_toolkit.data.code.rules import Rules
 from llm_training_toolkit.data.sources import Document, Part
-from llm_training_toolkit.data.tokenizer import TextEncoder, open_tokenizer, train_tokenizer
+from llm_training_toolkit.data.tokenizer import Markers, TextEncoder, open_tokenizer, train_tokenizer
 from llm_training_toolkit.errors import DataError
 from llm_training_toolkit.families import find
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_training_toolkit.data.packing import PackingPlan, pack, pack_in_windows
+from llm_training_toolkit.data.prepare.packing import PackingPlan, pack, pack_in_windows
 from llm_training_toolkit.errors import DataError
 
 
@@ -77,7 +77,7 @@ def test_windows_hold_every_example_once_and_nothing_of_other_windows(counts: li
 def test_shards_are_read_a_window_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     shards = np.repeat(np.arange(200), 50)
     lengths = np.random.default_rng(0).integers(1, 65, len(shards))
-    monkeypatch.setattr("llm_training_toolkit.data.packing._WINDOW_TOKENS", int(lengths.sum()) // 4 + 1)
+    monkeypatch.setattr("llm_training_toolkit.data.prepare.packing._WINDOW_TOKENS", int(lengths.sum()) // 4 + 1)
     plan, other = (pack_in_windows(shards, lengths, 64, targets=lengths, seed=1, epoch=epoch) for epoch in (0, 1))
     seen = shards[plan.order]
     first = {int(shard): place for place, shard in reversed(list(enumerate(seen)))}
@@ -106,7 +106,7 @@ def test_fifty_thousand_lengths_take_well_under_a_second() -> None:
 TEN_MILLION = """
 import resource
 import numpy as np
-from llm_training_toolkit.data.packing import pack
+from llm_training_toolkit.data.prepare.packing import pack
 
 lengths = np.minimum(np.random.default_rng(0).lognormal(6.0, 1.1, 10_000_000).astype(np.int64) + 1, 2048)
 plan = pack(lengths, 2048, targets=lengths - 1)

@@ -13,13 +13,12 @@ import pyarrow as pa
 import pytest
 
 from llm_training_toolkit.config.schema import Config
-from llm_training_toolkit.data.markers import Markers
-from llm_training_toolkit.data.packing import PackingPlan
-from llm_training_toolkit.data.prepare import Prepared, prepare
-from llm_training_toolkit.data.receipt import Receipt
-from llm_training_toolkit.data.store import Examples
-from llm_training_toolkit.data.survey import Survey
-from llm_training_toolkit.data.tokenizer import TextEncoder
+from llm_training_toolkit.data.prepare.arrow_store import Examples
+from llm_training_toolkit.data.prepare.builder import Prepared, prepare
+from llm_training_toolkit.data.prepare.dataset_info import Receipt
+from llm_training_toolkit.data.prepare.document_index import Survey
+from llm_training_toolkit.data.prepare.packing import PackingPlan
+from llm_training_toolkit.data.tokenizer import Markers, TextEncoder
 from llm_training_toolkit.errors import DataError
 
 Configure = Callable[..., Config]
@@ -65,8 +64,8 @@ def test_the_second_call_finds_everything(
     configure: Configure, markers: Markers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = prepare(configure(), markers)
-    monkeypatch.setattr("llm_training_toolkit.data.shards.ShardWriter", None)
-    monkeypatch.setattr("llm_training_toolkit.data.shards.open_tokenizer", None)
+    monkeypatch.setattr("llm_training_toolkit.data.prepare.shards.ShardWriter", None)
+    monkeypatch.setattr("llm_training_toolkit.data.prepare.shards.open_tokenizer", None)
     start = time.perf_counter()
     assert prepare(configure(), markers) == first
     assert time.perf_counter() - start < 1.0
@@ -212,7 +211,7 @@ def test_a_long_corpus_lies_in_several_batches(
     configure: Configure, markers: Markers, encoder: TextEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = texts_of(prepare(configure(), markers), "tokens", encoder)
-    monkeypatch.setattr("llm_training_toolkit.data.store._TOKENS_PER_BATCH", 100)
+    monkeypatch.setattr("llm_training_toolkit.data.prepare.arrow_store._TOKENS_PER_BATCH", 100)
     again = prepare(configure(cache=str(tmp_path / "other")), markers)
     assert texts_of(again, "tokens", encoder) == whole
     with pa.OSFile(str(again.directory / "tokens" / "tokens-00000.arrow")) as file:

@@ -12,11 +12,10 @@ from typing import Any
 import pytest
 
 from llm_training_toolkit.config.schema import Source
-from llm_training_toolkit.data.conversations import conversation_of
-from llm_training_toolkit.data.markers import Markers
-from llm_training_toolkit.data.rendering import Renderer
+from llm_training_toolkit.data.chat.parse import conversation_of
+from llm_training_toolkit.data.prepare.renderer import Renderer
 from llm_training_toolkit.data.sources import Document, Part
-from llm_training_toolkit.data.tokenizer import open_tokenizer
+from llm_training_toolkit.data.tokenizer import Markers, open_tokenizer
 from llm_training_toolkit.families import find
 
 QWEN3 = Path(__file__).parent / "qwen3"

@@ -11,13 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llm_training_toolkit.config.schema import Source
-from llm_training_toolkit.data.markers import Markers
-from llm_training_toolkit.data.middle import FimRules, draw
-from llm_training_toolkit.data.packing import pack
-from llm_training_toolkit.data.render import Example, Rendered, render
-from llm_training_toolkit.data.rules import Rules
+from llm_training_toolkit.data.code.fim import FimRules, draw
+from llm_training_toolkit.data.code.render import render
+from llm_training_toolkit.data.code.rules import Rules
+from llm_training_toolkit.data.prepare.packing import pack
 from llm_training_toolkit.data.sources import Document
-from llm_training_toolkit.data.tokenizer import TextEncoder
+from llm_training_toolkit.data.tokenizer import Markers, TextEncoder
+from llm_training_toolkit.data.types import Example, Rendered
 from llm_training_toolkit.errors import DataError
 
 END, PREFIX, MIDDLE, SUFFIX = 0, 1, 2, 3

@@ -13,12 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data.conftest import CODE, MARKERS
-from llm_training_toolkit.data.layout import Layout
-from llm_training_toolkit.data.middle import FimRules
-from llm_training_toolkit.data.render import Example, render
-from llm_training_toolkit.data.rules import Rules
+from llm_training_toolkit.data.code.fim import FimRules
+from llm_training_toolkit.data.code.render import render
+from llm_training_toolkit.data.code.repo_format import Layout
+from llm_training_toolkit.data.code.rules import Rules
 from llm_training_toolkit.data.sources import Document, Part
 from llm_training_toolkit.data.tokenizer import TextEncoder, open_tokenizer, train_tokenizer
+from llm_training_toolkit.data.types import Example
 from llm_training_toolkit.families import FAMILIES
 
 END, PREFIX, MIDDLE, SUFFIX, REPOSITORY, FILE = 0, 1, 2, 3, 5, 6

@@ -20,12 +20,12 @@ from hypothesis import strategies as st
 
 from llm_training_toolkit.config import to_json
 from llm_training_toolkit.config.schema import Config, Data
-from llm_training_toolkit.data import survey as survey_module
-from llm_training_toolkit.data.markers import Markers
-from llm_training_toolkit.data.prepare import Prepared, prepare
-from llm_training_toolkit.data.shards import Done, Job, ShardWriter, in_this_process
-from llm_training_toolkit.data.store import Examples
-from llm_training_toolkit.data.survey import Rereader, Shard, Survey, shards, take
+from llm_training_toolkit.data.prepare import document_index as survey_module
+from llm_training_toolkit.data.prepare.arrow_store import Examples
+from llm_training_toolkit.data.prepare.builder import Prepared, prepare
+from llm_training_toolkit.data.prepare.document_index import Rereader, Shard, Survey, shards, take
+from llm_training_toolkit.data.prepare.shards import Done, Job, ShardWriter, in_this_process
+from llm_training_toolkit.data.tokenizer import Markers
 from llm_training_toolkit.errors import DataError
 
 Configure = Callable[..., Config]
@@ -151,7 +151,7 @@ _KILLED = """
 import sys
 from llm_training_toolkit.config import from_json
 from llm_training_toolkit.data import survey
-from llm_training_toolkit.data.prepare import prepare
+from llm_training_toolkit.data.prepare.builder import prepare
 sys.path.insert(0, sys.argv[2])
 from conftest import MARKERS
 survey._CHARACTERS_PER_SHARD = 3000

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from llm_training_toolkit.config.schema import Source
-from llm_training_toolkit.data.conversations import Conversation
+from llm_training_toolkit.data.chat.parse import Conversation
 from llm_training_toolkit.data.sources import Document, Tally, documents, files
 from llm_training_toolkit.errors import DataError
 

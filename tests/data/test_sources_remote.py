@@ -24,10 +24,10 @@ from moto.server import ThreadedMotoServer
 
 from data.hub_server import hub
 from llm_training_toolkit.config.schema import Config, Source
-from llm_training_toolkit.data.markers import Markers
-from llm_training_toolkit.data.prepare import prepare
+from llm_training_toolkit.data.prepare.builder import prepare
 from llm_training_toolkit.data.sources import Document, documents, files, fingerprint
 from llm_training_toolkit.data.sources.remote import reaching
+from llm_training_toolkit.data.tokenizer import Markers
 from llm_training_toolkit.errors import DataError
 
 Put = Callable[[str, bytes], None]

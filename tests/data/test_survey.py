@@ -11,12 +11,19 @@ import numpy as np
 import pytest
 
 from llm_training_toolkit.config.schema import Config, Data
-from llm_training_toolkit.data.markers import Markers
-from llm_training_toolkit.data.prepare import Prepared, prepare
+from llm_training_toolkit.data.prepare.arrow_store import Examples, read_column
+from llm_training_toolkit.data.prepare.builder import Prepared, prepare
+from llm_training_toolkit.data.prepare.document_index import (
+    Rereader,
+    Survey,
+    all_sources,
+    hold_out,
+    shards,
+    take,
+    verify,
+)
 from llm_training_toolkit.data.sources import documents
-from llm_training_toolkit.data.store import Examples, read_column
-from llm_training_toolkit.data.survey import Rereader, Survey, all_sources, hold_out, shards, take, verify
-from llm_training_toolkit.data.tokenizer import TextEncoder
+from llm_training_toolkit.data.tokenizer import Markers, TextEncoder
 from llm_training_toolkit.errors import DataError
 
 Configure = Callable[..., Config]
@@ -54,7 +61,7 @@ def test_held_out_places_lie_below_the_fraction_and_are_never_none_or_all() -> N
 
 
 def test_a_survey_reads_back_what_was_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llm_training_toolkit.data.store._ROWS_PER_BATCH", 7)
+    monkeypatch.setattr("llm_training_toolkit.data.prepare.arrow_store._ROWS_PER_BATCH", 7)
     lines = [json.dumps({"text": f"number {i}" if i % 5 else ""}) for i in range(40)]
     (tmp_path / "a.jsonl").write_text("\n".join(lines), encoding="utf-8")
     of = data(tmp_path / "a.jsonl", form="text", eval={"fraction": 0.2})

@@ -10,8 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_training_toolkit.data.markers import Markers
-from llm_training_toolkit.data.tokenizer import TextEncoder, open_tokenizer, train_tokenizer
+from llm_training_toolkit.data.tokenizer import Markers, TextEncoder, open_tokenizer, train_tokenizer
 from llm_training_toolkit.errors import DataError
 
 TEXTS = ["def f(x):\n    return x  # é 漢字 😀\n" * 3, "for i in range(10):\n\tprint(i)\r\n", "\x00\u200b  \n\n  end "]

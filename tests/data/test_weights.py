@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from llm_training_toolkit.config.schema import Config
-from llm_training_toolkit.data import shards as shards_module
-from llm_training_toolkit.data.batches import Sequences
-from llm_training_toolkit.data.markers import Markers
-from llm_training_toolkit.data.prepare import Prepared, prepare
-from llm_training_toolkit.data.store import Examples
+from llm_training_toolkit.data.dataset import Sequences
+from llm_training_toolkit.data.prepare import shards as shards_module
+from llm_training_toolkit.data.prepare.arrow_store import Examples
+from llm_training_toolkit.data.prepare.builder import Prepared, prepare
+from llm_training_toolkit.data.tokenizer import Markers
 from llm_training_toolkit.errors import DataError
 
 Configure = Callable[..., Config]

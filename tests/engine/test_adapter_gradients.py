@@ -10,12 +10,12 @@ import pytest
 import torch
 
 import rank_tasks
-from llm_training_toolkit.data.feed import Feed
-from llm_training_toolkit.launch.base import base_path
+from llm_training_toolkit.data.dataloader import Feed
 from llm_training_toolkit.models import LossModule, build_model
-from llm_training_toolkit.models.adapters import add_adapters
+from llm_training_toolkit.models.lora import add_adapters
 from llm_training_toolkit.plan import make_plan
-from llm_training_toolkit.runs import RunDirectory
+from llm_training_toolkit.runs.directory import RunDirectory
+from llm_training_toolkit.worker.base_weights import base_path
 from rank_pool import RankPool
 
 pytestmark = [pytest.mark.ranks]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from llm_training_toolkit.engine.compiled import keep_compiled
+from llm_training_toolkit.engine.compile_cache import keep_compiled
 
 NAMES = ("TORCH_EXTENSIONS_DIR", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import rank_tasks
-from llm_training_toolkit.runs import RunDirectory
+from llm_training_toolkit.runs.directory import RunDirectory
 from models.test_isolation import MODELS
 from rank_pool import RankPool
 

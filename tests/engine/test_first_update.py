@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import rank_tasks
-from llm_training_toolkit.runs import RunDirectory
+from llm_training_toolkit.runs.directory import RunDirectory
 from rank_pool import RankPool
 
 pytestmark = [pytest.mark.ranks]

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 import rank_tasks
-from llm_training_toolkit.runs import RunDirectory
+from llm_training_toolkit.runs.directory import RunDirectory
 from rank_pool import RankPool
 
 pytestmark = [pytest.mark.ranks]

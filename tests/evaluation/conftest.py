@@ -12,14 +12,13 @@ import torch
 from transformers import GenerationConfig
 
 from llm_training_toolkit import families
-from llm_training_toolkit.data.chat import prompt_tokens
-from llm_training_toolkit.data.chat_template import ChatTemplate
-from llm_training_toolkit.data.markers import Markers
-from llm_training_toolkit.data.messages import Conversation, Message
-from llm_training_toolkit.data.middle import Draw, FimRules, rearranged
+from llm_training_toolkit.data.chat.messages import Conversation, Message
+from llm_training_toolkit.data.chat.render import prompt_tokens
+from llm_training_toolkit.data.chat.template import ChatTemplate
+from llm_training_toolkit.data.code.fim import Draw, FimRules, rearranged
+from llm_training_toolkit.data.code.split_points import Text
 from llm_training_toolkit.data.sources import Document
-from llm_training_toolkit.data.strip import Text
-from llm_training_toolkit.data.tokenizer import TextEncoder, open_tokenizer, train_tokenizer
+from llm_training_toolkit.data.tokenizer import Markers, TextEncoder, open_tokenizer, train_tokenizer
 from llm_training_toolkit.evaluation.infill import gap_of
 from llm_training_toolkit.models import LossModule, build_model
 

@@ -10,7 +10,7 @@ import fork_server
 from evaluation.conftest import ANSWER, KNOWN, QUESTION
 from llm_training_toolkit.data.sources import Document
 from llm_training_toolkit.evaluation.infill import gap_of
-from llm_training_toolkit.generate import Generator, Writing
+from llm_training_toolkit.generation.generator import Generator, Writing
 
 
 def ltt(*arguments: object, typed: str = "") -> str:

@@ -17,11 +17,9 @@ from hypothesis import strategies as st
 
 from evaluation.conftest import CONTEXT, PROBLEM, SOLUTION
 from llm_training_toolkit.errors import DataError, PlanError
-from llm_training_toolkit.evaluation.humaneval import measure_humaneval, pass_at_k
+from llm_training_toolkit.evaluation.humaneval import measure_humaneval, pass_at_k, read_completions, read_problems
 from llm_training_toolkit.evaluation.model import Subject
-from llm_training_toolkit.evaluation.problems import read_completions, read_problems
-from llm_training_toolkit.evaluation.result import Measured
-from llm_training_toolkit.evaluation.settings import HumanEval
+from llm_training_toolkit.evaluation.task import HumanEval, Measured
 
 
 def measured(subject: Subject | None = None, **settings: Any) -> Measured:

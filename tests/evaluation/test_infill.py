@@ -14,14 +14,12 @@ from hypothesis import strategies as st
 
 from evaluation.conftest import CONTEXT, KNOWN, PROBLEM, SOLUTION
 from llm_training_toolkit import families
-from llm_training_toolkit.data.markers import Markers
 from llm_training_toolkit.data.sources import Document
-from llm_training_toolkit.data.tokenizer import train_tokenizer
+from llm_training_toolkit.data.tokenizer import Markers, train_tokenizer
 from llm_training_toolkit.errors import DataError, PlanError
 from llm_training_toolkit.evaluation.infill import gap_of, measure_infill
 from llm_training_toolkit.evaluation.model import Subject
-from llm_training_toolkit.evaluation.result import Measured
-from llm_training_toolkit.evaluation.settings import Infill, Middle
+from llm_training_toolkit.evaluation.task import Infill, Measured, Middle
 
 
 def measured(subject: Subject, **settings: Any) -> Measured:

@@ -16,13 +16,12 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from evaluation.conftest import CONTEXT, KNOWN
-from llm_training_toolkit.data.render import Example
 from llm_training_toolkit.data.tokenizer import open_tokenizer
+from llm_training_toolkit.data.types import Example
 from llm_training_toolkit.errors import DataError, PlanError
 from llm_training_toolkit.evaluation.model import Subject
 from llm_training_toolkit.evaluation.perplexity import measure_perplexity, windows
-from llm_training_toolkit.evaluation.result import Measured
-from llm_training_toolkit.evaluation.settings import Perplexity
+from llm_training_toolkit.evaluation.task import Measured, Perplexity
 
 
 def measured(subject: Subject, **settings: Any) -> Measured:

@@ -11,10 +11,9 @@ from rich.console import Console as Terminal
 
 from llm_training_toolkit.errors import CheckpointError, PlanError
 from llm_training_toolkit.evaluation.records import Evaluation, keep, kept
-from llm_training_toolkit.evaluation.result import Measured
-from llm_training_toolkit.evaluation.settings import make_task
 from llm_training_toolkit.evaluation.table import compared, tables
-from llm_training_toolkit.runs import RunDirectory
+from llm_training_toolkit.evaluation.task import Measured, make_task
+from llm_training_toolkit.runs.directory import RunDirectory
 
 
 @pytest.fixture

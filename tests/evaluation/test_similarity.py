@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_training_toolkit.evaluation.similarity import edit_similarity
+from llm_training_toolkit.evaluation.infill import edit_similarity
 
 TEXTS = st.text(alphabet="ab \né", max_size=12) | st.text(max_size=12)
 

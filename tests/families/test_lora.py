@@ -12,7 +12,7 @@ from llm_training_toolkit.config import parse
 from llm_training_toolkit.config.schema import Lora
 from llm_training_toolkit.families.lora import adapter_of, linear_layers
 from llm_training_toolkit.models import build_model
-from llm_training_toolkit.models.adapters import adapted_layers, add_adapters
+from llm_training_toolkit.models.lora import adapted_layers, add_adapters
 
 WIDE = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
 GROUPED = WIDE | {"num_key_value_heads": 2, "vocab_size": 512, "tie_word_embeddings": False}

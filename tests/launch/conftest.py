@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from llm_training_toolkit.runs import RunDirectory
+from llm_training_toolkit.runs.directory import RunDirectory
 
 Environment = Mapping[str, str]
 

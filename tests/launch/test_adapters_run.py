@@ -16,9 +16,9 @@ import torch
 import fork_server
 from launch.conftest import command, run_of
 from llm_training_toolkit.errors import CheckpointError
-from llm_training_toolkit.generate import Generator, Writing
-from llm_training_toolkit.launch.generating import open_model
-from llm_training_toolkit.runs import model_directory
+from llm_training_toolkit.generation.generator import Generator, Writing
+from llm_training_toolkit.generation.load import open_model
+from llm_training_toolkit.runs.directory import model_directory
 
 INLINE: dict[str, dict[str, Any]] = {
     "train": {"steps": 4, "global_batch": 4, "micro_batch": 2, "precision": "bf16"},

@@ -17,7 +17,7 @@ import fork_server
 from conftest import write_corpus
 from launch.conftest import command, run_of, wait_for_step
 from llm_training_toolkit.checkpoint import newest
-from llm_training_toolkit.runs import checkpoint_place
+from llm_training_toolkit.runs.directory import checkpoint_place
 
 pytestmark = [pytest.mark.slow]
 
@@ -44,7 +44,7 @@ def epochs(config: Path) -> int:
 def preparing(process: subprocess.Popen[str]) -> psutil.Process:
     """The process that prepares later epochs for a run."""
     children = psutil.Process(process.pid).children(recursive=True)
-    (ahead,) = [child for child in children if "llm_training_toolkit.launch.ahead" in child.cmdline()]
+    (ahead,) = [child for child in children if "llm_training_toolkit.setup.background_prep" in child.cmdline()]
     return ahead
 
 

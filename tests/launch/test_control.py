@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from launch.conftest import Environment
-from llm_training_toolkit.context import Event, Wish
-from llm_training_toolkit.launch.control import heartbeat, tell
-from llm_training_toolkit.pulse import Pulse
+from llm_training_toolkit.distributed.context import Event, Wish
+from llm_training_toolkit.distributed.heartbeat import Pulse
+from llm_training_toolkit.launch.ray.control_actor import heartbeat, tell
 
 pytestmark = [pytest.mark.cluster]
 

@@ -16,14 +16,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_training_toolkit.data.ledger import Fetched
+from llm_training_toolkit.data.sample_log import Fetched
 from llm_training_toolkit.errors import CheckpointError, ConfigError, PlanError
+from llm_training_toolkit.launch.drill.data_audit import Stretch, compare, fetched_along, stretches
 from llm_training_toolkit.launch.drill.drill import Drill, Order, schedule
-from llm_training_toolkit.launch.drill.failures import KINDS
-from llm_training_toolkit.launch.drill.lineage import Stretch, compare, fetched_along, stretches
+from llm_training_toolkit.launch.drill.faults import KINDS
 from llm_training_toolkit.launch.drill.report import Injected
-from llm_training_toolkit.launch.head import RAY_WAITS_SETTING
-from llm_training_toolkit.runs import RunDirectory, begin_attempt
+from llm_training_toolkit.launch.ray.cluster import RAY_WAITS_SETTING
+from llm_training_toolkit.runs.attempts import begin_attempt
+from llm_training_toolkit.runs.directory import RunDirectory
 
 EPOCHS = [[4, 4]]
 WHOLE = [Fetched(0, epoch, sequence, 10 * epoch + sequence) for epoch in range(2) for sequence in range(4)]

@@ -17,7 +17,8 @@ import pytest
 
 import fork_server
 from launch.conftest import Environment, command, run_of, wait_for_step
-from llm_training_toolkit.runs import RunDirectory, attempt_record, last_attempt
+from llm_training_toolkit.runs.attempts import attempt_record, last_attempt
+from llm_training_toolkit.runs.directory import RunDirectory
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(900)]
 STEPS, EVERY = 300, 25

@@ -19,9 +19,9 @@ from llm_training_toolkit.config import Config, parse
 from llm_training_toolkit.data.tokenizer import open_tokenizer
 from llm_training_toolkit.errors import CheckpointError
 from llm_training_toolkit.export import appearing
-from llm_training_toolkit.launch.card import Kind, card
-from llm_training_toolkit.launch.exporting import beside, export_run
-from llm_training_toolkit.runs import RunDirectory
+from llm_training_toolkit.export.export_run import beside, export_run
+from llm_training_toolkit.export.model_card import Kind, card
+from llm_training_toolkit.runs.directory import RunDirectory
 
 MANIFEST = Manifest(
     step=1200,

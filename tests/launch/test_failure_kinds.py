@@ -10,7 +10,7 @@ import pytest
 
 import fork_server
 from launch.conftest import Environment, command, run_of
-from llm_training_toolkit.runs import attempt_record
+from llm_training_toolkit.runs.attempts import attempt_record
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(900)]
 TRAIN = {"steps": 10, "global_batch": 4, "micro_batch": 2, "precision": "bf16"}

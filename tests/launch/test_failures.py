@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llm_training_toolkit.config.schema import Failures
-from llm_training_toolkit.launch.diagnosis import Seen, Worker, diagnose
-from llm_training_toolkit.launch.failures import Failure, failures_of, nodes_to_leave_out, spent, why_end
+from llm_training_toolkit.launch.ray.failure_cause import Seen, Worker, diagnose
+from llm_training_toolkit.launch.ray.failure_policy import Failure, failures_of, nodes_to_leave_out, spent, why_end
 
 WORKERS = {
     rank: Worker(rank, f"id{rank // 2}", f"10.0.0.{rank // 2}", 100 + rank, 1.0, f"a{rank}", "p") for rank in range(4)

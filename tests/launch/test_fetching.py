@@ -13,7 +13,7 @@ import pytest
 import rank_tasks
 from data.hub_server import hub
 from llm_training_toolkit.errors import CheckpointError
-from llm_training_toolkit.runs import RunDirectory
+from llm_training_toolkit.runs.directory import RunDirectory
 from rank_pool import RankPool
 
 pytestmark = pytest.mark.ranks

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from launch.conftest import command, run_of
-from llm_training_toolkit.launch.exporting import export_run
+from llm_training_toolkit.export.export_run import export_run
 
 pytestmark = [
     pytest.mark.gpu,

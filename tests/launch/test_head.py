@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from llm_training_toolkit.launch.head import RAY_WAITS_SETTING, watching
+from llm_training_toolkit.launch.ray.cluster import RAY_WAITS_SETTING, watching
 
 
 def test_a_head_that_is_gone_ends_the_run_in_words_after_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,10 +8,9 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_training_toolkit import pulse
-from llm_training_toolkit.launch.heartbeat import Watch
-from llm_training_toolkit.launch.stacks import size_of, stands_in, waits_in
-from llm_training_toolkit.pulse import UNLIMITED, WITHIN_A_STEP, Beat, Pulse
+from llm_training_toolkit.distributed import heartbeat as pulse
+from llm_training_toolkit.distributed.heartbeat import UNLIMITED, WITHIN_A_STEP, Beat, Pulse
+from llm_training_toolkit.launch.ray.hang_detector import Watch, size_of, stands_in, waits_in
 
 HANG, EVERY = 60.0, 2.0
 

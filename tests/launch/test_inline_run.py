@@ -16,8 +16,9 @@ import pytest
 
 import fork_server
 from launch.conftest import command, run_of, wait_for_step
-from llm_training_toolkit.goodput import split_of
-from llm_training_toolkit.runs import RunDirectory, attempt_record
+from llm_training_toolkit.runs.attempts import attempt_record
+from llm_training_toolkit.runs.directory import RunDirectory
+from llm_training_toolkit.runs.goodput import split_of
 
 pytestmark = [pytest.mark.slow]
 SECTIONS = {"train": {"steps": 40, "global_batch": 4, "micro_batch": 2}, "cluster": {"workers": 0}}

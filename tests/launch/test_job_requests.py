@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 
 from llm_training_toolkit.config import Config, load
-from llm_training_toolkit.console import Console
 from llm_training_toolkit.errors import LaunchError, PlanError
 from llm_training_toolkit.launch.jobs.client import Job, connect
 from llm_training_toolkit.launch.jobs.package import excluded, what_travels
 from llm_training_toolkit.launch.jobs.submit import request_of, submit
-from llm_training_toolkit.launch.outcome import Request
+from llm_training_toolkit.launch.request import Request
+from llm_training_toolkit.monitoring.console import Console
 
 
 def job(*words: str) -> Job:

@@ -27,13 +27,14 @@ from launch.broken_connection import Connection
 from launch.conftest import command, run_of, wait_for_step
 from launch.joining import wait_for_nodes
 from llm_training_toolkit.checkpoint import newest
-from llm_training_toolkit.console import Console
-from llm_training_toolkit.data.ledger import Fetched
+from llm_training_toolkit.data.sample_log import Fetched
 from llm_training_toolkit.errors import LaunchError
-from llm_training_toolkit.launch.drill.lineage import fetched_along, stretches
-from llm_training_toolkit.launch.jobs import log
-from llm_training_toolkit.launch.jobs.log import Log
-from llm_training_toolkit.runs import RunDirectory, attempt_record
+from llm_training_toolkit.launch.drill.data_audit import fetched_along, stretches
+from llm_training_toolkit.launch.jobs import logs as log
+from llm_training_toolkit.launch.jobs.logs import Log
+from llm_training_toolkit.monitoring.console import Console
+from llm_training_toolkit.runs.attempts import attempt_record
+from llm_training_toolkit.runs.directory import RunDirectory
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(900)]
 BIN = Path(sys.executable).parent

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from llm_training_toolkit.launch.lacking import adding_in_words, what_is_lacking
-from llm_training_toolkit.launch.room import Node, Resources, Wanted, used_by_others
+from llm_training_toolkit.launch.ray.capacity import adding_in_words, what_is_lacking
+from llm_training_toolkit.launch.ray.resources import Node, Resources, Wanted, used_by_others
 
 GPU_WORKER = {"GPU": 1.0, "CPU": 8.0}
 

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from launch.conftest import Environment, command, run_of, wait_for_step
-from llm_training_toolkit.launch.drill.failures import steps_done
-from llm_training_toolkit.runs import RunDirectory, attempt_record
+from llm_training_toolkit.launch.drill.faults import steps_done
+from llm_training_toolkit.runs.attempts import attempt_record
+from llm_training_toolkit.runs.directory import RunDirectory
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(300)]
 ROOM = 5_000_000_000

@@ -10,7 +10,7 @@ import pytest
 
 import rank_tasks
 from llm_training_toolkit.checkpoint import newest
-from llm_training_toolkit.runs import RunDirectory
+from llm_training_toolkit.runs.directory import RunDirectory
 from rank_pool import RankPool
 
 pytestmark = pytest.mark.ranks

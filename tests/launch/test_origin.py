@@ -13,13 +13,12 @@ from conftest import tiny_config
 from llm_training_toolkit import families
 from llm_training_toolkit.checkpoint import Manifest
 from llm_training_toolkit.config import Config
-from llm_training_toolkit.data.markers import Markers
-from llm_training_toolkit.data.tokenizer import train_tokenizer
+from llm_training_toolkit.data.prepare.epochs import prepare_run
+from llm_training_toolkit.data.tokenizer import Markers, train_tokenizer
 from llm_training_toolkit.errors import CheckpointError, PlanError
-from llm_training_toolkit.launch.origin import refuse_unfit_weights
-from llm_training_toolkit.launch.preparation import prepare_run
-from llm_training_toolkit.launch.standing import Standing
 from llm_training_toolkit.plan import make_plan
+from llm_training_toolkit.setup.resume import Standing
+from llm_training_toolkit.setup.weights import refuse_unfit_weights
 from models.test_loading import QWEN3, published
 
 FRESH = Standing(None, None, None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from llm_training_toolkit.launch.output import last_lines
+from llm_training_toolkit.monitoring.logs import last_lines
 
 
 def test_the_last_lines_of_a_long_log(tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def recorded(config: Path) -> tuple[str, str]:
 
 def measured(**environment: str) -> float:
     code = (
-        "import torch; from llm_training_toolkit.matmul_speed import bf16_slowdown; "
+        "import torch; from llm_training_toolkit.distributed.matmul_speed import bf16_slowdown; "
         "print(bf16_slowdown(torch.device('cpu')))"
     )
     return float(train([sys.executable, "-c", code], **environment))

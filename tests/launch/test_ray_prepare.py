@@ -18,12 +18,13 @@ import sys
 from io import StringIO
 from pathlib import Path
 from llm_training_toolkit.config import load
-from llm_training_toolkit.console import Console
+from llm_training_toolkit.monitoring.console import Console
 from llm_training_toolkit.data import survey
-from llm_training_toolkit.data.batches import Sequences
-from llm_training_toolkit.data.prepare import Preparation
+from llm_training_toolkit.data.dataset import Sequences
+from llm_training_toolkit.data.prepare.builder import Preparation
 from llm_training_toolkit.errors import ToolkitError
-from llm_training_toolkit.launch.preparation import markers_of, prepare_epochs, runner_of
+from llm_training_toolkit.data.prepare.epochs import markers_of, prepare_epochs
+from llm_training_toolkit.launch.backend import runner_of
 survey._CHARACTERS_PER_SHARD = 1500
 config = load(Path(sys.argv[1]), sys.argv[2:])
 said = StringIO()

@@ -18,7 +18,8 @@ import fork_server
 import rank_tasks
 from launch.conftest import Environment, command, run_of, wait_for_step
 from llm_training_toolkit.checkpoint import newest
-from llm_training_toolkit.runs import RunDirectory, attempt_record, last_attempt
+from llm_training_toolkit.runs.attempts import attempt_record, last_attempt
+from llm_training_toolkit.runs.directory import RunDirectory
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(900)]
 Start = Callable[[list[str]], subprocess.Popen[str]]

@@ -5,11 +5,11 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_training_toolkit.context import Wish
-from llm_training_toolkit.launch.control import _Control
-from llm_training_toolkit.launch.growth import Growth
-from llm_training_toolkit.launch.room import Node, Wanted, room_beside, runs_at_once, usable
-from llm_training_toolkit.pulse import Pulse
+from llm_training_toolkit.distributed.context import Wish
+from llm_training_toolkit.distributed.heartbeat import Pulse
+from llm_training_toolkit.launch.ray.control_actor import _Control
+from llm_training_toolkit.launch.ray.resources import Node, Wanted, room_beside, runs_at_once, usable
+from llm_training_toolkit.launch.ray.scaling_policy import Growth
 
 ONE = {"CPU": 1.0}
 

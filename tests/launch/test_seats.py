@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from conftest import tiny_config
-from llm_training_toolkit.launch.seats import Seat, doubts, in_words, wrong_with
+from llm_training_toolkit.worker.devices import Seat, doubts, in_words, wrong_with
 
 H100, A100 = "NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-80GB"
 

@@ -13,14 +13,14 @@ import pytest
 from rich.console import Console as Terminal
 
 import fork_server
+from llm_training_toolkit.commands.show_batch import batch_json, print_batch, show_batch
 from llm_training_toolkit.config import load
-from llm_training_toolkit.console import Console
-from llm_training_toolkit.data.batches import Sequences
-from llm_training_toolkit.data.show import _texts
+from llm_training_toolkit.data.dataset import Sequences
+from llm_training_toolkit.data.prepare.epochs import prepare_run
+from llm_training_toolkit.data.preview import _texts
 from llm_training_toolkit.data.tokenizer import open_tokenizer
 from llm_training_toolkit.errors import DataError, PlanError
-from llm_training_toolkit.launch.preparation import prepare_run
-from llm_training_toolkit.launch.show_batch import batch_json, print_batch, show_batch
+from llm_training_toolkit.monitoring.console import Console
 
 CHATS = [
     [("user", "What is 1 + 1? <|im_end|>"), ("assistant", "2"), ("user", "Sure?"), ("assistant", "Yes, é.")],

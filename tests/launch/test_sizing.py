@@ -19,28 +19,28 @@ import fork_server
 from conftest import tiny_config
 from launch.conftest import Environment, command, run_of
 from llm_training_toolkit.config import Config
-from llm_training_toolkit.context import RunContext
-from llm_training_toolkit.data.receipt import Receipt
+from llm_training_toolkit.data.prepare.dataset_info import Receipt
+from llm_training_toolkit.distributed.context import RunContext
 from llm_training_toolkit.errors import TrainingError
-from llm_training_toolkit.launch.place import Place
-from llm_training_toolkit.launch.sizing import (
-    MemorySettings,
-    SmallerMicroBatch,
-    _from_attempts,
-    after_out_of_memory,
-    container_free,
-    fit_into_memory,
-    is_out_of_memory,
-    load_of,
-)
-from llm_training_toolkit.runs import (
-    RunDirectory,
+from llm_training_toolkit.models.memory import is_out_of_memory
+from llm_training_toolkit.runs.attempts import (
     attempt_record,
     begin_attempt,
     end_attempt,
     fail_attempt,
     mark_out_of_memory,
 )
+from llm_training_toolkit.runs.directory import RunDirectory
+from llm_training_toolkit.worker.micro_batch import (
+    MemorySettings,
+    SmallerMicroBatch,
+    _from_attempts,
+    after_out_of_memory,
+    container_free,
+    fit_into_memory,
+    load_of,
+)
+from llm_training_toolkit.worker.spec import Place
 
 TRAIN = {"steps": 3, "global_batch": 32, "micro_batch": "auto", "precision": "bf16"}
 SECTIONS = {
@@ -69,7 +69,7 @@ LIMITED = """
 import resource, sys
 import deepspeed, torch, transformers
 from torch.utils.tensorboard import SummaryWriter
-from llm_training_toolkit.cli import main
+from llm_training_toolkit.cli.app import main
 size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (size + int(sys.argv.pop(1)), resource.RLIM_INFINITY))
 main()

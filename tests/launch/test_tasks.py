@@ -11,14 +11,14 @@ import pytest
 import torch
 
 import rank_tasks
-from llm_training_toolkit.context import Event, RunContext, Wish
+from llm_training_toolkit.distributed.context import Event, RunContext, Wish
 from llm_training_toolkit.errors import CheckpointError
+from llm_training_toolkit.evaluation.in_training import Midway
 from llm_training_toolkit.evaluation.model import Subject
-from llm_training_toolkit.launch.exporting import Trained
-from llm_training_toolkit.launch.midway import Midway
-from llm_training_toolkit.launch.tasks import Mark, are_carried_out, carry_out, reason
-from llm_training_toolkit.metrics import Metrics
-from llm_training_toolkit.runs import RunDirectory
+from llm_training_toolkit.evaluation.run_tasks import Mark, are_carried_out, carry_out, reason
+from llm_training_toolkit.export.export_run import Trained
+from llm_training_toolkit.monitoring.metrics import Metrics
+from llm_training_toolkit.runs.directory import RunDirectory
 
 
 def test_a_task_that_fails_in_a_way_nobody_foresaw_is_reported(fresh_run: Callable[[str], RunDirectory]) -> None:

@@ -22,8 +22,9 @@ from launch.conftest import Environment
 from launch.conftest import command as train_command
 from llm_training_toolkit.checkpoint import newest
 from llm_training_toolkit.config import load
-from llm_training_toolkit.runs import RunDirectory, attempt_record
-from llm_training_toolkit.search.ledger import Ledger, SearchDirectory
+from llm_training_toolkit.runs.attempts import attempt_record
+from llm_training_toolkit.runs.directory import RunDirectory
+from llm_training_toolkit.search.event_log import Ledger, SearchDirectory
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(900)]
 TRIALS = 4

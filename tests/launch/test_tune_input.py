@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
-from llm_training_toolkit.console import Console
 from llm_training_toolkit.errors import ConfigError
-from llm_training_toolkit.launch.tune import read_search, tune
+from llm_training_toolkit.launch.tune.tuner import read_search, tune
+from llm_training_toolkit.monitoring.console import Console
 
 
 def test_a_winner_that_the_base_could_not_take_is_refused_before_the_trials(tmp_path: Path) -> None:

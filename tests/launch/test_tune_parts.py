@@ -13,14 +13,14 @@ import pytest
 
 from llm_training_toolkit.config.search import Search
 from llm_training_toolkit.errors import LaunchError
-from llm_training_toolkit.launch.trial import reported
-from llm_training_toolkit.launch.tune_parts import Gate, Source, Watcher
-from llm_training_toolkit.search.learner import learnt
-from llm_training_toolkit.search.ledger import Ledger, Trial
+from llm_training_toolkit.launch.tune.callbacks import Gate, Source, Watcher
+from llm_training_toolkit.launch.tune.trainable import reported
+from llm_training_toolkit.search.budget import State
+from llm_training_toolkit.search.early_stopping import bracket_of, rung_steps
+from llm_training_toolkit.search.event_log import Ledger, Trial
+from llm_training_toolkit.search.optuna_sampler import learnt
 from llm_training_toolkit.search.results import best
-from llm_training_toolkit.search.rungs import bracket_of, rung_steps
-from llm_training_toolkit.search.state import State
-from llm_training_toolkit.search.suggest import Suggestions
+from llm_training_toolkit.search.sampler import Suggestions
 from search.test_space import RATE, search, trials
 
 pytestmark = pytest.mark.slow  # for the import of Ray Tune

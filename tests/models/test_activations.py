@@ -13,9 +13,9 @@ from llm_training_toolkit.config import parse
 from llm_training_toolkit.config.schema import Lora
 from llm_training_toolkit.families.lora import adapter_of
 from llm_training_toolkit.models import build_model
-from llm_training_toolkit.models.adapters import add_adapters
 from llm_training_toolkit.models.build import DTYPES
 from llm_training_toolkit.models.dropout import Draws
+from llm_training_toolkit.models.lora import add_adapters
 from llm_training_toolkit.plan.memory import Load, layer_bytes_per_token
 
 TOKENS = 256

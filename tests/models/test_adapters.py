@@ -14,8 +14,8 @@ from llm_training_toolkit.families import Adapter, anatomy
 from llm_training_toolkit.families.lora import adapter_of
 from llm_training_toolkit.families.qwen import QWEN3
 from llm_training_toolkit.models import LossModule, build_model
-from llm_training_toolkit.models.adapters import add_adapters
 from llm_training_toolkit.models.dropout import Draws, SequenceDropout
+from llm_training_toolkit.models.lora import add_adapters
 
 CONFIG: dict[str, Any] = {
     "model_type": "qwen3",

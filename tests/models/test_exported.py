@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 
 from llm_training_toolkit.errors import CheckpointError
 from llm_training_toolkit.models import LossModule, build_model
-from llm_training_toolkit.models.exported import open_exported
+from llm_training_toolkit.models.load_exported import open_exported
 
 CONFIG: dict[str, Any] = {
     "model_type": "qwen3",

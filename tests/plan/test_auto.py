@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from llm_training_toolkit.config import Config, parse
 from llm_training_toolkit.plan import choose_precision, fitting_zero_stage, make_plan, slow_precision, with_zero_stage
 from llm_training_toolkit.plan.cluster_file import read_hardware
-from llm_training_toolkit.plan.forecast import resolved_on
+from llm_training_toolkit.plan.estimate import resolved_on
 
 ROOT = Path(__file__).parents[2]
 

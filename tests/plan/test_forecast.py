@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from llm_training_toolkit.cli import app
+from llm_training_toolkit.cli.app import app
 from llm_training_toolkit.config.schema import Config
 from llm_training_toolkit.plan import Forecast, Hardware, lines, make_plan, on_cluster
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from llm_training_toolkit.config.schema import Config
 from llm_training_toolkit.errors import PlanError
 from llm_training_toolkit.plan import DataFacts, Plan, StreamFacts, lines, make_plan, require
-from llm_training_toolkit.plan.rate import scratch_rate
+from llm_training_toolkit.plan.lr_schedule import scratch_rate
 
 TINY = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from llm_training_toolkit.errors import PlanError
 from llm_training_toolkit.plan import Schedule
-from llm_training_toolkit.plan.schedule import Kind
+from llm_training_toolkit.plan.lr_schedule import Kind
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 ROUNDING = 1e-15

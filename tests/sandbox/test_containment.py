@@ -13,7 +13,7 @@ import pytest
 _ASK = """
 import json
 from llm_training_toolkit.errors import LaunchError
-from llm_training_toolkit.sandbox.containment import containment
+from llm_training_toolkit.evaluation.sandbox.isolation import containment
 try:
     containment()
     refused = ""

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from llm_training_toolkit.sandbox import running
-from llm_training_toolkit.sandbox.containment import why_not
-from llm_training_toolkit.sandbox.running import MEGABYTE, Ended, Kind, Limits, run, run_all
-from llm_training_toolkit.sandbox.supervise import folder
+from llm_training_toolkit.evaluation.sandbox import run as running
+from llm_training_toolkit.evaluation.sandbox.isolation import why_not
+from llm_training_toolkit.evaluation.sandbox.run import MEGABYTE, Ended, Kind, Limits, run, run_all
+from llm_training_toolkit.evaluation.sandbox.supervisor import workdir as folder
 from sandbox.hostile import PROGRAMS
 
 MARK = 16 * MEGABYTE + 4711
@@ -135,7 +135,7 @@ def test_without_containment_time_and_memory_are_limited_still() -> None:
 def test_a_toolkit_that_is_killed_leaves_nothing_behind() -> None:
     kind: Kind = "none" if why_not("namespaces") else "namespaces"
     code = (
-        "import sys\nfrom llm_training_toolkit.sandbox.running import Limits, run\n"
+        "import sys\nfrom llm_training_toolkit.evaluation.sandbox.run import Limits, run\n"
         "program = 'import ctypes, time; ctypes.CDLL(None).prctl(1, 0); time.sleep(99)'\n"
         f"run(program, {kind!r}, Limits(seconds=99.0, file={MARK}))"
     )

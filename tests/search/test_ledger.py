@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from llm_training_toolkit.errors import LaunchError
-from llm_training_toolkit.search.ledger import Ledger, Rung, Trial
+from llm_training_toolkit.search.event_log import Ledger, Rung, Trial
 from llm_training_toolkit.search.results import best, importance, progress, ranked, tokens_of
 from search.test_space import CHOICES, RATE, search
 
@@ -131,7 +131,7 @@ def test_of_a_few_trials_nothing_is_said(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_optuna_learns_from_the_ledger_alone_and_repeats(tmp_path: Path) -> None:
-    from llm_training_toolkit.search.learner import learnt
+    from llm_training_toolkit.search.optuna_sampler import learnt
 
     asked = search(RATE | CHOICES, searcher={"name": "optuna", "start": 6})
     path = tmp_path / "ledger.jsonl"

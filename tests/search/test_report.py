@@ -12,9 +12,9 @@ import pytest
 from rich.console import Console
 
 from llm_training_toolkit.config.search import Search
-from llm_training_toolkit.search.ledger import Ledger, Rung, Trial
+from llm_training_toolkit.search.early_stopping import goes_on
+from llm_training_toolkit.search.event_log import Ledger, Rung, Trial
 from llm_training_toolkit.search.report import page
-from llm_training_toolkit.search.rungs import goes_on
 from llm_training_toolkit.search.space import draw
 from llm_training_toolkit.search.table import table
 from photograph import Page, browser, photograph

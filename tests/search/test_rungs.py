@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llm_training_toolkit.config.search import Scheduler
-from llm_training_toolkit.search.rungs import bracket_of, goes_on, rung_steps
+from llm_training_toolkit.search.early_stopping import bracket_of, goes_on, rung_steps
 
 ASHA = Scheduler(name="asha", factor=4)
 

@@ -14,9 +14,9 @@ from conftest import tiny_config
 from llm_training_toolkit.config import Config
 from llm_training_toolkit.config.search import Search
 from llm_training_toolkit.errors import PlanError
-from llm_training_toolkit.search.ledger import Ledger
+from llm_training_toolkit.search.event_log import Ledger
+from llm_training_toolkit.search.sampler import Suggestions
 from llm_training_toolkit.search.space import Trials, check, combinations, corners, draw, grid, same
-from llm_training_toolkit.search.suggest import Suggestions
 
 RATE = {"optim.lr": {"log_uniform": [1e-4, 1e-1]}}
 CHOICES = {"optim.weight_decay": {"choice": [0.0, 0.1]}, "optim.schedule": {"choice": ["cosine", "wsd", "constant"]}}

@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from llm_training_toolkit.search.ledger import Ledger, Rung, Trial
-from llm_training_toolkit.search.state import State
+from llm_training_toolkit.search.budget import State
+from llm_training_toolkit.search.event_log import Ledger, Rung, Trial
 from search.test_space import CHOICES, RATE, search
 
 

@@ -12,15 +12,15 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 
 from llm_training_toolkit.errors import LaunchError
-from llm_training_toolkit.storage import claim
-from llm_training_toolkit.storage.bucket import Bucket, StorageError
-from llm_training_toolkit.storage.claim import claimed, is_held
+from llm_training_toolkit.runs.storage import lease as claim
+from llm_training_toolkit.runs.storage.lease import claimed, is_held
+from llm_training_toolkit.runs.storage.s3_client import Bucket, StorageError
 
 pytestmark = pytest.mark.slow
 _HOLD = """
 import sys, time
-from llm_training_toolkit.storage.bucket import Bucket
-from llm_training_toolkit.storage.claim import claimed
+from llm_training_toolkit.runs.storage.s3_client import Bucket
+from llm_training_toolkit.runs.storage.lease import claimed
 with claimed(Bucket(sys.argv[1]), print):
     print("held", flush=True)
     time.sleep(60)

@@ -13,14 +13,19 @@ import pytest
 import torch
 
 from llm_training_toolkit.checkpoint import Rule, complete, newest
-from llm_training_toolkit.context import Event, RunContext
+from llm_training_toolkit.checkpoint.manager import CheckpointSaver, Lineage
+from llm_training_toolkit.checkpoint.restore import newest_sound
+from llm_training_toolkit.checkpoint.state import Progress
+from llm_training_toolkit.distributed.context import Event, RunContext
 from llm_training_toolkit.errors import CheckpointError, LaunchError
-from llm_training_toolkit.overview import statuses
-from llm_training_toolkit.runs import RunDirectory, last_attempt
-from llm_training_toolkit.saving import CheckpointSaver, Lineage, Progress, newest_sound
-from llm_training_toolkit.storage import bucket as buckets
-from llm_training_toolkit.storage import growing, mirror, opened, runs_at, storage_of, taking_part
-from llm_training_toolkit.storage.staging import staging_root
+from llm_training_toolkit.runs.attempts import last_attempt
+from llm_training_toolkit.runs.directory import RunDirectory
+from llm_training_toolkit.runs.status import statuses
+from llm_training_toolkit.runs.storage import append_log as growing
+from llm_training_toolkit.runs.storage import opened, runs_at, storage_of, taking_part
+from llm_training_toolkit.runs.storage import s3_client as buckets
+from llm_training_toolkit.runs.storage import s3_storage as mirror
+from llm_training_toolkit.runs.storage.open import staging_root
 from s3_server import client, keys
 from test_saving import Model
 

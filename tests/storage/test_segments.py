@@ -7,7 +7,7 @@ import struct
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_training_toolkit.storage.segments import Segment, by_file, end_of, grows, key_of, tail, whole
+from llm_training_toolkit.runs.storage.append_log import Segment, by_file, end_of, grows, key_of, tail, whole
 
 Sizes = st.lists(st.integers(1, 50), min_size=1, max_size=20)
 

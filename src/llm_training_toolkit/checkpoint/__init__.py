@@ -1,10 +1,10 @@
 """Checkpoints as fragments: complete or absent, loadable by any number of ranks under any ZeRO stage."""
 
-from llm_training_toolkit.checkpoint.base import Base, base_of, refuse_other_base, weight_files
+from llm_training_toolkit.checkpoint.base_weights import Base, base_of, refuse_other_base, weight_files
 from llm_training_toolkit.checkpoint.manifest import FileEntry, Manifest, UnknownFormatError, read_manifest
-from llm_training_toolkit.checkpoint.reading import Checkpoint, complete, newest, set_aside
+from llm_training_toolkit.checkpoint.reader import Checkpoint, complete, newest, set_aside
 from llm_training_toolkit.checkpoint.retention import Rule, clean, clear_unfinished, held_out_losses, kept
-from llm_training_toolkit.checkpoint.writing import Piece, Writing, finish, memory_for
+from llm_training_toolkit.checkpoint.writer import Piece, Writing, finish, memory_for
 
 __all__ = [
     "Base",

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llm_training_toolkit.checkpoint.state import Skip, Taken
 from llm_training_toolkit.errors import CheckpointError
-from llm_training_toolkit.spikes import Skip, Taken
 
 FORMAT = 2
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llm_training_toolkit.checkpoint.manifest import NAME, read_manifest
-from llm_training_toolkit.checkpoint.reading import complete
+from llm_training_toolkit.checkpoint.reader import complete
 from llm_training_toolkit.errors import CheckpointError
-from llm_training_toolkit.runs import checkpoint_place
-from llm_training_toolkit.storage import storage_of
+from llm_training_toolkit.runs.directory import checkpoint_place
+from llm_training_toolkit.runs.storage import storage_of
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """What a person says about a run: the schema, strict loading, and what makes a run the same run."""
 
-from llm_training_toolkit.config.identity import Change, changes, fingerprint, flatten, refuse_changed_identity
 from llm_training_toolkit.config.load import from_json, load, parse, to_json
+from llm_training_toolkit.config.run_identity import Change, changes, fingerprint, flatten, refuse_changed_identity
 from llm_training_toolkit.config.schema import (
     Checkpoint,
     Cluster,

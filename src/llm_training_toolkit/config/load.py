@@ -36,7 +36,7 @@ def read(path: Path, overrides: Sequence[str] = ()) -> Document:
     """What a YAML file holds, changed by `key=value` overrides, not validated yet."""
     try:
         from llm_training_toolkit.config.overrides import apply
-        from llm_training_toolkit.config.yaml_nodes import read_file
+        from llm_training_toolkit.config.yaml_reader import read_file
     except ModuleNotFoundError as error:  # a plain CUDA image; plain data and resolved.json are read all the same
         raise ConfigError(f"{path}: YAML cannot be read here: `pip install ruamel.yaml`") from error
     document = Document(str(path))

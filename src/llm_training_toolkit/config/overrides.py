@@ -10,7 +10,7 @@ from ruamel.yaml.nodes import CollectionNode, Node
 
 from llm_training_toolkit.config.document import Document, Place
 from llm_training_toolkit.config.fields import Key, dotted
-from llm_training_toolkit.config.yaml_nodes import Reader, compose, problem_in_words
+from llm_training_toolkit.config.yaml_reader import Reader, compose, problem_in_words
 
 
 def apply(override: str, number: int, document: Document) -> None:

@@ -10,7 +10,7 @@ from typing import Any, get_origin
 from pydantic.fields import FieldInfo
 
 from llm_training_toolkit.config.fields import inner_section, plain_type, sections
-from llm_training_toolkit.config.identity import tag_of
+from llm_training_toolkit.config.run_identity import tag_of
 from llm_training_toolkit.config.schema import Config, Section
 
 _HEAD = """\

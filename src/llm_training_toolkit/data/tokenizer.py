@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from numpy.typing import NDArray
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from llm_training_toolkit.data.encoded import Encoded, spans_of_bytes
-from llm_training_toolkit.data.markers import Markers
 from llm_training_toolkit.errors import DataError
+from llm_training_toolkit.families import CodeLayout, Family, SpecialTokens
 
 TOKENIZER_FILES = [
     "tokenizer.json",
@@ -28,6 +28,8 @@ TOKENIZER_FILES = [
     "merges.txt",
 ]
 _BYTES = 256
+Ids = NDArray[np.uint32]
+Spans = NDArray[np.int64]
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, markers: Markers, path: Path) -> None:
@@ -210,3 +212,55 @@ class TextEncoder:
                 f"{self._where}: is no byte-level tokenizer: {missing} of the 256 bytes have no token, so text would "
                 "be lost. Use the tokenizer of a Qwen or StarCoder model."
             )
+
+
+class Encoded:
+    """Token ids of a text (tokens,); where they stand is worked out when it is asked for.
+
+    Most texts are never asked: they are not cut. Having the library follow the offsets of all of them takes it half
+    as long again, and ten times the memory of the ids.
+    """
+
+    def __init__(self, text: str, ids: Ids, spans_of: Callable[[str, Ids], Spans]) -> None:
+        self.ids = ids
+        self._text, self._spans_of = text, spans_of
+
+    @cached_property
+    def spans(self) -> Spans:
+        """(tokens, 2): the characters [start, stop) of the text that each token has a part in."""
+        return self._spans_of(self._text, self.ids)
+
+    @cached_property
+    def clean(self) -> NDArray[np.bool_]:
+        """(tokens,): whether a character begins where the token begins."""
+        return np.concatenate([[True], self.spans[:-1, 1] <= self.spans[1:, 0]])[: len(self.ids)]
+
+
+def spans_of_bytes(text: str, sizes: NDArray[np.int64]) -> Spans | None:
+    """(tokens, 2): the characters of a text that each token has a part in, from the bytes each token stands for.
+
+    None where the tokens do not stand for as many bytes as the text has.
+    """
+    written = np.frombuffer(text.encode(), dtype=np.uint8)
+    ends = np.cumsum(sizes)
+    if sizes.sum() != len(written):
+        return None
+    if len(written) == len(text):  # every character is a byte
+        return np.stack([ends - sizes, ends], axis=1)
+    character = np.cumsum((written & 0xC0) != 0x80) - 1  # which one each byte belongs to; 10xxxxxx goes on with one
+    return np.stack([character[ends - sizes], character[ends - 1] + 1], axis=1)
+
+
+@dataclass(frozen=True)
+class Markers:
+    """The part of a family that decides about tokens, and so whether prepared ones are those of a run."""
+
+    tokens: SpecialTokens
+    layout: CodeLayout
+    pre_tokenizer_pattern: str
+    chat_template: str
+
+    @classmethod
+    def of(cls, family: Family) -> Markers:
+        """The markers of a family."""
+        return cls(family.special_tokens, family.code_layout, family.pre_tokenizer_pattern, family.chat_template)

@@ -1,6 +1,6 @@
 """The only place that knows DeepSpeed: it takes the steps and gives and takes fragments."""
 
-from llm_training_toolkit.engine.construction import partitioned, prepare_process, whole_parameter
+from llm_training_toolkit.engine.deepspeed_init import partitioned, prepare_process, whole_parameter
 from llm_training_toolkit.engine.engine import Engine
 from llm_training_toolkit.engine.fragments import Fragment
 

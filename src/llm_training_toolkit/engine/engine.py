@@ -7,20 +7,21 @@ batch arithmetic and its schedulers are kept out of the result, all in `accumula
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from llm_training_toolkit.config.schema import Optim
-from llm_training_toolkit.data.batches import MicroBatch
+from llm_training_toolkit.data.dataset import MicroBatch
 from llm_training_toolkit.engine.allocation import keep_freed_memory, zeros
 from llm_training_toolkit.engine.fragments import MOMENTS, Fragment, locate, refresh_low_precision
-from llm_training_toolkit.engine.gate import UpdateGate
 from llm_training_toolkit.engine.replica import Replica
-from llm_training_toolkit.engine.stopwatch import Stopwatch
+from llm_training_toolkit.engine.skip_step import UpdateGate
 from llm_training_toolkit.models import LossModule
 
 
@@ -217,3 +218,34 @@ def _adamw(
         eps=optim.eps,
         fused=device.type in {"cpu", "cuda"},
     )
+
+
+class Stopwatch:
+    """Adds up what is done within `with`; `seconds` may be asked once the device has done all of it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._spans: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._began = self._total = 0.0
+
+    def __enter__(self) -> Self:
+        if self._on_gpu:
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+            self._spans.append((begin, end))
+            self._spans[-1][0].record()
+        else:
+            self._began = time.perf_counter()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._on_gpu:
+            self._spans[-1][1].record()
+        else:
+            self._total += time.perf_counter() - self._began
+
+    def seconds(self) -> float:
+        """The sum so far."""
+        milliseconds = sum(float(begin.elapsed_time(end)) for begin, end in self._spans)
+        return self._total + milliseconds / 1e3

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from llm_training_toolkit.config import Source
-from llm_training_toolkit.data.prepare import Prepared
+from llm_training_toolkit.data.prepare.builder import Prepared
+from llm_training_toolkit.data.prepare.document_index import Rereader, Survey, all_sources, shards
 from llm_training_toolkit.data.sources import STANDARD_LIBRARY, Document, documents, is_address
-from llm_training_toolkit.data.survey import Rereader, Survey, all_sources, shards
 from llm_training_toolkit.errors import PlanError
 from llm_training_toolkit.evaluation.model import Origin, Subject
-from llm_training_toolkit.evaluation.settings import Format
+from llm_training_toolkit.evaluation.task import Format
 
 
 def source_of(path: str, form: Format) -> Source:

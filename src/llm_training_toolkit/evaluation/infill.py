@@ -7,22 +7,19 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from llm_training_toolkit.data.middle import Draw, draw
-from llm_training_toolkit.data.render import Example
+from llm_training_toolkit.data.code.fim import Draw, draw
 from llm_training_toolkit.data.sources import Document
+from llm_training_toolkit.data.types import Example
 from llm_training_toolkit.errors import DataError, PlanError
-from llm_training_toolkit.evaluation.decoding import Writing, Written, write
+from llm_training_toolkit.evaluation.batch_generate import Writing, Written, write
 from llm_training_toolkit.evaluation.documents import described, documents_of
-from llm_training_toolkit.evaluation.gaps import BothSides, Gap, PrefixAlone, View
 from llm_training_toolkit.evaluation.losses import Losses, packed
 from llm_training_toolkit.evaluation.model import Subject
-from llm_training_toolkit.evaluation.result import Measured, Progress
-from llm_training_toolkit.evaluation.settings import Infill, Middle
-from llm_training_toolkit.evaluation.similarity import edit_similarity
+from llm_training_toolkit.evaluation.task import Infill, Measured, Middle, Progress
 
 _LINE = re.compile(r"[^\n]+")
 _LONGEST_LINE = 200
@@ -30,6 +27,7 @@ _LONGEST_LINE = 200
 _LEAST = 4
 """Characters other than white space that a middle has: what closes a bracket is no achievement."""
 _LONGEST_SPAN = 120
+_LINE_BREAKS = re.compile(r"\n*")
 
 
 def measure_infill(task: Infill, subject: Subject, progress: Progress) -> Measured:
@@ -151,3 +149,101 @@ def _item(gap: Gap, answer: Written) -> dict[str, Any]:
         "written": answer.text,
         "ended": answer.ended,
     }
+
+
+class Gap(NamedTuple):
+    """A document with its middle cut out."""
+
+    document: str
+    prefix: str
+    middle: str
+    suffix: str
+
+
+class View(Protocol):
+    """What a model is shown of a gap."""
+
+    @property
+    def stop(self) -> str:
+        """Text that ends an answer beside the special tokens; empty where there is none."""
+
+    def prompt(self, gap: Gap, most: int) -> tuple[list[int], bool]:
+        """At most `most` tokens, and whether something far from the gap was left out."""
+
+    def answer(self, gap: Gap) -> list[int]:
+        """What the model would have to write: the middle, and what shows that it ends there."""
+
+
+class BothSides:
+    """Prefix, suffix, middle, each behind its sentinel. An answer ends with the end of text, as in training."""
+
+    stop = ""
+
+    def __init__(self, subject: Subject) -> None:
+        """Raises PlanError where the tokenizer has no sentinels."""
+        tokens, encoder = subject.markers.tokens, subject.encoder
+        names = (tokens.fim_prefix, tokens.fim_suffix, tokens.fim_middle)
+        if not tokens.has_fim or not all(map(encoder.knows, names)):
+            raise PlanError(
+                f"{subject.directory}: the tokenizer has no fill-in-the-middle sentinels: this model cannot fill in "
+                "the middle. Measure its perplexity, show it the prefix alone (--given prefix), or take a model of a "
+                "family that has them"
+            )
+        self._sentinels = tuple(map(encoder.id_of, names))
+        self._encoder, self._end = encoder, encoder.id_of(tokens.end_of_text)
+
+    def prompt(self, gap: Gap, most: int) -> tuple[list[int], bool]:
+        """The suffix has a third of the room, or what the prefix leaves of it."""
+        before, after = map(self._encoder.encode, (gap.prefix, gap.suffix))
+        room = most - len(self._sentinels)
+        kept_after = min(len(after), max(room - len(before), room // 3))
+        kept_before = min(len(before), room - kept_after)
+        was_cut = kept_before < len(before) or kept_after < len(after)
+        prefix, suffix, middle = self._sentinels
+        return [prefix, *before[len(before) - kept_before :], suffix, *after[:kept_after], middle], was_cut
+
+    def answer(self, gap: Gap) -> list[int]:
+        """The middle and the end of text."""
+        return [*self._encoder.encode(gap.middle), self._end]
+
+
+class PrefixAlone:
+    """The document up to the gap, a whole line: as text goes on without fill-in-the-middle."""
+
+    stop = "\n"
+
+    def __init__(self, subject: Subject) -> None:
+        self._encoder = subject.encoder
+
+    def prompt(self, gap: Gap, most: int) -> tuple[list[int], bool]:
+        """The end of the prefix."""
+        before = self._encoder.encode(gap.prefix)
+        return before[-most:], len(before) > most
+
+    def answer(self, gap: Gap) -> list[int]:
+        """The line with the line breaks behind it: tokens of code often hold the break that ends their line."""
+        breaks = _LINE_BREAKS.match(gap.suffix)
+        assert breaks is not None
+        return self._encoder.encode(gap.middle + breaks[0])
+
+
+def edit_similarity(first: str, second: str) -> float:
+    """1 for equal texts, 0 for texts without a common character: 2 x longest common subsequence / both lengths.
+
+    As `fuzz.ratio` of the fuzzy-matching packages, which code completion benchmarks report, divided by 100.
+    """
+    total = len(first) + len(second)
+    return 2 * _common(first, second) / total if total else 1.0
+
+
+def _common(first: str, second: str) -> int:
+    """Length of the longest common subsequence (Hyyrö 2004): a bit for each character of `first`, 0 where one ends."""
+    places: dict[str, int] = {}
+    for place, letter in enumerate(first):
+        places[letter] = places.get(letter, 0) | 1 << place
+    everywhere = (1 << len(first)) - 1
+    row = everywhere
+    for letter in second:
+        matches = row & places.get(letter, 0)
+        row = ((row + matches) | (row - matches)) & everywhere
+    return len(first) - row.bit_count()

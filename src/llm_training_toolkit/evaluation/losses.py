@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from llm_training_toolkit.data.batches import MicroBatch, assemble
-from llm_training_toolkit.data.packing import pack
-from llm_training_toolkit.data.render import Example
+from llm_training_toolkit.data.dataset import MicroBatch, assemble
+from llm_training_toolkit.data.prepare.packing import pack
+from llm_training_toolkit.data.types import Example
 from llm_training_toolkit.errors import DataError
-from llm_training_toolkit.evaluation.held_out import HeldOut
 from llm_training_toolkit.evaluation.model import Subject
-from llm_training_toolkit.evaluation.result import Progress
+from llm_training_toolkit.evaluation.task import Progress
+from llm_training_toolkit.evaluation.validation import HeldOut
 from llm_training_toolkit.models import LossModule
 
 _LOSS_CHUNK = 1024

@@ -11,13 +11,12 @@ import torch
 
 from llm_training_toolkit import families
 from llm_training_toolkit.config import Config, from_json
-from llm_training_toolkit.data.markers import Markers
-from llm_training_toolkit.data.receipt import Receipt
-from llm_training_toolkit.data.tokenizer import TextEncoder, open_tokenizer
+from llm_training_toolkit.data.prepare.dataset_info import Receipt
+from llm_training_toolkit.data.tokenizer import Markers, TextEncoder, open_tokenizer
 from llm_training_toolkit.errors import PlanError
 from llm_training_toolkit.export import exported_from
-from llm_training_toolkit.models.exported import device_of, on_device, open_exported
-from llm_training_toolkit.runs import RunDirectory, checkpoint_place, model_directory
+from llm_training_toolkit.models.load_exported import device_of, on_device, open_exported
+from llm_training_toolkit.runs.directory import RunDirectory, checkpoint_place, model_directory
 
 _LONGEST = 4096
 """Tokens of context where no run says how long its sequences were: a published model may allow 262,144, whose attention
@@ -64,7 +63,7 @@ class Subject:
     @cached_property
     def lm(self) -> Any:  # noqa: ANN401 - transformers has no types
         """The model itself, on its device."""
-        from transformers.utils.logging import disable_progress_bar  # noqa: PLC0415 - seconds to import
+        from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()
         return on_device(open_exported(self.directory), self.device)

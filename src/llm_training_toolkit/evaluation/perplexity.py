@@ -9,16 +9,15 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
 
-from llm_training_toolkit.data.batches import MicroBatch, Sequences
-from llm_training_toolkit.data.render import Example
-from llm_training_toolkit.data.rendering import Renderer
+from llm_training_toolkit.data.dataset import MicroBatch, Sequences
+from llm_training_toolkit.data.prepare.renderer import Renderer
 from llm_training_toolkit.data.sources import Document
+from llm_training_toolkit.data.types import Example
 from llm_training_toolkit.errors import DataError, PlanError
 from llm_training_toolkit.evaluation.documents import described, origin_of, own_documents, source_of
 from llm_training_toolkit.evaluation.losses import Losses, packed
 from llm_training_toolkit.evaluation.model import Subject
-from llm_training_toolkit.evaluation.result import Measured, Progress
-from llm_training_toolkit.evaluation.settings import Perplexity
+from llm_training_toolkit.evaluation.task import Measured, Perplexity, Progress
 
 _TOGETHER = 256
 """Documents that are rendered and packed at a time."""

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from llm_training_toolkit.errors import CheckpointError
-from llm_training_toolkit.evaluation.result import Measured
-from llm_training_toolkit.runs import RunDirectory, write_atomically
+from llm_training_toolkit.evaluation.task import Measured
+from llm_training_toolkit.runs.directory import RunDirectory, write_atomically
 
 _ABOUT = ("task", "data", "settings", "model", "run", "step", "date")
 

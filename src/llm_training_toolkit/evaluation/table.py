@@ -11,7 +11,7 @@ from rich.table import Table
 
 from llm_training_toolkit.errors import PlanError
 from llm_training_toolkit.evaluation.records import Evaluation, kept
-from llm_training_toolkit.runs import run_of
+from llm_training_toolkit.runs.directory import run_of
 
 _SHOWN = (
     *("pass@1", "pass@10", "pass@100", "exact_match", "edit_similarity"),

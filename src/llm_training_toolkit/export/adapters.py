@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 from llm_training_toolkit.checkpoint import Checkpoint
 from llm_training_toolkit.errors import CheckpointError
-from llm_training_toolkit.export.check import compare, logits
 from llm_training_toolkit.export.directory import Beside, write_beside
+from llm_training_toolkit.export.verify import compare, logits
 from llm_training_toolkit.export.weights import load_stored, stored
 from llm_training_toolkit.families import Adapter
 from llm_training_toolkit.models import build_model
-from llm_training_toolkit.models.adapters import NAME, adapted_layers, add_adapters, lora_config
 from llm_training_toolkit.models.build import DTYPES
-from llm_training_toolkit.models.exported import open_exported
+from llm_training_toolkit.models.load_exported import open_exported
+from llm_training_toolkit.models.lora import NAME, adapted_layers, add_adapters, lora_config
 
 MERGE_TOLERANCE = {"bf16": 0.1, "fp32": 1e-4}
 """Largest difference of a logit that merging may make, as a share of the largest one. Rounding the sum to bf16 once

@@ -7,10 +7,11 @@ from typing import Any
 
 from llm_training_toolkit.config.schema import Config
 from llm_training_toolkit.errors import PlanError
-from llm_training_toolkit.families import qwen, shape, starcoder
+from llm_training_toolkit.families import qwen, starcoder
 from llm_training_toolkit.families.family import DROPOUTS, Anatomy, CodeLayout, Family, HfValues, Size, SpecialTokens
+from llm_training_toolkit.families.hf_config import build as build_hf_config
+from llm_training_toolkit.families.hf_config import saved_dropout
 from llm_training_toolkit.families.lora import Adapter, adapter_of
-from llm_training_toolkit.families.shape import saved_dropout
 
 __all__ = [
     "DROPOUTS",
@@ -57,7 +58,7 @@ def hf_config(config: Config) -> dict[str, Any]:
     least `data.sequence_length`, except where positions are a learned table (StarCoder 1). Lists that transformers
     derives itself (layer_types) are left out. Raises PlanError for an unknown size and for an impossible shape.
     """
-    return shape.build(config, find(config.model.name))
+    return build_hf_config(config, find(config.model.name))
 
 
 def anatomy(hf: HfValues) -> Anatomy:

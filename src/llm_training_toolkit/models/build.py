@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from llm_training_toolkit.errors import CheckpointError, PlanError
-from llm_training_toolkit.models.weights import UNREADABLE, place_of, read_config
+from llm_training_toolkit.models.check_weights import UNREADABLE, place_of, read_config
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 

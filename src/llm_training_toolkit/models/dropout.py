@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from llm_training_toolkit.models.initial import seed_of
+from llm_training_toolkit.models.init_weights import seed_of
 
 
 @dataclass

@@ -13,21 +13,21 @@ from llm_training_toolkit.plan.auto import (
 )
 from llm_training_toolkit.plan.batch import accumulation, loss_chunk_tokens, shares, slice_of
 from llm_training_toolkit.plan.deepspeed import deepspeed_config, deepspeed_problems
-from llm_training_toolkit.plan.forecast import Forecast, on_cluster, resolved_on
+from llm_training_toolkit.plan.estimate import Forecast, on_cluster, resolved_on
 from llm_training_toolkit.plan.hardware import Hardware
+from llm_training_toolkit.plan.lr_schedule import Schedule
 from llm_training_toolkit.plan.memory import Load, Memory, checkpoint_copy, estimate
-from llm_training_toolkit.plan.mixing import Due, counts, merged, whole_shares
-from llm_training_toolkit.plan.plan import DataFacts, Plan, StreamFacts, make_plan, require
-from llm_training_toolkit.plan.problem import Problem
-from llm_training_toolkit.plan.schedule import Schedule
-from llm_training_toolkit.plan.show import lines, mixture_lines
-from llm_training_toolkit.plan.sizing import (
+from llm_training_toolkit.plan.micro_batch import (
     fitting_micro_batch,
     fitting_zero_stage,
     higher_zero_stage,
     settled,
     smaller_micro_batch,
 )
+from llm_training_toolkit.plan.mixture import Due, counts, merged, whole_shares
+from llm_training_toolkit.plan.plan import DataFacts, Plan, StreamFacts, make_plan, require
+from llm_training_toolkit.plan.problem import Problem
+from llm_training_toolkit.plan.text import lines, mixture_lines
 
 __all__ = [
     "PRECISION",

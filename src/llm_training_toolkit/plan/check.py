@@ -8,8 +8,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from llm_training_toolkit.config.address import is_address
 from llm_training_toolkit.config.schema import Config, Source
+from llm_training_toolkit.config.uri import is_address
 from llm_training_toolkit.families import Family, HfValues, Size, saved_dropout
 from llm_training_toolkit.families.lora import whole_modules
 from llm_training_toolkit.plan.batch import micro_batch, shares

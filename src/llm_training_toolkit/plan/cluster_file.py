@@ -20,7 +20,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from llm_training_toolkit.config.schema import Section
-from llm_training_toolkit.config.yaml_nodes import problem_in_words
+from llm_training_toolkit.config.yaml_reader import problem_in_words
 from llm_training_toolkit.errors import ConfigError
 from llm_training_toolkit.plan.hardware import Hardware
 

@@ -9,10 +9,10 @@ from typing import Any
 from llm_training_toolkit import families
 from llm_training_toolkit.config.schema import Config, duration_seconds
 from llm_training_toolkit.errors import PlanError
-from llm_training_toolkit.plan import auto, batch, check, memory, mixing, rate
+from llm_training_toolkit.plan import auto, batch, check, lr_schedule, memory, mixture
 from llm_training_toolkit.plan.deepspeed import deepspeed_config, deepspeed_problems, own_config
+from llm_training_toolkit.plan.lr_schedule import Kind, Schedule
 from llm_training_toolkit.plan.problem import Problem
-from llm_training_toolkit.plan.schedule import Kind, Schedule
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class DataFacts:
     def needed(self, steps: int, global_batch: int) -> tuple[int, ...]:
         """How many sequences of each stream the run will have seen after `steps` steps."""
         total = self.sequences_done + (steps - self.steps_done) * global_batch
-        return mixing.counts([stream.share for stream in self.streams], total)
+        return mixture.counts([stream.share for stream in self.streams], total)
 
 
 @dataclass(frozen=True)
@@ -172,8 +172,8 @@ def make_plan(config: Config, facts: DataFacts | None = None, replicas: int | No
     smallest = replicas or max(config.cluster.fewest, 1)
     given, config = config, auto.assumed(config)
     steps, steps_estimated = run_steps(config, facts)
-    warmup, decay = rate.warmup_steps(config, steps), rate.decay_steps(config, steps)
-    lr = rate.learning_rate(config, total)
+    warmup, decay = lr_schedule.warmup_steps(config, steps), lr_schedule.decay_steps(config, steps)
+    lr = lr_schedule.learning_rate(config, total)
     deepspeed = _deepspeed(config, trained)
     length, every = config.data.sequence_length, config.checkpoint.every
     memory_gb = _memory(config, hf, adapter, smallest, deepspeed)
@@ -281,7 +281,7 @@ def _mixture(config: Config, steps: int | None, facts: DataFacts | None) -> tupl
         return ()
     epochs: list[float | None] = [None] * len(weights)
     if steps is not None and facts is not None:
-        seen = mixing.counts([stream.share for stream in facts.streams], steps * config.train.global_batch)
+        seen = mixture.counts([stream.share for stream in facts.streams], steps * config.train.global_batch)
         epochs = [stream.epochs(count) for stream, count in zip(facts.streams, seen, strict=True)]
     sources = zip(config.data.sources, weights, epochs, strict=True)
     return tuple(Mixed(source.path, weight / sum(weights), passes) for source, weight, passes in sources)

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from llm_training_toolkit.config.search import Search
-from llm_training_toolkit.search.ledger import Ledger, SearchDirectory, Trial
-from llm_training_toolkit.search.rungs import better, key
+from llm_training_toolkit.search.early_stopping import better, key
+from llm_training_toolkit.search.event_log import Ledger, SearchDirectory, Trial
 from llm_training_toolkit.search.space import same
 
 

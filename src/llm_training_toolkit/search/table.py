@@ -10,8 +10,8 @@ from rich.text import Text
 
 from llm_training_toolkit.config.schema import duration_seconds
 from llm_training_toolkit.config.search import Search
-from llm_training_toolkit.runs_table import clock
-from llm_training_toolkit.search.ledger import Ledger, Trial
+from llm_training_toolkit.runs.table import clock
+from llm_training_toolkit.search.event_log import Ledger, Trial
 from llm_training_toolkit.search.results import ranked, tokens_of
 from llm_training_toolkit.search.space import short, shown
 

@@ -2,46 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import NamedTuple
 
 from llm_training_toolkit.errors import DataError
-
-
-class Part(NamedTuple):
-    """A file of a repository: its path in it, and its text."""
-
-    path: str
-    text: str
-
-
-@dataclass(frozen=True)
-class Document:
-    """One document: the number of its source, a name that leads back to it, and its text.
-
-    For code also the repository it is from, its path in it and the repository's stars, as far as they are known. A
-    document that is a whole repository has its files as `parts`, in the order of their paths, and as `text` their
-    texts one after the other.
-    """
-
-    source: int
-    name: str
-    text: str
-    repository: str = ""
-    path: str = ""
-    stars: int | None = None
-    parts: tuple[Part, ...] = ()
-    said: str = ""
-    """What counts as its content where that is less than `text`: a conversation without its switches of loss."""
-
-    @cached_property
-    def digest(self) -> bytes:
-        """Its content's hash; neither name nor metadata count."""
-        return content_hash(self.said or self.text)
 
 
 @dataclass
@@ -67,14 +32,6 @@ class Unreadable(Exception):  # noqa: N818 - a finding that becomes a DataError 
         self.count = count
         self.ends_file = False
         """Nothing after it in a file of records can be read, and nobody knows how much that is."""
-
-
-def content_hash(text: str) -> bytes:
-    """16 bytes that stand for a content: equal contents, equal hashes.
-
-    Half of a SHA-256: two of 10 million different documents are taken for equal with a chance of 1 in 10^25.
-    """
-    return hashlib.sha256(text.encode()).digest()[:16]
 
 
 def check_skipped(tallies: Iterable[Tally], max_skipped: float) -> None:

@@ -14,10 +14,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llm_training_toolkit.data.conversations import Conversation, UnusableRecord, conversation_of
-from llm_training_toolkit.data.sources.document import Document, Unreadable
-from llm_training_toolkit.data.sources.kinds import Format
+from llm_training_toolkit.data.chat.parse import Conversation, UnusableRecord, conversation_of
+from llm_training_toolkit.data.sources.document import Unreadable
+from llm_training_toolkit.data.sources.files import Format
 from llm_training_toolkit.data.sources.records import Columns, Record
+from llm_training_toolkit.data.types import Document
 
 _TEXT: Mapping[Format, Sequence[str]] = {"text": ("text", "content"), "code": ("content", "text", "code")}
 _PATH = ("path", "max_stars_repo_path", "file_path")

@@ -7,8 +7,14 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-from llm_training_toolkit.data.sources.patterns import HIDDEN, is_pattern, is_wanted_directory, split_pattern
-from llm_training_toolkit.data.sources.place import Root, SourceFile
+from llm_training_toolkit.data.sources.files import (
+    HIDDEN,
+    Root,
+    SourceFile,
+    is_pattern,
+    is_wanted_directory,
+    split_pattern,
+)
 
 STANDARD_LIBRARY = "python:stdlib"
 _NOT_LIBRARY = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"})

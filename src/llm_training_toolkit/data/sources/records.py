@@ -11,10 +11,9 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from llm_training_toolkit.data.sources.decompress import DAMAGE, damaged, decompressed, opened
 from llm_training_toolkit.data.sources.document import Unreadable
-from llm_training_toolkit.data.sources.kinds import Kind, compression
-from llm_training_toolkit.data.sources.opening import DAMAGE, damaged, decompressed, opened
-from llm_training_toolkit.data.sources.place import SourceFile
+from llm_training_toolkit.data.sources.files import Kind, SourceFile, compression
 
 _ROWS = 128
 """Rows that are Python objects at a time."""

@@ -18,8 +18,14 @@ from fsspec.utils import glob_translate  # type: ignore[import-untyped]
 from huggingface_hub import HfFileSystem
 from huggingface_hub.errors import EntryNotFoundError
 
-from llm_training_toolkit.data.sources.patterns import HIDDEN, is_pattern, is_wanted_directory, split_pattern
-from llm_training_toolkit.data.sources.place import Root, SourceFile
+from llm_training_toolkit.data.sources.files import (
+    HIDDEN,
+    Root,
+    SourceFile,
+    is_pattern,
+    is_wanted_directory,
+    split_pattern,
+)
 from llm_training_toolkit.errors import DataError
 
 _LONGEST_CAUSE = 300

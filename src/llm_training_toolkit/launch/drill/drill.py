@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llm_training_toolkit.config import Config, load
-from llm_training_toolkit.config.address import is_address
+from llm_training_toolkit.config.uri import is_address
 from llm_training_toolkit.errors import ConfigError, LaunchError
-from llm_training_toolkit.launch.drill.cluster import OwnCluster
-from llm_training_toolkit.launch.drill.failures import KINDS, Victim, being_written, steps_done
+from llm_training_toolkit.launch.drill.faults import KINDS, Victim, being_written, steps_done
+from llm_training_toolkit.launch.drill.local_cluster import OwnCluster
 from llm_training_toolkit.launch.drill.report import Clock, Injected, Report, newest_undamaged, report, rows
-from llm_training_toolkit.launch.environment import refuse_too_many
-from llm_training_toolkit.runs import RunDirectory, attempt_record, last_attempt
+from llm_training_toolkit.runs.attempts import attempt_record, last_attempt
+from llm_training_toolkit.runs.directory import RunDirectory
+from llm_training_toolkit.setup.machine import refuse_too_many
 
 _LOOK_EVERY = 0.1
 _STARTS_AGAIN = 5

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from llm_training_toolkit.checkpoint import complete, newest, read_manifest
-from llm_training_toolkit.data.receipt import Receipt
+from llm_training_toolkit.data.prepare.dataset_info import Receipt
 from llm_training_toolkit.errors import LaunchError
-from llm_training_toolkit.goodput import Split, in_words
-from llm_training_toolkit.launch.drill.lineage import compare, fetched_along, stretches
-from llm_training_toolkit.overview import goodput
-from llm_training_toolkit.runs import RunDirectory, attempt_record, checkpoint_place
+from llm_training_toolkit.launch.drill.data_audit import compare, fetched_along, stretches
+from llm_training_toolkit.runs.attempts import attempt_record
+from llm_training_toolkit.runs.directory import RunDirectory, checkpoint_place
+from llm_training_toolkit.runs.goodput import Split, in_words
+from llm_training_toolkit.runs.status import goodput
 
 
 @dataclass(frozen=True)

@@ -5,19 +5,24 @@ from __future__ import annotations
 import difflib
 import logging
 import shlex
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import ray
+from rich.markup import escape
+from rich.table import Table
 
 from llm_training_toolkit.errors import LaunchError
+from llm_training_toolkit.runs.table import clock
 
 _CHATTY = ["dashboard.modules.job.sdk", "dashboard.modules.dashboard_sdk", "_private.runtime_env"]
 """Modules of Ray that tell how they upload and connect, and what they leave out."""
 RUN_NAME = "ltt_run"
 """Where a job's metadata hold the name of its run, which is the key to resume by."""
+_COLOURS = {"pending": "cyan", "running": "green", "succeeded": "bold green", "stopped": "yellow", "failed": "red"}
 
 
 @dataclass(frozen=True)
@@ -117,3 +122,21 @@ def _is_run(entrypoint: str) -> bool:
     except ValueError:
         return False
     return any(word.rsplit("/", maxsplit=1)[-1] == "ltt" for word in words[:2]) and "train" in words
+
+
+def jobs_table(jobs: Iterable[Job]) -> Table:
+    """One line a job, as `jobs_of` sorts them."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("run", "state", "began", "took", "job", "command"):
+        table.add_column(title, overflow="fold")
+    for job in jobs:
+        began = time.strftime("%Y-%m-%d %H:%M", time.localtime(job.began)) if job.began else ""
+        took = clock((job.ended or time.time()) - job.began) if job.began else ""
+        state = f"[{_COLOURS.get(job.status, 'default')}]{job.status}[/]"
+        table.add_row(escape(job.run), state, began, took, escape(job.id), escape(job.entrypoint.removeprefix("exec ")))
+    return table
+
+
+def jobs_json(jobs: Iterable[Job]) -> list[dict[str, Any]]:
+    """The same for programs."""
+    return [asdict(job) for job in jobs]

@@ -9,9 +9,9 @@ from ray._private.ray_constants import DASHBOARD_CLIENT_MAX_SIZE
 from ray._private.runtime_env.packaging import _dir_travel, _get_excludes
 
 from llm_training_toolkit.config import Config
-from llm_training_toolkit.config.address import is_address
-from llm_training_toolkit.data.prepare import cache_of
-from llm_training_toolkit.data.sources.kinds import COMPRESSED, RECORDS
+from llm_training_toolkit.config.uri import is_address
+from llm_training_toolkit.data.prepare.builder import cache_of
+from llm_training_toolkit.data.sources.files import COMPRESSED, RECORDS
 from llm_training_toolkit.errors import PlanError
 
 _NEVER = ["/runs/", ".venv/", "venv/", ".git/", "__pycache__/", "*.safetensors", "*.egg-info/"]

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llm_training_toolkit.config import Config, load
-from llm_training_toolkit.config.address import is_address
-from llm_training_toolkit.console import Console
+from llm_training_toolkit.config.uri import is_address
 from llm_training_toolkit.errors import LaunchError, PlanError
 from llm_training_toolkit.launch.jobs.client import RUN_NAME, Job, connect, find, jobs_of, quiet, reachable
-from llm_training_toolkit.launch.jobs.log import Log
+from llm_training_toolkit.launch.jobs.logs import Log
 from llm_training_toolkit.launch.jobs.package import excluded, what_travels
-from llm_training_toolkit.launch.outcome import EXIT_CODES, Request
+from llm_training_toolkit.launch.request import EXIT_CODES, Request
+from llm_training_toolkit.monitoring.console import Console
 from llm_training_toolkit.plan import Plan, lines, make_plan, on_cluster, require, resolved_on
 from llm_training_toolkit.plan.cluster_file import read_hardware
 

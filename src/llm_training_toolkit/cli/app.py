@@ -1,0 +1,327 @@
+"""The command line `ltt`: verbs, one call each. Heavy imports live inside the verb that needs them."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from llm_training_toolkit import __version__
+from llm_training_toolkit.cli.evaluate import evaluate
+from llm_training_toolkit.cli.generate import generate
+from llm_training_toolkit.cli.jobs import jobs, submit
+from llm_training_toolkit.cli.tune import tune
+from llm_training_toolkit.errors import ToolkitError
+
+app = typer.Typer(
+    name="ltt",
+    help="Train and tune Qwen and StarCoder on any Ray cluster, and lose nothing when machines die.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+ConfigFile = Annotated[Path, typer.Argument(help="The YAML file that describes the run.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Single fields, as key=value: train.steps=100", show_default=False)
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"ltt {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Options before the verb."""
+
+
+@app.command()
+def plan(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    *,
+    cluster: Annotated[
+        Path | None,
+        typer.Option(help="A cluster file (cluster/*.yaml, cluster/slurm.sh): does it fit there, time and cost."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """What would happen: derived numbers, memory, the DeepSpeed JSON, and every problem found. Takes no hardware."""
+    from llm_training_toolkit.config import load
+    from llm_training_toolkit.plan import lines, make_plan, on_cluster, resolved_on
+
+    read, there = load(config, overrides or ()), None
+    if cluster is None:
+        from llm_training_toolkit.worker.precision import resolve_precision_here
+
+        read, resolved = resolve_precision_here(read)
+        made = make_plan(read).with_notes(resolved)
+    else:
+        from llm_training_toolkit.plan.cluster_file import read_hardware
+
+        hardware = read_hardware(cluster)
+        read = resolved_on(read, hardware)
+        made = make_plan(read)
+        there = on_cluster(read, made, hardware)
+        made = there.added_to(made)
+    if as_json:
+        typer.echo(json.dumps(made.to_json() | (there.to_json() if there else {"hours": None, "cost": None})))
+    else:
+        typer.echo("\n".join(lines(made, there)))
+    if made.problems:
+        raise typer.Exit(2)
+
+
+@app.command()
+def prepare(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    *,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read the documents again and compare their content.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Documents to packed tokens on disk, with a receipt. `train` does it when it has not been done."""
+    from llm_training_toolkit.config import load
+
+    read = load(config, overrides or ())  # what is wrong with it is said before torch is imported
+    from llm_training_toolkit.data.prepare.epochs import facts_of, prepare_epochs, receipt_json, receipt_lines
+    from llm_training_toolkit.launch.backend import preparation_of
+    from llm_training_toolkit.monitoring.console import Console
+    from llm_training_toolkit.plan import make_plan, mixture_lines
+
+    console = Console(sys.stderr if as_json else sys.stdout)
+    try:
+        work = preparation_of(read, console)
+        receipt = prepare_epochs(work, read).receipt
+        if verify:
+            work.verify()
+    finally:
+        console.close()
+    if as_json:
+        typer.echo(json.dumps(receipt_json(receipt)))
+    else:
+        typer.echo("\n".join([*receipt_lines(receipt), *mixture_lines(make_plan(read, facts_of(receipt)))]))
+
+
+@app.command(name="show-batch")
+def show_batch(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    *,
+    step: Annotated[int, typer.Option(min=1, help="The step, as in metrics.jsonl: the first is 1.")] = 1,
+    as_json: AsJson = False,
+) -> None:
+    """The exact sequences a step trains on, as text with the loss mask in colour, and the document of each piece."""
+    from rich.console import Console as Terminal
+
+    from llm_training_toolkit.commands.show_batch import batch_json, print_batch
+    from llm_training_toolkit.commands.show_batch import show_batch as show
+    from llm_training_toolkit.config import load
+    from llm_training_toolkit.monitoring.console import Console
+
+    console = Console(sys.stderr)
+    try:
+        shown = show(load(config, overrides or ()), step, console)
+    finally:
+        console.close()
+    if as_json:
+        typer.echo(json.dumps(batch_json(step, shown)))
+    else:
+        print_batch(step, shown, Terminal(highlight=False))
+
+
+def _interrupt(_number: int, _frame: object) -> None:
+    """SIGTERM before training is a Ctrl-C; training itself has a gentler answer to both."""
+    raise KeyboardInterrupt
+
+
+@app.command()
+def train(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    *,
+    accept: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Take a change of an identity field (data.sources), or of the documents themselves (documents)."
+        ),
+    ] = None,
+    extend: Annotated[
+        bool, typer.Option("--extend", help="Take another length; the schedule stretches to it.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train. The same command again resumes; a finished run is left alone. Ctrl-C stops with a checkpoint."""
+    from llm_training_toolkit.config import load
+    from llm_training_toolkit.launch.request import EXIT_CODES, Request, closing_lines, failure_json
+    from llm_training_toolkit.monitoring.console import Console
+    from llm_training_toolkit.monitoring.logs import own_terminal
+
+    signal.signal(signal.SIGTERM, _interrupt)
+    request = Request(config, overrides or (), accept or (), extend)
+    with own_terminal(1) as out, own_terminal(2) as err:
+        console = Console(err if as_json else out)
+        try:
+            load(config, overrides or ())  # what is wrong with it is said before torch is imported
+            from llm_training_toolkit.commands.train import start
+            from llm_training_toolkit.worker.spec import is_first_rank
+
+            outcome = start(request, console)
+        except KeyboardInterrupt:
+            console.say("interrupted: the same command goes on from the newest checkpoint")
+            raise typer.Exit(EXIT_CODES["stopped"]) from None
+        except ToolkitError as error:
+            console.close()
+            err.write(f"error: {error}\n")
+            if as_json:
+                out.write(json.dumps(failure_json(error)) + "\n")
+            raise typer.Exit(error.exit_code) from None
+        except Exception as error:  # the edge of the command: Python prints the traceback, this the line to read first
+            console.close()
+            err.write(f"error: {type(error).__name__}: {error} (the traceback is in the newest file under logs/)\n")
+            raise
+        finally:
+            console.close()
+        if not is_first_rank():
+            pass  # under torchrun the first rank speaks for all
+        elif as_json:
+            out.write(json.dumps(outcome.to_json()) + "\n")
+        else:
+            for line in closing_lines(outcome, request):
+                console.say(line)
+    raise typer.Exit(EXIT_CODES[outcome.status])
+
+
+@app.command()
+def runs(
+    directory: Annotated[
+        str, typer.Argument(help="The directory that holds the runs, or its address (s3://bucket/runs).")
+    ] = "runs",
+    watch: Annotated[bool, typer.Option("--watch", help="Keep the table up to date until Ctrl-C.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Every run in a directory: state, step, time left, newest checkpoint, last error."""
+    from llm_training_toolkit.runs.status import statuses
+    from llm_training_toolkit.runs.storage import runs_at
+
+    with runs_at(directory) as look:
+        found = statuses(look())
+        if as_json:
+            typer.echo(json.dumps([status.to_json() for status in found]))
+            return
+        if not found and not watch:
+            typer.echo(f"no runs in {directory}")
+            return
+        from rich.console import Console as Terminal
+
+        from llm_training_toolkit.runs.table import runs_table, watch_runs
+
+        if watch:
+            with suppress(KeyboardInterrupt):
+                watch_runs(look)
+        else:
+            Terminal(highlight=False).print(runs_table(found))
+
+
+@app.command()
+def tensorboard(
+    run: Annotated[
+        str,
+        typer.Argument(
+            help="A run, a directory of runs, or the address of one (s3://bucket/runs).", show_default=False
+        ),
+    ],
+    *,
+    host: Annotated[str, typer.Option(help="Who may connect: localhost = this machine alone.")] = "localhost",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 = any that is free.")] = 6006,
+) -> None:
+    """Show a run, or several, in TensorBoard until Ctrl-C."""
+    from llm_training_toolkit.cli.tensorboard import show_in_tensorboard
+
+    show_in_tensorboard(run, host, port)
+
+
+@app.command()
+def drill(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    *,
+    kills: Annotated[int, typer.Option(min=1, help="How many failures.")] = 5,
+    kinds: Annotated[
+        str,
+        typer.Option(
+            help="Which, separated by commas: worker, driver, stop, saving, truncated, storage; on Ray also hang; on a "
+            "cluster that the drill starts here also node, notice, head."
+        ),
+    ] = "worker,driver,stop,saving,truncated,storage",
+    seed: Annotated[int, typer.Option(help="Draws kinds and moments.")] = 0,
+    hang: Annotated[str, typer.Option(help="failures.hang of both runs.")] = "20s",
+    as_json: AsJson = False,
+) -> None:
+    """Run a configuration undisturbed and with real failures, on this machine, and say what was lost."""
+    from llm_training_toolkit.launch.drill.drill import Drill, Order
+    from llm_training_toolkit.launch.drill.report import lines_of
+
+    signal.signal(signal.SIGTERM, _interrupt)
+    order = Order(config, overrides or (), kills, [kind.strip() for kind in kinds.split(",")], seed, hang)
+    report = Drill(order, lambda text: typer.echo(text, err=True)).carry_out()
+    typer.echo(json.dumps(report.to_json()) if as_json else "\n".join(lines_of(report)))
+    if not report.is_whole:
+        raise typer.Exit(1)
+
+
+@app.command()
+def export(
+    run: Annotated[
+        str, typer.Argument(help="The directory of a run, such as runs/NAME, or its address.", show_default=False)
+    ],
+    *,
+    step: Annotated[
+        int | None, typer.Option(min=0, help="The checkpoint of this step.", show_default="the newest complete one")
+    ] = None,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Merge adapters (LoRA) into the model they belong to.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option(help="Directory to write.", show_default="RUN/export")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """A run's checkpoint as a Hugging Face directory, loaded again and compared on its logits before it is there."""
+    from llm_training_toolkit.export.export_run import export_run
+    from llm_training_toolkit.runs.directory import run_of
+    from llm_training_toolkit.runs.storage import opened
+
+    with opened(run) as path:
+        done = export_run(run_of(path), step=step, merge=merge, out=out, say=lambda text: typer.echo(text, err=True))
+    typer.echo(json.dumps(done.to_json()) if as_json else str(done))
+
+
+app.command()(submit)
+app.add_typer(jobs, name="jobs")
+app.command()(generate)
+app.command()(evaluate)
+app.command()(tune)
+
+
+def main() -> None:
+    """Run a command; what went wrong is said in words, with an exit code that says whose fault it was."""
+    try:
+        app()
+    except ToolkitError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)

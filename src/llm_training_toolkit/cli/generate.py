@@ -1,0 +1,123 @@
+"""The verb `generate`: what a model writes after a prompt, into a gap, or in a conversation, shown as it is written."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from llm_training_toolkit.runs.directory import RunDirectory, model_directory, run_of
+from llm_training_toolkit.runs.storage import opened
+
+if TYPE_CHECKING:
+    from llm_training_toolkit.generation.generator import Dialogue, Writing
+
+
+def generate(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="A run, or an exported directory, merged or with adapters; a path, or the address of a run.",
+            show_default=False,
+        ),
+    ],
+    *,
+    prompt: Annotated[
+        str | None,
+        typer.Option(help="Text to continue; with --suffix, the text before the gap; with --chat, what is asked."),
+    ] = None,
+    suffix: Annotated[str | None, typer.Option(help="Text after the gap: fill in the middle.")] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="A conversation; without --prompt each line of standard input is a turn.")
+    ] = False,
+    system: Annotated[str | None, typer.Option(help="With --chat: what stands before the conversation.")] = None,
+    step: Annotated[
+        int | None,
+        typer.Option(min=0, help="Take a run's checkpoint of this step.", show_default="its export, or the newest one"),
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Most tokens to write.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 = always the likeliest token.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="For temperatures above 0.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto = a GPU where there is one.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")] = False,
+) -> None:
+    """Let a model continue a prompt, fill the gap between a prompt and a suffix, or hold a conversation."""
+    _check_request(prompt, suffix, system, chat=chat, as_json=as_json)
+    with opened(model, export=step is None) as path:
+        _check_model(path, step)  # before anything heavy is imported
+        from llm_training_toolkit.generation.generator import Writing
+        from llm_training_toolkit.generation.load import open_model
+
+        generator, where = open_model(path, step=step, device=device)
+    how = Writing(tokens, temperature, seed)
+    if prompt is None:
+        _converse(generator.dialogue(system), how)
+        return
+    screen = _Screen("" if chat else prompt, silent=as_json)
+    if chat:
+        written = generator.dialogue(system).ask(prompt, how, screen.say)
+    elif suffix is None:
+        written = generator.complete(prompt, how, screen.say)
+    else:
+        written = generator.infill(prompt, suffix, how, screen.say)
+    if as_json:
+        asked = {"model": where, "prompt": prompt, "suffix": suffix}
+        typer.echo(json.dumps(asked | {"written": written.text, "ended": written.ended}))
+    else:
+        screen.say(f"{suffix or ''}\n")
+
+
+class _Screen:
+    """Shows pieces as they come, the first behind what was given; nothing where a prompt is refused."""
+
+    def __init__(self, before: str, *, silent: bool) -> None:
+        self._before, self._silent = before, silent
+
+    def say(self, piece: str) -> None:
+        """Show a piece at once."""
+        if not self._silent:
+            typer.echo(self._before + piece, nl=False)
+            sys.stdout.flush()
+        self._before = ""
+
+
+def _converse(dialogue: Dialogue, how: Writing) -> None:
+    """Each line of standard input is a turn, until it ends."""
+    for line in _lines():
+        if line.strip():
+            screen = _Screen("", silent=False)
+            dialogue.ask(line.rstrip("\n"), how, screen.say)
+            screen.say("\n")
+
+
+def _lines() -> Iterator[str]:
+    """Lines of standard input, each behind a sign for whoever types."""
+    while True:
+        if sys.stdin.isatty():
+            typer.echo("> ", nl=False)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        yield line
+
+
+def _check_request(prompt: str | None, suffix: str | None, system: str | None, *, chat: bool, as_json: bool) -> None:
+    if prompt is None and not chat:
+        raise typer.BadParameter("give a --prompt, or --chat for a conversation")
+    if chat and suffix is not None:
+        raise typer.BadParameter("--suffix fills a gap in a text: not with --chat")
+    if system is not None and not chat:
+        raise typer.BadParameter("--system is for a conversation: give --chat, too")
+    if prompt is None and as_json:
+        raise typer.BadParameter("--json prints one answer: give a --prompt, too")
+
+
+def _check_model(model: Path, step: int | None) -> None:
+    if step is not None:
+        run_of(model)
+    elif not RunDirectory(model).resolved.is_file():
+        model_directory(model)

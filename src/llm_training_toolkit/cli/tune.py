@@ -1,0 +1,62 @@
+"""The verb `ltt tune`: a search for good hyperparameters. Heavy imports live inside it."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from llm_training_toolkit.errors import ToolkitError
+
+SearchFile = Annotated[Path, typer.Argument(help="The YAML file that describes the search.", show_default=False)]
+
+
+def _interrupt(_number: int, _frame: object) -> None:
+    """SIGTERM before the trials is a Ctrl-C; a search that works has a gentler answer to both."""
+    raise KeyboardInterrupt
+
+
+def tune(
+    search: SearchFile,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="Single fields of the search file, as key=value: trials=16", show_default=False),
+    ] = None,
+    *,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")] = False,
+) -> None:
+    """Search for hyperparameters: trials on Ray Tune. The same command again goes on; finished trials stay."""
+    from llm_training_toolkit.launch.request import EXIT_CODES
+    from llm_training_toolkit.launch.tune.tuner import read_search
+    from llm_training_toolkit.launch.tune.tuner import tune as carry_out
+    from llm_training_toolkit.monitoring.console import Console
+    from llm_training_toolkit.monitoring.logs import own_terminal
+
+    signal.signal(signal.SIGTERM, _interrupt)
+    with own_terminal(1) as out, own_terminal(2) as err:
+        console = Console(err if as_json else out)
+        try:
+            status, found = carry_out(read_search(search, overrides or []), console)
+        except KeyboardInterrupt:
+            console.say("interrupted: the same command goes on")
+            raise typer.Exit(EXIT_CODES["stopped"]) from None
+        except ToolkitError as error:
+            console.close()
+            err.write(f"error: {error}\n")
+            raise typer.Exit(error.exit_code) from None
+        finally:
+            console.close()
+        if as_json:
+            out.write(json.dumps(found) + "\n")
+        elif status == "stopped":
+            console.say("stopped: the same command goes on with the trials that had begun")
+        elif found["best"] is not None:
+            console.say(f"best: {found['best']['trial']}, {found['best']['value']}: {found['search']}/best.yaml")
+            console.say(f"{found['tokens']:,} tokens in all; the report: {found['search']}/report.html")
+        failed = status == "finished" and found["best"] is None
+    if failed:
+        raise typer.Exit(1)
+    raise typer.Exit(EXIT_CODES[status])

@@ -1,0 +1,1 @@
+"""Commands: what a verb does on the driver."""

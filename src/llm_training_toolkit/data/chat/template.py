@@ -1,0 +1,291 @@
+"""A model's chat template: writes a conversation, and knows where the assistant speaks in it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llm_training_toolkit.data.chat.messages import Conversation, Message
+from llm_training_toolkit.data.chat.template_trace import TracedTemplate, Written
+from llm_training_toolkit.errors import DataError
+
+_NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_USER = {"role": "user", "content": "What is asked."}
+_ANSWER = "What is answered."
+_PROBE = tuple(dict(each) for each in (_USER, {"role": "assistant", "content": _ANSWER}) * 2)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What the assistant says with a message, end of turn included: characters [start, stop) of the script.
+
+    closed: whether a marker ends it.
+    """
+
+    message: int
+    start: int
+    stop: int
+    closed: bool
+
+
+@dataclass(frozen=True)
+class Script:
+    """A conversation as its template writes it, up to the end of the last turn.
+
+    markers: where the template's own markers stand, [start, stop); everything else is text. turns: what the assistant
+    says, message by message. closing: the marker that has to be added so that the last turn ends as turns do; None
+    where none is missing or the template has no such marker.
+    """
+
+    text: str
+    markers: tuple[tuple[int, int], ...]
+    turns: tuple[Turn, ...]
+    closing: str | None
+
+
+@dataclass(frozen=True)
+class _Habits:
+    """What a template does around an answer, found out by asking it.
+
+    heads: what it may write before the answer and would also write before generating, longest first. tails: what it
+    writes after an answer within the conversation, and at its end. end: the marker that closes a turn.
+    """
+
+    heads: tuple[str, ...]
+    tails: tuple[str, str]
+    end: str | None
+
+
+class ChatTemplate:
+    """The template of a tokenizer or a family."""
+
+    def __init__(self, source: str, markers: Sequence[str], variables: Mapping[str, str]) -> None:
+        """Compile a template for a tokenizer with these special tokens and variables (`eos_token` and its like).
+
+        Raises DataError, what the chat template does wrong, where it cannot be compiled or cannot write a plain
+        conversation.
+        """
+        self.source = source
+        self._template = TracedTemplate(source, markers, variables)
+        self._habits = _habits(self._template)
+
+    @classmethod
+    def open(cls, tokenizer_directory: Path, family_template: str) -> ChatTemplate:
+        """The tokenizer's own template, and the family's where it has none.
+
+        As in transformers a file chat_template.jinja goes before the entry in tokenizer_config.json; of several named
+        templates the one called `default` is taken. Raises DataError for a template that cannot be used.
+        """
+        own = _own_template(tokenizer_directory)
+        markers = [token["content"] for token in _json(tokenizer_directory / "tokenizer.json").get("added_tokens", ())]
+        try:
+            return cls(own or family_template, markers, named_tokens(tokenizer_directory))
+        except DataError as error:
+            raise DataError(
+                f"{tokenizer_directory}: the chat template {error}. Put one that can be used into the tokenizer's "
+                "chat_template.jinja."
+            ) from error
+
+    @property
+    def end_of_turn(self) -> str | None:
+        """The special token that ends what the assistant says; None where the template has none."""
+        return self._habits.end
+
+    def write(self, conversation: Conversation) -> Script:
+        """Write a conversation.
+
+        Raises DataError, what the chat template does wrong, where it refuses the conversation, leaves something out,
+        or does not show where the assistant speaks.
+        """
+        messages = [_template_message(message) for message in conversation.messages]
+        tools = [json.loads(tool) for tool in conversation.tools]
+        written = self._template.write(messages, tools)
+        _check_complete(conversation, tools, written.text)
+        spoken = [number for number, message in enumerate(conversation.messages) if message.role == "assistant"]
+        turns = [turn for number in spoken for turn in self._turns(conversation, written, number)]
+        return self._cut(conversation, written, tuple(turns))
+
+    def prompt(self, conversation: Conversation) -> Script:
+        """Write a conversation and the beginning of the assistant's next turn.
+
+        Raises DataError, what the chat template does wrong, where it refuses the conversation or leaves something out.
+        """
+        messages = [_template_message(message) for message in conversation.messages]
+        tools = [json.loads(tool) for tool in conversation.tools]
+        written = self._template.write(messages, tools, prompt=True)
+        _check_complete(conversation, tools, written.text)
+        return Script(written.text, written.markers, turns=(), closing=None)
+
+    def _turns(self, conversation: Conversation, written: Written, number: int) -> list[Turn]:
+        """What the assistant says with one message: one stretch, or as many as there are `{% generation %}` blocks."""
+        if number not in written.parts:
+            raise DataError(f"does not write message {number} in a loop over the messages")
+        start, stop = written.parts[number]
+        said = [span for span in written.said if start <= span[0] and span[1] <= stop]
+        if said:
+            return [self._closed(written, Turn(number, *span, closed=False)) for span in said]
+        follows = number > 0 and conversation.messages[number - 1].role == "assistant"
+        start += self._head(written.text[start:stop], number, may_be_missing=follows)
+        return [self._ended(written, Turn(number, start, stop, closed=False))]
+
+    def _closed(self, written: Written, turn: Turn) -> Turn:
+        """A `{% generation %}` block, with the end of turn where that comes right after it."""
+        for start, stop in written.markers:
+            if turn.stop in {start, stop} and written.text[start:stop] == self._habits.end:
+                return Turn(turn.message, turn.start, stop, closed=True)
+        return turn
+
+    def _head(self, part: str, number: int, *, may_be_missing: bool) -> int:
+        """Characters that stand before the answer; a template may go on without them after another answer."""
+        for head in self._habits.heads:
+            before, found, _ = part.partition(head)
+            if found and not before.strip():
+                return len(before) + len(head)
+        if may_be_missing or not self._habits.heads:
+            return 0
+        raise DataError(
+            f"begins message {number} in another way than a prompt for the assistant, so it cannot be told where the "
+            "assistant speaks; {% generation %} blocks in the template would show it"
+        )
+
+    def _ended(self, written: Written, turn: Turn) -> Turn:
+        """The turn up to its last closing marker, or without what the template writes after answers."""
+        ends = [
+            stop
+            for start, stop in written.markers
+            if turn.start <= start and stop <= turn.stop and written.text[start:stop] == self._habits.end
+        ]
+        if ends:
+            return Turn(turn.message, turn.start, ends[-1], closed=True)
+        tail = self._habits.tails[turn.stop == len(written.text)]
+        stop = turn.stop - len(tail) if written.text.endswith(tail, turn.start, turn.stop) else turn.stop
+        return Turn(turn.message, turn.start, stop, closed=False)
+
+    def _cut(self, conversation: Conversation, written: Written, turns: tuple[Turn, ...]) -> Script:
+        """Leave out what follows the last turn: a line break, or the beginning of a turn that nobody takes."""
+        stop, closing = len(written.text), None
+        if conversation.messages[-1].role == "assistant":
+            stop = turns[-1].stop
+            closing = None if turns[-1].closed else self._habits.end
+        elif written.markers and not written.text[written.markers[-1][1] :].strip():
+            stop = written.markers[-1][1]
+        markers = tuple(marker for marker in written.markers if marker[1] <= stop)
+        return Script(written.text[:stop], markers, turns, closing)
+
+
+def _habits(template: TracedTemplate) -> _Habits:
+    probe, asked, prompted = template.write(_PROBE), template.write([_USER]), template.write([_USER], prompt=True)
+    if any(number not in probe.parts or _ANSWER not in _part(probe, number) for number in (1, 3)):
+        raise DataError("does not write the messages in a loop over them")
+    first, last = (_part(probe, number).partition(_ANSWER) for number in (1, 3))
+    prompt = prompted.text[len(asked.text) :] if prompted.text.startswith(asked.text) else ""
+    # A template that writes no prompt, or writes it always, still begins its answers alike.
+    heads = {_head_in(prompt or last[0], before) for before in (first[0], last[0])}
+    longest_first = tuple(sorted(filter(None, heads), key=len, reverse=True))
+    return _Habits(longest_first, (first[2], last[2]), _end_of_turn(probe))
+
+
+def _head_in(prompt: str, before: str) -> str:
+    """What a prompt and the text before an answer have in common: all of the one, or the other up to its end.
+
+    The prompt may begin earlier (with the end of the user's turn), and either may go on (with thinking).
+    """
+    before = before.lstrip() or before
+    for at in range(len(prompt)):
+        if prompt.startswith(before, at):
+            return before
+        if before.startswith(prompt[at:]):
+            return prompt[at:]
+    if before.strip():
+        raise DataError(f"writes {before!r} before an answer, and not so where it prompts for one")
+    return ""
+
+
+def _part(written: Written, number: int) -> str:
+    start, stop = written.parts[number]
+    return written.text[start:stop]
+
+
+def _end_of_turn(probe: Written) -> str | None:
+    """The first marker after an answer: within the conversation, or else at its end."""
+    for number in (1, 3):
+        start, stop = probe.parts[number]
+        after = probe.text.index(_ANSWER, start) + len(_ANSWER)
+        for begin, end in probe.markers:
+            if after <= begin and end <= stop:
+                return probe.text[begin:end]
+    return None
+
+
+def _check_complete(conversation: Conversation, tools: Sequence[Mapping[str, Any]], text: str) -> None:
+    """Some templates know no system text or no tools, and leave them out without a word. We do not."""
+    lost = [
+        f"message {number} ({message.role})"
+        for number, message in enumerate(conversation.messages)
+        # What a template makes of a tool's answer, and of reasoning within a text, is its own affair.
+        if message.role != "tool" and "</think>" not in message.content and message.content.strip() not in text
+    ]
+    calls = [call.name for message in conversation.messages for call in message.tool_calls]
+    lost += [f"the call of {name}" for name in calls if name not in text]
+    names = [tool.get("function", tool).get("name", "") for tool in tools]
+    lost += [f"the tool {name}" for name in names if name not in text]
+    if lost:
+        raise DataError(f"leaves out {', '.join(lost[:3])}")
+
+
+def _template_message(message: Message) -> dict[str, Any]:
+    """A message as templates know it, arguments of calls as objects (what Hugging Face asks for)."""
+    values: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.name is not None:
+        values["name"] = message.name
+    if message.thinking is not None:
+        # transformers, too, gives it under both names: the second is what gpt-oss reads.
+        values |= {"reasoning_content": message.thinking, "thinking": message.thinking}
+    if message.tool_calls:
+        values["tool_calls"] = [
+            {"type": "function", "function": {"name": call.name, "arguments": json.loads(call.arguments)}}
+            for call in message.tool_calls
+        ]
+    return values
+
+
+def has_template(directory: Path) -> bool:
+    """Whether a tokenizer brings a chat template of its own."""
+    return bool(_own_template(directory))
+
+
+def _own_template(directory: Path) -> str | None:
+    file = directory / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    template = _json(directory / "tokenizer_config.json").get("chat_template")
+    if not isinstance(template, list):
+        return template
+    named = {each["name"]: each["template"] for each in template}
+    if "default" not in named:
+        raise DataError(
+            f"{directory}: has chat templates called {', '.join(named)}, and none is called default. Call one so in "
+            "tokenizer_config.json."
+        )
+    return str(named["default"])
+
+
+def named_tokens(directory: Path) -> dict[str, str]:
+    """A tokenizer's special tokens by name (`eos_token` and its like), as transformers gives them to a template."""
+    known = _json(directory / "special_tokens_map.json") | _json(directory / "tokenizer_config.json")
+    tokens = {name: known[name] for name in _NAMED if known.get(name) is not None}
+    return {name: token["content"] if isinstance(token, Mapping) else token for name, token in tokens.items()}
+
+
+def _json(file: Path) -> dict[str, Any]:
+    """A JSON object in a file; empty where there is no such file."""
+    if not file.is_file():
+        return {}
+    try:
+        values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{file}: cannot be read ({error}). Fetch the tokenizer again.") from error
+    return values

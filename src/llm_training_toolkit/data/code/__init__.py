@@ -1,0 +1,1 @@
+"""Code and text to tokens: chunks, fill-in-the-middle, repositories."""

@@ -1,0 +1,282 @@
+"""The order of the data and its batches: which sequences a step sees, as tensors for one rank."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from llm_training_toolkit.data.prepare.arrow_store import Examples, read_array, read_column
+from llm_training_toolkit.data.prepare.builder import Prepared
+from llm_training_toolkit.data.prepare.dataset_info import Receipt
+from llm_training_toolkit.data.prepare.packing import PackingPlan
+from llm_training_toolkit.data.tokenizer import open_tokenizer
+from llm_training_toolkit.data.types import Example
+from llm_training_toolkit.errors import DataError
+from llm_training_toolkit.plan import Due, counts, merged
+
+IGNORED = -100
+"""The label of a position that has nothing to predict."""
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one forward pass sees, each (rows, T) int64.
+
+    position_ids start at 0 for every piece of a row, padding being a piece of its own: that alone keeps the documents
+    of a row apart. labels are shifted already: labels[t] is the token at t + 1 of the same piece, or -100.
+    Row r is position `first` + r of the global batch of `step`; both mean nothing in rows without labels.
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    labels: torch.Tensor
+    step: int = 0
+    first: int = 0
+
+
+class Placed(NamedTuple):
+    """A sequence of a step: its stream, the epoch it belongs to and its number in that epoch."""
+
+    stream: int
+    epoch: int
+    sequence: int
+
+
+class Piece(NamedTuple):
+    """A piece of a sequence: source, document within the source, and its number of tokens."""
+
+    source: int
+    document: int
+    tokens: int
+
+
+class _Packed(NamedTuple):
+    plan: PackingPlan
+    examples: Examples
+
+    def pieces(self, sequence: int) -> list[Example]:
+        return [self.examples[i] for i in self.plan.examples(sequence).tolist()]
+
+
+class Sequences:
+    """The sequences of a run in their order, as a pure function of the step.
+
+    Sequence g = step * global_batch + i is position i of that step, counted through all epochs without a break. Where
+    sources have weights, g counts through the mixture of their streams, each of which runs through epochs of its own.
+    Steps count from 0: `step` is the number of steps completed before. With `epochs` the order ends with the last
+    one's last sequence, and the last step may be short; without, it goes on as far as epochs were prepared.
+    `origin` (step, sequence) is where an attempt goes on: they differ from a plain multiple of the global batch only
+    after an epoch that ended in a short step, or a change of the global batch that was accepted.
+    """
+
+    def __init__(
+        self,
+        receipt: Receipt,
+        *,
+        global_batch: int,
+        epochs: int | None = None,
+        origin: tuple[int, int] = (0, 0),
+    ) -> None:
+        self._directory = Prepared.load(receipt).directory
+        self.global_batch, self.epochs, self.origin = global_batch, epochs, origin
+        # Streams alternate, and a step may span two epochs of each; every epoch that is open costs descriptors.
+        self._examples = lru_cache(maxsize=2 * len(receipt.streams) + 1)(lambda name: Examples(self._directory / name))
+        self._plan = lru_cache(maxsize=2 * len(receipt.streams))(lambda name: PackingPlan.read(self._directory / name))
+        self._last: tuple[int, list[Placed]] = (-1, [])
+        self.extend(receipt)
+
+    def extend(self, receipt: Receipt) -> None:
+        """Take a receipt of the same data with more epochs."""
+        self.receipt = receipt
+        self._shares = [stream.share for stream in receipt.streams]
+        self._starts = [list(accumulate(stream.sequences[: self.epochs], initial=0)) for stream in receipt.streams]
+
+    @property
+    def steps(self) -> int | None:
+        """Steps until the end; None where there is none, or its last epochs are not prepared yet."""
+        if self._end is None:
+            return None
+        step, sequence = self.origin
+        return step + -(-max(self._end - sequence, 0) // self.global_batch)
+
+    @property
+    def _end(self) -> int | None:
+        """Sequences of a run over epochs, once all of them are prepared."""
+        if self.epochs is None or len(self.receipt.streams[0].epochs) < self.epochs:
+            return None
+        return self._starts[0][-1]
+
+    def step_sequences(self, step: int) -> list[Placed]:
+        """The sequences of a step: global_batch of them, fewer only in the last step of a run over epochs.
+
+        Raises DataError for a step that needs an epoch that was not prepared, and for one after the end.
+        """
+        if self._last[0] == step:
+            return self._last[1]
+        first, last = self._places(step)
+        if not 0 <= first < last:
+            raise DataError(f"step {step}: lies outside the run, whose steps go from 0 to {(self.steps or 1) - 1}.")
+        if (stream := self._runs_out(last)) is not None:
+            raise self._not_prepared(step, stream)
+        self._last = (step, [self._placed(due) for due in merged(self._shares, first, last)])
+        return self._last[1]
+
+    def has(self, step: int) -> bool:
+        """Whether all sequences of a step are prepared."""
+        return self._runs_out(self._places(step)[1]) is None
+
+    def _places(self, step: int) -> tuple[int, int]:
+        """Where the sequences of a step lie in the whole order, [first, stop)."""
+        first = self.origin[1] + (step - self.origin[0]) * self.global_batch
+        last = first + self.global_batch
+        return first, last if self._end is None else min(last, self._end)
+
+    def _runs_out(self, last: int) -> int | None:
+        """The first stream that lacks sequences before the place `last`."""
+        needed = counts(self._shares, last)
+        return next((stream for stream, starts in enumerate(self._starts) if needed[stream] > starts[-1]), None)
+
+    def _not_prepared(self, step: int, stream: int) -> DataError:
+        missing, prepared = len(self._starts[stream]) - 1, self._starts[stream][-1]
+        of_source = f" of {self.receipt.sources[stream].path}" if len(self._starts) > 1 else ""
+        return DataError(
+            f"step {step}: needs sequences of epoch {missing}{of_source}, and only {missing} epochs ({prepared} "
+            f"sequences) are prepared. Prepare at least {missing + 1} epochs."
+        )
+
+    def _placed(self, due: Due) -> Placed:
+        starts = self._starts[due.stream]
+        epoch = bisect_right(starts, due.number) - 1
+        return Placed(due.stream, epoch, due.number - starts[epoch])
+
+    def batch(self, step: int, positions: range, micro_batch: int) -> list[MicroBatch]:
+        """Positions of the step's global batch in rows of `micro_batch`; the last may have fewer rows.
+
+        Positions that a short last step does not have are left out.
+        """
+        rows = [self._pieces(placed) for placed in self.step_sequences(step)[positions.start : positions.stop]]
+        return [
+            replace(batch, step=step, first=positions.start + number * micro_batch)
+            for number, batch in enumerate(self._micro_batches(rows, micro_batch))
+        ]
+
+    def loss_tokens(self, step: int) -> int:
+        """Labels other than -100 in the whole global batch, from the index alone."""
+        return sum(int(self._epoch(placed).plan.targets[placed.sequence]) for placed in self.step_sequences(step))
+
+    def ledger(self, step: int) -> list[list[Piece]]:
+        """For each sequence of the step the pieces it holds, from the index alone."""
+        return [self._ledger_row(placed) for placed in self.step_sequences(step)]
+
+    def document_name(self, source: int, document: int) -> str:
+        """Where a document of the ledger came from: its file within the source, and the line in a .jsonl file."""
+        first, names = self._documents
+        return str(names[first[source] + document].as_py())
+
+    @cached_property
+    def _documents(self) -> tuple[dict[int, int], Any]:
+        """The first row of each source in the table of documents, and their names, mapped."""
+        file = self._directory / "documents" / "documents.arrow"
+        found, first = np.unique(read_array(file, "source"), return_index=True)
+        return dict(zip(found.tolist(), first.tolist(), strict=True)), read_column(file, "name")
+
+    def examples(self, step: int, position: int) -> list[Example]:
+        """The pieces of one sequence, with tokens and loss flags."""
+        return self._pieces(self.step_sequences(step)[position])
+
+    def text_of(self, step: int, position: int) -> str:
+        """One sequence as text, markers written out, padding left out."""
+        encoder = open_tokenizer(self.receipt.tokenizer_path)
+        return encoder.decode(np.concatenate([example.tokens for example in self.examples(step, position)]))
+
+    def dummy(self, rows: int) -> MicroBatch:
+        """A micro-batch of padding without any label, for a rank that has fewer micro-batches than others."""
+        return dummy(rows, self.receipt.sequence_length, self.receipt.pad_id)
+
+    @property
+    def eval_sequences(self) -> int:
+        """Number of held-out sequences."""
+        return len(self._held_out.plan)
+
+    @property
+    def eval_loss_tokens(self) -> int:
+        """Labels other than -100 in all held-out sequences."""
+        return int(self._held_out.plan.targets.sum())
+
+    def held_out_examples(self) -> Iterator[tuple[int, Example]]:
+        """Every held-out piece with its source, in the order of the documents."""
+        examples = self._held_out.examples
+        for index in range(len(examples.length)):
+            yield int(examples.source[index]), examples[index]
+
+    def eval_batches(self, rank: int, world: int, micro_batch: int) -> Iterator[MicroBatch]:
+        """This rank's part of the held-out sequences (every world-th one).
+
+        Every rank gets the same number of micro-batches of the same shape, filled up with rows without labels, so
+        that ranks may talk to each other in every one of them.
+        """
+        mine = range(rank, self.eval_sequences, world)
+        largest = -(-self.eval_sequences // world)
+        for start in range(0, largest, micro_batch):
+            rows = [self._held_out.pieces(i) for i in mine[start : start + micro_batch]]
+            rows += [[]] * (min(micro_batch, largest - start) - len(rows))
+            yield from self._micro_batches(rows, micro_batch)
+
+    def _epoch(self, placed: Placed) -> _Packed:
+        files = self.receipt.streams[placed.stream].epochs[placed.epoch]
+        return _Packed(self._plan(files.plan), self._examples(files.tokens))
+
+    @cached_property
+    def _held_out(self) -> _Packed:
+        plan = PackingPlan.read(self._directory / self.receipt.held_out_plan)
+        return _Packed(plan, Examples(self._directory / self.receipt.held_out))
+
+    def _pieces(self, placed: Placed) -> list[Example]:
+        return self._epoch(placed).pieces(placed.sequence)
+
+    def _ledger_row(self, placed: Placed) -> list[Piece]:
+        plan, examples = self._epoch(placed)
+        return [
+            Piece(int(examples.source[i]), int(examples.document[i]), int(examples.length[i]))
+            for i in plan.examples(placed.sequence).tolist()
+        ]
+
+    def _micro_batches(self, rows: Sequence[Sequence[Example]], micro_batch: int) -> Iterator[MicroBatch]:
+        length, pad = self.receipt.sequence_length, self.receipt.pad_id
+        for start in range(0, len(rows), micro_batch):
+            yield assemble(rows[start : start + micro_batch], length, pad)
+
+
+def assemble(rows: Sequence[Sequence[Example]], sequence_length: int, pad_id: int) -> MicroBatch:
+    """Lay the pieces of each row one after another and fill the rest with padding. A row may be empty."""
+    arrays = [_row(pieces, sequence_length, pad_id) for pieces in rows]
+    ids, positions, labels = (torch.from_numpy(np.stack(part)) for part in zip(*arrays, strict=True))
+    return MicroBatch(ids, positions, labels)
+
+
+def dummy(rows: int, sequence_length: int, pad_id: int) -> MicroBatch:
+    """`rows` rows of padding, every label -100: they cost a pass and add nothing to the loss."""
+    return assemble([[]] * rows, sequence_length, pad_id)
+
+
+def _row(pieces: Sequence[Example], length: int, pad_id: int) -> tuple[NDArray[np.int64], ...]:
+    ids = np.full(length, pad_id, dtype=np.int64)
+    positions = np.zeros(length, dtype=np.int64)
+    labels = np.full(length, IGNORED, dtype=np.int64)
+    start = 0
+    for piece in pieces:
+        stop = start + len(piece.tokens)
+        ids[start:stop] = piece.tokens
+        positions[start:stop] = np.arange(stop - start)
+        labels[start : stop - 1] = np.where(piece.loss[1:], ids[start + 1 : stop], IGNORED)
+        start = stop
+    positions[start:] = np.arange(length - start)
+    return ids, positions, labels

@@ -1,0 +1,1 @@
+"""Preparation: documents to packed sequences on disk."""

@@ -1,0 +1,229 @@
+"""Packs examples into sequences of fixed length: no token lost, every example whole in one sequence."""
+
+from __future__ import annotations
+
+import hashlib
+from bisect import bisect_left, insort
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llm_training_toolkit.data.prepare.arrow_store import read_columns, write_columns
+from llm_training_toolkit.errors import DataError
+
+Integers = NDArray[np.int64]
+
+_WINDOW_TOKENS = 1 << 26
+"""Tokens that are packed together: best fit wastes nothing to speak of on so many, and a node that reads ahead needs
+300 MB."""
+
+
+@dataclass(frozen=True)
+class PackingPlan:
+    """Which examples lie in which sequence, in the order in which the sequences are seen.
+
+    order (examples,): numbers of the examples, sequence after sequence.
+    offsets (sequences + 1,): sequence s holds order[offsets[s]:offsets[s + 1]].
+    targets (sequences,): labels other than -100 in each sequence.
+    """
+
+    order: Integers
+    offsets: Integers
+    targets: Integers
+
+    def __len__(self) -> int:
+        """Number of sequences."""
+        return len(self.offsets) - 1
+
+    def examples(self, sequence: int) -> Integers:
+        """Numbers of the examples in a sequence."""
+        return self.order[self.offsets[sequence] : self.offsets[sequence + 1]]
+
+    def write(self, directory: Path) -> None:
+        """Write the plan as two Arrow files into an existing directory."""
+        write_columns(directory / "order.arrow", {"example": self.order})
+        write_columns(directory / "sequences.arrow", {"end": self.offsets[1:], "targets": self.targets})
+
+    @classmethod
+    def read(cls, directory: Path) -> PackingPlan:
+        """Open a written plan; order and targets stay memory-mapped."""
+        sequences = read_columns(directory / "sequences.arrow")
+        offsets = np.concatenate([np.zeros(1, np.int64), sequences["end"]])
+        return cls(read_columns(directory / "order.arrow")["example"], offsets, sequences["targets"])
+
+
+def pack_in_windows(
+    shards: NDArray[Any],
+    lengths: NDArray[Any],
+    sequence_length: int,
+    *,
+    targets: NDArray[Any],
+    seed: int = 0,
+    epoch: int = 0,
+) -> PackingPlan:
+    """Shards in random order, some at a time packed together: a reader needs no more of them at once.
+
+    shards (examples,), rising: which shard each example lies in. The rest as for `pack`, which does each window.
+    """
+    lengths, targets = np.asarray(lengths), np.asarray(targets)
+    starts = np.flatnonzero(np.diff(shards, prepend=-1))
+    members = np.split(np.arange(len(lengths)), starts[1:]) if len(starts) else []
+    order = np.argsort(_noise(len(members), seed, epoch, "shards"), kind="stable")
+    plans = []
+    for number, window in enumerate(_windows(order, np.array([lengths[each].sum() for each in members]))):
+        # In the order of the shards: the same examples give the same plan while one window holds them all.
+        examples = np.concatenate([np.zeros(0, np.int64), *(members[i] for i in np.sort(window).tolist())])
+        plan = pack(
+            lengths[examples], sequence_length, targets=targets[examples], seed=seed, epoch=epoch, window=number
+        )
+        plans.append(PackingPlan(examples[plan.order], plan.offsets, plan.targets))
+    return _joined(plans)
+
+
+def _windows(order: Integers, tokens: Integers) -> list[Integers]:
+    """Shards in their order, cut into windows of about as many tokens each, no more of them than are needed."""
+    ends = np.cumsum(tokens[order])
+    count = max(-(-int(ends[-1]) // _WINDOW_TOKENS), 1) if len(ends) else 1
+    cuts = np.searchsorted(ends, ends[-1] * np.arange(1, count) // count, side="left") + 1 if count > 1 else []
+    return np.split(order, cuts)
+
+
+def pack(
+    lengths: NDArray[Any],
+    sequence_length: int,
+    *,
+    targets: NDArray[Any],
+    seed: int = 0,
+    epoch: int = 0,
+    window: int = 0,
+) -> PackingPlan:
+    """Best-fit decreasing: the longest example first, each into the fullest sequence that has room for it.
+
+    lengths (examples,) in tokens, 1 to sequence_length; targets (examples,): labels each example yields.
+    Examples of equal length are shuffled, so that they mix over sources, and so are the sequences, both by
+    (seed, epoch, window) alone. Raises DataError for a length outside the limits.
+    """
+    lengths = np.asarray(lengths, dtype=np.int64)
+    if len(lengths) and not 1 <= lengths.min() <= lengths.max() <= sequence_length:
+        raise DataError(
+            f"packing: example lengths go from {lengths.min()} to {lengths.max()} tokens, and must lie within 1 and "
+            f"the sequence length {sequence_length}. Remove the cache directory and prepare the data again."
+        )
+    sorted_examples = np.lexsort((_noise(len(lengths), seed, epoch, f"ties {window}"), -lengths))
+    placed = _best_fit(lengths, sequence_length)
+    shuffled = np.argsort(_noise(placed.sequences, seed, epoch, f"sequences {window}"), kind="stable")
+    return _assemble(placed, shuffled, sorted_examples, np.asarray(targets, dtype=np.int64))
+
+
+class _Placed(NamedTuple):
+    """Examples in their sequences, as rows (sequence, first, count), in the order in which they were placed.
+
+    A row puts the examples [first, first + count), counted by falling length, into a sequence.
+    """
+
+    rows: Integers
+    sequences: int
+
+
+def _best_fit(lengths: Integers, capacity: int) -> _Placed:
+    """Best fit for the examples sorted by falling length.
+
+    Equal lengths are placed together: once an example has gone into the fullest sequence with room, that sequence is
+    still the fullest with room for the next of the same length, so it takes as many as fit. And so does the next
+    sequence that is as full: all of them are filled at once, so that millions take seconds.
+    """
+    rows: list[Integers] = []
+    opened = _Open()
+    sequences = start = 0
+    values, counts = np.unique(lengths, return_counts=True)
+    for length, count in zip(values[::-1].tolist(), counts[::-1].tolist(), strict=True):
+        left = count
+        while left:
+            room = opened.fullest(length) or capacity
+            each = room // length
+            wanted = -(-left // each)
+            if room < capacity:
+                chosen = opened.take(room, wanted)
+            else:
+                chosen = np.arange(sequences, sequences + wanted)
+                sequences += wanted
+            taken = np.full(len(chosen), each)
+            taken[-1] = min(each, left - each * (len(chosen) - 1))
+            first = start + each * np.arange(len(chosen))
+            rows.append(np.stack([chosen, first, taken], axis=1))
+            opened.put(room - each * length, chosen[:-1])
+            opened.put(room - int(taken[-1]) * length, chosen[-1:])
+            placed = int(taken.sum())
+            start, left = start + placed, left - placed
+    return _Placed(np.concatenate([np.zeros((0, 3), np.int64), *rows]), sequences)
+
+
+class _Open:
+    """Sequences with room, by how much; of those with the same room the last one put in is taken first."""
+
+    def __init__(self) -> None:
+        self._by_room: dict[int, list[Integers]] = {}
+        self._rooms: list[int] = []  # the keys, sorted
+
+    def fullest(self, length: int) -> int | None:
+        """The least room that takes a length; None where there is none."""
+        where = bisect_left(self._rooms, length)
+        return self._rooms[where] if where < len(self._rooms) else None
+
+    def take(self, room: int, wanted: int) -> Integers:
+        """At most so many sequences with a room, at least one."""
+        stack = self._by_room[room]
+        last = stack.pop()
+        taken, rest = last[::-1][:wanted], last[: max(len(last) - wanted, 0)]
+        if len(rest):
+            stack.append(rest)
+        if not stack:
+            del self._by_room[room]
+            self._rooms.remove(room)
+        return taken
+
+    def put(self, room: int, sequences: Integers) -> None:
+        """Keep sequences that have room left."""
+        if not room or not len(sequences):
+            return
+        if room not in self._by_room:
+            self._by_room[room] = []
+            insort(self._rooms, room)
+        self._by_room[room].append(sequences)
+
+
+def _joined(plans: list[PackingPlan]) -> PackingPlan:
+    """Plans one after the other."""
+    starts = np.cumsum([0, *(len(plan.order) for plan in plans[:-1])])
+    offsets = [plan.offsets[1:] + start for plan, start in zip(plans, starts.tolist(), strict=True)]
+    return PackingPlan(
+        np.concatenate([plan.order for plan in plans]),
+        np.concatenate([np.zeros(1, np.int64), *offsets]),
+        np.concatenate([plan.targets for plan in plans]),
+    )
+
+
+def _assemble(placed: _Placed, shuffled: Integers, examples: Integers, targets: Integers) -> PackingPlan:
+    """The plan of the sequences in the order `shuffled`, of examples sorted by falling length."""
+    sequence, first, count = placed.rows.T
+    place = np.empty(placed.sequences, np.int64)
+    place[shuffled] = np.arange(placed.sequences)
+    by_place = np.argsort(place[sequence], kind="stable")
+    sequence, first, count = place[sequence[by_place]], first[by_place], count[by_place]
+    # The numbers of each row written out: its first, then one more each.
+    ends = np.cumsum(count)
+    order = examples[np.repeat(first - (ends - count), count) + np.arange(len(examples))]
+    sizes = np.bincount(np.repeat(sequence, count), minlength=placed.sequences)
+    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
+    sums = np.concatenate([np.zeros(1, np.int64), np.cumsum(targets[order])])
+    return PackingPlan(order, offsets, np.diff(sums[offsets]))
+
+
+def _noise(count: int, seed: int, epoch: int, purpose: str) -> NDArray[np.uint64]:
+    """Raw output of a counter-based generator: unlike numpy's shuffle, it is the same in every version of numpy."""
+    key = hashlib.blake2b(f"{seed}/{epoch}/{purpose}".encode(), digest_size=16, person=b"ltt-packing").digest()
+    raw = np.random.Philox(key=np.frombuffer(key, dtype="<u8")).random_raw(count)
+    return np.asarray(raw, dtype=np.uint64)

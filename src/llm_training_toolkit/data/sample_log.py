@@ -1,0 +1,47 @@
+"""The ledger: which sequences a rank really fetched in which step, with a checksum of the tokens it got."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from llm_training_toolkit.data.dataset import MicroBatch, Placed
+
+
+class Fetched(NamedTuple):
+    """A sequence that a rank fetched."""
+
+    stream: int
+    epoch: int
+    sequence: int
+    tokens: int
+    """CRC-32 of its row of token ids."""
+
+
+class Ledger:
+    """A rank's ledger of an attempt; every line is on its way to the disk before the step goes on."""
+
+    def __init__(self, directory: Path, attempt: int, rank: int) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self._file = (directory / f"attempt_{attempt}_rank_{rank}.jsonl").open("a", buffering=1)
+
+    def note(self, step: int, placed: Sequence[Placed], batches: Sequence[MicroBatch]) -> None:
+        """Write down the sequences of a step, counted from 1, in the order of the rows of `batches`."""
+        rows = [row for batch in batches for row in batch.input_ids.numpy()]
+        found = [Fetched(*each, zlib.crc32(row.tobytes())) for each, row in zip(placed, rows, strict=True)]
+        self._file.write(json.dumps({"step": step, "fetched": found}) + "\n")
+
+
+def read_ledger(directory: Path, attempt: int) -> Iterator[tuple[int, list[Fetched]]]:
+    """(step, sequences) of every rank of an attempt; half a line, left by a process that was killed, is left out."""
+    for path in sorted(directory.glob(f"attempt_{attempt}_rank_*.jsonl")):
+        for line in path.read_text().splitlines():
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue
+            yield int(row["step"]), [Fetched(*each) for each in row["fetched"]]

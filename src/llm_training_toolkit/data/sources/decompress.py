@@ -1,0 +1,113 @@
+"""Opens a file of a source for reading: local or remote, plain or compressed."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import lzma
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from llm_training_toolkit.data.sources.document import Unreadable
+from llm_training_toolkit.data.sources.files import SourceFile, compression
+from llm_training_toolkit.data.sources.remote import reaching
+
+_REMOTE_BLOCK = 8 << 20
+"""Bytes of one request to a store: a smaller one waits longer for the answer than for the bytes."""
+
+
+@contextmanager
+def opened(file: SourceFile) -> Iterator[io.BufferedReader]:
+    """The bytes of a file as they lie there, seekable.
+
+    What goes wrong with a local file, or within its content, is an Unreadable; a store that does not answer is a
+    DataError, because leaving out what it has would give other data than the next start finds.
+    """
+    try:
+        with _raw(file) as stream:
+            yield stream
+    except DAMAGE as error:
+        raise damaged(file.address, error) from error
+
+
+DAMAGE = (EOFError, OSError, zlib.error, lzma.LZMAError, pa.ArrowException)
+"""What libraries raise that read, decompress and parse files."""
+
+
+@contextmanager
+def decompressed(file: SourceFile) -> Iterator[io.BufferedIOBase]:
+    """The content of a file, decompressed by the suffix of its name. Raises what `opened` raises."""
+    with opened(file) as stream, _decompressing(stream, compression(file.relative)) as content:
+        yield content
+
+
+def damaged(where: str, error: Exception) -> Unreadable:
+    """What is said of a file that cannot be read, or not to its end."""
+    # What is wrong with the content comes in OSErrors, too, but those have no number.
+    if isinstance(error, OSError) and error.errno is not None:
+        return Unreadable(where, f"cannot be read ({error.strerror or error})", "unreadable")
+    said = str(error).strip().partition("\n")[0] or type(error).__name__
+    return Unreadable(where, f"is damaged or cut off ({said})", "damaged")
+
+
+def _raw(file: SourceFile) -> io.BufferedReader:
+    if file.root.filesystem is None:
+        return Path(file.location).open("rb")
+    with reaching(file.address):
+        inner = file.root.filesystem.open_input_file(file.location)
+    return io.BufferedReader(_Remote(inner, file.address), _REMOTE_BLOCK)
+
+
+def _decompressing(stream: io.BufferedReader, how: str | None) -> io.BufferedIOBase:
+    if how and not stream.peek(1):  # an interrupted copy; gzip would take it for an empty text
+        raise EOFError("Nothing is in it, not even the mark of a compressed file")
+    match how:
+        case ".gz":
+            return gzip.GzipFile(fileobj=stream)
+        case ".bz2":
+            return bz2.BZ2File(stream)
+        case ".xz":
+            return lzma.LZMAFile(stream)
+        case ".zst":
+            # Arrow's: Python has none before 3.14.
+            return io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(stream), "zstd"))
+    return stream
+
+
+class _Remote(io.RawIOBase):
+    """A remote file whose errors are DataErrors and never taken for damaged content."""
+
+    def __init__(self, inner: Any, address: str) -> None:  # noqa: ANN401 - pyarrow is untyped
+        self._inner, self._address = inner, address
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:  # noqa: ANN401 - anything with a buffer
+        with reaching(self._address):
+            data = self._inner.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        with reaching(self._address):
+            place: int = self._inner.seek(offset, whence)
+        return place
+
+    def tell(self) -> int:
+        place: int = self._inner.tell()
+        return place
+
+    def close(self) -> None:
+        if not self.closed:
+            self._inner.close()
+        super().close()

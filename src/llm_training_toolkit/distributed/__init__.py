@@ -1,0 +1,1 @@
+"""Ranks: context, collectives, stop requests and heartbeats."""

@@ -1,0 +1,80 @@
+"""Getting DeepSpeed ready in a process, and building a model in pieces under ZeRO-3.
+
+Called by the worker before a model exists.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from llm_training_toolkit.engine.compile_cache import keep_compiled
+
+
+def prepare_process(device_type: str) -> None:
+    """Choose DeepSpeed's accelerator; must run before anything imports deepspeed.
+
+    On CPU DeepSpeed would compile its shared-memory collectives at the first start (50 to 80 s and a
+    C++ compiler). They serve only when LOCAL_SIZE equals the world size, which neither Ray Train nor
+    torchrun sets, so they are declared unavailable and gloo does the work either way.
+    """
+    if device_type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    keep_compiled()
+    import deepspeed  # noqa: PLC0415 - the accelerator is chosen at import
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    _import_muon_uncompiled()
+
+
+def _import_muon_uncompiled() -> None:
+    """Import DeepSpeed's Muon without torch.compile; nothing here uses it.
+
+    Every ZeRO optimizer imports it only to ask whether it is the one in use, and its decorators load torch's
+    whole compiler: 0.9 s at every start of every rank (DeepSpeed 0.19.8, `is_zero_supported_optimizer`).
+    """
+    from deepspeed.runtime import compiler  # noqa: PLC0415 - after the accelerator is chosen
+
+    kept = compiler.compile
+    compiler.compile = lambda: compiler.dummy_decorator
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    finally:
+        compiler.compile = kept
+
+
+@contextmanager
+def partitioned(deepspeed_config: Mapping[str, Any]) -> Iterator[None]:
+    """Inside, transformers builds models already spread over the ranks if the configuration says ZeRO-3.
+
+    transformers' own route (HfDeepSpeedConfig) is taken because a bare `zero.Init` leaves the weights
+    without transformers' construction steps. The setting is global, so it ends with the block.
+    """
+    if deepspeed_config["zero_optimization"]["stage"] != 3:
+        yield
+        return
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config  # noqa: PLC0415
+
+    keep_alive = HfDeepSpeedConfig(dict(deepspeed_config))
+    try:
+        yield
+    finally:
+        del keep_alive
+        unset_hf_deepspeed_config()
+
+
+@contextmanager
+def whole_parameter(parameter: nn.Parameter) -> Iterator[None]:
+    """Make a parameter whole for writing; what rank 0 wrote is what all ranks keep."""
+    if not hasattr(parameter, "ds_id"):
+        yield
+        return
+    import deepspeed  # noqa: PLC0415 - only ZeRO-3 comes here
+
+    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+        yield

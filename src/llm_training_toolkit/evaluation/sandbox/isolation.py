@@ -1,0 +1,112 @@
+"""Finds out by trying which containment this machine gives: bubblewrap, the kernel's namespaces, or none."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+
+from llm_training_toolkit.errors import LaunchError
+from llm_training_toolkit.evaluation.sandbox.run import Kind, Limits, run
+from llm_training_toolkit.evaluation.sandbox.supervisor.workdir import clear_left_over
+
+_LIMITS = Limits(seconds=20.0)
+_IN_WORDS = {
+    "bubblewrap": "bubblewrap",
+    "namespaces": "the kernel's namespaces",
+    "none": "nothing but limits of memory and time (--unsafe)",
+}
+_SELF_CHECK = """
+import os, socket, time
+outside, port, processes = {outside!r}, {port}, {processes}
+if os.path.exists(outside):
+    raise RuntimeError("it sees files outside of its folder")
+for folder in ("/", "/usr", "/etc", "/dev", "/dev/shm", {prefix!r}):
+    try:
+        open(folder + "/ltt-probe", "w")
+    except OSError:
+        continue
+    raise RuntimeError(f"it can write into {{folder}}")
+try:
+    socket.create_connection(("127.0.0.1", port), timeout=2)
+except OSError:
+    pass
+else:
+    raise RuntimeError("it reaches the network")
+try:
+    os.kill({parent}, 0)
+except ProcessLookupError:
+    pass
+else:
+    raise RuntimeError("it sees other processes")
+children = []
+try:
+    while len(children) <= processes:
+        child = os.fork()
+        if not child:
+            time.sleep(10)
+            os._exit(0)
+        children.append(child)
+except OSError:
+    pass
+else:
+    raise RuntimeError(f"it may start more than {{processes}} processes")
+finally:
+    for child in children:
+        os.kill(child, 9)
+"""
+
+
+def in_words(kind: Kind) -> str:
+    """What contains programs, for people."""
+    return _IN_WORDS[kind]
+
+
+def containment(*, unsafe: bool = False) -> Kind:
+    """What programs are contained by on this machine: the first that holds what it promises, tried once a process.
+
+    Raises LaunchError, saying what was found, where there is none and `unsafe` does not allow to do without.
+    """
+    clear_left_over()
+    found: dict[str, str] = {}
+    kinds: tuple[Kind, ...] = ("bubblewrap", "namespaces")
+    for kind in kinds:
+        problem = why_not(kind)
+        if not problem:
+            return kind
+        found[_IN_WORDS[kind]] = problem
+    if unsafe:
+        return "none"
+    listed = "; ".join(f"{name}: {problem}" for name, problem in found.items())
+    raise LaunchError(
+        f"programs that a model wrote cannot be contained on this machine ({listed}). Install bubblewrap, allow user "
+        "namespaces, or say --unsafe where losing everything that this user may write is no loss"
+    )
+
+
+@cache
+def why_not(kind: Kind) -> str:
+    """Why a containment cannot be used here, found out by a program that tries to break out; empty where it holds."""
+    if kind == "bubblewrap" and shutil.which("bwrap") is None:
+        return "bwrap is not installed"
+    with tempfile.TemporaryDirectory(prefix="ltt-") as folder, socket.create_server(("127.0.0.1", 0)) as server:
+        outside = Path(folder, "outside")
+        outside.touch()
+        program = _SELF_CHECK.format(
+            outside=str(outside),
+            port=server.getsockname()[1],
+            processes=_LIMITS.processes,
+            prefix=sys.prefix,
+            parent=os.getpid(),
+        )
+        try:
+            ended = run(program, kind, _LIMITS)
+        except LaunchError as error:
+            return f"it cannot be built here ({error})"
+    if ended.end == "passed":
+        return ""
+    return ended.error.removeprefix("RuntimeError: ") or f"its check {ended.end}"

@@ -1,0 +1,58 @@
+"""The loss on what was held out, as loss, perplexity and bits per byte.
+
+Called by the loop at step 0, every `eval.every` steps and at the end.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from llm_training_toolkit.data.dataset import MicroBatch
+from llm_training_toolkit.distributed.context import RunContext
+
+if TYPE_CHECKING:  # DeepSpeed takes seconds to import, and only training needs it
+    from llm_training_toolkit.engine import Engine
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The held-out loss."""
+
+    loss: float
+    """Mean loss per token, in nats."""
+    tokens: int
+    """Tokens it is the mean of."""
+    bytes: int
+    """Bytes of text those tokens stand for; special tokens stand for none."""
+
+    @property
+    def perplexity(self) -> float:
+        """The exponential of the loss; infinite where that overflows."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Bits needed for a byte of text: comparable between tokenizers."""
+        return self.loss * self.tokens / math.log(2) / self.bytes if self.bytes else math.nan
+
+    def values(self) -> dict[str, float]:
+        """By metric name."""
+        return {
+            "eval/loss": self.loss,
+            "eval/perplexity": self.perplexity,
+            "eval/bits_per_byte": self.bits_per_byte,
+        }
+
+
+def held_out(
+    engine: Engine, batches: Iterable[MicroBatch], tokens: int, text_bytes: int, context: RunContext
+) -> HeldOut:
+    """Evaluate this rank's batches and add up over the ranks. Collective: every rank brings as many batches.
+
+    `tokens` and `text_bytes` are those of the whole held-out part, known from the index.
+    """
+    [total] = context.sum(math.fsum(engine.evaluate(batch) for batch in batches))
+    return HeldOut(loss=total / tokens, tokens=tokens, bytes=text_bytes)

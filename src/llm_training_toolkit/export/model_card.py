@@ -1,0 +1,86 @@
+"""The model card of an export: the facts of its run."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from llm_training_toolkit.checkpoint import Manifest
+from llm_training_toolkit.config import Config
+from llm_training_toolkit.data.prepare.dataset_info import Receipt
+from llm_training_toolkit.plan import make_plan
+from llm_training_toolkit.runs.directory import RunDirectory
+from llm_training_toolkit.runs.metrics_log import newest_rows
+
+Kind = Literal["model", "adapters", "merged"]
+"""What an exported directory holds: a model that was trained whole, adapters, or what they were merged into."""
+
+
+def card(run: RunDirectory, config: Config, receipt: Receipt, manifest: Manifest, *, kind: Kind, base: str) -> str:
+    """The README.md of an exported directory, in Markdown."""
+    library = "peft" if kind == "adapters" else "transformers"
+    head = [f"library_name: {library}", "pipeline_tag: text-generation"]
+    head += [f"base_model: {base}"] if kind == "adapters" else []
+    rows = "\n".join(f"| {name} | {value} |" for name, value in _facts(run, config, manifest).items())
+    sources = "\n".join(
+        f"- `{source.path}`: {source.documents:,} documents, {source.tokens:,} tokens" for source in receipt.sources
+    )
+    parts = [
+        "---\n" + "\n".join(head) + "\n---",
+        f"# {config.run.name}",
+        _what(config, kind, base),
+        f"| | |\n|---|---|\n{rows}",
+        f"Trained on:\n\n{sources}",
+        f"```python\n{_loading(config, kind, base)}\n```",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _what(config: Config, kind: Kind, base: str) -> str:
+    start = config.model.path or config.model.init_from
+    first = f"which began as `{start}`" if start else "from random weights"
+    said = {
+        "model": f"A {config.model.name} model, {first}, trained with the LLM Training Toolkit.",
+        "adapters": f"Adapters (LoRA) for `{base}`, trained with the LLM Training Toolkit.",
+        "merged": f"`{base}` with adapters (LoRA) merged into it, trained with the LLM Training Toolkit.",
+    }
+    return f"{said[kind]} The licence of the weights it began with holds for it, too." if start else said[kind]
+
+
+def _facts(run: RunDirectory, config: Config, manifest: Manifest) -> dict[str, str]:
+    plan = make_plan(config)
+    facts = {
+        "step": f"{manifest.step:,}",
+        "tokens seen": f"{manifest.tokens:,}, padding included",
+        "sequences": f"of {config.data.sequence_length:,} tokens, {config.train.global_batch} a step",
+        "learning rate": f"{plan.lr:.3g}, {config.optim.schedule}, {config.optim.name}",
+        "precision": config.train.precision,
+        "seed": str(config.run.seed),
+    }
+    if plan.adapter is not None:
+        places = ", ".join((*plan.adapter.targets, *plan.adapter.modules_to_save))
+        facts["adapters"] = f"rank {plan.adapter.rank}, alpha {plan.adapter.alpha}, on {places}"
+    losses = [
+        float(row["eval/loss"])
+        for row in newest_rows(run.metrics)
+        if row.get("step") == manifest.step and "eval/loss" in row
+    ]
+    if losses:
+        facts["held-out loss"] = f"{losses[-1]:.4f}"
+    facts["versions"] = ", ".join(f"{name} {number}" for name, number in manifest.versions.items())
+    return facts
+
+
+def _loading(config: Config, kind: Kind, base: str) -> str:
+    if kind != "adapters":
+        return (
+            "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+            'model = AutoModelForCausalLM.from_pretrained("PATH OF THIS DIRECTORY")\n'
+            'tokenizer = AutoTokenizer.from_pretrained("PATH OF THIS DIRECTORY")'
+        )
+    dtype = {"bf16": "bfloat16", "fp32": "float32"}[config.train.precision]
+    return (
+        "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f'base = AutoModelForCausalLM.from_pretrained("{base}", dtype="{dtype}")\n'
+        'model = PeftModel.from_pretrained(base, "PATH OF THIS DIRECTORY", autocast_adapter_dtype=False)\n'
+        'tokenizer = AutoTokenizer.from_pretrained("PATH OF THIS DIRECTORY")'
+    )

@@ -1,0 +1,1 @@
+"""Ray Train: controller, worker groups, failures and scaling."""

@@ -1,0 +1,99 @@
+"""Whether the head of the Ray cluster still answers: when it does not, Ray ends this process without saying why."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+import ray.exceptions
+
+from llm_training_toolkit.errors import LaunchError
+from llm_training_toolkit.monitoring.console import Console
+from llm_training_toolkit.setup.machine import is_local
+
+_ASK_EVERY = 1.0
+_ANSWERS_WITHIN = 2.0
+_RAY_WAITS = 60.0
+"""Seconds after which Ray's core ends a process whose head is gone, unless its setting says otherwise."""
+RAY_WAITS_SETTING = "RAY_gcs_rpc_server_reconnect_timeout_s"
+_SHARE_TO_WARN, _SHARE_TO_END = 0.2, 0.8
+"""Of that time: a head that comes back, with what it knew in Redis, finds the run as it was."""
+
+
+def patience() -> float:
+    """Seconds that Ray waits for a head that does not answer."""
+    return float(os.environ.get(RAY_WAITS_SETTING, _RAY_WAITS))
+
+
+@contextmanager
+def watching(address: str, warn: Callable[[str], None], end: Callable[[str], None]) -> Iterator[None]:
+    """Ask the head at `address` (host:port) all the time; `end` is called from a thread, once, before Ray would end."""
+    over = threading.Event()
+    threading.Thread(target=_watch, args=(address, warn, end, over), daemon=True, name="watch-head").start()
+    try:
+        yield
+    finally:
+        over.set()
+
+
+def _watch(address: str, warn: Callable[[str], None], end: Callable[[str], None], over: threading.Event) -> None:
+    silent_since, warned = time.monotonic(), False
+    while not over.wait(_ASK_EVERY):
+        if _answers(address):
+            silent_since, warned = time.monotonic(), False
+            continue
+        silent = time.monotonic() - silent_since
+        if silent > _SHARE_TO_END * patience():
+            end(f"the head of the Ray cluster ({address}) is gone: it has not answered for {silent:.0f} s")
+            return
+        if silent > _SHARE_TO_WARN * patience() and not warned:
+            warned = True
+            warn(f"the head of the Ray cluster ({address}) does not answer; the run waits {patience():.0f} s for it")
+
+
+def _answers(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWERS_WITHIN):
+            return True
+    except OSError:
+        return False
+
+
+@contextmanager
+def cluster(console: Console) -> Iterator[None]:
+    """The Ray cluster that RAY_ADDRESS names or that this job runs in; otherwise one of this machine alone.
+
+    The connection to a cluster lasts as long as this process, whoever asked for it first: making one takes a second.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    local = is_local()
+    console.stage("starting Ray", 0, 1)
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "error", "configure_logging": True}
+    if local:
+        options |= {"address": "local", "num_cpus": len(os.sched_getaffinity(0)), "include_dashboard": False}
+    # TorchTrainer needs torch, which takes a second to import: the time in which Ray's servers start.
+    threading.Thread(target=importlib.import_module, args=("torch",), daemon=True, name="import-torch").start()
+    terminates = signal.getsignal(signal.SIGTERM)
+    try:
+        ray.init(**options)
+        signal.signal(signal.SIGTERM, terminates)  # Ray's own would exit with a status that says nothing
+    except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
+        where = "on this machine" if local else f"at RAY_ADDRESS={os.environ['RAY_ADDRESS']}"
+        raise LaunchError(f"Ray cannot be reached {where}: {error}. `ray status` shows whether it runs") from error
+    console.stage("starting Ray", 1, 1)
+    try:
+        yield
+    finally:
+        if local:
+            ray.shutdown()

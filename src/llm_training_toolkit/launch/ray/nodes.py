@@ -1,0 +1,120 @@
+"""The nodes of the Ray cluster: what they have, which of them answer, which workers on them died and of what.
+
+The public interface of Ray 2.60 has the totals alone; what is free, what is drained and how an actor died are
+read where Ray Train itself and Ray Data read them.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Literal
+
+import ray
+from ray._private import state
+from ray.core.generated.gcs_pb2 import PlacementGroupTableData
+from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+from llm_training_toolkit.launch.ray.resources import Node
+
+_ANSWERS_WITHIN = 2.0
+"""Seconds a node's Ray process has to take a connection."""
+_COMMAND_SHOWN = 60
+"""Characters of another job's command that are shown."""
+_NODE_ID_LABEL = "ray.io/node-id"
+Death = tuple[Literal["killed", "out of memory", "node lost"], str]
+"""How a worker's process ended without a word of its own, and Ray's text."""
+
+
+def living_nodes() -> list[Node]:
+    """The nodes that Ray holds for alive, sorted by address. Ray takes half a minute to notice a silent loss."""
+    free, drained = state.available_resources_per_node(), state.state.get_draining_nodes()
+    nodes = [
+        Node(
+            id=node["NodeID"],
+            address=node["NodeManagerAddress"],
+            port=int(node["NodeManagerPort"]),
+            total=node["Resources"],
+            free=free.get(node["NodeID"], {}),
+            taken_away=node["NodeID"] in drained,
+        )
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+    return sorted(nodes, key=lambda node: (node.address, node.id))
+
+
+def answering(nodes: Sequence[Node]) -> list[Node]:
+    """The nodes whose Ray process takes a connection now."""
+    with ThreadPoolExecutor(max_workers=min(32, max(1, len(nodes)))) as pool:
+        return [node for node, answers in zip(nodes, pool.map(_answers, nodes), strict=True) if answers]
+
+
+def _answers(node: Node) -> bool:
+    try:
+        with socket.create_connection((node.address, node.port), timeout=_ANSWERS_WITHIN):
+            return True
+    except OSError:
+        return False
+
+
+def taken_away(ids: Iterable[str]) -> dict[str, int]:
+    """Those of the nodes that Ray was told will be taken away, and when (milliseconds since 1970, 0 = not said)."""
+    drained = state.state.get_draining_nodes()
+    return {node: int(drained[node]) for node in ids if node in drained}
+
+
+def selector_without(nodes: Iterable[Node]) -> dict[str, str] | None:
+    """The label selector of workers that keep off these nodes; None where there are none."""
+    ids = sorted(node.id for node in nodes)
+    return {_NODE_ID_LABEL: f"!in({','.join(ids)})"} if ids else None
+
+
+def uses() -> dict[str, dict[str, float]]:
+    """What other jobs' placement groups hold, by job: its command and number. Single tasks and actors do not show."""
+    commands = {job["JobID"]: job["Entrypoint"] for job in state.jobs()}
+    own = ray.get_runtime_context().get_job_id()
+    found: dict[str, Counter[str]] = {}
+    for serialized in state.state._connect_and_get_accessor().get_placement_group_table():  # noqa: SLF001
+        group = PlacementGroupTableData.FromString(serialized)
+        job = group.creator_job_id.hex()
+        if group.state == PlacementGroupTableData.CREATED and job != own:
+            using = found.setdefault(f"`{_shortened(commands.get(job, ''))}` (job {job})", Counter())
+            for bundle in group.bundles:
+                using.update(bundle.unit_resources)
+    return {job: dict(using) for job, using in found.items()}
+
+
+def _shortened(command: str) -> str:
+    """The end of a command, on one line: what tells one from another."""
+    command = " ".join(command.split())
+    return command if len(command) <= _COMMAND_SHOWN else f"...{command[-_COMMAND_SHOWN:]}"
+
+
+def give_back(places: Iterable[str]) -> None:
+    """Give back what placement groups hold: Ray Train's own clean-up needs a dashboard if its controller is ended."""
+    for group in places:
+        remove_placement_group(PlacementGroup(ray.PlacementGroupID.from_hex(group)))
+
+
+def deaths(actors: Mapping[int, str]) -> dict[int, Death]:
+    """The ranks whose process died on its own, by their actors' ids; not those that Ray Train ended afterwards."""
+    found = {rank: _death(state.state.actor_table(actor)) for rank, actor in actors.items()}
+    return {rank: death for rank, death in found.items() if death}
+
+
+def _death(actor: Mapping[str, Any]) -> Death | None:
+    if actor.get("State") != "DEAD":
+        return None
+    cause = actor["DeathCause"]
+    if cause.WhichOneof("context") == "oom_context":
+        return "out of memory", str(cause.oom_context.error_message)
+    context = cause.actor_died_error_context
+    reason = context.Reason.Name(context.reason)
+    if reason == "NODE_DIED":
+        return "node lost", str(context.error_message)
+    if reason == "WORKER_DIED":
+        return "killed", str(context.error_message)
+    return None

@@ -1,0 +1,149 @@
+"""Whether the nodes of a cluster can work on a run, before anything is prepared: storage, weights, versions."""
+
+from __future__ import annotations
+
+import io
+import secrets
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import ray
+import ray.exceptions
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from llm_training_toolkit import __version__
+from llm_training_toolkit.config import Config
+from llm_training_toolkit.config.uri import is_address
+from llm_training_toolkit.data.prepare.builder import cache_of
+from llm_training_toolkit.errors import LaunchError
+from llm_training_toolkit.launch.ray import nodes
+from llm_training_toolkit.launch.ray.autoscaler import Autoscaler
+from llm_training_toolkit.launch.ray.capacity import Waiting
+from llm_training_toolkit.launch.ray.cluster import cluster
+from llm_training_toolkit.launch.ray.resources import Node, fits, wanted_of
+from llm_training_toolkit.monitoring.console import Console
+from llm_training_toolkit.runs.directory import RunDirectory
+from llm_training_toolkit.runs.storage import refusal_of, storage_of
+
+_ANSWERS_WITHIN = 60.0
+"""Seconds a node has to look: it starts a process for it. One that takes longer is left to what follows."""
+_STAGE = "looking at the nodes"
+
+
+def check_nodes(run: RunDirectory, config: Config, console: Console) -> None:
+    """Look for room, and at every node that has some for a worker.
+
+    Raises LaunchError where there can never be enough, and with all that would fail on the nodes later.
+    """
+    address = storage_of(run.path).address(run.path)
+    store = address if is_address(address) else ""
+    folders = ({} if store else {"run.dir": run.path}) | {"data.cache": cache_of(config)}
+    with cluster(console):
+        console.stage(_STAGE, 0, 1)
+        wanted = wanted_of(config, ray.cluster_resources().get("GPU", 0.0), Console(io.StringIO()))  # said at the start
+        Waiting(config, wanted, Autoscaler(wanted), console).refuse_never()
+        living = [node for node in nodes.living_nodes() if fits(node.total, wanted.each)]
+        with _marked(folders.values()) as mark:
+            problems = list(_problems(living, folders, Look(store, config.cluster.env, mark, _read(config))))
+        console.stage(_STAGE, 1, 1)
+    if problems:
+        raise LaunchError("not every node can work on this run:\n" + "\n".join(f"  {problem}" for problem in problems))
+
+
+def _read(config: Config) -> dict[str, str]:
+    """Directories that every worker reads and that are on this machine, by field. A hub id is fetched on each node.
+
+    As they are given: what is relative lies in the folder that Ray gives to every node.
+    """
+    given = {"model.path": config.model.path, "model.init_from": config.model.init_from}
+    local = {field: Path(path).expanduser() for field, path in given.items() if path is not None}
+    return {field: str(path) for field, path in local.items() if path.is_dir()}
+
+
+@contextmanager
+def _marked(folders: Iterable[Path]) -> Iterator[str]:
+    """A file of a new name in every folder, while the nodes look for it."""
+    mark = f".node-check-{secrets.token_hex(8)}"
+    try:
+        for folder in folders:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / mark).touch()
+        yield mark
+    finally:
+        for folder in folders:
+            (folder / mark).unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class Look:
+    """What nodes are asked to look for beside folders that are written to."""
+
+    store: str
+    """The address of a run in an object store; empty for one in a folder."""
+    environment: Mapping[str, str]
+    """`cluster.env`: keys of a store may be among it."""
+    mark: str
+    """The name of a file in every folder."""
+    read: Mapping[str, str]
+    """What is only read, by field."""
+
+
+def _problems(living: Sequence[Node], folders: Mapping[str, Path], the: Look) -> Iterator[str]:
+    """What is wrong, a line for each node and folder."""
+    look = ray.remote(num_cpus=0, max_retries=0)(look_around)
+    # A process with an environment of its own takes a second: for a store alone, which may need the keys in it.
+    environment = {"runtime_env": {"env_vars": dict(the.environment)}} if the.store and the.environment else {}
+    asked = {
+        look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False), **environment).remote(
+            [str(folder) for folder in folders.values()], the.mark, list(the.read.values()), the.store
+        ): node.address
+        for node in living
+    }
+    answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=_ANSWERS_WITHIN)
+    for answer in answered:
+        address = asked[answer]
+        try:
+            version, found, blind, refused = ray.get(answer)
+        except ray.exceptions.RayTaskError as error:
+            cause = f"{type(error.cause).__name__}: {error.cause}"
+            yield f"node {address} cannot run the toolkit ({cause}): install the same version there"
+            continue
+        except ray.exceptions.RayError:
+            continue  # the node has gone meanwhile: whoever starts workers sees that too
+        if version != __version__:
+            yield f"node {address} has version {version} of the toolkit, this machine {__version__}: install the same"
+        if refused:
+            yield f"node {address} does not reach run.dir: {refused}"
+        for (field, folder), problem in zip(folders.items(), found, strict=True):
+            if problem:
+                yield f"node {address} {problem} ({field} = {folder}): it must be storage that every node shares"
+        for field, path in the.read.items():
+            if path in blind:
+                yield f"node {address} does not see {field} = {path}: put it where every node reads it"
+
+
+def look_around(
+    folders: Sequence[str], mark: str, read: Sequence[str], store: str
+) -> tuple[str, list[str], list[str], str]:
+    """On a node: its version; what is wrong with each folder, empty where it is fine; what is not there; the store's.
+
+    `folders` are written to, `read` is only read; `store` is the address of a run, empty for one in a folder.
+    """
+    wrong = [_wrong_with(Path(folder), mark) for folder in folders]
+    # A disk that is not mounted leaves an empty folder.
+    blind = [path for path in read if next(Path(path).glob("*"), None) is None]
+    return __version__, wrong, blind, refusal_of(store) if store else ""
+
+
+def _wrong_with(folder: Path, mark: str) -> str:
+    if not (folder / mark).is_file():
+        return "does not see what was just written"
+    own = folder / f"{mark}-{secrets.token_hex(8)}"
+    try:
+        own.touch()
+        own.unlink()
+    except OSError as error:
+        return f"cannot write: {error.strerror}"
+    return ""

@@ -1,0 +1,116 @@
+"""How many workers the nodes of a cluster have room for. Pure; `nodes.py` asks Ray for the nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from llm_training_toolkit.config import Config
+from llm_training_toolkit.monitoring.console import Console
+
+
+def wanted_of(config: Config, gpus_there: float, console: Console) -> Wanted:
+    """The workers to ask for, on a cluster that has so many GPUs now; says so where those are left unused."""
+    asked = config.cluster
+    if asked.gpus_per_worker == "auto" and 0 < gpus_there < asked.fewest:
+        console.say(
+            f"note: {gpus_there:g} GPUs for {asked.fewest} workers: training on CPU; cluster.workers={gpus_there:g} "
+            "uses them, cluster.gpus_per_worker=1 waits for more"
+        )
+    return Wanted(asked.fewest, asked.most, resources_of_a_worker(config, gpus_there), asked.placement)
+
+
+def resources_of_a_worker(config: Config, gpus_there: float) -> dict[str, float]:
+    """What one worker takes, on a cluster that has so many GPUs now."""
+    gpus = config.cluster.gpus_per_worker
+    if gpus == "auto":
+        gpus = 1 if gpus_there >= config.cluster.fewest else 0
+    return {"CPU": float(config.cluster.cpus_per_worker)} | ({"GPU": float(gpus)} if gpus else {})
+
+
+Resources = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Node:
+    """A node of the cluster as Ray sees it."""
+
+    id: str
+    """New at every start of the node."""
+    address: str
+    port: int
+    """Of the node's Ray process."""
+    total: Resources
+    free: Resources
+    taken_away: bool = False
+    """Ray was told that the node will be taken away."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The workers a run asks for."""
+
+    fewest: int
+    most: int
+    each: Resources
+    """What one worker takes."""
+    placement: str
+    """`cluster.placement`."""
+
+    def room(self, nodes: Iterable[Resources]) -> int:
+        """Workers that fit into what the nodes have, at most `most`."""
+        fitting = [_times(resources, self.each) for resources in nodes]
+        if self.placement == "strict_pack":
+            count = max(fitting, default=0)
+        elif self.placement == "strict_spread":
+            count = sum(map(bool, fitting))
+        else:
+            count = sum(fitting)
+        return min(count, self.most)
+
+
+def fits(resources: Resources, each: Resources) -> bool:
+    """Whether a node that has `resources` can hold a worker at all."""
+    return _times(resources, each) > 0
+
+
+def _times(resources: Resources, each: Resources) -> int:
+    """How often one worker's resources fit into those of a node; Ray counts in ten-thousandths."""
+    return min(int((resources.get(name, 0.0) + 1e-4) // amount) for name, amount in each.items() if amount)
+
+
+def usable(nodes: Sequence[Node], wanted: Wanted, left_out: Collection[str]) -> list[Node]:
+    """The nodes that stay, without the addresses to leave out, as long as the fewest workers fit without those."""
+    staying = [node for node in nodes if not node.taken_away]
+    trusted = [node for node in staying if node.address not in left_out]
+    return trusted if wanted.room(node.total for node in trusted) >= wanted.fewest else staying
+
+
+def room_beside(nodes: Iterable[Node], wanted: Wanted, own: Mapping[str, int]) -> int:
+    """Workers that would fit if the run's present ones made way: `own` is how many of them are on each node, by id."""
+    return wanted.room(_with_own(node, wanted.each, own.get(node.id, 0)) for node in nodes)
+
+
+def used_by_others(nodes: Iterable[Node], wanted: Wanted, own: Mapping[str, int]) -> list[Resources]:
+    """What of a worker's resources is in use on each node, without the run's own workers: `own` as above."""
+    found = []
+    for node in nodes:
+        free = _with_own(node, wanted.each, own.get(node.id, 0))
+        used = {name: round(node.total.get(name, 0.0) - amount, 4) for name, amount in free.items()}
+        found.append({name: amount for name, amount in used.items() if amount > 0})
+    return [used for used in found if used]
+
+
+def _with_own(node: Node, each: Resources, count: int) -> Resources:
+    return {name: node.free.get(name, 0.0) + count * amount for name, amount in each.items()}
+
+
+def runs_at_once(nodes: Iterable[Resources], wanted: Wanted) -> int:
+    """How many runs of `wanted.fewest` workers each the nodes have room for at a time."""
+    fitting = [_times(resources, wanted.each) for resources in nodes]
+    if wanted.placement == "strict_pack":
+        return sum(count // wanted.fewest for count in fitting)
+    if wanted.placement == "strict_spread":  # each node takes one worker of a run: k runs if they can be dealt out
+        counts = range(sum(fitting) // wanted.fewest, 0, -1)
+        return next((k for k in counts if sum(min(fit, k) for fit in fitting) >= k * wanted.fewest), 0)
+    return sum(fitting) // wanted.fewest

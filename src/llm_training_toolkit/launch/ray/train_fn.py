@@ -1,0 +1,95 @@
+"""What Ray Train runs on every worker: it introduces itself, sends heartbeats, and takes part in the run."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import traceback
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import psutil
+import ray
+import ray.train
+from ray.train.torch import get_device
+
+from llm_training_toolkit.config import from_json
+from llm_training_toolkit.data.prepare.dataset_info import Receipt
+from llm_training_toolkit.distributed.context import Event, RunContext
+from llm_training_toolkit.distributed.heartbeat import Pulse
+from llm_training_toolkit.errors import ToolkitError
+from llm_training_toolkit.launch.ray.control_actor import asker, heartbeat, reporter, tell
+from llm_training_toolkit.launch.ray.worker_processes import STACK_SIGNAL
+from llm_training_toolkit.runs.storage.open import joined
+from llm_training_toolkit.worker.spec import Place
+
+
+def worker_main(assignment: Mapping[str, Any]) -> dict[str, Any]:
+    """Work as one rank on the run at `assignment["run"]`, path or address, on the driver's `assignment["line"]`."""
+    faulthandler.register(STACK_SIGNAL, file=2, all_threads=True)  # 2 is the rank's log as soon as there is one
+    ranks = ray.train.get_context()
+    rank, pulse = ranks.get_world_rank(), Pulse()
+    report = reporter(assignment["line"])
+    tell(assignment["line"], _introduction(rank))
+    wish = heartbeat(assignment["line"], rank, pulse)
+    if rank == 0:
+        report({"kind": "stage", "name": "starting workers", "done": 1, "total": 1})
+    try:
+        context = partial(RunContext, wish=wish, pulse=pulse, rungs=assignment["rungs"], ask=asker(assignment["line"]))
+        return _work(assignment, rank, report if rank == 0 else _quiet, context)
+    except Exception as error:  # the edge of a worker's process: the driver is told before Ray takes it down
+        traceback.print_exc()
+        tell(assignment["line"], {"kind": "error", "rank": rank, "doing": pulse.read().doing, **_described(error)})
+        raise
+
+
+def _work(
+    assignment: Mapping[str, Any], rank: int, report: Callable[[Event], None], context: Callable[..., RunContext]
+) -> dict[str, Any]:
+    from llm_training_toolkit.worker.main import work  # torch, transformers and DeepSpeed come with it
+
+    def say(text: str) -> None:
+        report({"kind": "note", "message": text})
+
+    with joined(assignment["run"], say) as run:
+        config, receipt = from_json(run.resolved.read_text()), Receipt.from_json(run.receipt.read_text())
+        began, node = (assignment["began"], assignment["group_began"]), ray.util.get_node_ip_address()
+        place = Place(run, config, receipt, *began, node=node)
+        device = get_device()
+        if device.type == "cuda":
+            # DeepSpeed takes its device from LOCAL_RANK, which differs from Ray's order on nodes with over ten GPUs.
+            os.environ["LOCAL_RANK"] = str(device.index)
+        return work(place, context(rank, ray.train.get_context().get_world_size(), device, report))
+
+
+def _introduction(rank: int) -> Event:
+    """Who and where this rank is, as `diagnosis.Worker`."""
+    here, own = ray.get_runtime_context(), psutil.Process()
+    return {
+        "kind": "introduction",
+        "rank": rank,
+        "node": here.get_node_id(),
+        "address": ray.util.get_node_ip_address(),
+        "pid": own.pid,
+        "started": own.create_time(),
+        "actor": here.get_actor_id(),
+        "places": here.get_placement_group_id(),
+    }
+
+
+def _described(error: Exception) -> dict[str, Any]:
+    """What the driver needs to know of an error: its words first, then where it was raised."""
+    from llm_training_toolkit.worker.micro_batch import SmallerMicroBatch
+
+    final, helped = isinstance(error, ToolkitError), isinstance(error, SmallerMicroBatch)
+    if final or helped:
+        return {"type": type(error).__name__, "text": str(error), "final": final, "helped": helped}
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    text = f"{type(error).__name__}: {error} ({Path(last.filename).name}:{last.lineno}, in {last.name})"
+    return {"type": type(error).__name__, "text": text, "final": False, "helped": False}
+
+
+def _quiet(_event: Event) -> None:
+    """Ranks other than the first say nothing."""

@@ -1,0 +1,87 @@
+"""Looking at workers that hang, and ending them: from a task on their own node, since they may not answer themselves.
+
+`ray.kill` does not suffice: a process that is stopped (SIGSTOP) outlives it and keeps its GPU's memory.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from typing import Any
+
+import psutil
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from llm_training_toolkit.launch.ray.failure_cause import Worker
+
+STACK_SIGNAL = signal.SIGUSR1
+"""A worker writes the stacks of its threads into its log at this signal, whoever holds Python's lock (faulthandler)."""
+_WITHIN = 30.0
+"""Seconds that a node has to start the task and to answer."""
+_TO_WRITE = 1.0
+"""Seconds that the stacks take to reach the log."""
+
+
+def examine(workers: Iterable[Worker]) -> dict[int, str]:
+    """The state of each rank's process, after asking it for its stacks; none of ranks whose node does not answer."""
+    states = _on_nodes(_ask_for_stacks, workers)
+    time.sleep(_TO_WRITE)
+    return states
+
+
+def end(workers: Iterable[Worker]) -> None:
+    """End the processes of workers at once, wherever they run."""
+    _on_nodes(_kill, workers)
+
+
+def _on_nodes(task: Callable[[list[Worker]], dict[int, str]], workers: Iterable[Worker]) -> dict[int, str]:
+    by_node: dict[str, list[Worker]] = {}
+    for worker in workers:
+        by_node.setdefault(worker.node, []).append(worker)
+    refs = [_task_on(node, task).remote(there) for node, there in by_node.items()]
+    ready, late = ray.wait(refs, num_returns=len(refs), timeout=_WITHIN) if refs else ([], [])
+    for ref in late:
+        ray.cancel(ref, force=True)
+    found: dict[int, str] = {}
+    for ref in ready:
+        try:
+            found |= ray.get(ref)
+        except ray.exceptions.RayError:
+            continue  # the node is gone, and its workers with it
+    return found
+
+
+def _task_on(node: str, task: Callable[[list[Worker]], dict[int, str]]) -> Any:  # noqa: ANN401 - Ray has no types
+    there = NodeAffinitySchedulingStrategy(node, soft=False)
+    return ray.remote(task).options(num_cpus=0, max_retries=0, scheduling_strategy=there)
+
+
+def _ask_for_stacks(workers: list[Worker]) -> dict[int, str]:
+    states = {}
+    for worker, process in _processes(workers).items():
+        with suppress(psutil.NoSuchProcess):
+            states[worker.rank] = process.status()
+            process.send_signal(STACK_SIGNAL)
+            process.resume()  # one that is stopped would write nothing; it is ended in a moment anyway
+    return states
+
+
+def _kill(workers: list[Worker]) -> dict[int, str]:
+    for process in _processes(workers).values():
+        with suppress(psutil.NoSuchProcess):  # it ended meanwhile; the others of the node are still to be ended
+            process.kill()
+    return {}
+
+
+def _processes(workers: list[Worker]) -> Mapping[Worker, psutil.Process]:
+    """The processes that are still those of these workers."""
+    found = {}
+    for worker in workers:
+        with suppress(psutil.NoSuchProcess):
+            process = psutil.Process(worker.pid)
+            if abs(process.create_time() - worker.started) < 1.0:
+                found[worker] = process
+    return found

@@ -1,0 +1,80 @@
+"""What `ltt train` is asked for, and what it reports when it ends."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from llm_training_toolkit.config import Config, load
+from llm_training_toolkit.config.uri import is_address
+
+Status = Literal["finished", "stopped"]
+EXIT_CODES: dict[Status, int] = {"finished": 0, "stopped": 75}
+"""75 = stopped, the same command resumes: what Slurm's requeue and a Kubernetes back-off look for."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a person asked for on the command line."""
+
+    config: Path
+    overrides: Sequence[str] = ()
+    accept: Sequence[str] = ()
+    extend: bool = False
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run stands."""
+
+    run: str
+    """Its directory."""
+    step: int
+    status: Status
+    checkpoint: str | None
+    """Its newest checkpoint."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The contract of `ltt train --json`."""
+        return asdict(self)
+
+
+def failure_json(error: Exception) -> dict[str, Any]:
+    """The contract of `ltt train --json` for a run that failed, with what went wrong."""
+    return {"run": None, "step": None, "status": "failed", "checkpoint": None, "error": str(error)}
+
+
+def closing_lines(outcome: Outcome, request: Request) -> list[str]:
+    """What a person may want to do next, as commands to paste."""
+    if outcome.status == "stopped":
+        return [f"stopped at step {outcome.step:,} with a checkpoint: the same command goes on from there"]
+    config, is_here = load(request.config, request.overrides), not is_address(outcome.run)
+    run = os.path.relpath(outcome.run) if is_here else outcome.run
+    here = Path(sys.executable).parent
+    ltt = "ltt" if shutil.which("ltt") else os.path.relpath(here / "ltt")
+    lines = ["", "next:"]
+    if config.export.at_end:
+        exported = shlex.quote(f"{run}/export")
+        lines.append(f"  {ltt} generate {exported} --prompt 'def main():'")
+        lines.append(f"  {ltt} generate {exported} --prompt 'def add(a, b):' --suffix '    return c'")
+    if config.export.at_end and config.model.lora is not None:
+        lines.append(f"  {ltt} export {shlex.quote(run)} --merge")
+    lines.append(f"  {ltt} tensorboard {shlex.quote(run.rpartition('/')[0] or '.')}")
+    lines.append(f"  {ltt} train {_longer(request, config)} --extend")
+    return lines
+
+
+def _longer(request: Request, config: Config) -> str:
+    """The arguments of a run twice as long, in the unit its length was given in."""
+    length = config.train.model_dump(include={"tokens", "steps", "epochs"})
+    [(unit, count)] = [(unit, count) for unit, count in length.items() if count is not None]
+    kept = [override for override in request.overrides if not override.startswith(f"train.{unit}=")]
+    return " ".join(
+        [shlex.quote(str(request.config)), *(shlex.quote(word) for word in [*kept, f"train.{unit}={2 * count}"])]
+    )

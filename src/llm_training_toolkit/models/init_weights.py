@@ -1,0 +1,72 @@
+"""Initial weights as a pure function of (seed, parameter name).
+
+Neither raw `zero.Init` (which leaves the embedding at standard deviation 1) nor transformers' own
+initialisation (whose draw depends on the order of construction) gives the same weights for every
+ZeRO stage and number of workers; this does. Called by the worker for a model from scratch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import nn
+
+Whole = Callable[[nn.Parameter], AbstractContextManager[None]]
+"""Makes a partitioned parameter whole while it is written; see `engine.whole_parameter`."""
+
+
+def initialize(model: nn.Module, seed: int, whole: Whole) -> None:
+    """Write every parameter of `model` in place: matrices normal, norms one, biases zero."""
+    config: Any = model.config
+    std = float(config.initializer_range)
+    residual_std = std / math.sqrt(2 * config.num_hidden_layers)
+    for module_name, module in model.named_modules():
+        for local_name, parameter in module.named_parameters(recurse=False):
+            name = f"{module_name}.{local_name}"
+            # GPT-2 and GPTBigCode shrink what is added to the residual stream (Radford et al. 2019, 2.3).
+            scaled = config.model_type == "gpt_bigcode" and name.endswith("c_proj.weight")
+            with whole(parameter):
+                _fill(parameter.data, module, name, seed, residual_std if scaled else std)
+
+
+def _fill(data: torch.Tensor, module: nn.Module, name: str, seed: int, std: float) -> None:
+    if name.endswith("bias"):
+        data.zero_()
+    elif "norm" in type(module).__name__.lower():
+        data.fill_(1.0)
+    else:
+        values = torch.empty(data.shape, dtype=torch.float32).normal_(0.0, std, generator=generator(seed, name))
+        data.copy_(values)
+
+
+def generator(seed: int, name: str) -> torch.Generator:
+    """The source of chance of whatever has this name."""
+    return torch.Generator().manual_seed(seed_of(seed, name))
+
+
+def seed_of(seed: int, name: str) -> int:
+    """A seed of its own for whatever has this name, the same in every process."""
+    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def grow_vocabulary(model: nn.Module, rows: int, whole: Whole) -> None:
+    """Give embedding and output layer `rows` rows; the new ones are the mean of the old. What is tied stays tied.
+
+    The mean, because it changes the distribution over the old tokens least; transformers would draw around it, from a
+    generator whose state differs between ranks.
+    """
+    lm: Any = model
+    before = int(lm.config.vocab_size)
+    assert rows > before, "the plan refuses to remove rows"
+    lm.resize_token_embeddings(rows, mean_resizing=False)
+    for matrix in {
+        id(layer.weight): layer.weight for layer in (lm.get_input_embeddings(), lm.get_output_embeddings())
+    }.values():
+        with whole(matrix), torch.no_grad():
+            matrix.data[before:] = matrix.data[:before].mean(dim=0, dtype=torch.float32).to(matrix.dtype)

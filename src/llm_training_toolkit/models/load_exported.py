@@ -1,0 +1,95 @@
+"""Models from exported directories: whole ones, and adapters with the model they stand beside."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+from llm_training_toolkit.distributed.matmul_speed import bf16_slowdown
+from llm_training_toolkit.errors import CheckpointError, PlanError
+
+_ADAPTERS = "adapter_config.json"
+
+
+def open_exported(directory: Path) -> Any:  # noqa: ANN401 - transformers has no types
+    """The model in a directory, as it was trained. Raises CheckpointError where there is none, or not its base."""
+    if (directory / "config.json").is_file():
+        return AutoModelForCausalLM.from_pretrained(str(directory)).eval()
+    if not (directory / _ADAPTERS).is_file():
+        raise CheckpointError(
+            f"{directory}: no model there (neither config.json nor {_ADAPTERS}): name an exported directory, such as "
+            "RUN/export"
+        )
+    from peft import PeftModel  # noqa: PLC0415 - over a second to import
+
+    base: Any = _open_base(directory, _dtype(directory / "adapter_model.safetensors"))
+    if (directory / "generation_config.json").is_file():
+        base.generation_config = GenerationConfig.from_pretrained(str(directory))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by an old name whether it recomputes
+        # As in training: peft would compute adapters in fp32.
+        try:
+            model = PeftModel.from_pretrained(base, str(directory), autocast_adapter_dtype=False)
+        except (RuntimeError, ValueError) as error:  # layers of other sizes, or none of their names
+            raise CheckpointError(
+                f"{directory}: these adapters do not fit {base.name_or_path}: they belong to another model. Name it in "
+                f"{_ADAPTERS} (base_model_name_or_path). {_first_difference(error)}"
+            ) from error
+    return model.eval()
+
+
+def device_of(asked: str) -> str:
+    """The device asked for; `auto` = a GPU where there is one. Raises PlanError for a GPU that is not there."""
+    if asked == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if asked.startswith("cuda") and not torch.cuda.is_available():
+        raise PlanError(f"--device {asked}: torch finds no GPU here")
+    return asked
+
+
+def on_device(model: Any, device: str | torch.device) -> Any:  # noqa: ANN401 - transformers has no types
+    """Move a model to a device; to fp32 on a CPU where bf16 is slower, as `train.precision: auto` decides.
+
+    Its weights keep their values, which fp32 holds exactly; sums are rounded less.
+    """
+    place = torch.device(device)
+    upcast = place.type == "cpu" and model.dtype == torch.bfloat16 and bf16_slowdown(place) > 1
+    return model.to(place, torch.float32) if upcast else model.to(place)
+
+
+def _open_base(directory: Path, dtype: torch.dtype) -> Any:  # noqa: ANN401 - transformers has no types
+    given = str(json.loads((directory / _ADAPTERS).read_text())["base_model_name_or_path"])
+    try:
+        return AutoModelForCausalLM.from_pretrained(_base_path(directory, given), dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{directory} holds adapters, and the model they belong to is not there: {given}. Bring it back, or name "
+            f"it in {_ADAPTERS}; adapters merged into their model (ltt export RUN --merge) need none. {error}"
+        ) from error
+
+
+def _first_difference(error: Exception) -> str:
+    """Of torch's list of all layers that differ, the first; other messages as they are."""
+    rows = [row.strip() for row in str(error).splitlines()]
+    return next((row for row in rows if row.startswith("size mismatch")), rows[0])
+
+
+def _dtype(file: Path) -> torch.dtype:
+    """What adapters were computed in, and so what their base is to be computed in."""
+    with safe_open(file, framework="pt") as tensors:
+        dtype: torch.dtype = tensors.get_tensor(next(iter(tensors.keys()))).dtype
+    return dtype
+
+
+def _base_path(directory: Path, given: str) -> str:
+    """Where the weights lie that adapters belong to: where they say, or next to them under the same name."""
+    for place in (Path(given).expanduser(), directory.parent / Path(given).name):
+        if (place / "config.json").is_file():
+            return str(place)
+    return given

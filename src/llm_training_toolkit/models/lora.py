@@ -1,0 +1,69 @@
+"""Adapters beside a model's linear layers (LoRA), by peft: the model is frozen, two small matrices a layer are trained.
+
+They are put into the model in place, before DeepSpeed sees it. Everything else keeps its name and its class, so that
+the loss, packed documents and checkpoints work as they do without.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from peft.utils.other import set_additional_trainable_modules
+from torch import nn
+
+from llm_training_toolkit.families.lora import Adapter
+from llm_training_toolkit.models.dropout import Draws, SequenceDropout
+from llm_training_toolkit.models.init_weights import generator
+
+NAME = "default"
+"""Name of the one adapter of a model, as peft calls it."""
+
+
+def lora_config(adapter: Adapter, base: str | None = None) -> LoraConfig:
+    """peft's description of the adapters; `base` names the model they belong to."""
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=adapter.rank,
+        lora_alpha=adapter.alpha,
+        lora_dropout=adapter.dropout,
+        target_modules=list(adapter.targets),
+        use_rslora=adapter.rslora,
+        use_dora=adapter.dora,
+        modules_to_save=list(adapter.modules_to_save) or None,
+        base_model_name_or_path=base,
+    )
+
+
+def add_adapters(
+    model: nn.Module, adapter: Adapter, *, seed: int, dtype: torch.dtype, draws: Draws | None = None
+) -> None:
+    """Freeze a transformers model and put trainable adapters of `dtype` beside its layers.
+
+    First weights are a pure function of (seed, parameter name), like all others: A uniform as in nn.Linear, B zero,
+    so that the model begins as what it was. A head that computes the loss must be one before this is called: a module
+    that is trained whole is a copy. Without `draws` there is no dropout.
+    """
+    config = lora_config(replace(adapter, dropout=0.0))  # peft's own draws by the way a batch was split
+    inject_adapter_in_model(config, model)
+    set_additional_trainable_modules(model, config, model.config.to_dict(), NAME)  # type: ignore[union-attr, operator]
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        parameter.data = parameter.data.to(dtype)  # beside 4-bit weights peft leaves them in fp32
+        if ".lora_A." in name:
+            bound = 1 / math.sqrt(parameter.shape[1])
+            values = torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator(seed, name))
+            parameter.data.copy_(values)
+    if adapter.dropout and draws is not None:
+        for name, layer in adapted_layers(model).items():
+            layer.lora_dropout[NAME] = SequenceDropout(adapter.dropout, seed, name, draws)
+
+
+def adapted_layers(model: nn.Module) -> dict[str, Any]:
+    """The layers that have adapters, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}

@@ -1,0 +1,1 @@
+"""Monitoring: console, metrics and logs of a run."""

@@ -1,0 +1,147 @@
+"""Metrics: one writer on rank 0, several sinks, stable names.
+
+`metrics.jsonl` always; TensorBoard beside it. A sink that cannot start fails the run at once, a sink
+that fails later is reported once and never kills training.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from llm_training_toolkit.distributed.context import RunContext
+from llm_training_toolkit.runs.directory import RunDirectory
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+Values = Mapping[str, float]
+
+
+class Sink(Protocol):
+    """Takes numbers and texts of a step."""
+
+    def write(self, step: int, values: Values) -> None:
+        """Numbers by metric name."""
+
+    def text(self, step: int, name: str, content: str) -> None:
+        """A text in Markdown."""
+
+    def close(self) -> None:
+        """Everything written is on disk."""
+
+
+class JsonLines:
+    """`metrics.jsonl`: one object a line with step, attempt and time; the last attempt of a step counts."""
+
+    def __init__(self, path: Path, attempt: int) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._attempt = attempt
+        _end_last_line(path)
+        self._file = path.open("a", buffering=1)
+
+    def write(self, step: int, values: Values) -> None:
+        """Append a line."""
+        row = {"step": step, "attempt": self._attempt, "time": round(time.time(), 3), **values}
+        self._file.write(json.dumps(row) + "\n")
+
+    def text(self, step: int, name: str, content: str) -> None:
+        """Texts are TensorBoard's."""
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def _end_last_line(path: Path) -> None:
+    """A writer that was killed may have left half a line; the next one must not be glued to it."""
+    if path.exists() and path.stat().st_size:
+        with path.open("rb+") as file:
+            file.seek(-1, 2)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
+
+
+class TensorBoard:
+    """Event files in a directory; after a resume, points beyond the resumed step are hidden. None hides nothing."""
+
+    def __init__(self, directory: Path, resumed_step: int | None) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - slow to import, rank 0 alone needs it
+
+        directory.mkdir(parents=True, exist_ok=True)
+        _order_before_now(directory)
+        # From step 0 as well: an attempt that died before its first checkpoint has left points too.
+        purge = resumed_step + 1 if resumed_step else resumed_step
+        self._writer: SummaryWriter = SummaryWriter(str(directory), purge_step=purge)
+
+    def write(self, step: int, values: Values) -> None:
+        """One point per name."""
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+
+    def text(self, step: int, name: str, content: str) -> None:
+        """A text panel."""
+        self._writer.add_text(name, content, step)
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Flush and close."""
+        self._writer.close()
+
+
+def _order_before_now(directory: Path) -> None:
+    """Rename event files of a clock that was ahead of this one: they are read in the order of the second in their name.
+
+    Otherwise TensorBoard would read what comes now before what it goes on from.
+    """
+    now = int(time.time())
+    ahead = [path for path in sorted(directory.glob("events.out.tfevents.*")) if int(path.name.split(".")[3]) >= now]
+    for age, path in enumerate(reversed(ahead), start=1):
+        words = path.name.split(".")
+        path.rename(path.with_name(".".join([*words[:3], f"{now - age:010d}", *words[4:]])))
+
+
+class Metrics:
+    """Writes to all sinks on rank 0; on other ranks it does nothing."""
+
+    def __init__(self, run: RunDirectory, attempt: int, resumed_step: int, context: RunContext) -> None:
+        self._context = context
+        self._sinks: list[Sink] = []
+        if context.is_first:
+            self._sinks = [JsonLines(run.metrics, attempt), TensorBoard(run.tensorboard, resumed_step)]
+
+    def write(self, step: int, values: Values) -> None:
+        """Record the numbers of a step."""
+        for sink in list(self._sinks):
+            try:
+                sink.write(step, values)
+            except OSError as error:
+                self._give_up(sink, error)
+
+    def text(self, step: int, name: str, content: str) -> None:
+        """Record a text."""
+        for sink in list(self._sinks):
+            try:
+                sink.text(step, name, content)
+            except OSError as error:
+                self._give_up(sink, error)
+
+    def _give_up(self, sink: Sink, error: OSError) -> None:
+        self._sinks.remove(sink)
+        with suppress(OSError):
+            sink.close()
+        message = f"{type(sink).__name__} cannot be written any more ({error}); training goes on without it"
+        self._context.report({"kind": "warning", "message": message})
+
+    def close(self) -> None:
+        """Close every sink."""
+        for sink in list(self._sinks):
+            try:
+                sink.close()
+            except OSError as error:
+                self._give_up(sink, error)

@@ -1,0 +1,111 @@
+"""The learning rate of every step, as a pure function of the step."""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from llm_training_toolkit.config.schema import Config
+from llm_training_toolkit.errors import PlanError
+
+Kind = Literal["constant", "linear", "cosine", "wsd"]
+_SCRATCH = ((10e6, 3e-3), (125e6, 6e-4), (350e6, 3e-4), (1.3e9, 2e-4), (6.7e9, 1.2e-4))
+_FINE_TUNING = 1e-5
+_ADAPTERS = 1e-4
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Linear warm-up to the peak, then one of four shapes. Rates are absolute; `step` counts completed steps."""
+
+    kind: Kind
+    peak: float
+    """Largest learning rate, reached by the last update of the warm-up."""
+    steps: int
+    """Length of the run."""
+    warmup_steps: int
+    decay_steps: int
+    """Length of the decay at the end of `wsd`; the other shapes ignore it."""
+    floor: float
+    """Learning rate of the last update; `constant` ignores it."""
+
+    def __post_init__(self) -> None:
+        decay = self.decay_steps if self.kind == "wsd" else 0
+        if self.steps < 1 or self.warmup_steps < 0 or decay < 0 or self.warmup_steps + decay > self.steps:
+            raise PlanError(
+                f"optim: warm-up of {self.warmup_steps} steps and decay of {decay} do not fit into {self.steps} steps"
+            )
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of the update that completes step `step + 1`.
+
+        The first update already moves (peak / warm-up, not zero), the last one has the floor, and after the end of the
+        run the last rate stays.
+        """
+        if step < self.warmup_steps:
+            return self.peak * (step + 1) / self.warmup_steps
+        if self.kind == "constant":
+            return self.peak
+        progress = self._progress(step)
+        if self.kind == "cosine":
+            progress = (1.0 - math.cos(math.pi * progress)) / 2.0
+        return self.peak * (1.0 - progress) + self.floor * progress
+
+    def _progress(self, step: int) -> float:
+        """How far from peak (0) to floor (1) an update is; 1 from the last one on."""
+        last_at_peak = max(self.warmup_steps - 1, 0)
+        if self.kind == "wsd":
+            last_at_peak = self.steps - self.decay_steps - 1
+        falling = self.steps - 1 - last_at_peak
+        return min(max(step - last_at_peak, 0) / falling, 1.0) if falling > 0 else 0.0
+
+
+def learning_rate(config: Config, parameters: int) -> float:
+    """Peak learning rate of the run: `optim.lr`, or by method and size where that is `auto`.
+
+    From scratch: Brown et al. 2020 (GPT-3), table 2.1 (125M 6e-4, 350M 3e-4, 1.3B 2e-4, 6.7B 1.2e-4), between its rows
+    along straight lines of the logarithms, and on to 3e-3 at 10M parameters and below. With weights, all of them
+    trained: 1e-5, as in Qwen's finetune_ds.sh. Adapters: 1e-4, as in the commands of bigcode-project/starcoder
+    (finetune, rank 16 and alpha 32 as here) and ten times full fine-tuning, as Schulman et al. 2025 measured ("LoRA
+    Without Regret").
+    """
+    if config.optim.lr != "auto":
+        return config.optim.lr
+    if config.model.lora is not None:
+        return _ADAPTERS
+    if config.model.path is not None or config.model.init_from is not None:
+        return _FINE_TUNING
+    return scratch_rate(parameters)
+
+
+def scratch_rate(parameters: int) -> float:
+    """The interpolated table of `learning_rate`, rounded to two digits."""
+    if parameters <= _SCRATCH[0][0]:
+        return _SCRATCH[0][1]
+    if parameters >= _SCRATCH[-1][0]:
+        return _SCRATCH[-1][1]
+    above = bisect.bisect_left([size for size, _ in _SCRATCH], parameters)
+    (small, high), (large, low) = list(itertools.pairwise(_SCRATCH))[above - 1]
+    along = math.log(parameters / small) / math.log(large / small)
+    return float(f"{high * (low / high) ** along:.1e}")
+
+
+def warmup_steps(config: Config, steps: int | None) -> int | None:
+    """Steps of warm-up; None where it is a share of a run whose length is not known."""
+    warmup = config.optim.warmup
+    return warmup if isinstance(warmup, int) else _share(warmup, steps)
+
+
+def decay_steps(config: Config, steps: int | None) -> int | None:
+    """Steps of the decay at the end: 0 except for `wsd`; None where the length of the run is not known."""
+    return _share(config.optim.decay, steps) if config.optim.schedule == "wsd" else 0
+
+
+def _share(share: float, steps: int | None) -> int | None:
+    """A share of the run in whole steps, at least one unless the share is zero."""
+    if share == 0.0:
+        return 0
+    return None if steps is None else max(1, round(share * steps))

@@ -1,0 +1,1 @@
+"""Run directories: layout, attempts, status and metrics. No torch."""

@@ -1,0 +1,230 @@
+"""The run directory: every path in it, who holds it, its attempts and their environment.
+
+The one owner of the layout in PROJECT_STRUCTURE.md. Launch claims the directory, rank 0 takes an
+attempt, `ltt runs` and the next start read what is left.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import platform
+import re
+import socket
+import sys
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from llm_training_toolkit.errors import CheckpointError, LaunchError
+
+_CHECKPOINT = re.compile(r"step_(\d{9})_a(\d+)")
+_PACKAGES = (
+    *("llm-training-toolkit", "torch", "deepspeed", "ray", "transformers", "peft"),
+    *("tokenizers", "numpy", "pyarrow"),
+)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file so that a reader, or a crash, sees the old content or the new, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Not the process id: ranks in like containers share it and may write at the same moment.
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        with temporary.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)  # nothing is left of it but where something failed
+    _sync_directory(path.parent)
+
+
+def _sync_directory(directory: Path) -> None:
+    """Make a rename last through a loss of power, before anything older is deleted."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """The paths of one run."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        """The run's name."""
+        return self.path.name
+
+    @property
+    def config(self) -> Path:
+        """The YAML file as the person wrote it."""
+        return self.path / "config.yaml"
+
+    @property
+    def resolved(self) -> Path:
+        """The whole configuration as workers read it."""
+        return self.path / "resolved.json"
+
+    @property
+    def plan(self) -> Path:
+        """The plan as printed by `ltt plan --json`."""
+        return self.path / "plan.json"
+
+    @property
+    def environment(self) -> Path:
+        """Versions and machine of the newest attempt."""
+        return self.path / "env.json"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a line, append only."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        """TensorBoard's event files."""
+        return self.path / "tb"
+
+    @property
+    def receipt(self) -> Path:
+        """What `prepare` counted, and where the tokens lie."""
+        return self.path / "data" / "receipt.json"
+
+    @property
+    def preparation(self) -> Path:
+        """Whether later epochs are being prepared while the run trains, are done, or why they cannot be."""
+        return self.path / "data" / "preparation.json"
+
+    @property
+    def attempts(self) -> Path:
+        """One JSON file an attempt."""
+        return self.path / "attempts"
+
+    @property
+    def checkpoints(self) -> Path:
+        """One directory a checkpoint."""
+        return self.path / "checkpoints"
+
+    @property
+    def export(self) -> Path:
+        """The Hugging Face directory written when the run finishes."""
+        return self.path / "export"
+
+    @property
+    def task_export(self) -> Path:
+        """The same of a step on the way, while tasks measure it."""
+        return self.path / "export_for_tasks"
+
+    @property
+    def base(self) -> Path:
+        """The weights that adapters stand beside, as a Hugging Face directory, where they did not lie in one before."""
+        return self.path / "base"
+
+    @property
+    def evaluations(self) -> Path:
+        """What its model was measured at, one JSON file for each task, step, data and settings."""
+        return self.path / "eval"
+
+    @property
+    def ledger(self) -> Path:
+        """What each rank of each attempt fetched, where `failures.ledger` asks for it."""
+        return self.path / "ledger"
+
+    def logs(self, attempt: int) -> Path:
+        """The directory with one log file a rank."""
+        return self.path / "logs" / f"attempt_{attempt}"
+
+    def checkpoint(self, step: int, attempt: int) -> Path:
+        """The directory of the checkpoint that `attempt` writes after `step` steps."""
+        return self.checkpoints / f"step_{step:09d}_a{attempt}"
+
+
+def checkpoint_place(path: Path) -> tuple[int, int] | None:
+    """(step, attempt) that the name of a checkpoint directory carries; None for other names."""
+    match = _CHECKPOINT.fullmatch(path.name)
+    return (int(match[1]), int(match[2])) if match else None
+
+
+@contextmanager
+def claim(run: RunDirectory) -> Iterator[None]:
+    """Hold the run for this process; the hold ends with the process, however it ends.
+
+    Raises LaunchError when another process holds it: two writers would interleave their checkpoints.
+    """
+    try:
+        run.path.mkdir(parents=True, exist_ok=True)
+        lock = (run.path / "lock").open("a+")
+    except OSError as error:
+        raise LaunchError(f"run directory {run.path}: cannot be written: {error.strerror}") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise LaunchError(
+                f"run {run.path} is already running ({lock.read().strip() or 'holder unknown'}): "
+                "wait for it or stop it, or give this one another run.name"
+            ) from None
+        except OSError as error:
+            raise LaunchError(
+                f"run directory {run.path}: its file system keeps no locks ({error.strerror}), so nothing would keep "
+                "two processes out of one run. Mount it with them (Lustre: -o flock), or set run.dir elsewhere"
+            ) from error
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        lock.flush()
+        yield
+
+
+def environment() -> dict[str, Any]:
+    """What a person needs to repeat the run elsewhere: versions, machine, command."""
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "absent"
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "machine": platform.machine(),
+        "cpus": os.cpu_count(),
+        "host": socket.gethostname(),
+        "command": sys.argv,
+        "versions": versions,
+    }
+
+
+def model_directory(path: Path) -> Path:
+    """The exported directory at a path, or that of the run there. Raises CheckpointError where there is neither."""
+    path = path.expanduser().absolute()  # a model may be the directory that this process stands in
+    run = RunDirectory(path)
+    if run.resolved.is_file():
+        if not run.export.is_dir():
+            raise CheckpointError(
+                f"{path} is a run without an export: ltt export {path} makes one of its newest checkpoint"
+            )
+        return run.export
+    if not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
+        raise CheckpointError(
+            f"{path}: neither a run nor a model there: name a run's directory, or an exported one such as RUN/export"
+        )
+    return path
+
+
+def run_of(path: str | Path) -> RunDirectory:
+    """The run at `path`. Raises CheckpointError when there is none."""
+    run = RunDirectory(Path(path))
+    if not run.resolved.is_file():
+        raise CheckpointError(f"{path}: no run there (no resolved.json): name a run's directory, such as runs/my-run")
+    return run

@@ -1,0 +1,27 @@
+"""Reading the end of metrics.jsonl."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+_TAIL = 131_072
+"""Bytes read from the end of metrics.jsonl: some two hundred steps."""
+
+
+def newest_rows(metrics: Path) -> Iterator[dict[str, Any]]:
+    """The last lines of metrics.jsonl that are whole."""
+    if not metrics.is_file():
+        return
+    with metrics.open("rb") as file:
+        size = file.seek(0, 2)
+        file.seek(max(0, size - _TAIL))
+        lines = file.read().split(b"\n")
+    for line in lines[1:] if size > _TAIL else lines:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        yield row

@@ -1,0 +1,131 @@
+"""How the runs in a directory stand, read from their files alone: what `ltt runs` shows.
+
+Imports neither torch nor ray, so that looking is quick and disturbs nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from llm_training_toolkit.runs.attempts import attempt_record, last_attempt
+from llm_training_toolkit.runs.directory import RunDirectory, checkpoint_place
+from llm_training_toolkit.runs.goodput import Split, split_of
+from llm_training_toolkit.runs.metrics_log import newest_rows
+from llm_training_toolkit.runs.storage import storage_of
+
+State = Literal["starting", "running", "finished", "stopped", "failed", "lost"]
+_ENDS: tuple[State, ...] = ("finished", "stopped", "failed")
+"""How an attempt ends for good; another one should have followed where it says something else."""
+_RECENT = 20
+"""Steps that the time left is reckoned from."""
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """One line of `ltt runs`."""
+
+    name: str
+    path: str
+    state: State
+    step: int
+    steps: int | None
+    seconds_left: float | None
+    """None where nothing is running."""
+    loss: float | None
+    """Training loss of the newest step."""
+    checkpoint: str | None
+    """Name of the newest complete checkpoint."""
+    error: str | None
+    """What the newest attempt failed of."""
+    goodput: Split
+    """Seconds by part (`goodput.Part`), of all attempts; empty before the first step."""
+
+    def to_json(self) -> dict[str, Any]:
+        """For `ltt runs --json`."""
+        return asdict(self)
+
+
+def statuses(directory: Path) -> list[RunStatus]:
+    """Every run in a directory, by name; a directory without `resolved.json` or a claim is no run."""
+    return [status(run) for run in _runs(directory)]
+
+
+def _runs(directory: Path) -> Iterator[RunDirectory]:
+    for path in sorted(directory.iterdir()) if directory.is_dir() else []:
+        if path.is_dir() and ((path / "resolved.json").is_file() or (path / "lock").is_file()):
+            yield RunDirectory(path)
+
+
+def status(run: RunDirectory) -> RunStatus:
+    """How one run stands now."""
+    storage, attempt = storage_of(run.path), attempt_record(run, last_attempt(run))
+    rows = list(_present(newest_rows(run.metrics)))
+    checkpoint = _newest_checkpoint(run)
+    state = _state(attempt, held=storage.is_held())
+    step = max([int(row["step"]) for row in rows] + [place[0] for place in [checkpoint] if place], default=0)
+    steps = _json(run.plan).get("steps")
+    losses = [float(row["train/loss"]) for row in rows if "train/loss" in row]
+    return RunStatus(
+        name=run.name,
+        path=storage.address(run.path),
+        state=state,
+        step=step,
+        steps=steps,
+        seconds_left=_seconds_left(rows, step, steps) if state == "running" else None,
+        loss=losses[-1] if losses else None,
+        checkpoint=run.checkpoint(*checkpoint).name if checkpoint else None,
+        error=attempt.get("error") if state == "failed" else None,
+        goodput=goodput(run),
+    )
+
+
+def goodput(run: RunDirectory) -> Split:
+    """Where the run's time went so far, all attempts together; empty before its first step.
+
+    What passed after the last row until the command ended is idle.
+    """
+    for row in reversed(list(newest_rows(run.metrics))):
+        if split := split_of(row):
+            ended = float(attempt_record(run, last_attempt(run)).get("command_ended", 0.0))
+            split["idle"] += max(0.0, ended - float(row["time"]))
+            return split
+    return {}
+
+
+def _state(attempt: dict[str, Any], *, held: bool) -> State:
+    """What the newest attempt says, and whether somebody still holds the run."""
+    said = attempt.get("state")
+    if said == "running":
+        return "running" if held else "lost"
+    if held:
+        return "starting"
+    return said if said in _ENDS else "lost"
+
+
+def _newest_checkpoint(run: RunDirectory) -> tuple[int, int] | None:
+    places = [checkpoint_place(path.parent) for path in run.checkpoints.glob("*/manifest.json")]
+    return max((place for place in places if place), default=None)
+
+
+def _present(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The rows of the newest attempt among them: what an earlier one did beyond its start has been done again."""
+    found = list(rows)
+    return (row for row in found if row.get("attempt") == found[-1].get("attempt"))
+
+
+def _seconds_left(rows: Iterable[dict[str, Any]], step: int, steps: int | None) -> float | None:
+    seconds = [float(row["perf/step_seconds"]) for row in rows if "perf/step_seconds" in row][-_RECENT:]
+    return statistics.median(seconds) * (steps - step) if seconds and steps is not None else None
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -1,0 +1,56 @@
+"""The table of `ltt runs`. Imports no torch, so that it is there at once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from rich.live import Live
+from rich.markup import escape
+from rich.table import Table
+
+from llm_training_toolkit.runs.status import RunStatus, statuses
+
+_COLOURS = {
+    "starting": "cyan",
+    "running": "green",
+    "finished": "bold green",
+    "stopped": "yellow",
+    "failed": "red",
+    "lost": "red",
+}
+
+
+def runs_table(found: Iterable[RunStatus]) -> Table:
+    """The runs of a directory as a table."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("run", "state", "step", "left", "loss", "goodput", "newest checkpoint", "last error"):
+        table.add_column(title, overflow="fold")
+    for run in found:
+        table.add_row(
+            run.name,
+            f"[{_COLOURS[run.state]}]{run.state}[/]",
+            f"{run.step:,}" + (f"/{run.steps:,}" if run.steps is not None else ""),
+            "" if run.seconds_left is None else clock(run.seconds_left),
+            "" if run.loss is None else f"{run.loss:.4f}",
+            f"{run.goodput['step'] / sum(run.goodput.values()):.0%}" if sum(run.goodput.values()) else "",
+            run.checkpoint or "",
+            escape(run.error or ""),
+        )
+    return table
+
+
+def watch_runs(directory: Callable[[], Path], seconds: float = 2.0) -> None:
+    """Show the table of a directory's runs until Ctrl-C; `directory` is asked for it every time."""
+    with Live(runs_table(statuses(directory())), auto_refresh=False) as live:
+        while True:
+            time.sleep(seconds)
+            live.update(runs_table(statuses(directory())), refresh=True)
+
+
+def clock(seconds: float) -> str:
+    """A duration as minutes and seconds, with hours where there are any."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

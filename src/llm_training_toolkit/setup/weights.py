@@ -1,0 +1,51 @@
+"""What a run starts from, looked at before its documents are read: weights that do not fit end it at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from llm_training_toolkit import families
+from llm_training_toolkit.config import Config
+from llm_training_toolkit.errors import CheckpointError, PlanError
+from llm_training_toolkit.plan import Plan
+from llm_training_toolkit.plan.check import may_exist
+from llm_training_toolkit.setup.machine import is_local
+from llm_training_toolkit.setup.resume import Standing
+
+
+def refuse_unfit_weights(config: Config, plan: Plan, standing: Standing) -> None:
+    """Raise PlanError or CheckpointError for weights at model.path that are not there or are other ones.
+
+    Every worker looks again, because the files of its machine may be others. A run that has begun needs them no more,
+    unless it has adapters.
+    """
+    path = config.model.path
+    if path is None or (standing.manifest is not None and config.model.lora is None):
+        return
+    if not may_exist(path):
+        raise PlanError(
+            f"model.path = {path}: there is no such directory: give that of the weights, or a hub id "
+            "(organisation/name)"
+        )
+    from transformers.utils.logging import disable_progress_bar, set_verbosity_error  # seconds to import
+
+    from llm_training_toolkit.models.check_weights import check_weights, read_config
+
+    disable_progress_bar()
+    set_verbosity_error()  # the message below names what its table would
+    model_type = plan.hf_config["model_type"]
+    if Path(path).expanduser().is_dir():
+        check_weights(path, model_type)
+        return
+    try:
+        published = read_config(path, model_type).to_dict()
+    except CheckpointError:
+        if config.cluster.workers == 0 or is_local():
+            raise
+        return  # the hub cannot be reached from here, but the workers' machines may have what they need
+    found = families.parameters({**published, "vocab_size": plan.hf_config["vocab_size"]})
+    if found != plan.parameters:
+        raise PlanError(
+            f"model.path = {path} holds a model of {found:,} parameters, {config.model.name} has {plan.parameters:,}: "
+            "correct one of them"
+        )

@@ -1,0 +1,1 @@
+"""Training loop, without Ray and DeepSpeed."""

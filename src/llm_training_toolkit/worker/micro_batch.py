@@ -1,0 +1,222 @@
+"""ZeRO stage and micro-batch of an attempt where the configuration says `auto`, and the answer to an out-of-memory.
+
+An attempt takes those of the one before it, so that a resume repeats every bit; half the micro-batch, or the next ZeRO
+stage, if that ran out of memory; and those that the plan's estimate fits into the devices where no attempt was like
+this one.
+"""
+
+from __future__ import annotations
+
+import math
+import socket
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from llm_training_toolkit.config import Config
+from llm_training_toolkit.distributed.context import RunContext
+from llm_training_toolkit.errors import TrainingError
+from llm_training_toolkit.plan import (
+    checkpoint_copy,
+    fitting_micro_batch,
+    fitting_zero_stage,
+    higher_zero_stage,
+    make_plan,
+    settled,
+    smaller_micro_batch,
+    with_zero_stage,
+)
+from llm_training_toolkit.runs.attempts import attempt_record, last_attempt, ran_out_of_memory
+from llm_training_toolkit.runs.directory import RunDirectory
+from llm_training_toolkit.runs.metrics_log import newest_rows
+from llm_training_toolkit.worker.spec import Place
+
+_CGROUPS = Path("/sys/fs/cgroup")
+
+
+class SmallerMicroBatch(Exception):  # noqa: N818 - what happens next, not what went wrong
+    """Memory ran out; the next attempt of this run takes less of it and needs no other help."""
+
+
+@dataclass(frozen=True)
+class MemorySettings:
+    """What an attempt takes of a device's memory: where the configuration gives numbers, those."""
+
+    zero: int
+    micro_batch: int
+
+    def of(self, config: Config) -> Config:
+        """The configuration with these settings."""
+        return settled(with_zero_stage(config, self.zero), self.micro_batch)
+
+
+def load_of(config: Config, context: RunContext) -> dict[str, Any]:
+    """What the memory of a device depends on, the micro-batch apart; `engine.zero` as it was asked for."""
+    return {
+        "workers": context.world_size,
+        "device": context.device.type,
+        "model": config.model.model_dump(mode="json"),
+        "sequence_length": config.data.sequence_length,
+        "global_batch": config.train.global_batch,
+        "precision": config.train.precision,
+        "engine": config.engine.model_dump(mode="json"),
+    }
+
+
+def fit_into_memory(place: Place, context: RunContext) -> tuple[Place, tuple[str, ...]]:
+    """Numbers for `engine.zero` and `train.micro_batch`, the same on every rank, and what the plan says of them.
+
+    Collective.
+    """
+    config = place.config
+    if config.train.micro_batch != "auto" and config.engine.zero != "auto":
+        return place, ()
+    free = min(context.gather(_free_share(context)))
+    found = context.broadcast(_choose(place.run, config, context, free) if context.is_first else None)
+    assert found is not None, "rank 0 chooses"
+    settings, said = found
+    return replace(place, config=settings.of(config)), said
+
+
+def _choose(
+    run: RunDirectory, config: Config, context: RunContext, free: float
+) -> tuple[MemorySettings, tuple[str, ...]]:
+    before = _from_attempts(run, config, context)
+    if before is not None:
+        said = (*_stage_as_before(config, before), *_rows_as_before(config, before))
+        settings = before
+    else:
+        if context.device.type == "cpu":  # where the copy of a checkpoint that is being written lies as well
+            free -= checkpoint_copy(make_plan(config).trainable_parameters, context.world_size)
+        settings, said = _by_the_estimate(config, context.world_size, free)
+    for message in said:
+        context.report({"kind": "note", "message": message})
+    return settings, said
+
+
+def _by_the_estimate(config: Config, workers: int, free: float) -> tuple[MemorySettings, tuple[str, ...]]:
+    said: list[str] = []
+    if config.engine.zero == "auto":
+        stage = fitting_zero_stage(config, workers, free)
+        config = with_zero_stage(config, int(stage.value))
+        said.append(str(stage))
+    rows = config.train.micro_batch
+    if rows == "auto":
+        rows = fitting_micro_batch(config, workers, free)
+        said.append(f"micro-batches of {rows}: by the estimate they fit into the {free / 1e9:.3g} GB a worker has free")
+    return MemorySettings(int(config.engine.zero), rows), tuple(said)
+
+
+def _stage_as_before(config: Config, before: MemorySettings) -> tuple[str, ...]:
+    return (f"engine.zero = {before.zero} (auto): as before",) if config.engine.zero == "auto" else ()
+
+
+def _rows_as_before(config: Config, before: MemorySettings) -> tuple[str, ...]:
+    return (f"micro-batches of {before.micro_batch}: as before",) if config.train.micro_batch == "auto" else ()
+
+
+def _from_attempts(run: RunDirectory, config: Config, context: RunContext) -> MemorySettings | None:
+    """What the newest attempt under the same load teaches; None where there is none."""
+    load = load_of(config, context)
+    for number in range(last_attempt(run), 0, -1):
+        record = attempt_record(run, number)
+        if record.get("load") != load or "zero" not in record:
+            continue
+        tried, given = MemorySettings(int(record["zero"]), int(record["micro_batch"])), config.train.micro_batch
+        least = MemorySettings(tried.zero, 1 if given == "auto" else given)
+        killed = number == last_attempt(run) and context.device.type == "cpu" and _died_before_a_step(run, record)
+        if killed or ran_out_of_memory(run, number):
+            return _less_memory(config, tried, context.world_size) or least
+        if given != "auto":
+            return least
+        if record["asked"] == "auto":  # a number that somebody asked for once is not ours to keep
+            return tried
+    return None
+
+
+def _less_memory(asked: Config, tried: MemorySettings, workers: int) -> MemorySettings | None:
+    """The settings to try after `tried` did not fit, of those that were asked for as `auto`; None = there are none."""
+    taken = tried.of(asked)
+    rows = smaller_micro_batch(taken, workers, tried.micro_batch) if asked.train.micro_batch == "auto" else 0
+    if rows:
+        return MemorySettings(tried.zero, rows)
+    stage = higher_zero_stage(taken, workers) if asked.engine.zero == "auto" else None
+    return None if stage is None else MemorySettings(stage, tried.micro_batch)
+
+
+def _died_before_a_step(run: RunDirectory, record: Mapping[str, Any]) -> bool:
+    """Whether an attempt was killed before its first step: on CPU the system's answer to too much memory."""
+    kind = record.get("failure", {}).get("kind")
+    killed = kind in {"killed", "out of memory"} if kind else record["state"] in {"running", "lost"}
+    rows = newest_rows(run.metrics)
+    return killed and not any(row["attempt"] == record["attempt"] and "train/loss" in row for row in rows)
+
+
+def _free_share(context: RunContext) -> float:
+    """Bytes this rank may take: its GPU's free memory, or its share of what the machine or its container has free."""
+    if context.device.type == "cuda":
+        return float(torch.cuda.mem_get_info(context.device)[0])
+    hosts = Counter(context.gather(socket.gethostname()))
+    own = Path("/proc/self/cgroup")
+    left = container_free(own.read_text(), _CGROUPS) if own.exists() else math.inf
+    return min(float(psutil.virtual_memory().available), left) / hosts[socket.gethostname()]
+
+
+def container_free(membership: str, root: Path) -> float:
+    """Bytes left under the memory limits of the groups a process is in; infinite where none has a limit.
+
+    `membership` is the text of /proc/self/cgroup. A limit may stand in any group from the process's own upwards:
+    Slurm and systemd set it there, a container shows its own as the root. Reads cgroup v2 and v1.
+    """
+    free = math.inf
+    for line in membership.splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers not in {"", "memory"} and "memory" not in controllers.split(","):
+            continue
+        base = root / "memory" if controllers else root
+        group = base / path.lstrip("/")
+        while True:
+            free = min(free, _group_free(group, "v1" if controllers else "v2"))
+            if group == base:
+                break
+            group = group.parent
+    return free
+
+
+_FILES = {
+    "v2": ("memory.max", "memory.current", "inactive_file"),
+    "v1": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
+
+
+def _group_free(group: Path, version: str) -> float:
+    """Bytes left in one group; what is cached of files counts as left."""
+    limit_file, used_file, cached_name = _FILES[version]
+    try:
+        limit, used = (group / limit_file).read_text().strip(), int((group / used_file).read_text())
+        statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return math.inf
+    return math.inf if limit == "max" else float(int(limit) - used + int(statistics.get(cached_name, 0)))
+
+
+def after_out_of_memory(asked: Config, taken: Config, workers: int) -> SmallerMicroBatch | TrainingError:
+    """What follows when an attempt of `taken` ran out of memory: one that takes less, or the end of the run."""
+    rows, stage = taken.train.micro_batch, taken.engine.zero
+    assert rows != "auto"
+    assert stage != "auto"
+    tried = MemorySettings(stage, rows)
+    less = _less_memory(asked, tried, workers)
+    if less is not None:
+        what = f"{less.micro_batch}" if less.zero == stage else f"ZeRO {less.zero}"
+        return SmallerMicroBatch(f"out of memory with micro-batches of {rows}; the next attempt takes {what}")
+    ways = ["set model.activation_checkpointing: true"] if not taken.model.activation_checkpointing else []
+    ways += ["raise engine.zero, with more cluster.workers"] if stage < 3 else ["use more cluster.workers"]
+    if smaller_micro_batch(taken, workers, rows):
+        ways.insert(0, "lower train.micro_batch, or set it to auto")
+    return TrainingError(f"out of memory with micro-batches of {rows}: {'; or '.join(ways)}. The same command resumes")
