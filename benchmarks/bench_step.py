@@ -69,10 +69,10 @@ def faster_precision() -> str:
     """The precision that `train.precision: auto` takes on this CPU."""
     import torch
 
-    from llm_training_toolkit.distributed.matmul_speed import bf16_slowdown
+    from llm_training_toolkit.distributed.matmul_speed import measure_bf16_slowdown
     from llm_training_toolkit.plan import choose_precision
 
-    return str(choose_precision([bf16_slowdown(torch.device("cpu"))], "cpu").value)
+    return str(choose_precision([measure_bf16_slowdown(torch.device("cpu"))], "cpu").value)
 
 
 def table(results: Results) -> str:

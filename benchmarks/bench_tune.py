@@ -26,15 +26,15 @@ from typing import Any
 
 os.environ |= {"RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"}  # a thread a worker; read at the imports below
 
-from llm_training_toolkit.commands.train import start
+from llm_training_toolkit.commands.train import start_run
 from llm_training_toolkit.config.search import load_search
 from llm_training_toolkit.launch import torchrun  # noqa: F401 - torch and DeepSpeed, once for all points of the grid
-from llm_training_toolkit.launch.request import Request
+from llm_training_toolkit.launch.request import TrainRequest
 from llm_training_toolkit.monitoring.console import Console
 from llm_training_toolkit.runs.directory import RunDirectory
-from llm_training_toolkit.runs.metrics_log import newest_rows
-from llm_training_toolkit.search.results import spent
-from llm_training_toolkit.search.space import grid
+from llm_training_toolkit.runs.metrics_log import read_newest_rows
+from llm_training_toolkit.search.results import read_trained_tokens
+from llm_training_toolkit.search.space import build_grid
 
 STEPS = 128
 BASE = """\
@@ -78,10 +78,12 @@ def _trained(directory: Path, seed: int, number: int, point: Mapping[str, Any]) 
     name = f"grid_{seed}_{number:02}"
     settings = [f"{key}={value}" for key, value in point.items()]
     with (directory / f"{name}.log").open("a") as log:
-        request = Request(directory / f"base_{seed}.yaml", [*settings, f"run.name={name}", "cluster.workers=0"])
-        start(request, Console(log))
-    metrics = RunDirectory(directory / name).metrics
-    return [row["eval/loss"] for row in newest_rows(metrics) if "eval/loss" in row][-1], spent(metrics)
+        request = TrainRequest(directory / f"base_{seed}.yaml", [*settings, f"run.name={name}", "cluster.workers=0"])
+        start_run(request, Console(log))
+    metrics = RunDirectory(directory / name).metrics_path
+    return [row["eval/loss"] for row in read_newest_rows(metrics) if "eval/loss" in row][-1], read_trained_tokens(
+        metrics
+    )
 
 
 def _grid(directory: Path, files: Mapping[int, Path]) -> dict[int, list[tuple[float, int]]]:
@@ -89,7 +91,7 @@ def _grid(directory: Path, files: Mapping[int, Path]) -> dict[int, list[tuple[fl
     points = [
         (directory, seed, number, point)
         for seed, file in files.items()
-        for number, point in enumerate(grid(load_search(file).search))
+        for number, point in enumerate(build_grid(load_search(file).search))
     ]
     # Forked, so that what was imported is there; a process each, as DeepSpeed takes one process group in its life.
     with multiprocessing.get_context("fork").Pool(2, maxtasksperchild=1) as pool:

@@ -47,8 +47,8 @@ def build(size: str, precision: str, stage: int, parts: Parts) -> Any:
     import torch
 
     from common import SIZES, model
-    from llm_training_toolkit.config.schema import Optim
-    from llm_training_toolkit.engine import Engine, partitioned
+    from llm_training_toolkit.config.schema import OptimConfig
+    from llm_training_toolkit.engine import Engine, zero3_init
     from llm_training_toolkit.models import LossModule
     from loop import SHAPES
 
@@ -69,9 +69,9 @@ def build(size: str, precision: str, stage: int, parts: Parts) -> Any:
         config["bf16"] = {"enabled": True, "check_grad_overflow": True}
         if stage >= 2:
             config["data_types"] = {"grad_accum_dtype": "fp32"}
-    with partitioned(config):
+    with zero3_init(config):
         module = LossModule(model(dtype, SHAPES[SIZES[size][0]]), "auto")
-    engine = Engine(module, Optim(lr=1e-4), config, torch.device("cpu"))
+    engine = Engine(module, OptimConfig(lr=1e-4), config, torch.device("cpu"))
     parts.watch(engine, "_forward", "forward")
     parts.watch(engine.deepspeed, "backward", "backward")
     parts.watch(engine.optimizer, "step", "step: AdamW")
@@ -108,7 +108,7 @@ def one_step(engine: Any, size: str, micro_batches: int, parts: Parts) -> dict[s
     tokens = sum(int((batch.labels >= 0).sum()) for batch in batches)
     parts.seconds.clear()
     faults, began = resource.getrusage(resource.RUSAGE_SELF).ru_minflt, time.process_time()
-    engine.accumulate(batches, tokens)
+    engine.forward_backward(batches, tokens)
     engine.step(1e-4)
     whole = time.process_time() - began
     faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
@@ -119,10 +119,10 @@ def profile(arguments: argparse.Namespace) -> dict[int, dict[str, float]]:
     """Medians by stage."""
     import torch.distributed as dist
 
-    from llm_training_toolkit.engine import prepare_process
+    from llm_training_toolkit.engine import prepare_deepspeed
 
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
-    prepare_process("cpu")
+    prepare_deepspeed("cpu")
     import transformers.models.qwen3.modeling_qwen3 as qwen3
 
     from llm_training_toolkit.models import loss

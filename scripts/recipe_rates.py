@@ -9,8 +9,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from llm_training_toolkit.config import load
-from llm_training_toolkit.plan import Schedule, make_plan
+from llm_training_toolkit.config import load_config
+from llm_training_toolkit.plan import LRSchedule, make_plan
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 ASSUMED = 1000
@@ -18,19 +18,19 @@ ASSUMED = 1000
 COLUMNS = 4
 
 
-def schedule_of(path: Path) -> tuple[Schedule, bool]:
+def schedule_of(path: Path) -> tuple[LRSchedule, bool]:
     """The schedule of a recipe, and whether the file itself says how many steps there are."""
-    config = load(path)
+    config = load_config(path)
     plan = make_plan(config)
     if plan.steps is not None:
-        return plan.schedule(), True
+        return plan.build_lr_schedule(), True
     train = config.train.model_copy(update={"steps": ASSUMED, "epochs": None})
-    return make_plan(config.model_copy(update={"train": train})).schedule(), False
+    return make_plan(config.model_copy(update={"train": train})).build_lr_schedule(), False
 
 
-def draw(axis: Any, name: str, schedule: Schedule, *, known: bool) -> None:
+def draw(axis: Any, name: str, schedule: LRSchedule, *, known: bool) -> None:
     """One recipe: rate over steps, with its peak and its last rate in words."""
-    rates = [schedule.lr_at(step) for step in range(schedule.steps)]
+    rates = [schedule.compute_lr(step) for step in range(schedule.steps)]
     axis.plot(range(1, schedule.steps + 1), rates, color="#2b6cb0", linewidth=1.6)
     axis.fill_between(range(1, schedule.steps + 1), rates, color="#2b6cb0", alpha=0.08)
     length = f"{schedule.steps:,} steps" if known else "length in epochs"

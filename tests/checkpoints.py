@@ -7,17 +7,19 @@ from pathlib import Path
 
 import torch
 
-from llm_training_toolkit.checkpoint import Piece, Writing, finish, memory_for
-from llm_training_toolkit.checkpoint.writer import Describe
+from llm_training_toolkit.checkpoint import AsyncWrite, ParameterShard, allocate_host_buffer, commit_checkpoint
+from llm_training_toolkit.checkpoint.writer import ManifestBuilder
 from llm_training_toolkit.distributed.context import RunContext
 
 
 def save(
     context: RunContext,
     directory: Path,
-    pieces: Sequence[Piece],
+    pieces: Sequence[ParameterShard],
     optimizer: torch.optim.Optimizer,
-    describe: Describe,
+    describe: ManifestBuilder,
 ) -> None:
     """Write the pieces of all ranks into `directory` and complete it. Collective."""
-    finish(context, Writing(context.rank, directory, pieces, optimizer, memory_for(pieces)), describe)
+    commit_checkpoint(
+        context, AsyncWrite(context.rank, directory, pieces, optimizer, allocate_host_buffer(pieces)), describe
+    )

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from durations import Durations, slowness
-from llm_training_toolkit.config import Config, parse, to_json
-from llm_training_toolkit.data.prepare.epochs import prepare_run
+from llm_training_toolkit.config import Config, dump_config_json, parse_config
+from llm_training_toolkit.data.prepare.epochs import prepare_run_data
 from llm_training_toolkit.runs.directory import RunDirectory
 from rank_pool import RankPool
 
@@ -57,7 +57,7 @@ def tiny_config(corpus: Path, runs: Path, **sections: dict[str, Any]) -> Config:
     }
     for name, values in sections.items():
         data[name] = data.get(name, {}) | values
-    return parse(data, "test")
+    return parse_config(data, "test")
 
 
 def write_corpus(directory: Path, documents: int = 60) -> Path:
@@ -84,10 +84,12 @@ def prepared_run(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> RunD
     runs = tmp_path_factory.mktemp("runs")
     config = tiny_config(corpus, runs)
     run = RunDirectory(runs / "tiny")
-    run.receipt.parent.mkdir(parents=True)
-    run.receipt.write_text(prepare_run(config, lambda _stage, _done, _total: None).receipt.to_json())
-    run.resolved.write_text(to_json(config))
-    run.config.write_text("# a test's run\n")
+    run.dataset_info_path.parent.mkdir(parents=True)
+    run.dataset_info_path.write_text(
+        prepare_run_data(config, lambda _stage, _done, _total: None).dataset_info.to_json()
+    )
+    run.resolved_config_path.write_text(dump_config_json(config))
+    run.config_path.write_text("# a test's run\n")
     return run
 
 

@@ -36,8 +36,9 @@ _GPU = Path("/dev/nvidiactl")  # a process that has seen a GPU cannot be forked:
 _MESSAGE = 2**20  # bytes, more than arguments and environment take
 Order = dict[str, Any]
 _TOOLKIT = """
-    cli runs_table launch.start launch.inline launch.evaluate launch.exporting launch.generating launch.show_batch
-    launch.ray_train launch.trial launch.tune launch.tune_outputs launch.jobs.submit launch.jobs.table
+    cli.app runs.table commands.train launch.torchrun commands.evaluate export.export_run generation.load
+    commands.show_batch launch.ray.run launch.tune.trainable launch.tune.tuner search.outputs launch.jobs.submit
+    launch.jobs.client
 """
 _OTHERS = """
     deepspeed.runtime.zero.stage3 deepspeed.runtime.zero.stage_1_and_2 peft ray.job_submission ray.train.torch ray.tune
@@ -169,9 +170,9 @@ def _import_all() -> None:
     from llm_training_toolkit.launch.backend import prepare_environment
 
     prepare_environment()
-    from llm_training_toolkit.engine import prepare_process
+    from llm_training_toolkit.engine import prepare_deepspeed
 
-    prepare_process("cpu")
+    prepare_deepspeed("cpu")
     for name in _TOOLKIT.split():
         importlib.import_module(f"llm_training_toolkit.{name}")
     for name in _OTHERS.split():

@@ -95,16 +95,16 @@ def _serve(rank: int, world_size: int, port: int, pipe: Connection, log: Path) -
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
     )
-    from llm_training_toolkit.monitoring.logs import redirect
+    from llm_training_toolkit.monitoring.logs import redirect_output
 
-    redirect(log / f"ranks_{world_size}_{rank}.log")
+    redirect_output(log / f"ranks_{world_size}_{rank}.log")
     import torch
     import torch.distributed as dist
 
-    from llm_training_toolkit.engine import prepare_process
+    from llm_training_toolkit.engine import prepare_deepspeed
 
     torch.set_num_threads(1)
-    prepare_process("cpu")
+    prepare_deepspeed("cpu")
     dist.init_process_group("gloo", rank=rank, world_size=world_size)
     pipe.send("ready")
     while True:

@@ -15,25 +15,25 @@ import torch
 import torch.distributed as dist
 
 from checkpoints import save
-from llm_training_toolkit.checkpoint import Checkpoint, Manifest
-from llm_training_toolkit.checkpoint.restore import restore
-from llm_training_toolkit.config import parse
-from llm_training_toolkit.data.dataloader import Feed
+from llm_training_toolkit.checkpoint import CheckpointReader, Manifest
+from llm_training_toolkit.checkpoint.restore import restore_engine
+from llm_training_toolkit.config import parse_config
+from llm_training_toolkit.data.dataloader import DataLoader
 from llm_training_toolkit.data.dataset import MicroBatch
-from llm_training_toolkit.data.prepare.dataset_info import Receipt
-from llm_training_toolkit.data.prepare.epochs import facts_of
-from llm_training_toolkit.distributed.context import Event, RunContext, Wish
-from llm_training_toolkit.engine import Engine, partitioned, whole_parameter
-from llm_training_toolkit.evaluation.validation import held_out
-from llm_training_toolkit.models import LossModule, build_model, check_weights, grow_vocabulary
+from llm_training_toolkit.data.prepare.dataset_info import DatasetInfo
+from llm_training_toolkit.data.prepare.epochs import build_data_facts
+from llm_training_toolkit.distributed.context import Event, RunContext, StopRequest
+from llm_training_toolkit.engine import Engine, gathered_parameter, zero3_init
+from llm_training_toolkit.evaluation.validation import compute_eval_loss
+from llm_training_toolkit.models import LossModule, build_model, check_pretrained_weights, resize_embeddings
 from llm_training_toolkit.models.build import DTYPES
-from llm_training_toolkit.models.init_weights import generator
-from llm_training_toolkit.plan import Plan, make_plan, slice_of
+from llm_training_toolkit.models.init_weights import build_generator
+from llm_training_toolkit.plan import Plan, compute_replica_slice, make_plan
 from llm_training_toolkit.runs.directory import RunDirectory, write_atomically
-from llm_training_toolkit.worker.build import build
-from llm_training_toolkit.worker.hub_download import weights_here
-from llm_training_toolkit.worker.main import work
-from llm_training_toolkit.worker.spec import Place
+from llm_training_toolkit.worker.build import build_run_model
+from llm_training_toolkit.worker.hub_download import ensure_local_weights
+from llm_training_toolkit.worker.main import run_worker
+from llm_training_toolkit.worker.spec import WorkerSpec
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 
@@ -53,36 +53,36 @@ def alone() -> RunContext:
     return RunContext(0, 1, torch.device("cpu"))
 
 
-def place_of(run: str, changes: Mapping[str, Any] | None = None) -> Place:
+def place_of(run: str, changes: Mapping[str, Any] | None = None) -> WorkerSpec:
     """The place of a run directory, its configuration changed section by section."""
     directory = RunDirectory(Path(run))
-    data = json.loads(directory.resolved.read_text())
+    data = json.loads(directory.resolved_config_path.read_text())
     for section, values in (changes or {}).items():
         data[section] |= values
-    config = parse(data, "test")
-    return Place(directory, config, Receipt.from_json(directory.receipt.read_text()))
+    config = parse_config(data, "test")
+    return WorkerSpec(directory, config, DatasetInfo.from_json(directory.dataset_info_path.read_text()))
 
 
-def engine_of(place: Place, plan: Plan) -> Engine:
+def engine_of(place: WorkerSpec, plan: Plan) -> Engine:
     """A fresh engine with the run's first weights."""
-    return build(place, plan, context(), None).engine
+    return build_run_model(place, plan, context(), None).engine
 
 
-def _plan(place: Place) -> Plan:
-    return make_plan(place.config, facts_of(place.receipt), replicas=dist.get_world_size())
+def _plan(place: WorkerSpec) -> Plan:
+    return make_plan(place.config, build_data_facts(place.receipt), replicas=dist.get_world_size())
 
 
 def drawn(name: str, shape: Any) -> torch.Tensor:
     """Weights of adapters that have learnt something: a pure function of the name."""
-    return torch.empty(tuple(shape)).normal_(0.0, 0.05, generator=generator(7, name))
+    return torch.empty(tuple(shape)).normal_(0.0, 0.05, generator=build_generator(7, name))
 
 
 def stir(engine: Engine) -> None:
     """Give the trained weights the values of `drawn`: beside a zero one, a factor of an adapter has no gradient."""
-    for piece in engine.fragments():
+    for piece in engine.local_fragments():
         whole = drawn(piece.name, engine.shapes[piece.name]).flatten()
-        piece.weights().copy_(whole[piece.start : piece.start + piece.count])
-    engine.refresh()
+        piece.get_weights().copy_(whole[piece.start : piece.start + piece.count])
+    engine.sync_low_precision()
 
 
 def gradients(
@@ -96,33 +96,33 @@ def gradients(
     engine = engine_of(place, plan)
     if stirred:
         stir(engine)
-    feed = Feed(place.receipt, global_batch=plan.global_batch, epochs=None)
+    feed = DataLoader(place.receipt, global_batch=plan.global_batch, epochs=None)
     world, rank = dist.get_world_size(), dist.get_rank()
-    count = -(-len(slice_of(plan.global_batch, world, 0)) // micro_batch)
-    batches = feed.batch(step, slice_of(plan.global_batch, world, rank), micro_batch, count)
-    loss_sum = engine.accumulate(batches, feed.loss_tokens(step))
-    [total] = context().sum(loss_sum)
+    count = -(-len(compute_replica_slice(plan.global_batch, world, 0)) // micro_batch)
+    batches = feed.get_micro_batches(step, compute_replica_slice(plan.global_batch, world, rank), micro_batch, count)
+    loss_sum = engine.forward_backward(batches, feed.count_loss_tokens(step))
+    [total] = context().all_reduce_sum(loss_sum)
     found = {}
     for name, parameter in engine.deepspeed.module.named_parameters():
         if not parameter.requires_grad:
             continue
-        own = engine.whole_gradient(parameter)
+        own = engine.get_full_gradient(parameter)
         found[name] = (safe_get_full_grad(parameter) if own is None else own).float().numpy().copy()
-    norm = engine.step(0.0)
+    norm = engine.optim_step(0.0)
     engine.close()
-    return total / feed.loss_tokens(step), norm, found
+    return total / feed.count_loss_tokens(step), norm, found
 
 
 def fragment_table(run: str, changes: Mapping[str, Any]) -> tuple[dict[str, int], list[tuple[str, int, int]]]:
     """Size of every parameter, and the pieces this rank saves; reads and writes each of them on the way."""
     place = place_of(run, changes)
     engine = engine_of(place, _plan(place))
-    for piece in engine.fragments():
-        for tensor in piece.tensors(engine.optimizer).values():
+    for piece in engine.local_fragments():
+        for tensor in piece.get_tensors(engine.optimizer).values():
             assert tensor.shape == (piece.count,)
             assert tensor.dtype == torch.float32
             tensor.copy_(tensor.clone())
-    engine.refresh()
+    engine.sync_low_precision()
     table = [(piece.name, piece.start, piece.count) for piece in engine.owned_fragments()]
     sizes = {name: int(np.prod(shape)) for name, shape in engine.shapes.items()}
     engine.close()
@@ -157,7 +157,7 @@ def whole_state(engine: Engine, directory: str) -> Arrays:
 
 def read_state(directory: Path) -> Arrays:
     """Every weight and moment in a checkpoint."""
-    checkpoint = Checkpoint(directory)
+    checkpoint = CheckpointReader(directory)
     return {
         f"{name}/{key}": checkpoint.read(name, key, 0, int(np.prod(shape)))
         for name, shape in checkpoint.manifest.shapes.items()
@@ -170,12 +170,12 @@ def updated(run: str, changes: Mapping[str, Any], directory: str) -> Arrays:
     place = place_of(run, changes)
     plan = _plan(place)
     engine = engine_of(place, plan)
-    feed = Feed(place.receipt, global_batch=plan.global_batch, epochs=None)
+    feed = DataLoader(place.receipt, global_batch=plan.global_batch, epochs=None)
     world, rank = dist.get_world_size(), dist.get_rank()
-    count = plan.accumulation(world)
-    batches = feed.batch(0, slice_of(plan.global_batch, world, rank), plan.micro_batch, count)
-    engine.accumulate(batches, feed.loss_tokens(0))
-    engine.step(1e-3)
+    count = plan.get_accumulation_steps(world)
+    batches = feed.get_micro_batches(0, compute_replica_slice(plan.global_batch, world, rank), plan.micro_batch, count)
+    engine.forward_backward(batches, feed.count_loss_tokens(0))
+    engine.optim_step(1e-3)
     state = whole_state(engine, directory)
     engine.close()
     return state
@@ -187,10 +187,10 @@ def loaded(
     """The state right after loading a checkpoint, the groups' weight decays, and the step counters of the flats."""
     place = place_of(run, changes)
     engine = engine_of(place, _plan(place))
-    restore(engine, Checkpoint(Path(checkpoint)))
+    restore_engine(engine, CheckpointReader(Path(checkpoint)))
     state = whole_state(engine, directory)
     decays = {str(group["weight_decay"]) for group in engine.optimizer.param_groups}
-    counters = {float(engine.optimizer.state[piece.flat]["step"]) for piece in engine.fragments()}
+    counters = {float(engine.optimizer.state[piece.flat]["step"]) for piece in engine.local_fragments()}
     engine.close()
     return state, decays, counters
 
@@ -205,10 +205,10 @@ def work_on(run: str, changes: Mapping[str, Any] | None = None, stop_after: int 
         if event["kind"] == "step":
             completed[0] = int(event["step"])
 
-    def wish() -> Wish:
-        return Wish.STOP if stop_after is not None and completed[0] >= stop_after - 1 else Wish.GO_ON
+    def wish() -> StopRequest:
+        return StopRequest.STOP if stop_after is not None and completed[0] >= stop_after - 1 else StopRequest.NONE
 
-    result = work(place_of(run, changes), context(report, wish))
+    result = run_worker(place_of(run, changes), context(report, wish))
     return {**result, "events": events}
 
 
@@ -221,7 +221,9 @@ def work_until(run: str, changes: Mapping[str, Any], said: str, seconds: float) 
             time.sleep(seconds)
             stop[0] = True
 
-    return work(place_of(run, changes), context(report, lambda: Wish.STOP if stop[0] else Wish.GO_ON))
+    return run_worker(
+        place_of(run, changes), context(report, lambda: StopRequest.STOP if stop[0] else StopRequest.NONE)
+    )
 
 
 def wait_on(runs: list[str], comes: Mapping[str, Mapping[int, str]], stop_at: int | None = None) -> dict[str, Any]:
@@ -236,16 +238,16 @@ def wait_on(runs: list[str], comes: Mapping[str, Mapping[int, str]], stop_at: in
     def report(event: Event) -> None:
         waiting[0] |= "waits for data of the next epoch" in str(event.get("message"))
 
-    def wish() -> Wish:
+    def wish() -> StopRequest:
         if waiting[0]:
             asked[0] += 1
             for name, by_rank in comes.items():
                 for rank, text in by_rank.items():
                     if asked[0] == 2 * rank + 1:
                         write_atomically(Path(runs[rank], "data", name), text)
-        return Wish.STOP if asked[0] == stop_at else Wish.GO_ON
+        return StopRequest.STOP if asked[0] == stop_at else StopRequest.NONE
 
-    result = work(place_of(runs[dist.get_rank()]), context(report, wish))
+    result = run_worker(place_of(runs[dist.get_rank()]), context(report, wish))
     return {**result, "asked": asked[0]}
 
 
@@ -253,9 +255,9 @@ def work_on_spoilt_data(
     run: str, spoilt: Sequence[int], changes: Mapping[str, Any] | None = None, stop_after: int | None = None
 ) -> dict[str, Any]:
     """The same where the tokens of some steps (counted from 0) are drawn by chance, as damaged storage gives them."""
-    whole = Feed.batch
+    whole = DataLoader.get_micro_batches
 
-    def batch(feed: Feed, step: int, positions: range, micro_batch: int, count: int) -> list[MicroBatch]:
+    def batch(feed: DataLoader, step: int, positions: range, micro_batch: int, count: int) -> list[MicroBatch]:
         found = whole(feed, step, positions, micro_batch, count)
         if step not in spoilt:
             return found
@@ -269,15 +271,15 @@ def work_on_spoilt_data(
             for each, ids, label in zip(found, drawn_ids, labels, strict=True)
         ]
 
-    Feed.batch = batch  # type: ignore[method-assign, assignment]
+    DataLoader.get_micro_batches = batch  # type: ignore[method-assign, assignment]
     try:
         return work_on(run, changes, stop_after)
     finally:
-        Feed.batch = whole  # type: ignore[method-assign]
+        DataLoader.get_micro_batches = whole  # type: ignore[method-assign]
 
 
 def work_to_a_rung(
-    run: str, rungs: tuple[int, ...], stop_at: int, wish: Wish = Wish.GO_ON
+    run: str, rungs: tuple[int, ...], stop_at: int, wish: StopRequest = StopRequest.NONE
 ) -> tuple[dict[str, Any], list[int]]:
     """A trial that is stopped at a rung: how it ended, and the rungs at which rank 0 asked.
 
@@ -285,23 +287,23 @@ def work_to_a_rung(
     """
     asked: list[int] = []
 
-    def ask(step: int) -> Wish:
+    def ask(step: int) -> StopRequest:
         asked.append(step)
-        return Wish.STOP if step == stop_at else Wish.GO_ON
+        return StopRequest.STOP if step == stop_at else StopRequest.NONE
 
-    return work(place_of(run), replace(context(wish=lambda: wish), rungs=rungs, ask=ask)), asked
+    return run_worker(place_of(run), replace(context(wish=lambda: wish), rungs=rungs, await_rung=ask)), asked
 
 
 def loaded_weights(hf_config: Mapping[str, Any], path: str, zero: int, rows: int | None = None) -> Arrays:
     """The weights at `path`, loaded as a worker does under a ZeRO stage, with as many rows of the vocabulary."""
-    check_weights(path, hf_config["model_type"])
-    with partitioned({"zero_optimization": {"stage": zero}, "train_micro_batch_size_per_gpu": 1}):
+    check_pretrained_weights(path, hf_config["model_type"])
+    with zero3_init({"zero_optimization": {"stage": zero}, "train_micro_batch_size_per_gpu": 1}):
         model = build_model(hf_config, precision="fp32", attention="sdpa", path=path)
         if rows is not None:
-            grow_vocabulary(model, rows, whole_parameter)
+            resize_embeddings(model, rows, gathered_parameter)
     found = {}
     for name, parameter in model.named_parameters():
-        with whole_parameter(parameter):
+        with gathered_parameter(parameter):
             found[name] = parameter.detach().numpy().copy()
     return found
 
@@ -318,8 +320,8 @@ def evaluation_of_packed_documents(run: str, model: dict[str, Any], attention: s
     torch.manual_seed(0)
     built = build_model(model, precision="fp32", attention=attention)
     engine = Engine(LossModule(built, 16), place.config.optim, plan.deepspeed, torch.device("cpu"))
-    feed = Feed(place.receipt, global_batch=plan.global_batch, epochs=None)
-    [batch] = feed.eval_batches(0, 1, 1000)
+    feed = DataLoader(place.receipt, global_batch=plan.global_batch, epochs=None)
+    [batch] = feed.get_eval_batches(0, 1, 1000)
     row, documents = _fullest_row(batch)
 
     def losses(ids: torch.Tensor, positions: torch.Tensor) -> list[float]:
@@ -327,12 +329,12 @@ def evaluation_of_packed_documents(run: str, model: dict[str, Any], attention: s
         for document in documents:
             labels = torch.full_like(batch.labels, -100)
             labels[row, document] = batch.labels[row, document]
-            found.append(held_out(engine, [MicroBatch(ids, positions, labels)], 1, 1, context()).loss)
+            found.append(compute_eval_loss(engine, [MicroBatch(ids, positions, labels)], 1, 1, context()).loss)
         return found
 
     def logits(ids: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
-            whole: torch.Tensor = engine.deepspeed.module.logits(ids, batch.position_ids)
+            whole: torch.Tensor = engine.deepspeed.module.compute_logits(ids, batch.position_ids)
         return whole[row]
 
     through = torch.arange(batch.input_ids.shape[1]).expand_as(batch.position_ids)
@@ -367,12 +369,12 @@ def logits_of(
     """The engine's own logits after loading a checkpoint."""
     place = place_of(run, changes)
     engine = engine_of(place, _plan(place))
-    restore(engine, Checkpoint(Path(checkpoint)))
+    restore_engine(engine, CheckpointReader(Path(checkpoint)))
     tokens = torch.tensor(ids)
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)
     engine.deepspeed.eval()
     with torch.no_grad():
-        logits = engine.deepspeed.module.logits(tokens, positions)
+        logits = engine.deepspeed.module.compute_logits(tokens, positions)
     engine.close()
     return np.asarray(logits.float().numpy())
 
@@ -404,7 +406,7 @@ def fetched(run: str, path: str, endpoint: str, nodes: Sequence[str], homes: Seq
         kept[name] = getattr(constants, name)
         setattr(constants, name, value)
     try:
-        return weights_here(path, replace(place_of(run), node=nodes[rank]), context())
+        return ensure_local_weights(path, replace(place_of(run), node=nodes[rank]), context())
     finally:
         for name, value in kept.items():
             setattr(constants, name, value)

@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM
 
 import rank_tasks
 from conftest import SHAPE, tiny_config
-from llm_training_toolkit.checkpoint import Checkpoint, newest
-from llm_training_toolkit.config import to_json
-from llm_training_toolkit.data.prepare.epochs import prepare_run
+from llm_training_toolkit.checkpoint import CheckpointReader, find_latest_checkpoint
+from llm_training_toolkit.config import dump_config_json
+from llm_training_toolkit.data.prepare.epochs import prepare_run_data
 from llm_training_toolkit.errors import CheckpointError
 from llm_training_toolkit.export.export_run import export_run
 from llm_training_toolkit.plan import make_plan
@@ -86,9 +86,11 @@ def prepared(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable
                 optim=optim,
                 export={"at_end": True},
             )
-            run.receipt.parent.mkdir(parents=True)
-            run.receipt.write_text(prepare_run(config, lambda _stage, _done, _total: None).receipt.to_json())
-            run.resolved.write_text(to_json(config))
+            run.dataset_info_path.parent.mkdir(parents=True)
+            run.dataset_info_path.write_text(
+                prepare_run_data(config, lambda _stage, _done, _total: None).dataset_info.to_json()
+            )
+            run.resolved_config_path.write_text(dump_config_json(config))
             made[model] = run
         return made[model]
 
@@ -103,21 +105,21 @@ def make(prepared: Callable[[str], RunDirectory], tmp_path: Path) -> Make:
         run = RunDirectory(tmp_path / name)
         shutil.copytree(prepared(size).path, run.path)
         place = rank_tasks.place_of(str(run.path), sections)
-        run.resolved.write_text(to_json(place.config))
-        run.plan.write_text(json.dumps(make_plan(place.config).to_json()))
+        run.resolved_config_path.write_text(dump_config_json(place.config))
+        run.plan_path.write_text(json.dumps(make_plan(place.config).to_json()))
         return run
 
     return copied
 
 
 def final(run: RunDirectory) -> Path:
-    directory = newest(run.checkpoints)
+    directory = find_latest_checkpoint(run.checkpoints_dir)
     assert directory is not None
     return directory
 
 
 def losses(run: RunDirectory) -> dict[int, float]:
-    rows = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    rows = [json.loads(line) for line in run.metrics_path.read_text().splitlines()]
     return {row["step"]: row["train/loss"] for row in rows if "train/loss" in row}
 
 
@@ -157,8 +159,8 @@ def test_every_family_trains_resumes_bitwise_and_loads_in_plain_peft(pools: Pool
     state = rank_tasks.read_state(final(whole))
     assert_same_state(rank_tasks.read_state(final(halves)), state)
     assert all("lora_" in name or "modules_to_save" in name for name in state)
-    manifest = Checkpoint(final(whole)).manifest
-    plan = json.loads(whole.plan.read_text())
+    manifest = CheckpointReader(final(whole)).manifest
+    plan = json.loads(whole.plan_path.read_text())
     assert sum(int(np.prod(shape)) for shape in manifest.shapes.values()) == plan["trainable_parameters"]
     assert any(np.abs(values).max() > 1e-3 for name, values in state.items() if "lora_B" in name and "weights" in name)
 
@@ -167,11 +169,11 @@ def test_every_family_trains_resumes_bitwise_and_loads_in_plain_peft(pools: Pool
     asked: dict[str, Any] = {"run": str(whole.path), "checkpoint": str(final(whole)), "ids": IDS, "changes": stage}
     wanted = pool.run(rank_tasks.logits_of, **asked)[0]
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[row.precision]
-    assert np.array_equal(logits(reloaded(whole.export, dtype)), wanted)
+    assert np.array_equal(logits(reloaded(whole.export_dir, dtype)), wanted)
     merged = AutoModelForCausalLM.from_pretrained(export_run(whole, step=None, merge=True, out=None, say=print).path)
     difference, largest = np.abs(logits(merged) - wanted).max(), np.abs(wanted).max()
     assert difference < {"bf16": 0.05, "fp32": 1e-4}[row.precision] * largest
-    base = AutoModelForCausalLM.from_pretrained(whole.base, dtype=dtype)
+    base = AutoModelForCausalLM.from_pretrained(whole.base_weights_dir, dtype=dtype)
     assert np.abs(logits(base) - wanted).max() > 3 * difference, "what was learnt is more than what rounding changes"
 
 
@@ -191,26 +193,28 @@ def test_another_base_is_refused(pools: Pools, make: Make) -> None:
     full, run = make("full"), make("run", model={"lora": {}})
     pools(1).run(rank_tasks.work_on, run=str(full.path))
     pools(1).run(rank_tasks.work_on, run=str(run.path), stop_after=STOP)
-    shutil.copy(full.export / "model.safetensors", run.base / "model.safetensors")
+    shutil.copy(full.export_dir / "model.safetensors", run.base_weights_dir / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"not the weights.*model\.safetensors has other content"):
         pools(1).run(rank_tasks.work_on, run=str(run.path))
     with pytest.raises(CheckpointError, match=r"not the weights.*model\.safetensors has other content"):
         export_run(run, step=None, merge=True, out=None, say=print)
-    shutil.rmtree(run.base)  # from scratch it is a function of the seed
+    shutil.rmtree(run.base_weights_dir)  # from scratch it is a function of the seed
     assert pools(1).run(rank_tasks.work_on, run=str(run.path))[0]["status"] == "finished"
 
 
 def test_adapters_stand_beside_a_saved_model_and_name_it_as_given(pools: Pools, make: Make) -> None:
     full = make("full")
     pools(1).run(rank_tasks.work_on, run=str(full.path))
-    given = {"path": str(full.export), "shape": {}, "lora": {"rank": 4}}
-    tokenizer = {"path": str(full.export), "train": None}
+    given = {"path": str(full.export_dir), "shape": {}, "lora": {"rank": 4}}
+    tokenizer = {"path": str(full.export_dir), "train": None}
     run = make("run", model=given, tokenizer=tokenizer)
     pools(2).run(rank_tasks.work_on, run=str(run.path))
     assert losses(run)[1] < losses(full)[1] - 0.3
-    assert not run.base.exists()
-    assert json.loads((run.export / "adapter_config.json").read_text())["base_model_name_or_path"] == str(full.export)
-    assert Checkpoint(final(run)).manifest.extra["base"]["path"] == str(full.export)
+    assert not run.base_weights_dir.exists()
+    assert json.loads((run.export_dir / "adapter_config.json").read_text())["base_model_name_or_path"] == str(
+        full.export_dir
+    )
+    assert CheckpointReader(final(run)).manifest.extra["base"]["path"] == str(full.export_dir)
 
 
 def test_weights_of_another_run_become_the_base(pools: Pools, make: Make) -> None:
@@ -221,15 +225,15 @@ def test_weights_of_another_run_become_the_base(pools: Pools, make: Make) -> Non
     run = make("run", model=given, tokenizer=tokenizer)
     pools(2).run(rank_tasks.work_on, run=str(run.path), stop_after=STOP)
     assert losses(run)[1] < losses(full)[1] - 0.3
-    shutil.rmtree(full.checkpoints)  # a resume needs that run no more
+    shutil.rmtree(full.checkpoints_dir)  # a resume needs that run no more
     pools(2).run(rank_tasks.work_on, run=str(run.path))
-    again = AutoModelForCausalLM.from_pretrained(run.base)
-    assert np.array_equal(logits(again), logits(AutoModelForCausalLM.from_pretrained(full.export)))
+    again = AutoModelForCausalLM.from_pretrained(run.base_weights_dir)
+    assert np.array_equal(logits(again), logits(AutoModelForCausalLM.from_pretrained(full.export_dir)))
 
     third = make("third", model=given | {"init_from": str(run.path), "lora": {"rank": 2}}, tokenizer=tokenizer)
     pools(1).run(rank_tasks.work_on, run=str(third.path), stop_after=1)
     merged = export_run(run, step=None, merge=True, out=None, say=print)
-    base = AutoModelForCausalLM.from_pretrained(third.base)
+    base = AutoModelForCausalLM.from_pretrained(third.base_weights_dir)
     assert np.array_equal(logits(base), logits(AutoModelForCausalLM.from_pretrained(merged.path)))
 
     whole = make("whole", model=given | {"init_from": str(run.path), "lora": None}, tokenizer=tokenizer)

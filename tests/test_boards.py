@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from llm_training_toolkit.cli.tensorboard import log_directory
+from llm_training_toolkit.cli.tensorboard import find_log_directory
 from llm_training_toolkit.errors import ConfigError
 from llm_training_toolkit.monitoring.metrics import TensorBoard
-from llm_training_toolkit.runs.storage import storage_of, taking_part
+from llm_training_toolkit.runs.storage import find_storage, open_worker
 from s3_server import keys, s3_server
 
 
@@ -31,15 +31,15 @@ def runs(tmp_path: Path) -> Path:
 
 
 def test_a_run_or_a_directory_of_runs_is_found(runs: Path) -> None:
-    assert log_directory(str(runs / "one")) == str(runs / "one")
-    assert log_directory(str(runs)) == str(runs)
-    assert log_directory("s3://bucket/runs") == "s3://bucket/runs"
+    assert find_log_directory(str(runs / "one")) == str(runs / "one")
+    assert find_log_directory(str(runs)) == str(runs)
+    assert find_log_directory("s3://bucket/runs") == "s3://bucket/runs"
 
 
 @pytest.mark.parametrize("name", ["two", "three"])
 def test_a_run_that_has_written_nothing_is_said_with_those_that_have(runs: Path, name: str) -> None:
     with pytest.raises(ConfigError, match="no run has written anything for TensorBoard there; runs beside it: one"):
-        log_directory(str(runs / name))
+        find_log_directory(str(runs / name))
 
 
 def shown(where: str, environment: Mapping[str, str], seconds: float) -> bytes:
@@ -71,11 +71,11 @@ def test_tensorboard_shows_a_run_in_a_bucket(monkeypatch: pytest.MonkeyPatch) ->
     with s3_server() as environment:
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
-        with taking_part("s3://bucket/runs/one", print) as run:
-            board = TensorBoard(run.tensorboard, None)
+        with open_worker("s3://bucket/runs/one", print) as run:
+            board = TensorBoard(run.tensorboard_dir, None)
             for step in (1, 2):
                 board.write(step, {"train/loss": 2.0})
-                storage_of(run.path).send()
+                find_storage(run.path).flush()
             board.close()
         assert len(keys("runs/one/tb/")) == 2, "segments, each an event file"
         assert shown("s3://bucket/runs", os.environ, seconds=30) == b'["one/tb"]'

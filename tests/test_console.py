@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_training_toolkit.monitoring.console import Console, RemainingTime, sample_parts, step_line
+from llm_training_toolkit.monitoring.console import Console, RemainingTimeEstimator, format_sample, format_step_line
 
 
 def step(number: int, steps: int = 1000, **changed: Any) -> dict[str, Any]:
@@ -39,12 +39,12 @@ def written(act: Callable[[Console], None]) -> list[str]:
 
 
 def test_a_step_line_has_step_loss_rate_speed_and_time_left() -> None:
-    line = step_line(step(7), 83.6)
+    line = format_step_line(step(7), 83.6)
     assert line == "step    7/1000  loss 2.3457  lr 3.00e-04  12,346 tokens/s  1:24 left"
 
 
 def test_a_step_line_without_a_known_time_left_says_nothing_of_it() -> None:
-    assert step_line(step(1), None).endswith("tokens/s")
+    assert format_step_line(step(1), None).endswith("tokens/s")
 
 
 @pytest.mark.parametrize(
@@ -52,25 +52,25 @@ def test_a_step_line_without_a_known_time_left_says_nothing_of_it() -> None:
     [(0, "0:00"), (59.6, "1:00"), (3599, "59:59"), (3599.7, "1:00:00"), (90_061, "25:01:01")],
 )
 def test_time_left_reads_as_a_clock(seconds: float, clock: str) -> None:
-    assert step_line(step(1), seconds).endswith(f"  {clock} left")
+    assert format_step_line(step(1), seconds).endswith(f"  {clock} left")
 
 
 @given(st.floats(0.01, 100), st.floats(0, 10), st.floats(0, 1000))
 def test_time_left_is_right_after_ten_steps_whatever_the_first_one_took(
     seconds: float, between: float, first: float
 ) -> None:
-    remaining = RemainingTime()
-    remaining.add(1e9, first)
-    assert remaining.seconds(100) is None
+    remaining = RemainingTimeEstimator()
+    remaining.add_step(1e9, first)
+    assert remaining.estimate_seconds(100) is None
     for number in range(1, 11):
-        remaining.add(1e9 + number * (seconds + between), seconds)
-    assert remaining.seconds(100) == pytest.approx(100 * (seconds + between), rel=1e-3)
+        remaining.add_step(1e9 + number * (seconds + between), seconds)
+    assert remaining.estimate_seconds(100) == pytest.approx(100 * (seconds + between), rel=1e-3)
 
 
 def test_the_length_of_a_run_is_said_once_after_its_first_steps() -> None:
     def act(console: Console) -> None:
         for number in range(1, 40):
-            console.show(step(number))
+            console.show_event(step(number))
 
     said = [line for line in written(act) if "on this machine" in line]
     assert said == ["about 8:14 left on this machine, by its first 10 steps"]
@@ -79,17 +79,17 @@ def test_the_length_of_a_run_is_said_once_after_its_first_steps() -> None:
 @given(st.integers(1, 10**6), st.integers(0, 10**6), st.floats(allow_nan=True, allow_infinity=True))
 def test_step_lines_of_a_run_keep_their_columns(steps: int, done: int, loss: float) -> None:
     done = min(done, steps)
-    line = step_line(step(done, steps, loss=loss), None)
+    line = format_step_line(step(done, steps, loss=loss), None)
     assert line.index("  loss ") == len(f"step {steps}/{steps}")
 
 
 def test_without_a_terminal_a_stage_appears_once() -> None:
     def act(console: Console) -> None:
         for done in range(50):
-            console.stage("reading", done, 0)
-        console.stage("packing", 0, 10)
-        console.stage("packing", 10, 10)
-        console.stage("reading", 50, 50)
+            console.update_stage("reading", done, 0)
+        console.update_stage("packing", 0, 10)
+        console.update_stage("packing", 10, 10)
+        console.update_stage("reading", 50, 50)
 
     assert written(act) == ["reading", "packing"]
 
@@ -97,7 +97,7 @@ def test_without_a_terminal_a_stage_appears_once() -> None:
 def test_without_a_terminal_step_lines_are_rare_but_the_last_is_there() -> None:
     def act(console: Console) -> None:
         for number in range(1, 1001):
-            console.show(step(number))
+            console.show_event(step(number))
 
     lines = written(act)
     assert 2 <= len(lines) <= 4
@@ -106,21 +106,21 @@ def test_without_a_terminal_step_lines_are_rare_but_the_last_is_there() -> None:
 
 def test_without_a_terminal_there_is_not_one_control_character() -> None:
     def act(console: Console) -> None:
-        console.stage("reading", 1, 2)
-        console.show(step(1))
-        console.show({"kind": "warning", "message": "disk nearly full"})
-        console.show({"kind": "eval", "step": 1, "loss": 1.5, "bits_per_byte": 0.75})
-        console.show({"kind": "sample", "title": "t", "before": "a", "written": "b", "after": "c"})
+        console.update_stage("reading", 1, 2)
+        console.show_event(step(1))
+        console.show_event({"kind": "warning", "message": "disk nearly full"})
+        console.show_event({"kind": "eval", "step": 1, "loss": 1.5, "bits_per_byte": 0.75})
+        console.show_event({"kind": "sample", "title": "t", "before": "a", "written": "b", "after": "c"})
 
     assert all(line.isprintable() for line in written(act))
 
 
 def test_events_become_lines() -> None:
     def act(console: Console) -> None:
-        console.show({"kind": "note", "message": "resuming at step 3"})
-        console.show({"kind": "warning", "message": "disk nearly full"})
-        console.show({"kind": "eval", "step": 5, "loss": 1.5, "bits_per_byte": 0.75})
-        console.show({"kind": "checkpoint", "step": 5, "path": "runs/a/checkpoints/step_000000005_a1"})
+        console.show_event({"kind": "note", "message": "resuming at step 3"})
+        console.show_event({"kind": "warning", "message": "disk nearly full"})
+        console.show_event({"kind": "eval", "step": 5, "loss": 1.5, "bits_per_byte": 0.75})
+        console.show_event({"kind": "checkpoint", "step": 5, "path": "runs/a/checkpoints/step_000000005_a1"})
 
     assert written(act) == [
         "resuming at step 3",
@@ -131,19 +131,19 @@ def test_events_become_lines() -> None:
 
 
 def test_a_long_message_stays_on_one_line() -> None:
-    assert written(lambda console: console.show({"kind": "note", "message": "x " * 500})) == ["x " * 500]
+    assert written(lambda console: console.show_event({"kind": "note", "message": "x " * 500})) == ["x " * 500]
 
 
 def test_a_sample_shows_what_was_given_and_what_was_written() -> None:
     event = {"kind": "sample", "title": "infilling", "before": "def f():\n", "written": "[/x] pass\n", "after": "f()"}
-    assert written(lambda console: console.show(event)) == ["", "infilling:", "def f():", "[/x] pass", "f()"]
-    assert [part.plain for part in sample_parts(event)] == ["def f():\n", "[/x] pass\n", "f()"]
+    assert written(lambda console: console.show_event(event)) == ["", "infilling:", "def f():", "[/x] pass", "f()"]
+    assert [part.plain for part in format_sample(event)] == ["def f():\n", "[/x] pass\n", "f()"]
 
 
 def test_events_of_unknown_kinds_are_passed_over() -> None:
     def act(console: Console) -> None:
-        console.show({"kind": "exported", "path": "runs/a/export"})
-        console.show({"kind": "of tomorrow", "anything": object()})
+        console.show_event({"kind": "exported", "path": "runs/a/export"})
+        console.show_event({"kind": "of tomorrow", "anything": object()})
 
     assert written(act) == []
 
@@ -151,8 +151,8 @@ def test_events_of_unknown_kinds_are_passed_over() -> None:
 @pytest.mark.parametrize("text", ["[/closing]", "[bold]", "list[int]", "{curly}", "%s", "\\"])
 def test_text_that_looks_like_markup_is_shown_as_it_is(text: str) -> None:
     def act(console: Console) -> None:
-        console.show({"kind": "note", "message": text})
-        console.stage(text, 1, 2)
+        console.show_event({"kind": "note", "message": text})
+        console.update_stage(text, 1, 2)
 
     assert written(act) == [text, text]
     assert text in on_a_terminal(act)
@@ -160,10 +160,10 @@ def test_text_that_looks_like_markup_is_shown_as_it_is(text: str) -> None:
 
 def test_closing_twice_and_going_on_after_closing_is_fine() -> None:
     def act(console: Console) -> None:
-        console.stage("reading", 1, 2)
+        console.update_stage("reading", 1, 2)
         console.close()
         console.close()
-        console.stage("packing", 1, 2)
+        console.update_stage("packing", 1, 2)
 
     assert written(act) == ["reading", "packing"]
 
@@ -195,11 +195,11 @@ def on_a_terminal(act: Callable[[Console], None], columns: int = 140) -> str:
 
 def test_a_terminal_shows_bars_of_stages_and_of_the_training() -> None:
     def act(console: Console) -> None:
-        console.stage("reading", 0, 0)
-        console.stage("packing", 1_500, 2_000)
+        console.update_stage("reading", 0, 0)
+        console.update_stage("packing", 1_500, 2_000)
         for number in range(1, 4):
-            console.show(step(number, 4))
-        console.show({"kind": "warning", "message": "disk nearly full"})
+            console.show_event(step(number, 4))
+        console.show_event({"kind": "warning", "message": "disk nearly full"})
 
     shown = on_a_terminal(act)
     assert "1,500/2,000" in shown
@@ -210,5 +210,5 @@ def test_a_terminal_shows_bars_of_stages_and_of_the_training() -> None:
 
 
 def test_a_narrow_terminal_still_shows_step_loss_and_speed() -> None:
-    shown = on_a_terminal(lambda console: console.show(step(123_456, 200_000)), columns=80)
+    shown = on_a_terminal(lambda console: console.show_event(step(123_456, 200_000)), columns=80)
     assert "step 123456/200000  loss 2.3457  lr 3.00e-04  12,346 tokens/s" in shown

@@ -16,15 +16,15 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import rank_tasks
-from llm_training_toolkit.checkpoint import Checkpoint, complete, newest
-from llm_training_toolkit.data.dataset import Sequences
-from llm_training_toolkit.data.prepare.epochs import prepare_run
-from llm_training_toolkit.data.sample_log import Fetched, read_ledger
+from llm_training_toolkit.checkpoint import CheckpointReader, find_latest_checkpoint, list_complete_checkpoints
+from llm_training_toolkit.data.dataset import PackedDataset
+from llm_training_toolkit.data.prepare.epochs import prepare_run_data
+from llm_training_toolkit.data.sample_log import FetchedSequence, read_sample_log
 from llm_training_toolkit.errors import CheckpointError, TrainingError
 from llm_training_toolkit.plan import make_plan
-from llm_training_toolkit.runs.attempts import attempt_record, last_attempt
+from llm_training_toolkit.runs.attempts import find_last_attempt, read_attempt_record
 from llm_training_toolkit.runs.directory import RunDirectory
-from llm_training_toolkit.runs.goodput import split_of
+from llm_training_toolkit.runs.goodput import read_seconds_by_part
 from rank_pool import RankPool
 
 pytestmark = [pytest.mark.ranks]
@@ -41,13 +41,13 @@ PATHS: dict[str, tuple[tuple[int, int | None], ...]] = {
 
 def losses(run: RunDirectory) -> dict[int, float]:
     """Training loss by step; the last attempt of a step counts."""
-    rows = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    rows = [json.loads(line) for line in run.metrics_path.read_text().splitlines()]
     return {row["step"]: row["train/loss"] for row in rows if "train/loss" in row}
 
 
 def final(run: RunDirectory) -> Path:
     """The newest checkpoint."""
-    directory = newest(run.checkpoints)
+    directory = find_latest_checkpoint(run.checkpoints_dir)
     assert directory is not None
     return directory
 
@@ -58,11 +58,11 @@ def assert_same_state(found: dict[str, Any], wanted: dict[str, Any]) -> None:
         assert np.array_equal(found[name], values), name
 
 
-def fetched(run: RunDirectory) -> dict[int, list[Fetched]]:
+def fetched(run: RunDirectory) -> dict[int, list[FetchedSequence]]:
     """The sequences that all ranks of all attempts fetched, by step, each with a checksum of its tokens."""
-    found: dict[int, list[Fetched]] = {}
-    for attempt in range(1, last_attempt(run) + 1):
-        for step, sequences in read_ledger(run.ledger, attempt):
+    found: dict[int, list[FetchedSequence]] = {}
+    for attempt in range(1, find_last_attempt(run) + 1):
+        for step, sequences in read_sample_log(run.sample_log_dir, attempt):
             found.setdefault(step, []).extend(sequences)
     return {step: sorted(sequences) for step, sequences in found.items()}
 
@@ -122,7 +122,7 @@ def test_stop_and_resume_is_bitwise_the_undisturbed_run(
     assert losses(halves) == losses(whole)
     assert fetched(halves) == fetched(whole)
     assert_same_state(rank_tasks.read_state(final(halves)), rank_tasks.read_state(final(whole)))
-    manifest = Checkpoint(final(halves)).manifest
+    manifest = CheckpointReader(final(halves)).manifest
     assert (manifest.step, manifest.attempt) == (STEPS, 2)
     assert manifest.parent == f"step_{stop:09d}_a1"
     assert manifest.tokens == STEPS * 11 * 64
@@ -135,23 +135,23 @@ def test_another_host_and_a_clock_that_went_back_a_day_change_nothing(
     whole, run = undisturbed(2, 2, "bf16"), fresh_run("moved")
     pools(2).run(rank_tasks.work_on, run=str(run.path), changes=changes, stop_after=4)
     tomorrow = time.time() + 86_400
-    record = attempt_record(run, 1) | {"host": "elsewhere", "pid": os.getpid()}
+    record = read_attempt_record(run, 1) | {"host": "elsewhere", "pid": os.getpid()}
     ahead = {key: record[key] + 86_400 for key in ("started", "began", "ended")}
-    (run.attempts / "0001.json").write_text(json.dumps(record | ahead))
-    rows = [json.loads(line) for line in run.metrics.read_text().splitlines()]
-    run.metrics.write_text("".join(json.dumps(row | {"time": row["time"] + 86_400}) + "\n" for row in rows))
+    (run.attempts_dir / "0001.json").write_text(json.dumps(record | ahead))
+    rows = [json.loads(line) for line in run.metrics_path.read_text().splitlines()]
+    run.metrics_path.write_text("".join(json.dumps(row | {"time": row["time"] + 86_400}) + "\n" for row in rows))
     for path in [run.path, *run.path.rglob("*")]:
         os.utime(path, (tomorrow, tomorrow))
-    for path in list(run.tensorboard.iterdir()):
+    for path in list(run.tensorboard_dir.iterdir()):
         path.rename(path.with_name(path.name.replace(path.name.split(".")[3], f"{int(tomorrow)}")))
     pools(2).run(rank_tasks.work_on, run=str(run.path), changes=changes)
     assert losses(run) == losses(whole)
     assert fetched(run) == fetched(whole)
     assert_same_state(rank_tasks.read_state(final(run)), rank_tasks.read_state(final(whole)))
-    assert [Checkpoint(path).manifest.step for path in complete(run.checkpoints)] == [8, 9]
-    split = split_of(json.loads(run.metrics.read_text().splitlines()[-1]))
+    assert [CheckpointReader(path).manifest.step for path in list_complete_checkpoints(run.checkpoints_dir)] == [8, 9]
+    split = read_seconds_by_part(json.loads(run.metrics_path.read_text().splitlines()[-1]))
     assert all(0 <= seconds < 1000 for seconds in split.values())
-    curve = EventAccumulator(str(run.tensorboard), size_guidance={"scalars": 0})
+    curve = EventAccumulator(str(run.tensorboard_dir), size_guidance={"scalars": 0})
     curve.Reload()
     assert [event.step for event in curve.Scalars("train/loss")] == list(range(1, STEPS + 1))
 
@@ -175,7 +175,7 @@ def test_workers_that_go_and_come_change_neither_sequences_nor_state_nor_what_fo
 ) -> None:
     changes, run = changed(zero, precision), fresh_run("elastic")
     for workers, stop in PATHS[path]:
-        if saved := newest(run.checkpoints):
+        if saved := find_latest_checkpoint(run.checkpoints_dir):
             target = tmp_path / "gathered" / saved.name
             place: dict[str, Any] = {"run": str(run.path), "checkpoint": str(saved), "directory": str(target)}
             state, _, _ = pools(workers).run(rank_tasks.loaded, changes=changes, **place)[0]
@@ -233,7 +233,7 @@ def test_a_checkpoint_of_two_ranks_goes_on_with_any_number_under_any_stage(
     assert decays == {"0.1", "0.0"}
     assert counters == {float(STOP)}
 
-    shutil.copytree(checkpoint, run.checkpoints / checkpoint.name)
+    shutil.copytree(checkpoint, run.checkpoints_dir / checkpoint.name)
     answers = pools(workers).run(rank_tasks.work_on, run=str(run.path), changes=changes)
     assert answers[0]["status"] == "finished"
     assert sorted(losses(run)) == list(range(STOP + 1, STEPS + 1))
@@ -272,14 +272,16 @@ def test_the_best_by_held_out_loss_stays_also_over_a_resume(pools: Pools, fresh_
         "failures": {"on_spike": "ignore"},
     }
     pools(2).run(rank_tasks.work_on, run=str(run.path), changes=changes, stop_after=2)
-    left_over = run.checkpoint(3, 1)
+    left_over = run.get_checkpoint_dir(3, 1)
     left_over.mkdir()
     (left_over / "fragments_00000.safetensors").write_bytes(b"half")
     pools(2).run(rank_tasks.work_on, run=str(run.path), changes=changes, stop_after=4)
-    rows = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    rows = [json.loads(line) for line in run.metrics_path.read_text().splitlines()]
     measured = {row["step"]: row["eval/loss"] for row in rows if "eval/loss" in row and row["step"] > 0}
     assert min(measured, key=lambda step: measured[step]) == 1
-    kept = {Checkpoint(path).manifest.step: Checkpoint(path).manifest for path in run.checkpoints.iterdir()}
+    kept = {
+        CheckpointReader(path).manifest.step: CheckpointReader(path).manifest for path in run.checkpoints_dir.iterdir()
+    }
     assert sorted(kept) == [1, 4]
     assert kept[1].eval_loss == measured[1]
 
@@ -289,33 +291,33 @@ def test_a_run_over_epochs_ends_with_a_short_step_and_every_sequence_once(pools:
     train = {"steps": None, "epochs": 1, "global_batch": 8}
     answers = pools(3).run(rank_tasks.work_on, run=str(run.path), changes={"train": train})
     place = rank_tasks.place_of(str(run.path))
-    sequences = place.receipt.streams[0].sequences[0]
+    sequences = place.receipt.streams[0].sequences_per_epoch[0]
     assert sequences % 8, "the last step of this test is meant to be short"
     assert (answers[0]["status"], answers[0]["step"]) == ("finished", -(-sequences // 8))
-    assert Checkpoint(final(run)).manifest.tokens == sequences * 64
+    assert CheckpointReader(final(run)).manifest.tokens == sequences * 64
 
 
 def test_a_run_lengthened_after_a_short_step_leaves_out_nothing(pools: Pools, fresh_run: Fresh) -> None:
     run = fresh_run("lengthened")
     place = rank_tasks.place_of(str(run.path))
-    first = place.receipt.streams[0].sequences[0]
+    first = place.receipt.streams[0].sequences_per_epoch[0]
     assert first % 8, "the last step of the first epoch is meant to be short"
     one = {"train": {"steps": None, "epochs": 1, "global_batch": 8}}
     pools(2).run(rank_tasks.work_on, run=str(run.path), changes=one)
     config = rank_tasks.place_of(str(run.path), {"train": {"steps": None, "epochs": 2, "global_batch": 8}}).config
-    receipt = prepare_run(config, lambda _stage, _done, _total: None).receipt
-    run.receipt.write_text(receipt.to_json())
+    receipt = prepare_run_data(config, lambda _stage, _done, _total: None).dataset_info
+    run.dataset_info_path.write_text(receipt.to_json())
     answers = pools(3).run(
         rank_tasks.work_on, run=str(run.path), changes={"train": {"steps": None, "epochs": 2, "global_batch": 8}}
     )
-    steps = -(-first // 8) + -(-receipt.streams[0].sequences[1] // 8)
+    steps = -(-first // 8) + -(-receipt.streams[0].sequences_per_epoch[1] // 8)
     assert (answers[0]["status"], answers[0]["step"]) == ("finished", steps)
-    manifest = Checkpoint(final(run)).manifest
-    assert manifest.sequences == receipt.sequences
-    feed = Sequences(receipt, global_batch=8, epochs=2, origin=(-(-first // 8), first))
-    seen = [placed for step in range(-(-first // 8), steps) for placed in feed.step_sequences(step)]
+    manifest = CheckpointReader(final(run)).manifest
+    assert manifest.sequences == receipt.total_sequences
+    feed = PackedDataset(receipt, global_batch=8, epochs=2, origin=(-(-first // 8), first))
+    seen = [placed for step in range(-(-first // 8), steps) for placed in feed.get_step_sequences(step)]
     assert [(placed.epoch, placed.sequence) for placed in seen] == [
-        (1, n) for n in range(receipt.streams[0].sequences[1])
+        (1, n) for n in range(receipt.streams[0].sequences_per_epoch[1])
     ]
 
 
@@ -327,22 +329,22 @@ def test_a_loss_that_is_not_finite_stops_every_rank_and_names_step_and_documents
     with pytest.raises(TrainingError, match=r"step [2-9]: the (loss|gradient) is n.*module_\d+\.py") as caught:
         pools(2).run(rank_tasks.work_on, run=str(run.path), changes=changes)
     failed_step = int(str(caught.value).split(":")[0].removeprefix("step "))
-    assert Checkpoint(final(run)).manifest.step == failed_step - 1
+    assert CheckpointReader(final(run)).manifest.step == failed_step - 1
     state = rank_tasks.read_state(final(run))
     assert all(np.isfinite(values).all() for name, values in state.items() if name.endswith("weights"))
-    assert json.loads((run.attempts / "0001.json").read_text())["state"] == "failed"
+    assert json.loads((run.attempts_dir / "0001.json").read_text())["state"] == "failed"
 
 
 def test_weights_of_another_run_start_a_new_one(pools: Pools, fresh_run: Fresh) -> None:
     first, second = fresh_run("first"), fresh_run("second")
     plan = make_plan(rank_tasks.place_of(str(first.path)).config)
-    first.plan.write_text(json.dumps(plan.to_json()))
+    first.plan_path.write_text(json.dumps(plan.to_json()))
     pools(2).run(rank_tasks.work_on, run=str(first.path))
     tokenizer = rank_tasks.place_of(str(first.path)).receipt.tokenizer_path
     changes = {"model": {"init_from": str(first.path), "shape": {}}, "tokenizer": {"path": tokenizer, "train": None}}
     pools(2).run(rank_tasks.work_on, run=str(second.path), changes=changes)
     assert losses(second)[1] < losses(first)[1] - 0.3
-    assert Checkpoint(final(second)).manifest.step == STEPS
+    assert CheckpointReader(final(second)).manifest.step == STEPS
 
 
 def test_weights_of_another_run_keep_the_positions_they_were_trained_with(
@@ -360,7 +362,7 @@ def test_weights_of_another_run_keep_the_positions_they_were_trained_with(
     for run, origin in ((first, {"path": str(tmp_path / "published")}), (second, {"init_from": str(first.path)})):
         changes = {"model": {"shape": {}, **origin}, "tokenizer": tokenizer}
         pools(1).run(rank_tasks.work_on, run=str(run.path), changes=changes, stop_after=1)
-        found = Checkpoint(final(run)).manifest.extra["hf_config"]
+        found = CheckpointReader(final(run)).manifest.extra["hf_config"]
         assert found["rope_parameters"].items() >= yarn.items()
         assert found["rms_norm_eps"] == 1e-5
 
@@ -383,12 +385,12 @@ def test_export_gives_the_engines_logits(pools: Pools, fresh_run: Fresh) -> None
     ids = [[5, 17, 300, 42, 8, 111, 7, 64], [400, 3, 3, 9, 250, 31, 77, 1]]
     place: dict[str, Any] = {"run": str(run.path), "checkpoint": str(final(run)), "changes": changes}
     wanted = pools(2).run(rank_tasks.logits_of, ids=ids, **place)[0]
-    model = AutoModelForCausalLM.from_pretrained(run.export)
+    model = AutoModelForCausalLM.from_pretrained(run.export_dir)
     assert model.dtype == torch.bfloat16
     with torch.no_grad():
         found = model(input_ids=torch.tensor(ids)).logits.float().numpy()
     assert np.array_equal(found, wanted)
-    assert AutoTokenizer.from_pretrained(run.export).eos_token == "<|endoftext|>"
+    assert AutoTokenizer.from_pretrained(run.export_dir).eos_token == "<|endoftext|>"
 
 
 @pytest.mark.parametrize("zero", [2, 3])
@@ -397,8 +399,8 @@ def test_training_from_an_exported_directory_starts_at_its_loss(pools: Pools, fr
     pools(2).run(rank_tasks.work_on, run=str(first.path), changes={"export": {"at_end": True}})
     changes = {
         "engine": {"zero": zero},
-        "model": {"path": str(first.export), "shape": {}},
-        "tokenizer": {"path": str(first.export), "train": None},
+        "model": {"path": str(first.export_dir), "shape": {}},
+        "tokenizer": {"path": str(first.export_dir), "train": None},
     }
     pools(2).run(rank_tasks.work_on, run=str(second.path), changes=changes)
     assert losses(second)[1] < losses(first)[1] - 0.3

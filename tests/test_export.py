@@ -18,22 +18,22 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from checkpoints import save
 from llm_training_toolkit import families
-from llm_training_toolkit.checkpoint import Checkpoint, FileEntry, Manifest
+from llm_training_toolkit.checkpoint import CheckpointReader, FileEntry, Manifest
 from llm_training_toolkit.checkpoint.reader import Array
-from llm_training_toolkit.config.schema import Lora
+from llm_training_toolkit.config.schema import LoraConfig
 from llm_training_toolkit.distributed.context import RunContext
 from llm_training_toolkit.errors import CheckpointError
 from llm_training_toolkit.export import (
-    Beside,
     CheckpointWeights,
+    ModelFiles,
     ModelWeights,
-    Weights,
-    appearing,
-    check_whole,
+    WeightSource,
+    atomic_export_dir,
+    check_full_model,
     weights,
     write_model,
 )
-from llm_training_toolkit.families.lora import adapter_of
+from llm_training_toolkit.families.lora import build_adapter
 from llm_training_toolkit.models import build_model
 
 QWEN3: dict[str, Any] = {
@@ -76,7 +76,7 @@ class Half:
     def count(self) -> int:
         return len(self.values)
 
-    def tensors(self, optimizer: torch.optim.Optimizer) -> Mapping[str, Tensor]:  # noqa: ARG002 - the protocol
+    def get_tensors(self, optimizer: torch.optim.Optimizer) -> Mapping[str, Tensor]:  # noqa: ARG002 - the protocol
         return {"weights": self.values}
 
 
@@ -90,7 +90,7 @@ def trained(config: Mapping[str, Any]) -> nn.Module:
     return model.eval()
 
 
-def saved(model: nn.Module, directory: Path) -> Checkpoint:
+def saved(model: nn.Module, directory: Path) -> CheckpointReader:
     """The trained parameters of a model as a checkpoint, in fp32."""
     parameters = {name: each.detach().float() for name, each in model.named_parameters() if each.requires_grad}
     halves = [
@@ -108,7 +108,7 @@ def saved(model: nn.Module, directory: Path) -> Checkpoint:
         return Manifest(**place, **facts, world_size=1, zero=0, threads=1, files=files, fragments=fragments)
 
     save(RunContext(0, 1, torch.device("cpu")), directory, halves, OPTIMIZER, describe)
-    return Checkpoint(directory)
+    return CheckpointReader(directory)
 
 
 @pytest.fixture
@@ -127,23 +127,25 @@ class Case:
 
     config: Mapping[str, Any]
     model: nn.Module
-    checkpoint: Checkpoint
+    checkpoint: CheckpointReader
     tokenizer: Path
     destination: Path
 
     def export(self, precision: str = "fp32", ends: Mapping[str, int] = ONE_END) -> Path:
-        beside = Beside(self.tokenizer, ends, pad=7, card="# größer\n", origin=self.checkpoint.directory.name)
-        with appearing(self.destination) as directory:
+        beside = ModelFiles(
+            self.tokenizer, ends, pad=7, card="# größer\n", checkpoint_name=self.checkpoint.directory.name
+        )
+        with atomic_export_dir(self.destination) as directory:
             held = CheckpointWeights(self.checkpoint)
             write_model(held, directory, hf_config=self.config, precision=precision, beside=beside)
-            check_whole(directory, self.checkpoint, self.config, precision)
+            check_full_model(directory, self.checkpoint, self.config, precision)
         return self.destination
 
 
-class Mixed(Checkpoint):
+class Mixed(CheckpointReader):
     """A checkpoint that gives other weights when it is read a second time."""
 
-    def __init__(self, first: Checkpoint, second: Checkpoint) -> None:
+    def __init__(self, first: CheckpointReader, second: CheckpointReader) -> None:
         super().__init__(first.directory)
         self._second, self._read = second, set[str]()
 
@@ -328,7 +330,7 @@ def test_a_disk_without_room_for_the_tokenizer_leaves_no_directory(case: Case) -
     with no_file_beyond(1_000_000), pytest.raises(CheckpointError, match=r"export to .* failed: .*free some space"):
         case.export()
     assert list(case.destination.parent.iterdir()) == []
-    assert case.checkpoint.faults() == []
+    assert case.checkpoint.verify_files() == []
 
 
 def test_a_failed_export_leaves_the_one_before(case: Case) -> None:
@@ -348,7 +350,9 @@ def test_merged_adapters_are_told_from_a_base_they_hardly_change(
     from llm_training_toolkit.models.lora import add_adapters
 
     config = UNTIED | {"attention_bias": False}
-    adapter = adapter_of(Lora(rank=4, dora=dora), families.find("qwen3-0.6b").family, families.anatomy(config))
+    adapter = build_adapter(
+        LoraConfig(rank=4, dora=dora), families.find_size("qwen3-0.6b").family, families.read_model_dims(config)
+    )
     whole: Any = trained(config).to(torch.bfloat16)
     whole.save_pretrained(tmp_path / "base")
     how: dict[str, Any] = {"precision": "bf16", "attention": "sdpa", "path": str(tmp_path / "base")}
@@ -358,9 +362,9 @@ def test_merged_adapters_are_told_from_a_base_they_hardly_change(
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=learnt)
     checkpoint, base = saved(model, tmp_path / "step_000000003_a1"), build_model(config, **how)
-    beside = Beside(tokenizer, ONE_END, pad=7, card="", origin="step_000000003_a1")
+    beside = ModelFiles(tokenizer, ONE_END, pad=7, card="", checkpoint_name="step_000000003_a1")
 
-    def check(weights: Weights, directory: Path) -> float:
+    def check(weights: WeightSource, directory: Path) -> float:
         directory.mkdir()
         write_model(weights, directory, hf_config=config, precision="bf16", beside=beside)
         given: dict[str, Any] = {"base": how["path"], "hf_config": config, "precision": "bf16", "tolerance": 0.1}

@@ -23,9 +23,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import rank_tasks
 from conftest import tiny_config
 from llm_training_toolkit import families
-from llm_training_toolkit.checkpoint import newest
-from llm_training_toolkit.config import Config, parse, to_json
-from llm_training_toolkit.data.prepare.epochs import prepare_run
+from llm_training_toolkit.checkpoint import find_latest_checkpoint
+from llm_training_toolkit.config import Config, dump_config_json, parse_config
+from llm_training_toolkit.data.prepare.epochs import prepare_run_data
 from llm_training_toolkit.runs.directory import RunDirectory
 from rank_pool import RankPool
 from tiny_models import SHAPES
@@ -133,13 +133,13 @@ def _prepare(model: str, corpus: Path, folder: Path) -> Prepared:
     }
     config: Config = tiny_config(corpus, folder, **sections)
     run = RunDirectory(folder / "tiny")
-    run.receipt.parent.mkdir(parents=True)
-    receipt = prepare_run(config, lambda _stage, _done, _total: None).receipt
-    run.receipt.write_text(receipt.to_json())
-    run.resolved.write_text(to_json(config))
-    run.config.write_text("# a test's run\n")
+    run.dataset_info_path.parent.mkdir(parents=True)
+    receipt = prepare_run_data(config, lambda _stage, _done, _total: None).dataset_info
+    run.dataset_info_path.write_text(receipt.to_json())
+    run.resolved_config_path.write_text(dump_config_json(config))
+    run.config_path.write_text("# a test's run\n")
     torch.manual_seed(3)
-    built = AutoModelForCausalLM.from_config(AutoConfig.for_model(**families.hf_config(config)))
+    built = AutoModelForCausalLM.from_config(AutoConfig.for_model(**families.resolve_hf_config(config)))
     built.save_pretrained(folder / "weights")
     return Prepared(run, folder / "weights", receipt.tokenizer_path)
 
@@ -148,21 +148,21 @@ def _copy(run: RunDirectory, changes: Mapping[str, Any], target: Path) -> RunDir
     """A run directory of its own, with the changes written into its configuration."""
     shutil.copytree(run.path, target)
     copy = RunDirectory(target)
-    data = json.loads(copy.resolved.read_text())
+    data = json.loads(copy.resolved_config_path.read_text())
     for section, values in changes.items():
         data[section] |= values
-    copy.resolved.write_text(to_json(parse(data, "test")))
+    copy.resolved_config_path.write_text(dump_config_json(parse_config(data, "test")))
     return copy
 
 
 def _final(run: RunDirectory) -> Path:
-    directory = newest(run.checkpoints)
+    directory = find_latest_checkpoint(run.checkpoints_dir)
     assert directory is not None
     return directory
 
 
 def _losses(run: RunDirectory) -> dict[int, float]:
-    rows = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    rows = [json.loads(line) for line in run.metrics_path.read_text().splitlines()]
     return {row["step"]: row["train/loss"] for row in rows if "train/loss" in row}
 
 
@@ -175,8 +175,8 @@ def test_a_model_is_loaded_trained_resumed_and_exported(
     whole, rest = (_copy(base.run, changes, tmp_path / name) for name in ("whole", "rest"))
     assert pools(2).run(rank_tasks.work_on, run=str(whole.path))[0]["status"] == "finished"
     assert sorted(_losses(whole)) == [1, 2, 3]
-    first = whole.checkpoint(1, 1)  # what a stop leaves, too: tests/test_elastic.py
-    shutil.copytree(first, rest.checkpoints / first.name)
+    first = whole.get_checkpoint_dir(1, 1)  # what a stop leaves, too: tests/test_elastic.py
+    shutil.copytree(first, rest.checkpoints_dir / first.name)
     assert pools(2).run(rank_tasks.work_on, run=str(rest.path))[0]["status"] == "finished"
     assert _losses(rest) == {step: loss for step, loss in _losses(whole).items() if step > 1}
     found, wanted = (rank_tasks.read_state(_final(run)) for run in (rest, whole))
@@ -194,9 +194,11 @@ def _assert_exported(pools: Pools, run: RunDirectory, case: Case) -> None:
     """
     ids = [[5, 17, 300, 42, 8, 111, 7, 64], [400, 3, 3, 9, 250, 31, 77, 1]]
     wanted = pools(2).run(rank_tasks.logits_of, run=str(run.path), checkpoint=str(_final(run)), ids=ids)[0]
-    found = pools(2).run(rank_tasks.reloaded_logits, directory=str(run.export), precision=case.precision, ids=ids)[0]
+    found = pools(2).run(rank_tasks.reloaded_logits, directory=str(run.export_dir), precision=case.precision, ids=ids)[
+        0
+    ]
     assert wanted.shape[-1] == case.rows
-    assert found["architecture"] == families.find(case.model).family.architecture
+    assert found["architecture"] == families.find_size(case.model).family.architecture
     assert not any(found["info"].values()), found["info"]
     assert np.array_equal(found["logits"], wanted)
-    assert AutoTokenizer.from_pretrained(run.export).eos_token == "<|endoftext|>"
+    assert AutoTokenizer.from_pretrained(run.export_dir).eos_token == "<|endoftext|>"

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, GenerationConfig
 
 from llm_training_toolkit import families
-from llm_training_toolkit.data.chat.messages import Conversation, Message
-from llm_training_toolkit.data.chat.render import prompt_tokens
+from llm_training_toolkit.data.chat.messages import ChatMessage, Conversation
+from llm_training_toolkit.data.chat.render import encode_prompt
 from llm_training_toolkit.data.chat.template import ChatTemplate
-from llm_training_toolkit.data.tokenizer import Markers, TextEncoder, open_tokenizer, train_tokenizer
+from llm_training_toolkit.data.tokenizer import TextEncoder, TokenizationSpec, open_tokenizer, train_tokenizer
 from llm_training_toolkit.errors import PlanError
-from llm_training_toolkit.generation.generator import Generator, Writing, _Pieces
+from llm_training_toolkit.generation.generator import SamplingParams, TextGenerator, _CallbackStreamer
 from llm_training_toolkit.models import build_model
 
 CONTEXT = 64
@@ -34,15 +34,15 @@ SHAPE: dict[str, Any] = {
     "max_position_embeddings": CONTEXT,
 }
 TEXT = "def area(width, height):\n    return width * height\n"
-ASKED = Conversation((Message("system", "Be brief."), Message("user", "Is <|im_end|> a marker?")))
+ASKED = Conversation((ChatMessage("system", "Be brief."), ChatMessage("user", "Is <|im_end|> a marker?")))
 
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tokenizer with sentinels and a chat template."""
-    family = families.find("qwen3-0.6b").family
+    family = families.find_size("qwen3-0.6b").family
     path = tmp_path_factory.mktemp("tokenizer")
-    train_tokenizer([TEXT] * 2, 512, Markers.of(family), path)
+    train_tokenizer([TEXT] * 2, 512, TokenizationSpec.from_family(family), path)
     (path / "chat_template.jinja").write_text(family.chat_template)
     return path
 
@@ -63,7 +63,7 @@ def model() -> Any:
 
 def test_what_is_said_piece_by_piece_is_what_was_written(model: Any, directory: Path, encoder: TextEncoder) -> None:
     pieces: list[str] = []
-    written = Generator(model, directory).complete("def ", Writing(tokens=24), pieces.append)
+    written = TextGenerator(model, directory).complete_prompt("def ", SamplingParams(max_new_tokens=24), pieces.append)
     ids = torch.tensor([encoder.encode("def ")])
     out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False)
     assert written.text == "".join(pieces) == encoder.decode(out[0, ids.shape[1] :].tolist(), skip_special_tokens=True)
@@ -74,7 +74,7 @@ def test_what_is_said_piece_by_piece_is_what_was_written(model: Any, directory: 
 def test_no_half_character_is_said(text: str, cut: int) -> None:
     encoder = _bytewise()
     pieces: list[str] = []
-    stream = _Pieces(encoder, frozenset(), pieces.append)
+    stream = _CallbackStreamer(encoder, frozenset(), pieces.append)
     ids = encoder.encode(text)
     stream.put(torch.tensor([ids]))  # a prompt, which is not said
     for token in ids[: len(ids) - cut] if cut else ids:
@@ -95,28 +95,30 @@ def _bytewise() -> TextEncoder:
         import tempfile
 
         with tempfile.TemporaryDirectory() as folder:
-            train_tokenizer(["a b"], 512, Markers.of(families.find("qwen3-0.6b").family), Path(folder))
+            train_tokenizer(
+                ["a b"], 512, TokenizationSpec.from_family(families.find_size("qwen3-0.6b").family), Path(folder)
+            )
             _BYTEWISE.append(open_tokenizer(folder))
     return _BYTEWISE[0]
 
 
 def test_a_prompt_longer_than_the_context_is_refused(model: Any, directory: Path) -> None:
-    generator = Generator(model, directory)
+    generator = TextGenerator(model, directory)
     with pytest.raises(PlanError, match=r"the prompt has [\d,]+ tokens, and the model's context has room for 63"):
-        generator.complete("x = 1\n" * 200, Writing())
+        generator.complete_prompt("x = 1\n" * 200, SamplingParams())
     with pytest.raises(PlanError, match="the prompt has"):
-        generator.infill("x = 1\n" * 200, "y", Writing())
+        generator.fill_middle("x = 1\n" * 200, "y", SamplingParams())
     with pytest.raises(PlanError, match="the prompt has"):
-        generator.dialogue().ask("x = 1\n" * 200, Writing())
+        generator.start_chat().send_message("x = 1\n" * 200, SamplingParams())
     with pytest.raises(PlanError, match="the prompt is empty"):
-        generator.complete("", Writing())
+        generator.complete_prompt("", SamplingParams())
 
 
 def test_no_more_is_written_than_the_context_has_room_for(model: Any, directory: Path, encoder: TextEncoder) -> None:
     model.generation_config.eos_token_id = None
     prompt = "=" * 60
     count = len(encoder.encode(prompt))
-    written = Generator(model, directory).complete(prompt, Writing(tokens=1000))
+    written = TextGenerator(model, directory).complete_prompt(prompt, SamplingParams(max_new_tokens=1000))
     ids = torch.tensor([encoder.encode(prompt)])
     out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=CONTEXT - count, do_sample=False)
     assert written.text == encoder.decode(out[0, count:].tolist(), skip_special_tokens=True)
@@ -129,41 +131,41 @@ def test_it_ends_at_any_of_the_ids_the_model_stops_at(
 ) -> None:
     torch.nn.init.zeros_(model.model.norm.weight)  # every logit is the same, so the first token is the likeliest
     model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=0)
-    written = Generator(model, directory).complete("def ", Writing(tokens=5))
+    written = TextGenerator(model, directory).complete_prompt("def ", SamplingParams(max_new_tokens=5))
     assert (written.text, written.ended) == ("", ended)
 
 
 def test_an_infilling_ends_at_any_special_token(model: Any, directory: Path) -> None:
     torch.nn.init.zeros_(model.model.norm.weight)
     model.generation_config = GenerationConfig(eos_token_id=7, pad_token_id=0)
-    assert Generator(model, directory).infill("def ", "\n", Writing(tokens=5)).ended
+    assert TextGenerator(model, directory).fill_middle("def ", "\n", SamplingParams(max_new_tokens=5)).ended
 
 
 def test_without_sentinels_nothing_is_infilled(model: Any, tmp_path: Path) -> None:
-    train_tokenizer([TEXT] * 2, 512, Markers.of(families.find("qwen2-0.5b").family), tmp_path)
+    train_tokenizer([TEXT] * 2, 512, TokenizationSpec.from_family(families.find_size("qwen2-0.5b").family), tmp_path)
     with pytest.raises(PlanError, match="no fill-in-the-middle sentinels"):
-        Generator(model, tmp_path).infill("def ", "\n", Writing())
+        TextGenerator(model, tmp_path).fill_middle("def ", "\n", SamplingParams())
 
 
 def test_without_a_chat_template_there_is_no_conversation(model: Any, directory: Path, tmp_path: Path) -> None:
     without = shutil.copytree(directory, tmp_path / "without")
     (without / "chat_template.jinja").unlink()
     with pytest.raises(PlanError, match="no chat template"):
-        Generator(model, without).dialogue()
+        TextGenerator(model, without).start_chat()
 
 
 def test_the_prompt_of_a_conversation_is_that_of_transformers(directory: Path, encoder: TextEncoder) -> None:
     messages = [{"role": message.role, "content": message.content} for message in ASKED.messages]
-    ids = prompt_tokens(ASKED, ChatTemplate.open(directory, ""), encoder)
+    ids = encode_prompt(ASKED, ChatTemplate.from_tokenizer(directory, ""), encoder)
     tokenizer = AutoTokenizer.from_pretrained(directory)
     assert encoder.decode(ids) == tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    marker = encoder.id_of("<|im_end|>")
+    marker = encoder.get_special_token_id("<|im_end|>")
     assert ids.count(marker) == len(messages), "what a person writes is no marker"
 
 
 def test_a_conversation_goes_on_from_what_was_said(model: Any, directory: Path) -> None:
     model.config.max_position_embeddings = 4096
-    dialogue = Generator(model, directory).dialogue("Be brief.")
-    written = [dialogue.ask(question, Writing(tokens=3)).text for question in ("One?", "Two?")]
+    dialogue = TextGenerator(model, directory).start_chat("Be brief.")
+    written = [dialogue.send_message(question, SamplingParams(max_new_tokens=3)).text for question in ("One?", "Two?")]
     said = [("system", "Be brief."), ("user", "One?"), ("assistant", written[0])]
     assert [(message.role, message.content) for message in dialogue.messages[:-2]] == said

@@ -49,7 +49,7 @@ def metrics(run: RunDirectory, context: RunContext, attempt: int = 1, resumed: i
 
 def lines(run: RunDirectory) -> list[dict[str, Any]]:
     """The rows, their times checked and taken out."""
-    rows = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    rows = [json.loads(line) for line in run.metrics_path.read_text().splitlines()]
     times = [row.pop("time") for row in rows]
     assert times == sorted(times)
     assert all(abs(moment - time.time()) < 60 for moment in times)
@@ -57,7 +57,7 @@ def lines(run: RunDirectory) -> list[dict[str, Any]]:
 
 
 def curves(run: RunDirectory) -> Any:
-    found = EventAccumulator(str(run.tensorboard))
+    found = EventAccumulator(str(run.tensorboard_dir))
     found.Reload()
     return found
 
@@ -89,11 +89,11 @@ def test_a_line_is_on_disk_before_the_next_is_written(run: RunDirectory, context
 def test_half_a_line_of_a_killed_writer_does_not_swallow_the_next(run: RunDirectory, context: RunContext) -> None:
     with metrics(run, context) as first:
         first.write(1, {"train/loss": 5.5})
-    with run.metrics.open("a") as file:
+    with run.metrics_path.open("a") as file:
         file.write('{"step": 2, "attem')
     with metrics(run, context, attempt=2, resumed=1) as second:
         second.write(2, {"train/loss": 5.25})
-    whole, half, after = run.metrics.read_text().splitlines()
+    whole, half, after = run.metrics_path.read_text().splitlines()
     assert json.loads(whole)["step"] == 1
     assert half == '{"step": 2, "attem'
     row = json.loads(after)
@@ -141,7 +141,7 @@ def test_tensorboard_shows_numbers_and_texts(run: RunDirectory, context: RunCont
     with metrics(run, context) as opened:
         opened.write(1, {"train/loss": 2.5, "optim/lr": 0.125})
         opened.write(2, {"train/loss": 1.5})
-        opened.text(2, "samples/completion 1", "**größer** `def`")
+        opened.add_text(2, "samples/completion 1", "**größer** `def`")
         assert points(run, "train/loss") == [(1, 2.5), (2, 1.5)]
     assert points(run, "optim/lr") == [(1, 0.125)]
     [text] = curves(run).Tensors("samples/completion 1/text_summary")
@@ -151,7 +151,7 @@ def test_tensorboard_shows_numbers_and_texts(run: RunDirectory, context: RunCont
 
 
 def test_a_sink_that_cannot_start_fails_at_once(run: RunDirectory, context: RunContext) -> None:
-    run.metrics.mkdir(parents=True)
+    run.metrics_path.mkdir(parents=True)
     with pytest.raises(OSError, match="Is a directory"):
         Metrics(run, 1, 0, context)
 
@@ -160,7 +160,7 @@ def test_a_full_disk_is_reported_once_and_the_other_sink_goes_on(
     run: RunDirectory, context: RunContext, events: list[Event]
 ) -> None:
     run.path.mkdir(parents=True)
-    run.metrics.symlink_to("/dev/full")
+    run.metrics_path.symlink_to("/dev/full")
     with metrics(run, context) as opened:
         for step in (1, 2, 3):
             opened.write(step, {"train/loss": float(step)})
@@ -199,7 +199,7 @@ def test_when_no_sink_can_be_written_each_is_reported_once_and_training_goes_on(
     with no_file_beyond(2_000, threads_before), metrics(run, context) as opened:
         for step in range(1, 201):
             opened.write(step, {"train/loss": float(step)})
-        opened.text(200, "note", "x" * 5_000)
+        opened.add_text(200, "note", "x" * 5_000)
     assert sorted(event["message"].split()[0] for event in events) == ["JsonLines", "TensorBoard"]
     assert all("File too large" in event["message"] for event in events)
 
@@ -212,7 +212,7 @@ def test_a_disk_that_is_full_when_metrics_are_closed_does_not_fail_a_finished_ru
     opened.write(1, {"train/loss": 1.0})
     [sink] = [sink for sink in opened._sinks if type(sink).__name__ == "TensorBoard"]
     writer = sink._writer  # type: ignore[attr-defined]
-    size = os.path.getsize(next(run.tensorboard.iterdir()))  # noqa: PTH202
+    size = os.path.getsize(next(run.tensorboard_dir.iterdir()))  # noqa: PTH202
     with no_file_beyond(size, threads_before):
         for step in range(2, 20):
             writer.add_scalar("train/loss", 1.0, step)  # queued: nobody has noticed yet
@@ -227,6 +227,6 @@ def test_nothing_is_written_on_other_ranks(run: RunDirectory, events: list[Event
     context = RunContext(1, 2, torch.device("cpu"), report=events.append)
     with metrics(run, context) as opened:
         opened.write(1, {"train/loss": 1.0})
-        opened.text(1, "note", "text")
+        opened.add_text(1, "note", "text")
     assert not run.path.exists()
     assert events == []

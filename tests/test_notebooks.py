@@ -25,8 +25,8 @@ from numpy.typing import NDArray
 import fork_server
 from conftest import tiny_config
 from launch.conftest import command, wait_for_step
-from llm_training_toolkit.data.dataset import IGNORED, Sequences
-from llm_training_toolkit.data.prepare.dataset_info import Receipt
+from llm_training_toolkit.data.dataset import IGNORE_INDEX, PackedDataset
+from llm_training_toolkit.data.prepare.dataset_info import DatasetInfo
 from llm_training_toolkit.data.tokenizer import open_tokenizer
 from llm_training_toolkit.families.qwen import TOKENS
 from llm_training_toolkit.runs.directory import RunDirectory
@@ -122,7 +122,7 @@ def run_outputs(run: RunDirectory, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.mark.slow
 def test_a_run_with_a_lost_attempt_is_shown_as_it_counts(run: RunDirectory, run_outputs: list[dict[str, Any]]) -> None:
-    steps = [row for row in map(json.loads, run.metrics.read_text().splitlines()) if "train/loss" in row]
+    steps = [row for row in map(json.loads, run.metrics_path.read_text().splitlines()) if "train/loss" in row]
     counting = {str(row["step"]): row["perf/tokens_per_second"] for row in steps if row["attempt"] != 2}
     lost = sum(row["attempt"] == 2 for row in steps)
     assert list(counting) == [str(step) for step in range(1, 11)]
@@ -143,7 +143,7 @@ def test_a_run_with_a_lost_attempt_is_shown_as_it_counts(run: RunDirectory, run_
         ["step_000000004_a1", "4", ""],
         ["step_000000010_a3", "10", "step_000000004_a1"],
     ]
-    source = Receipt.from_json(run.receipt.read_text()).sources[0]
+    source = DatasetInfo.from_json(run.dataset_info_path.read_text()).sources[0]
     numbers = (source.documents, source.held_out, "none", source.tokens, source.loss_tokens, source.longest)
     assert data[1] == [source.path, *(f"{number:,}" if isinstance(number, int) else number for number in numbers)]
 
@@ -192,8 +192,8 @@ class Step(HTMLParser):
 
 
 @pytest.fixture
-def sequences(run: RunDirectory) -> Sequences:
-    return Sequences(Receipt.from_json(run.receipt.read_text()), global_batch=GLOBAL_BATCH)
+def sequences(run: RunDirectory) -> PackedDataset:
+    return PackedDataset(DatasetInfo.from_json(run.dataset_info_path.read_text()), global_batch=GLOBAL_BATCH)
 
 
 @pytest.fixture(scope="module")
@@ -203,43 +203,44 @@ def data_outputs(run: RunDirectory, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.mark.slow
-def test_a_steps_data_is_shown_to_the_token(sequences: Sequences, data_outputs: list[dict[str, Any]]) -> None:
+def test_a_steps_data_is_shown_to_the_token(sequences: PackedDataset, data_outputs: list[dict[str, Any]]) -> None:
     (shown,) = (Step(text) for text in texts(data_outputs, "text/html") if "<section>" in text)
-    encoder = open_tokenizer(sequences.receipt.tokenizer_path)
-    special = [encoder.id_of(marker) for marker in TOKENS.all]
-    batch = sequences.batch(0, range(GLOBAL_BATCH), GLOBAL_BATCH)[0]
-    ledger = sequences.ledger(0)
+    encoder = open_tokenizer(sequences.dataset_info.tokenizer_path)
+    special = [encoder.get_special_token_id(marker) for marker in TOKENS.all]
+    batch = sequences.get_micro_batches(0, range(GLOBAL_BATCH), GLOBAL_BATCH)[0]
+    ledger = sequences.get_document_spans(0)
     assert len(shown.sequences) == len(ledger) == GLOBAL_BATCH
     for i, tokens in enumerate(shown.sequences):
-        assert "".join(text for text, _ in tokens) == sequences.text_of(0, i)
+        assert "".join(text for text, _ in tokens) == sequences.decode_sequence(0, i)
         ids = batch.input_ids[i, : len(tokens)].tolist()
         assert ["special" in classes for _, classes in tokens] == [number in special for number in ids]
-        predicted = [False, *(batch.labels[i] != IGNORED).tolist()][: len(tokens)]
+        predicted = [False, *(batch.labels[i] != IGNORE_INDEX).tolist()][: len(tokens)]
         assert ["loss" in classes for _, classes in tokens] == predicted
         names = [
-            f"{sequences.document_name(piece.source, piece.document)} · {piece.tokens} tokens" for piece in ledger[i]
+            f"{sequences.get_document_name(piece.source, piece.document)} · {piece.tokens} tokens"
+            for piece in ledger[i]
         ]
         padding = 64 - len(tokens)
         assert all(name in origin for name, origin in zip(names, shown.origins[i], strict=False))
         assert shown.origins[i][len(names) :] == ([f"{padding} tokens of padding"] if padding else [])
     marks = [classes for tokens in shown.sequences for _, classes in tokens]
-    assert sum("loss" in classes for classes in marks) == sequences.loss_tokens(0)
+    assert sum("loss" in classes for classes in marks) == sequences.count_loss_tokens(0)
     # The corpus holds what is hard to show.
     assert {"loss", "special"} in marks
     assert {"special"} in marks
     assert any(not text for tokens in shown.sequences for text, _ in tokens), "a character of several tokens"
-    assert any("<b>&amp;</b> <|fim_prefix|>" in sequences.text_of(0, i) for i in range(GLOBAL_BATCH))
+    assert any("<b>&amp;</b> <|fim_prefix|>" in sequences.decode_sequence(0, i) for i in range(GLOBAL_BATCH))
 
 
 @pytest.mark.slow
 def test_the_receipt_and_the_lengths_of_documents_are_shown(
-    sequences: Sequences, data_outputs: list[dict[str, Any]]
+    sequences: PackedDataset, data_outputs: list[dict[str, Any]]
 ) -> None:
-    receipt = sequences.receipt
+    receipt = sequences.dataset_info
     sources, packing = tables(data_outputs)
     assert sources[1][0] == receipt.sources[0].path
     assert f"{receipt.sources[0].tokens:,}" in sources[1]
-    assert ["sequences", f"{receipt.sequences:,} of 64 tokens"] in packing
+    assert ["sequences", f"{receipt.total_sequences:,} of 64 tokens"] in packing
     (histogram,) = pictures(data_outputs)
     for half in (histogram[:, : histogram.shape[1] // 2], histogram[:, histogram.shape[1] // 2 :]):
         assert width_of(BLUE, half) > 0.1

@@ -13,17 +13,17 @@ import pytest
 from rich.console import Console
 
 from llm_training_toolkit.runs.attempts import begin_attempt, end_attempt
-from llm_training_toolkit.runs.directory import RunDirectory, claim
-from llm_training_toolkit.runs.status import status, statuses
-from llm_training_toolkit.runs.table import clock, runs_table
+from llm_training_toolkit.runs.directory import RunDirectory, lock_run_directory
+from llm_training_toolkit.runs.status import read_run_status, read_run_statuses
+from llm_training_toolkit.runs.table import build_runs_table, format_duration
 
 _HOLD = """
 import sys, time
 from pathlib import Path
-from llm_training_toolkit.runs.directory import RunDirectory, claim
+from llm_training_toolkit.runs.directory import RunDirectory, lock_run_directory
 from llm_training_toolkit.runs.attempts import begin_attempt
 run = RunDirectory(Path(sys.argv[1]))
-with claim(run):
+with lock_run_directory(run):
     begin_attempt(run, {})
     print("held", flush=True)
     time.sleep(60)
@@ -35,14 +35,14 @@ def run(tmp_path: Path) -> RunDirectory:
     """A run of ten steps, four of them done, two seconds each."""
     run = RunDirectory(tmp_path / "runs" / "one")
     run.path.mkdir(parents=True)
-    run.resolved.write_text("{}")
-    run.plan.write_text(json.dumps({"steps": 10}))
+    run.resolved_config_path.write_text("{}")
+    run.plan_path.write_text(json.dumps({"steps": 10}))
     rows = [{"step": step, "attempt": 1, "train/loss": 9.0 - step, "perf/step_seconds": 2.0} for step in range(1, 5)]
-    run.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 5, "att')
-    checkpoint = run.checkpoint(4, 1)
+    run.metrics_path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 5, "att')
+    checkpoint = run.get_checkpoint_dir(4, 1)
     checkpoint.mkdir(parents=True)
     (checkpoint / "manifest.json").write_text("{}")
-    run.checkpoint(8, 1).mkdir()
+    run.get_checkpoint_dir(8, 1).mkdir()
     return run
 
 
@@ -51,44 +51,44 @@ def test_a_killed_run_is_lost_and_a_held_one_is_running(run: RunDirectory) -> No
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
-        running = status(run)
+        running = read_run_status(run)
         holder.send_signal(signal.SIGKILL)
         holder.wait()
     assert (running.state, running.step, running.steps, running.seconds_left) == ("running", 4, 10, 12.0)
     assert (running.loss, running.checkpoint) == (5.0, "step_000000004_a1")
-    lost = status(run)
+    lost = read_run_status(run)
     assert (lost.state, lost.seconds_left) == ("lost", None)
 
 
 def test_steps_that_a_later_attempt_does_again_do_not_count(run: RunDirectory) -> None:
-    with run.metrics.open("a") as file:
+    with run.metrics_path.open("a") as file:
         rows = [{"step": step, "attempt": 2, "train/loss": 1.0} for step in range(1, 3)]
         file.write("\n" + "".join(json.dumps(row) + "\n" for row in rows))
-    run.checkpoint(4, 1).joinpath("manifest.json").unlink()
-    found = status(run)
+    run.get_checkpoint_dir(4, 1).joinpath("manifest.json").unlink()
+    found = read_run_status(run)
     assert (found.step, found.loss) == (2, 1.0)
 
 
 def test_a_run_that_is_claimed_before_its_first_attempt_is_starting(run: RunDirectory) -> None:
-    with claim(run):
-        assert status(run).state == "starting"
+    with lock_run_directory(run):
+        assert read_run_status(run).state == "starting"
 
 
 @pytest.mark.parametrize("ended", ["finished", "stopped"])
 def test_the_newest_attempt_says_how_a_run_ended(run: RunDirectory, ended: str) -> None:
     end_attempt(run, begin_attempt(run, {}), "failed", error="old")
     end_attempt(run, begin_attempt(run, {}), ended, step=4)
-    found = status(run)
+    found = read_run_status(run)
     assert (found.state, found.error) == (ended, None)
 
 
 def test_a_failed_run_shows_its_error(run: RunDirectory) -> None:
     end_attempt(run, begin_attempt(run, {}), "failed", error="rank 1: [disk] full")
-    found = status(run)
+    found = read_run_status(run)
     assert (found.state, found.error) == ("failed", "rank 1: [disk] full")
     terminal = Console(width=200, file=io.StringIO())
     with terminal.capture() as shown_text:
-        terminal.print(runs_table([found]))
+        terminal.print(build_runs_table([found]))
     shown = shown_text.get()
     for part in ("one", "failed", "4/10", "5.0000", "step_000000004_a1", "rank 1: [disk] full"):
         assert part in shown
@@ -100,8 +100,8 @@ def test_only_runs_are_listed_by_name(run: RunDirectory) -> None:
     (runs / "notes.txt").write_text("no run")
     (runs / "another").mkdir()
     (runs / "another" / "lock").touch()
-    assert [found.name for found in statuses(runs)] == ["another", "one"]
-    assert statuses(runs / "nowhere") == []
+    assert [found.name for found in read_run_statuses(runs)] == ["another", "one"]
+    assert read_run_statuses(runs / "nowhere") == []
 
 
 def test_the_command_prints_json_and_needs_no_torch(run: RunDirectory) -> None:
@@ -120,4 +120,4 @@ def test_the_command_prints_json_and_needs_no_torch(run: RunDirectory) -> None:
 
 
 def test_clock() -> None:
-    assert [clock(seconds) for seconds in (0, 59.6, 61, 3_725)] == ["0:00", "1:00", "1:01", "1:02:05"]
+    assert [format_duration(seconds) for seconds in (0, 59.6, 61, 3_725)] == ["0:00", "1:00", "1:01", "1:02:05"]

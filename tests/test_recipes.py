@@ -15,9 +15,9 @@ import pytest
 import rank_tasks
 from conftest import write_corpus
 from llm_training_toolkit import families
-from llm_training_toolkit.config import Config, load, parse, to_json
-from llm_training_toolkit.data.prepare.epochs import prepare_run
-from llm_training_toolkit.plan import make_plan, resolved_on
+from llm_training_toolkit.config import Config, dump_config_json, load_config, parse_config
+from llm_training_toolkit.data.prepare.epochs import prepare_run_data
+from llm_training_toolkit.plan import make_plan, resolve_for_hardware
 from llm_training_toolkit.plan.cluster_file import read_hardware
 from llm_training_toolkit.runs.directory import RunDirectory
 from rank_pool import RankPool
@@ -31,7 +31,7 @@ PUBLISHED = [name for name in RECIPES if "/" in name]
 CLUSTER = Path(__file__).parents[1] / "cluster" / "aws-h100.yaml"
 GIGABYTES = 80
 """Of the devices that the files name."""
-TINY = {families.find(size).family.model_type: dict(shape) for size, shape in SHAPES.items()}
+TINY = {families.find_size(size).family.model_type: dict(shape) for size, shape in SHAPES.items()}
 LENGTH = 256
 """Tokens of a small sequence: Qwen2.5's own system text takes 100 of those that a small tokenizer makes."""
 TINY["gpt_bigcode"]["n_positions"] = LENGTH
@@ -39,7 +39,7 @@ TINY["gpt_bigcode"]["n_positions"] = LENGTH
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_it_plans_without_a_problem_and_fits_with_room_for_a_micro_batch(name: str) -> None:
-    config = resolved_on(load(CONFIGS / name), read_hardware(CLUSTER))
+    config = resolve_for_hardware(load_config(CONFIGS / name), read_hardware(CLUSTER))
     plan = make_plan(config)
     assert plan.problems == ()
     assert sum(plan.memory_gb_per_device.values()) < 0.8 * GIGABYTES
@@ -48,11 +48,11 @@ def test_it_plans_without_a_problem_and_fits_with_room_for_a_micro_batch(name: s
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_its_rate_ends_where_the_file_says_and_not_at_the_peak(name: str) -> None:
-    config = load(CONFIGS / name)
+    config = load_config(CONFIGS / name)
     horizon = {"steps": 8500, "tokens": None, "epochs": None}
     lengthened = config.model_copy(update={"train": config.train.model_copy(update=horizon)})
-    schedule = make_plan(lengthened).schedule()
-    rates = [schedule.lr_at(step) for step in range(8500)]
+    schedule = make_plan(lengthened).build_lr_schedule()
+    rates = [schedule.compute_lr(step) for step in range(8500)]
     assert max(rates) == config.optim.lr if config.optim.lr != "auto" else max(rates) > 0
     assert rates[-1] == pytest.approx(max(rates) * config.optim.min_lr)
     assert config.optim.schedule != "constant"
@@ -85,8 +85,8 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def miniature(name: str, documents: dict[str, Path], folder: Path) -> Config:
     """The recipe on two workers, with three steps of small sequences, a tiny shape, and documents made here."""
-    data = json.loads(to_json(load(CONFIGS / name)))
-    model_type = families.find(data["model"]["name"]).family.model_type
+    data = json.loads(dump_config_json(load_config(CONFIGS / name)))
+    model_type = families.find_size(data["model"]["name"]).family.model_type
     data["run"] |= {"name": "tiny", "dir": str(folder)}
     data["model"] |= {"path": None, "shape": TINY[model_type]}
     if data["model"]["lora"] is not None:
@@ -100,7 +100,7 @@ def miniature(name: str, documents: dict[str, Path], folder: Path) -> Config:
     data["train"] |= {"steps": 3, "epochs": None, "tokens": None, "global_batch": 4, "micro_batch": 1}
     data["export"]["at_end"] = name == "qwen/full-7b-one-node.yaml"
     data["cluster"] |= {"workers": 2, "cpus_per_worker": 1}
-    return parse(data, name)
+    return parse_config(data, name)
 
 
 @pytest.mark.ranks
@@ -110,12 +110,14 @@ def test_a_tiny_shape_of_it_trains(
 ) -> None:
     config = miniature(name, documents, tmp_path)
     run = RunDirectory(tmp_path / "tiny")
-    run.receipt.parent.mkdir(parents=True)
-    run.receipt.write_text(prepare_run(config, lambda _stage, _done, _total: None).receipt.to_json())
-    run.resolved.write_text(to_json(config))
-    run.config.write_text("# a test's run\n")
+    run.dataset_info_path.parent.mkdir(parents=True)
+    run.dataset_info_path.write_text(
+        prepare_run_data(config, lambda _stage, _done, _total: None).dataset_info.to_json()
+    )
+    run.resolved_config_path.write_text(dump_config_json(config))
+    run.config_path.write_text("# a test's run\n")
     assert pools(2).run(rank_tasks.work_on, run=str(run.path))[0]["status"] == "finished"
-    rows: list[dict[str, Any]] = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    rows: list[dict[str, Any]] = [json.loads(line) for line in run.metrics_path.read_text().splitlines()]
     steps = [row for row in rows if "train/loss" in row]
     assert [row["step"] for row in steps] == [1, 2, 3]
     peak = make_plan(config).lr
@@ -130,8 +132,8 @@ def assert_answers_end(run: RunDirectory) -> None:
     """Whatever generates with a model of chat stops at the end of a turn, or of a text."""
     from transformers import AutoTokenizer, GenerationConfig
 
-    tokenizer = AutoTokenizer.from_pretrained(run.export)
+    tokenizer = AutoTokenizer.from_pretrained(run.export_dir)
     ends = [tokenizer.convert_tokens_to_ids(token) for token in ("<|im_end|>", "<|endoftext|>")]
-    assert GenerationConfig.from_pretrained(run.export).eos_token_id == ends
+    assert GenerationConfig.from_pretrained(run.export_dir).eos_token_id == ends
     assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|endoftext|>")
     assert "<|im_start|>" in tokenizer.chat_template

@@ -8,9 +8,9 @@ from collections.abc import Callable
 import pytest
 
 import rank_tasks
-from llm_training_toolkit.checkpoint import complete
-from llm_training_toolkit.distributed.context import Wish
-from llm_training_toolkit.runs.attempts import attempt_record
+from llm_training_toolkit.checkpoint import list_complete_checkpoints
+from llm_training_toolkit.distributed.context import StopRequest
+from llm_training_toolkit.runs.attempts import read_attempt_record
 from llm_training_toolkit.runs.directory import RunDirectory
 from rank_pool import RankPool
 
@@ -27,11 +27,11 @@ def test_a_trial_stops_at_its_rung_and_costs_no_step_more(
     assert result == {"status": "stopped", "step": 5}
     assert asked == [2, 5]
     assert all(others == [] for _, others in ended[1:])
-    rows = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    rows = [json.loads(line) for line in run.metrics_path.read_text().splitlines()]
     assert [row["step"] for row in rows if "eval/loss" in row] == [0, 2, 5]
     assert max(row["step"] for row in rows) == 5
-    assert complete(run.checkpoints) == []
-    assert attempt_record(run, 1)["state"] == "stopped"
+    assert list_complete_checkpoints(run.checkpoints_dir) == []
+    assert read_attempt_record(run, 1)["state"] == "stopped"
 
 
 def test_a_stop_at_a_rung_is_still_compared_there(
@@ -39,8 +39,8 @@ def test_a_stop_at_a_rung_is_still_compared_there(
 ) -> None:
     run = fresh_run("trial")
     [(result, asked)] = pools(1).run(
-        rank_tasks.work_to_a_rung, run=str(run.path), rungs=(1, 2), stop_at=5, wish=Wish.STOP
+        rank_tasks.work_to_a_rung, run=str(run.path), rungs=(1, 2), stop_at=5, wish=StopRequest.STOP
     )
     assert result == {"status": "stopped", "step": 1}
     assert asked == [1], "a resume goes on after it and would not ask again"
-    assert [path.name[:14] for path in complete(run.checkpoints)] == ["step_000000001"]
+    assert [path.name[:14] for path in list_complete_checkpoints(run.checkpoints_dir)] == ["step_000000001"]

@@ -23,10 +23,10 @@ from llm_training_toolkit.errors import CheckpointError, LaunchError
 from llm_training_toolkit.runs.attempts import begin_attempt, end_attempt
 from llm_training_toolkit.runs.directory import (
     RunDirectory,
-    checkpoint_place,
-    claim,
-    environment,
-    run_of,
+    collect_environment,
+    find_run,
+    lock_run_directory,
+    parse_checkpoint_name,
     write_atomically,
 )
 
@@ -76,16 +76,19 @@ def run(tmp_path: Path) -> RunDirectory:
 
 def test_a_run_held_by_another_process_is_refused_with_its_holder(run: RunDirectory) -> None:
     with holder(run.path) as other:
-        with pytest.raises(LaunchError, match=f"is already running \\(process {other.pid} on .*run.name"), claim(run):
+        with (
+            pytest.raises(LaunchError, match=f"is already running \\(process {other.pid} on .*run.name"),
+            lock_run_directory(run),
+        ):
             pytest.fail("two processes hold the run")
-        with claim(RunDirectory(run.path.with_name("another"))):
+        with lock_run_directory(RunDirectory(run.path.with_name("another"))):
             pass
 
 
 def test_a_refused_claim_does_not_disturb_the_holder(run: RunDirectory) -> None:
     with holder(run.path):
         for _ in range(2):
-            with pytest.raises(LaunchError, match="already running"), claim(run):
+            with pytest.raises(LaunchError, match="already running"), lock_run_directory(run):
                 pytest.fail("two processes hold the run")
 
 
@@ -93,12 +96,12 @@ def test_a_claim_ends_with_a_killed_holder(run: RunDirectory) -> None:
     with holder(run.path) as other:
         other.send_signal(signal.SIGKILL)
         other.wait()
-        with claim(run):
+        with lock_run_directory(run):
             assert (run.path / "lock").read_text().startswith(f"process {os.getpid()} on ")
 
 
 def test_a_claim_ends_with_its_block_also_after_an_error(run: RunDirectory) -> None:
-    with pytest.raises(ValueError, match="inside"), claim(run):
+    with pytest.raises(ValueError, match="inside"), lock_run_directory(run):
         raise ValueError("inside")
     with holder(run.path):
         pass
@@ -108,27 +111,27 @@ def test_a_run_directory_that_cannot_be_made_is_an_error(tmp_path: Path) -> None
     (tmp_path / "file").write_text("")
     with (
         pytest.raises(LaunchError, match="cannot be written: Not a directory"),
-        claim(RunDirectory(tmp_path / "file/r")),
+        lock_run_directory(RunDirectory(tmp_path / "file/r")),
     ):
         pytest.fail("claimed a directory that does not exist")
 
 
 def test_attempts_count_from_one_and_record_how_they_went(run: RunDirectory) -> None:
     assert [begin_attempt(run, {"workers": 2}) for _ in range(3)] == [1, 2, 3]
-    assert sorted(path.name for path in run.attempts.iterdir()) == ["0001.json", "0002.json", "0003.json"]
-    lost = json.loads((run.attempts / "0002.json").read_text())
+    assert sorted(path.name for path in run.attempts_dir.iterdir()) == ["0001.json", "0002.json", "0003.json"]
+    lost = json.loads((run.attempts_dir / "0002.json").read_text())
     assert (lost["attempt"], lost["state"], lost["workers"]) == (2, "lost", 2)
-    running = json.loads((run.attempts / "0003.json").read_text())
+    running = json.loads((run.attempts_dir / "0003.json").read_text())
     assert (running["attempt"], running["state"], running["workers"]) == (3, "running", 2)
     end_attempt(run, 3, "failed", error="disk", step=7)
-    ended = json.loads((run.attempts / "0003.json").read_text())
+    ended = json.loads((run.attempts_dir / "0003.json").read_text())
     assert ended == running | {"state": "failed", "error": "disk", "step": 7, "ended": ended["ended"]}
     assert ended["ended"] >= ended["started"]
 
 
 def test_attempts_beyond_four_digits_go_on_counting(run: RunDirectory) -> None:
-    run.attempts.mkdir(parents=True)
-    (run.attempts / "9999.json").write_text("{}")
+    run.attempts_dir.mkdir(parents=True)
+    (run.attempts_dir / "9999.json").write_text("{}")
     assert [begin_attempt(run, {}) for _ in range(2)] == [10_000, 10_001]
 
 
@@ -137,7 +140,7 @@ def test_many_processes_share_no_attempt_and_leave_no_gap(run: RunDirectory) -> 
     numbers = [int(line) for process in processes for line in process.communicate()[0].split()]
     assert [process.returncode for process in processes] == [0] * 8
     assert sorted(numbers) == list(range(1, 41))
-    records = sorted(json.loads(path.read_text())["attempt"] for path in run.attempts.glob("*.json"))
+    records = sorted(json.loads(path.read_text())["attempt"] for path in run.attempts_dir.glob("*.json"))
     assert records == sorted(numbers)
 
 
@@ -188,14 +191,14 @@ def test_a_killed_writer_leaves_a_whole_file(tmp_path: Path) -> None:
 
 @given(step=st.integers(0, 999_999_999), attempt=st.integers(1, 10**6))
 def test_the_name_of_a_checkpoint_carries_step_and_attempt(step: int, attempt: int) -> None:
-    assert checkpoint_place(RunDirectory(Path("r")).checkpoint(step, attempt)) == (step, attempt)
+    assert parse_checkpoint_name(RunDirectory(Path("r")).get_checkpoint_dir(step, attempt)) == (step, attempt)
 
 
 @given(st.lists(st.tuples(st.integers(0, 999_999_999), st.integers(1, 9)), max_size=10))
 def test_names_of_checkpoints_sort_by_step(places: list[tuple[int, int]]) -> None:
     run = RunDirectory(Path("r"))
-    assert sorted(run.checkpoint(*place).name for place in places) == [
-        run.checkpoint(*place).name for place in sorted(places)
+    assert sorted(run.get_checkpoint_dir(*place).name for place in places) == [
+        run.get_checkpoint_dir(*place).name for place in sorted(places)
     ]
 
 
@@ -204,22 +207,22 @@ def test_names_of_checkpoints_sort_by_step(places: list[tuple[int, int]]) -> Non
     ["", "step_1_a1", "step_000000001", "step_000000001_a", "left_behind_1_step_000000001_a1", "step_000000001_a1.tmp"],
 )
 def test_other_names_are_no_checkpoints(name: str) -> None:
-    assert checkpoint_place(Path("r") / name) is None
+    assert parse_checkpoint_name(Path("r") / name) is None
 
 
 def test_a_run_is_known_by_its_resolved_configuration(tmp_path: Path) -> None:
     (tmp_path / "resolved.json").write_text("{}")
-    assert run_of(str(tmp_path)) == RunDirectory(tmp_path)
+    assert find_run(str(tmp_path)) == RunDirectory(tmp_path)
 
 
 def test_a_path_without_a_run_is_an_error_that_says_what_to_name(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "absent"):
         with pytest.raises(CheckpointError, match=f"^{path}: no run there .*name a run's directory"):
-            run_of(path)
+            find_run(path)
 
 
 def test_the_environment_names_versions_and_machine_and_is_json() -> None:
-    found = json.loads(json.dumps(environment()))
+    found = json.loads(json.dumps(collect_environment()))
     assert found["versions"]["torch"].startswith("2.")
     assert found["python"] == sys.version.split()[0]
     assert found["cpus"] == os.cpu_count()
@@ -227,13 +230,13 @@ def test_the_environment_names_versions_and_machine_and_is_json() -> None:
 
 def test_an_attempt_that_was_cut_short_as_it_began_is_closed_like_any_other(run: RunDirectory) -> None:
     begin_attempt(run, {})
-    (run.attempts / "0002.json").write_text('{"attempt": 2, "sta')
+    (run.attempts_dir / "0002.json").write_text('{"attempt": 2, "sta')
     assert begin_attempt(run, {}) == 3
-    states = [json.loads(path.read_text())["state"] for path in sorted(run.attempts.iterdir())]
+    states = [json.loads(path.read_text())["state"] for path in sorted(run.attempts_dir.iterdir())]
     assert states == ["lost", "lost", "running"]
-    (run.attempts / "0003.json").write_text("")
+    (run.attempts_dir / "0003.json").write_text("")
     end_attempt(run, 3, "failed", error="disk")
-    assert json.loads((run.attempts / "0003.json").read_text())["error"] == "disk"
+    assert json.loads((run.attempts_dir / "0003.json").read_text())["error"] == "disk"
 
 
 def test_a_file_system_without_locks_is_named(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,5 +244,5 @@ def test_a_file_system_without_locks_is_named(run: RunDirectory, monkeypatch: py
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    with pytest.raises(LaunchError, match=r"keeps no locks .No locks available."), claim(run):
+    with pytest.raises(LaunchError, match=r"keeps no locks .No locks available."), lock_run_directory(run):
         pytest.fail("claimed without a lock")

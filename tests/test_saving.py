@@ -14,10 +14,17 @@ import torch
 from torch import Tensor
 
 from checkpoints import save
-from llm_training_toolkit.checkpoint import FileEntry, Manifest, Rule, Writing, memory_for, newest
-from llm_training_toolkit.checkpoint.manager import CheckpointSaver, Lineage
-from llm_training_toolkit.checkpoint.restore import newest_sound
-from llm_training_toolkit.checkpoint.state import Progress
+from llm_training_toolkit.checkpoint import (
+    AsyncWrite,
+    FileEntry,
+    Manifest,
+    RetentionPolicy,
+    allocate_host_buffer,
+    find_latest_checkpoint,
+)
+from llm_training_toolkit.checkpoint.manager import CheckpointLineage, CheckpointManager
+from llm_training_toolkit.checkpoint.restore import find_latest_valid_checkpoint
+from llm_training_toolkit.checkpoint.state import TrainState
 from llm_training_toolkit.distributed.context import Event, RunContext
 from llm_training_toolkit.errors import CheckpointError
 from llm_training_toolkit.runs.directory import RunDirectory
@@ -37,7 +44,7 @@ class Part:
     def count(self) -> int:
         return len(self.values)
 
-    def tensors(self, optimizer: torch.optim.Optimizer) -> Mapping[str, Tensor]:  # noqa: ARG002 - the protocol
+    def get_tensors(self, optimizer: torch.optim.Optimizer) -> Mapping[str, Tensor]:  # noqa: ARG002 - the protocol
         return {"weights": self.values}
 
 
@@ -63,12 +70,12 @@ class Rank:
             place: dict[str, Any] = {"step": step, "tokens": step, "sequences": step, "attempt": 1, "parent": None}
             return Manifest(**place, **facts, world_size=1, zero=0, threads=1, files=files, fragments=fragments)
 
-        directory = self.run.checkpoint(step, 1)
+        directory = self.run.get_checkpoint_dir(step, 1)
         save(self.context, directory, [Part(torch.full((100,), float(step)))], OPTIMIZER, describe)
         return directory
 
     def newest_step(self) -> int | None:
-        found = newest_sound(self.run, self.context)
+        found = find_latest_valid_checkpoint(self.run, self.context)
         return None if found is None else found.manifest.step
 
 
@@ -99,7 +106,7 @@ def test_a_truncated_newest_checkpoint_gives_way_to_the_one_before(rank: Rank) -
     truncate(second)
     assert rank.newest_step() == 1
     aside = f"left_behind_1_{second.name}"
-    assert sorted(path.name for path in rank.run.checkpoints.iterdir()) == [aside, first.name]
+    assert sorted(path.name for path in rank.run.checkpoints_dir.iterdir()) == [aside, first.name]
     [event] = rank.events
     assert event["kind"] == "warning"
     for word in (second.name, "fragments_00000.safetensors", "were written", aside, "the one before it is used"):
@@ -133,7 +140,7 @@ def test_the_only_checkpoint_stays_where_it_is_when_damaged_and_the_run_is_refus
     for _ in range(2):
         with pytest.raises(CheckpointError, match=r"only checkpoint of this run is damaged.*start again from step 0"):
             rank.newest_step()
-    assert [path.name for path in rank.run.checkpoints.iterdir()] == ["step_000000001_a1"]
+    assert [path.name for path in rank.run.checkpoints_dir.iterdir()] == ["step_000000001_a1"]
 
 
 def test_a_checkpoint_written_again_after_the_damage_is_used(rank: Rank) -> None:
@@ -142,8 +149,8 @@ def test_a_checkpoint_written_again_after_the_damage_is_used(rank: Rank) -> None
     assert rank.newest_step() == 1
     rank.write(2)
     assert rank.newest_step() == 2
-    shutil.rmtree(rank.run.checkpoint(2, 1))
-    assert newest(rank.run.checkpoints) == rank.run.checkpoint(1, 1)
+    shutil.rmtree(rank.run.get_checkpoint_dir(2, 1))
+    assert find_latest_checkpoint(rank.run.checkpoints_dir) == rank.run.get_checkpoint_dir(1, 1)
 
 
 def test_a_checkpoint_of_a_newer_format_is_refused_and_left_in_its_place(rank: Rank) -> None:
@@ -165,20 +172,22 @@ class Model:
         return [Part(torch.zeros(100))]
 
 
-def saver(rank: Rank) -> CheckpointSaver:
-    lineage = Lineage(1, None, 0, 1, "c", "d", {}, {})
+def saver(rank: Rank) -> CheckpointManager:
+    lineage = CheckpointLineage(1, None, 0, 1, "c", "d", {}, {})
     engine: Any = Model()
-    return CheckpointSaver(rank.run, rank.context, engine, lineage, every_steps=1, every_seconds=None, rule=Rule(3))
+    return CheckpointManager(
+        rank.run, rank.context, engine, lineage, every_steps=1, every_seconds=None, rule=RetentionPolicy(3)
+    )
 
 
 def test_a_step_is_saved_once(rank: Rank) -> None:
     saving = saver(rank)
-    saving.begin(Progress(5, 5, 5))
-    saving.complete()
-    manifest = rank.run.checkpoint(5, 1) / "manifest.json"
+    saving.begin_save(TrainState(5, 5, 5))
+    saving.finalize_save()
+    manifest = rank.run.get_checkpoint_dir(5, 1) / "manifest.json"
     written = manifest.stat().st_mtime_ns
-    assert saving.begin(Progress(5, 5, 5)) == 0.0
-    assert not saving.has_begun
+    assert saving.begin_save(TrainState(5, 5, 5)) == 0.0
+    assert not saving.has_pending_checkpoint
     assert manifest.stat().st_mtime_ns == written
 
 
@@ -203,31 +212,31 @@ def test_storage_that_cannot_be_read_is_no_damage(rank: Rank, name: str) -> None
 
 
 def test_a_slow_write_is_an_advance_while_the_file_grows(rank: Rank) -> None:
-    directory = rank.run.checkpoint(5, 1)
+    directory = rank.run.get_checkpoint_dir(5, 1)
     pieces = [Part(torch.zeros(100))]
-    writing = Writing(0, directory, pieces, OPTIMIZER, memory_for(pieces))
-    writing.outcome()
-    assert writing.size == (directory / "fragments_00000.safetensors").stat().st_size > 400
+    writing = AsyncWrite(0, directory, pieces, OPTIMIZER, allocate_host_buffer(pieces))
+    writing.wait_for_result()
+    assert writing.bytes_written == (directory / "fragments_00000.safetensors").stat().st_size > 400
 
 
 class Large(Part):
-    def tensors(self, optimizer: torch.optim.Optimizer) -> Mapping[str, Tensor]:  # noqa: ARG002 - the protocol
+    def get_tensors(self, optimizer: torch.optim.Optimizer) -> Mapping[str, Tensor]:  # noqa: ARG002 - the protocol
         raise MemoryError
 
 
 def test_a_copy_that_does_not_fit_is_no_matter_of_the_micro_batch(rank: Rank, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Model, "owned_fragments", lambda _self: [Large(torch.zeros(100))])
     with pytest.raises(CheckpointError, match="copy of a checkpoint needs"):
-        saver(rank).begin(Progress(5, 5, 5))
+        saver(rank).begin_save(TrainState(5, 5, 5))
 
 
 def test_files_that_rank_0_does_not_see_make_no_checkpoint(rank: Rank) -> None:
     saving = saver(rank)
-    saving.begin(Progress(5, 5, 5))
-    directory = rank.run.checkpoint(5, 1)
+    saving.begin_save(TrainState(5, 5, 5))
+    directory = rank.run.get_checkpoint_dir(5, 1)
     while saving.is_writing:
         time.sleep(0.01)
     (directory / "fragments_00000.safetensors").write_bytes(b"")
     with pytest.raises(CheckpointError, match="0 bytes on rank 0"):
-        saving.complete()
-    assert newest(rank.run.checkpoints) is None
+        saving.finalize_save()
+    assert find_latest_checkpoint(rank.run.checkpoints_dir) is None

@@ -11,20 +11,20 @@ import numpy as np
 import pytest
 
 import rank_tasks
-from llm_training_toolkit.checkpoint import Checkpoint, newest
-from llm_training_toolkit.checkpoint.state import Skip
-from llm_training_toolkit.data.prepare.epochs import prepare_run
+from llm_training_toolkit.checkpoint import CheckpointReader, find_latest_checkpoint
+from llm_training_toolkit.checkpoint.state import SkippedStep
+from llm_training_toolkit.data.prepare.epochs import prepare_run_data
 from llm_training_toolkit.errors import TrainingError
 from llm_training_toolkit.runs.directory import RunDirectory
-from llm_training_toolkit.train.loss_spikes import FEWEST, MOST_IN_A_ROW
+from llm_training_toolkit.train.loss_spikes import MAX_CONSECUTIVE_SKIPS, MIN_SPIKE_STEPS
 from rank_pool import RankPool
 
 pytestmark = [pytest.mark.ranks]
 Pools = Callable[[int], RankPool]
 Fresh = Callable[[str], RunDirectory]
 BATCH = 4
-SPOILT = FEWEST + 3
-STEPS = FEWEST + 8
+SPOILT = MIN_SPIKE_STEPS + 3
+STEPS = MIN_SPIKE_STEPS + 8
 
 
 def changes(**sections: dict[str, Any]) -> dict[str, Any]:
@@ -49,20 +49,22 @@ def prepared(fresh_run: Fresh) -> Fresh:
     def make(name: str) -> RunDirectory:
         run = fresh_run(name)
         config = rank_tasks.place_of(str(run.path), changes(train={"steps": STEPS + 40})).config
-        run.receipt.write_text(prepare_run(config, lambda _stage, _done, _total: None).receipt.to_json())
+        run.dataset_info_path.write_text(
+            prepare_run_data(config, lambda _stage, _done, _total: None).dataset_info.to_json()
+        )
         return run
 
     return make
 
 
 def final(run: RunDirectory) -> Path:
-    directory = newest(run.checkpoints)
+    directory = find_latest_checkpoint(run.checkpoints_dir)
     assert directory is not None
     return directory
 
 
 def rows(run: RunDirectory) -> dict[int, dict[str, float]]:
-    found = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    found = [json.loads(line) for line in run.metrics_path.read_text().splitlines()]
     return {row["step"]: row for row in found if "train/loss" in row}
 
 
@@ -81,20 +83,20 @@ def test_an_update_is_left_out_and_the_run_goes_on_bit_for_bit_wherever_it_was_s
     options: dict[str, Any] = {"spoilt": [SPOILT], "changes": setting}
     answers = pools(2).run(rank_tasks.work_on_spoilt_data, run=str(whole.path), **options)
     assert [answer["status"] for answer in answers] == ["finished"] * 2
-    manifest = Checkpoint(final(whole)).manifest
-    assert manifest.skips == (Skip(SPOILT + 1, SPOILT * BATCH, BATCH),)
-    assert manifest.updates == STEPS - 1
+    manifest = CheckpointReader(final(whole)).manifest
+    assert manifest.skips == (SkippedStep(SPOILT + 1, SPOILT * BATCH, BATCH),)
+    assert manifest.update_count == STEPS - 1
     assert [step for step, row in rows(whole).items() if "optim/skipped" in row] == [SPOILT + 1]
     [warning] = [event["message"] for event in answers[0]["events"] if event["kind"] == "warning"]
     for words in (f"step {SPOILT + 1}: the loss is", "this update is left out", "module_"):
         assert words in warning
     for run, stop in ((before, SPOILT - 1), (after, SPOILT + 2)):
         pools(2).run(rank_tasks.work_on_spoilt_data, run=str(run.path), stop_after=stop, **options)
-        assert Checkpoint(final(run)).manifest.step == stop
+        assert CheckpointReader(final(run)).manifest.step == stop
         pools(2).run(rank_tasks.work_on_spoilt_data, run=str(run.path), **options)
         losses = {step: row["train/loss"] for step, row in rows(run).items()}
         assert losses == {step: row["train/loss"] for step, row in rows(whole).items()}
-        assert Checkpoint(final(run)).manifest.skips == manifest.skips
+        assert CheckpointReader(final(run)).manifest.skips == manifest.skips
         assert_same_state(final(run), final(whole))
 
 
@@ -107,7 +109,7 @@ def test_by_default_the_run_stops_as_it_was_before_and_goes_on_as_it_is_told(poo
     for _ in range(2):
         with pytest.raises(TrainingError, match=words):
             pools(2).run(rank_tasks.work_on_spoilt_data, run=str(run.path), spoilt=[SPOILT], changes=stop)
-        assert Checkpoint(final(run)).manifest.step == SPOILT
+        assert CheckpointReader(final(run)).manifest.step == SPOILT
     for each in (run, whole):
         pools(2).run(rank_tasks.work_on_spoilt_data, run=str(each.path), spoilt=[SPOILT], changes=changes())
     assert_same_state(final(run), final(whole))
@@ -117,7 +119,7 @@ def test_a_loss_that_stays_high_is_no_spike_for_ever(pools: Pools, prepared: Fre
     run = prepared("shifts")
     longer = changes(train={"steps": STEPS + 40})
     spoilt = list(range(SPOILT, STEPS + 40))
-    with pytest.raises(TrainingError, match=f"after {MOST_IN_A_ROW} updates in a row that were left out"):
+    with pytest.raises(TrainingError, match=f"after {MAX_CONSECUTIVE_SKIPS} updates in a row that were left out"):
         pools(2).run(rank_tasks.work_on_spoilt_data, run=str(run.path), spoilt=spoilt, changes=longer)
-    manifest = Checkpoint(final(run)).manifest
-    assert (manifest.step, manifest.updates) == (SPOILT + MOST_IN_A_ROW, SPOILT)
+    manifest = CheckpointReader(final(run)).manifest
+    assert (manifest.step, manifest.update_count) == (SPOILT + MAX_CONSECUTIVE_SKIPS, SPOILT)

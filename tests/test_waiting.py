@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 import rank_tasks
-from llm_training_toolkit.checkpoint import newest
-from llm_training_toolkit.data.prepare.dataset_info import Receipt
+from llm_training_toolkit.checkpoint import find_latest_checkpoint
+from llm_training_toolkit.data.prepare.dataset_info import DatasetInfo
 from llm_training_toolkit.errors import DataError
-from llm_training_toolkit.runs.directory import RunDirectory, checkpoint_place
+from llm_training_toolkit.runs.directory import RunDirectory, parse_checkpoint_name
 from rank_pool import RankPool
 from test_elastic import assert_same_state, final, losses
 
@@ -36,13 +36,13 @@ def views(fresh_run: Fresh) -> list[RunDirectory]:
         (stream,) = receipt.streams
         assert REACHED * 11 <= stream.epochs[0].sequences < (REACHED + 1) * 11
         begun = replace(receipt, streams=(replace(stream, epochs=stream.epochs[:1]),))
-        view.receipt.write_text(begun.to_json())
-        view.preparation.write_text(json.dumps({"state": "working", "why": ""}))
+        view.dataset_info_path.write_text(begun.to_json())
+        view.preparation_state_path.write_text(json.dumps({"state": "working", "why": ""}))
     return [first, second]
 
 
-def whole(run: RunDirectory) -> Receipt:
-    return Receipt.from_json(run.receipt.read_text())
+def whole(run: RunDirectory) -> DatasetInfo:
+    return DatasetInfo.from_json(run.dataset_info_path.read_text())
 
 
 def test_ranks_go_on_when_the_last_of_them_sees_the_data(
@@ -50,7 +50,7 @@ def test_ranks_go_on_when_the_last_of_them_sees_the_data(
 ) -> None:
     undisturbed = fresh_run("undisturbed")
     pools(2).run(rank_tasks.work_on, run=str(undisturbed.path))
-    complete = prepared_run.receipt.read_text()
+    complete = prepared_run.dataset_info_path.read_text()
     answers = pools(2).run(
         rank_tasks.wait_on,
         runs=[str(view.path) for view in views],
@@ -65,13 +65,13 @@ def test_a_stop_while_ranks_wait_is_heard_by_all(
     pools: Pools, prepared_run: RunDirectory, views: list[RunDirectory]
 ) -> None:
     runs = [str(view.path) for view in views]
-    complete = prepared_run.receipt.read_text()
+    complete = prepared_run.dataset_info_path.read_text()
     stopped = pools(2).run(rank_tasks.wait_on, runs=runs, comes={"receipt.json": {0: complete}}, stop_at=2)
     assert [(answer["status"], answer["step"]) for answer in stopped] == [("stopped", REACHED)] * 2
-    saved = newest(views[0].checkpoints)
+    saved = find_latest_checkpoint(views[0].checkpoints_dir)
     assert saved is not None
-    assert checkpoint_place(saved) == (REACHED, 1)
-    views[1].receipt.write_text(complete)
+    assert parse_checkpoint_name(saved) == (REACHED, 1)
+    views[1].dataset_info_path.write_text(complete)
     resumed = pools(2).run(rank_tasks.wait_on, runs=runs, comes={})
     assert [(answer["status"], answer["step"]) for answer in resumed] == [("finished", 9)] * 2
 
@@ -84,4 +84,4 @@ def test_data_that_one_rank_learns_will_never_come_ends_all(pools: Pools, views:
         )
     assert pools(2).alive  # both ranks raised it: no rank was left waiting for the other
     assert max(losses(views[0])) == REACHED
-    assert "later epochs could not be prepared" in Path(views[0].attempts, "0001.json").read_text()
+    assert "later epochs could not be prepared" in Path(views[0].attempts_dir, "0001.json").read_text()

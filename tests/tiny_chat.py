@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import transformers
 
-from llm_training_toolkit.data.chat.parse import conversation_of
+from llm_training_toolkit.data.chat.parse import parse_conversation
 from llm_training_toolkit.data.chat.render import ChatRules, render_chat
 from llm_training_toolkit.data.chat.template import ChatTemplate
 from llm_training_toolkit.data.sources import Document
-from llm_training_toolkit.data.tokenizer import Markers, TextEncoder, open_tokenizer, train_tokenizer
-from llm_training_toolkit.data.types import Rendered
+from llm_training_toolkit.data.tokenizer import TextEncoder, TokenizationSpec, open_tokenizer, train_tokenizer
+from llm_training_toolkit.data.types import RenderedDocument
 from llm_training_toolkit.families import FAMILIES
 
 TAGS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>")
@@ -63,16 +63,18 @@ class Chat:
         chosen = FAMILIES[family]
         tokens = chosen.special_tokens
         tokens = replace(tokens, all=tokens.all + (TAGS if family == "qwen3" else ()))
-        train_tokenizer(_TEXTS, len(tokens.all) + 300, replace(Markers.of(chosen), tokens=tokens), path)
+        train_tokenizer(
+            _TEXTS, len(tokens.all) + 300, replace(TokenizationSpec.from_family(chosen), tokens=tokens), path
+        )
         self.path, self.source = path, source or chosen.chat_template
         (path / "chat_template.jinja").write_text(self.source, encoding="utf-8")
         self.encoder: TextEncoder = open_tokenizer(str(path))
-        self.template = ChatTemplate.open(path, "")
-        self.end = self.encoder.id_of(tokens.end_of_text)
+        self.template = ChatTemplate.from_tokenizer(path, "")
+        self.end = self.encoder.get_special_token_id(tokens.end_of_text)
         self.theirs = transformers.AutoTokenizer.from_pretrained(path)
 
-    def render(self, record: Any, name: str = "chats.jsonl:3", **rules: Any) -> Rendered:
-        document = Document(0, name, conversation_of(record).to_text())
+    def render(self, record: Any, name: str = "chats.jsonl:3", **rules: Any) -> RenderedDocument:
+        document = Document(0, name, parse_conversation(record).to_text())
         chosen = ChatRules(**{"sequence_length": 10_000, "end_of_text": self.end, **rules})
         return render_chat([(7, document)], chosen, self.encoder, self.template)[0]
 

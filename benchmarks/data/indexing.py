@@ -22,9 +22,9 @@ import numpy as np
 import pyarrow as pa
 
 from lengths import LENGTH, Integers, chunks_of, lengths_of
-from llm_training_toolkit.config.schema import Data
-from llm_training_toolkit.data.prepare.arrow_store import Examples, join_examples, write_columns
-from llm_training_toolkit.data.prepare.document_index import Survey, take
+from llm_training_toolkit.config.schema import DataConfig
+from llm_training_toolkit.data.prepare.arrow_store import ExampleStore, join_examples, write_columns
+from llm_training_toolkit.data.prepare.document_index import DocumentIndex, build_document_index
 from llm_training_toolkit.data.prepare.packing import PackingPlan, pack_in_windows
 
 BATCH_TOKENS = 1 << 20
@@ -42,10 +42,10 @@ def survey(documents: int, folder: Path) -> None:
     """Read, hash and compare them."""
     place = folder / "documents"
     source = {"path": str(folder / "documents.jsonl"), "format": "text"}
-    data = Data.model_validate({"sequence_length": LENGTH, "sources": [source], "eval": {"fraction": 0.01}})
+    data = DataConfig.model_validate({"sequence_length": LENGTH, "sources": [source], "eval": {"fraction": 0.01}})
     place.mkdir()
-    take(data, place, lambda _done: None)
-    assert len(Survey.read(place).sources) == documents
+    build_document_index(data, place, lambda _done: None)
+    assert len(DocumentIndex.read(place).sources) == documents
 
 
 def index(documents: int, folder: Path) -> None:
@@ -76,7 +76,7 @@ def write_shard(directory: Path, document: Integers, chunks: Integers) -> None:
 
 def packed(folder: Path) -> None:
     """The plan of that index."""
-    examples = Examples(folder / "tokens")
+    examples = ExampleStore(folder / "tokens")
     (folder / "plan").mkdir()
     plan = pack_in_windows(examples.batch, examples.length, LENGTH, targets=examples.targets)
     plan.write(folder / "plan")
@@ -98,7 +98,7 @@ def main() -> None:
         found = {"documents": documents, "survey": seconds(survey, documents, folder)}
         found |= {"index": seconds(index, documents, folder), "pack": seconds(packed, folder)}
         found["peak_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-        plan, lengths = PackingPlan.read(folder / "plan"), Examples(folder / "tokens").length
+        plan, lengths = PackingPlan.read(folder / "plan"), ExampleStore(folder / "tokens").length
         times = np.bincount(plan.order, minlength=len(lengths))
         tokens = int((lengths * times).sum())
     found |= {"tokens": tokens, "lost": int(lengths[times == 0].sum()), "doubled": int((times > 1).sum())}

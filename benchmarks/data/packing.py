@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from lengths import LENGTH, Integers, Pieces, chunks_of, lengths_of, report
-from llm_training_toolkit.data.prepare.packing import PackingPlan, pack
+from llm_training_toolkit.data.prepare.packing import PackingPlan, pack_examples
 
 
 def packed(lengths: Integers) -> tuple[float, Integers, Integers, PackingPlan]:
@@ -21,7 +21,7 @@ def packed(lengths: Integers) -> tuple[float, Integers, Integers, PackingPlan]:
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
         document, chunks = chunks_of(lengths)
-        plan = pack(chunks, LENGTH, targets=chunks - 1)
+        plan = pack_examples(chunks, LENGTH, targets=chunks - 1)
         plan.write(Path(folder))
         return time.perf_counter() - start, document, chunks, plan
 

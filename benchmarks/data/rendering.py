@@ -19,20 +19,21 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from llm_training_toolkit.config.schema import Source
+from llm_training_toolkit.config.schema import SourceConfig
 from llm_training_toolkit.data.prepare.arrow_store import SourceExample, write_examples
-from llm_training_toolkit.data.prepare.renderer import Renderer
-from llm_training_toolkit.data.sources import Document, documents
-from llm_training_toolkit.data.tokenizer import Markers, open_tokenizer, train_tokenizer
-from llm_training_toolkit.families import find
+from llm_training_toolkit.data.prepare.renderer import DocumentRenderer
+from llm_training_toolkit.data.sources import Document, read_source_documents
+from llm_training_toolkit.data.tokenizer import TokenizationSpec, open_tokenizer, train_tokenizer
+from llm_training_toolkit.families import find_size
 
-MARKERS = Markers.of(find("qwen2.5-coder-0.5b").family)
+MARKERS = TokenizationSpec.from_family(find_size("qwen2.5-coder-0.5b").family)
 VOCABULARY = 8192
 LENGTH = 2048
 BATCH = 256
 """Documents at a time, as `ltt prepare` takes them."""
 SOURCES = [
-    Source.model_validate({"path": "python:stdlib", "format": "code", "fim": fim}) for fim in (None, {"rate": 0.5})
+    SourceConfig.model_validate({"path": "python:stdlib", "format": "code", "fim": fim})
+    for fim in (None, {"rate": 0.5})
 ]
 Numbered = list[tuple[int, Document]]
 
@@ -51,11 +52,13 @@ def encode(bare: Any, read: Numbered) -> int:
     return found
 
 
-def render(renderer: Renderer, source: int, read: Numbered, target: Path) -> None:
+def render(renderer: DocumentRenderer, source: int, read: Numbered, target: Path) -> None:
     """Render by the rules of a source, and write."""
     target.mkdir()
     rendered = (
-        each for batch in batches(read) for each in renderer.render(source, batch, seed=0, epoch=0, plain=False)
+        each
+        for batch in batches(read)
+        for each in renderer.render_documents(source, batch, seed=0, epoch=0, plain=False)
     )
     write_examples(target, (SourceExample(source, example) for each in rendered for example in each.examples))
 
@@ -69,11 +72,11 @@ def seconds(work: Callable[..., object], *given: object) -> float:
 
 def main() -> None:
     """Measure and print."""
-    read = list(enumerate(documents(SOURCES[0], 0)))
+    read = list(enumerate(read_source_documents(SOURCES[0], 0)))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         train_tokenizer((document.text for _, document in read), VOCABULARY, MARKERS, folder)
-        renderer = Renderer(SOURCES, MARKERS, open_tokenizer(name), folder, LENGTH)
+        renderer = DocumentRenderer(SOURCES, MARKERS, open_tokenizer(name), folder, LENGTH)
         bare = Tokenizer.from_file(str(folder / "tokenizer.json"))
         tokens = encode(bare, read)
         for source in range(len(SOURCES)):  # what is loaded once does not count

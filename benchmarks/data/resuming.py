@@ -24,9 +24,9 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset, IterableDataset
 
-from llm_training_toolkit.data.dataloader import Feed
-from llm_training_toolkit.data.prepare.arrow_store import Examples, SourceExample, join_examples, write_examples
-from llm_training_toolkit.data.prepare.dataset_info import EpochReceipt, Receipt, StreamReceipt
+from llm_training_toolkit.data.dataloader import DataLoader
+from llm_training_toolkit.data.prepare.arrow_store import ExampleStore, SourceExample, join_examples, write_examples
+from llm_training_toolkit.data.prepare.dataset_info import DatasetInfo, EpochInfo, StreamInfo
 from llm_training_toolkit.data.prepare.packing import pack_in_windows
 from llm_training_toolkit.data.types import Example
 
@@ -64,7 +64,7 @@ def moved(file: Path, to: Path) -> None:
     file.replace(to)
 
 
-def prepared(tokens: NDArray[np.uint32], folder: Path) -> Receipt:
+def prepared(tokens: NDArray[np.uint32], folder: Path) -> DatasetInfo:
     """The sequences as `ltt prepare` leaves them, each an example of its own."""
     loss = np.ones(LENGTH, dtype=np.bool_)
     for name in ("part", "tokens", "plan", "tokenizer"):
@@ -72,10 +72,10 @@ def prepared(tokens: NDArray[np.uint32], folder: Path) -> Receipt:
     write_examples(folder / "part", (SourceExample(0, Example(row, loss, i)) for i, row in enumerate(tokens)))
     join_examples([folder / "part"], folder / "tokens", moved)
     shutil.rmtree(folder / "part")
-    examples = Examples(folder / "tokens")
+    examples = ExampleStore(folder / "tokens")
     plan = pack_in_windows(examples.batch, examples.length, LENGTH, targets=examples.targets)
     plan.write(folder / "plan")
-    return Receipt(
+    return DatasetInfo(
         fingerprint="",
         directory=str(folder),
         tokenizer_path=str(folder / "tokenizer"),
@@ -84,7 +84,7 @@ def prepared(tokens: NDArray[np.uint32], folder: Path) -> Receipt:
         sequence_length=LENGTH,
         seed=0,
         sources=(),
-        streams=(StreamReceipt(1, (EpochReceipt("tokens", "plan", len(plan), filled=tokens.size, lost=0),)),),
+        streams=(StreamInfo(1, (EpochInfo("tokens", "plan", len(plan), filled=tokens.size, lost=0),)),),
         held_out="tokens",
         held_out_plan="plan",
         eval_sequences=len(plan),
@@ -96,8 +96,8 @@ def prepared(tokens: NDArray[np.uint32], folder: Path) -> Receipt:
 def by_toolkit(receipt: str, sequence: int) -> float:
     """Seconds until the toolkit's first batch."""
     start = time.perf_counter()
-    feed = Feed(Receipt.from_json(receipt), global_batch=BATCH, epochs=None)
-    [batch] = feed.batch(sequence // BATCH, range(BATCH), BATCH, 1)
+    feed = DataLoader(DatasetInfo.from_json(receipt), global_batch=BATCH, epochs=None)
+    [batch] = feed.get_micro_batches(sequence // BATCH, range(BATCH), BATCH, 1)
     assert batch.input_ids.shape == (BATCH, LENGTH)
     return time.perf_counter() - start
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from llm_training_toolkit.engine import partitioned, prepare_process
-from llm_training_toolkit.models import build_model, check_weights
+from llm_training_toolkit.engine import prepare_deepspeed, zero3_init
+from llm_training_toolkit.models import build_model, check_pretrained_weights
 
 PATH, STAGE = sys.argv[1], int(sys.argv[2])
 SECONDS = 0.002
@@ -45,9 +45,9 @@ def main() -> None:
     """Load, and print the most and the rest of every rank on rank 0."""
     config = json.loads((Path(PATH) / "config.json").read_text())
     torch.set_num_threads(1)
-    prepare_process("cpu")
+    prepare_deepspeed("cpu")
     dist.init_process_group("gloo")
-    check_weights(PATH, config["model_type"])  # what it imports is no part of what is loaded
+    check_pretrained_weights(PATH, config["model_type"])  # what it imports is no part of what is loaded
     watch = Watch()
     watch.start()
     deepspeed = {
@@ -55,7 +55,7 @@ def main() -> None:
         "train_micro_batch_size_per_gpu": 1,
         "bf16": {"enabled": True},
     }
-    with partitioned(deepspeed):
+    with zero3_init(deepspeed):
         model = build_model(config, precision="bf16", attention="sdpa", path=PATH)
     if STAGE < 3:
         for parameter in model.parameters():

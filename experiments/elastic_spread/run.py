@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import psutil
 
-from llm_training_toolkit.data.sample_log import read_ledger
+from llm_training_toolkit.data.sample_log import read_sample_log
 from llm_training_toolkit.runs.directory import RunDirectory
 
 HERE = Path(__file__).parent
@@ -78,7 +78,7 @@ def kill(torchrun: subprocess.Popen[bytes]) -> None:
 def wait_for(run: RunDirectory, step: int, process: subprocess.Popen[bytes]) -> None:
     """Wait until the checkpoint of a step is whole."""
     end = time.monotonic() + LIMIT
-    while not any(run.checkpoints.glob(f"step_{step:09d}_*/manifest.json")):
+    while not any(run.checkpoints_dir.glob(f"step_{step:09d}_*/manifest.json")):
         if process.poll() is not None or time.monotonic() > end:
             raise SystemExit(f"{run.path}: no checkpoint of step {step} (exit code {process.poll()})")
         time.sleep(0.02)
@@ -98,11 +98,11 @@ def trained(name: str, plan: Plan, directory: Path) -> dict[str, Any]:
         finally:
             if process.poll() is None:
                 kill(process)
-    rows = [json.loads(line) for line in run.metrics.read_text().splitlines() if line.endswith("}")]
+    rows = [json.loads(line) for line in run.metrics_path.read_text().splitlines() if line.endswith("}")]
     steps = {row["step"]: row for row in rows if "train/loss" in row}
     fetched: dict[int, list[Any]] = {step: [] for step in steps}
     for attempt in range(1, 1 + len(plan.stretches)):
-        for step, sequences in read_ledger(run.ledger, attempt):
+        for step, sequences in read_sample_log(run.sample_log_dir, attempt):
             if step in steps and steps[step]["attempt"] == attempt:
                 fetched[step] += sequences
     return {

@@ -80,21 +80,21 @@ def held_out_losses(run: Path) -> list[float]:
 
 def answers(run: Path, file: Path) -> dict[str, Any]:
     """How held-out questions are answered, beside the docstring that was wanted and that of another function."""
-    from llm_training_toolkit.evaluation.infill import edit_similarity
-    from llm_training_toolkit.generation.generator import Generator, Writing
+    from llm_training_toolkit.evaluation.infill import compute_edit_similarity
+    from llm_training_toolkit.generation.generator import SamplingParams, TextGenerator
 
     asked = [json.loads(line) for line in file.read_text().splitlines()]
     asked = sorted(asked, key=lambda pair: hashlib.sha256(pair["prompt"].encode()).hexdigest())[:ASKED]
-    generator = Generator.open(run / "export")
-    written = [generator.dialogue().ask(pair["prompt"], Writing(tokens=40)) for pair in asked]
+    generator = TextGenerator.from_directory(run / "export")
+    written = [generator.start_chat().send_message(pair["prompt"], SamplingParams(max_new_tokens=40)) for pair in asked]
     wanted = [pair["completion"] for pair in asked]
     given = [each.text for each in written]
     return {
         "asked": len(asked),
         "ended": fmean(each.ended for each in written),
         "exact": fmean(a == b for a, b in zip(wanted, given, strict=True)),
-        "similarity": fmean(map(edit_similarity, wanted, given)),
-        "similarity_to_another": fmean(map(edit_similarity, [*wanted[1:], wanted[0]], given)),
+        "similarity": fmean(map(compute_edit_similarity, wanted, given)),
+        "similarity_to_another": fmean(map(compute_edit_similarity, [*wanted[1:], wanted[0]], given)),
         "different_answers": len(set(given)),
         "examples": [
             {"asked": pair["prompt"], "wanted": pair["completion"], "answered": text}

@@ -65,15 +65,15 @@ def measure(run: Path, kind: str) -> dict[str, Any]:
     kept = run / "measured.json"
     if kept.is_file():
         return dict(json.loads(kept.read_text()))
-    from llm_training_toolkit.evaluation.model import Subject
-    from llm_training_toolkit.evaluation.run_tasks import measure as carry_out
-    from llm_training_toolkit.evaluation.task import Infill, Perplexity
+    from llm_training_toolkit.evaluation.model import EvalModel
+    from llm_training_toolkit.evaluation.run_tasks import run_task as carry_out
+    from llm_training_toolkit.evaluation.task import InfillTask, PerplexityTask
 
-    subject = Subject(run, device="cpu")
-    found: dict[str, Any] = {"next token": dict(carry_out(Perplexity(batch=16), subject, _silent).figures)}
+    subject = EvalModel(run, device="cpu")
+    found: dict[str, Any] = {"next token": dict(carry_out(PerplexityTask(batch=16), subject, _silent).figures)}
     for name, view in VIEWS.items():
         if view.run == kind:
-            tasks = [Infill(given=view.given, seed=seed, batch=32, tokens=48) for seed in range(GAPS)]
+            tasks = [InfillTask(given=view.given, seed=seed, batch=32, tokens=48) for seed in range(GAPS)]
             found[name] = _mean([carry_out(task, subject, _silent).figures for task in tasks])
     print(run.name, json.dumps(found), flush=True)
     kept.write_text(json.dumps(found))

@@ -26,10 +26,10 @@ from typing import Any
 
 import psutil
 
-from llm_training_toolkit.runs.attempts import attempt_record
+from llm_training_toolkit.runs.attempts import read_attempt_record
 from llm_training_toolkit.runs.directory import RunDirectory
-from llm_training_toolkit.search.event_log import Ledger, SearchDirectory
-from llm_training_toolkit.search.results import best
+from llm_training_toolkit.search.event_log import EventLog, SearchDirectory
+from llm_training_toolkit.search.results import find_best_trial
 
 HERE = Path(__file__).parent
 RESULT = HERE / "result.json"
@@ -90,14 +90,14 @@ def _signals(*numbers: int) -> Disturb:
 
 def _fill_disk(_cluster: Cluster, _process: subprocess.Popen[str], found: SearchDirectory) -> None:
     """Every further write to the ledger fails as on a full disk."""
-    found.ledger.rename(found.ledger.with_suffix(".kept"))
-    found.ledger.symlink_to("/dev/full")
+    found.event_log_path.rename(found.event_log_path.with_suffix(".kept"))
+    found.event_log_path.symlink_to("/dev/full")
 
 
 def _free_disk(found: SearchDirectory) -> None:
-    kept = found.ledger.with_suffix(".kept")
+    kept = found.event_log_path.with_suffix(".kept")
     if kept.exists():
-        kept.replace(found.ledger)
+        kept.replace(found.event_log_path)
 
 
 def _kill_head(cluster: Cluster, _process: subprocess.Popen[str], _found: SearchDirectory) -> None:
@@ -106,14 +106,14 @@ def _kill_head(cluster: Cluster, _process: subprocess.Popen[str], _found: Search
 
 def _kill_trial(_cluster: Cluster, process: subprocess.Popen[str], found: SearchDirectory) -> None:
     """The workers of the newest trial, as often as it is tried again."""
-    number = max(Ledger(found.ledger).trials)
+    number = max(EventLog(found.event_log_path).trials)
     seen = 0
-    while process.poll() is None and Ledger(found.ledger).trials[number].state == "begun":
-        for attempt in sorted(found.trial(number).attempts.glob("*.json")):
+    while process.poll() is None and EventLog(found.event_log_path).trials[number].state == "begun":
+        for attempt in sorted(found.get_trial_run(number).attempts_dir.glob("*.json")):
             if int(attempt.stem) > seen:
                 seen = int(attempt.stem)
                 with suppress(ProcessLookupError):
-                    os.kill(attempt_record(found.trial(number), seen)["pid"], signal.SIGKILL)
+                    os.kill(read_attempt_record(found.get_trial_run(number), seen)["pid"], signal.SIGKILL)
         time.sleep(0.1)
 
 
@@ -147,7 +147,9 @@ def _search(command: list[str], cluster: Cluster, disturb: Disturb, found: Searc
     pipe = subprocess.PIPE
     with subprocess.Popen(command, env=cluster.environment(), stdout=pipe, stderr=subprocess.STDOUT, text=True) as work:
         try:
-            while work.poll() is None and not (found.ledger.is_file() and Ledger(found.ledger).passed):
+            while work.poll() is None and not (
+                found.event_log_path.is_file() and EventLog(found.event_log_path).passed_rungs
+            ):
                 time.sleep(0.1)
             at = time.monotonic()
             disturb(cluster, work, found)
@@ -172,7 +174,9 @@ def _left(cluster: Cluster, found: SearchDirectory) -> dict[str, Any]:
     """What is left once Ray has had time to take it back, and how long that took."""
     began = time.monotonic()
     while True:
-        pids = {pid for number in Ledger(found.ledger).trials for pid in _processes(found.trial(number))}
+        pids = {
+            pid for number in EventLog(found.event_log_path).trials for pid in _processes(found.get_trial_run(number))
+        }
         left = {"processes": sum(map(psutil.pid_exists, pids))} | _left_in(cluster)
         seconds = time.monotonic() - began
         if not any(left.values()) or seconds > GONE_WITHIN:
@@ -188,13 +192,17 @@ def _left_in(cluster: Cluster) -> dict[str, float]:
 
 
 def _processes(run: RunDirectory) -> list[int]:
-    return [pid for record in run.attempts.glob("*.json") for pid in json.loads(record.read_text())["processes"]]
+    return [pid for record in run.attempts_dir.glob("*.json") for pid in json.loads(record.read_text())["processes"]]
 
 
 def _ended(found: SearchDirectory) -> dict[int, str]:
     """What the trials that have ended have written down."""
-    trials = Ledger(found.ledger).trials.values()
-    return {trial.number: found.trial(trial.number).metrics.read_text() for trial in trials if trial.state != "begun"}
+    trials = EventLog(found.event_log_path).trials.values()
+    return {
+        trial.number: found.get_trial_run(trial.number).metrics_path.read_text()
+        for trial in trials
+        if trial.state != "begun"
+    }
 
 
 def measure(runs: Path) -> dict[str, Any]:
@@ -215,10 +223,10 @@ def measure(runs: Path) -> dict[str, Any]:
             again = _search(command, cluster, _nothing, found)
             again["left"] = _left(cluster, found)
             again["repeated"] = sum(_ended(found)[number] != rows for number, rows in before.items())
-            ledger = Ledger(found.ledger)
-            winner = best(ledger, "min")
+            ledger = EventLog(found.event_log_path)
+            winner = find_best_trial(ledger, "min")
             states = [trial.state for trial in ledger.trials.values()]
-            value = winner.last.value if winner and winner.last else None
+            value = winner.last_rung.value if winner and winner.last_rung else None
             endings[words] = {
                 "first": first,
                 "again": again,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from llm_training_toolkit.config import parse
+from llm_training_toolkit.config import parse_config
 from llm_training_toolkit.plan import make_plan
 
 Values = dict[str, Any]
@@ -93,11 +93,11 @@ class Bench:
         return self._config(name, sections, {"model": {"shape": shape}, "train": train})
 
     def _fits(self, layers: int) -> bool:
-        plan = make_plan(parse(self._large("fits", {}, layers, 1), "gpu smoke"))
+        plan = make_plan(parse_config(self._large("fits", {}, layers, 1), "gpu smoke"))
         return 1e9 * sum(plan.memory_gb_per_device.values()) <= _FILL * self.free_bytes
 
     def _steps(self, config: Values) -> int:
-        plan = make_plan(parse(config, "gpu smoke"))
+        plan = make_plan(parse_config(config, "gpu smoke"))
         step = plan.flops_per_token * plan.tokens_per_step / (0.3 * self.matmul_flops)
         return max(WARM_UP + 4, min(16, round(_LARGE_SECONDS / step)))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass, field
 
-from llm_training_toolkit.config import parse
+from llm_training_toolkit.config import parse_config
 from llm_training_toolkit.plan import make_plan
 from smoke.bench import Bench
 from smoke.runner import Skipped, Task, Values
@@ -106,7 +106,7 @@ def _add_ray(order: Order, bench: Bench, packages: Values, times: Times) -> None
 
 def _no_room(bench: Bench, config: Values) -> Skipped | None:
     """Why the large run cannot be saved here: 12 bytes a parameter, weights and both moments in fp32."""
-    parameters = make_plan(parse(config, "gpu smoke")).parameters
+    parameters = make_plan(parse_config(config, "gpu smoke")).parameters
     wanted, free = 12 * parameters + _MARGIN, shutil.disk_usage(bench.work).free
     if wanted <= free:
         return None

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llm_training_toolkit.config import Config, parse
-from llm_training_toolkit.engine import whole_parameter
-from llm_training_toolkit.models import LossModule, build_model, initialize
+from llm_training_toolkit.config import Config, parse_config
+from llm_training_toolkit.engine import gathered_parameter
+from llm_training_toolkit.models import LossModule, build_model, initialize_weights
 from llm_training_toolkit.plan import make_plan
 from smoke.task import Values, run
 
@@ -26,7 +26,7 @@ _CHANGED, _ALONE = 0, 1
 
 def attention(arguments: Values) -> Values:
     """What `compare` finds for one kind of attention, by precision."""
-    config, device = parse(arguments["config"], "gpu smoke"), torch.device(arguments["device"])
+    config, device = parse_config(arguments["config"], "gpu smoke"), torch.device(arguments["device"])
     kind = arguments["attention"]
     return {precision: compare(config, kind, precision, device) for precision in arguments["precisions"]}
 
@@ -71,7 +71,7 @@ def _model(config: Config, kind: str, precision: str, device: torch.device) -> L
     """The same weights every time; wider than usual, so that attention looks at some tokens more than at others."""
     hf_config = dict(make_plan(config).hf_config) | {"initializer_range": 0.05}
     model = build_model(hf_config, precision=precision, attention=kind)
-    initialize(model, config.run.seed, whole_parameter)
+    initialize_weights(model, config.run.seed, gathered_parameter)
     return LossModule(model, config.model.loss_chunk).to(device)
 
 
@@ -83,7 +83,7 @@ def _compute(model: LossModule, ids: Tensor, positions: Tensor) -> tuple[Tensor,
     embedding: Any = model.lm.get_input_embeddings()  # type: ignore[operator]
     gradient: Tensor = embedding.weight.grad
     with torch.no_grad():
-        logits = model.logits(ids, positions)
+        logits = model.compute_logits(ids, positions)
     return logits.float(), gradient.float()
 
 

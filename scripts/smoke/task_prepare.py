@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from llm_training_toolkit.config import parse
-from llm_training_toolkit.data.prepare.epochs import prepare_run
+from llm_training_toolkit.config import parse_config
+from llm_training_toolkit.data.prepare.epochs import prepare_run_data
 from smoke.task import Values, run
 
 
 def prepare(arguments: Values) -> Values:
     """Prepare the data of `config`, the run that needs most of it."""
-    receipt = prepare_run(parse(arguments["config"], "gpu smoke"), lambda _stage, _done, _total: None).receipt
-    return {"sequences": receipt.sequences, "documents": sum(source.documents for source in receipt.sources)}
+    receipt = prepare_run_data(
+        parse_config(arguments["config"], "gpu smoke"), lambda _stage, _done, _total: None
+    ).dataset_info
+    return {"sequences": receipt.total_sequences, "documents": sum(source.documents for source in receipt.sources)}
 
 
 if __name__ == "__main__":

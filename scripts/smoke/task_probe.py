@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from llm_training_toolkit.runs.directory import environment
+from llm_training_toolkit.runs.directory import collect_environment
 from smoke.task import Values, run
 
 _SIDE = {"cuda": 8192, "cpu": 512}
@@ -32,7 +32,11 @@ def probe(arguments: Values) -> Values:
         "gpu_count": torch.cuda.device_count() if found else 0,
         "gpu": None,
         "packages": {
-            **{name: found_version for name, found_version in environment()["versions"].items() if name != "torch"},
+            **{
+                name: found_version
+                for name, found_version in collect_environment()["versions"].items()
+                if name != "torch"
+            },
             "ray": _version("ray"),
             "flash_attn": _version("flash_attn"),
         },

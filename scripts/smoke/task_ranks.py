@@ -11,14 +11,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from llm_training_toolkit.config import Config, parse
+from llm_training_toolkit.config import Config, parse_config
 from llm_training_toolkit.data.dataset import MicroBatch
 from llm_training_toolkit.distributed.context import RunContext
-from llm_training_toolkit.engine import Engine, prepare_process
-from llm_training_toolkit.launch.torchrun import process_group
+from llm_training_toolkit.engine import Engine, prepare_deepspeed
+from llm_training_toolkit.launch.torchrun import open_process_group
 from llm_training_toolkit.models import LossModule, build_model
-from llm_training_toolkit.plan import make_plan, require
-from llm_training_toolkit.worker.spec import ranks_started
+from llm_training_toolkit.plan import check_plan, make_plan
+from llm_training_toolkit.worker.spec import get_torchrun_world_size
 from smoke.task import Values, run
 
 _BYTES = {"cuda": 256 * 2**20, "cpu": 2**20}
@@ -28,12 +28,12 @@ _TOKENS = 64
 
 def ranks(arguments: Values) -> Values:
     """Build the engine of `config` on this rank, take a step, sum a tensor over all ranks."""
-    config = parse(arguments["config"], "gpu smoke")
-    with process_group(config.cluster.gpus_per_worker) as device:
-        world_size = ranks_started()
+    config = parse_config(arguments["config"], "gpu smoke")
+    with open_process_group(config.cluster.gpus_per_worker) as device:
+        world_size = get_torchrun_world_size()
         context = RunContext(dist.get_rank(), world_size, device)
-        prepare_process(device.type)
-        binding = context.gather(_binding(config, context))
+        prepare_deepspeed(device.type)
+        binding = context.all_gather_object(_binding(config, context))
         sums = {str(dtype): _sum(context, dtype) for dtype in (torch.float32, torch.bfloat16)}
         return {
             "backend": dist.get_backend(),
@@ -47,15 +47,15 @@ def ranks(arguments: Values) -> Values:
 
 def _binding(config: Config, context: RunContext) -> Values:
     """Which device this rank was given, which one torch takes unasked, and where everything of the engine lies."""
-    plan = require(make_plan(config, replicas=context.world_size))
+    plan = check_plan(make_plan(config, replicas=context.world_size))
     model = build_model(plan.hf_config, precision=plan.precision, attention=config.model.attention)
     module = LossModule(model, config.model.loss_chunk)
     engine = Engine(module, config.optim, plan.deepspeed, context.device)
     ids = torch.arange(_TOKENS)[None] % 100
-    engine.accumulate([MicroBatch(ids, torch.arange(_TOKENS)[None], ids)], _TOKENS * context.world_size)
-    engine.step(1e-3)
+    engine.forward_backward([MicroBatch(ids, torch.arange(_TOKENS)[None], ids)], _TOKENS * context.world_size)
+    engine.optim_step(1e-3)
     tensors = [parameter.data for parameter in module.parameters()]
-    for piece in engine.fragments():
+    for piece in engine.local_fragments():
         tensors += [piece.flat, *engine.optimizer.state[piece.flat].values()]
     found = {
         "rank": context.rank,

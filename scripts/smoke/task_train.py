@@ -13,16 +13,16 @@ from typing import Any
 
 import torch
 
-from llm_training_toolkit.checkpoint import Checkpoint, newest
-from llm_training_toolkit.config import Config, parse
-from llm_training_toolkit.data.prepare.epochs import facts_of, prepare_run
+from llm_training_toolkit.checkpoint import CheckpointReader, find_latest_checkpoint
+from llm_training_toolkit.config import Config, parse_config
+from llm_training_toolkit.data.prepare.epochs import build_data_facts, prepare_run_data
 from llm_training_toolkit.launch import backend
 from llm_training_toolkit.monitoring.console import Console
-from llm_training_toolkit.plan import make_plan, require
-from llm_training_toolkit.runs.attempts import attempt_record, last_attempt
-from llm_training_toolkit.runs.directory import RunDirectory, claim
-from llm_training_toolkit.setup.run_files import write_down
-from llm_training_toolkit.worker.spec import is_first_rank, ranks_started
+from llm_training_toolkit.plan import check_plan, make_plan
+from llm_training_toolkit.runs.attempts import find_last_attempt, read_attempt_record
+from llm_training_toolkit.runs.directory import RunDirectory, lock_run_directory
+from llm_training_toolkit.setup.run_files import write_run_files
+from llm_training_toolkit.worker.spec import get_torchrun_world_size, is_first_rank
 from smoke.task import Values, run
 
 _SETTLED = 2
@@ -36,9 +36,9 @@ class Watch(Console):
         super().__init__()
         self._stop_after = stop_after
 
-    def show(self, event: Mapping[str, Any]) -> None:
+    def show_event(self, event: Mapping[str, Any]) -> None:
         """Look for the steps to act on; a stop asked for in one step takes place after the next."""
-        super().show(event)
+        super().show_event(event)
         if event["kind"] != "step":
             return
         if event["step"] == _SETTLED and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
@@ -52,35 +52,35 @@ def train(arguments: Values) -> Values:
 
     `discard` deletes its checkpoints when they have been measured.
     """
-    config = parse(arguments["config"], "gpu smoke")
+    config = parse_config(arguments["config"], "gpu smoke")
     place = RunDirectory(Path(config.run.dir) / config.run.name)
     watch = Watch(arguments.get("stop_after"))
     if not is_first_rank():
-        return backend.train(place, config, watch)
-    with claim(place):
+        return backend.launch_training(place, config, watch)
+    with lock_run_directory(place):
         _prepare(place, config)
-        outcome = backend.train(place, config, watch)
+        outcome = backend.launch_training(place, config, watch)
     watch.close()
     found = outcome | _measured(place, arguments["config"])
     if arguments.get("discard"):
-        shutil.rmtree(place.checkpoints)
+        shutil.rmtree(place.checkpoints_dir)
     return found
 
 
 def _prepare(place: RunDirectory, config: Config) -> None:
     """Write what the workers read."""
-    receipt = prepare_run(config, lambda _stage, _done, _total: None).receipt
-    replicas = ranks_started() if config.cluster.workers == 0 else None
-    write_down(place, config, require(make_plan(config, facts_of(receipt), replicas)), receipt)
+    receipt = prepare_run_data(config, lambda _stage, _done, _total: None).dataset_info
+    replicas = get_torchrun_world_size() if config.cluster.workers == 0 else None
+    write_run_files(place, config, check_plan(make_plan(config, build_data_facts(receipt), replicas)), receipt)
 
 
 def _measured(place: RunDirectory, config: Values) -> Values:
     """The numbers a run left in its directory."""
-    rows = [json.loads(line) for line in place.metrics.read_text().splitlines()]
+    rows = [json.loads(line) for line in place.metrics_path.read_text().splitlines()]
     steps = {row["step"]: row for row in rows if "train/loss" in row}
-    attempt = attempt_record(place, last_attempt(place))
+    attempt = read_attempt_record(place, find_last_attempt(place))
     micro_batch = attempt["micro_batch"]
-    settled = parse(config | {"train": config["train"] | {"micro_batch": micro_batch}}, "gpu smoke")
+    settled = parse_config(config | {"train": config["train"] | {"micro_batch": micro_batch}}, "gpu smoke")
     plan = make_plan(settled, replicas=attempt["workers"])
     return {
         "losses": [row["train/loss"] for _, row in sorted(steps.items())],
@@ -93,15 +93,15 @@ def _measured(place: RunDirectory, config: Values) -> Values:
         "parameters": plan.parameters,
         "flops_per_token": plan.flops_per_token,
         "micro_batch": micro_batch,
-        "attempts": last_attempt(place),
+        "attempts": find_last_attempt(place),
         "checkpoint": _checkpoint(place, rows),
     }
 
 
 def _checkpoint(place: RunDirectory, rows: list[Values]) -> Values:
-    directory = newest(place.checkpoints)
+    directory = find_latest_checkpoint(place.checkpoints_dir)
     assert directory is not None, "a run that ends or stops leaves a checkpoint"
-    files = Checkpoint(directory).manifest.files
+    files = CheckpointReader(directory).manifest.files
     seconds = [row["perf/checkpoint_seconds"] for row in rows if "perf/checkpoint_seconds" in row]
     return {
         "name": directory.name,

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llm_training_toolkit.checkpoint import Base, base_of, refuse_other_base, weight_files
+from llm_training_toolkit.checkpoint import BaseWeights, check_base_matches, find_weight_files, read_base_weights
 from llm_training_toolkit.distributed.context import RunContext
 from llm_training_toolkit.errors import CheckpointError
 
@@ -28,17 +28,19 @@ def weights(tmp_path: Path) -> Path:
 
 
 def test_the_weights_are_the_files_that_transformers_reads(weights: Path) -> None:
-    assert [file.name for file in weight_files(str(weights))] == [f"model-0000{n}-of-00002.safetensors" for n in (1, 2)]
+    assert [file.name for file in find_weight_files(str(weights))] == [
+        f"model-0000{n}-of-00002.safetensors" for n in (1, 2)
+    ]
     for file in weights.glob("model-*"):
         file.unlink()
-    assert [file.name for file in weight_files(str(weights))] == ["pytorch_model.bin"]
+    assert [file.name for file in find_weight_files(str(weights))] == ["pytorch_model.bin"]
 
 
 def test_a_base_survives_the_manifest_and_a_move(weights: Path, tmp_path: Path) -> None:
-    before = Base.from_json(json.loads(json.dumps(base_of(str(weights), ALONE).to_json())))
+    before = BaseWeights.from_json(json.loads(json.dumps(read_base_weights(str(weights), ALONE).to_json())))
     assert [entry.size for entry in before.files] == [100, 100]
     weights.rename(tmp_path / "elsewhere")
-    refuse_other_base(before, base_of(str(tmp_path / "elsewhere"), ALONE))
+    check_base_matches(before, read_base_weights(str(tmp_path / "elsewhere"), ALONE))
 
 
 @pytest.mark.parametrize(
@@ -50,11 +52,11 @@ def test_a_base_survives_the_manifest_and_a_move(weights: Path, tmp_path: Path) 
     ],
 )
 def test_another_base_is_refused_and_the_file_named(weights: Path, change: object, said: str) -> None:
-    before = base_of(str(weights), ALONE)
+    before = read_base_weights(str(weights), ALONE)
     assert callable(change)
     change(weights)
     with pytest.raises(CheckpointError, match=rf"not the weights .* were trained beside .* {said}"):
-        refuse_other_base(before, base_of(str(weights), ALONE))
+        check_base_matches(before, read_base_weights(str(weights), ALONE))
 
 
 @pytest.mark.parametrize(
@@ -63,9 +65,9 @@ def test_another_base_is_refused_and_the_file_named(weights: Path, change: objec
 )
 def test_weights_that_are_nowhere(path: str, said: str) -> None:
     with pytest.raises(CheckpointError, match=said):
-        weight_files(path)
+        find_weight_files(path)
 
 
 def test_a_directory_without_weights(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no weights there \(model\*\.safetensors"):
-        weight_files(str(tmp_path))
+        find_weight_files(str(tmp_path))

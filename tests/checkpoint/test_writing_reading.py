@@ -28,18 +28,18 @@ from torch import Tensor
 
 from checkpoints import save
 from llm_training_toolkit.checkpoint import (
-    Checkpoint,
+    AsyncWrite,
+    CheckpointReader,
     FileEntry,
     Manifest,
-    Writing,
-    complete,
-    finish,
-    memory_for,
-    newest,
-    set_aside,
+    allocate_host_buffer,
+    commit_checkpoint,
+    find_latest_checkpoint,
+    list_complete_checkpoints,
+    quarantine_checkpoint,
 )
 from llm_training_toolkit.checkpoint.manifest import read_manifest
-from llm_training_toolkit.checkpoint.writer import Describe
+from llm_training_toolkit.checkpoint.writer import ManifestBuilder
 from llm_training_toolkit.distributed.context import RunContext
 from llm_training_toolkit.errors import CheckpointError
 from llm_training_toolkit.runs.directory import RunDirectory
@@ -63,7 +63,7 @@ class Part:
     def count(self) -> int:
         return len(self.values["weights"])
 
-    def tensors(self, optimizer: torch.optim.Optimizer) -> Mapping[str, Tensor]:  # noqa: ARG002 - the protocol
+    def get_tensors(self, optimizer: torch.optim.Optimizer) -> Mapping[str, Tensor]:  # noqa: ARG002 - the protocol
         return self.values
 
 
@@ -82,7 +82,7 @@ def cut(values: Values, cuts: Mapping[str, Sequence[int]]) -> list[Part]:
     return parts
 
 
-def describe(shapes: Mapping[str, tuple[int, ...]], step: int = 1) -> Describe:
+def describe(shapes: Mapping[str, tuple[int, ...]], step: int = 1) -> ManifestBuilder:
     def make(files: tuple[FileEntry, ...], fragments: tuple[tuple[str, int, int, int], ...]) -> Manifest:
         return Manifest(
             step=step,
@@ -138,8 +138,8 @@ def test_any_range_of_any_parameter_reads_back_bit_for_bit(
         directory = Path(folder) / "step_000000001_a1"
         parts = data.draw(st.permutations(cut(values, cuts)))
         save(ONE_RANK, directory, parts, OPTIMIZER, describe(shapes))
-        checkpoint = Checkpoint(directory)
-        assert checkpoint.faults() == []
+        checkpoint = CheckpointReader(directory)
+        assert checkpoint.verify_files() == []
         for name, tensors in values.items():
             size = math.prod(shapes[name])
             start = data.draw(st.integers(0, size))
@@ -148,7 +148,7 @@ def test_any_range_of_any_parameter_reads_back_bit_for_bit(
                 got = checkpoint.read(name, key, start, count)
                 assert got.dtype == np.float32
                 assert got.tobytes() == tensors[key][start : start + count].numpy().tobytes()
-        whole = dict(checkpoint.parameters())
+        whole = dict(checkpoint.iter_parameters())
         assert {name: array.shape for name, array in whole.items()} == shapes
         assert all(np.array_equal(array.ravel(), values[name]["weights"].numpy()) for name, array in whole.items())
 
@@ -166,19 +166,19 @@ def test_what_is_written_is_the_moment_it_began_however_slow_the_disk(
     monkeypatch.setattr(Path, "open", slow)
     pieces = cut(values, {})
     began = time.monotonic()
-    writing = Writing(0, tmp_path / "c", pieces, OPTIMIZER, memory_for(pieces))
+    writing = AsyncWrite(0, tmp_path / "c", pieces, OPTIMIZER, allocate_host_buffer(pieces))
     assert time.monotonic() - began < 10
     for tensors in values.values():  # the training goes on
         for tensor in tensors.values():
             tensor.add_(1)
     was_done = writing.is_done
-    assert newest(tmp_path) is None
+    assert find_latest_checkpoint(tmp_path) is None
     may_write.set()
-    writing.outcome()
+    writing.wait_for_result()
     monkeypatch.undo()
-    finish(ONE_RANK, writing, describe(SHAPES))
+    commit_checkpoint(ONE_RANK, writing, describe(SHAPES))
     assert (was_done, writing.is_done) == (False, True)
-    checkpoint = Checkpoint(tmp_path / "c")
+    checkpoint = CheckpointReader(tmp_path / "c")
     for name, weights in before.items():
         assert checkpoint.read(name, "weights", 0, len(weights)).tobytes() == weights.numpy().tobytes()
 
@@ -191,18 +191,18 @@ def test_an_error_of_ours_in_the_thread_comes_up_where_it_is_finished(
 
     monkeypatch.setattr("os.fsync", broken)
     pieces = cut(values_of(SHAPES), {})
-    writing = Writing(0, tmp_path / "c", pieces, OPTIMIZER, memory_for(pieces))
+    writing = AsyncWrite(0, tmp_path / "c", pieces, OPTIMIZER, allocate_host_buffer(pieces))
     with pytest.raises(ZeroDivisionError):
-        finish(ONE_RANK, writing, describe(SHAPES))
+        commit_checkpoint(ONE_RANK, writing, describe(SHAPES))
 
 
 def test_memory_is_used_again_for_other_pieces_and_the_files_are_plain_safetensors(tmp_path: Path) -> None:
-    memory = memory_for([])
+    memory = allocate_host_buffer([])
     # It grows, and a shorter file has nothing of a longer one before. The second is written in chunks and a rest.
     for number, size in enumerate((5, 800_000, 2)):
         values = values_of({"w": (size,), 'ü "quoted"': (1,)}, seed=number)
-        writing = Writing(number, tmp_path, cut(values, {}), OPTIMIZER, memory)
-        entry = writing.outcome().entry
+        writing = AsyncWrite(number, tmp_path, cut(values, {}), OPTIMIZER, memory)
+        entry = writing.wait_for_result().entry
         assert entry is not None
         path = tmp_path / entry.name
         assert (entry.size, entry.sha256) == (path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest())
@@ -216,20 +216,20 @@ def test_values_that_are_no_ordinary_numbers_survive(tmp_path: Path) -> None:
     odd = torch.tensor([math.nan, math.inf, -math.inf, -0.0, 1e-45, 3.4e38])
     part = Part("w", 0, dict.fromkeys(KEYS, odd))
     save(ONE_RANK, tmp_path / "c", [part], OPTIMIZER, describe({"w": (6,)}))
-    assert Checkpoint(tmp_path / "c").read("w", "weights", 0, 6).tobytes() == odd.numpy().tobytes()
+    assert CheckpointReader(tmp_path / "c").read("w", "weights", 0, 6).tobytes() == odd.numpy().tobytes()
 
 
 @pytest.mark.parametrize(("start", "count"), [(120, 9), (128, 1), (-1, 3)])
 def test_a_range_beyond_the_parameter_is_an_error(tmp_path: Path, start: int, count: int) -> None:
     write(tmp_path / "c")
     with pytest.raises(CheckpointError, match=r"embed\.weight holds"):
-        Checkpoint(tmp_path / "c").read("embed.weight", "weights", start, count)
+        CheckpointReader(tmp_path / "c").read("embed.weight", "weights", start, count)
 
 
 def test_a_parameter_that_is_not_there_is_an_error(tmp_path: Path) -> None:
     write(tmp_path / "c")
     with pytest.raises(CheckpointError, match="head holds 0 of the 4 values"):
-        Checkpoint(tmp_path / "c").read("head", "weights", 0, 4)
+        CheckpointReader(tmp_path / "c").read("head", "weights", 0, 4)
 
 
 def part(start: int, count: int) -> Part:
@@ -251,10 +251,10 @@ def part(start: int, count: int) -> Part:
     ids=lambda parts: "+".join(f"{each.start}:{each.start + each.count}" for each in parts) or "none",
 )
 def test_pieces_that_do_not_add_up_are_an_error_and_leave_nothing(run: RunDirectory, parts: list[Part]) -> None:
-    write(run.checkpoint(1, 1))
+    write(run.get_checkpoint_dir(1, 1))
     with pytest.raises(CheckpointError, match="the pieces of w do not add up"):
-        save(ONE_RANK, run.checkpoint(2, 1), parts, OPTIMIZER, describe({"w": (10,)}, 2))
-    assert list(run.checkpoints.iterdir()) == [run.checkpoint(1, 1)]
+        save(ONE_RANK, run.get_checkpoint_dir(2, 1), parts, OPTIMIZER, describe({"w": (10,)}, 2))
+    assert list(run.checkpoints_dir.iterdir()) == [run.get_checkpoint_dir(1, 1)]
 
 
 def test_reading_does_not_let_an_overlap_make_up_for_a_gap(tmp_path: Path) -> None:
@@ -262,7 +262,7 @@ def test_reading_does_not_let_an_overlap_make_up_for_a_gap(tmp_path: Path) -> No
     save(ONE_RANK, tmp_path / "c", parts, OPTIMIZER, describe({"w": (10,)}))
     edit_manifest(tmp_path / "c", lambda manifest: manifest["fragments"].__setitem__(1, ["w", 0, 5, 0]))
     with pytest.raises(CheckpointError, match="w holds 5 of the 10 values"):
-        Checkpoint(tmp_path / "c").read("w", "weights", 0, 10)
+        CheckpointReader(tmp_path / "c").read("w", "weights", 0, 10)
 
 
 def edit_manifest(directory: Path, change: Callable[[dict[str, Any]], object]) -> None:
@@ -276,17 +276,17 @@ LARGE: dict[str, tuple[int, ...]] = {"large": (1 << 16,)}
 
 def assert_a_full_disk_costs_only_the_checkpoint_being_written(run: RunDirectory) -> None:
     with pytest.raises(CheckpointError, match=r"could not be written.*rank 0.*free some space.*same command again"):
-        write(run.checkpoint(2, 1), 2, LARGE)
-    assert list(run.checkpoints.iterdir()) == [run.checkpoint(1, 1)]
-    found = newest(run.checkpoints)
-    assert found == run.checkpoint(1, 1)
-    assert Checkpoint(found).faults() == []
+        write(run.get_checkpoint_dir(2, 1), 2, LARGE)
+    assert list(run.checkpoints_dir.iterdir()) == [run.get_checkpoint_dir(1, 1)]
+    found = find_latest_checkpoint(run.checkpoints_dir)
+    assert found == run.get_checkpoint_dir(1, 1)
+    assert CheckpointReader(found).verify_files() == []
 
 
 def test_a_full_disk_costs_only_the_checkpoint_being_written(run: RunDirectory) -> None:
-    run.checkpoints.mkdir(parents=True)
+    run.checkpoints_dir.mkdir(parents=True)
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=128k", "none", run.checkpoints],
+        ["mount", "-t", "tmpfs", "-o", "size=128k", "none", run.checkpoints_dir],
         capture_output=True,
         text=True,
         check=False,
@@ -294,12 +294,12 @@ def test_a_full_disk_costs_only_the_checkpoint_being_written(run: RunDirectory) 
     if mounted.returncode:
         pytest.skip(f"a disk to fill needs the right to mount one: {mounted.stderr.strip()}")
     try:
-        write(run.checkpoint(1, 1), 1)
+        write(run.get_checkpoint_dir(1, 1), 1)
         assert_a_full_disk_costs_only_the_checkpoint_being_written(run)
-        write(run.checkpoint(2, 1), 2)
-        assert newest(run.checkpoints) == run.checkpoint(2, 1)
+        write(run.get_checkpoint_dir(2, 1), 2)
+        assert find_latest_checkpoint(run.checkpoints_dir) == run.get_checkpoint_dir(2, 1)
     finally:
-        subprocess.run(["umount", "--lazy", run.checkpoints], check=True)
+        subprocess.run(["umount", "--lazy", run.checkpoints_dir], check=True)
 
 
 @contextmanager
@@ -314,21 +314,21 @@ def no_file_beyond(size: int) -> Iterator[None]:
 
 
 def test_fragments_the_kernel_refuses_cost_only_the_checkpoint_being_written(run: RunDirectory) -> None:
-    write(run.checkpoint(1, 1), 1)
+    write(run.get_checkpoint_dir(1, 1), 1)
     with no_file_beyond(10_000):
         assert_a_full_disk_costs_only_the_checkpoint_being_written(run)
 
 
 def test_a_manifest_the_kernel_refuses_costs_only_the_checkpoint_being_written(run: RunDirectory) -> None:
-    write(run.checkpoint(1, 1), 1)
+    write(run.get_checkpoint_dir(1, 1), 1)
     single = [Part("w", 0, {"weights": torch.zeros(1)})]
 
     def make(files: tuple[FileEntry, ...], fragments: tuple[tuple[str, int, int, int], ...]) -> Manifest:
         return replace(describe({"w": (1,)}, 2)(files, fragments), versions={f"package{i}": "1" for i in range(100)})
 
     with no_file_beyond(1_000), pytest.raises(CheckpointError, match=r"rank 0: .*File too large"):
-        save(ONE_RANK, run.checkpoint(2, 1), single, OPTIMIZER, make)
-    assert list(run.checkpoints.iterdir()) == [run.checkpoint(1, 1)]
+        save(ONE_RANK, run.get_checkpoint_dir(2, 1), single, OPTIMIZER, make)
+    assert list(run.checkpoints_dir.iterdir()) == [run.get_checkpoint_dir(1, 1)]
 
 
 def test_a_directory_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
@@ -356,7 +356,7 @@ def test_damage_is_found_and_named(tmp_path: Path, damage: Callable[[Path], None
     write(tmp_path / "c")
     file = tmp_path / "c" / "fragments_00000.safetensors"
     damage(file)
-    [fault] = Checkpoint(tmp_path / "c").faults()
+    [fault] = CheckpointReader(tmp_path / "c").verify_files()
     assert fault.startswith(f"{file}: ")
     assert re.search(said, fault)
 
@@ -368,25 +368,27 @@ def test_the_ranks_together_check_each_file_once(files: int, ranks: int) -> None
         directory = Path(folder)
         entries = tuple(FileEntry(f"f{i}", 1, "0") for i in range(files))
         (directory / "manifest.json").write_text(describe({})(entries, ()).to_json())
-        checkpoint = Checkpoint(directory)
-        found = [fault for rank in range(ranks) for fault in checkpoint.faults(rank, ranks)]
+        checkpoint = CheckpointReader(directory)
+        found = [fault for rank in range(ranks) for fault in checkpoint.verify_files(rank, ranks)]
     assert sorted(found) == sorted(f"{directory}/f{i}: missing" for i in range(files))
 
 
 def test_checkpoints_are_found_oldest_first_and_by_number(run: RunDirectory) -> None:
     places = [(9, 2), (100, 1), (9, 10), (20, 1)]
     for step, attempt in places:
-        write(run.checkpoint(step, attempt), step)
-    assert complete(run.checkpoints) == [run.checkpoint(*place) for place in sorted(places)]
-    assert newest(run.checkpoints) == run.checkpoint(100, 1)
+        write(run.get_checkpoint_dir(step, attempt), step)
+    assert list_complete_checkpoints(run.checkpoints_dir) == [
+        run.get_checkpoint_dir(*place) for place in sorted(places)
+    ]
+    assert find_latest_checkpoint(run.checkpoints_dir) == run.get_checkpoint_dir(100, 1)
 
 
 def test_a_directory_without_a_manifest_is_not_found(run: RunDirectory) -> None:
-    assert newest(run.checkpoints) is None
-    write(run.checkpoint(1, 1), 1)
-    write(run.checkpoint(2, 1), 2)
-    (run.checkpoint(2, 1) / "manifest.json").unlink()
-    assert newest(run.checkpoints) == run.checkpoint(1, 1)
+    assert find_latest_checkpoint(run.checkpoints_dir) is None
+    write(run.get_checkpoint_dir(1, 1), 1)
+    write(run.get_checkpoint_dir(2, 1), 2)
+    (run.get_checkpoint_dir(2, 1) / "manifest.json").unlink()
+    assert find_latest_checkpoint(run.checkpoints_dir) == run.get_checkpoint_dir(1, 1)
 
 
 def test_a_manifest_reads_back_as_it_was_written(tmp_path: Path) -> None:
@@ -404,7 +406,7 @@ def test_a_manifest_reads_back_as_it_was_written(tmp_path: Path) -> None:
 def test_an_unreadable_manifest_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "manifest.json").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"manifest\.json: not a readable manifest"):
-        Checkpoint(tmp_path)
+        CheckpointReader(tmp_path)
 
 
 Json = st.recursive(
@@ -432,29 +434,32 @@ def test_a_manifest_of_another_format_says_which_version_reads_it(tmp_path: Path
     write(tmp_path / "c")
     edit_manifest(tmp_path / "c", lambda manifest: manifest.update(format=3))
     with pytest.raises(CheckpointError, match="format 3, this version reads 2"):
-        Checkpoint(tmp_path / "c")
+        CheckpointReader(tmp_path / "c")
 
 
 def test_a_checkpoint_set_aside_is_not_found_and_loses_nothing(run: RunDirectory) -> None:
-    write(run.checkpoint(1, 1), 1)
-    values = write(run.checkpoint(2, 1), 2)
-    assert set_aside(run.checkpoint(2, 1)) == "it lies in left_behind_1_step_000000002_a1 now"
-    aside = run.checkpoints / "left_behind_1_step_000000002_a1"
-    assert newest(run.checkpoints) == run.checkpoint(1, 1)
-    assert np.array_equal(Checkpoint(aside).read("scale", "weights", 0, 1), values["scale"]["weights"].numpy())
+    write(run.get_checkpoint_dir(1, 1), 1)
+    values = write(run.get_checkpoint_dir(2, 1), 2)
+    assert quarantine_checkpoint(run.get_checkpoint_dir(2, 1)) == "it lies in left_behind_1_step_000000002_a1 now"
+    aside = run.checkpoints_dir / "left_behind_1_step_000000002_a1"
+    assert find_latest_checkpoint(run.checkpoints_dir) == run.get_checkpoint_dir(1, 1)
+    assert np.array_equal(CheckpointReader(aside).read("scale", "weights", 0, 1), values["scale"]["weights"].numpy())
 
 
 def test_setting_aside_twice_overwrites_nothing(run: RunDirectory) -> None:
     for number in (1, 2, 3):
-        write(run.checkpoint(2, 1), number)
-        assert set_aside(run.checkpoint(2, 1)) == f"it lies in left_behind_{number}_step_000000002_a1 now"
-    assert [Checkpoint(path).manifest.step for path in sorted(run.checkpoints.iterdir())] == [1, 2, 3]
+        write(run.get_checkpoint_dir(2, 1), number)
+        assert (
+            quarantine_checkpoint(run.get_checkpoint_dir(2, 1))
+            == f"it lies in left_behind_{number}_step_000000002_a1 now"
+        )
+    assert [CheckpointReader(path).manifest.step for path in sorted(run.checkpoints_dir.iterdir())] == [1, 2, 3]
 
 
 def test_a_complete_checkpoint_is_neither_written_over_nor_deleted(run: RunDirectory) -> None:
-    directory = run.checkpoint(1, 1)
+    directory = run.get_checkpoint_dir(1, 1)
     write(directory)
     with pytest.raises(CheckpointError, match="is a complete checkpoint"):
         write(directory)
-    assert complete(run.checkpoints) == [directory]
-    assert Checkpoint(directory).faults() == []
+    assert list_complete_checkpoints(run.checkpoints_dir) == [directory]
+    assert CheckpointReader(directory).verify_files() == []

@@ -10,8 +10,8 @@ import pytest
 from ruamel.yaml import YAML
 
 from cluster.kuberay_schema import RESOURCES
-from llm_training_toolkit.config import load
-from llm_training_toolkit.plan import make_plan, on_cluster, require
+from llm_training_toolkit.config import load_config
+from llm_training_toolkit.plan import check_plan, estimate_on_cluster, make_plan
 from llm_training_toolkit.plan.cluster_file import read_hardware
 
 CLUSTER = Path(__file__).parents[2] / "cluster"
@@ -146,10 +146,10 @@ def test_the_job_runs_a_run_that_fits_its_cluster(tmp_path: Path) -> None:
     assert "run.yaml" in map_["data"]
     file = tmp_path / "run.yaml"
     file.write_text(map_["data"]["run.yaml"])
-    config = load(file)
+    config = load_config(file)
     hardware = read_hardware(path)
-    plan = require(make_plan(config))
-    assert not on_cluster(config, plan, hardware).problems
+    plan = check_plan(make_plan(config))
+    assert not estimate_on_cluster(config, plan, hardware).problems
     assert config.run.dir.startswith(hardware.shared_storage)
 
 

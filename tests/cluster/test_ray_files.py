@@ -11,8 +11,8 @@ import pytest
 from botocore.validate import ParamValidator  # type: ignore[import-untyped]
 from ruamel.yaml import YAML
 
-from llm_training_toolkit.config import load
-from llm_training_toolkit.plan import make_plan, on_cluster
+from llm_training_toolkit.config import load_config
+from llm_training_toolkit.plan import estimate_on_cluster, make_plan
 from llm_training_toolkit.plan.cluster_file import read_hardware
 from smoke.peaks import peak
 
@@ -149,15 +149,15 @@ def test_the_peak_is_that_of_the_data_sheet(path: Path) -> None:
 
 @pytest.mark.parametrize("path", EVERY, ids=lambda path: path.name)
 def test_a_small_run_fits_every_cluster(path: Path) -> None:
-    config = load(ROOT / "configs" / "quickstart.yaml")
-    forecast = on_cluster(config, make_plan(config), read_hardware(path))
+    config = load_config(ROOT / "configs" / "quickstart.yaml")
+    forecast = estimate_on_cluster(config, make_plan(config), read_hardware(path))
     assert not forecast.problems
     assert forecast.hours is not None
 
 
 def test_the_quickstart_is_foreseen_on_the_machine_it_was_measured_on() -> None:
     """6,731 tokens/s in README.md, 983,040 tokens: 146 seconds."""
-    config = load(ROOT / "configs" / "quickstart.yaml")
-    hours = on_cluster(config, make_plan(config), read_hardware(CLUSTER / "local.yaml")).hours
+    config = load_config(ROOT / "configs" / "quickstart.yaml")
+    hours = estimate_on_cluster(config, make_plan(config), read_hardware(CLUSTER / "local.yaml")).hours
     assert hours is not None
     assert hours * 3600 == pytest.approx(146, rel=0.02)

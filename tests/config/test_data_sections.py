@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from llm_training_toolkit.config import Config, flatten, from_json, parse, to_json
+from llm_training_toolkit.config import Config, dump_config_json, flatten_config, parse_config, parse_config_json
 from llm_training_toolkit.errors import ConfigError
 
 CODE = {"path": "a", "format": "code"}
@@ -21,7 +21,7 @@ def config(source: dict[str, Any] | None = None, held_out: dict[str, Any] | None
         "data": data,
         "train": {"steps": 1},
     }
-    return parse(raw, "a.yaml")
+    return parse_config(raw, "a.yaml")
 
 
 REFUSED = [
@@ -53,16 +53,16 @@ ACCEPTED = [
 @pytest.mark.parametrize("fields", ACCEPTED)
 def test_what_was_written_down_reads_back(fields: dict[str, Any]) -> None:
     made = config({**CODE, **fields})
-    assert from_json(to_json(made)) == made
-    assert ('"loss": "' in to_json(made).replace('"loss": "all"', "")) == (fields.get("format") == "chat")
+    assert parse_config_json(dump_config_json(made)) == made
+    assert ('"loss": "' in dump_config_json(made).replace('"loss": "all"', "")) == (fields.get("format") == "chat")
 
 
 def test_a_share_is_held_out_unless_files_are_named() -> None:
     assert config().data.eval.fraction == 0.01
     own = config(held_out={"sources": [CODE]})
     assert own.data.eval.fraction == 0.0
-    assert from_json(to_json(own)) == own
-    assert flatten(own)["data.eval.sources.0.path"][1] == "a"
+    assert parse_config_json(dump_config_json(own)) == own
+    assert flatten_config(own)["data.eval.sources.0.path"][1] == "a"
 
 
 BOTH = [
@@ -107,7 +107,7 @@ def test_weights_go_together_and_not_with_epochs(
         "train": train,
     }
     with pytest.raises(ConfigError) as raised:
-        parse(raw, "a.yaml")
+        parse_config(raw, "a.yaml")
     assert said in str(raised.value)
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from llm_training_toolkit.config import Config, parse, to_json
-from llm_training_toolkit.config.load import from_json
+from llm_training_toolkit.config import Config, dump_config_json, parse_config
+from llm_training_toolkit.config.load import parse_config_json
 from llm_training_toolkit.errors import ConfigError
 from llm_training_toolkit.evaluation.task import make_task
 from llm_training_toolkit.plan import make_plan
@@ -23,7 +23,7 @@ def config(tasks: list[dict[str, Any]], **sections: Any) -> Config:
         "train": {"steps": 1},
         "eval": {"tasks": tasks},
     }
-    return parse(data | sections, "a.yaml")
+    return parse_config(data | sections, "a.yaml")
 
 
 @pytest.mark.parametrize(
@@ -49,9 +49,9 @@ def test_what_is_accepted_makes_a_task_and_is_read_again() -> None:
         {"task": "humaneval", "samples": 10, "temperature": 0.8, "limit": 2},
     ]
     read = config(given)
-    made = [make_task(asked.task, asked.settings()) for asked in read.eval.tasks]
+    made = [make_task(asked.task, asked.get_task_options()) for asked in read.eval.tasks]
     assert [task.name for task in made] == ["perplexity", "infill", "humaneval"]
-    assert from_json(to_json(read)) == read
+    assert parse_config_json(dump_config_json(read)) == read
 
 
 def test_tasks_need_the_export() -> None:

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_training_toolkit.config import Config, from_json, load, parse, to_json
-from llm_training_toolkit.config.fields import plain_type, sections
+from llm_training_toolkit.config import Config, dump_config_json, load_config, parse_config, parse_config_json
+from llm_training_toolkit.config.fields import format_type, iter_sections
 from llm_training_toolkit.errors import ConfigError
 
 SMALL = """\
@@ -39,7 +39,7 @@ def written(folder: Path, text: str) -> Path:
 def problems(folder: Path, text: str, *overrides: str) -> list[str]:
     """The lines of the error, without the folder."""
     with pytest.raises(ConfigError) as caught:
-        load(written(folder, text), overrides)
+        load_config(written(folder, text), overrides)
     return str(caught.value).replace(f"{folder}/", "").splitlines()
 
 
@@ -55,7 +55,7 @@ def small(**changed: Any) -> dict[str, Any]:
 
 
 def test_defaults_fill_a_short_file(tmp_path: Path) -> None:
-    config = load(written(tmp_path, SMALL))
+    config = load_config(written(tmp_path, SMALL))
     assert config.optim.lr == "auto"
     assert config.data.sources[0].path == "python:stdlib"
     assert config.train.steps == 10
@@ -65,18 +65,18 @@ def test_defaults_fill_a_short_file(tmp_path: Path) -> None:
     ("text", "value"), [("3e-4", 3e-4), ("1e-4", 1e-4), ("1E-3", 1e-3), ("2", 2.0), ("auto", "auto")]
 )
 def test_numbers_are_yaml_1_2(tmp_path: Path, text: str, value: float | str) -> None:
-    lr = load(written(tmp_path, f"{SMALL}optim: {{lr: {text}}}")).optim.lr
+    lr = load_config(written(tmp_path, f"{SMALL}optim: {{lr: {text}}}")).optim.lr
     assert lr == value
     assert type(lr) is type(value)
 
 
 def test_a_float_may_count_tokens(tmp_path: Path) -> None:
-    assert load(written(tmp_path, SMALL), ["train={tokens: 2e9}"]).train.tokens == 2_000_000_000
+    assert load_config(written(tmp_path, SMALL), ["train={tokens: 2e9}"]).train.tokens == 2_000_000_000
 
 
 @pytest.mark.parametrize("name", ["2024-01-01", "no", "yes", "12-30"])
 def test_text_that_other_yaml_takes_for_something_else(tmp_path: Path, name: str) -> None:
-    assert load(written(tmp_path, SMALL.replace("small", name))).run.name == name
+    assert load_config(written(tmp_path, SMALL.replace("small", name))).run.name == name
 
 
 def test_no_is_not_false(tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ def test_key_in_the_wrong_section_is_sent_to_the_right_one(tmp_path: Path) -> No
     assert "did you mean train.global_batch?" in line
 
 
-@pytest.mark.parametrize("key", [key for key, _ in sections()])
+@pytest.mark.parametrize("key", [key for key, _ in iter_sections()])
 def test_every_section_refuses_an_unknown_key(key: str) -> None:
     data = small()
     target: Any = data
@@ -104,7 +104,7 @@ def test_every_section_refuses_an_unknown_key(key: str) -> None:
         target = target[int(part)] if part == "0" else target.setdefault(part, [{}] if following == "0" else {})
     target["zzz"] = 1
     with pytest.raises(ConfigError, match=r"zzz = 1: unknown key") as caught:
-        parse(data, "test")
+        parse_config(data, "test")
     assert f"test: {key.replace('N', '0')}{'.' if key else ''}zzz" in str(caught.value)
 
 
@@ -123,13 +123,13 @@ def test_a_number_in_quotes_is_refused_once(section: str, key: str, expected: st
     data = small()
     data[section] = {**data.get(section, {}), key: "1"}
     with pytest.raises(ConfigError) as caught:
-        parse(data, "test")
+        parse_config(data, "test")
     assert str(caught.value) == f'test: {section}.{key} = "1": expected {expected}; remove the quotes'
 
 
 def test_true_in_quotes_is_refused() -> None:
     with pytest.raises(ConfigError, match="expected true or false; remove the quotes"):
-        parse(small(export={"at_end": "true"}), "test")
+        parse_config(small(export={"at_end": "true"}), "test")
 
 
 def test_a_number_for_text_asks_for_quotes(tmp_path: Path) -> None:
@@ -194,11 +194,11 @@ def test_unusable_yaml(tmp_path: Path, text: str, expected: str) -> None:
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "latin.yaml").write_bytes(b"run: \xff")
     with pytest.raises(ConfigError, match=r"none\.yaml: no such file"):
-        load(tmp_path / "none.yaml")
+        load_config(tmp_path / "none.yaml")
     with pytest.raises(ConfigError, match="cannot be read: Is a directory"):
-        load(tmp_path)
+        load_config(tmp_path)
     with pytest.raises(ConfigError, match=r"is not UTF-8 text \(byte 5\)"):
-        load(tmp_path / "latin.yaml")
+        load_config(tmp_path / "latin.yaml")
 
 
 def test_errors_inside_a_list_do_not_call_the_list_short(tmp_path: Path) -> None:
@@ -221,7 +221,7 @@ def test_overrides_reach_sections_lists_and_null(tmp_path: Path) -> None:
         "run.name='7'",
         "data.sources.0.path=a=b",
     ]
-    config = load(written(tmp_path, SMALL), overrides)
+    config = load_config(written(tmp_path, SMALL), overrides)
     assert config.data.sources[0].fim is not None
     assert config.data.sources[0].fim.rate == 0.3
     assert config.data.sources[0].path == "a=b"
@@ -232,11 +232,13 @@ def test_overrides_reach_sections_lists_and_null(tmp_path: Path) -> None:
 
 
 def test_adapters_are_asked_for_by_any_of_their_fields(tmp_path: Path) -> None:
-    assert load(written(tmp_path, SMALL)).model.lora is None
-    asked = load(written(tmp_path, SMALL), ["model.lora.rank=8", "model.lora.targets=[q_proj, v_proj]"]).model.lora
+    assert load_config(written(tmp_path, SMALL)).model.lora is None
+    asked = load_config(
+        written(tmp_path, SMALL), ["model.lora.rank=8", "model.lora.targets=[q_proj, v_proj]"]
+    ).model.lora
     assert asked is not None
     assert (asked.rank, asked.alpha, asked.targets) == (8, 32, ("q_proj", "v_proj"))
-    plain = load(written(tmp_path, SMALL), ["model.lora={}"]).model.lora
+    plain = load_config(written(tmp_path, SMALL), ["model.lora={}"]).model.lora
     assert plain is not None
     assert (plain.rank, plain.targets, plain.quantize) == (16, "auto", None)
 
@@ -258,11 +260,11 @@ def test_adapters_that_are_written_wrong(tmp_path: Path, override: str, said: st
 
 
 def test_the_last_override_of_a_key_counts(tmp_path: Path) -> None:
-    assert load(written(tmp_path, SMALL), ["run.seed=x", "run.seed=1", "run.seed=2"]).run.seed == 2
+    assert load_config(written(tmp_path, SMALL), ["run.seed=x", "run.seed=1", "run.seed=2"]).run.seed == 2
 
 
 def test_an_override_can_repair_the_file(tmp_path: Path) -> None:
-    assert load(written(tmp_path, SMALL + "optim: {lr: '1'}"), ["optim.lr=1"]).optim.lr == 1.0
+    assert load_config(written(tmp_path, SMALL + "optim: {lr: '1'}"), ["optim.lr=1"]).optim.lr == 1.0
 
 
 @pytest.mark.parametrize(
@@ -292,17 +294,17 @@ def test_bad_overrides_are_named(tmp_path: Path, override: str, expected: str) -
 
 
 def test_parse_takes_tuples_and_refuses_objects() -> None:
-    assert parse(small(optim={"betas": (0.5, 0.5)}), "test").optim.betas == (0.5, 0.5)
+    assert parse_config(small(optim={"betas": (0.5, 0.5)}), "test").optim.betas == (0.5, 0.5)
     with pytest.raises(
         ConfigError, match=r"run = <object .*>: expected text, a number, true, false or null, not object"
     ):
-        parse(small(run=object()), "test")
+        parse_config(small(run=object()), "test")
 
 
 def test_parse_leaves_the_data_as_it_was() -> None:
     data = small()
     before = copy.deepcopy(data)
-    parse(data, "test")
+    parse_config(data, "test")
     assert data == before
 
 
@@ -317,22 +319,22 @@ def test_parse_leaves_the_data_as_it_was() -> None:
 )
 def test_from_json_is_as_strict(text: str, expected: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        from_json(text)
+        parse_config_json(text)
     assert any(line.startswith(expected) for line in str(caught.value).splitlines())
 
 
 def test_errors_survive_pickling(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
-        load(written(tmp_path, "run: 1"))
+        load_config(written(tmp_path, "run: 1"))
     again = pickle.loads(pickle.dumps(caught.value))
     assert type(again) is ConfigError
     assert str(again) == str(caught.value)
 
 
 def test_every_field_has_a_type_in_plain_words() -> None:
-    for key, section in sections():
+    for key, section in iter_sections():
         for name, info in section.model_fields.items():
-            words = plain_type(info.annotation, info.metadata)
+            words = format_type(info.annotation, info.metadata)
             assert "a value" not in words, f"{key}.{name}"
 
 
@@ -382,39 +384,39 @@ configs = st.fixed_dictionaries(
             }
         ),
     },
-).map(lambda data: parse(data, "generated"))
+).map(lambda data: parse_config(data, "generated"))
 
 
 @given(configs)
 def test_json_round_trip(config: Config) -> None:
-    again = from_json(to_json(config))
+    again = parse_config_json(dump_config_json(config))
     assert again == config
-    assert to_json(again) == to_json(config)
+    assert dump_config_json(again) == dump_config_json(config)
     assert type(again.optim.warmup) is type(config.optim.warmup)
 
 
 @given(configs)
 def test_a_json_file_is_a_yaml_file(config: Config) -> None:
     """Every resolved value keeps its meaning when a person pastes it into an override."""
-    overrides = [f"{key}={json.dumps(value)}" for key, value in json.loads(to_json(config)).items()]
+    overrides = [f"{key}={json.dumps(value)}" for key, value in json.loads(dump_config_json(config)).items()]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Path, "read_text", lambda *_, **__: "{}")
-        assert load(Path("empty.yaml"), overrides) == config
+        assert load_config(Path("empty.yaml"), overrides) == config
 
 
 @pytest.mark.parametrize(("workers", "ends"), [(0, (0, 0)), (4, (4, 4)), ([1, 8], (1, 8)), ([3, 3], (3, 3))])
 def test_workers_are_a_number_or_the_fewest_and_the_most(workers: object, ends: tuple[int, int]) -> None:
-    cluster = parse(small(cluster={"workers": workers}), "test").cluster
-    assert (cluster.fewest, cluster.most) == ends
+    cluster = parse_config(small(cluster={"workers": workers}), "test").cluster
+    assert (cluster.min_workers, cluster.max_workers) == ends
 
 
 @pytest.mark.parametrize("workers", [-1, True, 1.0, "2", None, [], [1], [0, 3], [3, 1], [1, 2, 3], [1, 2.0], [1, True]])
 def test_other_workers_are_refused_in_words(workers: object) -> None:
     with pytest.raises(ConfigError, match=r"cluster.workers.*the fewest \(at least 1\) and the most of them"):
-        parse(small(cluster={"workers": workers}), "test")
+        parse_config(small(cluster={"workers": workers}), "test")
 
 
 @pytest.mark.parametrize("duration", ["0s", 5, "soon", None])
 def test_a_duration_is_written_with_its_unit(duration: object) -> None:
     with pytest.raises(ConfigError, match=r"failures.hang.*write a duration above zero \(90s, 10m, 1.5h\)"):
-        parse(small(failures={"hang": duration}), "test")
+        parse_config(small(failures={"hang": duration}), "test")

@@ -4,30 +4,30 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from llm_training_toolkit.config.fields import sections
-from llm_training_toolkit.config.reference import main, render
+from llm_training_toolkit.config.fields import iter_sections
+from llm_training_toolkit.config.reference import main, render_reference
 
 PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
 
 
 def test_the_page_is_what_the_schema_says() -> None:
     fix = "run: python -m llm_training_toolkit.config.reference docs/configuration.md"
-    assert PAGE.read_text(encoding="utf-8") == render(), fix
+    assert PAGE.read_text(encoding="utf-8") == render_reference(), fix
 
 
 def test_every_field_has_a_row_with_a_description() -> None:
-    for key, section in sections():
-        assert not key or f"## `{key}`\n" in render()
+    for key, section in iter_sections():
+        assert not key or f"## `{key}`\n" in render_reference()
         for name, info in section.model_fields.items():
             assert info.description, f"{key}.{name} has no docstring"
 
 
 def test_rows_have_five_cells() -> None:
-    rows = [line for line in render().splitlines() if line.startswith("| `")]
+    rows = [line for line in render_reference().splitlines() if line.startswith("| `")]
     assert len(rows) > 50
     assert {line.replace("\\|", "").count("|") for line in rows} == {6}
 
 
 def test_main_writes_the_file(tmp_path: Path) -> None:
     main([str(tmp_path / "new" / "page.md")])
-    assert (tmp_path / "new" / "page.md").read_text(encoding="utf-8") == render()
+    assert (tmp_path / "new" / "page.md").read_text(encoding="utf-8") == render_reference()

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from llm_training_toolkit.config.search import changed, load_search
+from llm_training_toolkit.config.search import load_search, replace_config_values
 from llm_training_toolkit.errors import ConfigError
-from llm_training_toolkit.search.space import Trials, check
+from llm_training_toolkit.search.space import TrialConfigBuilder, check_search_space
 
 BASE = """
 run: {name: base}
@@ -44,9 +44,9 @@ def refusal(path: Path, *more: str) -> str:
 def test_a_search_file_with_its_base(file: Path) -> None:
     read = load_search(file, ["trials=7", "set={train.steps: 50}"])
     assert read.search.trials == 7
-    assert (read.whole.train.tokens, read.whole.train.steps) == (2_000_000, None)
-    assert (read.base.train.tokens, read.base.train.steps) == (None, 50)
-    assert read.search.search["data.sources.1.weight"].corners == (1, 2.5)
+    assert (read.base_config.train.tokens, read.base_config.train.steps) == (2_000_000, None)
+    assert (read.trial_config.train.tokens, read.trial_config.train.steps) == (None, 50)
+    assert read.search.search["data.sources.1.weight"].boundary_values == (1, 2.5)
 
 
 @pytest.mark.parametrize(
@@ -90,11 +90,11 @@ def test_a_search_without_an_end_is_refused(file: Path) -> None:
 
 def test_a_list_entry_that_is_not_there_is_named(file: Path) -> None:
     with pytest.raises(ConfigError, match="no entry 5 there; it has entries 0 to 1"):
-        changed(load_search(file).whole, {"data.sources.5.weight": 1.0}, "trial")
+        replace_config_values(load_search(file).base_config, {"data.sources.5.weight": 1.0}, "trial")
 
 
 def test_a_section_that_was_absent_comes_about(file: Path) -> None:
-    config = changed(load_search(file).whole, {"model.lora.rank": 8}, "trial")
+    config = replace_config_values(load_search(file).base_config, {"model.lora.rank": 8}, "trial")
     assert config.model.lora is not None
     assert config.model.lora.rank == 8
 
@@ -102,4 +102,4 @@ def test_a_section_that_was_absent_comes_about(file: Path) -> None:
 @pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "configs" / "search").glob("*.yaml")), ids=str)
 def test_every_search_in_the_repository_can_be_trained_in_all_its_corners(path: Path, tmp_path: Path) -> None:
     search, _, base = load_search(path)
-    assert check(Trials(search, base, str(tmp_path), str(tmp_path))) == []
+    assert check_search_space(TrialConfigBuilder(search, base, str(tmp_path), str(tmp_path))) == []

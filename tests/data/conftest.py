@@ -10,7 +10,7 @@ import pytest
 from hypothesis import settings
 
 from llm_training_toolkit.config.schema import Config
-from llm_training_toolkit.data.tokenizer import Markers, TextEncoder, open_tokenizer, train_tokenizer
+from llm_training_toolkit.data.tokenizer import TextEncoder, TokenizationSpec, open_tokenizer, train_tokenizer
 from llm_training_toolkit.families import CodeLayout, SpecialTokens
 
 Configure = Callable[..., Config]
@@ -20,7 +20,7 @@ settings.register_profile("data", deadline=None)
 settings.load_profile("data")
 
 # StarCoder's ids: the end of text is 0, which no code may take for "none".
-MARKERS = Markers(
+MARKERS = TokenizationSpec(
     SpecialTokens(
         end_of_text="<|endoftext|>",
         pad="<fim_pad>",
@@ -37,7 +37,7 @@ CODE = "def add(first, second):\n    return first + second\n\n\nclass Größe:\n
 
 
 @pytest.fixture(scope="session")
-def markers() -> Markers:
+def markers() -> TokenizationSpec:
     return MARKERS
 
 

@@ -15,24 +15,24 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llm_training_toolkit.config.schema import Config
-from llm_training_toolkit.data.dataloader import Feed
-from llm_training_toolkit.data.dataset import MicroBatch, Sequences, assemble, dummy
-from llm_training_toolkit.data.prepare.arrow_store import Examples, SourceExample, join_examples, write_examples
-from llm_training_toolkit.data.prepare.builder import Prepared, prepare
-from llm_training_toolkit.data.prepare.dataset_info import EpochReceipt, Receipt, StreamReceipt
+from llm_training_toolkit.data.dataloader import DataLoader
+from llm_training_toolkit.data.dataset import MicroBatch, PackedDataset, build_padding_batch, collate_rows
+from llm_training_toolkit.data.prepare.arrow_store import ExampleStore, SourceExample, join_examples, write_examples
+from llm_training_toolkit.data.prepare.builder import PreparedDataset, prepare_dataset
+from llm_training_toolkit.data.prepare.dataset_info import DatasetInfo, EpochInfo, StreamInfo
 from llm_training_toolkit.data.prepare.packing import pack_in_windows
-from llm_training_toolkit.data.tokenizer import Markers
+from llm_training_toolkit.data.tokenizer import TokenizationSpec
 from llm_training_toolkit.data.types import Example
 from llm_training_toolkit.errors import DataError
-from llm_training_toolkit.plan import slice_of
+from llm_training_toolkit.plan import compute_replica_slice
 
 Configure = Callable[..., Config]
 N = -100
 
 
 @pytest.fixture
-def prepared(configure: Configure, markers: Markers) -> Prepared:
-    return prepare(configure(fim={"rate": 0.5, "loss": "middle"}), markers, epochs=[2])
+def prepared(configure: Configure, markers: TokenizationSpec) -> PreparedDataset:
+    return prepare_dataset(configure(fim={"rate": 0.5, "loss": "middle"}), markers, epochs=[2])
 
 
 def example(tokens: list[int], loss: list[int]) -> Example:
@@ -41,7 +41,7 @@ def example(tokens: list[int], loss: list[int]) -> Example:
 
 def test_a_row_written_out_by_hand() -> None:
     pieces = [example([7, 8, 9, 0], [1, 1, 0, 1]), example([5], [1]), example([6, 0], [1, 1])]
-    batch = assemble([pieces, []], 10, pad_id=3)
+    batch = collate_rows([pieces, []], 10, pad_id=3)
     assert batch.input_ids.tolist() == [[7, 8, 9, 0, 5, 6, 0, 3, 3, 3], [3] * 10]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 0, 0, 1, 0, 1, 2], list(range(10))]
     assert batch.labels.tolist() == [[8, N, 0, N, N, 0, N, N, N, N], [N] * 10]
@@ -49,11 +49,11 @@ def test_a_row_written_out_by_hand() -> None:
 
 
 def test_a_full_row_has_no_padding_and_a_dummy_nothing_else() -> None:
-    batch = assemble([[example([1, 2], [1, 1]), example([3, 4], [1, 1])]], 4, pad_id=0)
+    batch = collate_rows([[example([1, 2], [1, 1]), example([3, 4], [1, 1])]], 4, pad_id=0)
     assert batch.position_ids.tolist() == [[0, 1, 0, 1]]
     assert batch.labels.tolist() == [[2, N, 4, N]]
-    assert dummy(2, 4, 9).input_ids.tolist() == [[9] * 4] * 2
-    assert (dummy(2, 4, 9).labels == N).all()
+    assert build_padding_batch(2, 4, 9).input_ids.tolist() == [[9] * 4] * 2
+    assert (build_padding_batch(2, 4, 9).labels == N).all()
 
 
 def stacked(batches: list[MicroBatch]) -> list[tuple[list[int], list[int], list[int]]]:
@@ -67,18 +67,18 @@ def stacked(batches: list[MicroBatch]) -> list[tuple[list[int], list[int], list[
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40, deadline=None)
 @given(world=st.integers(1, 9), micro=st.integers(1, 5), global_batch=st.integers(1, 12))
 def test_a_step_is_the_same_for_any_number_of_ranks(
-    prepared: Prepared, world: int, micro: int, global_batch: int
+    prepared: PreparedDataset, world: int, micro: int, global_batch: int
 ) -> None:
-    sequences = Sequences(prepared.receipt, global_batch=global_batch, epochs=2)
-    whole = stacked(sequences.batch(1, range(global_batch), global_batch))
+    sequences = PackedDataset(prepared.dataset_info, global_batch=global_batch, epochs=2)
+    whole = stacked(sequences.get_micro_batches(1, range(global_batch), global_batch))
     edges = [rank * global_batch // world for rank in range(world + 1)]
-    shares = [sequences.batch(1, range(edges[rank], edges[rank + 1]), micro) for rank in range(world)]
+    shares = [sequences.get_micro_batches(1, range(edges[rank], edges[rank + 1]), micro) for rank in range(world)]
     assert [row for share in shares for row in stacked(share)] == whole
     assert all(len(batch.input_ids) <= micro for share in shares for batch in share)
-    assert sequences.loss_tokens(1) == sum(label != N for _, _, labels in whole for label in labels)
+    assert sequences.count_loss_tokens(1) == sum(label != N for _, _, labels in whole for label in labels)
 
 
-def stored(folder: Path, lengths: list[int], seed: int) -> Receipt:
+def stored(folder: Path, lengths: list[int], seed: int) -> DatasetInfo:
     """Two epochs of documents of these lengths, cut to 16 tokens. Each token says whose it is and which of its."""
     for name in ("part", "tokens", "tokenizer", "plan0", "plan1"):
         (folder / name).mkdir()
@@ -98,12 +98,12 @@ def stored(folder: Path, lengths: list[int], seed: int) -> Receipt:
         ],
     )
     join_examples([folder / "part"], folder / "tokens", os.link)
-    index, epochs = Examples(folder / "tokens"), []
+    index, epochs = ExampleStore(folder / "tokens"), []
     for epoch in (0, 1):
         plan = pack_in_windows(index.batch, index.length, 16, targets=index.targets, seed=seed, epoch=epoch)
         plan.write(folder / f"plan{epoch}")
-        epochs.append(EpochReceipt("tokens", f"plan{epoch}", len(plan), sum(lengths), 0))
-    return Receipt(
+        epochs.append(EpochInfo("tokens", f"plan{epoch}", len(plan), sum(lengths), 0))
+    return DatasetInfo(
         fingerprint="",
         directory=str(folder),
         tokenizer_path=str(folder / "tokenizer"),
@@ -112,7 +112,7 @@ def stored(folder: Path, lengths: list[int], seed: int) -> Receipt:
         sequence_length=16,
         seed=seed,
         sources=(),
-        streams=(StreamReceipt(1, tuple(epochs)),),
+        streams=(StreamInfo(1, tuple(epochs)),),
         held_out="tokens",
         held_out_plan="plan0",
         eval_sequences=0,
@@ -135,20 +135,26 @@ def test_any_documents_any_ranks_any_restarts(
     """Attempts (ranks, steps until they are killed) one after the other see what one undisturbed rank sees."""
     with TemporaryDirectory() as name:
         receipt = stored(Path(name), lengths, seed)
-        undisturbed = Feed(receipt, global_batch=global_batch, epochs=2)
-        steps = -(-receipt.sequences // global_batch)
-        alone = [undisturbed.batch(s, range(undisturbed.sequences_in(s)), global_batch, 1) for s in range(steps)]
+        undisturbed = DataLoader(receipt, global_batch=global_batch, epochs=2)
+        steps = -(-receipt.total_sequences // global_batch)
+        alone = [
+            undisturbed.get_micro_batches(s, range(undisturbed.count_sequences(s)), global_batch, 1)
+            for s in range(steps)
+        ]
         seen: list[list[tuple[list[int], list[int], list[int]]]] = []
         for world, until in [*attempts, (attempts[0][0], steps)]:
-            origin = (len(seen), min(len(seen) * global_batch, receipt.sequences))
-            feed = Feed(receipt, global_batch=global_batch, epochs=2, origin=origin)
+            origin = (len(seen), min(len(seen) * global_batch, receipt.total_sequences))
+            feed = DataLoader(receipt, global_batch=global_batch, epochs=2, origin=origin)
             for step in range(len(seen), min(len(seen) + until, steps)):
-                count = feed.sequences_in(step)
-                most = -(-len(slice_of(count, world, 0)) // micro)
-                shares = [feed.batch(step, slice_of(count, world, rank), micro, most) for rank in range(world)]
+                count = feed.count_sequences(step)
+                most = -(-len(compute_replica_slice(count, world, 0)) // micro)
+                shares = [
+                    feed.get_micro_batches(step, compute_replica_slice(count, world, rank), micro, most)
+                    for rank in range(world)
+                ]
                 assert {len(share) for share in shares} == {most}
                 rows = [row for share in shares for row in stacked(share) if any(label != N for label in row[2])]
-                assert feed.loss_tokens(step) == sum(label != N for row in rows for label in row[2])
+                assert feed.count_loss_tokens(step) == sum(label != N for row in rows for label in row[2])
                 seen.append(rows)
         assert seen == [stacked(batches) for batches in alone]
         tokens = Counter(token for rows in seen for ids, _, _ in rows for token in ids if token)
@@ -156,9 +162,11 @@ def test_any_documents_any_ranks_any_restarts(
 
 
 @pytest.mark.parametrize(("start", "stop", "micro"), [(0, 11, 4), (3, 8, 2), (5, 6, 3)])
-def test_a_micro_batch_knows_which_positions_it_holds(prepared: Prepared, start: int, stop: int, micro: int) -> None:
-    sequences = Sequences(prepared.receipt, global_batch=11)
-    batches = sequences.batch(2, range(start, stop), micro)
+def test_a_micro_batch_knows_which_positions_it_holds(
+    prepared: PreparedDataset, start: int, stop: int, micro: int
+) -> None:
+    sequences = PackedDataset(prepared.dataset_info, global_batch=11)
+    batches = sequences.get_micro_batches(2, range(start, stop), micro)
     assert {batch.step for batch in batches} == {2}
     held = [batch.first + row for batch in batches for row in range(len(batch.input_ids))]
     assert held == list(range(start, stop))
@@ -166,95 +174,100 @@ def test_a_micro_batch_knows_which_positions_it_holds(prepared: Prepared, start:
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=10, deadline=None)
 @given(global_batch=st.integers(1, 40))
-def test_the_stream_holds_every_token_of_every_document_once_an_epoch(prepared: Prepared, global_batch: int) -> None:
-    receipt = prepared.receipt
-    sequences = Sequences(receipt, global_batch=global_batch, epochs=2)
-    assert sequences.steps == -(-receipt.sequences // global_batch)
-    placed = [place for step in range(sequences.steps) for place in sequences.step_sequences(step)]
-    assert placed == [(0, epoch, i) for epoch in (0, 1) for i in range(receipt.streams[0].sequences[epoch])]
+def test_the_stream_holds_every_token_of_every_document_once_an_epoch(
+    prepared: PreparedDataset, global_batch: int
+) -> None:
+    receipt = prepared.dataset_info
+    sequences = PackedDataset(receipt, global_batch=global_batch, epochs=2)
+    assert sequences.total_steps == -(-receipt.total_sequences // global_batch)
+    placed = [place for step in range(sequences.total_steps) for place in sequences.get_step_sequences(step)]
+    assert placed == [(0, epoch, i) for epoch in (0, 1) for i in range(receipt.streams[0].sequences_per_epoch[epoch])]
     seen: Counter[tuple[int, int]] = Counter()
-    for step in range(sequences.steps):
-        for place, row in zip(sequences.step_sequences(step), sequences.ledger(step), strict=True):
+    for step in range(sequences.total_steps):
+        for place, row in zip(sequences.get_step_sequences(step), sequences.get_document_spans(step), strict=True):
             assert sum(piece.tokens for piece in row) <= receipt.sequence_length
             for piece in row:
                 seen[place.epoch, piece.document] += piece.tokens
     expected: Counter[tuple[int, int]] = Counter()
     for epoch, files in enumerate(receipt.streams[0].epochs):
-        examples = Examples(prepared.directory / files.tokens)
+        examples = ExampleStore(prepared.directory / files.tokens)
         for document, length in zip(examples.document.tolist(), examples.length.tolist(), strict=True):
             expected[epoch, document] += length
     assert seen == expected
 
 
-def test_tokens_of_an_epoch_are_the_documents_tokens_exactly(prepared: Prepared) -> None:
-    sequences = Sequences(prepared.receipt, global_batch=5, epochs=1)
+def test_tokens_of_an_epoch_are_the_documents_tokens_exactly(prepared: PreparedDataset) -> None:
+    sequences = PackedDataset(prepared.dataset_info, global_batch=5, epochs=1)
     pieces = [
         p
-        for s in range(sequences.steps or 0)
+        for s in range(sequences.total_steps or 0)
         for i in range(5)
-        if i < len(sequences.step_sequences(s))
-        for p in sequences.examples(s, i)
+        if i < len(sequences.get_step_sequences(s))
+        for p in sequences.read_sequence_examples(s, i)
     ]
-    stored = Examples(prepared.directory / prepared.receipt.streams[0].epochs[0].tokens)
+    stored = ExampleStore(prepared.directory / prepared.dataset_info.streams[0].epochs[0].tokens)
     assert sorted(p.tokens.tolist() for p in pieces) == sorted(stored[i].tokens.tolist() for i in range(len(stored)))
 
 
-def test_the_last_step_is_short_and_nothing_comes_after(prepared: Prepared) -> None:
-    total = prepared.receipt.sequences
-    sequences = Sequences(prepared.receipt, global_batch=total - 1, epochs=2)
-    assert sequences.steps == 2
-    assert len(sequences.step_sequences(1)) == 1
-    assert [len(batch.input_ids) for batch in sequences.batch(1, range(total), 4)] == [1]
-    assert sequences.batch(1, range(1, total), 4) == []
+def test_the_last_step_is_short_and_nothing_comes_after(prepared: PreparedDataset) -> None:
+    total = prepared.dataset_info.total_sequences
+    sequences = PackedDataset(prepared.dataset_info, global_batch=total - 1, epochs=2)
+    assert sequences.total_steps == 2
+    assert len(sequences.get_step_sequences(1)) == 1
+    assert [len(batch.input_ids) for batch in sequences.get_micro_batches(1, range(total), 4)] == [1]
+    assert sequences.get_micro_batches(1, range(1, total), 4) == []
     for step in (2, -1):
         with pytest.raises(DataError, match="from 0 to 1"):
-            sequences.step_sequences(step)
+            sequences.get_step_sequences(step)
 
 
 @pytest.mark.parametrize("epochs", [None, 3])
-def test_an_epoch_that_is_not_prepared_is_named(prepared: Prepared, epochs: int | None) -> None:
-    total = prepared.receipt.sequences
-    sequences = Sequences(prepared.receipt, global_batch=total - 1, epochs=epochs)
-    assert sequences.steps is None
-    assert len(sequences.step_sequences(0)) == total - 1
+def test_an_epoch_that_is_not_prepared_is_named(prepared: PreparedDataset, epochs: int | None) -> None:
+    total = prepared.dataset_info.total_sequences
+    sequences = PackedDataset(prepared.dataset_info, global_batch=total - 1, epochs=epochs)
+    assert sequences.total_steps is None
+    assert len(sequences.get_step_sequences(0)) == total - 1
     with pytest.raises(DataError, match=r"step 1: needs sequences of epoch 2.*at least 3"):
-        sequences.step_sequences(1)
+        sequences.get_step_sequences(1)
 
 
 def test_a_rerun_of_preparing_gives_the_same_stream(
-    configure: Configure, markers: Markers, prepared: Prepared, tmp_path: Path
+    configure: Configure, markers: TokenizationSpec, prepared: PreparedDataset, tmp_path: Path
 ) -> None:
     cache = str(tmp_path / "other")
-    again = prepare(configure(fim={"rate": 0.5, "loss": "middle"}, cache=cache), markers, epochs=[2])
-    first, second = (Sequences(p.receipt, global_batch=6) for p in (prepared, again))
-    assert all(stacked(first.batch(s, range(6), 2)) == stacked(second.batch(s, range(6), 2)) for s in range(4))
-    other = prepare(configure(fim={"rate": 0.5, "loss": "middle"}, seed=2), markers, epochs=[2])
-    assert first.ledger(0) != Sequences(other.receipt, global_batch=6).ledger(0)
+    again = prepare_dataset(configure(fim={"rate": 0.5, "loss": "middle"}, cache=cache), markers, epochs=[2])
+    first, second = (PackedDataset(p.dataset_info, global_batch=6) for p in (prepared, again))
+    assert all(
+        stacked(first.get_micro_batches(s, range(6), 2)) == stacked(second.get_micro_batches(s, range(6), 2))
+        for s in range(4)
+    )
+    other = prepare_dataset(configure(fim={"rate": 0.5, "loss": "middle"}, seed=2), markers, epochs=[2])
+    assert first.get_document_spans(0) != PackedDataset(other.dataset_info, global_batch=6).get_document_spans(0)
 
 
 @pytest.mark.parametrize(("world", "micro"), [(1, 2), (2, 1), (3, 2), (50, 4)])
-def test_every_rank_evaluates_its_part_in_the_same_shapes(prepared: Prepared, world: int, micro: int) -> None:
-    sequences = Sequences(prepared.receipt, global_batch=4)
-    ranks = [list(sequences.eval_batches(rank, world, micro)) for rank in range(world)]
+def test_every_rank_evaluates_its_part_in_the_same_shapes(prepared: PreparedDataset, world: int, micro: int) -> None:
+    sequences = PackedDataset(prepared.dataset_info, global_batch=4)
+    ranks = [list(sequences.iter_eval_batches(rank, world, micro)) for rank in range(world)]
     shapes = [[tuple(batch.labels.shape) for batch in batches] for batches in ranks]
     assert all(shape == shapes[0] for shape in shapes)
     labels = [int((batch.labels != N).sum()) for batches in ranks for batch in batches]
     assert sum(labels) == sequences.eval_loss_tokens > 0
     rows = [row for batches in ranks for row in stacked(batches) if any(label != N for label in row[2])]
-    assert len(rows) == sequences.eval_sequences == prepared.receipt.eval_sequences
+    assert len(rows) == sequences.eval_sequences == prepared.dataset_info.eval_sequences
 
 
-def test_nothing_held_out_is_nothing_to_evaluate(configure: Configure, markers: Markers) -> None:
-    sequences = Sequences(prepare(configure(eval={"fraction": 0.0}), markers).receipt, global_batch=4)
+def test_nothing_held_out_is_nothing_to_evaluate(configure: Configure, markers: TokenizationSpec) -> None:
+    sequences = PackedDataset(prepare_dataset(configure(eval={"fraction": 0.0}), markers).dataset_info, global_batch=4)
     assert (sequences.eval_sequences, sequences.eval_loss_tokens) == (0, 0)
-    assert list(sequences.eval_batches(0, 2, 4)) == []
+    assert list(sequences.iter_eval_batches(0, 2, 4)) == []
 
 
-def test_a_sequence_as_text_and_where_it_came_from(configure: Configure, markers: Markers) -> None:
-    sequences = Sequences(prepare(configure(), markers).receipt, global_batch=4)
-    text, row = sequences.text_of(2, 1), sequences.ledger(2)[1]
-    names = [sequences.document_name(piece.source, piece.document) for piece in row]
+def test_a_sequence_as_text_and_where_it_came_from(configure: Configure, markers: TokenizationSpec) -> None:
+    sequences = PackedDataset(prepare_dataset(configure(), markers).dataset_info, global_batch=4)
+    text, row = sequences.decode_sequence(2, 1), sequences.get_document_spans(2)[1]
+    names = [sequences.get_document_name(piece.source, piece.document) for piece in row]
     for name in names:
         if name != "long.py":
             assert f"value_{int(name[4:6])} = {int(name[4:6]) * 7919}\n" in text
-    assert sequences.dummy(1).input_ids.tolist() == [[4] * 64]
+    assert sequences.get_padding_batch(1).input_ids.tolist() == [[4] * 64]

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_training_toolkit.data.chat.parse import conversation_of
+from llm_training_toolkit.data.chat.parse import parse_conversation
 from llm_training_toolkit.data.chat.render import ChatRules, render_chat
 from llm_training_toolkit.data.sources import Document
 from llm_training_toolkit.errors import DataError
@@ -99,7 +99,11 @@ def test_thinking_within_the_text_is_what_the_template_makes_of_it(qwen3: Chat) 
     record = {"messages": [asked, thought, asked, thought]}
     assert qwen3.said(record) == "Yes<|im_end|><think>\nhm\n</think>\n\nYes<|im_end|>"
     ids = qwen3.ids(record)
-    assert ids.count(qwen3.encoder.id_of("<think>")) == ids.count(qwen3.encoder.id_of("</think>")) == 1
+    assert (
+        ids.count(qwen3.encoder.get_special_token_id("<think>"))
+        == ids.count(qwen3.encoder.get_special_token_id("</think>"))
+        == 1
+    )
 
 
 def test_what_bears_loss_can_be_chosen(qwen3: Chat) -> None:
@@ -204,10 +208,13 @@ def test_marker_text_in_a_message_is_never_a_marker(qwen3: Chat, texts: tuple[st
         {"role": "assistant", "content": answer},
     ]
     ids = qwen3.ids({"messages": messages, "tools": [tool]})
-    counts = {marker: ids.count(qwen3.encoder.id_of(marker)) for marker in ("<|im_start|>", "<|im_end|>", "<think>")}
+    counts = {
+        marker: ids.count(qwen3.encoder.get_special_token_id(marker))
+        for marker in ("<|im_start|>", "<|im_end|>", "<think>")
+    }
     # A user's message that is all a tool's result is no question for the template, which then writes no thinking.
     assert counts == {"<|im_start|>": 5, "<|im_end|>": 5, "<think>": 0 if wrapped else 1}
-    assert qwen3.encoder.id_of("<|endoftext|>") not in ids
+    assert qwen3.encoder.get_special_token_id("<|endoftext|>") not in ids
     text = qwen3.encoder.decode(ids)
     assert all(each["content"] in text for each in messages)
 
@@ -215,7 +222,7 @@ def test_marker_text_in_a_message_is_never_a_marker(qwen3: Chat, texts: tuple[st
 def test_marker_text_bears_loss_as_text(qwen3: Chat) -> None:
     record = {"messages": [{"role": "user", "content": "How?"}, {"role": "assistant", "content": "With <|im_end|>."}]}
     assert qwen3.said(record) == "<think>\n\n</think>\n\nWith <|im_end|>.<|im_end|>"
-    assert qwen3.ids(record).count(qwen3.encoder.id_of("<|im_end|>")) == 2
+    assert qwen3.ids(record).count(qwen3.encoder.get_special_token_id("<|im_end|>")) == 2
 
 
 def test_too_long_is_dropped_counted_or_refused(qwen3: Chat) -> None:
@@ -241,7 +248,7 @@ def test_too_long_is_cut_without_losing_a_token(qwen3: Chat, messages: list[dict
 
 def test_neither_company_nor_order_changes_a_conversation(qwen3: Chat) -> None:
     records = [RECORD, AGENT, {"prompt": "<|im_end|>", "completion": "漢"}, {"prompt": "a", "completion": "b"}]
-    documents = [(i, Document(0, str(i), conversation_of(record).to_text())) for i, record in enumerate(records)]
+    documents = [(i, Document(0, str(i), parse_conversation(record).to_text())) for i, record in enumerate(records)]
     rules = ChatRules(10_000, qwen3.end)
     together = render_chat(documents, rules, qwen3.encoder, qwen3.template)
     alone = [render_chat([each], rules, qwen3.encoder, qwen3.template)[0] for each in documents[::-1]][::-1]

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_training_toolkit.data.chat.parse import conversation_of
+from llm_training_toolkit.data.chat.parse import parse_conversation
 from llm_training_toolkit.data.chat.template import ChatTemplate
 from llm_training_toolkit.errors import DataError
 from llm_training_toolkit.families import FAMILIES
@@ -77,14 +77,14 @@ def test_templates_of_other_kinds(make_chat: ChatMaker, kind: str) -> None:
     chat = make_chat("qwen3", source)
     assert chat.marked(RECORD) == expected
     theirs = chat.theirs.apply_chat_template(RECORD["messages"], tokenize=False)
-    assert theirs.startswith(chat.template.write(conversation_of(RECORD)).text)
+    assert theirs.startswith(chat.template.render_conversation(parse_conversation(RECORD)).text)
 
 
 @pytest.mark.parametrize("kind", OTHERS)
 @given(text=HOSTILE)
 def test_marker_text_stays_text_in_templates_of_other_kinds(make_chat: ChatMaker, kind: str, text: str) -> None:
     chat = make_chat("qwen3", OTHERS[kind][0])
-    special = [chat.encoder.id_of(marker) for marker in FAMILIES["qwen3"].special_tokens.all + TAGS]
+    special = [chat.encoder.get_special_token_id(marker) for marker in FAMILIES["qwen3"].special_tokens.all + TAGS]
 
     def frame(content: str) -> list[int]:
         ids = chat.ids({"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "a"}]})
@@ -137,7 +137,7 @@ REFUSED: dict[str, tuple[str, str]] = {
 def test_templates_that_cannot_be_used_are_refused_at_once(tokenizer_path: Path, fault: str) -> None:
     source, words = REFUSED[fault]
     with pytest.raises(DataError, match=rf"{re.escape(str(tokenizer_path))}: .*{words}"):
-        ChatTemplate.open(tokenizer_path, source)
+        ChatTemplate.from_tokenizer(tokenizer_path, source)
 
 
 FORGETFUL = "{% for m in messages if m.role != 'system' %}{{ m.role + m.content + '<|im_end|>' }}{% endfor %}"
@@ -170,8 +170,8 @@ def test_nothing_is_left_out_without_a_word(
 
 def written(directory: Path, family_template: str = "") -> str:
     """What the template of a tokenizer directory writes for two words."""
-    template = ChatTemplate.open(directory, family_template)
-    return template.write(conversation_of({"prompt": "a", "completion": "b"})).text
+    template = ChatTemplate.from_tokenizer(directory, family_template)
+    return template.render_conversation(parse_conversation({"prompt": "a", "completion": "b"})).text
 
 
 def in_words(name: str) -> str:

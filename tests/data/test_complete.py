@@ -10,16 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from llm_training_toolkit.data.prepare.atomic_dir import complete, sweep
+from llm_training_toolkit.data.prepare.atomic_dir import build_atomic_dir, remove_stale_builds
 
 _BUILDS_FOR_EVER = """
 import sys, time
 from pathlib import Path
-from llm_training_toolkit.data.prepare.atomic_dir import complete
+from llm_training_toolkit.data.prepare.atomic_dir import build_atomic_dir
 def build(directory):
     (directory / "half").write_text("x")
     time.sleep(60)
-complete(Path(sys.argv[1]), build)
+build_atomic_dir(Path(sys.argv[1]), build)
 """
 
 
@@ -29,9 +29,9 @@ def test_a_part_is_whole_or_absent(tmp_path: Path) -> None:
         raise RuntimeError("killed")
 
     with pytest.raises(RuntimeError):
-        complete(tmp_path / "part", dies)
+        build_atomic_dir(tmp_path / "part", dies)
     assert not list(tmp_path.iterdir())
-    complete(tmp_path / "part", lambda directory: (directory / "all").touch())
+    build_atomic_dir(tmp_path / "part", lambda directory: (directory / "all").touch())
     assert [path.name for path in (tmp_path / "part").iterdir()] == ["all"]
 
 
@@ -40,11 +40,11 @@ def test_what_sigkill_left_is_swept_and_what_is_being_built_is_not(tmp_path: Pat
     with subprocess.Popen([sys.executable, "-c", _BUILDS_FOR_EVER, str(target)]) as process:
         while not (half := list(target.parent.glob(".*/half"))):
             assert process.poll() is None
-        sweep(tmp_path)
+        remove_stale_builds(tmp_path)
         assert half[0].exists()
         os.kill(process.pid, signal.SIGKILL)
     assert half[0].exists()
-    sweep(tmp_path)
+    remove_stale_builds(tmp_path)
     assert not list(target.parent.iterdir())
 
 
@@ -62,7 +62,7 @@ def test_other_machines_builds_are_left_alone_for_a_day_and_other_directories_fo
     young = claimed(tmp_path / ".tokens.1.b", "another-machine", age=23 * 3600)
     begins = claimed(tmp_path / ".tokens.1.c", "", age=25 * 3600)  # created, and not locked yet
     (tmp_path / ".mine").mkdir()
-    sweep(tmp_path)
+    remove_stale_builds(tmp_path)
     assert not old.exists()
     assert young.exists()
     assert begins.exists()

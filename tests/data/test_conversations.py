@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_training_toolkit.data.chat.parse import Conversation, Message, ToolCall, UnusableRecord, conversation_of
+from llm_training_toolkit.data.chat.parse import ChatMessage, Conversation, InvalidRecord, ToolCall, parse_conversation
 
 ASKED, ANSWERED = {"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -20,7 +20,7 @@ def spoken(record: dict[str, Any]) -> list[str]:
     """A record's conversation, a line for each message: who, what, and `+` or `-` for a loss switch."""
     return [
         f"{message.role}: {message.content}" + {None: "", True: " +", False: " -"}[message.loss]
-        for message in conversation_of(record).messages
+        for message in parse_conversation(record).messages
     ]
 
 
@@ -129,17 +129,17 @@ def test_calls_of_tools_are_the_same_in_every_form(form: str) -> None:
         "messages": [ASKED, {"role": "assistant", "content": None, "reasoning_content": "Look.", **CALLS[form]}],
         "tools": [WEATHER],
     }
-    conversation = conversation_of(record)
+    conversation = parse_conversation(record)
     call = ToolCall("weather", '{"b": 1, "a": 2}')  # the order of the keys is the record's
-    assert conversation.messages[1] == Message("assistant", "", thinking="Look.", tool_calls=(call,))
+    assert conversation.messages[1] == ChatMessage("assistant", "", thinking="Look.", tool_calls=(call,))
     assert [json.loads(tool) for tool in conversation.tools] == [WEATHER]
-    assert conversation_of({**record, "tools": json.dumps([WEATHER])}) == conversation
+    assert parse_conversation({**record, "tools": json.dumps([WEATHER])}) == conversation
 
 
 @pytest.mark.parametrize("arguments", ["", None, {}, "{}"])
 def test_a_call_without_arguments_has_none(arguments: Any) -> None:
     called = {"role": "assistant", "content": "", "tool_calls": [{"name": "now", "arguments": arguments}]}
-    assert conversation_of({"messages": [ASKED, called]}).messages[1].tool_calls == (ToolCall("now", "{}"),)
+    assert parse_conversation({"messages": [ASKED, called]}).messages[1].tool_calls == (ToolCall("now", "{}"),)
 
 
 UNUSABLE: dict[str, tuple[Any, str, str]] = {
@@ -227,14 +227,14 @@ UNUSABLE: dict[str, tuple[Any, str, str]] = {
 @pytest.mark.parametrize("fault", UNUSABLE)
 def test_what_cannot_be_used_is_refused_with_words_and_a_reason(fault: str) -> None:
     record, reason, words = UNUSABLE[fault]
-    with pytest.raises(UnusableRecord, match=words) as caught:
-        conversation_of(record)
+    with pytest.raises(InvalidRecord, match=words) as caught:
+        parse_conversation(record)
     assert caught.value.reason == reason
     assert str(caught.value) == caught.value.why
 
 
 def test_the_text_is_canonical_and_compact() -> None:
-    conversation = conversation_of({"tools": [WEATHER], "messages": [SYSTEM, ASKED, ANSWERED | {"loss": False}]})
+    conversation = parse_conversation({"tools": [WEATHER], "messages": [SYSTEM, ASKED, ANSWERED | {"loss": False}]})
     assert conversation.to_text() == (
         '{"messages":[{"content":"Be brief.","role":"system"},{"content":"2+2?","role":"user"},'
         '{"content":"4","loss":false,"role":"assistant"}],'
@@ -245,7 +245,7 @@ def test_the_text_is_canonical_and_compact() -> None:
 
 def test_one_conversation_in_two_shapes_has_one_text() -> None:
     texts = {
-        conversation_of(record).to_text()
+        parse_conversation(record).to_text()
         for record in (
             {"prompt": "Größe?", "completion": "漢"},
             {"messages": [{"content": "Größe?", "role": "user"}, {"role": "assistant", "content": "漢"}], "id": 1},
@@ -258,7 +258,7 @@ def test_one_conversation_in_two_shapes_has_one_text() -> None:
 texts = st.text(max_size=20)
 calls = st.builds(ToolCall, texts, st.dictionaries(texts, st.integers(), max_size=2).map(json.dumps))
 messages = st.builds(
-    Message,
+    ChatMessage,
     st.sampled_from(["system", "user", "assistant", "tool"]),
     texts,
     st.none() | texts,
@@ -269,12 +269,12 @@ messages = st.builds(
 
 
 @given(st.lists(messages, max_size=4), st.lists(texts, max_size=2))
-def test_the_text_gives_the_conversation_back(spoken: list[Message], tools: list[str]) -> None:
+def test_the_text_gives_the_conversation_back(spoken: list[ChatMessage], tools: list[str]) -> None:
     conversation = Conversation(tuple(spoken), tuple(tools))
     assert Conversation.from_text(conversation.to_text()) == conversation
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"messages": 3}', '{"messages": [{"role": "user"}]}', "def f(): pass"])
 def test_text_of_something_else_is_refused(text: str) -> None:
-    with pytest.raises(UnusableRecord, match="is not the text of a conversation"):
+    with pytest.raises(InvalidRecord, match="is not the text of a conversation"):
         Conversation.from_text(text)

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from llm_training_toolkit.config.schema import Config
-from llm_training_toolkit.data.prepare.arrow_store import Examples
-from llm_training_toolkit.data.prepare.builder import Prepared, prepare
-from llm_training_toolkit.data.tokenizer import Markers, open_tokenizer
-from llm_training_toolkit.families import find
+from llm_training_toolkit.data.prepare.arrow_store import ExampleStore
+from llm_training_toolkit.data.prepare.builder import PreparedDataset, prepare_dataset
+from llm_training_toolkit.data.tokenizer import TokenizationSpec, open_tokenizer
+from llm_training_toolkit.families import find_size
 
 RATE, SPM_RATE = 0.6, 0.25
 CHARACTERS = 59
@@ -23,7 +23,7 @@ LIMITS = {1: 10.83, 2: 13.82}
 """Chi-square by degrees of freedom at p = 0.001."""
 
 
-def prepared_from(texts: Sequence[str], model: str, folder: Path) -> Prepared:
+def prepared_from(texts: Sequence[str], model: str, folder: Path) -> PreparedDataset:
     """Documents prepared for a model, none of them held out."""
     path = folder / "documents.jsonl"
     path.write_text("".join(json.dumps({"content": text}) + "\n" for text in texts), encoding="utf-8")
@@ -39,15 +39,17 @@ def prepared_from(texts: Sequence[str], model: str, folder: Path) -> Prepared:
         },
         "train": {"steps": 1},
     }
-    return prepare(Config.model_validate(values), Markers.of(find(model).family))
+    return prepare_dataset(Config.model_validate(values), TokenizationSpec.from_family(find_size(model).family))
 
 
-def kinds(prepared: Prepared, model: str) -> list[int]:
+def kinds(prepared: PreparedDataset, model: str) -> list[int]:
     """How many examples on disk are plain, begin with a prefix, and begin with a suffix. Sentinels come as a set."""
-    tokens = find(model).family.special_tokens
+    tokens = find_size(model).family.special_tokens
     encoder = open_tokenizer(str(prepared.tokenizer_path))
-    prefix, suffix, middle = (encoder.id_of(name) for name in (tokens.fim_prefix, tokens.fim_suffix, tokens.fim_middle))
-    examples = Examples(prepared.directory / prepared.receipt.streams[0].epochs[0].tokens)
+    prefix, suffix, middle = (
+        encoder.get_special_token_id(name) for name in (tokens.fim_prefix, tokens.fim_suffix, tokens.fim_middle)
+    )
+    examples = ExampleStore(prepared.directory / prepared.dataset_info.streams[0].epochs[0].tokens)
     counts = [0, 0, 0]
     for number in range(len(examples)):
         ids = examples[number].tokens.tolist()

@@ -9,17 +9,17 @@ from typing import Any
 import pytest
 import tokenizers
 
-from llm_training_toolkit.config.schema import Source
-from llm_training_toolkit.data.code.render import render
-from llm_training_toolkit.data.code.repo_format import magnitude
-from llm_training_toolkit.data.code.rules import Rules
-from llm_training_toolkit.data.sources import Document, Part
-from llm_training_toolkit.data.tokenizer import Markers, TextEncoder, open_tokenizer, train_tokenizer
+from llm_training_toolkit.config.schema import SourceConfig
+from llm_training_toolkit.data.code.render import render_code
+from llm_training_toolkit.data.code.repo_format import get_star_bucket
+from llm_training_toolkit.data.code.rules import RenderRules
+from llm_training_toolkit.data.sources import Document, RepositoryFile
+from llm_training_toolkit.data.tokenizer import TextEncoder, TokenizationSpec, open_tokenizer, train_tokenizer
 from llm_training_toolkit.errors import DataError
-from llm_training_toolkit.families import find
+from llm_training_toolkit.families import find_size
 
 FILE = Document(0, "a.jsonl:1", "x = 1\n", "me/app", "src/a.py", 42)
-PARTS = (Part("a.py", "x = 1\n"), Part("b/c.py", "y = 2\n"), Part("z.py", "z = 3"))
+PARTS = (RepositoryFile("a.py", "x = 1\n"), RepositoryFile("b/c.py", "y = 2\n"), RepositoryFile("z.py", "z = 3"))
 REPOSITORY = Document(0, "me/app", "".join(part.text for part in PARTS), "me/app", "", 42, PARTS)
 
 
@@ -27,7 +27,7 @@ REPOSITORY = Document(0, "me/app", "".join(part.text for part in PARTS), "me/app
 class Written:
     """A family's markers and a small tokenizer that has them."""
 
-    markers: Markers
+    markers: TokenizationSpec
     encoder: TextEncoder
     path: Path
 
@@ -42,16 +42,16 @@ class Written:
 
     def examples(self, document: Document, length: int, *, seed: int = 0, **source: Any) -> list[list[int]]:
         """The ids of every example of a document."""
-        config = Source.model_validate({"path": "x", "format": "code", **source})
-        rules = Rules.of(config, self.markers, self.encoder, length, seed=seed, epoch=0)
-        return [example.tokens.tolist() for example in render([(0, document)], rules, self.encoder)[0].examples]
+        config = SourceConfig.model_validate({"path": "x", "format": "code", **source})
+        rules = RenderRules.from_config(config, self.markers, self.encoder, length, seed=seed, epoch=0)
+        return [example.tokens.tolist() for example in render_code([(0, document)], rules, self.encoder)[0].examples]
 
 
 @pytest.fixture(scope="module")
 def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Written]:
     found = {}
     for name in ("starcoderbase-1b", "starcoder2-3b", "qwen2.5-coder-0.5b", "qwen3-0.6b", "qwen2-0.5b"):
-        markers, path = Markers.of(find(name).family), tmp_path_factory.mktemp(name)
+        markers, path = TokenizationSpec.from_family(find_size(name).family), tmp_path_factory.mktemp(name)
         train_tokenizer(["x = 1\n me/app src/a.py\n"] * 4, 300, markers, path)
         found[name] = Written(markers, open_tokenizer(str(path)), path)
     return found
@@ -122,14 +122,14 @@ def test_stars_come_in_steps() -> None:
         1000: "100-1000",
         1001: "1000+",
     }
-    assert {stars: magnitude(stars) for stars in steps} == steps
+    assert {stars: get_star_bucket(stars) for stars in steps} == steps
 
 
 def test_marker_text_in_names_and_code_stays_text(families: dict[str, Written]) -> None:
     sly = Document(0, "n", "s = '<file_sep>'", "<repo_name>", "<fim_middle>.py")
     written = families["starcoder2-3b"]
     (example,) = written.examples(sly, 256, metadata=True)
-    special = {written.encoder.id_of(marker) for marker in written.markers.tokens.all}
+    special = {written.encoder.get_special_token_id(marker) for marker in written.markers.tokens.all}
     assert [written.encoder.decode([i]) for i in example if i in special] == [
         "<repo_name>",
         "<file_sep>",

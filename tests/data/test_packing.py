@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_training_toolkit.data.prepare.packing import PackingPlan, pack, pack_in_windows
+from llm_training_toolkit.data.prepare.packing import PackingPlan, pack_examples, pack_in_windows
 from llm_training_toolkit.errors import DataError
 
 
@@ -38,27 +38,29 @@ def test_every_example_lies_whole_in_exactly_one_sequence(
     lengths: list[int], capacity: int, seed: int, epoch: int
 ) -> None:
     targets = np.array(lengths, dtype=np.int64) - 1
-    plan = pack(np.array(lengths, dtype=np.int64), capacity, targets=targets, seed=seed, epoch=epoch)
+    plan = pack_examples(np.array(lengths, dtype=np.int64), capacity, targets=targets, seed=seed, epoch=epoch)
     assert sorted(plan.order.tolist()) == list(range(len(lengths)))
-    filled = [sum(lengths[i] for i in plan.examples(s)) for s in range(len(plan))]
+    filled = [sum(lengths[i] for i in plan.get_examples(s)) for s in range(len(plan))]
     assert all(0 < fill <= capacity for fill in filled)
-    assert plan.targets.tolist() == [sum(lengths[i] - 1 for i in plan.examples(s)) for s in range(len(plan))]
+    assert plan.targets.tolist() == [sum(lengths[i] - 1 for i in plan.get_examples(s)) for s in range(len(plan))]
     assert sorted(capacity - fill for fill in filled) == best_fit_decreasing(lengths, capacity)
-    again = pack(np.array(lengths, dtype=np.int64), capacity, targets=targets, seed=seed, epoch=epoch)
+    again = pack_examples(np.array(lengths, dtype=np.int64), capacity, targets=targets, seed=seed, epoch=epoch)
     assert plan.order.tolist() == again.order.tolist()
 
 
 def test_seed_and_epoch_change_the_order_and_mix_equal_lengths() -> None:
     lengths = np.full(400, 8)
-    plans = [pack(lengths, 32, targets=lengths, seed=seed, epoch=epoch) for seed, epoch in ((1, 0), (1, 1), (2, 0))]
+    plans = [
+        pack_examples(lengths, 32, targets=lengths, seed=seed, epoch=epoch) for seed, epoch in ((1, 0), (1, 1), (2, 0))
+    ]
     assert len({tuple(plan.order.tolist()) for plan in plans}) == 3
-    from_first_half = [int((plans[0].examples(s) < 200).sum()) for s in range(100)]
+    from_first_half = [int((plans[0].get_examples(s) < 200).sum()) for s in range(100)]
     assert 20 < sum(count == 2 for count in from_first_half) < 60
 
 
 def test_the_order_is_the_same_in_every_version() -> None:
     lengths = np.array([5, 3, 3, 2, 7, 1, 3, 5])
-    plan = pack(lengths, 8, targets=lengths - 1, seed=8, epoch=2)
+    plan = pack_examples(lengths, 8, targets=lengths - 1, seed=8, epoch=2)
     assert plan.order.tolist() == [0, 6, 4, 5, 7, 2, 1, 3]
     assert plan.offsets.tolist() == [0, 2, 4, 6, 8]
     assert plan.targets.tolist() == [6, 6, 6, 3]
@@ -70,8 +72,8 @@ def test_windows_hold_every_example_once_and_nothing_of_other_windows(counts: li
     lengths = np.random.default_rng(seed).integers(1, 17, len(shards))
     plan = pack_in_windows(shards, lengths, 16, targets=lengths - 1, seed=seed, epoch=epoch)
     assert sorted(plan.order.tolist()) == list(range(len(shards)))
-    assert plan.targets.tolist() == [int((lengths[plan.examples(s)] - 1).sum()) for s in range(len(plan))]
-    assert all(lengths[plan.examples(s)].sum() <= 16 for s in range(len(plan)))
+    assert plan.targets.tolist() == [int((lengths[plan.get_examples(s)] - 1).sum()) for s in range(len(plan))]
+    assert all(lengths[plan.get_examples(s)].sum() <= 16 for s in range(len(plan)))
 
 
 def test_shards_are_read_a_window_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,13 +94,13 @@ def test_many_small_shards_are_one_window() -> None:
     shards = np.repeat(np.arange(500), 20)  # five hundred small sources, for example
     lengths = np.random.default_rng(0).integers(1, 65, len(shards))
     plan = pack_in_windows(shards, lengths, 64, targets=lengths, seed=1, epoch=0)
-    assert (plan.order == pack(lengths, 64, targets=lengths, seed=1, epoch=0).order).all()
+    assert (plan.order == pack_examples(lengths, 64, targets=lengths, seed=1, epoch=0).order).all()
 
 
 def test_fifty_thousand_lengths_take_well_under_a_second() -> None:
     lengths = np.random.default_rng(0).integers(1, 2049, 50_000)
     start = time.perf_counter()
-    plan = pack(lengths, 2048, targets=lengths - 1)
+    plan = pack_examples(lengths, 2048, targets=lengths - 1)
     assert time.perf_counter() - start < 2.0
     assert lengths.sum() / (len(plan) * 2048) > 0.99
 
@@ -106,10 +108,10 @@ def test_fifty_thousand_lengths_take_well_under_a_second() -> None:
 TEN_MILLION = """
 import resource
 import numpy as np
-from llm_training_toolkit.data.prepare.packing import pack
+from llm_training_toolkit.data.prepare.packing import pack_examples
 
 lengths = np.minimum(np.random.default_rng(0).lognormal(6.0, 1.1, 10_000_000).astype(np.int64) + 1, 2048)
-plan = pack(lengths, 2048, targets=lengths - 1)
+plan = pack_examples(lengths, 2048, targets=lengths - 1)
 print(lengths.sum() / (len(plan) * 2048), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)
 """
 
@@ -125,13 +127,13 @@ def test_ten_million_lengths_need_less_than_two_gigabytes() -> None:
 def test_lengths_outside_the_sequence_are_refused() -> None:
     for wrong in ([3, 9], [0, 3]):
         with pytest.raises(DataError, match="8"):
-            pack(np.array(wrong), 8, targets=np.array(wrong))
+            pack_examples(np.array(wrong), 8, targets=np.array(wrong))
 
 
 @pytest.mark.parametrize("count", [0, 1, 30])
 def test_a_plan_survives_the_disk(tmp_path: Path, count: int) -> None:
     lengths = np.arange(1, count + 1)
-    plan = pack(lengths, 30, targets=lengths - 1, seed=3)
+    plan = pack_examples(lengths, 30, targets=lengths - 1, seed=3)
     plan.write(tmp_path)
     read = PackingPlan.read(tmp_path)
     for name in ("order", "offsets", "targets"):

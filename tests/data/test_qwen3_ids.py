@@ -11,26 +11,30 @@ from typing import Any
 
 import pytest
 
-from llm_training_toolkit.config.schema import Source
-from llm_training_toolkit.data.chat.parse import conversation_of
-from llm_training_toolkit.data.prepare.renderer import Renderer
-from llm_training_toolkit.data.sources import Document, Part
-from llm_training_toolkit.data.tokenizer import Markers, open_tokenizer
-from llm_training_toolkit.families import find
+from llm_training_toolkit.config.schema import SourceConfig
+from llm_training_toolkit.data.chat.parse import parse_conversation
+from llm_training_toolkit.data.prepare.renderer import DocumentRenderer
+from llm_training_toolkit.data.sources import Document, RepositoryFile
+from llm_training_toolkit.data.tokenizer import TokenizationSpec, open_tokenizer
+from llm_training_toolkit.families import find_size
 
 QWEN3 = Path(__file__).parent / "qwen3"
 SAID = {"role": "assistant", "content": "4", "reasoning_content": "Add."}
 CHAT = {"messages": [{"role": "user", "content": "2+2?"}, SAID, {"role": "user", "content": "Why?"}, SAID]}
 CODE = Document(0, "a.py", "def f(x):\n    return x\n", "me/app", "a.py")
-REPOSITORY = Document(0, "me/app", "", "me/app", "", None, (Part("a.py", "x = 1\n"), Part("b.py", "y = 2")))
+REPOSITORY = Document(
+    0, "me/app", "", "me/app", "", None, (RepositoryFile("a.py", "x = 1\n"), RepositoryFile("b.py", "y = 2"))
+)
 
 
 def shown(document: Document, **source: Any) -> list[str]:
     """The one example of a document: loss, id and text of every token."""
     encoder = open_tokenizer(str(QWEN3))
-    chosen = Source.model_validate({"path": "x", **source})
-    renderer = Renderer([chosen], Markers.of(find("qwen3-0.6b").family), encoder, QWEN3, 64)
-    [rendered] = renderer.render(0, [(0, document)], seed=1, epoch=0, plain=False)
+    chosen = SourceConfig.model_validate({"path": "x", **source})
+    renderer = DocumentRenderer(
+        [chosen], TokenizationSpec.from_family(find_size("qwen3-0.6b").family), encoder, QWEN3, 64
+    )
+    [rendered] = renderer.render_documents(0, [(0, document)], seed=1, epoch=0, plain=False)
     [example] = rendered.examples
     pairs = zip(example.tokens.tolist(), example.loss.tolist(), strict=True)
     return [f"{'*' if loss else ' '} {token:>6} {encoder.decode([token])!r}" for token, loss in pairs]
@@ -130,7 +134,7 @@ GOLDEN = {
 
 
 CASES: dict[str, tuple[Document, dict[str, Any]]] = {
-    "chat": (Document(0, "c.jsonl:1", conversation_of(CHAT).to_text()), {"format": "chat"}),
+    "chat": (Document(0, "c.jsonl:1", parse_conversation(CHAT).to_text()), {"format": "chat"}),
     "prefix-suffix-middle": (CODE, {"format": "code", "fim": {"rate": 1, "spm_rate": 0, "loss": "middle"}}),
     "suffix-prefix-middle": (CODE, {"format": "code", "fim": {"rate": 1, "spm_rate": 1}}),
     "repository": (REPOSITORY, {"format": "code", "per": "repository", "metadata": True}),

@@ -14,17 +14,17 @@ from hypothesis import strategies as st
 
 from data.conftest import CODE, MARKERS
 from llm_training_toolkit.data.code.fim import FimRules
-from llm_training_toolkit.data.code.render import render
-from llm_training_toolkit.data.code.repo_format import Layout
-from llm_training_toolkit.data.code.rules import Rules
-from llm_training_toolkit.data.sources import Document, Part
+from llm_training_toolkit.data.code.render import render_code
+from llm_training_toolkit.data.code.repo_format import RepoFormat
+from llm_training_toolkit.data.code.rules import RenderRules
+from llm_training_toolkit.data.sources import Document, RepositoryFile
 from llm_training_toolkit.data.tokenizer import TextEncoder, open_tokenizer, train_tokenizer
 from llm_training_toolkit.data.types import Example
 from llm_training_toolkit.families import FAMILIES
 
 END, PREFIX, MIDDLE, SUFFIX, REPOSITORY, FILE = 0, 1, 2, 3, 5, 6
 SPECIAL = {PREFIX, MIDDLE, SUFFIX, REPOSITORY, FILE}
-STARCODER2 = Layout(FILE, REPOSITORY, None, FAMILIES["starcoder2"].code_layout, metadata=True)
+STARCODER2 = RepoFormat(FILE, REPOSITORY, None, FAMILIES["starcoder2"].code_layout, metadata=True)
 QWEN = replace(STARCODER2, form=FAMILIES["qwen3"].code_layout)
 LAYOUTS = {"starcoder2": STARCODER2, "qwen": QWEN}
 ALWAYS = FimRules(PREFIX, MIDDLE, SUFFIX, rate=1.0, spm_rate=0.5, middle_only=False)
@@ -43,17 +43,17 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> TextEncoder:
 
 
 def document(files: list[tuple[str, str]], name: str = "me/app") -> Document:
-    parts = tuple(Part(path, text) for path, text in files)
+    parts = tuple(RepositoryFile(path, text) for path, text in files)
     return Document(0, name, "".join(part.text for part in parts), name, "", None, parts)
 
 
-def rules(layout: str, length: int, *, whole: bool, seed: int = 0, **fim: Any) -> Rules:
+def rules(layout: str, length: int, *, whole: bool, seed: int = 0, **fim: Any) -> RenderRules:
     chosen = replace(ALWAYS, whole=whole, path_in_prefix=LAYOUTS[layout].form.path_in_prefix, **fim)
-    return Rules(length, END, fim=chosen, seed=seed, layout=LAYOUTS[layout])
+    return RenderRules(length, END, fim=chosen, seed=seed, layout=LAYOUTS[layout])
 
 
-def examples(files: list[tuple[str, str]], by: Rules, encoder: TextEncoder, number: int = 0) -> list[Example]:
-    return render([(number, document(files))], by, encoder)[0].examples
+def examples(files: list[tuple[str, str]], by: RenderRules, encoder: TextEncoder, number: int = 0) -> list[Example]:
+    return render_code([(number, document(files))], by, encoder)[0].examples
 
 
 class Read(NamedTuple):
@@ -90,7 +90,7 @@ def read(pieces: list[list[int]], encoder: TextEncoder) -> Read:
     return Read(texts[0], texts[1:], moved[1:])
 
 
-def expected(files: list[tuple[str, str]], layout: Layout, moved: list[bool]) -> list[str]:
+def expected(files: list[tuple[str, str]], layout: RepoFormat, moved: list[bool]) -> list[str]:
     tails = [layout.form.between_files] * (len(files) - 1) + [""]
     return [
         f"{path}\n{text}" + ("" if is_moved else tail)
@@ -159,7 +159,7 @@ def places(length: int, *, whole: bool, encoder: TextEncoder) -> np.ndarray[tupl
     by = rules("starcoder2", length, whole=whole, seed=3, rate=0.5, spm_rate=0.25)
     files = [("a", "first + second"), ("b", "return first"), ("c", "class Größe")]
     found = []
-    for rendered in render([(i, document(files)) for i in range(1500)], by, encoder):
+    for rendered in render_code([(i, document(files)) for i in range(1500)], by, encoder):
         tokens = [token for example in rendered.examples for token in example.tokens.tolist()]
         starts = [at for at, token in enumerate(tokens) if token == FILE]
         kinds = [(tokens[at + 1] == PREFIX) + (tokens[at + 1 : at + 3] == [PREFIX, SUFFIX]) for at in starts]

@@ -18,34 +18,40 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llm_training_toolkit.config import to_json
-from llm_training_toolkit.config.schema import Config, Data
+from llm_training_toolkit.config import dump_config_json
+from llm_training_toolkit.config.schema import Config, DataConfig
 from llm_training_toolkit.data.prepare import document_index as survey_module
-from llm_training_toolkit.data.prepare.arrow_store import Examples
-from llm_training_toolkit.data.prepare.builder import Prepared, prepare
-from llm_training_toolkit.data.prepare.document_index import Rereader, Shard, Survey, shards, take
-from llm_training_toolkit.data.prepare.shards import Done, Job, ShardWriter, in_this_process
-from llm_training_toolkit.data.tokenizer import Markers
+from llm_training_toolkit.data.prepare.arrow_store import ExampleStore
+from llm_training_toolkit.data.prepare.builder import PreparedDataset, prepare_dataset
+from llm_training_toolkit.data.prepare.document_index import (
+    DocumentIndex,
+    DocumentReader,
+    DocumentShard,
+    build_document_index,
+    split_into_shards,
+)
+from llm_training_toolkit.data.prepare.shards import DoneCallback, RenderJob, ShardWriter, render_in_process
+from llm_training_toolkit.data.tokenizer import TokenizationSpec
 from llm_training_toolkit.errors import DataError
 
 Configure = Callable[..., Config]
 
 
-def tokens_of(prepared: Prepared) -> list[tuple[int, list[int]]]:
-    examples = Examples(prepared.directory / prepared.receipt.streams[0].epochs[0].tokens)
+def tokens_of(prepared: PreparedDataset) -> list[tuple[int, list[int]]]:
+    examples = ExampleStore(prepared.directory / prepared.dataset_info.streams[0].epochs[0].tokens)
     return [(examples[i].document, examples[i].tokens.tolist()) for i in range(len(examples))]
 
 
 def test_the_tokens_are_the_same_however_the_work_is_cut(
-    configure: Configure, markers: Markers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    configure: Configure, markers: TokenizationSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = prepare(configure(fim={"rate": 0.5}), markers)
+    whole = prepare_dataset(configure(fim={"rate": 0.5}), markers)
     monkeypatch.setattr(survey_module, "_CHARACTERS_PER_SHARD", 200)
-    cut = prepare(configure(fim={"rate": 0.5}, cache=str(tmp_path / "other")), markers)
+    cut = prepare_dataset(configure(fim={"rate": 0.5}, cache=str(tmp_path / "other")), markers)
     assert tokens_of(cut) == tokens_of(whole)
     assert len(list((cut.directory / "tokens-seed1-epoch0").glob("tokens-*.arrow"))) > 5
-    assert cut.receipt.sources == whole.receipt.sources
-    assert cut.receipt.streams == whole.receipt.streams
+    assert cut.dataset_info.sources == whole.dataset_info.sources
+    assert cut.dataset_info.streams == whole.dataset_info.streams
 
 
 def a_source(folder: Path, kind: str) -> Path:
@@ -79,18 +85,18 @@ def test_a_shard_begins_anywhere(tmp_path: Path, kind: str, edges: list[float]) 
         folder.mkdir()
         place.mkdir()
     path = a_source(folder, kind)
-    data = Data.model_validate({"sequence_length": 64, "sources": [{"path": str(path), "format": "text"}]})
-    take(data, place, lambda _done: None)
-    survey = Survey.read(place)
-    rows = len(survey.of(0))
+    data = DataConfig.model_validate({"sequence_length": 64, "sources": [{"path": str(path), "format": "text"}]})
+    build_document_index(data, place, lambda _done: None)
+    survey = DocumentIndex.read(place)
+    rows = len(survey.get_source_rows(0))
     assert rows == 47  # of fifty different texts three are empty in both rounds
     cuts = sorted({0, rows, *(int(edge * rows) for edge in edges)})
-    rereader = Rereader(data, survey)
+    rereader = DocumentReader(data, survey)
     pieces = [
         (number, document.name, document.text)
         for first, stop in pairwise(cuts)
         for held in (True, False)
-        for number, document in rereader.documents(Shard(0, first, stop), held=held)
+        for number, document in rereader.read_documents(DocumentShard(0, first, stop), held=held)
     ]
     assert sorted(number for number, _, _ in pieces) == list(range(rows))
     assert {name for _, name, _ in pieces} == set(survey.names.to_pylist())
@@ -100,74 +106,74 @@ def test_a_shard_begins_anywhere(tmp_path: Path, kind: str, edges: list[float]) 
 def test_what_a_shard_does_not_need_is_not_read(configure: Configure, corpus: Path) -> None:
     data, place = configure().data, corpus.parent / "survey"
     place.mkdir()
-    take(data, place, lambda _done: None)
-    survey = Survey.read(place)
+    build_document_index(data, place, lambda _done: None)
+    survey = DocumentIndex.read(place)
     for number in (0, 1, 30):
         (corpus / f"file{number:02}.py").write_bytes(b"\xff no text any more")
-    found = list(Rereader(data, survey).documents(Shard(0, 5, 20), held=False))
+    found = list(DocumentReader(data, survey).read_documents(DocumentShard(0, 5, 20), held=False))
     assert found
     with pytest.raises(DataError, match=r"file30\.py.*not UTF-8"):
-        list(Rereader(data, survey).documents(Shard(0, 25, 35), held=False))
+        list(DocumentReader(data, survey).read_documents(DocumentShard(0, 25, 35), held=False))
 
 
 def test_a_document_that_is_gone_is_named(configure: Configure, corpus: Path) -> None:
     data, place = configure().data, corpus.parent / "survey"
     place.mkdir()
-    take(data, place, lambda _done: None)
+    build_document_index(data, place, lambda _done: None)
     (corpus / "file07.py").write_text("other = True\n", encoding="utf-8")
     with pytest.raises(DataError, match=r"file07\.py changed"):
-        list(Rereader(data, Survey.read(place)).documents(Shard(0, 0, 20), held=False))
+        list(DocumentReader(data, DocumentIndex.read(place)).read_documents(DocumentShard(0, 0, 20), held=False))
 
 
 def test_what_was_done_before_a_failure_is_not_done_again(
-    configure: Configure, markers: Markers, monkeypatch: pytest.MonkeyPatch
+    configure: Configure, markers: TokenizationSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(survey_module, "_CHARACTERS_PER_SHARD", 200)
-    written: list[Shard] = []
-    render = ShardWriter._render
+    written: list[DocumentShard] = []
+    render = ShardWriter._render_shard
 
-    def counted(self: ShardWriter, directory: Path, shard: Shard, done: Done) -> None:
+    def counted(self: ShardWriter, directory: Path, shard: DocumentShard, done: DoneCallback) -> None:
         written.append(shard)
         render(self, directory, shard, done)
 
-    monkeypatch.setattr(ShardWriter, "_render", counted)
+    monkeypatch.setattr(ShardWriter, "_render_shard", counted)
 
-    def breaks_off(job: Job, chosen: Sequence[Shard], done: Done) -> None:
-        in_this_process(job, chosen if job.held else chosen[:4], done)
+    def breaks_off(job: RenderJob, chosen: Sequence[DocumentShard], done: DoneCallback) -> None:
+        render_in_process(job, chosen if job.held else chosen[:4], done)
         if not job.held:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        prepare(configure(), markers, runner=breaks_off)
+        prepare_dataset(configure(), markers, runner=breaks_off)
     before = list(written)
-    prepared = prepare(configure(), markers)
+    prepared = prepare_dataset(configure(), markers)
     assert not (prepared.directory / ".tokens.shards").exists()
-    survey = Survey.read(prepared.directory / "documents")
-    everything = shards(configure().data, survey, [0], held=False)
+    survey = DocumentIndex.read(prepared.directory / "documents")
+    everything = split_into_shards(configure().data, survey, [0], held=False)
     assert written[len(before) :] == everything[4:]
 
 
 _KILLED = """
 import sys
-from llm_training_toolkit.config import from_json
+from llm_training_toolkit.config import parse_config_json
 from llm_training_toolkit.data import survey
-from llm_training_toolkit.data.prepare.builder import prepare
+from llm_training_toolkit.data.prepare.builder import prepare_dataset
 sys.path.insert(0, sys.argv[2])
 from conftest import MARKERS
 survey._CHARACTERS_PER_SHARD = 3000
-prepare(from_json(open(sys.argv[1]).read()), MARKERS)
+prepare_dataset(parse_config_json(open(sys.argv[1]).read()), MARKERS)
 """
 
 
 @pytest.mark.slow
 def test_sigkill_in_the_middle_loses_one_shard_at_most(
-    configure: Configure, markers: Markers, corpus: Path, monkeypatch: pytest.MonkeyPatch
+    configure: Configure, markers: TokenizationSpec, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for i in range(60):
         (corpus / f"more{i}.py").write_text("".join(f"more_{i}_{j} = {j * i}\n" for j in range(150)), encoding="utf-8")
     config = configure(fim={"rate": 1.0})
     monkeypatch.setattr(survey_module, "_CHARACTERS_PER_SHARD", 3000)
-    (corpus.parent / "config.json").write_text(to_json(config), encoding="utf-8")
+    (corpus.parent / "config.json").write_text(dump_config_json(config), encoding="utf-8")
     command = [sys.executable, "-c", _KILLED, str(corpus.parent / "config.json"), str(Path(__file__).parent)]
     place, environment = corpus.parent / "runs" / ".cache", {**os.environ, "RAYON_NUM_THREADS": "1"}
     process = subprocess.Popen(command, env=environment)
@@ -181,12 +187,12 @@ def test_sigkill_in_the_middle_loses_one_shard_at_most(
     stamps = {path: path.stat().st_mtime_ns for path in done}
     kept: list[Path] = []
 
-    def look(job: Job, chosen: Sequence[Shard], done: Done) -> None:
-        in_this_process(job, chosen, done)
+    def look(job: RenderJob, chosen: Sequence[DocumentShard], done: DoneCallback) -> None:
+        render_in_process(job, chosen, done)
         kept.extend(path for path, stamp in stamps.items() if not job.held and path.stat().st_mtime_ns == stamp)
 
-    again = prepare(config, markers, runner=look)
+    again = prepare_dataset(config, markers, runner=look)
     assert kept == list(stamps)
     assert not list(again.directory.glob(".*"))
-    untouched = prepare(configure(fim={"rate": 1.0}, cache=str(corpus.parent / "other")), markers)
+    untouched = prepare_dataset(configure(fim={"rate": 1.0}, cache=str(corpus.parent / "other")), markers)
     assert tokens_of(again) == tokens_of(untouched)

@@ -15,21 +15,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from llm_training_toolkit.config.schema import Source
+from llm_training_toolkit.config.schema import SourceConfig
 from llm_training_toolkit.data.chat.parse import Conversation
-from llm_training_toolkit.data.sources import Document, Tally, documents, files
+from llm_training_toolkit.data.sources import Document, DocumentStats, list_source_files, read_source_documents
 from llm_training_toolkit.errors import DataError
 
 ROWS = [{"text": "one", "other": 1}, {"text": "two", "other": 2}, {"text": "drei ü", "other": 3}]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
 
 
-def source(path: object, form: str = "text", **more: Any) -> Source:
-    return Source.model_validate({"path": str(path), "format": form, **more})
+def source(path: object, form: str = "text", **more: Any) -> SourceConfig:
+    return SourceConfig.model_validate({"path": str(path), "format": form, **more})
 
 
 def read(path: object, form: str = "text", **more: Any) -> list[Document]:
-    return list(documents(source(path, form, **more), 0))
+    return list(read_source_documents(source(path, form, **more), 0))
 
 
 def arrow(rows: list[dict[str, Any]], path: Path, make: Callable[..., Any]) -> Path:
@@ -86,7 +86,7 @@ def test_a_file_cut_off_is_named_with_the_line_reached(tmp_path: Path, suffix: s
         read(path)
     # Nobody knows how many documents are behind it, so no share of skipped ones can be kept.
     with pytest.raises(DataError, match="how much that is is not known"):
-        list(documents(source(path), 0, on_error="skip"))
+        list(read_source_documents(source(path), 0, on_error="skip"))
 
 
 def test_a_table_cut_off_is_no_single_document_to_skip(tmp_path: Path) -> None:
@@ -94,22 +94,25 @@ def test_a_table_cut_off_is_no_single_document_to_skip(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": [f"{i}" for i in range(1000)]}), path)
     path.write_bytes(path.read_bytes()[:-50])
     with pytest.raises(DataError, match="how much that is is not known"):
-        list(documents(source(path), 0, on_error="skip"))
+        list(read_source_documents(source(path), 0, on_error="skip"))
 
 
 def test_what_json_and_tables_may_hold_is_no_traceback(tmp_path: Path) -> None:
     lines = tmp_path / "a.jsonl"
     long = '{"text": "two", "n": ' + "9" * 5000 + "}"
     lines.write_text("\n".join(['{"text": "one"}', long, '{"content": "three", "stars": Infinity}']))
-    tally = Tally()
-    kept = list(documents(source(lines, form="code"), 0, on_error="skip", tally=tally))
+    tally = DocumentStats()
+    kept = list(read_source_documents(source(lines, form="code"), 0, on_error="skip", tally=tally))
     assert [document.text for document in kept] == ["one"]
     assert dict(tally.skipped) == {"invalid_json": 1, "wrong_type": 1}
     table = tmp_path / "b.parquet"
     wrong = pa.array([b"good", b"\xff\xfe", b"too"], pa.binary()).view(pa.string())
     pq.write_table(pa.table({"text": wrong}), table)
-    tally = Tally()
-    assert [document.text for document in documents(source(table), 0, on_error="skip", tally=tally)] == ["good", "too"]
+    tally = DocumentStats()
+    assert [document.text for document in read_source_documents(source(table), 0, on_error="skip", tally=tally)] == [
+        "good",
+        "too",
+    ]
     assert dict(tally.skipped) == {"invalid_utf8": 1}
 
 
@@ -143,8 +146,8 @@ def test_a_table_of_another_schema_names_its_columns_and_counts_its_rows(tmp_pat
         arrow(rows, tmp_path / name, pa.ipc.new_file)
     with pytest.raises(DataError, match=r"no column 'text' or 'content' \(its columns are \['body', 'number'\]\)"):
         read(tmp_path / name)
-    tally = Tally()
-    assert not list(documents(source(tmp_path / name), 0, on_error="skip", tally=tally))
+    tally = DocumentStats()
+    assert not list(read_source_documents(source(tmp_path / name), 0, on_error="skip", tally=tally))
     assert (dict(tally.skipped), tally.read) == ({"no_text": 5}, 5)
 
 
@@ -153,16 +156,16 @@ def test_rows_that_cannot_be_read_are_named_or_counted(tmp_path: Path) -> None:
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
     with pytest.raises(DataError, match=r"a\.parquet, row 2: the field 'text' is NoneType"):
         read(tmp_path / "a.parquet")
-    tally = Tally()
-    kept = documents(source(tmp_path / "a.parquet"), 0, on_error="skip", tally=tally)
+    tally = DocumentStats()
+    kept = read_source_documents(source(tmp_path / "a.parquet"), 0, on_error="skip", tally=tally)
     assert [document.text for document in kept] == ["fine", "also"]
     assert dict(tally.skipped) == {"no_text": 1}
 
 
 def test_bytes_in_a_table_are_text_where_they_are_utf8(tmp_path: Path) -> None:
     pq.write_table(pa.table({"content": [b"gr\xc3\xbcn", b"\xff"]}), tmp_path / "a.parquet")
-    tally = Tally()
-    kept = documents(source(tmp_path / "a.parquet"), 0, on_error="skip", tally=tally)
+    tally = DocumentStats()
+    kept = read_source_documents(source(tmp_path / "a.parquet"), 0, on_error="skip", tally=tally)
     assert [document.text for document in kept] == ["grün"]
     assert dict(tally.skipped) == {"invalid_utf8": 1}
 
@@ -211,7 +214,7 @@ def test_a_directory_of_code_holds_records_only_where_nothing_else_is(tmp_path: 
     (tmp_path / "train.jsonl").write_text('{"content": "x"}', encoding="utf-8")
     assert [document.text for document in read(tmp_path, "code")] == ["x"]
     (tmp_path / "a.py").write_text("y", encoding="utf-8")
-    assert {file.name for file in files(source(tmp_path, "code"))} == {"README.md", "a.py"}
+    assert {file.name for file in list_source_files(source(tmp_path, "code"))} == {"README.md", "a.py"}
     assert [document.text for document in read(tmp_path / "*.jsonl", "code")] == ["x"]
 
 
@@ -254,8 +257,8 @@ def test_a_record_that_is_no_conversation_is_named_or_counted(tmp_path: Path) ->
     path.write_text(good + bad + '["x"]\n', encoding="utf-8")
     with pytest.raises(DataError, match=r"a\.jsonl:2: .*wizard"):
         read(path, "chat")
-    tally = Tally()
-    assert len(list(documents(source(path, "chat"), 0, on_error="skip", tally=tally))) == 1
+    tally = DocumentStats()
+    assert len(list(read_source_documents(source(path, "chat"), 0, on_error="skip", tally=tally))) == 1
     assert tally.skipped.total() == 2
     assert "unknown_role" in tally.skipped
     (tmp_path / "b.md").write_text("x", encoding="utf-8")
@@ -280,7 +283,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
         tracemalloc.start()
         taken = 0
         for path in paths:
-            for _ in documents(source(path), 0, seen=set()):
+            for _ in read_source_documents(source(path), 0, seen=set()):
                 taken = max(taken, pa.total_allocated_bytes() - arrow_before)
         peaks.append((tracemalloc.get_traced_memory()[1], taken))
         tracemalloc.stop()

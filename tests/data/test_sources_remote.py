@@ -23,23 +23,23 @@ from botocore.exceptions import NoCredentialsError  # type: ignore[import-untype
 from moto.server import ThreadedMotoServer
 
 from data.hub_server import hub
-from llm_training_toolkit.config.schema import Config, Source
-from llm_training_toolkit.data.prepare.builder import prepare
-from llm_training_toolkit.data.sources import Document, documents, files, fingerprint
-from llm_training_toolkit.data.sources.remote import reaching
-from llm_training_toolkit.data.tokenizer import Markers
+from llm_training_toolkit.config.schema import Config, SourceConfig
+from llm_training_toolkit.data.prepare.builder import prepare_dataset
+from llm_training_toolkit.data.sources import Document, fingerprint_sources, list_source_files, read_source_documents
+from llm_training_toolkit.data.sources.remote import translate_remote_errors
+from llm_training_toolkit.data.tokenizer import TokenizationSpec
 from llm_training_toolkit.errors import DataError
 
 Put = Callable[[str, bytes], None]
 LINES = b'{"text": "one"}\n{"text": "two"}\n'
 
 
-def source(path: str, form: str = "text", **more: Any) -> Source:
-    return Source.model_validate({"path": path, "format": form, **more})
+def source(path: str, form: str = "text", **more: Any) -> SourceConfig:
+    return SourceConfig.model_validate({"path": path, "format": form, **more})
 
 
 def read(path: str, form: str = "text", **more: Any) -> list[Document]:
-    return list(documents(source(path, form, **more), 0))
+    return list(read_source_documents(source(path, form, **more), 0))
 
 
 def parquet(**columns: list[Any]) -> bytes:
@@ -87,7 +87,7 @@ def test_objects_by_name_by_glob_and_by_prefix(put: Put) -> None:
     assert [d.text for d in read("s3://data/chats/b.jsonl")] == ["one", "two"]
     assert [d.name for d in read("s3://data/chats/*.jsonl")] == ["b.jsonl:1", "b.jsonl:2", "odd name [1].jsonl:1"]
     assert [d.text for d in read("s3://data/chats/odd name [1].jsonl")] == ["odd"]
-    assert [file.name for file in files(source("s3://data/chats/**/*.parquet"))] == ["deep/er/c.parquet"]
+    assert [file.name for file in list_source_files(source("s3://data/chats/**/*.parquet"))] == ["deep/er/c.parquet"]
     assert [d.text for d in read("s3://data/chats/")] == ["zero", "one", "two", "three", "odd"]
     assert [d.text for d in read("s3://data/chats/?.jsonl?region=us-east-1")] == ["one", "two"]
 
@@ -103,10 +103,10 @@ def test_a_tree_of_code_in_a_bucket(put: Put) -> None:
 
 def test_the_fingerprint_sees_a_changed_object(put: Put) -> None:
     put("x/a.jsonl", LINES)
-    before = fingerprint([source("s3://data/x")])
-    assert fingerprint([source("s3://data/x")]) == before
+    before = fingerprint_sources([source("s3://data/x")])
+    assert fingerprint_sources([source("s3://data/x")]) == before
     put("x/a.jsonl", LINES + LINES)
-    assert fingerprint([source("s3://data/x")]) != before
+    assert fingerprint_sources([source("s3://data/x")]) != before
 
 
 @pytest.mark.parametrize("address", ["s3://data/none.jsonl", "s3://data/none/", "s3://no-bucket/x", "s3://data/*.none"])
@@ -130,17 +130,17 @@ def test_a_store_that_stops_answering_ends_the_reading_even_where_errors_are_ski
     put: Put, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put("a.jsonl", LINES)
-    (file,) = files(source("s3://data/a.jsonl"))
+    (file,) = list_source_files(source("s3://data/a.jsonl"))
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     with pytest.raises(DataError, match=r"s3://data/a\.jsonl cannot be read .*AWS_ENDPOINT_URL"):
-        list(documents(source("s3://data/a.jsonl"), 0, on_error="skip"))
-    assert file.address == "s3://data/a.jsonl"
+        list(read_source_documents(source("s3://data/a.jsonl"), 0, on_error="skip"))
+    assert file.display_path == "s3://data/a.jsonl"
 
 
 def test_an_object_that_is_gone_in_the_middle_is_no_damaged_record(put: Put) -> None:
     for name in "ab":
         put(f"gone/{name}.jsonl", b'{"text": "%s"}\n' % name.encode())
-    reading = documents(source("s3://data/gone/*.jsonl"), 0, on_error="skip")
+    reading = read_source_documents(source("s3://data/gone/*.jsonl"), 0, on_error="skip")
     assert next(reading).text == "a"
     pyarrow.fs.S3FileSystem(
         endpoint_override=os.environ["AWS_ENDPOINT_URL"].removeprefix("http://"), scheme="http"
@@ -150,12 +150,12 @@ def test_an_object_that_is_gone_in_the_middle_is_no_damaged_record(put: Put) -> 
 
 
 def test_a_run_is_prepared_from_a_bucket_as_from_a_disk(
-    put: Put, configure: Callable[..., Config], markers: Markers, corpus: Path, tmp_path: Path
+    put: Put, configure: Callable[..., Config], markers: TokenizationSpec, corpus: Path, tmp_path: Path
 ) -> None:
     for path in corpus.iterdir():
         put(f"corpus/{path.name}", path.read_bytes())
     local, remote = (
-        prepare(configure(sources=[{"path": path, "format": "code"}]), markers)
+        prepare_dataset(configure(sources=[{"path": path, "format": "code"}]), markers)
         for path in (str(corpus), "s3://data/corpus")
     )
     for part in ("tokens", "held_out"):
@@ -167,15 +167,16 @@ def test_a_data_set_of_the_hub() -> None:
     content = {"README.md": b"# data", "data/a.jsonl": LINES, "data/b.parquet": parquet(text=["three"], x=[1])}
     script = """
 import json, sys
-from llm_training_toolkit.config.schema import Source
-from llm_training_toolkit.data.sources import documents, files
-from llm_training_toolkit.data.sources.remote import reaching
+from llm_training_toolkit.config.schema import SourceConfig
+from llm_training_toolkit.data.sources import read_source_documents, list_source_files
+from llm_training_toolkit.data.sources.remote import translate_remote_errors
 from llm_training_toolkit.errors import DataError
 said = []
 for path in sys.argv[1:]:
-    source = Source(path=path, format="text")
+    source = SourceConfig(path=path, format="text")
     try:
-        said.append([[d.name, d.text] for d in documents(source, 0)] + [f.version for f in files(source)])
+        read = [[d.name, d.text] for d in read_source_documents(source, 0)]
+        said.append(read + [f.version for f in list_source_files(source)])
     except DataError as error:
         said.append(str(error))
 print(json.dumps(said))
@@ -202,9 +203,9 @@ def test_other_protocols_go_through_fsspec() -> None:
     store.pipe({"/box/a.jsonl": LINES, "/box/b/c.txt": b"whole"})
     assert [d.text for d in read("memory://box")] == ["one", "two", "whole"]
     assert [d.name for d in read("memory://box/**/*.txt")] == ["b/c.txt"]
-    before = fingerprint([source("memory://box")])
+    before = fingerprint_sources([source("memory://box")])
     store.pipe({"/box/a.jsonl": LINES[::-1]})
-    assert fingerprint([source("memory://box")]) != before
+    assert fingerprint_sources([source("memory://box")]) != before
 
 
 @pytest.mark.parametrize(
@@ -212,12 +213,12 @@ def test_other_protocols_go_through_fsspec() -> None:
     [aiohttp.ServerDisconnectedError(), httpx2.ConnectError("no route"), NoCredentialsError(), OSError(5, "x")],
 )
 def test_what_the_library_of_a_protocol_raises_names_the_address(raised: Exception) -> None:
-    with pytest.raises(DataError, match=r"https://x/y cannot be read"), reaching("https://x/y"):
+    with pytest.raises(DataError, match=r"https://x/y cannot be read"), translate_remote_errors("https://x/y"):
         raise raised
 
 
 def test_a_mistake_of_ours_is_not_blamed_on_the_store() -> None:
-    with pytest.raises(AttributeError), reaching("https://x/y"):
+    with pytest.raises(AttributeError), translate_remote_errors("https://x/y"):
         raise AttributeError("no such thing")
 
 

@@ -8,17 +8,23 @@ from typing import Any
 
 import pytest
 
-from llm_training_toolkit.config.schema import Source
-from llm_training_toolkit.data.sources import Document, Part, Tally, content_hash, documents
+from llm_training_toolkit.config.schema import SourceConfig
+from llm_training_toolkit.data.sources import (
+    Document,
+    DocumentStats,
+    RepositoryFile,
+    content_hash,
+    read_source_documents,
+)
 from llm_training_toolkit.errors import DataError
 
 
-def source(path: object, **more: Any) -> Source:
-    return Source.model_validate({"path": str(path), "format": "code", **more})
+def source(path: object, **more: Any) -> SourceConfig:
+    return SourceConfig.model_validate({"path": str(path), "format": "code", **more})
 
 
 def read(path: object, **more: Any) -> list[Document]:
-    return list(documents(source(path, per="repository", **more), 0))
+    return list(read_source_documents(source(path, per="repository", **more), 0))
 
 
 def tree(top: Path, *names: str) -> None:
@@ -32,10 +38,10 @@ def test_a_directory_is_a_repository_with_its_files_in_order(tmp_path: Path) -> 
     tree(tmp_path / "app", "b.py", "a/z.py", ".git/config.py", "a.py", "README.md")
     (document,) = read(tmp_path / "app")
     names = ("README.md", "a.py", "a/z.py", "b.py")
-    assert document.parts == tuple(Part(name, f"# {name}\n") for name in names)
+    assert document.parts == tuple(RepositoryFile(name, f"# {name}\n") for name in names)
     assert (document.name, document.repository, document.path) == ("app", "app", "")
     assert document.text == "".join(part.text for part in document.parts)
-    assert document.digest == content_hash(document.text)
+    assert document.content_digest == content_hash(document.text)
 
 
 def test_checkouts_below_a_directory_are_repositories_of_their_own(tmp_path: Path) -> None:
@@ -43,10 +49,12 @@ def test_checkouts_below_a_directory_are_repositories_of_their_own(tmp_path: Pat
     (tmp_path / "all/tool/.git").write_text("gitdir: elsewhere", encoding="utf-8")  # a worktree, or a submodule
     found = {document.name: [part.path for part in document.parts] for document in read(tmp_path / "all")}
     assert found == {"all": ["loose.py"], "all/all": ["i.py"], "me/app": ["src/x.py"], "tool": ["t.py"]}
-    by_file = {d.name: (d.repository, d.path) for d in documents(source(tmp_path / "all"), 0)}
+    by_file = {d.name: (d.repository, d.path) for d in read_source_documents(source(tmp_path / "all"), 0)}
     assert by_file["me/app/src/x.py"] == ("me/app", "src/x.py")
     assert by_file["loose.py"] == ("all", "loose.py")
-    by_glob = {d.name: (d.repository, d.path) for d in documents(source(tmp_path / "all" / "**" / "*.py"), 0)}
+    by_glob = {
+        d.name: (d.repository, d.path) for d in read_source_documents(source(tmp_path / "all" / "**" / "*.py"), 0)
+    }
     assert by_glob == by_file
 
 
@@ -81,8 +89,8 @@ def test_a_record_without_a_repository_is_named_or_counted(tmp_path: Path) -> No
     path.write_text('{"content": "x", "repo_name": "r"}\n{"content": "y"}\n', encoding="utf-8")
     with pytest.raises(DataError, match=r"a\.jsonl:2: belongs to no repository"):
         read(path)
-    tally = Tally()
-    kept = list(documents(source(path, per="repository"), 0, on_error="skip", tally=tally))
+    tally = DocumentStats()
+    kept = list(read_source_documents(source(path, per="repository"), 0, on_error="skip", tally=tally))
     assert [document.text for document in kept] == ["x"]
     assert (dict(tally.skipped), tally.read) == ({"no_repository": 1}, 2)
 
@@ -93,7 +101,7 @@ def test_empty_files_are_left_out_and_equal_repositories_dropped(tmp_path: Path)
         (tmp_path / repository / "x.py").write_text("same\n", encoding="utf-8")
     (tmp_path / "a" / "__init__.py").write_text(" \n", encoding="utf-8")
     (tmp_path / "c" / "__init__.py").write_text("", encoding="utf-8")
-    tally = Tally()
-    found = list(documents(source(tmp_path, per="repository"), 0, tally=tally))
-    assert [(document.name, document.parts) for document in found] == [("a", (Part("x.py", "same\n"),))]
+    tally = DocumentStats()
+    found = list(read_source_documents(source(tmp_path, per="repository"), 0, tally=tally))
+    assert [(document.name, document.parts) for document in found] == [("a", (RepositoryFile("x.py", "same\n"),))]
     assert dict(tally.dropped) == {"empty": 2, "duplicate": 1}

@@ -10,54 +10,54 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llm_training_toolkit.config.schema import Config, Data
-from llm_training_toolkit.data.prepare.arrow_store import Examples, read_column
-from llm_training_toolkit.data.prepare.builder import Prepared, prepare
+from llm_training_toolkit.config.schema import Config, DataConfig
+from llm_training_toolkit.data.prepare.arrow_store import ExampleStore, read_column
+from llm_training_toolkit.data.prepare.builder import PreparedDataset, prepare_dataset
 from llm_training_toolkit.data.prepare.document_index import (
-    Rereader,
-    Survey,
-    all_sources,
-    hold_out,
-    shards,
-    take,
-    verify,
+    DocumentIndex,
+    DocumentReader,
+    build_document_index,
+    list_all_sources,
+    select_held_out,
+    split_into_shards,
+    verify_document_index,
 )
-from llm_training_toolkit.data.sources import documents
-from llm_training_toolkit.data.tokenizer import Markers, TextEncoder
+from llm_training_toolkit.data.sources import read_source_documents
+from llm_training_toolkit.data.tokenizer import TextEncoder, TokenizationSpec
 from llm_training_toolkit.errors import DataError
 
 Configure = Callable[..., Config]
 
 
-def data(*paths: Path, form: str = "code", **more: Any) -> Data:
+def data(*paths: Path, form: str = "code", **more: Any) -> DataConfig:
     sources = [{"path": str(path), "format": form} for path in paths]
-    return Data.model_validate({"sequence_length": 64, "sources": sources, **more})
+    return DataConfig.model_validate({"sequence_length": 64, "sources": sources, **more})
 
 
-def survey(of: Data, folder: Path) -> Survey:
+def survey(of: DataConfig, folder: Path) -> DocumentIndex:
     folder.mkdir(exist_ok=True)
-    take(of, folder, lambda _done: None)
-    return Survey.read(folder)
+    build_document_index(of, folder, lambda _done: None)
+    return DocumentIndex.read(folder)
 
 
-def texts(of: Data, survey: Survey, *, held: bool) -> list[str]:
-    numbers = range(len(all_sources(of)))
+def texts(of: DataConfig, survey: DocumentIndex, *, held: bool) -> list[str]:
+    numbers = range(len(list_all_sources(of)))
     order = [*numbers[len(of.sources) :], *numbers[: len(of.sources)]]  # the evaluation's own come first
-    chosen, rereader = shards(of, survey, order, held=held), Rereader(of, survey)
-    return [document.text for shard in chosen for _, document in rereader.documents(shard, held=held)]
+    chosen, rereader = split_into_shards(of, survey, order, held=held), DocumentReader(of, survey)
+    return [document.text for shard in chosen for _, document in rereader.read_documents(shard, held=held)]
 
 
 def test_held_out_places_lie_below_the_fraction_and_are_never_none_or_all() -> None:
     places = np.random.default_rng(0).integers(0, 1 << 64, 2000, dtype=np.uint64)
-    held = hold_out(places, 0.1)
+    held = select_held_out(places, 0.1)
     assert 150 < held.sum() < 250
-    assert (hold_out(places[:1000], 0.1) == held[:1000]).all()
-    assert hold_out(places[:3], 1e-9).sum() == 1
-    assert hold_out(places[:3], 1 - 1e-9).sum() == 2
-    assert hold_out(np.repeat(places[:3], 4), 1e-9).sum() == 4  # equal places stay together
-    assert not hold_out(places[:1], 0.5).any()
-    assert not hold_out(places, 0.0).any()
-    assert len(hold_out(places[:0], 0.5)) == 0
+    assert (select_held_out(places[:1000], 0.1) == held[:1000]).all()
+    assert select_held_out(places[:3], 1e-9).sum() == 1
+    assert select_held_out(places[:3], 1 - 1e-9).sum() == 2
+    assert select_held_out(np.repeat(places[:3], 4), 1e-9).sum() == 4  # equal places stay together
+    assert not select_held_out(places[:1], 0.5).any()
+    assert not select_held_out(places, 0.0).any()
+    assert len(select_held_out(places[:0], 0.5)) == 0
 
 
 def test_a_survey_reads_back_what_was_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,8 +67,8 @@ def test_a_survey_reads_back_what_was_taken(tmp_path: Path, monkeypatch: pytest.
     of = data(tmp_path / "a.jsonl", form="text", eval={"fraction": 0.2})
     taken = survey(of, tmp_path / "out")
     assert taken.hashes.shape == (32, 16)
-    assert taken.count(held=True) + taken.count(held=False) == 32
-    assert taken.count(held=True, source=0) == taken.held.sum() > 0
+    assert taken.count_documents(held=True) + taken.count_documents(held=False) == 32
+    assert taken.count_documents(held=True, source=0) == taken.held.sum() > 0
     assert taken.dropped == [{"empty": 8}]
     names = read_column(tmp_path / "out" / "documents.arrow", "name").to_pylist()
     assert names == [f"a.jsonl:{i + 1}" for i in range(40) if i % 5]
@@ -91,9 +91,9 @@ def test_by_repository_no_file_of_a_held_out_one_is_trained_on(tmp_path: Path) -
     assert held
     assert trained
     assert held.isdisjoint(trained)
-    assert taken.count(held=True) == 5 * len(held)
+    assert taken.count_documents(held=True) == 5 * len(held)
     by_document = survey(data(tmp_path / "all", eval={"fraction": 0.2}), tmp_path / "by_document")
-    assert by_document.count(held=True) % 5
+    assert by_document.count_documents(held=True) % 5
     # The name decides, not the content: a repository keeps its side when its files change.
     for path in (tmp_path / "all").rglob("*.py"):
         path.write_text("changed: " + path.read_text(encoding="utf-8"), encoding="utf-8")
@@ -122,7 +122,12 @@ def test_files_of_ones_own_are_held_out_and_never_trained_on(tmp_path: Path) -> 
     assert texts(of, taken, held=True) == ["x\n", "c\n"]
     assert texts(of, taken, held=False) == ["a\n", "b\n", "d\n"]
     assert taken.dropped == [{"in_eval": 1}, {"duplicate": 1}]
-    assert [taken.count(held=held, source=source) for held in (True, False) for source in (0, 1)] == [0, 2, 3, 0]
+    assert [taken.count_documents(held=held, source=source) for held in (True, False) for source in (0, 1)] == [
+        0,
+        2,
+        3,
+        0,
+    ]
 
 
 @pytest.mark.parametrize("trained", ["file", "repository"])
@@ -153,20 +158,20 @@ def test_an_evaluation_of_nothing_is_an_error(tmp_path: Path) -> None:
         survey(data(tmp_path / "train", **own(tmp_path / "train")), tmp_path / "out2")
 
 
-def held_out_text(prepared: Prepared, encoder: TextEncoder) -> str:
-    examples = Examples(prepared.directory / "held_out")
+def held_out_text(prepared: PreparedDataset, encoder: TextEncoder) -> str:
+    examples = ExampleStore(prepared.directory / "held_out")
     return "".join(encoder.decode(examples[i].tokens) for i in range(len(examples)))
 
 
 def test_a_run_with_an_evaluation_of_its_own(
-    configure: Configure, markers: Markers, corpus: Path, encoder: TextEncoder, tmp_path: Path
+    configure: Configure, markers: TokenizationSpec, corpus: Path, encoder: TextEncoder, tmp_path: Path
 ) -> None:
     (tmp_path / "eval").mkdir()
     (tmp_path / "eval" / "unseen.py").write_text("def unseen(first): ...\n", encoding="utf-8")
     (tmp_path / "eval" / "seen.py").write_bytes((corpus / "file07.py").read_bytes())
     config = configure(fim={"rate": 1.0}, **own(tmp_path / "eval"))
-    prepared = prepare(config, markers)
-    trained, evaluated = prepared.receipt.sources
+    prepared = prepare_dataset(config, markers)
+    trained, evaluated = prepared.dataset_info.sources
     assert (trained.documents, trained.held_out, trained.dropped) == (40, 0, {"in_eval": 1})
     assert (evaluated.documents, evaluated.held_out, evaluated.tokens) == (2, 2, 0)
     assert evaluated.path == str(tmp_path / "eval")
@@ -175,13 +180,13 @@ def test_a_run_with_an_evaluation_of_its_own(
     assert "def unseen(first): ...\n<|endoftext|>" in text
     assert "<fim_middle>" not in text
     (tmp_path / "eval" / "unseen.py").write_text("def unseen(second): ...\n", encoding="utf-8")
-    assert prepare(config, markers).receipt.fingerprint != prepared.receipt.fingerprint
+    assert prepare_dataset(config, markers).dataset_info.fingerprint != prepared.dataset_info.fingerprint
 
 
 def test_a_hash_takes_sixteen_bytes(tmp_path: Path) -> None:
     repositories(tmp_path / "all", 2)
     seen: set[bytes] = set()
-    list(documents(data(tmp_path / "all").sources[0], 0, seen=seen))
+    list(read_source_documents(data(tmp_path / "all").sources[0], 0, seen=seen))
     assert {len(digest) for digest in seen} == {16}
     assert len(seen) == 10
 
@@ -195,12 +200,12 @@ def test_verifying_reads_the_content(tmp_path: Path) -> None:
     of = data(folder, eval={"fraction": 0.2})
     survey(of, tmp_path / "out")
     seen = list[int]()
-    verify(of, tmp_path / "out", seen.append)
+    verify_document_index(of, tmp_path / "out", seen.append)
     assert seen[-1] == 20
     (folder / "f07.py").write_text("x = 99\n", encoding="utf-8")
     with pytest.raises(DataError, match=r"f07\.py is not what was prepared \(20 documents then, 20 now\)\. Remove"):
-        verify(of, tmp_path / "out", seen.append)
+        verify_document_index(of, tmp_path / "out", seen.append)
     (folder / "f07.py").write_text("x = 07\n", encoding="utf-8")
     (folder / "empty.py").write_text("x = 20\n", encoding="utf-8")  # it was no document, and is one now
     with pytest.raises(DataError, match=r"empty\.py is not what was prepared \(20 documents then, 21 now\)"):
-        verify(of, tmp_path / "out", seen.append)
+        verify_document_index(of, tmp_path / "out", seen.append)

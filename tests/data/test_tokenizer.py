@@ -10,24 +10,26 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_training_toolkit.data.tokenizer import Markers, TextEncoder, open_tokenizer, train_tokenizer
+from llm_training_toolkit.data.tokenizer import TextEncoder, TokenizationSpec, open_tokenizer, train_tokenizer
 from llm_training_toolkit.errors import DataError
 
 TEXTS = ["def f(x):\n    return x  # é 漢字 😀\n" * 3, "for i in range(10):\n\tprint(i)\r\n", "\x00\u200b  \n\n  end "]
 
 
-def test_training_gives_the_markers_the_first_ids_and_repeats_exactly(tmp_path: Path, markers: Markers) -> None:
+def test_training_gives_the_markers_the_first_ids_and_repeats_exactly(
+    tmp_path: Path, markers: TokenizationSpec
+) -> None:
     for name in ("one", "two"):
         train_tokenizer(TEXTS, 320, markers, tmp_path / name)
     for file in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
     encoder = open_tokenizer(str(tmp_path / "one"))
-    assert [encoder.id_of(marker) for marker in markers.tokens.all] == [0, 1, 2, 3, 4]
+    assert [encoder.get_special_token_id(marker) for marker in markers.tokens.all] == [0, 1, 2, 3, 4]
     assert 5 + 256 < encoder.vocab_size <= 320
 
 
 @pytest.mark.parametrize("model_type", [None, "qwen3", "starcoder2", "gpt_bigcode"])
-def test_transformers_opens_it_and_agrees(tmp_path: Path, markers: Markers, model_type: str | None) -> None:
+def test_transformers_opens_it_and_agrees(tmp_path: Path, markers: TokenizationSpec, model_type: str | None) -> None:
     transformers = pytest.importorskip("transformers")
     train_tokenizer(TEXTS, 320, markers, tmp_path)
     if model_type:
@@ -46,7 +48,7 @@ def test_transformers_opens_it_and_agrees(tmp_path: Path, markers: Markers, mode
 def test_round_trip_and_byte_counts_are_exact(encoder: TextEncoder, text: str) -> None:
     ids = encoder.encode(text)
     assert encoder.decode(ids) == text
-    assert int(encoder.bytes_per_token()[ids].sum()) == len(text.encode())
+    assert int(encoder.count_bytes_per_token()[ids].sum()) == len(text.encode())
     assert [each.ids.tolist() for each in encoder.encode_batch([text, "x"])] == [ids, encoder.encode("x")]
 
 
@@ -54,10 +56,10 @@ def test_round_trip_and_byte_counts_are_exact(encoder: TextEncoder, text: str) -
 def test_spans_cover_the_text(encoder: TextEncoder, text: str) -> None:
     [encoded] = encoder.encode_batch([text])
     assert encoded.ids.tolist() == encoder.encode(text)
-    assert len(encoded.clean) == len(encoded.spans) == len(encoded.ids)
-    spans = encoded.spans.tolist()
+    assert len(encoded.starts_character) == len(encoded.char_spans) == len(encoded.ids)
+    spans = encoded.char_spans.tolist()
     assert {i for start, stop in spans for i in range(start, stop)} == set(range(len(text)))
-    for cut in np.flatnonzero(encoded.clean).tolist():
+    for cut in np.flatnonzero(encoded.starts_character).tolist():
         place = spans[cut][0]
         assert encoder.decode(encoded.ids[:cut]) == text[:place]
         assert encoder.decode(encoded.ids[cut:]) == text[place:]
@@ -82,13 +84,13 @@ def test_spans_are_those_the_library_follows(encoder: TextEncoder, composing: Te
         [encoded] = each.encode_batch([text])
         followed = each._tokenizer.encode(text, add_special_tokens=False)
         assert encoded.ids.tolist() == followed.ids
-        assert [tuple(span) for span in encoded.spans.tolist()] == followed.offsets
+        assert [tuple(span) for span in encoded.char_spans.tolist()] == followed.offsets
 
 
-def test_marker_text_in_a_document_stays_text(encoder: TextEncoder, markers: Markers) -> None:
+def test_marker_text_in_a_document_stays_text(encoder: TextEncoder, markers: TokenizationSpec) -> None:
     for marker in markers.tokens.all:
         ids = encoder.encode(f"x {marker} y")
-        assert encoder.id_of(marker) not in ids
+        assert encoder.get_special_token_id(marker) not in ids
         assert encoder.decode(ids) == f"x {marker} y"
 
 
@@ -98,7 +100,7 @@ def test_markers_that_a_family_does_not_call_special_stay_text_too(tokenizer_pat
         token["special"] = False  # as Qwen has it for its fill-in-the-middle markers
     (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
     encoder = open_tokenizer(str(tmp_path))
-    assert encoder.id_of("<fim_middle>") not in encoder.encode("<fim_middle>")
+    assert encoder.get_special_token_id("<fim_middle>") not in encoder.encode("<fim_middle>")
 
 
 def test_what_a_file_says_about_cutting_padding_and_adding_is_not_done(tokenizer_path: Path, tmp_path: Path) -> None:
@@ -115,11 +117,11 @@ def test_what_a_file_says_about_cutting_padding_and_adding_is_not_done(tokenizer
     assert len(plain) > 3
 
 
-def test_errors_say_what_is_missing(tmp_path: Path, encoder: TextEncoder, markers: Markers) -> None:
+def test_errors_say_what_is_missing(tmp_path: Path, encoder: TextEncoder, markers: TokenizationSpec) -> None:
     with pytest.raises(DataError, match="'<absent>'"):
-        encoder.id_of("<absent>")
+        encoder.get_special_token_id("<absent>")
     with pytest.raises(DataError, match="'def'"):
-        encoder.id_of("def")
+        encoder.get_special_token_id("def")
     with pytest.raises(DataError, match=r"no tokenizer\.json"):
         open_tokenizer(str(tmp_path))
     with pytest.raises(DataError, match="261"):

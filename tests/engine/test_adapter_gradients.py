@@ -10,12 +10,12 @@ import pytest
 import torch
 
 import rank_tasks
-from llm_training_toolkit.data.dataloader import Feed
+from llm_training_toolkit.data.dataloader import DataLoader
 from llm_training_toolkit.models import LossModule, build_model
 from llm_training_toolkit.models.lora import add_adapters
 from llm_training_toolkit.plan import make_plan
 from llm_training_toolkit.runs.directory import RunDirectory
-from llm_training_toolkit.worker.base_weights import base_path
+from llm_training_toolkit.worker.base_weights import ensure_base_weights
 from rank_pool import RankPool
 
 pytestmark = [pytest.mark.ranks]
@@ -35,18 +35,18 @@ def plain(run: str, lora: dict[str, Any]) -> tuple[float, dict[str, Any]]:
     place = rank_tasks.place_of(run, changes(lora, 0))
     plan = make_plan(place.config)
     assert plan.adapter is not None
-    base = base_path(place, plan, rank_tasks.alone())
+    base = ensure_base_weights(place, plan, rank_tasks.alone())
     model = build_model(plan.hf_config, precision="fp32", attention="sdpa", path=base)
     module = LossModule(model, 64)
-    add_adapters(model, plan.adapter, seed=place.config.run.seed, dtype=torch.float32, draws=module.draws)
+    add_adapters(model, plan.adapter, seed=place.config.run.seed, dtype=torch.float32, draws=module.batch_position)
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     with torch.no_grad():
         for name, parameter in trained.items():
             parameter.copy_(rank_tasks.drawn(name, parameter.shape))
-    feed = Feed(place.receipt, global_batch=plan.global_batch, epochs=None)
-    [batch] = feed.batch(0, range(plan.global_batch), plan.global_batch, 1)
+    feed = DataLoader(place.receipt, global_batch=plan.global_batch, epochs=None)
+    [batch] = feed.get_micro_batches(0, range(plan.global_batch), plan.global_batch, 1)
     module.train()
-    loss = module(batch.input_ids, batch.position_ids, batch.labels) / feed.loss_tokens(0)
+    loss = module(batch.input_ids, batch.position_ids, batch.labels) / feed.count_loss_tokens(0)
     loss.backward()
     return float(loss.detach()), {f"lm.{name}": parameter.grad.numpy() for name, parameter in trained.items()}  # type: ignore[union-attr]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from llm_training_toolkit.engine.compile_cache import keep_compiled
+from llm_training_toolkit.engine.compile_cache import set_compile_cache_dirs
 
 NAMES = ("TORCH_EXTENSIONS_DIR", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
 
@@ -24,30 +24,30 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_the_next_attempt_finds_what_this_one_has_compiled(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", "/set/by/the/node")
-    keep_compiled()
+    set_compile_cache_dirs()
     first = {name: os.environ[name] for name in NAMES}
     assert first.pop("TRITON_CACHE_DIR") == "/set/by/the/node"
     assert all(Path(place).is_relative_to(folder) for place in first.values())
     assert folder.stat().st_mode & 0o777 == 0o700
     for name in first:
         monkeypatch.delenv(name)
-    keep_compiled()
+    set_compile_cache_dirs()
     assert first == {name: os.environ[name] for name in first}
 
 
 def test_torch_looks_there(folder: Path) -> None:
     from torch.utils.cpp_extension import _get_build_directory
 
-    keep_compiled()
+    set_compile_cache_dirs()
     assert Path(_get_build_directory("some_operation", verbose=False)).is_relative_to(folder)
 
 
 def test_a_folder_that_others_may_write_to_is_left_alone(folder: Path, tmp_path: Path) -> None:
     folder.mkdir()
     folder.chmod(0o777)
-    keep_compiled()
+    set_compile_cache_dirs()
     assert not any(name in os.environ for name in NAMES)
     folder.rmdir()
     folder.symlink_to(tmp_path)
-    keep_compiled()
+    set_compile_cache_dirs()
     assert not any(name in os.environ for name in NAMES)

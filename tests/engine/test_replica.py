@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from llm_training_toolkit.engine import allocation
-from llm_training_toolkit.engine.replica import Replica
+from llm_training_toolkit.engine.replica import MasterWeights
 
 SHAPES = [(8, 16), (16,), (4, 8)]
 
@@ -32,25 +32,25 @@ def backward(parameters: list[nn.Parameter], seed: int, scale: float = 1.0) -> l
     return gradients
 
 
-def adamw(replica: Replica, parameters: list[nn.Parameter]) -> torch.optim.AdamW:
-    return torch.optim.AdamW([replica.weights(each) for each in parameters], lr=1e-2, fused=True)
+def adamw(replica: MasterWeights, parameters: list[nn.Parameter]) -> torch.optim.AdamW:
+    return torch.optim.AdamW([replica.get_master_weight(each) for each in parameters], lr=1e-2, fused=True)
 
 
 @pytest.mark.parametrize("mixed", [False, True])
 def test_micro_batches_in_bf16_are_summed_in_fp32(mixed: bool) -> None:
     parameters = model(torch.bfloat16, mixed=mixed)
-    replica = Replica(parameters)
+    replica = MasterWeights(parameters)
     made = [backward(parameters, seed) for seed in range(5)]
-    replica.reduce()
+    replica.all_reduce_gradients()
     for index, parameter in enumerate(parameters):
         wanted = torch.stack([gradients[index].float() for gradients in made]).sum(0)
-        found = replica.gradient(parameter)
+        found = replica.get_gradient(parameter)
         assert found is not None
         assert found.dtype == torch.float32
         assert torch.allclose(found, wanted, rtol=1e-6, atol=1e-6)
     again = backward(parameters, 9)
-    replica.reduce()
-    first = replica.gradient(parameters[0])
+    replica.all_reduce_gradients()
+    first = replica.get_gradient(parameters[0])
     assert first is not None
     assert torch.equal(first, again[0].float()), "nothing of the step before is left"
 
@@ -59,7 +59,7 @@ def test_micro_batches_in_bf16_are_summed_in_fp32(mixed: bool) -> None:
 @pytest.mark.parametrize("largest", [0.0, 0.5, 1e6])
 def test_an_update_is_clipped_as_torch_clips(dtype: torch.dtype, largest: float) -> None:
     parameters, plain = model(dtype), [nn.Parameter(each.detach().float()) for each in model(dtype)]
-    replica, reference = Replica(parameters), torch.optim.AdamW(plain, lr=1e-2, fused=True)
+    replica, reference = MasterWeights(parameters), torch.optim.AdamW(plain, lr=1e-2, fused=True)
     optimizer = adamw(replica, parameters)
     for seed in range(3):
         made = backward(parameters, seed, scale=3.0)
@@ -69,55 +69,58 @@ def test_an_update_is_clipped_as_torch_clips(dtype: torch.dtype, largest: float)
         if largest:
             torch.nn.utils.clip_grad_norm_(plain, largest)
         reference.step()
-        replica.reduce()
-        norm = replica.norm()
+        replica.all_reduce_gradients()
+        norm = replica.compute_grad_norm()
         assert norm == pytest.approx(wanted, rel=1e-6)
-        replica.clip(optimizer, norm, largest)
+        replica.clip_gradients(optimizer, norm, largest)
         optimizer.step()
-        replica.refresh()
+        replica.sync_low_precision()
         for each in parameters:
             each.grad = None
     for parameter, each in zip(parameters, plain, strict=True):
-        assert torch.allclose(replica.weights(parameter), each, rtol=1e-5, atol=1e-6)
-        assert torch.equal(parameter, replica.weights(parameter).to(dtype))
+        assert torch.allclose(replica.get_master_weight(parameter), each, rtol=1e-5, atol=1e-6)
+        assert torch.equal(parameter, replica.get_master_weight(parameter).to(dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_parameter_without_a_gradient_has_zeros(dtype: torch.dtype) -> None:
     parameters = model(dtype)
-    replica = Replica(parameters)
+    replica = MasterWeights(parameters)
     backward(parameters, 1)
-    replica.reduce()
+    replica.all_reduce_gradients()
     for each in parameters:
         each.grad = None
     backward(parameters[:2], 2)
-    replica.reduce()
-    last = replica.gradient(parameters[2])
+    replica.all_reduce_gradients()
+    last = replica.get_gradient(parameters[2])
     assert last is not None
     assert not last.any()
 
 
 def test_a_gradient_that_is_not_finite_gives_a_norm_that_is_not() -> None:
     parameters = model(torch.bfloat16)
-    replica = Replica(parameters)
+    replica = MasterWeights(parameters)
     backward(parameters, 1, scale=math.inf)
-    replica.reduce()
-    assert not math.isfinite(replica.norm())
+    replica.all_reduce_gradients()
+    assert not math.isfinite(replica.compute_grad_norm())
 
 
 def test_without_its_hooks_nothing_is_added() -> None:
     parameters = model(torch.bfloat16)
-    replica = Replica(parameters)
+    replica = MasterWeights(parameters)
     backward(parameters, 1)
-    replica.reduce()
+    replica.all_reduce_gradients()
     replica.close()
-    before = [replica.weights(each).grad.clone() for each in parameters]  # type: ignore[union-attr]
+    before = [replica.get_master_weight(each).grad.clone() for each in parameters]  # type: ignore[union-attr]
+    after = [replica.get_master_weight(each) for each in parameters]
     backward(parameters, 2)
-    assert all(torch.equal(replica.weights(each).grad, old) for each, old in zip(parameters, before, strict=True))  # type: ignore[arg-type]
+    assert all(torch.equal(each.grad, old) for each, old in zip(after, before, strict=True))  # type: ignore[arg-type]
 
 
 def test_large_pages_hold_zeros_in_the_given_shapes() -> None:
-    flat, pieces = allocation.zeros([torch.Size([1024, 1024]), torch.Size([3])], torch.float32, torch.device("cpu"))
+    flat, pieces = allocation.allocate_zeros(
+        [torch.Size([1024, 1024]), torch.Size([3])], torch.float32, torch.device("cpu")
+    )
     assert [piece.shape for piece in pieces] == [(1024, 1024), (3,)]
     assert not flat.any()
     pieces[1].fill_(2.0)

@@ -12,18 +12,18 @@ import torch
 from transformers import GenerationConfig
 
 from llm_training_toolkit import families
-from llm_training_toolkit.data.chat.messages import Conversation, Message
-from llm_training_toolkit.data.chat.render import prompt_tokens
+from llm_training_toolkit.data.chat.messages import ChatMessage, Conversation
+from llm_training_toolkit.data.chat.render import encode_prompt
 from llm_training_toolkit.data.chat.template import ChatTemplate
-from llm_training_toolkit.data.code.fim import Draw, FimRules, rearranged
-from llm_training_toolkit.data.code.split_points import Text
+from llm_training_toolkit.data.code.fim import FimRules, UniformDraw, apply_fim
+from llm_training_toolkit.data.code.split_points import TextSegment
 from llm_training_toolkit.data.sources import Document
-from llm_training_toolkit.data.tokenizer import Markers, TextEncoder, open_tokenizer, train_tokenizer
-from llm_training_toolkit.evaluation.infill import gap_of
+from llm_training_toolkit.data.tokenizer import TextEncoder, TokenizationSpec, open_tokenizer, train_tokenizer
+from llm_training_toolkit.evaluation.infill import draw_gap
 from llm_training_toolkit.models import LossModule, build_model
 
 CONTEXT = 192
-FAMILY = families.find("qwen3-0.6b").family
+FAMILY = families.find_size("qwen3-0.6b").family
 KNOWN = '''def area(width, height):
     """The area of a rectangle."""
     if width < 0 or height < 0:
@@ -77,13 +77,13 @@ def problems(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory that plain transformers loads, in fp32."""
     directory = tmp_path_factory.mktemp("exported")
-    train_tokenizer([KNOWN, PROBLEM["prompt"] + SOLUTION] * 2, 512, Markers.of(FAMILY), directory)
+    train_tokenizer([KNOWN, PROBLEM["prompt"] + SOLUTION] * 2, 512, TokenizationSpec.from_family(FAMILY), directory)
     (directory / "chat_template.jinja").write_text(FAMILY.chat_template)
     encoder = open_tokenizer(str(directory))
     torch.manual_seed(1)
     model: Any = build_model(SHAPE | {"vocab_size": encoder.vocab_size}, precision="fp32", attention="sdpa")
     _memorise(model, [_gap(encoder), _solution(encoder), _conversation(encoder, directory)])
-    ends = [encoder.id_of(token) for token in ("<|im_end|>", "<|endoftext|>")]
+    ends = [encoder.get_special_token_id(token) for token in ("<|im_end|>", "<|endoftext|>")]
     model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=ends[1])
     model.save_pretrained(directory)
     return directory
@@ -92,16 +92,18 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _gap(encoder: TextEncoder) -> list[int]:
     """The known document as training rearranges it, cut where the task cuts it."""
     document = Document(0, "area.py", KNOWN)
-    gap = gap_of(document, "line", seed=0)
+    gap = draw_gap(document, "line", seed=0)
     assert gap is not None
     tokens = FAMILY.special_tokens
-    prefix, middle, suffix = map(encoder.id_of, (tokens.fim_prefix, tokens.fim_middle, tokens.fim_suffix))
+    prefix, middle, suffix = map(
+        encoder.get_special_token_id, (tokens.fim_prefix, tokens.fim_middle, tokens.fim_suffix)
+    )
     places = len(KNOWN) + 1
     cuts = [(len(gap.prefix) + 0.5) / places, (len(gap.prefix) + len(gap.middle) + 0.5) / places]
     rules = FimRules(prefix, middle, suffix, rate=1.0, spm_rate=0.0, middle_only=False)
-    items = rearranged("", KNOWN, Draw(0.0, 1.0, *cuts), rules)
-    pieces = [encoder.encode(item.text) if isinstance(item, Text) else [item] for item in items]
-    return [token for piece in pieces for token in piece] + [encoder.id_of(tokens.end_of_text)]
+    items = apply_fim("", KNOWN, UniformDraw(0.0, 1.0, *cuts), rules)
+    pieces = [encoder.encode(item.text) if isinstance(item, TextSegment) else [item] for item in items]
+    return [token for piece in pieces for token in piece] + [encoder.get_special_token_id(tokens.end_of_text)]
 
 
 def _solution(encoder: TextEncoder) -> list[int]:
@@ -111,10 +113,15 @@ def _solution(encoder: TextEncoder) -> list[int]:
 
 def _conversation(encoder: TextEncoder, directory: Path) -> list[int]:
     """A question with its answer, as the family's template writes them, and a text after it."""
-    template = ChatTemplate.open(directory, "")
-    asked = prompt_tokens(Conversation((Message("user", QUESTION),)), template, encoder)
+    template = ChatTemplate.from_tokenizer(directory, "")
+    asked = encode_prompt(Conversation((ChatMessage("user", QUESTION),)), template, encoder)
     assert template.end_of_turn is not None
-    return [*asked, *encoder.encode(ANSWER), encoder.id_of(template.end_of_turn), *encoder.encode("\nand more")]
+    return [
+        *asked,
+        *encoder.encode(ANSWER),
+        encoder.get_special_token_id(template.end_of_turn),
+        *encoder.encode("\nand more"),
+    ]
 
 
 def _memorise(model: Any, texts: Sequence[list[int]]) -> None:

@@ -9,8 +9,8 @@ from pathlib import Path
 import fork_server
 from evaluation.conftest import ANSWER, KNOWN, QUESTION
 from llm_training_toolkit.data.sources import Document
-from llm_training_toolkit.evaluation.infill import gap_of
-from llm_training_toolkit.generation.generator import Generator, Writing
+from llm_training_toolkit.evaluation.infill import draw_gap
+from llm_training_toolkit.generation.generator import SamplingParams, TextGenerator
 
 
 def ltt(*arguments: object, typed: str = "") -> str:
@@ -20,7 +20,9 @@ def ltt(*arguments: object, typed: str = "") -> str:
 
 def test_a_conversation_ends_at_the_end_of_turn(exported: Path) -> None:
     pieces: list[str] = []
-    written = Generator.open(exported).dialogue().ask(QUESTION, Writing(), pieces.append)
+    written = (
+        TextGenerator.from_directory(exported).start_chat().send_message(QUESTION, SamplingParams(), pieces.append)
+    )
     assert (written.text, written.ended) == (ANSWER, True)
     assert len(pieces) > 1
     assert "".join(pieces) == ANSWER
@@ -32,7 +34,7 @@ def test_a_conversation_of_one_question_and_of_typed_lines(exported: Path) -> No
 
 
 def test_a_gap_is_filled_between_what_was_given(exported: Path) -> None:
-    gap = gap_of(Document(0, "area.py", KNOWN), "line", seed=0)
+    gap = draw_gap(Document(0, "area.py", KNOWN), "line", seed=0)
     assert gap is not None
     given = ("--prompt", gap.prefix, "--suffix", gap.suffix)
     assert ltt(exported, *given) == f"{KNOWN}\n"

@@ -17,14 +17,19 @@ from hypothesis import strategies as st
 
 from evaluation.conftest import CONTEXT, PROBLEM, SOLUTION
 from llm_training_toolkit.errors import DataError, PlanError
-from llm_training_toolkit.evaluation.humaneval import measure_humaneval, pass_at_k, read_completions, read_problems
-from llm_training_toolkit.evaluation.model import Subject
-from llm_training_toolkit.evaluation.task import HumanEval, Measured
+from llm_training_toolkit.evaluation.humaneval import (
+    estimate_pass_at_k,
+    measure_humaneval,
+    read_completions,
+    read_problems,
+)
+from llm_training_toolkit.evaluation.model import EvalModel
+from llm_training_toolkit.evaluation.task import EvalResult, HumanEvalTask
 
 
-def measured(subject: Subject | None = None, **settings: Any) -> Measured:
+def measured(subject: EvalModel | None = None, **settings: Any) -> EvalResult:
     """Where programs cannot be contained, the honest ones of these tests are run all the same."""
-    task = HumanEval(**{"unsafe": True} | settings)
+    task = HumanEvalTask(**{"unsafe": True} | settings)
     return measure_humaneval(task, subject, lambda _stage, _done, _total: None)
 
 
@@ -47,13 +52,13 @@ def published() -> list[dict[str, str]]:
 def test_pass_at_k_is_the_share_of_draws_with_a_right_one(drawn: tuple[int, int, int]) -> None:
     samples, right, k = drawn
     draws = list(combinations([number < right for number in range(samples)], k))
-    assert pass_at_k(samples, right, k) == pytest.approx(sum(map(any, draws)) / len(draws), abs=1e-12)
+    assert estimate_pass_at_k(samples, right, k) == pytest.approx(sum(map(any, draws)) / len(draws), abs=1e-12)
 
 
 def test_pass_at_k_of_many_samples_stays_exact() -> None:
-    assert pass_at_k(200, 1, 100) == pytest.approx(0.5)
-    assert pass_at_k(100_000, 0, 100) == 0.0
-    assert pass_at_k(100_000, 99_999, 2) == 1.0
+    assert estimate_pass_at_k(200, 1, 100) == pytest.approx(0.5)
+    assert estimate_pass_at_k(100_000, 0, 100) == 0.0
+    assert estimate_pass_at_k(100_000, 99_999, 2) == 1.0
 
 
 @pytest.mark.slow
@@ -89,14 +94,14 @@ def test_several_completions_of_a_problem_are_estimated_together(tmp_path: Path)
 
 
 def test_a_model_that_knows_the_function_solves_it(exported: Path, problems: Path) -> None:
-    found = measured(Subject(exported, device="cpu"), data=str(problems), tokens=64)
+    found = measured(EvalModel(exported, device="cpu"), data=str(problems), tokens=64)
     assert found.figures["pass@1"] == 1.0
     [item] = found.items
     assert item["completion"] == SOLUTION, "what follows the function is cut off"
 
 
 def test_samples_are_drawn_and_repeat_with_their_seed(exported: Path, problems: Path) -> None:
-    subject = Subject(exported, device="cpu")
+    subject = EvalModel(exported, device="cpu")
     with pytest.raises(PlanError, match="--samples without --temperature"):
         measured(subject, data=str(problems), samples=2)
     settings: dict[str, Any] = {"data": str(problems), "samples": 10, "temperature": 3.0, "tokens": 16}
@@ -110,7 +115,7 @@ def test_samples_are_drawn_and_repeat_with_their_seed(exported: Path, problems: 
 def test_a_prompt_without_room_is_counted_as_not_solved(exported: Path, tmp_path: Path) -> None:
     long = PROBLEM | {"task_id": "Small/1", "prompt": "# a long story\n" * CONTEXT + PROBLEM["prompt"]}
     problems = write(tmp_path / "problems.jsonl", [PROBLEM, long])
-    found = measured(Subject(exported, device="cpu"), data=problems, tokens=64)
+    found = measured(EvalModel(exported, device="cpu"), data=problems, tokens=64)
     assert found.figures["pass@1"] == 0.5
     assert found.figures["no_room"] == 1
     assert "1 of 2 prompts fill the context" in found.notes[0]

@@ -15,21 +15,21 @@ from hypothesis import strategies as st
 from evaluation.conftest import CONTEXT, KNOWN, PROBLEM, SOLUTION
 from llm_training_toolkit import families
 from llm_training_toolkit.data.sources import Document
-from llm_training_toolkit.data.tokenizer import Markers, train_tokenizer
+from llm_training_toolkit.data.tokenizer import TokenizationSpec, train_tokenizer
 from llm_training_toolkit.errors import DataError, PlanError
-from llm_training_toolkit.evaluation.infill import gap_of, measure_infill
-from llm_training_toolkit.evaluation.model import Subject
-from llm_training_toolkit.evaluation.task import Infill, Measured, Middle
+from llm_training_toolkit.evaluation.infill import draw_gap, measure_infill
+from llm_training_toolkit.evaluation.model import EvalModel
+from llm_training_toolkit.evaluation.task import EvalResult, GapKind, InfillTask
 
 
-def measured(subject: Subject, **settings: Any) -> Measured:
-    return measure_infill(Infill(**settings), subject, lambda _stage, _done, _total: None)
+def measured(subject: EvalModel, **settings: Any) -> EvalResult:
+    return measure_infill(InfillTask(**settings), subject, lambda _stage, _done, _total: None)
 
 
 @given(st.text(alphabet=" \n\tabcdé😀", max_size=300), st.sampled_from(["line", "span"]), st.integers(0, 3))
-def test_a_gap_is_a_piece_worth_filling_and_nothing_is_lost(text: str, kind: Middle, seed: int) -> None:
-    gap = gap_of(Document(0, "a", text), kind, seed)
-    assert gap == gap_of(Document(0, "a", text), kind, seed)
+def test_a_gap_is_a_piece_worth_filling_and_nothing_is_lost(text: str, kind: GapKind, seed: int) -> None:
+    gap = draw_gap(Document(0, "a", text), kind, seed)
+    assert gap == draw_gap(Document(0, "a", text), kind, seed)
     if gap is None:
         assert all(len("".join(line.split())) < 4 or len(line) > 200 for line in text.split("\n")[1:])
         return
@@ -45,14 +45,14 @@ def test_a_gap_is_a_piece_worth_filling_and_nothing_is_lost(text: str, kind: Mid
 
 def test_gaps_differ_by_seed_and_by_document() -> None:
     texts = [f"first_{i} = 1\nsecond_{i} = 2\nthird_{i} = 3\n" for i in range(30)]
-    found = {seed: [gap_of(Document(0, "a", text), "line", seed) for text in texts] for seed in (0, 1)}
+    found = {seed: [draw_gap(Document(0, "a", text), "line", seed) for text in texts] for seed in (0, 1)}
     places = {seed: [gap.prefix.count("\n") for gap in gaps if gap] for seed, gaps in found.items()}
     assert set(places[0]) == {1, 2}  # nothing stands before the first line
     assert places[0] != places[1]
 
 
 def test_a_model_that_knows_the_gap_fills_it(exported: Path, known_document: Path) -> None:
-    found = measured(Subject(exported, device="cpu"), data=str(known_document))
+    found = measured(EvalModel(exported, device="cpu"), data=str(known_document))
     assert found.figures["exact_match"] == found.figures["edit_similarity"] == found.figures["ended"] == 1.0
     [item] = found.items
     assert item["wanted"] == item["written"]
@@ -63,7 +63,7 @@ def test_a_model_that_knows_the_gap_fills_it(exported: Path, known_document: Pat
 def test_the_batch_changes_nothing(exported: Path, tmp_path: Path) -> None:
     for number in range(6):
         (tmp_path / f"{number}.py").write_text(KNOWN.replace("area", f"area_{number}" * (1 + number)))
-    subject = Subject(exported, device="cpu")
+    subject = EvalModel(exported, device="cpu")
     alone, together = (measured(subject, data=str(tmp_path), batch=batch, middle="span") for batch in (1, 4))
     assert alone.items == together.items
     assert alone.figures == pytest.approx(together.figures, rel=1e-5)  # rounding of the loss depends on it
@@ -73,7 +73,7 @@ def test_the_batch_changes_nothing(exported: Path, tmp_path: Path) -> None:
 
 def test_a_document_longer_than_the_context_is_shortened_around_its_gap(exported: Path, tmp_path: Path) -> None:
     (tmp_path / "long.py").write_text("".join(f"value_{i} = {i}\n" for i in range(500)))
-    found = measured(Subject(exported, device="cpu"), data=str(tmp_path))
+    found = measured(EvalModel(exported, device="cpu"), data=str(tmp_path))
     assert found.figures["shortened"] == 1
     assert "do not fit the context" in found.notes[0]
     assert found.settings["tokens"] == CONTEXT // 4
@@ -84,8 +84,8 @@ def test_a_model_without_sentinels_is_refused_or_shown_the_prefix_alone(
 ) -> None:
     without = tmp_path / "qwen2"
     shutil.copytree(exported, without)
-    train_tokenizer([KNOWN] * 4, 512, Markers.of(families.find("qwen2-0.5b").family), without)
-    subject = Subject(without, device="cpu")
+    train_tokenizer([KNOWN] * 4, 512, TokenizationSpec.from_family(families.find_size("qwen2-0.5b").family), without)
+    subject = EvalModel(without, device="cpu")
     with pytest.raises(PlanError, match="no fill-in-the-middle sentinels"):
         measured(subject, data=str(known_document))
     assert measured(subject, data=str(known_document), given="prefix").figures["documents"] == 1
@@ -94,26 +94,26 @@ def test_a_model_without_sentinels_is_refused_or_shown_the_prefix_alone(
 def test_a_line_that_is_known_follows_its_prefix(exported: Path, tmp_path: Path) -> None:
     document = tmp_path / "function.py"
     document.write_text(PROBLEM["prompt"] + SOLUTION)
-    gaps = {seed: gap_of(Document(0, "f", document.read_text()), "line", seed) for seed in range(99)}
+    gaps = {seed: draw_gap(Document(0, "f", document.read_text()), "line", seed) for seed in range(99)}
     seed = next(seed for seed, gap in gaps.items() if gap and gap.middle == "    return twice")
-    found = measured(Subject(exported, device="cpu"), data=str(document), given="prefix", seed=seed)
+    found = measured(EvalModel(exported, device="cpu"), data=str(document), given="prefix", seed=seed)
     assert found.figures["exact_match"] == found.figures["ended"] == 1.0
     assert 0.0 < found.figures["bits_per_byte"] < 0.2
     with pytest.raises(PlanError, match="only with --middle line"):
-        measured(Subject(exported, device="cpu"), data=str(document), given="prefix", middle="span")
+        measured(EvalModel(exported, device="cpu"), data=str(document), given="prefix", middle="span")
 
 
 @torch.no_grad()
 def test_the_bits_of_a_middle_are_those_of_its_tokens_one_by_one(exported: Path, tmp_path: Path) -> None:
     (tmp_path / "a.py").write_text("first = 1\n\nsecond = 2\n\nthird = 3\n")
-    subject = Subject(exported, device="cpu")
+    subject = EvalModel(exported, device="cpu")
     found = measured(subject, data=str(tmp_path), given="prefix")
     [item] = found.items
     text = (tmp_path / "a.py").read_text()
-    before = subject.encoder.encode(text[: text.index(item["wanted"])])
+    before = subject.text_encoder.encode(text[: text.index(item["wanted"])])
     breaks = "\n\n" if "second" in item["wanted"] else "\n"
-    answer = subject.encoder.encode(item["wanted"] + breaks)
-    logits = subject.lm(torch.tensor([before + answer])).logits[0, len(before) - 1 : -1].log_softmax(-1)
+    answer = subject.text_encoder.encode(item["wanted"] + breaks)
+    logits = subject.language_model(torch.tensor([before + answer])).logits[0, len(before) - 1 : -1].log_softmax(-1)
     nats = -float(logits.gather(1, torch.tensor(answer)[:, None]).sum())
     assert found.figures["bits_per_byte"] == pytest.approx(nats / math.log(2) / len(item["wanted"]), rel=1e-5)
 
@@ -121,6 +121,6 @@ def test_the_bits_of_a_middle_are_those_of_its_tokens_one_by_one(exported: Path,
 def test_nothing_to_fill_is_said(exported: Path, tmp_path: Path) -> None:
     (tmp_path / "a.py").write_text("a\n\nb\n")
     with pytest.raises(DataError, match="no document has a line"):
-        measured(Subject(exported, device="cpu"), data=str(tmp_path))
+        measured(EvalModel(exported, device="cpu"), data=str(tmp_path))
     with pytest.raises(PlanError, match="belongs to no run"):
-        measured(Subject(exported, device="cpu"))
+        measured(EvalModel(exported, device="cpu"))

@@ -19,13 +19,13 @@ from evaluation.conftest import CONTEXT, KNOWN
 from llm_training_toolkit.data.tokenizer import open_tokenizer
 from llm_training_toolkit.data.types import Example
 from llm_training_toolkit.errors import DataError, PlanError
-from llm_training_toolkit.evaluation.model import Subject
-from llm_training_toolkit.evaluation.perplexity import measure_perplexity, windows
-from llm_training_toolkit.evaluation.task import Measured, Perplexity
+from llm_training_toolkit.evaluation.model import EvalModel
+from llm_training_toolkit.evaluation.perplexity import measure_perplexity, split_into_windows
+from llm_training_toolkit.evaluation.task import EvalResult, PerplexityTask
 
 
-def measured(subject: Subject, **settings: Any) -> Measured:
-    return measure_perplexity(Perplexity(**settings), subject, lambda _stage, _done, _total: None)
+def measured(subject: EvalModel, **settings: Any) -> EvalResult:
+    return measure_perplexity(PerplexityTask(**settings), subject, lambda _stage, _done, _total: None)
 
 
 def losses(exported: Path, ids: list[int]) -> Any:
@@ -41,13 +41,13 @@ def test_it_is_the_loss_that_transformers_gives_each_document(exported: Path, tm
     for number, text in enumerate(texts):
         (tmp_path / f"{number}.py").write_text(text)
     encoder = open_tokenizer(str(exported))
-    end = encoder.id_of("<|endoftext|>")
+    end = encoder.get_special_token_id("<|endoftext|>")
     each = [losses(exported, [*encoder.encode(text), end]) for text in texts]
     total, tokens = sum(float(one.sum()) for one in each), sum(map(len, each))
     first = sum(len(encoder.decode(encoder.encode(text)[:1]).encode()) for text in texts)
     size = sum(len(text.encode()) for text in texts) - first
     for batch in (1, 8):
-        found = measured(Subject(exported, device="cpu"), data=str(tmp_path), batch=batch).figures
+        found = measured(EvalModel(exported, device="cpu"), data=str(tmp_path), batch=batch).figures
         assert found["loss"] == pytest.approx(total / tokens, rel=1e-5)
         assert found["perplexity"] == pytest.approx(math.exp(total / tokens), rel=1e-4)
         assert found["bits_per_byte"] == pytest.approx(total / math.log(2) / size, rel=1e-5)
@@ -58,7 +58,7 @@ def test_a_stride_gives_every_token_the_context_before_it(exported: Path, tmp_pa
     text = KNOWN * 8
     (tmp_path / "long.py").write_text(text)
     encoder = open_tokenizer(str(exported))
-    ids = [*encoder.encode(text), encoder.id_of("<|endoftext|>")]
+    ids = [*encoder.encode(text), encoder.get_special_token_id("<|endoftext|>")]
     stride, total, seen = 50, 0.0, 0
     for start in range(0, len(ids), stride):
         stop = min(start + CONTEXT, len(ids))
@@ -66,7 +66,7 @@ def test_a_stride_gives_every_token_the_context_before_it(exported: Path, tmp_pa
         seen = stop
         if stop == len(ids):
             break
-    subject = Subject(exported, device="cpu")
+    subject = EvalModel(exported, device="cpu")
     found = measured(subject, data=str(tmp_path), stride=stride).figures
     assert found["tokens"] == len(ids) - 1
     assert found["loss"] == pytest.approx(total / (len(ids) - 1), rel=1e-5)
@@ -78,7 +78,7 @@ def test_windows_predict_every_token_once_behind_enough_others(drawn: tuple[int,
     length, context, stride = drawn
     example = Example(np.arange(length, dtype=np.uint32), np.ones(length, dtype=np.bool_), 0)
     predicted: Counter[int] = Counter()
-    for window in windows(example, context, stride):
+    for window in split_into_windows(example, context, stride):
         assert len(window.tokens) <= context
         for place in range(1, len(window.tokens)):
             if window.loss[place]:
@@ -89,14 +89,14 @@ def test_windows_predict_every_token_once_behind_enough_others(drawn: tuple[int,
 
 
 def test_wrong_requests_are_said(exported: Path, tmp_path: Path) -> None:
-    subject = Subject(exported, device="cpu")
+    subject = EvalModel(exported, device="cpu")
     (tmp_path / "a.txt").write_text("")
     with pytest.raises(DataError, match="nothing to predict"):
         measured(subject, data=str(tmp_path), format="text")
     with pytest.raises(PlanError, match="--stride"):
         measured(subject, data=str(tmp_path), stride=CONTEXT)
     with pytest.raises(PlanError, match="the model has 192 positions"):
-        measured(Subject(exported, device="cpu", context=CONTEXT + 1), data=str(tmp_path))
+        measured(EvalModel(exported, device="cpu", context=CONTEXT + 1), data=str(tmp_path))
     with pytest.raises(PlanError, match="belongs to no run"):
         measured(subject)
 
@@ -106,6 +106,6 @@ def test_conversations_count_what_the_assistant_says(exported: Path, tmp_path: P
     chats.write_text(
         '{"messages": [{"role": "user", "content": "width?"}, {"role": "assistant", "content": "height"}]}'
     )
-    found = measured(Subject(exported, device="cpu"), data=str(chats), format="chat").figures
+    found = measured(EvalModel(exported, device="cpu"), data=str(chats), format="chat").figures
     assert 0 < found["tokens"] < 30
     assert found["documents"] == 1

@@ -10,9 +10,9 @@ import pytest
 from rich.console import Console as Terminal
 
 from llm_training_toolkit.errors import CheckpointError, PlanError
-from llm_training_toolkit.evaluation.records import Evaluation, keep, kept
-from llm_training_toolkit.evaluation.table import compared, tables
-from llm_training_toolkit.evaluation.task import Measured, make_task
+from llm_training_toolkit.evaluation.records import EvalRecord, read_eval_records, write_eval_record
+from llm_training_toolkit.evaluation.table import build_eval_tables, collect_eval_records
+from llm_training_toolkit.evaluation.task import EvalResult, make_task
 from llm_training_toolkit.runs.directory import RunDirectory
 
 
@@ -20,18 +20,18 @@ from llm_training_toolkit.runs.directory import RunDirectory
 def run(tmp_path: Path) -> RunDirectory:
     made = RunDirectory(tmp_path / "first")
     made.path.mkdir()
-    made.resolved.write_text("{}")
+    made.resolved_config_path.write_text("{}")
     return made
 
 
-def evaluation(task: str, step: int, *, data: str = "code", run: str = "first", **figures: float) -> Evaluation:
-    return Evaluation.of(task, Measured(figures, data, {"context": 64}), Path("export"), run, step)
+def evaluation(task: str, step: int, *, data: str = "code", run: str = "first", **figures: float) -> EvalRecord:
+    return EvalRecord.from_result(task, EvalResult(figures, data, {"context": 64}), Path("export"), run, step)
 
 
 def test_what_is_kept_is_read_again(run: RunDirectory) -> None:
     written = evaluation("infill", 3, exact_match=0.5, edit_similarity=0.75)
-    path = keep(run, written, [{"document": "a.py", "exact": True}])
-    assert list(kept(run)) == [written]
+    path = write_eval_record(run, written, [{"document": "a.py", "exact": True}])
+    assert list(read_eval_records(run)) == [written]
     assert json.loads(path.read_text())["exact_match"] == 0.5
     assert [json.loads(line) for line in path.with_suffix(".items.jsonl").read_text().splitlines()] == [
         {"document": "a.py", "exact": True}
@@ -40,29 +40,29 @@ def test_what_is_kept_is_read_again(run: RunDirectory) -> None:
 
 def test_the_same_evaluation_again_replaces_the_one_before(run: RunDirectory) -> None:
     for value in (0.25, 0.5):
-        keep(run, evaluation("infill", 3, exact_match=value), [])
-    keep(run, evaluation("infill", 3, exact_match=0.75, data="other"), [])
-    keep(run, evaluation("infill", 4, exact_match=1.0), [])
-    found = [(each.step, each.data, each.figures["exact_match"]) for each in kept(run)]
+        write_eval_record(run, evaluation("infill", 3, exact_match=value), [])
+    write_eval_record(run, evaluation("infill", 3, exact_match=0.75, data="other"), [])
+    write_eval_record(run, evaluation("infill", 4, exact_match=1.0), [])
+    found = [(each.step, each.data, each.figures["exact_match"]) for each in read_eval_records(run)]
     assert found == [(3, "code", 0.5), (3, "other", 0.75), (4, "code", 1.0)]
 
 
 def test_a_file_that_is_no_evaluation_is_named(run: RunDirectory) -> None:
-    run.evaluations.mkdir()
-    (run.evaluations / "notes.json").write_text("{}")
+    run.evaluations_dir.mkdir()
+    (run.evaluations_dir / "notes.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"notes\.json: is no evaluation"):
-        list(kept(run))
+        list(read_eval_records(run))
 
 
 def test_runs_are_shown_side_by_side(run: RunDirectory) -> None:
     other = RunDirectory(run.path.parent / "second")
     other.path.mkdir()
-    other.resolved.write_text("{}")
-    keep(run, evaluation("infill", 3, exact_match=0.5, edit_similarity=0.75), [])
-    keep(other, evaluation("infill", 1200, run="second", exact_match=0.625), [])
-    keep(other, evaluation("perplexity", 1200, run="second", loss=2.0, perplexity=7.389), [])
+    other.resolved_config_path.write_text("{}")
+    write_eval_record(run, evaluation("infill", 3, exact_match=0.5, edit_similarity=0.75), [])
+    write_eval_record(other, evaluation("infill", 1200, run="second", exact_match=0.625), [])
+    write_eval_record(other, evaluation("perplexity", 1200, run="second", loss=2.0, perplexity=7.389), [])
     screen = io.StringIO()
-    Terminal(file=screen, width=100).print(*tables(compared([run.path, other.path])), sep="\n")
+    Terminal(file=screen, width=100).print(*build_eval_tables(collect_eval_records([run.path, other.path])), sep="\n")
     lines = [line.split() for line in screen.getvalue().splitlines()]
     assert lines[:4] == [
         ["infill"],
@@ -75,9 +75,9 @@ def test_runs_are_shown_side_by_side(run: RunDirectory) -> None:
 
 def test_nothing_to_compare_is_said(run: RunDirectory) -> None:
     with pytest.raises(PlanError, match="none of these runs has been evaluated"):
-        compared([run.path])
+        collect_eval_records([run.path])
     with pytest.raises(CheckpointError, match="no run there"):
-        compared([run.path.parent])
+        collect_eval_records([run.path.parent])
 
 
 def test_a_setting_of_another_task_is_refused() -> None:

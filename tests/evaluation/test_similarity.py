@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_training_toolkit.evaluation.infill import edit_similarity
+from llm_training_toolkit.evaluation.infill import compute_edit_similarity
 
 TEXTS = st.text(alphabet="ab \né", max_size=12) | st.text(max_size=12)
 
@@ -29,18 +29,20 @@ def by_definition(first: str, second: str) -> float:
 
 @given(TEXTS, TEXTS)
 def test_it_is_the_longest_common_subsequence_over_both_lengths(first: str, second: str) -> None:
-    assert edit_similarity(first, second) == by_definition(first, second)
-    assert edit_similarity(second, first) == edit_similarity(first, second)
+    assert compute_edit_similarity(first, second) == by_definition(first, second)
+    assert compute_edit_similarity(second, first) == compute_edit_similarity(first, second)
 
 
 @given(TEXTS, TEXTS)
 def test_difflib_finds_no_more(first: str, second: str) -> None:
-    assert SequenceMatcher(None, first, second, autojunk=False).ratio() <= edit_similarity(first, second) + 1e-12
+    assert (
+        SequenceMatcher(None, first, second, autojunk=False).ratio() <= compute_edit_similarity(first, second) + 1e-12
+    )
 
 
 @given(TEXTS)
 def test_equal_texts_are_wholly_alike(text: str) -> None:
-    assert edit_similarity(text, text) == 1.0
+    assert compute_edit_similarity(text, text) == 1.0
 
 
 @pytest.mark.parametrize(
@@ -55,6 +57,6 @@ def test_equal_texts_are_wholly_alike(text: str) -> None:
     ],
 )
 def test_by_hand(first: str, second: str, similarity: float) -> None:
-    assert edit_similarity(first, second) == pytest.approx(similarity)
+    assert compute_edit_similarity(first, second) == pytest.approx(similarity)
     if len(first) < 20:
         assert SequenceMatcher(None, first, second).ratio() == pytest.approx(similarity)

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from llm_training_toolkit import families
-from llm_training_toolkit.config import parse
-from llm_training_toolkit.config.schema import Lora
-from llm_training_toolkit.families.lora import adapter_of, linear_layers
+from llm_training_toolkit.config import parse_config
+from llm_training_toolkit.config.schema import LoraConfig
+from llm_training_toolkit.families.lora import build_adapter, list_linear_layers
 from llm_training_toolkit.models import build_model
-from llm_training_toolkit.models.lora import adapted_layers, add_adapters
+from llm_training_toolkit.models.lora import add_adapters, find_lora_layers
 
 WIDE = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
 GROUPED = WIDE | {"num_key_value_heads": 2, "vocab_size": 512, "tie_word_embeddings": False}
@@ -40,25 +40,25 @@ def hf_config(name: str) -> dict[str, Any]:
         "data": {"sequence_length": 64, "sources": [{"path": "a", "format": "code"}]},
         "train": {"steps": 1},
     }
-    return dict(families.hf_config(parse(raw, "test")))
+    return dict(families.resolve_hf_config(parse_config(raw, "test")))
 
 
-def named(lora: dict[str, Any], family: families.Family) -> Lora:
+def named(lora: dict[str, Any], family: families.Family) -> LoraConfig:
     """Numbers stand for the family's own names."""
     targets = [family.lora_targets[number] for number in lora.get("targets", ())] or "auto"
     modules = [family.embedding_name if name == 0 else name for name in lora.get("modules_to_save", ())]
-    return Lora.model_validate(lora | {"targets": targets, "modules_to_save": modules})
+    return LoraConfig.model_validate(lora | {"targets": targets, "modules_to_save": modules})
 
 
 @pytest.mark.parametrize("lora", LORAS, ids=str)
 @pytest.mark.parametrize("name", SHAPES)
 def test_the_count_is_that_of_peft(name: str, lora: dict[str, Any]) -> None:
-    family, hf = families.find(name).family, hf_config(name)
-    adapter = adapter_of(named(lora, family), family, families.anatomy(hf))
+    family, hf = families.find_size(name).family, hf_config(name)
+    adapter = build_adapter(named(lora, family), family, families.read_model_dims(hf))
     model = build_model(hf, precision="fp32", attention="sdpa")
     add_adapters(model, adapter, seed=0, dtype=torch.float32)
-    assert adapter.parameters == sum(each.numel() for each in model.parameters() if each.requires_grad)
-    layers = adapted_layers(model)
+    assert adapter.trainable_parameters == sum(each.numel() for each in model.parameters() if each.requires_grad)
+    layers = find_lora_layers(model)
     assert len(layers) == 2 * len(adapter.layers)
     assert {layer.split(".")[-1] for layer in layers} == set(adapter.targets)
     expected = {layer.scaling["default"] for layer in layers.values()}
@@ -67,7 +67,7 @@ def test_the_count_is_that_of_peft(name: str, lora: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_auto_means_every_linear_layer_of_a_decoder_layer(name: str) -> None:
-    family, hf = families.find(name).family, hf_config(name)
+    family, hf = families.find_size(name).family, hf_config(name)
     model = build_model(hf, precision="fp32", attention="sdpa")
     linear = {path.split(".")[-1] for path, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     assert set(family.lora_targets) == linear - {"lm_head"}
@@ -75,6 +75,6 @@ def test_auto_means_every_linear_layer_of_a_decoder_layer(name: str) -> None:
 
 def test_every_family_knows_the_size_of_what_it_names() -> None:
     for size in families.SIZES.values():
-        anatomy = size.family.anatomy(size.values)
-        assert all(linear_layers(name, size.family, anatomy) for name in size.family.lora_targets)
-        assert linear_layers("lm_head", size.family, anatomy) == ()
+        anatomy = size.family.read_dims(size.hf_values)
+        assert all(list_linear_layers(name, size.family, anatomy) for name in size.family.lora_targets)
+        assert list_linear_layers("lm_head", size.family, anatomy) == ()

@@ -62,19 +62,19 @@ def built(hf: dict[str, Any]) -> Any:
 
 @pytest.mark.parametrize("name", families.SIZES)
 def test_totals_are_the_published_ones(name: str) -> None:
-    assert families.parameters(families.hf_config(config(name))) == PUBLISHED[name]
+    assert families.count_parameters(families.resolve_hf_config(config(name))) == PUBLISHED[name]
 
 
 @pytest.mark.parametrize(("name", "active"), ACTIVE.items())
 def test_active_parameters_are_the_published_ones(name: str, active: int) -> None:
-    assert families.anatomy(families.hf_config(config(name))).active_parameters == active
+    assert families.read_model_dims(families.resolve_hf_config(config(name))).active_parameters == active
 
 
 @pytest.mark.parametrize("name", families.SIZES)
 def test_transformers_builds_every_size_with_as_many_parameters(name: str) -> None:
-    model = built(families.hf_config(config(name)))
+    model = built(families.resolve_hf_config(config(name)))
     assert sum(weight.numel() for weight in model.parameters()) == PUBLISHED[name]
-    anatomy = families.anatomy(families.hf_config(config(name)))
+    anatomy = families.read_model_dims(families.resolve_hf_config(config(name)))
     assert anatomy.largest_tensor == max(weight.numel() for weight in model.parameters())
 
 
@@ -83,7 +83,7 @@ def test_adapters_go_to_every_linear_layer_but_the_output(family: families.Famil
     import torch
 
     name = next(size.name for size in families.SIZES.values() if size.family is family)
-    modules = built(families.hf_config(config(name))).named_modules()
+    modules = built(families.resolve_hf_config(config(name))).named_modules()
     linear = {path.rsplit(".")[-1] for path, module in modules if isinstance(module, torch.nn.Linear)}
     assert set(family.lora_targets) == linear - {"lm_head"}
 
@@ -108,17 +108,17 @@ def test_adapters_go_to_every_linear_layer_but_the_output(family: families.Famil
 )
 def test_transformers_builds_as_many(name: str, shape: dict[str, Any]) -> None:
     small = {key: value for key, value in SMALL.items() if "num_experts" not in shape or key != "intermediate_size"}
-    hf = families.hf_config(config(name, **{"vocab_size": 512, **small, **shape}))
+    hf = families.resolve_hf_config(config(name, **{"vocab_size": 512, **small, **shape}))
     model = built(hf)
     assert type(model).__name__ == hf["architectures"][0]
-    assert sum(weight.numel() for weight in model.parameters()) == families.parameters(hf)
+    assert sum(weight.numel() for weight in model.parameters()) == families.count_parameters(hf)
 
 
 @pytest.mark.parametrize("name", families.SIZES)
 def test_transformers_keeps_every_value(name: str) -> None:
     from transformers import AutoConfig
 
-    hf = families.hf_config(config(name))
+    hf = families.resolve_hf_config(config(name))
     model_type = hf.pop("model_type")
     accepted = AutoConfig.for_model(model_type, **hf)
     for key, value in hf.items():
@@ -129,35 +129,35 @@ def test_transformers_keeps_every_value(name: str) -> None:
 def test_rope_base_reaches_the_model() -> None:
     from transformers import AutoConfig
 
-    hf = families.hf_config(config("qwen3-0.6b", rope_theta=5e6))
+    hf = families.resolve_hf_config(config("qwen3-0.6b", rope_theta=5e6))
     assert AutoConfig.for_model(**hf).rope_parameters["rope_theta"] == 5e6
 
 
 def test_flops_count_matrices_and_attention() -> None:
-    hf = families.hf_config(config("qwen3-0.6b"))
-    model = families.anatomy(hf)
+    hf = families.resolve_hf_config(config("qwen3-0.6b"))
+    model = families.read_model_dims(hf)
     norms = 28 * (2 * 1024 + 2 * 128) + 1024
     assert model.matmul_parameters == 596_049_920 - norms  # tied: the look-up and the output layer are one matrix
-    assert families.flops_per_token(hf, 2048) == 6 * model.matmul_parameters + 12 * 28 * 16 * 128 * 2048
+    assert families.compute_flops_per_token(hf, 2048) == 6 * model.matmul_parameters + 12 * 28 * 16 * 128 * 2048
 
 
 def test_flops_count_the_experts_a_token_passes() -> None:
-    hf = families.hf_config(config("qwen3-30b-a3b"))
+    hf = families.resolve_hf_config(config("qwen3-30b-a3b"))
     norms = 48 * (2 * 2048 + 2 * 128) + 2048
     look_up = 151936 * 2048
-    assert families.flops_per_token(hf, 64) == 6 * (3_353_032_704 - norms - look_up) + 12 * 48 * 32 * 128 * 64
+    assert families.compute_flops_per_token(hf, 64) == 6 * (3_353_032_704 - norms - look_up) + 12 * 48 * 32 * 128 * 64
 
 
 def test_flops_stop_at_the_sliding_window() -> None:
-    hf = families.hf_config(config("starcoder2-3b"))
-    assert families.flops_per_token(hf, 4096) == families.flops_per_token(hf, 16384)
-    assert families.flops_per_token(hf, 2048) < families.flops_per_token(hf, 4096)
+    hf = families.resolve_hf_config(config("starcoder2-3b"))
+    assert families.compute_flops_per_token(hf, 4096) == families.compute_flops_per_token(hf, 16384)
+    assert families.compute_flops_per_token(hf, 2048) < families.compute_flops_per_token(hf, 4096)
 
 
 def test_a_configuration_that_transformers_wrote_counts_as_ours() -> None:
     from transformers import Qwen3MoeConfig
 
-    ours = families.hf_config(config("qwen3-30b-a3b"))
+    ours = families.resolve_hf_config(config("qwen3-30b-a3b"))
     written = Qwen3MoeConfig(**ours).to_dict()
     assert "num_experts" not in written  # otherwise this test proves nothing
-    assert families.parameters(written) == families.parameters(ours)
+    assert families.count_parameters(written) == families.count_parameters(ours)

@@ -29,7 +29,7 @@ def config(
 )
 def test_an_unknown_size_names_the_nearest(wrong: str, right: str) -> None:
     with pytest.raises(PlanError, match=f"Did you mean .*{right}"):
-        families.find(wrong)
+        families.find_size(wrong)
 
 
 @pytest.mark.parametrize(
@@ -43,22 +43,22 @@ def test_an_unknown_size_names_the_nearest(wrong: str, right: str) -> None:
     ],
 )
 def test_weights_of_the_same_shape_are_known_by_their_own_names(name: str, size: str) -> None:
-    assert families.find(name).name == size
+    assert families.find_size(name).name == size
 
 
 def test_every_name_is_one_of_the_hub_in_lower_case() -> None:
-    names = [name for size in families.SIZES.values() for name in (size.name, *size.also)]
+    names = [name for size in families.SIZES.values() for name in (size.name, *size.other_names)]
     assert len(set(names)) == len(names)
     assert all(name == name.lower() and "/" not in name for name in names)
 
 
 def test_a_far_name_lists_what_is_known() -> None:
     with pytest.raises(PlanError, match=r"Known: qwen2-0\.5b"):
-        families.find("zzzzzz")
+        families.find_size("zzzzzz")
 
 
 def test_head_dim_of_qwen3_stays() -> None:
-    hf = families.hf_config(
+    hf = families.resolve_hf_config(
         config("qwen3-0.6b", {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1})
     )
     assert (hf["head_dim"], hf["hidden_size"]) == (128, 64)
@@ -86,55 +86,57 @@ def test_head_dim_of_qwen3_stays() -> None:
 )
 def test_an_impossible_shape_is_refused(name: str, shape: dict[str, Any], message: str) -> None:
     with pytest.raises(PlanError, match=message):
-        families.hf_config(config(name, shape))
+        families.resolve_hf_config(config(name, shape))
 
 
 def test_all_wrong_keys_are_named_at_once() -> None:
     with pytest.raises(PlanError) as caught:
-        families.hf_config(config("qwen3-0.6b", {"layers": 2, "width": 3}))
+        families.resolve_hf_config(config("qwen3-0.6b", {"layers": 2, "width": 3}))
     assert "layers" in str(caught.value)
     assert "width" in str(caught.value)
 
 
 def test_common_names_reach_starcoder_1() -> None:
-    hf = families.hf_config(config("starcoderbase-1b", {"hidden_size": 64, "num_hidden_layers": 2}))
+    hf = families.resolve_hf_config(config("starcoderbase-1b", {"hidden_size": 64, "num_hidden_layers": 2}))
     assert (hf["n_embd"], hf["n_layer"]) == (64, 2)
     assert "hidden_size" not in hf
 
 
 def test_the_vocabulary_follows_shape_then_tokenizer_then_size() -> None:
-    assert families.hf_config(config("qwen3-0.6b"))["vocab_size"] == 151936
-    assert families.hf_config(config("qwen3-0.6b", train=1000))["vocab_size"] == 1024
-    assert families.hf_config(config("qwen3-0.6b", {"vocab_size": 1001}, train=1000))["vocab_size"] == 1001
+    assert families.resolve_hf_config(config("qwen3-0.6b"))["vocab_size"] == 151936
+    assert families.resolve_hf_config(config("qwen3-0.6b", train=1000))["vocab_size"] == 1024
+    assert families.resolve_hf_config(config("qwen3-0.6b", {"vocab_size": 1001}, train=1000))["vocab_size"] == 1001
     with pytest.raises(PlanError, match="vocab_size 900 is below"):
-        families.hf_config(config("qwen3-0.6b", {"vocab_size": 900}, train=1000))
+        families.resolve_hf_config(config("qwen3-0.6b", {"vocab_size": 900}, train=1000))
 
 
 def test_positions_grow_with_the_sequence_unless_learned() -> None:
-    assert families.hf_config(config("qwen3-0.6b", length=100_000))["max_position_embeddings"] == 100_000
-    assert families.hf_config(config("qwen3-0.6b", length=100))["max_position_embeddings"] == 40960
-    assert families.hf_config(config("starcoder", length=100_000))["n_positions"] == 8192
+    assert families.resolve_hf_config(config("qwen3-0.6b", length=100_000))["max_position_embeddings"] == 100_000
+    assert families.resolve_hf_config(config("qwen3-0.6b", length=100))["max_position_embeddings"] == 40960
+    assert families.resolve_hf_config(config("starcoder", length=100_000))["n_positions"] == 8192
 
 
 def test_weights_keep_the_shape_of_the_size() -> None:
-    assert families.hf_config(config("qwen3-0.6b", path="Qwen/Qwen3-0.6B"))["hidden_size"] == 1024
+    assert families.resolve_hf_config(config("qwen3-0.6b", path="Qwen/Qwen3-0.6B"))["hidden_size"] == 1024
 
 
 def test_weights_of_another_family_are_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3"}))
     with pytest.raises(PlanError, match=r"holds a qwen3 model, and model\.name = qwen2\.5-0\.5b is of qwen2"):
-        families.hf_config(config("qwen2.5-0.5b", path=str(tmp_path)))
+        families.resolve_hf_config(config("qwen2.5-0.5b", path=str(tmp_path)))
 
 
 def test_the_vocabulary_grows_by_multiples_of_64_and_never_shrinks(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2", "vocab_size": 512}))
-    assert families.hf_config(config("qwen2.5-0.5b", path=str(tmp_path), grow_vocabulary=576))["vocab_size"] == 576
-    assert families.hf_config(config("starcoderbase", path="a/b", grow_vocabulary=49216))["vocab_size"] == 49216
+    assert (
+        families.resolve_hf_config(config("qwen2.5-0.5b", path=str(tmp_path), grow_vocabulary=576))["vocab_size"] == 576
+    )
+    assert families.resolve_hf_config(config("starcoderbase", path="a/b", grow_vocabulary=49216))["vocab_size"] == 49216
     for rows in (448, 512):
         with pytest.raises(
             PlanError, match=rf"grow_vocabulary = {rows}: the weights have 512 rows, and none is removed"
         ):
-            families.hf_config(config("qwen2.5-0.5b", path=str(tmp_path), grow_vocabulary=rows))
+            families.resolve_hf_config(config("qwen2.5-0.5b", path=str(tmp_path), grow_vocabulary=rows))
     with pytest.raises(ValueError, match="multiple of 64"):
         config("qwen2.5-0.5b", path=str(tmp_path), grow_vocabulary=600)
 
@@ -148,20 +150,22 @@ def test_a_begun_run_knows_the_weights_it_began_with_when_they_are_gone(tmp_path
     for directory in (weights, run):
         directory.mkdir()
     begun = within(tmp_path, config("qwen2.5-0.5b", path=str(weights), grow_vocabulary=576))
-    hf = families.hf_config(config("qwen2.5-0.5b", {"hidden_size": 56, "vocab_size": 512}))
+    hf = families.resolve_hf_config(config("qwen2.5-0.5b", {"hidden_size": 56, "vocab_size": 512}))
     (weights / "config.json").write_text(json.dumps(hf))
-    wanted = families.hf_config(begun)
+    wanted = families.resolve_hf_config(begun)
     assert (wanted["hidden_size"], wanted["vocab_size"]) == (56, 576)
     (run / "resolved.json").write_text(begun.model_dump_json())
     (run / "plan.json").write_text(json.dumps({"hf_config": wanted}))
     weights.rename(tmp_path / "gone")
-    assert families.hf_config(begun) == wanted
+    assert families.resolve_hf_config(begun) == wanted
     other = within(tmp_path, config("qwen2.5-0.5b", path="Qwen/Qwen2.5-0.5B"))
-    assert families.hf_config(other)["hidden_size"] == 896, "what was written down says nothing of other weights"
+    assert families.resolve_hf_config(other)["hidden_size"] == 896, (
+        "what was written down says nothing of other weights"
+    )
 
 
 def test_no_id_of_a_foreign_vocabulary() -> None:
-    hf = families.hf_config(config("starcoder2-3b", train=1000))
+    hf = families.resolve_hf_config(config("starcoder2-3b", train=1000))
     assert [hf[f"{kind}_token_id"] for kind in ("bos", "eos", "pad")] == [None] * 3
     assert hf["use_cache"] is False
 

@@ -63,8 +63,8 @@ def wait_for_step(run: RunDirectory, step: int, process: subprocess.Popen[str], 
     """Wait until the run has completed `step` steps."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        if run.metrics.exists() and any(
-            json.loads(line)["step"] >= step for line in run.metrics.read_text().splitlines() if line.endswith("}")
+        if run.metrics_path.exists() and any(
+            json.loads(line)["step"] >= step for line in run.metrics_path.read_text().splitlines() if line.endswith("}")
         ):
             return
         assert process.poll() is None, process.communicate()

@@ -16,9 +16,9 @@ import torch
 import fork_server
 from launch.conftest import command, run_of
 from llm_training_toolkit.errors import CheckpointError
-from llm_training_toolkit.generation.generator import Generator, Writing
+from llm_training_toolkit.generation.generator import SamplingParams, TextGenerator
 from llm_training_toolkit.generation.load import open_model
-from llm_training_toolkit.runs.directory import model_directory
+from llm_training_toolkit.runs.directory import find_model_directory
 
 INLINE: dict[str, dict[str, Any]] = {
     "train": {"steps": 4, "global_batch": 4, "micro_batch": 2, "precision": "bf16"},
@@ -42,16 +42,16 @@ def adapted(base: Path, **lora: Any) -> dict[str, dict[str, Any]]:
 def test_from_a_saved_model_over_a_resume_to_text(launch_config: Callable[..., Path]) -> None:
     base = launch_config("adapters_base", **INLINE)
     fork_server.run(command(base), check=True, capture_output=True)
-    config = launch_config("adapters", **adapted(run_of(base).export, dropout=0.1))
+    config = launch_config("adapters", **adapted(run_of(base).export_dir, dropout=0.1))
     planned = json.loads(ltt("plan", str(config), "--json").stdout)
     assert planned["trainable_parameters"] < planned["parameters"] / 5
 
     run = run_of(config)
     fork_server.run(command(config, "train.steps=2"), check=True, capture_output=True)
-    shutil.rmtree(run.export)
+    shutil.rmtree(run.export_dir)
     done = fork_server.run(command(config, "--extend", "--json"), check=True, capture_output=True)
     assert json.loads(done.stdout)["step"] == 4
-    assert sorted(path.name for path in run.export.iterdir()) == [
+    assert sorted(path.name for path in run.export_dir.iterdir()) == [
         "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
@@ -60,9 +60,9 @@ def test_from_a_saved_model_over_a_resume_to_text(launch_config: Callable[..., P
         "tokenizer_config.json",
         "training.json",
     ]
-    text = Generator.open(model_directory(run.path)).complete("def ", Writing(4)).text
+    text = TextGenerator.from_directory(find_model_directory(run.path)).complete_prompt("def ", SamplingParams(4)).text
     from_checkpoint, _ = open_model(run.path, step=4, device="cpu")
-    assert from_checkpoint.complete("def ", Writing(4)).text == text
+    assert from_checkpoint.complete_prompt("def ", SamplingParams(4)).text == text
 
     merged = ltt("export", str(run.path), "--merge", "--json")
     assert merged.returncode == 0, merged.stderr
@@ -72,13 +72,13 @@ def test_from_a_saved_model_over_a_resume_to_text(launch_config: Callable[..., P
     written = ltt("generate", answer["path"], "--prompt", "def ", "--tokens", "4", "--json")
     assert json.loads(written.stdout)["written"] == text, "bf16 rounding may part them, not in this run"
 
-    moved = run_of(base).export.rename(run_of(base).path / "elsewhere")
+    moved = run_of(base).export_dir.rename(run_of(base).path / "elsewhere")
     with pytest.raises(CheckpointError, match=r"holds adapters.*is not there.*adapters_base/export"):
-        Generator.open(run.export)
+        TextGenerator.from_directory(run.export_dir)
     refused = fork_server.run(command(config, "train.steps=6", "--extend"), capture_output=True)
     assert refused.returncode == 2
     assert "export: there is no such directory" in refused.stderr
-    moved.rename(run_of(base).export)
+    moved.rename(run_of(base).export_dir)
 
 
 @pytest.mark.slow
@@ -87,8 +87,8 @@ def test_checkpoints_that_are_not_there_are_not_exported(launch_config: Callable
     fork_server.run(command(config), check=True, capture_output=True)
     run = run_of(config)
     with pytest.raises(CheckpointError, match="a run without an export: ltt export"):
-        model_directory(run.path)
-    (run.checkpoint(4, 1) / "manifest.json").rename(run.path / "kept.json")
+        find_model_directory(run.path)
+    (run.get_checkpoint_dir(4, 1) / "manifest.json").rename(run.path / "kept.json")
     half = ltt("export", str(run.path), "--step", "4")
     assert half.returncode == 1
     assert "step 4 is not complete (it has no manifest.json); complete are steps 2" in half.stderr
@@ -100,7 +100,7 @@ def test_checkpoints_that_are_not_there_are_not_exported(launch_config: Callable
     assert done.returncode == 0, done.stderr
     assert "model of step_000000002_a1" in done.stdout
     assert "equal" in done.stdout
-    assert model_directory(run.path / "mine") == run.path / "mine"
+    assert find_model_directory(run.path / "mine") == run.path / "mine"
     exported = ltt("generate", str(run.path / "mine"), "--prompt", "def ", "--tokens", "4", "--json")
     assert json.loads(exported.stdout)["written"] == written["written"]
 
@@ -112,4 +112,4 @@ def test_four_bits_without_a_gpu_are_refused_before_anything_is_prepared(launch_
     said = ltt("train", str(config))
     assert said.returncode == 2
     assert "model.lora.quantize = nf4: 4-bit weights need a GPU" in said.stderr
-    assert not run_of(config).receipt.exists()
+    assert not run_of(config).dataset_info_path.exists()

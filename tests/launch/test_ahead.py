@@ -16,8 +16,8 @@ import pytest
 import fork_server
 from conftest import write_corpus
 from launch.conftest import command, run_of, wait_for_step
-from llm_training_toolkit.checkpoint import newest
-from llm_training_toolkit.runs.directory import checkpoint_place
+from llm_training_toolkit.checkpoint import find_latest_checkpoint
+from llm_training_toolkit.runs.directory import parse_checkpoint_name
 
 pytestmark = [pytest.mark.slow]
 
@@ -33,12 +33,12 @@ def sections(corpus: Path, cache: Path, steps: int) -> dict[str, Any]:
 
 
 def losses(config: Path) -> list[float]:
-    rows = [json.loads(line) for line in run_of(config).metrics.read_text().splitlines()]
+    rows = [json.loads(line) for line in run_of(config).metrics_path.read_text().splitlines()]
     return [row["train/loss"] for row in rows if "train/loss" in row]
 
 
 def epochs(config: Path) -> int:
-    return len(json.loads(run_of(config).receipt.read_text())["streams"][0]["epochs"])
+    return len(json.loads(run_of(config).dataset_info_path.read_text())["streams"][0]["epochs"])
 
 
 def preparing(process: subprocess.Popen[str]) -> psutil.Process:
@@ -100,16 +100,16 @@ def test_a_stop_while_waiting_leaves_a_checkpoint(launch_config: Callable[..., P
             time.sleep(2)
         process.send_signal(signal.SIGTERM)
         end = time.monotonic() + 60
-        while newest(run_of(config).checkpoints) is None and time.monotonic() < end:
+        while find_latest_checkpoint(run_of(config).checkpoints_dir) is None and time.monotonic() < end:
             time.sleep(0.1)
         ahead.resume()
         out, err = process.communicate(timeout=240)
     assert process.returncode == 75, err
     assert "waits for data of the next epoch" in out + err
     assert json.loads((run_of(config).path / "attempts" / "0001.json").read_text())["state"] == "stopped"
-    saved = newest(run_of(config).checkpoints)
+    saved = find_latest_checkpoint(run_of(config).checkpoints_dir)
     assert saved is not None
-    assert checkpoint_place(saved) == (reached, 1)
+    assert parse_checkpoint_name(saved) == (reached, 1)
     assert not list((tmp_path / "cache").rglob(".*.*.*"))  # nothing half built
 
 

@@ -61,7 +61,7 @@ def test_more_workers_than_the_machine_has_are_refused_before_anything_starts(
     assert code == 2
     assert "cluster.workers = 500" in said
     assert "this machine has" in said
-    assert not run_of(config).receipt.exists()
+    assert not run_of(config).dataset_info_path.exists()
 
 
 def test_a_run_directory_that_cannot_be_written_is_named(launch_config: Callable[..., Path], tmp_path: Path) -> None:

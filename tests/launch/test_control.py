@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from launch.conftest import Environment
-from llm_training_toolkit.distributed.context import Event, Wish
-from llm_training_toolkit.distributed.heartbeat import Pulse
-from llm_training_toolkit.launch.ray.control_actor import heartbeat, tell
+from llm_training_toolkit.distributed.context import Event, StopRequest
+from llm_training_toolkit.distributed.heartbeat import Heartbeat
+from llm_training_toolkit.launch.ray.control_actor import report_with_retry, start_heartbeat
 
 pytestmark = [pytest.mark.cluster]
 
@@ -32,13 +32,13 @@ class Unsteady:
     def __init__(self) -> None:
         self.beats, self.posts = 0, 0
 
-    def beat(self, _rank: int, _beat: Any) -> Wish:
+    def receive_heartbeat(self, _rank: int, _beat: Any) -> StopRequest:
         self.beats += 1
         if self.beats < 3:
             raise ConnectionError("for a moment")
-        return Wish.STOP
+        return StopRequest.STOP
 
-    def post(self, _event: Event) -> None:
+    def send_event(self, _event: Event) -> None:
         self.posts += 1
         if self.posts < 3:
             raise ConnectionError("for a moment")
@@ -56,12 +56,12 @@ def test_heartbeats_and_what_must_be_told_go_on_after_an_error_and_end_with_the_
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the actor's process does not find the tests
     try:
         line: Any = ray.remote(Unsteady).options(num_cpus=0).remote()
-        wish = heartbeat(line, 0, Pulse())
-        until(lambda: wish() is Wish.STOP)
-        tell(line, {"kind": "note"})
+        wish = start_heartbeat(line, 0, Heartbeat())
+        until(lambda: wish() is StopRequest.STOP)
+        report_with_retry(line, {"kind": "note"})
         assert ray.get(line.counted.remote()) == 3
         ray.kill(line)
-        tell(line, {"kind": "note"})
+        report_with_retry(line, {"kind": "note"})
         until(lambda: not any(thread.name == "heartbeat" for thread in threading.enumerate()))
     finally:
         ray.shutdown()

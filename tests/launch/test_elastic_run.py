@@ -17,7 +17,7 @@ import pytest
 
 import fork_server
 from launch.conftest import Environment, command, run_of, wait_for_step
-from llm_training_toolkit.runs.attempts import attempt_record, last_attempt
+from llm_training_toolkit.runs.attempts import find_last_attempt, read_attempt_record
 from llm_training_toolkit.runs.directory import RunDirectory
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(900)]
@@ -67,12 +67,12 @@ def nodes(ray_environment: Environment) -> Iterator[Nodes]:
 
 def rows(run: RunDirectory) -> list[dict[str, Any]]:
     """What was recorded of the steps, the last attempt of each alone."""
-    found = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    found = [json.loads(line) for line in run.metrics_path.read_text().splitlines()]
     return list({row["step"]: row for row in found if "train/loss" in row}.values())
 
 
 def attempts(run: RunDirectory) -> list[dict[str, Any]]:
-    return [attempt_record(run, number) for number in range(1, last_attempt(run) + 1)]
+    return [read_attempt_record(run, number) for number in range(1, find_last_attempt(run) + 1)]
 
 
 def until(condition: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 240) -> None:
@@ -87,7 +87,7 @@ def works(run: RunDirectory, attempt: int, process: subprocess.Popen[str], steps
     """Wait until an attempt has done some steps; the step it is at."""
 
     def done() -> list[int]:
-        lines = run.metrics.read_text().splitlines() if run.metrics.exists() else []
+        lines = run.metrics_path.read_text().splitlines() if run.metrics_path.exists() else []
         found = [json.loads(line) for line in lines if line.endswith("}")]
         return [row["step"] for row in found if row["attempt"] == attempt and "train/loss" in row]
 
@@ -107,7 +107,7 @@ def test_a_run_shrinks_and_grows_with_its_cluster_and_comes_out_the_same(
         works(run, 2, process)
         recovered = time.monotonic() - lost
         nodes.announce_end("127.0.1.3", seconds=60)
-        until(lambda: last_attempt(run) == 3, process)
+        until(lambda: find_last_attempt(run) == 3, process)
         nodes.lose("127.0.1.3")
         nodes.add("127.0.1.4")
         nodes.add("127.0.1.5")
@@ -120,7 +120,7 @@ def test_a_run_shrinks_and_grows_with_its_cluster_and_comes_out_the_same(
     assert "node 127.0.1.2 with rank" in out
     assert recovered < 60
     assert "node 127.0.1.3 will be taken away in" in out
-    assert f"resuming from {run.checkpoint(shrunk['step'], 2).name}" in out
+    assert f"resuming from {run.get_checkpoint_dir(shrunk['step'], 2).name}" in out
     assert "there is room for more than 1 workers: making way after the next checkpoint" in out
     assert left["step"] % EVERY == 0
 
@@ -148,7 +148,7 @@ def test_a_rank_that_hangs_is_named_and_a_step_that_fails_twice_ends_the_run(
         stopped.send_signal(signal.SIGSTOP)
         assert works(run, 2, process, steps=at) == at, "no checkpoint: it began at the first step again"
         assert not stopped.is_running(), "a stopped process would keep its GPU's memory"
-        os.kill(attempt_record(run, 2)["pid"], signal.SIGKILL)
+        os.kill(read_attempt_record(run, 2)["pid"], signal.SIGKILL)
         out, err = process.communicate(timeout=240)
     assert process.returncode == 1
     hung, killed = (each["failure"] for each in attempts(run))
@@ -163,8 +163,8 @@ def test_a_rank_that_hangs_is_named_and_a_step_that_fails_twice_ends_the_run(
 
 def other_rank(run: RunDirectory, attempt: int) -> psutil.Process:
     """The process of rank 1, a sibling of rank 0 under the node's Ray process."""
-    first = psutil.Process(attempt_record(run, attempt)["pid"])
-    log = run.logs(attempt) / "rank_1.log"
+    first = psutil.Process(read_attempt_record(run, attempt)["pid"])
+    log = run.get_log_dir(attempt) / "rank_1.log"
     [found] = [each for each in first.parent().children() if each != first and writes(each, log)]
     return found
 

@@ -13,8 +13,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import fork_server
 from launch.conftest import command, run_of
-from llm_training_toolkit.evaluation.documents import held_out_documents
-from llm_training_toolkit.evaluation.model import Subject
+from llm_training_toolkit.evaluation.documents import read_held_out_documents
+from llm_training_toolkit.evaluation.model import EvalModel
 
 pytestmark = [pytest.mark.slow]
 STEPS = 6
@@ -43,7 +43,7 @@ def evaluated(*arguments: object, **options: Any) -> Any:
 
 def metrics(config: Path) -> dict[str, float]:
     """The last value of every metric."""
-    rows = [json.loads(line) for line in run_of(config).metrics.read_text().splitlines()]
+    rows = [json.loads(line) for line in run_of(config).metrics_path.read_text().splitlines()]
     return {name: value for row in rows for name, value in row.items()}
 
 
@@ -55,7 +55,7 @@ def test_tasks_are_carried_out_when_the_run_finishes(trained: tuple[Path, str]) 
     found = metrics(config)
     assert found["eval/infill_documents"] == 3
     assert 0.0 <= found["eval/infill_edit_similarity"] <= 1.0
-    [kept] = run_of(config).evaluations.glob(f"infill_step_{STEPS:09d}_*.json")
+    [kept] = run_of(config).evaluations_dir.glob(f"infill_step_{STEPS:09d}_*.json")
     assert json.loads(kept.read_text())["data"] == "held out by evaluated"
     assert len(kept.with_suffix(".items.jsonl").read_text().splitlines()) == 3
 
@@ -68,9 +68,9 @@ def test_the_perplexity_of_what_is_held_out_is_that_of_the_training(trained: tup
         assert found[name] == pytest.approx(metrics(config)[f"eval/{name}"], rel=1e-6)
     assert (found["run"], found["step"]) == ("evaluated", STEPS)
 
-    origin = Subject(run.path, device="cpu").origin
+    origin = EvalModel(run.path, device="cpu").origin
     assert origin is not None
-    for number, document in enumerate(held_out_documents(origin)):
+    for number, document in enumerate(read_held_out_documents(origin)):
         (tmp_path / f"{number}.py").write_text(document.text)
     as_files = evaluated(run.path, "--task", "perplexity", "--data", tmp_path)
     assert as_files["documents"] == number + 1
@@ -81,8 +81,8 @@ def test_the_perplexity_of_what_is_held_out_is_that_of_the_training(trained: tup
 def test_evaluations_are_kept_drawn_and_compared(trained: tuple[Path, str]) -> None:
     config, _ = trained
     run = run_of(config)
-    found = evaluated(run.export, "--task", "infill", "--limit", 2, "--middle", "span")
-    points = EventAccumulator(str(run.evaluations / "tb"))
+    found = evaluated(run.export_dir, "--task", "infill", "--limit", 2, "--middle", "span")
+    points = EventAccumulator(str(run.evaluations_dir / "tb"))
     points.Reload()
     [point] = [each for each in points.Scalars("eval/infill_documents") if each.value == 2]
     assert point.step == STEPS

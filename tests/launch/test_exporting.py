@@ -15,12 +15,12 @@ import torch
 import rank_tasks
 from checkpoints import save
 from llm_training_toolkit.checkpoint import Manifest
-from llm_training_toolkit.config import Config, parse
+from llm_training_toolkit.config import Config, parse_config
 from llm_training_toolkit.data.tokenizer import open_tokenizer
 from llm_training_toolkit.errors import CheckpointError
-from llm_training_toolkit.export import appearing
-from llm_training_toolkit.export.export_run import beside, export_run
-from llm_training_toolkit.export.model_card import Kind, card
+from llm_training_toolkit.export import atomic_export_dir
+from llm_training_toolkit.export.export_run import build_model_files, export_run
+from llm_training_toolkit.export.model_card import ExportKind, format_model_card
 from llm_training_toolkit.runs.directory import RunDirectory
 
 MANIFEST = Manifest(
@@ -46,7 +46,7 @@ OPTIMIZER = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
 def with_sources(config: Config, *formats: str) -> Config:
     data = config.model_dump(mode="json")
     data["data"]["sources"] = [{"path": f"documents/{each}", "format": each} for each in formats]
-    return parse(data, "test")
+    return parse_config(data, "test")
 
 
 @pytest.mark.parametrize(
@@ -61,11 +61,11 @@ def test_a_model_of_conversations_stops_where_a_turn_ends(
     prepared_run: RunDirectory, formats: tuple[str, ...], ends: list[str]
 ) -> None:
     place = rank_tasks.place_of(str(prepared_run.path))
-    found = beside(with_sources(place.config, *formats), place.receipt, "card", "step_1")
+    found = build_model_files(with_sources(place.config, *formats), place.receipt, "card", "step_1")
     encoder = open_tokenizer(place.receipt.tokenizer_path)
-    assert found.ends == {token: encoder.id_of(token) for token in ends}
-    assert list(found.ends) == ends
-    assert found.pad == encoder.id_of("<|endoftext|>")
+    assert found.stop_token_ids == {token: encoder.get_special_token_id(token) for token in ends}
+    assert list(found.stop_token_ids) == ends
+    assert found.pad == encoder.get_special_token_id("<|endoftext|>")
 
 
 @pytest.mark.parametrize("own", ["<|im_end|>", {"content": "<|im_end|>"}, "<unknown>"])
@@ -78,7 +78,7 @@ def test_a_model_tuned_to_converse_still_ends_its_turns_after_code(
     file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token": own}))
     receipt = replace(place.receipt, tokenizer_path=str(tmp_path / "tokenizer"))
     wanted = ["<|endoftext|>"] if own == "<unknown>" else ["<|im_end|>", "<|endoftext|>"]
-    assert list(beside(place.config, receipt, "card", "step_1").ends) == wanted
+    assert list(build_model_files(place.config, receipt, "card", "step_1").stop_token_ids) == wanted
 
 
 @pytest.mark.parametrize(
@@ -95,12 +95,12 @@ def test_a_model_tuned_to_converse_still_ends_its_turns_after_code(
     ],
 )
 def test_the_card_tells_the_facts_of_the_run(
-    prepared_run: RunDirectory, kind: Kind, model: dict[str, Any], said: list[str]
+    prepared_run: RunDirectory, kind: ExportKind, model: dict[str, Any], said: list[str]
 ) -> None:
     changes = {"model": model, "tokenizer": {"path": "x/y", "train": None}} if model else {}
     place = rank_tasks.place_of(str(prepared_run.path), changes)
     receipt = replace(place.receipt, sources=(replace(place.receipt.sources[0], documents=12_345),))
-    text = card(prepared_run, place.config, receipt, MANIFEST, kind=kind, base="x/y")
+    text = format_model_card(prepared_run, place.config, receipt, MANIFEST, kind=kind, base="x/y")
     for part in [*said, "| step | 1,200 |", "9,830,400, padding included", "12,345 documents", "torch 2.13.0"]:
         assert part in text, text
 
@@ -109,15 +109,21 @@ def test_an_export_takes_the_place_of_nothing_that_is_needed(
     fresh_run: Callable[[str], RunDirectory], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, other = fresh_run("one"), fresh_run("other")
-    save(rank_tasks.alone(), run.checkpoints / "step_000000003_a1", [], OPTIMIZER, lambda *_: replace(MANIFEST, step=3))
-    for taken in (run.base, other.base, other.export):
+    save(
+        rank_tasks.alone(),
+        run.checkpoints_dir / "step_000000003_a1",
+        [],
+        OPTIMIZER,
+        lambda *_: replace(MANIFEST, step=3),
+    )
+    for taken in (run.base_weights_dir, other.base_weights_dir, other.export_dir):
         taken.mkdir()
         (taken / "training.json").write_text('{"checkpoint": "seed 1"}')
     monkeypatch.chdir(other.path)
-    for out in (run.base, Path("export"), other.path / "export_step_3", Path("base")):
+    for out in (run.base_weights_dir, Path("export"), other.path / "export_step_3", Path("base")):
         with pytest.raises(CheckpointError, match=r"--out .* belongs to .*(adapters|another run)"):
             export_run(run, step=None, merge=False, out=out, say=print)
     (tmp_path / "file").touch()
-    with pytest.raises(CheckpointError, match="is a file"), appearing(tmp_path / "file"):
+    with pytest.raises(CheckpointError, match="is a file"), atomic_export_dir(tmp_path / "file"):
         pass
-    assert other.export.is_dir()
+    assert other.export_dir.is_dir()

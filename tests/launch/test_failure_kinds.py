@@ -10,7 +10,7 @@ import pytest
 
 import fork_server
 from launch.conftest import Environment, command, run_of
-from llm_training_toolkit.runs.attempts import attempt_record
+from llm_training_toolkit.runs.attempts import read_attempt_record
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(900)]
 TRAIN = {"steps": 10, "global_batch": 4, "micro_batch": 2, "precision": "bf16"}
@@ -22,20 +22,20 @@ def test_the_error_of_a_rank_is_what_a_person_sees(
     config = launch_config("raises", train=TRAIN, failures={"max": 0, "ledger": True})
     run = run_of(config)
     run.path.mkdir()
-    run.ledger.write_text("in the way of the directory")
+    run.sample_log_dir.write_text("in the way of the directory")
     done = fork_server.run(command(config), env=ray_environment, capture_output=True)
     assert done.returncode == 1
     assert done.stderr.startswith("error: rank ")
-    assert f"failed: FileExistsError: [Errno 17] File exists: '{run.ledger}'" in done.stderr
+    assert f"failed: FileExistsError: [Errno 17] File exists: '{run.sample_log_dir}'" in done.stderr
     assert "Traceback" not in done.stderr
-    failure = attempt_record(run, 1)["failure"]
+    failure = read_attempt_record(run, 1)["failure"]
     assert failure["kind"] == "raised"
     assert failure["cause"] in done.stderr
-    run.ledger.unlink()
+    run.sample_log_dir.unlink()
     again = fork_server.run(command(config, "--json"), env=ray_environment, capture_output=True)
     assert again.returncode == 0, again.stderr
     assert json.loads(again.stdout)["status"] == "finished"
-    assert sorted(path.name for path in run.ledger.iterdir()) == [
+    assert sorted(path.name for path in run.sample_log_dir.iterdir()) == [
         "attempt_2_rank_0.jsonl",
         "attempt_2_rank_1.jsonl",
     ]

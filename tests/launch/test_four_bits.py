@@ -29,7 +29,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
 
 
 def losses(config: Path) -> list[float]:
-    rows = [json.loads(line) for line in run_of(config).metrics.read_text().splitlines()]
+    rows = [json.loads(line) for line in run_of(config).metrics_path.read_text().splitlines()]
     return [row["train/loss"] for row in rows if "train/loss" in row]
 
 
@@ -44,6 +44,6 @@ def test_a_model_in_four_bits_trains_nearly_as_a_whole_one(launch_config: Callab
     assert len(losses(packed)) == SECTIONS["train"]["steps"]
     assert losses(packed) == pytest.approx(losses(plain), rel=0.02)
     assert losses(packed) != losses(plain)
-    assert (run_of(packed).export / "adapter_model.safetensors").is_file()
+    assert (run_of(packed).export_dir / "adapter_model.safetensors").is_file()
     merged = export_run(run_of(packed), step=None, merge=True, out=None, say=print)
     assert merged.difference < 0.05

@@ -7,11 +7,11 @@ import threading
 
 import pytest
 
-from llm_training_toolkit.launch.ray.cluster import RAY_WAITS_SETTING, watching
+from llm_training_toolkit.launch.ray.cluster import RAY_HEAD_TIMEOUT_VARIABLE, watch_head
 
 
 def test_a_head_that_is_gone_ends_the_run_in_words_after_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(RAY_WAITS_SETTING, "2")
+    monkeypatch.setenv(RAY_HEAD_TIMEOUT_VARIABLE, "2")
     said: list[str] = []
     ended = threading.Event()
 
@@ -21,7 +21,7 @@ def test_a_head_that_is_gone_ends_the_run_in_words_after_a_warning(monkeypatch: 
 
     with socket.create_server(("127.0.0.1", 0)) as head:
         address = f"127.0.0.1:{head.getsockname()[1]}"
-        with watching(address, said.append, end):
+        with watch_head(address, said.append, end):
             assert not ended.wait(2.5), "it answers"
             assert not said
             head.close()

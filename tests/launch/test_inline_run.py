@@ -16,16 +16,16 @@ import pytest
 
 import fork_server
 from launch.conftest import command, run_of, wait_for_step
-from llm_training_toolkit.runs.attempts import attempt_record
+from llm_training_toolkit.runs.attempts import read_attempt_record
 from llm_training_toolkit.runs.directory import RunDirectory
-from llm_training_toolkit.runs.goodput import split_of
+from llm_training_toolkit.runs.goodput import read_seconds_by_part
 
 pytestmark = [pytest.mark.slow]
 SECTIONS = {"train": {"steps": 40, "global_batch": 4, "micro_batch": 2}, "cluster": {"workers": 0}}
 
 
 def rows(run: RunDirectory) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    return [json.loads(line) for line in run.metrics_path.read_text().splitlines()]
 
 
 def losses(run: RunDirectory) -> list[float]:
@@ -42,7 +42,7 @@ def test_one_process_stops_with_a_checkpoint_and_goes_on(launch_config: Callable
         out, err = process.communicate(timeout=240)
     assert process.returncode == 75, err
     stopped = json.loads(out)["step"]
-    last_row, first_ended = rows(run_of(config))[-1]["time"], attempt_record(run_of(config), 1)["command_ended"]
+    last_row, first_ended = rows(run_of(config))[-1]["time"], read_attempt_record(run_of(config), 1)["command_ended"]
     second_began = time.time()
     shorter = command(config, f"train.steps={stopped + 5}", "--extend")
     done = subprocess.run(shorter, capture_output=True, text=True, check=False)
@@ -51,9 +51,11 @@ def test_one_process_stops_with_a_checkpoint_and_goes_on(launch_config: Callable
     assert "goodput " in done.stdout
     last = rows(run_of(config))[-1]
     took = first_ended - first_began + last["time"] - second_began
-    assert sum(split_of(last).values()) == pytest.approx(took, rel=0.01)
+    assert sum(read_seconds_by_part(last).values()) == pytest.approx(took, rel=0.01)
     to_its_end = first_ended - last_row
-    assert split_of(last)["idle"] == pytest.approx(to_its_end, abs=0.01), "what follows a stop is none of the run's"
+    assert read_seconds_by_part(last)["idle"] == pytest.approx(to_its_end, abs=0.01), (
+        "what follows a stop is none of the run's"
+    )
 
 
 def test_torchrun_ranks_train_the_same_run_as_one_process(launch_config: Callable[..., Path]) -> None:
@@ -71,7 +73,7 @@ def test_torchrun_ranks_train_the_same_run_as_one_process(launch_config: Callabl
     )
     assert done.returncode == 0, done.stderr
     assert losses(run_of(several)) == pytest.approx(losses(run_of(alone)), rel=1e-5)
-    assert len(list(run_of(several).logs(1).iterdir())) == 2
+    assert len(list(run_of(several).get_log_dir(1).iterdir())) == 2
 
 
 def test_changed_documents_are_refused_unless_accepted(launch_config: Callable[..., Path], tmp_path: Path) -> None:
@@ -83,7 +85,7 @@ def test_changed_documents_are_refused_unless_accepted(launch_config: Callable[.
     data = {"sources": [source], "sequence_length": 64, "eval": {"fraction": 0.1}, "cache": str(tmp_path / "cache")}
     trained = launch_config("own_tokenizer", **SECTIONS | {"train": train, "data": data})
     fork_server.run(command(trained), check=True, capture_output=True)
-    tokenizer = json.loads(run_of(trained).receipt.read_text())["tokenizer_path"]
+    tokenizer = json.loads(run_of(trained).dataset_info_path.read_text())["tokenizer_path"]
     given = launch_config("given_tokenizer", **SECTIONS | {"train": train, "data": data})
     choose = ["tokenizer.train=null", f"tokenizer.path={tokenizer}", "model.shape.vocab_size=512"]
     fork_server.run(command(given, *choose), check=True, capture_output=True)

@@ -12,33 +12,33 @@ from pathlib import Path
 
 import pytest
 
-from llm_training_toolkit.config import Config, load
+from llm_training_toolkit.config import Config, load_config
 from llm_training_toolkit.errors import LaunchError, PlanError
-from llm_training_toolkit.launch.jobs.client import Job, connect
-from llm_training_toolkit.launch.jobs.package import excluded, what_travels
-from llm_training_toolkit.launch.jobs.submit import request_of, submit
-from llm_training_toolkit.launch.request import Request
+from llm_training_toolkit.launch.jobs.client import RayJob, connect_job_client
+from llm_training_toolkit.launch.jobs.package import check_package_size, get_exclude_patterns
+from llm_training_toolkit.launch.jobs.submit import parse_train_request, submit_job
+from llm_training_toolkit.launch.request import TrainRequest
 from llm_training_toolkit.monitoring.console import Console
 
 
-def job(*words: str) -> Job:
-    return Job("one-1", "one", "stopped", True, shlex.join(words), "", 0.0, 0.0, 75)
+def job(*words: str) -> RayJob:
+    return RayJob("one-1", "one", "stopped", True, shlex.join(words), "", 0.0, 0.0, 75)
 
 
 def test_a_job_is_resumed_with_all_that_it_was_asked_for() -> None:
     words = ["a b.yaml", "run.dir=/x y", "train.steps=3", "--accept", "optim.lr", "--accept", "documents", "--extend"]
-    request = request_of(job("exec", "ltt", "train", *words))
+    request = parse_train_request(job("exec", "ltt", "train", *words))
     assert request.config == Path("a b.yaml")
     assert request.overrides == ["run.dir=/x y", "train.steps=3"]
     assert request.accept == ["optim.lr", "documents"]
     assert request.extend
-    assert not request_of(job("exec", "ltt", "train", "a.yaml")).extend
+    assert not parse_train_request(job("exec", "ltt", "train", "a.yaml")).extend
 
 
 @pytest.mark.parametrize("words", [["ltt", "train", "a.yaml"], ["exec", "ltt", "train"], ["python", "a.py"]])
 def test_a_job_of_another_command_is_not_guessed_at(words: list[str]) -> None:
     with pytest.raises(LaunchError, match="was not submitted by `ltt submit`"):
-        request_of(job(*words))
+        parse_train_request(job(*words))
 
 
 def config_of(folder: Path, source: str) -> Config:
@@ -54,7 +54,7 @@ def config_of(folder: Path, source: str) -> Config:
         "train": {"steps": 1, "global_batch": 1},
     }
     (folder / "a.yaml").write_text(json.dumps(sections))  # JSON is YAML
-    return load(folder / "a.yaml")
+    return load_config(folder / "a.yaml")
 
 
 def fill(folder: Path, *names: str) -> None:
@@ -70,14 +70,16 @@ def test_only_code_travels(tmp_path: Path) -> None:
         tmp_path, "all/my-runs/one/config.yaml", "prepared/tokens.bin", "more/d.jsonl", "more/e.parquet", "f.jsonl.zst"
     )
     (tmp_path / ".gitignore").write_text("/data/\n")
-    left_out = excluded(config_of(tmp_path, "/elsewhere/d.jsonl"), tmp_path)
-    assert what_travels(tmp_path, left_out).startswith("3 files, ")
+    left_out = get_exclude_patterns(config_of(tmp_path, "/elsewhere/d.jsonl"), tmp_path)
+    assert check_package_size(tmp_path, left_out).startswith("3 files, ")
 
 
 @pytest.mark.parametrize(("source", "count"), [("more/d.jsonl", 3), ("more", 4), (".", 5), ("hf://some/set", 2)])
 def test_records_of_this_folder_travel_where_the_run_names_them(source: str, count: int, tmp_path: Path) -> None:
     fill(tmp_path, "src/b.py", "more/d.jsonl", "more/e.parquet", "f.jsonl.gz")
-    assert what_travels(tmp_path, excluded(config_of(tmp_path, source), tmp_path)).startswith(f"{count} files, ")
+    assert check_package_size(tmp_path, get_exclude_patterns(config_of(tmp_path, source), tmp_path)).startswith(
+        f"{count} files, "
+    )
 
 
 def test_a_folder_over_rays_limit_is_refused_with_what_is_large(tmp_path: Path) -> None:
@@ -87,7 +89,7 @@ def test_a_folder_over_rays_limit_is_refused_with_what_is_large(tmp_path: Path) 
     with pytest.raises(
         PlanError, match=r"holds 1 file, 105 MB, a job carries less than 105 MB .* Largest: data 105 MB"
     ):
-        what_travels(tmp_path, [])
+        check_package_size(tmp_path, [])
 
 
 def test_more_workers_than_the_cluster_file_holds_are_refused_before_anybody_is_asked(
@@ -95,9 +97,11 @@ def test_more_workers_than_the_cluster_file_holds_are_refused_before_anybody_is_
 ) -> None:
     root = Path(__file__).parents[2]
     monkeypatch.chdir(root)
-    request = Request(Path("configs/quickstart.yaml"), ["cluster.workers=64", "train.global_batch=64", "run.dir=/runs"])
+    request = TrainRequest(
+        Path("configs/quickstart.yaml"), ["cluster.workers=64", "train.global_batch=64", "run.dir=/runs"]
+    )
     with pytest.raises(PlanError, match=r"cluster\.workers"):
-        submit(request, "http://127.0.0.1:1", Path("cluster/local.yaml"), Console())
+        submit_job(request, "http://127.0.0.1:1", Path("cluster/local.yaml"), Console())
 
 
 @contextmanager
@@ -134,4 +138,4 @@ def answering(code: int, answer: object) -> Iterator[str]:
 )
 def test_another_ray_and_a_head_without_a_job_server_are_said(code: int, answer: object, words: str) -> None:
     with answering(code, answer) as address, pytest.raises(LaunchError, match=words):
-        connect(address)
+        connect_job_client(address)

@@ -26,14 +26,14 @@ import fork_server
 from launch.broken_connection import Connection
 from launch.conftest import command, run_of, wait_for_step
 from launch.joining import wait_for_nodes
-from llm_training_toolkit.checkpoint import newest
-from llm_training_toolkit.data.sample_log import Fetched
+from llm_training_toolkit.checkpoint import find_latest_checkpoint
+from llm_training_toolkit.data.sample_log import FetchedSequence
 from llm_training_toolkit.errors import LaunchError
-from llm_training_toolkit.launch.drill.data_audit import fetched_along, stretches
+from llm_training_toolkit.launch.drill.data_audit import read_attempt_spans, read_fetched_sequences
 from llm_training_toolkit.launch.jobs import logs as log
-from llm_training_toolkit.launch.jobs.logs import Log
+from llm_training_toolkit.launch.jobs.logs import JobHandle
 from llm_training_toolkit.monitoring.console import Console
-from llm_training_toolkit.runs.attempts import attempt_record
+from llm_training_toolkit.runs.attempts import read_attempt_record
 from llm_training_toolkit.runs.directory import RunDirectory
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(900)]
@@ -158,7 +158,7 @@ def going_on(
 
 def rows_of(run: RunDirectory) -> list[dict[str, Any]]:
     """What was recorded of the steps."""
-    rows = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    rows = [json.loads(line) for line in run.metrics_path.read_text().splitlines()]
     return [row for row in rows if "train/loss" in row]
 
 
@@ -187,11 +187,11 @@ def test_a_run_on_three_nodes_is_followed_left_alone_stopped_resumed_on_two_and_
     assert Counter(fetched(run_of(config))) == Counter(fetched(run_of(alone)))
 
 
-def fetched(run: RunDirectory) -> list[Fetched]:
+def fetched(run: RunDirectory) -> list[FetchedSequence]:
     """The sequences that went into the newest weights."""
-    newest_one = newest(run.checkpoints)
+    newest_one = find_latest_checkpoint(run.checkpoints_dir)
     assert newest_one is not None
-    return fetched_along(run, stretches(run, newest_one.name))
+    return read_fetched_sequences(run, read_attempt_spans(run, newest_one.name))
 
 
 def follow_and_stop(config: Path, head: Head) -> int:
@@ -201,7 +201,7 @@ def follow_and_stop(config: Path, head: Head) -> int:
     through = replace(head, address=f"http://127.0.0.1:{connection.port}")
     with going_on(submit(config, through), config, head) as process:
         wait_for_step(run, 5, process)
-        of_workers = [Path(f"/proc/{pid}/environ").read_text() for pid in attempt_record(run, 1)["processes"]]
+        of_workers = [Path(f"/proc/{pid}/environ").read_text() for pid in read_attempt_record(run, 1)["processes"]]
         second = run_command(submit(config, head), config, head.environment)
         connection.cut()
         time.sleep(3)
@@ -212,7 +212,7 @@ def follow_and_stop(config: Path, head: Head) -> int:
         out, err = process.communicate(timeout=240)
     assert len(of_workers) == 3
     assert all("SAID_IN_THE_CONFIGURATION=yes" in environment for environment in of_workers)
-    assert sorted(seat["node"] for seat in attempt_record(run, 1)["seats"]) == sorted(NODES)
+    assert sorted(seat["node"] for seat in read_attempt_record(run, 1)["seats"]) == sorted(NODES)
     assert all(f" on node {node} (cpu)" in out for node in NODES)
     assert second.returncode == 1
     assert "run job is going on there as job" in second.stderr
@@ -222,7 +222,7 @@ def follow_and_stop(config: Path, head: Head) -> int:
     assert out.count("starting with 3 workers of 2 to 3") == 1, "what was shown before is not shown again"
     stopped = int(rows_of(run)[-1]["step"])
     assert stopped >= 5
-    assert run.checkpoint(stopped, 1).is_dir()
+    assert run.get_checkpoint_dir(stopped, 1).is_dir()
     return stopped
 
 
@@ -246,7 +246,7 @@ def resume_leave_alone_and_stop(config: Path, head: Head, stopped: int) -> None:
     left = run_command(jobs(head, "stop", "job"), config, head.environment)
     assert left.returncode == 0, left.stderr
     assert "stopped; `ltt jobs resume job` goes on" in left.stdout
-    assert attempt_record(run, 2)["workers"] == 2
+    assert read_attempt_record(run, 2)["workers"] == 2
     shown = run_command(jobs(head, "logs", "job"), config, head.environment)
     assert shown.returncode == 75
     assert f"resuming from step_{stopped:09d}_a1" in shown.stdout
@@ -267,11 +267,11 @@ def test_a_cluster_that_dies_and_one_that_has_forgotten_the_job_are_said(
     token = {"Authorization": f"Bearer {head.environment['RAY_AUTH_TOKEN']}"}
     client = JobSubmissionClient(address, headers=token)
     with pytest.raises(LaunchError, match="knows no job gone any more: its head has started anew"):
-        Log(client, "gone", address, Console()).follow()
-    monkeypatch.setattr(log, "_GIVE_UP_AFTER", 3.0)
+        JobHandle(client, "gone", address, Console()).follow_logs()
+    monkeypatch.setattr(log, "_RECONNECT_TIMEOUT_SECONDS", 3.0)
     connection.cut()
     with pytest.raises(LaunchError, match="If the cluster lives, the job goes on: `ltt jobs logs gone"):
-        Log(client, "gone", address, Console()).follow()
+        JobHandle(client, "gone", address, Console()).follow_logs()
     assert "is lost; trying again" in capsys.readouterr().out
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from launch.conftest import Environment, command, run_of, wait_for_step
-from llm_training_toolkit.launch.drill.faults import steps_done
-from llm_training_toolkit.runs.attempts import attempt_record
+from llm_training_toolkit.launch.drill.faults import read_latest_step
+from llm_training_toolkit.runs.attempts import read_attempt_record
 from llm_training_toolkit.runs.directory import RunDirectory
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(300)]
@@ -42,7 +42,7 @@ def tight(ray_environment: Environment) -> Iterator[Environment]:
 def fill_memory(run: RunDirectory) -> None:
     """Take memory, bit by bit, until a process of the run is ended for it; then give it back."""
     taken: list[bytearray] = []
-    while attempt_record(run, 1).get("state") == "running":
+    while read_attempt_record(run, 1).get("state") == "running":
         if len(taken) * PIECE < ROOM:
             taken.append(bytearray(b"\1") * PIECE)
         time.sleep(0.02)
@@ -59,13 +59,13 @@ def test_ranks_that_are_ended_for_their_memory_are_replaced_and_it_is_said(
     ) as process:
         wait_for_step(run, 60, process)
         fill_memory(run)
-        while steps_done(run)[0] == 1:
+        while read_latest_step(run)[0] == 1:
             assert process.poll() is None
             time.sleep(0.05)
         process.terminate()
         out, _ = process.communicate(timeout=60)
     assert process.returncode == 75, out
-    failure = attempt_record(run, 1)["failure"]
+    failure = read_attempt_record(run, 1)["failure"]
     assert failure["kind"] == "out of memory", out
     assert "the memory of " in failure["cause"]
     assert "GB" in failure["cause"]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import rank_tasks
-from llm_training_toolkit.checkpoint import newest
+from llm_training_toolkit.checkpoint import find_latest_checkpoint
 from llm_training_toolkit.runs.directory import RunDirectory
 from rank_pool import RankPool
 
@@ -21,7 +21,7 @@ CHANGES = {"eval": {"tasks": TASKS}, "engine": {"zero": 3}, "export": {"at_end":
 
 def evaluated(run: RunDirectory) -> list[tuple[int, str]]:
     """(step, figure) as they were recorded."""
-    rows = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    rows = [json.loads(line) for line in run.metrics_path.read_text().splitlines()]
     return [
         (row["step"], name) for row in rows for name in row if name in {"eval/perplexity_loss", "eval/infill_ended"}
     ]
@@ -35,12 +35,12 @@ def test_training_does_not_notice_the_tasks_between_its_steps(
     pools(2).run(rank_tasks.work_on, run=str(plain.path), changes=CHANGES | {"eval": {"tasks": []}})
     assert {result["step"] for result in results} == {9}
     assert evaluated(measured) == [(4, FIGURES[0]), *((step, name) for step in (8, 9) for name in FIGURES)]
-    assert sorted(path.name for path in measured.checkpoints.iterdir())[:2] == [
+    assert sorted(path.name for path in measured.checkpoints_dir.iterdir())[:2] == [
         "step_000000004_a1",
         "step_000000008_a1",
     ]
-    assert not measured.task_export.exists()
-    found, wanted = (newest(run.checkpoints) for run in (measured, plain))
+    assert not measured.task_export_dir.exists()
+    found, wanted = (find_latest_checkpoint(run.checkpoints_dir) for run in (measured, plain))
     assert found is not None
     assert wanted is not None
     for name, values in rank_tasks.read_state(wanted).items():
@@ -64,7 +64,7 @@ def test_what_cannot_be_exported_is_said_and_the_run_goes_on(
     pools: Callable[[int], RankPool], fresh_run: Callable[[str], RunDirectory]
 ) -> None:
     run = fresh_run("no-room")
-    run.task_export.write_text("a file, where a folder is to be")
+    run.task_export_dir.write_text("a file, where a folder is to be")
     results = pools(1).run(rank_tasks.work_on, run=str(run.path), changes=CHANGES)
     warnings = [event["message"] for event in results[0]["events"] if event["kind"] == "warning"]
     assert results[0]["status"] == "finished"

@@ -13,15 +13,15 @@ from conftest import tiny_config
 from llm_training_toolkit import families
 from llm_training_toolkit.checkpoint import Manifest
 from llm_training_toolkit.config import Config
-from llm_training_toolkit.data.prepare.epochs import prepare_run
-from llm_training_toolkit.data.tokenizer import Markers, train_tokenizer
+from llm_training_toolkit.data.prepare.epochs import prepare_run_data
+from llm_training_toolkit.data.tokenizer import TokenizationSpec, train_tokenizer
 from llm_training_toolkit.errors import CheckpointError, PlanError
 from llm_training_toolkit.plan import make_plan
-from llm_training_toolkit.setup.resume import Standing
-from llm_training_toolkit.setup.weights import refuse_unfit_weights
+from llm_training_toolkit.setup.resume import ResumeState
+from llm_training_toolkit.setup.weights import check_initial_weights
 from models.test_loading import QWEN3, published
 
-FRESH = Standing(None, None, None)
+FRESH = ResumeState(None, None, None)
 MANIFEST = Manifest(
     step=1,
     tokens=64,
@@ -44,7 +44,7 @@ MANIFEST = Manifest(
 def tokenizer(tmp_path: Path) -> Path:
     """A tokenizer of 298 entries."""
     (tmp_path / "tokenizer").mkdir()
-    markers = Markers.of(families.FAMILIES["qwen3"])
+    markers = TokenizationSpec.from_family(families.FAMILIES["qwen3"])
     train_tokenizer(
         ["def f(x): return x\n" * 40 + "lambda while yield import"] * 3, 300, markers, tmp_path / "tokenizer"
     )
@@ -59,7 +59,7 @@ def starting_from(path: Path, corpus: Path, runs: Path, **model: Any) -> Config:
 def test_weights_that_fit_are_taken(corpus: Path, tmp_path: Path) -> None:
     published(QWEN3, tmp_path / "w")
     config = starting_from(tmp_path / "w", corpus, tmp_path)
-    refuse_unfit_weights(config, make_plan(config), FRESH)
+    check_initial_weights(config, make_plan(config), FRESH)
 
 
 def test_a_missing_weight_is_named(corpus: Path, tmp_path: Path) -> None:
@@ -69,7 +69,7 @@ def test_a_missing_weight_is_named(corpus: Path, tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "w" / "model.safetensors", metadata={"format": "pt"})
     config = starting_from(tmp_path / "w", corpus, tmp_path)
     with pytest.raises(CheckpointError, match=r"missing_keys: model\.layers\.1\.mlp\.up_proj\.weight"):
-        refuse_unfit_weights(config, make_plan(config), FRESH)
+        check_initial_weights(config, make_plan(config), FRESH)
 
 
 @pytest.fixture
@@ -97,29 +97,29 @@ def test_a_hub_id_of_another_size_or_family_is_refused(
 ) -> None:
     given = starting_from(Path("tiny/model"), corpus, tmp_path, name="qwen2.5-0.5b", grow_vocabulary=152_000)
     fetched.write_text(
-        json.dumps(families.hf_config(starting_from(Path("a/b"), corpus, tmp_path, name="qwen2.5-0.5b")))
+        json.dumps(families.resolve_hf_config(starting_from(Path("a/b"), corpus, tmp_path, name="qwen2.5-0.5b")))
     )
     config = given.model_copy(update={"model": given.model.model_copy(update={"name": name})})
     if message is None:
-        refuse_unfit_weights(config, make_plan(config), FRESH)
+        check_initial_weights(config, make_plan(config), FRESH)
         return
     with pytest.raises(PlanError, match=message):
-        refuse_unfit_weights(config, make_plan(config), FRESH)
+        check_initial_weights(config, make_plan(config), FRESH)
 
 
 def test_a_directory_that_is_not_there_is_named(corpus: Path, tmp_path: Path) -> None:
     config = starting_from(tmp_path / "w", corpus, tmp_path)
     with pytest.raises(PlanError, match=r"model\.path = .*/w: there is no such directory"):
-        refuse_unfit_weights(config, make_plan(config), FRESH)
+        check_initial_weights(config, make_plan(config), FRESH)
 
 
 def test_a_begun_run_needs_them_no_more_unless_it_has_adapters(corpus: Path, tmp_path: Path) -> None:
-    begun = Standing(MANIFEST, None, None)
+    begun = ResumeState(MANIFEST, None, None)
     config = starting_from(tmp_path / "w", corpus, tmp_path)
-    refuse_unfit_weights(config, make_plan(config), begun)
+    check_initial_weights(config, make_plan(config), begun)
     config = starting_from(tmp_path / "w", corpus, tmp_path, lora={})
     with pytest.raises(PlanError, match="there is no such directory"):
-        refuse_unfit_weights(config, make_plan(config), begun)
+        check_initial_weights(config, make_plan(config), begun)
 
 
 def test_ids_outside_the_vocabulary_are_refused_before_a_document_is_read(
@@ -130,8 +130,8 @@ def test_ids_outside_the_vocabulary_are_refused_before_a_document_is_read(
     config = tiny_config(corpus, tmp_path, model={"shape": shape}, tokenizer=given)
     stages: list[str] = []
     with pytest.raises(PlanError, match=r"tokenizer has 298 entries, the model's embedding 288 rows.*vocab_size=320"):
-        prepare_run(config, lambda stage, _done, _total: stages.append(stage))
+        prepare_run_data(config, lambda stage, _done, _total: stages.append(stage))
     assert stages == []
     assert not (tmp_path / ".cache").exists()
     shape["vocab_size"] = 320
-    prepare_run(tiny_config(corpus, tmp_path, model={"shape": shape}, tokenizer=given), lambda *_: None)
+    prepare_run_data(tiny_config(corpus, tmp_path, model={"shape": shape}, tokenizer=given), lambda *_: None)

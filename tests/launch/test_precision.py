@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from launch.conftest import command, run_of
-from llm_training_toolkit.config import from_json
+from llm_training_toolkit.config import parse_config_json
 
 pytestmark = [pytest.mark.slow]
 WITHOUT_BF16 = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
@@ -41,13 +41,15 @@ def train(arguments: list[str], **environment: str) -> str:
 def recorded(config: Path) -> tuple[str, str]:
     """The precision in resolved.json and in plan.json."""
     run = run_of(config)
-    return from_json(run.resolved.read_text()).train.precision, json.loads(run.plan.read_text())["precision"]
+    return parse_config_json(run.resolved_config_path.read_text()).train.precision, json.loads(
+        run.plan_path.read_text()
+    )["precision"]
 
 
 def measured(**environment: str) -> float:
     code = (
-        "import torch; from llm_training_toolkit.distributed.matmul_speed import bf16_slowdown; "
-        "print(bf16_slowdown(torch.device('cpu')))"
+        "import torch; from llm_training_toolkit.distributed.matmul_speed import measure_bf16_slowdown; "
+        "print(measure_bf16_slowdown(torch.device('cpu')))"
     )
     return float(train([sys.executable, "-c", code], **environment))
 
@@ -69,7 +71,7 @@ def test_a_resume_on_a_faster_machine_keeps_fp32(launch_config: Callable[..., Pa
     config = launch_config("begun-slow", **SECTIONS)
     said = train(command(config), **WITHOUT_BF16)
     assert "train.precision = fp32 (auto): bf16 is " in said
-    assert any("train.precision = fp32" in note for note in json.loads(run_of(config).plan.read_text())["notes"])
+    assert any("train.precision = fp32" in note for note in json.loads(run_of(config).plan_path.read_text())["notes"])
     train(command(config, "train.steps=3", "--extend"))
     assert recorded(config) == ("fp32", "fp32")
 

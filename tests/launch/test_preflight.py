@@ -104,4 +104,4 @@ def test_all_that_is_wrong_with_nodes_is_said_at_once(
     assert f"node 127.0.1.8 cannot write: Read-only file system (data.cache = {cache})" in done.stderr
     assert "node 127.0.1.9 has version 0.0.1 of the toolkit, this machine" in done.stderr
     assert not list(run.path.glob(".node-check*"))
-    assert not run.resolved.exists()
+    assert not run.resolved_config_path.exists()

@@ -17,25 +17,26 @@ _PREPARE = """
 import sys
 from io import StringIO
 from pathlib import Path
-from llm_training_toolkit.config import load
+from llm_training_toolkit.config import load_config
 from llm_training_toolkit.monitoring.console import Console
 from llm_training_toolkit.data import survey
-from llm_training_toolkit.data.dataset import Sequences
-from llm_training_toolkit.data.prepare.builder import Preparation
+from llm_training_toolkit.data.dataset import PackedDataset
+from llm_training_toolkit.data.prepare.builder import DatasetBuilder
 from llm_training_toolkit.errors import ToolkitError
-from llm_training_toolkit.data.prepare.epochs import markers_of, prepare_epochs
-from llm_training_toolkit.launch.backend import runner_of
+from llm_training_toolkit.data.prepare.epochs import get_tokenization_spec, prepare_epochs
+from llm_training_toolkit.launch.backend import build_shard_runner
 survey._CHARACTERS_PER_SHARD = 1500
-config = load(Path(sys.argv[1]), sys.argv[2:])
+config = load_config(Path(sys.argv[1]), sys.argv[2:])
 said = StringIO()
 done = []
 try:
-    work = Preparation(config, markers_of(config), lambda *event: done.append(event), runner_of(config, Console(said)))
+    spec, runner = get_tokenization_spec(config), build_shard_runner(config, Console(said))
+    work = DatasetBuilder(config, spec, lambda *event: done.append(event), runner)
     prepared = prepare_epochs(work, config)
 except ToolkitError as error:
     print("error", type(error).__name__, error)
     raise SystemExit
-sequences = Sequences(prepared.receipt, global_batch=1, epochs=1)
+sequences = PackedDataset(prepared.receipt, global_batch=1, epochs=1)
 print("shards", len(list((prepared.directory / "tokens").glob("tokens-*"))))
 print("progress", [event for event in done if event[0] == "tokens"][-1])
 for step in range(sequences.steps):

@@ -17,8 +17,8 @@ import pytest
 import fork_server
 import rank_tasks
 from launch.conftest import Environment, command, run_of, wait_for_step
-from llm_training_toolkit.checkpoint import newest
-from llm_training_toolkit.runs.attempts import attempt_record, last_attempt
+from llm_training_toolkit.checkpoint import find_latest_checkpoint
+from llm_training_toolkit.runs.attempts import find_last_attempt, read_attempt_record
 from llm_training_toolkit.runs.directory import RunDirectory
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(900)]
@@ -32,7 +32,7 @@ SECTIONS = {
 
 
 def losses(run: RunDirectory) -> dict[int, float]:
-    rows = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    rows = [json.loads(line) for line in run.metrics_path.read_text().splitlines()]
     return {row["step"]: row["train/loss"] for row in rows if "train/loss" in row}
 
 
@@ -40,7 +40,7 @@ def assert_same_run(found: RunDirectory, wanted: RunDirectory) -> None:
     assert losses(found) == losses(wanted)
     states = []
     for run in (found, wanted):
-        directory = newest(run.checkpoints)
+        directory = find_latest_checkpoint(run.checkpoints_dir)
         assert directory is not None
         states.append(rank_tasks.read_state(directory))
     for name, values in states[1].items():
@@ -62,13 +62,21 @@ def undisturbed(launch_config: Callable[..., Path], ray_environment: Environment
 
 def test_a_run_leaves_all_that_the_run_directory_promises(undisturbed: Path) -> None:
     run = run_of(undisturbed)
-    for path in (run.config, run.resolved, run.plan, run.environment, run.metrics, run.receipt, run.export):
+    for path in (
+        run.config_path,
+        run.resolved_config_path,
+        run.plan_path,
+        run.environment_path,
+        run.metrics_path,
+        run.dataset_info_path,
+        run.export_dir,
+    ):
         assert path.exists(), path
-    assert sorted(path.name for path in run.logs(1).iterdir()) == ["rank_0.log", "rank_1.log"]
-    assert [path.name for path in sorted(run.checkpoints.iterdir())] == ["step_000000060_a1", "step_000000080_a1"]
-    assert json.loads((run.attempts / "0001.json").read_text())["state"] == "finished"
-    assert list(run.tensorboard.glob("events.*"))
-    rows = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    assert sorted(path.name for path in run.get_log_dir(1).iterdir()) == ["rank_0.log", "rank_1.log"]
+    assert [path.name for path in sorted(run.checkpoints_dir.iterdir())] == ["step_000000060_a1", "step_000000080_a1"]
+    assert json.loads((run.attempts_dir / "0001.json").read_text())["state"] == "finished"
+    assert list(run.tensorboard_dir.glob("events.*"))
+    rows = [json.loads(line) for line in run.metrics_path.read_text().splitlines()]
     evaluated = {row["step"]: row["eval/loss"] for row in rows if "eval/loss" in row}
     assert sorted(evaluated) == [0, 40, STEPS]
     assert evaluated[STEPS] < 0.7 * evaluated[0]
@@ -85,7 +93,7 @@ def test_the_screen_shows_progress_and_no_noise(undisturbed: Path) -> None:
 def test_tensorboard_has_the_curves_and_the_texts(undisturbed: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(run_of(undisturbed).tensorboard))
+    events = EventAccumulator(str(run_of(undisturbed).tensorboard_dir))
     events.Reload()
     tags = events.Tags()
     wanted = {"train/loss", "optim/lr", "optim/grad_norm", "perf/tokens_per_second", "perf/memory_gb", "eval/loss"}
@@ -97,11 +105,11 @@ def test_tensorboard_has_the_curves_and_the_texts(undisturbed: Path) -> None:
 
 
 def test_a_finished_run_is_left_alone(undisturbed: Path, ray_environment: Environment) -> None:
-    before = run_of(undisturbed).metrics.read_text()
+    before = run_of(undisturbed).metrics_path.read_text()
     done = fork_server.run(command(undisturbed), env=ray_environment, capture_output=True)
     assert done.returncode == 0
     assert "is finished" in done.stdout
-    assert run_of(undisturbed).metrics.read_text() == before
+    assert run_of(undisturbed).metrics_path.read_text() == before
 
 
 def test_another_identity_is_refused_with_the_difference(undisturbed: Path, ray_environment: Environment) -> None:
@@ -138,7 +146,7 @@ def a_stop_saves_and_exits_75(config: Path, start: Start) -> None:
 
 
 def a_second_interrupt_leaves_at_once(config: Path, start: Start) -> None:
-    before = newest(run_of(config).checkpoints)
+    before = find_latest_checkpoint(run_of(config).checkpoints_dir)
     assert before is not None
     with start(command(config)) as process:
         wait_for_step(run_of(config), 25, process)
@@ -166,7 +174,7 @@ def a_killed_worker_is_replaced(config: Path, start: Start) -> None:
         out, err = process.communicate(timeout=240)
     assert process.returncode == 0, err
     assert json.loads(out)["status"] == "finished"
-    states = [attempt_record(run, number)["state"] for number in range(1, last_attempt(run) + 1)]
+    states = [read_attempt_record(run, number)["state"] for number in range(1, find_last_attempt(run) + 1)]
     assert states[0] == "stopped"  # the second one was left at once: it may have come as far as that, or not
     assert states[2:] == ["failed", "failed", "finished"]
 
@@ -174,7 +182,7 @@ def a_killed_worker_is_replaced(config: Path, start: Start) -> None:
 def kill_rank_0(config: Path, step: int, process: subprocess.Popen[str]) -> None:
     run = run_of(config)
     wait_for_step(run, step, process)
-    os.kill(attempt_record(run, last_attempt(run))["pid"], signal.SIGKILL)
+    os.kill(read_attempt_record(run, find_last_attempt(run))["pid"], signal.SIGKILL)
 
 
 def test_an_error_of_ours_ends_the_run_at_once_with_its_words(
@@ -182,11 +190,11 @@ def test_an_error_of_ours_ends_the_run_at_once_with_its_words(
 ) -> None:
     run = RunDirectory(tmp_path / "undisturbed")
     shutil.copytree(run_of(undisturbed).path, run.path)
-    for manifest in run.checkpoints.glob("*/manifest.json"):
+    for manifest in run.checkpoints_dir.glob("*/manifest.json"):
         manifest.write_text(manifest.read_text().replace("model.norm.weight", "model.other.weight"))
     longer = command(undisturbed, f"run.dir={tmp_path}", f"train.steps={STEPS + 2}", "--extend")
     done = fork_server.run(longer, env=ray_environment, capture_output=True)
     assert done.returncode == 1
     assert "not a checkpoint of this model" in done.stderr
     assert "Traceback" not in done.stderr
-    assert len(list(run.attempts.iterdir())) == 2
+    assert len(list(run.attempts_dir.iterdir())) == 2

@@ -5,26 +5,31 @@ from __future__ import annotations
 import pytest
 
 from conftest import tiny_config
-from llm_training_toolkit.worker.devices import Seat, doubts, in_words, wrong_with
+from llm_training_toolkit.worker.devices import (
+    RankPlacement,
+    find_placement_problem,
+    find_placement_warnings,
+    format_placement,
+)
 
 H100, A100 = "NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-80GB"
 
 
-def gpu(node: str, number: int, model: str = H100, unit: str = "") -> Seat:
-    return Seat(node, node, number, f"cuda:{number}", model, unit or f"{node}-{number}", 128)
+def gpu(node: str, number: int, model: str = H100, unit: str = "") -> RankPlacement:
+    return RankPlacement(node, node, number, f"cuda:{number}", model, unit or f"{node}-{number}", 128)
 
 
-def cpu(node: str, number: int, cores: int = 8) -> Seat:
-    return Seat(node, node, number, "cpu", "", "", cores)
+def cpu(node: str, number: int, cores: int = 8) -> RankPlacement:
+    return RankPlacement(node, node, number, "cpu", "", "", cores)
 
 
 TWO_NODES = [gpu(node, number) for node in ("a", "b") for number in range(8)]
 
 
 @pytest.mark.parametrize("seats", [TWO_NODES, [cpu("a", 0), cpu("a", 1), cpu("b", 0)], [gpu("a", 0)], [cpu("a", 0)]])
-def test_ranks_with_a_device_each_may_work(seats: list[Seat]) -> None:
-    assert wrong_with(seats, "auto") == ""
-    assert wrong_with(seats, 0 if seats[0].kind == "cpu" else 1) == ""
+def test_ranks_with_a_device_each_may_work(seats: list[RankPlacement]) -> None:
+    assert find_placement_problem(seats, "auto") == ""
+    assert find_placement_problem(seats, 0 if seats[0].device_type == "cpu" else 1) == ""
 
 
 @pytest.mark.parametrize(
@@ -41,24 +46,30 @@ def test_ranks_with_a_device_each_may_work(seats: list[Seat]) -> None:
         ([cpu("a", 0), cpu("b", 0), cpu("a", 0)], 0, "ranks 0 and 2 all have LOCAL_RANK = 0 on node a"),
     ],
 )
-def test_what_cannot_be_right_is_named(seats: list[Seat], asked: int | str, words: str) -> None:
+def test_what_cannot_be_right_is_named(seats: list[RankPlacement], asked: int | str, words: str) -> None:
     import re
 
-    assert re.search(words, wrong_with(seats, asked)), wrong_with(seats, asked)
+    assert re.search(words, find_placement_problem(seats, asked)), find_placement_problem(seats, asked)
 
 
 def test_two_machines_of_one_name_are_two() -> None:
-    assert wrong_with([cpu("localhost", 0), Seat("localhost", "other", 0, "cpu", "", "", 8)], "auto") == ""
+    assert (
+        find_placement_problem([cpu("localhost", 0), RankPlacement("localhost", "other", 0, "cpu", "", "", 8)], "auto")
+        == ""
+    )
 
 
 def test_the_line_at_the_start() -> None:
-    assert in_words(TWO_NODES) == (
+    assert format_placement(TWO_NODES) == (
         "ranks 0 to 7 on node a (cuda:0 to cuda:7), ranks 8 to 15 on node b (cuda:0 to cuda:7), "
         "each NVIDIA H100 80GB HBM3"
     )
-    assert in_words([cpu("a", 0), cpu("b", 0), cpu("a", 1)]) == "ranks 0 and 2 on node a (cpu), rank 1 on node b (cpu)"
+    assert (
+        format_placement([cpu("a", 0), cpu("b", 0), cpu("a", 1)])
+        == "ranks 0 and 2 on node a (cpu), rank 1 on node b (cpu)"
+    )
     many = [gpu(f"n{node}", number) for node in range(64) for number in range(8)]
-    assert in_words(many) == (
+    assert format_placement(many) == (
         "512 ranks: 64 nodes with 8 each, on cuda, each NVIDIA H100 80GB HBM3; which is where is in the attempt's file"
     )
 
@@ -66,8 +77,8 @@ def test_the_line_at_the_start() -> None:
 def test_slow_company_is_said(tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = tmp_path_factory.mktemp("seats")
     config = tiny_config(folder, folder, cluster={"cpus_per_worker": 4})
-    assert doubts(TWO_NODES, config) == []
-    [mixed] = doubts([gpu("a", 0), gpu("a", 1), gpu("b", 0, A100)], config)
+    assert find_placement_warnings(TWO_NODES, config) == []
+    [mixed] = find_placement_warnings([gpu("a", 0), gpu("a", 1), gpu("b", 0, A100)], config)
     assert mixed.startswith("GPUs of several models: ranks 0 and 1 on NVIDIA H100 80GB HBM3, rank 2 on NVIDIA A100")
-    [crowded] = doubts([cpu("a", 0), cpu("a", 1), cpu("a", 2), cpu("b", 0)], config)
+    [crowded] = find_placement_warnings([cpu("a", 0), cpu("a", 1), cpu("a", 2), cpu("b", 0)], config)
     assert crowded.startswith("node a has 8 cores for 3 ranks with 4 threads each")

@@ -19,28 +19,28 @@ import fork_server
 from conftest import tiny_config
 from launch.conftest import Environment, command, run_of
 from llm_training_toolkit.config import Config
-from llm_training_toolkit.data.prepare.dataset_info import Receipt
+from llm_training_toolkit.data.prepare.dataset_info import DatasetInfo
 from llm_training_toolkit.distributed.context import RunContext
 from llm_training_toolkit.errors import TrainingError
 from llm_training_toolkit.models.memory import is_out_of_memory
 from llm_training_toolkit.runs.attempts import (
-    attempt_record,
     begin_attempt,
     end_attempt,
     fail_attempt,
     mark_out_of_memory,
+    read_attempt_record,
 )
 from llm_training_toolkit.runs.directory import RunDirectory
 from llm_training_toolkit.worker.micro_batch import (
     MemorySettings,
     SmallerMicroBatch,
-    _from_attempts,
-    after_out_of_memory,
-    container_free,
-    fit_into_memory,
-    load_of,
+    _find_previous_settings,
+    build_out_of_memory_error,
+    describe_memory_load,
+    read_container_free_memory,
+    resolve_memory_settings,
 )
-from llm_training_toolkit.worker.spec import Place
+from llm_training_toolkit.worker.spec import WorkerSpec
 
 TRAIN = {"steps": 3, "global_batch": 32, "micro_batch": "auto", "precision": "bf16"}
 SECTIONS = {
@@ -77,12 +77,12 @@ main()
 
 
 def losses(run: RunDirectory) -> list[float]:
-    rows = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    rows = [json.loads(line) for line in run.metrics_path.read_text().splitlines()]
     return [row["train/loss"] for row in rows if "train/loss" in row]
 
 
 def attempts(run: RunDirectory) -> list[dict[str, object]]:
-    return [json.loads(path.read_text()) for path in sorted(run.attempts.glob("*.json"))]
+    return [json.loads(path.read_text()) for path in sorted(run.attempts_dir.glob("*.json"))]
 
 
 def limited(config: Path, megabytes: int, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -126,12 +126,12 @@ def write_group(group: Path, limit: str, used: int, cached: int) -> None:
 
 
 def test_the_tightest_group_counts(tmp_path: Path) -> None:
-    assert container_free("0::/\n", tmp_path) == float("inf")
+    assert read_container_free_memory("0::/\n", tmp_path) == float("inf")
     write_group(tmp_path, "1000", 700, 250)
-    assert container_free("0::/\n", tmp_path) == 550
+    assert read_container_free_memory("0::/\n", tmp_path) == 550
     write_group(tmp_path / "job", "400", 350, 0)
     write_group(tmp_path / "job" / "step", "max", 10, 0)
-    assert container_free("0::/job/step\n", tmp_path) == 50
+    assert read_container_free_memory("0::/job/step\n", tmp_path) == 50
 
 
 def test_older_systems_have_a_folder_for_memory(tmp_path: Path) -> None:
@@ -140,11 +140,13 @@ def test_older_systems_have_a_folder_for_memory(tmp_path: Path) -> None:
     (group / "memory.limit_in_bytes").write_text("900\n")
     (group / "memory.usage_in_bytes").write_text("500\n")
     (group / "memory.stat").write_text("total_inactive_file 100\n")
-    assert container_free("5:cpu,cpuacct:/job\n4:memory:/job\n", tmp_path) == 500
+    assert read_container_free_memory("5:cpu,cpuacct:/job\n4:memory:/job\n", tmp_path) == 500
 
 
 def chosen(run: RunDirectory, config: Config) -> int:
-    place, _ = fit_into_memory(Place(run, config, cast("Receipt", None)), RunContext(0, 1, torch.device("cpu")))
+    place, _ = resolve_memory_settings(
+        WorkerSpec(run, config, cast("DatasetInfo", None)), RunContext(0, 1, torch.device("cpu"))
+    )
     rows = place.config.train.micro_batch
     assert rows != "auto"
     return rows
@@ -156,7 +158,7 @@ def test_an_attempt_learns_from_the_one_before(corpus: Path, tmp_path: Path) -> 
     context = RunContext(0, 1, torch.device("cpu"))
 
     def attempt(rows: int, asked: int | str = "auto") -> int:
-        facts = {"load": load_of(config, context), "micro_batch": rows, "asked": asked, "zero": 0}
+        facts = {"load": describe_memory_load(config, context), "micro_batch": rows, "asked": asked, "zero": 0}
         return begin_attempt(run, facts)
 
     assert chosen(run, config) == 8, "nothing is known: by the estimate"
@@ -169,7 +171,7 @@ def test_an_attempt_learns_from_the_one_before(corpus: Path, tmp_path: Path) -> 
     fail_attempt(run, number, "rank 1: out of memory")
     fail_attempt(run, number, "rank 0: connection closed by peer")
     assert chosen(run, config) == 2, "another rank's failure does not take the mark back"
-    assert attempt_record(run, number)["error"] == "rank 1: out of memory"
+    assert read_attempt_record(run, number)["error"] == "rank 1: out of memory"
     attempt(2)
     assert chosen(run, config) == 1, "killed before its first step"
     longer = tiny_config(
@@ -206,7 +208,7 @@ def test_on_ray_the_next_attempt_takes_less_and_no_restart_is_spent(
 def _limit_the_first_attempt(run: RunDirectory) -> None:
     """Set the limit on rank 0 alone, as soon as it has said who it is; later workers have none."""
     end = time.monotonic() + 100
-    while not (found := attempt_record(run, 1)):
+    while not (found := read_attempt_record(run, 1)):
         assert time.monotonic() < end
         time.sleep(0.02)
     pid = int(found["pid"])
@@ -217,13 +219,13 @@ def _limit_the_first_attempt(run: RunDirectory) -> None:
 def test_after_the_smallest_micro_batch_several_workers_take_the_next_zero_stage(corpus: Path, tmp_path: Path) -> None:
     asked = tiny_config(corpus, tmp_path, train={"steps": 3, "global_batch": 8, "micro_batch": "auto"})
     run, context = RunDirectory(tmp_path / "run"), RunContext(0, 2, torch.device("cpu"))
-    taken = MemorySettings(zero=0, micro_batch=1).of(asked)
-    after = after_out_of_memory(asked, taken, 2)
+    taken = MemorySettings(zero=0, micro_batch=1).apply_to_config(asked)
+    after = build_out_of_memory_error(asked, taken, 2)
     assert isinstance(after, SmallerMicroBatch)
     assert "ZeRO 2" in str(after)
-    facts = {"load": load_of(asked, context), "micro_batch": 1, "asked": "auto", "zero": 0}
+    facts = {"load": describe_memory_load(asked, context), "micro_batch": 1, "asked": "auto", "zero": 0}
     mark_out_of_memory(run, begin_attempt(run, facts))
-    assert _from_attempts(run, asked, context) == MemorySettings(zero=2, micro_batch=1)
-    highest = MemorySettings(zero=3, micro_batch=1).of(asked)
-    assert isinstance(after_out_of_memory(asked, highest, 2), TrainingError)
-    assert isinstance(after_out_of_memory(asked, taken, 1), TrainingError), "one worker has nothing to spread"
+    assert _find_previous_settings(run, asked, context) == MemorySettings(zero=2, micro_batch=1)
+    highest = MemorySettings(zero=3, micro_batch=1).apply_to_config(asked)
+    assert isinstance(build_out_of_memory_error(asked, highest, 2), TrainingError)
+    assert isinstance(build_out_of_memory_error(asked, taken, 1), TrainingError), "one worker has nothing to spread"

@@ -75,7 +75,7 @@ def test_a_run_in_a_bucket_is_killed_and_goes_on_elsewhere_bit_for_bit(
     outcome = json.loads(done.stdout)
     assert outcome["run"] == "s3://bucket/stored"
     assert outcome["checkpoint"] == f"s3://bucket/stored/checkpoints/step_{STEPS:09d}_a2"
-    [local] = run_of(config).checkpoints.glob(f"step_{STEPS:09d}_a1/manifest.json")
+    [local] = run_of(config).checkpoints_dir.glob(f"step_{STEPS:09d}_a1/manifest.json")
     assert manifest("stored", s3)["files"] == json.loads(local.read_text())["files"]
     by_step = {row["step"]: row["train/loss"] for row in rows("stored", s3) if "train/loss" in row}
     assert list(by_step.values()) == losses(run_of(config))

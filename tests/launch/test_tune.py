@@ -20,11 +20,11 @@ from ruamel.yaml import YAML
 import fork_server
 from launch.conftest import Environment
 from launch.conftest import command as train_command
-from llm_training_toolkit.checkpoint import newest
-from llm_training_toolkit.config import load
-from llm_training_toolkit.runs.attempts import attempt_record
+from llm_training_toolkit.checkpoint import find_latest_checkpoint
+from llm_training_toolkit.config import load_config
+from llm_training_toolkit.runs.attempts import read_attempt_record
 from llm_training_toolkit.runs.directory import RunDirectory
-from llm_training_toolkit.search.event_log import Ledger, SearchDirectory
+from llm_training_toolkit.search.event_log import EventLog, SearchDirectory
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(900)]
 TRIALS = 4
@@ -112,20 +112,20 @@ def wait_for(what: Callable[[], object], process: subprocess.Popen[str], seconds
 
 
 def steps_of(run: RunDirectory, attempt: int) -> list[int]:
-    rows = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    rows = [json.loads(line) for line in run.metrics_path.read_text().splitlines()]
     return [row["step"] for row in rows if row["attempt"] == attempt and "train/loss" in row]
 
 
 def processes_of(run: RunDirectory) -> list[int]:
     """The workers of all its attempts."""
-    return [pid for record in run.attempts.glob("*.json") for pid in json.loads(record.read_text())["processes"]]
+    return [pid for record in run.attempts_dir.glob("*.json") for pid in json.loads(record.read_text())["processes"]]
 
 
 def train_alone(config: Path, runs: Path, lr: float) -> float:
     """The held-out loss at the end of a run without Ray."""
     alone = [f"optim.lr={lr}", f"run.name=at-{lr}", "cluster.workers=0", "eval.every=32"]
     fork_server.run(train_command(config, *alone), check=True, capture_output=True)
-    rows = RunDirectory(runs / f"at-{lr}").metrics.read_text().splitlines()
+    rows = RunDirectory(runs / f"at-{lr}").metrics_path.read_text().splitlines()
     return float([row["eval/loss"] for row in map(json.loads, rows) if "eval/loss" in row][-1])
 
 
@@ -140,7 +140,7 @@ def test_a_search_whose_trials_do_not_fit_is_refused_before_data_is_prepared(
     assert done.returncode == 1
     assert "needs 4 workers of 3 CPU; the cluster has room for 2" in done.stderr
     assert "no autoscaler adds nodes to it: set cluster.workers to 2" in done.stderr
-    assert not directory_of(file).trials.exists()
+    assert not directory_of(file).trials_dir.exists()
 
 
 def test_a_search_survives_its_workers_and_its_driver(file: Path, ray_environment: Environment) -> None:
@@ -148,15 +148,17 @@ def test_a_search_survives_its_workers_and_its_driver(file: Path, ray_environmen
     with fork_server.popen(
         command(file), env=ray_environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as process:
-        run = found.trial(0)
-        wait_for(lambda: newest(run.checkpoints), process)
-        os.kill(attempt_record(run, 1)["pid"], signal.SIGKILL)
-        wait_for(lambda: any(trial.state != "begun" for trial in Ledger(found.ledger).trials.values()), process)
-        wait_for(lambda: Ledger(found.ledger).trials[0].failures, process)
+        run = found.get_trial_run(0)
+        wait_for(lambda: find_latest_checkpoint(run.checkpoints_dir), process)
+        os.kill(read_attempt_record(run, 1)["pid"], signal.SIGKILL)
+        wait_for(
+            lambda: any(trial.state != "begun" for trial in EventLog(found.event_log_path).trials.values()), process
+        )
+        wait_for(lambda: EventLog(found.event_log_path).trials[0].failures, process)
         os.kill(process.pid, signal.SIGKILL)
         process.communicate()
-    ended = [number for number, trial in Ledger(found.ledger).trials.items() if trial.state != "begun"]
-    rows = {number: found.trial(number).metrics.read_text() for number in ended}
+    ended = [number for number, trial in EventLog(found.event_log_path).trials.items() if trial.state != "begun"]
+    rows = {number: found.get_trial_run(number).metrics_path.read_text() for number in ended}
     assert ended
 
     done = fork_server.run(command(file, "--json"), env=ray_environment, capture_output=True, timeout=240)
@@ -165,19 +167,21 @@ def test_a_search_survives_its_workers_and_its_driver(file: Path, ray_environmen
     assert len(answer["trials"]) == TRIALS
     assert {trial["state"] for trial in answer["trials"]} <= {"finished", "stopped"}
     assert {trial["trial"] for trial in answer["trials"] if trial["failures"]} == {"t0000"}  # tried again
-    assert all(found.trial(number).metrics.read_text() == rows[number] for number in ended)  # not repeated
+    assert all(found.get_trial_run(number).metrics_path.read_text() == rows[number] for number in ended)  # not repeated
     assert answer["best"]["config"]["optim.lr"] >= 1e-3
     assert {trial["trial"]: trial["state"] for trial in answer["trials"]}["t0003"] == "stopped"
     assert 0 < answer["tokens"] < TRIALS * 32 * 4 * 64
     assert min(steps_of(run, attempt=2)) > 4, "it has gone on from its checkpoint"
-    assert not {pid for number in range(TRIALS) for pid in processes_of(found.trial(number)) if psutil.pid_exists(pid)}
+    assert not {
+        pid for number in range(TRIALS) for pid in processes_of(found.get_trial_run(number)) if psutil.pid_exists(pid)
+    }
 
     assert pq.read_table(found.path / "results.parquet").num_rows == TRIALS
     assert "<svg" in (found.path / "report.html").read_text()
     assert len({file.parent for file in (found.path / "tb").glob("*/events*")}) == TRIALS
     assert what_is_left(ray_environment, before) == {"groups": [], "actors": [], "CPUs": 0.0}
 
-    best = load(found.path / "best.yaml")
+    best = load_config(found.path / "best.yaml")
     assert best.optim.lr == answer["best"]["config"]["optim.lr"]
     undisturbed = [train_alone(found.path / "best.yaml", file.parent, lr) for lr in (3e-3, 1e-2)]
     assert answer["best"]["value"] == pytest.approx(min(undisturbed), rel=0.01)

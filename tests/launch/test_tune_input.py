@@ -9,7 +9,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from llm_training_toolkit.errors import ConfigError
-from llm_training_toolkit.launch.tune.tuner import read_search, tune
+from llm_training_toolkit.launch.tune.tuner import read_search, run_search
 from llm_training_toolkit.monitoring.console import Console
 
 
@@ -39,5 +39,5 @@ def test_a_winner_that_the_base_could_not_take_is_refused_before_the_trials(tmp_
         with (tmp_path / f"{name}.yaml").open("w") as file:
             YAML().dump(content, file)
     with pytest.raises(ConfigError, match=r"best\.yaml \(the base without set\) with data\.sources\.0\.weight = 1"):
-        tune(read_search(tmp_path / "find.yaml", []), Console(io.StringIO()))
+        run_search(read_search(tmp_path / "find.yaml", []), Console(io.StringIO()))
     assert not (tmp_path / "runs").exists()

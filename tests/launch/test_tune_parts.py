@@ -11,16 +11,16 @@ from typing import Any
 
 import pytest
 
-from llm_training_toolkit.config.search import Search
+from llm_training_toolkit.config.search import SearchConfig
 from llm_training_toolkit.errors import LaunchError
-from llm_training_toolkit.launch.tune.callbacks import Gate, Source, Watcher
-from llm_training_toolkit.launch.tune.trainable import reported
-from llm_training_toolkit.search.budget import State
-from llm_training_toolkit.search.early_stopping import bracket_of, rung_steps
-from llm_training_toolkit.search.event_log import Ledger, Trial
-from llm_training_toolkit.search.optuna_sampler import learnt
-from llm_training_toolkit.search.results import best
-from llm_training_toolkit.search.sampler import Suggestions
+from llm_training_toolkit.launch.tune.callbacks import EventLogCallback, EventLogSearcher, RungScheduler
+from llm_training_toolkit.launch.tune.trainable import wait_for_metrics
+from llm_training_toolkit.search.budget import SearchBudget
+from llm_training_toolkit.search.early_stopping import compute_rung_steps, get_bracket
+from llm_training_toolkit.search.event_log import EventLog, TrialRecord
+from llm_training_toolkit.search.optuna_sampler import propose_optuna_point
+from llm_training_toolkit.search.results import find_best_trial
+from llm_training_toolkit.search.sampler import TrialSampler
 from search.test_space import RATE, search, trials
 
 pytestmark = pytest.mark.slow  # for the import of Ray Tune
@@ -28,7 +28,7 @@ STEPS, TOKENS = 64, 100
 """Of a trial, and of a step."""
 
 
-def value(trial: Trial, step: int) -> float:
+def value(trial: TrialRecord, step: int) -> float:
     """The loss of a trial at a step: a bowl around 0.005, that all sink into."""
     return (math.log10(trial.parameters["optim.lr"]) + 2.3) ** 2 + 4.0 / step
 
@@ -36,9 +36,9 @@ def value(trial: Trial, step: int) -> float:
 class Begun:
     """A trial at work, as its driver would tell of it."""
 
-    def __init__(self, asked: Search, trial: Trial) -> None:
-        self.trial, self._steps = trial, rung_steps(asked.scheduler, STEPS, TOKENS)
-        self._bracket = bracket_of(asked.scheduler, trial.number, len(self._steps))
+    def __init__(self, asked: SearchConfig, trial: TrialRecord) -> None:
+        self.trial, self._steps = trial, compute_rung_steps(asked.scheduler, STEPS, TOKENS)
+        self._bracket = get_bracket(asked.scheduler, trial.number, len(self._steps))
         self._rung = self._bracket
 
     def next(self) -> dict[str, Any]:
@@ -51,14 +51,16 @@ class Begun:
         return {"trial": self.trial.number, "value": value(self.trial, step), **at, **kind}
 
 
-def work(asked: Search, path: Path, at_once: int = 4, events: int | None = None) -> Ledger:
+def work(asked: SearchConfig, path: Path, at_once: int = 4, events: int | None = None) -> EventLog:
     """Carry a search out as Tune does, or go on with it; `events` in, the driver dies."""
-    ledger = Ledger(path / "ledger.jsonl")
-    ledger.start()
-    state = State(asked, ledger)
-    learner = learnt if asked.searcher.name == "optuna" else None
-    source = Source(state, Suggestions(trials(asked, path), ledger, learner), lambda trial: {"number": trial.number})
-    gate, at_work, more = Gate(state), list[Begun](), True
+    ledger = EventLog(path / "ledger.jsonl")
+    ledger.record_start()
+    state = SearchBudget(asked, ledger)
+    learner = propose_optuna_point if asked.searcher.name == "optuna" else None
+    source = EventLogSearcher(
+        state, TrialSampler(trials(asked, path), ledger, learner), lambda trial: {"number": trial.number}
+    )
+    gate, at_work, more = RungScheduler(state), list[Begun](), True
     while more or at_work:
         if events == 0:
             break
@@ -67,20 +69,20 @@ def work(asked: Search, path: Path, at_once: int = 4, events: int | None = None)
         if isinstance(order, dict):
             at_work.append(Begun(asked, ledger.trials[order["number"]]))
             continue
-        more = more and order != Source.FINISHED
+        more = more and order != EventLogSearcher.FINISHED
         if not at_work:
             continue
         one = at_work.pop(0)
         said = one.next()
         if said["kind"] == "end":
             gate.on_trial_complete(None, None, said)
-        elif gate.on_trial_result(None, None, said) == Gate.CONTINUE:
+        elif gate.on_trial_result(None, None, said) == RungScheduler.CONTINUE:
             at_work.append(one)
-    return Ledger(path / "ledger.jsonl")
+    return EventLog(path / "ledger.jsonl")
 
 
-def tokens(ledger: Ledger) -> int:
-    return sum(trial.last.tokens for trial in ledger.trials.values() if trial.last)
+def tokens(ledger: EventLog) -> int:
+    return sum(trial.last_rung.tokens for trial in ledger.trials.values() if trial.last_rung)
 
 
 @pytest.mark.parametrize(("scheduler", "share"), [("none", 1.0), ("asha", 0.4), ("median", 0.8), ("hyperband", 0.75)])
@@ -89,14 +91,14 @@ def test_each_scheduler_keeps_the_best_and_saves_what_it_can(scheduler: str, sha
     ledger = work(asked, tmp_path)
     assert len(ledger.trials) == 16
     assert {trial.state for trial in ledger.trials.values()} <= {"finished", "stopped"}
-    found = best(ledger, "min")
+    found = find_best_trial(ledger, "min")
     assert found is not None
     assert found.state == "finished"
     whole = work(search(RATE, trials=16, scheduler={"name": "none"}), tmp_path / "whole")
     assert found.number == min(whole.trials.values(), key=lambda trial: value(trial, STEPS)).number
     assert tokens(ledger) <= share * tokens(whole)
     if scheduler == "hyperband":
-        assert {rung.bracket for _, rung in ledger.passed} == {0, 1, 2}
+        assert {rung.bracket for _, rung in ledger.passed_rungs} == {0, 1, 2}
 
 
 @pytest.mark.parametrize("searcher", ["random", "optuna"])
@@ -112,7 +114,7 @@ def test_a_driver_that_dies_anywhere_changes_no_decision(searcher: str, tmp_path
             after.trials[number].parameters for number in before.trials
         ]
         assert len(after.trials) == 9
-        assert after.unfinished == []
+        assert after.unfinished_trials == []
 
 
 def test_a_budget_in_tokens_ends_optunas_search_at_the_next_rungs(tmp_path: Path) -> None:
@@ -120,9 +122,9 @@ def test_a_budget_in_tokens_ends_optunas_search_at_the_next_rungs(tmp_path: Path
     asked = search(RATE, trials=None, budget={"tokens": budget}, searcher={"name": "optuna", "start": 4})
     ledger = work(asked, tmp_path)
     assert budget <= tokens(ledger) < budget + 4 * STEPS * TOKENS
-    assert ledger.unfinished == []
+    assert ledger.unfinished_trials == []
     assert len(ledger.trials) > 4
-    assert State(asked, ledger).over
+    assert SearchBudget(asked, ledger).is_search_finished
 
 
 def test_a_budget_in_time_lets_nothing_begin_once_it_is_over(tmp_path: Path) -> None:
@@ -132,28 +134,28 @@ def test_a_budget_in_time_lets_nothing_begin_once_it_is_over(tmp_path: Path) -> 
 
 
 def test_failures_are_counted_and_the_last_one_is_written_down(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path / "ledger.jsonl")
-    ledger.begin(Trial(0, {"optim.lr": 0.01}, 0))
+    ledger = EventLog(tmp_path / "ledger.jsonl")
+    ledger.record_begin(TrialRecord(0, {"optim.lr": 0.01}, 0))
     (tmp_path / "error.txt").write_text("Traceback\n  somewhere\nLaunchError: node 10.0.0.1 was lost\n\n")
     told = SimpleNamespace(config={"number": 0, "run": str(tmp_path)}, error_file=str(tmp_path / "error.txt"))
-    watcher = Watcher(State(search(RATE), ledger), lambda: None)
+    watcher = EventLogCallback(SearchBudget(search(RATE), ledger), lambda: None)
     watcher.on_trial_recover(0, [], told)
     assert (ledger.trials[0].state, ledger.trials[0].failures) == ("begun", 1)
     row = {"perf/tokens_per_second": 50.0, "perf/step_seconds": 2.0}
     (tmp_path / "metrics.jsonl").write_text(f"{json.dumps(row)}\n" * 3)
     watcher.on_trial_error(0, [], told)
-    known = Ledger(tmp_path / "ledger.jsonl").trials[0]
+    known = EventLog(tmp_path / "ledger.jsonl").trials[0]
     assert (known.state, known.error) == ("failed", "LaunchError: node 10.0.0.1 was lost")
-    assert known.trained == 300
+    assert known.trained_tokens == 300
 
 
 def test_a_run_that_fails_by_itself_says_what_it_had_trained(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path / "ledger.jsonl")
-    ledger.begin(Trial(0, {"optim.lr": 0.01}, 0))
+    ledger = EventLog(tmp_path / "ledger.jsonl")
+    ledger.record_begin(TrialRecord(0, {"optim.lr": 0.01}, 0))
     asked = search(RATE, trials=None, budget={"tokens": 500})
     said = {"trial": 0, "kind": "end", "state": "failed", "error": "the loss is nan", "trained": 500}
-    Gate(State(asked, ledger)).on_trial_complete(None, None, said)
-    assert State(asked, Ledger(tmp_path / "ledger.jsonl")).spent
+    RungScheduler(SearchBudget(asked, ledger)).on_trial_complete(None, None, said)
+    assert SearchBudget(asked, EventLog(tmp_path / "ledger.jsonl")).is_exhausted
 
 
 def test_a_line_that_comes_late_from_another_node_is_waited_for(tmp_path: Path) -> None:
@@ -161,6 +163,6 @@ def test_a_line_that_comes_late_from_another_node_is_waited_for(tmp_path: Path) 
     metrics.write_text('{"step": 4, "train/tokens": 400}\n')
     late = threading.Timer(0.5, lambda: metrics.write_text('{"step": 4, "eval/loss": 3.0, "train/tokens": 400}\n'))
     late.start()
-    assert reported(metrics, 4, "eval/loss", within=30)["eval/loss"] == 3.0
+    assert wait_for_metrics(metrics, 4, "eval/loss", within=30)["eval/loss"] == 3.0
     with pytest.raises(LaunchError, match=r"eval/loss after step 8 was not in .* within 0\.1 s"):
-        reported(metrics, 8, "eval/loss", within=0.1)
+        wait_for_metrics(metrics, 8, "eval/loss", within=0.1)

@@ -58,7 +58,7 @@ def test_nodes_that_an_autoscaler_adds_are_waited_for(
     )
     assert "its autoscaler" in done.stdout
     assert "starting with 2 workers of 2 to 5" in done.stdout
-    assert run_of(config).checkpoint(3, 1).is_dir()
+    assert run_of(config).get_checkpoint_dir(3, 1).is_dir()
 
 
 def test_a_cluster_that_is_too_small_without_an_autoscaler_ends_the_run_at_once(

@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from llm_training_toolkit import families
-from llm_training_toolkit.config import parse
-from llm_training_toolkit.config.schema import Lora
-from llm_training_toolkit.families.lora import adapter_of
+from llm_training_toolkit.config import parse_config
+from llm_training_toolkit.config.schema import LoraConfig
+from llm_training_toolkit.families.lora import build_adapter
 from llm_training_toolkit.models import build_model
 from llm_training_toolkit.models.build import DTYPES
-from llm_training_toolkit.models.dropout import Draws
+from llm_training_toolkit.models.dropout import BatchPosition
 from llm_training_toolkit.models.lora import add_adapters
-from llm_training_toolkit.plan.memory import Load, layer_bytes_per_token
+from llm_training_toolkit.plan.memory import DeviceWorkload, estimate_layer_bytes_per_token
 
 TOKENS = 256
 QWEN = {"hidden_size": 256, "intermediate_size": 768, "num_attention_heads": 8, "vocab_size": 256}
@@ -47,7 +47,7 @@ def hf_config(name: str, layers: int) -> dict[str, Any]:
         "data": {"sequence_length": TOKENS, "sources": [{"path": "a", "format": "code"}]},
         "train": {"steps": 1},
     }
-    return dict(families.hf_config(parse(raw, "test")))
+    return dict(families.resolve_hf_config(parse_config(raw, "test")))
 
 
 class Held:
@@ -57,13 +57,13 @@ class Held:
         self.tensor = tensor
 
 
-def kept_bytes(name: str, layers: int, precision: str, attention: str, lora: Lora | None = None) -> int:
+def kept_bytes(name: str, layers: int, precision: str, attention: str, lora: LoraConfig | None = None) -> int:
     """Bytes of all storages that autograd holds after the forward pass, the weights left out."""
     hf = hf_config(name, layers)
     model: Any = build_model(hf, precision=precision, attention=attention).train()
     if lora is not None:
-        adapter = adapter_of(lora, families.find(name).family, families.anatomy(hf))
-        add_adapters(model, adapter, seed=0, dtype=DTYPES[precision], draws=Draws())
+        adapter = build_adapter(lora, families.find_size(name).family, families.read_model_dims(hf))
+        add_adapters(model, adapter, seed=0, dtype=DTYPES[precision], draws=BatchPosition())
     held: weakref.WeakSet[Held] = weakref.WeakSet()
 
     def keep(tensor: torch.Tensor) -> Held:
@@ -84,8 +84,8 @@ def kept_bytes(name: str, layers: int, precision: str, attention: str, lora: Lor
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 @pytest.mark.parametrize("name", SHAPES)
 def test_a_layer_keeps_what_the_plan_counts(name: str, precision: Literal["bf16", "fp32"], attention: str) -> None:
-    load = Load(
-        model=families.anatomy(hf_config(name, 1)),
+    load = DeviceWorkload(
+        model=families.read_model_dims(hf_config(name, 1)),
         zero=0,
         precision=precision,
         workers=1,
@@ -95,28 +95,28 @@ def test_a_layer_keeps_what_the_plan_counts(name: str, precision: Literal["bf16"
     )
     # The difference of two depths leaves out what lies outside the layers.
     layer = (kept_bytes(name, 3, precision, attention) - kept_bytes(name, 1, precision, attention)) / 2
-    assert TOKENS * layer_bytes_per_token(load) == pytest.approx(layer, rel=0.02)
+    assert TOKENS * estimate_layer_bytes_per_token(load) == pytest.approx(layer, rel=0.02)
 
 
 ADAPTERS = [
-    ("bf16", Lora()),
-    ("fp32", Lora()),
-    ("bf16", Lora(dropout=0.1)),
-    ("bf16", Lora(dora=True)),
-    ("bf16", Lora(targets=("o_proj", "down_proj"))),
+    ("bf16", LoraConfig()),
+    ("fp32", LoraConfig()),
+    ("bf16", LoraConfig(dropout=0.1)),
+    ("bf16", LoraConfig(dora=True)),
+    ("bf16", LoraConfig(targets=("o_proj", "down_proj"))),
 ]
 
 
 @pytest.mark.parametrize(("precision", "lora"), ADAPTERS, ids=str)
 @pytest.mark.parametrize("name", SHAPES)
 def test_a_frozen_layer_and_its_adapters_keep_what_the_plan_counts(
-    name: str, precision: Literal["bf16", "fp32"], lora: Lora
+    name: str, precision: Literal["bf16", "fp32"], lora: LoraConfig
 ) -> None:
-    family, model = families.find(name).family, families.anatomy(hf_config(name, 1))
+    family, model = families.find_size(name).family, families.read_model_dims(hf_config(name, 1))
     if not set(family.lora_targets) >= set(family.lora_targets if lora.targets == "auto" else lora.targets):
         lora = lora.model_copy(update={"targets": family.lora_targets[-2:]})
-    adapter = adapter_of(lora, family, model)
-    load = Load(
+    adapter = build_adapter(lora, family, model)
+    load = DeviceWorkload(
         model=model,
         zero=0,
         precision=precision,
@@ -127,4 +127,4 @@ def test_a_frozen_layer_and_its_adapters_keep_what_the_plan_counts(
     )
     # The first layer keeps less: nothing before it is trained, so its norm and projections have nobody to tell.
     layer = (kept_bytes(name, 4, precision, "sdpa", lora) - kept_bytes(name, 2, precision, "sdpa", lora)) / 2
-    assert TOKENS * layer_bytes_per_token(load) == pytest.approx(layer, rel=0.03)
+    assert TOKENS * estimate_layer_bytes_per_token(load) == pytest.approx(layer, rel=0.03)

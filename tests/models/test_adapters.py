@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from llm_training_toolkit.config.schema import Lora
-from llm_training_toolkit.families import Adapter, anatomy
-from llm_training_toolkit.families.lora import adapter_of
+from llm_training_toolkit.config.schema import LoraConfig
+from llm_training_toolkit.families import AdapterSpec, read_model_dims
+from llm_training_toolkit.families.lora import build_adapter
 from llm_training_toolkit.families.qwen import QWEN3
 from llm_training_toolkit.models import LossModule, build_model
-from llm_training_toolkit.models.dropout import Draws, SequenceDropout
+from llm_training_toolkit.models.dropout import BatchPosition, SequenceDropout
 from llm_training_toolkit.models.lora import add_adapters
 
 CONFIG: dict[str, Any] = {
@@ -31,18 +31,18 @@ CONFIG: dict[str, Any] = {
     "initializer_range": 0.3,
     "attention_bias": False,
 }
-ADAPTER = adapter_of(Lora(rank=4), QWEN3, anatomy(CONFIG))
+ADAPTER = build_adapter(LoraConfig(rank=4), QWEN3, read_model_dims(CONFIG))
 IDS = torch.randint(0, 512, (3, 24), generator=torch.Generator().manual_seed(1))
 POSITIONS = torch.arange(24).expand_as(IDS)
 
 
-def module_of(adapter: Adapter | None = ADAPTER, *, seed: int = 3, learnt: bool = False, **how: Any) -> LossModule:
+def module_of(adapter: AdapterSpec | None = ADAPTER, *, seed: int = 3, learnt: bool = False, **how: Any) -> LossModule:
     """A frozen model with adapters; `learnt`: their second matrices are not zero any more."""
     torch.manual_seed(0)
     model = build_model(CONFIG, precision="fp32", attention="sdpa", **how)
     module = LossModule(model, 5)
     if adapter is not None:
-        add_adapters(model, adapter, seed=seed, dtype=torch.float32, draws=module.draws)
+        add_adapters(model, adapter, seed=seed, dtype=torch.float32, draws=module.batch_position)
     if learnt:
         with torch.no_grad():
             for name, parameter in model.named_parameters():
@@ -56,9 +56,9 @@ def trained(module: LossModule) -> dict[str, Tensor]:
 
 
 def test_a_model_begins_as_what_it_was() -> None:
-    assert torch.equal(module_of().logits(IDS, POSITIONS), module_of(None).logits(IDS, POSITIONS))
-    dora = module_of(replace(ADAPTER, dora=True)).logits(IDS, POSITIONS)
-    torch.testing.assert_close(dora, module_of(None).logits(IDS, POSITIONS), rtol=1e-4, atol=1e-4)
+    assert torch.equal(module_of().compute_logits(IDS, POSITIONS), module_of(None).compute_logits(IDS, POSITIONS))
+    dora = module_of(replace(ADAPTER, dora=True)).compute_logits(IDS, POSITIONS)
+    torch.testing.assert_close(dora, module_of(None).compute_logits(IDS, POSITIONS), rtol=1e-4, atol=1e-4)
 
 
 def test_first_weights_follow_from_seed_and_name_alone() -> None:
@@ -91,7 +91,7 @@ def test_a_frozen_head_gives_the_same_gradients_in_chunks(chunk: int) -> None:
     module(IDS, POSITIONS, IDS).backward()
     found = {name: each.grad.clone() for name, each in module.named_parameters() if each.grad is not None}
     module.zero_grad()
-    logits = module.logits(IDS, POSITIONS)
+    logits = module.compute_logits(IDS, POSITIONS)
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), IDS.flatten(), reduction="sum")
     loss.backward()  # type: ignore[no-untyped-call]
     for name, gradient in found.items():
@@ -105,7 +105,7 @@ def test_packed_documents_stay_apart(*, recompute: bool, dropout: float) -> None
     positions = torch.cat([torch.arange(9), torch.arange(15)]).expand_as(IDS)
     other = IDS.clone()
     other[:, :9] = (other[:, :9] + 7) % 512
-    before, after = (module.logits(each, positions).detach() for each in (IDS, other))
+    before, after = (module.compute_logits(each, positions).detach() for each in (IDS, other))
     assert torch.equal(before[:, 9:], after[:, 9:])
     assert not torch.isclose(before[:, :9], after[:, :9]).all(dim=-1).any()
     labels = torch.full_like(IDS, -100)
@@ -118,7 +118,7 @@ def test_packed_documents_stay_apart(*, recompute: bool, dropout: float) -> None
 
 
 def test_the_mask_of_a_sequence_is_its_own_whatever_the_split() -> None:
-    draws = Draws(step=7, first=0)
+    draws = BatchPosition(step=7, first=0)
     drop = SequenceDropout(0.25, 1, "layer", draws).train()
     inputs = torch.ones(5, 40, 30)
     whole = drop(inputs)
@@ -129,5 +129,5 @@ def test_the_mask_of_a_sequence_is_its_own_whatever_the_split() -> None:
     assert float((whole == 0).float().mean()) == pytest.approx(0.25, abs=0.02)
     draws.first, draws.step = 0, 8
     assert not torch.equal(drop(inputs), whole)
-    assert not torch.equal(SequenceDropout(0.25, 1, "other", Draws(7)).train()(inputs), whole)
+    assert not torch.equal(SequenceDropout(0.25, 1, "other", BatchPosition(7)).train()(inputs), whole)
     assert torch.equal(drop.eval()(inputs), inputs)

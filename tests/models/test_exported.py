@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 
 from llm_training_toolkit.errors import CheckpointError
 from llm_training_toolkit.models import LossModule, build_model
-from llm_training_toolkit.models.load_exported import open_exported
+from llm_training_toolkit.models.load_exported import load_exported_model
 
 CONFIG: dict[str, Any] = {
     "model_type": "qwen3",
@@ -50,8 +50,8 @@ def adapters(tmp_path: Path) -> tuple[Path, torch.Tensor]:
 
 def test_adapters_of_peft_open_with_the_logits_they_had(adapters: tuple[Path, torch.Tensor]) -> None:
     directory, wanted = adapters
-    assert torch.equal(logits(open_exported(directory)), wanted)
-    assert not torch.equal(logits(open_exported(directory.parent / "base")), wanted)
+    assert torch.equal(logits(load_exported_model(directory)), wanted)
+    assert not torch.equal(logits(load_exported_model(directory.parent / "base")), wanted)
 
 
 def test_the_loss_of_adapters_is_that_of_an_output_layer_trained_whole(tmp_path: Path) -> None:
@@ -64,7 +64,7 @@ def test_the_loss_of_adapters_is_that_of_an_output_layer_trained_whole(tmp_path:
     torch.nn.init.normal_(model.base_model.model.lm_head.modules_to_save["default"].weight)
     model.save_pretrained(tmp_path / "adapters")
 
-    opened = open_exported(tmp_path / "adapters")
+    opened = load_exported_model(tmp_path / "adapters")
     wanted = torch.nn.functional.cross_entropy(logits(opened)[0, :-1], IDS[0, 1:], reduction="sum")
     labels = torch.cat([IDS[:, 1:], torch.tensor([[-100]])], dim=1)
     with torch.no_grad():
@@ -77,18 +77,18 @@ def test_a_base_that_moved_along_is_found(adapters: tuple[Path, torch.Tensor], t
     (tmp_path / "new").mkdir()
     for part in (directory, directory.parent / "base"):
         part.rename(tmp_path / "new" / part.name)
-    assert torch.equal(logits(open_exported(tmp_path / "new" / "adapters")), wanted)
+    assert torch.equal(logits(load_exported_model(tmp_path / "new" / "adapters")), wanted)
 
 
 def test_a_base_that_is_gone_is_named(adapters: tuple[Path, torch.Tensor], tmp_path: Path) -> None:
     directory, _ = adapters
     (directory.parent / "base").rename(tmp_path / "renamed")
     with pytest.raises(CheckpointError, match=rf"holds adapters.*is not there: {tmp_path}/base.*--merge"):
-        open_exported(directory)
+        load_exported_model(directory)
     config = directory / "adapter_config.json"
     values = json.loads(config.read_text()) | {"base_model_name_or_path": str(tmp_path / "renamed")}
     config.write_text(json.dumps(values))
-    open_exported(directory)
+    load_exported_model(directory)
 
 
 @pytest.mark.parametrize(
@@ -108,9 +108,9 @@ def test_adapters_of_another_model_are_refused(
     values = json.loads(config.read_text()) | {"base_model_name_or_path": str(tmp_path / "other")}
     config.write_text(json.dumps(values))
     with pytest.raises(CheckpointError, match=message):
-        open_exported(directory)
+        load_exported_model(directory)
 
 
 def test_a_directory_without_a_model(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"neither config\.json nor adapter_config\.json"):
-        open_exported(tmp_path)
+        load_exported_model(tmp_path)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from llm_training_toolkit.models import build_model, initialize
+from llm_training_toolkit.models import build_model, initialize_weights
 
 QWEN3: dict[str, Any] = {
     "model_type": "qwen3",
@@ -49,7 +49,7 @@ ALL = pytest.mark.parametrize(
 def weights(config: dict[str, Any], seed: int = 1, precision: str = "fp32", noise: int = 0) -> dict[str, Tensor]:
     torch.manual_seed(noise)
     model = build_model(config, precision=precision, attention="eager")
-    initialize(model, seed, lambda _: nullcontext())
+    initialize_weights(model, seed, lambda _: nullcontext())
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
@@ -79,7 +79,7 @@ def test_no_two_matrices_are_alike(config: dict[str, Any]) -> None:
 def test_initialising_draws_nothing_from_the_common_generator() -> None:
     model = build_model(QWEN3, precision="fp32", attention="eager")
     before = torch.get_rng_state()
-    initialize(model, 1, lambda _: nullcontext())
+    initialize_weights(model, 1, lambda _: nullcontext())
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -103,7 +103,7 @@ class Model(nn.Module):
 def test_the_order_of_construction_means_nothing() -> None:
     models = [Model("a", "b", "c"), Model("c", "x", "b", "a")]
     for model in models:
-        initialize(model, 7, lambda _: nullcontext())
+        initialize_weights(model, 7, lambda _: nullcontext())
     one, other = (dict(model.named_parameters()) for model in models)
     assert all(torch.equal(one[name], other[name]) for name in one)
 
@@ -158,5 +158,5 @@ def test_weights_in_bf16_are_those_in_fp32_rounded() -> None:
 
 def test_tied_weights_stay_tied() -> None:
     model: Any = build_model(QWEN3, precision="fp32", attention="eager")
-    initialize(model, 1, lambda _: nullcontext())
+    initialize_weights(model, 1, lambda _: nullcontext())
     assert model.lm_head.weight is model.model.embed_tokens.weight

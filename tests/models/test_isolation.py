@@ -108,7 +108,7 @@ def test_changing_a_document_changes_no_logit_of_another(model: LossModule, chan
     other = ids.clone()
     other[0, SPANS[changed]] += 7
     with mode(model, training=training):
-        before, after = (model.logits(each, positions).detach() for each in (ids, other))
+        before, after = (model.compute_logits(each, positions).detach() for each in (ids, other))
     for document, span in enumerate(SPANS):
         assert torch.equal(before[1, span], after[1, span]), "the other row"
         if document == changed:
@@ -120,9 +120,9 @@ def test_changing_a_document_changes_no_logit_of_another(model: LossModule, chan
 def test_a_packed_document_has_the_logits_it_has_alone(model: LossModule, *, training: bool) -> None:
     ids, positions = rows()
     with mode(model, training=training):
-        packed = model.logits(ids, positions).detach()
+        packed = model.compute_logits(ids, positions).detach()
         for span in SPANS:
-            alone = model.logits(ids[:, span], positions[:, span]).detach()
+            alone = model.compute_logits(ids[:, span], positions[:, span]).detach()
             torch.testing.assert_close(packed[:, span], alone, rtol=1e-4, atol=1e-4)
 
 
@@ -132,7 +132,7 @@ def test_within_a_document_a_token_changes_what_follows_and_nothing_before(model
     middle = SPANS[1].start + 5
     other[0, middle] += 7
     with mode(model, training=False):
-        before, after = (model.logits(each, positions)[0] for each in (ids, other))
+        before, after = (model.compute_logits(each, positions)[0] for each in (ids, other))
     same = (before == after).all(dim=-1)
     assert same.tolist() == [not middle <= place < SPANS[1].stop for place in range(TOTAL)]
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from llm_training_toolkit.errors import CheckpointError, PlanError
-from llm_training_toolkit.models import build_model, check_weights, grow_vocabulary
+from llm_training_toolkit.models import build_model, check_pretrained_weights, resize_embeddings
 
 QWEN3: dict[str, Any] = {
     "model_type": "qwen3",
@@ -63,7 +63,7 @@ def published(config: dict[str, Any], directory: Path) -> dict[str, Tensor]:
 
 
 def loaded(config: dict[str, Any], directory: Path) -> Any:
-    check_weights(str(directory), config["model_type"])
+    check_pretrained_weights(str(directory), config["model_type"])
     return build_model(config, precision="fp32", attention="sdpa", path=str(directory))
 
 
@@ -170,7 +170,7 @@ def test_two_different_matrices_that_should_be_one_are_refused(tmp_path: Path) -
 def test_new_rows_are_the_mean_of_the_old_which_stay(config: dict[str, Any], tmp_path: Path) -> None:
     wanted = published(config, tmp_path)
     model = loaded(config, tmp_path)
-    grow_vocabulary(model, 576, lambda _: nullcontext())
+    resize_embeddings(model, 576, lambda _: nullcontext())
     found = dict(model.named_parameters())
     assert found.keys() == wanted.keys()
     assert model.config.vocab_size == 576

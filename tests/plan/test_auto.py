@@ -10,10 +10,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_training_toolkit.config import Config, parse
-from llm_training_toolkit.plan import choose_precision, fitting_zero_stage, make_plan, slow_precision, with_zero_stage
+from llm_training_toolkit.config import Config, parse_config
+from llm_training_toolkit.plan import (
+    choose_precision,
+    find_fitting_zero_stage,
+    format_slow_precision,
+    make_plan,
+    with_zero_stage,
+)
 from llm_training_toolkit.plan.cluster_file import read_hardware
-from llm_training_toolkit.plan.estimate import resolved_on
+from llm_training_toolkit.plan.estimate import resolve_for_hardware
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,7 +35,7 @@ def config(**sections: dict[str, Any]) -> Config:
     }
     for name, values in sections.items():
         data[name] = data.get(name, {}) | values
-    return parse(data, "test")
+    return parse_config(data, "test")
 
 
 @pytest.mark.parametrize(
@@ -57,23 +63,23 @@ def test_ranks_agree_whatever_their_order(slowdowns: list[float]) -> None:
 
 
 def test_a_run_that_keeps_a_slow_precision_says_so() -> None:
-    assert "19 times slower" in (slow_precision("bf16", [0.5, 19.0]) or "")
-    assert slow_precision("bf16", [0.5]) is None
-    assert slow_precision("fp32", [19.0]) is None
+    assert "19 times slower" in (format_slow_precision("bf16", [0.5, 19.0]) or "")
+    assert format_slow_precision("bf16", [0.5]) is None
+    assert format_slow_precision("fp32", [19.0]) is None
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_one_worker_takes_the_stage_that_costs_least(precision: str) -> None:
     alone = config(cluster={"workers": 1}, train={"precision": precision})
-    assert fitting_zero_stage(alone, 1, 1e15).value == 0
-    assert fitting_zero_stage(alone, 1, 1.0).value == 0, "no other stage takes less memory of one worker"
+    assert find_fitting_zero_stage(alone, 1, 1e15).value == 0
+    assert find_fitting_zero_stage(alone, 1, 1.0).value == 0, "no other stage takes less memory of one worker"
     assert make_plan(alone).zero == 0
 
 
 @given(st.floats(1e8, 1e12), st.integers(2, 8), st.sampled_from(["fp32", "bf16"]))
 def test_several_workers_take_the_lowest_stage_that_fits(free: float, workers: int, precision: str) -> None:
     run = config(train={"precision": precision}, cluster={"workers": workers})
-    chosen = int(fitting_zero_stage(run, workers, free).value)
+    chosen = int(find_fitting_zero_stage(run, workers, free).value)
 
     def needed(stage: int) -> float:
         return 1e9 * sum(make_plan(with_zero_stage(run, stage), replicas=workers).memory_gb_per_device.values())
@@ -85,17 +91,17 @@ def test_several_workers_take_the_lowest_stage_that_fits(free: float, workers: i
 
 def test_weights_in_four_bits_are_not_cut() -> None:
     quantized = config(model={"name": "qwen3-0.6b", "path": "x", "lora": {"quantize": "nf4"}})
-    assert fitting_zero_stage(quantized, 2, 1.0).value == 2
+    assert find_fitting_zero_stage(quantized, 2, 1.0).value == 2
 
 
 def test_a_cluster_file_decides_both() -> None:
     gpus = read_hardware(ROOT / "cluster" / "aws-h100.yaml")
     large = config(model={"name": "qwen3-32b"}, train={"micro_batch": 1}, cluster={"workers": 16})
-    settled = resolved_on(large, gpus)
+    settled = resolve_for_hardware(large, gpus)
     assert settled.train.precision == "bf16"
     assert settled.engine.zero == 3
     slow = gpus.model_copy(update={"tflops": gpus.tflops.model_copy(update={"bf16": 0.01})})
-    assert resolved_on(large, slow).train.precision == "fp32"
+    assert resolve_for_hardware(large, slow).train.precision == "fp32"
 
 
 def test_a_plan_without_a_machine_says_what_is_open() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from llm_training_toolkit.errors import ConfigError
 from llm_training_toolkit.plan.cluster_file import ANNOTATION, read_hardware
-from llm_training_toolkit.plan.hardware import Hardware
+from llm_training_toolkit.plan.hardware import ClusterHardware
 
 FACTS: dict[str, Any] = {
     "nodes": 2,
@@ -48,7 +48,7 @@ def written(folder: Path, name: str, text: str) -> Path:
 
 
 def test_every_kind_of_file_says_the_same(tmp_path: Path) -> None:
-    expected = Hardware.model_validate(FACTS, strict=True)
+    expected = ClusterHardware.model_validate(FACTS, strict=True)
     assert read_hardware(written(tmp_path, "ray.yaml", as_ray(FACTS))) == expected
     assert read_hardware(written(tmp_path, "job.yml", as_kubernetes(FACTS))) == expected
     assert read_hardware(written(tmp_path, "slurm.sh", as_slurm(FACTS))) == expected

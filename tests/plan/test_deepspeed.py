@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from llm_training_toolkit.config.schema import Config
-from llm_training_toolkit.plan import deepspeed_config, deepspeed_problems, make_plan
-from llm_training_toolkit.plan.deepspeed import OWNED, REMOVED
+from llm_training_toolkit.plan import build_deepspeed_config, find_deepspeed_problems, make_plan
+from llm_training_toolkit.plan.deepspeed import OWNED_KEYS, REMOVED_KEYS
 
 
 def config(zero: int = 2, precision: str = "bf16", **deepspeed: Any) -> Config:
@@ -26,7 +26,7 @@ def config(zero: int = 2, precision: str = "bf16", **deepspeed: Any) -> Config:
 @pytest.mark.parametrize("zero", range(4))
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 def test_the_recipe(zero: int, precision: str) -> None:
-    made = deepspeed_config(config(zero, precision))
+    made = build_deepspeed_config(config(zero, precision))
     assert made["train_micro_batch_size_per_gpu"] == 3
     assert made["gradient_accumulation_steps"] == 1
     assert made["gradient_clipping"] == 0.0
@@ -37,8 +37,8 @@ def test_the_recipe(zero: int, precision: str) -> None:
 
 
 def test_buckets_are_no_larger_than_the_model() -> None:
-    assert deepspeed_config(config(), parameters=1000)["zero_optimization"]["reduce_bucket_size"] == 1000
-    assert deepspeed_config(config(), parameters=10**12)["zero_optimization"]["reduce_bucket_size"] == 500_000_000
+    assert build_deepspeed_config(config(), parameters=1000)["zero_optimization"]["reduce_bucket_size"] == 1000
+    assert build_deepspeed_config(config(), parameters=10**12)["zero_optimization"]["reduce_bucket_size"] == 500_000_000
 
 
 def test_a_persons_keys_are_merged_deeply() -> None:
@@ -53,11 +53,11 @@ def test_a_persons_keys_are_merged_deeply() -> None:
     assert plan.deepspeed["wall_clock_breakdown"] is True
 
 
-@pytest.mark.parametrize("key", [*OWNED, *REMOVED])
+@pytest.mark.parametrize("key", [*OWNED_KEYS, *REMOVED_KEYS])
 def test_owned_and_removed_keys_are_problems(key: str) -> None:
     block, _, name = key.rpartition(".")
     given = {block: {name: 1}} if block else {name: 1}
-    (problem,) = deepspeed_problems(given)
+    (problem,) = find_deepspeed_problems(given)
     assert problem.where == f"engine.deepspeed.{key}"
     assert problem.fix
     assert make_plan(config(**given)).deepspeed["gradient_accumulation_steps"] == 1
@@ -79,4 +79,4 @@ def test_the_removed_keys_are_those_of_the_installed_deepspeed() -> None:
     source = (Path(spec.origin).parent / "runtime" / "config.py").read_text()
     tables = source[source.index("_REMOVED_TOP_LEVEL") : source.index("def _reject_removed")]
     top, zero = (set(re.findall(r'^    "(\w+)":', table, re.M)) for table in tables.split("_REMOVED_ZERO_CONFIG_KEYS"))
-    assert top | {f"zero_optimization.{key}" for key in zero} == set(REMOVED)
+    assert top | {f"zero_optimization.{key}" for key in zero} == set(REMOVED_KEYS)

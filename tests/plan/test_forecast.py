@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from llm_training_toolkit.cli.app import app
 from llm_training_toolkit.config.schema import Config
-from llm_training_toolkit.plan import Forecast, Hardware, lines, make_plan, on_cluster
+from llm_training_toolkit.plan import ClusterEstimate, ClusterHardware, estimate_on_cluster, format_plan, make_plan
 
 CLUSTER = Path(__file__).parents[2] / "cluster"
 
@@ -20,7 +20,7 @@ RECOMPUTED: dict[str, Any] = {"model": {"activation_checkpointing": True}}
 FEW = {"num_hidden_layers": 1}
 
 
-def hardware(**changes: Any) -> Hardware:
+def hardware(**changes: Any) -> ClusterHardware:
     """Two nodes with eight H100 each, round prices."""
     facts: dict[str, Any] = {
         "nodes": 2,
@@ -34,10 +34,10 @@ def hardware(**changes: Any) -> Hardware:
         "spot": False,
         "shared_storage": "/shared",
     }
-    return Hardware.model_validate({**facts, **changes}, strict=True)
+    return ClusterHardware.model_validate({**facts, **changes}, strict=True)
 
 
-def cores(number: int, **changes: Any) -> Hardware:
+def cores(number: int, **changes: Any) -> ClusterHardware:
     """One machine with cores and no GPU."""
     facts = {"nodes": 1, "device": "cpu", "devices_per_node": number, "cpus": number, "memory_gb": 4}
     return hardware(**{**facts, "tflops": {"bf16": 1.0, "fp32": 0.1}, **changes})
@@ -59,12 +59,12 @@ def config(**sections: Any) -> Config:
     return Config.model_validate_json(json.dumps(raw), strict=True)
 
 
-def seen(facts: Hardware, **sections: Any) -> Forecast:
+def seen(facts: ClusterHardware, **sections: Any) -> ClusterEstimate:
     read = config(**sections)
-    return on_cluster(read, make_plan(read), facts)
+    return estimate_on_cluster(read, make_plan(read), facts)
 
 
-def where(forecast: Forecast) -> list[str]:
+def where(forecast: ClusterEstimate) -> list[str]:
     return [problem.where for problem in forecast.problems]
 
 
@@ -79,7 +79,7 @@ def test_time_and_cost_by_hand() -> None:
     assert not forecast.problems
     assert forecast.nodes == 2
     assert forecast.hours == pytest.approx(hours)
-    assert forecast.cost == pytest.approx(hours * (2 * 50 + 1))
+    assert forecast.cost_usd == pytest.approx(hours * (2 * 50 + 1))
     assert forecast.compute_seconds == pytest.approx(hours * 3600 / 7_630)
 
 
@@ -109,7 +109,7 @@ def test_only_nodes_that_are_taken_are_paid() -> None:
 
 def test_an_unknown_length_has_neither_time_nor_cost() -> None:
     forecast = seen(hardware(), train={"tokens": None, "epochs": 1})
-    assert (forecast.hours, forecast.cost) == (None, None)
+    assert (forecast.hours, forecast.cost_usd) == (None, None)
     assert forecast.compute_seconds > 0
 
 
@@ -196,12 +196,14 @@ def test_a_checkpoint_by_hand() -> None:
         (cores(64, memory_gb=99), {"cluster": {"gpus_per_worker": 1}}, "cluster.gpus_per_worker", "no GPUs"),
     ],
 )
-def test_what_does_not_fit_is_said_in_words(facts: Hardware, sections: dict[str, Any], key: str, words: str) -> None:
+def test_what_does_not_fit_is_said_in_words(
+    facts: ClusterHardware, sections: dict[str, Any], key: str, words: str
+) -> None:
     forecast = seen(facts, **sections)
     assert where(forecast) == [key]
     assert re.search(words, str(forecast.problems[0]))
     assert forecast.problems[0].fix
-    assert (forecast.hours, forecast.cost) == (None, None)
+    assert (forecast.hours, forecast.cost_usd) == (None, None)
 
 
 def test_on_cpu_every_core_is_a_device() -> None:
@@ -229,13 +231,13 @@ def test_notes() -> None:
 
 def test_the_text_shows_the_cluster_the_time_and_the_cost() -> None:
     read = config()
-    forecast = on_cluster(read, make_plan(read), hardware())
-    text = "\n".join(lines(forecast.added_to(make_plan(read)), forecast))
+    forecast = estimate_on_cluster(read, make_plan(read), hardware())
+    text = "\n".join(format_plan(forecast.add_to_plan(make_plan(read)), forecast))
     assert "2 of 2 nodes, each with 8 H100 (80 GB), on demand" in text
     assert "about 5.44 hours, if devices reach 34% of their peak" in text
     assert "about $549 at $101.00 an hour: 2 nodes at $50.00, the head at $1.00; prices of 2026-11-22" in text
     small = seen(hardware(nodes=1))
-    shown = "\n".join(lines(small.added_to(make_plan(read)), small))
+    shown = "\n".join(format_plan(small.add_to_plan(make_plan(read)), small))
     assert shown.count("it does not fit there") == 2
     assert "PROBLEM" in shown
 

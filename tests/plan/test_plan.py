@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from llm_training_toolkit.config.schema import Config
 from llm_training_toolkit.errors import PlanError
-from llm_training_toolkit.plan import DataFacts, Plan, StreamFacts, lines, make_plan, require
-from llm_training_toolkit.plan.lr_schedule import scratch_rate
+from llm_training_toolkit.plan import DataFacts, Plan, StreamFacts, check_plan, format_plan, make_plan
+from llm_training_toolkit.plan.lr_schedule import compute_scratch_lr
 
 TINY = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
 
@@ -34,17 +34,17 @@ def where(plan: Plan) -> list[str]:
 
 
 def test_a_sound_run() -> None:
-    plan = require(make_plan(config()))
+    plan = check_plan(make_plan(config()))
     assert (plan.steps, plan.steps_estimated, plan.tokens_per_step) == (100, False, 16 * 128)
-    assert (plan.shares(), plan.accumulation()) == ((8, 8), 8)
-    assert plan.shares(3) == (6, 5, 5)
+    assert (plan.split_batch(), plan.get_accumulation_steps()) == ((8, 8), 8)
+    assert plan.split_batch(3) == (6, 5, 5)
     assert plan.lr == 3e-3
     assert plan.warmup_steps == 1
     assert plan.save_every_seconds == 600.0
     assert plan.save_every_steps is None
-    schedule = plan.schedule()
-    assert schedule.lr_at(0) == 3e-3
-    assert schedule.lr_at(99) == pytest.approx(3e-4)
+    schedule = plan.build_lr_schedule()
+    assert schedule.compute_lr(0) == 3e-3
+    assert schedule.compute_lr(99) == pytest.approx(3e-4)
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_the_length_of_a_run(
 def test_a_run_of_unknown_length_has_no_schedule_yet() -> None:
     plan = make_plan(config(train={"steps": None, "epochs": 1}))
     with pytest.raises(PlanError, match="ltt prepare"):
-        plan.schedule()
+        plan.build_lr_schedule()
     assert plan.warmup_steps is None
     assert make_plan(config(train={"steps": None, "epochs": 1}, optim={"warmup": 5})).warmup_steps == 5
 
@@ -110,9 +110,9 @@ def test_problems_are_found(sections: dict[str, Any], expected: str) -> None:
     plan = make_plan(config(**sections))
     assert where(plan) == [expected]
     with pytest.raises(PlanError, match=expected.replace("[", r"\[")):
-        require(plan)
+        check_plan(plan)
     assert plan.problems[0].fix
-    assert any(expected in line for line in lines(plan))
+    assert any(expected in line for line in format_plan(plan))
 
 
 def test_an_empty_data_set_is_a_problem() -> None:
@@ -125,7 +125,7 @@ def test_all_problems_come_at_once() -> None:
     plan = make_plan(config(run={"dir": "gs://x"}, cluster={"workers": 40}, optim={"warmup": 1000}))
     assert where(plan) == ["run.dir", "cluster.workers", "optim.warmup"]
     with pytest.raises(PlanError) as caught:
-        require(plan)
+        check_plan(plan)
     assert len(str(caught.value).splitlines()) == 3
 
 
@@ -150,7 +150,7 @@ def test_notes(sections: dict[str, Any], note: str) -> None:
 
 def test_the_ranks_that_were_started_count() -> None:
     assert make_plan(config(cluster={"workers": 0})).replicas == 1
-    assert make_plan(config(cluster={"workers": 0}), replicas=4).shares() == (4, 4, 4, 4)
+    assert make_plan(config(cluster={"workers": 0}), replicas=4).split_batch() == (4, 4, 4, 4)
 
 
 def test_json_has_the_contract() -> None:
@@ -171,7 +171,7 @@ def test_too_many_workers_still_print() -> None:
 
 
 def test_text_says_the_arithmetic() -> None:
-    text = lines(make_plan(config(engine={"zero": 2})))
+    text = format_plan(make_plan(config(engine={"zero": 2})))
     assert 10 <= len(text) <= 14
     assert any("global batch 16 = 2 replicas x 8, in 8 micro-batches of 1" in line for line in text)
     assert any("100 steps x 2,048 tokens = 205k tokens" in line for line in text)
@@ -183,13 +183,13 @@ def test_text_says_the_arithmetic() -> None:
     ("parameters", "rate"), [(1000, 3e-3), (125_000_000, 6e-4), (1_300_000_000, 2e-4), (70_000_000_000, 1.2e-4)]
 )
 def test_rates_of_the_table(parameters: int, rate: float) -> None:
-    assert scratch_rate(parameters) == rate
+    assert compute_scratch_lr(parameters) == rate
 
 
 @given(st.integers(1, 10**11), st.integers(1, 10**11))
 def test_a_larger_model_never_gets_a_larger_rate(one: int, other: int) -> None:
     small, large = sorted((one, other))
-    assert scratch_rate(small) >= scratch_rate(large)
+    assert compute_scratch_lr(small) >= compute_scratch_lr(large)
 
 
 def test_weights_get_the_rate_of_fine_tuning() -> None:
@@ -202,7 +202,7 @@ ADAPTED = {"name": "qwen3-0.6b", "path": "x", "lora": {}}
 
 
 def test_adapters_are_what_is_trained() -> None:
-    plan = require(make_plan(config(model=ADAPTED, tokenizer={"path": "x"})))
+    plan = check_plan(make_plan(config(model=ADAPTED, tokenizer={"path": "x"})))
     assert plan.adapter is not None
     per_layer = 16 * (1024 + 2048 + 2 * (1024 + 1024) + 2048 + 1024 + 3 * (1024 + 3072))
     assert plan.trainable_parameters == 28 * per_layer
@@ -224,7 +224,7 @@ def test_adapters_are_what_is_trained() -> None:
     ]
     assert printed["trainable_parameters"] == plan.trainable_parameters
     assert make_plan(config()).to_json()["adapter"] is None
-    [line] = [line for line in lines(plan) if line.startswith("adapters")]
+    [line] = [line for line in format_plan(plan) if line.startswith("adapters")]
     assert "LoRA rank 16, scaled by 2, on q_proj, k_proj" in line
     assert "10.1M parameters trained (10,092,544, 1.69% of the model)" in line
 
@@ -280,7 +280,7 @@ def test_a_mixture_shows_what_each_source_is_worth() -> None:
     plan = make_plan(mixed, DataFacts((StreamFacts((300,), share=3), StreamFacts((100, 100), share=1))))
     assert [source.epochs for source in plan.mixture] == [pytest.approx(2.0), pytest.approx(2.0)]
     assert plan.epochs is None
-    assert any(line.startswith("source") and "a: 75.0% of the tokens, 2 epochs" in line for line in lines(plan))
+    assert any(line.startswith("source") and "a: 75.0% of the tokens, 2 epochs" in line for line in format_plan(plan))
     assert plan.to_json()["mixture"][1] == {"path": "b", "share": 0.25, "epochs": pytest.approx(2.0)}
 
 
@@ -290,7 +290,7 @@ def test_an_elastic_run_is_planned_at_every_size() -> None:
     )
     assert (plan.replicas, plan.workers, plan.fewest_workers, plan.is_elastic) == (6, 6, 1, True)
     assert plan.to_json()["accumulation"] == {"1": 6, "2": 3, "3": 2, "4": 2, "5": 2, "6": 1, "7": 1, "8": 1}
-    text = lines(plan)
+    text = format_plan(plan)
     for row in (
         "with 1 worker: 12 each, in 6 micro-batches of 2",
         "with 2 workers: 6 each, in 3 micro-batches of 2",
@@ -315,7 +315,7 @@ def test_notes_of_an_elastic_run_are_of_the_size_they_are_true_of() -> None:
 def test_the_lines_of_an_elastic_run_name_every_size_once(fewest: int, more: int, micro_batch: int) -> None:
     sizes = range(fewest, min(fewest + more, 64) + 1)
     train = {"global_batch": 64, "micro_batch": micro_batch}
-    text = lines(make_plan(config(cluster={"workers": [fewest, fewest + more]}, train=train)))
+    text = format_plan(make_plan(config(cluster={"workers": [fewest, fewest + more]}, train=train)))
     rows = [line.split("with ")[1].split(" worker")[0] for line in text if line.startswith(" ") and "with " in line]
     named = [range(int(row.split(" to ")[0]), int(row.split(" to ")[-1]) + 1) for row in rows]
     assert [size for group in named for size in group] == list(sizes)

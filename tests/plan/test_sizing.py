@@ -8,13 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_training_toolkit.config import Config, parse
+from llm_training_toolkit.config import Config, parse_config
 from llm_training_toolkit.plan import (
-    fitting_micro_batch,
-    lines,
+    find_fitting_micro_batch,
+    find_smaller_micro_batch,
+    format_plan,
     make_plan,
-    settled,
-    smaller_micro_batch,
+    with_micro_batch,
     with_precision,
     with_zero_stage,
 )
@@ -22,7 +22,7 @@ from llm_training_toolkit.plan import (
 
 def config(global_batch: int = 64, **model: Any) -> Config:
     """A run of a 0.6B model with sequences of 1,024 tokens."""
-    return parse(
+    return parse_config(
         {
             "run": {"name": "a"},
             "model": {"name": "qwen3-0.6b", **model},
@@ -35,14 +35,14 @@ def config(global_batch: int = 64, **model: Any) -> Config:
 
 
 def needed(made: Config, rows: int, replicas: int) -> float:
-    return 1e9 * sum(make_plan(settled(made, rows), replicas=replicas).memory_gb_per_device.values())
+    return 1e9 * sum(make_plan(with_micro_batch(made, rows), replicas=replicas).memory_gb_per_device.values())
 
 
 @given(global_batch=st.integers(1, 64), replicas=st.integers(1, 8), gigabytes=st.floats(0.1, 200))
 def test_the_largest_that_fits_is_taken(global_batch: int, replicas: int, gigabytes: float) -> None:
     replicas = min(replicas, global_batch)
     made, free = config(global_batch), gigabytes * 1e9
-    rows = fitting_micro_batch(made, replicas, free)
+    rows = find_fitting_micro_batch(made, replicas, free)
     share = -(-global_batch // replicas)
     assert 1 <= rows <= share
     assert rows == 1 or needed(made, rows, replicas) <= 0.9 * free
@@ -54,22 +54,22 @@ def test_the_largest_that_fits_is_taken(global_batch: int, replicas: int, gigaby
 @given(global_batch=st.integers(1, 200), rows=st.integers(1, 200))
 def test_the_next_one_is_at_most_half_and_the_last_one_is_one(global_batch: int, rows: int) -> None:
     tried = [min(rows, global_batch)]
-    while after := smaller_micro_batch(config(global_batch), 1, tried[-1]):
+    while after := find_smaller_micro_batch(config(global_batch), 1, tried[-1]):
         assert after <= tried[-1] / 2
         tried.append(after)
     assert tried[-1] == 1
 
 
 def test_flash_attention_takes_one_row() -> None:
-    assert fitting_micro_batch(config(attention="flash_attention_2"), 1, 1e15) == 1
+    assert find_fitting_micro_batch(config(attention="flash_attention_2"), 1, 1e15) == 1
 
 
 def test_a_plan_without_a_device_says_that_the_micro_batch_is_open() -> None:
     made = make_plan(config())
     assert made.micro_batch == 1
     assert {"micro_batch", "accumulation"} <= set(made.estimated)
-    assert any("as large as memory allows" in line for line in lines(made))
-    chosen = with_precision(with_zero_stage(settled(config(), 8), 2), "fp32")
+    assert any("as large as memory allows" in line for line in format_plan(made))
+    chosen = with_precision(with_zero_stage(with_micro_batch(config(), 8), 2), "fp32")
     assert make_plan(chosen).estimated == ("memory_gb_per_device",)
 
 
@@ -80,4 +80,4 @@ def test_other_words_and_numbers_are_refused(value: object) -> None:
     data = config().model_dump(mode="json")
     data["train"]["micro_batch"] = value
     with pytest.raises(ConfigError, match="micro_batch"):
-        parse(data, "test")
+        parse_config(data, "test")

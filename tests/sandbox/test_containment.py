@@ -13,13 +13,13 @@ import pytest
 _ASK = """
 import json
 from llm_training_toolkit.errors import LaunchError
-from llm_training_toolkit.evaluation.sandbox.isolation import containment
+from llm_training_toolkit.evaluation.sandbox.isolation import find_sandbox_kind
 try:
-    containment()
+    find_sandbox_kind()
     refused = ""
 except LaunchError as error:
     refused = str(error)
-print(json.dumps([refused, containment(unsafe=True)]))
+print(json.dumps([refused, find_sandbox_kind(unsafe=True)]))
 """
 
 

@@ -14,14 +14,21 @@ from pathlib import Path
 import pytest
 
 from llm_training_toolkit.evaluation.sandbox import run as running
-from llm_training_toolkit.evaluation.sandbox.isolation import why_not
-from llm_training_toolkit.evaluation.sandbox.run import MEGABYTE, Ended, Kind, Limits, run, run_all
+from llm_training_toolkit.evaluation.sandbox.isolation import find_sandbox_problem
+from llm_training_toolkit.evaluation.sandbox.run import (
+    MEGABYTE,
+    ProgramResult,
+    SandboxKind,
+    SandboxLimits,
+    run_program,
+    run_programs,
+)
 from llm_training_toolkit.evaluation.sandbox.supervisor import workdir as folder
 from sandbox.hostile import PROGRAMS
 
 MARK = 16 * MEGABYTE + 4711
 """A limit no one else sets: it stands in the command line of every process of these tests' programs."""
-LIMITS = Limits(seconds=3.0, memory=256 * MEGABYTE, file=MARK)
+LIMITS = SandboxLimits(seconds=3.0, memory=256 * MEGABYTE, max_file_bytes=MARK)
 REFUSED = """
 import ctypes, errno, os
 libc = ctypes.CDLL(None, use_errno=True)
@@ -32,11 +39,11 @@ for call, arguments in {
     assert getattr(libc, call)(*arguments) < 0 and ctypes.get_errno() == errno.EPERM, call
 """
 """Shared memory, files without a name, namespaces, and living on when the toolkit is dead."""
-Report = Mapping[str, Ended]
+Report = Mapping[str, ProgramResult]
 
 
-CHOICES: tuple[Kind, ...] = ("bubblewrap", "namespaces")
-KINDS = [kind for kind in CHOICES if not why_not(kind)]
+CHOICES: tuple[SandboxKind, ...] = ("bubblewrap", "namespaces")
+KINDS = [kind for kind in CHOICES if not find_sandbox_problem(kind)]
 """The containments of this machine."""
 
 
@@ -56,7 +63,7 @@ def left_over() -> list[str]:
 @pytest.fixture(scope="module", params=KINDS)
 def report(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Report]:
     """How each hostile program ended, all of them run side by side; what lies outside is as it was."""
-    kind: Kind = request.param
+    kind: SandboxKind = request.param
     outside = tmp_path_factory.mktemp("outside")
     (outside / "file").write_text("as it was")
     os.environ["LTT_TEST_SECRET"] = "secret"
@@ -72,7 +79,7 @@ def report(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         head = "".join(f"{name} = {value}\n" for name, value in given.items())
         programs = [head + text.replace("ltt-test-PARENT", f"ltt-test-{os.getpid()}") for text in PROGRAMS.values()]
         started = time.monotonic()
-        ends = run_all(programs, kind, LIMITS, at_a_time=6)
+        ends = run_programs(programs, kind, LIMITS, at_a_time=6)
         assert time.monotonic() - started < 60
     del os.environ["LTT_TEST_SECRET"]
     assert left_over() == []
@@ -98,12 +105,12 @@ def test_what_never_ends_is_ended(report: Report) -> None:
 def test_what_ends_early_has_not_passed(report: Report) -> None:
     for name in ("an early end", "another program", "a crash", "a daemon", "an end like its keeper's"):
         assert report[name].end == "crashed", name
-    assert report["a polite early end"] == Ended("failed", "SystemExit: 0")
+    assert report["a polite early end"] == ProgramResult("failed", "SystemExit: 0")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_honest_programs_pass(kind: Kind) -> None:
+def test_honest_programs_pass(kind: SandboxKind) -> None:
     programs = {
         "nothing": "",
         "a file of its own": "open('mine', 'w').write('x')\nassert open('/tmp/mine').read() == 'x'",
@@ -118,26 +125,26 @@ assert subprocess.run([sys.executable, '-c', 'print(7)'], capture_output=True, t
         "text of every kind": "assert len('漢字 😀') == 4",
         "calls that get round limits are refused": REFUSED,
     }
-    assert dict(zip(programs, run_all(list(programs.values()), kind, LIMITS, 2), strict=True)) == dict.fromkeys(
-        programs, Ended("passed")
+    assert dict(zip(programs, run_programs(list(programs.values()), kind, LIMITS, 2), strict=True)) == dict.fromkeys(
+        programs, ProgramResult("passed")
     )
 
 
 @pytest.mark.slow
 def test_without_containment_time_and_memory_are_limited_still() -> None:
     chosen = [PROGRAMS[name] for name in ("an endless loop", "memory", "a daemon", "output without end", "a crash")]
-    ends = [ended.end for ended in run_all(chosen, "none", LIMITS, at_a_time=3)]
+    ends = [ended.end for ended in run_programs(chosen, "none", LIMITS, at_a_time=3)]
     assert ends == ["timed out", "failed", "crashed", "timed out", "crashed"]
     assert left_over() == []
 
 
 @pytest.mark.slow
 def test_a_toolkit_that_is_killed_leaves_nothing_behind() -> None:
-    kind: Kind = "none" if why_not("namespaces") else "namespaces"
+    kind: SandboxKind = "none" if find_sandbox_problem("namespaces") else "namespaces"
     code = (
-        "import sys\nfrom llm_training_toolkit.evaluation.sandbox.run import Limits, run\n"
+        "import sys\nfrom llm_training_toolkit.evaluation.sandbox.run import SandboxLimits, run_program\n"
         "program = 'import ctypes, time; ctypes.CDLL(None).prctl(1, 0); time.sleep(99)'\n"
-        f"run(program, {kind!r}, Limits(seconds=99.0, file={MARK}))"
+        f"run_program(program, {kind!r}, SandboxLimits(seconds=99.0, file={MARK}))"
     )
     process = subprocess.Popen([sys.executable, "-c", code])
     end = time.monotonic() + 30
@@ -154,20 +161,25 @@ def test_a_toolkit_that_is_killed_leaves_nothing_behind() -> None:
 @pytest.mark.slow
 def test_a_program_that_floods_its_report_has_all_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(running, "_GRACE_SECONDS", 1.5)
-    assert run(PROGRAMS["output everywhere"], "none", Limits(seconds=2.0, file=MARK)).end == "timed out"
+    assert (
+        run_program(PROGRAMS["output everywhere"], "none", SandboxLimits(seconds=2.0, max_file_bytes=MARK)).end
+        == "timed out"
+    )
 
 
 def test_what_a_killed_supervisor_left_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    held, left, young = Path(folder.make()), tmp_path / "ltt-program-left", tmp_path / "ltt-program-young"
+    held, left, young = Path(folder.create_workdir()), tmp_path / "ltt-program-left", tmp_path / "ltt-program-young"
     for path in (left, young):
         path.mkdir()
     (left / "file").touch()
     for path in (held, left):
         os.utime(path, (0, 0))
-    folder.clear_left_over()
+    folder.remove_stale_workdirs()
     assert sorted(tmp_path.iterdir()) == sorted([held, young])
 
 
 def test_errors_are_told() -> None:
-    assert run("assert 1 == 2, 'one is not two'", "none", LIMITS) == Ended("failed", "AssertionError: one is not two")
+    assert run_program("assert 1 == 2, 'one is not two'", "none", LIMITS) == ProgramResult(
+        "failed", "AssertionError: one is not two"
+    )

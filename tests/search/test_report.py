@@ -11,34 +11,34 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from llm_training_toolkit.config.search import Search
-from llm_training_toolkit.search.early_stopping import goes_on
-from llm_training_toolkit.search.event_log import Ledger, Rung, Trial
-from llm_training_toolkit.search.report import page
-from llm_training_toolkit.search.space import draw
-from llm_training_toolkit.search.table import table
+from llm_training_toolkit.config.search import SearchConfig
+from llm_training_toolkit.search.early_stopping import should_continue
+from llm_training_toolkit.search.event_log import EventLog, RungResult, TrialRecord
+from llm_training_toolkit.search.report import render_report_page
+from llm_training_toolkit.search.space import draw_random_point
+from llm_training_toolkit.search.table import build_trials_table
 from photograph import Page, browser, photograph
 from search.test_space import CHOICES, RATE, search
 
 
-def searched(path: Path) -> tuple[Search, Ledger]:
+def searched(path: Path) -> tuple[SearchConfig, EventLog]:
     """A search of sixteen trials on a bowl, one of which failed."""
     asked = search(RATE | CHOICES, trials=16)
-    ledger = Ledger(path)
-    ledger.start()
+    ledger = EventLog(path)
+    ledger.record_start()
     for number in range(16):
-        point = draw(asked, number)
-        ledger.begin(Trial(number, point, number))
+        point = draw_random_point(asked, number)
+        ledger.record_begin(TrialRecord(number, point, number))
         worth = (math.log10(point["optim.lr"]) + 2.3) ** 2 + 0.2 * (point["optim.schedule"] != "wsd")
         for rung, step in enumerate((4, 16, 64)):
             value = worth + 6.0 / (rung + 1)
-            good = rung < 2 and goes_on(asked.scheduler, "min", value, ledger.values_at(rung, 0, number))
-            ledger.rung(number, Rung(rung, step, step * 512, value, go_on=good, last=rung == 2))
+            good = rung < 2 and should_continue(asked.scheduler, "min", value, ledger.get_rung_values(rung, 0, number))
+            ledger.record_rung(number, RungResult(rung, step, step * 512, value, go_on=good, last=rung == 2))
             if not good:
                 break
-        ledger.end(number, "finished" if rung == 2 else "stopped")
-    ledger.begin(Trial(16, draw(asked, 16), 16))
-    ledger.end(16, "failed", "step 3: the loss is <nan> & more")
+        ledger.record_end(number, "finished" if rung == 2 else "stopped")
+    ledger.record_begin(TrialRecord(16, draw_random_point(asked, 16), 16))
+    ledger.record_end(16, "failed", "step 3: the loss is <nan> & more")
     return asked, ledger
 
 
@@ -57,7 +57,7 @@ class _Balance(HTMLParser):
 
 
 def test_the_page_is_whole_and_fetches_nothing(tmp_path: Path) -> None:
-    text = page(*searched(tmp_path / "ledger.jsonl"), "bowl", 123_456)
+    text = render_report_page(*searched(tmp_path / "ledger.jsonl"), "bowl", 123_456)
     balance = _Balance()
     balance.feed(text)
     assert balance.open == []
@@ -67,18 +67,18 @@ def test_the_page_is_whole_and_fetches_nothing(tmp_path: Path) -> None:
 
 
 def test_a_search_in_which_all_failed_still_has_a_page(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path / "ledger.jsonl")
-    ledger.begin(Trial(0, {"optim.lr": 0.01}, 0))
-    ledger.rung(0, Rung(0, 4, 400, math.nan, go_on=False))
-    ledger.end(0, "failed", "gone")
-    assert "No trial" in page(search(RATE), ledger, "none", 0)
+    ledger = EventLog(tmp_path / "ledger.jsonl")
+    ledger.record_begin(TrialRecord(0, {"optim.lr": 0.01}, 0))
+    ledger.record_rung(0, RungResult(0, 4, 400, math.nan, go_on=False))
+    ledger.record_end(0, "failed", "gone")
+    assert "No trial" in render_report_page(search(RATE), ledger, "none", 0)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(browser() is None, reason="no Chromium on this machine")
 def test_a_browser_draws_every_plot(tmp_path: Path) -> None:
     report = tmp_path / "report.html"
-    report.write_text(page(*searched(tmp_path / "ledger.jsonl"), "bowl", 123_456))
+    report.write_text(render_report_page(*searched(tmp_path / "ledger.jsonl"), "bowl", 123_456))
     drawn = (
         "const sizes = [...document.querySelectorAll('.plot')].map(plot => plot.getBoundingClientRect());"
         "if (sizes.length < 16 || !sizes.some(size => size.width > 100 && size.height > 20)) throw Error('no plots')"
@@ -89,9 +89,9 @@ def test_a_browser_draws_every_plot(tmp_path: Path) -> None:
 
 def test_the_screen_shows_a_few_trials_the_best_first_and_all_at_work(tmp_path: Path) -> None:
     asked, ledger = searched(tmp_path / "ledger.jsonl")
-    ledger.begin(Trial(17, draw(asked, 17), 17))
+    ledger.record_begin(TrialRecord(17, draw_random_point(asked, 17), 17))
     console = Console(width=140, record=True, file=StringIO())
-    console.print(table(asked, ledger, console.width))
+    console.print(build_trials_table(asked, ledger, console.width))
     lines = console.export_text().splitlines()
     assert lines[1].startswith("t0000")
     assert sum(line.startswith("t00") for line in lines) == 12
@@ -104,7 +104,7 @@ def test_on_a_narrow_screen_titles_are_folded_and_no_value_is(tmp_path: Path) ->
     found = {}
     for width in (70, 60):
         console = Console(width=width, record=True, file=StringIO())
-        console.print(table(asked, ledger, width))
+        console.print(build_trials_table(asked, ledger, width))
         found[width] = next(line for line in console.export_text().splitlines() if line.startswith("t0000")).split()
     assert found[70][:5] == ["t0000", "finished", "2.0029", "64", "32,768"]
     assert found[60][:4] == ["t0000", "finished", "2.0029", "64"], "tokens are left out first"

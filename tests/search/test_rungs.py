@@ -8,25 +8,25 @@ import random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_training_toolkit.config.search import Scheduler
-from llm_training_toolkit.search.early_stopping import bracket_of, goes_on, rung_steps
+from llm_training_toolkit.config.search import SchedulerConfig
+from llm_training_toolkit.search.early_stopping import compute_rung_steps, get_bracket, should_continue
 
-ASHA = Scheduler(name="asha", factor=4)
+ASHA = SchedulerConfig(name="asha", factor=4)
 
 
 def test_rungs_by_default_are_a_sixteenth_a_quarter_and_the_whole() -> None:
-    assert rung_steps(ASHA, 64, 512) == (4, 16, 64)
+    assert compute_rung_steps(ASHA, 64, 512) == (4, 16, 64)
 
 
 def test_rungs_in_tokens_come_at_the_same_tokens_for_every_batch() -> None:
-    scheduler = Scheduler(name="asha", factor=4, first_tokens=8192)
-    assert rung_steps(scheduler, 64, 2048) == (4, 16, 64)
-    assert rung_steps(scheduler, 128, 1024) == (8, 32, 128)
+    scheduler = SchedulerConfig(name="asha", factor=4, first_tokens=8192)
+    assert compute_rung_steps(scheduler, 64, 2048) == (4, 16, 64)
+    assert compute_rung_steps(scheduler, 128, 1024) == (8, 32, 128)
 
 
 def test_rungs_of_the_median_are_evenly_spaced_and_none_has_one() -> None:
-    assert rung_steps(Scheduler(name="median", first_steps=5), 22, 1) == (5, 10, 15, 20, 22)
-    assert rung_steps(Scheduler(name="none"), 22, 1) == (22,)
+    assert compute_rung_steps(SchedulerConfig(name="median", first_steps=5), 22, 1) == (5, 10, 15, 20, 22)
+    assert compute_rung_steps(SchedulerConfig(name="none"), 22, 1) == (22,)
 
 
 @given(
@@ -36,8 +36,8 @@ def test_rungs_of_the_median_are_evenly_spaced_and_none_has_one() -> None:
     steps=st.integers(1, 3000),
 )
 def test_rungs_grow_and_end_with_the_run(name: str, factor: int, first: int | None, steps: int) -> None:
-    scheduler = Scheduler.model_validate({"name": name, "factor": factor, "first_steps": first})
-    found = rung_steps(scheduler, steps, 7)
+    scheduler = SchedulerConfig.model_validate({"name": name, "factor": factor, "first_steps": first})
+    found = compute_rung_steps(scheduler, steps, 7)
     assert list(found) == sorted(set(found))
     assert found[-1] == steps
     assert found[0] >= 1
@@ -45,18 +45,18 @@ def test_rungs_grow_and_end_with_the_run(name: str, factor: int, first: int | No
 
 def test_asha_keeps_the_best_quarter_whatever_the_direction() -> None:
     others = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]
-    assert goes_on(ASHA, "min", 1.5, others)
-    assert not goes_on(ASHA, "min", 2.5, others)
-    assert goes_on(ASHA, "max", 6.5, others)
-    assert not goes_on(ASHA, "max", 5.5, others)
+    assert should_continue(ASHA, "min", 1.5, others)
+    assert not should_continue(ASHA, "min", 2.5, others)
+    assert should_continue(ASHA, "max", 6.5, others)
+    assert not should_continue(ASHA, "max", 5.5, others)
 
 
 @given(values=st.lists(st.floats(0, 10), min_size=1, max_size=60), factor=st.integers(2, 5))
 def test_the_best_trial_so_far_always_goes_on_and_not_many_do(values: list[float], factor: int) -> None:
-    scheduler = Scheduler(name="asha", factor=factor)
+    scheduler = SchedulerConfig(name="asha", factor=factor)
     for count, value in enumerate(values):
         if value <= min(values[:count], default=math.inf):
-            assert goes_on(scheduler, "min", value, values[:count])
+            assert should_continue(scheduler, "min", value, values[:count])
 
 
 def test_asha_on_trials_in_any_order_spends_a_third_of_the_grid() -> None:
@@ -69,7 +69,7 @@ def test_asha_on_trials_in_any_order_spends_a_third_of_the_grid() -> None:
             for rung, share in enumerate((1 / 16, 3 / 16, 12 / 16)):
                 spent += share / 16
                 others = seen.setdefault(rung, [])
-                good = goes_on(ASHA, "min", value, others)
+                good = should_continue(ASHA, "min", value, others)
                 others.append(value)
                 if not good:
                     break
@@ -81,18 +81,18 @@ def test_asha_on_trials_in_any_order_spends_a_third_of_the_grid() -> None:
 
 
 def test_no_number_never_goes_on_and_does_not_hold_up_others() -> None:
-    assert not goes_on(ASHA, "min", math.nan, [])
-    assert goes_on(ASHA, "min", 9.0, [math.nan, math.inf])
+    assert not should_continue(ASHA, "min", math.nan, [])
+    assert should_continue(ASHA, "min", 9.0, [math.nan, math.inf])
 
 
 def test_the_median_waits_for_three() -> None:
-    median = Scheduler(name="median")
-    assert goes_on(median, "min", 9.0, [1.0, 2.0])
-    assert not goes_on(median, "min", 9.0, [1.0, 2.0, 3.0])
-    assert goes_on(median, "min", 2.0, [1.0, 2.0, 3.0])
+    median = SchedulerConfig(name="median")
+    assert should_continue(median, "min", 9.0, [1.0, 2.0])
+    assert not should_continue(median, "min", 9.0, [1.0, 2.0, 3.0])
+    assert should_continue(median, "min", 2.0, [1.0, 2.0, 3.0])
 
 
 def test_brackets_take_turns() -> None:
-    hyperband = Scheduler(name="hyperband")
-    assert [bracket_of(hyperband, trial, 3) for trial in range(5)] == [0, 1, 2, 0, 1]
-    assert bracket_of(ASHA, 7, 3) == 0
+    hyperband = SchedulerConfig(name="hyperband")
+    assert [get_bracket(hyperband, trial, 3) for trial in range(5)] == [0, 1, 2, 0, 1]
+    assert get_bracket(ASHA, 7, 3) == 0

@@ -5,67 +5,67 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from llm_training_toolkit.search.budget import State
-from llm_training_toolkit.search.event_log import Ledger, Rung, Trial
+from llm_training_toolkit.search.budget import SearchBudget
+from llm_training_toolkit.search.event_log import EventLog, RungResult, TrialRecord
 from search.test_space import CHOICES, RATE, search
 
 
-def begun(ledger: Ledger, count: int, tokens: int = 100) -> None:
+def begun(ledger: EventLog, count: int, tokens: int = 100) -> None:
     for number in range(count):
-        ledger.begin(Trial(number, {"optim.lr": 0.001 + number}, number))
-        ledger.rung(number, Rung(0, 4, tokens, 1.0, go_on=False))
-        ledger.end(number, "stopped")
+        ledger.record_begin(TrialRecord(number, {"optim.lr": 0.001 + number}, number))
+        ledger.record_rung(number, RungResult(0, 4, tokens, 1.0, go_on=False))
+        ledger.record_end(number, "stopped")
 
 
 def test_the_number_of_trials_is_an_end_that_can_be_put_off(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path / "ledger.jsonl")
+    ledger = EventLog(tmp_path / "ledger.jsonl")
     begun(ledger, 4)
-    assert State(search(RATE, trials=4), ledger).over
-    assert not State(search(RATE, trials=5), ledger).over
+    assert SearchBudget(search(RATE, trials=4), ledger).is_search_finished
+    assert not SearchBudget(search(RATE, trials=5), ledger).is_search_finished
 
 
 def test_a_trial_at_work_is_no_end(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path / "ledger.jsonl")
+    ledger = EventLog(tmp_path / "ledger.jsonl")
     begun(ledger, 3)
-    ledger.begin(Trial(3, {"optim.lr": 0.5}, 3))
-    assert not State(search(RATE, trials=4), ledger).over
+    ledger.record_begin(TrialRecord(3, {"optim.lr": 0.5}, 3))
+    assert not SearchBudget(search(RATE, trials=4), ledger).is_search_finished
 
 
 def test_a_grid_ends_with_its_combinations_those_left_out_included(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path / "ledger.jsonl")
+    ledger = EventLog(tmp_path / "ledger.jsonl")
     begun(ledger, 5)
     grid = search(CHOICES, trials=100, searcher={"name": "grid"})
-    assert not State(grid, ledger).over
-    ledger.leave_out(5, {"optim.lr": 99}, "impossible")
-    assert State(grid, ledger).over
+    assert not SearchBudget(grid, ledger).is_search_finished
+    ledger.record_invalid_point(5, {"optim.lr": 99}, "impossible")
+    assert SearchBudget(grid, ledger).is_search_finished
 
 
 def test_a_point_that_is_left_out_twice_is_one_point(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path / "ledger.jsonl")
+    ledger = EventLog(tmp_path / "ledger.jsonl")
     begun(ledger, 4)
     for draw in (5, 9):
-        ledger.leave_out(draw, {"optim.lr": 99}, "impossible")
+        ledger.record_invalid_point(draw, {"optim.lr": 99}, "impossible")
     assert ledger.next_draw == 10
-    assert not State(search(CHOICES, trials=100), ledger).over
+    assert not SearchBudget(search(CHOICES, trials=100), ledger).is_search_finished
 
 
 def test_failures_in_a_row_before_any_rung_are_without_hope_until_the_next_start(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path / "ledger.jsonl")
+    ledger = EventLog(tmp_path / "ledger.jsonl")
     begun(ledger, 1)
-    state = State(search(RATE, trials=None, budget={"tokens": 1e9}), ledger)
+    state = SearchBudget(search(RATE, trials=None, budget={"tokens": 1e9}), ledger)
     for number in range(1, 9):
-        assert not state.hopeless
-        ledger.begin(Trial(number, {"optim.lr": 0.001}, number))
-        ledger.end(number, "failed", f"error {number}")
-    assert state.hopeless == "error 8"
-    assert not State(state.search, ledger).hopeless
+        assert not state.repeated_error
+        ledger.record_begin(TrialRecord(number, {"optim.lr": 0.001}, number))
+        ledger.record_end(number, "failed", f"error {number}")
+    assert state.repeated_error == "error 8"
+    assert not SearchBudget(state.search, ledger).repeated_error
 
 
 def test_tokens_of_all_trials_use_up_the_budget(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path / "ledger.jsonl")
+    ledger = EventLog(tmp_path / "ledger.jsonl")
     begun(ledger, 3, tokens=500)
-    assert State(search(RATE, trials=None, budget={"tokens": 1500}), ledger).spent
-    assert not State(search(RATE, trials=None, budget={"tokens": 1501}), ledger).spent
+    assert SearchBudget(search(RATE, trials=None, budget={"tokens": 1500}), ledger).is_exhausted
+    assert not SearchBudget(search(RATE, trials=None, budget={"tokens": 1501}), ledger).is_exhausted
 
 
 def test_time_counts_while_a_driver_works_and_not_between(tmp_path: Path) -> None:
@@ -73,6 +73,6 @@ def test_time_counts_while_a_driver_works_and_not_between(tmp_path: Path) -> Non
     now = time.time()
     events = [(now - 1000, "start"), (now - 900, "beat"), (now - 30, "start")]
     path.write_text("".join(f'{{"time": {when}, "event": "{what}"}}\n' for when, what in events))
-    assert abs(Ledger(path).seconds() - 130) < 5
-    assert State(search(RATE, trials=None, budget={"time": "2m"}), Ledger(path)).spent
-    assert not State(search(RATE, trials=None, budget={"time": "3m"}), Ledger(path)).spent
+    assert abs(EventLog(path).compute_active_seconds() - 130) < 5
+    assert SearchBudget(search(RATE, trials=None, budget={"time": "2m"}), EventLog(path)).is_exhausted
+    assert not SearchBudget(search(RATE, trials=None, budget={"time": "3m"}), EventLog(path)).is_exhausted

@@ -13,15 +13,15 @@ import pytest
 
 from llm_training_toolkit.errors import LaunchError
 from llm_training_toolkit.runs.storage import lease as claim
-from llm_training_toolkit.runs.storage.lease import claimed, is_held
-from llm_training_toolkit.runs.storage.s3_client import Bucket, StorageError
+from llm_training_toolkit.runs.storage.lease import hold_lease, is_lease_held
+from llm_training_toolkit.runs.storage.s3_client import S3Client, StorageError
 
 pytestmark = pytest.mark.slow
 _HOLD = """
 import sys, time
-from llm_training_toolkit.runs.storage.s3_client import Bucket
-from llm_training_toolkit.runs.storage.lease import claimed
-with claimed(Bucket(sys.argv[1]), print):
+from llm_training_toolkit.runs.storage.s3_client import S3Client
+from llm_training_toolkit.runs.storage.lease import hold_lease
+with hold_lease(S3Client(sys.argv[1]), print):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -31,20 +31,20 @@ def silent(_text: str) -> None:
     """Nobody listens."""
 
 
-def elsewhere(bucket: Bucket, number: int) -> None:
+def elsewhere(bucket: S3Client, number: int) -> None:
     """A claim of a process of another machine."""
     record = {"holder": "process 7 on other", "process": "boot/pid/7@1", "token": "t"}
-    assert bucket.create(f"claims/{number:06d}", json.dumps(record).encode())
+    assert bucket.put_object_if_absent(f"claims/{number:06d}", json.dumps(record).encode())
 
 
 def test_a_claim_ends_with_its_block_and_the_next_one_has_the_next_number(bucket: str) -> None:
-    store = Bucket(bucket)
-    assert not is_held(store)
+    store = S3Client(bucket)
+    assert not is_lease_held(store)
     for number in (1, 2, 3):
-        with claimed(store, silent):
-            assert is_held(store)
-            assert list(store.listed("claims/")) == [f"claims/{number:06d}"]
-        assert not is_held(store)
+        with hold_lease(store, silent):
+            assert is_lease_held(store)
+            assert list(store.list_objects("claims/")) == [f"claims/{number:06d}"]
+        assert not is_lease_held(store)
 
 
 def test_a_living_holder_is_told_from_a_dead_one(bucket: str) -> None:
@@ -54,32 +54,32 @@ def test_a_living_holder_is_told_from_a_dead_one(bucket: str) -> None:
         said: list[str] = []
         with (
             pytest.raises(LaunchError, match=rf"already running \(process {holder.pid} on"),
-            claimed(Bucket(bucket), said.append),
+            hold_lease(S3Client(bucket), said.append),
         ):
             pass
         assert "waiting" in said[0]
         holder.kill()
         holder.wait()
     began = time.monotonic()
-    with claimed(Bucket(bucket), silent):
+    with hold_lease(S3Client(bucket), silent):
         assert time.monotonic() - began < 5, "its process is known to be gone"
 
 
 def test_a_holder_on_another_machine_is_dead_when_its_claim_expires(
     bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store = Bucket(bucket)
+    store = S3Client(bucket)
     elsewhere(store, 1)
-    assert is_held(store)
+    assert is_lease_held(store)
     monkeypatch.setattr(claim, "EXPIRES_AFTER", 2.0)
-    with claimed(store, silent):
-        assert list(store.listed("claims/")) == ["claims/000002"]
+    with hold_lease(store, silent):
+        assert list(store.list_objects("claims/")) == ["claims/000002"]
 
 
 def test_a_holder_that_was_taken_over_learns_it(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(claim, "RENEWED_EVERY", 0.1)
-    store, said = Bucket(bucket), threading.Event()
-    with claimed(store, lambda _text: said.set()):
+    store, said = S3Client(bucket), threading.Event()
+    with hold_lease(store, lambda _text: said.set()):
         assert not said.wait(0.5)
         elsewhere(store, 2)
         assert said.wait(10)
@@ -113,7 +113,7 @@ def test_a_store_without_conditional_writes_is_refused(bucket: str, monkeypatch:
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
     try:
-        with pytest.raises(LaunchError, match="ignores conditional writes"), claimed(Bucket(bucket), silent):
+        with pytest.raises(LaunchError, match="ignores conditional writes"), hold_lease(S3Client(bucket), silent):
             pass
     finally:
         server.shutdown()
@@ -134,6 +134,6 @@ def test_a_store_that_cannot_be_had_is_said_with_what_to_check(
     address = value if name == "BUCKET" else bucket
     with (
         pytest.raises(StorageError, match=rf"{address}: .*{said}.*AWS_ACCESS_KEY_ID"),
-        claimed(Bucket(address), silent),
+        hold_lease(S3Client(address), silent),
     ):
         pass

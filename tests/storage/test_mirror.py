@@ -12,20 +12,20 @@ from typing import Any
 import pytest
 import torch
 
-from llm_training_toolkit.checkpoint import Rule, complete, newest
-from llm_training_toolkit.checkpoint.manager import CheckpointSaver, Lineage
-from llm_training_toolkit.checkpoint.restore import newest_sound
-from llm_training_toolkit.checkpoint.state import Progress
+from llm_training_toolkit.checkpoint import RetentionPolicy, find_latest_checkpoint, list_complete_checkpoints
+from llm_training_toolkit.checkpoint.manager import CheckpointLineage, CheckpointManager
+from llm_training_toolkit.checkpoint.restore import find_latest_valid_checkpoint
+from llm_training_toolkit.checkpoint.state import TrainState
 from llm_training_toolkit.distributed.context import Event, RunContext
 from llm_training_toolkit.errors import CheckpointError, LaunchError
-from llm_training_toolkit.runs.attempts import last_attempt
+from llm_training_toolkit.runs.attempts import find_last_attempt
 from llm_training_toolkit.runs.directory import RunDirectory
-from llm_training_toolkit.runs.status import statuses
+from llm_training_toolkit.runs.status import read_run_statuses
 from llm_training_toolkit.runs.storage import append_log as growing
-from llm_training_toolkit.runs.storage import opened, runs_at, storage_of, taking_part
+from llm_training_toolkit.runs.storage import find_storage, open_path, open_runs_directory, open_worker
 from llm_training_toolkit.runs.storage import s3_client as buckets
 from llm_training_toolkit.runs.storage import s3_storage as mirror
-from llm_training_toolkit.runs.storage.open import staging_root
+from llm_training_toolkit.runs.storage.open import get_staging_root
 from s3_server import client, keys
 from test_saving import Model
 
@@ -40,16 +40,18 @@ def context(events: list[Event] | None = None) -> RunContext:
     return RunContext(0, 1, torch.device("cpu"), report=(events if events is not None else []).append)
 
 
-def saver(run: RunDirectory, attempt: int = 1) -> CheckpointSaver:
-    lineage = Lineage(attempt, None, 0, 1, "c", "d", {}, {})
+def saver(run: RunDirectory, attempt: int = 1) -> CheckpointManager:
+    lineage = CheckpointLineage(attempt, None, 0, 1, "c", "d", {}, {})
     engine: Any = Model()
-    return CheckpointSaver(run, context(), engine, lineage, every_steps=1, every_seconds=None, rule=Rule(2))
+    return CheckpointManager(
+        run, context(), engine, lineage, every_steps=1, every_seconds=None, rule=RetentionPolicy(2)
+    )
 
 
-def save(saving: CheckpointSaver, *steps: int) -> None:
+def save(saving: CheckpointManager, *steps: int) -> None:
     for step in steps:
-        saving.begin(Progress(step, step, step))
-        saving.complete()
+        saving.begin_save(TrainState(step, step, step))
+        saving.finalize_save()
 
 
 def below(address: str) -> str:
@@ -57,52 +59,52 @@ def below(address: str) -> str:
 
 
 def names(run: RunDirectory) -> list[str]:
-    return [path.name for path in complete(run.checkpoints)]
+    return [path.name for path in list_complete_checkpoints(run.checkpoints_dir)]
 
 
 def test_what_one_process_writes_is_there_for_the_next_on_an_empty_machine(bucket: str) -> None:
-    with taking_part(bucket, silent) as run:
-        run.resolved.write_text("{}")
-        run.metrics.write_text('{"step": 1}\n')
-        assert storage_of(run.path).begin_attempt({"host": "a"}) == 1
+    with open_worker(bucket, silent) as run:
+        run.resolved_config_path.write_text("{}")
+        run.metrics_path.write_text('{"step": 1}\n')
+        assert find_storage(run.path).begin_attempt({"host": "a"}) == 1
         save(saver(run), 1)
         assert (
-            run.metrics.read_bytes()
+            run.metrics_path.read_bytes()
             == client().get_object(Bucket="bucket", Key=f"{below(bucket)}metrics.jsonl.000000000000000")["Body"].read()
         ), "what led to a checkpoint is there with it"
         first = run.path
-        assert not list(run.checkpoints.rglob("*.safetensors")), "it would be there twice"
+        assert not list(run.checkpoints_dir.rglob("*.safetensors")), "it would be there twice"
     assert not first.exists()
-    with taking_part(bucket, silent) as run:
+    with open_worker(bucket, silent) as run:
         assert run.path != first
-        assert run.resolved.read_text() == "{}"
-        assert storage_of(run.path).begin_attempt({"host": "b"}) == 2
-        with run.metrics.open("a") as file:
+        assert run.resolved_config_path.read_text() == "{}"
+        assert find_storage(run.path).begin_attempt({"host": "b"}) == 2
+        with run.metrics_path.open("a") as file:
             file.write('{"step": 2}\n')
-        found = newest_sound(run, context())
+        found = find_latest_valid_checkpoint(run, context())
         assert found is not None
         assert found.read("w", "weights", 0, 100).tolist() == [0.0] * 100
-        storage_of(run.path).let_go(found.directory)
-        assert not list(run.checkpoints.rglob("*.safetensors"))
-    with taking_part(bucket, silent) as run:
-        assert [json.loads(line)["step"] for line in run.metrics.read_text().splitlines()] == [1, 2]
-        assert last_attempt(run) == 2
+        find_storage(run.path).evict_checkpoint(found.directory)
+        assert not list(run.checkpoints_dir.rglob("*.safetensors"))
+    with open_worker(bucket, silent) as run:
+        assert [json.loads(line)["step"] for line in run.metrics_path.read_text().splitlines()] == [1, 2]
+        assert find_last_attempt(run) == 2
 
 
 def test_two_processes_that_begin_at_once_take_two_attempts(bucket: str) -> None:
-    with taking_part(bucket, silent) as one, taking_part(bucket, silent) as other:
-        taken = [storage_of(run.path).begin_attempt({"run": number}) for number, run in enumerate((one, other, one))]
+    with open_worker(bucket, silent) as one, open_worker(bucket, silent) as other:
+        taken = [find_storage(run.path).begin_attempt({"run": number}) for number, run in enumerate((one, other, one))]
     assert taken == [1, 2, 3]
 
 
 def test_retention_and_clearing_delete_in_the_bucket(bucket: str) -> None:
-    with taking_part(bucket, silent) as run:
+    with open_worker(bucket, silent) as run:
         save(saver(run), 1, 2, 3)
         client().put_object(
             Bucket="bucket", Key=f"{below(bucket)}checkpoints/step_000000009_a1/fragments_00000.safetensors", Body=b"x"
         )
         client().create_multipart_upload(Bucket="bucket", Key=f"{below(bucket)}checkpoints/step_000000009_a1/part")
-    with taking_part(bucket, silent) as run:
+    with open_worker(bucket, silent) as run:
         assert names(run) == ["step_000000002_a1", "step_000000003_a1"]
         saver(run, attempt=2)
         left = {key.split("/")[0] for key in keys(f"{below(bucket)}checkpoints/")}
@@ -116,7 +118,7 @@ def test_retention_and_clearing_delete_in_the_bucket(bucket: str) -> None:
 def test_a_damaged_newest_checkpoint_gives_way_and_stays_where_it_is(
     bucket: str, damage: Callable[[bytes], bytes | None]
 ) -> None:
-    with taking_part(bucket, silent) as run:
+    with open_worker(bucket, silent) as run:
         save(saver(run), 1, 2)
     file = f"{below(bucket)}checkpoints/step_000000002_a1/fragments_00000.safetensors"
     content = damage(client().get_object(Bucket="bucket", Key=file)["Body"].read())
@@ -125,148 +127,150 @@ def test_a_damaged_newest_checkpoint_gives_way_and_stays_where_it_is(
     else:
         client().put_object(Bucket="bucket", Key=file, Body=content)
     events: list[Event] = []
-    with taking_part(bucket, silent) as run:
-        found = newest_sound(run, context(events))
+    with open_worker(bucket, silent) as run:
+        found = find_latest_valid_checkpoint(run, context(events))
         assert found is not None
         assert found.manifest.step == 1
         assert f"{bucket}/checkpoints/step_000000002_a1/left_behind" in events[0]["message"]
-    with taking_part(bucket, silent) as run:
+    with open_worker(bucket, silent) as run:
         assert names(run) == ["step_000000001_a1"], "it is not looked at again"
         save(saver(run, attempt=2), 2, 3)
     assert "step_000000002_a1/manifest.json" in keys(f"{below(bucket)}checkpoints/"), "nothing deletes it"
 
 
 def test_the_only_checkpoint_is_never_put_aside(bucket: str) -> None:
-    with taking_part(bucket, silent) as run:
+    with open_worker(bucket, silent) as run:
         save(saver(run), 1)
     client().delete_object(
         Bucket="bucket", Key=f"{below(bucket)}checkpoints/step_000000001_a1/fragments_00000.safetensors"
     )
-    with taking_part(bucket, silent) as run, pytest.raises(CheckpointError, match=f"delete {bucket} to start again"):
-        newest_sound(run, context())
+    with open_worker(bucket, silent) as run, pytest.raises(CheckpointError, match=f"delete {bucket} to start again"):
+        find_latest_valid_checkpoint(run, context())
 
 
 def test_ranks_that_outlived_their_driver_save_nothing(bucket: str) -> None:
-    with taking_part(bucket, silent) as old, taking_part(bucket, silent) as new:
-        storage_of(old.path).begin_attempt({})
+    with open_worker(bucket, silent) as old, open_worker(bucket, silent) as new:
+        find_storage(old.path).begin_attempt({})
         saving = saver(old)
         save(saving, 1)
-        storage_of(new.path).begin_attempt({})
+        find_storage(new.path).begin_attempt({})
         with pytest.raises(CheckpointError, match="attempt 2 has taken over this run"):
             save(saving, 2)
-        assert newest(new.checkpoints) is None
-        storage_of(new.path).look(new.path)
+        assert find_latest_checkpoint(new.checkpoints_dir) is None
+        find_storage(new.path).refresh_directory(new.path)
         assert names(new) == ["step_000000001_a1"]
 
 
 def test_a_store_that_is_away_for_a_while_costs_nothing(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mirror, "_PAUSE", 0.1)
-    with taking_part(bucket, silent) as run:
+    monkeypatch.setattr(mirror, "_RETRY_INTERVAL", 0.1)
+    with open_worker(bucket, silent) as run:
         saving = saver(run)
         with away(monkeypatch) as back:
-            saving.begin(Progress(1, 1, 1))
+            saving.begin_save(TrainState(1, 1, 1))
             assert saving.is_writing
             back()
-            saving.complete()
+            saving.finalize_save()
         assert names(run) == ["step_000000001_a1"]
 
 
 def test_a_store_that_stays_away_fails_the_checkpoint_in_words(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mirror, "_PATIENCE", 0.0)
-    with taking_part(bucket, silent) as run:
+    monkeypatch.setattr(mirror, "_RETRY_TIMEOUT", 0.0)
+    with open_worker(bucket, silent) as run:
         save(saver(run), 1)
         saving = saver(run)
         with away(monkeypatch):
-            saving.begin(Progress(2, 2, 2))
+            saving.begin_save(TrainState(2, 2, 2))
             said = f"checkpoint {bucket}/checkpoints/step_000000002_a1 could not be written: rank 0: nobody answers"
             with pytest.raises(CheckpointError, match=said):
-                saving.complete()
-    with taking_part(bucket, silent) as run:
+                saving.finalize_save()
+    with open_worker(bucket, silent) as run:
         assert names(run) == ["step_000000001_a1"]
 
 
 @contextmanager
 def away(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
     """The store does not answer until it is called back: its client goes to a port where nobody listens."""
-    known = buckets.Bucket._key
+    known = buckets.S3Client._build_full_key
     refused = threading.Event()
 
-    def key(self: buckets.Bucket, relative: str) -> str:
+    def key(self: buckets.S3Client, relative: str) -> str:
         if not refused.is_set():
             raise buckets.StorageError("nobody answers")
         return known(self, relative)
 
-    monkeypatch.setattr(buckets.Bucket, "_key", key)
+    monkeypatch.setattr(buckets.S3Client, "_build_full_key", key)
     try:
         yield refused.set
     finally:
-        monkeypatch.setattr(buckets.Bucket, "_key", known)
+        monkeypatch.setattr(buckets.S3Client, "_build_full_key", known)
 
 
 def test_growing_files_become_few_segments_and_their_end_is_read(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(growing, "_MOST_SEGMENTS", 4)
     monkeypatch.setattr(mirror, "_TAIL", 30)
     lines = [f'{{"step": {step}}}\n' for step in range(10)]
-    with taking_part(bucket, silent) as run:
+    with open_worker(bucket, silent) as run:
         for line in lines:
-            with run.metrics.open("a") as file:
+            with run.metrics_path.open("a") as file:
                 file.write(line)
-            storage_of(run.path).send()
-        with run.metrics.open("a") as file:
+            find_storage(run.path).flush()
+        with run.metrics_path.open("a") as file:
             file.write("half a li")
-        storage_of(run.path).send()
+        find_storage(run.path).flush()
         assert len(keys(f"{below(bucket)}metrics.jsonl")) == 4
-    with taking_part(bucket, silent) as run:
-        assert run.metrics.read_text() == "".join(lines[-2:]) + "half a li"
+    with open_worker(bucket, silent) as run:
+        assert run.metrics_path.read_text() == "".join(lines[-2:]) + "half a li"
 
 
 def test_an_export_takes_the_place_of_the_one_before_and_is_told_of_last(bucket: str) -> None:
     def export(run: RunDirectory, *files: str) -> None:
-        for path in run.export.glob("*"):
+        for path in run.export_dir.glob("*"):
             path.unlink()
-        run.export.mkdir(exist_ok=True)
+        run.export_dir.mkdir(exist_ok=True)
         for name in files:
-            (run.export / name).write_text(name)
-        (run.export / "training.json").write_text(json.dumps(files))
+            (run.export_dir / name).write_text(name)
+        (run.export_dir / "training.json").write_text(json.dumps(files))
 
-    with taking_part(bucket, silent) as run:
-        run.resolved.write_text("{}")
+    with open_worker(bucket, silent) as run:
+        run.resolved_config_path.write_text("{}")
         export(run, "model-1-of-2", "model-2-of-2")
-    with taking_part(bucket, silent) as run:
-        assert [path.name for path in run.export.iterdir()] == ["training.json"], "weights come when they are asked for"
+    with open_worker(bucket, silent) as run:
+        assert [path.name for path in run.export_dir.iterdir()] == ["training.json"], (
+            "weights come when they are asked for"
+        )
         export(run, "model")
     assert keys(f"{below(bucket)}export/") == ["model", "training.json"]
-    with opened(bucket, export=True) as path:
+    with open_path(bucket, export=True) as path:
         assert (path / "export" / "model").read_text() == "model"
-    with opened(f"{bucket}/export", export=True) as path:
+    with open_path(f"{bucket}/export", export=True) as path:
         assert (path / "model").read_text() == "model"
 
 
 def test_runs_in_a_bucket_are_listed_as_they_stand(bucket: str) -> None:
-    with taking_part(bucket, silent) as run:
-        run.resolved.write_text("{}")
-        run.metrics.write_text('{"step": 3, "attempt": 1, "train/loss": 2.5}\n')
-        storage_of(run.path).begin_attempt({})
-        storage_of(run.path).send()
-        with runs_at(bucket.rpartition("/")[0]) as look:
-            [found] = statuses(look())
+    with open_worker(bucket, silent) as run:
+        run.resolved_config_path.write_text("{}")
+        run.metrics_path.write_text('{"step": 3, "attempt": 1, "train/loss": 2.5}\n')
+        find_storage(run.path).begin_attempt({})
+        find_storage(run.path).flush()
+        with open_runs_directory(bucket.rpartition("/")[0]) as look:
+            [found] = read_run_statuses(look())
             assert (found.name, found.path, found.state, found.step) == ("run", bucket, "lost", 3)
-            with run.metrics.open("a") as file:
+            with run.metrics_path.open("a") as file:
                 file.write('{"step": 4, "attempt": 1, "train/loss": 2.4}\n')
-            storage_of(run.path).send()
-            assert statuses(look())[0].step == 4
+            find_storage(run.path).flush()
+            assert read_run_statuses(look())[0].step == 4
 
 
 def test_what_the_dead_left_is_removed(bucket: str) -> None:
-    staging_root().mkdir()
-    (staging_root() / "dead").mkdir()
-    (staging_root() / "dead" / ".lock").touch()
-    with taking_part(bucket, silent) as run:
-        assert list(staging_root().iterdir()) == [run.path.parent]
-    assert not list(staging_root().iterdir())
+    get_staging_root().mkdir()
+    (get_staging_root() / "dead").mkdir()
+    (get_staging_root() / "dead" / ".lock").touch()
+    with open_worker(bucket, silent) as run:
+        assert list(get_staging_root().iterdir()) == [run.path.parent]
+    assert not list(get_staging_root().iterdir())
 
 
 def test_an_address_below_no_run_is_said(bucket: str) -> None:
-    with pytest.raises(LaunchError, match="NoSuchBucket"), taking_part("s3://other/run", silent):
+    with pytest.raises(LaunchError, match="NoSuchBucket"), open_worker("s3://other/run", silent):
         pass
     assert Path(bucket)  # nothing was made of it

@@ -1,31 +1,47 @@
 """Checkpoints as fragments: complete or absent, loadable by any number of ranks under any ZeRO stage."""
 
-from llm_training_toolkit.checkpoint.base_weights import Base, base_of, refuse_other_base, weight_files
+from llm_training_toolkit.checkpoint.base_weights import (
+    BaseWeights,
+    check_base_matches,
+    find_weight_files,
+    read_base_weights,
+)
 from llm_training_toolkit.checkpoint.manifest import FileEntry, Manifest, UnknownFormatError, read_manifest
-from llm_training_toolkit.checkpoint.reader import Checkpoint, complete, newest, set_aside
-from llm_training_toolkit.checkpoint.retention import Rule, clean, clear_unfinished, held_out_losses, kept
-from llm_training_toolkit.checkpoint.writer import Piece, Writing, finish, memory_for
+from llm_training_toolkit.checkpoint.reader import (
+    CheckpointReader,
+    find_latest_checkpoint,
+    list_complete_checkpoints,
+    quarantine_checkpoint,
+)
+from llm_training_toolkit.checkpoint.retention import (
+    RetentionPolicy,
+    apply_retention_policy,
+    delete_incomplete_checkpoints,
+    held_out_losses,
+    select_kept_steps,
+)
+from llm_training_toolkit.checkpoint.writer import AsyncWrite, ParameterShard, allocate_host_buffer, commit_checkpoint
 
 __all__ = [
-    "Base",
-    "Checkpoint",
+    "AsyncWrite",
+    "BaseWeights",
+    "CheckpointReader",
     "FileEntry",
     "Manifest",
-    "Piece",
-    "Rule",
+    "ParameterShard",
+    "RetentionPolicy",
     "UnknownFormatError",
-    "Writing",
-    "base_of",
-    "clean",
-    "clear_unfinished",
-    "complete",
-    "finish",
+    "allocate_host_buffer",
+    "apply_retention_policy",
+    "check_base_matches",
+    "commit_checkpoint",
+    "delete_incomplete_checkpoints",
+    "find_latest_checkpoint",
+    "find_weight_files",
     "held_out_losses",
-    "kept",
-    "memory_for",
-    "newest",
+    "list_complete_checkpoints",
+    "quarantine_checkpoint",
+    "read_base_weights",
     "read_manifest",
-    "refuse_other_base",
-    "set_aside",
-    "weight_files",
+    "select_kept_steps",
 ]

@@ -10,16 +10,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from llm_training_toolkit.checkpoint.manifest import FileEntry, digest
+from llm_training_toolkit.checkpoint.manifest import FileEntry, compute_sha256
 from llm_training_toolkit.distributed.context import RunContext
 from llm_training_toolkit.errors import CheckpointError
 
-_PATTERNS = ("model*.safetensors", "pytorch_model*.bin")
+_WEIGHT_FILE_PATTERNS = ("model*.safetensors", "pytorch_model*.bin")
 """Weights as transformers looks for them: the first kind that is there."""
 
 
 @dataclass(frozen=True)
-class Base:
+class BaseWeights:
     """The weights that adapters stand beside."""
 
     path: str
@@ -31,22 +31,25 @@ class Base:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> Base:
+    def from_json(cls, values: Mapping[str, Any]) -> BaseWeights:
         """As the manifest has it."""
         return cls(values["path"], tuple(FileEntry(**entry) for entry in values["files"]))
 
 
-def base_of(path: str, context: RunContext) -> Base:
+def read_base_weights(path: str, context: RunContext) -> BaseWeights:
     """The weights at a path, each file read by one rank. Collective. Raises CheckpointError when there are none."""
-    files = weight_files(path)
+    files = find_weight_files(path)
     mine = [
-        FileEntry(file.name, file.stat().st_size, digest(file)) for file in files[context.rank :: context.world_size]
+        FileEntry(file.name, file.stat().st_size, compute_sha256(file))
+        for file in files[context.rank :: context.world_size]
     ]
-    entries = sorted((entry for found in context.gather(mine) for entry in found), key=lambda entry: entry.name)
-    return Base(path, tuple(entries))
+    entries = sorted(
+        (entry for found in context.all_gather_object(mine) for entry in found), key=lambda entry: entry.name
+    )
+    return BaseWeights(path, tuple(entries))
 
 
-def weight_files(path: str) -> list[Path]:
+def find_weight_files(path: str) -> list[Path]:
     """The files of weights in a directory, or of a hub id that has been fetched, by name."""
     directory = Path(path).expanduser()
     if not directory.exists():
@@ -62,13 +65,13 @@ def weight_files(path: str) -> list[Path]:
             raise CheckpointError(
                 f"{path}: no such directory, and nothing of this name fetched from the hub"
             ) from error
-    for pattern in _PATTERNS:
+    for pattern in _WEIGHT_FILE_PATTERNS:
         if found := sorted(directory.glob(pattern)):
             return found
-    raise CheckpointError(f"{path}: no weights there ({' or '.join(_PATTERNS)})")
+    raise CheckpointError(f"{path}: no weights there ({' or '.join(_WEIGHT_FILE_PATTERNS)})")
 
 
-def refuse_other_base(saved: Base, now: Base) -> None:
+def check_base_matches(saved: BaseWeights, now: BaseWeights) -> None:
     """Raise CheckpointError when adapters would stand beside other weights than they were trained with."""
     before, found = ({entry.name: entry.sha256 for entry in base.files} for base in (saved, now))
     if before == found:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Memory:
+class HostBuffer:
     """Memory of this machine that holds one image after another.
 
     It is kept between them, and made ready behind the first steps: the kernel clears fresh memory page by page when it
@@ -26,19 +26,19 @@ class Memory:
 
     def __init__(self, size: int) -> None:
         """`size` bytes are made ready; where more are asked for, the memory grows. Raises MemoryError."""
-        self._pages = _anonymous(size)
-        self._touching = Thread(target=_touch, args=(self._pages,), daemon=True, name="checkpoint memory")
+        self._pages = _map_anonymous_memory(size)
+        self._touching = Thread(target=_touch_pages, args=(self._pages,), daemon=True, name="checkpoint memory")
         self._touching.start()
 
-    def of(self, size: int) -> memoryview:
+    def get_view(self, size: int) -> memoryview:
         """`size` bytes; what was in them before is lost. Raises MemoryError."""
         self._touching.join()
         if len(self._pages) < size:
-            self._pages = _anonymous(size)
+            self._pages = _map_anonymous_memory(size)
         return memoryview(self._pages)[:size]
 
 
-def image_of(tensors: Mapping[str, Tensor], memory: Memory) -> memoryview:
+def serialize_to_buffer(tensors: Mapping[str, Tensor], memory: HostBuffer) -> memoryview:
     """A safetensors file of flat fp32 tensors, copied out of their device. Raises MemoryError."""
     import torch  # noqa: PLC0415 - whoever reads checkpoints needs no torch
 
@@ -47,8 +47,8 @@ def image_of(tensors: Mapping[str, Tensor], memory: Memory) -> memoryview:
         assert tensor.dtype == torch.float32
         places[name] = (end, end + 4 * tensor.numel())
         end += 4 * tensor.numel()
-    header = _header(places)
-    image = memory.of(len(header) + end)
+    header = _build_header(places)
+    image = memory.get_view(len(header) + end)
     image[: len(header)] = header
     for name, tensor in tensors.items():
         at = len(header) + places[name][0]
@@ -56,12 +56,12 @@ def image_of(tensors: Mapping[str, Tensor], memory: Memory) -> memoryview:
     return image
 
 
-def size_of(names: Mapping[str, int]) -> int:
+def compute_serialized_size(names: Mapping[str, int]) -> int:
     """Bytes of the image of tensors with so many values each."""
-    return len(_header(dict.fromkeys(names, (2**40, 2**40)))) + 4 * sum(names.values())
+    return len(_build_header(dict.fromkeys(names, (2**40, 2**40)))) + 4 * sum(names.values())
 
 
-def _header(places: Mapping[str, tuple[int, int]]) -> bytes:
+def _build_header(places: Mapping[str, tuple[int, int]]) -> bytes:
     """The beginning of the file; values begin at a multiple of eight bytes."""
     entries = {
         name: {"dtype": "F32", "shape": [(end - start) // 4], "data_offsets": [start, end]}
@@ -72,13 +72,13 @@ def _header(places: Mapping[str, tuple[int, int]]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _anonymous(size: int) -> mmap.mmap:
+def _map_anonymous_memory(size: int) -> mmap.mmap:
     try:
         return mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
         raise MemoryError(str(error)) from error
 
 
-def _touch(pages: mmap.mmap) -> None:
+def _touch_pages(pages: mmap.mmap) -> None:
     """Write a byte of every page; numpy lets other threads run meanwhile."""
     np.frombuffer(pages, dtype=np.uint8)[:: mmap.PAGESIZE] = 0

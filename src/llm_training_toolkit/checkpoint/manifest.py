@@ -9,17 +9,17 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llm_training_toolkit.checkpoint.state import Skip, Taken
+from llm_training_toolkit.checkpoint.state import SkippedStep, StepStats
 from llm_training_toolkit.errors import CheckpointError
 
-FORMAT = 2
+MANIFEST_FORMAT = 2
 
 
 class UnknownFormatError(CheckpointError):
     """A checkpoint of another version of the toolkit: whole, but not to be read here, and so never set aside."""
 
 
-NAME = "manifest.json"
+MANIFEST_NAME = "manifest.json"
 
 
 @dataclass(frozen=True)
@@ -57,22 +57,22 @@ class Manifest:
     files: tuple[FileEntry, ...]
     fragments: tuple[tuple[str, int, int, int], ...]
     """(parameter, start, count, index into files) of every piece."""
-    skips: tuple[Skip, ...] = ()
+    skips: tuple[SkippedStep, ...] = ()
     """Updates that were left out along the lineage, with their sequences."""
-    recent: tuple[Taken, ...] = ()
+    recent: tuple[StepStats, ...] = ()
     """Losses and gradient norms of the last steps: what the next one is compared with."""
     eval_loss: float | None = None
     """The held-out loss of exactly this step; None where it was not measured then."""
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     @property
-    def updates(self) -> int:
+    def update_count(self) -> int:
         """How often the optimizer has updated the weights."""
         return self.step - len(self.skips)
 
     def to_json(self) -> str:
         """As stored."""
-        return json.dumps({"format": FORMAT, **asdict(self)}, indent=1)
+        return json.dumps({"format": MANIFEST_FORMAT, **asdict(self)}, indent=1)
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -80,25 +80,25 @@ def read_manifest(directory: Path) -> Manifest:
 
     What the storage says (OSError) goes out as it is: a file that cannot be read now is not damaged.
     """
-    path = directory / NAME
+    path = directory / MANIFEST_NAME
     try:
         data = json.loads(path.read_text())
         found = data.pop("format")
-        if found != FORMAT:
+        if found != MANIFEST_FORMAT:
             raise UnknownFormatError(
-                f"{path}: format {found}, this version reads {FORMAT}: use the version that wrote it"
+                f"{path}: format {found}, this version reads {MANIFEST_FORMAT}: use the version that wrote it"
             )
         data["files"] = tuple(FileEntry(**entry) for entry in data["files"])
         data["fragments"] = tuple(tuple(piece) for piece in data["fragments"])
         data["shapes"] = {name: tuple(shape) for name, shape in data["shapes"].items()}
-        data["skips"] = tuple(Skip(*skip) for skip in data["skips"])
-        data["recent"] = tuple(Taken(*step) for step in data["recent"])
+        data["skips"] = tuple(SkippedStep(*skip) for skip in data["skips"])
+        data["recent"] = tuple(StepStats(*step) for step in data["recent"])
         return Manifest(**data)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: not a readable manifest ({error!r}): delete the directory") from error
 
 
-def digest(path: Path) -> str:
+def compute_sha256(path: Path) -> str:
     """SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

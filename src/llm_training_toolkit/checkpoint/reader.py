@@ -11,32 +11,32 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import safe_open
 
-from llm_training_toolkit.checkpoint.manifest import NAME, Manifest, digest, read_manifest
+from llm_training_toolkit.checkpoint.manifest import MANIFEST_NAME, Manifest, compute_sha256, read_manifest
 from llm_training_toolkit.errors import CheckpointError
-from llm_training_toolkit.runs.directory import checkpoint_place
-from llm_training_toolkit.runs.storage import storage_of
+from llm_training_toolkit.runs.directory import parse_checkpoint_name
+from llm_training_toolkit.runs.storage import find_storage
 
 Array = NDArray[np.float32]
 
 
-def complete(checkpoints: Path) -> list[Path]:
+def list_complete_checkpoints(checkpoints: Path) -> list[Path]:
     """The complete checkpoints in a directory, oldest first."""
-    found = [path.parent for path in checkpoints.glob(f"*/{NAME}") if checkpoint_place(path.parent)]
-    return sorted(found, key=lambda path: checkpoint_place(path) or (0, 0))
+    found = [path.parent for path in checkpoints.glob(f"*/{MANIFEST_NAME}") if parse_checkpoint_name(path.parent)]
+    return sorted(found, key=lambda path: parse_checkpoint_name(path) or (0, 0))
 
 
-def newest(checkpoints: Path) -> Path | None:
+def find_latest_checkpoint(checkpoints: Path) -> Path | None:
     """The newest complete checkpoint, found by looking; None when there is none."""
-    found = complete(checkpoints)
+    found = list_complete_checkpoints(checkpoints)
     return found[-1] if found else None
 
 
-def set_aside(directory: Path) -> str:
+def quarantine_checkpoint(directory: Path) -> str:
     """Put away a checkpoint that the lineage leaves behind; it is no longer found, and nothing is lost. Says where."""
-    return storage_of(directory).leave_behind(directory)
+    return find_storage(directory).quarantine_checkpoint(directory)
 
 
-class Checkpoint:
+class CheckpointReader:
     """A complete checkpoint, open for reading."""
 
     def __init__(self, directory: Path) -> None:
@@ -44,23 +44,23 @@ class Checkpoint:
         self.manifest: Manifest = read_manifest(directory)
         self._open: dict[int, Any] = {}
 
-    def faults(self, share: int = 0, of: int = 1) -> list[str]:
+    def verify_files(self, share: int = 0, of: int = 1) -> list[str]:
         """What is wrong with the files; a rank checks every `of`-th file, so that each is read once."""
-        return [found for number in range(share, len(self.manifest.files), of) if (found := self.fault(number))]
+        return [found for number in range(share, len(self.manifest.files), of) if (found := self.verify_file(number))]
 
-    def fault(self, number: int) -> str:
+    def verify_file(self, number: int) -> str:
         """What is wrong with one file: not there, another size, another checksum; empty where nothing is."""
         entry = self.manifest.files[number]
         path = self.directory / entry.name
-        storage_of(path).bring(path)
+        find_storage(path).fetch_file(path)
         if not path.is_file():
             return f"{path}: missing"
         if path.stat().st_size != entry.size:
             return f"{path}: {path.stat().st_size} bytes, {entry.size} were written"
-        return "" if digest(path) == entry.sha256 else f"{path}: the checksum differs from what was written"
+        return "" if compute_sha256(path) == entry.sha256 else f"{path}: the checksum differs from what was written"
 
     @cached_property
-    def _pieces(self) -> Mapping[str, list[tuple[int, int, int]]]:
+    def _fragments_by_parameter(self) -> Mapping[str, list[tuple[int, int, int]]]:
         pieces: dict[str, list[tuple[int, int, int]]] = {}
         for name, start, count, file in self.manifest.fragments:
             pieces.setdefault(name, []).append((start, count, file))
@@ -73,10 +73,10 @@ class Checkpoint:
         """
         out = np.empty(count, dtype=np.float32)
         filled = 0
-        for piece_start, piece_count, file in self._pieces.get(name, []):
+        for piece_start, piece_count, file in self._fragments_by_parameter.get(name, []):
             low, high = max(start, piece_start), min(start + count, piece_start + piece_count)
             if low < high and low == start + filled:  # end to end: an overlap must not make up for a gap
-                stored = self._file(file).get_slice(f"{name}@{piece_start}/{key}")
+                stored = self._open_file(file).get_slice(f"{name}@{piece_start}/{key}")
                 out[low - start : high - start] = stored[low - piece_start : high - piece_start]
                 filled += high - low
         if filled != count:
@@ -86,14 +86,14 @@ class Checkpoint:
             )
         return out
 
-    def _file(self, index: int) -> Any:  # noqa: ANN401 - safetensors has no types
+    def _open_file(self, index: int) -> Any:  # noqa: ANN401 - safetensors has no types
         if index not in self._open:
             path = self.directory / self.manifest.files[index].name
-            storage_of(path).bring(path)
+            find_storage(path).fetch_file(path)
             self._open[index] = safe_open(path, framework="numpy")
         return self._open[index]
 
-    def parameters(self) -> Iterator[tuple[str, Array]]:
+    def iter_parameters(self) -> Iterator[tuple[str, Array]]:
         """Every trainable parameter, whole, one at a time, as fp32 in its shape."""
         for name, shape in self.manifest.shapes.items():
             yield name, self.read(name, "weights", 0, int(np.prod(shape))).reshape(shape)

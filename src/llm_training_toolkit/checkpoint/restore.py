@@ -8,73 +8,80 @@ import numpy as np
 import torch
 
 from llm_training_toolkit.checkpoint import (
-    Checkpoint,
+    CheckpointReader,
     UnknownFormatError,
-    complete,
-    newest,
-    set_aside,
+    find_latest_checkpoint,
+    list_complete_checkpoints,
+    quarantine_checkpoint,
 )
 from llm_training_toolkit.distributed.context import RunContext
-from llm_training_toolkit.distributed.heartbeat import Pulse
+from llm_training_toolkit.distributed.heartbeat import Heartbeat
 from llm_training_toolkit.engine import Engine
 from llm_training_toolkit.errors import CheckpointError
 from llm_training_toolkit.runs.directory import RunDirectory
-from llm_training_toolkit.runs.storage import storage_of
+from llm_training_toolkit.runs.storage import find_storage
 
 
-def newest_sound(run: RunDirectory, context: RunContext) -> Checkpoint | None:
+def find_latest_valid_checkpoint(run: RunDirectory, context: RunContext) -> CheckpointReader | None:
     """The newest checkpoint whose files are what was written; damaged ones are set aside and named. Collective.
 
     Raises CheckpointError where the only one is damaged, OSError where the storage cannot be read.
     """
     while True:
-        found = newest(run.checkpoints) if context.is_first else None
-        name = context.broadcast(found.name if found else None)  # not the path: a store's run has one on every rank
+        found = find_latest_checkpoint(run.checkpoints_dir) if context.is_rank_zero else None
+        name = context.broadcast_object(
+            found.name if found else None
+        )  # not the path: a store's run has one on every rank
         if name is None:
             return None
-        directory = run.checkpoints / name
-        faults = _damage(directory, context)
+        directory = run.checkpoints_dir / name
+        faults = _find_damage(directory, context)
         if not faults:
-            return Checkpoint(directory)
-        if context.broadcast(len(complete(run.checkpoints)) if context.is_first else 0) < 2:
+            return CheckpointReader(directory)
+        if (
+            context.broadcast_object(len(list_complete_checkpoints(run.checkpoints_dir)) if context.is_rank_zero else 0)
+            < 2
+        ):
             raise CheckpointError(
                 f"{faults[0]}: the only checkpoint of this run is damaged, and there is none before it. "
-                f"Bring the file back, or delete {storage_of(run.path).address(run.path)} to start again from step 0"
+                f"Bring the file back, or delete {find_storage(run.path).get_uri(run.path)} to start again from step 0"
             )
-        if context.is_first:
-            where = set_aside(directory)
+        if context.is_rank_zero:
+            where = quarantine_checkpoint(directory)
             message = f"checkpoint {directory.name} is damaged ({faults[0]}); {where}"
             context.report({"kind": "warning", "message": f"{message}, and the one before it is used"})
         context.barrier()
 
 
-def _damage(directory: Path, context: RunContext) -> list[str]:
+def _find_damage(directory: Path, context: RunContext) -> list[str]:
     """What is wrong with a checkpoint; each file is read by one rank, and by rank 0 where that one finds a fault.
 
     Only what rank 0 finds as well is damage. An OSError goes out as it is, on the rank that meets it: storage that
     fails for a moment, or shows a node not yet what another one wrote, is a matter for new workers.
     """
-    unreadable = context.broadcast(_unreadable(directory) if context.is_first else "")
+    unreadable = context.broadcast_object(_find_manifest_error(directory) if context.is_rank_zero else "")
     if unreadable:
         return [unreadable]
-    checkpoint = Checkpoint(directory)
+    checkpoint = CheckpointReader(directory)
     mine = {}
     for number in range(context.rank, len(checkpoint.manifest.files), context.world_size):
-        context.pulse.advance(f"checking file {number} of {directory.name}")
-        if fault := checkpoint.fault(number):
+        context.heartbeat.keepalive(f"checking file {number} of {directory.name}")
+        if fault := checkpoint.verify_file(number):
             mine[number] = fault
-    suspected = sorted(number for found in context.gather(tuple(mine)) for number in found)
-    checked = [fault for number in suspected if (fault := checkpoint.fault(number))] if context.is_first else []
-    damage = context.broadcast(checked)
+    suspected = sorted(number for found in context.all_gather_object(tuple(mine)) for number in found)
+    checked = (
+        [fault for number in suspected if (fault := checkpoint.verify_file(number))] if context.is_rank_zero else []
+    )
+    damage = context.broadcast_object(checked)
     if mine and not damage:
         raise OSError(f"{next(iter(mine.values()))}, but rank 0 finds it whole: is it the same storage on this node?")
     return damage
 
 
-def _unreadable(directory: Path) -> str:
+def _find_manifest_error(directory: Path) -> str:
     """Why the manifest cannot be understood; empty where it can, and where all ranks are to refuse its format."""
     try:
-        Checkpoint(directory)
+        CheckpointReader(directory)
     except UnknownFormatError:
         return ""
     except CheckpointError as error:
@@ -82,7 +89,9 @@ def _unreadable(directory: Path) -> str:
     return ""
 
 
-def restore(engine: Engine, checkpoint: Checkpoint, *, optimizer: bool = True, pulse: Pulse | None = None) -> None:
+def restore_engine(
+    engine: Engine, checkpoint: CheckpointReader, *, optimizer: bool = True, pulse: Heartbeat | None = None
+) -> None:
     """Load weights, and with `optimizer` Adam's state, into an engine of any ZeRO stage and number of ranks.
 
     Each rank reads the ranges it holds. Hyperparameters come from the configuration, not from the file.
@@ -96,13 +105,13 @@ def restore(engine: Engine, checkpoint: Checkpoint, *, optimizer: bool = True, p
             f"{checkpoint.directory}: not a checkpoint of this model: {first} is {stored.get(first, 'absent')} "
             f"there and {wanted.get(first, 'absent')} here ({len(differing)} parameters differ)"
         )
-    engine.create_optimizer_state(updates=checkpoint.manifest.updates if optimizer else 0)
-    for piece in engine.fragments():
+    engine.create_optimizer_state(updates=checkpoint.manifest.update_count if optimizer else 0)
+    for piece in engine.local_fragments():
         if pulse is not None:
-            pulse.advance(f"loading {piece.name}")
-        for key, tensor in piece.tensors(engine.optimizer).items():
+            pulse.keepalive(f"loading {piece.name}")
+        for key, tensor in piece.get_tensors(engine.optimizer).items():
             if optimizer or key == "weights":
                 values = checkpoint.read(piece.name, key, piece.start, piece.count)
                 tensor.copy_(torch.from_numpy(np.ascontiguousarray(values)))
-    storage_of(checkpoint.directory).let_go(checkpoint.directory)
-    engine.refresh()
+    find_storage(checkpoint.directory).evict_checkpoint(checkpoint.directory)
+    engine.sync_low_precision()

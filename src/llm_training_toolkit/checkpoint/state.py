@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 
 @dataclass(frozen=True)
-class Progress:
+class TrainState:
     """How far a run has come."""
 
     step: int = 0
@@ -16,13 +16,13 @@ class Progress:
     """Tokens seen along the lineage, padding included."""
     sequences: int = 0
     """Sequences seen along the lineage."""
-    skips: tuple[Skip, ...] = ()
+    skips: tuple[SkippedStep, ...] = ()
     """Updates that were left out along the lineage."""
-    recent: tuple[Taken, ...] = ()
+    recent: tuple[StepStats, ...] = ()
     """The last steps, as the next one is compared with them."""
 
 
-class Taken(NamedTuple):
+class StepStats(NamedTuple):
     """A step's numbers, as later ones are compared with them."""
 
     loss: float
@@ -30,7 +30,7 @@ class Taken(NamedTuple):
     """The gradient's, before clipping."""
 
 
-class Skip(NamedTuple):
+class SkippedStep(NamedTuple):
     """An update that was left out."""
 
     step: int

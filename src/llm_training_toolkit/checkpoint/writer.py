@@ -22,23 +22,23 @@ from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from llm_training_toolkit.checkpoint.host_buffer import Memory, image_of, size_of
-from llm_training_toolkit.checkpoint.manifest import NAME, FileEntry, Manifest
+from llm_training_toolkit.checkpoint.host_buffer import HostBuffer, compute_serialized_size, serialize_to_buffer
+from llm_training_toolkit.checkpoint.manifest import MANIFEST_NAME, FileEntry, Manifest
 from llm_training_toolkit.distributed.context import RunContext
 from llm_training_toolkit.errors import CheckpointError
-from llm_training_toolkit.runs.storage import storage_of
+from llm_training_toolkit.runs.storage import find_storage
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-_CHUNK = 1 << 23
+_CHUNK_BYTES = 1 << 23
 """Bytes written at a time."""
-_BLOCK = mmap.PAGESIZE
+_DIRECT_IO_BLOCK_BYTES = mmap.PAGESIZE
 """What is written past the page cache has to be whole ones of these, in memory and in the file."""
 
 
-class Piece(Protocol):
+class ParameterShard(Protocol):
     """A consecutive piece of a flattened parameter; the engine's Fragment is one."""
 
     @property
@@ -47,14 +47,14 @@ class Piece(Protocol):
     def start(self) -> int: ...
     @property
     def count(self) -> int: ...
-    def tensors(self, optimizer: torch.optim.Optimizer) -> Mapping[str, Tensor]: ...
+    def get_tensors(self, optimizer: torch.optim.Optimizer) -> Mapping[str, Tensor]: ...
 
 
-Describe = Callable[[tuple[FileEntry, ...], tuple[tuple[str, int, int, int], ...]], Manifest]
+ManifestBuilder = Callable[[tuple[FileEntry, ...], tuple[tuple[str, int, int, int], ...]], Manifest]
 """Makes the manifest once files and fragments are known."""
 
 
-class Outcome(NamedTuple):
+class WriteResult(NamedTuple):
     """What became of a rank's part: its file and pieces, or why there is none."""
 
     entry: FileEntry | None
@@ -62,33 +62,37 @@ class Outcome(NamedTuple):
     failure: str = ""
 
 
-def memory_for(pieces: Sequence[Piece]) -> Memory:
+def allocate_host_buffer(pieces: Sequence[ParameterShard]) -> HostBuffer:
     """Memory for the copies of these pieces, to be handed to one `Writing` after another. Raises MemoryError."""
     keys = ("weights", "exp_avg", "exp_avg_sq")
-    return Memory(size_of({_key(piece, key): piece.count for piece in pieces for key in keys}))
+    return HostBuffer(
+        compute_serialized_size({_get_tensor_name(piece, key): piece.count for piece in pieces for key in keys})
+    )
 
 
-class Writing:
+class AsyncWrite:
     """This rank's part of a checkpoint on its way to storage."""
 
     def __init__(
         self,
         rank: int,
         directory: Path,
-        pieces: Sequence[Piece],
+        pieces: Sequence[ParameterShard],
         optimizer: torch.optim.Optimizer,
-        memory: Memory,
+        memory: HostBuffer,
     ) -> None:
         """Copy the pieces into `memory`, which is in use until the outcome is there. Raises MemoryError."""
         self.directory = directory
         self._sent = 0
-        self._path = directory / _name(rank)
+        self._path = directory / _get_file_name(rank)
         index = [(piece.name, piece.start, piece.count) for piece in pieces]
-        tensors = {_key(piece, key): each for piece in pieces for key, each in piece.tensors(optimizer).items()}
-        image = image_of(tensors, memory)
-        self._outcome: Future[Outcome] = Future()
+        tensors = {
+            _get_tensor_name(piece, key): each for piece in pieces for key, each in piece.get_tensors(optimizer).items()
+        }
+        image = serialize_to_buffer(tensors, memory)
+        self._outcome: Future[WriteResult] = Future()
         # A daemon: a process that has to end does not wait for a part that nobody will complete.
-        Thread(target=self._run, args=(rank, image, index), daemon=True, name="checkpoint").start()
+        Thread(target=self._run_write, args=(rank, image, index), daemon=True, name="checkpoint").start()
 
     @property
     def is_done(self) -> bool:
@@ -96,98 +100,98 @@ class Writing:
         return self._outcome.done()
 
     @property
-    def size(self) -> int:
+    def bytes_written(self) -> int:
         """Bytes of this rank's file so far; one that goes on to a store counts again, for as much as has been sent."""
         try:
             return self._path.stat().st_size + self._sent
         except OSError:
             return self._sent
 
-    def outcome(self) -> Outcome:
+    def wait_for_result(self) -> WriteResult:
         """Wait for the end and say what became of the part."""
         return self._outcome.result()
 
-    def _run(self, rank: int, image: memoryview, index: list[tuple[str, int, int]]) -> None:
+    def _run_write(self, rank: int, image: memoryview, index: list[tuple[str, int, int]]) -> None:
         try:
-            entry = _write(self._path, image)
-            storage_of(self._path).deliver(self._path, self._count)
-            self._outcome.set_result(Outcome(entry, index))
+            entry = _write_file(self._path, image)
+            find_storage(self._path).upload_checkpoint_file(self._path, self._add_sent_bytes)
+            self._outcome.set_result(WriteResult(entry, index))
         except MemoryError:
-            self._outcome.set_result(Outcome(None, [], f"rank {rank}: the memory of its machine is full"))
+            self._outcome.set_result(WriteResult(None, [], f"rank {rank}: the memory of its machine is full"))
         except OSError as error:
-            self._outcome.set_result(Outcome(None, [], f"rank {rank}: {error}"))
+            self._outcome.set_result(WriteResult(None, [], f"rank {rank}: {error}"))
         except Exception as error:  # noqa: BLE001 - the edge of a thread: raised again where the outcome is asked for
             self._outcome.set_exception(error)
 
-    def _count(self, count: int) -> None:
+    def _add_sent_bytes(self, count: int) -> None:
         self._sent += count
 
 
-def finish(context: RunContext, writing: Writing, describe: Describe) -> None:
+def commit_checkpoint(context: RunContext, writing: AsyncWrite, describe: ManifestBuilder) -> None:
     """Wait for every rank's part and complete the checkpoint with the manifest. Collective.
 
     Raises CheckpointError on every rank when any rank could not write (a full disk, for example).
     """
     directory = writing.directory
-    outcomes = context.gather(writing.outcome())
+    outcomes = context.all_gather_object(writing.wait_for_result())
     failures = [outcome.failure for outcome in outcomes if outcome.failure]
     if not failures:
-        failures = context.broadcast(_complete(context, directory, outcomes, describe))
+        failures = context.broadcast_object(_commit_manifest(context, directory, outcomes, describe))
     if failures:
-        if context.is_first:
-            _remove_unfinished(directory)
+        if context.is_rank_zero:
+            _delete_incomplete(directory)
         raise CheckpointError(
-            f"checkpoint {storage_of(directory).address(directory)} could not be written: {'; '.join(failures)}. "
+            f"checkpoint {find_storage(directory).get_uri(directory)} could not be written: {'; '.join(failures)}. "
             "The checkpoints before it are whole: remove the cause (free some space on a full disk), "
             "then give the same command again"
         )
 
 
-def _remove_unfinished(directory: Path) -> None:
-    if not (directory / NAME).exists():
+def _delete_incomplete(directory: Path) -> None:
+    if not (directory / MANIFEST_NAME).exists():
         with suppress(OSError):  # a store that takes nothing deletes nothing either; the next start does
-            storage_of(directory).discard(directory)
+            find_storage(directory).delete_checkpoint(directory)
 
 
-def _name(rank: int) -> str:
+def _get_file_name(rank: int) -> str:
     return f"fragments_{rank:05d}.safetensors"
 
 
-def _key(piece: Piece, key: str) -> str:
+def _get_tensor_name(piece: ParameterShard, key: str) -> str:
     """What a tensor is called in the file."""
     return f"{piece.name}@{piece.start}/{key}"
 
 
-def _write(path: Path, image: memoryview) -> FileEntry:
+def _write_file(path: Path, image: memoryview) -> FileEntry:
     """Write and sum up in one pass: the checksum is of what was meant to be written, and nothing is read again."""
     summed = hashlib.sha256()
     path.parent.mkdir(parents=True, exist_ok=True)
-    if (path.parent / NAME).exists():
+    if (path.parent / MANIFEST_NAME).exists():
         raise FileExistsError(f"{path.parent} is a complete checkpoint")
     with path.open("wb", buffering=0) as file:
-        _past_the_page_cache(file.fileno(), on=True)
+        _set_direct_io(file.fileno(), on=True)
         while image:
-            written = _put(file.fileno(), image)
+            written = _write_chunk(file.fileno(), image)
             summed.update(image[:written])
             image = image[written:]
         os.fsync(file.fileno())
         return FileEntry(path.name, file.tell(), summed.hexdigest())
 
 
-def _put(file: int, image: memoryview) -> int:
+def _write_chunk(file: int, image: memoryview) -> int:
     """Write some of it; how many bytes that were."""
-    piece = image[:_CHUNK]
-    if len(piece) % _BLOCK == 0:
+    piece = image[:_CHUNK_BYTES]
+    if len(piece) % _DIRECT_IO_BLOCK_BYTES == 0:
         try:
             return os.write(file, piece)
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise  # otherwise it takes larger blocks only, or what came before ended within one
-    _past_the_page_cache(file, on=False)
+    _set_direct_io(file, on=False)
     return os.write(file, piece)
 
 
-def _past_the_page_cache(file: int, *, on: bool) -> None:
+def _set_direct_io(file: int, *, on: bool) -> None:
     """Filling the page cache took 3 s of a processor for 1.2 GB on a virtual machine, writing past it nearly nothing.
 
     Nor does it push out the data that the training reads. A file system that cannot do this goes on as it is.
@@ -197,9 +201,11 @@ def _past_the_page_cache(file: int, *, on: bool) -> None:
         fcntl.fcntl(file, fcntl.F_SETFL, flags | os.O_DIRECT if on else flags & ~os.O_DIRECT)
 
 
-def _complete(context: RunContext, directory: Path, outcomes: Sequence[Outcome], describe: Describe) -> list[str]:
+def _commit_manifest(
+    context: RunContext, directory: Path, outcomes: Sequence[WriteResult], describe: ManifestBuilder
+) -> list[str]:
     """On rank 0, check that the pieces add up and write the manifest; what went wrong comes back."""
-    if not context.is_first:
+    if not context.is_rank_zero:
         return []
     files = tuple(outcome.entry for outcome in outcomes if outcome.entry is not None)
     fragments = tuple((*piece, number) for number, outcome in enumerate(outcomes) for piece in outcome.pieces)
@@ -207,23 +213,25 @@ def _complete(context: RunContext, directory: Path, outcomes: Sequence[Outcome],
     held: dict[str, list[tuple[int, int]]] = {}
     for name, start, count, _ in fragments:
         held.setdefault(name, []).append((start, count))
-    wrong = [name for name, shape in manifest.shapes.items() if not _cover(held.get(name, []), math.prod(shape))]
+    wrong = [
+        name for name, shape in manifest.shapes.items() if not _is_exact_cover(held.get(name, []), math.prod(shape))
+    ]
     if wrong:
         return [f"the pieces of {', '.join(wrong[:3])} do not add up ({len(wrong)} parameters)"]
-    storage = storage_of(directory)
+    storage = find_storage(directory)
     try:
-        sizes = storage.sizes(directory)
+        sizes = storage.read_file_sizes(directory)
         for entry in files:  # what a rank wrote where rank 0 does not see it is no checkpoint
             size = sizes.get(entry.name, 0)
             if size != entry.size:
                 return [f"{entry.name} has {size} bytes on rank 0, {entry.size} were written: is the storage shared?"]
-        storage.publish(directory / NAME, manifest.to_json())
+        storage.commit_manifest(directory / MANIFEST_NAME, manifest.to_json())
     except OSError as error:
         return [f"rank 0: {error}"]
     return []
 
 
-def _cover(pieces: Sequence[tuple[int, int]], size: int) -> bool:
+def _is_exact_cover(pieces: Sequence[tuple[int, int]], size: int) -> bool:
     """Whether pieces (start, count) lie end to end from 0 to `size`, without a gap or an overlap."""
     end = 0
     for start, count in sorted(pieces):

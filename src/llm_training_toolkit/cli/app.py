@@ -34,16 +34,16 @@ Overrides = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 
 
-def _version(asked: bool) -> None:
+def _print_version(asked: bool) -> None:
     if asked:
         typer.echo(f"ltt {__version__}")
         raise typer.Exit
 
 
 @app.callback()
-def _options(
+def _accept_global_options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
     """Options before the verb."""
@@ -61,27 +61,27 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """What would happen: derived numbers, memory, the DeepSpeed JSON, and every problem found. Takes no hardware."""
-    from llm_training_toolkit.config import load
-    from llm_training_toolkit.plan import lines, make_plan, on_cluster, resolved_on
+    from llm_training_toolkit.config import load_config
+    from llm_training_toolkit.plan import estimate_on_cluster, format_plan, make_plan, resolve_for_hardware
 
-    read, there = load(config, overrides or ()), None
+    read, there = load_config(config, overrides or ()), None
     if cluster is None:
-        from llm_training_toolkit.worker.precision import resolve_precision_here
+        from llm_training_toolkit.worker.precision import resolve_local_precision
 
-        read, resolved = resolve_precision_here(read)
+        read, resolved = resolve_local_precision(read)
         made = make_plan(read).with_notes(resolved)
     else:
         from llm_training_toolkit.plan.cluster_file import read_hardware
 
         hardware = read_hardware(cluster)
-        read = resolved_on(read, hardware)
+        read = resolve_for_hardware(read, hardware)
         made = make_plan(read)
-        there = on_cluster(read, made, hardware)
-        made = there.added_to(made)
+        there = estimate_on_cluster(read, made, hardware)
+        made = there.add_to_plan(made)
     if as_json:
         typer.echo(json.dumps(made.to_json() | (there.to_json() if there else {"hours": None, "cost": None})))
     else:
-        typer.echo("\n".join(lines(made, there)))
+        typer.echo("\n".join(format_plan(made, there)))
     if made.problems:
         raise typer.Exit(2)
 
@@ -97,26 +97,33 @@ def prepare(
     as_json: AsJson = False,
 ) -> None:
     """Documents to packed tokens on disk, with a receipt. `train` does it when it has not been done."""
-    from llm_training_toolkit.config import load
+    from llm_training_toolkit.config import load_config
 
-    read = load(config, overrides or ())  # what is wrong with it is said before torch is imported
-    from llm_training_toolkit.data.prepare.epochs import facts_of, prepare_epochs, receipt_json, receipt_lines
-    from llm_training_toolkit.launch.backend import preparation_of
+    read = load_config(config, overrides or ())  # what is wrong with it is said before torch is imported
+    from llm_training_toolkit.data.prepare.epochs import (
+        build_data_facts,
+        build_dataset_info_json,
+        format_dataset_info,
+        prepare_epochs,
+    )
+    from llm_training_toolkit.launch.backend import create_dataset_builder
     from llm_training_toolkit.monitoring.console import Console
-    from llm_training_toolkit.plan import make_plan, mixture_lines
+    from llm_training_toolkit.plan import format_mixture, make_plan
 
     console = Console(sys.stderr if as_json else sys.stdout)
     try:
-        work = preparation_of(read, console)
-        receipt = prepare_epochs(work, read).receipt
+        work = create_dataset_builder(read, console)
+        receipt = prepare_epochs(work, read).dataset_info
         if verify:
-            work.verify()
+            work.verify_documents()
     finally:
         console.close()
     if as_json:
-        typer.echo(json.dumps(receipt_json(receipt)))
+        typer.echo(json.dumps(build_dataset_info_json(receipt)))
     else:
-        typer.echo("\n".join([*receipt_lines(receipt), *mixture_lines(make_plan(read, facts_of(receipt)))]))
+        typer.echo(
+            "\n".join([*format_dataset_info(receipt), *format_mixture(make_plan(read, build_data_facts(receipt)))])
+        )
 
 
 @app.command(name="show-batch")
@@ -130,23 +137,23 @@ def show_batch(
     """The exact sequences a step trains on, as text with the loss mask in colour, and the document of each piece."""
     from rich.console import Console as Terminal
 
-    from llm_training_toolkit.commands.show_batch import batch_json, print_batch
-    from llm_training_toolkit.commands.show_batch import show_batch as show
-    from llm_training_toolkit.config import load
+    from llm_training_toolkit.commands.show_batch import build_batch_json, print_batch
+    from llm_training_toolkit.commands.show_batch import load_batch_sequences as show
+    from llm_training_toolkit.config import load_config
     from llm_training_toolkit.monitoring.console import Console
 
     console = Console(sys.stderr)
     try:
-        shown = show(load(config, overrides or ()), step, console)
+        shown = show(load_config(config, overrides or ()), step, console)
     finally:
         console.close()
     if as_json:
-        typer.echo(json.dumps(batch_json(step, shown)))
+        typer.echo(json.dumps(build_batch_json(step, shown)))
     else:
         print_batch(step, shown, Terminal(highlight=False))
 
 
-def _interrupt(_number: int, _frame: object) -> None:
+def _raise_keyboard_interrupt(_number: int, _frame: object) -> None:
     """SIGTERM before training is a Ctrl-C; training itself has a gentler answer to both."""
     raise KeyboardInterrupt
 
@@ -168,29 +175,29 @@ def train(
     as_json: AsJson = False,
 ) -> None:
     """Train. The same command again resumes; a finished run is left alone. Ctrl-C stops with a checkpoint."""
-    from llm_training_toolkit.config import load
-    from llm_training_toolkit.launch.request import EXIT_CODES, Request, closing_lines, failure_json
+    from llm_training_toolkit.config import load_config
+    from llm_training_toolkit.launch.request import EXIT_CODES, TrainRequest, build_failure_json, format_next_steps
     from llm_training_toolkit.monitoring.console import Console
-    from llm_training_toolkit.monitoring.logs import own_terminal
+    from llm_training_toolkit.monitoring.logs import open_terminal_copy
 
-    signal.signal(signal.SIGTERM, _interrupt)
-    request = Request(config, overrides or (), accept or (), extend)
-    with own_terminal(1) as out, own_terminal(2) as err:
+    signal.signal(signal.SIGTERM, _raise_keyboard_interrupt)
+    request = TrainRequest(config, overrides or (), accept or (), extend)
+    with open_terminal_copy(1) as out, open_terminal_copy(2) as err:
         console = Console(err if as_json else out)
         try:
-            load(config, overrides or ())  # what is wrong with it is said before torch is imported
-            from llm_training_toolkit.commands.train import start
+            load_config(config, overrides or ())  # what is wrong with it is said before torch is imported
+            from llm_training_toolkit.commands.train import start_run
             from llm_training_toolkit.worker.spec import is_first_rank
 
-            outcome = start(request, console)
+            outcome = start_run(request, console)
         except KeyboardInterrupt:
-            console.say("interrupted: the same command goes on from the newest checkpoint")
+            console.print_line("interrupted: the same command goes on from the newest checkpoint")
             raise typer.Exit(EXIT_CODES["stopped"]) from None
         except ToolkitError as error:
             console.close()
             err.write(f"error: {error}\n")
             if as_json:
-                out.write(json.dumps(failure_json(error)) + "\n")
+                out.write(json.dumps(build_failure_json(error)) + "\n")
             raise typer.Exit(error.exit_code) from None
         except Exception as error:  # the edge of the command: Python prints the traceback, this the line to read first
             console.close()
@@ -203,8 +210,8 @@ def train(
         elif as_json:
             out.write(json.dumps(outcome.to_json()) + "\n")
         else:
-            for line in closing_lines(outcome, request):
-                console.say(line)
+            for line in format_next_steps(outcome, request):
+                console.print_line(line)
     raise typer.Exit(EXIT_CODES[outcome.status])
 
 
@@ -217,11 +224,11 @@ def runs(
     as_json: AsJson = False,
 ) -> None:
     """Every run in a directory: state, step, time left, newest checkpoint, last error."""
-    from llm_training_toolkit.runs.status import statuses
-    from llm_training_toolkit.runs.storage import runs_at
+    from llm_training_toolkit.runs.status import read_run_statuses
+    from llm_training_toolkit.runs.storage import open_runs_directory
 
-    with runs_at(directory) as look:
-        found = statuses(look())
+    with open_runs_directory(directory) as look:
+        found = read_run_statuses(look())
         if as_json:
             typer.echo(json.dumps([status.to_json() for status in found]))
             return
@@ -230,13 +237,13 @@ def runs(
             return
         from rich.console import Console as Terminal
 
-        from llm_training_toolkit.runs.table import runs_table, watch_runs
+        from llm_training_toolkit.runs.table import build_runs_table, watch_runs
 
         if watch:
             with suppress(KeyboardInterrupt):
                 watch_runs(look)
         else:
-            Terminal(highlight=False).print(runs_table(found))
+            Terminal(highlight=False).print(build_runs_table(found))
 
 
 @app.command()
@@ -275,14 +282,14 @@ def drill(
     as_json: AsJson = False,
 ) -> None:
     """Run a configuration undisturbed and with real failures, on this machine, and say what was lost."""
-    from llm_training_toolkit.launch.drill.drill import Drill, Order
-    from llm_training_toolkit.launch.drill.report import lines_of
+    from llm_training_toolkit.launch.drill.drill import DrillRunner, DrillSpec
+    from llm_training_toolkit.launch.drill.report import format_report
 
-    signal.signal(signal.SIGTERM, _interrupt)
-    order = Order(config, overrides or (), kills, [kind.strip() for kind in kinds.split(",")], seed, hang)
-    report = Drill(order, lambda text: typer.echo(text, err=True)).carry_out()
-    typer.echo(json.dumps(report.to_json()) if as_json else "\n".join(lines_of(report)))
-    if not report.is_whole:
+    signal.signal(signal.SIGTERM, _raise_keyboard_interrupt)
+    order = DrillSpec(config, overrides or (), kills, [kind.strip() for kind in kinds.split(",")], seed, hang)
+    report = DrillRunner(order, lambda text: typer.echo(text, err=True)).run_drill()
+    typer.echo(json.dumps(report.to_json()) if as_json else "\n".join(format_report(report)))
+    if not report.is_lossless:
         raise typer.Exit(1)
 
 
@@ -303,11 +310,11 @@ def export(
 ) -> None:
     """A run's checkpoint as a Hugging Face directory, loaded again and compared on its logits before it is there."""
     from llm_training_toolkit.export.export_run import export_run
-    from llm_training_toolkit.runs.directory import run_of
-    from llm_training_toolkit.runs.storage import opened
+    from llm_training_toolkit.runs.directory import find_run
+    from llm_training_toolkit.runs.storage import open_path
 
-    with opened(run) as path:
-        done = export_run(run_of(path), step=step, merge=merge, out=out, say=lambda text: typer.echo(text, err=True))
+    with open_path(run) as path:
+        done = export_run(find_run(path), step=step, merge=merge, out=out, say=lambda text: typer.echo(text, err=True))
     typer.echo(json.dumps(done.to_json()) if as_json else str(done))
 
 

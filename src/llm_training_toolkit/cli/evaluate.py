@@ -12,16 +12,23 @@ from typing import Annotated, Any, Literal
 import typer
 
 from llm_training_toolkit.errors import PlanError
-from llm_training_toolkit.evaluation.task import Format, Given, HumanEval, Middle, default_of, make_task
-from llm_training_toolkit.runs.directory import model_directory
-from llm_training_toolkit.runs.storage import opened
+from llm_training_toolkit.evaluation.task import (
+    DocumentFormat,
+    GapContext,
+    GapKind,
+    HumanEvalTask,
+    format_setting_default,
+    make_task,
+)
+from llm_training_toolkit.runs.directory import find_model_directory
+from llm_training_toolkit.runs.storage import open_path
 
 TaskName = Literal["perplexity", "infill", "humaneval"]
 
 
-def _setting(name: str, text: str, **limits: Any) -> Any:  # noqa: ANN401 - as typer takes them
+def _build_task_option(name: str, text: str, **limits: Any) -> Any:  # noqa: ANN401 - as typer takes them
     """An option of some tasks: absent, the task's own default holds."""
-    return typer.Option(f"--{name}", help=text, show_default=default_of(name) or False, **limits)
+    return typer.Option(f"--{name}", help=text, show_default=format_setting_default(name) or False, **limits)
 
 
 def evaluate(
@@ -38,21 +45,37 @@ def evaluate(
     compare: Annotated[bool, typer.Option("--compare", help="Show what the runs given were evaluated at.")] = False,
     data: Annotated[
         str | None,
-        _setting("data", "Documents or problems: a file, directory, glob. Default: held-out documents; HumanEval."),
+        _build_task_option(
+            "data", "Documents or problems: a file, directory, glob. Default: held-out documents; HumanEval."
+        ),
     ] = None,
-    form: Annotated[Format | None, _setting("format", "Of the documents.")] = None,
-    stride: Annotated[int | None, _setting("stride", "perplexity: tokens between overlapping windows.", min=1)] = None,
-    middle: Annotated[Middle | None, _setting("middle", "infill: what is cut out.")] = None,
-    given: Annotated[Given | None, _setting("given", "infill: what the model sees of the document.")] = None,
-    limit: Annotated[int | None, _setting("limit", "infill, humaneval: documents, problems.", min=1)] = None,
-    tokens: Annotated[int | None, _setting("tokens", "Most new tokens of an answer.", min=1)] = None,
-    batch: Annotated[int | None, _setting("batch", "Sequences or answers at a time.", min=1)] = None,
-    seed: Annotated[int | None, _setting("seed", "Of gaps and samples.")] = None,
-    samples: Annotated[int | None, _setting("samples", "humaneval: completions of each problem.", min=1)] = None,
-    temperature: Annotated[float | None, _setting("temperature", "humaneval: 0 = the likeliest.", min=0.0)] = None,
-    completions: Annotated[str | None, _setting("completions", "humaneval: a file to score without a model.")] = None,
-    timeout: Annotated[float | None, _setting("timeout", "humaneval: seconds a program may take.", min=0.1)] = None,
-    jobs: Annotated[int | None, _setting("jobs", "humaneval: programs at a time. Default: the cores.", min=1)] = None,
+    form: Annotated[DocumentFormat | None, _build_task_option("format", "Of the documents.")] = None,
+    stride: Annotated[
+        int | None, _build_task_option("stride", "perplexity: tokens between overlapping windows.", min=1)
+    ] = None,
+    middle: Annotated[GapKind | None, _build_task_option("middle", "infill: what is cut out.")] = None,
+    given: Annotated[
+        GapContext | None, _build_task_option("given", "infill: what the model sees of the document.")
+    ] = None,
+    limit: Annotated[int | None, _build_task_option("limit", "infill, humaneval: documents, problems.", min=1)] = None,
+    tokens: Annotated[int | None, _build_task_option("tokens", "Most new tokens of an answer.", min=1)] = None,
+    batch: Annotated[int | None, _build_task_option("batch", "Sequences or answers at a time.", min=1)] = None,
+    seed: Annotated[int | None, _build_task_option("seed", "Of gaps and samples.")] = None,
+    samples: Annotated[
+        int | None, _build_task_option("samples", "humaneval: completions of each problem.", min=1)
+    ] = None,
+    temperature: Annotated[
+        float | None, _build_task_option("temperature", "humaneval: 0 = the likeliest.", min=0.0)
+    ] = None,
+    completions: Annotated[
+        str | None, _build_task_option("completions", "humaneval: a file to score without a model.")
+    ] = None,
+    timeout: Annotated[
+        float | None, _build_task_option("timeout", "humaneval: seconds a program may take.", min=0.1)
+    ] = None,
+    jobs: Annotated[
+        int | None, _build_task_option("jobs", "humaneval: programs at a time. Default: the cores.", min=1)
+    ] = None,
     unsafe: Annotated[
         bool, typer.Option("--unsafe", help="humaneval: run programs where this machine cannot contain them.")
     ] = False,
@@ -68,7 +91,7 @@ def evaluate(
 ) -> None:
     """Measure a model: perplexity of documents, infilling of code, HumanEval. Figures are kept in the model's run."""
     if compare:
-        _compare(models or [], as_json=as_json)
+        _compare_runs(models or [], as_json=as_json)
         return
     if task is None or len(models or []) > 1:
         raise typer.BadParameter("give one MODEL and a --task, or several runs with --compare")
@@ -90,37 +113,37 @@ def evaluate(
         "unsafe": unsafe or None,
     }
     settings = {name: value for name, value in asked.items() if value is not None}
-    with opened(models[0], export=True) if models else nullcontext(None) as model:
-        _check_request(task, settings, model)
-        from llm_training_toolkit.commands.evaluate import Request, lines
-        from llm_training_toolkit.commands.evaluate import evaluate as carry_out
+    with open_path(models[0], export=True) if models else nullcontext(None) as model:
+        _check_evaluate_options(task, settings, model)
+        from llm_training_toolkit.commands.evaluate import EvaluateRequest, format_evaluation
+        from llm_training_toolkit.commands.evaluate import run_evaluation as carry_out
         from llm_training_toolkit.monitoring.console import Console
 
         console = Console(sys.stderr)
         try:
-            evaluation = carry_out(Request(model, task, settings, device, context, details), console)
+            evaluation = carry_out(EvaluateRequest(model, task, settings, device, context, details), console)
         finally:
             console.close()
-    typer.echo(json.dumps(evaluation.to_json()) if as_json else "\n".join(lines(evaluation)))
+    typer.echo(json.dumps(evaluation.to_json()) if as_json else "\n".join(format_evaluation(evaluation)))
 
 
-def _check_request(task: TaskName, settings: Mapping[str, Any], model: Path | None) -> None:
+def _check_evaluate_options(task: TaskName, settings: Mapping[str, Any], model: Path | None) -> None:
     """What can be said before anything heavy is imported."""
     wanted = make_task(task, settings)
     if model is not None:
-        model_directory(model)
-    elif not isinstance(wanted, HumanEval) or wanted.completions is None:
+        find_model_directory(model)
+    elif not isinstance(wanted, HumanEvalTask) or wanted.completions is None:
         raise PlanError(f"--task {task}: name a model, an exported directory or a run")
 
 
-def _compare(runs: list[str], *, as_json: bool) -> None:
+def _compare_runs(runs: list[str], *, as_json: bool) -> None:
     from rich.console import Console as Terminal
 
-    from llm_training_toolkit.evaluation.table import compared, tables
+    from llm_training_toolkit.evaluation.table import build_eval_tables, collect_eval_records
 
     with ExitStack() as stack:
-        found = compared([stack.enter_context(opened(run)) for run in runs])
+        found = collect_eval_records([stack.enter_context(open_path(run)) for run in runs])
     if as_json:
         typer.echo(json.dumps([evaluation.to_json() for evaluation in found]))
     else:
-        Terminal(highlight=False).print(*tables(found), sep="\n")
+        Terminal(highlight=False).print(*build_eval_tables(found), sep="\n")

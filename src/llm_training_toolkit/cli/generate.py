@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llm_training_toolkit.runs.directory import RunDirectory, model_directory, run_of
-from llm_training_toolkit.runs.storage import opened
+from llm_training_toolkit.runs.directory import RunDirectory, find_model_directory, find_run
+from llm_training_toolkit.runs.storage import open_path
 
 if TYPE_CHECKING:
-    from llm_training_toolkit.generation.generator import Dialogue, Writing
+    from llm_training_toolkit.generation.generator import ChatSession, SamplingParams
 
 
 def generate(
@@ -46,38 +46,38 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")] = False,
 ) -> None:
     """Let a model continue a prompt, fill the gap between a prompt and a suffix, or hold a conversation."""
-    _check_request(prompt, suffix, system, chat=chat, as_json=as_json)
-    with opened(model, export=step is None) as path:
-        _check_model(path, step)  # before anything heavy is imported
-        from llm_training_toolkit.generation.generator import Writing
+    _check_generate_options(prompt, suffix, system, chat=chat, as_json=as_json)
+    with open_path(model, export=step is None) as path:
+        _check_model_path(path, step)  # before anything heavy is imported
+        from llm_training_toolkit.generation.generator import SamplingParams
         from llm_training_toolkit.generation.load import open_model
 
         generator, where = open_model(path, step=step, device=device)
-    how = Writing(tokens, temperature, seed)
+    how = SamplingParams(tokens, temperature, seed)
     if prompt is None:
-        _converse(generator.dialogue(system), how)
+        _run_conversation(generator.start_chat(system), how)
         return
-    screen = _Screen("" if chat else prompt, silent=as_json)
+    screen = _StreamedOutput("" if chat else prompt, silent=as_json)
     if chat:
-        written = generator.dialogue(system).ask(prompt, how, screen.say)
+        written = generator.start_chat(system).send_message(prompt, how, screen.write_piece)
     elif suffix is None:
-        written = generator.complete(prompt, how, screen.say)
+        written = generator.complete_prompt(prompt, how, screen.write_piece)
     else:
-        written = generator.infill(prompt, suffix, how, screen.say)
+        written = generator.fill_middle(prompt, suffix, how, screen.write_piece)
     if as_json:
         asked = {"model": where, "prompt": prompt, "suffix": suffix}
         typer.echo(json.dumps(asked | {"written": written.text, "ended": written.ended}))
     else:
-        screen.say(f"{suffix or ''}\n")
+        screen.write_piece(f"{suffix or ''}\n")
 
 
-class _Screen:
+class _StreamedOutput:
     """Shows pieces as they come, the first behind what was given; nothing where a prompt is refused."""
 
     def __init__(self, before: str, *, silent: bool) -> None:
         self._before, self._silent = before, silent
 
-    def say(self, piece: str) -> None:
+    def write_piece(self, piece: str) -> None:
         """Show a piece at once."""
         if not self._silent:
             typer.echo(self._before + piece, nl=False)
@@ -85,16 +85,16 @@ class _Screen:
         self._before = ""
 
 
-def _converse(dialogue: Dialogue, how: Writing) -> None:
+def _run_conversation(dialogue: ChatSession, how: SamplingParams) -> None:
     """Each line of standard input is a turn, until it ends."""
-    for line in _lines():
+    for line in _read_input_lines():
         if line.strip():
-            screen = _Screen("", silent=False)
-            dialogue.ask(line.rstrip("\n"), how, screen.say)
-            screen.say("\n")
+            screen = _StreamedOutput("", silent=False)
+            dialogue.send_message(line.rstrip("\n"), how, screen.write_piece)
+            screen.write_piece("\n")
 
 
-def _lines() -> Iterator[str]:
+def _read_input_lines() -> Iterator[str]:
     """Lines of standard input, each behind a sign for whoever types."""
     while True:
         if sys.stdin.isatty():
@@ -105,7 +105,9 @@ def _lines() -> Iterator[str]:
         yield line
 
 
-def _check_request(prompt: str | None, suffix: str | None, system: str | None, *, chat: bool, as_json: bool) -> None:
+def _check_generate_options(
+    prompt: str | None, suffix: str | None, system: str | None, *, chat: bool, as_json: bool
+) -> None:
     if prompt is None and not chat:
         raise typer.BadParameter("give a --prompt, or --chat for a conversation")
     if chat and suffix is not None:
@@ -116,8 +118,8 @@ def _check_request(prompt: str | None, suffix: str | None, system: str | None, *
         raise typer.BadParameter("--json prints one answer: give a --prompt, too")
 
 
-def _check_model(model: Path, step: int | None) -> None:
+def _check_model_path(model: Path, step: int | None) -> None:
     if step is not None:
-        run_of(model)
-    elif not RunDirectory(model).resolved.is_file():
-        model_directory(model)
+        find_run(model)
+    elif not RunDirectory(model).resolved_config_path.is_file():
+        find_model_directory(model)

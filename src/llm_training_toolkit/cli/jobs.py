@@ -36,18 +36,18 @@ def submit(
     extend: Annotated[bool, typer.Option("--extend", help="As for `ltt train`.")] = False,
 ) -> None:
     """Train as a Ray job on a cluster: follow it; Ctrl-C stops it with a checkpoint or leaves it; the same resumes."""
-    from llm_training_toolkit.launch.jobs.submit import submit as submit_job
-    from llm_training_toolkit.launch.request import Request
+    from llm_training_toolkit.launch.jobs.submit import submit_job
+    from llm_training_toolkit.launch.request import TrainRequest
     from llm_training_toolkit.monitoring.console import Console
 
-    _end_on_sigterm()
-    _hear_interrupts()
-    request = Request(config, overrides or (), accept or (), extend)
+    _terminate_on_sigterm()
+    _enable_keyboard_interrupt()
+    request = TrainRequest(config, overrides or (), accept or (), extend)
     raise typer.Exit(submit_job(request, address, cluster, Console()))
 
 
 @jobs.callback()
-def _list(
+def _list_jobs(
     context: typer.Context,
     address: Annotated[
         str | None,
@@ -56,22 +56,28 @@ def _list(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
 ) -> None:
     """List the runs that are jobs of a cluster."""
-    _hear_interrupts()
+    _enable_keyboard_interrupt()
     if context.invoked_subcommand is not None:
         return
     if address is None:
         raise typer.BadParameter("give --address, or set RAY_API_SERVER_ADDRESS")
     from rich.console import Console as Terminal
 
-    from llm_training_toolkit.launch.jobs.client import connect, jobs_json, jobs_of, jobs_table, reachable
+    from llm_training_toolkit.launch.jobs.client import (
+        build_jobs_table,
+        connect_job_client,
+        format_jobs_json,
+        list_run_jobs,
+        translate_connection_errors,
+    )
 
-    client = connect(address)
-    with reachable(address):
-        found = jobs_of(client)
+    client = connect_job_client(address)
+    with translate_connection_errors(address):
+        found = list_run_jobs(client)
     if as_json:
-        typer.echo(json.dumps(jobs_json(found)))
+        typer.echo(json.dumps(format_jobs_json(found)))
     elif found:
-        Terminal(highlight=False).print(jobs_table(found))
+        Terminal(highlight=False).print(build_jobs_table(found))
     else:
         typer.echo(f"no runs are jobs of {address}")
 
@@ -79,13 +85,13 @@ def _list(
 @jobs.command()
 def logs(name: Name, *, address: Address) -> None:
     """Show what a run prints, from its beginning, and follow it while it goes on; Ctrl-C leaves it alone."""
-    from llm_training_toolkit.launch.jobs.client import connect, find
-    from llm_training_toolkit.launch.jobs.logs import Log
+    from llm_training_toolkit.launch.jobs.client import connect_job_client, find_job
+    from llm_training_toolkit.launch.jobs.logs import JobHandle
     from llm_training_toolkit.monitoring.console import Console
 
-    client = connect(address)
+    client = connect_job_client(address)
     try:
-        code = Log(client, find(client, name).id, address, Console()).follow()
+        code = JobHandle(client, find_job(client, name).id, address, Console()).follow_logs()
     except KeyboardInterrupt:
         code = 0
     raise typer.Exit(code)
@@ -94,20 +100,20 @@ def logs(name: Name, *, address: Address) -> None:
 @jobs.command()
 def stop(name: Name, *, address: Address) -> None:
     """Stop a run with a checkpoint at its current step, and wait until it has."""
-    from llm_training_toolkit.launch.jobs.client import connect, find
-    from llm_training_toolkit.launch.jobs.logs import Log
-    from llm_training_toolkit.launch.jobs.submit import stop as stop_job
+    from llm_training_toolkit.launch.jobs.client import connect_job_client, find_job
+    from llm_training_toolkit.launch.jobs.logs import JobHandle
+    from llm_training_toolkit.launch.jobs.submit import stop_job
     from llm_training_toolkit.launch.request import EXIT_CODES
     from llm_training_toolkit.monitoring.console import Console
 
-    client, console = connect(address), Console()
-    job = find(client, name)
+    client, console = connect_job_client(address), Console()
+    job = find_job(client, name)
     if job.is_over:
-        console.say(f"{job.run or job.id} is over already: {job.status}")
+        console.print_line(f"{job.run or job.id} is over already: {job.status}")
         return
-    code = stop_job(Log(client, job.id, address, console), console)
+    code = stop_job(JobHandle(client, job.id, address, console), console)
     stopped = code == EXIT_CODES["stopped"]
-    console.say(
+    console.print_line(
         f"stopped; `ltt jobs resume {name}` goes on" if stopped else f"it had ended by itself: exit code {code}"
     )
 
@@ -115,23 +121,23 @@ def stop(name: Name, *, address: Address) -> None:
 @jobs.command()
 def resume(name: Name, *, address: Address) -> None:
     """Submit a run once more, with the command of its newest job, from the folder it was submitted from."""
-    from llm_training_toolkit.launch.jobs.submit import resume as resume_job
+    from llm_training_toolkit.launch.jobs.submit import resume_job
     from llm_training_toolkit.monitoring.console import Console
 
-    _end_on_sigterm()
+    _terminate_on_sigterm()
     raise typer.Exit(resume_job(name, address, Console()))
 
 
-def _hear_interrupts() -> None:
+def _enable_keyboard_interrupt() -> None:
     """SIGINT interrupts also what a script has started in the background, for which the shell has it ignored."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def _end_on_sigterm() -> None:
+def _terminate_on_sigterm() -> None:
     """SIGTERM stops the job, as nobody can be asked."""
-    from llm_training_toolkit.launch.jobs.submit import Terminated
+    from llm_training_toolkit.launch.jobs.submit import SigtermInterrupt
 
-    def terminate(_number: int, _frame: object) -> NoReturn:
-        raise Terminated
+    def raise_terminated(_number: int, _frame: object) -> NoReturn:
+        raise SigtermInterrupt
 
-    signal.signal(signal.SIGTERM, terminate)
+    signal.signal(signal.SIGTERM, raise_terminated)

@@ -16,7 +16,7 @@ _READERS = {"s3": "boto3", "gs": "gcsfs"}
 
 def show_in_tensorboard(where: str, host: str, port: int) -> NoReturn:
     """Become TensorBoard. Raises ConfigError where there are no runs, or what reads the address is not installed."""
-    options = ["--logdir", log_directory(where), "--host", host, "--port", str(port)]
+    options = ["--logdir", find_log_directory(where), "--host", host, "--port", str(port)]
     if "://" in where:
         options += ["--load_fast", "false"]  # its fast reader knows local files alone
         if endpoint := os.environ.get("AWS_ENDPOINT_URL"):
@@ -25,7 +25,7 @@ def show_in_tensorboard(where: str, host: str, port: int) -> NoReturn:
     os.execv(command[0], command)  # noqa: S606 - Ctrl-C and its exit code are TensorBoard's own
 
 
-def log_directory(where: str) -> str:
+def find_log_directory(where: str) -> str:
     """What TensorBoard is to look at: it finds the files of every run below. Raises ConfigError as above."""
     protocol, found, _ = where.partition("://")
     if found:

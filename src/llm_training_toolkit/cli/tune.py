@@ -14,7 +14,7 @@ from llm_training_toolkit.errors import ToolkitError
 SearchFile = Annotated[Path, typer.Argument(help="The YAML file that describes the search.", show_default=False)]
 
 
-def _interrupt(_number: int, _frame: object) -> None:
+def _raise_keyboard_interrupt(_number: int, _frame: object) -> None:
     """SIGTERM before the trials is a Ctrl-C; a search that works has a gentler answer to both."""
     raise KeyboardInterrupt
 
@@ -31,17 +31,17 @@ def tune(
     """Search for hyperparameters: trials on Ray Tune. The same command again goes on; finished trials stay."""
     from llm_training_toolkit.launch.request import EXIT_CODES
     from llm_training_toolkit.launch.tune.tuner import read_search
-    from llm_training_toolkit.launch.tune.tuner import tune as carry_out
+    from llm_training_toolkit.launch.tune.tuner import run_search as carry_out
     from llm_training_toolkit.monitoring.console import Console
-    from llm_training_toolkit.monitoring.logs import own_terminal
+    from llm_training_toolkit.monitoring.logs import open_terminal_copy
 
-    signal.signal(signal.SIGTERM, _interrupt)
-    with own_terminal(1) as out, own_terminal(2) as err:
+    signal.signal(signal.SIGTERM, _raise_keyboard_interrupt)
+    with open_terminal_copy(1) as out, open_terminal_copy(2) as err:
         console = Console(err if as_json else out)
         try:
             status, found = carry_out(read_search(search, overrides or []), console)
         except KeyboardInterrupt:
-            console.say("interrupted: the same command goes on")
+            console.print_line("interrupted: the same command goes on")
             raise typer.Exit(EXIT_CODES["stopped"]) from None
         except ToolkitError as error:
             console.close()
@@ -52,10 +52,10 @@ def tune(
         if as_json:
             out.write(json.dumps(found) + "\n")
         elif status == "stopped":
-            console.say("stopped: the same command goes on with the trials that had begun")
+            console.print_line("stopped: the same command goes on with the trials that had begun")
         elif found["best"] is not None:
-            console.say(f"best: {found['best']['trial']}, {found['best']['value']}: {found['search']}/best.yaml")
-            console.say(f"{found['tokens']:,} tokens in all; the report: {found['search']}/report.html")
+            console.print_line(f"best: {found['best']['trial']}, {found['best']['value']}: {found['search']}/best.yaml")
+            console.print_line(f"{found['tokens']:,} tokens in all; the report: {found['search']}/report.html")
         failed = status == "finished" and found["best"] is None
     if failed:
         raise typer.Exit(1)

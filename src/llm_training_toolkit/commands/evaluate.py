@@ -7,19 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llm_training_toolkit.evaluation.model import Subject
-from llm_training_toolkit.evaluation.records import Evaluation, item_lines, keep
-from llm_training_toolkit.evaluation.run_tasks import measure
-from llm_training_toolkit.evaluation.table import shown
-from llm_training_toolkit.evaluation.task import Measured, make_task
+from llm_training_toolkit.evaluation.model import EvalModel
+from llm_training_toolkit.evaluation.records import EvalRecord, format_jsonl, write_eval_record
+from llm_training_toolkit.evaluation.run_tasks import run_task
+from llm_training_toolkit.evaluation.table import format_metric_value
+from llm_training_toolkit.evaluation.task import EvalResult, make_task
 from llm_training_toolkit.monitoring.console import Console
 from llm_training_toolkit.monitoring.metrics import TensorBoard
 from llm_training_toolkit.runs.directory import RunDirectory, write_atomically
-from llm_training_toolkit.runs.storage import storage_of
+from llm_training_toolkit.runs.storage import find_storage
 
 
 @dataclass(frozen=True)
-class Request:
+class EvaluateRequest:
     """What a person asked for on the command line. Of the settings only those that were given."""
 
     model: Path | None
@@ -30,43 +30,43 @@ class Request:
     details: Path | None = None
 
 
-def evaluate(request: Request, console: Console) -> Evaluation:
+def run_evaluation(request: EvaluateRequest, console: Console) -> EvalRecord:
     """Carry out the task; a model that came from a run leaves its figures there, too."""
     task = make_task(request.task, request.settings)
     subject = None
     if request.model is not None:
-        subject = Subject(request.model, device=request.device, context=request.context)
-    measured = measure(task, subject, console.stage)
+        subject = EvalModel(request.model, device=request.device, context=request.context)
+    measured = run_task(task, subject, console.update_stage)
     for note in measured.notes:
-        console.say(f"note: {note}", style="yellow")
+        console.print_line(f"note: {note}", style="yellow")
     if request.details is not None:
-        write_atomically(request.details, item_lines(measured.items))
-    return record(task.name, measured, subject, console)
+        write_atomically(request.details, format_jsonl(measured.items))
+    return record_evaluation(task.name, measured, subject, console)
 
 
-def record(task: str, measured: Measured, subject: Subject | None, console: Console) -> Evaluation:
+def record_evaluation(task: str, measured: EvalResult, subject: EvalModel | None, console: Console) -> EvalRecord:
     """Keep the figures in the run the model came from, as a file and as points in TensorBoard."""
     origin = subject.origin if subject is not None else None
     where = subject.directory if subject is not None else None
     if origin is None:
-        return Evaluation.of(task, measured, where, None, None)
-    evaluation = Evaluation.of(task, measured, where, origin.run.name, origin.step)
-    written = keep(origin.run, evaluation, measured.items)
-    console.say(f"kept in {storage_of(written).address(written)}", style="dim")
-    _points(origin.run, evaluation)
+        return EvalRecord.from_result(task, measured, where, None, None)
+    evaluation = EvalRecord.from_result(task, measured, where, origin.run.name, origin.step)
+    written = write_eval_record(origin.run, evaluation, measured.items)
+    console.print_line(f"kept in {find_storage(written).get_uri(written)}", style="dim")
+    _write_tensorboard_points(origin.run, evaluation)
     return evaluation
 
 
-def _points(run: RunDirectory, evaluation: Evaluation) -> None:
+def _write_tensorboard_points(run: RunDirectory, evaluation: EvalRecord) -> None:
     """Into a directory of its own: TensorBoard follows the newest file of one alone, and the run may still train."""
-    points = TensorBoard(run.evaluations / "tb", resumed_step=None)
-    points.write(evaluation.step or 0, evaluation.metrics())
+    points = TensorBoard(run.evaluations_dir / "tb", resumed_step=None)
+    points.write(evaluation.step or 0, evaluation.to_metrics())
     points.close()
 
 
-def lines(evaluation: Evaluation) -> list[str]:
+def format_evaluation(evaluation: EvalRecord) -> list[str]:
     """An evaluation for people."""
     of = f" of {evaluation.run} at step {evaluation.step:,}" if evaluation.run is not None else ""
     width = max(map(len, evaluation.figures))
-    rows = [f"  {name:<{width}}  {shown(name, value)}" for name, value in evaluation.figures.items()]
+    rows = [f"  {name:<{width}}  {format_metric_value(name, value)}" for name, value in evaluation.figures.items()]
     return [f"{evaluation.task}{of}, on {evaluation.data}", *rows]

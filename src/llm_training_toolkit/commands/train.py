@@ -5,105 +5,109 @@ from __future__ import annotations
 import shutil
 from typing import Any
 
-from llm_training_toolkit.checkpoint import newest
-from llm_training_toolkit.config import Config, load
-from llm_training_toolkit.data.prepare.dataset_info import Receipt
-from llm_training_toolkit.data.prepare.epochs import facts_of, prepare_epochs, receipt_lines
-from llm_training_toolkit.launch.backend import check_nodes_of, preparation_of, train
-from llm_training_toolkit.launch.request import Outcome, Request
+from llm_training_toolkit.checkpoint import find_latest_checkpoint
+from llm_training_toolkit.config import Config, load_config
+from llm_training_toolkit.data.prepare.dataset_info import DatasetInfo
+from llm_training_toolkit.data.prepare.epochs import build_data_facts, format_dataset_info, prepare_epochs
+from llm_training_toolkit.launch.backend import check_cluster_nodes, create_dataset_builder, launch_training
+from llm_training_toolkit.launch.request import TrainRequest, TrainResult
 from llm_training_toolkit.monitoring.console import Console
-from llm_training_toolkit.plan import lines, make_plan, mixture_lines, require
+from llm_training_toolkit.plan import check_plan, format_mixture, format_plan, make_plan
 from llm_training_toolkit.runs.directory import RunDirectory
-from llm_training_toolkit.runs.goodput import in_words, note_end
-from llm_training_toolkit.runs.status import goodput
-from llm_training_toolkit.runs.storage import storage_of
-from llm_training_toolkit.runs.storage.open import held, joined, place_of
-from llm_training_toolkit.setup.background_prep import preparing_ahead
+from llm_training_toolkit.runs.goodput import format_goodput, record_command_end
+from llm_training_toolkit.runs.status import read_goodput
+from llm_training_toolkit.runs.storage import find_storage
+from llm_training_toolkit.runs.storage.open import get_run_location, join_run, lock_run
+from llm_training_toolkit.setup.background_prep import prepare_in_background
 from llm_training_toolkit.setup.machine import check_machine, check_quantization
 from llm_training_toolkit.setup.resume import (
-    Standing,
-    refuse_changed_documents,
-    refuse_changed_run,
-    refuse_other_weights,
-    standing_of,
+    ResumeState,
+    check_checkpoint_size,
+    check_documents_unchanged,
+    check_run_unchanged,
+    read_resume_state,
 )
-from llm_training_toolkit.setup.run_files import write_down
-from llm_training_toolkit.setup.weights import refuse_unfit_weights
-from llm_training_toolkit.worker.precision import precision_notes, resolve_precision_here
-from llm_training_toolkit.worker.spec import is_first_rank, ranks_started
+from llm_training_toolkit.setup.run_files import write_run_files
+from llm_training_toolkit.setup.weights import check_initial_weights
+from llm_training_toolkit.worker.precision import read_precision_notes, resolve_local_precision
+from llm_training_toolkit.worker.spec import get_torchrun_world_size, is_first_rank
 
 
-def start(request: Request, console: Console) -> Outcome:
+def start_run(request: TrainRequest, console: Console) -> TrainResult:
     """Start, resume or leave alone the run that the request names. Raises ToolkitError."""
-    config = load(request.config, request.overrides)
-    replicas = ranks_started() if config.cluster.workers == 0 else None
-    require(make_plan(config, replicas=replicas))  # before the directory of an impossible run is made
+    config = load_config(request.config, request.overrides)
+    replicas = get_torchrun_world_size() if config.cluster.workers == 0 else None
+    check_plan(make_plan(config, replicas=replicas))  # before the directory of an impossible run is made
     if config.cluster.workers == 0 and not is_first_rank():
-        with joined(place_of(config), console.say) as run:
-            return _take_part(run, config, console)
-    with held(place_of(config), console.say) as run:
-        standing = standing_of(run)
-        config, resolved = resolve_precision_here(standing.kept(config))
-        resolved = resolved or precision_notes(run, config)
-        plan = require(make_plan(config, standing.facts(config), replicas)).with_notes(resolved)
-        refuse_changed_run(standing, config, request.accept, extend=request.extend)
-        refuse_other_weights(standing, plan)
+        with join_run(get_run_location(config), console.print_line) as run:
+            return _join_training(run, config, console)
+    with lock_run(get_run_location(config), console.print_line) as run:
+        standing = read_resume_state(run)
+        config, resolved = resolve_local_precision(standing.keep_saved_precision(config))
+        resolved = resolved or read_precision_notes(run, config)
+        plan = check_plan(make_plan(config, standing.build_data_facts(config), replicas)).with_notes(resolved)
+        check_run_unchanged(standing, config, request.accept, extend=request.extend)
+        check_checkpoint_size(standing, plan)
         if standing.is_finished(plan):
-            return _leave_alone(run, config, standing, console)
-        for line in lines(plan):
-            console.say(line)
+            return _skip_finished_run(run, config, standing, console)
+        for line in format_plan(plan):
+            console.print_line(line)
         check_quantization(config)
-        refuse_unfit_weights(config, plan, standing)
+        check_initial_weights(config, plan, standing)
         if config.cluster.workers != 0:
             check_machine(config)
-            check_nodes_of(run, config, console)
-        receipt = _prepare(config, standing, request, console)
-        facts = facts_of(receipt, standing.step, standing.sequences)
-        plan = require(make_plan(config, facts, replicas)).with_notes(resolved)
-        shutil.copyfile(request.config, run.config)
-        write_down(run, config, plan, receipt)
-        for line in mixture_lines(plan):
-            console.say(line)
-        with preparing_ahead(run, config, facts, console):
-            result = train(run, config, console)
-        note_end(run)
-        console.say(in_words(goodput(run)))
-        return _outcome(run, result)
+            check_cluster_nodes(run, config, console)
+        receipt = _prepare_data(config, standing, request, console)
+        facts = build_data_facts(receipt, standing.step, standing.sequences)
+        plan = check_plan(make_plan(config, facts, replicas)).with_notes(resolved)
+        shutil.copyfile(request.config, run.config_path)
+        write_run_files(run, config, plan, receipt)
+        for line in format_mixture(plan):
+            console.print_line(line)
+        with prepare_in_background(run, config, facts, console):
+            result = launch_training(run, config, console)
+        record_command_end(run)
+        console.print_line(format_goodput(read_goodput(run)))
+        return _build_result(run, result)
 
 
-def _take_part(run: RunDirectory, config: Config, console: Console) -> Outcome:
+def _join_training(run: RunDirectory, config: Config, console: Console) -> TrainResult:
     """A torchrun rank other than the first: it waits for the first one, which alone prepares and writes."""
-    standing = standing_of(run)
-    plan = make_plan(config, standing.facts(config), ranks_started())
+    standing = read_resume_state(run)
+    plan = make_plan(config, standing.build_data_facts(config), get_torchrun_world_size())
     if standing.is_finished(plan):
-        return _outcome(run, {"status": "finished", "step": standing.step})
-    return _outcome(run, train(run, config, console))
+        return _build_result(run, {"status": "finished", "step": standing.step})
+    return _build_result(run, launch_training(run, config, console))
 
 
-def _prepare(config: Config, standing: Standing, request: Request, console: Console) -> Receipt:
+def _prepare_data(config: Config, standing: ResumeState, request: TrainRequest, console: Console) -> DatasetInfo:
     """The run's data: as it was prepared, if that lasts to the run's end, otherwise prepared now."""
-    receipt = standing.prepared(config, request.accept)
+    receipt = standing.find_reusable_dataset(config, request.accept)
     if receipt is None:
-        work = preparation_of(config, console)
-        refuse_changed_documents(standing, config, work, request.accept)
-        receipt = prepare_epochs(work, config, standing.step, standing.sequences, until=standing.step + 1).receipt
-    for row in receipt_lines(receipt):
-        console.say(row)
+        work = create_dataset_builder(config, console)
+        check_documents_unchanged(standing, config, work, request.accept)
+        receipt = prepare_epochs(work, config, standing.step, standing.sequences, until=standing.step + 1).dataset_info
+    for row in format_dataset_info(receipt):
+        console.print_line(row)
     return receipt
 
 
-def _outcome(run: RunDirectory, result: dict[str, Any]) -> Outcome:
-    directory, storage = newest(run.checkpoints), storage_of(run.path)
-    checkpoint = storage.address(directory) if directory else None
-    return Outcome(run=storage.address(run.path), step=result["step"], status=result["status"], checkpoint=checkpoint)
+def _build_result(run: RunDirectory, result: dict[str, Any]) -> TrainResult:
+    directory, storage = find_latest_checkpoint(run.checkpoints_dir), find_storage(run.path)
+    checkpoint = storage.get_uri(directory) if directory else None
+    return TrainResult(
+        run=storage.get_uri(run.path), step=result["step"], status=result["status"], checkpoint=checkpoint
+    )
 
 
-def _leave_alone(run: RunDirectory, config: Config, standing: Standing, console: Console) -> Outcome:
+def _skip_finished_run(run: RunDirectory, config: Config, standing: ResumeState, console: Console) -> TrainResult:
     """A finished run stays as it is; only an export that is missing, or of an earlier end, is made up for."""
-    console.say(f"run {run.name} is finished: {standing.step:,} steps, in {storage_of(run.path).address(run.path)}")
+    console.print_line(
+        f"run {run.name} is finished: {standing.step:,} steps, in {find_storage(run.path).get_uri(run.path)}"
+    )
     if config.export.at_end:
-        from llm_training_toolkit.worker.finish import finish_again, is_finished
+        from llm_training_toolkit.worker.finish import complete_interrupted_finish, is_run_finished
 
-        if not is_finished(run, config):
-            finish_again(run, config, console.show)
-    return _outcome(run, {"status": "finished", "step": standing.step})
+        if not is_run_finished(run, config):
+            complete_interrupted_finish(run, config, console.show_event)
+    return _build_result(run, {"status": "finished", "step": standing.step})

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from llm_training_toolkit.config.fields import Key, dotted
+from llm_training_toolkit.config.fields import KeyPath, format_key
 from llm_training_toolkit.errors import ConfigError
 
 
-class Place(NamedTuple):
+class ConfigLocation(NamedTuple):
     """Where something stands, in order and in words."""
 
     order: tuple[int, int]
@@ -18,29 +18,31 @@ class Place(NamedTuple):
 
 
 @dataclass
-class Document:
+class ConfigDocument:
     """What is read, from where, and what is wrong with it."""
 
     where: str
     data: Any = field(default_factory=dict)
-    places: dict[Key, Place] = field(default_factory=dict)
-    problems: list[tuple[Place, str]] = field(default_factory=list)
-    broken: set[Key] = field(default_factory=set)
+    locations: dict[KeyPath, ConfigLocation] = field(default_factory=dict)
+    problems: list[tuple[ConfigLocation, str]] = field(default_factory=list)
+    reported_keys: set[KeyPath] = field(default_factory=set)
     """Keys whose value has been reported: what pydantic says of them adds nothing."""
 
-    def line(self, number: int) -> Place:
+    def locate_line(self, number: int) -> ConfigLocation:
         """A line of the file."""
-        return Place((0, number), f"{self.where}:{number}")
+        return ConfigLocation((0, number), f"{self.where}:{number}")
 
-    def place(self, path: Key) -> Place:
+    def locate_key(self, path: KeyPath) -> ConfigLocation:
         """Where a key stands, or else the nearest section above it."""
-        known = (self.places[path[:length]] for length in range(len(path), 0, -1) if path[:length] in self.places)
-        return next(known, Place((0, 0), self.where))
+        known = (self.locations[path[:length]] for length in range(len(path), 0, -1) if path[:length] in self.locations)
+        return next(known, ConfigLocation((0, 0), self.where))
 
-    def report(self, path: Key, what: str, shown: str | None = None, place: Place | None = None) -> None:
+    def report_problem(
+        self, path: KeyPath, what: str, shown: str | None = None, place: ConfigLocation | None = None
+    ) -> None:
         """Note a problem of a key; `shown` is its value, `place` where it stands if the key does not say it."""
-        place = place or self.place(path)
-        key = dotted(path)
+        place = place or self.locate_key(path)
+        key = format_key(path)
         subject = f"{key} = {shown}: " if shown is not None else f"{key}: " if path else ""
         if place.text.startswith(f"override {key}="):
             subject = ""  # the override already shows key and value

@@ -8,9 +8,9 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from llm_training_toolkit.config.schema import Config, Duration, Interval, Section, Workers
+from llm_training_toolkit.config.schema import Config, ConfigSection, Duration, Interval, Workers
 
-Key = tuple[str | int, ...]
+KeyPath = tuple[str | int, ...]
 """A key of the configuration, part by part."""
 
 
@@ -22,77 +22,77 @@ _SPECIAL: Mapping[Any, str] = {
 """Types whose validator says more than their parts."""
 
 
-def dotted(path: Key) -> str:
+def format_key(path: KeyPath) -> str:
     """A key as people write it, such as `data.sources.0.path`."""
     return ".".join(map(str, path))
 
 
-def sections(prefix: str = "", section: type[Section] = Config) -> Iterator[tuple[str, type[Section]]]:
+def iter_sections(prefix: str = "", section: type[ConfigSection] = Config) -> Iterator[tuple[str, type[ConfigSection]]]:
     """Every section of the schema by its dotted key; `N` stands for a position in a list."""
     yield prefix, section
     for name, info in section.model_fields.items():
-        inner = inner_section(info.annotation)
+        inner = get_inner_section(info.annotation)
         if inner is not None:
             key = f"{prefix}.{name}" if prefix else name
-            yield from sections(f"{key}.N" if get_origin(info.annotation) is tuple else key, inner)
+            yield from iter_sections(f"{key}.N" if get_origin(info.annotation) is tuple else key, inner)
 
 
-def inner_section(annotation: object) -> type[Section] | None:
+def get_inner_section(annotation: object) -> type[ConfigSection] | None:
     """The section that a field holds: itself, optional, or as the items of a list."""
-    if isinstance(annotation, type) and issubclass(annotation, Section):
+    if isinstance(annotation, type) and issubclass(annotation, ConfigSection):
         return annotation
     if get_origin(annotation) in {Union, types.UnionType, tuple}:
-        return next((inner for inner in map(inner_section, get_args(annotation)) if inner), None)
+        return next((inner for inner in map(get_inner_section, get_args(annotation)) if inner), None)
     return None
 
 
-def plain_type(annotation: object, metadata: Sequence[Any] = ()) -> str:
+def format_type(annotation: object, metadata: Sequence[Any] = ()) -> str:
     """What a value may be, in plain words."""
     args = get_args(annotation)
     for special, words in _SPECIAL.items():
         if any(item in metadata for item in get_args(special)[1:]):
             return words
     if get_origin(annotation) is Annotated:
-        return plain_type(args[0], args[1:])
+        return format_type(args[0], args[1:])
     if args:
-        return _plain_generic(get_origin(annotation), args, _limits(metadata))
-    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return _format_generic_type(get_origin(annotation), args, _collect_limits(metadata))
+    if isinstance(annotation, type) and issubclass(annotation, ConfigSection):
         return f"a section ({', '.join(annotation.model_fields)})"
-    return _plain_scalar(annotation, _limits(metadata))
+    return _format_scalar_type(annotation, _collect_limits(metadata))
 
 
-def _plain_generic(origin: object, args: tuple[Any, ...], limits: Mapping[str, Any]) -> str:
+def _format_generic_type(origin: object, args: tuple[Any, ...], limits: Mapping[str, Any]) -> str:
     if origin is Literal:
         return ("one of " if len(args) > 1 else "") + ", ".join(map(str, args))
     if origin is dict:
-        return "a section of names and values" if args[1] is Any else f"a section of names, each {plain_type(args[1])}"
+        return "a section of names and values" if args[1] is Any else f"a section of names, each {format_type(args[1])}"
     if origin is tuple:
-        return _plain_list(args, limits)
+        return _format_list_type(args, limits)
     if set(args) == {int, float, bool, str}:
         return "text, a number, true or false"
-    return " or ".join(map(plain_type, args))
+    return " or ".join(map(format_type, args))
 
 
-def _plain_list(args: tuple[Any, ...], limits: Mapping[str, Any]) -> str:
+def _format_list_type(args: tuple[Any, ...], limits: Mapping[str, Any]) -> str:
     if args[-1] is not ...:
-        return f"a list of {len(args)}: {', '.join(map(plain_type, args))}"
+        return f"a list of {len(args)}: {', '.join(map(format_type, args))}"
     least = f" of at least {limits['min_length']}" if "min_length" in limits else ""
-    return f"a list{least}, each {plain_type(args[0])}"
+    return f"a list{least}, each {format_type(args[0])}"
 
 
-def _plain_scalar(annotation: object, limits: Mapping[str, Any]) -> str:
+def _format_scalar_type(annotation: object, limits: Mapping[str, Any]) -> str:
     if annotation is str and "pattern" in limits:
         return f"text that matches `{limits['pattern']}`"
     if annotation is str:
         return "text that is not empty" if limits.get("min_length") else "text"
     if "multiple_of" in limits:
-        return f"a multiple of {limits['multiple_of']}" + _bounds(limits)
+        return f"a multiple of {limits['multiple_of']}" + _format_bounds(limits)
     if annotation in {int, float}:
-        return ("a whole number" if annotation is int else "a number") + _bounds(limits)
+        return ("a whole number" if annotation is int else "a number") + _format_bounds(limits)
     return {bool: "true or false", types.NoneType: "null"}.get(annotation, "a value")
 
 
-def _bounds(limits: Mapping[str, Any]) -> str:
+def _format_bounds(limits: Mapping[str, Any]) -> str:
     bound = {name: f"{value:g}" if value < 1e6 else str(int(value)) for name, value in limits.items()}
     low = f"from {bound['ge']}" if "ge" in bound else f"above {bound['gt']}" if "gt" in bound else ""
     high = f"to {bound['le']}" if "le" in bound else f"to below {bound['lt']}" if "lt" in bound else ""
@@ -104,42 +104,42 @@ def _bounds(limits: Mapping[str, Any]) -> str:
 _LIMITS = ("ge", "gt", "le", "lt", "multiple_of", "min_length", "pattern")
 
 
-def _limits(metadata: Sequence[Any]) -> dict[str, Any]:
+def _collect_limits(metadata: Sequence[Any]) -> dict[str, Any]:
     flat = [inner for item in metadata for inner in (item.metadata if isinstance(item, FieldInfo) else [item])]
     return {name: getattr(item, name) for item in flat for name in _LIMITS if getattr(item, name, None) is not None}
 
 
-def kinds(annotation: object) -> set[type]:
+def get_plain_types(annotation: object) -> set[type]:
     """The plain types that a field takes; a literal text is not text in general."""
     origin, args = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
-        return kinds(args[0])
+        return get_plain_types(args[0])
     if origin in {Union, types.UnionType}:
-        return set().union(*map(kinds, args)) - {types.NoneType}
+        return set().union(*map(get_plain_types, args)) - {types.NoneType}
     if origin is Literal:
         return {type(value) for value in args} - {str}
     return {annotation} if isinstance(annotation, type) else set()
 
 
-def locate(loc: Sequence[str | int], root: type[Section] = Config) -> tuple[Key, Any, Sequence[Any]]:
+def resolve_key(loc: Sequence[str | int], root: type[ConfigSection] = Config) -> tuple[KeyPath, Any, Sequence[Any]]:
     """The key in an error's location, without the names of union branches, and what the schema says of it."""
-    path: Key = ()
+    path: KeyPath = ()
     annotation: Any = root
     metadata: Sequence[Any] = ()
     for part in loc:
-        child = _child(annotation, part)
+        child = _get_child_annotation(annotation, part)
         if child is None:
             break
         path, (annotation, metadata) = (*path, part), child
     return path, annotation, metadata
 
 
-def _child(annotation: object, part: str | int) -> tuple[Any, Sequence[Any]] | None:
+def _get_child_annotation(annotation: object, part: str | int) -> tuple[Any, Sequence[Any]] | None:
     origin, args = get_origin(annotation), get_args(annotation)
     if origin is tuple and isinstance(part, int):
         return (args[0] if args[-1] is ... else args[part]), ()
     if origin is dict:
         return args[1], ()
-    section = inner_section(annotation)
+    section = get_inner_section(annotation)
     info = section.model_fields.get(str(part)) if section else None
     return (info.annotation, info.metadata) if info else None

@@ -19,110 +19,122 @@ from typing import Any, TypeVar, get_origin
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from llm_training_toolkit.config.document import Document
-from llm_training_toolkit.config.fields import Key, dotted, inner_section, kinds, locate, plain_type, sections
-from llm_training_toolkit.config.schema import Config, Section
+from llm_training_toolkit.config.document import ConfigDocument
+from llm_training_toolkit.config.fields import (
+    KeyPath,
+    format_key,
+    format_type,
+    get_inner_section,
+    get_plain_types,
+    iter_sections,
+    resolve_key,
+)
+from llm_training_toolkit.config.schema import Config, ConfigSection
 from llm_training_toolkit.errors import ConfigError
 
-S = TypeVar("S", bound=Section)
+S = TypeVar("S", bound=ConfigSection)
 
 
-def load(path: Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """The configuration in a YAML file, changed by `key=value` overrides."""
-    return validated(read(path, overrides), Config)
+    return validate_document(read_document(path, overrides), Config)
 
 
-def read(path: Path, overrides: Sequence[str] = ()) -> Document:
+def read_document(path: Path, overrides: Sequence[str] = ()) -> ConfigDocument:
     """What a YAML file holds, changed by `key=value` overrides, not validated yet."""
     try:
-        from llm_training_toolkit.config.overrides import apply
-        from llm_training_toolkit.config.yaml_reader import read_file
+        from llm_training_toolkit.config.overrides import apply_override
+        from llm_training_toolkit.config.yaml_reader import read_yaml_file
     except ModuleNotFoundError as error:  # a plain CUDA image; plain data and resolved.json are read all the same
         raise ConfigError(f"{path}: YAML cannot be read here: `pip install ruamel.yaml`") from error
-    document = Document(str(path))
-    read_file(path, document)
+    document = ConfigDocument(str(path))
+    read_yaml_file(path, document)
     for number, override in enumerate(overrides):
-        apply(override, number, document)
+        apply_override(override, number, document)
     return document
 
 
-def from_json(text: str, where: str = "resolved.json") -> Config:
+def parse_config_json(text: str, where: str = "resolved.json") -> Config:
     """The configuration that `to_json` wrote; as strict as `load`."""
-    document = Document(where)
+    document = ConfigDocument(where)
 
-    def pairs_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    def report_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         counts = [key for key, _ in pairs]
         for key in sorted({key for key in counts if counts.count(key) > 1}):
-            document.report((), f"duplicate key {key}; keep one")
+            document.report_problem((), f"duplicate key {key}; keep one")
         return dict(pairs)
 
     try:
-        document.data = json.loads(text, object_pairs_hook=pairs_once)
+        document.data = json.loads(text, object_pairs_hook=report_duplicate_keys)
     except json.JSONDecodeError as error:
         raise ConfigError(f"{where}:{error.lineno}: not valid JSON: {error.msg}") from error
-    return validated(document, Config)
+    return validate_document(document, Config)
 
 
-def to_json(config: Config) -> str:
+def dump_config_json(config: Config) -> str:
     """The whole configuration, defaults included, in the order of the schema."""
     return json.dumps(config.model_dump(mode="json"), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def parse(data: Mapping[str, Any], where: str) -> Config:
+def parse_config(data: Mapping[str, Any], where: str) -> Config:
     """The configuration in plain data; `where` begins every line of the error."""
-    return validated(Document(where, data), Config)
+    return validate_document(ConfigDocument(where, data), Config)
 
 
-def validated(document: Document, root: type[S]) -> S:
+def validate_document(document: ConfigDocument, root: type[S]) -> S:
     """The document as the section that the whole file is. Raises ConfigError with every problem."""
     if not isinstance(document.data, Mapping):
-        document.report((), f"expected sections ({', '.join(root.model_fields)}), not {_shown(document.data)}")
+        document.report_problem(
+            (), f"expected sections ({', '.join(root.model_fields)}), not {_format_value(document.data)}"
+        )
         document.raise_problems()
-    data = _plain(document.data, (), document)
+    data = _convert_to_json_data(document.data, (), document)
     try:
         config = root.model_validate_json(json.dumps(data), strict=True)
     except ValidationError as error:
-        _explain(error, document, root)
+        _report_validation_errors(error, document, root)
         document.raise_problems()
         raise
     document.raise_problems()
     return config
 
 
-def _plain(value: object, path: Key, document: Document) -> object:
+def _convert_to_json_data(value: object, path: KeyPath, document: ConfigDocument) -> object:
     """What JSON can carry, whatever the source; the rest is reported."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(item, (*path, str(key)), document) for key, item in value.items()}
+        return {str(key): _convert_to_json_data(item, (*path, str(key)), document) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item, (*path, index), document) for index, item in enumerate(value)]
+        return [_convert_to_json_data(item, (*path, index), document) for index, item in enumerate(value)]
     if isinstance(value, float) and not math.isfinite(value):
-        document.broken.add(path)
-        document.report(path, "expected a finite number", str(value))
+        document.reported_keys.add(path)
+        document.report_problem(path, "expected a finite number", str(value))
     elif not isinstance(value, str | int | float | None):
-        document.broken.add(path)
-        document.report(path, f"expected text, a number, true, false or null, not {type(value).__name__}", str(value))
+        document.reported_keys.add(path)
+        document.report_problem(
+            path, f"expected text, a number, true, false or null, not {type(value).__name__}", str(value)
+        )
         return None
     return value
 
 
-def _shown(value: object) -> str:
+def _format_value(value: object) -> str:
     text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _explain(error: ValidationError, document: Document, root: type[Section]) -> None:
+def _report_validation_errors(error: ValidationError, document: ConfigDocument, root: type[ConfigSection]) -> None:
     """One line per key: pydantic reports each branch of a union apart, and hides it in the location."""
-    seen = set(document.broken)
+    seen = set(document.reported_keys)
     for detail in error.errors(include_url=False):
-        path, annotation, metadata = locate(detail["loc"], root)
+        path, annotation, metadata = resolve_key(detail["loc"], root)
         if detail["type"] == "extra_forbidden":
             path = tuple(detail["loc"])
-        if path in seen or _is_echo(detail):
+        if path in seen or _is_redundant_error(detail):
             continue
         seen.add(path)
-        what = _in_words(detail, path, annotation, metadata, root)
+        what = _format_error(detail, path, annotation, metadata, root)
         hidden = detail["type"] in {"missing", "json_invalid"} or _is_section(detail["input"], annotation)
-        document.report(path, what, None if hidden else _shown(detail["input"]))
+        document.report_problem(path, what, None if hidden else _format_value(detail["input"]))
 
 
 def _is_section(value: object, annotation: object) -> bool:
@@ -130,30 +142,32 @@ def _is_section(value: object, annotation: object) -> bool:
     return isinstance(value, dict | list) and get_origin(annotation) not in {tuple, dict}
 
 
-def _is_echo(detail: ErrorDetails) -> bool:
+def _is_redundant_error(detail: ErrorDetails) -> bool:
     """A list is called too short when its items were refused; the items have lines of their own."""
     return detail["type"] == "too_short" and len(detail["input"]) >= detail["ctx"]["min_length"]
 
 
-def _in_words(detail: ErrorDetails, path: Key, annotation: object, metadata: Sequence[Any], root: type[Section]) -> str:
+def _format_error(
+    detail: ErrorDetails, path: KeyPath, annotation: object, metadata: Sequence[Any], root: type[ConfigSection]
+) -> str:
     if detail["type"] == "extra_forbidden":
-        return unknown_key(path, root)
+        return format_unknown_key(path, root)
     if detail["type"] == "value_error":
         return str(detail["ctx"]["error"])
     if detail["type"] == "json_invalid":
         return f"cannot be written as JSON: {detail['ctx']['error']}"
-    expected = f"expected {plain_type(annotation, metadata)}"
+    expected = f"expected {format_type(annotation, metadata)}"
     if detail["type"] == "missing":
         return f"missing; {expected}"
-    return expected + _hint(detail["input"], annotation)
+    return expected + _format_hint(detail["input"], annotation)
 
 
-def _hint(value: object, annotation: object) -> str:
-    found = kinds(annotation)
+def _format_hint(value: object, annotation: object) -> str:
+    found = get_plain_types(annotation)
     if isinstance(value, str):
         quoted = _is_number(value) if found & {int, float} else bool in found and value in {"true", "false"}
         return "; remove the quotes" if quoted else ""
-    if value is None and isinstance(annotation, type) and issubclass(annotation, Section):
+    if value is None and isinstance(annotation, type) and issubclass(annotation, ConfigSection):
         return "; write {} for one without keys"
     return "; put it in quotes" if found == {str} and isinstance(value, int | float) else ""
 
@@ -165,13 +179,15 @@ def _is_number(text: str) -> bool:
         return False
 
 
-def unknown_key(path: Key, root: type[Section]) -> str:
+def format_unknown_key(path: KeyPath, root: type[ConfigSection]) -> str:
     """What to say of a key whose section does not have it."""
-    _, section, _ = locate(path[:-1], root)
-    section = inner_section(section)
+    _, section, _ = resolve_key(path[:-1], root)
+    section = get_inner_section(section)
     assert section is not None, "only sections forbid unknown keys"
     key, valid = str(path[-1]), list(section.model_fields)
-    near = [dotted((*path[:-1], name)) for name in difflib.get_close_matches(key, valid, n=1)]
-    near = near or [f"{prefix}.{key}" for prefix, other in sections("", root) if prefix and key in other.model_fields]
+    near = [format_key((*path[:-1], name)) for name in difflib.get_close_matches(key, valid, n=1)]
+    near = near or [
+        f"{prefix}.{key}" for prefix, other in iter_sections("", root) if prefix and key in other.model_fields
+    ]
     meant = f"; did you mean {' or '.join(near)}?" if near else ""
-    return f"unknown key{meant} (valid in {dotted(path[:-1]) or 'the file'}: {', '.join(valid)})"
+    return f"unknown key{meant} (valid in {format_key(path[:-1]) or 'the file'}: {', '.join(valid)})"

@@ -9,9 +9,9 @@ from typing import Any, get_origin
 
 from pydantic.fields import FieldInfo
 
-from llm_training_toolkit.config.fields import inner_section, plain_type, sections
-from llm_training_toolkit.config.run_identity import tag_of
-from llm_training_toolkit.config.schema import Config, Section
+from llm_training_toolkit.config.fields import format_type, get_inner_section, iter_sections
+from llm_training_toolkit.config.run_identity import get_field_tag
+from llm_training_toolkit.config.schema import Config, ConfigSection
 
 _HEAD = """\
 # Configuration
@@ -32,47 +32,53 @@ What happens when a field changes in a run that has begun:
 """
 
 
-def render() -> str:
+def render_reference() -> str:
     """The reference as Markdown: one table per section."""
     parts = [_HEAD]
-    parts += [_table(key, section) for key, section in sections() if key]
+    parts += [_format_table(key, section) for key, section in iter_sections() if key]
     return "\n".join(parts)
 
 
-def _table(key: str, section: type[Section]) -> str:
+def _format_table(key: str, section: type[ConfigSection]) -> str:
     lines = [
         f"## `{key}`",
         "",
-        _joined(section.__doc__),
+        _join_lines(section.__doc__),
         "",
         "| key | value | default | changing it | meaning |",
         "|---|---|---|---|---|",
-        *(_row(name, info) for name, info in section.model_fields.items()),
+        *(_format_row(name, info) for name, info in section.model_fields.items()),
         "",
     ]
     return "\n".join(lines)
 
 
-def _row(name: str, info: FieldInfo) -> str:
-    tag = tag_of(info)
-    cells = [f"`{name}`", _value(info), _default(info), tag.value if tag else "by field", _joined(info.description)]
+def _format_row(name: str, info: FieldInfo) -> str:
+    tag = get_field_tag(info)
+    cells = [
+        f"`{name}`",
+        _format_value_type(info),
+        _format_default(info),
+        tag.value if tag else "by field",
+        _join_lines(info.description),
+    ]
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
-def _value(info: FieldInfo) -> str:
-    if inner_section(info.annotation) is None:
-        return plain_type(info.annotation, info.metadata)
+def _format_value_type(info: FieldInfo) -> str:
+    if get_inner_section(info.annotation) is None:
+        return format_type(info.annotation, info.metadata)
     return "a list of sections, below" if get_origin(info.annotation) is tuple else "a section, below"
 
 
-def _default(info: FieldInfo) -> str:
+def _format_default(info: FieldInfo) -> str:
     if info.is_required():
         return "**required**"
     default: Any = info.default
-    return "its defaults" if isinstance(default, Section) else f"`{json.dumps(default)}`"
+    return "its defaults" if isinstance(default, ConfigSection) else f"`{json.dumps(default)}`"
 
 
-def _joined(text: str | None) -> str:
+def _join_lines(text: str | None) -> str:
     return " ".join((text or "").split())
 
 
@@ -82,7 +88,7 @@ def main(arguments: list[str]) -> None:
         raise SystemExit(f"usage: python -m {Config.__module__.rpartition('.')[0]}.reference FILE")
     target = Path(arguments[0])
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(render(), encoding="utf-8")
+    target.write_text(render_reference(), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -10,96 +10,100 @@ from typing import Any
 
 from pydantic.fields import FieldInfo
 
-from llm_training_toolkit.config.schema import Config, Section, Tag
+from llm_training_toolkit.config.schema import Config, ConfigSection, FieldTag
 from llm_training_toolkit.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class Change:
+class ConfigChange:
     """One field that differs; None where it was, or is, absent."""
 
     key: str
-    tag: Tag
+    tag: FieldTag
     old: Any
     new: Any
 
 
-def tag_of(info: FieldInfo) -> Tag | None:
+def get_field_tag(info: FieldInfo) -> FieldTag | None:
     """The tag of a field; None for a field that holds sections, whose own fields are tagged."""
-    return next((item for item in info.metadata if isinstance(item, Tag)), None)
+    return next((item for item in info.metadata if isinstance(item, FieldTag)), None)
 
 
-def flatten(config: Config) -> dict[str, tuple[Tag, Any]]:
+def flatten_config(config: Config) -> dict[str, tuple[FieldTag, Any]]:
     """Every field by its dotted key, such as `data.sources.0.path`, with its tag."""
-    return {key: (tag, value) for key, tag, value in _leaves(config, "")}
+    return {key: (tag, value) for key, tag, value in _iter_leaf_fields(config, "")}
 
 
-def _leaves(held: Section, prefix: str) -> Iterator[tuple[str, Tag, Any]]:
+def _iter_leaf_fields(held: ConfigSection, prefix: str) -> Iterator[tuple[str, FieldTag, Any]]:
     for name, info in type(held).model_fields.items():
-        key, tag, value = f"{prefix}{name}", tag_of(info), getattr(held, name)
+        key, tag, value = f"{prefix}{name}", get_field_tag(info), getattr(held, name)
         if tag is not None:
             yield key, tag, value
         elif isinstance(value, tuple):
             for index, item in enumerate(value):
-                yield from _leaves(item, f"{key}.{index}.")
+                yield from _iter_leaf_fields(item, f"{key}.{index}.")
         elif value is not None:
-            yield from _leaves(value, f"{key}.")
+            yield from _iter_leaf_fields(value, f"{key}.")
 
 
-def changes(old: Config, new: Config) -> list[Change]:
+def diff_configs(old: Config, new: Config) -> list[ConfigChange]:
     """Every field that differs; those that only the new configuration has come last."""
-    before, after = flatten(old), flatten(new)
+    before, after = flatten_config(old), flatten_config(new)
     found = [
-        Change(key, tag, before.get(key, (tag, None))[1], after.get(key, (tag, None))[1])
+        ConfigChange(key, tag, before.get(key, (tag, None))[1], after.get(key, (tag, None))[1])
         for key, (tag, _) in (before | after).items()
     ]
-    return [change for change in found if _canonical(change.old) != _canonical(change.new)]
+    return [change for change in found if _to_canonical_json(change.old) != _to_canonical_json(change.new)]
 
 
 def fingerprint(config: Config) -> str:
     """SHA-256 of the identity fields: equal exactly where no identity field differs."""
     # An absent field counts like one that is null: a field added to the schema later leaves old runs what they are.
     identity = {
-        key: value for key, (tag, value) in flatten(config).items() if tag is Tag.IDENTITY and value is not None
+        key: value
+        for key, (tag, value) in flatten_config(config).items()
+        if tag is FieldTag.IDENTITY and value is not None
     }
-    return hashlib.sha256(_canonical(identity).encode()).hexdigest()
+    return hashlib.sha256(_to_canonical_json(identity).encode()).hexdigest()
 
 
-def _canonical(value: object) -> str:
+def _to_canonical_json(value: object) -> str:
     # Not ==, to which 1 and 1.0 are the same: a warm-up of 1 is a step, one of 1.0 the whole run.
     return json.dumps(value, sort_keys=True)
 
 
-def refuse_changed_identity(
+def check_config_changes(
     old: Config, new: Config, *, accept: Sequence[str] = (), extend: bool = False
-) -> list[Change]:
+) -> list[ConfigChange]:
     """Let a begun run go on with another configuration, or say what stands against it.
 
     Returns the identity and horizon changes that were accepted; free fields may change unasked.
     """
-    differing = [change for change in changes(old, new) if change.tag is not Tag.FREE]
-    identity = [change for change in differing if change.tag is Tag.IDENTITY]
-    lines = [_refused(change) for change in differing if not _is_accepted(change, accept, extend=extend)]
-    lines += [_useless(key) for key in accept if not any(_covers(key, change.key) for change in identity)]
+    differing = [change for change in diff_configs(old, new) if change.tag is not FieldTag.FREE]
+    identity = [change for change in differing if change.tag is FieldTag.IDENTITY]
+    lines = [_format_refused_change(change) for change in differing if not _is_accepted(change, accept, extend=extend)]
+    lines += [
+        _format_unused_accept(key) for key in accept if not any(_covers_key(key, change.key) for change in identity)
+    ]
     if lines:
         raise ConfigError("the run has begun with another configuration:\n" + "\n".join(f"  {line}" for line in lines))
     return differing
 
 
-def _is_accepted(change: Change, accept: Sequence[str], *, extend: bool) -> bool:
-    return extend if change.tag is Tag.HORIZON else any(_covers(key, change.key) for key in accept)
+def _is_accepted(change: ConfigChange, accept: Sequence[str], *, extend: bool) -> bool:
+    return extend if change.tag is FieldTag.HORIZON else any(_covers_key(key, change.key) for key in accept)
 
 
-def _covers(accepted: str, key: str) -> bool:
+def _covers_key(accepted: str, key: str) -> bool:
     return key == accepted or key.startswith(f"{accepted}.")
 
 
-def _refused(change: Change) -> str:
+def _format_refused_change(change: ConfigChange) -> str:
     difference = f"{change.key}: {json.dumps(change.old)} -> {json.dumps(change.new)}"
-    if change.tag is Tag.HORIZON:
+    if change.tag is FieldTag.HORIZON:
         return f"{difference}; --extend takes the new length: the schedule stretches to it from here on"
     return f"{difference}; change it back, take another run.name, or --accept {change.key}"
 
 
-def _useless(key: str) -> str:
+def _format_unused_accept(key: str) -> str:
     return f"--accept {key}: no changed identity field has this key; remove it or check its spelling"

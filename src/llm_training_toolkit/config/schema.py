@@ -22,7 +22,7 @@ from pydantic import (
 )
 
 
-class Tag(enum.Enum):
+class FieldTag(enum.Enum):
     """What a changed field means for a run that has already begun."""
 
     IDENTITY = "identity"
@@ -33,17 +33,17 @@ class Tag(enum.Enum):
     """May change at every start."""
 
 
-def _integral(value: object) -> object:
+def _convert_integral_float(value: object) -> object:
     """Let `2e9` stand for 2000000000; leave everything else for pydantic to judge."""
     return int(value) if isinstance(value, float) and math.isfinite(value) and value.is_integer() else value
 
 
-_MOST = 10**15
+_MAX_COUNT = 10**15
 """Largest length, batch or number of threads that is read: more than any cluster does, and safe in 64 bits."""
-Count = Annotated[int, BeforeValidator(_integral), Field(ge=1, le=_MOST)]
+Count = Annotated[int, BeforeValidator(_convert_integral_float), Field(ge=1, le=_MAX_COUNT)]
 
 
-def _whole_number(value: object) -> object:
+def _check_whole_number(value: object) -> object:
     """Refuse true and 1.0 where a Literal of integers would let them pass for 1."""
     if isinstance(value, bool | float):
         raise ValueError("write a whole number")
@@ -55,31 +55,31 @@ _DURATION = re.compile(r"(\d+(?:\.\d+)?)(s|m|h)")
 _SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 
 
-def duration_seconds(text: str) -> float | None:
+def parse_duration_seconds(text: str) -> float | None:
     """Seconds of a duration such as `90s`, `10m` or `1.5h`; None where the text is none."""
     match = _DURATION.fullmatch(text)
     return float(match[1]) * _SECONDS[match[2]] if match else None
 
 
-def _steps_or_duration(value: object) -> object:
-    if isinstance(value, str) and not duration_seconds(value):
+def _check_interval(value: object) -> object:
+    if isinstance(value, str) and not parse_duration_seconds(value):
         raise ValueError("write a number of steps (200) or a duration above zero (90s, 10m, 1.5h)")
     return value
 
 
-Interval = Annotated[Annotated[int, Field(ge=1)] | str, BeforeValidator(_steps_or_duration)]
+Interval = Annotated[Annotated[int, Field(ge=1)] | str, BeforeValidator(_check_interval)]
 
 
-def _is_duration(value: object) -> object:
-    if not isinstance(value, str) or not duration_seconds(value):
+def _check_duration(value: object) -> object:
+    if not isinstance(value, str) or not parse_duration_seconds(value):
         raise ValueError("write a duration above zero (90s, 10m, 1.5h)")
     return value
 
 
-Duration = Annotated[str, BeforeValidator(_is_duration)]
+Duration = Annotated[str, BeforeValidator(_check_duration)]
 
 
-def _one_or_two(value: object) -> object:
+def _check_worker_range(value: object) -> object:
     """One number, or the fewest and the most; true and 1.0 are neither."""
     ends = tuple(value) if isinstance(value, list | tuple) else (value,)
     numbers = [end for end in ends if isinstance(end, int) and not isinstance(end, bool)]
@@ -90,10 +90,10 @@ def _one_or_two(value: object) -> object:
     return ends if pair else value
 
 
-Workers = Annotated[int | tuple[int, int], BeforeValidator(_one_or_two)]
+Workers = Annotated[int | tuple[int, int], BeforeValidator(_check_worker_range)]
 
 
-class Section(BaseModel):
+class ConfigSection(BaseModel):
     """A part of the configuration: strict, frozen, every unknown key an error."""
 
     model_config = ConfigDict(
@@ -101,67 +101,67 @@ class Section(BaseModel):
     )
 
 
-class Run(Section):
+class RunConfig(ConfigSection):
     """Where the run lives and what its chance is drawn from."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$"), Tag.FREE]
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$"), FieldTag.FREE]
     """Name of the run and of its directory. The same name again resumes it."""
-    dir: Annotated[str, Field(min_length=1), Tag.FREE] = "runs"
+    dir: Annotated[str, Field(min_length=1), FieldTag.FREE] = "runs"
     """Directory that holds the runs. On a cluster: a path that every node sees, or `s3://bucket/path`
     (docs/checkpoints.md)."""
-    seed: Annotated[int, Field(ge=0), Tag.IDENTITY] = 42
+    seed: Annotated[int, Field(ge=0), FieldTag.IDENTITY] = 42
     """Source of all randomness: initial weights, data order, fill-in-the-middle, dropout."""
-    deterministic: Annotated[bool, Tag.FREE] = False
+    deterministic: Annotated[bool, FieldTag.FREE] = False
     """Use only deterministic kernels (slower on GPUs). On CPU a run repeats bit for bit without it."""
 
 
-class Lora(Section):
+class LoraConfig(ConfigSection):
     """Low-rank adapters: the model stays as it is, two small matrices beside each linear layer are trained (LoRA)."""
 
-    rank: Annotated[int, Field(ge=1), Tag.IDENTITY] = 16
+    rank: Annotated[int, Field(ge=1), FieldTag.IDENTITY] = 16
     """Inner width of an adapter's two matrices."""
-    alpha: Annotated[int, Field(ge=1), Tag.IDENTITY] = 32
+    alpha: Annotated[int, Field(ge=1), FieldTag.IDENTITY] = 32
     """What an adapter adds is multiplied by alpha / rank."""
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0), Tag.IDENTITY] = 0.0
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0), FieldTag.IDENTITY] = 0.0
     """Share of an adapter's inputs that is left out in training, drawn from seed, step and sequence."""
-    targets: Annotated[Literal["auto"] | Annotated[tuple[str, ...], Field(min_length=1)], Tag.IDENTITY] = "auto"
+    targets: Annotated[Literal["auto"] | Annotated[tuple[str, ...], Field(min_length=1)], FieldTag.IDENTITY] = "auto"
     """Names of the linear layers that get adapters; `auto` = all of the family's, attention and feed-forward."""
-    rslora: Annotated[bool, Tag.IDENTITY] = False
+    rslora: Annotated[bool, FieldTag.IDENTITY] = False
     """Multiply by alpha / root of rank instead (Kalajdzievski 2023), so that higher ranks learn as fast."""
-    dora: Annotated[bool, Tag.IDENTITY] = False
+    dora: Annotated[bool, FieldTag.IDENTITY] = False
     """Train the length of each row of the weights apart from its direction (DoRA, Liu et al. 2024). Slower."""
-    modules_to_save: Annotated[tuple[str, ...], Tag.IDENTITY] = ()
+    modules_to_save: Annotated[tuple[str, ...], FieldTag.IDENTITY] = ()
     """Modules trained whole beside the adapters: the embedding or the output layer, by name."""
-    quantize: Annotated[Literal["nf4"] | None, Tag.IDENTITY] = None
+    quantize: Annotated[Literal["nf4"] | None, FieldTag.IDENTITY] = None
     """Keep the model's matrices in 4 bits while the adapters are trained (QLoRA, Dettmers et al. 2023). GPU only."""
 
 
-class Model(Section):
+class ModelConfig(ConfigSection):
     """What is trained."""
 
-    name: Annotated[str, Tag.IDENTITY]
+    name: Annotated[str, FieldTag.IDENTITY]
     """A size of a known family, such as `qwen3-0.6b` (`ltt plan` names the nearest ones when it is unknown)."""
-    path: Annotated[str | None, Tag.IDENTITY] = None
+    path: Annotated[str | None, FieldTag.IDENTITY] = None
     """Weights to start from: a directory or a hub id. Without it the weights are random."""
-    init_from: Annotated[str | None, Tag.IDENTITY] = None
+    init_from: Annotated[str | None, FieldTag.IDENTITY] = None
     """Start from the newest checkpoint of another run, given by its directory. Not a resume: step 0, new optimizer."""
-    shape: Annotated[dict[str, int | float | bool], Tag.IDENTITY] = {}
+    shape: Annotated[dict[str, int | float | bool], FieldTag.IDENTITY] = {}
     """Changes to the size's shape, by the names of its Hugging Face configuration. From scratch only."""
-    grow_vocabulary: Annotated[Annotated[int, Field(gt=0, multiple_of=64)] | None, Tag.IDENTITY] = None
+    grow_vocabulary: Annotated[Annotated[int, Field(gt=0, multiple_of=64)] | None, FieldTag.IDENTITY] = None
     """Rows of the embedding, for a tokenizer with more entries than the weights of `path` have rows: a multiple of 64,
     such as 49216. New rows begin at the mean of the old. Absent = as the weights have them; none is ever removed."""
-    attention: Annotated[Literal["eager", "sdpa", "flash_attention_2", "flex_attention"], Tag.FREE] = "sdpa"
+    attention: Annotated[Literal["eager", "sdpa", "flash_attention_2", "flex_attention"], FieldTag.FREE] = "sdpa"
     """How attention is computed; the last two need a GPU. Documents in a sequence do not see each other."""
-    activation_checkpointing: Annotated[bool, Tag.FREE] = False
+    activation_checkpointing: Annotated[bool, FieldTag.FREE] = False
     """Recompute activations in the backward pass: about a third more time for much less memory."""
-    loss_chunk: Annotated[Annotated[int, Field(ge=0)] | Literal["auto"], Tag.IDENTITY] = "auto"
+    loss_chunk: Annotated[Annotated[int, Field(ge=0)] | Literal["auto"], FieldTag.IDENTITY] = "auto"
     """Tokens per chunk of the loss over the vocabulary, so that whole logits never exist. `auto` = as many as make 67
     million logits (0.4 GB in bf16): 441 for Qwen's vocabulary. 0 = no chunks."""
-    lora: Lora | None = None
+    lora: LoraConfig | None = None
     """Train adapters instead of the model; absent = the model itself."""
 
     @model_validator(mode="after")
-    def _one_origin(self) -> Model:
+    def _check_weights_origin(self) -> ModelConfig:
         if self.path is not None and self.init_from is not None:
             raise ValueError("path and init_from both name weights to start from: keep one")
         if self.shape and (self.path is not None or self.init_from is not None):
@@ -175,68 +175,68 @@ class Model(Section):
         return self
 
 
-class TrainTokenizer(Section):
+class TrainTokenizerConfig(ConfigSection):
     """A byte-level BPE tokenizer of one's own, with the special tokens of the model's family."""
 
-    vocab_size: Annotated[int, Field(ge=512, le=1_000_000), Tag.IDENTITY]
+    vocab_size: Annotated[int, Field(ge=512, le=1_000_000), FieldTag.IDENTITY]
     """Entries of the vocabulary, special tokens included."""
 
 
-class Tokenizer(Section):
+class TokenizerConfig(ConfigSection):
     """Where the tokenizer comes from: exactly one of the two."""
 
-    path: Annotated[str | None, Tag.IDENTITY] = None
+    path: Annotated[str | None, FieldTag.IDENTITY] = None
     """A directory with a tokenizer.json, or a hub id."""
-    train: TrainTokenizer | None = None
+    train: TrainTokenizerConfig | None = None
     """Train one from the run's own documents."""
 
     @model_validator(mode="after")
-    def _one_origin(self) -> Tokenizer:
+    def _check_tokenizer_origin(self) -> TokenizerConfig:
         if (self.path is None) == (self.train is None):
             raise ValueError("give exactly one of tokenizer.path and tokenizer.train")
         return self
 
 
-class FillInTheMiddle(Section):
+class FimConfig(ConfigSection):
     """Fill-in-the-middle: a document is cut twice and the middle is moved to its end."""
 
-    rate: Annotated[Share, Tag.IDENTITY] = 0.5
+    rate: Annotated[Share, FieldTag.IDENTITY] = 0.5
     """Share of documents, or of the files of a repository, that are rearranged; StarCoder was trained with 0.5."""
-    spm_rate: Annotated[Share, Tag.IDENTITY] = 0.5
+    spm_rate: Annotated[Share, FieldTag.IDENTITY] = 0.5
     """Share of those in suffix-prefix-middle order; the others are prefix-suffix-middle."""
-    loss: Annotated[Literal["all", "middle"], Tag.IDENTITY] = "all"
+    loss: Annotated[Literal["all", "middle"], FieldTag.IDENTITY] = "all"
     """Train on every token, or on the middle and its end alone."""
-    level: Annotated[Literal["context", "document"], Tag.IDENTITY] = "context"
+    level: Annotated[Literal["context", "document"], FieldTag.IDENTITY] = "context"
     """Rearrange each chunk of a document that is too long for a sequence, or a whole document, or file of a repository,
     before it is cut."""
 
 
-class Source(Section):
+class SourceConfig(ConfigSection):
     """One source of documents."""
 
-    path: Annotated[str, Field(min_length=1), Tag.IDENTITY]
+    path: Annotated[str, Field(min_length=1), FieldTag.IDENTITY]
     """A file, a directory, a glob, an address (`s3://`, `gs://`, `hf://`), or `python:stdlib` (the standard library of
     the running Python). Files may be compressed (.gz, .bz2, .xz, .zst)."""
-    format: Annotated[Literal["code", "text", "chat"], Tag.IDENTITY]
+    format: Annotated[Literal["code", "text", "chat"], FieldTag.IDENTITY]
     """`code`: a document a file, or a record with `content`. `text`: a document a file, or a record with `text`.
     `chat`: a conversation a record. Records are lines of .jsonl files, or rows of .parquet and .arrow files."""
-    fim: FillInTheMiddle | None = None
+    fim: FimConfig | None = None
     """Fill-in-the-middle for this source; absent = plain. Not for chat."""
-    per: Annotated[Literal["file", "repository"], Tag.IDENTITY] = "file"
+    per: Annotated[Literal["file", "repository"], FieldTag.IDENTITY] = "file"
     """Code: a document is a file, or all files of a repository in the order of their paths."""
-    metadata: Annotated[bool, Tag.IDENTITY] = False
+    metadata: Annotated[bool, FieldTag.IDENTITY] = False
     """Code: put the repository's name, the file's path and the stars before a document, in the family's own tokens."""
-    loss: Annotated[Literal["assistant", "last_turn", "all"], Tag.IDENTITY] = "assistant"
+    loss: Annotated[Literal["assistant", "last_turn", "all"], FieldTag.IDENTITY] = "assistant"
     """Chat: train on what the assistant says and the end of its turn, on its last turn alone, or on everything."""
-    too_long: Annotated[Literal["auto", "continue", "drop", "error"], Tag.IDENTITY] = "auto"
+    too_long: Annotated[Literal["auto", "continue", "drop", "error"], FieldTag.IDENTITY] = "auto"
     """A document longer than a sequence: cut into chunks, drop it (counted), or stop. `auto` = drop for chat, continue
     for the others."""
-    weight: Annotated[Annotated[float, Field(gt=0.0)] | None, Tag.IDENTITY] = None
+    weight: Annotated[Annotated[float, Field(gt=0.0)] | None, FieldTag.IDENTITY] = None
     """Its share of the tokens, relative to the weights of the other sources: all of them have one, or none. Without
     weights every source is seen once per epoch."""
 
     @model_validator(mode="after")
-    def _names_no_key(self) -> Source:
+    def _check_no_credentials(self) -> SourceConfig:
         if re.match(r"[A-Za-z0-9+.-]+://[^/@]*:[^/@]*@", self.path):
             raise ValueError(
                 "path holds a key, which receipts and logs would repeat: give keys by environment variables "
@@ -245,7 +245,7 @@ class Source(Section):
         return self
 
     @model_validator(mode="after")
-    def _fits_its_format(self) -> Source:
+    def _check_format_options(self) -> SourceConfig:
         for_code = [
             name for name in ("per", "metadata") if getattr(self, name) != type(self).model_fields[name].default
         ]
@@ -261,26 +261,26 @@ class Source(Section):
         return self
 
     @model_serializer(mode="wrap")
-    def _what_applies(self, whole: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _serialize_applicable_fields(self, whole: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Without `loss` where it says nothing, so that what was written can be read again."""
         values: dict[str, Any] = whole(self)
         return values if self.format == "chat" else {name: value for name, value in values.items() if name != "loss"}
 
 
-class EvalSplit(Section):
+class EvalSplitConfig(ConfigSection):
     """What is held out: a share of the documents, or documents of one's own."""
 
-    fraction: Annotated[float, Field(ge=0.0, lt=1.0), Tag.IDENTITY] = 0.01
+    fraction: Annotated[float, Field(ge=0.0, lt=1.0), FieldTag.IDENTITY] = 0.01
     """Share of the documents kept out of training, chosen by a hash. With `sources` it must not be given, and is 0."""
-    by: Annotated[Literal["document", "repository"], Tag.IDENTITY] = "document"
+    by: Annotated[Literal["document", "repository"], FieldTag.IDENTITY] = "document"
     """What the fraction is taken of: documents, by the hash of their content, or repositories, by the hash of their
     name, so that no file of a held-out repository is trained on."""
-    sources: tuple[Source, ...] = ()
+    sources: tuple[SourceConfig, ...] = ()
     """Documents to hold out instead: never trained on, and whatever of `data.sources` has the same content is dropped
     and counted as `in_eval`."""
 
     @model_validator(mode="after")
-    def _one_choice(self) -> EvalSplit:
+    def _check_split_choice(self) -> EvalSplitConfig:
         if self.sources and "fraction" not in self.model_fields_set:
             object.__setattr__(self, "fraction", 0.0)  # frozen, and no validator before this one sees strict values
         if self.sources and (self.fraction > 0.0 or self.by != "document"):
@@ -293,251 +293,251 @@ class EvalSplit(Section):
         return self
 
 
-class Data(Section):
+class DataConfig(ConfigSection):
     """What is trained on."""
 
-    sequence_length: Annotated[int, Field(ge=16, le=10**9), Tag.IDENTITY]
+    sequence_length: Annotated[int, Field(ge=16, le=10**9), FieldTag.IDENTITY]
     """Tokens in a packed sequence."""
-    sources: Annotated[tuple[Source, ...], Field(min_length=1)]
+    sources: Annotated[tuple[SourceConfig, ...], Field(min_length=1)]
     """Where the documents come from; each once per epoch, or by its weight."""
-    eval: EvalSplit = EvalSplit()
+    eval: EvalSplitConfig = EvalSplitConfig()
     """The held-out part."""
-    on_error: Annotated[Literal["stop", "skip"], Tag.IDENTITY] = "stop"
+    on_error: Annotated[Literal["stop", "skip"], FieldTag.IDENTITY] = "stop"
     """A document that cannot be read: stop and name it, or skip and count it."""
-    max_skipped: Annotated[Share, Tag.IDENTITY] = 0.001
+    max_skipped: Annotated[Share, FieldTag.IDENTITY] = 0.001
     """With on_error: skip, the largest share of documents that may be skipped."""
-    cache: Annotated[str, Field(min_length=1), Tag.FREE] = "auto"
+    cache: Annotated[str, Field(min_length=1), FieldTag.FREE] = "auto"
     """Directory for prepared tokens, shared by runs. `auto` = `.cache` beside the runs; where those lie in an object
     store, `~/.cache/llm-training-toolkit`."""
 
     @property
-    def weights(self) -> tuple[float, ...]:
+    def source_weights(self) -> tuple[float, ...]:
         """The sources' weights; empty where they have none."""
         return tuple(source.weight for source in self.sources if source.weight is not None)
 
     @model_validator(mode="after")
-    def _all_weighted_or_none(self) -> Data:
+    def _check_source_weights(self) -> DataConfig:
         without = [source.path for source in self.sources if source.weight is None]
-        if self.weights and without:
+        if self.source_weights and without:
             raise ValueError(f"sources: a weight for every one or for none; {', '.join(without)} has none")
         return self
 
 
-class Optim(Section):
+class OptimConfig(ConfigSection):
     """The optimizer and its learning rate. Norms and biases carry no weight decay."""
 
-    name: Annotated[Literal["adamw"], Tag.IDENTITY] = "adamw"
+    name: Annotated[Literal["adamw"], FieldTag.IDENTITY] = "adamw"
     """The optimizer."""
-    lr: Annotated[Annotated[float, Field(gt=0.0)] | Literal["auto"], Tag.IDENTITY] = "auto"
+    lr: Annotated[Annotated[float, Field(gt=0.0)] | Literal["auto"], FieldTag.IDENTITY] = "auto"
     """Peak learning rate; `auto` chooses by method and size, and the plan shows it."""
-    betas: Annotated[tuple[float, float], Tag.IDENTITY] = (0.9, 0.95)
+    betas: Annotated[tuple[float, float], FieldTag.IDENTITY] = (0.9, 0.95)
     """Decay of the first and second moment; 0.95 is what Qwen and StarCoder use."""
-    eps: Annotated[float, Field(gt=0.0), Tag.IDENTITY] = 1e-8
+    eps: Annotated[float, Field(gt=0.0), FieldTag.IDENTITY] = 1e-8
     """Added to the root of the second moment."""
-    weight_decay: Annotated[float, Field(ge=0.0), Tag.IDENTITY] = 0.1
+    weight_decay: Annotated[float, Field(ge=0.0), FieldTag.IDENTITY] = 0.1
     """Decoupled weight decay of matrices."""
-    schedule: Annotated[Literal["constant", "linear", "cosine", "wsd"], Tag.IDENTITY] = "cosine"
+    schedule: Annotated[Literal["constant", "linear", "cosine", "wsd"], FieldTag.IDENTITY] = "cosine"
     """Shape after warm-up; `wsd` = stable, then a linear decay over the last `decay` of the run."""
-    warmup: Annotated[Share | Annotated[int, Field(ge=0)], Tag.IDENTITY] = 0.01
+    warmup: Annotated[Share | Annotated[int, Field(ge=0)], FieldTag.IDENTITY] = 0.01
     """Warm-up from zero: a share of the run (0.01) or a number of steps (100)."""
-    decay: Annotated[Share, Tag.IDENTITY] = 0.2
+    decay: Annotated[Share, FieldTag.IDENTITY] = 0.2
     """Share of the run that `wsd` decays over."""
-    min_lr: Annotated[Share, Tag.IDENTITY] = 0.1
+    min_lr: Annotated[Share, FieldTag.IDENTITY] = 0.1
     """Where the schedule ends, as a share of the peak."""
-    clip: Annotated[float, Field(ge=0.0), Tag.IDENTITY] = 1.0
+    clip: Annotated[float, Field(ge=0.0), FieldTag.IDENTITY] = 1.0
     """Largest norm of the gradient; 0 = no clipping."""
 
     @model_validator(mode="after")
-    def _betas_below_one(self) -> Optim:
+    def _check_betas(self) -> OptimConfig:
         if not all(0.0 <= beta < 1.0 for beta in self.betas):
             raise ValueError(f"betas must lie in [0, 1), not {self.betas}")
         return self
 
 
-class Train(Section):
+class TrainConfig(ConfigSection):
     """How long and in what portions."""
 
-    tokens: Annotated[Count | None, Tag.HORIZON] = None
+    tokens: Annotated[Count | None, FieldTag.HORIZON] = None
     """Length of the run in tokens, padding included (2e9 is fine). Exactly one of tokens, steps, epochs."""
-    steps: Annotated[Count | None, Tag.HORIZON] = None
+    steps: Annotated[Count | None, FieldTag.HORIZON] = None
     """Length of the run in optimizer steps."""
-    epochs: Annotated[Count | None, Tag.HORIZON] = None
+    epochs: Annotated[Count | None, FieldTag.HORIZON] = None
     """Length of the run in passes over the data."""
-    global_batch: Annotated[int, Field(ge=1, le=_MOST), Tag.IDENTITY] = 64
+    global_batch: Annotated[int, Field(ge=1, le=_MAX_COUNT), FieldTag.IDENTITY] = 64
     """Sequences per optimizer step, over all workers. Never changes, whatever the number of workers."""
-    micro_batch: Annotated[Annotated[int, Field(ge=1, le=_MOST)] | Literal["auto"], Tag.FREE] = "auto"
+    micro_batch: Annotated[Annotated[int, Field(ge=1, le=_MAX_COUNT)] | Literal["auto"], FieldTag.FREE] = "auto"
     """Sequences per forward pass on one worker. Changes memory and speed, not the result. `auto` = as many as the
     memory estimate leaves room for on the device, and half of them whenever an allocation fails. A resume keeps it;
     another start of the same file may take another, and then rounds differently."""
-    precision: Annotated[Literal["auto", "bf16", "fp32"], Tag.IDENTITY] = "auto"
+    precision: Annotated[Literal["auto", "bf16", "fp32"], FieldTag.IDENTITY] = "auto"
     """Precision of the forward and backward pass. Weights are kept and updated in fp32 either way. `auto` = bf16 on
     GPUs that have it; on CPUs bf16 where a measurement on every worker finds it no slower than fp32. A resume keeps
     it."""
 
     @model_validator(mode="after")
-    def _one_length(self) -> Train:
+    def _check_run_length(self) -> TrainConfig:
         if sum(length is not None for length in (self.tokens, self.steps, self.epochs)) != 1:
             raise ValueError("give exactly one of train.tokens, train.steps and train.epochs")
         return self
 
 
-class Engine(Section):
+class EngineConfig(ConfigSection):
     """How DeepSpeed spreads the work."""
 
-    zero: Annotated[Literal["auto", 0, 1, 2, 3], BeforeValidator(_whole_number), Tag.FREE] = "auto"
+    zero: Annotated[Literal["auto", 0, 1, 2, 3], BeforeValidator(_check_whole_number), FieldTag.FREE] = "auto"
     """ZeRO stage: what is spread over the workers. 1 optimizer state, 2 and gradients, 3 and weights. `auto` = for one
     worker the stage that costs least, for several the lowest that the memory estimate fits into their devices."""
-    deepspeed: Annotated[dict[str, Any], Tag.FREE] = {}
+    deepspeed: Annotated[dict[str, Any], FieldTag.FREE] = {}
     """Passed to DeepSpeed as it stands, except the keys the toolkit owns, which are refused."""
 
 
-class Checkpoint(Section):
+class CheckpointConfig(ConfigSection):
     """When the run is saved and what is kept."""
 
-    every: Annotated[Interval, Tag.FREE] = "10m"
+    every: Annotated[Interval, FieldTag.FREE] = "10m"
     """Steps (200) or time (10m) between checkpoints. The last step is always saved."""
-    keep: Annotated[int, Field(ge=1), Tag.FREE] = 3
+    keep: Annotated[int, Field(ge=1), FieldTag.FREE] = 3
     """How many of the newest checkpoints are kept."""
-    keep_every: Annotated[int, Field(ge=0), Tag.FREE] = 0
+    keep_every: Annotated[int, Field(ge=0), FieldTag.FREE] = 0
     """Keep each checkpoint whose step is a multiple of this for good. 0 = none."""
-    keep_best: Annotated[int, Field(ge=0), Tag.FREE] = 1
+    keep_best: Annotated[int, Field(ge=0), FieldTag.FREE] = 1
     """How many with the lowest held-out loss are kept, of those whose own step was evaluated. 0 = none."""
 
 
-class EvalTask(Section):
+class EvalTaskConfig(ConfigSection):
     """A task the model is measured by. What is absent has the default of `ltt evaluate`."""
 
-    task: Annotated[Literal["perplexity", "infill", "humaneval"], Tag.FREE]
+    task: Annotated[Literal["perplexity", "infill", "humaneval"], FieldTag.FREE]
     """Loss of documents, gaps in code, or functions and their tests (docs/evaluation.md)."""
-    every: Annotated[Annotated[int, Field(ge=1)] | None, Tag.FREE] = None
+    every: Annotated[Annotated[int, Field(ge=1)] | None, FieldTag.FREE] = None
     """Also while the run trains, on a checkpoint every so many steps; all workers wait. Absent: at the end alone."""
-    data: Annotated[str | None, Tag.FREE] = None
+    data: Annotated[str | None, FieldTag.FREE] = None
     """Documents, or a file of problems. Absent: what the run holds out; for humaneval the 164 of the package."""
-    format: Annotated[Literal["code", "text", "chat"] | None, Tag.FREE] = None
+    format: Annotated[Literal["code", "text", "chat"] | None, FieldTag.FREE] = None
     """Of the documents."""
-    limit: Annotated[Annotated[int, Field(ge=1)] | None, Tag.FREE] = None
+    limit: Annotated[Annotated[int, Field(ge=1)] | None, FieldTag.FREE] = None
     """infill, humaneval: so many documents or problems."""
-    samples: Annotated[Annotated[int, Field(ge=1)] | None, Tag.FREE] = None
+    samples: Annotated[Annotated[int, Field(ge=1)] | None, FieldTag.FREE] = None
     """humaneval: completions of each problem, for pass@10 and pass@100."""
-    temperature: Annotated[Annotated[float, Field(ge=0.0)] | None, Tag.FREE] = None
+    temperature: Annotated[Annotated[float, Field(ge=0.0)] | None, FieldTag.FREE] = None
     """humaneval: 0 = always the likeliest token."""
 
     @model_validator(mode="after")
-    def _fits_its_task(self) -> EvalTask:
+    def _check_task_options(self) -> EvalTaskConfig:
         own = {
             "perplexity": {"format"},
             "infill": {"format", "limit"},
             "humaneval": {"limit", "samples", "temperature"},
         }
-        strange = [name for name in self.settings() if name not in own[self.task] | {"data"}]
+        strange = [name for name in self.get_task_options() if name not in own[self.task] | {"data"}]
         if strange:
             raise ValueError(f"{' and '.join(strange)}: not for task {self.task}; remove")
         if self.samples is not None and self.samples > 1 and not self.temperature:
             raise ValueError("samples are all the same without a temperature: 0.2 and 0.8 are usual")
         return self
 
-    def settings(self) -> dict[str, Any]:
+    def get_task_options(self) -> dict[str, Any]:
         """What was given beside the name, as `ltt evaluate` takes it."""
         return self.model_dump(exclude={"task", "every"}, exclude_none=True)
 
 
-class Eval(Section):
+class EvalConfig(ConfigSection):
     """When the held-out loss is measured, and what else the model is measured by."""
 
-    every: Annotated[int, Field(ge=1), Tag.FREE] = 200
+    every: Annotated[int, Field(ge=1), FieldTag.FREE] = 200
     """Steps between evaluations; step 0 and the last step are always evaluated."""
-    tasks: tuple[EvalTask, ...] = ()
+    tasks: tuple[EvalTaskConfig, ...] = ()
     """Tasks carried out on the exported model when the run finishes, and on the way. One that fails is reported."""
 
 
-class Export(Section):
+class ExportConfig(ConfigSection):
     """What is left when the run finishes."""
 
-    at_end: Annotated[bool, Tag.FREE] = True
+    at_end: Annotated[bool, FieldTag.FREE] = True
     """Write a Hugging Face directory to `<run>/export` when the run finishes."""
 
 
-class Cluster(Section):
+class ClusterConfig(ConfigSection):
     """What the run takes of the machines."""
 
-    workers: Annotated[Workers, Tag.FREE] = 1
+    workers: Annotated[Workers, FieldTag.FREE] = 1
     """Ray Train workers, one device each. `[1, 8]` = elastic: as many as there is room for, from 1 to 8; the run
     shrinks when a node is lost and grows when one comes. 0 = without Ray: this process, or torchrun's ranks."""
-    wait: Annotated[Duration, Tag.FREE] = "10m"
+    wait: Annotated[Duration, FieldTag.FREE] = "10m"
     """How long a run waits for room for its (fewest) workers, at its start and after it has lost some, before it fails.
     What can never come is not waited for at the start."""
-    gpus_per_worker: Annotated[Literal["auto", 0, 1], BeforeValidator(_whole_number), Tag.FREE] = "auto"
+    gpus_per_worker: Annotated[Literal["auto", 0, 1], BeforeValidator(_check_whole_number), FieldTag.FREE] = "auto"
     """GPUs of a worker. `auto` = one where the cluster has one for every worker, otherwise none."""
-    cpus_per_worker: Annotated[int, Field(ge=1, le=_MOST), Tag.FREE] = 1
+    cpus_per_worker: Annotated[int, Field(ge=1, le=_MAX_COUNT), FieldTag.FREE] = 1
     """CPU cores of a worker, and its number of threads: another number gives other rounding."""
-    placement: Annotated[Literal["pack", "spread", "strict_pack", "strict_spread"], Tag.FREE] = "pack"
+    placement: Annotated[Literal["pack", "spread", "strict_pack", "strict_spread"], FieldTag.FREE] = "pack"
     """How workers are placed on nodes."""
-    env: Annotated[dict[str, str], Tag.FREE] = {}
+    env: Annotated[dict[str, str], FieldTag.FREE] = {}
     """Environment variables of every worker, for example NCCL_SOCKET_IFNAME; no secrets, as it is written down."""
 
     @property
-    def fewest(self) -> int:
+    def min_workers(self) -> int:
         """The smallest number of workers the run goes on with."""
         return self.workers if isinstance(self.workers, int) else self.workers[0]
 
     @property
-    def most(self) -> int:
+    def max_workers(self) -> int:
         """The largest number of workers the run takes."""
         return self.workers if isinstance(self.workers, int) else self.workers[1]
 
 
-class Failures(Section):
+class FailuresConfig(ConfigSection):
     """What happens when a worker dies, hangs, or raises an error that a restart may not meet again."""
 
-    max: Annotated[int, Field(ge=0), Tag.FREE] = 3
+    max: Annotated[int, Field(ge=0), FieldTag.FREE] = 3
     """How many failures in a row are answered by new workers that go on from the newest checkpoint. A checkpoint
     completed after a failure wipes out what was counted before it."""
-    same_step: Annotated[int, Field(ge=1), Tag.FREE] = 2
+    same_step: Annotated[int, Field(ge=1), FieldTag.FREE] = 2
     """How often the same step may fail in a row before the run ends: the cause is then in the step. A lost node does
     not count."""
-    on_spike: Annotated[Literal["stop", "skip", "ignore"], Tag.FREE] = "stop"
+    on_spike: Annotated[Literal["stop", "skip", "ignore"], FieldTag.FREE] = "stop"
     """What happens before an update whose loss lies 6 deviations above the median of the last 128 steps, or whose
     gradient is ten times as large as usual and stands out as much (docs/failures.md). `stop`: the run saves and ends,
     with the documents of the step named. `skip`: the update is left out and written down. `ignore`: it is taken."""
-    ledger: Annotated[bool, Tag.FREE] = False
+    ledger: Annotated[bool, FieldTag.FREE] = False
     """Every rank writes down which sequences it fetched, with a checksum of their tokens: a line a step, in
     `<run>/ledger`. `ltt drill` counts with it."""
-    hang: Annotated[Duration, Tag.FREE] = "10m"
+    hang: Annotated[Duration, FieldTag.FREE] = "10m"
     """How long no rank may advance within a step before the run counts as hung and gets new workers. Three times as
     long while it starts, evaluates or saves; no limit on the export."""
 
 
-class Config(Section):
+class Config(ConfigSection):
     """A run, whole."""
 
-    run: Run
+    run: RunConfig
     """Where the run lives and what its chance is drawn from."""
-    model: Model
+    model: ModelConfig
     """What is trained."""
-    tokenizer: Tokenizer
+    tokenizer: TokenizerConfig
     """The tokenizer."""
-    data: Data
+    data: DataConfig
     """What is trained on."""
-    optim: Optim = Optim()
+    optim: OptimConfig = OptimConfig()
     """The optimizer and its learning rate."""
-    train: Train
+    train: TrainConfig
     """How long and in what portions."""
-    engine: Engine = Engine()
+    engine: EngineConfig = EngineConfig()
     """How DeepSpeed spreads the work."""
-    checkpoint: Checkpoint = Checkpoint()
+    checkpoint: CheckpointConfig = CheckpointConfig()
     """When the run is saved and what is kept."""
-    eval: Eval = Eval()
+    eval: EvalConfig = EvalConfig()
     """When the held-out loss is measured."""
-    export: Export = Export()
+    export: ExportConfig = ExportConfig()
     """What is left when the run finishes."""
-    cluster: Cluster = Cluster()
+    cluster: ClusterConfig = ClusterConfig()
     """What the run takes of the machines."""
-    failures: Failures = Failures()
+    failures: FailuresConfig = FailuresConfig()
     """What happens when a worker dies."""
 
     @model_validator(mode="after")
-    def _no_epochs_of_a_mixture(self) -> Config:
-        if self.data.weights and self.train.epochs is not None:
+    def _check_no_epochs_with_weights(self) -> Config:
+        if self.data.source_weights and self.train.epochs is not None:
             raise ValueError(
                 "train.epochs has no meaning where sources have weights, each of which runs through epochs of its own: "
                 "give train.tokens or train.steps"

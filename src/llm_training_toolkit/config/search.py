@@ -10,15 +10,15 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
-from llm_training_toolkit.config.document import Document
-from llm_training_toolkit.config.fields import Key, dotted, locate
-from llm_training_toolkit.config.load import load, read, unknown_key, validated
-from llm_training_toolkit.config.schema import Config, Count, Duration, Section
+from llm_training_toolkit.config.document import ConfigDocument
+from llm_training_toolkit.config.fields import KeyPath, format_key, resolve_key
+from llm_training_toolkit.config.load import format_unknown_key, load_config, read_document, validate_document
+from llm_training_toolkit.config.schema import Config, ConfigSection, Count, Duration
 from llm_training_toolkit.errors import ConfigError
 
 Value = bool | int | float | str | None
 METRICS = ("eval/loss", "eval/perplexity", "eval/bits_per_byte", "train/loss")
-_OWNED = {
+_UNSEARCHABLE_KEYS = {
     "run.name": "every trial has its own",
     "run.dir": "trials lie in the search's directory",
     "data.cache": "all trials share one",
@@ -31,7 +31,7 @@ _OWNED = {
 """Keys, or sections, that are no hyperparameters, and why."""
 
 
-class Distribution(Section):
+class ParameterDistribution(ConfigSection):
     """The values that a key may take: exactly one of the four. A plain list is a choice."""
 
     choice: tuple[Value | tuple[Value, ...], ...] | None = None
@@ -44,43 +44,48 @@ class Distribution(Section):
     """A whole number from the first to the second, both included."""
 
     @model_validator(mode="after")
-    def _one_kind(self) -> Distribution:
+    def _check_distribution_kind(self) -> ParameterDistribution:
         if sum(kind is not None for kind in (self.choice, self.uniform, self.log_uniform, self.integers)) != 1:
             raise ValueError("give exactly one of choice, uniform, log_uniform and integers")
         if self.choice == ():
             raise ValueError("has nothing to choose from: give at least one value")
         if self.choice is not None and len({json.dumps(value) for value in self.choice}) < len(self.choice):
             raise ValueError("choice has a value twice")
-        if self.choice is None and not self.ends[0] < self.ends[1]:
-            raise ValueError(f"nothing lies between {self.ends[0]:g} and {self.ends[1]:g}: the smaller one comes first")
+        if self.choice is None and not self.range_bounds[0] < self.range_bounds[1]:
+            raise ValueError(
+                f"nothing lies between {self.range_bounds[0]:g} and {self.range_bounds[1]:g}: the smaller one "
+                "comes first"
+            )
         if self.log_uniform is not None and self.log_uniform[0] <= 0.0:
             raise ValueError("log_uniform: both numbers must be above zero")
         return self
 
     @property
-    def ends(self) -> tuple[float, float]:
+    def range_bounds(self) -> tuple[float, float]:
         """The smallest and the largest number of a range."""
         ends = self.uniform or self.log_uniform or self.integers
         assert ends is not None, "a choice has no ends"
         return ends
 
     @property
-    def corners(self) -> tuple[Any, ...]:
+    def boundary_values(self) -> tuple[Any, ...]:
         """What a corner of the space can have here: every choice, or both ends."""
         if self.choice is not None:
             return tuple(list(value) if isinstance(value, tuple) else value for value in self.choice)
-        return self.ends
+        return self.range_bounds
 
-    def holds(self, value: object) -> bool:
+    def contains_value(self, value: object) -> bool:
         """Whether a value is one that the key may take."""
         if self.choice is not None:
             return json.dumps(value) in {json.dumps(choice) for choice in self.choice}
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             return False
-        return self.ends[0] <= value <= self.ends[1] and (self.integers is None or isinstance(value, int))
+        return self.range_bounds[0] <= value <= self.range_bounds[1] and (
+            self.integers is None or isinstance(value, int)
+        )
 
 
-class Budget(Section):
+class BudgetConfig(ConfigSection):
     """When no other trial begins, and those that work end at their next rung."""
 
     tokens: Count | None = None
@@ -89,13 +94,13 @@ class Budget(Section):
     """Working time of the search, over all its starts."""
 
     @model_validator(mode="after")
-    def _some(self) -> Budget:
+    def _check_has_limit(self) -> BudgetConfig:
         if self.tokens is None and self.time is None:
             raise ValueError("give tokens, time or both")
         return self
 
 
-class Scheduler(Section):
+class SchedulerConfig(ConfigSection):
     """Which trials go on at a rung."""
 
     name: Literal["none", "asha", "median", "hyperband"] = "asha"
@@ -109,13 +114,13 @@ class Scheduler(Section):
     """Steps at the first rung instead."""
 
     @model_validator(mode="after")
-    def _one_unit(self) -> Scheduler:
+    def _check_first_rung_unit(self) -> SchedulerConfig:
         if self.first_tokens is not None and self.first_steps is not None:
             raise ValueError("first_tokens and first_steps both say where the first rung is: keep one")
         return self
 
 
-class Searcher(Section):
+class SearcherConfig(ConfigSection):
     """Where the next trial's values come from."""
 
     name: Literal["random", "grid", "optuna"] = "random"
@@ -127,7 +132,7 @@ class Searcher(Section):
     """optuna: trials drawn before it begins to learn."""
 
 
-class Search(Section):
+class SearchConfig(ConfigSection):
     """A search, whole."""
 
     base: Annotated[str, Field(min_length=1)]
@@ -136,7 +141,7 @@ class Search(Section):
     """Name of the search and of its directory, in the base's `run.dir`. Absent: the file's own name."""
     set: dict[str, Any] = Field(default_factory=dict)
     """Fields of the base that are other for all trials, by their dotted keys: `train.steps: 200`."""
-    search: dict[str, Distribution]
+    search: dict[str, ParameterDistribution]
     """What varies: dotted keys of the run file, and the values each may take."""
     metric: Literal["eval/loss", "eval/perplexity", "eval/bits_per_byte", "train/loss"] = "eval/loss"
     """What trials are compared by."""
@@ -144,11 +149,11 @@ class Search(Section):
     """Whether less or more of it is better."""
     trials: Annotated[int, Field(ge=1)] | None = None
     """How many trials. Absent with grid: all combinations."""
-    budget: Budget | None = None
+    budget: BudgetConfig | None = None
     """Tokens or time instead of a number of trials, or a limit beside it."""
-    scheduler: Scheduler = Scheduler()
+    scheduler: SchedulerConfig = SchedulerConfig()
     """Which trials go on."""
-    searcher: Searcher = Searcher()
+    searcher: SearcherConfig = SearcherConfig()
     """Where values come from."""
     first: tuple[dict[str, Any], ...] = ()
     """Points to try first: a value for every key of `search`."""
@@ -160,7 +165,7 @@ class Search(Section):
     """Combinations that cannot be trained: name them and start nothing, or leave them out."""
 
     @model_validator(mode="after")
-    def _ends(self) -> Search:
+    def _check_search_ends(self) -> SearchConfig:
         if not self.search:
             raise ValueError("search: nothing varies: give at least one key with its values")
         if self.trials is None and self.budget is None and self.searcher.name != "grid":
@@ -171,34 +176,34 @@ class Search(Section):
         return self
 
 
-class Loaded(NamedTuple):
+class LoadedSearch(NamedTuple):
     """A search, its base, and the base as its trials have it (`set`)."""
 
-    search: Search
-    whole: Config
-    base: Config
+    search: SearchConfig
+    base_config: Config
+    trial_config: Config
 
 
-def load_search(path: Path, overrides: Sequence[str] = ()) -> Loaded:
+def load_search(path: Path, overrides: Sequence[str] = ()) -> LoadedSearch:
     """A search file and its base; keys and points to try first are checked.
 
     Raises ConfigError with every problem.
     """
-    document = read(path, overrides)
-    _lists_are_choices(document)
-    search = validated(document, Search)
+    document = read_document(path, overrides)
+    _expand_list_choices(document)
+    search = validate_document(document, SearchConfig)
     for section, keys in (("search", search.search), ("set", search.set)):
         for key in keys:
-            if what := _problem_of_key(key, owned=section == "search"):
-                document.report((section, key), what)
+            if what := _find_key_problem(key, owned=section == "search"):
+                document.report_problem((section, key), what)
     for number, point in enumerate(search.first):
         _check_point(search, number, point, document)
     document.raise_problems()
-    whole = load(path.parent / search.base)
-    return Loaded(search, whole, changed(whole, search.set, f"{path}: base {search.base} with set"))
+    whole = load_config(path.parent / search.base)
+    return LoadedSearch(search, whole, replace_config_values(whole, search.set, f"{path}: base {search.base} with set"))
 
 
-def _lists_are_choices(document: Document) -> None:
+def _expand_list_choices(document: ConfigDocument) -> None:
     """Let `[a, b]` stand for `{choice: [a, b]}`, before anything is validated: a validator would see no strict JSON."""
     space = document.data.get("search") if isinstance(document.data, dict) else None
     if isinstance(space, dict):
@@ -207,71 +212,75 @@ def _lists_are_choices(document: Document) -> None:
                 space[key] = {"choice": values}
 
 
-def _problem_of_key(key: str, *, owned: bool) -> str:
-    parts = parts_of(key)
-    reason = next((why for taken, why in _OWNED.items() if owned and (key + ".").startswith(taken + ".")), "")
+def _find_key_problem(key: str, *, owned: bool) -> str:
+    parts = split_key(key)
+    reason = next(
+        (why for taken, why in _UNSEARCHABLE_KEYS.items() if owned and (key + ".").startswith(taken + ".")), ""
+    )
     if reason:
         return f"cannot be searched: {reason}"
-    found, _, _ = locate(parts, Config)
+    found, _, _ = resolve_key(parts, Config)
     if len(found) == len(parts):
         return ""
-    return _unknown(parts, found)
+    return _format_missing_key(parts, found)
 
 
-def _unknown(parts: Key, found: Key) -> str:
+def _format_missing_key(parts: KeyPath, found: KeyPath) -> str:
     try:
-        return unknown_key(parts[: len(found) + 1], Config)
+        return format_unknown_key(parts[: len(found) + 1], Config)
     except AssertionError:
-        return f"{dotted(found)} is a value, no section: it has no {parts[len(found)]}"
+        return f"{format_key(found)} is a value, no section: it has no {parts[len(found)]}"
 
 
-def _check_point(search: Search, number: int, point: Mapping[str, Any], document: Document) -> None:
+def _check_point(search: SearchConfig, number: int, point: Mapping[str, Any], document: ConfigDocument) -> None:
     for key in sorted(set(point) ^ set(search.search)):
         what = "is not searched: remove it" if key in point else "has no value: a point has one for every key"
-        document.report(("first", number, key), what)
+        document.report_problem(("first", number, key), what)
     for key in set(point) & set(search.search):
-        if not search.search[key].holds(point[key]):
-            document.report(("first", number, key), "lies outside what search gives it", json.dumps(point[key]))
+        if not search.search[key].contains_value(point[key]):
+            document.report_problem(("first", number, key), "lies outside what search gives it", json.dumps(point[key]))
 
 
-def parts_of(key: str) -> Key:
+def split_key(key: str) -> KeyPath:
     """The parts of a dotted key; positions in a list as numbers."""
     return tuple(int(part) if part.isdecimal() else part for part in key.split("."))
 
 
-def changed(config: Config, values: Mapping[str, Any], where: str) -> Config:
+def replace_config_values(config: Config, values: Mapping[str, Any], where: str) -> Config:
     """A configuration with other values for some dotted keys, read strictly. Raises ConfigError.
 
     A length of the run takes the place of the one there was.
     """
     data = json.loads(config.model_dump_json(exclude_unset=True))
     for key, value in values.items():
-        parts = parts_of(key)
+        parts = split_key(key)
         if key in {"train.tokens", "train.steps", "train.epochs"}:
-            data["train"] = {name: old for name, old in data["train"].items() if f"train.{name}" not in _OWNED}
+            data["train"] = {
+                name: old for name, old in data["train"].items() if f"train.{name}" not in _UNSEARCHABLE_KEYS
+            }
         holder = data
         for part in parts[:-1]:
-            holder = _step(holder, part, key)
-        _put(holder, parts[-1], value, key)
-    return validated(Document(where, data), Config)
+            holder = _get_or_create_child(holder, part, key)
+        _set_item(holder, parts[-1], value, key)
+    return validate_document(ConfigDocument(where, data), Config)
 
 
-def _step(holder: Any, part: str | int, key: str) -> Any:  # noqa: ANN401 - plain data
+def _get_or_create_child(holder: Any, part: str | int, key: str) -> Any:  # noqa: ANN401 - plain data
     if isinstance(holder, dict):
         if holder.get(str(part)) is None:
             holder[str(part)] = {}
         return holder[str(part)]
-    return holder[_index(holder, part, key)]
+    return holder[_check_list_index(holder, part, key)]
 
 
-def _put(holder: Any, part: str | int, value: object, key: str) -> None:  # noqa: ANN401 - plain data
+def _set_item(holder: Any, part: str | int, value: object, key: str) -> None:  # noqa: ANN401 - plain data
     if isinstance(holder, dict):
         holder[str(part)] = value
     else:
-        holder[_index(holder, part, key)] = value
+        holder[_check_list_index(holder, part, key)] = value
 
 
-def _index(holder: Any, part: str | int, key: str) -> int:  # noqa: ANN401 - plain data
+def _check_list_index(holder: Any, part: str | int, key: str) -> int:  # noqa: ANN401 - plain data
     if not isinstance(holder, list) or not isinstance(part, int) or part >= len(holder):
         there = f"entries 0 to {len(holder) - 1}" if isinstance(holder, list) and holder else "none"
         raise ConfigError(f"{key}: the base has no entry {part} there; it has {there}")

@@ -5,6 +5,6 @@ from __future__ import annotations
 import re
 
 
-def is_address(path: str) -> bool:
+def is_uri(path: str) -> bool:
     """Whether a path is an address."""
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", path) is not None

@@ -13,8 +13,8 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
-from llm_training_toolkit.config.document import Document, Place
-from llm_training_toolkit.config.fields import Key
+from llm_training_toolkit.config.document import ConfigDocument, ConfigLocation
+from llm_training_toolkit.config.fields import KeyPath
 from llm_training_toolkit.errors import ConfigError
 
 _SCALARS = {f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null")}
@@ -22,16 +22,16 @@ _AS_TEXT = {f"tag:yaml.org,2002:{name}" for name in ("timestamp", "value", "merg
 _COLLECTIONS = {f"tag:yaml.org,2002:{name}" for name in ("map", "seq")}
 
 
-def compose(text: str) -> Node | None:
+def compose_yaml(text: str) -> Node | None:
     """The nodes of a YAML text; None where it is empty. Raises YAMLError."""
     node: Node | None = YAML(typ="safe", pure=True).compose(text)
     return node
 
 
-def read_file(path: Path, document: Document) -> None:
+def read_yaml_file(path: Path, document: ConfigDocument) -> None:
     """Read a YAML file into the document. Raises ConfigError where it is none."""
     try:
-        node = compose(path.read_text(encoding="utf-8-sig"))
+        node = compose_yaml(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: no such file; check the path and the working directory") from error
     except OSError as error:
@@ -39,13 +39,13 @@ def read_file(path: Path, document: Document) -> None:
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
     except YAMLError as error:
-        line, what = problem_in_words(error)
+        line, what = format_yaml_error(error)
         raise ConfigError(f"{path}{line}: not valid YAML: {what}") from error
     if node is not None:
-        document.data = Reader(document).read(node, ())
+        document.data = YamlNodeReader(document).read_node(node, ())
 
 
-def problem_in_words(error: YAMLError) -> tuple[str, str]:
+def format_yaml_error(error: YAMLError) -> tuple[str, str]:
     """The line, as `:12` where it is known, and what stands there."""
     if not isinstance(error, MarkedYAMLError) or error.problem_mark is None:
         return "", str(error).splitlines()[0]
@@ -56,71 +56,71 @@ def problem_in_words(error: YAMLError) -> tuple[str, str]:
 
 
 @dataclass
-class Reader:
+class YamlNodeReader:
     """YAML nodes to plain data, noting where each key stands."""
 
-    document: Document
-    at: Place | None = None
+    document: ConfigDocument
+    fixed_location: ConfigLocation | None = None
     """The place of everything read, where it is no line of the file."""
     open_nodes: list[Node] = field(default_factory=list)
 
-    def read(self, node: Node, path: Key) -> object:
+    def read_node(self, node: Node, path: KeyPath) -> object:
         """The value of a node that stands under a key."""
         if any(node is parent for parent in self.open_nodes):
-            return self._refuse(path, "refers to itself; write the value out")
+            return self._report_invalid_value(path, "refers to itself; write the value out")
         if isinstance(node, ScalarNode):
-            return self._scalar(node, path)
+            return self._read_scalar(node, path)
         if node.tag not in _COLLECTIONS or not isinstance(node, MappingNode | SequenceNode):
-            return self._refuse(path, f"unknown YAML tag {node.tag}; remove it")
+            return self._report_invalid_value(path, f"unknown YAML tag {node.tag}; remove it")
         self.open_nodes.append(node)
-        value = self._mapping(node, path) if isinstance(node, MappingNode) else self._sequence(node, path)
+        value = self._read_mapping(node, path) if isinstance(node, MappingNode) else self._read_sequence(node, path)
         self.open_nodes.pop()
         return value
 
-    def _scalar(self, node: ScalarNode, path: Key) -> object:
+    def _read_scalar(self, node: ScalarNode, path: KeyPath) -> object:
         if node.tag in _AS_TEXT:
             return node.value
         if node.tag not in _SCALARS:
-            return self._refuse(path, f"unknown YAML tag {node.tag}; remove it")
+            return self._report_invalid_value(path, f"unknown YAML tag {node.tag}; remove it")
         try:
             return YAML(typ="safe", pure=True).constructor.construct_object(node)
         except (ValueError, KeyError, YAMLError):  # a forced tag, such as `!!int many`
-            return self._refuse(path, f"{node.value!r} does not fit its YAML tag; remove the tag")
+            return self._report_invalid_value(path, f"{node.value!r} does not fit its YAML tag; remove the tag")
 
-    def _sequence(self, node: SequenceNode, path: Key) -> list[Any]:
+    def _read_sequence(self, node: SequenceNode, path: KeyPath) -> list[Any]:
         items = []
         for index, child in enumerate(node.value):
-            self._note((*path, index), child)
-            items.append(self.read(child, (*path, index)))
+            self._record_location((*path, index), child)
+            items.append(self.read_node(child, (*path, index)))
         return items
 
-    def _mapping(self, node: MappingNode, path: Key) -> dict[str, Any]:
+    def _read_mapping(self, node: MappingNode, path: KeyPath) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for key_node, value_node in node.value:
             if not isinstance(key_node, ScalarNode):
-                self._refuse(path, "a key must be a name, not a list or a mapping")
+                self._report_invalid_value(path, "a key must be a name, not a list or a mapping")
                 continue
             key = str(key_node.value)
             here = (*path, key)
-            first = self.document.places.get(here) if key in found else None
-            self._note(here, key_node)
-            value = self.read(value_node, here)
+            first = self.document.locations.get(here) if key in found else None
+            self._record_location(here, key_node)
+            value = self.read_node(value_node, here)
             if key in found:
-                self._twice(here, first)
+                self._report_duplicate_key(here, first)
                 if isinstance(found[key], dict) and isinstance(value, dict):
                     value = found[key] | value  # both halves of a section written twice are examined
             found[key] = value
         return found
 
-    def _note(self, path: Key, node: Node) -> None:
-        self.document.places[path] = self.at or self.document.line(node.start_mark.line + 1)
+    def _record_location(self, path: KeyPath, node: Node) -> None:
+        self.document.locations[path] = self.fixed_location or self.document.locate_line(node.start_mark.line + 1)
 
-    def _twice(self, path: Key, first: Place | None) -> None:
-        elsewhere = f" (first at {first.text})" if first and not self.at else ""
-        self.document.report(path, f"duplicate key{elsewhere}; keep one")
+    def _report_duplicate_key(self, path: KeyPath, first: ConfigLocation | None) -> None:
+        elsewhere = f" (first at {first.text})" if first and not self.fixed_location else ""
+        self.document.report_problem(path, f"duplicate key{elsewhere}; keep one")
 
-    def _refuse(self, path: Key, what: str) -> object:
+    def _report_invalid_value(self, path: KeyPath, what: str) -> object:
         """Report a value; what is returned stands in its place, so that reading goes on."""
-        self.document.broken.add(path)
-        self.document.report(path, what)
+        self.document.reported_keys.add(path)
+        self.document.report_problem(path, what)
         return None

@@ -13,16 +13,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from llm_training_toolkit.data.prepare.arrow_store import Examples, read_array, read_column
-from llm_training_toolkit.data.prepare.builder import Prepared
-from llm_training_toolkit.data.prepare.dataset_info import Receipt
+from llm_training_toolkit.data.prepare.arrow_store import ExampleStore, read_array, read_column
+from llm_training_toolkit.data.prepare.builder import PreparedDataset
+from llm_training_toolkit.data.prepare.dataset_info import DatasetInfo
 from llm_training_toolkit.data.prepare.packing import PackingPlan
 from llm_training_toolkit.data.tokenizer import open_tokenizer
 from llm_training_toolkit.data.types import Example
 from llm_training_toolkit.errors import DataError
-from llm_training_toolkit.plan import Due, counts, merged
+from llm_training_toolkit.plan import StreamPosition, count_per_stream, merge_streams
 
-IGNORED = -100
+IGNORE_INDEX = -100
 """The label of a position that has nothing to predict."""
 
 
@@ -42,7 +42,7 @@ class MicroBatch:
     first: int = 0
 
 
-class Placed(NamedTuple):
+class SequenceRef(NamedTuple):
     """A sequence of a step: its stream, the epoch it belongs to and its number in that epoch."""
 
     stream: int
@@ -50,7 +50,7 @@ class Placed(NamedTuple):
     sequence: int
 
 
-class Piece(NamedTuple):
+class DocumentSpan(NamedTuple):
     """A piece of a sequence: source, document within the source, and its number of tokens."""
 
     source: int
@@ -58,15 +58,15 @@ class Piece(NamedTuple):
     tokens: int
 
 
-class _Packed(NamedTuple):
+class _PackedExamples(NamedTuple):
     plan: PackingPlan
-    examples: Examples
+    examples: ExampleStore
 
-    def pieces(self, sequence: int) -> list[Example]:
-        return [self.examples[i] for i in self.plan.examples(sequence).tolist()]
+    def read_examples(self, sequence: int) -> list[Example]:
+        return [self.examples[i] for i in self.plan.get_examples(sequence).tolist()]
 
 
-class Sequences:
+class PackedDataset:
     """The sequences of a run in their order, as a pure function of the step.
 
     Sequence g = step * global_batch + i is position i of that step, counted through all epochs without a break. Where
@@ -79,127 +79,139 @@ class Sequences:
 
     def __init__(
         self,
-        receipt: Receipt,
+        receipt: DatasetInfo,
         *,
         global_batch: int,
         epochs: int | None = None,
         origin: tuple[int, int] = (0, 0),
     ) -> None:
-        self._directory = Prepared.load(receipt).directory
+        self._directory = PreparedDataset.from_info(receipt).directory
         self.global_batch, self.epochs, self.origin = global_batch, epochs, origin
         # Streams alternate, and a step may span two epochs of each; every epoch that is open costs descriptors.
-        self._examples = lru_cache(maxsize=2 * len(receipt.streams) + 1)(lambda name: Examples(self._directory / name))
+        self._examples = lru_cache(maxsize=2 * len(receipt.streams) + 1)(
+            lambda name: ExampleStore(self._directory / name)
+        )
         self._plan = lru_cache(maxsize=2 * len(receipt.streams))(lambda name: PackingPlan.read(self._directory / name))
-        self._last: tuple[int, list[Placed]] = (-1, [])
-        self.extend(receipt)
+        self._last: tuple[int, list[SequenceRef]] = (-1, [])
+        self.extend_epochs(receipt)
 
-    def extend(self, receipt: Receipt) -> None:
+    def extend_epochs(self, receipt: DatasetInfo) -> None:
         """Take a receipt of the same data with more epochs."""
-        self.receipt = receipt
+        self.dataset_info = receipt
         self._shares = [stream.share for stream in receipt.streams]
-        self._starts = [list(accumulate(stream.sequences[: self.epochs], initial=0)) for stream in receipt.streams]
+        self._starts = [
+            list(accumulate(stream.sequences_per_epoch[: self.epochs], initial=0)) for stream in receipt.streams
+        ]
 
     @property
-    def steps(self) -> int | None:
+    def total_steps(self) -> int | None:
         """Steps until the end; None where there is none, or its last epochs are not prepared yet."""
-        if self._end is None:
+        if self._total_sequences is None:
             return None
         step, sequence = self.origin
-        return step + -(-max(self._end - sequence, 0) // self.global_batch)
+        return step + -(-max(self._total_sequences - sequence, 0) // self.global_batch)
 
     @property
-    def _end(self) -> int | None:
+    def _total_sequences(self) -> int | None:
         """Sequences of a run over epochs, once all of them are prepared."""
-        if self.epochs is None or len(self.receipt.streams[0].epochs) < self.epochs:
+        if self.epochs is None or len(self.dataset_info.streams[0].epochs) < self.epochs:
             return None
         return self._starts[0][-1]
 
-    def step_sequences(self, step: int) -> list[Placed]:
+    def get_step_sequences(self, step: int) -> list[SequenceRef]:
         """The sequences of a step: global_batch of them, fewer only in the last step of a run over epochs.
 
         Raises DataError for a step that needs an epoch that was not prepared, and for one after the end.
         """
         if self._last[0] == step:
             return self._last[1]
-        first, last = self._places(step)
+        first, last = self._get_sequence_range(step)
         if not 0 <= first < last:
-            raise DataError(f"step {step}: lies outside the run, whose steps go from 0 to {(self.steps or 1) - 1}.")
-        if (stream := self._runs_out(last)) is not None:
-            raise self._not_prepared(step, stream)
-        self._last = (step, [self._placed(due) for due in merged(self._shares, first, last)])
+            raise DataError(
+                f"step {step}: lies outside the run, whose steps go from 0 to {(self.total_steps or 1) - 1}."
+            )
+        if (stream := self._find_exhausted_stream(last)) is not None:
+            raise self._build_unprepared_error(step, stream)
+        self._last = (step, [self._locate_sequence(due) for due in merge_streams(self._shares, first, last)])
         return self._last[1]
 
-    def has(self, step: int) -> bool:
+    def has_step(self, step: int) -> bool:
         """Whether all sequences of a step are prepared."""
-        return self._runs_out(self._places(step)[1]) is None
+        return self._find_exhausted_stream(self._get_sequence_range(step)[1]) is None
 
-    def _places(self, step: int) -> tuple[int, int]:
+    def _get_sequence_range(self, step: int) -> tuple[int, int]:
         """Where the sequences of a step lie in the whole order, [first, stop)."""
         first = self.origin[1] + (step - self.origin[0]) * self.global_batch
         last = first + self.global_batch
-        return first, last if self._end is None else min(last, self._end)
+        return first, last if self._total_sequences is None else min(last, self._total_sequences)
 
-    def _runs_out(self, last: int) -> int | None:
+    def _find_exhausted_stream(self, last: int) -> int | None:
         """The first stream that lacks sequences before the place `last`."""
-        needed = counts(self._shares, last)
+        needed = count_per_stream(self._shares, last)
         return next((stream for stream, starts in enumerate(self._starts) if needed[stream] > starts[-1]), None)
 
-    def _not_prepared(self, step: int, stream: int) -> DataError:
+    def _build_unprepared_error(self, step: int, stream: int) -> DataError:
         missing, prepared = len(self._starts[stream]) - 1, self._starts[stream][-1]
-        of_source = f" of {self.receipt.sources[stream].path}" if len(self._starts) > 1 else ""
+        of_source = f" of {self.dataset_info.sources[stream].path}" if len(self._starts) > 1 else ""
         return DataError(
             f"step {step}: needs sequences of epoch {missing}{of_source}, and only {missing} epochs ({prepared} "
             f"sequences) are prepared. Prepare at least {missing + 1} epochs."
         )
 
-    def _placed(self, due: Due) -> Placed:
+    def _locate_sequence(self, due: StreamPosition) -> SequenceRef:
         starts = self._starts[due.stream]
         epoch = bisect_right(starts, due.number) - 1
-        return Placed(due.stream, epoch, due.number - starts[epoch])
+        return SequenceRef(due.stream, epoch, due.number - starts[epoch])
 
-    def batch(self, step: int, positions: range, micro_batch: int) -> list[MicroBatch]:
+    def get_micro_batches(self, step: int, positions: range, micro_batch: int) -> list[MicroBatch]:
         """Positions of the step's global batch in rows of `micro_batch`; the last may have fewer rows.
 
         Positions that a short last step does not have are left out.
         """
-        rows = [self._pieces(placed) for placed in self.step_sequences(step)[positions.start : positions.stop]]
+        rows = [
+            self._read_examples(placed) for placed in self.get_step_sequences(step)[positions.start : positions.stop]
+        ]
         return [
             replace(batch, step=step, first=positions.start + number * micro_batch)
-            for number, batch in enumerate(self._micro_batches(rows, micro_batch))
+            for number, batch in enumerate(self._build_micro_batches(rows, micro_batch))
         ]
 
-    def loss_tokens(self, step: int) -> int:
+    def count_loss_tokens(self, step: int) -> int:
         """Labels other than -100 in the whole global batch, from the index alone."""
-        return sum(int(self._epoch(placed).plan.targets[placed.sequence]) for placed in self.step_sequences(step))
+        return sum(
+            int(self._open_epoch(placed).plan.targets[placed.sequence]) for placed in self.get_step_sequences(step)
+        )
 
-    def ledger(self, step: int) -> list[list[Piece]]:
+    def get_document_spans(self, step: int) -> list[list[DocumentSpan]]:
         """For each sequence of the step the pieces it holds, from the index alone."""
-        return [self._ledger_row(placed) for placed in self.step_sequences(step)]
+        return [self._build_document_spans(placed) for placed in self.get_step_sequences(step)]
 
-    def document_name(self, source: int, document: int) -> str:
+    def get_document_name(self, source: int, document: int) -> str:
         """Where a document of the ledger came from: its file within the source, and the line in a .jsonl file."""
-        first, names = self._documents
+        first, names = self._document_table
         return str(names[first[source] + document].as_py())
 
     @cached_property
-    def _documents(self) -> tuple[dict[int, int], Any]:
+    def _document_table(self) -> tuple[dict[int, int], Any]:
         """The first row of each source in the table of documents, and their names, mapped."""
         file = self._directory / "documents" / "documents.arrow"
         found, first = np.unique(read_array(file, "source"), return_index=True)
         return dict(zip(found.tolist(), first.tolist(), strict=True)), read_column(file, "name")
 
-    def examples(self, step: int, position: int) -> list[Example]:
+    def read_sequence_examples(self, step: int, position: int) -> list[Example]:
         """The pieces of one sequence, with tokens and loss flags."""
-        return self._pieces(self.step_sequences(step)[position])
+        return self._read_examples(self.get_step_sequences(step)[position])
 
-    def text_of(self, step: int, position: int) -> str:
+    def decode_sequence(self, step: int, position: int) -> str:
         """One sequence as text, markers written out, padding left out."""
-        encoder = open_tokenizer(self.receipt.tokenizer_path)
-        return encoder.decode(np.concatenate([example.tokens for example in self.examples(step, position)]))
+        encoder = open_tokenizer(self.dataset_info.tokenizer_path)
+        return encoder.decode(
+            np.concatenate([example.tokens for example in self.read_sequence_examples(step, position)])
+        )
 
-    def dummy(self, rows: int) -> MicroBatch:
+    def get_padding_batch(self, rows: int) -> MicroBatch:
         """A micro-batch of padding without any label, for a rank that has fewer micro-batches than others."""
-        return dummy(rows, self.receipt.sequence_length, self.receipt.pad_id)
+        return build_padding_batch(rows, self.dataset_info.sequence_length, self.dataset_info.pad_id)
 
     @property
     def eval_sequences(self) -> int:
@@ -211,13 +223,13 @@ class Sequences:
         """Labels other than -100 in all held-out sequences."""
         return int(self._held_out.plan.targets.sum())
 
-    def held_out_examples(self) -> Iterator[tuple[int, Example]]:
+    def iter_held_out_examples(self) -> Iterator[tuple[int, Example]]:
         """Every held-out piece with its source, in the order of the documents."""
         examples = self._held_out.examples
         for index in range(len(examples.length)):
             yield int(examples.source[index]), examples[index]
 
-    def eval_batches(self, rank: int, world: int, micro_batch: int) -> Iterator[MicroBatch]:
+    def iter_eval_batches(self, rank: int, world: int, micro_batch: int) -> Iterator[MicroBatch]:
         """This rank's part of the held-out sequences (every world-th one).
 
         Every rank gets the same number of micro-batches of the same shape, filled up with rows without labels, so
@@ -226,57 +238,57 @@ class Sequences:
         mine = range(rank, self.eval_sequences, world)
         largest = -(-self.eval_sequences // world)
         for start in range(0, largest, micro_batch):
-            rows = [self._held_out.pieces(i) for i in mine[start : start + micro_batch]]
+            rows = [self._held_out.read_examples(i) for i in mine[start : start + micro_batch]]
             rows += [[]] * (min(micro_batch, largest - start) - len(rows))
-            yield from self._micro_batches(rows, micro_batch)
+            yield from self._build_micro_batches(rows, micro_batch)
 
-    def _epoch(self, placed: Placed) -> _Packed:
-        files = self.receipt.streams[placed.stream].epochs[placed.epoch]
-        return _Packed(self._plan(files.plan), self._examples(files.tokens))
+    def _open_epoch(self, placed: SequenceRef) -> _PackedExamples:
+        files = self.dataset_info.streams[placed.stream].epochs[placed.epoch]
+        return _PackedExamples(self._plan(files.plan), self._examples(files.tokens))
 
     @cached_property
-    def _held_out(self) -> _Packed:
-        plan = PackingPlan.read(self._directory / self.receipt.held_out_plan)
-        return _Packed(plan, Examples(self._directory / self.receipt.held_out))
+    def _held_out(self) -> _PackedExamples:
+        plan = PackingPlan.read(self._directory / self.dataset_info.held_out_plan)
+        return _PackedExamples(plan, ExampleStore(self._directory / self.dataset_info.held_out))
 
-    def _pieces(self, placed: Placed) -> list[Example]:
-        return self._epoch(placed).pieces(placed.sequence)
+    def _read_examples(self, placed: SequenceRef) -> list[Example]:
+        return self._open_epoch(placed).read_examples(placed.sequence)
 
-    def _ledger_row(self, placed: Placed) -> list[Piece]:
-        plan, examples = self._epoch(placed)
+    def _build_document_spans(self, placed: SequenceRef) -> list[DocumentSpan]:
+        plan, examples = self._open_epoch(placed)
         return [
-            Piece(int(examples.source[i]), int(examples.document[i]), int(examples.length[i]))
-            for i in plan.examples(placed.sequence).tolist()
+            DocumentSpan(int(examples.source[i]), int(examples.document[i]), int(examples.length[i]))
+            for i in plan.get_examples(placed.sequence).tolist()
         ]
 
-    def _micro_batches(self, rows: Sequence[Sequence[Example]], micro_batch: int) -> Iterator[MicroBatch]:
-        length, pad = self.receipt.sequence_length, self.receipt.pad_id
+    def _build_micro_batches(self, rows: Sequence[Sequence[Example]], micro_batch: int) -> Iterator[MicroBatch]:
+        length, pad = self.dataset_info.sequence_length, self.dataset_info.pad_id
         for start in range(0, len(rows), micro_batch):
-            yield assemble(rows[start : start + micro_batch], length, pad)
+            yield collate_rows(rows[start : start + micro_batch], length, pad)
 
 
-def assemble(rows: Sequence[Sequence[Example]], sequence_length: int, pad_id: int) -> MicroBatch:
+def collate_rows(rows: Sequence[Sequence[Example]], sequence_length: int, pad_id: int) -> MicroBatch:
     """Lay the pieces of each row one after another and fill the rest with padding. A row may be empty."""
-    arrays = [_row(pieces, sequence_length, pad_id) for pieces in rows]
+    arrays = [_collate_row(pieces, sequence_length, pad_id) for pieces in rows]
     ids, positions, labels = (torch.from_numpy(np.stack(part)) for part in zip(*arrays, strict=True))
     return MicroBatch(ids, positions, labels)
 
 
-def dummy(rows: int, sequence_length: int, pad_id: int) -> MicroBatch:
+def build_padding_batch(rows: int, sequence_length: int, pad_id: int) -> MicroBatch:
     """`rows` rows of padding, every label -100: they cost a pass and add nothing to the loss."""
-    return assemble([[]] * rows, sequence_length, pad_id)
+    return collate_rows([[]] * rows, sequence_length, pad_id)
 
 
-def _row(pieces: Sequence[Example], length: int, pad_id: int) -> tuple[NDArray[np.int64], ...]:
+def _collate_row(pieces: Sequence[Example], length: int, pad_id: int) -> tuple[NDArray[np.int64], ...]:
     ids = np.full(length, pad_id, dtype=np.int64)
     positions = np.zeros(length, dtype=np.int64)
-    labels = np.full(length, IGNORED, dtype=np.int64)
+    labels = np.full(length, IGNORE_INDEX, dtype=np.int64)
     start = 0
     for piece in pieces:
         stop = start + len(piece.tokens)
         ids[start:stop] = piece.tokens
         positions[start:stop] = np.arange(stop - start)
-        labels[start : stop - 1] = np.where(piece.loss[1:], ids[start + 1 : stop], IGNORED)
+        labels[start : stop - 1] = np.where(piece.loss[1:], ids[start + 1 : stop], IGNORE_INDEX)
         start = stop
     positions[start:] = np.arange(length - start)
     return ids, positions, labels

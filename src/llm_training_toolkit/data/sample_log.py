@@ -9,34 +9,34 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from llm_training_toolkit.data.dataset import MicroBatch, Placed
+    from llm_training_toolkit.data.dataset import MicroBatch, SequenceRef
 
 
-class Fetched(NamedTuple):
+class FetchedSequence(NamedTuple):
     """A sequence that a rank fetched."""
 
     stream: int
     epoch: int
     sequence: int
-    tokens: int
+    tokens_crc32: int
     """CRC-32 of its row of token ids."""
 
 
-class Ledger:
+class SampleLog:
     """A rank's ledger of an attempt; every line is on its way to the disk before the step goes on."""
 
     def __init__(self, directory: Path, attempt: int, rank: int) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self._file = (directory / f"attempt_{attempt}_rank_{rank}.jsonl").open("a", buffering=1)
 
-    def note(self, step: int, placed: Sequence[Placed], batches: Sequence[MicroBatch]) -> None:
+    def log_step(self, step: int, placed: Sequence[SequenceRef], batches: Sequence[MicroBatch]) -> None:
         """Write down the sequences of a step, counted from 1, in the order of the rows of `batches`."""
         rows = [row for batch in batches for row in batch.input_ids.numpy()]
-        found = [Fetched(*each, zlib.crc32(row.tobytes())) for each, row in zip(placed, rows, strict=True)]
+        found = [FetchedSequence(*each, zlib.crc32(row.tobytes())) for each, row in zip(placed, rows, strict=True)]
         self._file.write(json.dumps({"step": step, "fetched": found}) + "\n")
 
 
-def read_ledger(directory: Path, attempt: int) -> Iterator[tuple[int, list[Fetched]]]:
+def read_sample_log(directory: Path, attempt: int) -> Iterator[tuple[int, list[FetchedSequence]]]:
     """(step, sequences) of every rank of an attempt; half a line, left by a process that was killed, is left out."""
     for path in sorted(directory.glob(f"attempt_{attempt}_rank_*.jsonl")):
         for line in path.read_text().splitlines():
@@ -44,4 +44,4 @@ def read_ledger(directory: Path, attempt: int) -> Iterator[tuple[int, list[Fetch
                 row = json.loads(line)
             except ValueError:
                 continue
-            yield int(row["step"]), [Fetched(*each) for each in row["fetched"]]
+            yield int(row["step"]), [FetchedSequence(*each) for each in row["fetched"]]

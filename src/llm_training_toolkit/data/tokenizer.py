@@ -32,7 +32,7 @@ Ids = NDArray[np.uint32]
 Spans = NDArray[np.int64]
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int, markers: Markers, path: Path) -> None:
+def train_tokenizer(texts: Iterable[str], vocab_size: int, markers: TokenizationSpec, path: Path) -> None:
     """Train a byte-level BPE tokenizer and write it as a directory that transformers' AutoTokenizer opens.
 
     vocab_size counts the special tokens, which get the first ids; texts with few distinct words may yield fewer.
@@ -64,11 +64,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, markers: Markers, pat
     tokenizer.train_from_iterator(texts, trainer)
     path.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(path / "tokenizer.json"))
-    config = json.dumps(_transformers_config(markers), indent=2, ensure_ascii=False)
+    config = json.dumps(_build_transformers_config(markers), indent=2, ensure_ascii=False)
     (path / "tokenizer_config.json").write_text(config + "\n", encoding="utf-8")
 
 
-def _transformers_config(markers: Markers) -> dict[str, Any]:
+def _build_transformers_config(markers: TokenizationSpec) -> dict[str, Any]:
     named = {markers.tokens.end_of_text, markers.tokens.pad}
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -80,7 +80,7 @@ def _transformers_config(markers: Markers) -> dict[str, Any]:
     }
 
 
-def tokenizer_directory(path: str) -> Path:
+def resolve_tokenizer_directory(path: str) -> Path:
     """The directory that holds a tokenizer: the path itself, or the local copy of a hub id.
 
     Raises DataError where there is no tokenizer.json and where the hub does not give one.
@@ -112,7 +112,7 @@ def tokenizer_directory(path: str) -> Path:
 
 def open_tokenizer(path: str) -> TextEncoder:
     """Open the tokenizer of a directory or a hub id. Raises DataError, saying what is missing and what to do."""
-    file = tokenizer_directory(path) / "tokenizer.json"
+    file = resolve_tokenizer_directory(path) / "tokenizer.json"
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         # Families mark some of their markers as ordinary words (Qwen its fill-in-the-middle ones). A document that
@@ -155,38 +155,38 @@ class TextEncoder:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
-    def encode_batch(self, texts: Sequence[str]) -> list[Encoded]:
+    def encode_batch(self, texts: Sequence[str]) -> list[EncodedText]:
         """Token ids of many texts, on all cores."""
         found = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [
-            Encoded(text, np.array(encoding.ids, dtype=np.uint32), self._spans)
+            EncodedText(text, np.array(encoding.ids, dtype=np.uint32), self._compute_char_spans)
             for text, encoding in zip(texts, found, strict=True)
         ]
 
-    def _spans(self, text: str, ids: NDArray[np.uint32]) -> NDArray[np.int64]:
+    def _compute_char_spans(self, text: str, ids: NDArray[np.uint32]) -> NDArray[np.int64]:
         """(tokens, 2): the characters of a text that each of its tokens has a part in."""
         normalizer = self._tokenizer.normalizer
         as_it_is = normalizer is None or normalizer.normalize_str(text) == text
-        spans = spans_of_bytes(text, self._bytes_of[ids]) if as_it_is else None
+        spans = compute_char_spans(text, self._token_byte_counts[ids]) if as_it_is else None
         if spans is None:  # only the library knows what it has made of the text
             offsets = self._tokenizer.encode(text, add_special_tokens=False).offsets
             spans = np.array(offsets, dtype=np.int64).reshape(-1, 2)
         return spans
 
     @cached_property
-    def _bytes_of(self) -> NDArray[np.int64]:
-        return self.bytes_per_token()
+    def _token_byte_counts(self) -> NDArray[np.int64]:
+        return self.count_bytes_per_token()
 
     def decode(self, ids: Sequence[int] | NDArray[Any], *, skip_special_tokens: bool = False) -> str:
         """Text of token ids, with the markers written out unless they are skipped."""
         text: str = self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
         return text
 
-    def knows(self, marker: str) -> bool:
+    def has_special_token(self, marker: str) -> bool:
         """Whether there is such a special token."""
         return marker in self._markers
 
-    def id_of(self, marker: str) -> int:
+    def get_special_token_id(self, marker: str) -> int:
         """Id of a special token; 0 is an id like any other. Raises DataError naming the marker it does not have."""
         if marker not in self._markers:
             raise DataError(
@@ -195,7 +195,7 @@ class TextEncoder:
             )
         return self._markers[marker]
 
-    def bytes_per_token(self) -> NDArray[np.int64]:
+    def count_bytes_per_token(self) -> NDArray[np.int64]:
         """(vocab_size,): bytes of text each id stands for; 0 for special tokens and unused ids."""
         counts = np.zeros(self.vocab_size, dtype=np.int64)
         special = set(self._markers.values())
@@ -214,7 +214,7 @@ class TextEncoder:
             )
 
 
-class Encoded:
+class EncodedText:
     """Token ids of a text (tokens,); where they stand is worked out when it is asked for.
 
     Most texts are never asked: they are not cut. Having the library follow the offsets of all of them takes it half
@@ -223,20 +223,20 @@ class Encoded:
 
     def __init__(self, text: str, ids: Ids, spans_of: Callable[[str, Ids], Spans]) -> None:
         self.ids = ids
-        self._text, self._spans_of = text, spans_of
+        self._text, self._compute_char_spans = text, spans_of
 
     @cached_property
-    def spans(self) -> Spans:
+    def char_spans(self) -> Spans:
         """(tokens, 2): the characters [start, stop) of the text that each token has a part in."""
-        return self._spans_of(self._text, self.ids)
+        return self._compute_char_spans(self._text, self.ids)
 
     @cached_property
-    def clean(self) -> NDArray[np.bool_]:
+    def starts_character(self) -> NDArray[np.bool_]:
         """(tokens,): whether a character begins where the token begins."""
-        return np.concatenate([[True], self.spans[:-1, 1] <= self.spans[1:, 0]])[: len(self.ids)]
+        return np.concatenate([[True], self.char_spans[:-1, 1] <= self.char_spans[1:, 0]])[: len(self.ids)]
 
 
-def spans_of_bytes(text: str, sizes: NDArray[np.int64]) -> Spans | None:
+def compute_char_spans(text: str, sizes: NDArray[np.int64]) -> Spans | None:
     """(tokens, 2): the characters of a text that each token has a part in, from the bytes each token stands for.
 
     None where the tokens do not stand for as many bytes as the text has.
@@ -252,7 +252,7 @@ def spans_of_bytes(text: str, sizes: NDArray[np.int64]) -> Spans | None:
 
 
 @dataclass(frozen=True)
-class Markers:
+class TokenizationSpec:
     """The part of a family that decides about tokens, and so whether prepared ones are those of a run."""
 
     tokens: SpecialTokens
@@ -261,6 +261,6 @@ class Markers:
     chat_template: str
 
     @classmethod
-    def of(cls, family: Family) -> Markers:
+    def from_family(cls, family: Family) -> TokenizationSpec:
         """The markers of a family."""
         return cls(family.special_tokens, family.code_layout, family.pre_tokenizer_pattern, family.chat_template)

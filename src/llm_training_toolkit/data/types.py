@@ -25,7 +25,7 @@ class Example:
     document: int
 
 
-class Rendered(NamedTuple):
+class RenderedDocument(NamedTuple):
     """A document's examples (none: dropped as too long) and the tokens of the whole document with its end."""
 
     document: int
@@ -33,7 +33,7 @@ class Rendered(NamedTuple):
     examples: list[Example]
 
 
-class Part(NamedTuple):
+class RepositoryFile(NamedTuple):
     """A file of a repository: its path in it, and its text."""
 
     path: str
@@ -55,14 +55,14 @@ class Document:
     repository: str = ""
     path: str = ""
     stars: int | None = None
-    parts: tuple[Part, ...] = ()
-    said: str = ""
+    parts: tuple[RepositoryFile, ...] = ()
+    dedup_text: str = ""
     """What counts as its content where that is less than `text`: a conversation without its switches of loss."""
 
     @cached_property
-    def digest(self) -> bytes:
+    def content_digest(self) -> bytes:
         """Its content's hash; neither name nor metadata count."""
-        return content_hash(self.said or self.text)
+        return content_hash(self.dedup_text or self.text)
 
 
 def content_hash(text: str) -> bytes:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from llm_training_toolkit.distributed.heartbeat import Pulse
+from llm_training_toolkit.distributed.heartbeat import Heartbeat
 
 if TYPE_CHECKING:
     import torch
@@ -21,28 +21,28 @@ T = TypeVar("T")
 Event = Mapping[str, Any]
 
 
-class Wish(enum.IntEnum):
+class StopRequest(enum.IntEnum):
     """What the driver, or the person at the keyboard, wants of a run that works."""
 
-    GO_ON = 0
-    LEAVE_WHEN_SAVED = 1
+    NONE = 0
+    DRAIN_AFTER_CHECKPOINT = 1
     """End after the next checkpoint that is due: other workers go on from it."""
-    LEAVE = 2
+    DRAIN = 2
     """Save now and end: other workers go on from it."""
     STOP = 3
     """Save now and end."""
 
 
-def _go_on() -> Wish:
-    return Wish.GO_ON
+def _request_nothing() -> StopRequest:
+    return StopRequest.NONE
 
 
-def _on(_step: int) -> Wish:
+def _continue_after_rung(_step: int) -> StopRequest:
     """Nobody stops a run at a rung."""
-    return Wish.GO_ON
+    return StopRequest.NONE
 
 
-def _silent(event: Event) -> None:
+def _discard_event(event: Event) -> None:
     """Nobody listens."""
 
 
@@ -53,19 +53,19 @@ class RunContext:
     rank: int
     world_size: int
     device: torch.device
-    report: Callable[[Event], None] = _silent
+    report: Callable[[Event], None] = _discard_event
     """Tells the person at the keyboard something; called on rank 0 alone."""
-    wish: Callable[[], Wish] = _go_on
+    read_stop_request: Callable[[], StopRequest] = _request_nothing
     """What is wanted of the run; asked on rank 0 alone, the loop makes all ranks agree."""
     rungs: tuple[int, ...] = ()
     """Steps after which a trial of a search is compared with others, before it goes on or ends."""
-    ask: Callable[[int], Wish] = _on
+    await_rung: Callable[[int], StopRequest] = _continue_after_rung
     """Waits for the answer whether a trial goes on after a rung; asked on rank 0 alone."""
-    pulse: Pulse = field(default_factory=Pulse)
+    heartbeat: Heartbeat = field(default_factory=Heartbeat)
     """Where this rank stands; kept up to date by whoever works, read by whoever watches."""
 
     @property
-    def is_first(self) -> bool:
+    def is_rank_zero(self) -> bool:
         """Whether this is rank 0, which alone writes what is written once."""
         return self.rank == 0
 
@@ -76,7 +76,7 @@ class RunContext:
 
             dist.barrier()
 
-    def broadcast(self, value: T) -> T:
+    def broadcast_object(self, value: T) -> T:
         """Rank 0's value, on every rank."""
         if self.world_size == 1:
             return value
@@ -86,7 +86,7 @@ class RunContext:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
-    def gather(self, value: T) -> list[T]:
+    def all_gather_object(self, value: T) -> list[T]:
         """Every rank's value, in the order of ranks, on every rank."""
         if self.world_size == 1:
             return [value]
@@ -96,7 +96,7 @@ class RunContext:
         dist.all_gather_object(values, value)
         return values
 
-    def sum(self, *values: float) -> list[float]:
+    def all_reduce_sum(self, *values: float) -> list[float]:
         """Each value summed over the ranks in double precision, in one exchange."""
         if self.world_size == 1:
             return [float(value) for value in values]

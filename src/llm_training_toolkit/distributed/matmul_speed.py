@@ -9,10 +9,10 @@ import torch
 
 _SMALL, _LARGE = 64, 256  # rows and columns; forward and backward at 256 are 0.1 GFLOP, 40 ms at AVX2's 2.7 GFLOP/s
 _SECONDS = 0.05  # for the products of one size, warm-up excluded
-_TOO_LONG = 0.5  # seconds for one large product in bf16: an emulated processor may take several
+_MAX_PRODUCT_SECONDS = 0.5  # seconds for one large product in bf16: an emulated processor may take several
 
 
-def bf16_slowdown(device: torch.device) -> float:
+def measure_bf16_slowdown(device: torch.device) -> float:
     """Seconds of matrix products in bf16 / in fp32, forward and backward, on one thread of this CPU.
 
     On a GPU, where nothing is measured: 0 if its hardware computes in bf16, else infinite. What torch says of a CPU is
@@ -23,41 +23,41 @@ def bf16_slowdown(device: torch.device) -> float:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return _measured_slowdown()
+        return _measure_cpu_slowdown()
     finally:
         torch.set_num_threads(threads)
 
 
-def _measured_slowdown() -> float:
+def _measure_cpu_slowdown() -> float:
     """The ratio for large products; for small ones where a large one would take too long to measure."""
-    fp32, bf16 = _fastest_products(_SMALL)
-    if bf16 * (_LARGE / _SMALL) ** 3 < _TOO_LONG:
-        fp32, bf16 = _fastest_products(_LARGE)
+    fp32, bf16 = _time_fastest_matmuls(_SMALL)
+    if bf16 * (_LARGE / _SMALL) ** 3 < _MAX_PRODUCT_SECONDS:
+        fp32, bf16 = _time_fastest_matmuls(_LARGE)
     return bf16 / fp32
 
 
-def _fastest_products(side: int) -> tuple[float, float]:
+def _time_fastest_matmuls(side: int) -> tuple[float, float]:
     """Seconds of the fastest in fp32 and in bf16, in turns, so that a machine that slows down slows both."""
     dtypes = (torch.float32, torch.bfloat16)
-    operands = {dtype: _operands(side, dtype) for dtype in dtypes}
+    operands = {dtype: _build_operands(side, dtype) for dtype in dtypes}
     for pair in operands.values():
-        _product_seconds(*pair)  # the first one prepares oneDNN's kernels
+        _time_matmul(*pair)  # the first one prepares oneDNN's kernels
     fastest = dict.fromkeys(dtypes, math.inf)
     end = time.perf_counter() + _SECONDS
     while True:
         for dtype, pair in operands.items():
-            fastest[dtype] = min(fastest[dtype], _product_seconds(*pair))
+            fastest[dtype] = min(fastest[dtype], _time_matmul(*pair))
         if time.perf_counter() > end:
             return fastest[torch.float32], fastest[torch.bfloat16]
 
 
-def _operands(side: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def _build_operands(side: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)  # the process's own generator is left as it is
     one, other = (torch.randn(side, side, generator=generator).to(dtype).requires_grad_() for _ in range(2))
     return one, other
 
 
-def _product_seconds(one: torch.Tensor, other: torch.Tensor) -> float:
+def _time_matmul(one: torch.Tensor, other: torch.Tensor) -> float:
     began = time.perf_counter()
     product = one @ other
     torch.autograd.backward(product, product.detach())

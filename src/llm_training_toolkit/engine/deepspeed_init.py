@@ -13,10 +13,10 @@ from typing import Any
 
 from torch import nn
 
-from llm_training_toolkit.engine.compile_cache import keep_compiled
+from llm_training_toolkit.engine.compile_cache import set_compile_cache_dirs
 
 
-def prepare_process(device_type: str) -> None:
+def prepare_deepspeed(device_type: str) -> None:
     """Choose DeepSpeed's accelerator; must run before anything imports deepspeed.
 
     On CPU DeepSpeed would compile its shared-memory collectives at the first start (50 to 80 s and a
@@ -25,7 +25,7 @@ def prepare_process(device_type: str) -> None:
     """
     if device_type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
-    keep_compiled()
+    set_compile_cache_dirs()
     import deepspeed  # noqa: PLC0415 - the accelerator is chosen at import
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -49,7 +49,7 @@ def _import_muon_uncompiled() -> None:
 
 
 @contextmanager
-def partitioned(deepspeed_config: Mapping[str, Any]) -> Iterator[None]:
+def zero3_init(deepspeed_config: Mapping[str, Any]) -> Iterator[None]:
     """Inside, transformers builds models already spread over the ranks if the configuration says ZeRO-3.
 
     transformers' own route (HfDeepSpeedConfig) is taken because a bare `zero.Init` leaves the weights
@@ -69,7 +69,7 @@ def partitioned(deepspeed_config: Mapping[str, Any]) -> Iterator[None]:
 
 
 @contextmanager
-def whole_parameter(parameter: nn.Parameter) -> Iterator[None]:
+def gathered_parameter(parameter: nn.Parameter) -> Iterator[None]:
     """Make a parameter whole for writing; what rank 0 wrote is what all ranks keep."""
     if not hasattr(parameter, "ds_id"):
         yield

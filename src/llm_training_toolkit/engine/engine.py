@@ -16,20 +16,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from llm_training_toolkit.config.schema import Optim
+from llm_training_toolkit.config.schema import OptimConfig
 from llm_training_toolkit.data.dataset import MicroBatch
-from llm_training_toolkit.engine.allocation import keep_freed_memory, zeros
-from llm_training_toolkit.engine.fragments import MOMENTS, Fragment, locate, refresh_low_precision
-from llm_training_toolkit.engine.replica import Replica
-from llm_training_toolkit.engine.skip_step import UpdateGate
+from llm_training_toolkit.engine.allocation import allocate_zeros, keep_freed_memory
+from llm_training_toolkit.engine.fragments import MOMENTS, Fragment, locate_fragments, sync_low_precision_weights
+from llm_training_toolkit.engine.replica import MasterWeights
+from llm_training_toolkit.engine.skip_step import SkippableOptimizer
 from llm_training_toolkit.models import LossModule
 
 
-def _say_nothing(_index: int) -> None:
+def _ignore_index(_index: int) -> None:
     """Nobody watches."""
 
 
-def _always(_norm: float) -> bool:
+def _allow_update(_norm: float) -> bool:
     """Every update is taken."""
     return True
 
@@ -38,14 +38,14 @@ class Engine:
     """A model under DeepSpeed, with AdamW in fp32 and gradients that do not depend on how a batch is split."""
 
     def __init__(
-        self, module: LossModule, optim: Optim, deepspeed_config: Mapping[str, Any], device: torch.device
+        self, module: LossModule, optim: OptimConfig, deepspeed_config: Mapping[str, Any], device: torch.device
     ) -> None:
         import deepspeed  # noqa: PLC0415 - heavy, and only after prepare_process
 
         if device.type == "cpu":
             keep_freed_memory()
         self.device = device
-        self._draws = module.draws
+        self._draws = module.batch_position
         self.stage = int(deepspeed_config["zero_optimization"]["stage"])
         self._names = {
             id(parameter): name.removeprefix("lm.")
@@ -60,28 +60,28 @@ class Engine:
         """Shape of each trainable parameter."""
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
         self._clip = optim.clip
-        self._replica: Replica | None = None
+        self._replica: MasterWeights | None = None
         if self.stage == 0:
             module.to(device)  # DeepSpeed would do it after the fp32 copies are made
-            self._replica = Replica(trained)
-        self.optimizer = _adamw(module, self._names, optim, device, self._replica)
+            self._replica = MasterWeights(trained)
+        self.optimizer = _build_adamw(module, self._names, optim, device, self._replica)
         deepspeed.init_distributed(dist_init_required=False)  # takes the process group that is there
         self.deepspeed, self._wrapped, _, _ = deepspeed.initialize(
             model=module, optimizer=self.optimizer, config=dict(deepspeed_config), dist_init_required=False
         )
         if self._replica is not None:
             self.deepspeed.enable_backward_allreduce = False
-            self._replica.reload()  # DeepSpeed has given every rank those of rank 0
+            self._replica.load_from_low_precision()  # DeepSpeed has given every rank those of rank 0
         self.world_size = dist.get_world_size() if dist.is_initialized() else 1
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.forward_seconds = 0.0
         """Seconds that this rank's forward passes took in the last `accumulate`: its own work before it waits for the
         others, except under ZeRO 3, where it waits for their weights meanwhile."""
-        self._gate = UpdateGate(self.optimizer)
+        self._gate = SkippableOptimizer(self.optimizer)
         self.create_optimizer_state(updates=0)
 
-    def accumulate(
-        self, micro_batches: Sequence[MicroBatch], loss_tokens: int, begin: Callable[[int], None] = _say_nothing
+    def forward_backward(
+        self, micro_batches: Sequence[MicroBatch], loss_tokens: int, begin: Callable[[int], None] = _ignore_index
     ) -> float:
         """Add the gradients of this rank's micro-batches; the sum of this rank's token losses comes back.
 
@@ -92,35 +92,35 @@ class Engine:
         """
         self.deepspeed.train()
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        stopwatch = Stopwatch(self.device)
+        stopwatch = DeviceTimer(self.device)
         scale = (1 if self._replica is not None else self.world_size) / max(loss_tokens, 1)
         for index, batch in enumerate(micro_batches):
             begin(index)
             self.deepspeed.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
             self._draws.step, self._draws.first = batch.step, batch.first
             with stopwatch:
-                loss = self._forward(batch)
+                loss = self._run_forward(batch)
             total += loss.detach()
             self.deepspeed.backward(loss * scale, scale_wrt_gas=False)
         if self._replica is not None:
-            self._replica.reduce()
+            self._replica.all_reduce_gradients()
         summed = float(total)  # waits for the device, so that the times below are known
-        self.forward_seconds = stopwatch.seconds()
+        self.forward_seconds = stopwatch.total_seconds()
         return summed
 
-    def _forward(self, batch: MicroBatch) -> Tensor:
+    def _run_forward(self, batch: MicroBatch) -> Tensor:
         loss: Tensor = self.deepspeed(
             batch.input_ids.to(self.device), batch.position_ids.to(self.device), batch.labels.to(self.device)
         )
         return loss
 
     @torch.no_grad()
-    def evaluate(self, batch: MicroBatch) -> float:
+    def compute_loss_sum(self, batch: MicroBatch) -> float:
         """Sum of the token losses of a batch, without gradients. Under ZeRO-3 all ranks must call it together."""
         self.deepspeed.eval()
-        return float(self._forward(batch))
+        return float(self._run_forward(batch))
 
-    def step(self, lr: float, allow: Callable[[float], bool] = _always) -> float:
+    def optim_step(self, lr: float, allow: Callable[[float], bool] = _allow_update) -> float:
         """Update the weights with the accumulated gradients; the gradient's norm before clipping comes back.
 
         `allow` is asked once on every rank with that norm, in the same order: where it says no, weights and moments
@@ -131,32 +131,32 @@ class Engine:
             group["lr"] = lr
         own_norm: float | None = None
         if self._replica is not None:
-            own_norm = self._replica.norm()
-            self._replica.clip(self.optimizer, own_norm, self._clip)
+            own_norm = self._replica.compute_grad_norm()
+            self._replica.clip_gradients(self.optimizer, own_norm, self._clip)
 
-        def norm() -> float:
+        def get_grad_norm() -> float:
             return float(own_norm if own_norm is not None else self._wrapped._global_grad_norm)  # noqa: SLF001
 
-        self._gate.ask(lambda: math.isfinite(norm()) and allow(norm()))
+        self._gate.set_update_condition(lambda: math.isfinite(get_grad_norm()) and allow(get_grad_norm()))
         self.deepspeed.step()
         if self._replica is not None:
-            self._replica.refresh()
-        return norm() if self.deepspeed.was_step_applied() else float("nan")
+            self._replica.sync_low_precision()
+        return get_grad_norm() if self.deepspeed.was_step_applied() else float("nan")
 
-    def whole_gradient(self, parameter: nn.Parameter) -> Tensor | None:
+    def get_full_gradient(self, parameter: nn.Parameter) -> Tensor | None:
         """The fp32 gradient after `accumulate`, at ZeRO 0; None at the other stages, where DeepSpeed has it."""
-        return None if self._replica is None else self._replica.gradient(parameter)
+        return None if self._replica is None else self._replica.get_gradient(parameter)
 
-    def fragments(self) -> list[Fragment]:
+    def local_fragments(self) -> list[Fragment]:
         """The pieces that lie on this rank: under ZeRO 0 all of every parameter."""
         if self._replica is not None:
             named = [(self._names[id(parameter)], own) for parameter, own in self._replica.pairs]
             return [Fragment(name, 0, own.numel(), own, 0) for name, own in named]
-        return list(locate(self._wrapped, self._names, self.stage, self.rank))
+        return list(locate_fragments(self._wrapped, self._names, self.stage, self.rank))
 
     def owned_fragments(self) -> list[Fragment]:
         """The pieces this rank saves; over all ranks each weight occurs exactly once."""
-        pieces = self.fragments()
+        pieces = self.local_fragments()
         return pieces[self.rank :: self.world_size] if self.stage == 0 else pieces
 
     def create_optimizer_state(self, updates: int) -> None:
@@ -166,9 +166,9 @@ class Engine:
         tensor, which silently wrecks Adam's bias correction (as DeepSpeed's universal loading does).
         """
         self.optimizer.state.clear()
-        flats = list({id(piece.flat): piece.flat for piece in self.fragments()}.values())
+        flats = list({id(piece.flat): piece.flat for piece in self.local_fragments()}.values())
         shapes = [flat.shape for flat in flats]
-        moments = {key: zeros(shapes, torch.float32, self.device)[1] for key in MOMENTS}
+        moments = {key: allocate_zeros(shapes, torch.float32, self.device)[1] for key in MOMENTS}
         for index, flat in enumerate(flats):
             place = flat.device if self.optimizer.defaults["fused"] else torch.device("cpu")
             self.optimizer.state[flat] = {
@@ -176,12 +176,12 @@ class Engine:
                 **{key: moments[key][index] for key in MOMENTS},
             }
 
-    def refresh(self) -> None:
+    def sync_low_precision(self) -> None:
         """Bring the forward pass up to date after fragments were written. Collective."""
         if self._replica is not None:
-            self._replica.refresh()
+            self._replica.sync_low_precision()
         else:
-            refresh_low_precision(self._wrapped, self.stage)
+            sync_low_precision_weights(self._wrapped, self.stage)
 
     def peak_memory_gb(self) -> float:
         """Largest amount of device memory used so far in GB; on CPU the largest resident size of this process."""
@@ -198,8 +198,8 @@ class Engine:
         self.deepspeed.destroy()
 
 
-def _adamw(
-    module: nn.Module, names: Mapping[int, str], optim: Optim, device: torch.device, replica: Replica | None
+def _build_adamw(
+    module: nn.Module, names: Mapping[int, str], optim: OptimConfig, device: torch.device, replica: MasterWeights | None
 ) -> torch.optim.AdamW:
     """AdamW with matrices in a group that decays; norms, biases and learned positions in one that does not."""
     decay: list[nn.Parameter] = []
@@ -207,7 +207,7 @@ def _adamw(
     for parameter in module.parameters():
         if parameter.requires_grad:
             matrix = len(getattr(parameter, "ds_shape", parameter.shape)) >= 2
-            updated = parameter if replica is None else replica.weights(parameter)
+            updated = parameter if replica is None else replica.get_master_weight(parameter)
             (decay if matrix and ".wpe." not in names[id(parameter)] else plain).append(updated)
     groups = [{"params": decay, "weight_decay": optim.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     # The fused kernel reads and writes each value once; on CPU and GPU alike it is torch's fastest.
@@ -220,7 +220,7 @@ def _adamw(
     )
 
 
-class Stopwatch:
+class DeviceTimer:
     """Adds up what is done within `with`; `seconds` may be asked once the device has done all of it."""
 
     def __init__(self, device: torch.device) -> None:
@@ -245,7 +245,7 @@ class Stopwatch:
         else:
             self._total += time.perf_counter() - self._began
 
-    def seconds(self) -> float:
+    def total_seconds(self) -> float:
         """The sum so far."""
         milliseconds = sum(float(begin.elapsed_time(end)) for begin, end in self._spans)
         return self._total + milliseconds / 1e3

@@ -32,31 +32,31 @@ class Fragment:
     offset: int
     """Where the piece begins in `flat`."""
 
-    def _piece(self, tensor: Tensor) -> Tensor:
+    def _narrow_to_fragment(self, tensor: Tensor) -> Tensor:
         return tensor.detach().view(-1).narrow(0, self.offset, self.count)
 
-    def weights(self) -> Tensor:
+    def get_weights(self) -> Tensor:
         """The fp32 weights of the piece (count,), a view."""
-        return self._piece(self.flat)
+        return self._narrow_to_fragment(self.flat)
 
-    def tensors(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    def get_tensors(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
         """Weights and moments of the piece by name, each (count,) fp32, views to copy from and into."""
         state = optimizer.state[self.flat]
-        return {"weights": self.weights()} | {key: self._piece(state[key]) for key in MOMENTS}
+        return {"weights": self.get_weights()} | {key: self._narrow_to_fragment(state[key]) for key in MOMENTS}
 
 
-def locate(wrapped: Any, names: Mapping[int, str], stage: int, rank: int) -> Iterator[Fragment]:  # noqa: ANN401
+def locate_fragments(wrapped: Any, names: Mapping[int, str], stage: int, rank: int) -> Iterator[Fragment]:  # noqa: ANN401
     """Every piece of a trainable parameter on this rank.
 
     `wrapped` is DeepSpeed's optimizer, `names` maps `id(parameter)` to the parameter's name.
     """
     if stage == 3:
-        yield from _zero3(wrapped, names, rank)
+        yield from _locate_zero3_fragments(wrapped, names, rank)
     else:
-        yield from _zero12(wrapped, names)
+        yield from _locate_zero12_fragments(wrapped, names)
 
 
-def _zero12(wrapped: Any, names: Mapping[int, str]) -> Iterator[Fragment]:  # noqa: ANN401
+def _locate_zero12_fragments(wrapped: Any, names: Mapping[int, str]) -> Iterator[Fragment]:  # noqa: ANN401
     for group in wrapped.bit16_groups:
         for parameter in group:
             mapping = parameter._hp_mapping  # noqa: SLF001 - None where no piece lies on this rank
@@ -67,7 +67,7 @@ def _zero12(wrapped: Any, names: Mapping[int, str]) -> Iterator[Fragment]:  # no
             yield Fragment(names[id(parameter)], piece.start, piece.numel, flat, place.start)
 
 
-def _zero3(wrapped: Any, names: Mapping[int, str], rank: int) -> Iterator[Fragment]:  # noqa: ANN401
+def _locate_zero3_fragments(wrapped: Any, names: Mapping[int, str], rank: int) -> Iterator[Fragment]:  # noqa: ANN401
     for groups in wrapped.fp16_groups:
         for parameter in groups:
             group, offset, _ = wrapped.grad_position[wrapped.get_param_id(parameter)]
@@ -78,15 +78,15 @@ def _zero3(wrapped: Any, names: Mapping[int, str], rank: int) -> Iterator[Fragme
                 yield Fragment(names[id(parameter)], start, count, flat, offset)
 
 
-def refresh_low_precision(wrapped: Any, stage: int) -> None:  # noqa: ANN401
+def sync_low_precision_weights(wrapped: Any, stage: int) -> None:  # noqa: ANN401
     """Bring the weights of the forward pass up to date after fp32 weights were written. Collective."""
     if stage == 3:
-        _refresh_zero3(wrapped)
+        _sync_zero3_weights(wrapped)
     else:
         wrapped.update_lp_params()
 
 
-def _refresh_zero3(wrapped: Any) -> None:  # noqa: ANN401
+def _sync_zero3_weights(wrapped: Any) -> None:  # noqa: ANN401
     persistent: list[nn.Parameter] = wrapped.persistent_parameters
     if persistent:
         persistent[0].partition(persistent)  # type: ignore[attr-defined]

@@ -14,24 +14,24 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from llm_training_toolkit.engine.allocation import zeros
-from llm_training_toolkit.plan.memory import REDUCED_AT_ONCE
+from llm_training_toolkit.engine.allocation import allocate_zeros
+from llm_training_toolkit.plan.memory import REDUCTION_CHUNK_SIZE
 
 
-class Replica:
+class MasterWeights:
     """Master weights and gradients in fp32 of a model's trainable parameters."""
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
         device = parameters[0].device if parameters else torch.device("cpu")
         if device.type == "cpu":
-            _move(parameters, device)
+            _flatten_parameters(parameters, device)
         low = [parameter for parameter in parameters if parameter.dtype != torch.float32]
         shapes = [parameter.shape for parameter in low]
-        _, weights = zeros(shapes, torch.float32, device)
+        _, weights = allocate_zeros(shapes, torch.float32, device)
         # One buffer: it is reduced in place. fp32 parameters keep the gradients that autograd makes, without a copy.
-        self._flat, gradients = zeros(shapes, torch.float32, device)
+        self._flat, gradients = allocate_zeros(shapes, torch.float32, device)
         self._low = [(parameter, nn.Parameter(own)) for parameter, own in zip(low, weights, strict=True)]
-        self.reload()
+        self.load_from_low_precision()
         self._own = {id(parameter): own for parameter, own in self._low}
         self.pairs = [(parameter, self._own.get(id(parameter), parameter)) for parameter in parameters]
         """Each parameter and the fp32 tensor that the optimizer updates: itself where it is in fp32."""
@@ -39,19 +39,19 @@ class Replica:
         self._hooks: list[Any] = []
         for (parameter, own), gradient in zip(self._low, gradients, strict=True):
             own.grad = gradient
-            self._hooks.append(parameter.register_post_accumulate_grad_hook(self._add))  # type: ignore[no-untyped-call]
+            self._hooks.append(parameter.register_post_accumulate_grad_hook(self._accumulate_gradient))  # type: ignore[no-untyped-call]
         self._gradients = {id(parameter): own.grad for parameter, own in self._low}
 
-    def weights(self, parameter: nn.Parameter) -> nn.Parameter:
+    def get_master_weight(self, parameter: nn.Parameter) -> nn.Parameter:
         """Return the master weights that the optimizer updates: the parameter itself where it is in fp32."""
         return self._own.get(id(parameter), parameter)
 
-    def gradient(self, parameter: nn.Parameter) -> Tensor | None:
+    def get_gradient(self, parameter: nn.Parameter) -> Tensor | None:
         """The parameter's fp32 gradient: of this rank until `reduce`, then of all."""
-        return self.weights(parameter).grad
+        return self.get_master_weight(parameter).grad
 
     @torch.no_grad()
-    def _add(self, parameter: Tensor) -> None:
+    def _accumulate_gradient(self, parameter: Tensor) -> None:
         """Add a gradient of a micro-batch as soon as backward has made it, and free it."""
         total = self._gradients[id(parameter)]
         assert total is not None
@@ -64,7 +64,7 @@ class Replica:
         parameter.grad = None
 
     @torch.no_grad()
-    def reduce(self) -> None:
+    def all_reduce_gradients(self) -> None:
         """Sum the gradients over the ranks; a parameter without one gets zeros. Collective."""
         for parameter, own in self._low:
             if id(parameter) not in self._summed:
@@ -79,13 +79,13 @@ class Replica:
             return
         if self._low:
             dist.all_reduce(self._flat)
-        for piece in _pieces(own_gradients):
+        for piece in _iter_buckets(own_gradients):
             flat = torch.cat([own.grad.flatten() for own in piece])  # type: ignore[union-attr] # set above
             dist.all_reduce(flat)
-            for own, gradient in zip(piece, _split(flat, piece), strict=True):
+            for own, gradient in zip(piece, _unflatten_like(flat, piece), strict=True):
                 own.grad = gradient
 
-    def norm(self) -> float:
+    def compute_grad_norm(self) -> float:
         """Return rank 0's norm of the reduced gradients: processors of other kinds sum in another order. Collective."""
         norm = torch.nn.utils.get_total_norm([own.grad for _, own in self.pairs if own.grad is not None])
         if dist.is_initialized() and dist.get_world_size() > 1:
@@ -93,7 +93,7 @@ class Replica:
         return float(norm)
 
     @torch.no_grad()
-    def clip(self, optimizer: torch.optim.Optimizer, norm: float, largest: float) -> None:
+    def clip_gradients(self, optimizer: torch.optim.Optimizer, norm: float, largest: float) -> None:
         """Divide the gradients so that their norm is at most `largest`; 0 = never.
 
         The fused kernel divides while it reads, which saves a pass over them.
@@ -111,31 +111,31 @@ class Replica:
             hook.remove()
 
     @torch.no_grad()
-    def reload(self) -> None:
+    def load_from_low_precision(self) -> None:
         """Take the fp32 weights from those of the forward pass."""
         for parameter, own in self._low:
             own.copy_(parameter)
 
     @torch.no_grad()
-    def refresh(self) -> None:
+    def sync_low_precision(self) -> None:
         """Round the fp32 weights for the forward pass."""
         for parameter, own in self._low:
             parameter.copy_(own)
 
 
-def _move(parameters: Sequence[nn.Parameter], device: torch.device) -> None:
+def _flatten_parameters(parameters: Sequence[nn.Parameter], device: torch.device) -> None:
     """Flatten the parameters of each type into one contiguous buffer, in large pages."""
     for dtype in sorted({parameter.dtype for parameter in parameters}, key=str):
         same = [parameter for parameter in parameters if parameter.dtype == dtype]
-        for parameter, place in zip(same, zeros([p.shape for p in same], dtype, device)[1], strict=True):
+        for parameter, place in zip(same, allocate_zeros([p.shape for p in same], dtype, device)[1], strict=True):
             parameter.data = place.copy_(parameter.detach())
 
 
-def _pieces(tensors: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+def _iter_buckets(tensors: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
     """Group tensors, in their order, into pieces that are reduced at once."""
     piece: list[nn.Parameter] = []
     for tensor in tensors:
-        if piece and sum(each.numel() for each in piece) + tensor.numel() > REDUCED_AT_ONCE:
+        if piece and sum(each.numel() for each in piece) + tensor.numel() > REDUCTION_CHUNK_SIZE:
             yield piece
             piece = []
         piece.append(tensor)
@@ -143,7 +143,7 @@ def _pieces(tensors: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
         yield piece
 
 
-def _split(flat: Tensor, shaped: Sequence[Tensor]) -> list[Tensor]:
+def _unflatten_like(flat: Tensor, shaped: Sequence[Tensor]) -> list[Tensor]:
     """Views of a flat tensor in the given shapes, one after another."""
     pieces = torch.split(flat, [tensor.numel() for tensor in shaped]) if shaped else ()
     return [piece.view_as(tensor) for piece, tensor in zip(pieces, shaped, strict=True)]

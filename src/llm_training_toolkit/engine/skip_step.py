@@ -13,25 +13,25 @@ from typing import Any
 import torch
 
 
-class UpdateGate:
+class SkippableOptimizer:
     """Stands before an optimizer's updates."""
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._update = optimizer.step
-        self._decide: Callable[[], bool] = _open
+        self._decide: Callable[[], bool] = _always_update
         self._decided: bool | None = None
         # On the object, not by a subclass: ZeRO accepts optimizers by their exact class.
-        optimizer.step = self._step  # type: ignore[method-assign]
+        optimizer.step = self._step_if_allowed  # type: ignore[method-assign]
 
-    def ask(self, decide: Callable[[], bool]) -> None:
+    def set_update_condition(self, decide: Callable[[], bool]) -> None:
         """Let `decide` settle the next update, once, when it is due."""
         self._decide, self._decided = decide, None
 
-    def _step(self, *arguments: Any, **options: Any) -> Any:  # noqa: ANN401 - the optimizer's own signature
+    def _step_if_allowed(self, *arguments: Any, **options: Any) -> Any:  # noqa: ANN401 - the optimizer's own signature
         if self._decided is None:
             self._decided = self._decide()
         return self._update(*arguments, **options) if self._decided else None
 
 
-def _open() -> bool:
+def _always_update() -> bool:
     return True

@@ -11,147 +11,151 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from llm_training_toolkit.data.code.fim import Draw, draw
+from llm_training_toolkit.data.code.fim import UniformDraw, draw_uniform_numbers
 from llm_training_toolkit.data.sources import Document
 from llm_training_toolkit.data.types import Example
 from llm_training_toolkit.errors import DataError, PlanError
-from llm_training_toolkit.evaluation.batch_generate import Writing, Written, write
-from llm_training_toolkit.evaluation.documents import described, documents_of
-from llm_training_toolkit.evaluation.losses import Losses, packed
-from llm_training_toolkit.evaluation.model import Subject
-from llm_training_toolkit.evaluation.task import Infill, Measured, Middle, Progress
+from llm_training_toolkit.evaluation.batch_generate import BatchCompletion, BatchSamplingParams, generate_completions
+from llm_training_toolkit.evaluation.documents import format_data_description, read_eval_documents
+from llm_training_toolkit.evaluation.losses import LossAccumulator, pack_into_batches
+from llm_training_toolkit.evaluation.model import EvalModel
+from llm_training_toolkit.evaluation.task import EvalResult, GapKind, InfillTask, ProgressCallback
 
 _LINE = re.compile(r"[^\n]+")
-_LONGEST_LINE = 200
+_MAX_LINE_CHARACTERS = 200
 """Characters: beyond it a line is data rather than code."""
-_LEAST = 4
+_MIN_MIDDLE_CHARACTERS = 4
 """Characters other than white space that a middle has: what closes a bracket is no achievement."""
-_LONGEST_SPAN = 120
+_MAX_SPAN_CHARACTERS = 120
 _LINE_BREAKS = re.compile(r"\n*")
 
 
-def measure_infill(task: Infill, subject: Subject, progress: Progress) -> Measured:
+def measure_infill(task: InfillTask, subject: EvalModel, progress: ProgressCallback) -> EvalResult:
     """Fill one gap of each document. Raises PlanError where the model has no sentinels to say where a gap is."""
-    view = _view(task, subject)
-    gaps, without = _gaps(task, documents_of(subject, task.data, task.format))
+    view = _build_prompt_format(task, subject)
+    gaps, without = _draw_gaps(task, read_eval_documents(subject, task.data, task.format))
     if not gaps:
         raise DataError("--data: no document has a line of 4 to 200 characters that could be cut out")
-    room = min(task.tokens, subject.context // 4)
-    prompts = [view.prompt(gap, subject.context - room) for gap in gaps]
-    stops = (view.stop,) if view.stop else ()
-    how = Writing(tokens=room, stops=stops, batch=task.batch)
-    written = write(subject, [ids for ids, _ in prompts], how, lambda done: progress("gaps filled", done, len(gaps)))
-    items = [_item(gap, answer) for gap, answer in zip(gaps, written, strict=True)]
+    room = min(task.tokens, subject.context_length // 4)
+    prompts = [view.build_prompt(gap, subject.context_length - room) for gap in gaps]
+    stops = (view.stop_text,) if view.stop_text else ()
+    how = BatchSamplingParams(max_new_tokens=room, stops=stops, batch_size=task.batch)
+    written = generate_completions(
+        subject, [ids for ids, _ in prompts], how, lambda done: progress("gaps filled", done, len(gaps))
+    )
+    items = [_build_item(gap, answer) for gap, answer in zip(gaps, written, strict=True)]
     shortened = sum(was_cut for _, was_cut in prompts)
     note = f"{shortened} of {len(items)} documents do not fit the context: the model saw what is nearest to the gap"
-    return Measured(
+    return EvalResult(
         {
             "exact_match": fmean(bool(item["exact"]) for item in items),
             "edit_similarity": fmean(item["similarity"] for item in items),
-            "bits_per_byte": _bits_per_byte(gaps, view, subject, task.batch, progress),
+            "bits_per_byte": _compute_bits_per_byte(gaps, view, subject, task.batch, progress),
             "ended": fmean(answer.ended for answer in written),
             "documents": len(items),
             "shortened": shortened,
             "without_gap": without,
         },
-        described(subject, task.data),
+        format_data_description(subject, task.data),
         {
             **{name: getattr(task, name) for name in ("middle", "given", "limit", "seed")},
             "tokens": room,
-            "context": subject.context,
+            "context": subject.context_length,
         },
         [note] if shortened else [],
         items,
     )
 
 
-def _view(task: Infill, subject: Subject) -> View:
+def _build_prompt_format(task: InfillTask, subject: EvalModel) -> PromptFormat:
     """How the model is shown its gaps. Raises PlanError for documents without any, and gaps that cannot be shown."""
     if task.format == "chat":
         raise PlanError("--format chat: a conversation has no middle to fill in")
     if task.given == "both":
-        return BothSides(subject)
+        return FimPromptFormat(subject)
     if task.middle != "line":
         raise PlanError(
             "--given prefix: only with --middle line: after the prefix alone nothing tells where a span ends"
         )
-    return PrefixAlone(subject)
+    return PrefixPromptFormat(subject)
 
 
-def _bits_per_byte(gaps: Sequence[Gap], view: View, subject: Subject, batch: int, progress: Progress) -> float:
+def _compute_bits_per_byte(
+    gaps: Sequence[InfillGap], view: PromptFormat, subject: EvalModel, batch: int, progress: ProgressCallback
+) -> float:
     """What the model needs to know a middle and where it ends, in bits for each byte of the middles."""
-    losses = Losses(subject, progress)
-    examples = [_shown(gap, view, subject.context, number) for number, gap in enumerate(gaps)]
-    losses.add(packed(examples, subject, batch))
-    found = losses.result()
+    losses = LossAccumulator(subject, progress)
+    examples = [_build_example(gap, view, subject.context_length, number) for number, gap in enumerate(gaps)]
+    losses.add_batches(pack_into_batches(examples, subject, batch))
+    found = losses.compute_loss()
     return replace(found, bytes=sum(len(gap.middle.encode()) for gap in gaps)).bits_per_byte
 
 
-def _shown(gap: Gap, view: View, context: int, number: int) -> Example:
+def _build_example(gap: InfillGap, view: PromptFormat, context: int, number: int) -> Example:
     """A gap with what belongs into it, which alone is to be predicted; at most half of the context is for it."""
-    answer = view.answer(gap)[: context // 2]
-    prompt, _ = view.prompt(gap, context - len(answer))
+    answer = view.build_target(gap)[: context // 2]
+    prompt, _ = view.build_prompt(gap, context - len(answer))
     loss = np.arange(len(prompt) + len(answer)) >= len(prompt)
     return Example(np.array([*prompt, *answer], dtype=np.uint32), loss, number)
 
 
-def _gaps(task: Infill, documents: Iterable[Document]) -> tuple[list[Gap], int]:
+def _draw_gaps(task: InfillTask, documents: Iterable[Document]) -> tuple[list[InfillGap], int]:
     """A gap in each of the chosen documents, by their place among all hashes; and how many have no room for one."""
     without = 0
 
-    def found() -> Iterator[tuple[bytes, Gap]]:
+    def iter_gaps() -> Iterator[tuple[bytes, InfillGap]]:
         nonlocal without
         for document in documents:
-            gap = gap_of(document, task.middle, task.seed)
+            gap = draw_gap(document, task.middle, task.seed)
             if gap is None:
                 without += 1
             else:
-                yield document.digest, gap
+                yield document.content_digest, gap
 
-    return [gap for _, gap in heapq.nsmallest(task.limit, found(), key=lambda pair: pair[0])], without
+    return [gap for _, gap in heapq.nsmallest(task.limit, iter_gaps(), key=lambda pair: pair[0])], without
 
 
-def gap_of(document: Document, kind: Middle, seed: int) -> Gap | None:
+def draw_gap(document: Document, kind: GapKind, seed: int) -> InfillGap | None:
     """The gap of a document, drawn from (seed, content) alone; None where it has no place for one."""
-    chance = draw(seed, 0, 0, int.from_bytes(document.digest, "big"), "gap")
+    chance = draw_uniform_numbers(seed, 0, 0, int.from_bytes(document.content_digest, "big"), "gap")
     text = document.text
     # The first line has nothing before it, and whoever sees the prefix alone would see nothing.
-    lines = [match.span() for match in _LINE.finditer(text) if match.start() and _is_worth_it(match[0])]
+    lines = [match.span() for match in _LINE.finditer(text) if match.start() and _is_suitable_middle(match[0])]
     if not lines:
         return None
     start, stop = lines[int(chance.first * len(lines))]
     if kind == "span":
-        start, stop = _span(text, start, stop, chance)
-    return Gap(document.name, text[:start], text[start:stop], text[stop:])
+        start, stop = _draw_span(text, start, stop, chance)
+    return InfillGap(document.name, text[:start], text[start:stop], text[stop:])
 
 
-def _span(text: str, start: int, stop: int, chance: Draw) -> tuple[int, int]:
+def _draw_span(text: str, start: int, stop: int, chance: UniformDraw) -> tuple[int, int]:
     """From anywhere in a line, so that the least characters follow in it, over up to 120 characters of any lines."""
-    starts = [place for place in range(start, stop) if _is_worth_it(text[place:stop])]
+    starts = [place for place in range(start, stop) if _is_suitable_middle(text[place:stop])]
     begin = starts[int(chance.second * len(starts))]
-    furthest = min(begin + _LONGEST_SPAN, len(text))
-    ends = [place for place in range(begin + 1, furthest + 1) if _is_worth_it(text[begin:place])]
+    furthest = min(begin + _MAX_SPAN_CHARACTERS, len(text))
+    ends = [place for place in range(begin + 1, furthest + 1) if _is_suitable_middle(text[begin:place])]
     return begin, ends[int(chance.order * len(ends))]
 
 
-def _is_worth_it(text: str) -> bool:
-    return len(text) <= _LONGEST_LINE and len("".join(text.split())) >= _LEAST
+def _is_suitable_middle(text: str) -> bool:
+    return len(text) <= _MAX_LINE_CHARACTERS and len("".join(text.split())) >= _MIN_MIDDLE_CHARACTERS
 
 
-def _item(gap: Gap, answer: Written) -> dict[str, Any]:
+def _build_item(gap: InfillGap, answer: BatchCompletion) -> dict[str, Any]:
     """Whether a gap was filled as it was, white space at both ends aside."""
     wanted, given = gap.middle.strip(), answer.text.strip()
     return {
         "document": gap.document,
         "exact": wanted == given,
-        "similarity": edit_similarity(wanted, given),
+        "similarity": compute_edit_similarity(wanted, given),
         "wanted": gap.middle,
         "written": answer.text,
         "ended": answer.ended,
     }
 
 
-class Gap(NamedTuple):
+class InfillGap(NamedTuple):
     """A document with its middle cut out."""
 
     document: str
@@ -160,39 +164,39 @@ class Gap(NamedTuple):
     suffix: str
 
 
-class View(Protocol):
+class PromptFormat(Protocol):
     """What a model is shown of a gap."""
 
     @property
-    def stop(self) -> str:
+    def stop_text(self) -> str:
         """Text that ends an answer beside the special tokens; empty where there is none."""
 
-    def prompt(self, gap: Gap, most: int) -> tuple[list[int], bool]:
+    def build_prompt(self, gap: InfillGap, most: int) -> tuple[list[int], bool]:
         """At most `most` tokens, and whether something far from the gap was left out."""
 
-    def answer(self, gap: Gap) -> list[int]:
+    def build_target(self, gap: InfillGap) -> list[int]:
         """What the model would have to write: the middle, and what shows that it ends there."""
 
 
-class BothSides:
+class FimPromptFormat:
     """Prefix, suffix, middle, each behind its sentinel. An answer ends with the end of text, as in training."""
 
-    stop = ""
+    stop_text = ""
 
-    def __init__(self, subject: Subject) -> None:
+    def __init__(self, subject: EvalModel) -> None:
         """Raises PlanError where the tokenizer has no sentinels."""
-        tokens, encoder = subject.markers.tokens, subject.encoder
+        tokens, encoder = subject.tokenization_spec.tokens, subject.text_encoder
         names = (tokens.fim_prefix, tokens.fim_suffix, tokens.fim_middle)
-        if not tokens.has_fim or not all(map(encoder.knows, names)):
+        if not tokens.has_fim or not all(map(encoder.has_special_token, names)):
             raise PlanError(
                 f"{subject.directory}: the tokenizer has no fill-in-the-middle sentinels: this model cannot fill in "
                 "the middle. Measure its perplexity, show it the prefix alone (--given prefix), or take a model of a "
                 "family that has them"
             )
-        self._sentinels = tuple(map(encoder.id_of, names))
-        self._encoder, self._end = encoder, encoder.id_of(tokens.end_of_text)
+        self._sentinels = tuple(map(encoder.get_special_token_id, names))
+        self._encoder, self._end = encoder, encoder.get_special_token_id(tokens.end_of_text)
 
-    def prompt(self, gap: Gap, most: int) -> tuple[list[int], bool]:
+    def build_prompt(self, gap: InfillGap, most: int) -> tuple[list[int], bool]:
         """The suffix has a third of the room, or what the prefix leaves of it."""
         before, after = map(self._encoder.encode, (gap.prefix, gap.suffix))
         room = most - len(self._sentinels)
@@ -202,41 +206,41 @@ class BothSides:
         prefix, suffix, middle = self._sentinels
         return [prefix, *before[len(before) - kept_before :], suffix, *after[:kept_after], middle], was_cut
 
-    def answer(self, gap: Gap) -> list[int]:
+    def build_target(self, gap: InfillGap) -> list[int]:
         """The middle and the end of text."""
         return [*self._encoder.encode(gap.middle), self._end]
 
 
-class PrefixAlone:
+class PrefixPromptFormat:
     """The document up to the gap, a whole line: as text goes on without fill-in-the-middle."""
 
-    stop = "\n"
+    stop_text = "\n"
 
-    def __init__(self, subject: Subject) -> None:
-        self._encoder = subject.encoder
+    def __init__(self, subject: EvalModel) -> None:
+        self._encoder = subject.text_encoder
 
-    def prompt(self, gap: Gap, most: int) -> tuple[list[int], bool]:
+    def build_prompt(self, gap: InfillGap, most: int) -> tuple[list[int], bool]:
         """The end of the prefix."""
         before = self._encoder.encode(gap.prefix)
         return before[-most:], len(before) > most
 
-    def answer(self, gap: Gap) -> list[int]:
+    def build_target(self, gap: InfillGap) -> list[int]:
         """The line with the line breaks behind it: tokens of code often hold the break that ends their line."""
         breaks = _LINE_BREAKS.match(gap.suffix)
         assert breaks is not None
         return self._encoder.encode(gap.middle + breaks[0])
 
 
-def edit_similarity(first: str, second: str) -> float:
+def compute_edit_similarity(first: str, second: str) -> float:
     """1 for equal texts, 0 for texts without a common character: 2 x longest common subsequence / both lengths.
 
     As `fuzz.ratio` of the fuzzy-matching packages, which code completion benchmarks report, divided by 100.
     """
     total = len(first) + len(second)
-    return 2 * _common(first, second) / total if total else 1.0
+    return 2 * _compute_lcs_length(first, second) / total if total else 1.0
 
 
-def _common(first: str, second: str) -> int:
+def _compute_lcs_length(first: str, second: str) -> int:
     """Length of the longest common subsequence (Hyyrö 2004): a bit for each character of `first`, 0 where one ends."""
     places: dict[str, int] = {}
     for place, letter in enumerate(first):

@@ -9,30 +9,30 @@ from typing import Any
 import numpy as np
 import torch
 
-from llm_training_toolkit.data.dataset import MicroBatch, assemble
-from llm_training_toolkit.data.prepare.packing import pack
+from llm_training_toolkit.data.dataset import MicroBatch, collate_rows
+from llm_training_toolkit.data.prepare.packing import pack_examples
 from llm_training_toolkit.data.types import Example
 from llm_training_toolkit.errors import DataError
-from llm_training_toolkit.evaluation.model import Subject
-from llm_training_toolkit.evaluation.task import Progress
-from llm_training_toolkit.evaluation.validation import HeldOut
+from llm_training_toolkit.evaluation.model import EvalModel
+from llm_training_toolkit.evaluation.task import ProgressCallback
+from llm_training_toolkit.evaluation.validation import EvalLoss
 from llm_training_toolkit.models import LossModule
 
 _LOSS_CHUNK = 1024
 
 
-class Losses:
+class LossAccumulator:
     """Adds up losses, tokens and bytes."""
 
-    def __init__(self, subject: Subject, progress: Progress) -> None:
+    def __init__(self, subject: EvalModel, progress: ProgressCallback) -> None:
         self._device, self._progress = subject.device, progress
-        self._module = LossModule(subject.lm, _LOSS_CHUNK)
-        self._sizes = subject.encoder.bytes_per_token()
+        self._module = LossModule(subject.language_model, _LOSS_CHUNK)
+        self._sizes = subject.text_encoder.count_bytes_per_token()
         self._losses: list[float] = []
         self._tokens = self._bytes = 0
 
     @torch.no_grad()
-    def add(self, batches: Iterable[MicroBatch]) -> None:
+    def add_batches(self, batches: Iterable[MicroBatch]) -> None:
         """Add the losses of some batches."""
         for batch in batches:
             parts = (batch.input_ids, batch.position_ids, batch.labels)
@@ -43,23 +43,24 @@ class Losses:
             self._bytes += int(self._sizes[targets].sum())
             self._progress("tokens evaluated", self._tokens, 0)
 
-    def result(self) -> HeldOut:
+    def compute_loss(self) -> EvalLoss:
         """Everything added. Raises DataError where that is nothing."""
         if not self._tokens:
             raise DataError("--data: nothing to predict in these documents: each is empty, or a single token")
-        return HeldOut(math.fsum(self._losses) / self._tokens, self._tokens, self._bytes)
+        return EvalLoss(math.fsum(self._losses) / self._tokens, self._tokens, self._bytes)
 
 
-def packed(examples: Sequence[Example], subject: Subject, batch: int) -> Iterator[MicroBatch]:
+def pack_into_batches(examples: Sequence[Example], subject: EvalModel, batch: int) -> Iterator[MicroBatch]:
     """Examples in full rows, each apart from its neighbours."""
     if not examples:
         return
-    pad = subject.encoder.id_of(subject.markers.tokens.pad)
+    pad = subject.text_encoder.get_special_token_id(subject.tokenization_spec.tokens.pad)
     lengths: Any = np.array([len(example.tokens) for example in examples])
     targets: Any = np.array([int(example.loss[1:].sum()) for example in examples])
-    plan = pack(lengths, subject.context, targets=targets)
+    plan = pack_examples(lengths, subject.context_length, targets=targets)
     for start in range(0, len(plan), batch):
         rows = [
-            [examples[i] for i in plan.examples(row).tolist()] for row in range(start, min(start + batch, len(plan)))
+            [examples[i] for i in plan.get_examples(row).tolist()]
+            for row in range(start, min(start + batch, len(plan)))
         ]
-        yield assemble(rows, subject.context, pad)
+        yield collate_rows(rows, subject.context_length, pad)

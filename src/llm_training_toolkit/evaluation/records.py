@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from llm_training_toolkit.errors import CheckpointError
-from llm_training_toolkit.evaluation.task import Measured
+from llm_training_toolkit.evaluation.task import EvalResult
 from llm_training_toolkit.runs.directory import RunDirectory, write_atomically
 
-_ABOUT = ("task", "data", "settings", "model", "run", "step", "date")
+_METADATA_FIELDS = ("task", "data", "settings", "model", "run", "step", "date")
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class EvalRecord:
     """A task's figures with everything needed to know what they say."""
 
     task: str
@@ -35,7 +35,9 @@ class Evaluation:
     """When it was measured, in UTC."""
 
     @classmethod
-    def of(cls, task: str, measured: Measured, model: Path | None, run: str | None, step: int | None) -> Evaluation:
+    def from_result(
+        cls, task: str, measured: EvalResult, model: Path | None, run: str | None, step: int | None
+    ) -> EvalRecord:
         """What was measured now."""
         now = datetime.now(UTC).isoformat(timespec="seconds")
         where = str(model) if model is not None else None
@@ -43,21 +45,23 @@ class Evaluation:
 
     def to_json(self) -> dict[str, Any]:
         """The contract of `ltt evaluate --json`: the task, its figures, then the rest."""
-        about = {name: getattr(self, name) for name in _ABOUT if name != "task"}
+        about = {name: getattr(self, name) for name in _METADATA_FIELDS if name != "task"}
         return {"task": self.task, **self.figures, **about}
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> Evaluation:
+    def from_json(cls, values: Mapping[str, Any]) -> EvalRecord:
         """The reverse. Raises KeyError and TypeError for what is no evaluation."""
-        about = {name: values[name] for name in _ABOUT}
-        return cls(figures={name: float(value) for name, value in values.items() if name not in _ABOUT}, **about)
+        about = {name: values[name] for name in _METADATA_FIELDS}
+        return cls(
+            figures={name: float(value) for name, value in values.items() if name not in _METADATA_FIELDS}, **about
+        )
 
-    def metrics(self) -> dict[str, float]:
+    def to_metrics(self) -> dict[str, float]:
         """The figures by metric name."""
         return {f"eval/{self.task}_{name}": value for name, value in self.figures.items()}
 
     @property
-    def key(self) -> str:
+    def record_key(self) -> str:
         """What tells it from other evaluations of the task at this step: the same again replaces it."""
         settings = {name: value for name, value in self.settings.items() if name != "contained_by"}
         kind = Path(self.model).name if self.model is not None else ""  # adapters, and the same ones merged
@@ -65,26 +69,26 @@ class Evaluation:
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
-def keep(run: RunDirectory, evaluation: Evaluation, items: Iterable[Mapping[str, Any]]) -> Path:
+def write_eval_record(run: RunDirectory, evaluation: EvalRecord, items: Iterable[Mapping[str, Any]]) -> Path:
     """Write an evaluation into its run, and its items beside it; the path of the first comes back."""
-    place = run.evaluations / f"{evaluation.task}_step_{evaluation.step or 0:09d}_{evaluation.key}.json"
-    if lines := item_lines(items):
+    place = run.evaluations_dir / f"{evaluation.task}_step_{evaluation.step or 0:09d}_{evaluation.record_key}.json"
+    if lines := format_jsonl(items):
         write_atomically(place.with_suffix(".items.jsonl"), lines)
     write_atomically(place, json.dumps(evaluation.to_json(), indent=1) + "\n")
     return place
 
 
-def item_lines(items: Iterable[Mapping[str, Any]]) -> str:
+def format_jsonl(items: Iterable[Mapping[str, Any]]) -> str:
     """Items as JSON lines."""
     return "".join(json.dumps(item) + "\n" for item in items)
 
 
-def kept(run: RunDirectory) -> Iterator[Evaluation]:
+def read_eval_records(run: RunDirectory) -> Iterator[EvalRecord]:
     """The evaluations of a run by task, step and date. Raises CheckpointError for a file that is none."""
     found = []
-    for path in run.evaluations.glob("*.json"):
+    for path in run.evaluations_dir.glob("*.json"):
         try:
-            found.append(Evaluation.from_json(json.loads(path.read_text())))
+            found.append(EvalRecord.from_json(json.loads(path.read_text())))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{path}: is no evaluation ({type(error).__name__}: {error}): remove it") from error
     yield from sorted(found, key=lambda each: (each.task, each.step or 0, each.date))

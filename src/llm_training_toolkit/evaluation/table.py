@@ -10,71 +10,78 @@ from rich.markup import escape
 from rich.table import Table
 
 from llm_training_toolkit.errors import PlanError
-from llm_training_toolkit.evaluation.records import Evaluation, kept
-from llm_training_toolkit.runs.directory import run_of
+from llm_training_toolkit.evaluation.records import EvalRecord, read_eval_records
+from llm_training_toolkit.runs.directory import find_run
 
-_SHOWN = (
+_METRIC_COLUMNS = (
     *("pass@1", "pass@10", "pass@100", "exact_match", "edit_similarity"),
     *("loss", "perplexity", "bits_per_byte"),
 )
 """Figures that have a column, where an evaluation of the task has them."""
-_ITEMS = ("problems", "documents")
+_COUNT_COLUMNS = ("problems", "documents")
 """What they are the mean of, where they are not of tokens."""
 
 
-def compared(runs: Sequence[Path]) -> list[Evaluation]:
+def collect_eval_records(runs: Sequence[Path]) -> list[EvalRecord]:
     """Every evaluation of some runs, by task and data. Raises PlanError where none of them has any."""
     if not runs:
         raise PlanError("--compare: name the directories of runs")
-    found = [evaluation for run in map(run_of, runs) for evaluation in kept(run)]
+    found = [evaluation for run in map(find_run, runs) for evaluation in read_eval_records(run)]
     if not found:
         raise PlanError("--compare: none of these runs has been evaluated: ltt evaluate RUN --task … does it")
     return sorted(found, key=lambda each: (each.task, each.data))
 
 
-def tables(found: Sequence[Evaluation]) -> Iterator[Table]:
+def build_eval_tables(found: Sequence[EvalRecord]) -> Iterator[Table]:
     """A table for each task, a row for each evaluation of it; `found` is in the order of tasks."""
     for task, group in groupby(found, key=lambda each: each.task):
         evaluations = list(group)
         known = {name for evaluation in evaluations for name in evaluation.figures}
-        columns = [name for name in (*_SHOWN, *_ITEMS) if name in known]
+        columns = [name for name in (*_METRIC_COLUMNS, *_COUNT_COLUMNS) if name in known]
         table = Table(box=None, pad_edge=False, header_style="bold", title=task, title_justify="left")
         table.add_column("run", no_wrap=True)
         for title in ("step", *columns):
             table.add_column(title, justify="right", no_wrap=True)
-        differing = _differing(evaluations)
+        differing = _find_differing_settings(evaluations)
         for title in ("data", *(["settings"] if differing else [])):
             table.add_column(title, overflow="fold")
         for evaluation in evaluations:
             table.add_row(
                 escape(evaluation.run or ""),
                 "" if evaluation.step is None else f"{evaluation.step:,}",
-                *(shown(name, evaluation.figures[name]) if name in evaluation.figures else "" for name in columns),
+                *(
+                    format_metric_value(name, evaluation.figures[name]) if name in evaluation.figures else ""
+                    for name in columns
+                ),
                 escape(evaluation.data),
-                *([escape(_named(evaluation, differing))] if differing else []),
+                *([escape(_format_settings(evaluation, differing))] if differing else []),
             )
         yield table
 
 
-def _differing(evaluations: Sequence[Evaluation]) -> list[str]:
+def _find_differing_settings(evaluations: Sequence[EvalRecord]) -> list[str]:
     """The settings that have several values."""
     names = dict.fromkeys(name for evaluation in evaluations for name in evaluation.settings)
     values = {name: {str(each.settings[name]) for each in evaluations if name in each.settings} for name in names}
     return [name for name in names if len(values[name]) > 1]
 
 
-def _named(evaluation: Evaluation, names: Sequence[str]) -> str:
+def _format_settings(evaluation: EvalRecord, names: Sequence[str]) -> str:
     return ", ".join(f"{name} {evaluation.settings[name]}" for name in names if evaluation.settings.get(name))
 
 
-def in_a_line(evaluation: Evaluation) -> str:
+def format_summary_line(evaluation: EvalRecord) -> str:
     """What a task came to, in short."""
-    figures = [f"{name} {shown(name, value)}" for name, value in evaluation.figures.items() if name in _SHOWN]
+    figures = [
+        f"{name} {format_metric_value(name, value)}"
+        for name, value in evaluation.figures.items()
+        if name in _METRIC_COLUMNS
+    ]
     return f"{evaluation.task}: {', '.join(figures)} ({evaluation.data})"
 
 
-def shown(name: str, value: float) -> str:
+def format_metric_value(name: str, value: float) -> str:
     """A figure for people: counts as whole numbers, shares and losses with four digits behind the point."""
-    if name not in _SHOWN:
+    if name not in _METRIC_COLUMNS:
         return f"{value:,.0f}"
     return f"{value:.4f}" if value < 1e6 else f"{value:.3g}"

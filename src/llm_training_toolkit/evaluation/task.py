@@ -8,22 +8,22 @@ from typing import Any, ClassVar, Literal
 
 from llm_training_toolkit.errors import PlanError
 
-Format = Literal["code", "text", "chat"]
-Middle = Literal["line", "span"]
-Given = Literal["both", "prefix"]
-Progress = Callable[[str, int, int], None]
+DocumentFormat = Literal["code", "text", "chat"]
+GapKind = Literal["line", "span"]
+GapContext = Literal["both", "prefix"]
+ProgressCallback = Callable[[str, int, int], None]
 """Told (stage, done, total); total is 0 while it is not known."""
-Figures = Mapping[str, float]
+MetricValues = Mapping[str, float]
 
 
 @dataclass(frozen=True)
-class Perplexity:
+class PerplexityTask:
     """The loss of documents."""
 
     name: ClassVar[str] = "perplexity"
     data: str | None = None
     """Where the documents are; None = those that the model's run has held out."""
-    format: Format = "code"
+    format: DocumentFormat = "code"
     stride: int | None = None
     """Tokens from one window to the next in a document longer than the context; None = the context, no overlap."""
     batch: int = 8
@@ -31,16 +31,16 @@ class Perplexity:
 
 
 @dataclass(frozen=True)
-class Infill:
+class InfillTask:
     """Gaps in documents that the model fills."""
 
     name: ClassVar[str] = "infill"
     data: str | None = None
     """Where the documents are; None = those that the model's run has held out."""
-    format: Format = "code"
-    middle: Middle = "line"
+    format: DocumentFormat = "code"
+    middle: GapKind = "line"
     """What is cut out: a whole line, or a piece of up to 120 characters that begins anywhere."""
-    given: Given = "both"
+    given: GapContext = "both"
     """What the model is shown: what stands on both sides of the gap, or the prefix alone, for models without
     sentinels."""
     limit: int = 200
@@ -54,7 +54,7 @@ class Infill:
 
 
 @dataclass(frozen=True)
-class HumanEval:
+class HumanEvalTask:
     """Functions that the model completes, and tests that decide."""
 
     name: ClassVar[str] = "humaneval"
@@ -82,8 +82,8 @@ class HumanEval:
     """Run programs where they cannot be contained."""
 
 
-Task = Perplexity | Infill | HumanEval
-TASKS: dict[str, type[Task]] = {task.name: task for task in (Perplexity, Infill, HumanEval)}
+Task = PerplexityTask | InfillTask | HumanEvalTask
+TASKS: dict[str, type[Task]] = {task.name: task for task in (PerplexityTask, InfillTask, HumanEvalTask)}
 """By their names."""
 
 
@@ -99,7 +99,7 @@ def make_task(name: str, settings: Mapping[str, Any]) -> Task:
     return kind(**settings)
 
 
-def default_of(setting: str) -> str:
+def format_setting_default(setting: str) -> str:
     """The default of a setting for people, by task where the tasks differ; empty where there is none."""
     found = {
         name: field.default
@@ -114,10 +114,10 @@ def default_of(setting: str) -> str:
 
 
 @dataclass(frozen=True)
-class Measured:
+class EvalResult:
     """The outcome of a task."""
 
-    figures: Figures
+    figures: MetricValues
     """By the names of `ltt evaluate --json`."""
     data: str
     """What it was measured on."""

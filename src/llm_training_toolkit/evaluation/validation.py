@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # DeepSpeed takes seconds to import, and only training needs 
 
 
 @dataclass(frozen=True)
-class HeldOut:
+class EvalLoss:
     """The held-out loss."""
 
     loss: float
@@ -29,7 +29,7 @@ class HeldOut:
     """Bytes of text those tokens stand for; special tokens stand for none."""
 
     @property
-    def perplexity(self) -> float:
+    def token_perplexity(self) -> float:
         """The exponential of the loss; infinite where that overflows."""
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
@@ -38,21 +38,21 @@ class HeldOut:
         """Bits needed for a byte of text: comparable between tokenizers."""
         return self.loss * self.tokens / math.log(2) / self.bytes if self.bytes else math.nan
 
-    def values(self) -> dict[str, float]:
+    def to_metrics(self) -> dict[str, float]:
         """By metric name."""
         return {
             "eval/loss": self.loss,
-            "eval/perplexity": self.perplexity,
+            "eval/perplexity": self.token_perplexity,
             "eval/bits_per_byte": self.bits_per_byte,
         }
 
 
-def held_out(
+def compute_eval_loss(
     engine: Engine, batches: Iterable[MicroBatch], tokens: int, text_bytes: int, context: RunContext
-) -> HeldOut:
+) -> EvalLoss:
     """Evaluate this rank's batches and add up over the ranks. Collective: every rank brings as many batches.
 
     `tokens` and `text_bytes` are those of the whole held-out part, known from the index.
     """
-    [total] = context.sum(math.fsum(engine.evaluate(batch) for batch in batches))
-    return HeldOut(loss=total / tokens, tokens=tokens, bytes=text_bytes)
+    [total] = context.all_reduce_sum(math.fsum(engine.compute_loss_sum(batch) for batch in batches))
+    return EvalLoss(loss=total / tokens, tokens=tokens, bytes=text_bytes)

@@ -1,18 +1,24 @@
 """Export: a checkpoint as a directory that plain `transformers` and `peft` load."""
 
-from llm_training_toolkit.export.directory import Beside, appearing, exported_from, remove_export, write_beside
-from llm_training_toolkit.export.verify import check_whole
-from llm_training_toolkit.export.weights import CheckpointWeights, ModelWeights, Weights, write_model
+from llm_training_toolkit.export.directory import (
+    ModelFiles,
+    atomic_export_dir,
+    read_source_checkpoint_name,
+    remove_export,
+    write_model_files,
+)
+from llm_training_toolkit.export.verify import check_full_model
+from llm_training_toolkit.export.weights import CheckpointWeights, ModelWeights, WeightSource, write_model
 
 __all__ = [
-    "Beside",
     "CheckpointWeights",
+    "ModelFiles",
     "ModelWeights",
-    "Weights",
-    "appearing",
-    "check_whole",
-    "exported_from",
+    "WeightSource",
+    "atomic_export_dir",
+    "check_full_model",
+    "read_source_checkpoint_name",
     "remove_export",
-    "write_beside",
     "write_model",
+    "write_model_files",
 ]

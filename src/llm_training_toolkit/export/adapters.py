@@ -11,48 +11,59 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from llm_training_toolkit.checkpoint import Checkpoint
+from llm_training_toolkit.checkpoint import CheckpointReader
 from llm_training_toolkit.errors import CheckpointError
-from llm_training_toolkit.export.directory import Beside, write_beside
-from llm_training_toolkit.export.verify import compare, logits
-from llm_training_toolkit.export.weights import load_stored, stored
-from llm_training_toolkit.families import Adapter
+from llm_training_toolkit.export.directory import ModelFiles, write_model_files
+from llm_training_toolkit.export.verify import compare_logits, compute_logits
+from llm_training_toolkit.export.weights import load_stored_weights, read_stored_parameter
+from llm_training_toolkit.families import AdapterSpec
 from llm_training_toolkit.models import build_model
 from llm_training_toolkit.models.build import DTYPES
-from llm_training_toolkit.models.load_exported import open_exported
-from llm_training_toolkit.models.lora import NAME, adapted_layers, add_adapters, lora_config
+from llm_training_toolkit.models.load_exported import load_exported_model
+from llm_training_toolkit.models.lora import ADAPTER_NAME, add_adapters, build_lora_config, find_lora_layers
 
 MERGE_TOLERANCE = {"bf16": 0.1, "fp32": 1e-4}
 """Largest difference of a logit that merging may make, as a share of the largest one. Rounding the sum to bf16 once
 more moved logits of small models by 0.6 to 1.5 % with 2 layers and by 3.3 % with 48; in fp32 it was 1e-6."""
-_ROUNDING = 2.0**-5
+_MERGE_ROUNDING = 2.0**-5
 """How far a merged weight may lie from peft's, as a share of all that was added up: both round to bf16, peft adapters
 and sums, too. Measured with 512 x 512 matrices: at most 2^-6.0 (DoRA) where merged, at least 2^-2.5 where not."""
-_WHOLE = f".modules_to_save.{NAME}"
+_MODULES_TO_SAVE = f".modules_to_save.{ADAPTER_NAME}"
 
 
 def write_adapters(
-    checkpoint: Checkpoint, directory: Path, adapter: Adapter, *, base: str, precision: str, beside: Beside
+    checkpoint: CheckpointReader,
+    directory: Path,
+    adapter: AdapterSpec,
+    *,
+    base: str,
+    precision: str,
+    beside: ModelFiles,
 ) -> None:
     """Write adapters as peft does into a directory that exists, rounded once to `precision`; `base` goes as given."""
-    tensors = {_peft_name(name): stored(checkpoint, name).to(DTYPES[precision]) for name in checkpoint.manifest.shapes}
+    tensors = {
+        _get_peft_name(name): read_stored_parameter(checkpoint, name).to(DTYPES[precision])
+        for name in checkpoint.manifest.shapes
+    }
     save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
-    config = lora_config(adapter, base)
+    config = build_lora_config(adapter, base)
     config.inference_mode = True
     config.save_pretrained(str(directory))
-    write_beside(directory, beside)
+    write_model_files(directory, beside)
 
 
-def _peft_name(name: str) -> str:
+def _get_peft_name(name: str) -> str:
     """What peft's files call a parameter: without the adapter's name, below the two modules peft wraps a model in."""
-    plain = name.replace(_WHOLE, "").replace(f".lora_magnitude_vector.{NAME}.weight", ".lora_magnitude_vector")
-    return f"base_model.model.{plain.replace(f'.{NAME}.', '.')}"
+    plain = name.replace(_MODULES_TO_SAVE, "").replace(
+        f".lora_magnitude_vector.{ADAPTER_NAME}.weight", ".lora_magnitude_vector"
+    )
+    return f"base_model.model.{plain.replace(f'.{ADAPTER_NAME}.', '.')}"
 
 
 def check_adapters(
     directory: Path,
-    checkpoint: Checkpoint,
-    adapter: Adapter,
+    checkpoint: CheckpointReader,
+    adapter: AdapterSpec,
     *,
     base: str,
     hf_config: Mapping[str, Any],
@@ -65,17 +76,17 @@ def check_adapters(
     """
     model = build_model(hf_config, precision=precision, attention="sdpa", path=base).eval()
     add_adapters(model, adapter, seed=0, dtype=DTYPES[precision])
-    load_stored(model, checkpoint)
-    wanted = logits(model)
-    _check_merged(model, directory)
+    load_stored_weights(model, checkpoint)
+    wanted = compute_logits(model)
+    _check_merged_weights(model, directory)
     del model
-    return compare(directory, logits(open_exported(directory)), wanted, tolerance)
+    return compare_logits(directory, compute_logits(load_exported_model(directory)), wanted, tolerance)
 
 
 @torch.no_grad()
-def _check_merged(model: nn.Module, directory: Path) -> None:
+def _check_merged_weights(model: nn.Module, directory: Path) -> None:
     """Raise CheckpointError where adapted matrices in `directory` are not those of the model, which merges them."""
-    layers = {f"{name}.weight": layer for name, layer in adapted_layers(model).items()}
+    layers = {f"{name}.weight": layer for name, layer in find_lora_layers(model).items()}
     for file in sorted(directory.glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
             for name in layers.keys() & set(tensors.keys()):
@@ -89,15 +100,15 @@ def _is_merged(layer: Any, found: Tensor) -> bool:  # noqa: ANN401 - peft's laye
     base = layer.get_base_layer().weight.to(torch.float32, copy=True)
     layer.merge()
     wanted = layer.get_base_layer().weight.float()
-    first, second = (half[NAME].weight.float().abs() for half in (layer.lora_A, layer.lora_B))
-    added = base.abs() + (wanted - base).abs() + layer.scaling[NAME] * (second @ first)
-    return bool(((found - wanted).abs() <= _ROUNDING * added).all())
+    first, second = (half[ADAPTER_NAME].weight.float().abs() for half in (layer.lora_A, layer.lora_B))
+    added = base.abs() + (wanted - base).abs() + layer.scaling[ADAPTER_NAME] * (second @ first)
+    return bool(((found - wanted).abs() <= _MERGE_ROUNDING * added).all())
 
 
 class MergedWeights:
     """The parameters of a model with a checkpoint's adapters merged into it, in fp32."""
 
-    def __init__(self, model: nn.Module, checkpoint: Checkpoint, adapter: Adapter) -> None:
+    def __init__(self, model: nn.Module, checkpoint: CheckpointReader, adapter: AdapterSpec) -> None:
         """`model` is the base without adapters; it is read and stays as it is."""
         self._parameters = dict(model.named_parameters())
         self._checkpoint, self._adapter = checkpoint, adapter
@@ -105,18 +116,20 @@ class MergedWeights:
             name: tuple(parameter.shape) for name, parameter in self._parameters.items()
         }
 
-    def tensor(self, name: str) -> Tensor:
+    def get_tensor(self, name: str) -> Tensor:
         """A parameter, whole."""
         module = name.removesuffix(".weight")
         held = self._checkpoint.manifest.shapes
-        if f"{module}{_WHOLE}.weight" in held:
-            return stored(self._checkpoint, f"{module}{_WHOLE}.weight")
+        if f"{module}{_MODULES_TO_SAVE}.weight" in held:
+            return read_stored_parameter(self._checkpoint, f"{module}{_MODULES_TO_SAVE}.weight")
         base = self._parameters[name].detach().float()
-        if f"{module}.lora_A.{NAME}.weight" not in held:
+        if f"{module}.lora_A.{ADAPTER_NAME}.weight" not in held:
             return base
-        first, second = (stored(self._checkpoint, f"{module}.lora_{half}.{NAME}.weight") for half in "AB")
+        first, second = (
+            read_stored_parameter(self._checkpoint, f"{module}.lora_{half}.{ADAPTER_NAME}.weight") for half in "AB"
+        )
         merged = base + self._adapter.scaling * (second @ first)
         if self._adapter.dora:
-            length = stored(self._checkpoint, f"{module}.lora_magnitude_vector.{NAME}.weight")
+            length = read_stored_parameter(self._checkpoint, f"{module}.lora_magnitude_vector.{ADAPTER_NAME}.weight")
             merged *= (length / torch.linalg.norm(merged, dim=1))[:, None]
         return merged

@@ -15,36 +15,36 @@ from transformers import GenerationConfig
 from llm_training_toolkit.data.tokenizer import TOKENIZER_FILES
 from llm_training_toolkit.errors import CheckpointError
 
-_ORIGIN = "training.json"
+_ORIGIN_FILE = "training.json"
 
 
 @dataclass(frozen=True)
-class Beside:
+class ModelFiles:
     """What an exported directory holds beside its weights."""
 
     tokenizer: Path
     """Directory of the tokenizer, with the chat template if there is one."""
-    ends: Mapping[str, int]
+    stop_token_ids: Mapping[str, int]
     """Special tokens that generation stops at, with their ids. Of several the first ends an answer, and becomes the
     tokenizer's end: a model trained on chat never writes the end of text."""
     pad: int
     card: str
     """The model card."""
-    origin: str
+    checkpoint_name: str
     """Name of the checkpoint the weights are of."""
 
 
 @contextmanager
-def appearing(destination: Path) -> Iterator[Path]:
+def atomic_export_dir(destination: Path) -> Iterator[Path]:
     """A directory to write into, which takes the place of `destination` once everything in it is written.
 
     Raises CheckpointError when it cannot be written, and for a destination that holds something else than an export.
     """
     if destination.exists() and not destination.is_dir():
         raise CheckpointError(f"{destination} is a file: name a directory (--out)")
-    if destination.exists() and exported_from(destination) is None and any(destination.iterdir()):
+    if destination.exists() and read_source_checkpoint_name(destination) is None and any(destination.iterdir()):
         raise CheckpointError(f"{destination} is not empty and no earlier export: name another directory (--out)")
-    temporary = _temporary(destination)
+    temporary = _get_temporary_dir(destination)
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
@@ -60,24 +60,24 @@ def appearing(destination: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _temporary(destination: Path) -> Path:
+def _get_temporary_dir(destination: Path) -> Path:
     return destination.with_name(f".{destination.name}.writing")
 
 
 def remove_export(destination: Path) -> None:
     """Delete an export that nobody needs any more, and what a process that was killed had written of it."""
-    for directory in (destination, _temporary(destination)):
+    for directory in (destination, _get_temporary_dir(destination)):
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def write_beside(directory: Path, beside: Beside) -> None:
+def write_model_files(directory: Path, beside: ModelFiles) -> None:
     """Write where generation stops, tokenizer, model card and where the weights are from."""
-    ends = list(beside.ends.values())
+    ends = list(beside.stop_token_ids.values())
     stops = ends if len(ends) > 1 else ends[0]
     GenerationConfig(eos_token_id=stops, pad_token_id=beside.pad).save_pretrained(directory)
-    _write_tokenizer(beside.tokenizer, directory, next(iter(beside.ends)) if len(ends) > 1 else None)
+    _write_tokenizer(beside.tokenizer, directory, next(iter(beside.stop_token_ids)) if len(ends) > 1 else None)
     (directory / "README.md").write_text(beside.card)
-    (directory / _ORIGIN).write_text(json.dumps({"checkpoint": beside.origin}))
+    (directory / _ORIGIN_FILE).write_text(json.dumps({"checkpoint": beside.checkpoint_name}))
 
 
 def _write_tokenizer(source: Path, directory: Path, end: str | None) -> None:
@@ -91,9 +91,9 @@ def _write_tokenizer(source: Path, directory: Path, end: str | None) -> None:
             (directory / name).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def exported_from(directory: Path) -> str | None:
+def read_source_checkpoint_name(directory: Path) -> str | None:
     """Name of the checkpoint an export was made of; None where there is no export."""
     try:
-        return str(json.loads((directory / _ORIGIN).read_text())["checkpoint"])
+        return str(json.loads((directory / _ORIGIN_FILE).read_text())["checkpoint"])
     except (OSError, ValueError, KeyError):
         return None

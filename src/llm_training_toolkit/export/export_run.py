@@ -14,45 +14,58 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 from llm_training_toolkit import families
-from llm_training_toolkit.checkpoint import Base, Checkpoint, base_of, complete, refuse_other_base
-from llm_training_toolkit.config import Config, from_json
-from llm_training_toolkit.data.chat.template import ChatTemplate, named_tokens
-from llm_training_toolkit.data.prepare.dataset_info import Receipt
+from llm_training_toolkit.checkpoint import (
+    BaseWeights,
+    CheckpointReader,
+    check_base_matches,
+    list_complete_checkpoints,
+    read_base_weights,
+)
+from llm_training_toolkit.config import Config, parse_config_json
+from llm_training_toolkit.data.chat.template import ChatTemplate, read_special_tokens_map
+from llm_training_toolkit.data.prepare.dataset_info import DatasetInfo
 from llm_training_toolkit.data.tokenizer import open_tokenizer
 from llm_training_toolkit.distributed.context import RunContext
 from llm_training_toolkit.errors import CheckpointError
-from llm_training_toolkit.export import Beside, CheckpointWeights, Weights, appearing, check_whole, write_model
-from llm_training_toolkit.export.model_card import Kind, card
-from llm_training_toolkit.families import Adapter
+from llm_training_toolkit.export import (
+    CheckpointWeights,
+    ModelFiles,
+    WeightSource,
+    atomic_export_dir,
+    check_full_model,
+    write_model,
+)
+from llm_training_toolkit.export.model_card import ExportKind, format_model_card
+from llm_training_toolkit.families import AdapterSpec
 from llm_training_toolkit.models import build_model
-from llm_training_toolkit.runs.directory import RunDirectory, checkpoint_place
-from llm_training_toolkit.runs.storage import storage_of
+from llm_training_toolkit.runs.directory import RunDirectory, parse_checkpoint_name
+from llm_training_toolkit.runs.storage import find_storage
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedRun:
     """A run as it lies on disk."""
 
     run: RunDirectory
     config: Config
-    receipt: Receipt
+    receipt: DatasetInfo
 
-    def adapter(self, checkpoint: Checkpoint) -> Adapter | None:
+    def get_adapter(self, checkpoint: CheckpointReader) -> AdapterSpec | None:
         """The run's adapters; None where the model itself was trained."""
-        return families.adapter(self.config, checkpoint.manifest.extra["hf_config"])
+        return families.resolve_adapter(self.config, checkpoint.manifest.extra["hf_config"])
 
     @property
-    def base(self) -> str:
+    def base_path(self) -> str:
         """Where the weights lie that its adapters stand beside."""
-        return self.config.model.path or str(self.run.base)
+        return self.config.model.path or str(self.run.base_weights_dir)
 
 
 @dataclass(frozen=True)
-class Exported:
+class ExportResult:
     """What was written."""
 
     path: str
-    kind: Kind
+    kind: ExportKind
     checkpoint: str
     """Name of the checkpoint."""
     step: int
@@ -68,17 +81,17 @@ class Exported:
         return asdict(self)
 
 
-def read_run(run: RunDirectory) -> Trained:
+def read_run(run: RunDirectory) -> TrainedRun:
     """A run's configuration and receipt. Raises CheckpointError where it has none."""
-    if not run.receipt.is_file():
+    if not run.dataset_info_path.is_file():
         raise CheckpointError(f"{run.path}: nothing was trained there yet (no data/receipt.json)")
-    config = from_json(run.resolved.read_text(), where=str(run.resolved))
-    return Trained(run, config, Receipt.from_json(run.receipt.read_text()))
+    config = parse_config_json(run.resolved_config_path.read_text(), where=str(run.resolved_config_path))
+    return TrainedRun(run, config, DatasetInfo.from_json(run.dataset_info_path.read_text()))
 
 
 def export_run(
     run: RunDirectory, *, step: int | None, merge: bool, out: Path | None, say: Callable[[str], None]
-) -> Exported:
+) -> ExportResult:
     """Export the newest complete checkpoint of a run, or that of `step`; by default beside the run's own export.
 
     Raises CheckpointError where there is none, where it is damaged, and for adapters without their base.
@@ -89,35 +102,37 @@ def export_run(
         raise CheckpointError(
             f"{run.path}: there is nothing to merge, the run trained the model itself: leave out --merge"
         )
-    checkpoint = checkpoint_of(run, step)
+    checkpoint = select_checkpoint(run, step)
     suffix = ("" if step is None else f"_step_{step}") + ("_merged" if merge else "")
     destination = (out or run.path / f"export{suffix}").expanduser().absolute()
-    _refuse_what_others_need(destination, run)
+    _check_destination(destination, run)
     return export_checkpoint(trained, checkpoint, destination, merge=merge, say=say)
 
 
-def _refuse_what_others_need(destination: Path, run: RunDirectory) -> None:
+def _check_destination(destination: Path, run: RunDirectory) -> None:
     """Raise CheckpointError where an export would take the place of adapters' base, or of something in another run."""
     destination = destination.resolve()
     around = RunDirectory(destination.parent)
-    if around.resolved.is_file() and (around.path != run.path.resolve() or destination == around.base):
-        what = "what its adapters stand beside" if destination == around.base else "and that is another run"
+    if around.resolved_config_path.is_file() and (
+        around.path != run.path.resolve() or destination == around.base_weights_dir
+    ):
+        what = "what its adapters stand beside" if destination == around.base_weights_dir else "and that is another run"
         raise CheckpointError(f"--out {destination} belongs to {around.path}, {what}: name another directory")
 
 
-def checkpoint_of(run: RunDirectory, step: int | None) -> Checkpoint:
+def select_checkpoint(run: RunDirectory, step: int | None) -> CheckpointReader:
     """The newest complete checkpoint of a run, or that of `step`. Raises CheckpointError without it, or damaged."""
-    checkpoint = Checkpoint(_chosen(run, step))
-    faults = checkpoint.faults()
+    checkpoint = CheckpointReader(_select_checkpoint_path(run, step))
+    faults = checkpoint.verify_files()
     if faults:
         raise CheckpointError(f"{checkpoint.directory} is damaged: {faults[0]}. Take another one: --step")
     return checkpoint
 
 
-def _chosen(run: RunDirectory, step: int | None) -> Path:
+def _select_checkpoint_path(run: RunDirectory, step: int | None) -> Path:
     """The directory of a complete checkpoint."""
-    found = complete(run.checkpoints)
-    steps = {place[0]: path for path in found if (place := checkpoint_place(path))}
+    found = list_complete_checkpoints(run.checkpoints_dir)
+    steps = {place[0]: path for path in found if (place := parse_checkpoint_name(path))}
     if step is None and found:
         return found[-1]
     if step in steps:
@@ -125,90 +140,98 @@ def _chosen(run: RunDirectory, step: int | None) -> Path:
     there = f"complete are steps {', '.join(map(str, steps))}" if steps else "the run has no complete checkpoint"
     if step is None:
         raise CheckpointError(f"{run.path}: nothing to export: {there}")
-    half = any(run.checkpoints.glob(f"step_{step:09d}_a*"))
+    half = any(run.checkpoints_dir.glob(f"step_{step:09d}_a*"))
     what = "is not complete (it has no manifest.json)" if half else "is not there"
     raise CheckpointError(f"{run.path}: the checkpoint of step {step} {what}; {there}")
 
 
 def export_checkpoint(
-    trained: Trained, checkpoint: Checkpoint, destination: Path, *, merge: bool, say: Callable[[str], None]
-) -> Exported:
+    trained: TrainedRun, checkpoint: CheckpointReader, destination: Path, *, merge: bool, say: Callable[[str], None]
+) -> ExportResult:
     """Write a checkpoint to `destination` and compare what was written with it."""
-    adapter = trained.adapter(checkpoint)
+    adapter = trained.get_adapter(checkpoint)
     config, precision = trained.config, trained.config.train.precision
-    kind: Kind = "model" if adapter is None else "merged" if merge else "adapters"
+    kind: ExportKind = "model" if adapter is None else "merged" if merge else "adapters"
     name = checkpoint.directory.name
-    text = card(trained.run, config, trained.receipt, checkpoint.manifest, kind=kind, base=trained.base)
-    about = beside(config, trained.receipt, text, name)
+    text = format_model_card(
+        trained.run, config, trained.receipt, checkpoint.manifest, kind=kind, base=trained.base_path
+    )
+    about = build_model_files(config, trained.receipt, text, name)
     say(f"writing {kind} of {name}")
-    with appearing(destination) as directory:
+    with atomic_export_dir(destination) as directory:
         if adapter is None or merge:
-            weights, hf_config = whole_weights(trained, checkpoint)
+            weights, hf_config = build_full_weights(trained, checkpoint)
             write_model(weights, directory, hf_config=hf_config, precision=precision, beside=about)
             del weights
         else:
             from llm_training_toolkit.export.adapters import write_adapters
 
-            refuse_missing_base(trained, checkpoint)
-            write_adapters(checkpoint, directory, adapter, base=trained.base, precision=precision, beside=about)
+            check_adapter_base(trained, checkpoint)
+            write_adapters(checkpoint, directory, adapter, base=trained.base_path, precision=precision, beside=about)
         say("comparing logits")
-        difference = _check(trained, checkpoint, directory, adapter, kind)
-    return Exported(storage_of(destination).address(destination), kind, name, checkpoint.manifest.step, difference)
+        difference = _check_export(trained, checkpoint, directory, adapter, kind)
+    return ExportResult(
+        find_storage(destination).get_uri(destination), kind, name, checkpoint.manifest.step, difference
+    )
 
 
-def _check(trained: Trained, checkpoint: Checkpoint, directory: Path, adapter: Adapter | None, kind: Kind) -> float:
+def _check_export(
+    trained: TrainedRun, checkpoint: CheckpointReader, directory: Path, adapter: AdapterSpec | None, kind: ExportKind
+) -> float:
     precision = trained.config.train.precision
     if adapter is None:
-        return check_whole(directory, checkpoint, checkpoint.manifest.extra["hf_config"], precision)
+        return check_full_model(directory, checkpoint, checkpoint.manifest.extra["hf_config"], precision)
     from llm_training_toolkit.export.adapters import MERGE_TOLERANCE, check_adapters
 
     tolerance = MERGE_TOLERANCE[precision] if kind == "merged" else 0.0
-    base, hf_config = trained.base, checkpoint.manifest.extra["hf_config"]
+    base, hf_config = trained.base_path, checkpoint.manifest.extra["hf_config"]
     how = {"base": base, "hf_config": hf_config, "precision": precision, "tolerance": tolerance}
     return check_adapters(directory, checkpoint, adapter, **how)
 
 
-def whole_weights(trained: Trained, checkpoint: Checkpoint) -> tuple[Weights, Mapping[str, Any]]:
+def build_full_weights(trained: TrainedRun, checkpoint: CheckpointReader) -> tuple[WeightSource, Mapping[str, Any]]:
     """All weights of the trained model, adapters merged into them, and its Hugging Face configuration."""
     hf_config: Mapping[str, Any] = checkpoint.manifest.extra["hf_config"]
-    adapter = trained.adapter(checkpoint)
+    adapter = trained.get_adapter(checkpoint)
     if adapter is None:
         return CheckpointWeights(checkpoint), hf_config
     from llm_training_toolkit.export.adapters import MergedWeights
 
-    refuse_missing_base(trained, checkpoint)
-    base = build_model(hf_config, precision=trained.config.train.precision, attention="sdpa", path=trained.base)
+    check_adapter_base(trained, checkpoint)
+    base = build_model(hf_config, precision=trained.config.train.precision, attention="sdpa", path=trained.base_path)
     return MergedWeights(base, checkpoint, adapter), hf_config
 
 
-def refuse_missing_base(trained: Trained, checkpoint: Checkpoint) -> None:
+def check_adapter_base(trained: TrainedRun, checkpoint: CheckpointReader) -> None:
     """Raise CheckpointError unless the base of a checkpoint's adapters is there and what it was."""
     alone = RunContext(0, 1, torch.device("cpu"))
-    refuse_other_base(Base.from_json(checkpoint.manifest.extra["base"]), base_of(trained.base, alone))
-
-
-def beside(config: Config, receipt: Receipt, text: str, origin: str) -> Beside:
-    """What stands beside a run's weights."""
-    return Beside(
-        tokenizer=Path(receipt.tokenizer_path),
-        ends=ends_of(config, receipt),
-        pad=receipt.pad_id,
-        card=text,
-        origin=origin,
+    check_base_matches(
+        BaseWeights.from_json(checkpoint.manifest.extra["base"]), read_base_weights(trained.base_path, alone)
     )
 
 
-def ends_of(config: Config, receipt: Receipt) -> dict[str, int]:
+def build_model_files(config: Config, receipt: DatasetInfo, text: str, origin: str) -> ModelFiles:
+    """What stands beside a run's weights."""
+    return ModelFiles(
+        tokenizer=Path(receipt.tokenizer_path),
+        stop_token_ids=find_stop_tokens(config, receipt),
+        pad=receipt.pad_id,
+        card=text,
+        checkpoint_name=origin,
+    )
+
+
+def find_stop_tokens(config: Config, receipt: DatasetInfo) -> dict[str, int]:
     """The special tokens that the model ends with, that of an answer first: those it has learnt here, and its own.
 
     With their ids. A model that was tuned to converse still ends its turns after a training on text, and its tokenizer
     says by what.
     """
-    family, directory = families.find(config.model.name).family, Path(receipt.tokenizer_path)
+    family, directory = families.find_size(config.model.name).family, Path(receipt.tokenizer_path)
     encoder = open_tokenizer(receipt.tokenizer_path)
     end_of_text = family.special_tokens.end_of_text
-    own = named_tokens(directory).get("eos_token", end_of_text)
-    ends = [own if encoder.knows(own) else end_of_text, end_of_text]
+    own = read_special_tokens_map(directory).get("eos_token", end_of_text)
+    ends = [own if encoder.has_special_token(own) else end_of_text, end_of_text]
     if any(source.format == "chat" for source in config.data.sources):
-        ends.insert(0, ChatTemplate.open(directory, family.chat_template).end_of_turn or end_of_text)
-    return {token: encoder.id_of(token) for token in dict.fromkeys(ends)}
+        ends.insert(0, ChatTemplate.from_tokenizer(directory, family.chat_template).end_of_turn or end_of_text)
+    return {token: encoder.get_special_token_id(token) for token in dict.fromkeys(ends)}

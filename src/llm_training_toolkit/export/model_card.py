@@ -6,36 +6,38 @@ from typing import Literal
 
 from llm_training_toolkit.checkpoint import Manifest
 from llm_training_toolkit.config import Config
-from llm_training_toolkit.data.prepare.dataset_info import Receipt
+from llm_training_toolkit.data.prepare.dataset_info import DatasetInfo
 from llm_training_toolkit.plan import make_plan
 from llm_training_toolkit.runs.directory import RunDirectory
-from llm_training_toolkit.runs.metrics_log import newest_rows
+from llm_training_toolkit.runs.metrics_log import read_newest_rows
 
-Kind = Literal["model", "adapters", "merged"]
+ExportKind = Literal["model", "adapters", "merged"]
 """What an exported directory holds: a model that was trained whole, adapters, or what they were merged into."""
 
 
-def card(run: RunDirectory, config: Config, receipt: Receipt, manifest: Manifest, *, kind: Kind, base: str) -> str:
+def format_model_card(
+    run: RunDirectory, config: Config, receipt: DatasetInfo, manifest: Manifest, *, kind: ExportKind, base: str
+) -> str:
     """The README.md of an exported directory, in Markdown."""
     library = "peft" if kind == "adapters" else "transformers"
     head = [f"library_name: {library}", "pipeline_tag: text-generation"]
     head += [f"base_model: {base}"] if kind == "adapters" else []
-    rows = "\n".join(f"| {name} | {value} |" for name, value in _facts(run, config, manifest).items())
+    rows = "\n".join(f"| {name} | {value} |" for name, value in _collect_facts(run, config, manifest).items())
     sources = "\n".join(
         f"- `{source.path}`: {source.documents:,} documents, {source.tokens:,} tokens" for source in receipt.sources
     )
     parts = [
         "---\n" + "\n".join(head) + "\n---",
         f"# {config.run.name}",
-        _what(config, kind, base),
+        _format_description(config, kind, base),
         f"| | |\n|---|---|\n{rows}",
         f"Trained on:\n\n{sources}",
-        f"```python\n{_loading(config, kind, base)}\n```",
+        f"```python\n{_format_loading_code(config, kind, base)}\n```",
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _what(config: Config, kind: Kind, base: str) -> str:
+def _format_description(config: Config, kind: ExportKind, base: str) -> str:
     start = config.model.path or config.model.init_from
     first = f"which began as `{start}`" if start else "from random weights"
     said = {
@@ -46,7 +48,7 @@ def _what(config: Config, kind: Kind, base: str) -> str:
     return f"{said[kind]} The licence of the weights it began with holds for it, too." if start else said[kind]
 
 
-def _facts(run: RunDirectory, config: Config, manifest: Manifest) -> dict[str, str]:
+def _collect_facts(run: RunDirectory, config: Config, manifest: Manifest) -> dict[str, str]:
     plan = make_plan(config)
     facts = {
         "step": f"{manifest.step:,}",
@@ -61,7 +63,7 @@ def _facts(run: RunDirectory, config: Config, manifest: Manifest) -> dict[str, s
         facts["adapters"] = f"rank {plan.adapter.rank}, alpha {plan.adapter.alpha}, on {places}"
     losses = [
         float(row["eval/loss"])
-        for row in newest_rows(run.metrics)
+        for row in read_newest_rows(run.metrics_path)
         if row.get("step") == manifest.step and "eval/loss" in row
     ]
     if losses:
@@ -70,7 +72,7 @@ def _facts(run: RunDirectory, config: Config, manifest: Manifest) -> dict[str, s
     return facts
 
 
-def _loading(config: Config, kind: Kind, base: str) -> str:
+def _format_loading_code(config: Config, kind: ExportKind, base: str) -> str:
     if kind != "adapters":
         return (
             "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"

@@ -12,26 +12,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llm_training_toolkit.checkpoint import Checkpoint
+from llm_training_toolkit.checkpoint import CheckpointReader
 from llm_training_toolkit.errors import CheckpointError
-from llm_training_toolkit.export.weights import load_stored
+from llm_training_toolkit.export.weights import load_stored_weights
 from llm_training_toolkit.models import build_model
-from llm_training_toolkit.models.load_exported import open_exported
+from llm_training_toolkit.models.load_exported import load_exported_model
 
 _TOKENS = 32
 
 
-def check_whole(directory: Path, checkpoint: Checkpoint, hf_config: Mapping[str, Any], precision: str) -> float:
+def check_full_model(
+    directory: Path, checkpoint: CheckpointReader, hf_config: Mapping[str, Any], precision: str
+) -> float:
     """0.0; raise CheckpointError unless a model that was trained whole gives the same logits bit for bit."""
     model = build_model(hf_config, precision=precision, attention="sdpa").eval()
-    load_stored(model, checkpoint)
-    wanted = logits(model)
+    load_stored_weights(model, checkpoint)
+    wanted = compute_logits(model)
     del model
-    return compare(directory, logits(open_exported(directory)), wanted, 0.0)
+    return compare_logits(directory, compute_logits(load_exported_model(directory)), wanted, 0.0)
 
 
 @torch.no_grad()
-def logits(model: nn.Module) -> Tensor:
+def compute_logits(model: nn.Module) -> Tensor:
     """Logits (1, T, V) of tokens that are always the same, in fp32."""
     config: Any = model.config
     count = min(_TOKENS, config.max_position_embeddings)
@@ -40,7 +42,7 @@ def logits(model: nn.Module) -> Tensor:
     return out.float()
 
 
-def compare(directory: Path, found: Tensor, wanted: Tensor, tolerance: float) -> float:
+def compare_logits(directory: Path, found: Tensor, wanted: Tensor, tolerance: float) -> float:
     """Largest difference of a logit as a share of the largest wanted one. Raises CheckpointError above `tolerance`."""
     difference, largest = float((found - wanted).abs().max()), float(wanted.abs().max())
     if not difference <= tolerance * largest:  # not a number is no equality either

@@ -15,31 +15,31 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig
 
-from llm_training_toolkit.checkpoint import Checkpoint
-from llm_training_toolkit.export.directory import Beside, write_beside
+from llm_training_toolkit.checkpoint import CheckpointReader
+from llm_training_toolkit.export.directory import ModelFiles, write_model_files
 from llm_training_toolkit.models.build import DTYPES
 
 _SHARD_BYTES = 5_000_000_000
 
 
-class Weights(Protocol):
+class WeightSource(Protocol):
     """The parameters of a model, to be had one at a time; tied ones once."""
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
-    def tensor(self, name: str) -> Tensor: ...
+    def get_tensor(self, name: str) -> Tensor: ...
 
 
 class CheckpointWeights:
     """The parameters in a checkpoint of a model that was trained whole, in fp32."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: CheckpointReader) -> None:
         self._checkpoint = checkpoint
         self.shapes = checkpoint.manifest.shapes
 
-    def tensor(self, name: str) -> Tensor:
+    def get_tensor(self, name: str) -> Tensor:
         """A parameter, whole."""
-        return stored(self._checkpoint, name)
+        return read_stored_parameter(self._checkpoint, name)
 
 
 class ModelWeights:
@@ -49,27 +49,27 @@ class ModelWeights:
         self._parameters = dict(model.named_parameters())
         self.shapes = {name: tuple(parameter.shape) for name, parameter in self._parameters.items()}
 
-    def tensor(self, name: str) -> Tensor:
+    def get_tensor(self, name: str) -> Tensor:
         """A parameter, whole."""
         return self._parameters[name].detach()
 
 
-def stored(checkpoint: Checkpoint, name: str) -> Tensor:
+def read_stored_parameter(checkpoint: CheckpointReader, name: str) -> Tensor:
     """A parameter of a checkpoint, whole, in fp32."""
     shape = checkpoint.manifest.shapes[name]
     return torch.from_numpy(checkpoint.read(name, "weights", 0, torch.Size(shape).numel())).reshape(shape)
 
 
 @torch.no_grad()
-def load_stored(model: nn.Module, checkpoint: Checkpoint) -> None:
+def load_stored_weights(model: nn.Module, checkpoint: CheckpointReader) -> None:
     """Write the trained parameters of a checkpoint into a model that has them, in the model's precision."""
     parameters = dict(model.named_parameters())
     for name in checkpoint.manifest.shapes:
-        parameters[name].copy_(stored(checkpoint, name))
+        parameters[name].copy_(read_stored_parameter(checkpoint, name))
 
 
 def write_model(
-    weights: Weights, directory: Path, *, hf_config: Mapping[str, Any], precision: str, beside: Beside
+    weights: WeightSource, directory: Path, *, hf_config: Mapping[str, Any], precision: str, beside: ModelFiles
 ) -> None:
     """Write a whole model into a directory that exists: weights, configuration and what stands beside them.
 
@@ -78,17 +78,17 @@ def write_model(
     """
     _write_weights(weights, directory, DTYPES[precision])
     _write_configuration(directory, hf_config, precision, beside)
-    write_beside(directory, beside)
+    write_model_files(directory, beside)
 
 
-def _write_weights(weights: Weights, directory: Path, dtype: torch.dtype) -> None:
-    shards = list(_shards(weights.shapes, dtype.itemsize))
+def _write_weights(weights: WeightSource, directory: Path, dtype: torch.dtype) -> None:
+    shards = list(_group_into_shards(weights.shapes, dtype.itemsize))
     index: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         tensors: dict[str, Tensor] = {}
         for name in names:
-            tensors |= _published(name, weights.tensor(name).to(dtype))
+            tensors |= _unfuse_experts(name, weights.get_tensor(name).to(dtype))
         save_file(tensors, directory / file, metadata={"format": "pt"})
         index |= dict.fromkeys(tensors, file)
     if len(shards) > 1:
@@ -97,7 +97,7 @@ def _write_weights(weights: Weights, directory: Path, dtype: torch.dtype) -> Non
         (directory / "model.safetensors.index.json").write_text(json.dumps(content, indent=1))
 
 
-def _published(name: str, tensor: Tensor) -> dict[str, Tensor]:
+def _unfuse_experts(name: str, tensor: Tensor) -> dict[str, Tensor]:
     """A parameter under the names of published weights: those of a mixture have matrices of their own for each expert.
 
     transformers fuses them into one tensor a layer when it loads them; inference engines expect them apart.
@@ -113,7 +113,7 @@ def _published(name: str, tensor: Tensor) -> dict[str, Tensor]:
     }
 
 
-def _shards(shapes: Mapping[str, tuple[int, ...]], itemsize: int) -> Iterator[list[str]]:
+def _group_into_shards(shapes: Mapping[str, tuple[int, ...]], itemsize: int) -> Iterator[list[str]]:
     """Names of parameters, in groups of at most 5 GB."""
     names: list[str] = []
     size = 0
@@ -127,12 +127,12 @@ def _shards(shapes: Mapping[str, tuple[int, ...]], itemsize: int) -> Iterator[li
     yield names
 
 
-def _write_configuration(directory: Path, hf_config: Mapping[str, Any], precision: str, beside: Beside) -> None:
+def _write_configuration(directory: Path, hf_config: Mapping[str, Any], precision: str, beside: ModelFiles) -> None:
     values = {
         key: value for key, value in hf_config.items() if key not in {"use_cache", "dtype", "transformers_version"}
     }
     config = AutoConfig.for_model(**values)
     config.dtype = DTYPES[precision]
-    config.eos_token_id, config.pad_token_id = next(iter(beside.ends.values())), beside.pad
+    config.eos_token_id, config.pad_token_id = next(iter(beside.stop_token_ids.values())), beside.pad
     config.bos_token_id = None
     config.save_pretrained(directory)

@@ -8,40 +8,48 @@ from typing import Any
 from llm_training_toolkit.config.schema import Config
 from llm_training_toolkit.errors import PlanError
 from llm_training_toolkit.families import qwen, starcoder
-from llm_training_toolkit.families.family import DROPOUTS, Anatomy, CodeLayout, Family, HfValues, Size, SpecialTokens
-from llm_training_toolkit.families.hf_config import build as build_hf_config
-from llm_training_toolkit.families.hf_config import saved_dropout
-from llm_training_toolkit.families.lora import Adapter, adapter_of
+from llm_training_toolkit.families.family import (
+    DROPOUTS,
+    CodeLayout,
+    Family,
+    HfValues,
+    ModelDims,
+    ModelSize,
+    SpecialTokens,
+)
+from llm_training_toolkit.families.hf_config import build_hf_config as build_hf_config
+from llm_training_toolkit.families.hf_config import read_saved_dropout
+from llm_training_toolkit.families.lora import AdapterSpec, build_adapter
 
 __all__ = [
     "DROPOUTS",
     "FAMILIES",
     "SIZES",
-    "Adapter",
-    "Anatomy",
+    "AdapterSpec",
     "CodeLayout",
     "Family",
     "HfValues",
-    "Size",
+    "ModelDims",
+    "ModelSize",
     "SpecialTokens",
-    "adapter",
-    "anatomy",
-    "find",
-    "flops_per_token",
-    "hf_config",
-    "parameters",
-    "saved_dropout",
+    "compute_flops_per_token",
+    "count_parameters",
+    "find_size",
+    "read_model_dims",
+    "read_saved_dropout",
+    "resolve_adapter",
+    "resolve_hf_config",
 ]
 
-SIZES: dict[str, Size] = {size.name: size for size in (*qwen.SIZES, *starcoder.SIZES)}
+SIZES: dict[str, ModelSize] = {size.name: size for size in (*qwen.SIZES, *starcoder.SIZES)}
 """Every known size by its name."""
-_BY_NAME: dict[str, Size] = {name: size for size in SIZES.values() for name in (size.name, *size.also)}
+_BY_NAME: dict[str, ModelSize] = {name: size for size in SIZES.values() for name in (size.name, *size.other_names)}
 FAMILIES: dict[str, Family] = {size.family.name: size.family for size in SIZES.values()}
 """Every family by its name."""
 _BY_TYPE: dict[str, Family] = {family.model_type: family for family in FAMILIES.values()}
 
 
-def find(name: str) -> Size:
+def find_size(name: str) -> ModelSize:
     """The size of this name, its weights' on the hub in lower case. PlanError with the nearest where there is none."""
     if name in _BY_NAME:
         return _BY_NAME[name]
@@ -51,35 +59,35 @@ def find(name: str) -> Size:
     raise PlanError(f"model.name = {name}: no known size has this name. {hint}")
 
 
-def hf_config(config: Config) -> dict[str, Any]:
+def resolve_hf_config(config: Config) -> dict[str, Any]:
     """The complete Hugging Face configuration of the run's model, without a dtype.
 
     With `model.path` it is the size's own, to be compared with the weights that are loaded. The longest position is at
     least `data.sequence_length`, except where positions are a learned table (StarCoder 1). Lists that transformers
     derives itself (layer_types) are left out. Raises PlanError for an unknown size and for an impossible shape.
     """
-    return build_hf_config(config, find(config.model.name))
+    return build_hf_config(config, find_size(config.model.name))
 
 
-def anatomy(hf: HfValues) -> Anatomy:
+def read_model_dims(hf: HfValues) -> ModelDims:
     """The sizes of a Hugging Face configuration, also one that transformers wrote, in words common to all families."""
     family = _BY_TYPE[hf["model_type"]]
     names = {saved: name for name, saved in family.saved_as.items()}
-    return family.anatomy({names.get(name, name): value for name, value in hf.items()})
+    return family.read_dims({names.get(name, name): value for name, value in hf.items()})
 
 
-def parameters(hf: HfValues) -> int:
+def count_parameters(hf: HfValues) -> int:
     """Number of parameters of a Hugging Face configuration; tied embeddings count once."""
-    return anatomy(hf).parameters
+    return read_model_dims(hf).total_parameters
 
 
-def adapter(config: Config, hf: HfValues) -> Adapter | None:
+def resolve_adapter(config: Config, hf: HfValues) -> AdapterSpec | None:
     """The adapters that a run trains beside its model; None where it trains the model itself."""
     lora = config.model.lora
-    return None if lora is None else adapter_of(lora, find(config.model.name).family, anatomy(hf))
+    return None if lora is None else build_adapter(lora, find_size(config.model.name).family, read_model_dims(hf))
 
 
-def flops_per_token(hf: HfValues, sequence_length: int, beside: Adapter | None = None) -> int:
+def compute_flops_per_token(hf: HfValues, sequence_length: int, beside: AdapterSpec | None = None) -> int:
     """Floating-point operations of one token's forward and backward pass: 6 N + 12 L Q T.
 
     N = parameters that multiply a token (matrices and the output layer, not the look-up of the embedding, nor experts
@@ -89,7 +97,7 @@ def flops_per_token(hf: HfValues, sequence_length: int, beside: Adapter | None =
     recomputation; documents packed into one sequence attend to less. Beside adapters a model has no gradients of its
     own weights: 4 N for it, 6 for each parameter of the adapters, 2 more for each of a module that is trained whole.
     """
-    model = anatomy(hf)
+    model = read_model_dims(hf)
     attended = min(sequence_length, model.window or sequence_length)
     attention = 12 * model.layers * model.query_width * attended
     if beside is None:

@@ -114,16 +114,16 @@ _PLAIN = r"""
 """
 
 
-def _qwen(turns: str) -> str:
+def _build_qwen_template(turns: str) -> str:
     return (_TOOLS.strip("\n") + turns.replace("OTHERS", _OTHERS.strip("\n"))).rstrip("\n")
 
 
-def _chatml(system: str) -> str:
+def _build_chatml_template(system: str) -> str:
     """ChatML with the system text of conversations that bring none."""
-    return _qwen(_CHATML.replace("DEFAULT SYSTEM TEXT", system))
+    return _build_qwen_template(_CHATML.replace("DEFAULT SYSTEM TEXT", system))
 
 
-QWEN2 = _chatml("You are a helpful assistant.")
-QWEN2_5 = _chatml("You are Qwen, created by Alibaba Cloud. You are a helpful assistant.")
-QWEN3 = _qwen(_QWEN3)
+QWEN2 = _build_chatml_template("You are a helpful assistant.")
+QWEN2_5 = _build_chatml_template("You are Qwen, created by Alibaba Cloud. You are a helpful assistant.")
+QWEN3 = _build_qwen_template(_QWEN3)
 STARCODER = _PLAIN.strip("\n")

@@ -63,7 +63,7 @@ class CodeLayout:
 
 
 @dataclass(frozen=True)
-class Anatomy:
+class ModelDims:
     """The sizes of one decoder in words that all families share; every count follows from it."""
 
     vocab: int
@@ -110,14 +110,16 @@ class Anatomy:
         return 2 * self.hidden * (self.query_width + self.kv_width)
 
     @property
-    def feed_forward(self) -> int:
+    def feed_forward_parameters(self) -> int:
         """Parameters of one feed-forward layer, or of one expert."""
         return (3 if self.gated else 2) * self.hidden * self.intermediate
 
     @property
     def matrices_per_layer(self) -> int:
         """Parameters in the matrices of a layer: attention, feed-forward or all experts, router."""
-        return self.attention_matrices + max(self.experts, 1) * self.feed_forward + self.experts * self.hidden
+        return (
+            self.attention_matrices + max(self.experts, 1) * self.feed_forward_parameters + self.experts * self.hidden
+        )
 
     @property
     def linear_matrices(self) -> int:
@@ -127,10 +129,10 @@ class Anatomy:
     @property
     def idle_parameters(self) -> int:
         """Parameters of the experts that a token does not pass through."""
-        return self.layers * (self.experts - self.experts_per_token) * self.feed_forward
+        return self.layers * (self.experts - self.experts_per_token) * self.feed_forward_parameters
 
     @property
-    def parameters(self) -> int:
+    def total_parameters(self) -> int:
         """All parameters; tied embeddings count once."""
         embeddings = (1 if self.tied else 2) * self.vocab * self.hidden + self.positions * self.hidden
         return embeddings + self.layers * (self.matrices_per_layer + self.vectors_per_layer) + self.vectors_outside
@@ -138,7 +140,7 @@ class Anatomy:
     @property
     def active_parameters(self) -> int:
         """Parameters that a token passes through: all but those of the experts it is not sent to."""
-        return self.parameters - self.idle_parameters
+        return self.total_parameters - self.idle_parameters
 
     @property
     def matmul_parameters(self) -> int:
@@ -155,7 +157,7 @@ class Anatomy:
     @property
     def largest_module(self) -> int:
         """Parameters that the forward pass needs at once at the least: a matrix, or a layer's experts and router."""
-        return max(self.largest_tensor, self.experts * (self.feed_forward + self.hidden))
+        return max(self.largest_tensor, self.experts * (self.feed_forward_parameters + self.hidden))
 
 
 @dataclass(frozen=True)
@@ -174,7 +176,7 @@ class Family:
     """How text is cut before byte pairs are merged: each match of this regular expression is a piece of its own."""
     defaults: HfValues
     """Hugging Face values that all sizes share."""
-    anatomy: Callable[[HfValues], Anatomy]
+    read_dims: Callable[[HfValues], ModelDims]
     """Reads a Hugging Face configuration of this family."""
     lora_targets: tuple[str, ...]
     """Names of the linear layers that adapters go to: all of attention and feed-forward, but of a mixture attention
@@ -201,22 +203,22 @@ class Family:
 
 
 @dataclass(frozen=True)
-class Size:
+class ModelSize:
     """One published size of a family."""
 
     name: str
     family: Family
     config: HfValues
     """Hugging Face values of this size alone."""
-    also: tuple[str, ...] = ()
+    other_names: tuple[str, ...] = ()
     """Names of other published weights of exactly this shape."""
 
     @property
-    def values(self) -> dict[str, Any]:
+    def hf_values(self) -> dict[str, Any]:
         """The shape of the size: the family's values and its own."""
         return {**self.family.defaults, **self.config}
 
 
-def rope(theta: float) -> dict[str, Any]:
+def build_rope_parameters(theta: float) -> dict[str, Any]:
     """Rotary positions of a given base, as transformers 5 writes them."""
     return {"rope_type": "default", "rope_theta": theta}

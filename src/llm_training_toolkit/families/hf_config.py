@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llm_training_toolkit.config.schema import Config, Model
+from llm_training_toolkit.config.schema import Config, ModelConfig
 from llm_training_toolkit.errors import PlanError
-from llm_training_toolkit.families.family import DROPOUTS, Anatomy, Family, Size
+from llm_training_toolkit.families.family import DROPOUTS, Family, ModelDims, ModelSize
 
 # Not to be changed by `model.shape`: a nested value (its base is the key rope_theta), and what would break a promise.
 _FIXED = {"rope_parameters", "use_sliding_window", *DROPOUTS}
@@ -17,38 +17,38 @@ _VOCABULARY_MULTIPLE = 64
 """Matrix products are fastest when their sides are multiples of 64 (NVIDIA, Matrix Multiplication Background)."""
 
 
-def shape_keys(size: Size) -> tuple[str, ...]:
+def list_shape_keys(size: ModelSize) -> tuple[str, ...]:
     """The keys that `model.shape` may have for this size, sorted."""
-    values = size.values
+    values = size.hf_values
     keys = (set(values) - _FIXED - size.family.fixed) | set(size.family.aliases)
     return tuple(sorted(keys | {"rope_theta"} if "rope_parameters" in values else keys))
 
 
-def build(config: Config, size: Size) -> dict[str, Any]:
+def build_hf_config(config: Config, size: ModelSize) -> dict[str, Any]:
     """The complete Hugging Face configuration of a run; raises PlanError with everything that is wrong in it."""
-    begun = _as_begun(config)
-    saved = read_saved(config.model, size) if begun is None else _own(size, begun)
-    values, problems = (saved, []) if saved is not None else _changed(size, config.model.shape)
+    begun = _read_recorded_values(config)
+    saved = read_saved_values(config.model, size) if begun is None else _select_size_values(size, begun)
+    values, problems = (saved, []) if saved is not None else _apply_shape(size, config.model.shape)
     if not problems:
-        rows = values["vocab_size"] if saved is not None else vocabulary(config, size)
-        values["vocab_size"] = _grown(config.model, rows) if begun is None else rows
-        problems = _mismatches(size.family, values) + _vocabulary_problems(config, values["vocab_size"])
+        rows = values["vocab_size"] if saved is not None else compute_vocab_size(config, size)
+        values["vocab_size"] = _get_resized_vocab_size(config.model, rows) if begun is None else rows
+        problems = _find_mismatches(size.family, values) + _find_vocabulary_problems(config, values["vocab_size"])
     if problems:
         raise PlanError("\n".join(f"model.shape of {size.name}: {problem}" for problem in problems))
-    return _complete(size.family, values, config.data.sequence_length)
+    return _complete_hf_config(size.family, values, config.data.sequence_length)
 
 
-def read_saved(model: Model, size: Size) -> dict[str, Any] | None:
+def read_saved_values(model: ModelConfig, size: ModelSize) -> dict[str, Any] | None:
     """The size's values as saved weights have them: those of `path` if it is local, or of the run in `init_from`.
 
     None from scratch, and for a hub id, whose size goes by its name. Raises PlanError when what was saved cannot
     be read or is of another family.
     """
     if model.path is not None:
-        where, found = f"model.path = {model.path}", _saved_config(model.path)
+        where, found = f"model.path = {model.path}", _read_saved_config(model.path)
     elif model.init_from is not None:
         where, file = f"model.init_from = {model.init_from}", Path(model.init_from).expanduser() / "plan.json"
-        found = _json(where, file).get("hf_config", {})
+        found = _read_json(where, file).get("hf_config", {})
     else:
         found = None
     if found is None:
@@ -58,16 +58,18 @@ def read_saved(model: Model, size: Size) -> dict[str, Any] | None:
             f"{where} holds a {found.get('model_type')} model, and model.name = {size.name} is of "
             f"{size.family.model_type}: correct one of them"
         )
-    return _own(size, found)
+    return _select_size_values(size, found)
 
 
-def _own(size: Size, found: Mapping[str, Any]) -> dict[str, Any]:
+def _select_size_values(size: ModelSize, found: Mapping[str, Any]) -> dict[str, Any]:
     """The values of the size, as another configuration of its family has them."""
     also = {key: found[name] for key, name in size.family.saved_as.items() if name in found}
-    return {key: value if key in DROPOUTS else {**also, **found}.get(key, value) for key, value in size.values.items()}
+    return {
+        key: value if key in DROPOUTS else {**also, **found}.get(key, value) for key, value in size.hf_values.items()
+    }
 
 
-def _as_begun(config: Config) -> dict[str, Any] | None:
+def _read_recorded_values(config: Config) -> dict[str, Any] | None:
     """What the run itself wrote down of the weights it began with, where they are no more: it has its checkpoints.
 
     None while they are there, for a run that has not begun, and for one that would begin with other weights now.
@@ -86,21 +88,21 @@ def _as_begun(config: Config) -> dict[str, Any] | None:
     return found
 
 
-def saved_dropout(model: Model, size: Size) -> float:
+def read_saved_dropout(model: ModelConfig, size: ModelSize) -> float:
     """The largest dropout in the configuration of the weights at `path`, as far as it can be read here."""
-    found = _saved_config(model.path) if model.path is not None else {}
+    found = _read_saved_config(model.path) if model.path is not None else {}
     if found is None:
         return size.family.published_dropout
     return max(float(found.get(name, 0.0)) for name in DROPOUTS)
 
 
-def _saved_config(path: str) -> dict[str, Any] | None:
+def _read_saved_config(path: str) -> dict[str, Any] | None:
     """The configuration of weights in a directory; None where that is no directory, but an id of the hub."""
     file = Path(path).expanduser() / "config.json"
-    return _json(f"model.path = {path}", file) if file.is_file() else None
+    return _read_json(f"model.path = {path}", file) if file.is_file() else None
 
 
-def _json(where: str, file: Path) -> dict[str, Any]:
+def _read_json(where: str, file: Path) -> dict[str, Any]:
     try:
         found = json.loads(file.read_text())
     except (OSError, ValueError) as error:
@@ -112,19 +114,19 @@ def _json(where: str, file: Path) -> dict[str, Any]:
     return found
 
 
-def vocabulary(config: Config, size: Size) -> int:
+def compute_vocab_size(config: Config, size: ModelSize) -> int:
     """Rows of the embedding: of model.shape, else the trained tokenizer's up to a multiple of 64, else the size's."""
     if "vocab_size" in config.model.shape:
         return int(config.model.shape["vocab_size"])
     if config.tokenizer.train is not None:
         return -(-config.tokenizer.train.vocab_size // _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE
-    return int(size.values["vocab_size"])
+    return int(size.hf_values["vocab_size"])
 
 
-def _changed(size: Size, shape: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def _apply_shape(size: ModelSize, shape: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """The size's values with the changes in, and what is wrong with the changes."""
-    values = size.values
-    valid = shape_keys(size)
+    values = size.hf_values
+    valid = list_shape_keys(size)
     problems: list[str] = []
     seen: set[str] = set()
     for given, value in shape.items():
@@ -133,26 +135,26 @@ def _changed(size: Size, shape: Mapping[str, Any]) -> tuple[dict[str, Any], list
             problems.append(f"{given} is not a key of this size. Valid: {', '.join(valid)}")
         elif key in seen:
             problems.append(f"{given} and another key both set {key}: keep one")
-        elif (wrong := _wrong_value(given, value, _current(values, key))) is not None:
+        elif (wrong := _find_value_problem(given, value, _get_value(values, key))) is not None:
             problems.append(wrong)
         else:
-            _set(values, key, value)
+            _set_value(values, key, value)
         seen.add(key)
     return values, problems
 
 
-def _current(values: Mapping[str, Any], key: str) -> Any:  # noqa: ANN401 - a value of JSON
+def _get_value(values: Mapping[str, Any], key: str) -> Any:  # noqa: ANN401 - a value of JSON
     return values["rope_parameters"]["rope_theta"] if key == "rope_theta" else values[key]
 
 
-def _set(values: dict[str, Any], key: str, value: Any) -> None:  # noqa: ANN401 - a value of JSON
+def _set_value(values: dict[str, Any], key: str, value: Any) -> None:  # noqa: ANN401 - a value of JSON
     if key == "rope_theta":
         values["rope_parameters"] = {**values["rope_parameters"], "rope_theta": float(value)}
     else:
         values[key] = value
 
 
-def _wrong_value(key: str, value: Any, current: Any) -> str | None:  # noqa: ANN401 - values of JSON
+def _find_value_problem(key: str, value: Any, current: Any) -> str | None:  # noqa: ANN401 - values of JSON
     """What is wrong with a value, judged by the one it replaces."""
     kind = type(current)
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -163,15 +165,15 @@ def _wrong_value(key: str, value: Any, current: Any) -> str | None:  # noqa: ANN
     return f"{key} = {value!r} must be above zero" if number and value <= 0 else None
 
 
-def _mismatches(family: Family, values: Mapping[str, Any]) -> list[str]:
+def _find_mismatches(family: Family, values: Mapping[str, Any]) -> list[str]:
     """Sizes that do not divide each other."""
-    anatomy = family.anatomy(values)
+    anatomy = family.read_dims(values)
     if family.derived_head_dim and anatomy.hidden % anatomy.heads:
         return [f"hidden size {anatomy.hidden} is not divisible by {anatomy.heads} attention heads"]
-    return _head_mismatches(anatomy)
+    return _find_head_mismatches(anatomy)
 
 
-def _head_mismatches(anatomy: Anatomy) -> list[str]:
+def _find_head_mismatches(anatomy: ModelDims) -> list[str]:
     problems = []
     if anatomy.heads % anatomy.kv_heads:
         problems.append(f"{anatomy.heads} attention heads are not divisible by {anatomy.kv_heads} key-value heads")
@@ -182,7 +184,7 @@ def _head_mismatches(anatomy: Anatomy) -> list[str]:
     return problems
 
 
-def _grown(model: Model, rows: int) -> int:
+def _get_resized_vocab_size(model: ModelConfig, rows: int) -> int:
     """Rows of the embedding with those that are added to `rows`."""
     wanted = model.grow_vocabulary
     if wanted is not None and wanted <= rows:
@@ -192,14 +194,14 @@ def _grown(model: Model, rows: int) -> int:
     return wanted or rows
 
 
-def _vocabulary_problems(config: Config, rows: int) -> list[str]:
+def _find_vocabulary_problems(config: Config, rows: int) -> list[str]:
     trained = config.tokenizer.train
     if trained is None or trained.vocab_size <= rows:
         return []
     return [f"vocab_size {rows} is below tokenizer.train.vocab_size {trained.vocab_size}: leave it out, or raise it"]
 
 
-def _complete(family: Family, values: dict[str, Any], sequence_length: int) -> dict[str, Any]:
+def _complete_hf_config(family: Family, values: dict[str, Any], sequence_length: int) -> dict[str, Any]:
     """Add what is no shape: the class, positions for the sequence, and switches that training needs off."""
     if not family.absolute_positions:
         values[family.position_key] = max(values[family.position_key], sequence_length)

@@ -9,7 +9,15 @@ from __future__ import annotations
 from dataclasses import replace
 
 from llm_training_toolkit.families import chat
-from llm_training_toolkit.families.family import Anatomy, CodeLayout, Family, HfValues, Size, SpecialTokens, rope
+from llm_training_toolkit.families.family import (
+    CodeLayout,
+    Family,
+    HfValues,
+    ModelDims,
+    ModelSize,
+    SpecialTokens,
+    build_rope_parameters,
+)
 
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -44,14 +52,14 @@ _COMMON = {
     "hidden_act": "silu",
     "initializer_range": 0.02,
     "rms_norm_eps": 1e-6,
-    "rope_parameters": rope(1_000_000.0),
+    "rope_parameters": build_rope_parameters(1_000_000.0),
     "attention_dropout": 0.0,
     "use_sliding_window": False,
 }
 
 
-def _anatomy(hf: HfValues, head_dim: int, vectors_per_layer: int, *, head_norms: bool = False) -> Anatomy:
-    return Anatomy(
+def _build_dims(hf: HfValues, head_dim: int, vectors_per_layer: int, *, head_norms: bool = False) -> ModelDims:
+    return ModelDims(
         vocab=hf["vocab_size"],
         hidden=hf["hidden_size"],
         layers=hf["num_hidden_layers"],
@@ -68,32 +76,32 @@ def _anatomy(hf: HfValues, head_dim: int, vectors_per_layer: int, *, head_norms:
     )
 
 
-def qwen2_anatomy(hf: HfValues) -> Anatomy:
+def read_qwen2_dims(hf: HfValues) -> ModelDims:
     """Qwen2 and 2.5: biases on q, k and v, two RMSNorms a layer, head_dim = hidden / heads."""
     head_dim = hf["hidden_size"] // hf["num_attention_heads"]
     biases = (hf["num_attention_heads"] + 2 * hf["num_key_value_heads"]) * head_dim
-    return _anatomy(hf, head_dim, biases + 2 * hf["hidden_size"])
+    return _build_dims(hf, head_dim, biases + 2 * hf["hidden_size"])
 
 
-def qwen3_anatomy(hf: HfValues) -> Anatomy:
+def read_qwen3_dims(hf: HfValues) -> ModelDims:
     """Qwen3: no biases unless `attention_bias` (then also on o), a norm on q and on k, head_dim explicit."""
     head_dim, hidden = hf["head_dim"], hf["hidden_size"]
     heads_with_bias = hf["num_attention_heads"] + 2 * hf["num_key_value_heads"]
     biases = heads_with_bias * head_dim + hidden if hf["attention_bias"] else 0
-    return _anatomy(hf, head_dim, biases + 2 * head_dim + 2 * hidden, head_norms=True)
+    return _build_dims(hf, head_dim, biases + 2 * head_dim + 2 * hidden, head_norms=True)
 
 
-def qwen3_moe_anatomy(hf: HfValues) -> Anatomy:
+def read_qwen3_moe_dims(hf: HfValues) -> ModelDims:
     """Qwen3 with experts in every layer, as all published sizes have them, and no shared one."""
     return replace(
-        qwen3_anatomy(hf),
+        read_qwen3_dims(hf),
         intermediate=hf["moe_intermediate_size"],
         experts=hf["num_experts"],
         experts_per_token=hf["num_experts_per_tok"],
     )
 
 
-def _qwen2(name: str, tokens: SpecialTokens, chat_template: str) -> Family:
+def _build_qwen2_family(name: str, tokens: SpecialTokens, chat_template: str) -> Family:
     return Family(
         name=name,
         model_type="qwen2",
@@ -102,15 +110,15 @@ def _qwen2(name: str, tokens: SpecialTokens, chat_template: str) -> Family:
         chat_template=chat_template,
         pre_tokenizer_pattern=PATTERN,
         defaults={**_COMMON, "max_position_embeddings": 32768},
-        anatomy=qwen2_anatomy,
+        read_dims=read_qwen2_dims,
         lora_targets=_LINEAR,
         derived_head_dim=True,
         code_layout=_CODE_LAYOUT,
     )
 
 
-QWEN2 = _qwen2("qwen2", TOKENS_WITHOUT_FIM, chat.QWEN2)
-QWEN2_5 = _qwen2("qwen2.5", TOKENS, chat.QWEN2_5)
+QWEN2 = _build_qwen2_family("qwen2", TOKENS_WITHOUT_FIM, chat.QWEN2)
+QWEN2_5 = _build_qwen2_family("qwen2.5", TOKENS, chat.QWEN2_5)
 # head_dim is a value of its own: 0.6B, 4B, 32B and the mixtures have heads x 128 != hidden size.
 _QWEN3 = {**_COMMON, "max_position_embeddings": 40960, "head_dim": 128, "attention_bias": False}
 QWEN3 = Family(
@@ -121,7 +129,7 @@ QWEN3 = Family(
     chat_template=chat.QWEN3,
     pre_tokenizer_pattern=PATTERN,
     defaults=_QWEN3,
-    anatomy=qwen3_anatomy,
+    read_dims=read_qwen3_dims,
     lora_targets=_LINEAR,
     code_layout=_CODE_LAYOUT,
 )
@@ -139,7 +147,7 @@ QWEN3_MOE = replace(
         "output_router_logits": False,
         "router_aux_loss_coef": 0.001,
     },
-    anatomy=qwen3_moe_anatomy,
+    read_dims=read_qwen3_moe_dims,
     saved_as={"num_experts": "num_local_experts"},
     # Without dense layers the first two mean nothing, nor do the others without a balance loss.
     fixed=frozenset({"intermediate_size", "decoder_sparse_step", "output_router_logits", "router_aux_loss_coef"}),
@@ -147,7 +155,7 @@ QWEN3_MOE = replace(
 )
 
 
-def _shape(layers: int, hidden: int, heads: tuple[int, int], inter: int, vocab: int, *, tied: bool) -> HfValues:
+def _build_shape(layers: int, hidden: int, heads: tuple[int, int], inter: int, vocab: int, *, tied: bool) -> HfValues:
     """One row of the published tables; `heads` = attention heads and key-value heads."""
     return {
         "vocab_size": vocab,
@@ -161,55 +169,60 @@ def _shape(layers: int, hidden: int, heads: tuple[int, int], inter: int, vocab: 
 
 
 _QWEN2_SHAPES = {
-    "0.5b": _shape(24, 896, (14, 2), 4864, 151936, tied=True),
-    "1.5b": _shape(28, 1536, (12, 2), 8960, 151936, tied=True),
-    "3b": _shape(36, 2048, (16, 2), 11008, 151936, tied=True),
-    "7b": _shape(28, 3584, (28, 4), 18944, 152064, tied=False),
-    "14b": _shape(48, 5120, (40, 8), 13824, 152064, tied=False),
-    "32b": _shape(64, 5120, (40, 8), 27648, 152064, tied=False),
-    "72b": _shape(80, 8192, (64, 8), 29568, 152064, tied=False),
+    "0.5b": _build_shape(24, 896, (14, 2), 4864, 151936, tied=True),
+    "1.5b": _build_shape(28, 1536, (12, 2), 8960, 151936, tied=True),
+    "3b": _build_shape(36, 2048, (16, 2), 11008, 151936, tied=True),
+    "7b": _build_shape(28, 3584, (28, 4), 18944, 152064, tied=False),
+    "14b": _build_shape(48, 5120, (40, 8), 13824, 152064, tied=False),
+    "32b": _build_shape(64, 5120, (40, 8), 27648, 152064, tied=False),
+    "72b": _build_shape(80, 8192, (64, 8), 29568, 152064, tied=False),
 }
 _QWEN3_SHAPES = {
-    "0.6b": _shape(28, 1024, (16, 8), 3072, 151936, tied=True),
-    "1.7b": _shape(28, 2048, (16, 8), 6144, 151936, tied=True),
-    "4b": _shape(36, 2560, (32, 8), 9728, 151936, tied=True),
-    "8b": _shape(36, 4096, (32, 8), 12288, 151936, tied=False),
-    "14b": _shape(40, 5120, (40, 8), 17408, 151936, tied=False),
-    "32b": _shape(64, 5120, (64, 8), 25600, 151936, tied=False),
+    "0.6b": _build_shape(28, 1024, (16, 8), 3072, 151936, tied=True),
+    "1.7b": _build_shape(28, 2048, (16, 8), 6144, 151936, tied=True),
+    "4b": _build_shape(36, 2560, (32, 8), 9728, 151936, tied=True),
+    "8b": _build_shape(36, 4096, (32, 8), 12288, 151936, tied=False),
+    "14b": _build_shape(40, 5120, (40, 8), 17408, 151936, tied=False),
+    "32b": _build_shape(64, 5120, (64, 8), 25600, 151936, tied=False),
 }
-_A3B = {**_shape(48, 2048, (32, 4), 6144, 151936, tied=False), "num_experts": 128, "moe_intermediate_size": 768}
-_A22B = {**_shape(94, 4096, (64, 4), 12288, 151936, tied=False), "num_experts": 128, "moe_intermediate_size": 1536}
-_A35B = {**_shape(62, 6144, (96, 8), 8192, 151936, tied=False), "num_experts": 160, "moe_intermediate_size": 2560}
+_A3B = {**_build_shape(48, 2048, (32, 4), 6144, 151936, tied=False), "num_experts": 128, "moe_intermediate_size": 768}
+_A22B = {
+    **_build_shape(94, 4096, (64, 4), 12288, 151936, tied=False),
+    "num_experts": 128,
+    "moe_intermediate_size": 1536,
+}
+_A35B = {**_build_shape(62, 6144, (96, 8), 8192, 151936, tied=False), "num_experts": 160, "moe_intermediate_size": 2560}
 # Weights of July 2025 see 262,144 positions; their rotary base was raised with them.
-_LONG = {"max_position_embeddings": 262_144, "rope_parameters": rope(5_000_000.0)}
-_LONG_CODER = {"max_position_embeddings": 262_144, "rope_parameters": rope(10_000_000.0)}
+_LONG = {"max_position_embeddings": 262_144, "rope_parameters": build_rope_parameters(5_000_000.0)}
+_LONG_CODER = {"max_position_embeddings": 262_144, "rope_parameters": build_rope_parameters(10_000_000.0)}
 
 
-def _and_instruct(prefix: str, family: Family, *sizes: str) -> tuple[Size, ...]:
+def _build_base_and_instruct_sizes(prefix: str, family: Family, *sizes: str) -> tuple[ModelSize, ...]:
     """Sizes that are published as base weights and as -Instruct."""
     return tuple(
-        Size(f"{prefix}-{size}", family, _QWEN2_SHAPES[size], also=(f"{prefix}-{size}-instruct",)) for size in sizes
+        ModelSize(f"{prefix}-{size}", family, _QWEN2_SHAPES[size], other_names=(f"{prefix}-{size}-instruct",))
+        for size in sizes
     )
 
 
-def _2507(name: str, family: Family, shape: HfValues) -> Size:
+def _build_2507_size(name: str, family: Family, shape: HfValues) -> ModelSize:
     """The two kinds of weights of July 2025."""
-    return Size(f"{name}-instruct-2507", family, {**shape, **_LONG}, also=(f"{name}-thinking-2507",))
+    return ModelSize(f"{name}-instruct-2507", family, {**shape, **_LONG}, other_names=(f"{name}-thinking-2507",))
 
 
 SIZES = (
-    *_and_instruct("qwen2", QWEN2, "0.5b", "1.5b", "7b", "72b"),
-    *_and_instruct("qwen2.5", QWEN2_5, *_QWEN2_SHAPES),
-    *_and_instruct("qwen2.5-coder", QWEN2_5, "0.5b", "1.5b", "3b", "7b", "14b", "32b"),
+    *_build_base_and_instruct_sizes("qwen2", QWEN2, "0.5b", "1.5b", "7b", "72b"),
+    *_build_base_and_instruct_sizes("qwen2.5", QWEN2_5, *_QWEN2_SHAPES),
+    *_build_base_and_instruct_sizes("qwen2.5-coder", QWEN2_5, "0.5b", "1.5b", "3b", "7b", "14b", "32b"),
     *(
-        Size(f"qwen3-{size}", QWEN3, shape, also=(f"qwen3-{size}-base",) if size != "32b" else ())
+        ModelSize(f"qwen3-{size}", QWEN3, shape, other_names=(f"qwen3-{size}-base",) if size != "32b" else ())
         for size, shape in _QWEN3_SHAPES.items()
     ),
-    _2507("qwen3-4b", QWEN3, _QWEN3_SHAPES["4b"]),
-    Size("qwen3-30b-a3b", QWEN3_MOE, _A3B, also=("qwen3-30b-a3b-base",)),
-    Size("qwen3-235b-a22b", QWEN3_MOE, _A22B),
-    _2507("qwen3-30b-a3b", QWEN3_MOE, _A3B),
-    _2507("qwen3-235b-a22b", QWEN3_MOE, _A22B),
-    Size("qwen3-coder-30b-a3b-instruct", QWEN3_MOE, {**_A3B, **_LONG_CODER}),
-    Size("qwen3-coder-480b-a35b-instruct", QWEN3_MOE, {**_A35B, **_LONG_CODER}),
+    _build_2507_size("qwen3-4b", QWEN3, _QWEN3_SHAPES["4b"]),
+    ModelSize("qwen3-30b-a3b", QWEN3_MOE, _A3B, other_names=("qwen3-30b-a3b-base",)),
+    ModelSize("qwen3-235b-a22b", QWEN3_MOE, _A22B),
+    _build_2507_size("qwen3-30b-a3b", QWEN3_MOE, _A3B),
+    _build_2507_size("qwen3-235b-a22b", QWEN3_MOE, _A22B),
+    ModelSize("qwen3-coder-30b-a3b-instruct", QWEN3_MOE, {**_A3B, **_LONG_CODER}),
+    ModelSize("qwen3-coder-480b-a35b-instruct", QWEN3_MOE, {**_A35B, **_LONG_CODER}),
 )

@@ -5,7 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 
 from llm_training_toolkit.families import chat
-from llm_training_toolkit.families.family import Anatomy, CodeLayout, Family, HfValues, Size, SpecialTokens, rope
+from llm_training_toolkit.families.family import (
+    CodeLayout,
+    Family,
+    HfValues,
+    ModelDims,
+    ModelSize,
+    SpecialTokens,
+    build_rope_parameters,
+)
 
 PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 """GPT-2's expression, but each digit a piece of its own, as StarCoder's tokenizer cuts them first."""
@@ -15,7 +23,7 @@ _ISSUES = ("<issue_start>", "<issue_comment>", "<issue_closed>")
 _JUPYTER = ("<jupyter_start>", "<jupyter_text>", "<jupyter_code>", "<jupyter_output>")
 
 
-def _tokens(repository: str, file: str, every: tuple[str, ...]) -> SpecialTokens:
+def _build_special_tokens(repository: str, file: str, every: tuple[str, ...]) -> SpecialTokens:
     # <|endoftext|> has id 0 in both generations, is begin and end, and pads for want of a token of its own.
     return SpecialTokens(
         end_of_text="<|endoftext|>",
@@ -30,7 +38,7 @@ def _tokens(repository: str, file: str, every: tuple[str, ...]) -> SpecialTokens
     )
 
 
-TOKENS_1 = _tokens(
+TOKENS_1 = _build_special_tokens(
     "<reponame>",
     "<filename>",
     (
@@ -48,7 +56,7 @@ TOKENS_1 = _tokens(
 )
 # Table 5 of the StarCoder2 paper, without its tokens for pull requests: nothing here writes them, and a vocabulary
 # trained from scratch should not spend entries on them.
-TOKENS_2 = _tokens(
+TOKENS_2 = _build_special_tokens(
     "<repo_name>",
     "<file_sep>",
     (
@@ -76,13 +84,13 @@ TOKENS_SANTA = SpecialTokens(
 )
 
 
-def starcoder2_anatomy(hf: HfValues) -> Anatomy:
+def read_starcoder2_dims(hf: HfValues) -> ModelDims:
     """StarCoder2: biases on every linear layer (`use_bias`), two LayerNorms a layer, head_dim = hidden / heads."""
     hidden, inter = hf["hidden_size"], hf["intermediate_size"]
     head_dim = hidden // hf["num_attention_heads"]
     heads = hf["num_attention_heads"] + 2 * hf["num_key_value_heads"]
     biases = heads * head_dim + hidden + inter + hidden if hf["use_bias"] else 0
-    return Anatomy(
+    return ModelDims(
         vocab=hf["vocab_size"],
         hidden=hidden,
         layers=hf["num_hidden_layers"],
@@ -98,14 +106,14 @@ def starcoder2_anatomy(hf: HfValues) -> Anatomy:
     )
 
 
-def starcoder_anatomy(hf: HfValues) -> Anatomy:
+def read_starcoder_dims(hf: HfValues) -> ModelDims:
     """StarCoder 1: one key and value head (`multi_query`), biases everywhere, a table of learned positions."""
     hidden = hf["n_embd"]
     inter = hf["n_inner"] or 4 * hidden  # transformers writes none where it is four times as wide
     head_dim = hidden // hf["n_head"]
     kv_heads = 1 if hf["multi_query"] else hf["n_head"]
     biases = (hf["n_head"] + 2 * kv_heads) * head_dim + hidden + inter + hidden
-    return Anatomy(
+    return ModelDims(
         vocab=hf["vocab_size"],
         hidden=hidden,
         layers=hf["n_layer"],
@@ -139,7 +147,7 @@ STARCODER2 = Family(
         "embedding_dropout": 0.0,
         "max_position_embeddings": 16384,
     },
-    anatomy=starcoder2_anatomy,
+    read_dims=read_starcoder2_dims,
     lora_targets=("q_proj", "k_proj", "v_proj", "o_proj", "c_fc", "c_proj"),
     derived_head_dim=True,
     code_layout=CodeLayout(path_in_prefix=True),
@@ -166,7 +174,7 @@ STARCODER = Family(
         "n_positions": 8192,
         "tie_word_embeddings": True,
     },
-    anatomy=starcoder_anatomy,
+    read_dims=read_starcoder_dims,
     lora_targets=("c_attn", "c_proj", "c_fc"),
     embedding_name="wte",
     position_key="n_positions",
@@ -191,7 +199,9 @@ SANTACODER = replace(
 )
 
 
-def _second(layers: int, hidden: int, heads: int, kv_heads: int, theta: float, *, tied: bool) -> HfValues:
+def _build_starcoder2_shape(
+    layers: int, hidden: int, heads: int, kv_heads: int, theta: float, *, tied: bool
+) -> HfValues:
     return {
         "vocab_size": 49152,
         "hidden_size": hidden,
@@ -199,28 +209,33 @@ def _second(layers: int, hidden: int, heads: int, kv_heads: int, theta: float, *
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
-        "rope_parameters": rope(theta),
+        "rope_parameters": build_rope_parameters(theta),
         "tie_word_embeddings": tied,
     }
 
 
-def _first(layers: int, hidden: int, heads: int) -> HfValues:
+def _build_starcoder1_shape(layers: int, hidden: int, heads: int) -> HfValues:
     return {"vocab_size": 49152, "n_layer": layers, "n_embd": hidden, "n_head": heads, "n_inner": 4 * hidden}
 
 
 SIZES = (
-    Size("starcoder2-3b", STARCODER2, _second(30, 3072, 24, 2, 999999.4420358813, tied=True)),
-    Size("starcoder2-7b", STARCODER2, _second(32, 4608, 36, 4, 1_000_000.0, tied=True)),
-    Size(
+    ModelSize("starcoder2-3b", STARCODER2, _build_starcoder2_shape(30, 3072, 24, 2, 999999.4420358813, tied=True)),
+    ModelSize("starcoder2-7b", STARCODER2, _build_starcoder2_shape(32, 4608, 36, 4, 1_000_000.0, tied=True)),
+    ModelSize(
         "starcoder2-15b",
         STARCODER2,
-        _second(40, 6144, 48, 4, 100_000.0, tied=False),
-        also=("starcoder2-15b-instruct-v0.1",),
+        _build_starcoder2_shape(40, 6144, 48, 4, 100_000.0, tied=False),
+        other_names=("starcoder2-15b-instruct-v0.1",),
     ),
-    Size("starcoderbase-1b", STARCODER, _first(24, 2048, 16)),
-    Size("starcoderbase-3b", STARCODER, _first(36, 2816, 22)),
-    Size("starcoderbase-7b", STARCODER, _first(42, 4096, 32)),
-    Size("starcoder", STARCODER, _first(40, 6144, 48), also=("starcoder-15.5b", "starcoderbase", "starcoderplus")),
-    Size("tiny_starcoder_py", STARCODER, _first(20, 768, 12)),
-    Size("gpt_bigcode-santacoder", SANTACODER, {**_first(24, 2048, 16), "vocab_size": 49280}),
+    ModelSize("starcoderbase-1b", STARCODER, _build_starcoder1_shape(24, 2048, 16)),
+    ModelSize("starcoderbase-3b", STARCODER, _build_starcoder1_shape(36, 2816, 22)),
+    ModelSize("starcoderbase-7b", STARCODER, _build_starcoder1_shape(42, 4096, 32)),
+    ModelSize(
+        "starcoder",
+        STARCODER,
+        _build_starcoder1_shape(40, 6144, 48),
+        other_names=("starcoder-15.5b", "starcoderbase", "starcoderplus"),
+    ),
+    ModelSize("tiny_starcoder_py", STARCODER, _build_starcoder1_shape(20, 768, 12)),
+    ModelSize("gpt_bigcode-santacoder", SANTACODER, {**_build_starcoder1_shape(24, 2048, 16), "vocab_size": 49280}),
 )

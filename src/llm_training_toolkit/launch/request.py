@@ -11,16 +11,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from llm_training_toolkit.config import Config, load
-from llm_training_toolkit.config.uri import is_address
+from llm_training_toolkit.config import Config, load_config
+from llm_training_toolkit.config.uri import is_uri
 
-Status = Literal["finished", "stopped"]
-EXIT_CODES: dict[Status, int] = {"finished": 0, "stopped": 75}
+TrainResultStatus = Literal["finished", "stopped"]
+EXIT_CODES: dict[TrainResultStatus, int] = {"finished": 0, "stopped": 75}
 """75 = stopped, the same command resumes: what Slurm's requeue and a Kubernetes back-off look for."""
 
 
 @dataclass(frozen=True)
-class Request:
+class TrainRequest:
     """What a person asked for on the command line."""
 
     config: Path
@@ -30,13 +30,13 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TrainResult:
     """How a run stands."""
 
     run: str
     """Its directory."""
     step: int
-    status: Status
+    status: TrainResultStatus
     checkpoint: str | None
     """Its newest checkpoint."""
 
@@ -45,16 +45,16 @@ class Outcome:
         return asdict(self)
 
 
-def failure_json(error: Exception) -> dict[str, Any]:
+def build_failure_json(error: Exception) -> dict[str, Any]:
     """The contract of `ltt train --json` for a run that failed, with what went wrong."""
     return {"run": None, "step": None, "status": "failed", "checkpoint": None, "error": str(error)}
 
 
-def closing_lines(outcome: Outcome, request: Request) -> list[str]:
+def format_next_steps(outcome: TrainResult, request: TrainRequest) -> list[str]:
     """What a person may want to do next, as commands to paste."""
     if outcome.status == "stopped":
         return [f"stopped at step {outcome.step:,} with a checkpoint: the same command goes on from there"]
-    config, is_here = load(request.config, request.overrides), not is_address(outcome.run)
+    config, is_here = load_config(request.config, request.overrides), not is_uri(outcome.run)
     run = os.path.relpath(outcome.run) if is_here else outcome.run
     here = Path(sys.executable).parent
     ltt = "ltt" if shutil.which("ltt") else os.path.relpath(here / "ltt")
@@ -66,11 +66,11 @@ def closing_lines(outcome: Outcome, request: Request) -> list[str]:
     if config.export.at_end and config.model.lora is not None:
         lines.append(f"  {ltt} export {shlex.quote(run)} --merge")
     lines.append(f"  {ltt} tensorboard {shlex.quote(run.rpartition('/')[0] or '.')}")
-    lines.append(f"  {ltt} train {_longer(request, config)} --extend")
+    lines.append(f"  {ltt} train {_format_longer_run(request, config)} --extend")
     return lines
 
 
-def _longer(request: Request, config: Config) -> str:
+def _format_longer_run(request: TrainRequest, config: Config) -> str:
     """The arguments of a run twice as long, in the unit its length was given in."""
     length = config.train.model_dump(include={"tokens", "steps", "epochs"})
     [(unit, count)] = [(unit, count) for unit, count in length.items() if count is not None]

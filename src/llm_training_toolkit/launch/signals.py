@@ -13,14 +13,14 @@ def on_stop_signal(ask: Callable[[], None]) -> Iterator[None]:
     """Call `ask` at the first SIGINT or SIGTERM; a second SIGINT interrupts at once. Main thread only."""
     asked = 0
 
-    def handle(number: int, _frame: FrameType | None) -> None:
+    def handle_signal(number: int, _frame: FrameType | None) -> None:
         nonlocal asked
         asked += 1
         if asked > 1 and number == signal.SIGINT:
             raise KeyboardInterrupt
         ask()
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, handle_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:

@@ -13,34 +13,34 @@ from typing import Any, Literal, NoReturn
 import torch
 import torch.distributed as dist
 
-from llm_training_toolkit.checkpoint import newest
+from llm_training_toolkit.checkpoint import find_latest_checkpoint
 from llm_training_toolkit.config import Config
-from llm_training_toolkit.data.prepare.dataset_info import Receipt
-from llm_training_toolkit.distributed.context import RunContext, Wish
+from llm_training_toolkit.data.prepare.dataset_info import DatasetInfo
+from llm_training_toolkit.distributed.context import RunContext, StopRequest
 from llm_training_toolkit.errors import LaunchError
 from llm_training_toolkit.launch.request import EXIT_CODES
 from llm_training_toolkit.launch.signals import on_stop_signal
 from llm_training_toolkit.monitoring.console import Console
-from llm_training_toolkit.monitoring.logs import restore
-from llm_training_toolkit.runs.directory import RunDirectory, checkpoint_place
-from llm_training_toolkit.runs.goodput import command_began
-from llm_training_toolkit.runs.storage import storage_of
-from llm_training_toolkit.worker.main import work
+from llm_training_toolkit.monitoring.logs import restore_output
+from llm_training_toolkit.runs.directory import RunDirectory, parse_checkpoint_name
+from llm_training_toolkit.runs.goodput import get_process_start_time
+from llm_training_toolkit.runs.storage import find_storage
+from llm_training_toolkit.worker.main import run_worker
 from llm_training_toolkit.worker.micro_batch import SmallerMicroBatch
-from llm_training_toolkit.worker.spec import Place, is_first_rank, ranks_started
+from llm_training_toolkit.worker.spec import WorkerSpec, get_torchrun_world_size, is_first_rank
 
-_TIMEOUT = timedelta(hours=1)
+_PROCESS_GROUP_TIMEOUT = timedelta(hours=1)
 """Covers the preparation of the data, which ranks other than the first wait for."""
 
 
 @contextmanager
-def process_group(gpus: Literal["auto", 0, 1]) -> Iterator[torch.device]:
+def open_process_group(gpus: Literal["auto", 0, 1]) -> Iterator[torch.device]:
     """The process group of the ranks, on this rank's device."""
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists
-    device = _device(gpus)
+    device = _select_device(gpus)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    if ranks_started() > 1:
-        dist.init_process_group(backend, timeout=_TIMEOUT)
+    if get_torchrun_world_size() > 1:
+        dist.init_process_group(backend, timeout=_PROCESS_GROUP_TIMEOUT)
     else:
         # DeepSpeed wants a process group even of one; an in-memory store needs no port.
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
@@ -50,7 +50,7 @@ def process_group(gpus: Literal["auto", 0, 1]) -> Iterator[torch.device]:
         dist.destroy_process_group()
 
 
-def _device(gpus: Literal["auto", 0, 1]) -> torch.device:
+def _select_device(gpus: Literal["auto", 0, 1]) -> torch.device:
     if gpus == 1 and not torch.cuda.is_available():
         raise LaunchError("cluster.gpus_per_worker = 1: torch finds no GPU here; set it to 0, or to auto")
     if gpus == 0 or not torch.cuda.is_available():
@@ -60,56 +60,58 @@ def _device(gpus: Literal["auto", 0, 1]) -> torch.device:
     return device
 
 
-def run_inline(run: RunDirectory, config: Config, console: Console) -> dict[str, Any]:
+def run_without_ray(run: RunDirectory, config: Config, console: Console) -> dict[str, Any]:
     """Train in this process, as one of the ranks that torchrun started or alone; what `work` returns comes back.
 
     Ranks other than the first wait in the rendezvous until the first one has prepared the data.
     """
     stop = threading.Event()
     os.environ.update(config.cluster.env)
-    with process_group(config.cluster.gpus_per_worker) as device, on_stop_signal(stop.set):
+    with open_process_group(config.cluster.gpus_per_worker) as device, on_stop_signal(stop.set):
         context = RunContext(
             rank=int(os.environ.get("RANK", "0")),
-            world_size=ranks_started(),
+            world_size=get_torchrun_world_size(),
             device=device,
-            report=console.show if is_first_rank() else _quiet,
-            wish=lambda: Wish.STOP if stop.is_set() else Wish.GO_ON,
+            report=console.show_event if is_first_rank() else _ignore_event,
+            read_stop_request=lambda: StopRequest.STOP if stop.is_set() else StopRequest.NONE,
         )
         if not is_first_rank():
-            storage_of(run.path).look(run.path)  # what the first one has written meanwhile
-        place = Place(run, config, Receipt.from_json(run.receipt.read_text()), command_began())
+            find_storage(run.path).refresh_directory(run.path)  # what the first one has written meanwhile
+        place = WorkerSpec(
+            run, config, DatasetInfo.from_json(run.dataset_info_path.read_text()), get_process_start_time()
+        )
         try:
-            return work(place, context)
+            return run_worker(place, context)
         except SmallerMicroBatch as after:
             if stop.is_set() and context.world_size == 1:
-                return _stopped(run)
-            storage_of(run.path).send(last=True)
-            _start_again(after, context, console)
+                return _build_stopped_result(run)
+            find_storage(run.path).flush(last=True)
+            _restart_process(after, context, console)
 
 
-def _start_again(after: SmallerMicroBatch, context: RunContext, console: Console) -> NoReturn:
+def _restart_process(after: SmallerMicroBatch, context: RunContext, console: Console) -> NoReturn:
     """Become a new process of the same command, which finds in the attempts what to do differently.
 
     In this one, what ran out of memory stays in it: DeepSpeed keeps a failed engine alive. Of several ranks each leaves
     at once instead: the others wait in an exchange for it, which ending the group in order would wait for, too, and
     torchrun ends or restarts them all.
     """
-    restore()
+    restore_output()
     if context.world_size > 1:
         sys.stderr.write(f"rank {context.rank}: {after}: start it again, or let torchrun do so with --max-restarts\n")
         sys.stderr.flush()
         os._exit(EXIT_CODES["stopped"])
-    console.show({"kind": "warning", "message": str(after)})
+    console.show_event({"kind": "warning", "message": str(after)})
     console.close()
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606 - no shell is wanted
 
 
-def _stopped(run: RunDirectory) -> dict[str, Any]:
+def _build_stopped_result(run: RunDirectory) -> dict[str, Any]:
     """What `work` returns for a run that was asked to stop and has just failed: it stands at its newest checkpoint."""
-    newest_one = newest(run.checkpoints)
-    place = checkpoint_place(newest_one) if newest_one else None
+    newest_one = find_latest_checkpoint(run.checkpoints_dir)
+    place = parse_checkpoint_name(newest_one) if newest_one else None
     return {"status": "stopped", "step": place[0] if place else 0}
 
 
-def _quiet(_event: object) -> None:
+def _ignore_event(_event: object) -> None:
     """Ranks other than the first say nothing."""

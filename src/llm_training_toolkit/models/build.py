@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from llm_training_toolkit.errors import CheckpointError, PlanError
-from llm_training_toolkit.models.check_weights import UNREADABLE, place_of, read_config
+from llm_training_toolkit.models.check_weights import LOAD_ERRORS, read_hf_config, resolve_model_path
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -39,8 +39,8 @@ def build_model(
         config = AutoConfig.for_model(**hf_config)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
     else:
-        how = {"attn_implementation": attention} | (_four_bits(dtype, four_bits_on) if four_bits_on else {})
-        model = _load(path, hf_config.get("model_type"), dtype, how)
+        how = {"attn_implementation": attention} | (_build_nf4_options(dtype, four_bits_on) if four_bits_on else {})
+        model = _load_pretrained(path, hf_config.get("model_type"), dtype, how)
     model.config.use_cache = False  # a cache object switches the isolation of packed documents off
     if activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -48,7 +48,7 @@ def build_model(
     return model
 
 
-def _four_bits(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+def _build_nf4_options(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     """NF4 with constants that are quantized themselves, as in QLoRA; products are computed in `dtype`."""
     kind = BitsAndBytesConfig(
         load_in_4bit=True,
@@ -59,19 +59,19 @@ def _four_bits(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     return {"quantization_config": kind, "device_map": {"": device}}
 
 
-def _load(path: str, model_type: str | None, dtype: torch.dtype, how: Mapping[str, Any]) -> Any:  # noqa: ANN401
-    config = read_config(path, model_type)
+def _load_pretrained(path: str, model_type: str | None, dtype: torch.dtype, how: Mapping[str, Any]) -> Any:  # noqa: ANN401
+    config = read_hf_config(path, model_type)
     try:
         return AutoModelForCausalLM.from_pretrained(
-            place_of(path), config=config, dtype=dtype, use_safetensors=True, **how
+            resolve_model_path(path), config=config, dtype=dtype, use_safetensors=True, **how
         )
-    except UNREADABLE as error:
+    except LOAD_ERRORS as error:
         raise CheckpointError(f"model.path = {path}: the weights cannot be loaded: {error}") from error
 
 
-def check_size(model: nn.Module, expected: int, name: str) -> None:
+def check_parameter_count(model: nn.Module, expected: int, name: str) -> None:
     """Refuse weights of another size than the plan counted on."""
-    found = sum(_size(parameter) for parameter in model.parameters())
+    found = sum(_count_parameters(parameter) for parameter in model.parameters())
     if found != expected:
         raise PlanError(
             f"model.path holds {found:,} parameters, {name} has {expected:,}: "
@@ -79,7 +79,7 @@ def check_size(model: nn.Module, expected: int, name: str) -> None:
         )
 
 
-def _size(parameter: nn.Parameter) -> int:
+def _count_parameters(parameter: nn.Parameter) -> int:
     """Weights of a parameter, wherever they lie and however they are packed."""
     packed = 2 if type(parameter).__name__ == "Params4bit" else 1  # two weights a byte
     return packed * int(getattr(parameter, "ds_numel", parameter.numel()))

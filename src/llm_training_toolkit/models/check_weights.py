@@ -18,24 +18,26 @@ from transformers.utils import cached_file
 from llm_training_toolkit.errors import CheckpointError, PlanError
 from llm_training_toolkit.families import DROPOUTS
 
-UNREADABLE = (OSError, ImportError, RuntimeError, ValueError, SafetensorError)
+LOAD_ERRORS = (OSError, ImportError, RuntimeError, ValueError, SafetensorError)
 """What transformers raises for weights that are not there, damaged or of a kind it does not know."""
 
 
-def place_of(path: str) -> str:
+def resolve_model_path(path: str) -> str:
     """`model.path` as transformers takes it: a directory, `~` written out, or an id of the hub."""
     local = Path(path).expanduser()
     return str(local) if local.exists() else path
 
 
-def read_config(path: str, model_type: str | None) -> Any:  # noqa: ANN401 - transformers has no types
+def read_hf_config(path: str, model_type: str | None) -> Any:  # noqa: ANN401 - transformers has no types
     """The configuration of the weights at `path`, dropouts 0; PlanError unless they are of `model_type`, if any."""
-    path = place_of(path)
+    path = resolve_model_path(path)
     try:
         # trust_remote_code off in so many words: left out, transformers asks at the terminal whether to run the code.
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except UNREADABLE as error:
-        raise CheckpointError(f"model.path = {path}: no weights can be loaded from there: {_reason(error)}") from error
+    except LOAD_ERRORS as error:
+        raise CheckpointError(
+            f"model.path = {path}: no weights can be loaded from there: {_format_load_error(error)}"
+        ) from error
     if model_type is not None and config.model_type != model_type:
         raise PlanError(f"model.path = {path} holds a {config.model_type} model, model.name is of {model_type}")
     config.pad_token_id = None  # it would freeze its row of the embedding, and here padding is <|endoftext|>
@@ -44,12 +46,12 @@ def read_config(path: str, model_type: str | None) -> Any:  # noqa: ANN401 - tra
     return config
 
 
-def check_weights(path: str, model_type: str) -> None:
+def check_pretrained_weights(path: str, model_type: str) -> None:
     """Raise CheckpointError, naming them, for weights that are missing, too many, of another shape or not tied.
 
     The model is laid out without memory, so that only the headers of the files are read.
     """
-    config, path = read_config(path, model_type), place_of(path)
+    config, path = read_hf_config(path, model_type), resolve_model_path(path)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             path,
@@ -62,22 +64,24 @@ def check_weights(path: str, model_type: str) -> None:
         wrong = {kind: sorted(map(str, names)) for kind, names in info.items() if names}
         apart = model.get_output_embeddings().weight is not model.get_input_embeddings().weight
         if model.config.tie_word_embeddings and apart:  # both are in the files: only their values can tell
-            wrong |= _differing(path, model)
-    except UNREADABLE as error:
-        raise CheckpointError(f"model.path = {path}: no weights can be loaded from there: {_reason(error)}") from error
+            wrong |= _find_untied_weights(path, model)
+    except LOAD_ERRORS as error:
+        raise CheckpointError(
+            f"model.path = {path}: no weights can be loaded from there: {_format_load_error(error)}"
+        ) from error
     if wrong:
         found = "; ".join(f"{kind}: {', '.join(names[:3])} ({len(names)} in all)" for kind, names in wrong.items())
         raise CheckpointError(f"model.path = {path}: the weights do not fit the model: {found}")
 
 
-def _differing(path: str, model: Any) -> dict[str, list[str]]:  # noqa: ANN401 - transformers has no types
+def _find_untied_weights(path: str, model: Any) -> dict[str, list[str]]:  # noqa: ANN401 - transformers has no types
     modules = {id(module): name for name, module in model.named_modules()}
     names = [f"{modules[id(layer)]}.weight" for layer in (model.get_input_embeddings(), model.get_output_embeddings())]
-    embedding, output = (_tensor(path, name) for name in names)
+    embedding, output = (_read_tensor(path, name) for name in names)
     return {} if torch.equal(embedding, output) else {"tied by config.json, but different": names}
 
 
-def _tensor(path: str, name: str) -> torch.Tensor:
+def _read_tensor(path: str, name: str) -> torch.Tensor:
     """One tensor of the weights in a directory or under a hub id."""
     file = "model.safetensors"
     index = cached_file(path, f"{file}.index.json", _raise_exceptions_for_missing_entries=False)
@@ -89,7 +93,7 @@ def _tensor(path: str, name: str) -> torch.Tensor:
     return tensor
 
 
-def _reason(error: Exception) -> str:
+def _format_load_error(error: Exception) -> str:
     if "trust_remote_code" in str(error):
         return (
             "its classes are code in its own repository, which is never run here: use weights that transformers knows"

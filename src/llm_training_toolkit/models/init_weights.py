@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import nn
 
-Whole = Callable[[nn.Parameter], AbstractContextManager[None]]
+ParameterGatherer = Callable[[nn.Parameter], AbstractContextManager[None]]
 """Makes a partitioned parameter whole while it is written; see `engine.whole_parameter`."""
 
 
-def initialize(model: nn.Module, seed: int, whole: Whole) -> None:
+def initialize_weights(model: nn.Module, seed: int, whole: ParameterGatherer) -> None:
     """Write every parameter of `model` in place: matrices normal, norms one, biases zero."""
     config: Any = model.config
     std = float(config.initializer_range)
@@ -31,31 +31,31 @@ def initialize(model: nn.Module, seed: int, whole: Whole) -> None:
             # GPT-2 and GPTBigCode shrink what is added to the residual stream (Radford et al. 2019, 2.3).
             scaled = config.model_type == "gpt_bigcode" and name.endswith("c_proj.weight")
             with whole(parameter):
-                _fill(parameter.data, module, name, seed, residual_std if scaled else std)
+                _init_parameter(parameter.data, module, name, seed, residual_std if scaled else std)
 
 
-def _fill(data: torch.Tensor, module: nn.Module, name: str, seed: int, std: float) -> None:
+def _init_parameter(data: torch.Tensor, module: nn.Module, name: str, seed: int, std: float) -> None:
     if name.endswith("bias"):
         data.zero_()
     elif "norm" in type(module).__name__.lower():
         data.fill_(1.0)
     else:
-        values = torch.empty(data.shape, dtype=torch.float32).normal_(0.0, std, generator=generator(seed, name))
+        values = torch.empty(data.shape, dtype=torch.float32).normal_(0.0, std, generator=build_generator(seed, name))
         data.copy_(values)
 
 
-def generator(seed: int, name: str) -> torch.Generator:
+def build_generator(seed: int, name: str) -> torch.Generator:
     """The source of chance of whatever has this name."""
-    return torch.Generator().manual_seed(seed_of(seed, name))
+    return torch.Generator().manual_seed(derive_seed(seed, name))
 
 
-def seed_of(seed: int, name: str) -> int:
+def derive_seed(seed: int, name: str) -> int:
     """A seed of its own for whatever has this name, the same in every process."""
     digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 
-def grow_vocabulary(model: nn.Module, rows: int, whole: Whole) -> None:
+def resize_embeddings(model: nn.Module, rows: int, whole: ParameterGatherer) -> None:
     """Give embedding and output layer `rows` rows; the new ones are the mean of the old. What is tied stays tied.
 
     The mean, because it changes the distribution over the old tokens least; transformers would draw around it, from a

@@ -11,24 +11,25 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from llm_training_toolkit.distributed.matmul_speed import bf16_slowdown
+from llm_training_toolkit.distributed.matmul_speed import measure_bf16_slowdown
 from llm_training_toolkit.errors import CheckpointError, PlanError
 
-_ADAPTERS = "adapter_config.json"
+_ADAPTER_CONFIG = "adapter_config.json"
 
 
-def open_exported(directory: Path) -> Any:  # noqa: ANN401 - transformers has no types
+def load_exported_model(directory: Path) -> Any:  # noqa: ANN401 - transformers has no types
     """The model in a directory, as it was trained. Raises CheckpointError where there is none, or not its base."""
     if (directory / "config.json").is_file():
         return AutoModelForCausalLM.from_pretrained(str(directory)).eval()
-    if not (directory / _ADAPTERS).is_file():
+    if not (directory / _ADAPTER_CONFIG).is_file():
         raise CheckpointError(
-            f"{directory}: no model there (neither config.json nor {_ADAPTERS}): name an exported directory, such as "
+            f"{directory}: no model there (neither config.json nor {_ADAPTER_CONFIG}): name an exported "
+            "directory, such as "
             "RUN/export"
         )
     from peft import PeftModel  # noqa: PLC0415 - over a second to import
 
-    base: Any = _open_base(directory, _dtype(directory / "adapter_model.safetensors"))
+    base: Any = _load_base_model(directory, _read_adapter_dtype(directory / "adapter_model.safetensors"))
     if (directory / "generation_config.json").is_file():
         base.generation_config = GenerationConfig.from_pretrained(str(directory))
     with warnings.catch_warnings():
@@ -39,12 +40,12 @@ def open_exported(directory: Path) -> Any:  # noqa: ANN401 - transformers has no
         except (RuntimeError, ValueError) as error:  # layers of other sizes, or none of their names
             raise CheckpointError(
                 f"{directory}: these adapters do not fit {base.name_or_path}: they belong to another model. Name it in "
-                f"{_ADAPTERS} (base_model_name_or_path). {_first_difference(error)}"
+                f"{_ADAPTER_CONFIG} (base_model_name_or_path). {_get_first_mismatch(error)}"
             ) from error
     return model.eval()
 
 
-def device_of(asked: str) -> str:
+def resolve_device(asked: str) -> str:
     """The device asked for; `auto` = a GPU where there is one. Raises PlanError for a GPU that is not there."""
     if asked == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
@@ -53,41 +54,41 @@ def device_of(asked: str) -> str:
     return asked
 
 
-def on_device(model: Any, device: str | torch.device) -> Any:  # noqa: ANN401 - transformers has no types
+def move_to_device(model: Any, device: str | torch.device) -> Any:  # noqa: ANN401 - transformers has no types
     """Move a model to a device; to fp32 on a CPU where bf16 is slower, as `train.precision: auto` decides.
 
     Its weights keep their values, which fp32 holds exactly; sums are rounded less.
     """
     place = torch.device(device)
-    upcast = place.type == "cpu" and model.dtype == torch.bfloat16 and bf16_slowdown(place) > 1
+    upcast = place.type == "cpu" and model.dtype == torch.bfloat16 and measure_bf16_slowdown(place) > 1
     return model.to(place, torch.float32) if upcast else model.to(place)
 
 
-def _open_base(directory: Path, dtype: torch.dtype) -> Any:  # noqa: ANN401 - transformers has no types
-    given = str(json.loads((directory / _ADAPTERS).read_text())["base_model_name_or_path"])
+def _load_base_model(directory: Path, dtype: torch.dtype) -> Any:  # noqa: ANN401 - transformers has no types
+    given = str(json.loads((directory / _ADAPTER_CONFIG).read_text())["base_model_name_or_path"])
     try:
-        return AutoModelForCausalLM.from_pretrained(_base_path(directory, given), dtype=dtype)
+        return AutoModelForCausalLM.from_pretrained(_resolve_base_path(directory, given), dtype=dtype)
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{directory} holds adapters, and the model they belong to is not there: {given}. Bring it back, or name "
-            f"it in {_ADAPTERS}; adapters merged into their model (ltt export RUN --merge) need none. {error}"
+            f"it in {_ADAPTER_CONFIG}; adapters merged into their model (ltt export RUN --merge) need none. {error}"
         ) from error
 
 
-def _first_difference(error: Exception) -> str:
+def _get_first_mismatch(error: Exception) -> str:
     """Of torch's list of all layers that differ, the first; other messages as they are."""
     rows = [row.strip() for row in str(error).splitlines()]
     return next((row for row in rows if row.startswith("size mismatch")), rows[0])
 
 
-def _dtype(file: Path) -> torch.dtype:
+def _read_adapter_dtype(file: Path) -> torch.dtype:
     """What adapters were computed in, and so what their base is to be computed in."""
     with safe_open(file, framework="pt") as tensors:
         dtype: torch.dtype = tensors.get_tensor(next(iter(tensors.keys()))).dtype
     return dtype
 
 
-def _base_path(directory: Path, given: str) -> str:
+def _resolve_base_path(directory: Path, given: str) -> str:
     """Where the weights lie that adapters belong to: where they say, or next to them under the same name."""
     for place in (Path(given).expanduser(), directory.parent / Path(given).name):
         if (place / "config.json").is_file():

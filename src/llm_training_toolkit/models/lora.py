@@ -16,15 +16,15 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.other import set_additional_trainable_modules
 from torch import nn
 
-from llm_training_toolkit.families.lora import Adapter
-from llm_training_toolkit.models.dropout import Draws, SequenceDropout
-from llm_training_toolkit.models.init_weights import generator
+from llm_training_toolkit.families.lora import AdapterSpec
+from llm_training_toolkit.models.dropout import BatchPosition, SequenceDropout
+from llm_training_toolkit.models.init_weights import build_generator
 
-NAME = "default"
+ADAPTER_NAME = "default"
 """Name of the one adapter of a model, as peft calls it."""
 
 
-def lora_config(adapter: Adapter, base: str | None = None) -> LoraConfig:
+def build_lora_config(adapter: AdapterSpec, base: str | None = None) -> LoraConfig:
     """peft's description of the adapters; `base` names the model they belong to."""
     return LoraConfig(
         task_type="CAUSAL_LM",
@@ -40,7 +40,7 @@ def lora_config(adapter: Adapter, base: str | None = None) -> LoraConfig:
 
 
 def add_adapters(
-    model: nn.Module, adapter: Adapter, *, seed: int, dtype: torch.dtype, draws: Draws | None = None
+    model: nn.Module, adapter: AdapterSpec, *, seed: int, dtype: torch.dtype, draws: BatchPosition | None = None
 ) -> None:
     """Freeze a transformers model and put trainable adapters of `dtype` beside its layers.
 
@@ -48,22 +48,22 @@ def add_adapters(
     so that the model begins as what it was. A head that computes the loss must be one before this is called: a module
     that is trained whole is a copy. Without `draws` there is no dropout.
     """
-    config = lora_config(replace(adapter, dropout=0.0))  # peft's own draws by the way a batch was split
+    config = build_lora_config(replace(adapter, dropout=0.0))  # peft's own draws by the way a batch was split
     inject_adapter_in_model(config, model)
-    set_additional_trainable_modules(model, config, model.config.to_dict(), NAME)  # type: ignore[union-attr, operator]
+    set_additional_trainable_modules(model, config, model.config.to_dict(), ADAPTER_NAME)  # type: ignore[union-attr, operator]
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         parameter.data = parameter.data.to(dtype)  # beside 4-bit weights peft leaves them in fp32
         if ".lora_A." in name:
             bound = 1 / math.sqrt(parameter.shape[1])
-            values = torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator(seed, name))
+            values = torch.empty(parameter.shape).uniform_(-bound, bound, generator=build_generator(seed, name))
             parameter.data.copy_(values)
     if adapter.dropout and draws is not None:
-        for name, layer in adapted_layers(model).items():
-            layer.lora_dropout[NAME] = SequenceDropout(adapter.dropout, seed, name, draws)
+        for name, layer in find_lora_layers(model).items():
+            layer.lora_dropout[ADAPTER_NAME] = SequenceDropout(adapter.dropout, seed, name, draws)
 
 
-def adapted_layers(model: nn.Module) -> dict[str, Any]:
+def find_lora_layers(model: nn.Module) -> dict[str, Any]:
     """The layers that have adapters, by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}

@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llm_training_toolkit.models.dropout import Draws
-from llm_training_toolkit.plan import loss_chunk_tokens
+from llm_training_toolkit.models.dropout import BatchPosition
+from llm_training_toolkit.plan import compute_loss_chunk_size
 
-IGNORED = -100
+IGNORE_INDEX = -100
 """Label of a position without loss."""
-_SCALED_AT_ONCE = 2**22
+_SCALE_BLOCK_ELEMENTS = 2**22
 """Numbers: 16 MB in fp32."""
 
 
@@ -37,15 +37,15 @@ class _ChunkedLoss(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden)
         grad_weight: Tensor | None = None
         chunk = min(chunk or len(hidden), len(hidden))
-        for rows, targets, norms, out in _chunks(chunk, hidden, labels, log_norms, grad_hidden):
-            part, gradient = _loss_and_gradient((rows @ weight.T).float(), targets, norms, weight.dtype)
+        for rows, targets, norms, out in _split_chunks(chunk, hidden, labels, log_norms, grad_hidden):
+            part, gradient = _compute_loss_and_gradient((rows @ weight.T).float(), targets, norms, weight.dtype)
             loss += part
             torch.matmul(gradient, weight, out=out)
             if ctx.needs_input_grad[1] and chunk == len(hidden):
                 grad_weight = gradient.T @ rows
             del gradient  # before the next chunk's logits
         if ctx.needs_input_grad[1] and grad_weight is None:
-            grad_weight = _weight_gradient(hidden, weight, labels, log_norms, chunk)
+            grad_weight = _compute_weight_gradient(hidden, weight, labels, log_norms, chunk)
         ctx.gradients = (grad_hidden, grad_weight)
         return loss
 
@@ -55,17 +55,19 @@ class _ChunkedLoss(torch.autograd.Function):
         (grad_hidden, grad_weight), ctx.gradients = ctx.gradients, None
         for gradient in (grad_hidden, grad_weight):
             if gradient is not None:
-                _scale(gradient, grad_outputs[0])
+                _scale_gradient(gradient, grad_outputs[0])
         return grad_hidden, grad_weight, None, None
 
 
-def _chunks(chunk: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+def _split_chunks(chunk: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Each tensor in pieces of `chunk` rows; no pieces where there are no rows."""
     if chunk:
         yield from zip(*(torch.split(tensor, chunk) for tensor in tensors), strict=True)
 
 
-def _loss_and_gradient(logits: Tensor, targets: Tensor, log_norms: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _compute_loss_and_gradient(
+    logits: Tensor, targets: Tensor, log_norms: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """Summed loss of fp32 logits (R, V) and its gradient in them, rounded to `dtype`; overwrites logits and log_norms.
 
     torch.logsumexp would take a second matrix of this size.
@@ -80,7 +82,7 @@ def _loss_and_gradient(logits: Tensor, targets: Tensor, log_norms: Tensor, dtype
     return (log_norms - chosen).sum(), probabilities.to(dtype)
 
 
-def _weight_gradient(hidden: Tensor, weight: Tensor, labels: Tensor, log_norms: Tensor, chunk: int) -> Tensor:
+def _compute_weight_gradient(hidden: Tensor, weight: Tensor, labels: Tensor, log_norms: Tensor, chunk: int) -> Tensor:
     """Gradient of the weights (V, H) by blocks of the vocabulary, with a quarter of the logits that a chunk has: now
     the gradient itself takes memory, too.
     """
@@ -90,13 +92,13 @@ def _weight_gradient(hidden: Tensor, weight: Tensor, labels: Tensor, log_norms: 
     block = -(-chunk * len(weight) // (4 * len(hidden)))
     for start in range(0, len(weight), block):
         part = weight[start : start + block]
-        gradient = _block_gradient((hidden @ part.T).float(), labels - start, log_norms, weight.dtype)
+        gradient = _compute_block_gradient((hidden @ part.T).float(), labels - start, log_norms, weight.dtype)
         torch.matmul(gradient.T, hidden, out=found[start : start + block])
         del gradient  # before the next block's logits
     return found
 
 
-def _block_gradient(logits: Tensor, targets: Tensor, log_norms: Tensor, dtype: torch.dtype) -> Tensor:
+def _compute_block_gradient(logits: Tensor, targets: Tensor, log_norms: Tensor, dtype: torch.dtype) -> Tensor:
     """The gradient in the logits (R, B) of a block, which it overwrites; targets outside [0, B) are of other blocks."""
     probabilities = logits.sub_(log_norms[:, None]).exp_()
     own = ((targets >= 0) & (targets < logits.shape[1])).float()  # no index of them: on a GPU that would wait for it
@@ -104,27 +106,27 @@ def _block_gradient(logits: Tensor, targets: Tensor, log_norms: Tensor, dtype: t
     return probabilities.to(dtype)
 
 
-def _scale(gradient: Tensor, scale: Tensor) -> None:
+def _scale_gradient(gradient: Tensor, scale: Tensor) -> None:
     """Multiply in place and in fp32: rounded to bf16 the scale is off by up to 0.4 %, differently for every number of
     workers. Block by block, because all of it in fp32 would be as large as what chunks save.
     """
-    for block in torch.split(gradient, max(1, _SCALED_AT_ONCE // gradient.shape[1])):
+    for block in torch.split(gradient, max(1, _SCALE_BLOCK_ELEMENTS // gradient.shape[1])):
         block.copy_(block.float() * scale)
 
 
-def token_loss_sum(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int) -> Tensor:
+def compute_token_loss_sum(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int) -> Tensor:
     """Summed cross-entropy of `hidden` (N, H) against `labels` (N,) under output weights (V, H), as fp32 scalar.
 
     Positions labelled -100 are left out before the product, so padding costs nothing here. With no
     label at all the loss is zero and still connected to both inputs: every rank runs every backward.
     """
-    kept = labels != IGNORED
+    kept = labels != IGNORE_INDEX
     hidden, labels = hidden[kept], labels[kept]
     if torch.is_grad_enabled():
         loss: Tensor = _ChunkedLoss.apply(hidden, weight, labels, chunk)  # type: ignore[no-untyped-call]
         return loss
     total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-    for rows, targets in _chunks(min(chunk or len(hidden), len(hidden)), hidden, labels):
+    for rows, targets in _split_chunks(min(chunk or len(hidden), len(hidden)), hidden, labels):
         total += F.cross_entropy((rows @ weight.T).float(), targets, reduction="sum")
     return total
 
@@ -141,7 +143,9 @@ class LossHead(nn.Linear):
         """Logits (..., V) of `hidden` (..., H), or with `labels` of the same leading shape their summed loss."""
         if labels is None:
             return F.linear(hidden, self.weight, self.bias)
-        return token_loss_sum(hidden.reshape(-1, hidden.shape[-1]), self.weight, labels.reshape(-1), self.loss_chunk)
+        return compute_token_loss_sum(
+            hidden.reshape(-1, hidden.shape[-1]), self.weight, labels.reshape(-1), self.loss_chunk
+        )
 
 
 class LossModule(nn.Module):
@@ -154,13 +158,13 @@ class LossModule(nn.Module):
     def __init__(self, model: nn.Module, loss_chunk: int | Literal["auto"]) -> None:
         super().__init__()
         self.lm = model
-        self.draws = Draws()
+        self.batch_position = BatchPosition()
         """What dropout draws from; whoever runs the forward pass says which sequences it sees."""
         # Where the head was trained whole beside adapters, peft keeps two: as it was, and as it was trained.
         given = model.get_output_embeddings().modules()  # type: ignore[operator]
         heads: list[Any] = [module for module in given if isinstance(module, nn.Linear)]
         # Under ZeRO-3 a head's weight is empty here, its rows are with the ranks: the configuration counts them.
-        chunk = loss_chunk_tokens(loss_chunk, model.config.vocab_size)  # type: ignore[union-attr, arg-type]
+        chunk = compute_loss_chunk_size(loss_chunk, model.config.vocab_size)  # type: ignore[union-attr, arg-type]
         for head in heads:
             assert head.bias is None, "LossHead computes the loss without a bias"
             head.__class__ = LossHead
@@ -173,7 +177,7 @@ class LossModule(nn.Module):
         loss: Tensor = self.lm.get_output_embeddings()(hidden, labels)  # type: ignore[operator]
         return loss
 
-    def logits(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+    def compute_logits(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         """Logits (B, T, V) of (B, T) tokens; for checks and tests, whole on purpose."""
         out = self.lm(input_ids=input_ids, position_ids=position_ids, use_cache=False)
         logits: Tensor = out.logits

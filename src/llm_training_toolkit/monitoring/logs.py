@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import IO
 
 
-def own_terminal(descriptor: int) -> IO[str]:
+def open_terminal_copy(descriptor: int) -> IO[str]:
     """A file on the present standard output (1) or error (2) that survives `redirect`."""
     return os.fdopen(os.dup(descriptor), "w", buffering=1, encoding="utf-8", errors="replace")
 
@@ -17,7 +17,7 @@ _END = 16_384
 """Bytes of a log's end that are looked at."""
 
 
-def last_lines(path: Path, count: int) -> list[str]:
+def read_last_lines(path: Path, count: int) -> list[str]:
     """The last lines of a log, without blank ones; none where there is no log."""
     try:
         with path.open("rb") as file:
@@ -28,15 +28,15 @@ def last_lines(path: Path, count: int) -> list[str]:
     return [line for line in text.splitlines() if line.strip()][-count:]
 
 
-_before: dict[int, int] = {}
+_saved_descriptors: dict[int, int] = {}
 """Standard output and error as they were before the first `redirect`, under other numbers."""
 
 
-def redirect(path: Path) -> None:
+def redirect_output(path: Path) -> None:
     """Send standard output and error of this process, and of its children from now on, to the end of a file."""
     for descriptor in (1, 2):
-        if descriptor not in _before:
-            _before[descriptor] = os.dup(descriptor)
+        if descriptor not in _saved_descriptors:
+            _saved_descriptors[descriptor] = os.dup(descriptor)
     path.parent.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -46,11 +46,11 @@ def redirect(path: Path) -> None:
     os.close(target)
 
 
-def restore() -> None:
+def restore_output() -> None:
     """Undo every `redirect`."""
     sys.stdout.flush()
     sys.stderr.flush()
-    while _before:
-        descriptor, saved = _before.popitem()
+    while _saved_descriptors:
+        descriptor, saved = _saved_descriptors.popitem()
         os.dup2(saved, descriptor)
         os.close(saved)

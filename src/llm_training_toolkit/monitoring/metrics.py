@@ -19,16 +19,16 @@ from llm_training_toolkit.runs.directory import RunDirectory
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-Values = Mapping[str, float]
+ScalarValues = Mapping[str, float]
 
 
-class Sink(Protocol):
+class MetricSink(Protocol):
     """Takes numbers and texts of a step."""
 
-    def write(self, step: int, values: Values) -> None:
+    def write(self, step: int, values: ScalarValues) -> None:
         """Numbers by metric name."""
 
-    def text(self, step: int, name: str, content: str) -> None:
+    def add_text(self, step: int, name: str, content: str) -> None:
         """A text in Markdown."""
 
     def close(self) -> None:
@@ -41,15 +41,15 @@ class JsonLines:
     def __init__(self, path: Path, attempt: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._attempt = attempt
-        _end_last_line(path)
+        _terminate_last_line(path)
         self._file = path.open("a", buffering=1)
 
-    def write(self, step: int, values: Values) -> None:
+    def write(self, step: int, values: ScalarValues) -> None:
         """Append a line."""
         row = {"step": step, "attempt": self._attempt, "time": round(time.time(), 3), **values}
         self._file.write(json.dumps(row) + "\n")
 
-    def text(self, step: int, name: str, content: str) -> None:
+    def add_text(self, step: int, name: str, content: str) -> None:
         """Texts are TensorBoard's."""
 
     def close(self) -> None:
@@ -57,7 +57,7 @@ class JsonLines:
         self._file.close()
 
 
-def _end_last_line(path: Path) -> None:
+def _terminate_last_line(path: Path) -> None:
     """A writer that was killed may have left half a line; the next one must not be glued to it."""
     if path.exists() and path.stat().st_size:
         with path.open("rb+") as file:
@@ -73,18 +73,18 @@ class TensorBoard:
         from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - slow to import, rank 0 alone needs it
 
         directory.mkdir(parents=True, exist_ok=True)
-        _order_before_now(directory)
+        _backdate_event_files(directory)
         # From step 0 as well: an attempt that died before its first checkpoint has left points too.
         purge = resumed_step + 1 if resumed_step else resumed_step
         self._writer: SummaryWriter = SummaryWriter(str(directory), purge_step=purge)
 
-    def write(self, step: int, values: Values) -> None:
+    def write(self, step: int, values: ScalarValues) -> None:
         """One point per name."""
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
         self._writer.flush()
 
-    def text(self, step: int, name: str, content: str) -> None:
+    def add_text(self, step: int, name: str, content: str) -> None:
         """A text panel."""
         self._writer.add_text(name, content, step)
         self._writer.flush()
@@ -94,7 +94,7 @@ class TensorBoard:
         self._writer.close()
 
 
-def _order_before_now(directory: Path) -> None:
+def _backdate_event_files(directory: Path) -> None:
     """Rename event files of a clock that was ahead of this one: they are read in the order of the second in their name.
 
     Otherwise TensorBoard would read what comes now before what it goes on from.
@@ -111,27 +111,27 @@ class Metrics:
 
     def __init__(self, run: RunDirectory, attempt: int, resumed_step: int, context: RunContext) -> None:
         self._context = context
-        self._sinks: list[Sink] = []
-        if context.is_first:
-            self._sinks = [JsonLines(run.metrics, attempt), TensorBoard(run.tensorboard, resumed_step)]
+        self._sinks: list[MetricSink] = []
+        if context.is_rank_zero:
+            self._sinks = [JsonLines(run.metrics_path, attempt), TensorBoard(run.tensorboard_dir, resumed_step)]
 
-    def write(self, step: int, values: Values) -> None:
+    def write(self, step: int, values: ScalarValues) -> None:
         """Record the numbers of a step."""
         for sink in list(self._sinks):
             try:
                 sink.write(step, values)
             except OSError as error:
-                self._give_up(sink, error)
+                self._disable_sink(sink, error)
 
-    def text(self, step: int, name: str, content: str) -> None:
+    def add_text(self, step: int, name: str, content: str) -> None:
         """Record a text."""
         for sink in list(self._sinks):
             try:
-                sink.text(step, name, content)
+                sink.add_text(step, name, content)
             except OSError as error:
-                self._give_up(sink, error)
+                self._disable_sink(sink, error)
 
-    def _give_up(self, sink: Sink, error: OSError) -> None:
+    def _disable_sink(self, sink: MetricSink, error: OSError) -> None:
         self._sinks.remove(sink)
         with suppress(OSError):
             sink.close()
@@ -144,4 +144,4 @@ class Metrics:
             try:
                 sink.close()
             except OSError as error:
-                self._give_up(sink, error)
+                self._disable_sink(sink, error)

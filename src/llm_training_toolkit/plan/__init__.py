@@ -3,70 +3,80 @@
 from __future__ import annotations
 
 from llm_training_toolkit.plan.auto import (
-    PRECISION,
+    PRECISION_KEY,
     Precision,
-    Resolved,
+    ResolvedValue,
     choose_precision,
-    slow_precision,
+    format_slow_precision,
     with_precision,
     with_zero_stage,
 )
-from llm_training_toolkit.plan.batch import accumulation, loss_chunk_tokens, shares, slice_of
-from llm_training_toolkit.plan.deepspeed import deepspeed_config, deepspeed_problems
-from llm_training_toolkit.plan.estimate import Forecast, on_cluster, resolved_on
-from llm_training_toolkit.plan.hardware import Hardware
-from llm_training_toolkit.plan.lr_schedule import Schedule
-from llm_training_toolkit.plan.memory import Load, Memory, checkpoint_copy, estimate
-from llm_training_toolkit.plan.micro_batch import (
-    fitting_micro_batch,
-    fitting_zero_stage,
-    higher_zero_stage,
-    settled,
-    smaller_micro_batch,
+from llm_training_toolkit.plan.batch import (
+    compute_accumulation_steps,
+    compute_loss_chunk_size,
+    compute_replica_slice,
+    split_global_batch,
 )
-from llm_training_toolkit.plan.mixture import Due, counts, merged, whole_shares
-from llm_training_toolkit.plan.plan import DataFacts, Plan, StreamFacts, make_plan, require
+from llm_training_toolkit.plan.deepspeed import build_deepspeed_config, find_deepspeed_problems
+from llm_training_toolkit.plan.estimate import ClusterEstimate, estimate_on_cluster, resolve_for_hardware
+from llm_training_toolkit.plan.hardware import ClusterHardware
+from llm_training_toolkit.plan.lr_schedule import LRSchedule
+from llm_training_toolkit.plan.memory import (
+    DeviceWorkload,
+    MemoryEstimate,
+    compute_checkpoint_copy_bytes,
+    estimate_memory,
+)
+from llm_training_toolkit.plan.micro_batch import (
+    find_fitting_micro_batch,
+    find_fitting_zero_stage,
+    find_higher_zero_stage,
+    find_smaller_micro_batch,
+    with_micro_batch,
+)
+from llm_training_toolkit.plan.mixture import StreamPosition, compute_integer_shares, count_per_stream, merge_streams
+from llm_training_toolkit.plan.plan import DataFacts, Plan, StreamFacts, check_plan, make_plan
 from llm_training_toolkit.plan.problem import Problem
-from llm_training_toolkit.plan.text import lines, mixture_lines
+from llm_training_toolkit.plan.text import format_mixture, format_plan
 
 __all__ = [
-    "PRECISION",
+    "PRECISION_KEY",
+    "ClusterEstimate",
+    "ClusterHardware",
     "DataFacts",
-    "Due",
-    "Forecast",
-    "Hardware",
-    "Load",
-    "Memory",
+    "DeviceWorkload",
+    "LRSchedule",
+    "MemoryEstimate",
     "Plan",
     "Precision",
     "Problem",
-    "Resolved",
-    "Schedule",
+    "ResolvedValue",
     "StreamFacts",
-    "accumulation",
-    "checkpoint_copy",
+    "StreamPosition",
+    "build_deepspeed_config",
+    "check_plan",
     "choose_precision",
-    "counts",
-    "deepspeed_config",
-    "deepspeed_problems",
-    "estimate",
-    "fitting_micro_batch",
-    "fitting_zero_stage",
-    "higher_zero_stage",
-    "lines",
-    "loss_chunk_tokens",
+    "compute_accumulation_steps",
+    "compute_checkpoint_copy_bytes",
+    "compute_integer_shares",
+    "compute_loss_chunk_size",
+    "compute_replica_slice",
+    "count_per_stream",
+    "estimate_memory",
+    "estimate_on_cluster",
+    "find_deepspeed_problems",
+    "find_fitting_micro_batch",
+    "find_fitting_zero_stage",
+    "find_higher_zero_stage",
+    "find_smaller_micro_batch",
+    "format_mixture",
+    "format_plan",
+    "format_slow_precision",
     "make_plan",
-    "merged",
-    "mixture_lines",
-    "on_cluster",
-    "require",
-    "resolved_on",
-    "settled",
-    "shares",
-    "slice_of",
-    "slow_precision",
-    "smaller_micro_batch",
-    "whole_shares",
+    "merge_streams",
+    "resolve_for_hardware",
+    "split_global_batch",
+    "with_micro_batch",
     "with_precision",
     "with_zero_stage",
 ]

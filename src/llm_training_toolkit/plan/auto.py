@@ -14,13 +14,13 @@ from typing import Literal
 from llm_training_toolkit.config.schema import Config
 
 Precision = Literal["bf16", "fp32"]
-PRECISION = "train.precision"
+PRECISION_KEY = "train.precision"
 _SLOW = 1.2
 """Slowdown of bf16 from which a resume says so: below it the measurement's noise decides."""
 
 
 @dataclass(frozen=True)
-class Resolved:
+class ResolvedValue:
     """A field's value where `auto` stood, and the reason for it."""
 
     key: str
@@ -31,7 +31,7 @@ class Resolved:
         return f"{self.key} = {self.value} (auto): {self.reason}"
 
 
-def choose_precision(slowdowns: Sequence[float], device_type: str) -> Resolved:
+def choose_precision(slowdowns: Sequence[float], device_type: str) -> ResolvedValue:
     """Choose bf16 or fp32 for all workers from the slowest one's answer.
 
     `slowdowns` has one entry a worker: seconds of matrix products in bf16 / seconds in fp32. On GPUs it is 0 where the
@@ -41,24 +41,25 @@ def choose_precision(slowdowns: Sequence[float], device_type: str) -> Resolved:
     if device_type != "cpu":
         has = math.isfinite(worst)
         reason = "the GPUs compute in bf16" if has else "not every GPU computes in bf16"
-        return Resolved(PRECISION, "bf16" if has else "fp32", reason)
+        return ResolvedValue(PRECISION_KEY, "bf16" if has else "fp32", reason)
     whose = "this CPU" if len(slowdowns) == 1 else "the slowest worker's CPU"
     precision = "bf16" if worst <= 1 else "fp32"
-    return Resolved(PRECISION, precision, f"bf16 is {_times(worst)} than fp32 on {whose}")
+    return ResolvedValue(PRECISION_KEY, precision, f"bf16 is {_format_slowdown(worst)} than fp32 on {whose}")
 
 
-def slow_precision(precision: str, slowdowns: Sequence[float]) -> str | None:
+def format_slow_precision(precision: str, slowdowns: Sequence[float]) -> str | None:
     """Words for a run that keeps bf16 on a CPU where fp32 is faster; None where there is nothing to say."""
     worst = max(slowdowns)
     if precision != "bf16" or worst < _SLOW or math.isinf(worst):
         return None
     return (
-        f"this run is in bf16, which is {_times(worst)} than fp32 on the CPU here; a run keeps its precision. "
+        f"this run is in bf16, which is {_format_slowdown(worst)} than fp32 on the CPU here; a run keeps its "
+        "precision. "
         "With train.precision: auto a new one takes the faster"
     )
 
 
-def _times(slowdown: float) -> str:
+def _format_slowdown(slowdown: float) -> str:
     return f"{1 / slowdown:.2g} times faster" if slowdown < 1 else f"{slowdown:.2g} times slower"
 
 
@@ -74,14 +75,14 @@ def with_zero_stage(config: Config, stage: int) -> Config:
     return config.model_copy(update={"engine": engine})
 
 
-def assumed(config: Config) -> Config:
+def with_assumed_values(config: Config) -> Config:
     """Assume bf16 and the stage for enough memory, as planned before a machine has decided."""
     if config.train.precision == "auto":
         config = with_precision(config, "bf16")
-    return with_zero_stage(config, zero_stages(config)[0]) if config.engine.zero == "auto" else config
+    return with_zero_stage(config, get_candidate_zero_stages(config)[0]) if config.engine.zero == "auto" else config
 
 
-def zero_stages(config: Config) -> tuple[int, ...]:
+def get_candidate_zero_stages(config: Config) -> tuple[int, ...]:
     """The ZeRO stages that `auto` chooses from, the cheapest first.
 
     Stage 0 reduces gradients once a step and gathers nothing. Stage 1 is left out: it takes longer than stage 2, and

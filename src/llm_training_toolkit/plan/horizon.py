@@ -6,7 +6,7 @@ from llm_training_toolkit.config import Config
 from llm_training_toolkit.plan import DataFacts, make_plan
 
 
-def covers(config: Config, facts: DataFacts) -> bool:
+def is_prepared(config: Config, facts: DataFacts) -> bool:
     """Whether the prepared epochs hold every sequence the run still needs."""
     return not any(missing_epochs(config, facts))
 
@@ -17,7 +17,7 @@ def missing_epochs(config: Config, facts: DataFacts, until: int | None = None) -
         return [max(config.train.epochs - len(facts.streams[0].sequences_per_epoch), 0)]
     plan = make_plan(config, facts)
     assert plan.steps is not None
-    needed = facts.needed(plan.steps if until is None else min(until, plan.steps), plan.global_batch)
+    needed = facts.count_needed_sequences(plan.steps if until is None else min(until, plan.steps), plan.global_batch)
     missing = [count - sum(stream.sequences_per_epoch) for stream, count in zip(facts.streams, needed, strict=True)]
     return [
         max(1, count // max(stream.sequences_per_epoch)) if count > 0 else 0

@@ -11,17 +11,17 @@ from typing import Literal
 from llm_training_toolkit.config.schema import Config
 from llm_training_toolkit.errors import PlanError
 
-Kind = Literal["constant", "linear", "cosine", "wsd"]
-_SCRATCH = ((10e6, 3e-3), (125e6, 6e-4), (350e6, 3e-4), (1.3e9, 2e-4), (6.7e9, 1.2e-4))
+ScheduleKind = Literal["constant", "linear", "cosine", "wsd"]
+_SCRATCH_LR_TABLE = ((10e6, 3e-3), (125e6, 6e-4), (350e6, 3e-4), (1.3e9, 2e-4), (6.7e9, 1.2e-4))
 _FINE_TUNING = 1e-5
 _ADAPTERS = 1e-4
 
 
 @dataclass(frozen=True)
-class Schedule:
+class LRSchedule:
     """Linear warm-up to the peak, then one of four shapes. Rates are absolute; `step` counts completed steps."""
 
-    kind: Kind
+    kind: ScheduleKind
     peak: float
     """Largest learning rate, reached by the last update of the warm-up."""
     steps: int
@@ -39,7 +39,7 @@ class Schedule:
                 f"optim: warm-up of {self.warmup_steps} steps and decay of {decay} do not fit into {self.steps} steps"
             )
 
-    def lr_at(self, step: int) -> float:
+    def compute_lr(self, step: int) -> float:
         """Learning rate of the update that completes step `step + 1`.
 
         The first update already moves (peak / warm-up, not zero), the last one has the floor, and after the end of the
@@ -49,12 +49,12 @@ class Schedule:
             return self.peak * (step + 1) / self.warmup_steps
         if self.kind == "constant":
             return self.peak
-        progress = self._progress(step)
+        progress = self._compute_decay_progress(step)
         if self.kind == "cosine":
             progress = (1.0 - math.cos(math.pi * progress)) / 2.0
         return self.peak * (1.0 - progress) + self.floor * progress
 
-    def _progress(self, step: int) -> float:
+    def _compute_decay_progress(self, step: int) -> float:
         """How far from peak (0) to floor (1) an update is; 1 from the last one on."""
         last_at_peak = max(self.warmup_steps - 1, 0)
         if self.kind == "wsd":
@@ -63,7 +63,7 @@ class Schedule:
         return min(max(step - last_at_peak, 0) / falling, 1.0) if falling > 0 else 0.0
 
 
-def learning_rate(config: Config, parameters: int) -> float:
+def choose_learning_rate(config: Config, parameters: int) -> float:
     """Peak learning rate of the run: `optim.lr`, or by method and size where that is `auto`.
 
     From scratch: Brown et al. 2020 (GPT-3), table 2.1 (125M 6e-4, 350M 3e-4, 1.3B 2e-4, 6.7B 1.2e-4), between its rows
@@ -78,33 +78,33 @@ def learning_rate(config: Config, parameters: int) -> float:
         return _ADAPTERS
     if config.model.path is not None or config.model.init_from is not None:
         return _FINE_TUNING
-    return scratch_rate(parameters)
+    return compute_scratch_lr(parameters)
 
 
-def scratch_rate(parameters: int) -> float:
+def compute_scratch_lr(parameters: int) -> float:
     """The interpolated table of `learning_rate`, rounded to two digits."""
-    if parameters <= _SCRATCH[0][0]:
-        return _SCRATCH[0][1]
-    if parameters >= _SCRATCH[-1][0]:
-        return _SCRATCH[-1][1]
-    above = bisect.bisect_left([size for size, _ in _SCRATCH], parameters)
-    (small, high), (large, low) = list(itertools.pairwise(_SCRATCH))[above - 1]
+    if parameters <= _SCRATCH_LR_TABLE[0][0]:
+        return _SCRATCH_LR_TABLE[0][1]
+    if parameters >= _SCRATCH_LR_TABLE[-1][0]:
+        return _SCRATCH_LR_TABLE[-1][1]
+    above = bisect.bisect_left([size for size, _ in _SCRATCH_LR_TABLE], parameters)
+    (small, high), (large, low) = list(itertools.pairwise(_SCRATCH_LR_TABLE))[above - 1]
     along = math.log(parameters / small) / math.log(large / small)
     return float(f"{high * (low / high) ** along:.1e}")
 
 
-def warmup_steps(config: Config, steps: int | None) -> int | None:
+def compute_warmup_steps(config: Config, steps: int | None) -> int | None:
     """Steps of warm-up; None where it is a share of a run whose length is not known."""
     warmup = config.optim.warmup
-    return warmup if isinstance(warmup, int) else _share(warmup, steps)
+    return warmup if isinstance(warmup, int) else _convert_share_to_steps(warmup, steps)
 
 
-def decay_steps(config: Config, steps: int | None) -> int | None:
+def compute_decay_steps(config: Config, steps: int | None) -> int | None:
     """Steps of the decay at the end: 0 except for `wsd`; None where the length of the run is not known."""
-    return _share(config.optim.decay, steps) if config.optim.schedule == "wsd" else 0
+    return _convert_share_to_steps(config.optim.decay, steps) if config.optim.schedule == "wsd" else 0
 
 
-def _share(share: float, steps: int | None) -> int | None:
+def _convert_share_to_steps(share: float, steps: int | None) -> int | None:
     """A share of the run in whole steps, at least one unless the share is zero."""
     if share == 0.0:
         return 0

@@ -16,40 +16,40 @@ _PARTS = 1 << 20
 """Shares are rounded to millionths of the whole."""
 
 
-class Due(NamedTuple):
+class StreamPosition(NamedTuple):
     """A sequence of the mixture: which stream, and its number in that stream."""
 
     stream: int
     number: int
 
 
-def whole_shares(weights: Sequence[float]) -> tuple[int, ...]:
+def compute_integer_shares(weights: Sequence[float]) -> tuple[int, ...]:
     """Weights, all above 0, as whole numbers in the same proportions; none becomes 0."""
     total = sum(weights)
     return tuple(max(1, round(_PARTS * weight / total)) for weight in weights)
 
 
-def merged(shares: Sequence[int], first: int, stop: int) -> list[Due]:
+def merge_streams(shares: Sequence[int], first: int, stop: int) -> list[StreamPosition]:
     """The sequences at the places [first, stop) of the mixture; costs the same wherever they lie."""
     found = [
-        (place, Due(stream, number))
+        (place, StreamPosition(stream, number))
         for stream in range(len(shares))
-        for number in _candidates(shares, stream, first, stop)
-        if first <= (place := _place(shares, stream, number)) < stop
+        for number in _find_candidates(shares, stream, first, stop)
+        if first <= (place := _compute_position(shares, stream, number)) < stop
     ]
     return [due for _, due in sorted(found)]
 
 
-def counts(shares: Sequence[int], stop: int) -> tuple[int, ...]:
+def count_per_stream(shares: Sequence[int], stop: int) -> tuple[int, ...]:
     """How many of the first `stop` sequences of the mixture each stream gives."""
     found = []
     for stream in range(len(shares)):
-        near = _candidates(shares, stream, stop, stop)
-        found.append(near.start + sum(_place(shares, stream, number) < stop for number in near))
+        near = _find_candidates(shares, stream, stop, stop)
+        found.append(near.start + sum(_compute_position(shares, stream, number) < stop for number in near))
     return tuple(found)
 
 
-def _candidates(shares: Sequence[int], stream: int, first: int, stop: int) -> range:
+def _find_candidates(shares: Sequence[int], stream: int, first: int, stop: int) -> range:
     """Numbers among which all of a stream's sequences at the places [first, stop) are.
 
     A place differs from the time at which its sequence is due by less than the number of streams.
@@ -60,7 +60,7 @@ def _candidates(shares: Sequence[int], stream: int, first: int, stop: int) -> ra
     return range(max(low, 0), max(high, 0))
 
 
-def _place(shares: Sequence[int], stream: int, number: int) -> int:
+def _compute_position(shares: Sequence[int], stream: int, number: int) -> int:
     """How many sequences of all streams come before this one."""
     own = shares[stream]
     before = number

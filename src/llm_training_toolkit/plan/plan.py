@@ -7,11 +7,11 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from llm_training_toolkit import families
-from llm_training_toolkit.config.schema import Config, duration_seconds
+from llm_training_toolkit.config.schema import Config, parse_duration_seconds
 from llm_training_toolkit.errors import PlanError
 from llm_training_toolkit.plan import auto, batch, check, lr_schedule, memory, mixture
-from llm_training_toolkit.plan.deepspeed import deepspeed_config, deepspeed_problems, own_config
-from llm_training_toolkit.plan.lr_schedule import Kind, Schedule
+from llm_training_toolkit.plan.deepspeed import build_base_config, build_deepspeed_config, find_deepspeed_problems
+from llm_training_toolkit.plan.lr_schedule import LRSchedule, ScheduleKind
 from llm_training_toolkit.plan.problem import Problem
 
 
@@ -24,7 +24,7 @@ class StreamFacts:
     share: int = 1
     """Its part of the mixture, relative to the others'."""
 
-    def epochs(self, sequences: int) -> float | None:
+    def compute_epochs(self, sequences: int) -> float | None:
         """How many passes over it `sequences` are, by the mean of the prepared epochs; None for an empty one."""
         prepared = sum(self.sequences_per_epoch)
         return sequences * len(self.sequences_per_epoch) / prepared if prepared else None
@@ -43,14 +43,14 @@ class DataFacts:
     sequences_done: int = 0
     """Sequences those steps have seen: fewer than steps x global batch where an epoch ended in a short step."""
 
-    def needed(self, steps: int, global_batch: int) -> tuple[int, ...]:
+    def count_needed_sequences(self, steps: int, global_batch: int) -> tuple[int, ...]:
         """How many sequences of each stream the run will have seen after `steps` steps."""
         total = self.sequences_done + (steps - self.steps_done) * global_batch
-        return mixture.counts([stream.share for stream in self.streams], total)
+        return mixture.count_per_stream([stream.share for stream in self.streams], total)
 
 
 @dataclass(frozen=True)
-class Mixed:
+class MixtureSource:
     """A source with a weight: its share of the tokens, and its epochs in the run; None = not known yet."""
 
     path: str
@@ -73,7 +73,7 @@ class Plan:
     """Of the adapters, and of what is trained whole beside them; without adapters all."""
     active_parameters: int
     """Those that a token passes through: fewer than all in a mixture of experts."""
-    adapter: families.Adapter | None
+    adapter: families.AdapterSpec | None
     """None: the model itself is trained."""
     flops_per_token: int
     precision: str
@@ -84,7 +84,7 @@ class Plan:
     """The data of some or all epochs is not prepared."""
     epochs: float | None
     """Passes over the data that the steps make; None where the data is not prepared, or its sources have weights."""
-    mixture: tuple[Mixed, ...]
+    mixture: tuple[MixtureSource, ...]
     """The sources, where they have weights."""
     global_batch: int
     micro_batch: int
@@ -100,7 +100,7 @@ class Plan:
     """Largest learning rate."""
     lr_floor: float
     """Learning rate of the last step."""
-    schedule_kind: Kind
+    schedule_kind: ScheduleKind
     warmup_steps: int | None
     decay_steps: int | None
     save_every_steps: int | None
@@ -119,23 +119,23 @@ class Plan:
         """Whether the number of workers may change while the run works."""
         return self.fewest_workers < self.workers
 
-    def shares(self, replicas: int | None = None) -> tuple[int, ...]:
+    def split_batch(self, replicas: int | None = None) -> tuple[int, ...]:
         """Sequences of a step for each replica; PlanError when one would have none."""
-        return batch.shares(self.global_batch, replicas or self.replicas)
+        return batch.split_global_batch(self.global_batch, replicas or self.replicas)
 
-    def accumulation(self, replicas: int | None = None) -> int:
+    def get_accumulation_steps(self, replicas: int | None = None) -> int:
         """Micro-batches of a step on every replica."""
-        return batch.accumulation(self.global_batch, replicas or self.replicas, self.micro_batch)
+        return batch.compute_accumulation_steps(self.global_batch, replicas or self.replicas, self.micro_batch)
 
     def with_notes(self, notes: Sequence[str]) -> Plan:
         """The plan with more notes, before its own."""
         return replace(self, notes=(*notes, *self.notes))
 
-    def schedule(self) -> Schedule:
+    def build_lr_schedule(self) -> LRSchedule:
         """The learning rate of every step; PlanError while the length of the run is not known."""
         if self.steps is None or self.warmup_steps is None or self.decay_steps is None:
             raise PlanError("train.epochs: the number of steps is not known before the data is prepared: ltt prepare")
-        return Schedule(
+        return LRSchedule(
             self.schedule_kind, self.lr, self.steps, self.warmup_steps, self.decay_steps, floor=self.lr_floor
         )
 
@@ -148,10 +148,10 @@ class Plan:
             **values,
             "hf_config": dict(self.hf_config),
             "deepspeed": dict(self.deepspeed),
-            "adapter": _adapter_json(self.adapter),
+            "adapter": _adapter_to_json(self.adapter),
             "memory_gb_per_device": dict(self.memory_gb_per_device),
             "mixture": [asdict(source) for source in self.mixture],
-            "accumulation": {str(world): self.accumulation(world) for world in worlds},
+            "accumulation": {str(world): self.get_accumulation_steps(world) for world in worlds},
             "problems": [asdict(problem) for problem in self.problems],
             "estimated": list(self.estimated),
             "notes": list(self.notes),
@@ -163,39 +163,39 @@ def make_plan(config: Config, facts: DataFacts | None = None, replicas: int | No
 
     Raises PlanError only where there is nothing to plan: an unknown size or an impossible shape.
     """
-    size = families.find(config.model.name)
-    hf = families.hf_config(config)
-    total = families.parameters(hf)
-    adapter = families.adapter(config, hf)
-    trained = adapter.parameters if adapter else total
-    world = replicas or max(config.cluster.most, 1)
-    smallest = replicas or max(config.cluster.fewest, 1)
-    given, config = config, auto.assumed(config)
-    steps, steps_estimated = run_steps(config, facts)
-    warmup, decay = lr_schedule.warmup_steps(config, steps), lr_schedule.decay_steps(config, steps)
-    lr = lr_schedule.learning_rate(config, total)
-    deepspeed = _deepspeed(config, trained)
+    size = families.find_size(config.model.name)
+    hf = families.resolve_hf_config(config)
+    total = families.count_parameters(hf)
+    adapter = families.resolve_adapter(config, hf)
+    trained = adapter.trainable_parameters if adapter else total
+    world = replicas or max(config.cluster.max_workers, 1)
+    smallest = replicas or max(config.cluster.min_workers, 1)
+    given, config = config, auto.with_assumed_values(config)
+    steps, steps_estimated = compute_run_steps(config, facts)
+    warmup, decay = lr_schedule.compute_warmup_steps(config, steps), lr_schedule.compute_decay_steps(config, steps)
+    lr = lr_schedule.choose_learning_rate(config, total)
+    deepspeed = _choose_deepspeed_config(config, trained)
     length, every = config.data.sequence_length, config.checkpoint.every
-    memory_gb = _memory(config, hf, adapter, smallest, deepspeed)
+    memory_gb = _estimate_memory_gb(config, hf, adapter, smallest, deepspeed)
     return Plan(
         name=config.run.name,
         model=config.model.name,
         hf_config=hf,
         parameters=total,
         trainable_parameters=trained,
-        active_parameters=families.anatomy(hf).active_parameters,
+        active_parameters=families.read_model_dims(hf).active_parameters,
         adapter=adapter,
-        flops_per_token=families.flops_per_token(hf, length, adapter),
+        flops_per_token=families.compute_flops_per_token(hf, length, adapter),
         precision=str(config.train.precision),
         zero=int(config.engine.zero),
         steps=steps,
         steps_estimated=steps_estimated,
-        epochs=_epochs(config, steps, facts),
-        mixture=_mixture(config, steps, facts),
+        epochs=_compute_epochs(config, steps, facts),
+        mixture=_build_mixture(config, steps, facts),
         global_batch=config.train.global_batch,
-        micro_batch=batch.micro_batch(config),
-        workers=config.cluster.most,
-        fewest_workers=config.cluster.fewest,
+        micro_batch=batch.get_micro_batch(config),
+        workers=config.cluster.max_workers,
+        fewest_workers=config.cluster.min_workers,
         replicas=world,
         sequence_length=length,
         tokens_per_step=config.train.global_batch * length,
@@ -205,29 +205,29 @@ def make_plan(config: Config, facts: DataFacts | None = None, replicas: int | No
         warmup_steps=warmup,
         decay_steps=decay,
         save_every_steps=every if isinstance(every, int) else None,
-        save_every_seconds=duration_seconds(every) if isinstance(every, str) else None,
+        save_every_seconds=parse_duration_seconds(every) if isinstance(every, str) else None,
         eval_every=config.eval.every,
         deepspeed=deepspeed,
         memory_gb_per_device=memory_gb,
         problems=(
-            *check.problems(config, size, hf, world),
-            *check.memory_problems(memory_gb),
-            *check.length_problems(steps, warmup, decay),
-            *check.vocabulary_problems(config, facts.vocab_size if facts else None, hf),
+            *check.find_problems(config, size, hf, world),
+            *check.find_memory_problems(memory_gb),
+            *check.find_length_problems(steps, warmup, decay),
+            *check.find_vocabulary_problems(config, facts.vocab_size if facts else None, hf),
         ),
-        estimated=_estimated(given, steps_estimated=steps_estimated),
-        notes=check.notes(config, size, hf, (smallest, world)),
+        estimated=_list_estimated_values(given, steps_estimated=steps_estimated),
+        notes=check.collect_notes(config, size, hf, (smallest, world)),
     )
 
 
-def require(plan: Plan) -> Plan:
+def check_plan(plan: Plan) -> Plan:
     """The plan itself when nothing is wrong with it; otherwise PlanError with all problems."""
     if plan.problems:
         raise PlanError("\n".join(str(problem) for problem in plan.problems))
     return plan
 
 
-def run_steps(config: Config, facts: DataFacts | None) -> tuple[int | None, bool]:
+def compute_run_steps(config: Config, facts: DataFacts | None) -> tuple[int | None, bool]:
     """Length of the run in steps, and whether it is not exact.
 
     Tokens and epochs come to a number of sequences, which the steps that are done have seen a part of; the rest is
@@ -239,22 +239,24 @@ def run_steps(config: Config, facts: DataFacts | None) -> tuple[int | None, bool
         return train.steps, False
     done, seen = (facts.steps_done, facts.sequences_done) if facts else (0, 0)
     if train.tokens is not None:
-        return _steps_to(-(-train.tokens // config.data.sequence_length), train.global_batch, done, seen), False
+        return _compute_total_steps(
+            -(-train.tokens // config.data.sequence_length), train.global_batch, done, seen
+        ), False
     assert train.epochs is not None  # exactly one length is given, says the schema
     if facts is None or not facts.streams[0].sequences_per_epoch:
         return None, True
     known = facts.streams[0].sequences_per_epoch[: train.epochs]
     missing = train.epochs - len(known)
     sequences = sum(known) + round(missing * sum(known) / len(known))
-    return _steps_to(sequences, train.global_batch, done, seen), missing > 0
+    return _compute_total_steps(sequences, train.global_batch, done, seen), missing > 0
 
 
-def _steps_to(sequences: int, global_batch: int, done: int, seen: int) -> int:
+def _compute_total_steps(sequences: int, global_batch: int, done: int, seen: int) -> int:
     """Steps at which a run has seen `sequences`, when `done` steps have seen `seen` of them."""
     return done + -(-max(sequences - seen, 0) // global_batch)
 
 
-def _estimated(config: Config, *, steps_estimated: bool) -> tuple[str, ...]:
+def _list_estimated_values(config: Config, *, steps_estimated: bool) -> tuple[str, ...]:
     """Names of the plan's values that are not exact; a micro-batch still `auto` is planned as 1, the least."""
     return (
         *(("steps",) if steps_estimated else ()),
@@ -265,58 +267,58 @@ def _estimated(config: Config, *, steps_estimated: bool) -> tuple[str, ...]:
     )
 
 
-def _epochs(config: Config, steps: int | None, facts: DataFacts | None) -> float | None:
+def _compute_epochs(config: Config, steps: int | None, facts: DataFacts | None) -> float | None:
     """Passes over the data, by the mean length of the prepared epochs."""
     if config.train.epochs is not None:
         return float(config.train.epochs)
-    if steps is None or facts is None or config.data.weights:
+    if steps is None or facts is None or config.data.source_weights:
         return None
-    return facts.streams[0].epochs(steps * config.train.global_batch)
+    return facts.streams[0].compute_epochs(steps * config.train.global_batch)
 
 
-def _mixture(config: Config, steps: int | None, facts: DataFacts | None) -> tuple[Mixed, ...]:
+def _build_mixture(config: Config, steps: int | None, facts: DataFacts | None) -> tuple[MixtureSource, ...]:
     """What each source with a weight is worth."""
-    weights = config.data.weights
+    weights = config.data.source_weights
     if not weights:
         return ()
     epochs: list[float | None] = [None] * len(weights)
     if steps is not None and facts is not None:
-        seen = mixture.counts([stream.share for stream in facts.streams], steps * config.train.global_batch)
-        epochs = [stream.epochs(count) for stream, count in zip(facts.streams, seen, strict=True)]
+        seen = mixture.count_per_stream([stream.share for stream in facts.streams], steps * config.train.global_batch)
+        epochs = [stream.compute_epochs(count) for stream, count in zip(facts.streams, seen, strict=True)]
     sources = zip(config.data.sources, weights, epochs, strict=True)
-    return tuple(Mixed(source.path, weight / sum(weights), passes) for source, weight, passes in sources)
+    return tuple(MixtureSource(source.path, weight / sum(weights), passes) for source, weight, passes in sources)
 
 
-def _deepspeed(config: Config, parameters: int) -> dict[str, Any]:
+def _choose_deepspeed_config(config: Config, parameters: int) -> dict[str, Any]:
     """The merged configuration, or the toolkit's own where the person's part cannot be merged."""
-    make = own_config if deepspeed_problems(config.engine.deepspeed) else deepspeed_config
+    make = build_base_config if find_deepspeed_problems(config.engine.deepspeed) else build_deepspeed_config
     return make(config, parameters=parameters)
 
 
-def _adapter_json(adapter: families.Adapter | None) -> dict[str, Any] | None:
+def _adapter_to_json(adapter: families.AdapterSpec | None) -> dict[str, Any] | None:
     if adapter is None:
         return None
     return {key: value for key, value in asdict(adapter).items() if key != "layers"}
 
 
-def _memory(
+def _estimate_memory_gb(
     config: Config,
     hf: Mapping[str, Any],
-    adapter: families.Adapter | None,
+    adapter: families.AdapterSpec | None,
     replicas: int,
     deepspeed: Mapping[str, Any],
 ) -> dict[str, float]:
-    load = memory.Load(
-        model=families.anatomy(hf),
+    load = memory.DeviceWorkload(
+        model=families.read_model_dims(hf),
         adapter=adapter,
         zero=int(config.engine.zero),
         precision="bf16" if config.train.precision == "bf16" else "fp32",
         workers=replicas,
-        micro_batch=batch.micro_batch(config),
+        micro_batch=batch.get_micro_batch(config),
         sequence_length=config.data.sequence_length,
         activation_checkpointing=config.model.activation_checkpointing,
-        loss_chunk=batch.loss_chunk_tokens(config.model.loss_chunk, hf["vocab_size"]),
+        loss_chunk=batch.compute_loss_chunk_size(config.model.loss_chunk, hf["vocab_size"]),
         eager_attention=config.model.attention == "eager",
-        **memory.deepspeed_limits(deepspeed),
+        **memory.read_deepspeed_limits(deepspeed),
     )
-    return memory.estimate(load).gigabytes()
+    return memory.estimate_memory(load).to_gigabytes()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 
-from llm_training_toolkit.families import Adapter
-from llm_training_toolkit.plan.estimate import Forecast
+from llm_training_toolkit.families import AdapterSpec
+from llm_training_toolkit.plan.estimate import ClusterEstimate
 from llm_training_toolkit.plan.plan import Plan
 
 _SPREAD = (
@@ -17,56 +17,64 @@ _SPREAD = (
 )
 
 
-def lines(plan: Plan, forecast: Forecast | None = None) -> list[str]:
+def format_plan(plan: Plan, forecast: ClusterEstimate | None = None) -> list[str]:
     """The plan in about a dozen lines of plain text, with a few more on a cluster; notes and problems at the end."""
-    rows = [*_rows(plan), *(_cluster_rows(forecast) if forecast else ())]
+    rows = [*_iter_rows(plan), *(_iter_cluster_rows(forecast) if forecast else ())]
     rows += [*(("note", note) for note in plan.notes), *(("PROBLEM", str(each)) for each in plan.problems)]
     width = max(len(label) for label, _ in rows)
     return [f"{label:<{width}}  {text}" for label, text in rows]
 
 
-def _rows(plan: Plan) -> Iterator[tuple[str, str]]:
+def _iter_rows(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "run", plan.name
     yield (
         "model",
-        f"{plan.model}, {count(plan.parameters)} parameters ({plan.parameters:,}){_active(plan)}, {_precision(plan)}",
+        f"{plan.model}, {format_large_number(plan.parameters)} parameters "
+        f"({plan.parameters:,}){_format_active_parameters(plan)}, {_format_precision(plan)}",
     )
     if plan.adapter is not None:
-        yield "adapters", _adapters(plan, plan.adapter)
-    yield "data", f"sequences of {plan.sequence_length:,} tokens, {_passes(plan)}"
-    for line in mixture_lines(plan):
+        yield "adapters", _format_adapters(plan, plan.adapter)
+    yield "data", f"sequences of {plan.sequence_length:,} tokens, {_format_passes(plan)}"
+    for line in format_mixture(plan):
         yield "source", line
-    yield "batch", _batch(plan)
-    yield from _sizes(plan)
-    yield "length", _length(plan)
-    yield "learning rate", _rate(plan)
-    yield "DeepSpeed", _stage(plan)
-    yield "memory", _memory(plan)
+    yield "batch", _format_batch(plan)
+    yield from _iter_elastic_rows(plan)
+    yield "length", _format_length(plan)
+    yield "learning rate", _format_lr_schedule(plan)
+    yield "DeepSpeed", _format_zero_stage(plan)
+    yield "memory", _format_memory(plan)
     yield (
         "compute",
-        f"{count(plan.flops_per_token)} FLOPs a token, {count(plan.flops_per_token * plan.tokens_per_step)} a step",
+        f"{format_large_number(plan.flops_per_token)} FLOPs a token, "
+        f"{format_large_number(plan.flops_per_token * plan.tokens_per_step)} a step",
     )
-    yield "checkpoints", f"every {_save_interval(plan)}; evaluation every {_number(plan.eval_every, 'step')}"
+    yield (
+        "checkpoints",
+        f"every {_format_save_interval(plan)}; evaluation every {_format_plural(plan.eval_every, 'step')}",
+    )
 
 
-def _precision(plan: Plan) -> str:
+def _format_precision(plan: Plan) -> str:
     return "bf16, or what the workers measure to be faster" if "precision" in plan.estimated else plan.precision
 
 
-def _stage(plan: Plan) -> str:
+def _format_zero_stage(plan: Plan) -> str:
     if "zero" not in plan.estimated:
-        return f"ZeRO {plan.zero} {_SPREAD[plan.zero]} over {_workers(plan)}"
+        return f"ZeRO {plan.zero} {_SPREAD[plan.zero]} over {_format_workers(plan)}"
     if plan.replicas == 1:
         return f"ZeRO {plan.zero} (auto): one worker spreads nothing"
-    return f"ZeRO {plan.zero} (auto) {_SPREAD[plan.zero]} over {_workers(plan)}; a higher stage where memory is short"
+    return (
+        f"ZeRO {plan.zero} (auto) {_SPREAD[plan.zero]} over {_format_workers(plan)}; a higher stage where memory is "
+        "short"
+    )
 
 
-def _active(plan: Plan) -> str:
+def _format_active_parameters(plan: Plan) -> str:
     few = plan.active_parameters < plan.parameters
-    return f", of which a token passes {count(plan.active_parameters)}" if few else ""
+    return f", of which a token passes {format_large_number(plan.active_parameters)}" if few else ""
 
 
-def mixture_lines(plan: Plan) -> list[str]:
+def format_mixture(plan: Plan) -> list[str]:
     """What each source with a weight is worth; nothing where they have none."""
     return [
         f"{source.path}: {source.share:.1%} of the tokens"
@@ -75,25 +83,27 @@ def mixture_lines(plan: Plan) -> list[str]:
     ]
 
 
-def _adapters(plan: Plan, adapter: Adapter) -> str:
+def _format_adapters(plan: Plan, adapter: AdapterSpec) -> str:
     kind = ("QLoRA" if adapter.quantize else "LoRA") + (" with DoRA" if adapter.dora else "")
     places = ", ".join((*adapter.targets, *(f"all of {name}" for name in adapter.modules_to_save)))
     trained = plan.trainable_parameters
     share = f"{trained:,}, {trained / plan.parameters:.2%} of the model"
     what = f"{kind} rank {adapter.rank}, scaled by {adapter.scaling:.3g}, on {places}"
-    return f"{what}; {count(trained)} parameters trained ({share})"
+    return f"{what}; {format_large_number(trained)} parameters trained ({share})"
 
 
-def _cluster_rows(forecast: Forecast) -> Iterator[tuple[str, str]]:
+def _iter_cluster_rows(forecast: ClusterEstimate) -> Iterator[tuple[str, str]]:
     hardware, price = forecast.hardware, forecast.hardware.price_per_hour
     devices = "cores" if hardware.is_cpu else f"{hardware.device} ({hardware.memory_gb:g} GB)"
-    nodes, terms = _number(hardware.nodes, "node"), "spot" if hardware.spot else "on demand"
+    nodes, terms = _format_plural(hardware.nodes, "node"), "spot" if hardware.spot else "on demand"
     yield "cluster", f"{forecast.nodes} of {nodes}, each with {hardware.devices_per_node} {devices}, {terms}"
-    hours, cost, usual = forecast.hours, forecast.cost, f"devices reach {hardware.utilisation:.0%} of their peak"
+    hours, cost, usual = forecast.hours, forecast.cost_usd, f"devices reach {hardware.utilisation:.0%} of their peak"
     head = f", the head at ${price.head:,.2f}" if price.head else ""
-    hourly = f"${forecast.usd_per_hour:,.2f} an hour: {_number(forecast.nodes, 'node')} at ${price.node:,.2f}{head}"
+    hourly = (
+        f"${forecast.usd_per_hour:,.2f} an hour: {_format_plural(forecast.nodes, 'node')} at ${price.node:,.2f}{head}"
+    )
     unknown = "it does not fit there" if forecast.problems else "known when the data is prepared"
-    yield "time", unknown if hours is None else f"about {_time(hours)}, if {usual}"
+    yield "time", unknown if hours is None else f"about {_format_hours(hours)}, if {usual}"
     yield (
         "cost",
         unknown if cost is None else f"about ${cost:,.{0 if cost >= 100 else 2}f} at {hourly}; prices of {price.date}",
@@ -105,83 +115,86 @@ def _cluster_rows(forecast: Forecast) -> Iterator[tuple[str, str]]:
     yield "storage", f"a checkpoint of {forecast.checkpoint_gb:.3g} GB takes {forecast.checkpoint_seconds:.3g} s"
 
 
-def _time(hours: float) -> str:
+def _format_hours(hours: float) -> str:
     return f"{hours:,.3g} hours" if hours >= 1 else f"{60 * hours:.3g} minutes"
 
 
-def _passes(plan: Plan) -> str:
+def _format_passes(plan: Plan) -> str:
     if plan.mixture:
         return "mixed by weight"
     return "not prepared yet" if plan.epochs is None else f"{plan.epochs:.3g} epochs"
 
 
-def _batch(plan: Plan) -> str:
+def _format_batch(plan: Plan) -> str:
     if plan.replicas > plan.global_batch:
         return f"global batch {plan.global_batch} cannot be divided among {plan.replicas} replicas"
-    shares = plan.shares()
+    shares = plan.split_batch()
     share = f"{shares[0]}" if shares[0] == shares[-1] else f"({shares[-1]} or {shares[0]})"
-    replicas = _number(plan.replicas, "replica")
+    replicas = _format_plural(plan.replicas, "replica")
     if "micro_batch" in plan.estimated:
         return f"global batch {plan.global_batch} = {replicas} x {share}, in micro-batches as large as memory allows"
-    passes = _number(plan.accumulation(), "micro-batch", "es")
+    passes = _format_plural(plan.get_accumulation_steps(), "micro-batch", "es")
     return f"global batch {plan.global_batch} = {replicas} x {share}, in {passes} of {plan.micro_batch}"
 
 
-def _sizes(plan: Plan) -> Iterator[tuple[str, str]]:
+def _iter_elastic_rows(plan: Plan) -> Iterator[tuple[str, str]]:
     """The batch of an elastic run at every size; sizes that run as many micro-batches share a line."""
     sizes = range(plan.fewest_workers, min(plan.workers, plan.global_batch) + 1)
-    for _, same in itertools.groupby(sizes if plan.is_elastic else (), key=plan.accumulation):
+    for _, same in itertools.groupby(sizes if plan.is_elastic else (), key=plan.get_accumulation_steps):
         worlds = list(same)
-        low, high = plan.shares(worlds[-1])[-1], plan.shares(worlds[0])[0]
+        low, high = plan.split_batch(worlds[-1])[-1], plan.split_batch(worlds[0])[0]
         share = f"{low}" if low == high else f"{low} to {high}"
-        passes = _number(plan.accumulation(worlds[0]), "micro-batch", "es")
+        passes = _format_plural(plan.get_accumulation_steps(worlds[0]), "micro-batch", "es")
         settled = "" if "micro_batch" in plan.estimated else f", in {passes} of {plan.micro_batch}"
-        ends = _number(worlds[0], "worker") if len(worlds) == 1 else f"{worlds[0]} to {worlds[-1]} workers"
+        ends = _format_plural(worlds[0], "worker") if len(worlds) == 1 else f"{worlds[0]} to {worlds[-1]} workers"
         yield "", f"with {ends}: {share} each{settled}"
 
 
-def _workers(plan: Plan) -> str:
+def _format_workers(plan: Plan) -> str:
     """How many workers the plan is for."""
     if plan.is_elastic:
         return f"{plan.fewest_workers} to {plan.workers} workers"
-    return _number(plan.replicas, "worker")
+    return _format_plural(plan.replicas, "worker")
 
 
-def _length(plan: Plan) -> str:
+def _format_length(plan: Plan) -> str:
     if plan.steps is None:
         return f"known when the data is prepared; {plan.tokens_per_step:,} tokens a step"
     about = "about " if plan.steps_estimated else ""
     total = plan.steps * plan.tokens_per_step
-    return f"{about}{_number(plan.steps, 'step')} x {plan.tokens_per_step:,} tokens = {about}{count(total)} tokens"
+    return (
+        f"{about}{_format_plural(plan.steps, 'step')} x {plan.tokens_per_step:,} tokens = "
+        f"{about}{format_large_number(total)} tokens"
+    )
 
 
-def _rate(plan: Plan) -> str:
-    warmup = "a share of the run" if plan.warmup_steps is None else _number(plan.warmup_steps, "step")
+def _format_lr_schedule(plan: Plan) -> str:
+    warmup = "a share of the run" if plan.warmup_steps is None else _format_plural(plan.warmup_steps, "step")
     shape = "" if plan.schedule_kind == "constant" else f" to {plan.lr_floor:.3g}"
-    decay = f" over the last {_number(plan.decay_steps, 'step')}" if plan.decay_steps else ""
+    decay = f" over the last {_format_plural(plan.decay_steps, 'step')}" if plan.decay_steps else ""
     return f"{plan.lr:.3g}, {plan.schedule_kind}{shape}{decay}, warm-up {warmup}"
 
 
-def _memory(plan: Plan) -> str:
+def _format_memory(plan: Plan) -> str:
     parts = plan.memory_gb_per_device
     by_part = ", ".join(f"{part} {size:.3g}" for part, size in parts.items())
     least = " at least" if "micro_batch" in plan.estimated else ""
-    smallest = f" with {_number(plan.fewest_workers, 'worker')}" if plan.is_elastic else ""
+    smallest = f" with {_format_plural(plan.fewest_workers, 'worker')}" if plan.is_elastic else ""
     return f"about {sum(parts.values()):.3g} GB a device{least}{smallest}: {by_part}"
 
 
-def _save_interval(plan: Plan) -> str:
+def _format_save_interval(plan: Plan) -> str:
     if plan.save_every_steps is not None:
-        return _number(plan.save_every_steps, "step")
+        return _format_plural(plan.save_every_steps, "step")
     seconds = plan.save_every_seconds or 0.0
     return f"{seconds / 60:g} min" if seconds >= 60 else f"{seconds:g} s"
 
 
-def _number(value: int, noun: str, plural: str = "s") -> str:
+def _format_plural(value: int, noun: str, plural: str = "s") -> str:
     return f"{value:,} {noun}{'' if value == 1 else plural}"
 
 
-def count(value: float) -> str:
+def format_large_number(value: float) -> str:
     """A large number in three digits: 596M, 8.19B, 1.2e+18."""
     for size, unit in ((1e15, ""), (1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if value >= size:

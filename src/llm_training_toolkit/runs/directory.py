@@ -66,97 +66,97 @@ class RunDirectory:
         return self.path.name
 
     @property
-    def config(self) -> Path:
+    def config_path(self) -> Path:
         """The YAML file as the person wrote it."""
         return self.path / "config.yaml"
 
     @property
-    def resolved(self) -> Path:
+    def resolved_config_path(self) -> Path:
         """The whole configuration as workers read it."""
         return self.path / "resolved.json"
 
     @property
-    def plan(self) -> Path:
+    def plan_path(self) -> Path:
         """The plan as printed by `ltt plan --json`."""
         return self.path / "plan.json"
 
     @property
-    def environment(self) -> Path:
+    def environment_path(self) -> Path:
         """Versions and machine of the newest attempt."""
         return self.path / "env.json"
 
     @property
-    def metrics(self) -> Path:
+    def metrics_path(self) -> Path:
         """One JSON object a line, append only."""
         return self.path / "metrics.jsonl"
 
     @property
-    def tensorboard(self) -> Path:
+    def tensorboard_dir(self) -> Path:
         """TensorBoard's event files."""
         return self.path / "tb"
 
     @property
-    def receipt(self) -> Path:
+    def dataset_info_path(self) -> Path:
         """What `prepare` counted, and where the tokens lie."""
         return self.path / "data" / "receipt.json"
 
     @property
-    def preparation(self) -> Path:
+    def preparation_state_path(self) -> Path:
         """Whether later epochs are being prepared while the run trains, are done, or why they cannot be."""
         return self.path / "data" / "preparation.json"
 
     @property
-    def attempts(self) -> Path:
+    def attempts_dir(self) -> Path:
         """One JSON file an attempt."""
         return self.path / "attempts"
 
     @property
-    def checkpoints(self) -> Path:
+    def checkpoints_dir(self) -> Path:
         """One directory a checkpoint."""
         return self.path / "checkpoints"
 
     @property
-    def export(self) -> Path:
+    def export_dir(self) -> Path:
         """The Hugging Face directory written when the run finishes."""
         return self.path / "export"
 
     @property
-    def task_export(self) -> Path:
+    def task_export_dir(self) -> Path:
         """The same of a step on the way, while tasks measure it."""
         return self.path / "export_for_tasks"
 
     @property
-    def base(self) -> Path:
+    def base_weights_dir(self) -> Path:
         """The weights that adapters stand beside, as a Hugging Face directory, where they did not lie in one before."""
         return self.path / "base"
 
     @property
-    def evaluations(self) -> Path:
+    def evaluations_dir(self) -> Path:
         """What its model was measured at, one JSON file for each task, step, data and settings."""
         return self.path / "eval"
 
     @property
-    def ledger(self) -> Path:
+    def sample_log_dir(self) -> Path:
         """What each rank of each attempt fetched, where `failures.ledger` asks for it."""
         return self.path / "ledger"
 
-    def logs(self, attempt: int) -> Path:
+    def get_log_dir(self, attempt: int) -> Path:
         """The directory with one log file a rank."""
         return self.path / "logs" / f"attempt_{attempt}"
 
-    def checkpoint(self, step: int, attempt: int) -> Path:
+    def get_checkpoint_dir(self, step: int, attempt: int) -> Path:
         """The directory of the checkpoint that `attempt` writes after `step` steps."""
-        return self.checkpoints / f"step_{step:09d}_a{attempt}"
+        return self.checkpoints_dir / f"step_{step:09d}_a{attempt}"
 
 
-def checkpoint_place(path: Path) -> tuple[int, int] | None:
+def parse_checkpoint_name(path: Path) -> tuple[int, int] | None:
     """(step, attempt) that the name of a checkpoint directory carries; None for other names."""
     match = _CHECKPOINT.fullmatch(path.name)
     return (int(match[1]), int(match[2])) if match else None
 
 
 @contextmanager
-def claim(run: RunDirectory) -> Iterator[None]:
+def lock_run_directory(run: RunDirectory) -> Iterator[None]:
     """Hold the run for this process; the hold ends with the process, however it ends.
 
     Raises LaunchError when another process holds it: two writers would interleave their checkpoints.
@@ -186,7 +186,7 @@ def claim(run: RunDirectory) -> Iterator[None]:
         yield
 
 
-def environment() -> dict[str, Any]:
+def collect_environment() -> dict[str, Any]:
     """What a person needs to repeat the run elsewhere: versions, machine, command."""
     versions = {}
     for package in _PACKAGES:
@@ -205,16 +205,16 @@ def environment() -> dict[str, Any]:
     }
 
 
-def model_directory(path: Path) -> Path:
+def find_model_directory(path: Path) -> Path:
     """The exported directory at a path, or that of the run there. Raises CheckpointError where there is neither."""
     path = path.expanduser().absolute()  # a model may be the directory that this process stands in
     run = RunDirectory(path)
-    if run.resolved.is_file():
-        if not run.export.is_dir():
+    if run.resolved_config_path.is_file():
+        if not run.export_dir.is_dir():
             raise CheckpointError(
                 f"{path} is a run without an export: ltt export {path} makes one of its newest checkpoint"
             )
-        return run.export
+        return run.export_dir
     if not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise CheckpointError(
             f"{path}: neither a run nor a model there: name a run's directory, or an exported one such as RUN/export"
@@ -222,9 +222,9 @@ def model_directory(path: Path) -> Path:
     return path
 
 
-def run_of(path: str | Path) -> RunDirectory:
+def find_run(path: str | Path) -> RunDirectory:
     """The run at `path`. Raises CheckpointError when there is none."""
     run = RunDirectory(Path(path))
-    if not run.resolved.is_file():
+    if not run.resolved_config_path.is_file():
         raise CheckpointError(f"{path}: no run there (no resolved.json): name a run's directory, such as runs/my-run")
     return run

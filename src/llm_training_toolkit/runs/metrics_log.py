@@ -11,7 +11,7 @@ _TAIL = 131_072
 """Bytes read from the end of metrics.jsonl: some two hundred steps."""
 
 
-def newest_rows(metrics: Path) -> Iterator[dict[str, Any]]:
+def read_newest_rows(metrics: Path) -> Iterator[dict[str, Any]]:
     """The last lines of metrics.jsonl that are whole."""
     if not metrics.is_file():
         return

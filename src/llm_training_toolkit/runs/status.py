@@ -12,14 +12,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from llm_training_toolkit.runs.attempts import attempt_record, last_attempt
-from llm_training_toolkit.runs.directory import RunDirectory, checkpoint_place
-from llm_training_toolkit.runs.goodput import Split, split_of
-from llm_training_toolkit.runs.metrics_log import newest_rows
-from llm_training_toolkit.runs.storage import storage_of
+from llm_training_toolkit.runs.attempts import find_last_attempt, read_attempt_record
+from llm_training_toolkit.runs.directory import RunDirectory, parse_checkpoint_name
+from llm_training_toolkit.runs.goodput import SecondsByPart, read_seconds_by_part
+from llm_training_toolkit.runs.metrics_log import read_newest_rows
+from llm_training_toolkit.runs.storage import find_storage
 
-State = Literal["starting", "running", "finished", "stopped", "failed", "lost"]
-_ENDS: tuple[State, ...] = ("finished", "stopped", "failed")
+RunState = Literal["starting", "running", "finished", "stopped", "failed", "lost"]
+_ENDS: tuple[RunState, ...] = ("finished", "stopped", "failed")
 """How an attempt ends for good; another one should have followed where it says something else."""
 _RECENT = 20
 """Steps that the time left is reckoned from."""
@@ -31,7 +31,7 @@ class RunStatus:
 
     name: str
     path: str
-    state: State
+    state: RunState
     step: int
     steps: int | None
     seconds_left: float | None
@@ -42,7 +42,7 @@ class RunStatus:
     """Name of the newest complete checkpoint."""
     error: str | None
     """What the newest attempt failed of."""
-    goodput: Split
+    goodput: SecondsByPart
     """Seconds by part (`goodput.Part`), of all attempts; empty before the first step."""
 
     def to_json(self) -> dict[str, Any]:
@@ -50,54 +50,54 @@ class RunStatus:
         return asdict(self)
 
 
-def statuses(directory: Path) -> list[RunStatus]:
+def read_run_statuses(directory: Path) -> list[RunStatus]:
     """Every run in a directory, by name; a directory without `resolved.json` or a claim is no run."""
-    return [status(run) for run in _runs(directory)]
+    return [read_run_status(run) for run in _find_runs(directory)]
 
 
-def _runs(directory: Path) -> Iterator[RunDirectory]:
+def _find_runs(directory: Path) -> Iterator[RunDirectory]:
     for path in sorted(directory.iterdir()) if directory.is_dir() else []:
         if path.is_dir() and ((path / "resolved.json").is_file() or (path / "lock").is_file()):
             yield RunDirectory(path)
 
 
-def status(run: RunDirectory) -> RunStatus:
+def read_run_status(run: RunDirectory) -> RunStatus:
     """How one run stands now."""
-    storage, attempt = storage_of(run.path), attempt_record(run, last_attempt(run))
-    rows = list(_present(newest_rows(run.metrics)))
-    checkpoint = _newest_checkpoint(run)
-    state = _state(attempt, held=storage.is_held())
+    storage, attempt = find_storage(run.path), read_attempt_record(run, find_last_attempt(run))
+    rows = list(_select_newest_attempt(read_newest_rows(run.metrics_path)))
+    checkpoint = _find_newest_checkpoint(run)
+    state = _derive_run_state(attempt, held=storage.is_held())
     step = max([int(row["step"]) for row in rows] + [place[0] for place in [checkpoint] if place], default=0)
-    steps = _json(run.plan).get("steps")
+    steps = _read_json(run.plan_path).get("steps")
     losses = [float(row["train/loss"]) for row in rows if "train/loss" in row]
     return RunStatus(
         name=run.name,
-        path=storage.address(run.path),
+        path=storage.get_uri(run.path),
         state=state,
         step=step,
         steps=steps,
-        seconds_left=_seconds_left(rows, step, steps) if state == "running" else None,
+        seconds_left=_estimate_seconds_left(rows, step, steps) if state == "running" else None,
         loss=losses[-1] if losses else None,
-        checkpoint=run.checkpoint(*checkpoint).name if checkpoint else None,
+        checkpoint=run.get_checkpoint_dir(*checkpoint).name if checkpoint else None,
         error=attempt.get("error") if state == "failed" else None,
-        goodput=goodput(run),
+        goodput=read_goodput(run),
     )
 
 
-def goodput(run: RunDirectory) -> Split:
+def read_goodput(run: RunDirectory) -> SecondsByPart:
     """Where the run's time went so far, all attempts together; empty before its first step.
 
     What passed after the last row until the command ended is idle.
     """
-    for row in reversed(list(newest_rows(run.metrics))):
-        if split := split_of(row):
-            ended = float(attempt_record(run, last_attempt(run)).get("command_ended", 0.0))
+    for row in reversed(list(read_newest_rows(run.metrics_path))):
+        if split := read_seconds_by_part(row):
+            ended = float(read_attempt_record(run, find_last_attempt(run)).get("command_ended", 0.0))
             split["idle"] += max(0.0, ended - float(row["time"]))
             return split
     return {}
 
 
-def _state(attempt: dict[str, Any], *, held: bool) -> State:
+def _derive_run_state(attempt: dict[str, Any], *, held: bool) -> RunState:
     """What the newest attempt says, and whether somebody still holds the run."""
     said = attempt.get("state")
     if said == "running":
@@ -107,23 +107,23 @@ def _state(attempt: dict[str, Any], *, held: bool) -> State:
     return said if said in _ENDS else "lost"
 
 
-def _newest_checkpoint(run: RunDirectory) -> tuple[int, int] | None:
-    places = [checkpoint_place(path.parent) for path in run.checkpoints.glob("*/manifest.json")]
+def _find_newest_checkpoint(run: RunDirectory) -> tuple[int, int] | None:
+    places = [parse_checkpoint_name(path.parent) for path in run.checkpoints_dir.glob("*/manifest.json")]
     return max((place for place in places if place), default=None)
 
 
-def _present(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def _select_newest_attempt(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """The rows of the newest attempt among them: what an earlier one did beyond its start has been done again."""
     found = list(rows)
     return (row for row in found if row.get("attempt") == found[-1].get("attempt"))
 
 
-def _seconds_left(rows: Iterable[dict[str, Any]], step: int, steps: int | None) -> float | None:
+def _estimate_seconds_left(rows: Iterable[dict[str, Any]], step: int, steps: int | None) -> float | None:
     seconds = [float(row["perf/step_seconds"]) for row in rows if "perf/step_seconds" in row][-_RECENT:]
     return statistics.median(seconds) * (steps - step) if seconds and steps is not None else None
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError):

@@ -10,7 +10,7 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from llm_training_toolkit.runs.status import RunStatus, statuses
+from llm_training_toolkit.runs.status import RunStatus, read_run_statuses
 
 _COLOURS = {
     "starting": "cyan",
@@ -22,7 +22,7 @@ _COLOURS = {
 }
 
 
-def runs_table(found: Iterable[RunStatus]) -> Table:
+def build_runs_table(found: Iterable[RunStatus]) -> Table:
     """The runs of a directory as a table."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for title in ("run", "state", "step", "left", "loss", "goodput", "newest checkpoint", "last error"):
@@ -32,7 +32,7 @@ def runs_table(found: Iterable[RunStatus]) -> Table:
             run.name,
             f"[{_COLOURS[run.state]}]{run.state}[/]",
             f"{run.step:,}" + (f"/{run.steps:,}" if run.steps is not None else ""),
-            "" if run.seconds_left is None else clock(run.seconds_left),
+            "" if run.seconds_left is None else format_duration(run.seconds_left),
             "" if run.loss is None else f"{run.loss:.4f}",
             f"{run.goodput['step'] / sum(run.goodput.values()):.0%}" if sum(run.goodput.values()) else "",
             run.checkpoint or "",
@@ -43,13 +43,13 @@ def runs_table(found: Iterable[RunStatus]) -> Table:
 
 def watch_runs(directory: Callable[[], Path], seconds: float = 2.0) -> None:
     """Show the table of a directory's runs until Ctrl-C; `directory` is asked for it every time."""
-    with Live(runs_table(statuses(directory())), auto_refresh=False) as live:
+    with Live(build_runs_table(read_run_statuses(directory())), auto_refresh=False) as live:
         while True:
             time.sleep(seconds)
-            live.update(runs_table(statuses(directory())), refresh=True)
+            live.update(build_runs_table(read_run_statuses(directory())), refresh=True)
 
 
-def clock(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """A duration as minutes and seconds, with hours where there are any."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

@@ -6,19 +6,19 @@ import math
 import statistics
 from collections.abc import Sequence
 
-from llm_training_toolkit.config.search import Scheduler
+from llm_training_toolkit.config.search import SchedulerConfig
 
-_MEDIAN_OF = 3
+_MEDIAN_MIN_TRIALS = 3
 """Trials that must have passed a rung before their median says something."""
 _MEDIAN_RUNGS = 8
 """Rungs of median stopping where the first one is not given."""
 
 
-def rung_steps(scheduler: Scheduler, steps: int, tokens_per_step: int) -> tuple[int, ...]:
+def compute_rung_steps(scheduler: SchedulerConfig, steps: int, tokens_per_step: int) -> tuple[int, ...]:
     """Steps after which a trial is compared; the last one is its end."""
     if scheduler.name == "none":
         return (steps,)
-    first = _first(scheduler, steps, tokens_per_step)
+    first = _compute_first_rung(scheduler, steps, tokens_per_step)
     found: list[int] = []
     for number in range(steps):
         ahead = first * (number + 1 if scheduler.name == "median" else scheduler.factor**number)
@@ -30,7 +30,7 @@ def rung_steps(scheduler: Scheduler, steps: int, tokens_per_step: int) -> tuple[
     return (*found, steps)
 
 
-def _first(scheduler: Scheduler, steps: int, tokens_per_step: int) -> float:
+def _compute_first_rung(scheduler: SchedulerConfig, steps: int, tokens_per_step: int) -> float:
     """The first rung, in steps."""
     if scheduler.first_tokens is not None:
         return max(scheduler.first_tokens / tokens_per_step, 1.0)
@@ -40,31 +40,31 @@ def _first(scheduler: Scheduler, steps: int, tokens_per_step: int) -> float:
     return max(steps / parts, 1.0)
 
 
-def bracket_of(scheduler: Scheduler, trial: int, rungs: int) -> int:
+def get_bracket(scheduler: SchedulerConfig, trial: int, rungs: int) -> int:
     """How many rungs a trial passes without being compared: Hyperband's trials take turns."""
     return trial % rungs if scheduler.name == "hyperband" else 0
 
 
-def better(mode: str, one: float, other: float) -> bool:
+def is_better(mode: str, one: float, other: float) -> bool:
     """Whether a value is better than another; one that is no number is the worst."""
-    return key(mode, one) < key(mode, other)
+    return get_sort_key(mode, one) < get_sort_key(mode, other)
 
 
-def key(mode: str, value: float) -> float:
+def get_sort_key(mode: str, value: float) -> float:
     """What values are sorted by, the best first."""
     if not math.isfinite(value):
         return math.inf
     return value if mode == "min" else -value
 
 
-def goes_on(scheduler: Scheduler, mode: str, value: float, others: Sequence[float]) -> bool:
+def should_continue(scheduler: SchedulerConfig, mode: str, value: float, others: Sequence[float]) -> bool:
     """Whether a trial with this value at a rung goes on, given the values others had there (of its bracket)."""
     if scheduler.name == "none":
         return True
     if not math.isfinite(value):
         return False
     if scheduler.name == "median":
-        known = [key(mode, other) for other in others]
-        return len(known) < _MEDIAN_OF or key(mode, value) <= statistics.median(known)
+        known = [get_sort_key(mode, other) for other in others]
+        return len(known) < _MEDIAN_MIN_TRIALS or get_sort_key(mode, value) <= statistics.median(known)
     kept = max(1, (len(others) + 1) // scheduler.factor)
-    return sum(better(mode, other, value) for other in others) < kept
+    return sum(is_better(mode, other, value) for other in others) < kept

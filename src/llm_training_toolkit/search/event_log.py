@@ -18,7 +18,7 @@ from llm_training_toolkit.errors import LaunchError
 from llm_training_toolkit.runs.directory import RunDirectory
 from llm_training_toolkit.search.space import Parameters
 
-State = Literal["begun", "finished", "stopped", "failed"]
+TrialStatus = Literal["begun", "finished", "stopped", "failed"]
 
 
 @dataclass(frozen=True)
@@ -28,42 +28,42 @@ class SearchDirectory:
     path: Path
 
     @property
-    def asked(self) -> Path:
+    def identity_path(self) -> Path:
         """What the search was begun with."""
         return self.path / "search.json"
 
     @property
-    def ledger(self) -> Path:
+    def event_log_path(self) -> Path:
         """One event a line, append only."""
         return self.path / "ledger.jsonl"
 
     @property
-    def trials(self) -> Path:
+    def trials_dir(self) -> Path:
         """The run directories of the trials."""
         return self.path / "trials"
 
     @property
-    def driver(self) -> RunDirectory:
+    def driver_run(self) -> RunDirectory:
         """Who works on the search, and its log."""
         return RunDirectory(self.path / "driver")
 
     @property
-    def stopping(self) -> Path:
+    def stop_marker_path(self) -> Path:
         """There while the trials are asked to stop with a checkpoint."""
         return self.path / "driver" / "stopping"
 
-    def trial(self, number: int) -> RunDirectory:
+    def get_trial_run(self, number: int) -> RunDirectory:
         """The run directory of a trial."""
-        return RunDirectory(self.trials / trial_name(number))
+        return RunDirectory(self.trials_dir / format_trial_name(number))
 
 
-def trial_name(number: int) -> str:
+def format_trial_name(number: int) -> str:
     """A trial's name."""
     return f"t{number:04d}"
 
 
 @dataclass(frozen=True)
-class Rung:
+class RungResult:
     """What a trial had at a rung."""
 
     rung: int
@@ -78,92 +78,92 @@ class Rung:
 
 
 @dataclass
-class Trial:
+class TrialRecord:
     """What is known of a trial."""
 
     number: int
     parameters: Parameters
-    draw: int | None
+    draw_index: int | None
     """Which point of the searcher it is; None for a point to try first."""
-    rungs: list[Rung] = field(default_factory=list)
-    state: State = "begun"
+    rungs: list[RungResult] = field(default_factory=list)
+    state: TrialStatus = "begun"
     error: str | None = None
     failures: int = 0
-    trained: int = 0
+    trained_tokens: int = 0
     """Tokens it had really trained on when it failed for good."""
 
     @property
     def name(self) -> str:
         """Its name."""
-        return trial_name(self.number)
+        return format_trial_name(self.number)
 
     @property
-    def last(self) -> Rung | None:
+    def last_rung(self) -> RungResult | None:
         """The last rung it came to."""
         return self.rungs[-1] if self.rungs else None
 
 
-class Ledger:
+class EventLog:
     """The ledger of a search, read and continued."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self.trials: dict[int, Trial] = {}
-        self.left_out: dict[int, Parameters] = {}
+        self.trials: dict[int, TrialRecord] = {}
+        self.invalid_points: dict[int, Parameters] = {}
         """Points of the searcher that cannot be trained."""
-        self.passed: list[tuple[int, Rung]] = []
+        self.passed_rungs: list[tuple[int, RungResult]] = []
         """Every rung, with its trial, in the order in which they were passed."""
-        self.broken = ""
+        self.write_error = ""
         """Why something could not be written down; the search must not go on from there."""
         self._spans: list[list[float]] = []
-        for event in _events(path):
-            self._take(event)
+        for event in _read_events(path):
+            self._apply_event(event)
         path.parent.mkdir(parents=True, exist_ok=True)
 
-    def start(self) -> None:
+    def record_start(self) -> None:
         """A driver begins to work: first it ends the trials whose end the last one had decided but not written down."""
-        self._write({"event": "start"})
-        for trial in self.unfinished:
-            if trial.last is not None and not trial.last.go_on:
-                self.end(trial.number, "finished" if trial.last.last else "stopped")
+        self._write_event({"event": "start"})
+        for trial in self.unfinished_trials:
+            if trial.last_rung is not None and not trial.last_rung.go_on:
+                self.record_end(trial.number, "finished" if trial.last_rung.last else "stopped")
 
-    def begin(self, trial: Trial) -> None:
+    def record_begin(self, trial: TrialRecord) -> None:
         """A trial is about to begin."""
-        facts = {"trial": trial.number, "parameters": dict(trial.parameters), "draw": trial.draw}
-        self._write({"event": "begin", **facts})
+        facts = {"trial": trial.number, "parameters": dict(trial.parameters), "draw": trial.draw_index}
+        self._write_event({"event": "begin", **facts})
 
-    def leave_out(self, draw: int, parameters: Parameters, why: str) -> None:
+    def record_invalid_point(self, draw: int, parameters: Parameters, why: str) -> None:
         """A point of the searcher cannot be trained."""
-        self._write({"event": "left_out", "draw": draw, "parameters": dict(parameters), "why": why})
+        self._write_event({"event": "left_out", "draw": draw, "parameters": dict(parameters), "why": why})
 
-    def rung(self, trial: int, rung: Rung) -> None:
+    def record_rung(self, trial: int, rung: RungResult) -> None:
         """A trial has come to a rung, and whether it goes on is decided."""
-        self._write({"event": "rung", "trial": trial, **rung.__dict__})
+        self._write_event({"event": "rung", "trial": trial, **rung.__dict__})
 
-    def failure(self, trial: int, error: str) -> None:
+    def record_failure(self, trial: int, error: str) -> None:
         """A trial has failed and will be tried again."""
-        self._write({"event": "failure", "trial": trial, "error": error})
+        self._write_event({"event": "failure", "trial": trial, "error": error})
 
-    def end(self, trial: int, state: State, error: str | None = None, trained: int = 0) -> None:
+    def record_end(self, trial: int, state: TrialStatus, error: str | None = None, trained: int = 0) -> None:
         """A trial has ended for good; one that failed has trained on so many tokens."""
-        self._write({"event": "end", "trial": trial, "state": state, "error": error, "trained": trained})
+        self._write_event({"event": "end", "trial": trial, "state": state, "error": error, "trained": trained})
 
-    def beat(self) -> None:
+    def record_heartbeat(self) -> None:
         """The driver works still: time that counts for the budget."""
-        self._write({"event": "beat"})
+        self._write_event({"event": "beat"})
 
     @property
     def next_draw(self) -> int:
         """The first point of the searcher that was not taken."""
-        taken = [trial.draw for trial in self.trials.values() if trial.draw is not None]
-        return 1 + max([*taken, *self.left_out], default=-1)
+        taken = [trial.draw_index for trial in self.trials.values() if trial.draw_index is not None]
+        return 1 + max([*taken, *self.invalid_points], default=-1)
 
     @property
-    def unfinished(self) -> list[Trial]:
+    def unfinished_trials(self) -> list[TrialRecord]:
         """Trials that have begun and not ended, in their order."""
         return [trial for trial in self.trials.values() if trial.state == "begun"]
 
-    def values_at(self, rung: int, bracket: int, but: int) -> list[float]:
+    def get_rung_values(self, rung: int, bracket: int, but: int) -> list[float]:
         """What the other trials of a bracket had at a rung; an end, where the learning rate is low, is none."""
         return [
             passed.value
@@ -173,32 +173,32 @@ class Ledger:
             if passed.rung == rung and passed.bracket == bracket and not passed.last
         ]
 
-    def seconds(self) -> float:
+    def compute_active_seconds(self) -> float:
         """Working time of all drivers; of those before until their last event."""
         if not self._spans:
             return 0.0
         past = sum(last - first for first, last in self._spans[:-1])
         return past + max(time.time(), self._spans[-1][1]) - self._spans[-1][0]
 
-    def _write(self, event: dict[str, Any]) -> None:
+    def _write_event(self, event: dict[str, Any]) -> None:
         """Append an event. Raises LaunchError, and remembers why, because Tune keeps the text of an error alone."""
         line = {"time": round(time.time(), 3), **event}
         try:
-            self._append(json.dumps(line).encode() + b"\n")
+            self._append_line(json.dumps(line).encode() + b"\n")
         except OSError as error:
-            self.broken = f"{self._path} cannot be written ({error}); put that right, and the same command goes on"
-            raise LaunchError(self.broken) from error
-        self._take(line)
+            self.write_error = f"{self._path} cannot be written ({error}); put that right, and the same command goes on"
+            raise LaunchError(self.write_error) from error
+        self._apply_event(line)
 
-    def _append(self, line: bytes) -> None:
+    def _append_line(self, line: bytes) -> None:
         with self._path.open("a+b") as file:
-            if file.tell() and not _ends_a_line(file):
+            if file.tell() and not _ends_with_newline(file):
                 file.write(b"\n")  # a driver that was killed, or a full disk, may have left half a line
             file.write(line)
             file.flush()
             os.fsync(file.fileno())
 
-    def _take(self, event: dict[str, Any]) -> None:
+    def _apply_event(self, event: dict[str, Any]) -> None:
         if event["event"] == "start":
             self._spans.append([event["time"], event["time"]])
         elif self._spans:
@@ -209,15 +209,15 @@ class Ledger:
 
     def _take_begin(self, event: dict[str, Any]) -> None:
         number = event["trial"]
-        self.trials[number] = Trial(number, event["parameters"], event["draw"])
+        self.trials[number] = TrialRecord(number, event["parameters"], event["draw"])
 
     def _take_left_out(self, event: dict[str, Any]) -> None:
-        self.left_out[event["draw"]] = event["parameters"]
+        self.invalid_points[event["draw"]] = event["parameters"]
 
     def _take_rung(self, event: dict[str, Any]) -> None:
         trial = self.trials[event["trial"]]
-        trial.rungs.append(Rung(**{name: event[name] for name in Rung.__dataclass_fields__}))
-        self.passed.append((trial.number, trial.rungs[-1]))
+        trial.rungs.append(RungResult(**{name: event[name] for name in RungResult.__dataclass_fields__}))
+        self.passed_rungs.append((trial.number, trial.rungs[-1]))
 
     def _take_failure(self, event: dict[str, Any]) -> None:
         self.trials[event["trial"]].failures += 1
@@ -225,16 +225,16 @@ class Ledger:
 
     def _take_end(self, event: dict[str, Any]) -> None:
         trial = self.trials[event["trial"]]
-        trial.state, trial.error, trial.trained = event["state"], event["error"], event["trained"]
+        trial.state, trial.error, trial.trained_tokens = event["state"], event["error"], event["trained"]
 
 
-def _ends_a_line(file: Any) -> bool:  # noqa: ANN401 - a binary file
+def _ends_with_newline(file: Any) -> bool:  # noqa: ANN401 - a binary file
     file.seek(-1, 2)
     ends: bool = file.read(1) == b"\n"
     return ends
 
 
-def _events(path: Path) -> Iterator[dict[str, Any]]:
+def _read_events(path: Path) -> Iterator[dict[str, Any]]:
     """The whole lines of a ledger."""
     for line in path.read_text().splitlines() if path.is_file() else ():
         try:

@@ -14,11 +14,11 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import FrozenTrial, TrialState
 
-from llm_training_toolkit.config.search import Distribution, Search
-from llm_training_toolkit.search.event_log import Ledger, Trial
-from llm_training_toolkit.search.space import Parameters, same
+from llm_training_toolkit.config.search import ParameterDistribution, SearchConfig
+from llm_training_toolkit.search.event_log import EventLog, TrialRecord
+from llm_training_toolkit.search.space import Parameters, point_key
 
-_STATES = {
+_OPTUNA_STATES = {
     "begun": TrialState.RUNNING,
     "finished": TrialState.COMPLETE,
     "stopped": TrialState.PRUNED,
@@ -26,7 +26,7 @@ _STATES = {
 }
 
 
-def learnt(search: Search, ledger: Ledger, number: int) -> Parameters:
+def propose_optuna_point(search: SearchConfig, ledger: EventLog, number: int) -> Parameters:
     """The point that the sampler proposes as number `number`."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     with warnings.catch_warnings():
@@ -38,45 +38,45 @@ def learnt(search: Search, ledger: Ledger, number: int) -> Parameters:
         )
     study = optuna.create_study(sampler=sampler, direction="minimize" if search.mode == "min" else "maximize")
     for trial in ledger.trials.values():
-        study.add_trial(_frozen(search, trial))
-    asked = study.ask({key: _distribution(values) for key, values in search.search.items()})
-    return {key: _value(search.search[key], value) for key, value in asked.params.items()}
+        study.add_trial(_build_frozen_trial(search, trial))
+    asked = study.ask({key: _build_distribution(values) for key, values in search.search.items()})
+    return {key: _from_optuna_value(search.search[key], value) for key, value in asked.params.items()}
 
 
-def _frozen(search: Search, trial: Trial) -> FrozenTrial:
-    state = _STATES[trial.state]
-    if state is TrialState.COMPLETE and not (trial.last and math.isfinite(trial.last.value)):
+def _build_frozen_trial(search: SearchConfig, trial: TrialRecord) -> FrozenTrial:
+    state = _OPTUNA_STATES[trial.state]
+    if state is TrialState.COMPLETE and not (trial.last_rung and math.isfinite(trial.last_rung.value)):
         state = TrialState.FAIL
     ended = state.is_finished()
     return FrozenTrial(
         number=trial.number,
         trial_id=trial.number,
         state=state,
-        value=trial.last.value if state is TrialState.COMPLETE and trial.last else None,
+        value=trial.last_rung.value if state is TrialState.COMPLETE and trial.last_rung else None,
         datetime_start=datetime.now(UTC),
         datetime_complete=datetime.now(UTC) if ended else None,
-        params={key: _inner(search.search[key], value) for key, value in trial.parameters.items()},
-        distributions={key: _distribution(search.search[key]) for key in trial.parameters},
+        params={key: _to_optuna_value(search.search[key], value) for key, value in trial.parameters.items()},
+        distributions={key: _build_distribution(search.search[key]) for key in trial.parameters},
         user_attrs={},
         system_attrs={},
         intermediate_values={rung.rung: rung.value for rung in trial.rungs},
     )
 
 
-def _distribution(values: Distribution) -> BaseDistribution:
+def _build_distribution(values: ParameterDistribution) -> BaseDistribution:
     if values.choice is not None:
-        return CategoricalDistribution(range(len(values.corners)))
+        return CategoricalDistribution(range(len(values.boundary_values)))
     if values.integers is not None:
         return IntDistribution(*values.integers)
-    return FloatDistribution(*values.ends, log=values.log_uniform is not None)
+    return FloatDistribution(*values.range_bounds, log=values.log_uniform is not None)
 
 
-def _inner(values: Distribution, value: Any) -> Any:  # noqa: ANN401 - whatever a field takes
+def _to_optuna_value(values: ParameterDistribution, value: Any) -> Any:  # noqa: ANN401 - whatever a field takes
     """A choice by its position: Optuna takes no lists."""
     if values.choice is None:
         return value
-    return [same({"": choice}) for choice in values.corners].index(same({"": value}))
+    return [point_key({"": choice}) for choice in values.boundary_values].index(point_key({"": value}))
 
 
-def _value(values: Distribution, inner: Any) -> Any:  # noqa: ANN401 - as above
-    return values.corners[inner] if values.choice is not None else inner
+def _from_optuna_value(values: ParameterDistribution, inner: Any) -> Any:  # noqa: ANN401 - as above
+    return values.boundary_values[inner] if values.choice is not None else inner

@@ -11,57 +11,59 @@ from dataclasses import dataclass
 from typing import Any
 
 from llm_training_toolkit.config.schema import Config
-from llm_training_toolkit.config.search import Distribution, Search, changed
+from llm_training_toolkit.config.search import ParameterDistribution, SearchConfig, replace_config_values
 from llm_training_toolkit.errors import PlanError, ToolkitError
-from llm_training_toolkit.plan import make_plan, require
+from llm_training_toolkit.plan import check_plan, make_plan
 
 Parameters = Mapping[str, Any]
 """A value for every key that is searched."""
-_MOST_CORNERS = 2000
+_MAX_BOUNDARY_POINTS = 2000
 """Corners looked at, a few milliseconds each; of more, as many by chance."""
-_NAMED = 8
+_MAX_LISTED = 8
 """Impossible combinations that are named one by one."""
 
 
-def shown(parameters: Parameters) -> str:
+def format_point(parameters: Parameters) -> str:
     """A point of the space as people write it."""
-    return ", ".join(f"{key} = {short(value)}" for key, value in parameters.items())
+    return ", ".join(f"{key} = {format_short_value(value)}" for key, value in parameters.items())
 
 
-def short(value: object) -> str:
+def format_short_value(value: object) -> str:
     """A value as people write it."""
     return f"{value:.4g}" if isinstance(value, float) else json.dumps(value)
 
 
-def same(parameters: Parameters) -> str:
+def point_key(parameters: Parameters) -> str:
     """What two points that are the same have in common."""
     return json.dumps(parameters, sort_keys=True)
 
 
-def combinations(search: Search) -> int | None:
+def count_combinations(search: SearchConfig) -> int | None:
     """How many points the space has; None where it has a range of numbers."""
     if any(values.choice is None for values in search.search.values()):
         return None
-    return math.prod(len(values.corners) for values in search.search.values())
+    return math.prod(len(values.boundary_values) for values in search.search.values())
 
 
-def grid(search: Search) -> list[Parameters]:
+def build_grid(search: SearchConfig) -> list[Parameters]:
     """Every combination of choices, in an order mixed by the seed."""
-    points = [dict(zip(search.search, values, strict=True)) for values in itertools.product(*_corners(search))]
+    points = [
+        dict(zip(search.search, values, strict=True)) for values in itertools.product(*_get_boundary_values(search))
+    ]
     random.Random(search.searcher.seed).shuffle(points)  # noqa: S311 - an order, not a secret
     return list(points)
 
 
-def draw(search: Search, number: int) -> Parameters:
+def draw_random_point(search: SearchConfig, number: int) -> Parameters:
     """A point by chance: the same for the same seed and number, whatever was drawn before."""
     chance = random.Random(f"{search.searcher.seed}:{number}")  # noqa: S311 - as above
-    return {key: _drawn(values, chance) for key, values in search.search.items()}
+    return {key: _draw_random_value(values, chance) for key, values in search.search.items()}
 
 
-def _drawn(values: Distribution, chance: random.Random) -> Any:  # noqa: ANN401 - whatever a field takes
+def _draw_random_value(values: ParameterDistribution, chance: random.Random) -> Any:  # noqa: ANN401 - whatever a field takes
     if values.choice is not None:
-        return chance.choice(values.corners)
-    low, high = values.ends
+        return chance.choice(values.boundary_values)
+    low, high = values.range_bounds
     if values.integers is not None:
         return chance.randint(*values.integers)
     if values.log_uniform is not None:
@@ -69,44 +71,46 @@ def _drawn(values: Distribution, chance: random.Random) -> Any:  # noqa: ANN401 
     return chance.uniform(low, high)
 
 
-def _corners(search: Search) -> list[Sequence[Any]]:
-    return [values.corners for values in search.search.values()]
+def _get_boundary_values(search: SearchConfig) -> list[Sequence[Any]]:
+    return [values.boundary_values for values in search.search.values()]
 
 
-def corners(search: Search) -> Iterator[Parameters]:
+def boundary_points(search: SearchConfig) -> Iterator[Parameters]:
     """Every corner of the space, and the points to try first.
 
     Where there are too many corners: each value of each key with the others at their first, and corners by chance.
     """
     yield from search.first
-    keys, values = list(search.search), _corners(search)
-    if math.prod(map(len, values)) <= _MOST_CORNERS:
+    keys, values = list(search.search), _get_boundary_values(search)
+    if math.prod(map(len, values)) <= _MAX_BOUNDARY_POINTS:
         yield from (dict(zip(keys, point, strict=True)) for point in itertools.product(*values))
         return
     begin = dict(zip(keys, (options[0] for options in values), strict=True))
     for key, options in zip(keys, values, strict=True):
         yield from (begin | {key: option} for option in options)
     chance = random.Random(search.searcher.seed)  # noqa: S311 - as above
-    for _ in range(_MOST_CORNERS):
+    for _ in range(_MAX_BOUNDARY_POINTS):
         yield dict(zip(keys, map(chance.choice, values), strict=True))
 
 
 @dataclass(frozen=True)
-class Trials:
+class TrialConfigBuilder:
     """Makes the configurations of a search's trials."""
 
-    search: Search
+    search: SearchConfig
     base: Config
     directory: str
     """That holds the trials' run directories."""
     cache: str
     """Of prepared data, which all trials and the base share."""
 
-    def config(self, parameters: Parameters, name: str = "trial") -> Config:
+    def build_config(self, parameters: Parameters, name: str = "trial") -> Config:
         """The run of a trial. Raises ConfigError where the schema refuses it."""
-        return changed(self.base, {**parameters, **self._own(name)}, f"trial with {shown(parameters)}")
+        return replace_config_values(
+            self.base, {**parameters, **self._get_trial_overrides(name)}, f"trial with {format_point(parameters)}"
+        )
 
-    def _own(self, name: str) -> dict[str, Any]:
+    def _get_trial_overrides(self, name: str) -> dict[str, Any]:
         return {
             "run.name": name,
             "run.dir": self.directory,
@@ -116,22 +120,22 @@ class Trials:
             "eval.tasks": [],
         }
 
-    def problem(self, parameters: Parameters) -> str:
+    def find_problem(self, parameters: Parameters) -> str:
         """Why a point cannot be trained; empty where it can."""
         try:
-            require(make_plan(self.config(parameters)))
+            check_plan(make_plan(self.build_config(parameters)))
         except ToolkitError as error:
             return str(error)
         return ""
 
 
-def check(trials: Trials) -> list[str]:
+def check_search_space(trials: TrialConfigBuilder) -> list[str]:
     """Look at every corner before anything starts; the impossible ones in words, if they are to be left out.
 
     Raises PlanError that names them if they are not, or if nothing is possible.
     """
     search, base = trials.search, trials.base
-    if base.cluster.workers == 0 or base.cluster.fewest != base.cluster.most:
+    if base.cluster.workers == 0 or base.cluster.min_workers != base.cluster.max_workers:
         raise PlanError(
             f"cluster.workers = {json.dumps(base.cluster.workers)}: a trial has a fixed number of Ray workers, so that "
             "it is known how many trials fit at a time; put `cluster.workers: 1` under set"
@@ -146,20 +150,20 @@ def check(trials: Trials) -> list[str]:
             f"metric = {search.metric}: a loss per token says nothing between tokenizers; take metric: "
             "eval/bits_per_byte"
         )
-    looked = {same(point): point for point in corners(search)}
-    bad = {shown(point): problem for point in looked.values() if (problem := trials.problem(point))}
-    _check_rungs(trials, (point for point in looked.values() if shown(point) not in bad))
-    words = [f"{point}: {_one_line(problem)}" for point, problem in bad.items()]
+    looked = {point_key(point): point for point in boundary_points(search)}
+    bad = {format_point(point): problem for point in looked.values() if (problem := trials.find_problem(point))}
+    _check_rungs(trials, (point for point in looked.values() if format_point(point) not in bad))
+    words = [f"{point}: {_format_problem_line(problem)}" for point, problem in bad.items()]
     if words and (search.impossible == "refuse" or len(bad) == len(looked)):
-        raise PlanError(_refusal(words, len(looked)))
+        raise PlanError(_format_invalid_points(words, len(looked)))
     return words
 
 
-def _check_rungs(trials: Trials, points: Iterable[Parameters]) -> None:
+def _check_rungs(trials: TrialConfigBuilder, points: Iterable[Parameters]) -> None:
     """Refuse a first rung that no trial comes to before its end, or that lies within a step. Raises PlanError."""
     scheduler = trials.search.scheduler
     for point in points:
-        plan = make_plan(trials.config(point))
+        plan = make_plan(trials.build_config(point))
         length = (plan.steps or math.inf, (plan.steps or math.inf) * plan.tokens_per_step)
         for name, first, own in (
             ("first_steps", scheduler.first_steps, length[0]),
@@ -167,30 +171,34 @@ def _check_rungs(trials: Trials, points: Iterable[Parameters]) -> None:
         ):
             if first is not None and first >= own:
                 raise PlanError(
-                    f"scheduler.{name} = {first:,.0f}, but the trial with {shown(point)} ends after {own:,.0f}: trials "
+                    f"scheduler.{name} = {first:,.0f}, but the trial with {format_point(point)} ends after "
+                    f"{own:,.0f}: trials "
                     "would never be compared before their ends; give a smaller one, or none: the default goes by the "
                     "length"
                 )
         if (scheduler.first_tokens or math.inf) < plan.tokens_per_step:
             raise PlanError(
-                f"scheduler.first_tokens = {scheduler.first_tokens:,.0f}, but a step of the trial with {shown(point)} "
+                f"scheduler.first_tokens = {scheduler.first_tokens:,.0f}, but a step of the trial with "
+                f"{format_point(point)} "
                 f"has {plan.tokens_per_step:,}; give at least as many"
             )
 
 
-def _one_line(problem: str) -> str:
-    return " | ".join(line.partition(": ")[2] if line.startswith("trial with ") else line for line in _lines(problem))
+def _format_problem_line(problem: str) -> str:
+    return " | ".join(
+        line.partition(": ")[2] if line.startswith("trial with ") else line for line in _split_lines(problem)
+    )
 
 
-def _lines(text: str) -> Iterable[str]:
+def _split_lines(text: str) -> Iterable[str]:
     return (line for line in text.splitlines() if line)
 
 
-def _refusal(words: Sequence[str], of: int) -> str:
-    more = [f"  and {len(words) - _NAMED} more"] if len(words) > _NAMED else []
+def _format_invalid_points(words: Sequence[str], of: int) -> str:
+    more = [f"  and {len(words) - _MAX_LISTED} more"] if len(words) > _MAX_LISTED else []
     end = "" if len(words) == of else "; `impossible: leave_out` searches the others"
     return "\n".join(
         [f"{len(words)} of {of} corners of the space cannot be trained{end}:"]
-        + [f"  {line}" for line in words[:_NAMED]]
+        + [f"  {line}" for line in words[:_MAX_LISTED]]
         + more
     )

@@ -18,21 +18,21 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from llm_training_toolkit.config import Config
-from llm_training_toolkit.data.prepare.builder import Preparation
-from llm_training_toolkit.data.prepare.dataset_info import Receipt
+from llm_training_toolkit.data.prepare.builder import DatasetBuilder
+from llm_training_toolkit.data.prepare.dataset_info import DatasetInfo
 from llm_training_toolkit.data.prepare.epochs import (
-    facts_of,
-    markers_of,
+    build_data_facts,
+    get_tokenization_spec,
     read_preparation_state,
     write_preparation_state,
 )
-from llm_training_toolkit.data.prepare.shards import in_this_process
+from llm_training_toolkit.data.prepare.shards import render_in_process
 from llm_training_toolkit.errors import DataError, ToolkitError
 from llm_training_toolkit.monitoring.console import Console
 from llm_training_toolkit.plan import DataFacts, make_plan
-from llm_training_toolkit.plan.horizon import covers
+from llm_training_toolkit.plan.horizon import is_prepared
 from llm_training_toolkit.runs.directory import RunDirectory, write_atomically
-from llm_training_toolkit.setup.resume import Standing, standing_of
+from llm_training_toolkit.setup.resume import ResumeState, read_resume_state
 
 _LEAVE_SECONDS = 10
 _NICENESS = 10
@@ -40,9 +40,9 @@ _NICENESS = 10
 
 
 @contextmanager
-def preparing_ahead(run: RunDirectory, config: Config, facts: DataFacts, console: Console) -> Iterator[None]:
+def prepare_in_background(run: RunDirectory, config: Config, facts: DataFacts, console: Console) -> Iterator[None]:
     """Have the epochs that the run still lacks prepared while it trains; nothing where it has them all."""
-    if covers(config, facts):
+    if is_prepared(config, facts):
         write_preparation_state(run, "done")
         yield
         return
@@ -56,17 +56,19 @@ def preparing_ahead(run: RunDirectory, config: Config, facts: DataFacts, console
             command, stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
         )
     ending = threading.Event()
-    watch = threading.Thread(target=_watch, args=(process, run, log, console, ending), daemon=True, name="preparation")
+    watch = threading.Thread(
+        target=_watch_process, args=(process, run, log, console, ending), daemon=True, name="preparation"
+    )
     watch.start()
     try:
         yield
     finally:
         ending.set()
-        _end(process)
+        _end_process(process)
         watch.join()
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def _end_process(process: subprocess.Popen[bytes]) -> None:
     """Close the pipe, upon which it tidies up and goes; what it has finished lies in the cache, whole."""
     assert process.stdin is not None
     process.stdin.close()
@@ -77,7 +79,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-def _watch(
+def _watch_process(
     process: subprocess.Popen[bytes], run: RunDirectory, log: Path, console: Console, ending: threading.Event
 ) -> None:
     """Say at once when later epochs cannot be had, also when the process ends without a word, killed for its memory."""
@@ -87,32 +89,34 @@ def _watch(
     if state == "working":
         why = f"the process that prepares them ended with {process.returncode}; see {log}"
         write_preparation_state(run, "failed", why)
-    console.show({"kind": "warning", "message": f"later epochs cannot be prepared, the run ends before them: {why}"})
+    console.show_event(
+        {"kind": "warning", "message": f"later epochs cannot be prepared, the run ends before them: {why}"}
+    )
 
 
-def prepare_rest(run: RunDirectory) -> None:
+def prepare_remaining_epochs(run: RunDirectory) -> None:
     """Prepare epoch after epoch until the run has all it needs. Raises DataError where that cannot be."""
-    standing = standing_of(run)
+    standing = read_resume_state(run)
     config, receipt = standing.config, standing.receipt
     if config is None or receipt is None:
         raise DataError(f"{run.path}: is no run that has begun")
-    work = Preparation(config, markers_of(config), lambda _stage, _done, _total: None, in_this_process)
+    work = DatasetBuilder(config, get_tokenization_spec(config), lambda _stage, _done, _total: None, render_in_process)
     if work.fingerprint != receipt.fingerprint:
         raise DataError(
             "the documents have changed since the run began (paths, sizes or times of modification differ). Bring them "
             "back and start the run again: it goes on from its newest checkpoint."
         )
-    while not covers(config, facts_of(receipt, standing.step, standing.sequences)):
-        receipt = work.prepare(_one_more(config, receipt, standing)).receipt
-        write_atomically(run.receipt, receipt.to_json())
+    while not is_prepared(config, build_data_facts(receipt, standing.step, standing.sequences)):
+        receipt = work.build_epochs(_plan_next_epoch(config, receipt, standing)).dataset_info
+        write_atomically(run.dataset_info_path, receipt.to_json())
 
 
-def _one_more(config: Config, receipt: Receipt, standing: Standing) -> list[int]:
+def _plan_next_epoch(config: Config, receipt: DatasetInfo, standing: ResumeState) -> list[int]:
     """The epochs there are and one more, of the stream that runs out first."""
-    facts = facts_of(receipt, standing.step, standing.sequences)
+    facts = build_data_facts(receipt, standing.step, standing.sequences)
     plan = make_plan(config, facts)
     assert plan.steps is not None  # runs over epochs are prepared whole
-    needed = facts.needed(plan.steps, plan.global_batch)
+    needed = facts.count_needed_sequences(plan.steps, plan.global_batch)
     reach = [
         sum(stream.sequences_per_epoch) / count if count else 1.0
         for stream, count in zip(facts.streams, needed, strict=True)
@@ -121,7 +125,7 @@ def _one_more(config: Config, receipt: Receipt, standing: Standing) -> list[int]
     return [len(stream.epochs) + (number == first) for number, stream in enumerate(receipt.streams)]
 
 
-def _end_with_the_driver() -> None:
+def _exit_with_driver() -> None:
     os.read(sys.stdin.fileno(), 1)  # not sys.stdin: its lock would be held while this process ends
     _thread.interrupt_main()  # what is half built is removed on the way out
 
@@ -129,10 +133,10 @@ def _end_with_the_driver() -> None:
 def main() -> None:
     """Prepare what the run named on the command line lacks; why it failed is written where its ranks look."""
     run = RunDirectory(Path(sys.argv[1]))
-    threading.Thread(target=_end_with_the_driver, daemon=True, name="driver").start()
+    threading.Thread(target=_exit_with_driver, daemon=True, name="driver").start()
     os.nice(_NICENESS)
     try:
-        prepare_rest(run)
+        prepare_remaining_epochs(run)
     except KeyboardInterrupt:
         return
     except (ToolkitError, OSError, MemoryError) as error:

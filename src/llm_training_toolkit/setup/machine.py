@@ -21,14 +21,14 @@ def is_local() -> bool:
 def check_machine(config: Config) -> None:
     """Refuse, before anything starts, more workers than this machine has cores; a cluster is asked later."""
     if is_local():
-        refuse_too_many(config)
+        check_cpu_count(config)
 
 
-def refuse_too_many(config: Config) -> None:
+def check_cpu_count(config: Config) -> None:
     """Raise PlanError where this machine has fewer cores than the fewest workers take."""
     cores = len(os.sched_getaffinity(0))
-    if config.cluster.fewest * config.cluster.cpus_per_worker > cores:
-        raise PlanError(too_many(config, f"this machine has {cores} cores"))
+    if config.cluster.min_workers * config.cluster.cpus_per_worker > cores:
+        raise PlanError(format_cpu_shortage(config, f"this machine has {cores} cores"))
 
 
 def check_quantization(config: Config) -> None:
@@ -37,12 +37,12 @@ def check_quantization(config: Config) -> None:
     if lora is not None and lora.quantize is not None and (config.cluster.workers == 0 or is_local()):
         import torch
 
-        missing = what_four_bits_lack(gpu=torch.cuda.is_available())
+        missing = find_quantization_problem(gpu=torch.cuda.is_available())
         if missing:
             raise PlanError(f"model.lora.quantize = {lora.quantize}: {missing}")
 
 
-def what_four_bits_lack(*, gpu: bool) -> str:
+def find_quantization_problem(*, gpu: bool) -> str:
     """What is missing here for 4-bit weights, and what to do; empty where nothing is."""
     if not gpu:
         return "4-bit weights need a GPU, and there is none here: remove it (LoRA works without), or train elsewhere"
@@ -51,10 +51,10 @@ def what_four_bits_lack(*, gpu: bool) -> str:
     return ""
 
 
-def too_many(config: Config, found: str) -> str:
+def format_cpu_shortage(config: Config, found: str) -> str:
     """The message for a run that asks for more CPUs than there are."""
-    workers, cpus = config.cluster.fewest, config.cluster.cpus_per_worker
-    least = "at least " if config.cluster.most > workers else ""
+    workers, cpus = config.cluster.min_workers, config.cluster.cpus_per_worker
+    least = "at least " if config.cluster.max_workers > workers else ""
     return (
         f"cluster.workers = {least}{workers} with {cpus} CPU each need {workers * cpus} CPUs, {found}: "
         "lower cluster.workers or cluster.cpus_per_worker (workers change the speed, not the result), "

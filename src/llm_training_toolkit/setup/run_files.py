@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 
-from llm_training_toolkit.config import Config, to_json
-from llm_training_toolkit.data.prepare.dataset_info import Receipt
+from llm_training_toolkit.config import Config, dump_config_json
+from llm_training_toolkit.data.prepare.dataset_info import DatasetInfo
 from llm_training_toolkit.plan import Plan
-from llm_training_toolkit.runs.directory import RunDirectory, environment, write_atomically
+from llm_training_toolkit.runs.directory import RunDirectory, collect_environment, write_atomically
 
 
-def write_down(run: RunDirectory, config: Config, plan: Plan, receipt: Receipt) -> None:
+def write_run_files(run: RunDirectory, config: Config, plan: Plan, receipt: DatasetInfo) -> None:
     """Write everything the workers read, once nothing stands against the start any more."""
-    write_atomically(run.resolved, to_json(config))
-    write_atomically(run.plan, json.dumps(plan.to_json(), indent=1))
-    write_atomically(run.environment, json.dumps(environment(), indent=1))
-    write_atomically(run.receipt, receipt.to_json())
+    write_atomically(run.resolved_config_path, dump_config_json(config))
+    write_atomically(run.plan_path, json.dumps(plan.to_json(), indent=1))
+    write_atomically(run.environment_path, json.dumps(collect_environment(), indent=1))
+    write_atomically(run.dataset_info_path, receipt.to_json())

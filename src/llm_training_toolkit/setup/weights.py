@@ -8,12 +8,12 @@ from llm_training_toolkit import families
 from llm_training_toolkit.config import Config
 from llm_training_toolkit.errors import CheckpointError, PlanError
 from llm_training_toolkit.plan import Plan
-from llm_training_toolkit.plan.check import may_exist
+from llm_training_toolkit.plan.check import is_directory_or_hub_id
 from llm_training_toolkit.setup.machine import is_local
-from llm_training_toolkit.setup.resume import Standing
+from llm_training_toolkit.setup.resume import ResumeState
 
 
-def refuse_unfit_weights(config: Config, plan: Plan, standing: Standing) -> None:
+def check_initial_weights(config: Config, plan: Plan, standing: ResumeState) -> None:
     """Raise PlanError or CheckpointError for weights at model.path that are not there or are other ones.
 
     Every worker looks again, because the files of its machine may be others. A run that has begun needs them no more,
@@ -22,28 +22,28 @@ def refuse_unfit_weights(config: Config, plan: Plan, standing: Standing) -> None
     path = config.model.path
     if path is None or (standing.manifest is not None and config.model.lora is None):
         return
-    if not may_exist(path):
+    if not is_directory_or_hub_id(path):
         raise PlanError(
             f"model.path = {path}: there is no such directory: give that of the weights, or a hub id "
             "(organisation/name)"
         )
     from transformers.utils.logging import disable_progress_bar, set_verbosity_error  # seconds to import
 
-    from llm_training_toolkit.models.check_weights import check_weights, read_config
+    from llm_training_toolkit.models.check_weights import check_pretrained_weights, read_hf_config
 
     disable_progress_bar()
     set_verbosity_error()  # the message below names what its table would
     model_type = plan.hf_config["model_type"]
     if Path(path).expanduser().is_dir():
-        check_weights(path, model_type)
+        check_pretrained_weights(path, model_type)
         return
     try:
-        published = read_config(path, model_type).to_dict()
+        published = read_hf_config(path, model_type).to_dict()
     except CheckpointError:
         if config.cluster.workers == 0 or is_local():
             raise
         return  # the hub cannot be reached from here, but the workers' machines may have what they need
-    found = families.parameters({**published, "vocab_size": plan.hf_config["vocab_size"]})
+    found = families.count_parameters({**published, "vocab_size": plan.hf_config["vocab_size"]})
     if found != plan.parameters:
         raise PlanError(
             f"model.path = {path} holds a model of {found:,} parameters, {config.model.name} has {plan.parameters:,}: "

@@ -13,47 +13,68 @@ from typing import Any
 
 from torch import nn
 
-from llm_training_toolkit.checkpoint import Base, Checkpoint, base_of, newest, refuse_other_base
-from llm_training_toolkit.checkpoint.restore import restore
-from llm_training_toolkit.config import Config, from_json
+from llm_training_toolkit.checkpoint import (
+    BaseWeights,
+    CheckpointReader,
+    check_base_matches,
+    find_latest_checkpoint,
+    read_base_weights,
+)
+from llm_training_toolkit.checkpoint.restore import restore_engine
+from llm_training_toolkit.config import Config, parse_config_json
 from llm_training_toolkit.distributed.context import RunContext
-from llm_training_toolkit.engine import Engine, partitioned, prepare_process, whole_parameter
+from llm_training_toolkit.engine import Engine, gathered_parameter, prepare_deepspeed, zero3_init
 from llm_training_toolkit.errors import CheckpointError, PlanError
-from llm_training_toolkit.models import LossModule, build_model, check_size, check_weights, grow_vocabulary, initialize
+from llm_training_toolkit.models import (
+    LossModule,
+    build_model,
+    check_parameter_count,
+    check_pretrained_weights,
+    initialize_weights,
+    resize_embeddings,
+)
 from llm_training_toolkit.models.build import DTYPES
 from llm_training_toolkit.plan import Plan
-from llm_training_toolkit.runs.directory import RunDirectory, run_of
-from llm_training_toolkit.setup.machine import what_four_bits_lack
-from llm_training_toolkit.worker.base_weights import base_path
-from llm_training_toolkit.worker.hub_download import weights_here
-from llm_training_toolkit.worker.spec import Place
+from llm_training_toolkit.runs.directory import RunDirectory, find_run
+from llm_training_toolkit.setup.machine import find_quantization_problem
+from llm_training_toolkit.worker.base_weights import ensure_base_weights
+from llm_training_toolkit.worker.hub_download import ensure_local_weights
+from llm_training_toolkit.worker.spec import WorkerSpec
 
 
 @dataclass(frozen=True)
-class Built:
+class BuiltModel:
     """A model ready to be trained."""
 
     engine: Engine
     hf_config: Mapping[str, Any]
     """The Hugging Face configuration of the model, for its exports."""
-    base: Base | None
+    base: BaseWeights | None
     """The weights that adapters stand beside; None where the model itself is trained."""
 
 
-def build(place: Place, plan: Plan, context: RunContext, checkpoint: Checkpoint | None) -> Built:
+def build_run_model(
+    place: WorkerSpec, plan: Plan, context: RunContext, checkpoint: CheckpointReader | None
+) -> BuiltModel:
     """The run's model at `checkpoint`, or at its beginning. Collective. Raises PlanError and CheckpointError."""
     _check_device(place.config, context)
-    prepare_process(context.device.type)
-    path = base_path(place, plan, context) if plan.adapter else place.config.model.path if checkpoint is None else None
-    origin = checkpoint or _other_run(place.config, plan, context)
-    directory = weights_here(path, place, context) if path is not None else None
-    engine, hf_config = _engine(place.config, plan, context, directory, origin)
+    prepare_deepspeed(context.device.type)
+    path = (
+        ensure_base_weights(place, plan, context)
+        if plan.adapter
+        else place.config.model.path
+        if checkpoint is None
+        else None
+    )
+    origin = checkpoint or _find_initial_checkpoint(place.config, plan, context)
+    directory = ensure_local_weights(path, place, context) if path is not None else None
+    engine, hf_config = _build_engine(place.config, plan, context, directory, origin)
     # A hub id stays one: what is written down must be found on other machines, too.
     if path is not None:
         hf_config = {**hf_config, "_name_or_path": path}
-    base = replace(base_of(directory, context), path=path) if plan.adapter and directory and path else None
-    _load(engine, checkpoint, origin, base, context)
-    return Built(engine, hf_config, base)
+    base = replace(read_base_weights(directory, context), path=path) if plan.adapter and directory and path else None
+    _load_state(engine, checkpoint, origin, base, context)
+    return BuiltModel(engine, hf_config, base)
 
 
 def _check_device(config: Config, context: RunContext) -> None:
@@ -62,23 +83,23 @@ def _check_device(config: Config, context: RunContext) -> None:
     if not gpu and config.model.attention in {"flash_attention_2", "flex_attention"}:
         raise PlanError(f"model.attention = {config.model.attention} needs a GPU: use sdpa or eager here")
     if config.model.lora is not None and config.model.lora.quantize is not None:
-        missing = what_four_bits_lack(gpu=gpu)
+        missing = find_quantization_problem(gpu=gpu)
         if missing:
             raise PlanError(f"model.lora.quantize = {config.model.lora.quantize}: {missing}")
 
 
-def _engine(
-    config: Config, plan: Plan, context: RunContext, path: str | None, origin: Checkpoint | None
+def _build_engine(
+    config: Config, plan: Plan, context: RunContext, path: str | None, origin: CheckpointReader | None
 ) -> tuple[Engine, Mapping[str, Any]]:
     """The model under DeepSpeed, with the weights at `path` if there is one, else those of `origin` later."""
     model_section = config.model
     loads = model_section.path is not None or model_section.init_from is not None
     quantize = plan.adapter is not None and plan.adapter.quantize is not None
     if path is not None:
-        check_weights(path, plan.hf_config["model_type"])
-    with partitioned(plan.deepspeed):
+        check_pretrained_weights(path, plan.hf_config["model_type"])
+    with zero3_init(plan.deepspeed):
         model = build_model(
-            _as_trained(origin, plan) if origin and loads else plan.hf_config,
+            _get_trained_hf_config(origin, plan) if origin and loads else plan.hf_config,
             precision=plan.precision,
             attention=model_section.attention,
             path=path,
@@ -86,10 +107,10 @@ def _engine(
             four_bits_on=context.device if quantize else None,
         )
         if path is not None and model_section.grow_vocabulary is not None:
-            grow_vocabulary(model, model_section.grow_vocabulary, whole_parameter)
-        check_size(model, plan.parameters, model_section.name)
+            resize_embeddings(model, model_section.grow_vocabulary, gathered_parameter)
+        check_parameter_count(model, plan.parameters, model_section.name)
         if origin is None and path is None:
-            initialize(model, config.run.seed, whole_parameter)
+            initialize_weights(model, config.run.seed, gathered_parameter)
         hf_config = model.config.to_dict()  # type: ignore[union-attr, operator]
         hf_config.pop("quantization_config", None)  # of these ranks, not of the weights
         module = LossModule(model, model_section.loss_chunk)
@@ -103,23 +124,27 @@ def _add_adapters(module: LossModule, model: nn.Module, config: Config, plan: Pl
     from llm_training_toolkit.models.lora import add_adapters  # peft takes over a second to import
 
     dtype = DTYPES[plan.precision]
-    add_adapters(model, plan.adapter, seed=config.run.seed, dtype=dtype, draws=module.draws)
+    add_adapters(model, plan.adapter, seed=config.run.seed, dtype=dtype, draws=module.batch_position)
 
 
-def _load(
-    engine: Engine, checkpoint: Checkpoint | None, origin: Checkpoint | None, base: Base | None, context: RunContext
+def _load_state(
+    engine: Engine,
+    checkpoint: CheckpointReader | None,
+    origin: CheckpointReader | None,
+    base: BaseWeights | None,
+    context: RunContext,
 ) -> None:
     """Bring the engine to where the run goes on: its own checkpoint, or the weights of another run."""
     if checkpoint is not None:
         if base is not None:
-            refuse_other_base(Base.from_json(checkpoint.manifest.extra["base"]), base)
-        restore(engine, checkpoint, pulse=context.pulse)
+            check_base_matches(BaseWeights.from_json(checkpoint.manifest.extra["base"]), base)
+        restore_engine(engine, checkpoint, pulse=context.heartbeat)
         context.report({"kind": "note", "message": f"resuming from {checkpoint.directory.name}"})
     elif origin is not None:
-        _load_of_another_run(engine, origin, context)
+        _load_initial_weights(engine, origin, context)
 
 
-def _as_trained(origin: Checkpoint, plan: Plan) -> dict[str, Any]:
+def _get_trained_hf_config(origin: CheckpointReader, plan: Plan) -> dict[str, Any]:
     """The configuration that a checkpoint's weights were trained with: the plan has the size's, and published weights
     may differ from it in what no parameter shows, such as their rotary positions.
     """
@@ -130,16 +155,16 @@ def _as_trained(origin: Checkpoint, plan: Plan) -> dict[str, Any]:
     return values
 
 
-def _other_run(config: Config, plan: Plan, context: RunContext) -> Checkpoint | None:
+def _find_initial_checkpoint(config: Config, plan: Plan, context: RunContext) -> CheckpointReader | None:
     """The checkpoint of another run whose weights this one begins with, where its model is trained whole."""
     if config.model.init_from is None or plan.adapter is not None:
         return None
-    return _newest_of(config.model.init_from, context)
+    return _find_source_checkpoint(config.model.init_from, context)
 
 
-def _load_of_another_run(engine: Engine, origin: Checkpoint, context: RunContext) -> None:
+def _load_initial_weights(engine: Engine, origin: CheckpointReader, context: RunContext) -> None:
     try:
-        restore(engine, origin, optimizer=False, pulse=context.pulse)
+        restore_engine(engine, origin, optimizer=False, pulse=context.heartbeat)
     except FileNotFoundError as error:
         raise CheckpointError(
             f"model.init_from: {origin.directory} has gone while it was read: that run still trains, and has deleted "
@@ -147,19 +172,22 @@ def _load_of_another_run(engine: Engine, origin: Checkpoint, context: RunContext
         ) from error
 
 
-def _newest_of(init_from: str, context: RunContext) -> Checkpoint:
+def _find_source_checkpoint(init_from: str, context: RunContext) -> CheckpointReader:
     """The newest checkpoint of another run that trained its model whole: rank 0's, as that run may be going on."""
-    run = run_of(Path(init_from).expanduser())
-    if _trained_adapters(run):
+    run = find_run(Path(init_from).expanduser())
+    if _has_trained_adapters(run):
         raise CheckpointError(
             f"model.init_from = {init_from}: that run trained adapters. Train adapters here, too (model.lora), or "
             f"merge them, `ltt export {init_from} --merge`, and give the result as model.path"
         )
-    source = context.broadcast(newest(run.checkpoints) if context.is_first else None)
+    source = context.broadcast_object(find_latest_checkpoint(run.checkpoints_dir) if context.is_rank_zero else None)
     if source is None:
         raise CheckpointError(f"model.init_from = {init_from}: that run has no complete checkpoint")
-    return Checkpoint(source)
+    return CheckpointReader(source)
 
 
-def _trained_adapters(run: RunDirectory) -> bool:
-    return from_json(run.resolved.read_text(), where=str(run.resolved)).model.lora is not None
+def _has_trained_adapters(run: RunDirectory) -> bool:
+    return (
+        parse_config_json(run.resolved_config_path.read_text(), where=str(run.resolved_config_path)).model.lora
+        is not None
+    )

@@ -13,17 +13,17 @@ import torch
 from llm_training_toolkit.config import Config
 from llm_training_toolkit.distributed.context import RunContext
 from llm_training_toolkit.errors import LaunchError
-from llm_training_toolkit.worker.spec import Place
+from llm_training_toolkit.worker.spec import WorkerSpec
 
 _NODES_NAMED = 4
 """Nodes that the line at the start names; of more it says how many, and the attempt's file has all."""
-_SLICE = "MIG-"
+_MIG_PREFIX = "MIG-"
 """How CUDA_VISIBLE_DEVICES names a slice of a GPU, which has a memory and processors of its own."""
 K = TypeVar("K", bound=Hashable)
 
 
 @dataclass(frozen=True)
-class Seat:
+class RankPlacement:
     """A rank's node and device."""
 
     node: str
@@ -40,7 +40,7 @@ class Seat:
     """That this process may use."""
 
     @property
-    def kind(self) -> str:
+    def device_type(self) -> str:
         """`cpu` or `cuda`."""
         return self.device.partition(":")[0]
 
@@ -49,38 +49,40 @@ class Seat:
         return asdict(self)
 
 
-def take_seats(place: Place, context: RunContext) -> list[Seat]:
+def check_placement(place: WorkerSpec, context: RunContext) -> list[RankPlacement]:
     """Where every rank sits, by rank; rank 0 says it in few words. Collective.
 
     Raises LaunchError, on every rank, where two ranks share a device, or compute on another kind than was asked for.
     """
-    seats = context.gather(_seat(place, context.device))
-    wrong = wrong_with(seats, place.config.cluster.gpus_per_worker)
+    seats = context.all_gather_object(_find_own_placement(place, context.device))
+    wrong = find_placement_problem(seats, place.config.cluster.gpus_per_worker)
     if wrong:
         raise LaunchError(wrong)
-    if context.is_first and context.world_size > 1:
-        context.report({"kind": "note", "message": in_words(seats)})
-        for message in doubts(seats, place.config):
+    if context.is_rank_zero and context.world_size > 1:
+        context.report({"kind": "note", "message": format_placement(seats)})
+        for message in find_placement_warnings(seats, place.config):
             context.report({"kind": "warning", "message": message})
     return seats
 
 
-def _seat(place: Place, device: torch.device) -> Seat:
+def _find_own_placement(place: WorkerSpec, device: torch.device) -> RankPlacement:
     model = unit = ""
     if device.type == "cuda":
         facts = torch.cuda.get_device_properties(device)
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
         named = visible[device.index or 0] if len(visible) > (device.index or 0) else ""
-        model, unit = facts.name, named if named.startswith(_SLICE) else str(facts.uuid)
+        model, unit = facts.name, named if named.startswith(_MIG_PREFIX) else str(facts.uuid)
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    return Seat(place.node, place.machine, local_rank, str(device), model, unit, len(os.sched_getaffinity(0)))
+    return RankPlacement(place.node, place.machine, local_rank, str(device), model, unit, len(os.sched_getaffinity(0)))
 
 
-def wrong_with(seats: Sequence[Seat], gpus_per_worker: int | str) -> str:
+def find_placement_problem(seats: Sequence[RankPlacement], gpus_per_worker: int | str) -> str:
     """Why ranks must not work on these devices, and what to do; empty where they may."""
-    kinds: Mapping[str, Sequence[int]] = _grouped([seat.kind for seat in seats])
+    kinds: Mapping[str, Sequence[int]] = _group_ranks([seat.device_type for seat in seats])
     if len(kinds) > 1:
-        on = "; ".join(f"{_ranks(ranks)} on {kind} (node {_nodes(seats, ranks)})" for kind, ranks in kinds.items())
+        on = "; ".join(
+            f"{_format_ranks(ranks)} on {kind} (node {_format_nodes(seats, ranks)})" for kind, ranks in kinds.items()
+        )
         return (
             f"the ranks compute on devices of different kinds: {on}. Where it is cpu, torch finds no GPU: `nvidia-smi` "
             "there says whether the driver sees one. Or train on CPU everywhere: cluster.gpus_per_worker=0"
@@ -89,31 +91,32 @@ def wrong_with(seats: Sequence[Seat], gpus_per_worker: int | str) -> str:
     if asked is not None and asked not in kinds:
         return f"cluster.gpus_per_worker = {gpus_per_worker}, but the ranks compute on {next(iter(kinds))}"
     remedy = "let Ray or torchrun alone set CUDA_VISIBLE_DEVICES and LOCAL_RANK (cluster.env must not)"
-    for unit, ranks in _grouped([seat.unit for seat in seats]).items():
+    for unit, ranks in _group_ranks([seat.unit for seat in seats]).items():
         if unit and len(ranks) > 1:
             one = seats[ranks[0]]
             return (
-                f"{_ranks(ranks)} share one GPU, {one.model} {unit} of node {one.node}: start no more ranks there than "
+                f"{_format_ranks(ranks)} share one GPU, {one.model} {unit} of node {one.node}: start no more "
+                "ranks there than "
                 f"it has GPUs, and {remedy}"
             )
-    numbers = _grouped([(seat.machine, seat.node, seat.local_rank) for seat in seats])
+    numbers = _group_ranks([(seat.machine, seat.node, seat.local_rank) for seat in seats])
     for (_, node, local_rank), ranks in numbers.items():
         if len(ranks) > 1:
-            return f"{_ranks(ranks)} all have LOCAL_RANK = {local_rank} on node {node}: {remedy}"
+            return f"{_format_ranks(ranks)} all have LOCAL_RANK = {local_rank} on node {node}: {remedy}"
     return ""
 
 
-def doubts(seats: Sequence[Seat], config: Config) -> list[str]:
+def find_placement_warnings(seats: Sequence[RankPlacement], config: Config) -> list[str]:
     """What makes the ranks slow, though not wrong."""
     said = []
-    models = _grouped([seat.model for seat in seats])
+    models = _group_ranks([seat.model for seat in seats])
     if len(models) > 1:
-        on = ", ".join(f"{_ranks(ranks)} on {model}" for model, ranks in models.items())
+        on = ", ".join(f"{_format_ranks(ranks)} on {model}" for model, ranks in models.items())
         said.append(f"GPUs of several models: {on}. Every step takes as long as on the slowest, with equal shares")
     each = config.cluster.cpus_per_worker
-    for node, ranks in _grouped([seat.node for seat in seats]).items():
+    for node, ranks in _group_ranks([seat.node for seat in seats]).items():
         cores = max(seats[rank].cores for rank in ranks)
-        if seats[ranks[0]].kind == "cpu" and len(ranks) * each > cores:
+        if seats[ranks[0]].device_type == "cpu" and len(ranks) * each > cores:
             said.append(
                 f"node {node} has {cores} cores for {len(ranks)} ranks with {each} threads each, which take turns: "
                 "Ray was told of more (`ray start --num-cpus`)"
@@ -121,29 +124,31 @@ def doubts(seats: Sequence[Seat], config: Config) -> list[str]:
     return said
 
 
-def in_words(seats: Sequence[Seat]) -> str:
+def format_placement(seats: Sequence[RankPlacement]) -> str:
     """`ranks 0 to 7 on node a (cuda:0 to cuda:7), ranks 8 to 15 on node b (…), each NVIDIA H100`."""
-    nodes = _grouped([seat.node for seat in seats])
+    nodes = _group_ranks([seat.node for seat in seats])
     models = sorted({seat.model for seat in seats} - {""})
     each = f", each {models[0]}" if len(models) == 1 else ""
     if len(nodes) > _NODES_NAMED:
         sizes = Counter(len(ranks) for ranks in nodes.values())
         many = ", ".join(f"{number} nodes with {size} each" for size, number in sorted(sizes.items(), reverse=True))
-        return f"{len(seats)} ranks: {many}, on {seats[0].kind}{each}; which is where is in the attempt's file"
-    placed = [f"{_ranks(ranks)} on node {node} ({_devices(seats, ranks)})" for node, ranks in nodes.items()]
+        return f"{len(seats)} ranks: {many}, on {seats[0].device_type}{each}; which is where is in the attempt's file"
+    placed = [
+        f"{_format_ranks(ranks)} on node {node} ({_format_devices(seats, ranks)})" for node, ranks in nodes.items()
+    ]
     return f"{', '.join(placed)}{each}"
 
 
-def _devices(seats: Sequence[Seat], ranks: Sequence[int]) -> str:
+def _format_devices(seats: Sequence[RankPlacement], ranks: Sequence[int]) -> str:
     found = list(dict.fromkeys(seats[rank].device for rank in ranks))
     return found[0] if len(found) == 1 else f"{found[0]} to {found[-1]}"
 
 
-def _nodes(seats: Sequence[Seat], ranks: Sequence[int]) -> str:
+def _format_nodes(seats: Sequence[RankPlacement], ranks: Sequence[int]) -> str:
     return ", ".join(dict.fromkeys(seats[rank].node for rank in ranks))
 
 
-def _ranks(ranks: Sequence[int]) -> str:
+def _format_ranks(ranks: Sequence[int]) -> str:
     """`rank 3`, `ranks 0 and 2`, `ranks 0 to 7`."""
     if len(ranks) == 1:
         return f"rank {ranks[0]}"
@@ -152,7 +157,7 @@ def _ranks(ranks: Sequence[int]) -> str:
     return f"ranks {', '.join(map(str, ranks[:-1]))} and {ranks[-1]}"
 
 
-def _grouped(keys: Sequence[K]) -> dict[K, list[int]]:
+def _group_ranks(keys: Sequence[K]) -> dict[K, list[int]]:
     """The ranks of every key, in the order in which keys first appear."""
     found: defaultdict[K, list[int]] = defaultdict(list)
     for rank, key in enumerate(keys):

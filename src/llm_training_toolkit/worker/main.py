@@ -15,84 +15,90 @@ from typing import Any
 
 import torch
 
-from llm_training_toolkit.checkpoint import Checkpoint, Rule
-from llm_training_toolkit.checkpoint.manager import CheckpointSaver, Lineage
-from llm_training_toolkit.checkpoint.restore import newest_sound
-from llm_training_toolkit.checkpoint.state import Progress
+from llm_training_toolkit.checkpoint import CheckpointReader, RetentionPolicy
+from llm_training_toolkit.checkpoint.manager import CheckpointLineage, CheckpointManager
+from llm_training_toolkit.checkpoint.restore import find_latest_valid_checkpoint
+from llm_training_toolkit.checkpoint.state import TrainState
 from llm_training_toolkit.config import Config
 from llm_training_toolkit.config.run_identity import fingerprint
-from llm_training_toolkit.data.dataloader import Feed
-from llm_training_toolkit.data.prepare.epochs import facts_of, newest_receipt
-from llm_training_toolkit.data.sample_log import Ledger
+from llm_training_toolkit.data.dataloader import DataLoader
+from llm_training_toolkit.data.prepare.epochs import build_data_facts, read_latest_dataset_info
+from llm_training_toolkit.data.sample_log import SampleLog
 from llm_training_toolkit.distributed.context import RunContext
-from llm_training_toolkit.distributed.heartbeat import UNLIMITED
-from llm_training_toolkit.evaluation.in_training import Midway
-from llm_training_toolkit.export.export_run import Trained
+from llm_training_toolkit.distributed.heartbeat import NO_TIMEOUT
+from llm_training_toolkit.evaluation.in_training import InTrainingEvaluator
+from llm_training_toolkit.export.export_run import TrainedRun
 from llm_training_toolkit.models.memory import is_out_of_memory
-from llm_training_toolkit.monitoring.logs import redirect
+from llm_training_toolkit.monitoring.logs import redirect_output
 from llm_training_toolkit.monitoring.metrics import Metrics
-from llm_training_toolkit.plan import Plan, make_plan, require
-from llm_training_toolkit.runs.attempts import end_attempt, fail_attempt, mark_out_of_memory, note_in_attempt
-from llm_training_toolkit.runs.directory import environment, write_atomically
-from llm_training_toolkit.runs.goodput import Account, Carried, carried
-from llm_training_toolkit.runs.storage import storage_of
-from llm_training_toolkit.train.components import Parts
-from llm_training_toolkit.train.loop import train
-from llm_training_toolkit.worker.build import Built, build
-from llm_training_toolkit.worker.devices import Seat, take_seats
-from llm_training_toolkit.worker.finish import finish
-from llm_training_toolkit.worker.micro_batch import after_out_of_memory, fit_into_memory, load_of
+from llm_training_toolkit.plan import Plan, check_plan, make_plan
+from llm_training_toolkit.runs.attempts import end_attempt, fail_attempt, mark_out_of_memory, update_attempt
+from llm_training_toolkit.runs.directory import collect_environment, write_atomically
+from llm_training_toolkit.runs.goodput import GoodputState, GoodputTracker, load_goodput_state
+from llm_training_toolkit.runs.storage import find_storage
+from llm_training_toolkit.train.components import TrainerComponents
+from llm_training_toolkit.train.loop import run_training_loop
+from llm_training_toolkit.worker.build import BuiltModel, build_run_model
+from llm_training_toolkit.worker.devices import RankPlacement, check_placement
+from llm_training_toolkit.worker.finish import finish_run
+from llm_training_toolkit.worker.micro_batch import (
+    build_out_of_memory_error,
+    describe_memory_load,
+    resolve_memory_settings,
+)
 from llm_training_toolkit.worker.precision import resolve_precision
-from llm_training_toolkit.worker.spec import Place
+from llm_training_toolkit.worker.spec import WorkerSpec
 
 
-def work(place: Place, context: RunContext) -> dict[str, Any]:
+def run_worker(place: WorkerSpec, context: RunContext) -> dict[str, Any]:
     """Take part in the run until it finishes or stops; `{"status", "step"}` comes back on every rank.
 
     Raises SmallerMicroBatch when memory ran out and the next attempt will take less.
     """
-    seats = take_seats(place, context)
+    seats = check_placement(place, context)
     asked, precision_note = resolve_precision(place, context)
-    place, memory_notes = fit_into_memory(asked, context)
-    attempt, account = _begin(place, context, asked.config, seats)
+    place, memory_notes = resolve_memory_settings(asked, context)
+    attempt, account = _begin_attempt(place, context, asked.config, seats)
     try:
-        parts = _build(place, context, attempt, account, (*precision_note, *memory_notes))
-        status, step = _train(parts, place, asked.config)
+        parts = _build_components(place, context, attempt, account, (*precision_note, *memory_notes))
+        status, step = _train_and_finish(parts, place, asked.config)
     except Exception as error:  # the edge of a rank: whatever ends it is written down, and goes on
         # A disk that is full must not hide the error that says so.
         with suppress(OSError, ValueError):
-            storage_of(place.run.path).look(place.run.attempts)
+            find_storage(place.run.path).refresh_directory(place.run.attempts_dir)
             fail_attempt(place.run, attempt, f"rank {context.rank}: {type(error).__name__}: {error}")
         raise
-    if context.is_first:
+    if context.is_rank_zero:
         end_attempt(place.run, attempt, status, step=step)
-    context.pulse.finish()
+    context.heartbeat.mark_done()
     return {"status": status, "step": step}
 
 
-def _train(parts: Parts, place: Place, asked: Config) -> tuple[str, int]:
+def _train_and_finish(parts: TrainerComponents, place: WorkerSpec, asked: Config) -> tuple[str, int]:
     context = parts.context
     try:
-        status, progress = train(parts)
+        status, progress = run_training_loop(parts)
     except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
             mark_out_of_memory(place.run, parts.attempt)
-            raise after_out_of_memory(asked, place.config, context.world_size) from error
+            raise build_out_of_memory_error(asked, place.config, context.world_size) from error
         raise
-    if status == "finished" and place.config.export.at_end and context.is_first:
-        context.pulse.mark("exporting", UNLIMITED)
-        parts.account.enter("checkpoint")
-        finish(Trained(place.run, place.config, place.receipt), metrics=parts.metrics, context=context)
-    parts.metrics.write(progress.step, parts.account.values())
+    if status == "finished" and place.config.export.at_end and context.is_rank_zero:
+        context.heartbeat.set_phase("exporting", NO_TIMEOUT)
+        parts.goodput_tracker.enter_part("checkpoint")
+        finish_run(TrainedRun(place.run, place.config, place.receipt), metrics=parts.metrics, context=context)
+    parts.metrics.write(progress.step, parts.goodput_tracker.compute_metrics())
     parts.metrics.close()
     return status, progress.step
 
 
-def _begin(place: Place, context: RunContext, asked: Config, seats: Sequence[Seat]) -> tuple[int, Account]:
+def _begin_attempt(
+    place: WorkerSpec, context: RunContext, asked: Config, seats: Sequence[RankPlacement]
+) -> tuple[int, GoodputTracker]:
     """Agree on the attempt's number, send the output of libraries to its log, get the process ready."""
     config = place.config
-    so_far = carried(place.run, place.began) if context.is_first else Carried({}, 0)
-    processes = context.gather(os.getpid())
+    so_far = load_goodput_state(place.run, place.began) if context.is_rank_zero else GoodputState({}, 0)
+    processes = context.all_gather_object(os.getpid())
     facts = {
         "host": socket.gethostname(),
         "pid": os.getpid(),
@@ -102,68 +108,70 @@ def _begin(place: Place, context: RunContext, asked: Config, seats: Sequence[Sea
         "micro_batch": config.train.micro_batch,
         "asked": asked.train.micro_batch,
         "zero": config.engine.zero,
-        "load": load_of(asked, context),
+        "load": describe_memory_load(asked, context),
         "began": place.began,
         "group_began": place.group_began,
-        "reached": so_far.reached,
+        "reached": so_far.last_completed_step,
     }
-    attempt = context.broadcast(storage_of(place.run.path).begin_attempt(facts) if context.is_first else 0)
-    redirect(place.run.logs(attempt) / f"rank_{context.rank}.log")
+    attempt = context.broadcast_object(find_storage(place.run.path).begin_attempt(facts) if context.is_rank_zero else 0)
+    redirect_output(place.run.get_log_dir(attempt) / f"rank_{context.rank}.log")
     torch.set_num_threads(config.cluster.cpus_per_worker)
     if config.run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(mode=True)
-    return attempt, so_far.open(place.began)
+    return attempt, so_far.start_tracker(place.began)
 
 
-def _build(place: Place, context: RunContext, attempt: int, account: Account, resolved: Sequence[str]) -> Parts:
+def _build_components(
+    place: WorkerSpec, context: RunContext, attempt: int, account: GoodputTracker, resolved: Sequence[str]
+) -> TrainerComponents:
     run, config = place.run, place.config
-    context.pulse.mark("looking for a checkpoint")
-    checkpoint = newest_sound(run, context)
-    done = _progress(checkpoint)
-    if context.is_first:
-        note_in_attempt(run, attempt, resumed=checkpoint.directory.name if checkpoint else None)
-    facts = facts_of(place.receipt, done.step, done.sequences)
-    plan = require(make_plan(config, facts, replicas=context.world_size)).with_notes(resolved)
-    if context.is_first:
-        write_atomically(run.plan, json.dumps(plan.to_json(), indent=1))  # with what `auto` has become
-    context.pulse.mark("building the model and loading its state")
-    built = build(place, plan, context, checkpoint)
-    context.pulse.mark("opening the data")
-    lineage = Lineage(
+    context.heartbeat.set_phase("looking for a checkpoint")
+    checkpoint = find_latest_valid_checkpoint(run, context)
+    done = _get_train_state(checkpoint)
+    if context.is_rank_zero:
+        update_attempt(run, attempt, resumed=checkpoint.directory.name if checkpoint else None)
+    facts = build_data_facts(place.receipt, done.step, done.sequences)
+    plan = check_plan(make_plan(config, facts, replicas=context.world_size)).with_notes(resolved)
+    if context.is_rank_zero:
+        write_atomically(run.plan_path, json.dumps(plan.to_json(), indent=1))  # with what `auto` has become
+    context.heartbeat.set_phase("building the model and loading its state")
+    built = build_run_model(place, plan, context, checkpoint)
+    context.heartbeat.set_phase("opening the data")
+    lineage = CheckpointLineage(
         attempt=attempt,
         parent=checkpoint.directory.name if checkpoint else None,
         zero=plan.zero,
         threads=torch.get_num_threads(),
         config_fingerprint=fingerprint(config),
         data_fingerprint=place.receipt.fingerprint,
-        versions=environment()["versions"],
-        extra=_extra(built, plan),
+        versions=collect_environment()["versions"],
+        extra=_build_manifest_extra(built, plan),
     )
-    _warn_of_other_bits(checkpoint, lineage, context)
-    saver = CheckpointSaver(
+    _warn_of_rounding_changes(checkpoint, lineage, context)
+    saver = CheckpointManager(
         run,
         context,
         built.engine,
         lineage,
         every_steps=plan.save_every_steps,
         every_seconds=plan.save_every_seconds,
-        rule=Rule(config.checkpoint.keep, config.checkpoint.keep_every, config.checkpoint.keep_best),
+        rule=RetentionPolicy(config.checkpoint.keep, config.checkpoint.keep_every, config.checkpoint.keep_best),
     )
     metrics = Metrics(run, attempt, done.step, context)
-    metrics.text(done.step, "configuration", f"```json\n{run.resolved.read_text()}\n```")
+    metrics.add_text(done.step, "configuration", f"```json\n{run.resolved_config_path.read_text()}\n```")
     origin = (done.step, done.sequences)
-    feed = Feed(
+    feed = DataLoader(
         place.receipt,
         global_batch=plan.global_batch,
         epochs=config.train.epochs,
         origin=origin,
-        newest=partial(newest_receipt, run),
-        ledger=Ledger(run.ledger, attempt, context.rank) if config.failures.ledger else None,
+        newest=partial(read_latest_dataset_info, run),
+        ledger=SampleLog(run.sample_log_dir, attempt, context.rank) if config.failures.ledger else None,
     )
-    return Parts(
+    return TrainerComponents(
         plan,
-        plan.schedule(),
+        plan.build_lr_schedule(),
         config.run.seed,
         context,
         built.engine,
@@ -171,30 +179,32 @@ def _build(place: Place, context: RunContext, attempt: int, account: Account, re
         saver,
         metrics,
         attempt=attempt,
-        account=account,
-        origin=done,
-        midway=Midway(Trained(run, config, place.receipt), metrics=metrics, context=context),
+        goodput_tracker=account,
+        initial_state=done,
+        in_training_tasks=InTrainingEvaluator(TrainedRun(run, config, place.receipt), metrics=metrics, context=context),
         on_spike=config.failures.on_spike,
     )
 
 
-def _extra(built: Built, plan: Plan) -> dict[str, Any]:
+def _build_manifest_extra(built: BuiltModel, plan: Plan) -> dict[str, Any]:
     """What a manifest says of the model beside its weights."""
     extra = {"hf_config": built.hf_config, "micro_batch": plan.micro_batch}
     return extra if built.base is None else extra | {"base": built.base.to_json()}
 
 
-def _progress(checkpoint: Checkpoint | None) -> Progress:
+def _get_train_state(checkpoint: CheckpointReader | None) -> TrainState:
     """Where a run goes on."""
     if checkpoint is None:
-        return Progress()
+        return TrainState()
     manifest = checkpoint.manifest
-    return Progress(manifest.step, manifest.tokens, manifest.sequences, manifest.skips, manifest.recent)
+    return TrainState(manifest.step, manifest.tokens, manifest.sequences, manifest.skips, manifest.recent)
 
 
-def _warn_of_other_bits(checkpoint: Checkpoint | None, lineage: Lineage, context: RunContext) -> None:
+def _warn_of_rounding_changes(
+    checkpoint: CheckpointReader | None, lineage: CheckpointLineage, context: RunContext
+) -> None:
     """Say when the continuation cannot be bit for bit: rounding depends on ranks, threads, micro-batch and stage."""
-    if checkpoint is None or not context.is_first:
+    if checkpoint is None or not context.is_rank_zero:
         return
     manifest = checkpoint.manifest
     before = (manifest.world_size, manifest.threads, manifest.extra["micro_batch"], manifest.zero)

@@ -22,19 +22,19 @@ from llm_training_toolkit.config import Config
 from llm_training_toolkit.distributed.context import RunContext
 from llm_training_toolkit.errors import TrainingError
 from llm_training_toolkit.plan import (
-    checkpoint_copy,
-    fitting_micro_batch,
-    fitting_zero_stage,
-    higher_zero_stage,
+    compute_checkpoint_copy_bytes,
+    find_fitting_micro_batch,
+    find_fitting_zero_stage,
+    find_higher_zero_stage,
+    find_smaller_micro_batch,
     make_plan,
-    settled,
-    smaller_micro_batch,
+    with_micro_batch,
     with_zero_stage,
 )
-from llm_training_toolkit.runs.attempts import attempt_record, last_attempt, ran_out_of_memory
+from llm_training_toolkit.runs.attempts import find_last_attempt, has_run_out_of_memory, read_attempt_record
 from llm_training_toolkit.runs.directory import RunDirectory
-from llm_training_toolkit.runs.metrics_log import newest_rows
-from llm_training_toolkit.worker.spec import Place
+from llm_training_toolkit.runs.metrics_log import read_newest_rows
+from llm_training_toolkit.worker.spec import WorkerSpec
 
 _CGROUPS = Path("/sys/fs/cgroup")
 
@@ -50,12 +50,12 @@ class MemorySettings:
     zero: int
     micro_batch: int
 
-    def of(self, config: Config) -> Config:
+    def apply_to_config(self, config: Config) -> Config:
         """The configuration with these settings."""
-        return settled(with_zero_stage(config, self.zero), self.micro_batch)
+        return with_micro_batch(with_zero_stage(config, self.zero), self.micro_batch)
 
 
-def load_of(config: Config, context: RunContext) -> dict[str, Any]:
+def describe_memory_load(config: Config, context: RunContext) -> dict[str, Any]:
     """What the memory of a device depends on, the micro-batch apart; `engine.zero` as it was asked for."""
     return {
         "workers": context.world_size,
@@ -68,7 +68,7 @@ def load_of(config: Config, context: RunContext) -> dict[str, Any]:
     }
 
 
-def fit_into_memory(place: Place, context: RunContext) -> tuple[Place, tuple[str, ...]]:
+def resolve_memory_settings(place: WorkerSpec, context: RunContext) -> tuple[WorkerSpec, tuple[str, ...]]:
     """Numbers for `engine.zero` and `train.micro_batch`, the same on every rank, and what the plan says of them.
 
     Collective.
@@ -76,62 +76,66 @@ def fit_into_memory(place: Place, context: RunContext) -> tuple[Place, tuple[str
     config = place.config
     if config.train.micro_batch != "auto" and config.engine.zero != "auto":
         return place, ()
-    free = min(context.gather(_free_share(context)))
-    found = context.broadcast(_choose(place.run, config, context, free) if context.is_first else None)
+    free = min(context.all_gather_object(_measure_free_memory(context)))
+    found = context.broadcast_object(
+        _choose_settings(place.run, config, context, free) if context.is_rank_zero else None
+    )
     assert found is not None, "rank 0 chooses"
     settings, said = found
-    return replace(place, config=settings.of(config)), said
+    return replace(place, config=settings.apply_to_config(config)), said
 
 
-def _choose(
+def _choose_settings(
     run: RunDirectory, config: Config, context: RunContext, free: float
 ) -> tuple[MemorySettings, tuple[str, ...]]:
-    before = _from_attempts(run, config, context)
+    before = _find_previous_settings(run, config, context)
     if before is not None:
-        said = (*_stage_as_before(config, before), *_rows_as_before(config, before))
+        said = (*_format_kept_stage(config, before), *_format_kept_micro_batch(config, before))
         settings = before
     else:
         if context.device.type == "cpu":  # where the copy of a checkpoint that is being written lies as well
-            free -= checkpoint_copy(make_plan(config).trainable_parameters, context.world_size)
-        settings, said = _by_the_estimate(config, context.world_size, free)
+            free -= compute_checkpoint_copy_bytes(make_plan(config).trainable_parameters, context.world_size)
+        settings, said = _estimate_settings(config, context.world_size, free)
     for message in said:
         context.report({"kind": "note", "message": message})
     return settings, said
 
 
-def _by_the_estimate(config: Config, workers: int, free: float) -> tuple[MemorySettings, tuple[str, ...]]:
+def _estimate_settings(config: Config, workers: int, free: float) -> tuple[MemorySettings, tuple[str, ...]]:
     said: list[str] = []
     if config.engine.zero == "auto":
-        stage = fitting_zero_stage(config, workers, free)
+        stage = find_fitting_zero_stage(config, workers, free)
         config = with_zero_stage(config, int(stage.value))
         said.append(str(stage))
     rows = config.train.micro_batch
     if rows == "auto":
-        rows = fitting_micro_batch(config, workers, free)
+        rows = find_fitting_micro_batch(config, workers, free)
         said.append(f"micro-batches of {rows}: by the estimate they fit into the {free / 1e9:.3g} GB a worker has free")
     return MemorySettings(int(config.engine.zero), rows), tuple(said)
 
 
-def _stage_as_before(config: Config, before: MemorySettings) -> tuple[str, ...]:
+def _format_kept_stage(config: Config, before: MemorySettings) -> tuple[str, ...]:
     return (f"engine.zero = {before.zero} (auto): as before",) if config.engine.zero == "auto" else ()
 
 
-def _rows_as_before(config: Config, before: MemorySettings) -> tuple[str, ...]:
+def _format_kept_micro_batch(config: Config, before: MemorySettings) -> tuple[str, ...]:
     return (f"micro-batches of {before.micro_batch}: as before",) if config.train.micro_batch == "auto" else ()
 
 
-def _from_attempts(run: RunDirectory, config: Config, context: RunContext) -> MemorySettings | None:
+def _find_previous_settings(run: RunDirectory, config: Config, context: RunContext) -> MemorySettings | None:
     """What the newest attempt under the same load teaches; None where there is none."""
-    load = load_of(config, context)
-    for number in range(last_attempt(run), 0, -1):
-        record = attempt_record(run, number)
+    load = describe_memory_load(config, context)
+    for number in range(find_last_attempt(run), 0, -1):
+        record = read_attempt_record(run, number)
         if record.get("load") != load or "zero" not in record:
             continue
         tried, given = MemorySettings(int(record["zero"]), int(record["micro_batch"])), config.train.micro_batch
         least = MemorySettings(tried.zero, 1 if given == "auto" else given)
-        killed = number == last_attempt(run) and context.device.type == "cpu" and _died_before_a_step(run, record)
-        if killed or ran_out_of_memory(run, number):
-            return _less_memory(config, tried, context.world_size) or least
+        killed = (
+            number == find_last_attempt(run) and context.device.type == "cpu" and _died_before_first_step(run, record)
+        )
+        if killed or has_run_out_of_memory(run, number):
+            return _find_smaller_settings(config, tried, context.world_size) or least
         if given != "auto":
             return least
         if record["asked"] == "auto":  # a number that somebody asked for once is not ours to keep
@@ -139,35 +143,35 @@ def _from_attempts(run: RunDirectory, config: Config, context: RunContext) -> Me
     return None
 
 
-def _less_memory(asked: Config, tried: MemorySettings, workers: int) -> MemorySettings | None:
+def _find_smaller_settings(asked: Config, tried: MemorySettings, workers: int) -> MemorySettings | None:
     """The settings to try after `tried` did not fit, of those that were asked for as `auto`; None = there are none."""
-    taken = tried.of(asked)
-    rows = smaller_micro_batch(taken, workers, tried.micro_batch) if asked.train.micro_batch == "auto" else 0
+    taken = tried.apply_to_config(asked)
+    rows = find_smaller_micro_batch(taken, workers, tried.micro_batch) if asked.train.micro_batch == "auto" else 0
     if rows:
         return MemorySettings(tried.zero, rows)
-    stage = higher_zero_stage(taken, workers) if asked.engine.zero == "auto" else None
+    stage = find_higher_zero_stage(taken, workers) if asked.engine.zero == "auto" else None
     return None if stage is None else MemorySettings(stage, tried.micro_batch)
 
 
-def _died_before_a_step(run: RunDirectory, record: Mapping[str, Any]) -> bool:
+def _died_before_first_step(run: RunDirectory, record: Mapping[str, Any]) -> bool:
     """Whether an attempt was killed before its first step: on CPU the system's answer to too much memory."""
     kind = record.get("failure", {}).get("kind")
     killed = kind in {"killed", "out of memory"} if kind else record["state"] in {"running", "lost"}
-    rows = newest_rows(run.metrics)
+    rows = read_newest_rows(run.metrics_path)
     return killed and not any(row["attempt"] == record["attempt"] and "train/loss" in row for row in rows)
 
 
-def _free_share(context: RunContext) -> float:
+def _measure_free_memory(context: RunContext) -> float:
     """Bytes this rank may take: its GPU's free memory, or its share of what the machine or its container has free."""
     if context.device.type == "cuda":
         return float(torch.cuda.mem_get_info(context.device)[0])
-    hosts = Counter(context.gather(socket.gethostname()))
+    hosts = Counter(context.all_gather_object(socket.gethostname()))
     own = Path("/proc/self/cgroup")
-    left = container_free(own.read_text(), _CGROUPS) if own.exists() else math.inf
+    left = read_container_free_memory(own.read_text(), _CGROUPS) if own.exists() else math.inf
     return min(float(psutil.virtual_memory().available), left) / hosts[socket.gethostname()]
 
 
-def container_free(membership: str, root: Path) -> float:
+def read_container_free_memory(membership: str, root: Path) -> float:
     """Bytes left under the memory limits of the groups a process is in; infinite where none has a limit.
 
     `membership` is the text of /proc/self/cgroup. A limit may stand in any group from the process's own upwards:
@@ -181,7 +185,7 @@ def container_free(membership: str, root: Path) -> float:
         base = root / "memory" if controllers else root
         group = base / path.lstrip("/")
         while True:
-            free = min(free, _group_free(group, "v1" if controllers else "v2"))
+            free = min(free, _read_cgroup_free_memory(group, "v1" if controllers else "v2"))
             if group == base:
                 break
             group = group.parent
@@ -194,7 +198,7 @@ _FILES = {
 }
 
 
-def _group_free(group: Path, version: str) -> float:
+def _read_cgroup_free_memory(group: Path, version: str) -> float:
     """Bytes left in one group; what is cached of files counts as left."""
     limit_file, used_file, cached_name = _FILES[version]
     try:
@@ -205,18 +209,18 @@ def _group_free(group: Path, version: str) -> float:
     return math.inf if limit == "max" else float(int(limit) - used + int(statistics.get(cached_name, 0)))
 
 
-def after_out_of_memory(asked: Config, taken: Config, workers: int) -> SmallerMicroBatch | TrainingError:
+def build_out_of_memory_error(asked: Config, taken: Config, workers: int) -> SmallerMicroBatch | TrainingError:
     """What follows when an attempt of `taken` ran out of memory: one that takes less, or the end of the run."""
     rows, stage = taken.train.micro_batch, taken.engine.zero
     assert rows != "auto"
     assert stage != "auto"
     tried = MemorySettings(stage, rows)
-    less = _less_memory(asked, tried, workers)
+    less = _find_smaller_settings(asked, tried, workers)
     if less is not None:
         what = f"{less.micro_batch}" if less.zero == stage else f"ZeRO {less.zero}"
         return SmallerMicroBatch(f"out of memory with micro-batches of {rows}; the next attempt takes {what}")
     ways = ["set model.activation_checkpointing: true"] if not taken.model.activation_checkpointing else []
     ways += ["raise engine.zero, with more cluster.workers"] if stage < 3 else ["use more cluster.workers"]
-    if smaller_micro_batch(taken, workers, rows):
+    if find_smaller_micro_batch(taken, workers, rows):
         ways.insert(0, "lower train.micro_batch, or set it to auto")
     return TrainingError(f"out of memory with micro-batches of {rows}: {'; or '.join(ways)}. The same command resumes")

@@ -5,67 +5,74 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
-from llm_training_toolkit.config import Config, to_json
+from llm_training_toolkit.config import Config, dump_config_json
 from llm_training_toolkit.distributed.context import RunContext
-from llm_training_toolkit.plan import PRECISION, Precision, Resolved, choose_precision, slow_precision, with_precision
+from llm_training_toolkit.plan import (
+    PRECISION_KEY,
+    Precision,
+    ResolvedValue,
+    choose_precision,
+    format_slow_precision,
+    with_precision,
+)
 from llm_training_toolkit.runs.directory import RunDirectory, write_atomically
 from llm_training_toolkit.setup.machine import is_local
-from llm_training_toolkit.worker.spec import Place, ranks_started
+from llm_training_toolkit.worker.spec import WorkerSpec, get_torchrun_world_size
 
 
-def resolve_precision(place: Place, context: RunContext) -> tuple[Place, tuple[str, ...]]:
+def resolve_precision(place: WorkerSpec, context: RunContext) -> tuple[WorkerSpec, tuple[str, ...]]:
     """Give every rank the run's precision, measured where it is `auto`, with what the plan says of it. Collective.
 
     Rank 0 records it in resolved.json, so that later attempts and everything that reads the run keep it.
     """
-    precision = context.broadcast(place.config.train.precision)  # torchrun's ranks have read files of their own
+    precision = context.broadcast_object(place.config.train.precision)  # torchrun's ranks have read files of their own
     if precision == "fp32" or (precision == "bf16" and context.device.type != "cpu"):
-        return _kept(place, precision)
-    from llm_training_toolkit.distributed.matmul_speed import bf16_slowdown
+        return _apply_given_precision(place, precision)
+    from llm_training_toolkit.distributed.matmul_speed import measure_bf16_slowdown
 
-    slowdowns = context.gather(bf16_slowdown(context.device))
+    slowdowns = context.all_gather_object(measure_bf16_slowdown(context.device))
     if precision == "bf16":
-        slow = slow_precision(precision, slowdowns)
-        if slow is not None and context.is_first:
+        slow = format_slow_precision(precision, slowdowns)
+        if slow is not None and context.is_rank_zero:
             context.report({"kind": "warning", "message": slow})
-        return _kept(place, precision)
+        return _apply_given_precision(place, precision)
     chosen = choose_precision(slowdowns, context.device.type)
-    config = _with(place.config, chosen)
-    if context.is_first:
-        write_atomically(place.run.resolved, to_json(config))
+    config = _apply_chosen_precision(place.config, chosen)
+    if context.is_rank_zero:
+        write_atomically(place.run.resolved_config_path, dump_config_json(config))
         context.report({"kind": "note", "message": str(chosen)})
     return replace(place, config=config), (str(chosen),)
 
 
-def _kept(place: Place, precision: Precision) -> tuple[Place, tuple[str, ...]]:
+def _apply_given_precision(place: WorkerSpec, precision: Precision) -> tuple[WorkerSpec, tuple[str, ...]]:
     kept = replace(place, config=with_precision(place.config, precision))
-    return kept, precision_notes(kept.run, kept.config)
+    return kept, read_precision_notes(kept.run, kept.config)
 
 
-def precision_notes(run: RunDirectory, config: Config) -> tuple[str, ...]:
+def read_precision_notes(run: RunDirectory, config: Config) -> tuple[str, ...]:
     """Read the reason for the run's precision from its earlier plan; empty where it was asked for."""
-    if not run.plan.is_file():
+    if not run.plan_path.is_file():
         return ()
-    reason = f"{PRECISION} = {config.train.precision} (auto)"
-    return tuple(note for note in json.loads(run.plan.read_text())["notes"] if note.startswith(reason))
+    reason = f"{PRECISION_KEY} = {config.train.precision} (auto)"
+    return tuple(note for note in json.loads(run.plan_path.read_text())["notes"] if note.startswith(reason))
 
 
-def resolve_precision_here(config: Config) -> tuple[Config, tuple[str, ...]]:
+def resolve_local_precision(config: Config) -> tuple[Config, tuple[str, ...]]:
     """Decide before the workers exist, where they will be one process or several on this machine's CPU.
 
     A cluster, torchrun's other machines and GPUs are left to the workers: there `auto` stays.
     """
-    elsewhere = not is_local() if config.cluster.workers != 0 else ranks_started() > 1
+    elsewhere = not is_local() if config.cluster.workers != 0 else get_torchrun_world_size() > 1
     if config.train.precision != "auto" or elsewhere or _needs_gpu(config):
         return config, ()
     import torch  # two seconds, which a precision that is given does not cost
 
-    from llm_training_toolkit.distributed.matmul_speed import bf16_slowdown
+    from llm_training_toolkit.distributed.matmul_speed import measure_bf16_slowdown
 
     if config.cluster.gpus_per_worker != 0 and torch.cuda.device_count() > 0:
         return config, ()
-    chosen = choose_precision([bf16_slowdown(torch.device("cpu"))], "cpu")
-    return _with(config, chosen), (str(chosen),)
+    chosen = choose_precision([measure_bf16_slowdown(torch.device("cpu"))], "cpu")
+    return _apply_chosen_precision(config, chosen), (str(chosen),)
 
 
 def _needs_gpu(config: Config) -> bool:
@@ -74,5 +81,5 @@ def _needs_gpu(config: Config) -> bool:
     return quantized or config.cluster.gpus_per_worker == 1 or config.model.attention not in {"sdpa", "eager"}
 
 
-def _with(config: Config, chosen: Resolved) -> Config:
+def _apply_chosen_precision(config: Config, chosen: ResolvedValue) -> Config:
     return with_precision(config, "bf16" if chosen.value == "bf16" else "fp32")

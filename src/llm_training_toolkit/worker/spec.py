@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from llm_training_toolkit.config import Config
-from llm_training_toolkit.data.prepare.dataset_info import Receipt
+from llm_training_toolkit.data.prepare.dataset_info import DatasetInfo
 from llm_training_toolkit.runs.directory import RunDirectory
 
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
-def _this_machine() -> str:
+def _read_boot_id() -> str:
     """What tells machines of one host name apart; containers of a machine have it in common."""
     with suppress(OSError):
         return _BOOT.read_text().strip()
@@ -24,22 +24,22 @@ def _this_machine() -> str:
 
 
 @dataclass(frozen=True)
-class Place:
+class WorkerSpec:
     """Where a rank finds everything."""
 
     run: RunDirectory
     config: Config
-    receipt: Receipt
+    receipt: DatasetInfo
     began: float = field(default_factory=time.time)
     """When these ranks were asked for, in seconds since 1970: the first ones by the command."""
     group_began: float = field(default_factory=time.time)
     """When their group was started, once everything before it was settled."""
     node: str = field(default_factory=socket.gethostname)
     """This rank's, as its cluster names it."""
-    machine: str = field(default_factory=_this_machine)
+    machine: str = field(default_factory=_read_boot_id)
 
 
-def ranks_started() -> int:
+def get_torchrun_world_size() -> int:
     """Ranks that torchrun started this process among; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 

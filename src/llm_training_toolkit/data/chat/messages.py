@@ -10,7 +10,7 @@ from typing import Any, Literal
 Role = Literal["system", "user", "assistant", "tool"]
 
 
-class UnusableRecord(Exception):  # noqa: N818 - what is wrong with a record, not yet an error of the run
+class InvalidRecord(Exception):  # noqa: N818 - what is wrong with a record, not yet an error of the run
     """A record that is no conversation: `why` in words, and `reason`, a short key to count it under.
 
     Whoever reads the records adds file and line.
@@ -33,7 +33,7 @@ class ToolCall:
 
 
 @dataclass(frozen=True)
-class Message:
+class ChatMessage:
     """One message. `thinking` is an assistant's reasoning before its answer.
 
     `loss` switches the loss of an assistant message on or off, whatever the source says; None = as the source says.
@@ -51,16 +51,16 @@ class Message:
 class Conversation:
     """Messages in order, and the tools the assistant may call, each a JSON schema as text."""
 
-    messages: tuple[Message, ...]
+    messages: tuple[ChatMessage, ...]
     tools: tuple[str, ...] = ()
 
-    def without_switches(self) -> Conversation:
+    def without_loss_overrides(self) -> Conversation:
         """What is said, whatever of it is trained on: two that differ in that alone are one conversation."""
         return replace(self, messages=tuple(replace(message, loss=None) for message in self.messages))
 
     def to_text(self) -> str:
         """Canonical compact JSON: equal conversations have equal texts. It keeps the order of keys in tools."""
-        values: dict[str, Any] = {"messages": [_values(message) for message in self.messages]}
+        values: dict[str, Any] = {"messages": [_message_to_dict(message) for message in self.messages]}
         if self.tools:
             values["tools"] = list(self.tools)
         return json.dumps(values, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
@@ -70,13 +70,13 @@ class Conversation:
         """Read what `to_text` wrote. Raises UnusableRecord for anything else."""
         try:
             values = json.loads(text)
-            messages = tuple(_message(each) for each in values["messages"])
+            messages = tuple(_message_from_dict(each) for each in values["messages"])
             return cls(messages, tuple(values.get("tools", ())))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UnusableRecord(f"is not the text of a conversation ({error!r})", "not_a_conversation") from error
+            raise InvalidRecord(f"is not the text of a conversation ({error!r})", "not_a_conversation") from error
 
 
-def _values(message: Message) -> dict[str, Any]:
+def _message_to_dict(message: ChatMessage) -> dict[str, Any]:
     """What a message says, without what it does not say."""
     values: dict[str, Any] = {"role": message.role, "content": message.content}
     for key in ("thinking", "name", "loss"):
@@ -87,6 +87,6 @@ def _values(message: Message) -> dict[str, Any]:
     return values
 
 
-def _message(values: Mapping[str, Any]) -> Message:
+def _message_from_dict(values: Mapping[str, Any]) -> ChatMessage:
     calls = tuple(ToolCall(**call) for call in values.get("tool_calls", ()))
-    return Message(**{**values, "tool_calls": calls})
+    return ChatMessage(**{**values, "tool_calls": calls})

@@ -19,17 +19,17 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from llm_training_toolkit.data.chat.messages import Conversation, Message, Role, ToolCall, UnusableRecord
+from llm_training_toolkit.data.chat.messages import ChatMessage, Conversation, InvalidRecord, Role, ToolCall
 
-__all__ = ["Conversation", "Message", "ToolCall", "UnusableRecord", "conversation_of"]
+__all__ = ["ChatMessage", "Conversation", "InvalidRecord", "ToolCall", "parse_conversation"]
 
-_LISTS = ("messages", "conversations", "conversation")
-_PAIRS = {
+_MESSAGE_LIST_FIELDS = ("messages", "conversations", "conversation")
+_PROMPT_ANSWER_FIELDS = {
     "prompt": ("completion", "response"),
     "instruction": ("output", "response"),
     "question": ("answer", "response"),
 }
-_SYSTEM = ("system", "system_prompt")
+_SYSTEM_FIELDS = ("system", "system_prompt")
 _MAY_BE_EMPTY = frozenset({"system", "tool"})
 _ROLES: dict[str, Role] = {
     "system": "system",
@@ -42,107 +42,105 @@ _ROLES: dict[str, Role] = {
     "function": "tool",
     "observation": "tool",
 }
-_SHOWN = 60
+_MAX_REPR_LENGTH = 60
 
 
-def conversation_of(record: Mapping[str, Any]) -> Conversation:
+def parse_conversation(record: Mapping[str, Any]) -> Conversation:
     """The conversation of a record.
 
     Raises UnusableRecord where there is none or two, where a message has an unknown role, no text or empty text
     (a system text and a tool's answer may be empty), and where the assistant says nothing.
     """
     if not isinstance(record, Mapping):
-        raise UnusableRecord(f"is {type(record).__name__}, not an object", "not_an_object")
-    keys = _shape(record)
-    messages = _listed(record, keys[0]) if len(keys) == 1 else _pair(record, *keys)
-    messages = _with_system(record, messages)
+        raise InvalidRecord(f"is {type(record).__name__}, not an object", "not_an_object")
+    keys = _find_conversation_fields(record)
+    messages = _parse_message_list(record, keys[0]) if len(keys) == 1 else _parse_prompt_and_answer(record, *keys)
+    messages = _prepend_system_message(record, messages)
     if not any(message.role == "assistant" for message in messages):
-        raise UnusableRecord(f"{keys[0]}: no message is the assistant's, so there is nothing to learn", "no_assistant")
-    return Conversation(tuple(_last_turn_only(record, messages)), tool_schemas(record.get("tools")))
+        raise InvalidRecord(f"{keys[0]}: no message is the assistant's, so there is nothing to learn", "no_assistant")
+    return Conversation(tuple(_apply_last_turn_loss(record, messages)), parse_tool_schemas(record.get("tools")))
 
 
-def _shape(record: Mapping[str, Any]) -> tuple[str, ...]:
+def _find_conversation_fields(record: Mapping[str, Any]) -> tuple[str, ...]:
     """The fields that hold the conversation: one with a list, or a question and its answer."""
-    shapes: list[tuple[str, ...]] = [(key,) for key in _LISTS if record.get(key) is not None]
-    for asks, answers in _PAIRS.items():
+    shapes: list[tuple[str, ...]] = [(key,) for key in _MESSAGE_LIST_FIELDS if record.get(key) is not None]
+    for asks, answers in _PROMPT_ANSWER_FIELDS.items():
         if record.get(asks) is not None:
             shapes += [(asks, answer) for answer in answers if record.get(answer) is not None]
     if len(shapes) == 1:
         return shapes[0]
     if shapes:
         found = " and ".join("/".join(shape) for shape in shapes)
-        raise UnusableRecord(f"holds more than one conversation ({found}); leave one of them", "ambiguous")
-    usual = [*_LISTS, *("/".join((asks, answers[0])) for asks, answers in _PAIRS.items())]
-    raise UnusableRecord(
+        raise InvalidRecord(f"holds more than one conversation ({found}); leave one of them", "ambiguous")
+    usual = [*_MESSAGE_LIST_FIELDS, *("/".join((asks, answers[0])) for asks, answers in _PROMPT_ANSWER_FIELDS.items())]
+    raise InvalidRecord(
         f"holds no conversation: its fields are {sorted(map(str, record))[:8]}, needed is one of {', '.join(usual)}",
         "unknown_shape",
     )
 
 
-def _listed(record: Mapping[str, Any], key: str) -> list[Message]:
+def _parse_message_list(record: Mapping[str, Any], key: str) -> list[ChatMessage]:
     items = record[key]
     if not isinstance(items, list | tuple):
-        raise UnusableRecord(f"{key} is {type(items).__name__}, not a list of messages", "not_a_list")
+        raise InvalidRecord(f"{key} is {type(items).__name__}, not a list of messages", "not_a_list")
     if not items:
-        raise UnusableRecord(f"{key} is empty", "no_messages")
-    return [_message(item, f"{key}[{number}]") for number, item in enumerate(items)]
+        raise InvalidRecord(f"{key} is empty", "no_messages")
+    return [_parse_message(item, f"{key}[{number}]") for number, item in enumerate(items)]
 
 
-def _pair(record: Mapping[str, Any], asks: str, answers: str) -> list[Message]:
+def _parse_prompt_and_answer(record: Mapping[str, Any], asks: str, answers: str) -> list[ChatMessage]:
     """A question and its answer, each a text or a list of messages, with what came before."""
-    messages = _history(record.get("history")) if asks == "instruction" else []
+    messages = _parse_history(record.get("history")) if asks == "instruction" else []
     if isinstance(record[asks], str):
-        messages.append(_spoken("user", _question(record, asks), asks))
+        messages.append(_build_text_message("user", _build_prompt_text(record, asks), asks))
     else:  # what stands in a prompt is given, not to be learnt, whoever said it
-        given = _listed(record, asks)
+        given = _parse_message_list(record, asks)
         messages += [replace(m, loss=bool(m.loss)) if m.role == "assistant" else m for m in given]
     if isinstance(record[answers], str):
-        return [*messages, _spoken("assistant", record[answers], answers)]
-    return messages + _listed(record, answers)
+        return [*messages, _build_text_message("assistant", record[answers], answers)]
+    return messages + _parse_message_list(record, answers)
 
 
-def _question(record: Mapping[str, Any], asks: str) -> str:
+def _build_prompt_text(record: Mapping[str, Any], asks: str) -> str:
     if asks != "instruction" or record.get("input") is None:
         return str(record[asks])
     texts = (record[asks], check_text(record["input"], "input"))
     return "\n".join(text for text in texts if text)
 
 
-def _history(pairs: Any) -> list[Message]:  # noqa: ANN401 - whatever the record holds
-    messages: list[Message] = []
+def _parse_history(pairs: Any) -> list[ChatMessage]:  # noqa: ANN401 - whatever the record holds
+    messages: list[ChatMessage] = []
     if pairs is not None and not isinstance(pairs, list | tuple):
-        raise UnusableRecord(f"history is {type(pairs).__name__}, not a list of pairs of texts", "not_a_list")
+        raise InvalidRecord(f"history is {type(pairs).__name__}, not a list of pairs of texts", "not_a_list")
     for number, pair in enumerate(pairs or ()):
         where = f"history[{number}]"
         if not isinstance(pair, list | tuple) or len(pair) != 2:
-            raise UnusableRecord(f"{where} is not a pair of texts: what was asked, what was answered", "not_a_list")
-        messages += [_spoken("user", pair[0], where), _spoken("assistant", pair[1], where)]
+            raise InvalidRecord(f"{where} is not a pair of texts: what was asked, what was answered", "not_a_list")
+        messages += [_build_text_message("user", pair[0], where), _build_text_message("assistant", pair[1], where)]
     return messages
 
 
-def _spoken(role: Role, text: Any, where: str) -> Message:  # noqa: ANN401 - whatever the record holds
-    return _filled(Message(role, check_text(text, where)), where)
+def _build_text_message(role: Role, text: Any, where: str) -> ChatMessage:  # noqa: ANN401 - whatever the record holds
+    return _check_not_empty(ChatMessage(role, check_text(text, where)), where)
 
 
-def _message(item: Any, where: str) -> Message:  # noqa: ANN401 - whatever the record holds
+def _parse_message(item: Any, where: str) -> ChatMessage:  # noqa: ANN401 - whatever the record holds
     if not isinstance(item, Mapping):
-        raise UnusableRecord(
-            f"{where} is {type(item).__name__}, not an object with a role and content", "not_an_object"
-        )
-    role, content_is_call = named_role(item, where)
-    loss = loss_switch(item, role, where)
+        raise InvalidRecord(f"{where} is {type(item).__name__}, not an object with a role and content", "not_an_object")
+    role, content_is_call = parse_role(item, where)
+    loss = parse_loss_override(item, role, where)
     if content_is_call:
-        call = one_of(item, ("content", "value"), where, needed="no_content")
-        return Message(role, "", tool_calls=tool_calls([call], where), loss=loss)
+        call = read_aliased_field(item, ("content", "value"), where, needed="no_content")
+        return ChatMessage(role, "", tool_calls=parse_tool_calls([call], where), loss=loss)
     speaks = role == "assistant"
-    calls = tool_calls(one_of(item, ("tool_calls", "function_call"), where), where) if speaks else ()
-    content = one_of(item, ("content", "value"), where, needed=None if calls else "no_content")
-    thinking = one_of(item, ("reasoning_content", "reasoning", "thinking"), where) if speaks else None
+    calls = parse_tool_calls(read_aliased_field(item, ("tool_calls", "function_call"), where), where) if speaks else ()
+    content = read_aliased_field(item, ("content", "value"), where, needed=None if calls else "no_content")
+    thinking = read_aliased_field(item, ("reasoning_content", "reasoning", "thinking"), where) if speaks else None
     name = item.get("name")
-    return _filled(
-        Message(
+    return _check_not_empty(
+        ChatMessage(
             role,
-            "" if content is None else joined_text(content, f"{where}.content"),
+            "" if content is None else join_text_parts(content, f"{where}.content"),
             None if thinking is None else check_text(thinking, f"{where}.reasoning_content"),
             calls,
             None if name is None else check_text(name, f"{where}.name"),
@@ -152,22 +150,22 @@ def _message(item: Any, where: str) -> Message:  # noqa: ANN401 - whatever the r
     )
 
 
-def _filled(message: Message, where: str) -> Message:
+def _check_not_empty(message: ChatMessage, where: str) -> ChatMessage:
     if message.role in _MAY_BE_EMPTY or message.tool_calls or message.content.strip():
         return message
-    raise UnusableRecord(f"{where}: the {message.role}'s text is empty", "empty_message")
+    raise InvalidRecord(f"{where}: the {message.role}'s text is empty", "empty_message")
 
 
-def _with_system(record: Mapping[str, Any], messages: list[Message]) -> list[Message]:
-    system = one_of(record, _SYSTEM, "the record")
+def _prepend_system_message(record: Mapping[str, Any], messages: list[ChatMessage]) -> list[ChatMessage]:
+    system = read_aliased_field(record, _SYSTEM_FIELDS, "the record")
     if system is None or system == "":
         return messages
     if messages[0].role == "system":
-        raise UnusableRecord("has a system text of its own and a first message from the system; leave one", "ambiguous")
-    return [Message("system", check_text(system, "system")), *messages]
+        raise InvalidRecord("has a system text of its own and a first message from the system; leave one", "ambiguous")
+    return [ChatMessage("system", check_text(system, "system")), *messages]
 
 
-def _last_turn_only(record: Mapping[str, Any], messages: list[Message]) -> list[Message]:
+def _apply_last_turn_loss(record: Mapping[str, Any], messages: list[ChatMessage]) -> list[ChatMessage]:
     """Qwen2.5-Coder's switch for a whole record: earlier answers bear no loss unless they say so themselves."""
     if record.get("only_last_turn_loss") is not True:
         return messages
@@ -180,15 +178,17 @@ def _last_turn_only(record: Mapping[str, Any], messages: list[Message]) -> list[
     ]
 
 
-def named_role(item: Mapping[str, Any], where: str) -> tuple[Role, bool]:
+def parse_role(item: Mapping[str, Any], where: str) -> tuple[Role, bool]:
     """Who speaks, and whether the content is a call of a tool (the role `function_call`)."""
-    name = one_of(item, ("role", "from"), where, needed="no_role")
+    name = read_aliased_field(item, ("role", "from"), where, needed="no_role")
     if not isinstance(name, str) or name not in _ROLES:
-        raise UnusableRecord(f"{where}: the role is {shown(name)}; known are {', '.join(_ROLES)}", "unknown_role")
+        raise InvalidRecord(
+            f"{where}: the role is {format_short_repr(name)}; known are {', '.join(_ROLES)}", "unknown_role"
+        )
     return _ROLES[name], name == "function_call"
 
 
-def one_of(item: Mapping[str, Any], keys: tuple[str, ...], where: str, *, needed: str | None = None) -> Any:  # noqa: ANN401 - whatever the record holds
+def read_aliased_field(item: Mapping[str, Any], keys: tuple[str, ...], where: str, *, needed: str | None = None) -> Any:  # noqa: ANN401 - whatever the record holds
     """The value under one of several names for the same thing; None where there is none.
 
     Raises UnusableRecord where two names have different values, and under the reason `needed` where there is none.
@@ -196,84 +196,90 @@ def one_of(item: Mapping[str, Any], keys: tuple[str, ...], where: str, *, needed
     found = {key: item[key] for key in keys if item.get(key) is not None}
     values = list(found.values())
     if any(value != values[0] for value in values[1:]):
-        raise UnusableRecord(f"{where} has {' and '.join(found)}, which differ; leave one", "ambiguous")
+        raise InvalidRecord(f"{where} has {' and '.join(found)}, which differ; leave one", "ambiguous")
     if not values and needed:
         fields = ", ".join(sorted(map(str, item))[:8]) or "none"
-        raise UnusableRecord(f"{where} has no {' or '.join(keys)} (its fields: {fields})", needed)
+        raise InvalidRecord(f"{where} has no {' or '.join(keys)} (its fields: {fields})", needed)
     return values[0] if values else None
 
 
 def check_text(value: Any, where: str) -> str:  # noqa: ANN401 - whatever the record holds
     """The value itself if it is text that can be written as UTF-8."""
     if not isinstance(value, str):
-        raise UnusableRecord(f"{where} is {shown(value)}, not text", "not_text")
+        raise InvalidRecord(f"{where} is {format_short_repr(value)}, not text", "not_text")
     try:
         value.encode()
     except UnicodeEncodeError as error:  # "\ud800" alone is valid JSON and yet no text
-        raise UnusableRecord(f"{where} is not text ({error.reason} at character {error.start})", "not_text") from error
+        raise InvalidRecord(f"{where} is not text ({error.reason} at character {error.start})", "not_text") from error
     return value
 
 
-def joined_text(value: Any, where: str) -> str:  # noqa: ANN401 - whatever the record holds
+def join_text_parts(value: Any, where: str) -> str:  # noqa: ANN401 - whatever the record holds
     """A text, or the text of a list of parts; parts that are no text (images) are refused."""
     if not isinstance(value, list | tuple):
         return check_text(value, where)
-    return "".join(_part(part, f"{where}[{number}]") for number, part in enumerate(value))
+    return "".join(_read_text_part(part, f"{where}[{number}]") for number, part in enumerate(value))
 
 
-def _part(part: Any, where: str) -> str:  # noqa: ANN401 - whatever the record holds
+def _read_text_part(part: Any, where: str) -> str:  # noqa: ANN401 - whatever the record holds
     if isinstance(part, Mapping) and part.get("type", "text") == "text" and part.get("text") is not None:
         return check_text(part["text"], f"{where}.text")
     kind = part.get("type") if isinstance(part, Mapping) else part
-    raise UnusableRecord(f"{where} is {shown(kind)}, and only parts of type 'text' can be used", "not_text")
+    raise InvalidRecord(f"{where} is {format_short_repr(kind)}, and only parts of type 'text' can be used", "not_text")
 
 
-def loss_switch(item: Mapping[str, Any], role: Role, where: str) -> bool | None:
+def parse_loss_override(item: Mapping[str, Any], role: Role, where: str) -> bool | None:
     """A message's own switch, `loss` or OpenAI's `weight`: true, false, 1 or 0; None where there is none."""
-    value = one_of(item, ("loss", "weight"), where)
+    value = read_aliased_field(item, ("loss", "weight"), where)
     if value is None:
         return None
     if not isinstance(value, bool | int | float) or value not in {0, 1}:
-        raise UnusableRecord(f"{where}: loss is {shown(value)}; known are true, false, 1 and 0", "bad_loss")
+        raise InvalidRecord(f"{where}: loss is {format_short_repr(value)}; known are true, false, 1 and 0", "bad_loss")
     if role != "assistant":
         if value:
-            raise UnusableRecord(f"{where}: asks for loss on the {role}; only the assistant's can bear it", "bad_loss")
+            raise InvalidRecord(f"{where}: asks for loss on the {role}; only the assistant's can bear it", "bad_loss")
         return None
     return bool(value)
 
 
-def tool_calls(value: Any, where: str) -> tuple[ToolCall, ...]:  # noqa: ANN401 - whatever the record holds
+def parse_tool_calls(value: Any, where: str) -> tuple[ToolCall, ...]:  # noqa: ANN401 - whatever the record holds
     """The calls of a message: OpenAI's, Hugging Face's and Qwen's forms, in one or many."""
     if value is None:
         return ()
     items = value if isinstance(value, list | tuple) else [value]
-    return tuple(_call(_parsed(item), f"{where}.tool_calls[{number}]") for number, item in enumerate(items))
+    return tuple(
+        _parse_tool_call(_parse_if_json(item), f"{where}.tool_calls[{number}]") for number, item in enumerate(items)
+    )
 
 
-def _call(value: Any, where: str) -> ToolCall:  # noqa: ANN401 - whatever the record holds
+def _parse_tool_call(value: Any, where: str) -> ToolCall:  # noqa: ANN401 - whatever the record holds
     inner = value.get("function") if isinstance(value, Mapping) else None
     call = inner if isinstance(inner, Mapping) else value
     if not isinstance(call, Mapping) or not isinstance(call.get("name"), str) or not call["name"]:
-        raise UnusableRecord(f"{where} is {shown(value)}, not an object with a name and arguments", "bad_tool_call")
+        raise InvalidRecord(
+            f"{where} is {format_short_repr(value)}, not an object with a name and arguments", "bad_tool_call"
+        )
     given = call.get("arguments")
-    arguments = {} if given is None or given == "" else _parsed(given)
+    arguments = {} if given is None or given == "" else _parse_if_json(given)
     if not isinstance(arguments, Mapping):
-        raise UnusableRecord(f"{where}: the arguments are {shown(given)}, not a JSON object", "bad_tool_call")
-    return ToolCall(check_text(call["name"], f"{where}.name"), _json(arguments, f"{where}.arguments"))
+        raise InvalidRecord(
+            f"{where}: the arguments are {format_short_repr(given)}, not a JSON object", "bad_tool_call"
+        )
+    return ToolCall(check_text(call["name"], f"{where}.name"), _dump_json(arguments, f"{where}.arguments"))
 
 
-def tool_schemas(value: Any) -> tuple[str, ...]:  # noqa: ANN401 - whatever the record holds
+def parse_tool_schemas(value: Any) -> tuple[str, ...]:  # noqa: ANN401 - whatever the record holds
     """The tools of a record: a list of JSON schemas, or such a list as JSON text."""
-    tools = [] if value is None or value == "" else _parsed(value)
+    tools = [] if value is None or value == "" else _parse_if_json(value)
     if not isinstance(tools, list | tuple):
-        raise UnusableRecord(f"tools is {shown(value)}, not a list of JSON schemas", "bad_tools")
+        raise InvalidRecord(f"tools is {format_short_repr(value)}, not a list of JSON schemas", "bad_tools")
     for number, tool in enumerate(tools):
         if not isinstance(tool, Mapping):
-            raise UnusableRecord(f"tools[{number}] is {shown(tool)}, not a JSON schema", "bad_tools")
-    return tuple(_json(tool, f"tools[{number}]") for number, tool in enumerate(tools))
+            raise InvalidRecord(f"tools[{number}] is {format_short_repr(tool)}, not a JSON schema", "bad_tools")
+    return tuple(_dump_json(tool, f"tools[{number}]") for number, tool in enumerate(tools))
 
 
-def _parsed(value: Any) -> Any:  # noqa: ANN401 - whatever the record holds
+def _parse_if_json(value: Any) -> Any:  # noqa: ANN401 - whatever the record holds
     """What JSON text says; anything else, and text that is not JSON, as it is."""
     if not isinstance(value, str):
         return value
@@ -283,15 +289,15 @@ def _parsed(value: Any) -> Any:  # noqa: ANN401 - whatever the record holds
         return value
 
 
-def _json(value: Mapping[str, Any], where: str) -> str:
+def _dump_json(value: Mapping[str, Any], where: str) -> str:
     """JSON text in the order of the record's keys: templates write it in that order, too."""
     try:
         return check_text(json.dumps(value, ensure_ascii=False), where)
     except (TypeError, ValueError, RecursionError) as error:  # a date of a .parquet file
-        raise UnusableRecord(f"{where} is not JSON ({error})", "not_text") from error
+        raise InvalidRecord(f"{where} is not JSON ({error})", "not_text") from error
 
 
-def shown(value: Any) -> str:  # noqa: ANN401 - whatever the record holds
+def format_short_repr(value: Any) -> str:  # noqa: ANN401 - whatever the record holds
     """A value as it may stand in a message."""
     text = repr(value)
-    return text if len(text) <= _SHOWN else text[: _SHOWN - 1] + "…"
+    return text if len(text) <= _MAX_REPR_LENGTH else text[: _MAX_REPR_LENGTH - 1] + "…"

@@ -23,11 +23,11 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from llm_training_toolkit.data.chat.messages import Conversation, UnusableRecord
-from llm_training_toolkit.data.chat.template import ChatTemplate, Script
+from llm_training_toolkit.data.chat.messages import Conversation, InvalidRecord
+from llm_training_toolkit.data.chat.template import ChatTemplate, RenderedChat
 from llm_training_toolkit.data.sources import Document
-from llm_training_toolkit.data.tokenizer import Encoded, TextEncoder
-from llm_training_toolkit.data.types import Example, Rendered
+from llm_training_toolkit.data.tokenizer import EncodedText, TextEncoder
+from llm_training_toolkit.data.types import Example, RenderedDocument
 from llm_training_toolkit.errors import DataError
 
 
@@ -44,15 +44,15 @@ class ChatRules:
     too_long: Literal["drop", "continue", "error"] = "drop"
 
 
-class _Tokens(NamedTuple):
+class _RenderedTokens(NamedTuple):
     """Tokens (L,) uint32; whether each bears loss, and whether a character begins with it (L,) bool."""
 
     ids: NDArray[np.uint32]
     loss: NDArray[np.bool_]
-    clean: NDArray[np.bool_]
+    starts_character: NDArray[np.bool_]
 
 
-class _Piece(NamedTuple):
+class _EncodingSpan(NamedTuple):
     """Characters [start, stop) of a script that are encoded as one: a marker, or the text up to the next one."""
 
     start: int
@@ -62,14 +62,14 @@ class _Piece(NamedTuple):
 
 def render_chat(
     documents: Sequence[tuple[int, Document]], rules: ChatRules, encoder: TextEncoder, template: ChatTemplate
-) -> list[Rendered]:
+) -> list[RenderedDocument]:
     """Render numbered conversations; the result of each depends on nothing but itself and the rules.
 
     Raises DataError, naming the document, where its text is no conversation, where the template does not write it, and
     where it is too long and the rules say `error`.
     """
-    read = [_read(document, template) for _, document in documents]
-    pieces = [_pieces(script) for _, script in read]
+    read = [_apply_template(document, template) for _, document in documents]
+    pieces = [_split_at_markers(script) for _, script in read]
     texts = [
         script.text[piece.start : piece.stop]
         for (_, script), cut in zip(read, pieces, strict=True)
@@ -79,33 +79,35 @@ def render_chat(
     encoded = iter(encoder.encode_batch(texts))
     rendered = []
     for (number, document), (conversation, script), cut in zip(documents, read, pieces, strict=True):
-        mask = _mask(conversation, script, rules.loss)
-        parts = [_encode(piece, script, mask, encoder, encoded) for piece in cut]
-        tokens = _joined(parts + _closing(conversation, script, mask, rules, encoder))
-        rendered.append(Rendered(number, len(tokens.ids), _examples(number, document, tokens, rules)))
+        mask = _build_loss_mask(conversation, script, rules.loss)
+        parts = [_encode_span(piece, script, mask, encoder, encoded) for piece in cut]
+        tokens = _concatenate_tokens(parts + _build_closing_tokens(conversation, script, mask, rules, encoder))
+        rendered.append(
+            RenderedDocument(number, len(tokens.ids), _split_into_examples(number, document, tokens, rules))
+        )
     return rendered
 
 
-def prompt_tokens(conversation: Conversation, template: ChatTemplate, encoder: TextEncoder) -> list[int]:
+def encode_prompt(conversation: Conversation, template: ChatTemplate, encoder: TextEncoder) -> list[int]:
     """The tokens of a conversation up to where the assistant goes on; special tokens' text within it stays text.
 
     Raises DataError, what the chat template does wrong, where it cannot write the conversation.
     """
-    script = template.prompt(conversation)
+    script = template.render_prompt(conversation)
     ids: list[int] = []
-    for piece in _pieces(script):
+    for piece in _split_at_markers(script):
         text = script.text[piece.start : piece.stop]
-        ids += [encoder.id_of(text)] if piece.is_marker else encoder.encode(text)
+        ids += [encoder.get_special_token_id(text)] if piece.is_marker else encoder.encode(text)
     return ids
 
 
-def _read(document: Document, template: ChatTemplate) -> tuple[Conversation, Script]:
+def _apply_template(document: Document, template: ChatTemplate) -> tuple[Conversation, RenderedChat]:
     try:
         conversation = Conversation.from_text(document.text)
-    except UnusableRecord as error:
+    except InvalidRecord as error:
         raise DataError(f"{document.name}: {error}. Prepare the data again.") from error
     try:
-        return conversation, template.write(conversation)
+        return conversation, template.render_conversation(conversation)
     except DataError as error:
         raise DataError(
             f"{document.name}: the chat template {error}. Change or remove the conversation, or give a tokenizer "
@@ -113,17 +115,17 @@ def _read(document: Document, template: ChatTemplate) -> tuple[Conversation, Scr
         ) from error
 
 
-def _pieces(script: Script) -> list[_Piece]:
+def _split_at_markers(script: RenderedChat) -> list[_EncodingSpan]:
     pieces = []
     at = 0
     for start, stop in script.markers:
-        pieces += [_Piece(at, start, is_marker=False), _Piece(start, stop, is_marker=True)]
+        pieces += [_EncodingSpan(at, start, is_marker=False), _EncodingSpan(start, stop, is_marker=True)]
         at = stop
-    pieces.append(_Piece(at, len(script.text), is_marker=False))
+    pieces.append(_EncodingSpan(at, len(script.text), is_marker=False))
     return [piece for piece in pieces if piece.start < piece.stop]
 
 
-def _mask(conversation: Conversation, script: Script, loss: str) -> NDArray[np.bool_]:
+def _build_loss_mask(conversation: Conversation, script: RenderedChat, loss: str) -> NDArray[np.bool_]:
     """Which characters of the script bear loss (characters,)."""
     if loss == "all":
         return np.ones(len(script.text), dtype=np.bool_)
@@ -135,40 +137,52 @@ def _mask(conversation: Conversation, script: Script, loss: str) -> NDArray[np.b
     return mask
 
 
-def _encode(
-    piece: _Piece, script: Script, mask: NDArray[np.bool_], encoder: TextEncoder, encoded: Iterator[Encoded]
-) -> _Tokens:
+def _encode_span(
+    piece: _EncodingSpan,
+    script: RenderedChat,
+    mask: NDArray[np.bool_],
+    encoder: TextEncoder,
+    encoded: Iterator[EncodedText],
+) -> _RenderedTokens:
     with_loss = mask[piece.start : piece.stop]
     if piece.is_marker:
-        return _one(encoder.id_of(script.text[piece.start : piece.stop]), loss=bool(with_loss.any()))
+        return _build_single_token(
+            encoder.get_special_token_id(script.text[piece.start : piece.stop]), loss=bool(with_loss.any())
+        )
     text = next(encoded)
     # Characters with loss before each place: a token bears loss when there are more at its end than at its beginning.
     before = np.concatenate([[0], np.cumsum(with_loss)])
-    return _Tokens(text.ids, before[text.spans[:, 1]] > before[text.spans[:, 0]], text.clean)
+    return _RenderedTokens(
+        text.ids, before[text.char_spans[:, 1]] > before[text.char_spans[:, 0]], text.starts_character
+    )
 
 
-def _closing(
-    conversation: Conversation, script: Script, mask: NDArray[np.bool_], rules: ChatRules, encoder: TextEncoder
-) -> list[_Tokens]:
+def _build_closing_tokens(
+    conversation: Conversation, script: RenderedChat, mask: NDArray[np.bool_], rules: ChatRules, encoder: TextEncoder
+) -> list[_RenderedTokens]:
     """The end that a last answer needs and the template did not write; with loss if the answer has."""
     if conversation.messages[-1].role != "assistant" or script.turns[-1].closed:
         return []
-    end = rules.end_of_text if script.closing is None else encoder.id_of(script.closing)
-    return [_one(end, loss=bool(mask[script.turns[-1].stop - 1]))]
+    end = (
+        rules.end_of_text
+        if script.missing_end_of_turn is None
+        else encoder.get_special_token_id(script.missing_end_of_turn)
+    )
+    return [_build_single_token(end, loss=bool(mask[script.turns[-1].stop - 1]))]
 
 
-def _one(token: int, *, loss: bool) -> _Tokens:
-    return _Tokens(np.array([token], dtype=np.uint32), np.array([loss]), np.array([True]))
+def _build_single_token(token: int, *, loss: bool) -> _RenderedTokens:
+    return _RenderedTokens(np.array([token], dtype=np.uint32), np.array([loss]), np.array([True]))
 
 
-def _joined(parts: Sequence[_Tokens]) -> _Tokens:
-    return _Tokens(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+def _concatenate_tokens(parts: Sequence[_RenderedTokens]) -> _RenderedTokens:
+    return _RenderedTokens(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
 
 
-def _examples(number: int, document: Document, tokens: _Tokens, rules: ChatRules) -> list[Example]:
+def _split_into_examples(number: int, document: Document, tokens: _RenderedTokens, rules: ChatRules) -> list[Example]:
     total = len(tokens.ids)
     if total <= rules.sequence_length:
-        return [_example(number, tokens, 0, total)]
+        return [_build_example(number, tokens, 0, total)]
     if rules.too_long == "drop":
         return []
     if rules.too_long == "error":
@@ -176,11 +190,11 @@ def _examples(number: int, document: Document, tokens: _Tokens, rules: ChatRules
             f"{document.name}: {total} tokens, longer than data.sequence_length {rules.sequence_length}. Set too_long: "
             "drop or continue for this source, raise data.sequence_length, or shorten the conversation."
         )
-    cuts = [0, *_cuts(tokens.clean, rules.sequence_length), total]
-    return [_example(number, tokens, start, stop) for start, stop in pairwise(cuts)]
+    cuts = [0, *_find_split_points(tokens.starts_character, rules.sequence_length), total]
+    return [_build_example(number, tokens, start, stop) for start, stop in pairwise(cuts)]
 
 
-def _cuts(clean: NDArray[np.bool_], length: int) -> list[int]:
+def _find_split_points(clean: NDArray[np.bool_], length: int) -> list[int]:
     """Where chunks begin, the first left out: after at most `length` tokens, never inside a character."""
     cuts: list[int] = []
     start = 0
@@ -193,7 +207,7 @@ def _cuts(clean: NDArray[np.bool_], length: int) -> list[int]:
     return cuts
 
 
-def _example(number: int, tokens: _Tokens, start: int, stop: int) -> Example:
+def _build_example(number: int, tokens: _RenderedTokens, start: int, stop: int) -> Example:
     loss = tokens.loss[start:stop].copy()
     loss[0] = False  # nothing comes before it that could predict it
     return Example(tokens.ids[start:stop].copy(), loss, number)

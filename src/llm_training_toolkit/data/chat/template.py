@@ -8,18 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llm_training_toolkit.data.chat.messages import Conversation, Message
-from llm_training_toolkit.data.chat.template_trace import TracedTemplate, Written
+from llm_training_toolkit.data.chat.messages import ChatMessage, Conversation
+from llm_training_toolkit.data.chat.template_trace import TracedTemplate, TracedText
 from llm_training_toolkit.errors import DataError
 
-_NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _USER = {"role": "user", "content": "What is asked."}
 _ANSWER = "What is answered."
 _PROBE = tuple(dict(each) for each in (_USER, {"role": "assistant", "content": _ANSWER}) * 2)
 
 
 @dataclass(frozen=True)
-class Turn:
+class AssistantSpan:
     """What the assistant says with a message, end of turn included: characters [start, stop) of the script.
 
     closed: whether a marker ends it.
@@ -32,7 +32,7 @@ class Turn:
 
 
 @dataclass(frozen=True)
-class Script:
+class RenderedChat:
     """A conversation as its template writes it, up to the end of the last turn.
 
     markers: where the template's own markers stand, [start, stop); everything else is text. turns: what the assistant
@@ -42,12 +42,12 @@ class Script:
 
     text: str
     markers: tuple[tuple[int, int], ...]
-    turns: tuple[Turn, ...]
-    closing: str | None
+    turns: tuple[AssistantSpan, ...]
+    missing_end_of_turn: str | None
 
 
 @dataclass(frozen=True)
-class _Habits:
+class _TurnDelimiters:
     """What a template does around an answer, found out by asking it.
 
     heads: what it may write before the answer and would also write before generating, longest first. tails: what it
@@ -70,19 +70,22 @@ class ChatTemplate:
         """
         self.source = source
         self._template = TracedTemplate(source, markers, variables)
-        self._habits = _habits(self._template)
+        self._delimiters = _probe_delimiters(self._template)
 
     @classmethod
-    def open(cls, tokenizer_directory: Path, family_template: str) -> ChatTemplate:
+    def from_tokenizer(cls, tokenizer_directory: Path, family_template: str) -> ChatTemplate:
         """The tokenizer's own template, and the family's where it has none.
 
         As in transformers a file chat_template.jinja goes before the entry in tokenizer_config.json; of several named
         templates the one called `default` is taken. Raises DataError for a template that cannot be used.
         """
-        own = _own_template(tokenizer_directory)
-        markers = [token["content"] for token in _json(tokenizer_directory / "tokenizer.json").get("added_tokens", ())]
+        own = _read_own_template(tokenizer_directory)
+        markers = [
+            token["content"]
+            for token in _read_json_object(tokenizer_directory / "tokenizer.json").get("added_tokens", ())
+        ]
         try:
-            return cls(own or family_template, markers, named_tokens(tokenizer_directory))
+            return cls(own or family_template, markers, read_special_tokens_map(tokenizer_directory))
         except DataError as error:
             raise DataError(
                 f"{tokenizer_directory}: the chat template {error}. Put one that can be used into the tokenizer's "
@@ -92,103 +95,111 @@ class ChatTemplate:
     @property
     def end_of_turn(self) -> str | None:
         """The special token that ends what the assistant says; None where the template has none."""
-        return self._habits.end
+        return self._delimiters.end
 
-    def write(self, conversation: Conversation) -> Script:
+    def render_conversation(self, conversation: Conversation) -> RenderedChat:
         """Write a conversation.
 
         Raises DataError, what the chat template does wrong, where it refuses the conversation, leaves something out,
         or does not show where the assistant speaks.
         """
-        messages = [_template_message(message) for message in conversation.messages]
+        messages = [_build_template_message(message) for message in conversation.messages]
         tools = [json.loads(tool) for tool in conversation.tools]
-        written = self._template.write(messages, tools)
+        written = self._template.render_messages(messages, tools)
         _check_complete(conversation, tools, written.text)
         spoken = [number for number, message in enumerate(conversation.messages) if message.role == "assistant"]
-        turns = [turn for number in spoken for turn in self._turns(conversation, written, number)]
-        return self._cut(conversation, written, tuple(turns))
+        turns = [turn for number in spoken for turn in self._find_assistant_spans(conversation, written, number)]
+        return self._trim_after_last_turn(conversation, written, tuple(turns))
 
-    def prompt(self, conversation: Conversation) -> Script:
+    def render_prompt(self, conversation: Conversation) -> RenderedChat:
         """Write a conversation and the beginning of the assistant's next turn.
 
         Raises DataError, what the chat template does wrong, where it refuses the conversation or leaves something out.
         """
-        messages = [_template_message(message) for message in conversation.messages]
+        messages = [_build_template_message(message) for message in conversation.messages]
         tools = [json.loads(tool) for tool in conversation.tools]
-        written = self._template.write(messages, tools, prompt=True)
+        written = self._template.render_messages(messages, tools, prompt=True)
         _check_complete(conversation, tools, written.text)
-        return Script(written.text, written.markers, turns=(), closing=None)
+        return RenderedChat(written.text, written.markers, turns=(), missing_end_of_turn=None)
 
-    def _turns(self, conversation: Conversation, written: Written, number: int) -> list[Turn]:
+    def _find_assistant_spans(
+        self, conversation: Conversation, written: TracedText, number: int
+    ) -> list[AssistantSpan]:
         """What the assistant says with one message: one stretch, or as many as there are `{% generation %}` blocks."""
-        if number not in written.parts:
+        if number not in written.message_spans:
             raise DataError(f"does not write message {number} in a loop over the messages")
-        start, stop = written.parts[number]
-        said = [span for span in written.said if start <= span[0] and span[1] <= stop]
+        start, stop = written.message_spans[number]
+        said = [span for span in written.generation_spans if start <= span[0] and span[1] <= stop]
         if said:
-            return [self._closed(written, Turn(number, *span, closed=False)) for span in said]
+            return [self._include_end_of_turn(written, AssistantSpan(number, *span, closed=False)) for span in said]
         follows = number > 0 and conversation.messages[number - 1].role == "assistant"
-        start += self._head(written.text[start:stop], number, may_be_missing=follows)
-        return [self._ended(written, Turn(number, start, stop, closed=False))]
+        start += self._get_header_length(written.text[start:stop], number, may_be_missing=follows)
+        return [self._trim_after_answer(written, AssistantSpan(number, start, stop, closed=False))]
 
-    def _closed(self, written: Written, turn: Turn) -> Turn:
+    def _include_end_of_turn(self, written: TracedText, turn: AssistantSpan) -> AssistantSpan:
         """A `{% generation %}` block, with the end of turn where that comes right after it."""
         for start, stop in written.markers:
-            if turn.stop in {start, stop} and written.text[start:stop] == self._habits.end:
-                return Turn(turn.message, turn.start, stop, closed=True)
+            if turn.stop in {start, stop} and written.text[start:stop] == self._delimiters.end:
+                return AssistantSpan(turn.message, turn.start, stop, closed=True)
         return turn
 
-    def _head(self, part: str, number: int, *, may_be_missing: bool) -> int:
+    def _get_header_length(self, part: str, number: int, *, may_be_missing: bool) -> int:
         """Characters that stand before the answer; a template may go on without them after another answer."""
-        for head in self._habits.heads:
+        for head in self._delimiters.heads:
             before, found, _ = part.partition(head)
             if found and not before.strip():
                 return len(before) + len(head)
-        if may_be_missing or not self._habits.heads:
+        if may_be_missing or not self._delimiters.heads:
             return 0
         raise DataError(
             f"begins message {number} in another way than a prompt for the assistant, so it cannot be told where the "
             "assistant speaks; {% generation %} blocks in the template would show it"
         )
 
-    def _ended(self, written: Written, turn: Turn) -> Turn:
+    def _trim_after_answer(self, written: TracedText, turn: AssistantSpan) -> AssistantSpan:
         """The turn up to its last closing marker, or without what the template writes after answers."""
         ends = [
             stop
             for start, stop in written.markers
-            if turn.start <= start and stop <= turn.stop and written.text[start:stop] == self._habits.end
+            if turn.start <= start and stop <= turn.stop and written.text[start:stop] == self._delimiters.end
         ]
         if ends:
-            return Turn(turn.message, turn.start, ends[-1], closed=True)
-        tail = self._habits.tails[turn.stop == len(written.text)]
+            return AssistantSpan(turn.message, turn.start, ends[-1], closed=True)
+        tail = self._delimiters.tails[turn.stop == len(written.text)]
         stop = turn.stop - len(tail) if written.text.endswith(tail, turn.start, turn.stop) else turn.stop
-        return Turn(turn.message, turn.start, stop, closed=False)
+        return AssistantSpan(turn.message, turn.start, stop, closed=False)
 
-    def _cut(self, conversation: Conversation, written: Written, turns: tuple[Turn, ...]) -> Script:
+    def _trim_after_last_turn(
+        self, conversation: Conversation, written: TracedText, turns: tuple[AssistantSpan, ...]
+    ) -> RenderedChat:
         """Leave out what follows the last turn: a line break, or the beginning of a turn that nobody takes."""
         stop, closing = len(written.text), None
         if conversation.messages[-1].role == "assistant":
             stop = turns[-1].stop
-            closing = None if turns[-1].closed else self._habits.end
+            closing = None if turns[-1].closed else self._delimiters.end
         elif written.markers and not written.text[written.markers[-1][1] :].strip():
             stop = written.markers[-1][1]
         markers = tuple(marker for marker in written.markers if marker[1] <= stop)
-        return Script(written.text[:stop], markers, turns, closing)
+        return RenderedChat(written.text[:stop], markers, turns, closing)
 
 
-def _habits(template: TracedTemplate) -> _Habits:
-    probe, asked, prompted = template.write(_PROBE), template.write([_USER]), template.write([_USER], prompt=True)
-    if any(number not in probe.parts or _ANSWER not in _part(probe, number) for number in (1, 3)):
+def _probe_delimiters(template: TracedTemplate) -> _TurnDelimiters:
+    probe, asked, prompted = (
+        template.render_messages(_PROBE),
+        template.render_messages([_USER]),
+        template.render_messages([_USER], prompt=True),
+    )
+    if any(number not in probe.message_spans or _ANSWER not in _get_message_text(probe, number) for number in (1, 3)):
         raise DataError("does not write the messages in a loop over them")
-    first, last = (_part(probe, number).partition(_ANSWER) for number in (1, 3))
+    first, last = (_get_message_text(probe, number).partition(_ANSWER) for number in (1, 3))
     prompt = prompted.text[len(asked.text) :] if prompted.text.startswith(asked.text) else ""
     # A template that writes no prompt, or writes it always, still begins its answers alike.
-    heads = {_head_in(prompt or last[0], before) for before in (first[0], last[0])}
+    heads = {_find_common_header(prompt or last[0], before) for before in (first[0], last[0])}
     longest_first = tuple(sorted(filter(None, heads), key=len, reverse=True))
-    return _Habits(longest_first, (first[2], last[2]), _end_of_turn(probe))
+    return _TurnDelimiters(longest_first, (first[2], last[2]), _find_end_of_turn(probe))
 
 
-def _head_in(prompt: str, before: str) -> str:
+def _find_common_header(prompt: str, before: str) -> str:
     """What a prompt and the text before an answer have in common: all of the one, or the other up to its end.
 
     The prompt may begin earlier (with the end of the user's turn), and either may go on (with thinking).
@@ -204,15 +215,15 @@ def _head_in(prompt: str, before: str) -> str:
     return ""
 
 
-def _part(written: Written, number: int) -> str:
-    start, stop = written.parts[number]
+def _get_message_text(written: TracedText, number: int) -> str:
+    start, stop = written.message_spans[number]
     return written.text[start:stop]
 
 
-def _end_of_turn(probe: Written) -> str | None:
+def _find_end_of_turn(probe: TracedText) -> str | None:
     """The first marker after an answer: within the conversation, or else at its end."""
     for number in (1, 3):
-        start, stop = probe.parts[number]
+        start, stop = probe.message_spans[number]
         after = probe.text.index(_ANSWER, start) + len(_ANSWER)
         for begin, end in probe.markers:
             if after <= begin and end <= stop:
@@ -236,7 +247,7 @@ def _check_complete(conversation: Conversation, tools: Sequence[Mapping[str, Any
         raise DataError(f"leaves out {', '.join(lost[:3])}")
 
 
-def _template_message(message: Message) -> dict[str, Any]:
+def _build_template_message(message: ChatMessage) -> dict[str, Any]:
     """A message as templates know it, arguments of calls as objects (what Hugging Face asks for)."""
     values: dict[str, Any] = {"role": message.role, "content": message.content}
     if message.name is not None:
@@ -254,14 +265,14 @@ def _template_message(message: Message) -> dict[str, Any]:
 
 def has_template(directory: Path) -> bool:
     """Whether a tokenizer brings a chat template of its own."""
-    return bool(_own_template(directory))
+    return bool(_read_own_template(directory))
 
 
-def _own_template(directory: Path) -> str | None:
+def _read_own_template(directory: Path) -> str | None:
     file = directory / "chat_template.jinja"
     if file.is_file():
         return file.read_text(encoding="utf-8")
-    template = _json(directory / "tokenizer_config.json").get("chat_template")
+    template = _read_json_object(directory / "tokenizer_config.json").get("chat_template")
     if not isinstance(template, list):
         return template
     named = {each["name"]: each["template"] for each in template}
@@ -273,14 +284,16 @@ def _own_template(directory: Path) -> str | None:
     return str(named["default"])
 
 
-def named_tokens(directory: Path) -> dict[str, str]:
+def read_special_tokens_map(directory: Path) -> dict[str, str]:
     """A tokenizer's special tokens by name (`eos_token` and its like), as transformers gives them to a template."""
-    known = _json(directory / "special_tokens_map.json") | _json(directory / "tokenizer_config.json")
-    tokens = {name: known[name] for name in _NAMED if known.get(name) is not None}
+    known = _read_json_object(directory / "special_tokens_map.json") | _read_json_object(
+        directory / "tokenizer_config.json"
+    )
+    tokens = {name: known[name] for name in _NAMED_TOKENS if known.get(name) is not None}
     return {name: token["content"] if isinstance(token, Mapping) else token for name, token in tokens.items()}
 
 
-def _json(file: Path) -> dict[str, Any]:
+def _read_json_object(file: Path) -> dict[str, Any]:
     """A JSON object in a file; empty where there is no such file."""
     if not file.is_file():
         return {}

@@ -23,22 +23,26 @@ from jinja2.visitor import NodeTransformer
 from llm_training_toolkit.errors import DataError
 
 # Signs are surrogates: code points that UTF-8 cannot express, so no record holds one.
-AT, AT_END = "\ud800", "\ud801"
+MESSAGE_SIGN, MESSAGE_SIGN_END = "\ud800", "\ud801"
 """Around the number of the message that a loop is at."""
-SAID, SAID_END = "\ud802", "\ud803"
+GENERATION_SIGN, GENERATION_SIGN_END = "\ud802", "\ud803"
 """Around what a `{% generation %}` block writes."""
-NUMBER_OF = "ltt_number_of"
+MESSAGE_SIGN_FUNCTION = "ltt_number_of"
 """The function that a traced template calls with what a loop is at; it gives the sign, or nothing."""
 _FIRST_STAND_IN, _LAST_STAND_IN = 0xD810, 0xDFFF
-_SIGNS = re.compile(f"({AT}\\d+{AT_END}|[{SAID}{SAID_END}{chr(_FIRST_STAND_IN)}-{chr(_LAST_STAND_IN)}])")
-_HARMLESS = "?"
+_SIGNS = re.compile(
+    f"({MESSAGE_SIGN}\\d+{MESSAGE_SIGN_END}|[{GENERATION_SIGN}{GENERATION_SIGN_END}{chr(_FIRST_STAND_IN)}-{chr(_LAST_STAND_IN)}])"
+)
+_MASK_CHARACTER = "?"
 _FAILURES = (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RecursionError)
-_LOOKING = re.compile("(starts|ends)with|r?(split|partition|find|index)|[lr]?strip|count|replace|remove(prefix|suffix)")
+_SEARCH_METHODS = re.compile(
+    "(starts|ends)with|r?(split|partition|find|index)|[lr]?strip|count|replace|remove(prefix|suffix)"
+)
 """Methods whose arguments are looked for in a text, and not written."""
 
 
 @dataclass(frozen=True)
-class Written:
+class TracedText:
     """What a template wrote for some messages.
 
     markers: where in the text its own markers stand, [start, stop). parts: for each message the last stretch of text
@@ -48,8 +52,8 @@ class Written:
 
     text: str
     markers: tuple[tuple[int, int], ...]
-    parts: Mapping[int, tuple[int, int]]
-    said: tuple[tuple[int, int], ...]
+    message_spans: Mapping[int, tuple[int, int]]
+    generation_spans: tuple[tuple[int, int], ...]
 
 
 class TracedTemplate:
@@ -61,66 +65,66 @@ class TracedTemplate:
         Raises DataError for a template that cannot be compiled.
         """
         longest_first = sorted(filter(None, markers), key=len, reverse=True)
-        self.marker = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
-        self._meant: dict[str, str] = {}
+        self.marker_pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        self._marker_by_sign: dict[str, str] = {}
         self._variables = dict(variables)
-        self._replaced_variables = {name: self._replaced(value) for name, value in variables.items()}
+        self._replaced_variables = {name: self._replace_markers(value) for name, value in variables.items()}
         try:
-            self._plain = environment().from_string(source)
-            self._traced = traced(source, self._replaced)
+            self._plain = build_jinja_environment().from_string(source)
+            self._traced = compile_traced_template(source, self._replace_markers)
         except _FAILURES as error:
             raise DataError(f"cannot be compiled: {error}") from error
 
-    def write(
+    def render_messages(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] = (), *, prompt: bool = False
-    ) -> Written:
+    ) -> TracedText:
         """Render messages; with `prompt` as far as the assistant's next words.
 
         Raises DataError with the template's own reason where it refuses them, and where it cannot be followed.
         """
-        written, unclear = self._read(self._render(self._traced, messages, tools, prompt=prompt))
-        plain = self._render(self._plain, messages, tools, prompt=prompt)
+        written, unclear = self._resolve_signs(self._render_template(self._traced, messages, tools, prompt=prompt))
+        plain = self._render_template(self._plain, messages, tools, prompt=prompt)
         if written.text != _SIGNS.sub("", plain):  # the signs of {% generation %}
             raise DataError("looks into messages for special tokens in a way that cannot be followed")
         if unclear:
             # Markers that the template puts together from pieces ('<|' + role + '|>') are its own, too.
-            own = self._own([list(messages), list(tools)], written.text, unclear, prompt=prompt)
+            own = self._find_own_markers([list(messages), list(tools)], written.text, unclear, prompt=prompt)
             return replace(written, markers=tuple(sorted((*written.markers, *own))))
         return written
 
-    def _own(
+    def _find_own_markers(
         self, given: list[Any], text: str, unclear: list[tuple[int, int]], *, prompt: bool
     ) -> list[tuple[int, int]]:
         """Those of the unclear places where the template itself wrote the marker."""
-        disarmed = self._disarmed(given)
+        disarmed = self._mask_markers(given)
         if disarmed == given:
             return unclear
-        other, own = self._read(self._render(self._traced, *disarmed, prompt=prompt))
+        other, own = self._resolve_signs(self._render_template(self._traced, *disarmed, prompt=prompt))
         pairs = zip(text, other.text, strict=False)
-        same = len(text) == len(other.text) and all(there in {here, _HARMLESS} for here, there in pairs)
+        same = len(text) == len(other.text) and all(there in {here, _MASK_CHARACTER} for here, there in pairs)
         if own and not same:
             raise DataError("puts special tokens together from pieces, and a message holds the text of one")
         return own
 
-    def _replaced(self, text: str) -> str:
-        return self.marker.sub(lambda found: self._stand_in(found.group()), text)
+    def _replace_markers(self, text: str) -> str:
+        return self.marker_pattern.sub(lambda found: self._get_stand_in(found.group()), text)
 
-    def _stand_in(self, marker: str) -> str:
-        for sign, meant in self._meant.items():
+    def _get_stand_in(self, marker: str) -> str:
+        for sign, meant in self._marker_by_sign.items():
             if meant == marker:
                 return sign
-        sign = chr(_FIRST_STAND_IN + len(self._meant))
+        sign = chr(_FIRST_STAND_IN + len(self._marker_by_sign))
         assert ord(sign) <= _LAST_STAND_IN, "a template with two thousand kinds of markers"
-        self._meant[sign] = marker
+        self._marker_by_sign[sign] = marker
         return sign
 
-    def _render(
+    def _render_template(
         self, template: Template, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any], *, prompt: bool
     ) -> str:
-        numbers = {id(message): f"{AT}{number}{AT_END}" for number, message in enumerate(messages)}
+        numbers = {id(message): f"{MESSAGE_SIGN}{number}{MESSAGE_SIGN_END}" for number, message in enumerate(messages)}
         variables: dict[str, Any] = dict(self._variables)
         if template is self._traced:
-            variables = {**self._replaced_variables, NUMBER_OF: lambda each: numbers.get(id(each), "")}
+            variables = {**self._replaced_variables, MESSAGE_SIGN_FUNCTION: lambda each: numbers.get(id(each), "")}
         try:
             return template.render(
                 messages=list(messages),
@@ -132,88 +136,92 @@ class TracedTemplate:
         except _FAILURES as error:
             raise DataError(f"cannot write this: {error}") from error
 
-    def _read(self, rendered: str) -> tuple[Written, list[tuple[int, int]]]:
+    def _resolve_signs(self, rendered: str) -> tuple[TracedText, list[tuple[int, int]]]:
         """Resolve signs into places; and the markers that stand in the text without a sign."""
-        reading = _Reading()
+        reading = _TraceReader()
         unclear: list[tuple[int, int]] = []
         for number, piece in enumerate(_SIGNS.split(rendered)):
             if number % 2:
-                reading.sign(piece, self._meant)
+                reading.resolve_sign(piece, self._marker_by_sign)
             else:
-                unclear += [(reading.length + m.start(), reading.length + m.end()) for m in self.marker.finditer(piece)]
-                reading.add(piece)
-        return reading.written(), unclear
+                unclear += [
+                    (reading.length + m.start(), reading.length + m.end()) for m in self.marker_pattern.finditer(piece)
+                ]
+                reading.append_text(piece)
+        return reading.build_traced_text(), unclear
 
-    def _disarmed(self, value: Any) -> Any:  # noqa: ANN401 - JSON
+    def _mask_markers(self, value: Any) -> Any:  # noqa: ANN401 - JSON
         """The same values with no marker in any text, the keys of mappings included."""
         if isinstance(value, str):
-            return self.marker.sub(lambda found: _HARMLESS * len(found.group()), value)
+            return self.marker_pattern.sub(lambda found: _MASK_CHARACTER * len(found.group()), value)
         if isinstance(value, Mapping):
-            return {self._disarmed(key): self._disarmed(each) for key, each in value.items()}
+            return {self._mask_markers(key): self._mask_markers(each) for key, each in value.items()}
         if isinstance(value, list | tuple):
-            return [self._disarmed(each) for each in value]
+            return [self._mask_markers(each) for each in value]
         return value
 
 
-class _Reading:
+class _TraceReader:
     """Traced text as it is read from left to right."""
 
     def __init__(self) -> None:
         self.texts: list[str] = []
         self.length = 0
         self.markers: list[tuple[int, int]] = []
-        self.begins: list[tuple[int, int]] = []
-        self.said: list[tuple[int, int]] = []
-        self._said_from = 0
+        self.message_starts: list[tuple[int, int]] = []
+        self.generation_spans: list[tuple[int, int]] = []
+        self._generation_start = 0
 
-    def add(self, text: str) -> None:
+    def append_text(self, text: str) -> None:
         self.texts.append(text)
         self.length += len(text)
 
-    def sign(self, sign: str, meant: Mapping[str, str]) -> None:
+    def resolve_sign(self, sign: str, meant: Mapping[str, str]) -> None:
         if sign in meant:
             self.markers.append((self.length, self.length + len(meant[sign])))
-            self.add(meant[sign])
-        elif sign[0] == AT:
-            self.begins.append((self.length, int(sign[1:-1])))
-        elif sign == SAID:
-            self._said_from = self.length
+            self.append_text(meant[sign])
+        elif sign[0] == MESSAGE_SIGN:
+            self.message_starts.append((self.length, int(sign[1:-1])))
+        elif sign == GENERATION_SIGN:
+            self._generation_start = self.length
         else:
-            self.said.append((self._said_from, self.length))
+            self.generation_spans.append((self._generation_start, self.length))
 
-    def written(self) -> Written:
+    def build_traced_text(self) -> TracedText:
         text = "".join(self.texts)
         parts: dict[int, tuple[int, int]] = {}
-        stops = [start for start, _ in self.begins[1:]] + [self.length]
-        for (start, message), stop in zip(self.begins, stops, strict=False):
+        stops = [start for start, _ in self.message_starts[1:]] + [self.length]
+        for (start, message), stop in zip(self.message_starts, stops, strict=False):
             # Of several loops over the messages the last that writes something is the one that writes the turns.
             if message not in parts or text[start:stop].strip():
                 parts[message] = (start, stop)
-        return Written(text, tuple(self.markers), parts, tuple(self.said))
+        return TracedText(text, tuple(self.markers), parts, tuple(self.generation_spans))
 
 
-def traced(source: str, replaced: Callable[[str], str]) -> Template:
+def compile_traced_template(source: str, replaced: Callable[[str], str]) -> Template:
     """Compile a template that writes signs for the messages, with `replaced` applied to the texts it writes itself."""
-    where = environment()
-    tree = _Tracer(replaced).visit(where.parse(source))
+    where = build_jinja_environment()
+    tree = _TracingTransformer(replaced).visit(where.parse(source))
     tree.set_environment(where)
     return Template.from_code(where, where.compile(tree), where.make_globals(None))
 
 
-class _Tracer(NodeTransformer):
+class _TracingTransformer(NodeTransformer):
     """Puts stand-ins for markers into a template's texts, and the number of the message into its loops.
 
     A text that is only compared or looked for stays as it is.
     """
 
     def __init__(self, replaced: Callable[[str], str]) -> None:
-        self._replaced = replaced
+        self._replace_markers = replaced
 
     def visit_TemplateData(self, node: nodes.TemplateData) -> nodes.Node:  # noqa: N802 - jinja2's names
-        return nodes.TemplateData(self._replaced(node.data), lineno=node.lineno)
+        return nodes.TemplateData(self._replace_markers(node.data), lineno=node.lineno)
 
     def visit_Const(self, node: nodes.Const) -> nodes.Node:  # noqa: N802
-        return nodes.Const(self._replaced(node.value), lineno=node.lineno) if isinstance(node.value, str) else node
+        return (
+            nodes.Const(self._replace_markers(node.value), lineno=node.lineno) if isinstance(node.value, str) else node
+        )
 
     def visit_Compare(self, node: nodes.Compare) -> nodes.Node:  # noqa: N802
         return node
@@ -223,7 +231,7 @@ class _Tracer(NodeTransformer):
 
     def visit_Call(self, node: nodes.Call) -> nodes.Node:  # noqa: N802
         called = node.node
-        if isinstance(called, nodes.Getattr) and _LOOKING.fullmatch(called.attr):
+        if isinstance(called, nodes.Getattr) and _SEARCH_METHODS.fullmatch(called.attr):
             node.node = self.visit(called)
             return node
         return self.generic_visit(node)
@@ -235,21 +243,23 @@ class _Tracer(NodeTransformer):
         return self.generic_visit(node)
 
     def visit_For(self, node: nodes.For) -> nodes.Node:  # noqa: N802
-        speaks = any(_says_something(output) for output in node.find_all(nodes.Output))
+        speaks = any(_has_visible_output(output) for output in node.find_all(nodes.Output))
         self.generic_visit(node)
         if speaks and isinstance(node.target, nodes.Name):
             line = node.lineno
-            function, message = (nodes.Name(name, "load", lineno=line) for name in (NUMBER_OF, node.target.name))
+            function, message = (
+                nodes.Name(name, "load", lineno=line) for name in (MESSAGE_SIGN_FUNCTION, node.target.name)
+            )
             number = nodes.Call(function, [message], [], None, None, lineno=line)
             node.body.insert(0, nodes.Output([number], lineno=line))
         return node
 
 
-def _says_something(output: nodes.Output) -> bool:
+def _has_visible_output(output: nodes.Output) -> bool:
     return any(not isinstance(each, nodes.TemplateData) or each.data.strip() for each in output.nodes)
 
 
-class _Generation(Extension):
+class _GenerationExtension(Extension):
     """`{% generation %}`: Hugging Face's block around what the assistant says."""
 
     tags = {"generation"}  # noqa: RUF012 - jinja2 declares it so
@@ -257,25 +267,27 @@ class _Generation(Extension):
     def parse(self, parser: Parser) -> list[nodes.Node]:
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        begin, end = (nodes.Output([nodes.TemplateData(sign)], lineno=line) for sign in (SAID, SAID_END))
+        begin, end = (
+            nodes.Output([nodes.TemplateData(sign)], lineno=line) for sign in (GENERATION_SIGN, GENERATION_SIGN_END)
+        )
         return [begin, nodes.Scope(body, lineno=line), end]
 
 
-def environment() -> Environment:
+def build_jinja_environment() -> Environment:
     """The environment in which Hugging Face renders templates, but for `strftime_now`.
 
     Tokens that depend on the day they were made could not be made again, so a template that asks for the day finds no
     such function; those that can do without (Llama 3) take a fixed date then.
     """
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationExtension, loopcontrols]
     )
     environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _refuse
+    environment.globals["raise_exception"] = _raise_exception
     return environment
 
 
-def _refuse(reason: str) -> None:
+def _raise_exception(reason: str) -> None:
     raise TemplateError(reason)
 
 

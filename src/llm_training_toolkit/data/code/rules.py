@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from llm_training_toolkit.config.schema import Source
-from llm_training_toolkit.data.code.fim import Draw, FimRules, draw
-from llm_training_toolkit.data.code.repo_format import Layout, Passage, plain
+from llm_training_toolkit.config.schema import SourceConfig
+from llm_training_toolkit.data.code.fim import FimRules, UniformDraw, draw_uniform_numbers
+from llm_training_toolkit.data.code.repo_format import FileSegment, RepoFormat, build_plain_segments
 from llm_training_toolkit.data.sources import Document
-from llm_training_toolkit.data.tokenizer import Markers, TextEncoder
+from llm_training_toolkit.data.tokenizer import TextEncoder, TokenizationSpec
 
 
 @dataclass(frozen=True)
-class Rules:
+class RenderRules:
     """How the documents of a source are rendered in an epoch."""
 
     sequence_length: int
@@ -22,30 +22,37 @@ class Rules:
     fim: FimRules | None = None
     seed: int = 0
     epoch: int = 0
-    layout: Layout | None = None
+    layout: RepoFormat | None = None
 
     @classmethod
-    def of(
-        cls, source: Source, markers: Markers, encoder: TextEncoder, sequence_length: int, *, seed: int, epoch: int
-    ) -> Rules:
+    def from_config(
+        cls,
+        source: SourceConfig,
+        markers: TokenizationSpec,
+        encoder: TextEncoder,
+        sequence_length: int,
+        *,
+        seed: int,
+        epoch: int,
+    ) -> RenderRules:
         """The rules of a source of the configuration. Raises DataError where the tokenizer lacks a marker."""
         return cls(
             sequence_length,
-            encoder.id_of(markers.tokens.end_of_text),
+            encoder.get_special_token_id(markers.tokens.end_of_text),
             "continue" if source.too_long == "auto" else source.too_long,
-            None if source.fim is None else FimRules.of(source.fim, markers, encoder),
+            None if source.fim is None else FimRules.from_config(source.fim, markers, encoder),
             seed,
             epoch,
-            Layout.of(source, markers, encoder),
+            RepoFormat.from_config(source, markers, encoder),
         )
 
-    def passages(self, document: Document) -> list[Passage]:
+    def build_file_segments(self, document: Document) -> list[FileSegment]:
         """The files of a document as they are written."""
-        return plain(document) if self.layout is None else self.layout.passages(document)
+        return build_plain_segments(document) if self.layout is None else self.layout.build_file_segments(document)
 
-    def chance(self, number: int, document: Document, part: str) -> Draw | None:
+    def draw_fim_for_part(self, number: int, document: Document, part: str) -> UniformDraw | None:
         """The random numbers of a part of a document; None where it stays as it is."""
         if self.fim is None:
             return None
-        drawn = draw(self.seed, self.epoch, document.source, number, part)
+        drawn = draw_uniform_numbers(self.seed, self.epoch, document.source, number, part)
         return drawn if drawn.rearrange < self.fim.rate else None

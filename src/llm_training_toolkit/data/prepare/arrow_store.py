@@ -17,8 +17,8 @@ from llm_training_toolkit.errors import DataError
 
 _TOKENS_PER_BATCH = 1 << 20
 _ROWS_PER_BATCH = 1 << 16
-_INDEX = ("source", "document", "batch", "start", "length", "targets")
-_TOKENS = pa.schema([("token", pa.uint32()), ("loss", pa.bool_())])
+_INDEX_COLUMNS = ("source", "document", "batch", "start", "length", "targets")
+_TOKEN_SCHEMA = pa.schema([("token", pa.uint32()), ("loss", pa.bool_())])
 
 
 def write_columns(path: Path, columns: Mapping[str, Any]) -> None:
@@ -30,7 +30,7 @@ def write_columns(path: Path, columns: Mapping[str, Any]) -> None:
 
 def read_columns(path: Path) -> dict[str, NDArray[Any]]:
     """Columns of numbers as read-only arrays on the memory-mapped file."""
-    batch = _reader(path).get_batch(0)
+    batch = _open_arrow_file(path).get_batch(0)
     return {name: column.to_numpy() for name, column in zip(batch.schema.names, batch.columns, strict=True)}
 
 
@@ -45,7 +45,7 @@ def write_rows(path: Path, schema: Any, rows: Iterable[tuple[Any, ...]]) -> None
 
 def read_column(path: Path, column: str) -> Any:  # noqa: ANN401 - pyarrow carries no types
     """A column of any kind as Arrow's own array; the file is mapped, not read."""
-    return _reader(path).read_all().column(column)
+    return _open_arrow_file(path).read_all().column(column)
 
 
 def read_array(path: Path, column: str) -> NDArray[Any]:
@@ -62,7 +62,7 @@ def read_array(path: Path, column: str) -> NDArray[Any]:
     return np.concatenate([np.empty((0, kind.byte_width), np.uint8), *parts])
 
 
-def _reader(path: Path) -> Any:  # noqa: ANN401 - pyarrow carries no types
+def _open_arrow_file(path: Path) -> Any:  # noqa: ANN401 - pyarrow carries no types
     try:
         return pa.ipc.open_file(pa.memory_map(str(path)))
     except pa.ArrowInvalid as error:
@@ -89,20 +89,20 @@ def write_examples(directory: Path, rendered: Iterable[SourceExample]) -> None:
     tables: list[NDArray[np.int64]] = []
     pending: list[Example] = []
     filled = batches = 0
-    with pa.OSFile(str(directory / "tokens.arrow"), "wb") as sink, pa.ipc.new_file(sink, _TOKENS) as writer:
+    with pa.OSFile(str(directory / "tokens.arrow"), "wb") as sink, pa.ipc.new_file(sink, _TOKEN_SCHEMA) as writer:
         for source, example in rendered:
             targets = int(np.count_nonzero(example.loss[1:]))
             index.append((source, example.document, batches, filled, len(example.tokens), targets))
             pending.append(example)
             filled += len(example.tokens)
             if filled >= _TOKENS_PER_BATCH:
-                _flush(writer, pending)
+                _flush_pending(writer, pending)
                 tables.append(np.array(index, dtype=np.int64))
                 index.clear()
                 batches, filled = batches + 1, 0
-        _flush(writer, pending)
+        _flush_pending(writer, pending)
     table = np.concatenate([*tables, np.array(index, dtype=np.int64).reshape(-1, 6)])
-    write_columns(directory / "examples.arrow", {name: table[:, i].copy() for i, name in enumerate(_INDEX)})
+    write_columns(directory / "examples.arrow", {name: table[:, i].copy() for i, name in enumerate(_INDEX_COLUMNS)})
 
 
 def join_examples(parts: Sequence[Path], target: Path, transfer: Callable[[Path, Path], None]) -> None:
@@ -114,30 +114,30 @@ def join_examples(parts: Sequence[Path], target: Path, transfer: Callable[[Path,
     for number, part in enumerate(parts):
         columns = read_columns(part / "examples.arrow")
         tables.append({**columns, "batch": columns["batch"] + total})
-        counts.append(_reader(part / "tokens.arrow").num_record_batches)
+        counts.append(_open_arrow_file(part / "tokens.arrow").num_record_batches)
         total += counts[-1]
-        transfer(part / "tokens.arrow", target / _part_name(number))
-    empty = {name: np.zeros(0, dtype=np.int64) for name in _INDEX}
+        transfer(part / "tokens.arrow", target / _format_part_name(number))
+    empty = {name: np.zeros(0, dtype=np.int64) for name in _INDEX_COLUMNS}
     write_columns(
         target / "examples.arrow",
-        {name: np.concatenate([table[name] for table in (empty, *tables)]) for name in _INDEX},
+        {name: np.concatenate([table[name] for table in (empty, *tables)]) for name in _INDEX_COLUMNS},
     )
     write_columns(target / "parts.arrow", {"batches": np.array(counts, dtype=np.int64)})
 
 
-def _part_name(number: int) -> str:
+def _format_part_name(number: int) -> str:
     return f"tokens-{number:05d}.arrow"
 
 
-def _flush(writer: Any, pending: list[Example]) -> None:  # noqa: ANN401 - pyarrow carries no types
+def _flush_pending(writer: Any, pending: list[Example]) -> None:  # noqa: ANN401 - pyarrow carries no types
     if pending:
         tokens = pa.array(np.concatenate([example.tokens for example in pending]), pa.uint32())
         loss = pa.array(np.concatenate([example.loss for example in pending]), pa.bool_())
-        writer.write_batch(pa.record_batch([tokens, loss], schema=_TOKENS))
+        writer.write_batch(pa.record_batch([tokens, loss], schema=_TOKEN_SCHEMA))
         pending.clear()
 
 
-class Examples:
+class ExampleStore:
     """The examples of one rendering, memory-mapped.
 
     source, document, length, targets (examples,) int64: whose example it is, its tokens, and the labels it yields.
@@ -151,8 +151,8 @@ class Examples:
         self.batch, self._start = columns["batch"], columns["start"]
         self._ends = np.cumsum(read_columns(directory / "parts.arrow")["batches"])
         # A window of packed sequences lies in a few files; an open one costs a descriptor, of which there are 1,024.
-        self._open = lru_cache(maxsize=16)(lambda part: _reader(directory / _part_name(part)))
-        self._read_batch = lru_cache(maxsize=64)(self._batch_of)
+        self._open = lru_cache(maxsize=16)(lambda part: _open_arrow_file(directory / _format_part_name(part)))
+        self._read_batch = lru_cache(maxsize=64)(self._read_record_batch)
 
     def __len__(self) -> int:
         """Number of examples."""
@@ -166,6 +166,6 @@ class Examples:
         loss = batch.column(1).slice(start, length).to_numpy(zero_copy_only=False)
         return Example(tokens, loss, int(self.document[number]))
 
-    def _batch_of(self, number: int) -> Any:  # noqa: ANN401 - pyarrow carries no types
+    def _read_record_batch(self, number: int) -> Any:  # noqa: ANN401 - pyarrow carries no types
         part = int(np.searchsorted(self._ends, number, side="right"))
         return self._open(part).get_batch(number - (int(self._ends[part - 1]) if part else 0))

@@ -13,13 +13,13 @@ from contextlib import contextmanager, suppress
 from glob import iglob
 from pathlib import Path
 
-_CLAIM = ".building"
-_LEFT_ALONE = 24 * 3600.0
+_LOCK_NAME = ".building"
+_STALE_SECONDS = 24 * 3600.0
 """Seconds after which a build of another machine counts as dead, if its lock is free: some shared file systems keep
 the locks of each machine to itself."""
 
 
-def complete(target: Path, build: Callable[[Path], None]) -> Path:
+def build_atomic_dir(target: Path, build: Callable[[Path], None]) -> Path:
     """Return the directory `target`, built by `build(temporary directory)` unless it is there.
 
     The finished directory is renamed into place, so that it is whole or absent whatever dies, and of two processes
@@ -31,10 +31,10 @@ def complete(target: Path, build: Callable[[Path], None]) -> Path:
     temporary = target.with_name(f".{target.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}")
     temporary.mkdir()
     try:
-        with _claimed(temporary) as claim:
+        with _hold_build_lock(temporary) as claim:
             build(temporary)
             claim.unlink()
-            _sync(temporary)
+            _fsync_directory(temporary)
             temporary.rename(target)
     except OSError:  # another process was faster, and may have tidied away what this one was building from
         if not target.is_dir():
@@ -44,21 +44,21 @@ def complete(target: Path, build: Callable[[Path], None]) -> Path:
     return target
 
 
-def sweep(cache: Path) -> None:
+def remove_stale_builds(cache: Path) -> None:
     """Remove what killed builds have left in a cache and one and two directories below.
 
     Whoever builds holds a lock, which its system lets go of when it dies. Nothing else is touched.
     """
     for pattern in (".*", "*/.*", "*/.*/.*"):
         # Path.glob raises where a directory goes meanwhile.
-        for name in iglob(f"{pattern}/{_CLAIM}", root_dir=cache):  # noqa: PTH207
-            _remove_if_dead(cache / name)
+        for name in iglob(f"{pattern}/{_LOCK_NAME}", root_dir=cache):  # noqa: PTH207
+            _remove_if_stale(cache / name)
 
 
 @contextmanager
-def _claimed(directory: Path) -> Iterator[Path]:
+def _hold_build_lock(directory: Path) -> Iterator[Path]:
     """Say in a file that the directory is being built, and hold its lock meanwhile."""
-    claim = directory / _CLAIM
+    claim = directory / _LOCK_NAME
     with claim.open("w") as file:
         with suppress(OSError):  # a file system without locks: nobody can see that the builder died, and nobody sweeps
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -68,16 +68,16 @@ def _claimed(directory: Path) -> Iterator[Path]:
         yield claim
 
 
-def _remove_if_dead(claim: Path) -> None:
+def _remove_if_stale(claim: Path) -> None:
     with suppress(OSError), claim.open("r+") as file:  # gone meanwhile, held, or another user's
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         host = file.read()
         last = max(path.stat().st_mtime for path in claim.parent.iterdir())
-        if host == socket.gethostname() or (host and time.time() - last > _LEFT_ALONE):
+        if host == socket.gethostname() or (host and time.time() - last > _STALE_SECONDS):
             shutil.rmtree(claim.parent, ignore_errors=True)
 
 
-def _sync(directory: Path) -> None:
+def _fsync_directory(directory: Path) -> None:
     """Make the files durable before the name that says they are complete."""
     for path in [*directory.iterdir(), directory]:
         descriptor = os.open(path, os.O_RDONLY)

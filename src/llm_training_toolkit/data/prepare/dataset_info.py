@@ -10,7 +10,7 @@ from llm_training_toolkit.errors import DataError
 
 
 @dataclass(frozen=True)
-class SourceReceipt:
+class SourceInfo:
     """What became of one source.
 
     documents: kept, held-out ones included. dropped: documents left out, by reason. tokens, loss_tokens (labels other
@@ -31,7 +31,7 @@ class SourceReceipt:
 
 
 @dataclass(frozen=True)
-class EpochReceipt:
+class EpochInfo:
     """Where one epoch lies, relative to the receipt's directory, and what it has.
 
     filled: tokens in its sequences, without padding. lost: rendered tokens that no sequence holds; 0.
@@ -45,23 +45,23 @@ class EpochReceipt:
 
 
 @dataclass(frozen=True)
-class StreamReceipt:
+class StreamInfo:
     """A stream of sequences: all sources together, or where they have weights one source; `share`: its part of the mix.
 
     Shares are of sequences, relative to the other streams'; they make the weights shares of tokens.
     """
 
     share: int
-    epochs: tuple[EpochReceipt, ...]
+    epochs: tuple[EpochInfo, ...]
 
     @property
-    def sequences(self) -> tuple[int, ...]:
+    def sequences_per_epoch(self) -> tuple[int, ...]:
         """Sequences of each prepared epoch."""
         return tuple(epoch.sequences for epoch in self.epochs)
 
 
 @dataclass(frozen=True)
-class Receipt:
+class DatasetInfo:
     """Everything a worker needs to open prepared data, and a person to judge it.
 
     streams: one, or where sources have weights one for each of those that are trained on, in their order.
@@ -75,8 +75,8 @@ class Receipt:
     pad_id: int
     sequence_length: int
     seed: int
-    sources: tuple[SourceReceipt, ...]
-    streams: tuple[StreamReceipt, ...]
+    sources: tuple[SourceInfo, ...]
+    streams: tuple[StreamInfo, ...]
     held_out: str
     held_out_plan: str
     eval_sequences: int
@@ -84,22 +84,22 @@ class Receipt:
     tokens_lost: int
 
     @property
-    def sequences(self) -> int:
+    def total_sequences(self) -> int:
         """Sequences of all prepared epochs."""
-        return sum(sum(stream.sequences) for stream in self.streams)
+        return sum(sum(stream.sequences_per_epoch) for stream in self.streams)
 
     def to_json(self) -> str:
         """The receipt as text that `from_json` reads back."""
         return json.dumps(asdict(self), indent=2) + "\n"
 
     @classmethod
-    def from_json(cls, text: str) -> Receipt:
+    def from_json(cls, text: str) -> DatasetInfo:
         """Read a receipt. Raises DataError where it is none, or of another version."""
         try:
             values: dict[str, Any] = json.loads(text)
-            values["sources"] = tuple(SourceReceipt(**source) for source in values["sources"])
+            values["sources"] = tuple(SourceInfo(**source) for source in values["sources"])
             values["streams"] = tuple(
-                StreamReceipt(stream["share"], tuple(EpochReceipt(**epoch) for epoch in stream["epochs"]))
+                StreamInfo(stream["share"], tuple(EpochInfo(**epoch) for epoch in stream["epochs"]))
                 for stream in values["streams"]
             )
             return cls(**values)

@@ -16,21 +16,21 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from llm_training_toolkit.config.schema import Data, Source
+from llm_training_toolkit.config.schema import DataConfig, SourceConfig
 from llm_training_toolkit.data.prepare.arrow_store import read_array, read_column, write_columns, write_rows
 from llm_training_toolkit.data.sources import (
     Document,
-    Tally,
+    DocumentStats,
     check_skipped,
     content_hash,
-    documents,
-    files,
-    hashes,
-    with_doubles,
+    iter_content_hashes,
+    keep_duplicates,
+    list_source_files,
+    read_source_documents,
 )
 from llm_training_toolkit.errors import DataError
 
-_EVERY = 256
+_PROGRESS_EVERY = 256
 _CHARACTERS_PER_SHARD = 1 << 25
 """About ten million tokens: half a minute of one core's work, and a file of 40 MB."""
 _SCHEMA = pa.schema(
@@ -39,7 +39,7 @@ _SCHEMA = pa.schema(
 
 
 @dataclass(frozen=True)
-class Survey:
+class DocumentIndex:
     """The documents in reading order, and what each source dropped, by reason.
 
     sources (documents,) int32: whose document it is; hashes (documents, 16) uint8: of its content; characters
@@ -55,7 +55,7 @@ class Survey:
     dropped: list[dict[str, int]]
 
     @classmethod
-    def read(cls, directory: Path) -> Survey:
+    def read(cls, directory: Path) -> DocumentIndex:
         """Open a written survey."""
         file = directory / "documents.arrow"
         dropped = json.loads((directory / "dropped.json").read_text(encoding="utf-8"))
@@ -63,18 +63,18 @@ class Survey:
         sources, content, characters = (read_array(file, name) for name in ("source", "hash", "characters"))
         return cls(sources, content, characters, held, read_column(file, "name"), dropped)
 
-    def of(self, source: int) -> range:
+    def get_source_rows(self, source: int) -> range:
         """The rows of a source's documents."""
         rows = np.flatnonzero(self.sources == source)
         return range(int(rows[0]), int(rows[-1]) + 1) if len(rows) else range(0)
 
-    def count(self, *, held: bool, source: int | None = None) -> int:
+    def count_documents(self, *, held: bool, source: int | None = None) -> int:
         """Number of documents that are held out, or that are not, of one source or all."""
         counted = self.held if held else ~self.held
         return int(np.count_nonzero(counted if source is None else counted & (self.sources == source)))
 
 
-class Shard(NamedTuple):
+class DocumentShard(NamedTuple):
     """A piece of work: the documents [first, stop) of a source."""
 
     source: int
@@ -82,31 +82,33 @@ class Shard(NamedTuple):
     stop: int
 
 
-def shards(data: Data, survey: Survey, sources: Iterable[int], *, held: bool) -> list[Shard]:
+def split_into_shards(
+    data: DataConfig, survey: DocumentIndex, sources: Iterable[int], *, held: bool
+) -> list[DocumentShard]:
     """The documents of some sources in shards, leaving out shards where none is held out, or none is not.
 
     Whole repositories are one shard: they are put together from files all over the source.
     """
-    found: list[Shard] = []
+    found: list[DocumentShard] = []
     for source in sources:
-        rows = survey.of(source)
+        rows = survey.get_source_rows(source)
         filled = np.cumsum(survey.characters[rows.start : rows.stop]) // _CHARACTERS_PER_SHARD
-        cuts = (np.flatnonzero(np.diff(filled)) + 1).tolist() if all_sources(data)[source].per == "file" else []
+        cuts = (np.flatnonzero(np.diff(filled)) + 1).tolist() if list_all_sources(data)[source].per == "file" else []
         for first, stop in pairwise([0, *cuts, len(rows)]):
             if (survey.held[rows.start + first : rows.start + stop] == held).any():
-                found.append(Shard(source, first, stop))
+                found.append(DocumentShard(source, first, stop))
     return found
 
 
-def verify(data: Data, directory: Path, progress: Callable[[int], None]) -> None:
+def verify_document_index(data: DataConfig, directory: Path, progress: Callable[[int], None]) -> None:
     """Read everything again and compare it with the survey in `directory`. Raises DataError for the first difference.
 
     The survey lies in the prepared data's directory, which the error names: nothing else would make it anew.
     """
-    before = Survey.read(directory)
+    before = DocumentIndex.read(directory)
     with tempfile.TemporaryDirectory(prefix="ltt-") as folder:
-        take(data, Path(folder), progress)
-        now = Survey.read(Path(folder))
+        build_document_index(data, Path(folder), progress)
+        now = DocumentIndex.read(Path(folder))
     shorter = min(len(before.sources), len(now.sources))
     same = (before.hashes[:shorter] == now.hashes[:shorter]).all(axis=1) & (
         before.sources[:shorter] == now.sources[:shorter]
@@ -115,7 +117,7 @@ def verify(data: Data, directory: Path, progress: Callable[[int], None]) -> None
     if different == len(before.sources) == len(now.sources):
         return
     one = now if different < len(now.sources) else before
-    path = all_sources(data)[one.sources[different]].path
+    path = list_all_sources(data)[one.sources[different]].path
     raise DataError(
         f"{path}: {one.names[different]} is not what was prepared ({len(before.sources):,} documents then, "
         f"{len(now.sources):,} now). Remove {directory.parent} and prepare again; a run that has begun on it needs the "
@@ -123,35 +125,35 @@ def verify(data: Data, directory: Path, progress: Callable[[int], None]) -> None
     )
 
 
-def all_sources(data: Data) -> tuple[Source, ...]:
+def list_all_sources(data: DataConfig) -> tuple[SourceConfig, ...]:
     """The sources that are trained on, and behind them those of `data.eval.sources`: a source's number is its place."""
     return (*data.sources, *data.eval.sources)
 
 
-def take(data: Data, directory: Path, progress: Callable[[int], None]) -> None:
+def build_document_index(data: DataConfig, directory: Path, progress: Callable[[int], None]) -> None:
     """Read every document once and write the survey into an existing directory.
 
     Documents whose content appears in two sources count for the first, and those of the evaluation for it alone. Takes
     about 130 bytes of memory a document. Raises DataError for what `documents` raises and when data.max_skipped is
     exceeded or no document is left to train on or to evaluate with.
     """
-    tallies = [Tally() for _ in all_sources(data)]
+    tallies = [DocumentStats() for _ in list_all_sources(data)]
     places = array("Q")
 
-    def rows() -> Iterator[tuple[int, str, bytes, int]]:
-        for document in _read(data, tallies):
-            places.append(_place(document, data.eval.by))
-            if len(places) % _EVERY == 0:
+    def iter_rows() -> Iterator[tuple[int, str, bytes, int]]:
+        for document in _read_all_documents(data, tallies):
+            places.append(_compute_split_hash(document, data.eval.by))
+            if len(places) % _PROGRESS_EVERY == 0:
                 progress(len(places))
-            yield document.source, document.name, document.digest, len(document.text)
+            yield document.source, document.name, document.content_digest, len(document.text)
 
-    write_rows(directory / "documents.arrow", _SCHEMA, rows())
+    write_rows(directory / "documents.arrow", _SCHEMA, iter_rows())
     progress(len(places))
     check_skipped(tallies, data.max_skipped)
     given = sum(tally.kept for tally in tallies[len(data.sources) :])
-    _check_left(data.sources, len(places) - given, "sources")
-    _check_left(data.eval.sources, given, "eval.sources")
-    chosen = hold_out(np.array(places[given:], dtype=np.uint64), data.eval.fraction)
+    _check_documents_left(data.sources, len(places) - given, "sources")
+    _check_documents_left(data.eval.sources, given, "eval.sources")
+    chosen = select_held_out(np.array(places[given:], dtype=np.uint64), data.eval.fraction)
     if data.eval.by == "repository" and data.eval.fraction > 0.0 and not chosen.any():
         raise DataError(
             "data.eval.by: repository holds out nothing, because all documents are of one repository. Set it to "
@@ -162,7 +164,7 @@ def take(data: Data, directory: Path, progress: Callable[[int], None]) -> None:
     (directory / "dropped.json").write_text(dropped, encoding="utf-8")
 
 
-def hold_out(places: NDArray[np.uint64], fraction: float) -> NDArray[np.bool_]:
+def select_held_out(places: NDArray[np.uint64], fraction: float) -> NDArray[np.bool_]:
     """Which documents are held out: those whose place, read as a number in [0, 1), lies below the fraction.
 
     Places (documents,) are hashes, so a document keeps its side when others come or go; equal places stay together. A
@@ -175,64 +177,66 @@ def hold_out(places: NDArray[np.uint64], fraction: float) -> NDArray[np.bool_]:
     return held
 
 
-class Rereader:
+class DocumentReader:
     """Reads surveyed documents again, from wherever a shard begins."""
 
-    def __init__(self, data: Data, survey: Survey) -> None:
-        self._data, self._survey, self._sources = data, survey, all_sources(data)
-        self._files = cache(lambda source: files(self._sources[source]))
+    def __init__(self, data: DataConfig, survey: DocumentIndex) -> None:
+        self._data, self._document_index, self._sources = data, survey, list_all_sources(data)
+        self._files = cache(lambda source: list_source_files(self._sources[source]))
         # Where the last shard ended: the next often begins there, and need not read its file from the start.
         self._reached: tuple[tuple[int, int], Iterator[Document]] | None = None
 
-    def documents(self, shard: Shard, *, held: bool) -> Iterator[tuple[int, Document]]:
+    def read_documents(self, shard: DocumentShard, *, held: bool) -> Iterator[tuple[int, Document]]:
         """Yield a shard's documents that are held out, or the others, with their number within their source.
 
         What the survey dropped is passed over. Raises DataError where a document is not there any more as it was.
         """
-        rows = self._survey.of(shard.source)
+        rows = self._document_index.get_source_rows(shard.source)
         place, found = self._reached or (None, iter(()))
         self._reached = None
         if place != (shard.source, shard.first):
-            found = self._found(shard, str(self._survey.names[rows[shard.first]]))
+            found = self._iter_source_documents(shard, str(self._document_index.names[rows[shard.first]]))
         for number in range(shard.first, shard.stop):
-            wanted = self._survey.hashes[rows[number]].tobytes()
-            document = next((each for each in found if each.digest == wanted), None)
+            wanted = self._document_index.hashes[rows[number]].tobytes()
+            document = next((each for each in found if each.content_digest == wanted), None)
             if document is None:
-                raise _changed(str(self._survey.names[rows[number]]), self._sources[shard.source].path)
-            if self._survey.held[rows[number]] == held:
+                raise _build_changed_error(
+                    str(self._document_index.names[rows[number]]), self._sources[shard.source].path
+                )
+            if self._document_index.held[rows[number]] == held:
                 yield number, document
         self._reached = ((shard.source, shard.stop), found)
 
-    def _found(self, shard: Shard, begin: str) -> Iterator[Document]:
+    def _iter_source_documents(self, shard: DocumentShard, begin: str) -> Iterator[Document]:
         index = shard.source
-        return with_doubles(
+        return keep_duplicates(
             self._sources[index],
             index,
             self._files(index),
             on_error=self._data.on_error,
-            tally=Tally(),
-            evaluation=self._kept_out() if self._of_repositories(index) else (),
+            tally=DocumentStats(),
+            evaluation=self._collect_evaluation_hashes() if self._is_repository_source(index) else (),
             begin=begin if shard.first else "",
         )
 
-    def _of_repositories(self, index: int) -> bool:
+    def _is_repository_source(self, index: int) -> bool:
         return self._sources[index].per == "repository" and index < len(self._data.sources)
 
-    def _kept_out(self) -> set[bytes]:
+    def _collect_evaluation_hashes(self) -> set[bytes]:
         """Hashes of what must not be in a repository that is trained on."""
         given = range(len(self._data.sources), len(self._sources))
-        read = (documents(self._sources[index], index, on_error=self._data.on_error) for index in given)
-        return {found for document in chain.from_iterable(read) for found in hashes(document)}
+        read = (read_source_documents(self._sources[index], index, on_error=self._data.on_error) for index in given)
+        return {found for document in chain.from_iterable(read) for found in iter_content_hashes(document)}
 
 
-def _read(data: Data, tallies: list[Tally]) -> Iterator[Document]:
+def _read_all_documents(data: DataConfig, tallies: list[DocumentStats]) -> Iterator[Document]:
     """Every document: those of the evaluation first, then those to train on."""
     seen: set[bytes] = set()
     evaluation: set[bytes] = set()
-    sources = all_sources(data)
+    sources = list_all_sources(data)
     for index in (*range(len(data.sources), len(sources)), *range(len(data.sources))):
         is_training = index < len(data.sources)
-        found = documents(
+        found = read_source_documents(
             sources[index],
             index,
             on_error=data.on_error,
@@ -242,17 +246,17 @@ def _read(data: Data, tallies: list[Tally]) -> Iterator[Document]:
         )
         for document in found:
             if not is_training:
-                evaluation.update(hashes(document))
+                evaluation.update(iter_content_hashes(document))
             yield document
 
 
-def _place(document: Document, by: Literal["document", "repository"]) -> int:
+def _compute_split_hash(document: Document, by: Literal["document", "repository"]) -> int:
     """What decides on which side a document is: 64 bits of a hash, of its content or of its repository's name."""
     of_repository = by == "repository" and document.repository
-    return int.from_bytes((content_hash(document.repository) if of_repository else document.digest)[:8], "big")
+    return int.from_bytes((content_hash(document.repository) if of_repository else document.content_digest)[:8], "big")
 
 
-def _check_left(sources: tuple[Source, ...], documents_left: int, key: str) -> None:
+def _check_documents_left(sources: tuple[SourceConfig, ...], documents_left: int, key: str) -> None:
     if sources and not documents_left:
         raise DataError(
             f"data.{key}: no document is left ({', '.join(source.path for source in sources)} hold only empty, doubled "
@@ -260,7 +264,7 @@ def _check_left(sources: tuple[Source, ...], documents_left: int, key: str) -> N
         )
 
 
-def _changed(name: str, path: str) -> DataError:
+def _build_changed_error(name: str, path: str) -> DataError:
     return DataError(
         f"{path}: {name} changed while the data was being prepared, or since. Let nothing write into the sources, and "
         "prepare again."

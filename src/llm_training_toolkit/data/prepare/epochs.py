@@ -8,34 +8,34 @@ from typing import Any
 
 from llm_training_toolkit import families
 from llm_training_toolkit.config import Config
-from llm_training_toolkit.data.prepare.builder import Preparation, Prepared, Progress
-from llm_training_toolkit.data.prepare.dataset_info import Receipt
-from llm_training_toolkit.data.prepare.shards import in_this_process
-from llm_training_toolkit.data.tokenizer import Markers, open_tokenizer
+from llm_training_toolkit.data.prepare.builder import DatasetBuilder, PreparedDataset, StageProgressCallback
+from llm_training_toolkit.data.prepare.dataset_info import DatasetInfo
+from llm_training_toolkit.data.prepare.shards import render_in_process
+from llm_training_toolkit.data.tokenizer import TokenizationSpec, open_tokenizer
 from llm_training_toolkit.errors import DataError, PlanError
 from llm_training_toolkit.plan import DataFacts, StreamFacts
-from llm_training_toolkit.plan.check import vocabulary_problems
+from llm_training_toolkit.plan.check import find_vocabulary_problems
 from llm_training_toolkit.plan.horizon import missing_epochs
 from llm_training_toolkit.runs.directory import RunDirectory, write_atomically
-from llm_training_toolkit.runs.storage import storage_of
+from llm_training_toolkit.runs.storage import find_storage
 
 
 def write_preparation_state(run: RunDirectory, state: str, why: str = "") -> None:
-    write_atomically(run.preparation, json.dumps({"state": state, "why": why}))
+    write_atomically(run.preparation_state_path, json.dumps({"state": state, "why": why}))
 
 
 def read_preparation_state(run: RunDirectory) -> tuple[str, str]:
-    if not run.preparation.exists():
+    if not run.preparation_state_path.exists():
         return "done", ""
-    record = json.loads(run.preparation.read_text(encoding="utf-8"))
+    record = json.loads(run.preparation_state_path.read_text(encoding="utf-8"))
     return str(record["state"]), str(record["why"])
 
 
-def newest_receipt(run: RunDirectory, known: Receipt) -> Receipt:
+def read_latest_dataset_info(run: RunDirectory, known: DatasetInfo) -> DatasetInfo:
     """The receipt as it is now, if it will ever be another than the known one. Raises DataError when it will not."""
-    storage_of(run.path).look(run.receipt.parent)
+    find_storage(run.path).refresh_directory(run.dataset_info_path.parent)
     state, why = read_preparation_state(run)  # before the receipt: what is done has been written
-    receipt = Receipt.from_json(run.receipt.read_text(encoding="utf-8"))
+    receipt = DatasetInfo.from_json(run.dataset_info_path.read_text(encoding="utf-8"))
     if receipt == known and state == "failed":
         raise DataError(f"later epochs could not be prepared: {why}")
     if receipt == known and state == "done":
@@ -43,44 +43,46 @@ def newest_receipt(run: RunDirectory, known: Receipt) -> Receipt:
     return receipt
 
 
-def markers_of(config: Config) -> Markers:
+def get_tokenization_spec(config: Config) -> TokenizationSpec:
     """The special tokens of the run's family, as the data layer takes them."""
-    return Markers.of(families.find(config.model.name).family)
+    return TokenizationSpec.from_family(families.find_size(config.model.name).family)
 
 
-def prepare_run(config: Config, progress: Progress) -> Prepared:
+def prepare_run_data(config: Config, progress: StageProgressCallback) -> PreparedDataset:
     """Prepare all that a run which has not begun needs, in this process."""
-    return prepare_epochs(Preparation(config, markers_of(config), progress, in_this_process), config)
+    return prepare_epochs(DatasetBuilder(config, get_tokenization_spec(config), progress, render_in_process), config)
 
 
 def prepare_epochs(
-    work: Preparation, config: Config, step: int = 0, sequences: int = 0, *, until: int | None = None
-) -> Prepared:
+    work: DatasetBuilder, config: Config, step: int = 0, sequences: int = 0, *, until: int | None = None
+) -> PreparedDataset:
     """Prepare the epochs that the run needs from `step`, with `sequences` seen, to its end.
 
     With `until`, of what is rendered anew for every epoch only as much as the steps up to this one need, and what lies
     prepared already. A run over epochs always gets all: its schedule depends on how many steps they make.
     """
-    _refuse_larger_tokenizer(work, config)
+    _check_tokenizer_fits(work, config)
     epochs = [config.train.epochs or 1] * len(work.streams)
-    prepared = _useful(work.prepare(epochs))
-    while any(more := _more_epochs(work, config, facts_of(prepared.receipt, step, sequences), until)):
+    prepared = _check_loss_tokens(work.build_epochs(epochs))
+    while any(
+        more := _count_missing_epochs(work, config, build_data_facts(prepared.dataset_info, step, sequences), until)
+    ):
         epochs = [count + one for count, one in zip(epochs, more, strict=True)]
-        prepared = work.prepare(epochs)
+        prepared = work.build_epochs(epochs)
     return prepared
 
 
-def _refuse_larger_tokenizer(work: Preparation, config: Config) -> None:
+def _check_tokenizer_fits(work: DatasetBuilder, config: Config) -> None:
     """Raise PlanError for a tokenizer whose ids the embedding has no rows for, before any document is read."""
     if config.tokenizer.path is None or work.is_rendered:
         return
     entries = open_tokenizer(config.tokenizer.path).vocab_size
-    for problem in vocabulary_problems(config, entries, families.hf_config(config)):
+    for problem in find_vocabulary_problems(config, entries, families.resolve_hf_config(config)):
         raise PlanError(str(problem))
 
 
-def _useful(prepared: Prepared) -> Prepared:
-    if not sum(source.loss_tokens for source in prepared.receipt.sources):
+def _check_loss_tokens(prepared: PreparedDataset) -> PreparedDataset:
+    if not sum(source.loss_tokens for source in prepared.dataset_info.sources):
         raise DataError(
             "data.sources: no token bears loss, so nothing would be learnt. Look at the sources' loss, and at switches "
             "within the records: ltt show-batch shows them in colour"
@@ -88,28 +90,28 @@ def _useful(prepared: Prepared) -> Prepared:
     return prepared
 
 
-def _more_epochs(work: Preparation, config: Config, facts: DataFacts, until: int | None) -> list[int]:
+def _count_missing_epochs(work: DatasetBuilder, config: Config, facts: DataFacts, until: int | None) -> list[int]:
     """Epochs of each stream to add."""
     at_the_end, now = missing_epochs(config, facts), missing_epochs(config, facts, until)
     there = [len(stream.sequences_per_epoch) for stream in facts.streams]
-    found = [count - known for count, known in zip(work.found(), there, strict=True)]
+    found = [count - known for count, known in zip(work.count_prepared_epochs(), there, strict=True)]
     return [
         max(needed, min(more, missing)) if stream.is_drawn else missing
         for stream, needed, more, missing in zip(work.streams, now, found, at_the_end, strict=True)
     ]
 
 
-def facts_of(receipt: Receipt, step: int = 0, sequences: int = 0) -> DataFacts:
+def build_data_facts(receipt: DatasetInfo, step: int = 0, sequences: int = 0) -> DataFacts:
     """What the plan needs to know of the data, and of how far the run has come in it."""
-    streams = tuple(StreamFacts(stream.sequences, stream.share) for stream in receipt.streams)
+    streams = tuple(StreamFacts(stream.sequences_per_epoch, stream.share) for stream in receipt.streams)
     return DataFacts(streams, receipt.vocab_size, step, sequences)
 
 
-def receipt_json(receipt: Receipt) -> dict[str, Any]:
+def build_dataset_info_json(receipt: DatasetInfo) -> dict[str, Any]:
     """The contract of `ltt prepare --json`."""
     return {
         "sources": [asdict(source) for source in receipt.sources],
-        "sequences": receipt.sequences,
+        "sequences": receipt.total_sequences,
         "padding": receipt.padding,
         "tokens_lost": receipt.tokens_lost,
         "eval_sequences": receipt.eval_sequences,
@@ -117,7 +119,7 @@ def receipt_json(receipt: Receipt) -> dict[str, Any]:
     }
 
 
-def receipt_lines(receipt: Receipt) -> list[str]:
+def format_dataset_info(receipt: DatasetInfo) -> list[str]:
     """The receipt in words: what became of every source."""
     rows = []
     for source in receipt.sources:
@@ -131,7 +133,7 @@ def receipt_lines(receipt: Receipt) -> list[str]:
         ]
     epochs = " + ".join(f"{len(stream.epochs)}" for stream in receipt.streams)
     rows.append(
-        f"{receipt.sequences:,} sequences of {receipt.sequence_length:,} tokens in {epochs} "
+        f"{receipt.total_sequences:,} sequences of {receipt.sequence_length:,} tokens in {epochs} "
         f"{'epoch' if epochs == '1' else 'epochs'}, "
         f"{receipt.padding:.2%} padding, {receipt.tokens_lost} tokens lost"
     )

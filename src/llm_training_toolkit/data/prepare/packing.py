@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from llm_training_toolkit.data.prepare.arrow_store import read_columns, write_columns
 from llm_training_toolkit.errors import DataError
 
-Integers = NDArray[np.int64]
+IntArray = NDArray[np.int64]
 
 _WINDOW_TOKENS = 1 << 26
 """Tokens that are packed together: best fit wastes nothing to speak of on so many, and a node that reads ahead needs
@@ -30,15 +30,15 @@ class PackingPlan:
     targets (sequences,): labels other than -100 in each sequence.
     """
 
-    order: Integers
-    offsets: Integers
-    targets: Integers
+    order: IntArray
+    offsets: IntArray
+    targets: IntArray
 
     def __len__(self) -> int:
         """Number of sequences."""
         return len(self.offsets) - 1
 
-    def examples(self, sequence: int) -> Integers:
+    def get_examples(self, sequence: int) -> IntArray:
         """Numbers of the examples in a sequence."""
         return self.order[self.offsets[sequence] : self.offsets[sequence + 1]]
 
@@ -71,19 +71,19 @@ def pack_in_windows(
     lengths, targets = np.asarray(lengths), np.asarray(targets)
     starts = np.flatnonzero(np.diff(shards, prepend=-1))
     members = np.split(np.arange(len(lengths)), starts[1:]) if len(starts) else []
-    order = np.argsort(_noise(len(members), seed, epoch, "shards"), kind="stable")
+    order = np.argsort(_draw_random_uint64(len(members), seed, epoch, "shards"), kind="stable")
     plans = []
-    for number, window in enumerate(_windows(order, np.array([lengths[each].sum() for each in members]))):
+    for number, window in enumerate(_split_into_windows(order, np.array([lengths[each].sum() for each in members]))):
         # In the order of the shards: the same examples give the same plan while one window holds them all.
         examples = np.concatenate([np.zeros(0, np.int64), *(members[i] for i in np.sort(window).tolist())])
-        plan = pack(
+        plan = pack_examples(
             lengths[examples], sequence_length, targets=targets[examples], seed=seed, epoch=epoch, window=number
         )
         plans.append(PackingPlan(examples[plan.order], plan.offsets, plan.targets))
-    return _joined(plans)
+    return _join_plans(plans)
 
 
-def _windows(order: Integers, tokens: Integers) -> list[Integers]:
+def _split_into_windows(order: IntArray, tokens: IntArray) -> list[IntArray]:
     """Shards in their order, cut into windows of about as many tokens each, no more of them than are needed."""
     ends = np.cumsum(tokens[order])
     count = max(-(-int(ends[-1]) // _WINDOW_TOKENS), 1) if len(ends) else 1
@@ -91,7 +91,7 @@ def _windows(order: Integers, tokens: Integers) -> list[Integers]:
     return np.split(order, cuts)
 
 
-def pack(
+def pack_examples(
     lengths: NDArray[Any],
     sequence_length: int,
     *,
@@ -112,41 +112,41 @@ def pack(
             f"packing: example lengths go from {lengths.min()} to {lengths.max()} tokens, and must lie within 1 and "
             f"the sequence length {sequence_length}. Remove the cache directory and prepare the data again."
         )
-    sorted_examples = np.lexsort((_noise(len(lengths), seed, epoch, f"ties {window}"), -lengths))
-    placed = _best_fit(lengths, sequence_length)
-    shuffled = np.argsort(_noise(placed.sequences, seed, epoch, f"sequences {window}"), kind="stable")
-    return _assemble(placed, shuffled, sorted_examples, np.asarray(targets, dtype=np.int64))
+    sorted_examples = np.lexsort((_draw_random_uint64(len(lengths), seed, epoch, f"ties {window}"), -lengths))
+    placed = _place_best_fit(lengths, sequence_length)
+    shuffled = np.argsort(_draw_random_uint64(placed.sequences, seed, epoch, f"sequences {window}"), kind="stable")
+    return _assemble_plan(placed, shuffled, sorted_examples, np.asarray(targets, dtype=np.int64))
 
 
-class _Placed(NamedTuple):
+class _ExamplePlacements(NamedTuple):
     """Examples in their sequences, as rows (sequence, first, count), in the order in which they were placed.
 
     A row puts the examples [first, first + count), counted by falling length, into a sequence.
     """
 
-    rows: Integers
+    rows: IntArray
     sequences: int
 
 
-def _best_fit(lengths: Integers, capacity: int) -> _Placed:
+def _place_best_fit(lengths: IntArray, capacity: int) -> _ExamplePlacements:
     """Best fit for the examples sorted by falling length.
 
     Equal lengths are placed together: once an example has gone into the fullest sequence with room, that sequence is
     still the fullest with room for the next of the same length, so it takes as many as fit. And so does the next
     sequence that is as full: all of them are filled at once, so that millions take seconds.
     """
-    rows: list[Integers] = []
-    opened = _Open()
+    rows: list[IntArray] = []
+    opened = _OpenSequences()
     sequences = start = 0
     values, counts = np.unique(lengths, return_counts=True)
     for length, count in zip(values[::-1].tolist(), counts[::-1].tolist(), strict=True):
         left = count
         while left:
-            room = opened.fullest(length) or capacity
+            room = opened.find_fullest(length) or capacity
             each = room // length
             wanted = -(-left // each)
             if room < capacity:
-                chosen = opened.take(room, wanted)
+                chosen = opened.take_sequences(room, wanted)
             else:
                 chosen = np.arange(sequences, sequences + wanted)
                 sequences += wanted
@@ -154,26 +154,26 @@ def _best_fit(lengths: Integers, capacity: int) -> _Placed:
             taken[-1] = min(each, left - each * (len(chosen) - 1))
             first = start + each * np.arange(len(chosen))
             rows.append(np.stack([chosen, first, taken], axis=1))
-            opened.put(room - each * length, chosen[:-1])
-            opened.put(room - int(taken[-1]) * length, chosen[-1:])
+            opened.add_sequences(room - each * length, chosen[:-1])
+            opened.add_sequences(room - int(taken[-1]) * length, chosen[-1:])
             placed = int(taken.sum())
             start, left = start + placed, left - placed
-    return _Placed(np.concatenate([np.zeros((0, 3), np.int64), *rows]), sequences)
+    return _ExamplePlacements(np.concatenate([np.zeros((0, 3), np.int64), *rows]), sequences)
 
 
-class _Open:
+class _OpenSequences:
     """Sequences with room, by how much; of those with the same room the last one put in is taken first."""
 
     def __init__(self) -> None:
-        self._by_room: dict[int, list[Integers]] = {}
+        self._by_room: dict[int, list[IntArray]] = {}
         self._rooms: list[int] = []  # the keys, sorted
 
-    def fullest(self, length: int) -> int | None:
+    def find_fullest(self, length: int) -> int | None:
         """The least room that takes a length; None where there is none."""
         where = bisect_left(self._rooms, length)
         return self._rooms[where] if where < len(self._rooms) else None
 
-    def take(self, room: int, wanted: int) -> Integers:
+    def take_sequences(self, room: int, wanted: int) -> IntArray:
         """At most so many sequences with a room, at least one."""
         stack = self._by_room[room]
         last = stack.pop()
@@ -185,7 +185,7 @@ class _Open:
             self._rooms.remove(room)
         return taken
 
-    def put(self, room: int, sequences: Integers) -> None:
+    def add_sequences(self, room: int, sequences: IntArray) -> None:
         """Keep sequences that have room left."""
         if not room or not len(sequences):
             return
@@ -195,7 +195,7 @@ class _Open:
         self._by_room[room].append(sequences)
 
 
-def _joined(plans: list[PackingPlan]) -> PackingPlan:
+def _join_plans(plans: list[PackingPlan]) -> PackingPlan:
     """Plans one after the other."""
     starts = np.cumsum([0, *(len(plan.order) for plan in plans[:-1])])
     offsets = [plan.offsets[1:] + start for plan, start in zip(plans, starts.tolist(), strict=True)]
@@ -206,7 +206,9 @@ def _joined(plans: list[PackingPlan]) -> PackingPlan:
     )
 
 
-def _assemble(placed: _Placed, shuffled: Integers, examples: Integers, targets: Integers) -> PackingPlan:
+def _assemble_plan(
+    placed: _ExamplePlacements, shuffled: IntArray, examples: IntArray, targets: IntArray
+) -> PackingPlan:
     """The plan of the sequences in the order `shuffled`, of examples sorted by falling length."""
     sequence, first, count = placed.rows.T
     place = np.empty(placed.sequences, np.int64)
@@ -222,7 +224,7 @@ def _assemble(placed: _Placed, shuffled: Integers, examples: Integers, targets: 
     return PackingPlan(order, offsets, np.diff(sums[offsets]))
 
 
-def _noise(count: int, seed: int, epoch: int, purpose: str) -> NDArray[np.uint64]:
+def _draw_random_uint64(count: int, seed: int, epoch: int, purpose: str) -> NDArray[np.uint64]:
     """Raw output of a counter-based generator: unlike numpy's shuffle, it is the same in every version of numpy."""
     key = hashlib.blake2b(f"{seed}/{epoch}/{purpose}".encode(), digest_size=16, person=b"ltt-packing").digest()
     raw = np.random.Philox(key=np.frombuffer(key, dtype="<u8")).random_raw(count)

@@ -14,57 +14,57 @@ from typing import Any
 
 import pyarrow as pa
 
-from llm_training_toolkit.data.sources.document import Unreadable
-from llm_training_toolkit.data.sources.files import SourceFile, compression
-from llm_training_toolkit.data.sources.remote import reaching
+from llm_training_toolkit.data.sources.document import UnreadableDocument
+from llm_training_toolkit.data.sources.files import SourceFile, get_compression_suffix
+from llm_training_toolkit.data.sources.remote import translate_remote_errors
 
 _REMOTE_BLOCK = 8 << 20
 """Bytes of one request to a store: a smaller one waits longer for the answer than for the bytes."""
 
 
 @contextmanager
-def opened(file: SourceFile) -> Iterator[io.BufferedReader]:
+def open_raw_file(file: SourceFile) -> Iterator[io.BufferedReader]:
     """The bytes of a file as they lie there, seekable.
 
     What goes wrong with a local file, or within its content, is an Unreadable; a store that does not answer is a
     DataError, because leaving out what it has would give other data than the next start finds.
     """
     try:
-        with _raw(file) as stream:
+        with _open_raw_stream(file) as stream:
             yield stream
-    except DAMAGE as error:
-        raise damaged(file.address, error) from error
+    except READ_ERRORS as error:
+        raise wrap_read_error(file.display_path, error) from error
 
 
-DAMAGE = (EOFError, OSError, zlib.error, lzma.LZMAError, pa.ArrowException)
+READ_ERRORS = (EOFError, OSError, zlib.error, lzma.LZMAError, pa.ArrowException)
 """What libraries raise that read, decompress and parse files."""
 
 
 @contextmanager
-def decompressed(file: SourceFile) -> Iterator[io.BufferedIOBase]:
+def open_decompressed(file: SourceFile) -> Iterator[io.BufferedIOBase]:
     """The content of a file, decompressed by the suffix of its name. Raises what `opened` raises."""
-    with opened(file) as stream, _decompressing(stream, compression(file.relative)) as content:
+    with open_raw_file(file) as stream, _wrap_in_decompressor(stream, get_compression_suffix(file.relative)) as content:
         yield content
 
 
-def damaged(where: str, error: Exception) -> Unreadable:
+def wrap_read_error(where: str, error: Exception) -> UnreadableDocument:
     """What is said of a file that cannot be read, or not to its end."""
     # What is wrong with the content comes in OSErrors, too, but those have no number.
     if isinstance(error, OSError) and error.errno is not None:
-        return Unreadable(where, f"cannot be read ({error.strerror or error})", "unreadable")
+        return UnreadableDocument(where, f"cannot be read ({error.strerror or error})", "unreadable")
     said = str(error).strip().partition("\n")[0] or type(error).__name__
-    return Unreadable(where, f"is damaged or cut off ({said})", "damaged")
+    return UnreadableDocument(where, f"is damaged or cut off ({said})", "damaged")
 
 
-def _raw(file: SourceFile) -> io.BufferedReader:
+def _open_raw_stream(file: SourceFile) -> io.BufferedReader:
     if file.root.filesystem is None:
-        return Path(file.location).open("rb")
-    with reaching(file.address):
-        inner = file.root.filesystem.open_input_file(file.location)
-    return io.BufferedReader(_Remote(inner, file.address), _REMOTE_BLOCK)
+        return Path(file.filesystem_path).open("rb")
+    with translate_remote_errors(file.display_path):
+        inner = file.root.filesystem.open_input_file(file.filesystem_path)
+    return io.BufferedReader(_RemoteStream(inner, file.display_path), _REMOTE_BLOCK)
 
 
-def _decompressing(stream: io.BufferedReader, how: str | None) -> io.BufferedIOBase:
+def _wrap_in_decompressor(stream: io.BufferedReader, how: str | None) -> io.BufferedIOBase:
     if how and not stream.peek(1):  # an interrupted copy; gzip would take it for an empty text
         raise EOFError("Nothing is in it, not even the mark of a compressed file")
     match how:
@@ -80,7 +80,7 @@ def _decompressing(stream: io.BufferedReader, how: str | None) -> io.BufferedIOB
     return stream
 
 
-class _Remote(io.RawIOBase):
+class _RemoteStream(io.RawIOBase):
     """A remote file whose errors are DataErrors and never taken for damaged content."""
 
     def __init__(self, inner: Any, address: str) -> None:  # noqa: ANN401 - pyarrow is untyped
@@ -93,13 +93,13 @@ class _Remote(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:  # noqa: ANN401 - anything with a buffer
-        with reaching(self._address):
+        with translate_remote_errors(self._address):
             data = self._inner.read(len(buffer))
         buffer[: len(data)] = data
         return len(data)
 
     def seek(self, offset: int, whence: int = 0) -> int:
-        with reaching(self._address):
+        with translate_remote_errors(self._address):
             place: int = self._inner.seek(offset, whence)
         return place
 

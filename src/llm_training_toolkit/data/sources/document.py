@@ -10,7 +10,7 @@ from llm_training_toolkit.errors import DataError
 
 
 @dataclass
-class Tally:
+class DocumentStats:
     """What became of the documents of one source: kept, dropped on purpose, skipped because unreadable (by reason).
 
     `read` counts what was looked at: files and records, also where a document is a whole repository of them.
@@ -23,7 +23,7 @@ class Tally:
     first_skipped: str = ""
 
 
-class Unreadable(Exception):  # noqa: N818 - a finding that becomes a DataError only where the run is to stop
+class UnreadableDocument(Exception):  # noqa: N818 - a finding that becomes a DataError only where the run is to stop
     """A document that cannot be had: where, why in words, the reason it is counted under, and how many are lost."""
 
     def __init__(self, where: str, why: str, reason: str, count: int = 1) -> None:
@@ -34,7 +34,7 @@ class Unreadable(Exception):  # noqa: N818 - a finding that becomes a DataError 
         """Nothing after it in a file of records can be read, and nobody knows how much that is."""
 
 
-def check_skipped(tallies: Iterable[Tally], max_skipped: float) -> None:
+def check_skipped(tallies: Iterable[DocumentStats], max_skipped: float) -> None:
     """Raise DataError when a larger share of what was read than `max_skipped` could not be read."""
     tallies = list(tallies)
     reasons: Counter[str] = sum((tally.skipped for tally in tallies), Counter())

@@ -14,104 +14,114 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llm_training_toolkit.data.chat.parse import Conversation, UnusableRecord, conversation_of
-from llm_training_toolkit.data.sources.document import Unreadable
-from llm_training_toolkit.data.sources.files import Format
-from llm_training_toolkit.data.sources.records import Columns, Record
+from llm_training_toolkit.data.chat.parse import Conversation, InvalidRecord, parse_conversation
+from llm_training_toolkit.data.sources.document import UnreadableDocument
+from llm_training_toolkit.data.sources.files import SourceFormat
+from llm_training_toolkit.data.sources.records import ColumnSelector, SourceRecord
 from llm_training_toolkit.data.types import Document
 
-_TEXT: Mapping[Format, Sequence[str]] = {"text": ("text", "content"), "code": ("content", "text", "code")}
+_TEXT: Mapping[SourceFormat, Sequence[str]] = {"text": ("text", "content"), "code": ("content", "text", "code")}
 _PATH = ("path", "max_stars_repo_path", "file_path")
 _REPOSITORY = ("repository", "repo_name", "repository_name", "max_stars_repo_name")
 _STARS = ("stars", "max_stars_count", "star_events_count")
-_MOST_STARS = 2**53
+_MAX_STARS = 2**53
 """Beyond it a table's floating-point number is no count any more."""
-_KNOWN = (_PATH, _REPOSITORY, _STARS)
+_METADATA_FIELDS = (_PATH, _REPOSITORY, _STARS)
 
 
-def columns_for(form: Format, address: str) -> Columns:
+def build_column_selector(form: SourceFormat, address: str) -> ColumnSelector:
     """Which columns of a table hold what a format needs: of a conversation all, since it has many shapes."""
 
-    def columns(names: Sequence[str]) -> list[str]:
+    def select_columns(names: Sequence[str]) -> list[str]:
         if form == "chat":
             return list(names)
-        text = _first(_TEXT[form], names)
+        text = _find_field(_TEXT[form], names)
         if text is None:
-            raise Unreadable(address, f"has no column {_or(_TEXT[form])} (its columns are {sorted(names)})", "no_text")
-        known = [name for among in _KNOWN if (name := _first(among, names))] if form == "code" else []
+            raise UnreadableDocument(
+                address,
+                f"has no column {_format_alternatives(_TEXT[form])} (its columns are {sorted(names)})",
+                "no_text",
+            )
+        known = [name for among in _METADATA_FIELDS if (name := _find_field(among, names))] if form == "code" else []
         return [text, *known]
 
-    return columns
+    return select_columns
 
 
-def document_of(record: Record, form: Format, source: int, name: str) -> Document:
+def build_document(record: SourceRecord, form: SourceFormat, source: int, name: str) -> Document:
     """The document in a record. Raises Unreadable, saying which field is wrong."""
     if form == "chat":
-        conversation = _conversation(record)
-        text = _checked(conversation.to_text(), record.where)
-        return Document(source, name, text, said=conversation.without_switches().to_text())
+        conversation = _parse_conversation(record)
+        text = _check_encodable(conversation.to_text(), record.where)
+        return Document(source, name, text, dedup_text=conversation.without_loss_overrides().to_text())
     values = record.value
     if not isinstance(values, dict):
-        raise Unreadable(record.where, f"has no field {_or(_TEXT[form])} (it is no object)", "no_text")
-    text = _text(values, _TEXT[form], record.where)
+        raise UnreadableDocument(
+            record.where, f"has no field {_format_alternatives(_TEXT[form])} (it is no object)", "no_text"
+        )
+    text = _read_text_field(values, _TEXT[form], record.where)
     if form == "text":
         return Document(source, name, text)
-    repository, path = (_label(values, names, record.where) for names in (_REPOSITORY, _PATH))
-    return Document(source, name, text, repository, path, _stars(values, record.where))
+    repository, path = (_read_label_field(values, names, record.where) for names in (_REPOSITORY, _PATH))
+    return Document(source, name, text, repository, path, _read_star_count(values, record.where))
 
 
-def _conversation(record: Record) -> Conversation:
+def _parse_conversation(record: SourceRecord) -> Conversation:
     try:
-        return conversation_of(record.value)
-    except UnusableRecord as error:
-        raise Unreadable(record.where, error.why, error.reason) from error
+        return parse_conversation(record.value)
+    except InvalidRecord as error:
+        raise UnreadableDocument(record.where, error.why, error.reason) from error
 
 
-def _text(values: Mapping[str, Any], names: Sequence[str], where: str) -> str:
-    name = _first(names, values)
+def _read_text_field(values: Mapping[str, Any], names: Sequence[str], where: str) -> str:
+    name = _find_field(names, values)
     if name is None:
-        raise Unreadable(where, f"has no field {_or(names)} (its fields are {sorted(values)[:8]})", "no_text")
+        raise UnreadableDocument(
+            where, f"has no field {_format_alternatives(names)} (its fields are {sorted(values)[:8]})", "no_text"
+        )
     text = values[name]
     if isinstance(text, bytes):
         try:
             text = text.decode()
         except UnicodeDecodeError as error:
-            raise Unreadable(where, f"is not UTF-8 (byte {error.start} of {name!r})", "invalid_utf8") from error
+            raise UnreadableDocument(where, f"is not UTF-8 (byte {error.start} of {name!r})", "invalid_utf8") from error
     if not isinstance(text, str):
-        raise Unreadable(where, f"the field {name!r} is {type(text).__name__}, not a string", "no_text")
-    return _checked(text, where)
+        raise UnreadableDocument(where, f"the field {name!r} is {type(text).__name__}, not a string", "no_text")
+    return _check_encodable(text, where)
 
 
-def _checked(text: str, where: str) -> str:
+def _check_encodable(text: str, where: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:  # "\ud800" alone is valid JSON and yet no text
-        raise Unreadable(where, f"is not text ({error.reason} at character {error.start})", "invalid_utf8") from error
+        raise UnreadableDocument(
+            where, f"is not text ({error.reason} at character {error.start})", "invalid_utf8"
+        ) from error
     return text
 
 
-def _label(values: Mapping[str, Any], names: Sequence[str], where: str) -> str:
+def _read_label_field(values: Mapping[str, Any], names: Sequence[str], where: str) -> str:
     """A path or a name; empty where there is none."""
-    name = _first(names, values)
+    name = _find_field(names, values)
     value = "" if name is None or values[name] is None else values[name]
     if not isinstance(value, str):
-        raise Unreadable(where, f"the field {name!r} is {type(value).__name__}, not a string", "wrong_type")
-    return _checked(value, where)
+        raise UnreadableDocument(where, f"the field {name!r} is {type(value).__name__}, not a string", "wrong_type")
+    return _check_encodable(value, where)
 
 
-def _stars(values: Mapping[str, Any], where: str) -> int | None:
+def _read_star_count(values: Mapping[str, Any], where: str) -> int | None:
     """A number of stars, which tables with missing ones hold as 3.0 and NaN."""
-    name = _first(_STARS, values)
+    name = _find_field(_STARS, values)
     value = None if name is None else values[name]
     if value is None or value != value:  # noqa: PLR0124 - NaN is the one value that differs from itself
         return None
-    is_count = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < _MOST_STARS
+    is_count = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < _MAX_STARS
     if not is_count or value != int(value):
-        raise Unreadable(where, f"the field {name!r} is {value!r}, not a number of stars", "wrong_type")
+        raise UnreadableDocument(where, f"the field {name!r} is {value!r}, not a number of stars", "wrong_type")
     return int(value)
 
 
-def _first(names: Sequence[str], among: Sequence[str] | Mapping[str, Any]) -> str | None:
+def _find_field(names: Sequence[str], among: Sequence[str] | Mapping[str, Any]) -> str | None:
     """The first of the names that is there; in a record one that is null only where no other is."""
     there = [name for name in names if name in among]
     if isinstance(among, Mapping):
@@ -119,5 +129,5 @@ def _first(names: Sequence[str], among: Sequence[str] | Mapping[str, Any]) -> st
     return there[0] if there else None
 
 
-def _or(names: Sequence[str]) -> str:
+def _format_alternatives(names: Sequence[str]) -> str:
     return " or ".join(map(repr, names))

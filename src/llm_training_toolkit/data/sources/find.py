@@ -6,14 +6,14 @@ import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
-from llm_training_toolkit.config.schema import Source
-from llm_training_toolkit.config.uri import is_address
+from llm_training_toolkit.config.schema import SourceConfig
+from llm_training_toolkit.config.uri import is_uri
 from llm_training_toolkit.data.sources import local, remote
-from llm_training_toolkit.data.sources.files import SourceFile, of_directory, searched
+from llm_training_toolkit.data.sources.files import SourceFile, format_searched_suffixes, select_readable_files
 from llm_training_toolkit.errors import DataError
 
 
-def files(source: Source) -> list[SourceFile]:
+def list_source_files(source: SourceConfig) -> list[SourceFile]:
     """The files of a source, sorted by name. Raises DataError when there are none.
 
     A file named by its path or matched by a glob is taken whatever its suffix. A directory is searched for what the
@@ -21,7 +21,7 @@ def files(source: Source) -> list[SourceFile]:
     environments. Both hold for addresses, too.
     """
     try:
-        found = sorted(_find(source), key=lambda file: file.name)
+        found = sorted(_find_source_files(source), key=lambda file: file.name)
     except OSError as error:
         raise DataError(
             f"data.sources: {error.filename or source.path} cannot be listed ({error.strerror or error}). Make it "
@@ -32,16 +32,16 @@ def files(source: Source) -> list[SourceFile]:
             f"looked from {Path.cwd()}; ",
             "Correct the path; a relative one counts from the working directory.",
         )
-        if is_address(source.path):
-            where, advice = "", remote.hint(source.path)
+        if is_uri(source.path):
+            where, advice = "", remote.get_access_hint(source.path)
         raise DataError(
             f"data.sources: {source.path!r} matches no file ({where}a directory is searched for "
-            f"{searched(source.format)}). {advice}"
+            f"{format_searched_suffixes(source.format)}). {advice}"
         )
     return found
 
 
-def fingerprint(sources: Iterable[Source]) -> str:
+def fingerprint_sources(sources: Iterable[SourceConfig]) -> str:
     """Hex sha256 over relative name, size, modification time and repository of every file; no content is read.
 
     Where a store has no modification times, the tag it gives a version stands for it. Raises DataError for a path that
@@ -50,28 +50,33 @@ def fingerprint(sources: Iterable[Source]) -> str:
     digest = hashlib.sha256()
     for source in sources:
         digest.update(b"\0source")
-        for file in files(source):
+        for file in list_source_files(source):
             # A checkout that appears or goes changes which repository a file of code belongs to, and no file.
             repository = file.repository if source.format == "code" else ""
-            digest.update(f"\0{file.name}\0{_version(file)}\0{repository}".encode())
+            digest.update(f"\0{file.name}\0{_read_version_stamp(file)}\0{repository}".encode())
     return digest.hexdigest()
 
 
-def _version(file: SourceFile) -> str:
+def _read_version_stamp(file: SourceFile) -> str:
     try:
-        return file.version
+        return file.version_stamp
     except OSError as error:
         raise DataError(
-            f"{file.address}: cannot be looked at ({error.strerror or error}). Let nothing write into the sources, and "
+            f"{file.display_path}: cannot be looked at ({error.strerror or error}). Let nothing write into the "
+            "sources, and "
             "prepare again."
         ) from error
 
 
-def _find(source: Source) -> Iterable[SourceFile]:
+def _find_source_files(source: SourceConfig) -> Iterable[SourceFile]:
     if source.path == local.STANDARD_LIBRARY:
-        return local.standard_library()
-    if is_address(source.path) and not source.path.startswith("file://"):
-        found, is_directory = remote.find(source.path)
-        return of_directory(found, source.format) if is_directory else found
+        return local.find_standard_library_files()
+    if is_uri(source.path) and not source.path.startswith("file://"):
+        found, is_directory = remote.find_remote_files(source.path)
+        return select_readable_files(found, source.format) if is_directory else found
     path = Path(source.path.removeprefix("file://")).expanduser()
-    return of_directory(local.directory(path), source.format) if path.is_dir() else local.others(path)
+    return (
+        select_readable_files(local.find_directory_files(path), source.format)
+        if path.is_dir()
+        else local.find_matching_files(path)
+    )

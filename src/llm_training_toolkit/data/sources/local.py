@@ -8,41 +8,41 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from llm_training_toolkit.data.sources.files import (
-    HIDDEN,
-    Root,
+    HIDDEN_PREFIX,
     SourceFile,
-    is_pattern,
+    SourceRoot,
+    has_wildcards,
     is_wanted_directory,
     split_pattern,
 )
 
 STANDARD_LIBRARY = "python:stdlib"
-_NOT_LIBRARY = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"})
+_EXCLUDED_DIRECTORIES = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"})
 
 
-def standard_library() -> Iterator[SourceFile]:
+def find_standard_library_files() -> Iterator[SourceFile]:
     """The .py files of the running Python's standard library, without tests and what was installed."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    return (file for file in _walk(root, _NOT_LIBRARY) if file.relative.endswith(".py"))
+    return (file for file in _walk_files(root, _EXCLUDED_DIRECTORIES) if file.relative.endswith(".py"))
 
 
-def directory(path: Path) -> Iterator[SourceFile]:
+def find_directory_files(path: Path) -> Iterator[SourceFile]:
     """Every file below a directory, without hidden ones and what is not the author's (see `is_wanted_directory`)."""
-    return _walk(path)
+    return _walk_files(path)
 
 
-def others(path: Path) -> Iterator[SourceFile]:
+def find_matching_files(path: Path) -> Iterator[SourceFile]:
     """The one file of a path, or the files that a glob matches; hidden ones only where the pattern names them."""
     if path.exists():
-        yield SourceFile(Root(str(path.parent)), path.name)
-    elif is_pattern(str(path)):
-        yield from _glob(path)
+        yield SourceFile(SourceRoot(str(path.parent)), path.name)
+    elif has_wildcards(str(path)):
+        yield from _match_glob(path)
 
 
-def _walk(top: Path, without: frozenset[str] = frozenset()) -> Iterator[SourceFile]:
-    root = Root(str(top), top.resolve().name)
+def _walk_files(top: Path, without: frozenset[str] = frozenset()) -> Iterator[SourceFile]:
+    root = SourceRoot(str(top), top.resolve().name)
     checkouts = {"": ""}
-    for folder, below, names in os.walk(top, onerror=_raise):
+    for folder, below, names in os.walk(top, onerror=_raise_walk_error):
         here = Path(folder)
         relative = "" if here == top else here.relative_to(top).as_posix()
         checkout = checkouts.pop(relative)
@@ -52,21 +52,21 @@ def _walk(top: Path, without: frozenset[str] = frozenset()) -> Iterator[SourceFi
         below[:] = [
             name
             for name in below
-            if is_wanted_directory(name) and name not in without and not _is_environment(here / name)
+            if is_wanted_directory(name) and name not in without and not _is_virtual_environment(here / name)
         ]
         prefix = relative and f"{relative}/"
         checkouts |= {prefix + name: checkout for name in below}
         for name in names:
-            if not name.startswith(HIDDEN) and (here / name).is_file():
+            if not name.startswith(HIDDEN_PREFIX) and (here / name).is_file():
                 yield SourceFile(root, prefix + name, checkout)
 
 
-def _raise(error: OSError) -> None:
+def _raise_walk_error(error: OSError) -> None:
     """Without this, what lies below a directory that may not be listed would be missing in silence."""
     raise error
 
 
-def _is_environment(folder: Path) -> bool:
+def _is_virtual_environment(folder: Path) -> bool:
     """Whether a directory is a virtual environment of Python."""
     try:
         return (folder / "pyvenv.cfg").exists()
@@ -74,19 +74,19 @@ def _is_environment(folder: Path) -> bool:
         return False  # said in words when it is to be listed
 
 
-def _glob(pattern: Path) -> Iterator[SourceFile]:
+def _match_glob(pattern: Path) -> Iterator[SourceFile]:
     fixed, rest = split_pattern(pattern.as_posix())
     rest += "/*" if rest.endswith("**") else ""  # pathlib's own `**` matches directories alone
     top = Path(fixed)
-    root = Root(fixed, top.resolve().name)
-    hidden_wanted = any(part.startswith(HIDDEN) for part in rest.split("/"))
+    root = SourceRoot(fixed, top.resolve().name)
+    hidden_wanted = any(part.startswith(HIDDEN_PREFIX) for part in rest.split("/"))
     for path in set(top.glob(rest)):
         name = path.relative_to(top)
-        if path.is_file() and (hidden_wanted or not any(part.startswith(HIDDEN) for part in name.parts)):
-            yield SourceFile(root, name.as_posix(), _checkout_of(top, name))
+        if path.is_file() and (hidden_wanted or not any(part.startswith(HIDDEN_PREFIX) for part in name.parts)):
+            yield SourceFile(root, name.as_posix(), _find_git_checkout(top, name))
 
 
-def _checkout_of(top: Path, name: Path) -> str:
+def _find_git_checkout(top: Path, name: Path) -> str:
     """The nearest directory above a file, and below the top, that is a checkout of git."""
     above = list(name.parents)[:-1]
     return next((folder.as_posix() for folder in above if (top / folder / ".git").exists()), "")

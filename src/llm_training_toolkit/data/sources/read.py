@@ -11,28 +11,28 @@ from itertools import groupby
 from pathlib import Path
 from typing import Literal
 
-from llm_training_toolkit.config.schema import Source
-from llm_training_toolkit.data.sources.decompress import decompressed
-from llm_training_toolkit.data.sources.document import Tally, Unreadable
-from llm_training_toolkit.data.sources.fields import columns_for, document_of
-from llm_training_toolkit.data.sources.files import Format, Kind, SourceFile, kind_of
-from llm_training_toolkit.data.sources.find import files
-from llm_training_toolkit.data.sources.records import decoded, records
-from llm_training_toolkit.data.types import Document, Part, content_hash
+from llm_training_toolkit.config.schema import SourceConfig
+from llm_training_toolkit.data.sources.decompress import open_decompressed
+from llm_training_toolkit.data.sources.document import DocumentStats, UnreadableDocument
+from llm_training_toolkit.data.sources.fields import build_column_selector, build_document
+from llm_training_toolkit.data.sources.files import FileFormat, SourceFile, SourceFormat, detect_file_format
+from llm_training_toolkit.data.sources.find import list_source_files
+from llm_training_toolkit.data.sources.records import decode_utf8, read_source_records
+from llm_training_toolkit.data.types import Document, RepositoryFile, content_hash
 from llm_training_toolkit.errors import DataError
 
 OnError = Literal["stop", "skip"]
 
-_ENDINGS = frozenset({"damaged", "unreadable", "invalid_json", "invalid_utf8"})
+_WHOLE_FILE_REASONS = frozenset({"damaged", "unreadable", "invalid_json", "invalid_utf8"})
 """Reasons why a file of records, not one of its records, cannot be read."""
 
 
-def documents(
-    source: Source,
+def read_source_documents(
+    source: SourceConfig,
     index: int,
     *,
     on_error: OnError = "stop",
-    tally: Tally | None = None,
+    tally: DocumentStats | None = None,
     seen: set[bytes] | None = None,
     evaluation: Collection[bytes] = frozenset(),
 ) -> Iterator[Document]:
@@ -43,24 +43,26 @@ def documents(
     that does not answer and, with `on_error="stop"`, for the first document that cannot be read, naming file and line
     or row; with "skip" those are counted.
     """
-    tally = Tally() if tally is None else tally
+    tally = DocumentStats() if tally is None else tally
     seen = set() if seen is None else seen
-    for document in with_doubles(source, index, files(source), on_error=on_error, tally=tally, evaluation=evaluation):
-        if document.digest in seen:
+    for document in keep_duplicates(
+        source, index, list_source_files(source), on_error=on_error, tally=tally, evaluation=evaluation
+    ):
+        if document.content_digest in seen:
             tally.dropped["duplicate"] += 1
             continue
-        seen.add(document.digest)
+        seen.add(document.content_digest)
         tally.kept += 1
         yield document
 
 
-def with_doubles(
-    source: Source,
+def keep_duplicates(
+    source: SourceConfig,
     index: int,
     found: list[SourceFile],
     *,
     on_error: OnError,
-    tally: Tally,
+    tally: DocumentStats,
     evaluation: Collection[bytes] = frozenset(),
     begin: str = "",
 ) -> Iterator[Document]:
@@ -68,40 +70,44 @@ def with_doubles(
 
     Whole repositories always come from the first: their files lie in another order than they do.
     """
-    pieces = _usable(_readable(source, index, found, on_error=on_error, tally=tally, begin=begin), evaluation, tally)
-    yield from pieces if source.per == "file" else whole(pieces)
+    pieces = _drop_unusable(
+        _iter_readable_documents(source, index, found, on_error=on_error, tally=tally, begin=begin), evaluation, tally
+    )
+    yield from pieces if source.per == "file" else group_by_repository(pieces)
 
 
-def hashes(document: Document) -> Iterator[bytes]:
+def iter_content_hashes(document: Document) -> Iterator[bytes]:
     """The content hashes by which a document, or a file of it, is known where it must not be trained on."""
-    yield document.digest
+    yield document.content_digest
     yield from (content_hash(part.text) for part in document.parts)
 
 
-def _usable(pieces: Iterable[Document], evaluation: Collection[bytes], tally: Tally) -> Iterator[Document]:
+def _drop_unusable(
+    pieces: Iterable[Document], evaluation: Collection[bytes], tally: DocumentStats
+) -> Iterator[Document]:
     for piece in pieces:
         if not piece.text or piece.text.isspace():
             tally.dropped["empty"] += 1
-        elif evaluation and piece.digest in evaluation:
+        elif evaluation and piece.content_digest in evaluation:
             tally.dropped["in_eval"] += 1
         else:
             yield piece
 
 
-def _readable(
-    source: Source, index: int, found: list[SourceFile], *, on_error: OnError, tally: Tally, begin: str
+def _iter_readable_documents(
+    source: SourceConfig, index: int, found: list[SourceFile], *, on_error: OnError, tally: DocumentStats, begin: str
 ) -> Iterator[Document]:
     """Every file and record that can be read, in order; what cannot stops here or is counted."""
     if source.per == "repository":
         found = sorted(found, key=lambda file: (file.repository, file.path))
-        pieces = (_in_a_repository(piece, source.path) for piece in _read_all(found, source.format, index))
-        yield from (ordered if _has_records(found) else iter)(_sound(pieces, on_error, tally))
+        pieces = (_check_repository(piece, source.path) for piece in _read_files(found, source.format, index))
+        yield from (sort_by_repository if _has_records(found) else iter)(_handle_unreadable(pieces, on_error, tally))
         return
-    place, record = _place(found, begin)
-    yield from _sound(_read_all(found[place:], source.format, index, record), on_error, tally)
+    place, record = _locate_document(found, begin)
+    yield from _handle_unreadable(_read_files(found[place:], source.format, index, record), on_error, tally)
 
 
-def _place(found: list[SourceFile], name: str) -> tuple[int, int]:
+def _locate_document(found: list[SourceFile], name: str) -> tuple[int, int]:
     """Which file, of files sorted by name, holds the document of this name, and as which record; else the very first.
 
     A document of a file of records is named after the file, a colon and its number.
@@ -115,12 +121,14 @@ def _place(found: list[SourceFile], name: str) -> tuple[int, int]:
 
 
 def _has_records(found: Iterable[SourceFile]) -> bool:
-    return any(kind_of(file.relative, "code") is not Kind.WHOLE for file in found)
+    return any(detect_file_format(file.relative, "code") is not FileFormat.WHOLE for file in found)
 
 
-def _sound(pieces: Iterable[Document | Unreadable], on_error: str, tally: Tally) -> Iterator[Document]:
+def _handle_unreadable(
+    pieces: Iterable[Document | UnreadableDocument], on_error: str, tally: DocumentStats
+) -> Iterator[Document]:
     for piece in pieces:
-        if not isinstance(piece, Unreadable):
+        if not isinstance(piece, UnreadableDocument):
             tally.read += 1
             yield piece
             continue
@@ -136,50 +144,54 @@ def _sound(pieces: Iterable[Document | Unreadable], on_error: str, tally: Tally)
         tally.first_skipped = tally.first_skipped or str(piece)
 
 
-def _in_a_repository(piece: Document | Unreadable, path: str) -> Document | Unreadable:
-    if isinstance(piece, Unreadable) or piece.repository:
+def _check_repository(piece: Document | UnreadableDocument, path: str) -> Document | UnreadableDocument:
+    if isinstance(piece, UnreadableDocument) or piece.repository:
         return piece
     why = "belongs to no repository that is known, so per: repository has nowhere to put it"
-    return Unreadable(f"{path}: {piece.name}", why, "no_repository")
+    return UnreadableDocument(f"{path}: {piece.name}", why, "no_repository")
 
 
-def _read_all(
-    found: Iterable[SourceFile], form: Format, index: int, first_record: int = 1
-) -> Iterator[Document | Unreadable]:
+def _read_files(
+    found: Iterable[SourceFile], form: SourceFormat, index: int, first_record: int = 1
+) -> Iterator[Document | UnreadableDocument]:
     for number, file in enumerate(found):
         try:
-            yield from _read(file, form, index, 1 if number else first_record)
-        except Unreadable as error:
-            error.ends_file = kind_of(file.relative, form) is not Kind.WHOLE and error.reason in _ENDINGS
+            yield from _read_file(file, form, index, 1 if number else first_record)
+        except UnreadableDocument as error:
+            error.ends_file = (
+                detect_file_format(file.relative, form) is not FileFormat.WHOLE and error.reason in _WHOLE_FILE_REASONS
+            )
             yield error
 
 
-def _read(file: SourceFile, form: Format, index: int, first: int) -> Iterator[Document | Unreadable]:
-    kind = kind_of(file.relative, form)
-    if kind is Kind.WHOLE:
-        yield _whole_file(file, form, index)
+def _read_file(file: SourceFile, form: SourceFormat, index: int, first: int) -> Iterator[Document | UnreadableDocument]:
+    kind = detect_file_format(file.relative, form)
+    if kind is FileFormat.WHOLE:
+        yield _read_whole_file(file, form, index)
         return
-    for record in records(file, kind, columns_for(form, file.address), first):
-        if isinstance(record, Unreadable):
+    for record in read_source_records(file, kind, build_column_selector(form, file.display_path), first):
+        if isinstance(record, UnreadableDocument):
             yield record
             continue
         try:
-            yield document_of(record, form, index, f"{file.name}:{record.number}")
-        except Unreadable as error:
+            yield build_document(record, form, index, f"{file.name}:{record.number}")
+        except UnreadableDocument as error:
             yield error
 
 
-def _whole_file(file: SourceFile, form: Format, index: int) -> Document:
+def _read_whole_file(file: SourceFile, form: SourceFormat, index: int) -> Document:
     if form == "chat":
-        raise Unreadable(file.address, "holds no records (.jsonl, .json, .parquet, .arrow, .feather)", "no_records")
-    with decompressed(file) as stream:
-        text = decoded(stream.read(), file.address)
+        raise UnreadableDocument(
+            file.display_path, "holds no records (.jsonl, .json, .parquet, .arrow, .feather)", "no_records"
+        )
+    with open_decompressed(file) as stream:
+        text = decode_utf8(stream.read(), file.display_path)
     if form == "text":
         return Document(index, file.name, text)
     return Document(index, file.name, text, file.repository, file.path)
 
 
-def whole(pieces: Iterable[Document]) -> Iterator[Document]:
+def group_by_repository(pieces: Iterable[Document]) -> Iterator[Document]:
     """One document for each run of pieces of one repository, which stand in the order of their paths already."""
     for repository, group in groupby(pieces, key=lambda piece: piece.repository):
         files = list(group)
@@ -190,17 +202,17 @@ def whole(pieces: Iterable[Document]) -> Iterator[Document]:
             repository,
             "",
             next((file.stars for file in files if file.stars is not None), None),
-            tuple(Part(file.path, file.text) for file in files),
+            tuple(RepositoryFile(file.path, file.text) for file in files),
         )
 
 
-def ordered(pieces: Iterable[Document]) -> Iterator[Document]:
+def sort_by_repository(pieces: Iterable[Document]) -> Iterator[Document]:
     """Pieces by repository, path and the order they came in.
 
     Records of a repository may stand far apart, so they are sorted on disk, in the directory for temporary files: it
     needs room for the whole source, the memory none.
     """
-    with tempfile.TemporaryDirectory(prefix="ltt-") as folder, closing(_table(Path(folder))) as table:
+    with tempfile.TemporaryDirectory(prefix="ltt-") as folder, closing(_create_sort_table(Path(folder))) as table:
         rows = ((p.source, p.name, p.text.encode(), p.repository, p.path, p.stars) for p in pieces)
         try:
             table.executemany("INSERT INTO piece VALUES (?, ?, ?, ?, ?, ?)", rows)
@@ -216,7 +228,7 @@ def ordered(pieces: Iterable[Document]) -> Iterator[Document]:
             yield Document(source, name, text.decode(), repository, path, stars)
 
 
-def _table(folder: Path) -> sqlite3.Connection:
+def _create_sort_table(folder: Path) -> sqlite3.Connection:
     table = sqlite3.connect(folder / "pieces.db", isolation_level=None)
     for setting in ("journal_mode = OFF", "synchronous = OFF", "temp_store = FILE"):
         table.execute(f"PRAGMA {setting}")

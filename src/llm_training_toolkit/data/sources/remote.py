@@ -19,20 +19,20 @@ from huggingface_hub import HfFileSystem
 from huggingface_hub.errors import EntryNotFoundError
 
 from llm_training_toolkit.data.sources.files import (
-    HIDDEN,
-    Root,
+    HIDDEN_PREFIX,
     SourceFile,
-    is_pattern,
+    SourceRoot,
+    has_wildcards,
     is_wanted_directory,
     split_pattern,
 )
 from llm_training_toolkit.errors import DataError
 
-_LONGEST_CAUSE = 300
+_MAX_CAUSE_LENGTH = 300
 _OPTIONS = re.compile(r"\?(\w+=[^&?]*(?:&\w+=[^&?]*)*)$")
-_GOOGLE_PATIENCE = "retry_limit_seconds=60"
+_GCS_RETRY_OPTION = "retry_limit_seconds=60"
 """Google's library goes on trying for a quarter of an hour, in silence."""
-_MARKS = (
+_VERSION_KEYS = (
     "blob_id",
     "etag",
     "ETag",
@@ -44,9 +44,9 @@ _MARKS = (
     "last_modified",
     "created",
 )
-_RAISED = (OSError, ValueError, ImportError, NotImplementedError, pa.ArrowException, EntryNotFoundError)
+_COMMON_ERRORS = (OSError, ValueError, ImportError, NotImplementedError, pa.ArrowException, EntryNotFoundError)
 """Arrow, fsspec and the hub; most libraries of other protocols derive theirs from OSError, too."""
-_RAISED_BY = {
+_ERRORS_BY_LIBRARY = {
     "aiohttp": "ClientError",
     "azure.core.exceptions": "AzureError",
     "botocore.exceptions": "BotoCoreError",
@@ -68,47 +68,49 @@ _HINTS = {
 
 
 @contextmanager
-def reaching(address: str) -> Iterator[None]:
+def translate_remote_errors(address: str) -> Iterator[None]:
     """Turn what the libraries raise on the way to an address into a DataError that says what to check."""
     try:
         yield
-    except _raised() as error:
-        said = shorten(str(error), _LONGEST_CAUSE) or type(error).__name__
-        raise DataError(f"data.sources: {address} cannot be read ({said}). {hint(address)}") from error
+    except _get_library_errors() as error:
+        said = shorten(str(error), _MAX_CAUSE_LENGTH) or type(error).__name__
+        raise DataError(f"data.sources: {address} cannot be read ({said}). {get_access_hint(address)}") from error
 
 
-def _raised() -> tuple[type[Exception], ...]:
+def _get_library_errors() -> tuple[type[Exception], ...]:
     """The classes of errors that the libraries in use raise: one that is not loaded has raised nothing."""
-    loaded = ((sys.modules[module], name) for module, name in _RAISED_BY.items() if module in sys.modules)
-    return (*_RAISED, *(getattr(module, name) for module, name in loaded))
+    loaded = ((sys.modules[module], name) for module, name in _ERRORS_BY_LIBRARY.items() if module in sys.modules)
+    return (*_COMMON_ERRORS, *(getattr(module, name) for module, name in loaded))
 
 
-def hint(address: str) -> str:
+def get_access_hint(address: str) -> str:
     """What to check where an address gives nothing. Stores call absent what one may not see."""
     return _HINTS.get(address.partition("://")[0], "Check the address, the network and your rights.")
 
 
-def find(address: str) -> tuple[list[SourceFile], bool]:
+def find_remote_files(address: str) -> tuple[list[SourceFile], bool]:
     """The files at an address, and whether it is a directory: all below it, else the one, else those a glob matches.
 
     Directories are searched as on a local disk. Raises DataError where the store does not answer or refuses.
     """
-    with reaching(address):
-        scheme, filesystem, path = _connected(address)
+    with translate_remote_errors(address):
+        scheme, filesystem, path = _open_filesystem(address)
         kind = filesystem.get_file_info(path).type
         if kind == arrow.FileType.Directory:
-            root = Root(path, posixpath.basename(path.rstrip("/")), filesystem, scheme)
-            return list(_below(root)), True
+            root = SourceRoot(path, posixpath.basename(path.rstrip("/")), filesystem, scheme)
+            return list(_find_directory_files(root)), True
         if kind == arrow.FileType.File:
             folder, name = posixpath.split(path)
             info = filesystem.get_file_info(path)
-            return [SourceFile(Root(folder, "", filesystem, scheme), name, "", _stamp(filesystem, info))], False
-        if is_pattern(path):
-            return list(_matching(filesystem, scheme, path)), False
+            return [
+                SourceFile(SourceRoot(folder, "", filesystem, scheme), name, "", _build_version_stamp(filesystem, info))
+            ], False
+        if has_wildcards(path):
+            return list(_match_glob(filesystem, scheme, path)), False
         return [], False
 
 
-def _connected(address: str) -> tuple[str, Any, str]:
+def _open_filesystem(address: str) -> tuple[str, Any, str]:
     """Scheme with slashes, pyarrow file system, and path in it. An address may end in options: `?region=eu-west-1`."""
     protocol, _, rest = address.partition("://")
     scheme = f"{protocol}://"
@@ -116,7 +118,7 @@ def _connected(address: str) -> tuple[str, Any, str]:
         options = match[1] if (match := _OPTIONS.search(rest)) else ""
         rest = _OPTIONS.sub("", rest)
         if protocol != "s3" and "retry_limit_seconds" not in options:
-            options = f"{options}&{_GOOGLE_PATIENCE}".lstrip("&")
+            options = f"{options}&{_GCS_RETRY_OPTION}".lstrip("&")
         bucket, _, key = rest.partition("/")
         # Only the bucket goes through the address: a wildcard or a space in the rest is no valid one.
         filesystem, found = arrow.FileSystem.from_uri(f"{scheme}{quote(bucket, safe='@:.-_')}?{options}".rstrip("?"))
@@ -133,31 +135,38 @@ def _connected(address: str) -> tuple[str, Any, str]:
     return scheme, arrow.PyFileSystem(arrow.FSSpecHandler(inner)), path.rstrip("/")
 
 
-def _below(root: Root) -> Iterator[SourceFile]:
+def _find_directory_files(root: SourceRoot) -> Iterator[SourceFile]:
     """The files below a directory that `is_wanted_directory` and no virtual environment hides."""
-    listed = _listed(root, recursive=True)
+    listed = _list_file_infos(root, recursive=True)
     environments = {posixpath.dirname(name) for name in listed if posixpath.basename(name) == "pyvenv.cfg"}
-    checkouts = _checkouts(listed)
+    checkouts = _find_git_checkouts(listed)
     for name, info in listed.items():
-        folders = _folders(name)
+        folders = _get_parent_directories(name)
         wanted = all(is_wanted_directory(posixpath.basename(folder)) for folder in folders)
-        if wanted and environments.isdisjoint(folders) and not posixpath.basename(name).startswith(HIDDEN):
-            yield SourceFile(root, name, _nearest(folders, checkouts), _stamp(root.filesystem, info))
+        if wanted and environments.isdisjoint(folders) and not posixpath.basename(name).startswith(HIDDEN_PREFIX):
+            yield SourceFile(
+                root, name, _find_nearest_checkout(folders, checkouts), _build_version_stamp(root.filesystem, info)
+            )
 
 
-def _matching(filesystem: Any, scheme: str, pattern: str) -> Iterator[SourceFile]:  # noqa: ANN401 - pyarrow is untyped
+def _match_glob(filesystem: Any, scheme: str, pattern: str) -> Iterator[SourceFile]:  # noqa: ANN401 - pyarrow is untyped
     fixed, rest = split_pattern(pattern)
     matches = re.compile(glob_translate(rest)).fullmatch
-    hidden_wanted = any(part.startswith(HIDDEN) for part in rest.split("/"))
-    root = Root(fixed, posixpath.basename(fixed), filesystem, scheme)
-    listed = _listed(root, recursive="/" in rest or "**" in rest)
-    checkouts = _checkouts(listed)
+    hidden_wanted = any(part.startswith(HIDDEN_PREFIX) for part in rest.split("/"))
+    root = SourceRoot(fixed, posixpath.basename(fixed), filesystem, scheme)
+    listed = _list_file_infos(root, recursive="/" in rest or "**" in rest)
+    checkouts = _find_git_checkouts(listed)
     for name, info in listed.items():
-        if matches(name) and (hidden_wanted or not any(part.startswith(HIDDEN) for part in name.split("/"))):
-            yield SourceFile(root, name, _nearest(_folders(name), checkouts), _stamp(filesystem, info))
+        if matches(name) and (hidden_wanted or not any(part.startswith(HIDDEN_PREFIX) for part in name.split("/"))):
+            yield SourceFile(
+                root,
+                name,
+                _find_nearest_checkout(_get_parent_directories(name), checkouts),
+                _build_version_stamp(filesystem, info),
+            )
 
 
-def _listed(root: Root, *, recursive: bool) -> dict[str, Any]:
+def _list_file_infos(root: SourceRoot, *, recursive: bool) -> dict[str, Any]:
     """What the store says of every file below a directory, by the path relative to it."""
     selector = arrow.FileSelector(root.path, recursive=recursive, allow_not_found=True)
     return {
@@ -167,24 +176,24 @@ def _listed(root: Root, *, recursive: bool) -> dict[str, Any]:
     }
 
 
-def _checkouts(names: Iterable[str]) -> set[str]:
+def _find_git_checkouts(names: Iterable[str]) -> set[str]:
     """The directories that are checkouts of git: those that hold a `.git`."""
     return {match[1] for name in names if (match := re.match(r"(.+?)/\.git(?:/|$)", name))}
 
 
-def _nearest(folders: Iterable[str], among: set[str]) -> str:
+def _find_nearest_checkout(folders: Iterable[str], among: set[str]) -> str:
     return next((folder for folder in folders if folder in among), "")
 
 
-def _folders(name: str) -> list[str]:
+def _get_parent_directories(name: str) -> list[str]:
     """The directories above a name, the nearest first."""
     parts = name.split("/")[:-1]
     return ["/".join(parts[:end]) for end in range(len(parts), 0, -1)]
 
 
-def _stamp(filesystem: Any, info: Any) -> str:  # noqa: ANN401 - pyarrow is untyped
+def _build_version_stamp(filesystem: Any, info: Any) -> str:  # noqa: ANN401 - pyarrow is untyped
     """Size and modification time; where a store has no time, the tag that it gives each version of a file."""
     if info.mtime is not None:
         return f"{info.size}\0{info.mtime_ns}"
     known: dict[str, Any] = filesystem.handler.fs.info(info.path) if isinstance(filesystem, arrow.PyFileSystem) else {}
-    return f"{info.size}\0" + "\0".join(str(known[mark]) for mark in _MARKS if known.get(mark) is not None)
+    return f"{info.size}\0" + "\0".join(str(known[mark]) for mark in _VERSION_KEYS if known.get(mark) is not None)

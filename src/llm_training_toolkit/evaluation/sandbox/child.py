@@ -16,11 +16,11 @@ import struct
 import sys
 import types
 
-_SHOWN = 200
+_MAX_ERROR_CHARACTERS = 200
 """Characters of an error's message that are reported."""
-_MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
+_ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
 """Column in the tables of calls, and what the kernel calls the architecture."""
-_UNCOUNTED = {
+_UNACCOUNTED_MEMORY_CALLS = {
     "shmget": (29, 194),
     "semget": (64, 190),
     "msgget": (68, 186),
@@ -30,7 +30,7 @@ _UNCOUNTED = {
     "io_uring_setup": (425, 425),
 }
 """Calls, with their numbers, that take memory which no limit of a process counts."""
-_ATTACKED = {
+_ATTACK_SURFACE_CALLS = {
     "unshare": (272, 97),
     "setns": (308, 268),
     "mount": (165, 40),
@@ -54,7 +54,7 @@ _ALLOW, _REFUSE = 0x7FFF0000, 0x00050000
 def main() -> None:
     """Report `started`, run the program, report `passed` or `failed` with the error."""
     secret, source = sys.stdin.buffer.read().split(b"\n", 1)
-    _refuse_calls(os.uname().machine)
+    _install_seccomp_filter(os.uname().machine)
     report, nowhere = os.dup(1), os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):
         os.dup2(nowhere, descriptor)
@@ -67,35 +67,37 @@ def main() -> None:
         exec(compile(source, "program", "exec"), module.__dict__)  # noqa: S102 - what this file is for
         verdict = "passed"
     except BaseException as error:  # noqa: BLE001 - the program may raise whatever there is
-        verdict = f"failed {_described(error)}"
+        verdict = f"failed {_format_error(error)}"
     os.write(report, secret + b" " + verdict.encode(errors="replace") + b"\n")
     os._exit(0)  # threads of the program may still run
 
 
-def _refuse_calls(machine: str) -> None:
+def _install_seccomp_filter(machine: str) -> None:
     """Have the kernel refuse the calls above (seccomp). Nothing where their numbers on this machine are not known."""
-    if machine not in _MACHINES:
+    if machine not in _ARCHITECTURES:
         return
-    code = b"".join(struct.pack("HBBI", *instruction) for instruction in _filter(*_MACHINES[machine]))
+    code = b"".join(
+        struct.pack("HBBI", *instruction) for instruction in _build_seccomp_filter(*_ARCHITECTURES[machine])
+    )
     held = ctypes.create_string_buffer(code)
 
-    class Program(ctypes.Structure):
+    class SockFprog(ctypes.Structure):
         _fields_ = (("length", ctypes.c_ushort), ("filter", ctypes.c_void_p))
 
-    program = Program(len(code) // 8, ctypes.addressof(held))
+    program = SockFprog(len(code) // 8, ctypes.addressof(held))
     prctl = ctypes.CDLL(None, use_errno=True).prctl
     prctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p, ctypes.c_ulong, ctypes.c_ulong)
     if prctl(_NO_NEW_PRIVS, 1, None, 0, 0) or prctl(_SECCOMP, _FILTER, ctypes.addressof(program), 0, 0):
         raise OSError(ctypes.get_errno(), "the kernel takes no filter of system calls")
 
 
-def _filter(column: int, machine: int) -> list[tuple[int, int, int, int]]:
+def _build_seccomp_filter(column: int, machine: int) -> list[tuple[int, int, int, int]]:
     """The filter as instructions (operation, steps to skip if true, if false, operand)."""
     refuse, allow = (_RETURN, 0, 0, _REFUSE | errno.EPERM), (_RETURN, 0, 0, _ALLOW)
     number, architecture, first_argument = 0, 4, 16  # where they stand in what the kernel shows
     found = [(_LOAD, 0, 0, architecture), (_EQUAL, 1, 0, machine), refuse]
     found += [(_LOAD, 0, 0, number), (_ABOVE, 0, 1, _OTHER_CALLS), refuse]
-    for numbers in (_UNCOUNTED | _ATTACKED).values():
+    for numbers in (_UNACCOUNTED_MEMORY_CALLS | _ATTACK_SURFACE_CALLS).values():
         found += [(_EQUAL, 0, 1, numbers[column]), refuse]
     # Its flags lie in memory, which a filter cannot read; without it the C library takes clone.
     found += [(_EQUAL, 0, 1, _CLONE3), (_RETURN, 0, 0, _REFUSE | errno.ENOSYS)]
@@ -105,12 +107,12 @@ def _filter(column: int, machine: int) -> list[tuple[int, int, int, int]]:
     return [*found, allow]
 
 
-def _described(error: BaseException) -> str:
+def _format_error(error: BaseException) -> str:
     try:
         text = f"{type(error).__name__}: {error}".removesuffix(": ")
     except BaseException:  # noqa: BLE001 - the error's own text is the program's, too
         text = type(error).__name__
-    return " ".join(text[:_SHOWN].split())
+    return " ".join(text[:_MAX_ERROR_CHARACTERS].split())
 
 
 if __name__ == "__main__":

@@ -11,11 +11,11 @@ from functools import cache
 from pathlib import Path
 
 from llm_training_toolkit.errors import LaunchError
-from llm_training_toolkit.evaluation.sandbox.run import Kind, Limits, run
-from llm_training_toolkit.evaluation.sandbox.supervisor.workdir import clear_left_over
+from llm_training_toolkit.evaluation.sandbox.run import SandboxKind, SandboxLimits, run_program
+from llm_training_toolkit.evaluation.sandbox.supervisor.workdir import remove_stale_workdirs
 
-_LIMITS = Limits(seconds=20.0)
-_IN_WORDS = {
+_LIMITS = SandboxLimits(seconds=20.0)
+_SANDBOX_NAMES = {
     "bubblewrap": "bubblewrap",
     "namespaces": "the kernel's namespaces",
     "none": "nothing but limits of memory and time (--unsafe)",
@@ -61,24 +61,24 @@ finally:
 """
 
 
-def in_words(kind: Kind) -> str:
+def format_sandbox_kind(kind: SandboxKind) -> str:
     """What contains programs, for people."""
-    return _IN_WORDS[kind]
+    return _SANDBOX_NAMES[kind]
 
 
-def containment(*, unsafe: bool = False) -> Kind:
+def find_sandbox_kind(*, unsafe: bool = False) -> SandboxKind:
     """What programs are contained by on this machine: the first that holds what it promises, tried once a process.
 
     Raises LaunchError, saying what was found, where there is none and `unsafe` does not allow to do without.
     """
-    clear_left_over()
+    remove_stale_workdirs()
     found: dict[str, str] = {}
-    kinds: tuple[Kind, ...] = ("bubblewrap", "namespaces")
+    kinds: tuple[SandboxKind, ...] = ("bubblewrap", "namespaces")
     for kind in kinds:
-        problem = why_not(kind)
+        problem = find_sandbox_problem(kind)
         if not problem:
             return kind
-        found[_IN_WORDS[kind]] = problem
+        found[_SANDBOX_NAMES[kind]] = problem
     if unsafe:
         return "none"
     listed = "; ".join(f"{name}: {problem}" for name, problem in found.items())
@@ -89,7 +89,7 @@ def containment(*, unsafe: bool = False) -> Kind:
 
 
 @cache
-def why_not(kind: Kind) -> str:
+def find_sandbox_problem(kind: SandboxKind) -> str:
     """Why a containment cannot be used here, found out by a program that tries to break out; empty where it holds."""
     if kind == "bubblewrap" and shutil.which("bwrap") is None:
         return "bwrap is not installed"
@@ -104,7 +104,7 @@ def why_not(kind: Kind) -> str:
             parent=os.getpid(),
         )
         try:
-            ended = run(program, kind, _LIMITS)
+            ended = run_program(program, kind, _LIMITS)
         except LaunchError as error:
             return f"it cannot be built here ({error})"
     if ended.end == "passed":

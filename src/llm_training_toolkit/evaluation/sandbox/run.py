@@ -22,10 +22,10 @@ from typing import IO, Literal
 from llm_training_toolkit.errors import LaunchError
 from llm_training_toolkit.evaluation.sandbox.supervisor.supervisor import TIMED_OUT
 
-Kind = Literal["bubblewrap", "namespaces", "none"]
-End = Literal["passed", "failed", "timed out", "crashed"]
+SandboxKind = Literal["bubblewrap", "namespaces", "none"]
+ProgramOutcome = Literal["passed", "failed", "timed out", "crashed"]
 MEGABYTE = 1 << 20
-_SYSTEM = ("/usr", "/lib", "/lib32", "/lib64", "/bin", "/sbin", "/nix/store", "/etc/ld.so.cache")
+_SYSTEM_PATHS = ("/usr", "/lib", "/lib32", "/lib64", "/bin", "/sbin", "/nix/store", "/etc/ld.so.cache")
 """What a Python needs of the machine besides its own directories."""
 _REPORT_BYTES = 4096
 """A report has two short lines; a program that has found a way to write more is not listened to."""
@@ -34,7 +34,7 @@ _GRACE_SECONDS = 20.0
 
 
 @dataclass(frozen=True)
-class Limits:
+class SandboxLimits:
     """What one program may use."""
 
     seconds: float = 10.0
@@ -43,42 +43,46 @@ class Limits:
     """Bytes: of each process, and of all together where there are control groups."""
     processes: int = 16
     """Threads and processes at a time."""
-    file: int = 16 * MEGABYTE
+    max_file_bytes: int = 16 * MEGABYTE
     """Bytes of the largest file."""
-    files: int = 64
+    max_open_files: int = 64
     """Files open at a time."""
-    room: int = 64 * MEGABYTE
+    tmp_bytes: int = 64 * MEGABYTE
     """Bytes of all files together."""
 
-    def of_a_process(self) -> dict[str, int]:
+    def to_rlimits(self) -> dict[str, int]:
         """By the names of Python's module `resource`."""
         return {
             "RLIMIT_AS": self.memory,
             "RLIMIT_CPU": int(self.seconds) + 1,
-            "RLIMIT_FSIZE": self.file,
-            "RLIMIT_NOFILE": self.files,
+            "RLIMIT_FSIZE": self.max_file_bytes,
+            "RLIMIT_NOFILE": self.max_open_files,
             "RLIMIT_NPROC": self.processes,
             "RLIMIT_CORE": 0,
         }
 
 
 @dataclass(frozen=True)
-class Ended:
+class ProgramResult:
     """How a program ended: `crashed` means that it was gone before it could say anything."""
 
-    end: End
+    end: ProgramOutcome
     error: str = ""
     """The exception that a failed one ended with."""
 
 
-def run_all(
-    programs: Sequence[str], kind: Kind, limits: Limits, at_a_time: int, done: Callable[[int], None] = lambda _: None
-) -> list[Ended]:
+def run_programs(
+    programs: Sequence[str],
+    kind: SandboxKind,
+    limits: SandboxLimits,
+    at_a_time: int,
+    done: Callable[[int], None] = lambda _: None,
+) -> list[ProgramResult]:
     """Run programs, `at_a_time` of them side by side; `done` is told how many have ended."""
-    ends: list[Ended] = []
+    ends: list[ProgramResult] = []
     with ThreadPoolExecutor(at_a_time) as threads:
         try:
-            for ended in threads.map(partial(run, kind=kind, limits=limits), programs):
+            for ended in threads.map(partial(run_program, kind=kind, limits=limits), programs):
                 ends.append(ended)
                 done(len(ends))
         except BaseException:
@@ -87,7 +91,7 @@ def run_all(
     return ends
 
 
-def run(program: str, kind: Kind, limits: Limits) -> Ended:
+def run_program(program: str, kind: SandboxKind, limits: SandboxLimits) -> ProgramResult:
     """Run one Python program to its end, or to the end of its time.
 
     Raises LaunchError, with what the machine said, where the containment cannot be built.
@@ -96,37 +100,37 @@ def run(program: str, kind: Kind, limits: Limits) -> Ended:
     with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as said:
         given.write(f"{secret}\n".encode() + program.encode(errors="replace"))
         given.seek(0)
-        orders = json.dumps(_orders(kind, limits))
-        command = [sys.executable, "-I", "-S", "-B", "-c", _SUPERVISE, str(_SOURCE), orders]
+        orders = json.dumps(_build_orders(kind, limits))
+        command = [sys.executable, "-I", "-S", "-B", "-c", _SUPERVISOR_CODE, str(_SOURCE_ROOT), orders]
         with subprocess.Popen(
             command, stdin=given, stdout=subprocess.PIPE, stderr=said, cwd="/", start_new_session=True
         ) as supervisor:
             assert supervisor.stdout is not None
             try:
                 end = time.monotonic() + limits.seconds + _GRACE_SECONDS
-                report = _read(supervisor.stdout, end)
-                code = _end_of(supervisor, end)
+                report = _read_pipe(supervisor.stdout, end)
+                code = _wait_for_exit(supervisor, end)
             finally:
                 supervisor.kill()
         said.seek(0)
-        return _judged(report.decode(errors="replace"), secret, code, said.read(2000).decode(errors="replace"))
+        return _parse_report(report.decode(errors="replace"), secret, code, said.read(2000).decode(errors="replace"))
 
 
-def _judged(report: str, secret: str, code: int, said: str) -> Ended:
+def _parse_report(report: str, secret: str, code: int, said: str) -> ProgramResult:
     lines = [line.removeprefix(f"{secret} ") for line in report.splitlines() if line.startswith(f"{secret} ")]
     if "started" not in lines:
         if code == TIMED_OUT:
-            return Ended("timed out")
+            return ProgramResult("timed out")
         raise LaunchError(said.strip() or f"the program's supervisor ended with {code} and said nothing")
     verdict, _, error = lines[-1].partition(" ")
     if code == TIMED_OUT:
-        return Ended("timed out")
+        return ProgramResult("timed out")
     if verdict == "passed":
-        return Ended("passed")
-    return Ended("failed", error) if verdict == "failed" else Ended("crashed")
+        return ProgramResult("passed")
+    return ProgramResult("failed", error) if verdict == "failed" else ProgramResult("crashed")
 
 
-def _read(pipe: IO[bytes], end: float) -> bytes:
+def _read_pipe(pipe: IO[bytes], end: float) -> bytes:
     """What comes out of a pipe until its end, its first bytes alone, and never after `end` of the monotonic clock."""
     found = b""
     with selectors.DefaultSelector() as selector:
@@ -139,46 +143,46 @@ def _read(pipe: IO[bytes], end: float) -> bytes:
     return found
 
 
-def _end_of(supervisor: subprocess.Popen[bytes], end: float) -> int:
+def _wait_for_exit(supervisor: subprocess.Popen[bytes], end: float) -> int:
     with suppress(subprocess.TimeoutExpired):
         return supervisor.wait(max(end - time.monotonic(), 0.0))
     supervisor.kill()
     return supervisor.wait()
 
 
-_SOURCE = Path(__file__).parents[3]
+_SOURCE_ROOT = Path(__file__).parents[3]
 # Neither the environment nor installed packages change this Python, and it starts in a hundredth of a second.
-_SUPERVISE = (
+_SUPERVISOR_CODE = (
     "import sys; sys.path.append(sys.argv.pop(1)); "
     "from llm_training_toolkit.evaluation.sandbox.supervisor.supervisor import main; main()"
 )
 
 
 @cache
-def _driver() -> str:
+def _read_driver_code() -> str:
     return Path(__file__).with_name("child.py").read_text(encoding="utf-8")
 
 
-def _orders(kind: Kind, limits: Limits) -> dict[str, object]:
-    command = [sys.executable, "-I", "-B", "-c", _driver(), json.dumps(limits.of_a_process())]
+def _build_orders(kind: SandboxKind, limits: SandboxLimits) -> dict[str, object]:
+    command = [sys.executable, "-I", "-B", "-c", _read_driver_code(), json.dumps(limits.to_rlimits())]
     return {
         "kind": kind,
         "parent": os.getpid(),
         "seconds": limits.seconds,
         "memory": limits.memory,
         "processes": limits.processes,
-        "room": limits.room,
-        "visible": visible(),
-        "command": [*_bubblewrap(limits), *command] if kind == "bubblewrap" else command,
+        "room": limits.tmp_bytes,
+        "visible": find_visible_paths(),
+        "command": [*_build_bwrap_arguments(limits), *command] if kind == "bubblewrap" else command,
     }
 
 
 @cache
-def visible() -> list[str]:
+def find_visible_paths() -> list[str]:
     """The paths a contained program sees: the system's libraries and this Python, with its packages."""
     own = {sys.prefix, sys.base_prefix, sys.exec_prefix}
     own |= {os.path.realpath(path) for path in own}
-    seen = [path for path in _SYSTEM if Path(path).exists()]
+    seen = [path for path in _SYSTEM_PATHS if Path(path).exists()]
     for path in sorted(own):
         if not any(Path(path).is_relative_to(other) for other in seen):
             seen.append(path)
@@ -186,20 +190,20 @@ def visible() -> list[str]:
 
 
 @cache
-def _bwrap() -> tuple[str, ...]:
+def _find_bwrap_command() -> tuple[str, ...]:
     """The command, without namespaces in namespaces where it is new enough (0.8) to forbid them."""
     path = shutil.which("bwrap") or "bwrap"
     known = subprocess.run([path, "--help"], capture_output=True, text=True, check=False).stdout
     return (path, "--disable-userns") if "--disable-userns" in known else (path,)
 
 
-def _bubblewrap(limits: Limits) -> Iterator[str]:
-    yield from _bwrap()
+def _build_bwrap_arguments(limits: SandboxLimits) -> Iterator[str]:
+    yield from _find_bwrap_command()
     yield from ("--unshare-all", "--unshare-user", "--die-with-parent", "--new-session", "--cap-drop", "ALL")
     yield from ("--uid", "65534", "--gid", "65534", "--proc", "/proc", "--dev", "/dev")
     yield from ("--remount-ro", "/dev")  # it is memory without a limit, below /dev/shm as well
-    yield from ("--size", str(limits.room), "--tmpfs", "/tmp", "--chdir", "/tmp", "--setenv", "HOME", "/tmp")
-    for path in visible():  # after /tmp, below which a Python may live
+    yield from ("--size", str(limits.tmp_bytes), "--tmpfs", "/tmp", "--chdir", "/tmp", "--setenv", "HOME", "/tmp")
+    for path in find_visible_paths():  # after /tmp, below which a Python may live
         link = Path(path).is_symlink()
         yield from ("--symlink", str(Path(path).readlink()), path) if link else ("--ro-bind", path, path)
     yield from ("--remount-ro", "/", "--")

@@ -6,55 +6,57 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from llm_training_toolkit.data.sample_log import Fetched, read_ledger
+from llm_training_toolkit.data.sample_log import FetchedSequence, read_sample_log
 from llm_training_toolkit.errors import CheckpointError
-from llm_training_toolkit.runs.attempts import attempt_record
-from llm_training_toolkit.runs.directory import RunDirectory, checkpoint_place
+from llm_training_toolkit.runs.attempts import read_attempt_record
+from llm_training_toolkit.runs.directory import RunDirectory, parse_checkpoint_name
 
 
-class Stretch(NamedTuple):
+class AttemptSpan(NamedTuple):
     """Steps that one attempt added to the lineage."""
 
     attempt: int
-    after: int
-    until: int
+    after_step: int
+    last_step: int
     """The last of its steps that others went on from."""
 
 
-class Count(NamedTuple):
+class AuditResult(NamedTuple):
     """Sequences that should have been fetched once and were not."""
 
     missing: int
     doubled: int
 
 
-def stretches(run: RunDirectory, checkpoint: str) -> list[Stretch]:
+def read_attempt_spans(run: RunDirectory, checkpoint: str) -> list[AttemptSpan]:
     """The attempts that led to a checkpoint, the first one first. Raises CheckpointError where one is unknown."""
-    found: list[Stretch] = []
+    found: list[AttemptSpan] = []
     name: str | None = checkpoint
     while name is not None:
-        place = checkpoint_place(run.checkpoints / name)
-        record = attempt_record(run, place[1]) if place else {}
+        place = parse_checkpoint_name(run.checkpoints_dir / name)
+        record = read_attempt_record(run, place[1]) if place else {}
         if place is None or "resumed" not in record:
             raise CheckpointError(f"{run.path}: nothing is known of the attempt that wrote {name}")
         name = record["resumed"]
-        before = checkpoint_place(run.checkpoints / name) if name else None
-        found.append(Stretch(place[1], before[0] if before else 0, place[0]))
+        before = parse_checkpoint_name(run.checkpoints_dir / name) if name else None
+        found.append(AttemptSpan(place[1], before[0] if before else 0, place[0]))
     return found[::-1]
 
 
-def fetched_along(run: RunDirectory, lineage: Iterable[Stretch]) -> list[Fetched]:
+def read_fetched_sequences(run: RunDirectory, lineage: Iterable[AttemptSpan]) -> list[FetchedSequence]:
     """What all ranks fetched in the steps of the lineage."""
     return [
         sequence
         for stretch in lineage
-        for step, sequences in read_ledger(run.ledger, stretch.attempt)
-        if stretch.after < step <= stretch.until
+        for step, sequences in read_sample_log(run.sample_log_dir, stretch.attempt)
+        if stretch.after_step < step <= stretch.last_step
         for sequence in sequences
     ]
 
 
-def compare(found: Sequence[Fetched], wanted: Sequence[Fetched], epochs: Sequence[Sequence[int]]) -> Count:
+def audit_sequences(
+    found: Sequence[FetchedSequence], wanted: Sequence[FetchedSequence], epochs: Sequence[Sequence[int]]
+) -> AuditResult:
     """Sequences missing or doubled in `found`, beside `wanted`, what the undisturbed run fetched.
 
     `epochs`: how many sequences each epoch of each stream has. An epoch that a later one follows has to be whole,
@@ -73,4 +75,4 @@ def compare(found: Sequence[Fetched], wanted: Sequence[Fetched], epochs: Sequenc
     }
     missing = {each[:3] for each in expected - counted.keys()} | (whole - present)
     places = Counter((each.stream, each.epoch, each.sequence) for each in counted.elements())
-    return Count(len(missing), sum(count - 1 for count in places.values()))
+    return AuditResult(len(missing), sum(count - 1 for count in places.values()))

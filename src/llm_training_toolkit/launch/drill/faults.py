@@ -12,153 +12,155 @@ from contextlib import suppress
 from subprocess import Popen
 from typing import Literal, NamedTuple
 
-from llm_training_toolkit.checkpoint import complete
-from llm_training_toolkit.launch.drill.local_cluster import OwnCluster
-from llm_training_toolkit.runs.attempts import attempt_record, last_attempt
+from llm_training_toolkit.checkpoint import list_complete_checkpoints
+from llm_training_toolkit.launch.drill.local_cluster import LocalCluster
+from llm_training_toolkit.runs.attempts import find_last_attempt, read_attempt_record
 from llm_training_toolkit.runs.directory import RunDirectory
-from llm_training_toolkit.runs.metrics_log import newest_rows
+from llm_training_toolkit.runs.metrics_log import read_newest_rows
 
-_LOOK_EVERY = 0.002
+_POLL_SECONDS = 0.002
 """Seconds between two looks for a checkpoint that is being written, which may take no longer than ten of them."""
-_WAITS = 300.0
+_WAIT_TIMEOUT_SECONDS = 300.0
 """Seconds to wait for what a failure needs or leads to: a second checkpoint, the end of an attempt."""
 
 
-class Victim(NamedTuple):
+class FaultTarget(NamedTuple):
     """A run that works, the command that drives it, and the cluster it is on where that is the drill's own."""
 
     run: RunDirectory
     driver: Popen[str]
-    draw: random.Random
-    cluster: OwnCluster | None
+    rng: random.Random
+    cluster: LocalCluster | None
 
     @property
-    def own_cluster(self) -> OwnCluster:
+    def local_cluster(self) -> LocalCluster:
         """For failures that need one."""
         assert self.cluster is not None, "refused before"
         return self.cluster
 
-    def rank(self) -> int:
+    def pick_rank_process(self) -> int:
         """The process of a rank drawn by chance."""
-        processes: list[int] = attempt_record(self.run, last_attempt(self.run))["processes"]
-        return self.draw.choice(processes)
+        processes: list[int] = read_attempt_record(self.run, find_last_attempt(self.run))["processes"]
+        return self.rng.choice(processes)
 
-    def until(self, condition: Callable[[], bool]) -> bool:
+    def wait_until(self, condition: Callable[[], bool]) -> bool:
         """Wait for a condition while the command works; whether it came true."""
-        end = time.monotonic() + _WAITS
+        end = time.monotonic() + _WAIT_TIMEOUT_SECONDS
         while self.driver.poll() is None and time.monotonic() < end:
             if condition():
                 return True
-            time.sleep(_LOOK_EVERY)
+            time.sleep(_POLL_SECONDS)
         return False
 
-    def until_attempt_ends(self) -> None:
+    def wait_for_attempt_end(self) -> None:
         """Wait until the present attempt is none that works any more."""
-        attempt = last_attempt(self.run)
-        self.until(lambda: attempt_record(self.run, attempt).get("state", "running") != "running")
+        attempt = find_last_attempt(self.run)
+        self.wait_until(lambda: read_attempt_record(self.run, attempt).get("state", "running") != "running")
 
 
-def _kill(process: int) -> None:
+def _kill_process(process: int) -> None:
     with suppress(ProcessLookupError):  # it has ended by itself
         os.kill(process, signal.SIGKILL)
 
 
-def _worker(victim: Victim) -> None:
-    _kill(victim.rank())
+def _kill_worker(victim: FaultTarget) -> None:
+    _kill_process(victim.pick_rank_process())
 
 
-def _driver(victim: Victim) -> None:
+def _kill_driver(victim: FaultTarget) -> None:
     victim.driver.kill()
 
 
-def _stop(victim: Victim) -> None:
+def _stop_driver(victim: FaultTarget) -> None:
     victim.driver.terminate()
-    victim.until(lambda: False)
+    victim.wait_until(lambda: False)
 
 
-def _hang(victim: Victim) -> None:
-    os.kill(victim.rank(), signal.SIGSTOP)
+def _hang_worker(victim: FaultTarget) -> None:
+    os.kill(victim.pick_rank_process(), signal.SIGSTOP)
 
 
-def _saving(victim: Victim) -> None:
+def _kill_during_checkpoint(victim: FaultTarget) -> None:
     """One checkpoint tells how long another one takes; the kill falls into the next one or shortly behind it."""
-    victim.until(lambda: being_written(victim.run))
+    victim.wait_until(lambda: is_writing_checkpoint(victim.run))
     began = time.monotonic()
-    victim.until(lambda: not being_written(victim.run))
+    victim.wait_until(lambda: not is_writing_checkpoint(victim.run))
     takes = time.monotonic() - began
-    victim.until(lambda: being_written(victim.run))
-    time.sleep(victim.draw.uniform(0.0, 1.1 * takes))
-    _kill(victim.rank())
+    victim.wait_until(lambda: is_writing_checkpoint(victim.run))
+    time.sleep(victim.rng.uniform(0.0, 1.1 * takes))
+    _kill_process(victim.pick_rank_process())
 
 
-def _truncated(victim: Victim) -> str:
-    victim.until(lambda: len(complete(victim.run.checkpoints)) > 1)
-    newest = complete(victim.run.checkpoints)[-1]
-    file = victim.draw.choice(sorted(newest.glob("*.safetensors")))
-    os.truncate(file, victim.draw.randrange(file.stat().st_size))
-    _kill(victim.rank())
+def _truncate_checkpoint(victim: FaultTarget) -> str:
+    victim.wait_until(lambda: len(list_complete_checkpoints(victim.run.checkpoints_dir)) > 1)
+    newest = list_complete_checkpoints(victim.run.checkpoints_dir)[-1]
+    file = victim.rng.choice(sorted(newest.glob("*.safetensors")))
+    os.truncate(file, victim.rng.randrange(file.stat().st_size))
+    _kill_process(victim.pick_rank_process())
     return newest.name
 
 
-def _storage(victim: Victim) -> None:
+def _limit_file_size(victim: FaultTarget) -> None:
     """The kernel lets no file of a rank grow beyond half of what it writes of a checkpoint, as a quota does."""
-    victim.until(lambda: bool(complete(victim.run.checkpoints)))
-    files = complete(victim.run.checkpoints)[-1].glob("*.safetensors")
+    victim.wait_until(lambda: bool(list_complete_checkpoints(victim.run.checkpoints_dir)))
+    files = list_complete_checkpoints(victim.run.checkpoints_dir)[-1].glob("*.safetensors")
     half = min(file.stat().st_size for file in files) // 2
-    resource.prlimit(victim.rank(), resource.RLIMIT_FSIZE, (half, half))
-    victim.until_attempt_ends()
+    resource.prlimit(victim.pick_rank_process(), resource.RLIMIT_FSIZE, (half, half))
+    victim.wait_for_attempt_end()
 
 
-def _node(victim: Victim) -> None:
-    victim.own_cluster.lose_node_of(victim.rank())
+def _kill_node(victim: FaultTarget) -> None:
+    victim.local_cluster.kill_rank_node(victim.pick_rank_process())
 
 
-def _notice(victim: Victim) -> None:
-    node = victim.own_cluster.announce_end_of(victim.rank())
-    victim.until_attempt_ends()
-    victim.own_cluster.lose(node)
+def _preempt_node(victim: FaultTarget) -> None:
+    node = victim.local_cluster.drain_rank_node(victim.pick_rank_process())
+    victim.wait_for_attempt_end()
+    victim.local_cluster.kill_node(node)
 
 
-def _head(victim: Victim) -> None:
-    victim.own_cluster.lose_head()
-    victim.until(lambda: False)
-    victim.own_cluster.close()
-    victim.own_cluster.start()
+def _kill_head(victim: FaultTarget) -> None:
+    victim.local_cluster.kill_head()
+    victim.wait_until(lambda: False)
+    victim.local_cluster.close()
+    victim.local_cluster.start_cluster()
 
 
-def being_written(run: RunDirectory) -> bool:
+def is_writing_checkpoint(run: RunDirectory) -> bool:
     """Whether the present attempt has begun a checkpoint that is not complete."""
-    attempt = last_attempt(run)
-    return any(not (path / "manifest.json").exists() for path in run.checkpoints.glob(f"step_*_a{attempt}"))
+    attempt = find_last_attempt(run)
+    return any(not (path / "manifest.json").exists() for path in run.checkpoints_dir.glob(f"step_*_a{attempt}"))
 
 
-class Kind(NamedTuple):
+class FaultKind(NamedTuple):
     """A kind of failure."""
 
-    strike: Callable[[Victim], str | None]
+    inject: Callable[[FaultTarget], str | None]
     """Returns when the failure is there; the name of a checkpoint that it has damaged."""
-    what: str
+    description: str
     needs: Literal["", "ray", "nodes"] = ""
     """Workers on Ray; a cluster of the drill's own."""
 
 
-KINDS = {
-    "worker": Kind(_worker, "SIGKILL to the process of a rank"),
-    "driver": Kind(_driver, "SIGKILL to the command; it is given again"),
-    "stop": Kind(_stop, "SIGTERM to the command, which saves and ends; it is given again"),
-    "saving": Kind(_saving, "SIGKILL to a rank while a checkpoint is written, or just after"),
-    "truncated": Kind(_truncated, "the newest checkpoint loses its end, and a rank is killed"),
-    "storage": Kind(_storage, "half-way through the next checkpoint a rank's files may grow no more"),
-    "hang": Kind(_hang, "SIGSTOP to a rank", "ray"),
-    "node": Kind(_node, "a node is lost; another one comes", "nodes"),
-    "notice": Kind(
-        _notice, "a node is drained, another one comes, and the node goes when its ranks have left", "nodes"
+FAULT_KINDS = {
+    "worker": FaultKind(_kill_worker, "SIGKILL to the process of a rank"),
+    "driver": FaultKind(_kill_driver, "SIGKILL to the command; it is given again"),
+    "stop": FaultKind(_stop_driver, "SIGTERM to the command, which saves and ends; it is given again"),
+    "saving": FaultKind(_kill_during_checkpoint, "SIGKILL to a rank while a checkpoint is written, or just after"),
+    "truncated": FaultKind(_truncate_checkpoint, "the newest checkpoint loses its end, and a rank is killed"),
+    "storage": FaultKind(_limit_file_size, "half-way through the next checkpoint a rank's files may grow no more"),
+    "hang": FaultKind(_hang_worker, "SIGSTOP to a rank", "ray"),
+    "node": FaultKind(_kill_node, "a node is lost; another one comes", "nodes"),
+    "notice": FaultKind(
+        _preempt_node, "a node is drained, another one comes, and the node goes when its ranks have left", "nodes"
     ),
-    "head": Kind(_head, "the head of the cluster is lost; another cluster comes, the command is given again", "nodes"),
+    "head": FaultKind(
+        _kill_head, "the head of the cluster is lost; another cluster comes, the command is given again", "nodes"
+    ),
 }
 
 
-def steps_done(run: RunDirectory) -> tuple[int, int]:
+def read_latest_step(run: RunDirectory) -> tuple[int, int]:
     """(attempt, step) of the newest row of a step; zeros before the first."""
-    rows = [row for row in newest_rows(run.metrics) if "train/loss" in row]
+    rows = [row for row in read_newest_rows(run.metrics_path) if "train/loss" in row]
     return (int(rows[-1]["attempt"]), int(rows[-1]["step"])) if rows else (0, 0)

@@ -16,94 +16,94 @@ from typing import Any
 import psutil
 
 from llm_training_toolkit.launch.backend import prepare_environment
-from llm_training_toolkit.launch.ray.cluster import RAY_WAITS_SETTING
+from llm_training_toolkit.launch.ray.cluster import RAY_HEAD_TIMEOUT_VARIABLE
 
-_NETWORK = "127.0.1."
+_ADDRESS_PREFIX = "127.0.1."
 """Addresses of this machine alone."""
-_ADDRESSES = 250
-_NOTICE = 60.0
+_ADDRESS_COUNT = 250
+_PREEMPTION_NOTICE_SECONDS = 60.0
 """Seconds that a notice of preemption leaves."""
-_WAIT_FOR_HEAD = "15"
+_HEAD_TIMEOUT_SECONDS = "15"
 """Seconds that everybody waits for a head that is gone, where Ray's own minute lets ranks do hundreds of steps."""
-Node = Any
+RayNode = Any
 """Ray's, which has no types."""
 
 
-class OwnCluster:
+class LocalCluster:
     """A node for each worker. One that is lost is replaced at once, under another address."""
 
     def __init__(self, nodes: int, cpus: int) -> None:
         """Start it. Ray's processes end with this one, however it ends."""
         # Nobody else's jobs: the token is known to this process and the commands it starts.
         os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-        os.environ.setdefault(RAY_WAITS_SETTING, _WAIT_FOR_HEAD)
+        os.environ.setdefault(RAY_HEAD_TIMEOUT_VARIABLE, _HEAD_TIMEOUT_SECONDS)
         prepare_environment()
         logging.getLogger("ray").setLevel(logging.ERROR)
         self._nodes, self._cpus, self._added = nodes, cpus, 0
-        self.start()
+        self.start_cluster()
 
     @property
-    def environment(self) -> Mapping[str, str]:
+    def environment_variables(self) -> Mapping[str, str]:
         """What a command needs to join it."""
         return {"RAY_ADDRESS": self._cluster.address}
 
-    def lose_node_of(self, process: int) -> None:
+    def kill_rank_node(self, process: int) -> None:
         """Kill the node that a rank's process is on, and another one comes."""
-        self.lose(self._node_of(process))
-        self._add()
+        self.kill_node(self._find_rank_node(process))
+        self._add_worker_node()
 
-    def announce_end_of(self, process: int) -> Node:
+    def drain_rank_node(self, process: int) -> RayNode:
         """What a cloud's notice of preemption leads to: Ray drains the node of a rank's process. A new one comes."""
         from ray._raylet import GcsClient  # type: ignore[attr-defined]
         from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 
-        node = self._node_of(process)
-        self._add()
+        node = self._find_rank_node(process)
+        self._add_worker_node()
         reason = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
-        deadline = int((time.time() + _NOTICE) * 1e3)
+        deadline = int((time.time() + _PREEMPTION_NOTICE_SECONDS) * 1e3)
         GcsClient(address=self._cluster.address).drain_node(node.node_id, reason, "preempted", deadline)
         return node
 
-    def lose(self, node: Node) -> None:
+    def kill_node(self, node: RayNode) -> None:
         """Kill a node's Ray process, and with it its workers."""
         self._cluster.remove_node(node, allow_graceful=False)
 
-    def lose_head(self) -> None:
+    def kill_head(self) -> None:
         """Kill the head's processes; the nodes stay, as they would elsewhere."""
         self._cluster.remove_node(self._cluster.head_node, allow_graceful=False)
 
-    def start(self) -> None:
+    def start_cluster(self) -> None:
         """Start it, with an address that no cluster had before."""
         from ray.cluster_utils import Cluster
 
         self._place = tempfile.mkdtemp(prefix="ltt-drill-")  # not deeper: Ray's sockets need a short path
         os.environ["RAY_TMPDIR"] = self._place  # where also stands which cluster a command without address joins
         head = {"num_cpus": 0, "include_dashboard": False}
-        with _sigterm_as_it_is():
+        with _keep_sigterm_handler():
             self._cluster = Cluster(initialize_head=True, head_node_args=head)
         for _ in range(self._nodes):
-            self._add()
+            self._add_worker_node()
 
     def close(self) -> None:
         """End all of its processes."""
         self._cluster.shutdown()
         shutil.rmtree(self._place, ignore_errors=True)
 
-    def _add(self) -> None:
-        address = f"{_NETWORK}{1 + self._added % _ADDRESSES}"
+    def _add_worker_node(self) -> None:
+        address = f"{_ADDRESS_PREFIX}{1 + self._added % _ADDRESS_COUNT}"
         self._added += 1
-        with _sigterm_as_it_is():
+        with _keep_sigterm_handler():
             self._cluster.add_node(num_cpus=self._cpus, node_ip_address=address)
 
-    def _node_of(self, process: int) -> Node:
+    def _find_rank_node(self, process: int) -> RayNode:
         """The node whose Ray process has started a rank's."""
         above = {parent.pid for parent in psutil.Process(process).parents()}
-        [node] = [node for node in self._cluster.worker_nodes if _raylet(node) in above]
+        [node] = [node for node in self._cluster.worker_nodes if _get_raylet_pid(node) in above]
         return node
 
 
 @contextmanager
-def _sigterm_as_it_is() -> Iterator[None]:
+def _keep_sigterm_handler() -> Iterator[None]:
     """Take back the handler of a Ray node: with it this process would take half a minute to end."""
     before = signal.getsignal(signal.SIGTERM)
     try:
@@ -112,6 +112,6 @@ def _sigterm_as_it_is() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _raylet(node: Node) -> int:
+def _get_raylet_pid(node: RayNode) -> int:
     [raylet] = node.all_processes["raylet"]
     return int(raylet.process.pid)

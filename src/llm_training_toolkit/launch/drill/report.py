@@ -8,18 +8,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from llm_training_toolkit.checkpoint import complete, newest, read_manifest
-from llm_training_toolkit.data.prepare.dataset_info import Receipt
+from llm_training_toolkit.checkpoint import find_latest_checkpoint, list_complete_checkpoints, read_manifest
+from llm_training_toolkit.data.prepare.dataset_info import DatasetInfo
 from llm_training_toolkit.errors import LaunchError
-from llm_training_toolkit.launch.drill.data_audit import compare, fetched_along, stretches
-from llm_training_toolkit.runs.attempts import attempt_record
-from llm_training_toolkit.runs.directory import RunDirectory, checkpoint_place
-from llm_training_toolkit.runs.goodput import Split, in_words
-from llm_training_toolkit.runs.status import goodput
+from llm_training_toolkit.launch.drill.data_audit import audit_sequences, read_attempt_spans, read_fetched_sequences
+from llm_training_toolkit.runs.attempts import read_attempt_record
+from llm_training_toolkit.runs.directory import RunDirectory, parse_checkpoint_name
+from llm_training_toolkit.runs.goodput import SecondsByPart, format_goodput
+from llm_training_toolkit.runs.status import read_goodput
 
 
 @dataclass(frozen=True)
-class Injected:
+class InjectedFault:
     """A failure and how the run came back."""
 
     kind: str
@@ -37,19 +37,19 @@ class Injected:
     """A checkpoint was being written when the failure was there."""
 
     @property
-    def is_wrong(self) -> bool:
+    def has_wrong_checkpoint(self) -> bool:
         """Whether the run went on from an older or a damaged checkpoint: it may have completed a newer one since."""
-        return _place(self.went_on_from) < _place(self.newest)
+        return _parse_step_attempt(self.went_on_from) < _parse_step_attempt(self.newest)
 
 
 @dataclass(frozen=True)
-class Report:
+class DrillReport:
     """What a drill found: the contract of `ltt drill --json`."""
 
     run: str
     seed: int
     steps: int
-    failures: tuple[Injected, ...]
+    failures: tuple[InjectedFault, ...]
     sequences_missing: int
     sequences_doubled: int
     checkpoints_wrong: int
@@ -66,11 +66,11 @@ class Report:
     wall_seconds: float
     """Of the disturbed run, from its first command to the end of its last one, by the drill's clock."""
     wall_seconds_undisturbed: float
-    goodput: Split
-    goodput_undisturbed: Split
+    goodput: SecondsByPart
+    goodput_undisturbed: SecondsByPart
 
     @property
-    def is_whole(self) -> bool:
+    def is_lossless(self) -> bool:
         """Nothing was lost: what the exit code says."""
         return not (self.sequences_missing or self.sequences_doubled or self.checkpoints_wrong)
 
@@ -80,42 +80,49 @@ class Report:
 
 
 @dataclass(frozen=True)
-class Clock:
+class DrillTimings:
     """What the drill measured itself, in seconds."""
 
     cold_start: float
-    calm: float
-    hurt: float
+    undisturbed: float
+    disturbed: float
 
 
-def report(seed: int, calm: RunDirectory, hurt: RunDirectory, failures: Sequence[Injected], clock: Clock) -> Report:
+def build_report(
+    seed: int, calm: RunDirectory, hurt: RunDirectory, failures: Sequence[InjectedFault], clock: DrillTimings
+) -> DrillReport:
     """Compare a disturbed run with the undisturbed one. Raises LaunchError, CheckpointError where files are missing."""
-    lines = {run.name: fetched_along(run, stretches(run, _newest(run).name)) for run in (calm, hurt)}
-    epochs = [stream.sequences for stream in Receipt.from_json(hurt.receipt.read_text()).streams]
-    count = compare(lines[hurt.name], lines[calm.name], epochs)
-    mine, wanted = _losses(hurt), _losses(calm)
-    files = [read_manifest(_newest(run)).files for run in (hurt, calm)]
-    return Report(
+    lines = {
+        run.name: read_fetched_sequences(run, read_attempt_spans(run, _get_latest_checkpoint(run).name))
+        for run in (calm, hurt)
+    }
+    epochs = [
+        stream.sequences_per_epoch for stream in DatasetInfo.from_json(hurt.dataset_info_path.read_text()).streams
+    ]
+    count = audit_sequences(lines[hurt.name], lines[calm.name], epochs)
+    mine, wanted = _read_losses(hurt), _read_losses(calm)
+    files = [read_manifest(_get_latest_checkpoint(run)).files for run in (hurt, calm)]
+    return DrillReport(
         run=str(hurt.path),
         seed=seed,
         steps=max(wanted),
         failures=tuple(failures),
         sequences_missing=count.missing,
         sequences_doubled=count.doubled,
-        checkpoints_wrong=sum(each.is_wrong for each in failures),
-        steps_repeated=len(rows(hurt)) - len(mine),
+        checkpoints_wrong=sum(each.has_wrong_checkpoint for each in failures),
+        steps_repeated=len(read_step_rows(hurt)) - len(mine),
         max_loss_difference=max(abs(mine.get(step, float("inf")) - loss) for step, loss in wanted.items()),
         weights_equal=files[0] == files[1],
         cold_start_seconds=clock.cold_start,
-        cold_group_seconds=rows(calm)[0]["time"] - attempt_record(calm, 1)["group_began"],
-        wall_seconds=clock.hurt,
-        wall_seconds_undisturbed=clock.calm,
-        goodput=goodput(hurt),
-        goodput_undisturbed=goodput(calm),
+        cold_group_seconds=read_step_rows(calm)[0]["time"] - read_attempt_record(calm, 1)["group_began"],
+        wall_seconds=clock.disturbed,
+        wall_seconds_undisturbed=clock.undisturbed,
+        goodput=read_goodput(hurt),
+        goodput_undisturbed=read_goodput(calm),
     )
 
 
-def lines_of(report: Report) -> list[str]:
+def format_report(report: DrillReport) -> list[str]:
     """A report for a person."""
     several = [
         f"  {each.kind:<10} step {each.step:>7}  {each.seconds_to_recover:6.1f} s  {each.went_on_from or 'the start'}"
@@ -131,40 +138,40 @@ def lines_of(report: Report) -> list[str]:
         f"steps repeated: {report.steps_repeated}",
         f"largest difference of a loss: {report.max_loss_difference:g}; final weights "
         + ("bit for bit the same" if report.weights_equal else "not bit for bit the same"),
-        f"undisturbed: {_split_in_words(report.goodput_undisturbed, report.wall_seconds_undisturbed)}",
-        f"disturbed:   {_split_in_words(report.goodput, report.wall_seconds)}",
+        f"undisturbed: {_format_drill_goodput(report.goodput_undisturbed, report.wall_seconds_undisturbed)}",
+        f"disturbed:   {_format_drill_goodput(report.goodput, report.wall_seconds)}",
     ]
 
 
-def _split_in_words(split: Split, wall: float) -> str:
-    return f"{in_words(split)}: {sum(split.values()) / wall:.1%} of the {wall:.1f} s by the drill's clock"
+def _format_drill_goodput(split: SecondsByPart, wall: float) -> str:
+    return f"{format_goodput(split)}: {sum(split.values()) / wall:.1%} of the {wall:.1f} s by the drill's clock"
 
 
-def newest_undamaged(run: RunDirectory, damaged: str | None) -> str | None:
+def find_undamaged_checkpoint(run: RunDirectory, damaged: str | None) -> str | None:
     """The newest complete checkpoint but the one that was damaged; None where there is none."""
-    found = [path.name for path in complete(run.checkpoints) if path.name != damaged]
+    found = [path.name for path in list_complete_checkpoints(run.checkpoints_dir) if path.name != damaged]
     return found[-1] if found else None
 
 
-def rows(run: RunDirectory) -> list[dict[str, Any]]:
+def read_step_rows(run: RunDirectory) -> list[dict[str, Any]]:
     """Every row of a step, in order."""
-    if not run.metrics.exists():
+    if not run.metrics_path.exists():
         return []
-    lines = [line for line in run.metrics.read_text().splitlines() if line.endswith("}")]
+    lines = [line for line in run.metrics_path.read_text().splitlines() if line.endswith("}")]
     return [row for row in map(json.loads, lines) if "train/loss" in row]
 
 
-def _newest(run: RunDirectory) -> Path:
-    found = newest(run.checkpoints)
+def _get_latest_checkpoint(run: RunDirectory) -> Path:
+    found = find_latest_checkpoint(run.checkpoints_dir)
     if found is None:
         raise LaunchError(f"{run.path} has no checkpoint")
     return found
 
 
-def _losses(run: RunDirectory) -> dict[int, float]:
+def _read_losses(run: RunDirectory) -> dict[int, float]:
     """The loss of each step; of several attempts the last counts."""
-    return {int(row["step"]): float(row["train/loss"]) for row in rows(run)}
+    return {int(row["step"]): float(row["train/loss"]) for row in read_step_rows(run)}
 
 
-def _place(name: str | None) -> tuple[int, int]:
-    return (checkpoint_place(Path(name)) if name else None) or (0, 0)
+def _parse_step_attempt(name: str | None) -> tuple[int, int]:
+    return (parse_checkpoint_name(Path(name)) if name else None) or (0, 0)

@@ -16,17 +16,23 @@ from rich.markup import escape
 from rich.table import Table
 
 from llm_training_toolkit.errors import LaunchError
-from llm_training_toolkit.runs.table import clock
+from llm_training_toolkit.runs.table import format_duration
 
-_CHATTY = ["dashboard.modules.job.sdk", "dashboard.modules.dashboard_sdk", "_private.runtime_env"]
+_NOISY_LOGGERS = ["dashboard.modules.job.sdk", "dashboard.modules.dashboard_sdk", "_private.runtime_env"]
 """Modules of Ray that tell how they upload and connect, and what they leave out."""
-RUN_NAME = "ltt_run"
+RUN_NAME_METADATA = "ltt_run"
 """Where a job's metadata hold the name of its run, which is the key to resume by."""
-_COLOURS = {"pending": "cyan", "running": "green", "succeeded": "bold green", "stopped": "yellow", "failed": "red"}
+_STATUS_COLOURS = {
+    "pending": "cyan",
+    "running": "green",
+    "succeeded": "bold green",
+    "stopped": "yellow",
+    "failed": "red",
+}
 
 
 @dataclass(frozen=True)
-class Job:
+class RayJob:
     """A job of the cluster that is a run."""
 
     id: str
@@ -46,7 +52,7 @@ class Job:
 
 
 @contextmanager
-def reachable(address: str) -> Iterator[None]:
+def translate_connection_errors(address: str) -> Iterator[None]:
     """Put Ray's complaints about an address or a token into words."""
     from ray.exceptions import RayError
 
@@ -61,18 +67,18 @@ def reachable(address: str) -> Iterator[None]:
         ) from error
 
 
-def quiet() -> None:
+def silence_ray_loggers() -> None:
     """Ray says nothing of how it connects and packs, unless it fails."""
-    for chatty in _CHATTY:
+    for chatty in _NOISY_LOGGERS:
         logging.getLogger(f"ray.{chatty}").setLevel(logging.ERROR)
 
 
-def connect(address: str) -> Any:  # noqa: ANN401 - Ray has no types
+def connect_job_client(address: str) -> Any:  # noqa: ANN401 - Ray has no types
     """A client of the cluster's jobs. Raises LaunchError where it cannot be reached, or runs another Ray than here."""
     from ray.job_submission import JobSubmissionClient
 
-    quiet()
-    with reachable(address):
+    silence_ray_loggers()
+    with translate_connection_errors(address):
         client = JobSubmissionClient(address)
     version = client._server_ray_version  # noqa: SLF001 - read when the client checks the connection
     if version != ray.__version__:
@@ -83,15 +89,17 @@ def connect(address: str) -> Any:  # noqa: ANN401 - Ray has no types
     return client
 
 
-def jobs_of(client: Any) -> list[Job]:  # noqa: ANN401
+def list_run_jobs(client: Any) -> list[RayJob]:  # noqa: ANN401
     """The cluster's jobs that are runs of this toolkit, oldest first."""
-    found = [_job(details) for details in client.list_jobs() if details.submission_id]
-    return sorted((job for job in found if job.run or _is_run(job.entrypoint)), key=lambda job: (job.began, job.id))
+    found = [_parse_job_details(details) for details in client.list_jobs() if details.submission_id]
+    return sorted(
+        (job for job in found if job.run or _is_training_command(job.entrypoint)), key=lambda job: (job.began, job.id)
+    )
 
 
-def find(client: Any, name: str) -> Job:  # noqa: ANN401
+def find_job(client: Any, name: str) -> RayJob:  # noqa: ANN401
     """The newest job of a run's name, or the job of this id. Raises LaunchError with names that are there."""
-    known = jobs_of(client)
+    known = list_run_jobs(client)
     matching = [job for job in known if name in {job.run, job.id}]
     if matching:
         return matching[-1]
@@ -101,10 +109,10 @@ def find(client: Any, name: str) -> Job:  # noqa: ANN401
     raise LaunchError(f"no job there is the run {name}; {hint}")
 
 
-def _job(details: Any) -> Job:  # noqa: ANN401
-    return Job(
+def _parse_job_details(details: Any) -> RayJob:  # noqa: ANN401
+    return RayJob(
         id=details.submission_id,
-        run=(details.metadata or {}).get(RUN_NAME, ""),
+        run=(details.metadata or {}).get(RUN_NAME_METADATA, ""),
         status=details.status.value.lower(),
         is_over=details.status.is_terminal(),
         entrypoint=details.entrypoint,
@@ -115,7 +123,7 @@ def _job(details: Any) -> Job:  # noqa: ANN401
     )
 
 
-def _is_run(entrypoint: str) -> bool:
+def _is_training_command(entrypoint: str) -> bool:
     """Whether a command trains by this toolkit, as `ray job submit -- ltt train …` does."""
     try:
         words = shlex.split(entrypoint)
@@ -124,19 +132,19 @@ def _is_run(entrypoint: str) -> bool:
     return any(word.rsplit("/", maxsplit=1)[-1] == "ltt" for word in words[:2]) and "train" in words
 
 
-def jobs_table(jobs: Iterable[Job]) -> Table:
+def build_jobs_table(jobs: Iterable[RayJob]) -> Table:
     """One line a job, as `jobs_of` sorts them."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for title in ("run", "state", "began", "took", "job", "command"):
         table.add_column(title, overflow="fold")
     for job in jobs:
         began = time.strftime("%Y-%m-%d %H:%M", time.localtime(job.began)) if job.began else ""
-        took = clock((job.ended or time.time()) - job.began) if job.began else ""
-        state = f"[{_COLOURS.get(job.status, 'default')}]{job.status}[/]"
+        took = format_duration((job.ended or time.time()) - job.began) if job.began else ""
+        state = f"[{_STATUS_COLOURS.get(job.status, 'default')}]{job.status}[/]"
         table.add_row(escape(job.run), state, began, took, escape(job.id), escape(job.entrypoint.removeprefix("exec ")))
     return table
 
 
-def jobs_json(jobs: Iterable[Job]) -> list[dict[str, Any]]:
+def format_jobs_json(jobs: Iterable[RayJob]) -> list[dict[str, Any]]:
     """The same for programs."""
     return [asdict(job) for job in jobs]

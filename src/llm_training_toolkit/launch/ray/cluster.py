@@ -19,57 +19,60 @@ from llm_training_toolkit.errors import LaunchError
 from llm_training_toolkit.monitoring.console import Console
 from llm_training_toolkit.setup.machine import is_local
 
-_ASK_EVERY = 1.0
-_ANSWERS_WITHIN = 2.0
-_RAY_WAITS = 60.0
+_POLL_SECONDS = 1.0
+_CONNECT_TIMEOUT_SECONDS = 2.0
+_DEFAULT_HEAD_TIMEOUT_SECONDS = 60.0
 """Seconds after which Ray's core ends a process whose head is gone, unless its setting says otherwise."""
-RAY_WAITS_SETTING = "RAY_gcs_rpc_server_reconnect_timeout_s"
+RAY_HEAD_TIMEOUT_VARIABLE = "RAY_gcs_rpc_server_reconnect_timeout_s"
 _SHARE_TO_WARN, _SHARE_TO_END = 0.2, 0.8
 """Of that time: a head that comes back, with what it knew in Redis, finds the run as it was."""
 
 
-def patience() -> float:
+def get_head_timeout() -> float:
     """Seconds that Ray waits for a head that does not answer."""
-    return float(os.environ.get(RAY_WAITS_SETTING, _RAY_WAITS))
+    return float(os.environ.get(RAY_HEAD_TIMEOUT_VARIABLE, _DEFAULT_HEAD_TIMEOUT_SECONDS))
 
 
 @contextmanager
-def watching(address: str, warn: Callable[[str], None], end: Callable[[str], None]) -> Iterator[None]:
+def watch_head(address: str, warn: Callable[[str], None], end: Callable[[str], None]) -> Iterator[None]:
     """Ask the head at `address` (host:port) all the time; `end` is called from a thread, once, before Ray would end."""
     over = threading.Event()
-    threading.Thread(target=_watch, args=(address, warn, end, over), daemon=True, name="watch-head").start()
+    threading.Thread(target=_poll_head, args=(address, warn, end, over), daemon=True, name="watch-head").start()
     try:
         yield
     finally:
         over.set()
 
 
-def _watch(address: str, warn: Callable[[str], None], end: Callable[[str], None], over: threading.Event) -> None:
+def _poll_head(address: str, warn: Callable[[str], None], end: Callable[[str], None], over: threading.Event) -> None:
     silent_since, warned = time.monotonic(), False
-    while not over.wait(_ASK_EVERY):
-        if _answers(address):
+    while not over.wait(_POLL_SECONDS):
+        if _is_head_reachable(address):
             silent_since, warned = time.monotonic(), False
             continue
         silent = time.monotonic() - silent_since
-        if silent > _SHARE_TO_END * patience():
+        if silent > _SHARE_TO_END * get_head_timeout():
             end(f"the head of the Ray cluster ({address}) is gone: it has not answered for {silent:.0f} s")
             return
-        if silent > _SHARE_TO_WARN * patience() and not warned:
+        if silent > _SHARE_TO_WARN * get_head_timeout() and not warned:
             warned = True
-            warn(f"the head of the Ray cluster ({address}) does not answer; the run waits {patience():.0f} s for it")
+            warn(
+                f"the head of the Ray cluster ({address}) does not answer; the run waits "
+                f"{get_head_timeout():.0f} s for it"
+            )
 
 
-def _answers(address: str) -> bool:
+def _is_head_reachable(address: str) -> bool:
     host, _, port = address.rpartition(":")
     try:
-        with socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWERS_WITHIN):
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_TIMEOUT_SECONDS):
             return True
     except OSError:
         return False
 
 
 @contextmanager
-def cluster(console: Console) -> Iterator[None]:
+def connect_to_cluster(console: Console) -> Iterator[None]:
     """The Ray cluster that RAY_ADDRESS names or that this job runs in; otherwise one of this machine alone.
 
     The connection to a cluster lasts as long as this process, whoever asked for it first: making one takes a second.
@@ -78,7 +81,7 @@ def cluster(console: Console) -> Iterator[None]:
         yield
         return
     local = is_local()
-    console.stage("starting Ray", 0, 1)
+    console.update_stage("starting Ray", 0, 1)
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "error", "configure_logging": True}
     if local:
         options |= {"address": "local", "num_cpus": len(os.sched_getaffinity(0)), "include_dashboard": False}
@@ -91,7 +94,7 @@ def cluster(console: Console) -> Iterator[None]:
     except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
         where = "on this machine" if local else f"at RAY_ADDRESS={os.environ['RAY_ADDRESS']}"
         raise LaunchError(f"Ray cannot be reached {where}: {error}. `ray status` shows whether it runs") from error
-    console.stage("starting Ray", 1, 1)
+    console.update_stage("starting Ray", 1, 1)
     try:
         yield
     finally:

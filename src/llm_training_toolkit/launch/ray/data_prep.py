@@ -13,49 +13,49 @@ import ray.data
 import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from llm_training_toolkit.data.prepare.document_index import Shard, all_sources
-from llm_training_toolkit.data.prepare.shards import Done, Job, ShardWriter, in_this_process
-from llm_training_toolkit.data.sources import STANDARD_LIBRARY, is_address
+from llm_training_toolkit.data.prepare.document_index import DocumentShard, list_all_sources
+from llm_training_toolkit.data.prepare.shards import DoneCallback, RenderJob, ShardWriter, render_in_process
+from llm_training_toolkit.data.sources import STANDARD_LIBRARY, is_uri
 from llm_training_toolkit.errors import LaunchError, ToolkitError
-from llm_training_toolkit.launch.ray.cluster import cluster
+from llm_training_toolkit.launch.ray.cluster import connect_to_cluster
 from llm_training_toolkit.monitoring.console import Console
 
-_LOOK_SECONDS = 60.0
+_CHECK_TIMEOUT_SECONDS = 60.0
 
 
-def on_cluster(job: Job, shards: Sequence[Shard], done: Done, console: Console) -> None:
+def prepare_on_cluster(job: RenderJob, shards: Sequence[DocumentShard], done: DoneCallback, console: Console) -> None:
     """Spread shards over the cluster where all its nodes see sources and cache; otherwise do them here.
 
     Raises DataError for what is wrong with the documents, LaunchError where Ray cannot do the work.
     """
-    with cluster(console):
-        blind = _blind_nodes(job)
+    with connect_to_cluster(console):
+        blind = _format_nodes_missing_paths(job)
         if not blind:
-            _spread(job, shards, done)
+            _render_with_ray_data(job, shards, done)
             return
-    console.say(f"note: preparing on this machine alone, because {blind}")
-    in_this_process(job, shards, done)
+    console.print_line(f"note: preparing on this machine alone, because {blind}")
+    render_in_process(job, shards, done)
 
 
-def _spread(job: Job, shards: Sequence[Shard], done: Done) -> None:
+def _render_with_ray_data(job: RenderJob, shards: Sequence[DocumentShard], done: DoneCallback) -> None:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     most = max(1, min(len(shards), int(ray.cluster_resources().get("CPU", 1))))
     work = ray.data.from_items([shard._asdict() for shard in shards], override_num_blocks=len(shards))
     processes = ray.data.ActorPoolStrategy(min_size=1, max_size=most)
-    finished = work.map(_Renderer, fn_constructor_args=(job, str(Path.cwd())), compute=processes, num_cpus=1)
+    finished = work.map(_ShardRenderer, fn_constructor_args=(job, str(Path.cwd())), compute=processes, num_cpus=1)
     try:
         for row in finished.iter_rows():
             done(int(row["documents"]))
     except ray.exceptions.RayError as error:
-        raise _cause(error) from error
+        raise _find_root_error(error) from error
 
 
-class _Renderer:
+class _ShardRenderer:
     """One process of the cluster, on one core: the others have processes of their own."""
 
-    def __init__(self, job: Job, directory: str) -> None:
+    def __init__(self, job: RenderJob, directory: str) -> None:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         if Path(directory).is_dir():
             os.chdir(directory)  # relative paths keep their meaning
@@ -63,11 +63,13 @@ class _Renderer:
 
     def __call__(self, row: Mapping[str, Any]) -> dict[str, int]:
         documents: list[int] = []
-        self._writer.write(Shard(int(row["source"]), int(row["first"]), int(row["stop"])), documents.append)
+        self._writer.write_shard(
+            DocumentShard(int(row["source"]), int(row["first"]), int(row["stop"])), documents.append
+        )
         return {"documents": sum(documents)}
 
 
-def _cause(error: BaseException) -> ToolkitError:
+def _find_root_error(error: BaseException) -> ToolkitError:
     """The error of ours inside Ray's, or one that carries Ray's last line."""
     inside: BaseException | None = error
     while inside is not None:
@@ -77,30 +79,30 @@ def _cause(error: BaseException) -> ToolkitError:
     return LaunchError(f"preparing the data on the cluster failed: {str(error).strip().splitlines()[-1]}")
 
 
-def _blind_nodes(job: Job) -> str:
+def _format_nodes_missing_paths(job: RenderJob) -> str:
     """Which nodes do not see what the work needs, in words; empty where all do."""
-    needed = [str(job.survey), str(job.tokenizer), *_local_paths(job)]
-    look = ray.remote(num_cpus=0)(_missing)
+    needed = [str(job.document_index), str(job.tokenizer), *_list_local_paths(job)]
+    look = ray.remote(num_cpus=0)(_find_missing_paths)
     nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
     asked = [
         look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(needed)
         for node in nodes
     ]
     try:
-        answers = ray.get(asked, timeout=_LOOK_SECONDS)
+        answers = ray.get(asked, timeout=_CHECK_TIMEOUT_SECONDS)
     except ray.exceptions.RayError as error:
         return f"a node does not answer ({type(error).__name__})"
     return "; ".join(f"{host} does not see {', '.join(paths)}" for host, paths in answers if paths)
 
 
-def _missing(paths: Sequence[str]) -> tuple[str, list[str]]:
+def _find_missing_paths(paths: Sequence[str]) -> tuple[str, list[str]]:
     return socket.gethostname(), [path for path in paths if not Path(path).exists()]
 
 
-def _local_paths(job: Job) -> Iterator[str]:
+def _list_local_paths(job: RenderJob) -> Iterator[str]:
     """What of the sources lies on a disk: of a glob the directory before its first pattern."""
-    for source in all_sources(job.data):
-        if source.path == STANDARD_LIBRARY or is_address(source.path):
+    for source in list_all_sources(job.data):
+        if source.path == STANDARD_LIBRARY or is_uri(source.path):
             continue
         path = Path(source.path).expanduser().absolute()
         while any(sign in str(path) for sign in "*?[") and not path.exists():

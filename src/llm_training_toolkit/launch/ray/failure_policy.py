@@ -11,19 +11,19 @@ from dataclasses import asdict, dataclass
 from itertools import takewhile
 from typing import Any, Literal, Self
 
-from llm_training_toolkit.config.schema import Failures
+from llm_training_toolkit.config.schema import FailuresConfig
 
-Kind = Literal["raised", "killed", "out of memory", "hang", "node lost", "taken away", "not started"]
-_NOT_OF_THE_STEP: tuple[Kind, ...] = ("node lost", "not started")
-_LEFT_OUT_AFTER = 2
+FailureKind = Literal["raised", "killed", "out of memory", "hang", "node lost", "taken away", "not started"]
+_STEP_UNRELATED_KINDS: tuple[FailureKind, ...] = ("node lost", "not started")
+_EXCLUDE_AFTER_FAILURES = 2
 """Failures of a node within one start of a run after which it is left out."""
 
 
 @dataclass(frozen=True)
-class Failure:
+class AttemptFailure:
     """Why a group of workers ended before the run did."""
 
-    kind: Kind
+    kind: FailureKind
     cause: str
     """In words, with rank and node."""
     step: int
@@ -37,33 +37,35 @@ class Failure:
     """No rank had come to a step yet."""
 
     @property
-    def is_of_the_step(self) -> bool:
+    def is_step_related(self) -> bool:
         """Whether it may say something of the step: not what the machines did, nor what came before any step."""
-        return not self.starting and self.kind not in _NOT_OF_THE_STEP
+        return not self.starting and self.kind not in _STEP_UNRELATED_KINDS
 
     def to_json(self) -> dict[str, Any]:
         """As kept in the attempt."""
         return asdict(self)
 
     @classmethod
-    def of(cls, attempt: Mapping[str, Any]) -> Self | None:
+    def from_attempt(cls, attempt: Mapping[str, Any]) -> Self | None:
         """The failure in an attempt's record; None where it did not fail, or nobody was left to write it down."""
         kept = attempt.get("failure")
         return cls(**kept) if kept else None
 
     @property
-    def counts(self) -> bool:
+    def is_counted(self) -> bool:
         """Whether it is one of `failures.max`: not a node that was taken away with notice, nor what is remedied."""
         return not self.helped and self.kind != "taken away"
 
 
-def failures_of(attempts: Mapping[int, Mapping[str, Any]]) -> dict[int, Failure]:
+def find_counted_failures(attempts: Mapping[int, Mapping[str, Any]]) -> dict[int, AttemptFailure]:
     """The failures that count, by the number of the attempt, from attempts by number."""
-    found = {number: Failure.of(record) for number, record in sorted(attempts.items())}
-    return {number: failure for number, failure in found.items() if failure and failure.counts}
+    found = {number: AttemptFailure.from_attempt(record) for number, record in sorted(attempts.items())}
+    return {number: failure for number, failure in found.items() if failure and failure.is_counted}
 
 
-def why_end(failures: Mapping[int, Failure], saved_by: int, policy: Failures, avoided: Collection[str] = ()) -> str:
+def find_abort_reason(
+    failures: Mapping[int, AttemptFailure], saved_by: int, policy: FailuresConfig, avoided: Collection[str] = ()
+) -> str:
     """Why the run must end after its newest failure; empty where new workers may start.
 
     A step that failed on a node of `avoided` alone, which the next workers keep off, is tried again elsewhere.
@@ -71,7 +73,7 @@ def why_end(failures: Mapping[int, Failure], saved_by: int, policy: Failures, av
     attempt is made up for. The newest failure alone never ends a run of a new start with `max` above 0.
     """
     newest = list(failures.values())[-1]
-    repeats = _same_step(list(failures.values()))
+    repeats = _find_same_step_failures(list(failures.values()))
     repeated, where = len(repeats), {failure.node for failure in repeats}
     if repeated >= policy.same_step and not (len(where) == 1 and where <= set(avoided)):
         times = {1: "once", 2: "twice"}.get(repeated, f"{repeated} times")
@@ -79,27 +81,27 @@ def why_end(failures: Mapping[int, Failure], saved_by: int, policy: Failures, av
             f"step {newest.step} failed {times} in a row, so new workers would most likely fail there again "
             f"(failures.same_step = {policy.same_step}). The last time {newest.cause}"
         )
-    if spent(failures, saved_by) > policy.max:
+    if failure_count(failures, saved_by) > policy.max:
         return f"{newest.cause}. All restarts (failures.max = {policy.max}) are used up"
     return ""
 
 
-def spent(failures: Mapping[int, Failure], saved_by: int) -> int:
+def failure_count(failures: Mapping[int, AttemptFailure], saved_by: int) -> int:
     """Failures since the newest complete checkpoint, with that of the attempt that wrote it."""
     return sum(number >= saved_by for number in failures)
 
 
-def _same_step(failures: Sequence[Failure]) -> list[Failure]:
+def _find_same_step_failures(failures: Sequence[AttemptFailure]) -> list[AttemptFailure]:
     """The newest failures in a row that were at the newest one's step, newest first."""
     newest = failures[-1]
-    if not newest.is_of_the_step:
+    if not newest.is_step_related:
         return []
-    counted = [failure for failure in reversed(failures) if failure.is_of_the_step]
+    counted = [failure for failure in reversed(failures) if failure.is_step_related]
     return list(takewhile(lambda failure: failure.step == newest.step, counted))
 
 
-def nodes_to_leave_out(failures: Mapping[int, Failure], since: int) -> dict[str, str]:
+def find_excluded_nodes(failures: Mapping[int, AttemptFailure], since: int) -> dict[str, str]:
     """Addresses of nodes that failed twice in the attempts after number `since`, with the newest cause."""
     recent = [failure for number, failure in failures.items() if number > since and failure.node is not None]
     counted = Counter(failure.node for failure in recent)
-    return {str(each.node): each.cause for each in recent if counted[each.node] >= _LEFT_OUT_AFTER}
+    return {str(each.node): each.cause for each in recent if counted[each.node] >= _EXCLUDE_AFTER_FAILURES}

@@ -17,28 +17,28 @@ from ray._private import state
 from ray.core.generated.gcs_pb2 import PlacementGroupTableData
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
-from llm_training_toolkit.launch.ray.resources import Node
+from llm_training_toolkit.launch.ray.resources import ClusterNode
 
-_ANSWERS_WITHIN = 2.0
+_CONNECT_TIMEOUT_SECONDS = 2.0
 """Seconds a node's Ray process has to take a connection."""
-_COMMAND_SHOWN = 60
+_MAX_COMMAND_LENGTH = 60
 """Characters of another job's command that are shown."""
 _NODE_ID_LABEL = "ray.io/node-id"
-Death = tuple[Literal["killed", "out of memory", "node lost"], str]
+ActorDeath = tuple[Literal["killed", "out of memory", "node lost"], str]
 """How a worker's process ended without a word of its own, and Ray's text."""
 
 
-def living_nodes() -> list[Node]:
+def alive_nodes() -> list[ClusterNode]:
     """The nodes that Ray holds for alive, sorted by address. Ray takes half a minute to notice a silent loss."""
     free, drained = state.available_resources_per_node(), state.state.get_draining_nodes()
     nodes = [
-        Node(
+        ClusterNode(
             id=node["NodeID"],
             address=node["NodeManagerAddress"],
             port=int(node["NodeManagerPort"]),
             total=node["Resources"],
             free=free.get(node["NodeID"], {}),
-            taken_away=node["NodeID"] in drained,
+            is_draining=node["NodeID"] in drained,
         )
         for node in ray.nodes()
         if node["Alive"]
@@ -46,33 +46,33 @@ def living_nodes() -> list[Node]:
     return sorted(nodes, key=lambda node: (node.address, node.id))
 
 
-def answering(nodes: Sequence[Node]) -> list[Node]:
+def reachable_nodes(nodes: Sequence[ClusterNode]) -> list[ClusterNode]:
     """The nodes whose Ray process takes a connection now."""
     with ThreadPoolExecutor(max_workers=min(32, max(1, len(nodes)))) as pool:
-        return [node for node, answers in zip(nodes, pool.map(_answers, nodes), strict=True) if answers]
+        return [node for node, answers in zip(nodes, pool.map(_is_node_reachable, nodes), strict=True) if answers]
 
 
-def _answers(node: Node) -> bool:
+def _is_node_reachable(node: ClusterNode) -> bool:
     try:
-        with socket.create_connection((node.address, node.port), timeout=_ANSWERS_WITHIN):
+        with socket.create_connection((node.address, node.port), timeout=_CONNECT_TIMEOUT_SECONDS):
             return True
     except OSError:
         return False
 
 
-def taken_away(ids: Iterable[str]) -> dict[str, int]:
+def draining_nodes(ids: Iterable[str]) -> dict[str, int]:
     """Those of the nodes that Ray was told will be taken away, and when (milliseconds since 1970, 0 = not said)."""
     drained = state.state.get_draining_nodes()
     return {node: int(drained[node]) for node in ids if node in drained}
 
 
-def selector_without(nodes: Iterable[Node]) -> dict[str, str] | None:
+def build_exclusion_selector(nodes: Iterable[ClusterNode]) -> dict[str, str] | None:
     """The label selector of workers that keep off these nodes; None where there are none."""
     ids = sorted(node.id for node in nodes)
     return {_NODE_ID_LABEL: f"!in({','.join(ids)})"} if ids else None
 
 
-def uses() -> dict[str, dict[str, float]]:
+def resource_usage_by_job() -> dict[str, dict[str, float]]:
     """What other jobs' placement groups hold, by job: its command and number. Single tasks and actors do not show."""
     commands = {job["JobID"]: job["Entrypoint"] for job in state.jobs()}
     own = ray.get_runtime_context().get_job_id()
@@ -81,31 +81,31 @@ def uses() -> dict[str, dict[str, float]]:
         group = PlacementGroupTableData.FromString(serialized)
         job = group.creator_job_id.hex()
         if group.state == PlacementGroupTableData.CREATED and job != own:
-            using = found.setdefault(f"`{_shortened(commands.get(job, ''))}` (job {job})", Counter())
+            using = found.setdefault(f"`{_shorten_command(commands.get(job, ''))}` (job {job})", Counter())
             for bundle in group.bundles:
                 using.update(bundle.unit_resources)
     return {job: dict(using) for job, using in found.items()}
 
 
-def _shortened(command: str) -> str:
+def _shorten_command(command: str) -> str:
     """The end of a command, on one line: what tells one from another."""
     command = " ".join(command.split())
-    return command if len(command) <= _COMMAND_SHOWN else f"...{command[-_COMMAND_SHOWN:]}"
+    return command if len(command) <= _MAX_COMMAND_LENGTH else f"...{command[-_MAX_COMMAND_LENGTH:]}"
 
 
-def give_back(places: Iterable[str]) -> None:
+def release_placement_groups(places: Iterable[str]) -> None:
     """Give back what placement groups hold: Ray Train's own clean-up needs a dashboard if its controller is ended."""
     for group in places:
         remove_placement_group(PlacementGroup(ray.PlacementGroupID.from_hex(group)))
 
 
-def deaths(actors: Mapping[int, str]) -> dict[int, Death]:
+def dead_actors(actors: Mapping[int, str]) -> dict[int, ActorDeath]:
     """The ranks whose process died on its own, by their actors' ids; not those that Ray Train ended afterwards."""
-    found = {rank: _death(state.state.actor_table(actor)) for rank, actor in actors.items()}
+    found = {rank: _parse_actor_death(state.state.actor_table(actor)) for rank, actor in actors.items()}
     return {rank: death for rank, death in found.items() if death}
 
 
-def _death(actor: Mapping[str, Any]) -> Death | None:
+def _parse_actor_death(actor: Mapping[str, Any]) -> ActorDeath | None:
     if actor.get("State") != "DEAD":
         return None
     cause = actor["DeathCause"]

@@ -15,19 +15,19 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from llm_training_toolkit import __version__
 from llm_training_toolkit.config import Config
-from llm_training_toolkit.config.uri import is_address
-from llm_training_toolkit.data.prepare.builder import cache_of
+from llm_training_toolkit.config.uri import is_uri
+from llm_training_toolkit.data.prepare.builder import get_cache_directory
 from llm_training_toolkit.errors import LaunchError
 from llm_training_toolkit.launch.ray import nodes
-from llm_training_toolkit.launch.ray.autoscaler import Autoscaler
-from llm_training_toolkit.launch.ray.capacity import Waiting
-from llm_training_toolkit.launch.ray.cluster import cluster
-from llm_training_toolkit.launch.ray.resources import Node, fits, wanted_of
+from llm_training_toolkit.launch.ray.autoscaler import AutoscalerClient
+from llm_training_toolkit.launch.ray.capacity import CapacityWaiter
+from llm_training_toolkit.launch.ray.cluster import connect_to_cluster
+from llm_training_toolkit.launch.ray.resources import ClusterNode, build_resource_request, has_room_for_worker
 from llm_training_toolkit.monitoring.console import Console
 from llm_training_toolkit.runs.directory import RunDirectory
-from llm_training_toolkit.runs.storage import refusal_of, storage_of
+from llm_training_toolkit.runs.storage import find_storage, find_store_problem
 
-_ANSWERS_WITHIN = 60.0
+_NODE_TIMEOUT_SECONDS = 60.0
 """Seconds a node has to look: it starts a process for it. One that takes longer is left to what follows."""
 _STAGE = "looking at the nodes"
 
@@ -37,22 +37,28 @@ def check_nodes(run: RunDirectory, config: Config, console: Console) -> None:
 
     Raises LaunchError where there can never be enough, and with all that would fail on the nodes later.
     """
-    address = storage_of(run.path).address(run.path)
-    store = address if is_address(address) else ""
-    folders = ({} if store else {"run.dir": run.path}) | {"data.cache": cache_of(config)}
-    with cluster(console):
-        console.stage(_STAGE, 0, 1)
-        wanted = wanted_of(config, ray.cluster_resources().get("GPU", 0.0), Console(io.StringIO()))  # said at the start
-        Waiting(config, wanted, Autoscaler(wanted), console).refuse_never()
-        living = [node for node in nodes.living_nodes() if fits(node.total, wanted.each)]
-        with _marked(folders.values()) as mark:
-            problems = list(_problems(living, folders, Look(store, config.cluster.env, mark, _read(config))))
-        console.stage(_STAGE, 1, 1)
+    address = find_storage(run.path).get_uri(run.path)
+    store = address if is_uri(address) else ""
+    folders = ({} if store else {"run.dir": run.path}) | {"data.cache": get_cache_directory(config)}
+    with connect_to_cluster(console):
+        console.update_stage(_STAGE, 0, 1)
+        wanted = build_resource_request(
+            config, ray.cluster_resources().get("GPU", 0.0), Console(io.StringIO())
+        )  # said at the start
+        CapacityWaiter(config, wanted, AutoscalerClient(wanted), console).check_feasibility()
+        living = [node for node in nodes.alive_nodes() if has_room_for_worker(node.total, wanted.worker_resources)]
+        with _create_marker_files(folders.values()) as mark:
+            problems = list(
+                _find_node_problems(
+                    living, folders, NodeCheck(store, config.cluster.env, mark, _list_read_directories(config))
+                )
+            )
+        console.update_stage(_STAGE, 1, 1)
     if problems:
         raise LaunchError("not every node can work on this run:\n" + "\n".join(f"  {problem}" for problem in problems))
 
 
-def _read(config: Config) -> dict[str, str]:
+def _list_read_directories(config: Config) -> dict[str, str]:
     """Directories that every worker reads and that are on this machine, by field. A hub id is fetched on each node.
 
     As they are given: what is relative lies in the folder that Ray gives to every node.
@@ -63,7 +69,7 @@ def _read(config: Config) -> dict[str, str]:
 
 
 @contextmanager
-def _marked(folders: Iterable[Path]) -> Iterator[str]:
+def _create_marker_files(folders: Iterable[Path]) -> Iterator[str]:
     """A file of a new name in every folder, while the nodes look for it."""
     mark = f".node-check-{secrets.token_hex(8)}"
     try:
@@ -77,7 +83,7 @@ def _marked(folders: Iterable[Path]) -> Iterator[str]:
 
 
 @dataclass(frozen=True)
-class Look:
+class NodeCheck:
     """What nodes are asked to look for beside folders that are written to."""
 
     store: str
@@ -90,9 +96,9 @@ class Look:
     """What is only read, by field."""
 
 
-def _problems(living: Sequence[Node], folders: Mapping[str, Path], the: Look) -> Iterator[str]:
+def _find_node_problems(living: Sequence[ClusterNode], folders: Mapping[str, Path], the: NodeCheck) -> Iterator[str]:
     """What is wrong, a line for each node and folder."""
-    look = ray.remote(num_cpus=0, max_retries=0)(look_around)
+    look = ray.remote(num_cpus=0, max_retries=0)(inspect_node)
     # A process with an environment of its own takes a second: for a store alone, which may need the keys in it.
     environment = {"runtime_env": {"env_vars": dict(the.environment)}} if the.store and the.environment else {}
     asked = {
@@ -101,7 +107,7 @@ def _problems(living: Sequence[Node], folders: Mapping[str, Path], the: Look) ->
         ): node.address
         for node in living
     }
-    answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=_ANSWERS_WITHIN)
+    answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=_NODE_TIMEOUT_SECONDS)
     for answer in answered:
         address = asked[answer]
         try:
@@ -124,20 +130,20 @@ def _problems(living: Sequence[Node], folders: Mapping[str, Path], the: Look) ->
                 yield f"node {address} does not see {field} = {path}: put it where every node reads it"
 
 
-def look_around(
+def inspect_node(
     folders: Sequence[str], mark: str, read: Sequence[str], store: str
 ) -> tuple[str, list[str], list[str], str]:
     """On a node: its version; what is wrong with each folder, empty where it is fine; what is not there; the store's.
 
     `folders` are written to, `read` is only read; `store` is the address of a run, empty for one in a folder.
     """
-    wrong = [_wrong_with(Path(folder), mark) for folder in folders]
+    wrong = [_find_folder_problem(Path(folder), mark) for folder in folders]
     # A disk that is not mounted leaves an empty folder.
     blind = [path for path in read if next(Path(path).glob("*"), None) is None]
-    return __version__, wrong, blind, refusal_of(store) if store else ""
+    return __version__, wrong, blind, find_store_problem(store) if store else ""
 
 
-def _wrong_with(folder: Path, mark: str) -> str:
+def _find_folder_problem(folder: Path, mark: str) -> str:
     if not (folder / mark).is_file():
         return "does not see what was just written"
     own = folder / f"{mark}-{secrets.token_hex(8)}"

@@ -9,22 +9,25 @@ from llm_training_toolkit.config import Config
 from llm_training_toolkit.monitoring.console import Console
 
 
-def wanted_of(config: Config, gpus_there: float, console: Console) -> Wanted:
+def build_resource_request(config: Config, gpus_there: float, console: Console) -> ResourceRequest:
     """The workers to ask for, on a cluster that has so many GPUs now; says so where those are left unused."""
     asked = config.cluster
-    if asked.gpus_per_worker == "auto" and 0 < gpus_there < asked.fewest:
-        console.say(
-            f"note: {gpus_there:g} GPUs for {asked.fewest} workers: training on CPU; cluster.workers={gpus_there:g} "
+    if asked.gpus_per_worker == "auto" and 0 < gpus_there < asked.min_workers:
+        console.print_line(
+            f"note: {gpus_there:g} GPUs for {asked.min_workers} workers: training on CPU; "
+            f"cluster.workers={gpus_there:g} "
             "uses them, cluster.gpus_per_worker=1 waits for more"
         )
-    return Wanted(asked.fewest, asked.most, resources_of_a_worker(config, gpus_there), asked.placement)
+    return ResourceRequest(
+        asked.min_workers, asked.max_workers, compute_worker_resources(config, gpus_there), asked.placement
+    )
 
 
-def resources_of_a_worker(config: Config, gpus_there: float) -> dict[str, float]:
+def compute_worker_resources(config: Config, gpus_there: float) -> dict[str, float]:
     """What one worker takes, on a cluster that has so many GPUs now."""
     gpus = config.cluster.gpus_per_worker
     if gpus == "auto":
-        gpus = 1 if gpus_there >= config.cluster.fewest else 0
+        gpus = 1 if gpus_there >= config.cluster.min_workers else 0
     return {"CPU": float(config.cluster.cpus_per_worker)} | ({"GPU": float(gpus)} if gpus else {})
 
 
@@ -32,7 +35,7 @@ Resources = Mapping[str, float]
 
 
 @dataclass(frozen=True)
-class Node:
+class ClusterNode:
     """A node of the cluster as Ray sees it."""
 
     id: str
@@ -42,24 +45,24 @@ class Node:
     """Of the node's Ray process."""
     total: Resources
     free: Resources
-    taken_away: bool = False
+    is_draining: bool = False
     """Ray was told that the node will be taken away."""
 
 
 @dataclass(frozen=True)
-class Wanted:
+class ResourceRequest:
     """The workers a run asks for."""
 
     fewest: int
     most: int
-    each: Resources
+    worker_resources: Resources
     """What one worker takes."""
     placement: str
     """`cluster.placement`."""
 
-    def room(self, nodes: Iterable[Resources]) -> int:
+    def count_fitting_workers(self, nodes: Iterable[Resources]) -> int:
         """Workers that fit into what the nodes have, at most `most`."""
-        fitting = [_times(resources, self.each) for resources in nodes]
+        fitting = [_count_worker_slots(resources, self.worker_resources) for resources in nodes]
         if self.placement == "strict_pack":
             count = max(fitting, default=0)
         elif self.placement == "strict_spread":
@@ -69,45 +72,51 @@ class Wanted:
         return min(count, self.most)
 
 
-def fits(resources: Resources, each: Resources) -> bool:
+def has_room_for_worker(resources: Resources, each: Resources) -> bool:
     """Whether a node that has `resources` can hold a worker at all."""
-    return _times(resources, each) > 0
+    return _count_worker_slots(resources, each) > 0
 
 
-def _times(resources: Resources, each: Resources) -> int:
+def _count_worker_slots(resources: Resources, each: Resources) -> int:
     """How often one worker's resources fit into those of a node; Ray counts in ten-thousandths."""
     return min(int((resources.get(name, 0.0) + 1e-4) // amount) for name, amount in each.items() if amount)
 
 
-def usable(nodes: Sequence[Node], wanted: Wanted, left_out: Collection[str]) -> list[Node]:
+def schedulable_nodes(
+    nodes: Sequence[ClusterNode], wanted: ResourceRequest, left_out: Collection[str]
+) -> list[ClusterNode]:
     """The nodes that stay, without the addresses to leave out, as long as the fewest workers fit without those."""
-    staying = [node for node in nodes if not node.taken_away]
+    staying = [node for node in nodes if not node.is_draining]
     trusted = [node for node in staying if node.address not in left_out]
-    return trusted if wanted.room(node.total for node in trusted) >= wanted.fewest else staying
+    return trusted if wanted.count_fitting_workers(node.total for node in trusted) >= wanted.fewest else staying
 
 
-def room_beside(nodes: Iterable[Node], wanted: Wanted, own: Mapping[str, int]) -> int:
+def count_fitting_after_drain(nodes: Iterable[ClusterNode], wanted: ResourceRequest, own: Mapping[str, int]) -> int:
     """Workers that would fit if the run's present ones made way: `own` is how many of them are on each node, by id."""
-    return wanted.room(_with_own(node, wanted.each, own.get(node.id, 0)) for node in nodes)
+    return wanted.count_fitting_workers(
+        _add_own_resources(node, wanted.worker_resources, own.get(node.id, 0)) for node in nodes
+    )
 
 
-def used_by_others(nodes: Iterable[Node], wanted: Wanted, own: Mapping[str, int]) -> list[Resources]:
+def compute_usage_by_others(
+    nodes: Iterable[ClusterNode], wanted: ResourceRequest, own: Mapping[str, int]
+) -> list[Resources]:
     """What of a worker's resources is in use on each node, without the run's own workers: `own` as above."""
     found = []
     for node in nodes:
-        free = _with_own(node, wanted.each, own.get(node.id, 0))
+        free = _add_own_resources(node, wanted.worker_resources, own.get(node.id, 0))
         used = {name: round(node.total.get(name, 0.0) - amount, 4) for name, amount in free.items()}
         found.append({name: amount for name, amount in used.items() if amount > 0})
     return [used for used in found if used]
 
 
-def _with_own(node: Node, each: Resources, count: int) -> Resources:
+def _add_own_resources(node: ClusterNode, each: Resources, count: int) -> Resources:
     return {name: node.free.get(name, 0.0) + count * amount for name, amount in each.items()}
 
 
-def runs_at_once(nodes: Iterable[Resources], wanted: Wanted) -> int:
+def count_concurrent_runs(nodes: Iterable[Resources], wanted: ResourceRequest) -> int:
     """How many runs of `wanted.fewest` workers each the nodes have room for at a time."""
-    fitting = [_times(resources, wanted.each) for resources in nodes]
+    fitting = [_count_worker_slots(resources, wanted.worker_resources) for resources in nodes]
     if wanted.placement == "strict_pack":
         return sum(count // wanted.fewest for count in fitting)
     if wanted.placement == "strict_spread":  # each node takes one worker of a run: k runs if they can be dealt out

@@ -9,45 +9,52 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from llm_training_toolkit.distributed.context import Wish
-from llm_training_toolkit.launch.ray.resources import Node, Wanted, room_beside, usable
+from llm_training_toolkit.distributed.context import StopRequest
+from llm_training_toolkit.launch.ray.resources import (
+    ClusterNode,
+    ResourceRequest,
+    count_fitting_after_drain,
+    schedulable_nodes,
+)
 
-_LOOK_EVERY = 3.0
+_POLL_SECONDS = 3.0
 """Seconds between two looks for room."""
-_STEADY = 5.0
+_STABLE_SECONDS = 5.0
 """Seconds that there must have been room: a node that has just joined, or a job that has just ended, may be between two
 things."""
-_AT_LATEST = 300.0
+_MAX_DELAY_SECONDS = 300.0
 """Seconds after its first look at which a group saves out of turn to make way."""
 
 
 @dataclass
-class Growth:
+class ElasticScalingPolicy:
     """Looks for room for one group of workers."""
 
-    wanted: Wanted
+    wanted: ResourceRequest
     size: int
-    left_out: Collection[str]
+    excluded_nodes: Collection[str]
     """Addresses that do not count."""
-    _first: float | None = None
-    _looked: float = float("-inf")
-    _since: float | None = None
+    _first_check: float | None = None
+    _last_check: float = float("-inf")
+    _room_since: float | None = None
 
-    def due(self, now: float) -> bool:
+    def is_check_due(self, now: float) -> bool:
         """Whether to look for room now."""
-        if self.size >= self.wanted.most or now - self._looked < _LOOK_EVERY:
+        if self.size >= self.wanted.most or now - self._last_check < _POLL_SECONDS:
             return False
-        self._looked = now
-        self._first = now if self._first is None else self._first
+        self._last_check = now
+        self._first_check = now if self._first_check is None else self._first_check
         return True
 
-    def wish(self, nodes: Sequence[Node], own: Mapping[str, int], now: float) -> Wish:
+    def decide_drain(self, nodes: Sequence[ClusterNode], own: Mapping[str, int], now: float) -> StopRequest:
         """What to ask of the ranks; `own` is how many of them are on each node, by id."""
-        room = room_beside(usable(nodes, self.wanted, self.left_out), self.wanted, own)
+        room = count_fitting_after_drain(schedulable_nodes(nodes, self.wanted, self.excluded_nodes), self.wanted, own)
         if room <= self.size:
-            self._since = None
-            return Wish.GO_ON
-        self._since = now if self._since is None else self._since
-        if now - self._since < _STEADY or self._first is None:
-            return Wish.GO_ON
-        return Wish.LEAVE if now - self._first >= _AT_LATEST else Wish.LEAVE_WHEN_SAVED
+            self._room_since = None
+            return StopRequest.NONE
+        self._room_since = now if self._room_since is None else self._room_since
+        if now - self._room_since < _STABLE_SECONDS or self._first_check is None:
+            return StopRequest.NONE
+        return (
+            StopRequest.DRAIN if now - self._first_check >= _MAX_DELAY_SECONDS else StopRequest.DRAIN_AFTER_CHECKPOINT
+        )

@@ -15,56 +15,73 @@ import ray
 import ray.train
 from ray.train.torch import get_device
 
-from llm_training_toolkit.config import from_json
-from llm_training_toolkit.data.prepare.dataset_info import Receipt
+from llm_training_toolkit.config import parse_config_json
+from llm_training_toolkit.data.prepare.dataset_info import DatasetInfo
 from llm_training_toolkit.distributed.context import Event, RunContext
-from llm_training_toolkit.distributed.heartbeat import Pulse
+from llm_training_toolkit.distributed.heartbeat import Heartbeat
 from llm_training_toolkit.errors import ToolkitError
-from llm_training_toolkit.launch.ray.control_actor import asker, heartbeat, reporter, tell
+from llm_training_toolkit.launch.ray.control_actor import (
+    build_reporter,
+    build_rung_waiter,
+    report_with_retry,
+    start_heartbeat,
+)
 from llm_training_toolkit.launch.ray.worker_processes import STACK_SIGNAL
-from llm_training_toolkit.runs.storage.open import joined
-from llm_training_toolkit.worker.spec import Place
+from llm_training_toolkit.runs.storage.open import join_run
+from llm_training_toolkit.worker.spec import WorkerSpec
 
 
 def worker_main(assignment: Mapping[str, Any]) -> dict[str, Any]:
     """Work as one rank on the run at `assignment["run"]`, path or address, on the driver's `assignment["line"]`."""
     faulthandler.register(STACK_SIGNAL, file=2, all_threads=True)  # 2 is the rank's log as soon as there is one
     ranks = ray.train.get_context()
-    rank, pulse = ranks.get_world_rank(), Pulse()
-    report = reporter(assignment["line"])
-    tell(assignment["line"], _introduction(rank))
-    wish = heartbeat(assignment["line"], rank, pulse)
+    rank, pulse = ranks.get_world_rank(), Heartbeat()
+    report = build_reporter(assignment["line"])
+    report_with_retry(assignment["line"], _build_introduction(rank))
+    wish = start_heartbeat(assignment["line"], rank, pulse)
     if rank == 0:
         report({"kind": "stage", "name": "starting workers", "done": 1, "total": 1})
     try:
-        context = partial(RunContext, wish=wish, pulse=pulse, rungs=assignment["rungs"], ask=asker(assignment["line"]))
-        return _work(assignment, rank, report if rank == 0 else _quiet, context)
+        context = partial(
+            RunContext,
+            read_stop_request=wish,
+            heartbeat=pulse,
+            rungs=assignment["rungs"],
+            await_rung=build_rung_waiter(assignment["line"]),
+        )
+        return _run_worker(assignment, rank, report if rank == 0 else _ignore_event, context)
     except Exception as error:  # the edge of a worker's process: the driver is told before Ray takes it down
         traceback.print_exc()
-        tell(assignment["line"], {"kind": "error", "rank": rank, "doing": pulse.read().doing, **_described(error)})
+        report_with_retry(
+            assignment["line"],
+            {"kind": "error", "rank": rank, "doing": pulse.get_snapshot().phase, **_describe_error(error)},
+        )
         raise
 
 
-def _work(
+def _run_worker(
     assignment: Mapping[str, Any], rank: int, report: Callable[[Event], None], context: Callable[..., RunContext]
 ) -> dict[str, Any]:
-    from llm_training_toolkit.worker.main import work  # torch, transformers and DeepSpeed come with it
+    from llm_training_toolkit.worker.main import run_worker  # torch, transformers and DeepSpeed come with it
 
-    def say(text: str) -> None:
+    def send_note(text: str) -> None:
         report({"kind": "note", "message": text})
 
-    with joined(assignment["run"], say) as run:
-        config, receipt = from_json(run.resolved.read_text()), Receipt.from_json(run.receipt.read_text())
+    with join_run(assignment["run"], send_note) as run:
+        config, receipt = (
+            parse_config_json(run.resolved_config_path.read_text()),
+            DatasetInfo.from_json(run.dataset_info_path.read_text()),
+        )
         began, node = (assignment["began"], assignment["group_began"]), ray.util.get_node_ip_address()
-        place = Place(run, config, receipt, *began, node=node)
+        place = WorkerSpec(run, config, receipt, *began, node=node)
         device = get_device()
         if device.type == "cuda":
             # DeepSpeed takes its device from LOCAL_RANK, which differs from Ray's order on nodes with over ten GPUs.
             os.environ["LOCAL_RANK"] = str(device.index)
-        return work(place, context(rank, ray.train.get_context().get_world_size(), device, report))
+        return run_worker(place, context(rank, ray.train.get_context().get_world_size(), device, report))
 
 
-def _introduction(rank: int) -> Event:
+def _build_introduction(rank: int) -> Event:
     """Who and where this rank is, as `diagnosis.Worker`."""
     here, own = ray.get_runtime_context(), psutil.Process()
     return {
@@ -79,7 +96,7 @@ def _introduction(rank: int) -> Event:
     }
 
 
-def _described(error: Exception) -> dict[str, Any]:
+def _describe_error(error: Exception) -> dict[str, Any]:
     """What the driver needs to know of an error: its words first, then where it was raised."""
     from llm_training_toolkit.worker.micro_batch import SmallerMicroBatch
 
@@ -91,5 +108,5 @@ def _described(error: Exception) -> dict[str, Any]:
     return {"type": type(error).__name__, "text": text, "final": False, "helped": False}
 
 
-def _quiet(_event: Event) -> None:
+def _ignore_event(_event: Event) -> None:
     """Ranks other than the first say nothing."""

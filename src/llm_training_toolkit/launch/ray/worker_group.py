@@ -25,258 +25,279 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from llm_training_toolkit import errors
 from llm_training_toolkit.config import Config
-from llm_training_toolkit.config.schema import duration_seconds
-from llm_training_toolkit.distributed.context import Event, Wish
+from llm_training_toolkit.config.schema import parse_duration_seconds
+from llm_training_toolkit.distributed.context import Event, StopRequest
 from llm_training_toolkit.errors import LaunchError, ToolkitError
 from llm_training_toolkit.launch.ray import nodes
 from llm_training_toolkit.launch.ray import worker_processes as rescue
-from llm_training_toolkit.launch.ray.autoscaler import Autoscaler
-from llm_training_toolkit.launch.ray.control_actor import OTHERS_BEAT_EVERY, Heard, open_line
-from llm_training_toolkit.launch.ray.failure_cause import Seen, Worker, as_worker
-from llm_training_toolkit.launch.ray.hang_detector import Hang, Watch, size_of, stands_in, waits_in
-from llm_training_toolkit.launch.ray.resources import Node, Wanted, used_by_others
-from llm_training_toolkit.launch.ray.scaling_policy import Growth
+from llm_training_toolkit.launch.ray.autoscaler import AutoscalerClient
+from llm_training_toolkit.launch.ray.control_actor import (
+    OTHER_RANKS_HEARTBEAT_SECONDS,
+    HeartbeatsByRank,
+    start_control_actor,
+)
+from llm_training_toolkit.launch.ray.failure_cause import FailureEvidence, WorkerInfo, parse_worker_info
+from llm_training_toolkit.launch.ray.hang_detector import (
+    HangDetector,
+    HangReport,
+    find_collective_call,
+    find_current_call,
+    get_log_size,
+)
+from llm_training_toolkit.launch.ray.resources import ClusterNode, ResourceRequest, compute_usage_by_others
+from llm_training_toolkit.launch.ray.scaling_policy import ElasticScalingPolicy
 from llm_training_toolkit.launch.ray.train_fn import worker_main
 from llm_training_toolkit.monitoring.console import Console
-from llm_training_toolkit.runs.attempts import last_attempt
+from llm_training_toolkit.runs.attempts import find_last_attempt
 from llm_training_toolkit.runs.directory import RunDirectory
-from llm_training_toolkit.runs.storage import storage_of
+from llm_training_toolkit.runs.storage import find_storage
 
-_LISTEN_EVERY = 0.2
+_EVENT_POLL_SECONDS = 0.2
 """Seconds between two questions for what the workers have told."""
-_LOOK_EVERY = 1.0
+_HEALTH_POLL_SECONDS = 1.0
 """Seconds between two looks at the nodes and the heartbeats."""
-_STARTS_WITHIN = 1200.0
+_START_TIMEOUT_SECONDS = 1200.0
 """Seconds that the first worker may take to start: Ray waits without end when a node dies in that moment."""
-_END_EVERY = 30.0
+_KILL_RETRY_SECONDS = 30.0
 """Seconds after which workers that were to be ended, and still keep `fit` waiting, are ended again."""
-_END_ROUNDS = 10
+_MAX_KILL_ATTEMPTS = 10
 """How often they are."""
-_COLLECTIVE_TIMEOUTS = 4.0
+_COLLECTIVE_TIMEOUT_FACTOR = 4.0
 """Times `failures.hang` after which torch gives up an exchange by itself: later than the watch, which knows more."""
 
 
 @dataclass(frozen=True)
-class Job:
+class RunSpec:
     """What all groups of a start work on."""
 
     run: RunDirectory
     config: Config
-    wanted: Wanted
-    autoscaler: Autoscaler
+    resource_request: ResourceRequest
+    autoscaler: AutoscalerClient
     rungs: tuple[int, ...] = ()
     """Steps after which a trial waits for `Groups.answer`."""
 
 
 @dataclass(frozen=True)
-class Assignment:
+class WorkerGroupSpec:
     """What one group is started with."""
 
-    job: Job
+    job: RunSpec
     size: int
-    avoid: tuple[Node, ...]
+    avoided_nodes: tuple[ClusterNode, ...]
     """Nodes to keep off."""
-    left_out: frozenset[str]
+    excluded_nodes: frozenset[str]
     """Addresses that failed too often."""
-    began: float
+    requested_at: float
     """When it was asked for, in seconds since 1970."""
 
 
 @dataclass(frozen=True)
-class Ended:
+class WorkerGroupResult:
     """How a group ended: with what rank 0 returned, or with what is known of the failure."""
 
     result: dict[str, Any] | None
-    seen: Seen
+    evidence: FailureEvidence
 
 
 class FitStuckError(LaunchError):
     """Ray Train's `fit` waits in its thread for workers that never come, or never end."""
 
 
-class Group:
+class WorkerGroup:
     """A group of workers that trains."""
 
-    def __init__(self, assignment: Assignment, console: Console) -> None:
-        self._the, self._job, self._console = assignment, assignment.job, console
-        self._line = open_line()
-        self._line_lost: ray.exceptions.RayError | None = None
-        self._workers: dict[int, Worker] = {}
+    def __init__(self, assignment: WorkerGroupSpec, console: Console) -> None:
+        self._spec, self._job, self._console = assignment, assignment.job, console
+        self._control = start_control_actor()
+        self._control_error: ray.exceptions.RayError | None = None
+        self._workers: dict[int, WorkerInfo] = {}
         self._errors: list[Event] = []
-        self._announced: set[str] = set()
+        self._draining_nodes: set[str] = set()
         self._hang = ""
-        self._hung: Worker | None = None
-        self._watch = Watch(assignment.size, hang_seconds(self._job.config), OTHERS_BEAT_EVERY)
-        self._growth = Growth(self._job.wanted, assignment.size, assignment.left_out)
-        self._wish = Wish.GO_ON
-        self._ended: list[Any] = []
-        self._end_tried: list[float] = []
+        self._hung_worker: WorkerInfo | None = None
+        self._hang_detector = HangDetector(
+            assignment.size, get_hang_timeout(self._job.config), OTHER_RANKS_HEARTBEAT_SECONDS
+        )
+        self._scaling_policy = ElasticScalingPolicy(
+            self._job.resource_request, assignment.size, assignment.excluded_nodes
+        )
+        self._stop_request = StopRequest.NONE
+        self._fit_outcome: list[Any] = []
+        self._kill_times: list[float] = []
 
-    def want(self, wish: Wish) -> None:
+    def request_stop(self, wish: StopRequest) -> None:
         """Tell the ranks what is wanted of the run. Any thread, any time."""
-        self._line.want.remote(wish)
+        self._control.request_stop.remote(wish)
 
-    def answer(self, step: int, wish: Wish) -> None:
+    def resolve_rung(self, step: int, wish: StopRequest) -> None:
         """Tell rank 0, which waits after this step, whether the trial goes on. Any thread, any time."""
-        self._line.answer.remote(step, wish)
+        self._control.resolve_rung.remote(step, wish)
 
-    def run(self) -> Ended:
+    def run_workers(self) -> WorkerGroupResult:
         """Start the workers and follow them to their end. Raises the first ToolkitError that a rank met."""
-        thread = threading.Thread(target=self._fit, daemon=True, name="ray-train")
+        thread = threading.Thread(target=self._run_trainer, daemon=True, name="ray-train")
         thread.start()
         began = looked = time.monotonic()
         while thread.is_alive():
-            time.sleep(_LISTEN_EVERY)
-            heard = self._listen()
+            time.sleep(_EVENT_POLL_SECONDS)
+            heard = self._receive_events()
             now = time.monotonic()
-            if heard is not None and now - looked >= _LOOK_EVERY:
+            if heard is not None and now - looked >= _HEALTH_POLL_SECONDS:
                 looked = now
-                self._look(heard, now)
-            if self._end_tried and now - self._end_tried[-1] > _END_EVERY:
-                self._end_workers()
-            if not self._workers and now - began > _STARTS_WITHIN:
-                raise FitStuckError(f"no worker has started within {_STARTS_WITHIN / 60:g} minutes: see `ray status`")
-        self._listen()
+                self._check_health(heard, now)
+            if self._kill_times and now - self._kill_times[-1] > _KILL_RETRY_SECONDS:
+                self._kill_workers()
+            if not self._workers and now - began > _START_TIMEOUT_SECONDS:
+                raise FitStuckError(
+                    f"no worker has started within {_START_TIMEOUT_SECONDS / 60:g} minutes: see `ray status`"
+                )
+        self._receive_events()
         final = next((error for error in self._errors if error["final"]), None)
         if final is not None:
-            raise _as_error(final)
-        [ended] = self._ended
-        return Ended(ended if isinstance(ended, dict) else None, self._seen(ended))
+            raise _rebuild_error(final)
+        [ended] = self._fit_outcome
+        return WorkerGroupResult(ended if isinstance(ended, dict) else None, self._collect_evidence(ended))
 
-    def _fit(self) -> None:
+    def _run_trainer(self) -> None:
         try:
-            self._ended.append(_trainer(self._the, self._line).fit().return_value)
+            self._fit_outcome.append(_build_trainer(self._spec, self._control).fit().return_value)
         except Exception as error:  # noqa: BLE001 - the edge of a thread: `run` looks at it in the main one
-            self._ended.append(error)
+            self._fit_outcome.append(error)
 
-    def _listen(self) -> Heard | None:
+    def _receive_events(self) -> HeartbeatsByRank | None:
         """Take and show what the workers have told; None when the line itself is lost, which ends them."""
-        if self._line_lost is not None:
+        if self._control_error is not None:
             return None
         try:
-            taken: tuple[list[Event], Heard] = ray.get(self._line.take.remote())
+            taken: tuple[list[Event], HeartbeatsByRank] = ray.get(self._control.drain_events.remote())
         except ray.exceptions.RayError as error:  # its process may be the one that is ended when the memory runs out
-            self._line_lost = error
-            self._end_workers()
+            self._control_error = error
+            self._kill_workers()
             return None
         for event in taken[0]:
             if event["kind"] == "introduction":
-                self._workers[event["rank"]] = as_worker(event)
+                self._workers[event["rank"]] = parse_worker_info(event)
             elif event["kind"] == "error":
                 self._errors.append(event)
             worker = self._workers.get(event.get("rank", -1))
-            self._console.show({**event, "address": worker.address} if worker else event)
+            self._console.show_event({**event, "address": worker.address} if worker else event)
         return taken[1]
 
-    def _look(self, heard: Heard, now: float) -> None:
+    def _check_health(self, heard: HeartbeatsByRank, now: float) -> None:
         """Whether nodes come or go, and whether the ranks advance."""
-        self._watch.see(heard, now)
+        self._hang_detector.observe_heartbeats(heard, now)
         if self._hang:
             return
-        hang = self._watch.hung(now)
+        hang = self._hang_detector.find_hang(now)
         if hang is not None:
-            self._end_hang(hang)
-        elif len(self._workers) == self._the.size:
+            self._handle_hang(hang)
+        elif len(self._workers) == self._spec.size:
             with suppress(ray.exceptions.RayError):  # Ray's head is busy or starts anew: training goes on without it
-                self._look_at_nodes(now)
+                self._check_nodes(now)
 
-    def _look_at_nodes(self, now: float) -> None:
-        self._leave_nodes_taken_away()
-        if self._growth.due(now):
+    def _check_nodes(self, now: float) -> None:
+        self._drain_preempted_nodes()
+        if self._scaling_policy.is_check_due(now):
             own = Counter(worker.node for worker in self._workers.values())
-            living = nodes.living_nodes()
-            self._job.autoscaler.ask(used_by_others(living, self._job.wanted, own))
-            wish = self._growth.wish(nodes.answering(living), own, now)
-            if wish > self._wish:
-                self._wish = wish
-                when = "now" if wish is Wish.LEAVE else "after the next checkpoint"
-                self._console.say(f"there is room for more than {self._the.size} workers: making way {when}")
-                self.want(wish)
-            elif wish is Wish.GO_ON and self._wish is Wish.LEAVE_WHEN_SAVED:
-                self._wish = wish
-                self._console.say("that room is gone: staying")
-                self._line.stay.remote()
+            living = nodes.alive_nodes()
+            self._job.autoscaler.request_capacity(compute_usage_by_others(living, self._job.resource_request, own))
+            wish = self._scaling_policy.decide_drain(nodes.reachable_nodes(living), own, now)
+            if wish > self._stop_request:
+                self._stop_request = wish
+                when = "now" if wish is StopRequest.DRAIN else "after the next checkpoint"
+                self._console.print_line(f"there is room for more than {self._spec.size} workers: making way {when}")
+                self.request_stop(wish)
+            elif wish is StopRequest.NONE and self._stop_request is StopRequest.DRAIN_AFTER_CHECKPOINT:
+                self._stop_request = wish
+                self._console.print_line("that room is gone: staying")
+                self._control.cancel_drain.remote()
 
-    def _leave_nodes_taken_away(self) -> None:
-        announced = nodes.taken_away({worker.node for worker in self._workers.values()})
+    def _drain_preempted_nodes(self) -> None:
+        announced = nodes.draining_nodes({worker.node for worker in self._workers.values()})
         for node, deadline in announced.items():
-            if node not in self._announced:
-                self._announced.add(node)
+            if node not in self._draining_nodes:
+                self._draining_nodes.add(node)
                 left = f" in {max(0.0, deadline / 1e3 - time.time()):.0f} s" if deadline else ""
                 [address] = {worker.address for worker in self._workers.values() if worker.node == node}
-                self._warn(f"node {address} will be taken away{left}: saving a checkpoint, then leaving it")
-                self.want(Wish.LEAVE)
+                self._show_warning(f"node {address} will be taken away{left}: saving a checkpoint, then leaving it")
+                self.request_stop(StopRequest.DRAIN)
 
-    def _end_hang(self, hang: Hang) -> None:
+    def _handle_hang(self, hang: HangReport) -> None:
         """Say who holds up the others and where it stands, then end all of them; `fit` sees the rest."""
-        logs = self._job.run.logs(last_attempt(self._job.run))
+        logs = self._job.run.get_log_dir(find_last_attempt(self._job.run))
         paths = {rank: logs / f"rank_{rank}.log" for rank in self._workers}
-        before = {rank: size_of(path) for rank, path in paths.items()}
-        states = rescue.examine(self._workers.values())
-        if len(hang.behind) == 1:
-            self._hung = self._workers.get(next(iter(hang.behind)))
+        before = {rank: get_log_size(path) for rank, path in paths.items()}
+        states = rescue.dump_worker_stacks(self._workers.values())
+        if len(hang.blocking_ranks) == 1:
+            self._hung_worker = self._workers.get(next(iter(hang.blocking_ranks)))
         told = [
-            _in_words(self._workers[rank], doing, states.get(rank), stands_in(paths[rank], before[rank]))
+            _format_hung_rank(
+                self._workers[rank], doing, states.get(rank), find_current_call(paths[rank], before[rank])
+            )
             if rank in self._workers
             else f"rank {rank} has not started"
-            for rank, doing in hang.behind.items()
+            for rank, doing in hang.blocking_ranks.items()
         ]
-        waiting = "; every rank waits for another" if len(told) == self._the.size > 1 else ""
-        others = self._workers.keys() - hang.behind.keys()
-        exchange = next(filter(None, (waits_in(paths[rank], before[rank]) for rank in sorted(others))), "")
+        waiting = "; every rank waits for another" if len(told) == self._spec.size > 1 else ""
+        others = self._workers.keys() - hang.blocking_ranks.keys()
+        exchange = next(filter(None, (find_collective_call(paths[rank], before[rank]) for rank in sorted(others))), "")
         waiting += f"; the others wait in {exchange}" if exchange else ""
         self._hang = (
             f"no rank has advanced for {hang.seconds:.0f} s (failures.hang = {self._job.config.failures.hang}): "
             f"{'; '.join(told)}{waiting}. The stacks of all threads are in {logs}"
         )
-        self._end_workers()
+        self._kill_workers()
 
-    def _end_workers(self) -> None:
+    def _kill_workers(self) -> None:
         """End the processes of all ranks; from the second time on Ray is asked to end their actors as well.
 
         Raises FitStuckError where they outlive that.
         """
-        if len(self._end_tried) == _END_ROUNDS:
+        if len(self._kill_times) == _MAX_KILL_ATTEMPTS:
             where = ", ".join(sorted({worker.address for worker in self._workers.values()}))
-            cause = self._hang or str(self._line_lost)
+            cause = self._hang or str(self._control_error)
             raise FitStuckError(f"{cause}. The workers cannot be ended: look after the processes on {where}")
         with suppress(ray.exceptions.RayError):  # a node or Ray's head that does not answer now is asked again
-            rescue.end(self._workers.values())
-            if self._end_tried:
-                nodes.give_back({worker.places for worker in self._workers.values()})
-        self._end_tried.append(time.monotonic())
+            rescue.kill_workers(self._workers.values())
+            if self._kill_times:
+                nodes.release_placement_groups({worker.places for worker in self._workers.values()})
+        self._kill_times.append(time.monotonic())
 
-    def _seen(self, ended: object) -> Seen:
+    def _collect_evidence(self, ended: object) -> FailureEvidence:
         """What there is to find a cause in, once `fit` has ended."""
         if isinstance(ended, dict):
-            return Seen(self._workers)
-        nodes.give_back({worker.places for worker in self._workers.values()})
-        living = {node.id for node in nodes.answering(nodes.living_nodes())}
-        return Seen(
+            return FailureEvidence(self._workers)
+        nodes.release_placement_groups({worker.places for worker in self._workers.values()})
+        living = {node.id for node in nodes.reachable_nodes(nodes.alive_nodes())}
+        return FailureEvidence(
             workers=self._workers,
             errors=self._errors,
-            deaths=nodes.deaths({rank: worker.actor for rank, worker in self._workers.items()}),
-            lost=frozenset(worker.node for worker in self._workers.values()) - living,
-            taken_away=frozenset(self._announced),
+            deaths=nodes.dead_actors({rank: worker.actor for rank, worker in self._workers.items()}),
+            lost_nodes=frozenset(worker.node for worker in self._workers.values()) - living,
+            draining_nodes=frozenset(self._draining_nodes),
             hang=self._hang,
-            hung=self._hung,
-            memory=next((str(error) for error in (self._line_lost, ended) if isinstance(error, OutOfMemoryError)), ""),
-            said=str(self._line_lost or ended),
-            stepped=self._watch.stepped or any(error["doing"].startswith("step ") for error in self._errors),
+            hung_worker=self._hung_worker,
+            out_of_memory_error=next(
+                (str(error) for error in (self._control_error, ended) if isinstance(error, OutOfMemoryError)), ""
+            ),
+            ray_error=str(self._control_error or ended),
+            has_stepped=self._hang_detector.has_stepped
+            or any(error["doing"].startswith("step ") for error in self._errors),
         )
 
-    def _warn(self, message: str) -> None:
-        self._console.show({"kind": "warning", "message": message})
+    def _show_warning(self, message: str) -> None:
+        self._console.show_event({"kind": "warning", "message": message})
 
 
-def hang_seconds(config: Config) -> float:
+def get_hang_timeout(config: Config) -> float:
     """`failures.hang` in seconds."""
-    seconds = duration_seconds(config.failures.hang)
+    seconds = parse_duration_seconds(config.failures.hang)
     assert seconds is not None, "the schema takes durations alone"
     return seconds
 
 
-def _in_words(worker: Worker, doing: str, state: str | None, stands: str) -> str:
+def _format_hung_rank(worker: WorkerInfo, doing: str, state: str | None, stands: str) -> str:
     """What is known of a rank that does not advance."""
     named = f"rank {worker.rank} (process {worker.pid} on node {worker.address}) was last heard of at: {doing}"
     if state is None:
@@ -285,16 +306,16 @@ def _in_words(worker: Worker, doing: str, state: str | None, stands: str) -> str
     return named + stopped + (f"; it stands in {stands}" if stands else f"; its process is {state}")
 
 
-def _trainer(the: Assignment, line: Any) -> TorchTrainer:  # noqa: ANN401 - Ray's actor handles have no types
+def _build_trainer(the: WorkerGroupSpec, line: Any) -> TorchTrainer:  # noqa: ANN401 - Ray's actor handles have no types
     job = the.job
-    gpus = int(job.wanted.each.get("GPU", 0))
-    timeout = max(900.0, _COLLECTIVE_TIMEOUTS * hang_seconds(job.config))
+    gpus = int(job.resource_request.worker_resources.get("GPU", 0))
+    timeout = max(900.0, _COLLECTIVE_TIMEOUT_FACTOR * get_hang_timeout(job.config))
     return TorchTrainer(
         worker_main,
         train_loop_config={
-            "run": storage_of(job.run.path).address(job.run.path),
+            "run": find_storage(job.run.path).get_uri(job.run.path),
             "line": line,
-            "began": the.began,
+            "began": the.requested_at,
             "group_began": time.time(),
             "rungs": job.rungs,
         },
@@ -302,28 +323,28 @@ def _trainer(the: Assignment, line: Any) -> TorchTrainer:  # noqa: ANN401 - Ray'
         scaling_config=ScalingConfig(
             num_workers=the.size,
             use_gpu=bool(gpus),
-            resources_per_worker=dict(job.wanted.each),
-            placement_strategy=job.wanted.placement.upper(),
-            label_selector=nodes.selector_without(the.avoid),
+            resources_per_worker=dict(job.resource_request.worker_resources),
+            placement_strategy=job.resource_request.placement.upper(),
+            label_selector=nodes.build_exclusion_selector(the.avoided_nodes),
         ),
         run_config=RunConfig(
             # Ray keeps no checkpoints of ours: a name of its own for every group, so that it finds nothing to restore.
             name=f"start_{time.time_ns()}",
-            storage_path=str(ray_directory(job.run)),
+            storage_path=str(get_ray_directory(job.run)),
             # Ray's own count never refills and knows no exception.
             failure_config=FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
-            worker_runtime_env={"env_vars": _worker_environment(job.config)},
+            worker_runtime_env={"env_vars": _build_worker_environment(job.config)},
         ),
     )
 
 
-def ray_directory(run: RunDirectory) -> Path:
+def get_ray_directory(run: RunDirectory) -> Path:
     """Where Ray Train keeps its own notes: in the run's logs, and of a run in a store where they are no one's."""
-    is_here = storage_of(run.path).address(run.path) == str(run.path)
+    is_here = find_storage(run.path).get_uri(run.path) == str(run.path)
     return run.path / "logs" / "ray" if is_here else Path(tempfile.gettempdir()) / "llm-training-toolkit-ray"
 
 
-def _worker_environment(config: Config) -> dict[str, str]:
+def _build_worker_environment(config: Config) -> dict[str, str]:
     """Environment of every worker; what the configuration names wins."""
     tools = str(Path(sys.executable).parent)  # ninja, for the operations DeepSpeed compiles
     return {
@@ -334,7 +355,7 @@ def _worker_environment(config: Config) -> dict[str, str]:
     }
 
 
-def _as_error(event: Mapping[str, Any]) -> ToolkitError:
+def _rebuild_error(event: Mapping[str, Any]) -> ToolkitError:
     """The worker's error again, of the class it had there."""
     kind = getattr(errors, str(event["type"]), ToolkitError)
     error: ToolkitError = kind(str(event["text"]))

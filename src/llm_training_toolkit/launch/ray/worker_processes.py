@@ -15,34 +15,34 @@ import psutil
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from llm_training_toolkit.launch.ray.failure_cause import Worker
+from llm_training_toolkit.launch.ray.failure_cause import WorkerInfo
 
 STACK_SIGNAL = signal.SIGUSR1
 """A worker writes the stacks of its threads into its log at this signal, whoever holds Python's lock (faulthandler)."""
-_WITHIN = 30.0
+_TASK_TIMEOUT_SECONDS = 30.0
 """Seconds that a node has to start the task and to answer."""
-_TO_WRITE = 1.0
+_STACK_WRITE_SECONDS = 1.0
 """Seconds that the stacks take to reach the log."""
 
 
-def examine(workers: Iterable[Worker]) -> dict[int, str]:
+def dump_worker_stacks(workers: Iterable[WorkerInfo]) -> dict[int, str]:
     """The state of each rank's process, after asking it for its stacks; none of ranks whose node does not answer."""
-    states = _on_nodes(_ask_for_stacks, workers)
-    time.sleep(_TO_WRITE)
+    states = _run_on_nodes(_request_stack_dumps, workers)
+    time.sleep(_STACK_WRITE_SECONDS)
     return states
 
 
-def end(workers: Iterable[Worker]) -> None:
+def kill_workers(workers: Iterable[WorkerInfo]) -> None:
     """End the processes of workers at once, wherever they run."""
-    _on_nodes(_kill, workers)
+    _run_on_nodes(_kill_processes, workers)
 
 
-def _on_nodes(task: Callable[[list[Worker]], dict[int, str]], workers: Iterable[Worker]) -> dict[int, str]:
-    by_node: dict[str, list[Worker]] = {}
+def _run_on_nodes(task: Callable[[list[WorkerInfo]], dict[int, str]], workers: Iterable[WorkerInfo]) -> dict[int, str]:
+    by_node: dict[str, list[WorkerInfo]] = {}
     for worker in workers:
         by_node.setdefault(worker.node, []).append(worker)
-    refs = [_task_on(node, task).remote(there) for node, there in by_node.items()]
-    ready, late = ray.wait(refs, num_returns=len(refs), timeout=_WITHIN) if refs else ([], [])
+    refs = [_build_node_task(node, task).remote(there) for node, there in by_node.items()]
+    ready, late = ray.wait(refs, num_returns=len(refs), timeout=_TASK_TIMEOUT_SECONDS) if refs else ([], [])
     for ref in late:
         ray.cancel(ref, force=True)
     found: dict[int, str] = {}
@@ -54,14 +54,14 @@ def _on_nodes(task: Callable[[list[Worker]], dict[int, str]], workers: Iterable[
     return found
 
 
-def _task_on(node: str, task: Callable[[list[Worker]], dict[int, str]]) -> Any:  # noqa: ANN401 - Ray has no types
+def _build_node_task(node: str, task: Callable[[list[WorkerInfo]], dict[int, str]]) -> Any:  # noqa: ANN401 - Ray has no types
     there = NodeAffinitySchedulingStrategy(node, soft=False)
     return ray.remote(task).options(num_cpus=0, max_retries=0, scheduling_strategy=there)
 
 
-def _ask_for_stacks(workers: list[Worker]) -> dict[int, str]:
+def _request_stack_dumps(workers: list[WorkerInfo]) -> dict[int, str]:
     states = {}
-    for worker, process in _processes(workers).items():
+    for worker, process in _find_processes(workers).items():
         with suppress(psutil.NoSuchProcess):
             states[worker.rank] = process.status()
             process.send_signal(STACK_SIGNAL)
@@ -69,14 +69,14 @@ def _ask_for_stacks(workers: list[Worker]) -> dict[int, str]:
     return states
 
 
-def _kill(workers: list[Worker]) -> dict[int, str]:
-    for process in _processes(workers).values():
+def _kill_processes(workers: list[WorkerInfo]) -> dict[int, str]:
+    for process in _find_processes(workers).values():
         with suppress(psutil.NoSuchProcess):  # it ended meanwhile; the others of the node are still to be ended
             process.kill()
     return {}
 
 
-def _processes(workers: list[Worker]) -> Mapping[Worker, psutil.Process]:
+def _find_processes(workers: list[WorkerInfo]) -> Mapping[WorkerInfo, psutil.Process]:
     """The processes that are still those of these workers."""
     found = {}
     for worker in workers:

@@ -12,38 +12,38 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from llm_training_toolkit.runs.directory import RunDirectory
-from llm_training_toolkit.search.budget import State
-from llm_training_toolkit.search.early_stopping import goes_on
-from llm_training_toolkit.search.event_log import Rung, Trial
-from llm_training_toolkit.search.results import spent
-from llm_training_toolkit.search.sampler import Suggestions
+from llm_training_toolkit.search.budget import SearchBudget
+from llm_training_toolkit.search.early_stopping import should_continue
+from llm_training_toolkit.search.event_log import RungResult, TrialRecord
+from llm_training_toolkit.search.results import read_trained_tokens
+from llm_training_toolkit.search.sampler import TrialSampler
 
-_BEAT_EVERY = 30.0
+_HEARTBEAT_SECONDS = 30.0
 """Seconds of work that a killed driver may leave out of the time that counts."""
-Start = Callable[[Trial], dict[str, Any]]
+TrialSpecBuilder = Callable[[TrialRecord], dict[str, Any]]
 """A trial as the order that its driver gets."""
 
 
-class _Unsaved:
+class _Stateless:
     """A part that Tune writes into its own snapshot, which nobody reads: the ledger has what matters."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
 
 
-class Source(_Unsaved, Searcher):
+class EventLogSearcher(_Stateless, Searcher):
     """Tune's source of trials: first those that had begun, then new ones."""
 
-    def __init__(self, state: State, suggestions: Suggestions, start: Start) -> None:
+    def __init__(self, state: SearchBudget, suggestions: TrialSampler, start: TrialSpecBuilder) -> None:
         super().__init__()
         self._state, self._suggestions, self._start = state, suggestions, start
-        self._left = list(state.ledger.unfinished)
+        self._left = list(state.ledger.unfinished_trials)
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str:  # noqa: ARG002 - trials have names of their own
         """The next trial's order, or that there is none."""
-        if self._state.stopping or self._state.spent or self._state.hopeless:
+        if self._state.stop_requested or self._state.is_exhausted or self._state.repeated_error:
             return str(self.FINISHED)
-        trial = self._left.pop(0) if self._left else self._suggestions.next()
+        trial = self._left.pop(0) if self._left else self._suggestions.begin_next_trial()
         return str(self.FINISHED) if trial is None else self._start(trial)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
@@ -56,10 +56,10 @@ class Source(_Unsaved, Searcher):
         """The ledger is what is restored."""
 
 
-class Gate(_Unsaved, FIFOScheduler):
+class RungScheduler(_Stateless, FIFOScheduler):
     """Decides at every rung, and writes each decision down before Tune hears of it."""
 
-    def __init__(self, state: State) -> None:
+    def __init__(self, state: SearchBudget) -> None:
         super().__init__()
         self._state = state
 
@@ -69,12 +69,12 @@ class Gate(_Unsaved, FIFOScheduler):
         passed = {rung.rung: rung for rung in ledger.trials[number].rungs}.get(result["rung"])
         if passed is not None and passed.go_on:  # it has failed since, and comes here again
             return str(TrialScheduler.CONTINUE)
-        others = ledger.values_at(result["rung"], result["bracket"], but=number)
-        good = not self._state.spent and goes_on(search.scheduler, search.mode, result["value"], others)
-        ledger.rung(number, _rung(result, go_on=good))
+        others = ledger.get_rung_values(result["rung"], result["bracket"], but=number)
+        good = not self._state.is_exhausted and should_continue(search.scheduler, search.mode, result["value"], others)
+        ledger.record_rung(number, _build_rung_result(result, go_on=good))
         if good:
             return str(TrialScheduler.CONTINUE)
-        ledger.end(number, "stopped")
+        ledger.record_end(number, "stopped")
         return str(TrialScheduler.STOP)
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:  # noqa: ANN401, ARG002
@@ -83,40 +83,40 @@ class Gate(_Unsaved, FIFOScheduler):
         if result.get("kind") != "end" or number is None:
             return
         if result["state"] == "finished":
-            ledger.rung(number, _rung(result, go_on=False))
-        ledger.end(number, result["state"], result.get("error"), result.get("trained", 0))
+            ledger.record_rung(number, _build_rung_result(result, go_on=False))
+        ledger.record_end(number, result["state"], result.get("error"), result.get("trained", 0))
 
 
-def _rung(result: dict[str, Any], *, go_on: bool) -> Rung:
+def _build_rung_result(result: dict[str, Any], *, go_on: bool) -> RungResult:
     facts = {name: result[name] for name in ("rung", "step", "tokens", "value", "bracket")}
-    return Rung(**facts, go_on=go_on, last=result["kind"] == "end")
+    return RungResult(**facts, go_on=go_on, last=result["kind"] == "end")
 
 
-class Watcher(_Unsaved, Callback):
+class EventLogCallback(_Stateless, Callback):
     """Notes failures, and keeps the screen up to date."""
 
-    def __init__(self, state: State, screen: Callable[[], None]) -> None:
+    def __init__(self, state: SearchBudget, screen: Callable[[], None]) -> None:
         self._state, self._screen = state, screen
         self._beat = time.monotonic()
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:  # noqa: ANN401, ARG002
         """Tune has looked around once."""
-        if time.monotonic() - self._beat > _BEAT_EVERY:
+        if time.monotonic() - self._beat > _HEARTBEAT_SECONDS:
             self._beat = time.monotonic()
-            self._state.ledger.beat()
+            self._state.ledger.record_heartbeat()
         self._screen()
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ANN401, ARG002
         """A trial has failed and is tried again."""
-        self._state.ledger.failure(trial.config["number"], _cause(trial))
+        self._state.ledger.record_failure(trial.config["number"], _read_failure_cause(trial))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ANN401, ARG002
         """A trial has failed as often as it may."""
-        trained = spent(RunDirectory(Path(trial.config["run"])).metrics)
-        self._state.ledger.end(trial.config["number"], "failed", _cause(trial), trained)
+        trained = read_trained_tokens(RunDirectory(Path(trial.config["run"])).metrics_path)
+        self._state.ledger.record_end(trial.config["number"], "failed", _read_failure_cause(trial), trained)
 
 
-def _cause(trial: Any) -> str:  # noqa: ANN401 - Tune's trials have no types
+def _read_failure_cause(trial: Any) -> str:  # noqa: ANN401 - Tune's trials have no types
     """The last line of what Tune has caught and written down."""
     path = Path(trial.error_file) if trial.error_file else None
     lines = [line for line in path.read_text().splitlines() if line.strip()] if path and path.is_file() else []

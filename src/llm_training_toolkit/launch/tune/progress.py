@@ -7,49 +7,49 @@ import time
 from rich.live import Live
 from rich.table import Table
 
-from llm_training_toolkit.config.search import Search
+from llm_training_toolkit.config.search import SearchConfig
 from llm_training_toolkit.monitoring.console import Console
-from llm_training_toolkit.search.event_log import Ledger
-from llm_training_toolkit.search.table import line, table
+from llm_training_toolkit.search.event_log import EventLog
+from llm_training_toolkit.search.table import build_trials_table, format_trial_line
 
-_DRAW_EVERY = 1.0
+_REDRAW_SECONDS = 1.0
 
 
-class Screen:
+class SearchProgressDisplay:
     """The screen of a search; called whenever Tune has looked around."""
 
-    def __init__(self, search: Search, ledger: Ledger, console: Console) -> None:
+    def __init__(self, search: SearchConfig, ledger: EventLog, console: Console) -> None:
         self._search, self._ledger, self._console = search, ledger, console
         self._drawn = 0.0
         self._said = {trial.number: trial.state for trial in ledger.trials.values()}
         self._live: Live | None = None
         console.close()
         if console.terminal.is_terminal:
-            self._live = Live(self._table(), console=console.terminal, auto_refresh=False)
+            self._live = Live(self._build_table(), console=console.terminal, auto_refresh=False)
             self._live.start()
 
     def __call__(self) -> None:
         """Show what has changed."""
         if self._live is None:
-            self._say()
-        elif time.monotonic() - self._drawn > _DRAW_EVERY:
+            self._print_changes()
+        elif time.monotonic() - self._drawn > _REDRAW_SECONDS:
             self._drawn = time.monotonic()
-            self._live.update(self._table(), refresh=True)
+            self._live.update(self._build_table(), refresh=True)
 
     def close(self) -> None:
         """Leave the last table on the screen."""
         if self._live is None:
-            self._say()
+            self._print_changes()
             return
-        self._live.update(self._table(), refresh=True)
+        self._live.update(self._build_table(), refresh=True)
         self._live.stop()
         self._live = None
 
-    def _table(self) -> Table:
-        return table(self._search, self._ledger, self._console.terminal.width)
+    def _build_table(self) -> Table:
+        return build_trials_table(self._search, self._ledger, self._console.terminal.width)
 
-    def _say(self) -> None:
+    def _print_changes(self) -> None:
         for trial in list(self._ledger.trials.values()):
             if self._said.get(trial.number) != trial.state:
                 self._said[trial.number] = trial.state
-                self._console.say(line(self._search, trial))
+                self._console.print_line(format_trial_line(self._search, trial))

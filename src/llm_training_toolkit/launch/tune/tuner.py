@@ -15,144 +15,151 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from llm_training_toolkit.config import Config, to_json
-from llm_training_toolkit.config.run_identity import flatten
-from llm_training_toolkit.config.schema import Tag
-from llm_training_toolkit.config.search import Search, changed, load_search
-from llm_training_toolkit.config.uri import is_address
-from llm_training_toolkit.data.prepare.epochs import prepare_epochs, receipt_lines
+from llm_training_toolkit.config import Config, dump_config_json
+from llm_training_toolkit.config.run_identity import flatten_config
+from llm_training_toolkit.config.schema import FieldTag
+from llm_training_toolkit.config.search import SearchConfig, load_search, replace_config_values
+from llm_training_toolkit.config.uri import is_uri
+from llm_training_toolkit.data.prepare.epochs import format_dataset_info, prepare_epochs
 from llm_training_toolkit.errors import ConfigError, DataError, LaunchError
-from llm_training_toolkit.launch.backend import check_nodes_of, preparation_of, prepare_environment
-from llm_training_toolkit.launch.request import EXIT_CODES, Status
+from llm_training_toolkit.launch.backend import check_cluster_nodes, create_dataset_builder, prepare_environment
+from llm_training_toolkit.launch.request import EXIT_CODES, TrainResultStatus
 from llm_training_toolkit.launch.signals import on_stop_signal
-from llm_training_toolkit.launch.tune.progress import Screen
+from llm_training_toolkit.launch.tune.progress import SearchProgressDisplay
 from llm_training_toolkit.monitoring.console import Console
-from llm_training_toolkit.monitoring.logs import redirect
-from llm_training_toolkit.runs.directory import claim, write_atomically
-from llm_training_toolkit.search.budget import State
-from llm_training_toolkit.search.event_log import Ledger, SearchDirectory, Trial
-from llm_training_toolkit.search.results import best, summary
-from llm_training_toolkit.search.sampler import Suggestions
-from llm_training_toolkit.search.space import Trials, check, corners, shown
+from llm_training_toolkit.monitoring.logs import redirect_output
+from llm_training_toolkit.runs.directory import lock_run_directory, write_atomically
+from llm_training_toolkit.search.budget import SearchBudget
+from llm_training_toolkit.search.event_log import EventLog, SearchDirectory, TrialRecord
+from llm_training_toolkit.search.results import build_summary, find_best_trial
+from llm_training_toolkit.search.sampler import TrialSampler
+from llm_training_toolkit.search.space import TrialConfigBuilder, boundary_points, check_search_space, format_point
 from llm_training_toolkit.setup.machine import check_machine, check_quantization
 
-_TUNE = {
+_TUNE_ENV = {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C is ours: trials stop with a checkpoint
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the ledger and the trials' own files have it all
     "TUNE_GLOBAL_CHECKPOINT_S": "1000000",  # nothing of Tune's is ever read again
     "TUNE_FORCE_TRIAL_CLEANUP_S": "150",
     "RAY_AIR_NEW_OUTPUT": "0",
 }
-_DRIVER_SHARE = {"node:__internal_head__": 0.0001}
+_TRIAL_ACTOR_RESOURCES = {"node:__internal_head__": 0.0001}
 """What a trial's driver takes: no CPU, for the cluster is its workers'; Tune refuses to take nothing at all."""
-_LOST = "Ray was lost while the search worked; the same command goes on"
+_RAY_LOST_MESSAGE = "Ray was lost while the search worked; the same command goes on"
 
 
 @dataclass(frozen=True)
-class Asked:
+class SearchSpec:
     """A search as it was asked for."""
 
-    search: Search
-    whole: Config
+    search: SearchConfig
+    base_config: Config
     """The base as it stands in its file: the winner is trained like that."""
-    base: Config
+    trial_config: Config
     """What trials are made from."""
     directory: SearchDirectory
-    trials: Trials
+    trials: TrialConfigBuilder
 
 
-def read_search(path: Path, overrides: list[str]) -> Asked:
+def read_search(path: Path, overrides: list[str]) -> SearchSpec:
     """The search in a file, and where it lies. Raises ConfigError."""
     search, whole, base = load_search(path, overrides)
-    if is_address(base.run.dir):
+    if is_uri(base.run.dir):
         raise ConfigError(f"run.dir = {base.run.dir}: a search lies on a path that every node sees; name one")
     runs = Path(base.run.dir).expanduser().absolute()
     directory = SearchDirectory(runs / (search.name or path.stem))
     cache = str(runs / ".cache") if base.data.cache == "auto" else str(Path(base.data.cache).expanduser().absolute())
-    return Asked(search, whole, base, directory, Trials(search, base, str(directory.trials), cache))
+    return SearchSpec(
+        search, whole, base, directory, TrialConfigBuilder(search, base, str(directory.trials_dir), cache)
+    )
 
 
-def tune(asked: Asked, console: Console) -> tuple[Status, dict[str, Any]]:
+def run_search(asked: SearchSpec, console: Console) -> tuple[TrainResultStatus, dict[str, Any]]:
     """Carry a search out, or go on with it: how it ended, and what it has found. Raises ToolkitError."""
     search, directory = asked.search, asked.directory
-    for words in check(asked.trials):
-        console.say(f"left out: {words}")
-    _check_winners(asked)
-    check_machine(asked.base)
-    check_quantization(asked.base)
-    with claim(directory.driver):
-        ledger = Ledger(directory.ledger)
+    for words in check_search_space(asked.trials):
+        console.print_line(f"left out: {words}")
+    _check_best_configs(asked)
+    check_machine(asked.trial_config)
+    check_quantization(asked.trial_config)
+    with lock_run_directory(directory.driver_run):
+        ledger = EventLog(directory.event_log_path)
         if ledger.trials:
-            _refuse_changed(asked)
-        _write_asked(asked)
-        ledger.start()
-        directory.stopping.unlink(missing_ok=True)
-        done = len(ledger.trials) - len(ledger.unfinished)
+            _check_unchanged(asked)
+        _write_search_identity(asked)
+        ledger.record_start()
+        directory.stop_marker_path.unlink(missing_ok=True)
+        done = len(ledger.trials) - len(ledger.unfinished_trials)
         if done:
-            console.say(
-                f"search {directory.path.name} goes on: {done} trials have ended, {len(ledger.unfinished)} had begun"
+            console.print_line(
+                f"search {directory.path.name} goes on: {done} trials have ended, "
+                f"{len(ledger.unfinished_trials)} had begun"
             )
-        status = _carry_out(asked, ledger, console)
-        if best(ledger, search.mode) is not None:
+        status = _run_trials(asked, ledger, console)
+        if find_best_trial(ledger, search.mode) is not None:
             from llm_training_toolkit.search.outputs import write_outputs
 
-            write_outputs(asked.search, asked.whole, ledger, directory)
-        return status, summary(search, ledger, directory)
+            write_outputs(asked.search, asked.base_config, ledger, directory)
+        return status, build_summary(search, ledger, directory)
 
 
-def _check_winners(asked: Asked) -> None:
+def _check_best_configs(asked: SearchSpec) -> None:
     """Whether `best.yaml` could be written for every corner: better known before the trials. Raises ConfigError."""
-    for point in corners(asked.search):
-        if not asked.trials.problem(point):
-            changed(asked.whole, point, f"best.yaml (the base without set) with {shown(point)}")
+    for point in boundary_points(asked.search):
+        if not asked.trials.find_problem(point):
+            replace_config_values(
+                asked.base_config, point, f"best.yaml (the base without set) with {format_point(point)}"
+            )
 
 
-def _carry_out(asked: Asked, ledger: Ledger, console: Console) -> Status:
-    if State(asked.search, ledger).over:
-        console.say(f"search {asked.directory.path.name} is finished, in {asked.directory.path}")
+def _run_trials(asked: SearchSpec, ledger: EventLog, console: Console) -> TrainResultStatus:
+    if SearchBudget(asked.search, ledger).is_search_finished:
+        console.print_line(f"search {asked.directory.path.name} is finished, in {asked.directory.path}")
         return "finished"
     prepare_environment()  # before anything imports Ray
-    for name, value in _TUNE.items():
+    for name, value in _TUNE_ENV.items():
         os.environ[name] = value
-    redirect(asked.directory.driver.path / "logs" / "driver.log")
+    redirect_output(asked.directory.driver_run.path / "logs" / "driver.log")
     import ray
 
-    from llm_training_toolkit.launch.ray.cluster import cluster, watching
+    from llm_training_toolkit.launch.ray.cluster import connect_to_cluster, watch_head
 
-    with cluster(console):
-        concurrent = _concurrent(asked, console)  # before data is prepared for trials that fit nowhere
-        _prepare(asked, console)
-        suggestions = _suggestions(asked, ledger)
-        screen = Screen(asked.search, ledger, console)
+    with connect_to_cluster(console):
+        concurrent = _compute_max_concurrent(asked, console)  # before data is prepared for trials that fit nowhere
+        _prepare_shared_data(asked, console)
+        suggestions = _build_trial_sampler(asked, ledger)
+        screen = SearchProgressDisplay(asked.search, ledger, console)
 
-        def leave(said: str, code: int) -> NoReturn:
+        def exit_with_message(said: str, code: int) -> NoReturn:
             screen.close()
-            console.say(said)
+            console.print_line(said)
             console.close()
             os._exit(code)
 
-        def lost(why: str) -> None:
-            leave(f"error: {_LOST} ({why})", LaunchError.exit_code)
+        def exit_on_ray_loss(why: str) -> None:
+            exit_with_message(f"error: {_RAY_LOST_MESSAGE} ({why})", LaunchError.exit_code)
 
         try:
-            with watching(ray.get_runtime_context().gcs_address, console.say, lost):
-                return _drive(asked, ledger, suggestions, concurrent=concurrent, screen=screen, console=console)
+            with watch_head(ray.get_runtime_context().gcs_address, console.print_line, exit_on_ray_loss):
+                return _run_tuner(asked, ledger, suggestions, concurrent=concurrent, screen=screen, console=console)
         except KeyboardInterrupt:
-            leave("stopped at once: the same command goes on with the trials that had begun", EXIT_CODES["stopped"])
+            exit_with_message(
+                "stopped at once: the same command goes on with the trials that had begun", EXIT_CODES["stopped"]
+            )
         finally:
             screen.close()
 
 
-def _prepare(asked: Asked, console: Console) -> None:
+def _prepare_shared_data(asked: SearchSpec, console: Console) -> None:
     """Prepare the data of all trials for which it is the same, once the nodes were looked at.
 
     Raises DataError where nothing is held out of so few documents, as the metric would never be reported.
     """
-    some = asked.trials.config(_any_point(asked))
-    check_nodes_of(asked.directory.driver, some, console)
-    receipt = prepare_epochs(preparation_of(some, console), some, until=1).receipt
-    for row in receipt_lines(receipt):
-        console.say(row)
+    some = asked.trials.build_config(_find_trainable_point(asked))
+    check_cluster_nodes(asked.directory.driver_run, some, console)
+    receipt = prepare_epochs(create_dataset_builder(some, console), some, until=1).dataset_info
+    for row in format_dataset_info(receipt):
+        console.print_line(row)
     if asked.search.metric.startswith("eval/") and not receipt.eval_sequences:
         raise DataError(
             f"metric = {asked.search.metric}: no document is held out, so it is never reported; give a larger "
@@ -160,128 +167,133 @@ def _prepare(asked: Asked, console: Console) -> None:
         )
 
 
-def _drive(
-    asked: Asked,
-    ledger: Ledger,
-    suggestions: Suggestions,
+def _run_tuner(
+    asked: SearchSpec,
+    ledger: EventLog,
+    suggestions: TrialSampler,
     *,
     concurrent: int,
     screen: Callable[[], None],
     console: Console,
-) -> Status:
+) -> TrainResultStatus:
     import ray.exceptions
     from ray import tune as ray_tune
 
-    from llm_training_toolkit.launch.tune.callbacks import Gate, Source, Watcher
-    from llm_training_toolkit.launch.tune.trainable import TrialDriver
+    from llm_training_toolkit.launch.tune.callbacks import EventLogCallback, EventLogSearcher, RungScheduler
+    from llm_training_toolkit.launch.tune.trainable import TrialTrainable
 
-    state = State(asked.search, ledger)
+    state = SearchBudget(asked.search, ledger)
 
-    def stop() -> None:
-        console.say("stopping: trials end after their step, with a checkpoint (Ctrl-C again: at once, without)")
-        state.stopping = True
-        asked.directory.stopping.touch()
+    def request_stop() -> None:
+        console.print_line("stopping: trials end after their step, with a checkpoint (Ctrl-C again: at once, without)")
+        state.stop_requested = True
+        asked.directory.stop_marker_path.touch()
 
     tuner = ray_tune.Tuner(
-        ray_tune.with_resources(TrialDriver, ray_tune.PlacementGroupFactory([_DRIVER_SHARE])),
+        ray_tune.with_resources(TrialTrainable, ray_tune.PlacementGroupFactory([_TRIAL_ACTOR_RESOURCES])),
         tune_config=ray_tune.TuneConfig(
-            search_alg=Source(state, suggestions, lambda trial: _order(asked, trial)),
-            scheduler=Gate(state),
+            search_alg=EventLogSearcher(state, suggestions, lambda trial: _build_trial_spec(asked, trial)),
+            scheduler=RungScheduler(state),
             num_samples=-1,  # the source says when there are no more
             max_concurrent_trials=concurrent,
             trial_dirname_creator=lambda trial: f"{Path(trial.config['run']).name}_{trial.trial_id}",
         ),
         run_config=ray_tune.RunConfig(
             name="tune",
-            storage_path=str(asked.directory.driver.path),
+            storage_path=str(asked.directory.driver_run.path),
             checkpoint_config=ray_tune.CheckpointConfig(checkpoint_at_end=False),  # the trials' runs keep their own
             failure_config=ray_tune.FailureConfig(max_failures=asked.search.retries),
-            callbacks=[Watcher(state, screen)],
+            callbacks=[EventLogCallback(state, screen)],
             verbose=0,
         ),
     )
     try:
-        with on_stop_signal(stop):
+        with on_stop_signal(request_stop):
             tuner.fit()
     except ray.exceptions.RayError as error:
-        raise LaunchError(f"{_LOST} ({error})") from error
+        raise LaunchError(f"{_RAY_LOST_MESSAGE} ({error})") from error
     except ray_tune.TuneError as error:
-        raise LaunchError(ledger.broken or f"Ray Tune has failed; the same command goes on ({error})") from error
-    if ledger.broken:
-        raise LaunchError(ledger.broken)
-    if state.hopeless:
+        raise LaunchError(ledger.write_error or f"Ray Tune has failed; the same command goes on ({error})") from error
+    if ledger.write_error:
+        raise LaunchError(ledger.write_error)
+    if state.repeated_error:
         raise LaunchError(
             "trial after trial has failed before its first rung, so no other is begun; the same command tries again. "
-            f"The newest error: {state.hopeless}"
+            f"The newest error: {state.repeated_error}"
         )
-    return "stopped" if state.stopping else "finished"
+    return "stopped" if state.stop_requested else "finished"
 
 
-def _order(asked: Asked, trial: Trial) -> dict[str, Any]:
+def _build_trial_spec(asked: SearchSpec, trial: TrialRecord) -> dict[str, Any]:
     """A trial as the order that its driver gets."""
-    from llm_training_toolkit.launch.tune.trainable import Order
+    from llm_training_toolkit.launch.tune.trainable import TrialSpec
 
-    return Order(
+    return TrialSpec(
         number=trial.number,
-        config=to_json(asked.trials.config(trial.parameters, trial.name)),
-        run=str(asked.directory.trial(trial.number).path),
+        config=dump_config_json(asked.trials.build_config(trial.parameters, trial.name)),
+        run=str(asked.directory.get_trial_run(trial.number).path),
         metric=asked.search.metric,
         scheduler=asked.search.scheduler.model_dump_json(),
         here=str(Path.cwd()),
-        stopping=str(asked.directory.stopping),
-    ).to_tune()
+        stopping=str(asked.directory.stop_marker_path),
+    ).to_tune_config()
 
 
-def _suggestions(asked: Asked, ledger: Ledger) -> Suggestions:
+def _build_trial_sampler(asked: SearchSpec, ledger: EventLog) -> TrialSampler:
     learner = None
     if asked.search.searcher.name == "optuna":
-        from llm_training_toolkit.search.optuna_sampler import learnt
+        from llm_training_toolkit.search.optuna_sampler import propose_optuna_point
 
-        learner = learnt
-    return Suggestions(asked.trials, ledger, learner)
+        learner = propose_optuna_point
+    return TrialSampler(asked.trials, ledger, learner)
 
 
-def _any_point(asked: Asked) -> dict[str, Any]:
+def _find_trainable_point(asked: SearchSpec) -> dict[str, Any]:
     """A point that can be trained: its data is prepared before the first trial, for all where it is the same."""
-    return dict(next(point for point in corners(asked.search) if not asked.trials.problem(point)))
+    return dict(next(point for point in boundary_points(asked.search) if not asked.trials.find_problem(point)))
 
 
-def _concurrent(asked: Asked, console: Console) -> int:
+def _compute_max_concurrent(asked: SearchSpec, console: Console) -> int:
     """Trials at a time: what was asked for, as far as the cluster has room. Raises LaunchError where none ever fits."""
     import ray
 
-    from llm_training_toolkit.launch.ray.autoscaler import Autoscaler
-    from llm_training_toolkit.launch.ray.capacity import Waiting
-    from llm_training_toolkit.launch.ray.nodes import living_nodes
-    from llm_training_toolkit.launch.ray.resources import runs_at_once, wanted_of
+    from llm_training_toolkit.launch.ray.autoscaler import AutoscalerClient
+    from llm_training_toolkit.launch.ray.capacity import CapacityWaiter
+    from llm_training_toolkit.launch.ray.nodes import alive_nodes
+    from llm_training_toolkit.launch.ray.resources import build_resource_request, count_concurrent_runs
 
-    wanted = wanted_of(asked.base, ray.cluster_resources().get("GPU", 0.0), console)
-    Waiting(asked.base, wanted, Autoscaler(wanted), console).refuse_never()
-    room = max(1, runs_at_once([node.total for node in living_nodes()], wanted))  # 1: nodes are yet to be added
+    wanted = build_resource_request(asked.trial_config, ray.cluster_resources().get("GPU", 0.0), console)
+    CapacityWaiter(asked.trial_config, wanted, AutoscalerClient(wanted), console).check_feasibility()
+    room = max(1, count_concurrent_runs([node.total for node in alive_nodes()], wanted))  # 1: nodes are yet to be added
     want = asked.search.concurrent
     if want is not None and want > room:
-        console.say(f"note: concurrent = {want}, but the cluster has room for {room} trials at a time")
+        console.print_line(f"note: concurrent = {want}, but the cluster has room for {room} trials at a time")
     taken = min(want or room, room)
-    console.say(f"{taken} trials at a time, workers each: {wanted.fewest}")
+    console.print_line(f"{taken} trials at a time, workers each: {wanted.fewest}")
     return taken
 
 
-def _identity(asked: Asked) -> dict[str, Any]:
+def _build_search_identity(asked: SearchSpec) -> dict[str, Any]:
     """What must not change while a search goes on."""
-    fields = {key: value for key, (tag, value) in flatten(asked.base).items() if tag is not Tag.FREE}
+    fields = {
+        key: value for key, (tag, value) in flatten_config(asked.trial_config).items() if tag is not FieldTag.FREE
+    }
     own = asked.search.model_dump(mode="json", include={"metric", "mode", "scheduler", "searcher"})
     space = {key: values.model_dump(mode="json", exclude_none=True) for key, values in asked.search.search.items()}
     found: dict[str, Any] = json.loads(json.dumps({**own, "search": space, "base": fields}))
     return found
 
 
-def _write_asked(asked: Asked) -> None:
-    write_atomically(asked.directory.asked, json.dumps(_identity(asked), indent=1))
+def _write_search_identity(asked: SearchSpec) -> None:
+    write_atomically(asked.directory.identity_path, json.dumps(_build_search_identity(asked), indent=1))
 
 
-def _refuse_changed(asked: Asked) -> None:
+def _check_unchanged(asked: SearchSpec) -> None:
     """Refuse to go on with another search. Raises ConfigError with every difference."""
-    before, now = _flat(json.loads(asked.directory.asked.read_text())), _flat(_identity(asked))
+    before, now = (
+        _flatten_identity(json.loads(asked.directory.identity_path.read_text())),
+        _flatten_identity(_build_search_identity(asked)),
+    )
     lines = [
         f"  {key}: {json.dumps(before.get(key))} -> {json.dumps(now.get(key))}"
         for key in sorted(before.keys() | now.keys())
@@ -294,7 +306,7 @@ def _refuse_changed(asked: Asked) -> None:
         )
 
 
-def _flat(identity: dict[str, Any]) -> dict[str, Any]:
+def _flatten_identity(identity: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in identity.items():
         found |= {f"{name}.{key}": inner for key, inner in value.items()} if isinstance(value, dict) else {name: value}

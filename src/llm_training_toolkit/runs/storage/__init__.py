@@ -1,17 +1,24 @@
 """Runs whose directory lies in an object store; of no concern to those on a disk."""
 
-from llm_training_toolkit.runs.storage.open import hold_stored, opened, reached, refusal_of, runs_at, taking_part
+from llm_training_toolkit.runs.storage.open import (
+    find_store_problem,
+    lock_stored_run,
+    open_path,
+    open_runs_directory,
+    open_worker,
+    storage_errors,
+)
 from llm_training_toolkit.runs.storage.s3_client import StorageError
-from llm_training_toolkit.runs.storage.storage import Storage, storage_of
+from llm_training_toolkit.runs.storage.storage import Storage, find_storage
 
 __all__ = [
     "Storage",
     "StorageError",
-    "hold_stored",
-    "opened",
-    "reached",
-    "refusal_of",
-    "runs_at",
-    "storage_of",
-    "taking_part",
+    "find_storage",
+    "find_store_problem",
+    "lock_stored_run",
+    "open_path",
+    "open_runs_directory",
+    "open_worker",
+    "storage_errors",
 ]

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from llm_training_toolkit.runs.storage.s3_client import Bucket, StorageError
+from llm_training_toolkit.runs.storage.s3_client import S3Client, StorageError
 
 _NAME = re.compile(r"(.+)\.(\d{15})")
 _GROWING = re.compile(r"metrics\.jsonl|(?:eval/)?tb/.+|logs/.+|ledger/.+")
@@ -29,7 +29,7 @@ _MOST_SEGMENTS = 50
 """After so many they become one: a month in steps of ten seconds is five thousand objects, not 260,000."""
 
 
-class Segment(NamedTuple):
+class LogSegment(NamedTuple):
     """A piece of a file that grows."""
 
     start: int
@@ -41,33 +41,33 @@ class Segment(NamedTuple):
         return self.start + self.size
 
 
-def grows(relative: str) -> bool:
+def is_append_only(relative: str) -> bool:
     """Whether a file of a run directory is written at its end alone."""
     return _GROWING.fullmatch(relative) is not None
 
 
-def key_of(relative: str, start: int) -> str:
+def build_segment_key(relative: str, start: int) -> str:
     """The key of the segment of a file that begins at a byte."""
     return f"{relative}.{start:015d}"
 
 
-def by_file(sizes: Mapping[str, int]) -> dict[str, list[Segment]]:
+def group_segments_by_file(sizes: Mapping[str, int]) -> dict[str, list[LogSegment]]:
     """The segments of each file that grows, in their order, without those within an earlier one; of keys and sizes."""
-    found: dict[str, list[Segment]] = {}
+    found: dict[str, list[LogSegment]] = {}
     for key in sorted(sizes):
-        if (match := _NAME.fullmatch(key)) and grows(match[1]):
-            segments, segment = found.setdefault(match[1], []), Segment(int(match[2]), sizes[key])
-            if segment.end > end_of(segments) or not segments:
+        if (match := _NAME.fullmatch(key)) and is_append_only(match[1]):
+            segments, segment = found.setdefault(match[1], []), LogSegment(int(match[2]), sizes[key])
+            if segment.end > get_end_offset(segments) or not segments:
                 segments.append(segment)
     return found
 
 
-def end_of(segments: Iterable[Segment]) -> int:
+def get_end_offset(segments: Iterable[LogSegment]) -> int:
     """How many bytes of the file the segments hold."""
     return max((segment.end for segment in segments), default=0)
 
 
-def tail(segments: list[Segment], size: int) -> list[Segment]:
+def select_tail_segments(segments: list[LogSegment], size: int) -> list[LogSegment]:
     """The last segments, which hold at least so many bytes."""
     held, first = 0, len(segments)
     while first > 0 and held < size:
@@ -76,7 +76,7 @@ def tail(segments: list[Segment], size: int) -> list[Segment]:
     return segments[first:]
 
 
-def whole(relative: str, content: bytes) -> int:
+def count_complete_bytes(relative: str, content: bytes) -> int:
     """How many of the bytes are whole: events of TensorBoard, lines of other files."""
     if _EVENTS not in relative:
         return content.rfind(b"\n") + 1
@@ -90,56 +90,59 @@ def whole(relative: str, content: bytes) -> int:
 
 
 @dataclass
-class _Sent:
+class _UploadState:
     """How far a file is in the store, and how far that is here: its beginning may lie in the store alone."""
 
-    stored: int = 0
-    here: int = 0
-    small: list[int] = field(default_factory=list)
+    stored_bytes: int = 0
+    local_bytes: int = 0
+    small_starts: list[int] = field(default_factory=list)
     """Where the segments begin that this process sent since it made one of several."""
 
 
-class Growing:
+class AppendLogWriter:
     """The growing files of one staging directory."""
 
-    def __init__(self, bucket: Bucket, root: Path) -> None:
+    def __init__(self, bucket: S3Client, root: Path) -> None:
         self._bucket, self._root = bucket, root
-        self._files: dict[str, _Sent] = {}
+        self._files: dict[str, _UploadState] = {}
 
-    def look(self, relative: str, stored: int) -> None:
+    def sync_stored_size(self, relative: str, stored: int) -> None:
         """The store has so many bytes of a file; where that is more than was sent from here, another has written."""
-        if relative not in self._files or self._files[relative].stored != stored:
-            self.adopt(relative, stored)
+        if relative not in self._files or self._files[relative].stored_bytes != stored:
+            self.adopt_stored_size(relative, stored)
 
-    def adopt(self, relative: str, stored: int) -> None:
+    def adopt_stored_size(self, relative: str, stored: int) -> None:
         """The store has so many bytes of a file, and of what is here none need be sent."""
         path = self._root / relative
-        self._files[relative] = _Sent(stored, path.stat().st_size if path.exists() else 0)
+        self._files[relative] = _UploadState(stored, path.stat().st_size if path.exists() else 0)
 
-    def send(self, relative: str, *, last: bool) -> None:
+    def upload_new_bytes(self, relative: str, *, last: bool) -> None:
         """Send what is new and whole; at the `last` time a line without its end as well. Raises StorageError."""
-        sent = self._files.setdefault(relative, _Sent())
+        sent = self._files.setdefault(relative, _UploadState())
         with (self._root / relative).open("rb") as file:
-            file.seek(sent.here)
+            file.seek(sent.local_bytes)
             content = file.read()
-        complete = whole(relative, content)
+        complete = count_complete_bytes(relative, content)
         if last and "tfevents" not in relative:
             complete = len(content)
         if complete == 0:
             return
-        if self._bucket.create(key_of(relative, sent.stored), content[:complete]) is None:
+        if (
+            self._bucket.put_object_if_absent(build_segment_key(relative, sent.stored_bytes), content[:complete])
+            is None
+        ):
             raise StorageError(f"{self._bucket.address}: another process writes {relative}")
-        sent.small.append(sent.stored)
-        sent.stored, sent.here = sent.stored + complete, sent.here + complete
-        if len(sent.small) >= _MOST_SEGMENTS:
-            self._merge(relative, sent)
+        sent.small_starts.append(sent.stored_bytes)
+        sent.stored_bytes, sent.local_bytes = sent.stored_bytes + complete, sent.local_bytes + complete
+        if len(sent.small_starts) >= _MOST_SEGMENTS:
+            self._merge_segments(relative, sent)
 
-    def _merge(self, relative: str, sent: _Sent) -> None:
+    def _merge_segments(self, relative: str, sent: _UploadState) -> None:
         """Make the small segments one: first it takes the place of the first, then the others go."""
-        first, *others = sent.small
+        first, *others = sent.small_starts
         with (self._root / relative).open("rb") as file:
-            file.seek(sent.here - (sent.stored - first))
-            content = file.read(sent.stored - first)
-        self._bucket.put(key_of(relative, first), content)
-        self._bucket.delete(key_of(relative, start) for start in others)
-        sent.small.clear()
+            file.seek(sent.local_bytes - (sent.stored_bytes - first))
+            content = file.read(sent.stored_bytes - first)
+        self._bucket.put_object(build_segment_key(relative, first), content)
+        self._bucket.delete_objects(build_segment_key(relative, start) for start in others)
+        sent.small_starts.clear()

@@ -36,25 +36,25 @@ class StorageError(OSError):
 
 
 @dataclass(frozen=True)
-class Stored:
+class ObjectInfo:
     """An object as a listing shows it."""
 
     size: int
-    mark: str
+    etag: str
     """Of this version of it."""
     age: float
     """Seconds since it was written, by the store's own clock."""
 
 
-class Content(NamedTuple):
+class ObjectContent(NamedTuple):
     """An object that was fetched."""
 
     body: bytes
-    mark: str
+    etag: str
     """Of this version of it."""
 
 
-class Bucket:
+class S3Client:
     """What lies below an address such as `s3://bucket/runs/name`. Safe to use from several threads."""
 
     def __init__(self, address: str) -> None:
@@ -70,13 +70,13 @@ class Bucket:
             raise StorageError(f"{address}: not an address in an S3 bucket, such as s3://bucket/runs")
         self.address = address.rstrip("/")
         self._name, self._prefix = match[1], (match[2] or "").strip("/")
-        self._raised: tuple[type[Exception], ...] = (Boto3Error, BotoCoreError, ClientError)
-        self._refused: Any = ClientError
+        self._boto_errors: tuple[type[Exception], ...] = (Boto3Error, BotoCoreError, ClientError)
+        self._client_error: Any = ClientError
         self._transfer = TransferConfig(
             multipart_threshold=_LARGE, multipart_chunksize=_LARGE, max_concurrency=_AT_ONCE
         )
-        with self._reaching():
-            self._client: Any = boto3.client(
+        with self._translate_errors():
+            self._boto_client: Any = boto3.client(
                 "s3",
                 region_name=os.environ.get("AWS_REGION") or None,  # as data.sources; boto3 alone knows another name
                 config=Config(
@@ -87,104 +87,112 @@ class Bucket:
                 ),
             )
 
-    def put(self, key: str, content: bytes) -> str:
+    def put_object(self, key: str, content: bytes) -> str:
         """Write an object, whatever was there; the mark of this version."""
-        with self._reaching():
-            answer = self._client.put_object(Bucket=self._name, Key=self._key(key), Body=content)
+        with self._translate_errors():
+            answer = self._boto_client.put_object(Bucket=self._name, Key=self._build_full_key(key), Body=content)
         return str(answer["ETag"])
 
-    def create(self, key: str, content: bytes) -> str | None:
+    def put_object_if_absent(self, key: str, content: bytes) -> str | None:
         """Write an object unless there is one: of several who try, one writes. Its mark; None where it is another's."""
-        with self._reaching():
+        with self._translate_errors():
             try:
-                answer = self._client.put_object(Bucket=self._name, Key=self._key(key), Body=content, IfNoneMatch="*")
-            except self._refused as error:
+                answer = self._boto_client.put_object(
+                    Bucket=self._name, Key=self._build_full_key(key), Body=content, IfNoneMatch="*"
+                )
+            except self._client_error as error:
                 if error.response["ResponseMetadata"]["HTTPStatusCode"] not in {409, 412}:
                     raise
                 # An answer may have been lost on its way: then the one that is there is ours.
-                found = self.get(key)
-                return found.mark if found is not None and found.body == content else None
+                found = self.get_object(key)
+                return found.etag if found is not None and found.body == content else None
         return str(answer["ETag"])
 
-    def get(self, key: str) -> Content | None:
+    def get_object(self, key: str) -> ObjectContent | None:
         """An object; None where there is none."""
-        with self._reaching():
+        with self._translate_errors():
             try:
-                answer = self._client.get_object(Bucket=self._name, Key=self._key(key))
-            except self._refused as error:
+                answer = self._boto_client.get_object(Bucket=self._name, Key=self._build_full_key(key))
+            except self._client_error as error:
                 if error.response["Error"]["Code"] != "NoSuchKey":
                     raise
                 return None
-            return Content(answer["Body"].read(), str(answer["ETag"]))
+            return ObjectContent(answer["Body"].read(), str(answer["ETag"]))
 
-    def listed(self, below: str = "") -> dict[str, Stored]:
+    def list_objects(self, below: str = "") -> dict[str, ObjectInfo]:
         """Every object whose key begins with `below`, by key, in the order of keys."""
-        found: dict[str, Stored] = {}
-        with self._reaching():
-            pages = self._client.get_paginator("list_objects_v2")
-            for page in pages.paginate(Bucket=self._name, Prefix=self._key(below)):
+        found: dict[str, ObjectInfo] = {}
+        with self._translate_errors():
+            pages = self._boto_client.get_paginator("list_objects_v2")
+            for page in pages.paginate(Bucket=self._name, Prefix=self._build_full_key(below)):
                 now = parsedate_to_datetime(page["ResponseMetadata"]["HTTPHeaders"]["date"])
                 for entry in page.get("Contents", ()):
-                    key = entry["Key"][len(self._key("")) :]
+                    key = entry["Key"][len(self._build_full_key("")) :]
                     age = (now - entry["LastModified"]).total_seconds()
-                    found[key] = Stored(entry["Size"], entry["ETag"], age)
+                    found[key] = ObjectInfo(entry["Size"], entry["ETag"], age)
         return found
 
-    def directories(self) -> list[str]:
+    def list_directories(self) -> list[str]:
         """The names directly below the address that have something below them."""
-        with self._reaching():
-            pages = self._client.get_paginator("list_objects_v2")
-            listed = pages.paginate(Bucket=self._name, Prefix=self._key(""), Delimiter="/")
+        with self._translate_errors():
+            pages = self._boto_client.get_paginator("list_objects_v2")
+            listed = pages.paginate(Bucket=self._name, Prefix=self._build_full_key(""), Delimiter="/")
             found = [entry["Prefix"] for page in listed for entry in page.get("CommonPrefixes", ())]
-        return [prefix[len(self._key("")) :].rstrip("/") for prefix in found]
+        return [prefix[len(self._build_full_key("")) :].rstrip("/") for prefix in found]
 
-    def upload(self, path: Path, key: str, told: Callable[[int], None] | None = None) -> str:
+    def upload_file(self, path: Path, key: str, told: Callable[[int], None] | None = None) -> str:
         """Send a file, large ones in parts, each with a checksum that the store compares; `told` of bytes sent.
 
         Its mark. Raises StorageError when it did not arrive whole.
         """
         size = path.stat().st_size
-        with self._reaching():
-            self._client.upload_file(str(path), self._name, self._key(key), Callback=told, Config=self._transfer)
-            stored = self._client.head_object(Bucket=self._name, Key=self._key(key))
+        with self._translate_errors():
+            self._boto_client.upload_file(
+                str(path), self._name, self._build_full_key(key), Callback=told, Config=self._transfer
+            )
+            stored = self._boto_client.head_object(Bucket=self._name, Key=self._build_full_key(key))
         if stored["ContentLength"] != size:
             raise StorageError(f"{self.address}/{key}: {stored['ContentLength']} bytes have arrived, {size} were sent")
         return str(stored["ETag"])
 
-    def download(self, key: str, path: Path) -> None:
+    def download_file(self, key: str, path: Path) -> None:
         """Fetch an object into a file. Raises FileNotFoundError where there is none."""
-        with self._reaching():
+        with self._translate_errors():
             try:
-                self._client.download_file(self._name, self._key(key), str(path), Config=self._transfer)
-            except self._refused as error:
+                self._boto_client.download_file(self._name, self._build_full_key(key), str(path), Config=self._transfer)
+            except self._client_error as error:
                 if error.response["Error"]["Code"] not in {"404", "NoSuchKey"}:
                     raise
                 raise FileNotFoundError(f"{self.address}/{key}: no such object") from error
 
-    def delete(self, keys: Iterable[str]) -> None:
+    def delete_objects(self, keys: Iterable[str]) -> None:
         """Delete objects; one that is not there is no error."""
-        wanted = [{"Key": self._key(key)} for key in keys]
+        wanted = [{"Key": self._build_full_key(key)} for key in keys]
         for start in range(0, len(wanted), _DELETED_AT_ONCE):
             some = {"Objects": wanted[start : start + _DELETED_AT_ONCE], "Quiet": True}
-            with self._reaching():
-                answer: Mapping[str, Any] = self._client.delete_objects(Bucket=self._name, Delete=some)
+            with self._translate_errors():
+                answer: Mapping[str, Any] = self._boto_client.delete_objects(Bucket=self._name, Delete=some)
             if errors := answer.get("Errors"):
                 raise StorageError(f"{self.address}: {errors[0]['Key']} cannot be deleted ({errors[0]['Message']})")
 
-    def abandon_uploads(self, below: str) -> None:
+    def abort_multipart_uploads(self, below: str) -> None:
         """Delete the parts of files that were never sent whole: no listing shows them, and they cost money."""
-        with self._reaching():
-            found = self._client.list_multipart_uploads(Bucket=self._name, Prefix=self._key(below)).get("Uploads", ())
+        with self._translate_errors():
+            found = self._boto_client.list_multipart_uploads(Bucket=self._name, Prefix=self._build_full_key(below)).get(
+                "Uploads", ()
+            )
             for upload in found:
-                self._client.abort_multipart_upload(Bucket=self._name, Key=upload["Key"], UploadId=upload["UploadId"])
+                self._boto_client.abort_multipart_upload(
+                    Bucket=self._name, Key=upload["Key"], UploadId=upload["UploadId"]
+                )
 
-    def _key(self, below: str) -> str:
+    def _build_full_key(self, below: str) -> str:
         return f"{self._prefix}/{below}" if self._prefix else below
 
     @contextmanager
-    def _reaching(self) -> Iterator[None]:
+    def _translate_errors(self) -> Iterator[None]:
         try:
             yield
-        except self._raised as error:
+        except self._boto_errors as error:
             said = shorten(str(error), _LONGEST_CAUSE) or type(error).__name__
             raise StorageError(f"{self.address}: {said}. {HINT}") from error

@@ -13,56 +13,56 @@ from typing import Any, Protocol
 
 from llm_training_toolkit.runs.attempts import begin_attempt
 from llm_training_toolkit.runs.directory import RunDirectory, write_atomically
-from llm_training_toolkit.runs.storage.s3_storage import Mirror
+from llm_training_toolkit.runs.storage.s3_storage import S3Storage
 
 
 class Storage(Protocol):
     """What is asked of the place where a run lies. Raises OSError as storage does."""
 
-    def address(self, path: Path) -> str:
+    def get_uri(self, path: Path) -> str:
         """Where a file or directory of the run lies for everybody."""
 
     def is_held(self) -> bool:
         """Whether a process holds the run's claim."""
 
-    def look(self, below: Path) -> None:
+    def refresh_directory(self, below: Path) -> None:
         """See what others have written below a directory."""
 
-    def bring(self, path: Path) -> None:
+    def fetch_file(self, path: Path) -> None:
         """Have a file here that is to be read."""
 
-    def send(self, *, last: bool = False) -> None:
+    def flush(self, *, last: bool = False) -> None:
         """Have everything there that was written here."""
 
     def begin_attempt(self, facts: Mapping[str, Any]) -> int:
         """Take the next attempt number."""
 
-    def deliver(self, path: Path, told: Callable[[int], None]) -> None:
+    def upload_checkpoint_file(self, path: Path, told: Callable[[int], None]) -> None:
         """Have a file of a checkpoint there that was written here; `told` of bytes."""
 
-    def publish(self, path: Path, text: str) -> None:
+    def commit_manifest(self, path: Path, text: str) -> None:
         """Write the manifest of a checkpoint, which is complete from then on."""
 
-    def sizes(self, directory: Path) -> Mapping[str, int]:
+    def read_file_sizes(self, directory: Path) -> Mapping[str, int]:
         """Bytes of each file of a checkpoint, by name, as they are there."""
 
-    def discard(self, directory: Path) -> None:
+    def delete_checkpoint(self, directory: Path) -> None:
         """Delete a checkpoint. One whose deletion is cut short does not look whole."""
 
-    def leave_behind(self, directory: Path) -> str:
+    def quarantine_checkpoint(self, directory: Path) -> str:
         """Put a checkpoint where it is not found any more; where that is, in words."""
 
-    def let_go(self, directory: Path) -> None:
+    def evict_checkpoint(self, directory: Path) -> None:
         """Forget what was brought of a checkpoint."""
 
 
-class Disk:
+class LocalStorage:
     """A run directory that every process sees as it is."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
 
-    def address(self, path: Path) -> str:
+    def get_uri(self, path: Path) -> str:
         """Its path."""
         return str(path)
 
@@ -77,36 +77,36 @@ class Disk:
         except OSError:
             return False
 
-    def look(self, below: Path) -> None:
+    def refresh_directory(self, below: Path) -> None:
         """It is all there."""
 
-    def bring(self, path: Path) -> None:
+    def fetch_file(self, path: Path) -> None:
         """It is there."""
 
-    def send(self, *, last: bool = False) -> None:
+    def flush(self, *, last: bool = False) -> None:
         """It is there."""
 
     def begin_attempt(self, facts: Mapping[str, Any]) -> int:
         """By an exclusive create."""
         return begin_attempt(RunDirectory(self._path), facts)
 
-    def deliver(self, path: Path, told: Callable[[int], None]) -> None:
+    def upload_checkpoint_file(self, path: Path, told: Callable[[int], None]) -> None:
         """It is there."""
 
-    def publish(self, path: Path, text: str) -> None:
+    def commit_manifest(self, path: Path, text: str) -> None:
         """Under a temporary name first, then renamed."""
         write_atomically(path, text)
 
-    def sizes(self, directory: Path) -> Mapping[str, int]:
+    def read_file_sizes(self, directory: Path) -> Mapping[str, int]:
         """As the file system says."""
         return {path.name: path.stat().st_size for path in directory.iterdir()}
 
-    def discard(self, directory: Path) -> None:
+    def delete_checkpoint(self, directory: Path) -> None:
         """The manifest first."""
         (directory / "manifest.json").unlink(missing_ok=True)
         shutil.rmtree(directory, ignore_errors=True)
 
-    def leave_behind(self, directory: Path) -> str:
+    def quarantine_checkpoint(self, directory: Path) -> str:
         """Renamed."""
         number = 1
         while (target := directory.with_name(f"left_behind_{number}_{directory.name}")).exists():
@@ -114,15 +114,15 @@ class Disk:
         directory.rename(target)
         return f"it lies in {target.name} now"
 
-    def let_go(self, directory: Path) -> None:
+    def evict_checkpoint(self, directory: Path) -> None:
         """Nothing was brought."""
 
 
-mirrors: list[Mirror] = []
+open_s3_storages: list[S3Storage] = []
 """Those that this process has open (`storage.opening`)."""
 
 
-def storage_of(path: Path) -> Storage:
+def find_storage(path: Path) -> Storage:
     """The place of the run that a path belongs to, or of the run at the path."""
-    found = next((mirror for mirror in mirrors if path.is_relative_to(mirror.run.path)), None)
-    return found or Disk(path)
+    found = next((mirror for mirror in open_s3_storages if path.is_relative_to(mirror.run.path)), None)
+    return found or LocalStorage(path)

@@ -18,8 +18,8 @@ class ControlGroup:
 
     def __init__(self, memory: int, processes: int) -> None:
         self._directories: list[Path] = []
-        for parent, limits in _parents(memory, processes):
-            _clear_left_over(parent)
+        for parent, limits in _find_parent_groups(memory, processes):
+            _remove_stale_groups(parent)
             directory = parent / f"{_PREFIX}{os.getpid()}"
             with suppress(OSError):
                 directory.mkdir()
@@ -28,13 +28,13 @@ class ControlGroup:
                 with suppress(OSError):  # a kernel without swap has no limit of it, and the others hold still
                     (directory / file).write_text(str(value))
 
-    def join(self) -> None:
+    def join_group(self) -> None:
         """Put this process, and what it starts from now on, into the group, where that is allowed."""
         for directory in self._directories:
             with suppress(OSError):
                 (directory / "cgroup.procs").write_text("0")
 
-    def remove(self) -> None:
+    def remove_group(self) -> None:
         """Take the group away, once nothing is in it."""
         end = time.monotonic() + _REMOVAL_SECONDS
         for directory in self._directories:
@@ -47,7 +47,7 @@ class ControlGroup:
                 time.sleep(0.01)
 
 
-def _clear_left_over(parent: Path) -> None:
+def _remove_stale_groups(parent: Path) -> None:
     """Remove the groups of supervisors that were killed; where processes are in one, the kernel refuses."""
     for group in parent.glob(f"{_PREFIX}*"):
         owner = group.name.removeprefix(_PREFIX)
@@ -56,7 +56,7 @@ def _clear_left_over(parent: Path) -> None:
                 group.rmdir()
 
 
-def _parents(memory: int, processes: int) -> list[tuple[Path, dict[str, int]]]:
+def _find_parent_groups(memory: int, processes: int) -> list[tuple[Path, dict[str, int]]]:
     """The groups that a new one may be made in, each with what is written into it."""
     try:
         lines = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
@@ -69,12 +69,12 @@ def _parents(memory: int, processes: int) -> list[tuple[Path, dict[str, int]]]:
     own = _ROOT / paths.get("", "").lstrip("/")
     # In version 2 a group holds either processes or groups: the nearest one above that may hold groups.
     for group in (own, *own.parents):
-        if group.is_relative_to(_ROOT) and _may_hold_groups(group):
+        if group.is_relative_to(_ROOT) and _can_hold_groups(group):
             return [(group, {"memory.max": memory, "memory.swap.max": 0, "pids.max": processes})]
     return []
 
 
-def _may_hold_groups(group: Path) -> bool:
+def _can_hold_groups(group: Path) -> bool:
     try:
         controllers = (group / "cgroup.subtree_control").read_text().split()
     except OSError:

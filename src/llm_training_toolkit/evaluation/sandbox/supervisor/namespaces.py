@@ -27,7 +27,7 @@ _NOBODY = 65534
 _DEVICES = ("null", "zero", "full", "random", "urandom")
 
 
-def leave() -> None:
+def unshare_namespaces() -> None:
     """Leave every namespace; the next child is process 1 of a new one."""
     syscalls.unshare(_NAMESPACES)
 
@@ -40,14 +40,14 @@ def map_users(process: int) -> None:
     """
     try:
         for name in ("uid_map", "gid_map"):
-            _write(f"/proc/{process}/{name}", f"0 0 1\n{_NOBODY} {_NOBODY} 1\n")
+            _write_kernel_file(f"/proc/{process}/{name}", f"0 0 1\n{_NOBODY} {_NOBODY} 1\n")
     except OSError:
-        _write(f"/proc/{process}/uid_map", f"{_NOBODY} {os.geteuid()} 1\n")
-        _write(f"/proc/{process}/setgroups", "deny")
-        _write(f"/proc/{process}/gid_map", f"{_NOBODY} {os.getegid()} 1\n")
+        _write_kernel_file(f"/proc/{process}/uid_map", f"{_NOBODY} {os.geteuid()} 1\n")
+        _write_kernel_file(f"/proc/{process}/setgroups", "deny")
+        _write_kernel_file(f"/proc/{process}/gid_map", f"{_NOBODY} {os.getegid()} 1\n")
 
 
-def enter(root: str, visible: Sequence[str], room: int) -> None:
+def enter_new_root(root: str, visible: Sequence[str], room: int) -> None:
     """Build the program's root in an empty directory, enter it and become nobody. `room` bytes are free in /tmp."""
     plain = syscalls.MS_NOSUID | syscalls.MS_NODEV
     syscalls.mount("none", "/", "", syscalls.MS_REC | syscalls.MS_PRIVATE)
@@ -61,16 +61,16 @@ def enter(root: str, visible: Sequence[str], room: int) -> None:
         Path(root, "dev", name).touch()
         syscalls.mount(f"/dev/{name}", f"{root}/dev/{name}", "", syscalls.MS_BIND)
     for path in visible:  # after /tmp, below which a Python may live
-        _show(path, root)
-    syscalls.enter_root(root)
+        _bind_mount_read_only(path, root)
+    syscalls.pivot_root(root)
     with suppress(OSError):  # namespaces within namespaces: nothing gained by them, and more of the kernel to attack
-        _write("/proc/sys/user/max_user_namespaces", "0")
-    syscalls.read_only("/", recursive=False)
+        _write_kernel_file("/proc/sys/user/max_user_namespaces", "0")
+    syscalls.make_read_only("/", recursive=False)
     os.chdir("/tmp")
     _become_nobody()
 
 
-def _show(path: str, root: str) -> None:
+def _bind_mount_read_only(path: str, root: str) -> None:
     """Let a path of the machine be seen under the new root, read only, or be the link it is."""
     target = Path(root + path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -82,7 +82,7 @@ def _show(path: str, root: str) -> None:
     else:
         target.touch()
     syscalls.mount(path, str(target), "", syscalls.MS_BIND | syscalls.MS_REC)
-    syscalls.read_only(str(target), recursive=True)
+    syscalls.make_read_only(str(target), recursive=True)
 
 
 def _become_nobody() -> None:
@@ -91,10 +91,10 @@ def _become_nobody() -> None:
         os.setgroups([])
         os.setresgid(_NOBODY, _NOBODY, _NOBODY)
         os.setresuid(_NOBODY, _NOBODY, _NOBODY)
-    syscalls.give_up_privileges()
+    syscalls.drop_privileges()
 
 
-def _write(path: str, text: str) -> None:
+def _write_kernel_file(path: str, text: str) -> None:
     """Write in one piece, as the kernel's own files want it."""
     descriptor = os.open(path, os.O_WRONLY)
     try:

@@ -28,7 +28,7 @@ _PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def _check(result: int, what: str) -> None:
+def _check_result(result: int, what: str) -> None:
     if result < 0:
         number = ctypes.get_errno()
         raise OSError(number, f"{what}: {os.strerror(number)}")
@@ -36,48 +36,48 @@ def _check(result: int, what: str) -> None:
 
 def unshare(flags: int) -> None:
     """Leave namespaces for new ones."""
-    _check(_libc.unshare(flags), "unshare")
+    _check_result(_libc.unshare(flags), "unshare")
 
 
 def mount(source: str, target: str, kind: str, flags: int, options: str = "") -> None:
     """Mount, or bind with MS_BIND."""
     words = [text.encode() for text in (source, target, kind)]
-    _check(_libc.mount(*words, ctypes.c_ulong(flags), options.encode()), f"mount {target}")
+    _check_result(_libc.mount(*words, ctypes.c_ulong(flags), options.encode()), f"mount {target}")
 
 
-def read_only(target: str, *, recursive: bool) -> None:
+def make_read_only(target: str, *, recursive: bool) -> None:
     """Make a mount read only, with the mounts below it where `recursive`. Linux 5.12 or newer."""
     attributes = (ctypes.c_uint64 * 4)(_READ_ONLY_ATTRIBUTES, 0, 0, 0)
     size = ctypes.c_size_t(ctypes.sizeof(attributes))
     flags = _AT_RECURSIVE if recursive else 0
     result = _libc.syscall(_MOUNT_SETATTR, _AT_FDCWD, target.encode(), flags, ctypes.byref(attributes), size)
-    _check(result, f"make {target} read only")
+    _check_result(result, f"make {target} read only")
 
 
-def enter_root(directory: str) -> None:
+def pivot_root(directory: str) -> None:
     """Make a mount the root of this process, and let go of the old one."""
     number = _PIVOT_ROOT.get(os.uname().machine)
     if number is None:
         raise OSError(0, f"pivot_root: its number on {os.uname().machine} is not known")
     os.chdir(directory)
-    _check(_libc.syscall(number, b".", b"."), "pivot_root")  # the old root lies on top of the new one now
-    _check(_libc.umount2(b".", _DETACH), "umount of the old root")
+    _check_result(_libc.syscall(number, b".", b"."), "pivot_root")  # the old root lies on top of the new one now
+    _check_result(_libc.umount2(b".", _DETACH), "umount of the old root")
     os.chdir("/")
 
 
 def die_with_parent() -> None:
     """Be killed when the thread that started this process ends. A change of user undoes it."""
-    _check(_libc.prctl(_PDEATHSIG, _SIGKILL), "prctl")
+    _check_result(_libc.prctl(_PDEATHSIG, _SIGKILL), "prctl")
 
 
 def adopt_orphans() -> None:
     """Become the parent of every descendant whose parent ends."""
-    _check(_libc.prctl(_CHILD_SUBREAPER, 1), "prctl")
+    _check_result(_libc.prctl(_CHILD_SUBREAPER, 1), "prctl")
 
 
-def give_up_privileges() -> None:
+def drop_privileges() -> None:
     """Never again gain a privilege, neither by a program's owner nor by capabilities."""
     for capability in range(64):
         if _libc.prctl(_CAPBSET_DROP, capability, 0, 0, 0) < 0:
             break  # the kernel knows no more of them, or there is none to drop
-    _check(_libc.prctl(_NO_NEW_PRIVS, 1, 0, 0, 0), "prctl")
+    _check_result(_libc.prctl(_NO_NEW_PRIVS, 1, 0, 0, 0), "prctl")

@@ -11,11 +11,11 @@ from contextlib import suppress
 from pathlib import Path
 
 _PREFIX = "ltt-program-"
-_YOUNG_SECONDS = 60.0
+_MIN_AGE_SECONDS = 60.0
 """A folder younger than this may not have been locked yet."""
 
 
-def make() -> str:
+def create_workdir() -> str:
     """A new folder, locked for as long as this process or one that it forked lives."""
     folder = tempfile.mkdtemp(prefix=_PREFIX)
     with suppress(OSError):  # a file system without locks
@@ -23,15 +23,15 @@ def make() -> str:
     return folder
 
 
-def clear_left_over() -> None:
+def remove_stale_workdirs() -> None:
     """Remove the folders that nobody holds any more."""
     for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
         with suppress(OSError):
-            _remove_unless_held(folder)
+            _remove_unless_locked(folder)
 
 
-def _remove_unless_held(folder: Path) -> None:
-    if time.time() - folder.stat().st_mtime < _YOUNG_SECONDS:
+def _remove_unless_locked(folder: Path) -> None:
+    if time.time() - folder.stat().st_mtime < _MIN_AGE_SECONDS:
         return
     held = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW)
     try:
