@@ -41,14 +41,14 @@ BASE = """\
 run: {{name: base, dir: {directory}, seed: {seed}}}
 model:
   name: qwen3-0.6b
-  shape: {{num_hidden_layers: 2, hidden_size: 64, intermediate_size: 128, num_attention_heads: 4, \
+  config_overrides: {{num_hidden_layers: 2, hidden_size: 64, intermediate_size: 128, num_attention_heads: 4, \
 num_key_value_heads: 2, head_dim: 16}}
 tokenizer: {{train: {{vocab_size: 512}}}}
 data:
   sequence_length: 64
   sources: [{{path: {corpus}, format: code}}]
   eval: {{fraction: 0.05}}
-train: {{steps: {steps}, global_batch: 8, micro_batch: 8}}
+train: {{steps: {steps}, global_batch_size: 8, micro_batch_size: 8}}
 export: {{at_end: false}}
 cluster: {{workers: 1}}
 """

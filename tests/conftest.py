@@ -40,20 +40,20 @@ def tiny_config(corpus: Path, runs: Path, **sections: dict[str, Any]) -> Config:
     """
     data: dict[str, Any] = {
         "run": {"name": "tiny", "dir": str(runs)},
-        "model": {"name": "qwen3-0.6b", "shape": dict(SHAPE), "loss_chunk": 64},
+        "model": {"name": "qwen3-0.6b", "config_overrides": dict(SHAPE), "loss_chunk_size": 64},
         "tokenizer": {"train": {"vocab_size": 512}},
         "data": {
             "sequence_length": 64,
             "sources": [{"path": str(corpus), "format": "code", "fim": {"rate": 0.5, "loss": "middle"}}],
             "eval": {"fraction": 0.1},
         },
-        "train": {"steps": 9, "global_batch": 11, "micro_batch": 2, "precision": "fp32"},
+        "train": {"steps": 9, "global_batch_size": 11, "micro_batch_size": 2, "precision": "fp32"},
         "optim": {"lr": 1e-3, "warmup": 2},
-        "checkpoint": {"every": 100, "keep": 100},
-        "eval": {"every": 100},
+        "checkpoint": {"interval": 100, "keep_latest": 100},
+        "eval": {"interval": 100},
         "export": {"at_end": False},
         "cluster": {"workers": 2},
-        "failures": {"on_spike": "ignore"},  # a few hundred tokens a step vary as much as spikes do
+        "failures": {"on_loss_spike": "ignore"},  # a few hundred tokens a step vary as much as spikes do
     }
     for name, values in sections.items():
         data[name] = data.get(name, {}) | values

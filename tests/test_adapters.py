@@ -36,12 +36,12 @@ IDS = [[5, 17, 300, 42, 8, 111, 7, 64], [400, 3, 3, 9, 250, 31, 77, 1]]
 QWEN2 = {key: value for key, value in SHAPE.items() if key != "head_dim"}
 BIGCODE = {"n_layer": 2, "n_embd": 64, "n_inner": 128, "n_head": 4}
 MODELS: dict[str, dict[str, Any]] = {
-    "qwen3": {"name": "qwen3-0.6b", "shape": SHAPE},
-    "qwen3 untied": {"name": "qwen3-0.6b", "shape": SHAPE | {"tie_word_embeddings": False}},
-    "qwen2": {"name": "qwen2.5-0.5b", "shape": QWEN2},
-    "qwen3 mixture": {"name": "qwen3-30b-a3b", "shape": SHAPES["qwen3-30b-a3b"]},
-    "starcoder2": {"name": "starcoder2-3b", "shape": QWEN2},
-    "starcoder 1": {"name": "starcoderbase-1b", "shape": BIGCODE},
+    "qwen3": {"name": "qwen3-0.6b", "config_overrides": SHAPE},
+    "qwen3 untied": {"name": "qwen3-0.6b", "config_overrides": SHAPE | {"tie_word_embeddings": False}},
+    "qwen2": {"name": "qwen2.5-0.5b", "config_overrides": QWEN2},
+    "qwen3 mixture": {"name": "qwen3-30b-a3b", "config_overrides": SHAPES["qwen3-30b-a3b"]},
+    "starcoder2": {"name": "starcoder2-3b", "config_overrides": QWEN2},
+    "starcoder 1": {"name": "starcoderbase-1b", "config_overrides": BIGCODE},
 }
 
 
@@ -60,12 +60,12 @@ class Row:
 
 
 TABLE = [
-    Row("qwen3", 0, 2, "bf16", {"dora": True}),
+    Row("qwen3", 0, 2, "bf16", {"use_dora": True}),
     Row("qwen3 untied", 3, 2, "fp32", {"modules_to_save": ["lm_head", "embed_tokens"]}),
-    Row("qwen2", 3, 1, "fp32", {"dora": True, "dropout": 0.1}),
+    Row("qwen2", 3, 1, "fp32", {"use_dora": True, "dropout": 0.1}),
     Row("qwen3 mixture", 3, 2, "fp32", {"dropout": 0.1}),
-    Row("starcoder2", 2, 1, "bf16", {"rslora": True, "targets": ["q_proj", "c_proj"]}),
-    Row("starcoder 1", 0, 1, "fp32", {"dora": True}),
+    Row("starcoder2", 2, 1, "bf16", {"use_rslora": True, "target_modules": ["q_proj", "c_proj"]}),
+    Row("starcoder 1", 0, 1, "fp32", {"use_dora": True}),
 ]
 
 
@@ -144,7 +144,7 @@ def reloaded(directory: Path, dtype: torch.dtype) -> Any:
 def of(row: Row) -> dict[str, Any]:
     """The changes of a row."""
     model = {"lora": {"rank": 4, **row.lora}}
-    return {"engine": {"zero": row.zero}, "train": {"precision": row.precision}, "model": model}
+    return {"engine": {"zero_stage": row.zero}, "train": {"precision": row.precision}, "model": model}
 
 
 @pytest.mark.parametrize("row", TABLE, ids=str)
@@ -165,7 +165,7 @@ def test_every_family_trains_resumes_bitwise_and_loads_in_plain_peft(pools: Pool
     assert any(np.abs(values).max() > 1e-3 for name, values in state.items() if "lora_B" in name and "weights" in name)
 
     # DoRA reads weights that ZeRO 3 gathers for the engine's own forward pass alone.
-    stage = {"engine": {"zero": 0}} if "dora" in row.lora else None
+    stage = {"engine": {"zero_stage": 0}} if "use_dora" in row.lora else None
     asked: dict[str, Any] = {"run": str(whole.path), "checkpoint": str(final(whole)), "ids": IDS, "changes": stage}
     wanted = pool.run(rank_tasks.logits_of, **asked)[0]
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[row.precision]
@@ -183,7 +183,7 @@ def test_adapters_go_on_with_other_ranks_and_stages(pools: Pools, make: Make, wo
     run, whole = (make(name, model=lora, train={"precision": "fp32"}) for name in ("moved", "whole"))
     pools(2).run(rank_tasks.work_on, run=str(whole.path))
     pools(2).run(rank_tasks.work_on, run=str(run.path), stop_after=STOP)
-    pools(workers).run(rank_tasks.work_on, run=str(run.path), changes={"engine": {"zero": zero}})
+    pools(workers).run(rank_tasks.work_on, run=str(run.path), changes={"engine": {"zero_stage": zero}})
     found, wanted = losses(run), losses(whole)
     assert sorted(found) == list(range(1, STEPS + 1))
     assert max(abs(found[step] - wanted[step]) / wanted[step] for step in found) < 2e-6
@@ -205,7 +205,7 @@ def test_another_base_is_refused(pools: Pools, make: Make) -> None:
 def test_adapters_stand_beside_a_saved_model_and_name_it_as_given(pools: Pools, make: Make) -> None:
     full = make("full")
     pools(1).run(rank_tasks.work_on, run=str(full.path))
-    given = {"path": str(full.export_dir), "shape": {}, "lora": {"rank": 4}}
+    given = {"path": str(full.export_dir), "config_overrides": {}, "lora": {"rank": 4}}
     tokenizer = {"path": str(full.export_dir), "train": None}
     run = make("run", model=given, tokenizer=tokenizer)
     pools(2).run(rank_tasks.work_on, run=str(run.path))
@@ -221,7 +221,7 @@ def test_weights_of_another_run_become_the_base(pools: Pools, make: Make) -> Non
     full = make("full")
     pools(1).run(rank_tasks.work_on, run=str(full.path))
     tokenizer = {"path": rank_tasks.place_of(str(full.path)).receipt.tokenizer_path, "train": None}
-    given = {"init_from": str(full.path), "shape": {}, "lora": {"rank": 4}}
+    given = {"init_from": str(full.path), "config_overrides": {}, "lora": {"rank": 4}}
     run = make("run", model=given, tokenizer=tokenizer)
     pools(2).run(rank_tasks.work_on, run=str(run.path), stop_after=STOP)
     assert losses(run)[1] < losses(full)[1] - 0.3

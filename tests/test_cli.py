@@ -153,7 +153,7 @@ def test_a_missing_file_is_a_wrong_request_that_names_it(verb: str) -> None:
         ("train.steps=many", "train.steps"),
         ("train.steps=-1", "train.steps"),
         ("nonsense", "nonsense"),
-        ("engine.zero=7", "engine.zero"),
+        ("engine.zero_stage=7", "engine.zero_stage"),
     ],
 )
 def test_a_bad_override_is_a_wrong_request_that_names_the_field(override: str, said: str) -> None:
@@ -161,7 +161,9 @@ def test_a_bad_override_is_a_wrong_request_that_names_the_field(override: str, s
 
 
 def test_all_mistakes_are_named_at_once() -> None:
-    assert_refused(ltt("plan", QUICKSTART, "train.stesp=5", "engine.zero=7"), 2, "train.stesp", "engine.zero")
+    assert_refused(
+        ltt("plan", QUICKSTART, "train.stesp=5", "engine.zero_stage=7"), 2, "train.stesp", "engine.zero_stage"
+    )
 
 
 def test_a_plan_with_problems_is_shown_and_refused() -> None:

@@ -92,7 +92,7 @@ def undisturbed(
 
 
 def changed(zero: int, precision: str) -> dict[str, dict[str, Any]]:
-    return {"engine": {"zero": zero}, "train": {"precision": precision}, "failures": {"ledger": True}}
+    return {"engine": {"zero_stage": zero}, "train": {"precision": precision}, "failures": {"log_samples": True}}
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_stop_and_resume_is_bitwise_the_undisturbed_run(
 def test_another_host_and_a_clock_that_went_back_a_day_change_nothing(
     pools: Pools, fresh_run: Fresh, undisturbed: Undisturbed
 ) -> None:
-    changes = changed(2, "bf16") | {"checkpoint": {"every": 2, "keep": 2}}
+    changes = changed(2, "bf16") | {"checkpoint": {"interval": 2, "keep_latest": 2}}
     whole, run = undisturbed(2, 2, "bf16"), fresh_run("moved")
     pools(2).run(rank_tasks.work_on, run=str(run.path), changes=changes, stop_after=4)
     tomorrow = time.time() + 86_400
@@ -252,7 +252,7 @@ def test_a_finished_run_takes_no_further_step(pools: Pools, fresh_run: Fresh) ->
 
 def test_a_damaged_newest_checkpoint_is_set_aside_and_the_one_before_is_used(pools: Pools, fresh_run: Fresh) -> None:
     whole, run = fresh_run("whole"), fresh_run("damaged")
-    changes = {"checkpoint": {"every": 2}}
+    changes = {"checkpoint": {"interval": 2}}
     pools(2).run(rank_tasks.work_on, run=str(whole.path), changes=changes)
     pools(2).run(rank_tasks.work_on, run=str(run.path), changes=changes, stop_after=5)
     victim = final(run) / "fragments_00001.safetensors"
@@ -267,9 +267,9 @@ def test_the_best_by_held_out_loss_stays_also_over_a_resume(pools: Pools, fresh_
     # The rate is so high that the first step is the best one: losses of 10.0, 16.7, 12.7, 16.7.
     changes = {
         "optim": {"lr": 0.5, "warmup": 1},
-        "checkpoint": {"every": 1, "keep": 1},
-        "eval": {"every": 1},
-        "failures": {"on_spike": "ignore"},
+        "checkpoint": {"interval": 1, "keep_latest": 1},
+        "eval": {"interval": 1},
+        "failures": {"on_loss_spike": "ignore"},
     }
     pools(2).run(rank_tasks.work_on, run=str(run.path), changes=changes, stop_after=2)
     left_over = run.get_checkpoint_dir(3, 1)
@@ -288,7 +288,7 @@ def test_the_best_by_held_out_loss_stays_also_over_a_resume(pools: Pools, fresh_
 
 def test_a_run_over_epochs_ends_with_a_short_step_and_every_sequence_once(pools: Pools, fresh_run: Fresh) -> None:
     run = fresh_run("epoch")
-    train = {"steps": None, "epochs": 1, "global_batch": 8}
+    train = {"steps": None, "epochs": 1, "global_batch_size": 8}
     answers = pools(3).run(rank_tasks.work_on, run=str(run.path), changes={"train": train})
     place = rank_tasks.place_of(str(run.path))
     sequences = place.receipt.streams[0].sequences_per_epoch[0]
@@ -302,13 +302,13 @@ def test_a_run_lengthened_after_a_short_step_leaves_out_nothing(pools: Pools, fr
     place = rank_tasks.place_of(str(run.path))
     first = place.receipt.streams[0].sequences_per_epoch[0]
     assert first % 8, "the last step of the first epoch is meant to be short"
-    one = {"train": {"steps": None, "epochs": 1, "global_batch": 8}}
+    one = {"train": {"steps": None, "epochs": 1, "global_batch_size": 8}}
     pools(2).run(rank_tasks.work_on, run=str(run.path), changes=one)
-    config = rank_tasks.place_of(str(run.path), {"train": {"steps": None, "epochs": 2, "global_batch": 8}}).config
+    config = rank_tasks.place_of(str(run.path), {"train": {"steps": None, "epochs": 2, "global_batch_size": 8}}).config
     receipt = prepare_run_data(config, lambda _stage, _done, _total: None).dataset_info
     run.dataset_info_path.write_text(receipt.to_json())
     answers = pools(3).run(
-        rank_tasks.work_on, run=str(run.path), changes={"train": {"steps": None, "epochs": 2, "global_batch": 8}}
+        rank_tasks.work_on, run=str(run.path), changes={"train": {"steps": None, "epochs": 2, "global_batch_size": 8}}
     )
     steps = -(-first // 8) + -(-receipt.streams[0].sequences_per_epoch[1] // 8)
     assert (answers[0]["status"], answers[0]["step"]) == ("finished", steps)
@@ -325,7 +325,7 @@ def test_a_loss_that_is_not_finite_stops_every_rank_and_names_step_and_documents
     pools: Pools, fresh_run: Fresh
 ) -> None:
     run = fresh_run("diverges")
-    changes = {"optim": {"lr": 1e20, "warmup": 0, "clip": 0.0}, "checkpoint": {"every": 1}}
+    changes = {"optim": {"lr": 1e20, "warmup": 0, "max_grad_norm": 0.0}, "checkpoint": {"interval": 1}}
     with pytest.raises(TrainingError, match=r"step [2-9]: the (loss|gradient) is n.*module_\d+\.py") as caught:
         pools(2).run(rank_tasks.work_on, run=str(run.path), changes=changes)
     failed_step = int(str(caught.value).split(":")[0].removeprefix("step "))
@@ -341,7 +341,10 @@ def test_weights_of_another_run_start_a_new_one(pools: Pools, fresh_run: Fresh) 
     first.plan_path.write_text(json.dumps(plan.to_json()))
     pools(2).run(rank_tasks.work_on, run=str(first.path))
     tokenizer = rank_tasks.place_of(str(first.path)).receipt.tokenizer_path
-    changes = {"model": {"init_from": str(first.path), "shape": {}}, "tokenizer": {"path": tokenizer, "train": None}}
+    changes = {
+        "model": {"init_from": str(first.path), "config_overrides": {}},
+        "tokenizer": {"path": tokenizer, "train": None},
+    }
     pools(2).run(rank_tasks.work_on, run=str(second.path), changes=changes)
     assert losses(second)[1] < losses(first)[1] - 0.3
     assert CheckpointReader(final(second)).manifest.step == STEPS
@@ -360,7 +363,7 @@ def test_weights_of_another_run_keep_the_positions_they_were_trained_with(
     model.save_pretrained(tmp_path / "published")
     tokenizer = {"path": place.receipt.tokenizer_path, "train": None}
     for run, origin in ((first, {"path": str(tmp_path / "published")}), (second, {"init_from": str(first.path)})):
-        changes = {"model": {"shape": {}, **origin}, "tokenizer": tokenizer}
+        changes = {"model": {"config_overrides": {}, **origin}, "tokenizer": tokenizer}
         pools(1).run(rank_tasks.work_on, run=str(run.path), changes=changes, stop_after=1)
         found = CheckpointReader(final(run)).manifest.extra["hf_config"]
         assert found["rope_parameters"].items() >= yarn.items()
@@ -370,9 +373,9 @@ def test_weights_of_another_run_keep_the_positions_they_were_trained_with(
 def test_a_checkpoint_of_another_model_is_refused_by_name(pools: Pools, fresh_run: Fresh) -> None:
     run = fresh_run("other_shape")
     pools(2).run(rank_tasks.work_on, run=str(run.path))
-    shape = rank_tasks.place_of(str(run.path)).config.model.shape | {"intermediate_size": 96}
+    shape = rank_tasks.place_of(str(run.path)).config.model.config_overrides | {"intermediate_size": 96}
     with pytest.raises(CheckpointError, match=r"mlp.*128.*96"):
-        pools(2).run(rank_tasks.work_on, run=str(run.path), changes={"model": {"shape": shape}})
+        pools(2).run(rank_tasks.work_on, run=str(run.path), changes={"model": {"config_overrides": shape}})
 
 
 def test_export_gives_the_engines_logits(pools: Pools, fresh_run: Fresh) -> None:
@@ -398,8 +401,8 @@ def test_training_from_an_exported_directory_starts_at_its_loss(pools: Pools, fr
     first, second = fresh_run("pretrained"), fresh_run("tuned")
     pools(2).run(rank_tasks.work_on, run=str(first.path), changes={"export": {"at_end": True}})
     changes = {
-        "engine": {"zero": zero},
-        "model": {"path": str(first.export_dir), "shape": {}},
+        "engine": {"zero_stage": zero},
+        "model": {"path": str(first.export_dir), "config_overrides": {}},
         "tokenizer": {"path": str(first.export_dir), "train": None},
     }
     pools(2).run(rank_tasks.work_on, run=str(second.path), changes=changes)

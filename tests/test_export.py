@@ -351,7 +351,7 @@ def test_merged_adapters_are_told_from_a_base_they_hardly_change(
 
     config = UNTIED | {"attention_bias": False}
     adapter = build_adapter(
-        LoraConfig(rank=4, dora=dora), families.find_size("qwen3-0.6b").family, families.read_model_dims(config)
+        LoraConfig(rank=4, use_dora=dora), families.find_size("qwen3-0.6b").family, families.read_model_dims(config)
     )
     whole: Any = trained(config).to(torch.bfloat16)
     whole.save_pretrained(tmp_path / "base")

@@ -63,15 +63,15 @@ class Case:
         """Changes to the prepared run of the class."""
         model = {
             "path": str(weights),
-            "shape": {},
+            "config_overrides": {},
             "lora": {"rank": 4, "dropout": 0.1 * self.method.endswith("dropout")} if self.is_lora else None,
             "activation_checkpointing": self.checkpointing,
-            "grow_vocabulary": self.rows if self.rows > ROWS_SAVED else None,
+            "resize_vocab_to": self.rows if self.rows > ROWS_SAVED else None,
         }
         return {
             "model": model,
             "tokenizer": {"path": tokenizer, "train": None},
-            "engine": {"zero": self.zero},
+            "engine": {"zero_stage": self.zero},
             "train": {"precision": self.precision},
         }
 
@@ -124,11 +124,11 @@ def prepared(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable
 
 def _prepare(model: str, corpus: Path, folder: Path) -> Prepared:
     sections: dict[str, Any] = {
-        "model": {"name": model, "shape": SHAPES[model], "loss_chunk": "auto"},
-        "train": {"steps": STEPS, "global_batch": 5, "micro_batch": 2},
+        "model": {"name": model, "config_overrides": SHAPES[model], "loss_chunk_size": "auto"},
+        "train": {"steps": STEPS, "global_batch_size": 5, "micro_batch_size": 2},
         "data": {"eval": {"fraction": 0.0}},
-        "eval": {"every": 10},
-        "checkpoint": {"every": 1},
+        "eval": {"interval": 10},
+        "checkpoint": {"interval": 1},
         "export": {"at_end": True},
     }
     config: Config = tiny_config(corpus, folder, **sections)

@@ -53,9 +53,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
         (code / f"m_{number:02}.py").write_text("\n".join(lines))
     sections: dict[str, dict[str, Any]] = {
         "run": {"name": "three"},
-        "train": {"steps": 4, "global_batch": GLOBAL_BATCH, "micro_batch": 2},
-        "eval": {"every": 3},
-        "checkpoint": {"every": 1000, "keep": 9},
+        "train": {"steps": 4, "global_batch_size": GLOBAL_BATCH, "micro_batch_size": 2},
+        "eval": {"interval": 3},
+        "checkpoint": {"interval": 1000, "keep_latest": 9},
         "cluster": {"workers": 0},
     }
     config = folder / "three.yaml"

@@ -54,8 +54,8 @@ def test_its_rate_ends_where_the_file_says_and_not_at_the_peak(name: str) -> Non
     schedule = make_plan(lengthened).build_lr_schedule()
     rates = [schedule.compute_lr(step) for step in range(8500)]
     assert max(rates) == config.optim.lr if config.optim.lr != "auto" else max(rates) > 0
-    assert rates[-1] == pytest.approx(max(rates) * config.optim.min_lr)
-    assert config.optim.schedule != "constant"
+    assert rates[-1] == pytest.approx(max(rates) * config.optim.min_lr_ratio)
+    assert config.optim.lr_scheduler != "constant"
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -88,7 +88,7 @@ def miniature(name: str, documents: dict[str, Path], folder: Path) -> Config:
     data = json.loads(dump_config_json(load_config(CONFIGS / name)))
     model_type = families.find_size(data["model"]["name"]).family.model_type
     data["run"] |= {"name": "tiny", "dir": str(folder)}
-    data["model"] |= {"path": None, "shape": TINY[model_type]}
+    data["model"] |= {"path": None, "config_overrides": TINY[model_type]}
     if data["model"]["lora"] is not None:
         data["model"]["lora"]["quantize"] = None  # needs a GPU
     data["tokenizer"] = {"train": {"vocab_size": 512}}
@@ -97,7 +97,7 @@ def miniature(name: str, documents: dict[str, Path], folder: Path) -> Config:
         source["path"] = str(documents[kind])
     data["data"] |= {"sequence_length": LENGTH}
     data["optim"]["warmup"] = 1
-    data["train"] |= {"steps": 3, "epochs": None, "tokens": None, "global_batch": 4, "micro_batch": 1}
+    data["train"] |= {"steps": 3, "epochs": None, "tokens": None, "global_batch_size": 4, "micro_batch_size": 1}
     data["export"]["at_end"] = name == "qwen/full-7b-one-node.yaml"
     data["cluster"] |= {"workers": 2, "cpus_per_worker": 1}
     return parse_config(data, name)
@@ -122,7 +122,7 @@ def test_a_tiny_shape_of_it_trains(
     assert [row["step"] for row in steps] == [1, 2, 3]
     peak = make_plan(config).lr
     assert steps[0]["optim/lr"] == peak
-    assert steps[2]["optim/lr"] == pytest.approx(peak * config.optim.min_lr)
+    assert steps[2]["optim/lr"] == pytest.approx(peak * config.optim.min_lr_ratio)
     assert all(0 < row["optim/grad_norm"] < 100 for row in steps)
     if config.export.at_end:
         assert_answers_end(run)

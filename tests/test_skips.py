@@ -28,14 +28,14 @@ STEPS = MIN_SPIKE_STEPS + 8
 
 
 def changes(**sections: dict[str, Any]) -> dict[str, Any]:
-    train = {"steps": STEPS, "global_batch": BATCH}
+    train = {"steps": STEPS, "global_batch_size": BATCH}
     # Fast enough that tokens drawn by chance stand out from what was learnt by then.
     optim = {"lr": 1e-2}
     found: dict[str, Any] = {
         "train": train,
         "optim": optim,
-        "checkpoint": {"every": 1000},
-        "failures": {"on_spike": "skip"},
+        "checkpoint": {"interval": 1000},
+        "failures": {"on_loss_spike": "skip"},
     }
     for name, values in sections.items():
         found[name] = found.get(name, {}) | values
@@ -78,7 +78,7 @@ def assert_same_state(found: Path, wanted: Path) -> None:
 def test_an_update_is_left_out_and_the_run_goes_on_bit_for_bit_wherever_it_was_stopped(
     pools: Pools, prepared: Fresh, zero: int, precision: str
 ) -> None:
-    setting = changes(engine={"zero": zero}, train={"precision": precision})
+    setting = changes(engine={"zero_stage": zero}, train={"precision": precision})
     whole, before, after = prepared("whole"), prepared("before"), prepared("after")
     options: dict[str, Any] = {"spoilt": [SPOILT], "changes": setting}
     answers = pools(2).run(rank_tasks.work_on_spoilt_data, run=str(whole.path), **options)
@@ -102,7 +102,7 @@ def test_an_update_is_left_out_and_the_run_goes_on_bit_for_bit_wherever_it_was_s
 
 def test_by_default_the_run_stops_as_it_was_before_and_goes_on_as_it_is_told(pools: Pools, prepared: Fresh) -> None:
     run, whole = prepared("stops"), prepared("skips")
-    stop = changes(failures={"on_spike": "stop"})
+    stop = changes(failures={"on_loss_spike": "stop"})
     words = (
         rf"step {SPOILT + 1}: the loss is .* deviations above its median.*checkpoint of step {SPOILT} is saved.*module_"
     )

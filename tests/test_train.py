@@ -77,7 +77,7 @@ def test_tasks_between_steps_are_not_carried_out_after_the_last_one(
     run = RunDirectory(tmp_path)
     ready = parts(prepared_run, run, StopRequest.STOP)
     config = parse_config_json(prepared_run.resolved_config_path.read_text())
-    tasks = config.eval.model_copy(update={"tasks": (EvalTaskConfig(task="perplexity", every=1),)})
+    tasks = config.eval.model_copy(update={"tasks": (EvalTaskConfig(task="perplexity", interval=1),)})
     trained = TrainedRun(
         run,
         config.model_copy(update={"eval": tasks}),

@@ -19,7 +19,7 @@ def configuration(asked: Asked) -> dict[str, Any]:
     """Of a run that is longer than what is measured: its last step would save and wait for it."""
     return {
         "run": {"name": "run", "dir": asked.directory},
-        "model": {"name": "qwen3-0.6b", "shape": SHAPES[asked.shape]},
+        "model": {"name": "qwen3-0.6b", "config_overrides": SHAPES[asked.shape]},
         "tokenizer": {"train": {"vocab_size": VOCABULARY}},
         "data": {
             "sequence_length": LENGTH,
@@ -27,10 +27,10 @@ def configuration(asked: Asked) -> dict[str, Any]:
             "eval": {"fraction": 0.0},
             "cache": str(Path(tempfile.gettempdir()) / "ltt-bench-cache"),
         },
-        "optim": {"lr": LR, "weight_decay": WEIGHT_DECAY, "clip": CLIP},
-        "train": {"steps": 100 * asked.steps, "global_batch": asked.sequences, "micro_batch": 1},
-        "checkpoint": {"every": asked.every or 1_000_000, "keep": 100},
-        "failures": {"on_spike": "ignore"},
+        "optim": {"lr": LR, "weight_decay": WEIGHT_DECAY, "max_grad_norm": CLIP},
+        "train": {"steps": 100 * asked.steps, "global_batch_size": asked.sequences, "micro_batch_size": 1},
+        "checkpoint": {"interval": asked.every or 1_000_000, "keep_latest": 100},
+        "failures": {"on_loss_spike": "ignore"},
         "export": {"at_end": False},
         "cluster": {"workers": 0, "cpus_per_worker": asked.threads},
     }

@@ -21,7 +21,7 @@ def main() -> None:
     directory.mkdir(exist_ok=True)
     config = {
         "run": {"name": "bench", "dir": str(directory)},
-        "model": {"name": "qwen3-0.6b", "shape": work.shape},
+        "model": {"name": "qwen3-0.6b", "config_overrides": work.shape},
         "tokenizer": {"train": {"vocab_size": VOCABULARY}},
         "data": {
             "sequence_length": LENGTH,
@@ -29,15 +29,15 @@ def main() -> None:
             "eval": {"fraction": 0.0},
             "cache": str(Path(tempfile.gettempdir()) / "ltt-bench-cache"),
         },
-        "optim": {"lr": LR, "weight_decay": WEIGHT_DECAY, "clip": CLIP},
+        "optim": {"lr": LR, "weight_decay": WEIGHT_DECAY, "max_grad_norm": CLIP},
         "train": {
             "steps": work.steps,
-            "global_batch": work.global_batch,
-            "micro_batch": work.rows,
+            "global_batch_size": work.global_batch,
+            "micro_batch_size": work.rows,
             "precision": work.precision,
         },
-        "checkpoint": {"every": 1_000_000},
-        "failures": {"on_spike": "ignore"},
+        "checkpoint": {"interval": 1_000_000},
+        "failures": {"on_loss_spike": "ignore"},
         "export": {"at_end": False},
         "cluster": {"workers": 0},
     }

@@ -25,11 +25,11 @@ RESULT, TABLE = HERE / "result.json", HERE / "table.md"
 PICTURE = ROOT / "docs" / "pictures" / "drill.png"
 SHAPE = {"num_hidden_layers": 2, "hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
 SMALL = [
-    *(f"model.shape.{key}={value}" for key, value in SHAPE.items()),
+    *(f"model.config_overrides.{key}={value}" for key, value in SHAPE.items()),
     "data.sequence_length=128",
-    "checkpoint.keep=3",
+    "checkpoint.keep_latest=3",
     "cluster.gpus_per_worker=0",
-    "failures.on_spike=ignore",  # steps of a thousand tokens vary as much as spikes do
+    "failures.on_loss_spike=ignore",  # steps of a thousand tokens vary as much as spikes do
 ]
 KINDS = "worker,driver,stop,saving,truncated,storage,hang,node,notice,head"
 ON_RAY, ALONE = "every kind, two workers on Ray", "kills while saving, one process"
@@ -144,8 +144,8 @@ def main() -> None:
     parser.add_argument("--plot-only", action="store_true")
     asked = parser.parse_args()
     orders = {
-        ON_RAY: (asked.failures, KINDS, ["cluster.workers=2", "checkpoint.every=10"], 40),
-        ALONE: (asked.saving, "saving", ["cluster.workers=0", "checkpoint.every=10"], 40),
+        ON_RAY: (asked.failures, KINDS, ["cluster.workers=2", "checkpoint.interval=10"], 40),
+        ALONE: (asked.saving, "saving", ["cluster.workers=0", "checkpoint.interval=10"], 40),
     }
     for name, (kills, kinds, settings, each) in orders.items():
         if kills and not asked.plot_only and name not in results():

@@ -59,7 +59,7 @@ def start(plan: Plan, ranks: int, directory: Path, name: str) -> subprocess.Pope
     """The command, with torchrun."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--no-python", "--nproc-per-node", str(ranks)]
     torchrun += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
-    words = [f"run.name={name}", f"run.dir={directory}", f"run.seed={plan.seed}", f"engine.zero={plan.zero}"]
+    words = [f"run.name={name}", f"run.dir={directory}", f"run.seed={plan.seed}", f"engine.zero_stage={plan.zero}"]
     ltt = [sys.executable, "-m", "llm_training_toolkit", "train", str(HERE / "config.yaml"), *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen([*torchrun, *ltt], env=environment, stdout=subprocess.DEVNULL)

@@ -26,7 +26,7 @@ ROOT = HERE.parents[1]
 RESULT = HERE / "result.json"
 PICTURE = ROOT / "docs" / "pictures" / "interrupted_loss_curve.png"
 STEPS = 300
-LENGTH = [f"train.steps={STEPS}", "checkpoint.every=40", "eval.every=100", "cluster.gpus_per_worker=0"]
+LENGTH = [f"train.steps={STEPS}", "checkpoint.interval=40", "eval.interval=100", "cluster.gpus_per_worker=0"]
 PACKAGES = ("torch", "deepspeed", "ray", "transformers")
 
 

@@ -73,14 +73,16 @@ class Bench:
     def small(self, name: str, **sections: Values) -> Values:
         """A run of a small model: six steps whose loss falls."""
         shape = _SMALL_ON_GPU if self.on_gpu else _TINY
-        train = {"steps": 6, "global_batch": 8, "micro_batch": 4}
-        return self._config(name, sections, {"model": {"shape": shape}, "train": train, "optim": {"lr": 3e-3}})
+        train = {"steps": 6, "global_batch_size": 8, "micro_batch_size": 4}
+        return self._config(
+            name, sections, {"model": {"config_overrides": shape}, "train": train, "optim": {"lr": 3e-3}}
+        )
 
     def large(self, name: str, **sections: Values) -> Values:
         """The run that speed and memory are measured on; on CPU the tiny model again."""
         if not self.on_gpu:
-            train = {"steps": 12, "global_batch": 8, "micro_batch": 4}
-            return self._config(name, sections, {"model": {"shape": _TINY}, "train": train})
+            train = {"steps": 12, "global_batch_size": 8, "micro_batch_size": 4}
+            return self._config(name, sections, {"model": {"config_overrides": _TINY}, "train": train})
         layers = next((layers for layers in _LARGE_LAYERS if self._fits(layers)), _LARGE_LAYERS[-1])
         config = self._large(name, sections, layers, "auto")
         if "steps" not in sections.get("train", {}):
@@ -89,8 +91,8 @@ class Bench:
 
     def _large(self, name: str, sections: Values, layers: int, micro_batch: int | str) -> Values:
         shape = {"vocab_size": _LARGE_VOCABULARY, "num_hidden_layers": layers}
-        train = {"steps": 16, "global_batch": _LARGE_BATCH, "micro_batch": micro_batch}
-        return self._config(name, sections, {"model": {"shape": shape}, "train": train})
+        train = {"steps": 16, "global_batch_size": _LARGE_BATCH, "micro_batch_size": micro_batch}
+        return self._config(name, sections, {"model": {"config_overrides": shape}, "train": train})
 
     def _fits(self, layers: int) -> bool:
         plan = make_plan(parse_config(self._large("fits", {}, layers, 1), "gpu smoke"))
@@ -116,9 +118,9 @@ class Bench:
                 "cache": str(self.work / "cache"),
             },
             "optim": {"lr": 1e-3, "warmup": 2},
-            "engine": {"zero": 2},
-            "checkpoint": {"every": 1_000_000},
-            "eval": {"every": 1_000_000},
+            "engine": {"zero_stage": 2},
+            "checkpoint": {"interval": 1_000_000},
+            "eval": {"interval": 1_000_000},
             "export": {"at_end": False},
             "cluster": {
                 "workers": 0,

@@ -75,7 +75,10 @@ def _add_runs(order: Order, bench: Bench, times: Times) -> None:
         order.left_out["two_ranks"] = Skipped("one GPU")
     order.together += [
         Task("ranks", "task_ranks", [{"config": bench.small("ranks")}], times.small, times.limit, ranks=ranks),
-        *(train(f"zero{stage}", {"config": bench.small(f"zero{stage}", engine={"zero": stage})}) for stage in range(4)),
+        *(
+            train(f"zero{stage}", {"config": bench.small(f"zero{stage}", engine={"zero_stage": stage})})
+            for stage in range(4)
+        ),
         train("fp32", {"config": bench.small("fp32", train={"precision": "fp32"})}),
         train("straight", {"config": bench.small("straight", run=exact)}),
     ]

@@ -72,7 +72,7 @@ def _model(config: Config, kind: str, precision: str, device: torch.device) -> L
     hf_config = dict(make_plan(config).hf_config) | {"initializer_range": 0.05}
     model = build_model(hf_config, precision=precision, attention=kind)
     initialize_weights(model, config.run.seed, gathered_parameter)
-    return LossModule(model, config.model.loss_chunk).to(device)
+    return LossModule(model, config.model.loss_chunk_size).to(device)
 
 
 def _compute(model: LossModule, ids: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:

@@ -48,8 +48,8 @@ def ranks(arguments: Values) -> Values:
 def _binding(config: Config, context: RunContext) -> Values:
     """Which device this rank was given, which one torch takes unasked, and where everything of the engine lies."""
     plan = check_plan(make_plan(config, replicas=context.world_size))
-    model = build_model(plan.hf_config, precision=plan.precision, attention=config.model.attention)
-    module = LossModule(model, config.model.loss_chunk)
+    model = build_model(plan.hf_config, precision=plan.precision, attention=config.model.attn_implementation)
+    module = LossModule(model, config.model.loss_chunk_size)
     engine = Engine(module, config.optim, plan.deepspeed, context.device)
     ids = torch.arange(_TOKENS)[None] % 100
     engine.forward_backward([MicroBatch(ids, torch.arange(_TOKENS)[None], ids)], _TOKENS * context.world_size)

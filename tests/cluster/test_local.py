@@ -140,7 +140,11 @@ def test_the_walk_works_as_written_and_the_cluster_leaves_nothing_behind(
     token = _wait_for_jobs(started)
     assert _answer(started.address, "0" * len(token)) in {401, 403}
     _, lines = _walk()
-    smaller = [f"data.sources=[{{path: {corpus}, format: code}}]", "model.shape.hidden_size=64", "train.steps=2"]
+    smaller = [
+        f"data.sources=[{{path: {corpus}, format: code}}]",
+        "model.config_overrides.hidden_size=64",
+        "train.steps=2",
+    ]
     smaller += ["data.sequence_length=64", "tokenizer.train.vocab_size=512", "cluster.workers=1"]
     replaced = {
         "http://127.0.0.1:8265": started.address,

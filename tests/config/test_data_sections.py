@@ -26,8 +26,11 @@ def config(source: dict[str, Any] | None = None, held_out: dict[str, Any] | None
 
 REFUSED = [
     ({"format": "chat", "fim": {}}, "data.sources.0: fim is for formats code and text"),
-    ({"format": "chat", "per": "repository"}, "data.sources.0: per: only for format code, not for chat"),
-    ({"format": "text", "metadata": True, "per": "repository"}, "per and metadata: only for format code, not for text"),
+    ({"format": "chat", "group_by": "repository"}, "data.sources.0: group_by: only for format code, not for chat"),
+    (
+        {"format": "text", "metadata": True, "group_by": "repository"},
+        "group_by and metadata: only for format code, not for text",
+    ),
     ({"loss": "all"}, "data.sources.0: loss is for format chat"),
     ({"loss": "assistant"}, "data.sources.0: loss is for format chat"),
     ({"format": "text", "loss": "last_turn"}, "data.sources.0: loss is for format chat"),
@@ -43,10 +46,10 @@ def test_a_field_that_the_format_does_not_know_is_refused(fields: dict[str, Any]
 
 
 ACCEPTED = [
-    {"per": "repository", "metadata": True, "fim": {"level": "document"}},
+    {"group_by": "repository", "metadata": True, "fim": {"level": "document"}},
     {"format": "text", "fim": {}},
     {"format": "chat", "loss": "last_turn"},
-    {"format": "chat", "per": "file", "metadata": False},
+    {"format": "chat", "group_by": "file", "metadata": False},
 ]
 
 
@@ -68,7 +71,7 @@ def test_a_share_is_held_out_unless_files_are_named() -> None:
 BOTH = [
     ({"fraction": 0.1}, "fraction chooses among the training documents"),
     ({"fraction": 0.01}, "fraction chooses among the training documents"),
-    ({"by": "repository"}, "by chooses among the training documents"),
+    ({"split_by": "repository"}, "split_by chooses among the training documents"),
 ]
 
 

@@ -84,13 +84,16 @@ def test_one_step_of_warmup_is_not_the_whole_run() -> None:
 
 
 def test_the_order_of_names_in_a_mapping_means_nothing() -> None:
-    one, two = config(model={"shape": {"a": 1, "b": 2}}), config(model={"shape": {"b": 2, "a": 1}})
+    one, two = (
+        config(model={"config_overrides": {"a": 1, "b": 2}}),
+        config(model={"config_overrides": {"b": 2, "a": 1}}),
+    )
     assert diff_configs(one, two) == []
     assert fingerprint(one) == fingerprint(two)
 
 
 def test_free_fields_change_unasked() -> None:
-    assert check_config_changes(config(), config(cluster={"workers": 4}, engine={"zero": 3})) == []
+    assert check_config_changes(config(), config(cluster={"workers": 4}, engine={"zero_stage": 3})) == []
 
 
 def test_every_changed_identity_field_is_refused_with_its_flag() -> None:

@@ -92,7 +92,7 @@ def test_unknown_key_names_line_value_likely_spelling_and_valid_keys(tmp_path: P
 
 def test_key_in_the_wrong_section_is_sent_to_the_right_one(tmp_path: Path) -> None:
     (line,) = problems(tmp_path, SMALL + "global_batch: 8")
-    assert "did you mean train.global_batch?" in line
+    assert "did you mean train.global_batch_size?" in line
 
 
 @pytest.mark.parametrize("key", [key for key, _ in iter_sections()])
@@ -112,9 +112,9 @@ QUOTED = [
     ("run", "seed", "a whole number of at least 0"),
     ("optim", "lr", "a number above 0 or auto"),
     ("optim", "warmup", "a number from 0 to 1 or a whole number of at least 0"),
-    ("optim", "clip", "a number of at least 0"),
+    ("optim", "max_grad_norm", "a number of at least 0"),
     ("train", "tokens", "a whole number from 1 to 1000000000000000 or null"),
-    ("engine", "zero", "one of auto, 0, 1, 2, 3"),
+    ("engine", "zero_stage", "one of auto, 0, 1, 2, 3"),
 ]
 
 
@@ -207,7 +207,7 @@ def test_errors_inside_a_list_do_not_call_the_list_short(tmp_path: Path) -> None
     ]
     assert problems(tmp_path, SMALL, "data.sources=[]") == [
         "override data.sources=[]: expected a list of at least 1, each a section (path, format, fim, per, metadata, "
-        "loss, too_long, weight)"
+        "loss, overlong, weight)"
     ]
 
 
@@ -215,7 +215,7 @@ def test_overrides_reach_sections_lists_and_null(tmp_path: Path) -> None:
     overrides = [
         "data.sources.0.fim.rate=0.3",
         "optim.betas=[0.8, 0.9]",
-        "model.shape={num_hidden_layers: 2}",
+        "model.config_overrides={num_hidden_layers: 2}",
         "train.steps=null",
         "train.epochs=3",
         "run.name='7'",
@@ -226,7 +226,7 @@ def test_overrides_reach_sections_lists_and_null(tmp_path: Path) -> None:
     assert config.data.sources[0].fim.rate == 0.3
     assert config.data.sources[0].path == "a=b"
     assert config.optim.betas == (0.8, 0.9)
-    assert config.model.shape == {"num_hidden_layers": 2}
+    assert config.model.config_overrides == {"num_hidden_layers": 2}
     assert (config.train.steps, config.train.epochs) == (None, 3)
     assert config.run.name == "7"
 
@@ -234,21 +234,21 @@ def test_overrides_reach_sections_lists_and_null(tmp_path: Path) -> None:
 def test_adapters_are_asked_for_by_any_of_their_fields(tmp_path: Path) -> None:
     assert load_config(written(tmp_path, SMALL)).model.lora is None
     asked = load_config(
-        written(tmp_path, SMALL), ["model.lora.rank=8", "model.lora.targets=[q_proj, v_proj]"]
+        written(tmp_path, SMALL), ["model.lora.rank=8", "model.lora.target_modules=[q_proj, v_proj]"]
     ).model.lora
     assert asked is not None
-    assert (asked.rank, asked.alpha, asked.targets) == (8, 32, ("q_proj", "v_proj"))
+    assert (asked.rank, asked.alpha, asked.target_modules) == (8, 32, ("q_proj", "v_proj"))
     plain = load_config(written(tmp_path, SMALL), ["model.lora={}"]).model.lora
     assert plain is not None
-    assert (plain.rank, plain.targets, plain.quantize) == (16, "auto", None)
+    assert (plain.rank, plain.target_modules, plain.quantize) == (16, "auto", None)
 
 
 @pytest.mark.parametrize(
     ("override", "said"),
     [
         ("model.lora.rank=0", "expected a whole number of at least 1"),
-        ("model.lora.targets=q_proj", "expected auto or a list of at least 1, each text"),
-        ("model.lora.targets=[]", "expected auto or a list of at least 1, each text"),
+        ("model.lora.target_modules=q_proj", "expected auto or a list of at least 1, each text"),
+        ("model.lora.target_modules=[]", "expected auto or a list of at least 1, each text"),
         ("model.lora.dropout=1", "expected a number from 0 to below 1"),
         ("model.lora.quantize=int8", "expected nf4 or null"),
         ("model.lora.r=4", "unknown key"),
@@ -285,7 +285,7 @@ def test_an_override_can_repair_the_file(tmp_path: Path) -> None:
         ("run.name.x=3", "run.name is a value, not a section: it has no x"),
         ("data.sources.1.format=text", "data.sources has no entry 1: its 1 entries count from 0"),
         ("data.sources.x=1", "data.sources has no entry x"),
-        ("eval={every: 1, every: 2}", "eval.every: duplicate key; keep one"),
+        ("eval={every: 1, every: 2}", "eval.interval: duplicate key; keep one"),
     ],
 )
 def test_bad_overrides_are_named(tmp_path: Path, override: str, expected: str) -> None:
@@ -360,7 +360,7 @@ sources = st.fixed_dictionaries(
 configs = st.fixed_dictionaries(
     {
         "run": st.fixed_dictionaries({"name": st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]*", fullmatch=True)}),
-        "model": st.fixed_dictionaries({"name": texts}, optional={"shape": st.dictionaries(keys, numbers)}),
+        "model": st.fixed_dictionaries({"name": texts}, optional={"config_overrides": st.dictionaries(keys, numbers)}),
         "tokenizer": st.fixed_dictionaries({"path": texts})
         | st.fixed_dictionaries({"train": st.fixed_dictionaries({"vocab_size": st.integers(512, 10**6)})}),
         "data": st.fixed_dictionaries(
@@ -372,10 +372,16 @@ configs = st.fixed_dictionaries(
     },
     optional={
         "optim": st.fixed_dictionaries(
-            {}, optional={"lr": positive | st.just("auto"), "warmup": shares | counts, "eps": positive, "clip": shares}
+            {},
+            optional={
+                "lr": positive | st.just("auto"),
+                "warmup": shares | counts,
+                "eps": positive,
+                "max_grad_norm": shares,
+            },
         ),
         "engine": st.fixed_dictionaries({"deepspeed": st.dictionaries(keys, leaves | st.lists(leaves))}),
-        "checkpoint": st.fixed_dictionaries({"every": counts | st.sampled_from(["90s", "10m", "1.5h"])}),
+        "checkpoint": st.fixed_dictionaries({"interval": counts | st.sampled_from(["90s", "10m", "1.5h"])}),
         "cluster": st.fixed_dictionaries(
             {
                 "gpus_per_worker": st.sampled_from(["auto", 0, 1]),
@@ -418,5 +424,5 @@ def test_other_workers_are_refused_in_words(workers: object) -> None:
 
 @pytest.mark.parametrize("duration", ["0s", 5, "soon", None])
 def test_a_duration_is_written_with_its_unit(duration: object) -> None:
-    with pytest.raises(ConfigError, match=r"failures.hang.*write a duration above zero \(90s, 10m, 1.5h\)"):
-        parse_config(small(failures={"hang": duration}), "test")
+    with pytest.raises(ConfigError, match=r"failures.hang_timeout.*write a duration above zero \(90s, 10m, 1.5h\)"):
+        parse_config(small(failures={"hang_timeout": duration}), "test")

@@ -21,7 +21,7 @@ SEARCH = """
 base: base.yaml
 trials: 4
 search:
-  optim.lr: {log_uniform: [1e-4, 1e-2]}
+  optim.lr: {loguniform: [1e-4, 1e-2]}
   data.sources.1.weight: [1, 2.5]
 """
 
@@ -56,12 +56,12 @@ def test_a_search_file_with_its_base(file: Path) -> None:
         ("  optm.lr: [1.0]", "unknown key; did you mean optim"),
         ("  optim.lr.high: [1.0]", "it has no high"),
         ("  data.sources.x.weight: [1.0]", "unknown key (valid in data.sources: path"),
-        ("  optim.clip: []", "optim.clip: has nothing to choose from"),
-        ("  optim.clip: [1.0, 1.0]", "choice has a value twice"),
-        ("  optim.clip: {uniform: [2, 1]}", "nothing lies between 2 and 1"),
-        ("  optim.clip: {log_uniform: [0, 1]}", "must be above zero"),
-        ("  optim.clip: {uniform: [0, 1], choice: [1]}", "give exactly one of"),
-        ("  optim.clip: {gauss: [0, 1]}", "unknown key"),
+        ("  optim.max_grad_norm: []", "optim.max_grad_norm: has nothing to choose from"),
+        ("  optim.max_grad_norm: [1.0, 1.0]", "choice has a value twice"),
+        ("  optim.max_grad_norm: {uniform: [2, 1]}", "nothing lies between 2 and 1"),
+        ("  optim.max_grad_norm: {log_uniform: [0, 1]}", "must be above zero"),
+        ("  optim.max_grad_norm: {uniform: [0, 1], choice: [1]}", "give exactly one of"),
+        ("  optim.max_grad_norm: {gauss: [0, 1]}", "unknown key"),
         ("  train.steps: [10, 20]", "cannot be searched: trials of different lengths"),
         ("  data.eval.fraction: [0.0, 0.1]", "cannot be searched: trials measured on other documents"),
         ("  cluster.workers: [1, 2]", "cannot be searched: all trials take as many workers"),

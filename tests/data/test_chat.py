@@ -231,13 +231,13 @@ def test_too_long_is_dropped_counted_or_refused(qwen3: Chat) -> None:
     dropped = qwen3.render(RECORD, sequence_length=total - 1)
     assert (dropped.document, dropped.tokens, dropped.examples) == (7, total, [])
     with pytest.raises(DataError, match=rf"chats\.jsonl:3: {total} tokens, longer than data\.sequence_length 16"):
-        qwen3.render(RECORD, sequence_length=16, too_long="error")
+        qwen3.render(RECORD, sequence_length=16, overlong="error")
 
 
 @given(messages=conversations(st.text(alphabet="a漢😀", min_size=1, max_size=60)), length=st.integers(16, 40))
 def test_too_long_is_cut_without_losing_a_token(qwen3: Chat, messages: list[dict[str, Any]], length: int) -> None:
     whole = qwen3.render({"messages": messages}).examples[0]
-    chunks = qwen3.render({"messages": messages}, sequence_length=length, too_long="continue").examples
+    chunks = qwen3.render({"messages": messages}, sequence_length=length, overlong="split").examples
     assert np.concatenate([chunk.tokens for chunk in chunks]).tolist() == whole.tokens.tolist()
     assert all(2 <= len(chunk.tokens) <= length and not chunk.loss[0] for chunk in chunks)
     assert all("\ufffd" not in qwen3.encoder.decode(chunk.tokens) for chunk in chunks)

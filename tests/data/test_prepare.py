@@ -92,7 +92,7 @@ def test_what_changes_the_tokens_changes_the_fingerprint(
         {"sequence_length": 32},
         {"fim": {"rate": 0.5}},
         {"eval": {"fraction": 0.2}},
-        {"sources": [source, {**source, "too_long": "drop"}]},
+        {"sources": [source, {**source, "overlong": "drop"}]},
         {"tokenizer": {"train": {"vocab_size": 512}}},
     ]
     prints = [prepare_dataset(configure(**change), markers).dataset_info.fingerprint for change in changes]
@@ -153,7 +153,7 @@ def test_dropped_documents_are_counted_by_reason(
     path = tmp_path / "x.jsonl"
     lines = ['{"text": "a"}', '{"text": ""}', "{", '{"text": "a"}', '{"text": "%s"}' % ("long " * 99), '{"text": "b"}']
     path.write_text("\n".join(lines), encoding="utf-8")
-    source = {"path": str(path), "format": "text", "too_long": "drop"}
+    source = {"path": str(path), "format": "text", "overlong": "drop"}
     config = configure(sources=[source], on_error="skip", max_skipped=0.5, eval={"fraction": 0.0})
     (receipt,) = prepare_dataset(config, markers).dataset_info.sources
     assert receipt.dropped == {"empty": 1, "duplicate": 1, "invalid_json": 1, "too_long": 1}
@@ -176,7 +176,7 @@ def test_nothing_to_train_on_is_an_error(
     path = tmp_path / "only.txt"
     path.write_text(text, encoding="utf-8")
     with pytest.raises(DataError, match=match):
-        prepare_dataset(configure(sources=[{"path": str(path), "format": "text", "too_long": "drop"}]), markers)
+        prepare_dataset(configure(sources=[{"path": str(path), "format": "text", "overlong": "drop"}]), markers)
 
 
 def test_two_at_once_do_not_disturb_each_other(configure: Configure, markers: TokenizationSpec) -> None:

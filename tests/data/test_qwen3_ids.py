@@ -137,7 +137,7 @@ CASES: dict[str, tuple[Document, dict[str, Any]]] = {
     "chat": (Document(0, "c.jsonl:1", parse_conversation(CHAT).to_text()), {"format": "chat"}),
     "prefix-suffix-middle": (CODE, {"format": "code", "fim": {"rate": 1, "spm_rate": 0, "loss": "middle"}}),
     "suffix-prefix-middle": (CODE, {"format": "code", "fim": {"rate": 1, "spm_rate": 1}}),
-    "repository": (REPOSITORY, {"format": "code", "per": "repository", "metadata": True}),
+    "repository": (REPOSITORY, {"format": "code", "group_by": "repository", "metadata": True}),
 }
 
 

@@ -187,11 +187,11 @@ def test_marker_text_stays_text_when_rearranged(encoder: TextEncoder) -> None:
 
 def test_too_long_drops_or_stops_with_the_document_named(encoder: TextEncoder) -> None:
     text = "漢" * 30
-    dropped = one(text, RenderRules(16, END, too_long="drop"), encoder)
+    dropped = one(text, RenderRules(16, END, overlong="drop"), encoder)
     assert not dropped.examples
     assert dropped.tokens == len(encoder.encode(text)) + 1
     with pytest.raises(DataError, match=rf"file3\.py: {dropped.tokens} tokens.*16"):
-        one(text, RenderRules(16, END, too_long="error"), encoder, number=3)
+        one(text, RenderRules(16, END, overlong="error"), encoder, number=3)
 
 
 def test_a_family_without_the_markers_is_refused(encoder: TextEncoder, markers: TokenizationSpec) -> None:

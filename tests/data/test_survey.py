@@ -85,7 +85,7 @@ def repositories(folder: Path, count: int) -> Path:
 
 
 def test_by_repository_no_file_of_a_held_out_one_is_trained_on(tmp_path: Path) -> None:
-    of = data(repositories(tmp_path / "all", 20), eval={"fraction": 0.2, "by": "repository"})
+    of = data(repositories(tmp_path / "all", 20), eval={"fraction": 0.2, "split_by": "repository"})
     taken = survey(of, tmp_path / "out")
     held, trained = ({text.split()[-1] for text in texts(of, taken, held=side)} for side in (True, False))
     assert held
@@ -102,7 +102,7 @@ def test_by_repository_no_file_of_a_held_out_one_is_trained_on(tmp_path: Path) -
 
 
 def test_one_repository_cannot_be_held_out_of_itself(tmp_path: Path) -> None:
-    of = data(repositories(tmp_path / "all", 1), eval={"by": "repository"})
+    of = data(repositories(tmp_path / "all", 1), eval={"split_by": "repository"})
     with pytest.raises(DataError, match="all documents are of one repository"):
         survey(of, tmp_path / "out")
 
@@ -139,7 +139,7 @@ def test_no_file_of_the_evaluation_is_trained_on_in_a_repository_either(
     repositories(tmp_path / "eval", 1)
     (tmp_path / "eval/r0/own.py").write_text("own\n", encoding="utf-8")
     of = data(
-        sources=[{"path": str(tmp_path / "train"), "format": "code", "per": trained}],
+        sources=[{"path": str(tmp_path / "train"), "format": "code", "group_by": trained}],
         **own(tmp_path / "eval", per=evaluated),
     )
     taken = survey(of, tmp_path / "out")

@@ -123,7 +123,7 @@ def test_a_source_that_gives_nothing_is_named(
 ) -> None:
     (tmp_path / "long.txt").write_text("long " * 300, encoding="utf-8")
     sources = mixed(corpus, tmp_path / "long.txt", 1, 1)
-    sources[1]["too_long"] = "drop"
+    sources[1]["overlong"] = "drop"
     with pytest.raises(DataError, match=r"no document of .*long\.txt is left to train on"):
         prepare_dataset(configure(sources=sources, eval={"fraction": 0.0}), markers)
 

@@ -27,7 +27,7 @@ SPLITS = [(1, 11), (1, 3), (2, 6), (2, 2)]
 
 
 def changes(lora: dict[str, Any], zero: int, **model: Any) -> dict[str, Any]:
-    return {"train": {"precision": "fp32"}, "engine": {"zero": zero}, "model": {"lora": lora, **model}}
+    return {"train": {"precision": "fp32"}, "engine": {"zero_stage": zero}, "model": {"lora": lora, **model}}
 
 
 def plain(run: str, lora: dict[str, Any]) -> tuple[float, dict[str, Any]]:
@@ -88,7 +88,9 @@ def test_gradients_are_those_of_plain_torch(
 
 
 @pytest.mark.parametrize("zero", [2, 3])
-@pytest.mark.parametrize("lora", [{"rank": 4, "dora": True}, {"rank": 4, "rslora": True, "targets": ["q_proj"]}])
+@pytest.mark.parametrize(
+    "lora", [{"rank": 4, "use_dora": True}, {"rank": 4, "use_rslora": True, "target_modules": ["q_proj"]}]
+)
 def test_variants_have_the_gradients_of_plain_torch(pools: Pools, run: str, lora: dict[str, Any], zero: int) -> None:
     answers = pools(2).run(rank_tasks.gradients, run=run, changes=changes(lora, zero), micro_batch=2, stirred=True)
     loss, _, found = answers[0]

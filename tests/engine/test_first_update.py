@@ -24,7 +24,7 @@ Pools = Callable[[int], RankPool]
 def state_after_one_update(
     pools: Pools, run: RunDirectory, directory: Path, workers: int, zero: int, precision: str
 ) -> dict[str, Any]:
-    changes = {"train": {"precision": precision}, "engine": {"zero": zero}}
+    changes = {"train": {"precision": precision}, "engine": {"zero_stage": zero}}
     target = str(directory / f"step_000000000_a{zero}")
     state: dict[str, Any] = pools(workers).run(
         rank_tasks.updated, run=str(run.path), changes=changes, directory=target

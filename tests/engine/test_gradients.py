@@ -22,7 +22,7 @@ SPLITS = [(1, 11), (1, 3), (2, 6), (2, 2)]
 @pytest.fixture(scope="module")
 def reference(pools: Pools, prepared_run: RunDirectory) -> tuple[float, float, dict[str, Any]]:
     """One worker, one micro-batch, no ZeRO, fp32."""
-    changes = {"train": {"precision": "fp32"}, "engine": {"zero": 0}}
+    changes = {"train": {"precision": "fp32"}, "engine": {"zero_stage": 0}}
     [found] = pools(1).run(rank_tasks.gradients, run=str(prepared_run.path), changes=changes, micro_batch=11)
     return found  # type: ignore[no-any-return]
 
@@ -39,7 +39,7 @@ def distance(found: dict[str, Any], reference: dict[str, Any]) -> float:
 def test_gradients_agree_between_splits_and_stages(
     pools: Pools, prepared_run: RunDirectory, reference: Any, workers: int, micro_batch: int, zero: int
 ) -> None:
-    changes = {"train": {"precision": "fp32"}, "engine": {"zero": zero}}
+    changes = {"train": {"precision": "fp32"}, "engine": {"zero_stage": zero}}
     answers = pools(workers).run(
         rank_tasks.gradients, run=str(prepared_run.path), changes=changes, micro_batch=micro_batch
     )
@@ -51,7 +51,7 @@ def test_gradients_agree_between_splits_and_stages(
 
 MIXTURE = {
     "name": "qwen3-30b-a3b",
-    "shape": {
+    "config_overrides": {
         "num_hidden_layers": 2,
         "hidden_size": 64,
         "num_attention_heads": 4,
@@ -69,11 +69,11 @@ MIXTURE = {
 def test_gradients_of_a_mixture_agree_between_splits_and_stages(
     pools: Pools, prepared_run: RunDirectory, workers: int, micro_batch: int, zero: int
 ) -> None:
-    changes = {"train": {"precision": "fp32"}, "engine": {"zero": 0}, "model": MIXTURE}
+    changes = {"train": {"precision": "fp32"}, "engine": {"zero_stage": 0}, "model": MIXTURE}
     [(loss, norm, whole)] = pools(1).run(
         rank_tasks.gradients, run=str(prepared_run.path), changes=changes, micro_batch=11
     )
-    changes["engine"] = {"zero": zero}
+    changes["engine"] = {"zero_stage": zero}
     answers = pools(workers).run(
         rank_tasks.gradients, run=str(prepared_run.path), changes=changes, micro_batch=micro_batch
     )
@@ -86,7 +86,7 @@ def test_gradients_of_a_mixture_agree_between_splits_and_stages(
 def test_a_rank_with_nothing_but_empty_micro_batches_adds_nothing(
     pools: Pools, prepared_run: RunDirectory, zero: int
 ) -> None:
-    changes = {"train": {"precision": "fp32", "global_batch": 1}, "engine": {"zero": zero}}
+    changes = {"train": {"precision": "fp32", "global_batch_size": 1}, "engine": {"zero_stage": zero}}
     [(loss, _, alone)] = pools(1).run(
         rank_tasks.gradients, run=str(prepared_run.path), changes=changes, micro_batch=1, step=3
     )
@@ -99,7 +99,7 @@ def test_a_rank_with_nothing_but_empty_micro_batches_adds_nothing(
 def test_first_loss_in_bf16_is_the_same_for_every_stage(
     pools: Pools, prepared_run: RunDirectory, reference: Any, zero: int
 ) -> None:
-    changes = {"train": {"precision": "bf16"}, "engine": {"zero": zero}}
+    changes = {"train": {"precision": "bf16"}, "engine": {"zero_stage": zero}}
     loss, norm, found = pools(2).run(rank_tasks.gradients, run=str(prepared_run.path), changes=changes, micro_batch=2)[
         0
     ]
@@ -109,7 +109,7 @@ def test_first_loss_in_bf16_is_the_same_for_every_stage(
 
 
 def test_the_norm_in_bf16_does_not_depend_on_the_number_of_workers(pools: Pools, prepared_run: RunDirectory) -> None:
-    changes = {"train": {"precision": "bf16"}, "engine": {"zero": 2}}
+    changes = {"train": {"precision": "bf16"}, "engine": {"zero_stage": 2}}
     norms = [
         pools(workers).run(rank_tasks.gradients, run=str(prepared_run.path), changes=changes, micro_batch=1)[0][1]
         for workers in (1, 2, 3)

@@ -25,9 +25,9 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 LORAS = [
     {"rank": 3},
-    {"rank": 5, "dora": True},
-    {"rank": 2, "targets": [0, 0]},
-    {"rank": 2, "targets": [1], "modules_to_save": ["lm_head"]},
+    {"rank": 5, "use_dora": True},
+    {"rank": 2, "target_modules": [0, 0]},
+    {"rank": 2, "target_modules": [1], "modules_to_save": ["lm_head"]},
     {"rank": 4, "modules_to_save": ["lm_head", 0]},
 ]
 
@@ -35,7 +35,7 @@ LORAS = [
 def hf_config(name: str) -> dict[str, Any]:
     raw = {
         "run": {"name": "a"},
-        "model": {"name": name, "shape": SHAPES[name]},
+        "model": {"name": name, "config_overrides": SHAPES[name]},
         "tokenizer": {"path": "a"},
         "data": {"sequence_length": 64, "sources": [{"path": "a", "format": "code"}]},
         "train": {"steps": 1},
@@ -45,9 +45,9 @@ def hf_config(name: str) -> dict[str, Any]:
 
 def named(lora: dict[str, Any], family: families.Family) -> LoraConfig:
     """Numbers stand for the family's own names."""
-    targets = [family.lora_targets[number] for number in lora.get("targets", ())] or "auto"
+    targets = [family.lora_targets[number] for number in lora.get("target_modules", ())] or "auto"
     modules = [family.embedding_name if name == 0 else name for name in lora.get("modules_to_save", ())]
-    return LoraConfig.model_validate(lora | {"targets": targets, "modules_to_save": modules})
+    return LoraConfig.model_validate(lora | {"target_modules": targets, "modules_to_save": modules})
 
 
 @pytest.mark.parametrize("lora", LORAS, ids=str)

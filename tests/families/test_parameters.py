@@ -43,7 +43,7 @@ SMALL = {"num_hidden_layers": 3, "hidden_size": 96, "num_attention_heads": 6, "i
 def config(name: str, **shape: Any) -> Config:
     raw = {
         "run": {"name": "test"},
-        "model": {"name": name, "shape": shape},
+        "model": {"name": name, "config_overrides": shape},
         "tokenizer": {"path": "tokenizer"},
         "data": {"sequence_length": 64, "sources": [{"path": "x", "format": "text"}]},
         "train": {"steps": 10},

@@ -16,7 +16,7 @@ def config(
 ) -> Config:
     raw = {
         "run": {"name": "test"},
-        "model": {"name": name, "shape": shape or {}, **model},
+        "model": {"name": name, "config_overrides": shape or {}, **model},
         "tokenizer": {"path": "tokenizer"} if train is None else {"train": {"vocab_size": train}},
         "data": {"sequence_length": length, "sources": [{"path": "x", "format": "text"}]},
         "train": {"steps": 10},

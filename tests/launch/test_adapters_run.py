@@ -21,7 +21,7 @@ from llm_training_toolkit.generation.load import open_model
 from llm_training_toolkit.runs.directory import find_model_directory
 
 INLINE: dict[str, dict[str, Any]] = {
-    "train": {"steps": 4, "global_batch": 4, "micro_batch": 2, "precision": "bf16"},
+    "train": {"steps": 4, "global_batch_size": 4, "micro_batch_size": 2, "precision": "bf16"},
     "cluster": {"workers": 0},
     "export": {"at_end": True},
 }
@@ -34,7 +34,7 @@ def ltt(verb: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 def adapted(base: Path, **lora: Any) -> dict[str, dict[str, Any]]:
     """The sections of a run with adapters beside the weights in a directory."""
-    model = {"path": str(base), "shape": {}, "lora": {"rank": 4, **lora}}
+    model = {"path": str(base), "config_overrides": {}, "lora": {"rank": 4, **lora}}
     return INLINE | {"model": model, "tokenizer": {"path": str(base), "train": None}}
 
 
@@ -83,7 +83,7 @@ def test_from_a_saved_model_over_a_resume_to_text(launch_config: Callable[..., P
 
 @pytest.mark.slow
 def test_checkpoints_that_are_not_there_are_not_exported(launch_config: Callable[..., Path]) -> None:
-    config = launch_config("exports", **INLINE | {"checkpoint": {"every": 2}, "export": {"at_end": False}})
+    config = launch_config("exports", **INLINE | {"checkpoint": {"interval": 2}, "export": {"at_end": False}})
     fork_server.run(command(config), check=True, capture_output=True)
     run = run_of(config)
     with pytest.raises(CheckpointError, match="a run without an export: ltt export"):

@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.slow]
 def sections(corpus: Path, cache: Path, steps: int) -> dict[str, Any]:
     source = {"path": str(corpus), "format": "code", "fim": {"rate": 0.5}}
     return {
-        "train": {"steps": steps, "global_batch": 4, "micro_batch": 4},
+        "train": {"steps": steps, "global_batch_size": 4, "micro_batch_size": 4},
         "data": {"sources": [source], "sequence_length": 64, "eval": {"fraction": 0.1}, "cache": str(cache)},
         "cluster": {"workers": 0},
         "export": {"at_end": False},

@@ -13,7 +13,7 @@ import pytest
 import fork_server
 from launch.conftest import command, run_of, wait_for_step
 
-INLINE = {"train": {"steps": 4, "global_batch": 4, "micro_batch": 2}, "cluster": {"workers": 0}}
+INLINE = {"train": {"steps": 4, "global_batch_size": 4, "micro_batch_size": 2}, "cluster": {"workers": 0}}
 WITHOUT_CLUSTER = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
 
 
@@ -47,17 +47,17 @@ def test_a_config_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 
 
 def test_a_batch_smaller_than_the_workers_is_refused(launch_config: Callable[..., Path]) -> None:
-    code, said = refused(launch_config("small_batch"), "train.global_batch=1", "cluster.workers=2")
+    code, said = refused(launch_config("small_batch"), "train.global_batch_size=1", "cluster.workers=2")
     assert code == 2
     assert "2 workers share 1 sequence," in said
-    assert "train.global_batch" in said
+    assert "train.global_batch_size" in said
 
 
 def test_more_workers_than_the_machine_has_are_refused_before_anything_starts(
     launch_config: Callable[..., Path],
 ) -> None:
     config = launch_config("crowd")
-    code, said = refused(config, "cluster.workers=500", "train.global_batch=500")
+    code, said = refused(config, "cluster.workers=500", "train.global_batch_size=500")
     assert code == 2
     assert "cluster.workers = 500" in said
     assert "this machine has" in said
@@ -97,7 +97,7 @@ def test_a_full_disk_at_a_checkpoint_ends_the_run_with_words_and_keeps_what_was_
     try:
         config = launch_config("full_disk", **INLINE)
         cache = tmp_path / "cache"
-        arguments = [f"run.dir={mounted}", f"data.cache={cache}", "checkpoint.every=1", "checkpoint.keep=100"]
+        arguments = [f"run.dir={mounted}", f"data.cache={cache}", "checkpoint.interval=1", "checkpoint.keep_latest=100"]
         code, said = refused(config, *arguments, "train.steps=100")
         kept = sorted(path.name for path in (mounted / "full_disk" / "checkpoints").iterdir())
         assert code == 1

@@ -78,7 +78,9 @@ def test_a_failure_that_the_run_cannot_have_is_refused(launch_config: Callable[.
         with pytest.raises(ConfigError, match=r"this run can have worker, driver, stop, saving, truncated, storage \("):
             DrillRunner(DrillSpec(config, (), 1, kinds, 0, "20s"), print)
     with pytest.raises(PlanError, match="this machine has"):
-        DrillRunner(DrillSpec(config, ("cluster.workers=500", "train.global_batch=500"), 1, ["node"], 0, "20s"), print)
+        DrillRunner(
+            DrillSpec(config, ("cluster.workers=500", "train.global_batch_size=500"), 1, ["node"], 0, "20s"), print
+        )
     with pytest.raises(ConfigError, match=r"failures\.hang"):
         DrillRunner(DrillSpec(config, (), 1, ["worker"], 0, "soon"), print)
 
@@ -109,8 +111,8 @@ def test_an_older_checkpoint_than_the_newest_sound_one_is_wrong() -> None:
 
 def sections(steps: int, batch: int, workers: int) -> dict[str, Any]:
     return {
-        "train": {"steps": steps, "global_batch": batch, "micro_batch": 2},
-        "checkpoint": {"every": 10, "keep": 3},
+        "train": {"steps": steps, "global_batch_size": batch, "micro_batch_size": 2},
+        "checkpoint": {"interval": 10, "keep_latest": 3},
         "cluster": {"workers": workers},
     }
 

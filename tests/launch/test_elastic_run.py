@@ -23,8 +23,8 @@ from llm_training_toolkit.runs.directory import RunDirectory
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(900)]
 STEPS, EVERY = 300, 25
 SECTIONS = {
-    "train": {"steps": STEPS, "global_batch": 12, "micro_batch": 2, "precision": "fp32"},
-    "checkpoint": {"every": EVERY, "keep": 2},
+    "train": {"steps": STEPS, "global_batch_size": 12, "micro_batch_size": 2, "precision": "fp32"},
+    "checkpoint": {"interval": EVERY, "keep_latest": 2},
 }
 
 
@@ -137,8 +137,8 @@ def test_a_run_shrinks_and_grows_with_its_cluster_and_comes_out_the_same(
 def test_a_rank_that_hangs_is_named_and_a_step_that_fails_twice_ends_the_run(
     launch_config: Callable[..., Path], ray_environment: Environment
 ) -> None:
-    sections = {"train": {"steps": 40, "global_batch": 400, "micro_batch": 2}}
-    config = launch_config("hung", **sections, failures={"hang": "5s"})
+    sections = {"train": {"steps": 40, "global_batch_size": 400, "micro_batch_size": 2}}
+    config = launch_config("hung", **sections, failures={"hang_timeout": "5s"})
     run = run_of(config)
     with fork_server.popen(
         command(config), env=ray_environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE

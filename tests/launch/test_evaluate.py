@@ -25,7 +25,7 @@ def trained(launch_config: Callable[..., Path], tmp_path_factory: pytest.TempPat
     """The file of a finished run in fp32 with two tasks, one of which cannot be done, and what was said."""
     config = launch_config(
         "evaluated",
-        train={"steps": STEPS, "global_batch": 4, "micro_batch": 2, "precision": "fp32"},
+        train={"steps": STEPS, "global_batch_size": 4, "micro_batch_size": 2, "precision": "fp32"},
         cluster={"workers": 0},
         export={"at_end": True},
         eval={"tasks": [{"task": "humaneval", "data": "nowhere.jsonl"}, {"task": "infill", "limit": 3}]},

@@ -85,13 +85,17 @@ def test_a_model_tuned_to_converse_still_ends_its_turns_after_code(
     ("kind", "model", "said"),
     [
         ("model", {}, ["A qwen3-0.6b model, from random weights", "library_name: transformers"]),
-        ("model", {"path": "x/y", "shape": {}}, ["which began as `x/y`", "licence of the weights"]),
+        ("model", {"path": "x/y", "config_overrides": {}}, ["which began as `x/y`", "licence of the weights"]),
         (
             "adapters",
-            {"path": "x/y", "shape": {}, "lora": {}},
+            {"path": "x/y", "config_overrides": {}, "lora": {}},
             ["for `x/y`", "base_model: x/y", "PeftModel", "rank 16"],
         ),
-        ("merged", {"path": "x/y", "shape": {}, "lora": {}}, ["`x/y` with adapters (LoRA) merged", "transformers"]),
+        (
+            "merged",
+            {"path": "x/y", "config_overrides": {}, "lora": {}},
+            ["`x/y` with adapters (LoRA) merged", "transformers"],
+        ),
     ],
 )
 def test_the_card_tells_the_facts_of_the_run(

@@ -13,13 +13,13 @@ from launch.conftest import Environment, command, run_of
 from llm_training_toolkit.runs.attempts import read_attempt_record
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(900)]
-TRAIN = {"steps": 10, "global_batch": 4, "micro_batch": 2, "precision": "bf16"}
+TRAIN = {"steps": 10, "global_batch_size": 4, "micro_batch_size": 2, "precision": "bf16"}
 
 
 def test_the_error_of_a_rank_is_what_a_person_sees(
     launch_config: Callable[..., Path], ray_environment: Environment
 ) -> None:
-    config = launch_config("raises", train=TRAIN, failures={"max": 0, "ledger": True})
+    config = launch_config("raises", train=TRAIN, failures={"max_failures": 0, "log_samples": True})
     run = run_of(config)
     run.path.mkdir()
     run.sample_log_dir.write_text("in the way of the directory")

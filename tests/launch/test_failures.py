@@ -85,15 +85,15 @@ def test_what_only_ray_knows_is_its_last_line() -> None:
     assert diagnose_failure(FailureEvidence(WORKERS, ray_error=""), 1).cause == "the workers ended: Ray gives no reason"
 
 
-POLICY = FailuresConfig(max=2, same_step=2)
+POLICY = FailuresConfig(max_failures=2, max_same_step_failures=2)
 
 
 def test_the_budget_ends_and_a_checkpoint_refills_it() -> None:
     three = kept(killed(3), killed(5), killed(8))
-    assert "All restarts (failures.max = 2) are used up" in find_abort_reason(three, 0, POLICY)
+    assert "All restarts (failures.max_failures = 2) are used up" in find_abort_reason(three, 0, POLICY)
     assert find_abort_reason(three, 2, POLICY) == "", "attempt 2 saved, so only its own failure and the next one count"
     assert failure_count(three, 3) == 1
-    assert find_abort_reason(kept(killed(3)), 0, FailuresConfig(max=0)) != ""
+    assert find_abort_reason(kept(killed(3)), 0, FailuresConfig(max_failures=0)) != ""
 
 
 def test_the_same_step_twice_ends_the_run_whatever_was_saved_in_between() -> None:
@@ -105,7 +105,7 @@ def test_the_same_step_twice_ends_the_run_whatever_was_saved_in_between() -> Non
     lost = AttemptFailure("node lost", "node is lost", 8, 1, "10.0.0.1")
     assert find_abort_reason(kept(lost, lost), 2, POLICY) == "", "a lost node says nothing of the step"
     assert "failed twice" in find_abort_reason(kept(killed(8), lost, killed(8)), 3, POLICY)
-    assert "once" in find_abort_reason(kept(killed(8)), 0, FailuresConfig(same_step=1))
+    assert "once" in find_abort_reason(kept(killed(8)), 0, FailuresConfig(max_same_step_failures=1))
 
 
 def test_what_does_not_count_is_not_counted() -> None:
@@ -123,7 +123,7 @@ def test_a_node_is_left_out_after_two_failures_of_this_start() -> None:
 def test_a_run_never_goes_on_for_ever_without_a_checkpoint(
     steps: list[int], most: int, same: int, saved_by: int
 ) -> None:
-    policy = FailuresConfig(max=most, same_step=same)
+    policy = FailuresConfig(max_failures=most, max_same_step_failures=same)
     failures = kept(*map(killed, steps))
     if failure_count(failures, saved_by) > most or steps[-same:] == [steps[-1]] * same:
         assert find_abort_reason(failures, saved_by, policy)
@@ -138,7 +138,7 @@ def test_a_failure_is_read_back_as_it_was_kept(failure: AttemptFailure) -> None:
 
 
 def test_a_broken_node_is_left_out_before_the_step_is_accused() -> None:
-    policy = FailuresConfig(max=5, same_step=2)
+    policy = FailuresConfig(max_failures=5, max_same_step_failures=2)
     broken = kept(killed(1, "b"), killed(1, "b"))
     assert find_abort_reason(broken, 0, policy, {"b"}) == ""
     assert "step 1 failed twice" in find_abort_reason(broken, 0, policy), "the run cannot do without that node"
@@ -146,9 +146,9 @@ def test_a_broken_node_is_left_out_before_the_step_is_accused() -> None:
     assert "step 1 failed 3 times" in find_abort_reason(
         kept(killed(1, "b"), killed(1, "b"), killed(1, "c")), 0, policy, {"b"}
     )
-    assert "All restarts" in find_abort_reason(broken, 0, FailuresConfig(max=1, same_step=2), {"b"}), (
-        "the budget holds all the same"
-    )
+    assert "All restarts" in find_abort_reason(
+        broken, 0, FailuresConfig(max_failures=1, max_same_step_failures=2), {"b"}
+    ), "the budget holds all the same"
 
 
 def test_what_fails_before_any_step_says_nothing_of_one() -> None:

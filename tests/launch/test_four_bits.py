@@ -22,7 +22,7 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"),
 ]
 SECTIONS: dict[str, dict[str, Any]] = {
-    "train": {"steps": 6, "global_batch": 4, "micro_batch": 2, "precision": "bf16"},
+    "train": {"steps": 6, "global_batch_size": 4, "micro_batch_size": 2, "precision": "bf16"},
     "cluster": {"workers": 0},
     "export": {"at_end": True},
 }
@@ -35,7 +35,7 @@ def losses(config: Path) -> list[float]:
 
 @pytest.mark.parametrize("zero", [0, 1, 2])
 def test_a_model_in_four_bits_trains_nearly_as_a_whole_one(launch_config: Callable[..., Path], zero: int) -> None:
-    engine = {"engine": {"zero": zero}}
+    engine = {"engine": {"zero_stage": zero}}
     plain = launch_config(f"plain_{zero}", **SECTIONS | engine | {"model": {"lora": {"rank": 4}}})
     packed = launch_config(f"packed_{zero}", **SECTIONS | engine | {"model": {"lora": {"rank": 4, "quantize": "nf4"}}})
     for config in (plain, packed):

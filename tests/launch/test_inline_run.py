@@ -21,7 +21,7 @@ from llm_training_toolkit.runs.directory import RunDirectory
 from llm_training_toolkit.runs.goodput import read_seconds_by_part
 
 pytestmark = [pytest.mark.slow]
-SECTIONS = {"train": {"steps": 40, "global_batch": 4, "micro_batch": 2}, "cluster": {"workers": 0}}
+SECTIONS = {"train": {"steps": 40, "global_batch_size": 4, "micro_batch_size": 2}, "cluster": {"workers": 0}}
 
 
 def rows(run: RunDirectory) -> list[dict[str, Any]]:
@@ -59,8 +59,10 @@ def test_one_process_stops_with_a_checkpoint_and_goes_on(launch_config: Callable
 
 
 def test_torchrun_ranks_train_the_same_run_as_one_process(launch_config: Callable[..., Path]) -> None:
-    alone = launch_config("alone", **SECTIONS | {"train": {"steps": 5, "global_batch": 4, "micro_batch": 2}})
-    several = launch_config("several", **SECTIONS | {"train": {"steps": 5, "global_batch": 4, "micro_batch": 2}})
+    alone = launch_config("alone", **SECTIONS | {"train": {"steps": 5, "global_batch_size": 4, "micro_batch_size": 2}})
+    several = launch_config(
+        "several", **SECTIONS | {"train": {"steps": 5, "global_batch_size": 4, "micro_batch_size": 2}}
+    )
     fork_server.run(command(alone), check=True, capture_output=True)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--no-python"]
     ranks = [*torchrun, "--master-port", "0", "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
@@ -81,13 +83,13 @@ def test_changed_documents_are_refused_unless_accepted(launch_config: Callable[.
 
     corpus = write_corpus(tmp_path / "code", documents=30)
     source = {"path": str(corpus), "format": "code"}
-    train = {"steps": 2, "global_batch": 4, "micro_batch": 2}
+    train = {"steps": 2, "global_batch_size": 4, "micro_batch_size": 2}
     data = {"sources": [source], "sequence_length": 64, "eval": {"fraction": 0.1}, "cache": str(tmp_path / "cache")}
     trained = launch_config("own_tokenizer", **SECTIONS | {"train": train, "data": data})
     fork_server.run(command(trained), check=True, capture_output=True)
     tokenizer = json.loads(run_of(trained).dataset_info_path.read_text())["tokenizer_path"]
     given = launch_config("given_tokenizer", **SECTIONS | {"train": train, "data": data})
-    choose = ["tokenizer.train=null", f"tokenizer.path={tokenizer}", "model.shape.vocab_size=512"]
+    choose = ["tokenizer.train=null", f"tokenizer.path={tokenizer}", "model.config_overrides.vocab_size=512"]
     fork_server.run(command(given, *choose), check=True, capture_output=True)
 
     (corpus / "module_000.py").write_text("print('another document')\n" * 5)

@@ -51,7 +51,7 @@ def config_of(folder: Path, source: str) -> Config:
             "sources": [{"path": source, "format": "text"}],
             "cache": str(folder / "prepared"),
         },
-        "train": {"steps": 1, "global_batch": 1},
+        "train": {"steps": 1, "global_batch_size": 1},
     }
     (folder / "a.yaml").write_text(json.dumps(sections))  # JSON is YAML
     return load_config(folder / "a.yaml")
@@ -98,7 +98,7 @@ def test_more_workers_than_the_cluster_file_holds_are_refused_before_anybody_is_
     root = Path(__file__).parents[2]
     monkeypatch.chdir(root)
     request = TrainRequest(
-        Path("configs/quickstart.yaml"), ["cluster.workers=64", "train.global_batch=64", "run.dir=/runs"]
+        Path("configs/quickstart.yaml"), ["cluster.workers=64", "train.global_batch_size=64", "run.dir=/runs"]
     )
     with pytest.raises(PlanError, match=r"cluster\.workers"):
         submit_job(request, "http://127.0.0.1:1", Path("cluster/local.yaml"), Console())

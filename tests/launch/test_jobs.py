@@ -41,11 +41,11 @@ BIN = Path(sys.executable).parent
 STEPS = 1200
 """More than are done before the run has been stopped twice."""
 SECTIONS = {
-    "train": {"steps": STEPS, "global_batch": 4, "micro_batch": 2, "precision": "fp32"},
+    "train": {"steps": STEPS, "global_batch_size": 4, "micro_batch_size": 2, "precision": "fp32"},
     # The length, which is settled when the run has stopped twice, changes nothing.
-    "optim": {"schedule": "constant", "lr": 3e-4},
+    "optim": {"lr_scheduler": "constant", "lr": 3e-4},
     "cluster": {"workers": [2, 3], "env": {"SAID_IN_THE_CONFIGURATION": "yes"}},
-    "failures": {"ledger": True},
+    "failures": {"log_samples": True},
 }
 NODES = ("127.0.1.1", "127.0.1.2", "127.0.1.3")
 

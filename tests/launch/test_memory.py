@@ -51,8 +51,8 @@ def fill_memory(run: RunDirectory) -> None:
 def test_ranks_that_are_ended_for_their_memory_are_replaced_and_it_is_said(
     launch_config: Callable[..., Path], tight: Environment
 ) -> None:
-    train = {"steps": 1500, "global_batch": 20, "micro_batch": 2}
-    config = launch_config("tight", train=train, checkpoint={"every": 50, "keep": 2})
+    train = {"steps": 1500, "global_batch_size": 20, "micro_batch_size": 2}
+    config = launch_config("tight", train=train, checkpoint={"interval": 50, "keep_latest": 2})
     run = run_of(config)
     with subprocess.Popen(
         command(config), env=tight, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

@@ -14,9 +14,9 @@ from llm_training_toolkit.runs.directory import RunDirectory
 from rank_pool import RankPool
 
 pytestmark = pytest.mark.ranks
-TASKS = [{"task": "perplexity", "every": 4}, {"task": "infill", "limit": 2, "every": 8}]
+TASKS = [{"task": "perplexity", "interval": 4}, {"task": "infill", "limit": 2, "interval": 8}]
 FIGURES = ["eval/perplexity_loss", "eval/infill_ended"]
-CHANGES = {"eval": {"tasks": TASKS}, "engine": {"zero": 3}, "export": {"at_end": True}}
+CHANGES = {"eval": {"tasks": TASKS}, "engine": {"zero_stage": 3}, "export": {"at_end": True}}
 
 
 def evaluated(run: RunDirectory) -> list[tuple[int, str]]:

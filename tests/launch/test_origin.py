@@ -52,7 +52,7 @@ def tokenizer(tmp_path: Path) -> Path:
 
 
 def starting_from(path: Path, corpus: Path, runs: Path, **model: Any) -> Config:
-    given = {"path": str(path), "shape": {}} | model
+    given = {"path": str(path), "config_overrides": {}} | model
     return tiny_config(corpus, runs, model=given, tokenizer={"path": "x/y", "train": None})
 
 
@@ -127,11 +127,11 @@ def test_ids_outside_the_vocabulary_are_refused_before_a_document_is_read(
 ) -> None:
     shape = {"num_hidden_layers": 1, "hidden_size": 32, "vocab_size": 288}
     given = {"path": str(tokenizer), "train": None}
-    config = tiny_config(corpus, tmp_path, model={"shape": shape}, tokenizer=given)
+    config = tiny_config(corpus, tmp_path, model={"config_overrides": shape}, tokenizer=given)
     stages: list[str] = []
     with pytest.raises(PlanError, match=r"tokenizer has 298 entries, the model's embedding 288 rows.*vocab_size=320"):
         prepare_run_data(config, lambda stage, _done, _total: stages.append(stage))
     assert stages == []
     assert not (tmp_path / ".cache").exists()
     shape["vocab_size"] = 320
-    prepare_run_data(tiny_config(corpus, tmp_path, model={"shape": shape}, tokenizer=given), lambda *_: None)
+    prepare_run_data(tiny_config(corpus, tmp_path, model={"config_overrides": shape}, tokenizer=given), lambda *_: None)

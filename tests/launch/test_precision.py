@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.slow]
 WITHOUT_BF16 = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
 """Makes any processor compute as one that has no instructions for bf16."""
 SECTIONS: dict[str, Any] = {
-    "train": {"steps": 2, "global_batch": 2, "micro_batch": 2, "precision": "auto"},
+    "train": {"steps": 2, "global_batch_size": 2, "micro_batch_size": 2, "precision": "auto"},
     "cluster": {"workers": 0},
 }
 LACKING_ON_RANK_1 = """

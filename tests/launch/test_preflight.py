@@ -83,7 +83,7 @@ def test_all_that_is_wrong_with_nodes_is_said_at_once(
         "unshared",
         cluster={"workers": 2},
         data={"cache": str(tmp_path / "cache")},
-        model={"path": str(weights), "shape": {}},
+        model={"path": str(weights), "config_overrides": {}},
         tokenizer={"path": "not/asked-for", "train": None},
     )
     run, cache = run_of(config), tmp_path / "cache"

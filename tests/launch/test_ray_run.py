@@ -25,9 +25,9 @@ pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(900)]
 Start = Callable[[list[str]], subprocess.Popen[str]]
 STEPS = 80
 SECTIONS = {
-    "train": {"steps": STEPS, "global_batch": 4, "micro_batch": 2},
-    "checkpoint": {"every": 20, "keep": 2},
-    "eval": {"every": 40},
+    "train": {"steps": STEPS, "global_batch_size": 4, "micro_batch_size": 2},
+    "checkpoint": {"interval": 20, "keep_latest": 2},
+    "eval": {"interval": 40},
 }
 
 
@@ -158,12 +158,12 @@ def a_second_interrupt_leaves_at_once(config: Path, start: Start) -> None:
 
 
 def without_a_restart_left_the_cause_is_said(config: Path, start: Start) -> None:
-    with start(command(config, "failures.max=0")) as process:
+    with start(command(config, "failures.max_failures=0")) as process:
         kill_rank_0(config, 45, process)
         _, err = process.communicate(timeout=240)
     assert process.returncode == 1
     assert "rank 0 failed" in err
-    assert "All restarts (failures.max = 0) are used up; the same command goes on" in err
+    assert "All restarts (failures.max_failures = 0) are used up; the same command goes on" in err
     assert "Traceback" not in err
 
 

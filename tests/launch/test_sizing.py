@@ -1,4 +1,4 @@
-"""`train.micro_batch: auto`: a real out-of-memory halves the micro-batch, and nothing else changes."""
+"""`train.micro_batch_size: auto`: a real out-of-memory halves the micro-batch, and nothing else changes."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ from llm_training_toolkit.worker.micro_batch import (
 )
 from llm_training_toolkit.worker.spec import WorkerSpec
 
-TRAIN = {"steps": 3, "global_batch": 32, "micro_batch": "auto", "precision": "bf16"}
+TRAIN = {"steps": 3, "global_batch_size": 32, "micro_batch_size": "auto", "precision": "bf16"}
 SECTIONS = {
     "model": {
-        "shape": {
+        "config_overrides": {
             "num_hidden_layers": 1,
             "hidden_size": 64,
             "intermediate_size": 98304,
@@ -55,7 +55,7 @@ SECTIONS = {
         }
     },
     "train": TRAIN,
-    "engine": {"zero": 2},
+    "engine": {"zero_stage": 2},
     "cluster": {"workers": 0},
 }
 """A model whose activations, 50 MB a sequence, are most of what it needs."""
@@ -94,7 +94,7 @@ def limited(config: Path, megabytes: int, *arguments: str) -> subprocess.Complet
 
 @pytest.mark.slow
 def test_out_of_memory_halves_the_micro_batch_and_changes_nothing_else(launch_config: Callable[..., Path]) -> None:
-    halved = launch_config("halved", **SECTIONS | {"train": TRAIN | {"micro_batch": 16}})
+    halved = launch_config("halved", **SECTIONS | {"train": TRAIN | {"micro_batch_size": 16}})
     config = launch_config("narrow", **SECTIONS)
     fork_server.run(command(halved), check=True, capture_output=True)
     done = limited(config, LIMIT)
@@ -110,9 +110,9 @@ def test_out_of_memory_halves_the_micro_batch_and_changes_nothing_else(launch_co
 @pytest.mark.slow
 def test_a_micro_batch_that_was_asked_for_is_not_changed(launch_config: Callable[..., Path]) -> None:
     config = launch_config("asked", **SECTIONS)
-    done = limited(config, LIMIT, "train.micro_batch=32")
+    done = limited(config, LIMIT, "train.micro_batch_size=32")
     assert done.returncode == 1
-    assert "out of memory with micro-batches of 32: lower train.micro_batch, or set it to auto" in done.stderr
+    assert "out of memory with micro-batches of 32: lower train.micro_batch_size, or set it to auto" in done.stderr
     again = limited(config, LIMIT)
     assert again.returncode == 0, again.stdout + again.stderr
     assert [each["micro_batch"] for each in attempts(run_of(config))] == [32, 16]
@@ -147,13 +147,13 @@ def chosen(run: RunDirectory, config: Config) -> int:
     place, _ = resolve_memory_settings(
         WorkerSpec(run, config, cast("DatasetInfo", None)), RunContext(0, 1, torch.device("cpu"))
     )
-    rows = place.config.train.micro_batch
+    rows = place.config.train.micro_batch_size
     assert rows != "auto"
     return rows
 
 
 def test_an_attempt_learns_from_the_one_before(corpus: Path, tmp_path: Path) -> None:
-    config = tiny_config(corpus, tmp_path, train={"steps": 3, "global_batch": 8, "micro_batch": "auto"})
+    config = tiny_config(corpus, tmp_path, train={"steps": 3, "global_batch_size": 8, "micro_batch_size": "auto"})
     run = RunDirectory(tmp_path / "run")
     context = RunContext(0, 1, torch.device("cpu"))
 
@@ -175,7 +175,7 @@ def test_an_attempt_learns_from_the_one_before(corpus: Path, tmp_path: Path) -> 
     attempt(2)
     assert chosen(run, config) == 1, "killed before its first step"
     longer = tiny_config(
-        corpus, tmp_path, train={"global_batch": 8, "micro_batch": "auto"}, data={"sequence_length": 32}
+        corpus, tmp_path, train={"global_batch_size": 8, "micro_batch_size": "auto"}, data={"sequence_length": 32}
     )
     assert chosen(run, longer) == 8, "another load"
 
@@ -193,7 +193,7 @@ def test_an_allocation_that_fails_is_told_from_other_errors() -> None:
 def test_on_ray_the_next_attempt_takes_less_and_no_restart_is_spent(
     launch_config: Callable[..., Path], ray_environment: Environment
 ) -> None:
-    sections = SECTIONS | {"train": TRAIN | {"global_batch": 64}, "failures": {"max": 0}}
+    sections = SECTIONS | {"train": TRAIN | {"global_batch_size": 64}, "failures": {"max_failures": 0}}
     sections["cluster"] = {"workers": 2, "env": GIVES_BACK}
     config = launch_config("narrow-ray", **sections)
     run = run_of(config)
@@ -217,7 +217,7 @@ def _limit_the_first_attempt(run: RunDirectory) -> None:
 
 
 def test_after_the_smallest_micro_batch_several_workers_take_the_next_zero_stage(corpus: Path, tmp_path: Path) -> None:
-    asked = tiny_config(corpus, tmp_path, train={"steps": 3, "global_batch": 8, "micro_batch": "auto"})
+    asked = tiny_config(corpus, tmp_path, train={"steps": 3, "global_batch_size": 8, "micro_batch_size": "auto"})
     run, context = RunDirectory(tmp_path / "run"), RunContext(0, 2, torch.device("cpu"))
     taken = MemorySettings(zero=0, micro_batch=1).apply_to_config(asked)
     after = build_out_of_memory_error(asked, taken, 2)

@@ -20,8 +20,8 @@ from s3_server import client, keys, s3_server
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 STEPS = 32
 SECTIONS: dict[str, dict[str, Any]] = {
-    "train": {"steps": STEPS, "global_batch": 4, "micro_batch": 2},
-    "checkpoint": {"every": 4, "keep": 2},
+    "train": {"steps": STEPS, "global_batch_size": 4, "micro_batch_size": 2},
+    "checkpoint": {"interval": 4, "keep_latest": 2},
 }
 
 

@@ -82,7 +82,7 @@ def test_tasks_that_were_not_wanted_any_more_count_as_never_begun(tmp_path: Path
 
 def midway_of(run: RunDirectory, context: RunContext) -> InTrainingEvaluator:
     """What is due after step 4 of a run, whose checkpoint holds nothing that could be exported."""
-    place = rank_tasks.place_of(str(run.path), {"eval": {"tasks": [{"task": "perplexity", "every": 4}]}})
+    place = rank_tasks.place_of(str(run.path), {"eval": {"tasks": [{"task": "perplexity", "interval": 4}]}})
     checkpoint = run.get_checkpoint_dir(4, 1)
     checkpoint.mkdir(parents=True, exist_ok=True)
     (checkpoint / "manifest.json").touch()

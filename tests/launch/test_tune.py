@@ -84,19 +84,19 @@ def file(launch_config: Callable[..., Path]) -> Path:
     """
     base = launch_config(
         "tuned",
-        train={"steps": 32, "global_batch": 4, "micro_batch": 2},
+        train={"steps": 32, "global_batch_size": 4, "micro_batch_size": 2},
         cluster={"workers": 2},
-        eval={"every": 100},
-        checkpoint={"every": 4},
-        failures={"max": 0},
+        eval={"interval": 100},
+        checkpoint={"interval": 4},
+        failures={"max_failures": 0},
     )
     path = base.parent / "find.yaml"
     search = {
         "base": base.name,
         "search": {"optim.lr": {"choice": [1e-7, 1e-6, 3e-3, 1e-2]}},
         "searcher": {"name": "grid", "seed": 6},
-        "scheduler": {"name": "asha", "factor": 2, "first_steps": 8},
-        "concurrent": 2,
+        "scheduler": {"name": "asha", "reduction_factor": 2, "grace_period_steps": 8},
+        "max_concurrent_trials": 2,
     }
     with path.open("w") as out:
         YAML().dump(search, out)
@@ -123,7 +123,7 @@ def processes_of(run: RunDirectory) -> list[int]:
 
 def train_alone(config: Path, runs: Path, lr: float) -> float:
     """The held-out loss at the end of a run without Ray."""
-    alone = [f"optim.lr={lr}", f"run.name=at-{lr}", "cluster.workers=0", "eval.every=32"]
+    alone = [f"optim.lr={lr}", f"run.name=at-{lr}", "cluster.workers=0", "eval.interval=32"]
     fork_server.run(train_command(config, *alone), check=True, capture_output=True)
     rows = RunDirectory(runs / f"at-{lr}").metrics_path.read_text().splitlines()
     return float([row["eval/loss"] for row in map(json.loads, rows) if "eval/loss" in row][-1])
@@ -135,7 +135,7 @@ def test_a_search_whose_trials_do_not_fit_is_refused_before_data_is_prepared(
     yaml = YAML()
     search = yaml.load(file)
     with file.open("w") as out:
-        yaml.dump({**search, "set": {"cluster.workers": 4, "cluster.cpus_per_worker": 3}}, out)
+        yaml.dump({**search, "overrides": {"cluster.workers": 4, "cluster.cpus_per_worker": 3}}, out)
     done = fork_server.run(command(file), env=ray_environment, capture_output=True)
     assert done.returncode == 1
     assert "needs 4 workers of 3 CPU; the cluster has room for 2" in done.stderr

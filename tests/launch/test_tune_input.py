@@ -19,19 +19,19 @@ def test_a_winner_that_the_base_could_not_take_is_refused_before_the_trials(tmp_
     (corpus / "a.py").write_text("print(1)\n")
     base = {
         "run": {"name": "base", "dir": str(tmp_path / "runs")},
-        "model": {"name": "qwen3-0.6b", "shape": {"num_hidden_layers": 1}},
+        "model": {"name": "qwen3-0.6b", "config_overrides": {"num_hidden_layers": 1}},
         "tokenizer": {"train": {"vocab_size": 512}},
         "data": {
             "sequence_length": 64,
             "sources": [{"path": str(corpus), "format": "code"}],
             "eval": {"fraction": 0.1},
         },
-        "train": {"epochs": 1, "global_batch": 4},
+        "train": {"epochs": 1, "global_batch_size": 4},
         "cluster": {"workers": 1},
     }
     search = {
         "base": "base.yaml",
-        "set": {"train.steps": 16},
+        "overrides": {"train.steps": 16},
         "search": {"data.sources.0.weight": [1, 2]},
         "trials": 2,
     }

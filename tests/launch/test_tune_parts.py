@@ -85,7 +85,7 @@ def tokens(ledger: EventLog) -> int:
     return sum(trial.last_rung.tokens for trial in ledger.trials.values() if trial.last_rung)
 
 
-@pytest.mark.parametrize(("scheduler", "share"), [("none", 1.0), ("asha", 0.4), ("median", 0.8), ("hyperband", 0.75)])
+@pytest.mark.parametrize(("scheduler", "share"), [("fifo", 1.0), ("asha", 0.4), ("median", 0.8), ("hyperband", 0.75)])
 def test_each_scheduler_keeps_the_best_and_saves_what_it_can(scheduler: str, share: float, tmp_path: Path) -> None:
     asked = search(RATE, trials=16, scheduler={"name": scheduler})
     ledger = work(asked, tmp_path)
@@ -94,7 +94,7 @@ def test_each_scheduler_keeps_the_best_and_saves_what_it_can(scheduler: str, sha
     found = find_best_trial(ledger, "min")
     assert found is not None
     assert found.state == "finished"
-    whole = work(search(RATE, trials=16, scheduler={"name": "none"}), tmp_path / "whole")
+    whole = work(search(RATE, trials=16, scheduler={"name": "fifo"}), tmp_path / "whole")
     assert found.number == min(whole.trials.values(), key=lambda trial: value(trial, STEPS)).number
     assert tokens(ledger) <= share * tokens(whole)
     if scheduler == "hyperband":
@@ -103,7 +103,7 @@ def test_each_scheduler_keeps_the_best_and_saves_what_it_can(scheduler: str, sha
 
 @pytest.mark.parametrize("searcher", ["random", "optuna"])
 def test_a_driver_that_dies_anywhere_changes_no_decision(searcher: str, tmp_path: Path) -> None:
-    asked = search(RATE, trials=9, searcher={"name": searcher, "start": 3})
+    asked = search(RATE, trials=9, searcher={"name": searcher, "n_startup_trials": 3})
     for death in range(1, 24, 2):
         path = tmp_path / str(death)
         before = work(asked, path, at_once=1, events=death)
@@ -119,7 +119,7 @@ def test_a_driver_that_dies_anywhere_changes_no_decision(searcher: str, tmp_path
 
 def test_a_budget_in_tokens_ends_optunas_search_at_the_next_rungs(tmp_path: Path) -> None:
     budget = 3 * STEPS * TOKENS
-    asked = search(RATE, trials=None, budget={"tokens": budget}, searcher={"name": "optuna", "start": 4})
+    asked = search(RATE, trials=None, budget={"tokens": budget}, searcher={"name": "optuna", "n_startup_trials": 4})
     ledger = work(asked, tmp_path)
     assert budget <= tokens(ledger) < budget + 4 * STEPS * TOKENS
     assert ledger.unfinished_trials == []

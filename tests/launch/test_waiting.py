@@ -83,7 +83,7 @@ def test_a_busy_cluster_is_waited_for_and_who_uses_it_is_named(
         assert other.stdin is not None
         assert other.stdout is not None
         assert other.stdout.readline() == "held\n"
-        given_up = train(config, ray_environment, "cluster.wait=1s")
+        given_up = train(config, ray_environment, "cluster.resource_timeout=1s")
         with fork_server.popen(command(config), env=ray_environment, stdout=subprocess.PIPE) as run:
             assert run.stdout is not None
             said = next(line for line in run.stdout if "waiting for room" in line)
@@ -91,6 +91,6 @@ def test_a_busy_cluster_is_waited_for_and_who_uses_it_is_named(
             other.stdin.flush()
             assert run.wait() == 0
     assert given_up.returncode == 1
-    assert "none came within cluster.wait = 1s" in given_up.stderr
+    assert "none came within cluster.resource_timeout = 1s" in given_up.stderr
     assert "has room for 2: 1 node with 8 CPU, 6 CPU in use (6 CPU by `" in said
-    assert "(cluster.wait = 10m)" in said
+    assert "(cluster.resource_timeout = 10m)" in said

@@ -42,7 +42,7 @@ def hf_config(name: str, layers: int) -> dict[str, Any]:
     depth = "n_layer" if "n_embd" in SHAPES[name] else "num_hidden_layers"
     raw = {
         "run": {"name": "a"},
-        "model": {"name": name, "shape": SHAPES[name] | {depth: layers}},
+        "model": {"name": name, "config_overrides": SHAPES[name] | {depth: layers}},
         "tokenizer": {"path": "a"},
         "data": {"sequence_length": TOKENS, "sources": [{"path": "a", "format": "code"}]},
         "train": {"steps": 1},
@@ -102,8 +102,8 @@ ADAPTERS = [
     ("bf16", LoraConfig()),
     ("fp32", LoraConfig()),
     ("bf16", LoraConfig(dropout=0.1)),
-    ("bf16", LoraConfig(dora=True)),
-    ("bf16", LoraConfig(targets=("o_proj", "down_proj"))),
+    ("bf16", LoraConfig(use_dora=True)),
+    ("bf16", LoraConfig(target_modules=("o_proj", "down_proj"))),
 ]
 
 
@@ -113,8 +113,10 @@ def test_a_frozen_layer_and_its_adapters_keep_what_the_plan_counts(
     name: str, precision: Literal["bf16", "fp32"], lora: LoraConfig
 ) -> None:
     family, model = families.find_size(name).family, families.read_model_dims(hf_config(name, 1))
-    if not set(family.lora_targets) >= set(family.lora_targets if lora.targets == "auto" else lora.targets):
-        lora = lora.model_copy(update={"targets": family.lora_targets[-2:]})
+    if not set(family.lora_targets) >= set(
+        family.lora_targets if lora.target_modules == "auto" else lora.target_modules
+    ):
+        lora = lora.model_copy(update={"target_modules": family.lora_targets[-2:]})
     adapter = build_adapter(lora, family, model)
     load = DeviceWorkload(
         model=model,

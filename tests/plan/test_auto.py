@@ -1,4 +1,4 @@
-"""What `auto` becomes in `train.precision` and `engine.zero`, from measurements and memory."""
+"""What `auto` becomes in `train.precision` and `engine.zero_stage`, from measurements and memory."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def config(**sections: dict[str, Any]) -> Config:
         "model": {"name": "qwen3-0.6b"},
         "tokenizer": {"path": "x"},
         "data": {"sequence_length": 1024, "sources": [{"path": "x", "format": "text"}]},
-        "train": {"steps": 10, "global_batch": 16, "micro_batch": 2},
+        "train": {"steps": 10, "global_batch_size": 16, "micro_batch_size": 2},
         "cluster": {"workers": 2},
     }
     for name, values in sections.items():
@@ -96,10 +96,10 @@ def test_weights_in_four_bits_are_not_cut() -> None:
 
 def test_a_cluster_file_decides_both() -> None:
     gpus = read_hardware(ROOT / "cluster" / "aws-h100.yaml")
-    large = config(model={"name": "qwen3-32b"}, train={"micro_batch": 1}, cluster={"workers": 16})
+    large = config(model={"name": "qwen3-32b"}, train={"micro_batch_size": 1}, cluster={"workers": 16})
     settled = resolve_for_hardware(large, gpus)
     assert settled.train.precision == "bf16"
-    assert settled.engine.zero == 3
+    assert settled.engine.zero_stage == 3
     slow = gpus.model_copy(update={"tflops": gpus.tflops.model_copy(update={"bf16": 0.01})})
     assert resolve_for_hardware(large, slow).train.precision == "fp32"
 

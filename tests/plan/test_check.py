@@ -31,12 +31,12 @@ def problems(model: str, source: dict[str, Any], *, held_out: bool = False) -> l
 
 FOUND = [
     ("qwen2-0.5b", {"metadata": True}, ["data.sources[1].metadata"]),
-    ("qwen2-0.5b", {"per": "repository"}, ["data.sources[1].per"]),
+    ("qwen2-0.5b", {"group_by": "repository"}, ["data.sources[1].group_by"]),
     ("qwen2-0.5b", {"metadata": True, "fim": {}}, ["data.sources[1].fim", "data.sources[1].metadata"]),
-    ("starcoderbase-1b", {"per": "repository"}, ["data.sources[1].per"]),
-    ("starcoderbase-1b", {"per": "repository", "metadata": True, "fim": {}}, []),
-    ("starcoder2-3b", {"per": "repository"}, []),
-    ("qwen3-0.6b", {"per": "repository", "metadata": True, "fim": {}}, []),
+    ("starcoderbase-1b", {"group_by": "repository"}, ["data.sources[1].group_by"]),
+    ("starcoderbase-1b", {"group_by": "repository", "metadata": True, "fim": {}}, []),
+    ("starcoder2-3b", {"group_by": "repository"}, []),
+    ("qwen3-0.6b", {"group_by": "repository", "metadata": True, "fim": {}}, []),
 ]
 
 

@@ -16,9 +16,9 @@ def config(zero: int = 2, precision: str = "bf16", **deepspeed: Any) -> Config:
         "model": {"name": "qwen3-0.6b"},
         "tokenizer": {"path": "tokenizer"},
         "data": {"sequence_length": 64, "sources": [{"path": "x", "format": "text"}]},
-        "train": {"steps": 10, "micro_batch": 3, "precision": precision},
-        "optim": {"clip": 0.0},
-        "engine": {"zero": zero, "deepspeed": deepspeed},
+        "train": {"steps": 10, "micro_batch_size": 3, "precision": precision},
+        "optim": {"max_grad_norm": 0.0},
+        "engine": {"zero_stage": zero, "deepspeed": deepspeed},
     }
     return Config.model_validate_json(json.dumps(raw), strict=True)
 

@@ -50,8 +50,8 @@ def config(**sections: Any) -> Config:
         "model": {"name": "qwen3-8b"},
         "tokenizer": {"path": "tokenizer"},
         "data": {"sequence_length": 4096, "sources": [{"path": "x", "format": "code"}]},
-        "train": {"tokens": 2_000_000_000, "global_batch": 64, "micro_batch": 1},
-        "engine": {"zero": 3},
+        "train": {"tokens": 2_000_000_000, "global_batch_size": 64, "micro_batch_size": 1},
+        "engine": {"zero_stage": 3},
         "cluster": {"workers": 16},
     }
     for name, section in sections.items():
@@ -104,7 +104,7 @@ def test_more_workers_take_less_time_and_as_many_device_hours(workers: int) -> N
 def test_only_nodes_that_are_taken_are_paid() -> None:
     assert seen(hardware(memory_gb=999), cluster={"workers": 8}).usd_per_hour == 51
     assert seen(hardware(memory_gb=999), cluster={"workers": 9}).usd_per_hour == 101
-    assert seen(hardware(memory_gb=999), cluster={"workers": 2, "placement": "spread"}).usd_per_hour == 101
+    assert seen(hardware(memory_gb=999), cluster={"workers": 2, "placement_strategy": "spread"}).usd_per_hour == 101
 
 
 def test_an_unknown_length_has_neither_time_nor_cost() -> None:
@@ -120,20 +120,20 @@ def test_what_is_sent_by_hand() -> None:
     share, link = 15 / 16, 400e9
     sent = {0: 8 * parameters, 1: 6 * parameters, 2: (4 * 4 + 2) * parameters, 3: 4 * (4 + 4) * parameters}
     for zero, size in sent.items():
-        found = seen(hardware(memory_gb=999), engine={"zero": zero}).communication_seconds
+        found = seen(hardware(memory_gb=999), engine={"zero_stage": zero}).communication_seconds
         assert found == pytest.approx(size * share / link)
     within = seen(hardware(memory_gb=999), cluster={"workers": 8}).communication_seconds
     assert within == pytest.approx(8 * (4 + 4) * parameters * (7 / 8) / 450e9)
     assert seen(hardware(memory_gb=999), cluster={"workers": 1}).communication_seconds == 0
     slow = {"bandwidth_gb_per_s": {"within_node": 32, "between_nodes": 50, "storage": 2}}
     assert seen(hardware(**slow, memory_gb=999)).communication_seconds == pytest.approx(32 * parameters * share / 32e9)
-    apart = {"workers": 2, "placement": "spread"}
+    apart = {"workers": 2, "placement_strategy": "spread"}
     found = seen(hardware(**slow, memory_gb=999), cluster=apart).communication_seconds
     assert found == pytest.approx(32 * 8 * parameters / 2 / 50e9)
 
 
 def test_adapters_take_less_work_and_send_less() -> None:
-    lora: dict[str, Any] = {"model": {"path": "weights", "lora": {"rank": 16}}, "engine": {"zero": 2}}
+    lora: dict[str, Any] = {"model": {"path": "weights", "lora": {"rank": 16}}, "engine": {"zero_stage": 2}}
     plan = make_plan(config(**lora))
     full, beside = seen(hardware(memory_gb=999)), seen(hardware(memory_gb=999), **lora)
     assert full.hours is not None
@@ -168,8 +168,13 @@ def test_a_checkpoint_by_hand() -> None:
         ),
         (hardware(cpus=16), {"cluster": {"cpus_per_worker": 4}}, "cluster.workers", "holds, which is 8 workers"),
         (hardware(cpus=2), {"cluster": {"cpus_per_worker": 4}}, "cluster.cpus_per_worker", "fits into no node"),
-        (hardware(), {"cluster": {"placement": "strict_pack"}}, "cluster.workers", "all on one node"),
-        (hardware(), {"cluster": {"placement": "strict_spread"}}, "cluster.workers", "each on a node of its own"),
+        (hardware(), {"cluster": {"placement_strategy": "strict_pack"}}, "cluster.workers", "all on one node"),
+        (
+            hardware(),
+            {"cluster": {"placement_strategy": "strict_spread"}},
+            "cluster.workers",
+            "each on a node of its own",
+        ),
         (hardware(), {"cluster": {"gpus_per_worker": 0}}, "cluster.gpus_per_worker", "trains on the cores"),
         (
             hardware(memory_gb=24),
@@ -177,19 +182,22 @@ def test_a_checkpoint_by_hand() -> None:
             "model.activation_checkpointing",
             "H100 has 24 GB; the largest part is activations",
         ),
-        (hardware(), {"train": {"micro_batch": 4}}, "train.micro_batch", "the largest part is activations"),
+        (hardware(), {"train": {"micro_batch_size": 4}}, "train.micro_batch_size", "the largest part is activations"),
         (hardware(memory_gb=16), RECOMPUTED, "cluster.workers", "H100 has 16 GB; the largest part is optimizer"),
-        (hardware(), {**RECOMPUTED, "engine": {"zero": 0}}, "engine.zero", "the largest part is optimizer"),
+        (hardware(), {**RECOMPUTED, "engine": {"zero_stage": 0}}, "engine.zero_stage", "the largest part is optimizer"),
         (
             hardware(),
-            {"model": {"activation_checkpointing": True, "shape": FEW}, "data": {"sequence_length": 2_000_000}},
+            {
+                "model": {"activation_checkpointing": True, "config_overrides": FEW},
+                "data": {"sequence_length": 2_000_000},
+            },
             "data.sequence_length",
             "the largest part is activations",
         ),
         (
             hardware(memory_gb=12),
-            {"model": {"loss_chunk": 0, "shape": FEW}, "data": {"sequence_length": 16_384}},
-            "model.loss_chunk",
+            {"model": {"loss_chunk_size": 0, "config_overrides": FEW}, "data": {"sequence_length": 16_384}},
+            "model.loss_chunk_size",
             "the largest part is logits",
         ),
         (hardware(), {"cluster": {"workers": 0}}, "cluster.workers", "without Ray"),
@@ -220,7 +228,7 @@ def test_on_cpu_every_core_is_a_device() -> None:
 
 
 def test_notes() -> None:
-    auto = " ".join(seen(hardware(spot=True), train={"micro_batch": "auto"}).notes)
+    auto = " ".join(seen(hardware(spot=True), train={"micro_batch_size": "auto"}).notes)
     assert "micro_batch: auto takes about 1 there" in auto
     assert "spot" in auto
     needed = sum(make_plan(config()).memory_gb_per_device.values())
@@ -249,14 +257,18 @@ def run_plan(file: Path, *arguments: str) -> Any:
 
 def test_the_command_line(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
-    raw = config(train={"global_batch": 8, "micro_batch": 4}, cluster={"workers": 2}, model={"name": "qwen3-0.6b"})
+    raw = config(
+        train={"global_batch_size": 8, "micro_batch_size": 4}, cluster={"workers": 2}, model={"name": "qwen3-0.6b"}
+    )
     file.write_text(json.dumps(raw.model_dump(mode="json", exclude_unset=True)))
     alone = json.loads(run_plan(file, "--json").stdout)
     assert (alone["hours"], alone["cost"]) == (None, None)
     assert "hours" not in alone["estimated"]
 
     cluster = ["--cluster", str(CLUSTER / "local.yaml")]
-    done = run_plan(file, *cluster, "--json", "model.shape={num_hidden_layers: 2}", "data.sequence_length=256")
+    done = run_plan(
+        file, *cluster, "--json", "model.config_overrides={num_hidden_layers: 2}", "data.sequence_length=256"
+    )
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)
     assert found["hours"] > 0

@@ -89,7 +89,7 @@ def test_logits_by_hand() -> None:
     assert estimate_memory(replace(LOAD, loss_chunk=4096, precision="fp32")).logits == 64 * 1000 * 4 + 1000 * 64 * 4
 
 
-ADAPTER = build_adapter(LoraConfig(rank=8, targets=("q_proj", "v_proj")), QWEN3, MODEL)
+ADAPTER = build_adapter(LoraConfig(rank=8, target_modules=("q_proj", "v_proj")), QWEN3, MODEL)
 A = 2 * 8 * (64 + 64 + 64 + 32)
 """Two layers, rank 8: q from 64 to 64, v from 64 to 32."""
 

@@ -18,10 +18,10 @@ TINY = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "nu
 def config(**sections: Any) -> Config:
     raw: dict[str, Any] = {
         "run": {"name": "test"},
-        "model": {"name": "qwen3-0.6b", "shape": TINY},
+        "model": {"name": "qwen3-0.6b", "config_overrides": TINY},
         "tokenizer": {"train": {"vocab_size": 1000}},
         "data": {"sequence_length": 128, "sources": [{"path": "x", "format": "code"}]},
-        "train": {"steps": 100, "global_batch": 16, "micro_batch": 1},
+        "train": {"steps": 100, "global_batch_size": 16, "micro_batch_size": 1},
         "cluster": {"workers": 2},
     }
     for name, section in sections.items():
@@ -86,15 +86,15 @@ def test_passes_over_the_data() -> None:
         ({"run": {"dir": "s3://bucket/runs"}, "model": {"name": "qwen3-0.6b", "lora": {}}}, "model.path"),
         (
             {
-                "model": {"name": "qwen3-0.6b", "attention": "flash_attention_2"},
-                "train": {"steps": 10, "global_batch": 8, "micro_batch": 2},
+                "model": {"name": "qwen3-0.6b", "attn_implementation": "flash_attention_2"},
+                "train": {"steps": 10, "global_batch_size": 8, "micro_batch_size": 2},
             },
-            "train.micro_batch",
+            "train.micro_batch_size",
         ),
         ({"model": {"name": "qwen3-0.6b", "path": "Qwen/Qwen3-0.6B"}}, "tokenizer.train"),
         ({"cluster": {"workers": 17}}, "cluster.workers"),
         ({"optim": {"warmup": 101}}, "optim.warmup"),
-        ({"optim": {"warmup": 90, "schedule": "wsd"}}, "optim.decay"),
+        ({"optim": {"warmup": 90, "lr_scheduler": "wsd"}}, "optim.decay"),
         ({"model": {"name": "starcoderbase-1b"}, "data": {"sequence_length": 8193}}, "data.sequence_length"),
         (
             {
@@ -130,17 +130,17 @@ def test_all_problems_come_at_once() -> None:
 
 
 def test_more_positions_from_scratch_are_possible() -> None:
-    model = {"name": "starcoderbase-1b", "shape": {"n_positions": 16384}}
+    model = {"name": "starcoderbase-1b", "config_overrides": {"n_positions": 16384}}
     assert where(make_plan(config(model=model, data={"sequence_length": 16384}))) == []
 
 
 @pytest.mark.parametrize(
     ("sections", "note"),
     [
-        ({"engine": {"zero": 1}}, "ZeRO 1 in bf16 sums gradients over micro-batches in bf16"),
-        ({"cluster": {"workers": 1}, "engine": {"zero": 2}}, "spreads nothing"),
+        ({"engine": {"zero_stage": 1}}, "ZeRO 1 in bf16 sums gradients over micro-batches in bf16"),
+        ({"cluster": {"workers": 1}, "engine": {"zero_stage": 2}}, "spreads nothing"),
         ({"cluster": {"workers": 3}}, "Shares differ"),
-        ({"train": {"micro_batch": 9}}, "8 is enough"),
+        ({"train": {"micro_batch_size": 9}}, "8 is enough"),
         ({"model": {"name": "starcoder2-3b"}, "data": {"sequence_length": 8192}}, "sliding window"),
     ],
 )
@@ -171,7 +171,7 @@ def test_too_many_workers_still_print() -> None:
 
 
 def test_text_says_the_arithmetic() -> None:
-    text = format_plan(make_plan(config(engine={"zero": 2})))
+    text = format_plan(make_plan(config(engine={"zero_stage": 2})))
     assert 10 <= len(text) <= 14
     assert any("global batch 16 = 2 replicas x 8, in 8 micro-batches of 1" in line for line in text)
     assert any("100 steps x 2,048 tokens = 205k tokens" in line for line in text)
@@ -232,12 +232,17 @@ def test_adapters_are_what_is_trained() -> None:
 @pytest.mark.parametrize(
     ("lora", "sections", "expected", "said"),
     [
-        ({"targets": ["q_prj"]}, {}, "model.lora.targets", "Did you mean q_proj? There are: q_proj, k_proj"),
-        ({"targets": ["query"]}, {}, "model.lora.targets", "There are: q_proj, k_proj"),
-        ({"targets": ["lm_head"]}, {}, "model.lora.targets", "There are"),
+        (
+            {"target_modules": ["q_prj"]},
+            {},
+            "model.lora.target_modules",
+            "Did you mean q_proj? There are: q_proj, k_proj",
+        ),
+        ({"target_modules": ["query"]}, {}, "model.lora.target_modules", "There are: q_proj, k_proj"),
+        ({"target_modules": ["lm_head"]}, {}, "model.lora.target_modules", "There are"),
         ({"modules_to_save": ["norm"]}, {}, "model.lora.modules_to_save", "There are: embed_tokens, lm_head"),
         ({"modules_to_save": ["lm_head"]}, {}, "model.lora.modules_to_save", "one matrix"),
-        ({"quantize": "nf4"}, {"engine": {"zero": 3}}, "engine.zero", "blocks"),
+        ({"quantize": "nf4"}, {"engine": {"zero_stage": 3}}, "engine.zero_stage", "blocks"),
         ({"quantize": "nf4"}, {"cluster": {"gpus_per_worker": 0}}, "model.lora.quantize", "need a GPU"),
     ],
 )
@@ -248,7 +253,7 @@ def test_adapters_that_cannot_be(lora: dict[str, Any], sections: dict[str, Any],
 
 
 def test_adapters_that_are_no_mistake_but_worth_a_word() -> None:
-    random = make_plan(config(model={"name": "qwen3-0.6b", "shape": TINY, "lora": {}}))
+    random = make_plan(config(model={"name": "qwen3-0.6b", "config_overrides": TINY, "lora": {}}))
     assert not random.problems
     assert any("random weights learn next to nothing" in note for note in random.notes)
     quantized = make_plan(config(model=ADAPTED | {"lora": {"quantize": "nf4"}}, tokenizer={"path": "x"}))
@@ -262,7 +267,7 @@ def test_a_tokenizer_larger_than_the_embedding_is_a_problem() -> None:
 
 
 def test_a_run_that_has_begun_counts_what_it_has_seen() -> None:
-    train = {"train": {"steps": None, "epochs": 2, "global_batch": 8}}
+    train = {"train": {"steps": None, "epochs": 2, "global_batch_size": 8}}
     fresh = make_plan(config(**train), DataFacts((StreamFacts((20, 20)),)))
     assert fresh.steps == 5
     lengthened = make_plan(config(**train), DataFacts((StreamFacts((20, 20)),), steps_done=3, sequences_done=20))
@@ -271,7 +276,7 @@ def test_a_run_that_has_begun_counts_what_it_has_seen() -> None:
 
 def test_a_mixture_shows_what_each_source_is_worth() -> None:
     sources = [{"path": "a", "format": "code", "weight": 3.0}, {"path": "b", "format": "code", "weight": 1.0}]
-    mixed = config(data={"sources": sources}, train={"steps": 100, "global_batch": 8})
+    mixed = config(data={"sources": sources}, train={"steps": 100, "global_batch_size": 8})
     before = make_plan(mixed)
     assert [(source.path, source.share, source.epochs) for source in before.mixture] == [
         ("a", 0.75, None),
@@ -286,7 +291,11 @@ def test_a_mixture_shows_what_each_source_is_worth() -> None:
 
 def test_an_elastic_run_is_planned_at_every_size() -> None:
     plan = make_plan(
-        config(cluster={"workers": [1, 6]}, train={"micro_batch": 2, "global_batch": 12}, engine={"zero": 3})
+        config(
+            cluster={"workers": [1, 6]},
+            train={"micro_batch_size": 2, "global_batch_size": 12},
+            engine={"zero_stage": 3},
+        )
     )
     assert (plan.replicas, plan.workers, plan.fewest_workers, plan.is_elastic) == (6, 6, 1, True)
     assert plan.to_json()["accumulation"] == {"1": 6, "2": 3, "3": 2, "4": 2, "5": 2, "6": 1, "7": 1, "8": 1}
@@ -299,14 +308,16 @@ def test_an_elastic_run_is_planned_at_every_size() -> None:
     ):
         assert any(line.endswith(row) for line in text), row
     assert any("over 1 to 6 workers" in line for line in text)
-    alone = make_plan(config(cluster={"workers": 1}, train={"micro_batch": 2, "global_batch": 12}, engine={"zero": 3}))
+    alone = make_plan(
+        config(cluster={"workers": 1}, train={"micro_batch_size": 2, "global_batch_size": 12}, engine={"zero_stage": 3})
+    )
     assert plan.memory_gb_per_device == alone.memory_gb_per_device, "a device holds the most with the fewest workers"
-    at_two = make_plan(config(cluster={"workers": [1, 6]}, engine={"zero": 3}), replicas=2)
+    at_two = make_plan(config(cluster={"workers": [1, 6]}, engine={"zero_stage": 3}), replicas=2)
     assert at_two.memory_gb_per_device != plan.memory_gb_per_device
 
 
 def test_notes_of_an_elastic_run_are_of_the_size_they_are_true_of() -> None:
-    notes = make_plan(config(cluster={"workers": [1, 3]}, train={"micro_batch": 12})).notes
+    notes = make_plan(config(cluster={"workers": [1, 3]}, train={"micro_batch_size": 12})).notes
     assert not any("is enough" in note or "Shares differ" in note or "spreads nothing" in note for note in notes)
     assert where(make_plan(config(cluster={"workers": [2, 17]}))) == ["cluster.workers"]
 
@@ -314,7 +325,7 @@ def test_notes_of_an_elastic_run_are_of_the_size_they_are_true_of() -> None:
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 8))
 def test_the_lines_of_an_elastic_run_name_every_size_once(fewest: int, more: int, micro_batch: int) -> None:
     sizes = range(fewest, min(fewest + more, 64) + 1)
-    train = {"global_batch": 64, "micro_batch": micro_batch}
+    train = {"global_batch_size": 64, "micro_batch_size": micro_batch}
     text = format_plan(make_plan(config(cluster={"workers": [fewest, fewest + more]}, train=train)))
     rows = [line.split("with ")[1].split(" worker")[0] for line in text if line.startswith(" ") and "with " in line]
     named = [range(int(row.split(" to ")[0]), int(row.split(" to ")[-1]) + 1) for row in rows]

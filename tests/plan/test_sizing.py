@@ -28,7 +28,7 @@ def config(global_batch: int = 64, **model: Any) -> Config:
             "model": {"name": "qwen3-0.6b", **model},
             "tokenizer": {"path": "somewhere"},
             "data": {"sequence_length": 1024, "sources": [{"path": "a", "format": "code"}]},
-            "train": {"steps": 10, "global_batch": global_batch},
+            "train": {"steps": 10, "global_batch_size": global_batch},
         },
         "test",
     )
@@ -78,6 +78,6 @@ def test_other_words_and_numbers_are_refused(value: object) -> None:
     from llm_training_toolkit.errors import ConfigError
 
     data = config().model_dump(mode="json")
-    data["train"]["micro_batch"] = value
+    data["train"]["micro_batch_size"] = value
     with pytest.raises(ConfigError, match="micro_batch"):
         parse_config(data, "test")

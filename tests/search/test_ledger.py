@@ -108,7 +108,7 @@ def test_the_best_is_the_best_of_those_that_came_furthest(tmp_path: Path) -> Non
 def test_ends_are_compared_with_ends_whatever_rungs_came_before_them(tmp_path: Path) -> None:
     ledger = EventLog(tmp_path / "ledger.jsonl")
     for number, (rung, value) in enumerate([(2, 1.0), (3, 2.0)]):  # the larger batch has a rung more
-        ledger.record_begin(TrialRecord(number, {"train.global_batch": 8 * 4**number}, number))
+        ledger.record_begin(TrialRecord(number, {"train.global_batch_size": 8 * 4**number}, number))
         ledger.record_rung(number, RungResult(rung, 10, 100, value, go_on=False, last=True))
         ledger.record_end(number, "finished")
     assert [trial.number for trial in rank_trials(ledger, "min")] == [0, 1]
@@ -128,14 +128,14 @@ def test_what_matters_is_told_from_what_does_not(tmp_path: Path) -> None:
     ledger = EventLog(tmp_path / "ledger.jsonl")
     for number in range(24):
         lr, kind = 10 ** (-4 + 3 * number / 23), ["cosine", "wsd", "constant"][number % 3]
-        point = {"optim.lr": lr, "optim.schedule": kind, "optim.weight_decay": [0.0, 0.1][number // 3 % 2]}
+        point = {"optim.lr": lr, "optim.lr_scheduler": kind, "optim.weight_decay": [0.0, 0.1][number // 3 % 2]}
         ledger.record_begin(TrialRecord(number, point, number))
         ledger.record_rung(
             number, RungResult(0, 4, 400, (math.log10(lr) + 2.5) ** 2 + 0.01 * (number % 5), go_on=False)
         )
     found = compute_importance(search(RATE | CHOICES), ledger)
     assert found["optim.lr"] > 0.95
-    assert max(found["optim.schedule"], found["optim.weight_decay"]) < 0.2
+    assert max(found["optim.lr_scheduler"], found["optim.weight_decay"]) < 0.2
 
 
 def test_of_a_few_trials_nothing_is_said(tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ def test_of_a_few_trials_nothing_is_said(tmp_path: Path) -> None:
 def test_optuna_learns_from_the_ledger_alone_and_repeats(tmp_path: Path) -> None:
     from llm_training_toolkit.search.optuna_sampler import propose_optuna_point
 
-    asked = search(RATE | CHOICES, searcher={"name": "optuna", "start": 6})
+    asked = search(RATE | CHOICES, searcher={"name": "optuna", "n_startup_trials": 6})
     path = tmp_path / "ledger.jsonl"
     for number in range(40):
         ledger = EventLog(path)
@@ -154,7 +154,7 @@ def test_optuna_learns_from_the_ledger_alone_and_repeats(tmp_path: Path) -> None
         assert all(asked.search[key].contains_value(value) for key, value in point.items())
         assert point == propose_optuna_point(asked, EventLog(path), number)
         ledger.record_begin(TrialRecord(number, point, number))
-        value = (math.log10(point["optim.lr"]) + 2.0) ** 2 + (point["optim.schedule"] != "wsd")
+        value = (math.log10(point["optim.lr"]) + 2.0) ** 2 + (point["optim.lr_scheduler"] != "wsd")
         go_on = value < 1.0
         ledger.record_rung(number, RungResult(0, 4, 400, value, go_on=go_on))
         if go_on:

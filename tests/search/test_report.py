@@ -29,7 +29,7 @@ def searched(path: Path) -> tuple[SearchConfig, EventLog]:
     for number in range(16):
         point = draw_random_point(asked, number)
         ledger.record_begin(TrialRecord(number, point, number))
-        worth = (math.log10(point["optim.lr"]) + 2.3) ** 2 + 0.2 * (point["optim.schedule"] != "wsd")
+        worth = (math.log10(point["optim.lr"]) + 2.3) ** 2 + 0.2 * (point["optim.lr_scheduler"] != "wsd")
         for rung, step in enumerate((4, 16, 64)):
             value = worth + 6.0 / (rung + 1)
             good = rung < 2 and should_continue(asked.scheduler, "min", value, ledger.get_rung_values(rung, 0, number))

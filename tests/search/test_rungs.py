@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from llm_training_toolkit.config.search import SchedulerConfig
 from llm_training_toolkit.search.early_stopping import compute_rung_steps, get_bracket, should_continue
 
-ASHA = SchedulerConfig(name="asha", factor=4)
+ASHA = SchedulerConfig(name="asha", reduction_factor=4)
 
 
 def test_rungs_by_default_are_a_sixteenth_a_quarter_and_the_whole() -> None:
@@ -19,24 +19,24 @@ def test_rungs_by_default_are_a_sixteenth_a_quarter_and_the_whole() -> None:
 
 
 def test_rungs_in_tokens_come_at_the_same_tokens_for_every_batch() -> None:
-    scheduler = SchedulerConfig(name="asha", factor=4, first_tokens=8192)
+    scheduler = SchedulerConfig(name="asha", reduction_factor=4, grace_period_tokens=8192)
     assert compute_rung_steps(scheduler, 64, 2048) == (4, 16, 64)
     assert compute_rung_steps(scheduler, 128, 1024) == (8, 32, 128)
 
 
 def test_rungs_of_the_median_are_evenly_spaced_and_none_has_one() -> None:
-    assert compute_rung_steps(SchedulerConfig(name="median", first_steps=5), 22, 1) == (5, 10, 15, 20, 22)
-    assert compute_rung_steps(SchedulerConfig(name="none"), 22, 1) == (22,)
+    assert compute_rung_steps(SchedulerConfig(name="median", grace_period_steps=5), 22, 1) == (5, 10, 15, 20, 22)
+    assert compute_rung_steps(SchedulerConfig(name="fifo"), 22, 1) == (22,)
 
 
 @given(
-    name=st.sampled_from(["none", "asha", "median", "hyperband"]),
+    name=st.sampled_from(["fifo", "asha", "median", "hyperband"]),
     factor=st.integers(2, 8),
     first=st.one_of(st.none(), st.integers(1, 5000)),
     steps=st.integers(1, 3000),
 )
 def test_rungs_grow_and_end_with_the_run(name: str, factor: int, first: int | None, steps: int) -> None:
-    scheduler = SchedulerConfig.model_validate({"name": name, "factor": factor, "first_steps": first})
+    scheduler = SchedulerConfig.model_validate({"name": name, "reduction_factor": factor, "grace_period_steps": first})
     found = compute_rung_steps(scheduler, steps, 7)
     assert list(found) == sorted(set(found))
     assert found[-1] == steps
@@ -53,7 +53,7 @@ def test_asha_keeps_the_best_quarter_whatever_the_direction() -> None:
 
 @given(values=st.lists(st.floats(0, 10), min_size=1, max_size=60), factor=st.integers(2, 5))
 def test_the_best_trial_so_far_always_goes_on_and_not_many_do(values: list[float], factor: int) -> None:
-    scheduler = SchedulerConfig(name="asha", factor=factor)
+    scheduler = SchedulerConfig(name="asha", reduction_factor=factor)
     for count, value in enumerate(values):
         if value <= min(values[:count], default=math.inf):
             assert should_continue(scheduler, "min", value, values[:count])

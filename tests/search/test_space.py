@@ -26,8 +26,11 @@ from llm_training_toolkit.search.space import (
     point_key,
 )
 
-RATE = {"optim.lr": {"log_uniform": [1e-4, 1e-1]}}
-CHOICES = {"optim.weight_decay": {"choice": [0.0, 0.1]}, "optim.schedule": {"choice": ["cosine", "wsd", "constant"]}}
+RATE = {"optim.lr": {"loguniform": [1e-4, 1e-1]}}
+CHOICES = {
+    "optim.weight_decay": {"choice": [0.0, 0.1]},
+    "optim.lr_scheduler": {"choice": ["cosine", "wsd", "constant"]},
+}
 
 
 def search(space: dict[str, Any], **fields: Any) -> SearchConfig:
@@ -42,7 +45,7 @@ def trials(asked: SearchConfig, tmp_path: Path, base: Config | None = None) -> T
 def test_corners_are_all_ends_and_all_choices_together() -> None:
     found = {point_key(point) for point in boundary_points(search(RATE | CHOICES))}
     assert len(found) == 2 * 2 * 3
-    assert point_key({"optim.lr": 1e-1, "optim.weight_decay": 0.1, "optim.schedule": "wsd"}) in found
+    assert point_key({"optim.lr": 1e-1, "optim.weight_decay": 0.1, "optim.lr_scheduler": "wsd"}) in found
 
 
 def test_of_too_many_corners_every_value_of_every_key_is_looked_at() -> None:
@@ -57,7 +60,7 @@ def test_of_too_many_corners_every_value_of_every_key_is_looked_at() -> None:
 @given(seed=st.integers(0, 2**31), number=st.integers(0, 10_000))
 def test_points_lie_within_their_ranges_and_repeat(seed: int, number: int) -> None:
     asked = search(
-        {**RATE, "optim.warmup": {"integers": [1, 7]}, "optim.clip": {"uniform": [0.5, 2.0]}},
+        {**RATE, "optim.warmup": {"randint": [1, 7]}, "optim.max_grad_norm": {"uniform": [0.5, 2.0]}},
         searcher={"seed": seed},
     )
     point = draw_random_point(asked, number)
@@ -80,17 +83,17 @@ def test_a_grid_has_every_combination_once_in_an_order_of_its_seed() -> None:
 
 
 def test_an_impossible_corner_is_named_with_its_reason(tmp_path: Path) -> None:
-    asked = search({"train.global_batch": {"choice": [4, 8]}})
+    asked = search({"train.global_batch_size": {"choice": [4, 8]}})
     base = tiny_config(Path("corpus"), tmp_path, cluster={"workers": 6})
     with pytest.raises(PlanError) as refused:
         check_search_space(trials(asked, tmp_path, base))
     assert "1 of 2 corners" in str(refused.value)
-    assert "train.global_batch = 4" in str(refused.value)
-    assert "leave_out" in str(refused.value)
+    assert "train.global_batch_size = 4" in str(refused.value)
+    assert "skip" in str(refused.value)
 
 
 def test_impossible_points_are_left_out_when_asked_and_count_as_no_trial(tmp_path: Path) -> None:
-    asked = search({"train.global_batch": {"choice": [4, 8, 16]}}, impossible="leave_out", searcher={"name": "grid"})
+    asked = search({"train.global_batch_size": {"choice": [4, 8, 16]}}, invalid="skip", searcher={"name": "grid"})
     base = tiny_config(Path("corpus"), tmp_path, cluster={"workers": 6})
     made = trials(asked, tmp_path, base)
     assert len(check_search_space(made)) == 1
@@ -98,27 +101,27 @@ def test_impossible_points_are_left_out_when_asked_and_count_as_no_trial(tmp_pat
     suggestions = TrialSampler(made, ledger, None)
     found = []
     while (trial := suggestions.begin_next_trial()) is not None:
-        found.append(trial.parameters["train.global_batch"])
+        found.append(trial.parameters["train.global_batch_size"])
     assert sorted(found) == [8, 16]
     assert len(ledger.invalid_points) == 1
 
 
 def test_points_known_as_impossible_are_not_written_down_again(tmp_path: Path) -> None:
-    asked = search({"train.global_batch": {"choice": [4, 8, 16]}}, impossible="leave_out", trials=10)
+    asked = search({"train.global_batch_size": {"choice": [4, 8, 16]}}, invalid="skip", trials=10)
     made = trials(asked, tmp_path, tiny_config(Path("corpus"), tmp_path, cluster={"workers": 6}))
     ledger = EventLog(tmp_path / "ledger.jsonl")
     while TrialSampler(made, ledger, None).begin_next_trial() is not None:
         pass
     assert len(ledger.trials) == 2
-    assert list(ledger.invalid_points.values()) == [{"train.global_batch": 4}]
+    assert list(ledger.invalid_points.values()) == [{"train.global_batch_size": 4}]
 
 
 @pytest.mark.parametrize(
     ("scheduler", "words"),
     [
-        ({"first_steps": 50}, "first_steps = 50, but the trial .* ends after "),
-        ({"first_tokens": 1e9}, "first_tokens = 1,000,000,000, but the trial .* ends after "),
-        ({"first_tokens": 1}, "a step of the trial .* has "),
+        ({"grace_period_steps": 50}, "grace_period_steps = 50, but the trial .* ends after "),
+        ({"grace_period_tokens": 1e9}, "grace_period_tokens = 1,000,000,000, but the trial .* ends after "),
+        ({"grace_period_tokens": 1}, "a step of the trial .* has "),
     ],
 )
 def test_a_first_rung_that_compares_nothing_is_refused(tmp_path: Path, scheduler: dict[str, int], words: str) -> None:
@@ -128,7 +131,7 @@ def test_a_first_rung_that_compares_nothing_is_refused(tmp_path: Path, scheduler
 
 
 def test_a_space_without_any_possible_point_is_refused_even_then(tmp_path: Path) -> None:
-    asked = search({"train.global_batch": {"choice": [1, 2]}}, impossible="leave_out")
+    asked = search({"train.global_batch_size": {"choice": [1, 2]}}, invalid="skip")
     with pytest.raises(PlanError, match="2 of 2 corners"):
         check_search_space(trials(asked, tmp_path, tiny_config(Path("corpus"), tmp_path, cluster={"workers": 6})))
 
@@ -148,7 +151,7 @@ def test_trials_have_a_fixed_number_of_workers(tmp_path: Path, workers: Any) -> 
 
 
 def test_points_to_try_first_come_first_and_no_point_comes_twice(tmp_path: Path) -> None:
-    point = {"optim.weight_decay": 0.1, "optim.schedule": "wsd"}
+    point = {"optim.weight_decay": 0.1, "optim.lr_scheduler": "wsd"}
     asked = search(CHOICES, first=[point], trials=20)
     made, path = trials(asked, tmp_path), tmp_path / "ledger.jsonl"
     first = TrialSampler(made, EventLog(path), None).begin_next_trial()

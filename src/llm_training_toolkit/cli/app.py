@@ -278,7 +278,7 @@ def drill(
         ),
     ] = "worker,driver,stop,saving,truncated,storage",
     seed: Annotated[int, typer.Option(help="Draws kinds and moments.")] = 0,
-    hang: Annotated[str, typer.Option(help="failures.hang of both runs.")] = "20s",
+    hang: Annotated[str, typer.Option(help="failures.hang_timeout of both runs.")] = "20s",
     as_json: AsJson = False,
 ) -> None:
     """Run a configuration undisturbed and with real failures, on this machine, and say what was lost."""

@@ -63,7 +63,7 @@ def _find_checkpoint_before(run: RunDirectory, receipt: DatasetInfo, global_batc
     if later and later[1] - origin[1] != (later[0] - origin[0]) * global_batch and later[0] > step:
         raise PlanError(
             f"--step {step}: between the steps {origin[0]} and {later[0]} the run had a short step or another "
-            "train.global_batch, and the checkpoint that knows where is gone. Steps outside of these can be shown"
+            "train.global_batch_size, and the checkpoint that knows where is gone. Steps outside of these can be shown"
         )
     return origin
 

@@ -29,6 +29,7 @@ from llm_training_toolkit.config.fields import (
     iter_sections,
     resolve_key,
 )
+from llm_training_toolkit.config.renamed_keys import find_renamed_key
 from llm_training_toolkit.config.schema import Config, ConfigSection
 from llm_training_toolkit.errors import ConfigError
 
@@ -185,6 +186,9 @@ def format_unknown_key(path: KeyPath, root: type[ConfigSection]) -> str:
     section = get_inner_section(section)
     assert section is not None, "only sections forbid unknown keys"
     key, valid = str(path[-1]), list(section.model_fields)
+    renamed = find_renamed_key(path)
+    if renamed in valid:
+        return f"unknown key; it is {format_key((*path[:-1], renamed))} now"
     near = [format_key((*path[:-1], name)) for name in difflib.get_close_matches(key, valid, n=1)]
     near = near or [
         f"{prefix}.{key}" for prefix, other in iter_sections("", root) if prefix and key in other.model_fields

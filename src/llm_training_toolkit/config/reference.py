@@ -19,8 +19,8 @@ _HEAD = """\
 <!-- Written from the schema: `python -m llm_training_toolkit.config.reference docs/configuration.md` -->
 
 A run is described by one YAML 1.2 file. `key=value` on the command line changes single fields: `optim.lr=3e-4`,
-`data.sources.0.fim.rate=0.3`, `model.shape={num_hidden_layers: 4}`, `model.path=null`. An unknown key, a key given
-twice and a value of the wrong type are errors.
+`data.sources.0.fim.rate=0.3`, `model.config_overrides={num_hidden_layers: 4}`, `model.path=null`. An unknown key, a key
+given twice and a value of the wrong type are errors.
 
 What happens when a field changes in a run that has begun:
 

@@ -124,11 +124,13 @@ class LoraConfig(ConfigSection):
     """What an adapter adds is multiplied by alpha / rank."""
     dropout: Annotated[float, Field(ge=0.0, lt=1.0), FieldTag.IDENTITY] = 0.0
     """Share of an adapter's inputs that is left out in training, drawn from seed, step and sequence."""
-    targets: Annotated[Literal["auto"] | Annotated[tuple[str, ...], Field(min_length=1)], FieldTag.IDENTITY] = "auto"
+    target_modules: Annotated[Literal["auto"] | Annotated[tuple[str, ...], Field(min_length=1)], FieldTag.IDENTITY] = (
+        "auto"
+    )
     """Names of the linear layers that get adapters; `auto` = all of the family's, attention and feed-forward."""
-    rslora: Annotated[bool, FieldTag.IDENTITY] = False
+    use_rslora: Annotated[bool, FieldTag.IDENTITY] = False
     """Multiply by alpha / root of rank instead (Kalajdzievski 2023), so that higher ranks learn as fast."""
-    dora: Annotated[bool, FieldTag.IDENTITY] = False
+    use_dora: Annotated[bool, FieldTag.IDENTITY] = False
     """Train the length of each row of the weights apart from its direction (DoRA, Liu et al. 2024). Slower."""
     modules_to_save: Annotated[tuple[str, ...], FieldTag.IDENTITY] = ()
     """Modules trained whole beside the adapters: the embedding or the output layer, by name."""
@@ -145,16 +147,18 @@ class ModelConfig(ConfigSection):
     """Weights to start from: a directory or a hub id. Without it the weights are random."""
     init_from: Annotated[str | None, FieldTag.IDENTITY] = None
     """Start from the newest checkpoint of another run, given by its directory. Not a resume: step 0, new optimizer."""
-    shape: Annotated[dict[str, int | float | bool], FieldTag.IDENTITY] = {}
+    config_overrides: Annotated[dict[str, int | float | bool], FieldTag.IDENTITY] = {}
     """Changes to the size's shape, by the names of its Hugging Face configuration. From scratch only."""
-    grow_vocabulary: Annotated[Annotated[int, Field(gt=0, multiple_of=64)] | None, FieldTag.IDENTITY] = None
+    resize_vocab_to: Annotated[Annotated[int, Field(gt=0, multiple_of=64)] | None, FieldTag.IDENTITY] = None
     """Rows of the embedding, for a tokenizer with more entries than the weights of `path` have rows: a multiple of 64,
     such as 49216. New rows begin at the mean of the old. Absent = as the weights have them; none is ever removed."""
-    attention: Annotated[Literal["eager", "sdpa", "flash_attention_2", "flex_attention"], FieldTag.FREE] = "sdpa"
+    attn_implementation: Annotated[Literal["eager", "sdpa", "flash_attention_2", "flex_attention"], FieldTag.FREE] = (
+        "sdpa"
+    )
     """How attention is computed; the last two need a GPU. Documents in a sequence do not see each other."""
     activation_checkpointing: Annotated[bool, FieldTag.FREE] = False
     """Recompute activations in the backward pass: about a third more time for much less memory."""
-    loss_chunk: Annotated[Annotated[int, Field(ge=0)] | Literal["auto"], FieldTag.IDENTITY] = "auto"
+    loss_chunk_size: Annotated[Annotated[int, Field(ge=0)] | Literal["auto"], FieldTag.IDENTITY] = "auto"
     """Tokens per chunk of the loss over the vocabulary, so that whole logits never exist. `auto` = as many as make 67
     million logits (0.4 GB in bf16): 441 for Qwen's vocabulary. 0 = no chunks."""
     lora: LoraConfig | None = None
@@ -164,11 +168,11 @@ class ModelConfig(ConfigSection):
     def _check_weights_origin(self) -> ModelConfig:
         if self.path is not None and self.init_from is not None:
             raise ValueError("path and init_from both name weights to start from: keep one")
-        if self.shape and (self.path is not None or self.init_from is not None):
+        if self.config_overrides and (self.path is not None or self.init_from is not None):
             raise ValueError("shape changes a model from scratch: saved weights bring their own; remove shape")
-        if self.grow_vocabulary is not None and self.path is None:
+        if self.resize_vocab_to is not None and self.path is None:
             raise ValueError("grow_vocabulary is for weights of model.path; from scratch set shape.vocab_size")
-        if self.grow_vocabulary is not None and self.lora is not None:
+        if self.resize_vocab_to is not None and self.lora is not None:
             raise ValueError(
                 "grow_vocabulary adds rows to weights that adapters leave as they are: keep one of the two"
             )
@@ -222,13 +226,13 @@ class SourceConfig(ConfigSection):
     `chat`: a conversation a record. Records are lines of .jsonl files, or rows of .parquet and .arrow files."""
     fim: FimConfig | None = None
     """Fill-in-the-middle for this source; absent = plain. Not for chat."""
-    per: Annotated[Literal["file", "repository"], FieldTag.IDENTITY] = "file"
+    group_by: Annotated[Literal["file", "repository"], FieldTag.IDENTITY] = "file"
     """Code: a document is a file, or all files of a repository in the order of their paths."""
     metadata: Annotated[bool, FieldTag.IDENTITY] = False
     """Code: put the repository's name, the file's path and the stars before a document, in the family's own tokens."""
     loss: Annotated[Literal["assistant", "last_turn", "all"], FieldTag.IDENTITY] = "assistant"
     """Chat: train on what the assistant says and the end of its turn, on its last turn alone, or on everything."""
-    too_long: Annotated[Literal["auto", "continue", "drop", "error"], FieldTag.IDENTITY] = "auto"
+    overlong: Annotated[Literal["auto", "split", "drop", "error"], FieldTag.IDENTITY] = "auto"
     """A document longer than a sequence: cut into chunks, drop it (counted), or stop. `auto` = drop for chat, continue
     for the others."""
     weight: Annotated[Annotated[float, Field(gt=0.0)] | None, FieldTag.IDENTITY] = None
@@ -247,7 +251,7 @@ class SourceConfig(ConfigSection):
     @model_validator(mode="after")
     def _check_format_options(self) -> SourceConfig:
         for_code = [
-            name for name in ("per", "metadata") if getattr(self, name) != type(self).model_fields[name].default
+            name for name in ("group_by", "metadata") if getattr(self, name) != type(self).model_fields[name].default
         ]
         if for_code and self.format != "code":
             raise ValueError(f"{' and '.join(for_code)}: only for format code, not for {self.format}; remove")
@@ -272,7 +276,7 @@ class EvalSplitConfig(ConfigSection):
 
     fraction: Annotated[float, Field(ge=0.0, lt=1.0), FieldTag.IDENTITY] = 0.01
     """Share of the documents kept out of training, chosen by a hash. With `sources` it must not be given, and is 0."""
-    by: Annotated[Literal["document", "repository"], FieldTag.IDENTITY] = "document"
+    split_by: Annotated[Literal["document", "repository"], FieldTag.IDENTITY] = "document"
     """What the fraction is taken of: documents, by the hash of their content, or repositories, by the hash of their
     name, so that no file of a held-out repository is trained on."""
     sources: tuple[SourceConfig, ...] = ()
@@ -283,8 +287,8 @@ class EvalSplitConfig(ConfigSection):
     def _check_split_choice(self) -> EvalSplitConfig:
         if self.sources and "fraction" not in self.model_fields_set:
             object.__setattr__(self, "fraction", 0.0)  # frozen, and no validator before this one sees strict values
-        if self.sources and (self.fraction > 0.0 or self.by != "document"):
-            given = "fraction" if self.fraction > 0.0 else "by"
+        if self.sources and (self.fraction > 0.0 or self.split_by != "document"):
+            given = "fraction" if self.fraction > 0.0 else "split_by"
             raise ValueError(f"{given} chooses among the training documents, sources names others: keep one of the two")
         if any(source.fim is not None for source in self.sources):
             raise ValueError("sources: held-out documents are not rearranged; remove fim")
@@ -336,15 +340,15 @@ class OptimConfig(ConfigSection):
     """Added to the root of the second moment."""
     weight_decay: Annotated[float, Field(ge=0.0), FieldTag.IDENTITY] = 0.1
     """Decoupled weight decay of matrices."""
-    schedule: Annotated[Literal["constant", "linear", "cosine", "wsd"], FieldTag.IDENTITY] = "cosine"
+    lr_scheduler: Annotated[Literal["constant", "linear", "cosine", "wsd"], FieldTag.IDENTITY] = "cosine"
     """Shape after warm-up; `wsd` = stable, then a linear decay over the last `decay` of the run."""
     warmup: Annotated[Share | Annotated[int, Field(ge=0)], FieldTag.IDENTITY] = 0.01
     """Warm-up from zero: a share of the run (0.01) or a number of steps (100)."""
     decay: Annotated[Share, FieldTag.IDENTITY] = 0.2
     """Share of the run that `wsd` decays over."""
-    min_lr: Annotated[Share, FieldTag.IDENTITY] = 0.1
+    min_lr_ratio: Annotated[Share, FieldTag.IDENTITY] = 0.1
     """Where the schedule ends, as a share of the peak."""
-    clip: Annotated[float, Field(ge=0.0), FieldTag.IDENTITY] = 1.0
+    max_grad_norm: Annotated[float, Field(ge=0.0), FieldTag.IDENTITY] = 1.0
     """Largest norm of the gradient; 0 = no clipping."""
 
     @model_validator(mode="after")
@@ -363,9 +367,9 @@ class TrainConfig(ConfigSection):
     """Length of the run in optimizer steps."""
     epochs: Annotated[Count | None, FieldTag.HORIZON] = None
     """Length of the run in passes over the data."""
-    global_batch: Annotated[int, Field(ge=1, le=_MAX_COUNT), FieldTag.IDENTITY] = 64
+    global_batch_size: Annotated[int, Field(ge=1, le=_MAX_COUNT), FieldTag.IDENTITY] = 64
     """Sequences per optimizer step, over all workers. Never changes, whatever the number of workers."""
-    micro_batch: Annotated[Annotated[int, Field(ge=1, le=_MAX_COUNT)] | Literal["auto"], FieldTag.FREE] = "auto"
+    micro_batch_size: Annotated[Annotated[int, Field(ge=1, le=_MAX_COUNT)] | Literal["auto"], FieldTag.FREE] = "auto"
     """Sequences per forward pass on one worker. Changes memory and speed, not the result. `auto` = as many as the
     memory estimate leaves room for on the device, and half of them whenever an allocation fails. A resume keeps it;
     another start of the same file may take another, and then rounds differently."""
@@ -384,7 +388,7 @@ class TrainConfig(ConfigSection):
 class EngineConfig(ConfigSection):
     """How DeepSpeed spreads the work."""
 
-    zero: Annotated[Literal["auto", 0, 1, 2, 3], BeforeValidator(_check_whole_number), FieldTag.FREE] = "auto"
+    zero_stage: Annotated[Literal["auto", 0, 1, 2, 3], BeforeValidator(_check_whole_number), FieldTag.FREE] = "auto"
     """ZeRO stage: what is spread over the workers. 1 optimizer state, 2 and gradients, 3 and weights. `auto` = for one
     worker the stage that costs least, for several the lowest that the memory estimate fits into their devices."""
     deepspeed: Annotated[dict[str, Any], FieldTag.FREE] = {}
@@ -394,9 +398,9 @@ class EngineConfig(ConfigSection):
 class CheckpointConfig(ConfigSection):
     """When the run is saved and what is kept."""
 
-    every: Annotated[Interval, FieldTag.FREE] = "10m"
+    interval: Annotated[Interval, FieldTag.FREE] = "10m"
     """Steps (200) or time (10m) between checkpoints. The last step is always saved."""
-    keep: Annotated[int, Field(ge=1), FieldTag.FREE] = 3
+    keep_latest: Annotated[int, Field(ge=1), FieldTag.FREE] = 3
     """How many of the newest checkpoints are kept."""
     keep_every: Annotated[int, Field(ge=0), FieldTag.FREE] = 0
     """Keep each checkpoint whose step is a multiple of this for good. 0 = none."""
@@ -409,7 +413,7 @@ class EvalTaskConfig(ConfigSection):
 
     task: Annotated[Literal["perplexity", "infill", "humaneval"], FieldTag.FREE]
     """Loss of documents, gaps in code, or functions and their tests (docs/evaluation.md)."""
-    every: Annotated[Annotated[int, Field(ge=1)] | None, FieldTag.FREE] = None
+    interval: Annotated[Annotated[int, Field(ge=1)] | None, FieldTag.FREE] = None
     """Also while the run trains, on a checkpoint every so many steps; all workers wait. Absent: at the end alone."""
     data: Annotated[str | None, FieldTag.FREE] = None
     """Documents, or a file of problems. Absent: what the run holds out; for humaneval the 164 of the package."""
@@ -438,13 +442,13 @@ class EvalTaskConfig(ConfigSection):
 
     def get_task_options(self) -> dict[str, Any]:
         """What was given beside the name, as `ltt evaluate` takes it."""
-        return self.model_dump(exclude={"task", "every"}, exclude_none=True)
+        return self.model_dump(exclude={"task", "interval"}, exclude_none=True)
 
 
 class EvalConfig(ConfigSection):
     """When the held-out loss is measured, and what else the model is measured by."""
 
-    every: Annotated[int, Field(ge=1), FieldTag.FREE] = 200
+    interval: Annotated[int, Field(ge=1), FieldTag.FREE] = 200
     """Steps between evaluations; step 0 and the last step are always evaluated."""
     tasks: tuple[EvalTaskConfig, ...] = ()
     """Tasks carried out on the exported model when the run finishes, and on the way. One that fails is reported."""
@@ -463,14 +467,14 @@ class ClusterConfig(ConfigSection):
     workers: Annotated[Workers, FieldTag.FREE] = 1
     """Ray Train workers, one device each. `[1, 8]` = elastic: as many as there is room for, from 1 to 8; the run
     shrinks when a node is lost and grows when one comes. 0 = without Ray: this process, or torchrun's ranks."""
-    wait: Annotated[Duration, FieldTag.FREE] = "10m"
+    resource_timeout: Annotated[Duration, FieldTag.FREE] = "10m"
     """How long a run waits for room for its (fewest) workers, at its start and after it has lost some, before it fails.
     What can never come is not waited for at the start."""
     gpus_per_worker: Annotated[Literal["auto", 0, 1], BeforeValidator(_check_whole_number), FieldTag.FREE] = "auto"
     """GPUs of a worker. `auto` = one where the cluster has one for every worker, otherwise none."""
     cpus_per_worker: Annotated[int, Field(ge=1, le=_MAX_COUNT), FieldTag.FREE] = 1
     """CPU cores of a worker, and its number of threads: another number gives other rounding."""
-    placement: Annotated[Literal["pack", "spread", "strict_pack", "strict_spread"], FieldTag.FREE] = "pack"
+    placement_strategy: Annotated[Literal["pack", "spread", "strict_pack", "strict_spread"], FieldTag.FREE] = "pack"
     """How workers are placed on nodes."""
     env: Annotated[dict[str, str], FieldTag.FREE] = {}
     """Environment variables of every worker, for example NCCL_SOCKET_IFNAME; no secrets, as it is written down."""
@@ -489,20 +493,20 @@ class ClusterConfig(ConfigSection):
 class FailuresConfig(ConfigSection):
     """What happens when a worker dies, hangs, or raises an error that a restart may not meet again."""
 
-    max: Annotated[int, Field(ge=0), FieldTag.FREE] = 3
+    max_failures: Annotated[int, Field(ge=0), FieldTag.FREE] = 3
     """How many failures in a row are answered by new workers that go on from the newest checkpoint. A checkpoint
     completed after a failure wipes out what was counted before it."""
-    same_step: Annotated[int, Field(ge=1), FieldTag.FREE] = 2
+    max_same_step_failures: Annotated[int, Field(ge=1), FieldTag.FREE] = 2
     """How often the same step may fail in a row before the run ends: the cause is then in the step. A lost node does
     not count."""
-    on_spike: Annotated[Literal["stop", "skip", "ignore"], FieldTag.FREE] = "stop"
+    on_loss_spike: Annotated[Literal["stop", "skip", "ignore"], FieldTag.FREE] = "stop"
     """What happens before an update whose loss lies 6 deviations above the median of the last 128 steps, or whose
     gradient is ten times as large as usual and stands out as much (docs/failures.md). `stop`: the run saves and ends,
     with the documents of the step named. `skip`: the update is left out and written down. `ignore`: it is taken."""
-    ledger: Annotated[bool, FieldTag.FREE] = False
+    log_samples: Annotated[bool, FieldTag.FREE] = False
     """Every rank writes down which sequences it fetched, with a checksum of their tokens: a line a step, in
     `<run>/ledger`. `ltt drill` counts with it."""
-    hang: Annotated[Duration, FieldTag.FREE] = "10m"
+    hang_timeout: Annotated[Duration, FieldTag.FREE] = "10m"
     """How long no rank may advance within a step before the run counts as hung and gets new workers. Three times as
     long while it starts, evaluates or saves; no limit on the export."""
 

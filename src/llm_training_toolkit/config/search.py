@@ -38,14 +38,14 @@ class ParameterDistribution(ConfigSection):
     """One of these values."""
     uniform: tuple[float, float] | None = None
     """A number between two, all alike."""
-    log_uniform: tuple[float, float] | None = None
+    loguniform: tuple[float, float] | None = None
     """A number between two above zero, all orders of magnitude alike: for learning rates."""
-    integers: tuple[int, int] | None = None
+    randint: tuple[int, int] | None = None
     """A whole number from the first to the second, both included."""
 
     @model_validator(mode="after")
     def _check_distribution_kind(self) -> ParameterDistribution:
-        if sum(kind is not None for kind in (self.choice, self.uniform, self.log_uniform, self.integers)) != 1:
+        if sum(kind is not None for kind in (self.choice, self.uniform, self.loguniform, self.randint)) != 1:
             raise ValueError("give exactly one of choice, uniform, log_uniform and integers")
         if self.choice == ():
             raise ValueError("has nothing to choose from: give at least one value")
@@ -56,14 +56,14 @@ class ParameterDistribution(ConfigSection):
                 f"nothing lies between {self.range_bounds[0]:g} and {self.range_bounds[1]:g}: the smaller one "
                 "comes first"
             )
-        if self.log_uniform is not None and self.log_uniform[0] <= 0.0:
+        if self.loguniform is not None and self.loguniform[0] <= 0.0:
             raise ValueError("log_uniform: both numbers must be above zero")
         return self
 
     @property
     def range_bounds(self) -> tuple[float, float]:
         """The smallest and the largest number of a range."""
-        ends = self.uniform or self.log_uniform or self.integers
+        ends = self.uniform or self.loguniform or self.randint
         assert ends is not None, "a choice has no ends"
         return ends
 
@@ -81,7 +81,7 @@ class ParameterDistribution(ConfigSection):
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             return False
         return self.range_bounds[0] <= value <= self.range_bounds[1] and (
-            self.integers is None or isinstance(value, int)
+            self.randint is None or isinstance(value, int)
         )
 
 
@@ -103,19 +103,19 @@ class BudgetConfig(ConfigSection):
 class SchedulerConfig(ConfigSection):
     """Which trials go on at a rung."""
 
-    name: Literal["none", "asha", "median", "hyperband"] = "asha"
+    name: Literal["fifo", "asha", "median", "hyperband"] = "asha"
     """`none`: all, to their end. `asha`: at every rung the best 1/factor of those that came so far. `median`: those
     that are no worse than the median. `hyperband`: asha, where trials take turns in how early their first rung is."""
-    factor: Annotated[int, Field(ge=2)] = 4
+    reduction_factor: Annotated[int, Field(ge=2)] = 4
     """asha, hyperband: how many times as far the next rung is, and one in how many goes on."""
-    first_tokens: Count | None = None
+    grace_period_tokens: Count | None = None
     """Tokens at the first rung. Absent, as is first_steps: the trial's length / factor² (median: / 8)."""
-    first_steps: Count | None = None
+    grace_period_steps: Count | None = None
     """Steps at the first rung instead."""
 
     @model_validator(mode="after")
     def _check_first_rung_unit(self) -> SchedulerConfig:
-        if self.first_tokens is not None and self.first_steps is not None:
+        if self.grace_period_tokens is not None and self.grace_period_steps is not None:
             raise ValueError("first_tokens and first_steps both say where the first rung is: keep one")
         return self
 
@@ -128,7 +128,7 @@ class SearcherConfig(ConfigSection):
     shown (TPE)."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Source of what is drawn."""
-    start: Annotated[int, Field(ge=1)] = 8
+    n_startup_trials: Annotated[int, Field(ge=1)] = 8
     """optuna: trials drawn before it begins to learn."""
 
 
@@ -139,7 +139,7 @@ class SearchConfig(ConfigSection):
     """The run file that all trials are made from; its path from here."""
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] | None = None
     """Name of the search and of its directory, in the base's `run.dir`. Absent: the file's own name."""
-    set: dict[str, Any] = Field(default_factory=dict)
+    overrides: dict[str, Any] = Field(default_factory=dict)
     """Fields of the base that are other for all trials, by their dotted keys: `train.steps: 200`."""
     search: dict[str, ParameterDistribution]
     """What varies: dotted keys of the run file, and the values each may take."""
@@ -155,13 +155,13 @@ class SearchConfig(ConfigSection):
     """Which trials go on."""
     searcher: SearcherConfig = SearcherConfig()
     """Where values come from."""
-    first: tuple[dict[str, Any], ...] = ()
+    points_to_evaluate: tuple[dict[str, Any], ...] = ()
     """Points to try first: a value for every key of `search`."""
-    concurrent: Annotated[int, Field(ge=1)] | None = None
+    max_concurrent_trials: Annotated[int, Field(ge=1)] | None = None
     """Trials at a time. Absent: as many as the cluster has room for."""
-    retries: Annotated[int, Field(ge=0)] = 1
+    max_failures: Annotated[int, Field(ge=0)] = 1
     """How often a trial that failed is tried again, from its newest checkpoint."""
-    impossible: Literal["refuse", "leave_out"] = "refuse"
+    invalid: Literal["refuse", "skip"] = "refuse"
     """Combinations that cannot be trained: name them and start nothing, or leave them out."""
 
     @model_validator(mode="after")
@@ -192,15 +192,17 @@ def load_search(path: Path, overrides: Sequence[str] = ()) -> LoadedSearch:
     document = read_document(path, overrides)
     _expand_list_choices(document)
     search = validate_document(document, SearchConfig)
-    for section, keys in (("search", search.search), ("set", search.set)):
+    for section, keys in (("search", search.search), ("overrides", search.overrides)):
         for key in keys:
             if what := _find_key_problem(key, owned=section == "search"):
                 document.report_problem((section, key), what)
-    for number, point in enumerate(search.first):
+    for number, point in enumerate(search.points_to_evaluate):
         _check_point(search, number, point, document)
     document.raise_problems()
     whole = load_config(path.parent / search.base)
-    return LoadedSearch(search, whole, replace_config_values(whole, search.set, f"{path}: base {search.base} with set"))
+    return LoadedSearch(
+        search, whole, replace_config_values(whole, search.overrides, f"{path}: base {search.base} with set")
+    )
 
 
 def _expand_list_choices(document: ConfigDocument) -> None:
@@ -235,10 +237,12 @@ def _format_missing_key(parts: KeyPath, found: KeyPath) -> str:
 def _check_point(search: SearchConfig, number: int, point: Mapping[str, Any], document: ConfigDocument) -> None:
     for key in sorted(set(point) ^ set(search.search)):
         what = "is not searched: remove it" if key in point else "has no value: a point has one for every key"
-        document.report_problem(("first", number, key), what)
+        document.report_problem(("points_to_evaluate", number, key), what)
     for key in set(point) & set(search.search):
         if not search.search[key].contains_value(point[key]):
-            document.report_problem(("first", number, key), "lies outside what search gives it", json.dumps(point[key]))
+            document.report_problem(
+                ("points_to_evaluate", number, key), "lies outside what search gives it", json.dumps(point[key])
+            )
 
 
 def split_key(key: str) -> KeyPath:

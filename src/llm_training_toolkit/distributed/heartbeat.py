@@ -9,7 +9,7 @@ import math
 from typing import NamedTuple
 
 STEP_TIMEOUT_FACTOR = 1.0
-"""Times `failures.hang` that may pass without a mark: micro-batches, the exchange between ranks, the update."""
+"""Times `failures.hang_timeout` that may pass without a mark: micro-batches, the exchange between ranks, the update."""
 NON_STEP_TIMEOUT_FACTOR = 3.0
 """The same while building, compiling in an attempt's first step, evaluating and saving, whose pieces are larger."""
 NO_TIMEOUT = math.inf
@@ -23,7 +23,7 @@ class HeartbeatSnapshot(NamedTuple):
     """How often the rank has said where it is; all ranks say so in the same order."""
     phase: str
     timeout_factor: float
-    """Times `failures.hang` that this may take."""
+    """Times `failures.hang_timeout` that this may take."""
     done: bool
     """The rank has returned, and nobody waits for it."""
 

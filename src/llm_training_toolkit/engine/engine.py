@@ -59,7 +59,7 @@ class Engine:
         }
         """Shape of each trainable parameter."""
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        self._clip = optim.clip
+        self._clip = optim.max_grad_norm
         self._replica: MasterWeights | None = None
         if self.stage == 0:
             module.to(device)  # DeepSpeed would do it after the fp32 copies are made

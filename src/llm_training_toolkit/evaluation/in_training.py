@@ -80,7 +80,7 @@ class InTrainingEvaluator:
         return self._context.broadcast_object(_TaskKeepalive(done=True, stop_request=wish)).stop_request
 
     def _find_due_tasks(self, step: int) -> list[EvalTaskConfig]:
-        return [task for task in self._trained.config.eval.tasks if task.every and step % task.every == 0]
+        return [task for task in self._trained.config.eval.tasks if task.interval and step % task.interval == 0]
 
     def _evaluate_step(self, step: int) -> None:
         try:

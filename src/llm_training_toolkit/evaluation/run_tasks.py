@@ -40,7 +40,7 @@ from llm_training_toolkit.runs.storage import find_storage
 
 _ATTEMPT_LINE = "\nbegun"
 _MAX_ATTEMPTS = 2
-"""One more than needed where a node is lost meanwhile, and one less than `failures.max` allows."""
+"""One more than needed where a node is lost meanwhile, and one less than `failures.max_failures` allows."""
 TASKS_SKIPPED_MESSAGE = (
     f"were not carried out: {_MAX_ATTEMPTS} times the process that began them was gone before they were done "
     "(did memory run "
@@ -157,7 +157,7 @@ def _build_done_marker(run: RunDirectory, config: Config) -> DoneMarker:
 
 def build_task_key(checkpoint: str | None, tasks: Sequence[EvalTaskConfig]) -> str:
     """What tasks measured of which checkpoint, whenever it was."""
-    return json.dumps([checkpoint, [task.model_dump(mode="json", exclude={"every"}) for task in tasks]])
+    return json.dumps([checkpoint, [task.model_dump(mode="json", exclude={"interval"}) for task in tasks]])
 
 
 def _run_and_record(

@@ -1,6 +1,6 @@
 """The loss on what was held out, as loss, perplexity and bits per byte.
 
-Called by the loop at step 0, every `eval.every` steps and at the end.
+Called by the loop at step 0, every `eval.interval` steps and at the end.
 """
 
 from __future__ import annotations

@@ -53,8 +53,8 @@ def _collect_facts(run: RunDirectory, config: Config, manifest: Manifest) -> dic
     facts = {
         "step": f"{manifest.step:,}",
         "tokens seen": f"{manifest.tokens:,}, padding included",
-        "sequences": f"of {config.data.sequence_length:,} tokens, {config.train.global_batch} a step",
-        "learning rate": f"{plan.lr:.3g}, {config.optim.schedule}, {config.optim.name}",
+        "sequences": f"of {config.data.sequence_length:,} tokens, {config.train.global_batch_size} a step",
+        "learning rate": f"{plan.lr:.3g}, {config.optim.lr_scheduler}, {config.optim.name}",
         "precision": config.train.precision,
         "seed": str(config.run.seed),
     }

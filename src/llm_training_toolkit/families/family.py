@@ -197,7 +197,7 @@ class Family:
     saved_as: Mapping[str, str] = field(default_factory=dict)
     """Other names that transformers gives values when it saves them."""
     fixed: frozenset[str] = frozenset()
-    """Values that `model.shape` must not change."""
+    """Values that `model.config_overrides` must not change."""
     published_dropout: float = 0.0
     """Dropout in the configurations that are published with the weights; training sets it to 0."""
 

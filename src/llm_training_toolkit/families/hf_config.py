@@ -1,4 +1,4 @@
-"""From a configuration to the Hugging Face configuration of its model: the size, changed by `model.shape`, checked."""
+"""Hugging Face configuration of a run's model: that of the size, with `model.config_overrides`, checked."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from llm_training_toolkit.config.schema import Config, ModelConfig
 from llm_training_toolkit.errors import PlanError
 from llm_training_toolkit.families.family import DROPOUTS, Family, ModelDims, ModelSize
 
-# Not to be changed by `model.shape`: a nested value (its base is the key rope_theta), and what would break a promise.
+# Refused in `model.config_overrides`: a nested value (its base is the key rope_theta), and values that break a promise.
 _FIXED = {"rope_parameters", "use_sliding_window", *DROPOUTS}
 _VOCABULARY_MULTIPLE = 64
 """Matrix products are fastest when their sides are multiples of 64 (NVIDIA, Matrix Multiplication Background)."""
 
 
 def list_shape_keys(size: ModelSize) -> tuple[str, ...]:
-    """The keys that `model.shape` may have for this size, sorted."""
+    """The keys that `model.config_overrides` may have for this size, sorted."""
     values = size.hf_values
     keys = (set(values) - _FIXED - size.family.fixed) | set(size.family.aliases)
     return tuple(sorted(keys | {"rope_theta"} if "rope_parameters" in values else keys))
@@ -28,13 +28,13 @@ def build_hf_config(config: Config, size: ModelSize) -> dict[str, Any]:
     """The complete Hugging Face configuration of a run; raises PlanError with everything that is wrong in it."""
     begun = _read_recorded_values(config)
     saved = read_saved_values(config.model, size) if begun is None else _select_size_values(size, begun)
-    values, problems = (saved, []) if saved is not None else _apply_shape(size, config.model.shape)
+    values, problems = (saved, []) if saved is not None else _apply_shape(size, config.model.config_overrides)
     if not problems:
         rows = values["vocab_size"] if saved is not None else compute_vocab_size(config, size)
         values["vocab_size"] = _get_resized_vocab_size(config.model, rows) if begun is None else rows
         problems = _find_mismatches(size.family, values) + _find_vocabulary_problems(config, values["vocab_size"])
     if problems:
-        raise PlanError("\n".join(f"model.shape of {size.name}: {problem}" for problem in problems))
+        raise PlanError("\n".join(f"model.config_overrides of {size.name}: {problem}" for problem in problems))
     return _complete_hf_config(size.family, values, config.data.sequence_length)
 
 
@@ -82,7 +82,7 @@ def _read_recorded_values(config: Config) -> dict[str, Any] | None:
         before, plan = (json.loads((run / name).read_text()) for name in ("resolved.json", "plan.json"))
     except (OSError, ValueError):
         return None
-    keys = ("name", "path", "init_from", "grow_vocabulary")
+    keys = ("name", "path", "init_from", "resize_vocab_to")
     same = all(before["model"].get(key) == getattr(config.model, key) for key in keys)
     found: dict[str, Any] | None = plan.get("hf_config") if same else None
     return found
@@ -115,9 +115,9 @@ def _read_json(where: str, file: Path) -> dict[str, Any]:
 
 
 def compute_vocab_size(config: Config, size: ModelSize) -> int:
-    """Rows of the embedding: of model.shape, else the trained tokenizer's up to a multiple of 64, else the size's."""
-    if "vocab_size" in config.model.shape:
-        return int(config.model.shape["vocab_size"])
+    """Rows of the embedding: the override's, else the trained tokenizer's up to a multiple of 64, else the size's."""
+    if "vocab_size" in config.model.config_overrides:
+        return int(config.model.config_overrides["vocab_size"])
     if config.tokenizer.train is not None:
         return -(-config.tokenizer.train.vocab_size // _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE
     return int(size.hf_values["vocab_size"])
@@ -186,10 +186,10 @@ def _find_head_mismatches(anatomy: ModelDims) -> list[str]:
 
 def _get_resized_vocab_size(model: ModelConfig, rows: int) -> int:
     """Rows of the embedding with those that are added to `rows`."""
-    wanted = model.grow_vocabulary
+    wanted = model.resize_vocab_to
     if wanted is not None and wanted <= rows:
         raise PlanError(
-            f"model.grow_vocabulary = {wanted}: the weights have {rows} rows, and none is removed: remove it"
+            f"model.resize_vocab_to = {wanted}: the weights have {rows} rows, and none is removed: remove it"
         )
     return wanted or rows
 

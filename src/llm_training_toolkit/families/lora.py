@@ -83,17 +83,17 @@ def get_fully_trainable_modules(family: Family, model: ModelDims) -> dict[str, i
 
 def build_adapter(lora: LoraConfig, family: Family, model: ModelDims) -> AdapterSpec:
     """The adapters that a configuration asks for; names that the family does not know add nothing."""
-    targets = family.lora_targets if lora.targets == "auto" else tuple(dict.fromkeys(lora.targets))
+    targets = family.lora_targets if lora.target_modules == "auto" else tuple(dict.fromkeys(lora.target_modules))
     layers = tuple(layer for name in targets for layer in list_linear_layers(name, family, model))
-    each = sum(lora.rank * (inputs + outputs) + (outputs if lora.dora else 0) for _, inputs, outputs in layers)
+    each = sum(lora.rank * (inputs + outputs) + (outputs if lora.use_dora else 0) for _, inputs, outputs in layers)
     modules, known = tuple(dict.fromkeys(lora.modules_to_save)), get_fully_trainable_modules(family, model)
     return AdapterSpec(
         rank=lora.rank,
         alpha=lora.alpha,
-        scaling=lora.alpha / (math.sqrt(lora.rank) if lora.rslora else lora.rank),
-        rslora=lora.rslora,
+        scaling=lora.alpha / (math.sqrt(lora.rank) if lora.use_rslora else lora.rank),
+        rslora=lora.use_rslora,
         dropout=lora.dropout,
-        dora=lora.dora,
+        dora=lora.use_dora,
         targets=targets,
         modules_to_save=modules,
         quantize=lora.quantize,

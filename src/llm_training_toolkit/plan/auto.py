@@ -1,4 +1,4 @@
-"""`train.precision: auto` and `engine.zero: auto`: the values they take, with the reason. Pure.
+"""`train.precision: auto` and `engine.zero_stage: auto`: the values they take, with the reason. Pure.
 
 measured on every worker -> choose_precision -> recorded in resolved.json, the run's from then on
 precision, workers, memory -> lowest_zero_stage, sizing.fitting_zero_stage -> chosen anew by each attempt
@@ -71,7 +71,7 @@ def with_precision(config: Config, precision: Precision) -> Config:
 
 def with_zero_stage(config: Config, stage: int) -> Config:
     """Set the ZeRO stage of a run."""
-    engine = config.engine.model_copy(update={"zero": stage})
+    engine = config.engine.model_copy(update={"zero_stage": stage})
     return config.model_copy(update={"engine": engine})
 
 
@@ -79,7 +79,9 @@ def with_assumed_values(config: Config) -> Config:
     """Assume bf16 and the stage for enough memory, as planned before a machine has decided."""
     if config.train.precision == "auto":
         config = with_precision(config, "bf16")
-    return with_zero_stage(config, get_candidate_zero_stages(config)[0]) if config.engine.zero == "auto" else config
+    return (
+        with_zero_stage(config, get_candidate_zero_stages(config)[0]) if config.engine.zero_stage == "auto" else config
+    )
 
 
 def get_candidate_zero_stages(config: Config) -> tuple[int, ...]:

@@ -13,12 +13,12 @@ _LOGITS = 2**26
 
 def get_micro_batch(config: Config) -> int:
     """Sequences per forward pass on one worker; 1 where `auto` is not settled on a device yet."""
-    rows = config.train.micro_batch
+    rows = config.train.micro_batch_size
     return 1 if rows == "auto" else rows
 
 
 def compute_loss_chunk_size(setting: int | Literal["auto"], vocabulary: int) -> int:
-    """`model.loss_chunk` in tokens: `auto` gives every vocabulary chunks of the same memory. 0 = no chunks."""
+    """`model.loss_chunk_size` in tokens: `auto` gives every vocabulary chunks of the same memory. 0 = no chunks."""
     return max(1, _LOGITS // vocabulary) if setting == "auto" else setting
 
 
@@ -29,7 +29,8 @@ def split_global_batch(global_batch: int, replicas: int) -> tuple[int, ...]:
     """
     if not 1 <= replicas <= global_batch:
         raise PlanError(
-            f"train.global_batch = {global_batch} cannot be divided among {replicas} replicas: each needs a sequence. "
+            f"train.global_batch_size = {global_batch} cannot be divided among {replicas} replicas: each needs a "
+            "sequence. "
             f"Use 1 to {global_batch} workers, or a larger global batch."
         )
     share, rest = divmod(global_batch, replicas)

@@ -54,13 +54,13 @@ def find_length_problems(steps: int | None, warmup: int | None, decay: int | Non
 
 def _find_attention_problems(config: Config) -> Iterator[Problem]:
     """What flash attention cannot do: transformers recognises packed documents in rows of one sequence only."""
-    if config.model.attention != "flash_attention_2":
+    if config.model.attn_implementation != "flash_attention_2":
         return
     if get_micro_batch(config) > 1:
-        what = f"flash_attention_2 with {config.train.micro_batch} rows would let packed documents see each other"
-        yield Problem("train.micro_batch", what, "Use micro_batch 1 with a longer sequence, or attention sdpa")
+        what = f"flash_attention_2 with {config.train.micro_batch_size} rows would let packed documents see each other"
+        yield Problem("train.micro_batch_size", what, "Use micro_batch 1 with a longer sequence, or attention sdpa")
     if config.train.precision == "fp32":
-        yield Problem("model.attention", "flash_attention_2 has no fp32", "Use sdpa, or train.precision bf16")
+        yield Problem("model.attn_implementation", "flash_attention_2 has no fp32", "Use sdpa, or train.precision bf16")
 
 
 def _find_weights_problems(config: Config) -> Iterator[Problem]:
@@ -84,7 +84,10 @@ def _find_lora_problems(config: Config, size: ModelSize, hf: HfValues) -> Iterat
     if lora is None:
         return
     yield from _find_unknown_names(
-        "model.lora.targets", () if lora.targets == "auto" else lora.targets, family.lora_targets, size
+        "model.lora.target_modules",
+        () if lora.target_modules == "auto" else lora.target_modules,
+        family.lora_targets,
+        size,
     )
     anatomy = family.read_dims(hf)
     whole = tuple(get_fully_trainable_modules(family, anatomy))
@@ -92,9 +95,11 @@ def _find_lora_problems(config: Config, size: ModelSize, hf: HfValues) -> Iterat
     if anatomy.tied and set(lora.modules_to_save) & set(whole):
         what = f"embedding and output layer of {size.name} are one matrix, which training one of them would part"
         yield Problem("model.lora.modules_to_save", what, "Remove it, or train the whole model without lora")
-    if lora.quantize is not None and config.engine.zero == 3:
+    if lora.quantize is not None and config.engine.zero_stage == 3:
         what = "ZeRO 3 would cut 4-bit weights, whose blocks belong together"
-        yield Problem("engine.zero", what, "Use 2: the weights in 4 bits are small, and only adapters have gradients")
+        yield Problem(
+            "engine.zero_stage", what, "Use 2: the weights in 4 bits are small, and only adapters have gradients"
+        )
     if lora.quantize is not None and config.cluster.gpus_per_worker == 0:
         what = "4-bit weights need a GPU, and cluster.gpus_per_worker is 0"
         yield Problem("model.lora.quantize", what, "Remove quantize, or train where there are GPUs")
@@ -145,9 +150,15 @@ def find_memory_problems(memory_gb: Mapping[str, float]) -> tuple[Problem, ...]:
     if needed <= _MOST_MEMORY_GB:
         return ()
     largest = max(memory_gb, key=lambda part: memory_gb[part])
-    where = "model.shape" if largest in {"weights", "gradients", "optimizer"} else "data.sequence_length"
+    where = "model.config_overrides" if largest in {"weights", "gradients", "optimizer"} else "data.sequence_length"
     what = f"about {needed:.3g} GB a device, most of it {largest} ({memory_gb[largest]:.3g} GB): this can never fit"
-    return (Problem(where, what, "Check the number of zeros in model.shape, data.sequence_length, train.micro_batch"),)
+    return (
+        Problem(
+            where,
+            what,
+            "Check the number of zeros in model.config_overrides, data.sequence_length, train.micro_batch_size",
+        ),
+    )
 
 
 def _format_plural(value: int, noun: str) -> str:
@@ -159,7 +170,7 @@ def find_vocabulary_problems(config: Config, vocab_size: int | None, hf: HfValue
     if vocab_size is None or vocab_size <= hf["vocab_size"]:
         return ()
     what = f"the tokenizer has {vocab_size:,} entries, the model's embedding {hf['vocab_size']:,} rows"
-    key = "model.grow_vocabulary" if config.model.path is not None else "model.shape.vocab_size"
+    key = "model.resize_vocab_to" if config.model.path is not None else "model.config_overrides.vocab_size"
     fix = f"Give the tokenizer of this model, or let the embedding have more: {key}={-(-vocab_size // 64) * 64}"
     return (Problem("tokenizer.path", what, fix),)
 
@@ -176,7 +187,11 @@ def _find_data_problems(config: Config, size: ModelSize, hf: HfValues) -> Iterat
     positions = hf[family.position_key]
     if length > positions:
         what = f"{length} tokens are more than the {positions} learned positions of {size.name}"
-        more = "" if config.model.path is not None else f", or raise model.shape.{family.position_key} (from scratch)"
+        more = (
+            ""
+            if config.model.path is not None
+            else f", or raise model.config_overrides.{family.position_key} (from scratch)"
+        )
         yield Problem("data.sequence_length", what, f"Use at most {positions}{more}")
     for index, source in enumerate(config.data.sources):
         yield from _find_source_problems(f"data.sources[{index}]", source, family)
@@ -190,21 +205,21 @@ def _find_source_problems(where: str, source: SourceConfig, family: Family) -> I
     if source.fim is not None and not tokens.has_fim:
         what = f"{family.name} has no tokens for fill-in-the-middle"
         yield Problem(f"{where}.fim", what, "Remove it, or use a family that has: qwen2.5, starcoder2")
-    if source.per == "repository" and not source.metadata and family.code_layout.needs_path:
+    if source.group_by == "repository" and not source.metadata and family.code_layout.needs_path:
         what = f"{family.name} tells the files of a repository apart by their paths alone"
         yield Problem(f"{where}.per", what, "Set metadata: true, or per: file")
-    if (source.per == "repository" or source.metadata) and not tokens.repository:
-        key = "metadata" if source.metadata else "per"
+    if (source.group_by == "repository" or source.metadata) and not tokens.repository:
+        key = "metadata" if source.metadata else "group_by"
         what = f"{family.name} has no tokens for repositories and files"
         yield Problem(f"{where}.{key}", what, "Remove it, or use a family that has: qwen2.5, qwen3, starcoder2")
 
 
 def _find_batch_problems(config: Config, replicas: int) -> Iterator[Problem]:
-    batch = config.train.global_batch
+    batch = config.train.global_batch_size
     if replicas > batch:
         sequences, workers = _format_plural(batch, "sequence"), _format_plural(batch, "worker")
         what = f"{replicas:,} workers share {sequences}, so {replicas - batch:,} would have none"
-        yield Problem("cluster.workers", what, f"Use at most {workers}, or a larger train.global_batch")
+        yield Problem("cluster.workers", what, f"Use at most {workers}, or a larger train.global_batch_size")
 
 
 def is_directory_or_hub_id(path: str) -> bool:
@@ -244,27 +259,35 @@ def _collect_evaluation_notes(config: Config) -> Iterator[str]:
 
 
 def _collect_precision_notes(config: Config, fewest: int, most: int) -> Iterator[str]:
-    stage = config.engine.zero
+    stage = config.engine.zero_stage
     assert stage != "auto", "a plan has a stage"
-    several = config.train.micro_batch != "auto" and fewest * get_micro_batch(config) < config.train.global_batch
+    several = (
+        config.train.micro_batch_size != "auto" and fewest * get_micro_batch(config) < config.train.global_batch_size
+    )
     if config.train.precision == "bf16" and stage == 1 and several:
         yield "ZeRO 1 in bf16 sums gradients over micro-batches in bf16; the other stages do it in fp32."
-    if config.run.deterministic and config.train.micro_batch == "auto":
+    if config.run.deterministic and config.train.micro_batch_size == "auto":
         yield "micro_batch: auto depends on the memory that is free at the first start: give a number to repeat a run."
     if stage == 0 and config.engine.deepspeed.get("zero_optimization"):
-        yield "engine.deepspeed.zero_optimization does nothing at ZeRO 0: set engine.zero to 1, 2 or 3, or remove it."
+        yield (
+            "engine.deepspeed.zero_optimization does nothing at ZeRO 0: set engine.zero_stage to 1, 2 or 3, or "
+            "remove it."
+        )
     if stage > 0 and most == 1:
         yield f"ZeRO {stage} spreads nothing over one worker."
 
 
 def _collect_batch_notes(config: Config, fewest: int, most: int) -> Iterator[str]:
-    if most > config.train.global_batch:
+    if most > config.train.global_batch_size:
         return
-    portions = split_global_batch(config.train.global_batch, fewest)
+    portions = split_global_batch(config.train.global_batch_size, fewest)
     if fewest == most and portions[0] != portions[-1]:
         yield f"Shares differ ({portions[0]} and {portions[-1]} sequences): the smaller ones wait for the larger."
     if get_micro_batch(config) > portions[0]:
-        yield f"train.micro_batch = {config.train.micro_batch} is more than a worker's share: {portions[0]} is enough."
+        yield (
+            f"train.micro_batch_size = {config.train.micro_batch_size} is more than a worker's share: {portions[0]} "
+            "is enough."
+        )
 
 
 def _collect_lora_notes(config: Config) -> Iterator[str]:

@@ -13,7 +13,7 @@ _NEVER = 2**31 - 1
 _BUCKET = 500_000_000
 """DeepSpeed's own default, in elements."""
 
-_BATCH = "The toolkit divides the batch itself: set train.global_batch and train.micro_batch"
+_BATCH = "The toolkit divides the batch itself: set train.global_batch_size and train.micro_batch_size"
 _PRECISION = "Set train.precision"
 _SUM = "Remove it: the loss is one sum over the global batch, which this would rescale"
 OWNED_KEYS: dict[str, str] = {
@@ -22,8 +22,8 @@ OWNED_KEYS: dict[str, str] = {
     "gradient_accumulation_steps": _BATCH,
     "managed_gradient_accumulation": "Remove it: the toolkit marks the end of a step itself",
     "optimizer": "Set optim: the toolkit brings the optimizer",
-    "scheduler": "Set optim.schedule: a scheduler here would silently win over it",
-    "gradient_clipping": "Set optim.clip",
+    "scheduler": "Set optim.lr_scheduler: a scheduler here would silently win over it",
+    "gradient_clipping": "Set optim.max_grad_norm",
     "bf16": _PRECISION,
     "bfloat16": _PRECISION,
     "fp16": f"{_PRECISION}; fp16 is not supported, use bf16",
@@ -42,7 +42,7 @@ OWNED_KEYS: dict[str, str] = {
     "sequence_parallel_size": "Remove it: not supported yet",
     "expert_parallel": "Remove it: not supported",
     "pipeline": "Remove it: not supported",
-    "zero_optimization.stage": "Set engine.zero",
+    "zero_optimization.stage": "Set engine.zero_stage",
     "zero_optimization.offload_optimizer": "Remove it: offloading is not supported yet",
     "zero_optimization.offload_param": "Remove it: offloading is not supported yet",
     "zero_optimization.elastic_checkpoint": "Remove it: any checkpoint loads at any number of workers",
@@ -88,8 +88,8 @@ def build_base_config(config: Config, *, parameters: int = _BUCKET) -> dict[str,
         "train_micro_batch_size_per_gpu": get_micro_batch(config),
         "gradient_accumulation_steps": 1,
         # DeepSpeed's default became 1.0; written out, 0 means none. At stage 0 the engine clips (engine/replica.py).
-        "gradient_clipping": config.optim.clip if int(config.engine.zero) else 0.0,
-        "zero_optimization": _build_zero_block(int(config.engine.zero), min(parameters, _BUCKET)),
+        "gradient_clipping": config.optim.max_grad_norm if int(config.engine.zero_stage) else 0.0,
+        "zero_optimization": _build_zero_block(int(config.engine.zero_stage), min(parameters, _BUCKET)),
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "communication_data_type": "fp32",
@@ -110,12 +110,12 @@ def _build_zero_block(stage: int, bucket: int) -> dict[str, Any]:
 
 def _build_precision_blocks(config: Config) -> dict[str, Any]:
     """Blocks of the precision; fp32 is the absence of all. At stage 0 the engine keeps the fp32 weights itself."""
-    if config.train.precision == "fp32" or config.engine.zero == 0:
+    if config.train.precision == "fp32" or config.engine.zero_stage == 0:
         return {}
     # With the check DeepSpeed leaves such an update out instead of writing NaN into the weights; the engine
     # asks whether it was left out, and the loop stops and says so.
     blocks: dict[str, Any] = {"bf16": {"enabled": True, "check_grad_overflow": True}}
-    if int(config.engine.zero) >= 2:
+    if int(config.engine.zero_stage) >= 2:
         # Stage 1 would switch to another optimizer class.
         blocks["data_types"] = {"grad_accum_dtype": "fp32"}
     return blocks

@@ -90,7 +90,7 @@ def resolve_for_hardware(config: Config, hardware: ClusterHardware) -> Config:
             "bf16" if hardware.get_achieved_flops("bf16") >= hardware.get_achieved_flops("fp32") else "fp32"
         )
         config = with_precision(config, faster)
-    if config.engine.zero == "auto" and replicas <= config.train.global_batch:
+    if config.engine.zero_stage == "auto" and replicas <= config.train.global_batch_size:
         stage = find_fitting_zero_stage(config, replicas, 1e9 * _get_worker_memory_gb(config, hardware)).value
         config = with_zero_stage(config, int(stage))
     return config
@@ -134,7 +134,7 @@ def _compute_hardware_flops_per_token(config: Config, plan: Plan) -> float:
 
 def _count_nodes(config: Config, workers: int, per_node: int, available: int) -> int:
     """Nodes the workers are placed on, at most those there are."""
-    if config.cluster.placement in {"spread", "strict_spread"}:
+    if config.cluster.placement_strategy in {"spread", "strict_spread"}:
         return min(workers, available)
     return min(-(-workers // max(per_node, 1)), available)
 
@@ -158,7 +158,7 @@ def _find_placement_problems(
     config: Config, workers: int, hardware: ClusterHardware, per_node: int
 ) -> Iterator[Problem]:
     """More workers than the largest cluster of the file holds, placed as asked."""
-    cpus, placement = config.cluster.cpus_per_worker, config.cluster.placement
+    cpus, placement = config.cluster.cpus_per_worker, config.cluster.placement_strategy
     if per_node == 0:
         what = f"a worker of {cpus} CPUs fits into no node, which has {hardware.cpus}"
         yield Problem("cluster.cpus_per_worker", what, f"Use at most {hardware.cpus}")
@@ -182,7 +182,7 @@ def _find_placement_problems(
 def _compute_max_workers(config: Config, hardware: ClusterHardware, per_node: int) -> int:
     """Workers that the largest cluster of the file holds, placed as asked."""
     limits = {"strict_pack": per_node, "strict_spread": hardware.nodes}
-    return limits.get(config.cluster.placement, hardware.nodes * per_node)
+    return limits.get(config.cluster.placement_strategy, hardware.nodes * per_node)
 
 
 def _find_memory_problems(config: Config, plan: Plan, hardware: ClusterHardware) -> Iterator[Problem]:
@@ -202,16 +202,16 @@ def _find_memory_problems(config: Config, plan: Plan, hardware: ClusterHardware)
 
 def _suggest_memory_fix(config: Config, plan: Plan, largest: str) -> tuple[str, str]:
     """The key to change when one part of the memory is too much, and how."""
-    if largest == "logits" and config.model.loss_chunk != 1:
-        return "model.loss_chunk", "Lower it"
+    if largest == "logits" and config.model.loss_chunk_size != 1:
+        return "model.loss_chunk_size", "Lower it"
     if largest == "activations":
         if plan.micro_batch > 1:
-            return "train.micro_batch", "Lower it, or leave it to auto"
+            return "train.micro_batch_size", "Lower it, or leave it to auto"
         if not config.model.activation_checkpointing:
             return "model.activation_checkpointing", "Set it: layers are computed twice instead of kept"
         return "data.sequence_length", "Lower it"
     if plan.zero < 3:
-        return "engine.zero", "Raise it: 3 spreads weights, gradients and optimizer state over the workers"
+        return "engine.zero_stage", "Raise it: 3 spreads weights, gradients and optimizer state over the workers"
     return "cluster.workers", "Take more: they share weights, gradients and optimizer state; or a smaller model"
 
 
@@ -222,7 +222,7 @@ def _get_worker_memory_gb(config: Config, hardware: ClusterHardware) -> float:
 
 def _estimate_micro_batch(config: Config, plan: Plan, hardware: ClusterHardware) -> int:
     """Sequences of a forward pass there: what `auto` will take, by the estimate."""
-    if config.train.micro_batch != "auto" or plan.replicas > plan.global_batch:
+    if config.train.micro_batch_size != "auto" or plan.replicas > plan.global_batch:
         return plan.micro_batch
     return find_fitting_micro_batch(config, plan.replicas, 1e9 * _get_worker_memory_gb(config, hardware))
 
@@ -262,7 +262,7 @@ def _collect_notes(config: Config, plan: Plan, hardware: ClusterHardware, micro_
     """What is no mistake on this cluster, but good to know."""
     there = _get_worker_memory_gb(config, hardware)
     needed = sum(plan.memory_gb_per_device.values())
-    if config.train.micro_batch == "auto":
+    if config.train.micro_batch_size == "auto":
         yield f"micro_batch: auto takes about {micro_batch} there, by the estimate."
     elif _TIGHT * there < needed <= there:
         yield f"About {needed:.3g} of {there:.3g} GB is tight: what allocators and kernels add is not counted."
@@ -275,7 +275,8 @@ def _collect_communication_notes(sending: float, computing: float) -> Iterator[s
     if sending > computing:
         yield (
             f"Sending gradients and weights takes longer than computing ({sending:.3g} and {computing:.3g} s a step): "
-            f"the time may be {1 + sending / computing:.2g} times as long. Larger micro-batches, engine.zero 1 or "
+            f"the time may be {1 + sending / computing:.2g} times as long. Larger micro-batches, "
+            "engine.zero_stage 1 or "
             "fewer nodes send less."
         )
 

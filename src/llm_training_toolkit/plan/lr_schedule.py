@@ -101,7 +101,7 @@ def compute_warmup_steps(config: Config, steps: int | None) -> int | None:
 
 def compute_decay_steps(config: Config, steps: int | None) -> int | None:
     """Steps of the decay at the end: 0 except for `wsd`; None where the length of the run is not known."""
-    return _convert_share_to_steps(config.optim.decay, steps) if config.optim.schedule == "wsd" else 0
+    return _convert_share_to_steps(config.optim.decay, steps) if config.optim.lr_scheduler == "wsd" else 0
 
 
 def _convert_share_to_steps(share: float, steps: int | None) -> int | None:

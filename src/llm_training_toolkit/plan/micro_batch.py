@@ -1,4 +1,4 @@
-"""`train.micro_batch: auto` and `engine.zero: auto`: what fits into the memory of a device. Pure."""
+"""`train.micro_batch_size: auto` and `engine.zero_stage: auto`: what fits into the memory of a device. Pure."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _FILL = 0.9
 
 def with_micro_batch(config: Config, micro_batch: int) -> Config:
     """The same run with a number where `auto` stood."""
-    train = config.train.model_copy(update={"micro_batch": micro_batch})
+    train = config.train.model_copy(update={"micro_batch_size": micro_batch})
     return config.model_copy(update={"train": train})
 
 
@@ -22,9 +22,9 @@ def find_fitting_micro_batch(config: Config, replicas: int, free_bytes: float) -
 
     flash_attention_2 takes one: transformers tells packed documents apart in rows of one sequence only.
     """
-    if config.model.attention == "flash_attention_2":
+    if config.model.attn_implementation == "flash_attention_2":
         return 1
-    share = split_global_batch(config.train.global_batch, replicas)[0]
+    share = split_global_batch(config.train.global_batch_size, replicas)[0]
     fits = [
         rows
         for rows in _list_even_micro_batches(share)
@@ -35,7 +35,7 @@ def find_fitting_micro_batch(config: Config, replicas: int, free_bytes: float) -
 
 def find_smaller_micro_batch(config: Config, replicas: int, micro_batch: int) -> int:
     """The next one to try after `micro_batch` did not fit: at most half of it. 0 = there is none."""
-    share = split_global_batch(config.train.global_batch, replicas)[0]
+    share = split_global_batch(config.train.global_batch_size, replicas)[0]
     return max((rows for rows in _list_even_micro_batches(share) if rows <= micro_batch // 2), default=0)
 
 
@@ -46,12 +46,12 @@ def find_fitting_zero_stage(config: Config, replicas: int, free_bytes: float) ->
     """
     stages = get_candidate_zero_stages(config)
     if replicas == 1:
-        return ResolvedValue("engine.zero", stages[0], "it costs least for one worker")
+        return ResolvedValue("engine.zero_stage", stages[0], "it costs least for one worker")
     needed = {stage: _estimate_bytes_at_stage(config, replicas, stage) for stage in stages}
     stage = next((stage for stage in stages if needed[stage] <= _FILL * free_bytes), stages[-1])
     fits = "the lowest stage that fits" if needed[stage] <= _FILL * free_bytes else "the stage with the least memory"
     why = f"{fits}, {needed[stage] / 1e9:.3g} GB of the {free_bytes / 1e9:.3g} GB a worker has free"
-    return ResolvedValue("engine.zero", stage, why)
+    return ResolvedValue("engine.zero_stage", stage, why)
 
 
 def _estimate_bytes_at_stage(config: Config, replicas: int, stage: int) -> float:
@@ -61,7 +61,7 @@ def _estimate_bytes_at_stage(config: Config, replicas: int, stage: int) -> float
 
 def find_higher_zero_stage(config: Config, replicas: int) -> int | None:
     """The stage to try after memory ran out with the smallest micro-batch; None for one worker, or at the highest."""
-    higher = [stage for stage in get_candidate_zero_stages(config) if stage > int(config.engine.zero)]
+    higher = [stage for stage in get_candidate_zero_stages(config) if stage > int(config.engine.zero_stage)]
     return min(higher) if replicas > 1 and higher else None
 
 

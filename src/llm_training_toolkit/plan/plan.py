@@ -175,7 +175,7 @@ def make_plan(config: Config, facts: DataFacts | None = None, replicas: int | No
     warmup, decay = lr_schedule.compute_warmup_steps(config, steps), lr_schedule.compute_decay_steps(config, steps)
     lr = lr_schedule.choose_learning_rate(config, total)
     deepspeed = _choose_deepspeed_config(config, trained)
-    length, every = config.data.sequence_length, config.checkpoint.every
+    length, every = config.data.sequence_length, config.checkpoint.interval
     memory_gb = _estimate_memory_gb(config, hf, adapter, smallest, deepspeed)
     return Plan(
         name=config.run.name,
@@ -187,26 +187,26 @@ def make_plan(config: Config, facts: DataFacts | None = None, replicas: int | No
         adapter=adapter,
         flops_per_token=families.compute_flops_per_token(hf, length, adapter),
         precision=str(config.train.precision),
-        zero=int(config.engine.zero),
+        zero=int(config.engine.zero_stage),
         steps=steps,
         steps_estimated=steps_estimated,
         epochs=_compute_epochs(config, steps, facts),
         mixture=_build_mixture(config, steps, facts),
-        global_batch=config.train.global_batch,
+        global_batch=config.train.global_batch_size,
         micro_batch=batch.get_micro_batch(config),
         workers=config.cluster.max_workers,
         fewest_workers=config.cluster.min_workers,
         replicas=world,
         sequence_length=length,
-        tokens_per_step=config.train.global_batch * length,
+        tokens_per_step=config.train.global_batch_size * length,
         lr=lr,
-        lr_floor=lr if config.optim.schedule == "constant" else lr * config.optim.min_lr,
-        schedule_kind=config.optim.schedule,
+        lr_floor=lr if config.optim.lr_scheduler == "constant" else lr * config.optim.min_lr_ratio,
+        schedule_kind=config.optim.lr_scheduler,
         warmup_steps=warmup,
         decay_steps=decay,
         save_every_steps=every if isinstance(every, int) else None,
         save_every_seconds=parse_duration_seconds(every) if isinstance(every, str) else None,
-        eval_every=config.eval.every,
+        eval_every=config.eval.interval,
         deepspeed=deepspeed,
         memory_gb_per_device=memory_gb,
         problems=(
@@ -240,7 +240,7 @@ def compute_run_steps(config: Config, facts: DataFacts | None) -> tuple[int | No
     done, seen = (facts.steps_done, facts.sequences_done) if facts else (0, 0)
     if train.tokens is not None:
         return _compute_total_steps(
-            -(-train.tokens // config.data.sequence_length), train.global_batch, done, seen
+            -(-train.tokens // config.data.sequence_length), train.global_batch_size, done, seen
         ), False
     assert train.epochs is not None  # exactly one length is given, says the schema
     if facts is None or not facts.streams[0].sequences_per_epoch:
@@ -248,7 +248,7 @@ def compute_run_steps(config: Config, facts: DataFacts | None) -> tuple[int | No
     known = facts.streams[0].sequences_per_epoch[: train.epochs]
     missing = train.epochs - len(known)
     sequences = sum(known) + round(missing * sum(known) / len(known))
-    return _compute_total_steps(sequences, train.global_batch, done, seen), missing > 0
+    return _compute_total_steps(sequences, train.global_batch_size, done, seen), missing > 0
 
 
 def _compute_total_steps(sequences: int, global_batch: int, done: int, seen: int) -> int:
@@ -261,8 +261,8 @@ def _list_estimated_values(config: Config, *, steps_estimated: bool) -> tuple[st
     return (
         *(("steps",) if steps_estimated else ()),
         *(("precision",) if config.train.precision == "auto" else ()),
-        *(("zero",) if config.engine.zero == "auto" else ()),
-        *(("micro_batch", "accumulation") if config.train.micro_batch == "auto" else ()),
+        *(("zero",) if config.engine.zero_stage == "auto" else ()),
+        *(("micro_batch", "accumulation") if config.train.micro_batch_size == "auto" else ()),
         "memory_gb_per_device",
     )
 
@@ -273,7 +273,7 @@ def _compute_epochs(config: Config, steps: int | None, facts: DataFacts | None) 
         return float(config.train.epochs)
     if steps is None or facts is None or config.data.source_weights:
         return None
-    return facts.streams[0].compute_epochs(steps * config.train.global_batch)
+    return facts.streams[0].compute_epochs(steps * config.train.global_batch_size)
 
 
 def _build_mixture(config: Config, steps: int | None, facts: DataFacts | None) -> tuple[MixtureSource, ...]:
@@ -283,7 +283,9 @@ def _build_mixture(config: Config, steps: int | None, facts: DataFacts | None) -
         return ()
     epochs: list[float | None] = [None] * len(weights)
     if steps is not None and facts is not None:
-        seen = mixture.count_per_stream([stream.share for stream in facts.streams], steps * config.train.global_batch)
+        seen = mixture.count_per_stream(
+            [stream.share for stream in facts.streams], steps * config.train.global_batch_size
+        )
         epochs = [stream.compute_epochs(count) for stream, count in zip(facts.streams, seen, strict=True)]
     sources = zip(config.data.sources, weights, epochs, strict=True)
     return tuple(MixtureSource(source.path, weight / sum(weights), passes) for source, weight, passes in sources)
@@ -311,14 +313,14 @@ def _estimate_memory_gb(
     load = memory.DeviceWorkload(
         model=families.read_model_dims(hf),
         adapter=adapter,
-        zero=int(config.engine.zero),
+        zero=int(config.engine.zero_stage),
         precision="bf16" if config.train.precision == "bf16" else "fp32",
         workers=replicas,
         micro_batch=batch.get_micro_batch(config),
         sequence_length=config.data.sequence_length,
         activation_checkpointing=config.model.activation_checkpointing,
-        loss_chunk=batch.compute_loss_chunk_size(config.model.loss_chunk, hf["vocab_size"]),
-        eager_attention=config.model.attention == "eager",
+        loss_chunk=batch.compute_loss_chunk_size(config.model.loss_chunk_size, hf["vocab_size"]),
+        eager_attention=config.model.attn_implementation == "eager",
         **memory.read_deepspeed_limits(deepspeed),
     )
     return memory.estimate_memory(load).to_gigabytes()

@@ -137,7 +137,7 @@ class RunDirectory:
 
     @property
     def sample_log_dir(self) -> Path:
-        """What each rank of each attempt fetched, where `failures.ledger` asks for it."""
+        """What each rank of each attempt fetched, where `failures.log_samples` asks for it."""
         return self.path / "ledger"
 
     def get_log_dir(self, attempt: int) -> Path:

@@ -16,12 +16,12 @@ _MEDIAN_RUNGS = 8
 
 def compute_rung_steps(scheduler: SchedulerConfig, steps: int, tokens_per_step: int) -> tuple[int, ...]:
     """Steps after which a trial is compared; the last one is its end."""
-    if scheduler.name == "none":
+    if scheduler.name == "fifo":
         return (steps,)
     first = _compute_first_rung(scheduler, steps, tokens_per_step)
     found: list[int] = []
     for number in range(steps):
-        ahead = first * (number + 1 if scheduler.name == "median" else scheduler.factor**number)
+        ahead = first * (number + 1 if scheduler.name == "median" else scheduler.reduction_factor**number)
         step = math.ceil(ahead - 1e-9)
         if step >= steps:
             break
@@ -32,11 +32,11 @@ def compute_rung_steps(scheduler: SchedulerConfig, steps: int, tokens_per_step: 
 
 def _compute_first_rung(scheduler: SchedulerConfig, steps: int, tokens_per_step: int) -> float:
     """The first rung, in steps."""
-    if scheduler.first_tokens is not None:
-        return max(scheduler.first_tokens / tokens_per_step, 1.0)
-    if scheduler.first_steps is not None:
-        return float(scheduler.first_steps)
-    parts = _MEDIAN_RUNGS if scheduler.name == "median" else scheduler.factor**2
+    if scheduler.grace_period_tokens is not None:
+        return max(scheduler.grace_period_tokens / tokens_per_step, 1.0)
+    if scheduler.grace_period_steps is not None:
+        return float(scheduler.grace_period_steps)
+    parts = _MEDIAN_RUNGS if scheduler.name == "median" else scheduler.reduction_factor**2
     return max(steps / parts, 1.0)
 
 
@@ -59,12 +59,12 @@ def get_sort_key(mode: str, value: float) -> float:
 
 def should_continue(scheduler: SchedulerConfig, mode: str, value: float, others: Sequence[float]) -> bool:
     """Whether a trial with this value at a rung goes on, given the values others had there (of its bracket)."""
-    if scheduler.name == "none":
+    if scheduler.name == "fifo":
         return True
     if not math.isfinite(value):
         return False
     if scheduler.name == "median":
         known = [get_sort_key(mode, other) for other in others]
         return len(known) < _MEDIAN_MIN_TRIALS or get_sort_key(mode, value) <= statistics.median(known)
-    kept = max(1, (len(others) + 1) // scheduler.factor)
+    kept = max(1, (len(others) + 1) // scheduler.reduction_factor)
     return sum(is_better(mode, other, value) for other in others) < kept

@@ -33,7 +33,7 @@ def propose_optuna_point(search: SearchConfig, ledger: EventLog, number: int) ->
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         sampler = optuna.samplers.TPESampler(
             seed=search.searcher.seed * 100_003 + number,
-            n_startup_trials=search.searcher.start,
+            n_startup_trials=search.searcher.n_startup_trials,
             constant_liar=True,  # trials at work count as bad, so that several at a time do not ask for the same
         )
     study = optuna.create_study(sampler=sampler, direction="minimize" if search.mode == "min" else "maximize")
@@ -66,9 +66,9 @@ def _build_frozen_trial(search: SearchConfig, trial: TrialRecord) -> FrozenTrial
 def _build_distribution(values: ParameterDistribution) -> BaseDistribution:
     if values.choice is not None:
         return CategoricalDistribution(range(len(values.boundary_values)))
-    if values.integers is not None:
-        return IntDistribution(*values.integers)
-    return FloatDistribution(*values.range_bounds, log=values.log_uniform is not None)
+    if values.randint is not None:
+        return IntDistribution(*values.randint)
+    return FloatDistribution(*values.range_bounds, log=values.loguniform is not None)
 
 
 def _to_optuna_value(values: ParameterDistribution, value: Any) -> Any:  # noqa: ANN401 - whatever a field takes

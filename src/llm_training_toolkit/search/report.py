@@ -112,7 +112,7 @@ def _build_axis(name: str, values: ParameterDistribution, trials: Sequence[Trial
         ticks = tuple((places[text], text[len('{"": ') : -1]) for text in names)
         return ParallelAxis(name, [places[point_key({"": trial.parameters[name]})] for trial in trials], ticks)
     low, high = values.range_bounds
-    scale = math.log if values.log_uniform is not None else float
+    scale = math.log if values.loguniform is not None else float
     at = [(scale(trial.parameters[name]) - scale(low)) / (scale(high) - scale(low)) for trial in trials]
     return ParallelAxis(name, at, ((0.0, f"{low:g}"), (1.0, f"{high:g}")))
 

@@ -105,7 +105,7 @@ def _compute_explained_variance(search: SearchConfig, name: str, trials: Sequenc
     numeric = all(isinstance(value, int | float) and not isinstance(value, bool) for value in settings)
     if ranges.choice is None and numeric:
         at = np.array(settings, dtype=float)
-        at = np.log(at) if ranges.log_uniform is not None else at
+        at = np.log(at) if ranges.loguniform is not None else at
         degree = min(2, len(set(settings)) - 1)
         predicted = np.polyval(np.polyfit(at - at.mean(), values, degree), at - at.mean()) if degree else values.mean()
         used = degree

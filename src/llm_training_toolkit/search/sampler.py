@@ -46,7 +46,7 @@ class TrialSampler:
 
     def _find_initial_point(self) -> tuple[Parameters, int | None] | None:
         known = self._get_known_keys()
-        for point in self._search.first:
+        for point in self._search.points_to_evaluate:
             if point_key(point) not in known and not self._trials.find_problem(point):
                 return point, None
         return None

@@ -64,9 +64,9 @@ def _draw_random_value(values: ParameterDistribution, chance: random.Random) -> 
     if values.choice is not None:
         return chance.choice(values.boundary_values)
     low, high = values.range_bounds
-    if values.integers is not None:
-        return chance.randint(*values.integers)
-    if values.log_uniform is not None:
+    if values.randint is not None:
+        return chance.randint(*values.randint)
+    if values.loguniform is not None:
         return min(max(math.exp(chance.uniform(math.log(low), math.log(high))), low), high)
     return chance.uniform(low, high)
 
@@ -80,7 +80,7 @@ def boundary_points(search: SearchConfig) -> Iterator[Parameters]:
 
     Where there are too many corners: each value of each key with the others at their first, and corners by chance.
     """
-    yield from search.first
+    yield from search.points_to_evaluate
     keys, values = list(search.search), _get_boundary_values(search)
     if math.prod(map(len, values)) <= _MAX_BOUNDARY_POINTS:
         yield from (dict(zip(keys, point, strict=True)) for point in itertools.product(*values))
@@ -115,7 +115,7 @@ class TrialConfigBuilder:
             "run.name": name,
             "run.dir": self.directory,
             "data.cache": self.cache,
-            "checkpoint.keep": 1,
+            "checkpoint.keep_latest": 1,
             "export.at_end": False,
             "eval.tasks": [],
         }
@@ -154,7 +154,7 @@ def check_search_space(trials: TrialConfigBuilder) -> list[str]:
     bad = {format_point(point): problem for point in looked.values() if (problem := trials.find_problem(point))}
     _check_rungs(trials, (point for point in looked.values() if format_point(point) not in bad))
     words = [f"{point}: {_format_problem_line(problem)}" for point, problem in bad.items()]
-    if words and (search.impossible == "refuse" or len(bad) == len(looked)):
+    if words and (search.invalid == "refuse" or len(bad) == len(looked)):
         raise PlanError(_format_invalid_points(words, len(looked)))
     return words
 
@@ -166,8 +166,8 @@ def _check_rungs(trials: TrialConfigBuilder, points: Iterable[Parameters]) -> No
         plan = make_plan(trials.build_config(point))
         length = (plan.steps or math.inf, (plan.steps or math.inf) * plan.tokens_per_step)
         for name, first, own in (
-            ("first_steps", scheduler.first_steps, length[0]),
-            ("first_tokens", scheduler.first_tokens, length[1]),
+            ("grace_period_steps", scheduler.grace_period_steps, length[0]),
+            ("grace_period_tokens", scheduler.grace_period_tokens, length[1]),
         ):
             if first is not None and first >= own:
                 raise PlanError(
@@ -176,9 +176,9 @@ def _check_rungs(trials: TrialConfigBuilder, points: Iterable[Parameters]) -> No
                     "would never be compared before their ends; give a smaller one, or none: the default goes by the "
                     "length"
                 )
-        if (scheduler.first_tokens or math.inf) < plan.tokens_per_step:
+        if (scheduler.grace_period_tokens or math.inf) < plan.tokens_per_step:
             raise PlanError(
-                f"scheduler.first_tokens = {scheduler.first_tokens:,.0f}, but a step of the trial with "
+                f"scheduler.grace_period_tokens = {scheduler.grace_period_tokens:,.0f}, but a step of the trial with "
                 f"{format_point(point)} "
                 f"has {plan.tokens_per_step:,}; give at least as many"
             )

@@ -131,10 +131,11 @@ class SpikeGuard:
         if self._policy == "skip":
             raise TrainingError(
                 f"{what}, after {before} updates in a row that were left out: that is no spike any more; {saved}. "
-                "failures.on_spike=ignore takes the updates; an earlier checkpoint with a lower optim.lr (--accept "
+                "failures.on_loss_spike=ignore takes the updates; an earlier checkpoint with a lower optim.lr "
+                "(--accept "
                 "optim.lr) may be what it needs"
             )
         raise TrainingError(
             f"{what}; stopped before this update, {saved}. "
-            "failures.on_spike=skip goes on without it, failures.on_spike=ignore takes it"
+            "failures.on_loss_spike=skip goes on without it, failures.on_loss_spike=ignore takes it"
         )

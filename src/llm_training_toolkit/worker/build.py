@@ -80,8 +80,10 @@ def build_run_model(
 def _check_device(config: Config, context: RunContext) -> None:
     """Refuse what this device does not have; flex_attention on CPU would abort the process."""
     gpu = context.device.type != "cpu"
-    if not gpu and config.model.attention in {"flash_attention_2", "flex_attention"}:
-        raise PlanError(f"model.attention = {config.model.attention} needs a GPU: use sdpa or eager here")
+    if not gpu and config.model.attn_implementation in {"flash_attention_2", "flex_attention"}:
+        raise PlanError(
+            f"model.attn_implementation = {config.model.attn_implementation} needs a GPU: use sdpa or eager here"
+        )
     if config.model.lora is not None and config.model.lora.quantize is not None:
         missing = find_quantization_problem(gpu=gpu)
         if missing:
@@ -101,19 +103,19 @@ def _build_engine(
         model = build_model(
             _get_trained_hf_config(origin, plan) if origin and loads else plan.hf_config,
             precision=plan.precision,
-            attention=model_section.attention,
+            attention=model_section.attn_implementation,
             path=path,
             activation_checkpointing=model_section.activation_checkpointing,
             four_bits_on=context.device if quantize else None,
         )
-        if path is not None and model_section.grow_vocabulary is not None:
-            resize_embeddings(model, model_section.grow_vocabulary, gathered_parameter)
+        if path is not None and model_section.resize_vocab_to is not None:
+            resize_embeddings(model, model_section.resize_vocab_to, gathered_parameter)
         check_parameter_count(model, plan.parameters, model_section.name)
         if origin is None and path is None:
             initialize_weights(model, config.run.seed, gathered_parameter)
         hf_config = model.config.to_dict()  # type: ignore[union-attr, operator]
         hf_config.pop("quantization_config", None)  # of these ranks, not of the weights
-        module = LossModule(model, model_section.loss_chunk)
+        module = LossModule(model, model_section.loss_chunk_size)
         _add_adapters(module, model, config, plan)
     return Engine(module, config.optim, plan.deepspeed, context.device), hf_config
 

@@ -105,9 +105,9 @@ def _begin_attempt(
         "processes": processes,
         "seats": [seat.to_json() for seat in seats],
         "workers": context.world_size,
-        "micro_batch": config.train.micro_batch,
-        "asked": asked.train.micro_batch,
-        "zero": config.engine.zero,
+        "micro_batch": config.train.micro_batch_size,
+        "asked": asked.train.micro_batch_size,
+        "zero": config.engine.zero_stage,
         "load": describe_memory_load(asked, context),
         "began": place.began,
         "group_began": place.group_began,
@@ -156,7 +156,7 @@ def _build_components(
         lineage,
         every_steps=plan.save_every_steps,
         every_seconds=plan.save_every_seconds,
-        rule=RetentionPolicy(config.checkpoint.keep, config.checkpoint.keep_every, config.checkpoint.keep_best),
+        rule=RetentionPolicy(config.checkpoint.keep_latest, config.checkpoint.keep_every, config.checkpoint.keep_best),
     )
     metrics = Metrics(run, attempt, done.step, context)
     metrics.add_text(done.step, "configuration", f"```json\n{run.resolved_config_path.read_text()}\n```")
@@ -167,7 +167,7 @@ def _build_components(
         epochs=config.train.epochs,
         origin=origin,
         newest=partial(read_latest_dataset_info, run),
-        ledger=SampleLog(run.sample_log_dir, attempt, context.rank) if config.failures.ledger else None,
+        ledger=SampleLog(run.sample_log_dir, attempt, context.rank) if config.failures.log_samples else None,
     )
     return TrainerComponents(
         plan,
@@ -182,7 +182,7 @@ def _build_components(
         goodput_tracker=account,
         initial_state=done,
         in_training_tasks=InTrainingEvaluator(TrainedRun(run, config, place.receipt), metrics=metrics, context=context),
-        on_spike=config.failures.on_spike,
+        on_spike=config.failures.on_loss_spike,
     )
 
 

@@ -56,25 +56,25 @@ class MemorySettings:
 
 
 def describe_memory_load(config: Config, context: RunContext) -> dict[str, Any]:
-    """What the memory of a device depends on, the micro-batch apart; `engine.zero` as it was asked for."""
+    """What the memory of a device depends on, the micro-batch apart; `engine.zero_stage` as it was asked for."""
     return {
         "workers": context.world_size,
         "device": context.device.type,
         "model": config.model.model_dump(mode="json"),
         "sequence_length": config.data.sequence_length,
-        "global_batch": config.train.global_batch,
+        "global_batch": config.train.global_batch_size,
         "precision": config.train.precision,
         "engine": config.engine.model_dump(mode="json"),
     }
 
 
 def resolve_memory_settings(place: WorkerSpec, context: RunContext) -> tuple[WorkerSpec, tuple[str, ...]]:
-    """Numbers for `engine.zero` and `train.micro_batch`, the same on every rank, and what the plan says of them.
+    """Choose `engine.zero_stage` and `train.micro_batch_size`, the same on every rank, with the notes of the plan.
 
     Collective.
     """
     config = place.config
-    if config.train.micro_batch != "auto" and config.engine.zero != "auto":
+    if config.train.micro_batch_size != "auto" and config.engine.zero_stage != "auto":
         return place, ()
     free = min(context.all_gather_object(_measure_free_memory(context)))
     found = context.broadcast_object(
@@ -103,23 +103,23 @@ def _choose_settings(
 
 def _estimate_settings(config: Config, workers: int, free: float) -> tuple[MemorySettings, tuple[str, ...]]:
     said: list[str] = []
-    if config.engine.zero == "auto":
+    if config.engine.zero_stage == "auto":
         stage = find_fitting_zero_stage(config, workers, free)
         config = with_zero_stage(config, int(stage.value))
         said.append(str(stage))
-    rows = config.train.micro_batch
+    rows = config.train.micro_batch_size
     if rows == "auto":
         rows = find_fitting_micro_batch(config, workers, free)
         said.append(f"micro-batches of {rows}: by the estimate they fit into the {free / 1e9:.3g} GB a worker has free")
-    return MemorySettings(int(config.engine.zero), rows), tuple(said)
+    return MemorySettings(int(config.engine.zero_stage), rows), tuple(said)
 
 
 def _format_kept_stage(config: Config, before: MemorySettings) -> tuple[str, ...]:
-    return (f"engine.zero = {before.zero} (auto): as before",) if config.engine.zero == "auto" else ()
+    return (f"engine.zero_stage = {before.zero} (auto): as before",) if config.engine.zero_stage == "auto" else ()
 
 
 def _format_kept_micro_batch(config: Config, before: MemorySettings) -> tuple[str, ...]:
-    return (f"micro-batches of {before.micro_batch}: as before",) if config.train.micro_batch == "auto" else ()
+    return (f"micro-batches of {before.micro_batch}: as before",) if config.train.micro_batch_size == "auto" else ()
 
 
 def _find_previous_settings(run: RunDirectory, config: Config, context: RunContext) -> MemorySettings | None:
@@ -129,7 +129,7 @@ def _find_previous_settings(run: RunDirectory, config: Config, context: RunConte
         record = read_attempt_record(run, number)
         if record.get("load") != load or "zero" not in record:
             continue
-        tried, given = MemorySettings(int(record["zero"]), int(record["micro_batch"])), config.train.micro_batch
+        tried, given = MemorySettings(int(record["zero"]), int(record["micro_batch"])), config.train.micro_batch_size
         least = MemorySettings(tried.zero, 1 if given == "auto" else given)
         killed = (
             number == find_last_attempt(run) and context.device.type == "cpu" and _died_before_first_step(run, record)
@@ -146,10 +146,10 @@ def _find_previous_settings(run: RunDirectory, config: Config, context: RunConte
 def _find_smaller_settings(asked: Config, tried: MemorySettings, workers: int) -> MemorySettings | None:
     """The settings to try after `tried` did not fit, of those that were asked for as `auto`; None = there are none."""
     taken = tried.apply_to_config(asked)
-    rows = find_smaller_micro_batch(taken, workers, tried.micro_batch) if asked.train.micro_batch == "auto" else 0
+    rows = find_smaller_micro_batch(taken, workers, tried.micro_batch) if asked.train.micro_batch_size == "auto" else 0
     if rows:
         return MemorySettings(tried.zero, rows)
-    stage = find_higher_zero_stage(taken, workers) if asked.engine.zero == "auto" else None
+    stage = find_higher_zero_stage(taken, workers) if asked.engine.zero_stage == "auto" else None
     return None if stage is None else MemorySettings(stage, tried.micro_batch)
 
 
@@ -211,7 +211,7 @@ def _read_cgroup_free_memory(group: Path, version: str) -> float:
 
 def build_out_of_memory_error(asked: Config, taken: Config, workers: int) -> SmallerMicroBatch | TrainingError:
     """What follows when an attempt of `taken` ran out of memory: one that takes less, or the end of the run."""
-    rows, stage = taken.train.micro_batch, taken.engine.zero
+    rows, stage = taken.train.micro_batch_size, taken.engine.zero_stage
     assert rows != "auto"
     assert stage != "auto"
     tried = MemorySettings(stage, rows)
@@ -220,7 +220,7 @@ def build_out_of_memory_error(asked: Config, taken: Config, workers: int) -> Sma
         what = f"{less.micro_batch}" if less.zero == stage else f"ZeRO {less.zero}"
         return SmallerMicroBatch(f"out of memory with micro-batches of {rows}; the next attempt takes {what}")
     ways = ["set model.activation_checkpointing: true"] if not taken.model.activation_checkpointing else []
-    ways += ["raise engine.zero, with more cluster.workers"] if stage < 3 else ["use more cluster.workers"]
+    ways += ["raise engine.zero_stage, with more cluster.workers"] if stage < 3 else ["use more cluster.workers"]
     if find_smaller_micro_batch(taken, workers, rows):
-        ways.insert(0, "lower train.micro_batch, or set it to auto")
+        ways.insert(0, "lower train.micro_batch_size, or set it to auto")
     return TrainingError(f"out of memory with micro-batches of {rows}: {'; or '.join(ways)}. The same command resumes")

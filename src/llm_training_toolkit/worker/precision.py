@@ -78,7 +78,7 @@ def resolve_local_precision(config: Config) -> tuple[Config, tuple[str, ...]]:
 def _needs_gpu(config: Config) -> bool:
     """Whether the configuration can work on GPUs alone, wherever they are."""
     quantized = config.model.lora is not None and config.model.lora.quantize is not None
-    return quantized or config.cluster.gpus_per_worker == 1 or config.model.attention not in {"sdpa", "eager"}
+    return quantized or config.cluster.gpus_per_worker == 1 or config.model.attn_implementation not in {"sdpa", "eager"}
 
 
 def _apply_chosen_precision(config: Config, chosen: ResolvedValue) -> Config:

@@ -41,7 +41,7 @@ class ChatRules:
     sequence_length: int
     end_of_text: int
     loss: Literal["assistant", "last_turn", "all"] = "assistant"
-    too_long: Literal["drop", "continue", "error"] = "drop"
+    overlong: Literal["drop", "split", "error"] = "drop"
 
 
 class _RenderedTokens(NamedTuple):
@@ -183,12 +183,12 @@ def _split_into_examples(number: int, document: Document, tokens: _RenderedToken
     total = len(tokens.ids)
     if total <= rules.sequence_length:
         return [_build_example(number, tokens, 0, total)]
-    if rules.too_long == "drop":
+    if rules.overlong == "drop":
         return []
-    if rules.too_long == "error":
+    if rules.overlong == "error":
         raise DataError(
-            f"{document.name}: {total} tokens, longer than data.sequence_length {rules.sequence_length}. Set too_long: "
-            "drop or continue for this source, raise data.sequence_length, or shorten the conversation."
+            f"{document.name}: {total} tokens, longer than data.sequence_length {rules.sequence_length}. Set overlong: "
+            "drop or split for this source, raise data.sequence_length, or shorten the conversation."
         )
     cuts = [0, *_find_split_points(tokens.starts_character, rules.sequence_length), total]
     return [_build_example(number, tokens, start, stop) for start, stop in pairwise(cuts)]

@@ -74,12 +74,12 @@ def split_into_chunks(work: TokenizedDocument, rules: RenderRules) -> list[Chunk
     total = len(work.buffer.tokens)
     if total <= rules.sequence_length:
         return [_build_chunk(work, 0, total - 1, rules)]
-    if rules.too_long == "drop":
+    if rules.overlong == "drop":
         return []
-    if rules.too_long == "error":
+    if rules.overlong == "error":
         raise DataError(
             f"{work.document.name}: {total} tokens, longer than data.sequence_length {rules.sequence_length}. "
-            "Set too_long: continue or drop for this source, raise data.sequence_length, or shorten the document."
+            "Set overlong: split or drop for this source, raise data.sequence_length, or shorten the document."
         )
     added = _SENTINELS + _estimate_split_tokens(work)
     cuts = work.buffer.find_split_points(lambda start: _compute_max_chunk_tokens(work, start, added, rules))

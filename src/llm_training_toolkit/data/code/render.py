@@ -79,7 +79,7 @@ def _build_segments(passage: FileSegment) -> list[Segment]:
 
 def _is_document_level_fim(work: TokenizedDocument, rules: RenderRules) -> bool:
     fits = len(work.buffer.tokens) <= rules.sequence_length
-    return rules.fim is not None and rules.fim.whole and rules.too_long == "continue" and not fits
+    return rules.fim is not None and rules.fim.whole and rules.overlong == "split" and not fits
 
 
 def _render_chunks(cut: Iterable[Chunk], rules: RenderRules, encoder: TextEncoder) -> Iterator[tuple[Chunk, Example]]:

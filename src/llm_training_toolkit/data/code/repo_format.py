@@ -47,7 +47,7 @@ class RepoFormat:
 
         Raises DataError where the family or the tokenizer lacks a special token.
         """
-        if not source.metadata and source.per == "file":
+        if not source.metadata and source.group_by == "file":
             return None
         tokens, form = markers.tokens, markers.layout
         if not tokens.repository or not tokens.file or (form.needs_path and not source.metadata):

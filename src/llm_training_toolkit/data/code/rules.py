@@ -18,7 +18,7 @@ class RenderRules:
 
     sequence_length: int
     end_of_text: int
-    too_long: Literal["continue", "drop", "error"] = "continue"
+    overlong: Literal["split", "drop", "error"] = "split"
     fim: FimRules | None = None
     seed: int = 0
     epoch: int = 0
@@ -39,7 +39,7 @@ class RenderRules:
         return cls(
             sequence_length,
             encoder.get_special_token_id(markers.tokens.end_of_text),
-            "continue" if source.too_long == "auto" else source.too_long,
+            "split" if source.overlong == "auto" else source.overlong,
             None if source.fim is None else FimRules.from_config(source.fim, markers, encoder),
             seed,
             epoch,

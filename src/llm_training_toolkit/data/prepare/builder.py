@@ -193,8 +193,8 @@ class DatasetBuilder:
     def _compute_tokenizer_key(self) -> str:
         """A trained tokenizer is known by what it is trained on and how, an opened one by its content."""
         if self.tokenizer.train is not None:
-            files = [[source.path, source.format, source.per] for source in self.sources]
-            held_out = [self.data.eval.fraction, self.data.eval.by, len(self.data.eval.sources)]
+            files = [[source.path, source.format, source.group_by] for source in self.sources]
+            held_out = [self.data.eval.fraction, self.data.eval.split_by, len(self.data.eval.sources)]
             how = [tokenizers.__version__, self.tokenizer.train.vocab_size, asdict(self.markers)]
             return _compute_key(_FORMAT_VERSION, self.sources_fingerprint, files, self.data.on_error, held_out, how)
         files = [[name, hashlib.sha256(path.read_bytes()).hexdigest()] for name, path in self._given_tokenizer_files]
@@ -273,7 +273,7 @@ class DatasetBuilder:
         if not len(packed):
             raise DataError(
                 f"data.sources: no document{what} is left to train on: each is held out, or longer than "
-                f"data.sequence_length {self.data.sequence_length} and was dropped. Set too_long: continue, raise "
+                f"data.sequence_length {self.data.sequence_length} and was dropped. Set overlong: split, raise "
                 "data.sequence_length, or give more documents."
             )
         lengths = ExampleStore(rendered).length

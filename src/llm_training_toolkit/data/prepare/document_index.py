@@ -93,7 +93,9 @@ def split_into_shards(
     for source in sources:
         rows = survey.get_source_rows(source)
         filled = np.cumsum(survey.characters[rows.start : rows.stop]) // _CHARACTERS_PER_SHARD
-        cuts = (np.flatnonzero(np.diff(filled)) + 1).tolist() if list_all_sources(data)[source].per == "file" else []
+        cuts = (
+            (np.flatnonzero(np.diff(filled)) + 1).tolist() if list_all_sources(data)[source].group_by == "file" else []
+        )
         for first, stop in pairwise([0, *cuts, len(rows)]):
             if (survey.held[rows.start + first : rows.start + stop] == held).any():
                 found.append(DocumentShard(source, first, stop))
@@ -142,7 +144,7 @@ def build_document_index(data: DataConfig, directory: Path, progress: Callable[[
 
     def iter_rows() -> Iterator[tuple[int, str, bytes, int]]:
         for document in _read_all_documents(data, tallies):
-            places.append(_compute_split_hash(document, data.eval.by))
+            places.append(_compute_split_hash(document, data.eval.split_by))
             if len(places) % _PROGRESS_EVERY == 0:
                 progress(len(places))
             yield document.source, document.name, document.content_digest, len(document.text)
@@ -154,9 +156,9 @@ def build_document_index(data: DataConfig, directory: Path, progress: Callable[[
     _check_documents_left(data.sources, len(places) - given, "sources")
     _check_documents_left(data.eval.sources, given, "eval.sources")
     chosen = select_held_out(np.array(places[given:], dtype=np.uint64), data.eval.fraction)
-    if data.eval.by == "repository" and data.eval.fraction > 0.0 and not chosen.any():
+    if data.eval.split_by == "repository" and data.eval.fraction > 0.0 and not chosen.any():
         raise DataError(
-            "data.eval.by: repository holds out nothing, because all documents are of one repository. Set it to "
+            "data.eval.split_by: repository holds out nothing, because all documents are of one repository. Set it to "
             "document, or data.eval.fraction to 0."
         )
     write_columns(directory / "held.arrow", {"held": np.concatenate([np.ones(given, dtype=np.bool_), chosen])})
@@ -220,7 +222,7 @@ class DocumentReader:
         )
 
     def _is_repository_source(self, index: int) -> bool:
-        return self._sources[index].per == "repository" and index < len(self._data.sources)
+        return self._sources[index].group_by == "repository" and index < len(self._data.sources)
 
     def _collect_evaluation_hashes(self) -> set[bytes]:
         """Hashes of what must not be in a repository that is trained on."""

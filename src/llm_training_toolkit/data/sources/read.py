@@ -73,7 +73,7 @@ def keep_duplicates(
     pieces = _drop_unusable(
         _iter_readable_documents(source, index, found, on_error=on_error, tally=tally, begin=begin), evaluation, tally
     )
-    yield from pieces if source.per == "file" else group_by_repository(pieces)
+    yield from pieces if source.group_by == "file" else group_by_repository(pieces)
 
 
 def iter_content_hashes(document: Document) -> Iterator[bytes]:
@@ -98,7 +98,7 @@ def _iter_readable_documents(
     source: SourceConfig, index: int, found: list[SourceFile], *, on_error: OnError, tally: DocumentStats, begin: str
 ) -> Iterator[Document]:
     """Every file and record that can be read, in order; what cannot stops here or is counted."""
-    if source.per == "repository":
+    if source.group_by == "repository":
         found = sorted(found, key=lambda file: (file.repository, file.path))
         pieces = (_check_repository(piece, source.path) for piece in _read_files(found, source.format, index))
         yield from (sort_by_repository if _has_records(found) else iter)(_handle_unreadable(pieces, on_error, tally))

@@ -34,7 +34,12 @@ _MAX_RESTARTS = 5
 """Starts in a row without a step in between, after which the drill gives up."""
 _RECOVERY_TIMEOUT_SECONDS = 1200.0
 """Seconds without a step after a failure, after which it does."""
-_OVERRIDES = ("failures.ledger=true", "failures.max=100000", "failures.same_step=100000", "export.at_end=false")
+_OVERRIDES = (
+    "failures.log_samples=true",
+    "failures.max_failures=100000",
+    "failures.max_same_step_failures=100000",
+    "export.at_end=false",
+)
 """What both runs are given: failures close together are what a drill is for, so none of them ends the run."""
 PrintLine = Callable[[str], None]
 
@@ -49,7 +54,7 @@ class DrillSpec:
     kinds: Sequence[str]
     seed: int
     hang: str
-    """`failures.hang` of both runs: a drill does not wait ten minutes for each."""
+    """`failures.hang_timeout` of both runs: a drill does not wait ten minutes for each."""
 
 
 class DrillRunner:
@@ -58,7 +63,7 @@ class DrillRunner:
     def __init__(self, order: DrillSpec, say: PrintLine) -> None:
         """Raises ConfigError for what the run cannot have."""
         self._order, self._say, self._draw = order, say, random.Random(order.seed)  # noqa: S311 - to be repeated
-        self._given = (*order.overrides, f"failures.hang={order.hang}", *_OVERRIDES)
+        self._given = (*order.overrides, f"failures.hang_timeout={order.hang}", *_OVERRIDES)
         self._config = load_config(order.config, self._given)
         _check_fault_kinds(self._config, order.kinds)
         parent = Path(self._config.run.dir).expanduser().absolute()

@@ -29,7 +29,7 @@ class CapacityWaiter:
 
     def __init__(self, config: Config, wanted: ResourceRequest, autoscaler: AutoscalerClient, console: Console) -> None:
         self._wanted, self._autoscaler, self._console = wanted, autoscaler, console
-        self._wait = config.cluster.wait
+        self._wait = config.cluster.resource_timeout
         self._began = time.monotonic()
         self._said = float("-inf")
 
@@ -60,13 +60,15 @@ class CapacityWaiter:
     ) -> None:
         """Ask for nodes and say what is lacking; `good` are the living nodes that the run may use.
 
-        Raises LaunchError when there can never be room, or when there is none within `cluster.wait`.
+        Raises LaunchError when there can never be room, or when there is none within `cluster.resource_timeout`.
         """
         answer = self._autoscaler.request_capacity(compute_usage_by_others(living, self._wanted, {}))
         if not nodes_may_return:
             self._raise_if_infeasible(good, answer)
         if self.elapsed_seconds > (parse_duration_seconds(self._wait) or 0.0):
-            ending = f"none came within cluster.wait = {self._wait}; the same command goes on once there is room"
+            ending = (
+                f"none came within cluster.resource_timeout = {self._wait}; the same command goes on once there is room"
+            )
             raise LaunchError(f"{self._format_shortage(good)}; {ending}")
         if not quietly:
             self._report_waiting(good, answer)
@@ -77,7 +79,7 @@ class CapacityWaiter:
         self._said = time.monotonic()
         adding = f"; {format_pending_nodes(answer.adding, answer.failed)}" if answer else ""
         self._console.print_line(
-            f"waiting for room: {self._format_shortage(good)}{adding} (cluster.wait = {self._wait})"
+            f"waiting for room: {self._format_shortage(good)}{adding} (cluster.resource_timeout = {self._wait})"
         )
 
     def _format_shortage(self, good: Sequence[ClusterNode]) -> str:

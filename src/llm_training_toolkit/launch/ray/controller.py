@@ -114,7 +114,7 @@ class TrainController:
     def _wait_for_capacity(self) -> tuple[int, tuple[ClusterNode, ...]] | None:
         """How many workers start now, and the nodes to keep off; None when a stop was asked for meanwhile.
 
-        Raises LaunchError when there is no room for the fewest within `cluster.wait`, or never can be.
+        Raises LaunchError when there is no room for the fewest within `cluster.resource_timeout`, or never can be.
         """
         is_first, left_out = self._group is None, self._excluded_nodes()
         waiting = CapacityWaiter(self._job.config, self._wanted, self._job.autoscaler, self._console)
@@ -188,7 +188,8 @@ class TrainController:
         if end:
             raise LaunchError(self._format_final_error(end))
         count = (
-            f"failure {failure_count(failures, saved_by)} of {self._job.config.failures.max} without a checkpoint in "
+            f"failure {failure_count(failures, saved_by)} of {self._job.config.failures.max_failures} without a "
+            "checkpoint in "
             "between"
         )
         self._show_warning(f"{failure.cause}. New workers go on from the newest checkpoint ({count})")

@@ -53,7 +53,7 @@ class AttemptFailure:
 
     @property
     def is_counted(self) -> bool:
-        """Whether it is one of `failures.max`: not a node that was taken away with notice, nor what is remedied."""
+        """Whether `failures.max_failures` counts it: neither a node preempted with notice nor what is remedied."""
         return not self.helped and self.kind != "taken away"
 
 
@@ -75,14 +75,14 @@ def find_abort_reason(
     newest = list(failures.values())[-1]
     repeats = _find_same_step_failures(list(failures.values()))
     repeated, where = len(repeats), {failure.node for failure in repeats}
-    if repeated >= policy.same_step and not (len(where) == 1 and where <= set(avoided)):
+    if repeated >= policy.max_same_step_failures and not (len(where) == 1 and where <= set(avoided)):
         times = {1: "once", 2: "twice"}.get(repeated, f"{repeated} times")
         return (
             f"step {newest.step} failed {times} in a row, so new workers would most likely fail there again "
-            f"(failures.same_step = {policy.same_step}). The last time {newest.cause}"
+            f"(failures.max_same_step_failures = {policy.max_same_step_failures}). The last time {newest.cause}"
         )
-    if failure_count(failures, saved_by) > policy.max:
-        return f"{newest.cause}. All restarts (failures.max = {policy.max}) are used up"
+    if failure_count(failures, saved_by) > policy.max_failures:
+        return f"{newest.cause}. All restarts (failures.max_failures = {policy.max_failures}) are used up"
     return ""
 
 

@@ -36,7 +36,7 @@ class HangDetector:
 
     size: int
     timeout_seconds: float
-    """`failures.hang` in seconds."""
+    """`failures.hang_timeout` in seconds."""
     heartbeat_seconds: float
     """Seconds between two beats of a rank."""
     _beats: dict[int, HeartbeatSnapshot] = field(default_factory=dict)

@@ -19,7 +19,7 @@ def build_resource_request(config: Config, gpus_there: float, console: Console) 
             "uses them, cluster.gpus_per_worker=1 waits for more"
         )
     return ResourceRequest(
-        asked.min_workers, asked.max_workers, compute_worker_resources(config, gpus_there), asked.placement
+        asked.min_workers, asked.max_workers, compute_worker_resources(config, gpus_there), asked.placement_strategy
     )
 
 
@@ -58,7 +58,7 @@ class ResourceRequest:
     worker_resources: Resources
     """What one worker takes."""
     placement: str
-    """`cluster.placement`."""
+    """`cluster.placement_strategy`."""
 
     def count_fitting_workers(self, nodes: Iterable[Resources]) -> int:
         """Workers that fit into what the nodes have, at most `most`."""

@@ -63,7 +63,7 @@ _KILL_RETRY_SECONDS = 30.0
 _MAX_KILL_ATTEMPTS = 10
 """How often they are."""
 _COLLECTIVE_TIMEOUT_FACTOR = 4.0
-"""Times `failures.hang` after which torch gives up an exchange by itself: later than the watch, which knows more."""
+"""Collective timeout of torch as a multiple of `failures.hang_timeout`: the hang detector knows more and comes first."""
 
 
 @dataclass(frozen=True)
@@ -244,7 +244,8 @@ class WorkerGroup:
         exchange = next(filter(None, (find_collective_call(paths[rank], before[rank]) for rank in sorted(others))), "")
         waiting += f"; the others wait in {exchange}" if exchange else ""
         self._hang = (
-            f"no rank has advanced for {hang.seconds:.0f} s (failures.hang = {self._job.config.failures.hang}): "
+            f"no rank has advanced for {hang.seconds:.0f} s (failures.hang_timeout = "
+            f"{self._job.config.failures.hang_timeout}): "
             f"{'; '.join(told)}{waiting}. The stacks of all threads are in {logs}"
         )
         self._kill_workers()
@@ -291,8 +292,8 @@ class WorkerGroup:
 
 
 def get_hang_timeout(config: Config) -> float:
-    """`failures.hang` in seconds."""
-    seconds = parse_duration_seconds(config.failures.hang)
+    """`failures.hang_timeout` in seconds."""
+    seconds = parse_duration_seconds(config.failures.hang_timeout)
     assert seconds is not None, "the schema takes durations alone"
     return seconds
 

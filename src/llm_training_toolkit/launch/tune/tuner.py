@@ -202,7 +202,7 @@ def _run_tuner(
             name="tune",
             storage_path=str(asked.directory.driver_run.path),
             checkpoint_config=ray_tune.CheckpointConfig(checkpoint_at_end=False),  # the trials' runs keep their own
-            failure_config=ray_tune.FailureConfig(max_failures=asked.search.retries),
+            failure_config=ray_tune.FailureConfig(max_failures=asked.search.max_failures),
             callbacks=[EventLogCallback(state, screen)],
             verbose=0,
         ),
@@ -265,7 +265,7 @@ def _compute_max_concurrent(asked: SearchSpec, console: Console) -> int:
     wanted = build_resource_request(asked.trial_config, ray.cluster_resources().get("GPU", 0.0), console)
     CapacityWaiter(asked.trial_config, wanted, AutoscalerClient(wanted), console).check_feasibility()
     room = max(1, count_concurrent_runs([node.total for node in alive_nodes()], wanted))  # 1: nodes are yet to be added
-    want = asked.search.concurrent
+    want = asked.search.max_concurrent_trials
     if want is not None and want > room:
         console.print_line(f"note: concurrent = {want}, but the cluster has room for {room} trials at a time")
     taken = min(want or room, room)
