@@ -14,8 +14,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_training_toolkit.config import Config, dump_config_json, load_config, parse_config, parse_config_json
-from llm_training_toolkit.config.fields import format_type, iter_sections
+from llm_training_toolkit.config import (
+    Config,
+    dump_config_json,
+    load_config,
+    parse_config,
+    parse_config_json,
+    renamed_keys,
+)
+from llm_training_toolkit.config.fields import format_type, get_inner_section, iter_sections, resolve_key
+from llm_training_toolkit.config.load import format_unknown_key
+from llm_training_toolkit.config.search import SearchConfig
 from llm_training_toolkit.errors import ConfigError
 
 SMALL = """\
@@ -85,13 +94,32 @@ def test_no_is_not_false(tmp_path: Path) -> None:
     ]
 
 
+def test_every_renamed_key_names_its_successor() -> None:
+    for section, names in renamed_keys._SECTIONS.items():
+        for old, new in names.items():
+            path = (*(part for part in section.split(".") if part), old)
+            root = SearchConfig if section in {"", "scheduler", "searcher"} else Config
+            numbered = tuple(each for part in path for each in ((part, 0) if part in {"sources", "tasks"} else (part,)))
+            _, holder, _ = resolve_key(numbered[:-1], root)
+            inner = get_inner_section(holder)
+            assert inner is not None
+            assert new in inner.model_fields
+            assert old not in inner.model_fields
+            assert format_unknown_key(numbered, root).endswith(f"{new} now")
+
+
+def test_a_renamed_key_is_refused_with_the_new_one(tmp_path: Path) -> None:
+    (line,) = problems(tmp_path, SMALL + "optim:\n  clip: 0.5")
+    assert line == "a.yaml:10: optim.clip = 0.5: unknown key; it is optim.max_grad_norm now"
+
+
 def test_unknown_key_names_line_value_likely_spelling_and_valid_keys(tmp_path: Path) -> None:
     (line,) = problems(tmp_path, SMALL + "optim:\n  name: adamw\n  lrr: 0.1")
     assert line.startswith("a.yaml:11: optim.lrr = 0.1: unknown key; did you mean optim.lr? (valid in optim: name, lr,")
 
 
 def test_key_in_the_wrong_section_is_sent_to_the_right_one(tmp_path: Path) -> None:
-    (line,) = problems(tmp_path, SMALL + "global_batch: 8")
+    (line,) = problems(tmp_path, SMALL + "global_batch_size: 8")
     assert "did you mean train.global_batch_size?" in line
 
 
@@ -206,7 +234,7 @@ def test_errors_inside_a_list_do_not_call_the_list_short(tmp_path: Path) -> None
         "override data.sources.0.format=cod: expected one of code, text, chat"
     ]
     assert problems(tmp_path, SMALL, "data.sources=[]") == [
-        "override data.sources=[]: expected a list of at least 1, each a section (path, format, fim, per, metadata, "
+        "override data.sources=[]: expected a list of at least 1, each a section (path, format, fim, group_by, metadata, "
         "loss, overlong, weight)"
     ]
 
@@ -285,7 +313,7 @@ def test_an_override_can_repair_the_file(tmp_path: Path) -> None:
         ("run.name.x=3", "run.name is a value, not a section: it has no x"),
         ("data.sources.1.format=text", "data.sources has no entry 1: its 1 entries count from 0"),
         ("data.sources.x=1", "data.sources has no entry x"),
-        ("eval={every: 1, every: 2}", "eval.interval: duplicate key; keep one"),
+        ("eval={interval: 1, interval: 2}", "eval.interval: duplicate key; keep one"),
     ],
 )
 def test_bad_overrides_are_named(tmp_path: Path, override: str, expected: str) -> None:

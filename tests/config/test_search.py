@@ -42,7 +42,7 @@ def refusal(path: Path, *more: str) -> str:
 
 
 def test_a_search_file_with_its_base(file: Path) -> None:
-    read = load_search(file, ["trials=7", "set={train.steps: 50}"])
+    read = load_search(file, ["trials=7", "overrides={train.steps: 50}"])
     assert read.search.trials == 7
     assert (read.base_config.train.tokens, read.base_config.train.steps) == (2_000_000, None)
     assert (read.trial_config.train.tokens, read.trial_config.train.steps) == (None, 50)
@@ -59,7 +59,7 @@ def test_a_search_file_with_its_base(file: Path) -> None:
         ("  optim.max_grad_norm: []", "optim.max_grad_norm: has nothing to choose from"),
         ("  optim.max_grad_norm: [1.0, 1.0]", "choice has a value twice"),
         ("  optim.max_grad_norm: {uniform: [2, 1]}", "nothing lies between 2 and 1"),
-        ("  optim.max_grad_norm: {log_uniform: [0, 1]}", "must be above zero"),
+        ("  optim.max_grad_norm: {loguniform: [0, 1]}", "must be above zero"),
         ("  optim.max_grad_norm: {uniform: [0, 1], choice: [1]}", "give exactly one of"),
         ("  optim.max_grad_norm: {gauss: [0, 1]}", "unknown key"),
         ("  train.steps: [10, 20]", "cannot be searched: trials of different lengths"),
@@ -67,10 +67,13 @@ def test_a_search_file_with_its_base(file: Path) -> None:
         ("  cluster.workers: [1, 2]", "cannot be searched: all trials take as many workers"),
         ("metric: eval/accuracy", "expected one of eval/loss"),
         ("trails: 5", "unknown key; did you mean trials"),
-        ("first: [{optim.lr: 1e-3}]", "first.0.data.sources.1.weight: has no value"),
-        ("first: [{optim.lr: 1, data.sources.1.weight: 1}]", "first.0.optim.lr = 1: lies outside"),
+        ("points_to_evaluate: [{optim.lr: 1e-3}]", "points_to_evaluate.0.data.sources.1.weight: has no value"),
+        (
+            "points_to_evaluate: [{optim.lr: 1, data.sources.1.weight: 1}]",
+            "points_to_evaluate.0.optim.lr = 1: lies outside",
+        ),
         ("searcher: {name: grid}", "write out the values of optim.lr"),
-        ("scheduler: {first_tokens: 100, first_steps: 10}", "keep one"),
+        ("scheduler: {grace_period_tokens: 100, grace_period_steps: 10}", "keep one"),
     ],
 )
 def test_what_is_wrong_is_said_where_it_stands(file: Path, line: str, words: str) -> None:

@@ -63,7 +63,7 @@ _KILL_RETRY_SECONDS = 30.0
 _MAX_KILL_ATTEMPTS = 10
 """How often they are."""
 _COLLECTIVE_TIMEOUT_FACTOR = 4.0
-"""Collective timeout of torch as a multiple of `failures.hang_timeout`: the hang detector knows more and comes first."""
+"""torch's collective timeout as a multiple of `failures.hang_timeout`: the hang detector knows more and comes first."""
 
 
 @dataclass(frozen=True)
