@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 SHELL := bash
 
-.PHONY: quickstart test test-fast test-fast-one test-fast-other test-slow test-cluster test-ranks lint check bench-step bench-start bench-data bench-memory bench-loading bench-checkpoint bench-tune drill gpu-smoke cluster format install requirements docs clean
+.PHONY: quickstart test test-fast test-fast-one test-fast-other test-slow test-cluster test-ranks lint check bench-step bench-start bench-data bench-memory bench-loading bench-checkpoint bench-tune drill gpu-smoke cluster format install requirements structure docs clean
 
 quickstart: $(VENV)/.installed  ## install, train a small model on this machine, export it, let it write
 	@$(BIN)/ltt train configs/quickstart.yaml
@@ -79,6 +79,9 @@ gpu-smoke: $(VENV)/.installed  ## whether it works on this machine's GPU, in fiv
 format: $(VENV)/.installed-dev  ## write the format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+structure:  ## every file of the package with what it does; FIGURES=--figures: figures of its layout
+	@$(PYTHON) scripts/structure.py $(FIGURES)
 
 docs: $(VENV)/.installed  ## write docs/configuration.md from the schema
 	$(BIN)/python -m llm_training_toolkit.config.reference docs/configuration.md

@@ -176,7 +176,7 @@ def test_a_plan_with_problems_is_shown_and_refused() -> None:
 
 def test_an_override_changes_the_plan() -> None:
     plans = [json.loads(ltt("plan", QUICKSTART, *more, "--json").stdout) for more in ([], ["train.steps=7"])]
-    assert [plan["steps"] for plan in plans] == [480, 7]
+    assert [plan["steps"] for plan in plans] == [240, 7]
 
 
 @pytest.mark.parametrize("config", CONFIGS)

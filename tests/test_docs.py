@@ -14,6 +14,8 @@ from llm_training_toolkit.cli.app import app
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "PROJECT_STRUCTURE.md", *sorted((ROOT / "docs").rglob("*.md"))]
+MAX_SENTENCE_WORDS = 35
+MAX_CELL_WORDS = 25
 _FENCED = re.compile(r"^( *)(```+|~~~+)([^\n]*)\n(.*?)^ *\2", re.DOTALL | re.MULTILINE)
 _LINK = re.compile(
     r"\]\(<?([^)\s>]+)>?(?:\s+\"[^\"]*\")?\)|^\[[^\]]+\]:\s+(\S+)|(?:src|href)=\"([^\"]+)\"", re.MULTILINE
@@ -36,6 +38,26 @@ def commands(text: str) -> Iterator[tuple[str, str]]:
             yield from _COMMAND.findall(re.sub(r"(^|\s)#.*", "", line).strip())
 
 
+def cells(text: str) -> Iterator[str]:
+    """Cells of tables, markup removed."""
+    for line in _FENCED.sub("", text).splitlines():
+        if line.lstrip().startswith("|") and not re.fullmatch(r"[\s|:-]+", line):
+            yield from (plain(cell) for cell in re.split(r"(?<!\\)\|", line.strip().strip("|")))
+
+
+def sentences(text: str) -> Iterator[str]:
+    """Sentences of paragraphs and list items: no code blocks, no tables, no headings."""
+    prose = re.sub(r"^\s*(\||#).*$", "", _FENCED.sub("", text), flags=re.MULTILINE)
+    for block in re.split(r"\n\s*\n|\n\s*(?:[-*]|\d+\.)\s", prose):
+        yield from re.split(r"(?<=[.!?:;])\s+", plain(block))
+
+
+def plain(markdown: str) -> str:
+    """Text as it is read: a span of code is one word, a link is its text."""
+    text = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", re.sub(r"`[^`]+`", "code", markdown))
+    return " ".join(re.sub(r"[*_<>]", "", text).split())
+
+
 def verbs() -> set[str]:
     return set(getattr(typer.main.get_command(app), "commands", {}))
 
@@ -54,6 +76,21 @@ def test_every_link_into_the_repository_leads_to_something(document: Path) -> No
         if not (ROOT / link[1:] if link.startswith("/") else document.parent / link).exists()
     ]
     assert broken == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_sentence_is_long_and_no_cell_is_a_paragraph(document: Path) -> None:
+    text = document.read_text()
+    assert [sentence for sentence in sentences(text) if len(sentence.split()) > MAX_SENTENCE_WORDS] == []
+    assert [cell for cell in cells(text) if len(cell.split()) > MAX_CELL_WORDS] == []
+
+
+def test_words_are_counted_as_a_reader_counts_them() -> None:
+    text = (
+        "# A title\n\nOne `a b c` [two](x.md). Three\nfour: five.\n\n- six\n- seven\n\n| a b | `c d` e |\n|---|---|\n"
+    )
+    assert list(sentences(text)) == ["", "One code two.", "Three four:", "five.", "six", "seven", ""]
+    assert list(cells(text)) == ["a b", "code e"]
 
 
 def test_every_command_in_the_readme_exists() -> None:

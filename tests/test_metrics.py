@@ -118,7 +118,7 @@ from llm_training_toolkit.runs.directory import RunDirectory
 metrics = Metrics(RunDirectory(Path(sys.argv[1])), 1, 0, RunContext(0, 1, torch.device("cpu")))
 for step in range(1, 6):
     metrics.write(step, {"train/loss": float(step)})
-metrics.text(5, "note", "last words")
+metrics.add_text(5, "note", "last words")
 os.kill(os.getpid(), signal.SIGKILL)
 """
 

@@ -37,7 +37,7 @@ from llm_training_toolkit.runs.attempts import *
 from llm_training_toolkit.runs.directory import *
 """
 _HOLD = """
-with claim(RunDirectory(Path(sys.argv[1]))):
+with lock_run_directory(RunDirectory(Path(sys.argv[1]))):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -204,7 +204,7 @@ def test_names_of_checkpoints_sort_by_step(places: list[tuple[int, int]]) -> Non
 
 @pytest.mark.parametrize(
     "name",
-    ["", "step_1_a1", "step_000000001", "step_000000001_a", "left_behind_1_step_000000001_a1", "step_000000001_a1.tmp"],
+    ["", "step_1_a1", "step_000000001", "step_000000001_a", "quarantine_1_step_000000001_a1", "step_000000001_a1.tmp"],
 )
 def test_other_names_are_no_checkpoints(name: str) -> None:
     assert parse_checkpoint_name(Path("r") / name) is None

@@ -105,7 +105,7 @@ def test_a_truncated_newest_checkpoint_gives_way_to_the_one_before(rank: Rank) -
     first, second = rank.write(1), rank.write(2)
     truncate(second)
     assert rank.newest_step() == 1
-    aside = f"left_behind_1_{second.name}"
+    aside = f"quarantine_1_{second.name}"
     assert sorted(path.name for path in rank.run.checkpoints_dir.iterdir()) == [aside, first.name]
     [event] = rank.events
     assert event["kind"] == "warning"

@@ -55,7 +55,7 @@ def parts(prepared_run: RunDirectory, run: RunDirectory, wish: StopRequest) -> T
     )
 
 
-@pytest.mark.parametrize(("wish", "status"), [(StopRequest.DRAIN, "left"), (StopRequest.STOP, "stopped")])
+@pytest.mark.parametrize(("wish", "status"), [(StopRequest.DRAIN, "drained"), (StopRequest.STOP, "stopped")])
 def test_a_wish_while_it_waits_at_its_first_step_ends_it_without_another_checkpoint(
     prepared_run: RunDirectory, tmp_path: Path, wish: StopRequest, status: str
 ) -> None:

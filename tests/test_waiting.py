@@ -54,7 +54,7 @@ def test_ranks_go_on_when_the_last_of_them_sees_the_data(
     answers = pools(2).run(
         rank_tasks.wait_on,
         runs=[str(view.path) for view in views],
-        comes={"receipt.json": {0: complete, 1: complete}},
+        comes={"dataset_info.json": {0: complete, 1: complete}},
     )
     assert [answer["status"] for answer in answers] == ["finished"] * 2
     assert losses(views[0]) == losses(undisturbed)
@@ -66,7 +66,7 @@ def test_a_stop_while_ranks_wait_is_heard_by_all(
 ) -> None:
     runs = [str(view.path) for view in views]
     complete = prepared_run.dataset_info_path.read_text()
-    stopped = pools(2).run(rank_tasks.wait_on, runs=runs, comes={"receipt.json": {0: complete}}, stop_at=2)
+    stopped = pools(2).run(rank_tasks.wait_on, runs=runs, comes={"dataset_info.json": {0: complete}}, stop_at=2)
     assert [(answer["status"], answer["step"]) for answer in stopped] == [("stopped", REACHED)] * 2
     saved = find_latest_checkpoint(views[0].checkpoints_dir)
     assert saved is not None

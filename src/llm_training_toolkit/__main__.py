@@ -1,4 +1,4 @@
-"""`python -m llm_training_toolkit` is the command `ltt`."""
+"""Entry point of `python -m llm_training_toolkit`, equal to the command `ltt`."""
 
 from llm_training_toolkit.cli.app import main
 

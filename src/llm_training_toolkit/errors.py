@@ -1,32 +1,32 @@
-"""What can go wrong, as people meet it. Called from everywhere, calls nothing.
+"""Exceptions of the toolkit with their exit codes. Raised everywhere; imports no other module.
 
-    ToolkitError
-    ├── ConfigError      the file or an override is wrong                  exit 2
-    ├── PlanError        the file is readable, the run it asks for is not  exit 2
-    ├── DataError        a document, a source or the token cache           exit 1
-    ├── CheckpointError  something saved cannot be used, or cannot be saved exit 1
-    ├── TrainingError    the training itself went wrong                    exit 1
-    └── LaunchError      the machines, Ray or a process                    exit 1
+ToolkitError is the base class of:
+    ConfigError      invalid file or override, exit 2.
+    PlanError        valid file, impossible run, exit 2.
+    DataError        document, source or token cache, exit 1.
+    CheckpointError  saved state that cannot be used, or cannot be saved, exit 1.
+    TrainingError    failure of the training itself, exit 1.
+    LaunchError      machines, Ray or a process, exit 1.
 
-A message says where, what, the value and what to do. The classes take the message alone, so that
-they survive pickling on their way through Ray.
+A message states the place, the problem, the value and the remedy. The constructors take the message alone, so that
+exceptions survive pickling by Ray.
 """
 
 
 class ToolkitError(Exception):
-    """Anything the toolkit reports on purpose; its text is meant to be read by the person at the keyboard."""
+    """Base class of expected errors; the user sees the message."""
 
     exit_code = 1
 
 
 class ConfigError(ToolkitError):
-    """The configuration file or an override cannot be accepted."""
+    """The configuration file or an override is invalid."""
 
     exit_code = 2
 
 
 class PlanError(ToolkitError):
-    """The configuration is well formed, but the run it describes is impossible."""
+    """The configuration is valid, but the run it describes is impossible."""
 
     exit_code = 2
 
@@ -36,12 +36,12 @@ class DataError(ToolkitError):
 
 
 class CheckpointError(ToolkitError):
-    """Something saved cannot be used for this run, or could not be saved."""
+    """A saved state cannot be used for this run, or could not be saved."""
 
 
 class TrainingError(ToolkitError):
-    """Training cannot go on, for example because the loss is not finite."""
+    """Training cannot continue, for example because of a non-finite loss."""
 
 
 class LaunchError(ToolkitError):
-    """The machines, Ray or a worker process did not do what was asked."""
+    """The machines, Ray or a worker process failed."""

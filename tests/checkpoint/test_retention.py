@@ -112,7 +112,7 @@ def test_partial_checkpoints_take_no_place_among_the_kept(run: RunDirectory) -> 
 def test_clean_leaves_directories_of_other_names_alone(run: RunDirectory) -> None:
     checkpoint(run, 10, 1)
     checkpoint(run, 20, 1)
-    others = ["left_behind_1_step_000000005_a1", "step_mine", "step_000000010_a1.copy", "step_10_a1", "notes"]
+    others = ["quarantine_1_step_000000005_a1", "step_mine", "step_000000010_a1.copy", "step_10_a1", "notes"]
     for name in others:
         (run.checkpoints_dir / name).mkdir()
         (run.checkpoints_dir / name / "fragments_00000.safetensors").write_bytes(b"x")

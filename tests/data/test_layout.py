@@ -85,12 +85,12 @@ def test_a_file_with_its_metadata(families: dict[str, Written], family: str) -> 
 
 @pytest.mark.parametrize("family", REPOSITORIES)
 def test_a_whole_repository(families: dict[str, Written], family: str) -> None:
-    assert families[family].text(REPOSITORY, metadata=True, per="repository") == REPOSITORIES[family]
+    assert families[family].text(REPOSITORY, metadata=True, group_by="repository") == REPOSITORIES[family]
 
 
 @pytest.mark.parametrize("family", WITHOUT_METADATA)
 def test_a_repository_without_metadata(families: dict[str, Written], family: str) -> None:
-    assert families[family].text(REPOSITORY, per="repository") == WITHOUT_METADATA[family]
+    assert families[family].text(REPOSITORY, group_by="repository") == WITHOUT_METADATA[family]
 
 
 PARTLY_KNOWN = [
@@ -182,11 +182,11 @@ def test_metadata_stays_in_front_of_what_is_rearranged(
     families: dict[str, Written], family: str, spm_rate: float, expected: str
 ) -> None:
     fim = {"rate": 1.0, "spm_rate": spm_rate}
-    assert families[family].text(REPOSITORY, metadata=True, per="repository", fim=fim, seed=7) == expected
+    assert families[family].text(REPOSITORY, metadata=True, group_by="repository", fim=fim, seed=7) == expected
 
 
 def test_a_family_without_the_tokens_is_refused(families: dict[str, Written]) -> None:
     with pytest.raises(DataError, match="no special tokens for repositories"):
         families["qwen2-0.5b"].text(FILE, metadata=True)
     with pytest.raises(DataError, match="files without metadata"):
-        families["starcoderbase-1b"].text(REPOSITORY, per="repository")
+        families["starcoderbase-1b"].text(REPOSITORY, group_by="repository")

@@ -98,7 +98,7 @@ def test_a_tree_of_code_in_a_bucket(put: Put) -> None:
         put(f"all/{name}", f"# {name}\n".encode())
     found = {d.name: (d.repository, d.path) for d in read("s3://data/all", "code")}
     assert found == {"app/x.py": ("app", "x.py"), "w.py": ("all", "w.py")}
-    assert [d.name for d in read("s3://data/all", "code", per="repository")] == ["all", "app"]
+    assert [d.name for d in read("s3://data/all", "code", group_by="repository")] == ["all", "app"]
 
 
 def test_the_fingerprint_sees_a_changed_object(put: Put) -> None:
@@ -176,7 +176,7 @@ for path in sys.argv[1:]:
     source = SourceConfig(path=path, format="text")
     try:
         read = [[d.name, d.text] for d in read_source_documents(source, 0)]
-        said.append(read + [f.version for f in list_source_files(source)])
+        said.append(read + [f.version_stamp for f in list_source_files(source)])
     except DataError as error:
         said.append(str(error))
 print(json.dumps(said))

@@ -24,7 +24,7 @@ def source(path: object, **more: Any) -> SourceConfig:
 
 
 def read(path: object, **more: Any) -> list[Document]:
-    return list(read_source_documents(source(path, per="repository", **more), 0))
+    return list(read_source_documents(source(path, group_by="repository", **more), 0))
 
 
 def tree(top: Path, *names: str) -> None:
@@ -90,7 +90,7 @@ def test_a_record_without_a_repository_is_named_or_counted(tmp_path: Path) -> No
     with pytest.raises(DataError, match=r"a\.jsonl:2: belongs to no repository"):
         read(path)
     tally = DocumentStats()
-    kept = list(read_source_documents(source(path, per="repository"), 0, on_error="skip", tally=tally))
+    kept = list(read_source_documents(source(path, group_by="repository"), 0, on_error="skip", tally=tally))
     assert [document.text for document in kept] == ["x"]
     assert (dict(tally.skipped), tally.read) == ({"no_repository": 1}, 2)
 
@@ -102,6 +102,6 @@ def test_empty_files_are_left_out_and_equal_repositories_dropped(tmp_path: Path)
     (tmp_path / "a" / "__init__.py").write_text(" \n", encoding="utf-8")
     (tmp_path / "c" / "__init__.py").write_text("", encoding="utf-8")
     tally = DocumentStats()
-    found = list(read_source_documents(source(tmp_path, per="repository"), 0, tally=tally))
+    found = list(read_source_documents(source(tmp_path, group_by="repository"), 0, tally=tally))
     assert [(document.name, document.parts) for document in found] == [("a", (RepositoryFile("x.py", "same\n"),))]
     assert dict(tally.dropped) == {"empty": 2, "duplicate": 1}

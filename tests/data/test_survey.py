@@ -140,7 +140,7 @@ def test_no_file_of_the_evaluation_is_trained_on_in_a_repository_either(
     (tmp_path / "eval/r0/own.py").write_text("own\n", encoding="utf-8")
     of = data(
         sources=[{"path": str(tmp_path / "train"), "format": "code", "group_by": trained}],
-        **own(tmp_path / "eval", per=evaluated),
+        **own(tmp_path / "eval", group_by=evaluated),
     )
     taken = survey(of, tmp_path / "out")
     together = "".join(texts(of, taken, held=False))

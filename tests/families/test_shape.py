@@ -129,16 +129,16 @@ def test_weights_of_another_family_are_refused(tmp_path: Path) -> None:
 def test_the_vocabulary_grows_by_multiples_of_64_and_never_shrinks(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2", "vocab_size": 512}))
     assert (
-        families.resolve_hf_config(config("qwen2.5-0.5b", path=str(tmp_path), grow_vocabulary=576))["vocab_size"] == 576
+        families.resolve_hf_config(config("qwen2.5-0.5b", path=str(tmp_path), resize_vocab_to=576))["vocab_size"] == 576
     )
-    assert families.resolve_hf_config(config("starcoderbase", path="a/b", grow_vocabulary=49216))["vocab_size"] == 49216
+    assert families.resolve_hf_config(config("starcoderbase", path="a/b", resize_vocab_to=49216))["vocab_size"] == 49216
     for rows in (448, 512):
         with pytest.raises(
-            PlanError, match=rf"grow_vocabulary = {rows}: the weights have 512 rows, and none is removed"
+            PlanError, match=rf"resize_vocab_to = {rows}: the weights have 512 rows, and none is removed"
         ):
-            families.resolve_hf_config(config("qwen2.5-0.5b", path=str(tmp_path), grow_vocabulary=rows))
+            families.resolve_hf_config(config("qwen2.5-0.5b", path=str(tmp_path), resize_vocab_to=rows))
     with pytest.raises(ValueError, match="multiple of 64"):
-        config("qwen2.5-0.5b", path=str(tmp_path), grow_vocabulary=600)
+        config("qwen2.5-0.5b", path=str(tmp_path), resize_vocab_to=600)
 
 
 def within(runs: Path, given: Config) -> Config:
@@ -149,7 +149,7 @@ def test_a_begun_run_knows_the_weights_it_began_with_when_they_are_gone(tmp_path
     weights, run = tmp_path / "weights", tmp_path / "test"
     for directory in (weights, run):
         directory.mkdir()
-    begun = within(tmp_path, config("qwen2.5-0.5b", path=str(weights), grow_vocabulary=576))
+    begun = within(tmp_path, config("qwen2.5-0.5b", path=str(weights), resize_vocab_to=576))
     hf = families.resolve_hf_config(config("qwen2.5-0.5b", {"hidden_size": 56, "vocab_size": 512}))
     (weights / "config.json").write_text(json.dumps(hf))
     wanted = families.resolve_hf_config(begun)

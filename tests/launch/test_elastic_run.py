@@ -115,8 +115,8 @@ def test_a_run_shrinks_and_grows_with_its_cluster_and_comes_out_the_same(
     assert process.returncode == 0, out
     first, shrunk, left, grown = attempts(run)
     assert [each["workers"] for each in (first, shrunk, left, grown)] == [3, 2, 1, 3]
-    assert [each["state"] for each in (first, shrunk, left, grown)] == ["failed", "left", "left", "finished"]
-    assert first["failure"]["kind"] == "node lost"
+    assert [each["state"] for each in (first, shrunk, left, grown)] == ["failed", "drained", "drained", "finished"]
+    assert first["failure"]["kind"] == "node_lost"
     assert "node 127.0.1.2 with rank" in out
     assert recovered < 60
     assert "node 127.0.1.3 will be taken away in" in out

@@ -47,21 +47,19 @@ def test_connections_that_the_others_lost_are_not_the_cause() -> None:
     lost = diagnose_failure(
         FailureEvidence(WORKERS, [CLOSED], deaths={2: ("killed", "")}, lost_nodes=frozenset({"id1"})), 7
     )
-    assert (lost.kind, lost.node) == ("node lost", "10.0.0.1")
+    assert (lost.kind, lost.node) == ("node_lost", "10.0.0.1")
     assert lost.cause == "node 10.0.0.1 with ranks 2, 3 is lost"
     told = diagnose_failure(FailureEvidence(WORKERS, [{**CLOSED, "rank": 3, "text": "ValueError: bad"}, CLOSED]), 7)
     assert (told.kind, told.rank, told.cause) == ("raised", 3, "rank 3 failed: ValueError: bad")
 
 
 def test_memory_is_named_with_its_numbers_before_other_deaths() -> None:
-    found = diagnose_failure(
-        FailureEvidence(WORKERS, [CLOSED], deaths={0: ("killed", ""), 3: ("out of memory", MEMORY)}), 1
-    )
-    assert (found.kind, found.rank) == ("out of memory", 3)
+    found = diagnose_failure(FailureEvidence(WORKERS, [CLOSED], deaths={0: ("killed", ""), 3: ("oom", MEMORY)}), 1)
+    assert (found.kind, found.rank) == ("oom", 3)
     assert "the memory of node 10.0.0.1 ran out" in found.cause
     assert "6.25GB / 7.00GB" in found.cause
     helper = diagnose_failure(FailureEvidence(WORKERS, out_of_memory_error=MEMORY), 1)
-    assert helper.kind == "out of memory"
+    assert helper.kind == "oom"
     assert "driver's node" in helper.cause
 
 
@@ -74,7 +72,7 @@ def test_a_hang_a_remedy_and_an_announced_end_come_first() -> None:
     )
     assert (helped.cause, helped.is_counted) == ("smaller", False)
     announced = diagnose_failure(replace(everything, draining_nodes=frozenset({"id0"})), 3)
-    assert (announced.kind, announced.is_counted) == ("taken away", False)
+    assert (announced.kind, announced.is_counted) == ("preempted", False)
 
 
 def test_what_only_ray_knows_is_its_last_line() -> None:
@@ -102,14 +100,14 @@ def test_the_same_step_twice_ends_the_run_whatever_was_saved_in_between() -> Non
     assert why.startswith("step 8 failed twice in a row")
     assert why.endswith("The last time rank 1 failed at 8")
     assert find_abort_reason(kept(killed(8), killed(3), killed(8)), 3, POLICY) == ""
-    lost = AttemptFailure("node lost", "node is lost", 8, 1, "10.0.0.1")
+    lost = AttemptFailure("node_lost", "node is lost", 8, 1, "10.0.0.1")
     assert find_abort_reason(kept(lost, lost), 2, POLICY) == "", "a lost node says nothing of the step"
     assert "failed twice" in find_abort_reason(kept(killed(8), lost, killed(8)), 3, POLICY)
     assert "once" in find_abort_reason(kept(killed(8)), 0, FailuresConfig(max_same_step_failures=1))
 
 
 def test_what_does_not_count_is_not_counted() -> None:
-    helped, away = replace(killed(1), helped=True), replace(killed(1), kind="taken away")
+    helped, away = replace(killed(1), helped=True), replace(killed(1), kind="preempted")
     assert kept(helped, away, None) == {}
 
 

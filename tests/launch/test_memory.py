@@ -66,7 +66,7 @@ def test_ranks_that_are_ended_for_their_memory_are_replaced_and_it_is_said(
         out, _ = process.communicate(timeout=60)
     assert process.returncode == 75, out
     failure = read_attempt_record(run, 1)["failure"]
-    assert failure["kind"] == "out of memory", out
+    assert failure["kind"] == "oom", out
     assert "the memory of " in failure["cause"]
     assert "GB" in failure["cause"]
     assert failure["cause"] in out

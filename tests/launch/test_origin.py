@@ -95,7 +95,7 @@ def fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_hub_id_of_another_size_or_family_is_refused(
     corpus: Path, tmp_path: Path, fetched: Path, name: str, message: str | None
 ) -> None:
-    given = starting_from(Path("tiny/model"), corpus, tmp_path, name="qwen2.5-0.5b", grow_vocabulary=152_000)
+    given = starting_from(Path("tiny/model"), corpus, tmp_path, name="qwen2.5-0.5b", resize_vocab_to=152_000)
     fetched.write_text(
         json.dumps(families.resolve_hf_config(starting_from(Path("a/b"), corpus, tmp_path, name="qwen2.5-0.5b")))
     )

@@ -229,7 +229,7 @@ def test_on_cpu_every_core_is_a_device() -> None:
 
 def test_notes() -> None:
     auto = " ".join(seen(hardware(spot=True), train={"micro_batch_size": "auto"}).notes)
-    assert "micro_batch: auto takes about 1 there" in auto
+    assert "micro_batch_size: auto takes about 1 there" in auto
     assert "spot" in auto
     needed = sum(make_plan(config()).memory_gb_per_device.values())
     assert any("is tight" in note for note in seen(hardware(memory_gb=needed * 1.05)).notes)

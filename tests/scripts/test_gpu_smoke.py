@@ -109,9 +109,9 @@ def test_every_check_is_right_on_a_gpu(tmp_path: Path) -> None:
 
 def test_plain_data_needs_no_yaml_and_a_file_says_what_to_install(without_ray_and_yaml: Mapping[str, str]) -> None:
     reading = "from pathlib import Path; from llm_training_toolkit.config import load_config, parse_config; "
-    wrong = python(reading + "parse({'train': {'steps': '3'}}, 'here')", without_ray_and_yaml)
+    wrong = python(reading + "parse_config({'train': {'steps': '3'}}, 'here')", without_ray_and_yaml)
     assert 'here: train.steps = "3": expected a whole number' in wrong.stderr
-    file = python(reading + "load(Path('some.yaml'))", without_ray_and_yaml)
+    file = python(reading + "load_config(Path('some.yaml'))", without_ray_and_yaml)
     assert "some.yaml: YAML cannot be read here: `pip install ruamel.yaml`" in file.stderr
 
 

@@ -152,7 +152,7 @@ def test_trials_have_a_fixed_number_of_workers(tmp_path: Path, workers: Any) -> 
 
 def test_points_to_try_first_come_first_and_no_point_comes_twice(tmp_path: Path) -> None:
     point = {"optim.weight_decay": 0.1, "optim.lr_scheduler": "wsd"}
-    asked = search(CHOICES, first=[point], trials=20)
+    asked = search(CHOICES, points_to_evaluate=[point], trials=20)
     made, path = trials(asked, tmp_path), tmp_path / "ledger.jsonl"
     first = TrialSampler(made, EventLog(path), None).begin_next_trial()
     assert first is not None

@@ -131,7 +131,7 @@ def test_a_damaged_newest_checkpoint_gives_way_and_stays_where_it_is(
         found = find_latest_valid_checkpoint(run, context(events))
         assert found is not None
         assert found.manifest.step == 1
-        assert f"{bucket}/checkpoints/step_000000002_a1/left_behind" in events[0]["message"]
+        assert f"{bucket}/checkpoints/step_000000002_a1/quarantine" in events[0]["message"]
     with open_worker(bucket, silent) as run:
         assert names(run) == ["step_000000001_a1"], "it is not looked at again"
         save(saver(run, attempt=2), 2, 3)

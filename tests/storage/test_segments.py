@@ -26,10 +26,10 @@ def test_what_is_appended_grows_and_what_is_replaced_does_not() -> None:
         "tb/events.out.tfevents.1.host",
         "eval/tb/events",
         "logs/attempt_1/rank_0.log",
-        "ledger/x",
+        "samples/x",
     )
     assert all(map(is_append_only, growing))
-    whole_files = ("config.yaml", "attempts/0001.json", "eval/perplexity.json", "eval/at_end", "data/receipt.json")
+    whole_files = ("config.yaml", "attempts/0001.json", "eval/perplexity.json", "eval/at_end", "data/dataset_info.json")
     assert not any(map(is_append_only, whole_files))
 
 

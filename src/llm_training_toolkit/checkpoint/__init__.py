@@ -1,4 +1,4 @@
-"""Checkpoints as fragments: complete or absent, loadable by any number of ranks under any ZeRO stage."""
+"""Checkpoints made of fragments: complete or absent, loadable by any number of ranks under any ZeRO stage."""
 
 from llm_training_toolkit.checkpoint.base_weights import (
     BaseWeights,

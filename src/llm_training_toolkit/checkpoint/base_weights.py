@@ -1,6 +1,6 @@
-"""What adapters belong to: the files of the model's own weights, which their checkpoints do not hold.
+"""Base weights of adapters: the files that an adapter checkpoint names with their checksums, but does not contain.
 
-A checkpoint with adapters names these files and their checksums; beside other weights it is refused.
+Beside other base weights such a checkpoint is refused.
 """
 
 from __future__ import annotations
@@ -14,30 +14,33 @@ from llm_training_toolkit.checkpoint.manifest import FileEntry, compute_sha256
 from llm_training_toolkit.distributed.context import RunContext
 from llm_training_toolkit.errors import CheckpointError
 
+# In transformers' order: the first pattern with matches is used.
 _WEIGHT_FILE_PATTERNS = ("model*.safetensors", "pytorch_model*.bin")
-"""Weights as transformers looks for them: the first kind that is there."""
 
 
 @dataclass(frozen=True)
 class BaseWeights:
-    """The weights that adapters stand beside."""
+    """Weights that adapters are trained beside."""
 
     path: str
-    """As it was given: a directory or a hub id."""
+    """Directory or hub id, as given."""
     files: tuple[FileEntry, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """For the manifest."""
+        """Return the form stored in the manifest."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> BaseWeights:
-        """As the manifest has it."""
+        """Parse the form stored in the manifest."""
         return cls(values["path"], tuple(FileEntry(**entry) for entry in values["files"]))
 
 
 def read_base_weights(path: str, context: RunContext) -> BaseWeights:
-    """The weights at a path, each file read by one rank. Collective. Raises CheckpointError when there are none."""
+    """Return the weights at a path, each file read and hashed by one rank. Collective.
+
+    Raises CheckpointError when there are none.
+    """
     files = find_weight_files(path)
     mine = [
         FileEntry(file.name, file.stat().st_size, compute_sha256(file))
@@ -50,10 +53,10 @@ def read_base_weights(path: str, context: RunContext) -> BaseWeights:
 
 
 def find_weight_files(path: str) -> list[Path]:
-    """The files of weights in a directory, or of a hub id that has been fetched, by name."""
+    """Return the weight files of a directory, or of a hub id that is already downloaded, by name."""
     directory = Path(path).expanduser()
     if not directory.exists():
-        # Whoever reads checkpoints reads this module, and the hub's client brings progress bars of its own.
+        # Every reader of checkpoints imports this module, and the hub client brings its own progress bars.
         from huggingface_hub import snapshot_download  # noqa: PLC0415
         from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError  # noqa: PLC0415
 
@@ -72,7 +75,7 @@ def find_weight_files(path: str) -> list[Path]:
 
 
 def check_base_matches(saved: BaseWeights, now: BaseWeights) -> None:
-    """Raise CheckpointError when adapters would stand beside other weights than they were trained with."""
+    """Raise CheckpointError if the base weights differ from those the adapters were trained with."""
     before, found = ({entry.name: entry.sha256 for entry in base.files} for base in (saved, now))
     if before == found:
         return

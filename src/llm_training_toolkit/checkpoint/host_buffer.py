@@ -1,6 +1,6 @@
-"""A rank's file as it will lie in storage, put together in the machine's memory: all that a step waits for.
+"""Serialization of a rank's checkpoint file into host memory, the only part of a save that a step waits for.
 
-The format is safetensors: the length of a header, the header in JSON, the values of one tensor after another.
+The format is safetensors: length of the header, header in JSON, values of one tensor after another.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ if TYPE_CHECKING:
 
 
 class HostBuffer:
-    """Memory of this machine that holds one image after another.
+    """Host memory reused for one serialized checkpoint file after another.
 
-    It is kept between them, and made ready behind the first steps: the kernel clears fresh memory page by page when it
-    is first written. On a virtual machine 1.2 GB took 0.5 to 4 s while the step waited, the copy itself 0.2 s.
+    A thread touches its pages during the first steps, because the kernel clears fresh memory page by page at the first
+    write. On a virtual machine 1.2 GB took 0.5 to 4 s while the step waited, the copy itself 0.2 s.
     """
 
     def __init__(self, size: int) -> None:
-        """`size` bytes are made ready; where more are asked for, the memory grows. Raises MemoryError."""
+        """Reserve `size` bytes; larger requests grow the buffer. Raises MemoryError."""
         self._pages = _map_anonymous_memory(size)
         self._touching = Thread(target=_touch_pages, args=(self._pages,), daemon=True, name="checkpoint memory")
         self._touching.start()
 
     def get_view(self, size: int) -> memoryview:
-        """`size` bytes; what was in them before is lost. Raises MemoryError."""
+        """Return a view of `size` bytes; previous contents are lost. Raises MemoryError."""
         self._touching.join()
         if len(self._pages) < size:
             self._pages = _map_anonymous_memory(size)
@@ -39,7 +39,7 @@ class HostBuffer:
 
 
 def serialize_to_buffer(tensors: Mapping[str, Tensor], memory: HostBuffer) -> memoryview:
-    """A safetensors file of flat fp32 tensors, copied out of their device. Raises MemoryError."""
+    """Serialize flat fp32 tensors as a safetensors file, copied from their device. Raises MemoryError."""
     import torch  # noqa: PLC0415 - whoever reads checkpoints needs no torch
 
     places, end = {}, 0
@@ -57,12 +57,12 @@ def serialize_to_buffer(tensors: Mapping[str, Tensor], memory: HostBuffer) -> me
 
 
 def compute_serialized_size(names: Mapping[str, int]) -> int:
-    """Bytes of the image of tensors with so many values each."""
+    """Return the bytes to reserve for a file of tensors with the given numbers of values."""
     return len(_build_header(dict.fromkeys(names, (2**40, 2**40)))) + 4 * sum(names.values())
 
 
 def _build_header(places: Mapping[str, tuple[int, int]]) -> bytes:
-    """The beginning of the file; values begin at a multiple of eight bytes."""
+    """Build the beginning of the file, padded so that values begin at a multiple of eight bytes."""
     entries = {
         name: {"dtype": "F32", "shape": [(end - start) // 4], "data_offsets": [start, end]}
         for name, (start, end) in places.items()
@@ -80,5 +80,5 @@ def _map_anonymous_memory(size: int) -> mmap.mmap:
 
 
 def _touch_pages(pages: mmap.mmap) -> None:
-    """Write a byte of every page; numpy lets other threads run meanwhile."""
+    """Write to every page; numpy releases the GIL meanwhile."""
     np.frombuffer(pages, dtype=np.uint8)[:: mmap.PAGESIZE] = 0

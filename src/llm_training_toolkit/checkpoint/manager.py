@@ -1,6 +1,6 @@
-"""When a run saves, what it writes into the manifest, and how an engine is brought back to a checkpoint.
+"""Checkpoint saving for the training loop: schedule, manifest contents, retention.
 
-Called by the worker: `CheckpointSaver` for the loop, `newest_sound` and `restore` before it.
+The worker restores with `find_latest_valid_checkpoint` and `restore_engine` of restore.py before the loop.
 """
 
 from __future__ import annotations
@@ -32,13 +32,12 @@ from llm_training_toolkit.runs.attempts import find_last_attempt
 from llm_training_toolkit.runs.directory import RunDirectory, parse_checkpoint_name
 from llm_training_toolkit.runs.storage import StorageError, find_storage
 
-_MAX_POLL_SECONDS = 0.5
-"""Seconds between two questions whether all ranks have written, where that takes long."""
+_MAX_POLL_SECONDS = 0.5  # longest pause between two polls of all ranks for the end of their writes
 
 
 @dataclass(frozen=True)
 class CheckpointLineage:
-    """What a manifest says beyond the weights: where they come from and what made them."""
+    """Manifest fields that record the origin of a checkpoint: parent, attempt, configuration, data, versions."""
 
     attempt: int
     parent: str | None
@@ -51,14 +50,14 @@ class CheckpointLineage:
 
 
 class _PendingCheckpoint(NamedTuple):
-    """A checkpoint on its way, and the moment it is of."""
+    """Checkpoint being written, with the training state it is of."""
 
     writing: AsyncWrite
     progress: TrainState
 
 
 class CheckpointManager:
-    """Writes a checkpoint when steps or time say so, then deletes what need not be kept."""
+    """Checkpoints of a run: saved by steps or by time, then thinned out by the retention policy."""
 
     def __init__(
         self,
@@ -87,31 +86,31 @@ class CheckpointManager:
         self._saved = parent[0] if parent else None
 
     def is_due(self, step: int) -> bool:
-        """Whether a checkpoint is due after `step` steps."""
+        """Return whether a checkpoint is due after `step` steps."""
         if self._every_steps is not None:
             return step % self._every_steps == 0
         assert self._every_seconds is not None
         return time.monotonic() - self._last >= self._every_seconds
 
     def record_eval_loss(self, step: int, loss: float) -> None:
-        """The held-out loss after `step` steps, by which the best checkpoints are told."""
+        """Record the held-out loss after `step` steps, by which the best checkpoints are chosen."""
         self._losses[step] = loss
 
     @property
     def is_writing(self) -> bool:
-        """Whether this rank's part of a checkpoint is still being written."""
+        """True while this rank's part of a checkpoint is being written."""
         return self._begun is not None and not self._begun.writing.is_done
 
     @property
     def has_pending_checkpoint(self) -> bool:
-        """Whether a checkpoint has begun that is not complete yet; the same on every rank."""
+        """True while a checkpoint has begun and is incomplete; the same on every rank."""
         return self._begun is not None
 
     def begin_save(self, progress: TrainState) -> float:
-        """Copy this moment, to be written behind the training; the seconds it took. Collective.
+        """Copy the state, write it in the background, and return the seconds this call took. Collective.
 
-        There is never more than one on its way: a checkpoint before that is not complete yet is waited for. Where this
-        step is that of the newest one, it is there. Raises CheckpointError.
+        At most one checkpoint is pending: an earlier incomplete one is waited for. A step that is already saved is not
+        copied again. Raises CheckpointError.
         """
         started = time.monotonic()
         if progress.step == self._saved:
@@ -128,9 +127,9 @@ class CheckpointManager:
         return self._last - started
 
     def finalize_save(self) -> None:
-        """Wait for the checkpoint that has begun, if there is one, and complete it. Collective. Raises CheckpointError.
+        """Wait for the pending checkpoint, if any, and commit it. Collective. Raises CheckpointError.
 
-        The loop calls it once all ranks have written, so that nobody waits long, and at the end.
+        The loop calls it once all ranks have written, which keeps the wait short, and at the end.
         """
         if self._begun is None:
             return
@@ -146,7 +145,7 @@ class CheckpointManager:
 
     @contextmanager
     def _translate_memory_error(self, pieces: Sequence[ParameterShard]) -> Iterator[None]:
-        """Too little memory for the copy, in words: it must not be taken for a micro-batch that is too large."""
+        """Turn MemoryError into CheckpointError, so that it is not mistaken for a micro-batch that is too large."""
         try:
             yield
         except MemoryError as error:
@@ -157,9 +156,9 @@ class CheckpointManager:
             ) from error
 
     def _wait_for_writes(self, writing: AsyncWrite) -> None:
-        """Until every rank's part is written, or has failed. Collective.
+        """Poll until every rank's part is written or has failed. Collective.
 
-        Short exchanges, since a long one counts as a hang: here only storage that takes nothing any more does.
+        Polls are short, since a long all-reduce counts as a hang; here only storage that accepts no more bytes does.
         """
         pause = 0.01
         while self._context.all_reduce_sum(not writing.is_done)[0]:
@@ -170,7 +169,10 @@ class CheckpointManager:
             pause = min(2 * pause, _MAX_POLL_SECONDS)
 
     def _check_not_superseded(self) -> None:
-        """Ranks that outlived their driver must not write beside those of the start that replaced them. Collective."""
+        """Raise CheckpointError if a newer attempt owns the run. Collective.
+
+        Ranks that outlived their driver must not write beside those of the attempt that replaced them.
+        """
         newest_attempt = self._context.broadcast_object(self._read_last_attempt() if self._context.is_rank_zero else 0)
         if newest_attempt > self._lineage.attempt:
             raise CheckpointError(
@@ -179,12 +181,12 @@ class CheckpointManager:
             )
 
     def _read_last_attempt(self) -> int:
-        with suppress(StorageError):  # a store that does not answer now is tried again by whoever writes there
+        with suppress(StorageError):  # the next write retries a store that does not answer now
             find_storage(self._run.path).refresh_directory(self._run.attempts_dir)
         return find_last_attempt(self._run)
 
     def _apply_retention_policy(self) -> None:
-        """Deleting what need not be kept must not end a run whose checkpoint is written."""
+        """Apply the retention policy. A failure is only a warning, since the new checkpoint is written."""
         try:
             apply_retention_policy(
                 self._run.checkpoints_dir, self._rule, attempt=self._lineage.attempt, losses=self._losses

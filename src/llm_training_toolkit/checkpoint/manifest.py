@@ -1,4 +1,4 @@
-"""The manifest: what a checkpoint holds. Written last, so that a directory without one is no checkpoint."""
+"""Checkpoint manifest: the contents of a checkpoint. Written last, so a directory without one is no checkpoint."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MANIFEST_FORMAT = 2
 
 
 class UnknownFormatError(CheckpointError):
-    """A checkpoint of another version of the toolkit: whole, but not to be read here, and so never set aside."""
+    """Checkpoint of another version of the toolkit. Its files are intact, so it is never quarantined."""
 
 
 MANIFEST_NAME = "manifest.json"
@@ -24,7 +24,7 @@ MANIFEST_NAME = "manifest.json"
 
 @dataclass(frozen=True)
 class FileEntry:
-    """A file of a checkpoint."""
+    """File of a checkpoint."""
 
     name: str
     size: int
@@ -34,21 +34,21 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything needed to load a checkpoint and to know where it comes from."""
+    """Everything needed to load a checkpoint, and its origin."""
 
     step: int
     """Completed optimizer steps."""
     tokens: int
     """Tokens seen along the lineage, padding included."""
     sequences: int
-    """Sequences seen along the lineage: where the data goes on."""
+    """Sequences seen along the lineage: the position in the data to resume from."""
     attempt: int
     parent: str | None
-    """Directory name of the checkpoint the attempt went on from; None from the start."""
+    """Directory name of the checkpoint that the attempt resumed from, or None if it began at step 0."""
     world_size: int
     zero: int
     threads: int
-    """Threads per rank; another number gives other rounding."""
+    """Threads per rank; another number rounds differently."""
     config_fingerprint: str
     data_fingerprint: str
     versions: Mapping[str, str]
@@ -56,29 +56,29 @@ class Manifest:
     """Shape of each trainable parameter."""
     files: tuple[FileEntry, ...]
     fragments: tuple[tuple[str, int, int, int], ...]
-    """(parameter, start, count, index into files) of every piece."""
+    """(parameter, start, count, index into `files`) of every fragment."""
     skips: tuple[SkippedStep, ...] = ()
-    """Updates that were left out along the lineage, with their sequences."""
+    """Skipped updates along the lineage, with their sequences."""
     recent: tuple[StepStats, ...] = ()
-    """Losses and gradient norms of the last steps: what the next one is compared with."""
+    """Losses and gradient norms of the last steps, for comparison with the next one."""
     eval_loss: float | None = None
-    """The held-out loss of exactly this step; None where it was not measured then."""
+    """Held-out loss of exactly this step, or None if it was not measured."""
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def update_count(self) -> int:
-        """How often the optimizer has updated the weights."""
+        """Number of times the optimizer has updated the weights."""
         return self.step - len(self.skips)
 
     def to_json(self) -> str:
-        """As stored."""
+        """Return the stored form."""
         return json.dumps({"format": MANIFEST_FORMAT, **asdict(self)}, indent=1)
 
 
 def read_manifest(directory: Path) -> Manifest:
-    """The manifest of a checkpoint directory. Raises CheckpointError when it cannot be understood.
+    """Read the manifest of a checkpoint directory. Raises CheckpointError when it cannot be parsed.
 
-    What the storage says (OSError) goes out as it is: a file that cannot be read now is not damaged.
+    OSError of the storage propagates: a file that is unreadable now may be undamaged.
     """
     path = directory / MANIFEST_NAME
     try:
@@ -99,6 +99,6 @@ def read_manifest(directory: Path) -> Manifest:
 
 
 def compute_sha256(path: Path) -> str:
-    """SHA-256 of a file."""
+    """Return a file's SHA-256."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""Finding checkpoints by looking, and reading any range of any parameter out of one."""
+"""Discovery of checkpoints by directory scan, and reads of any range of any parameter."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ Array = NDArray[np.float32]
 
 
 def list_complete_checkpoints(checkpoints: Path) -> list[Path]:
-    """The complete checkpoints in a directory, oldest first."""
+    """Return the complete checkpoints in a directory, oldest first."""
     found = [path.parent for path in checkpoints.glob(f"*/{MANIFEST_NAME}") if parse_checkpoint_name(path.parent)]
     return sorted(found, key=lambda path: parse_checkpoint_name(path) or (0, 0))
 
 
 def find_latest_checkpoint(checkpoints: Path) -> Path | None:
-    """The newest complete checkpoint, found by looking; None when there is none."""
+    """Return the newest complete checkpoint by directory scan, or None."""
     found = list_complete_checkpoints(checkpoints)
     return found[-1] if found else None
 
 
 def quarantine_checkpoint(directory: Path) -> str:
-    """Put away a checkpoint that the lineage leaves behind; it is no longer found, and nothing is lost. Says where."""
+    """Quarantine a checkpoint: its files are kept, but no longer found. Return a text that names the place."""
     return find_storage(directory).quarantine_checkpoint(directory)
 
 
 class CheckpointReader:
-    """A complete checkpoint, open for reading."""
+    """Complete checkpoint, open for reading."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -45,11 +45,11 @@ class CheckpointReader:
         self._open: dict[int, Any] = {}
 
     def verify_files(self, share: int = 0, of: int = 1) -> list[str]:
-        """What is wrong with the files; a rank checks every `of`-th file, so that each is read once."""
+        """Return the damage found. A rank checks every `of`-th file, so that each file is read once."""
         return [found for number in range(share, len(self.manifest.files), of) if (found := self.verify_file(number))]
 
     def verify_file(self, number: int) -> str:
-        """What is wrong with one file: not there, another size, another checksum; empty where nothing is."""
+        """Return one file's damage: missing, wrong size or wrong checksum; empty if intact."""
         entry = self.manifest.files[number]
         path = self.directory / entry.name
         find_storage(path).fetch_file(path)
@@ -67,15 +67,15 @@ class CheckpointReader:
         return {name: sorted(found) for name, found in pieces.items()}
 
     def read(self, name: str, key: str, start: int, count: int) -> Array:
-        """Values [start, start + count) of a flattened parameter: `key` is weights, exp_avg or exp_avg_sq.
+        """Return values [start, start + count) of a flattened parameter; `key` is weights, exp_avg or exp_avg_sq.
 
-        Reads only the fragments that overlap the range. Raises CheckpointError when a part is not there.
+        Reads only the fragments that overlap the range. Raises CheckpointError when part of the range is missing.
         """
         out = np.empty(count, dtype=np.float32)
         filled = 0
         for piece_start, piece_count, file in self._fragments_by_parameter.get(name, []):
             low, high = max(start, piece_start), min(start + count, piece_start + piece_count)
-            if low < high and low == start + filled:  # end to end: an overlap must not make up for a gap
+            if low < high and low == start + filled:  # contiguous: an overlap must not make up for a gap
                 stored = self._open_file(file).get_slice(f"{name}@{piece_start}/{key}")
                 out[low - start : high - start] = stored[low - piece_start : high - piece_start]
                 filled += high - low
@@ -94,6 +94,6 @@ class CheckpointReader:
         return self._open[index]
 
     def iter_parameters(self) -> Iterator[tuple[str, Array]]:
-        """Every trainable parameter, whole, one at a time, as fp32 in its shape."""
+        """Yield the name and values of every trainable parameter, one at a time, as fp32 in its shape."""
         for name, shape in self.manifest.shapes.items():
             yield name, self.read(name, "weights", 0, int(np.prod(shape))).reshape(shape)

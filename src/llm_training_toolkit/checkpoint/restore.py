@@ -1,4 +1,4 @@
-"""Restoring a run from its newest sound checkpoint."""
+"""Restoring a run from its newest valid checkpoint."""
 
 from __future__ import annotations
 
@@ -23,15 +23,14 @@ from llm_training_toolkit.runs.storage import find_storage
 
 
 def find_latest_valid_checkpoint(run: RunDirectory, context: RunContext) -> CheckpointReader | None:
-    """The newest checkpoint whose files are what was written; damaged ones are set aside and named. Collective.
+    """Return the newest undamaged checkpoint; quarantine damaged ones with a warning. Collective.
 
-    Raises CheckpointError where the only one is damaged, OSError where the storage cannot be read.
+    Raises CheckpointError if the only checkpoint is damaged, OSError if the storage cannot be read.
     """
     while True:
         found = find_latest_checkpoint(run.checkpoints_dir) if context.is_rank_zero else None
-        name = context.broadcast_object(
-            found.name if found else None
-        )  # not the path: a store's run has one on every rank
+        # The name, because the path of a run in an object store differs between ranks.
+        name = context.broadcast_object(found.name if found else None)
         if name is None:
             return None
         directory = run.checkpoints_dir / name
@@ -54,10 +53,10 @@ def find_latest_valid_checkpoint(run: RunDirectory, context: RunContext) -> Chec
 
 
 def _find_damage(directory: Path, context: RunContext) -> list[str]:
-    """What is wrong with a checkpoint; each file is read by one rank, and by rank 0 where that one finds a fault.
+    """Return a checkpoint's damage; each file is read by one rank, and again by rank 0 if that rank finds damage.
 
-    Only what rank 0 finds as well is damage. An OSError goes out as it is, on the rank that meets it: storage that
-    fails for a moment, or shows a node not yet what another one wrote, is a matter for new workers.
+    Only damage that rank 0 confirms counts. An OSError propagates on the rank that meets it: new workers are the remedy
+    for storage that fails for a moment, or that does not yet show a node the writes of another.
     """
     unreadable = context.broadcast_object(_find_manifest_error(directory) if context.is_rank_zero else "")
     if unreadable:
@@ -79,7 +78,7 @@ def _find_damage(directory: Path, context: RunContext) -> list[str]:
 
 
 def _find_manifest_error(directory: Path) -> str:
-    """Why the manifest cannot be understood; empty where it can, and where all ranks are to refuse its format."""
+    """Return the manifest's error; empty if it parses, and if all ranks are to refuse its format."""
     try:
         CheckpointReader(directory)
     except UnknownFormatError:
@@ -94,8 +93,8 @@ def restore_engine(
 ) -> None:
     """Load weights, and with `optimizer` Adam's state, into an engine of any ZeRO stage and number of ranks.
 
-    Each rank reads the ranges it holds. Hyperparameters come from the configuration, not from the file.
-    Collective. Raises CheckpointError when the checkpoint is of another model.
+    Each rank reads the ranges it holds. Hyperparameters come from the configuration, not from the file. Collective.
+    Raises CheckpointError when the checkpoint is of another model.
     """
     stored, wanted = dict(checkpoint.manifest.shapes), dict(engine.shapes)
     if stored != wanted:

@@ -1,4 +1,4 @@
-"""Which checkpoints stay. Deciding is a pure function; `clean` carries it out on rank 0."""
+"""Checkpoint retention: `select_kept_steps` decides (pure), `apply_retention_policy` deletes on rank 0."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from llm_training_toolkit.runs.storage import find_storage
 
 @dataclass(frozen=True)
 class RetentionPolicy:
-    """How many checkpoints stay."""
+    """Numbers of checkpoints to keep."""
 
     keep_latest_k: int
-    """The newest; at least 1."""
+    """Newest checkpoints to keep; at least 1."""
     keep_every: int = 0
-    """And the multiples of this; 0 = none."""
+    """Also keep multiples of this step; 0 = none."""
     keep_best_k: int = 0
-    """And those with the lowest held-out losses."""
+    """Also keep this many with the lowest held-out losses."""
 
 
 def select_kept_steps(steps: Sequence[int], rule: RetentionPolicy, losses: Mapping[int, float]) -> set[int]:
-    """Steps whose checkpoints stay, of those there are; `losses` are the held-out ones by step, where measured.
+    """Return the steps whose checkpoints to keep; `losses` are held-out losses by step, if measured.
 
-    Of equal losses the earlier step is the better one, so that a later one does not push it out.
+    Of equal losses the earlier step wins, so that a later one does not evict it.
     """
     recent = set(sorted(set(steps))[-rule.keep_latest_k :])
     best = sorted((loss, step) for step, loss in losses.items() if step in set(steps))[: rule.keep_best_k]
@@ -39,7 +39,10 @@ def select_kept_steps(steps: Sequence[int], rule: RetentionPolicy, losses: Mappi
 def apply_retention_policy(
     checkpoints: Path, rule: RetentionPolicy, *, attempt: int, losses: Mapping[int, float]
 ) -> None:
-    """Delete what is not kept, and what attempts up to `attempt` never completed; none of their ranks is writing."""
+    """Delete checkpoints that are not kept, and incomplete ones of attempts up to `attempt`.
+
+    Ranks of those attempts must not be writing.
+    """
     delete_incomplete_checkpoints(checkpoints, attempt=attempt)
     found = [
         (place[0], path) for path in list_complete_checkpoints(checkpoints) if (place := parse_checkpoint_name(path))
@@ -51,7 +54,7 @@ def apply_retention_policy(
 
 
 def delete_incomplete_checkpoints(checkpoints: Path, *, attempt: int) -> None:
-    """Delete what attempts up to `attempt` never completed, none of whose ranks may be writing any more."""
+    """Delete incomplete checkpoints of attempts up to `attempt`, whose ranks must not be writing."""
     for path in checkpoints.glob("step_*"):
         place = parse_checkpoint_name(path)
         if place and place[1] <= attempt and not (path / MANIFEST_NAME).exists():
@@ -59,7 +62,7 @@ def delete_incomplete_checkpoints(checkpoints: Path, *, attempt: int) -> None:
 
 
 def held_out_losses(checkpoints: Path) -> dict[int, float]:
-    """The held-out losses by step, of the complete checkpoints that were measured; one that is unreadable has none."""
+    """Return the held-out losses by step of complete checkpoints; unmeasured and unreadable ones are left out."""
     found = {}
     for path in list_complete_checkpoints(checkpoints):
         try:

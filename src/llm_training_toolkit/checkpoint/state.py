@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 @dataclass(frozen=True)
 class TrainState:
-    """How far a run has come."""
+    """Progress of a run."""
 
     step: int = 0
     """Completed optimizer steps."""
@@ -17,24 +17,24 @@ class TrainState:
     sequences: int = 0
     """Sequences seen along the lineage."""
     skips: tuple[SkippedStep, ...] = ()
-    """Updates that were left out along the lineage."""
+    """Skipped updates along the lineage."""
     recent: tuple[StepStats, ...] = ()
-    """The last steps, as the next one is compared with them."""
+    """Last steps, for comparison with the next one."""
 
 
 class StepStats(NamedTuple):
-    """A step's numbers, as later ones are compared with them."""
+    """Loss and gradient norm of a step, for comparison with later ones."""
 
     loss: float
     norm: float
-    """The gradient's, before clipping."""
+    """Gradient norm before clipping."""
 
 
 class SkippedStep(NamedTuple):
-    """An update that was left out."""
+    """Skipped update."""
 
     step: int
     """Counted from 1."""
     first: int
-    """The first of the step's sequences, counted along the lineage."""
+    """First of the step's sequences, counted along the lineage."""
     sequences: int

@@ -1,10 +1,10 @@
-"""Writing a checkpoint: each rank its own pieces behind the training, rank 0 the manifest last.
+"""Checkpoint writing: each rank its own fragments in the background, rank 0 the manifest last.
 
-    begin     copies the pieces out of the device; a thread writes them, sums them up and syncs
-    finish    once every rank's thread is done: ranks tell each other, rank 0 writes the manifest
+    AsyncWrite           copies the fragments out of the device; a thread writes, hashes and syncs them
+    commit_checkpoint    once every rank's thread is done: gathers the results, rank 0 writes the manifest
 
-Threads never talk to other ranks, so they cannot get between the exchanges of the training. If one rank fails, all of
-them raise, nothing half-written stays, and the checkpoints before are untouched.
+Threads use no collectives, so they cannot interleave with those of training. If one rank fails, all ranks raise, the
+incomplete checkpoint is deleted, and earlier ones are untouched.
 """
 
 from __future__ import annotations
@@ -32,14 +32,12 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-_CHUNK_BYTES = 1 << 23
-"""Bytes written at a time."""
-_DIRECT_IO_BLOCK_BYTES = mmap.PAGESIZE
-"""What is written past the page cache has to be whole ones of these, in memory and in the file."""
+_CHUNK_BYTES = 1 << 23  # written at a time
+_DIRECT_IO_BLOCK_BYTES = mmap.PAGESIZE  # O_DIRECT takes only whole blocks, in memory and in the file
 
 
 class ParameterShard(Protocol):
-    """A consecutive piece of a flattened parameter; the engine's Fragment is one."""
+    """Consecutive range of a flattened parameter, such as the engine's `Fragment`."""
 
     @property
     def name(self) -> str: ...
@@ -50,12 +48,12 @@ class ParameterShard(Protocol):
     def get_tensors(self, optimizer: torch.optim.Optimizer) -> Mapping[str, Tensor]: ...
 
 
+# Builds the manifest from files and fragments.
 ManifestBuilder = Callable[[tuple[FileEntry, ...], tuple[tuple[str, int, int, int], ...]], Manifest]
-"""Makes the manifest once files and fragments are known."""
 
 
 class WriteResult(NamedTuple):
-    """What became of a rank's part: its file and pieces, or why there is none."""
+    """Result of a rank's write: its file and fragments, or the failure."""
 
     entry: FileEntry | None
     pieces: list[tuple[str, int, int]]
@@ -63,7 +61,7 @@ class WriteResult(NamedTuple):
 
 
 def allocate_host_buffer(pieces: Sequence[ParameterShard]) -> HostBuffer:
-    """Memory for the copies of these pieces, to be handed to one `Writing` after another. Raises MemoryError."""
+    """Reserve memory for copies of these fragments, used by one `AsyncWrite` after another. Raises MemoryError."""
     keys = ("weights", "exp_avg", "exp_avg_sq")
     return HostBuffer(
         compute_serialized_size({_get_tensor_name(piece, key): piece.count for piece in pieces for key in keys})
@@ -71,7 +69,7 @@ def allocate_host_buffer(pieces: Sequence[ParameterShard]) -> HostBuffer:
 
 
 class AsyncWrite:
-    """This rank's part of a checkpoint on its way to storage."""
+    """Background write of this rank's part of a checkpoint."""
 
     def __init__(
         self,
@@ -81,7 +79,7 @@ class AsyncWrite:
         optimizer: torch.optim.Optimizer,
         memory: HostBuffer,
     ) -> None:
-        """Copy the pieces into `memory`, which is in use until the outcome is there. Raises MemoryError."""
+        """Copy the fragments into `memory`, which is in use until the result is known. Raises MemoryError."""
         self.directory = directory
         self._sent = 0
         self._path = directory / _get_file_name(rank)
@@ -91,24 +89,24 @@ class AsyncWrite:
         }
         image = serialize_to_buffer(tensors, memory)
         self._outcome: Future[WriteResult] = Future()
-        # A daemon: a process that has to end does not wait for a part that nobody will complete.
+        # Daemon: a process that must end does not wait for a checkpoint that stays incomplete.
         Thread(target=self._run_write, args=(rank, image, index), daemon=True, name="checkpoint").start()
 
     @property
     def is_done(self) -> bool:
-        """Whether this rank's part is written, or has failed."""
+        """True once this rank's part is written or has failed."""
         return self._outcome.done()
 
     @property
     def bytes_written(self) -> int:
-        """Bytes of this rank's file so far; one that goes on to a store counts again, for as much as has been sent."""
+        """Bytes of this rank's file written so far, plus those uploaded so far if it goes to a store."""
         try:
             return self._path.stat().st_size + self._sent
         except OSError:
             return self._sent
 
     def wait_for_result(self) -> WriteResult:
-        """Wait for the end and say what became of the part."""
+        """Wait for the end of the write and return its result."""
         return self._outcome.result()
 
     def _run_write(self, rank: int, image: memoryview, index: list[tuple[str, int, int]]) -> None:
@@ -128,7 +126,7 @@ class AsyncWrite:
 
 
 def commit_checkpoint(context: RunContext, writing: AsyncWrite, describe: ManifestBuilder) -> None:
-    """Wait for every rank's part and complete the checkpoint with the manifest. Collective.
+    """Wait for every rank's part and commit the checkpoint with the manifest. Collective.
 
     Raises CheckpointError on every rank when any rank could not write (a full disk, for example).
     """
@@ -149,7 +147,7 @@ def commit_checkpoint(context: RunContext, writing: AsyncWrite, describe: Manife
 
 def _delete_incomplete(directory: Path) -> None:
     if not (directory / MANIFEST_NAME).exists():
-        with suppress(OSError):  # a store that takes nothing deletes nothing either; the next start does
+        with suppress(OSError):  # a store that refuses writes also refuses deletes; the next start deletes
             find_storage(directory).delete_checkpoint(directory)
 
 
@@ -158,12 +156,11 @@ def _get_file_name(rank: int) -> str:
 
 
 def _get_tensor_name(piece: ParameterShard, key: str) -> str:
-    """What a tensor is called in the file."""
     return f"{piece.name}@{piece.start}/{key}"
 
 
 def _write_file(path: Path, image: memoryview) -> FileEntry:
-    """Write and sum up in one pass: the checksum is of what was meant to be written, and nothing is read again."""
+    """Write and hash in one pass: the checksum is of the bytes meant to be written, and needs no second read."""
     summed = hashlib.sha256()
     path.parent.mkdir(parents=True, exist_ok=True)
     if (path.parent / MANIFEST_NAME).exists():
@@ -179,22 +176,23 @@ def _write_file(path: Path, image: memoryview) -> FileEntry:
 
 
 def _write_chunk(file: int, image: memoryview) -> int:
-    """Write some of it; how many bytes that were."""
+    """Write up to `_CHUNK_BYTES` and return the number of bytes written."""
     piece = image[:_CHUNK_BYTES]
     if len(piece) % _DIRECT_IO_BLOCK_BYTES == 0:
         try:
             return os.write(file, piece)
         except OSError as error:
-            if error.errno != errno.EINVAL:
-                raise  # otherwise it takes larger blocks only, or what came before ended within one
+            if error.errno != errno.EINVAL:  # EINVAL = larger blocks needed, or the last write ended inside one
+                raise
     _set_direct_io(file, on=False)
     return os.write(file, piece)
 
 
 def _set_direct_io(file: int, *, on: bool) -> None:
-    """Filling the page cache took 3 s of a processor for 1.2 GB on a virtual machine, writing past it nearly nothing.
+    """Switch O_DIRECT on or off; a file system without it stays as it is.
 
-    Nor does it push out the data that the training reads. A file system that cannot do this goes on as it is.
+    For 1.2 GB on a virtual machine the page cache cost 3 s of a processor, bypassing it nearly nothing. Bypassing it
+    also keeps the training data in the cache.
     """
     flags = fcntl.fcntl(file, fcntl.F_GETFL)
     with suppress(OSError):
@@ -204,7 +202,7 @@ def _set_direct_io(file: int, *, on: bool) -> None:
 def _commit_manifest(
     context: RunContext, directory: Path, outcomes: Sequence[WriteResult], describe: ManifestBuilder
 ) -> list[str]:
-    """On rank 0, check that the pieces add up and write the manifest; what went wrong comes back."""
+    """Check on rank 0 that the fragments cover every parameter, commit the manifest, and return the failures."""
     if not context.is_rank_zero:
         return []
     files = tuple(outcome.entry for outcome in outcomes if outcome.entry is not None)
@@ -221,7 +219,7 @@ def _commit_manifest(
     storage = find_storage(directory)
     try:
         sizes = storage.read_file_sizes(directory)
-        for entry in files:  # what a rank wrote where rank 0 does not see it is no checkpoint
+        for entry in files:  # every file must be visible to rank 0
             size = sizes.get(entry.name, 0)
             if size != entry.size:
                 return [f"{entry.name} has {size} bytes on rank 0, {entry.size} were written: is the storage shared?"]
@@ -232,7 +230,7 @@ def _commit_manifest(
 
 
 def _is_exact_cover(pieces: Sequence[tuple[int, int]], size: int) -> bool:
-    """Whether pieces (start, count) lie end to end from 0 to `size`, without a gap or an overlap."""
+    """Return whether ranges (start, count) cover 0 to `size` without gap or overlap."""
     end = 0
     for start, count in sorted(pieces):
         if start != end:

@@ -1,4 +1,4 @@
-"""The command line `ltt`: verbs, one call each. Heavy imports live inside the verb that needs them."""
+"""Command line `ltt`, one function for each verb. Heavy imports are inside the verb that needs them."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def prepare(
     """Documents to packed tokens on disk, with a receipt. `train` does it when it has not been done."""
     from llm_training_toolkit.config import load_config
 
-    read = load_config(config, overrides or ())  # what is wrong with it is said before torch is imported
+    read = load_config(config, overrides or ())  # reports configuration errors before torch is imported
     from llm_training_toolkit.data.prepare.epochs import (
         build_data_facts,
         build_dataset_info_json,
@@ -154,7 +154,7 @@ def show_batch(
 
 
 def _raise_keyboard_interrupt(_number: int, _frame: object) -> None:
-    """SIGTERM before training is a Ctrl-C; training itself has a gentler answer to both."""
+    """Treat SIGTERM as Ctrl-C before training; the training itself turns both into a graceful stop."""
     raise KeyboardInterrupt
 
 
@@ -185,7 +185,7 @@ def train(
     with open_terminal_copy(1) as out, open_terminal_copy(2) as err:
         console = Console(err if as_json else out)
         try:
-            load_config(config, overrides or ())  # what is wrong with it is said before torch is imported
+            load_config(config, overrides or ())  # reports configuration errors before torch is imported
             from llm_training_toolkit.commands.train import start_run
             from llm_training_toolkit.worker.spec import is_first_rank
 
@@ -199,14 +199,14 @@ def train(
             if as_json:
                 out.write(json.dumps(build_failure_json(error)) + "\n")
             raise typer.Exit(error.exit_code) from None
-        except Exception as error:  # the edge of the command: Python prints the traceback, this the line to read first
+        except Exception as error:  # outermost handler: Python prints the traceback, this the summary line
             console.close()
             err.write(f"error: {type(error).__name__}: {error} (the traceback is in the newest file under logs/)\n")
             raise
         finally:
             console.close()
         if not is_first_rank():
-            pass  # under torchrun the first rank speaks for all
+            pass  # under torchrun only rank 0 prints
         elif as_json:
             out.write(json.dumps(outcome.to_json()) + "\n")
         else:
@@ -326,7 +326,7 @@ app.command()(tune)
 
 
 def main() -> None:
-    """Run a command; what went wrong is said in words, with an exit code that says whose fault it was."""
+    """Run a command; report a ToolkitError as one line and exit with its `exit_code`."""
     try:
         app()
     except ToolkitError as error:

@@ -1,4 +1,4 @@
-"""The verb `evaluate`, in a file of its own because its tasks have many settings."""
+"""Verb `evaluate`, in its own file because its tasks have many settings."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TaskName = Literal["perplexity", "infill", "humaneval"]
 
 
 def _build_task_option(name: str, text: str, **limits: Any) -> Any:  # noqa: ANN401 - as typer takes them
-    """An option of some tasks: absent, the task's own default holds."""
+    """Build an option that some tasks have; if omitted, the task's default applies."""
     return typer.Option(f"--{name}", help=text, show_default=format_setting_default(name) or False, **limits)
 
 
@@ -128,7 +128,7 @@ def evaluate(
 
 
 def _check_evaluate_options(task: TaskName, settings: Mapping[str, Any], model: Path | None) -> None:
-    """What can be said before anything heavy is imported."""
+    """Check the options before the heavy imports."""
     wanted = make_task(task, settings)
     if model is not None:
         find_model_directory(model)

@@ -1,4 +1,4 @@
-"""The verb `generate`: what a model writes after a prompt, into a gap, or in a conversation, shown as it is written."""
+"""Verb `generate`: completion, infilling or conversation, streamed to the terminal."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def generate(
     """Let a model continue a prompt, fill the gap between a prompt and a suffix, or hold a conversation."""
     _check_generate_options(prompt, suffix, system, chat=chat, as_json=as_json)
     with open_path(model, export=step is None) as path:
-        _check_model_path(path, step)  # before anything heavy is imported
+        _check_model_path(path, step)  # before the heavy imports
         from llm_training_toolkit.generation.generator import SamplingParams
         from llm_training_toolkit.generation.load import open_model
 
@@ -72,13 +72,13 @@ def generate(
 
 
 class _StreamedOutput:
-    """Shows pieces as they come, the first behind what was given; nothing where a prompt is refused."""
+    """Stream of generated pieces; `before` is printed with the first one, so a refused prompt prints nothing."""
 
     def __init__(self, before: str, *, silent: bool) -> None:
         self._before, self._silent = before, silent
 
     def write_piece(self, piece: str) -> None:
-        """Show a piece at once."""
+        """Print a piece and flush."""
         if not self._silent:
             typer.echo(self._before + piece, nl=False)
             sys.stdout.flush()
@@ -86,7 +86,7 @@ class _StreamedOutput:
 
 
 def _run_conversation(dialogue: ChatSession, how: SamplingParams) -> None:
-    """Each line of standard input is a turn, until it ends."""
+    """Send each line of standard input as a turn."""
     for line in _read_input_lines():
         if line.strip():
             screen = _StreamedOutput("", silent=False)
@@ -95,7 +95,7 @@ def _run_conversation(dialogue: ChatSession, how: SamplingParams) -> None:
 
 
 def _read_input_lines() -> Iterator[str]:
-    """Lines of standard input, each behind a sign for whoever types."""
+    """Yield the lines of standard input, after a `> ` prompt on a terminal."""
     while True:
         if sys.stdin.isatty():
             typer.echo("> ", nl=False)

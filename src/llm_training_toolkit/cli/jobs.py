@@ -1,4 +1,4 @@
-"""The verbs `submit` and `jobs`: runs on a cluster elsewhere."""
+"""Verbs `submit` and `jobs`: runs on a remote cluster."""
 
 from __future__ import annotations
 
@@ -129,12 +129,12 @@ def resume(name: Name, *, address: Address) -> None:
 
 
 def _enable_keyboard_interrupt() -> None:
-    """SIGINT interrupts also what a script has started in the background, for which the shell has it ignored."""
+    """Restore SIGINT, which a shell ignores for the background processes of a script."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _terminate_on_sigterm() -> None:
-    """SIGTERM stops the job, as nobody can be asked."""
+    """Make SIGTERM stop the job: unlike Ctrl-C it cannot ask the user."""
     from llm_training_toolkit.launch.jobs.submit import SigtermInterrupt
 
     def raise_terminated(_number: int, _frame: object) -> NoReturn:

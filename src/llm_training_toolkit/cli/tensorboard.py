@@ -1,4 +1,4 @@
-"""Runs in TensorBoard: its command line, with what a run directory holds."""
+"""TensorBoard on run directories: builds its command line and replaces this process with it."""
 
 from __future__ import annotations
 
@@ -10,23 +10,22 @@ from typing import NoReturn
 
 from llm_training_toolkit.errors import ConfigError
 
-_READERS = {"s3": "boto3", "gs": "gcsfs"}
-"""What TensorBoard reads addresses with, by their first part."""
+_READERS = {"s3": "boto3", "gs": "gcsfs"}  # package with which TensorBoard reads each URI scheme
 
 
 def show_in_tensorboard(where: str, host: str, port: int) -> NoReturn:
-    """Become TensorBoard. Raises ConfigError where there are no runs, or what reads the address is not installed."""
+    """Replace this process with TensorBoard. Raises ConfigError without runs or without the package for the URI."""
     options = ["--logdir", find_log_directory(where), "--host", host, "--port", str(port)]
     if "://" in where:
-        options += ["--load_fast", "false"]  # its fast reader knows local files alone
+        options += ["--load_fast", "false"]  # the fast loader reads local files only
         if endpoint := os.environ.get("AWS_ENDPOINT_URL"):
-            os.environ.setdefault("S3_ENDPOINT", endpoint)  # its own name for a store that is not Amazon's
+            os.environ.setdefault("S3_ENDPOINT", endpoint)  # TensorBoard's variable for a store that is not Amazon's
     command = [sys.executable, "-m", "tensorboard.main", *options]
     os.execv(command[0], command)  # noqa: S606 - Ctrl-C and its exit code are TensorBoard's own
 
 
 def find_log_directory(where: str) -> str:
-    """What TensorBoard is to look at: it finds the files of every run below. Raises ConfigError as above."""
+    """Return TensorBoard's `--logdir`; it searches below for every run. Raises ConfigError as above."""
     protocol, found, _ = where.partition("://")
     if found:
         reader = _READERS.get(protocol)

@@ -1,4 +1,4 @@
-"""The verb `ltt tune`: a search for good hyperparameters. Heavy imports live inside it."""
+"""Verb `tune`: hyperparameter search. Heavy imports are inside the function."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SearchFile = Annotated[Path, typer.Argument(help="The YAML file that describes t
 
 
 def _raise_keyboard_interrupt(_number: int, _frame: object) -> None:
-    """SIGTERM before the trials is a Ctrl-C; a search that works has a gentler answer to both."""
+    """Treat SIGTERM as Ctrl-C before the trials; a running search turns both into a graceful stop."""
     raise KeyboardInterrupt
 
 

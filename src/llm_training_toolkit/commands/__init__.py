@@ -1,1 +1,1 @@
-"""Commands: what a verb does on the driver."""
+"""Commands: the work of each verb on the driver."""

@@ -1,4 +1,4 @@
-"""`ltt evaluate`: measures a model, keeps the figures in its run, and shows those of several runs side by side."""
+"""`ltt evaluate`: runs a task on a model and records the results in the model's run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from llm_training_toolkit.runs.storage import find_storage
 
 @dataclass(frozen=True)
 class EvaluateRequest:
-    """What a person asked for on the command line. Of the settings only those that were given."""
+    """Arguments of `ltt evaluate`; `settings` holds only the given ones."""
 
     model: Path | None
     task: str
@@ -31,7 +31,7 @@ class EvaluateRequest:
 
 
 def run_evaluation(request: EvaluateRequest, console: Console) -> EvalRecord:
-    """Carry out the task; a model that came from a run leaves its figures there, too."""
+    """Run the task; record the results in the run if the model comes from one."""
     task = make_task(request.task, request.settings)
     subject = None
     if request.model is not None:
@@ -45,7 +45,7 @@ def run_evaluation(request: EvaluateRequest, console: Console) -> EvalRecord:
 
 
 def record_evaluation(task: str, measured: EvalResult, subject: EvalModel | None, console: Console) -> EvalRecord:
-    """Keep the figures in the run the model came from, as a file and as points in TensorBoard."""
+    """Record the results in the model's run, as a file and as TensorBoard points."""
     origin = subject.origin if subject is not None else None
     where = subject.directory if subject is not None else None
     if origin is None:
@@ -58,14 +58,14 @@ def record_evaluation(task: str, measured: EvalResult, subject: EvalModel | None
 
 
 def _write_tensorboard_points(run: RunDirectory, evaluation: EvalRecord) -> None:
-    """Into a directory of its own: TensorBoard follows the newest file of one alone, and the run may still train."""
+    """Write to a separate directory: the run may still train, and TensorBoard reads only the newest file of one."""
     points = TensorBoard(run.evaluations_dir / "tb", resumed_step=None)
     points.write(evaluation.step or 0, evaluation.to_metrics())
     points.close()
 
 
 def format_evaluation(evaluation: EvalRecord) -> list[str]:
-    """An evaluation for people."""
+    """Format an evaluation for the terminal."""
     of = f" of {evaluation.run} at step {evaluation.step:,}" if evaluation.run is not None else ""
     width = max(map(len, evaluation.figures))
     rows = [f"  {name:<{width}}  {format_metric_value(name, value)}" for name, value in evaluation.figures.items()]

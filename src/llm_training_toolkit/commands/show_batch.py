@@ -1,4 +1,4 @@
-"""`ltt show-batch`: the exact sequences of a step, of a run that has begun or of one that has not."""
+"""`ltt show-batch`: the exact sequences of a step, for a run that has started or not."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _LOSS, _PLAIN, _SPECIAL = "black on bright_green", "dim", "bold"
 
 
 def load_batch_sequences(config: Config, step: int, console: Console) -> list[SequencePreview]:
-    """The sequences of the step numbered `step`, the first being 1; the data is prepared when it has not been.
+    """Return the sequences of step `step`, counted from 1; prepare the data if needed.
 
     Raises PlanError for a step outside the run.
     """
@@ -52,9 +52,10 @@ def _load_run_batch(run: RunDirectory, config: Config, step: int, console: Conso
 
 
 def _find_checkpoint_before(run: RunDirectory, receipt: DatasetInfo, global_batch: int, step: int) -> tuple[int, int]:
-    """(steps, sequences) of the last checkpoint before the step: after an epoch's short last step they part ways.
+    """Return (steps, sequences) of the last checkpoint before the step.
 
-    Raises PlanError where they have parted between two checkpoints that are left, and nobody knows at which step.
+    A short last step of an epoch or a new batch size breaks sequences = steps x global batch. Raises PlanError if that
+    happened at an unknown step between two remaining checkpoints.
     """
     manifests = (CheckpointReader(directory).manifest for directory in list_complete_checkpoints(run.checkpoints_dir))
     places = sorted((each.step, each.sequences) for each in manifests if each.data_fingerprint == receipt.fingerprint)
@@ -69,12 +70,12 @@ def _find_checkpoint_before(run: RunDirectory, receipt: DatasetInfo, global_batc
 
 
 def build_batch_json(step: int, shown: list[SequencePreview]) -> dict[str, Any]:
-    """The contract of `ltt show-batch --json`."""
+    """Return the JSON object of `ltt show-batch --json`."""
     return {"step": step, "sequences": [sequence.to_json() for sequence in shown]}
 
 
 def print_batch(step: int, shown: list[SequencePreview], terminal: Terminal) -> None:
-    """Every sequence as text: what is to be predicted on green, special tokens bold, the rest dim."""
+    """Print every sequence as text: predicted tokens on green, special tokens bold, the rest dim."""
     legend = Text.assemble("to be predicted", " is ", ("like this", _LOSS), ", the rest ", ("like this", _PLAIN))
     terminal.print(f"step {step}: {len(shown)} sequences;", legend)
     for number, sequence in enumerate(shown, start=1):

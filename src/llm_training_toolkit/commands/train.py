@@ -1,4 +1,4 @@
-"""Starting a run: read, check, claim, prepare, choose where it runs. What `ltt train` calls."""
+"""Driver side of `ltt train`: check, lock, prepare, launch."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ from llm_training_toolkit.worker.spec import get_torchrun_world_size, is_first_r
 
 
 def start_run(request: TrainRequest, console: Console) -> TrainResult:
-    """Start, resume or leave alone the run that the request names. Raises ToolkitError."""
+    """Start or resume the run of the request, or skip a finished one. Raises ToolkitError."""
     config = load_config(request.config, request.overrides)
     replicas = get_torchrun_world_size() if config.cluster.workers == 0 else None
-    check_plan(make_plan(config, replicas=replicas))  # before the directory of an impossible run is made
+    check_plan(make_plan(config, replicas=replicas))  # before an impossible run gets a directory
     if config.cluster.workers == 0 and not is_first_rank():
         with join_run(get_run_location(config), console.print_line) as run:
             return _join_training(run, config, console)
@@ -72,7 +72,7 @@ def start_run(request: TrainRequest, console: Console) -> TrainResult:
 
 
 def _join_training(run: RunDirectory, config: Config, console: Console) -> TrainResult:
-    """A torchrun rank other than the first: it waits for the first one, which alone prepares and writes."""
+    """Train as torchrun rank 1 or higher, which waits for rank 0: that one alone prepares and writes."""
     standing = read_resume_state(run)
     plan = make_plan(config, standing.build_data_facts(config), get_torchrun_world_size())
     if standing.is_finished(plan):
@@ -81,7 +81,7 @@ def _join_training(run: RunDirectory, config: Config, console: Console) -> Train
 
 
 def _prepare_data(config: Config, standing: ResumeState, request: TrainRequest, console: Console) -> DatasetInfo:
-    """The run's data: as it was prepared, if that lasts to the run's end, otherwise prepared now."""
+    """Return the dataset info: reuse it if its epochs last to the end of the run, otherwise prepare now."""
     receipt = standing.find_reusable_dataset(config, request.accept)
     if receipt is None:
         work = create_dataset_builder(config, console)
@@ -101,7 +101,7 @@ def _build_result(run: RunDirectory, result: dict[str, Any]) -> TrainResult:
 
 
 def _skip_finished_run(run: RunDirectory, config: Config, standing: ResumeState, console: Console) -> TrainResult:
-    """A finished run stays as it is; only an export that is missing, or of an earlier end, is made up for."""
+    """Leave a finished run unchanged, except for an export that is missing or of an earlier end."""
     console.print_line(
         f"run {run.name} is finished: {standing.step:,} steps, in {find_storage(run.path).get_uri(run.path)}"
     )

@@ -1,4 +1,4 @@
-"""What a person says about a run: the schema, strict loading, and what makes a run the same run."""
+"""Configuration of a run: schema, strict loading, and run identity."""
 
 from llm_training_toolkit.config.load import dump_config_json, load_config, parse_config, parse_config_json
 from llm_training_toolkit.config.run_identity import (

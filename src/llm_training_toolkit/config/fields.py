@@ -1,4 +1,4 @@
-"""The fields of the schema by their dotted keys, and their types in plain words. For messages and the reference."""
+"""Schema fields by dotted key, and their types in plain words. For messages and the reference."""
 
 from __future__ import annotations
 
@@ -10,25 +10,24 @@ from pydantic.fields import FieldInfo
 
 from llm_training_toolkit.config.schema import Config, ConfigSection, Duration, Interval, Workers
 
-KeyPath = tuple[str | int, ...]
-"""A key of the configuration, part by part."""
+KeyPath = tuple[str | int, ...]  # key of the configuration, part by part
 
 
+# Types whose validator is stricter than their annotation.
 _SPECIAL: Mapping[Any, str] = {
     Interval: "a number of steps of at least 1 or a duration (90s, 10m, 1.5h)",
     Duration: "a duration (90s, 10m, 1.5h)",
     Workers: "a whole number of at least 0, or two of at least 1, the smaller one first ([1, 8])",
 }
-"""Types whose validator says more than their parts."""
 
 
 def format_key(path: KeyPath) -> str:
-    """A key as people write it, such as `data.sources.0.path`."""
+    """Format a key in dotted form, such as `data.sources.0.path`."""
     return ".".join(map(str, path))
 
 
 def iter_sections(prefix: str = "", section: type[ConfigSection] = Config) -> Iterator[tuple[str, type[ConfigSection]]]:
-    """Every section of the schema by its dotted key; `N` stands for a position in a list."""
+    """Yield every section of the schema by dotted key; `N` stands for a list index."""
     yield prefix, section
     for name, info in section.model_fields.items():
         inner = get_inner_section(info.annotation)
@@ -38,7 +37,7 @@ def iter_sections(prefix: str = "", section: type[ConfigSection] = Config) -> It
 
 
 def get_inner_section(annotation: object) -> type[ConfigSection] | None:
-    """The section that a field holds: itself, optional, or as the items of a list."""
+    """Return the section that a field holds: itself, optional, or as the items of a list."""
     if isinstance(annotation, type) and issubclass(annotation, ConfigSection):
         return annotation
     if get_origin(annotation) in {Union, types.UnionType, tuple}:
@@ -47,7 +46,7 @@ def get_inner_section(annotation: object) -> type[ConfigSection] | None:
 
 
 def format_type(annotation: object, metadata: Sequence[Any] = ()) -> str:
-    """What a value may be, in plain words."""
+    """Describe the allowed values in plain words."""
     args = get_args(annotation)
     for special, words in _SPECIAL.items():
         if any(item in metadata for item in get_args(special)[1:]):
@@ -110,7 +109,7 @@ def _collect_limits(metadata: Sequence[Any]) -> dict[str, Any]:
 
 
 def get_plain_types(annotation: object) -> set[type]:
-    """The plain types that a field takes; a literal text is not text in general."""
+    """Return the plain types that a field accepts; a Literal of strings does not count as str."""
     origin, args = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         return get_plain_types(args[0])
@@ -122,7 +121,7 @@ def get_plain_types(annotation: object) -> set[type]:
 
 
 def resolve_key(loc: Sequence[str | int], root: type[ConfigSection] = Config) -> tuple[KeyPath, Any, Sequence[Any]]:
-    """The key in an error's location, without the names of union branches, and what the schema says of it."""
+    """Return the key in an error's location without names of union branches, with its annotation and metadata."""
     path: KeyPath = ()
     annotation: Any = root
     metadata: Sequence[Any] = ()

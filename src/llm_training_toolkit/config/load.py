@@ -1,10 +1,10 @@
-"""Read a run's configuration strictly: every problem at once, in plain words.
+"""Strict loader of a run's configuration: reports every problem at once, in plain words.
 
     file ─► YAML nodes ─┐
-    overrides ──────────┼─► Document ─► JSON ─► pydantic ─► Config
-    resolved.json ──────┘                          └─► lines of one ConfigError
+    overrides ──────────┼─► ConfigDocument ─► JSON ─► pydantic ─► Config
+    resolved.json ──────┘                                └─► lines of one ConfigError
 
-Only files and overrides are YAML (yaml_nodes.py, overrides.py); the rest is read where there is no library for it, too.
+Only files and overrides need YAML (yaml_reader.py, overrides.py); the rest is read without ruamel.yaml, too.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ S = TypeVar("S", bound=ConfigSection)
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """The configuration in a YAML file, changed by `key=value` overrides."""
+    """Load the configuration in a YAML file, changed by `key=value` overrides."""
     return validate_document(read_document(path, overrides), Config)
 
 
 def read_document(path: Path, overrides: Sequence[str] = ()) -> ConfigDocument:
-    """What a YAML file holds, changed by `key=value` overrides, not validated yet."""
+    """Read a YAML file, changed by `key=value` overrides, without validation."""
     try:
         from llm_training_toolkit.config.overrides import apply_override
         from llm_training_toolkit.config.yaml_reader import read_yaml_file
-    except ModuleNotFoundError as error:  # a plain CUDA image; plain data and resolved.json are read all the same
+    except ModuleNotFoundError as error:  # plain CUDA image; plain data and resolved.json still load
         raise ConfigError(f"{path}: YAML cannot be read here: `pip install ruamel.yaml`") from error
     document = ConfigDocument(str(path))
     read_yaml_file(path, document)
@@ -56,7 +56,7 @@ def read_document(path: Path, overrides: Sequence[str] = ()) -> ConfigDocument:
 
 
 def parse_config_json(text: str, where: str = "resolved.json") -> Config:
-    """The configuration that `to_json` wrote; as strict as `load`."""
+    """Parse the configuration written by `dump_config_json`, as strictly as `load_config`."""
     document = ConfigDocument(where)
 
     def report_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -73,17 +73,17 @@ def parse_config_json(text: str, where: str = "resolved.json") -> Config:
 
 
 def dump_config_json(config: Config) -> str:
-    """The whole configuration, defaults included, in the order of the schema."""
+    """Return the whole configuration as JSON, including defaults, in schema order."""
     return json.dumps(config.model_dump(mode="json"), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def parse_config(data: Mapping[str, Any], where: str) -> Config:
-    """The configuration in plain data; `where` begins every line of the error."""
+    """Parse the configuration in plain data; `where` is the prefix of every line of the error."""
     return validate_document(ConfigDocument(where, data), Config)
 
 
 def validate_document(document: ConfigDocument, root: type[S]) -> S:
-    """The document as the section that the whole file is. Raises ConfigError with every problem."""
+    """Validate the document as `root`, the section of the whole file. Raises ConfigError with every problem."""
     if not isinstance(document.data, Mapping):
         document.report_problem(
             (), f"expected sections ({', '.join(root.model_fields)}), not {_format_value(document.data)}"
@@ -101,7 +101,7 @@ def validate_document(document: ConfigDocument, root: type[S]) -> S:
 
 
 def _convert_to_json_data(value: object, path: KeyPath, document: ConfigDocument) -> object:
-    """What JSON can carry, whatever the source; the rest is reported."""
+    """Convert data from any source to JSON data; report values that JSON cannot hold."""
     if isinstance(value, Mapping):
         return {str(key): _convert_to_json_data(item, (*path, str(key)), document) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -124,7 +124,7 @@ def _format_value(value: object) -> str:
 
 
 def _report_validation_errors(error: ValidationError, document: ConfigDocument, root: type[ConfigSection]) -> None:
-    """One line per key: pydantic reports each branch of a union apart, and hides it in the location."""
+    """Report one line per key: pydantic has one error per union branch, its location mixed with branch names."""
     seen = set(document.reported_keys)
     for detail in error.errors(include_url=False):
         path, annotation, metadata = resolve_key(detail["loc"], root)
@@ -139,12 +139,12 @@ def _report_validation_errors(error: ValidationError, document: ConfigDocument, 
 
 
 def _is_section(value: object, annotation: object) -> bool:
-    """Too much to show: the keys of a section, rather than the value of a field."""
+    """Return whether a value is a section, too large to show, rather than the value of a field."""
     return isinstance(value, dict | list) and get_origin(annotation) not in {tuple, dict}
 
 
 def _is_redundant_error(detail: ErrorDetails) -> bool:
-    """A list is called too short when its items were refused; the items have lines of their own."""
+    """Return whether a list counts as too short only because its items were refused and reported."""
     return detail["type"] == "too_short" and len(detail["input"]) >= detail["ctx"]["min_length"]
 
 
@@ -181,7 +181,7 @@ def _is_number(text: str) -> bool:
 
 
 def format_unknown_key(path: KeyPath, root: type[ConfigSection]) -> str:
-    """What to say of a key whose section does not have it."""
+    """Return the message for a key that its section does not have."""
     _, section, _ = resolve_key(path[:-1], root)
     section = get_inner_section(section)
     assert section is not None, "only sections forbid unknown keys"

@@ -1,4 +1,4 @@
-"""Overrides on the command line: `key=value`, each value written as in the file."""
+"""Command line overrides: `key=value`, with values in YAML as in the file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from llm_training_toolkit.config.yaml_reader import YamlNodeReader, compose_yaml
 
 
 def apply_override(override: str, number: int, document: ConfigDocument) -> None:
-    """Set one value in the document; `number` is the override's position among all."""
+    """Set one value in the document; `number` is the position among all overrides."""
     place = ConfigLocation((1, number), f"override {override}")
     key, equals, text = override.partition("=")
     parts = key.strip().split(".")
@@ -37,7 +37,7 @@ def apply_override(override: str, number: int, document: ConfigDocument) -> None
 
 
 def _parse_override_value(text: str) -> tuple[str, Node | None]:
-    """What is wrong with an override's value (empty where nothing is), and the value."""
+    """Return the problem of an override's value (empty if there is none) and the value."""
     try:
         node = compose_yaml(text)
     except YAMLError as error:
@@ -52,9 +52,9 @@ def _parse_override_value(text: str) -> tuple[str, Node | None]:
 def _resolve_parent(
     parts: Sequence[str], document: ConfigDocument, place: ConfigLocation
 ) -> tuple[KeyPath, Any] | None:
-    """The path that an override names and the section or list that holds it; None once the reason is reported."""
+    """Return the path of an override's key and the container that holds it, or None after reporting a problem."""
     if not isinstance(document.data, dict):
-        return None  # reported when the whole is validated
+        return None  # reported by `validate_document`
     path: KeyPath = ()
     holder: Any = document.data
     for position, part in enumerate(parts, start=1):

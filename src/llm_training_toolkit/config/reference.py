@@ -1,4 +1,4 @@
-"""Write the reference of the configuration from the schema: `python -m llm_training_toolkit.config.reference FILE`."""
+"""Generator of the configuration reference: `python -m llm_training_toolkit.config.reference FILE`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ What happens when a field changes in a run that has begun:
 
 
 def render_reference() -> str:
-    """The reference as Markdown: one table per section."""
+    """Return the reference as Markdown: one table per section."""
     parts = [_HEAD]
     parts += [_format_table(key, section) for key, section in iter_sections() if key]
     return "\n".join(parts)

@@ -1,4 +1,4 @@
-"""Keys of earlier versions with the keys that replaced them, for the error message alone: no old key is accepted."""
+"""Renamed keys of earlier versions, for the error message only: no old key is accepted."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ _DISTRIBUTION = {"log_uniform": "loguniform", "integers": "randint"}  # below `s
 
 
 def find_renamed_key(path: tuple[str | int, ...]) -> str | None:
-    """Return the present name of the last part of a key, or None for a key that never existed."""
+    """Return the current name of the last part of a key, or None for a key that never existed."""
     *parents, key = path
     section = ".".join(part for part in parents if isinstance(part, str))
     if parents and parents[0] == "search":

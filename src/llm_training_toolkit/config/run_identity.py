@@ -1,4 +1,4 @@
-"""Say whether two configurations are the same run, by the tags of the schema."""
+"""Comparison of two configurations by field tag: are they the same run?"""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from llm_training_toolkit.errors import ConfigError
 
 @dataclass(frozen=True)
 class ConfigChange:
-    """One field that differs; None where it was, or is, absent."""
+    """Changed field. `old` or `new` is None if the field did not exist there."""
 
     key: str
     tag: FieldTag
@@ -25,12 +25,12 @@ class ConfigChange:
 
 
 def get_field_tag(info: FieldInfo) -> FieldTag | None:
-    """The tag of a field; None for a field that holds sections, whose own fields are tagged."""
+    """Return the tag of a field, or None for a field that holds sections, which have tagged fields of their own."""
     return next((item for item in info.metadata if isinstance(item, FieldTag)), None)
 
 
 def flatten_config(config: Config) -> dict[str, tuple[FieldTag, Any]]:
-    """Every field by its dotted key, such as `data.sources.0.path`, with its tag."""
+    """Return every field by dotted key, such as `data.sources.0.path`, with its tag."""
     return {key: (tag, value) for key, tag, value in _iter_leaf_fields(config, "")}
 
 
@@ -47,7 +47,7 @@ def _iter_leaf_fields(held: ConfigSection, prefix: str) -> Iterator[tuple[str, F
 
 
 def diff_configs(old: Config, new: Config) -> list[ConfigChange]:
-    """Every field that differs; those that only the new configuration has come last."""
+    """Return every changed field; fields that exist only in the new configuration come last."""
     before, after = flatten_config(old), flatten_config(new)
     found = [
         ConfigChange(key, tag, before.get(key, (tag, None))[1], after.get(key, (tag, None))[1])
@@ -57,8 +57,8 @@ def diff_configs(old: Config, new: Config) -> list[ConfigChange]:
 
 
 def fingerprint(config: Config) -> str:
-    """SHA-256 of the identity fields: equal exactly where no identity field differs."""
-    # An absent field counts like one that is null: a field added to the schema later leaves old runs what they are.
+    """Return the SHA-256 of the identity fields: equal if and only if no identity field differs."""
+    # Null counts as absent, so that a field added to the schema later does not change the fingerprint of old runs.
     identity = {
         key: value
         for key, (tag, value) in flatten_config(config).items()
@@ -68,16 +68,17 @@ def fingerprint(config: Config) -> str:
 
 
 def _to_canonical_json(value: object) -> str:
-    # Not ==, to which 1 and 1.0 are the same: a warm-up of 1 is a step, one of 1.0 the whole run.
+    # JSON instead of ==, where 1 equals 1.0: a warm-up of 1 is one step, 1.0 is the whole run.
     return json.dumps(value, sort_keys=True)
 
 
 def check_config_changes(
     old: Config, new: Config, *, accept: Sequence[str] = (), extend: bool = False
 ) -> list[ConfigChange]:
-    """Let a begun run go on with another configuration, or say what stands against it.
+    """Check that a started run may continue with another configuration.
 
-    Returns the identity and horizon changes that were accepted; free fields may change unasked.
+    Returns the accepted identity and horizon changes; free fields may always change. Raises ConfigError for every
+    refused change, and for every `accept` key without a changed identity field.
     """
     differing = [change for change in diff_configs(old, new) if change.tag is not FieldTag.FREE]
     identity = [change for change in differing if change.tag is FieldTag.IDENTITY]

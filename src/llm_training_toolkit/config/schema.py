@@ -1,7 +1,7 @@
-"""The configuration of a run: every field, its type, its default, what it means.
+"""Configuration schema of a run: every field with its type, default and meaning.
 
-The only place where a default stands. The text under a field becomes its entry in
-docs/configuration.md; its tag says what happens when it changes in a run that has begun.
+Defaults are defined here only. The docstring of a field becomes its entry in docs/configuration.md. The tag of a field
+says what happens if it changes after the run has started.
 """
 
 from __future__ import annotations
@@ -23,28 +23,27 @@ from pydantic import (
 
 
 class FieldTag(enum.Enum):
-    """What a changed field means for a run that has already begun."""
+    """Effect of changing a field after the run has started."""
 
     IDENTITY = "identity"
-    """Another value is another run: refused unless accepted by name (`--accept`)."""
+    """Part of the run's identity: a change is refused unless accepted by name (`--accept KEY`)."""
     HORIZON = "horizon"
-    """How long the run goes: changed with `--extend`."""
+    """Length of the run: changed with `--extend`."""
     FREE = "free"
-    """May change at every start."""
+    """Free to change at every start."""
 
 
 def _convert_integral_float(value: object) -> object:
-    """Let `2e9` stand for 2000000000; leave everything else for pydantic to judge."""
+    """Convert `2e9` to 2000000000; pass everything else on to pydantic."""
     return int(value) if isinstance(value, float) and math.isfinite(value) and value.is_integer() else value
 
 
-_MAX_COUNT = 10**15
-"""Largest length, batch or number of threads that is read: more than any cluster does, and safe in 64 bits."""
+_MAX_COUNT = 10**15  # Maximum length, batch size or number of threads: beyond any cluster, and safe in 64 bits.
 Count = Annotated[int, BeforeValidator(_convert_integral_float), Field(ge=1, le=_MAX_COUNT)]
 
 
 def _check_whole_number(value: object) -> object:
-    """Refuse true and 1.0 where a Literal of integers would let them pass for 1."""
+    """Refuse true and 1.0, which a Literal of integers would accept as 1."""
     if isinstance(value, bool | float):
         raise ValueError("write a whole number")
     return value
@@ -56,7 +55,7 @@ _SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 
 
 def parse_duration_seconds(text: str) -> float | None:
-    """Seconds of a duration such as `90s`, `10m` or `1.5h`; None where the text is none."""
+    """Return the seconds of a duration such as `90s`, `10m` or `1.5h`, or None if the text is something else."""
     match = _DURATION.fullmatch(text)
     return float(match[1]) * _SECONDS[match[2]] if match else None
 
@@ -80,7 +79,7 @@ Duration = Annotated[str, BeforeValidator(_check_duration)]
 
 
 def _check_worker_range(value: object) -> object:
-    """One number, or the fewest and the most; true and 1.0 are neither."""
+    """Accept one number, or a minimum and a maximum; refuse true and 1.0."""
     ends = tuple(value) if isinstance(value, list | tuple) else (value,)
     numbers = [end for end in ends if isinstance(end, int) and not isinstance(end, bool)]
     pair = isinstance(value, list | tuple)
@@ -94,7 +93,7 @@ Workers = Annotated[int | tuple[int, int], BeforeValidator(_check_worker_range)]
 
 
 class ConfigSection(BaseModel):
-    """A part of the configuration: strict, frozen, every unknown key an error."""
+    """Section of the configuration: strict and frozen, unknown keys are errors."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True, allow_inf_nan=False
@@ -102,97 +101,98 @@ class ConfigSection(BaseModel):
 
 
 class RunConfig(ConfigSection):
-    """Where the run lives and what its chance is drawn from."""
+    """Name, directory and random seed of the run."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$"), FieldTag.FREE]
-    """Name of the run and of its directory. The same name again resumes it."""
+    """Name of the run and of its directory. Starting the same name again resumes the run."""
     dir: Annotated[str, Field(min_length=1), FieldTag.FREE] = "runs"
-    """Directory that holds the runs. On a cluster: a path that every node sees, or `s3://bucket/path`
-    (docs/checkpoints.md)."""
+    """Directory of all runs. On a cluster a path shared by all nodes, or `s3://bucket/path` (docs/checkpoints.md)."""
     seed: Annotated[int, Field(ge=0), FieldTag.IDENTITY] = 42
-    """Source of all randomness: initial weights, data order, fill-in-the-middle, dropout."""
+    """Random seed for initial weights, data order, fill-in-the-middle and dropout."""
     deterministic: Annotated[bool, FieldTag.FREE] = False
-    """Use only deterministic kernels (slower on GPUs). On CPU a run repeats bit for bit without it."""
+    """Use only deterministic kernels (slower on GPUs). On CPU a run is bit-for-bit reproducible without it."""
 
 
 class LoraConfig(ConfigSection):
-    """Low-rank adapters: the model stays as it is, two small matrices beside each linear layer are trained (LoRA)."""
+    """LoRA: train two low-rank matrices beside each linear layer; the model's own weights are frozen."""
 
     rank: Annotated[int, Field(ge=1), FieldTag.IDENTITY] = 16
-    """Inner width of an adapter's two matrices."""
+    """Rank: inner dimension of an adapter's two matrices."""
     alpha: Annotated[int, Field(ge=1), FieldTag.IDENTITY] = 32
-    """What an adapter adds is multiplied by alpha / rank."""
+    """Numerator of the scaling alpha / rank of an adapter's output."""
     dropout: Annotated[float, Field(ge=0.0, lt=1.0), FieldTag.IDENTITY] = 0.0
-    """Share of an adapter's inputs that is left out in training, drawn from seed, step and sequence."""
+    """Dropout on the input of an adapter. Masks depend only on seed, step and sequence."""
     target_modules: Annotated[Literal["auto"] | Annotated[tuple[str, ...], Field(min_length=1)], FieldTag.IDENTITY] = (
         "auto"
     )
-    """Names of the linear layers that get adapters; `auto` = all of the family's, attention and feed-forward."""
+    """Linear layers with adapters, by name. `auto` = attention and feed-forward (MoE models: attention only)."""
     use_rslora: Annotated[bool, FieldTag.IDENTITY] = False
-    """Multiply by alpha / root of rank instead (Kalajdzievski 2023), so that higher ranks learn as fast."""
+    """Scale by alpha / √rank instead (rsLoRA, Kalajdzievski 2023), so that higher ranks learn as fast."""
     use_dora: Annotated[bool, FieldTag.IDENTITY] = False
-    """Train the length of each row of the weights apart from its direction (DoRA, Liu et al. 2024). Slower."""
+    """Train the magnitude of each weight row separately from its direction (DoRA, Liu et al. 2024). Slower."""
     modules_to_save: Annotated[tuple[str, ...], FieldTag.IDENTITY] = ()
-    """Modules trained whole beside the adapters: the embedding or the output layer, by name."""
+    """Modules to train in full besides the adapters: the embedding or the output layer, by name."""
     quantize: Annotated[Literal["nf4"] | None, FieldTag.IDENTITY] = None
-    """Keep the model's matrices in 4 bits while the adapters are trained (QLoRA, Dettmers et al. 2023). GPU only."""
+    """Quantize the frozen linear layers to 4 bits (QLoRA, Dettmers et al. 2023). GPU only."""
 
 
 class ModelConfig(ConfigSection):
-    """What is trained."""
+    """Model architecture, initial weights and adapters."""
 
     name: Annotated[str, FieldTag.IDENTITY]
-    """A size of a known family, such as `qwen3-0.6b` (`ltt plan` names the nearest ones when it is unknown)."""
+    """Size of a known family, such as `qwen3-0.6b`. For an unknown name `ltt plan` lists the nearest ones."""
     path: Annotated[str | None, FieldTag.IDENTITY] = None
-    """Weights to start from: a directory or a hub id. Without it the weights are random."""
+    """Pretrained weights: a directory or a hub id. Without `path` and `init_from` the weights are random."""
     init_from: Annotated[str | None, FieldTag.IDENTITY] = None
-    """Start from the newest checkpoint of another run, given by its directory. Not a resume: step 0, new optimizer."""
+    """Directory of another run. Starts from the weights of its newest checkpoint at step 0, with a new optimizer."""
     config_overrides: Annotated[dict[str, int | float | bool], FieldTag.IDENTITY] = {}
-    """Changes to the size's shape, by the names of its Hugging Face configuration. From scratch only."""
+    """Changes to the size's architecture, by the names of its Hugging Face configuration. From scratch only."""
     resize_vocab_to: Annotated[Annotated[int, Field(gt=0, multiple_of=64)] | None, FieldTag.IDENTITY] = None
-    """Rows of the embedding, for a tokenizer with more entries than the weights of `path` have rows: a multiple of 64,
-    such as 49216. New rows begin at the mean of the old. Absent = as the weights have them; none is ever removed."""
+    """Number of embedding rows, if the tokenizer has more entries than the weights of `path`: a multiple of 64, such as
+    49216. New rows start as the mean of the old ones. Absent = as in the weights; rows are never removed."""
     attn_implementation: Annotated[Literal["eager", "sdpa", "flash_attention_2", "flex_attention"], FieldTag.FREE] = (
         "sdpa"
     )
-    """How attention is computed; the last two need a GPU. Documents in a sequence do not see each other."""
+    """Implementation of attention; the last two need a GPU. Packed documents do not attend to each other."""
     activation_checkpointing: Annotated[bool, FieldTag.FREE] = False
     """Recompute activations in the backward pass: about a third more time for much less memory."""
     loss_chunk_size: Annotated[Annotated[int, Field(ge=0)] | Literal["auto"], FieldTag.IDENTITY] = "auto"
-    """Tokens per chunk of the loss over the vocabulary, so that whole logits never exist. `auto` = as many as make 67
-    million logits (0.4 GB in bf16): 441 for Qwen's vocabulary. 0 = no chunks."""
+    """Tokens per chunk of the cross-entropy loss, so that the full logits are never materialized. `auto` = chunks of 67
+    million logits (0.4 GB in bf16): 441 tokens for Qwen's vocabulary. 0 = no chunks."""
     lora: LoraConfig | None = None
-    """Train adapters instead of the model; absent = the model itself."""
+    """Train adapters instead of the model. Absent = train the model itself."""
 
     @model_validator(mode="after")
     def _check_weights_origin(self) -> ModelConfig:
         if self.path is not None and self.init_from is not None:
             raise ValueError("path and init_from both name weights to start from: keep one")
         if self.config_overrides and (self.path is not None or self.init_from is not None):
-            raise ValueError("shape changes a model from scratch: saved weights bring their own; remove shape")
+            raise ValueError("config_overrides changes a model from scratch: saved weights bring their own; remove it")
         if self.resize_vocab_to is not None and self.path is None:
-            raise ValueError("grow_vocabulary is for weights of model.path; from scratch set shape.vocab_size")
+            raise ValueError(
+                "resize_vocab_to is for weights of model.path; from scratch set config_overrides.vocab_size"
+            )
         if self.resize_vocab_to is not None and self.lora is not None:
             raise ValueError(
-                "grow_vocabulary adds rows to weights that adapters leave as they are: keep one of the two"
+                "resize_vocab_to adds rows to weights that adapters leave as they are: keep one of the two"
             )
         return self
 
 
 class TrainTokenizerConfig(ConfigSection):
-    """A byte-level BPE tokenizer of one's own, with the special tokens of the model's family."""
+    """Byte-level BPE tokenizer trained for the run, with the special tokens of the model's family."""
 
     vocab_size: Annotated[int, Field(ge=512, le=1_000_000), FieldTag.IDENTITY]
-    """Entries of the vocabulary, special tokens included."""
+    """Number of vocabulary entries, including special tokens."""
 
 
 class TokenizerConfig(ConfigSection):
-    """Where the tokenizer comes from: exactly one of the two."""
+    """Tokenizer of the run: exactly one of the two fields."""
 
     path: Annotated[str | None, FieldTag.IDENTITY] = None
-    """A directory with a tokenizer.json, or a hub id."""
+    """Directory with a tokenizer.json, or a hub id."""
     train: TrainTokenizerConfig | None = None
-    """Train one from the run's own documents."""
+    """Train a tokenizer on the run's own documents."""
 
     @model_validator(mode="after")
     def _check_tokenizer_origin(self) -> TokenizerConfig:
@@ -202,42 +202,43 @@ class TokenizerConfig(ConfigSection):
 
 
 class FimConfig(ConfigSection):
-    """Fill-in-the-middle: a document is cut twice and the middle is moved to its end."""
+    """Fill-in-the-middle: a document is split at two points and its middle is moved to the end."""
 
     rate: Annotated[Share, FieldTag.IDENTITY] = 0.5
-    """Share of documents, or of the files of a repository, that are rearranged; StarCoder was trained with 0.5."""
+    """Share of documents, or of the files of a repository, that are transformed; StarCoder used 0.5."""
     spm_rate: Annotated[Share, FieldTag.IDENTITY] = 0.5
-    """Share of those in suffix-prefix-middle order; the others are prefix-suffix-middle."""
+    """Share of transformed documents in suffix-prefix-middle order; the others are prefix-suffix-middle."""
     loss: Annotated[Literal["all", "middle"], FieldTag.IDENTITY] = "all"
-    """Train on every token, or on the middle and its end alone."""
+    """Train on every token, or only on the middle and its end token."""
     level: Annotated[Literal["context", "document"], FieldTag.IDENTITY] = "context"
-    """Rearrange each chunk of a document that is too long for a sequence, or a whole document, or file of a repository,
-    before it is cut."""
+    """Order of operations. `context`: split a long document into chunks of a sequence, then transform each. `document`:
+    transform the whole document, or file of a repository, then split."""
 
 
 class SourceConfig(ConfigSection):
-    """One source of documents."""
+    """Source of documents."""
 
     path: Annotated[str, Field(min_length=1), FieldTag.IDENTITY]
-    """A file, a directory, a glob, an address (`s3://`, `gs://`, `hf://`), or `python:stdlib` (the standard library of
-    the running Python). Files may be compressed (.gz, .bz2, .xz, .zst)."""
+    """File, directory, glob, URI (`s3://`, `gs://`, `hf://`) or `python:stdlib` (the standard library of the running
+    Python). Files may be compressed (.gz, .bz2, .xz, .zst)."""
     format: Annotated[Literal["code", "text", "chat"], FieldTag.IDENTITY]
-    """`code`: a document a file, or a record with `content`. `text`: a document a file, or a record with `text`.
-    `chat`: a conversation a record. Records are lines of .jsonl files, or rows of .parquet and .arrow files."""
+    """Format of the documents. `code`: one document per file, or per record with `content`. `text`: the same with
+    `text`. `chat`: one conversation per record. Records are lines of .jsonl files, or rows of .parquet and .arrow
+    files."""
     fim: FimConfig | None = None
-    """Fill-in-the-middle for this source; absent = plain. Not for chat."""
+    """Fill-in-the-middle for this source. Absent = off. Not for chat."""
     group_by: Annotated[Literal["file", "repository"], FieldTag.IDENTITY] = "file"
-    """Code: a document is a file, or all files of a repository in the order of their paths."""
+    """Code: one document per file, or per repository, with all its files in path order."""
     metadata: Annotated[bool, FieldTag.IDENTITY] = False
-    """Code: put the repository's name, the file's path and the stars before a document, in the family's own tokens."""
+    """Code: put repository name, file path and star count before a document, in the family's special tokens."""
     loss: Annotated[Literal["assistant", "last_turn", "all"], FieldTag.IDENTITY] = "assistant"
-    """Chat: train on what the assistant says and the end of its turn, on its last turn alone, or on everything."""
+    """Chat: train on all assistant turns and their end tokens, on the last assistant turn only, or on every token."""
     overlong: Annotated[Literal["auto", "split", "drop", "error"], FieldTag.IDENTITY] = "auto"
-    """A document longer than a sequence: cut into chunks, drop it (counted), or stop. `auto` = drop for chat, continue
-    for the others."""
+    """Documents longer than a sequence: split, drop (counted), or stop with an error. `auto` = drop for chat, else
+    split."""
     weight: Annotated[Annotated[float, Field(gt=0.0)] | None, FieldTag.IDENTITY] = None
-    """Its share of the tokens, relative to the weights of the other sources: all of them have one, or none. Without
-    weights every source is seen once per epoch."""
+    """Mixture weight: share of the tokens, relative to the weights of the other sources. Set for all sources or for
+    none. Without weights every source is seen once per epoch."""
 
     @model_validator(mode="after")
     def _check_no_credentials(self) -> SourceConfig:
@@ -266,27 +267,27 @@ class SourceConfig(ConfigSection):
 
     @model_serializer(mode="wrap")
     def _serialize_applicable_fields(self, whole: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without `loss` where it says nothing, so that what was written can be read again."""
+        """Leave out `loss` for formats that refuse it, so that the result can be loaded again."""
         values: dict[str, Any] = whole(self)
         return values if self.format == "chat" else {name: value for name, value in values.items() if name != "loss"}
 
 
 class EvalSplitConfig(ConfigSection):
-    """What is held out: a share of the documents, or documents of one's own."""
+    """Held-out documents: a fraction of the training documents, or separate sources."""
 
     fraction: Annotated[float, Field(ge=0.0, lt=1.0), FieldTag.IDENTITY] = 0.01
-    """Share of the documents kept out of training, chosen by a hash. With `sources` it must not be given, and is 0."""
+    """Fraction of the documents held out of training, chosen by hash. Must not be set with `sources`, and is then 0."""
     split_by: Annotated[Literal["document", "repository"], FieldTag.IDENTITY] = "document"
-    """What the fraction is taken of: documents, by the hash of their content, or repositories, by the hash of their
-    name, so that no file of a held-out repository is trained on."""
+    """Unit of the fraction: documents, by the hash of their content, or repositories, by the hash of their name. With
+    `repository` no file of a held-out repository is trained on."""
     sources: tuple[SourceConfig, ...] = ()
-    """Documents to hold out instead: never trained on, and whatever of `data.sources` has the same content is dropped
-    and counted as `in_eval`."""
+    """Sources to hold out instead, never trained on. Documents of `data.sources` with the same content are dropped and
+    counted as `in_eval`."""
 
     @model_validator(mode="after")
     def _check_split_choice(self) -> EvalSplitConfig:
         if self.sources and "fraction" not in self.model_fields_set:
-            object.__setattr__(self, "fraction", 0.0)  # frozen, and no validator before this one sees strict values
+            object.__setattr__(self, "fraction", 0.0)  # frozen; earlier validators do not see strict values
         if self.sources and (self.fraction > 0.0 or self.split_by != "document"):
             given = "fraction" if self.fraction > 0.0 else "split_by"
             raise ValueError(f"{given} chooses among the training documents, sources names others: keep one of the two")
@@ -298,25 +299,25 @@ class EvalSplitConfig(ConfigSection):
 
 
 class DataConfig(ConfigSection):
-    """What is trained on."""
+    """Training data and held-out documents."""
 
     sequence_length: Annotated[int, Field(ge=16, le=10**9), FieldTag.IDENTITY]
-    """Tokens in a packed sequence."""
+    """Tokens per packed sequence."""
     sources: Annotated[tuple[SourceConfig, ...], Field(min_length=1)]
-    """Where the documents come from; each once per epoch, or by its weight."""
+    """Sources of training documents, each seen once per epoch or by its weight."""
     eval: EvalSplitConfig = EvalSplitConfig()
-    """The held-out part."""
+    """Held-out documents."""
     on_error: Annotated[Literal["stop", "skip"], FieldTag.IDENTITY] = "stop"
-    """A document that cannot be read: stop and name it, or skip and count it."""
+    """Unreadable documents: stop and name the document, or skip and count it."""
     max_skipped: Annotated[Share, FieldTag.IDENTITY] = 0.001
-    """With on_error: skip, the largest share of documents that may be skipped."""
+    """Maximum share of documents that `on_error: skip` may skip."""
     cache: Annotated[str, Field(min_length=1), FieldTag.FREE] = "auto"
-    """Directory for prepared tokens, shared by runs. `auto` = `.cache` beside the runs; where those lie in an object
-    store, `~/.cache/llm-training-toolkit`."""
+    """Directory for tokenized data, shared by runs. `auto` = `.cache` in `run.dir`, or `~/.cache/llm-training-toolkit`
+    if `run.dir` is an object store."""
 
     @property
     def source_weights(self) -> tuple[float, ...]:
-        """The sources' weights; empty where they have none."""
+        """Weights of the sources; empty if they have none."""
         return tuple(source.weight for source in self.sources if source.weight is not None)
 
     @model_validator(mode="after")
@@ -328,28 +329,28 @@ class DataConfig(ConfigSection):
 
 
 class OptimConfig(ConfigSection):
-    """The optimizer and its learning rate. Norms and biases carry no weight decay."""
+    """Optimizer and learning rate schedule. Norms and biases have no weight decay."""
 
     name: Annotated[Literal["adamw"], FieldTag.IDENTITY] = "adamw"
-    """The optimizer."""
+    """Optimizer."""
     lr: Annotated[Annotated[float, Field(gt=0.0)] | Literal["auto"], FieldTag.IDENTITY] = "auto"
-    """Peak learning rate; `auto` chooses by method and size, and the plan shows it."""
+    """Peak learning rate. `auto` = by training method and model size; `ltt plan` shows the value."""
     betas: Annotated[tuple[float, float], FieldTag.IDENTITY] = (0.9, 0.95)
-    """Decay of the first and second moment; 0.95 is what Qwen and StarCoder use."""
+    """Decay rates of the first and second moment. Qwen and StarCoder use 0.95 for the second."""
     eps: Annotated[float, Field(gt=0.0), FieldTag.IDENTITY] = 1e-8
-    """Added to the root of the second moment."""
+    """Epsilon, added to the root of the second moment."""
     weight_decay: Annotated[float, Field(ge=0.0), FieldTag.IDENTITY] = 0.1
     """Decoupled weight decay of matrices."""
     lr_scheduler: Annotated[Literal["constant", "linear", "cosine", "wsd"], FieldTag.IDENTITY] = "cosine"
-    """Shape after warm-up; `wsd` = stable, then a linear decay over the last `decay` of the run."""
+    """Learning rate schedule after warm-up; `wsd` = constant, then a linear decay over the last `decay` of the run."""
     warmup: Annotated[Share | Annotated[int, Field(ge=0)], FieldTag.IDENTITY] = 0.01
-    """Warm-up from zero: a share of the run (0.01) or a number of steps (100)."""
+    """Length of the warm-up from zero: a share of the run (0.01) or a number of steps (100)."""
     decay: Annotated[Share, FieldTag.IDENTITY] = 0.2
-    """Share of the run that `wsd` decays over."""
+    """Share of the run that the decay of `wsd` takes."""
     min_lr_ratio: Annotated[Share, FieldTag.IDENTITY] = 0.1
-    """Where the schedule ends, as a share of the peak."""
+    """Final learning rate, as a share of the peak."""
     max_grad_norm: Annotated[float, Field(ge=0.0), FieldTag.IDENTITY] = 1.0
-    """Largest norm of the gradient; 0 = no clipping."""
+    """Maximum gradient norm for clipping; 0 = no clipping."""
 
     @model_validator(mode="after")
     def _check_betas(self) -> OptimConfig:
@@ -359,24 +360,24 @@ class OptimConfig(ConfigSection):
 
 
 class TrainConfig(ConfigSection):
-    """How long and in what portions."""
+    """Length of the run, batch sizes and precision."""
 
     tokens: Annotated[Count | None, FieldTag.HORIZON] = None
-    """Length of the run in tokens, padding included (2e9 is fine). Exactly one of tokens, steps, epochs."""
+    """Length of the run in tokens, padding included (2e9 is fine). Exactly one of tokens, steps and epochs."""
     steps: Annotated[Count | None, FieldTag.HORIZON] = None
     """Length of the run in optimizer steps."""
     epochs: Annotated[Count | None, FieldTag.HORIZON] = None
     """Length of the run in passes over the data."""
     global_batch_size: Annotated[int, Field(ge=1, le=_MAX_COUNT), FieldTag.IDENTITY] = 64
-    """Sequences per optimizer step, over all workers. Never changes, whatever the number of workers."""
+    """Sequences per optimizer step, over all workers. Does not depend on the number of workers."""
     micro_batch_size: Annotated[Annotated[int, Field(ge=1, le=_MAX_COUNT)] | Literal["auto"], FieldTag.FREE] = "auto"
-    """Sequences per forward pass on one worker. Changes memory and speed, not the result. `auto` = as many as the
-    memory estimate leaves room for on the device, and half of them whenever an allocation fails. A resume keeps it;
-    another start of the same file may take another, and then rounds differently."""
+    """Sequences per forward pass on one worker. Affects memory and speed, not the result. `auto` = as many as fit into
+    device memory by the estimate, halved whenever an allocation fails. A resume keeps the value; a new run of the same
+    file may get another value and then differs by rounding."""
     precision: Annotated[Literal["auto", "bf16", "fp32"], FieldTag.IDENTITY] = "auto"
-    """Precision of the forward and backward pass. Weights are kept and updated in fp32 either way. `auto` = bf16 on
-    GPUs that have it; on CPUs bf16 where a measurement on every worker finds it no slower than fp32. A resume keeps
-    it."""
+    """Precision of the forward and backward pass. Weights are stored and updated in fp32 in either case. `auto` picks
+    bf16 on GPUs that support it, and on CPUs if a measurement on every worker finds it no slower than fp32. A resume
+    keeps the value."""
 
     @model_validator(mode="after")
     def _check_run_length(self) -> TrainConfig:
@@ -386,45 +387,45 @@ class TrainConfig(ConfigSection):
 
 
 class EngineConfig(ConfigSection):
-    """How DeepSpeed spreads the work."""
+    """DeepSpeed settings."""
 
     zero_stage: Annotated[Literal["auto", 0, 1, 2, 3], BeforeValidator(_check_whole_number), FieldTag.FREE] = "auto"
-    """ZeRO stage: what is spread over the workers. 1 optimizer state, 2 and gradients, 3 and weights. `auto` = for one
-    worker the stage that costs least, for several the lowest that the memory estimate fits into their devices."""
+    """ZeRO stage. Stage 1 shards the optimizer state over the workers, 2 also gradients, 3 also weights. For one worker
+    `auto` = the cheapest. For several it is the lowest of 0, 2 and 3 that fits into device memory by the estimate."""
     deepspeed: Annotated[dict[str, Any], FieldTag.FREE] = {}
-    """Passed to DeepSpeed as it stands, except the keys the toolkit owns, which are refused."""
+    """Additional DeepSpeed configuration, passed on unchanged. Keys that the toolkit sets are refused."""
 
 
 class CheckpointConfig(ConfigSection):
-    """When the run is saved and what is kept."""
+    """Checkpoint interval and retention."""
 
     interval: Annotated[Interval, FieldTag.FREE] = "10m"
     """Steps (200) or time (10m) between checkpoints. The last step is always saved."""
     keep_latest: Annotated[int, Field(ge=1), FieldTag.FREE] = 3
-    """How many of the newest checkpoints are kept."""
+    """Number of newest checkpoints to keep."""
     keep_every: Annotated[int, Field(ge=0), FieldTag.FREE] = 0
-    """Keep each checkpoint whose step is a multiple of this for good. 0 = none."""
+    """Keep every checkpoint whose step is a multiple of this number. 0 = off."""
     keep_best: Annotated[int, Field(ge=0), FieldTag.FREE] = 1
-    """How many with the lowest held-out loss are kept, of those whose own step was evaluated. 0 = none."""
+    """Number of checkpoints with the lowest held-out loss to keep, among those of evaluated steps. 0 = off."""
 
 
 class EvalTaskConfig(ConfigSection):
-    """A task the model is measured by. What is absent has the default of `ltt evaluate`."""
+    """Evaluation task. Absent fields have the defaults of `ltt evaluate`."""
 
     task: Annotated[Literal["perplexity", "infill", "humaneval"], FieldTag.FREE]
-    """Loss of documents, gaps in code, or functions and their tests (docs/evaluation.md)."""
+    """Loss of documents, infilling of gaps in code, or functions with unit tests (docs/evaluation.md)."""
     interval: Annotated[Annotated[int, Field(ge=1)] | None, FieldTag.FREE] = None
-    """Also while the run trains, on a checkpoint every so many steps; all workers wait. Absent: at the end alone."""
+    """Steps between evaluations of checkpoints during training; all workers wait. Absent = only at the end."""
     data: Annotated[str | None, FieldTag.FREE] = None
-    """Documents, or a file of problems. Absent: what the run holds out; for humaneval the 164 of the package."""
+    """Documents, or a file of problems. Absent = the held-out documents; for humaneval its package's 164 problems."""
     format: Annotated[Literal["code", "text", "chat"] | None, FieldTag.FREE] = None
-    """Of the documents."""
+    """Format of the documents."""
     limit: Annotated[Annotated[int, Field(ge=1)] | None, FieldTag.FREE] = None
-    """infill, humaneval: so many documents or problems."""
+    """infill, humaneval: number of documents or problems."""
     samples: Annotated[Annotated[int, Field(ge=1)] | None, FieldTag.FREE] = None
-    """humaneval: completions of each problem, for pass@10 and pass@100."""
+    """humaneval: completions per problem, for pass@10 and pass@100."""
     temperature: Annotated[Annotated[float, Field(ge=0.0)] | None, FieldTag.FREE] = None
-    """humaneval: 0 = always the likeliest token."""
+    """humaneval: sampling temperature; 0 = greedy decoding."""
 
     @model_validator(mode="after")
     def _check_task_options(self) -> EvalTaskConfig:
@@ -441,103 +442,104 @@ class EvalTaskConfig(ConfigSection):
         return self
 
     def get_task_options(self) -> dict[str, Any]:
-        """What was given beside the name, as `ltt evaluate` takes it."""
+        """Return the options that were given besides the task, as `ltt evaluate` takes them."""
         return self.model_dump(exclude={"task", "interval"}, exclude_none=True)
 
 
 class EvalConfig(ConfigSection):
-    """When the held-out loss is measured, and what else the model is measured by."""
+    """Evaluation of the held-out loss and of tasks."""
 
     interval: Annotated[int, Field(ge=1), FieldTag.FREE] = 200
     """Steps between evaluations; step 0 and the last step are always evaluated."""
     tasks: tuple[EvalTaskConfig, ...] = ()
-    """Tasks carried out on the exported model when the run finishes, and on the way. One that fails is reported."""
+    """Tasks run on the exported model at the end, and during training at their `interval`. Failed tasks are only
+    reported."""
 
 
 class ExportConfig(ConfigSection):
-    """What is left when the run finishes."""
+    """Export at the end of the run."""
 
     at_end: Annotated[bool, FieldTag.FREE] = True
     """Write a Hugging Face directory to `<run>/export` when the run finishes."""
 
 
 class ClusterConfig(ConfigSection):
-    """What the run takes of the machines."""
+    """Workers, their resources and placement."""
 
     workers: Annotated[Workers, FieldTag.FREE] = 1
-    """Ray Train workers, one device each. `[1, 8]` = elastic: as many as there is room for, from 1 to 8; the run
-    shrinks when a node is lost and grows when one comes. 0 = without Ray: this process, or torchrun's ranks."""
+    """Number of Ray Train workers, one device each. An elastic run, such as `[1, 8]`, has 1 to 8 as resources allow:
+    fewer after a node is lost, more when one joins. 0 = without Ray: one process, or the ranks of torchrun."""
     resource_timeout: Annotated[Duration, FieldTag.FREE] = "10m"
-    """How long a run waits for room for its (fewest) workers, at its start and after it has lost some, before it fails.
-    What can never come is not waited for at the start."""
+    """Maximum wait for the resources of the (fewest) workers, at the start and after losing workers, before the run
+    fails. At the start, resources that the cluster can never provide are refused without waiting."""
     gpus_per_worker: Annotated[Literal["auto", 0, 1], BeforeValidator(_check_whole_number), FieldTag.FREE] = "auto"
-    """GPUs of a worker. `auto` = one where the cluster has one for every worker, otherwise none."""
+    """GPUs per worker. `auto` = 1 if the cluster has one for every worker, else 0."""
     cpus_per_worker: Annotated[int, Field(ge=1, le=_MAX_COUNT), FieldTag.FREE] = 1
-    """CPU cores of a worker, and its number of threads: another number gives other rounding."""
+    """CPU cores per worker, also its number of threads; another number changes rounding."""
     placement_strategy: Annotated[Literal["pack", "spread", "strict_pack", "strict_spread"], FieldTag.FREE] = "pack"
-    """How workers are placed on nodes."""
+    """Ray's placement strategy for workers on nodes."""
     env: Annotated[dict[str, str], FieldTag.FREE] = {}
-    """Environment variables of every worker, for example NCCL_SOCKET_IFNAME; no secrets, as it is written down."""
+    """Environment variables of every worker, such as NCCL_SOCKET_IFNAME. No secrets: the run stores them."""
 
     @property
     def min_workers(self) -> int:
-        """The smallest number of workers the run goes on with."""
+        """Minimum number of workers that the run continues with."""
         return self.workers if isinstance(self.workers, int) else self.workers[0]
 
     @property
     def max_workers(self) -> int:
-        """The largest number of workers the run takes."""
+        """Maximum number of workers that the run uses."""
         return self.workers if isinstance(self.workers, int) else self.workers[1]
 
 
 class FailuresConfig(ConfigSection):
-    """What happens when a worker dies, hangs, or raises an error that a restart may not meet again."""
+    """Handling of dead workers, hangs, loss spikes and errors that a restart may avoid."""
 
     max_failures: Annotated[int, Field(ge=0), FieldTag.FREE] = 3
-    """How many failures in a row are answered by new workers that go on from the newest checkpoint. A checkpoint
-    completed after a failure wipes out what was counted before it."""
+    """Consecutive failures that are followed by a restart from the newest checkpoint; one more ends the run. A
+    checkpoint completed after a failure clears the failures counted before it."""
     max_same_step_failures: Annotated[int, Field(ge=1), FieldTag.FREE] = 2
-    """How often the same step may fail in a row before the run ends: the cause is then in the step. A lost node does
-    not count."""
+    """Consecutive failures at one step that end the run: the step is then the likely cause. Lost nodes do not count."""
     on_loss_spike: Annotated[Literal["stop", "skip", "ignore"], FieldTag.FREE] = "stop"
-    """What happens before an update whose loss lies 6 deviations above the median of the last 128 steps, or whose
-    gradient is ten times as large as usual and stands out as much (docs/failures.md). `stop`: the run saves and ends,
-    with the documents of the step named. `skip`: the update is left out and written down. `ignore`: it is taken."""
+    """Action before the update of a spike. A spike is a loss more than 6 deviations above the median of the last 128
+    steps, or a gradient norm as far above and at least 10 times its median (docs/failures.md). With `stop` the run
+    saves, names the documents of the step and ends. With `skip` the update is skipped and recorded, with `ignore`
+    applied."""
     log_samples: Annotated[bool, FieldTag.FREE] = False
-    """Every rank writes down which sequences it fetched, with a checksum of their tokens: a line a step, in
-    `<run>/ledger`. `ltt drill` counts with it."""
+    """Log the sequences that each rank fetches, with a checksum of their tokens: one line per step, in `<run>/ledger`.
+    Used by `ltt drill` to audit the data."""
     hang_timeout: Annotated[Duration, FieldTag.FREE] = "10m"
-    """How long no rank may advance within a step before the run counts as hung and gets new workers. Three times as
-    long while it starts, evaluates or saves; no limit on the export."""
+    """Time without progress on any rank within a step, after which the run counts as hung and its workers are replaced.
+    Three times as long during startup, evaluation and saving; no limit during the export."""
 
 
 class Config(ConfigSection):
-    """A run, whole."""
+    """Configuration of a run."""
 
     run: RunConfig
-    """Where the run lives and what its chance is drawn from."""
+    """Name, directory and random seed of the run."""
     model: ModelConfig
-    """What is trained."""
+    """Model architecture, initial weights and adapters."""
     tokenizer: TokenizerConfig
-    """The tokenizer."""
+    """Tokenizer of the run."""
     data: DataConfig
-    """What is trained on."""
+    """Training data and held-out documents."""
     optim: OptimConfig = OptimConfig()
-    """The optimizer and its learning rate."""
+    """Optimizer and learning rate schedule."""
     train: TrainConfig
-    """How long and in what portions."""
+    """Length of the run, batch sizes and precision."""
     engine: EngineConfig = EngineConfig()
-    """How DeepSpeed spreads the work."""
+    """DeepSpeed settings."""
     checkpoint: CheckpointConfig = CheckpointConfig()
-    """When the run is saved and what is kept."""
+    """Checkpoint interval and retention."""
     eval: EvalConfig = EvalConfig()
-    """When the held-out loss is measured."""
+    """Evaluation of the held-out loss and of tasks."""
     export: ExportConfig = ExportConfig()
-    """What is left when the run finishes."""
+    """Export at the end of the run."""
     cluster: ClusterConfig = ClusterConfig()
-    """What the run takes of the machines."""
+    """Workers, their resources and placement."""
     failures: FailuresConfig = FailuresConfig()
-    """What happens when a worker dies."""
+    """Handling of failures."""
 
     @model_validator(mode="after")
     def _check_no_epochs_with_weights(self) -> Config:

@@ -1,4 +1,4 @@
-"""A search file: which run, what varies in it, how many trials, and which of them go on. Read as strictly as a run."""
+"""Search file: base run, search space, trials, scheduler and searcher. Read as strictly as a run file."""
 
 from __future__ import annotations
 
@@ -18,35 +18,35 @@ from llm_training_toolkit.errors import ConfigError
 
 Value = bool | int | float | str | None
 METRICS = ("eval/loss", "eval/perplexity", "eval/bits_per_byte", "train/loss")
+# Keys and sections that are not hyperparameters, with the reason shown to users.
 _UNSEARCHABLE_KEYS = {
     "run.name": "every trial has its own",
     "run.dir": "trials lie in the search's directory",
     "data.cache": "all trials share one",
-    "data.eval": "trials measured on other documents cannot be compared; give it in set",
-    "train.tokens": "trials of different lengths cannot be compared; give the length of all in set",
-    "train.steps": "trials of different lengths cannot be compared; give the length of all in set",
-    "train.epochs": "trials of different lengths cannot be compared; give the length of all in set",
-    "cluster": "all trials take as many workers; give it in set",
+    "data.eval": "trials measured on other documents cannot be compared; give it in overrides",
+    "train.tokens": "trials of different lengths cannot be compared; give the length of all in overrides",
+    "train.steps": "trials of different lengths cannot be compared; give the length of all in overrides",
+    "train.epochs": "trials of different lengths cannot be compared; give the length of all in overrides",
+    "cluster": "all trials take as many workers; give it in overrides",
 }
-"""Keys, or sections, that are no hyperparameters, and why."""
 
 
 class ParameterDistribution(ConfigSection):
-    """The values that a key may take: exactly one of the four. A plain list is a choice."""
+    """Distribution of one key: exactly one of the four fields. A plain list means `choice`."""
 
     choice: tuple[Value | tuple[Value, ...], ...] | None = None
-    """One of these values."""
+    """List of values to choose from."""
     uniform: tuple[float, float] | None = None
-    """A number between two, all alike."""
+    """Bounds of a number drawn uniformly."""
     loguniform: tuple[float, float] | None = None
-    """A number between two above zero, all orders of magnitude alike: for learning rates."""
+    """Bounds, above zero, of a number drawn uniformly on a log scale; for learning rates."""
     randint: tuple[int, int] | None = None
-    """A whole number from the first to the second, both included."""
+    """Bounds, both included, of an integer drawn uniformly."""
 
     @model_validator(mode="after")
     def _check_distribution_kind(self) -> ParameterDistribution:
         if sum(kind is not None for kind in (self.choice, self.uniform, self.loguniform, self.randint)) != 1:
-            raise ValueError("give exactly one of choice, uniform, log_uniform and integers")
+            raise ValueError("give exactly one of choice, uniform, loguniform and randint")
         if self.choice == ():
             raise ValueError("has nothing to choose from: give at least one value")
         if self.choice is not None and len({json.dumps(value) for value in self.choice}) < len(self.choice):
@@ -57,25 +57,25 @@ class ParameterDistribution(ConfigSection):
                 "comes first"
             )
         if self.loguniform is not None and self.loguniform[0] <= 0.0:
-            raise ValueError("log_uniform: both numbers must be above zero")
+            raise ValueError("loguniform: both numbers must be above zero")
         return self
 
     @property
     def range_bounds(self) -> tuple[float, float]:
-        """The smallest and the largest number of a range."""
+        """Lower and upper bound of a range."""
         ends = self.uniform or self.loguniform or self.randint
         assert ends is not None, "a choice has no ends"
         return ends
 
     @property
     def boundary_values(self) -> tuple[Any, ...]:
-        """What a corner of the space can have here: every choice, or both ends."""
+        """Values at the corners of the search space: every choice, or both bounds."""
         if self.choice is not None:
             return tuple(list(value) if isinstance(value, tuple) else value for value in self.choice)
         return self.range_bounds
 
     def contains_value(self, value: object) -> bool:
-        """Whether a value is one that the key may take."""
+        """Return whether the key may take this value."""
         if self.choice is not None:
             return json.dumps(value) in {json.dumps(choice) for choice in self.choice}
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
@@ -86,12 +86,12 @@ class ParameterDistribution(ConfigSection):
 
 
 class BudgetConfig(ConfigSection):
-    """When no other trial begins, and those that work end at their next rung."""
+    """Limits of the whole search. At a limit no trial starts, and running trials end at their next rung."""
 
     tokens: Count | None = None
-    """Tokens that all trials together have trained on."""
+    """Tokens trained on, summed over all trials."""
     time: Duration | None = None
-    """Working time of the search, over all its starts."""
+    """Working time of the search, summed over all its starts."""
 
     @model_validator(mode="after")
     def _check_has_limit(self) -> BudgetConfig:
@@ -101,68 +101,69 @@ class BudgetConfig(ConfigSection):
 
 
 class SchedulerConfig(ConfigSection):
-    """Which trials go on at a rung."""
+    """Early stopping: the scheduler decides at each rung which trials continue."""
 
     name: Literal["fifo", "asha", "median", "hyperband"] = "asha"
-    """`none`: all, to their end. `asha`: at every rung the best 1/factor of those that came so far. `median`: those
-    that are no worse than the median. `hyperband`: asha, where trials take turns in how early their first rung is."""
+    """Policy at a rung. `fifo`: all trials run to their end. With `asha` the best 1/`reduction_factor` of the trials
+    that have reached the rung continue. With `median` trials that are no worse than the median continue. The brackets
+    of `hyperband` are asha with the first 0, 1, 2, ... rungs skipped; trials are assigned to them in turn."""
     reduction_factor: Annotated[int, Field(ge=2)] = 4
-    """asha, hyperband: how many times as far the next rung is, and one in how many goes on."""
+    """asha, hyperband: ratio of one rung to the previous one; one in this many trials continues."""
     grace_period_tokens: Count | None = None
-    """Tokens at the first rung. Absent, as is first_steps: the trial's length / factor² (median: / 8)."""
+    """Tokens at the first rung. With neither grace period: the trial's length / `reduction_factor`² (median: / 8)."""
     grace_period_steps: Count | None = None
-    """Steps at the first rung instead."""
+    """Steps at the first rung, instead of tokens."""
 
     @model_validator(mode="after")
     def _check_first_rung_unit(self) -> SchedulerConfig:
         if self.grace_period_tokens is not None and self.grace_period_steps is not None:
-            raise ValueError("first_tokens and first_steps both say where the first rung is: keep one")
+            raise ValueError("grace_period_tokens and grace_period_steps both place the first rung: keep one")
         return self
 
 
 class SearcherConfig(ConfigSection):
-    """Where the next trial's values come from."""
+    """Searcher: proposes the parameters of the next trial."""
 
     name: Literal["random", "grid", "optuna"] = "random"
-    """`random`: drawn. `grid`: every combination once, in a mixed order. `optuna`: from what the trials so far have
-    shown (TPE)."""
+    """`random`: drawn from the distributions. `grid`: every combination once, in shuffled order. `optuna`: proposed by
+    TPE from the results so far."""
     seed: Annotated[int, Field(ge=0)] = 0
-    """Source of what is drawn."""
+    """Random seed of the searcher."""
     n_startup_trials: Annotated[int, Field(ge=1)] = 8
-    """optuna: trials drawn before it begins to learn."""
+    """optuna: random trials before TPE starts."""
 
 
 class SearchConfig(ConfigSection):
-    """A search, whole."""
+    """Search over the hyperparameters of a run."""
 
     base: Annotated[str, Field(min_length=1)]
-    """The run file that all trials are made from; its path from here."""
+    """Run file that all trials are based on; its path relative to the search file."""
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] | None = None
-    """Name of the search and of its directory, in the base's `run.dir`. Absent: the file's own name."""
+    """Name of the search and of its directory, below the base's `run.dir`. Absent = name of the search file."""
     overrides: dict[str, Any] = Field(default_factory=dict)
-    """Fields of the base that are other for all trials, by their dotted keys: `train.steps: 200`."""
+    """Fields of the base that are changed for all trials, by dotted key: `train.steps: 200`."""
     search: dict[str, ParameterDistribution]
-    """What varies: dotted keys of the run file, and the values each may take."""
+    """Search space: dotted keys of the run file, each with its distribution."""
     metric: Literal["eval/loss", "eval/perplexity", "eval/bits_per_byte", "train/loss"] = "eval/loss"
-    """What trials are compared by."""
+    """Metric that trials are compared by."""
     mode: Literal["min", "max"] = "min"
-    """Whether less or more of it is better."""
+    """`min` = lower is better, `max` = higher is better."""
     trials: Annotated[int, Field(ge=1)] | None = None
-    """How many trials. Absent with grid: all combinations."""
+    """Number of trials. Absent with grid = all combinations."""
     budget: BudgetConfig | None = None
-    """Tokens or time instead of a number of trials, or a limit beside it."""
+    """Limit in tokens or time, instead of a number of trials or in addition to it."""
     scheduler: SchedulerConfig = SchedulerConfig()
-    """Which trials go on."""
+    """Early stopping of trials."""
     searcher: SearcherConfig = SearcherConfig()
-    """Where values come from."""
+    """Source of the trials' parameters."""
     points_to_evaluate: tuple[dict[str, Any], ...] = ()
-    """Points to try first: a value for every key of `search`."""
+    """Points to try first, each with a value for every key of `search`."""
     max_concurrent_trials: Annotated[int, Field(ge=1)] | None = None
-    """Trials at a time. Absent: as many as the cluster has room for."""
+    """Trials that run at the same time. Absent = as many as the cluster's resources allow."""
     max_failures: Annotated[int, Field(ge=0)] = 1
-    """How often a trial that failed is tried again, from its newest checkpoint."""
+    """Retries of a failed trial, from its newest checkpoint."""
     invalid: Literal["refuse", "skip"] = "refuse"
-    """Combinations that cannot be trained: name them and start nothing, or leave them out."""
+    """Combinations that cannot be trained: `refuse` names them and starts nothing, `skip` leaves them out."""
 
     @model_validator(mode="after")
     def _check_search_ends(self) -> SearchConfig:
@@ -177,7 +178,7 @@ class SearchConfig(ConfigSection):
 
 
 class LoadedSearch(NamedTuple):
-    """A search, its base, and the base as its trials have it (`set`)."""
+    """Search, its base configuration, and the base with the search's `overrides`, which trials start from."""
 
     search: SearchConfig
     base_config: Config
@@ -185,7 +186,7 @@ class LoadedSearch(NamedTuple):
 
 
 def load_search(path: Path, overrides: Sequence[str] = ()) -> LoadedSearch:
-    """A search file and its base; keys and points to try first are checked.
+    """Load a search file and its base; check keys and `points_to_evaluate`.
 
     Raises ConfigError with every problem.
     """
@@ -201,12 +202,12 @@ def load_search(path: Path, overrides: Sequence[str] = ()) -> LoadedSearch:
     document.raise_problems()
     whole = load_config(path.parent / search.base)
     return LoadedSearch(
-        search, whole, replace_config_values(whole, search.overrides, f"{path}: base {search.base} with set")
+        search, whole, replace_config_values(whole, search.overrides, f"{path}: base {search.base} with overrides")
     )
 
 
 def _expand_list_choices(document: ConfigDocument) -> None:
-    """Let `[a, b]` stand for `{choice: [a, b]}`, before anything is validated: a validator would see no strict JSON."""
+    """Expand `[a, b]` to `{choice: [a, b]}` before validation: a validator's result would not be strict JSON."""
     space = document.data.get("search") if isinstance(document.data, dict) else None
     if isinstance(space, dict):
         for key, values in space.items():
@@ -246,14 +247,14 @@ def _check_point(search: SearchConfig, number: int, point: Mapping[str, Any], do
 
 
 def split_key(key: str) -> KeyPath:
-    """The parts of a dotted key; positions in a list as numbers."""
+    """Return the parts of a dotted key, list indices as integers."""
     return tuple(int(part) if part.isdecimal() else part for part in key.split("."))
 
 
 def replace_config_values(config: Config, values: Mapping[str, Any], where: str) -> Config:
-    """A configuration with other values for some dotted keys, read strictly. Raises ConfigError.
+    """Return the configuration with new values for some dotted keys, read strictly. Raises ConfigError.
 
-    A length of the run takes the place of the one there was.
+    A new length of the run (tokens, steps or epochs) replaces the old one.
     """
     data = json.loads(config.model_dump_json(exclude_unset=True))
     for key, value in values.items():

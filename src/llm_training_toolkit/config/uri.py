@@ -1,4 +1,4 @@
-"""What is an address, such as `s3://bucket/file`, and no path. Pure."""
+"""Distinction of URIs, such as `s3://bucket/file`, from paths. Pure."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ import re
 
 
 def is_uri(path: str) -> bool:
-    """Whether a path is an address."""
+    """Return whether a path is a URI."""
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", path) is not None

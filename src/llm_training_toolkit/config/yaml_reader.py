@@ -1,6 +1,6 @@
-"""YAML to plain data, node by node.
+"""Reader from YAML nodes to plain data.
 
-Only nodes know their lines, show every duplicate key, and leave a date in a run's name the text that it is.
+Nodes keep line numbers and every duplicate key, and leave a date in a run's name as text.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ _COLLECTIONS = {f"tag:yaml.org,2002:{name}" for name in ("map", "seq")}
 
 
 def compose_yaml(text: str) -> Node | None:
-    """The nodes of a YAML text; None where it is empty. Raises YAMLError."""
+    """Parse a YAML text to nodes, or to None if it is empty. Raises YAMLError."""
     node: Node | None = YAML(typ="safe", pure=True).compose(text)
     return node
 
 
 def read_yaml_file(path: Path, document: ConfigDocument) -> None:
-    """Read a YAML file into the document. Raises ConfigError where it is none."""
+    """Read a YAML file into the document. Raises ConfigError for unreadable files and invalid YAML."""
     try:
         node = compose_yaml(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
@@ -46,7 +46,7 @@ def read_yaml_file(path: Path, document: ConfigDocument) -> None:
 
 
 def format_yaml_error(error: YAMLError) -> tuple[str, str]:
-    """The line, as `:12` where it is known, and what stands there."""
+    """Return the line of the error, as `:12` if it is known, and the problem."""
     if not isinstance(error, MarkedYAMLError) or error.problem_mark is None:
         return "", str(error).splitlines()[0]
     what = str(error.problem)
@@ -57,15 +57,15 @@ def format_yaml_error(error: YAMLError) -> tuple[str, str]:
 
 @dataclass
 class YamlNodeReader:
-    """YAML nodes to plain data, noting where each key stands."""
+    """Converter of YAML nodes to plain data. Records the location of each key."""
 
     document: ConfigDocument
     fixed_location: ConfigLocation | None = None
-    """The place of everything read, where it is no line of the file."""
+    """Location of everything read, for text that is not in the file (overrides)."""
     open_nodes: list[Node] = field(default_factory=list)
 
     def read_node(self, node: Node, path: KeyPath) -> object:
-        """The value of a node that stands under a key."""
+        """Return the value of a node; `path` is its key."""
         if any(node is parent for parent in self.open_nodes):
             return self._report_invalid_value(path, "refers to itself; write the value out")
         if isinstance(node, ScalarNode):
@@ -108,7 +108,7 @@ class YamlNodeReader:
             if key in found:
                 self._report_duplicate_key(here, first)
                 if isinstance(found[key], dict) and isinstance(value, dict):
-                    value = found[key] | value  # both halves of a section written twice are examined
+                    value = found[key] | value  # validate both halves of a section written twice
             found[key] = value
         return found
 
@@ -120,7 +120,7 @@ class YamlNodeReader:
         self.document.report_problem(path, f"duplicate key{elsewhere}; keep one")
 
     def _report_invalid_value(self, path: KeyPath, what: str) -> object:
-        """Report a value; what is returned stands in its place, so that reading goes on."""
+        """Report a value. Returns None in its place, so that reading continues."""
         self.document.reported_keys.add(path)
         self.document.report_problem(path, what)
         return None

@@ -1,1 +1,1 @@
-"""Documents to batches: sources, tokenizer, rendering, packing and the order of the data."""
+"""Data layer: sources, tokenizer, rendering, packing, and the order of batches."""

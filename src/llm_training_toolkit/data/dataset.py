@@ -1,4 +1,4 @@
-"""The order of the data and its batches: which sequences a step sees, as tensors for one rank."""
+"""Packed dataset: the sequences of each step in order, and their batches as tensors for one rank."""
 
 from __future__ import annotations
 
@@ -22,17 +22,16 @@ from llm_training_toolkit.data.types import Example
 from llm_training_toolkit.errors import DataError
 from llm_training_toolkit.plan import StreamPosition, count_per_stream, merge_streams
 
-IGNORE_INDEX = -100
-"""The label of a position that has nothing to predict."""
+IGNORE_INDEX = -100  # label of a position without a target
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one forward pass sees, each (rows, T) int64.
+    """Input of one forward pass, each tensor (rows, T) int64.
 
-    position_ids start at 0 for every piece of a row, padding being a piece of its own: that alone keeps the documents
-    of a row apart. labels are shifted already: labels[t] is the token at t + 1 of the same piece, or -100.
-    Row r is position `first` + r of the global batch of `step`; both mean nothing in rows without labels.
+    In position_ids every piece of a row starts at 0, padding included: only that keeps the documents of a row apart.
+    Labels are already shifted: labels[t] is the token at t + 1 of the same piece, or -100.
+    Row r is position `first` + r of the global batch of `step`; both are meaningless in rows without labels.
     """
 
     input_ids: torch.Tensor
@@ -43,7 +42,7 @@ class MicroBatch:
 
 
 class SequenceRef(NamedTuple):
-    """A sequence of a step: its stream, the epoch it belongs to and its number in that epoch."""
+    """Reference to a sequence: its stream, its epoch, and its number in that epoch."""
 
     stream: int
     epoch: int
@@ -51,7 +50,7 @@ class SequenceRef(NamedTuple):
 
 
 class DocumentSpan(NamedTuple):
-    """A piece of a sequence: source, document within the source, and its number of tokens."""
+    """A piece of a sequence: source, document within the source, and number of tokens."""
 
     source: int
     document: int
@@ -67,14 +66,14 @@ class _PackedExamples(NamedTuple):
 
 
 class PackedDataset:
-    """The sequences of a run in their order, as a pure function of the step.
+    """The sequences of a run in training order, as a pure function of the step.
 
-    Sequence g = step * global_batch + i is position i of that step, counted through all epochs without a break. Where
-    sources have weights, g counts through the mixture of their streams, each of which runs through epochs of its own.
-    Steps count from 0: `step` is the number of steps completed before. With `epochs` the order ends with the last
-    one's last sequence, and the last step may be short; without, it goes on as far as epochs were prepared.
-    `origin` (step, sequence) is where an attempt goes on: they differ from a plain multiple of the global batch only
-    after an epoch that ended in a short step, or a change of the global batch that was accepted.
+    Sequence g = step * global_batch + i is position i of that step, counted through all epochs. If sources have
+    weights, g counts through the mixture of their streams, and each stream has its own epochs.
+    Steps count from 0: `step` is the number of steps completed before. With `epochs`, the order ends with the last
+    epoch, and the last step may be short; otherwise it continues as far as epochs are prepared.
+    An attempt resumes at `origin` (step, sequence), a multiple of the global batch except after an epoch that ended in
+    a short step, or an accepted change of the global batch.
     """
 
     def __init__(
@@ -87,7 +86,7 @@ class PackedDataset:
     ) -> None:
         self._directory = PreparedDataset.from_info(receipt).directory
         self.global_batch, self.epochs, self.origin = global_batch, epochs, origin
-        # Streams alternate, and a step may span two epochs of each; every epoch that is open costs descriptors.
+        # Streams alternate, and a step may span two epochs of each; every open epoch costs file descriptors.
         self._examples = lru_cache(maxsize=2 * len(receipt.streams) + 1)(
             lambda name: ExampleStore(self._directory / name)
         )
@@ -96,7 +95,7 @@ class PackedDataset:
         self.extend_epochs(receipt)
 
     def extend_epochs(self, receipt: DatasetInfo) -> None:
-        """Take a receipt of the same data with more epochs."""
+        """Switch to a DatasetInfo of the same data with more epochs."""
         self.dataset_info = receipt
         self._shares = [stream.share for stream in receipt.streams]
         self._starts = [
@@ -105,7 +104,7 @@ class PackedDataset:
 
     @property
     def total_steps(self) -> int | None:
-        """Steps until the end; None where there is none, or its last epochs are not prepared yet."""
+        """Steps until the end, or None if the run is open-ended or its last epochs are still unprepared."""
         if self._total_sequences is None:
             return None
         step, sequence = self.origin
@@ -119,9 +118,9 @@ class PackedDataset:
         return self._starts[0][-1]
 
     def get_step_sequences(self, step: int) -> list[SequenceRef]:
-        """The sequences of a step: global_batch of them, fewer only in the last step of a run over epochs.
+        """Return the sequences of a step: global_batch of them, fewer only in the last step of a run over epochs.
 
-        Raises DataError for a step that needs an epoch that was not prepared, and for one after the end.
+        Raises DataError for a step that needs an unprepared epoch, and for one after the end.
         """
         if self._last[0] == step:
             return self._last[1]
@@ -136,17 +135,17 @@ class PackedDataset:
         return self._last[1]
 
     def has_step(self, step: int) -> bool:
-        """Whether all sequences of a step are prepared."""
+        """Return whether all sequences of a step are prepared."""
         return self._find_exhausted_stream(self._get_sequence_range(step)[1]) is None
 
     def _get_sequence_range(self, step: int) -> tuple[int, int]:
-        """Where the sequences of a step lie in the whole order, [first, stop)."""
+        """Return the range [first, stop) of a step in the order of all sequences."""
         first = self.origin[1] + (step - self.origin[0]) * self.global_batch
         last = first + self.global_batch
         return first, last if self._total_sequences is None else min(last, self._total_sequences)
 
     def _find_exhausted_stream(self, last: int) -> int | None:
-        """The first stream that lacks sequences before the place `last`."""
+        """Return the first stream with too few sequences for the positions before `last`."""
         needed = count_per_stream(self._shares, last)
         return next((stream for stream, starts in enumerate(self._starts) if needed[stream] > starts[-1]), None)
 
@@ -164,9 +163,9 @@ class PackedDataset:
         return SequenceRef(due.stream, epoch, due.number - starts[epoch])
 
     def get_micro_batches(self, step: int, positions: range, micro_batch: int) -> list[MicroBatch]:
-        """Positions of the step's global batch in rows of `micro_batch`; the last may have fewer rows.
+        """Return positions of the step's global batch as micro-batches of `micro_batch` rows, except the last.
 
-        Positions that a short last step does not have are left out.
+        Positions beyond a short last step are omitted.
         """
         rows = [
             self._read_examples(placed) for placed in self.get_step_sequences(step)[positions.start : positions.stop]
@@ -177,40 +176,40 @@ class PackedDataset:
         ]
 
     def count_loss_tokens(self, step: int) -> int:
-        """Labels other than -100 in the whole global batch, from the index alone."""
+        """Count the labels other than -100 in the whole global batch, from the index alone."""
         return sum(
             int(self._open_epoch(placed).plan.targets[placed.sequence]) for placed in self.get_step_sequences(step)
         )
 
     def get_document_spans(self, step: int) -> list[list[DocumentSpan]]:
-        """For each sequence of the step the pieces it holds, from the index alone."""
+        """Return the pieces of each sequence of the step, from the index alone."""
         return [self._build_document_spans(placed) for placed in self.get_step_sequences(step)]
 
     def get_document_name(self, source: int, document: int) -> str:
-        """Where a document of the ledger came from: its file within the source, and the line in a .jsonl file."""
+        """Return a document's name: its file within the source, and the line in a .jsonl file."""
         first, names = self._document_table
         return str(names[first[source] + document].as_py())
 
     @cached_property
     def _document_table(self) -> tuple[dict[int, int], Any]:
-        """The first row of each source in the table of documents, and their names, mapped."""
+        """First row of each source in the table of documents, and the memory-mapped names."""
         file = self._directory / "documents" / "documents.arrow"
         found, first = np.unique(read_array(file, "source"), return_index=True)
         return dict(zip(found.tolist(), first.tolist(), strict=True)), read_column(file, "name")
 
     def read_sequence_examples(self, step: int, position: int) -> list[Example]:
-        """The pieces of one sequence, with tokens and loss flags."""
+        """Read the pieces of one sequence, with tokens and loss flags."""
         return self._read_examples(self.get_step_sequences(step)[position])
 
     def decode_sequence(self, step: int, position: int) -> str:
-        """One sequence as text, markers written out, padding left out."""
+        """Decode one sequence into text, with special tokens and without padding."""
         encoder = open_tokenizer(self.dataset_info.tokenizer_path)
         return encoder.decode(
             np.concatenate([example.tokens for example in self.read_sequence_examples(step, position)])
         )
 
     def get_padding_batch(self, rows: int) -> MicroBatch:
-        """A micro-batch of padding without any label, for a rank that has fewer micro-batches than others."""
+        """Return a micro-batch of padding without labels, for a rank that has fewer micro-batches than others."""
         return build_padding_batch(rows, self.dataset_info.sequence_length, self.dataset_info.pad_id)
 
     @property
@@ -224,16 +223,15 @@ class PackedDataset:
         return int(self._held_out.plan.targets.sum())
 
     def iter_held_out_examples(self) -> Iterator[tuple[int, Example]]:
-        """Every held-out piece with its source, in the order of the documents."""
+        """Yield every held-out piece with its source, in the order of the documents."""
         examples = self._held_out.examples
         for index in range(len(examples.length)):
             yield int(examples.source[index]), examples[index]
 
     def iter_eval_batches(self, rank: int, world: int, micro_batch: int) -> Iterator[MicroBatch]:
-        """This rank's part of the held-out sequences (every world-th one).
+        """Yield this rank's share of the held-out sequences (every world-th one) as micro-batches.
 
-        Every rank gets the same number of micro-batches of the same shape, filled up with rows without labels, so
-        that ranks may talk to each other in every one of them.
+        Every rank gets as many of the same shape, filled up with rows without labels, so each may run collectives.
         """
         mine = range(rank, self.eval_sequences, world)
         largest = -(-self.eval_sequences // world)
@@ -268,14 +266,14 @@ class PackedDataset:
 
 
 def collate_rows(rows: Sequence[Sequence[Example]], sequence_length: int, pad_id: int) -> MicroBatch:
-    """Lay the pieces of each row one after another and fill the rest with padding. A row may be empty."""
+    """Concatenate the pieces of each row and pad it to the sequence length. A row may be empty."""
     arrays = [_collate_row(pieces, sequence_length, pad_id) for pieces in rows]
     ids, positions, labels = (torch.from_numpy(np.stack(part)) for part in zip(*arrays, strict=True))
     return MicroBatch(ids, positions, labels)
 
 
 def build_padding_batch(rows: int, sequence_length: int, pad_id: int) -> MicroBatch:
-    """`rows` rows of padding, every label -100: they cost a pass and add nothing to the loss."""
+    """Return `rows` rows of padding, every label -100: they cost a pass and leave the loss unchanged."""
     return collate_rows([[]] * rows, sequence_length, pad_id)
 
 

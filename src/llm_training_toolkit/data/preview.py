@@ -1,4 +1,4 @@
-"""What a step trains on, for a person to read: every sequence as text, its loss mask, and where each piece is from."""
+"""Readable preview of a training step: every sequence as text, its loss mask, and the origin of each piece."""
 
 from __future__ import annotations
 
@@ -13,24 +13,23 @@ from llm_training_toolkit.data.dataset import PackedDataset
 from llm_training_toolkit.data.tokenizer import TextEncoder, open_tokenizer
 from llm_training_toolkit.data.types import Example
 
-_MAX_CHARACTER_BYTES = 4
-"""Bytes of a character in UTF-8, and so the most tokens it can take."""
+_MAX_CHARACTER_BYTES = 4  # of UTF-8, and so the maximum tokens of a character
 
 
 @dataclass(frozen=True)
 class TextSpan:
-    """Neighbouring tokens of one kind, as text."""
+    """Text of consecutive tokens with equal `loss` and `special`."""
 
     text: str
     loss: bool
-    """Whether they are to be predicted."""
+    """True for prediction targets."""
     special: bool
-    """Whether they are special tokens, which stand for no text."""
+    """True for special tokens, which represent no text."""
 
 
 @dataclass(frozen=True)
 class DocumentPreview:
-    """A piece of a sequence."""
+    """Piece of a sequence."""
 
     source: str
     document: str
@@ -41,14 +40,14 @@ class DocumentPreview:
 
 @dataclass(frozen=True)
 class SequencePreview:
-    """A sequence of the step."""
+    """Sequence of the step."""
 
     pieces: tuple[DocumentPreview, ...]
     padding: int
-    """Tokens of padding at its end."""
+    """Padding tokens at its end."""
 
     def to_json(self) -> dict[str, Any]:
-        """The contract of `ltt show-batch --json` for one sequence."""
+        """Return one sequence in the format of `ltt show-batch --json`."""
         return {
             "text": "".join(stretch.text for piece in self.pieces for stretch in piece.spans),
             "loss_tokens": sum(piece.loss_tokens for piece in self.pieces),
@@ -66,7 +65,7 @@ class SequencePreview:
 
 
 def preview_step(sequences: PackedDataset, step: int) -> list[SequencePreview]:
-    """The sequences of the step numbered `step`, the first being 1. Raises DataError beyond the run."""
+    """Return the sequences of a step, counted from 1. Raises DataError beyond the run."""
     encoder = open_tokenizer(sequences.dataset_info.tokenizer_path)
     special = encoder.count_bytes_per_token() == 0
     shown = []
@@ -87,8 +86,8 @@ def preview_step(sequences: PackedDataset, step: int) -> list[SequencePreview]:
 
 
 def _build_text_spans(example: Example, special: Sequence[bool], encoder: TextEncoder) -> tuple[TextSpan, ...]:
-    """Runs of tokens with the same mask; a character of several tokens stands with the last of them."""
-    loss = [False, *example.loss[1:].tolist()]  # nothing comes before the first token
+    """Group consecutive tokens with equal flags. A character of several tokens belongs to its last token."""
+    loss = [False, *example.loss[1:].tolist()]  # the first token is never predicted
     tokens = example.tokens.tolist()
     marked = zip(_decode_tokens(tokens, encoder), loss, (bool(special[token]) for token in tokens), strict=True)
     return tuple(
@@ -98,7 +97,7 @@ def _build_text_spans(example: Example, special: Sequence[bool], encoder: TextEn
 
 
 def _decode_tokens(tokens: Sequence[int], encoder: TextEncoder) -> Iterator[str]:
-    """The text of each token; empty where the character it begins ends in a later one."""
+    """Yield the text of each token, empty if its character ends in a later token."""
     held: list[int] = []
     for number, token in enumerate(tokens, start=1):
         held.append(token)

@@ -1,4 +1,4 @@
-"""The ledger: which sequences a rank really fetched in which step, with a checksum of the tokens it got."""
+"""Sample log: the sequences that a rank fetched in each step, with a checksum of their tokens."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ class FetchedSequence(NamedTuple):
 
 
 class SampleLog:
-    """A rank's ledger of an attempt; every line is on its way to the disk before the step goes on."""
+    """A rank's sample log of an attempt; every line is flushed to the operating system before the step continues."""
 
     def __init__(self, directory: Path, attempt: int, rank: int) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self._file = (directory / f"attempt_{attempt}_rank_{rank}.jsonl").open("a", buffering=1)
 
     def log_step(self, step: int, placed: Sequence[SequenceRef], batches: Sequence[MicroBatch]) -> None:
-        """Write down the sequences of a step, counted from 1, in the order of the rows of `batches`."""
+        """Log the sequences of a step, counted from 1, in the row order of `batches`."""
         rows = [row for batch in batches for row in batch.input_ids.numpy()]
         found = [FetchedSequence(*each, zlib.crc32(row.tobytes())) for each, row in zip(placed, rows, strict=True)]
         self._file.write(json.dumps({"step": step, "fetched": found}) + "\n")
 
 
 def read_sample_log(directory: Path, attempt: int) -> Iterator[tuple[int, list[FetchedSequence]]]:
-    """(step, sequences) of every rank of an attempt; half a line, left by a process that was killed, is left out."""
+    """Yield (step, sequences) of every rank of an attempt; a partial line of a killed process is skipped."""
     for path in sorted(directory.glob(f"attempt_{attempt}_rank_*.jsonl")):
         for line in path.read_text().splitlines():
             try:

@@ -1,4 +1,4 @@
-"""The tokenizer: trains one, opens one, and encodes documents so that their text stays text."""
+"""Tokenizer: training, loading, and encoding of documents with marker text kept as text."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ Spans = NDArray[np.int64]
 def train_tokenizer(texts: Iterable[str], vocab_size: int, markers: TokenizationSpec, path: Path) -> None:
     """Train a byte-level BPE tokenizer and write it as a directory that transformers' AutoTokenizer opens.
 
-    vocab_size counts the special tokens, which get the first ids; texts with few distinct words may yield fewer.
-    The same texts in the same order give the same files. Raises DataError for a vocab_size without room for the
-    special tokens and the 256 bytes.
+    `vocab_size` includes the special tokens, which get the first ids; texts with few distinct words may yield fewer.
+    The same texts in the same order give the same files. Raises DataError for a `vocab_size` too small for the special
+    tokens and the 256 bytes.
     """
     special = markers.tokens.all
     least = len(special) + _BYTES
@@ -81,9 +81,9 @@ def _build_transformers_config(markers: TokenizationSpec) -> dict[str, Any]:
 
 
 def resolve_tokenizer_directory(path: str) -> Path:
-    """The directory that holds a tokenizer: the path itself, or the local copy of a hub id.
+    """Return the directory of a tokenizer: the path itself, or the local copy of a hub id.
 
-    Raises DataError where there is no tokenizer.json and where the hub does not give one.
+    Raises DataError if there is no tokenizer.json or if the hub download fails.
     """
     directory = Path(path).expanduser()
     if directory.is_dir():
@@ -93,7 +93,7 @@ def resolve_tokenizer_directory(path: str) -> Path:
                 "tokenizer of another kind is converted by transformers' `AutoTokenizer…save_pretrained`."
             )
         return directory
-    # What is here already is taken as it is: a run must not change because the hub did.
+    # A local copy is used first: a run must not change because the hub did.
     reason = ""
     for local_only in (True, False):
         try:
@@ -111,15 +111,15 @@ def resolve_tokenizer_directory(path: str) -> Path:
 
 
 def open_tokenizer(path: str) -> TextEncoder:
-    """Open the tokenizer of a directory or a hub id. Raises DataError, saying what is missing and what to do."""
+    """Open the tokenizer of a directory or a hub id. Raises DataError with the fault and the remedy."""
     file = resolve_tokenizer_directory(path) / "tokenizer.json"
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-        # Families mark some of their markers as ordinary words (Qwen its fill-in-the-middle ones). A document that
-        # speaks of such a marker must not be read as one, so here every added token is special.
+        # Some families declare markers as ordinary tokens (Qwen its fill-in-the-middle ones). Every added token is made
+        # special here, so that a marker's text in a document stays text.
         for token in content.get("added_tokens", ()):
             token["special"] = True
-        # from_buffer says ValueError where from_str says no more than Exception.
+        # from_buffer raises ValueError; from_str raises a bare Exception.
         tokenizer = Tokenizer.from_buffer(json.dumps(content).encode())
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise DataError(
@@ -129,13 +129,13 @@ def open_tokenizer(path: str) -> TextEncoder:
 
 
 class TextEncoder:
-    """A tokenizer that reads documents: nothing is added, cut, padded or drawn by chance, and markers stay text."""
+    """Tokenizer for documents without added tokens, truncation, padding or randomness. Marker text stays text."""
 
     def __init__(self, tokenizer: Any, where: str) -> None:  # noqa: ANN401 - tokenizers carries no types
         tokenizer.encode_special_tokens = True
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        # Only the offsets are wanted of this step, and with the white space that belongs to a token.
+        # Affects only the offsets, which must include the white space of a token.
         tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
         self._tokenizer = tokenizer
         self._where = where
@@ -151,12 +151,12 @@ class TextEncoder:
         return largest + 1
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text."""
+        """Return the token ids of a text."""
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[EncodedText]:
-        """Token ids of many texts, on all cores."""
+        """Encode many texts on all cores."""
         found = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [
             EncodedText(text, np.array(encoding.ids, dtype=np.uint32), self._compute_char_spans)
@@ -164,11 +164,11 @@ class TextEncoder:
         ]
 
     def _compute_char_spans(self, text: str, ids: NDArray[np.uint32]) -> NDArray[np.int64]:
-        """(tokens, 2): the characters of a text that each of its tokens has a part in."""
+        """Return the characters [start, stop) that each token overlaps, (tokens, 2)."""
         normalizer = self._tokenizer.normalizer
         as_it_is = normalizer is None or normalizer.normalize_str(text) == text
         spans = compute_char_spans(text, self._token_byte_counts[ids]) if as_it_is else None
-        if spans is None:  # only the library knows what it has made of the text
+        if spans is None:  # normalized text: the library's offsets refer to the original
             offsets = self._tokenizer.encode(text, add_special_tokens=False).offsets
             spans = np.array(offsets, dtype=np.int64).reshape(-1, 2)
         return spans
@@ -178,16 +178,16 @@ class TextEncoder:
         return self.count_bytes_per_token()
 
     def decode(self, ids: Sequence[int] | NDArray[Any], *, skip_special_tokens: bool = False) -> str:
-        """Text of token ids, with the markers written out unless they are skipped."""
+        """Decode token ids, with markers written out unless skipped."""
         text: str = self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
         return text
 
     def has_special_token(self, marker: str) -> bool:
-        """Whether there is such a special token."""
+        """Return whether the special token exists."""
         return marker in self._markers
 
     def get_special_token_id(self, marker: str) -> int:
-        """Id of a special token; 0 is an id like any other. Raises DataError naming the marker it does not have."""
+        """Return the id of a special token, which may be 0. Raises DataError naming a missing one."""
         if marker not in self._markers:
             raise DataError(
                 f"{self._where}: has no special token {marker!r}, which this model family needs. Give the tokenizer "
@@ -196,16 +196,16 @@ class TextEncoder:
         return self._markers[marker]
 
     def count_bytes_per_token(self) -> NDArray[np.int64]:
-        """(vocab_size,): bytes of text each id stands for; 0 for special tokens and unused ids."""
+        """Return the bytes of text per id, (vocab_size,); 0 for special tokens and unused ids."""
         counts = np.zeros(self.vocab_size, dtype=np.int64)
         special = set(self._markers.values())
         for token, number in self._tokenizer.get_vocab(with_added_tokens=True).items():
-            # A byte-level token is spelt with one character for each of its bytes.
+            # Byte-level vocabularies spell each byte as one character.
             counts[number] = 0 if number in special else len(token)
         return counts
 
     def _check_bytes(self) -> None:
-        """Without all 256 bytes in the vocabulary the library leaves out what it does not know, silently."""
+        """Raise DataError unless the vocabulary has all 256 bytes: the library silently drops unknown ones."""
         missing = sum(self._tokenizer.token_to_id(letter) is None for letter in pre_tokenizers.ByteLevel.alphabet())
         if missing:
             raise DataError(
@@ -215,10 +215,10 @@ class TextEncoder:
 
 
 class EncodedText:
-    """Token ids of a text (tokens,); where they stand is worked out when it is asked for.
+    """Token ids of a text (tokens,), with character spans computed on demand.
 
-    Most texts are never asked: they are not cut. Having the library follow the offsets of all of them takes it half
-    as long again, and ten times the memory of the ids.
+    Most texts stay uncut, so their spans are not needed. Library offsets for all texts take 50 % more time and ten
+    times the memory of the ids.
     """
 
     def __init__(self, text: str, ids: Ids, spans_of: Callable[[str, Ids], Spans]) -> None:
@@ -227,33 +227,33 @@ class EncodedText:
 
     @cached_property
     def char_spans(self) -> Spans:
-        """(tokens, 2): the characters [start, stop) of the text that each token has a part in."""
+        """Characters [start, stop) of the text that each token overlaps, (tokens, 2)."""
         return self._compute_char_spans(self._text, self.ids)
 
     @cached_property
     def starts_character(self) -> NDArray[np.bool_]:
-        """(tokens,): whether a character begins where the token begins."""
+        """Mask of the tokens that begin at a character boundary, (tokens,) bool."""
         return np.concatenate([[True], self.char_spans[:-1, 1] <= self.char_spans[1:, 0]])[: len(self.ids)]
 
 
 def compute_char_spans(text: str, sizes: NDArray[np.int64]) -> Spans | None:
-    """(tokens, 2): the characters of a text that each token has a part in, from the bytes each token stands for.
+    """Return the characters [start, stop) that each token overlaps, (tokens, 2), from the bytes per token (`sizes`).
 
-    None where the tokens do not stand for as many bytes as the text has.
+    Returns None if the tokens and the text differ in bytes.
     """
     written = np.frombuffer(text.encode(), dtype=np.uint8)
     ends = np.cumsum(sizes)
     if sizes.sum() != len(written):
         return None
-    if len(written) == len(text):  # every character is a byte
+    if len(written) == len(text):  # ASCII: a byte per character
         return np.stack([ends - sizes, ends], axis=1)
-    character = np.cumsum((written & 0xC0) != 0x80) - 1  # which one each byte belongs to; 10xxxxxx goes on with one
+    character = np.cumsum((written & 0xC0) != 0x80) - 1  # character index of each byte; 10xxxxxx continues one
     return np.stack([character[ends - sizes], character[ends - 1] + 1], axis=1)
 
 
 @dataclass(frozen=True)
 class TokenizationSpec:
-    """The part of a family that decides about tokens, and so whether prepared ones are those of a run."""
+    """Part of a family that determines tokens, and so whether prepared data fits a run."""
 
     tokens: SpecialTokens
     layout: CodeLayout
@@ -262,5 +262,5 @@ class TokenizationSpec:
 
     @classmethod
     def from_family(cls, family: Family) -> TokenizationSpec:
-        """The markers of a family."""
+        """Return the spec of a family."""
         return cls(family.special_tokens, family.code_layout, family.pre_tokenizer_pattern, family.chat_template)

@@ -1,4 +1,4 @@
-"""Types of the data layer: documents, their parts, examples and rendered tokens."""
+"""Types of the data layer: documents, repository files, examples and rendered documents."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from llm_training_toolkit.data.tokenizer import Ids
 
 @dataclass(frozen=True)
 class Example:
-    """What the model is shown of one document: tokens (L,) uint32, loss (L,) bool, and the document's number.
+    """Training example from one document: tokens (L,) uint32, loss (L,) bool, and the document's number.
 
-    `loss[i]` says whether token i is to be predicted; the first token of an example never can be.
+    `loss[i]` marks token i as a prediction target; the first token of an example cannot be one.
     """
 
     tokens: Ids
@@ -26,7 +26,7 @@ class Example:
 
 
 class RenderedDocument(NamedTuple):
-    """A document's examples (none: dropped as too long) and the tokens of the whole document with its end."""
+    """Examples of a document (empty: dropped as too long), and the token count of the whole document with its end."""
 
     document: int
     tokens: int
@@ -34,7 +34,7 @@ class RenderedDocument(NamedTuple):
 
 
 class RepositoryFile(NamedTuple):
-    """A file of a repository: its path in it, and its text."""
+    """File of a repository: path within it, and text."""
 
     path: str
     text: str
@@ -42,11 +42,10 @@ class RepositoryFile(NamedTuple):
 
 @dataclass(frozen=True)
 class Document:
-    """One document: the number of its source, a name that leads back to it, and its text.
+    """Document: number of its source, a name that identifies its origin, and text.
 
-    For code also the repository it is from, its path in it and the repository's stars, as far as they are known. A
-    document that is a whole repository has its files as `parts`, in the order of their paths, and as `text` their
-    texts one after the other.
+    Code also has its repository, path within it and the repository's stars, as far as known. A whole-repository
+    document has its files as `parts`, in path order, and their concatenated texts as `text`.
     """
 
     source: int
@@ -57,17 +56,17 @@ class Document:
     stars: int | None = None
     parts: tuple[RepositoryFile, ...] = ()
     dedup_text: str = ""
-    """What counts as its content where that is less than `text`: a conversation without its switches of loss."""
+    """Text to compare for duplicates if it differs from `text`: a conversation without its loss overrides."""
 
     @cached_property
     def content_digest(self) -> bytes:
-        """Its content's hash; neither name nor metadata count."""
+        """Hash of the content, without name and metadata."""
         return content_hash(self.dedup_text or self.text)
 
 
 def content_hash(text: str) -> bytes:
-    """16 bytes that stand for a content: equal contents, equal hashes.
+    """Return a content hash of 16 bytes, half of a SHA-256.
 
-    Half of a SHA-256: two of 10 million different documents are taken for equal with a chance of 1 in 10^25.
+    The chance of a collision among 10 million different documents is 1 in 10^25.
     """
     return hashlib.sha256(text.encode()).digest()[:16]

@@ -1,7 +1,6 @@
-"""RunContext: all that the training loop knows of the world it runs in.
+"""RunContext: environment of the training loop (rank, device, collectives, stop requests).
 
-The loop asks for its rank, its device and a few agreements between ranks; whether Ray Train,
-torchrun or a single process stands behind them is settled by `launch`, which makes the context.
+Made by `launch`, for Ray Train, torchrun or a single process; the loop does not distinguish them.
 """
 
 from __future__ import annotations
@@ -16,19 +15,19 @@ from llm_training_toolkit.distributed.heartbeat import Heartbeat
 if TYPE_CHECKING:
     import torch
 
-# torch.distributed is imported where several ranks talk: the driver, which reads this module too, needs no torch.
+# torch is imported in the collectives only, because the driver imports this module as well and needs no torch.
 T = TypeVar("T")
 Event = Mapping[str, Any]
 
 
 class StopRequest(enum.IntEnum):
-    """What the driver, or the person at the keyboard, wants of a run that works."""
+    """Request to stop or drain, from the driver or a signal. Higher values win."""
 
     NONE = 0
     DRAIN_AFTER_CHECKPOINT = 1
-    """End after the next checkpoint that is due: other workers go on from it."""
+    """End after the next checkpoint that is due; other workers resume from it."""
     DRAIN = 2
-    """Save now and end: other workers go on from it."""
+    """Save now and end; other workers resume from it."""
     STOP = 3
     """Save now and end."""
 
@@ -38,35 +37,34 @@ def _request_nothing() -> StopRequest:
 
 
 def _continue_after_rung(_step: int) -> StopRequest:
-    """Nobody stops a run at a rung."""
     return StopRequest.NONE
 
 
 def _discard_event(event: Event) -> None:
-    """Nobody listens."""
+    """Do nothing, as the default of `report`."""
 
 
 @dataclass(frozen=True)
 class RunContext:
-    """One rank's place among the ranks of a run; a process group exists when there are several."""
+    """One rank among the ranks of a run; a process group exists if there are several."""
 
     rank: int
     world_size: int
     device: torch.device
     report: Callable[[Event], None] = _discard_event
-    """Tells the person at the keyboard something; called on rank 0 alone."""
+    """Reports an event to the user; called on rank 0 only."""
     read_stop_request: Callable[[], StopRequest] = _request_nothing
-    """What is wanted of the run; asked on rank 0 alone, the loop makes all ranks agree."""
+    """Returns the current stop request; called on rank 0 only, and the loop shares it with all ranks."""
     rungs: tuple[int, ...] = ()
-    """Steps after which a trial of a search is compared with others, before it goes on or ends."""
+    """Steps after which a trial of a search is compared with others, and continues or ends."""
     await_rung: Callable[[int], StopRequest] = _continue_after_rung
-    """Waits for the answer whether a trial goes on after a rung; asked on rank 0 alone."""
+    """Waits for the decision on a trial after a rung; called on rank 0 only."""
     heartbeat: Heartbeat = field(default_factory=Heartbeat)
-    """Where this rank stands; kept up to date by whoever works, read by whoever watches."""
+    """Current phase of this rank, set by the rank and read by hang detection."""
 
     @property
     def is_rank_zero(self) -> bool:
-        """Whether this is rank 0, which alone writes what is written once."""
+        """True on rank 0, the only writer of shared output."""
         return self.rank == 0
 
     def barrier(self) -> None:
@@ -77,7 +75,7 @@ class RunContext:
             dist.barrier()
 
     def broadcast_object(self, value: T) -> T:
-        """Rank 0's value, on every rank."""
+        """Return rank 0's value on every rank."""
         if self.world_size == 1:
             return value
         import torch.distributed as dist  # noqa: PLC0415
@@ -87,7 +85,7 @@ class RunContext:
         return box[0]
 
     def all_gather_object(self, value: T) -> list[T]:
-        """Every rank's value, in the order of ranks, on every rank."""
+        """Return every rank's value, in the order of ranks, on every rank."""
         if self.world_size == 1:
             return [value]
         import torch.distributed as dist  # noqa: PLC0415
@@ -97,7 +95,7 @@ class RunContext:
         return values
 
     def all_reduce_sum(self, *values: float) -> list[float]:
-        """Each value summed over the ranks in double precision, in one exchange."""
+        """Return each value summed over the ranks in double precision, from one all-reduce."""
         if self.world_size == 1:
             return [float(value) for value in values]
         import torch  # noqa: PLC0415

@@ -1,6 +1,6 @@
-"""A rank's pulse: what it is doing, and that it gets on. Written by the rank that works, read by a thread that watches.
+"""Heartbeat of a rank: its current phase and the number of phases so far. Set by the rank, read by another thread.
 
-A mark is a few assignments; whoever watches sees the number of marks grow, or not.
+Setting a phase costs a few assignments; the reader sees the count grow or stop.
 """
 
 from __future__ import annotations
@@ -8,52 +8,51 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-STEP_TIMEOUT_FACTOR = 1.0
-"""Times `failures.hang_timeout` that may pass without a mark: micro-batches, the exchange between ranks, the update."""
-NON_STEP_TIMEOUT_FACTOR = 3.0
-"""The same while building, compiling in an attempt's first step, evaluating and saving, whose pieces are larger."""
-NO_TIMEOUT = math.inf
-"""The same where no other rank waits: the export on rank 0."""
+# Multiples of `failures.hang_timeout` that one phase may take.
+STEP_TIMEOUT_FACTOR = 1.0  # in a step: micro-batches, the all-reduce between ranks, the update
+NON_STEP_TIMEOUT_FACTOR = 3.0  # larger pieces: building, an attempt's first step (compiles), evaluating, saving
+NO_TIMEOUT = math.inf  # no other rank waits (export on rank 0), or the wait is for data, tasks or a rung
 
 
 class HeartbeatSnapshot(NamedTuple):
-    """A pulse at one moment."""
+    """Heartbeat at one moment."""
 
     phase_count: int
-    """How often the rank has said where it is; all ranks say so in the same order."""
+    """Number of phases set so far; all ranks set the same phases in the same order."""
     phase: str
     timeout_factor: float
-    """Times `failures.hang_timeout` that this may take."""
+    """Multiple of `failures.hang_timeout` that this phase may take."""
     done: bool
-    """The rank has returned, and nobody waits for it."""
+    """True once the rank has returned and other ranks no longer wait for it."""
 
     @property
     def is_in_step(self) -> bool:
-        """Whether the rank is at a step, not at what comes before the first one or between two."""
+        """True within a step; False before the first one and between two."""
         return self.phase.startswith("step ")
 
 
 class Heartbeat:
-    """Where a rank stands."""
+    """Current phase of a rank."""
 
     def __init__(self) -> None:
         self._beat = HeartbeatSnapshot(0, "starting", NON_STEP_TIMEOUT_FACTOR, done=False)
 
     def set_phase(self, doing: str, patience: float = NON_STEP_TIMEOUT_FACTOR) -> None:
-        """The rank begins something, or another piece of it."""
+        """Begin a phase, or another piece of one."""
         self._beat = HeartbeatSnapshot(self._beat.phase_count + 1, doing, patience, done=False)
 
     def keepalive(self, doing: str) -> None:
-        """The rank gets on with what it marked last, in pieces that other ranks may have more or fewer of.
+        """Report progress within the current phase, by a text that differs each time.
 
-        They count as no marks, by which it is told who is behind; another text each time is what shows the advance.
+        Not counted as a phase, because ranks may do different numbers of these pieces, and the count shows which rank
+        is behind.
         """
         self._beat = self._beat._replace(phase=doing)
 
     def mark_done(self) -> None:
-        """The rank has done all it was there for."""
+        """Mark the work of this rank as done."""
         self._beat = HeartbeatSnapshot(self._beat.phase_count + 1, "done", NO_TIMEOUT, done=True)
 
     def get_snapshot(self) -> HeartbeatSnapshot:
-        """Where the rank stands now."""
+        """Return the current heartbeat."""
         return self._beat

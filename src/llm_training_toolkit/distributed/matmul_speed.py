@@ -1,4 +1,4 @@
-"""Speed of matrix products in bf16 beside fp32 on a device: what `train.precision: auto` decides by."""
+"""Speed of matrix products in bf16 relative to fp32 on a device, for `train.precision: auto`."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import torch
 
 _SMALL, _LARGE = 64, 256  # rows and columns; forward and backward at 256 are 0.1 GFLOP, 40 ms at AVX2's 2.7 GFLOP/s
 _SECONDS = 0.05  # for the products of one size, warm-up excluded
-_MAX_PRODUCT_SECONDS = 0.5  # seconds for one large product in bf16: an emulated processor may take several
+_MAX_PRODUCT_SECONDS = 0.5  # for one large product in bf16; an emulated processor may take several seconds
 
 
 def measure_bf16_slowdown(device: torch.device) -> float:
-    """Seconds of matrix products in bf16 / in fp32, forward and backward, on one thread of this CPU.
+    """Return seconds in bf16 / seconds in fp32 of matrix products, forward and backward, on one thread of this CPU.
 
-    On a GPU, where nothing is measured: 0 if its hardware computes in bf16, else infinite. What torch says of a CPU is
-    not the whole truth: AVX2 processors compute in bf16, 5 to 25 times slower than in fp32.
+    On a GPU nothing is measured: 0 if its hardware computes in bf16, else infinite. On a CPU torch's own answer is not
+    enough, because AVX2 processors compute in bf16, but 5 to 25 times slower than in fp32.
     """
     if device.type != "cpu":
         return 0.0 if torch.cuda.is_bf16_supported(including_emulation=False) else math.inf
@@ -29,7 +29,7 @@ def measure_bf16_slowdown(device: torch.device) -> float:
 
 
 def _measure_cpu_slowdown() -> float:
-    """The ratio for large products; for small ones where a large one would take too long to measure."""
+    """Return the ratio for large products, or for small ones if a large one would take too long."""
     fp32, bf16 = _time_fastest_matmuls(_SMALL)
     if bf16 * (_LARGE / _SMALL) ** 3 < _MAX_PRODUCT_SECONDS:
         fp32, bf16 = _time_fastest_matmuls(_LARGE)
@@ -37,11 +37,11 @@ def _measure_cpu_slowdown() -> float:
 
 
 def _time_fastest_matmuls(side: int) -> tuple[float, float]:
-    """Seconds of the fastest in fp32 and in bf16, in turns, so that a machine that slows down slows both."""
+    """Return the least seconds in fp32 and in bf16, measured in turns, so that throttling affects both."""
     dtypes = (torch.float32, torch.bfloat16)
     operands = {dtype: _build_operands(side, dtype) for dtype in dtypes}
     for pair in operands.values():
-        _time_matmul(*pair)  # the first one prepares oneDNN's kernels
+        _time_matmul(*pair)  # warm-up: the first one prepares oneDNN's kernels
     fastest = dict.fromkeys(dtypes, math.inf)
     end = time.perf_counter() + _SECONDS
     while True:
@@ -52,7 +52,7 @@ def _time_fastest_matmuls(side: int) -> tuple[float, float]:
 
 
 def _build_operands(side: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)  # the process's own generator is left as it is
+    generator = torch.Generator().manual_seed(0)  # leaves the global generator unchanged
     one, other = (torch.randn(side, side, generator=generator).to(dtype).requires_grad_() for _ in range(2))
     return one, other
 

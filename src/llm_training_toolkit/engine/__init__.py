@@ -1,4 +1,4 @@
-"""The only place that knows DeepSpeed: it takes the steps and gives and takes fragments."""
+"""DeepSpeed engine: optimizer steps and parameter fragments. Only this folder imports DeepSpeed."""
 
 from llm_training_toolkit.engine.deepspeed_init import gathered_parameter, prepare_deepspeed, zero3_init
 from llm_training_toolkit.engine.engine import Engine

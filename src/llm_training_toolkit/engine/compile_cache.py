@@ -1,4 +1,4 @@
-"""Where what is compiled at run time is kept: a folder of this machine that the next attempt finds."""
+"""Cache folders of code compiled at run time, on this machine's disk, so that the next attempt reuses it."""
 
 from __future__ import annotations
 
@@ -10,21 +10,19 @@ from pathlib import Path
 import torch
 
 _CACHE_DIR_BY_VARIABLE = {
-    "TORCH_EXTENSIONS_DIR": "extensions",
-    "TRITON_CACHE_DIR": "triton",
-    "TORCHINDUCTOR_CACHE_DIR": "inductor",
+    "TORCH_EXTENSIONS_DIR": "extensions",  # C++ operators of DeepSpeed
+    "TRITON_CACHE_DIR": "triton",  # Triton kernels
+    "TORCHINDUCTOR_CACHE_DIR": "inductor",  # output of torch.compile, which flex_attention uses
 }
-"""Operations of DeepSpeed (C++), kernels of Triton, and what torch.compile makes, which flex_attention goes through."""
-_GROUP_OTHER_WRITE = 0o022
-"""Permissions to write of group and others."""
+_GROUP_OTHER_WRITE = 0o022  # write permission of group and others
 
 
 def set_compile_cache_dirs() -> None:
-    """Name the folders in the environment; what is set there already stays.
+    """Set the cache variables that the environment leaves unset.
 
-    Two of the three lie in the home directory otherwise, which nodes may share: there a rank of one node waits for a
-    lock that a killed rank of another has left. Nothing is set where the folder belongs to somebody else, because what
-    lies in it is run.
+    Two of the three default to the home directory, which nodes may share: a rank would then wait for a lock left by a
+    killed rank of another node. Sets nothing if the folder belongs to another user or is writable by others, because
+    its contents are executed.
     """
     folder = Path(tempfile.gettempdir()) / f"ltt-compiled-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)

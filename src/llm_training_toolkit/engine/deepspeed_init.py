@@ -1,7 +1,4 @@
-"""Getting DeepSpeed ready in a process, and building a model in pieces under ZeRO-3.
-
-Called by the worker before a model exists.
-"""
+"""DeepSpeed setup of a process, and construction of models partitioned by ZeRO-3. Called before a model exists."""
 
 from __future__ import annotations
 
@@ -17,11 +14,11 @@ from llm_training_toolkit.engine.compile_cache import set_compile_cache_dirs
 
 
 def prepare_deepspeed(device_type: str) -> None:
-    """Choose DeepSpeed's accelerator; must run before anything imports deepspeed.
+    """Choose DeepSpeed's accelerator. Must run before the first `import deepspeed`.
 
-    On CPU DeepSpeed would compile its shared-memory collectives at the first start (50 to 80 s and a
-    C++ compiler). They serve only when LOCAL_SIZE equals the world size, which neither Ray Train nor
-    torchrun sets, so they are declared unavailable and gloo does the work either way.
+    On CPU DeepSpeed would compile its shared-memory collectives at the first start (50 to 80 s and a C++ compiler).
+    DeepSpeed uses them only when LOCAL_SIZE equals the world size, and neither Ray Train nor torchrun sets it. So
+    they are declared unavailable; gloo does the work either way.
     """
     if device_type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
@@ -33,10 +30,10 @@ def prepare_deepspeed(device_type: str) -> None:
 
 
 def _import_muon_uncompiled() -> None:
-    """Import DeepSpeed's Muon without torch.compile; nothing here uses it.
+    """Import DeepSpeed's Muon, which nothing here uses, without torch.compile.
 
-    Every ZeRO optimizer imports it only to ask whether it is the one in use, and its decorators load torch's
-    whole compiler: 0.9 s at every start of every rank (DeepSpeed 0.19.8, `is_zero_supported_optimizer`).
+    Every ZeRO optimizer imports it only to check whether it is in use (DeepSpeed 0.19.8,
+    `is_zero_supported_optimizer`). Its decorators load torch's whole compiler: 0.9 s at every start of every rank.
     """
     from deepspeed.runtime import compiler  # noqa: PLC0415 - after the accelerator is chosen
 
@@ -50,10 +47,10 @@ def _import_muon_uncompiled() -> None:
 
 @contextmanager
 def zero3_init(deepspeed_config: Mapping[str, Any]) -> Iterator[None]:
-    """Inside, transformers builds models already spread over the ranks if the configuration says ZeRO-3.
+    """Make transformers build models already partitioned inside the block, if the configuration says ZeRO-3.
 
-    transformers' own route (HfDeepSpeedConfig) is taken because a bare `zero.Init` leaves the weights
-    without transformers' construction steps. The setting is global, so it ends with the block.
+    Uses transformers' own route (HfDeepSpeedConfig), because a bare `zero.Init` leaves out transformers' construction
+    steps for the weights. The setting is global, so it ends with the block.
     """
     if deepspeed_config["zero_optimization"]["stage"] != 3:
         yield
@@ -70,7 +67,7 @@ def zero3_init(deepspeed_config: Mapping[str, Any]) -> Iterator[None]:
 
 @contextmanager
 def gathered_parameter(parameter: nn.Parameter) -> Iterator[None]:
-    """Make a parameter whole for writing; what rank 0 wrote is what all ranks keep."""
+    """Gather a partitioned parameter for writing; all ranks keep the values that rank 0 wrote."""
     if not hasattr(parameter, "ds_id"):
         yield
         return

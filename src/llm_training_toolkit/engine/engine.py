@@ -1,7 +1,7 @@
-"""The engine: forward, backward and update of one optimizer step, through DeepSpeed.
+"""Engine: forward, backward and update of one optimizer step, through DeepSpeed.
 
-The loop hands it micro-batches and a learning rate. DeepSpeed's own rescaling of the loss, its
-batch arithmetic and its schedulers are kept out of the result, all in `accumulate` and `step`.
+The loop passes micro-batches and a learning rate. DeepSpeed's loss rescaling, batch arithmetic and schedulers are kept
+out of the result, all in `forward_backward` and `optim_step`.
 """
 
 from __future__ import annotations
@@ -26,16 +26,15 @@ from llm_training_toolkit.models import LossModule
 
 
 def _ignore_index(_index: int) -> None:
-    """Nobody watches."""
+    """Do nothing, as the default callback before each micro-batch."""
 
 
 def _allow_update(_norm: float) -> bool:
-    """Every update is taken."""
     return True
 
 
 class Engine:
-    """A model under DeepSpeed, with AdamW in fp32 and gradients that do not depend on how a batch is split."""
+    """Model under DeepSpeed, with AdamW in fp32 and gradients that do not depend on how a batch is split."""
 
     def __init__(
         self, module: LossModule, optim: OptimConfig, deepspeed_config: Mapping[str, Any], device: torch.device
@@ -62,33 +61,34 @@ class Engine:
         self._clip = optim.max_grad_norm
         self._replica: MasterWeights | None = None
         if self.stage == 0:
-            module.to(device)  # DeepSpeed would do it after the fp32 copies are made
+            module.to(device)  # DeepSpeed would move it only after the fp32 copies are made
             self._replica = MasterWeights(trained)
         self.optimizer = _build_adamw(module, self._names, optim, device, self._replica)
-        deepspeed.init_distributed(dist_init_required=False)  # takes the process group that is there
+        deepspeed.init_distributed(dist_init_required=False)  # reuses the existing process group
         self.deepspeed, self._wrapped, _, _ = deepspeed.initialize(
             model=module, optimizer=self.optimizer, config=dict(deepspeed_config), dist_init_required=False
         )
         if self._replica is not None:
             self.deepspeed.enable_backward_allreduce = False
-            self._replica.load_from_low_precision()  # DeepSpeed has given every rank those of rank 0
+            self._replica.load_from_low_precision()  # DeepSpeed has broadcast rank 0's weights
         self.world_size = dist.get_world_size() if dist.is_initialized() else 1
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.forward_seconds = 0.0
-        """Seconds that this rank's forward passes took in the last `accumulate`: its own work before it waits for the
-        others, except under ZeRO 3, where it waits for their weights meanwhile."""
+        """Seconds of this rank's forward passes in the last `forward_backward`: its own work, before it waits for the
+        others. Under ZeRO 3 the wait for their weights is included.
+        """
         self._gate = SkippableOptimizer(self.optimizer)
         self.create_optimizer_state(updates=0)
 
     def forward_backward(
         self, micro_batches: Sequence[MicroBatch], loss_tokens: int, begin: Callable[[int], None] = _ignore_index
     ) -> float:
-        """Add the gradients of this rank's micro-batches; the sum of this rank's token losses comes back.
+        """Accumulate the gradients of this rank's micro-batches and return the sum of its token losses.
 
-        `loss_tokens` is the number of loss tokens in the global batch. From ZeRO 1 on DeepSpeed averages
-        gradients over ranks, which the factor `world_size` undoes; it would divide by the accumulation
-        steps, which `scale_wrt_gas=False` keeps it from. Both are silent when forgotten.
-        Every rank must bring the same number of micro-batches; `begin` is told the index of each before it runs.
+        `loss_tokens` counts the loss tokens of the global batch; `begin` is called with the index of each micro-batch
+        before it runs. Every rank must pass the same number of micro-batches. From ZeRO 1 on DeepSpeed averages
+        gradients over ranks: the factor `world_size` undoes that, and `scale_wrt_gas=False` prevents division by the
+        accumulation steps. Forgetting either raises no error.
         """
         self.deepspeed.train()
         total = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -104,7 +104,7 @@ class Engine:
             self.deepspeed.backward(loss * scale, scale_wrt_gas=False)
         if self._replica is not None:
             self._replica.all_reduce_gradients()
-        summed = float(total)  # waits for the device, so that the times below are known
+        summed = float(total)  # waits for the device, so that the timer's events are complete
         self.forward_seconds = stopwatch.total_seconds()
         return summed
 
@@ -116,16 +116,16 @@ class Engine:
 
     @torch.no_grad()
     def compute_loss_sum(self, batch: MicroBatch) -> float:
-        """Sum of the token losses of a batch, without gradients. Under ZeRO-3 all ranks must call it together."""
+        """Return the sum of a batch's token losses, without gradients. Collective under ZeRO 3."""
         self.deepspeed.eval()
         return float(self._run_forward(batch))
 
     def optim_step(self, lr: float, allow: Callable[[float], bool] = _allow_update) -> float:
-        """Update the weights with the accumulated gradients; the gradient's norm before clipping comes back.
+        """Update the weights with the accumulated gradients and return the gradient norm before clipping.
 
-        `allow` is asked once on every rank with that norm, in the same order: where it says no, weights and moments
-        stay as they are, bit for bit. The norm is not finite when the gradients were not; there is then no update, and
-        `allow` may not be asked.
+        Every rank calls `allow` once with that norm, in the same order. If it returns False, weights and moments stay
+        unchanged, bit for bit. Non-finite gradients skip the update, possibly without a call of `allow`, and make the
+        returned norm non-finite.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -144,26 +144,26 @@ class Engine:
         return get_grad_norm() if self.deepspeed.was_step_applied() else float("nan")
 
     def get_full_gradient(self, parameter: nn.Parameter) -> Tensor | None:
-        """The fp32 gradient after `accumulate`, at ZeRO 0; None at the other stages, where DeepSpeed has it."""
+        """Return the fp32 gradient after `forward_backward` at ZeRO 0, else None: there DeepSpeed has it."""
         return None if self._replica is None else self._replica.get_gradient(parameter)
 
     def local_fragments(self) -> list[Fragment]:
-        """The pieces that lie on this rank: under ZeRO 0 all of every parameter."""
+        """Return the fragments on this rank; under ZeRO 0 every parameter, whole."""
         if self._replica is not None:
             named = [(self._names[id(parameter)], own) for parameter, own in self._replica.pairs]
             return [Fragment(name, 0, own.numel(), own, 0) for name, own in named]
         return list(locate_fragments(self._wrapped, self._names, self.stage, self.rank))
 
     def owned_fragments(self) -> list[Fragment]:
-        """The pieces this rank saves; over all ranks each weight occurs exactly once."""
+        """Return the fragments that this rank saves; over all ranks each weight occurs exactly once."""
         pieces = self.local_fragments()
         return pieces[self.rank :: self.world_size] if self.stage == 0 else pieces
 
     def create_optimizer_state(self, updates: int) -> None:
-        """Give the optimizer a state to load into, as after `updates` updates; what it had is dropped.
+        """Create the optimizer state to load into, as after `updates` updates; the previous state is dropped.
 
-        Each flat tensor gets a step counter of its own: one shared tensor would be advanced once per
-        tensor, which silently wrecks Adam's bias correction (as DeepSpeed's universal loading does).
+        Each flat tensor gets its own step counter. A shared one would advance once per tensor, which silently wrecks
+        Adam's bias correction (DeepSpeed's universal loading does this).
         """
         self.optimizer.state.clear()
         flats = list({id(piece.flat): piece.flat for piece in self.local_fragments()}.values())
@@ -177,14 +177,14 @@ class Engine:
             }
 
     def sync_low_precision(self) -> None:
-        """Bring the forward pass up to date after fragments were written. Collective."""
+        """Update the forward pass's weights after writes to fragments. Collective."""
         if self._replica is not None:
             self._replica.sync_low_precision()
         else:
             sync_low_precision_weights(self._wrapped, self.stage)
 
     def peak_memory_gb(self) -> float:
-        """Largest amount of device memory used so far in GB; on CPU the largest resident size of this process."""
+        """Return the peak device memory so far in GB; on CPU the peak resident size of this process."""
         if self.device.type == "cuda":
             return float(torch.cuda.max_memory_allocated(self.device)) / 1e9
         import resource  # noqa: PLC0415 - POSIX only
@@ -192,7 +192,7 @@ class Engine:
         return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * 1024 / 1e9
 
     def close(self) -> None:
-        """Give back the hooks and buffers of DeepSpeed and of ZeRO 0."""
+        """Release the hooks and buffers of DeepSpeed and of ZeRO 0."""
         if self._replica is not None:
             self._replica.close()
         self.deepspeed.destroy()
@@ -201,7 +201,7 @@ class Engine:
 def _build_adamw(
     module: nn.Module, names: Mapping[int, str], optim: OptimConfig, device: torch.device, replica: MasterWeights | None
 ) -> torch.optim.AdamW:
-    """AdamW with matrices in a group that decays; norms, biases and learned positions in one that does not."""
+    """Build AdamW; weight decay applies to matrices, but not to norms, biases and learned positions."""
     decay: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     for parameter in module.parameters():
@@ -210,10 +210,10 @@ def _build_adamw(
             updated = parameter if replica is None else replica.get_master_weight(parameter)
             (decay if matrix and ".wpe." not in names[id(parameter)] else plain).append(updated)
     groups = [{"params": decay, "weight_decay": optim.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    # The fused kernel reads and writes each value once; on CPU and GPU alike it is torch's fastest.
+    # The fused kernel reads and writes each value once: torch's fastest on CPU and GPU.
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],
-        lr=0.0,  # `step` sets it; zero until then, so that a step DeepSpeed takes on its own changes nothing
+        lr=0.0,  # set by `optim_step`; zero until then, so that a step DeepSpeed takes on its own changes nothing
         betas=optim.betas,
         eps=optim.eps,
         fused=device.type in {"cpu", "cuda"},
@@ -221,7 +221,7 @@ def _build_adamw(
 
 
 class DeviceTimer:
-    """Adds up what is done within `with`; `seconds` may be asked once the device has done all of it."""
+    """Timer of the work inside `with`. Read `total_seconds` once the device has finished that work."""
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
@@ -246,6 +246,6 @@ class DeviceTimer:
             self._total += time.perf_counter() - self._began
 
     def total_seconds(self) -> float:
-        """The sum so far."""
+        """Return the sum so far."""
         milliseconds = sum(float(begin.elapsed_time(end)) for begin, end in self._spans)
         return self._total + milliseconds / 1e3

@@ -1,7 +1,7 @@
-"""Where each rank's piece of every parameter and of its optimizer state lies under DeepSpeed, ZeRO 1 to 3.
+"""Location of each rank's fragments of parameters and optimizer state under DeepSpeed, ZeRO 1 to 3.
 
-The only place that reads DeepSpeed's internal attributes; they belong to the pinned version, and
-tests/engine/test_fragments.py reads them all. The engine asks; checkpoints are made of the answers.
+Only this module reads DeepSpeed's internal attributes, as the pinned version has them; tests/engine/test_fragments.py
+reads them all. `Engine` passes the fragments on to checkpoints.
 """
 
 from __future__ import annotations
@@ -13,42 +13,41 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-"""Adam's states, one value per weight each."""
+MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's states, one value per weight each
 
 
 @dataclass(frozen=True)
 class Fragment:
-    """A consecutive piece of one flattened parameter that lies on this rank."""
+    """Consecutive range of one flattened parameter on this rank."""
 
     name: str
-    """Name of the parameter, as the Hugging Face model names it."""
+    """Parameter's name in the Hugging Face model."""
     start: int
-    """Where the piece begins in the flattened parameter."""
+    """First index in the flattened parameter."""
     count: int
-    """Number of weights in the piece."""
+    """Number of weights."""
     flat: Tensor
     """The fp32 tensor that the optimizer updates, and the key of its state."""
     offset: int
-    """Where the piece begins in `flat`."""
+    """First index in `flat`."""
 
     def _narrow_to_fragment(self, tensor: Tensor) -> Tensor:
         return tensor.detach().view(-1).narrow(0, self.offset, self.count)
 
     def get_weights(self) -> Tensor:
-        """The fp32 weights of the piece (count,), a view."""
+        """Return the fp32 weights (count,), a view."""
         return self._narrow_to_fragment(self.flat)
 
     def get_tensors(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-        """Weights and moments of the piece by name, each (count,) fp32, views to copy from and into."""
+        """Return weights and moments by name, each (count,) fp32: views to copy from and into."""
         state = optimizer.state[self.flat]
         return {"weights": self.get_weights()} | {key: self._narrow_to_fragment(state[key]) for key in MOMENTS}
 
 
 def locate_fragments(wrapped: Any, names: Mapping[int, str], stage: int, rank: int) -> Iterator[Fragment]:  # noqa: ANN401
-    """Every piece of a trainable parameter on this rank.
+    """Yield every fragment of a trainable parameter on this rank.
 
-    `wrapped` is DeepSpeed's optimizer, `names` maps `id(parameter)` to the parameter's name.
+    `wrapped` is DeepSpeed's optimizer; `names` maps `id(parameter)` to the parameter's name.
     """
     if stage == 3:
         yield from _locate_zero3_fragments(wrapped, names, rank)
@@ -79,7 +78,7 @@ def _locate_zero3_fragments(wrapped: Any, names: Mapping[int, str], rank: int) -
 
 
 def sync_low_precision_weights(wrapped: Any, stage: int) -> None:  # noqa: ANN401
-    """Bring the weights of the forward pass up to date after fp32 weights were written. Collective."""
+    """Update the forward pass's weights after fp32 weights were written. Collective."""
     if stage == 3:
         _sync_zero3_weights(wrapped)
     else:

@@ -1,8 +1,8 @@
-"""Weights that every rank holds whole (ZeRO 0): fp32 copies, gradients summed in fp32, one reduction a step.
+"""fp32 master weights and gradients at ZeRO 0, where every rank holds all weights; one all-reduce a step.
 
-DeepSpeed's own path for bf16 sums micro-batches in bf16, and moves every gradient eight times even in one process:
-flatten, cast, reduce, cast back, unflatten, copy, cast for the update, clip. At 99.5 million weights on one core all
-that with norm and AdamW took 0.8 of 1.55 s a step; this takes 0.4.
+DeepSpeed's bf16 path sums micro-batches in bf16 and moves every gradient eight times, even in one process: flatten,
+cast, reduce, cast back, unflatten, copy, cast for the update, clip. At 99.5 million weights on one core that path, with
+norm and AdamW, took 0.8 of 1.55 s a step; this one takes 0.4 s.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from llm_training_toolkit.plan.memory import REDUCTION_CHUNK_SIZE
 
 
 class MasterWeights:
-    """Master weights and gradients in fp32 of a model's trainable parameters."""
+    """fp32 master weights and gradients of a model's trainable parameters."""
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
         device = parameters[0].device if parameters else torch.device("cpu")
@@ -28,13 +28,13 @@ class MasterWeights:
         low = [parameter for parameter in parameters if parameter.dtype != torch.float32]
         shapes = [parameter.shape for parameter in low]
         _, weights = allocate_zeros(shapes, torch.float32, device)
-        # One buffer: it is reduced in place. fp32 parameters keep the gradients that autograd makes, without a copy.
+        # One buffer, all-reduced in place. fp32 parameters keep autograd's own gradients, without a copy.
         self._flat, gradients = allocate_zeros(shapes, torch.float32, device)
         self._low = [(parameter, nn.Parameter(own)) for parameter, own in zip(low, weights, strict=True)]
         self.load_from_low_precision()
         self._own = {id(parameter): own for parameter, own in self._low}
         self.pairs = [(parameter, self._own.get(id(parameter), parameter)) for parameter in parameters]
-        """Each parameter and the fp32 tensor that the optimizer updates: itself where it is in fp32."""
+        """Each parameter and the fp32 tensor that the optimizer updates: itself if it is fp32."""
         self._summed: set[int] = set()
         self._hooks: list[Any] = []
         for (parameter, own), gradient in zip(self._low, gradients, strict=True):
@@ -43,16 +43,16 @@ class MasterWeights:
         self._gradients = {id(parameter): own.grad for parameter, own in self._low}
 
     def get_master_weight(self, parameter: nn.Parameter) -> nn.Parameter:
-        """Return the master weights that the optimizer updates: the parameter itself where it is in fp32."""
+        """Return the fp32 tensor that the optimizer updates: the parameter itself if it is fp32."""
         return self._own.get(id(parameter), parameter)
 
     def get_gradient(self, parameter: nn.Parameter) -> Tensor | None:
-        """The parameter's fp32 gradient: of this rank until `reduce`, then of all."""
+        """Return the parameter's fp32 gradient: this rank's until `all_reduce_gradients`, then the sum over ranks."""
         return self.get_master_weight(parameter).grad
 
     @torch.no_grad()
     def _accumulate_gradient(self, parameter: Tensor) -> None:
-        """Add a gradient of a micro-batch as soon as backward has made it, and free it."""
+        """Add a micro-batch's gradient as soon as backward has produced it, and free it."""
         total = self._gradients[id(parameter)]
         assert total is not None
         assert parameter.grad is not None
@@ -65,7 +65,7 @@ class MasterWeights:
 
     @torch.no_grad()
     def all_reduce_gradients(self) -> None:
-        """Sum the gradients over the ranks; a parameter without one gets zeros. Collective."""
+        """Sum the gradients over the ranks; parameters without one get zeros. Collective."""
         for parameter, own in self._low:
             if id(parameter) not in self._summed:
                 self._gradients[id(parameter)].zero_()  # type: ignore[union-attr] # set in the constructor
@@ -86,7 +86,7 @@ class MasterWeights:
                 own.grad = gradient
 
     def compute_grad_norm(self) -> float:
-        """Return rank 0's norm of the reduced gradients: processors of other kinds sum in another order. Collective."""
+        """Return rank 0's gradient norm on all ranks: processors of other kinds sum in another order. Collective."""
         norm = torch.nn.utils.get_total_norm([own.grad for _, own in self.pairs if own.grad is not None])
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.broadcast(norm, src=0)
@@ -94,11 +94,11 @@ class MasterWeights:
 
     @torch.no_grad()
     def clip_gradients(self, optimizer: torch.optim.Optimizer, norm: float, largest: float) -> None:
-        """Divide the gradients so that their norm is at most `largest`; 0 = never.
+        """Scale the gradients to a norm of at most `largest`; 0 disables clipping.
 
-        The fused kernel divides while it reads, which saves a pass over them.
+        The fused kernel scales while it reads, which saves a pass over them.
         """
-        ratio = (norm + 1e-6) / largest if largest > 0 else 0.0  # as DeepSpeed has it at the other stages
+        ratio = (norm + 1e-6) / largest if largest > 0 else 0.0  # DeepSpeed's formula at the other stages
         scale = torch.tensor(ratio, dtype=torch.float32, device=self._flat.device) if ratio > 1 else None
         if optimizer.defaults["fused"]:
             optimizer.grad_scale = scale  # type: ignore[attr-defined] # torch's own protocol of its GradScaler
@@ -112,19 +112,19 @@ class MasterWeights:
 
     @torch.no_grad()
     def load_from_low_precision(self) -> None:
-        """Take the fp32 weights from those of the forward pass."""
+        """Copy the forward pass's weights into the fp32 weights."""
         for parameter, own in self._low:
             own.copy_(parameter)
 
     @torch.no_grad()
     def sync_low_precision(self) -> None:
-        """Round the fp32 weights for the forward pass."""
+        """Round the fp32 weights into the forward pass's weights."""
         for parameter, own in self._low:
             parameter.copy_(own)
 
 
 def _flatten_parameters(parameters: Sequence[nn.Parameter], device: torch.device) -> None:
-    """Flatten the parameters of each type into one contiguous buffer, in large pages."""
+    """Move the parameters of each dtype into one contiguous buffer with huge pages."""
     for dtype in sorted({parameter.dtype for parameter in parameters}, key=str):
         same = [parameter for parameter in parameters if parameter.dtype == dtype]
         for parameter, place in zip(same, allocate_zeros([p.shape for p in same], dtype, device)[1], strict=True):
@@ -132,7 +132,7 @@ def _flatten_parameters(parameters: Sequence[nn.Parameter], device: torch.device
 
 
 def _iter_buckets(tensors: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    """Group tensors, in their order, into pieces that are reduced at once."""
+    """Yield groups of consecutive tensors, each reduced at once."""
     piece: list[nn.Parameter] = []
     for tensor in tensors:
         if piece and sum(each.numel() for each in piece) + tensor.numel() > REDUCTION_CHUNK_SIZE:
@@ -144,6 +144,6 @@ def _iter_buckets(tensors: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter
 
 
 def _unflatten_like(flat: Tensor, shaped: Sequence[Tensor]) -> list[Tensor]:
-    """Views of a flat tensor in the given shapes, one after another."""
+    """Return consecutive views of a flat tensor in the shapes of `shaped`."""
     pieces = torch.split(flat, [tensor.numel() for tensor in shaped]) if shaped else ()
     return [piece.view_as(tensor) for piece, tensor in zip(pieces, shaped, strict=True)]

@@ -1,8 +1,8 @@
-"""Leaving out an update once the gradient's norm is known: just before the update, by DeepSpeed or at ZeRO 0 by us.
+"""Optimizer updates that can be skipped once the gradient norm is known.
 
-DeepSpeed calls the optimizer that it was given, under ZeRO 1 to 3 once for each flat partition. When the optimizer
-does nothing, the fp32 weights and the moments stay as they are, and the weights of the forward pass are rounded from
-them to the same bits again.
+The norm is known just before the update, from DeepSpeed or, at ZeRO 0, from `MasterWeights`. DeepSpeed calls the
+optimizer it was given, under ZeRO 1 to 3 once per flat partition. A skipped call leaves fp32 weights and moments
+unchanged, so that the forward pass's weights are rounded to the same bits again.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ import torch
 
 
 class SkippableOptimizer:
-    """Stands before an optimizer's updates."""
+    """Condition in front of an optimizer's `step`."""
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._update = optimizer.step
         self._decide: Callable[[], bool] = _always_update
         self._decided: bool | None = None
-        # On the object, not by a subclass: ZeRO accepts optimizers by their exact class.
+        # Patched on the instance, because ZeRO checks the exact class of an optimizer and would reject a subclass.
         optimizer.step = self._step_if_allowed  # type: ignore[method-assign]
 
     def set_update_condition(self, decide: Callable[[], bool]) -> None:
-        """Let `decide` settle the next update, once, when it is due."""
+        """Set the condition of the next update; `decide` is called once, when the update is due."""
         self._decide, self._decided = decide, None
 
     def _step_if_allowed(self, *arguments: Any, **options: Any) -> Any:  # noqa: ANN401 - the optimizer's own signature

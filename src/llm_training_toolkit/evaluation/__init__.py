@@ -1,1 +1,1 @@
-"""Evaluation: the held-out loss while a run trains, and tasks that an exported model is measured by."""
+"""Evaluation: held-out loss during training, and tasks (`eval.tasks`) on an exported model."""

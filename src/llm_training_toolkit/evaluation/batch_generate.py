@@ -1,4 +1,4 @@
-"""What a model writes after each of many prompts, some prompts at a time."""
+"""Batched generation: completes many prompts, a batch at a time."""
 
 from __future__ import annotations
 
@@ -13,16 +13,14 @@ from llm_training_toolkit.data.code.fim import draw_uniform_numbers
 from llm_training_toolkit.data.tokenizer import TextEncoder
 from llm_training_toolkit.evaluation.model import EvalModel
 
-_TOP_P = 0.95
-"""With a temperature: the likeliest tokens that make up this share, as Codex, StarCoder and Qwen2.5-Coder sampled."""
+_TOP_P = 0.95  # nucleus sampling if temperature > 0; as in Codex, StarCoder and Qwen2.5-Coder
 
 
 @dataclass(frozen=True)
 class BatchSamplingParams:
-    """How answers are written.
+    """Sampling parameters.
 
-    tokens: most new ones; fewer where the context ends. stops: texts that end an answer, and are no part of it.
-    temperature 0: always the likeliest token.
+    max_new_tokens: capped by the context. stops: texts that end a completion and are cut off. temperature 0: greedy.
     """
 
     max_new_tokens: int
@@ -34,7 +32,7 @@ class BatchSamplingParams:
 
 @dataclass(frozen=True)
 class BatchCompletion:
-    """What was written, and whether the model ended it itself: by a special token, or a text that is a stop."""
+    """Generated text. `ended`: the model ended it by a special token or a stop text."""
 
     text: str
     ended: bool
@@ -46,10 +44,10 @@ def generate_completions(
     how: BatchSamplingParams,
     done: Callable[[int], None] = lambda _: None,
 ) -> list[BatchCompletion]:
-    """The answer to each prompt, given as token ids of 1 to context - 1 tokens. Any special token ends an answer.
+    """Complete each prompt, given as 1 to context - 1 token ids. Any special token ends a completion.
 
-    Prompts of like length are answered together, so that none waits for the room of a longer one. With a temperature
-    the answers depend on the seed and the batch.
+    Prompts of similar length share a batch, because the longest one limits the new tokens of all. With a temperature,
+    completions depend on the seed and the batch.
     """
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     answers: dict[int, BatchCompletion] = {}
@@ -73,7 +71,7 @@ def _generate_batch(
         [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=subject.device
     )
     ends = _get_eos_ids(subject)
-    # What the model's own file says of sampling is not what was asked for here.
+    # Replaces the model's own generation_config.json, whose sampling defaults were not requested.
     subject.language_model.generation_config = GenerationConfig(
         max_new_tokens=min(how.max_new_tokens, subject.context_length - longest),
         eos_token_id=ends,
@@ -87,7 +85,7 @@ def _generate_batch(
 
 
 def _get_eos_ids(subject: EvalModel) -> list[int]:
-    """The ids that end an answer: code and prose have no special token in them."""
+    """Return the ids that end a completion: all special tokens, since code and prose contain none."""
     return [
         subject.text_encoder.get_special_token_id(token)
         for token in subject.tokenization_spec.tokens.all
@@ -105,18 +103,18 @@ def _build_completion(
 
 
 def find_first_stop(text: str, stops: Sequence[str]) -> int | None:
-    """Where the first of the stops begins; None where the text has none."""
+    """Return the position of the first stop text, or None."""
     return min((place for stop in stops if (place := text.find(stop)) >= 0), default=None)
 
 
 class _StopTextCriteria(StoppingCriteria):  # type: ignore[misc]  # transformers has no types
-    """Ends an answer that has come to one of the stops."""
+    """Stops a row once it contains a stop text."""
 
     def __init__(self, encoder: TextEncoder, start: int, stops: Sequence[str]) -> None:
         self._encoder, self._start, self._stops = encoder, start, stops
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_more: Any) -> torch.Tensor:  # noqa: ANN401, ARG002
-        """(rows,) bool: which answers are complete."""
+        """Return (rows,) bool: which rows are complete."""
         texts = [self._encoder.decode(row) for row in input_ids[:, self._start :].tolist()]
         found = [find_first_stop(text, self._stops) is not None for text in texts]
         return torch.tensor(found, device=input_ids.device)

@@ -1,4 +1,4 @@
-"""The documents that a model is measured on: a person's own, or those that its run has held out."""
+"""Documents to evaluate on: the user's own, or the held-out documents of the model's run."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from llm_training_toolkit.evaluation.task import DocumentFormat
 
 
 def build_document_source(path: str, form: DocumentFormat) -> SourceConfig:
-    """Documents of one's own as a source: a file, a directory, a glob or an address."""
+    """Return the user's documents as a source. `path`: a file, directory, glob or URI."""
     return SourceConfig(path=path, format=form)
 
 
 def read_user_documents(source: SourceConfig) -> Iterator[Document]:
-    """Every document of a source, doubled ones once. Raises DataError for the first that cannot be read."""
+    """Read every document of a source, without duplicates. Raises DataError at the first unreadable one."""
     return read_source_documents(source, 0)
 
 
 def read_held_out_documents(origin: ExportedRun) -> Iterator[Document]:
-    """The held-out documents of a run, but its conversations, read again from its sources.
+    """Read a run's held-out documents, except conversations, again from its sources.
 
-    Raises DataError where they are not there any more as they were.
+    Raises DataError if they are missing or have changed.
     """
     data = origin.config.data
     survey = DocumentIndex.read(PreparedDataset.from_info(origin.receipt).directory / "documents")
@@ -44,7 +44,7 @@ def read_held_out_documents(origin: ExportedRun) -> Iterator[Document]:
 
 
 def read_eval_documents(subject: EvalModel, path: str | None, form: DocumentFormat) -> Iterator[Document]:
-    """Documents at a path, or without one those that the model's run has held out."""
+    """Read the documents at `path`, by default the held-out documents of the model's run."""
     return (
         read_user_documents(build_document_source(path, form))
         if path is not None
@@ -53,17 +53,17 @@ def read_eval_documents(subject: EvalModel, path: str | None, form: DocumentForm
 
 
 def get_exported_run(subject: EvalModel) -> ExportedRun:
-    """The run a model came from. Raises PlanError where it came from none, and so brings no documents with it."""
+    """Return the model's run. Raises PlanError for a model without one, hence without held-out documents."""
     if subject.origin is None:
         raise PlanError(f"{subject.directory} belongs to no run with documents held out: name some with --data")
     return subject.origin
 
 
 def format_data_description(subject: EvalModel, path: str | None) -> str:
-    """What the documents are, for the result."""
+    """Return the `data` field of a result: the resolved path, or the run that held the documents out."""
     return resolve_data_path(path) if path is not None else f"held out by {get_exported_run(subject).config.run.name}"
 
 
 def resolve_data_path(path: str) -> str:
-    """A path as anyone finds it later, from whatever directory; addresses and the standard library as they are."""
+    """Return an absolute path, so that the record is valid from any directory; URIs and STANDARD_LIBRARY unchanged."""
     return path if is_uri(path) or path == STANDARD_LIBRARY else str(Path(path).expanduser().absolute())

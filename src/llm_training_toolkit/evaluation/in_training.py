@@ -1,7 +1,7 @@
-"""Tasks of `eval.tasks` that have an `every`: carried out while the run trains, on an export of that step's checkpoint.
+"""Runs tasks of `eval.tasks` with an `interval` during training, on an export of that step's checkpoint.
 
-Rank 0 works and the others wait for its word, which comes at every advance, at most once a second, so that no exchange
-between them runs out of time. A wish to end the run breaks off; the next start makes up for what was not done.
+Rank 0 runs the tasks. The others block in a broadcast that rank 0 repeats at most once a second, so no collective times
+out. A stop request aborts the tasks; the next attempt reruns them.
 """
 
 from __future__ import annotations
@@ -28,19 +28,18 @@ from llm_training_toolkit.export import remove_export
 from llm_training_toolkit.export.export_run import TrainedRun, export_checkpoint
 from llm_training_toolkit.monitoring.metrics import Metrics
 
-_KEEPALIVE_SECONDS = 1.0
-"""Seconds between two words of rank 0."""
+_KEEPALIVE_SECONDS = 1.0  # minimum between two broadcasts of rank 0
 
 
 class _TaskKeepalive(NamedTuple):
-    """What rank 0 tells those that wait."""
+    """Message of rank 0 to the waiting ranks."""
 
     done: bool
     stop_request: StopRequest = StopRequest.NONE
 
 
 class _StopRequestedError(Exception):
-    """The run is to end: the tasks are not waited for."""
+    """Aborts the tasks because the run should stop."""
 
     def __init__(self, wish: StopRequest) -> None:
         super().__init__()
@@ -48,24 +47,23 @@ class _StopRequestedError(Exception):
 
 
 class InTrainingEvaluator:
-    """Carries out what is due between two steps."""
+    """Runs the tasks that are due between two steps."""
 
     def __init__(self, trained: TrainedRun, *, metrics: Metrics, context: RunContext) -> None:
         self._trained, self._metrics, self._context = trained, metrics, context
         self._last_keepalive = -math.inf
-        self._broadcast_error: Exception | None = None
-        """What was raised as a word was given: other ranks are gone, which is no failure of a task."""
+        self._broadcast_error: Exception | None = None  # other ranks are gone, so no task failed
         if context.is_rank_zero:
-            self._remove_export()  # of an attempt that was killed
+            self._remove_export()  # left by a killed attempt
 
     def has_due_tasks(self, step: int) -> bool:
-        """Whether tasks are to be carried out after `step` steps, which needs a checkpoint of that step."""
+        """Return whether tasks are due after `step` steps; they need a checkpoint of that step."""
         return bool(self._find_due_tasks(step))
 
     def run_due_tasks(self, step: int) -> StopRequest:
-        """Measure the checkpoint of `step`, unless that was done before; what is wished of the run meanwhile.
+        """Run the due tasks on the checkpoint of `step`, unless already done. Return any stop request received.
 
-        Collective. Whatever fails is reported and no more.
+        Collective. Failures are only reported.
         """
         self._context.heartbeat.set_phase(f"carrying out the tasks of step {step}", NO_TIMEOUT)
         if not self._context.is_rank_zero:
@@ -87,7 +85,7 @@ class InTrainingEvaluator:
             self._evaluate_latest_checkpoint(step)
         except _StopRequestedError:
             raise
-        except Exception as error:  # the others wait for a word, and the run is as whole as before
+        except Exception as error:  # the other ranks wait for a broadcast, and the run itself is intact
             if error is self._broadcast_error:
                 raise
             message = f"the tasks of step {step} were not carried out: {format_failure_reason(error)}. The run goes on"
@@ -97,7 +95,7 @@ class InTrainingEvaluator:
             self._free_memory()
 
     def _evaluate_latest_checkpoint(self, step: int) -> None:
-        """Measure the newest checkpoint, which is that of `step`: the loop saves before it asks."""
+        """Evaluate the newest checkpoint, which is that of `step`: the loop saves before it calls."""
         run, tasks = self._trained.run, self._find_due_tasks(step)
         directory = find_latest_checkpoint(run.checkpoints_dir)
         assert directory is not None
@@ -132,7 +130,7 @@ class InTrainingEvaluator:
         mark.mark_done()
 
     def _send_keepalive(self) -> None:
-        """Tell the others that it goes on. Raises _BrokenOffError where the run is to end."""
+        """Broadcast that the tasks are still running. Raises _StopRequestedError on a stop request."""
         if time.monotonic() < self._last_keepalive + _KEEPALIVE_SECONDS:
             return
         self._last_keepalive = time.monotonic()
@@ -142,14 +140,14 @@ class InTrainingEvaluator:
             self._broadcast_error = error
             raise
         wish = self._context.read_stop_request()
-        if wish is not StopRequest.NONE:  # also one that waits for a checkpoint: that of this step is written
+        if wish is not StopRequest.NONE:  # including requests that wait for a checkpoint: this step's is written
             raise _StopRequestedError(wish)
 
     def _remove_export(self) -> None:
         remove_export(self._trained.run.task_export_dir)
 
     def _free_memory(self) -> None:
-        """Give back the room of the model that was measured, which the engine needs."""
-        gc.collect()  # the first model that a process loads stands in a circle of references: it was there still
+        """Free the memory of the evaluated model for the engine."""
+        gc.collect()  # a process's first model is in a reference cycle and would stay allocated
         if self._context.device.type == "cuda":
             torch.cuda.empty_cache()

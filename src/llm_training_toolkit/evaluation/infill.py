@@ -1,4 +1,4 @@
-"""Task `infill`: a piece is cut out of each document, and the model fills the gap from what stands around it."""
+"""Task `infill`: a piece is cut out of each document, and the model fills the gap from its context."""
 
 from __future__ import annotations
 
@@ -22,16 +22,14 @@ from llm_training_toolkit.evaluation.model import EvalModel
 from llm_training_toolkit.evaluation.task import EvalResult, GapKind, InfillTask, ProgressCallback
 
 _LINE = re.compile(r"[^\n]+")
-_MAX_LINE_CHARACTERS = 200
-"""Characters: beyond it a line is data rather than code."""
-_MIN_MIDDLE_CHARACTERS = 4
-"""Characters other than white space that a middle has: what closes a bracket is no achievement."""
+_MAX_LINE_CHARACTERS = 200  # longer lines are data rather than code
+_MIN_MIDDLE_CHARACTERS = 4  # not counting white space; a closing bracket alone would be too easy
 _MAX_SPAN_CHARACTERS = 120
 _LINE_BREAKS = re.compile(r"\n*")
 
 
 def measure_infill(task: InfillTask, subject: EvalModel, progress: ProgressCallback) -> EvalResult:
-    """Fill one gap of each document. Raises PlanError where the model has no sentinels to say where a gap is."""
+    """Fill one gap per document. Raises PlanError for a model without sentinels, unless `task.given` is `prefix`."""
     view = _build_prompt_format(task, subject)
     gaps, without = _draw_gaps(task, read_eval_documents(subject, task.data, task.format))
     if not gaps:
@@ -68,7 +66,7 @@ def measure_infill(task: InfillTask, subject: EvalModel, progress: ProgressCallb
 
 
 def _build_prompt_format(task: InfillTask, subject: EvalModel) -> PromptFormat:
-    """How the model is shown its gaps. Raises PlanError for documents without any, and gaps that cannot be shown."""
+    """Return the prompt format of a task. Raises PlanError for chat documents and for unsupported settings."""
     if task.format == "chat":
         raise PlanError("--format chat: a conversation has no middle to fill in")
     if task.given == "both":
@@ -83,7 +81,7 @@ def _build_prompt_format(task: InfillTask, subject: EvalModel) -> PromptFormat:
 def _compute_bits_per_byte(
     gaps: Sequence[InfillGap], view: PromptFormat, subject: EvalModel, batch: int, progress: ProgressCallback
 ) -> float:
-    """What the model needs to know a middle and where it ends, in bits for each byte of the middles."""
+    """Return the loss on the middles and their end markers, in bits per byte of the middles."""
     losses = LossAccumulator(subject, progress)
     examples = [_build_example(gap, view, subject.context_length, number) for number, gap in enumerate(gaps)]
     losses.add_batches(pack_into_batches(examples, subject, batch))
@@ -92,7 +90,7 @@ def _compute_bits_per_byte(
 
 
 def _build_example(gap: InfillGap, view: PromptFormat, context: int, number: int) -> Example:
-    """A gap with what belongs into it, which alone is to be predicted; at most half of the context is for it."""
+    """Build an example with loss on the target only, which is cut at half of the context."""
     answer = view.build_target(gap)[: context // 2]
     prompt, _ = view.build_prompt(gap, context - len(answer))
     loss = np.arange(len(prompt) + len(answer)) >= len(prompt)
@@ -100,7 +98,7 @@ def _build_example(gap: InfillGap, view: PromptFormat, context: int, number: int
 
 
 def _draw_gaps(task: InfillTask, documents: Iterable[Document]) -> tuple[list[InfillGap], int]:
-    """A gap in each of the chosen documents, by their place among all hashes; and how many have no room for one."""
+    """Draw a gap in each of the `task.limit` documents with the lowest hashes, and count documents without one."""
     without = 0
 
     def iter_gaps() -> Iterator[tuple[bytes, InfillGap]]:
@@ -116,10 +114,10 @@ def _draw_gaps(task: InfillTask, documents: Iterable[Document]) -> tuple[list[In
 
 
 def draw_gap(document: Document, kind: GapKind, seed: int) -> InfillGap | None:
-    """The gap of a document, drawn from (seed, content) alone; None where it has no place for one."""
+    """Draw the gap of a document from (seed, content) alone. Return None for a document without a suitable line."""
     chance = draw_uniform_numbers(seed, 0, 0, int.from_bytes(document.content_digest, "big"), "gap")
     text = document.text
-    # The first line has nothing before it, and whoever sees the prefix alone would see nothing.
+    # Skip the first line: its prefix is empty, which would leave `--given prefix` without any context.
     lines = [match.span() for match in _LINE.finditer(text) if match.start() and _is_suitable_middle(match[0])]
     if not lines:
         return None
@@ -130,7 +128,7 @@ def draw_gap(document: Document, kind: GapKind, seed: int) -> InfillGap | None:
 
 
 def _draw_span(text: str, start: int, stop: int, chance: UniformDraw) -> tuple[int, int]:
-    """From anywhere in a line, so that the least characters follow in it, over up to 120 characters of any lines."""
+    """Draw a span of up to 120 characters over any lines; it starts before the line's last 4 non-blank characters."""
     starts = [place for place in range(start, stop) if _is_suitable_middle(text[place:stop])]
     begin = starts[int(chance.second * len(starts))]
     furthest = min(begin + _MAX_SPAN_CHARACTERS, len(text))
@@ -143,7 +141,7 @@ def _is_suitable_middle(text: str) -> bool:
 
 
 def _build_item(gap: InfillGap, answer: BatchCompletion) -> dict[str, Any]:
-    """Whether a gap was filled as it was, white space at both ends aside."""
+    """Compare an answer with the middle, ignoring white space at both ends."""
     wanted, given = gap.middle.strip(), answer.text.strip()
     return {
         "document": gap.document,
@@ -156,7 +154,7 @@ def _build_item(gap: InfillGap, answer: BatchCompletion) -> dict[str, Any]:
 
 
 class InfillGap(NamedTuple):
-    """A document with its middle cut out."""
+    """Document split into prefix, middle and suffix."""
 
     document: str
     prefix: str
@@ -165,26 +163,26 @@ class InfillGap(NamedTuple):
 
 
 class PromptFormat(Protocol):
-    """What a model is shown of a gap."""
+    """Presentation of a gap to the model."""
 
     @property
     def stop_text(self) -> str:
-        """Text that ends an answer beside the special tokens; empty where there is none."""
+        """Text that ends an answer besides the special tokens; may be empty."""
 
     def build_prompt(self, gap: InfillGap, most: int) -> tuple[list[int], bool]:
-        """At most `most` tokens, and whether something far from the gap was left out."""
+        """Return at most `most` tokens, and whether context far from the gap was cut off."""
 
     def build_target(self, gap: InfillGap) -> list[int]:
-        """What the model would have to write: the middle, and what shows that it ends there."""
+        """Return the tokens of a correct answer: the middle and its end marker."""
 
 
 class FimPromptFormat:
-    """Prefix, suffix, middle, each behind its sentinel. An answer ends with the end of text, as in training."""
+    """Prefix, suffix and middle, each after its sentinel. An answer ends with the end of text, as in training."""
 
     stop_text = ""
 
     def __init__(self, subject: EvalModel) -> None:
-        """Raises PlanError where the tokenizer has no sentinels."""
+        """Raises PlanError if the tokenizer has no sentinels."""
         tokens, encoder = subject.tokenization_spec.tokens, subject.text_encoder
         names = (tokens.fim_prefix, tokens.fim_suffix, tokens.fim_middle)
         if not tokens.has_fim or not all(map(encoder.has_special_token, names)):
@@ -197,7 +195,7 @@ class FimPromptFormat:
         self._encoder, self._end = encoder, encoder.get_special_token_id(tokens.end_of_text)
 
     def build_prompt(self, gap: InfillGap, most: int) -> tuple[list[int], bool]:
-        """The suffix has a third of the room, or what the prefix leaves of it."""
+        """Give the suffix a third of the tokens, or more if the prefix is short."""
         before, after = map(self._encoder.encode, (gap.prefix, gap.suffix))
         room = most - len(self._sentinels)
         kept_after = min(len(after), max(room - len(before), room // 3))
@@ -207,12 +205,12 @@ class FimPromptFormat:
         return [prefix, *before[len(before) - kept_before :], suffix, *after[:kept_after], middle], was_cut
 
     def build_target(self, gap: InfillGap) -> list[int]:
-        """The middle and the end of text."""
+        """Return the middle and the end of text."""
         return [*self._encoder.encode(gap.middle), self._end]
 
 
 class PrefixPromptFormat:
-    """The document up to the gap, a whole line: as text goes on without fill-in-the-middle."""
+    """Prefix only, for whole lines: plain left-to-right completion without fill-in-the-middle."""
 
     stop_text = "\n"
 
@@ -220,28 +218,28 @@ class PrefixPromptFormat:
         self._encoder = subject.text_encoder
 
     def build_prompt(self, gap: InfillGap, most: int) -> tuple[list[int], bool]:
-        """The end of the prefix."""
+        """Keep the end of the prefix."""
         before = self._encoder.encode(gap.prefix)
         return before[-most:], len(before) > most
 
     def build_target(self, gap: InfillGap) -> list[int]:
-        """The line with the line breaks behind it: tokens of code often hold the break that ends their line."""
+        """Return the line and the line breaks after it: code tokens often include the break at the end of a line."""
         breaks = _LINE_BREAKS.match(gap.suffix)
         assert breaks is not None
         return self._encoder.encode(gap.middle + breaks[0])
 
 
 def compute_edit_similarity(first: str, second: str) -> float:
-    """1 for equal texts, 0 for texts without a common character: 2 x longest common subsequence / both lengths.
+    """Return 2 x longest common subsequence / total length: 1 for equal texts, 0 without a common character.
 
-    As `fuzz.ratio` of the fuzzy-matching packages, which code completion benchmarks report, divided by 100.
+    Equals `fuzz.ratio` of the fuzzy-matching packages, used in code completion benchmarks, divided by 100.
     """
     total = len(first) + len(second)
     return 2 * _compute_lcs_length(first, second) / total if total else 1.0
 
 
 def _compute_lcs_length(first: str, second: str) -> int:
-    """Length of the longest common subsequence (Hyyrö 2004): a bit for each character of `first`, 0 where one ends."""
+    """Return the LCS length (Hyyrö 2004). `row` has one bit per character of `first`, 0 if counted."""
     places: dict[str, int] = {}
     for place, letter in enumerate(first):
         places[letter] = places.get(letter, 0) | 1 << place

@@ -1,4 +1,4 @@
-"""Losses of examples, added up over batches."""
+"""Losses of examples, summed over batches."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _LOSS_CHUNK = 1024
 
 
 class LossAccumulator:
-    """Adds up losses, tokens and bytes."""
+    """Sums of losses, tokens and bytes."""
 
     def __init__(self, subject: EvalModel, progress: ProgressCallback) -> None:
         self._device, self._progress = subject.device, progress
@@ -33,7 +33,7 @@ class LossAccumulator:
 
     @torch.no_grad()
     def add_batches(self, batches: Iterable[MicroBatch]) -> None:
-        """Add the losses of some batches."""
+        """Add the losses of batches."""
         for batch in batches:
             parts = (batch.input_ids, batch.position_ids, batch.labels)
             self._losses.append(float(self._module(*(part.to(self._device) for part in parts))))
@@ -44,14 +44,14 @@ class LossAccumulator:
             self._progress("tokens evaluated", self._tokens, 0)
 
     def compute_loss(self) -> EvalLoss:
-        """Everything added. Raises DataError where that is nothing."""
+        """Return the loss over all batches. Raises DataError without a token to predict."""
         if not self._tokens:
             raise DataError("--data: nothing to predict in these documents: each is empty, or a single token")
         return EvalLoss(math.fsum(self._losses) / self._tokens, self._tokens, self._bytes)
 
 
 def pack_into_batches(examples: Sequence[Example], subject: EvalModel, batch: int) -> Iterator[MicroBatch]:
-    """Examples in full rows, each apart from its neighbours."""
+    """Pack examples into full rows, without attention between examples."""
     if not examples:
         return
     pad = subject.text_encoder.get_special_token_id(subject.tokenization_spec.tokens.pad)

@@ -1,4 +1,4 @@
-"""The model that is evaluated: where it lies, the run it came from, its tokenizer, its family and its context."""
+"""Model under evaluation: directory, source run, tokenizer, family and context length."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from llm_training_toolkit.export import read_source_checkpoint_name
 from llm_training_toolkit.models.load_exported import load_exported_model, move_to_device, resolve_device
 from llm_training_toolkit.runs.directory import RunDirectory, find_model_directory, parse_checkpoint_name
 
+# Tokens, for a model without a run. A published model may allow 262,144, and attention over that many needs more memory
+# than most machines have.
 _MAX_DEFAULT_CONTEXT = 4096
-"""Tokens of context where no run says how long its sequences were: a published model may allow 262,144, whose attention
-needs more memory than most machines have."""
 
 
 @dataclass(frozen=True)
 class ExportedRun:
-    """The run that a model came from."""
+    """Run that a model was exported from."""
 
     run: RunDirectory
     config: Config
@@ -34,7 +34,7 @@ class ExportedRun:
 
 
 class EvalModel:
-    """A model to be evaluated. It is loaded when it is first asked for something."""
+    """Model to evaluate. Weights and tokenizer are loaded on first access."""
 
     def __init__(self, path: Path, *, device: str = "auto", context: int | None = None) -> None:
         self.directory, self._requested_context = find_model_directory(path), context
@@ -43,12 +43,12 @@ class EvalModel:
 
     @cached_property
     def text_encoder(self) -> TextEncoder:
-        """The tokenizer. Marker text stays text."""
+        """Tokenizer. Special-token text in documents is encoded as plain text."""
         return open_tokenizer(str(self.directory))
 
     @cached_property
     def tokenization_spec(self) -> TokenizationSpec:
-        """What decides about tokens in its family: the run's, or that whose special tokens the tokenizer has."""
+        """Tokenization rules of the run's family, or of the family with the most special tokens in the tokenizer."""
         if self.origin is not None:
             return TokenizationSpec.from_family(families.find_size(self.origin.config.model.name).family)
         known = [
@@ -62,7 +62,7 @@ class EvalModel:
 
     @cached_property
     def language_model(self) -> Any:  # noqa: ANN401 - transformers has no types
-        """The model itself, on its device."""
+        """Hugging Face model, on `device`."""
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()
@@ -70,9 +70,9 @@ class EvalModel:
 
     @cached_property
     def context_length(self) -> int:
-        """Tokens the model sees at most: as asked for, as its run's sequences, or what it allows up to 4,096.
+        """Maximum tokens per sequence: as requested, else the run's `sequence_length`, else at most 4,096.
 
-        Raises PlanError where more is asked for than it allows.
+        Raises PlanError if the request exceeds the model's positions.
         """
         allowed = int(self.language_model.config.max_position_embeddings)
         if self._requested_context is not None:
@@ -83,7 +83,7 @@ class EvalModel:
 
 
 def _find_exported_run(run: RunDirectory, exported: Path) -> ExportedRun | None:
-    """The run that an export lies in, as `ltt export` writes it; None where it lies elsewhere."""
+    """Return the run that contains an `ltt export` directory, or None for an export outside a run."""
     checkpoint = read_source_checkpoint_name(exported)
     place = parse_checkpoint_name(Path(checkpoint)) if checkpoint is not None else None
     if place is None or not (run.resolved_config_path.is_file() and run.dataset_info_path.is_file()):

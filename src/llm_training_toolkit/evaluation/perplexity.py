@@ -1,6 +1,6 @@
-"""Task `perplexity`: the loss of documents under a model, as loss, perplexity and bits per byte.
+"""Task `perplexity`: the loss of documents, as loss, perplexity and bits per byte.
 
-Documents are rendered, cut and packed as the held-out part of a run is, so that the figures are those of the training.
+Documents are rendered, split and packed like a run's held-out part, so that the figures match those of training.
 """
 
 from __future__ import annotations
@@ -24,14 +24,12 @@ from llm_training_toolkit.evaluation.losses import LossAccumulator, pack_into_ba
 from llm_training_toolkit.evaluation.model import EvalModel
 from llm_training_toolkit.evaluation.task import EvalResult, PerplexityTask, ProgressCallback
 
-_DOCUMENTS_PER_BATCH = 256
-"""Documents that are rendered and packed at a time."""
-_UNLIMITED_LENGTH = 1 << 40
-"""A sequence no document is longer than."""
+_DOCUMENTS_PER_BATCH = 256  # rendered and packed together
+_UNLIMITED_LENGTH = 1 << 40  # sequence length longer than any document
 
 
 def measure_perplexity(task: PerplexityTask, subject: EvalModel, progress: ProgressCallback) -> EvalResult:
-    """The loss of all documents. Raises DataError where they cannot be read, or hold nothing to predict."""
+    """Compute the loss of all documents. Raises DataError if they are unreadable or hold no token to predict."""
     if task.stride is not None and not 1 <= task.stride < subject.context_length:
         raise PlanError(f"--stride {task.stride}: give 1 to {subject.context_length - 1}: less than the context")
     loss = LossAccumulator(subject, progress)
@@ -57,7 +55,7 @@ def measure_perplexity(task: PerplexityTask, subject: EvalModel, progress: Progr
 
 
 def _read_held_out_batches(subject: EvalModel, batch: int) -> Iterator[MicroBatch]:
-    """The held-out sequences of the model's run, as they lie prepared."""
+    """Read the prepared held-out sequences of the model's run."""
     origin = get_exported_run(subject)
     if subject.context_length != origin.receipt.sequence_length:
         raise PlanError(
@@ -71,7 +69,7 @@ def _read_held_out_batches(subject: EvalModel, batch: int) -> Iterator[MicroBatc
 
 
 class _RenderedDocuments:
-    """Documents of one's own, rendered some at a time."""
+    """The user's documents, rendered in batches."""
 
     def __init__(self, task: PerplexityTask, subject: EvalModel) -> None:
         assert task.data is not None
@@ -87,7 +85,7 @@ class _RenderedDocuments:
         self.count = self.too_long = 0
 
     def iter_example_batches(self) -> Iterator[list[Example]]:
-        """The examples of all documents, none longer than the context."""
+        """Yield the examples of all documents, each at most as long as the context."""
         numbered = enumerate(read_user_documents(self._source))
         while some := list(islice(numbered, _DOCUMENTS_PER_BATCH)):
             yield list(self._render_examples(some))
@@ -101,10 +99,10 @@ class _RenderedDocuments:
 
 
 def split_into_windows(example: Example, context: int, stride: int) -> Iterator[Example]:
-    """An example in windows of `context` tokens, each `stride` after the one before.
+    """Split an example into windows of `context` tokens, each starting `stride` after the previous one.
 
-    Every token but the first is predicted once, in the first window that has it, behind at least `context` - `stride`
-    others. An example that fits is a window of its own.
+    Every token but the first is predicted once, in the first window that contains it, with at least `context` -
+    `stride` preceding tokens. An example that fits is a single window.
     """
     seen = 0
     for start in range(0, max(len(example.tokens) - context, 0) + stride, stride):

@@ -1,4 +1,4 @@
-"""Evaluations on disk: in a run's `eval/` a JSON file for each task, step, data and settings."""
+"""Evaluation results in a run's `eval/`: one JSON file per task, step, data and settings."""
 
 from __future__ import annotations
 
@@ -19,58 +19,58 @@ _METADATA_FIELDS = ("task", "data", "settings", "model", "run", "step", "date")
 
 @dataclass(frozen=True)
 class EvalRecord:
-    """A task's figures with everything needed to know what they say."""
+    """Figures of a task with the metadata needed to interpret them."""
 
     task: str
     figures: Mapping[str, float]
     data: str
     settings: Mapping[str, Any]
     model: str | None
-    """Its directory; None where given completions were scored."""
+    """Directory of the model, or None for given completions."""
     run: str | None
-    """Name of the run it came from."""
+    """Name of the model's run."""
     step: int | None
-    """Step of the run."""
+    """Training step of the model."""
     date: str
-    """When it was measured, in UTC."""
+    """Time of the measurement, in UTC."""
 
     @classmethod
     def from_result(
         cls, task: str, measured: EvalResult, model: Path | None, run: str | None, step: int | None
     ) -> EvalRecord:
-        """What was measured now."""
+        """Build a record from a result, dated now."""
         now = datetime.now(UTC).isoformat(timespec="seconds")
         where = str(model) if model is not None else None
         return cls(task, dict(measured.figures), measured.data, dict(measured.settings), where, run, step, now)
 
     def to_json(self) -> dict[str, Any]:
-        """The contract of `ltt evaluate --json`: the task, its figures, then the rest."""
+        """Return the documented output of `ltt evaluate --json`: the task, its figures, then the metadata."""
         about = {name: getattr(self, name) for name in _METADATA_FIELDS if name != "task"}
         return {"task": self.task, **self.figures, **about}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> EvalRecord:
-        """The reverse. Raises KeyError and TypeError for what is no evaluation."""
+        """Parse the output of `to_json`. Raises KeyError or TypeError for other JSON."""
         about = {name: values[name] for name in _METADATA_FIELDS}
         return cls(
             figures={name: float(value) for name, value in values.items() if name not in _METADATA_FIELDS}, **about
         )
 
     def to_metrics(self) -> dict[str, float]:
-        """The figures by metric name."""
+        """Return the figures by metric name."""
         return {f"eval/{self.task}_{name}": value for name, value in self.figures.items()}
 
     @property
     def record_key(self) -> str:
-        """What tells it from other evaluations of the task at this step: the same again replaces it."""
+        """Hash that tells records of one task and step apart. A repeated evaluation replaces the earlier one."""
         settings = {name: value for name, value in self.settings.items() if name != "contained_by"}
-        kind = Path(self.model).name if self.model is not None else ""  # adapters, and the same ones merged
+        kind = Path(self.model).name if self.model is not None else ""  # adapters, or the same ones merged
         text = json.dumps([kind, self.data, settings], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def write_eval_record(run: RunDirectory, evaluation: EvalRecord, items: Iterable[Mapping[str, Any]]) -> Path:
-    """Write an evaluation into its run, and its items beside it; the path of the first comes back."""
+    """Write a record into its run, and its items beside it. Return the record's path."""
     place = run.evaluations_dir / f"{evaluation.task}_step_{evaluation.step or 0:09d}_{evaluation.record_key}.json"
     if lines := format_jsonl(items):
         write_atomically(place.with_suffix(".items.jsonl"), lines)
@@ -79,12 +79,12 @@ def write_eval_record(run: RunDirectory, evaluation: EvalRecord, items: Iterable
 
 
 def format_jsonl(items: Iterable[Mapping[str, Any]]) -> str:
-    """Items as JSON lines."""
+    """Return the items as JSON lines."""
     return "".join(json.dumps(item) + "\n" for item in items)
 
 
 def read_eval_records(run: RunDirectory) -> Iterator[EvalRecord]:
-    """The evaluations of a run by task, step and date. Raises CheckpointError for a file that is none."""
+    """Read a run's records, sorted by task, step and date. Raises CheckpointError for an invalid file."""
     found = []
     for path in run.evaluations_dir.glob("*.json"):
         try:

@@ -1,7 +1,7 @@
-"""The tasks of `eval.tasks`, carried out on an exported model: when a run finishes, and on its way (`midway.py`).
+"""Runs the tasks of `eval.tasks` on an exported model: at the end of a run, and during training (`in_training.py`).
 
-Rank 0 does it alone: generation under ZeRO 3 would need all ranks at every token. A task that fails says so and leaves
-the run as it is.
+Rank 0 runs them alone, because generation under ZeRO 3 would need all ranks for every token. A failed task is reported
+and leaves the run intact.
 """
 
 from __future__ import annotations
@@ -39,8 +39,7 @@ from llm_training_toolkit.runs.directory import RunDirectory, write_atomically
 from llm_training_toolkit.runs.storage import find_storage
 
 _ATTEMPT_LINE = "\nbegun"
-_MAX_ATTEMPTS = 2
-"""One more than needed where a node is lost meanwhile, and one less than `failures.max_failures` allows."""
+_MAX_ATTEMPTS = 2  # one more than a single lost node requires, one less than `failures.max_failures` allows.
 TASKS_SKIPPED_MESSAGE = (
     f"were not carried out: {_MAX_ATTEMPTS} times the process that began them was gone before they were done "
     "(did memory run "
@@ -50,23 +49,23 @@ TASKS_SKIPPED_MESSAGE = (
 
 @dataclass(frozen=True)
 class DoneMarker:
-    """Whether tasks of one checkpoint were carried out, with whatever success, as a file says.
+    """File that records whether the tasks of a checkpoint have finished, successfully or not.
 
-    Tasks that end their own process, by taking the memory of the machine, must not end every one that follows: what was
-    begun so often and never came to an end is not begun again.
+    Tasks that kill their own process, such as by exhausting the machine's memory, must not kill every later attempt.
+    After `_MAX_ATTEMPTS` unfinished attempts they are skipped.
     """
 
     path: Path
     task_key: str
-    """As `described`."""
+    """Key from `build_task_key`."""
 
     @property
     def is_done(self) -> bool:
-        """Whether nothing is left to do."""
+        """Return whether the tasks have finished."""
         return self._read_content() == self.task_key
 
     def record_attempt(self) -> bool:
-        """Write down that they begin; False where that is not to be tried any more. Raises OSError."""
+        """Record the start of an attempt. Return False if the attempts are used up. Raises OSError."""
         before = self._read_content()
         tries = before.count(_ATTEMPT_LINE) if before.startswith(self.task_key + _ATTEMPT_LINE) else 0
         if tries >= _MAX_ATTEMPTS:
@@ -75,11 +74,11 @@ class DoneMarker:
         return True
 
     def mark_done(self) -> None:
-        """Write down that they are done. Raises OSError."""
+        """Record that the tasks have finished. Raises OSError."""
         write_atomically(self.path, self.task_key)
 
     def clear_attempts(self) -> None:
-        """They were not wanted any more: the next start begins as if nothing had been."""
+        """Forget the attempts, so that an aborted one does not count."""
         self.path.unlink(missing_ok=True)
 
     def _read_content(self) -> str:
@@ -87,7 +86,7 @@ class DoneMarker:
 
 
 def run_final_tasks(trained: TrainedRun, *, metrics: Metrics, context: RunContext) -> None:
-    """Measure the export by each task; the figures go into the run, to its metrics and onto the screen."""
+    """Run the tasks on the final export. Results go to the run's records, its metrics and the console."""
     tasks = trained.config.eval.tasks
     if not tasks:
         return
@@ -100,7 +99,7 @@ def run_final_tasks(trained: TrainedRun, *, metrics: Metrics, context: RunContex
 
 
 def _skip_keepalive() -> None:
-    """The other ranks are done."""
+    """Do nothing: the other ranks have finished."""
 
 
 def run_tasks(
@@ -112,9 +111,9 @@ def run_tasks(
     context: RunContext,
     word: Callable[[], None],
 ) -> None:
-    """Measure an exported model of the run by each task. `word` is called as they get on; what it raises goes through.
+    """Run each task on an exported model of the run. Exceptions of a task are reported.
 
-    Whatever else a task raises is reported.
+    `word` is the keepalive, called on progress; its exceptions propagate.
     """
     for asked in tasks:
         context.report({"kind": "note", "message": f"evaluating {asked.task}"})
@@ -122,7 +121,7 @@ def run_tasks(
         measuring = _TaskProgress(asked.task, context, word)
         try:
             evaluation = _run_and_record(asked, model, trained, context, measuring)
-        except Exception as error:  # the weights are saved: nothing here may end the run
+        except Exception as error:  # the weights are saved: a failed task must not fail the run
             if error is measuring.keepalive_error:
                 raise
             _report_failure(asked, format_failure_reason(error), trained, context)
@@ -132,7 +131,7 @@ def run_tasks(
 
 
 def format_failure_reason(error: Exception) -> str:
-    """Why something at the end of a run was not done; what nobody foresaw goes into the log in full."""
+    """Return the reason of a failure for the report. The traceback of an unexpected exception goes to the log."""
     if isinstance(error, ToolkitError):
         return str(error)
     if is_out_of_memory(error):
@@ -142,7 +141,7 @@ def format_failure_reason(error: Exception) -> str:
 
 
 def has_finished_tasks(run: RunDirectory, config: Config) -> bool:
-    """Whether this was done for the present export and the present tasks, with whatever success."""
+    """Return whether the current tasks have finished for the current export, successfully or not."""
     try:
         return not config.eval.tasks or _build_done_marker(run, config).is_done
     except OSError:
@@ -156,7 +155,7 @@ def _build_done_marker(run: RunDirectory, config: Config) -> DoneMarker:
 
 
 def build_task_key(checkpoint: str | None, tasks: Sequence[EvalTaskConfig]) -> str:
-    """What tasks measured of which checkpoint, whenever it was."""
+    """Return a key of the checkpoint and its tasks, regardless of their `interval`."""
     return json.dumps([checkpoint, [task.model_dump(mode="json", exclude={"interval"}) for task in tasks]])
 
 
@@ -175,16 +174,16 @@ def _run_and_record(
 
 
 class _TaskProgress:
-    """Tells how far a task is, once a second (from a worker every word travels), and that it goes on."""
+    """Progress callback of a task: sends the keepalive, and reports once a second, since events cross the network."""
 
     def __init__(self, task: str, context: RunContext, word: Callable[[], None]) -> None:
         self._task, self._context, self._send_keepalive = task, context, word
         self._last = -math.inf
         self.keepalive_error: Exception | None = None
-        """What `word` raised: the task did not fail, it is not wanted any more."""
+        """Exception raised by `word`: the task was aborted and did not fail."""
 
     def __call__(self, stage: str, done: int, total: int) -> None:
-        """The `Progress` of an evaluation."""
+        """Implement `ProgressCallback`."""
         try:
             self._send_keepalive()
         except Exception as error:
@@ -202,7 +201,7 @@ def _report_failure(asked: EvalTaskConfig, why: str, trained: TrainedRun, contex
 
 
 def run_task(task: Task, subject: EvalModel | None, progress: ProgressCallback) -> EvalResult:
-    """What a task gives. Raises PlanError where it needs a model and there is none."""
+    """Run a task and return its result. Raises PlanError for a task that needs a model without one."""
     if isinstance(task, HumanEvalTask):
         return measure_humaneval(task, subject, progress)
     if subject is None:

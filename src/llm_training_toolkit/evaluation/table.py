@@ -1,4 +1,4 @@
-"""Evaluations of several runs as tables for people. Imports no torch, so that they are there at once."""
+"""Tables that compare evaluations of several runs. Imports no torch, for a fast start."""
 
 from __future__ import annotations
 
@@ -13,17 +13,16 @@ from llm_training_toolkit.errors import PlanError
 from llm_training_toolkit.evaluation.records import EvalRecord, read_eval_records
 from llm_training_toolkit.runs.directory import find_run
 
+# Columns, in this order, if a record of the task has the figure.
 _METRIC_COLUMNS = (
     *("pass@1", "pass@10", "pass@100", "exact_match", "edit_similarity"),
     *("loss", "perplexity", "bits_per_byte"),
 )
-"""Figures that have a column, where an evaluation of the task has them."""
-_COUNT_COLUMNS = ("problems", "documents")
-"""What they are the mean of, where they are not of tokens."""
+_COUNT_COLUMNS = ("problems", "documents")  # sample counts of the metrics that are not means over tokens
 
 
 def collect_eval_records(runs: Sequence[Path]) -> list[EvalRecord]:
-    """Every evaluation of some runs, by task and data. Raises PlanError where none of them has any."""
+    """Read the records of several runs, sorted by task and data. Raises PlanError if there are none."""
     if not runs:
         raise PlanError("--compare: name the directories of runs")
     found = [evaluation for run in map(find_run, runs) for evaluation in read_eval_records(run)]
@@ -33,7 +32,7 @@ def collect_eval_records(runs: Sequence[Path]) -> list[EvalRecord]:
 
 
 def build_eval_tables(found: Sequence[EvalRecord]) -> Iterator[Table]:
-    """A table for each task, a row for each evaluation of it; `found` is in the order of tasks."""
+    """Build one table per task, with a row per record. `found` must be sorted by task."""
     for task, group in groupby(found, key=lambda each: each.task):
         evaluations = list(group)
         known = {name for evaluation in evaluations for name in evaluation.figures}
@@ -60,18 +59,20 @@ def build_eval_tables(found: Sequence[EvalRecord]) -> Iterator[Table]:
 
 
 def _find_differing_settings(evaluations: Sequence[EvalRecord]) -> list[str]:
-    """The settings that have several values."""
+    """Return the settings with more than one value."""
     names = dict.fromkeys(name for evaluation in evaluations for name in evaluation.settings)
     values = {name: {str(each.settings[name]) for each in evaluations if name in each.settings} for name in names}
     return [name for name in names if len(values[name]) > 1]
 
 
 def _format_settings(evaluation: EvalRecord, names: Sequence[str]) -> str:
-    return ", ".join(f"{name} {evaluation.settings[name]}" for name in names if evaluation.settings.get(name))
+    return ", ".join(
+        f"{name} {evaluation.settings[name]}" for name in names if evaluation.settings.get(name) is not None
+    )
 
 
 def format_summary_line(evaluation: EvalRecord) -> str:
-    """What a task came to, in short."""
+    """Return a record's metrics in one line."""
     figures = [
         f"{name} {format_metric_value(name, value)}"
         for name, value in evaluation.figures.items()
@@ -81,7 +82,7 @@ def format_summary_line(evaluation: EvalRecord) -> str:
 
 
 def format_metric_value(name: str, value: float) -> str:
-    """A figure for people: counts as whole numbers, shares and losses with four digits behind the point."""
+    """Format a figure: counts as integers, metrics with four decimals."""
     if name not in _METRIC_COLUMNS:
         return f"{value:,.0f}"
     return f"{value:.4f}" if value < 1e6 else f"{value:.3g}"

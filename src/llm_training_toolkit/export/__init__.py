@@ -1,4 +1,4 @@
-"""Export: a checkpoint as a directory that plain `transformers` and `peft` load."""
+"""Export of a checkpoint to a directory that `transformers` and `peft` load."""
 
 from llm_training_toolkit.export.directory import (
     ModelFiles,

@@ -1,4 +1,4 @@
-"""Adapters as peft's directory, and merged into the weights they stand beside."""
+"""Export of adapters in peft's format, or merged into their base weights."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ from llm_training_toolkit.models.build import DTYPES
 from llm_training_toolkit.models.load_exported import load_exported_model
 from llm_training_toolkit.models.lora import ADAPTER_NAME, add_adapters, build_lora_config, find_lora_layers
 
+# Largest change of a logit by merging, as a share of the largest logit. The one additional rounding of the sum to bf16
+# moved logits of small models by 0.6 to 1.5 % with 2 layers and by 3.3 % with 48; in fp32 it was 1e-6.
 MERGE_TOLERANCE = {"bf16": 0.1, "fp32": 1e-4}
-"""Largest difference of a logit that merging may make, as a share of the largest one. Rounding the sum to bf16 once
-more moved logits of small models by 0.6 to 1.5 % with 2 layers and by 3.3 % with 48; in fp32 it was 1e-6."""
+# Largest deviation of a merged weight from peft's, as a share of the sum of all magnitudes added. Both round to bf16,
+# peft also adapters and sums. Measured with 512 x 512 matrices: at most 2^-6.0 (DoRA) if merged, at least
+# 2^-2.5 if not.
 _MERGE_ROUNDING = 2.0**-5
-"""How far a merged weight may lie from peft's, as a share of all that was added up: both round to bf16, peft adapters
-and sums, too. Measured with 512 x 512 matrices: at most 2^-6.0 (DoRA) where merged, at least 2^-2.5 where not."""
 _MODULES_TO_SAVE = f".modules_to_save.{ADAPTER_NAME}"
 
 
@@ -40,7 +41,7 @@ def write_adapters(
     precision: str,
     beside: ModelFiles,
 ) -> None:
-    """Write adapters as peft does into a directory that exists, rounded once to `precision`; `base` goes as given."""
+    """Write adapters in peft's format, rounded once to `precision`, to an existing directory; `base` verbatim."""
     tensors = {
         _get_peft_name(name): read_stored_parameter(checkpoint, name).to(DTYPES[precision])
         for name in checkpoint.manifest.shapes
@@ -53,7 +54,7 @@ def write_adapters(
 
 
 def _get_peft_name(name: str) -> str:
-    """What peft's files call a parameter: without the adapter's name, below the two modules peft wraps a model in."""
+    """Return the name in peft's files: no adapter name, below the two modules that peft wraps around a model."""
     plain = name.replace(_MODULES_TO_SAVE, "").replace(
         f".lora_magnitude_vector.{ADAPTER_NAME}.weight", ".lora_magnitude_vector"
     )
@@ -70,9 +71,9 @@ def check_adapters(
     precision: str,
     tolerance: float,
 ) -> float:
-    """How far the logits of adapters, or of what they were merged into, are from the checkpoint's; see `compare`.
+    """Return how far the logits of exported adapters, or of the merged model, deviate; see `compare_logits`.
 
-    Adapters may move logits by less than rounding does, so merged weights are compared with those that peft merges.
+    Adapters may change logits by less than rounding does, so merged weights are compared with peft's merge.
     """
     model = build_model(hf_config, precision=precision, attention="sdpa", path=base).eval()
     add_adapters(model, adapter, seed=0, dtype=DTYPES[precision])
@@ -85,7 +86,7 @@ def check_adapters(
 
 @torch.no_grad()
 def _check_merged_weights(model: nn.Module, directory: Path) -> None:
-    """Raise CheckpointError where adapted matrices in `directory` are not those of the model, which merges them."""
+    """Merge `model` with peft. Raises CheckpointError if adapted matrices in `directory` differ from it."""
     layers = {f"{name}.weight": layer for name, layer in find_lora_layers(model).items()}
     for file in sorted(directory.glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
@@ -106,10 +107,10 @@ def _is_merged(layer: Any, found: Tensor) -> bool:  # noqa: ANN401 - peft's laye
 
 
 class MergedWeights:
-    """The parameters of a model with a checkpoint's adapters merged into it, in fp32."""
+    """Parameters of a model with a checkpoint's adapters merged into it, in fp32."""
 
     def __init__(self, model: nn.Module, checkpoint: CheckpointReader, adapter: AdapterSpec) -> None:
-        """`model` is the base without adapters; it is read and stays as it is."""
+        """`model` is the base without adapters, and is not modified."""
         self._parameters = dict(model.named_parameters())
         self._checkpoint, self._adapter = checkpoint, adapter
         self.shapes: Mapping[str, tuple[int, ...]] = {
@@ -117,7 +118,7 @@ class MergedWeights:
         }
 
     def get_tensor(self, name: str) -> Tensor:
-        """A parameter, whole."""
+        """Return the full parameter."""
         module = name.removesuffix(".weight")
         held = self._checkpoint.manifest.shapes
         if f"{module}{_MODULES_TO_SAVE}.weight" in held:

@@ -1,4 +1,4 @@
-"""The exported directory: complete or absent, and what stands in it beside the weights."""
+"""Exported directory: complete or absent. Writes all files besides the weights."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ _ORIGIN_FILE = "training.json"
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """What an exported directory holds beside its weights."""
+    """Contents of an exported directory besides the weights."""
 
     tokenizer: Path
-    """Directory of the tokenizer, with the chat template if there is one."""
+    """Directory of the tokenizer, and of the chat template if there is one."""
     stop_token_ids: Mapping[str, int]
-    """Special tokens that generation stops at, with their ids. Of several the first ends an answer, and becomes the
-    tokenizer's end: a model trained on chat never writes the end of text."""
+    """Special tokens that end generation, with their ids. Of several, the first ends an answer and becomes the
+    tokenizer's `eos_token`: a chat model never generates the end of text."""
     pad: int
     card: str
-    """The model card."""
+    """Model card."""
     checkpoint_name: str
-    """Name of the checkpoint the weights are of."""
+    """Name of the source checkpoint."""
 
 
 @contextmanager
 def atomic_export_dir(destination: Path) -> Iterator[Path]:
-    """A directory to write into, which takes the place of `destination` once everything in it is written.
+    """Yield a temporary directory that replaces `destination` once it is complete.
 
-    Raises CheckpointError when it cannot be written, and for a destination that holds something else than an export.
+    Raises CheckpointError on a failed write, and for a destination that holds anything other than an export.
     """
     if destination.exists() and not destination.is_dir():
         raise CheckpointError(f"{destination} is a file: name a directory (--out)")
@@ -65,13 +65,13 @@ def _get_temporary_dir(destination: Path) -> Path:
 
 
 def remove_export(destination: Path) -> None:
-    """Delete an export that nobody needs any more, and what a process that was killed had written of it."""
+    """Delete an export, and the partial one of a killed process."""
     for directory in (destination, _get_temporary_dir(destination)):
         shutil.rmtree(directory, ignore_errors=True)
 
 
 def write_model_files(directory: Path, beside: ModelFiles) -> None:
-    """Write where generation stops, tokenizer, model card and where the weights are from."""
+    """Write generation configuration, tokenizer, model card and the name of the source checkpoint."""
     ends = list(beside.stop_token_ids.values())
     stops = ends if len(ends) > 1 else ends[0]
     GenerationConfig(eos_token_id=stops, pad_token_id=beside.pad).save_pretrained(directory)
@@ -81,7 +81,7 @@ def write_model_files(directory: Path, beside: ModelFiles) -> None:
 
 
 def _write_tokenizer(source: Path, directory: Path, end: str | None) -> None:
-    """Copy the tokenizer; `end` becomes its end, if there is one."""
+    """Copy the tokenizer, and set its `eos_token` to `end` unless that is None."""
     for name in TOKENIZER_FILES:
         if not (source / name).is_file():
             continue
@@ -92,7 +92,7 @@ def _write_tokenizer(source: Path, directory: Path, end: str | None) -> None:
 
 
 def read_source_checkpoint_name(directory: Path) -> str | None:
-    """Name of the checkpoint an export was made of; None where there is no export."""
+    """Return the name of an export's source checkpoint, or None if the directory holds no export."""
     try:
         return str(json.loads((directory / _ORIGIN_FILE).read_text())["checkpoint"])
     except (OSError, ValueError, KeyError):

@@ -1,6 +1,6 @@
-"""A run's checkpoint as a directory for other programs: what `ltt export` calls, and a run when it finishes.
+"""Exports a run's checkpoint, for `ltt export` and when a run finishes.
 
-Written under a temporary name, loaded again and compared with the checkpoint, then renamed: complete or absent.
+Written under a temporary name, reloaded, compared with the checkpoint, then renamed: complete or absent.
 """
 
 from __future__ import annotations
@@ -44,25 +44,25 @@ from llm_training_toolkit.runs.storage import find_storage
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """A run as it lies on disk."""
+    """Run on disk."""
 
     run: RunDirectory
     config: Config
     receipt: DatasetInfo
 
     def get_adapter(self, checkpoint: CheckpointReader) -> AdapterSpec | None:
-        """The run's adapters; None where the model itself was trained."""
+        """Return the run's adapters, or None for full training."""
         return families.resolve_adapter(self.config, checkpoint.manifest.extra["hf_config"])
 
     @property
     def base_path(self) -> str:
-        """Where the weights lie that its adapters stand beside."""
+        """Location of the base weights that the adapters belong to."""
         return self.config.model.path or str(self.run.base_weights_dir)
 
 
 @dataclass(frozen=True)
 class ExportResult:
-    """What was written."""
+    """Result of an export."""
 
     path: str
     kind: ExportKind
@@ -70,21 +70,21 @@ class ExportResult:
     """Name of the checkpoint."""
     step: int
     difference: float
-    """Largest difference of a logit from the checkpoint's, as a share of the largest: 0 but for merged adapters."""
+    """Largest deviation of a logit, as a share of the largest logit. 0 except for merged adapters."""
 
     def __str__(self) -> str:
         same = "equal" if self.difference == 0.0 else f"within {self.difference:.2g} of the largest"
         return f"{self.kind} of {self.checkpoint} in {self.path}; logits compared with the checkpoint's: {same}"
 
     def to_json(self) -> dict[str, Any]:
-        """The contract of `ltt export --json`."""
+        """Return the documented output of `ltt export --json`."""
         return asdict(self)
 
 
 def read_run(run: RunDirectory) -> TrainedRun:
-    """A run's configuration and receipt. Raises CheckpointError where it has none."""
+    """Read a run's configuration and dataset info. Raises CheckpointError if nothing was trained."""
     if not run.dataset_info_path.is_file():
-        raise CheckpointError(f"{run.path}: nothing was trained there yet (no data/receipt.json)")
+        raise CheckpointError(f"{run.path}: nothing was trained there yet (no data/dataset_info.json)")
     config = parse_config_json(run.resolved_config_path.read_text(), where=str(run.resolved_config_path))
     return TrainedRun(run, config, DatasetInfo.from_json(run.dataset_info_path.read_text()))
 
@@ -92,9 +92,9 @@ def read_run(run: RunDirectory) -> TrainedRun:
 def export_run(
     run: RunDirectory, *, step: int | None, merge: bool, out: Path | None, say: Callable[[str], None]
 ) -> ExportResult:
-    """Export the newest complete checkpoint of a run, or that of `step`; by default beside the run's own export.
+    """Export the newest complete checkpoint of a run, or that of `step`, by default to a directory in the run.
 
-    Raises CheckpointError where there is none, where it is damaged, and for adapters without their base.
+    Raises CheckpointError for a missing or damaged checkpoint, and for adapters without their base.
     """
     disable_progress_bar()
     trained = read_run(run)
@@ -110,7 +110,7 @@ def export_run(
 
 
 def _check_destination(destination: Path, run: RunDirectory) -> None:
-    """Raise CheckpointError where an export would take the place of adapters' base, or of something in another run."""
+    """Raise CheckpointError for a destination that is the adapters' base or inside another run."""
     destination = destination.resolve()
     around = RunDirectory(destination.parent)
     if around.resolved_config_path.is_file() and (
@@ -121,7 +121,7 @@ def _check_destination(destination: Path, run: RunDirectory) -> None:
 
 
 def select_checkpoint(run: RunDirectory, step: int | None) -> CheckpointReader:
-    """The newest complete checkpoint of a run, or that of `step`. Raises CheckpointError without it, or damaged."""
+    """Return the newest complete checkpoint, or that of `step`. Raises CheckpointError if missing or damaged."""
     checkpoint = CheckpointReader(_select_checkpoint_path(run, step))
     faults = checkpoint.verify_files()
     if faults:
@@ -130,7 +130,6 @@ def select_checkpoint(run: RunDirectory, step: int | None) -> CheckpointReader:
 
 
 def _select_checkpoint_path(run: RunDirectory, step: int | None) -> Path:
-    """The directory of a complete checkpoint."""
     found = list_complete_checkpoints(run.checkpoints_dir)
     steps = {place[0]: path for path in found if (place := parse_checkpoint_name(path))}
     if step is None and found:
@@ -148,7 +147,7 @@ def _select_checkpoint_path(run: RunDirectory, step: int | None) -> Path:
 def export_checkpoint(
     trained: TrainedRun, checkpoint: CheckpointReader, destination: Path, *, merge: bool, say: Callable[[str], None]
 ) -> ExportResult:
-    """Write a checkpoint to `destination` and compare what was written with it."""
+    """Write a checkpoint to `destination`, and compare the result with it."""
     adapter = trained.get_adapter(checkpoint)
     config, precision = trained.config, trained.config.train.precision
     kind: ExportKind = "model" if adapter is None else "merged" if merge else "adapters"
@@ -190,7 +189,7 @@ def _check_export(
 
 
 def build_full_weights(trained: TrainedRun, checkpoint: CheckpointReader) -> tuple[WeightSource, Mapping[str, Any]]:
-    """All weights of the trained model, adapters merged into them, and its Hugging Face configuration."""
+    """Return all weights of the trained model, adapters merged, and its Hugging Face configuration."""
     hf_config: Mapping[str, Any] = checkpoint.manifest.extra["hf_config"]
     adapter = trained.get_adapter(checkpoint)
     if adapter is None:
@@ -203,7 +202,7 @@ def build_full_weights(trained: TrainedRun, checkpoint: CheckpointReader) -> tup
 
 
 def check_adapter_base(trained: TrainedRun, checkpoint: CheckpointReader) -> None:
-    """Raise CheckpointError unless the base of a checkpoint's adapters is there and what it was."""
+    """Raise CheckpointError unless the base of a checkpoint's adapters is present and unchanged."""
     alone = RunContext(0, 1, torch.device("cpu"))
     check_base_matches(
         BaseWeights.from_json(checkpoint.manifest.extra["base"]), read_base_weights(trained.base_path, alone)
@@ -211,7 +210,7 @@ def check_adapter_base(trained: TrainedRun, checkpoint: CheckpointReader) -> Non
 
 
 def build_model_files(config: Config, receipt: DatasetInfo, text: str, origin: str) -> ModelFiles:
-    """What stands beside a run's weights."""
+    """Return the files to write besides a run's weights."""
     return ModelFiles(
         tokenizer=Path(receipt.tokenizer_path),
         stop_token_ids=find_stop_tokens(config, receipt),
@@ -222,10 +221,9 @@ def build_model_files(config: Config, receipt: DatasetInfo, text: str, origin: s
 
 
 def find_stop_tokens(config: Config, receipt: DatasetInfo) -> dict[str, int]:
-    """The special tokens that the model ends with, that of an answer first: those it has learnt here, and its own.
+    """Return the special tokens that end generation, with their ids: the end of an answer first, then the model's own.
 
-    With their ids. A model that was tuned to converse still ends its turns after a training on text, and its tokenizer
-    says by what.
+    A chat-tuned model still ends its turns after training on text; its tokenizer names the token.
     """
     family, directory = families.find_size(config.model.name).family, Path(receipt.tokenizer_path)
     encoder = open_tokenizer(receipt.tokenizer_path)

@@ -1,4 +1,4 @@
-"""The model card of an export: the facts of its run."""
+"""Model card of an export, generated from its run."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ from llm_training_toolkit.plan import make_plan
 from llm_training_toolkit.runs.directory import RunDirectory
 from llm_training_toolkit.runs.metrics_log import read_newest_rows
 
-ExportKind = Literal["model", "adapters", "merged"]
-"""What an exported directory holds: a model that was trained whole, adapters, or what they were merged into."""
+ExportKind = Literal["model", "adapters", "merged"]  # fully trained, adapters, or adapters merged into their base
 
 
 def format_model_card(
     run: RunDirectory, config: Config, receipt: DatasetInfo, manifest: Manifest, *, kind: ExportKind, base: str
 ) -> str:
-    """The README.md of an exported directory, in Markdown."""
+    """Return the README.md of an exported directory, in Markdown."""
     library = "peft" if kind == "adapters" else "transformers"
     head = [f"library_name: {library}", "pipeline_tag: text-generation"]
     head += [f"base_model: {base}"] if kind == "adapters" else []

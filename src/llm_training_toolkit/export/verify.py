@@ -1,6 +1,6 @@
-"""Whether an exported directory gives the logits of its checkpoint, whose weights are loaded another way.
+"""Checks that an exported directory reproduces the logits of its checkpoint, loaded by a separate code path.
 
-One model is in memory at a time, in the precision of the run, on the CPU.
+One model is in memory at a time, in the run's precision, on the CPU.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _TOKENS = 32
 def check_full_model(
     directory: Path, checkpoint: CheckpointReader, hf_config: Mapping[str, Any], precision: str
 ) -> float:
-    """0.0; raise CheckpointError unless a model that was trained whole gives the same logits bit for bit."""
+    """Return 0.0. Raises CheckpointError unless a fully trained model gives bit-identical logits."""
     model = build_model(hf_config, precision=precision, attention="sdpa").eval()
     load_stored_weights(model, checkpoint)
     wanted = compute_logits(model)
@@ -34,7 +34,7 @@ def check_full_model(
 
 @torch.no_grad()
 def compute_logits(model: nn.Module) -> Tensor:
-    """Logits (1, T, V) of tokens that are always the same, in fp32."""
+    """Return logits (1, T, V) of a fixed token sequence, in fp32."""
     config: Any = model.config
     count = min(_TOKENS, config.max_position_embeddings)
     tokens = torch.randint(config.vocab_size, (1, count), generator=torch.Generator().manual_seed(0))
@@ -43,9 +43,9 @@ def compute_logits(model: nn.Module) -> Tensor:
 
 
 def compare_logits(directory: Path, found: Tensor, wanted: Tensor, tolerance: float) -> float:
-    """Largest difference of a logit as a share of the largest wanted one. Raises CheckpointError above `tolerance`."""
+    """Return the largest deviation / the largest `wanted` logit. Raises CheckpointError above `tolerance`."""
     difference, largest = float((found - wanted).abs().max()), float(wanted.abs().max())
-    if not difference <= tolerance * largest:  # not a number is no equality either
+    if not difference <= tolerance * largest:  # NaN fails as well
         raise CheckpointError(
             f"export to {directory}: the reloaded model does not give the checkpoint's logits (they differ by "
             f"{difference:.3g}, the largest is {largest:.3g}); nothing was exported"

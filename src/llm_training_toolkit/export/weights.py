@@ -1,6 +1,6 @@
-"""Whole models as safetensors: parameter by parameter from wherever they lie, in shards.
+"""Writes full models as sharded safetensors, reading one parameter at a time.
 
-So no process needs a model more than once, whatever ZeRO stage and number of workers wrote its checkpoint.
+So no process holds a model more than once, whatever ZeRO stage and number of workers wrote the checkpoint.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _SHARD_BYTES = 5_000_000_000
 
 
 class WeightSource(Protocol):
-    """The parameters of a model, to be had one at a time; tied ones once."""
+    """Parameters of a model, read one at a time; tied ones once."""
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
@@ -31,38 +31,38 @@ class WeightSource(Protocol):
 
 
 class CheckpointWeights:
-    """The parameters in a checkpoint of a model that was trained whole, in fp32."""
+    """Parameters in the checkpoint of a fully trained model, in fp32."""
 
     def __init__(self, checkpoint: CheckpointReader) -> None:
         self._checkpoint = checkpoint
         self.shapes = checkpoint.manifest.shapes
 
     def get_tensor(self, name: str) -> Tensor:
-        """A parameter, whole."""
+        """Return the full parameter."""
         return read_stored_parameter(self._checkpoint, name)
 
 
 class ModelWeights:
-    """The parameters of a model in memory."""
+    """Parameters of a model in memory."""
 
     def __init__(self, model: nn.Module) -> None:
         self._parameters = dict(model.named_parameters())
         self.shapes = {name: tuple(parameter.shape) for name, parameter in self._parameters.items()}
 
     def get_tensor(self, name: str) -> Tensor:
-        """A parameter, whole."""
+        """Return the full parameter."""
         return self._parameters[name].detach()
 
 
 def read_stored_parameter(checkpoint: CheckpointReader, name: str) -> Tensor:
-    """A parameter of a checkpoint, whole, in fp32."""
+    """Read a full parameter from a checkpoint, in fp32."""
     shape = checkpoint.manifest.shapes[name]
     return torch.from_numpy(checkpoint.read(name, "weights", 0, torch.Size(shape).numel())).reshape(shape)
 
 
 @torch.no_grad()
 def load_stored_weights(model: nn.Module, checkpoint: CheckpointReader) -> None:
-    """Write the trained parameters of a checkpoint into a model that has them, in the model's precision."""
+    """Copy a checkpoint's trained parameters into a model, in the model's precision."""
     parameters = dict(model.named_parameters())
     for name in checkpoint.manifest.shapes:
         parameters[name].copy_(read_stored_parameter(checkpoint, name))
@@ -71,10 +71,10 @@ def load_stored_weights(model: nn.Module, checkpoint: CheckpointReader) -> None:
 def write_model(
     weights: WeightSource, directory: Path, *, hf_config: Mapping[str, Any], precision: str, beside: ModelFiles
 ) -> None:
-    """Write a whole model into a directory that exists: weights, configuration and what stands beside them.
+    """Write a full model to an existing directory: weights, configuration and `beside`.
 
-    The weights are rounded once to `precision`: bit for bit those of the forward pass. They have the names that are
-    published.
+    Weights are rounded once to `precision`, so they are bit-identical to those of the forward pass. Names are those of
+    the published weights.
     """
     _write_weights(weights, directory, DTYPES[precision])
     _write_configuration(directory, hf_config, precision, beside)
@@ -98,9 +98,9 @@ def _write_weights(weights: WeightSource, directory: Path, dtype: torch.dtype) -
 
 
 def _unfuse_experts(name: str, tensor: Tensor) -> dict[str, Tensor]:
-    """A parameter under the names of published weights: those of a mixture have matrices of their own for each expert.
+    """Return a parameter under published names, with separate matrices per expert of a mixture.
 
-    transformers fuses them into one tensor a layer when it loads them; inference engines expect them apart.
+    transformers fuses the experts into one tensor per layer when loading; inference engines expect them separate.
     """
     prefix, fused, kind = name.rpartition(".experts.")
     if not fused:
@@ -114,7 +114,7 @@ def _unfuse_experts(name: str, tensor: Tensor) -> dict[str, Tensor]:
 
 
 def _group_into_shards(shapes: Mapping[str, tuple[int, ...]], itemsize: int) -> Iterator[list[str]]:
-    """Names of parameters, in groups of at most 5 GB."""
+    """Yield groups of parameter names of at most 5 GB."""
     names: list[str] = []
     size = 0
     for name, shape in shapes.items():

@@ -1,1 +1,1 @@
-"""Generation of text by a trained model."""
+"""Text generation with a trained model."""

@@ -1,4 +1,4 @@
-"""Generation: completes a prompt, fills in the middle, or holds a conversation, piece by piece as it is written."""
+"""Text generation: prompt completion, fill-in-the-middle and chat, streamed."""
 
 from __future__ import annotations
 
@@ -19,16 +19,15 @@ from llm_training_toolkit.errors import DataError, PlanError
 from llm_training_toolkit.families import FAMILIES
 from llm_training_toolkit.models.load_exported import load_exported_model, move_to_device
 
+# Decoded from the bytes of a character until all of them are generated.
 _INCOMPLETE_CHARACTER = "\N{REPLACEMENT CHARACTER}"
-"""What the bytes of a character decode to before they are all there."""
 
-TextCallback = Callable[[str], object]
-"""Takes a piece of text as soon as it is written."""
+TextCallback = Callable[[str], object]  # receives each piece of text once generated
 
 
 @dataclass(frozen=True)
 class FimSentinels:
-    """The fill-in-the-middle markers of a family."""
+    """Fill-in-the-middle sentinels of a family."""
 
     prefix: str
     suffix: str
@@ -37,7 +36,7 @@ class FimSentinels:
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How something is written: most new tokens, fewer where the context ends; temperature 0 = always the likeliest."""
+    """Sampling parameters. max_new_tokens: capped by the context. temperature 0: greedy."""
 
     max_new_tokens: int = 64
     temperature: float = 0.0
@@ -46,40 +45,40 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class Completion:
-    """What the model wrote, and whether it ended by itself rather than at the most tokens."""
+    """Generated text. `ended`: the model stopped by itself, rather than at max_new_tokens."""
 
     text: str
     ended: bool
 
 
 def _ignore_text(_piece: str) -> None:
-    """Say nothing."""
+    """Discard the text."""
 
 
 class TextGenerator:
-    """A model loaded for generation, with the tokenizer that lies in a directory."""
+    """Model for generation, with the tokenizer from a directory."""
 
     def __init__(self, model: Any, tokenizer: Path) -> None:  # noqa: ANN401 - transformers has no types
-        """`model` stops where its generation configuration says."""
+        """`model` stops at the `eos_token_id` of its generation configuration."""
         self._model, self._directory = model, tokenizer
         self._encoder: TextEncoder = open_tokenizer(str(tokenizer))
 
     @classmethod
     def from_directory(cls, directory: Path, device: str = "cpu") -> TextGenerator:
-        """The model in an exported directory, whole or adapters. Raises CheckpointError where there is none."""
+        """Load an exported model or adapters. Raises CheckpointError if the directory holds neither."""
         disable_progress_bar()
         return cls(move_to_device(load_exported_model(directory), device), directory)
 
     def complete_prompt(self, prompt: str, how: SamplingParams, say: TextCallback = _ignore_text) -> Completion:
-        """What the model writes after `prompt`. Marker text in it is text."""
+        """Generate a continuation of `prompt`. Special-token text in it is encoded as plain text."""
         return self._generate_completion(self._encoder.encode(prompt), how, self._get_eos_ids(), say)
 
     def fill_middle(
         self, prefix: str, suffix: str, how: SamplingParams, say: TextCallback = _ignore_text
     ) -> Completion:
-        """What the model writes between `prefix` and `suffix`, in prefix-suffix-middle order, up to a special token.
+        """Generate the middle, prompting in prefix-suffix-middle order, up to any special token.
 
-        Raises PlanError where the tokenizer has no sentinels.
+        Raises PlanError if the tokenizer has no sentinels.
         """
         sentinels = self._find_fim_sentinels()
         marks = [
@@ -90,7 +89,7 @@ class TextGenerator:
         return self._generate_completion(ids, how, [*self._get_eos_ids(), *self._get_special_token_ids()], say)
 
     def start_chat(self, system: str | None = None) -> ChatSession:
-        """A conversation through the tokenizer's chat template. Raises PlanError where it has none."""
+        """Start a conversation with the tokenizer's chat template. Raises PlanError without a template."""
         if not has_template(self._directory):
             raise PlanError(
                 f"{self._directory}: the tokenizer has no chat template, so nobody trained this model for "
@@ -101,7 +100,7 @@ class TextGenerator:
     def generate_reply(
         self, conversation: Conversation, template: ChatTemplate, how: SamplingParams, say: TextCallback
     ) -> Completion:
-        """What the model answers. Raises PlanError where the template cannot write the conversation."""
+        """Generate the next message. Raises PlanError if the template cannot render the conversation."""
         try:
             ids = encode_prompt(conversation, template, self._encoder)
         except DataError as error:
@@ -120,7 +119,7 @@ class TextGenerator:
         )
 
     def _get_special_token_ids(self) -> list[int]:
-        """The special tokens of all families that the tokenizer has: there is none in code."""
+        """Return the tokenizer's special tokens of all families, none of which occur in code."""
         known = {token for family in FAMILIES.values() for token in family.special_tokens.all}
         return [
             self._encoder.get_special_token_id(token)
@@ -129,7 +128,7 @@ class TextGenerator:
         ]
 
     def _get_eos_ids(self) -> list[int]:
-        """Where the model's files say that it stops."""
+        """Return the stop ids of the model's generation configuration."""
         ends = self._model.generation_config.eos_token_id
         return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
 
@@ -161,15 +160,15 @@ class TextGenerator:
 
 
 class ChatSession:
-    """A conversation that goes on: what was said before is part of every prompt."""
+    """Conversation. Every prompt contains all earlier messages."""
 
     def __init__(self, generator: TextGenerator, template: ChatTemplate, system: str | None) -> None:
         self._generator, self._template = generator, template
         self.messages: tuple[ChatMessage, ...] = (ChatMessage("system", system),) if system is not None else ()
-        """What was said."""
+        """Messages so far."""
 
     def send_message(self, text: str, how: SamplingParams, say: TextCallback = _ignore_text) -> Completion:
-        """The answer to `text`, up to the end of the assistant's turn. Raises PlanError once the context is full."""
+        """Generate the reply to `text`, up to the end of the turn. Raises PlanError once the context is full."""
         asked = (*self.messages, ChatMessage("user", text))
         written = self._generator.generate_reply(Conversation(asked), self._template, how, say)
         self.messages = (*asked, ChatMessage("assistant", written.text))
@@ -177,7 +176,7 @@ class ChatSession:
 
 
 class _CallbackStreamer(BaseStreamer):  # type: ignore[misc]  # transformers has no types
-    """Says what is generated as soon as whole characters are there; special tokens are not said."""
+    """Passes text to a callback as soon as its characters are complete; special tokens are skipped."""
 
     def __init__(self, encoder: TextEncoder, ends: frozenset[int], say: TextCallback) -> None:
         self._encoder, self._ends, self._say = encoder, ends, say
@@ -186,7 +185,7 @@ class _CallbackStreamer(BaseStreamer):  # type: ignore[misc]  # transformers has
         self.text = ""
 
     def put(self, value: torch.Tensor) -> None:
-        """Tokens: the prompt first, then one at a time."""
+        """Receive token ids: first the prompt, then one id per call."""
         if not self._prompt_seen:
             self._prompt_seen = True
             return
@@ -195,7 +194,7 @@ class _CallbackStreamer(BaseStreamer):  # type: ignore[misc]  # transformers has
             self._flush_text()
 
     def end(self) -> None:
-        """Say the rest, whole or not."""
+        """Flush the rest, including an incomplete character."""
         self._flush_text()
 
     def _decode_pending(self) -> str:

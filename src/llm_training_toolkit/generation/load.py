@@ -1,4 +1,4 @@
-"""`ltt generate`: opens what a person named, an export, adapters with their base, or a checkpoint of a run."""
+"""Opens the model for `ltt generate`: an export, adapters with their base, or a checkpoint of a run."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from llm_training_toolkit.runs.storage import find_storage
 
 
 def open_model(path: Path, *, step: int | None, device: str) -> tuple[TextGenerator, str]:
-    """The model at a path, and where it was read from.
+    """Return the model at `path` and the URI it was read from.
 
-    A run's export where it has one and no `step` is asked for, otherwise its checkpoint. Raises CheckpointError where
-    there is neither, and for adapters without their base.
+    For a run: its export if there is one and `step` is None, else a checkpoint. Raises CheckpointError without either,
+    and for adapters without their base.
     """
     run = RunDirectory(path)
     if step is not None or (run.resolved_config_path.is_file() and not run.export_dir.is_dir()):
@@ -31,7 +31,7 @@ def open_model(path: Path, *, step: int | None, device: str) -> tuple[TextGenera
 
 
 def open_checkpoint(run: RunDirectory, step: int | None, device: str) -> tuple[TextGenerator, str]:
-    """The model of a checkpoint, of the newest complete one without `step`, in the run's precision."""
+    """Open the checkpoint of `step`, by default the newest complete one, in the run's precision."""
     trained = read_run(run)
     checkpoint = select_checkpoint(run, step)
     adapter, precision = trained.get_adapter(checkpoint), trained.config.train.precision

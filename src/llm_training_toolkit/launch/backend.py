@@ -1,4 +1,4 @@
-"""Backend of a run: this process, torchrun or Ray; who prepares its data, who trains it."""
+"""Backend selection for data preparation and training: this process, torchrun or Ray."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from llm_training_toolkit.runs.directory import RunDirectory
 from llm_training_toolkit.runs.storage import find_storage, storage_errors
 from llm_training_toolkit.setup.machine import is_local
 
+# Ray Train copies these variables from the driver to its controller and workers.
 _RAY_ENVIRONMENT = {
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",  # for the places alone, and there was room just before
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",  # covers placement only; capacity was checked just before
     "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": "1800",
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # the driver watches for nodes that are taken away
-    "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",  # ranks that wait for a dead one are ended anyway
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # the driver watches for preempted nodes itself
+    "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",  # ranks blocked on a dead one are killed anyway
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # otherwise every line arrives twice
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths keep their meaning
-    "RAY_DATA_LOG_LEVEL": "ERROR",  # what it warns of is what was asked for: no progress bars of its own
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # workers without a GPU keep their environment
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # keeps relative paths valid
+    "RAY_DATA_LOG_LEVEL": "ERROR",  # it would warn about its progress bars, disabled on purpose
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # keeps the environment of workers without a GPU
 }
-"""Ray Train copies these from the driver to its controller and workers."""
 
 
 def prepare_environment() -> None:
-    """Set what Ray reads when it is imported. What is set already stays."""
+    """Set the variables that Ray reads at import; keep those already set."""
     for name, value in _RAY_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     if is_local():
@@ -46,7 +46,7 @@ def prepare_environment() -> None:
 
 
 def build_shard_runner(config: Config, console: Console) -> ShardRunner:
-    """What renders a run's documents: the cluster the run is for, where there is one and the work is worth it."""
+    """Return the renderer of a run's documents: its cluster if two or more shards are left, else this process."""
 
     def render_shards(job: RenderJob, shards: Sequence[DocumentShard], done: DoneCallback) -> None:
         left = [shard for shard in shards if not get_shard_directory(job, shard).is_dir()]
@@ -63,14 +63,14 @@ def build_shard_runner(config: Config, console: Console) -> ShardRunner:
 
 
 def create_dataset_builder(config: Config, console: Console) -> DatasetBuilder:
-    """The data of a run, with progress on the console, spread over a cluster where there is one."""
+    """Return the builder of a run's dataset: progress on the console, rendering on the cluster if there is one."""
     return DatasetBuilder(
         config, get_tokenization_spec(config), console.update_stage, build_shard_runner(config, console)
     )
 
 
 def check_cluster_nodes(run: RunDirectory, config: Config, console: Console) -> None:
-    """Refuse nodes of a cluster that could not work on the run."""
+    """Check that the cluster's nodes can work on the run; no-op without a cluster. Raises LaunchError."""
     if is_local():
         return
     prepare_environment()
@@ -80,9 +80,9 @@ def check_cluster_nodes(run: RunDirectory, config: Config, console: Console) -> 
 
 
 def launch_training(run: RunDirectory, config: Config, console: Console) -> dict[str, Any]:
-    """Train a run that is written down, with Ray or without: `{"status", "step"}`."""
+    """Train a run whose files are written, with or without Ray; return `{"status", "step"}`."""
     with storage_errors():
-        find_storage(run.path).flush()  # ranks on other machines read it
+        find_storage(run.path).flush()  # ranks on other machines read the run's files
     if config.cluster.workers == 0:
         from llm_training_toolkit.launch.torchrun import run_without_ray
 

@@ -1,4 +1,4 @@
-"""What `ltt train` is asked for, and what it reports when it ends."""
+"""Request, result and exit codes of `ltt train`."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from llm_training_toolkit.config import Config, load_config
 from llm_training_toolkit.config.uri import is_uri
 
 TrainResultStatus = Literal["finished", "stopped"]
+# 75 = stopped, the same command resumes: Slurm's requeue and a Kubernetes back-off test for it.
 EXIT_CODES: dict[TrainResultStatus, int] = {"finished": 0, "stopped": 75}
-"""75 = stopped, the same command resumes: what Slurm's requeue and a Kubernetes back-off look for."""
 
 
 @dataclass(frozen=True)
 class TrainRequest:
-    """What a person asked for on the command line."""
+    """Command-line arguments of `ltt train`."""
 
     config: Path
     overrides: Sequence[str] = ()
@@ -31,27 +31,27 @@ class TrainRequest:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """How a run stands."""
+    """State of a run when `ltt train` returns."""
 
     run: str
-    """Its directory."""
+    """Path or URI of the run directory."""
     step: int
     status: TrainResultStatus
     checkpoint: str | None
-    """Its newest checkpoint."""
+    """Newest checkpoint."""
 
     def to_json(self) -> dict[str, Any]:
-        """The contract of `ltt train --json`."""
+        """Return the output of `ltt train --json`, a public contract."""
         return asdict(self)
 
 
 def build_failure_json(error: Exception) -> dict[str, Any]:
-    """The contract of `ltt train --json` for a run that failed, with what went wrong."""
+    """Return the output of `ltt train --json` for a failed run, a public contract."""
     return {"run": None, "step": None, "status": "failed", "checkpoint": None, "error": str(error)}
 
 
 def format_next_steps(outcome: TrainResult, request: TrainRequest) -> list[str]:
-    """What a person may want to do next, as commands to paste."""
+    """Return suggested next commands, ready to paste."""
     if outcome.status == "stopped":
         return [f"stopped at step {outcome.step:,} with a checkpoint: the same command goes on from there"]
     config, is_here = load_config(request.config, request.overrides), not is_uri(outcome.run)
@@ -71,7 +71,7 @@ def format_next_steps(outcome: TrainResult, request: TrainRequest) -> list[str]:
 
 
 def _format_longer_run(request: TrainRequest, config: Config) -> str:
-    """The arguments of a run twice as long, in the unit its length was given in."""
+    """Return the arguments of a run twice as long, in the unit of the given length."""
     length = config.train.model_dump(include={"tokens", "steps", "epochs"})
     [(unit, count)] = [(unit, count) for unit, count in length.items() if count is not None]
     kept = [override for override in request.overrides if not override.startswith(f"train.{unit}=")]

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a wish: the run stops at the end of the step, with a checkpoint."""
+"""Ctrl-C and SIGTERM as stop requests: the run stops after the current step, with a checkpoint."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from types import FrameType
 
 @contextmanager
 def on_stop_signal(ask: Callable[[], None]) -> Iterator[None]:
-    """Call `ask` at the first SIGINT or SIGTERM; a second SIGINT interrupts at once. Main thread only."""
+    """Call `ask` at SIGINT or SIGTERM; a SIGINT after the first signal interrupts at once. Main thread only."""
     asked = 0
 
     def handle_signal(number: int, _frame: FrameType | None) -> None:

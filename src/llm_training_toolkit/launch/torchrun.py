@@ -1,4 +1,4 @@
-"""A run without Ray: in this process, or in the ranks that torchrun started. For debugging, and where Ray is absent."""
+"""Training without Ray, for debugging or where Ray is absent: one process, or the ranks of torchrun."""
 
 from __future__ import annotations
 
@@ -29,20 +29,19 @@ from llm_training_toolkit.worker.main import run_worker
 from llm_training_toolkit.worker.micro_batch import SmallerMicroBatch
 from llm_training_toolkit.worker.spec import WorkerSpec, get_torchrun_world_size, is_first_rank
 
-_PROCESS_GROUP_TIMEOUT = timedelta(hours=1)
-"""Covers the preparation of the data, which ranks other than the first wait for."""
+_PROCESS_GROUP_TIMEOUT = timedelta(hours=1)  # covers data preparation, for which the other ranks wait
 
 
 @contextmanager
 def open_process_group(gpus: Literal["auto", 0, 1]) -> Iterator[torch.device]:
-    """The process group of the ranks, on this rank's device."""
-    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists
+    """Open the process group of the ranks; yield this rank's device."""
+    os.environ.setdefault("LOCAL_RANK", "0")  # required by DeepSpeed
     device = _select_device(gpus)
     backend = "nccl" if device.type == "cuda" else "gloo"
     if get_torchrun_world_size() > 1:
         dist.init_process_group(backend, timeout=_PROCESS_GROUP_TIMEOUT)
     else:
-        # DeepSpeed wants a process group even of one; an in-memory store needs no port.
+        # DeepSpeed requires a process group even for one rank; an in-memory store needs no port.
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     try:
         yield device
@@ -61,9 +60,9 @@ def _select_device(gpus: Literal["auto", 0, 1]) -> torch.device:
 
 
 def run_without_ray(run: RunDirectory, config: Config, console: Console) -> dict[str, Any]:
-    """Train in this process, as one of the ranks that torchrun started or alone; what `work` returns comes back.
+    """Train in this process, alone or as one of torchrun's ranks; return the result of `run_worker`.
 
-    Ranks other than the first wait in the rendezvous until the first one has prepared the data.
+    The other ranks wait in the rendezvous until the first has prepared the data.
     """
     stop = threading.Event()
     os.environ.update(config.cluster.env)
@@ -76,7 +75,7 @@ def run_without_ray(run: RunDirectory, config: Config, console: Console) -> dict
             read_stop_request=lambda: StopRequest.STOP if stop.is_set() else StopRequest.NONE,
         )
         if not is_first_rank():
-            find_storage(run.path).refresh_directory(run.path)  # what the first one has written meanwhile
+            find_storage(run.path).refresh_directory(run.path)  # the first rank has written files meanwhile
         place = WorkerSpec(
             run, config, DatasetInfo.from_json(run.dataset_info_path.read_text()), get_process_start_time()
         )
@@ -90,11 +89,11 @@ def run_without_ray(run: RunDirectory, config: Config, console: Console) -> dict
 
 
 def _restart_process(after: SmallerMicroBatch, context: RunContext, console: Console) -> NoReturn:
-    """Become a new process of the same command, which finds in the attempts what to do differently.
+    """Replace this process by a new one of the same command, which reads from the attempts how to use less memory.
 
-    In this one, what ran out of memory stays in it: DeepSpeed keeps a failed engine alive. Of several ranks each leaves
-    at once instead: the others wait in an exchange for it, which ending the group in order would wait for, too, and
-    torchrun ends or restarts them all.
+    DeepSpeed keeps a failed engine alive, so its memory cannot be freed in this process. With several ranks each one
+    exits at once instead: the others block in a collective with it, and so would destroying the process group.
+    torchrun then kills or restarts all ranks.
     """
     restore_output()
     if context.world_size > 1:
@@ -107,11 +106,11 @@ def _restart_process(after: SmallerMicroBatch, context: RunContext, console: Con
 
 
 def _build_stopped_result(run: RunDirectory) -> dict[str, Any]:
-    """What `work` returns for a run that was asked to stop and has just failed: it stands at its newest checkpoint."""
+    """Return the result of a run that failed after a stop request: stopped at its newest checkpoint."""
     newest_one = find_latest_checkpoint(run.checkpoints_dir)
     place = parse_checkpoint_name(newest_one) if newest_one else None
     return {"status": "stopped", "step": place[0] if place else 0}
 
 
 def _ignore_event(_event: object) -> None:
-    """Ranks other than the first say nothing."""
+    """Discard the event: only the first rank reports."""

@@ -1,4 +1,4 @@
-"""Models: building them, their first weights, their loss. `adapters` is imported by those who need peft."""
+"""Models: construction, initial weights, loss. `lora` is left out here, because it imports peft."""
 
 from llm_training_toolkit.models.build import build_model, check_parameter_count
 from llm_training_toolkit.models.check_weights import check_pretrained_weights

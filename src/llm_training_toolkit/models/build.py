@@ -1,7 +1,7 @@
-"""Building a model: from a shape with random weights, or from a directory of weights.
+"""Construction of a model, from a configuration with random weights or from a directory of weights.
 
-The weights of a model from scratch are written afterwards by `initial.initialize`; ZeRO-3 wraps the
-call in `engine.partitioned`, so that no rank ever holds the whole model.
+`initialize_weights` writes the weights of a model from scratch afterwards. The caller wraps `build_model` in
+`zero3_init`, so that under ZeRO-3 no rank ever holds the whole model.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ def build_model(
     activation_checkpointing: bool = False,
     four_bits_on: torch.device | None = None,
 ) -> nn.Module:
-    """A causal language model of the given Hugging Face configuration, with the weights at `path` if there is one.
+    """Build a causal language model of the given Hugging Face configuration, with the weights at `path` if given.
 
-    Weights must have passed `weights.check_weights`. `four_bits_on` keeps the matrices of loaded weights in 4 bits
-    (NF4) on that GPU. Raises CheckpointError when weights cannot be read, and PlanError when they are of another family
-    than the configuration.
+    Weights must have passed `check_pretrained_weights`. With `four_bits_on` the matrices of loaded weights are kept in
+    4 bits (NF4) on that GPU. Raises CheckpointError when weights cannot be read, PlanError when they are of another
+    family than the configuration.
     """
     dtype = DTYPES[precision]
     if path is None:
@@ -41,7 +41,7 @@ def build_model(
     else:
         how = {"attn_implementation": attention} | (_build_nf4_options(dtype, four_bits_on) if four_bits_on else {})
         model = _load_pretrained(path, hf_config.get("model_type"), dtype, how)
-    model.config.use_cache = False  # a cache object switches the isolation of packed documents off
+    model.config.use_cache = False  # a cache object disables the isolation of packed documents
     if activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     assert isinstance(model, nn.Module)
@@ -49,7 +49,7 @@ def build_model(
 
 
 def _build_nf4_options(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """NF4 with constants that are quantized themselves, as in QLoRA; products are computed in `dtype`."""
+    """Return the options for NF4 with double quantization, as in QLoRA; products are computed in `dtype`."""
     kind = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -70,7 +70,7 @@ def _load_pretrained(path: str, model_type: str | None, dtype: torch.dtype, how:
 
 
 def check_parameter_count(model: nn.Module, expected: int, name: str) -> None:
-    """Refuse weights of another size than the plan counted on."""
+    """Raise PlanError if the weights have another size than the plan assumes."""
     found = sum(_count_parameters(parameter) for parameter in model.parameters())
     if found != expected:
         raise PlanError(
@@ -80,6 +80,6 @@ def check_parameter_count(model: nn.Module, expected: int, name: str) -> None:
 
 
 def _count_parameters(parameter: nn.Parameter) -> int:
-    """Weights of a parameter, wherever they lie and however they are packed."""
+    """Return the number of weights of a parameter, even if partitioned or packed."""
     packed = 2 if type(parameter).__name__ == "Params4bit" else 1  # two weights a byte
     return packed * int(getattr(parameter, "ds_numel", parameter.numel()))

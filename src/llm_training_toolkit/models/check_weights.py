@@ -1,7 +1,7 @@
-"""Published weights: their configuration as training needs it, and whether they fit before any of them is loaded.
+"""Published weights: their configuration for training, and a check that they fit before any of them is loaded.
 
-`check_weights` runs before `engine.partitioned`: under ZeRO-3 transformers 5.23 passes over weights too many, and over
-an output layer that differs from the embedding it is tied to, without a word; at one of another shape it hangs.
+`check_pretrained_weights` runs before `zero3_init`: under ZeRO-3 transformers 5.23 silently accepts surplus weights,
+and an output layer that differs from the embedding it is tied to. On a mismatched shape it hangs.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from transformers.utils import cached_file
 from llm_training_toolkit.errors import CheckpointError, PlanError
 from llm_training_toolkit.families import DROPOUTS
 
+# Raised by transformers for weights that are missing, damaged or of an unknown kind.
 LOAD_ERRORS = (OSError, ImportError, RuntimeError, ValueError, SafetensorError)
-"""What transformers raises for weights that are not there, damaged or of a kind it does not know."""
 
 
 def resolve_model_path(path: str) -> str:
-    """`model.path` as transformers takes it: a directory, `~` written out, or an id of the hub."""
+    """Return `model.path` as transformers takes it: a directory with `~` expanded, or a hub id."""
     local = Path(path).expanduser()
     return str(local) if local.exists() else path
 
 
 def read_hf_config(path: str, model_type: str | None) -> Any:  # noqa: ANN401 - transformers has no types
-    """The configuration of the weights at `path`, dropouts 0; PlanError unless they are of `model_type`, if any."""
+    """Read the configuration of the weights at `path`, dropouts 0. Raises PlanError for another `model_type`."""
     path = resolve_model_path(path)
     try:
-        # trust_remote_code off in so many words: left out, transformers asks at the terminal whether to run the code.
+        # Explicit, because without trust_remote_code transformers asks at the terminal whether to run the code.
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except LOAD_ERRORS as error:
         raise CheckpointError(
@@ -40,16 +40,16 @@ def read_hf_config(path: str, model_type: str | None) -> Any:  # noqa: ANN401 - 
         ) from error
     if model_type is not None and config.model_type != model_type:
         raise PlanError(f"model.path = {path} holds a {config.model_type} model, model.name is of {model_type}")
-    config.pad_token_id = None  # it would freeze its row of the embedding, and here padding is <|endoftext|>
+    config.pad_token_id = None  # it would freeze its embedding row, and padding here is <|endoftext|>
     for name in set(DROPOUTS) & set(config.to_dict()):
         setattr(config, name, 0.0)
     return config
 
 
 def check_pretrained_weights(path: str, model_type: str) -> None:
-    """Raise CheckpointError, naming them, for weights that are missing, too many, of another shape or not tied.
+    """Raise CheckpointError that names weights that are missing, surplus, of another shape or not tied.
 
-    The model is laid out without memory, so that only the headers of the files are read.
+    The model is built on the meta device, so that only the headers of the files are read.
     """
     config, path = read_hf_config(path, model_type), resolve_model_path(path)
     try:
@@ -59,11 +59,11 @@ def check_pretrained_weights(path: str, model_type: str) -> None:
             device_map="meta",
             output_loading_info=True,
             use_safetensors=True,
-            ignore_mismatched_sizes=True,  # they are in the info, by name; transformers' own error names none
+            ignore_mismatched_sizes=True,  # `info` has their names, which transformers' own error lacks
         )
         wrong = {kind: sorted(map(str, names)) for kind, names in info.items() if names}
         apart = model.get_output_embeddings().weight is not model.get_input_embeddings().weight
-        if model.config.tie_word_embeddings and apart:  # both are in the files: only their values can tell
+        if model.config.tie_word_embeddings and apart:  # both are in the files: compare their values
             wrong |= _find_untied_weights(path, model)
     except LOAD_ERRORS as error:
         raise CheckpointError(
@@ -82,7 +82,7 @@ def _find_untied_weights(path: str, model: Any) -> dict[str, list[str]]:  # noqa
 
 
 def _read_tensor(path: str, name: str) -> torch.Tensor:
-    """One tensor of the weights in a directory or under a hub id."""
+    """Read one tensor of the weights in a directory or under a hub id."""
     file = "model.safetensors"
     index = cached_file(path, f"{file}.index.json", _raise_exceptions_for_missing_entries=False)
     if index is not None:

@@ -1,7 +1,7 @@
-"""Dropout that depends on the sequence and not on how a batch is divided: the mask is drawn from its name.
+"""Dropout with masks drawn from the sequence's position in the batch, independent of how the batch is split.
 
-Every rank, every micro-batch and every recomputation of activations draws the same mask for a sequence, so that a run
-with dropout can be resumed bit for bit, and on another number of workers.
+Every rank, micro-batch and recomputation of activations draws the same mask for a sequence, so that a run with dropout
+resumes bit for bit, even on another number of workers.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from llm_training_toolkit.models.init_weights import derive_seed
 
 @dataclass
 class BatchPosition:
-    """Which sequences the forward pass is seeing: row r is position `first` + r of the step's global batch."""
+    """Sequences of the current forward pass: row r is position `first` + r of the step's global batch."""
 
     step: int = 0
     first: int = 0
 
 
 class SequenceDropout(nn.Module):
-    """Leaves out a share `rate` of its input in training, drawn from (seed, step, position in the step, name)."""
+    """Dropout of a share `rate` in training, drawn from (seed, step, position in the step, name)."""
 
     def __init__(self, rate: float, seed: int, name: str, draws: BatchPosition) -> None:
         super().__init__()
         self._rate, self._seed, self._name, self._draws = rate, seed, name, draws
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """`inputs` (rows, …) with a mask of its own for each row, scaled so that the mean stays."""
+        """Return `inputs` (rows, …) with a separate mask for each row, scaled so that the mean stays."""
         if not self.training:
             return inputs
         kept = torch.stack([self._draw_mask(inputs[0], row) for row in range(len(inputs))])

@@ -1,8 +1,7 @@
-"""Initial weights as a pure function of (seed, parameter name).
+"""Initial weights of a model from scratch as a pure function of (seed, parameter name).
 
-Neither raw `zero.Init` (which leaves the embedding at standard deviation 1) nor transformers' own
-initialisation (whose draw depends on the order of construction) gives the same weights for every
-ZeRO stage and number of workers; this does. Called by the worker for a model from scratch.
+Every ZeRO stage and number of workers gets the same weights. Raw `zero.Init` leaves the embedding at standard deviation
+1, and the draws of transformers' own initialization depend on the order of construction.
 """
 
 from __future__ import annotations
@@ -16,8 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
+# Gathers a partitioned parameter while it is written; see `engine.gathered_parameter`.
 ParameterGatherer = Callable[[nn.Parameter], AbstractContextManager[None]]
-"""Makes a partitioned parameter whole while it is written; see `engine.whole_parameter`."""
 
 
 def initialize_weights(model: nn.Module, seed: int, whole: ParameterGatherer) -> None:
@@ -28,7 +27,7 @@ def initialize_weights(model: nn.Module, seed: int, whole: ParameterGatherer) ->
     for module_name, module in model.named_modules():
         for local_name, parameter in module.named_parameters(recurse=False):
             name = f"{module_name}.{local_name}"
-            # GPT-2 and GPTBigCode shrink what is added to the residual stream (Radford et al. 2019, 2.3).
+            # GPT-2 and GPTBigCode scale down the projections into the residual stream (Radford et al. 2019, 2.3).
             scaled = config.model_type == "gpt_bigcode" and name.endswith("c_proj.weight")
             with whole(parameter):
                 _init_parameter(parameter.data, module, name, seed, residual_std if scaled else std)
@@ -45,20 +44,20 @@ def _init_parameter(data: torch.Tensor, module: nn.Module, name: str, seed: int,
 
 
 def build_generator(seed: int, name: str) -> torch.Generator:
-    """The source of chance of whatever has this name."""
+    """Return the random generator for this name."""
     return torch.Generator().manual_seed(derive_seed(seed, name))
 
 
 def derive_seed(seed: int, name: str) -> int:
-    """A seed of its own for whatever has this name, the same in every process."""
+    """Return a seed for this name, the same in every process."""
     digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 
 def resize_embeddings(model: nn.Module, rows: int, whole: ParameterGatherer) -> None:
-    """Give embedding and output layer `rows` rows; the new ones are the mean of the old. What is tied stays tied.
+    """Grow embedding and output layer to `rows` rows; new rows are the mean of the old. Tied weights stay tied.
 
-    The mean, because it changes the distribution over the old tokens least; transformers would draw around it, from a
+    The mean changes the distribution over the old tokens least. By default transformers draws around it, from a
     generator whose state differs between ranks.
     """
     lm: Any = model

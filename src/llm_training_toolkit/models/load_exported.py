@@ -1,4 +1,4 @@
-"""Models from exported directories: whole ones, and adapters with the model they stand beside."""
+"""Models loaded from exported directories: whole models, and adapters with their base model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _ADAPTER_CONFIG = "adapter_config.json"
 
 
 def load_exported_model(directory: Path) -> Any:  # noqa: ANN401 - transformers has no types
-    """The model in a directory, as it was trained. Raises CheckpointError where there is none, or not its base."""
+    """Load the model in a directory, as it was trained. Raises CheckpointError if it or its base is missing."""
     if (directory / "config.json").is_file():
         return AutoModelForCausalLM.from_pretrained(str(directory)).eval()
     if not (directory / _ADAPTER_CONFIG).is_file():
@@ -33,11 +33,11 @@ def load_exported_model(directory: Path) -> Any:  # noqa: ANN401 - transformers 
     if (directory / "generation_config.json").is_file():
         base.generation_config = GenerationConfig.from_pretrained(str(directory))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by an old name whether it recomputes
-        # As in training: peft would compute adapters in fp32.
+        warnings.simplefilter("ignore", FutureWarning)  # peft reads activation checkpointing by a deprecated name
+        # As in training; by default peft computes adapters in fp32.
         try:
             model = PeftModel.from_pretrained(base, str(directory), autocast_adapter_dtype=False)
-        except (RuntimeError, ValueError) as error:  # layers of other sizes, or none of their names
+        except (RuntimeError, ValueError) as error:  # layers of other sizes or names
             raise CheckpointError(
                 f"{directory}: these adapters do not fit {base.name_or_path}: they belong to another model. Name it in "
                 f"{_ADAPTER_CONFIG} (base_model_name_or_path). {_get_first_mismatch(error)}"
@@ -46,7 +46,7 @@ def load_exported_model(directory: Path) -> Any:  # noqa: ANN401 - transformers 
 
 
 def resolve_device(asked: str) -> str:
-    """The device asked for; `auto` = a GPU where there is one. Raises PlanError for a GPU that is not there."""
+    """Return the device asked for; `auto` = a GPU if there is one. Raises PlanError for a missing GPU."""
     if asked == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if asked.startswith("cuda") and not torch.cuda.is_available():
@@ -57,7 +57,7 @@ def resolve_device(asked: str) -> str:
 def move_to_device(model: Any, device: str | torch.device) -> Any:  # noqa: ANN401 - transformers has no types
     """Move a model to a device; to fp32 on a CPU where bf16 is slower, as `train.precision: auto` decides.
 
-    Its weights keep their values, which fp32 holds exactly; sums are rounded less.
+    The weights keep their values, which fp32 holds exactly; sums are rounded less.
     """
     place = torch.device(device)
     upcast = place.type == "cpu" and model.dtype == torch.bfloat16 and measure_bf16_slowdown(place) > 1
@@ -76,20 +76,20 @@ def _load_base_model(directory: Path, dtype: torch.dtype) -> Any:  # noqa: ANN40
 
 
 def _get_first_mismatch(error: Exception) -> str:
-    """Of torch's list of all layers that differ, the first; other messages as they are."""
+    """Return the first mismatched layer of torch's list; of other messages the first line."""
     rows = [row.strip() for row in str(error).splitlines()]
     return next((row for row in rows if row.startswith("size mismatch")), rows[0])
 
 
 def _read_adapter_dtype(file: Path) -> torch.dtype:
-    """What adapters were computed in, and so what their base is to be computed in."""
+    """Return the dtype that adapters were computed in, which their base must use as well."""
     with safe_open(file, framework="pt") as tensors:
         dtype: torch.dtype = tensors.get_tensor(next(iter(tensors.keys()))).dtype
     return dtype
 
 
 def _resolve_base_path(directory: Path, given: str) -> str:
-    """Where the weights lie that adapters belong to: where they say, or next to them under the same name."""
+    """Return the path of the adapters' base weights: as given, or of the same name next to their directory."""
     for place in (Path(given).expanduser(), directory.parent / Path(given).name):
         if (place / "config.json").is_file():
             return str(place)

@@ -1,7 +1,7 @@
-"""Adapters beside a model's linear layers (LoRA), by peft: the model is frozen, two small matrices a layer are trained.
+"""LoRA adapters beside linear layers, by peft: the model is frozen, two small matrices a layer are trained.
 
-They are put into the model in place, before DeepSpeed sees it. Everything else keeps its name and its class, so that
-the loss, packed documents and checkpoints work as they do without.
+Adapters are injected in place, before DeepSpeed wraps the model. All other modules keep name and class, so that the
+loss, packed documents and checkpoints work unchanged.
 """
 
 from __future__ import annotations
@@ -20,12 +20,11 @@ from llm_training_toolkit.families.lora import AdapterSpec
 from llm_training_toolkit.models.dropout import BatchPosition, SequenceDropout
 from llm_training_toolkit.models.init_weights import build_generator
 
-ADAPTER_NAME = "default"
-"""Name of the one adapter of a model, as peft calls it."""
+ADAPTER_NAME = "default"  # peft's name for the only adapter of a model
 
 
 def build_lora_config(adapter: AdapterSpec, base: str | None = None) -> LoraConfig:
-    """peft's description of the adapters; `base` names the model they belong to."""
+    """Build peft's configuration of the adapters; `base` names their base model."""
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=adapter.rank,
@@ -42,13 +41,13 @@ def build_lora_config(adapter: AdapterSpec, base: str | None = None) -> LoraConf
 def add_adapters(
     model: nn.Module, adapter: AdapterSpec, *, seed: int, dtype: torch.dtype, draws: BatchPosition | None = None
 ) -> None:
-    """Freeze a transformers model and put trainable adapters of `dtype` beside its layers.
+    """Freeze a transformers model and inject trainable adapters of `dtype`.
 
-    First weights are a pure function of (seed, parameter name), like all others: A uniform as in nn.Linear, B zero,
-    so that the model begins as what it was. A head that computes the loss must be one before this is called: a module
-    that is trained whole is a copy. Without `draws` there is no dropout.
+    Initial weights are a pure function of (seed, parameter name): A uniform as in nn.Linear, B zero, so that the model
+    is unchanged at first. A head must become a `LossHead` before this call, because peft trains a copy of a module that
+    is trained whole. Without `draws` there is no dropout.
     """
-    config = build_lora_config(replace(adapter, dropout=0.0))  # peft's own draws by the way a batch was split
+    config = build_lora_config(replace(adapter, dropout=0.0))  # peft's own dropout depends on how a batch is split
     inject_adapter_in_model(config, model)
     set_additional_trainable_modules(model, config, model.config.to_dict(), ADAPTER_NAME)  # type: ignore[union-attr, operator]
     for name, parameter in model.named_parameters():
@@ -65,5 +64,5 @@ def add_adapters(
 
 
 def find_lora_layers(model: nn.Module) -> dict[str, Any]:
-    """The layers that have adapters, by name."""
+    """Return the layers that have adapters, by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}

@@ -1,7 +1,7 @@
-"""The objective: a sum of token losses, with the vocabulary taken in chunks.
+"""Objective: a sum of token losses, computed in chunks of tokens. The engine wraps `LossModule`.
 
-`LossModule` is what the engine wraps. The output head computes loss and gradients chunk by chunk,
-so that whole logits (4.6 GiB a row at 8,192 tokens of Qwen's vocabulary in fp32) never exist.
+The output head computes loss and gradients chunk by chunk, so that whole logits (4.6 GiB a row at 8,192 tokens of
+Qwen's vocabulary in fp32) never exist.
 """
 
 from __future__ import annotations
@@ -16,18 +16,16 @@ from torch import Tensor, nn
 from llm_training_toolkit.models.dropout import BatchPosition
 from llm_training_toolkit.plan import compute_loss_chunk_size
 
-IGNORE_INDEX = -100
-"""Label of a position without loss."""
-_SCALE_BLOCK_ELEMENTS = 2**22
-"""Numbers: 16 MB in fp32."""
+IGNORE_INDEX = -100  # label of a position without loss
+_SCALE_BLOCK_ELEMENTS = 2**22  # 16 MB in fp32
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """Cross-entropy summed over tokens; the gradients are computed beside the loss, in the forward pass.
+    """Cross-entropy summed over tokens; the forward pass computes the gradients beside the loss.
 
-    Per chunk there is one matrix of logits, which becomes their gradient in place. With several chunks the gradient of
-    the weights is not added up over them, which would take an fp32 copy of the weights (2.2 GB for Qwen2.5-7B), but
-    computed by blocks of the vocabulary from logits that are computed once more: a third more work in the output layer.
+    Each chunk has one matrix of logits, which becomes their gradient in place. Summing the weight gradient over several
+    chunks would take an fp32 copy of the weights (2.2 GB for Qwen2.5-7B). Instead, it is computed by blocks of the
+    vocabulary from recomputed logits: a third more work in the output layer.
     """
 
     @staticmethod
@@ -43,7 +41,7 @@ class _ChunkedLoss(torch.autograd.Function):
             torch.matmul(gradient, weight, out=out)
             if ctx.needs_input_grad[1] and chunk == len(hidden):
                 grad_weight = gradient.T @ rows
-            del gradient  # before the next chunk's logits
+            del gradient  # frees memory for the next chunk's logits
         if ctx.needs_input_grad[1] and grad_weight is None:
             grad_weight = _compute_weight_gradient(hidden, weight, labels, log_norms, chunk)
         ctx.gradients = (grad_hidden, grad_weight)
@@ -60,7 +58,7 @@ class _ChunkedLoss(torch.autograd.Function):
 
 
 def _split_chunks(chunk: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Each tensor in pieces of `chunk` rows; no pieces where there are no rows."""
+    """Yield each tensor in pieces of `chunk` rows, if there are rows."""
     if chunk:
         yield from zip(*(torch.split(tensor, chunk) for tensor in tensors), strict=True)
 
@@ -68,9 +66,9 @@ def _split_chunks(chunk: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 def _compute_loss_and_gradient(
     logits: Tensor, targets: Tensor, log_norms: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Summed loss of fp32 logits (R, V) and its gradient in them, rounded to `dtype`; overwrites logits and log_norms.
+    """Return the summed loss of fp32 logits (R, V) and its gradient in them, rounded to `dtype`.
 
-    torch.logsumexp would take a second matrix of this size.
+    Overwrites logits and log_norms, because torch.logsumexp would take a second matrix of this size.
     """
     top = logits.amax(dim=-1)
     chosen = logits.gather(1, targets[:, None]).squeeze(1)
@@ -83,8 +81,9 @@ def _compute_loss_and_gradient(
 
 
 def _compute_weight_gradient(hidden: Tensor, weight: Tensor, labels: Tensor, log_norms: Tensor, chunk: int) -> Tensor:
-    """Gradient of the weights (V, H) by blocks of the vocabulary, with a quarter of the logits that a chunk has: now
-    the gradient itself takes memory, too.
+    """Return the gradient of the weights (V, H), computed by blocks of the vocabulary.
+
+    A block has a quarter of a chunk's logits, because the gradient itself now takes memory, too.
     """
     if not chunk:
         return torch.zeros_like(weight)
@@ -94,31 +93,32 @@ def _compute_weight_gradient(hidden: Tensor, weight: Tensor, labels: Tensor, log
         part = weight[start : start + block]
         gradient = _compute_block_gradient((hidden @ part.T).float(), labels - start, log_norms, weight.dtype)
         torch.matmul(gradient.T, hidden, out=found[start : start + block])
-        del gradient  # before the next block's logits
+        del gradient  # frees memory for the next block's logits
     return found
 
 
 def _compute_block_gradient(logits: Tensor, targets: Tensor, log_norms: Tensor, dtype: torch.dtype) -> Tensor:
-    """The gradient in the logits (R, B) of a block, which it overwrites; targets outside [0, B) are of other blocks."""
+    """Return the gradient in a block's logits (R, B), overwriting them; targets outside [0, B) are of other blocks."""
     probabilities = logits.sub_(log_norms[:, None]).exp_()
-    own = ((targets >= 0) & (targets < logits.shape[1])).float()  # no index of them: on a GPU that would wait for it
+    own = ((targets >= 0) & (targets < logits.shape[1])).float()  # a mask: indexing would wait for the GPU
     probabilities[torch.arange(len(targets), device=targets.device), targets.clamp(0, logits.shape[1] - 1)] -= own
     return probabilities.to(dtype)
 
 
 def _scale_gradient(gradient: Tensor, scale: Tensor) -> None:
-    """Multiply in place and in fp32: rounded to bf16 the scale is off by up to 0.4 %, differently for every number of
-    workers. Block by block, because all of it in fp32 would be as large as what chunks save.
+    """Multiply in place and in fp32: a bf16 scale is off by up to 0.4 %, differently for every number of workers.
+
+    Block by block, because a full fp32 copy would be as large as the memory that chunks save.
     """
     for block in torch.split(gradient, max(1, _SCALE_BLOCK_ELEMENTS // gradient.shape[1])):
         block.copy_(block.float() * scale)
 
 
 def compute_token_loss_sum(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int) -> Tensor:
-    """Summed cross-entropy of `hidden` (N, H) against `labels` (N,) under output weights (V, H), as fp32 scalar.
+    """Return the cross-entropy of `hidden` (N, H) with `labels` (N,), output weights (V, H), as summed fp32 scalar.
 
-    Positions labelled -100 are left out before the product, so padding costs nothing here. With no
-    label at all the loss is zero and still connected to both inputs: every rank runs every backward.
+    Positions labelled -100 are dropped before the product, so padding costs nothing here. Without any label the loss is
+    zero and still connected to both inputs, because every rank runs every backward.
     """
     kept = labels != IGNORE_INDEX
     hidden, labels = hidden[kept], labels[kept]
@@ -132,15 +132,15 @@ def compute_token_loss_sum(hidden: Tensor, weight: Tensor, labels: Tensor, chunk
 
 
 class LossHead(nn.Linear):
-    """An output head that returns logits, or the summed loss when labels are given.
+    """Output head that returns logits, or the summed loss if labels are given.
 
-    The loss is computed inside the head's own forward so that ZeRO-3 has its weight at hand.
+    The loss is computed inside the head's own forward, for which ZeRO-3 gathers its weight.
     """
 
     loss_chunk: int
 
     def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Logits (..., V) of `hidden` (..., H), or with `labels` of the same leading shape their summed loss."""
+        """Return logits (..., V) of `hidden` (..., H), or their summed loss with `labels` of the same leading shape."""
         if labels is None:
             return F.linear(hidden, self.weight, self.bias)
         return compute_token_loss_sum(
@@ -149,21 +149,21 @@ class LossHead(nn.Linear):
 
 
 class LossModule(nn.Module):
-    """A causal language model whose forward pass is the objective.
+    """Causal language model whose forward pass is the objective.
 
-    Documents in a row are isolated by `position_ids` that restart at 0 for each of them; that needs
-    `use_cache=False` and no attention mask, in training and in evaluation alike.
+    Documents in a row are isolated by `position_ids` that restart at 0 for each. Isolation needs `use_cache=False` and
+    no attention mask, in training and in evaluation alike.
     """
 
     def __init__(self, model: nn.Module, loss_chunk: int | Literal["auto"]) -> None:
         super().__init__()
         self.lm = model
         self.batch_position = BatchPosition()
-        """What dropout draws from; whoever runs the forward pass says which sequences it sees."""
-        # Where the head was trained whole beside adapters, peft keeps two: as it was, and as it was trained.
+        """Sequences of the forward pass, set by its caller; dropout draws from them."""
+        # If the head was trained whole beside adapters, peft keeps two: the original and the trained copy.
         given = model.get_output_embeddings().modules()  # type: ignore[operator]
         heads: list[Any] = [module for module in given if isinstance(module, nn.Linear)]
-        # Under ZeRO-3 a head's weight is empty here, its rows are with the ranks: the configuration counts them.
+        # Under ZeRO-3 a head's weight is partitioned and empty here, so the configuration gives its number of rows.
         chunk = compute_loss_chunk_size(loss_chunk, model.config.vocab_size)  # type: ignore[union-attr, arg-type]
         for head in heads:
             assert head.bias is None, "LossHead computes the loss without a bias"
@@ -171,14 +171,14 @@ class LossModule(nn.Module):
             head.loss_chunk = chunk
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, labels: Tensor) -> Tensor:
-        """Summed loss of (B, T) tokens; `labels` (B, T) are already shifted, -100 = no loss."""
+        """Return the summed loss of (B, T) tokens; `labels` (B, T) are already shifted, -100 = no loss."""
         decoder = self.lm.get_decoder()  # type: ignore[operator]
         hidden = decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
         loss: Tensor = self.lm.get_output_embeddings()(hidden, labels)  # type: ignore[operator]
         return loss
 
     def compute_logits(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        """Logits (B, T, V) of (B, T) tokens; for checks and tests, whole on purpose."""
+        """Return the whole logits (B, T, V) of (B, T) tokens, for checks and tests."""
         out = self.lm(input_ids=input_ids, position_ids=position_ids, use_cache=False)
         logits: Tensor = out.logits
         return logits

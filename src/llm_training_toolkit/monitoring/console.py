@@ -1,7 +1,7 @@
-"""What a person sees while a run works: stages with bars, then one line with step, loss, speed, time left.
+"""Terminal output of a run: stages with bars, then one line with step, loss, speed and time left.
 
-Fed with events (plain mappings) from this process or from the workers. Writes to the terminal it was
-given, so that output of libraries can be sent to log files meanwhile.
+Receives events (plain mappings) from this process or from workers. Writes to the given terminal, so that output of
+libraries can go to log files.
 """
 
 from __future__ import annotations
@@ -16,18 +16,14 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from llm_training_toolkit.distributed.context import Event
 from llm_training_toolkit.runs.table import format_duration
 
-_LINE_EVERY = 10.0
-"""Seconds between step lines where there is no terminal to draw on (a log file, a pipe)."""
-
-
-_FORECAST_AFTER = 10
-"""Steps after which the length of the run is said: the first one of an attempt is not among them."""
+_LINE_EVERY = 10.0  # seconds between step lines without a terminal (a log file, a pipe)
+_FORECAST_AFTER = 10  # steps before the length of the run is forecast, without an attempt's first one
 
 
 class RemainingTimeEstimator:
-    """Seconds to the end of a run, from the steps of this attempt: its newest 50, and all that came between steps.
+    """Estimator of the time left, from this attempt's newest 50 steps and all the time between steps.
 
-    The first step is left out, as it loads and compiles. Times are the worker's own, because events arrive in groups.
+    Skips the first step, which loads and compiles. Uses the worker's times, because events arrive in groups.
     """
 
     def __init__(self) -> None:
@@ -37,7 +33,7 @@ class RemainingTimeEstimator:
         self._within = self._between = 0.0
 
     def add_step(self, completed_at: float, seconds: float) -> None:
-        """Count a step that took so many seconds and was completed at a time in seconds."""
+        """Count a step that took `seconds` and was completed at `completed_at` (in seconds)."""
         if self._began == 0.0:
             self._began = completed_at
             return
@@ -47,14 +43,14 @@ class RemainingTimeEstimator:
         self._between = max(0.0, (completed_at - self._began - self._within) / self.steps)
 
     def estimate_seconds(self, steps_left: int) -> float | None:
-        """Seconds that so many steps will take; None before the second step."""
+        """Return the estimated seconds for `steps_left` steps, or None before the second step."""
         if not self.steps:
             return None
         return steps_left * (sum(self._recent) / len(self._recent) + self._between)
 
 
 class Console:
-    """The screen of one command."""
+    """Terminal output of one command."""
 
     def __init__(self, file: IO[str] | None = None) -> None:
         self.terminal = Terminal(file=file, highlight=False, soft_wrap=True)
@@ -64,21 +60,21 @@ class Console:
         self._last_line = 0.0
 
     def print_line(self, text: str = "", style: str = "") -> None:
-        """A line that stays."""
+        """Print a line that stays on the screen."""
         self.terminal.print(text, style=style or None, markup=False)
 
     def show_event(self, event: Event) -> None:
-        """Show an event of a kind this screen knows; others are for the logs."""
+        """Show an event of a known kind; ignore others, which are for the logs."""
         shower = getattr(self, f"_show_{event['kind']}", None)
         if shower is not None:
             shower(event)
 
     def update_stage(self, name: str, done: int, total: int) -> None:
-        """Progress of a stage of the preparation."""
+        """Show the progress of a preparation stage."""
         self.show_event({"kind": "stage", "name": name, "done": done, "total": total})
 
     def close(self) -> None:
-        """Leave the terminal as it was found."""
+        """Stop the bars and restore the terminal."""
         if self._progress is not None:
             self._progress.stop()
             self._progress, self._tasks = None, {}
@@ -122,7 +118,7 @@ class Console:
             self._last_line = time.monotonic()
 
     def _show_introduction(self, event: Event) -> None:
-        if event["rank"] == 0:  # other workers: the time they took to start says nothing of the speed
+        if event["rank"] == 0:  # new workers: exclude their startup time from the speed
             self._remaining = RemainingTimeEstimator()
 
     def _show_eval(self, event: Event) -> None:
@@ -153,7 +149,7 @@ class Console:
 
 
 def format_sample(event: Event) -> list[Any]:
-    """A sample with what the model wrote set apart from what it was given."""
+    """Format a sample, with generated text in another colour than the prompt."""
     from rich.text import Text  # noqa: PLC0415 - only where a sample is shown
 
     return [
@@ -164,7 +160,7 @@ def format_sample(event: Event) -> list[Any]:
 
 
 def format_step_line(event: Event, seconds_left: float | None) -> str:
-    """One line for a step: step, loss, learning rate, speed, time left."""
+    """Format a step as one line: step, loss, learning rate, speed, time left."""
     left = "" if seconds_left is None else f"  {format_duration(seconds_left)} left"
     width = len(str(event["steps"]))
     return (

@@ -1,4 +1,4 @@
-"""Sending what libraries print to a log file, below Python, so that the screen stays the person's."""
+"""Redirection of library output to a log file, below Python, so that the screen shows only our own output."""
 
 from __future__ import annotations
 
@@ -9,16 +9,15 @@ from typing import IO
 
 
 def open_terminal_copy(descriptor: int) -> IO[str]:
-    """A file on the present standard output (1) or error (2) that survives `redirect`."""
+    """Return a file on the current standard output (1) or error (2) that survives `redirect_output`."""
     return os.fdopen(os.dup(descriptor), "w", buffering=1, encoding="utf-8", errors="replace")
 
 
-_END = 16_384
-"""Bytes of a log's end that are looked at."""
+_END = 16_384  # bytes read from the end of a log
 
 
 def read_last_lines(path: Path, count: int) -> list[str]:
-    """The last lines of a log, without blank ones; none where there is no log."""
+    """Return the last lines of a log without blank ones; empty if there is no log."""
     try:
         with path.open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - _END))
@@ -28,12 +27,11 @@ def read_last_lines(path: Path, count: int) -> list[str]:
     return [line for line in text.splitlines() if line.strip()][-count:]
 
 
-_saved_descriptors: dict[int, int] = {}
-"""Standard output and error as they were before the first `redirect`, under other numbers."""
+_saved_descriptors: dict[int, int] = {}  # copies of standard output and error from before the first `redirect_output`
 
 
 def redirect_output(path: Path) -> None:
-    """Send standard output and error of this process, and of its children from now on, to the end of a file."""
+    """Append standard output and error of this process, and of its future children, to a file."""
     for descriptor in (1, 2):
         if descriptor not in _saved_descriptors:
             _saved_descriptors[descriptor] = os.dup(descriptor)
@@ -47,7 +45,7 @@ def redirect_output(path: Path) -> None:
 
 
 def restore_output() -> None:
-    """Undo every `redirect`."""
+    """Undo every `redirect_output`."""
     sys.stdout.flush()
     sys.stderr.flush()
     while _saved_descriptors:

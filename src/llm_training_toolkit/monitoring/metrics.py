@@ -1,7 +1,7 @@
 """Metrics: one writer on rank 0, several sinks, stable names.
 
-`metrics.jsonl` always; TensorBoard beside it. A sink that cannot start fails the run at once, a sink
-that fails later is reported once and never kills training.
+Always `metrics.jsonl`, with TensorBoard beside it. A sink that cannot start fails the run at once. A later failure of a
+sink is reported once, and training continues.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ ScalarValues = Mapping[str, float]
 
 
 class MetricSink(Protocol):
-    """Takes numbers and texts of a step."""
+    """Receiver of the scalars and texts of a step."""
 
     def write(self, step: int, values: ScalarValues) -> None:
-        """Numbers by metric name."""
+        """Write scalars by metric name."""
 
     def add_text(self, step: int, name: str, content: str) -> None:
-        """A text in Markdown."""
+        """Write a text in Markdown."""
 
     def close(self) -> None:
-        """Everything written is on disk."""
+        """Write everything to disk."""
 
 
 class JsonLines:
-    """`metrics.jsonl`: one object a line with step, attempt and time; the last attempt of a step counts."""
+    """Sink `metrics.jsonl`: one object a line with step, attempt and time; a step's last attempt counts."""
 
     def __init__(self, path: Path, attempt: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -50,7 +50,7 @@ class JsonLines:
         self._file.write(json.dumps(row) + "\n")
 
     def add_text(self, step: int, name: str, content: str) -> None:
-        """Texts are TensorBoard's."""
+        """Ignore texts, which are for TensorBoard."""
 
     def close(self) -> None:
         """Close the file."""
@@ -58,7 +58,7 @@ class JsonLines:
 
 
 def _terminate_last_line(path: Path) -> None:
-    """A writer that was killed may have left half a line; the next one must not be glued to it."""
+    """End the partial line of a killed writer, so that the next one is not appended to it."""
     if path.exists() and path.stat().st_size:
         with path.open("rb+") as file:
             file.seek(-1, 2)
@@ -67,25 +67,25 @@ def _terminate_last_line(path: Path) -> None:
 
 
 class TensorBoard:
-    """Event files in a directory; after a resume, points beyond the resumed step are hidden. None hides nothing."""
+    """Sink of event files in a directory; hides points beyond `resumed_step`, unless that is None."""
 
     def __init__(self, directory: Path, resumed_step: int | None) -> None:
         from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - slow to import, rank 0 alone needs it
 
         directory.mkdir(parents=True, exist_ok=True)
         _backdate_event_files(directory)
-        # From step 0 as well: an attempt that died before its first checkpoint has left points too.
+        # Also from step 0: an attempt that died before its first checkpoint has left points.
         purge = resumed_step + 1 if resumed_step else resumed_step
         self._writer: SummaryWriter = SummaryWriter(str(directory), purge_step=purge)
 
     def write(self, step: int, values: ScalarValues) -> None:
-        """One point per name."""
+        """Write one point per name."""
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
         self._writer.flush()
 
     def add_text(self, step: int, name: str, content: str) -> None:
-        """A text panel."""
+        """Write a text panel."""
         self._writer.add_text(name, content, step)
         self._writer.flush()
 
@@ -95,9 +95,9 @@ class TensorBoard:
 
 
 def _backdate_event_files(directory: Path) -> None:
-    """Rename event files of a clock that was ahead of this one: they are read in the order of the second in their name.
+    """Rename event files from a clock ahead of this one: TensorBoard orders files by the second in their name.
 
-    Otherwise TensorBoard would read what comes now before what it goes on from.
+    Otherwise it would read new points before the ones they continue.
     """
     now = int(time.time())
     ahead = [path for path in sorted(directory.glob("events.out.tfevents.*")) if int(path.name.split(".")[3]) >= now]
@@ -107,7 +107,7 @@ def _backdate_event_files(directory: Path) -> None:
 
 
 class Metrics:
-    """Writes to all sinks on rank 0; on other ranks it does nothing."""
+    """Writer to all sinks on rank 0; does nothing on other ranks."""
 
     def __init__(self, run: RunDirectory, attempt: int, resumed_step: int, context: RunContext) -> None:
         self._context = context
@@ -116,7 +116,7 @@ class Metrics:
             self._sinks = [JsonLines(run.metrics_path, attempt), TensorBoard(run.tensorboard_dir, resumed_step)]
 
     def write(self, step: int, values: ScalarValues) -> None:
-        """Record the numbers of a step."""
+        """Record the scalars of a step."""
         for sink in list(self._sinks):
             try:
                 sink.write(step, values)

@@ -1,4 +1,4 @@
-"""From a configuration to what will happen: steps, shares, memory, DeepSpeed's configuration, problems. No torch."""
+"""Plan of a run: steps, data mixture, memory, DeepSpeed configuration, problems. No torch."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""`train.precision: auto` and `engine.zero_stage: auto`: the values they take, with the reason. Pure.
+"""Resolution of `train.precision: auto` and `engine.zero_stage: auto`, with the reason. Pure.
 
-measured on every worker -> choose_precision -> recorded in resolved.json, the run's from then on
-precision, workers, memory -> lowest_zero_stage, sizing.fitting_zero_stage -> chosen anew by each attempt
+    measured on every worker -> choose_precision -> recorded in resolved.json, fixed for the run
+    precision, workers, memory -> get_candidate_zero_stages, find_fitting_zero_stage -> chosen again by each attempt
 """
 
 from __future__ import annotations
@@ -15,13 +15,12 @@ from llm_training_toolkit.config.schema import Config
 
 Precision = Literal["bf16", "fp32"]
 PRECISION_KEY = "train.precision"
-_SLOW = 1.2
-"""Slowdown of bf16 from which a resume says so: below it the measurement's noise decides."""
+_SLOW = 1.2  # slowdown of bf16 from which a resume warns; below it, measurement noise decides
 
 
 @dataclass(frozen=True)
 class ResolvedValue:
-    """A field's value where `auto` stood, and the reason for it."""
+    """Value chosen for a field set to `auto`, with the reason."""
 
     key: str
     value: str | int
@@ -32,10 +31,10 @@ class ResolvedValue:
 
 
 def choose_precision(slowdowns: Sequence[float], device_type: str) -> ResolvedValue:
-    """Choose bf16 or fp32 for all workers from the slowest one's answer.
+    """Choose bf16 or fp32 for all workers, by the slowest worker.
 
-    `slowdowns` has one entry a worker: seconds of matrix products in bf16 / seconds in fp32. On GPUs it is 0 where the
-    hardware computes in bf16 and infinite where it does not; nothing is measured there.
+    `slowdowns` has one entry per worker: seconds of matrix products in bf16 / seconds in fp32. On GPUs it is not
+    measured but 0 with bf16 hardware and infinite without.
     """
     worst = max(slowdowns)
     if device_type != "cpu":
@@ -48,7 +47,7 @@ def choose_precision(slowdowns: Sequence[float], device_type: str) -> ResolvedVa
 
 
 def format_slow_precision(precision: str, slowdowns: Sequence[float]) -> str | None:
-    """Words for a run that keeps bf16 on a CPU where fp32 is faster; None where there is nothing to say."""
+    """Return a warning for a run that keeps bf16 on a CPU where fp32 is faster, or None."""
     worst = max(slowdowns)
     if precision != "bf16" or worst < _SLOW or math.isinf(worst):
         return None
@@ -64,19 +63,19 @@ def _format_slowdown(slowdown: float) -> str:
 
 
 def with_precision(config: Config, precision: Precision) -> Config:
-    """Set the precision of a run."""
+    """Return the configuration with this precision."""
     train = config.train.model_copy(update={"precision": precision})
     return config.model_copy(update={"train": train})
 
 
 def with_zero_stage(config: Config, stage: int) -> Config:
-    """Set the ZeRO stage of a run."""
+    """Return the configuration with this ZeRO stage."""
     engine = config.engine.model_copy(update={"zero_stage": stage})
     return config.model_copy(update={"engine": engine})
 
 
 def with_assumed_values(config: Config) -> Config:
-    """Assume bf16 and the stage for enough memory, as planned before a machine has decided."""
+    """Replace `auto` by what is planned before the hardware is known: bf16, the cheapest ZeRO stage."""
     if config.train.precision == "auto":
         config = with_precision(config, "bf16")
     return (
@@ -85,12 +84,12 @@ def with_assumed_values(config: Config) -> Config:
 
 
 def get_candidate_zero_stages(config: Config) -> tuple[int, ...]:
-    """The ZeRO stages that `auto` chooses from, the cheapest first.
+    """Return the ZeRO stages that `auto` chooses from, cheapest first.
 
-    Stage 0 reduces gradients once a step and gathers nothing. Stage 1 is left out: it takes longer than stage 2, and
-    adds up micro-batches in bf16. Weights in 4 bits cannot be cut, so stage 3 is not for them.
+    Stage 0 reduces gradients once per step and gathers nothing. Stage 1 is left out: it is slower than stage 2, and
+    accumulates micro-batches in bf16. Stage 3 is left out for 4-bit weights, which cannot be sharded.
     """
     lora = config.model.lora
     stages = (0, 2) if lora is not None and lora.quantize is not None else (0, 2, 3)
-    # Settings of zero_optimization would do nothing at stage 0, which is the engine's own.
+    # Stage 0 is the engine's own, and would ignore settings of zero_optimization.
     return stages[1:] if config.engine.deepspeed.get("zero_optimization") else stages

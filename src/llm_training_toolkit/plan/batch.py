@@ -1,4 +1,4 @@
-"""How the sequences of a step are divided among replicas. The global batch never changes."""
+"""Division of a step's sequences among replicas. The global batch never changes."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ from typing import Literal
 from llm_training_toolkit.config.schema import Config
 from llm_training_toolkit.errors import PlanError
 
+# Logits per chunk of the loss: 0.4 GB in bf16. For Qwen's vocabulary 441 rows, still enough for a matrix product.
 _LOGITS = 2**26
-"""Of a chunk of the loss: 0.4 GB in bf16, and with Qwen's vocabulary 441 rows, still enough for a matrix product."""
 
 
 def get_micro_batch(config: Config) -> int:
-    """Sequences per forward pass on one worker; 1 where `auto` is not settled on a device yet."""
+    """Return the sequences per forward pass on one worker; 1 while `auto` is not resolved."""
     rows = config.train.micro_batch_size
     return 1 if rows == "auto" else rows
 
 
 def compute_loss_chunk_size(setting: int | Literal["auto"], vocabulary: int) -> int:
-    """`model.loss_chunk_size` in tokens: `auto` gives every vocabulary chunks of the same memory. 0 = no chunks."""
+    """Return `model.loss_chunk_size` in tokens; `auto` = equal memory for every vocabulary. 0 = no chunks."""
     return max(1, _LOGITS // vocabulary) if setting == "auto" else setting
 
 
 def split_global_batch(global_batch: int, replicas: int) -> tuple[int, ...]:
-    """Sequences of each replica: they differ by at most one, larger first, and sum to the global batch.
+    """Return the sequences of each replica: they differ by at most one, larger first, and sum to the global batch.
 
-    Raises PlanError when a replica would have no sequence.
+    Raises PlanError if a replica would have no sequence.
     """
     if not 1 <= replicas <= global_batch:
         raise PlanError(
@@ -38,9 +38,9 @@ def split_global_batch(global_batch: int, replicas: int) -> tuple[int, ...]:
 
 
 def compute_replica_slice(sequences: int, replicas: int, rank: int) -> range:
-    """Positions within a step's sequences that belong to replica `rank`, in order; IndexError beyond the replicas.
+    """Return the positions of replica `rank` in a step's sequences, in order. Raises IndexError for an invalid rank.
 
-    The short last step of a run over epochs may leave some replicas without any.
+    The short last step of a run over epochs may leave some replicas without sequences.
     """
     if not 0 <= rank < replicas:
         raise IndexError(f"rank {rank} of {replicas} replicas")
@@ -50,5 +50,5 @@ def compute_replica_slice(sequences: int, replicas: int, rank: int) -> range:
 
 
 def compute_accumulation_steps(global_batch: int, replicas: int, micro_batch: int) -> int:
-    """Micro-batches of a step: the same on every replica, empty ones where a share is smaller than the largest."""
+    """Return the micro-batches per step: equal on all replicas, some empty where a share is smaller."""
     return -(-split_global_batch(global_batch, replicas)[0] // micro_batch)

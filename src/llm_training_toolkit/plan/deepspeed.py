@@ -1,4 +1,4 @@
-"""The DeepSpeed configuration of a run, and what of `engine.deepspeed` cannot be part of it."""
+"""DeepSpeed configuration of a run, and problems of `engine.deepspeed`."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from llm_training_toolkit.plan.batch import get_micro_batch
 from llm_training_toolkit.plan.problem import Problem
 
 _NEVER = 2**31 - 1
-_BUCKET = 500_000_000
-"""DeepSpeed's own default, in elements."""
+_BUCKET = 500_000_000  # DeepSpeed's own default, in elements
 
 _BATCH = "The toolkit divides the batch itself: set train.global_batch_size and train.micro_batch_size"
 _PRECISION = "Set train.precision"
 _SUM = "Remove it: the loss is one sum over the global batch, which this would rescale"
+# Keys that the toolkit sets, each with the fix shown to users.
 OWNED_KEYS: dict[str, str] = {
     "train_batch_size": _BATCH,
     "train_micro_batch_size_per_gpu": _BATCH,
@@ -48,8 +48,8 @@ OWNED_KEYS: dict[str, str] = {
     "zero_optimization.elastic_checkpoint": "Remove it: any checkpoint loads at any number of workers",
     "zero_optimization.load_from_fp32_weights": "Remove it: the toolkit loads weights itself",
 }
-"""Keys the toolkit sets, with what to do instead."""
 
+# Keys that DeepSpeed 0.19 refuses (deepspeed/runtime/config.py, `_REMOVED_TOP_LEVEL_CONFIG_KEYS`).
 REMOVED_KEYS: tuple[str, ...] = (
     "amp",
     "compression_training",
@@ -66,28 +66,28 @@ REMOVED_KEYS: tuple[str, ...] = (
     "zero_optimization.mics_shard_size",
     "zero_optimization.zeropp_loco_param",
 )
-"""Keys that DeepSpeed 0.19 refuses (deepspeed/runtime/config.py, `_REMOVED_TOP_LEVEL_CONFIG_KEYS`)."""
 
 
 def build_deepspeed_config(config: Config, *, parameters: int = _BUCKET) -> dict[str, Any]:
-    """The configuration for `deepspeed.initialize`, `engine.deepspeed` merged in as it stands.
+    """Return the configuration for `deepspeed.initialize`, with `engine.deepspeed` merged in unchanged.
 
-    `deepspeed_problems` says what must not be in there. `parameters` is the size of the model, as in `own_config`.
+    `find_deepspeed_problems` reports keys that must not be in there. `parameters` is the model size, as in
+    `build_base_config`.
     """
     return merge_nested(build_base_config(config, parameters=parameters), config.engine.deepspeed)
 
 
 def build_base_config(config: Config, *, parameters: int = _BUCKET) -> dict[str, Any]:
-    """What the toolkit itself asks of DeepSpeed; independent of the number of workers.
+    """Return the toolkit's own DeepSpeed configuration; independent of the number of workers.
 
-    One call of `step` is one optimizer step (accumulation 1 here): the loop marks the boundary itself, so the batch
-    arithmetic never reaches DeepSpeed. `parameters` bounds the buckets, which would otherwise take a gigabyte beside a
-    model of a few megabytes.
+    The loop marks step boundaries itself, so one call of `step` is one optimizer step (accumulation 1 here) and
+    DeepSpeed never sees the batch arithmetic. `parameters` bounds the buckets. Otherwise they would take a gigabyte
+    beside a model of a few megabytes.
     """
     return {
         "train_micro_batch_size_per_gpu": get_micro_batch(config),
         "gradient_accumulation_steps": 1,
-        # DeepSpeed's default became 1.0; written out, 0 means none. At stage 0 the engine clips (engine/replica.py).
+        # DeepSpeed's default became 1.0; an explicit 0 means none. At stage 0 the engine clips (engine/replica.py).
         "gradient_clipping": config.optim.max_grad_norm if int(config.engine.zero_stage) else 0.0,
         "zero_optimization": _build_zero_block(int(config.engine.zero_stage), min(parameters, _BUCKET)),
         "zero_allow_untested_optimizer": True,
@@ -99,7 +99,7 @@ def build_base_config(config: Config, *, parameters: int = _BUCKET) -> dict[str,
 
 
 def _build_zero_block(stage: int, bucket: int) -> dict[str, Any]:
-    # overlap_comm: a second bucket, on by default at stage 3 only; off everywhere gives one order of reduction.
+    # overlap_comm adds a second bucket, by default at stage 3 only; off at all stages gives one reduction order.
     return {
         "stage": stage,
         "overlap_comm": False,
@@ -109,30 +109,30 @@ def _build_zero_block(stage: int, bucket: int) -> dict[str, Any]:
 
 
 def _build_precision_blocks(config: Config) -> dict[str, Any]:
-    """Blocks of the precision; fp32 is the absence of all. At stage 0 the engine keeps the fp32 weights itself."""
+    """Return the precision blocks; none for fp32, and none at stage 0, where the engine keeps the fp32 weights."""
     if config.train.precision == "fp32" or config.engine.zero_stage == 0:
         return {}
-    # With the check DeepSpeed leaves such an update out instead of writing NaN into the weights; the engine
-    # asks whether it was left out, and the loop stops and says so.
+    # With the check DeepSpeed skips an overflowing update instead of writing NaN into the weights; the engine
+    # reads the skip, and the loop stops with an error.
     blocks: dict[str, Any] = {"bf16": {"enabled": True, "check_grad_overflow": True}}
     if int(config.engine.zero_stage) >= 2:
-        # Stage 1 would switch to another optimizer class.
+        # At stage 1 this would switch to another optimizer class.
         blocks["data_types"] = {"grad_accum_dtype": "fp32"}
     return blocks
 
 
 def merge_nested(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with the values of `over`, block by block."""
+    """Return `base` with the values of `over`, merged block by block."""
     result = dict(base)
     for key, value in over.items():
         below = result.get(key)
         both = isinstance(below, Mapping) and isinstance(value, Mapping)
-        result[key] = merge_nested(below, value) if both else value  # type: ignore[arg-type]  # `both` says it is a mapping
+        result[key] = merge_nested(below, value) if both else value  # type: ignore[arg-type]  # checked by `both`
     return result
 
 
 def find_deepspeed_problems(given: Mapping[str, Any]) -> tuple[Problem, ...]:
-    """What of `engine.deepspeed` the toolkit owns or DeepSpeed no longer has; empty when it can be merged."""
+    """Return the keys of `engine.deepspeed` that the toolkit owns or DeepSpeed removed; empty if it can be merged."""
     zero = given.get("zero_optimization", {})
     if not isinstance(zero, Mapping):
         return (Problem("engine.deepspeed.zero_optimization", f"{zero!r} is not a block of keys", "Write a mapping"),)

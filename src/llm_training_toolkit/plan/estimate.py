@@ -1,4 +1,4 @@
-"""A plan on the machines of a cluster file: whether it fits, how long it takes, what it costs. Estimates, and pure."""
+"""Estimate of a plan on the hardware of a cluster file: fit, time and cost. Pure."""
 
 from __future__ import annotations
 
@@ -20,44 +20,43 @@ EXCLUDED_TIME_NOTE = (
     "Time and cost are of computing the steps alone: starting up, preparing data, evaluation, copies for checkpoints, "
     "waiting for links and restarts come on top."
 )
-_TIGHT = 0.9
-"""Share of a device from which on the memory estimate leaves too little for what it does not count."""
+_TIGHT = 0.9  # share of a device's memory above which the estimate leaves too little for what it omits
 
 
 @dataclass(frozen=True)
 class ClusterEstimate:
-    """A run on a cluster."""
+    """Estimate of a run on a cluster."""
 
     hardware: ClusterHardware
     nodes: int
-    """How many nodes the workers take; those the cluster has where they do not fit."""
+    """Nodes that the workers occupy; all nodes of the cluster if the workers do not fit."""
     hours: float | None
-    """None while the length of the run is not known, and where it does not fit."""
+    """Duration of the run. Unknown (None) while its length is, or if it does not fit."""
     compute_seconds: float
-    """Of a step."""
+    """Computation per step."""
     communication_seconds: float
-    """Of a step, when nothing overlaps; 0 for one worker."""
+    """Communication per step without any overlap; 0 for one worker."""
     checkpoint_gb: float
     problems: tuple[Problem, ...]
     notes: tuple[str, ...]
 
     @property
     def usd_per_hour(self) -> float:
-        """The nodes the run takes, and the head."""
+        """Price of the occupied nodes and the head."""
         return self.nodes * self.hardware.price_per_hour.node + self.hardware.price_per_hour.head
 
     @property
     def cost_usd(self) -> float | None:
-        """In US dollars; None where `hours` is."""
+        """Cost in US dollars, or None like `hours`."""
         return None if self.hours is None else self.hours * self.usd_per_hour
 
     @property
     def checkpoint_seconds(self) -> float:
-        """Until a checkpoint lies on the shared storage."""
+        """Time to write a checkpoint to the shared storage."""
         return self.checkpoint_gb / self.hardware.bandwidth_gb_per_s.storage
 
     def add_to_plan(self, plan: Plan) -> Plan:
-        """The plan with this cluster's problems and notes among its own."""
+        """Return the plan with the problems and notes of this cluster added."""
         return replace(
             plan,
             problems=(*plan.problems, *self.problems),
@@ -66,7 +65,7 @@ class ClusterEstimate:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """What `ltt plan --json` says more with a cluster; times in hours or seconds, cost in US dollars."""
+        """Return the fields that `ltt plan --json` adds for a cluster: hours or seconds, and US dollars."""
         return {
             "hours": self.hours,
             "cost": self.cost_usd,
@@ -83,8 +82,8 @@ class ClusterEstimate:
 
 
 def resolve_for_hardware(config: Config, hardware: ClusterHardware) -> Config:
-    """The configuration with what `auto` becomes on a cluster: the faster precision, the lowest stage that fits."""
-    replicas = max(config.cluster.min_workers, 1)  # a device holds the most with the fewest workers
+    """Replace `auto` by its value on a cluster: the faster precision, the lowest stage that fits."""
+    replicas = max(config.cluster.min_workers, 1)  # memory per device peaks with the fewest workers
     if config.train.precision == "auto":
         faster: Precision = (
             "bf16" if hardware.get_achieved_flops("bf16") >= hardware.get_achieved_flops("fp32") else "fp32"
@@ -97,7 +96,7 @@ def resolve_for_hardware(config: Config, hardware: ClusterHardware) -> Config:
 
 
 def estimate_on_cluster(config: Config, plan: Plan, hardware: ClusterHardware) -> ClusterEstimate:
-    """The run of a plan on a cluster, with all that speaks against it there; an elastic one with all that fit."""
+    """Estimate a plan on a cluster, with all problems there; an elastic one with as many workers as fit."""
     cpus = config.cluster.cpus_per_worker
     per_node = hardware.get_workers_per_node(cpus)
     if plan.is_elastic:
@@ -127,20 +126,20 @@ def estimate_on_cluster(config: Config, plan: Plan, hardware: ClusterHardware) -
 
 
 def _compute_hardware_flops_per_token(config: Config, plan: Plan) -> float:
-    """Operations of a token; activation checkpointing does the forward pass, a third of full training, twice."""
+    """Return FLOPs per token; activation checkpointing repeats the forward pass, a third of full training."""
     forward = families.compute_flops_per_token(plan.hf_config, plan.sequence_length) / 3
     return plan.flops_per_token + (forward if config.model.activation_checkpointing else 0)
 
 
 def _count_nodes(config: Config, workers: int, per_node: int, available: int) -> int:
-    """Nodes the workers are placed on, at most those there are."""
+    """Return the nodes that the workers occupy, at most `available`."""
     if config.cluster.placement_strategy in {"spread", "strict_spread"}:
         return min(workers, available)
     return min(-(-workers // max(per_node, 1)), available)
 
 
 def _find_problems(config: Config, plan: Plan, hardware: ClusterHardware, per_node: int) -> Iterator[Problem]:
-    """Why the run cannot start on this cluster."""
+    """Find reasons why the run cannot start on this cluster."""
     if config.cluster.workers == 0:
         yield Problem("cluster.workers", "0 means without Ray, on one machine", "Give the number of workers")
         return
@@ -157,7 +156,7 @@ def _find_problems(config: Config, plan: Plan, hardware: ClusterHardware, per_no
 def _find_placement_problems(
     config: Config, workers: int, hardware: ClusterHardware, per_node: int
 ) -> Iterator[Problem]:
-    """More workers than the largest cluster of the file holds, placed as asked."""
+    """Find more workers than the largest cluster of the file holds with this placement strategy."""
     cpus, placement = config.cluster.cpus_per_worker, config.cluster.placement_strategy
     if per_node == 0:
         what = f"a worker of {cpus} CPUs fits into no node, which has {hardware.cpus}"
@@ -180,13 +179,13 @@ def _find_placement_problems(
 
 
 def _compute_max_workers(config: Config, hardware: ClusterHardware, per_node: int) -> int:
-    """Workers that the largest cluster of the file holds, placed as asked."""
+    """Return the workers that the largest cluster of the file holds with this placement strategy."""
     limits = {"strict_pack": per_node, "strict_spread": hardware.nodes}
     return limits.get(config.cluster.placement_strategy, hardware.nodes * per_node)
 
 
 def _find_memory_problems(config: Config, plan: Plan, hardware: ClusterHardware) -> Iterator[Problem]:
-    """A plan that needs more memory than a device has."""
+    """Find a plan that needs more memory than a device has."""
     parts = plan.memory_gb_per_device
     needed, there = sum(parts.values()), _get_worker_memory_gb(config, hardware)
     if needed <= there:
@@ -201,7 +200,7 @@ def _find_memory_problems(config: Config, plan: Plan, hardware: ClusterHardware)
 
 
 def _suggest_memory_fix(config: Config, plan: Plan, largest: str) -> tuple[str, str]:
-    """The key to change when one part of the memory is too much, and how."""
+    """Return the key to change if `largest` takes the most memory, and the fix."""
     if largest == "logits" and config.model.loss_chunk_size != 1:
         return "model.loss_chunk_size", "Lower it"
     if largest == "activations":
@@ -216,25 +215,24 @@ def _suggest_memory_fix(config: Config, plan: Plan, largest: str) -> tuple[str, 
 
 
 def _get_worker_memory_gb(config: Config, hardware: ClusterHardware) -> float:
-    """What the devices of a worker have, in 10^9 bytes."""
+    """Return the memory of a worker's devices, in 10^9 bytes."""
     return hardware.memory_gb * hardware.get_devices_per_worker(config.cluster.cpus_per_worker)
 
 
 def _estimate_micro_batch(config: Config, plan: Plan, hardware: ClusterHardware) -> int:
-    """Sequences of a forward pass there: what `auto` will take, by the estimate."""
+    """Return the sequences per forward pass there; for `auto` the estimated number."""
     if config.train.micro_batch_size != "auto" or plan.replicas > plan.global_batch:
         return plan.micro_batch
     return find_fitting_micro_batch(config, plan.replicas, 1e9 * _get_worker_memory_gb(config, hardware))
 
 
 def _estimate_communication_seconds(plan: Plan, hardware: ClusterHardware, nodes: int, micro_batch: int) -> float:
-    """Seconds to send a step's gradients and weights over the slowest link, when nothing overlaps.
+    """Return the seconds to send a step's gradients and weights over the slowest link, without overlap.
 
-    In a ring every worker sends (n - 1) / n of what is reduced or gathered, and NCCL lays its rings so that they enter
-    and leave a node once: all links of a node together carry as much as one device sends. Gradients are reduced in
-    fp32: at stage 0 they go round twice, as each worker needs the sum, and at stages 2 and 3 with every micro-batch.
-    Stages 1 and 2 gather what is trained once a step, stage 3 all weights twice with every micro-batch (ZeRO,
-    Rajbhandari et al. 2020, section 7).
+    In a ring every worker sends (n - 1) / n of what is reduced or gathered. NCCL's rings enter and leave a node once,
+    so all links of a node together carry as much as one device sends. Gradients are reduced in fp32. Stage 0 sends them
+    twice (all-reduce), stages 2 and 3 once with every micro-batch. Stages 1 and 2 gather the trained weights once per
+    step, stage 3 all weights twice with every micro-batch (ZeRO, Rajbhandari et al. 2020, section 7).
     """
     workers = plan.replicas
     if workers == 1 or workers > plan.global_batch:
@@ -253,17 +251,17 @@ def _estimate_communication_seconds(plan: Plan, hardware: ClusterHardware, nodes
         link = links.within_node
     elif workers > nodes:
         link = min(links.within_node, links.between_nodes)
-    else:  # one on each
+    else:  # one worker per node
         link = links.between_nodes
     return sent * (workers - 1) / workers / (1e9 * link)
 
 
 def _collect_notes(config: Config, plan: Plan, hardware: ClusterHardware, micro_batch: int) -> Iterator[str]:
-    """What is no mistake on this cluster, but good to know."""
+    """Yield notes on valid but noteworthy settings on this cluster."""
     there = _get_worker_memory_gb(config, hardware)
     needed = sum(plan.memory_gb_per_device.values())
     if config.train.micro_batch_size == "auto":
-        yield f"micro_batch: auto takes about {micro_batch} there, by the estimate."
+        yield f"train.micro_batch_size: auto takes about {micro_batch} there, by the estimate."
     elif _TIGHT * there < needed <= there:
         yield f"About {needed:.3g} of {there:.3g} GB is tight: what allocators and kernels add is not counted."
     if hardware.spot:
@@ -271,7 +269,7 @@ def _collect_notes(config: Config, plan: Plan, hardware: ClusterHardware, micro_
 
 
 def _collect_communication_notes(sending: float, computing: float) -> Iterator[str]:
-    """A warning where links decide, and not devices."""
+    """Warn if communication takes longer than computation."""
     if sending > computing:
         yield (
             f"Sending gradients and weights takes longer than computing ({sending:.3g} and {computing:.3g} s a step): "

@@ -7,12 +7,12 @@ from llm_training_toolkit.plan import DataFacts, make_plan
 
 
 def is_prepared(config: Config, facts: DataFacts) -> bool:
-    """Whether the prepared epochs hold every sequence the run still needs."""
+    """Return whether the prepared epochs hold every sequence that the run still needs."""
     return not any(missing_epochs(config, facts))
 
 
 def missing_epochs(config: Config, facts: DataFacts, until: int | None = None) -> list[int]:
-    """Epochs of each stream to add at least, reckoned from the size of its largest prepared one."""
+    """Return the minimum number of epochs to add per stream, by the size of its largest prepared epoch."""
     if config.train.epochs is not None:
         return [max(config.train.epochs - len(facts.streams[0].sequences_per_epoch), 0)]
     plan = make_plan(config, facts)

@@ -1,4 +1,4 @@
-"""The learning rate of every step, as a pure function of the step."""
+"""Learning rate schedule: a pure function of the step."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class LRSchedule:
 
     kind: ScheduleKind
     peak: float
-    """Largest learning rate, reached by the last update of the warm-up."""
+    """Peak learning rate, reached by the last update of the warm-up."""
     steps: int
     """Length of the run."""
     warmup_steps: int
     decay_steps: int
-    """Length of the decay at the end of `wsd`; the other shapes ignore it."""
+    """Length of the final decay of `wsd`; the other shapes ignore it."""
     floor: float
     """Learning rate of the last update; `constant` ignores it."""
 
@@ -40,10 +40,10 @@ class LRSchedule:
             )
 
     def compute_lr(self, step: int) -> float:
-        """Learning rate of the update that completes step `step + 1`.
+        """Return the learning rate of the update that completes step `step + 1`.
 
-        The first update already moves (peak / warm-up, not zero), the last one has the floor, and after the end of the
-        run the last rate stays.
+        The first update has peak / warm-up steps instead of zero, the last one the floor. After the end of the run the
+        last rate stays.
         """
         if step < self.warmup_steps:
             return self.peak * (step + 1) / self.warmup_steps
@@ -55,7 +55,7 @@ class LRSchedule:
         return self.peak * (1.0 - progress) + self.floor * progress
 
     def _compute_decay_progress(self, step: int) -> float:
-        """How far from peak (0) to floor (1) an update is; 1 from the last one on."""
+        """Return the progress of an update from peak (0) to floor (1); 1 from the last update on."""
         last_at_peak = max(self.warmup_steps - 1, 0)
         if self.kind == "wsd":
             last_at_peak = self.steps - self.decay_steps - 1
@@ -64,13 +64,12 @@ class LRSchedule:
 
 
 def choose_learning_rate(config: Config, parameters: int) -> float:
-    """Peak learning rate of the run: `optim.lr`, or by method and size where that is `auto`.
+    """Return the peak learning rate: `optim.lr`, or by method and size if that is `auto`.
 
-    From scratch: Brown et al. 2020 (GPT-3), table 2.1 (125M 6e-4, 350M 3e-4, 1.3B 2e-4, 6.7B 1.2e-4), between its rows
-    along straight lines of the logarithms, and on to 3e-3 at 10M parameters and below. With weights, all of them
-    trained: 1e-5, as in Qwen's finetune_ds.sh. Adapters: 1e-4, as in the commands of bigcode-project/starcoder
-    (finetune, rank 16 and alpha 32 as here) and ten times full fine-tuning, as Schulman et al. 2025 measured ("LoRA
-    Without Regret").
+    From scratch: Brown et al. 2020 (GPT-3), table 2.1 (125M 6e-4, 350M 3e-4, 1.3B 2e-4, 6.7B 1.2e-4). Values between
+    its rows are interpolated in log-log space, on to 3e-3 at 10M parameters and below. Full fine-tuning: 1e-5, as in
+    Qwen's finetune_ds.sh. Adapters: 1e-4, as in the commands of bigcode-project/starcoder (finetune, rank 16 and alpha
+    32 as here). Schulman et al. 2025 ("LoRA Without Regret") also measured ten times the rate of full fine-tuning.
     """
     if config.optim.lr != "auto":
         return config.optim.lr
@@ -82,7 +81,7 @@ def choose_learning_rate(config: Config, parameters: int) -> float:
 
 
 def compute_scratch_lr(parameters: int) -> float:
-    """The interpolated table of `learning_rate`, rounded to two digits."""
+    """Return the interpolated table of `choose_learning_rate`, rounded to two digits."""
     if parameters <= _SCRATCH_LR_TABLE[0][0]:
         return _SCRATCH_LR_TABLE[0][1]
     if parameters >= _SCRATCH_LR_TABLE[-1][0]:
@@ -94,18 +93,18 @@ def compute_scratch_lr(parameters: int) -> float:
 
 
 def compute_warmup_steps(config: Config, steps: int | None) -> int | None:
-    """Steps of warm-up; None where it is a share of a run whose length is not known."""
+    """Return the warm-up steps; for a share of a run of unknown length None."""
     warmup = config.optim.warmup
     return warmup if isinstance(warmup, int) else _convert_share_to_steps(warmup, steps)
 
 
 def compute_decay_steps(config: Config, steps: int | None) -> int | None:
-    """Steps of the decay at the end: 0 except for `wsd`; None where the length of the run is not known."""
+    """Return the steps of the final decay: 0 except for `wsd`; for a run of unknown length None."""
     return _convert_share_to_steps(config.optim.decay, steps) if config.optim.lr_scheduler == "wsd" else 0
 
 
 def _convert_share_to_steps(share: float, steps: int | None) -> int | None:
-    """A share of the run in whole steps, at least one unless the share is zero."""
+    """Convert a share of the run to whole steps, at least one unless the share is zero."""
     if share == 0.0:
         return 0
     return None if steps is None else max(1, round(share * steps))

@@ -1,4 +1,4 @@
-"""`train.micro_batch_size: auto` and `engine.zero_stage: auto`: what fits into the memory of a device. Pure."""
+"""Resolution of `train.micro_batch_size: auto` and `engine.zero_stage: auto` by device memory. Pure."""
 
 from __future__ import annotations
 
@@ -7,20 +7,19 @@ from llm_training_toolkit.plan.auto import ResolvedValue, get_candidate_zero_sta
 from llm_training_toolkit.plan.batch import get_micro_batch, split_global_batch
 from llm_training_toolkit.plan.plan import make_plan
 
-_FILL = 0.9
-"""Share of the free memory that the estimate may fill: it leaves out what allocators round up and kernels borrow."""
+_FILL = 0.9  # share of free memory for the estimate, which omits allocator rounding and kernel workspaces
 
 
 def with_micro_batch(config: Config, micro_batch: int) -> Config:
-    """The same run with a number where `auto` stood."""
+    """Return the configuration with this micro-batch instead of `auto`."""
     train = config.train.model_copy(update={"micro_batch_size": micro_batch})
     return config.model_copy(update={"train": train})
 
 
 def find_fitting_micro_batch(config: Config, replicas: int, free_bytes: float) -> int:
-    """The micro-batch with the fewest passes that the estimate fits into `free_bytes` of every device; at least 1.
+    """Return the micro-batch with the fewest passes whose estimate fits into `free_bytes` of every device; at least 1.
 
-    flash_attention_2 takes one: transformers tells packed documents apart in rows of one sequence only.
+    With flash_attention_2 it is 1: transformers detects packed documents only in batches of one row.
     """
     if config.model.attn_implementation == "flash_attention_2":
         return 1
@@ -34,15 +33,15 @@ def find_fitting_micro_batch(config: Config, replicas: int, free_bytes: float) -
 
 
 def find_smaller_micro_batch(config: Config, replicas: int, micro_batch: int) -> int:
-    """The next one to try after `micro_batch` did not fit: at most half of it. 0 = there is none."""
+    """Return the next micro-batch to try after an OOM: at most half of `micro_batch`; 0 if there is none."""
     share = split_global_batch(config.train.global_batch_size, replicas)[0]
     return max((rows for rows in _list_even_micro_batches(share) if rows <= micro_batch // 2), default=0)
 
 
 def find_fitting_zero_stage(config: Config, replicas: int, free_bytes: float) -> ResolvedValue:
-    """The cheapest ZeRO stage whose estimate fits into `free_bytes` of every device; the highest where none does.
+    """Return the cheapest ZeRO stage whose estimate fits into `free_bytes` of every device, else the highest.
 
-    One worker has nothing to spread, so that no stage above the first saves memory there.
+    For one worker it is the first: with nothing to shard, higher stages save no memory.
     """
     stages = get_candidate_zero_stages(config)
     if replicas == 1:
@@ -55,22 +54,22 @@ def find_fitting_zero_stage(config: Config, replicas: int, free_bytes: float) ->
 
 
 def _estimate_bytes_at_stage(config: Config, replicas: int, stage: int) -> float:
-    """Bytes of a device at a ZeRO stage; with micro-batches of one where they are `auto`."""
+    """Return the bytes per device at a ZeRO stage; an `auto` micro-batch counts as 1."""
     return _estimate_bytes(with_zero_stage(config, stage), replicas, get_micro_batch(config))
 
 
 def find_higher_zero_stage(config: Config, replicas: int) -> int | None:
-    """The stage to try after memory ran out with the smallest micro-batch; None for one worker, or at the highest."""
+    """Return the stage to try after an OOM at the smallest micro-batch, or None for one worker and at the highest."""
     higher = [stage for stage in get_candidate_zero_stages(config) if stage > int(config.engine.zero_stage)]
     return min(higher) if replicas > 1 and higher else None
 
 
 def _list_even_micro_batches(share: int) -> list[int]:
-    """Micro-batches that divide a share into passes of nearly one size: 12 into 12, 6, 4, 3, 2 or 1."""
+    """Return the micro-batches that split a share into passes of nearly one size: 12 into 12, 6, 4, 3, 2 or 1."""
     return sorted({-(-share // passes) for passes in range(1, share + 1)})
 
 
 def _estimate_bytes(config: Config, replicas: int, micro_batch: int) -> float:
-    """Bytes of a device at its peak, by the plan's estimate."""
+    """Return the peak bytes per device, by the plan's estimate."""
     plan = make_plan(with_micro_batch(config, micro_batch), replicas=replicas)
     return 1e9 * sum(plan.memory_gb_per_device.values())

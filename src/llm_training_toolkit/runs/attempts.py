@@ -12,12 +12,12 @@ from llm_training_toolkit.runs.directory import RunDirectory, write_atomically
 
 
 def begin_attempt(run: RunDirectory, facts: Mapping[str, Any]) -> int:
-    """Take the next attempt number, by an exclusive create so that no two starts share one."""
+    """Take the next attempt number with an exclusive create, so that no two starts share one."""
     run.attempts_dir.mkdir(parents=True, exist_ok=True)
     number = 1 + find_last_attempt(run)
     for before in range(number - 1, 0, -1):
         if not _close_attempt(run, before):
-            break  # those before it were closed when it began
+            break  # earlier ones were closed when this one began
     while True:
         path = run.attempts_dir / f"{number:04d}.json"
         with suppress(FileExistsError), path.open("x"):
@@ -29,12 +29,12 @@ def begin_attempt(run: RunDirectory, facts: Mapping[str, Any]) -> int:
 
 
 def find_last_attempt(run: RunDirectory) -> int:
-    """The highest attempt number taken; 0 before the first."""
+    """Return the highest attempt number, 0 before the first."""
     return max((int(path.stem) for path in run.attempts_dir.glob("[0-9]*.json")), default=0)
 
 
 def read_attempt_record(run: RunDirectory, attempt: int) -> dict[str, Any]:
-    """What the file of an attempt says; empty where there is none, or it was cut short."""
+    """Return the record of an attempt; empty if it is missing or truncated."""
     try:
         record: dict[str, Any] = json.loads((run.attempts_dir / f"{attempt:04d}.json").read_text())
     except (OSError, ValueError):
@@ -43,7 +43,7 @@ def read_attempt_record(run: RunDirectory, attempt: int) -> dict[str, Any]:
 
 
 def _close_attempt(run: RunDirectory, attempt: int) -> bool:
-    """An attempt that does not say how it ended when the next one begins was killed; whether it was this one."""
+    """Mark an attempt as `lost` if it has no end state, because it was killed. Return whether that was so."""
     there = (run.attempts_dir / f"{attempt:04d}.json").exists()
     if not there or read_attempt_record(run, attempt).get("state", "running") != "running":
         return False
@@ -53,30 +53,30 @@ def _close_attempt(run: RunDirectory, attempt: int) -> bool:
 
 
 def end_attempt(run: RunDirectory, attempt: int, state: str, **facts: object) -> None:
-    """Record how an attempt ended: `finished`, `stopped`, `failed` or `lost` (killed)."""
+    """Record the end state of an attempt: `finished`, `stopped`, `failed` or `lost` (killed)."""
     path = run.attempts_dir / f"{attempt:04d}.json"
-    # One that was cut short, by a kill or a full disk as it began, has nothing else to say.
+    # A record truncated by a kill or a full disk at its start provides only the number.
     record = {"attempt": attempt} | read_attempt_record(run, attempt) | {"state": state, "ended": time.time(), **facts}
     write_atomically(path, json.dumps(record, indent=1))
 
 
 def update_attempt(run: RunDirectory, attempt: int, **facts: object) -> None:
-    """Add to what the file of an attempt says."""
+    """Add facts to the record of an attempt."""
     path = run.attempts_dir / f"{attempt:04d}.json"
     write_atomically(path, json.dumps(json.loads(path.read_text()) | facts, indent=1))
 
 
 def fail_attempt(run: RunDirectory, attempt: int, error: str) -> None:
-    """Record that an attempt failed; of several ranks the first to say so names the cause."""
+    """Record that an attempt failed; the first of several ranks names the cause."""
     if read_attempt_record(run, attempt).get("state") != "failed":
         end_attempt(run, attempt, "failed", error=error)
 
 
 def mark_out_of_memory(run: RunDirectory, attempt: int) -> None:
-    """Leave a mark that no other rank's failure can take back; the next attempt takes less."""
+    """Create a marker file, which another rank's failure cannot overwrite; the next attempt uses less memory."""
     (run.attempts_dir / f"{attempt:04d}.out_of_memory").touch()
 
 
 def has_run_out_of_memory(run: RunDirectory, attempt: int) -> bool:
-    """Whether any rank of an attempt left that mark."""
+    """Return whether a rank of the attempt created that marker."""
     return (run.attempts_dir / f"{attempt:04d}.out_of_memory").exists()

@@ -1,7 +1,7 @@
-"""The run directory: every path in it, who holds it, its attempts and their environment.
+"""Run directory: its paths, its lock and its environment record.
 
-The one owner of the layout in PROJECT_STRUCTURE.md. Launch claims the directory, rank 0 takes an
-attempt, `ltt runs` and the next start read what is left.
+The only owner of the layout in PROJECT_STRUCTURE.md. The driver locks the directory, rank 0 begins an attempt, `ltt
+runs` and the next start read the files.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ _PACKAGES = (
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a text file so that a reader, or a crash, sees the old content or the new, never a part."""
+    """Write a text file so that a reader, or a crash, leaves the old or the new content, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Not the process id: ranks in like containers share it and may write at the same moment.
+    # Not the process id: ranks in identical containers share it and may write at the same time.
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
         with temporary.open("w") as file:
@@ -41,12 +41,12 @@ def write_atomically(path: Path, text: str) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     finally:
-        temporary.unlink(missing_ok=True)  # nothing is left of it but where something failed
+        temporary.unlink(missing_ok=True)  # exists only after a failure
     _sync_directory(path.parent)
 
 
 def _sync_directory(directory: Path) -> None:
-    """Make a rename last through a loss of power, before anything older is deleted."""
+    """Make a rename survive a power loss, before anything older is deleted."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -56,28 +56,28 @@ def _sync_directory(directory: Path) -> None:
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """The paths of one run."""
+    """Paths of one run."""
 
     path: Path
 
     @property
     def name(self) -> str:
-        """The run's name."""
+        """Name of the run."""
         return self.path.name
 
     @property
     def config_path(self) -> Path:
-        """The YAML file as the person wrote it."""
+        """YAML file as the user wrote it."""
         return self.path / "config.yaml"
 
     @property
     def resolved_config_path(self) -> Path:
-        """The whole configuration as workers read it."""
+        """Full configuration as workers read it."""
         return self.path / "resolved.json"
 
     @property
     def plan_path(self) -> Path:
-        """The plan as printed by `ltt plan --json`."""
+        """Plan as printed by `ltt plan --json`."""
         return self.path / "plan.json"
 
     @property
@@ -87,79 +87,79 @@ class RunDirectory:
 
     @property
     def metrics_path(self) -> Path:
-        """One JSON object a line, append only."""
+        """Metrics, one JSON object a line, append-only."""
         return self.path / "metrics.jsonl"
 
     @property
     def tensorboard_dir(self) -> Path:
-        """TensorBoard's event files."""
+        """TensorBoard event files."""
         return self.path / "tb"
 
     @property
     def dataset_info_path(self) -> Path:
-        """What `prepare` counted, and where the tokens lie."""
-        return self.path / "data" / "receipt.json"
+        """`DatasetInfo`: counts of the preparation and paths of the tokens."""
+        return self.path / "data" / "dataset_info.json"
 
     @property
     def preparation_state_path(self) -> Path:
-        """Whether later epochs are being prepared while the run trains, are done, or why they cannot be."""
+        """State of the background preparation of later epochs: working, done, or failed with the reason."""
         return self.path / "data" / "preparation.json"
 
     @property
     def attempts_dir(self) -> Path:
-        """One JSON file an attempt."""
+        """Attempt records, one JSON file each."""
         return self.path / "attempts"
 
     @property
     def checkpoints_dir(self) -> Path:
-        """One directory a checkpoint."""
+        """Checkpoints, one directory each."""
         return self.path / "checkpoints"
 
     @property
     def export_dir(self) -> Path:
-        """The Hugging Face directory written when the run finishes."""
+        """Hugging Face directory written when the run finishes."""
         return self.path / "export"
 
     @property
     def task_export_dir(self) -> Path:
-        """The same of a step on the way, while tasks measure it."""
+        """Temporary export of an intermediate step, while tasks measure it."""
         return self.path / "export_for_tasks"
 
     @property
     def base_weights_dir(self) -> Path:
-        """The weights that adapters stand beside, as a Hugging Face directory, where they did not lie in one before."""
+        """Base weights of adapters as a Hugging Face directory, unless they came from one."""
         return self.path / "base"
 
     @property
     def evaluations_dir(self) -> Path:
-        """What its model was measured at, one JSON file for each task, step, data and settings."""
+        """Evaluation results, one JSON file for each task, step, data and settings."""
         return self.path / "eval"
 
     @property
     def sample_log_dir(self) -> Path:
-        """What each rank of each attempt fetched, where `failures.log_samples` asks for it."""
-        return self.path / "ledger"
+        """Sample log of each rank of each attempt, if `failures.log_samples` is set."""
+        return self.path / "samples"
 
     def get_log_dir(self, attempt: int) -> Path:
-        """The directory with one log file a rank."""
+        """Return the directory with one log file a rank."""
         return self.path / "logs" / f"attempt_{attempt}"
 
     def get_checkpoint_dir(self, step: int, attempt: int) -> Path:
-        """The directory of the checkpoint that `attempt` writes after `step` steps."""
+        """Return the directory of the checkpoint that `attempt` writes after `step` steps."""
         return self.checkpoints_dir / f"step_{step:09d}_a{attempt}"
 
 
 def parse_checkpoint_name(path: Path) -> tuple[int, int] | None:
-    """(step, attempt) that the name of a checkpoint directory carries; None for other names."""
+    """Return (step, attempt) from the name of a checkpoint directory, or None for other names."""
     match = _CHECKPOINT.fullmatch(path.name)
     return (int(match[1]), int(match[2])) if match else None
 
 
 @contextmanager
 def lock_run_directory(run: RunDirectory) -> Iterator[None]:
-    """Hold the run for this process; the hold ends with the process, however it ends.
+    """Lock the run for this process; the lock ends with the process, however it ends.
 
-    Raises LaunchError when another process holds it: two writers would interleave their checkpoints.
+    Raises LaunchError if another process holds it: two writers would interleave their checkpoints.
     """
     try:
         run.path.mkdir(parents=True, exist_ok=True)
@@ -187,7 +187,7 @@ def lock_run_directory(run: RunDirectory) -> Iterator[None]:
 
 
 def collect_environment() -> dict[str, Any]:
-    """What a person needs to repeat the run elsewhere: versions, machine, command."""
+    """Return the facts needed to repeat the run elsewhere: versions, machine, command."""
     versions = {}
     for package in _PACKAGES:
         try:
@@ -206,8 +206,8 @@ def collect_environment() -> dict[str, Any]:
 
 
 def find_model_directory(path: Path) -> Path:
-    """The exported directory at a path, or that of the run there. Raises CheckpointError where there is neither."""
-    path = path.expanduser().absolute()  # a model may be the directory that this process stands in
+    """Return the exported directory at a path, or that of the run there. Raises CheckpointError without either."""
+    path = path.expanduser().absolute()  # a model may be the working directory
     run = RunDirectory(path)
     if run.resolved_config_path.is_file():
         if not run.export_dir.is_dir():
@@ -223,7 +223,7 @@ def find_model_directory(path: Path) -> Path:
 
 
 def find_run(path: str | Path) -> RunDirectory:
-    """The run at `path`. Raises CheckpointError when there is none."""
+    """Return the run at `path`. Raises CheckpointError if there is none."""
     run = RunDirectory(Path(path))
     if not run.resolved_config_path.is_file():
         raise CheckpointError(f"{path}: no run there (no resolved.json): name a run's directory, such as runs/my-run")

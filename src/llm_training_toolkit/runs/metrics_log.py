@@ -1,4 +1,4 @@
-"""Reading the end of metrics.jsonl."""
+"""Reader for the end of metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-_TAIL = 131_072
-"""Bytes read from the end of metrics.jsonl: some two hundred steps."""
+_TAIL = 131_072  # bytes read from the end, about two hundred steps
 
 
 def read_newest_rows(metrics: Path) -> Iterator[dict[str, Any]]:
-    """The last lines of metrics.jsonl that are whole."""
+    """Yield the last complete lines of metrics.jsonl."""
     if not metrics.is_file():
         return
     with metrics.open("rb") as file:

@@ -1,6 +1,6 @@
-"""How the runs in a directory stand, read from their files alone: what `ltt runs` shows.
+"""Status of the runs in a directory, read from their files alone, for `ltt runs`.
 
-Imports neither torch nor ray, so that looking is quick and disturbs nothing.
+Imports neither torch nor ray, to start fast and to leave running workers undisturbed.
 """
 
 from __future__ import annotations
@@ -19,15 +19,14 @@ from llm_training_toolkit.runs.metrics_log import read_newest_rows
 from llm_training_toolkit.runs.storage import find_storage
 
 RunState = Literal["starting", "running", "finished", "stopped", "failed", "lost"]
+# final states of an attempt; after any other state another attempt should have followed
 _ENDS: tuple[RunState, ...] = ("finished", "stopped", "failed")
-"""How an attempt ends for good; another one should have followed where it says something else."""
-_RECENT = 20
-"""Steps that the time left is reckoned from."""
+_RECENT = 20  # steps used to estimate the time left
 
 
 @dataclass(frozen=True)
 class RunStatus:
-    """One line of `ltt runs`."""
+    """One row of `ltt runs`."""
 
     name: str
     path: str
@@ -35,23 +34,23 @@ class RunStatus:
     step: int
     steps: int | None
     seconds_left: float | None
-    """None where nothing is running."""
+    """Estimated time to the end, for a running run only."""
     loss: float | None
     """Training loss of the newest step."""
     checkpoint: str | None
     """Name of the newest complete checkpoint."""
     error: str | None
-    """What the newest attempt failed of."""
+    """Error that the newest attempt failed with."""
     goodput: SecondsByPart
-    """Seconds by part (`goodput.Part`), of all attempts; empty before the first step."""
+    """Seconds by `GoodputPart` over all attempts; empty before the first step."""
 
     def to_json(self) -> dict[str, Any]:
-        """For `ltt runs --json`."""
+        """Return the object for `ltt runs --json`."""
         return asdict(self)
 
 
 def read_run_statuses(directory: Path) -> list[RunStatus]:
-    """Every run in a directory, by name; a directory without `resolved.json` or a claim is no run."""
+    """Return the status of every run in a directory, by name; a run has a `resolved.json` or a `lock`."""
     return [read_run_status(run) for run in _find_runs(directory)]
 
 
@@ -62,7 +61,7 @@ def _find_runs(directory: Path) -> Iterator[RunDirectory]:
 
 
 def read_run_status(run: RunDirectory) -> RunStatus:
-    """How one run stands now."""
+    """Return the current status of one run."""
     storage, attempt = find_storage(run.path), read_attempt_record(run, find_last_attempt(run))
     rows = list(_select_newest_attempt(read_newest_rows(run.metrics_path)))
     checkpoint = _find_newest_checkpoint(run)
@@ -85,9 +84,9 @@ def read_run_status(run: RunDirectory) -> RunStatus:
 
 
 def read_goodput(run: RunDirectory) -> SecondsByPart:
-    """Where the run's time went so far, all attempts together; empty before its first step.
+    """Return the seconds by part of all attempts so far; empty before the first step.
 
-    What passed after the last row until the command ended is idle.
+    Time from the last row to the end of the command is idle.
     """
     for row in reversed(list(read_newest_rows(run.metrics_path))):
         if split := read_seconds_by_part(row):
@@ -98,7 +97,7 @@ def read_goodput(run: RunDirectory) -> SecondsByPart:
 
 
 def _derive_run_state(attempt: dict[str, Any], *, held: bool) -> RunState:
-    """What the newest attempt says, and whether somebody still holds the run."""
+    """Derive the state from the newest attempt's record and from the lock."""
     said = attempt.get("state")
     if said == "running":
         return "running" if held else "lost"
@@ -113,7 +112,7 @@ def _find_newest_checkpoint(run: RunDirectory) -> tuple[int, int] | None:
 
 
 def _select_newest_attempt(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The rows of the newest attempt among them: what an earlier one did beyond its start has been done again."""
+    """Select the rows of the newest attempt: it has recomputed the steps of earlier ones beyond its start."""
     found = list(rows)
     return (row for row in found if row.get("attempt") == found[-1].get("attempt"))
 

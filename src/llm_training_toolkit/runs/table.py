@@ -1,4 +1,4 @@
-"""The table of `ltt runs`. Imports no torch, so that it is there at once."""
+"""Table of `ltt runs`. Imports no torch, to start fast."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _COLOURS = {
 
 
 def build_runs_table(found: Iterable[RunStatus]) -> Table:
-    """The runs of a directory as a table."""
+    """Build the table of runs."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for title in ("run", "state", "step", "left", "loss", "goodput", "newest checkpoint", "last error"):
         table.add_column(title, overflow="fold")
@@ -42,7 +42,7 @@ def build_runs_table(found: Iterable[RunStatus]) -> Table:
 
 
 def watch_runs(directory: Callable[[], Path], seconds: float = 2.0) -> None:
-    """Show the table of a directory's runs until Ctrl-C; `directory` is asked for it every time."""
+    """Show the table of a directory of runs until Ctrl-C; `directory` is called for each update."""
     with Live(build_runs_table(read_run_statuses(directory())), auto_refresh=False) as live:
         while True:
             time.sleep(seconds)
@@ -50,7 +50,7 @@ def watch_runs(directory: Callable[[], Path], seconds: float = 2.0) -> None:
 
 
 def format_duration(seconds: float) -> str:
-    """A duration as minutes and seconds, with hours where there are any."""
+    """Format a duration as minutes and seconds, with hours if there are any."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,1 +1,1 @@
-"""A search for good hyperparameters: its space, its rungs, what its trials have shown. Knows no Ray and no torch."""
+"""Hyperparameter search: space, rungs, results of trials. Imports no Ray, and torch only to write TensorBoard files."""

@@ -1,4 +1,4 @@
-"""Whether a search may begin other trials: a person's wish to stop, and its budget."""
+"""Conditions for more trials of a search: stop request, budget, repeated failures."""
 
 from __future__ import annotations
 
@@ -8,22 +8,21 @@ from llm_training_toolkit.search.event_log import EventLog, TrialRecord
 from llm_training_toolkit.search.results import get_trial_tokens
 from llm_training_toolkit.search.space import count_combinations, point_key
 
-_MAX_EARLY_FAILURES = 8
-"""Trials in a row that fail before their first rung: whatever fails them, a budget in tokens would never end it."""
+_MAX_EARLY_FAILURES = 8  # trials in a row that fail before their first rung: a token budget would never end these
 
 
 class SearchBudget:
-    """How a search stands."""
+    """State of a search against its limits."""
 
     def __init__(self, search: SearchConfig, ledger: EventLog) -> None:
         self.search, self.ledger = search, ledger
         self.stop_requested = False
-        """A person has asked the search to stop."""
+        """Set when a person asks the search to stop."""
         self._before = {trial.number for trial in self._ended_trials}
 
     @property
     def is_exhausted(self) -> bool:
-        """Whether the budget is used up."""
+        """Return whether the budget is used up."""
         budget = self.search.budget
         if budget is None:
             return False
@@ -39,7 +38,7 @@ class SearchBudget:
 
     @property
     def repeated_error(self) -> str:
-        """The newest error where the last trials of this start have all failed at once; empty where they have not."""
+        """Newest error if the last 8 trials of this start all failed before their first rung; otherwise empty."""
         newest = [trial for trial in self._ended_trials if trial.number not in self._before][-_MAX_EARLY_FAILURES:]
         if len(newest) < _MAX_EARLY_FAILURES or any(trial.state != "failed" or trial.rungs for trial in newest):
             return ""
@@ -47,7 +46,7 @@ class SearchBudget:
 
     @property
     def is_search_finished(self) -> bool:
-        """Whether nothing is left to do: no trial at work, and no other one to begin."""
+        """Return whether the search is done: budget used up, or all trials ended and no other to begin."""
         count, search = len(self.ledger.trials), self.search
         if self.is_exhausted:
             return True

@@ -1,4 +1,4 @@
-"""Where trials are compared, and which of them go on from there. Pure."""
+"""Rungs at which trials are compared, and the decision which of them continue. Pure."""
 
 from __future__ import annotations
 
@@ -8,14 +8,12 @@ from collections.abc import Sequence
 
 from llm_training_toolkit.config.search import SchedulerConfig
 
-_MEDIAN_MIN_TRIALS = 3
-"""Trials that must have passed a rung before their median says something."""
-_MEDIAN_RUNGS = 8
-"""Rungs of median stopping where the first one is not given."""
+_MEDIAN_MIN_TRIALS = 3  # trials that must have passed a rung before their median counts
+_MEDIAN_RUNGS = 8  # rungs of median stopping if the grace period is absent
 
 
 def compute_rung_steps(scheduler: SchedulerConfig, steps: int, tokens_per_step: int) -> tuple[int, ...]:
-    """Steps after which a trial is compared; the last one is its end."""
+    """Return the steps after which a trial is compared; the last one is its end."""
     if scheduler.name == "fifo":
         return (steps,)
     first = _compute_first_rung(scheduler, steps, tokens_per_step)
@@ -31,7 +29,7 @@ def compute_rung_steps(scheduler: SchedulerConfig, steps: int, tokens_per_step: 
 
 
 def _compute_first_rung(scheduler: SchedulerConfig, steps: int, tokens_per_step: int) -> float:
-    """The first rung, in steps."""
+    """Return the first rung in steps, at least 1."""
     if scheduler.grace_period_tokens is not None:
         return max(scheduler.grace_period_tokens / tokens_per_step, 1.0)
     if scheduler.grace_period_steps is not None:
@@ -41,24 +39,24 @@ def _compute_first_rung(scheduler: SchedulerConfig, steps: int, tokens_per_step:
 
 
 def get_bracket(scheduler: SchedulerConfig, trial: int, rungs: int) -> int:
-    """How many rungs a trial passes without being compared: Hyperband's trials take turns."""
+    """Return the number of rungs a trial passes without comparison; Hyperband's trials take turns."""
     return trial % rungs if scheduler.name == "hyperband" else 0
 
 
 def is_better(mode: str, one: float, other: float) -> bool:
-    """Whether a value is better than another; one that is no number is the worst."""
+    """Return whether `one` is better than `other`; NaN and infinity are the worst."""
     return get_sort_key(mode, one) < get_sort_key(mode, other)
 
 
 def get_sort_key(mode: str, value: float) -> float:
-    """What values are sorted by, the best first."""
+    """Return a key that sorts the best value first."""
     if not math.isfinite(value):
         return math.inf
     return value if mode == "min" else -value
 
 
 def should_continue(scheduler: SchedulerConfig, mode: str, value: float, others: Sequence[float]) -> bool:
-    """Whether a trial with this value at a rung goes on, given the values others had there (of its bracket)."""
+    """Return whether a trial with this value at a rung continues, given the others of its bracket there."""
     if scheduler.name == "fifo":
         return True
     if not math.isfinite(value):

@@ -1,6 +1,6 @@
-"""Points from what the trials so far have shown: Optuna's tree of Parzen estimators, told everything at each question.
+"""Points from Optuna's tree of Parzen estimators (TPE), which receives all trials so far at each call.
 
-Nothing is kept between questions, so a search that goes on after its driver's death asks as if nothing had happened.
+The sampler keeps no state between calls, so a search that resumes after its driver's death proposes the same points.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ _OPTUNA_STATES = {
 
 
 def propose_optuna_point(search: SearchConfig, ledger: EventLog, number: int) -> Parameters:
-    """The point that the sampler proposes as number `number`."""
+    """Return the sampler's proposal for point `number`."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         sampler = optuna.samplers.TPESampler(
             seed=search.searcher.seed * 100_003 + number,
             n_startup_trials=search.searcher.n_startup_trials,
-            constant_liar=True,  # trials at work count as bad, so that several at a time do not ask for the same
+            constant_liar=True,  # running trials count as bad, so that concurrent ones get different points
         )
     study = optuna.create_study(sampler=sampler, direction="minimize" if search.mode == "min" else "maximize")
     for trial in ledger.trials.values():
@@ -72,7 +72,7 @@ def _build_distribution(values: ParameterDistribution) -> BaseDistribution:
 
 
 def _to_optuna_value(values: ParameterDistribution, value: Any) -> Any:  # noqa: ANN401 - whatever a field takes
-    """A choice by its position: Optuna takes no lists."""
+    """Convert a choice to its index: Optuna takes no lists."""
     if values.choice is None:
         return value
     return [point_key({"": choice}) for choice in values.boundary_values].index(point_key({"": value}))

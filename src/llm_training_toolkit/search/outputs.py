@@ -1,4 +1,4 @@
-"""What a search leaves: a run file for the winner, a page to look at, a table to read, TensorBoard's HParams."""
+"""Outputs of a search: a run file for the winner, an HTML report, a Parquet table, TensorBoard's HParams."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from llm_training_toolkit.search.space import format_point
 
 
 def write_outputs(search: SearchConfig, whole: Config, ledger: EventLog, directory: SearchDirectory) -> None:
-    """Write all of it; `whole` is the base at full length, without `set`."""
+    """Write all outputs; `whole` is the base at full length, without `overrides`."""
     tokens = {
         trial.name: read_trained_tokens(directory.get_trial_run(trial.number).metrics_path)
         for trial in ledger.trials.values()
@@ -38,7 +38,7 @@ def write_outputs(search: SearchConfig, whole: Config, ledger: EventLog, directo
 
 
 def format_best_config(search: SearchConfig, whole: Config, winner: TrialRecord, directory: SearchDirectory) -> str:
-    """The run file that trains the winner at the base's full length."""
+    """Format the run file that trains the winner at the base's full length."""
     assert winner.last_rung is not None, "a winner has come to a rung"
     name = {"run.name": f"{directory.path.name}-best"}
     config = replace_config_values(whole, {**winner.parameters, **name}, "the winner")
@@ -53,7 +53,7 @@ def format_best_config(search: SearchConfig, whole: Config, winner: TrialRecord,
 
 
 def _write_table(path: Path, search: SearchConfig, ledger: EventLog, tokens: dict[str, int]) -> None:
-    """One row a trial, the best first; its parameters in columns of their own, as JSON where they are no numbers."""
+    """Write one row per trial, the best first, with one column per parameter, as JSON if not numeric."""
     rows = [build_trial_row(trial) for trial in rank_trials(ledger, search.mode)]
     columns: dict[str, list[object]] = {
         name: [found[name] for found in rows]
@@ -68,14 +68,14 @@ def _write_table(path: Path, search: SearchConfig, ledger: EventLog, tokens: dic
 
 
 def _build_column(values: list[object]) -> list[object]:
-    """Numbers as they are; anything else as JSON, because a column has one type."""
+    """Convert numbers to float, anything else to JSON, because a column has one type."""
     if all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
         return [float(value) for value in values if isinstance(value, int | float)]
     return [json.dumps(value) for value in values]
 
 
 def _write_tensorboard(directory: Path, search: SearchConfig, ledger: EventLog) -> None:
-    """One session of HParams a trial, written anew at each end of the search."""
+    """Write one HParams session per trial, anew at each end of the search."""
     from torch.utils.tensorboard import SummaryWriter
 
     shutil.rmtree(directory, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""report.html: one page that needs no network, its plots drawn here as SVG."""
+"""report.html: one page that needs no network, with plots drawn here as SVG."""
 
 from __future__ import annotations
 
@@ -30,12 +30,11 @@ tr.best td { font-weight: 600; color: var(--mark); }
 """
 _WIDTH, _HEIGHT = 960, 300
 _LEFT, _RIGHT, _TOP, _BOTTOM = 70, 20, 28, 44
-Tick = tuple[float, str]
-"""A place from 0 to 1, and what stands there."""
+Tick = tuple[float, str]  # position from 0 to 1, label
 
 
 def render_report_page(search: SearchConfig, ledger: EventLog, name: str, tokens: int) -> str:
-    """The page of a search; `tokens` is what all its trials have trained on."""
+    """Render the page of a search; `tokens` is the total of all its trials."""
     winner = find_best_trial(ledger, search.mode)
     told = f"{len(ledger.trials)} trials, {tokens:,} tokens"
     won = ""
@@ -105,7 +104,7 @@ def _plot_parallel_coordinates(search: SearchConfig, ledger: EventLog) -> str:
 
 
 def _build_axis(name: str, values: ParameterDistribution, trials: Sequence[TrialRecord]) -> ParallelAxis:
-    """Where each trial crosses the axis of a key, from 0 at the bottom to 1 at the top."""
+    """Return the axis of a key with each trial's position on it."""
     if values.choice is not None:
         names = [point_key({"": choice}) for choice in values.boundary_values]
         places = {text: (index + 0.5) / len(names) for index, text in enumerate(names)}
@@ -148,16 +147,16 @@ def _format_trial_row(search: SearchConfig, trial: TrialRecord, *, won: bool) ->
 
 @dataclass(frozen=True)
 class ParallelAxis:
-    """An axis of parallel coordinates."""
+    """Axis of parallel coordinates."""
 
     name: str
     places: Sequence[float]
-    """Where each line crosses it, from 0 (bottom) to 1 (top)."""
+    """Position of each line, from 0 (bottom) to 1 (top)."""
     ticks: Sequence[Tick]
 
 
 def draw_step_curve(points: Sequence[tuple[float, float]], across: str, up: str) -> str:
-    """A value that changes in steps."""
+    """Draw a value that changes in steps."""
     xs, ys = [x for x, _ in points], [y for _, y in points]
     right = max(xs) or 1.0
     low, high = min(ys), max(ys)
@@ -192,7 +191,7 @@ def draw_step_curve(points: Sequence[tuple[float, float]], across: str, up: str)
 
 
 def draw_parallel_coordinates(axes: Sequence[ParallelAxis], strength: Sequence[float], titles: Sequence[str]) -> str:
-    """Parallel coordinates: a line for each trial, the weakest first, so that the strongest lies on top."""
+    """Draw parallel coordinates: a line per trial, the weakest first, so that the strongest is on top."""
     top, bottom = _TOP + 12, _HEIGHT - 14
     xs = [_LEFT + 60 + number * (_WIDTH - 200) / max(len(axes) - 1, 1) for number in range(len(axes))]
 
@@ -215,7 +214,7 @@ def draw_parallel_coordinates(axes: Sequence[ParallelAxis], strength: Sequence[f
 
 
 def draw_bar_chart(values: Sequence[tuple[str, float]]) -> str:
-    """A bar from 0 to 1 for each name."""
+    """Draw a bar from 0 to 1 for each name."""
     height, wide = 26, _WIDTH - 330
     parts = []
     for number, (name, value) in enumerate(values):
@@ -242,7 +241,7 @@ def _draw_text(x: float, y: float, text: str, anchor: str = "start", kind: str =
 
 
 def _format_count(number: float) -> str:
-    """A count with its order of magnitude: 1.5M."""
+    """Format a count with its order of magnitude: 1.5M."""
     for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if number >= size:
             return f"{number / size:.3g}{letter}"

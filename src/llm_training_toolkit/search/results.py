@@ -1,4 +1,4 @@
-"""What a search has shown: its trials in order, the best so far, how much each key matters. Pure, but for reading."""
+"""Results of a search: ranking of trials, best so far, importance of keys. Pure, except for reading files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from llm_training_toolkit.search.space import point_key
 
 
 def rank_trials(ledger: EventLog, mode: str) -> list[TrialRecord]:
-    """All trials, the best first: those that came further before others, then by value."""
+    """Return all trials, the best first: by last rung, then by value; failed ones last."""
     reached = [trial for trial in ledger.trials.values() if trial.last_rung is not None and trial.state != "failed"]
     others = [trial for trial in ledger.trials.values() if trial.last_rung is None or trial.state == "failed"]
     return [
@@ -28,7 +28,7 @@ def rank_trials(ledger: EventLog, mode: str) -> list[TrialRecord]:
 
 def _get_rank_key(trial: TrialRecord, mode: str) -> tuple[int, int, float]:
     assert trial.last_rung is not None, "only trials that came to a rung have merit"
-    # Ends are equal, whatever their number: with another batch there are other rungs before them.
+    # Ends rank equally, whatever their index: the rungs before them depend on the batch size.
     return (
         -trial.last_rung.last,
         0 if trial.last_rung.last else -trial.last_rung.rung,
@@ -37,21 +37,21 @@ def _get_rank_key(trial: TrialRecord, mode: str) -> tuple[int, int, float]:
 
 
 def find_best_trial(ledger: EventLog, mode: str) -> TrialRecord | None:
-    """The trial that won; None where none came to a rung."""
+    """Return the best trial, or None before any has reached a rung."""
     first = next(iter(rank_trials(ledger, mode)), None)
     return first if first is not None and first.last_rung is not None and first.state != "failed" else None
 
 
 def get_trial_tokens(trial: TrialRecord) -> int:
-    """Tokens a trial had trained on at its last rung, or until it failed for good.
+    """Return the tokens a trial had trained on at its last rung, or until it failed for good.
 
-    What a trial that has not failed did twice or since its last rung is not in it.
+    Unless it failed, steps repeated or done since its last rung are excluded.
     """
     return max(trial.last_rung.tokens if trial.last_rung else 0, trial.trained_tokens)
 
 
 def read_trained_tokens(path: Path) -> int:
-    """Tokens that a run has really trained on, what was done twice after a failure included."""
+    """Return the tokens that a run actually trained on, including steps repeated after a failure."""
     total = 0.0
     for line in path.read_text().splitlines() if path.is_file() else ():
         try:
@@ -63,7 +63,7 @@ def read_trained_tokens(path: Path) -> int:
 
 
 def compute_best_so_far(ledger: EventLog, mode: str) -> list[tuple[int, float]]:
-    """The best value of any trial so far against the tokens of all together, in the order rungs were passed."""
+    """Return (tokens of all trials, best value so far) at each improvement and at the end, in the order of rungs."""
     tokens, found = 0, list[tuple[int, float]]()
     before: dict[int, int] = {}
     for number, rung in ledger.passed_rungs:
@@ -75,10 +75,10 @@ def compute_best_so_far(ledger: EventLog, mode: str) -> list[tuple[int, float]]:
 
 
 def compute_importance(search: SearchConfig, ledger: EventLog) -> dict[str, float]:
-    """How much of the values' variance each key explains alone, at the first rung that most trials came to.
+    """Return the share (0 to 1) of the values' variance that each key explains alone, at the rung most trials reached.
 
-    From 0 to 1: between groups for choices, by a parabola for numbers (in the logarithm for log_uniform), adjusted for
-    the number of groups or coefficients. Empty with fewer than four trials.
+    Choices explain by group means, numbers by a parabola (of the logarithm for `loguniform`); adjusted for the number
+    of groups or coefficients. Empty with fewer than four trials.
     """
     rung, values = _get_comparable_values(ledger)
     trials = [trial for trial in ledger.trials.values() if any(passed.rung == rung for passed in trial.rungs)]
@@ -88,7 +88,7 @@ def compute_importance(search: SearchConfig, ledger: EventLog) -> dict[str, floa
 
 
 def _get_comparable_values(ledger: EventLog) -> tuple[int, np.ndarray[Any, np.dtype[np.float64]]]:
-    """The rung that most trials came to, and their values there; what is no number takes no part."""
+    """Return the rung most trials reached (later on a tie) and their values, non-finite ones as the finite maximum."""
     by_rung: dict[int, list[float]] = {}
     for trial in ledger.trials.values():
         for passed in trial.rungs:
@@ -124,7 +124,7 @@ def _compute_explained_variance(search: SearchConfig, name: str, trials: Sequenc
 
 
 def build_trial_row(trial: TrialRecord) -> dict[str, Any]:
-    """A trial as plain data: what `--json`, the table of the report and results.parquet have of it."""
+    """Return a trial as plain data, for `--json` and results.parquet."""
     last = trial.last_rung
     value = last.value if last and math.isfinite(last.value) else None
     return {
@@ -141,7 +141,7 @@ def build_trial_row(trial: TrialRecord) -> dict[str, Any]:
 
 
 def build_summary(search: SearchConfig, ledger: EventLog, directory: SearchDirectory) -> dict[str, Any]:
-    """The contract of `ltt tune --json`."""
+    """Return the summary of a search: the contract of `ltt tune --json`."""
     winner = find_best_trial(ledger, search.mode)
     won: Mapping[str, Any] | None = None
     if winner is not None:

@@ -1,4 +1,4 @@
-"""The next points to try: those to try first, then those of the searcher. Decided from the ledger alone."""
+"""Sampler of trials: `points_to_evaluate` first, then the searcher's points. Decided from the event log alone."""
 
 from __future__ import annotations
 
@@ -15,21 +15,19 @@ from llm_training_toolkit.search.space import (
     point_key,
 )
 
-PointProposer = Callable[[SearchConfig, EventLog, int], Parameters]
-"""Proposes the point of a number, from what the trials so far have shown."""
-_MAX_TRIES = 1000
-"""Points drawn in a row that are known or impossible before the space counts as used up."""
+PointProposer = Callable[[SearchConfig, EventLog, int], Parameters]  # point of a number, from the trials so far
+_MAX_TRIES = 1000  # known or invalid points drawn in a row before the space counts as used up
 
 
 class TrialSampler:
-    """Which trial begins next."""
+    """Chooses the next trial."""
 
     def __init__(self, trials: TrialConfigBuilder, ledger: EventLog, learner: PointProposer | None) -> None:
         self._trials, self._search, self._ledger, self._learner = trials, trials.search, ledger, learner
         self._grid = build_grid(trials.search) if trials.search.searcher.name == "grid" else []
 
     def begin_next_trial(self) -> TrialRecord | None:
-        """A trial that has not begun, written down as begun; None when there is no other."""
+        """Record a new trial as begun and return it, or None if the space or the number of trials is used up."""
         number = len(self._ledger.trials)
         if self._search.trials is not None and number >= self._search.trials:
             return None

@@ -1,4 +1,4 @@
-"""The space of a search: its corners, what is drawn from it, and what in it cannot be trained. Pure."""
+"""Space of a search: boundary points, random and grid points, and checks that points can be trained. Pure."""
 
 from __future__ import annotations
 
@@ -15,38 +15,35 @@ from llm_training_toolkit.config.search import ParameterDistribution, SearchConf
 from llm_training_toolkit.errors import PlanError, ToolkitError
 from llm_training_toolkit.plan import check_plan, make_plan
 
-Parameters = Mapping[str, Any]
-"""A value for every key that is searched."""
-_MAX_BOUNDARY_POINTS = 2000
-"""Corners looked at, a few milliseconds each; of more, as many by chance."""
-_MAX_LISTED = 8
-"""Impossible combinations that are named one by one."""
+Parameters = Mapping[str, Any]  # a value for every searched key
+_MAX_BOUNDARY_POINTS = 2000  # checked, a few milliseconds each; in larger spaces a random sample
+_MAX_LISTED = 8  # invalid combinations named one by one
 
 
 def format_point(parameters: Parameters) -> str:
-    """A point of the space as people write it."""
+    """Format a point for people."""
     return ", ".join(f"{key} = {format_short_value(value)}" for key, value in parameters.items())
 
 
 def format_short_value(value: object) -> str:
-    """A value as people write it."""
+    """Format a value for people."""
     return f"{value:.4g}" if isinstance(value, float) else json.dumps(value)
 
 
 def point_key(parameters: Parameters) -> str:
-    """What two points that are the same have in common."""
+    """Return a string that is the same for equal points."""
     return json.dumps(parameters, sort_keys=True)
 
 
 def count_combinations(search: SearchConfig) -> int | None:
-    """How many points the space has; None where it has a range of numbers."""
+    """Return the number of points, or None if a key has a range of numbers."""
     if any(values.choice is None for values in search.search.values()):
         return None
     return math.prod(len(values.boundary_values) for values in search.search.values())
 
 
 def build_grid(search: SearchConfig) -> list[Parameters]:
-    """Every combination of choices, in an order mixed by the seed."""
+    """Return every combination of choices, shuffled by the seed."""
     points = [
         dict(zip(search.search, values, strict=True)) for values in itertools.product(*_get_boundary_values(search))
     ]
@@ -55,7 +52,7 @@ def build_grid(search: SearchConfig) -> list[Parameters]:
 
 
 def draw_random_point(search: SearchConfig, number: int) -> Parameters:
-    """A point by chance: the same for the same seed and number, whatever was drawn before."""
+    """Draw a random point that depends only on the seed and its number."""
     chance = random.Random(f"{search.searcher.seed}:{number}")  # noqa: S311 - as above
     return {key: _draw_random_value(values, chance) for key, values in search.search.items()}
 
@@ -76,9 +73,9 @@ def _get_boundary_values(search: SearchConfig) -> list[Sequence[Any]]:
 
 
 def boundary_points(search: SearchConfig) -> Iterator[Parameters]:
-    """Every corner of the space, and the points to try first.
+    """Yield `points_to_evaluate` and every boundary point of the space.
 
-    Where there are too many corners: each value of each key with the others at their first, and corners by chance.
+    With more than 2000 of them: each value of each key with the others at their first, then random boundary points.
     """
     yield from search.points_to_evaluate
     keys, values = list(search.search), _get_boundary_values(search)
@@ -95,17 +92,17 @@ def boundary_points(search: SearchConfig) -> Iterator[Parameters]:
 
 @dataclass(frozen=True)
 class TrialConfigBuilder:
-    """Makes the configurations of a search's trials."""
+    """Builds the configurations of a search's trials."""
 
     search: SearchConfig
     base: Config
     directory: str
-    """That holds the trials' run directories."""
+    """Parent of the trials' run directories."""
     cache: str
-    """Of prepared data, which all trials and the base share."""
+    """Cache of prepared data, shared by all trials and the base."""
 
     def build_config(self, parameters: Parameters, name: str = "trial") -> Config:
-        """The run of a trial. Raises ConfigError where the schema refuses it."""
+        """Return the configuration of a trial. Raises ConfigError if the schema refuses it."""
         return replace_config_values(
             self.base, {**parameters, **self._get_trial_overrides(name)}, f"trial with {format_point(parameters)}"
         )
@@ -121,7 +118,7 @@ class TrialConfigBuilder:
         }
 
     def find_problem(self, parameters: Parameters) -> str:
-        """Why a point cannot be trained; empty where it can."""
+        """Return the reason a point cannot be trained; empty if it can."""
         try:
             check_plan(make_plan(self.build_config(parameters)))
         except ToolkitError as error:
@@ -130,15 +127,15 @@ class TrialConfigBuilder:
 
 
 def check_search_space(trials: TrialConfigBuilder) -> list[str]:
-    """Look at every corner before anything starts; the impossible ones in words, if they are to be left out.
+    """Check every boundary point before anything starts. Return messages on the invalid ones if they are skipped.
 
-    Raises PlanError that names them if they are not, or if nothing is possible.
+    Raises PlanError that names them if they are refused or all are invalid, or if the base does not suit a search.
     """
     search, base = trials.search, trials.base
     if base.cluster.workers == 0 or base.cluster.min_workers != base.cluster.max_workers:
         raise PlanError(
             f"cluster.workers = {json.dumps(base.cluster.workers)}: a trial has a fixed number of Ray workers, so that "
-            "it is known how many trials fit at a time; put `cluster.workers: 1` under set"
+            "it is known how many trials fit at a time; put `cluster.workers: 1` under overrides"
         )
     if search.metric.startswith("eval/") and not base.data.eval.fraction and not base.data.eval.sources:
         raise PlanError(
@@ -160,7 +157,7 @@ def check_search_space(trials: TrialConfigBuilder) -> list[str]:
 
 
 def _check_rungs(trials: TrialConfigBuilder, points: Iterable[Parameters]) -> None:
-    """Refuse a first rung that no trial comes to before its end, or that lies within a step. Raises PlanError."""
+    """Check that the first rung comes before the end of every trial and after a whole step. Raises PlanError."""
     scheduler = trials.search.scheduler
     for point in points:
         plan = make_plan(trials.build_config(point))
@@ -196,7 +193,7 @@ def _split_lines(text: str) -> Iterable[str]:
 
 def _format_invalid_points(words: Sequence[str], of: int) -> str:
     more = [f"  and {len(words) - _MAX_LISTED} more"] if len(words) > _MAX_LISTED else []
-    end = "" if len(words) == of else "; `impossible: leave_out` searches the others"
+    end = "" if len(words) == of else "; `invalid: skip` searches the others"
     return "\n".join(
         [f"{len(words)} of {of} corners of the space cannot be trained{end}:"]
         + [f"  {line}" for line in words[:_MAX_LISTED]]

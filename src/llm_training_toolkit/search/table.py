@@ -1,4 +1,4 @@
-"""A search on the screen: its trials, the best first, a few lines however many there are."""
+"""Table of a search on the terminal: its trials, the best first, in a limited number of lines."""
 
 from __future__ import annotations
 
@@ -15,18 +15,15 @@ from llm_training_toolkit.search.event_log import EventLog, TrialRecord
 from llm_training_toolkit.search.results import get_trial_tokens, rank_trials
 from llm_training_toolkit.search.space import format_point, format_short_value
 
-_MAX_ROWS = 12
-"""Trials shown; those at work always are."""
+_MAX_ROWS = 12  # running trials are always shown
 _STATE_COLOURS = {"begun": "green", "finished": "bold green", "stopped": "yellow", "failed": "red"}
 _STATE_LABELS = {"begun": "running"}
-_COLUMN_GAP = 2
-"""Between columns, as rich puts it."""
-_OPTIONAL_COLUMNS = ("tokens", "at step")
-"""Left out of a narrow screen, this one first: what a trial tries and came to is what the table is for."""
+_COLUMN_GAP = 2  # between columns, as rich draws it
+_OPTIONAL_COLUMNS = ("tokens", "at step")  # dropped in this order on a narrow screen; the rest is the table's purpose
 
 
 def build_trials_table(search: SearchConfig, ledger: EventLog, width: int) -> Table:
-    """The trials as a table that stands on a screen of so many columns as well as it can."""
+    """Build the trials table to fit a screen of `width` columns as well as possible."""
     order = rank_trials(ledger, search.mode)
     at_work = [trial for trial in order if trial.state == "begun"]
     kept = [trial for trial in order if trial.state != "begun"][: max(_MAX_ROWS - len(at_work), 1)]
@@ -38,7 +35,7 @@ def build_trials_table(search: SearchConfig, ledger: EventLog, width: int) -> Ta
     titles = ["trial", "state", search.metric, "at step", "tokens", *search.search, *errors]
     cells = list(zip(*(_format_cells(trial)[: len(titles)] for trial in rows), strict=True)) or [()] * len(titles)
     columns = dict(zip(titles, cells, strict=True))
-    # On a narrow screen errors and titles are folded before the values are.
+    # On a narrow screen errors and titles fold before values.
     needed = {title: 0 if title == "error" else _compute_max_width(column) for title, column in columns.items()}
     for title in _OPTIONAL_COLUMNS:
         if sum(needed.values()) + _COLUMN_GAP * (len(needed) - 1) > width:
@@ -68,7 +65,7 @@ def _format_cells(trial: TrialRecord) -> tuple[str, ...]:
 
 
 def format_footer(search: SearchConfig, ledger: EventLog, hidden: int = 0) -> str:
-    """What stands under the table: how far the search is, and what is left of its budget."""
+    """Format the footer of the table: progress of the search and its remaining budget."""
     done = sum(trial.state != "begun" for trial in ledger.trials.values())
     parts = [f"and {hidden} more"] if hidden else []
     parts.append(f"{done} of {search.trials} trials ended" if search.trials else f"{done} trials ended")
@@ -84,7 +81,7 @@ def format_footer(search: SearchConfig, ledger: EventLog, hidden: int = 0) -> st
 
 
 def format_trial_line(search: SearchConfig, trial: TrialRecord) -> str:
-    """What has become of a trial, where there is no terminal to draw on."""
+    """Format the state of a trial as one line, for output without a terminal."""
     at = f": {search.metric} {trial.last_rung.value:.4f} after step {trial.last_rung.step:,}" if trial.last_rung else ""
     why = f" ({trial.error})" if trial.state == "failed" and trial.error else ""
     return f"{trial.name} {_STATE_LABELS.get(trial.state, trial.state)}{at}{why}; {format_point(trial.parameters)}"

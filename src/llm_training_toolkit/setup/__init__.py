@@ -1,1 +1,1 @@
-"""Setup on the driver, before ranks exist: state to resume from, weights, machine, files of the run."""
+"""Setup on the driver, before ranks exist: resume state, weights, machine, files of the run."""

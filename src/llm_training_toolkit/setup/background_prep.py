@@ -1,9 +1,9 @@
-"""Prepares later epochs while the earlier ones train: in a process of its own, one epoch after the other.
+"""Prepares later epochs in a child process while earlier ones train, one epoch after the other.
 
-    driver ── starts ──> this module, with the run directory ── rewrites ──> data/receipt.json
-    ranks, at a step whose epoch is not there yet ── wait for ──> data/receipt.json
+    driver ── starts ──> this module, with the run directory ── rewrites ──> data/dataset_info.json
+    ranks, at a step without its epoch ── wait for ──> data/dataset_info.json
 
-The process ends with its driver: it reads a pipe that the driver holds open.
+The process reads a pipe that the driver holds open, and exits when it closes.
 """
 
 from __future__ import annotations
@@ -35,13 +35,12 @@ from llm_training_toolkit.runs.directory import RunDirectory, write_atomically
 from llm_training_toolkit.setup.resume import ResumeState, read_resume_state
 
 _LEAVE_SECONDS = 10
-_NICENESS = 10
-"""Workers that have their data come first."""
+_NICENESS = 10  # training workers get the CPU first
 
 
 @contextmanager
 def prepare_in_background(run: RunDirectory, config: Config, facts: DataFacts, console: Console) -> Iterator[None]:
-    """Have the epochs that the run still lacks prepared while it trains; nothing where it has them all."""
+    """Prepare the missing epochs in a child process while the run trains; start none if all are prepared."""
     if is_prepared(config, facts):
         write_preparation_state(run, "done")
         yield
@@ -51,7 +50,7 @@ def prepare_in_background(run: RunDirectory, config: Config, facts: DataFacts, c
     log.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "llm_training_toolkit.setup.background_prep", str(run.path)]
     with log.open("a") as output:
-        # A session of its own: Ctrl-C is for the driver, which ends it when it has saved.
+        # Own session: Ctrl-C must reach the driver alone, which ends this process after saving.
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
         )
@@ -69,7 +68,7 @@ def prepare_in_background(run: RunDirectory, config: Config, facts: DataFacts, c
 
 
 def _end_process(process: subprocess.Popen[bytes]) -> None:
-    """Close the pipe, upon which it tidies up and goes; what it has finished lies in the cache, whole."""
+    """Close the pipe, so that the process cleans up and exits. Finished epochs stay in the cache."""
     assert process.stdin is not None
     process.stdin.close()
     try:
@@ -82,7 +81,7 @@ def _end_process(process: subprocess.Popen[bytes]) -> None:
 def _watch_process(
     process: subprocess.Popen[bytes], run: RunDirectory, log: Path, console: Console, ending: threading.Event
 ) -> None:
-    """Say at once when later epochs cannot be had, also when the process ends without a word, killed for its memory."""
+    """Warn as soon as later epochs cannot be prepared, also if the process is killed for its memory."""
     if process.wait() == 0 or ending.is_set():
         return
     state, why = read_preparation_state(run)
@@ -95,7 +94,7 @@ def _watch_process(
 
 
 def prepare_remaining_epochs(run: RunDirectory) -> None:
-    """Prepare epoch after epoch until the run has all it needs. Raises DataError where that cannot be."""
+    """Prepare epoch after epoch until the run has all it needs. Raises DataError if that is impossible."""
     standing = read_resume_state(run)
     config, receipt = standing.config, standing.receipt
     if config is None or receipt is None:
@@ -112,10 +111,10 @@ def prepare_remaining_epochs(run: RunDirectory) -> None:
 
 
 def _plan_next_epoch(config: Config, receipt: DatasetInfo, standing: ResumeState) -> list[int]:
-    """The epochs there are and one more, of the stream that runs out first."""
+    """Return the epochs of each stream, with one more for the stream that runs out first."""
     facts = build_data_facts(receipt, standing.step, standing.sequences)
     plan = make_plan(config, facts)
-    assert plan.steps is not None  # runs over epochs are prepared whole
+    assert plan.steps is not None  # runs with train.epochs are prepared completely at the start
     needed = facts.count_needed_sequences(plan.steps, plan.global_batch)
     reach = [
         sum(stream.sequences_per_epoch) / count if count else 1.0
@@ -126,12 +125,12 @@ def _plan_next_epoch(config: Config, receipt: DatasetInfo, standing: ResumeState
 
 
 def _exit_with_driver() -> None:
-    os.read(sys.stdin.fileno(), 1)  # not sys.stdin: its lock would be held while this process ends
-    _thread.interrupt_main()  # what is half built is removed on the way out
+    os.read(sys.stdin.fileno(), 1)  # a read from sys.stdin would hold its lock at exit
+    _thread.interrupt_main()  # the exception removes half-built output
 
 
 def main() -> None:
-    """Prepare what the run named on the command line lacks; why it failed is written where its ranks look."""
+    """Prepare the missing epochs of the run in argv; record a failure for its ranks."""
     run = RunDirectory(Path(sys.argv[1]))
     threading.Thread(target=_exit_with_driver, daemon=True, name="driver").start()
     os.nice(_NICENESS)

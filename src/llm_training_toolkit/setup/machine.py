@@ -1,7 +1,7 @@
-"""What must be settled before `import ray`: its environment, and whether this machine is large enough.
+"""Checks before `import ray`: local or cluster, and capacity of this machine.
 
-Ray reads RAY_AUTH_MODE once, when its core library loads: set later, the driver and the servers it
-starts disagree, and `ray.init` waits in vain for its own server.
+Ray reads RAY_AUTH_MODE once, when its core library loads. If it is set later, the driver and its servers disagree, and
+`ray.init` waits in vain for its own server.
 """
 
 from __future__ import annotations
@@ -14,25 +14,25 @@ from llm_training_toolkit.errors import PlanError
 
 
 def is_local() -> bool:
-    """Whether Ray is to be started on this machine alone, because no cluster is named."""
+    """Return whether Ray starts on this machine alone: RAY_ADDRESS is not set."""
     return "RAY_ADDRESS" not in os.environ
 
 
 def check_machine(config: Config) -> None:
-    """Refuse, before anything starts, more workers than this machine has cores; a cluster is asked later."""
+    """Raise PlanError if this machine has too few cores for the workers. A cluster is checked later."""
     if is_local():
         check_cpu_count(config)
 
 
 def check_cpu_count(config: Config) -> None:
-    """Raise PlanError where this machine has fewer cores than the fewest workers take."""
+    """Raise PlanError if this machine has fewer cores than `cluster.min_workers` need."""
     cores = len(os.sched_getaffinity(0))
     if config.cluster.min_workers * config.cluster.cpus_per_worker > cores:
         raise PlanError(format_cpu_shortage(config, f"this machine has {cores} cores"))
 
 
 def check_quantization(config: Config) -> None:
-    """Refuse, before anything starts, 4-bit weights where this machine trains and cannot hold them."""
+    """Raise PlanError if the run trains on this machine and it cannot hold 4-bit weights."""
     lora = config.model.lora
     if lora is not None and lora.quantize is not None and (config.cluster.workers == 0 or is_local()):
         import torch
@@ -43,7 +43,7 @@ def check_quantization(config: Config) -> None:
 
 
 def find_quantization_problem(*, gpu: bool) -> str:
-    """What is missing here for 4-bit weights, and what to do; empty where nothing is."""
+    """Return the missing requirement of 4-bit weights and its remedy; empty if they work here."""
     if not gpu:
         return "4-bit weights need a GPU, and there is none here: remove it (LoRA works without), or train elsewhere"
     if importlib.util.find_spec("bitsandbytes") is None:
@@ -52,7 +52,7 @@ def find_quantization_problem(*, gpu: bool) -> str:
 
 
 def format_cpu_shortage(config: Config, found: str) -> str:
-    """The message for a run that asks for more CPUs than there are."""
+    """Format the error of a run that asks for more CPUs than there are."""
     workers, cpus = config.cluster.min_workers, config.cluster.cpus_per_worker
     least = "at least " if config.cluster.max_workers > workers else ""
     return (

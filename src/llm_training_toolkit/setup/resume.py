@@ -1,4 +1,4 @@
-"""How a run stands before a start: its newest checkpoint, its configuration, its data; and what may change in them."""
+"""Resume state of a run (newest checkpoint, configuration, data), and checks of changes to it."""
 
 from __future__ import annotations
 
@@ -17,16 +17,15 @@ from llm_training_toolkit.plan import DataFacts, Plan, with_precision
 from llm_training_toolkit.plan.horizon import is_prepared
 from llm_training_toolkit.runs.directory import RunDirectory
 
-DOCUMENTS = "documents"
-"""What --accept takes besides field names: the documents themselves are other ones than before."""
+DOCUMENTS = "documents"  # value of --accept besides field names: the documents themselves have changed
 
 
 @dataclass(frozen=True)
 class ResumeState:
-    """What earlier starts have left. Before its first checkpoint a run has no identity to keep."""
+    """State that earlier attempts left. Before its first checkpoint a run has no identity to keep."""
 
     manifest: Manifest | None
-    """Of the newest readable checkpoint."""
+    """Manifest of the newest readable checkpoint."""
     config: Config | None
     receipt: DatasetInfo | None
 
@@ -37,28 +36,28 @@ class ResumeState:
 
     @property
     def sequences(self) -> int:
-        """Sequences they have seen."""
+        """Sequences seen in these steps."""
         return self.manifest.sequences if self.manifest else 0
 
     def build_data_facts(self, config: Config) -> DataFacts | None:
-        """What the plan can know before anything is prepared again; nothing of data that is mixed otherwise."""
+        """Return the data facts known before preparation, or None if the sources are mixed differently."""
         if self.receipt is None or len(self.receipt.streams) != max(len(config.data.source_weights), 1):
             return None
         return build_data_facts(self.receipt, self.step, self.sequences)
 
     def is_finished(self, plan: Plan) -> bool:
-        """Whether the run has taken all its steps."""
+        """Return whether the run has completed all its steps."""
         return self.manifest is not None and plan.steps is not None and self.step >= plan.steps
 
     def keep_saved_precision(self, config: Config) -> Config:
-        """The configuration with the precision that the run began with, where it leaves that to the machine."""
+        """Return the configuration with `auto` replaced by the precision that the run began with."""
         if self.manifest is None or self.config is None or config.train.precision != "auto":
             return config
         began_with = self.config.train.precision
         return config if began_with == "auto" else with_precision(config, began_with)
 
     def find_reusable_dataset(self, config: Config, accept: Sequence[str]) -> DatasetInfo | None:
-        """The receipt, if its tokens are there and last to the run's end: the documents need not be read again."""
+        """Return the dataset info if its tokens exist and last to the end of the run: no document is read again."""
         facts = self.build_data_facts(config)
         if self.manifest is None or self.receipt is None or facts is None or _accepts_changed_data(accept):
             return None
@@ -70,7 +69,7 @@ class ResumeState:
 
 
 def read_resume_state(run: RunDirectory) -> ResumeState:
-    """Read how a run stands. Raises CheckpointError for checkpoints of another version of the toolkit."""
+    """Read the state of a run. Raises CheckpointError for checkpoints of another version of the toolkit."""
     config = (
         parse_config_json(run.resolved_config_path.read_text(), where=str(run.resolved_config_path))
         if run.resolved_config_path.is_file()
@@ -83,12 +82,12 @@ def read_resume_state(run: RunDirectory) -> ResumeState:
         except UnknownFormatError:
             raise
         except CheckpointError:
-            continue  # damaged: the workers set it aside and say so
+            continue  # damaged: the workers quarantine and report it
     return ResumeState(None, config, receipt)
 
 
 def check_run_unchanged(standing: ResumeState, config: Config, accept: Sequence[str], *, extend: bool) -> None:
-    """Refuse another identity than the run has, unless it is accepted. Raises ConfigError with the difference."""
+    """Raise ConfigError with the difference if the identity of the run changes without being accepted."""
     if standing.manifest is not None and standing.config is not None:
         if standing.config.data.source_weights != config.data.source_weights:
             raise ConfigError(
@@ -100,7 +99,7 @@ def check_run_unchanged(standing: ResumeState, config: Config, accept: Sequence[
 
 
 def check_checkpoint_size(standing: ResumeState, plan: Plan) -> None:
-    """Refuse a model of another size than the checkpoint's, before anything is written."""
+    """Raise PlanError, before any write, if the model's size differs from the checkpoint's."""
     if standing.manifest is None:
         return
     saved = sum(math.prod(shape) for shape in standing.manifest.shapes.values())
@@ -114,7 +113,7 @@ def check_checkpoint_size(standing: ResumeState, plan: Plan) -> None:
 def check_documents_unchanged(
     standing: ResumeState, config: Config, work: DatasetBuilder, accept: Sequence[str]
 ) -> None:
-    """Refuse other documents than the run began with, unless they, or the fields that name them, are accepted."""
+    """Raise ConfigError if the documents changed since the run began, unless they or their fields are accepted."""
     before = standing.receipt
     if standing.manifest is None or before is None or before.fingerprint == work.fingerprint:
         return

@@ -11,7 +11,7 @@ from llm_training_toolkit.runs.directory import RunDirectory, collect_environmen
 
 
 def write_run_files(run: RunDirectory, config: Config, plan: Plan, receipt: DatasetInfo) -> None:
-    """Write everything the workers read, once nothing stands against the start any more."""
+    """Write all files that the workers read, after every check has passed."""
     write_atomically(run.resolved_config_path, dump_config_json(config))
     write_atomically(run.plan_path, json.dumps(plan.to_json(), indent=1))
     write_atomically(run.environment_path, json.dumps(collect_environment(), indent=1))

@@ -1,4 +1,4 @@
-"""What a run starts from, looked at before its documents are read: weights that do not fit end it at once."""
+"""Early check of initial weights: unsuitable ones end the run before its documents are read."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from llm_training_toolkit.setup.resume import ResumeState
 
 
 def check_initial_weights(config: Config, plan: Plan, standing: ResumeState) -> None:
-    """Raise PlanError or CheckpointError for weights at model.path that are not there or are other ones.
+    """Raise PlanError or CheckpointError if the weights at model.path are missing or do not match.
 
-    Every worker looks again, because the files of its machine may be others. A run that has begun needs them no more,
-    unless it has adapters.
+    Every worker checks again, because its machine may have other files. A run that has begun needs these weights only
+    for adapters.
     """
     path = config.model.path
     if path is None or (standing.manifest is not None and config.model.lora is None):
@@ -32,7 +32,7 @@ def check_initial_weights(config: Config, plan: Plan, standing: ResumeState) -> 
     from llm_training_toolkit.models.check_weights import check_pretrained_weights, read_hf_config
 
     disable_progress_bar()
-    set_verbosity_error()  # the message below names what its table would
+    set_verbosity_error()  # the error below replaces its table
     model_type = plan.hf_config["model_type"]
     if Path(path).expanduser().is_dir():
         check_pretrained_weights(path, model_type)
@@ -42,7 +42,7 @@ def check_initial_weights(config: Config, plan: Plan, standing: ResumeState) -> 
     except CheckpointError:
         if config.cluster.workers == 0 or is_local():
             raise
-        return  # the hub cannot be reached from here, but the workers' machines may have what they need
+        return  # the hub is unreachable here, but the workers' machines may have the weights
     found = families.count_parameters({**published, "vocab_size": plan.hf_config["vocab_size"]})
     if found != plan.parameters:
         raise PlanError(

@@ -1,4 +1,4 @@
-"""Everything a run is made of, as the loop gets it: built by `launch/worker.py`, run by `train.py`."""
+"""Components of the training loop: built by `worker/main.py`, used by `train/loop.py`."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from llm_training_toolkit.runs.goodput import GoodputTracker
 from llm_training_toolkit.train.loss_spikes import SpikePolicy
 from llm_training_toolkit.train.stragglers import StragglerDetector
 
-LoopStatus = Literal["finished", "stopped", "left"]
-"""How the loop ended; `left` = other workers are to go on from the checkpoint just written."""
+# How the loop ended; drained = other workers resume from the checkpoint just written.
+LoopStatus = Literal["finished", "stopped", "drained"]
 
 
 class InTrainingTasks(Protocol):
-    """Tasks that are carried out between two steps, on the checkpoint of the first."""
+    """Evaluation tasks that run between two steps, on the checkpoint of the first."""
 
     def has_due_tasks(self, step: int) -> bool:
-        """Whether some are, after `step` steps."""
+        """Return whether tasks are due after `step` steps."""
         ...
 
     def run_due_tasks(self, step: int) -> StopRequest:
-        """Do so, unless it was done before; what is wished of the run meanwhile. Collective."""
+        """Run the due tasks, unless already done, and return the stop request that arrived meanwhile. Collective."""
         ...
 
 
 @dataclass(frozen=True)
 class TrainerComponents:
-    """Everything a run is made of."""
+    """Everything that the training loop uses."""
 
     plan: Plan
     schedule: LRSchedule
@@ -46,9 +46,9 @@ class TrainerComponents:
     metrics: Metrics
     attempt: int
     goodput_tracker: GoodputTracker
-    """Where the time goes."""
+    """Account of the run's time."""
     initial_state: TrainState
-    """Where this attempt goes on from."""
+    """State that this attempt starts from."""
     in_training_tasks: InTrainingTasks
     on_spike: SpikePolicy = "stop"
     straggler_detector: StragglerDetector = field(default_factory=StragglerDetector)

@@ -1,6 +1,6 @@
-"""What may happen between two steps beside a checkpoint: an evaluation, tasks, a rung of a search, a wait for data.
+"""Work between two steps beside checkpoints: evaluation, tasks, rungs of a search, waiting for data.
 
-Each says how the loop ends there, or None where it goes on. All of them are collective.
+A returned `LoopStatus` ends the loop, None continues it. All functions are collective.
 """
 
 from __future__ import annotations
@@ -16,24 +16,23 @@ from llm_training_toolkit.errors import DataError
 from llm_training_toolkit.evaluation.validation import EvalLoss, compute_eval_loss
 from llm_training_toolkit.train.components import LoopStatus, TrainerComponents
 
-_POLL_SECONDS = 0.5
-"""Between looks for data that is being prepared."""
+_POLL_SECONDS = 0.5  # between polls for data that is being prepared
 
 
 def wait_if_data_missing(parts: TrainerComponents, progress: TrainState) -> LoopStatus | None:
-    """Wait where some rank lacks data of the next step; how the loop ends where a wish came first. Collective."""
+    """Call `wait_for_data` if some rank lacks the next step's data. Collective."""
     lacks = progress.step < parts.schedule.steps and not parts.dataloader.has_step(progress.step)
     [lacking] = parts.context.all_reduce_sum(lacks)
     return wait_for_data(parts, progress) if lacking else None
 
 
 def wait_for_data(parts: TrainerComponents, progress: TrainState) -> LoopStatus | None:
-    """Wait until every rank has the data of the next step; how the loop ends where a wish came first, saved now.
+    """Wait until every rank has the next step's data. A stop request ends the wait and the loop, after a save.
 
-    Collective. Raises DataError on every rank when it will never be there.
+    Collective. Raises DataError on every rank when the data will never arrive.
     """
     context, feed = parts.context, parts.dataloader
-    parts.checkpoint_manager.finalize_save()  # the wait may be long, and end with the processes
+    parts.checkpoint_manager.finalize_save()  # the wait may be long, and the processes may be killed in it
     context.heartbeat.set_phase("waiting for data that is being prepared", NO_TIMEOUT)
     parts.goodput_tracker.enter_part("data")
     if context.is_rank_zero:
@@ -51,18 +50,18 @@ def wait_for_data(parts: TrainerComponents, progress: TrainState) -> LoopStatus 
         if failures := [failure for _, failure, _ in answers if failure]:
             raise DataError(failures[0])
         if (wish := answers[0][2]) is not StopRequest.NONE:
-            if progress != parts.initial_state:  # that one is saved, or the run's beginning
+            if progress != parts.initial_state:  # the initial state is saved already, or is that of step 0
                 parts.checkpoint_manager.begin_save(progress)
-            return "stopped" if wish is StopRequest.STOP else "left"
+            return "stopped" if wish is StopRequest.STOP else "drained"
         if all(has for has, _, _ in answers):
             return None
         time.sleep(_POLL_SECONDS)
 
 
 def run_tasks_if_due(parts: TrainerComponents, progress: TrainState) -> LoopStatus | None:
-    """Carry out what is due, on the checkpoint of this step; how the loop ends where that was wished. Collective.
+    """Run the tasks due after this step, on its checkpoint; a stop request ends the loop. Collective.
 
-    Nothing is after the last step, whose export is measured by all tasks when the run finishes.
+    After the last step no task is due: all tasks measure its export when the run finishes.
     """
     if not 0 < progress.step < parts.schedule.steps or not parts.in_training_tasks.has_due_tasks(progress.step):
         return None
@@ -71,11 +70,11 @@ def run_tasks_if_due(parts: TrainerComponents, progress: TrainState) -> LoopStat
     wish = parts.in_training_tasks.run_due_tasks(progress.step)
     if wish is StopRequest.NONE:
         return None
-    return "stopped" if wish is StopRequest.STOP else "left"
+    return "stopped" if wish is StopRequest.STOP else "drained"
 
 
 def await_rung_decision(parts: TrainerComponents, progress: TrainState) -> LoopStatus | None:
-    """Wait for the answer whether this trial of a search goes on; one that does not needs no checkpoint. Collective."""
+    """Wait for the search to decide if this trial continues; a stopped one needs no checkpoint. Collective."""
     context = parts.context
     if progress.step not in context.rungs:
         return None
@@ -85,7 +84,7 @@ def await_rung_decision(parts: TrainerComponents, progress: TrainState) -> LoopS
 
 
 def evaluate_held_out(parts: TrainerComponents, progress: TrainState) -> EvalLoss | None:
-    """Measure the held-out loss now; None where nothing is held out. Collective."""
+    """Measure the held-out loss now; return None if no data is held out. Collective."""
     context, feed = parts.context, parts.dataloader
     if feed.eval_loss_tokens == 0:
         return None
@@ -102,7 +101,7 @@ def evaluate_held_out(parts: TrainerComponents, progress: TrainState) -> EvalLos
 
 
 def _iter_with_heartbeat(batches: Sequence[MicroBatch], pulse: Heartbeat) -> Iterator[MicroBatch]:
-    """The batches of an evaluation, each of which is an advance."""
+    """Yield the batches of an evaluation, with a heartbeat phase for each."""
     for number, batch in enumerate(batches, start=1):
         pulse.set_phase(f"evaluating, batch {number} of {len(batches)}")
         yield batch

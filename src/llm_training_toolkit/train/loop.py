@@ -1,9 +1,9 @@
-"""The training loop. It knows neither Ray nor DeepSpeed nor the command line.
+"""Training loop, independent of Ray, DeepSpeed and the command line.
 
-    micro-batches of this rank -> gradients -> agree on loss and flags -> update -> metrics
+    micro-batches of this rank -> gradients -> all-reduce loss and flags -> update -> metrics
     -> evaluation, checkpoint, stop, each when due
 
-The worker builds the parts (`Parts`), the loop runs them from the step they stand at to the end.
+The worker builds `TrainerComponents`; the loop runs from their `initial_state` to the end of the plan.
 """
 
 from __future__ import annotations
@@ -33,30 +33,30 @@ from llm_training_toolkit.train.stragglers import Straggler, find_slowest_rank
 
 @dataclass(frozen=True)
 class StepDecision:
-    """What rank 0 decided after a step, the same on every rank."""
+    """Rank 0's decisions after a step, the same on every rank."""
 
     stop_request: StopRequest
     save_due: bool
     write_finished: bool
-    """Every rank has written its part of the checkpoint that has begun."""
+    """Every rank has written its part of the pending checkpoint."""
     data_missing: bool
-    """Some rank lacks data of the next step: it is being prepared."""
+    """Some rank lacks the next step's data, which is being prepared."""
 
     @property
     def loop_status(self) -> LoopStatus | None:
-        """How the loop ends after this step and its checkpoint; None = it goes on."""
+        """Status that ends the loop after this step and its checkpoint; otherwise None."""
         if self.stop_request is StopRequest.STOP:
             return "stopped"
         leave = self.stop_request is StopRequest.DRAIN or (
             self.stop_request is StopRequest.DRAIN_AFTER_CHECKPOINT and self.save_due
         )
-        return "left" if leave else None
+        return "drained" if leave else None
 
 
 def run_training_loop(parts: TrainerComponents) -> tuple[LoopStatus, TrainState]:
-    """Run from where the attempt begins to the end of the plan, or until somebody asks to stop or to leave.
+    """Run from the initial state to the end of the plan, or until a stop or drain request.
 
-    Raises TrainingError when the loss or the gradient is not finite.
+    Raises TrainingError when the loss or the gradient is not finite, or at a spike that ends the run.
     """
     progress = parts.initial_state
     if progress.step == 0:
@@ -65,7 +65,7 @@ def run_training_loop(parts: TrainerComponents) -> tuple[LoopStatus, TrainState]
     try:
         status, progress = _run_steps(parts, progress)
     except (TrainingError, DataError):
-        parts.checkpoint_manager.finalize_save()  # all ranks raise it: the checkpoint on its way is of a step before
+        parts.checkpoint_manager.finalize_save()  # raised on all ranks; the pending checkpoint is of an earlier step
         raise
     parts.context.heartbeat.set_phase("completing the last checkpoint")
     parts.goodput_tracker.enter_part("checkpoint")
@@ -74,9 +74,9 @@ def run_training_loop(parts: TrainerComponents) -> tuple[LoopStatus, TrainState]
 
 
 def _run_steps(parts: TrainerComponents, progress: TrainState) -> tuple[LoopStatus, TrainState]:
-    """Step after step, each with what is due after it, to the end or to a wish to end."""
+    """Run step after step, each with the work due after it, to the end of the plan or a stop request."""
     steps = parts.schedule.steps
-    # A group may begin where the data ends: the one before left, or was lost, while it waited for more.
+    # A worker group may start where the data ends: the previous one drained or died while waiting for more.
     if (status := wait_if_data_missing(parts, progress) or run_tasks_if_due(parts, progress)) is not None:
         return status, progress
     while progress.step < steps:
@@ -90,26 +90,25 @@ def _run_steps(parts: TrainerComponents, progress: TrainState) -> tuple[LoopStat
             seconds = parts.checkpoint_manager.begin_save(progress)
             parts.metrics.write(progress.step, {"perf/checkpoint_seconds": seconds})
         if flags.loop_status and not ended:
-            parts.checkpoint_manager.finalize_save()  # whoever asks to stop may not wait for an evaluation
+            parts.checkpoint_manager.finalize_save()  # first, since a stop may leave no time for an evaluation
         if ended or progress.step % parts.plan.eval_every == 0 or progress.step in parts.context.rungs:
             parts.goodput_tracker.enter_step(progress.step)
             evaluate_held_out(parts, progress)
         if ended:
             break
         status = flags.loop_status or (wait_for_data(parts, progress) if flags.data_missing else None)
-        # A rung is passed even by who is to stop: the checkpoint is of this step, and it would never be asked again.
+        # Ask at the rung even before a stop: the checkpoint is of this step, so a resumed trial would never ask.
         if status := await_rung_decision(parts, progress) or status or run_tasks_if_due(parts, progress):
             return status, progress
     return "finished", progress
 
 
 def train_step(parts: TrainerComponents, progress: TrainState) -> tuple[TrainState, StepDecision]:
-    """One step: gradients over this rank's share, one exchange between ranks, the update, the numbers."""
+    """Run one step: gradients of this rank's share, one all-reduce between ranks, the update, the metrics."""
     started = time.perf_counter()
     context, plan, step = parts.context, parts.plan, progress.step
-    patience = (
-        NON_STEP_TIMEOUT_FACTOR if progress == parts.initial_state else STEP_TIMEOUT_FACTOR
-    )  # the first step of an attempt compiles
+    # The first step of an attempt compiles.
+    patience = NON_STEP_TIMEOUT_FACTOR if progress == parts.initial_state else STEP_TIMEOUT_FACTOR
     context.heartbeat.set_phase(f"step {step + 1}, reading its sequences", patience)
     parts.goodput_tracker.enter_part("data")
     positions = compute_replica_slice(parts.dataloader.count_sequences(step), context.world_size, context.rank)
@@ -117,7 +116,7 @@ def train_step(parts: TrainerComponents, progress: TrainState) -> tuple[TrainSta
         step, positions, plan.micro_batch, plan.get_accumulation_steps(context.world_size)
     )
     loss_tokens = parts.dataloader.count_loss_tokens(step)
-    # Whatever chance is left (dropout of loaded weights) comes from the step, so that a resume repeats it.
+    # Remaining randomness (dropout of loaded weights) is seeded by the step, so that a resume repeats it.
     torch.manual_seed(hash((parts.seed, step, context.rank)))
     data_seconds = time.perf_counter() - started
     parts.goodput_tracker.enter_step(step + 1)
@@ -127,7 +126,7 @@ def train_step(parts: TrainerComponents, progress: TrainState) -> tuple[TrainSta
 
     loss_sum = parts.engine.forward_backward(micro_batches, loss_tokens, set_micro_batch_phase)
     context.heartbeat.set_phase(f"step {step + 1}, adding up the losses", patience)
-    # Under ZeRO 3 a forward pass waits for the others' weights: it tells nothing of this rank alone.
+    # Under ZeRO 3 a forward pass waits for other ranks' weights, so its time does not measure this rank.
     own_seconds = data_seconds + parts.engine.forward_seconds if parts.engine.stage < 3 else 0.0
     total, flags, slow = _all_reduce_step_results(parts, loss_sum, step + 1, own_seconds)
     loss = total / max(loss_tokens, 1)
@@ -150,7 +149,7 @@ def train_step(parts: TrainerComponents, progress: TrainState) -> tuple[TrainSta
 
 
 def _advance_state(parts: TrainerComponents, before: TrainState, taken: StepStats, *, skipped: bool) -> TrainState:
-    """How far the run has come with a step more."""
+    """Return the state after one more step."""
     seen = parts.dataloader.count_sequences(before.step)
     skip = (SkippedStep(before.step + 1, before.sequences, seen),) if skipped else ()
     return TrainState(
@@ -163,7 +162,7 @@ def _advance_state(parts: TrainerComponents, before: TrainState, taken: StepStat
 
 
 def _report_straggler(parts: TrainerComponents, step: Straggler) -> None:
-    """Name a rank that holds up the others, once."""
+    """Report a rank that slows down the others, once per rank."""
     lasting = parts.straggler_detector.observe_step(step)
     if lasting is not None and parts.context.is_rank_zero:
         parts.context.report({"kind": "slow", "rank": lasting.rank, "ratio": lasting.ratio})
@@ -172,7 +171,7 @@ def _report_straggler(parts: TrainerComponents, step: Straggler) -> None:
 def _all_reduce_step_results(
     parts: TrainerComponents, loss_sum: float, completed: int, own_seconds: float
 ) -> tuple[float, StepDecision, Straggler | None]:
-    """The loss summed over ranks, rank 0's decisions, and the slowest rank, in one exchange."""
+    """Return the loss summed over ranks, rank 0's decisions and the slowest rank, from one all-reduce."""
     context = parts.context
     wish = context.read_stop_request() if context.is_rank_zero else StopRequest.NONE
     save = context.is_rank_zero and (
@@ -191,7 +190,7 @@ def _all_reduce_step_results(
 
 
 def _format_non_finite_error(parts: TrainerComponents, step: int, positions: range, loss_sum: float, what: str) -> str:
-    """Name the step and the sequences of the ranks whose own loss was not finite. Collective."""
+    """Build the message with the step and the sequences of ranks whose own loss is not finite. Collective."""
     mine = "" if math.isfinite(loss_sum) else parts.dataloader.format_document_names(step, positions)
     named = "; ".join(text for text in parts.context.all_gather_object(mine) if text)
     return (
@@ -201,7 +200,7 @@ def _format_non_finite_error(parts: TrainerComponents, step: int, positions: ran
 
 
 def _record_step(parts: TrainerComponents, before: TrainState, started: float, values: dict[str, float]) -> None:
-    """Write the numbers of a step and tell the person at the keyboard."""
+    """Write a step's metrics, and report them to the user from rank 0."""
     seconds = time.perf_counter() - started
     completed = before.step + 1
     tokens = parts.dataloader.count_sequences(before.step) * parts.plan.sequence_length

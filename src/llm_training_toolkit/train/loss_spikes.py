@@ -1,7 +1,7 @@
-"""Whether a step's loss or gradient stands out from the steps before it. Pure.
+"""Loss and gradient spikes: detection against the steps before (pure), and the skip or stop that follows.
 
-A step is compared with the median of the last steps, in units of their median absolute deviation: unlike mean and
-standard deviation, both stay where they are when a few of those steps were spikes themselves.
+A step is compared with the median of the last steps, in units of their median absolute deviation. Unlike mean and
+standard deviation, both stay the same when a few of those steps were spikes themselves.
 """
 
 from __future__ import annotations
@@ -16,37 +16,34 @@ from llm_training_toolkit.checkpoint.state import SkippedStep, StepStats, TrainS
 from llm_training_toolkit.distributed.context import RunContext
 from llm_training_toolkit.errors import TrainingError
 
+# Steps to compare with. This and 6 deviations are OLMo 2's (SkipStepAdamW in OLMo-core: rolling_interval_length 128,
+# sigma_factor 6, there of mean and standard deviation, from half a window on).
 SPIKE_WINDOW_STEPS = 128
-"""Steps that are looked back on. This and 6 deviations are what OLMo 2 was trained with (SkipStepAdamW in OLMo-core:
-rolling_interval_length 128, sigma_factor 6, there of mean and standard deviation; half a window before it begins)."""
-MIN_SPIKE_STEPS = SPIKE_WINDOW_STEPS // 2
-"""Steps to have seen before any is judged: the first ones fall too fast to say what is usual."""
+MIN_SPIKE_STEPS = SPIKE_WINDOW_STEPS // 2  # before any step is judged: the first losses fall too fast for a baseline
 _MAX_DEVIATIONS = 6.0
-_MAD_TO_STD = 1.4826
-"""Median absolute deviation to standard deviation, where values are normally distributed."""
+_MAD_TO_STD = 1.4826  # median absolute deviation to standard deviation, for normally distributed values
+# Least deviation of losses, as a share of the median: a run with steady losses is not stopped below +12 %.
 _LOSS_FLOOR = 0.02
-"""Of the median: the least deviation of losses, so that a run whose losses hardly vary is not stopped below +12 %."""
+# Nats: the least deviation of losses is this over the root of the step's loss tokens. One token's loss varies by 2 or 3
+# nats, and neighbours vary together. A healthy run of 256 tokens a step went from 0.96 to 2.97 and back, 4.0 of these
+# deviations. From 65,536 tokens a step on they are below 2 % of a loss of 1.6.
 _TOKEN_FLOOR = 8.0
-"""Nats: the least deviation of losses is this over the root of the step's loss tokens. One token's loss varies by 2 or
-3 nats, and neighbours vary together. A healthy run of 256 tokens a step went from 0.96 to 2.97 and back, 4.0 of these
-deviations; from 65,536 tokens a step on they are below 2 % of a loss of 1.6."""
+# Least deviation of the logarithm of gradient norms: below ten times the usual norm is no spike, because norms are
+# skewed and clipping handles the common outliers.
 _NORM_FLOOR = math.log(10.0) / _MAX_DEVIATIONS
-"""The least deviation of the logarithm of gradient norms. They are skewed, and clipping takes care of the common
-outliers: less than ten times the usual one is none."""
-MAX_CONSECUTIVE_SKIPS = 10
-"""Updates that may be left out one after another: beyond that it is no spike but how the run stands."""
+MAX_CONSECUTIVE_SKIPS = 10  # more in a row are no spike, but the state of the run
 SpikePolicy = Literal["stop", "skip", "ignore"]
 
 
 def append_recent_step(recent: Sequence[StepStats], step: StepStats) -> tuple[StepStats, ...]:
-    """The steps to compare the next one with. Spikes are among them: where all steps are higher, that is usual."""
+    """Return the window with a step appended. Spikes count as well: if all steps are higher, that is the new median."""
     return (*recent[-(SPIKE_WINDOW_STEPS - 1) :], step)
 
 
 def detect_spike(step: StepStats, loss_tokens: int, recent: Sequence[StepStats]) -> str:
-    """How a step stands out from those before it, in words; empty where it does not, or too few are known.
+    """Return a text that describes a step's spike; empty if there is none, or too few steps are known.
 
-    loss_tokens: of which the step's loss is the mean.
+    The step's loss is the mean over `loss_tokens` tokens.
     """
     if len(recent) < MIN_SPIKE_STEPS:
         return ""
@@ -64,7 +61,7 @@ def detect_spike(step: StepStats, loss_tokens: int, recent: Sequence[StepStats])
 
 
 def count_consecutive_skips(skips: Sequence[SkippedStep], step: int) -> int:
-    """How many updates in a row were left out, the last of them that of `step`."""
+    """Return the number of updates skipped in a row, up to and including that of `step`."""
     left_out = {skip.step for skip in skips}
     length = 0
     while step - length in left_out:
@@ -75,7 +72,7 @@ def count_consecutive_skips(skips: Sequence[SkippedStep], step: int) -> int:
 def _compute_deviations(
     value: float, recent: Sequence[float], *, floor: float = 0.0, relative_floor: float = 0.0
 ) -> tuple[float, float]:
-    """How many deviations a value lies above the median of others, and that median."""
+    """Return a value's deviations above the median of `recent`, and that median."""
     usual = statistics.median(recent)
     spread = _MAD_TO_STD * statistics.median(abs(each - usual) for each in recent)
     least = max(floor, relative_floor * abs(usual))
@@ -83,12 +80,12 @@ def _compute_deviations(
 
 
 def _compute_log_norm(norm: float) -> float:
-    """The logarithm of a norm; of zero, where a step has nothing to learn, that of the smallest number there is."""
+    """Return the logarithm of a norm; a zero norm (a step with nothing to learn) counts as 1e-300."""
     return math.log(max(norm, 1e-300))
 
 
 class SpikeGuard:
-    """Judges one update, and says what follows where it is left out."""
+    """Spike check of one update, and the action after a spike."""
 
     def __init__(
         self, policy: SpikePolicy, context: RunContext, progress: TrainState, loss: float, loss_tokens: int
@@ -96,10 +93,10 @@ class SpikeGuard:
         self._policy, self._context, self._progress = policy, context, progress
         self._loss, self._loss_tokens = loss, loss_tokens
         self.spike = ""
-        """Why the update was left out, in words; empty where it was taken."""
+        """Text that describes the spike; empty if the update was allowed."""
 
     def allow_update(self, norm: float) -> bool:
-        """Whether the update is taken; the engine asks once it knows the gradient's norm. All ranks go by rank 0.
+        """Return whether to apply the update; the engine calls it with the gradient norm. Rank 0 decides for all.
 
         Collective once there are enough steps to compare with.
         """
@@ -112,9 +109,9 @@ class SpikeGuard:
         return not agreed
 
     def handle_spike(self, saver: CheckpointManager, loss_sum: float, documents: str) -> None:
-        """Say that the update was left out; `loss_sum` and `documents` are those of this rank. Collective.
+        """Report the skipped update; `loss_sum` and `documents` are those of this rank. Collective.
 
-        Raises TrainingError where that ends the run, which is then saved as it was before the update.
+        Raises TrainingError if that ends the run, after saving the state before the update.
         """
         step = self._progress.step + 1
         _, highest = max(self._context.all_gather_object((loss_sum, documents)))

@@ -1,7 +1,7 @@
-"""Which rank is slower than the others, step by step, and whether it stays so. Pure.
+"""Straggler detection: the slowest rank of each step, and ranks that are slow for many steps. Pure.
 
-Ranks wait for each other in every step, so all of them take as long as the slowest. What tells them apart is the time
-each spends before it waits: looking up its sequences and its forward passes.
+Ranks wait for each other in every step, so all of them take as long as the slowest. Only the time before the wait
+differs: looking up sequences, and forward passes.
 """
 
 from __future__ import annotations
@@ -11,15 +11,13 @@ from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
-_SLOW_RATIO = 1.5
-"""Times the median of the other ranks from which a rank counts as slow."""
+_SLOW_RATIO = 1.5  # a rank above this many times the median of the other ranks is slow
 _WINDOW_STEPS = 20
-_MIN_SLOW_STEPS = 18
-"""In how many of the last steps a rank must have been slow: one that hiccups is not meant."""
+_MIN_SLOW_STEPS = 18  # slow steps in the window before a rank is reported; a hiccup is ignored
 
 
 class Straggler(NamedTuple):
-    """The slowest rank of a step."""
+    """Slowest rank of a step."""
 
     rank: int
     ratio: float
@@ -27,7 +25,7 @@ class Straggler(NamedTuple):
 
 
 def find_slowest_rank(seconds: Sequence[float]) -> Straggler | None:
-    """The slowest of at least two ranks; None where nothing was measured."""
+    """Return the slowest of at least two ranks; otherwise, or if seconds are missing, return None."""
     if len(seconds) < 2 or min(seconds) <= 0:
         return None
     rank = max(range(len(seconds)), key=lambda index: seconds[index])
@@ -36,14 +34,14 @@ def find_slowest_rank(seconds: Sequence[float]) -> Straggler | None:
 
 
 class StragglerDetector:
-    """Follows the slowest rank over the steps of an attempt."""
+    """Record of the slowest rank over the steps of an attempt."""
 
     def __init__(self) -> None:
         self._recent: deque[Straggler] = deque(maxlen=_WINDOW_STEPS)
         self._named: set[int] = set()
 
     def observe_step(self, step: Straggler) -> Straggler | None:
-        """Take a step; a rank that has been slow for long, with its median ratio, once for each rank."""
+        """Add a step. Return a rank that has been slow for long, with its median ratio, once per rank."""
         self._recent.append(step)
         ratios = [each.ratio for each in self._recent if each.rank == step.rank and each.ratio > _SLOW_RATIO]
         if len(ratios) < _MIN_SLOW_STEPS or step.rank in self._named:

@@ -1,1 +1,1 @@
-"""Worker: what one rank does, from its start to the end of the run."""
+"""Worker: the work of one rank, from its start to the end of the run."""

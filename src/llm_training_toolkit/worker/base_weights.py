@@ -1,7 +1,7 @@
-"""The weights that adapters stand beside: always a directory or a hub id, so that a resume and an export find them.
+"""Base weights of adapters: always in a directory or on the hub, so that a resume and an export find them.
 
-With model.path that is theirs. From scratch, and from another run, whose newest checkpoint is another one tomorrow, the
-weights are written to <run>/base at the first start.
+With model.path they are used where they are. From scratch, and from another run (its newest checkpoint changes), they
+are written to <run>/base at the first start.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from llm_training_toolkit.worker.spec import WorkerSpec
 
 
 def ensure_base_weights(place: WorkerSpec, plan: Plan, context: RunContext) -> str:
-    """Where the weights lie that the run's adapters stand beside; written there first, if need be. Collective."""
+    """Return the path of the base weights of the run's adapters; write them first if needed. Collective."""
     if place.config.model.path is not None:
         return place.config.model.path
-    # One rank writes, and an error of its own must reach the others, which wait.
+    # Rank 0 alone writes; its error must reach the ranks that wait.
     failed = ""
     if context.is_rank_zero and read_source_checkpoint_name(place.run.base_weights_dir) is None:
         try:

@@ -1,7 +1,7 @@
-"""The model of a run under DeepSpeed: whatever its weights start from, and with adapters beside it where it has them.
+"""Builds the model of a run under DeepSpeed, with its initial weights and its adapters if it has any.
 
 random weights, model.path, model.init_from or the run's own checkpoint
-  -> model -> loss -> adapters -> engine -> what was saved
+  -> model -> loss -> adapters -> engine -> restored state
 """
 
 from __future__ import annotations
@@ -44,19 +44,19 @@ from llm_training_toolkit.worker.spec import WorkerSpec
 
 @dataclass(frozen=True)
 class BuiltModel:
-    """A model ready to be trained."""
+    """Model ready for training."""
 
     engine: Engine
     hf_config: Mapping[str, Any]
-    """The Hugging Face configuration of the model, for its exports."""
+    """Hugging Face configuration of the model, for its exports."""
     base: BaseWeights | None
-    """The weights that adapters stand beside; None where the model itself is trained."""
+    """Base weights of the adapters, or None if the model itself is trained."""
 
 
 def build_run_model(
     place: WorkerSpec, plan: Plan, context: RunContext, checkpoint: CheckpointReader | None
 ) -> BuiltModel:
-    """The run's model at `checkpoint`, or at its beginning. Collective. Raises PlanError and CheckpointError."""
+    """Build the run's model at `checkpoint` or its initial state. Collective. Raises PlanError and CheckpointError."""
     _check_device(place.config, context)
     prepare_deepspeed(context.device.type)
     path = (
@@ -69,7 +69,7 @@ def build_run_model(
     origin = checkpoint or _find_initial_checkpoint(place.config, plan, context)
     directory = ensure_local_weights(path, place, context) if path is not None else None
     engine, hf_config = _build_engine(place.config, plan, context, directory, origin)
-    # A hub id stays one: what is written down must be found on other machines, too.
+    # Record the hub id, not the local directory, which other machines do not have.
     if path is not None:
         hf_config = {**hf_config, "_name_or_path": path}
     base = replace(read_base_weights(directory, context), path=path) if plan.adapter and directory and path else None
@@ -78,7 +78,7 @@ def build_run_model(
 
 
 def _check_device(config: Config, context: RunContext) -> None:
-    """Refuse what this device does not have; flex_attention on CPU would abort the process."""
+    """Raise PlanError for features that this device lacks; flex_attention on CPU would abort the process."""
     gpu = context.device.type != "cpu"
     if not gpu and config.model.attn_implementation in {"flash_attention_2", "flex_attention"}:
         raise PlanError(
@@ -93,7 +93,7 @@ def _check_device(config: Config, context: RunContext) -> None:
 def _build_engine(
     config: Config, plan: Plan, context: RunContext, path: str | None, origin: CheckpointReader | None
 ) -> tuple[Engine, Mapping[str, Any]]:
-    """The model under DeepSpeed, with the weights at `path` if there is one, else those of `origin` later."""
+    """Build the model under DeepSpeed with the weights at `path`, if given; those of `origin` are loaded later."""
     model_section = config.model
     loads = model_section.path is not None or model_section.init_from is not None
     quantize = plan.adapter is not None and plan.adapter.quantize is not None
@@ -136,7 +136,7 @@ def _load_state(
     base: BaseWeights | None,
     context: RunContext,
 ) -> None:
-    """Bring the engine to where the run goes on: its own checkpoint, or the weights of another run."""
+    """Restore the run's own checkpoint, or load the weights of another run."""
     if checkpoint is not None:
         if base is not None:
             check_base_matches(BaseWeights.from_json(checkpoint.manifest.extra["base"]), base)
@@ -147,18 +147,20 @@ def _load_state(
 
 
 def _get_trained_hf_config(origin: CheckpointReader, plan: Plan) -> dict[str, Any]:
-    """The configuration that a checkpoint's weights were trained with: the plan has the size's, and published weights
-    may differ from it in what no parameter shows, such as their rotary positions.
+    """Return the configuration that a checkpoint's weights were trained with.
+
+    The plan has the default configuration of the size. Published weights may differ from it in values that no parameter
+    shows, such as rotary positions.
     """
     values = dict(origin.manifest.extra["hf_config"])
-    if (values.get("rope_parameters") or {}).get("rope_type") == "default":  # others may scale by this number
+    if (values.get("rope_parameters") or {}).get("rope_type") == "default":  # other types may scale by this number
         key = "max_position_embeddings"
         values[key] = max(values[key], plan.hf_config[key])
     return values
 
 
 def _find_initial_checkpoint(config: Config, plan: Plan, context: RunContext) -> CheckpointReader | None:
-    """The checkpoint of another run whose weights this one begins with, where its model is trained whole."""
+    """Return the checkpoint of model.init_from, unless adapters are trained."""
     if config.model.init_from is None or plan.adapter is not None:
         return None
     return _find_source_checkpoint(config.model.init_from, context)
@@ -175,7 +177,7 @@ def _load_initial_weights(engine: Engine, origin: CheckpointReader, context: Run
 
 
 def _find_source_checkpoint(init_from: str, context: RunContext) -> CheckpointReader:
-    """The newest checkpoint of another run that trained its model whole: rank 0's, as that run may be going on."""
+    """Return the newest checkpoint of another run without adapters, as rank 0 sees it: that run may still train."""
     run = find_run(Path(init_from).expanduser())
     if _has_trained_adapters(run):
         raise CheckpointError(

@@ -1,4 +1,4 @@
-"""Where the ranks sit: each says on which node and device, and nothing is built until that is what was asked for."""
+"""Checks rank placement before anything is built: one device type, no two ranks on one GPU."""
 
 from __future__ import annotations
 
@@ -15,29 +15,27 @@ from llm_training_toolkit.distributed.context import RunContext
 from llm_training_toolkit.errors import LaunchError
 from llm_training_toolkit.worker.spec import WorkerSpec
 
-_NODES_NAMED = 4
-"""Nodes that the line at the start names; of more it says how many, and the attempt's file has all."""
-_MIG_PREFIX = "MIG-"
-"""How CUDA_VISIBLE_DEVICES names a slice of a GPU, which has a memory and processors of its own."""
+_NODES_NAMED = 4  # nodes named in the placement message; more are only counted, and the attempt's file lists all
+_MIG_PREFIX = "MIG-"  # prefix in CUDA_VISIBLE_DEVICES of a GPU slice, which has its own memory and processors
 K = TypeVar("K", bound=Hashable)
 
 
 @dataclass(frozen=True)
 class RankPlacement:
-    """A rank's node and device."""
+    """Node and device of a rank."""
 
     node: str
     machine: str
     local_rank: int
-    """Its number among the ranks of the node."""
+    """Rank within the node."""
     device: str
-    """`cpu`, or `cuda:3` as the rank counts them."""
+    """`cpu`, or `cuda:3` in the numbering of the rank."""
     model: str
-    """Of the GPU; empty on CPU."""
+    """GPU model; empty on CPU."""
     unit: str
-    """What no two ranks may share: the GPU's UUID, or that of its slice; empty on CPU."""
+    """UUID of the GPU or of its slice, unique among ranks; empty on CPU."""
     cores: int
-    """That this process may use."""
+    """CPU cores that this process may use."""
 
     @property
     def device_type(self) -> str:
@@ -45,14 +43,14 @@ class RankPlacement:
         return self.device.partition(":")[0]
 
     def to_json(self) -> dict[str, Any]:
-        """For the attempt's file."""
+        """Return the record for the attempt's file."""
         return asdict(self)
 
 
 def check_placement(place: WorkerSpec, context: RunContext) -> list[RankPlacement]:
-    """Where every rank sits, by rank; rank 0 says it in few words. Collective.
+    """Return the placement of every rank, by rank; rank 0 reports a summary. Collective.
 
-    Raises LaunchError, on every rank, where two ranks share a device, or compute on another kind than was asked for.
+    Raises LaunchError on every rank if two ranks share a device, or the device type is not the one asked for.
     """
     seats = context.all_gather_object(_find_own_placement(place, context.device))
     wrong = find_placement_problem(seats, place.config.cluster.gpus_per_worker)
@@ -77,7 +75,7 @@ def _find_own_placement(place: WorkerSpec, device: torch.device) -> RankPlacemen
 
 
 def find_placement_problem(seats: Sequence[RankPlacement], gpus_per_worker: int | str) -> str:
-    """Why ranks must not work on these devices, and what to do; empty where they may."""
+    """Return the reason why ranks must not use these devices, with the remedy; empty if they may."""
     kinds: Mapping[str, Sequence[int]] = _group_ranks([seat.device_type for seat in seats])
     if len(kinds) > 1:
         on = "; ".join(
@@ -107,7 +105,7 @@ def find_placement_problem(seats: Sequence[RankPlacement], gpus_per_worker: int 
 
 
 def find_placement_warnings(seats: Sequence[RankPlacement], config: Config) -> list[str]:
-    """What makes the ranks slow, though not wrong."""
+    """Return warnings about placements that are valid but slow."""
     said = []
     models = _group_ranks([seat.model for seat in seats])
     if len(models) > 1:
@@ -125,7 +123,7 @@ def find_placement_warnings(seats: Sequence[RankPlacement], config: Config) -> l
 
 
 def format_placement(seats: Sequence[RankPlacement]) -> str:
-    """`ranks 0 to 7 on node a (cuda:0 to cuda:7), ranks 8 to 15 on node b (…), each NVIDIA H100`."""
+    """Format as `ranks 0 to 7 on node a (cuda:0 to cuda:7), ranks 8 to 15 on node b (…), each NVIDIA H100`."""
     nodes = _group_ranks([seat.node for seat in seats])
     models = sorted({seat.model for seat in seats} - {""})
     each = f", each {models[0]}" if len(models) == 1 else ""
@@ -149,7 +147,7 @@ def _format_nodes(seats: Sequence[RankPlacement], ranks: Sequence[int]) -> str:
 
 
 def _format_ranks(ranks: Sequence[int]) -> str:
-    """`rank 3`, `ranks 0 and 2`, `ranks 0 to 7`."""
+    """Format as `rank 3`, `ranks 0 and 2`, `ranks 0 to 7`."""
     if len(ranks) == 1:
         return f"rank {ranks[0]}"
     if len(ranks) > 2 and list(ranks) == list(range(ranks[0], ranks[-1] + 1)):
@@ -158,7 +156,7 @@ def _format_ranks(ranks: Sequence[int]) -> str:
 
 
 def _group_ranks(keys: Sequence[K]) -> dict[K, list[int]]:
-    """The ranks of every key, in the order in which keys first appear."""
+    """Return the ranks of each key, with keys in order of first appearance."""
     found: defaultdict[K, list[int]] = defaultdict(list)
     for rank, key in enumerate(keys):
         found[key].append(rank)

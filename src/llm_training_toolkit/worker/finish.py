@@ -1,7 +1,7 @@
-"""The end of a run: export the newest checkpoint, then let the exported model show and measure what it can do.
+"""End of a run: exports the newest checkpoint, then generates samples and runs tasks with the export.
 
-Called by rank 0 when training is over, and by the next start if that was cut short. The samples
-continue held-out documents, so that they suit whatever the run was trained on.
+Called by rank 0 after training, and by the next start if that was interrupted. Samples continue held-out documents, so
+that they suit any training data.
 """
 
 from __future__ import annotations
@@ -27,17 +27,14 @@ from llm_training_toolkit.runs.directory import RunDirectory
 
 EventReporter = Callable[[Event], None]
 _COMPLETIONS = 2
-_CHARACTERS = 80
-"""A held-out document shorter than this is no prompt."""
-_TEMPERATURE = 0.5
-"""A small model that always takes the likeliest token repeats itself."""
-_SHOWN = 240
-"""Characters of a prompt: enough to see what the model was given, few enough to read."""
+_CHARACTERS = 80  # minimum length of a held-out document to be used as a prompt
+_TEMPERATURE = 0.5  # small models repeat themselves under greedy decoding
+_SHOWN = 240  # characters of a prompt: enough to see what the model was given, few enough to read
 
 
 @dataclass(frozen=True)
 class GeneratedSample:
-    """What the model wrote, and what it was given."""
+    """Generated text and the prompt around it."""
 
     title: str
     before: str
@@ -45,11 +42,11 @@ class GeneratedSample:
     after: str = ""
 
     def to_event(self) -> Event:
-        """For the screen."""
+        """Return the event for the console."""
         return {"kind": "sample", **self.__dict__}
 
     def to_markdown(self) -> str:
-        """For TensorBoard: given and written text apart."""
+        """Return Markdown for TensorBoard, with prompt and generated text apart."""
         parts = [
             f"**{self.title}**",
             "given",
@@ -65,9 +62,9 @@ def _format_code_block(text: str) -> str:
 
 
 def finish_run(trained: TrainedRun, *, metrics: Metrics, context: RunContext) -> None:
-    """Export the newest checkpoint, then sample from the export and carry out the tasks of `eval.tasks`.
+    """Export the newest checkpoint, generate samples from the export and run the tasks of `eval.tasks`.
 
-    Raises CheckpointError when the export fails.
+    Raises CheckpointError if the export fails.
     """
     run = trained.run
     directory = find_latest_checkpoint(run.checkpoints_dir)
@@ -87,18 +84,18 @@ def finish_run(trained: TrainedRun, *, metrics: Metrics, context: RunContext) ->
 
 
 def is_exported(run: RunDirectory) -> bool:
-    """Whether the export is that of the newest checkpoint, and not of one before the run was lengthened."""
+    """Return whether the export is of the newest checkpoint, not of one before the run was extended."""
     directory = find_latest_checkpoint(run.checkpoints_dir)
     return directory is not None and read_source_checkpoint_name(run.export_dir) == directory.name
 
 
 def is_run_finished(run: RunDirectory, config: Config) -> bool:
-    """Whether everything that `finish` does has been done."""
+    """Return whether everything that `finish_run` does is done."""
     return is_exported(run) and has_finished_tasks(run, config)
 
 
 def complete_interrupted_finish(run: RunDirectory, config: Config, report: EventReporter) -> None:
-    """Make up for what is missing of a `finish` that was cut short, in a process of its own."""
+    """Complete a `finish_run` that was interrupted, in a single process without workers."""
     directory = find_latest_checkpoint(run.checkpoints_dir)
     assert directory is not None
     manifest = CheckpointReader(directory).manifest
@@ -111,7 +108,7 @@ def complete_interrupted_finish(run: RunDirectory, config: Config, report: Event
 
 
 def generate_samples(exported: Path, config: Config, receipt: DatasetInfo, device: str) -> Iterator[GeneratedSample]:
-    """Two completions of held-out documents, and one infilling where the run learnt to infill."""
+    """Yield two completions of held-out documents, and one infilling if the run was trained on FIM."""
     texts = list(read_held_out_texts(receipt, limit=_COMPLETIONS + 1, characters=_CHARACTERS))
     if not texts:
         return
@@ -127,12 +124,12 @@ def generate_samples(exported: Path, config: Config, receipt: DatasetInfo, devic
 
 
 def _trim_to_whole_lines(text: str) -> str:
-    """The text up to its last line break, if it has one: models write better from the beginning of a line."""
+    """Return the text up to its last line break, if any: models continue better from the start of a line."""
     return text[: text.rfind("\n") + 1].lstrip("\n") or text
 
 
 def _split_around_middle_line(text: str) -> tuple[str, str]:
-    """What stands before and after the middle line of a text."""
+    """Return the text before and after its middle line."""
     lines = text.lstrip("\n").splitlines(keepends=True)
     middle = len(lines) // 2
     return "".join(lines[:middle]), "".join(lines[middle + 1 :])

@@ -1,7 +1,7 @@
-"""Weights of the hub on every node: one rank of each node fetches them, the others wait and read what lies there.
+"""Downloads hub weights once per node: one rank fetches them, the others wait and read the cache.
 
-What is there already is taken as it is, because a run must not change when the hub does, and all nodes take the
-revision that rank 0 has. Where nodes share one HF_HOME the hub's client locks every file: one fetches it for all.
+Cached weights are used as they are, because a run must not change when the hub does. All nodes use the revision of rank
+0. On nodes with a shared HF_HOME the hub client locks every file, so that one node fetches it for all.
 """
 
 from __future__ import annotations
@@ -19,16 +19,15 @@ from llm_training_toolkit.distributed.context import RunContext
 from llm_training_toolkit.errors import CheckpointError
 from llm_training_toolkit.worker.spec import WorkerSpec
 
+# Skips a second copy of the weights in another format.
 _FILES = ["config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json"]
-"""Of a repository: no second copy of the weights in another format."""
-_LOOK_EVERY = 0.5
-"""Seconds between two exchanges on whether all have what they need: a long one would be given up by torch."""
+_LOOK_EVERY = 0.5  # seconds between all-gathers while ranks wait: torch would time out a single long one
 
 
 def ensure_local_weights(path: str, place: WorkerSpec, context: RunContext) -> str:
-    """The directory on this node with the weights at a path or of a hub id, fetched if need be. Collective.
+    """Return the directory on this node with the weights of a path or hub id; download if needed. Collective.
 
-    Raises CheckpointError, on every rank, where a node cannot have them.
+    Raises CheckpointError on every rank if a node cannot have them.
     """
     local = Path(path).expanduser()
     sights = context.all_gather_object((place.machine, place.node, local.is_dir()))
@@ -66,7 +65,7 @@ def _join_node_names(nodes: Iterable[str]) -> str:
 
 
 def _run_on_all_ranks(work: Callable[[], str], path: str, place: WorkerSpec, context: RunContext) -> list[str]:
-    """What the work gives on every rank, once all have done theirs; what one raises is raised on all of them."""
+    """Run the work on every rank and return all results; an error of one rank is raised on all."""
     done: list[tuple[str, str]] = []
 
     def run_and_record() -> None:
@@ -79,7 +78,7 @@ def _run_on_all_ranks(work: Callable[[], str], path: str, place: WorkerSpec, con
     began, told = time.monotonic(), False
     threading.Thread(
         target=run_and_record, daemon=True, name="fetch-weights"
-    ).start()  # nobody waits for it when another fails
+    ).start()  # not joined if another rank fails
     while True:
         answers = context.all_gather_object(done[0] if done else None)
         failed = next((answer[1] for answer in answers if answer and answer[1]), "")
@@ -95,7 +94,7 @@ def _run_on_all_ranks(work: Callable[[], str], path: str, place: WorkerSpec, con
 
 
 def _find_cached_revision(path: str, revision: str = "main") -> str:
-    """The revision of a hub id that lies here whole; empty where there is none."""
+    """Return the revision of a hub id that is complete in the cache; empty without one."""
     try:
         directory = _find_cached_snapshot(path, revision)
     except OSError:
@@ -104,7 +103,7 @@ def _find_cached_revision(path: str, revision: str = "main") -> str:
 
 
 def _find_cached_snapshot(path: str, revision: str) -> Path:
-    """The directory of a revision here, whole or not. Raises OSError where there is none."""
+    """Return the cached directory of a revision, complete or not. Raises OSError if it is absent."""
     try:
         return Path(snapshot_download(path, revision=revision, allow_patterns=_FILES, local_files_only=True))
     except HFValidationError as error:
@@ -112,7 +111,7 @@ def _find_cached_snapshot(path: str, revision: str) -> Path:
 
 
 def _download_weights(path: str, revision: str = "main") -> str:
-    """Fetch weights from the hub; the revision that came."""
+    """Download weights from the hub and return their revision."""
     try:
         directory = Path(snapshot_download(path, revision=revision, allow_patterns=_FILES))
     except (HfHubHTTPError, OSError, ValueError) as error:
@@ -127,7 +126,7 @@ def _download_weights(path: str, revision: str = "main") -> str:
 
 
 def _is_complete_snapshot(directory: Path) -> bool:
-    """Whether the weights are there with every file that their index names."""
+    """Return whether all weight files named in the index are present."""
     if not (directory / "config.json").is_file():
         return False
     index = directory / "model.safetensors.index.json"

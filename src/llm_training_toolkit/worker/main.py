@@ -1,6 +1,6 @@
-"""What one rank does: build the parts, resume, train, and on rank 0 export and sample at the end.
+"""Main function of a rank: builds the components, resumes and trains; rank 0 exports and samples at the end.
 
-The same for a Ray Train worker, a torchrun rank and a lone process; they differ in the RunContext.
+The code is the same for a Ray Train worker, a torchrun rank and a single process: they differ in the RunContext.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ from llm_training_toolkit.worker.spec import WorkerSpec
 
 
 def run_worker(place: WorkerSpec, context: RunContext) -> dict[str, Any]:
-    """Take part in the run until it finishes or stops; `{"status", "step"}` comes back on every rank.
+    """Run the rank until the run finishes or stops, and return `{"status", "step"}` on every rank.
 
-    Raises SmallerMicroBatch when memory ran out and the next attempt will take less.
+    Raises SmallerMicroBatch if memory ran out and the next attempt will use less.
     """
     seats = check_placement(place, context)
     asked, precision_note = resolve_precision(place, context)
@@ -62,8 +62,8 @@ def run_worker(place: WorkerSpec, context: RunContext) -> dict[str, Any]:
     try:
         parts = _build_components(place, context, attempt, account, (*precision_note, *memory_notes))
         status, step = _train_and_finish(parts, place, asked.config)
-    except Exception as error:  # the edge of a rank: whatever ends it is written down, and goes on
-        # A disk that is full must not hide the error that says so.
+    except Exception as error:  # outermost handler of a rank: records every failure
+        # A full disk must not hide the original error.
         with suppress(OSError, ValueError):
             find_storage(place.run.path).refresh_directory(place.run.attempts_dir)
             fail_attempt(place.run, attempt, f"rank {context.rank}: {type(error).__name__}: {error}")
@@ -95,7 +95,7 @@ def _train_and_finish(parts: TrainerComponents, place: WorkerSpec, asked: Config
 def _begin_attempt(
     place: WorkerSpec, context: RunContext, asked: Config, seats: Sequence[RankPlacement]
 ) -> tuple[int, GoodputTracker]:
-    """Agree on the attempt's number, send the output of libraries to its log, get the process ready."""
+    """Agree on the attempt's number, redirect library output to its log and set up torch."""
     config = place.config
     so_far = load_goodput_state(place.run, place.began) if context.is_rank_zero else GoodputState({}, 0)
     processes = context.all_gather_object(os.getpid())
@@ -134,7 +134,7 @@ def _build_components(
     facts = build_data_facts(place.receipt, done.step, done.sequences)
     plan = check_plan(make_plan(config, facts, replicas=context.world_size)).with_notes(resolved)
     if context.is_rank_zero:
-        write_atomically(run.plan_path, json.dumps(plan.to_json(), indent=1))  # with what `auto` has become
+        write_atomically(run.plan_path, json.dumps(plan.to_json(), indent=1))  # with `auto` resolved
     context.heartbeat.set_phase("building the model and loading its state")
     built = build_run_model(place, plan, context, checkpoint)
     context.heartbeat.set_phase("opening the data")
@@ -187,13 +187,13 @@ def _build_components(
 
 
 def _build_manifest_extra(built: BuiltModel, plan: Plan) -> dict[str, Any]:
-    """What a manifest says of the model beside its weights."""
+    """Return the facts about the model that a manifest holds beside its weights."""
     extra = {"hf_config": built.hf_config, "micro_batch": plan.micro_batch}
     return extra if built.base is None else extra | {"base": built.base.to_json()}
 
 
 def _get_train_state(checkpoint: CheckpointReader | None) -> TrainState:
-    """Where a run goes on."""
+    """Return the state to resume from."""
     if checkpoint is None:
         return TrainState()
     manifest = checkpoint.manifest
@@ -203,7 +203,7 @@ def _get_train_state(checkpoint: CheckpointReader | None) -> TrainState:
 def _warn_of_rounding_changes(
     checkpoint: CheckpointReader | None, lineage: CheckpointLineage, context: RunContext
 ) -> None:
-    """Say when the continuation cannot be bit for bit: rounding depends on ranks, threads, micro-batch and stage."""
+    """Report that losses will differ by rounding, which depends on ranks, threads, micro-batch and ZeRO stage."""
     if checkpoint is None or not context.is_rank_zero:
         return
     manifest = checkpoint.manifest

@@ -1,8 +1,8 @@
-"""ZeRO stage and micro-batch of an attempt where the configuration says `auto`, and the answer to an out-of-memory.
+"""ZeRO stage and micro-batch of an attempt if they are `auto`, and recovery from out-of-memory.
 
-An attempt takes those of the one before it, so that a resume repeats every bit; half the micro-batch, or the next ZeRO
-stage, if that ran out of memory; and those that the plan's estimate fits into the devices where no attempt was like
-this one.
+An attempt takes the values of the previous one, so that a resume repeats every bit. After an out-of-memory it takes
+half the micro-batch or the next ZeRO stage. Without a comparable attempt it takes the values that fit by the plan's
+estimate.
 """
 
 from __future__ import annotations
@@ -40,23 +40,23 @@ _CGROUPS = Path("/sys/fs/cgroup")
 
 
 class SmallerMicroBatch(Exception):  # noqa: N818 - what happens next, not what went wrong
-    """Memory ran out; the next attempt of this run takes less of it and needs no other help."""
+    """Memory ran out; the next attempt of this run uses less and needs no other change."""
 
 
 @dataclass(frozen=True)
 class MemorySettings:
-    """What an attempt takes of a device's memory: where the configuration gives numbers, those."""
+    """ZeRO stage and micro-batch of an attempt; numbers from the configuration are kept."""
 
     zero: int
     micro_batch: int
 
     def apply_to_config(self, config: Config) -> Config:
-        """The configuration with these settings."""
+        """Return the configuration with these settings."""
         return with_micro_batch(with_zero_stage(config, self.zero), self.micro_batch)
 
 
 def describe_memory_load(config: Config, context: RunContext) -> dict[str, Any]:
-    """What the memory of a device depends on, the micro-batch apart; `engine.zero_stage` as it was asked for."""
+    """Return what device memory depends on, except the micro-batch; `engine.zero_stage` as configured."""
     return {
         "workers": context.world_size,
         "device": context.device.type,
@@ -69,10 +69,7 @@ def describe_memory_load(config: Config, context: RunContext) -> dict[str, Any]:
 
 
 def resolve_memory_settings(place: WorkerSpec, context: RunContext) -> tuple[WorkerSpec, tuple[str, ...]]:
-    """Choose `engine.zero_stage` and `train.micro_batch_size`, the same on every rank, with the notes of the plan.
-
-    Collective.
-    """
+    """Choose `engine.zero_stage` and `train.micro_batch_size` for all ranks, with notes for the plan. Collective."""
     config = place.config
     if config.train.micro_batch_size != "auto" and config.engine.zero_stage != "auto":
         return place, ()
@@ -93,7 +90,7 @@ def _choose_settings(
         said = (*_format_kept_stage(config, before), *_format_kept_micro_batch(config, before))
         settings = before
     else:
-        if context.device.type == "cpu":  # where the copy of a checkpoint that is being written lies as well
+        if context.device.type == "cpu":  # also holds the copy of a checkpoint during its write
             free -= compute_checkpoint_copy_bytes(make_plan(config).trainable_parameters, context.world_size)
         settings, said = _estimate_settings(config, context.world_size, free)
     for message in said:
@@ -123,7 +120,7 @@ def _format_kept_micro_batch(config: Config, before: MemorySettings) -> tuple[st
 
 
 def _find_previous_settings(run: RunDirectory, config: Config, context: RunContext) -> MemorySettings | None:
-    """What the newest attempt under the same load teaches; None where there is none."""
+    """Return the settings that follow from the newest attempt under the same load, or None without one."""
     load = describe_memory_load(config, context)
     for number in range(find_last_attempt(run), 0, -1):
         record = read_attempt_record(run, number)
@@ -138,13 +135,13 @@ def _find_previous_settings(run: RunDirectory, config: Config, context: RunConte
             return _find_smaller_settings(config, tried, context.world_size) or least
         if given != "auto":
             return least
-        if record["asked"] == "auto":  # a number that somebody asked for once is not ours to keep
+        if record["asked"] == "auto":  # a number that was configured for one attempt is not kept
             return tried
     return None
 
 
 def _find_smaller_settings(asked: Config, tried: MemorySettings, workers: int) -> MemorySettings | None:
-    """The settings to try after `tried` did not fit, of those that were asked for as `auto`; None = there are none."""
+    """Return the settings to try after `tried` ran out of memory, changing only `auto` ones, or None."""
     taken = tried.apply_to_config(asked)
     rows = find_smaller_micro_batch(taken, workers, tried.micro_batch) if asked.train.micro_batch_size == "auto" else 0
     if rows:
@@ -154,15 +151,15 @@ def _find_smaller_settings(asked: Config, tried: MemorySettings, workers: int) -
 
 
 def _died_before_first_step(run: RunDirectory, record: Mapping[str, Any]) -> bool:
-    """Whether an attempt was killed before its first step: on CPU the system's answer to too much memory."""
+    """Return whether an attempt was killed before its first step, the kernel's reaction to out-of-memory on CPU."""
     kind = record.get("failure", {}).get("kind")
-    killed = kind in {"killed", "out of memory"} if kind else record["state"] in {"running", "lost"}
+    killed = kind in {"killed", "oom"} if kind else record["state"] in {"running", "lost"}
     rows = read_newest_rows(run.metrics_path)
     return killed and not any(row["attempt"] == record["attempt"] and "train/loss" in row for row in rows)
 
 
 def _measure_free_memory(context: RunContext) -> float:
-    """Bytes this rank may take: its GPU's free memory, or its share of what the machine or its container has free."""
+    """Return the bytes this rank may use: free GPU memory, or its share of the machine's or container's free memory."""
     if context.device.type == "cuda":
         return float(torch.cuda.mem_get_info(context.device)[0])
     hosts = Counter(context.all_gather_object(socket.gethostname()))
@@ -172,10 +169,10 @@ def _measure_free_memory(context: RunContext) -> float:
 
 
 def read_container_free_memory(membership: str, root: Path) -> float:
-    """Bytes left under the memory limits of the groups a process is in; infinite where none has a limit.
+    """Return the bytes left under the memory limits of a process's cgroups, or infinity without a limit.
 
-    `membership` is the text of /proc/self/cgroup. A limit may stand in any group from the process's own upwards:
-    Slurm and systemd set it there, a container shows its own as the root. Reads cgroup v2 and v1.
+    `membership` is the text of /proc/self/cgroup. The limit may be set in any cgroup from the process's own upwards:
+    Slurm and systemd set it there, a container sees its own as the root. Reads cgroup v2 and v1.
     """
     free = math.inf
     for line in membership.splitlines():
@@ -199,7 +196,7 @@ _FILES = {
 
 
 def _read_cgroup_free_memory(group: Path, version: str) -> float:
-    """Bytes left in one group; what is cached of files counts as left."""
+    """Return the bytes left in one cgroup; cached file contents count as left."""
     limit_file, used_file, cached_name = _FILES[version]
     try:
         limit, used = (group / limit_file).read_text().strip(), int((group / used_file).read_text())
@@ -210,7 +207,7 @@ def _read_cgroup_free_memory(group: Path, version: str) -> float:
 
 
 def build_out_of_memory_error(asked: Config, taken: Config, workers: int) -> SmallerMicroBatch | TrainingError:
-    """What follows when an attempt of `taken` ran out of memory: one that takes less, or the end of the run."""
+    """Return the exception for an out-of-memory with `taken`: retry with less memory, or fail the run."""
     rows, stage = taken.train.micro_batch_size, taken.engine.zero_stage
     assert rows != "auto"
     assert stage != "auto"

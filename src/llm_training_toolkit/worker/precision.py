@@ -1,4 +1,4 @@
-"""`train.precision: auto`: measured where the workers are, agreed between them, and recorded in resolved.json."""
+"""Resolution of `train.precision: auto`: measured on the workers, agreed between them, recorded in resolved.json."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from llm_training_toolkit.worker.spec import WorkerSpec, get_torchrun_world_size
 
 
 def resolve_precision(place: WorkerSpec, context: RunContext) -> tuple[WorkerSpec, tuple[str, ...]]:
-    """Give every rank the run's precision, measured where it is `auto`, with what the plan says of it. Collective.
+    """Return the spec with the run's precision, measured if it is `auto`, and notes for the plan. Collective.
 
-    Rank 0 records it in resolved.json, so that later attempts and everything that reads the run keep it.
+    Rank 0 records it in resolved.json, so that later attempts and all readers of the run keep it.
     """
-    precision = context.broadcast_object(place.config.train.precision)  # torchrun's ranks have read files of their own
+    precision = context.broadcast_object(place.config.train.precision)  # each torchrun rank has read its own file
     if precision == "fp32" or (precision == "bf16" and context.device.type != "cpu"):
         return _apply_given_precision(place, precision)
     from llm_training_toolkit.distributed.matmul_speed import measure_bf16_slowdown
@@ -50,7 +50,7 @@ def _apply_given_precision(place: WorkerSpec, precision: Precision) -> tuple[Wor
 
 
 def read_precision_notes(run: RunDirectory, config: Config) -> tuple[str, ...]:
-    """Read the reason for the run's precision from its earlier plan; empty where it was asked for."""
+    """Read the reason for the run's precision from its earlier plan; empty if it was configured."""
     if not run.plan_path.is_file():
         return ()
     reason = f"{PRECISION_KEY} = {config.train.precision} (auto)"
@@ -58,14 +58,14 @@ def read_precision_notes(run: RunDirectory, config: Config) -> tuple[str, ...]:
 
 
 def resolve_local_precision(config: Config) -> tuple[Config, tuple[str, ...]]:
-    """Decide before the workers exist, where they will be one process or several on this machine's CPU.
+    """Resolve `auto` before the workers exist, if all of them will run on this machine's CPU.
 
-    A cluster, torchrun's other machines and GPUs are left to the workers: there `auto` stays.
+    On a cluster, on other machines of torchrun and on GPUs `auto` stays, for the workers to resolve.
     """
     elsewhere = not is_local() if config.cluster.workers != 0 else get_torchrun_world_size() > 1
     if config.train.precision != "auto" or elsewhere or _needs_gpu(config):
         return config, ()
-    import torch  # two seconds, which a precision that is given does not cost
+    import torch  # takes two seconds, spent only on `auto`
 
     from llm_training_toolkit.distributed.matmul_speed import measure_bf16_slowdown
 
@@ -76,7 +76,7 @@ def resolve_local_precision(config: Config) -> tuple[Config, tuple[str, ...]]:
 
 
 def _needs_gpu(config: Config) -> bool:
-    """Whether the configuration can work on GPUs alone, wherever they are."""
+    """Return whether the configuration runs on GPUs only, here or elsewhere."""
     quantized = config.model.lora is not None and config.model.lora.quantize is not None
     return quantized or config.cluster.gpus_per_worker == 1 or config.model.attn_implementation not in {"sdpa", "eager"}
 

@@ -1,4 +1,4 @@
-"""Where a run takes place: its directory, its configuration, its data, and the ranks torchrun may have started."""
+"""Spec of a worker (run directory, configuration, data), and its rank under torchrun."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
 def _read_boot_id() -> str:
-    """What tells machines of one host name apart; containers of a machine have it in common."""
+    """Return an id that differs between machines with one host name; containers of a machine share it."""
     with suppress(OSError):
         return _BOOT.read_text().strip()
     return ""
@@ -25,25 +25,25 @@ def _read_boot_id() -> str:
 
 @dataclass(frozen=True)
 class WorkerSpec:
-    """Where a rank finds everything."""
+    """Everything a rank needs to find the run."""
 
     run: RunDirectory
     config: Config
     receipt: DatasetInfo
     began: float = field(default_factory=time.time)
-    """When these ranks were asked for, in seconds since 1970: the first ones by the command."""
+    """Time of the request for these ranks, in seconds since 1970; the first ones are requested by the command."""
     group_began: float = field(default_factory=time.time)
-    """When their group was started, once everything before it was settled."""
+    """Time when their worker group was started, after everything before it was settled."""
     node: str = field(default_factory=socket.gethostname)
-    """This rank's, as its cluster names it."""
+    """Node of this rank, as its cluster names it."""
     machine: str = field(default_factory=_read_boot_id)
 
 
 def get_torchrun_world_size() -> int:
-    """Ranks that torchrun started this process among; 1 without it."""
+    """Return the number of torchrun ranks, 1 without torchrun."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def is_first_rank() -> bool:
-    """Whether this process is rank 0 of its torchrun, or alone."""
+    """Return whether this process is rank 0 of torchrun, or a single process."""
     return int(os.environ.get("RANK", "0")) == 0

@@ -1,1 +1,1 @@
-"""Conversations to tokens with exact loss masks."""
+"""Chat conversations: parsing, and rendering to tokens with exact loss masks."""

@@ -1,4 +1,4 @@
-"""A conversation as the data layer knows it, and its text: what is stored, hashed and held out."""
+"""Conversation types, and the canonical text by which conversations are stored, hashed and held out."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ Role = Literal["system", "user", "assistant", "tool"]
 
 
 class InvalidRecord(Exception):  # noqa: N818 - what is wrong with a record, not yet an error of the run
-    """A record that is no conversation: `why` in words, and `reason`, a short key to count it under.
+    """Error for a record that is not a conversation: `why` as text, `reason` as a short key to count it under.
 
-    Whoever reads the records adds file and line.
+    The caller adds file and line.
     """
 
     def __init__(self, why: str, reason: str) -> None:
@@ -23,9 +23,9 @@ class InvalidRecord(Exception):  # noqa: N818 - what is wrong with a record, not
 
 @dataclass(frozen=True)
 class ToolCall:
-    """A call that the assistant makes: the tool's name and its arguments, a JSON object as text.
+    """Tool call of the assistant: the tool's name and its arguments, a JSON object as text.
 
-    Arguments are text because the order of their keys is part of what the model learns.
+    Arguments are text because the model also learns the order of their keys.
     """
 
     name: str
@@ -34,9 +34,9 @@ class ToolCall:
 
 @dataclass(frozen=True)
 class ChatMessage:
-    """One message. `thinking` is an assistant's reasoning before its answer.
+    """Chat message. `thinking` is the assistant's reasoning before its answer.
 
-    `loss` switches the loss of an assistant message on or off, whatever the source says; None = as the source says.
+    `loss` turns the loss of an assistant message on or off, overriding the source's setting (None: no override).
     """
 
     role: Role
@@ -55,11 +55,11 @@ class Conversation:
     tools: tuple[str, ...] = ()
 
     def without_loss_overrides(self) -> Conversation:
-        """What is said, whatever of it is trained on: two that differ in that alone are one conversation."""
+        """Return the conversation without `loss` overrides, so that it equals others that differ only in them."""
         return replace(self, messages=tuple(replace(message, loss=None) for message in self.messages))
 
     def to_text(self) -> str:
-        """Canonical compact JSON: equal conversations have equal texts. It keeps the order of keys in tools."""
+        """Return canonical compact JSON: equal conversations have equal texts. Tools keep the order of their keys."""
         values: dict[str, Any] = {"messages": [_message_to_dict(message) for message in self.messages]}
         if self.tools:
             values["tools"] = list(self.tools)
@@ -67,7 +67,7 @@ class Conversation:
 
     @classmethod
     def from_text(cls, text: str) -> Conversation:
-        """Read what `to_text` wrote. Raises UnusableRecord for anything else."""
+        """Read the output of `to_text`. Raises InvalidRecord for anything else."""
         try:
             values = json.loads(text)
             messages = tuple(_message_from_dict(each) for each in values["messages"])
@@ -77,7 +77,7 @@ class Conversation:
 
 
 def _message_to_dict(message: ChatMessage) -> dict[str, Any]:
-    """What a message says, without what it does not say."""
+    """Return the fields of a message that are set."""
     values: dict[str, Any] = {"role": message.role, "content": message.content}
     for key in ("thinking", "name", "loss"):
         if getattr(message, key) is not None:

@@ -1,15 +1,13 @@
-"""Recognises the conversation in a record, whichever of the usual shapes it has.
+"""Parser for the usual shapes of conversations in records.
 
-| shape | fields |
-|---|---|
-| messages (OpenAI, Hugging Face, StarChat, Qwen1.5 and Qwen2.5-Coder) | `messages`: role, content |
-| conversations (Qwen, ShareGPT) | `conversations` or `conversation`: from, value |
-| prompt and completion (TRL, OpenAI) | `prompt` with `completion` or `response`: texts, or lists of messages |
-| instruction (Alpaca, StarCoder2 self-align) | `instruction`, `input` with `output` or `response`; `history` |
-| question and answer (GSM8K, OpenOrca) | `question` with `answer` or `response` |
+    Messages (OpenAI, Hugging Face, StarChat, Qwen1.5 and Qwen2.5-Coder): `messages` with role, content.
+    Conversations (Qwen, ShareGPT): `conversations` or `conversation` with from, value.
+    Prompt and completion (TRL, OpenAI): `prompt` with `completion` or `response`, texts or lists of messages.
+    Instruction (Alpaca, StarCoder2 self-align): `instruction`, `input` with `output` or `response`; `history`.
+    Question and answer (GSM8K, OpenOrca): `question` with `answer` or `response`.
 
-Beside each: `system` (or `system_prompt`), `tools`, and Qwen2.5-Coder's `only_last_turn_loss`. Other fields are
-ignored, and so are fields that are null. Who speaks first and who speaks last is free: the template may object.
+All shapes may have `system` (or `system_prompt`), `tools`, and Qwen2.5-Coder's `only_last_turn_loss`. Other fields and
+null fields are ignored. The first and the last role are unrestricted here; a chat template may reject them.
 """
 
 from __future__ import annotations
@@ -46,10 +44,10 @@ _MAX_REPR_LENGTH = 60
 
 
 def parse_conversation(record: Mapping[str, Any]) -> Conversation:
-    """The conversation of a record.
+    """Return the conversation of a record.
 
-    Raises UnusableRecord where there is none or two, where a message has an unknown role, no text or empty text
-    (a system text and a tool's answer may be empty), and where the assistant says nothing.
+    Raises InvalidRecord for zero or several conversations, an unknown role, a missing or empty text (system texts and
+    tool results may be empty), and a conversation without an assistant message.
     """
     if not isinstance(record, Mapping):
         raise InvalidRecord(f"is {type(record).__name__}, not an object", "not_an_object")
@@ -62,7 +60,7 @@ def parse_conversation(record: Mapping[str, Any]) -> Conversation:
 
 
 def _find_conversation_fields(record: Mapping[str, Any]) -> tuple[str, ...]:
-    """The fields that hold the conversation: one with a list, or a question and its answer."""
+    """Return the fields that hold the conversation: one with a list, or a question and its answer."""
     shapes: list[tuple[str, ...]] = [(key,) for key in _MESSAGE_LIST_FIELDS if record.get(key) is not None]
     for asks, answers in _PROMPT_ANSWER_FIELDS.items():
         if record.get(asks) is not None:
@@ -89,11 +87,11 @@ def _parse_message_list(record: Mapping[str, Any], key: str) -> list[ChatMessage
 
 
 def _parse_prompt_and_answer(record: Mapping[str, Any], asks: str, answers: str) -> list[ChatMessage]:
-    """A question and its answer, each a text or a list of messages, with what came before."""
+    """Parse a question and its answer, each a text or a list of messages, after any `history`."""
     messages = _parse_history(record.get("history")) if asks == "instruction" else []
     if isinstance(record[asks], str):
         messages.append(_build_text_message("user", _build_prompt_text(record, asks), asks))
-    else:  # what stands in a prompt is given, not to be learnt, whoever said it
+    else:  # assistant messages in a prompt are context, without loss by default
         given = _parse_message_list(record, asks)
         messages += [replace(m, loss=bool(m.loss)) if m.role == "assistant" else m for m in given]
     if isinstance(record[answers], str):
@@ -166,7 +164,7 @@ def _prepend_system_message(record: Mapping[str, Any], messages: list[ChatMessag
 
 
 def _apply_last_turn_loss(record: Mapping[str, Any], messages: list[ChatMessage]) -> list[ChatMessage]:
-    """Qwen2.5-Coder's switch for a whole record: earlier answers bear no loss unless they say so themselves."""
+    """Apply Qwen2.5-Coder's per-record switch: earlier answers have loss only if they set it themselves."""
     if record.get("only_last_turn_loss") is not True:
         return messages
     last = max(number for number, message in enumerate(messages) if message.role == "assistant")
@@ -179,7 +177,7 @@ def _apply_last_turn_loss(record: Mapping[str, Any], messages: list[ChatMessage]
 
 
 def parse_role(item: Mapping[str, Any], where: str) -> tuple[Role, bool]:
-    """Who speaks, and whether the content is a call of a tool (the role `function_call`)."""
+    """Return the role, and whether the content is a tool call (the role `function_call`)."""
     name = read_aliased_field(item, ("role", "from"), where, needed="no_role")
     if not isinstance(name, str) or name not in _ROLES:
         raise InvalidRecord(
@@ -189,9 +187,9 @@ def parse_role(item: Mapping[str, Any], where: str) -> tuple[Role, bool]:
 
 
 def read_aliased_field(item: Mapping[str, Any], keys: tuple[str, ...], where: str, *, needed: str | None = None) -> Any:  # noqa: ANN401 - whatever the record holds
-    """The value under one of several names for the same thing; None where there is none.
+    """Return the value under one of several alias keys, None if absent.
 
-    Raises UnusableRecord where two names have different values, and under the reason `needed` where there is none.
+    Raises InvalidRecord if two aliases have different values, and with reason `needed` if all are absent.
     """
     found = {key: item[key] for key in keys if item.get(key) is not None}
     values = list(found.values())
@@ -204,18 +202,18 @@ def read_aliased_field(item: Mapping[str, Any], keys: tuple[str, ...], where: st
 
 
 def check_text(value: Any, where: str) -> str:  # noqa: ANN401 - whatever the record holds
-    """The value itself if it is text that can be written as UTF-8."""
+    """Return the value if it is text that can be encoded as UTF-8. Raises InvalidRecord otherwise."""
     if not isinstance(value, str):
         raise InvalidRecord(f"{where} is {format_short_repr(value)}, not text", "not_text")
     try:
         value.encode()
-    except UnicodeEncodeError as error:  # "\ud800" alone is valid JSON and yet no text
+    except UnicodeEncodeError as error:  # a lone "\ud800" is valid JSON but cannot be encoded
         raise InvalidRecord(f"{where} is not text ({error.reason} at character {error.start})", "not_text") from error
     return value
 
 
 def join_text_parts(value: Any, where: str) -> str:  # noqa: ANN401 - whatever the record holds
-    """A text, or the text of a list of parts; parts that are no text (images) are refused."""
+    """Return a text, or the joined text of a list of parts. Raises InvalidRecord for other parts (images)."""
     if not isinstance(value, list | tuple):
         return check_text(value, where)
     return "".join(_read_text_part(part, f"{where}[{number}]") for number, part in enumerate(value))
@@ -229,7 +227,7 @@ def _read_text_part(part: Any, where: str) -> str:  # noqa: ANN401 - whatever th
 
 
 def parse_loss_override(item: Mapping[str, Any], role: Role, where: str) -> bool | None:
-    """A message's own switch, `loss` or OpenAI's `weight`: true, false, 1 or 0; None where there is none."""
+    """Return a message's own `loss` or OpenAI's `weight` (true, false, 1 or 0), None if absent."""
     value = read_aliased_field(item, ("loss", "weight"), where)
     if value is None:
         return None
@@ -243,7 +241,7 @@ def parse_loss_override(item: Mapping[str, Any], role: Role, where: str) -> bool
 
 
 def parse_tool_calls(value: Any, where: str) -> tuple[ToolCall, ...]:  # noqa: ANN401 - whatever the record holds
-    """The calls of a message: OpenAI's, Hugging Face's and Qwen's forms, in one or many."""
+    """Return the tool calls of a message, one or many, in OpenAI's, Hugging Face's or Qwen's form."""
     if value is None:
         return ()
     items = value if isinstance(value, list | tuple) else [value]
@@ -269,7 +267,7 @@ def _parse_tool_call(value: Any, where: str) -> ToolCall:  # noqa: ANN401 - what
 
 
 def parse_tool_schemas(value: Any) -> tuple[str, ...]:  # noqa: ANN401 - whatever the record holds
-    """The tools of a record: a list of JSON schemas, or such a list as JSON text."""
+    """Return the tools of a record, a list of JSON schemas or such a list as JSON text."""
     tools = [] if value is None or value == "" else _parse_if_json(value)
     if not isinstance(tools, list | tuple):
         raise InvalidRecord(f"tools is {format_short_repr(value)}, not a list of JSON schemas", "bad_tools")
@@ -280,7 +278,7 @@ def parse_tool_schemas(value: Any) -> tuple[str, ...]:  # noqa: ANN401 - whateve
 
 
 def _parse_if_json(value: Any) -> Any:  # noqa: ANN401 - whatever the record holds
-    """What JSON text says; anything else, and text that is not JSON, as it is."""
+    """Return the value of JSON text. Other values and texts are returned unchanged."""
     if not isinstance(value, str):
         return value
     try:
@@ -290,7 +288,7 @@ def _parse_if_json(value: Any) -> Any:  # noqa: ANN401 - whatever the record hol
 
 
 def _dump_json(value: Mapping[str, Any], where: str) -> str:
-    """JSON text in the order of the record's keys: templates write it in that order, too."""
+    """Return JSON text in the record's key order, the order in which templates write it."""
     try:
         return check_text(json.dumps(value, ensure_ascii=False), where)
     except (TypeError, ValueError, RecursionError) as error:  # a date of a .parquet file
@@ -298,6 +296,6 @@ def _dump_json(value: Mapping[str, Any], where: str) -> str:
 
 
 def format_short_repr(value: Any) -> str:  # noqa: ANN401 - whatever the record holds
-    """A value as it may stand in a message."""
+    """Return a repr short enough for an error message."""
     text = repr(value)
     return text if len(text) <= _MAX_REPR_LENGTH else text[: _MAX_REPR_LENGTH - 1] + "…"

@@ -1,16 +1,14 @@
-"""Renders conversations into examples: the tokens the model's own template gives, and loss on what the assistant says.
+"""Rendering of conversations into examples: tokens of the chat template, and loss on the assistant's turns.
 
-Rules, exactly:
-
-- The tokens are those of transformers' `apply_chat_template`, up to the end of the last turn. What a template writes
-  after that (a line break, the beginning of another turn) is left out, and no end of text is added: the end of a turn
-  is an end. A template without a marker for it (plain words) gets the family's end of text after a last answer.
-- Special tokens are those that the template writes. Their text within a message, a tool or an argument stays text.
-- Loss `assistant` lies on what the assistant says, from behind the header of its turn to the marker that ends it,
-  included: thinking as far as the template keeps it, the empty thinking that it writes, tool calls, the answer. A
-  token that is partly header and partly answer bears loss, because the model has to write it.
-- Loss `last_turn` lies on the last message of the assistant alone. A message's own switch goes before both.
-- Loss `all` lies on every token but the first.
+1. Tokens are those of transformers' `apply_chat_template` up to the end of the last turn. Later output (a line break,
+   the beginning of another turn) is dropped. The end of a turn is an end, so no end of text is added.
+   A template without an end-of-turn marker (plain words) gets the family's end of text after a last answer.
+2. Special tokens are those that the template writes. Their text within a message, a tool or an argument stays text.
+3. Loss `assistant` covers the assistant's turns, from after the header through the end-of-turn marker.
+   Turns include the thinking that the template keeps, the empty thinking that it writes, tool calls and the answer.
+   A token that is partly header and partly answer has loss, because the model has to generate it.
+4. Loss `last_turn` covers only the last message of the assistant. A message's own `loss` overrides both.
+5. Loss `all` covers every token but the first.
 """
 
 from __future__ import annotations
@@ -33,9 +31,9 @@ from llm_training_toolkit.errors import DataError
 
 @dataclass(frozen=True)
 class ChatRules:
-    """All that rendering a conversation depends on besides the conversation, the tokenizer and its template.
+    """Inputs of rendering besides the conversation, the tokenizer and its template.
 
-    end_of_text: the id that ends a conversation whose template has no marker for the end of a turn.
+    `end_of_text`: id that ends a conversation if the template has no end-of-turn marker.
     """
 
     sequence_length: int
@@ -45,7 +43,7 @@ class ChatRules:
 
 
 class _RenderedTokens(NamedTuple):
-    """Tokens (L,) uint32; whether each bears loss, and whether a character begins with it (L,) bool."""
+    """Token ids (L,) uint32, loss mask (L,) bool, and mask of tokens at which a character begins (L,) bool."""
 
     ids: NDArray[np.uint32]
     loss: NDArray[np.bool_]
@@ -53,7 +51,7 @@ class _RenderedTokens(NamedTuple):
 
 
 class _EncodingSpan(NamedTuple):
-    """Characters [start, stop) of a script that are encoded as one: a marker, or the text up to the next one."""
+    """Characters [start, stop) of a script that are encoded together: a marker, or the text between markers."""
 
     start: int
     stop: int
@@ -63,10 +61,10 @@ class _EncodingSpan(NamedTuple):
 def render_chat(
     documents: Sequence[tuple[int, Document]], rules: ChatRules, encoder: TextEncoder, template: ChatTemplate
 ) -> list[RenderedDocument]:
-    """Render numbered conversations; the result of each depends on nothing but itself and the rules.
+    """Render numbered conversations. Each result depends only on its conversation and the rules.
 
-    Raises DataError, naming the document, where its text is no conversation, where the template does not write it, and
-    where it is too long and the rules say `error`.
+    Raises DataError naming the document if its text is not a conversation, if the template rejects it, or if it is too
+    long with `overlong` set to `error`.
     """
     read = [_apply_template(document, template) for _, document in documents]
     pieces = [_split_at_markers(script) for _, script in read]
@@ -89,9 +87,9 @@ def render_chat(
 
 
 def encode_prompt(conversation: Conversation, template: ChatTemplate, encoder: TextEncoder) -> list[int]:
-    """The tokens of a conversation up to where the assistant goes on; special tokens' text within it stays text.
+    """Return the tokens of a conversation and the assistant's next header. Special tokens' text in messages stays text.
 
-    Raises DataError, what the chat template does wrong, where it cannot write the conversation.
+    Raises DataError with the chat template's fault if it cannot render the conversation.
     """
     script = template.render_prompt(conversation)
     ids: list[int] = []
@@ -126,7 +124,7 @@ def _split_at_markers(script: RenderedChat) -> list[_EncodingSpan]:
 
 
 def _build_loss_mask(conversation: Conversation, script: RenderedChat, loss: str) -> NDArray[np.bool_]:
-    """Which characters of the script bear loss (characters,)."""
+    """Return the mask of characters with loss, (characters,) bool."""
     if loss == "all":
         return np.ones(len(script.text), dtype=np.bool_)
     mask = np.zeros(len(script.text), dtype=np.bool_)
@@ -150,7 +148,7 @@ def _encode_span(
             encoder.get_special_token_id(script.text[piece.start : piece.stop]), loss=bool(with_loss.any())
         )
     text = next(encoded)
-    # Characters with loss before each place: a token bears loss when there are more at its end than at its beginning.
+    # Prefix sums of the mask: a token has loss if they differ between its beginning and its end.
     before = np.concatenate([[0], np.cumsum(with_loss)])
     return _RenderedTokens(
         text.ids, before[text.char_spans[:, 1]] > before[text.char_spans[:, 0]], text.starts_character
@@ -160,7 +158,7 @@ def _encode_span(
 def _build_closing_tokens(
     conversation: Conversation, script: RenderedChat, mask: NDArray[np.bool_], rules: ChatRules, encoder: TextEncoder
 ) -> list[_RenderedTokens]:
-    """The end that a last answer needs and the template did not write; with loss if the answer has."""
+    """Return the end that the template omitted after a last answer, with loss if the answer has it."""
     if conversation.messages[-1].role != "assistant" or script.turns[-1].closed:
         return []
     end = (
@@ -195,12 +193,12 @@ def _split_into_examples(number: int, document: Document, tokens: _RenderedToken
 
 
 def _find_split_points(clean: NDArray[np.bool_], length: int) -> list[int]:
-    """Where chunks begin, the first left out: after at most `length` tokens, never inside a character."""
+    """Return the starts of the chunks after the first: at most `length` tokens each, never inside a character."""
     cuts: list[int] = []
     start = 0
     while len(clean) - start > length:
         cut = start + length
-        # A last token alone would be an example without anything to predict.
+        # A chunk of one token would have no prediction target.
         cut -= cut == len(clean) - 1
         start = next((at for at in range(cut, start, -1) if clean[at]), cut)
         cuts.append(start)
@@ -209,5 +207,5 @@ def _find_split_points(clean: NDArray[np.bool_], length: int) -> list[int]:
 
 def _build_example(number: int, tokens: _RenderedTokens, start: int, stop: int) -> Example:
     loss = tokens.loss[start:stop].copy()
-    loss[0] = False  # nothing comes before it that could predict it
+    loss[0] = False  # nothing precedes the first token to predict it from
     return Example(tokens.ids[start:stop].copy(), loss, number)

@@ -1,4 +1,4 @@
-"""A model's chat template: writes a conversation, and knows where the assistant speaks in it."""
+"""Chat template of a model: renders conversations and locates the assistant's turns."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _PROBE = tuple(dict(each) for each in (_USER, {"role": "assistant", "content": _
 
 @dataclass(frozen=True)
 class AssistantSpan:
-    """What the assistant says with a message, end of turn included: characters [start, stop) of the script.
+    """Characters [start, stop) of the rendered text from an assistant message, including the end-of-turn marker.
 
-    closed: whether a marker ends it.
+    `closed`: True if a marker ends it.
     """
 
     message: int
@@ -33,11 +33,10 @@ class AssistantSpan:
 
 @dataclass(frozen=True)
 class RenderedChat:
-    """A conversation as its template writes it, up to the end of the last turn.
+    """Conversation as rendered by its template, up to the end of the last turn.
 
-    markers: where the template's own markers stand, [start, stop); everything else is text. turns: what the assistant
-    says, message by message. closing: the marker that has to be added so that the last turn ends as turns do; None
-    where none is missing or the template has no such marker.
+    `markers`: spans [start, stop) of template markers; the rest is text. `turns`: assistant spans by message.
+    `missing_end_of_turn`: marker to append to the last turn, None if present or unknown to the template.
     """
 
     text: str
@@ -48,10 +47,10 @@ class RenderedChat:
 
 @dataclass(frozen=True)
 class _TurnDelimiters:
-    """What a template does around an answer, found out by asking it.
+    """Text that a template writes around an answer, found by probing it.
 
-    heads: what it may write before the answer and would also write before generating, longest first. tails: what it
-    writes after an answer within the conversation, and at its end. end: the marker that closes a turn.
+    `heads`: possible headers of an answer, shared with the generation prompt, longest first. `tails`: text after an
+    answer within the conversation, and at its end. `end`: marker that closes a turn.
     """
 
     heads: tuple[str, ...]
@@ -60,13 +59,12 @@ class _TurnDelimiters:
 
 
 class ChatTemplate:
-    """The template of a tokenizer or a family."""
+    """Chat template of a tokenizer or a family."""
 
     def __init__(self, source: str, markers: Sequence[str], variables: Mapping[str, str]) -> None:
-        """Compile a template for a tokenizer with these special tokens and variables (`eos_token` and its like).
+        """Compile a template for a tokenizer's special tokens (`markers`) and variables such as `eos_token`.
 
-        Raises DataError, what the chat template does wrong, where it cannot be compiled or cannot write a plain
-        conversation.
+        Raises DataError with the template's fault if compiling it or rendering a plain conversation fails.
         """
         self.source = source
         self._template = TracedTemplate(source, markers, variables)
@@ -74,10 +72,10 @@ class ChatTemplate:
 
     @classmethod
     def from_tokenizer(cls, tokenizer_directory: Path, family_template: str) -> ChatTemplate:
-        """The tokenizer's own template, and the family's where it has none.
+        """Return the tokenizer's own template, or the family's if it has none.
 
-        As in transformers a file chat_template.jinja goes before the entry in tokenizer_config.json; of several named
-        templates the one called `default` is taken. Raises DataError for a template that cannot be used.
+        The file chat_template.jinja takes precedence over tokenizer_config.json, as in transformers. Of several named
+        templates, `default` is used. Raises DataError for an unusable template.
         """
         own = _read_own_template(tokenizer_directory)
         markers = [
@@ -94,14 +92,14 @@ class ChatTemplate:
 
     @property
     def end_of_turn(self) -> str | None:
-        """The special token that ends what the assistant says; None where the template has none."""
+        """Special token that ends an assistant turn, None if the template has none."""
         return self._delimiters.end
 
     def render_conversation(self, conversation: Conversation) -> RenderedChat:
-        """Write a conversation.
+        """Render a conversation.
 
-        Raises DataError, what the chat template does wrong, where it refuses the conversation, leaves something out,
-        or does not show where the assistant speaks.
+        Raises DataError with the template's fault if it rejects the conversation, omits content, or leaves the
+        assistant's turns ambiguous.
         """
         messages = [_build_template_message(message) for message in conversation.messages]
         tools = [json.loads(tool) for tool in conversation.tools]
@@ -112,9 +110,9 @@ class ChatTemplate:
         return self._trim_after_last_turn(conversation, written, tuple(turns))
 
     def render_prompt(self, conversation: Conversation) -> RenderedChat:
-        """Write a conversation and the beginning of the assistant's next turn.
+        """Render a conversation and the header of the assistant's next turn.
 
-        Raises DataError, what the chat template does wrong, where it refuses the conversation or leaves something out.
+        Raises DataError with the template's fault if it rejects the conversation or omits content.
         """
         messages = [_build_template_message(message) for message in conversation.messages]
         tools = [json.loads(tool) for tool in conversation.tools]
@@ -125,7 +123,7 @@ class ChatTemplate:
     def _find_assistant_spans(
         self, conversation: Conversation, written: TracedText, number: int
     ) -> list[AssistantSpan]:
-        """What the assistant says with one message: one stretch, or as many as there are `{% generation %}` blocks."""
+        """Return the spans of an assistant message: one, or one for each `{% generation %}` block."""
         if number not in written.message_spans:
             raise DataError(f"does not write message {number} in a loop over the messages")
         start, stop = written.message_spans[number]
@@ -137,14 +135,14 @@ class ChatTemplate:
         return [self._trim_after_answer(written, AssistantSpan(number, start, stop, closed=False))]
 
     def _include_end_of_turn(self, written: TracedText, turn: AssistantSpan) -> AssistantSpan:
-        """A `{% generation %}` block, with the end of turn where that comes right after it."""
+        """Return a `{% generation %}` block, with the end-of-turn marker if it directly follows."""
         for start, stop in written.markers:
             if turn.stop in {start, stop} and written.text[start:stop] == self._delimiters.end:
                 return AssistantSpan(turn.message, turn.start, stop, closed=True)
         return turn
 
     def _get_header_length(self, part: str, number: int, *, may_be_missing: bool) -> int:
-        """Characters that stand before the answer; a template may go on without them after another answer."""
+        """Return the length of the header. A template may omit the header after another assistant message."""
         for head in self._delimiters.heads:
             before, found, _ = part.partition(head)
             if found and not before.strip():
@@ -157,7 +155,7 @@ class ChatTemplate:
         )
 
     def _trim_after_answer(self, written: TracedText, turn: AssistantSpan) -> AssistantSpan:
-        """The turn up to its last closing marker, or without what the template writes after answers."""
+        """Return the turn up to its last end-of-turn marker, or without the template's text after answers."""
         ends = [
             stop
             for start, stop in written.markers
@@ -172,7 +170,7 @@ class ChatTemplate:
     def _trim_after_last_turn(
         self, conversation: Conversation, written: TracedText, turns: tuple[AssistantSpan, ...]
     ) -> RenderedChat:
-        """Leave out what follows the last turn: a line break, or the beginning of a turn that nobody takes."""
+        """Drop the text after the last turn: a line break, or the header of an empty turn."""
         stop, closing = len(written.text), None
         if conversation.messages[-1].role == "assistant":
             stop = turns[-1].stop
@@ -193,16 +191,16 @@ def _probe_delimiters(template: TracedTemplate) -> _TurnDelimiters:
         raise DataError("does not write the messages in a loop over them")
     first, last = (_get_message_text(probe, number).partition(_ANSWER) for number in (1, 3))
     prompt = prompted.text[len(asked.text) :] if prompted.text.startswith(asked.text) else ""
-    # A template that writes no prompt, or writes it always, still begins its answers alike.
+    # Templates that write the prompt never or always still share a header between answers.
     heads = {_find_common_header(prompt or last[0], before) for before in (first[0], last[0])}
     longest_first = tuple(sorted(filter(None, heads), key=len, reverse=True))
     return _TurnDelimiters(longest_first, (first[2], last[2]), _find_end_of_turn(probe))
 
 
 def _find_common_header(prompt: str, before: str) -> str:
-    """What a prompt and the text before an answer have in common: all of the one, or the other up to its end.
+    """Return the header common to a prompt and the text before an answer: all of `before`, or the end of the prompt.
 
-    The prompt may begin earlier (with the end of the user's turn), and either may go on (with thinking).
+    The prompt may begin earlier (with the end of the user's turn), and either may continue (with thinking).
     """
     before = before.lstrip() or before
     for at in range(len(prompt)):
@@ -221,7 +219,7 @@ def _get_message_text(written: TracedText, number: int) -> str:
 
 
 def _find_end_of_turn(probe: TracedText) -> str | None:
-    """The first marker after an answer: within the conversation, or else at its end."""
+    """Return the first marker after an answer: within the conversation, or else at its end."""
     for number in (1, 3):
         start, stop = probe.message_spans[number]
         after = probe.text.index(_ANSWER, start) + len(_ANSWER)
@@ -232,11 +230,11 @@ def _find_end_of_turn(probe: TracedText) -> str | None:
 
 
 def _check_complete(conversation: Conversation, tools: Sequence[Mapping[str, Any]], text: str) -> None:
-    """Some templates know no system text or no tools, and leave them out without a word. We do not."""
+    """Raise DataError for omitted content: some templates silently drop system texts or tools."""
     lost = [
         f"message {number} ({message.role})"
         for number, message in enumerate(conversation.messages)
-        # What a template makes of a tool's answer, and of reasoning within a text, is its own affair.
+        # Templates may reformat tool results, and reasoning within a text.
         if message.role != "tool" and "</think>" not in message.content and message.content.strip() not in text
     ]
     calls = [call.name for message in conversation.messages for call in message.tool_calls]
@@ -248,12 +246,12 @@ def _check_complete(conversation: Conversation, tools: Sequence[Mapping[str, Any
 
 
 def _build_template_message(message: ChatMessage) -> dict[str, Any]:
-    """A message as templates know it, arguments of calls as objects (what Hugging Face asks for)."""
+    """Return a message in the form templates expect, call arguments as objects (required by Hugging Face)."""
     values: dict[str, Any] = {"role": message.role, "content": message.content}
     if message.name is not None:
         values["name"] = message.name
     if message.thinking is not None:
-        # transformers, too, gives it under both names: the second is what gpt-oss reads.
+        # Both names, as in transformers: gpt-oss reads the second.
         values |= {"reasoning_content": message.thinking, "thinking": message.thinking}
     if message.tool_calls:
         values["tool_calls"] = [
@@ -264,7 +262,7 @@ def _build_template_message(message: ChatMessage) -> dict[str, Any]:
 
 
 def has_template(directory: Path) -> bool:
-    """Whether a tokenizer brings a chat template of its own."""
+    """Return whether a tokenizer has its own chat template."""
     return bool(_read_own_template(directory))
 
 
@@ -285,7 +283,7 @@ def _read_own_template(directory: Path) -> str | None:
 
 
 def read_special_tokens_map(directory: Path) -> dict[str, str]:
-    """A tokenizer's special tokens by name (`eos_token` and its like), as transformers gives them to a template."""
+    """Return a tokenizer's special tokens by name (such as `eos_token`), as transformers passes them to templates."""
     known = _read_json_object(directory / "special_tokens_map.json") | _read_json_object(
         directory / "tokenizer_config.json"
     )
@@ -294,7 +292,7 @@ def read_special_tokens_map(directory: Path) -> dict[str, str]:
 
 
 def _read_json_object(file: Path) -> dict[str, Any]:
-    """A JSON object in a file; empty where there is no such file."""
+    """Return the JSON object in a file, empty if the file is absent."""
     if not file.is_file():
         return {}
     try:

@@ -1,9 +1,9 @@
-"""Renders a chat template so that it is known which characters are its own markers, and which message wrote what.
+"""Traced rendering of a chat template: separates its own markers from message text and maps text to messages.
 
-A template is a program, and its output alone does not tell a marker that it wrote from the same characters in a
-message. So the program is changed before it runs: where its text holds a marker, it holds a stand-in, a code point that
-no text can contain, and every turn of a loop over the messages first writes which message it is at. The program as it
-was runs as well, and the two must say the same.
+A template is a program. Its output alone does not distinguish its own markers from the same characters in a message.
+The traced program writes a stand-in for each marker in its texts: a code point that no text can contain.
+Each iteration of a loop over the messages first writes the message's number. The original program runs as well, and
+both outputs must be equal.
 """
 
 from __future__ import annotations
@@ -22,32 +22,28 @@ from jinja2.visitor import NodeTransformer
 
 from llm_training_toolkit.errors import DataError
 
-# Signs are surrogates: code points that UTF-8 cannot express, so no record holds one.
-MESSAGE_SIGN, MESSAGE_SIGN_END = "\ud800", "\ud801"
-"""Around the number of the message that a loop is at."""
-GENERATION_SIGN, GENERATION_SIGN_END = "\ud802", "\ud803"
-"""Around what a `{% generation %}` block writes."""
-MESSAGE_SIGN_FUNCTION = "ltt_number_of"
-"""The function that a traced template calls with what a loop is at; it gives the sign, or nothing."""
+# Signs are surrogates: UTF-8 cannot encode them, so they are absent from records.
+MESSAGE_SIGN, MESSAGE_SIGN_END = "\ud800", "\ud801"  # around the number of a loop's current message
+GENERATION_SIGN, GENERATION_SIGN_END = "\ud802", "\ud803"  # around the output of a `{% generation %}` block
+MESSAGE_SIGN_FUNCTION = "ltt_number_of"  # function that a traced template calls on a loop item; returns its sign or ""
 _FIRST_STAND_IN, _LAST_STAND_IN = 0xD810, 0xDFFF
 _SIGNS = re.compile(
     f"({MESSAGE_SIGN}\\d+{MESSAGE_SIGN_END}|[{GENERATION_SIGN}{GENERATION_SIGN_END}{chr(_FIRST_STAND_IN)}-{chr(_LAST_STAND_IN)}])"
 )
 _MASK_CHARACTER = "?"
 _FAILURES = (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RecursionError)
+# Methods whose arguments are searched for in a text rather than written.
 _SEARCH_METHODS = re.compile(
     "(starts|ends)with|r?(split|partition|find|index)|[lr]?strip|count|replace|remove(prefix|suffix)"
 )
-"""Methods whose arguments are looked for in a text, and not written."""
 
 
 @dataclass(frozen=True)
 class TracedText:
-    """What a template wrote for some messages.
+    """Output of a template for some messages.
 
-    markers: where in the text its own markers stand, [start, stop). parts: for each message the last stretch of text
-    that a loop wrote while it was at it; the last part goes on to the end of the text. said: what lies in
-    `{% generation %}` blocks.
+    `markers`: spans [start, stop) of its own markers. `message_spans`: last span that a loop wrote for each message,
+    the final one up to the end of the text. `generation_spans`: `{% generation %}` blocks.
     """
 
     text: str
@@ -57,10 +53,10 @@ class TracedText:
 
 
 class TracedTemplate:
-    """A chat template, as Hugging Face understands it, that tells where the characters it writes come from."""
+    """Hugging Face chat template that traces the origin of its output."""
 
     def __init__(self, source: str, markers: Sequence[str], variables: Mapping[str, str]) -> None:
-        """Compile a template for a tokenizer with these special tokens and variables (`eos_token` and its like).
+        """Compile a template for a tokenizer's special tokens (`markers`) and variables such as `eos_token`.
 
         Raises DataError for a template that cannot be compiled.
         """
@@ -78,16 +74,16 @@ class TracedTemplate:
     def render_messages(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] = (), *, prompt: bool = False
     ) -> TracedText:
-        """Render messages; with `prompt` as far as the assistant's next words.
+        """Render messages; with `prompt`, add the header of the assistant's next turn.
 
-        Raises DataError with the template's own reason where it refuses them, and where it cannot be followed.
+        Raises DataError with the template's own reason if it rejects them, and if its output cannot be traced.
         """
         written, unclear = self._resolve_signs(self._render_template(self._traced, messages, tools, prompt=prompt))
         plain = self._render_template(self._plain, messages, tools, prompt=prompt)
-        if written.text != _SIGNS.sub("", plain):  # the signs of {% generation %}
+        if written.text != _SIGNS.sub("", plain):  # plain output has {% generation %} signs
             raise DataError("looks into messages for special tokens in a way that cannot be followed")
         if unclear:
-            # Markers that the template puts together from pieces ('<|' + role + '|>') are its own, too.
+            # Markers that the template concatenates ('<|' + role + '|>') are its own, too.
             own = self._find_own_markers([list(messages), list(tools)], written.text, unclear, prompt=prompt)
             return replace(written, markers=tuple(sorted((*written.markers, *own))))
         return written
@@ -95,7 +91,7 @@ class TracedTemplate:
     def _find_own_markers(
         self, given: list[Any], text: str, unclear: list[tuple[int, int]], *, prompt: bool
     ) -> list[tuple[int, int]]:
-        """Those of the unclear places where the template itself wrote the marker."""
+        """Return those of the `unclear` spans whose marker the template itself wrote."""
         disarmed = self._mask_markers(given)
         if disarmed == given:
             return unclear
@@ -137,7 +133,7 @@ class TracedTemplate:
             raise DataError(f"cannot write this: {error}") from error
 
     def _resolve_signs(self, rendered: str) -> tuple[TracedText, list[tuple[int, int]]]:
-        """Resolve signs into places; and the markers that stand in the text without a sign."""
+        """Resolve signs into spans. Return the text, and the spans of markers written without a sign."""
         reading = _TraceReader()
         unclear: list[tuple[int, int]] = []
         for number, piece in enumerate(_SIGNS.split(rendered)):
@@ -151,7 +147,7 @@ class TracedTemplate:
         return reading.build_traced_text(), unclear
 
     def _mask_markers(self, value: Any) -> Any:  # noqa: ANN401 - JSON
-        """The same values with no marker in any text, the keys of mappings included."""
+        """Return the same values with all markers masked, including those in mapping keys."""
         if isinstance(value, str):
             return self.marker_pattern.sub(lambda found: _MASK_CHARACTER * len(found.group()), value)
         if isinstance(value, Mapping):
@@ -162,7 +158,7 @@ class TracedTemplate:
 
 
 class _TraceReader:
-    """Traced text as it is read from left to right."""
+    """Left-to-right reader of traced text."""
 
     def __init__(self) -> None:
         self.texts: list[str] = []
@@ -192,14 +188,14 @@ class _TraceReader:
         parts: dict[int, tuple[int, int]] = {}
         stops = [start for start, _ in self.message_starts[1:]] + [self.length]
         for (start, message), stop in zip(self.message_starts, stops, strict=False):
-            # Of several loops over the messages the last that writes something is the one that writes the turns.
+            # Of several loops over the messages, the last one with output writes the turns.
             if message not in parts or text[start:stop].strip():
                 parts[message] = (start, stop)
         return TracedText(text, tuple(self.markers), parts, tuple(self.generation_spans))
 
 
 def compile_traced_template(source: str, replaced: Callable[[str], str]) -> Template:
-    """Compile a template that writes signs for the messages, with `replaced` applied to the texts it writes itself."""
+    """Compile a template that writes signs for the messages, with `replaced` applied to its own texts."""
     where = build_jinja_environment()
     tree = _TracingTransformer(replaced).visit(where.parse(source))
     tree.set_environment(where)
@@ -207,9 +203,9 @@ def compile_traced_template(source: str, replaced: Callable[[str], str]) -> Temp
 
 
 class _TracingTransformer(NodeTransformer):
-    """Puts stand-ins for markers into a template's texts, and the number of the message into its loops.
+    """AST transformer that replaces markers in a template's texts and adds the message number to its loops.
 
-    A text that is only compared or looked for stays as it is.
+    Texts that are only compared or searched for are unchanged.
     """
 
     def __init__(self, replaced: Callable[[str], str]) -> None:
@@ -260,7 +256,7 @@ def _has_visible_output(output: nodes.Output) -> bool:
 
 
 class _GenerationExtension(Extension):
-    """`{% generation %}`: Hugging Face's block around what the assistant says."""
+    """Hugging Face's `{% generation %}` block around the assistant's text."""
 
     tags = {"generation"}  # noqa: RUF012 - jinja2 declares it so
 
@@ -274,10 +270,9 @@ class _GenerationExtension(Extension):
 
 
 def build_jinja_environment() -> Environment:
-    """The environment in which Hugging Face renders templates, but for `strftime_now`.
+    """Return the environment in which Hugging Face renders templates, without `strftime_now`.
 
-    Tokens that depend on the day they were made could not be made again, so a template that asks for the day finds no
-    such function; those that can do without (Llama 3) take a fixed date then.
+    Tokens that depend on the current date are not reproducible. Templates with a fallback (Llama 3) use a fixed date.
     """
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationExtension, loopcontrols]
@@ -298,5 +293,5 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """JSON without the escapes for web pages that jinja2's own filter writes."""
+    """Return JSON without the HTML escapes of jinja2's own filter."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

@@ -1,1 +1,1 @@
-"""Code and text to tokens: chunks, fill-in-the-middle, repositories."""
+"""Rendering of code and text: chunking, fill-in-the-middle (FIM), repository format."""

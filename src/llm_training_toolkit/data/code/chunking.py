@@ -1,4 +1,4 @@
-"""Cuts documents into chunks that fit into a sequence, also after fill-in-the-middle has made them longer."""
+"""Chunking: documents are split into chunks that fit into a sequence even after FIM has lengthened them."""
 
 from __future__ import annotations
 
@@ -16,16 +16,14 @@ from llm_training_toolkit.data.tokenizer import Ids
 from llm_training_toolkit.errors import DataError
 
 _SENTINELS = 3
+# Tokens kept free per FIM cut that lands inside a token, which splits into 1.3 more tokens on average.
+# Lower: more chunks overflow and leave a few tokens behind as a short chunk. Higher: sequences are under-filled.
+# With 2.5, at 256 tokens and everything rearranged, sequences are 99.1 % full and 7 in 100 chunks are short.
 _SLACK_PER_CUT = 2.5
-"""Tokens that are kept free for a cut that falls within a token, which makes two or more of it: 1.3 on average.
-
-With less more chunks turn out too long, and leave a few tokens behind as a chunk of their own; with more they are not
-full. With this, at 256 tokens and everything rearranged, sequences are 99.1 % full and 7 in 100 chunks are short ones.
-"""
 
 
 class TokenizedDocument(NamedTuple):
-    """A document on its way: its number, its files, its plain tokens with the end, and where its files lie in them."""
+    """A tokenized document: its number, file segments, plain tokens with the end of text, and file positions."""
 
     number: int
     document: Document
@@ -34,11 +32,11 @@ class TokenizedDocument(NamedTuple):
     files: list[FileSpan]
 
     def draw_fim_for_part(self, named: str, rules: RenderRules) -> UniformDraw | None:
-        """The random numbers of a part; None where it stays as it is."""
+        """Draw the random numbers of a part, or None if it stays plain."""
         return rules.draw_fim_for_part(self.number, self.document, named)
 
     def iter_part_starts(self, start: int) -> Iterator[tuple[int, str]]:
-        """Where parts of files begin from a token on, and their names: what goes on there, then whole files."""
+        """Yield (position, key) of each part from a token on: the rest of the file there, then whole files."""
         first = bisect_right(self.files, start, key=lambda file: file.end)
         begun, lead = self.files[first], len(self.file_segments[first].lead)
         at = max(self.buffer.find_character_offset(start) - lead, 0) if start > begun.text_start else 0
@@ -48,7 +46,7 @@ class TokenizedDocument(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """Tokens [start, stop) of a document, whose end is no part of it, and what they hold of its files."""
+    """Tokens [start, stop) of a document, without its end of text, and the file spans in them."""
 
     tokenized: TokenizedDocument
     start: int
@@ -57,19 +55,19 @@ class Chunk(NamedTuple):
 
     @property
     def tokens(self) -> Ids:
-        """Its plain tokens."""
+        """Plain tokens of the chunk."""
         return self.tokenized.buffer.tokens[self.start : self.stop]
 
     @property
     def is_last(self) -> bool:
-        """Whether the end of the document comes after it."""
+        """True if the document's end of text follows the chunk."""
         return self.stop == len(self.tokenized.buffer.tokens) - 1
 
 
 def split_into_chunks(work: TokenizedDocument, rules: RenderRules) -> list[Chunk]:
-    """The chunks of a document: one where it fits, none where it is dropped.
+    """Split a document into chunks: one if it fits, an empty list if it is dropped.
 
-    Raises DataError, naming the document, where it is too long and the rules say `error`.
+    Raises DataError, naming the document, if it is too long and `rules.overlong` is `error`.
     """
     total = len(work.buffer.tokens)
     if total <= rules.sequence_length:
@@ -87,11 +85,11 @@ def split_into_chunks(work: TokenizedDocument, rules: RenderRules) -> list[Chunk
 
 
 def split_chunk_to_fit(chunk: Chunk, tokens: int, rules: RenderRules) -> list[Chunk]:
-    """A chunk that lacks room for some tokens, cut in two: what goes on with it, and its end as a chunk of its own.
+    """Split a chunk that lacks room for `tokens` tokens in two: the shortened chunk, and its end as a chunk of its own.
 
-    None where it is a whole document, which fits as it is, and where less than half a sequence would be left.
+    Return [] for a whole document, which fits as it is, and if less than half a sequence would be left.
     """
-    latest = chunk.stop - max(tokens, 2)  # a token alone would have nothing to predict
+    latest = chunk.stop - max(tokens, 2)  # a single token has nothing to predict
     if (chunk.start == 0 and chunk.is_last) or latest - chunk.start < rules.sequence_length // 2:
         return []
     cut = chunk.tokenized.buffer.find_split_point(chunk.start, latest)
@@ -106,15 +104,15 @@ def _build_chunk(work: TokenizedDocument, start: int, stop: int, rules: RenderRu
 
 
 def _estimate_split_tokens(work: TokenizedDocument) -> int:
-    """Tokens that the text of a file will take more in three pieces, from how many places lie within a token."""
+    """Estimate the tokens that FIM adds to a file, from the share of character positions inside tokens."""
     characters = sum(len(passage.body) for passage in work.file_segments)
     return max(round(2 * _SLACK_PER_CUT * (1 - len(work.buffer.tokens) / characters)), 0)
 
 
 def _compute_max_chunk_tokens(work: TokenizedDocument, start: int, added: int, rules: RenderRules) -> int:
-    """How many tokens a chunk from `start` may have: a sequence, without what rearranging its files will add.
+    """Return the maximum length of a chunk from `start`: a sequence minus the tokens that FIM will add.
 
-    Whether a part is rearranged is drawn by how it begins, so it is known before the chunk is cut.
+    The FIM draw of a part depends on its start alone, so it is known before the chunk is split off.
     """
     if rules.fim is None:
         return rules.sequence_length
@@ -124,12 +122,12 @@ def _compute_max_chunk_tokens(work: TokenizedDocument, start: int, added: int, r
             break
         needs_end = work.draw_fim_for_part(named, rules) is not None
         longest -= added * needs_end
-    # What was moved to the end of a chunk has to end there.
+    # A middle moved to the end of a chunk needs an end of text.
     return max(longest - needs_end, rules.sequence_length // 2)
 
 
 class FileSpan(NamedTuple):
-    """A file's tokens within its document: where its head begins, where its text begins, and where it ends."""
+    """Token positions of a file in its document: start of its head, start of its text, and end."""
 
     head_start: int
     text_start: int
@@ -137,10 +135,10 @@ class FileSpan(NamedTuple):
 
 
 class ChunkSpan(NamedTuple):
-    """What a chunk holds of a file.
+    """The part of a file that lies in a chunk.
 
-    start, stop: its tokens [start, stop) in the chunk. head: how many of them are special tokens and texts in front.
-    lead, body: its metadata and its code as text. part: what it is of the document, as `part` names it.
+    start, stop: its tokens [start, stop) in the chunk. head: number of them that are special tokens and texts in front.
+    lead, body: its metadata and its code as text. part: its key from `build_part_key`.
     """
 
     start: int
@@ -152,15 +150,15 @@ class ChunkSpan(NamedTuple):
 
 
 def build_part_key(file: int, character: int) -> str:
-    """The name of a part of a document: a file, or what goes on in it with a character.
+    """Return the key of a document part: a file, or the rest of a file from a character on.
 
-    Random numbers are drawn by it. It is known before the part's end is, and the same for every tokenizer.
+    The key seeds the random numbers, is known before the part's end, and is the same for every tokenizer.
     """
     return f"{file}+{character}" if character else f"{file}"
 
 
 def find_file_spans(passages: Sequence[FileSegment], runs: Sequence[TokenRun]) -> list[FileSpan]:
-    """Where the files of a document lie in it."""
+    """Locate the files of a document in its tokens."""
     found, place, following = [], 0, iter(runs)
     for passage in passages:
         text = place + sum(len(next(following).ids) for _ in passage.head)
@@ -173,8 +171,8 @@ def find_file_spans(passages: Sequence[FileSegment], runs: Sequence[TokenRun]) -
 def find_chunk_spans(
     passages: Sequence[FileSegment], files: Sequence[FileSpan], strip: TokenBuffer, start: int, stop: int
 ) -> list[ChunkSpan]:
-    """What the tokens [start, stop) hold of the files, without fragments that hold nothing of a file's code."""
-    # Only the files that lie there are looked at: a repository may have thousands, and as many chunks.
+    """Return the file spans in tokens [start, stop), except those without any code."""
+    # Bisect, because a repository may have thousands of files and as many chunks.
     first = bisect_right(files, start, key=lambda file: file.end)
     last = bisect_left(files, stop, key=lambda file: file.head_start)
     found = (
@@ -187,9 +185,9 @@ def find_chunk_spans(
 def _build_chunk_span(
     strip: TokenBuffer, number: int, passage: FileSegment, file: FileSpan, chunk: tuple[int, int]
 ) -> ChunkSpan:
-    """A fragment's text reaches to the next one's first character, so that no character falls between two.
+    """Build a file's span in a chunk; its text ends at the next span's first character, so every character is kept.
 
-    Where a cut had to part a file's metadata, the fragment has no body: the file stays as it is.
+    If a split falls inside a file's metadata, the body is empty and the file stays plain.
     """
     start, stop = chunk
     is_first, lead = start <= file.head_start, len(passage.lead)

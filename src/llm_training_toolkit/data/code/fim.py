@@ -1,4 +1,4 @@
-"""Fill-in-the-middle: a text is cut twice at random, and the middle is moved to its end."""
+"""Fill-in-the-middle (FIM): a text is split at two random places and the middle is moved to the end."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from llm_training_toolkit.errors import DataError
 
 @dataclass(frozen=True)
 class FimRules:
-    """How a source is rearranged, with the ids of the three sentinels.
+    """FIM settings of a source, with the ids of the three sentinels.
 
-    whole: a document is rearranged before it is cut, not chunk by chunk. path_in_prefix: the path in front of a file
-    stands behind the sentinel of the prefix.
+    whole: rearrange a document before splitting it, instead of chunk by chunk.
+    path_in_prefix: put a file's path after the prefix sentinel, instead of before it.
     """
 
     prefix: int
@@ -32,7 +32,7 @@ class FimRules:
 
     @classmethod
     def from_config(cls, fim: FimConfig, markers: TokenizationSpec, encoder: TextEncoder) -> FimRules:
-        """The rules of a source. Raises DataError where the family or the tokenizer lacks a sentinel."""
+        """Build the rules of a source. Raises DataError if the family or the tokenizer lacks a sentinel."""
         tokens = markers.tokens
         if not tokens.has_fim:
             raise DataError(
@@ -52,7 +52,7 @@ class FimRules:
 
 
 class UniformDraw(NamedTuple):
-    """Four independent uniform numbers in [0, 1): rearrange?, in which order?, first cut, second cut."""
+    """Four independent uniform numbers in [0, 1): rearrange or not, order, first split, second split."""
 
     rearrange: float
     order: float
@@ -61,14 +61,14 @@ class UniformDraw(NamedTuple):
 
 
 def draw_uniform_numbers(seed: int, epoch: int, source: int, document: int, part: str) -> UniformDraw:
-    """The random numbers of a part of a document: a hash of its coordinates, so no order of work can change them."""
+    """Hash the coordinates of a document part into random numbers, independent of processing order."""
     key = f"{seed}/{epoch}/{source}/{document}/{part}".encode()
     raw = struct.unpack("<4Q", hashlib.blake2b(key, digest_size=32, person=b"ltt-fim").digest())
     return UniformDraw(*((value >> 11) * 2.0**-53 for value in raw))
 
 
 def apply_fim(lead: str, body: str, chance: UniformDraw, fim: FimRules) -> list[Segment]:
-    """The items of a file whose body is cut in three; the last is the middle. The lead, its metadata, is never cut."""
+    """Split a file's body in three and return its segments, the middle last; the lead (metadata) stays whole."""
     places = len(body) + 1  # before the first character … after the last
     first, second = sorted((int(chance.first * places), int(chance.second * places)))
     in_front = [] if fim.path_in_prefix or not lead else [TextSegment(lead, len(lead))]
@@ -78,6 +78,6 @@ def apply_fim(lead: str, body: str, chance: UniformDraw, fim: FimRules) -> list[
         TextSegment(body[first:second]),
         TextSegment(body[second:]),
     )
-    if chance.order < fim.spm_rate:  # "variant 2": the prefix flows into the middle without a sentinel between them
+    if chance.order < fim.spm_rate:  # "variant 2": no sentinel between prefix and middle
         return [*in_front, fim.prefix, fim.suffix, suffix, fim.middle, prefix, middle]
     return [*in_front, fim.prefix, prefix, fim.suffix, suffix, fim.middle, middle]

@@ -1,4 +1,4 @@
-"""Renders documents into examples: plain or fill-in-the-middle, cut where they are longer than a sequence."""
+"""Rendering of documents into examples: plain or fill-in-the-middle (FIM), split if longer than a sequence."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ from llm_training_toolkit.data.types import Example, RenderedDocument
 def render_code(
     documents: Sequence[tuple[int, Document]], rules: RenderRules, encoder: TextEncoder
 ) -> list[RenderedDocument]:
-    """Render numbered documents; the result of each depends on nothing but itself and the rules.
+    """Render numbered documents; each result depends only on its document and the rules.
 
-    Every token of every document is in exactly one example, none longer than rules.sequence_length.
-    Raises DataError, naming the document, where one is too long and the rules say `error`.
+    Every token of a document is in exactly one example of at most rules.sequence_length tokens.
+    Raises DataError, naming the document, if one is too long and `rules.overlong` is `error`.
     """
     written = [rules.build_file_segments(document) for _, document in documents]
     encoded = encode_segments(
@@ -66,7 +66,7 @@ def render_code(
 
 
 class _RenderedSpan(NamedTuple):
-    """Tokens of a file as they are shown; `middle` of them, at the end, are the middle, None where it is plain."""
+    """Tokens of a file as rendered; the last `middle_length` of them are the FIM middle (None: plain)."""
 
     tokens: Ids
     middle_length: int | None = None
@@ -83,10 +83,10 @@ def _is_document_level_fim(work: TokenizedDocument, rules: RenderRules) -> bool:
 
 
 def _render_chunks(cut: Iterable[Chunk], rules: RenderRules, encoder: TextEncoder) -> Iterator[tuple[Chunk, Example]]:
-    """One example of every chunk, in any order.
+    """Yield one example per chunk, in any order.
 
-    Text in three pieces takes a few more tokens than whole. A chunk that has got too long by it is cut in two, and
-    both are tried anew.
+    Text encoded in three pieces takes a few more tokens than as a whole. A chunk that becomes too long is split in two,
+    and both are retried.
     """
     if rules.fim is None:
         yield from ((chunk, _render_plain_chunk(chunk)) for chunk in cut)
@@ -106,7 +106,7 @@ def _render_chunks(cut: Iterable[Chunk], rules: RenderRules, encoder: TextEncode
 def _apply_fim_to_chunks(
     cut: list[Chunk], rules: RenderRules, fim: FimRules, encoder: TextEncoder
 ) -> list[list[tuple[ChunkSpan, _RenderedSpan]]]:
-    """The files of each chunk that are to be rearranged, each by a chance of its own, as pieces."""
+    """Return the rearranged file spans of each chunk; every file is drawn independently."""
     chosen = [
         [
             (fragment, apply_fim(fragment.lead, fragment.body, chance, fim))
@@ -137,7 +137,7 @@ def _compute_free_tokens(chunk: Chunk, rules: RenderRules) -> int:
 
 
 def _compute_added_tokens(chunk: Chunk, fragment: ChunkSpan, piece: _RenderedSpan) -> int:
-    """Tokens that a chunk gets longer by, with an end where the middle comes last: what was moved there has to end."""
+    """Count the tokens that FIM adds, including an end of text if the moved middle ends the chunk."""
     needs_end = fragment.stop == len(chunk.tokens) and not chunk.is_last
     return len(piece.tokens) - (fragment.stop - fragment.start) + needs_end
 
@@ -148,7 +148,7 @@ def _render_plain_chunk(chunk: Chunk) -> Example:
 
 
 def _render_fim_chunk(chunk: Chunk, pieces: list[tuple[ChunkSpan, _RenderedSpan]], rules: RenderRules) -> Example:
-    """A chunk with its files rearranged, as far as they fit; where they do not, a file stays as it is."""
+    """Render a chunk with as many rearranged files as fit; the other files stay plain."""
     if not pieces:
         return _render_plain_chunk(chunk)
     room = _compute_free_tokens(chunk, rules)
@@ -169,7 +169,7 @@ def _render_fim_chunk(chunk: Chunk, pieces: list[tuple[ChunkSpan, _RenderedSpan]
 def _render_document_level_fim(
     works: list[TokenizedDocument], rules: RenderRules, encoder: TextEncoder
 ) -> Iterator[list[Example]]:
-    """The examples of documents whose files are rearranged whole, and which are cut then."""
+    """Rearrange the files of each document as a whole, then split; yield the examples per document."""
     fim = rules.fim
     if fim is None:
         return
@@ -198,7 +198,7 @@ def _build_fim_segments(work: TokenizedDocument, number: int, rules: RenderRules
 
 
 def _build_example(pieces: list[_RenderedSpan], document: int, rules: RenderRules, *, has_end: bool) -> Example:
-    """Pieces as one example. With loss on the middle alone, what a rearranged file has else bears none."""
+    """Concatenate spans into one example; with `middle_only`, a rearranged file bears loss on its middle alone."""
     end = np.full(int(has_end), rules.end_of_text, dtype=np.uint32)
     tokens = np.concatenate([*(piece.tokens for piece in pieces), end])
     loss = np.ones(len(tokens), dtype=np.bool_)
@@ -207,6 +207,6 @@ def _build_example(pieces: list[_RenderedSpan], document: int, rules: RenderRule
         for piece in pieces:
             if piece.middle_length is not None:
                 loss[place : place + len(piece.tokens) - piece.middle_length] = False
-                loss[place] = after_middle  # what ends a middle is the next file's marker, if there is one
+                loss[place] = after_middle  # the next file's marker ends the previous middle, so it bears loss
             place, after_middle = place + len(piece.tokens), piece.middle_length is not None
     return Example(tokens, loss, document)

@@ -1,4 +1,4 @@
-"""Writes a document as its family does: repository, path and stars in special tokens around the code."""
+"""Repository format of a family: repository, path and stars in special tokens around the code."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _STAR_BUCKETS = ((0, "0"), (10, "1-10"), (100, "10-100"), (1000, "100-1000"))
 
 
 class FileSegment(NamedTuple):
-    """A file of a document, or all of a plain one.
+    """A file of a document, or the whole of a plain one.
 
-    head: special tokens (ids) and metadata (text) in front. lead: text between the last special token and the body.
-    body: the file's own text, all that fill-in-the-middle may cut. tail: what parts it from the next file.
+    head: special tokens (ids) and metadata (text). lead: text between the last special token and the body.
+    body: the file's own text, the only part FIM may split. tail: separator before the next file.
     """
 
     head: tuple[int | str, ...]
@@ -29,10 +29,9 @@ class FileSegment(NamedTuple):
 
 @dataclass(frozen=True)
 class RepoFormat:
-    """How the documents of a source are written: the ids of the special tokens, and the family's form.
+    """Special token ids and code layout for writing the documents of a source.
 
-    stars: None where they are not written. metadata: whether repository, path and stars are written, or nothing but
-    the file's token.
+    stars: None if the family does not write them. metadata: write repository, path and stars, or the file token alone.
     """
 
     file: int
@@ -43,9 +42,9 @@ class RepoFormat:
 
     @classmethod
     def from_config(cls, source: SourceConfig, markers: TokenizationSpec, encoder: TextEncoder) -> RepoFormat | None:
-        """The layout of a source; None where its documents are written without any.
+        """Build the format of a source, or None if its documents are written as plain text.
 
-        Raises DataError where the family or the tokenizer lacks a special token.
+        Raises DataError if the family or the tokenizer lacks a special token.
         """
         if not source.metadata and source.group_by == "file":
             return None
@@ -64,20 +63,20 @@ class RepoFormat:
         )
 
     def build_file_segments(self, document: Document) -> list[FileSegment]:
-        """The files of a document in their order, the first with what is known of the repository."""
+        """Build the segments of a document's files in order; the first carries the repository's metadata."""
         files = document.parts or (RepositoryFile(document.path, document.text),)
         tails = [self.form.between_files] * (len(files) - 1) + [""]
         written = []
         for number, (file, tail) in enumerate(zip(files, tails, strict=True)):
             labels = self._build_labels(document if number == 0 else None, file)
             head = [item for label in labels for item in label if item != ""]
-            # The last text in front ends its line. It is encoded as one with the code, as by anyone who reads the file.
+            # The last label ends its line and is encoded together with the code, as when a user tokenizes the file.
             lead = f"{head.pop()}\n" if head and isinstance(head[-1], str) else ""
             written.append(FileSegment(tuple(head), lead, file.text, tail))
         return written
 
     def _build_labels(self, document: Document | None, file: RepositoryFile) -> list[tuple[int, str]]:
-        """Special tokens with their texts; `document` only before its first file."""
+        """Pair special tokens with their texts; `document` is given only for its first file."""
         if not self.metadata:
             return [(self.file, "")]
         labels = []
@@ -91,10 +90,10 @@ class RepoFormat:
 
 
 def build_plain_segments(document: Document) -> list[FileSegment]:
-    """A document that is its text and nothing else."""
+    """Return the document as its text alone."""
     return [FileSegment((), "", document.text, "")]
 
 
 def get_star_bucket(stars: int) -> str:
-    """Stars as StarCoder was told them: in five steps (Li et al. 2023)."""
+    """Return the bucket of a star count: StarCoder's five steps (Li et al. 2023)."""
     return next((name for limit, name in _STAR_BUCKETS if stars <= limit), "1000+")

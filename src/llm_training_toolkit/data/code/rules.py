@@ -1,4 +1,4 @@
-"""All that the rendering of code and text depends on besides the document."""
+"""Rules for rendering code and text: every input of rendering besides the document."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from llm_training_toolkit.data.tokenizer import TextEncoder, TokenizationSpec
 
 @dataclass(frozen=True)
 class RenderRules:
-    """How the documents of a source are rendered in an epoch."""
+    """Rendering settings of a source for one epoch."""
 
     sequence_length: int
     end_of_text: int
@@ -35,7 +35,7 @@ class RenderRules:
         seed: int,
         epoch: int,
     ) -> RenderRules:
-        """The rules of a source of the configuration. Raises DataError where the tokenizer lacks a marker."""
+        """Build the rules of a configured source. Raises DataError if the tokenizer lacks a special token."""
         return cls(
             sequence_length,
             encoder.get_special_token_id(markers.tokens.end_of_text),
@@ -47,11 +47,11 @@ class RenderRules:
         )
 
     def build_file_segments(self, document: Document) -> list[FileSegment]:
-        """The files of a document as they are written."""
+        """Build the file segments of a document."""
         return build_plain_segments(document) if self.layout is None else self.layout.build_file_segments(document)
 
     def draw_fim_for_part(self, number: int, document: Document, part: str) -> UniformDraw | None:
-        """The random numbers of a part of a document; None where it stays as it is."""
+        """Draw the random numbers of a document part, or None if it stays plain."""
         if self.fim is None:
             return None
         drawn = draw_uniform_numbers(self.seed, self.epoch, document.source, number, part)

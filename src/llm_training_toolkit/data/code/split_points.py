@@ -1,4 +1,4 @@
-"""The tokens of a document in one row, and where the row may be cut."""
+"""Tokens of a document in one buffer, and the positions at which it may be split."""
 
 from __future__ import annotations
 
@@ -14,22 +14,21 @@ from llm_training_toolkit.data.tokenizer import EncodedText, TextEncoder
 
 
 class TextSegment(NamedTuple):
-    """A text to be encoded as a whole.
+    """A text that is encoded as a whole.
 
-    held: characters at its beginning that stay with what follows them, such as a file's path. A text that is held
-    altogether is metadata, and stays with what comes after it.
+    bound_length: leading characters that must stay with the text after them, such as a file's path. A fully bound text
+    is metadata and stays with the next segment.
     """
 
     text: str
     bound_length: int = 0
 
 
-Segment = int | TextSegment
-"""What a document is written of: a special token, or a text."""
+Segment = int | TextSegment  # a special token's id, or a text
 
 
 class TokenRun(NamedTuple):
-    """The tokens of an item (tokens,); `encoded` is None for a special token."""
+    """Tokens of a segment (tokens,); `encoded` is None for a special token."""
 
     ids: NDArray[np.uint32]
     item: Segment
@@ -37,12 +36,12 @@ class TokenRun(NamedTuple):
 
     @property
     def is_bound(self) -> bool:
-        """Whether it must not be parted from what comes after it."""
+        """True if the run must stay with the next one."""
         return isinstance(self.item, int) or self.item.bound_length >= len(self.item.text)
 
 
 def encode_segments(written: Iterable[Sequence[Segment]], encoder: TextEncoder) -> list[list[TokenRun]]:
-    """The runs of many documents, each given as its items; all texts are encoded at once, on all cores."""
+    """Encode the segments of many documents into runs; all texts go in one batch, on all cores."""
     written = list(written)
     texts = [item.text for items in written for item in items if isinstance(item, TextSegment)]
     encoded = iter(encoder.encode_batch(texts))
@@ -53,7 +52,7 @@ def encode_segments(written: Iterable[Sequence[Segment]], encoder: TextEncoder) 
 
 
 def build_special_run(token: int) -> TokenRun:
-    """The run of a special token."""
+    """Build the run of a special token."""
     return TokenRun(np.array([token], dtype=np.uint32), token)
 
 
@@ -62,12 +61,12 @@ def _build_text_run(item: TextSegment, encoded: EncodedText) -> TokenRun:
 
 
 class TokenBuffer:
-    """Runs one after the other, the last of them the end of the text.
+    """Concatenated token runs of a document; the last run is the end of text.
 
-    Cuts lie between characters, never within one, and none before the end of the text, which would be an example
-    without anything to predict. They also leave metadata in one piece and with its code: none comes right behind a
-    special token, so that no piece ends with a marker that begins nothing. Only where that would leave a piece less
-    than half full, as with a path that is longer than half a sequence, metadata is cut like text.
+    Splits fall between characters. A split right before the end of text is avoided: it would leave an example with
+    nothing to predict. Metadata stays whole and with its code: a split right after a special token would leave a
+    dangling marker. If that makes a piece less than half full, as with a path longer than half a sequence, metadata is
+    split like text.
     """
 
     def __init__(self, runs: Iterable[TokenRun]) -> None:
@@ -76,7 +75,7 @@ class TokenBuffer:
         self.tokens = np.concatenate([run.ids for run in self._runs])
 
     def find_split_points(self, longest: Callable[[int], int]) -> list[int]:
-        """Where pieces begin, the first left out. `longest(start)` is how many tokens the piece from there may have."""
+        """Return the starts of all pieces but the first; `longest(start)` limits the tokens of a piece."""
         cuts: list[int] = []
         start, total = 0, len(self.tokens)
         while total - start > (length := longest(start)):
@@ -84,14 +83,14 @@ class TokenBuffer:
         return cuts
 
     def find_split_point(self, start: int, latest: int) -> int:
-        """Where a piece that begins at `start` ends best: as late as can be, and at `latest` at the latest."""
+        """Return the best end of a piece that begins at `start`: as late as possible, at most `latest`."""
         good = (at for at in range(latest, (start + latest) // 2, -1) if self._is_good_split_point(at))
         clean = (at for at in range(latest, start, -1) if self._is_character_start(at))
-        # Where not even that is possible, because a character is longer than a piece, it is cut anywhere.
+        # Last resort: a character longer than a piece is split anywhere.
         return next(chain(good, clean), latest)
 
     def find_character_offset(self, at: int) -> int:
-        """The character of its text that token `at` begins with, or is a part of."""
+        """Return the offset, in its run's text, of the character that token `at` begins with or is part of."""
         run, offset = self._locate_token(at)
         assert run.encoded is not None
         return int(run.encoded.char_spans[offset, 0])

@@ -1,1 +1,1 @@
-"""Preparation: documents to packed sequences on disk."""
+"""Preparation of data: documents to packed sequences on disk."""

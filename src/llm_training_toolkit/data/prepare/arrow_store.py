@@ -1,4 +1,4 @@
-"""Files of the token cache: Arrow, memory-mapped when read."""
+"""Arrow files of the token cache, memory-mapped for reading."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ _TOKEN_SCHEMA = pa.schema([("token", pa.uint32()), ("loss", pa.bool_())])
 
 
 def write_columns(path: Path, columns: Mapping[str, Any]) -> None:
-    """Write columns of equal length as one Arrow record batch. Arrays keep their types; lists get Arrow's."""
+    """Write columns of equal length as one Arrow record batch. Arrays keep their types; Arrow infers those of lists."""
     batch = pa.record_batch([pa.array(values) for values in columns.values()], names=list(columns))
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
         writer.write_batch(batch)
 
 
 def read_columns(path: Path) -> dict[str, NDArray[Any]]:
-    """Columns of numbers as read-only arrays on the memory-mapped file."""
+    """Read columns of numbers as read-only arrays on the memory-mapped file."""
     batch = _open_arrow_file(path).get_batch(0)
     return {name: column.to_numpy() for name, column in zip(batch.schema.names, batch.columns, strict=True)}
 
 
 def write_rows(path: Path, schema: Any, rows: Iterable[tuple[Any, ...]]) -> None:  # noqa: ANN401 - pyarrow is untyped
-    """Write rows as they come, in record batches: for tables that need not fit into memory."""
+    """Write rows from an iterator in record batches, for tables larger than memory."""
     following = iter(rows)
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
         while batch := list(islice(following, _ROWS_PER_BATCH)):
@@ -44,12 +44,12 @@ def write_rows(path: Path, schema: Any, rows: Iterable[tuple[Any, ...]]) -> None
 
 
 def read_column(path: Path, column: str) -> Any:  # noqa: ANN401 - pyarrow carries no types
-    """A column of any kind as Arrow's own array; the file is mapped, not read."""
+    """Read a column of any type as an Arrow array; the file is memory-mapped."""
     return _open_arrow_file(path).read_all().column(column)
 
 
 def read_array(path: Path, column: str) -> NDArray[Any]:
-    """One column of numbers as an array (rows,), or of bytes of one width as (rows, width) uint8."""
+    """Read a column of numbers as an array (rows,), or of bytes of one width as (rows, width) uint8."""
     column_of_rows = read_column(path, column)
     kind = column_of_rows.type
     if not pa.types.is_fixed_size_binary(kind):
@@ -81,9 +81,9 @@ class SourceExample(NamedTuple):
 
 
 def write_examples(directory: Path, rendered: Iterable[SourceExample]) -> None:
-    """Write examples as they come: `tokens.arrow` in batches of about a million tokens, `examples.arrow` their index.
+    """Write examples from an iterator: `tokens.arrow` in batches of about a million tokens, `examples.arrow` as index.
 
-    An example never crosses from one batch into the next, so a reader sees it as one array.
+    An example lies in one batch, so a reader sees it as one array.
     """
     index: list[tuple[int, ...]] = []
     tables: list[NDArray[np.int64]] = []
@@ -106,9 +106,9 @@ def write_examples(directory: Path, rendered: Iterable[SourceExample]) -> None:
 
 
 def join_examples(parts: Sequence[Path], target: Path, transfer: Callable[[Path, Path], None]) -> None:
-    """Put the files of several directories of examples together as one, in their order, in the directory `target`.
+    """Join the examples of several directories, in their order, in the directory `target`.
 
-    `transfer(file, new file)` brings over the tokens; the index is written anew, with record batches counted through.
+    `transfer(file, new file)` links or copies the tokens; the index is rewritten with record batches renumbered.
     """
     tables, counts, total = [], [], 0
     for number, part in enumerate(parts):
@@ -138,10 +138,10 @@ def _flush_pending(writer: Any, pending: list[Example]) -> None:  # noqa: ANN401
 
 
 class ExampleStore:
-    """The examples of one rendering, memory-mapped.
+    """Memory-mapped examples of one rendering.
 
-    source, document, length, targets (examples,) int64: whose example it is, its tokens, and the labels it yields.
-    batch (examples,) int64: the record batch it lies in, counted through all files; about a million tokens each.
+    source, document, length, targets (examples,) int64: source number, document number, tokens, and labels it yields.
+    batch (examples,) int64: record batch, counted through all files; about a million tokens each.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -150,12 +150,12 @@ class ExampleStore:
         self.length, self.targets = columns["length"], columns["targets"]
         self.batch, self._start = columns["batch"], columns["start"]
         self._ends = np.cumsum(read_columns(directory / "parts.arrow")["batches"])
-        # A window of packed sequences lies in a few files; an open one costs a descriptor, of which there are 1,024.
+        # A packing window spans a few files; each open file costs one of 1,024 descriptors.
         self._open = lru_cache(maxsize=16)(lambda part: _open_arrow_file(directory / _format_part_name(part)))
         self._read_batch = lru_cache(maxsize=64)(self._read_record_batch)
 
     def __len__(self) -> int:
-        """Number of examples."""
+        """Return the number of examples."""
         return len(self.length)
 
     def __getitem__(self, number: int) -> Example:

@@ -1,4 +1,4 @@
-"""Directories that are complete or absent, whatever dies while they are built."""
+"""Directories that are complete or absent, even if a process dies while building them."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from glob import iglob
 from pathlib import Path
 
 _LOCK_NAME = ".building"
+# After this time a build of another machine counts as dead if its lock is free: some shared file systems keep locks
+# local to each machine.
 _STALE_SECONDS = 24 * 3600.0
-"""Seconds after which a build of another machine counts as dead, if its lock is free: some shared file systems keep
-the locks of each machine to itself."""
 
 
 def build_atomic_dir(target: Path, build: Callable[[Path], None]) -> Path:
-    """Return the directory `target`, built by `build(temporary directory)` unless it is there.
+    """Build the directory `target` with `build(temporary directory)` unless it exists, and return it.
 
-    The finished directory is renamed into place, so that it is whole or absent whatever dies, and of two processes
-    that build the same one, the second's is thrown away.
+    The finished directory is renamed into place, so it is complete or absent after any crash. If two processes build
+    the same directory, the second result is discarded.
     """
     if target.is_dir():
         return target
@@ -36,7 +36,7 @@ def build_atomic_dir(target: Path, build: Callable[[Path], None]) -> Path:
             claim.unlink()
             _fsync_directory(temporary)
             temporary.rename(target)
-    except OSError:  # another process was faster, and may have tidied away what this one was building from
+    except OSError:  # another process finished first and may have removed this build's inputs
         if not target.is_dir():
             raise
     finally:
@@ -45,31 +45,31 @@ def build_atomic_dir(target: Path, build: Callable[[Path], None]) -> Path:
 
 
 def remove_stale_builds(cache: Path) -> None:
-    """Remove what killed builds have left in a cache and one and two directories below.
+    """Remove the leftovers of killed builds in a cache and up to two directory levels below.
 
-    Whoever builds holds a lock, which its system lets go of when it dies. Nothing else is touched.
+    A builder holds a file lock, which the operating system releases when it dies. Everything else is kept.
     """
     for pattern in (".*", "*/.*", "*/.*/.*"):
-        # Path.glob raises where a directory goes meanwhile.
+        # Path.glob raises if a directory disappears meanwhile.
         for name in iglob(f"{pattern}/{_LOCK_NAME}", root_dir=cache):  # noqa: PTH207
             _remove_if_stale(cache / name)
 
 
 @contextmanager
 def _hold_build_lock(directory: Path) -> Iterator[Path]:
-    """Say in a file that the directory is being built, and hold its lock meanwhile."""
+    """Create and hold the lock file that marks the directory as being built."""
     claim = directory / _LOCK_NAME
     with claim.open("w") as file:
-        with suppress(OSError):  # a file system without locks: nobody can see that the builder died, and nobody sweeps
+        with suppress(OSError):  # file system without locks: a stale build is undetectable and stays
             fcntl.flock(file, fcntl.LOCK_EX)
-            # Written under the lock: a claim without a word is of somebody who is just about to hold it.
+            # Written under the lock: an empty file belongs to a builder that is about to take it.
             file.write(socket.gethostname())
             file.flush()
         yield claim
 
 
 def _remove_if_stale(claim: Path) -> None:
-    with suppress(OSError), claim.open("r+") as file:  # gone meanwhile, held, or another user's
+    with suppress(OSError), claim.open("r+") as file:  # removed meanwhile, locked, or owned by another user
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         host = file.read()
         last = max(path.stat().st_mtime for path in claim.parent.iterdir())
@@ -78,7 +78,7 @@ def _remove_if_stale(claim: Path) -> None:
 
 
 def _fsync_directory(directory: Path) -> None:
-    """Make the files durable before the name that says they are complete."""
+    """Make the files durable before the rename that marks them complete."""
     for path in [*directory.iterdir(), directory]:
         descriptor = os.open(path, os.O_RDONLY)
         try:

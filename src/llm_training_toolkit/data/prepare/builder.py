@@ -1,4 +1,4 @@
-"""Prepares the data of a run: documents to tokens and packing plans on disk, built once and shared by runs."""
+"""Preparation of a run's data: documents to tokens and packing plans on disk, built once and shared by runs."""
 
 from __future__ import annotations
 
@@ -51,13 +51,13 @@ from llm_training_toolkit.plan import compute_integer_shares
 
 StageProgressCallback = Callable[[str, int, int], None]
 
-_FORMAT_VERSION = 5  # part of every key: raise it when the same documents would give other files
+_FORMAT_VERSION = 5  # part of every key: raise it when the same documents would give different files
 _PROGRESS_EVERY = 256
 
 
 @dataclass(frozen=True)
 class PreparedDataset:
-    """Prepared data on disk: the receipt, the tokenizer's directory, and the directory of everything else."""
+    """Prepared data on disk: its DatasetInfo, the tokenizer's directory, and the directory of everything else."""
 
     dataset_info: DatasetInfo
     tokenizer_path: Path
@@ -65,7 +65,7 @@ class PreparedDataset:
 
     @classmethod
     def from_info(cls, receipt: DatasetInfo) -> PreparedDataset:
-        """Reopen prepared data from its receipt. Raises DataError where its files are not (any more)."""
+        """Reopen prepared data from its DatasetInfo. Raises DataError if its files are missing."""
         directory, tokenizer = Path(receipt.directory), Path(receipt.tokenizer_path)
         epochs = [epoch for stream in receipt.streams for epoch in stream.epochs]
         parts = [
@@ -90,24 +90,25 @@ def prepare_dataset(
     progress: StageProgressCallback | None = None,
     runner: ShardRunner = render_in_process,
 ) -> PreparedDataset:
-    """Prepare the first epochs, or find them prepared: `Preparation` for a single call."""
+    """Prepare the first epochs, or reuse them: `DatasetBuilder` for a single call."""
     work = DatasetBuilder(config, markers, progress or (lambda _stage, _done, _total: None), runner)
     return work.build_epochs(epochs or [1] * len(work.streams))
 
 
 @dataclass(frozen=True)
 class SourceStream:
-    """Sources that are packed together; `name` tells the files of one stream from those of others."""
+    """Sources that are packed together; `name` distinguishes the files of one stream from those of others."""
 
     name: str
     sources: tuple[int, ...]
     is_drawn: bool
-    """Whether every epoch has tokens of its own, because of fill-in-the-middle."""
+    """True if every epoch has its own tokens, because of FIM."""
 
 
 def get_cache_directory(config: Config) -> Path:
-    """Where prepared data lies, shared by runs: data.cache, or `<run.dir>/.cache`; it is mapped into memory, so of runs
-    in an object store each machine has its own.
+    """Return the directory of prepared data, shared by runs: data.cache, or `<run.dir>/.cache`.
+
+    Prepared data is memory-mapped, so for runs in an object store each machine has its own.
     """
     beside = "~/.cache/llm-training-toolkit" if is_uri(config.run.dir) else f"{config.run.dir}/.cache"
     folder = Path(beside if config.data.cache == "auto" else config.data.cache)
@@ -115,11 +116,10 @@ def get_cache_directory(config: Config) -> Path:
 
 
 class DatasetBuilder:
-    """The data of one configuration: every part is looked for on disk first and built when it is not there.
+    """Builds the data of one configuration; every part that exists on disk is reused.
 
-    The files of the sources are listed once, when it is made.
-    progress(stage, done, total) is called as documents pass, with total 0 while it is not known. Raises DataError for
-    whatever is wrong with sources, documents or tokenizer.
+    The files of the sources are listed once, at construction. progress(stage, done, total) is called as documents pass,
+    with total 0 while it is unknown. Raises DataError for any error in sources, documents or tokenizer.
     """
 
     def __init__(
@@ -139,7 +139,7 @@ class DatasetBuilder:
         self.directory = self.cache / self.fingerprint[:16]
 
     def build_epochs(self, epochs: Sequence[int]) -> PreparedDataset:
-        """Prepare the first epochs, as many of each stream, or find them prepared."""
+        """Prepare the first epochs, a number for each stream, or reuse them."""
         remove_stale_builds(self.cache)
         if not (self.directory / "documents").is_dir():
             self._check_tokenizer()
@@ -160,18 +160,18 @@ class DatasetBuilder:
 
     @property
     def is_rendered(self) -> bool:
-        """Whether documents have become tokens before, so that the receipt knows their tokenizer."""
+        """True if documents were rendered before, so that a DatasetInfo describes their tokenizer."""
         return (self.directory / "held_out").is_dir()
 
     def count_prepared_epochs(self) -> list[int]:
-        """How many epochs of each stream lie prepared already, from the first on without a gap."""
+        """Count the epochs of each stream on disk, from the first one without a gap."""
         return [next(epoch for epoch in count() if not self._is_epoch_prepared(each, epoch)) for each in self.streams]
 
     def _is_epoch_prepared(self, stream: SourceStream, epoch: int) -> bool:
         return all((self.directory / name).is_dir() for name in self._get_epoch_directories(stream, epoch))
 
     def verify_documents(self) -> None:
-        """Read everything again and compare it with what was prepared. Raises DataError for the first difference."""
+        """Read all documents again and compare them with the index. Raises DataError for the first difference."""
         total = len(self.document_index.sources)
         surveys.verify_document_index(
             self.data, self.directory / "documents", lambda done: self.progress("comparing", done, total)
@@ -179,7 +179,7 @@ class DatasetBuilder:
 
     def _build_documents_identity(self) -> list[Any]:
         data = self.data
-        # Weights change the order in which finished sequences are seen, and nothing in them.
+        # Weights change the order of finished sequences, but not their content.
         sources = [source.model_dump(mode="json", exclude={"weight"}) for source in data.sources]
         return [
             _FORMAT_VERSION,
@@ -191,7 +191,7 @@ class DatasetBuilder:
         ]
 
     def _compute_tokenizer_key(self) -> str:
-        """A trained tokenizer is known by what it is trained on and how, an opened one by its content."""
+        """Hash the training inputs and settings of a trained tokenizer, or the content of a given one."""
         if self.tokenizer.train is not None:
             files = [[source.path, source.format, source.group_by] for source in self.sources]
             held_out = [self.data.eval.fraction, self.data.eval.split_by, len(self.data.eval.sources)]
@@ -228,7 +228,7 @@ class DatasetBuilder:
             )
 
     def _check_tokenizer(self) -> None:
-        """Refuse a given tokenizer, or its chat template, before hours of reading."""
+        """Reject a given tokenizer, or its chat template, before hours of reading."""
         if self.tokenizer.path is not None:
             directory = resolve_tokenizer_directory(self.tokenizer.path)
             encoder = open_tokenizer(str(directory))
@@ -239,14 +239,14 @@ class DatasetBuilder:
     def _build_tokenizer(self, directory: Path) -> None:
         if self.tokenizer.train is not None:
             train_tokenizer(self._iter_training_texts(), self.tokenizer.train.vocab_size, self.markers, directory)
-        for name, path in self._given_tokenizer_files:  # copied, so that workers elsewhere and later see this very one
+        for name, path in self._given_tokenizer_files:  # copied, so that workers elsewhere and later use this very one
             shutil.copyfile(path, directory / name)
-        if self._has_chat_sources:  # whoever loads the trained model must write conversations as they were trained on
+        if self._has_chat_sources:  # users of the trained model must render chats as in training
             template = ChatTemplate.from_tokenizer(directory, self.markers.chat_template)
             (directory / "chat_template.jinja").write_text(template.source, encoding="utf-8")
 
     def _iter_training_texts(self) -> Iterator[str]:
-        """What a tokenizer is trained on: every document that is not held out."""
+        """Yield the texts for tokenizer training: every document that is not held out."""
         total, done = self.document_index.count_documents(held=False), 0
         rereader = DocumentReader(self.data, self.document_index)
         for shard in split_into_shards(self.data, self.document_index, range(len(self.data.sources)), held=False):
@@ -258,7 +258,7 @@ class DatasetBuilder:
         self.progress("tokenizer", total, total)
 
     def _build_epoch(self, stream: SourceStream, epoch: int) -> EpochInfo:
-        """The tokens and the plan of an epoch; without fill-in-the-middle all epochs have the same tokens."""
+        """Build the tokens and the plan of an epoch; without FIM all epochs share their tokens."""
         if (stream.name, epoch) in self._epochs:
             return self._epochs[stream.name, epoch]
         tokens, plan_name = self._get_epoch_directories(stream, epoch)
@@ -277,22 +277,22 @@ class DatasetBuilder:
                 "data.sequence_length, or give more documents."
             )
         lengths = ExampleStore(rendered).length
-        times = np.bincount(packed.order, minlength=len(lengths))  # counted, not assumed
+        times = np.bincount(packed.order, minlength=len(lengths))  # measured, to reveal lost tokens
         filled, lost = int((lengths * times).sum()), int(lengths[times == 0].sum())
         self._epochs[stream.name, epoch] = EpochInfo(tokens, plan_name, len(packed), filled, lost)
         return self._epochs[stream.name, epoch]
 
     def _get_epoch_directories(self, stream: SourceStream, epoch: int) -> tuple[str, str]:
-        """The directories of an epoch's tokens and of its plan."""
+        """Return the directories of an epoch's tokens and of its plan."""
         of_epoch = f"-seed{self.seed}-epoch{epoch}"
         tokens = f"tokens{stream.name}{of_epoch}" if stream.is_drawn else f"tokens{stream.name}"
         return tokens, f"plan{stream.name}{of_epoch}"
 
     def _render_documents(self, name: str, sources: Iterable[int], *, epoch: int, held: bool, stage: str) -> Path:
-        """The directory of a rendering, made shard by shard unless it is there."""
+        """Render shard by shard unless the rendering exists, and return its directory."""
         target, place = self.directory / name, self.directory / f".{name}.shards"
         if target.is_dir():
-            shutil.rmtree(place, ignore_errors=True)  # of a process that was killed right before it could
+            shutil.rmtree(place, ignore_errors=True)  # left by a process killed before this line
             return target
         chosen = split_into_shards(self.data, self.document_index, sources, held=held)
         total = sum(
@@ -304,7 +304,7 @@ class DatasetBuilder:
         try:
             self.runner(job, chosen, _build_progress_counter(self.progress, stage, total))
             build_atomic_dir(target, lambda directory: join_shards(job, chosen, directory, len(self.sources)))
-        except (OSError, ToolkitError):  # another process was faster, and has tidied away the shards
+        except (OSError, ToolkitError):  # another process finished first and removed the shards
             if not target.is_dir():
                 raise
         shutil.rmtree(place, ignore_errors=True)
@@ -348,7 +348,7 @@ class DatasetBuilder:
         )
 
     def _build_stream_infos(self, prepared: list[list[EpochInfo]]) -> tuple[StreamInfo, ...]:
-        """Weights are shares of tokens: a stream with more padding in its sequences needs more of them."""
+        """Turn weights, shares of tokens, into shares of sequences: a stream with more padding needs more of them."""
         weights = self.data.source_weights or (1.0,)
         filled = [of_stream[0].filled / of_stream[0].sequences for of_stream in prepared]
         shares = compute_integer_shares([weight / tokens for weight, tokens in zip(weights, filled, strict=True)])
@@ -356,7 +356,7 @@ class DatasetBuilder:
 
 
 def _build_streams(data: DataConfig) -> list[SourceStream]:
-    """All sources together, or where they have weights one for each."""
+    """Build one stream of all sources, or one per source if they have weights."""
     drawn = [source.fim is not None for source in data.sources]
     if not data.source_weights:
         return [SourceStream("", tuple(range(len(drawn))), any(drawn))]
@@ -364,7 +364,7 @@ def _build_streams(data: DataConfig) -> list[SourceStream]:
 
 
 def _build_progress_counter(progress: StageProgressCallback, stage: str, total: int) -> Callable[[int], None]:
-    """A listener that adds up what it is told and passes it on; shards found done count their held-out ones, too."""
+    """Build a callback that sums document counts, capped at `total`."""
     seen = 0
 
     def report_done(more: int) -> None:

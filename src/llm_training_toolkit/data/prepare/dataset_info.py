@@ -1,4 +1,4 @@
-"""The receipt of prepared data: what went in, what came out, and where it lies."""
+"""Description of prepared data: inputs, results and location."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ from llm_training_toolkit.errors import DataError
 
 @dataclass(frozen=True)
 class SourceInfo:
-    """What became of one source.
+    """Statistics of one source: documents includes held-out ones; dropped counts those left out, by reason.
 
-    documents: kept, held-out ones included. dropped: documents left out, by reason. tokens, loss_tokens (labels other
-    than -100): of its training examples in the first epoch. longest: tokens of its longest document, before cutting;
-    longest_document: its name. truncated: share of all its tokens that belong to documents dropped as too long; 0
-    unless that was asked for, as no document is ever cut short.
+    Training examples of the first epoch: tokens, loss_tokens (labels other than -100).
+    Longest document: longest (tokens before splitting), longest_document (name).
+    Documents dropped as too long: truncated (share of all tokens), 0 unless `overlong` drops them; others are complete.
     """
 
     path: str
@@ -32,9 +31,9 @@ class SourceInfo:
 
 @dataclass(frozen=True)
 class EpochInfo:
-    """Where one epoch lies, relative to the receipt's directory, and what it has.
+    """Location of one epoch, relative to the directory of its DatasetInfo, and its size.
 
-    filled: tokens in its sequences, without padding. lost: rendered tokens that no sequence holds; 0.
+    filled: tokens in its sequences, without padding. lost: rendered tokens outside all sequences; 0.
     """
 
     tokens: str
@@ -46,9 +45,9 @@ class EpochInfo:
 
 @dataclass(frozen=True)
 class StreamInfo:
-    """A stream of sequences: all sources together, or where they have weights one source; `share`: its part of the mix.
+    """A stream of sequences: all sources together, or one source if sources have weights.
 
-    Shares are of sequences, relative to the other streams'; they make the weights shares of tokens.
+    share: its part of the mixture, in sequences relative to the other streams; it makes the weights shares of tokens.
     """
 
     share: int
@@ -64,8 +63,8 @@ class StreamInfo:
 class DatasetInfo:
     """Everything a worker needs to open prepared data, and a person to judge it.
 
-    streams: one, or where sources have weights one for each of those that are trained on, in their order.
-    padding: share of padding in all prepared epochs' sequences. tokens_lost: rendered tokens that no sequence holds; 0.
+    streams: one, or, if sources have weights, one per training source, in their order.
+    padding: share in the sequences of all prepared epochs. tokens_lost: rendered tokens outside all sequences; 0.
     """
 
     fingerprint: str
@@ -89,12 +88,12 @@ class DatasetInfo:
         return sum(sum(stream.sequences_per_epoch) for stream in self.streams)
 
     def to_json(self) -> str:
-        """The receipt as text that `from_json` reads back."""
+        """Return the JSON text that `from_json` reads."""
         return json.dumps(asdict(self), indent=2) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> DatasetInfo:
-        """Read a receipt. Raises DataError where it is none, or of another version."""
+        """Read JSON text. Raises DataError if it is malformed or of another version."""
         try:
             values: dict[str, Any] = json.loads(text)
             values["sources"] = tuple(SourceInfo(**source) for source in values["sources"])

@@ -1,4 +1,4 @@
-"""Finds out which documents there are and which are held out, before anything is rendered."""
+"""Index of all documents, with those held out, built before rendering."""
 
 from __future__ import annotations
 
@@ -31,8 +31,7 @@ from llm_training_toolkit.data.sources import (
 from llm_training_toolkit.errors import DataError
 
 _PROGRESS_EVERY = 256
-_CHARACTERS_PER_SHARD = 1 << 25
-"""About ten million tokens: half a minute of one core's work, and a file of 40 MB."""
+_CHARACTERS_PER_SHARD = 1 << 25  # about ten million tokens: half a minute of one core's work, and a file of 40 MB
 _SCHEMA = pa.schema(
     [("source", pa.int32()), ("name", pa.large_string()), ("hash", pa.binary(16)), ("characters", pa.int64())]
 )
@@ -42,9 +41,9 @@ _SCHEMA = pa.schema(
 class DocumentIndex:
     """The documents in reading order, and what each source dropped, by reason.
 
-    sources (documents,) int32: whose document it is; hashes (documents, 16) uint8: of its content; characters
-    (documents,) int64: its length; held (documents,) bool: whether it is held out; names: Arrow's text, mapped.
-    Sources are numbered as in `all_sources`, and the documents of one stand together.
+    sources (documents,) int32: source number, as in `list_all_sources`; documents of one source are contiguous.
+    hashes (documents, 16) uint8: content hash. characters (documents,) int64: length.
+    held (documents,) bool: True if held out. names: memory-mapped Arrow text.
     """
 
     sources: NDArray[np.int32]
@@ -56,7 +55,7 @@ class DocumentIndex:
 
     @classmethod
     def read(cls, directory: Path) -> DocumentIndex:
-        """Open a written survey."""
+        """Open a written index."""
         file = directory / "documents.arrow"
         dropped = json.loads((directory / "dropped.json").read_text(encoding="utf-8"))
         held = read_array(directory / "held.arrow", "held").astype(np.bool_)
@@ -64,18 +63,18 @@ class DocumentIndex:
         return cls(sources, content, characters, held, read_column(file, "name"), dropped)
 
     def get_source_rows(self, source: int) -> range:
-        """The rows of a source's documents."""
+        """Return the rows of a source's documents."""
         rows = np.flatnonzero(self.sources == source)
         return range(int(rows[0]), int(rows[-1]) + 1) if len(rows) else range(0)
 
     def count_documents(self, *, held: bool, source: int | None = None) -> int:
-        """Number of documents that are held out, or that are not, of one source or all."""
+        """Count the held-out documents, or the others, of one source or all."""
         counted = self.held if held else ~self.held
         return int(np.count_nonzero(counted if source is None else counted & (self.sources == source)))
 
 
 class DocumentShard(NamedTuple):
-    """A piece of work: the documents [first, stop) of a source."""
+    """A unit of rendering work: the documents [first, stop) of a source."""
 
     source: int
     first: int
@@ -85,9 +84,9 @@ class DocumentShard(NamedTuple):
 def split_into_shards(
     data: DataConfig, survey: DocumentIndex, sources: Iterable[int], *, held: bool
 ) -> list[DocumentShard]:
-    """The documents of some sources in shards, leaving out shards where none is held out, or none is not.
+    """Split the documents of some sources into shards; shards without any document on the side `held` are omitted.
 
-    Whole repositories are one shard: they are put together from files all over the source.
+    A source of whole repositories is one shard: they are assembled from files all over the source.
     """
     found: list[DocumentShard] = []
     for source in sources:
@@ -103,9 +102,10 @@ def split_into_shards(
 
 
 def verify_document_index(data: DataConfig, directory: Path, progress: Callable[[int], None]) -> None:
-    """Read everything again and compare it with the survey in `directory`. Raises DataError for the first difference.
+    """Read all documents again, compare them with the index in `directory`, and raise DataError at the first
+    difference.
 
-    The survey lies in the prepared data's directory, which the error names: nothing else would make it anew.
+    The index lies in the prepared data's directory, which the error names: only its removal triggers a rebuild.
     """
     before = DocumentIndex.read(directory)
     with tempfile.TemporaryDirectory(prefix="ltt-") as folder:
@@ -128,16 +128,16 @@ def verify_document_index(data: DataConfig, directory: Path, progress: Callable[
 
 
 def list_all_sources(data: DataConfig) -> tuple[SourceConfig, ...]:
-    """The sources that are trained on, and behind them those of `data.eval.sources`: a source's number is its place."""
+    """Return the training sources, then those of `data.eval.sources`; a source's number is its position."""
     return (*data.sources, *data.eval.sources)
 
 
 def build_document_index(data: DataConfig, directory: Path, progress: Callable[[int], None]) -> None:
-    """Read every document once and write the survey into an existing directory.
+    """Read every document once and write the index into an existing directory.
 
-    Documents whose content appears in two sources count for the first, and those of the evaluation for it alone. Takes
-    about 130 bytes of memory a document. Raises DataError for what `documents` raises and when data.max_skipped is
-    exceeded or no document is left to train on or to evaluate with.
+    A document found in two sources counts for the first; one found in the evaluation counts for it alone. Takes about
+    130 bytes of memory per document. Raises DataError as `read_source_documents` does, if data.max_skipped is exceeded,
+    and if no document is left for training or evaluation.
     """
     tallies = [DocumentStats() for _ in list_all_sources(data)]
     places = array("Q")
@@ -167,10 +167,10 @@ def build_document_index(data: DataConfig, directory: Path, progress: Callable[[
 
 
 def select_held_out(places: NDArray[np.uint64], fraction: float) -> NDArray[np.bool_]:
-    """Which documents are held out: those whose place, read as a number in [0, 1), lies below the fraction.
+    """Return the mask of held-out documents: those with a place, read as a number in [0, 1), below the fraction.
 
-    Places (documents,) are hashes, so a document keeps its side when others come or go; equal places stay together. A
-    fraction above 0 takes at least one of two places or more, and at least one stays.
+    `places` (documents,) are hashes, so a document keeps its side when others are added or removed. Equal places stay
+    together. With a fraction above 0 and two or more distinct places, at least one is held out and at least one stays.
     """
     if fraction == 0.0 or len(places) == 0 or places.min() == places.max():
         return np.zeros(len(places), dtype=np.bool_)
@@ -180,18 +180,18 @@ def select_held_out(places: NDArray[np.uint64], fraction: float) -> NDArray[np.b
 
 
 class DocumentReader:
-    """Reads surveyed documents again, from wherever a shard begins."""
+    """Reads indexed documents again, from the start of any shard."""
 
     def __init__(self, data: DataConfig, survey: DocumentIndex) -> None:
         self._data, self._document_index, self._sources = data, survey, list_all_sources(data)
         self._files = cache(lambda source: list_source_files(self._sources[source]))
-        # Where the last shard ended: the next often begins there, and need not read its file from the start.
+        # End of the last shard: the next one often begins there and then skips re-reading its file.
         self._reached: tuple[tuple[int, int], Iterator[Document]] | None = None
 
     def read_documents(self, shard: DocumentShard, *, held: bool) -> Iterator[tuple[int, Document]]:
         """Yield a shard's documents that are held out, or the others, with their number within their source.
 
-        What the survey dropped is passed over. Raises DataError where a document is not there any more as it was.
+        Documents dropped by the index are skipped. Raises DataError if a document changed or is missing.
         """
         rows = self._document_index.get_source_rows(shard.source)
         place, found = self._reached or (None, iter(()))
@@ -225,14 +225,14 @@ class DocumentReader:
         return self._sources[index].group_by == "repository" and index < len(self._data.sources)
 
     def _collect_evaluation_hashes(self) -> set[bytes]:
-        """Hashes of what must not be in a repository that is trained on."""
+        """Collect the content hashes that are excluded from training repositories."""
         given = range(len(self._data.sources), len(self._sources))
         read = (read_source_documents(self._sources[index], index, on_error=self._data.on_error) for index in given)
         return {found for document in chain.from_iterable(read) for found in iter_content_hashes(document)}
 
 
 def _read_all_documents(data: DataConfig, tallies: list[DocumentStats]) -> Iterator[Document]:
-    """Every document: those of the evaluation first, then those to train on."""
+    """Yield every document: those of the evaluation first, then those for training."""
     seen: set[bytes] = set()
     evaluation: set[bytes] = set()
     sources = list_all_sources(data)
@@ -253,7 +253,7 @@ def _read_all_documents(data: DataConfig, tallies: list[DocumentStats]) -> Itera
 
 
 def _compute_split_hash(document: Document, by: Literal["document", "repository"]) -> int:
-    """What decides on which side a document is: 64 bits of a hash, of its content or of its repository's name."""
+    """Return 64 bits of the content's or the repository name's hash; they decide if a document is held out."""
     of_repository = by == "repository" and document.repository
     return int.from_bytes((content_hash(document.repository) if of_repository else document.content_digest)[:8], "big")
 

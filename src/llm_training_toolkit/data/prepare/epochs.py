@@ -1,4 +1,4 @@
-"""Preparing the data of a run before ranks exist: the tokenizer, tokens and packing of as many epochs as it needs."""
+"""Preparation of a run's data before ranks exist: tokenizer, tokens and packing of all epochs it needs."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def read_preparation_state(run: RunDirectory) -> tuple[str, str]:
 
 
 def read_latest_dataset_info(run: RunDirectory, known: DatasetInfo) -> DatasetInfo:
-    """The receipt as it is now, if it will ever be another than the known one. Raises DataError when it will not."""
+    """Read the current DatasetInfo. Raises DataError if it equals `known` and preparation has failed or finished."""
     find_storage(run.path).refresh_directory(run.dataset_info_path.parent)
-    state, why = read_preparation_state(run)  # before the receipt: what is done has been written
+    state, why = read_preparation_state(run)  # read first: the DatasetInfo is written before the state becomes done
     receipt = DatasetInfo.from_json(run.dataset_info_path.read_text(encoding="utf-8"))
     if receipt == known and state == "failed":
         raise DataError(f"later epochs could not be prepared: {why}")
@@ -44,12 +44,12 @@ def read_latest_dataset_info(run: RunDirectory, known: DatasetInfo) -> DatasetIn
 
 
 def get_tokenization_spec(config: Config) -> TokenizationSpec:
-    """The special tokens of the run's family, as the data layer takes them."""
+    """Return the TokenizationSpec of the run's model family."""
     return TokenizationSpec.from_family(families.find_size(config.model.name).family)
 
 
 def prepare_run_data(config: Config, progress: StageProgressCallback) -> PreparedDataset:
-    """Prepare all that a run which has not begun needs, in this process."""
+    """Prepare all data that a new run needs, in this process."""
     return prepare_epochs(DatasetBuilder(config, get_tokenization_spec(config), progress, render_in_process), config)
 
 
@@ -58,8 +58,8 @@ def prepare_epochs(
 ) -> PreparedDataset:
     """Prepare the epochs that the run needs from `step`, with `sequences` seen, to its end.
 
-    With `until`, of what is rendered anew for every epoch only as much as the steps up to this one need, and what lies
-    prepared already. A run over epochs always gets all: its schedule depends on how many steps they make.
+    With `until`, streams that are rendered anew every epoch (`is_drawn`) get only the epochs needed up to that step,
+    and those already on disk. A run over epochs always gets all: its schedule depends on their number of steps.
     """
     _check_tokenizer_fits(work, config)
     epochs = [config.train.epochs or 1] * len(work.streams)
@@ -73,7 +73,7 @@ def prepare_epochs(
 
 
 def _check_tokenizer_fits(work: DatasetBuilder, config: Config) -> None:
-    """Raise PlanError for a tokenizer whose ids the embedding has no rows for, before any document is read."""
+    """Raise PlanError, before any document is read, if the tokenizer has ids beyond the rows of the embedding."""
     if config.tokenizer.path is None or work.is_rendered:
         return
     entries = open_tokenizer(config.tokenizer.path).vocab_size
@@ -91,7 +91,7 @@ def _check_loss_tokens(prepared: PreparedDataset) -> PreparedDataset:
 
 
 def _count_missing_epochs(work: DatasetBuilder, config: Config, facts: DataFacts, until: int | None) -> list[int]:
-    """Epochs of each stream to add."""
+    """Count the epochs to add to each stream."""
     at_the_end, now = missing_epochs(config, facts), missing_epochs(config, facts, until)
     there = [len(stream.sequences_per_epoch) for stream in facts.streams]
     found = [count - known for count, known in zip(work.count_prepared_epochs(), there, strict=True)]
@@ -102,13 +102,13 @@ def _count_missing_epochs(work: DatasetBuilder, config: Config, facts: DataFacts
 
 
 def build_data_facts(receipt: DatasetInfo, step: int = 0, sequences: int = 0) -> DataFacts:
-    """What the plan needs to know of the data, and of how far the run has come in it."""
+    """Build the plan's facts about the data and the run's progress in it."""
     streams = tuple(StreamFacts(stream.sequences_per_epoch, stream.share) for stream in receipt.streams)
     return DataFacts(streams, receipt.vocab_size, step, sequences)
 
 
 def build_dataset_info_json(receipt: DatasetInfo) -> dict[str, Any]:
-    """The contract of `ltt prepare --json`."""
+    """Return the contract of `ltt prepare --json`."""
     return {
         "sources": [asdict(source) for source in receipt.sources],
         "sequences": receipt.total_sequences,
@@ -120,7 +120,7 @@ def build_dataset_info_json(receipt: DatasetInfo) -> dict[str, Any]:
 
 
 def format_dataset_info(receipt: DatasetInfo) -> list[str]:
-    """The receipt in words: what became of every source."""
+    """Format a DatasetInfo as text: the outcome of every source."""
     rows = []
     for source in receipt.sources:
         dropped = ", ".join(f"{count:,} {reason}" for reason, count in source.dropped.items()) or "none"

@@ -1,4 +1,4 @@
-"""Packs examples into sequences of fixed length: no token lost, every example whole in one sequence."""
+"""Packing of examples into sequences of fixed length: no token lost, every example whole in one sequence."""
 
 from __future__ import annotations
 
@@ -16,14 +16,13 @@ from llm_training_toolkit.errors import DataError
 
 IntArray = NDArray[np.int64]
 
+# Tokens packed together: best fit wastes almost nothing at this size, and a node that reads ahead needs 300 MB.
 _WINDOW_TOKENS = 1 << 26
-"""Tokens that are packed together: best fit wastes nothing to speak of on so many, and a node that reads ahead needs
-300 MB."""
 
 
 @dataclass(frozen=True)
 class PackingPlan:
-    """Which examples lie in which sequence, in the order in which the sequences are seen.
+    """Assignment of examples to sequences, in training order.
 
     order (examples,): numbers of the examples, sequence after sequence.
     offsets (sequences + 1,): sequence s holds order[offsets[s]:offsets[s + 1]].
@@ -35,11 +34,11 @@ class PackingPlan:
     targets: IntArray
 
     def __len__(self) -> int:
-        """Number of sequences."""
+        """Return the number of sequences."""
         return len(self.offsets) - 1
 
     def get_examples(self, sequence: int) -> IntArray:
-        """Numbers of the examples in a sequence."""
+        """Return the numbers of the examples in a sequence."""
         return self.order[self.offsets[sequence] : self.offsets[sequence + 1]]
 
     def write(self, directory: Path) -> None:
@@ -64,9 +63,10 @@ def pack_in_windows(
     seed: int = 0,
     epoch: int = 0,
 ) -> PackingPlan:
-    """Shards in random order, some at a time packed together: a reader needs no more of them at once.
+    """Pack shards in random order, one window of shards at a time, so that a reader needs only one window at once.
 
-    shards (examples,), rising: which shard each example lies in. The rest as for `pack`, which does each window.
+    shards (examples,), rising: the shard of each example. The other arguments are those of `pack_examples`, which packs
+    each window.
     """
     lengths, targets = np.asarray(lengths), np.asarray(targets)
     starts = np.flatnonzero(np.diff(shards, prepend=-1))
@@ -74,7 +74,7 @@ def pack_in_windows(
     order = np.argsort(_draw_random_uint64(len(members), seed, epoch, "shards"), kind="stable")
     plans = []
     for number, window in enumerate(_split_into_windows(order, np.array([lengths[each].sum() for each in members]))):
-        # In the order of the shards: the same examples give the same plan while one window holds them all.
+        # Sorted by shard: a plan of one window depends on the examples alone.
         examples = np.concatenate([np.zeros(0, np.int64), *(members[i] for i in np.sort(window).tolist())])
         plan = pack_examples(
             lengths[examples], sequence_length, targets=targets[examples], seed=seed, epoch=epoch, window=number
@@ -84,7 +84,7 @@ def pack_in_windows(
 
 
 def _split_into_windows(order: IntArray, tokens: IntArray) -> list[IntArray]:
-    """Shards in their order, cut into windows of about as many tokens each, no more of them than are needed."""
+    """Split shards, in their order, into as few windows as needed, of about equal numbers of tokens."""
     ends = np.cumsum(tokens[order])
     count = max(-(-int(ends[-1]) // _WINDOW_TOKENS), 1) if len(ends) else 1
     cuts = np.searchsorted(ends, ends[-1] * np.arange(1, count) // count, side="left") + 1 if count > 1 else []
@@ -100,11 +100,11 @@ def pack_examples(
     epoch: int = 0,
     window: int = 0,
 ) -> PackingPlan:
-    """Best-fit decreasing: the longest example first, each into the fullest sequence that has room for it.
+    """Pack by best-fit decreasing: the longest example first, each into the fullest sequence with room for it.
 
     lengths (examples,) in tokens, 1 to sequence_length; targets (examples,): labels each example yields.
-    Examples of equal length are shuffled, so that they mix over sources, and so are the sequences, both by
-    (seed, epoch, window) alone. Raises DataError for a length outside the limits.
+    Examples of equal length are shuffled, to mix sources, and so are the sequences, both by (seed, epoch, window)
+    alone. Raises DataError for a length outside the limits.
     """
     lengths = np.asarray(lengths, dtype=np.int64)
     if len(lengths) and not 1 <= lengths.min() <= lengths.max() <= sequence_length:
@@ -119,9 +119,9 @@ def pack_examples(
 
 
 class _ExamplePlacements(NamedTuple):
-    """Examples in their sequences, as rows (sequence, first, count), in the order in which they were placed.
+    """Placements of examples in sequences as rows (sequence, first, count), in placement order.
 
-    A row puts the examples [first, first + count), counted by falling length, into a sequence.
+    A row puts the examples [first, first + count), sorted by falling length, into a sequence.
     """
 
     rows: IntArray
@@ -129,11 +129,10 @@ class _ExamplePlacements(NamedTuple):
 
 
 def _place_best_fit(lengths: IntArray, capacity: int) -> _ExamplePlacements:
-    """Best fit for the examples sorted by falling length.
+    """Place examples, sorted by falling length, by best fit.
 
-    Equal lengths are placed together: once an example has gone into the fullest sequence with room, that sequence is
-    still the fullest with room for the next of the same length, so it takes as many as fit. And so does the next
-    sequence that is as full: all of them are filled at once, so that millions take seconds.
+    Equal lengths are placed together: after one example, its sequence is still the fullest with room for the next, so
+    it takes as many as fit. All sequences with equal room are filled at once, so millions of examples take seconds.
     """
     rows: list[IntArray] = []
     opened = _OpenSequences()
@@ -162,19 +161,19 @@ def _place_best_fit(lengths: IntArray, capacity: int) -> _ExamplePlacements:
 
 
 class _OpenSequences:
-    """Sequences with room, by how much; of those with the same room the last one put in is taken first."""
+    """Sequences with free room, grouped by room; last in, first out within a group."""
 
     def __init__(self) -> None:
         self._by_room: dict[int, list[IntArray]] = {}
         self._rooms: list[int] = []  # the keys, sorted
 
     def find_fullest(self, length: int) -> int | None:
-        """The least room that takes a length; None where there is none."""
+        """Return the smallest room that fits a length, or None."""
         where = bisect_left(self._rooms, length)
         return self._rooms[where] if where < len(self._rooms) else None
 
     def take_sequences(self, room: int, wanted: int) -> IntArray:
-        """At most so many sequences with a room, at least one."""
+        """Remove and return one to `wanted` sequences with a room."""
         stack = self._by_room[room]
         last = stack.pop()
         taken, rest = last[::-1][:wanted], last[: max(len(last) - wanted, 0)]
@@ -186,7 +185,7 @@ class _OpenSequences:
         return taken
 
     def add_sequences(self, room: int, sequences: IntArray) -> None:
-        """Keep sequences that have room left."""
+        """Add sequences, unless they are full."""
         if not room or not len(sequences):
             return
         if room not in self._by_room:
@@ -196,7 +195,6 @@ class _OpenSequences:
 
 
 def _join_plans(plans: list[PackingPlan]) -> PackingPlan:
-    """Plans one after the other."""
     starts = np.cumsum([0, *(len(plan.order) for plan in plans[:-1])])
     offsets = [plan.offsets[1:] + start for plan, start in zip(plans, starts.tolist(), strict=True)]
     return PackingPlan(
@@ -209,13 +207,13 @@ def _join_plans(plans: list[PackingPlan]) -> PackingPlan:
 def _assemble_plan(
     placed: _ExamplePlacements, shuffled: IntArray, examples: IntArray, targets: IntArray
 ) -> PackingPlan:
-    """The plan of the sequences in the order `shuffled`, of examples sorted by falling length."""
+    """Build the plan: sequences in the order `shuffled`, `examples` sorted by falling length."""
     sequence, first, count = placed.rows.T
     place = np.empty(placed.sequences, np.int64)
     place[shuffled] = np.arange(placed.sequences)
     by_place = np.argsort(place[sequence], kind="stable")
     sequence, first, count = place[sequence[by_place]], first[by_place], count[by_place]
-    # The numbers of each row written out: its first, then one more each.
+    # Expand each row into first, first + 1, ...
     ends = np.cumsum(count)
     order = examples[np.repeat(first - (ends - count), count) + np.arange(len(examples))]
     sizes = np.bincount(np.repeat(sequence, count), minlength=placed.sequences)
@@ -225,7 +223,7 @@ def _assemble_plan(
 
 
 def _draw_random_uint64(count: int, seed: int, epoch: int, purpose: str) -> NDArray[np.uint64]:
-    """Raw output of a counter-based generator: unlike numpy's shuffle, it is the same in every version of numpy."""
+    """Return raw output of a counter-based generator: unlike numpy's shuffle, it is the same in all numpy versions."""
     key = hashlib.blake2b(f"{seed}/{epoch}/{purpose}".encode(), digest_size=16, person=b"ltt-packing").digest()
     raw = np.random.Philox(key=np.frombuffer(key, dtype="<u8")).random_raw(count)
     return np.asarray(raw, dtype=np.uint64)

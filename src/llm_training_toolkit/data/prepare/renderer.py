@@ -1,4 +1,4 @@
-"""Renders the documents of every source in the way of its format: code and text, or conversations."""
+"""Rendering of the documents of every source by its format: code and text, or chat."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from llm_training_toolkit.data.types import RenderedDocument
 
 
 class DocumentRenderer:
-    """Knows the tokenizer, its chat template and the family's markers; asked for one source at a time.
+    """Renders documents, one source at a time, with the tokenizer, its chat template and the family's special tokens.
 
-    The template is opened only where a source needs it: a tokenizer of code models may have a broken one.
+    The template is opened only if a source needs it: the tokenizer of a code model may have a broken one.
     """
 
     def __init__(
@@ -39,9 +39,9 @@ class DocumentRenderer:
     def render_documents(
         self, source: int, documents: Sequence[tuple[int, Document]], *, seed: int, epoch: int, plain: bool
     ) -> list[RenderedDocument]:
-        """Render numbered documents of a source; `plain` leaves out fill-in-the-middle.
+        """Render numbered documents of a source; `plain` disables FIM.
 
-        Raises DataError, naming the document, for what cannot be rendered.
+        Raises DataError, naming the document, if it cannot be rendered.
         """
         chosen = self._sources[source]
         if self._template is not None and chosen.format == "chat":
@@ -50,7 +50,7 @@ class DocumentRenderer:
         return render_code(documents, self._build_code_rules(chosen, seed=seed, epoch=epoch), self._encoder)
 
     def check_special_tokens(self) -> None:
-        """Raise DataError where the tokenizer lacks a special token that a source needs; no document is looked at."""
+        """Raise DataError if the tokenizer lacks a special token that a source needs; reads no document."""
         for source in self._sources:
             if source.format == "chat":
                 self._build_chat_rules(source)
@@ -68,7 +68,7 @@ class DocumentRenderer:
 
 
 def extract_plain_text(document: Document, source: SourceConfig) -> str:
-    """What a tokenizer is trained on: the text of a document; of a conversation what is said, without its JSON."""
+    """Return a document's text for tokenizer training; of a conversation the message contents, without its JSON."""
     if source.format != "chat":
         return document.text
     return "\n".join(message.content for message in Conversation.from_text(document.text).messages)

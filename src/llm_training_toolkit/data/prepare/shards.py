@@ -1,7 +1,7 @@
-"""Renders documents in shards, each complete or absent on disk: what is done is never done again, anywhere.
+"""Rendering of documents in shards, each complete or absent on disk, so that finished work is never repeated.
 
-A shard is some half a minute of work. `in_this_process` does one after the other; `launch` can spread them over the
-CPUs of a cluster, because a job is plain values and whatever it needs lies in the cache.
+A shard takes about half a minute. `render_in_process` renders them one after another; `launch.ray.data_prep` spreads
+them over a cluster's CPUs, because a RenderJob holds plain values and its inputs lie in the cache.
 """
 
 from __future__ import annotations
@@ -32,13 +32,12 @@ from llm_training_toolkit.data.types import RenderedDocument
 _DOCUMENTS_PER_BATCH = 256
 _CHARACTERS_PER_BATCH = 8 << 20
 
-DoneCallback = Callable[[int], None]
-"""Told how many documents were rendered since it was last told."""
+DoneCallback = Callable[[int], None]  # called with the number of documents rendered since the last call
 
 
 @dataclass(frozen=True)
 class RenderJob:
-    """What to render: everything but the shard. `place`: the directory that the finished shards are put into."""
+    """Inputs of rendering, except the shard. shards_directory: directory for the finished shards."""
 
     data: DataConfig
     markers: TokenizationSpec
@@ -52,9 +51,9 @@ class RenderJob:
 
 @dataclass
 class LengthStats:
-    """What is known of the lengths of rendered documents: the longest one's tokens and name, and those left out.
+    """Lengths of rendered documents: tokens and name of the longest one.
 
-    too_long: how many documents were dropped because they are longer than a sequence; left_out: their tokens.
+    too_long: documents dropped because they are longer than a sequence; left_out: their tokens.
     """
 
     longest: int = 0
@@ -63,31 +62,30 @@ class LengthStats:
     left_out: int = 0
 
     def add_document(self, name: str, document: RenderedDocument) -> None:
-        """Count a document in."""
+        """Count a document."""
         dropped = not document.examples
         self.merge_stats(LengthStats(document.tokens, name, int(dropped), document.tokens * dropped))
 
     def merge_stats(self, other: LengthStats) -> None:
-        """Count others in; of documents of one length the first is named."""
+        """Merge other statistics; of documents of equal length the first is named."""
         if other.longest > self.longest:
             self.longest, self.name = other.longest, other.name
         self.too_long += other.too_long
         self.left_out += other.left_out
 
 
-ShardRunner = Callable[[RenderJob, Sequence[DocumentShard], DoneCallback], None]
-"""Sees to it that every shard of a job is in its place."""
+ShardRunner = Callable[[RenderJob, Sequence[DocumentShard], DoneCallback], None]  # renders missing shards of a job
 
 
 def render_in_process(job: RenderJob, shards: Sequence[DocumentShard], done: DoneCallback) -> None:
-    """Render one shard after the other; the tokenizer uses all cores by itself."""
+    """Render one shard after another; the tokenizer uses all cores by itself."""
     writer = ShardWriter(job)
     for shard in shards:
         writer.write_shard(shard, done)
 
 
 class ShardWriter:
-    """Renders shards of one job; what all of them need is opened once."""
+    """Renders shards of one job; their common inputs are opened once."""
 
     def __init__(self, job: RenderJob) -> None:
         self._job = job
@@ -97,7 +95,7 @@ class ShardWriter:
         self._renderer = DocumentRenderer(sources, job.markers, self._encoder, job.tokenizer, length)
 
     def write_shard(self, shard: DocumentShard, done: DoneCallback) -> None:
-        """Render a shard unless it is there. Raises DataError for documents that changed or cannot be rendered."""
+        """Render a shard unless it exists. Raises DataError for documents that changed or cannot be rendered."""
         build_atomic_dir(
             get_shard_directory(self._job, shard), lambda directory: self._render_shard(directory, shard, done)
         )
@@ -121,12 +119,12 @@ class ShardWriter:
 
 
 def get_shard_directory(job: RenderJob, shard: DocumentShard) -> Path:
-    """Where a shard is put."""
+    """Return the directory of a shard."""
     return job.shards_directory / f"source{shard.source}-{shard.first}-{shard.stop}"
 
 
 def join_shards(job: RenderJob, shards: Sequence[DocumentShard], target: Path, sources: int) -> None:
-    """Make one rendering of all its shards in `target`: their files are linked or copied, the index is written anew."""
+    """Join all shards of a job in `target`: token files are linked or copied, the index is rewritten."""
     directories = [get_shard_directory(job, shard) for shard in shards]
     lengths = [LengthStats() for _ in range(sources)]
     for directory in directories:
@@ -144,7 +142,7 @@ def join_shards(job: RenderJob, shards: Sequence[DocumentShard], target: Path, s
 
 @dataclass(frozen=True)
 class RenderingFacts:
-    """What `join` found: the padding token and the size of the vocabulary; the lengths of each source's documents."""
+    """Facts that `join_shards` writes: id of the padding token, vocabulary size, and lengths per source."""
 
     pad: int
     vocab_size: int
@@ -152,7 +150,7 @@ class RenderingFacts:
 
 
 def read_rendering_facts(directory: Path) -> RenderingFacts:
-    """The facts of a rendering."""
+    """Read the facts of a rendering."""
     facts = json.loads((directory / "facts.json").read_text(encoding="utf-8"))
     return RenderingFacts(facts["pad"], facts["vocab_size"], tuple(LengthStats(**each) for each in facts["lengths"]))
 
@@ -165,7 +163,7 @@ def _link_or_copy(source: Path, target: Path) -> None:
 
 
 def _batch_documents(numbered: Iterable[tuple[int, Document]]) -> Iterator[list[tuple[int, Document]]]:
-    """Batches of documents, large enough to keep all cores busy and no larger."""
+    """Batch documents, just enough at a time to keep all cores busy."""
     batch: list[tuple[int, Document]] = []
     characters = 0
     for item in numbered:
@@ -196,9 +194,9 @@ class _RenderedDataset(NamedTuple):
 def build_source_infos(
     paths: Sequence[str], survey: DocumentIndex, first: Sequence[Path], held_out: Path
 ) -> tuple[SourceInfo, ...]:
-    """The receipts of all sources, by the rendering of each stream's first epoch and that of what is held out.
+    """Build all SourceInfos from the renderings of each stream's first epoch and of the held-out documents.
 
-    first: one directory, or where sources have weights one for each of those that are trained on, in their order.
+    first: one directory, or, if sources have weights, one per training source, in their order.
     """
     held, streams = (
         _RenderedDataset.open_directory(held_out),

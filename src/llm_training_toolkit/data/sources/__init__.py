@@ -1,4 +1,4 @@
-"""Sources: from a path or an address of the configuration to documents, in an order that never changes."""
+"""Sources: documents from the paths and addresses of the configuration, in a fixed order."""
 
 from llm_training_toolkit.config.uri import is_uri
 from llm_training_toolkit.data.sources.document import DocumentStats, check_skipped

@@ -1,4 +1,4 @@
-"""Opens a file of a source for reading: local or remote, plain or compressed."""
+"""File access for sources: local or remote, plain or compressed."""
 
 from __future__ import annotations
 
@@ -18,16 +18,15 @@ from llm_training_toolkit.data.sources.document import UnreadableDocument
 from llm_training_toolkit.data.sources.files import SourceFile, get_compression_suffix
 from llm_training_toolkit.data.sources.remote import translate_remote_errors
 
-_REMOTE_BLOCK = 8 << 20
-"""Bytes of one request to a store: a smaller one waits longer for the answer than for the bytes."""
+_REMOTE_BLOCK = 8 << 20  # bytes per request to a store: with less, latency exceeds the transfer time
 
 
 @contextmanager
 def open_raw_file(file: SourceFile) -> Iterator[io.BufferedReader]:
-    """The bytes of a file as they lie there, seekable.
+    """Open the raw bytes of a file, seekable.
 
-    What goes wrong with a local file, or within its content, is an Unreadable; a store that does not answer is a
-    DataError, because leaving out what it has would give other data than the next start finds.
+    Raises UnreadableDocument for a local file or content that cannot be read. Raises DataError if a store does not
+    answer: skipping its documents would give different data at the next start.
     """
     try:
         with _open_raw_stream(file) as stream:
@@ -36,20 +35,19 @@ def open_raw_file(file: SourceFile) -> Iterator[io.BufferedReader]:
         raise wrap_read_error(file.display_path, error) from error
 
 
-READ_ERRORS = (EOFError, OSError, zlib.error, lzma.LZMAError, pa.ArrowException)
-"""What libraries raise that read, decompress and parse files."""
+READ_ERRORS = (EOFError, OSError, zlib.error, lzma.LZMAError, pa.ArrowException)  # reading, decompressing, parsing
 
 
 @contextmanager
 def open_decompressed(file: SourceFile) -> Iterator[io.BufferedIOBase]:
-    """The content of a file, decompressed by the suffix of its name. Raises what `opened` raises."""
+    """Open a file, decompressed according to its suffix. Raises the errors of `open_raw_file`."""
     with open_raw_file(file) as stream, _wrap_in_decompressor(stream, get_compression_suffix(file.relative)) as content:
         yield content
 
 
 def wrap_read_error(where: str, error: Exception) -> UnreadableDocument:
-    """What is said of a file that cannot be read, or not to its end."""
-    # What is wrong with the content comes in OSErrors, too, but those have no number.
+    """Return the UnreadableDocument for a file that cannot be read, or only in part."""
+    # Content errors can be OSErrors, too, but have no errno.
     if isinstance(error, OSError) and error.errno is not None:
         return UnreadableDocument(where, f"cannot be read ({error.strerror or error})", "unreadable")
     said = str(error).strip().partition("\n")[0] or type(error).__name__
@@ -65,7 +63,7 @@ def _open_raw_stream(file: SourceFile) -> io.BufferedReader:
 
 
 def _wrap_in_decompressor(stream: io.BufferedReader, how: str | None) -> io.BufferedIOBase:
-    if how and not stream.peek(1):  # an interrupted copy; gzip would take it for an empty text
+    if how and not stream.peek(1):  # an interrupted copy, which gzip reads as an empty text
         raise EOFError("Nothing is in it, not even the mark of a compressed file")
     match how:
         case ".gz":
@@ -75,13 +73,13 @@ def _wrap_in_decompressor(stream: io.BufferedReader, how: str | None) -> io.Buff
         case ".xz":
             return lzma.LZMAFile(stream)
         case ".zst":
-            # Arrow's: Python has none before 3.14.
+            # Arrow's decompressor: Python has zstd only since 3.14.
             return io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(stream), "zstd"))
     return stream
 
 
 class _RemoteStream(io.RawIOBase):
-    """A remote file whose errors are DataErrors and never taken for damaged content."""
+    """Remote file that raises DataError for store errors, so that they are not mistaken for damaged content."""
 
     def __init__(self, inner: Any, address: str) -> None:  # noqa: ANN401 - pyarrow is untyped
         self._inner, self._address = inner, address

@@ -1,4 +1,4 @@
-"""What a source gives: documents, a count of what became of them, and why one could not be had."""
+"""Document counts of a source, and the error for an unreadable document."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from llm_training_toolkit.errors import DataError
 
 @dataclass
 class DocumentStats:
-    """What became of the documents of one source: kept, dropped on purpose, skipped because unreadable (by reason).
+    """Document counts of one source: kept, dropped by a filter, skipped as unreadable (by reason).
 
-    `read` counts what was looked at: files and records, also where a document is a whole repository of them.
+    `read` counts files and records, also if a document is a whole repository of them.
     """
 
     read: int = 0
@@ -24,18 +24,17 @@ class DocumentStats:
 
 
 class UnreadableDocument(Exception):  # noqa: N818 - a finding that becomes a DataError only where the run is to stop
-    """A document that cannot be had: where, why in words, the reason it is counted under, and how many are lost."""
+    """Error for an unreadable document: location, cause, `reason` to count it under, `count` of documents lost."""
 
     def __init__(self, where: str, why: str, reason: str, count: int = 1) -> None:
         super().__init__(f"{where}: {why}")
         self.reason = reason
         self.count = count
-        self.ends_file = False
-        """Nothing after it in a file of records can be read, and nobody knows how much that is."""
+        self.ends_file = False  # True: the rest of a record file is lost, an unknown number of records
 
 
 def check_skipped(tallies: Iterable[DocumentStats], max_skipped: float) -> None:
-    """Raise DataError when a larger share of what was read than `max_skipped` could not be read."""
+    """Raise DataError if the unreadable share of the documents read exceeds `max_skipped`."""
     tallies = list(tallies)
     reasons: Counter[str] = sum((tally.skipped for tally in tallies), Counter())
     skipped, total = reasons.total(), sum(tally.read for tally in tallies)

@@ -1,12 +1,9 @@
-"""From a record to a document: which fields hold the text and, for code, what is known of the file.
+"""Conversion of records to documents.
 
-| format | text is in the first of | beside it |
-|---|---|---|
-| text | `text`, `content` | |
-| code | `content`, `text`, `code` | path, repository and stars, each under any name of The Stack's versions |
-| chat | whatever `conversation_of` recognises | |
-
-Other fields, such as the language, are left alone. A field that is null counts as absent.
+Text is in the first field present of `text`, `content` (format text) or `content`, `text`, `code` (format code).
+Code records may also have path, repository and stars, each under any name used by The Stack's versions.
+Chat records may have any shape that `parse_conversation` recognizes.
+Other fields, such as the language, are ignored. A null field counts as absent.
 """
 
 from __future__ import annotations
@@ -24,13 +21,12 @@ _TEXT: Mapping[SourceFormat, Sequence[str]] = {"text": ("text", "content"), "cod
 _PATH = ("path", "max_stars_repo_path", "file_path")
 _REPOSITORY = ("repository", "repo_name", "repository_name", "max_stars_repo_name")
 _STARS = ("stars", "max_stars_count", "star_events_count")
-_MAX_STARS = 2**53
-"""Beyond it a table's floating-point number is no count any more."""
+_MAX_STARS = 2**53  # above it, a table's floating-point number is not an exact count
 _METADATA_FIELDS = (_PATH, _REPOSITORY, _STARS)
 
 
 def build_column_selector(form: SourceFormat, address: str) -> ColumnSelector:
-    """Which columns of a table hold what a format needs: of a conversation all, since it has many shapes."""
+    """Return a selector of the columns that a format needs: all for chat, because conversations have many shapes."""
 
     def select_columns(names: Sequence[str]) -> list[str]:
         if form == "chat":
@@ -49,7 +45,7 @@ def build_column_selector(form: SourceFormat, address: str) -> ColumnSelector:
 
 
 def build_document(record: SourceRecord, form: SourceFormat, source: int, name: str) -> Document:
-    """The document in a record. Raises Unreadable, saying which field is wrong."""
+    """Return the document in a record. Raises UnreadableDocument naming the invalid field."""
     if form == "chat":
         conversation = _parse_conversation(record)
         text = _check_encodable(conversation.to_text(), record.where)
@@ -93,7 +89,7 @@ def _read_text_field(values: Mapping[str, Any], names: Sequence[str], where: str
 def _check_encodable(text: str, where: str) -> str:
     try:
         text.encode()
-    except UnicodeEncodeError as error:  # "\ud800" alone is valid JSON and yet no text
+    except UnicodeEncodeError as error:  # a lone "\ud800" is valid JSON but cannot be encoded
         raise UnreadableDocument(
             where, f"is not text ({error.reason} at character {error.start})", "invalid_utf8"
         ) from error
@@ -101,7 +97,7 @@ def _check_encodable(text: str, where: str) -> str:
 
 
 def _read_label_field(values: Mapping[str, Any], names: Sequence[str], where: str) -> str:
-    """A path or a name; empty where there is none."""
+    """Return a path or a name, empty if absent."""
     name = _find_field(names, values)
     value = "" if name is None or values[name] is None else values[name]
     if not isinstance(value, str):
@@ -110,7 +106,7 @@ def _read_label_field(values: Mapping[str, Any], names: Sequence[str], where: st
 
 
 def _read_star_count(values: Mapping[str, Any], where: str) -> int | None:
-    """A number of stars, which tables with missing ones hold as 3.0 and NaN."""
+    """Return the number of stars. Tables with missing values hold 3.0 and NaN."""
     name = _find_field(_STARS, values)
     value = None if name is None else values[name]
     if value is None or value != value:  # noqa: PLR0124 - NaN is the one value that differs from itself
@@ -122,7 +118,7 @@ def _read_star_count(values: Mapping[str, Any], where: str) -> int | None:
 
 
 def _find_field(names: Sequence[str], among: Sequence[str] | Mapping[str, Any]) -> str | None:
-    """The first of the names that is there; in a record one that is null only where no other is."""
+    """Return the first name present, or None. In a record, a null field is chosen last."""
     there = [name for name in names if name in among]
     if isinstance(among, Mapping):
         there.sort(key=lambda name: among[name] is None)

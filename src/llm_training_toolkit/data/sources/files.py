@@ -1,4 +1,4 @@
-"""Where a file of a source lies: on a local disk or at an address, and in which repository."""
+"""Source files: location on a local disk or at an address, repository, and format."""
 
 from __future__ import annotations
 
@@ -19,18 +19,16 @@ COMPRESSION_SUFFIXES = frozenset({".gz", ".bz2", ".xz", ".zst"})
 _PROSE_SUFFIXES = frozenset({".md", ".rst"})
 _TEXT_SUFFIXES = frozenset({".txt", ".md"})
 HIDDEN_PREFIX = "."
-"""What a hidden name begins with."""
 _WILDCARD_PATTERN = re.compile(r"[*?\[]")
 _EXCLUDED_DIRECTORIES = frozenset({"node_modules", "__pycache__", "site-packages"})
 
 
 @dataclass(frozen=True)
 class SourceRoot:
-    """What the files of a source have in common.
+    """Common root of the files of a source.
 
-    path: of the directory they are below, within its file system. filesystem: pyarrow's, None for a local disk.
-    scheme: what an address begins with, such as `s3://`. repository: the directory's name; empty for a lone file,
-    which says of no repository.
+    `path`: root directory in the file system. `filesystem`: pyarrow's, None for the local disk. `scheme`: prefix of an
+    address, such as `s3://`. `repository`: directory name, empty for a single file (repository unknown).
     """
 
     path: str
@@ -41,10 +39,10 @@ class SourceRoot:
 
 @dataclass(frozen=True, slots=True)
 class SourceFile:
-    """A file of a source. It holds little, because a source may have millions.
+    """File of a source. Kept small, because a source may have millions.
 
-    relative: its path below the root, with slashes. checkout: the directory below the root whose repository it belongs
-    to, empty for the root itself. stamp: size and mark of the version of a remote file.
+    `relative`: path below the root, with slashes. `checkout`: git checkout below the root that contains the file, empty
+    for the root itself. `stamp`: size and version tag of a remote file.
     """
 
     root: SourceRoot
@@ -54,36 +52,36 @@ class SourceFile:
 
     @property
     def name(self) -> str:
-        """`relative` as text, even where the file system holds bytes that are none."""
+        """`relative` with undecodable bytes escaped."""
         return _escape_undecodable(self.relative)
 
     @property
     def repository(self) -> str:
-        """Name of the repository: the directory's name, or the path of a checkout below it."""
-        if self.checkout == self.root.repository:  # a checkout `a` in a directory `a` is another repository than it
+        """Repository name: the root directory's name, or the path of a checkout below it."""
+        if self.checkout == self.root.repository:  # a checkout `a` in a root `a` is a repository of its own
             return _escape_undecodable(f"{self.checkout}/{self.checkout}" if self.checkout else "")
         return _escape_undecodable(self.checkout or self.root.repository)
 
     @property
     def path(self) -> str:
-        """Its path within the repository."""
+        """Path within the repository."""
         return _escape_undecodable(self.relative[len(self.checkout) + 1 :] if self.checkout else self.relative)
 
     @property
     def filesystem_path(self) -> str:
-        """Its path within the file system."""
+        """Path within the file system."""
         return f"{self.root.path.rstrip('/')}/{self.relative}" if self.root.path else self.relative
 
     @property
     def display_path(self) -> str:
-        """Where a person finds it: a path, or an address."""
+        """Path or address for messages."""
         if self.root.filesystem is None:
             return _escape_undecodable(str(Path(self.root.path, self.relative)))
         return self.root.scheme + self.filesystem_path
 
     @property
     def version_stamp(self) -> str:
-        """Size and modification time, or what the store has instead of it. Raises OSError for a local file gone."""
+        """Size and modification time, or the store's version tag. Raises OSError for a missing local file."""
         if self.root.filesystem is not None:
             return self.stamp
         status = Path(self.filesystem_path).stat()
@@ -95,7 +93,7 @@ def _escape_undecodable(name: str) -> str:
 
 
 class FileFormat(enum.Enum):
-    """How a file holds its documents."""
+    """Format of a source file: a single document, or records."""
 
     WHOLE = "a document"
     LINES = "JSON lines"
@@ -114,24 +112,24 @@ RECORD_FILE_FORMATS = {
 
 
 def get_content_suffix(name: str) -> str:
-    """The suffix in lower case that says what is in a file, below that of a compression: `.jsonl` of `a.jsonl.gz`."""
+    """Return the lower-case suffix without a compression suffix: `.jsonl` for `a.jsonl.gz`."""
     stem, last = posixpath.splitext(_strip_query(name))
     return posixpath.splitext(stem)[1] if last in COMPRESSION_SUFFIXES else last
 
 
 def _strip_query(name: str) -> str:
-    """A name in lower case as far as it names a file: `a.jsonl` of the address `…/a.jsonl?download=true`."""
+    """Return the lower-case name without an address's query: `a.jsonl` for `a.jsonl?download=true`."""
     return name.lower().partition("?")[0]
 
 
 def get_compression_suffix(name: str) -> str | None:
-    """The suffix of the compression, such as `.gz`; None for a plain file."""
+    """Return the compression suffix, such as `.gz`, or None for an uncompressed file."""
     last = posixpath.splitext(_strip_query(name))[1]
     return last if last in COMPRESSION_SUFFIXES else None
 
 
 def detect_file_format(name: str, form: SourceFormat) -> FileFormat:
-    """How a file is read. A .json file is a document of its own among code, and holds records otherwise."""
+    """Return the format of a file. A .json file is a single document for code and holds records otherwise."""
     ending = get_content_suffix(name)
     if ending == ".json" and form != "code":
         return FileFormat.JSON
@@ -139,10 +137,10 @@ def detect_file_format(name: str, form: SourceFormat) -> FileFormat:
 
 
 def select_readable_files(found: Iterable[SourceFile], form: SourceFormat) -> list[SourceFile]:
-    """The files of a directory that a format reads.
+    """Return the files of a directory that a format reads.
 
-    chat: files of records, .json among them. text: files of records, .txt and .md. code: source files; only where
-    there is none but .md and .rst (a data set with its README), files of records.
+    `chat`: record files, including .json. `text`: record files, .txt and .md. `code`: source files, or record files if
+    the only source files are .md and .rst (a data set with its README).
     """
     files = list(found)
     records = [file for file in files if get_content_suffix(file.relative) in RECORD_FILE_FORMATS]
@@ -155,7 +153,7 @@ def select_readable_files(found: Iterable[SourceFile], form: SourceFormat) -> li
 
 
 def format_searched_suffixes(form: SourceFormat) -> str:
-    """What a directory is searched for, in words."""
+    """Format the suffixes searched in a directory, for error messages."""
     records = "/".join(sorted(RECORD_FILE_FORMATS))
     return {
         "code": f"source files, or {records} where there are none",
@@ -165,17 +163,17 @@ def format_searched_suffixes(form: SourceFormat) -> str:
 
 
 def has_wildcards(path: str) -> bool:
-    """Whether a path has wildcards."""
+    """Return whether a path has glob wildcards."""
     return _WILDCARD_PATTERN.search(path) is not None
 
 
 def split_pattern(pattern: str) -> tuple[str, str]:
-    """The directory in front of the first wildcard, and the rest. `a/b/*.py` is `a/b` and `*.py`."""
+    """Split a glob into the directory before the first wildcard and the rest: `a/b/*.py` into `a/b` and `*.py`."""
     parts = pattern.split("/")
     fixed = next(i for i, part in enumerate(parts) if has_wildcards(part))
     return "/".join(parts[:fixed]) or ("/" if pattern.startswith("/") else "."), "/".join(parts[fixed:])
 
 
 def is_wanted_directory(name: str) -> bool:
-    """Whether a directory is searched: not a hidden one, installed packages or what Python compiled."""
+    """Return whether a directory is searched: not hidden, installed packages or compiled Python."""
     return not name.startswith(HIDDEN_PREFIX) and name not in _EXCLUDED_DIRECTORIES

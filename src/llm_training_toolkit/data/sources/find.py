@@ -1,4 +1,4 @@
-"""From a source of the configuration to its files, in an order that never changes."""
+"""File listing of a configured source, in a fixed order."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from llm_training_toolkit.errors import DataError
 
 
 def list_source_files(source: SourceConfig) -> list[SourceFile]:
-    """The files of a source, sorted by name. Raises DataError when there are none.
+    """Return the files of a source, sorted by name. Raises DataError if there are none.
 
-    A file named by its path or matched by a glob is taken whatever its suffix. A directory is searched for what the
-    format reads (`kinds.of_directory`), without hidden files, `node_modules`, installed packages and virtual
-    environments. Both hold for addresses, too.
+    A file named by path or matched by a glob may have any suffix. A directory is searched for the format's suffixes
+    (`select_readable_files`), without hidden files, `node_modules`, installed packages and virtual environments.
+    Both hold for addresses, too.
     """
     try:
         found = sorted(_find_source_files(source), key=lambda file: file.name)
@@ -42,16 +42,15 @@ def list_source_files(source: SourceConfig) -> list[SourceFile]:
 
 
 def fingerprint_sources(sources: Iterable[SourceConfig]) -> str:
-    """Hex sha256 over relative name, size, modification time and repository of every file; no content is read.
+    """Return a hex sha256 over relative name, size, modification time and repository of every file, without reading it.
 
-    Where a store has no modification times, the tag it gives a version stands for it. Raises DataError for a path that
-    matches nothing.
+    A store without modification times contributes its version tag instead. Raises DataError for a path without files.
     """
     digest = hashlib.sha256()
     for source in sources:
         digest.update(b"\0source")
         for file in list_source_files(source):
-            # A checkout that appears or goes changes which repository a file of code belongs to, and no file.
+            # Adding or removing a checkout changes the repository of code files, but not the files.
             repository = file.repository if source.format == "code" else ""
             digest.update(f"\0{file.name}\0{_read_version_stamp(file)}\0{repository}".encode())
     return digest.hexdigest()

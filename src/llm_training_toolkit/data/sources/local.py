@@ -1,4 +1,4 @@
-"""Finds files on a local disk: below a directory, by a glob, or the standard library of Python."""
+"""Local file listing: directories, globs, and Python's standard library."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ _EXCLUDED_DIRECTORIES = frozenset({"site-packages", "dist-packages", "test", "te
 
 
 def find_standard_library_files() -> Iterator[SourceFile]:
-    """The .py files of the running Python's standard library, without tests and what was installed."""
+    """Yield the .py files of the running Python's standard library, without tests and installed packages."""
     root = Path(sysconfig.get_paths()["stdlib"])
     return (file for file in _walk_files(root, _EXCLUDED_DIRECTORIES) if file.relative.endswith(".py"))
 
 
 def find_directory_files(path: Path) -> Iterator[SourceFile]:
-    """Every file below a directory, without hidden ones and what is not the author's (see `is_wanted_directory`)."""
+    """Yield the files below a directory, except hidden ones and unwanted directories (`is_wanted_directory`)."""
     return _walk_files(path)
 
 
 def find_matching_files(path: Path) -> Iterator[SourceFile]:
-    """The one file of a path, or the files that a glob matches; hidden ones only where the pattern names them."""
+    """Yield the file at a path, or the files that match a glob; hidden ones only if the pattern names them."""
     if path.exists():
         yield SourceFile(SourceRoot(str(path.parent)), path.name)
     elif has_wildcards(str(path)):
@@ -46,9 +46,9 @@ def _walk_files(top: Path, without: frozenset[str] = frozenset()) -> Iterator[So
         here = Path(folder)
         relative = "" if here == top else here.relative_to(top).as_posix()
         checkout = checkouts.pop(relative)
-        if relative and ".git" in (*below, *names):  # a file in a worktree and a submodule
+        if relative and ".git" in (*below, *names):  # .git is a file in worktrees and submodules
             checkout = relative
-        # Pruned in place, which is how os.walk is told not to go there.
+        # Pruned in place, so that os.walk skips them.
         below[:] = [
             name
             for name in below
@@ -62,21 +62,20 @@ def _walk_files(top: Path, without: frozenset[str] = frozenset()) -> Iterator[So
 
 
 def _raise_walk_error(error: OSError) -> None:
-    """Without this, what lies below a directory that may not be listed would be missing in silence."""
+    """Raise the error. os.walk silently skips unlistable directories by default."""
     raise error
 
 
 def _is_virtual_environment(folder: Path) -> bool:
-    """Whether a directory is a virtual environment of Python."""
     try:
         return (folder / "pyvenv.cfg").exists()
     except PermissionError:
-        return False  # said in words when it is to be listed
+        return False  # reported when it is listed
 
 
 def _match_glob(pattern: Path) -> Iterator[SourceFile]:
     fixed, rest = split_pattern(pattern.as_posix())
-    rest += "/*" if rest.endswith("**") else ""  # pathlib's own `**` matches directories alone
+    rest += "/*" if rest.endswith("**") else ""  # pathlib's `**` matches only directories
     top = Path(fixed)
     root = SourceRoot(fixed, top.resolve().name)
     hidden_wanted = any(part.startswith(HIDDEN_PREFIX) for part in rest.split("/"))
@@ -87,6 +86,6 @@ def _match_glob(pattern: Path) -> Iterator[SourceFile]:
 
 
 def _find_git_checkout(top: Path, name: Path) -> str:
-    """The nearest directory above a file, and below the top, that is a checkout of git."""
+    """Return the nearest git checkout above a file and below the top, empty if there is none."""
     above = list(name.parents)[:-1]
     return next((folder.as_posix() for folder in above if (top / folder / ".git").exists()), "")

@@ -1,4 +1,4 @@
-"""Reads the files of a source into documents, and drops what is empty, doubled or held out elsewhere."""
+"""Document reader for sources. Drops empty documents, duplicates and documents of the evaluation set."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from llm_training_toolkit.errors import DataError
 
 OnError = Literal["stop", "skip"]
 
+# Reasons that make a whole record file unreadable, not a single record.
 _WHOLE_FILE_REASONS = frozenset({"damaged", "unreadable", "invalid_json", "invalid_utf8"})
-"""Reasons why a file of records, not one of its records, cannot be read."""
 
 
 def read_source_documents(
@@ -36,12 +36,12 @@ def read_source_documents(
     seen: set[bytes] | None = None,
     evaluation: Collection[bytes] = frozenset(),
 ) -> Iterator[Document]:
-    """Yield the documents of a source, sorted by file name, then by line or row; whole repositories by their name.
+    """Yield the documents of a source, sorted by file name, then by line or row; repositories by name.
 
-    Files and records of white space alone, those whose content hash is in `evaluation` and documents whose hash is
-    already in `seen` are dropped and counted in `tally`. Raises DataError for a path that matches nothing, for a store
-    that does not answer and, with `on_error="stop"`, for the first document that cannot be read, naming file and line
-    or row; with "skip" those are counted.
+    Drops files and records that are white space or have a content hash in `evaluation`, and documents with a hash in
+    `seen`. Counts them in `tally`. Raises DataError for a path without files and for an unresponsive store.
+    Unreadable documents are counted with `on_error="skip"`. With "stop", the first one raises DataError naming file and
+    line or row.
     """
     tally = DocumentStats() if tally is None else tally
     seen = set() if seen is None else seen
@@ -66,9 +66,9 @@ def keep_duplicates(
     evaluation: Collection[bytes] = frozenset(),
     begin: str = "",
 ) -> Iterator[Document]:
-    """The same before doubled documents are dropped, from the source's files, or from the document named `begin` on.
+    """Yield the documents of `found` including duplicates, from the document named `begin` on.
 
-    Whole repositories always come from the first: their files lie in another order than they do.
+    Repositories are always read from the first, because their files are in a different order.
     """
     pieces = _drop_unusable(
         _iter_readable_documents(source, index, found, on_error=on_error, tally=tally, begin=begin), evaluation, tally
@@ -77,7 +77,7 @@ def keep_duplicates(
 
 
 def iter_content_hashes(document: Document) -> Iterator[bytes]:
-    """The content hashes by which a document, or a file of it, is known where it must not be trained on."""
+    """Yield the content hashes of a document and its files, for excluding it from training."""
     yield document.content_digest
     yield from (content_hash(part.text) for part in document.parts)
 
@@ -97,7 +97,7 @@ def _drop_unusable(
 def _iter_readable_documents(
     source: SourceConfig, index: int, found: list[SourceFile], *, on_error: OnError, tally: DocumentStats, begin: str
 ) -> Iterator[Document]:
-    """Every file and record that can be read, in order; what cannot stops here or is counted."""
+    """Yield every readable file and record in order; raise DataError for unreadable ones or count them."""
     if source.group_by == "repository":
         found = sorted(found, key=lambda file: (file.repository, file.path))
         pieces = (_check_repository(piece, source.path) for piece in _read_files(found, source.format, index))
@@ -108,9 +108,9 @@ def _iter_readable_documents(
 
 
 def _locate_document(found: list[SourceFile], name: str) -> tuple[int, int]:
-    """Which file, of files sorted by name, holds the document of this name, and as which record; else the very first.
+    """Return the file index (`found` is sorted by name) and record number of a document, or (0, 1) if absent.
 
-    A document of a file of records is named after the file, a colon and its number.
+    Documents of a record file are named by file, colon and record number.
     """
     file, _, record = name.rpartition(":")
     for candidate, number in ((name, "1"), (file, record)):
@@ -147,7 +147,7 @@ def _handle_unreadable(
 def _check_repository(piece: Document | UnreadableDocument, path: str) -> Document | UnreadableDocument:
     if isinstance(piece, UnreadableDocument) or piece.repository:
         return piece
-    why = "belongs to no repository that is known, so per: repository has nowhere to put it"
+    why = "belongs to no repository that is known, so group_by: repository has nowhere to put it"
     return UnreadableDocument(f"{path}: {piece.name}", why, "no_repository")
 
 
@@ -192,7 +192,7 @@ def _read_whole_file(file: SourceFile, form: SourceFormat, index: int) -> Docume
 
 
 def group_by_repository(pieces: Iterable[Document]) -> Iterator[Document]:
-    """One document for each run of pieces of one repository, which stand in the order of their paths already."""
+    """Merge consecutive pieces of a repository, already in path order, into one document."""
     for repository, group in groupby(pieces, key=lambda piece: piece.repository):
         files = list(group)
         yield Document(
@@ -207,10 +207,10 @@ def group_by_repository(pieces: Iterable[Document]) -> Iterator[Document]:
 
 
 def sort_by_repository(pieces: Iterable[Document]) -> Iterator[Document]:
-    """Pieces by repository, path and the order they came in.
+    """Yield pieces sorted by repository, path and input order.
 
-    Records of a repository may stand far apart, so they are sorted on disk, in the directory for temporary files: it
-    needs room for the whole source, the memory none.
+    Sorted on disk, in the directory for temporary files, because records of a repository may be far apart. Needs disk
+    space for the whole source and constant memory.
     """
     with tempfile.TemporaryDirectory(prefix="ltt-") as folder, closing(_create_sort_table(Path(folder))) as table:
         rows = ((p.source, p.name, p.text.encode(), p.repository, p.path, p.stars) for p in pieces)

@@ -1,4 +1,4 @@
-"""Reads files of records, a few at a time: JSON lines, a JSON list, Parquet, Arrow."""
+"""Reader of record files in small batches: JSON lines, JSON lists, Parquet, Arrow."""
 
 from __future__ import annotations
 
@@ -15,18 +15,15 @@ from llm_training_toolkit.data.sources.decompress import READ_ERRORS, open_decom
 from llm_training_toolkit.data.sources.document import UnreadableDocument
 from llm_training_toolkit.data.sources.files import FileFormat, SourceFile, get_compression_suffix
 
-_BATCH_ROWS = 128
-"""Rows that are Python objects at a time."""
+_BATCH_ROWS = 128  # rows held as Python objects at a time
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-_ARROW_FILE_MAGIC = b"ARROW1"
-"""What the file format begins with; the stream format begins with a length."""
+_ARROW_FILE_MAGIC = b"ARROW1"  # first bytes of the file format; the stream format begins with a length
 
-ColumnSelector = Callable[[Sequence[str]], list[str]]
-"""Which of the columns that a table has are needed; raises Unreadable where the needed ones are missing."""
+ColumnSelector = Callable[[Sequence[str]], list[str]]  # selects columns; raises UnreadableDocument if one is missing
 
 
 class SourceRecord(NamedTuple):
-    """One record: its number in the file, from 1 (for JSON lines the line), where it is in words, and its value."""
+    """Record: number in the file from 1 (the line for JSON lines), location for messages, and value."""
 
     number: int
     where: str
@@ -36,9 +33,9 @@ class SourceRecord(NamedTuple):
 def read_source_records(
     file: SourceFile, kind: FileFormat, columns: ColumnSelector, first: int = 1
 ) -> Iterator[SourceRecord | UnreadableDocument]:
-    """The records of a file in its order, from number `first` on; those that cannot be read as the reason why.
+    """Yield the records of a file in order from number `first`; unreadable ones as UnreadableDocument.
 
-    Raises Unreadable where the file ends there: nothing after it can be read.
+    Raises UnreadableDocument if the rest of the file is unreadable.
     """
     if kind is FileFormat.PARQUET or kind is FileFormat.ARROW:
         return _read_table_rows(file, kind, columns, first)
@@ -54,7 +51,7 @@ def _read_json_records(file: SourceFile, kind: FileFormat, first: int) -> Iterat
                 if number == 1 and kind is FileFormat.JSON and line.lstrip().startswith(b"["):
                     yield from _parse_json_list(file, line + stream.read(), first)
                     return
-                if number >= first:  # lines before it are not even parsed
+                if number >= first:  # earlier lines are skipped unparsed
                     yield from _parse_json_line(file, number, line)
         except READ_ERRORS as error:
             raise wrap_read_error(f"{file.display_path}:{number + 1}", error) from error
@@ -79,12 +76,12 @@ def _parse_json_list(file: SourceFile, content: bytes, first: int) -> Iterator[S
 def _parse_json(text: str, where: str) -> Any:  # noqa: ANN401 - whatever JSON can say
     try:
         return json.loads(text)
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits is a plain ValueError
+    except (ValueError, RecursionError) as error:  # a number with thousands of digits raises a plain ValueError
         raise UnreadableDocument(where, f"is not JSON ({error})", "invalid_json") from error
 
 
 def decode_utf8(raw: bytes, address: str, first_line: int = 1) -> str:
-    """Bytes as text. Raises Unreadable, naming the line, where they are not UTF-8."""
+    """Decode UTF-8. Raises UnreadableDocument naming the line of an invalid byte."""
     try:
         return raw.decode()
     except UnicodeDecodeError as error:
@@ -101,7 +98,7 @@ def _read_table_rows(
             file.display_path, f"is {kind.value} compressed once more: undo its {packed}", "damaged"
         )
     with open_raw_file(file) as stream:
-        # Mapped where it can be: a table of one batch may be larger than the memory.
+        # Memory-mapped if local: a table of one batch may be larger than the memory.
         content = pa.memory_map(file.filesystem_path) if file.root.filesystem is None else stream
         table = pq.ParquetFile(content) if kind is FileFormat.PARQUET else None
         groups, number = _select_row_groups(table.metadata, first) if table else ([], 0)
@@ -121,7 +118,7 @@ def _read_table_rows(
 
 
 def _convert_rows(rows: Any) -> Iterator[Any]:  # noqa: ANN401 - pyarrow is untyped
-    """Rows as Python values; the error in place of one that is no text, which Parquet does not check."""
+    """Yield rows as Python values, or the UnicodeDecodeError of invalid text, which Parquet does not check."""
     try:
         yield from rows.to_pylist()
     except UnicodeDecodeError:
@@ -133,20 +130,20 @@ def _convert_rows(rows: Any) -> Iterator[Any]:  # noqa: ANN401 - pyarrow is unty
 
 
 def _select_row_groups(metadata: Any, first: int) -> tuple[list[int], int]:  # noqa: ANN401 - pyarrow is untyped
-    """The row groups from the one that holds row number `first` on, and the rows before them."""
+    """Return the row groups from the one that holds row `first`, and the number of rows before them."""
     ends = list(accumulate(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)))
     begin = bisect_left(ends, first)
     return list(range(begin, len(ends))), ends[begin - 1] if begin else 0
 
 
 def _read_parquet_batches(table: Any, groups: list[int], columns: ColumnSelector) -> Iterator[Any]:  # noqa: ANN401 - pyarrow is untyped
-    """The needed columns, a part of a row group at a time."""
+    """Yield the needed columns in batches within a row group."""
     needed = _select_columns(columns, table.schema_arrow.names, lambda: table.metadata.num_rows)
     yield from table.iter_batches(_BATCH_ROWS, columns=needed, row_groups=groups)
 
 
 def _read_arrow_batches(content: Any, columns: ColumnSelector) -> Iterator[Any]:  # noqa: ANN401 - pyarrow is untyped
-    """The needed columns, a record batch at a time, of both of Arrow's formats: files, and streams like `datasets`'."""
+    """Yield the needed columns by record batch, of Arrow files and Arrow streams (such as those of `datasets`)."""
     is_file = content.read(len(_ARROW_FILE_MAGIC)) == _ARROW_FILE_MAGIC
     content.seek(0)
     table = pa.ipc.open_file(content) if is_file else pa.ipc.open_stream(content)
@@ -159,5 +156,5 @@ def _select_columns(columns: ColumnSelector, names: Sequence[str], rows: Callabl
     try:
         return columns(names)
     except UnreadableDocument as error:
-        error.count = rows()  # of a table without the column not one document is lost, but every row
+        error.count = rows()  # a table without the column loses every row, not one document
         raise

@@ -1,4 +1,4 @@
-"""Finds files behind an address: S3 and Google Cloud through pyarrow, the Hugging Face hub and others by fsspec."""
+"""Remote file listing: S3 and Google Cloud through pyarrow, the Hugging Face hub and others through fsspec."""
 
 from __future__ import annotations
 
@@ -30,8 +30,7 @@ from llm_training_toolkit.errors import DataError
 
 _MAX_CAUSE_LENGTH = 300
 _OPTIONS = re.compile(r"\?(\w+=[^&?]*(?:&\w+=[^&?]*)*)$")
-_GCS_RETRY_OPTION = "retry_limit_seconds=60"
-"""Google's library goes on trying for a quarter of an hour, in silence."""
+_GCS_RETRY_OPTION = "retry_limit_seconds=60"  # Google's library retries silently for 15 minutes by default
 _VERSION_KEYS = (
     "blob_id",
     "etag",
@@ -44,8 +43,9 @@ _VERSION_KEYS = (
     "last_modified",
     "created",
 )
+# Arrow, fsspec and the hub; most libraries of other protocols derive their errors from OSError, too.
 _COMMON_ERRORS = (OSError, ValueError, ImportError, NotImplementedError, pa.ArrowException, EntryNotFoundError)
-"""Arrow, fsspec and the hub; most libraries of other protocols derive theirs from OSError, too."""
+# Libraries of some protocols have a root error class of their own; few of them are installed at a time.
 _ERRORS_BY_LIBRARY = {
     "aiohttp": "ClientError",
     "azure.core.exceptions": "AzureError",
@@ -56,7 +56,6 @@ _ERRORS_BY_LIBRARY = {
     "httpx2": "HTTPError",
     "paramiko.ssh_exception": "SSHException",
 }
-"""The libraries behind some protocols have a root of errors of their own. Few of them are installed at a time."""
 _HINTS = {
     "s3": "Check the address, the network and the keys: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE; "
     "AWS_REGION; AWS_ENDPOINT_URL for a store that is not Amazon's.",
@@ -69,7 +68,7 @@ _HINTS = {
 
 @contextmanager
 def translate_remote_errors(address: str) -> Iterator[None]:
-    """Turn what the libraries raise on the way to an address into a DataError that says what to check."""
+    """Turn library errors while accessing an address into a DataError with a hint."""
     try:
         yield
     except _get_library_errors() as error:
@@ -78,20 +77,21 @@ def translate_remote_errors(address: str) -> Iterator[None]:
 
 
 def _get_library_errors() -> tuple[type[Exception], ...]:
-    """The classes of errors that the libraries in use raise: one that is not loaded has raised nothing."""
+    """Return the error classes of the loaded libraries, the only ones that can have raised."""
     loaded = ((sys.modules[module], name) for module, name in _ERRORS_BY_LIBRARY.items() if module in sys.modules)
     return (*_COMMON_ERRORS, *(getattr(module, name) for module, name in loaded))
 
 
 def get_access_hint(address: str) -> str:
-    """What to check where an address gives nothing. Stores call absent what one may not see."""
+    """Return advice for an inaccessible address. Stores also report forbidden objects as absent."""
     return _HINTS.get(address.partition("://")[0], "Check the address, the network and your rights.")
 
 
 def find_remote_files(address: str) -> tuple[list[SourceFile], bool]:
-    """The files at an address, and whether it is a directory: all below it, else the one, else those a glob matches.
+    """Return the files at an address, and whether it is a directory.
 
-    Directories are searched as on a local disk. Raises DataError where the store does not answer or refuses.
+    The address is tried as a directory (searched as on a local disk), then as a file, then as a glob. Raises DataError
+    if the store does not answer or denies access.
     """
     with translate_remote_errors(address):
         scheme, filesystem, path = _open_filesystem(address)
@@ -111,7 +111,7 @@ def find_remote_files(address: str) -> tuple[list[SourceFile], bool]:
 
 
 def _open_filesystem(address: str) -> tuple[str, Any, str]:
-    """Scheme with slashes, pyarrow file system, and path in it. An address may end in options: `?region=eu-west-1`."""
+    """Return scheme with slashes, pyarrow file system and path. An address may end in options: `?region=eu-west-1`."""
     protocol, _, rest = address.partition("://")
     scheme = f"{protocol}://"
     if protocol in {"s3", "gs", "gcs"}:
@@ -120,23 +120,23 @@ def _open_filesystem(address: str) -> tuple[str, Any, str]:
         if protocol != "s3" and "retry_limit_seconds" not in options:
             options = f"{options}&{_GCS_RETRY_OPTION}".lstrip("&")
         bucket, _, key = rest.partition("/")
-        # Only the bucket goes through the address: a wildcard or a space in the rest is no valid one.
+        # Only the bucket is parsed as a URI: wildcards and spaces in the key would be invalid.
         filesystem, found = arrow.FileSystem.from_uri(f"{scheme}{quote(bucket, safe='@:.-_')}?{options}".rstrip("?"))
         return scheme, filesystem, f"{found}/{key.strip('/')}".rstrip("/")
     if protocol == "hf":
-        # An instance of its own each time: a shared one would answer from what it listed before.
+        # A new instance each time: a cached one would answer from an old listing.
         inner, path = HfFileSystem(skip_instance_cache=True), rest
     else:
         try:
             inner, path = fsspec.core.url_to_fs(address)
-        except TypeError as error:  # what the address leaves out is an argument that is missing
+        except TypeError as error:  # a part missing from the address is a missing argument
             raise ValueError(str(error)) from error
         inner.invalidate_cache()
     return scheme, arrow.PyFileSystem(arrow.FSSpecHandler(inner)), path.rstrip("/")
 
 
 def _find_directory_files(root: SourceRoot) -> Iterator[SourceFile]:
-    """The files below a directory that `is_wanted_directory` and no virtual environment hides."""
+    """Yield the files below a directory, except hidden ones, unwanted directories and virtual environments."""
     listed = _list_file_infos(root, recursive=True)
     environments = {posixpath.dirname(name) for name in listed if posixpath.basename(name) == "pyvenv.cfg"}
     checkouts = _find_git_checkouts(listed)
@@ -167,7 +167,7 @@ def _match_glob(filesystem: Any, scheme: str, pattern: str) -> Iterator[SourceFi
 
 
 def _list_file_infos(root: SourceRoot, *, recursive: bool) -> dict[str, Any]:
-    """What the store says of every file below a directory, by the path relative to it."""
+    """Return the store's metadata of every file below a directory, by relative path."""
     selector = arrow.FileSelector(root.path, recursive=recursive, allow_not_found=True)
     return {
         info.path[len(root.path) :].lstrip("/"): info
@@ -177,7 +177,7 @@ def _list_file_infos(root: SourceRoot, *, recursive: bool) -> dict[str, Any]:
 
 
 def _find_git_checkouts(names: Iterable[str]) -> set[str]:
-    """The directories that are checkouts of git: those that hold a `.git`."""
+    """Return the directories that hold a `.git`."""
     return {match[1] for name in names if (match := re.match(r"(.+?)/\.git(?:/|$)", name))}
 
 
@@ -186,13 +186,13 @@ def _find_nearest_checkout(folders: Iterable[str], among: set[str]) -> str:
 
 
 def _get_parent_directories(name: str) -> list[str]:
-    """The directories above a name, the nearest first."""
+    """Return the directories above a name, nearest first."""
     parts = name.split("/")[:-1]
     return ["/".join(parts[:end]) for end in range(len(parts), 0, -1)]
 
 
 def _build_version_stamp(filesystem: Any, info: Any) -> str:  # noqa: ANN401 - pyarrow is untyped
-    """Size and modification time; where a store has no time, the tag that it gives each version of a file."""
+    """Return size and modification time, or size and version tags (`_VERSION_KEYS`) if the store has no times."""
     if info.mtime is not None:
         return f"{info.size}\0{info.mtime_ns}"
     known: dict[str, Any] = filesystem.handler.fs.info(info.path) if isinstance(filesystem, arrow.PyFileSystem) else {}

@@ -1,1 +1,1 @@
-"""Programs that nobody has read: run contained, limited in all they can use, and ended whatever they do."""
+"""Runs untrusted programs in a sandbox: contained, resource-limited and always killed at the end."""

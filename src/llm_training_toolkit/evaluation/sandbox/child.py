@@ -1,8 +1,9 @@
-"""Runs a program to its end and reports whether it got there. The text of this file runs inside the containment.
+"""Runs one program inside the sandbox and reports the outcome.
 
-The standard input holds a secret word in its first line and the program after it; the argument is the limits as JSON.
-Only who has read the secret can report: the program's own output goes nowhere. Imports the standard library alone.
-Before the program it gives up, for itself and all it starts, the kernel's calls that get round its limits.
+`run.py` passes this file's text to Python. Standard input: a secret on the first line, then the program. Argument: the
+limits as JSON. A report must repeat the secret, and the program's own output goes to /dev/null. Imports the standard
+library only. Before the program starts, a seccomp filter blocks the system calls that would bypass its limits, for
+itself and all descendants.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ import struct
 import sys
 import types
 
-_MAX_ERROR_CHARACTERS = 200
-"""Characters of an error's message that are reported."""
+_MAX_ERROR_CHARACTERS = 200  # of an error message in the report
+# Column in the tables of calls, and the kernel's AUDIT_ARCH value.
 _ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
-"""Column in the tables of calls, and what the kernel calls the architecture."""
+# System calls (numbers on x86_64, aarch64) that allocate memory outside every per-process limit.
 _UNACCOUNTED_MEMORY_CALLS = {
     "shmget": (29, 194),
     "semget": (64, 190),
@@ -29,7 +30,7 @@ _UNACCOUNTED_MEMORY_CALLS = {
     "memfd_secret": (447, 447),
     "io_uring_setup": (425, 425),
 }
-"""Calls, with their numbers, that take memory which no limit of a process counts."""
+# System calls with a history of kernel exploits that no such program needs.
 _ATTACK_SURFACE_CALLS = {
     "unshare": (272, 97),
     "setns": (308, 268),
@@ -43,7 +44,6 @@ _ATTACK_SURFACE_CALLS = {
     "request_key": (249, 218),
     "keyctl": (250, 219),
 }
-"""Calls that no such program needs, and kernels have been broken by."""
 _CLONE, _PRCTL = (56, 220), (157, 167)
 _CLONE3, _NEW_NAMESPACES, _OTHER_CALLS = 435, 0x7E020000, 0x40000000
 _PDEATHSIG, _SECCOMP, _FILTER, _NO_NEW_PRIVS = 1, 22, 2, 38
@@ -52,7 +52,7 @@ _ALLOW, _REFUSE = 0x7FFF0000, 0x00050000
 
 
 def main() -> None:
-    """Report `started`, run the program, report `passed` or `failed` with the error."""
+    """Report `started`, run the program, then report `passed` or `failed` with the error."""
     secret, source = sys.stdin.buffer.read().split(b"\n", 1)
     _install_seccomp_filter(os.uname().machine)
     report, nowhere = os.dup(1), os.open(os.devnull, os.O_RDWR)
@@ -69,11 +69,11 @@ def main() -> None:
     except BaseException as error:  # noqa: BLE001 - the program may raise whatever there is
         verdict = f"failed {_format_error(error)}"
     os.write(report, secret + b" " + verdict.encode(errors="replace") + b"\n")
-    os._exit(0)  # threads of the program may still run
+    os._exit(0)  # does not wait for threads of the program
 
 
 def _install_seccomp_filter(machine: str) -> None:
-    """Have the kernel refuse the calls above (seccomp). Nothing where their numbers on this machine are not known."""
+    """Install the seccomp filter. Does nothing on an architecture without a table of call numbers."""
     if machine not in _ARCHITECTURES:
         return
     code = b"".join(
@@ -92,16 +92,16 @@ def _install_seccomp_filter(machine: str) -> None:
 
 
 def _build_seccomp_filter(column: int, machine: int) -> list[tuple[int, int, int, int]]:
-    """The filter as instructions (operation, steps to skip if true, if false, operand)."""
+    """Return the filter as BPF instructions (operation, skip if true, skip if false, operand)."""
     refuse, allow = (_RETURN, 0, 0, _REFUSE | errno.EPERM), (_RETURN, 0, 0, _ALLOW)
-    number, architecture, first_argument = 0, 4, 16  # where they stand in what the kernel shows
+    number, architecture, first_argument = 0, 4, 16  # offsets in struct seccomp_data
     found = [(_LOAD, 0, 0, architecture), (_EQUAL, 1, 0, machine), refuse]
     found += [(_LOAD, 0, 0, number), (_ABOVE, 0, 1, _OTHER_CALLS), refuse]
     for numbers in (_UNACCOUNTED_MEMORY_CALLS | _ATTACK_SURFACE_CALLS).values():
         found += [(_EQUAL, 0, 1, numbers[column]), refuse]
-    # Its flags lie in memory, which a filter cannot read; without it the C library takes clone.
+    # A filter cannot read clone3's flags, which are in memory. After ENOSYS the C library falls back to clone.
     found += [(_EQUAL, 0, 1, _CLONE3), (_RETURN, 0, 0, _REFUSE | errno.ENOSYS)]
-    # A program that undoes its death with its parent would outlive a toolkit that is killed.
+    # A program that resets PDEATHSIG would outlive a killed toolkit.
     for call, test, what in ((_CLONE, _ANY_BIT, _NEW_NAMESPACES), (_PRCTL, _EQUAL, _PDEATHSIG)):
         found += [(_EQUAL, 0, 4, call[column]), (_LOAD, 0, 0, first_argument), (test, 0, 1, what), refuse, allow]
     return [*found, allow]

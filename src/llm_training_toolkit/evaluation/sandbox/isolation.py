@@ -1,4 +1,4 @@
-"""Finds out by trying which containment this machine gives: bubblewrap, the kernel's namespaces, or none."""
+"""Selects the containment by a self-check on this machine: bubblewrap, kernel namespaces, or none."""
 
 from __future__ import annotations
 
@@ -62,14 +62,14 @@ finally:
 
 
 def format_sandbox_kind(kind: SandboxKind) -> str:
-    """What contains programs, for people."""
+    """Return the containment's name for users."""
     return _SANDBOX_NAMES[kind]
 
 
 def find_sandbox_kind(*, unsafe: bool = False) -> SandboxKind:
-    """What programs are contained by on this machine: the first that holds what it promises, tried once a process.
+    """Return the first containment that passes its self-check, which runs once a process.
 
-    Raises LaunchError, saying what was found, where there is none and `unsafe` does not allow to do without.
+    Raises LaunchError with the problems found if all fail. With `unsafe` returns "none" instead.
     """
     remove_stale_workdirs()
     found: dict[str, str] = {}
@@ -90,7 +90,7 @@ def find_sandbox_kind(*, unsafe: bool = False) -> SandboxKind:
 
 @cache
 def find_sandbox_problem(kind: SandboxKind) -> str:
-    """Why a containment cannot be used here, found out by a program that tries to break out; empty where it holds."""
+    """Return why a containment is unusable here, tested by a program that tries to escape; empty if it holds."""
     if kind == "bubblewrap" and shutil.which("bwrap") is None:
         return "bwrap is not installed"
     with tempfile.TemporaryDirectory(prefix="ltt-") as folder, socket.create_server(("127.0.0.1", 0)) as server:

@@ -1,4 +1,4 @@
-"""Runs programs in a containment, some at a time, and says how each of them ended."""
+"""Runs programs in the sandbox, several in parallel, and returns the outcome of each."""
 
 from __future__ import annotations
 
@@ -25,33 +25,32 @@ from llm_training_toolkit.evaluation.sandbox.supervisor.supervisor import TIMED_
 SandboxKind = Literal["bubblewrap", "namespaces", "none"]
 ProgramOutcome = Literal["passed", "failed", "timed out", "crashed"]
 MEGABYTE = 1 << 20
+# Paths that Python needs besides its own directories.
 _SYSTEM_PATHS = ("/usr", "/lib", "/lib32", "/lib64", "/bin", "/sbin", "/nix/store", "/etc/ld.so.cache")
-"""What a Python needs of the machine besides its own directories."""
+# A report has two short lines. More output comes from a program that found a way to write, and stays unread.
 _REPORT_BYTES = 4096
-"""A report has two short lines; a program that has found a way to write more is not listened to."""
-_GRACE_SECONDS = 20.0
-"""For the supervisor to end everything once the time is up."""
+_GRACE_SECONDS = 20.0  # for the supervisor to kill everything after the timeout
 
 
 @dataclass(frozen=True)
 class SandboxLimits:
-    """What one program may use."""
+    """Resource limits of one program."""
 
     seconds: float = 10.0
-    """From its start to its end, by the clock."""
+    """Wall-clock timeout."""
     memory: int = 1024 * MEGABYTE
-    """Bytes: of each process, and of all together where there are control groups."""
+    """Bytes, for each process; with control groups also for all processes together."""
     processes: int = 16
-    """Threads and processes at a time."""
+    """Maximum threads and processes at a time."""
     max_file_bytes: int = 16 * MEGABYTE
-    """Bytes of the largest file."""
+    """Maximum size of one file."""
     max_open_files: int = 64
-    """Files open at a time."""
+    """Maximum files open at a time."""
     tmp_bytes: int = 64 * MEGABYTE
-    """Bytes of all files together."""
+    """Maximum bytes of all files together."""
 
     def to_rlimits(self) -> dict[str, int]:
-        """By the names of Python's module `resource`."""
+        """Return the limits by the constant names of Python's `resource` module."""
         return {
             "RLIMIT_AS": self.memory,
             "RLIMIT_CPU": int(self.seconds) + 1,
@@ -64,11 +63,11 @@ class SandboxLimits:
 
 @dataclass(frozen=True)
 class ProgramResult:
-    """How a program ended: `crashed` means that it was gone before it could say anything."""
+    """Outcome of a program. `crashed`: it died before it could report a verdict."""
 
     end: ProgramOutcome
     error: str = ""
-    """The exception that a failed one ended with."""
+    """Exception of a failed program."""
 
 
 def run_programs(
@@ -78,7 +77,7 @@ def run_programs(
     at_a_time: int,
     done: Callable[[int], None] = lambda _: None,
 ) -> list[ProgramResult]:
-    """Run programs, `at_a_time` of them side by side; `done` is told how many have ended."""
+    """Run programs, `at_a_time` in parallel. `done` receives the number finished so far."""
     ends: list[ProgramResult] = []
     with ThreadPoolExecutor(at_a_time) as threads:
         try:
@@ -92,9 +91,9 @@ def run_programs(
 
 
 def run_program(program: str, kind: SandboxKind, limits: SandboxLimits) -> ProgramResult:
-    """Run one Python program to its end, or to the end of its time.
+    """Run one Python program until it exits or times out.
 
-    Raises LaunchError, with what the machine said, where the containment cannot be built.
+    Raises LaunchError with the machine's error message if the containment cannot be built.
     """
     secret = secrets.token_hex(16)
     with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as said:
@@ -131,7 +130,7 @@ def _parse_report(report: str, secret: str, code: int, said: str) -> ProgramResu
 
 
 def _read_pipe(pipe: IO[bytes], end: float) -> bytes:
-    """What comes out of a pipe until its end, its first bytes alone, and never after `end` of the monotonic clock."""
+    """Read until end of file, `_REPORT_BYTES` or `end` of the monotonic clock, whichever comes first."""
     found = b""
     with selectors.DefaultSelector() as selector:
         selector.register(pipe, selectors.EVENT_READ)
@@ -151,7 +150,7 @@ def _wait_for_exit(supervisor: subprocess.Popen[bytes], end: float) -> int:
 
 
 _SOURCE_ROOT = Path(__file__).parents[3]
-# Neither the environment nor installed packages change this Python, and it starts in a hundredth of a second.
+# Run with -I -S: unaffected by the environment and installed packages, and starts in 10 ms.
 _SUPERVISOR_CODE = (
     "import sys; sys.path.append(sys.argv.pop(1)); "
     "from llm_training_toolkit.evaluation.sandbox.supervisor.supervisor import main; main()"
@@ -179,7 +178,7 @@ def _build_orders(kind: SandboxKind, limits: SandboxLimits) -> dict[str, object]
 
 @cache
 def find_visible_paths() -> list[str]:
-    """The paths a contained program sees: the system's libraries and this Python, with its packages."""
+    """Return the paths visible in the sandbox: system libraries, and this Python with its packages."""
     own = {sys.prefix, sys.base_prefix, sys.exec_prefix}
     own |= {os.path.realpath(path) for path in own}
     seen = [path for path in _SYSTEM_PATHS if Path(path).exists()]
@@ -191,7 +190,7 @@ def find_visible_paths() -> list[str]:
 
 @cache
 def _find_bwrap_command() -> tuple[str, ...]:
-    """The command, without namespaces in namespaces where it is new enough (0.8) to forbid them."""
+    """Return the bwrap command, with nested user namespaces disabled if it is 0.8 or newer."""
     path = shutil.which("bwrap") or "bwrap"
     known = subprocess.run([path, "--help"], capture_output=True, text=True, check=False).stdout
     return (path, "--disable-userns") if "--disable-userns" in known else (path,)
@@ -201,9 +200,9 @@ def _build_bwrap_arguments(limits: SandboxLimits) -> Iterator[str]:
     yield from _find_bwrap_command()
     yield from ("--unshare-all", "--unshare-user", "--die-with-parent", "--new-session", "--cap-drop", "ALL")
     yield from ("--uid", "65534", "--gid", "65534", "--proc", "/proc", "--dev", "/dev")
-    yield from ("--remount-ro", "/dev")  # it is memory without a limit, below /dev/shm as well
+    yield from ("--remount-ro", "/dev")  # a tmpfs without a size limit, /dev/shm included
     yield from ("--size", str(limits.tmp_bytes), "--tmpfs", "/tmp", "--chdir", "/tmp", "--setenv", "HOME", "/tmp")
-    for path in find_visible_paths():  # after /tmp, below which a Python may live
+    for path in find_visible_paths():  # after the /tmp mount, which would hide a Python below /tmp
         link = Path(path).is_symlink()
         yield from ("--symlink", str(Path(path).readlink()), path) if link else ("--ro-bind", path, path)
     yield from ("--remount-ro", "/", "--")

@@ -1,1 +1,1 @@
-"""`ltt drill`: a run with real failures, compared with the same run undisturbed."""
+"""`ltt drill`: fault injection into a run, compared with the same run undisturbed."""

@@ -1,4 +1,4 @@
-"""Which sequences went into the final weights of a run, and whether each did once. From its files alone."""
+"""Audit from a run's files alone: each sequence must have gone into the final weights exactly once."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from llm_training_toolkit.runs.directory import RunDirectory, parse_checkpoint_n
 
 
 class AttemptSpan(NamedTuple):
-    """Steps that one attempt added to the lineage."""
+    """Steps that one attempt added to the lineage of a checkpoint."""
 
     attempt: int
     after_step: int
     last_step: int
-    """The last of its steps that others went on from."""
+    """Step of the checkpoint that the next attempt resumed from."""
 
 
 class AuditResult(NamedTuple):
-    """Sequences that should have been fetched once and were not."""
+    """Numbers of sequences that were fetched never or more than once."""
 
     missing: int
     doubled: int
 
 
 def read_attempt_spans(run: RunDirectory, checkpoint: str) -> list[AttemptSpan]:
-    """The attempts that led to a checkpoint, the first one first. Raises CheckpointError where one is unknown."""
+    """Return the attempts that led to a checkpoint, oldest first. Raises CheckpointError if one is unknown."""
     found: list[AttemptSpan] = []
     name: str | None = checkpoint
     while name is not None:
@@ -44,7 +44,7 @@ def read_attempt_spans(run: RunDirectory, checkpoint: str) -> list[AttemptSpan]:
 
 
 def read_fetched_sequences(run: RunDirectory, lineage: Iterable[AttemptSpan]) -> list[FetchedSequence]:
-    """What all ranks fetched in the steps of the lineage."""
+    """Return the sequences that all ranks fetched in the steps of the lineage."""
     return [
         sequence
         for stretch in lineage
@@ -57,10 +57,10 @@ def read_fetched_sequences(run: RunDirectory, lineage: Iterable[AttemptSpan]) ->
 def audit_sequences(
     found: Sequence[FetchedSequence], wanted: Sequence[FetchedSequence], epochs: Sequence[Sequence[int]]
 ) -> AuditResult:
-    """Sequences missing or doubled in `found`, beside `wanted`, what the undisturbed run fetched.
+    """Count the sequences missing or doubled in `found`, compared with `wanted`, those of the undisturbed run.
 
-    `epochs`: how many sequences each epoch of each stream has. An epoch that a later one follows has to be whole,
-    whatever the undisturbed run did. A sequence of other tokens is another sequence.
+    `epochs` holds the number of sequences in each epoch of each stream. An epoch followed by a later one must be
+    complete, whatever the undisturbed run fetched. A sequence with other tokens is another sequence.
     """
     counted, expected = Counter(found), set(wanted)
     present = {(each.stream, each.epoch, each.sequence) for each in counted}

@@ -1,4 +1,4 @@
-"""A drill: one run undisturbed, one with failures drawn by chance, and what differs between them."""
+"""Drill: run once undisturbed and once with randomly drawn faults, then compare the two."""
 
 from __future__ import annotations
 
@@ -30,23 +30,21 @@ from llm_training_toolkit.runs.directory import RunDirectory
 from llm_training_toolkit.setup.machine import check_cpu_count
 
 _POLL_SECONDS = 0.1
-_MAX_RESTARTS = 5
-"""Starts in a row without a step in between, after which the drill gives up."""
-_RECOVERY_TIMEOUT_SECONDS = 1200.0
-"""Seconds without a step after a failure, after which it does."""
+_MAX_RESTARTS = 5  # in a row without a step in between, before the drill gives up
+_RECOVERY_TIMEOUT_SECONDS = 1200.0  # without a step after a fault, before the drill gives up
+# For both runs. Faults come close together in a drill and must not end the run.
 _OVERRIDES = (
     "failures.log_samples=true",
     "failures.max_failures=100000",
     "failures.max_same_step_failures=100000",
     "export.at_end=false",
 )
-"""What both runs are given: failures close together are what a drill is for, so none of them ends the run."""
 PrintLine = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class DrillSpec:
-    """What a drill is to do."""
+    """Specification of a drill."""
 
     config: Path
     overrides: Sequence[str]
@@ -54,14 +52,14 @@ class DrillSpec:
     kinds: Sequence[str]
     seed: int
     hang: str
-    """`failures.hang_timeout` of both runs: a drill does not wait ten minutes for each."""
+    """`failures.hang_timeout` of both runs, shorter than the default of ten minutes."""
 
 
 class DrillRunner:
-    """Carries out an order, in a directory of its own beside the run's."""
+    """Runs a drill in its own directory beside the run's."""
 
     def __init__(self, order: DrillSpec, say: PrintLine) -> None:
-        """Raises ConfigError for what the run cannot have."""
+        """Load the configuration. Raises ConfigError for faults that the run cannot have."""
         self._order, self._say, self._draw = order, say, random.Random(order.seed)  # noqa: S311 - to be repeated
         self._given = (*order.overrides, f"failures.hang_timeout={order.hang}", *_OVERRIDES)
         self._config = load_config(order.config, self._given)
@@ -72,7 +70,7 @@ class DrillRunner:
         self._driver: subprocess.Popen[str] | None = None
 
     def run_drill(self) -> DrillReport:
-        """Run both and compare them. Raises LaunchError when one of them does not finish."""
+        """Run both and compare them. Raises LaunchError if one of them does not finish."""
         calm, hurt = (RunDirectory(self._directory / name) for name in ("undisturbed", "disturbed"))
         with self._manage_processes():
             self._say(f"the undisturbed run, in {calm.path}")
@@ -90,7 +88,7 @@ class DrillRunner:
 
     @contextmanager
     def _manage_processes(self) -> Iterator[None]:
-        """A cluster of its own where a failure needs one; however the drill ends, its commands end with it."""
+        """Start a local cluster if a fault needs one. Stop it and the driver at the drill's end, errors included."""
         if any(FAULT_KINDS[kind].needs == "nodes" for kind in self._order.kinds):
             asked = self._config.cluster
             there = len(os.sched_getaffinity(0)) // asked.cpus_per_worker
@@ -141,9 +139,9 @@ class DrillRunner:
     def _wait_for_progress(
         self, run: RunDirectory, reached: Callable[[tuple[int, int]], bool], until: float = float("inf")
     ) -> subprocess.Popen[str]:
-        """Wait until (attempt, step) is reached, or the run has finished; a command that ended is given again.
+        """Wait until (attempt, step) is reached or the run has finished, and restart a driver that ended.
 
-        Raises LaunchError when it does not come up, or not until a moment in seconds since 1970.
+        Raises LaunchError after too many restarts without a step, or at `until`, in seconds since 1970.
         """
         assert self._driver is not None
         starts, before = 0, read_latest_step(run)
@@ -171,9 +169,9 @@ class DrillRunner:
 
 
 def schedule_faults(steps: int, kills: int, kinds: Sequence[str], draw: random.Random) -> list[tuple[int, str]]:
-    """(step, kind) of each failure: one within each of equal stretches of the run, no kind more often than another.
+    """Return (step, kind) of each fault: one within each of equal stretches of the run, kinds in equal shares.
 
-    The last stretch is left to those that wait for a checkpoint.
+    The last stretch stays free for faults that wait for a checkpoint.
     """
     stretch = (steps - 1) / (kills + 1)
     kinds_due: list[str] = []
@@ -196,5 +194,5 @@ def _check_fault_kinds(config: Config, kinds: Sequence[str]) -> None:
 
 
 def _get_log_path(run: RunDirectory) -> Path:
-    """What its commands say."""
+    """Return the file with the output of the run's commands."""
     return run.path.parent / f"{run.name}.log"

@@ -1,4 +1,4 @@
-"""The failures of a drill: each real, done to a run that works on this machine, found through its files."""
+"""Faults of a drill: each is real and hits a run on this machine, whose files name the processes."""
 
 from __future__ import annotations
 
@@ -18,14 +18,12 @@ from llm_training_toolkit.runs.attempts import find_last_attempt, read_attempt_r
 from llm_training_toolkit.runs.directory import RunDirectory
 from llm_training_toolkit.runs.metrics_log import read_newest_rows
 
-_POLL_SECONDS = 0.002
-"""Seconds between two looks for a checkpoint that is being written, which may take no longer than ten of them."""
-_WAIT_TIMEOUT_SECONDS = 300.0
-"""Seconds to wait for what a failure needs or leads to: a second checkpoint, the end of an attempt."""
+_POLL_SECONDS = 0.002  # writing a checkpoint may take only ten of these
+_WAIT_TIMEOUT_SECONDS = 300.0  # for what a fault needs or causes: a second checkpoint, the end of an attempt
 
 
 class FaultTarget(NamedTuple):
-    """A run that works, the command that drives it, and the cluster it is on where that is the drill's own."""
+    """Target of a fault: a run at work, the command that drives it, and the drill's own cluster, if any."""
 
     run: RunDirectory
     driver: Popen[str]
@@ -34,17 +32,17 @@ class FaultTarget(NamedTuple):
 
     @property
     def local_cluster(self) -> LocalCluster:
-        """For failures that need one."""
+        """The drill's own cluster, for faults that need one."""
         assert self.cluster is not None, "refused before"
         return self.cluster
 
     def pick_rank_process(self) -> int:
-        """The process of a rank drawn by chance."""
+        """Return the process id of a randomly drawn rank."""
         processes: list[int] = read_attempt_record(self.run, find_last_attempt(self.run))["processes"]
         return self.rng.choice(processes)
 
     def wait_until(self, condition: Callable[[], bool]) -> bool:
-        """Wait for a condition while the command works; whether it came true."""
+        """Wait for a condition while the driver runs. Return whether it came true."""
         end = time.monotonic() + _WAIT_TIMEOUT_SECONDS
         while self.driver.poll() is None and time.monotonic() < end:
             if condition():
@@ -53,13 +51,13 @@ class FaultTarget(NamedTuple):
         return False
 
     def wait_for_attempt_end(self) -> None:
-        """Wait until the present attempt is none that works any more."""
+        """Wait until the current attempt has ended."""
         attempt = find_last_attempt(self.run)
         self.wait_until(lambda: read_attempt_record(self.run, attempt).get("state", "running") != "running")
 
 
 def _kill_process(process: int) -> None:
-    with suppress(ProcessLookupError):  # it has ended by itself
+    with suppress(ProcessLookupError):  # it may have ended by itself
         os.kill(process, signal.SIGKILL)
 
 
@@ -81,7 +79,7 @@ def _hang_worker(victim: FaultTarget) -> None:
 
 
 def _kill_during_checkpoint(victim: FaultTarget) -> None:
-    """One checkpoint tells how long another one takes; the kill falls into the next one or shortly behind it."""
+    """Measure the duration of one checkpoint, then kill a rank during the next one or shortly after it."""
     victim.wait_until(lambda: is_writing_checkpoint(victim.run))
     began = time.monotonic()
     victim.wait_until(lambda: not is_writing_checkpoint(victim.run))
@@ -101,7 +99,7 @@ def _truncate_checkpoint(victim: FaultTarget) -> str:
 
 
 def _limit_file_size(victim: FaultTarget) -> None:
-    """The kernel lets no file of a rank grow beyond half of what it writes of a checkpoint, as a quota does."""
+    """Limit the size of a rank's files to half of its smallest checkpoint file, as a quota would."""
     victim.wait_until(lambda: bool(list_complete_checkpoints(victim.run.checkpoints_dir)))
     files = list_complete_checkpoints(victim.run.checkpoints_dir)[-1].glob("*.safetensors")
     half = min(file.stat().st_size for file in files) // 2
@@ -127,19 +125,19 @@ def _kill_head(victim: FaultTarget) -> None:
 
 
 def is_writing_checkpoint(run: RunDirectory) -> bool:
-    """Whether the present attempt has begun a checkpoint that is not complete."""
+    """Return whether the current attempt has begun a checkpoint that is not complete."""
     attempt = find_last_attempt(run)
     return any(not (path / "manifest.json").exists() for path in run.checkpoints_dir.glob(f"step_*_a{attempt}"))
 
 
 class FaultKind(NamedTuple):
-    """A kind of failure."""
+    """Kind of fault."""
 
     inject: Callable[[FaultTarget], str | None]
-    """Returns when the failure is there; the name of a checkpoint that it has damaged."""
+    """Injects the fault and returns once it has happened, with the name of the checkpoint it damaged, if any."""
     description: str
     needs: Literal["", "ray", "nodes"] = ""
-    """Workers on Ray; a cluster of the drill's own."""
+    """Requirement: "ray" for workers on Ray, "nodes" for the drill's own cluster."""
 
 
 FAULT_KINDS = {
@@ -161,6 +159,6 @@ FAULT_KINDS = {
 
 
 def read_latest_step(run: RunDirectory) -> tuple[int, int]:
-    """(attempt, step) of the newest row of a step; zeros before the first."""
+    """Return (attempt, step) of the newest step row; zeros before the first."""
     rows = [row for row in read_newest_rows(run.metrics_path) if "train/loss" in row]
     return (int(rows[-1]["attempt"]), int(rows[-1]["step"])) if rows else (0, 0)

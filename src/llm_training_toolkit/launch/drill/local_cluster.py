@@ -1,4 +1,4 @@
-"""A Ray cluster on this machine, for drills that lose nodes: a head without CPUs, and nodes of their own addresses."""
+"""Ray cluster on this machine for drills that kill nodes: a head without CPUs, and nodes with their own addresses."""
 
 from __future__ import annotations
 
@@ -18,23 +18,19 @@ import psutil
 from llm_training_toolkit.launch.backend import prepare_environment
 from llm_training_toolkit.launch.ray.cluster import RAY_HEAD_TIMEOUT_VARIABLE
 
-_ADDRESS_PREFIX = "127.0.1."
-"""Addresses of this machine alone."""
+_ADDRESS_PREFIX = "127.0.1."  # loopback: this machine alone
 _ADDRESS_COUNT = 250
-_PREEMPTION_NOTICE_SECONDS = 60.0
-"""Seconds that a notice of preemption leaves."""
-_HEAD_TIMEOUT_SECONDS = "15"
-"""Seconds that everybody waits for a head that is gone, where Ray's own minute lets ranks do hundreds of steps."""
-RayNode = Any
-"""Ray's, which has no types."""
+_PREEMPTION_NOTICE_SECONDS = 60.0  # from a preemption notice to the loss of the node
+_HEAD_TIMEOUT_SECONDS = "15"  # until processes give up a lost head; in Ray's 60 s ranks would do hundreds of steps
+RayNode = Any  # Ray has no types
 
 
 class LocalCluster:
-    """A node for each worker. One that is lost is replaced at once, under another address."""
+    """Cluster with one node per worker. A lost node is replaced at once, under another address."""
 
     def __init__(self, nodes: int, cpus: int) -> None:
-        """Start it. Ray's processes end with this one, however it ends."""
-        # Nobody else's jobs: the token is known to this process and the commands it starts.
+        """Start the cluster. Ray's processes end with this one, however it ends."""
+        # Only this process and the commands it starts know the token, which keeps other jobs out.
         os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
         os.environ.setdefault(RAY_HEAD_TIMEOUT_VARIABLE, _HEAD_TIMEOUT_SECONDS)
         prepare_environment()
@@ -44,16 +40,16 @@ class LocalCluster:
 
     @property
     def environment_variables(self) -> Mapping[str, str]:
-        """What a command needs to join it."""
+        """Environment variables with which a command joins the cluster."""
         return {"RAY_ADDRESS": self._cluster.address}
 
     def kill_rank_node(self, process: int) -> None:
-        """Kill the node that a rank's process is on, and another one comes."""
+        """Kill the node of a rank's process and add another one."""
         self.kill_node(self._find_rank_node(process))
         self._add_worker_node()
 
     def drain_rank_node(self, process: int) -> RayNode:
-        """What a cloud's notice of preemption leads to: Ray drains the node of a rank's process. A new one comes."""
+        """Drain the node of a rank's process, as after a cloud's preemption notice. Add a new one, return the old."""
         from ray._raylet import GcsClient  # type: ignore[attr-defined]
         from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 
@@ -65,19 +61,19 @@ class LocalCluster:
         return node
 
     def kill_node(self, node: RayNode) -> None:
-        """Kill a node's Ray process, and with it its workers."""
+        """Kill a node's Ray process, and its workers with it."""
         self._cluster.remove_node(node, allow_graceful=False)
 
     def kill_head(self) -> None:
-        """Kill the head's processes; the nodes stay, as they would elsewhere."""
+        """Kill the head's processes; the nodes stay, as on a real cluster."""
         self._cluster.remove_node(self._cluster.head_node, allow_graceful=False)
 
     def start_cluster(self) -> None:
-        """Start it, with an address that no cluster had before."""
+        """Start the cluster at an address that was never used before."""
         from ray.cluster_utils import Cluster
 
-        self._place = tempfile.mkdtemp(prefix="ltt-drill-")  # not deeper: Ray's sockets need a short path
-        os.environ["RAY_TMPDIR"] = self._place  # where also stands which cluster a command without address joins
+        self._place = tempfile.mkdtemp(prefix="ltt-drill-")  # not nested: Ray's sockets need a short path
+        os.environ["RAY_TMPDIR"] = self._place  # also names the cluster that a command without an address joins
         head = {"num_cpus": 0, "include_dashboard": False}
         with _keep_sigterm_handler():
             self._cluster = Cluster(initialize_head=True, head_node_args=head)
@@ -85,7 +81,7 @@ class LocalCluster:
             self._add_worker_node()
 
     def close(self) -> None:
-        """End all of its processes."""
+        """End all processes of the cluster."""
         self._cluster.shutdown()
         shutil.rmtree(self._place, ignore_errors=True)
 
@@ -96,7 +92,7 @@ class LocalCluster:
             self._cluster.add_node(num_cpus=self._cpus, node_ip_address=address)
 
     def _find_rank_node(self, process: int) -> RayNode:
-        """The node whose Ray process has started a rank's."""
+        """Return the node whose raylet has started a rank's process."""
         above = {parent.pid for parent in psutil.Process(process).parents()}
         [node] = [node for node in self._cluster.worker_nodes if _get_raylet_pid(node) in above]
         return node
@@ -104,7 +100,7 @@ class LocalCluster:
 
 @contextmanager
 def _keep_sigterm_handler() -> Iterator[None]:
-    """Take back the handler of a Ray node: with it this process would take half a minute to end."""
+    """Restore the SIGTERM handler that a Ray node replaces: with Ray's, this process takes half a minute to end."""
     before = signal.getsignal(signal.SIGTERM)
     try:
         yield

@@ -1,4 +1,4 @@
-"""What a drill found, from the files of its two runs."""
+"""Report of a drill, from the files of its two runs."""
 
 from __future__ import annotations
 
@@ -20,31 +20,31 @@ from llm_training_toolkit.runs.status import read_goodput
 
 @dataclass(frozen=True)
 class InjectedFault:
-    """A failure and how the run came back."""
+    """Injected fault and the recovery of the run."""
 
     kind: str
     step: int
-    """The last step that was complete."""
+    """Last complete step."""
     seconds_to_recover: float
-    """Until the next attempt had completed a step."""
+    """Seconds until the next attempt had completed a step."""
     group_seconds: float
-    """Of these, from the start of the new workers on."""
+    """Part of these seconds after the start of the new workers."""
     newest: str | None
-    """The newest complete and undamaged checkpoint when the failure was there."""
+    """Newest complete and undamaged checkpoint at the fault."""
     went_on_from: str | None
-    """The checkpoint that the next attempt took; None = it began anew."""
+    """Checkpoint that the next attempt resumed from; `None` = it started from the beginning."""
     half_written: bool
-    """A checkpoint was being written when the failure was there."""
+    """A checkpoint was being written at the fault."""
 
     @property
     def has_wrong_checkpoint(self) -> bool:
-        """Whether the run went on from an older or a damaged checkpoint: it may have completed a newer one since."""
+        """Return whether the run resumed from a checkpoint older than `newest`; a newer one may be complete since."""
         return _parse_step_attempt(self.went_on_from) < _parse_step_attempt(self.newest)
 
 
 @dataclass(frozen=True)
 class DrillReport:
-    """What a drill found: the contract of `ltt drill --json`."""
+    """Results of a drill: the contract of `ltt drill --json`."""
 
     run: str
     seed: int
@@ -53,35 +53,35 @@ class DrillReport:
     sequences_missing: int
     sequences_doubled: int
     checkpoints_wrong: int
-    """Failures after which the run did not go on from the newest sound checkpoint."""
+    """Faults after which the run did not resume from the newest valid checkpoint."""
     steps_repeated: int
     max_loss_difference: float
-    """Of any step, along the lineage."""
+    """Largest difference of any step's loss, along the lineage."""
     weights_equal: bool
-    """The final weights and moments are those of the undisturbed run, bit for bit."""
+    """The final weights and moments equal those of the undisturbed run, bit for bit."""
     cold_start_seconds: float
-    """From the undisturbed run's command to its first step."""
+    """Seconds from the undisturbed run's command to its first step."""
     cold_group_seconds: float
-    """From the start of its workers to its first step: what recovering is to be compared with."""
+    """Seconds from the start of its workers to its first step, the baseline of `group_seconds`."""
     wall_seconds: float
-    """Of the disturbed run, from its first command to the end of its last one, by the drill's clock."""
+    """Seconds of the disturbed run from its first command to the end of its last one, by the drill's clock."""
     wall_seconds_undisturbed: float
     goodput: SecondsByPart
     goodput_undisturbed: SecondsByPart
 
     @property
     def is_lossless(self) -> bool:
-        """Nothing was lost: what the exit code says."""
+        """Return whether sequences and checkpoints were all right; this decides the exit code."""
         return not (self.sequences_missing or self.sequences_doubled or self.checkpoints_wrong)
 
     def to_json(self) -> dict[str, Any]:
-        """For `--json`."""
+        """Return the report as plain data, for `--json`."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class DrillTimings:
-    """What the drill measured itself, in seconds."""
+    """Durations measured by the drill itself, in seconds."""
 
     cold_start: float
     undisturbed: float
@@ -91,7 +91,7 @@ class DrillTimings:
 def build_report(
     seed: int, calm: RunDirectory, hurt: RunDirectory, failures: Sequence[InjectedFault], clock: DrillTimings
 ) -> DrillReport:
-    """Compare a disturbed run with the undisturbed one. Raises LaunchError, CheckpointError where files are missing."""
+    """Compare a disturbed run with the undisturbed one. Raises LaunchError, CheckpointError if files are missing."""
     lines = {
         run.name: read_fetched_sequences(run, read_attempt_spans(run, _get_latest_checkpoint(run).name))
         for run in (calm, hurt)
@@ -123,7 +123,7 @@ def build_report(
 
 
 def format_report(report: DrillReport) -> list[str]:
-    """A report for a person."""
+    """Format the report for people."""
     several = [
         f"  {each.kind:<10} step {each.step:>7}  {each.seconds_to_recover:6.1f} s  {each.went_on_from or 'the start'}"
         for each in report.failures
@@ -148,13 +148,13 @@ def _format_drill_goodput(split: SecondsByPart, wall: float) -> str:
 
 
 def find_undamaged_checkpoint(run: RunDirectory, damaged: str | None) -> str | None:
-    """The newest complete checkpoint but the one that was damaged; None where there is none."""
+    """Return the newest complete checkpoint other than the damaged one, or None."""
     found = [path.name for path in list_complete_checkpoints(run.checkpoints_dir) if path.name != damaged]
     return found[-1] if found else None
 
 
 def read_step_rows(run: RunDirectory) -> list[dict[str, Any]]:
-    """Every row of a step, in order."""
+    """Return every step row, in order."""
     if not run.metrics_path.exists():
         return []
     lines = [line for line in run.metrics_path.read_text().splitlines() if line.endswith("}")]
@@ -169,7 +169,7 @@ def _get_latest_checkpoint(run: RunDirectory) -> Path:
 
 
 def _read_losses(run: RunDirectory) -> dict[int, float]:
-    """The loss of each step; of several attempts the last counts."""
+    """Return the loss of each step, from the last attempt that did it."""
     return {int(row["step"]): float(row["train/loss"]) for row in read_step_rows(run)}
 
 

@@ -1,1 +1,1 @@
-"""Runs as Ray jobs, seen from outside the cluster: this process only asks and watches; `ltt train` works over there."""
+"""Runs as Ray jobs, driven from outside the cluster: this process submits and watches, `ltt train` runs there."""

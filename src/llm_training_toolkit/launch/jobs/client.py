@@ -1,4 +1,4 @@
-"""The way to a cluster's jobs: reached, or a message that says why not; and the jobs that are runs of this toolkit."""
+"""Job client of a Ray cluster with readable connection errors, and the jobs that are runs of this toolkit."""
 
 from __future__ import annotations
 
@@ -18,10 +18,9 @@ from rich.table import Table
 from llm_training_toolkit.errors import LaunchError
 from llm_training_toolkit.runs.table import format_duration
 
+# Modules of Ray that log how they connect and upload, and what they exclude.
 _NOISY_LOGGERS = ["dashboard.modules.job.sdk", "dashboard.modules.dashboard_sdk", "_private.runtime_env"]
-"""Modules of Ray that tell how they upload and connect, and what they leave out."""
-RUN_NAME_METADATA = "ltt_run"
-"""Where a job's metadata hold the name of its run, which is the key to resume by."""
+RUN_NAME_METADATA = "ltt_run"  # metadata key of the run's name, by which a run is resumed
 _STATUS_COLOURS = {
     "pending": "cyan",
     "running": "green",
@@ -33,27 +32,27 @@ _STATUS_COLOURS = {
 
 @dataclass(frozen=True)
 class RayJob:
-    """A job of the cluster that is a run."""
+    """Job of the cluster that is a run of this toolkit."""
 
     id: str
     run: str
-    """Its name; empty where it was submitted by `ray job submit`."""
+    """Name of the run; empty if it was submitted by `ray job submit`."""
     status: str
-    """As Ray says it, in lower case: pending, running, stopped, succeeded, failed."""
+    """Ray's job status in lower case: pending, running, stopped, succeeded, failed."""
     is_over: bool
     entrypoint: str
     message: str
     began: float
-    """Seconds since 1970; 0 = not yet."""
+    """Seconds since 1970; 0 = not started."""
     ended: float
-    """The same; 0 = not yet."""
+    """Seconds since 1970; 0 = not ended."""
     exit_code: int | None
-    """Of its driver."""
+    """Exit code of the driver."""
 
 
 @contextmanager
 def translate_connection_errors(address: str) -> Iterator[None]:
-    """Put Ray's complaints about an address or a token into words."""
+    """Turn Ray's errors about an address or a token into a LaunchError with advice."""
     from ray.exceptions import RayError
 
     try:
@@ -68,13 +67,13 @@ def translate_connection_errors(address: str) -> Iterator[None]:
 
 
 def silence_ray_loggers() -> None:
-    """Ray says nothing of how it connects and packs, unless it fails."""
+    """Silence Ray's messages about connecting and packing, except errors."""
     for chatty in _NOISY_LOGGERS:
         logging.getLogger(f"ray.{chatty}").setLevel(logging.ERROR)
 
 
 def connect_job_client(address: str) -> Any:  # noqa: ANN401 - Ray has no types
-    """A client of the cluster's jobs. Raises LaunchError where it cannot be reached, or runs another Ray than here."""
+    """Return a job client. Raises LaunchError if the cluster is unreachable or runs another Ray version than here."""
     from ray.job_submission import JobSubmissionClient
 
     silence_ray_loggers()
@@ -90,7 +89,7 @@ def connect_job_client(address: str) -> Any:  # noqa: ANN401 - Ray has no types
 
 
 def list_run_jobs(client: Any) -> list[RayJob]:  # noqa: ANN401
-    """The cluster's jobs that are runs of this toolkit, oldest first."""
+    """Return the cluster's jobs that are runs of this toolkit, oldest first."""
     found = [_parse_job_details(details) for details in client.list_jobs() if details.submission_id]
     return sorted(
         (job for job in found if job.run or _is_training_command(job.entrypoint)), key=lambda job: (job.began, job.id)
@@ -98,7 +97,7 @@ def list_run_jobs(client: Any) -> list[RayJob]:  # noqa: ANN401
 
 
 def find_job(client: Any, name: str) -> RayJob:  # noqa: ANN401
-    """The newest job of a run's name, or the job of this id. Raises LaunchError with names that are there."""
+    """Return the newest job of a run's name, or the job with this id. Raises LaunchError with the known names."""
     known = list_run_jobs(client)
     matching = [job for job in known if name in {job.run, job.id}]
     if matching:
@@ -124,7 +123,7 @@ def _parse_job_details(details: Any) -> RayJob:  # noqa: ANN401
 
 
 def _is_training_command(entrypoint: str) -> bool:
-    """Whether a command trains by this toolkit, as `ray job submit -- ltt train …` does."""
+    """Return whether a command trains with this toolkit, as `ray job submit -- ltt train …` does."""
     try:
         words = shlex.split(entrypoint)
     except ValueError:
@@ -133,7 +132,7 @@ def _is_training_command(entrypoint: str) -> bool:
 
 
 def build_jobs_table(jobs: Iterable[RayJob]) -> Table:
-    """One line a job, as `jobs_of` sorts them."""
+    """Return a table with one line per job, in the given order."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for title in ("run", "state", "began", "took", "job", "command"):
         table.add_column(title, overflow="fold")
@@ -146,5 +145,5 @@ def build_jobs_table(jobs: Iterable[RayJob]) -> Table:
 
 
 def format_jobs_json(jobs: Iterable[RayJob]) -> list[dict[str, Any]]:
-    """The same for programs."""
+    """Return the jobs as plain data, for programs."""
     return [asdict(job) for job in jobs]

@@ -1,4 +1,4 @@
-"""The log of a job, followed to its end, over connections that break."""
+"""Log of a Ray job, followed to its end across broken connections."""
 
 from __future__ import annotations
 
@@ -14,28 +14,26 @@ from llm_training_toolkit.errors import LaunchError
 from llm_training_toolkit.launch.request import EXIT_CODES
 from llm_training_toolkit.monitoring.console import Console
 
-_RETRY_SECONDS = 2.0
-"""Seconds between two tries to reach a cluster that has stopped answering."""
-_RECONNECT_TIMEOUT_SECONDS = 300.0
-"""Seconds after which it is given up: a head that starts anew takes one or two minutes."""
+_RETRY_SECONDS = 2.0  # between attempts to reach a cluster that has stopped answering
+_RECONNECT_TIMEOUT_SECONDS = 300.0  # a head takes one or two minutes to restart
 _POLL_SECONDS = 0.5
+# Raised by Ray's client when a connection breaks; RuntimeError if it closes while the job continues.
 _CONNECTION_ERRORS = (ClientError, RequestException, OSError, RuntimeError, TimeoutError)
-"""What Ray's client raises when a connection breaks: RuntimeError where it closes while the job goes on."""
 _UNKNOWN_JOB_TEXT = "does not exist"
 T = TypeVar("T")
 
 
 class JobHandle:
-    """A job as it looks from here: what it prints, and how it ends."""
+    """Handle of a job: its log, its exit code, and stopping it."""
 
     def __init__(self, client: Any, job: str, address: str, console: Console) -> None:  # noqa: ANN401 - Ray has no types
         self._client, self._job, self._address, self._console = client, job, address, console
         self._shown, self._line = 0, ""
 
     def follow_logs(self) -> int:
-        """Show what the job prints until it ends; its driver's exit code: 0 finished, 75 stopped.
+        """Print the job's log until it ends. Return its driver's exit code: 0 finished, 75 stopped.
 
-        Raises LaunchError when the cluster does not answer for long, or knows the job no more.
+        Raises LaunchError if the cluster stays unreachable or has lost the job.
         """
         while not self._retry_until_reachable(self._read_to_end):
             time.sleep(_POLL_SECONDS)
@@ -44,7 +42,7 @@ class JobHandle:
         return self.wait_for_exit()
 
     def wait_for_exit(self) -> int:
-        """Wait for the job's end without showing anything; its exit code. Raises as `follow` does."""
+        """Wait for the job's end without printing its log. Return its exit code. Raises as `follow_logs` does."""
         info = self._retry_until_reachable(lambda: self._client.get_job_info(self._job))
         while not info.status.is_terminal():
             time.sleep(_POLL_SECONDS)
@@ -53,7 +51,7 @@ class JobHandle:
             return 0
         if info.status.value == "STOPPED":
             return EXIT_CODES["stopped"]
-        if info.driver_exit_code is None:  # it never came so far as to print a cause
+        if info.driver_exit_code is None:  # it ended before it could print a cause
             self._console.print_line(f"error: job {self._job} failed: {info.message}")
         return int(info.driver_exit_code or 1)
 
@@ -62,13 +60,13 @@ class JobHandle:
         self._retry_until_reachable(lambda: self._client.stop_job(self._job))
 
     def _read_to_end(self) -> bool:
-        """Show what the job prints until the connection ends; whether the job has ended too."""
-        self._client.get_job_info(self._job)  # a job that is not known says so here, not when its log is asked for
+        """Print the log until the connection ends. Return whether the job has ended too."""
+        self._client.get_job_info(self._job)  # an unknown job fails here, not in the stream of its log
         asyncio.run(self._stream_logs())
         return bool(self._client.get_job_info(self._job).status.is_terminal())
 
     async def _stream_logs(self) -> None:
-        """A connection begins with the log's first line: what was shown before is passed over."""
+        """Print the log. Each connection begins with its first line, so text already shown is skipped."""
         passed = 0
         async for text in self._client.tail_job_logs(self._job):
             new = text[max(0, self._shown - passed) :]
@@ -79,7 +77,7 @@ class JobHandle:
                 self._console.print_line(line)
 
     def _retry_until_reachable(self, ask: Callable[[], T]) -> T:
-        """Ask until the cluster answers."""
+        """Call `ask` until the cluster answers. Raises LaunchError as `follow_logs` does."""
         lost = 0.0
         while True:
             try:

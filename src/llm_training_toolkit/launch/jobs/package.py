@@ -1,4 +1,4 @@
-"""What travels with a job: the code of the current folder, and nothing large."""
+"""Package of a Ray job: the code of the current folder without large files."""
 
 from __future__ import annotations
 
@@ -14,22 +14,20 @@ from llm_training_toolkit.data.prepare.builder import get_cache_directory
 from llm_training_toolkit.data.sources.files import COMPRESSION_SUFFIXES, RECORD_FILE_FORMATS
 from llm_training_toolkit.errors import PlanError
 
+# Runs and weights are on storage that the cluster sees.
 _ALWAYS_EXCLUDED = ["/runs/", ".venv/", "venv/", ".git/", "__pycache__/", "*.safetensors", "*.egg-info/"]
-"""Runs and weights lie on storage that the cluster sees."""
 _RECORD_PATTERNS = [
     f"*{kind}{packed}" for kind in RECORD_FILE_FORMATS for packed in ("", *sorted(COMPRESSION_SUFFIXES))
 ]
-_MAX_LISTED = 3
-"""Entries that are named when the folder is too large."""
-_ZIP_ENTRY_BYTES = 100
-"""Bytes of the zip file for each file, besides its content and twice its name: it is not compressed."""
+_MAX_LISTED = 3  # largest entries named when the folder is too large
+_ZIP_ENTRY_BYTES = 100  # per file, besides its content and twice its name: the zip file is not compressed
 
 
 def get_exclude_patterns(config: Config, folder: Path) -> list[str]:
-    """What is never packed, besides what .rayignore and .gitignore name, as patterns of gitignore.
+    """Return gitignore patterns of files excluded in addition to those of .rayignore and .gitignore.
 
-    Runs, prepared data, weights, and files of records but those which the run names by a path inside the folder: the
-    job finds these nowhere else.
+    Excluded are runs, prepared data, weights and record files. Record files that the run names by a path inside the
+    folder are packed, because the job finds them nowhere else.
     """
     written = [Path(config.run.dir).expanduser(), get_cache_directory(config)] if not is_uri(config.run.dir) else []
     inside = [path.relative_to(folder) for path in written if path.is_absolute() and path.is_relative_to(folder)]
@@ -44,10 +42,10 @@ def _build_path_patterns(path: str) -> list[str]:
 
 
 def check_package_size(folder: Path, left_out: list[str]) -> str:
-    """How much a job from this folder carries, in words; `left_out` as `excluded` gives it.
+    """Return the size of a job's package as text; `left_out` comes from `get_exclude_patterns`.
 
-    Raises PlanError where it is more than Ray's job server takes (it answers a larger upload with a traceback), naming
-    what is largest, before anything is packed.
+    Raises PlanError with the largest entries, before anything is packed, if Ray's job server would refuse the upload:
+    the server itself answers with a traceback.
     """
     sizes: Counter[str] = Counter()
     files = packed = 0
@@ -60,7 +58,7 @@ def check_package_size(folder: Path, left_out: list[str]) -> str:
             files += 1
             sizes[inside.parts[0]] += path.stat().st_size
 
-    # Ray's own walk, so that what is counted is what it will pack.
+    # Ray's own walk counts exactly the files that it will pack.
     _dir_travel(folder, [_get_excludes(folder, left_out)], add_file_size, include_gitignore=True)
     total = sum(sizes.values())
     packed += total
@@ -77,7 +75,6 @@ def check_package_size(folder: Path, left_out: list[str]) -> str:
 
 
 def _format_bytes(size: float) -> str:
-    """Bytes as kB, MB or GB."""
     for unit in ("bytes", "kB", "MB"):
         if size < 1000:
             return f"{size:.0f} {unit}"

@@ -1,7 +1,6 @@
-"""A run as a Ray job: submitted, followed, stopped with a checkpoint, resumed.
+"""Run as a Ray job: submit, follow, stop with a checkpoint, resume.
 
-The job runs the same `ltt train` on the cluster's head; this process only watches. What the driver there prints is
-what a local run prints.
+The job runs the same `ltt train` on the cluster's head and prints the same as a local run; this process only watches.
 """
 
 from __future__ import annotations
@@ -40,21 +39,19 @@ from llm_training_toolkit.plan import (
 )
 from llm_training_toolkit.plan.cluster_file import read_hardware
 
-_STOP_TIMEOUT_SECONDS = "600"
-"""Seconds Ray waits after SIGTERM before it kills the driver; its own default of 3 leaves no time for a checkpoint."""
-_TRAIN_COMMAND = ["exec", "ltt", "train"]
-"""`exec`: the shell would be one process more between the stop signal and the driver."""
+_STOP_TIMEOUT_SECONDS = "600"  # from SIGTERM to SIGKILL; Ray's default of 3 s leaves no time for a checkpoint
+_TRAIN_COMMAND = ["exec", "ltt", "train"]  # `exec`: no shell process between the stop signal and the driver
 
 
 class SigtermInterrupt(KeyboardInterrupt):
-    """SIGTERM: nobody is there to be asked."""
+    """SIGTERM while following a job: unlike Ctrl-C, it stops the run without a question."""
 
 
 def submit_job(request: TrainRequest, address: str, cluster: Path | None, console: Console) -> int:
-    """Submit the run as a job and follow it to its end; its exit code comes back.
+    """Submit the run as a job, follow it to its end and return its exit code.
 
-    `cluster` is a cluster file that the run must fit. Raises LaunchError when the cluster cannot be reached or the run
-    is already going on there, PlanError when the run could not work as a job.
+    `cluster` is a cluster file that the run must fit. Raises LaunchError if the cluster is unreachable or the run is
+    already running there, PlanError if the run could not work as a job.
     """
     config = load_config(request.config, request.overrides)
     for line in format_plan(_check_job_plan(config, request, cluster)):
@@ -72,9 +69,9 @@ def submit_job(request: TrainRequest, address: str, cluster: Path | None, consol
 
 
 def resume_job(name: str, address: str, console: Console) -> int:
-    """Submit a run that has stopped once more, with the command of its newest job, and follow it.
+    """Resubmit a stopped run with the command of its newest job, and follow it.
 
-    Raises LaunchError when it is going on, or was submitted from another folder than this one.
+    Raises LaunchError if it is running, or was submitted from another folder than this one.
     """
     job = find_job(connect_job_client(address), name)
     request = parse_train_request(job)
@@ -86,7 +83,7 @@ def resume_job(name: str, address: str, console: Console) -> int:
 
 
 def follow_job(log: JobHandle, name: str, console: Console) -> int:
-    """Show the job's log until it ends; Ctrl-C asks what to do, SIGTERM stops the run."""
+    """Print the job's log until it ends. Ctrl-C asks for an action, SIGTERM stops the run."""
     while True:
         try:
             return log.follow_logs()
@@ -100,7 +97,7 @@ def follow_job(log: JobHandle, name: str, console: Console) -> int:
 
 
 def stop_job(log: JobHandle, console: Console) -> int:
-    """Stop the job with a checkpoint and wait for its end; a further interrupt lets it stop without watching."""
+    """Stop the job with a checkpoint and wait for its end. Another interrupt ends only the waiting."""
     console.print_line("stopping with a checkpoint (Ctrl-C: let it stop without watching)")
     try:
         log.request_stop()
@@ -110,7 +107,7 @@ def stop_job(log: JobHandle, console: Console) -> int:
 
 
 def parse_train_request(job: RayJob) -> TrainRequest:
-    """What `ltt train` was asked for by the job. Raises LaunchError for a command that this toolkit did not submit."""
+    """Parse the `ltt train` command of a job. Raises LaunchError for a command that `ltt submit` did not write."""
     words = shlex.split(job.entrypoint)
     if words[:3] != _TRAIN_COMMAND or len(words) == len(_TRAIN_COMMAND):
         raise LaunchError(f"job {job.id} was not submitted by `ltt submit`, but as: {job.entrypoint}")
@@ -121,7 +118,7 @@ def parse_train_request(job: RayJob) -> TrainRequest:
 
 
 def _ask_interrupt_action(console: Console) -> Literal["stop", "detach", "follow"]:
-    """What to do with the run; without a keyboard, stop it."""
+    """Ask for the action after Ctrl-C; without a keyboard it is "stop"."""
     if not sys.stdin.isatty():
         return "stop"
     console.print_line("[s]top the run with a checkpoint, [d]etach and let it go on, or [f]ollow further?")
@@ -133,7 +130,7 @@ def _ask_interrupt_action(console: Console) -> Literal["stop", "detach", "follow
 
 
 def _check_job_plan(config: Config, request: TrainRequest, cluster: Path | None) -> Plan:
-    """The plan, once nothing is in it that can only fail over there."""
+    """Return the plan, after checks for all that would only fail on the cluster. Raises PlanError."""
     plan = make_plan(config)
     if cluster is not None:
         hardware = read_hardware(cluster)
@@ -154,7 +151,7 @@ def _check_job_plan(config: Config, request: TrainRequest, cluster: Path | None)
 
 
 def _check_not_running(client: Any, name: str) -> None:  # noqa: ANN401 - Ray has no types
-    """The run's name is the key to resume by: it must not be going on twice."""
+    """Check that the run is not running already: its name is the key to resume by. Raises LaunchError."""
     for job in list_run_jobs(client):
         if job.run == name and not job.is_over:
             raise LaunchError(

@@ -1,8 +1,8 @@
-"""The cluster's autoscaler, where there is one: what it is asked for, and what it says to that.
+"""Client of the cluster's autoscaler, if there is one: sends resource requests and reads its reports.
 
-Ray has two. The second (`RAY_enable_autoscaler_v2=1`; KubeRay and `ray up` use it) reports to Ray's head and names
-requests that it can never meet; the first leaves a JSON text there that tells of nodes on their way alone. Either also
-works for a cluster that nothing can be added to: the first then calls each node a type of its own, the second refuses.
+Ray has two autoscalers. Version 2 (`RAY_enable_autoscaler_v2=1`; used by KubeRay and `ray up`) reports to Ray's head
+and names infeasible requests. Version 1 stores a JSON text there with pending and failed nodes only. Either also runs
+on a static cluster: version 1 then gives every node a type of its own, version 2 reports requests as infeasible.
 """
 
 from __future__ import annotations
@@ -26,28 +26,25 @@ from ray.experimental.internal_kv import _internal_kv_get
 
 from llm_training_toolkit.launch.ray.resources import ResourceRequest, Resources
 
-_STATUS_TIMEOUT_SECONDS = 10.0
-"""Seconds Ray's head has to say what the autoscaler has told it."""
-_DETECTION_TIMEOUT_SECONDS = 10.0
-"""Seconds after which a cluster that knows of no autoscaler has none: they report every five."""
-_STATIC_NODE_PREFIX = "node_"
-"""How the first autoscaler names the type of a node in a cluster that it only watches."""
+_STATUS_TIMEOUT_SECONDS = 10.0  # for Ray's head to reply
+_DETECTION_TIMEOUT_SECONDS = 10.0  # autoscalers report every 5 s; without a report by then there is none
+_STATIC_NODE_PREFIX = "node_"  # of the node types that version 1 makes up for a static cluster
 
 
 @dataclass(frozen=True)
 class AutoscalerStatus:
-    """What an autoscaler says."""
+    """Report of the autoscaler."""
 
     adding: Mapping[str, int]
-    """Nodes on their way, by type."""
+    """Number of pending nodes, by type."""
     failed: tuple[str, ...] = ()
-    """Starts of nodes that failed, in its words."""
+    """Failed node launches, in the autoscaler's words."""
     is_infeasible: bool = False
-    """It can never make room for the fewest workers of the run."""
+    """True if it can never provide the run's fewest workers."""
 
 
 class AutoscalerClient:
-    """What one run asks of the autoscaler beyond the workers it has."""
+    """Capacity requests of one run to the autoscaler."""
 
     def __init__(self, wanted: ResourceRequest) -> None:
         self._wanted, self._count = wanted, wanted.most
@@ -55,13 +52,13 @@ class AutoscalerClient:
         self._began = time.monotonic()
 
     def request_capacity(self, used: Iterable[Resources]) -> AutoscalerStatus | None:
-        """Ask for the run's workers beside what others use; None where there is no autoscaler.
+        """Request the run's workers on top of the resources `used` by others. Return None without an autoscaler.
 
-        To be repeated: Ray Train's own request replaces this one every 20 s. A request is met whole or not at all, so
-        one that is refused is followed by one for fewer workers, down to the fewest.
+        Repeat the call: Ray Train's own request replaces this one every 20 s. A request is met whole or not at all, so
+        an infeasible one is followed by one for an eighth fewer workers, down to the fewest.
         """
         said = _read_autoscaler_report()
-        if said is None:  # a cluster that has just begun may have one that has not spoken yet
+        if said is None:  # the autoscaler of a new cluster may not have reported yet
             return None if time.monotonic() - self._began > _DETECTION_TIMEOUT_SECONDS else AutoscalerStatus({})
         answer, refused = said
         if answer is None:
@@ -75,26 +72,25 @@ class AutoscalerClient:
         return AutoscalerStatus(answer.adding, answer.failed, refuses)
 
     def cancel_request(self) -> None:
-        """Ask for nothing any more, if anything was asked for: the request is one for the whole cluster."""
+        """Withdraw the request, if there was one: the cluster has a single request for all jobs."""
         if self._asked:
-            with suppress(ray.exceptions.RayError):  # the head is busy or gone: what ended the run matters more
+            with suppress(ray.exceptions.RayError):  # busy or dead head: the error that ended the run matters more
                 request_resources(bundles=[])
 
 
-BundleCounts = frozenset[tuple[frozenset[tuple[str, float]], int]]
-"""Bundles and how many of each."""
+BundleCounts = frozenset[tuple[frozenset[tuple[str, float]], int]]  # bundles, and the number of each
 
 
 def _count_bundles(bundles: Sequence[Mapping[str, float]]) -> BundleCounts:
     return frozenset(Counter(frozenset(bundle.items()) for bundle in bundles).items())
 
 
+# The status, None for a static cluster; and the infeasible requests.
 _AutoscalerReport = tuple[AutoscalerStatus | None, set[BundleCounts]]
-"""What an autoscaler reports, None where it only watches; and the requests it can never meet."""
 
 
 def _read_autoscaler_report() -> _AutoscalerReport | None:
-    """What was said of nodes to be added; None where nobody has spoken."""
+    """Return the newest report, None if there is none yet."""
     address = ray.get_runtime_context().gcs_address
     reply = GetClusterStatusReply()
     reply.ParseFromString(GcsClient(address=address).get_cluster_status(timeout_s=_STATUS_TIMEOUT_SECONDS))

@@ -1,4 +1,4 @@
-"""A run that has no room yet: says what it waits for, at once and again and again, and knows when to give up."""
+"""Wait for cluster capacity: the shortage is reported at once and every 30 s; a hopeless wait raises LaunchError."""
 
 from __future__ import annotations
 
@@ -15,17 +15,15 @@ from llm_training_toolkit.launch.ray.resources import ClusterNode, ResourceReque
 from llm_training_toolkit.monitoring.console import Console
 
 _REPORT_INTERVAL_SECONDS = 30.0
-"""Seconds between two lines that say the same."""
+# For the autoscaler to report infeasibility: it reports every 5 s, and two requests for fewer workers may follow.
 _FEASIBILITY_TIMEOUT_SECONDS = 20.0
-"""Seconds an autoscaler has to say that there can never be room: it reports every five, and is asked for less twice."""
 _POLL_SECONDS = 0.5
-_RESOURCE_ORDER = ("GPU", "CPU")
-"""Resources are named in this order, then by name."""
+_RESOURCE_ORDER = ("GPU", "CPU")  # in messages; the others follow by name
 _PLACEMENT_PHRASES = {"strict_pack": " on one node", "strict_spread": " on as many nodes"}
 
 
 class CapacityWaiter:
-    """One wait for room."""
+    """One wait for capacity."""
 
     def __init__(self, config: Config, wanted: ResourceRequest, autoscaler: AutoscalerClient, console: Console) -> None:
         self._wanted, self._autoscaler, self._console = wanted, autoscaler, console
@@ -35,13 +33,13 @@ class CapacityWaiter:
 
     @property
     def elapsed_seconds(self) -> float:
-        """How long it has lasted."""
+        """Seconds since the wait began."""
         return time.monotonic() - self._began
 
     def check_feasibility(self) -> None:
-        """See before anything is prepared whether there can ever be room. Raises LaunchError where there cannot.
+        """Check before data preparation that the run can ever be placed. Raises LaunchError if it cannot.
 
-        Nodes that an autoscaler could add are not kept for a run that has yet to be prepared.
+        The request is withdrawn at the end: nodes that the autoscaler adds would idle during the preparation.
         """
         try:
             while self.elapsed_seconds < _FEASIBILITY_TIMEOUT_SECONDS:
@@ -58,9 +56,9 @@ class CapacityWaiter:
     def poll_autoscaler(
         self, living: Sequence[ClusterNode], good: Sequence[ClusterNode], *, quietly: bool, nodes_may_return: bool
     ) -> None:
-        """Ask for nodes and say what is lacking; `good` are the living nodes that the run may use.
+        """Request nodes and report the shortage; `good` are the living nodes that the run may use.
 
-        Raises LaunchError when there can never be room, or when there is none within `cluster.resource_timeout`.
+        Raises LaunchError if the run can never be placed, or not within `cluster.resource_timeout`.
         """
         answer = self._autoscaler.request_capacity(compute_usage_by_others(living, self._wanted, {}))
         if not nodes_may_return:
@@ -91,7 +89,7 @@ class CapacityWaiter:
             raise LaunchError(f"{self._format_shortage(good)}, and {never}")
 
     def _find_infeasible_reason(self, good: Sequence[ClusterNode], answer: AutoscalerStatus | None) -> str:
-        """Why waiting is in vain, and what to do; empty where it may help."""
+        """Return why waiting is in vain and what to do, "" if waiting may help."""
         could = self._wanted.count_fitting_workers(node.total for node in good)
         if could >= self._wanted.fewest or (answer is not None and not answer.is_infeasible):
             return ""
@@ -101,7 +99,7 @@ class CapacityWaiter:
 
 
 def format_shortage(wanted: ResourceRequest, usable: Sequence[ClusterNode], uses: Mapping[str, Resources]) -> str:
-    """What the run needs, what the cluster has, and who uses how much of it: `uses` by job, as far as it is known."""
+    """Format the run's need, the cluster's capacity and its use by job (`uses`, as far as known)."""
     now = wanted.count_fitting_workers(node.free for node in usable)
     needs = (
         f"{format_plural(wanted.fewest, 'worker')} of "
@@ -115,25 +113,25 @@ def format_shortage(wanted: ResourceRequest, usable: Sequence[ClusterNode], uses
 
 
 def format_pending_nodes(adding: Mapping[str, int], failed: Sequence[str]) -> str:
-    """What an autoscaler is about."""
+    """Format the autoscaler's pending and failed nodes."""
     coming = [f"{format_plural(number, 'node')} of type {kind}" for kind, number in sorted(adding.items()) if number]
     said = f"its autoscaler is adding {_join_with_and(coming)}" if coming else "its autoscaler adds no node yet"
     return f"{said}; it failed to start {failed[-1]}" if failed else said
 
 
 def format_resources(resources: Resources) -> str:
-    """Amounts of resources: `1 GPU and 8 CPU`; those that are 0 are left out."""
+    """Format resources as `1 GPU and 8 CPU`, omitting zero amounts."""
     parts = [f"{resources[name]:g} {name}" for name in _sort_resource_names(resources) if resources[name]]
     return _join_with_and(parts) or "nothing"
 
 
 def format_plural(number: int, what: str) -> str:
-    """`1 node`, `3 nodes`."""
+    """Format a count: `1 node`, `3 nodes`."""
     return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _sum_used_resources(nodes: Sequence[ClusterNode], names: Iterable[str]) -> dict[str, float]:
-    """How much of the named resources is in use on the nodes together."""
+    """Return the used amounts of the named resources, summed over the nodes."""
     used = {name: sum(node.total.get(name, 0.0) - node.free.get(name, 0.0) for node in nodes) for name in names}
     return {name: round(amount, 4) for name, amount in used.items() if round(amount, 4) > 0}
 
@@ -148,7 +146,7 @@ def _format_node_resources(nodes: Sequence[ClusterNode], names: Iterable[str]) -
 
 
 def _format_usage_by_job(used: Resources, uses: Mapping[str, Resources]) -> str:
-    """`2 GPU in use (2 GPU by ltt train a.yaml)`."""
+    """Format as `2 GPU in use (2 GPU by ltt train a.yaml)`."""
     if not used:
         return "none of it in use"
     by = [f"{format_resources({name: use.get(name, 0.0) for name in used})} by {job}" for job, use in uses.items()]

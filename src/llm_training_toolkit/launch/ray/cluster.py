@@ -1,4 +1,4 @@
-"""Whether the head of the Ray cluster still answers: when it does not, Ray ends this process without saying why."""
+"""Connection to the Ray cluster, and a watch on its head: without a head, Ray kills this process silently."""
 
 from __future__ import annotations
 
@@ -21,21 +21,20 @@ from llm_training_toolkit.setup.machine import is_local
 
 _POLL_SECONDS = 1.0
 _CONNECT_TIMEOUT_SECONDS = 2.0
-_DEFAULT_HEAD_TIMEOUT_SECONDS = 60.0
-"""Seconds after which Ray's core ends a process whose head is gone, unless its setting says otherwise."""
+_DEFAULT_HEAD_TIMEOUT_SECONDS = 60.0  # Ray's default: its core then kills a process without a head
 RAY_HEAD_TIMEOUT_VARIABLE = "RAY_gcs_rpc_server_reconnect_timeout_s"
+# Shares of the head timeout: a head that restarts within it, with its state in Redis, finds the run intact.
 _SHARE_TO_WARN, _SHARE_TO_END = 0.2, 0.8
-"""Of that time: a head that comes back, with what it knew in Redis, finds the run as it was."""
 
 
 def get_head_timeout() -> float:
-    """Seconds that Ray waits for a head that does not answer."""
+    """Return the seconds that Ray waits for an unresponsive head."""
     return float(os.environ.get(RAY_HEAD_TIMEOUT_VARIABLE, _DEFAULT_HEAD_TIMEOUT_SECONDS))
 
 
 @contextmanager
 def watch_head(address: str, warn: Callable[[str], None], end: Callable[[str], None]) -> Iterator[None]:
-    """Ask the head at `address` (host:port) all the time; `end` is called from a thread, once, before Ray would end."""
+    """Poll the head at `address` (host:port); call `end` from a thread, once, before Ray would kill the process."""
     over = threading.Event()
     threading.Thread(target=_poll_head, args=(address, warn, end, over), daemon=True, name="watch-head").start()
     try:
@@ -73,9 +72,9 @@ def _is_head_reachable(address: str) -> bool:
 
 @contextmanager
 def connect_to_cluster(console: Console) -> Iterator[None]:
-    """The Ray cluster that RAY_ADDRESS names or that this job runs in; otherwise one of this machine alone.
+    """Connect to the Ray cluster of RAY_ADDRESS or of this job; otherwise start one on this machine.
 
-    The connection to a cluster lasts as long as this process, whoever asked for it first: making one takes a second.
+    A connection to a cluster stays open until this process ends and later calls share it: connecting takes a second.
     """
     if ray.is_initialized():
         yield
@@ -85,12 +84,12 @@ def connect_to_cluster(console: Console) -> Iterator[None]:
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "error", "configure_logging": True}
     if local:
         options |= {"address": "local", "num_cpus": len(os.sched_getaffinity(0)), "include_dashboard": False}
-    # TorchTrainer needs torch, which takes a second to import: the time in which Ray's servers start.
+    # TorchTrainer needs torch: the second its import takes overlaps with the start of Ray's servers.
     threading.Thread(target=importlib.import_module, args=("torch",), daemon=True, name="import-torch").start()
     terminates = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(**options)
-        signal.signal(signal.SIGTERM, terminates)  # Ray's own would exit with a status that says nothing
+        signal.signal(signal.SIGTERM, terminates)  # Ray's handler exits with an uninformative status
     except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
         where = "on this machine" if local else f"at RAY_ADDRESS={os.environ['RAY_ADDRESS']}"
         raise LaunchError(f"Ray cannot be reached {where}: {error}. `ray status` shows whether it runs") from error

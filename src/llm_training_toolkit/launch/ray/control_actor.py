@@ -1,6 +1,6 @@
-"""The line between the driver and its workers: events and heartbeats one way, what is wanted of the run the other.
+"""Control channel between driver and workers (one Ray actor): events and heartbeats up, stop requests down.
 
-The actor's process imports this module while the workers start, so neither torch nor Ray Train comes with it.
+The actor's process imports this module while the workers start, so it imports neither torch nor Ray Train.
 """
 
 from __future__ import annotations
@@ -15,20 +15,15 @@ import ray
 from llm_training_toolkit.distributed.context import Event, StopRequest
 from llm_training_toolkit.distributed.heartbeat import Heartbeat, HeartbeatSnapshot
 
-_RANK0_HEARTBEAT_SECONDS = 0.3
-"""Seconds between two beats of rank 0, which ask what is wanted: the loop itself never waits for the answer."""
+_RANK0_HEARTBEAT_SECONDS = 0.3  # replies carry the stop request, so that the training loop never waits for one
 _RUNG_POLL_SECONDS = 0.05
-"""Seconds between two looks for the answer at a rung."""
 OTHER_RANKS_HEARTBEAT_SECONDS = 2.0
-"""Seconds between two beats of every other rank."""
-_REPORT_ATTEMPTS = 5
-"""How often a worker tells what the driver must know, a second between two tries."""
-HeartbeatsByRank = dict[int, tuple[HeartbeatSnapshot, float]]
-"""Each rank's newest beat, and seconds since it came."""
+_REPORT_ATTEMPTS = 5  # one second apart
+HeartbeatsByRank = dict[int, tuple[HeartbeatSnapshot, float]]  # newest heartbeat, and its age in seconds
 
 
 class _ControlActor:
-    """State of the line to one group of workers; lives in an actor beside the driver and ends with it."""
+    """Control channel of one worker group: an actor on the driver's node that ends with the driver."""
 
     def __init__(self) -> None:
         self._events: list[Event] = []
@@ -37,40 +32,40 @@ class _ControlActor:
         self._rung_decisions: dict[int, StopRequest] = {}
 
     def send_event(self, event: Event) -> None:
-        """A worker tells something."""
+        """Queue a worker's event."""
         self._events.append(event)
 
     def receive_heartbeat(self, rank: int, beat: HeartbeatSnapshot) -> StopRequest:
-        """A worker says where it stands; what is wanted of the run comes back."""
+        """Store a rank's heartbeat; return the current stop request."""
         self._beats[rank] = (beat, time.monotonic())
         return self._stop_request
 
     def drain_events(self) -> tuple[list[Event], HeartbeatsByRank]:
-        """The driver takes what was told since it last asked, and where each rank stands."""
+        """Return the events since the last call, and each rank's newest heartbeat."""
         taken, self._events = self._events, []
         now = time.monotonic()
         return taken, {rank: (beat, now - came) for rank, (beat, came) in self._beats.items()}
 
     def request_stop(self, wish: StopRequest) -> None:
-        """The driver wants something of the run; a stronger wish is not taken back by a weaker one."""
+        """Store the driver's stop request; a weaker one does not replace a stronger one."""
         self._stop_request = max(self._stop_request, wish)
 
     def cancel_drain(self) -> None:
-        """The driver takes back that the ranks leave after their next checkpoint, and nothing stronger."""
+        """Withdraw DRAIN_AFTER_CHECKPOINT, but no stronger request."""
         if self._stop_request is StopRequest.DRAIN_AFTER_CHECKPOINT:
             self._stop_request = StopRequest.NONE
 
     def resolve_rung(self, step: int, wish: StopRequest) -> None:
-        """The driver says whether a trial goes on after a rung."""
+        """Store the driver's decision on a trial after a rung."""
         self._rung_decisions[step] = wish
 
     def get_rung_decision(self, step: int) -> StopRequest | None:
-        """What the driver said of a rung; None = nothing yet."""
+        """Return the driver's decision on a rung, None if pending."""
         return self._rung_decisions.get(step)
 
 
 def start_control_actor() -> Any:  # noqa: ANN401 - Ray's actor handles have no types
-    """Start the actor on the driver's own node, so that no other node's death takes it; it takes no CPU."""
+    """Start the actor on the driver's node, so that it survives the loss of any other; it reserves no CPU."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -78,7 +73,7 @@ def start_control_actor() -> Any:  # noqa: ANN401 - Ray's actor handles have no 
 
 
 def build_reporter(line: Any) -> Callable[[Event], None]:  # noqa: ANN401
-    """A worker's way to tell events without waiting."""
+    """Return a function that sends events without waiting."""
 
     def report_event(event: Event) -> None:
         line.send_event.remote(dict(event))
@@ -87,20 +82,20 @@ def build_reporter(line: Any) -> Callable[[Event], None]:  # noqa: ANN401
 
 
 def report_with_retry(line: Any, event: Event) -> None:  # noqa: ANN401
-    """Tell what the driver must know: again where the connection fails for a moment. Never raises an error of Ray."""
+    """Send an event that must arrive, with retries after transient connection errors. Never raises a Ray error."""
     for attempt in range(_REPORT_ATTEMPTS):
         time.sleep(min(attempt, 1))
         try:
             ray.get(line.send_event.remote(dict(event)))
         except ray.exceptions.ActorDiedError:
-            return  # nobody is left to be told
+            return  # the driver is gone
         except ray.exceptions.RayError:
             continue
         return
 
 
 def build_rung_waiter(line: Any) -> Callable[[int], StopRequest]:  # noqa: ANN401
-    """Rank 0's way to ask whether a trial goes on after a rung, which waits for the answer."""
+    """Return rank 0's function that blocks until the driver decides on a trial at a rung."""
 
     def await_rung(step: int) -> StopRequest:
         line.send_event.remote({"kind": "rung", "step": step})
@@ -112,7 +107,7 @@ def build_rung_waiter(line: Any) -> Callable[[int], StopRequest]:  # noqa: ANN40
 
 
 def start_heartbeat(line: Any, rank: int, pulse: Heartbeat) -> Callable[[], StopRequest]:  # noqa: ANN401
-    """Send the pulse from a thread; a worker's answer to 'what is wanted?' comes back, as fresh as the last beat."""
+    """Send heartbeats from a thread; return a function that reads the stop request in the newest reply."""
     wanted = [StopRequest.NONE]
     every = OTHER_RANKS_HEARTBEAT_SECONDS if rank else _RANK0_HEARTBEAT_SECONDS
 
@@ -122,9 +117,9 @@ def start_heartbeat(line: Any, rank: int, pulse: Heartbeat) -> Callable[[], Stop
             try:
                 wanted[0] = ray.get(line.receive_heartbeat.remote(rank, pulse.get_snapshot()))
             except ray.exceptions.ActorDiedError:
-                return  # the driver is gone; Ray ends this worker
+                return  # the driver is gone; Ray kills this worker
             except ray.exceptions.RayError:
-                pass  # a connection that failed for a moment: a rank without heartbeats would be ended as hung
+                pass  # transient connection error; a rank without heartbeats would be killed as hung
             wait.wait(every)
 
     threading.Thread(target=send_heartbeats, daemon=True, name="heartbeat").start()

@@ -1,7 +1,7 @@
-"""One group of workers after another, each from the newest checkpoint, until the run ends.
+"""Controller of a run: starts one worker group after another, each from the newest checkpoint, until the run ends.
 
-A group ends because the run does, because the ranks left (their number changes, or a node is taken away), or because
-something failed. Then the next one takes as many workers as there is room for.
+A group ends with the run, by a drain (resize or preempted node), or by a failure. The next group gets as many workers
+as fit.
 """
 
 from __future__ import annotations
@@ -38,19 +38,14 @@ from llm_training_toolkit.runs.metrics_log import read_newest_rows
 from llm_training_toolkit.runs.storage import StorageError, find_storage, storage_errors
 
 _POLL_SECONDS = 0.5
-"""Seconds between two looks for room."""
-_RELEASE_TIMEOUT_SECONDS = 10.0
-"""Seconds that what ended workers held may take to be free again, before fewer workers start than have room."""
+_RELEASE_TIMEOUT_SECONDS = 10.0  # for ended workers' resources to be freed, before a group smaller than possible starts
 _LOG_TAIL_LINES = 10
-"""Lines of a failed rank's log that are shown."""
-_RANK_FAILURE_KINDS = ("raised", "killed")
-"""Kinds of failures that a rank's own log tells of."""
-_MAX_REMEDIED_FAILURES = 20
-"""Failures that do not count because the next attempt does differently: more than any micro-batch has halves."""
+_RANK_FAILURE_KINDS = ("raised", "killed")  # explained by the rank's own log
+_MAX_REMEDIED_FAILURES = 20  # uncounted, since the next attempt differs; more than any micro-batch can be halved
 
 
 class TrainController:
-    """The workers of one start of a run."""
+    """Controller of the worker groups of one start of a run."""
 
     def __init__(self, job: RunSpec, console: Console) -> None:
         self._job, self._run, self._wanted, self._console = job, job.run, job.resource_request, console
@@ -61,18 +56,18 @@ class TrainController:
         self._remedied_count = 0
 
     def request_stop(self) -> None:
-        """Stop after the step that is being done, with a checkpoint; also from a signal's handler."""
+        """Stop after the current step, with a checkpoint. Safe in a signal handler."""
         self._stop = True
         if self._group is not None:
             self._group.request_stop(StopRequest.STOP)
 
     def resolve_rung(self, step: int, wish: StopRequest) -> None:
-        """Say whether a trial that waits after a step goes on."""
+        """Send the decision on a trial that waits after `step`."""
         if self._group is not None:
             self._group.resolve_rung(step, wish)
 
     def run_training(self) -> dict[str, Any]:
-        """Train to the end or to a stop: `{"status", "step"}`. Raises ToolkitError, LaunchError with the cause."""
+        """Train to the end or a stop; return `{"status", "step"}`. Raises ToolkitError, LaunchError with the cause."""
         try:
             return self._run_worker_groups()
         finally:
@@ -84,7 +79,7 @@ class TrainController:
             found = self._wait_for_capacity()
             if found is None:
                 return self._build_stopped_result()
-            began = began or time.time()  # the first workers are asked for by the command
+            began = began or time.time()  # the first group is requested by the command
             before, (size, avoid) = size, found
             left_out = self._excluded_nodes()
             self._report_scaling(before, size, {node.address: left_out.get(node.address, "") for node in avoid})
@@ -92,29 +87,29 @@ class TrainController:
             self._group = WorkerGroup(
                 WorkerGroupSpec(self._job, size, avoid, frozenset(left_out), began), self._console
             )
-            if self._stop:  # asked for while the group came about
+            if self._stop:  # requested while the group was being created
                 self.request_stop()
             ended = self._group.run_workers()
             began = 0.0
             self._refresh_run_files()
             if ended.result is None:
                 self._handle_failure(ended, before_attempt, size)
-            elif ended.result["status"] != "left":
+            elif ended.result["status"] != "drained":
                 return ended.result
             if self._stop:
                 return self._build_stopped_result()
 
     def _refresh_run_files(self) -> None:
-        """See what the ranks of a run in a store have written. Raises LaunchError when it does not answer."""
+        """Fetch the files that the ranks of a run in a store wrote. Raises LaunchError if the store does not answer."""
         storage = find_storage(self._run.path)
         with storage_errors():
             storage.refresh_directory(self._run.path)
             storage.fetch_file(self._run.metrics_path)
 
     def _wait_for_capacity(self) -> tuple[int, tuple[ClusterNode, ...]] | None:
-        """How many workers start now, and the nodes to keep off; None when a stop was asked for meanwhile.
+        """Return the number of workers to start and the nodes to avoid, or None after a stop request.
 
-        Raises LaunchError when there is no room for the fewest within `cluster.resource_timeout`, or never can be.
+        Raises LaunchError if the fewest workers do not fit within `cluster.resource_timeout`, or never can.
         """
         is_first, left_out = self._group is None, self._excluded_nodes()
         waiting = CapacityWaiter(self._job.config, self._wanted, self._job.autoscaler, self._console)
@@ -127,13 +122,13 @@ class TrainController:
                 settled or now >= self._wanted.count_fitting_workers(node.total for node in good)
             ):
                 return now, tuple(node for node in living if node not in good)
-            # Nodes that a run had may come back; those that a new one lacks come from an autoscaler or not at all.
+            # Nodes that a run lost may return; the missing nodes of a new run can only come from an autoscaler.
             waiting.poll_autoscaler(living, good, quietly=not settled, nodes_may_return=not is_first)
             time.sleep(_POLL_SECONDS)
         return None
 
     def _report_scaling(self, before: int, size: int, avoided: Mapping[str, str]) -> None:
-        """Name the number of workers where it is news, and the nodes left out for what they did (`avoided`)."""
+        """Print the number of workers if it is news, and newly excluded nodes (`avoided`: causes by address)."""
         for address, cause in avoided.items():
             if cause and address not in self._reported_nodes:
                 self._reported_nodes.add(address)
@@ -144,13 +139,13 @@ class TrainController:
             self._console.print_line(f"starting with {size} workers of {self._wanted.fewest} to {self._wanted.most}")
 
     def _handle_failure(self, ended: WorkerGroupResult, before_attempt: int, size: int) -> None:
-        """Write the failure down, and say it. Raises LaunchError when no other group may follow."""
+        """Record and report the failure. Raises LaunchError if no other group may follow."""
         attempt = find_last_attempt(self._run)
         began = attempt > before_attempt
         step = self._find_failed_step(attempt) if began else 1 + self._get_latest_checkpoint_step()
         failure = replace(diagnose_failure(ended.evidence, step), starting=not ended.evidence.has_stepped)
         try:
-            if not began:  # it did not come as far as that
+            if not began:  # the group failed before it began an attempt
                 facts = {"host": socket.gethostname(), "pid": os.getpid(), "workers": size}
                 attempt = find_storage(self._run.path).begin_attempt(facts)
             end_attempt(self._run, attempt, "failed", error=failure.cause, failure=failure.to_json())
@@ -167,7 +162,7 @@ class TrainController:
             self._handle_counted_failure(failure)
 
     def _show_log_tail(self, failure: AttemptFailure, attempt: int) -> None:
-        """The end of the log of a rank that died or raised: its log may be on another machine's screen otherwise."""
+        """Print the log tail of a rank that died or raised, since the log may be on another machine."""
         if failure.rank is None or failure.kind not in _RANK_FAILURE_KINDS:
             return
         log = self._run.get_log_dir(attempt) / f"rank_{failure.rank}.log"
@@ -206,7 +201,7 @@ class TrainController:
         return find_excluded_nodes(self._read_failures(), self._last_previous_attempt)
 
     def _avoidable_nodes(self) -> set[str]:
-        """Addresses left out that the next workers can do without."""
+        """Return the excluded addresses that the next workers can do without."""
         left_out = self._excluded_nodes()
         taken = (
             schedulable_nodes(nodes.reachable_nodes(nodes.alive_nodes()), self._wanted, left_out) if left_out else []
@@ -214,13 +209,13 @@ class TrainController:
         return left_out.keys() - {node.address for node in taken}
 
     def _find_saving_attempt(self) -> int:
-        """The attempt that wrote the newest complete checkpoint; 0 = there is none."""
+        """Return the attempt that wrote the newest complete checkpoint, 0 if there is none."""
         directory = find_latest_checkpoint(self._run.checkpoints_dir)
         place = parse_checkpoint_name(directory) if directory else None
         return place[1] if place else 0
 
     def _find_failed_step(self, attempt: int) -> int:
-        """The step that an attempt was at when it ended: after the last one it recorded, or after where it began."""
+        """Return the failed step of an attempt: the one after its last recorded step, else after the checkpoint."""
         rows = [
             row
             for row in read_newest_rows(self._run.metrics_path)

@@ -1,4 +1,4 @@
-"""Renders documents on the CPUs of a Ray cluster, shard by shard, before any worker exists."""
+"""Document rendering on the CPUs of a Ray cluster, shard by shard, before any worker exists."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ _CHECK_TIMEOUT_SECONDS = 60.0
 
 
 def prepare_on_cluster(job: RenderJob, shards: Sequence[DocumentShard], done: DoneCallback, console: Console) -> None:
-    """Spread shards over the cluster where all its nodes see sources and cache; otherwise do them here.
+    """Render shards on the cluster if all its nodes see sources and cache, otherwise in this process.
 
-    Raises DataError for what is wrong with the documents, LaunchError where Ray cannot do the work.
+    Raises DataError for bad documents, LaunchError if Ray fails.
     """
     with connect_to_cluster(console):
         blind = _format_nodes_missing_paths(job)
@@ -53,12 +53,12 @@ def _render_with_ray_data(job: RenderJob, shards: Sequence[DocumentShard], done:
 
 
 class _ShardRenderer:
-    """One process of the cluster, on one core: the others have processes of their own."""
+    """Actor that renders shards on one core; the other cores run actors of their own."""
 
     def __init__(self, job: RenderJob, directory: str) -> None:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         if Path(directory).is_dir():
-            os.chdir(directory)  # relative paths keep their meaning
+            os.chdir(directory)  # keeps relative paths valid
         self._writer = ShardWriter(job)
 
     def __call__(self, row: Mapping[str, Any]) -> dict[str, int]:
@@ -70,7 +70,7 @@ class _ShardRenderer:
 
 
 def _find_root_error(error: BaseException) -> ToolkitError:
-    """The error of ours inside Ray's, or one that carries Ray's last line."""
+    """Return the ToolkitError inside Ray's error, else a LaunchError with Ray's last line."""
     inside: BaseException | None = error
     while inside is not None:
         if isinstance(inside, ToolkitError):
@@ -80,7 +80,7 @@ def _find_root_error(error: BaseException) -> ToolkitError:
 
 
 def _format_nodes_missing_paths(job: RenderJob) -> str:
-    """Which nodes do not see what the work needs, in words; empty where all do."""
+    """Format the nodes that miss needed paths, "" if every node sees all."""
     needed = [str(job.document_index), str(job.tokenizer), *_list_local_paths(job)]
     look = ray.remote(num_cpus=0)(_find_missing_paths)
     nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
@@ -100,7 +100,7 @@ def _find_missing_paths(paths: Sequence[str]) -> tuple[str, list[str]]:
 
 
 def _list_local_paths(job: RenderJob) -> Iterator[str]:
-    """What of the sources lies on a disk: of a glob the directory before its first pattern."""
+    """Yield the sources' paths on disk; for a glob, the directory before its first pattern."""
     for source in list_all_sources(job.data):
         if source.path == STANDARD_LIBRARY or is_uri(source.path):
             continue

@@ -1,8 +1,8 @@
-"""Which of the things that are seen when a group of workers ends is the cause. Pure.
+"""Diagnosis of a failed worker group: picks the cause among the symptoms. Pure.
 
-When one rank dies, the others raise errors about connections it has closed, often before Ray knows of the death.
-So the cause is looked for in this order: a hang that the driver ended itself, a node that is gone, a process that
-died without a word, the first error that a rank told, what Ray says.
+If one rank dies, the others raise errors about closed connections, often before Ray knows of the death. Hence the
+order: a hang that the driver ended, an error with a remedy, a lost node, a process that died silently, the first error
+that a rank reported, Ray's error.
 """
 
 from __future__ import annotations
@@ -17,56 +17,56 @@ from llm_training_toolkit.launch.ray.failure_policy import AttemptFailure, Failu
 
 @dataclass(frozen=True)
 class WorkerInfo:
-    """A rank's process, as it introduced itself."""
+    """A rank's process, from its introduction event."""
 
     rank: int
     node: str
-    """Id of its node."""
+    """Node id."""
     address: str
     pid: int
     started: float
-    """When the process was started, in seconds since 1970: a process id may be given again."""
+    """Start time of the process in seconds since 1970, because process ids are reused."""
     actor: str
-    """Id of its actor."""
+    """Actor id."""
     places: str
-    """Id of the placement group that holds the places of all ranks."""
+    """Id of the placement group of all ranks."""
 
 
 @dataclass(frozen=True)
 class FailureEvidence:
-    """What is known when a group has ended with an error."""
+    """Evidence collected after a group ended with an error."""
 
     workers: Mapping[int, WorkerInfo]
-    """The ranks that have started."""
+    """Ranks that have started."""
     errors: Sequence[Event] = ()
-    """What ranks told, in order."""
+    """Errors that ranks reported, in order."""
     deaths: Mapping[int, tuple[FailureKind, str]] = field(default_factory=dict)
-    """Ranks whose process died on its own, how, and Ray's text."""
+    """Kind of death and Ray's text, by rank, for processes that died on their own."""
     lost_nodes: frozenset[str] = frozenset()
-    """Ids of nodes that are gone."""
+    """Ids of lost nodes."""
     draining_nodes: frozenset[str] = frozenset()
-    """Ids of nodes whose end was announced."""
+    """Ids of nodes whose preemption was announced."""
     hang: str = ""
-    """The hang that the driver ended, in words."""
+    """Description of the hang that the driver ended, if there was one."""
     hung_worker: WorkerInfo | None = None
-    """The rank that held up the others, where it is one."""
+    """Worker that blocked the others, if it is a single one."""
     out_of_memory_error: str = ""
-    """Ray's text, where a process of the driver's own node was ended for its memory."""
+    """Ray's text, if a process on the driver's node was killed for lack of memory."""
     ray_error: str = ""
-    """What Ray says."""
+    """Ray's error."""
     has_stepped: bool = True
-    """Some rank had come to a step."""
+    """True if some rank had reached a step."""
 
 
 def diagnose_failure(seen: FailureEvidence, step: int) -> AttemptFailure:
-    """The cause of a group's end at `step`."""
+    """Return the cause of a group's failure at `step`."""
     if seen.hang:
         rank, node = (seen.hung_worker.rank, seen.hung_worker.address) if seen.hung_worker else (None, None)
         return AttemptFailure("hang", seen.hang, step, rank, node)
-    errors = sorted(seen.errors, key=lambda error: not error["helped"])  # a remedy that is known comes first
+    errors = sorted(seen.errors, key=lambda error: not error["helped"])  # errors with a remedy first
     if errors and errors[0]["helped"]:
         return _build_reported_failure(errors[0], seen, step)
-    lost = {rank for rank, (kind, _) in seen.deaths.items() if kind == "node lost"}
+    lost = {rank for rank, (kind, _) in seen.deaths.items() if kind == "node_lost"}
     gone = [worker for rank, worker in seen.workers.items() if worker.node in seen.lost_nodes or rank in lost]
     if gone:
         return _build_node_failure(gone, seen, step)
@@ -80,17 +80,17 @@ def _build_node_failure(gone: Sequence[WorkerInfo], seen: FailureEvidence, step:
     ranks = sorted({worker.rank for worker in gone if worker.address == first.address})
     named = f"node {first.address} with {'rank' if len(ranks) == 1 else 'ranks'} {', '.join(map(str, ranks))}"
     announced = first.node in seen.draining_nodes
-    kind: FailureKind = "taken away" if announced else "node lost"
+    kind: FailureKind = "preempted" if announced else "node_lost"
     return AttemptFailure(
         kind, f"{named} {'was taken away' if announced else 'is lost'}", step, first.rank, first.address
     )
 
 
 def _build_death_failure(seen: FailureEvidence, step: int) -> AttemptFailure:
-    # Memory first: the system ends one process for it, and the others of its node may follow by themselves.
-    rank, (kind, text) = min(seen.deaths.items(), key=lambda death: (death[1][0] != "out of memory", death[0]))
+    # Memory first: the system kills one process for it, and others on its node may die as a consequence.
+    rank, (kind, text) = min(seen.deaths.items(), key=lambda death: (death[1][0] != "oom", death[0]))
     worker = seen.workers[rank]
-    if kind == "out of memory":
+    if kind == "oom":
         cause = (
             f"rank {rank} was ended because the memory of node {worker.address} ran out: {_find_memory_sentence(text)}"
         )
@@ -110,14 +110,14 @@ def _build_reported_failure(error: Event, seen: FailureEvidence, step: int) -> A
 
 
 def _build_ray_failure(seen: FailureEvidence, step: int) -> AttemptFailure:
-    """The driver's own helpers ended, or the workers never began."""
+    """Build the failure of the driver's helpers, or of workers that never started."""
     if seen.out_of_memory_error:
         return AttemptFailure(
-            "out of memory",
+            "oom",
             f"the memory of the driver's node ran out: {_find_memory_sentence(seen.out_of_memory_error)}",
             step,
         )
-    kind: FailureKind = "killed" if seen.workers else "not started"
+    kind: FailureKind = "killed" if seen.workers else "not_started"
     return AttemptFailure(
         kind, f"the workers {'ended' if seen.workers else 'did not start'}: {_get_last_line(seen.ray_error)}", step
     )
@@ -129,12 +129,12 @@ def _get_last_line(text: str) -> str:
 
 
 def _find_memory_sentence(text: str) -> str:
-    """The sentence of Ray's long advice that has the numbers."""
+    """Return the sentence with the numbers from Ray's long advice."""
     sentences = [part.strip() for line in text.splitlines() for part in line.split(". ")]
     return next((part for part in sentences if "GB" in part), _get_last_line(text))[:300]
 
 
 def parse_worker_info(event: Mapping[str, Any]) -> WorkerInfo:
-    """A worker from the event with which it introduced itself."""
+    """Return the worker described by its introduction event."""
     names = ("rank", "node", "address", "pid", "started", "actor", "places")
     return WorkerInfo(**{name: event[name] for name in names})

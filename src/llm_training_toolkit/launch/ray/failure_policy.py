@@ -1,6 +1,6 @@
-"""What went wrong with a group of workers, and whether others may follow: from the attempts of the run. Pure.
+"""Failures of worker groups, and the decision to start another group, from the run's attempts. Pure.
 
-A failure is kept in the file of its attempt, so that the count goes on over several starts of a run.
+A failure is stored in its attempt's file, so that the count continues over several starts of a run.
 """
 
 from __future__ import annotations
@@ -13,52 +13,51 @@ from typing import Any, Literal, Self
 
 from llm_training_toolkit.config.schema import FailuresConfig
 
-FailureKind = Literal["raised", "killed", "out of memory", "hang", "node lost", "taken away", "not started"]
-_STEP_UNRELATED_KINDS: tuple[FailureKind, ...] = ("node lost", "not started")
-_EXCLUDE_AFTER_FAILURES = 2
-"""Failures of a node within one start of a run after which it is left out."""
+FailureKind = Literal["raised", "killed", "oom", "hang", "node_lost", "preempted", "not_started"]
+_STEP_UNRELATED_KINDS: tuple[FailureKind, ...] = ("node_lost", "not_started")
+_EXCLUDE_AFTER_FAILURES = 2  # of a node within one start of a run
 
 
 @dataclass(frozen=True)
 class AttemptFailure:
-    """Why a group of workers ended before the run did."""
+    """Failure that ended a worker group before the run."""
 
     kind: FailureKind
     cause: str
-    """In words, with rank and node."""
+    """Description, with rank and node."""
     step: int
-    """The step that was not completed, counted from 1."""
+    """Step that was not completed, counted from 1."""
     rank: int | None = None
     node: str | None = None
-    """The address of the node it began on; None where that is not known."""
+    """Address of the node where it began, None if unknown."""
     helped: bool = False
-    """The next attempt does differently, so that this one counts for nothing."""
+    """True if the next attempt has a remedy, so that this failure is not counted."""
     starting: bool = False
-    """No rank had come to a step yet."""
+    """True if no rank had reached a step."""
 
     @property
     def is_step_related(self) -> bool:
-        """Whether it may say something of the step: not what the machines did, nor what came before any step."""
+        """True if the step may be the cause: false for machine failures and before the first step."""
         return not self.starting and self.kind not in _STEP_UNRELATED_KINDS
 
     def to_json(self) -> dict[str, Any]:
-        """As kept in the attempt."""
+        """Return the form stored in the attempt."""
         return asdict(self)
 
     @classmethod
     def from_attempt(cls, attempt: Mapping[str, Any]) -> Self | None:
-        """The failure in an attempt's record; None where it did not fail, or nobody was left to write it down."""
+        """Return the failure in an attempt's record, None if it succeeded or died unrecorded."""
         kept = attempt.get("failure")
         return cls(**kept) if kept else None
 
     @property
     def is_counted(self) -> bool:
-        """Whether `failures.max_failures` counts it: neither a node preempted with notice nor what is remedied."""
-        return not self.helped and self.kind != "taken away"
+        """True if `failures.max_failures` counts it: false for announced preemptions and failures with a remedy."""
+        return not self.helped and self.kind != "preempted"
 
 
 def find_counted_failures(attempts: Mapping[int, Mapping[str, Any]]) -> dict[int, AttemptFailure]:
-    """The failures that count, by the number of the attempt, from attempts by number."""
+    """Return the counted failures by attempt number, from attempt records by number."""
     found = {number: AttemptFailure.from_attempt(record) for number, record in sorted(attempts.items())}
     return {number: failure for number, failure in found.items() if failure and failure.is_counted}
 
@@ -66,11 +65,11 @@ def find_counted_failures(attempts: Mapping[int, Mapping[str, Any]]) -> dict[int
 def find_abort_reason(
     failures: Mapping[int, AttemptFailure], saved_by: int, policy: FailuresConfig, avoided: Collection[str] = ()
 ) -> str:
-    """Why the run must end after its newest failure; empty where new workers may start.
+    """Return why the run must end after its newest failure, "" if new workers may start.
 
-    A step that failed on a node of `avoided` alone, which the next workers keep off, is tried again elsewhere.
-    `saved_by` is the attempt that wrote the newest complete checkpoint, 0 = there is none: what failed before that
-    attempt is made up for. The newest failure alone never ends a run of a new start with `max` above 0.
+    A step that failed on a single node of `avoided`, which the next workers avoid, is retried elsewhere.
+    `saved_by` is the attempt that wrote the newest complete checkpoint (0: none); earlier failures no longer count.
+    A run's only counted failure never ends it with `max_failures` above 0 and `max_same_step_failures` above 1.
     """
     newest = list(failures.values())[-1]
     repeats = _find_same_step_failures(list(failures.values()))
@@ -87,12 +86,12 @@ def find_abort_reason(
 
 
 def failure_count(failures: Mapping[int, AttemptFailure], saved_by: int) -> int:
-    """Failures since the newest complete checkpoint, with that of the attempt that wrote it."""
+    """Count the failures since the newest complete checkpoint, including the attempt that wrote it."""
     return sum(number >= saved_by for number in failures)
 
 
 def _find_same_step_failures(failures: Sequence[AttemptFailure]) -> list[AttemptFailure]:
-    """The newest failures in a row that were at the newest one's step, newest first."""
+    """Return the newest consecutive failures at the newest one's step, newest first."""
     newest = failures[-1]
     if not newest.is_step_related:
         return []
@@ -101,7 +100,7 @@ def _find_same_step_failures(failures: Sequence[AttemptFailure]) -> list[Attempt
 
 
 def find_excluded_nodes(failures: Mapping[int, AttemptFailure], since: int) -> dict[str, str]:
-    """Addresses of nodes that failed twice in the attempts after number `since`, with the newest cause."""
+    """Return the nodes that failed twice in attempts after number `since`: newest cause by address."""
     recent = [failure for number, failure in failures.items() if number > since and failure.node is not None]
     counted = Counter(failure.node for failure in recent)
     return {str(each.node): each.cause for each in recent if counted[each.node] >= _EXCLUDE_AFTER_FAILURES}

@@ -1,4 +1,4 @@
-"""Whether the ranks still advance, told from their pulses, and which of them holds up the others. Pure."""
+"""Hang detection from the ranks' heartbeats, with the ranks that block the others. Pure."""
 
 from __future__ import annotations
 
@@ -9,44 +9,41 @@ from pathlib import Path
 
 from llm_training_toolkit.distributed.heartbeat import NON_STEP_TIMEOUT_FACTOR, HeartbeatSnapshot
 
-_SILENCE_INTERVALS = 5.0
-"""Times the interval between two beats that a rank's last one may be older than the freshest."""
+_SILENCE_INTERVALS = 5.0  # heartbeat intervals that a rank's last one may be older than the freshest
 _FRAME_PATTERN = re.compile(r'^\s+File "(?P<file>[^"]+)", line (?P<line>\d+) in (?P<function>.+)$')
-_COLLECTIVES_FILE = "torch/distributed/distributed_c10d.py"
-"""Where every exchange between ranks passes through, DeepSpeed's too."""
-_TRAINING_FUNCTION = "worker_main"
-"""The function that every worker's training thread is in."""
+_COLLECTIVES_FILE = "torch/distributed/distributed_c10d.py"  # every collective passes through it, DeepSpeed's too
+_TRAINING_FUNCTION = "worker_main"  # on the stack of every worker's training thread
 
 
 @dataclass(frozen=True)
 class HangReport:
-    """No rank has advanced for too long."""
+    """Report that no rank has advanced for too long."""
 
     seconds: float
-    """Since the last advance."""
+    """Seconds since the last advance."""
     blocking_ranks: Mapping[int, str]
-    """The ranks that hold up the others, and what each is doing; all of them where none is behind."""
+    """Phase of each rank that blocks the others; of all ranks if none is behind."""
     is_silent: bool
-    """Those ranks do not even send heartbeats."""
+    """True if those ranks do not even send heartbeats."""
 
 
 @dataclass
 class HangDetector:
-    """Follows the pulses of one group of workers."""
+    """Hang detector of one worker group."""
 
     size: int
     timeout_seconds: float
     """`failures.hang_timeout` in seconds."""
     heartbeat_seconds: float
-    """Seconds between two beats of a rank."""
+    """Seconds between two heartbeats of a rank."""
     _beats: dict[int, HeartbeatSnapshot] = field(default_factory=dict)
     _heard: dict[int, float] = field(default_factory=dict)
     _last_advance: float | None = None
     has_stepped: bool = False
-    """Some rank has come to a step."""
+    """True if some rank has reached a step."""
 
     def observe_heartbeats(self, heard: Mapping[int, tuple[HeartbeatSnapshot, float]], now: float) -> None:
-        """Take each rank's newest beat and its age in seconds."""
+        """Record each rank's newest heartbeat and its age in seconds."""
         for rank, (beat, age) in heard.items():
             if self._beats.get(rank) != beat:
                 self._beats[rank], self._last_advance = beat, now
@@ -54,12 +51,12 @@ class HangDetector:
             self._heard[rank] = now - age
 
     def find_hang(self, now: float) -> HangReport | None:
-        """The hang, if there is one; None before the first beat and when every rank is done."""
+        """Return the hang, if any; always None before the first heartbeat and after every rank is done."""
         working = [rank for rank in range(self.size) if rank not in self._beats or not self._beats[rank].done]
         if self._last_advance is None or not working:
             return None
         silent = self._find_silent_ranks(working)
-        # A rank that is silent was last heard of some time before it fell silent: the others know better what is done.
+        # The last phase of a silent rank may be outdated, so the ranks that still report set the timeout.
         asked = [rank for rank in working if rank not in silent] or silent
         patience = max(
             self._beats[rank].timeout_factor if rank in self._beats else NON_STEP_TIMEOUT_FACTOR for rank in asked
@@ -88,25 +85,25 @@ class HangDetector:
 
 
 def get_log_size(log: Path) -> int:
-    """Where the next thing written to a log will stand."""
+    """Return the size of a log, the offset of its next line."""
     return log.stat().st_size if log.exists() else 0
 
 
 def find_current_call(log: Path, since: int) -> str:
-    """The innermost call of the training thread, and the innermost of the toolkit's own; empty without a stack."""
+    """Return the innermost calls of the training thread and of the toolkit in it, "" without a stack."""
     frames = _read_training_frames(log, since)
     return _format_call_with_caller(frames, frames[0]) if frames else ""
 
 
 def find_collective_call(log: Path, since: int) -> str:
-    """The exchange with other ranks that the training thread is in, and who called it; empty where it is in none."""
+    """Return the collective that the training thread is in and its caller, "" outside of collectives."""
     frames = _read_training_frames(log, since)
     exchange = next((frame for frame in frames if frame["file"].endswith(_COLLECTIVES_FILE)), None)
     return _format_call_with_caller(frames, exchange) if exchange else ""
 
 
 def _read_training_frames(log: Path, since: int) -> list[re.Match[str]]:
-    """The training thread's frames, the innermost first."""
+    """Return the training thread's frames, innermost first."""
     if get_log_size(log) <= since:
         return []
     with log.open("rb") as file:
@@ -120,7 +117,7 @@ def _read_training_frames(log: Path, since: int) -> list[re.Match[str]]:
 
 
 def _format_call_with_caller(frames: list[re.Match[str]], call: re.Match[str]) -> str:
-    """A call, and the innermost of the toolkit's own."""
+    """Format a call and the toolkit's innermost frame."""
     own = next(frame for frame in frames if f"{Path(__file__).parents[2].name}/" in frame["file"])
     return _format_frame(call) if own is call else f"{_format_frame(call)}, called by {_format_frame(own)}"
 

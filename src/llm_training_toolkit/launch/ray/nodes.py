@@ -1,7 +1,7 @@
-"""The nodes of the Ray cluster: what they have, which of them answer, which workers on them died and of what.
+"""Nodes of the Ray cluster: resources, reachability, draining and causes of worker deaths.
 
-The public interface of Ray 2.60 has the totals alone; what is free, what is drained and how an actor died are
-read where Ray Train itself and Ray Data read them.
+Ray 2.60's public interface has total resources only. Free resources, draining nodes and causes of actor deaths come
+from the internals that Ray Train and Ray Data read.
 """
 
 from __future__ import annotations
@@ -19,17 +19,14 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from llm_training_toolkit.launch.ray.resources import ClusterNode
 
-_CONNECT_TIMEOUT_SECONDS = 2.0
-"""Seconds a node's Ray process has to take a connection."""
-_MAX_COMMAND_LENGTH = 60
-"""Characters of another job's command that are shown."""
+_CONNECT_TIMEOUT_SECONDS = 2.0  # to a node's Ray process
+_MAX_COMMAND_LENGTH = 60  # characters shown of another job's command
 _NODE_ID_LABEL = "ray.io/node-id"
-ActorDeath = tuple[Literal["killed", "out of memory", "node lost"], str]
-"""How a worker's process ended without a word of its own, and Ray's text."""
+ActorDeath = tuple[Literal["killed", "oom", "node_lost"], str]  # kind of a silent death, Ray's text
 
 
 def alive_nodes() -> list[ClusterNode]:
-    """The nodes that Ray holds for alive, sorted by address. Ray takes half a minute to notice a silent loss."""
+    """Return the nodes that Ray considers alive, sorted by address. Ray notices a silent loss after about 30 s."""
     free, drained = state.available_resources_per_node(), state.state.get_draining_nodes()
     nodes = [
         ClusterNode(
@@ -47,7 +44,7 @@ def alive_nodes() -> list[ClusterNode]:
 
 
 def reachable_nodes(nodes: Sequence[ClusterNode]) -> list[ClusterNode]:
-    """The nodes whose Ray process takes a connection now."""
+    """Return the nodes whose Ray process accepts a connection now."""
     with ThreadPoolExecutor(max_workers=min(32, max(1, len(nodes)))) as pool:
         return [node for node, answers in zip(nodes, pool.map(_is_node_reachable, nodes), strict=True) if answers]
 
@@ -61,19 +58,19 @@ def _is_node_reachable(node: ClusterNode) -> bool:
 
 
 def draining_nodes(ids: Iterable[str]) -> dict[str, int]:
-    """Those of the nodes that Ray was told will be taken away, and when (milliseconds since 1970, 0 = not said)."""
+    """Return the draining nodes among `ids`, with their deadline (milliseconds since 1970, 0 = not given)."""
     drained = state.state.get_draining_nodes()
     return {node: int(drained[node]) for node in ids if node in drained}
 
 
 def build_exclusion_selector(nodes: Iterable[ClusterNode]) -> dict[str, str] | None:
-    """The label selector of workers that keep off these nodes; None where there are none."""
+    """Return the label selector that keeps workers off these nodes, None for no nodes."""
     ids = sorted(node.id for node in nodes)
     return {_NODE_ID_LABEL: f"!in({','.join(ids)})"} if ids else None
 
 
 def resource_usage_by_job() -> dict[str, dict[str, float]]:
-    """What other jobs' placement groups hold, by job: its command and number. Single tasks and actors do not show."""
+    """Return the resources of other jobs' placement groups, by job (command, id), without single tasks and actors."""
     commands = {job["JobID"]: job["Entrypoint"] for job in state.jobs()}
     own = ray.get_runtime_context().get_job_id()
     found: dict[str, Counter[str]] = {}
@@ -88,19 +85,19 @@ def resource_usage_by_job() -> dict[str, dict[str, float]]:
 
 
 def _shorten_command(command: str) -> str:
-    """The end of a command, on one line: what tells one from another."""
+    """Return the end of a command, its distinctive part, on one line."""
     command = " ".join(command.split())
     return command if len(command) <= _MAX_COMMAND_LENGTH else f"...{command[-_MAX_COMMAND_LENGTH:]}"
 
 
 def release_placement_groups(places: Iterable[str]) -> None:
-    """Give back what placement groups hold: Ray Train's own clean-up needs a dashboard if its controller is ended."""
+    """Remove placement groups: Ray Train's own clean-up needs a dashboard if its controller was killed."""
     for group in places:
         remove_placement_group(PlacementGroup(ray.PlacementGroupID.from_hex(group)))
 
 
 def dead_actors(actors: Mapping[int, str]) -> dict[int, ActorDeath]:
-    """The ranks whose process died on its own, by their actors' ids; not those that Ray Train ended afterwards."""
+    """Return the ranks whose process died on its own, from their actor ids, without those that Ray Train killed."""
     found = {rank: _parse_actor_death(state.state.actor_table(actor)) for rank, actor in actors.items()}
     return {rank: death for rank, death in found.items() if death}
 
@@ -110,11 +107,11 @@ def _parse_actor_death(actor: Mapping[str, Any]) -> ActorDeath | None:
         return None
     cause = actor["DeathCause"]
     if cause.WhichOneof("context") == "oom_context":
-        return "out of memory", str(cause.oom_context.error_message)
+        return "oom", str(cause.oom_context.error_message)
     context = cause.actor_died_error_context
     reason = context.Reason.Name(context.reason)
     if reason == "NODE_DIED":
-        return "node lost", str(context.error_message)
+        return "node_lost", str(context.error_message)
     if reason == "WORKER_DIED":
         return "killed", str(context.error_message)
     return None

@@ -1,4 +1,4 @@
-"""Whether the nodes of a cluster can work on a run, before anything is prepared: storage, weights, versions."""
+"""Preflight check of the cluster's nodes, before anything is prepared: storage, weights, versions."""
 
 from __future__ import annotations
 
@@ -27,15 +27,14 @@ from llm_training_toolkit.monitoring.console import Console
 from llm_training_toolkit.runs.directory import RunDirectory
 from llm_training_toolkit.runs.storage import find_storage, find_store_problem
 
-_NODE_TIMEOUT_SECONDS = 60.0
-"""Seconds a node has to look: it starts a process for it. One that takes longer is left to what follows."""
+_NODE_TIMEOUT_SECONDS = 60.0  # includes the start of a process; slower nodes are skipped, later stages see them
 _STAGE = "looking at the nodes"
 
 
 def check_nodes(run: RunDirectory, config: Config, console: Console) -> None:
-    """Look for room, and at every node that has some for a worker.
+    """Check the capacity, and every node that can hold a worker.
 
-    Raises LaunchError where there can never be enough, and with all that would fail on the nodes later.
+    Raises LaunchError if the run can never be placed, or with everything that would fail on the nodes later.
     """
     address = find_storage(run.path).get_uri(run.path)
     store = address if is_uri(address) else ""
@@ -44,7 +43,7 @@ def check_nodes(run: RunDirectory, config: Config, console: Console) -> None:
         console.update_stage(_STAGE, 0, 1)
         wanted = build_resource_request(
             config, ray.cluster_resources().get("GPU", 0.0), Console(io.StringIO())
-        )  # said at the start
+        )  # silent: the note is printed at the start
         CapacityWaiter(config, wanted, AutoscalerClient(wanted), console).check_feasibility()
         living = [node for node in nodes.alive_nodes() if has_room_for_worker(node.total, wanted.worker_resources)]
         with _create_marker_files(folders.values()) as mark:
@@ -59,9 +58,9 @@ def check_nodes(run: RunDirectory, config: Config, console: Console) -> None:
 
 
 def _list_read_directories(config: Config) -> dict[str, str]:
-    """Directories that every worker reads and that are on this machine, by field. A hub id is fetched on each node.
+    """Return the directories on this machine that every worker reads, by field. A hub id is fetched on each node.
 
-    As they are given: what is relative lies in the folder that Ray gives to every node.
+    Paths stay as given: relative ones belong to the folder that Ray gives to every node.
     """
     given = {"model.path": config.model.path, "model.init_from": config.model.init_from}
     local = {field: Path(path).expanduser() for field, path in given.items() if path is not None}
@@ -70,7 +69,7 @@ def _list_read_directories(config: Config) -> dict[str, str]:
 
 @contextmanager
 def _create_marker_files(folders: Iterable[Path]) -> Iterator[str]:
-    """A file of a new name in every folder, while the nodes look for it."""
+    """Create a uniquely named file in every folder during the check; yield its name."""
     mark = f".node-check-{secrets.token_hex(8)}"
     try:
         for folder in folders:
@@ -84,22 +83,22 @@ def _create_marker_files(folders: Iterable[Path]) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class NodeCheck:
-    """What nodes are asked to look for beside folders that are written to."""
+    """Inputs of a node's check, besides the folders it writes to."""
 
     store: str
-    """The address of a run in an object store; empty for one in a folder."""
+    """URI of a run in an object store, "" for one in a folder."""
     environment: Mapping[str, str]
-    """`cluster.env`: keys of a store may be among it."""
+    """`cluster.env`, which may contain the store's keys."""
     mark: str
-    """The name of a file in every folder."""
+    """Name of the marker file in every folder."""
     read: Mapping[str, str]
-    """What is only read, by field."""
+    """Read-only directories, by field."""
 
 
 def _find_node_problems(living: Sequence[ClusterNode], folders: Mapping[str, Path], the: NodeCheck) -> Iterator[str]:
-    """What is wrong, a line for each node and folder."""
+    """Yield the problems, one line per node and folder."""
     look = ray.remote(num_cpus=0, max_retries=0)(inspect_node)
-    # A process with an environment of its own takes a second: for a store alone, which may need the keys in it.
+    # A process with its own environment takes a second, so only for a store, which may need the keys in it.
     environment = {"runtime_env": {"env_vars": dict(the.environment)}} if the.store and the.environment else {}
     asked = {
         look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False), **environment).remote(
@@ -117,7 +116,7 @@ def _find_node_problems(living: Sequence[ClusterNode], folders: Mapping[str, Pat
             yield f"node {address} cannot run the toolkit ({cause}): install the same version there"
             continue
         except ray.exceptions.RayError:
-            continue  # the node has gone meanwhile: whoever starts workers sees that too
+            continue  # the node was lost meanwhile; the start of the workers sees that too
         if version != __version__:
             yield f"node {address} has version {version} of the toolkit, this machine {__version__}: install the same"
         if refused:
@@ -133,12 +132,12 @@ def _find_node_problems(living: Sequence[ClusterNode], folders: Mapping[str, Pat
 def inspect_node(
     folders: Sequence[str], mark: str, read: Sequence[str], store: str
 ) -> tuple[str, list[str], list[str], str]:
-    """On a node: its version; what is wrong with each folder, empty where it is fine; what is not there; the store's.
+    """Return this node's version, each folder's problem ("" if fine), the missing paths, and the store's problem.
 
-    `folders` are written to, `read` is only read; `store` is the address of a run, empty for one in a folder.
+    `folders` are written to, `read` is only read; `store` is the URI of a run, "" for one in a folder.
     """
     wrong = [_find_folder_problem(Path(folder), mark) for folder in folders]
-    # A disk that is not mounted leaves an empty folder.
+    # An unmounted disk leaves an empty folder.
     blind = [path for path in read if next(Path(path).glob("*"), None) is None]
     return __version__, wrong, blind, find_store_problem(store) if store else ""
 

@@ -1,4 +1,4 @@
-"""How many workers the nodes of a cluster have room for. Pure; `nodes.py` asks Ray for the nodes."""
+"""Placement arithmetic: how many workers fit on a cluster's nodes. Pure; `nodes.py` asks Ray for the nodes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from llm_training_toolkit.monitoring.console import Console
 
 
 def build_resource_request(config: Config, gpus_there: float, console: Console) -> ResourceRequest:
-    """The workers to ask for, on a cluster that has so many GPUs now; says so where those are left unused."""
+    """Return the workers to request on a cluster with `gpus_there` GPUs; print a note if those stay unused."""
     asked = config.cluster
     if asked.gpus_per_worker == "auto" and 0 < gpus_there < asked.min_workers:
         console.print_line(
@@ -24,7 +24,7 @@ def build_resource_request(config: Config, gpus_there: float, console: Console) 
 
 
 def compute_worker_resources(config: Config, gpus_there: float) -> dict[str, float]:
-    """What one worker takes, on a cluster that has so many GPUs now."""
+    """Return the resources of one worker on a cluster with `gpus_there` GPUs."""
     gpus = config.cluster.gpus_per_worker
     if gpus == "auto":
         gpus = 1 if gpus_there >= config.cluster.min_workers else 0
@@ -36,32 +36,32 @@ Resources = Mapping[str, float]
 
 @dataclass(frozen=True)
 class ClusterNode:
-    """A node of the cluster as Ray sees it."""
+    """Node of the cluster, as Ray reports it."""
 
     id: str
-    """New at every start of the node."""
+    """Node id, new at every start of the node."""
     address: str
     port: int
-    """Of the node's Ray process."""
+    """Port of the node's Ray process."""
     total: Resources
     free: Resources
     is_draining: bool = False
-    """Ray was told that the node will be taken away."""
+    """True if Ray was told that the node will be preempted."""
 
 
 @dataclass(frozen=True)
 class ResourceRequest:
-    """The workers a run asks for."""
+    """Workers that a run requests."""
 
     fewest: int
     most: int
     worker_resources: Resources
-    """What one worker takes."""
+    """Resources of one worker."""
     placement: str
     """`cluster.placement_strategy`."""
 
     def count_fitting_workers(self, nodes: Iterable[Resources]) -> int:
-        """Workers that fit into what the nodes have, at most `most`."""
+        """Count the workers that fit into the nodes' resources, at most `most`."""
         fitting = [_count_worker_slots(resources, self.worker_resources) for resources in nodes]
         if self.placement == "strict_pack":
             count = max(fitting, default=0)
@@ -73,26 +73,26 @@ class ResourceRequest:
 
 
 def has_room_for_worker(resources: Resources, each: Resources) -> bool:
-    """Whether a node that has `resources` can hold a worker at all."""
+    """Return whether a node with `resources` can hold a worker."""
     return _count_worker_slots(resources, each) > 0
 
 
 def _count_worker_slots(resources: Resources, each: Resources) -> int:
-    """How often one worker's resources fit into those of a node; Ray counts in ten-thousandths."""
+    """Count the workers that fit into one node; Ray counts resources in ten-thousandths."""
     return min(int((resources.get(name, 0.0) + 1e-4) // amount) for name, amount in each.items() if amount)
 
 
 def schedulable_nodes(
     nodes: Sequence[ClusterNode], wanted: ResourceRequest, left_out: Collection[str]
 ) -> list[ClusterNode]:
-    """The nodes that stay, without the addresses to leave out, as long as the fewest workers fit without those."""
+    """Return the nodes not draining, minus the addresses in `left_out` if the fewest workers fit without those."""
     staying = [node for node in nodes if not node.is_draining]
     trusted = [node for node in staying if node.address not in left_out]
     return trusted if wanted.count_fitting_workers(node.total for node in trusted) >= wanted.fewest else staying
 
 
 def count_fitting_after_drain(nodes: Iterable[ClusterNode], wanted: ResourceRequest, own: Mapping[str, int]) -> int:
-    """Workers that would fit if the run's present ones made way: `own` is how many of them are on each node, by id."""
+    """Count the workers that would fit if the run's present ones drained; `own` counts those by node id."""
     return wanted.count_fitting_workers(
         _add_own_resources(node, wanted.worker_resources, own.get(node.id, 0)) for node in nodes
     )
@@ -101,7 +101,7 @@ def count_fitting_after_drain(nodes: Iterable[ClusterNode], wanted: ResourceRequ
 def compute_usage_by_others(
     nodes: Iterable[ClusterNode], wanted: ResourceRequest, own: Mapping[str, int]
 ) -> list[Resources]:
-    """What of a worker's resources is in use on each node, without the run's own workers: `own` as above."""
+    """Return the use of a worker's resources on each node, without the run's own workers (`own`: count by node id)."""
     found = []
     for node in nodes:
         free = _add_own_resources(node, wanted.worker_resources, own.get(node.id, 0))
@@ -115,11 +115,11 @@ def _add_own_resources(node: ClusterNode, each: Resources, count: int) -> Resour
 
 
 def count_concurrent_runs(nodes: Iterable[Resources], wanted: ResourceRequest) -> int:
-    """How many runs of `wanted.fewest` workers each the nodes have room for at a time."""
+    """Count the runs of `wanted.fewest` workers each that fit on the nodes at a time."""
     fitting = [_count_worker_slots(resources, wanted.worker_resources) for resources in nodes]
     if wanted.placement == "strict_pack":
         return sum(count // wanted.fewest for count in fitting)
-    if wanted.placement == "strict_spread":  # each node takes one worker of a run: k runs if they can be dealt out
+    if wanted.placement == "strict_spread":  # a node holds one worker of each run: k runs if they can be dealt out
         counts = range(sum(fitting) // wanted.fewest, 0, -1)
         return next((k for k in counts if sum(min(fit, k) for fit in fitting) >= k * wanted.fewest), 0)
     return sum(fitting) // wanted.fewest

@@ -1,6 +1,6 @@
-"""A run on Ray: the cluster at hand or this machine alone, what the run takes of it, and how a person stops it.
+"""Run on a Ray cluster or on this machine: connection, resource request and stop signals.
 
-The groups of workers that train one after the other are in `groups.py`.
+`controller.py` starts the successive worker groups.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from llm_training_toolkit.runs.directory import RunDirectory
 
 
 def run_on_ray(run: RunDirectory, config: Config, console: Console) -> dict[str, Any]:
-    """Train on Ray workers; what `work` returns on rank 0 comes back. Raises ToolkitError."""
+    """Train on Ray workers; return the result of `run_worker` on rank 0. Raises ToolkitError."""
     redirect_output(run.path / "logs" / "driver.log")
     with connect_to_cluster(console):
         wanted = build_resource_request(config, ray.cluster_resources().get("GPU", 0.0), console)
         console.update_stage("starting workers", 0, 1)
         from llm_training_toolkit.launch.ray.autoscaler import AutoscalerClient
         from llm_training_toolkit.launch.ray.controller import TrainController
-        from llm_training_toolkit.launch.ray.worker_group import (  # Ray Train comes with it, and torch with that
+        from llm_training_toolkit.launch.ray.worker_group import (  # imports Ray Train, and with it torch
             FitStuckError,
             RunSpec,
         )
@@ -66,9 +66,9 @@ def run_on_ray(run: RunDirectory, config: Config, console: Console) -> dict[str,
 
 
 def _exit_immediately(console: Console, said: str, code: int) -> NoReturn:
-    """End this process without taking leave: Ray's own processes and workers end with their driver.
+    """Exit without cleanup: Ray's processes and workers end with their driver.
 
-    `ray.shutdown` while `fit` still runs in its thread ends now and then in a segmentation fault.
+    `ray.shutdown` occasionally ends in a segmentation fault while `fit` still runs in its thread.
     """
     console.print_line(said)
     console.close()

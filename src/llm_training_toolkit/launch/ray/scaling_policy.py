@@ -1,7 +1,7 @@
-"""When an elastic run that is below its largest size makes way for more workers. Pure.
+"""Scaling policy: when an elastic run below its largest size drains to restart with more workers. Pure.
 
-Growing costs a restart, half a minute or so, but no step: the ranks save before they leave. So it waits for the
-checkpoint that is due next, or for five minutes since the group began, whichever is first.
+Growing costs a restart (about 30 s) but no step, since the ranks save before they exit. So it waits for the next due
+checkpoint or until five minutes after the group began, whichever is first.
 """
 
 from __future__ import annotations
@@ -18,28 +18,24 @@ from llm_training_toolkit.launch.ray.resources import (
 )
 
 _POLL_SECONDS = 3.0
-"""Seconds between two looks for room."""
-_STABLE_SECONDS = 5.0
-"""Seconds that there must have been room: a node that has just joined, or a job that has just ended, may be between two
-things."""
-_MAX_DELAY_SECONDS = 300.0
-"""Seconds after its first look at which a group saves out of turn to make way."""
+_STABLE_SECONDS = 5.0  # room must last: a node that just joined or a job that just ended may be between two things
+_MAX_DELAY_SECONDS = 300.0  # after its first check, a group saves out of turn and drains
 
 
 @dataclass
 class ElasticScalingPolicy:
-    """Looks for room for one group of workers."""
+    """Scaling policy of one worker group."""
 
     wanted: ResourceRequest
     size: int
     excluded_nodes: Collection[str]
-    """Addresses that do not count."""
+    """Addresses that do not count as room."""
     _first_check: float | None = None
     _last_check: float = float("-inf")
     _room_since: float | None = None
 
     def is_check_due(self, now: float) -> bool:
-        """Whether to look for room now."""
+        """Return whether to check for room now."""
         if self.size >= self.wanted.most or now - self._last_check < _POLL_SECONDS:
             return False
         self._last_check = now
@@ -47,7 +43,7 @@ class ElasticScalingPolicy:
         return True
 
     def decide_drain(self, nodes: Sequence[ClusterNode], own: Mapping[str, int], now: float) -> StopRequest:
-        """What to ask of the ranks; `own` is how many of them are on each node, by id."""
+        """Return the request to the ranks; `own` counts them by node id."""
         room = count_fitting_after_drain(schedulable_nodes(nodes, self.wanted, self.excluded_nodes), self.wanted, own)
         if room <= self.size:
             self._room_since = None

@@ -1,4 +1,4 @@
-"""What Ray Train runs on every worker: it introduces itself, sends heartbeats, and takes part in the run."""
+"""Training function of every Ray Train worker: introduction, heartbeats, and one rank's part of the run."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ from llm_training_toolkit.worker.spec import WorkerSpec
 
 
 def worker_main(assignment: Mapping[str, Any]) -> dict[str, Any]:
-    """Work as one rank on the run at `assignment["run"]`, path or address, on the driver's `assignment["line"]`."""
-    faulthandler.register(STACK_SIGNAL, file=2, all_threads=True)  # 2 is the rank's log as soon as there is one
+    """Run one rank of `assignment["run"]` (path or URI), with the control actor `assignment["line"]`."""
+    faulthandler.register(STACK_SIGNAL, file=2, all_threads=True)  # 2 becomes the rank's log once that exists
     ranks = ray.train.get_context()
     rank, pulse = ranks.get_world_rank(), Heartbeat()
     report = build_reporter(assignment["line"])
@@ -50,7 +50,7 @@ def worker_main(assignment: Mapping[str, Any]) -> dict[str, Any]:
             await_rung=build_rung_waiter(assignment["line"]),
         )
         return _run_worker(assignment, rank, report if rank == 0 else _ignore_event, context)
-    except Exception as error:  # the edge of a worker's process: the driver is told before Ray takes it down
+    except Exception as error:  # boundary of the worker's process: report before Ray kills it
         traceback.print_exc()
         report_with_retry(
             assignment["line"],
@@ -62,7 +62,7 @@ def worker_main(assignment: Mapping[str, Any]) -> dict[str, Any]:
 def _run_worker(
     assignment: Mapping[str, Any], rank: int, report: Callable[[Event], None], context: Callable[..., RunContext]
 ) -> dict[str, Any]:
-    from llm_training_toolkit.worker.main import run_worker  # torch, transformers and DeepSpeed come with it
+    from llm_training_toolkit.worker.main import run_worker  # imports torch, transformers, DeepSpeed
 
     def send_note(text: str) -> None:
         report({"kind": "note", "message": text})
@@ -82,7 +82,7 @@ def _run_worker(
 
 
 def _build_introduction(rank: int) -> Event:
-    """Who and where this rank is, as `diagnosis.Worker`."""
+    """Return this rank's introduction event, with the fields of `WorkerInfo`."""
     here, own = ray.get_runtime_context(), psutil.Process()
     return {
         "kind": "introduction",
@@ -97,7 +97,7 @@ def _build_introduction(rank: int) -> Event:
 
 
 def _describe_error(error: Exception) -> dict[str, Any]:
-    """What the driver needs to know of an error: its words first, then where it was raised."""
+    """Return an error's fields for the driver; the text has the message first, then its place in the code."""
     from llm_training_toolkit.worker.micro_batch import SmallerMicroBatch
 
     final, helped = isinstance(error, ToolkitError), isinstance(error, SmallerMicroBatch)
@@ -109,4 +109,4 @@ def _describe_error(error: Exception) -> dict[str, Any]:
 
 
 def _ignore_event(_event: Event) -> None:
-    """Ranks other than the first say nothing."""
+    """Discard the event: only rank 0 reports."""

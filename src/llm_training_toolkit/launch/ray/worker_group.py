@@ -1,7 +1,7 @@
-"""One group of workers, from its start to its end: Ray Train's `fit` in a thread, watched meanwhile.
+"""Worker group, from start to end: Ray Train's `fit` in a thread, watched by the driver.
 
-The driver shows what the workers tell, asks them to leave when their number should change or a node is taken away,
-and ends them when they hang. Ray starts no worker again: what follows is decided in `groups.py`.
+The driver shows the workers' events, drains them when the group is resized or a node is preempted, and kills them when
+they hang. Ray restarts no worker: `controller.py` decides on the next group.
 """
 
 from __future__ import annotations
@@ -53,59 +53,54 @@ from llm_training_toolkit.runs.directory import RunDirectory
 from llm_training_toolkit.runs.storage import find_storage
 
 _EVENT_POLL_SECONDS = 0.2
-"""Seconds between two questions for what the workers have told."""
-_HEALTH_POLL_SECONDS = 1.0
-"""Seconds between two looks at the nodes and the heartbeats."""
-_START_TIMEOUT_SECONDS = 1200.0
-"""Seconds that the first worker may take to start: Ray waits without end when a node dies in that moment."""
-_KILL_RETRY_SECONDS = 30.0
-"""Seconds after which workers that were to be ended, and still keep `fit` waiting, are ended again."""
+_HEALTH_POLL_SECONDS = 1.0  # nodes and heartbeats
+_START_TIMEOUT_SECONDS = 1200.0  # for the first worker: Ray waits forever if a node dies at that moment
+_KILL_RETRY_SECONDS = 30.0  # if `fit` still waits for killed workers
 _MAX_KILL_ATTEMPTS = 10
-"""How often they are."""
+# torch's collective timeout / `failures.hang_timeout`: the hang detector knows more, so it must fire first.
 _COLLECTIVE_TIMEOUT_FACTOR = 4.0
-"""torch's collective timeout as a multiple of `failures.hang_timeout`: the hang detector knows more and comes first."""
 
 
 @dataclass(frozen=True)
 class RunSpec:
-    """What all groups of a start work on."""
+    """Specification shared by all worker groups of a start."""
 
     run: RunDirectory
     config: Config
     resource_request: ResourceRequest
     autoscaler: AutoscalerClient
     rungs: tuple[int, ...] = ()
-    """Steps after which a trial waits for `Groups.answer`."""
+    """Steps after which a trial waits for `TrainController.resolve_rung`."""
 
 
 @dataclass(frozen=True)
 class WorkerGroupSpec:
-    """What one group is started with."""
+    """Specification of one worker group."""
 
     job: RunSpec
     size: int
     avoided_nodes: tuple[ClusterNode, ...]
-    """Nodes to keep off."""
+    """Nodes that get no worker."""
     excluded_nodes: frozenset[str]
     """Addresses that failed too often."""
     requested_at: float
-    """When it was asked for, in seconds since 1970."""
+    """Time of the request, in seconds since 1970."""
 
 
 @dataclass(frozen=True)
 class WorkerGroupResult:
-    """How a group ended: with what rank 0 returned, or with what is known of the failure."""
+    """Outcome of a group: rank 0's result, or the evidence of a failure."""
 
     result: dict[str, Any] | None
     evidence: FailureEvidence
 
 
 class FitStuckError(LaunchError):
-    """Ray Train's `fit` waits in its thread for workers that never come, or never end."""
+    """Error: Ray Train's `fit` blocks in its thread on workers that never start or never end."""
 
 
 class WorkerGroup:
-    """A group of workers that trains."""
+    """Group of training workers."""
 
     def __init__(self, assignment: WorkerGroupSpec, console: Console) -> None:
         self._spec, self._job, self._console = assignment, assignment.job, console
@@ -127,15 +122,15 @@ class WorkerGroup:
         self._kill_times: list[float] = []
 
     def request_stop(self, wish: StopRequest) -> None:
-        """Tell the ranks what is wanted of the run. Any thread, any time."""
+        """Send a stop request to the ranks. Any thread, any time."""
         self._control.request_stop.remote(wish)
 
     def resolve_rung(self, step: int, wish: StopRequest) -> None:
-        """Tell rank 0, which waits after this step, whether the trial goes on. Any thread, any time."""
+        """Send the decision on the trial to rank 0, which waits after `step`. Any thread, any time."""
         self._control.resolve_rung.remote(step, wish)
 
     def run_workers(self) -> WorkerGroupResult:
-        """Start the workers and follow them to their end. Raises the first ToolkitError that a rank met."""
+        """Start the workers and follow them to their end. Raises the first ToolkitError that a rank reported."""
         thread = threading.Thread(target=self._run_trainer, daemon=True, name="ray-train")
         thread.start()
         began = looked = time.monotonic()
@@ -166,12 +161,12 @@ class WorkerGroup:
             self._fit_outcome.append(error)
 
     def _receive_events(self) -> HeartbeatsByRank | None:
-        """Take and show what the workers have told; None when the line itself is lost, which ends them."""
+        """Show the workers' events; return the heartbeats, or None after killing them if the control actor is lost."""
         if self._control_error is not None:
             return None
         try:
             taken: tuple[list[Event], HeartbeatsByRank] = ray.get(self._control.drain_events.remote())
-        except ray.exceptions.RayError as error:  # its process may be the one that is ended when the memory runs out
+        except ray.exceptions.RayError as error:  # out of memory may have killed this actor's process
             self._control_error = error
             self._kill_workers()
             return None
@@ -185,7 +180,7 @@ class WorkerGroup:
         return taken[1]
 
     def _check_health(self, heard: HeartbeatsByRank, now: float) -> None:
-        """Whether nodes come or go, and whether the ranks advance."""
+        """Check the ranks for a hang and the nodes for changes."""
         self._hang_detector.observe_heartbeats(heard, now)
         if self._hang:
             return
@@ -193,7 +188,7 @@ class WorkerGroup:
         if hang is not None:
             self._handle_hang(hang)
         elif len(self._workers) == self._spec.size:
-            with suppress(ray.exceptions.RayError):  # Ray's head is busy or starts anew: training goes on without it
+            with suppress(ray.exceptions.RayError):  # Ray's head is busy or restarting: training continues
                 self._check_nodes(now)
 
     def _check_nodes(self, now: float) -> None:
@@ -224,7 +219,7 @@ class WorkerGroup:
                 self.request_stop(StopRequest.DRAIN)
 
     def _handle_hang(self, hang: HangReport) -> None:
-        """Say who holds up the others and where it stands, then end all of them; `fit` sees the rest."""
+        """Describe the blocking ranks and their current calls, then kill all ranks; `fit` returns as a result."""
         logs = self._job.run.get_log_dir(find_last_attempt(self._job.run))
         paths = {rank: logs / f"rank_{rank}.log" for rank in self._workers}
         before = {rank: get_log_size(path) for rank, path in paths.items()}
@@ -251,22 +246,22 @@ class WorkerGroup:
         self._kill_workers()
 
     def _kill_workers(self) -> None:
-        """End the processes of all ranks; from the second time on Ray is asked to end their actors as well.
+        """Kill the processes of all ranks; from the second attempt on, also have Ray kill their actors.
 
-        Raises FitStuckError where they outlive that.
+        Raises FitStuckError after `_MAX_KILL_ATTEMPTS`.
         """
         if len(self._kill_times) == _MAX_KILL_ATTEMPTS:
             where = ", ".join(sorted({worker.address for worker in self._workers.values()}))
             cause = self._hang or str(self._control_error)
             raise FitStuckError(f"{cause}. The workers cannot be ended: look after the processes on {where}")
-        with suppress(ray.exceptions.RayError):  # a node or Ray's head that does not answer now is asked again
+        with suppress(ray.exceptions.RayError):  # an unresponsive node or head: tried again later
             rescue.kill_workers(self._workers.values())
             if self._kill_times:
                 nodes.release_placement_groups({worker.places for worker in self._workers.values()})
         self._kill_times.append(time.monotonic())
 
     def _collect_evidence(self, ended: object) -> FailureEvidence:
-        """What there is to find a cause in, once `fit` has ended."""
+        """Collect the evidence for `diagnose_failure`, once `fit` has ended."""
         if isinstance(ended, dict):
             return FailureEvidence(self._workers)
         nodes.release_placement_groups({worker.places for worker in self._workers.values()})
@@ -292,14 +287,14 @@ class WorkerGroup:
 
 
 def get_hang_timeout(config: Config) -> float:
-    """`failures.hang_timeout` in seconds."""
+    """Return `failures.hang_timeout` in seconds."""
     seconds = parse_duration_seconds(config.failures.hang_timeout)
     assert seconds is not None, "the schema takes durations alone"
     return seconds
 
 
 def _format_hung_rank(worker: WorkerInfo, doing: str, state: str | None, stands: str) -> str:
-    """What is known of a rank that does not advance."""
+    """Format the state of a rank that does not advance."""
     named = f"rank {worker.rank} (process {worker.pid} on node {worker.address}) was last heard of at: {doing}"
     if state is None:
         return f"{named}; its node does not answer"
@@ -329,10 +324,10 @@ def _build_trainer(the: WorkerGroupSpec, line: Any) -> TorchTrainer:  # noqa: AN
             label_selector=nodes.build_exclusion_selector(the.avoided_nodes),
         ),
         run_config=RunConfig(
-            # Ray keeps no checkpoints of ours: a name of its own for every group, so that it finds nothing to restore.
+            # Unique per group, so that Ray finds nothing to restore: it does not hold the toolkit's checkpoints.
             name=f"start_{time.time_ns()}",
             storage_path=str(get_ray_directory(job.run)),
-            # Ray's own count never refills and knows no exception.
+            # Ray's own failure count never resets and has no exceptions.
             failure_config=FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
             worker_runtime_env={"env_vars": _build_worker_environment(job.config)},
         ),
@@ -340,14 +335,14 @@ def _build_trainer(the: WorkerGroupSpec, line: Any) -> TorchTrainer:  # noqa: AN
 
 
 def get_ray_directory(run: RunDirectory) -> Path:
-    """Where Ray Train keeps its own notes: in the run's logs, and of a run in a store where they are no one's."""
+    """Return Ray Train's storage path: in the run's logs, or a temporary folder for a run in a store."""
     is_here = find_storage(run.path).get_uri(run.path) == str(run.path)
     return run.path / "logs" / "ray" if is_here else Path(tempfile.gettempdir()) / "llm-training-toolkit-ray"
 
 
 def _build_worker_environment(config: Config) -> dict[str, str]:
-    """Environment of every worker; what the configuration names wins."""
-    tools = str(Path(sys.executable).parent)  # ninja, for the operations DeepSpeed compiles
+    """Return the environment of every worker; `cluster.env` wins."""
+    tools = str(Path(sys.executable).parent)  # ninja, for operations that DeepSpeed compiles
     return {
         "OMP_NUM_THREADS": str(config.cluster.cpus_per_worker),
         "TOKENIZERS_PARALLELISM": "false",
@@ -357,7 +352,7 @@ def _build_worker_environment(config: Config) -> dict[str, str]:
 
 
 def _rebuild_error(event: Mapping[str, Any]) -> ToolkitError:
-    """The worker's error again, of the class it had there."""
+    """Rebuild a worker's error in its original class."""
     kind = getattr(errors, str(event["type"]), ToolkitError)
     error: ToolkitError = kind(str(event["text"]))
     return error

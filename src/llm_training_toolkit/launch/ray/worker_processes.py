@@ -1,6 +1,6 @@
-"""Looking at workers that hang, and ending them: from a task on their own node, since they may not answer themselves.
+"""Stack dumps and kills of hung workers, by a task on their node, since they may not respond themselves.
 
-`ray.kill` does not suffice: a process that is stopped (SIGSTOP) outlives it and keeps its GPU's memory.
+`ray.kill` does not suffice: a stopped process (SIGSTOP) survives it and keeps its GPU memory.
 """
 
 from __future__ import annotations
@@ -17,23 +17,20 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from llm_training_toolkit.launch.ray.failure_cause import WorkerInfo
 
-STACK_SIGNAL = signal.SIGUSR1
-"""A worker writes the stacks of its threads into its log at this signal, whoever holds Python's lock (faulthandler)."""
-_TASK_TIMEOUT_SECONDS = 30.0
-"""Seconds that a node has to start the task and to answer."""
-_STACK_WRITE_SECONDS = 1.0
-"""Seconds that the stacks take to reach the log."""
+STACK_SIGNAL = signal.SIGUSR1  # faulthandler then writes all stacks to the worker's log, whoever holds the GIL
+_TASK_TIMEOUT_SECONDS = 30.0  # includes the start of the task
+_STACK_WRITE_SECONDS = 1.0  # until the stacks reach the log
 
 
 def dump_worker_stacks(workers: Iterable[WorkerInfo]) -> dict[int, str]:
-    """The state of each rank's process, after asking it for its stacks; none of ranks whose node does not answer."""
+    """Request each rank's stacks; return its process state, for ranks on responsive nodes only."""
     states = _run_on_nodes(_request_stack_dumps, workers)
     time.sleep(_STACK_WRITE_SECONDS)
     return states
 
 
 def kill_workers(workers: Iterable[WorkerInfo]) -> None:
-    """End the processes of workers at once, wherever they run."""
+    """Kill the workers' processes at once, on any node."""
     _run_on_nodes(_kill_processes, workers)
 
 
@@ -50,7 +47,7 @@ def _run_on_nodes(task: Callable[[list[WorkerInfo]], dict[int, str]], workers: I
         try:
             found |= ray.get(ref)
         except ray.exceptions.RayError:
-            continue  # the node is gone, and its workers with it
+            continue  # the node is lost, and its workers with it
     return found
 
 
@@ -65,19 +62,19 @@ def _request_stack_dumps(workers: list[WorkerInfo]) -> dict[int, str]:
         with suppress(psutil.NoSuchProcess):
             states[worker.rank] = process.status()
             process.send_signal(STACK_SIGNAL)
-            process.resume()  # one that is stopped would write nothing; it is ended in a moment anyway
+            process.resume()  # a stopped process would write nothing; it is killed in a moment anyway
     return states
 
 
 def _kill_processes(workers: list[WorkerInfo]) -> dict[int, str]:
     for process in _find_processes(workers).values():
-        with suppress(psutil.NoSuchProcess):  # it ended meanwhile; the others of the node are still to be ended
+        with suppress(psutil.NoSuchProcess):  # already ended; the others on the node must still be killed
             process.kill()
     return {}
 
 
 def _find_processes(workers: list[WorkerInfo]) -> Mapping[WorkerInfo, psutil.Process]:
-    """The processes that are still those of these workers."""
+    """Return the processes that still belong to these workers."""
     found = {}
     for worker in workers:
         with suppress(psutil.NoSuchProcess):

@@ -1,1 +1,1 @@
-"""Ray Tune: search for hyperparameters."""
+"""Hyperparameter search with Ray Tune."""

@@ -1,4 +1,4 @@
-"""What Ray Tune asks of a search, answered from its ledger: the next trial, whether one goes on, what is over."""
+"""Ray Tune callbacks of a search, driven by its event log: next trial, rung decisions, failures, ends."""
 
 from __future__ import annotations
 
@@ -18,21 +18,19 @@ from llm_training_toolkit.search.event_log import RungResult, TrialRecord
 from llm_training_toolkit.search.results import read_trained_tokens
 from llm_training_toolkit.search.sampler import TrialSampler
 
-_HEARTBEAT_SECONDS = 30.0
-"""Seconds of work that a killed driver may leave out of the time that counts."""
-TrialSpecBuilder = Callable[[TrialRecord], dict[str, Any]]
-"""A trial as the order that its driver gets."""
+_HEARTBEAT_SECONDS = 30.0  # active time that a killed driver may fail to count
+TrialSpecBuilder = Callable[[TrialRecord], dict[str, Any]]  # returns a `TrialSpec` as plain data
 
 
 class _Stateless:
-    """A part that Tune writes into its own snapshot, which nobody reads: the ledger has what matters."""
+    """Base class that pickles to an empty state: Tune's snapshots are never read, the event log is the state."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
 
 
 class EventLogSearcher(_Stateless, Searcher):
-    """Tune's source of trials: first those that had begun, then new ones."""
+    """Searcher of Tune: first the unfinished trials of the event log, then new ones."""
 
     def __init__(self, state: SearchBudget, suggestions: TrialSampler, start: TrialSpecBuilder) -> None:
         super().__init__()
@@ -40,34 +38,34 @@ class EventLogSearcher(_Stateless, Searcher):
         self._left = list(state.ledger.unfinished_trials)
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str:  # noqa: ARG002 - trials have names of their own
-        """The next trial's order, or that there is none."""
+        """Return the next trial's spec, or FINISHED."""
         if self._state.stop_requested or self._state.is_exhausted or self._state.repeated_error:
             return str(self.FINISHED)
         trial = self._left.pop(0) if self._left else self._suggestions.begin_next_trial()
         return str(self.FINISHED) if trial is None else self._start(trial)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """The ledger knows."""
+        """Ignore it: `RungScheduler` and `EventLogCallback` record the end."""
 
     def save(self, checkpoint_path: str) -> None:
-        """The ledger is what is saved."""
+        """Ignore it: the event log is the saved state."""
 
     def restore(self, checkpoint_path: str) -> None:
-        """The ledger is what is restored."""
+        """Ignore it: each start reads the event log."""
 
 
 class RungScheduler(_Stateless, FIFOScheduler):
-    """Decides at every rung, and writes each decision down before Tune hears of it."""
+    """Decides at each rung whether a trial continues; records the decision before Tune learns it."""
 
     def __init__(self, state: SearchBudget) -> None:
         super().__init__()
         self._state = state
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:  # noqa: ANN401, ARG002
-        """A trial waits at a rung for its decision."""
+        """Decide whether the trial that waits at a rung continues."""
         ledger, search, number = self._state.ledger, self._state.search, result["trial"]
         passed = {rung.rung: rung for rung in ledger.trials[number].rungs}.get(result["rung"])
-        if passed is not None and passed.go_on:  # it has failed since, and comes here again
+        if passed is not None and passed.go_on:  # passed before the trial failed and was retried
             return str(TrialScheduler.CONTINUE)
         others = ledger.get_rung_values(result["rung"], result["bracket"], but=number)
         good = not self._state.is_exhausted and should_continue(search.scheduler, search.mode, result["value"], others)
@@ -78,7 +76,7 @@ class RungScheduler(_Stateless, FIFOScheduler):
         return str(TrialScheduler.STOP)
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:  # noqa: ANN401, ARG002
-        """A trial has ended by itself, or was stopped by the method above."""
+        """Record the end of a trial, unless `on_trial_result` stopped it and recorded that."""
         ledger, number = self._state.ledger, result.get("trial")
         if result.get("kind") != "end" or number is None:
             return
@@ -93,31 +91,31 @@ def _build_rung_result(result: dict[str, Any], *, go_on: bool) -> RungResult:
 
 
 class EventLogCallback(_Stateless, Callback):
-    """Notes failures, and keeps the screen up to date."""
+    """Records heartbeats and failures, and refreshes the display."""
 
     def __init__(self, state: SearchBudget, screen: Callable[[], None]) -> None:
         self._state, self._screen = state, screen
         self._beat = time.monotonic()
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:  # noqa: ANN401, ARG002
-        """Tune has looked around once."""
+        """Refresh the display, and record a heartbeat if one is due, after each iteration of Tune."""
         if time.monotonic() - self._beat > _HEARTBEAT_SECONDS:
             self._beat = time.monotonic()
             self._state.ledger.record_heartbeat()
         self._screen()
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ANN401, ARG002
-        """A trial has failed and is tried again."""
+        """Record a failure that Tune retries."""
         self._state.ledger.record_failure(trial.config["number"], _read_failure_cause(trial))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ANN401, ARG002
-        """A trial has failed as often as it may."""
+        """Record the end of a trial without retries left."""
         trained = read_trained_tokens(RunDirectory(Path(trial.config["run"])).metrics_path)
         self._state.ledger.record_end(trial.config["number"], "failed", _read_failure_cause(trial), trained)
 
 
 def _read_failure_cause(trial: Any) -> str:  # noqa: ANN401 - Tune's trials have no types
-    """The last line of what Tune has caught and written down."""
+    """Return the last line of the error file that Tune wrote for a trial."""
     path = Path(trial.error_file) if trial.error_file else None
     lines = [line for line in path.read_text().splitlines() if line.strip()] if path and path.is_file() else []
     return lines[-1].strip() if lines else "its process ended without a word"

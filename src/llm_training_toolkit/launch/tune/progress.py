@@ -1,4 +1,4 @@
-"""What a person sees while a search works: its table where there is a terminal, otherwise a line for each trial."""
+"""Progress display of a search: the trials table on a terminal, otherwise one line per change of a trial's state."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _REDRAW_SECONDS = 1.0
 
 
 class SearchProgressDisplay:
-    """The screen of a search; called whenever Tune has looked around."""
+    """Progress display of a search, called by `EventLogCallback` after each iteration of Tune."""
 
     def __init__(self, search: SearchConfig, ledger: EventLog, console: Console) -> None:
         self._search, self._ledger, self._console = search, ledger, console
@@ -29,7 +29,7 @@ class SearchProgressDisplay:
             self._live.start()
 
     def __call__(self) -> None:
-        """Show what has changed."""
+        """Redraw the table, or print the changes."""
         if self._live is None:
             self._print_changes()
         elif time.monotonic() - self._drawn > _REDRAW_SECONDS:
@@ -37,7 +37,7 @@ class SearchProgressDisplay:
             self._live.update(self._build_table(), refresh=True)
 
     def close(self) -> None:
-        """Leave the last table on the screen."""
+        """Show the final state and leave it on the screen."""
         if self._live is None:
             self._print_changes()
             return

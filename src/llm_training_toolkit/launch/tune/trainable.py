@@ -1,8 +1,7 @@
-"""A trial of a search: a complete run with groups of workers of its own, that waits at its rungs.
+"""Trial of a search: a complete run with its own worker groups, which waits for a decision at each rung.
 
-Ray Tune holds one actor for each trial, which takes no CPU: it drives the run as `ltt train` would, in a thread, and
-hands what the rungs say to Tune. Stopping a trial answers the rung it waits at, upon which its workers end by
-themselves and give back what they held.
+Ray Tune holds one actor per trial, without a CPU. The actor drives the run in a thread, as `ltt train` would, and
+reports the rungs to Tune. Stopping a trial resolves its rung with STOP: its workers end and release their resources.
 """
 
 from __future__ import annotations
@@ -43,42 +42,38 @@ from llm_training_toolkit.setup.resume import read_resume_state
 from llm_training_toolkit.setup.run_files import write_run_files
 from llm_training_toolkit.worker.precision import read_precision_notes
 
-_POLL_SECONDS = 0.2
-"""Seconds between two looks whether the search is being stopped."""
-_LOCK_TIMEOUT_SECONDS = 30.0
-"""Seconds that the processes of a killed driver may hold a trial's run."""
-_SHUTDOWN_TIMEOUT_SECONDS = 120.0
-"""Seconds that the workers of a stopped trial may take to end."""
-_METRICS_TIMEOUT_SECONDS = 60.0
-"""Seconds until a line that another node has written can be read here: NFS clients flush after 30 s."""
+_POLL_SECONDS = 0.2  # between checks of the stop marker, the metrics and the run's lock
+_LOCK_TIMEOUT_SECONDS = 30.0  # the processes of a killed driver may hold the run's lock this long
+_SHUTDOWN_TIMEOUT_SECONDS = 120.0  # for the workers of a stopped trial to end
+_METRICS_TIMEOUT_SECONDS = 60.0  # until a row written on another node is readable: NFS clients flush after 30 s
 
 
 @dataclass(frozen=True)
 class TrialSpec:
-    """What a trial is started with."""
+    """Specification of a trial, passed to its actor."""
 
     number: int
     config: str
-    """As JSON."""
+    """Configuration of the run, as JSON."""
     run: str
     metric: str
     scheduler: str
-    """As JSON."""
+    """`SchedulerConfig`, as JSON."""
     here: str
-    """The search's working directory, from which relative paths count."""
+    """Working directory of the search, the base of relative paths."""
     stopping: str
-    """The file that says, once it is there, that the search is being stopped."""
+    """Marker file that exists once the search is being stopped."""
 
     def to_tune_config(self) -> dict[str, Any]:
-        """As plain data, which Tune copies to files of its own."""
+        """Return the spec as plain data, which Tune copies to its own files."""
         return dict(self.__dict__)
 
 
 class TrialTrainable(tune.Trainable):
-    """Drives a trial's run from an actor of its own; each `step` of Tune's ends at a rung."""
+    """Drives a trial's run from its own actor; each `step` ends at a rung or at the end of the run."""
 
     def setup(self, config: dict[str, Any]) -> None:
-        """Take the order; the run itself starts with the first step."""
+        """Create the runner; the run itself starts with the first `step`."""
         prepare_environment()
         self._order = TrialSpec(**config)
         if Path(self._order.here).is_dir():
@@ -89,7 +84,7 @@ class TrialTrainable(tune.Trainable):
         self._begun = False
 
     def step(self) -> dict[str, Any]:
-        """Train to the next rung; what it says. Raises what a new start may not meet again."""
+        """Train to the next rung and return its result. Raises LaunchError if a retry may succeed."""
         if self._begun:
             self._work.resolve_rung(StopRequest.NONE)
         else:
@@ -107,7 +102,7 @@ class TrialTrainable(tune.Trainable):
             return {"trial": self._order.number, **told, "done": told["kind"] != "rung"}
 
     def cleanup(self) -> None:
-        """End the run, if it is not at its end, and wait until its workers are gone."""
+        """Stop the run if it has not ended, and wait for its workers to end."""
         if self._begun:
             self._work.resolve_rung(StopRequest.STOP)
             self._work.request_stop()
@@ -115,7 +110,7 @@ class TrialTrainable(tune.Trainable):
 
 
 class _TrialRunner:
-    """The run of a trial, in a thread beside Tune's."""
+    """Runs a trial in a thread beside Tune's."""
 
     def __init__(self, order: TrialSpec, told: queue.Queue[dict[str, Any]]) -> None:
         self._order, self._told = order, told
@@ -125,12 +120,12 @@ class _TrialRunner:
         self._steps: tuple[int, ...] = ()
 
     def run_trial(self) -> None:
-        """Train, and tell how it ended."""
+        """Train, and queue the outcome for `TrialTrainable.step`."""
         try:
             self._told.put(self._train_to_end())
-        except LaunchError as error:  # the machines: another start may have more luck
+        except LaunchError as error:  # caused by the machines: a retry may succeed
             self._told.put({"kind": "broken", "error": str(error)})
-        except ToolkitError as error:  # the run itself: another start would meet it again
+        except ToolkitError as error:  # caused by the run itself: a retry would fail again
             trained = read_trained_tokens(self._run_directory.metrics_path)
             self._told.put({"kind": "end", "state": "failed", "error": str(error), "trained": trained})
         except Exception as error:  # noqa: BLE001 - the edge of a thread: Tune is told, and tries again
@@ -138,20 +133,20 @@ class _TrialRunner:
             self._told.put({"kind": "broken", "error": f"{type(error).__name__}: {error}"})
 
     def request_stop(self) -> None:
-        """Stop after the step that is being done, with a checkpoint."""
+        """Stop after the current step, with a checkpoint."""
         if not self._stop:
             self._stop = True
             if self._groups is not None:
                 self._groups.request_stop()
 
     def resolve_rung(self, wish: StopRequest) -> None:
-        """Answer the rung that the run waits at, if it does."""
+        """Send the decision for the rung that the run waits at, if any."""
         step, self._waits_at = self._waits_at, None
         if step is not None:
             self._groups.resolve_rung(step, wish)
 
     def handle_event(self, event: Event) -> None:
-        """What the workers tell: at a rung they wait until Tune has decided."""
+        """Handle an event of the workers; at a rung they wait for Tune's decision."""
         if event["kind"] == "introduction":
             write_atomically(self._placement_group_path, json.dumps([event["places"]]))
         if event["kind"] != "rung":
@@ -161,8 +156,8 @@ class _TrialRunner:
 
     @property
     def _placement_group_path(self) -> Path:
-        """The placement group of the newest workers: what ends without giving it back, the next start does."""
-        return self._run_directory.path / "places.json"
+        """File that names the newest workers' placement group, so that the next start can release a leaked one."""
+        return self._run_directory.path / "placement_group.json"
 
     @property
     def _run_directory(self) -> RunDirectory:
@@ -184,7 +179,7 @@ class _TrialRunner:
         return {"kind": "interrupted"}
 
     def _prepare_run(self, run: RunDirectory, config: Config, console: Console) -> Plan | None:
-        """Prepare and write down what workers need; None where the run has been trained to its end."""
+        """Prepare the data and write the run files. Return None if the run is already trained to its end."""
         standing = read_resume_state(run)
         config = standing.keep_saved_precision(config)
         prepared = standing.find_reusable_dataset(config, ())
@@ -209,7 +204,7 @@ class _TrialRunner:
     def _run_worker_groups(self, run: RunDirectory, config: Config, console: Console) -> dict[str, Any]:
         from llm_training_toolkit.launch.ray.autoscaler import AutoscalerClient
         from llm_training_toolkit.launch.ray.controller import TrainController
-        from llm_training_toolkit.launch.ray.worker_group import RunSpec  # Ray Train comes with it
+        from llm_training_toolkit.launch.ray.worker_group import RunSpec  # imports Ray Train
 
         wanted = build_resource_request(config, ray.cluster_resources().get("GPU", 0.0), console)
         job = RunSpec(run, config, wanted, AutoscalerClient(wanted), self._steps[self._bracket : -1])
@@ -221,7 +216,7 @@ class _TrialRunner:
         return result
 
     def _read_rung_metrics(self, step: int) -> dict[str, Any]:
-        """What the run had after a step: its own metrics say it, those of newer attempts before those of older ones."""
+        """Return the metric of a rung from the run's metrics log."""
         found = wait_for_metrics(self._run_directory.metrics_path, step, self._order.metric)
         return {
             "rung": self._steps.index(step),
@@ -237,9 +232,9 @@ class _TrialRunner:
 
 
 def wait_for_metrics(metrics: Path, step: int, metric: str, within: float = _METRICS_TIMEOUT_SECONDS) -> dict[str, Any]:
-    """What a run has measured after a step, once the metric can be read; the newest attempt's values before others'.
+    """Return the metrics logged after a step, once `metric` is among them; newer attempts override older ones.
 
-    Raises LaunchError where it cannot be read within so many seconds.
+    Raises LaunchError if it cannot be read `within` so many seconds.
     """
     end = time.monotonic() + within
     while True:
@@ -255,21 +250,21 @@ def wait_for_metrics(metrics: Path, step: int, metric: str, within: float = _MET
 
 
 class _TrialConsole(Console):
-    """Writes what a run says to its log, and hears what its workers tell."""
+    """Console that writes to the trial's log and passes the workers' events to the runner."""
 
     def __init__(self, log: Any, work: _TrialRunner) -> None:  # noqa: ANN401 - a text file
         super().__init__(log)
         self._work = work
 
     def show_event(self, event: Event) -> None:
-        """Hear it, and write it down."""
+        """Pass the event to the runner and log it."""
         self._work.handle_event(event)
         super().show_event(event)
 
 
 @contextmanager
 def _wait_for_run_lock(run: RunDirectory) -> Iterator[None]:
-    """The run, held; that of a killed driver as soon as its processes are gone. Raises LaunchError."""
+    """Hold the run's lock, once the processes of a killed driver have released it. Raises LaunchError."""
     end = time.monotonic() + _LOCK_TIMEOUT_SECONDS
     while True:
         holding = lock_run_directory(run)

@@ -1,9 +1,9 @@
-"""A search: read, check, claim, prepare, let Ray Tune drive the trials, write what was found. What `ltt tune` calls.
+"""Search behind `ltt tune`: read, check, lock, prepare the data, run the trials with Ray Tune, write the outputs.
 
-    search file -> space -> check of every corner -> ledger -> Tuner: Source (next trial), Gate (rungs), TrialDriver
+    search file -> space -> check of its boundary points -> EventLog
+      -> Tuner: EventLogSearcher (next trial), RungScheduler (rungs), TrialTrainable (run)
 
-All that a search knows lies in its ledger; each start makes a new Tuner and tells it what is left to do, so nothing of
-Ray's own has to survive.
+The event log holds the whole state of a search. Each start builds a new Tuner from it and needs no state of Ray's.
 """
 
 from __future__ import annotations
@@ -37,32 +37,31 @@ from llm_training_toolkit.search.space import TrialConfigBuilder, boundary_point
 from llm_training_toolkit.setup.machine import check_machine, check_quantization
 
 _TUNE_ENV = {
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C is ours: trials stop with a checkpoint
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the ledger and the trials' own files have it all
-    "TUNE_GLOBAL_CHECKPOINT_S": "1000000",  # nothing of Tune's is ever read again
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C is handled here: trials stop with a checkpoint
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the event log and the trials' runs hold all of it
+    "TUNE_GLOBAL_CHECKPOINT_S": "1000000",  # Tune's snapshots are never read
     "TUNE_FORCE_TRIAL_CLEANUP_S": "150",
     "RAY_AIR_NEW_OUTPUT": "0",
 }
-_TRIAL_ACTOR_RESOURCES = {"node:__internal_head__": 0.0001}
-"""What a trial's driver takes: no CPU, for the cluster is its workers'; Tune refuses to take nothing at all."""
+_TRIAL_ACTOR_RESOURCES = {"node:__internal_head__": 0.0001}  # the CPUs are for workers; Tune refuses an empty request
 _RAY_LOST_MESSAGE = "Ray was lost while the search worked; the same command goes on"
 
 
 @dataclass(frozen=True)
 class SearchSpec:
-    """A search as it was asked for."""
+    """Specification of a search, read from its file."""
 
     search: SearchConfig
     base_config: Config
-    """The base as it stands in its file: the winner is trained like that."""
+    """The base as in its file; the winner is trained with it."""
     trial_config: Config
-    """What trials are made from."""
+    """The base with `overrides`, from which trials are made."""
     directory: SearchDirectory
     trials: TrialConfigBuilder
 
 
 def read_search(path: Path, overrides: list[str]) -> SearchSpec:
-    """The search in a file, and where it lies. Raises ConfigError."""
+    """Read a search file and resolve its directory. Raises ConfigError."""
     search, whole, base = load_search(path, overrides)
     if is_uri(base.run.dir):
         raise ConfigError(f"run.dir = {base.run.dir}: a search lies on a path that every node sees; name one")
@@ -75,7 +74,7 @@ def read_search(path: Path, overrides: list[str]) -> SearchSpec:
 
 
 def run_search(asked: SearchSpec, console: Console) -> tuple[TrainResultStatus, dict[str, Any]]:
-    """Carry a search out, or go on with it: how it ended, and what it has found. Raises ToolkitError."""
+    """Run or resume a search. Return its status and summary. Raises ToolkitError."""
     search, directory = asked.search, asked.directory
     for words in check_search_space(asked.trials):
         console.print_line(f"left out: {words}")
@@ -104,7 +103,7 @@ def run_search(asked: SearchSpec, console: Console) -> tuple[TrainResultStatus, 
 
 
 def _check_best_configs(asked: SearchSpec) -> None:
-    """Whether `best.yaml` could be written for every corner: better known before the trials. Raises ConfigError."""
+    """Check before the trials that `best.yaml` can be written for every boundary point. Raises ConfigError."""
     for point in boundary_points(asked.search):
         if not asked.trials.find_problem(point):
             replace_config_values(
@@ -116,7 +115,7 @@ def _run_trials(asked: SearchSpec, ledger: EventLog, console: Console) -> TrainR
     if SearchBudget(asked.search, ledger).is_search_finished:
         console.print_line(f"search {asked.directory.path.name} is finished, in {asked.directory.path}")
         return "finished"
-    prepare_environment()  # before anything imports Ray
+    prepare_environment()  # before the first import of Ray
     for name, value in _TUNE_ENV.items():
         os.environ[name] = value
     redirect_output(asked.directory.driver_run.path / "logs" / "driver.log")
@@ -125,7 +124,7 @@ def _run_trials(asked: SearchSpec, ledger: EventLog, console: Console) -> TrainR
     from llm_training_toolkit.launch.ray.cluster import connect_to_cluster, watch_head
 
     with connect_to_cluster(console):
-        concurrent = _compute_max_concurrent(asked, console)  # before data is prepared for trials that fit nowhere
+        concurrent = _compute_max_concurrent(asked, console)  # first: preparing data is in vain if no trial fits
         _prepare_shared_data(asked, console)
         suggestions = _build_trial_sampler(asked, ledger)
         screen = SearchProgressDisplay(asked.search, ledger, console)
@@ -151,9 +150,9 @@ def _run_trials(asked: SearchSpec, ledger: EventLog, console: Console) -> TrainR
 
 
 def _prepare_shared_data(asked: SearchSpec, console: Console) -> None:
-    """Prepare the data of all trials for which it is the same, once the nodes were looked at.
+    """Check the nodes, then prepare the data, once for all trials with the same data settings.
 
-    Raises DataError where nothing is held out of so few documents, as the metric would never be reported.
+    Raises DataError if too few documents leave the held-out set empty: the metric would never be reported.
     """
     some = asked.trials.build_config(_find_trainable_point(asked))
     check_cluster_nodes(asked.directory.driver_run, some, console)
@@ -163,7 +162,7 @@ def _prepare_shared_data(asked: SearchSpec, console: Console) -> None:
     if asked.search.metric.startswith("eval/") and not receipt.eval_sequences:
         raise DataError(
             f"metric = {asked.search.metric}: no document is held out, so it is never reported; give a larger "
-            "data.eval.fraction, or data.eval.sources, in the base or under set"
+            "data.eval.fraction, or data.eval.sources, in the base or under overrides"
         )
 
 
@@ -194,14 +193,14 @@ def _run_tuner(
         tune_config=ray_tune.TuneConfig(
             search_alg=EventLogSearcher(state, suggestions, lambda trial: _build_trial_spec(asked, trial)),
             scheduler=RungScheduler(state),
-            num_samples=-1,  # the source says when there are no more
+            num_samples=-1,  # `EventLogSearcher` ends the search
             max_concurrent_trials=concurrent,
             trial_dirname_creator=lambda trial: f"{Path(trial.config['run']).name}_{trial.trial_id}",
         ),
         run_config=ray_tune.RunConfig(
             name="tune",
             storage_path=str(asked.directory.driver_run.path),
-            checkpoint_config=ray_tune.CheckpointConfig(checkpoint_at_end=False),  # the trials' runs keep their own
+            checkpoint_config=ray_tune.CheckpointConfig(checkpoint_at_end=False),  # the runs write their own
             failure_config=ray_tune.FailureConfig(max_failures=asked.search.max_failures),
             callbacks=[EventLogCallback(state, screen)],
             verbose=0,
@@ -225,7 +224,7 @@ def _run_tuner(
 
 
 def _build_trial_spec(asked: SearchSpec, trial: TrialRecord) -> dict[str, Any]:
-    """A trial as the order that its driver gets."""
+    """Return the `TrialSpec` of a trial as plain data."""
     from llm_training_toolkit.launch.tune.trainable import TrialSpec
 
     return TrialSpec(
@@ -249,12 +248,12 @@ def _build_trial_sampler(asked: SearchSpec, ledger: EventLog) -> TrialSampler:
 
 
 def _find_trainable_point(asked: SearchSpec) -> dict[str, Any]:
-    """A point that can be trained: its data is prepared before the first trial, for all where it is the same."""
+    """Return a boundary point that can be trained; the shared data is prepared with it."""
     return dict(next(point for point in boundary_points(asked.search) if not asked.trials.find_problem(point)))
 
 
 def _compute_max_concurrent(asked: SearchSpec, console: Console) -> int:
-    """Trials at a time: what was asked for, as far as the cluster has room. Raises LaunchError where none ever fits."""
+    """Return the number of concurrent trials that the cluster has room for. Raises LaunchError if none ever fits."""
     import ray
 
     from llm_training_toolkit.launch.ray.autoscaler import AutoscalerClient
@@ -264,17 +263,19 @@ def _compute_max_concurrent(asked: SearchSpec, console: Console) -> int:
 
     wanted = build_resource_request(asked.trial_config, ray.cluster_resources().get("GPU", 0.0), console)
     CapacityWaiter(asked.trial_config, wanted, AutoscalerClient(wanted), console).check_feasibility()
-    room = max(1, count_concurrent_runs([node.total for node in alive_nodes()], wanted))  # 1: nodes are yet to be added
+    room = max(1, count_concurrent_runs([node.total for node in alive_nodes()], wanted))  # 1: nodes may be added later
     want = asked.search.max_concurrent_trials
     if want is not None and want > room:
-        console.print_line(f"note: concurrent = {want}, but the cluster has room for {room} trials at a time")
+        console.print_line(
+            f"note: max_concurrent_trials = {want}, but the cluster has room for {room} trials at a time"
+        )
     taken = min(want or room, room)
     console.print_line(f"{taken} trials at a time, workers each: {wanted.fewest}")
     return taken
 
 
 def _build_search_identity(asked: SearchSpec) -> dict[str, Any]:
-    """What must not change while a search goes on."""
+    """Return the settings that must stay the same when a search is resumed."""
     fields = {
         key: value for key, (tag, value) in flatten_config(asked.trial_config).items() if tag is not FieldTag.FREE
     }
@@ -289,7 +290,7 @@ def _write_search_identity(asked: SearchSpec) -> None:
 
 
 def _check_unchanged(asked: SearchSpec) -> None:
-    """Refuse to go on with another search. Raises ConfigError with every difference."""
+    """Check that a resumed search is unchanged. Raises ConfigError with every difference."""
     before, now = (
         _flatten_identity(json.loads(asked.directory.identity_path.read_text())),
         _flatten_identity(_build_search_identity(asked)),

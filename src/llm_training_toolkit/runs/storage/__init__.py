@@ -1,4 +1,4 @@
-"""Runs whose directory lies in an object store; of no concern to those on a disk."""
+"""Storage of runs: a local disk or an object store."""
 
 from llm_training_toolkit.runs.storage.open import (
     find_store_problem,

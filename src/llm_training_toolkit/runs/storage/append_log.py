@@ -1,11 +1,11 @@
-"""Files that grow, in a store that cannot append: numbered segments, each named after the byte it begins at. Pure.
+"""Append-only files in a store that cannot append: numbered segments, each named after its first byte.
 
     metrics.jsonl.000000000000000    bytes 0 to 4,095 of metrics.jsonl
-    metrics.jsonl.000000000004096    what was written since
+    metrics.jsonl.000000000004096    everything written since
 
-Many small ones are followed by one that holds them all, under the name of the first; a reader passes over those that
-lie within it until they are deleted. Segments of TensorBoard's files are event files themselves, cut between records,
-so that TensorBoard reads them from the bucket.
+Many small segments are merged into one under the name of the first; readers skip the others until they are deleted.
+Segments of TensorBoard files are event files themselves, cut between records, so that TensorBoard reads them from the
+bucket.
 """
 
 from __future__ import annotations
@@ -20,39 +20,37 @@ from typing import NamedTuple
 from llm_training_toolkit.runs.storage.s3_client import S3Client, StorageError
 
 _NAME = re.compile(r"(.+)\.(\d{15})")
-_GROWING = re.compile(r"metrics\.jsonl|(?:eval/)?tb/.+|logs/.+|ledger/.+")
+_GROWING = re.compile(r"metrics\.jsonl|(?:eval/)?tb/.+|logs/.+|samples/.+")
 _EVENTS = "tfevents"
 _HEAD = struct.Struct("<Q")
-_AROUND = 16
-"""Bytes of an event's record beside the event: its length and two checksums."""
-_MOST_SEGMENTS = 50
-"""After so many they become one: a month in steps of ten seconds is five thousand objects, not 260,000."""
+_AROUND = 16  # bytes of a record beside the event: its length and two checksums
+_MOST_SEGMENTS = 50  # segments that are merged: a month of ten-second steps is 5,000 objects, not 260,000
 
 
 class LogSegment(NamedTuple):
-    """A piece of a file that grows."""
+    """Segment of an append-only file."""
 
     start: int
     size: int
 
     @property
     def end(self) -> int:
-        """The byte after it."""
+        """Offset of the byte after the segment."""
         return self.start + self.size
 
 
 def is_append_only(relative: str) -> bool:
-    """Whether a file of a run directory is written at its end alone."""
+    """Return whether a file of a run directory is only ever appended to."""
     return _GROWING.fullmatch(relative) is not None
 
 
 def build_segment_key(relative: str, start: int) -> str:
-    """The key of the segment of a file that begins at a byte."""
+    """Return the key of a file's segment that begins at byte `start`."""
     return f"{relative}.{start:015d}"
 
 
 def group_segments_by_file(sizes: Mapping[str, int]) -> dict[str, list[LogSegment]]:
-    """The segments of each file that grows, in their order, without those within an earlier one; of keys and sizes."""
+    """Group object sizes by key into segments of each file, in order, skipping those within an earlier one."""
     found: dict[str, list[LogSegment]] = {}
     for key in sorted(sizes):
         if (match := _NAME.fullmatch(key)) and is_append_only(match[1]):
@@ -63,12 +61,12 @@ def group_segments_by_file(sizes: Mapping[str, int]) -> dict[str, list[LogSegmen
 
 
 def get_end_offset(segments: Iterable[LogSegment]) -> int:
-    """How many bytes of the file the segments hold."""
+    """Return the number of bytes of the file that the segments hold."""
     return max((segment.end for segment in segments), default=0)
 
 
 def select_tail_segments(segments: list[LogSegment], size: int) -> list[LogSegment]:
-    """The last segments, which hold at least so many bytes."""
+    """Return the last segments that together hold at least `size` bytes."""
     held, first = 0, len(segments)
     while first > 0 and held < size:
         first -= 1
@@ -77,7 +75,7 @@ def select_tail_segments(segments: list[LogSegment], size: int) -> list[LogSegme
 
 
 def count_complete_bytes(relative: str, content: bytes) -> int:
-    """How many of the bytes are whole: events of TensorBoard, lines of other files."""
+    """Count the bytes of complete records: TensorBoard events, or lines of other files."""
     if _EVENTS not in relative:
         return content.rfind(b"\n") + 1
     end = 0
@@ -91,33 +89,33 @@ def count_complete_bytes(relative: str, content: bytes) -> int:
 
 @dataclass
 class _UploadState:
-    """How far a file is in the store, and how far that is here: its beginning may lie in the store alone."""
+    """Bytes of a file in the store and here, where its beginning may be missing."""
 
     stored_bytes: int = 0
     local_bytes: int = 0
     small_starts: list[int] = field(default_factory=list)
-    """Where the segments begin that this process sent since it made one of several."""
+    """Start offsets of the segments that this process uploaded since its last merge."""
 
 
 class AppendLogWriter:
-    """The growing files of one staging directory."""
+    """Writer of the append-only files of one staging directory."""
 
     def __init__(self, bucket: S3Client, root: Path) -> None:
         self._bucket, self._root = bucket, root
         self._files: dict[str, _UploadState] = {}
 
     def sync_stored_size(self, relative: str, stored: int) -> None:
-        """The store has so many bytes of a file; where that is more than was sent from here, another has written."""
+        """Adopt the store's size of a file if it differs from the uploaded one: another process has written."""
         if relative not in self._files or self._files[relative].stored_bytes != stored:
             self.adopt_stored_size(relative, stored)
 
     def adopt_stored_size(self, relative: str, stored: int) -> None:
-        """The store has so many bytes of a file, and of what is here none need be sent."""
+        """Set the store's size of a file, and treat all local bytes as uploaded."""
         path = self._root / relative
         self._files[relative] = _UploadState(stored, path.stat().st_size if path.exists() else 0)
 
     def upload_new_bytes(self, relative: str, *, last: bool) -> None:
-        """Send what is new and whole; at the `last` time a line without its end as well. Raises StorageError."""
+        """Upload new complete records; with `last` also an unterminated line. Raises StorageError."""
         sent = self._files.setdefault(relative, _UploadState())
         with (self._root / relative).open("rb") as file:
             file.seek(sent.local_bytes)
@@ -138,7 +136,7 @@ class AppendLogWriter:
             self._merge_segments(relative, sent)
 
     def _merge_segments(self, relative: str, sent: _UploadState) -> None:
-        """Make the small segments one: first it takes the place of the first, then the others go."""
+        """Merge the small segments: overwrite the first with all of them, then delete the others."""
         first, *others = sent.small_starts
         with (self._root / relative).open("rb") as file:
             file.seek(sent.local_bytes - (sent.stored_bytes - first))

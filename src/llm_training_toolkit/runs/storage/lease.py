@@ -1,11 +1,11 @@
-"""Who works on a run in a store: numbered claims, the highest of which holds it, and its heartbeat.
+"""Lease on a run in a store: the claim object with the highest number owns the run; its renewal is the heartbeat.
 
-    claims/000003      made by a conditional create, so that one of several gets the number; written again every few
-                       seconds by its holder, marked as given back at the end
+    claims/000003      conditional create, so that only one process gets the number; rewritten every few seconds by its
+                       holder, marked as given back at the end
 
-A claim that is not renewed for a minute, by the store's own clock, is that of a dead process: the next number takes the
-run over. On the same machine a holder whose process is gone is known to be dead at once. Only creates are conditional:
-a holder that wakes up after it was taken over renews its old claim, which nobody looks at, and learns that it has lost.
+A claim that is not renewed for a minute, by the store's own clock, belongs to a dead process: the next number takes
+over the run. On the same machine a holder is dead as soon as its process is gone. Only creates are conditional: a
+suspended holder that was taken over renews its old claim, without effect, and then sees the higher number.
 """
 
 from __future__ import annotations
@@ -25,20 +25,19 @@ from llm_training_toolkit.errors import LaunchError
 from llm_training_toolkit.runs.storage.s3_client import S3Client, StorageError
 
 CLAIMS = "claims/"
-RENEWED_EVERY = 5.0
-"""Seconds."""
+RENEWED_EVERY = 5.0  # seconds
+# Seconds without renewal. If the store is unreachable for longer, another start may take over the run. Its attempt
+# number then keeps the earlier process from saving.
 EXPIRES_AFTER = 60.0
-"""Seconds without renewal. Of a store that is away for longer another start may take the run over: the number of its
-attempt then keeps the earlier one from saving."""
 _LOOK_EVERY = 1.0
 Say = Callable[[str], None]
 
 
 @contextmanager
 def hold_lease(bucket: S3Client, say: Say) -> Iterator[None]:
-    """Hold the run at an address for this process; waits to see whether an earlier holder is alive.
+    """Hold the lease on a run for this process; first wait to see whether an earlier holder is alive.
 
-    Raises LaunchError when it is, or when the store keeps no conditional writes; StorageError.
+    Raises LaunchError if it is, or if the store has no conditional writes; StorageError.
     """
     number = _wait_for_free_number(bucket, say)
     record = {"holder": _describe_holder(), "process": _get_process_identity(), "token": secrets.token_hex(8)}
@@ -61,12 +60,12 @@ def hold_lease(bucket: S3Client, say: Say) -> Iterator[None]:
     finally:
         ending.set()
         renewing.join()
-        with suppress(StorageError):  # it expires by itself
+        with suppress(StorageError):  # the lease expires anyway
             bucket.put_object(_build_lease_key(number), json.dumps(record | {"given_back": True}).encode())
 
 
 def is_lease_held(bucket: S3Client) -> bool:
-    """Whether somebody works on the run, as far as the last minute shows."""
+    """Return whether a process holds the lease, as far as the last minute shows."""
     claims = bucket.list_objects(CLAIMS)
     if not claims:
         return False
@@ -76,12 +75,12 @@ def is_lease_held(bucket: S3Client) -> bool:
 
 
 def _wait_for_free_number(bucket: S3Client, say: Say) -> int:
-    """The number of the next claim, once the newest is given back, expired, or its holder known to be dead."""
+    """Return the next claim number, once the newest claim is given back, expired, or of a dead process."""
     first = ""
     while claims := bucket.list_objects(CLAIMS):
         newest = max(claims)
         record, claim = _read_lease(bucket, newest), claims[newest]
-        is_own = record.get("process") == _get_process_identity()  # a run that has started itself again (launch.inline)
+        is_own = record.get("process") == _get_process_identity()  # re-executed by launch/torchrun.py
         if is_own or _is_lease_over(record) or claim.age >= EXPIRES_AFTER:
             return 1 + int(newest.removeprefix(CLAIMS))
         if first and claim.etag != first:
@@ -94,7 +93,7 @@ def _wait_for_free_number(bucket: S3Client, say: Say) -> int:
 
 
 def _renew_lease(bucket: S3Client, number: int, record: dict[str, Any], ending: threading.Event, say: Say) -> None:
-    """Write the claim again and again, each time another; a store that does not answer for a while is tried again."""
+    """Rewrite the claim with new content until `ending`; retry if the store does not answer."""
     renewals = 0
     while not ending.wait(RENEWED_EVERY):
         renewals += 1
@@ -116,7 +115,7 @@ def _read_lease(bucket: S3Client, key: str) -> dict[str, Any]:
 
 
 def _is_lease_over(record: dict[str, Any]) -> bool:
-    """Whether a claim says by itself that nobody holds it: given back, or of a process of this machine that is gone."""
+    """Return whether the claim itself is void: given back, or of a dead process of this machine."""
     if not record or "given_back" in record:
         return True
     machine, _, process = str(record["process"]).rpartition("/")
@@ -129,7 +128,7 @@ def _describe_holder() -> str:
 
 
 def _get_process_identity() -> str:
-    """This process among all there ever were: boot of the machine, container, number and moment of its start."""
+    """Return an id that is never reused: boot id, container, process id and start time."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return f"{boot}/{Path('/proc/self/ns/pid').readlink()}/{os.getpid()}@{_read_start_ticks(os.getpid())}"
 
@@ -140,12 +139,12 @@ def _is_process_alive(process: str) -> bool:
 
 
 def _read_start_ticks(number: int) -> str:
-    """When a process began, in clock ticks since the boot; empty where there is none of this number."""
+    """Return the start time of a process in clock ticks since boot; empty if there is no such process."""
     try:
         fields = Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return ""
-    return "" if fields[0] == "Z" else fields[19]  # a zombie is dead, whoever has not looked after it
+    return "" if fields[0] == "Z" else fields[19]  # a zombie is dead, though not reaped
 
 
 def _format_refusal(bucket: S3Client, holder: str) -> str:

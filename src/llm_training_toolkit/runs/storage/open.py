@@ -1,4 +1,4 @@
-"""Opening a run in a store: for the process that starts it, for those that take part, for those that only look."""
+"""Opening of runs in a store: to start them, to take part as a worker, or to read."""
 
 from __future__ import annotations
 
@@ -21,15 +21,14 @@ from llm_training_toolkit.runs.storage.s3_client import S3Client, StorageError
 from llm_training_toolkit.runs.storage.s3_storage import S3Storage
 from llm_training_toolkit.runs.storage.storage import open_s3_storages
 
-_SEND_EVERY = 10.0
-"""Seconds between two times that what has changed is sent: what a machine that is lost takes with it of its logs."""
+_SEND_EVERY = 10.0  # seconds between two flushes: a lost machine loses this much of its logs
 Say = Callable[[str], None]
 _LOCK = ".lock"
 
 
 @contextmanager
 def lock_stored_run(address: str, say: Say) -> Iterator[RunDirectory]:
-    """The run at an address, held by this process. Raises LaunchError when another holds it, or the store refuses."""
+    """Lock and open the run at an address. Raises LaunchError if another process holds it or the store refuses."""
     with ExitStack() as stack:
         with storage_errors():
             stack.enter_context(hold_lease(S3Client(address), say))
@@ -38,9 +37,9 @@ def lock_stored_run(address: str, say: Say) -> Iterator[RunDirectory]:
 
 @contextmanager
 def open_worker(address: str, say: Say) -> Iterator[RunDirectory]:
-    """The run at an address, to be worked on: what is written here is sent every few seconds, and at the end.
+    """Open the run at an address for writing; changes are flushed every few seconds and at the end.
 
-    Raises LaunchError when the store refuses, at the beginning or at the end.
+    Raises LaunchError if the store refuses, at the beginning or at the end.
     """
     with open_readonly(address) as run:
         mirror = open_s3_storages[-1]
@@ -50,7 +49,7 @@ def open_worker(address: str, say: Say) -> Iterator[RunDirectory]:
         try:
             yield run
         except BaseException:
-            with suppress(StorageError):  # it must not hide what it would tell of
+            with suppress(StorageError):  # must not hide the original error
                 mirror.flush(last=True)
             raise
         else:
@@ -63,7 +62,7 @@ def open_worker(address: str, say: Say) -> Iterator[RunDirectory]:
 
 @contextmanager
 def open_readonly(address: str) -> Iterator[RunDirectory]:
-    """The run at an address, to be read. Raises LaunchError when the store refuses."""
+    """Open the run at an address for reading. Raises LaunchError if the store refuses."""
     with storage_errors():
         bucket = S3Client(address)
     with create_staging_directory() as directory, _open_s3_storage(bucket, directory) as mirror:
@@ -72,7 +71,7 @@ def open_readonly(address: str) -> Iterator[RunDirectory]:
 
 @contextmanager
 def _open_s3_storage(bucket: S3Client, directory: Path) -> Iterator[S3Storage]:
-    """A run in a store, below a staging directory."""
+    """Open a run in a store, with its files below a staging directory."""
     with storage_errors():
         mirror = S3Storage(bucket, directory / bucket.address.rpartition("/")[2])
         mirror.refresh_directory(mirror.run.path)
@@ -86,16 +85,16 @@ def _open_s3_storage(bucket: S3Client, directory: Path) -> Iterator[S3Storage]:
 
 @contextmanager
 def open_path(place: str, *, export: bool = False) -> Iterator[Path]:
-    """A run or an exported directory at a path or an address, as a path; what is written there is sent at the end.
+    """Open a run or exported directory at a path or address as a local path; changes are flushed at the end.
 
-    `export`: with the files of what is exported. Raises LaunchError when a store refuses.
+    With `export`, exported files are fetched. Raises LaunchError if a store refuses.
     """
     if not is_uri(place):
         yield Path(place)
         return
     with storage_errors():
         bucket, inner = S3Client(place), ""
-        if bucket.get_object("resolved.json") is None:  # RUN/export, as it may be written of a run on a disk
+        if bucket.get_object("resolved.json") is None:  # RUN/export, as allowed for runs on a disk
             address, _, inner = place.rstrip("/").rpartition("/")
             bucket = S3Client(address)
     with create_staging_directory() as directory, _open_s3_storage(bucket, directory) as mirror:
@@ -110,9 +109,9 @@ def open_path(place: str, *, export: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def open_runs_directory(place: str) -> Iterator[Callable[[], Path]]:
-    """The directory of runs at a path or an address: what is called to have it as it is now.
+    """Open the directory of runs at a path or address; yield a function that refreshes and returns it.
 
-    Raises LaunchError when a store refuses.
+    Raises LaunchError if a store refuses.
     """
     if not is_uri(place):
         yield lambda: Path(place)
@@ -136,7 +135,7 @@ def open_runs_directory(place: str) -> Iterator[Callable[[], Path]]:
 
 
 def find_store_problem(address: str) -> str:
-    """Why this machine cannot work on the run at an address; empty where it can."""
+    """Return the reason why this machine cannot use the run at an address; empty if it can."""
     try:
         S3Client(address).list_objects(CLAIMS)
     except StorageError as error:
@@ -146,7 +145,7 @@ def find_store_problem(address: str) -> str:
 
 @contextmanager
 def storage_errors() -> Iterator[None]:
-    """Turn what a store says into words for the person at the keyboard."""
+    """Turn StorageError into LaunchError."""
     try:
         yield
     except StorageError as error:
@@ -154,7 +153,7 @@ def storage_errors() -> Iterator[None]:
 
 
 def _flush_periodically(mirror: S3Storage, ending: threading.Event, say: Say) -> None:
-    """Send what has changed every few seconds; the training does not wait, and a store that fails is tried again."""
+    """Flush every few seconds without blocking training; retry if the store fails."""
     since = 0.0
     while not ending.wait(_SEND_EVERY):
         try:
@@ -170,7 +169,7 @@ def _flush_periodically(mirror: S3Storage, ending: threading.Event, say: Say) ->
 
 
 def get_run_location(config: Config) -> str:
-    """The path or address of a run's directory."""
+    """Return the path or address of a run's directory."""
     if is_uri(config.run.dir):
         return f"{config.run.dir.rstrip('/')}/{config.run.name}"
     return str(Path(config.run.dir).expanduser().absolute() / config.run.name)
@@ -178,7 +177,7 @@ def get_run_location(config: Config) -> str:
 
 @contextmanager
 def lock_run(place: str, say: Callable[[str], None]) -> Iterator[RunDirectory]:
-    """The run at a place, held by this process. Raises LaunchError when another holds it, or nothing can be written."""
+    """Lock the run at a path or address. Raises LaunchError if another process holds it or it is not writable."""
     if is_uri(place):
         with lock_stored_run(place, say) as run:
             yield run
@@ -190,7 +189,7 @@ def lock_run(place: str, say: Callable[[str], None]) -> Iterator[RunDirectory]:
 
 @contextmanager
 def join_run(place: str, say: Callable[[str], None]) -> Iterator[RunDirectory]:
-    """The run at a place, which another process holds and this one takes part in."""
+    """Open the run at a path or address that another process has locked, to take part in it."""
     if is_uri(place):
         with open_worker(place, say) as run:
             yield run
@@ -199,13 +198,13 @@ def join_run(place: str, say: Callable[[str], None]) -> Iterator[RunDirectory]:
 
 
 def get_staging_root() -> Path:
-    """Where this user's staging directories lie on this machine."""
+    """Return the parent of this user's staging directories on this machine."""
     return Path(tempfile.gettempdir()) / f"llm-training-toolkit-{os.getuid()}"
 
 
 @contextmanager
 def create_staging_directory() -> Iterator[Path]:
-    """An empty directory of this process, removed at the end."""
+    """Create an empty directory for this process and remove it at the end."""
     root = get_staging_root()
     root.mkdir(mode=0o700, parents=True, exist_ok=True)
     _remove_stale_directories(root)
@@ -220,6 +219,6 @@ def create_staging_directory() -> Iterator[Path]:
 
 def _remove_stale_directories(root: Path) -> None:
     for path in root.iterdir():
-        with suppress(OSError), (path / _LOCK).open("r+") as lock:  # one without a lock is just being made
+        with suppress(OSError), (path / _LOCK).open("r+") as lock:  # without a lock it is being created
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(path, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""A prefix in an S3 bucket: objects by key, conditional creates, errors in words.
+"""Client for a prefix in an S3 bucket: objects by key, conditional creates, errors as StorageError.
 
 boto3, because pyarrow has no conditional writes and fsspec's s3fs pins a botocore of its own.
 """
@@ -17,14 +17,11 @@ from typing import Any, NamedTuple
 
 _ADDRESS = re.compile(r"s3://([^/?#]+)(?:/(.*))?")
 _LONGEST_CAUSE = 300
-_ATTEMPTS = 5
-"""Times a request is tried, within some ten seconds where nobody answers at all."""
+_ATTEMPTS = 5  # tries of a request, within about ten seconds if no server answers
+# Size from which files are transferred in parts, and size of a part: S3 takes 10,000 parts, 300 GB a file.
 _LARGE = 32 << 20
-"""Bytes from which a file goes and comes in parts, and of each of them: S3 takes 10,000 parts, 300 GB a file."""
-_AT_ONCE = 4
-"""Parts at a time: some hundred MB/s, and the training keeps its cores."""
-_DELETED_AT_ONCE = 1000
-"""S3's limit."""
+_AT_ONCE = 4  # parts in parallel: some hundred MB/s, and training keeps its cores
+_DELETED_AT_ONCE = 1000  # S3's limit
 HINT = (
     "Check the address, the network and the keys: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE; "
     "AWS_REGION; AWS_ENDPOINT_URL for a store that is not Amazon's"
@@ -32,33 +29,33 @@ HINT = (
 
 
 class StorageError(OSError):
-    """An object store refuses, or does not answer."""
+    """Failure of an object store that refuses or does not answer."""
 
 
 @dataclass(frozen=True)
 class ObjectInfo:
-    """An object as a listing shows it."""
+    """Object in a listing."""
 
     size: int
     etag: str
-    """Of this version of it."""
+    """ETag of this version."""
     age: float
     """Seconds since it was written, by the store's own clock."""
 
 
 class ObjectContent(NamedTuple):
-    """An object that was fetched."""
+    """Fetched object."""
 
     body: bytes
     etag: str
-    """Of this version of it."""
+    """ETag of this version."""
 
 
 class S3Client:
-    """What lies below an address such as `s3://bucket/runs/name`. Safe to use from several threads."""
+    """Client for the keys below an address such as `s3://bucket/runs/name`. Thread-safe."""
 
     def __init__(self, address: str) -> None:
-        """Raises StorageError where the address names no bucket. Nothing is asked of the store yet."""
+        """Create the client without a request to the store. Raises StorageError if the address names no bucket."""
         import boto3  # noqa: PLC0415 - a third of a second, for those alone whose runs lie in a store
         from boto3.exceptions import Boto3Error  # noqa: PLC0415
         from boto3.s3.transfer import TransferConfig  # noqa: PLC0415
@@ -78,7 +75,7 @@ class S3Client:
         with self._translate_errors():
             self._boto_client: Any = boto3.client(
                 "s3",
-                region_name=os.environ.get("AWS_REGION") or None,  # as data.sources; boto3 alone knows another name
+                region_name=os.environ.get("AWS_REGION") or None,  # as in data.sources; boto3 itself reads another name
                 config=Config(
                     connect_timeout=10,
                     read_timeout=60,
@@ -88,13 +85,13 @@ class S3Client:
             )
 
     def put_object(self, key: str, content: bytes) -> str:
-        """Write an object, whatever was there; the mark of this version."""
+        """Write or overwrite an object and return its ETag."""
         with self._translate_errors():
             answer = self._boto_client.put_object(Bucket=self._name, Key=self._build_full_key(key), Body=content)
         return str(answer["ETag"])
 
     def put_object_if_absent(self, key: str, content: bytes) -> str | None:
-        """Write an object unless there is one: of several who try, one writes. Its mark; None where it is another's."""
+        """Create an object and return its ETag, or None if it exists. Only one of several writers succeeds."""
         with self._translate_errors():
             try:
                 answer = self._boto_client.put_object(
@@ -103,13 +100,13 @@ class S3Client:
             except self._client_error as error:
                 if error.response["ResponseMetadata"]["HTTPStatusCode"] not in {409, 412}:
                     raise
-                # An answer may have been lost on its way: then the one that is there is ours.
+                # The response to our own write may have been lost: then the object is ours.
                 found = self.get_object(key)
                 return found.etag if found is not None and found.body == content else None
         return str(answer["ETag"])
 
     def get_object(self, key: str) -> ObjectContent | None:
-        """An object; None where there is none."""
+        """Return an object, or None if it is absent."""
         with self._translate_errors():
             try:
                 answer = self._boto_client.get_object(Bucket=self._name, Key=self._build_full_key(key))
@@ -120,7 +117,7 @@ class S3Client:
             return ObjectContent(answer["Body"].read(), str(answer["ETag"]))
 
     def list_objects(self, below: str = "") -> dict[str, ObjectInfo]:
-        """Every object whose key begins with `below`, by key, in the order of keys."""
+        """Return every object with a key that begins with `below`, by key, in key order."""
         found: dict[str, ObjectInfo] = {}
         with self._translate_errors():
             pages = self._boto_client.get_paginator("list_objects_v2")
@@ -133,7 +130,7 @@ class S3Client:
         return found
 
     def list_directories(self) -> list[str]:
-        """The names directly below the address that have something below them."""
+        """Return the names of the non-empty prefixes directly below the address."""
         with self._translate_errors():
             pages = self._boto_client.get_paginator("list_objects_v2")
             listed = pages.paginate(Bucket=self._name, Prefix=self._build_full_key(""), Delimiter="/")
@@ -141,9 +138,9 @@ class S3Client:
         return [prefix[len(self._build_full_key("")) :].rstrip("/") for prefix in found]
 
     def upload_file(self, path: Path, key: str, told: Callable[[int], None] | None = None) -> str:
-        """Send a file, large ones in parts, each with a checksum that the store compares; `told` of bytes sent.
+        """Upload a file and return its ETag; large files go in parts, with checksums that the store compares.
 
-        Its mark. Raises StorageError when it did not arrive whole.
+        `told` receives the bytes sent. Raises StorageError if the file did not arrive completely.
         """
         size = path.stat().st_size
         with self._translate_errors():
@@ -156,7 +153,7 @@ class S3Client:
         return str(stored["ETag"])
 
     def download_file(self, key: str, path: Path) -> None:
-        """Fetch an object into a file. Raises FileNotFoundError where there is none."""
+        """Download an object into a file. Raises FileNotFoundError if it is absent."""
         with self._translate_errors():
             try:
                 self._boto_client.download_file(self._name, self._build_full_key(key), str(path), Config=self._transfer)
@@ -166,7 +163,7 @@ class S3Client:
                 raise FileNotFoundError(f"{self.address}/{key}: no such object") from error
 
     def delete_objects(self, keys: Iterable[str]) -> None:
-        """Delete objects; one that is not there is no error."""
+        """Delete objects; absent ones are ignored."""
         wanted = [{"Key": self._build_full_key(key)} for key in keys]
         for start in range(0, len(wanted), _DELETED_AT_ONCE):
             some = {"Objects": wanted[start : start + _DELETED_AT_ONCE], "Quiet": True}
@@ -176,7 +173,7 @@ class S3Client:
                 raise StorageError(f"{self.address}: {errors[0]['Key']} cannot be deleted ({errors[0]['Message']})")
 
     def abort_multipart_uploads(self, below: str) -> None:
-        """Delete the parts of files that were never sent whole: no listing shows them, and they cost money."""
+        """Delete the parts of incomplete uploads: they cost money, and no listing shows them."""
         with self._translate_errors():
             found = self._boto_client.list_multipart_uploads(Bucket=self._name, Prefix=self._build_full_key(below)).get(
                 "Uploads", ()

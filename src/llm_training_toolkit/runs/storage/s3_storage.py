@@ -1,11 +1,11 @@
-"""A run in an object store, and this process's part of it in a staging directory.
+"""Run in an object store, with a staging directory for this process.
 
-    small files        fetched when the run is opened, sent again when they have changed here
-    growing files      sent in segments (`segments`); of those in the store the end is fetched where it is read
-    checkpoints        here as directories with a manifest; fragments are sent when written, fetched when read
-    export, base       sent whole, the file that says what they are last
+    Small files: fetched when the run is opened, uploaded when changed here.
+    Append-only files: uploaded in segments (`append_log`); their end is fetched when read.
+    Checkpoints: directories with a manifest here; fragments are uploaded when written, fetched when read.
+    Export and base weights: uploaded whole, `training.json` last.
 
-Everything below works on the staging directory as on any run directory; this alone knows the store.
+Other code uses the staging directory like any run directory; only this module accesses the store.
 """
 
 from __future__ import annotations
@@ -27,22 +27,18 @@ from llm_training_toolkit.runs.storage.lease import CLAIMS, is_lease_held
 from llm_training_toolkit.runs.storage.s3_client import ObjectInfo, S3Client, StorageError
 
 _MANIFEST = "manifest.json"
-_QUARANTINE_MARKER = "left_behind"
-"""Beside the manifest of a checkpoint that the lineage has left: an object cannot be renamed."""
+# Object beside the manifest of a quarantined checkpoint, because an object cannot be renamed.
+_QUARANTINE_MARKER = "quarantine"
+# Origin of an exported directory, uploaded last: without it the export counts as absent.
 _EXPORT_INFO_FILE = "training.json"
-"""The file of an exported directory that says what it is of: without it the directory is not there."""
-_TAIL = 262_144
-"""Bytes of a growing file's end that are fetched: what `ltt runs` and a resume read, and more."""
-_LARGE = 4 << 20
-"""Bytes from which a file is sent from disk, not through memory."""
-_RETRY_TIMEOUT = 240.0
-"""Seconds that a checkpoint's file is tried again for, where the store does not take it."""
-_RETRY_INTERVAL = 5.0
-"""Seconds between two of these tries."""
+_TAIL = 262_144  # bytes fetched from the end of an append-only file: more than `ltt runs` and a resume read
+_LARGE = 4 << 20  # bytes from which a file is uploaded from disk, not through memory
+_RETRY_TIMEOUT = 240.0  # seconds of retries for a checkpoint file that the store does not take
+_RETRY_INTERVAL = 5.0  # seconds between two retries
 
 
 class S3Storage:
-    """One run in a store; as `Storage` in `storage.place` says. Safe to use from several threads."""
+    """Storage of one run in an object store (protocol `Storage`). Thread-safe."""
 
     def __init__(self, bucket: S3Client, path: Path) -> None:
         self.run, self.bucket = RunDirectory(path), bucket
@@ -54,16 +50,16 @@ class S3Storage:
         path.mkdir(parents=True, exist_ok=True)
 
     def get_uri(self, path: Path) -> str:
-        """Where it lies for everybody."""
+        """Return the address, which is valid on every machine."""
         relative = self._get_object_key(path)
         return self.bucket.address if relative == "." else f"{self.bucket.address}/{relative}"
 
     def is_held(self) -> bool:
-        """Whether somebody works on the run."""
+        """Return whether a process holds the run's lease."""
         return is_lease_held(self.bucket)
 
     def refresh_directory(self, below: Path) -> None:
-        """Fetch what others have written below a directory since. Raises StorageError."""
+        """Fetch what other processes have written below a directory. Raises StorageError."""
         prefix = "" if below == self.run.path else f"{self._get_object_key(below)}/"
         with self._lock:
             listed = self.bucket.list_objects(prefix)
@@ -78,14 +74,14 @@ class S3Storage:
                     self._fetch_small_file(key)
 
     def _is_small_file(self, key: str) -> bool:
-        """Whether an object is a file that everybody who opens the run wants."""
+        """Return whether an object is fetched each time the run is opened."""
         top, _, name = key.rpartition("/")
         if key.startswith((CLAIMS, "checkpoints/")) or segments.is_append_only(key):
             return False
         return name == _EXPORT_INFO_FILE or not top.startswith(("export", "base"))
 
     def _refresh_checkpoints(self, listed: Mapping[str, ObjectInfo]) -> None:
-        """Make the directories of the checkpoints there are, with their manifests, and no others."""
+        """Create the directories of existing checkpoints with their manifests; delete all others."""
         found: dict[str, dict[str, ObjectInfo]] = {}
         for key, stored in listed.items():
             top, _, rest = key.partition("/")
@@ -105,10 +101,10 @@ class S3Storage:
                 shutil.rmtree(manifest.parent, ignore_errors=True)
 
     def _fetch_small_file(self, key: str) -> None:
-        """Have a small file here as it is in the store now."""
+        """Fetch the current version of a small file."""
         found = self.bucket.get_object(key)
         if found is None:
-            return  # gone since it was listed
+            return  # deleted since the listing
         path = self.run.path / key
         path.parent.mkdir(parents=True, exist_ok=True)
         arriving = path.with_name(f".{path.name}.{threading.get_ident()}")
@@ -117,7 +113,7 @@ class S3Storage:
         self._etags[key], self._file_states[key] = found.etag, _read_file_state(path)
 
     def fetch_file(self, path: Path) -> None:
-        """Have a file here: whole, or of one that grows its end. Nothing where the store has none of it."""
+        """Fetch a file, or the end of an append-only one; do nothing if the store has none."""
         relative = self._get_object_key(path)
         if segments.is_append_only(relative):
             self._fetch_tail(relative)
@@ -143,13 +139,13 @@ class S3Storage:
                 self._append_logs.adopt_stored_size(relative, pieces[-1].end)
 
     def fetch_directory(self, directory: Path) -> None:
-        """Have all files of an exported directory here."""
+        """Fetch all files of an exported directory."""
         for key in self.bucket.list_objects(f"{self._get_object_key(directory)}/"):
             self.fetch_file(self.run.path / key)
             self._file_states[key] = _read_file_state(self.run.path / key)
 
     def flush(self, *, last: bool = False) -> None:
-        """Send what has changed here, in the order in which it was written. Raises StorageError."""
+        """Upload files that changed here, in the order of their writes. Raises StorageError."""
         with self._lock:
             for path in self._list_local_files():
                 relative = self._get_object_key(path)
@@ -159,7 +155,7 @@ class S3Storage:
                     self._upload_whole_file(path)
 
     def _list_local_files(self) -> list[Path]:
-        """What this process has here to be sent, oldest first: not what is being written, nor checkpoints."""
+        """Return the files to upload, oldest first, without unfinished files and checkpoints."""
         found: list[tuple[int, Path]] = []
         for where, directories, names in os.walk(self.run.path):
             directory = Path(where)
@@ -174,7 +170,7 @@ class S3Storage:
                 else {name for name in names if not name.startswith(".")}
             )
             for name in shown:
-                with suppress(FileNotFoundError):  # what it stood in has just been replaced
+                with suppress(FileNotFoundError):  # its directory has just been replaced
                     found.append(((directory / name).stat().st_mtime_ns, directory / name))
         return [path for _, path in sorted(found)]
 
@@ -189,7 +185,7 @@ class S3Storage:
         self._file_states[relative] = state
 
     def _upload_export_files(self, directory: Path) -> None:
-        """Send the other files of an exported directory, in place of those of an earlier one."""
+        """Upload the other files of an exported directory, replacing an earlier export."""
         prefix = self._get_object_key(directory)
         self.bucket.delete_objects([f"{prefix}/{_EXPORT_INFO_FILE}"])
         sent = [path for path in directory.rglob("*") if path.is_file() and path.name != _EXPORT_INFO_FILE]
@@ -199,7 +195,7 @@ class S3Storage:
         self.bucket.delete_objects(there.keys() - {self._get_object_key(path) for path in sent})
 
     def begin_attempt(self, facts: Mapping[str, Any]) -> int:
-        """Take the next attempt number; of two that begin at the same moment each gets one of its own."""
+        """Take the next attempt number; simultaneous starts get different numbers."""
         with self._lock:
             while True:
                 self.refresh_directory(self.run.attempts_dir)
@@ -215,9 +211,9 @@ class S3Storage:
                 path.unlink()
 
     def upload_checkpoint_file(self, path: Path, told: Callable[[int], None]) -> None:
-        """Send a checkpoint's file and remove it here. Raises StorageError when the store does not take it in time.
+        """Upload a checkpoint file and delete it here. Raises StorageError if the store does not take it in time.
 
-        What belongs to the steps before it, metrics and logs, is sent first: a checkpoint has all that led to it.
+        Metrics and logs of the steps before it are flushed first, so that a checkpoint has its whole history.
         """
         until = time.monotonic() + _RETRY_TIMEOUT
         while True:
@@ -232,7 +228,7 @@ class S3Storage:
         path.unlink()
 
     def commit_manifest(self, path: Path, text: str) -> None:
-        """Write a checkpoint's manifest, which is there from then on. Raises StorageError, FileExistsError."""
+        """Write a checkpoint's manifest, which commits it. Raises StorageError, FileExistsError."""
         mark = self.bucket.put_object_if_absent(self._get_object_key(path), text.encode())
         if mark is None:
             raise FileExistsError(f"{self.get_uri(path)}: another process has written one")
@@ -240,12 +236,12 @@ class S3Storage:
         self._etags[self._get_object_key(path)] = mark
 
     def read_file_sizes(self, directory: Path) -> Mapping[str, int]:
-        """Bytes of each file of a checkpoint, by name, as the store says."""
+        """Return the bytes of each file of a checkpoint in the store, by name."""
         prefix = f"{self._get_object_key(directory)}/"
         return {key.removeprefix(prefix): stored.size for key, stored in self.bucket.list_objects(prefix).items()}
 
     def delete_checkpoint(self, directory: Path) -> None:
-        """Delete a checkpoint, its manifest first: a deletion that is cut short leaves none that looks whole."""
+        """Delete a checkpoint, its manifest first: after an interrupted deletion it does not look complete."""
         prefix = f"{self._get_object_key(directory)}/"
         self.bucket.delete_objects([f"{prefix}{_MANIFEST}"])
         self.bucket.delete_objects(self.bucket.list_objects(prefix))
@@ -253,14 +249,14 @@ class S3Storage:
         shutil.rmtree(directory, ignore_errors=True)
 
     def quarantine_checkpoint(self, directory: Path) -> str:
-        """Mark a checkpoint as one that the lineage leaves; where it is now, in words."""
+        """Mark a checkpoint as quarantined and return a text that says where it is."""
         mark = f"{self._get_object_key(directory)}/{_QUARANTINE_MARKER}"
         self.bucket.put_object(mark, b"")
         shutil.rmtree(directory)
         return f"it stays where it is, marked by {self.bucket.address}/{mark}"
 
     def evict_checkpoint(self, directory: Path) -> None:
-        """Remove what was fetched of a checkpoint but for its manifest."""
+        """Delete the fetched files of a checkpoint except its manifest."""
         for path in directory.iterdir():
             if path.name != _MANIFEST:
                 path.unlink()
@@ -270,6 +266,6 @@ class S3Storage:
 
 
 def _read_file_state(path: Path) -> tuple[int, int]:
-    """What changes when a file does."""
+    """Return (mtime, size), which changes when the file does."""
     status = path.stat()
     return status.st_mtime_ns, status.st_size

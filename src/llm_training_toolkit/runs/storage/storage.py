@@ -1,6 +1,6 @@
-"""Where a run lies: on a disk, or in a store of which this process has a staging directory.
+"""Storage of a run: a local disk, or an object store with a staging directory for this process.
 
-What differs between the two is here; everything else works on directories and need not know.
+All differences between the two are here; other code works on directories.
 """
 
 from __future__ import annotations
@@ -17,57 +17,57 @@ from llm_training_toolkit.runs.storage.s3_storage import S3Storage
 
 
 class Storage(Protocol):
-    """What is asked of the place where a run lies. Raises OSError as storage does."""
+    """Operations on the storage of a run. Raises OSError if storage fails."""
 
     def get_uri(self, path: Path) -> str:
-        """Where a file or directory of the run lies for everybody."""
+        """Return the location of a file or directory of the run, valid on every machine."""
 
     def is_held(self) -> bool:
-        """Whether a process holds the run's claim."""
+        """Return whether a process holds the run's lock or lease."""
 
     def refresh_directory(self, below: Path) -> None:
-        """See what others have written below a directory."""
+        """Fetch what other processes have written below a directory."""
 
     def fetch_file(self, path: Path) -> None:
-        """Have a file here that is to be read."""
+        """Fetch a file before it is read."""
 
     def flush(self, *, last: bool = False) -> None:
-        """Have everything there that was written here."""
+        """Upload everything written here."""
 
     def begin_attempt(self, facts: Mapping[str, Any]) -> int:
         """Take the next attempt number."""
 
     def upload_checkpoint_file(self, path: Path, told: Callable[[int], None]) -> None:
-        """Have a file of a checkpoint there that was written here; `told` of bytes."""
+        """Upload a checkpoint file written here; `told` receives the bytes sent."""
 
     def commit_manifest(self, path: Path, text: str) -> None:
-        """Write the manifest of a checkpoint, which is complete from then on."""
+        """Write the manifest of a checkpoint, which commits it."""
 
     def read_file_sizes(self, directory: Path) -> Mapping[str, int]:
-        """Bytes of each file of a checkpoint, by name, as they are there."""
+        """Return the bytes of each stored file of a checkpoint, by name."""
 
     def delete_checkpoint(self, directory: Path) -> None:
-        """Delete a checkpoint. One whose deletion is cut short does not look whole."""
+        """Delete a checkpoint; after an interrupted deletion it does not look complete."""
 
     def quarantine_checkpoint(self, directory: Path) -> str:
-        """Put a checkpoint where it is not found any more; where that is, in words."""
+        """Hide a checkpoint from searches and return a text that says where it is."""
 
     def evict_checkpoint(self, directory: Path) -> None:
-        """Forget what was brought of a checkpoint."""
+        """Delete the fetched files of a checkpoint."""
 
 
 class LocalStorage:
-    """A run directory that every process sees as it is."""
+    """Run directory on a file system that every process shares."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
 
     def get_uri(self, path: Path) -> str:
-        """Its path."""
+        """Return the path."""
         return str(path)
 
     def is_held(self) -> bool:
-        """By the lock, which ends with its process."""
+        """Return whether the lock is held; it ends with its process."""
         try:
             with (self._path / "lock").open() as lock:
                 fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -78,51 +78,50 @@ class LocalStorage:
             return False
 
     def refresh_directory(self, below: Path) -> None:
-        """It is all there."""
+        """Do nothing: the file system is shared."""
 
     def fetch_file(self, path: Path) -> None:
-        """It is there."""
+        """Do nothing: the file system is shared."""
 
     def flush(self, *, last: bool = False) -> None:
-        """It is there."""
+        """Do nothing: the file system is shared."""
 
     def begin_attempt(self, facts: Mapping[str, Any]) -> int:
-        """By an exclusive create."""
+        """Take the number by an exclusive create."""
         return begin_attempt(RunDirectory(self._path), facts)
 
     def upload_checkpoint_file(self, path: Path, told: Callable[[int], None]) -> None:
-        """It is there."""
+        """Do nothing: the file system is shared."""
 
     def commit_manifest(self, path: Path, text: str) -> None:
-        """Under a temporary name first, then renamed."""
+        """Write under a temporary name, then rename."""
         write_atomically(path, text)
 
     def read_file_sizes(self, directory: Path) -> Mapping[str, int]:
-        """As the file system says."""
+        """Return the sizes in the file system."""
         return {path.name: path.stat().st_size for path in directory.iterdir()}
 
     def delete_checkpoint(self, directory: Path) -> None:
-        """The manifest first."""
+        """Delete the manifest first."""
         (directory / "manifest.json").unlink(missing_ok=True)
         shutil.rmtree(directory, ignore_errors=True)
 
     def quarantine_checkpoint(self, directory: Path) -> str:
-        """Renamed."""
+        """Rename the directory."""
         number = 1
-        while (target := directory.with_name(f"left_behind_{number}_{directory.name}")).exists():
+        while (target := directory.with_name(f"quarantine_{number}_{directory.name}")).exists():
             number += 1
         directory.rename(target)
         return f"it lies in {target.name} now"
 
     def evict_checkpoint(self, directory: Path) -> None:
-        """Nothing was brought."""
+        """Do nothing: no file was fetched."""
 
 
-open_s3_storages: list[S3Storage] = []
-"""Those that this process has open (`storage.opening`)."""
+open_s3_storages: list[S3Storage] = []  # all that this process has open (`storage.open`)
 
 
 def find_storage(path: Path) -> Storage:
-    """The place of the run that a path belongs to, or of the run at the path."""
+    """Return the storage of the run at a path, or of the run that the path is in."""
     found = next((mirror for mirror in open_s3_storages if path.is_relative_to(mirror.run.path)), None)
     return found or LocalStorage(path)

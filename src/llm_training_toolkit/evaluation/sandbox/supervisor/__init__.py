@@ -1,4 +1,4 @@
-"""What runs between the toolkit and a contained program: a process that imports the standard library alone.
+"""Supervisor process between the toolkit and a sandboxed program. Imports the standard library only.
 
-It starts the program, limits its time and outlives everything the program started.
+Starts the program, enforces its timeout and outlives all of the program's descendants.
 """

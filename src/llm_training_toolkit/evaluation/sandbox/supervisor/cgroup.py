@@ -1,4 +1,4 @@
-"""Limits for a program and all it starts together, by a control group, where this process may make one."""
+"""Memory and process limits for a program and all its descendants, by a cgroup if this process may create one."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ from contextlib import suppress
 from pathlib import Path
 
 _ROOT = Path("/sys/fs/cgroup")
-_PREFIX = "ltt-"
-"""Of a group's name, before the number of the process that made it."""
+_PREFIX = "ltt-"  # of a group's name, followed by the pid of its supervisor
 _REMOVAL_SECONDS = 2.0
 
 
 class ControlGroup:
-    """A group's directories: one in version 2, one for each controller in version 1; none where none is allowed."""
+    """Directories of a cgroup: one in v2, one per controller in v1, empty without permission."""
 
     def __init__(self, memory: int, processes: int) -> None:
         self._directories: list[Path] = []
@@ -25,17 +24,17 @@ class ControlGroup:
                 directory.mkdir()
                 self._directories.append(directory)
             for file, value in limits.items():
-                with suppress(OSError):  # a kernel without swap has no limit of it, and the others hold still
+                with suppress(OSError):  # a kernel without swap lacks its limit file; the other limits still apply
                     (directory / file).write_text(str(value))
 
     def join_group(self) -> None:
-        """Put this process, and what it starts from now on, into the group, where that is allowed."""
+        """Move this process, and so its future children, into the group if permitted."""
         for directory in self._directories:
             with suppress(OSError):
                 (directory / "cgroup.procs").write_text("0")
 
     def remove_group(self) -> None:
-        """Take the group away, once nothing is in it."""
+        """Remove the group, after waiting up to 2 s for its processes to exit."""
         end = time.monotonic() + _REMOVAL_SECONDS
         for directory in self._directories:
             while directory.is_dir():
@@ -48,7 +47,7 @@ class ControlGroup:
 
 
 def _remove_stale_groups(parent: Path) -> None:
-    """Remove the groups of supervisors that were killed; where processes are in one, the kernel refuses."""
+    """Remove groups of killed supervisors. The kernel refuses for a group that still has processes."""
     for group in parent.glob(f"{_PREFIX}*"):
         owner = group.name.removeprefix(_PREFIX)
         if owner == str(os.getpid()) or not Path("/proc", owner).exists():
@@ -57,7 +56,7 @@ def _remove_stale_groups(parent: Path) -> None:
 
 
 def _find_parent_groups(memory: int, processes: int) -> list[tuple[Path, dict[str, int]]]:
-    """The groups that a new one may be made in, each with what is written into it."""
+    """Return the groups to create a new one in, each with the limit files to write."""
     try:
         lines = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
     except OSError:
@@ -67,7 +66,7 @@ def _find_parent_groups(memory: int, processes: int) -> list[tuple[Path, dict[st
     if found := [(_ROOT / name / paths[name].lstrip("/"), limits[name]) for name in limits if name in paths]:
         return found
     own = _ROOT / paths.get("", "").lstrip("/")
-    # In version 2 a group holds either processes or groups: the nearest one above that may hold groups.
+    # A v2 group holds either processes or groups, so take the nearest ancestor that delegates controllers.
     for group in (own, *own.parents):
         if group.is_relative_to(_ROOT) and _can_hold_groups(group):
             return [(group, {"memory.max": memory, "memory.swap.max": 0, "pids.max": processes})]

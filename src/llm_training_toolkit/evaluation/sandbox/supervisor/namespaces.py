@@ -1,8 +1,7 @@
-"""Containment by the kernel's namespaces: no other files, no network, no other processes.
+"""Containment by kernel namespaces: no other files, no network, no other processes.
 
-The program sees a root of its own that holds the system's libraries and Python, read only, a folder `/tmp` in memory
-that ends with it, five device files, and nothing else of the machine. It is process 1 of its own process namespace:
-when it ends, the kernel kills whatever it has started.
+The program sees its own root: system libraries and Python read-only, a `/tmp` in memory that disappears with it, and
+five device files. Its process is PID 1 of its own PID namespace, so the kernel kills all its descendants when it exits.
 """
 
 from __future__ import annotations
@@ -28,15 +27,15 @@ _DEVICES = ("null", "zero", "full", "random", "urandom")
 
 
 def unshare_namespaces() -> None:
-    """Leave every namespace; the next child is process 1 of a new one."""
+    """Leave all namespaces. The next child becomes PID 1 of a new one."""
     syscalls.unshare(_NAMESPACES)
 
 
 def map_users(process: int) -> None:
-    """From outside, give a process that has left its namespaces the user ids 0 and 65534, or 65534 alone.
+    """From outside, map user ids into a process that called `unshare_namespaces`: 0 and 65534, or 65534 alone.
 
-    Root maps to two users: as root the program's folders are put together, as nobody it runs, because the kernel does
-    not limit the number of root's processes. Anyone else has no other user than himself to map to.
+    Root maps two users. The root file system is built as root, and the program runs as nobody, because the kernel does
+    not limit root's process count. An unprivileged user can map only itself.
     """
     try:
         for name in ("uid_map", "gid_map"):
@@ -48,22 +47,22 @@ def map_users(process: int) -> None:
 
 
 def enter_new_root(root: str, visible: Sequence[str], room: int) -> None:
-    """Build the program's root in an empty directory, enter it and become nobody. `room` bytes are free in /tmp."""
+    """Build the program's root in an empty directory, pivot into it and become nobody. `room`: bytes of /tmp."""
     plain = syscalls.MS_NOSUID | syscalls.MS_NODEV
     syscalls.mount("none", "/", "", syscalls.MS_REC | syscalls.MS_PRIVATE)
     syscalls.mount("tmpfs", root, "tmpfs", syscalls.MS_NOSUID, "size=1m,mode=755")
     for name in ("proc", "tmp", "dev"):
         Path(root, name).mkdir()
-    with suppress(PermissionError):  # in a container whose own /proc is partly hidden there is none to be had
+    with suppress(PermissionError):  # refused inside a container with a partly masked /proc
         syscalls.mount("proc", f"{root}/proc", "proc", plain | syscalls.MS_NOEXEC)
     syscalls.mount("tmpfs", f"{root}/tmp", "tmpfs", plain, f"size={room},nr_inodes=4096,mode=1777")
     for name in _DEVICES:
         Path(root, "dev", name).touch()
         syscalls.mount(f"/dev/{name}", f"{root}/dev/{name}", "", syscalls.MS_BIND)
-    for path in visible:  # after /tmp, below which a Python may live
+    for path in visible:  # after the /tmp mount, which would hide a Python below /tmp
         _bind_mount_read_only(path, root)
     syscalls.pivot_root(root)
-    with suppress(OSError):  # namespaces within namespaces: nothing gained by them, and more of the kernel to attack
+    with suppress(OSError):  # nested namespaces are of no use to programs and widen the kernel's attack surface
         _write_kernel_file("/proc/sys/user/max_user_namespaces", "0")
     syscalls.make_read_only("/", recursive=False)
     os.chdir("/tmp")
@@ -71,7 +70,7 @@ def enter_new_root(root: str, visible: Sequence[str], room: int) -> None:
 
 
 def _bind_mount_read_only(path: str, root: str) -> None:
-    """Let a path of the machine be seen under the new root, read only, or be the link it is."""
+    """Bind-mount a path read-only under the new root, or recreate it if it is a symlink."""
     target = Path(root + path)
     target.parent.mkdir(parents=True, exist_ok=True)
     if Path(path).is_symlink():
@@ -86,7 +85,7 @@ def _bind_mount_read_only(path: str, root: str) -> None:
 
 
 def _become_nobody() -> None:
-    """Where there are two users, be the one without rights; where there is one, he has been it from the start."""
+    """Switch to user 65534 and drop privileges. With a single mapped user the process already is 65534."""
     if os.getuid() != _NOBODY:
         os.setgroups([])
         os.setresgid(_NOBODY, _NOBODY, _NOBODY)
@@ -95,7 +94,7 @@ def _become_nobody() -> None:
 
 
 def _write_kernel_file(path: str, text: str) -> None:
-    """Write in one piece, as the kernel's own files want it."""
+    """Write with a single write call, which kernel files require."""
     descriptor = os.open(path, os.O_WRONLY)
     try:
         os.write(descriptor, text.encode())

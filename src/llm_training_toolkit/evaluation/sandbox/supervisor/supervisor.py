@@ -1,10 +1,10 @@
-"""Starts one contained program, ends it when its time is up, and outlives everything it started.
+"""Starts one sandboxed program, kills it on timeout and outlives all its descendants.
 
-    toolkit -> supervisor -> doorkeeper -> driver and program        (the last as process 1 of its own namespace)
+    toolkit -> supervisor -> _run_in_namespaces -> child.py with the program    (the last as PID 1 of its namespace)
 
-The doorkeeper leaves the namespaces, waits until the supervisor has mapped its users, and starts the program's process,
-which builds its root and becomes the driver. Each dies with the one before it. Called as a script with one argument,
-the orders as JSON; the program is the standard input, what it reports the standard output.
+The `_run_in_namespaces` process unshares, waits until the child of `_fork_mapper` has mapped its users, and forks the
+program's process, which builds its root and executes `child.py`. Each process dies with its parent. Run as a script
+with one argument, the orders as JSON. Standard input is the program, standard output its report.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from typing import Any, NoReturn
 from llm_training_toolkit.evaluation.sandbox.supervisor import namespaces, syscalls, workdir
 from llm_training_toolkit.evaluation.sandbox.supervisor.cgroup import ControlGroup
 
+# Exit codes, beside 0. BROKEN: the containment could not be built, and standard error has the reason.
 TIMED_OUT, BROKEN = 3, 4
-"""Exit codes: the time was up; the containment could not be built, as the standard error says. 0 otherwise."""
 _KILL_SECONDS = 5.0
 
 
 def main() -> None:
-    """Carry out the orders."""
+    """Execute the orders."""
     orders = json.loads(sys.argv[1])
     syscalls.die_with_parent()
     if os.getppid() != orders["parent"]:
-        sys.exit(BROKEN)  # the toolkit was gone before this process could say that it wants to die with it
+        sys.exit(BROKEN)  # the toolkit died before die_with_parent() took effect
     syscalls.adopt_orphans()
     deadline = time.monotonic() + orders["seconds"]
     group = ControlGroup(orders["memory"], orders["processes"])
@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def _fork_child(work: Callable[[], None]) -> int:
-    """A child that does some work, which ends in another program or in its own end, and dies with this process."""
+    """Fork a child that runs `work`, which execs or exits, and that dies with this process."""
     own = os.getpid()
     child = os.fork()
     if child:
@@ -65,11 +65,11 @@ def _fork_child(work: Callable[[], None]) -> int:
     except OSError as error:
         sys.stderr.write(f"{error}\n")
     finally:
-        os._exit(code)  # never back into the parent's code
+        os._exit(code)  # never return into the parent's code
 
 
 def _run_in_namespaces(orders: dict[str, Any], group: ControlGroup, home: str) -> None:
-    """The doorkeeper: leaves the namespaces and starts process 1 of new ones."""
+    """Unshare the namespaces and fork PID 1 of the new ones."""
     group.join_group()
     left, mapped = os.pipe(), os.pipe()
     helper = _fork_mapper(os.getpid(), left, mapped)
@@ -85,7 +85,7 @@ def _run_in_namespaces(orders: dict[str, Any], group: ControlGroup, home: str) -
 
 
 def _fork_mapper(process: int, left: tuple[int, int], mapped: tuple[int, int]) -> int:
-    """A child that stays outside and maps the users of a process once that has left its namespaces."""
+    """Fork a child that stays outside and maps the users of `process` once it has unshared."""
 
     def map_unshared_users() -> None:
         os.close(left[1])
@@ -100,7 +100,7 @@ def _fork_mapper(process: int, left: tuple[int, int], mapped: tuple[int, int]) -
 
 def _run_first_process(orders: dict[str, Any], home: str) -> None:
     namespaces.enter_new_root(home, orders["visible"], orders["room"])
-    syscalls.die_with_parent()  # becoming nobody has undone it
+    syscalls.die_with_parent()  # reset by the change to nobody
     _exec_command(orders["command"], "/tmp")
 
 
@@ -110,7 +110,7 @@ def _run_in_bubblewrap(orders: dict[str, Any], group: ControlGroup, home: str) -
 
 
 def _run_uncontained(orders: dict[str, Any], group: ControlGroup, home: str) -> None:
-    """No containment but limits and the folder the program begins in."""
+    """Run with the limits and a working directory, without containment."""
     group.join_group()
     os.chdir(home)
     _exec_command(orders["command"], home)
@@ -131,7 +131,7 @@ def _exec_command(command: list[str], home: str) -> NoReturn:
 
 
 def _wait_for_child(child: int, deadline: float) -> int | None:
-    """The status a child ended with; None where it was killed because the time was up."""
+    """Wait for a child and return its status, or None if it was killed at the deadline."""
     watched = os.pidfd_open(child)
     ready, _, _ = select.select([watched], [], [], max(deadline - time.monotonic(), 0.0))
     os.close(watched)
@@ -143,7 +143,7 @@ def _wait_for_child(child: int, deadline: float) -> int | None:
 
 
 def _kill_descendants() -> None:
-    """End whatever is left: orphans become children of this process, and of theirs in the next round."""
+    """Kill all remaining descendants: orphans are reparented to this process, so each round reaches one level more."""
     end = time.monotonic() + _KILL_SECONDS
     while time.monotonic() < end:
         try:

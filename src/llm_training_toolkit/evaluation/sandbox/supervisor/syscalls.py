@@ -1,4 +1,4 @@
-"""The calls of the Linux kernel that Python 3.11 has no names for. Each raises OSError where the kernel refuses."""
+"""Linux system calls without a wrapper in Python 3.11. Each raises OSError if the kernel refuses."""
 
 from __future__ import annotations
 
@@ -20,8 +20,7 @@ _DETACH = 2
 _PDEATHSIG, _CAPBSET_DROP, _CHILD_SUBREAPER, _NO_NEW_PRIVS = 1, 24, 36, 38
 _SIGKILL = 9
 _MOUNT_SETATTR = 442
-_READ_ONLY_ATTRIBUTES = 1 | 2 | 4
-"""Read only, no set-user-id, no device files."""
+_READ_ONLY_ATTRIBUTES = 1 | 2 | 4  # read-only, no set-user-id, no device files
 _AT_FDCWD, _AT_RECURSIVE = -100, 0x8000
 _PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
 
@@ -35,18 +34,18 @@ def _check_result(result: int, what: str) -> None:
 
 
 def unshare(flags: int) -> None:
-    """Leave namespaces for new ones."""
+    """Move this process into new namespaces."""
     _check_result(_libc.unshare(flags), "unshare")
 
 
 def mount(source: str, target: str, kind: str, flags: int, options: str = "") -> None:
-    """Mount, or bind with MS_BIND."""
+    """Mount, or bind-mount with MS_BIND."""
     words = [text.encode() for text in (source, target, kind)]
     _check_result(_libc.mount(*words, ctypes.c_ulong(flags), options.encode()), f"mount {target}")
 
 
 def make_read_only(target: str, *, recursive: bool) -> None:
-    """Make a mount read only, with the mounts below it where `recursive`. Linux 5.12 or newer."""
+    """Make a mount read-only, including submounts if `recursive`. Needs Linux 5.12 or newer."""
     attributes = (ctypes.c_uint64 * 4)(_READ_ONLY_ATTRIBUTES, 0, 0, 0)
     size = ctypes.c_size_t(ctypes.sizeof(attributes))
     flags = _AT_RECURSIVE if recursive else 0
@@ -55,29 +54,29 @@ def make_read_only(target: str, *, recursive: bool) -> None:
 
 
 def pivot_root(directory: str) -> None:
-    """Make a mount the root of this process, and let go of the old one."""
+    """Make a mount the root of this process and detach the old root."""
     number = _PIVOT_ROOT.get(os.uname().machine)
     if number is None:
         raise OSError(0, f"pivot_root: its number on {os.uname().machine} is not known")
     os.chdir(directory)
-    _check_result(_libc.syscall(number, b".", b"."), "pivot_root")  # the old root lies on top of the new one now
+    _check_result(_libc.syscall(number, b".", b"."), "pivot_root")  # stacks the old root on top of the new one
     _check_result(_libc.umount2(b".", _DETACH), "umount of the old root")
     os.chdir("/")
 
 
 def die_with_parent() -> None:
-    """Be killed when the thread that started this process ends. A change of user undoes it."""
+    """Have the kernel kill this process when the thread that started it ends. Reset by a change of user."""
     _check_result(_libc.prctl(_PDEATHSIG, _SIGKILL), "prctl")
 
 
 def adopt_orphans() -> None:
-    """Become the parent of every descendant whose parent ends."""
+    """Become the parent of every descendant whose own parent ends."""
     _check_result(_libc.prctl(_CHILD_SUBREAPER, 1), "prctl")
 
 
 def drop_privileges() -> None:
-    """Never again gain a privilege, neither by a program's owner nor by capabilities."""
+    """Empty the capability bounding set and set NO_NEW_PRIVS, so that no program it executes gains privileges."""
     for capability in range(64):
         if _libc.prctl(_CAPBSET_DROP, capability, 0, 0, 0) < 0:
-            break  # the kernel knows no more of them, or there is none to drop
+            break  # past the kernel's last capability, or no right to drop it
     _check_result(_libc.prctl(_NO_NEW_PRIVS, 1, 0, 0, 0), "prctl")

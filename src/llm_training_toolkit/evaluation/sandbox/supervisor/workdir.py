@@ -1,4 +1,4 @@
-"""The folder that a program begins in, and those that supervisors who were killed have left behind."""
+"""Working directory of a program, and removal of directories left by killed supervisors."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ from contextlib import suppress
 from pathlib import Path
 
 _PREFIX = "ltt-program-"
-_MIN_AGE_SECONDS = 60.0
-"""A folder younger than this may not have been locked yet."""
+_MIN_AGE_SECONDS = 60.0  # a younger directory may not be locked yet
 
 
 def create_workdir() -> str:
-    """A new folder, locked for as long as this process or one that it forked lives."""
+    """Create a directory, locked as long as this process or a fork of it lives."""
     folder = tempfile.mkdtemp(prefix=_PREFIX)
     with suppress(OSError):  # a file system without locks
         fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX)
@@ -24,7 +23,7 @@ def create_workdir() -> str:
 
 
 def remove_stale_workdirs() -> None:
-    """Remove the folders that nobody holds any more."""
+    """Remove directories without a lock holder."""
     for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
         with suppress(OSError):
             _remove_unless_locked(folder)

@@ -1,0 +1,85 @@
+"""Prints the package as it is: every file with the first line of its docstring, and figures of its layout.
+
+`make structure` writes the list; `make structure FIGURES=--figures` the figures that docs/contributing.md states.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "src" / "llm_training_toolkit"
+# Files a reader opens for one step, one restart and one trial, in the order they are called.
+WALKS = {
+    "step": """train/loop.py train/hooks.py train/components.py train/loss_spikes.py train/stragglers.py
+        data/dataloader.py data/dataset.py engine/engine.py models/loss.py""",
+    "restart": """launch/ray/controller.py launch/ray/worker_group.py launch/ray/train_fn.py launch/ray/control_actor.py
+        launch/ray/hang_detector.py launch/ray/failure_cause.py launch/ray/failure_policy.py launch/ray/resources.py
+        launch/ray/capacity.py worker/main.py checkpoint/restore.py""",
+    "trial": """launch/tune/tuner.py launch/tune/trainable.py launch/tune/callbacks.py search/space.py search/sampler.py
+        search/early_stopping.py search/event_log.py search/budget.py launch/ray/controller.py train/hooks.py
+        search/outputs.py""",
+}
+Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+
+
+def main() -> None:
+    """Print what was asked for."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--figures", action="store_true", help="the figures alone")
+    if parser.parse_args().figures:
+        print("\n".join(figures()))
+    else:
+        print("\n".join(files()))
+
+
+def files() -> Iterator[str]:
+    """Yield the folders with their files, each with what its docstring says first."""
+    for folder in sorted({path.parent for path in PACKAGE.rglob("*.py")}):
+        yield f"\n{folder.relative_to(PACKAGE.parent)}/"
+        for path in sorted(folder.glob("*.py")):
+            yield f"  {path.name:24} {first_line(path)}"
+
+
+def first_line(path: Path) -> str:
+    """Return the first line of a file's docstring."""
+    return (ast.get_docstring(ast.parse(path.read_text())) or "").partition("\n")[0]
+
+
+def figures() -> Iterator[str]:
+    """Yield the figures of the layout."""
+    paths = sorted(PACKAGE.rglob("*.py"))
+    folders = Counter(path.parent for path in paths)
+    largest, count = folders.most_common(1)[0]
+    names = [name for path in paths for name in definitions(path)]
+    single = sum(is_one_word(name) for name in names)
+    yield f"files                      {len(paths)}"
+    yield f"lines                      {sum(path.read_text().count(chr(10)) for path in paths)}"
+    yield f"largest folder             {count} files, {largest.relative_to(PACKAGE)}/"
+    yield f"files at the root          {folders[PACKAGE]}"
+    yield f"names of one word          {single / len(names):.0%} of {len(names)} functions, methods and classes"
+    for walk, listed in WALKS.items():
+        missing = [name for name in listed.split() if not (PACKAGE / name).is_file()]
+        assert not missing, f"WALKS[{walk!r}] names files that are gone: {missing}"
+        yield f"files to read for a {walk:7} {len(listed.split())}"
+
+
+def definitions(path: Path) -> Iterator[str]:
+    """Yield the names of a file's functions, methods and classes, special methods left out."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, Definition) and not node.name.startswith("__"):
+            yield node.name
+
+
+def is_one_word(name: str) -> bool:
+    """Return whether a name has neither an inner underscore nor a second capital."""
+    word = name.strip("_")
+    return "_" not in word and not any(letter.isupper() for letter in word[1:])
+
+
+if __name__ == "__main__":
+    main()
