@@ -38,6 +38,7 @@ from llm_training_toolkit.checkpoint import (
     list_complete_checkpoints,
     quarantine_checkpoint,
 )
+from llm_training_toolkit.checkpoint.host_buffer import _build_header, compute_serialized_size
 from llm_training_toolkit.checkpoint.manifest import read_manifest
 from llm_training_toolkit.checkpoint.writer import ManifestBuilder
 from llm_training_toolkit.distributed.context import RunContext
@@ -463,3 +464,12 @@ def test_a_complete_checkpoint_is_neither_written_over_nor_deleted(run: RunDirec
         write(directory)
     assert list_complete_checkpoints(run.checkpoints_dir) == [directory]
     assert CheckpointReader(directory).verify_files() == []
+
+
+@given(st.lists(st.integers(1, 2**32), min_size=1, max_size=60))
+def test_reserved_memory_holds_the_header_of_files_of_any_size(counts: list[int]) -> None:
+    names = {f"weights.layer.{number}": count for number, count in enumerate(counts)}
+    places, end = {}, 0
+    for name, count in names.items():
+        places[name], end = (end, end + 4 * count), end + 4 * count
+    assert len(_build_header(places)) + end <= compute_serialized_size(names)

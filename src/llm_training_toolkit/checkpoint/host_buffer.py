@@ -58,7 +58,8 @@ def serialize_to_buffer(tensors: Mapping[str, Tensor], memory: HostBuffer) -> me
 
 def compute_serialized_size(names: Mapping[str, int]) -> int:
     """Return the bytes to reserve for a file of tensors with the given numbers of values."""
-    return len(_build_header(dict.fromkeys(names, (2**40, 2**40)))) + 4 * sum(names.values())
+    largest = (2**40, 2**41)  # as many digits as any offset and shape below 2 TB has
+    return len(_build_header(dict.fromkeys(names, largest))) + 4 * sum(names.values())
 
 
 def _build_header(places: Mapping[str, tuple[int, int]]) -> bytes:

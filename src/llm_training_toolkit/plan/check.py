@@ -52,10 +52,7 @@ def find_length_problems(steps: int | None, warmup: int | None, decay: int | Non
 
 
 def _find_attention_problems(config: Config) -> Iterator[Problem]:
-    """Find settings that flash attention does not support.
-
-    Transformers detects packed documents only in batches of one row.
-    """
+    """Find what flash attention does not support: transformers detects packed documents in batches of one row only."""
     if config.model.attn_implementation != "flash_attention_2":
         return
     if get_micro_batch(config) > 1:
@@ -168,10 +165,7 @@ def _format_plural(value: int, noun: str) -> str:
 
 
 def find_vocabulary_problems(config: Config, vocab_size: int | None, hf: HfValues) -> tuple[Problem, ...]:
-    """Return a problem if the tokenizer has more entries than the embedding has rows.
-
-    `vocab_size` is None until the data is prepared.
-    """
+    """Return a problem if the tokenizer has more entries (None = not known yet) than the embedding has rows."""
     if vocab_size is None or vocab_size <= hf["vocab_size"]:
         return ()
     what = f"the tokenizer has {vocab_size:,} entries, the model's embedding {hf['vocab_size']:,} rows"

@@ -1,4 +1,4 @@
-"""How much memory a device needs, by part, in closed form. An estimate: allocators and kernels add their own."""
+"""Closed-form estimate of device memory by part. Overhead of allocators and kernels is not included."""
 
 from __future__ import annotations
 
@@ -8,12 +8,10 @@ from typing import Any, Literal
 
 from llm_training_toolkit.families import AdapterSpec, ModelDims
 
+# Bytes of a 4-bit weight with double-quantized constants of 0.127 bits (Dettmers et al. 2023, section 3).
 _NF4_BYTES = 0.5 + 0.127 / 8
-"""Of a weight in 4 bits, with constants that are quantized once more: 0.127 bits (Dettmers et al. 2023, section 3)."""
-REDUCTION_CHUNK_SIZE = 2**26
-"""fp32 gradients that stage 0 copies into one piece for a reduction: 0.27 GB."""
-_MAX_LIVE = 1_000_000_000
-"""DeepSpeed's default of stage3_max_live_parameters: gathered weights are kept up to this number."""
+REDUCTION_CHUNK_SIZE = 2**26  # fp32 gradients that stage 0 copies into one buffer per reduction: 0.27 GB
+_MAX_LIVE = 1_000_000_000  # DeepSpeed's default of stage3_max_live_parameters: gathered weights that are kept
 
 
 @dataclass(frozen=True)
@@ -27,13 +25,13 @@ class MemoryEstimate:
     logits: int
 
     def to_gigabytes(self) -> dict[str, float]:
-        """The parts in units of 10^9 bytes."""
+        """Return the parts in units of 10^9 bytes."""
         return {part: size / 1e9 for part, size in vars(self).items()}
 
 
 @dataclass(frozen=True)
 class DeviceWorkload:
-    """What the memory of a device follows from."""
+    """Inputs of the memory estimate."""
 
     model: ModelDims
     zero: int
@@ -42,7 +40,7 @@ class DeviceWorkload:
     micro_batch: int
     sequence_length: int
     adapter: AdapterSpec | None = None
-    """What is trained beside a frozen model; None: the model itself."""
+    """Adapters trained on a frozen model; None = the model itself is trained."""
     activation_checkpointing: bool = False
     loss_chunk: int = 0
     eager_attention: bool = False
@@ -58,21 +56,21 @@ class DeviceWorkload:
 
     @property
     def micro_batch_tokens(self) -> int:
-        """Tokens of a micro-batch."""
+        """Tokens per micro-batch."""
         return self.micro_batch * self.sequence_length
 
     @property
     def trainable_parameters(self) -> int:
-        """Trained parameters."""
+        """Number of trained parameters."""
         return self.adapter.trainable_parameters if self.adapter else self.model.total_parameters
 
     def compute_partition_size(self, size: int, *, spread: bool) -> int:
-        """A size, or the share of it that one worker holds."""
+        """Return a size, or one worker's share of it if `spread`."""
         return -(-size // self.workers) if spread else size
 
 
 def estimate_memory(load: DeviceWorkload) -> MemoryEstimate:
-    """Memory of one device at its peak within a step, in bytes."""
+    """Estimate the peak memory of one device within a step, in bytes."""
     return MemoryEstimate(
         weights=estimate_weight_bytes(load),
         gradients=estimate_gradient_bytes(load),
@@ -83,11 +81,12 @@ def estimate_memory(load: DeviceWorkload) -> MemoryEstimate:
 
 
 def estimate_weight_bytes(load: DeviceWorkload) -> int:
-    """The weights of the forward pass: 2 bytes in bf16, 4 in fp32; stage 3 spreads them (ZeRO, Rajbhandari 2020, 5).
+    """Estimate the weights of the forward pass: 2 bytes in bf16, 4 in fp32, sharded at stage 3.
 
-    Stage 3 gathers whole layers for use and keeps up to `stage3_max_live_parameters` of them (DeepSpeed's
-    documentation), which for a model below that number is all of it. The experts of a layer are gathered together,
-    however many they are. In 4 bits are the linear layers' matrices alone, of which experts are none.
+    Source: ZeRO (Rajbhandari et al. 2020), section 5. Stage 3 gathers whole layers for use and keeps up to
+    `stage3_max_live_parameters` of them (DeepSpeed's documentation): all of a model below that number. The experts of a
+    layer are gathered together, however many there are. Only the matrices of linear layers are in 4 bits; experts are
+    not linear layers.
     """
     total = load.model.total_parameters + (load.adapter.trainable_parameters if load.adapter else 0)
     if load.adapter is not None and load.adapter.quantize is not None:
@@ -101,13 +100,13 @@ def estimate_weight_bytes(load: DeviceWorkload) -> int:
 
 
 def estimate_gradient_bytes(load: DeviceWorkload) -> int:
-    """Gradients as accumulated, the copy for the optimizer, and the bucket of the reduction, in bytes.
+    """Estimate accumulated gradients, their copy for the optimizer and the reduction bucket, in bytes.
 
-    Stage 0 accumulates whole in fp32 (`engine/replica.py`): in bf16 beside the largest gradient that backward has just
-    made, in fp32 beside a piece that is being reduced. Stage 1 accumulates whole in the precision of the forward pass,
-    and the step needs an fp32 copy of the partition. Stages 2 and 3 accumulate in fp32 on the partition alone. From
-    stage 1 on gradients pass through a bucket, which in bf16 is also copied to fp32 for the reduction; a tensor larger
-    than the bucket (an embedding, the fused experts of a layer) passes alone. Read in DeepSpeed 0.19.8,
+    Stage 0 accumulates all gradients in fp32 (`engine/replica.py`). In bf16 the largest gradient that backward has just
+    produced is added, in fp32 a chunk that is being reduced. Stage 1 accumulates all in the precision of the forward
+    pass, and the step needs an fp32 copy of the partition. Stages 2 and 3 accumulate only the partition, in fp32. From
+    stage 1 on gradients pass through a bucket, which in bf16 is also copied to fp32 for the reduction. A tensor larger
+    than the bucket (an embedding, the fused experts of a layer) passes alone. Source: DeepSpeed 0.19.8,
     runtime/zero/stage_1_and_2.py and stage3.py.
     """
     total = load.trainable_parameters
@@ -121,9 +120,9 @@ def estimate_gradient_bytes(load: DeviceWorkload) -> int:
 
 
 def estimate_optimizer_bytes(load: DeviceWorkload) -> int:
-    """Adam's two moments, 8 bytes, and 4 for the fp32 weights it updates; spread from stage 1 on.
+    """Estimate Adam's two moments (8 bytes) and the fp32 weights it updates (4 bytes); sharded from stage 1 on.
 
-    Only stage 0 in fp32 updates the weights of the forward pass themselves. Source: ZeRO (Rajbhandari et al. 2020),
+    Only stage 0 in fp32 updates the weights of the forward pass in place. Source: ZeRO (Rajbhandari et al. 2020),
     section 3.1, K = 12.
     """
     own_copy = load.precision == "bf16" or load.zero > 0
@@ -131,17 +130,18 @@ def estimate_optimizer_bytes(load: DeviceWorkload) -> int:
 
 
 def compute_checkpoint_copy_bytes(parameters: int, workers: int) -> int:
-    """Bytes of the machine's memory that a worker's copy takes while a checkpoint is written: its part of 12 a weight.
+    """Return the bytes of host memory that a worker's copy takes while a checkpoint is written.
 
-    The fp32 weights and Adam's two moments of what is trained, which the workers save in equal parts at every stage.
+    Trained parameters have 12 bytes each, fp32 weights and Adam's two moments. The workers save equal shares at every
+    stage.
     """
     return -(-12 * parameters // workers)
 
 
 def estimate_activation_bytes(load: DeviceWorkload) -> int:
-    """What the forward pass keeps for the backward pass, and the gradients of one layer at a time, in bytes.
+    """Estimate activations kept for the backward pass, and the gradients of one layer at a time, in bytes.
 
-    With checkpointing a layer keeps its input, and one layer at a time is whole.
+    With checkpointing a layer keeps only its input, and one layer at a time keeps everything.
     """
     model, layer = load.model, estimate_layer_bytes_per_token(load)
     kept = model.layers * (model.hidden * load.bytes_per_value if load.activation_checkpointing else layer)
@@ -150,13 +150,13 @@ def estimate_activation_bytes(load: DeviceWorkload) -> int:
 
 
 def estimate_layer_bytes_per_token(load: DeviceWorkload) -> int:
-    """What one layer keeps of a token, as autograd keeps it for the models of transformers 5 (w = `load.width`).
+    """Estimate what autograd keeps of one layer per token for the models of transformers 5 (w = `bytes_per_value`).
 
-    Two norms: their inputs and outputs, 4 h w; an RMSNorm also keeps its input in fp32 and what it has normalised,
-    2 h 4. The same for the norms of queries and keys. Attention: queries, keys, values and its output, keys and
-    values repeated for every query head unless there is but one of them. Packed documents need a mask, T w; eager
-    attention keeps scores as probabilities instead, in fp32 and once more in bf16. tests/models/test_activations.py
-    compares it with what autograd keeps.
+    Two norms: inputs and outputs, 4 h w; an RMSNorm also keeps its fp32 input and its normalized value, 2 h 4. The
+    norms of queries and keys do the same. Attention: queries, keys, values and output; keys and values are repeated for
+    every query head unless there is only one key-value head. Packed documents need a mask, T w. Eager attention keeps
+    scores as probabilities instead, in fp32 and again in bf16. tests/models/test_activations.py compares the estimate
+    with autograd.
     """
     model, w = load.model, load.bytes_per_value
     if load.adapter is not None:
@@ -174,11 +174,11 @@ def estimate_layer_bytes_per_token(load: DeviceWorkload) -> int:
 
 
 def _estimate_feed_forward_bytes(model: ModelDims, w: int, *, trained: bool) -> int:
-    """Feed-forward: 4 i w gated (gate, activation, up, product), or 2 i w; a frozen one not its product.
+    """Estimate the feed-forward layer per token: 4 i w gated (gate, activation, up, product), or 2 i w.
 
-    An expert also keeps its output before it is weighed and, if it is trained, the copy of its input, h w each, and the
-    way of a token to it and back (four indices of 8 bytes, a probability of 4 and of w). The router keeps its softmax
-    in fp32.
+    A frozen layer does not keep its product. An expert also keeps its output before weighting and, if trained, a copy
+    of its input, h w each. Routing a token there and back keeps four indices of 8 bytes and a probability, in 4 bytes
+    and in w. The router keeps its softmax in fp32.
     """
     one = w * ((4 if model.gated else 2) - (not trained)) * model.intermediate
     if not model.experts:
@@ -187,16 +187,16 @@ def _estimate_feed_forward_bytes(model: ModelDims, w: int, *, trained: bool) -> 
 
 
 def _count_attention_values(model: ModelDims) -> int:
-    """Queries, keys, values and output of a token; keys and values repeated for every query head, unless of one."""
+    """Return queries, keys, values and output per token; a single key-value head is not repeated per query head."""
     return 2 * model.query_width + 2 * (model.kv_width if model.kv_heads == 1 else model.query_width)
 
 
 def _estimate_frozen_layer_bytes(load: DeviceWorkload, adapter: AdapterSpec) -> int:
-    """What one frozen layer and its adapters keep of a token.
+    """Estimate what one frozen layer and its adapters keep per token.
 
-    Without gradients of its weights a linear layer keeps no input and an RMSNorm not what it has normalised. An adapter
-    keeps its input, one for all that read the same, and what its first matrix gives; with dropout each keeps an input
-    of its own and which of it was left out. DoRA keeps what the layer gives and what the adapter gives.
+    Without weight gradients a linear layer keeps no input, and an RMSNorm no normalized value. Adapters that read the
+    same input keep it once; each keeps the output of its first matrix. With dropout each keeps its own input and the
+    mask. DoRA keeps the outputs of layer and adapter.
     """
     model, w = load.model, load.bytes_per_value
     norms = 2 * model.hidden * (4 if model.rms_norms else w)
@@ -207,7 +207,7 @@ def _estimate_frozen_layer_bytes(load: DeviceWorkload, adapter: AdapterSpec) -> 
     if adapter.dropout:
         inputs = sum((w + 1) * layer.inputs for layer in adapter.layers)
     else:
-        # What the heads give is kept by attention already.
+        # Attention already keeps the output of the heads.
         inputs = w * sum({layer.reads: layer.inputs for layer in adapter.layers if layer.reads != "heads"}.values())
     inner = w * adapter.rank * len(adapter.layers)
     results = 2 * w * sum(layer.outputs for layer in adapter.layers) if adapter.dora else 0
@@ -215,17 +215,17 @@ def _estimate_frozen_layer_bytes(load: DeviceWorkload, adapter: AdapterSpec) -> 
 
 
 def _get_mask_bytes(load: DeviceWorkload) -> int:
-    """Bytes kept for each pair of tokens."""
+    """Return the bytes kept per pair of tokens."""
     if load.eager_attention:
         return load.model.heads * (4 if load.precision == "fp32" else 6)
     return load.bytes_per_value
 
 
 def estimate_logit_bytes(load: DeviceWorkload) -> int:
-    """One chunk of the loss and the output layer's gradient, in bytes.
+    """Estimate one chunk of the loss and the output layer's gradient, in bytes.
 
-    Logits in fp32, which become their gradient in place, and in bf16 before and after that: tokens x vocabulary x 6,
-    or x 4 in fp32. Beside them the gradient of the head, vocabulary x hidden, unless it is frozen.
+    Logits are in fp32, replaced in place by their gradient, and in bf16 before and after: tokens x vocabulary x 6, or x
+    4 in fp32. The gradient of the head, vocabulary x hidden, is added unless the head is frozen.
     """
     tokens = min(load.loss_chunk or load.micro_batch_tokens, load.micro_batch_tokens)
     logit = 4 if load.precision == "fp32" else 6
@@ -234,7 +234,7 @@ def estimate_logit_bytes(load: DeviceWorkload) -> int:
 
 
 def read_deepspeed_limits(deepspeed: Mapping[str, Any]) -> dict[str, int]:
-    """The two numbers of a DeepSpeed configuration that memory depends on, by the names of `Load`."""
+    """Return the two DeepSpeed settings that memory depends on, by their names in `DeviceWorkload`."""
     zero = deepspeed["zero_optimization"]
     return {
         "bucket": _int_or_default(zero.get("reduce_bucket_size"), DeviceWorkload.bucket),
