@@ -22,7 +22,8 @@ from llm_training_toolkit.data.dataloader import DataLoader
 from llm_training_toolkit.data.dataset import MicroBatch
 from llm_training_toolkit.data.prepare.dataset_info import DatasetInfo
 from llm_training_toolkit.data.prepare.epochs import build_data_facts
-from llm_training_toolkit.distributed.context import Event, RunContext, StopRequest
+from llm_training_toolkit.distributed.context import RunContext, StopRequest
+from llm_training_toolkit.distributed.events import Event, NoteEvent, StepEvent, WarningEvent
 from llm_training_toolkit.engine import Engine, gathered_parameter, zero3_init
 from llm_training_toolkit.evaluation.validation import compute_eval_loss
 from llm_training_toolkit.models import LossModule, build_model, check_pretrained_weights, resize_embeddings
@@ -202,8 +203,8 @@ def work_on(run: str, changes: Mapping[str, Any] | None = None, stop_after: int 
 
     def report(event: Event) -> None:
         events.append(event)
-        if event["kind"] == "step":
-            completed[0] = int(event["step"])
+        if isinstance(event, StepEvent):
+            completed[0] = event.step
 
     def wish() -> StopRequest:
         return StopRequest.STOP if stop_after is not None and completed[0] >= stop_after - 1 else StopRequest.NONE
@@ -217,7 +218,7 @@ def work_until(run: str, changes: Mapping[str, Any], said: str, seconds: float) 
     stop = [False]
 
     def report(event: Event) -> None:
-        if said in str(event.get("message")):
+        if isinstance(event, NoteEvent | WarningEvent) and said in event.message:
             time.sleep(seconds)
             stop[0] = True
 
@@ -236,7 +237,7 @@ def wait_on(runs: list[str], comes: Mapping[str, Mapping[int, str]], stop_at: in
     waiting, asked = [False], [0]
 
     def report(event: Event) -> None:
-        waiting[0] |= "waits for data of the next epoch" in str(event.get("message"))
+        waiting[0] |= isinstance(event, NoteEvent) and "waits for data of the next epoch" in event.message
 
     def wish() -> StopRequest:
         if waiting[0]:

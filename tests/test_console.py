@@ -8,18 +8,29 @@ import re
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llm_training_toolkit.distributed.events import (
+    CheckpointEvent,
+    EvalEvent,
+    NoteEvent,
+    RungEvent,
+    SampleEvent,
+    StepEvent,
+    WarningEvent,
+    WorkerErrorEvent,
+)
 from llm_training_toolkit.monitoring.console import Console, RemainingTimeEstimator, format_sample, format_step_line
 
 
-def step(number: int, steps: int = 1000, **changed: Any) -> dict[str, Any]:
-    event = {"kind": "step", "step": number, "steps": steps, "loss": 2.34567, "lr": 3e-4, "tokens_per_second": 12345.6}
-    return event | {"seconds": 0.5, "time": 1e9 + 0.5 * number} | changed
+def step(number: int, steps: int = 1000, **changed: Any) -> StepEvent:
+    event = StepEvent(number, steps, 2.34567, 3e-4, 12345.6, seconds=0.5, time=1e9 + 0.5 * number)
+    return replace(event, **changed)
 
 
 @pytest.fixture(autouse=True)
@@ -108,19 +119,19 @@ def test_without_a_terminal_there_is_not_one_control_character() -> None:
     def act(console: Console) -> None:
         console.update_stage("reading", 1, 2)
         console.show_event(step(1))
-        console.show_event({"kind": "warning", "message": "disk nearly full"})
-        console.show_event({"kind": "eval", "step": 1, "loss": 1.5, "bits_per_byte": 0.75})
-        console.show_event({"kind": "sample", "title": "t", "before": "a", "written": "b", "after": "c"})
+        console.show_event(WarningEvent("disk nearly full"))
+        console.show_event(EvalEvent(1, 1.5, 0.75))
+        console.show_event(SampleEvent("t", "a", "b", "c"))
 
     assert all(line.isprintable() for line in written(act))
 
 
 def test_events_become_lines() -> None:
     def act(console: Console) -> None:
-        console.show_event({"kind": "note", "message": "resuming at step 3"})
-        console.show_event({"kind": "warning", "message": "disk nearly full"})
-        console.show_event({"kind": "eval", "step": 5, "loss": 1.5, "bits_per_byte": 0.75})
-        console.show_event({"kind": "checkpoint", "step": 5, "path": "runs/a/checkpoints/step_000000005_a1"})
+        console.show_event(NoteEvent("resuming at step 3"))
+        console.show_event(WarningEvent("disk nearly full"))
+        console.show_event(EvalEvent(5, 1.5, 0.75))
+        console.show_event(CheckpointEvent(5, "runs/a/checkpoints/step_000000005_a1"))
 
     assert written(act) == [
         "resuming at step 3",
@@ -131,19 +142,19 @@ def test_events_become_lines() -> None:
 
 
 def test_a_long_message_stays_on_one_line() -> None:
-    assert written(lambda console: console.show_event({"kind": "note", "message": "x " * 500})) == ["x " * 500]
+    assert written(lambda console: console.show_event(NoteEvent("x " * 500))) == ["x " * 500]
 
 
 def test_a_sample_shows_what_was_given_and_what_was_written() -> None:
-    event = {"kind": "sample", "title": "infilling", "before": "def f():\n", "written": "[/x] pass\n", "after": "f()"}
+    event = SampleEvent("infilling", "def f():\n", "[/x] pass\n", "f()")
     assert written(lambda console: console.show_event(event)) == ["", "infilling:", "def f():", "[/x] pass", "f()"]
     assert [part.plain for part in format_sample(event)] == ["def f():\n", "[/x] pass\n", "f()"]
 
 
-def test_events_of_unknown_kinds_are_passed_over() -> None:
+def test_events_for_the_driver_alone_have_no_line() -> None:
     def act(console: Console) -> None:
-        console.show_event({"kind": "exported", "path": "runs/a/export"})
-        console.show_event({"kind": "of tomorrow", "anything": object()})
+        console.show_event(RungEvent(3))
+        console.show_event(WorkerErrorEvent(1, "train", "ValueError", "x", final=False, helped=False))
 
     assert written(act) == []
 
@@ -151,7 +162,7 @@ def test_events_of_unknown_kinds_are_passed_over() -> None:
 @pytest.mark.parametrize("text", ["[/closing]", "[bold]", "list[int]", "{curly}", "%s", "\\"])
 def test_text_that_looks_like_markup_is_shown_as_it_is(text: str) -> None:
     def act(console: Console) -> None:
-        console.show_event({"kind": "note", "message": text})
+        console.show_event(NoteEvent(text))
         console.update_stage(text, 1, 2)
 
     assert written(act) == [text, text]
@@ -199,7 +210,7 @@ def test_a_terminal_shows_bars_of_stages_and_of_the_training() -> None:
         console.update_stage("packing", 1_500, 2_000)
         for number in range(1, 4):
             console.show_event(step(number, 4))
-        console.show_event({"kind": "warning", "message": "disk nearly full"})
+        console.show_event(WarningEvent("disk nearly full"))
 
     shown = on_a_terminal(act)
     assert "1,500/2,000" in shown

@@ -20,6 +20,7 @@ from llm_training_toolkit.checkpoint import CheckpointReader, find_latest_checkp
 from llm_training_toolkit.data.dataset import PackedDataset
 from llm_training_toolkit.data.prepare.epochs import prepare_run_data
 from llm_training_toolkit.data.sample_log import FetchedSequence, read_sample_log
+from llm_training_toolkit.distributed.events import WarningEvent
 from llm_training_toolkit.errors import CheckpointError, TrainingError
 from llm_training_toolkit.plan import make_plan
 from llm_training_toolkit.runs.attempts import find_last_attempt, read_attempt_record
@@ -258,7 +259,7 @@ def test_a_damaged_newest_checkpoint_is_set_aside_and_the_one_before_is_used(poo
     victim = final(run) / "fragments_00001.safetensors"
     victim.write_bytes(victim.read_bytes()[:-100])
     answers = pools(2).run(rank_tasks.work_on, run=str(run.path), changes=changes)
-    assert any(event["kind"] == "warning" and "damaged" in event["message"] for event in answers[0]["events"])
+    assert any(isinstance(event, WarningEvent) and "damaged" in event.message for event in answers[0]["events"])
     assert_same_state(rank_tasks.read_state(final(run)), rank_tasks.read_state(final(whole)))
 
 

@@ -18,7 +18,8 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from llm_training_toolkit.distributed.context import Event, RunContext
+from llm_training_toolkit.distributed.context import RunContext
+from llm_training_toolkit.distributed.events import WarningEvent
 from llm_training_toolkit.monitoring.metrics import Metrics
 from llm_training_toolkit.runs.directory import RunDirectory
 
@@ -29,12 +30,12 @@ def run(tmp_path: Path) -> RunDirectory:
 
 
 @pytest.fixture
-def events() -> list[Event]:
+def events() -> list[Any]:
     return []
 
 
 @pytest.fixture
-def context(events: list[Event]) -> RunContext:
+def context(events: list[Any]) -> RunContext:
     return RunContext(0, 1, torch.device("cpu"), report=events.append)
 
 
@@ -157,7 +158,7 @@ def test_a_sink_that_cannot_start_fails_at_once(run: RunDirectory, context: RunC
 
 
 def test_a_full_disk_is_reported_once_and_the_other_sink_goes_on(
-    run: RunDirectory, context: RunContext, events: list[Event]
+    run: RunDirectory, context: RunContext, events: list[Any]
 ) -> None:
     run.path.mkdir(parents=True)
     run.metrics_path.symlink_to("/dev/full")
@@ -165,10 +166,10 @@ def test_a_full_disk_is_reported_once_and_the_other_sink_goes_on(
         for step in (1, 2, 3):
             opened.write(step, {"train/loss": float(step)})
     [event] = events
-    assert event["kind"] == "warning"
-    assert "JsonLines cannot be written any more" in event["message"]
-    assert "No space left on device" in event["message"]
-    assert "training goes on" in event["message"]
+    assert isinstance(event, WarningEvent)
+    assert "JsonLines cannot be written any more" in event.message
+    assert "No space left on device" in event.message
+    assert "training goes on" in event.message
     assert points(run, "train/loss") == [(1, 1.0), (2, 2.0), (3, 3.0)]
 
 
@@ -194,19 +195,19 @@ def no_file_beyond(size: int, threads_before: set[threading.Thread]) -> Iterator
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_when_no_sink_can_be_written_each_is_reported_once_and_training_goes_on(
-    run: RunDirectory, context: RunContext, events: list[Event], threads_before: set[threading.Thread]
+    run: RunDirectory, context: RunContext, events: list[Any], threads_before: set[threading.Thread]
 ) -> None:
     with no_file_beyond(2_000, threads_before), metrics(run, context) as opened:
         for step in range(1, 201):
             opened.write(step, {"train/loss": float(step)})
         opened.add_text(200, "note", "x" * 5_000)
-    assert sorted(event["message"].split()[0] for event in events) == ["JsonLines", "TensorBoard"]
-    assert all("File too large" in event["message"] for event in events)
+    assert sorted(event.message.split()[0] for event in events) == ["JsonLines", "TensorBoard"]
+    assert all("File too large" in event.message for event in events)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_disk_that_is_full_when_metrics_are_closed_does_not_fail_a_finished_run(
-    run: RunDirectory, context: RunContext, events: list[Event], threads_before: set[threading.Thread]
+    run: RunDirectory, context: RunContext, events: list[Any], threads_before: set[threading.Thread]
 ) -> None:
     opened = Metrics(run, 1, 0, context)
     opened.write(1, {"train/loss": 1.0})
@@ -220,10 +221,10 @@ def test_a_disk_that_is_full_when_metrics_are_closed_does_not_fail_a_finished_ru
             if writer.file_writer.event_writer._async_writer._worker.exception is not None:
                 break
         opened.close()
-    assert [event["message"].split()[0] for event in events] == ["TensorBoard"]
+    assert [event.message.split()[0] for event in events] == ["TensorBoard"]
 
 
-def test_nothing_is_written_on_other_ranks(run: RunDirectory, events: list[Event]) -> None:
+def test_nothing_is_written_on_other_ranks(run: RunDirectory, events: list[Any]) -> None:
     context = RunContext(1, 2, torch.device("cpu"), report=events.append)
     with metrics(run, context) as opened:
         opened.write(1, {"train/loss": 1.0})

@@ -25,7 +25,8 @@ from llm_training_toolkit.checkpoint import (
 from llm_training_toolkit.checkpoint.manager import CheckpointLineage, CheckpointManager
 from llm_training_toolkit.checkpoint.restore import find_latest_valid_checkpoint
 from llm_training_toolkit.checkpoint.state import TrainState
-from llm_training_toolkit.distributed.context import Event, RunContext
+from llm_training_toolkit.distributed.context import RunContext
+from llm_training_toolkit.distributed.events import WarningEvent
 from llm_training_toolkit.errors import CheckpointError
 from llm_training_toolkit.runs.directory import RunDirectory
 
@@ -53,7 +54,7 @@ class Rank:
     """The only rank of a run, and what it told the person at the keyboard."""
 
     run: RunDirectory
-    events: list[Event] = field(default_factory=list)
+    events: list[Any] = field(default_factory=list)
 
     @property
     def context(self) -> RunContext:
@@ -108,16 +109,16 @@ def test_a_truncated_newest_checkpoint_gives_way_to_the_one_before(rank: Rank) -
     aside = f"quarantine_1_{second.name}"
     assert sorted(path.name for path in rank.run.checkpoints_dir.iterdir()) == [aside, first.name]
     [event] = rank.events
-    assert event["kind"] == "warning"
+    assert isinstance(event, WarningEvent)
     for word in (second.name, "fragments_00000.safetensors", "were written", aside, "the one before it is used"):
-        assert word in event["message"]
+        assert word in event.message
 
 
 def test_an_unreadable_manifest_gives_way_too(rank: Rank) -> None:
     rank.write(1)
     (rank.write(2) / "manifest.json").write_text("{")
     assert rank.newest_step() == 1
-    assert "not a readable manifest" in rank.events[0]["message"]
+    assert "not a readable manifest" in rank.events[0].message
 
 
 def test_every_damaged_checkpoint_is_passed_over_and_named(rank: Rank) -> None:
@@ -125,7 +126,7 @@ def test_every_damaged_checkpoint_is_passed_over_and_named(rank: Rank) -> None:
     truncate(rank.write(2))
     (rank.write(3) / "fragments_00000.safetensors").unlink()
     assert rank.newest_step() == 1
-    assert [event["message"].split()[1] for event in rank.events] == ["step_000000003_a1", "step_000000002_a1"]
+    assert [event.message.split()[1] for event in rank.events] == ["step_000000003_a1", "step_000000002_a1"]
 
 
 def test_a_checkpoint_never_completed_is_passed_over_without_a_word(rank: Rank) -> None:

@@ -14,6 +14,7 @@ import rank_tasks
 from llm_training_toolkit.checkpoint import CheckpointReader, find_latest_checkpoint
 from llm_training_toolkit.checkpoint.state import SkippedStep
 from llm_training_toolkit.data.prepare.epochs import prepare_run_data
+from llm_training_toolkit.distributed.events import WarningEvent
 from llm_training_toolkit.errors import TrainingError
 from llm_training_toolkit.runs.directory import RunDirectory
 from llm_training_toolkit.train.loss_spikes import MAX_CONSECUTIVE_SKIPS, MIN_SPIKE_STEPS
@@ -87,7 +88,11 @@ def test_an_update_is_left_out_and_the_run_goes_on_bit_for_bit_wherever_it_was_s
     assert manifest.skips == (SkippedStep(SPOILT + 1, SPOILT * BATCH, BATCH),)
     assert manifest.update_count == STEPS - 1
     assert [step for step, row in rows(whole).items() if "optim/skipped" in row] == [SPOILT + 1]
-    [warning] = [event["message"] for event in answers[0]["events"] if "left out" in event.get("message", "")]
+    [warning] = [
+        event.message
+        for event in answers[0]["events"]
+        if isinstance(event, WarningEvent) and "left out" in event.message
+    ]
     for words in (f"step {SPOILT + 1}: the loss is", "this update is left out", "module_"):
         assert words in warning
     for run, stop in ((before, SPOILT - 1), (after, SPOILT + 2)):

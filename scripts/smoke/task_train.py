@@ -6,16 +6,15 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from llm_training_toolkit.checkpoint import CheckpointReader, find_latest_checkpoint
 from llm_training_toolkit.config import Config, parse_config
 from llm_training_toolkit.data.prepare.epochs import build_data_facts, prepare_run_data
+from llm_training_toolkit.distributed.events import Event, StepEvent
 from llm_training_toolkit.launch import backend
 from llm_training_toolkit.monitoring.console import Console
 from llm_training_toolkit.plan import check_plan, make_plan
@@ -36,14 +35,14 @@ class Watch(Console):
         super().__init__()
         self._stop_after = stop_after
 
-    def show_event(self, event: Mapping[str, Any]) -> None:
+    def show_event(self, event: Event) -> None:
         """Look for the steps to act on; a stop asked for in one step takes place after the next."""
         super().show_event(event)
-        if event["kind"] != "step":
+        if not isinstance(event, StepEvent):
             return
-        if event["step"] == _SETTLED and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        if event.step == _SETTLED and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             torch.cuda.reset_peak_memory_stats()
-        if self._stop_after is not None and event["step"] == self._stop_after - 1:
+        if self._stop_after is not None and event.step == self._stop_after - 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
 

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from launch.conftest import Environment
-from llm_training_toolkit.distributed.context import Event, StopRequest
+from llm_training_toolkit.distributed.context import StopRequest
+from llm_training_toolkit.distributed.events import Event, NoteEvent
 from llm_training_toolkit.distributed.heartbeat import Heartbeat
 from llm_training_toolkit.launch.ray.control_actor import report_with_retry, start_heartbeat
 
@@ -58,10 +59,10 @@ def test_heartbeats_and_what_must_be_told_go_on_after_an_error_and_end_with_the_
         line: Any = ray.remote(Unsteady).options(num_cpus=0).remote()
         wish = start_heartbeat(line, 0, Heartbeat())
         until(lambda: wish() is StopRequest.STOP)
-        report_with_retry(line, {"kind": "note"})
+        report_with_retry(line, NoteEvent("told"))
         assert ray.get(line.counted.remote()) == 3
         ray.kill(line)
-        report_with_retry(line, {"kind": "note"})
+        report_with_retry(line, NoteEvent("told"))
         until(lambda: not any(thread.name == "heartbeat" for thread in threading.enumerate()))
     finally:
         ray.shutdown()

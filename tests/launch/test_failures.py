@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llm_training_toolkit.config.schema import FailuresConfig
-from llm_training_toolkit.launch.ray.failure_cause import FailureEvidence, WorkerInfo, diagnose_failure
+from llm_training_toolkit.distributed.events import WorkerErrorEvent, WorkerStartedEvent
+from llm_training_toolkit.launch.ray.failure_cause import FailureEvidence, diagnose_failure
 from llm_training_toolkit.launch.ray.failure_policy import (
     AttemptFailure,
     failure_count,
@@ -20,10 +21,12 @@ from llm_training_toolkit.launch.ray.failure_policy import (
 )
 
 WORKERS = {
-    rank: WorkerInfo(rank, f"id{rank // 2}", f"10.0.0.{rank // 2}", 100 + rank, 1.0, f"a{rank}", "p")
+    rank: WorkerStartedEvent(rank, f"id{rank // 2}", f"10.0.0.{rank // 2}", 100 + rank, 1.0, f"a{rank}", "p")
     for rank in range(4)
 }
-CLOSED = {"kind": "error", "rank": 0, "text": "RuntimeError: Connection closed by peer", "helped": False}
+CLOSED = WorkerErrorEvent(
+    0, "step 3", "RuntimeError", "RuntimeError: Connection closed by peer", final=False, helped=False
+)
 MEMORY = """Task was killed due to the node running low on memory.
 Memory on the node (IP: 10.0.0.1, ID: abc) where the task was running was 6.25GB / 7.00GB (0.89). Refer to the manual"""
 
@@ -49,7 +52,7 @@ def test_connections_that_the_others_lost_are_not_the_cause() -> None:
     )
     assert (lost.kind, lost.node) == ("node_lost", "10.0.0.1")
     assert lost.cause == "node 10.0.0.1 with ranks 2, 3 is lost"
-    told = diagnose_failure(FailureEvidence(WORKERS, [{**CLOSED, "rank": 3, "text": "ValueError: bad"}, CLOSED]), 7)
+    told = diagnose_failure(FailureEvidence(WORKERS, [replace(CLOSED, rank=3, text="ValueError: bad"), CLOSED]), 7)
     assert (told.kind, told.rank, told.cause) == ("raised", 3, "rank 3 failed: ValueError: bad")
 
 
@@ -68,7 +71,7 @@ def test_a_hang_a_remedy_and_an_announced_end_come_first() -> None:
     hang = diagnose_failure(replace(everything, hang="no rank has advanced", hung_worker=WORKERS[1]), 3)
     assert (hang.kind, hang.rank, hang.node, hang.is_counted) == ("hang", 1, "10.0.0.0", True)
     helped = diagnose_failure(
-        replace(everything, errors=[CLOSED, {**CLOSED, "rank": 2, "helped": True, "text": "smaller"}]), 3
+        replace(everything, errors=[CLOSED, replace(CLOSED, rank=2, helped=True, text="smaller")]), 3
     )
     assert (helped.cause, helped.is_counted) == ("smaller", False)
     announced = diagnose_failure(replace(everything, draining_nodes=frozenset({"id0"})), 3)

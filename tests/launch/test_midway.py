@@ -10,6 +10,7 @@ import pytest
 
 import rank_tasks
 from llm_training_toolkit.checkpoint import find_latest_checkpoint
+from llm_training_toolkit.distributed.events import WarningEvent
 from llm_training_toolkit.runs.directory import RunDirectory
 from rank_pool import RankPool
 
@@ -66,7 +67,7 @@ def test_what_cannot_be_exported_is_said_and_the_run_goes_on(
     run = fresh_run("no-room")
     run.task_export_dir.write_text("a file, where a folder is to be")
     results = pools(1).run(rank_tasks.work_on, run=str(run.path), changes=CHANGES)
-    warnings = [event["message"] for event in results[0]["events"] if event["kind"] == "warning"]
+    warnings = [event.message for event in results[0]["events"] if isinstance(event, WarningEvent)]
     assert results[0]["status"] == "finished"
     assert len(warnings) == 2
     assert "the tasks of step 4 were not carried out" in warnings[0]

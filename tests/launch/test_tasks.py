@@ -6,12 +6,13 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import rank_tasks
-from llm_training_toolkit.distributed.context import Event, RunContext, StopRequest
+from llm_training_toolkit.distributed.context import RunContext, StopRequest
 from llm_training_toolkit.errors import CheckpointError
 from llm_training_toolkit.evaluation.in_training import InTrainingEvaluator
 from llm_training_toolkit.evaluation.model import EvalModel
@@ -34,7 +35,7 @@ def test_a_task_that_fails_in_a_way_nobody_foresaw_is_reported(fresh_run: Callab
     (run.export_dir / "config.json").write_text("{")  # transformers raises OSError
     place = rank_tasks.place_of(str(run.path), {"eval": {"tasks": [{"task": "infill", "limit": 1}]}})
     said: list[str] = []
-    context = RunContext(0, 1, torch.device("cpu"), report=lambda event: said.append(event["message"]))
+    context = RunContext(0, 1, torch.device("cpu"), report=lambda event: said.append(getattr(event, "message", "")))
     metrics = Metrics(run, 1, 0, context)
     run_final_tasks(TrainedRun(run, place.config, place.receipt), metrics=metrics, context=context)
     metrics.close()
@@ -92,7 +93,8 @@ def midway_of(run: RunDirectory, context: RunContext) -> InTrainingEvaluator:
 
 
 def test_ranks_that_are_gone_are_no_failure_of_a_task(fresh_run: Callable[[str], RunDirectory]) -> None:
-    run, said = fresh_run("alone"), list[Event]()
+    run = fresh_run("alone")
+    said: list[Any] = []
     for _ in range(2):
         context = RunContext(0, 2, torch.device("cpu"), report=said.append)  # of a group that does not exist
         with pytest.raises(ValueError, match="process group"):
@@ -100,7 +102,7 @@ def test_ranks_that_are_gone_are_no_failure_of_a_task(fresh_run: Callable[[str],
     assert said == []
     alone = RunContext(0, 1, torch.device("cpu"), report=said.append)
     assert midway_of(run, alone).run_due_tasks(4) is StopRequest.NONE
-    assert "2 times the process that began them was gone" in said[0]["message"]
+    assert "2 times the process that began them was gone" in said[0].message
     assert midway_of(run, alone).run_due_tasks(4) is StopRequest.NONE
     assert len(said) == 1
 

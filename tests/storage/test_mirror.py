@@ -16,7 +16,7 @@ from llm_training_toolkit.checkpoint import RetentionPolicy, find_latest_checkpo
 from llm_training_toolkit.checkpoint.manager import CheckpointLineage, CheckpointManager
 from llm_training_toolkit.checkpoint.restore import find_latest_valid_checkpoint
 from llm_training_toolkit.checkpoint.state import TrainState
-from llm_training_toolkit.distributed.context import Event, RunContext
+from llm_training_toolkit.distributed.context import RunContext
 from llm_training_toolkit.errors import CheckpointError, LaunchError
 from llm_training_toolkit.runs.attempts import find_last_attempt
 from llm_training_toolkit.runs.directory import RunDirectory
@@ -36,7 +36,7 @@ def silent(_text: str) -> None:
     """Nobody listens."""
 
 
-def context(events: list[Event] | None = None) -> RunContext:
+def context(events: list[Any] | None = None) -> RunContext:
     return RunContext(0, 1, torch.device("cpu"), report=(events if events is not None else []).append)
 
 
@@ -126,12 +126,12 @@ def test_a_damaged_newest_checkpoint_gives_way_and_stays_where_it_is(
         client().delete_object(Bucket="bucket", Key=file)
     else:
         client().put_object(Bucket="bucket", Key=file, Body=content)
-    events: list[Event] = []
+    events: list[Any] = []
     with open_worker(bucket, silent) as run:
         found = find_latest_valid_checkpoint(run, context(events))
         assert found is not None
         assert found.manifest.step == 1
-        assert f"{bucket}/checkpoints/step_000000002_a1/quarantine" in events[0]["message"]
+        assert f"{bucket}/checkpoints/step_000000002_a1/quarantine" in events[0].message
     with open_worker(bucket, silent) as run:
         assert names(run) == ["step_000000001_a1"], "it is not looked at again"
         save(saver(run, attempt=2), 2, 3)

@@ -26,6 +26,7 @@ from llm_training_toolkit.checkpoint import (
 )
 from llm_training_toolkit.checkpoint.state import TrainState
 from llm_training_toolkit.distributed.context import RunContext
+from llm_training_toolkit.distributed.events import CheckpointEvent, WarningEvent
 from llm_training_toolkit.engine import Engine
 from llm_training_toolkit.errors import CheckpointError
 from llm_training_toolkit.runs.attempts import find_last_attempt
@@ -141,7 +142,7 @@ class CheckpointManager:
         if self._context.is_rank_zero:
             self._apply_retention_policy()
             where = find_storage(begun.writing.directory).get_uri(begun.writing.directory)
-            self._context.report({"kind": "checkpoint", "step": begun.progress.step, "path": where})
+            self._context.report(CheckpointEvent(begun.progress.step, where))
 
     @contextmanager
     def _translate_memory_error(self, pieces: Sequence[ParameterShard]) -> Iterator[None]:
@@ -193,7 +194,7 @@ class CheckpointManager:
             )
         except OSError as error:
             message = f"old checkpoints of {self._where} cannot be deleted ({error}); training goes on"
-            self._context.report({"kind": "warning", "message": message})
+            self._context.report(WarningEvent(message))
 
     def _make_manifest_builder(self, progress: TrainState) -> Any:  # noqa: ANN401 - checkpoint.Describe
         lineage = self._lineage

@@ -15,6 +15,7 @@ from llm_training_toolkit.checkpoint import (
     quarantine_checkpoint,
 )
 from llm_training_toolkit.distributed.context import RunContext
+from llm_training_toolkit.distributed.events import WarningEvent
 from llm_training_toolkit.distributed.heartbeat import Heartbeat
 from llm_training_toolkit.engine import Engine
 from llm_training_toolkit.errors import CheckpointError
@@ -48,7 +49,7 @@ def find_latest_valid_checkpoint(run: RunDirectory, context: RunContext) -> Chec
         if context.is_rank_zero:
             where = quarantine_checkpoint(directory)
             message = f"checkpoint {directory.name} is damaged ({faults[0]}); {where}"
-            context.report({"kind": "warning", "message": f"{message}, and the one before it is used"})
+            context.report(WarningEvent(f"{message}, and the one before it is used"))
         context.barrier()
 
 

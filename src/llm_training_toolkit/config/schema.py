@@ -506,7 +506,7 @@ class FailuresConfig(ConfigSection):
     saves, names the documents of the step and ends. With `skip` the update is skipped and recorded, with `ignore`
     applied."""
     log_samples: Annotated[bool, FieldTag.FREE] = False
-    """Log the sequences that each rank fetches, with a checksum of their tokens: one line per step, in `<run>/ledger`.
+    """Log the sequences that each rank fetches, with a checksum of their tokens: one line per step, in `<run>/samples`.
     Used by `ltt drill` to audit the data."""
     hang_timeout: Annotated[Duration, FieldTag.FREE] = "10m"
     """Time without progress on any rank within a step, after which the run counts as hung and its workers are replaced.

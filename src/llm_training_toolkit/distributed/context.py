@@ -6,10 +6,11 @@ Made by `launch`, for Ray Train, torchrun or a single process; the loop does not
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
+from llm_training_toolkit.distributed.events import Event
 from llm_training_toolkit.distributed.heartbeat import Heartbeat
 
 if TYPE_CHECKING:
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
 
 # torch is imported in the collectives only, because the driver imports this module as well and needs no torch.
 T = TypeVar("T")
-Event = Mapping[str, Any]
 
 
 class StopRequest(enum.IntEnum):

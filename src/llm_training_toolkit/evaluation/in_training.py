@@ -16,6 +16,7 @@ import torch
 from llm_training_toolkit.checkpoint import CheckpointReader, find_latest_checkpoint
 from llm_training_toolkit.config import EvalTaskConfig
 from llm_training_toolkit.distributed.context import RunContext, StopRequest
+from llm_training_toolkit.distributed.events import WarningEvent
 from llm_training_toolkit.distributed.heartbeat import NO_TIMEOUT
 from llm_training_toolkit.evaluation.run_tasks import (
     TASKS_SKIPPED_MESSAGE,
@@ -89,7 +90,7 @@ class InTrainingEvaluator:
             if error is self._broadcast_error:
                 raise
             message = f"the tasks of step {step} were not carried out: {format_failure_reason(error)}. The run goes on"
-            self._context.report({"kind": "warning", "message": message})
+            self._context.report(WarningEvent(message))
         finally:
             self._remove_export()
             self._free_memory()
@@ -103,7 +104,7 @@ class InTrainingEvaluator:
         if mark.is_done:
             return
         if not mark.record_attempt():
-            self._context.report({"kind": "warning", "message": f"the tasks of step {step} {TASKS_SKIPPED_MESSAGE}"})
+            self._context.report(WarningEvent(f"the tasks of step {step} {TASKS_SKIPPED_MESSAGE}"))
             mark.mark_done()
             return
         try:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from llm_training_toolkit.config import Config, EvalTaskConfig
 from llm_training_toolkit.distributed.context import RunContext
+from llm_training_toolkit.distributed.events import NoteEvent, StageEvent, WarningEvent
 from llm_training_toolkit.errors import PlanError, ToolkitError
 from llm_training_toolkit.evaluation.humaneval import measure_humaneval
 from llm_training_toolkit.evaluation.infill import measure_infill
@@ -94,7 +95,7 @@ def run_final_tasks(trained: TrainedRun, *, metrics: Metrics, context: RunContex
     if mark.record_attempt():
         run_tasks(tasks, trained.run.export_dir, trained, metrics=metrics, context=context, word=_skip_keepalive)
     else:
-        context.report({"kind": "warning", "message": f"eval.tasks {TASKS_SKIPPED_MESSAGE}"})
+        context.report(WarningEvent(f"eval.tasks {TASKS_SKIPPED_MESSAGE}"))
     mark.mark_done()
 
 
@@ -116,7 +117,7 @@ def run_tasks(
     `word` is the keepalive, called on progress; its exceptions propagate.
     """
     for asked in tasks:
-        context.report({"kind": "note", "message": f"evaluating {asked.task}"})
+        context.report(NoteEvent(f"evaluating {asked.task}"))
         word()
         measuring = _TaskProgress(asked.task, context, word)
         try:
@@ -127,7 +128,7 @@ def run_tasks(
             _report_failure(asked, format_failure_reason(error), trained, context)
         else:
             metrics.write(evaluation.step or 0, evaluation.to_metrics())
-            context.report({"kind": "note", "message": format_summary_line(evaluation)})
+            context.report(NoteEvent(format_summary_line(evaluation)))
 
 
 def format_failure_reason(error: Exception) -> str:
@@ -167,7 +168,7 @@ def _run_and_record(
     assert subject.origin is not None
     measured = run_task(task, subject, progress)
     for note in measured.notes:
-        context.report({"kind": "note", "message": f"{asked.task}: {note}"})
+        context.report(NoteEvent(f"{asked.task}: {note}"))
     evaluation = EvalRecord.from_result(task.name, measured, subject.directory, trained.run.name, subject.origin.step)
     write_eval_record(trained.run, evaluation, measured.items)
     return evaluation
@@ -191,13 +192,13 @@ class _TaskProgress:
             raise
         if done == total or time.monotonic() >= self._last + 1.0:
             self._last = time.monotonic()
-            self._context.report({"kind": "stage", "name": f"{self._task}: {stage}", "done": done, "total": total})
+            self._context.report(StageEvent(f"{self._task}: {stage}", done, total))
 
 
 def _report_failure(asked: EvalTaskConfig, why: str, trained: TrainedRun, context: RunContext) -> None:
     again = f"ltt evaluate {find_storage(trained.run.path).get_uri(trained.run.path)} --task {asked.task}"
     message = f"eval.tasks: {asked.task} was not evaluated: {why}. The run itself is whole; later: {again}"
-    context.report({"kind": "warning", "message": message})
+    context.report(WarningEvent(message))
 
 
 def run_task(task: Task, subject: EvalModel | None, progress: ProgressCallback) -> EvalResult:

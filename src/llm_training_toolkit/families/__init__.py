@@ -1,4 +1,4 @@
-"""The model families as data: find a size, get its Hugging Face configuration, count parameters and work. No torch."""
+"""Registry of model families: sizes, Hugging Face configurations, parameter and FLOP counts. No torch."""
 
 from __future__ import annotations
 
@@ -41,16 +41,17 @@ __all__ = [
     "resolve_hf_config",
 ]
 
-SIZES: dict[str, ModelSize] = {size.name: size for size in (*qwen.SIZES, *starcoder.SIZES)}
-"""Every known size by its name."""
+SIZES: dict[str, ModelSize] = {size.name: size for size in (*qwen.SIZES, *starcoder.SIZES)}  # all known sizes by name
 _BY_NAME: dict[str, ModelSize] = {name: size for size in SIZES.values() for name in (size.name, *size.other_names)}
-FAMILIES: dict[str, Family] = {size.family.name: size.family for size in SIZES.values()}
-"""Every family by its name."""
+FAMILIES: dict[str, Family] = {size.family.name: size.family for size in SIZES.values()}  # all families by name
 _BY_TYPE: dict[str, Family] = {family.model_type: family for family in FAMILIES.values()}
 
 
 def find_size(name: str) -> ModelSize:
-    """The size of this name, its weights' on the hub in lower case. PlanError with the nearest where there is none."""
+    """Return the size with this name: the hub name of its weights, in lower case.
+
+    Raises PlanError with the nearest names if there is none.
+    """
     if name in _BY_NAME:
         return _BY_NAME[name]
     wanted = name.rsplit("/", maxsplit=1)[-1].lower()
@@ -60,42 +61,42 @@ def find_size(name: str) -> ModelSize:
 
 
 def resolve_hf_config(config: Config) -> dict[str, Any]:
-    """The complete Hugging Face configuration of the run's model, without a dtype.
+    """Return the complete Hugging Face configuration of the run's model, without a dtype.
 
-    With `model.path` it is the size's own, to be compared with the weights that are loaded. The longest position is at
-    least `data.sequence_length`, except where positions are a learned table (StarCoder 1). Lists that transformers
-    derives itself (layer_types) are left out. Raises PlanError for an unknown size and for an impossible shape.
+    With `model.init_from` or a local `model.path` it has the values of the saved weights, and loaded weights are
+    compared with it. The maximum position is at least `data.sequence_length`, except with learned positions (StarCoder
+    1). Lists that transformers derives itself (layer_types) are left out. Raises PlanError for an unknown size or an
+    impossible shape.
     """
     return build_hf_config(config, find_size(config.model.name))
 
 
 def read_model_dims(hf: HfValues) -> ModelDims:
-    """The sizes of a Hugging Face configuration, also one that transformers wrote, in words common to all families."""
+    """Return the family-independent dimensions of a Hugging Face configuration, also of one saved by transformers."""
     family = _BY_TYPE[hf["model_type"]]
     names = {saved: name for name, saved in family.saved_as.items()}
     return family.read_dims({names.get(name, name): value for name, value in hf.items()})
 
 
 def count_parameters(hf: HfValues) -> int:
-    """Number of parameters of a Hugging Face configuration; tied embeddings count once."""
+    """Return the number of parameters of a Hugging Face configuration; tied embeddings count once."""
     return read_model_dims(hf).total_parameters
 
 
 def resolve_adapter(config: Config, hf: HfValues) -> AdapterSpec | None:
-    """The adapters that a run trains beside its model; None where it trains the model itself."""
+    """Return the adapters that a run trains, or None if it trains the model itself."""
     lora = config.model.lora
     return None if lora is None else build_adapter(lora, find_size(config.model.name).family, read_model_dims(hf))
 
 
 def compute_flops_per_token(hf: HfValues, sequence_length: int, beside: AdapterSpec | None = None) -> int:
-    """Floating-point operations of one token's forward and backward pass: 6 N + 12 L Q T.
+    """Return the floating-point operations of one token's forward and backward pass: 6 N + 12 L Q T.
 
-    N = parameters that multiply a token (matrices and the output layer, not the look-up of the embedding, nor experts
-    it is not sent to), L = layers, Q = heads x head_dim, T = tokens attended to (the sequence, or the sliding window if
-    that is shorter).
-    Source: PaLM (Chowdhery et al. 2022), appendix B, which neither halves attention for the causal mask nor counts
-    recomputation; documents packed into one sequence attend to less. Beside adapters a model has no gradients of its
-    own weights: 4 N for it, 6 for each parameter of the adapters, 2 more for each of a module that is trained whole.
+    N = parameters that multiply a token: matrices and output layer, no embedding lookup, no unused experts. L = layers,
+    Q = heads x head_dim and T = attended tokens (the sequence, or the sliding window if shorter). Source: PaLM
+    (Chowdhery et al. 2022), appendix B. Attention is not halved for the causal mask, recomputation is excluded, and
+    documents packed into one sequence attend to less. With adapters the model has no weight gradients: 4 N for it, 6
+    per adapter parameter, 2 more per parameter of a module trained in full.
     """
     model = read_model_dims(hf)
     attended = min(sequence_length, model.window or sequence_length)

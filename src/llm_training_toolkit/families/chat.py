@@ -1,7 +1,7 @@
-"""Chat templates of the families, for tokenizers that have none: jinja, as transformers and other engines read it.
+"""Chat templates of the families, for tokenizers without one: Jinja, as read by transformers and other engines.
 
-Qwen's write what Qwen's own tokenizers write. StarCoder's base tokenizers have no tokens for chat, so theirs is a form
-in plain words that needs none, after starcoder2-self-align.
+Qwen's templates produce the output of Qwen's own tokenizers. StarCoder's base tokenizers have no chat tokens, so their
+template is plain text, after starcoder2-self-align.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ _TOOLS = r"""
 {%- endmacro %}
 {%- set given = messages[0].role == 'system' %}
 """
+# End of the loop over messages, after the assistant's message.
 _OTHERS = r"""
     {%- elif message.role == 'tool' %}
         {%- set first = loop.first or messages[loop.index0 - 1].role != 'tool' %}
@@ -42,7 +43,6 @@ _OTHERS = r"""
     {%- endif %}
 {%- endfor %}
 """
-"""The end of the loop over messages, after what the assistant says."""
 
 _CHATML = r"""
 {{- '<|im_start|>system\n' + (messages[0].content if given else 'DEFAULT SYSTEM TEXT') }}
@@ -57,8 +57,8 @@ OTHERS
 {{- '<|im_start|>assistant\n' if add_generation_prompt }}
 """
 
-# Thinking stays in answers to the last question, where the last of all has a place for it even if it is empty. A user's
-# message that is a tool's result in its tags is no question.
+# Answers to the last question keep their thinking; the last message has an (empty) think block in any case. A user
+# message that is a tagged tool result is not a question.
 _QWEN3 = r"""
 {{- '<|im_start|>system\n' if given or tools }}
 {{- messages[0].content + ('\n\n' if tools else '') if given }}
@@ -119,7 +119,7 @@ def _build_qwen_template(turns: str) -> str:
 
 
 def _build_chatml_template(system: str) -> str:
-    """ChatML with the system text of conversations that bring none."""
+    """Return ChatML with a default system prompt."""
     return _build_qwen_template(_CHATML.replace("DEFAULT SYSTEM TEXT", system))
 
 

@@ -1,4 +1,4 @@
-"""What a family of models is: its shape, its special tokens and how its parameters are counted."""
+"""Definition of a model family: dimensions, special tokens and parameter counts."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-HfValues = Mapping[str, Any]
-"""Values of a Hugging Face configuration by their names there."""
+HfValues = Mapping[str, Any]  # values of a Hugging Face configuration, by name
 
+# Dropout keys of all families. Always 0, also for loaded weights: dropout would depend on how a batch is split, so
+# elastic and resumed runs could not reproduce the losses of an undisturbed one.
 DROPOUTS = (
     "attention_dropout",
     "residual_dropout",
@@ -17,54 +18,52 @@ DROPOUTS = (
     "resid_pdrop",
     "embd_pdrop",
 )
-"""Their names in all families. Always 0, in loaded weights too: dropout draws by the way a batch was split, so that
-neither an elastic nor a resumed run could repeat the losses of an undisturbed one."""
 
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """The special tokens of a family, as text. Empty text: the family has no such token."""
+    """Special tokens of a family, as text. Empty = the family has no such token."""
 
     end_of_text: str
-    """Closes every document."""
+    """Token at the end of every document."""
     pad: str
-    """Fills a sequence up; carries no loss, so it may be a token that has another use."""
+    """Padding token; carries no loss, so it may have another use."""
     all: tuple[str, ...]
-    """Every special token in the order of its id: a tokenizer of one's own gives them the first ids."""
+    """All special tokens in id order; a tokenizer trained for a run gives them the first ids."""
     fim_prefix: str = ""
     fim_middle: str = ""
     fim_suffix: str = ""
     fim_pad: str = ""
     repository: str = ""
-    """Stands before the name of a repository."""
+    """Token before the name of a repository."""
     file: str = ""
-    """Stands before a file, or before its name."""
+    """Token before a file or its name."""
 
     @property
     def has_fim(self) -> bool:
-        """Whether the family knows fill-in-the-middle."""
+        """True if the family supports fill-in-the-middle."""
         return all((self.fim_prefix, self.fim_middle, self.fim_suffix))
 
 
 @dataclass(frozen=True)
 class CodeLayout:
-    """How a family writes a repository's name, its files' paths and its stars around their code."""
+    """Format of repository name, file paths and stars around code."""
 
     stars: str = ""
-    """Special token before the stars, of which only the magnitude is written; empty: not written."""
+    """Special token before the stars, which are written as their magnitude; empty = not written."""
     after_repository: str = ""
-    """Text between a repository's name and what follows."""
+    """Text after the name of a repository."""
     between_files: str = ""
-    """Text between a file and the next one's token."""
+    """Text between a file and the next file's token."""
     path_in_prefix: bool = False
-    """Fill-in-the-middle has the path behind the sentinel of the prefix, as a part of it."""
+    """Fill-in-the-middle puts the path after the prefix token, as part of the prefix."""
     needs_path: bool = False
-    """The file's token is followed by a path, always: files cannot be told apart without their paths."""
+    """A path always follows the file token: without paths, files are indistinguishable."""
 
 
 @dataclass(frozen=True)
 class ModelDims:
-    """The sizes of one decoder in words that all families share; every count follows from it."""
+    """Dimensions of a decoder in terms common to all families; all counts derive from them."""
 
     vocab: int
     hidden: int
@@ -74,29 +73,29 @@ class ModelDims:
     head_dim: int
     intermediate: int
     gated: bool
-    """Two matrices into the feed-forward layer (SwiGLU) instead of one."""
+    """Two input matrices in the feed-forward layer (SwiGLU) instead of one."""
     tied: bool
-    """One matrix serves as embedding and as output layer."""
+    """One matrix for embedding and output layer."""
     vectors_per_layer: int
     """Parameters of a layer outside its matrices: biases and norms."""
     vectors_outside: int
     """Parameters of the final norm."""
     positions: int = 0
-    """Rows of the table of learned positions; 0 = rotary."""
+    """Rows of the learned position table; 0 = rotary."""
     rms_norms: bool = False
-    """The norms are RMSNorms, computed in fp32 whatever the precision, instead of LayerNorms."""
+    """RMSNorms, computed in fp32 at any precision, instead of LayerNorms."""
     head_norms: bool = False
-    """Queries and keys are normalised head by head."""
+    """Norms of queries and keys, head by head."""
     window: int | None = None
-    """Tokens a position sees; None = all before it."""
+    """Sliding window in tokens; without one (None) a position attends to all before it."""
     experts: int = 0
-    """Feed-forward layers of width `intermediate` in every layer, of which a router picks some; 0 = one, no router."""
+    """Experts per layer, of width `intermediate`; a router picks some. 0 = one feed-forward layer, no router."""
     experts_per_token: int = 0
-    """Experts that a token passes through."""
+    """Experts that the router picks for a token."""
 
     @property
     def query_width(self) -> int:
-        """Width of all query heads; differs from `hidden` where head_dim is explicit."""
+        """Width of all query heads; differs from `hidden` if head_dim is explicit."""
         return self.heads * self.head_dim
 
     @property
@@ -123,12 +122,12 @@ class ModelDims:
 
     @property
     def linear_matrices(self) -> int:
-        """Those of them that are linear layers: transformers 5 has experts and router as bare tensors."""
+        """Part of `matrices_per_layer` in linear layers: transformers 5 has experts and router as bare tensors."""
         return self.attention_matrices if self.experts else self.matrices_per_layer
 
     @property
     def idle_parameters(self) -> int:
-        """Parameters of the experts that a token does not pass through."""
+        """Parameters of the experts that a token does not use."""
         return self.layers * (self.experts - self.experts_per_token) * self.feed_forward_parameters
 
     @property
@@ -139,24 +138,24 @@ class ModelDims:
 
     @property
     def active_parameters(self) -> int:
-        """Parameters that a token passes through: all but those of the experts it is not sent to."""
+        """Parameters that a token uses: all but idle experts."""
         return self.total_parameters - self.idle_parameters
 
     @property
     def matmul_parameters(self) -> int:
-        """Parameters that multiply a token: matrices and the output layer, not the look-up of embeddings."""
+        """Parameters that multiply a token: matrices and output layer, without the embedding lookup."""
         return self.layers * self.matrices_per_layer + self.vocab * self.hidden - self.idle_parameters
 
     @property
     def largest_tensor(self) -> int:
-        """Numbers in the largest single parameter; transformers 5 fuses all experts of a layer into one."""
+        """Elements of the largest single parameter; transformers 5 fuses all experts of a layer into one."""
         one = self.hidden * self.intermediate
         feed_forward = (2 if self.gated else 1) * self.experts * one if self.experts else one
         return max(self.vocab * self.hidden, self.hidden * self.query_width, feed_forward)
 
     @property
     def largest_module(self) -> int:
-        """Parameters that the forward pass needs at once at the least: a matrix, or a layer's experts and router."""
+        """Minimum of parameters that the forward pass needs at once: a matrix, or a layer's experts and router."""
         return max(self.largest_tensor, self.experts * (self.feed_forward_parameters + self.hidden))
 
 
@@ -166,59 +165,58 @@ class Family:
 
     name: str
     model_type: str
-    """`model_type` of transformers."""
+    """Value of `model_type` in transformers."""
     architecture: str
-    """The class that transformers builds."""
+    """Model class of transformers."""
     special_tokens: SpecialTokens
     chat_template: str
-    """How a conversation is written, in jinja, where the tokenizer does not say it."""
+    """Chat template in Jinja, for tokenizers without one."""
     pre_tokenizer_pattern: str
-    """How text is cut before byte pairs are merged: each match of this regular expression is a piece of its own."""
+    """Regular expression of the pre-tokenizer: each match is a separate piece, split off before BPE merges."""
     defaults: HfValues
-    """Hugging Face values that all sizes share."""
+    """Hugging Face values common to all sizes."""
     read_dims: Callable[[HfValues], ModelDims]
-    """Reads a Hugging Face configuration of this family."""
+    """Reader of a Hugging Face configuration of this family."""
     lora_targets: tuple[str, ...]
-    """Names of the linear layers that adapters go to: all of attention and feed-forward, but of a mixture attention
-    alone. Its experts are one fused tensor a layer, no linear layers, and its router is called `gate`, which ends the
-    name of no target."""
+    """Names of the linear layers that get adapters: attention and feed-forward; in a mixture of experts attention only.
+    Its experts are one fused tensor per layer, not linear layers. Its router is named `gate`, a suffix of no target."""
     embedding_name: str = "embed_tokens"
-    """Name of the embedding among the model's modules; the output layer is `lm_head` in all families."""
+    """Module name of the embedding; the output layer is `lm_head` in all families."""
     position_key: str = "max_position_embeddings"
-    """Name of the longest position in the configuration."""
+    """Configuration key of the maximum position."""
     absolute_positions: bool = False
-    """Positions are learned, row by row: a longer sequence is impossible, not only untrained."""
+    """Positions are learned row by row: a longer sequence is impossible, not only untrained."""
     derived_head_dim: bool = False
-    """head_dim is hidden size / heads and is not in the configuration."""
+    """True if head_dim is hidden size / heads and not in the configuration."""
     code_layout: CodeLayout = CodeLayout()
-    """Where the special tokens for repositories and files stand."""
+    """Placement of the special tokens for repositories and files."""
     aliases: Mapping[str, str] = field(default_factory=dict)
-    """Common names of values that this family calls otherwise."""
+    """Common names of values that this family names differently."""
     saved_as: Mapping[str, str] = field(default_factory=dict)
-    """Other names that transformers gives values when it saves them."""
+    """Names under which transformers saves values, if different."""
     fixed: frozenset[str] = frozenset()
     """Values that `model.config_overrides` must not change."""
     published_dropout: float = 0.0
-    """Dropout in the configurations that are published with the weights; training sets it to 0."""
+    """Dropout in the published configurations; training sets it to 0."""
 
 
 @dataclass(frozen=True)
 class ModelSize:
-    """One published size of a family."""
+    """Published size of a family."""
 
     name: str
     family: Family
     config: HfValues
-    """Hugging Face values of this size alone."""
+    """Hugging Face values of this size only."""
     other_names: tuple[str, ...] = ()
     """Names of other published weights of exactly this shape."""
 
     @property
     def hf_values(self) -> dict[str, Any]:
-        """The shape of the size: the family's values and its own."""
+        """Hugging Face values of the size: its family's and its own."""
         return {**self.family.defaults, **self.config}
 
 
 def build_rope_parameters(theta: float) -> dict[str, Any]:
-    """Rotary positions of a given base, as transformers 5 writes them."""
+    """Return rotary position parameters with base `theta`, as transformers 5 writes them."""
     return {"rope_type": "default", "rope_theta": theta}

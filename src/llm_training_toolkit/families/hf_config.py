@@ -1,4 +1,4 @@
-"""Hugging Face configuration of a run's model: that of the size, with `model.config_overrides`, checked."""
+"""Hugging Face configuration of a run's model: the size's, with `model.config_overrides`, checked."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from llm_training_toolkit.config.schema import Config, ModelConfig
 from llm_training_toolkit.errors import PlanError
 from llm_training_toolkit.families.family import DROPOUTS, Family, ModelDims, ModelSize
 
-# Refused in `model.config_overrides`: a nested value (its base is the key rope_theta), and values that break a promise.
+# Refused in `model.config_overrides`: a nested value (use rope_theta), and values that would break a guarantee.
 _FIXED = {"rope_parameters", "use_sliding_window", *DROPOUTS}
+# Matrix products are fastest with dimensions in multiples of 64 (NVIDIA, Matrix Multiplication Background).
 _VOCABULARY_MULTIPLE = 64
-"""Matrix products are fastest when their sides are multiples of 64 (NVIDIA, Matrix Multiplication Background)."""
 
 
 def list_shape_keys(size: ModelSize) -> tuple[str, ...]:
-    """The keys that `model.config_overrides` may have for this size, sorted."""
+    """Return the sorted keys that `model.config_overrides` may have for this size."""
     values = size.hf_values
     keys = (set(values) - _FIXED - size.family.fixed) | set(size.family.aliases)
     return tuple(sorted(keys | {"rope_theta"} if "rope_parameters" in values else keys))
 
 
 def build_hf_config(config: Config, size: ModelSize) -> dict[str, Any]:
-    """The complete Hugging Face configuration of a run; raises PlanError with everything that is wrong in it."""
+    """Return the complete Hugging Face configuration of a run. Raises PlanError with all its problems."""
     begun = _read_recorded_values(config)
     saved = read_saved_values(config.model, size) if begun is None else _select_size_values(size, begun)
     values, problems = (saved, []) if saved is not None else _apply_shape(size, config.model.config_overrides)
@@ -39,10 +39,10 @@ def build_hf_config(config: Config, size: ModelSize) -> dict[str, Any]:
 
 
 def read_saved_values(model: ModelConfig, size: ModelSize) -> dict[str, Any] | None:
-    """The size's values as saved weights have them: those of `path` if it is local, or of the run in `init_from`.
+    """Read the size's values from saved weights: those of `path` if it is local, or of the run in `init_from`.
 
-    None from scratch, and for a hub id, whose size goes by its name. Raises PlanError when what was saved cannot
-    be read or is of another family.
+    Returns None from scratch and for a hub id, which has the values of the named size. Raises PlanError if the saved
+    configuration cannot be read or is of another family.
     """
     if model.path is not None:
         where, found = f"model.path = {model.path}", _read_saved_config(model.path)
@@ -62,7 +62,7 @@ def read_saved_values(model: ModelConfig, size: ModelSize) -> dict[str, Any] | N
 
 
 def _select_size_values(size: ModelSize, found: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of the size, as another configuration of its family has them."""
+    """Return the size's values, except dropouts, as in another configuration of its family."""
     also = {key: found[name] for key, name in size.family.saved_as.items() if name in found}
     return {
         key: value if key in DROPOUTS else {**also, **found}.get(key, value) for key, value in size.hf_values.items()
@@ -70,9 +70,9 @@ def _select_size_values(size: ModelSize, found: Mapping[str, Any]) -> dict[str, 
 
 
 def _read_recorded_values(config: Config) -> dict[str, Any] | None:
-    """What the run itself wrote down of the weights it began with, where they are no more: it has its checkpoints.
+    """Read the run's own record of its initial weights if they no longer exist; a resume does not need them.
 
-    None while they are there, for a run that has not begun, and for one that would begin with other weights now.
+    Returns None if they exist, for a run that has not started, and for one that would now start from other weights.
     """
     given = config.model.path or config.model.init_from
     if given is None or Path(given).expanduser().exists():
@@ -89,7 +89,7 @@ def _read_recorded_values(config: Config) -> dict[str, Any] | None:
 
 
 def read_saved_dropout(model: ModelConfig, size: ModelSize) -> float:
-    """The largest dropout in the configuration of the weights at `path`, as far as it can be read here."""
+    """Return the largest dropout in the configuration of the weights at `path`, as far as it is readable here."""
     found = _read_saved_config(model.path) if model.path is not None else {}
     if found is None:
         return size.family.published_dropout
@@ -97,7 +97,7 @@ def read_saved_dropout(model: ModelConfig, size: ModelSize) -> float:
 
 
 def _read_saved_config(path: str) -> dict[str, Any] | None:
-    """The configuration of weights in a directory; None where that is no directory, but an id of the hub."""
+    """Read the configuration of weights in a directory; for a hub id return None."""
     file = Path(path).expanduser() / "config.json"
     return _read_json(f"model.path = {path}", file) if file.is_file() else None
 
@@ -115,7 +115,7 @@ def _read_json(where: str, file: Path) -> dict[str, Any]:
 
 
 def compute_vocab_size(config: Config, size: ModelSize) -> int:
-    """Rows of the embedding: the override's, else the trained tokenizer's up to a multiple of 64, else the size's."""
+    """Return the embedding rows: the override's, else the trained tokenizer's rounded up to 64s, else the size's."""
     if "vocab_size" in config.model.config_overrides:
         return int(config.model.config_overrides["vocab_size"])
     if config.tokenizer.train is not None:
@@ -124,7 +124,7 @@ def compute_vocab_size(config: Config, size: ModelSize) -> int:
 
 
 def _apply_shape(size: ModelSize, shape: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """The size's values with the changes in, and what is wrong with the changes."""
+    """Return the size's values with the overrides applied, and the problems of the overrides."""
     values = size.hf_values
     valid = list_shape_keys(size)
     problems: list[str] = []
@@ -155,7 +155,7 @@ def _set_value(values: dict[str, Any], key: str, value: Any) -> None:  # noqa: A
 
 
 def _find_value_problem(key: str, value: Any, current: Any) -> str | None:  # noqa: ANN401 - values of JSON
-    """What is wrong with a value, judged by the one it replaces."""
+    """Return the problem of a value, by the type of the value it replaces."""
     kind = type(current)
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     fits = number if kind is float else type(value) is kind
@@ -166,7 +166,7 @@ def _find_value_problem(key: str, value: Any, current: Any) -> str | None:  # no
 
 
 def _find_mismatches(family: Family, values: Mapping[str, Any]) -> list[str]:
-    """Sizes that do not divide each other."""
+    """Return problems of dimensions that do not divide each other."""
     anatomy = family.read_dims(values)
     if family.derived_head_dim and anatomy.hidden % anatomy.heads:
         return [f"hidden size {anatomy.hidden} is not divisible by {anatomy.heads} attention heads"]
@@ -185,7 +185,7 @@ def _find_head_mismatches(anatomy: ModelDims) -> list[str]:
 
 
 def _get_resized_vocab_size(model: ModelConfig, rows: int) -> int:
-    """Rows of the embedding with those that are added to `rows`."""
+    """Return the embedding rows after `model.resize_vocab_to`."""
     wanted = model.resize_vocab_to
     if wanted is not None and wanted <= rows:
         raise PlanError(
@@ -202,7 +202,7 @@ def _find_vocabulary_problems(config: Config, rows: int) -> list[str]:
 
 
 def _complete_hf_config(family: Family, values: dict[str, Any], sequence_length: int) -> dict[str, Any]:
-    """Add what is no shape: the class, positions for the sequence, and switches that training needs off."""
+    """Add what is not shape: class, positions for the sequence, and switches that must be off in training."""
     if not family.absolute_positions:
         values[family.position_key] = max(values[family.position_key], sequence_length)
     return {
@@ -210,8 +210,8 @@ def _complete_hf_config(family: Family, values: dict[str, Any], sequence_length:
         "architectures": [family.architecture],
         **values,
         "use_cache": False,
-        # Ids belong to the tokenizer. Left out, two families would default to 50256, beyond a small vocabulary; and an
-        # id for padding would freeze that row of the embedding, which for Qwen and StarCoder is <|endoftext|>.
+        # Ids belong to the tokenizer. Omitted, two families would default to 50256, beyond a small vocabulary. A
+        # padding id would freeze its embedding row, which is <|endoftext|> for Qwen and StarCoder.
         "bos_token_id": None,
         "eos_token_id": None,
         "pad_token_id": None,

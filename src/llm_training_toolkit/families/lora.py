@@ -1,4 +1,4 @@
-"""What adapters add to a model: the layers they go to and the parameters that makes. No torch."""
+"""LoRA adapters of a model: their layers and parameter counts. No torch."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Literal, NamedTuple
 from llm_training_toolkit.config.schema import LoraConfig
 from llm_training_toolkit.families.family import Family, ModelDims
 
+# Input of a linear layer: the norm before attention, the output of the heads, the norm before the feed-forward layer,
+# or the product within it.
 Reads = Literal["attention", "heads", "feed_forward", "product"]
-"""What a linear layer reads: the norm before attention, what the heads give, the norm before the feed-forward layer, or
-what that layer has made of it."""
 
 
 class LinearLayer(NamedTuple):
-    """A linear layer within a decoder layer."""
+    """Linear layer within a decoder layer."""
 
     reads: Reads
     inputs: int
@@ -24,36 +24,36 @@ class LinearLayer(NamedTuple):
 
 @dataclass(frozen=True)
 class AdapterSpec:
-    """The adapters of a run."""
+    """Adapters of a run."""
 
     rank: int
     alpha: int
     scaling: float
-    """What an adapter adds is multiplied by this."""
+    """Factor on an adapter's output."""
     rslora: bool
-    """Scaled by alpha / root of rank, and not by alpha / rank."""
+    """True if `scaling` is alpha / √rank instead of alpha / rank."""
     dropout: float
     dora: bool
     targets: tuple[str, ...]
-    """Names of the linear layers that have adapters."""
+    """Names of the linear layers with adapters."""
     modules_to_save: tuple[str, ...]
-    """Modules that are trained whole."""
+    """Modules trained in full."""
     quantize: str | None
     layers: tuple[LinearLayer, ...]
-    """The linear layers of one decoder layer that have adapters."""
+    """Linear layers with adapters in one decoder layer."""
     matrices: int
     """Parameters of all adapters."""
     whole: int
-    """Parameters of the modules that are trained whole."""
+    """Parameters of the modules trained in full."""
 
     @property
     def trainable_parameters(self) -> int:
-        """Everything that is trained."""
+        """All trained parameters."""
         return self.matrices + self.whole
 
 
 def list_linear_layers(name: str, family: Family, model: ModelDims) -> tuple[LinearLayer, ...]:
-    """The linear layers of this name in one decoder layer; none where the family has no such layer."""
+    """Return the linear layers of this name in one decoder layer; empty if the family has none."""
     if name not in family.lora_targets:
         return ()
     heads = LinearLayer("heads", model.query_width, model.hidden)
@@ -70,19 +70,19 @@ def list_linear_layers(name: str, family: Family, model: ModelDims) -> tuple[Lin
         "down_proj": (product,),
         "c_attn": (LinearLayer("attention", model.hidden, model.query_width + 2 * model.kv_width),),
         "c_fc": (into,),
-        # StarCoder 1 calls the last layer of attention so, too.
+        # StarCoder 1 also uses this name for the output layer of attention.
         "c_proj": (heads, product) if "c_attn" in family.lora_targets else (product,),
     }
     return found[name]
 
 
 def get_fully_trainable_modules(family: Family, model: ModelDims) -> dict[str, int]:
-    """Parameters of the modules that can be trained whole, by name."""
+    """Return the parameters of modules that can be trained in full, by name."""
     return dict.fromkeys((family.embedding_name, "lm_head"), model.vocab * model.hidden)
 
 
 def build_adapter(lora: LoraConfig, family: Family, model: ModelDims) -> AdapterSpec:
-    """The adapters that a configuration asks for; names that the family does not know add nothing."""
+    """Build the adapters of a configuration; names that the family does not have add nothing."""
     targets = family.lora_targets if lora.target_modules == "auto" else tuple(dict.fromkeys(lora.target_modules))
     layers = tuple(layer for name in targets for layer in list_linear_layers(name, family, model))
     each = sum(lora.rank * (inputs + outputs) + (outputs if lora.use_dora else 0) for _, inputs, outputs in layers)

@@ -1,7 +1,7 @@
-"""The Qwen families as data: Qwen2, Qwen2.5 and Qwen2.5-Coder, Qwen3 and Qwen3-Coder, dense and as mixtures of experts.
+"""Qwen families: Qwen2, Qwen2.5, Qwen2.5-Coder, Qwen3 and Qwen3-Coder, dense and as mixtures of experts.
 
-Sizes bear the name of their weights on the hub in lower case, without the organisation. The first Qwen (2023) is not
-among them: its class is remote code, which is never run here.
+Sizes have the hub name of their weights in lower case, without the organisation. The first Qwen (2023) is missing: its
+class is remote code, which is never run here.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from llm_training_toolkit.families.family import (
     build_rope_parameters,
 )
 
+# GPT-4's expression with single digits: `PRETOKENIZE_REGEX` of transformers' Qwen2 tokenizer.
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-"""GPT-4's expression with single digits: `PRETOKENIZE_REGEX` of transformers' Qwen2 tokenizer."""
 
 _CHAT = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 _CODE = ("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>")
@@ -39,10 +39,10 @@ TOKENS = SpecialTokens(
     file="<|file_sep|>",
     all=_CHAT + _CODE,
 )
-# The tokenizer of Qwen2 ends at <|im_end|>; fill-in-the-middle came with Qwen2.5.
+# Qwen2's tokenizer ends at <|im_end|>; Qwen2.5 added fill-in-the-middle.
 TOKENS_WITHOUT_FIM = SpecialTokens(end_of_text="<|endoftext|>", pad="<|endoftext|>", all=_CHAT)
 
-# Figure 4 of the Qwen2.5-Coder report: names and paths on lines of their own.
+# Figure 4 of the Qwen2.5-Coder report: names and paths on separate lines.
 _CODE_LAYOUT = CodeLayout(after_repository="\n", between_files="\n")
 
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -77,14 +77,14 @@ def _build_dims(hf: HfValues, head_dim: int, vectors_per_layer: int, *, head_nor
 
 
 def read_qwen2_dims(hf: HfValues) -> ModelDims:
-    """Qwen2 and 2.5: biases on q, k and v, two RMSNorms a layer, head_dim = hidden / heads."""
+    """Read dimensions of Qwen2 and 2.5: biases on q, k, v, two RMSNorms per layer, head_dim = hidden / heads."""
     head_dim = hf["hidden_size"] // hf["num_attention_heads"]
     biases = (hf["num_attention_heads"] + 2 * hf["num_key_value_heads"]) * head_dim
     return _build_dims(hf, head_dim, biases + 2 * hf["hidden_size"])
 
 
 def read_qwen3_dims(hf: HfValues) -> ModelDims:
-    """Qwen3: no biases unless `attention_bias` (then also on o), a norm on q and on k, head_dim explicit."""
+    """Read dimensions of Qwen3: biases only with `attention_bias` (also on o), q and k norms, head_dim explicit."""
     head_dim, hidden = hf["head_dim"], hf["hidden_size"]
     heads_with_bias = hf["num_attention_heads"] + 2 * hf["num_key_value_heads"]
     biases = heads_with_bias * head_dim + hidden if hf["attention_bias"] else 0
@@ -92,7 +92,7 @@ def read_qwen3_dims(hf: HfValues) -> ModelDims:
 
 
 def read_qwen3_moe_dims(hf: HfValues) -> ModelDims:
-    """Qwen3 with experts in every layer, as all published sizes have them, and no shared one."""
+    """Read dimensions of Qwen3 with experts in every layer, as in all published sizes, and no shared expert."""
     return replace(
         read_qwen3_dims(hf),
         intermediate=hf["moe_intermediate_size"],
@@ -119,7 +119,7 @@ def _build_qwen2_family(name: str, tokens: SpecialTokens, chat_template: str) ->
 
 QWEN2 = _build_qwen2_family("qwen2", TOKENS_WITHOUT_FIM, chat.QWEN2)
 QWEN2_5 = _build_qwen2_family("qwen2.5", TOKENS, chat.QWEN2_5)
-# head_dim is a value of its own: 0.6B, 4B, 32B and the mixtures have heads x 128 != hidden size.
+# head_dim is explicit: 0.6B, 4B, 32B and the mixtures have heads x 128 != hidden size.
 _QWEN3 = {**_COMMON, "max_position_embeddings": 40960, "head_dim": 128, "attention_bias": False}
 QWEN3 = Family(
     name="qwen3",
@@ -143,20 +143,20 @@ QWEN3_MOE = replace(
         "num_experts_per_tok": 8,
         "norm_topk_prob": True,
         "decoder_sparse_step": 1,
-        # A balance loss is no sum over tokens: docs/objective.md.
+        # A balance loss is not a sum over tokens: docs/objective.md.
         "output_router_logits": False,
         "router_aux_loss_coef": 0.001,
     },
     read_dims=read_qwen3_moe_dims,
     saved_as={"num_experts": "num_local_experts"},
-    # Without dense layers the first two mean nothing, nor do the others without a balance loss.
+    # The first two matter only for dense layers, the others only for a balance loss; neither exists here.
     fixed=frozenset({"intermediate_size", "decoder_sparse_step", "output_router_logits", "router_aux_loss_coef"}),
     lora_targets=_ATTENTION,
 )
 
 
 def _build_shape(layers: int, hidden: int, heads: tuple[int, int], inter: int, vocab: int, *, tied: bool) -> HfValues:
-    """One row of the published tables; `heads` = attention heads and key-value heads."""
+    """Build one row of the published tables; `heads` = attention heads and key-value heads."""
     return {
         "vocab_size": vocab,
         "hidden_size": hidden,
@@ -192,13 +192,13 @@ _A22B = {
     "moe_intermediate_size": 1536,
 }
 _A35B = {**_build_shape(62, 6144, (96, 8), 8192, 151936, tied=False), "num_experts": 160, "moe_intermediate_size": 2560}
-# Weights of July 2025 see 262,144 positions; their rotary base was raised with them.
+# Weights of July 2025 have 262,144 positions and a larger rotary base.
 _LONG = {"max_position_embeddings": 262_144, "rope_parameters": build_rope_parameters(5_000_000.0)}
 _LONG_CODER = {"max_position_embeddings": 262_144, "rope_parameters": build_rope_parameters(10_000_000.0)}
 
 
 def _build_base_and_instruct_sizes(prefix: str, family: Family, *sizes: str) -> tuple[ModelSize, ...]:
-    """Sizes that are published as base weights and as -Instruct."""
+    """Build sizes that are published as base weights and as -Instruct."""
     return tuple(
         ModelSize(f"{prefix}-{size}", family, _QWEN2_SHAPES[size], other_names=(f"{prefix}-{size}-instruct",))
         for size in sizes
@@ -206,7 +206,7 @@ def _build_base_and_instruct_sizes(prefix: str, family: Family, *sizes: str) -> 
 
 
 def _build_2507_size(name: str, family: Family, shape: HfValues) -> ModelSize:
-    """The two kinds of weights of July 2025."""
+    """Build a size of the July 2025 weights, published as -Instruct and -Thinking."""
     return ModelSize(f"{name}-instruct-2507", family, {**shape, **_LONG}, other_names=(f"{name}-thinking-2507",))
 
 

@@ -1,4 +1,4 @@
-"""The StarCoder families as data: StarCoder2, StarCoder 1 (GPTBigCode) and SantaCoder before it."""
+"""StarCoder families: StarCoder2, StarCoder 1 (GPTBigCode) and its predecessor SantaCoder."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from llm_training_toolkit.families.family import (
     build_rope_parameters,
 )
 
+# GPT-2's expression with single digits, which StarCoder's tokenizer splits off first.
 PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-"""GPT-2's expression, but each digit a piece of its own, as StarCoder's tokenizer cuts them first."""
 
 _FIM = ("<|endoftext|>", "<fim_prefix>", "<fim_middle>", "<fim_suffix>", "<fim_pad>")
 _ISSUES = ("<issue_start>", "<issue_comment>", "<issue_closed>")
@@ -24,7 +24,7 @@ _JUPYTER = ("<jupyter_start>", "<jupyter_text>", "<jupyter_code>", "<jupyter_out
 
 
 def _build_special_tokens(repository: str, file: str, every: tuple[str, ...]) -> SpecialTokens:
-    # <|endoftext|> has id 0 in both generations, is begin and end, and pads for want of a token of its own.
+    # <|endoftext|> has id 0 in both generations, is begin and end, and also pads: there is no padding token.
     return SpecialTokens(
         end_of_text="<|endoftext|>",
         pad="<|endoftext|>",
@@ -54,8 +54,8 @@ TOKENS_1 = _build_special_tokens(
         "<reponame>",
     ),
 )
-# Table 5 of the StarCoder2 paper, without its tokens for pull requests: nothing here writes them, and a vocabulary
-# trained from scratch should not spend entries on them.
+# Table 5 of the StarCoder2 paper, without pull request tokens: they are never written here, and would waste entries of
+# a vocabulary trained from scratch.
 TOKENS_2 = _build_special_tokens(
     "<repo_name>",
     "<file_sep>",
@@ -85,7 +85,7 @@ TOKENS_SANTA = SpecialTokens(
 
 
 def read_starcoder2_dims(hf: HfValues) -> ModelDims:
-    """StarCoder2: biases on every linear layer (`use_bias`), two LayerNorms a layer, head_dim = hidden / heads."""
+    """Read dimensions of StarCoder2: biases (`use_bias`), two LayerNorms per layer, head_dim = hidden / heads."""
     hidden, inter = hf["hidden_size"], hf["intermediate_size"]
     head_dim = hidden // hf["num_attention_heads"]
     heads = hf["num_attention_heads"] + 2 * hf["num_key_value_heads"]
@@ -107,9 +107,9 @@ def read_starcoder2_dims(hf: HfValues) -> ModelDims:
 
 
 def read_starcoder_dims(hf: HfValues) -> ModelDims:
-    """StarCoder 1: one key and value head (`multi_query`), biases everywhere, a table of learned positions."""
+    """Read dimensions of StarCoder 1: one key-value head (`multi_query`), biases everywhere, learned positions."""
     hidden = hf["n_embd"]
-    inter = hf["n_inner"] or 4 * hidden  # transformers writes none where it is four times as wide
+    inter = hf["n_inner"] or 4 * hidden  # transformers saves None for four times the width
     head_dim = hidden // hf["n_head"]
     kv_heads = 1 if hf["multi_query"] else hf["n_head"]
     biases = (hf["n_head"] + 2 * kv_heads) * head_dim + hidden + inter + hidden

@@ -17,6 +17,7 @@ from llm_training_toolkit.checkpoint import find_latest_checkpoint
 from llm_training_toolkit.config import Config
 from llm_training_toolkit.data.prepare.dataset_info import DatasetInfo
 from llm_training_toolkit.distributed.context import RunContext, StopRequest
+from llm_training_toolkit.distributed.events import WarningEvent
 from llm_training_toolkit.errors import LaunchError
 from llm_training_toolkit.launch.request import EXIT_CODES
 from llm_training_toolkit.launch.signals import on_stop_signal
@@ -100,7 +101,7 @@ def _restart_process(after: SmallerMicroBatch, context: RunContext, console: Con
         sys.stderr.write(f"rank {context.rank}: {after}: start it again, or let torchrun do so with --max-restarts\n")
         sys.stderr.flush()
         os._exit(EXIT_CODES["stopped"])
-    console.show_event({"kind": "warning", "message": str(after)})
+    console.show_event(WarningEvent(str(after)))
     console.close()
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606 - no shell is wanted
 

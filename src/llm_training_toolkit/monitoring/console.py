@@ -1,6 +1,6 @@
 """Terminal output of a run: stages with bars, then one line with step, loss, speed and time left.
 
-Receives events (plain mappings) from this process or from workers. Writes to the given terminal, so that output of
+Receives events from this process or from workers. Writes to the given terminal, so that output of
 libraries can go to log files.
 """
 
@@ -8,12 +8,24 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from typing import IO, Any
+from typing import IO
 
 from rich.console import Console as Terminal
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.text import Text
 
-from llm_training_toolkit.distributed.context import Event
+from llm_training_toolkit.distributed.events import (
+    CheckpointEvent,
+    EvalEvent,
+    Event,
+    NoteEvent,
+    SampleEvent,
+    StageEvent,
+    StepEvent,
+    StragglerEvent,
+    WarningEvent,
+    WorkerStartedEvent,
+)
 from llm_training_toolkit.runs.table import format_duration
 
 _LINE_EVERY = 10.0  # seconds between step lines without a terminal (a log file, a pipe)
@@ -64,14 +76,31 @@ class Console:
         self.terminal.print(text, style=style or None, markup=False)
 
     def show_event(self, event: Event) -> None:
-        """Show an event of a known kind; ignore others, which are for the logs."""
-        shower = getattr(self, f"_show_{event['kind']}", None)
-        if shower is not None:
-            shower(event)
+        """Show an event. Errors and rungs of a search have no line: the driver reports what follows from them."""
+        match event:
+            case NoteEvent():
+                self.print_line(event.message)
+            case WarningEvent():
+                self.print_line(f"warning: {event.message}", style="yellow")
+            case StageEvent():
+                self._show_stage(event)
+            case StepEvent():
+                self._show_step(event)
+            case EvalEvent():
+                bits = f", {event.bits_per_byte:.3f} bits per byte"
+                self.print_line(f"step {event.step}: held-out loss {event.loss:.4f}{bits}", style="cyan")
+            case CheckpointEvent():
+                self.print_line(f"step {event.step}: checkpoint {event.path}", style="dim")
+            case StragglerEvent():
+                self._show_straggler(event)
+            case SampleEvent():
+                self._show_sample(event)
+            case WorkerStartedEvent() if event.rank == 0:  # a new worker group: its startup time is no step's
+                self._remaining = RemainingTimeEstimator()
 
     def update_stage(self, name: str, done: int, total: int) -> None:
         """Show the progress of a preparation stage."""
-        self.show_event({"kind": "stage", "name": name, "done": done, "total": total})
+        self.show_event(StageEvent(name, done, total))
 
     def close(self) -> None:
         """Stop the bars and restore the terminal."""
@@ -96,74 +125,49 @@ class Console:
             self._tasks[name] = bars.add_task(name, total=total or None, note=note)
         bars.update(self._tasks[name], completed=done, total=total or None, note=note)
 
-    def _show_stage(self, event: Event) -> None:
-        name, done, total = str(event["name"]), int(event["done"]), int(event["total"])
-        fresh = name not in self._tasks
-        counted = f"{done:,}" + (f"/{total:,}" if total else "") if total != 1 else ""
-        self._update_progress_bar(name, done, total, counted)
+    def _show_stage(self, event: StageEvent) -> None:
+        fresh = event.name not in self._tasks
+        counted = f"{event.done:,}" + (f"/{event.total:,}" if event.total else "") if event.total != 1 else ""
+        self._update_progress_bar(event.name, event.done, event.total, counted)
         if fresh and not self.terminal.is_terminal:
-            self.print_line(name)
+            self.print_line(event.name)
 
-    def _show_step(self, event: Event) -> None:
-        step, steps = int(event["step"]), int(event["steps"])
-        self._remaining.add_step(float(event["time"]), float(event["seconds"]))
-        left = self._remaining.estimate_seconds(steps - step)
+    def _show_step(self, event: StepEvent) -> None:
+        self._remaining.add_step(event.time, event.seconds)
+        left = self._remaining.estimate_seconds(event.steps - event.step)
         if self._remaining.steps == _FORECAST_AFTER and left is not None and left > _LINE_EVERY:
             self.print_line(f"about {format_duration(left)} left on this machine, by its first {_FORECAST_AFTER} steps")
         note = format_step_line(event, left)
         if self.terminal.is_terminal:
-            self._update_progress_bar("training", step, steps, note)
-        elif step == steps or time.monotonic() - self._last_line > _LINE_EVERY:
+            self._update_progress_bar("training", event.step, event.steps, note)
+        elif event.step == event.steps or time.monotonic() - self._last_line > _LINE_EVERY:
             self.print_line(note)
             self._last_line = time.monotonic()
 
-    def _show_introduction(self, event: Event) -> None:
-        if event["rank"] == 0:  # new workers: exclude their startup time from the speed
-            self._remaining = RemainingTimeEstimator()
-
-    def _show_eval(self, event: Event) -> None:
-        bits = f", {event['bits_per_byte']:.3f} bits per byte"
-        self.print_line(f"step {event['step']}: held-out loss {event['loss']:.4f}{bits}", style="cyan")
-
-    def _show_checkpoint(self, event: Event) -> None:
-        self.print_line(f"step {event['step']}: checkpoint {event['path']}", style="dim")
-
-    def _show_note(self, event: Event) -> None:
-        self.print_line(str(event["message"]))
-
-    def _show_warning(self, event: Event) -> None:
-        self.print_line(f"warning: {event['message']}", style="yellow")
-
-    def _show_slow(self, event: Event) -> None:
-        where = f" on node {event['address']}" if "address" in event else ""
+    def _show_straggler(self, event: StragglerEvent) -> None:
+        where = f" on node {event.address}" if event.address else ""
         self.print_line(
-            f"warning: rank {event['rank']}{where} takes {event['ratio']:.1f} times as long for its own work as the "
+            f"warning: rank {event.rank}{where} takes {event.ratio:.1f} times as long for its own work as the "
             "other ranks, which wait for it in every step",
             style="yellow",
         )
 
-    def _show_sample(self, event: Event) -> None:
+    def _show_sample(self, event: SampleEvent) -> None:
         self.print_line()
-        self.print_line(f"{event['title']}:", style="bold")
+        self.print_line(f"{event.title}:", style="bold")
         self.terminal.print(*format_sample(event), sep="", markup=False)
 
 
-def format_sample(event: Event) -> list[Any]:
+def format_sample(event: SampleEvent) -> list[Text]:
     """Format a sample, with generated text in another colour than the prompt."""
-    from rich.text import Text  # noqa: PLC0415 - only where a sample is shown
-
-    return [
-        Text(event["before"], style="dim"),
-        Text(event["written"], style="green"),
-        Text(event["after"], style="dim"),
-    ]
+    return [Text(event.before, style="dim"), Text(event.written, style="green"), Text(event.after, style="dim")]
 
 
-def format_step_line(event: Event, seconds_left: float | None) -> str:
+def format_step_line(event: StepEvent, seconds_left: float | None) -> str:
     """Format a step as one line: step, loss, learning rate, speed, time left."""
     left = "" if seconds_left is None else f"  {format_duration(seconds_left)} left"
-    width = len(str(event["steps"]))
+    width = len(str(event.steps))
     return (
-        f"step {event['step']:>{width}}/{event['steps']}  loss {event['loss']:.4f}  lr {event['lr']:.2e}"
-        f"  {event['tokens_per_second']:,.0f} tokens/s{left}"
+        f"step {event.step:>{width}}/{event.steps}  loss {event.loss:.4f}  lr {event.lr:.2e}"
+        f"  {event.tokens_per_second:,.0f} tokens/s{left}"
     )

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from llm_training_toolkit.distributed.context import RunContext
+from llm_training_toolkit.distributed.events import WarningEvent
 from llm_training_toolkit.runs.directory import RunDirectory
 
 if TYPE_CHECKING:
@@ -136,7 +137,7 @@ class Metrics:
         with suppress(OSError):
             sink.close()
         message = f"{type(sink).__name__} cannot be written any more ({error}); training goes on without it"
-        self._context.report({"kind": "warning", "message": message})
+        self._context.report(WarningEvent(message))
 
     def close(self) -> None:
         """Close every sink."""

@@ -1,7 +1,7 @@
 """Resolution of `train.precision: auto` and `engine.zero_stage: auto`, with the reason. Pure.
 
-    measured on every worker -> choose_precision -> recorded in resolved.json, fixed for the run
-    precision, workers, memory -> get_candidate_zero_stages, find_fitting_zero_stage -> chosen again by each attempt
+measured on every worker -> choose_precision -> recorded in resolved.json, fixed for the run
+precision, workers, memory -> get_candidate_zero_stages, find_fitting_zero_stage -> chosen again by each attempt
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""The description of the hardware in a cluster file of any kind, read strictly.
+"""Strict reader of the hardware description in a cluster file of any kind.
 
-Where it stands is up to the system that the file is for:
+Its location depends on the system that the file is for:
 
-    Ray's cluster launcher     metadata.hardware: `metadata` is all that its schema leaves free
-    Kubernetes                 metadata.annotations["llm-training-toolkit/hardware"], as YAML in a text
-    a shell script for Slurm   a comment that begins with `# hardware:`, as YAML behind the `#`
+    Ray cluster launcher   metadata.hardware (`metadata` is the only free key of its schema)
+    Kubernetes             metadata.annotations["llm-training-toolkit/hardware"], YAML in a string
+    Slurm shell script     comment that starts with `# hardware:`, YAML after the `#`
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _COMMENT = "# hardware:"
 
 
 def read_hardware(path: Path) -> ClusterHardware:
-    """The hardware that a cluster file describes. Raises ConfigError with every problem of the description."""
+    """Read the hardware that a cluster file describes. Raises ConfigError with every problem of the description."""
     found = list(_find_descriptions(path, _read_text(path)))
     if len(found) != 1:
         number = "no description" if not found else f"{len(found)} descriptions"
@@ -53,7 +53,7 @@ def _read_text(path: Path) -> str:
 
 
 def _find_descriptions(path: Path, text: str) -> Iterator[Any]:
-    """Every description in a file of any kind, as plain data."""
+    """Yield every description in a file as plain data."""
     if path.suffix not in {".yaml", ".yml"}:
         yield from (
             parsed["hardware"] for block in _find_hardware_comments(text) for parsed in _parse_yaml(path, block)
@@ -71,7 +71,7 @@ def _find_descriptions(path: Path, text: str) -> Iterator[Any]:
 
 
 def _find_hardware_comments(text: str) -> Iterator[str]:
-    """The YAML in each comment that begins with `# hardware:`, up to the first line that is no comment."""
+    """Yield the YAML of each comment that starts with `# hardware:`, up to the first line outside the comment."""
     lines = text.splitlines()
     for start, line in enumerate(lines):
         if line.rstrip() == _COMMENT:
@@ -80,7 +80,7 @@ def _find_hardware_comments(text: str) -> Iterator[str]:
 
 
 def _parse_yaml(where: Path | str, text: str) -> list[Any]:
-    """The documents of a YAML text."""
+    """Return the documents of a YAML text."""
     try:
         return list(YAML(typ="safe", pure=True).load_all(text))
     except YAMLError as error:
@@ -89,7 +89,7 @@ def _parse_yaml(where: Path | str, text: str) -> list[Any]:
 
 
 def _format_validation_errors(path: Path, error: ValidationError) -> Iterator[str]:
-    """One line for each problem: where, what, the value."""
+    """Yield one line per problem: key, problem, value."""
     for detail in error.errors(include_url=False):
         key = ".".join(["hardware", *map(str, detail["loc"])])
         yield f"{path}: {key}{_format_error_detail(detail)}"
@@ -107,7 +107,7 @@ def _format_error_detail(detail: ErrorDetails) -> str:
 
 
 def _suggest_key(detail: ErrorDetails) -> str:
-    """What a misspelt key may have meant."""
+    """Return the valid key nearest to an unknown one."""
     section: type[ConfigSection] = ClusterHardware
     for name in detail["loc"][:-1]:
         annotation = section.model_fields[str(name)].annotation

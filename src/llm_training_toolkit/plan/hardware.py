@@ -1,4 +1,4 @@
-"""The hardware of a cluster: devices, links, price. What a cluster file must say for planning, and nothing more."""
+"""Hardware of a cluster: the devices, links and prices that planning needs."""
 
 from __future__ import annotations
 
@@ -14,63 +14,63 @@ Number = Annotated[int, Field(ge=1)]
 
 
 class DeviceSpeed(ConfigSection):
-    """What a device is sold with, dense products, in 10^12 operations per second. Sparse figures are twice too high."""
+    """Datasheet speed of a device in dense products, 10^12 operations per second. Sparse figures are twice too high."""
 
     bf16: Positive
-    """With sums in fp32."""
+    """Speed in bf16 with fp32 accumulation."""
     fp32: Positive
-    """Without TF32, which torch does not use unless it is told to."""
+    """Speed in fp32 without TF32, which torch uses only on request."""
 
 
 class LinkBandwidth(ConfigSection):
-    """In 10^9 bytes per second, one direction."""
+    """Bandwidths in 10^9 bytes per second, one direction."""
 
     within_node: Amount
-    """Between two devices of a node; 0 where a node has one."""
+    """Between two devices of a node; 0 if a node has one."""
     between_nodes: Amount
-    """Of a node, all its devices together; 0 where there is one node."""
+    """Of a node, all its devices together; 0 if there is one node."""
     storage: Positive
-    """What the cluster writes to the shared storage, all nodes together."""
+    """Writes of the whole cluster to the shared storage."""
 
 
 class HourlyPrice(ConfigSection):
-    """In US dollars for an hour."""
+    """Prices in US dollars per hour."""
 
     node: Amount
-    """Of one node with devices."""
+    """Price of one node with devices."""
     head: Amount
-    """Of the node that only leads; 0 where it is one of the others."""
+    """Price of a node that is only the head; 0 if the head is one of the others."""
     date: Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")]
-    """The day it was looked up, as a text: Ray turns a cluster file into JSON, which has no dates."""
+    """Date of the prices, as a string: Ray turns a cluster file into JSON, which has no dates."""
 
 
 class ClusterHardware(ConfigSection):
-    """The nodes with devices that a cluster has at its largest. The head counts where it carries devices."""
+    """Nodes with devices of a cluster at its largest. The head counts if it has devices."""
 
     nodes: Number
-    """The most there can be."""
+    """Maximum number of nodes."""
     device: Annotated[str, Field(min_length=1)]
-    """What a worker computes on: the name of a GPU, or `cpu`, where every core is a device."""
+    """Device of a worker: the name of a GPU, or `cpu`, where every core is a device."""
     devices_per_node: Number
     memory_gb: Positive
-    """Of a device, in 10^9 bytes; of a core, its share of the machine's."""
+    """Memory of a device in 10^9 bytes; of a core its share of the machine's."""
     cpus: Number
-    """Of a node, as Ray counts them."""
+    """CPUs of a node, as Ray counts them."""
     tflops: DeviceSpeed
     utilisation: Annotated[float, Field(gt=0, le=1)] = 0.34
-    """The share of `tflops` that training reaches; better than the default is what a run of one's own has reached.
+    """Share of `tflops` that training reaches. A measurement of your own is better than the default.
 
-    The default is an assumption. torchtitan publishes 5,762 tokens/s a GPU for Llama 3.1 8B in sequences of 8,192, with
-    FSDP and without torch.compile on 8 H100 (benchmarks/llama3_h100_202412_torchtitan.md): at 5.79e10 FLOPs a token, as
-    `families.flops_per_token` counts, 0.34 of 989e12. LLM Foundry publishes 0.46 for 7B on 8 H100
-    (scripts/train/benchmarking/README.md). Models below 1B, short sequences and slow links reach less.
+    The default is an assumption. torchtitan publishes 5,762 tokens/s per GPU for Llama 3.1 8B in sequences of 8,192,
+    with FSDP and without torch.compile on 8 H100 (benchmarks/llama3_h100_202412_torchtitan.md). At 5.79e10 FLOPs per
+    token, as `families.compute_flops_per_token` counts, this is 0.34 of 989e12. LLM Foundry publishes 0.46 for 7B on 8
+    H100 (scripts/train/benchmarking/README.md). Models below 1B, short sequences and slow links reach less.
     """
     bandwidth_gb_per_s: LinkBandwidth
     price_per_hour: HourlyPrice
     spot: bool
-    """Whether the provider may take the nodes away."""
+    """Spot nodes, which the provider may preempt."""
     shared_storage: Annotated[str, Field(min_length=1)]
-    """A path that every node sees, for `run.dir`."""
+    """Path shared by all nodes, for `run.dir`."""
 
     @model_validator(mode="after")
     def _check_cpu_devices(self) -> ClusterHardware:
@@ -89,18 +89,18 @@ class ClusterHardware(ConfigSection):
 
     @property
     def is_cpu(self) -> bool:
-        """Whether the devices are the cores themselves."""
+        """True if the devices are CPU cores."""
         return self.device == "cpu"
 
     def get_workers_per_node(self, cpus_per_worker: int) -> int:
-        """How many workers of `cpus_per_worker` cores and one device a node holds; on `cpu` the cores are it."""
+        """Return the number of workers, of `cpus_per_worker` cores and one GPU unless on `cpu`, that a node holds."""
         by_cores = self.cpus // cpus_per_worker
         return by_cores if self.is_cpu else min(self.devices_per_node, by_cores)
 
     def get_devices_per_worker(self, cpus_per_worker: int) -> int:
-        """One GPU, or the cores of a worker."""
+        """Return 1 GPU, or the cores of a worker on `cpu`."""
         return cpus_per_worker if self.is_cpu else 1
 
     def get_achieved_flops(self, precision: str) -> float:
-        """Operations per second that a device reaches in training."""
+        """Return the operations per second that a device reaches in training."""
         return 1e12 * self.utilisation * (self.tflops.bf16 if precision == "bf16" else self.tflops.fp32)

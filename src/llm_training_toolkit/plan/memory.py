@@ -40,7 +40,7 @@ class DeviceWorkload:
     micro_batch: int
     sequence_length: int
     adapter: AdapterSpec | None = None
-    """Adapters trained on a frozen model; None = the model itself is trained."""
+    """Adapters trained on a frozen model, or None if the model itself is trained."""
     activation_checkpointing: bool = False
     loss_chunk: int = 0
     eager_attention: bool = False
@@ -152,11 +152,11 @@ def estimate_activation_bytes(load: DeviceWorkload) -> int:
 def estimate_layer_bytes_per_token(load: DeviceWorkload) -> int:
     """Estimate what autograd keeps of one layer per token for the models of transformers 5 (w = `bytes_per_value`).
 
-    Two norms: inputs and outputs, 4 h w; an RMSNorm also keeps its fp32 input and its normalized value, 2 h 4. The
-    norms of queries and keys do the same. Attention: queries, keys, values and output; keys and values are repeated for
-    every query head unless there is only one key-value head. Packed documents need a mask, T w. Eager attention keeps
-    scores as probabilities instead, in fp32 and again in bf16. tests/models/test_activations.py compares the estimate
-    with autograd.
+    Two norms: a LayerNorm keeps input and output, 2 h w; an RMSNorm fp32 input, normalized value and output, h (2 w +
+    4). Norms of queries and keys keep the same but the output. Attention: queries, keys, values and output; keys and
+    values are repeated for every query head unless there is only one key-value head. Packed documents need a mask, T w.
+    Eager attention keeps scores as probabilities instead, in fp32 and again in bf16. tests/models/test_activations.py
+    compares the estimate with autograd.
     """
     model, w = load.model, load.bytes_per_value
     if load.adapter is not None:

@@ -1,10 +1,9 @@
-"""The order in which several streams of sequences become one: a pure function of their weights.
+"""Mixture of several streams of sequences into one: a pure function of their weights.
 
-The k-th sequence of a stream (k from 0) with the share s of the whole is due at (k + 1/2) / s; sequences come in the
-order in which they are due, of two due at once the earlier stream's first. So after any number of sequences a stream
-is less than one sequence away from its share for two streams, and from half their number for more; what comes later
-never changes what came before. Shares are whole numbers here, and everything is computed in whole numbers, so that no
-rounding can part two machines.
+Sequence k (from 0) of a stream with share s is due at (k + 1/2) / s. Sequences are sorted by due time; on a tie the
+earlier stream goes first. After any number of sequences a stream is less than one sequence off its share with two
+streams, and less than half their number with more. Later sequences never change earlier ones. Shares are integers and
+all arithmetic is in integers, so rounding cannot differ between machines.
 """
 
 from __future__ import annotations
@@ -12,25 +11,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-_PARTS = 1 << 20
-"""Shares are rounded to millionths of the whole."""
+_PARTS = 1 << 20  # shares are rounded to millionths of the whole
 
 
 class StreamPosition(NamedTuple):
-    """A sequence of the mixture: which stream, and its number in that stream."""
+    """Sequence of the mixture: its stream, and its number in that stream."""
 
     stream: int
     number: int
 
 
 def compute_integer_shares(weights: Sequence[float]) -> tuple[int, ...]:
-    """Weights, all above 0, as whole numbers in the same proportions; none becomes 0."""
+    """Convert positive weights to integers in the same proportions, each at least 1."""
     total = sum(weights)
     return tuple(max(1, round(_PARTS * weight / total)) for weight in weights)
 
 
 def merge_streams(shares: Sequence[int], first: int, stop: int) -> list[StreamPosition]:
-    """The sequences at the places [first, stop) of the mixture; costs the same wherever they lie."""
+    """Return the sequences at positions [first, stop) of the mixture; the cost does not grow with `first`."""
     found = [
         (place, StreamPosition(stream, number))
         for stream in range(len(shares))
@@ -41,7 +39,7 @@ def merge_streams(shares: Sequence[int], first: int, stop: int) -> list[StreamPo
 
 
 def count_per_stream(shares: Sequence[int], stop: int) -> tuple[int, ...]:
-    """How many of the first `stop` sequences of the mixture each stream gives."""
+    """Return the number of sequences of each stream among the first `stop` of the mixture."""
     found = []
     for stream in range(len(shares)):
         near = _find_candidates(shares, stream, stop, stop)
@@ -50,9 +48,9 @@ def count_per_stream(shares: Sequence[int], stop: int) -> tuple[int, ...]:
 
 
 def _find_candidates(shares: Sequence[int], stream: int, first: int, stop: int) -> range:
-    """Numbers among which all of a stream's sequences at the places [first, stop) are.
+    """Return a range that contains the numbers of a stream's sequences at positions [first, stop).
 
-    A place differs from the time at which its sequence is due by less than the number of streams.
+    The position of a sequence differs from its due time by less than the number of streams.
     """
     total, reach = sum(shares), len(shares) + 1
     low = (first - reach) * shares[stream] // total - 1
@@ -61,12 +59,12 @@ def _find_candidates(shares: Sequence[int], stream: int, first: int, stop: int) 
 
 
 def _compute_position(shares: Sequence[int], stream: int, number: int) -> int:
-    """How many sequences of all streams come before this one."""
+    """Return the number of sequences of all streams before this one."""
     own = shares[stream]
     before = number
     for other, share in enumerate(shares):
         if other != stream:
-            # Those m of the other stream with (2m + 1) / share < (2 number + 1) / own, or = if it goes first.
+            # Count the m of the other stream with (2m + 1) / share < (2 number + 1) / own, or = if it goes first.
             ahead = (2 * number + 1) * share - own
             before += ahead // (2 * own) + 1 if other < stream else -(-ahead // (2 * own))
     return before

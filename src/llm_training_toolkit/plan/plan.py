@@ -1,4 +1,4 @@
-"""The plan of a run: every number that follows from its configuration, and every mistake in it. Pure."""
+"""Plan of a run: every number and every problem that follows from its configuration. Pure."""
 
 from __future__ import annotations
 
@@ -17,41 +17,41 @@ from llm_training_toolkit.plan.problem import Problem
 
 @dataclass(frozen=True)
 class StreamFacts:
-    """A stream of sequences: all sources together, or where they have weights one source."""
+    """Stream of sequences: all sources together, or one source if sources have weights."""
 
     sequences_per_epoch: tuple[int, ...]
-    """Packed training sequences of each prepared epoch, from the first on."""
+    """Packed training sequences of each prepared epoch, in order."""
     share: int = 1
-    """Its part of the mixture, relative to the others'."""
+    """Share of the mixture, relative to the other streams."""
 
     def compute_epochs(self, sequences: int) -> float | None:
-        """How many passes over it `sequences` are, by the mean of the prepared epochs; None for an empty one."""
+        """Return `sequences` in passes over the stream, by the mean of its prepared epochs, or None if empty."""
         prepared = sum(self.sequences_per_epoch)
         return sequences * len(self.sequences_per_epoch) / prepared if prepared else None
 
 
 @dataclass(frozen=True)
 class DataFacts:
-    """What preparing the data has found."""
+    """Results of data preparation that a plan needs."""
 
     streams: tuple[StreamFacts, ...]
-    """One, or where sources have weights one for each, in their order."""
+    """One stream, or one per source, in their order, if sources have weights."""
     vocab_size: int | None = None
-    """Entries of the tokenizer; None = not known."""
+    """Entries of the tokenizer, or None if unknown."""
     steps_done: int = 0
     """Steps of the run's newest checkpoint."""
     sequences_done: int = 0
-    """Sequences those steps have seen: fewer than steps x global batch where an epoch ended in a short step."""
+    """Sequences seen in those steps: fewer than steps x global batch if an epoch ended in a short step."""
 
     def count_needed_sequences(self, steps: int, global_batch: int) -> tuple[int, ...]:
-        """How many sequences of each stream the run will have seen after `steps` steps."""
+        """Return the number of sequences of each stream that the run has seen after `steps` steps."""
         total = self.sequences_done + (steps - self.steps_done) * global_batch
         return mixture.count_per_stream([stream.share for stream in self.streams], total)
 
 
 @dataclass(frozen=True)
 class MixtureSource:
-    """A source with a weight: its share of the tokens, and its epochs in the run; None = not known yet."""
+    """Source with a weight: its share of the tokens, and its epochs in the run (None = not known yet)."""
 
     path: str
     share: float
@@ -60,44 +60,44 @@ class MixtureSource:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will do. Memory in 10^9 bytes, learning rates absolute, lengths in optimizer steps."""
+    """Plan of a run. Memory in 10^9 bytes, learning rates absolute, lengths in optimizer steps."""
 
     name: str
     """Name of the run."""
     model: str
-    """Name of the size."""
+    """Name of the model size."""
     hf_config: Mapping[str, Any]
     parameters: int
-    """Of the model, without adapters."""
+    """Parameters of the model without adapters."""
     trainable_parameters: int
-    """Of the adapters, and of what is trained whole beside them; without adapters all."""
+    """Parameters of the adapters and of modules trained in full; without adapters all."""
     active_parameters: int
-    """Those that a token passes through: fewer than all in a mixture of experts."""
+    """Parameters that a token passes through: fewer than all in a mixture of experts."""
     adapter: families.AdapterSpec | None
-    """None: the model itself is trained."""
+    """Adapters, or None if the model itself is trained."""
     flops_per_token: int
     precision: str
     zero: int
     steps: int | None
-    """None: not known before the data is prepared."""
+    """Length of the run, or None while it depends on unprepared data."""
     steps_estimated: bool
-    """The data of some or all epochs is not prepared."""
+    """True if some or all epochs are not prepared."""
     epochs: float | None
-    """Passes over the data that the steps make; None where the data is not prepared, or its sources have weights."""
+    """Passes over the data, or None if the data is not prepared or its sources have weights."""
     mixture: tuple[MixtureSource, ...]
-    """The sources, where they have weights."""
+    """Sources with weights; empty if they have none."""
     global_batch: int
     micro_batch: int
     workers: int
-    """`cluster.workers`, the most of an elastic run; 0 = without Ray."""
+    """Value of `cluster.workers`, the maximum of an elastic run; 0 = without Ray."""
     fewest_workers: int
-    """The fewest of an elastic run, otherwise the same."""
+    """Minimum of an elastic run, otherwise equal to `workers`."""
     replicas: int
-    """What the plan reckons with: the (most) workers, or the ranks that were started."""
+    """Number of replicas planned for: the (most) workers, or the ranks that were started."""
     sequence_length: int
     tokens_per_step: int
     lr: float
-    """Largest learning rate."""
+    """Peak learning rate."""
     lr_floor: float
     """Learning rate of the last step."""
     schedule_kind: ScheduleKind
@@ -108,31 +108,31 @@ class Plan:
     eval_every: int
     deepspeed: Mapping[str, Any]
     memory_gb_per_device: Mapping[str, float]
-    """With the fewest workers, where a device holds the most."""
+    """Memory with the fewest workers, where it is highest per device."""
     problems: tuple[Problem, ...]
     estimated: tuple[str, ...]
-    """Names of the values here that are not exact."""
+    """Names of the plan's values that are not exact."""
     notes: tuple[str, ...]
 
     @property
     def is_elastic(self) -> bool:
-        """Whether the number of workers may change while the run works."""
+        """True if the number of workers may change during the run."""
         return self.fewest_workers < self.workers
 
     def split_batch(self, replicas: int | None = None) -> tuple[int, ...]:
-        """Sequences of a step for each replica; PlanError when one would have none."""
+        """Return the sequences per step of each replica. Raises PlanError if one would have none."""
         return batch.split_global_batch(self.global_batch, replicas or self.replicas)
 
     def get_accumulation_steps(self, replicas: int | None = None) -> int:
-        """Micro-batches of a step on every replica."""
+        """Return the micro-batches per step on every replica."""
         return batch.compute_accumulation_steps(self.global_batch, replicas or self.replicas, self.micro_batch)
 
     def with_notes(self, notes: Sequence[str]) -> Plan:
-        """The plan with more notes, before its own."""
+        """Return the plan with more notes, before its own."""
         return replace(self, notes=(*notes, *self.notes))
 
     def build_lr_schedule(self) -> LRSchedule:
-        """The learning rate of every step; PlanError while the length of the run is not known."""
+        """Return the learning rate schedule. Raises PlanError while the length of the run is not known."""
         if self.steps is None or self.warmup_steps is None or self.decay_steps is None:
             raise PlanError("train.epochs: the number of steps is not known before the data is prepared: ltt prepare")
         return LRSchedule(
@@ -140,7 +140,7 @@ class Plan:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """The plan as JSON; `accumulation` maps numbers of workers (1 to 8 and the run's own) to micro-batches."""
+        """Return the plan as JSON; `accumulation` maps worker counts (1 to 8 and the run's own) to micro-batches."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         own = range(self.fewest_workers or 1, self.replicas + 1)
         worlds = sorted({*range(1, 9), *own, self.replicas} & set(range(1, self.global_batch + 1)))
@@ -159,9 +159,9 @@ class Plan:
 
 
 def make_plan(config: Config, facts: DataFacts | None = None, replicas: int | None = None) -> Plan:
-    """The plan of a run with all problems in it; `replicas` = ranks that were started, else the most workers.
+    """Plan a run and collect all problems; `replicas` = ranks that were started, else the most workers.
 
-    Raises PlanError only where there is nothing to plan: an unknown size or an impossible shape.
+    Raises PlanError only if nothing can be planned: an unknown size or an impossible shape.
     """
     size = families.find_size(config.model.name)
     hf = families.resolve_hf_config(config)
@@ -221,18 +221,18 @@ def make_plan(config: Config, facts: DataFacts | None = None, replicas: int | No
 
 
 def check_plan(plan: Plan) -> Plan:
-    """The plan itself when nothing is wrong with it; otherwise PlanError with all problems."""
+    """Return the plan, or raise PlanError with all its problems."""
     if plan.problems:
         raise PlanError("\n".join(str(problem) for problem in plan.problems))
     return plan
 
 
 def compute_run_steps(config: Config, facts: DataFacts | None) -> tuple[int | None, bool]:
-    """Length of the run in steps, and whether it is not exact.
+    """Return the length of the run in steps, and whether it is inexact.
 
-    Tokens and epochs come to a number of sequences, which the steps that are done have seen a part of; the rest is
-    divided by the global batch and rounded up, as the stream is continuous. An epoch not prepared yet counts as the
-    mean of those that are, and None = none is.
+    Tokens and epochs are converted to sequences. The part not seen in the completed steps is divided by the global
+    batch and rounded up, as the stream is continuous. An unprepared epoch counts as the mean of the prepared ones;
+    without any of those the length is None.
     """
     train = config.train
     if train.steps is not None:
@@ -242,7 +242,7 @@ def compute_run_steps(config: Config, facts: DataFacts | None) -> tuple[int | No
         return _compute_total_steps(
             -(-train.tokens // config.data.sequence_length), train.global_batch_size, done, seen
         ), False
-    assert train.epochs is not None  # exactly one length is given, says the schema
+    assert train.epochs is not None  # the schema requires exactly one length
     if facts is None or not facts.streams[0].sequences_per_epoch:
         return None, True
     known = facts.streams[0].sequences_per_epoch[: train.epochs]
@@ -252,12 +252,12 @@ def compute_run_steps(config: Config, facts: DataFacts | None) -> tuple[int | No
 
 
 def _compute_total_steps(sequences: int, global_batch: int, done: int, seen: int) -> int:
-    """Steps at which a run has seen `sequences`, when `done` steps have seen `seen` of them."""
+    """Return the steps after which a run has seen `sequences`, if `done` steps have seen `seen` of them."""
     return done + -(-max(sequences - seen, 0) // global_batch)
 
 
 def _list_estimated_values(config: Config, *, steps_estimated: bool) -> tuple[str, ...]:
-    """Names of the plan's values that are not exact; a micro-batch still `auto` is planned as 1, the least."""
+    """Return the names of inexact values; an `auto` micro-batch is planned as 1, the minimum."""
     return (
         *(("steps",) if steps_estimated else ()),
         *(("precision",) if config.train.precision == "auto" else ()),
@@ -268,7 +268,7 @@ def _list_estimated_values(config: Config, *, steps_estimated: bool) -> tuple[st
 
 
 def _compute_epochs(config: Config, steps: int | None, facts: DataFacts | None) -> float | None:
-    """Passes over the data, by the mean length of the prepared epochs."""
+    """Return the passes over the data, by the mean length of the prepared epochs."""
     if config.train.epochs is not None:
         return float(config.train.epochs)
     if steps is None or facts is None or config.data.source_weights:
@@ -277,7 +277,7 @@ def _compute_epochs(config: Config, steps: int | None, facts: DataFacts | None) 
 
 
 def _build_mixture(config: Config, steps: int | None, facts: DataFacts | None) -> tuple[MixtureSource, ...]:
-    """What each source with a weight is worth."""
+    """Return the share and the epochs of each source with a weight."""
     weights = config.data.source_weights
     if not weights:
         return ()
@@ -292,7 +292,7 @@ def _build_mixture(config: Config, steps: int | None, facts: DataFacts | None) -
 
 
 def _choose_deepspeed_config(config: Config, parameters: int) -> dict[str, Any]:
-    """The merged configuration, or the toolkit's own where the person's part cannot be merged."""
+    """Return the merged configuration, or the toolkit's own if `engine.deepspeed` cannot be merged."""
     make = build_base_config if find_deepspeed_problems(config.engine.deepspeed) else build_deepspeed_config
     return make(config, parameters=parameters)
 

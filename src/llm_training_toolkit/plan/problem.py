@@ -1,4 +1,4 @@
-"""What a plan finds wrong: where, what, and what to do."""
+"""Problem of a plan: key, description and fix."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Problem:
-    """One reason why a run cannot start as it is configured."""
+    """Reason why a run cannot start as configured."""
 
     where: str
-    """The dotted key of the configuration."""
+    """Dotted key of the configuration."""
     what: str
-    """What is wrong, with the value."""
+    """Description of the problem, with the value."""
     fix: str
-    """What to write instead."""
+    """Suggested change."""
 
     def __str__(self) -> str:
         return f"{self.where}: {self.what}. {self.fix}"

@@ -1,4 +1,4 @@
-"""The plan as a person reads it in a terminal: one aligned line for each thing worth knowing."""
+"""Plan as text for the terminal: one aligned line per fact."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SPREAD = (
 
 
 def format_plan(plan: Plan, forecast: ClusterEstimate | None = None) -> list[str]:
-    """The plan in about a dozen lines of plain text, with a few more on a cluster; notes and problems at the end."""
+    """Format the plan in about a dozen lines, with a few more for a cluster; notes and problems come last."""
     rows = [*_iter_rows(plan), *(_iter_cluster_rows(forecast) if forecast else ())]
     rows += [*(("note", note) for note in plan.notes), *(("PROBLEM", str(each)) for each in plan.problems)]
     width = max(len(label) for label, _ in rows)
@@ -75,7 +75,7 @@ def _format_active_parameters(plan: Plan) -> str:
 
 
 def format_mixture(plan: Plan) -> list[str]:
-    """What each source with a weight is worth; nothing where they have none."""
+    """Format share and epochs of each source with a weight; empty without weights."""
     return [
         f"{source.path}: {source.share:.1%} of the tokens"
         + ("" if source.epochs is None else f", {source.epochs:.3g} epochs")
@@ -138,7 +138,7 @@ def _format_batch(plan: Plan) -> str:
 
 
 def _iter_elastic_rows(plan: Plan) -> Iterator[tuple[str, str]]:
-    """The batch of an elastic run at every size; sizes that run as many micro-batches share a line."""
+    """Yield the batch of an elastic run at every size; sizes with equal numbers of micro-batches share a line."""
     sizes = range(plan.fewest_workers, min(plan.workers, plan.global_batch) + 1)
     for _, same in itertools.groupby(sizes if plan.is_elastic else (), key=plan.get_accumulation_steps):
         worlds = list(same)
@@ -151,7 +151,6 @@ def _iter_elastic_rows(plan: Plan) -> Iterator[tuple[str, str]]:
 
 
 def _format_workers(plan: Plan) -> str:
-    """How many workers the plan is for."""
     if plan.is_elastic:
         return f"{plan.fewest_workers} to {plan.workers} workers"
     return _format_plural(plan.replicas, "worker")
@@ -195,7 +194,7 @@ def _format_plural(value: int, noun: str, plural: str = "s") -> str:
 
 
 def format_large_number(value: float) -> str:
-    """A large number in three digits: 596M, 8.19B, 1.2e+18."""
+    """Format a large number with three digits: 596M, 8.19B, 1.2e+18."""
     for size, unit in ((1e15, ""), (1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if value >= size:
             return f"{value / size:.3g}{unit}" if unit else f"{value:.3g}"

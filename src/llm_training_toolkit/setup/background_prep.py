@@ -27,6 +27,7 @@ from llm_training_toolkit.data.prepare.epochs import (
     write_preparation_state,
 )
 from llm_training_toolkit.data.prepare.shards import render_in_process
+from llm_training_toolkit.distributed.events import WarningEvent
 from llm_training_toolkit.errors import DataError, ToolkitError
 from llm_training_toolkit.monitoring.console import Console
 from llm_training_toolkit.plan import DataFacts, make_plan
@@ -88,9 +89,7 @@ def _watch_process(
     if state == "working":
         why = f"the process that prepares them ended with {process.returncode}; see {log}"
         write_preparation_state(run, "failed", why)
-    console.show_event(
-        {"kind": "warning", "message": f"later epochs cannot be prepared, the run ends before them: {why}"}
-    )
+    console.show_event(WarningEvent(f"later epochs cannot be prepared, the run ends before them: {why}"))
 
 
 def prepare_remaining_epochs(run: RunDirectory) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from llm_training_toolkit.checkpoint.state import TrainState
 from llm_training_toolkit.data.dataset import MicroBatch
 from llm_training_toolkit.distributed.context import StopRequest
+from llm_training_toolkit.distributed.events import EvalEvent, NoteEvent
 from llm_training_toolkit.distributed.heartbeat import NO_TIMEOUT, Heartbeat
 from llm_training_toolkit.errors import DataError
 from llm_training_toolkit.evaluation.validation import EvalLoss, compute_eval_loss
@@ -37,7 +38,7 @@ def wait_for_data(parts: TrainerComponents, progress: TrainState) -> LoopStatus 
     parts.goodput_tracker.enter_part("data")
     if context.is_rank_zero:
         message = f"step {progress.step + 1} waits for data of the next epoch, which is being prepared"
-        context.report({"kind": "note", "message": message})
+        context.report(NoteEvent(message))
     while True:
         failure = ""
         try:
@@ -95,8 +96,7 @@ def evaluate_held_out(parts: TrainerComponents, progress: TrainState) -> EvalLos
     parts.metrics.write(progress.step, result.to_metrics())
     parts.checkpoint_manager.record_eval_loss(progress.step, result.loss)
     if context.is_rank_zero:
-        values = {"loss": result.loss, "bits_per_byte": result.bits_per_byte}
-        context.report({"kind": "eval", "step": progress.step, **values})
+        context.report(EvalEvent(progress.step, result.loss, result.bits_per_byte))
     return result
 
 

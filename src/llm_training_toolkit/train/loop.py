@@ -16,6 +16,7 @@ import torch
 
 from llm_training_toolkit.checkpoint.state import SkippedStep, StepStats, TrainState
 from llm_training_toolkit.distributed.context import StopRequest
+from llm_training_toolkit.distributed.events import StepEvent, StragglerEvent
 from llm_training_toolkit.distributed.heartbeat import NON_STEP_TIMEOUT_FACTOR, STEP_TIMEOUT_FACTOR
 from llm_training_toolkit.errors import DataError, TrainingError
 from llm_training_toolkit.plan import compute_replica_slice
@@ -165,7 +166,7 @@ def _report_straggler(parts: TrainerComponents, step: Straggler) -> None:
     """Report a rank that slows down the others, once per rank."""
     lasting = parts.straggler_detector.observe_step(step)
     if lasting is not None and parts.context.is_rank_zero:
-        parts.context.report({"kind": "slow", "rank": lasting.rank, "ratio": lasting.ratio})
+        parts.context.report(StragglerEvent(lasting.rank, lasting.ratio))
 
 
 def _all_reduce_step_results(
@@ -213,14 +214,13 @@ def _record_step(parts: TrainerComponents, before: TrainState, started: float, v
     parts.metrics.write(completed, values | parts.goodput_tracker.compute_metrics())
     if parts.context.is_rank_zero:
         parts.context.report(
-            {
-                "kind": "step",
-                "step": completed,
-                "steps": parts.schedule.steps,
-                "loss": values["train/loss"],
-                "lr": values["optim/lr"],
-                "tokens_per_second": values["perf/tokens_per_second"],
-                "seconds": seconds,
-                "time": time.time(),
-            }
+            StepEvent(
+                step=completed,
+                steps=parts.schedule.steps,
+                loss=values["train/loss"],
+                lr=values["optim/lr"],
+                tokens_per_second=values["perf/tokens_per_second"],
+                seconds=seconds,
+                time=time.time(),
+            )
         )

@@ -14,6 +14,7 @@ from typing import Literal
 from llm_training_toolkit.checkpoint.manager import CheckpointManager
 from llm_training_toolkit.checkpoint.state import SkippedStep, StepStats, TrainState
 from llm_training_toolkit.distributed.context import RunContext
+from llm_training_toolkit.distributed.events import WarningEvent
 from llm_training_toolkit.errors import TrainingError
 
 # Steps to compare with. This and 6 deviations are OLMo 2's (SkipStepAdamW in OLMo-core: rolling_interval_length 128,
@@ -121,7 +122,7 @@ class SpikeGuard:
         if self._policy == "skip" and before < MAX_CONSECUTIVE_SKIPS:
             if self._context.is_rank_zero:
                 message = f"{what}; this update is left out. {holds}"
-                self._context.report({"kind": "warning", "message": message})
+                self._context.report(WarningEvent(message))
             return
         saver.begin_save(self._progress)
         saved = f"a checkpoint of step {self._progress.step} is saved. {holds}"

@@ -23,6 +23,7 @@ from llm_training_toolkit.checkpoint import (
 from llm_training_toolkit.checkpoint.restore import restore_engine
 from llm_training_toolkit.config import Config, parse_config_json
 from llm_training_toolkit.distributed.context import RunContext
+from llm_training_toolkit.distributed.events import NoteEvent
 from llm_training_toolkit.engine import Engine, gathered_parameter, prepare_deepspeed, zero3_init
 from llm_training_toolkit.errors import CheckpointError, PlanError
 from llm_training_toolkit.models import (
@@ -141,7 +142,7 @@ def _load_state(
         if base is not None:
             check_base_matches(BaseWeights.from_json(checkpoint.manifest.extra["base"]), base)
         restore_engine(engine, checkpoint, pulse=context.heartbeat)
-        context.report({"kind": "note", "message": f"resuming from {checkpoint.directory.name}"})
+        context.report(NoteEvent(f"resuming from {checkpoint.directory.name}"))
     elif origin is not None:
         _load_initial_weights(engine, origin, context)
 

@@ -12,6 +12,7 @@ import torch
 
 from llm_training_toolkit.config import Config
 from llm_training_toolkit.distributed.context import RunContext
+from llm_training_toolkit.distributed.events import NoteEvent, WarningEvent
 from llm_training_toolkit.errors import LaunchError
 from llm_training_toolkit.worker.spec import WorkerSpec
 
@@ -57,9 +58,9 @@ def check_placement(place: WorkerSpec, context: RunContext) -> list[RankPlacemen
     if wrong:
         raise LaunchError(wrong)
     if context.is_rank_zero and context.world_size > 1:
-        context.report({"kind": "note", "message": format_placement(seats)})
+        context.report(NoteEvent(format_placement(seats)))
         for message in find_placement_warnings(seats, place.config):
-            context.report({"kind": "warning", "message": message})
+            context.report(WarningEvent(message))
     return seats
 
 

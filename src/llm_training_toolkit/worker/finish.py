@@ -7,7 +7,6 @@ that they suit any training data.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,7 +15,8 @@ from llm_training_toolkit.checkpoint import CheckpointReader, find_latest_checkp
 from llm_training_toolkit.config import Config
 from llm_training_toolkit.data.dataloader import read_held_out_texts
 from llm_training_toolkit.data.prepare.dataset_info import DatasetInfo
-from llm_training_toolkit.distributed.context import Event, RunContext
+from llm_training_toolkit.distributed.context import RunContext
+from llm_training_toolkit.distributed.events import Event, SampleEvent, WarningEvent
 from llm_training_toolkit.errors import CheckpointError
 from llm_training_toolkit.evaluation.run_tasks import format_failure_reason, has_finished_tasks, run_final_tasks
 from llm_training_toolkit.export import read_source_checkpoint_name
@@ -32,29 +32,16 @@ _TEMPERATURE = 0.5  # small models repeat themselves under greedy decoding
 _SHOWN = 240  # characters of a prompt: enough to see what the model was given, few enough to read
 
 
-@dataclass(frozen=True)
-class GeneratedSample:
-    """Generated text and the prompt around it."""
-
-    title: str
-    before: str
-    written: str
-    after: str = ""
-
-    def to_event(self) -> Event:
-        """Return the event for the console."""
-        return {"kind": "sample", **self.__dict__}
-
-    def to_markdown(self) -> str:
-        """Return Markdown for TensorBoard, with prompt and generated text apart."""
-        parts = [
-            f"**{self.title}**",
-            "given",
-            _format_code_block(self.before),
-            "written",
-            _format_code_block(self.written),
-        ]
-        return "\n\n".join([*parts, "given", _format_code_block(self.after)] if self.after else parts)
+def format_sample_markdown(sample: SampleEvent) -> str:
+    """Return Markdown for TensorBoard, with prompt and generated text apart."""
+    parts = [
+        f"**{sample.title}**",
+        "given",
+        _format_code_block(sample.before),
+        "written",
+        _format_code_block(sample.written),
+    ]
+    return "\n\n".join([*parts, "given", _format_code_block(sample.after)] if sample.after else parts)
 
 
 def _format_code_block(text: str) -> str:
@@ -73,13 +60,12 @@ def finish_run(trained: TrainedRun, *, metrics: Metrics, context: RunContext) ->
     exported = export_checkpoint(
         trained, CheckpointReader(directory), run.export_dir, merge=False, say=lambda _text: None
     )
-    context.report({"kind": "exported", "path": exported.path})
     try:
         for sample in generate_samples(run.export_dir, trained.config, trained.receipt, str(context.device)):
-            metrics.add_text(exported.step, f"samples/{sample.title}", sample.to_markdown())
-            context.report(sample.to_event())
+            metrics.add_text(exported.step, f"samples/{sample.title}", format_sample_markdown(sample))
+            context.report(sample)
     except Exception as error:  # noqa: BLE001 - the run and its export are whole; samples are a courtesy
-        context.report({"kind": "warning", "message": f"no samples: {format_failure_reason(error)}"})
+        context.report(WarningEvent(f"no samples: {format_failure_reason(error)}"))
     run_final_tasks(trained, metrics=metrics, context=context)
 
 
@@ -107,7 +93,7 @@ def complete_interrupted_finish(run: RunDirectory, config: Config, report: Event
     metrics.close()
 
 
-def generate_samples(exported: Path, config: Config, receipt: DatasetInfo, device: str) -> Iterator[GeneratedSample]:
+def generate_samples(exported: Path, config: Config, receipt: DatasetInfo, device: str) -> Iterator[SampleEvent]:
     """Yield two completions of held-out documents, and one infilling if the run was trained on FIM."""
     texts = list(read_held_out_texts(receipt, limit=_COMPLETIONS + 1, characters=_CHARACTERS))
     if not texts:
@@ -116,11 +102,11 @@ def generate_samples(exported: Path, config: Config, receipt: DatasetInfo, devic
     for number, text in enumerate(texts[:_COMPLETIONS], start=1):
         before = _trim_to_whole_lines(text[: min(len(text) // 2, _SHOWN)])
         written = generator.complete_prompt(before, SamplingParams(min(48, room // 4), _TEMPERATURE))
-        yield GeneratedSample(f"completion {number}", before, written.text)
+        yield SampleEvent(f"completion {number}", before, written.text)
     if any(source.fim is not None for source in config.data.sources):
         before, after = _split_around_middle_line(texts[-1][: 2 * _SHOWN])
         written = generator.fill_middle(before, after, SamplingParams(min(32, room // 8), _TEMPERATURE))
-        yield GeneratedSample("infilling", before, written.text, after)
+        yield SampleEvent("infilling", before, written.text, after)
 
 
 def _trim_to_whole_lines(text: str) -> str:

@@ -16,6 +16,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from llm_training_toolkit.distributed.context import RunContext
+from llm_training_toolkit.distributed.events import NoteEvent
 from llm_training_toolkit.errors import CheckpointError
 from llm_training_toolkit.worker.spec import WorkerSpec
 
@@ -88,7 +89,7 @@ def _run_on_all_ranks(work: Callable[[], str], path: str, place: WorkerSpec, con
             return [answer[0] for answer in answers if answer]
         if context.is_rank_zero and not told and time.monotonic() - began > _LOOK_EVERY:
             told = True
-            context.report({"kind": "note", "message": f"fetching {path} from the hub, once a node"})
+            context.report(NoteEvent(f"fetching {path} from the hub, once a node"))
         context.heartbeat.keepalive(f"fetching the weights, {time.monotonic() - began:.0f} s")
         time.sleep(_LOOK_EVERY)
 

@@ -25,6 +25,7 @@ from llm_training_toolkit.data.dataloader import DataLoader
 from llm_training_toolkit.data.prepare.epochs import build_data_facts, read_latest_dataset_info
 from llm_training_toolkit.data.sample_log import SampleLog
 from llm_training_toolkit.distributed.context import RunContext
+from llm_training_toolkit.distributed.events import NoteEvent
 from llm_training_toolkit.distributed.heartbeat import NO_TIMEOUT
 from llm_training_toolkit.evaluation.in_training import InTrainingEvaluator
 from llm_training_toolkit.export.export_run import TrainedRun
@@ -213,4 +214,4 @@ def _warn_of_rounding_changes(
         said = "went on {} workers with {} threads each in micro-batches of {} under ZeRO {}".format(*before)
         here = "goes on {} with {} in micro-batches of {} under ZeRO {}".format(*now)
         message = f"the run {said} and now {here}: the same sequences, losses equal up to rounding"
-        context.report({"kind": "note", "message": message})
+        context.report(NoteEvent(message))

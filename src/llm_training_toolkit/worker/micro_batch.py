@@ -20,6 +20,7 @@ import torch
 
 from llm_training_toolkit.config import Config
 from llm_training_toolkit.distributed.context import RunContext
+from llm_training_toolkit.distributed.events import NoteEvent
 from llm_training_toolkit.errors import TrainingError
 from llm_training_toolkit.plan import (
     compute_checkpoint_copy_bytes,
@@ -94,7 +95,7 @@ def _choose_settings(
             free -= compute_checkpoint_copy_bytes(make_plan(config).trainable_parameters, context.world_size)
         settings, said = _estimate_settings(config, context.world_size, free)
     for message in said:
-        context.report({"kind": "note", "message": message})
+        context.report(NoteEvent(message))
     return settings, said
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from llm_training_toolkit.config import Config, dump_config_json
 from llm_training_toolkit.distributed.context import RunContext
+from llm_training_toolkit.distributed.events import NoteEvent, WarningEvent
 from llm_training_toolkit.plan import (
     PRECISION_KEY,
     Precision,
@@ -34,13 +35,13 @@ def resolve_precision(place: WorkerSpec, context: RunContext) -> tuple[WorkerSpe
     if precision == "bf16":
         slow = format_slow_precision(precision, slowdowns)
         if slow is not None and context.is_rank_zero:
-            context.report({"kind": "warning", "message": slow})
+            context.report(WarningEvent(slow))
         return _apply_given_precision(place, precision)
     chosen = choose_precision(slowdowns, context.device.type)
     config = _apply_chosen_precision(place.config, chosen)
     if context.is_rank_zero:
         write_atomically(place.run.resolved_config_path, dump_config_json(config))
-        context.report({"kind": "note", "message": str(chosen)})
+        context.report(NoteEvent(str(chosen)))
     return replace(place, config=config), (str(chosen),)
 
 

@@ -12,7 +12,8 @@ from typing import Any
 
 import ray
 
-from llm_training_toolkit.distributed.context import Event, StopRequest
+from llm_training_toolkit.distributed.context import StopRequest
+from llm_training_toolkit.distributed.events import Event, RungEvent
 from llm_training_toolkit.distributed.heartbeat import Heartbeat, HeartbeatSnapshot
 
 _RANK0_HEARTBEAT_SECONDS = 0.3  # replies carry the stop request, so that the training loop never waits for one
@@ -76,7 +77,7 @@ def build_reporter(line: Any) -> Callable[[Event], None]:  # noqa: ANN401
     """Return a function that sends events without waiting."""
 
     def report_event(event: Event) -> None:
-        line.send_event.remote(dict(event))
+        line.send_event.remote(event)
 
     return report_event
 
@@ -86,7 +87,7 @@ def report_with_retry(line: Any, event: Event) -> None:  # noqa: ANN401
     for attempt in range(_REPORT_ATTEMPTS):
         time.sleep(min(attempt, 1))
         try:
-            ray.get(line.send_event.remote(dict(event)))
+            ray.get(line.send_event.remote(event))
         except ray.exceptions.ActorDiedError:
             return  # the driver is gone
         except ray.exceptions.RayError:
@@ -98,7 +99,7 @@ def build_rung_waiter(line: Any) -> Callable[[int], StopRequest]:  # noqa: ANN40
     """Return rank 0's function that blocks until the driver decides on a trial at a rung."""
 
     def await_rung(step: int) -> StopRequest:
-        line.send_event.remote({"kind": "rung", "step": step})
+        line.send_event.remote(RungEvent(step))
         while (wish := ray.get(line.get_rung_decision.remote(step))) is None:
             time.sleep(_RUNG_POLL_SECONDS)
         return StopRequest(wish)

@@ -16,6 +16,7 @@ from typing import Any
 
 from llm_training_toolkit.checkpoint import find_latest_checkpoint
 from llm_training_toolkit.distributed.context import StopRequest
+from llm_training_toolkit.distributed.events import WarningEvent
 from llm_training_toolkit.errors import LaunchError
 from llm_training_toolkit.launch.ray import nodes
 from llm_training_toolkit.launch.ray.capacity import CapacityWaiter
@@ -232,4 +233,4 @@ class TrainController:
         return {"status": "stopped", "step": self._get_latest_checkpoint_step()}
 
     def _show_warning(self, message: str) -> None:
-        self._console.show_event({"kind": "warning", "message": message})
+        self._console.show_event(WarningEvent(message))

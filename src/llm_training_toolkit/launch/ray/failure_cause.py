@@ -9,36 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
-from llm_training_toolkit.distributed.context import Event
+from llm_training_toolkit.distributed.events import WorkerErrorEvent, WorkerStartedEvent
 from llm_training_toolkit.launch.ray.failure_policy import AttemptFailure, FailureKind
-
-
-@dataclass(frozen=True)
-class WorkerInfo:
-    """A rank's process, from its introduction event."""
-
-    rank: int
-    node: str
-    """Node id."""
-    address: str
-    pid: int
-    started: float
-    """Start time of the process in seconds since 1970, because process ids are reused."""
-    actor: str
-    """Actor id."""
-    places: str
-    """Id of the placement group of all ranks."""
 
 
 @dataclass(frozen=True)
 class FailureEvidence:
     """Evidence collected after a group ended with an error."""
 
-    workers: Mapping[int, WorkerInfo]
+    workers: Mapping[int, WorkerStartedEvent]
     """Ranks that have started."""
-    errors: Sequence[Event] = ()
+    errors: Sequence[WorkerErrorEvent] = ()
     """Errors that ranks reported, in order."""
     deaths: Mapping[int, tuple[FailureKind, str]] = field(default_factory=dict)
     """Kind of death and Ray's text, by rank, for processes that died on their own."""
@@ -48,7 +30,7 @@ class FailureEvidence:
     """Ids of nodes whose preemption was announced."""
     hang: str = ""
     """Description of the hang that the driver ended, if there was one."""
-    hung_worker: WorkerInfo | None = None
+    hung_worker: WorkerStartedEvent | None = None
     """Worker that blocked the others, if it is a single one."""
     out_of_memory_error: str = ""
     """Ray's text, if a process on the driver's node was killed for lack of memory."""
@@ -63,8 +45,8 @@ def diagnose_failure(seen: FailureEvidence, step: int) -> AttemptFailure:
     if seen.hang:
         rank, node = (seen.hung_worker.rank, seen.hung_worker.address) if seen.hung_worker else (None, None)
         return AttemptFailure("hang", seen.hang, step, rank, node)
-    errors = sorted(seen.errors, key=lambda error: not error["helped"])  # errors with a remedy first
-    if errors and errors[0]["helped"]:
+    errors = sorted(seen.errors, key=lambda error: not error.helped)  # errors with a remedy first
+    if errors and errors[0].helped:
         return _build_reported_failure(errors[0], seen, step)
     lost = {rank for rank, (kind, _) in seen.deaths.items() if kind == "node_lost"}
     gone = [worker for rank, worker in seen.workers.items() if worker.node in seen.lost_nodes or rank in lost]
@@ -75,7 +57,7 @@ def diagnose_failure(seen: FailureEvidence, step: int) -> AttemptFailure:
     return _build_reported_failure(errors[0], seen, step) if errors else _build_ray_failure(seen, step)
 
 
-def _build_node_failure(gone: Sequence[WorkerInfo], seen: FailureEvidence, step: int) -> AttemptFailure:
+def _build_node_failure(gone: Sequence[WorkerStartedEvent], seen: FailureEvidence, step: int) -> AttemptFailure:
     first = gone[0]
     ranks = sorted({worker.rank for worker in gone if worker.address == first.address})
     named = f"node {first.address} with {'rank' if len(ranks) == 1 else 'ranks'} {', '.join(map(str, ranks))}"
@@ -102,11 +84,11 @@ def _build_death_failure(seen: FailureEvidence, step: int) -> AttemptFailure:
     return AttemptFailure(kind, cause, step, rank, worker.address)
 
 
-def _build_reported_failure(error: Event, seen: FailureEvidence, step: int) -> AttemptFailure:
-    worker = seen.workers.get(error["rank"])
-    cause = str(error["text"]) if error["helped"] else f"rank {error['rank']} failed: {error['text']}"
+def _build_reported_failure(error: WorkerErrorEvent, seen: FailureEvidence, step: int) -> AttemptFailure:
+    worker = seen.workers.get(error.rank)
+    cause = str(error.text) if error.helped else f"rank {error.rank} failed: {error.text}"
     node = worker.address if worker else None
-    return AttemptFailure("raised", cause, step, error["rank"], node, helped=bool(error["helped"]))
+    return AttemptFailure("raised", cause, step, error.rank, node, helped=bool(error.helped))
 
 
 def _build_ray_failure(seen: FailureEvidence, step: int) -> AttemptFailure:
@@ -132,9 +114,3 @@ def _find_memory_sentence(text: str) -> str:
     """Return the sentence with the numbers from Ray's long advice."""
     sentences = [part.strip() for line in text.splitlines() for part in line.split(". ")]
     return next((part for part in sentences if "GB" in part), _get_last_line(text))[:300]
-
-
-def parse_worker_info(event: Mapping[str, Any]) -> WorkerInfo:
-    """Return the worker described by its introduction event."""
-    names = ("rank", "node", "address", "pid", "started", "actor", "places")
-    return WorkerInfo(**{name: event[name] for name in names})

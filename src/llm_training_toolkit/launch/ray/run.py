@@ -13,6 +13,7 @@ import ray
 import ray.exceptions
 
 from llm_training_toolkit.config import Config
+from llm_training_toolkit.distributed.events import WarningEvent
 from llm_training_toolkit.errors import LaunchError
 from llm_training_toolkit.launch.ray.cluster import connect_to_cluster, watch_head
 from llm_training_toolkit.launch.ray.resources import build_resource_request
@@ -50,7 +51,7 @@ def run_on_ray(run: RunDirectory, config: Config, console: Console) -> dict[str,
             _exit_immediately(console, said, LaunchError.exit_code)
 
         def show_warning(message: str) -> None:
-            console.show_event({"kind": "warning", "message": message})
+            console.show_event(WarningEvent(message))
 
         try:
             with (

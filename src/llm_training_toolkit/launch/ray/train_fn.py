@@ -17,7 +17,8 @@ from ray.train.torch import get_device
 
 from llm_training_toolkit.config import parse_config_json
 from llm_training_toolkit.data.prepare.dataset_info import DatasetInfo
-from llm_training_toolkit.distributed.context import Event, RunContext
+from llm_training_toolkit.distributed.context import RunContext
+from llm_training_toolkit.distributed.events import Event, NoteEvent, StageEvent, WorkerErrorEvent, WorkerStartedEvent
 from llm_training_toolkit.distributed.heartbeat import Heartbeat
 from llm_training_toolkit.errors import ToolkitError
 from llm_training_toolkit.launch.ray.control_actor import (
@@ -37,10 +38,10 @@ def worker_main(assignment: Mapping[str, Any]) -> dict[str, Any]:
     ranks = ray.train.get_context()
     rank, pulse = ranks.get_world_rank(), Heartbeat()
     report = build_reporter(assignment["line"])
-    report_with_retry(assignment["line"], _build_introduction(rank))
+    report_with_retry(assignment["line"], _build_started_event(rank))
     wish = start_heartbeat(assignment["line"], rank, pulse)
     if rank == 0:
-        report({"kind": "stage", "name": "starting workers", "done": 1, "total": 1})
+        report(StageEvent("starting workers", 1, 1))
     try:
         context = partial(
             RunContext,
@@ -54,7 +55,7 @@ def worker_main(assignment: Mapping[str, Any]) -> dict[str, Any]:
         traceback.print_exc()
         report_with_retry(
             assignment["line"],
-            {"kind": "error", "rank": rank, "doing": pulse.get_snapshot().phase, **_describe_error(error)},
+            _build_error_event(error, rank, pulse.get_snapshot().phase),
         )
         raise
 
@@ -65,7 +66,7 @@ def _run_worker(
     from llm_training_toolkit.worker.main import run_worker  # imports torch, transformers, DeepSpeed
 
     def send_note(text: str) -> None:
-        report({"kind": "note", "message": text})
+        report(NoteEvent(text))
 
     with join_run(assignment["run"], send_note) as run:
         config, receipt = (
@@ -81,31 +82,30 @@ def _run_worker(
         return run_worker(place, context(rank, ray.train.get_context().get_world_size(), device, report))
 
 
-def _build_introduction(rank: int) -> Event:
-    """Return this rank's introduction event, with the fields of `WorkerInfo`."""
+def _build_started_event(rank: int) -> WorkerStartedEvent:
+    """Describe this rank's process."""
     here, own = ray.get_runtime_context(), psutil.Process()
-    return {
-        "kind": "introduction",
-        "rank": rank,
-        "node": here.get_node_id(),
-        "address": ray.util.get_node_ip_address(),
-        "pid": own.pid,
-        "started": own.create_time(),
-        "actor": here.get_actor_id(),
-        "places": here.get_placement_group_id(),
-    }
+    return WorkerStartedEvent(
+        rank=rank,
+        node=here.get_node_id(),
+        address=ray.util.get_node_ip_address(),
+        pid=own.pid,
+        started=own.create_time(),
+        actor=here.get_actor_id(),
+        places=here.get_placement_group_id(),
+    )
 
 
-def _describe_error(error: Exception) -> dict[str, Any]:
-    """Return an error's fields for the driver; the text has the message first, then its place in the code."""
+def _build_error_event(error: Exception, rank: int, phase: str) -> WorkerErrorEvent:
+    """Describe an error for the driver: its message first, then its place in the code."""
     from llm_training_toolkit.worker.micro_batch import SmallerMicroBatch
 
     final, helped = isinstance(error, ToolkitError), isinstance(error, SmallerMicroBatch)
     if final or helped:
-        return {"type": type(error).__name__, "text": str(error), "final": final, "helped": helped}
+        return WorkerErrorEvent(rank, phase, type(error).__name__, str(error), final=final, helped=helped)
     last = traceback.extract_tb(error.__traceback__)[-1]
     text = f"{type(error).__name__}: {error} ({Path(last.filename).name}:{last.lineno}, in {last.name})"
-    return {"type": type(error).__name__, "text": text, "final": False, "helped": False}
+    return WorkerErrorEvent(rank, phase, type(error).__name__, text, final=False, helped=False)
 
 
 def _ignore_event(_event: Event) -> None:

@@ -12,9 +12,8 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +25,23 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from llm_training_toolkit import errors
 from llm_training_toolkit.config import Config
 from llm_training_toolkit.config.schema import parse_duration_seconds
-from llm_training_toolkit.distributed.context import Event, StopRequest
+from llm_training_toolkit.distributed.context import StopRequest
+from llm_training_toolkit.distributed.events import (
+    Event,
+    StragglerEvent,
+    WarningEvent,
+    WorkerErrorEvent,
+    WorkerStartedEvent,
+)
 from llm_training_toolkit.errors import LaunchError, ToolkitError
-from llm_training_toolkit.launch.ray import nodes
-from llm_training_toolkit.launch.ray import worker_processes as rescue
+from llm_training_toolkit.launch.ray import nodes, worker_processes
 from llm_training_toolkit.launch.ray.autoscaler import AutoscalerClient
 from llm_training_toolkit.launch.ray.control_actor import (
     OTHER_RANKS_HEARTBEAT_SECONDS,
     HeartbeatsByRank,
     start_control_actor,
 )
-from llm_training_toolkit.launch.ray.failure_cause import FailureEvidence, WorkerInfo, parse_worker_info
+from llm_training_toolkit.launch.ray.failure_cause import FailureEvidence
 from llm_training_toolkit.launch.ray.hang_detector import (
     HangDetector,
     HangReport,
@@ -106,11 +111,11 @@ class WorkerGroup:
         self._spec, self._job, self._console = assignment, assignment.job, console
         self._control = start_control_actor()
         self._control_error: ray.exceptions.RayError | None = None
-        self._workers: dict[int, WorkerInfo] = {}
-        self._errors: list[Event] = []
+        self._workers: dict[int, WorkerStartedEvent] = {}
+        self._errors: list[WorkerErrorEvent] = []
         self._draining_nodes: set[str] = set()
         self._hang = ""
-        self._hung_worker: WorkerInfo | None = None
+        self._hung_worker: WorkerStartedEvent | None = None
         self._hang_detector = HangDetector(
             assignment.size, get_hang_timeout(self._job.config), OTHER_RANKS_HEARTBEAT_SECONDS
         )
@@ -148,7 +153,7 @@ class WorkerGroup:
                     f"no worker has started within {_START_TIMEOUT_SECONDS / 60:g} minutes: see `ray status`"
                 )
         self._receive_events()
-        final = next((error for error in self._errors if error["final"]), None)
+        final = next((error for error in self._errors if error.final), None)
         if final is not None:
             raise _rebuild_error(final)
         [ended] = self._fit_outcome
@@ -171,13 +176,18 @@ class WorkerGroup:
             self._kill_workers()
             return None
         for event in taken[0]:
-            if event["kind"] == "introduction":
-                self._workers[event["rank"]] = parse_worker_info(event)
-            elif event["kind"] == "error":
-                self._errors.append(event)
-            worker = self._workers.get(event.get("rank", -1))
-            self._console.show_event({**event, "address": worker.address} if worker else event)
+            self._handle_event(event)
         return taken[1]
+
+    def _handle_event(self, event: Event) -> None:
+        match event:
+            case WorkerStartedEvent():
+                self._workers[event.rank] = event
+            case WorkerErrorEvent():
+                self._errors.append(event)
+            case StragglerEvent() if event.rank in self._workers:
+                event = replace(event, address=self._workers[event.rank].address)
+        self._console.show_event(event)
 
     def _check_health(self, heard: HeartbeatsByRank, now: float) -> None:
         """Check the ranks for a hang and the nodes for changes."""
@@ -223,7 +233,7 @@ class WorkerGroup:
         logs = self._job.run.get_log_dir(find_last_attempt(self._job.run))
         paths = {rank: logs / f"rank_{rank}.log" for rank in self._workers}
         before = {rank: get_log_size(path) for rank, path in paths.items()}
-        states = rescue.dump_worker_stacks(self._workers.values())
+        states = worker_processes.dump_worker_stacks(self._workers.values())
         if len(hang.blocking_ranks) == 1:
             self._hung_worker = self._workers.get(next(iter(hang.blocking_ranks)))
         told = [
@@ -255,7 +265,7 @@ class WorkerGroup:
             cause = self._hang or str(self._control_error)
             raise FitStuckError(f"{cause}. The workers cannot be ended: look after the processes on {where}")
         with suppress(ray.exceptions.RayError):  # an unresponsive node or head: tried again later
-            rescue.kill_workers(self._workers.values())
+            worker_processes.kill_workers(self._workers.values())
             if self._kill_times:
                 nodes.release_placement_groups({worker.places for worker in self._workers.values()})
         self._kill_times.append(time.monotonic())
@@ -279,11 +289,11 @@ class WorkerGroup:
             ),
             ray_error=str(self._control_error or ended),
             has_stepped=self._hang_detector.has_stepped
-            or any(error["doing"].startswith("step ") for error in self._errors),
+            or any(error.phase.startswith("step ") for error in self._errors),
         )
 
     def _show_warning(self, message: str) -> None:
-        self._console.show_event({"kind": "warning", "message": message})
+        self._console.show_event(WarningEvent(message))
 
 
 def get_hang_timeout(config: Config) -> float:
@@ -293,7 +303,7 @@ def get_hang_timeout(config: Config) -> float:
     return seconds
 
 
-def _format_hung_rank(worker: WorkerInfo, doing: str, state: str | None, stands: str) -> str:
+def _format_hung_rank(worker: WorkerStartedEvent, doing: str, state: str | None, stands: str) -> str:
     """Format the state of a rank that does not advance."""
     named = f"rank {worker.rank} (process {worker.pid} on node {worker.address}) was last heard of at: {doing}"
     if state is None:
@@ -351,8 +361,8 @@ def _build_worker_environment(config: Config) -> dict[str, str]:
     }
 
 
-def _rebuild_error(event: Mapping[str, Any]) -> ToolkitError:
+def _rebuild_error(event: WorkerErrorEvent) -> ToolkitError:
     """Rebuild a worker's error in its original class."""
-    kind = getattr(errors, str(event["type"]), ToolkitError)
-    error: ToolkitError = kind(str(event["text"]))
+    kind = getattr(errors, event.type, ToolkitError)
+    error: ToolkitError = kind(event.text)
     return error

@@ -15,27 +15,29 @@ import psutil
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from llm_training_toolkit.launch.ray.failure_cause import WorkerInfo
+from llm_training_toolkit.distributed.events import WorkerStartedEvent
 
 STACK_SIGNAL = signal.SIGUSR1  # faulthandler then writes all stacks to the worker's log, whoever holds the GIL
 _TASK_TIMEOUT_SECONDS = 30.0  # includes the start of the task
 _STACK_WRITE_SECONDS = 1.0  # until the stacks reach the log
 
 
-def dump_worker_stacks(workers: Iterable[WorkerInfo]) -> dict[int, str]:
+def dump_worker_stacks(workers: Iterable[WorkerStartedEvent]) -> dict[int, str]:
     """Request each rank's stacks; return its process state, for ranks on responsive nodes only."""
     states = _run_on_nodes(_request_stack_dumps, workers)
     time.sleep(_STACK_WRITE_SECONDS)
     return states
 
 
-def kill_workers(workers: Iterable[WorkerInfo]) -> None:
+def kill_workers(workers: Iterable[WorkerStartedEvent]) -> None:
     """Kill the workers' processes at once, on any node."""
     _run_on_nodes(_kill_processes, workers)
 
 
-def _run_on_nodes(task: Callable[[list[WorkerInfo]], dict[int, str]], workers: Iterable[WorkerInfo]) -> dict[int, str]:
-    by_node: dict[str, list[WorkerInfo]] = {}
+def _run_on_nodes(
+    task: Callable[[list[WorkerStartedEvent]], dict[int, str]], workers: Iterable[WorkerStartedEvent]
+) -> dict[int, str]:
+    by_node: dict[str, list[WorkerStartedEvent]] = {}
     for worker in workers:
         by_node.setdefault(worker.node, []).append(worker)
     refs = [_build_node_task(node, task).remote(there) for node, there in by_node.items()]
@@ -51,12 +53,12 @@ def _run_on_nodes(task: Callable[[list[WorkerInfo]], dict[int, str]], workers: I
     return found
 
 
-def _build_node_task(node: str, task: Callable[[list[WorkerInfo]], dict[int, str]]) -> Any:  # noqa: ANN401 - Ray has no types
+def _build_node_task(node: str, task: Callable[[list[WorkerStartedEvent]], dict[int, str]]) -> Any:  # noqa: ANN401 - Ray has no types
     there = NodeAffinitySchedulingStrategy(node, soft=False)
     return ray.remote(task).options(num_cpus=0, max_retries=0, scheduling_strategy=there)
 
 
-def _request_stack_dumps(workers: list[WorkerInfo]) -> dict[int, str]:
+def _request_stack_dumps(workers: list[WorkerStartedEvent]) -> dict[int, str]:
     states = {}
     for worker, process in _find_processes(workers).items():
         with suppress(psutil.NoSuchProcess):
@@ -66,14 +68,14 @@ def _request_stack_dumps(workers: list[WorkerInfo]) -> dict[int, str]:
     return states
 
 
-def _kill_processes(workers: list[WorkerInfo]) -> dict[int, str]:
+def _kill_processes(workers: list[WorkerStartedEvent]) -> dict[int, str]:
     for process in _find_processes(workers).values():
         with suppress(psutil.NoSuchProcess):  # already ended; the others on the node must still be killed
             process.kill()
     return {}
 
 
-def _find_processes(workers: list[WorkerInfo]) -> Mapping[WorkerInfo, psutil.Process]:
+def _find_processes(workers: list[WorkerStartedEvent]) -> Mapping[WorkerStartedEvent, psutil.Process]:
     """Return the processes that still belong to these workers."""
     found = {}
     for worker in workers:

@@ -26,7 +26,8 @@ from llm_training_toolkit.config.search import SchedulerConfig
 from llm_training_toolkit.data.prepare.builder import DatasetBuilder
 from llm_training_toolkit.data.prepare.epochs import build_data_facts, get_tokenization_spec, prepare_epochs
 from llm_training_toolkit.data.prepare.shards import render_in_process
-from llm_training_toolkit.distributed.context import Event, StopRequest
+from llm_training_toolkit.distributed.context import StopRequest
+from llm_training_toolkit.distributed.events import Event, RungEvent, WorkerStartedEvent
 from llm_training_toolkit.errors import LaunchError, ToolkitError
 from llm_training_toolkit.launch.backend import prepare_environment
 from llm_training_toolkit.launch.ray import nodes
@@ -147,12 +148,12 @@ class _TrialRunner:
 
     def handle_event(self, event: Event) -> None:
         """Handle an event of the workers; at a rung they wait for Tune's decision."""
-        if event["kind"] == "introduction":
-            write_atomically(self._placement_group_path, json.dumps([event["places"]]))
-        if event["kind"] != "rung":
-            return
-        self._waits_at = event["step"]
-        self._told.put({"kind": "rung", **self._read_rung_metrics(event["step"])})
+        match event:
+            case WorkerStartedEvent():
+                write_atomically(self._placement_group_path, json.dumps([event.places]))
+            case RungEvent():
+                self._waits_at = event.step
+                self._told.put({"kind": "rung", **self._read_rung_metrics(event.step)})
 
     @property
     def _placement_group_path(self) -> Path:
