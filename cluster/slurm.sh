@@ -7,12 +7,12 @@
 #     scancel --signal=TERM --batch JOB              # stops it with a checkpoint; the sbatch line resumes
 #
 # `ray symmetric-run` starts a Ray process on every node, waits for all of them, runs `ltt train` on the first node, and
-# ends Ray on all nodes afterwards. Ten minutes before the time limit Slurm signals this script, which stops the run with
-# a checkpoint (exit code 75) and requeues the job, so that the run resumes. After a node failure Slurm itself requeues
-# the job (--requeue), and the run resumes from its newest checkpoint.
+# ends Ray on all nodes afterwards. Ten minutes before the time limit Slurm signals this script. The script stops the
+# run with a checkpoint (exit code 75) and requeues the job, which resumes the run. After a node failure Slurm itself
+# requeues the job (--requeue), and the run resumes from its newest checkpoint.
 #
-# Fill in nodes, GPUs, time and the options of your site (--partition, --account). Tried with Slurm on one node without a
-# GPU; several nodes not yet.
+# Fill in nodes, GPUs, time and the options of your site (--partition, --account). Tried with Slurm on one node without
+# a GPU; several nodes not yet.
 #
 #SBATCH --job-name=ltt
 #SBATCH --nodes=2
@@ -68,8 +68,8 @@ export NCCL_SOCKET_IFNAME="^lo,docker,virbr"
 export NCCL_DEBUG=WARN
 export PYTORCH_ALLOC_CONF=expandable_segments:True
 
-# Slurm runs this script on the first node of the job, which becomes the head. The port depends on the job; Ray uses 10002
-# to 19999 itself.
+# Slurm runs this script on the first node of the job, which becomes the head. The port depends on the job; Ray itself
+# uses 10002 to 19999.
 addresses=$(hostname --all-ip-addresses)
 head=${addresses%% *}:$((20000 + SLURM_JOB_ID % 10000))
 
