@@ -39,13 +39,13 @@ from llm_training_toolkit.worker.spec import WorkerSpec
 Arrays = dict[str, np.ndarray[Any, Any]]
 
 
-def context(report: Any = None, wish: Any = None) -> RunContext:
+def context(report: Any = None, stop_request: Any = None) -> RunContext:
     """This rank's place in the pool."""
     options: dict[str, Any] = {}
     if report is not None:
         options["report"] = report
-    if wish is not None:
-        options["wish"] = wish
+    if stop_request is not None:
+        options["stop_request"] = stop_request
     return RunContext(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), **options)
 
 
@@ -70,7 +70,7 @@ def engine_of(place: WorkerSpec, plan: Plan) -> Engine:
 
 
 def _plan(place: WorkerSpec) -> Plan:
-    return make_plan(place.config, build_data_facts(place.receipt), replicas=dist.get_world_size())
+    return make_plan(place.config, build_data_facts(place.dataset_info), replicas=dist.get_world_size())
 
 
 def drawn(name: str, shape: Any) -> torch.Tensor:
@@ -97,11 +97,13 @@ def gradients(
     engine = engine_of(place, plan)
     if stirred:
         stir(engine)
-    feed = DataLoader(place.receipt, global_batch=plan.global_batch, epochs=None)
+    dataloader = DataLoader(place.dataset_info, global_batch=plan.global_batch, epochs=None)
     world, rank = dist.get_world_size(), dist.get_rank()
     count = -(-len(compute_replica_slice(plan.global_batch, world, 0)) // micro_batch)
-    batches = feed.get_micro_batches(step, compute_replica_slice(plan.global_batch, world, rank), micro_batch, count)
-    loss_sum = engine.forward_backward(batches, feed.count_loss_tokens(step))
+    batches = dataloader.get_micro_batches(
+        step, compute_replica_slice(plan.global_batch, world, rank), micro_batch, count
+    )
+    loss_sum = engine.forward_backward(batches, dataloader.count_loss_tokens(step))
     [total] = context().all_reduce_sum(loss_sum)
     found = {}
     for name, parameter in engine.deepspeed.module.named_parameters():
@@ -111,7 +113,7 @@ def gradients(
         found[name] = (safe_get_full_grad(parameter) if own is None else own).float().numpy().copy()
     norm = engine.optim_step(0.0)
     engine.close()
-    return total / feed.count_loss_tokens(step), norm, found
+    return total / dataloader.count_loss_tokens(step), norm, found
 
 
 def fragment_table(run: str, changes: Mapping[str, Any]) -> tuple[dict[str, int], list[tuple[str, int, int]]]:
@@ -171,11 +173,13 @@ def updated(run: str, changes: Mapping[str, Any], directory: str) -> Arrays:
     place = place_of(run, changes)
     plan = _plan(place)
     engine = engine_of(place, plan)
-    feed = DataLoader(place.receipt, global_batch=plan.global_batch, epochs=None)
+    dataloader = DataLoader(place.dataset_info, global_batch=plan.global_batch, epochs=None)
     world, rank = dist.get_world_size(), dist.get_rank()
     count = plan.get_accumulation_steps(world)
-    batches = feed.get_micro_batches(0, compute_replica_slice(plan.global_batch, world, rank), plan.micro_batch, count)
-    engine.forward_backward(batches, feed.count_loss_tokens(0))
+    batches = dataloader.get_micro_batches(
+        0, compute_replica_slice(plan.global_batch, world, rank), plan.micro_batch, count
+    )
+    engine.forward_backward(batches, dataloader.count_loss_tokens(0))
     engine.optim_step(1e-3)
     state = whole_state(engine, directory)
     engine.close()
@@ -206,10 +210,10 @@ def work_on(run: str, changes: Mapping[str, Any] | None = None, stop_after: int 
         if isinstance(event, StepEvent):
             completed[0] = event.step
 
-    def wish() -> StopRequest:
+    def stop_request() -> StopRequest:
         return StopRequest.STOP if stop_after is not None and completed[0] >= stop_after - 1 else StopRequest.NONE
 
-    result = run_worker(place_of(run, changes), context(report, wish))
+    result = run_worker(place_of(run, changes), context(report, stop_request))
     return {**result, "events": events}
 
 
@@ -239,7 +243,7 @@ def wait_on(runs: list[str], comes: Mapping[str, Mapping[int, str]], stop_at: in
     def report(event: Event) -> None:
         waiting[0] |= isinstance(event, NoteEvent) and "waits for data of the next epoch" in event.message
 
-    def wish() -> StopRequest:
+    def stop_request() -> StopRequest:
         if waiting[0]:
             asked[0] += 1
             for name, by_rank in comes.items():
@@ -248,7 +252,7 @@ def wait_on(runs: list[str], comes: Mapping[str, Mapping[int, str]], stop_at: in
                         write_atomically(Path(runs[rank], "data", name), text)
         return StopRequest.STOP if asked[0] == stop_at else StopRequest.NONE
 
-    result = run_worker(place_of(runs[dist.get_rank()]), context(report, wish))
+    result = run_worker(place_of(runs[dist.get_rank()]), context(report, stop_request))
     return {**result, "asked": asked[0]}
 
 
@@ -258,8 +262,8 @@ def work_on_spoilt_data(
     """The same where the tokens of some steps (counted from 0) are drawn by chance, as damaged storage gives them."""
     whole = DataLoader.get_micro_batches
 
-    def batch(feed: DataLoader, step: int, positions: range, micro_batch: int, count: int) -> list[MicroBatch]:
-        found = whole(feed, step, positions, micro_batch, count)
+    def batch(dataloader: DataLoader, step: int, positions: range, micro_batch: int, count: int) -> list[MicroBatch]:
+        found = whole(dataloader, step, positions, micro_batch, count)
         if step not in spoilt:
             return found
         draw = torch.Generator().manual_seed(step)
@@ -280,7 +284,7 @@ def work_on_spoilt_data(
 
 
 def work_to_a_rung(
-    run: str, rungs: tuple[int, ...], stop_at: int, wish: StopRequest = StopRequest.NONE
+    run: str, rungs: tuple[int, ...], stop_at: int, stop_request: StopRequest = StopRequest.NONE
 ) -> tuple[dict[str, Any], list[int]]:
     """A trial that is stopped at a rung: how it ended, and the rungs at which rank 0 asked.
 
@@ -292,7 +296,9 @@ def work_to_a_rung(
         asked.append(step)
         return StopRequest.STOP if step == stop_at else StopRequest.NONE
 
-    return run_worker(place_of(run), replace(context(wish=lambda: wish), rungs=rungs, await_rung=ask)), asked
+    return run_worker(
+        place_of(run), replace(context(stop_request=lambda: stop_request), rungs=rungs, await_rung=ask)
+    ), asked
 
 
 def loaded_weights(hf_config: Mapping[str, Any], path: str, zero: int, rows: int | None = None) -> Arrays:
@@ -321,8 +327,8 @@ def evaluation_of_packed_documents(run: str, model: dict[str, Any], attention: s
     torch.manual_seed(0)
     built = build_model(model, precision="fp32", attention=attention)
     engine = Engine(LossModule(built, 16), place.config.optim, plan.deepspeed, torch.device("cpu"))
-    feed = DataLoader(place.receipt, global_batch=plan.global_batch, epochs=None)
-    [batch] = feed.get_eval_batches(0, 1, 1000)
+    dataloader = DataLoader(place.dataset_info, global_batch=plan.global_batch, epochs=None)
+    [batch] = dataloader.get_eval_batches(0, 1, 1000)
     row, documents = _fullest_row(batch)
 
     def losses(ids: torch.Tensor, positions: torch.Tensor) -> list[float]:

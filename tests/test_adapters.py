@@ -220,7 +220,7 @@ def test_adapters_stand_beside_a_saved_model_and_name_it_as_given(pools: Pools, 
 def test_weights_of_another_run_become_the_base(pools: Pools, make: Make) -> None:
     full = make("full")
     pools(1).run(rank_tasks.work_on, run=str(full.path))
-    tokenizer = {"path": rank_tasks.place_of(str(full.path)).receipt.tokenizer_path, "train": None}
+    tokenizer = {"path": rank_tasks.place_of(str(full.path)).dataset_info.tokenizer_path, "train": None}
     given = {"init_from": str(full.path), "config_overrides": {}, "lora": {"rank": 4}}
     run = make("run", model=given, tokenizer=tokenizer)
     pools(2).run(rank_tasks.work_on, run=str(run.path), stop_after=STOP)

@@ -48,7 +48,7 @@ def cells(text: str) -> Iterator[str]:
 def sentences(text: str) -> Iterator[str]:
     """Sentences of paragraphs and list items: no code blocks, no tables, no headings."""
     prose = re.sub(r"^\s*(\||#).*$", "", _FENCED.sub("", text), flags=re.MULTILINE)
-    for block in re.split(r"\n\s*\n|\n\s*(?:[-*]|\d+\.)\s", prose):
+    for block in re.split(r"\n\s*\n|^\s*(?:[-*]|\d+\.)\s", prose, flags=re.MULTILINE):
         yield from re.split(r"(?<=[.!?:;])\s+", plain(block))
 
 
@@ -89,7 +89,7 @@ def test_words_are_counted_as_a_reader_counts_them() -> None:
     text = (
         "# A title\n\nOne `a b c` [two](x.md). Three\nfour: five.\n\n- six\n- seven\n\n| a b | `c d` e |\n|---|---|\n"
     )
-    assert list(sentences(text)) == ["", "One code two.", "Three four:", "five.", "six", "seven", ""]
+    assert list(sentences(text)) == ["", "One code two.", "Three four:", "five.", "", "six", "seven", ""]
     assert list(cells(text)) == ["a b", "code e"]
 
 

@@ -292,7 +292,7 @@ def test_a_run_over_epochs_ends_with_a_short_step_and_every_sequence_once(pools:
     train = {"steps": None, "epochs": 1, "global_batch_size": 8}
     answers = pools(3).run(rank_tasks.work_on, run=str(run.path), changes={"train": train})
     place = rank_tasks.place_of(str(run.path))
-    sequences = place.receipt.streams[0].sequences_per_epoch[0]
+    sequences = place.dataset_info.streams[0].sequences_per_epoch[0]
     assert sequences % 8, "the last step of this test is meant to be short"
     assert (answers[0]["status"], answers[0]["step"]) == ("finished", -(-sequences // 8))
     assert CheckpointReader(final(run)).manifest.tokens == sequences * 64
@@ -301,24 +301,24 @@ def test_a_run_over_epochs_ends_with_a_short_step_and_every_sequence_once(pools:
 def test_a_run_lengthened_after_a_short_step_leaves_out_nothing(pools: Pools, fresh_run: Fresh) -> None:
     run = fresh_run("lengthened")
     place = rank_tasks.place_of(str(run.path))
-    first = place.receipt.streams[0].sequences_per_epoch[0]
+    first = place.dataset_info.streams[0].sequences_per_epoch[0]
     assert first % 8, "the last step of the first epoch is meant to be short"
     one = {"train": {"steps": None, "epochs": 1, "global_batch_size": 8}}
     pools(2).run(rank_tasks.work_on, run=str(run.path), changes=one)
     config = rank_tasks.place_of(str(run.path), {"train": {"steps": None, "epochs": 2, "global_batch_size": 8}}).config
-    receipt = prepare_run_data(config, lambda _stage, _done, _total: None).dataset_info
-    run.dataset_info_path.write_text(receipt.to_json())
+    dataset_info = prepare_run_data(config, lambda _stage, _done, _total: None).dataset_info
+    run.dataset_info_path.write_text(dataset_info.to_json())
     answers = pools(3).run(
         rank_tasks.work_on, run=str(run.path), changes={"train": {"steps": None, "epochs": 2, "global_batch_size": 8}}
     )
-    steps = -(-first // 8) + -(-receipt.streams[0].sequences_per_epoch[1] // 8)
+    steps = -(-first // 8) + -(-dataset_info.streams[0].sequences_per_epoch[1] // 8)
     assert (answers[0]["status"], answers[0]["step"]) == ("finished", steps)
     manifest = CheckpointReader(final(run)).manifest
-    assert manifest.sequences == receipt.total_sequences
-    feed = PackedDataset(receipt, global_batch=8, epochs=2, origin=(-(-first // 8), first))
-    seen = [placed for step in range(-(-first // 8), steps) for placed in feed.get_step_sequences(step)]
+    assert manifest.sequences == dataset_info.total_sequences
+    dataloader = PackedDataset(dataset_info, global_batch=8, epochs=2, origin=(-(-first // 8), first))
+    seen = [placed for step in range(-(-first // 8), steps) for placed in dataloader.get_step_sequences(step)]
     assert [(placed.epoch, placed.sequence) for placed in seen] == [
-        (1, n) for n in range(receipt.streams[0].sequences_per_epoch[1])
+        (1, n) for n in range(dataset_info.streams[0].sequences_per_epoch[1])
     ]
 
 
@@ -341,7 +341,7 @@ def test_weights_of_another_run_start_a_new_one(pools: Pools, fresh_run: Fresh) 
     plan = make_plan(rank_tasks.place_of(str(first.path)).config)
     first.plan_path.write_text(json.dumps(plan.to_json()))
     pools(2).run(rank_tasks.work_on, run=str(first.path))
-    tokenizer = rank_tasks.place_of(str(first.path)).receipt.tokenizer_path
+    tokenizer = rank_tasks.place_of(str(first.path)).dataset_info.tokenizer_path
     changes = {
         "model": {"init_from": str(first.path), "config_overrides": {}},
         "tokenizer": {"path": tokenizer, "train": None},
@@ -362,7 +362,7 @@ def test_weights_of_another_run_keep_the_positions_they_were_trained_with(
     published = {**make_plan(place.config).hf_config, "rope_parameters": yarn, "rms_norm_eps": 1e-5}
     model: Any = build_model(published, precision="bf16", attention="sdpa")
     model.save_pretrained(tmp_path / "published")
-    tokenizer = {"path": place.receipt.tokenizer_path, "train": None}
+    tokenizer = {"path": place.dataset_info.tokenizer_path, "train": None}
     for run, origin in ((first, {"path": str(tmp_path / "published")}), (second, {"init_from": str(first.path)})):
         changes = {"model": {"config_overrides": {}, **origin}, "tokenizer": tokenizer}
         pools(1).run(rank_tasks.work_on, run=str(run.path), changes=changes, stop_after=1)

@@ -134,14 +134,14 @@ def _prepare(model: str, corpus: Path, folder: Path) -> Prepared:
     config: Config = tiny_config(corpus, folder, **sections)
     run = RunDirectory(folder / "tiny")
     run.dataset_info_path.parent.mkdir(parents=True)
-    receipt = prepare_run_data(config, lambda _stage, _done, _total: None).dataset_info
-    run.dataset_info_path.write_text(receipt.to_json())
+    dataset_info = prepare_run_data(config, lambda _stage, _done, _total: None).dataset_info
+    run.dataset_info_path.write_text(dataset_info.to_json())
     run.resolved_config_path.write_text(dump_config_json(config))
     run.config_path.write_text("# a test's run\n")
     torch.manual_seed(3)
     built = AutoModelForCausalLM.from_config(AutoConfig.for_model(**families.resolve_hf_config(config)))
     built.save_pretrained(folder / "weights")
-    return Prepared(run, folder / "weights", receipt.tokenizer_path)
+    return Prepared(run, folder / "weights", dataset_info.tokenizer_path)
 
 
 def _copy(run: RunDirectory, changes: Mapping[str, Any], target: Path) -> RunDirectory:

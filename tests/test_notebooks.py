@@ -236,11 +236,11 @@ def test_a_steps_data_is_shown_to_the_token(sequences: PackedDataset, data_outpu
 def test_the_receipt_and_the_lengths_of_documents_are_shown(
     sequences: PackedDataset, data_outputs: list[dict[str, Any]]
 ) -> None:
-    receipt = sequences.dataset_info
+    dataset_info = sequences.dataset_info
     sources, packing = tables(data_outputs)
-    assert sources[1][0] == receipt.sources[0].path
-    assert f"{receipt.sources[0].tokens:,}" in sources[1]
-    assert ["sequences", f"{receipt.total_sequences:,} of 64 tokens"] in packing
+    assert sources[1][0] == dataset_info.sources[0].path
+    assert f"{dataset_info.sources[0].tokens:,}" in sources[1]
+    assert ["sequences", f"{dataset_info.total_sequences:,} of 64 tokens"] in packing
     (histogram,) = pictures(data_outputs)
     for half in (histogram[:, : histogram.shape[1] // 2], histogram[:, histogram.shape[1] // 2 :]):
         assert width_of(BLUE, half) > 0.1

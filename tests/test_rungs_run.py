@@ -39,7 +39,7 @@ def test_a_stop_at_a_rung_is_still_compared_there(
 ) -> None:
     run = fresh_run("trial")
     [(result, asked)] = pools(1).run(
-        rank_tasks.work_to_a_rung, run=str(run.path), rungs=(1, 2), stop_at=5, wish=StopRequest.STOP
+        rank_tasks.work_to_a_rung, run=str(run.path), rungs=(1, 2), stop_at=5, stop_request=StopRequest.STOP
     )
     assert result == {"status": "stopped", "step": 1}
     assert asked == [1], "a resume goes on after it and would not ask again"

@@ -32,35 +32,35 @@ FAR = 10_000
 """A step whose data is not prepared."""
 
 
-def parts(prepared_run: RunDirectory, run: RunDirectory, wish: StopRequest) -> TrainerComponents:
+def parts(prepared_run: RunDirectory, run: RunDirectory, stop_request: StopRequest) -> TrainerComponents:
     """A run that goes on from step FAR; nothing of its engine and its metrics is reached."""
 
     def no_more(_receipt: DatasetInfo) -> DatasetInfo:
         raise DataError("later epochs cannot be prepared")
 
-    receipt = DatasetInfo.from_json(prepared_run.dataset_info_path.read_text())
+    dataset_info = DatasetInfo.from_json(prepared_run.dataset_info_path.read_text())
     config = parse_config_json(prepared_run.resolved_config_path.read_text())
-    plan = make_plan(config, build_data_facts(receipt))
-    context = RunContext(0, 1, torch.device("cpu"), read_stop_request=lambda: wish)
-    more = no_more if wish is StopRequest.NONE else lambda receipt: receipt
-    feed = DataLoader(receipt, global_batch=plan.global_batch, epochs=None, newest=more)
+    plan = make_plan(config, build_data_facts(dataset_info))
+    context = RunContext(0, 1, torch.device("cpu"), read_stop_request=lambda: stop_request)
+    more = no_more if stop_request is StopRequest.NONE else lambda dataset_info: dataset_info
+    dataloader = DataLoader(dataset_info, global_batch=plan.global_batch, epochs=None, newest=more)
     absent: Any = SimpleNamespace(owned_fragments=list)
-    midway = InTrainingEvaluator(TrainedRun(run, config, receipt), metrics=absent, context=context)
+    midway = InTrainingEvaluator(TrainedRun(run, config, dataset_info), metrics=absent, context=context)
     lineage = CheckpointLineage(2, "step", 0, 1, "c", "d", {}, {})
     saver = CheckpointManager(run, context, absent, lineage, every_steps=1, every_seconds=None, rule=RetentionPolicy(1))
     origin = TrainState(FAR, FAR, FAR * plan.global_batch)
     schedule = replace(plan.build_lr_schedule(), steps=2 * FAR)
     return TrainerComponents(
-        plan, schedule, 0, context, absent, feed, saver, absent, 2, GoodputTracker(0.0, {}, 0), origin, midway
+        plan, schedule, 0, context, absent, dataloader, saver, absent, 2, GoodputTracker(0.0, {}, 0), origin, midway
     )
 
 
-@pytest.mark.parametrize(("wish", "status"), [(StopRequest.DRAIN, "drained"), (StopRequest.STOP, "stopped")])
+@pytest.mark.parametrize(("stop_request", "status"), [(StopRequest.DRAIN, "drained"), (StopRequest.STOP, "stopped")])
 def test_a_wish_while_it_waits_at_its_first_step_ends_it_without_another_checkpoint(
-    prepared_run: RunDirectory, tmp_path: Path, wish: StopRequest, status: str
+    prepared_run: RunDirectory, tmp_path: Path, stop_request: StopRequest, status: str
 ) -> None:
     run = RunDirectory(tmp_path)
-    ready = parts(prepared_run, run, wish)
+    ready = parts(prepared_run, run, stop_request)
     assert run_training_loop(ready) == (status, ready.initial_state)
     assert not run.checkpoints_dir.exists()
 

@@ -32,10 +32,10 @@ def views(fresh_run: Fresh) -> list[RunDirectory]:
         (first.path / name).mkdir()
         (second.path / name).symlink_to(first.path / name)
     for view in (first, second):
-        receipt = whole(view)
-        (stream,) = receipt.streams
+        dataset_info = whole(view)
+        (stream,) = dataset_info.streams
         assert REACHED * 11 <= stream.epochs[0].sequences < (REACHED + 1) * 11
-        begun = replace(receipt, streams=(replace(stream, epochs=stream.epochs[:1]),))
+        begun = replace(dataset_info, streams=(replace(stream, epochs=stream.epochs[:1]),))
         view.dataset_info_path.write_text(begun.to_json())
         view.preparation_state_path.write_text(json.dumps({"state": "working", "why": ""}))
     return [first, second]

@@ -93,11 +93,11 @@ def prepared(tokens: NDArray[np.uint32], folder: Path) -> DatasetInfo:
     )
 
 
-def by_toolkit(receipt: str, sequence: int) -> float:
+def by_toolkit(dataset_info: str, sequence: int) -> float:
     """Seconds until the toolkit's first batch."""
     start = time.perf_counter()
-    feed = DataLoader(DatasetInfo.from_json(receipt), global_batch=BATCH, epochs=None)
-    [batch] = feed.get_micro_batches(sequence // BATCH, range(BATCH), BATCH, 1)
+    dataloader = DataLoader(DatasetInfo.from_json(dataset_info), global_batch=BATCH, epochs=None)
+    [batch] = dataloader.get_micro_batches(sequence // BATCH, range(BATCH), BATCH, 1)
     assert batch.input_ids.shape == (BATCH, LENGTH)
     return time.perf_counter() - start
 
@@ -134,11 +134,11 @@ def measure(rounds: int, places: Sequence[int], folder: Path) -> dict[str, dict[
     """Seconds by loader and place."""
     random = np.random.default_rng(0)
     tokens = random.integers(0, 4096, (max(places) + BATCH, LENGTH), dtype=np.uint32)
-    receipt = prepared(tokens, folder).to_json()
+    dataset_info = prepared(tokens, folder).to_json()
     np.save(folder / "rows.npy", tokens)
     trainer = trainer_for(folder / "rows.npy", folder)
     loaders: dict[str, Callable[[int], float]] = {
-        "this toolkit": lambda place: by_toolkit(receipt, place),
+        "this toolkit": lambda place: by_toolkit(dataset_info, place),
         "HF Trainer, indexed": lambda place: by_trainer(trainer, Rows, folder / "rows.npy", place),
         "HF Trainer, stream": lambda place: by_trainer(trainer, Stream, folder / "rows.npy", place),
     }

@@ -9,10 +9,13 @@ from smoke.task import Values, run
 
 def prepare(arguments: Values) -> Values:
     """Prepare the data of `config`, the run that needs most of it."""
-    receipt = prepare_run_data(
+    dataset_info = prepare_run_data(
         parse_config(arguments["config"], "gpu smoke"), lambda _stage, _done, _total: None
     ).dataset_info
-    return {"sequences": receipt.total_sequences, "documents": sum(source.documents for source in receipt.sources)}
+    return {
+        "sequences": dataset_info.total_sequences,
+        "documents": sum(source.documents for source in dataset_info.sources),
+    }
 
 
 if __name__ == "__main__":

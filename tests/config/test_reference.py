@@ -22,10 +22,15 @@ def test_every_field_has_a_row_with_a_description() -> None:
             assert info.description, f"{key}.{name} has no docstring"
 
 
-def test_rows_have_five_cells() -> None:
-    rows = [line for line in render_reference().splitlines() if line.startswith("| `")]
-    assert len(rows) > 50
-    assert {line.replace("\\|", "").count("|") for line in rows} == {6}
+def test_every_entry_names_type_default_and_effect() -> None:
+    entries = [line for line in render_reference().splitlines() if line.startswith("- **`")]
+    assert len(entries) > 50
+    assert all(". Default: " in entry for entry in entries)
+    assert {entry.rpartition("**")[0].rpartition("**")[2] for entry in entries if "Changing it" in entry} == {
+        "identity",
+        "horizon",
+        "free",
+    }
 
 
 def test_main_writes_the_file(tmp_path: Path) -> None:

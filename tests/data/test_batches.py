@@ -134,27 +134,27 @@ def test_any_documents_any_ranks_any_restarts(
 ) -> None:
     """Attempts (ranks, steps until they are killed) one after the other see what one undisturbed rank sees."""
     with TemporaryDirectory() as name:
-        receipt = stored(Path(name), lengths, seed)
-        undisturbed = DataLoader(receipt, global_batch=global_batch, epochs=2)
-        steps = -(-receipt.total_sequences // global_batch)
+        dataset_info = stored(Path(name), lengths, seed)
+        undisturbed = DataLoader(dataset_info, global_batch=global_batch, epochs=2)
+        steps = -(-dataset_info.total_sequences // global_batch)
         alone = [
             undisturbed.get_micro_batches(s, range(undisturbed.count_sequences(s)), global_batch, 1)
             for s in range(steps)
         ]
         seen: list[list[tuple[list[int], list[int], list[int]]]] = []
         for world, until in [*attempts, (attempts[0][0], steps)]:
-            origin = (len(seen), min(len(seen) * global_batch, receipt.total_sequences))
-            feed = DataLoader(receipt, global_batch=global_batch, epochs=2, origin=origin)
+            origin = (len(seen), min(len(seen) * global_batch, dataset_info.total_sequences))
+            dataloader = DataLoader(dataset_info, global_batch=global_batch, epochs=2, origin=origin)
             for step in range(len(seen), min(len(seen) + until, steps)):
-                count = feed.count_sequences(step)
+                count = dataloader.count_sequences(step)
                 most = -(-len(compute_replica_slice(count, world, 0)) // micro)
                 shares = [
-                    feed.get_micro_batches(step, compute_replica_slice(count, world, rank), micro, most)
+                    dataloader.get_micro_batches(step, compute_replica_slice(count, world, rank), micro, most)
                     for rank in range(world)
                 ]
                 assert {len(share) for share in shares} == {most}
                 rows = [row for share in shares for row in stacked(share) if any(label != N for label in row[2])]
-                assert feed.count_loss_tokens(step) == sum(label != N for row in rows for label in row[2])
+                assert dataloader.count_loss_tokens(step) == sum(label != N for row in rows for label in row[2])
                 seen.append(rows)
         assert seen == [stacked(batches) for batches in alone]
         tokens = Counter(token for rows in seen for ids, _, _ in rows for token in ids if token)
@@ -177,19 +177,21 @@ def test_a_micro_batch_knows_which_positions_it_holds(
 def test_the_stream_holds_every_token_of_every_document_once_an_epoch(
     prepared: PreparedDataset, global_batch: int
 ) -> None:
-    receipt = prepared.dataset_info
-    sequences = PackedDataset(receipt, global_batch=global_batch, epochs=2)
-    assert sequences.total_steps == -(-receipt.total_sequences // global_batch)
+    dataset_info = prepared.dataset_info
+    sequences = PackedDataset(dataset_info, global_batch=global_batch, epochs=2)
+    assert sequences.total_steps == -(-dataset_info.total_sequences // global_batch)
     placed = [place for step in range(sequences.total_steps) for place in sequences.get_step_sequences(step)]
-    assert placed == [(0, epoch, i) for epoch in (0, 1) for i in range(receipt.streams[0].sequences_per_epoch[epoch])]
+    assert placed == [
+        (0, epoch, i) for epoch in (0, 1) for i in range(dataset_info.streams[0].sequences_per_epoch[epoch])
+    ]
     seen: Counter[tuple[int, int]] = Counter()
     for step in range(sequences.total_steps):
         for place, row in zip(sequences.get_step_sequences(step), sequences.get_document_spans(step), strict=True):
-            assert sum(piece.tokens for piece in row) <= receipt.sequence_length
+            assert sum(piece.tokens for piece in row) <= dataset_info.sequence_length
             for piece in row:
                 seen[place.epoch, piece.document] += piece.tokens
     expected: Counter[tuple[int, int]] = Counter()
-    for epoch, files in enumerate(receipt.streams[0].epochs):
+    for epoch, files in enumerate(dataset_info.streams[0].epochs):
         examples = ExampleStore(prepared.directory / files.tokens)
         for document, length in zip(examples.document.tolist(), examples.length.tolist(), strict=True):
             expected[epoch, document] += length

@@ -41,23 +41,25 @@ def test_every_document_is_there_once_on_its_side(
     trained, held = (texts_of(prepared, part, encoder) for part in ("tokens", "held_out"))
     written = [path.read_text(encoding="utf-8") + "<|endoftext|>" for path in sorted(corpus.iterdir())]
     assert sorted(trained + held) == sorted(written)
-    receipt = prepared.dataset_info
-    (source,) = receipt.sources
+    dataset_info = prepared.dataset_info
+    (source,) = dataset_info.sources
     assert (source.documents, source.held_out) == (41, len(held))
     assert held
-    assert receipt.tokens_lost == 0
+    assert dataset_info.tokens_lost == 0
     assert (
-        receipt.streams[0].sequences_per_epoch[0]
-        == receipt.streams[0].sequences_per_epoch[1]
+        dataset_info.streams[0].sequences_per_epoch[0]
+        == dataset_info.streams[0].sequences_per_epoch[1]
         == len(PackingPlan.read(prepared.directory / "plan-seed1-epoch0"))
     )
     assert source.tokens == sum(len(encoder.encode(text.removesuffix("<|endoftext|>"))) + 1 for text in trained)
-    assert receipt.padding == pytest.approx(1 - source.tokens / (64 * receipt.streams[0].sequences_per_epoch[0]))
+    assert dataset_info.padding == pytest.approx(
+        1 - source.tokens / (64 * dataset_info.streams[0].sequences_per_epoch[0])
+    )
     longest = max(written, key=lambda text: len(encoder.encode(text.removesuffix("<|endoftext|>"))))
     assert source.longest == len(encoder.encode(longest.removesuffix("<|endoftext|>"))) + 1 > 10 * 64
     assert (corpus / source.longest_document).read_text(encoding="utf-8") + "<|endoftext|>" == longest
     assert source.truncated == 0.0
-    assert [epoch.tokens for epoch in receipt.streams[0].epochs] == ["tokens", "tokens"]
+    assert [epoch.tokens for epoch in dataset_info.streams[0].epochs] == ["tokens", "tokens"]
 
 
 def test_the_second_call_finds_everything(
@@ -73,12 +75,12 @@ def test_the_second_call_finds_everything(
 
 def test_a_receipt_alone_opens_the_data(configure: Configure, markers: TokenizationSpec) -> None:
     prepared = prepare_dataset(configure(), markers)
-    receipt = DatasetInfo.from_json(prepared.dataset_info.to_json())
-    assert receipt == prepared.dataset_info
-    assert PreparedDataset.from_info(receipt) == prepared
+    dataset_info = DatasetInfo.from_json(prepared.dataset_info.to_json())
+    assert dataset_info == prepared.dataset_info
+    assert PreparedDataset.from_info(dataset_info) == prepared
     (prepared.directory / "tokens").rename(prepared.directory / "gone")
     with pytest.raises(DataError, match="ltt prepare"):
-        PreparedDataset.from_info(receipt)
+        PreparedDataset.from_info(dataset_info)
     with pytest.raises(DataError, match="ltt prepare"):
         DatasetInfo.from_json("{}")
 
@@ -155,11 +157,11 @@ def test_dropped_documents_are_counted_by_reason(
     path.write_text("\n".join(lines), encoding="utf-8")
     source = {"path": str(path), "format": "text", "overlong": "drop"}
     config = configure(sources=[source], on_error="skip", max_skipped=0.5, eval={"fraction": 0.0})
-    (receipt,) = prepare_dataset(config, markers).dataset_info.sources
-    assert receipt.dropped == {"empty": 1, "duplicate": 1, "invalid_json": 1, "too_long": 1}
-    assert (receipt.documents, receipt.held_out) == (2, 0)
-    assert receipt.longest_document == "x.jsonl:5"
-    assert receipt.truncated == receipt.longest / (receipt.longest + receipt.tokens) > 0.9
+    (dataset_info,) = prepare_dataset(config, markers).dataset_info.sources
+    assert dataset_info.dropped == {"empty": 1, "duplicate": 1, "invalid_json": 1, "too_long": 1}
+    assert (dataset_info.documents, dataset_info.held_out) == (2, 0)
+    assert dataset_info.longest_document == "x.jsonl:5"
+    assert dataset_info.truncated == dataset_info.longest / (dataset_info.longest + dataset_info.tokens) > 0.9
     strict = configure(sources=[source], on_error="skip", max_skipped=0.1)
     with pytest.raises(DataError, match="max_skipped"):
         prepare_dataset(strict, markers)

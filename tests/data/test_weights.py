@@ -57,12 +57,12 @@ def test_each_source_runs_through_epochs_of_its_own(
 ) -> None:
     config = configure(sources=mixed(corpus, words, 1, 1, fim={"rate": 0.5}))
     prepared = prepare_dataset(config, markers, epochs=[2, 5])
-    receipt = prepared.dataset_info
-    code, text = receipt.streams
+    dataset_info = prepared.dataset_info
+    code, text = dataset_info.streams
     assert (len(code.epochs), len(text.epochs)) == (2, 5)
     assert len({epoch.tokens for epoch in code.epochs}) == 2  # fill-in-the-middle is drawn anew, text is not
     assert len({epoch.tokens for epoch in text.epochs}) == 1
-    sequences, found = PackedDataset(receipt, global_batch=1), Counter[tuple[int, int, int]]()
+    sequences, found = PackedDataset(dataset_info, global_batch=1), Counter[tuple[int, int, int]]()
     step = 0
     while True:
         try:
@@ -77,7 +77,7 @@ def test_each_source_runs_through_epochs_of_its_own(
             found[placed.stream, placed.epoch, piece.document] += piece.tokens
         step += 1
     for stream, epoch in {(stream, epoch) for stream, epoch, _ in found}:
-        files = receipt.streams[stream].epochs[epoch]
+        files = dataset_info.streams[stream].epochs[epoch]
         examples, expected = ExampleStore(prepared.directory / files.tokens), Counter[int]()
         for document, length in zip(examples.document.tolist(), examples.length.tolist(), strict=True):
             expected[document] += length

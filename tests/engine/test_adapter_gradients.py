@@ -43,10 +43,10 @@ def plain(run: str, lora: dict[str, Any]) -> tuple[float, dict[str, Any]]:
     with torch.no_grad():
         for name, parameter in trained.items():
             parameter.copy_(rank_tasks.drawn(name, parameter.shape))
-    feed = DataLoader(place.receipt, global_batch=plan.global_batch, epochs=None)
-    [batch] = feed.get_micro_batches(0, range(plan.global_batch), plan.global_batch, 1)
+    dataloader = DataLoader(place.dataset_info, global_batch=plan.global_batch, epochs=None)
+    [batch] = dataloader.get_micro_batches(0, range(plan.global_batch), plan.global_batch, 1)
     module.train()
-    loss = module(batch.input_ids, batch.position_ids, batch.labels) / feed.count_loss_tokens(0)
+    loss = module(batch.input_ids, batch.position_ids, batch.labels) / dataloader.count_loss_tokens(0)
     loss.backward()
     return float(loss.detach()), {f"lm.{name}": parameter.grad.numpy() for name, parameter in trained.items()}  # type: ignore[union-attr]
 

@@ -75,6 +75,6 @@ def test_auto_means_every_linear_layer_of_a_decoder_layer(name: str) -> None:
 
 def test_every_family_knows_the_size_of_what_it_names() -> None:
     for size in families.SIZES.values():
-        anatomy = size.family.read_dims(size.hf_values)
-        assert all(list_linear_layers(name, size.family, anatomy) for name in size.family.lora_targets)
-        assert list_linear_layers("lm_head", size.family, anatomy) == ()
+        dims = size.family.read_dims(size.hf_values)
+        assert all(list_linear_layers(name, size.family, dims) for name in size.family.lora_targets)
+        assert list_linear_layers("lm_head", size.family, dims) == ()

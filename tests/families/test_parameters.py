@@ -74,8 +74,8 @@ def test_active_parameters_are_the_published_ones(name: str, active: int) -> Non
 def test_transformers_builds_every_size_with_as_many_parameters(name: str) -> None:
     model = built(families.resolve_hf_config(config(name)))
     assert sum(weight.numel() for weight in model.parameters()) == PUBLISHED[name]
-    anatomy = families.read_model_dims(families.resolve_hf_config(config(name)))
-    assert anatomy.largest_tensor == max(weight.numel() for weight in model.parameters())
+    dims = families.read_model_dims(families.resolve_hf_config(config(name)))
+    assert dims.largest_tensor == max(weight.numel() for weight in model.parameters())
 
 
 @pytest.mark.parametrize("family", families.FAMILIES.values(), ids=lambda family: family.name)

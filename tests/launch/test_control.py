@@ -57,8 +57,8 @@ def test_heartbeats_and_what_must_be_told_go_on_after_an_error_and_end_with_the_
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the actor's process does not find the tests
     try:
         line: Any = ray.remote(Unsteady).options(num_cpus=0).remote()
-        wish = start_heartbeat(line, 0, Heartbeat())
-        until(lambda: wish() is StopRequest.STOP)
+        stop_request = start_heartbeat(line, 0, Heartbeat())
+        until(lambda: stop_request() is StopRequest.STOP)
         report_with_retry(line, NoteEvent("told"))
         assert ray.get(line.counted.remote()) == 3
         ray.kill(line)

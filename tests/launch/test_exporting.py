@@ -61,8 +61,8 @@ def test_a_model_of_conversations_stops_where_a_turn_ends(
     prepared_run: RunDirectory, formats: tuple[str, ...], ends: list[str]
 ) -> None:
     place = rank_tasks.place_of(str(prepared_run.path))
-    found = build_model_files(with_sources(place.config, *formats), place.receipt, "card", "step_1")
-    encoder = open_tokenizer(place.receipt.tokenizer_path)
+    found = build_model_files(with_sources(place.config, *formats), place.dataset_info, "card", "step_1")
+    encoder = open_tokenizer(place.dataset_info.tokenizer_path)
     assert found.stop_token_ids == {token: encoder.get_special_token_id(token) for token in ends}
     assert list(found.stop_token_ids) == ends
     assert found.pad == encoder.get_special_token_id("<|endoftext|>")
@@ -73,12 +73,12 @@ def test_a_model_tuned_to_converse_still_ends_its_turns_after_code(
     prepared_run: RunDirectory, tmp_path: Path, own: object
 ) -> None:
     place = rank_tasks.place_of(str(prepared_run.path))
-    shutil.copytree(place.receipt.tokenizer_path, tmp_path / "tokenizer")
+    shutil.copytree(place.dataset_info.tokenizer_path, tmp_path / "tokenizer")
     file = tmp_path / "tokenizer" / "tokenizer_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token": own}))
-    receipt = replace(place.receipt, tokenizer_path=str(tmp_path / "tokenizer"))
+    dataset_info = replace(place.dataset_info, tokenizer_path=str(tmp_path / "tokenizer"))
     wanted = ["<|endoftext|>"] if own == "<unknown>" else ["<|im_end|>", "<|endoftext|>"]
-    assert list(build_model_files(place.config, receipt, "card", "step_1").stop_token_ids) == wanted
+    assert list(build_model_files(place.config, dataset_info, "card", "step_1").stop_token_ids) == wanted
 
 
 @pytest.mark.parametrize(
@@ -103,8 +103,8 @@ def test_the_card_tells_the_facts_of_the_run(
 ) -> None:
     changes = {"model": model, "tokenizer": {"path": "x/y", "train": None}} if model else {}
     place = rank_tasks.place_of(str(prepared_run.path), changes)
-    receipt = replace(place.receipt, sources=(replace(place.receipt.sources[0], documents=12_345),))
-    text = format_model_card(prepared_run, place.config, receipt, MANIFEST, kind=kind, base="x/y")
+    dataset_info = replace(place.dataset_info, sources=(replace(place.dataset_info.sources[0], documents=12_345),))
+    text = format_model_card(prepared_run, place.config, dataset_info, MANIFEST, kind=kind, base="x/y")
     for part in [*said, "| step | 1,200 |", "9,830,400, padding included", "12,345 documents", "torch 2.13.0"]:
         assert part in text, text
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_training_toolkit.distributed import heartbeat as pulse
+from llm_training_toolkit.distributed import heartbeat
 from llm_training_toolkit.distributed.heartbeat import NO_TIMEOUT, STEP_TIMEOUT_FACTOR, Heartbeat, HeartbeatSnapshot
 from llm_training_toolkit.launch.ray.hang_detector import (
     HangDetector,
@@ -100,7 +100,7 @@ def test_a_pulse_advances_with_every_mark() -> None:
 
 
 def test_where_a_rank_stands_is_read_from_the_stacks_in_its_log(tmp_path: Path) -> None:
-    log, own = tmp_path / "rank_0.log", Path(pulse.__file__).parent
+    log, own = tmp_path / "rank_0.log", Path(heartbeat.__file__).parent
     log.write_text("noise\n")
     before = get_log_size(log)
     assert find_current_call(log, before) == ""
@@ -122,7 +122,7 @@ def test_where_a_rank_stands_is_read_from_the_stacks_in_its_log(tmp_path: Path) 
 
 
 def test_an_exchange_is_found_below_what_waits_for_it_and_none_where_there_is_none(tmp_path: Path) -> None:
-    log, own = tmp_path / "rank_0.log", Path(pulse.__file__).parent
+    log, own = tmp_path / "rank_0.log", Path(heartbeat.__file__).parent
     thread = (
         '  File "/site-packages/torch/nn/modules/linear.py", line 1 in forward\n'
         "{exchange}"

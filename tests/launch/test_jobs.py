@@ -212,7 +212,7 @@ def follow_and_stop(config: Path, head: Head) -> int:
         out, err = process.communicate(timeout=240)
     assert len(of_workers) == 3
     assert all("SAID_IN_THE_CONFIGURATION=yes" in environment for environment in of_workers)
-    assert sorted(seat["node"] for seat in read_attempt_record(run, 1)["seats"]) == sorted(NODES)
+    assert sorted(placement["node"] for placement in read_attempt_record(run, 1)["ranks"]) == sorted(NODES)
     assert all(f" on node {node} (cpu)" in out for node in NODES)
     assert second.returncode == 1
     assert "run job is going on there as job" in second.stderr

@@ -95,11 +95,11 @@ def test_leaving_after_a_checkpoint_is_taken_back_and_nothing_else_is() -> None:
     control.request_stop(StopRequest.DRAIN_AFTER_CHECKPOINT)
     control.cancel_drain()
     assert control.receive_heartbeat(0, told) is StopRequest.NONE
-    for wish in (StopRequest.DRAIN, StopRequest.STOP):
-        control.request_stop(wish)
+    for stop_request in (StopRequest.DRAIN, StopRequest.STOP):
+        control.request_stop(stop_request)
         control.cancel_drain()
         control.request_stop(StopRequest.DRAIN_AFTER_CHECKPOINT)
-        assert control.receive_heartbeat(0, told) is wish
+        assert control.receive_heartbeat(0, told) is stop_request
 
 
 def placed(nodes: list[int], workers: int, placement: str) -> int:

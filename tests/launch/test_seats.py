@@ -26,14 +26,16 @@ def cpu(node: str, number: int, cores: int = 8) -> RankPlacement:
 TWO_NODES = [gpu(node, number) for node in ("a", "b") for number in range(8)]
 
 
-@pytest.mark.parametrize("seats", [TWO_NODES, [cpu("a", 0), cpu("a", 1), cpu("b", 0)], [gpu("a", 0)], [cpu("a", 0)]])
-def test_ranks_with_a_device_each_may_work(seats: list[RankPlacement]) -> None:
-    assert find_placement_problem(seats, "auto") == ""
-    assert find_placement_problem(seats, 0 if seats[0].device_type == "cpu" else 1) == ""
+@pytest.mark.parametrize(
+    "placements", [TWO_NODES, [cpu("a", 0), cpu("a", 1), cpu("b", 0)], [gpu("a", 0)], [cpu("a", 0)]]
+)
+def test_ranks_with_a_device_each_may_work(placements: list[RankPlacement]) -> None:
+    assert find_placement_problem(placements, "auto") == ""
+    assert find_placement_problem(placements, 0 if placements[0].device_type == "cpu" else 1) == ""
 
 
 @pytest.mark.parametrize(
-    ("seats", "asked", "words"),
+    ("placements", "asked", "words"),
     [
         (
             [gpu("a", 0), gpu("a", 1), gpu("a", 2, unit="a-1")],
@@ -46,10 +48,10 @@ def test_ranks_with_a_device_each_may_work(seats: list[RankPlacement]) -> None:
         ([cpu("a", 0), cpu("b", 0), cpu("a", 0)], 0, "ranks 0 and 2 all have LOCAL_RANK = 0 on node a"),
     ],
 )
-def test_what_cannot_be_right_is_named(seats: list[RankPlacement], asked: int | str, words: str) -> None:
+def test_what_cannot_be_right_is_named(placements: list[RankPlacement], asked: int | str, words: str) -> None:
     import re
 
-    assert re.search(words, find_placement_problem(seats, asked)), find_placement_problem(seats, asked)
+    assert re.search(words, find_placement_problem(placements, asked)), find_placement_problem(placements, asked)
 
 
 def test_two_machines_of_one_name_are_two() -> None:

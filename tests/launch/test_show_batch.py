@@ -51,8 +51,8 @@ def shown_json(config: Path, step: int) -> dict[str, Any]:
 
 def test_a_step_is_shown_as_it_is_trained_on(config: Path) -> None:
     made = load_config(config)
-    receipt = prepare_run_data(made, lambda _stage, _done, _total: None).dataset_info
-    sequences = PackedDataset(receipt, global_batch=made.train.global_batch_size)
+    dataset_info = prepare_run_data(made, lambda _stage, _done, _total: None).dataset_info
+    sequences = PackedDataset(dataset_info, global_batch=made.train.global_batch_size)
     for step in (1, 4):
         found = shown_json(config, step)
         assert found["step"] == step

@@ -29,7 +29,7 @@ from llm_training_toolkit.runs.directory import RunDirectory
 
 def test_a_task_that_fails_in_a_way_nobody_foresaw_is_reported(fresh_run: Callable[[str], RunDirectory]) -> None:
     run = fresh_run("unforeseen")
-    tokenizer = rank_tasks.place_of(str(run.path)).receipt.tokenizer_path
+    tokenizer = rank_tasks.place_of(str(run.path)).dataset_info.tokenizer_path
     shutil.copytree(tokenizer, run.export_dir)
     (run.export_dir / "training.json").write_text(json.dumps({"checkpoint": "step_000000009_a1"}))
     (run.export_dir / "config.json").write_text("{")  # transformers raises OSError
@@ -37,7 +37,7 @@ def test_a_task_that_fails_in_a_way_nobody_foresaw_is_reported(fresh_run: Callab
     said: list[str] = []
     context = RunContext(0, 1, torch.device("cpu"), report=lambda event: said.append(getattr(event, "message", "")))
     metrics = Metrics(run, 1, 0, context)
-    run_final_tasks(TrainedRun(run, place.config, place.receipt), metrics=metrics, context=context)
+    run_final_tasks(TrainedRun(run, place.config, place.dataset_info), metrics=metrics, context=context)
     metrics.close()
     assert any("infill was not evaluated: OSError" in text and "ltt evaluate" in text for text in said)
     assert has_finished_tasks(run, place.config)
@@ -88,7 +88,7 @@ def midway_of(run: RunDirectory, context: RunContext) -> InTrainingEvaluator:
     checkpoint.mkdir(parents=True, exist_ok=True)
     (checkpoint / "manifest.json").touch()
     return InTrainingEvaluator(
-        TrainedRun(run, place.config, place.receipt), metrics=Metrics(run, 1, 0, context), context=context
+        TrainedRun(run, place.config, place.dataset_info), metrics=Metrics(run, 1, 0, context), context=context
     )
 
 
@@ -107,13 +107,15 @@ def test_ranks_that_are_gone_are_no_failure_of_a_task(fresh_run: Callable[[str],
     assert len(said) == 1
 
 
-@pytest.mark.parametrize("wish", [StopRequest.DRAIN_AFTER_CHECKPOINT, StopRequest.DRAIN, StopRequest.STOP])
-def test_every_wish_to_end_breaks_the_tasks_off(wish: StopRequest, fresh_run: Callable[[str], RunDirectory]) -> None:
+@pytest.mark.parametrize("stop_request", [StopRequest.DRAIN_AFTER_CHECKPOINT, StopRequest.DRAIN, StopRequest.STOP])
+def test_every_wish_to_end_breaks_the_tasks_off(
+    stop_request: StopRequest, fresh_run: Callable[[str], RunDirectory]
+) -> None:
     run = fresh_run("not-now")
-    context = RunContext(0, 1, torch.device("cpu"), read_stop_request=lambda: wish)
+    context = RunContext(0, 1, torch.device("cpu"), read_stop_request=lambda: stop_request)
     half = run.task_export_dir.with_name(".export_for_tasks.writing")
     half.mkdir()
     for _ in range(3):
-        assert midway_of(run, context).run_due_tasks(4) is wish
+        assert midway_of(run, context).run_due_tasks(4) is stop_request
     assert not half.exists(), "of an attempt that was killed"
     assert not (run.evaluations_dir / "at_step_4").exists()

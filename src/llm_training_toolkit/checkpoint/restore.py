@@ -90,7 +90,7 @@ def _find_manifest_error(directory: Path) -> str:
 
 
 def restore_engine(
-    engine: Engine, checkpoint: CheckpointReader, *, optimizer: bool = True, pulse: Heartbeat | None = None
+    engine: Engine, checkpoint: CheckpointReader, *, optimizer: bool = True, heartbeat: Heartbeat | None = None
 ) -> None:
     """Load weights, and with `optimizer` Adam's state, into an engine of any ZeRO stage and number of ranks.
 
@@ -107,8 +107,8 @@ def restore_engine(
         )
     engine.create_optimizer_state(updates=checkpoint.manifest.update_count if optimizer else 0)
     for piece in engine.local_fragments():
-        if pulse is not None:
-            pulse.keepalive(f"loading {piece.name}")
+        if heartbeat is not None:
+            heartbeat.keepalive(f"loading {piece.name}")
         for key, tensor in piece.get_tensors(engine.optimizer).items():
             if optimizer or key == "weights":
                 values = checkpoint.read(piece.name, key, piece.start, piece.count)

@@ -96,7 +96,7 @@ def prepare(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Documents to packed tokens on disk, with a receipt. `train` does it when it has not been done."""
+    """Documents to packed tokens on disk, with dataset_info.json. `train` does it when it has not been done."""
     from llm_training_toolkit.config import load_config
 
     read = load_config(config, overrides or ())  # reports configuration errors before torch is imported
@@ -113,16 +113,18 @@ def prepare(
     console = Console(sys.stderr if as_json else sys.stdout)
     try:
         work = create_dataset_builder(read, console)
-        receipt = prepare_epochs(work, read).dataset_info
+        dataset_info = prepare_epochs(work, read).dataset_info
         if verify:
             work.verify_documents()
     finally:
         console.close()
     if as_json:
-        typer.echo(json.dumps(build_dataset_info_json(receipt)))
+        typer.echo(json.dumps(build_dataset_info_json(dataset_info)))
     else:
         typer.echo(
-            "\n".join([*format_dataset_info(receipt), *format_mixture(make_plan(read, build_data_facts(receipt)))])
+            "\n".join(
+                [*format_dataset_info(dataset_info), *format_mixture(make_plan(read, build_data_facts(dataset_info)))]
+            )
         )
 
 

@@ -35,30 +35,34 @@ def load_batch_sequences(config: Config, step: int, console: Console) -> list[Se
 
 
 def _load_run_batch(run: RunDirectory, config: Config, step: int, console: Console) -> list[SequencePreview]:
-    standing = read_resume_state(run)
-    check_run_unchanged(standing, config, (), extend=False)
-    receipt = (
-        standing.find_reusable_dataset(config, ())
+    resume_state = read_resume_state(run)
+    check_run_unchanged(resume_state, config, (), extend=False)
+    dataset_info = (
+        resume_state.find_reusable_dataset(config, ())
         or prepare_epochs(
-            create_dataset_builder(config, console), config, standing.step, standing.sequences, until=step
+            create_dataset_builder(config, console), config, resume_state.step, resume_state.sequences, until=step
         ).dataset_info
     )
-    plan = check_plan(make_plan(config, build_data_facts(receipt, standing.step, standing.sequences)))
+    plan = check_plan(make_plan(config, build_data_facts(dataset_info, resume_state.step, resume_state.sequences)))
     if not 1 <= step <= (plan.steps or step):
         raise PlanError(f"--step {step}: the run has the steps 1 to {plan.steps}")
-    origin = _find_checkpoint_before(run, receipt, plan.global_batch, step)
-    sequences = PackedDataset(receipt, global_batch=plan.global_batch, epochs=config.train.epochs, origin=origin)
+    origin = _find_checkpoint_before(run, dataset_info, plan.global_batch, step)
+    sequences = PackedDataset(dataset_info, global_batch=plan.global_batch, epochs=config.train.epochs, origin=origin)
     return preview_step(sequences, step)
 
 
-def _find_checkpoint_before(run: RunDirectory, receipt: DatasetInfo, global_batch: int, step: int) -> tuple[int, int]:
+def _find_checkpoint_before(
+    run: RunDirectory, dataset_info: DatasetInfo, global_batch: int, step: int
+) -> tuple[int, int]:
     """Return (steps, sequences) of the last checkpoint before the step.
 
     A short last step of an epoch or a new batch size breaks sequences = steps x global batch. Raises PlanError if that
     happened at an unknown step between two remaining checkpoints.
     """
     manifests = (CheckpointReader(directory).manifest for directory in list_complete_checkpoints(run.checkpoints_dir))
-    places = sorted((each.step, each.sequences) for each in manifests if each.data_fingerprint == receipt.fingerprint)
+    places = sorted(
+        (each.step, each.sequences) for each in manifests if each.data_fingerprint == dataset_info.fingerprint
+    )
     origin = max((place for place in places if place[0] < step), default=(0, 0))
     later = next((place for place in places if place[0] >= step), None)
     if later and later[1] - origin[1] != (later[0] - origin[0]) * global_batch and later[0] > step:

@@ -42,26 +42,26 @@ def start_run(request: TrainRequest, console: Console) -> TrainResult:
         with join_run(get_run_location(config), console.print_line) as run:
             return _join_training(run, config, console)
     with lock_run(get_run_location(config), console.print_line) as run:
-        standing = read_resume_state(run)
-        config, resolved = resolve_local_precision(standing.keep_saved_precision(config))
+        resume_state = read_resume_state(run)
+        config, resolved = resolve_local_precision(resume_state.keep_saved_precision(config))
         resolved = resolved or read_precision_notes(run, config)
-        plan = check_plan(make_plan(config, standing.build_data_facts(config), replicas)).with_notes(resolved)
-        check_run_unchanged(standing, config, request.accept, extend=request.extend)
-        check_checkpoint_size(standing, plan)
-        if standing.is_finished(plan):
-            return _skip_finished_run(run, config, standing, console)
+        plan = check_plan(make_plan(config, resume_state.build_data_facts(config), replicas)).with_notes(resolved)
+        check_run_unchanged(resume_state, config, request.accept, extend=request.extend)
+        check_checkpoint_size(resume_state, plan)
+        if resume_state.is_finished(plan):
+            return _skip_finished_run(run, config, resume_state, console)
         for line in format_plan(plan):
             console.print_line(line)
         check_quantization(config)
-        check_initial_weights(config, plan, standing)
+        check_initial_weights(config, plan, resume_state)
         if config.cluster.workers != 0:
             check_machine(config)
             check_cluster_nodes(run, config, console)
-        receipt = _prepare_data(config, standing, request, console)
-        facts = build_data_facts(receipt, standing.step, standing.sequences)
+        dataset_info = _prepare_data(config, resume_state, request, console)
+        facts = build_data_facts(dataset_info, resume_state.step, resume_state.sequences)
         plan = check_plan(make_plan(config, facts, replicas)).with_notes(resolved)
         shutil.copyfile(request.config, run.config_path)
-        write_run_files(run, config, plan, receipt)
+        write_run_files(run, config, plan, dataset_info)
         for line in format_mixture(plan):
             console.print_line(line)
         with prepare_in_background(run, config, facts, console):
@@ -73,23 +73,25 @@ def start_run(request: TrainRequest, console: Console) -> TrainResult:
 
 def _join_training(run: RunDirectory, config: Config, console: Console) -> TrainResult:
     """Train as torchrun rank 1 or higher, which waits for rank 0: that one alone prepares and writes."""
-    standing = read_resume_state(run)
-    plan = make_plan(config, standing.build_data_facts(config), get_torchrun_world_size())
-    if standing.is_finished(plan):
-        return _build_result(run, {"status": "finished", "step": standing.step})
+    resume_state = read_resume_state(run)
+    plan = make_plan(config, resume_state.build_data_facts(config), get_torchrun_world_size())
+    if resume_state.is_finished(plan):
+        return _build_result(run, {"status": "finished", "step": resume_state.step})
     return _build_result(run, launch_training(run, config, console))
 
 
-def _prepare_data(config: Config, standing: ResumeState, request: TrainRequest, console: Console) -> DatasetInfo:
+def _prepare_data(config: Config, resume_state: ResumeState, request: TrainRequest, console: Console) -> DatasetInfo:
     """Return the dataset info: reuse it if its epochs last to the end of the run, otherwise prepare now."""
-    receipt = standing.find_reusable_dataset(config, request.accept)
-    if receipt is None:
+    dataset_info = resume_state.find_reusable_dataset(config, request.accept)
+    if dataset_info is None:
         work = create_dataset_builder(config, console)
-        check_documents_unchanged(standing, config, work, request.accept)
-        receipt = prepare_epochs(work, config, standing.step, standing.sequences, until=standing.step + 1).dataset_info
-    for row in format_dataset_info(receipt):
+        check_documents_unchanged(resume_state, config, work, request.accept)
+        dataset_info = prepare_epochs(
+            work, config, resume_state.step, resume_state.sequences, until=resume_state.step + 1
+        ).dataset_info
+    for row in format_dataset_info(dataset_info):
         console.print_line(row)
-    return receipt
+    return dataset_info
 
 
 def _build_result(run: RunDirectory, result: dict[str, Any]) -> TrainResult:
@@ -100,14 +102,14 @@ def _build_result(run: RunDirectory, result: dict[str, Any]) -> TrainResult:
     )
 
 
-def _skip_finished_run(run: RunDirectory, config: Config, standing: ResumeState, console: Console) -> TrainResult:
+def _skip_finished_run(run: RunDirectory, config: Config, resume_state: ResumeState, console: Console) -> TrainResult:
     """Leave a finished run unchanged, except for an export that is missing or of an earlier end."""
     console.print_line(
-        f"run {run.name} is finished: {standing.step:,} steps, in {find_storage(run.path).get_uri(run.path)}"
+        f"run {run.name} is finished: {resume_state.step:,} steps, in {find_storage(run.path).get_uri(run.path)}"
     )
     if config.export.at_end:
         from llm_training_toolkit.worker.finish import complete_interrupted_finish, is_run_finished
 
         if not is_run_finished(run, config):
             complete_interrupted_finish(run, config, console.show_event)
-    return _build_result(run, {"status": "finished", "step": standing.step})
+    return _build_result(run, {"status": "finished", "step": resume_state.step})

@@ -33,36 +33,24 @@ What happens when a field changes in a run that has begun:
 
 
 def render_reference() -> str:
-    """Return the reference as Markdown: one table per section."""
+    """Return the reference as Markdown: one list per section."""
     parts = [_HEAD]
-    parts += [_format_table(key, section) for key, section in iter_sections() if key]
+    parts += [_format_section(key, section) for key, section in iter_sections() if key]
     return "\n".join(parts)
 
 
-def _format_table(key: str, section: type[ConfigSection]) -> str:
-    lines = [
-        f"## `{key}`",
-        "",
-        _join_lines(section.__doc__),
-        "",
-        "| key | value | default | changing it | meaning |",
-        "|---|---|---|---|---|",
-        *(_format_row(name, info) for name, info in section.model_fields.items()),
-        "",
-    ]
-    return "\n".join(lines)
+def _format_section(key: str, section: type[ConfigSection]) -> str:
+    fields = (_format_field(name, info) for name, info in section.model_fields.items())
+    return "\n".join([f"## `{key}`", "", _join_lines(section.__doc__), "", *fields, ""])
 
 
-def _format_row(name: str, info: FieldInfo) -> str:
+def _format_field(name: str, info: FieldInfo) -> str:
     tag = get_field_tag(info)
-    cells = [
-        f"`{name}`",
-        _format_value_type(info),
-        _format_default(info),
-        tag.value if tag else "by field",
-        _join_lines(info.description),
-    ]
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+    effect = f" Changing it: **{tag.value}**." if tag else ""
+    return (
+        f"- **`{name}`**: {_format_value_type(info)}. Default: {_format_default(info)}.{effect}\n"
+        f"  {_join_lines(info.description)}"
+    )
 
 
 def _format_value_type(info: FieldInfo) -> str:

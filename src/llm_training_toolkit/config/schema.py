@@ -244,7 +244,7 @@ class SourceConfig(ConfigSection):
     def _check_no_credentials(self) -> SourceConfig:
         if re.match(r"[A-Za-z0-9+.-]+://[^/@]*:[^/@]*@", self.path):
             raise ValueError(
-                "path holds a key, which receipts and logs would repeat: give keys by environment variables "
+                "path holds a key, which dataset info and logs would repeat: give keys by environment variables "
                 "(docs/data.md, Addresses)"
             )
         return self

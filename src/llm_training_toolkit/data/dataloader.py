@@ -16,7 +16,7 @@ class DataLoader:
 
     def __init__(
         self,
-        receipt: DatasetInfo,
+        dataset_info: DatasetInfo,
         *,
         global_batch: int,
         epochs: int | None,
@@ -26,9 +26,9 @@ class DataLoader:
     ) -> None:
         """Open the data; `newest` reads a DatasetInfo with more epochs while later ones are still being prepared."""
         self._sample_log = ledger
-        self._dataset = PackedDataset(receipt, global_batch=global_batch, epochs=epochs, origin=origin)
+        self._dataset = PackedDataset(dataset_info, global_batch=global_batch, epochs=epochs, origin=origin)
         self._newest = newest
-        self._dataset_info = receipt
+        self._dataset_info = dataset_info
 
     def has_step(self, step: int) -> bool:
         """Return whether all sequences of a step are prepared, as of the last refresh."""
@@ -83,12 +83,12 @@ class DataLoader:
         return total
 
 
-def read_held_out_texts(receipt: DatasetInfo, limit: int, characters: int) -> Iterator[str]:
+def read_held_out_texts(dataset_info: DatasetInfo, limit: int, characters: int) -> Iterator[str]:
     """Yield the beginnings of at most `limit` held-out documents, each of at least `characters` characters."""
-    encoder = open_tokenizer(receipt.tokenizer_path)
+    encoder = open_tokenizer(dataset_info.tokenizer_path)
     last: tuple[int, int] | None = None
     found = 0
-    for source, example in PackedDataset(receipt, global_batch=1).iter_held_out_examples():
+    for source, example in PackedDataset(dataset_info, global_batch=1).iter_held_out_examples():
         begins, last = (source, example.document) != last, (source, example.document)
         text = encoder.decode(example.tokens, skip_special_tokens=True) if begins else ""
         if len(text) >= characters and found < limit:

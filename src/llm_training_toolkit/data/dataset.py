@@ -78,28 +78,30 @@ class PackedDataset:
 
     def __init__(
         self,
-        receipt: DatasetInfo,
+        dataset_info: DatasetInfo,
         *,
         global_batch: int,
         epochs: int | None = None,
         origin: tuple[int, int] = (0, 0),
     ) -> None:
-        self._directory = PreparedDataset.from_info(receipt).directory
+        self._directory = PreparedDataset.from_info(dataset_info).directory
         self.global_batch, self.epochs, self.origin = global_batch, epochs, origin
         # Streams alternate, and a step may span two epochs of each; every open epoch costs file descriptors.
-        self._examples = lru_cache(maxsize=2 * len(receipt.streams) + 1)(
+        self._examples = lru_cache(maxsize=2 * len(dataset_info.streams) + 1)(
             lambda name: ExampleStore(self._directory / name)
         )
-        self._plan = lru_cache(maxsize=2 * len(receipt.streams))(lambda name: PackingPlan.read(self._directory / name))
+        self._plan = lru_cache(maxsize=2 * len(dataset_info.streams))(
+            lambda name: PackingPlan.read(self._directory / name)
+        )
         self._last: tuple[int, list[SequenceRef]] = (-1, [])
-        self.extend_epochs(receipt)
+        self.extend_epochs(dataset_info)
 
-    def extend_epochs(self, receipt: DatasetInfo) -> None:
+    def extend_epochs(self, dataset_info: DatasetInfo) -> None:
         """Switch to a DatasetInfo of the same data with more epochs."""
-        self.dataset_info = receipt
-        self._shares = [stream.share for stream in receipt.streams]
+        self.dataset_info = dataset_info
+        self._shares = [stream.share for stream in dataset_info.streams]
         self._starts = [
-            list(accumulate(stream.sequences_per_epoch[: self.epochs], initial=0)) for stream in receipt.streams
+            list(accumulate(stream.sequences_per_epoch[: self.epochs], initial=0)) for stream in dataset_info.streams
         ]
 
     @property

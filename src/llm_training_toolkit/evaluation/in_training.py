@@ -42,9 +42,9 @@ class _TaskKeepalive(NamedTuple):
 class _StopRequestedError(Exception):
     """Aborts the tasks because the run should stop."""
 
-    def __init__(self, wish: StopRequest) -> None:
+    def __init__(self, stop_request: StopRequest) -> None:
         super().__init__()
-        self.stop_request = wish
+        self.stop_request = stop_request
 
 
 class InTrainingEvaluator:
@@ -73,10 +73,10 @@ class InTrainingEvaluator:
             return word.stop_request
         try:
             self._evaluate_step(step)
-            wish = StopRequest.NONE
+            stop_request = StopRequest.NONE
         except _StopRequestedError as error:
-            wish = error.stop_request
-        return self._context.broadcast_object(_TaskKeepalive(done=True, stop_request=wish)).stop_request
+            stop_request = error.stop_request
+        return self._context.broadcast_object(_TaskKeepalive(done=True, stop_request=stop_request)).stop_request
 
     def _find_due_tasks(self, step: int) -> list[EvalTaskConfig]:
         return [task for task in self._trained.config.eval.tasks if task.interval and step % task.interval == 0]
@@ -140,9 +140,11 @@ class InTrainingEvaluator:
         except Exception as error:
             self._broadcast_error = error
             raise
-        wish = self._context.read_stop_request()
-        if wish is not StopRequest.NONE:  # including requests that wait for a checkpoint: this step's is written
-            raise _StopRequestedError(wish)
+        stop_request = self._context.read_stop_request()
+        if (
+            stop_request is not StopRequest.NONE
+        ):  # including requests that wait for a checkpoint: this step's is written
+            raise _StopRequestedError(stop_request)
 
     def _remove_export(self) -> None:
         remove_export(self._trained.run.task_export_dir)

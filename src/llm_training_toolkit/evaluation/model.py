@@ -29,7 +29,7 @@ class ExportedRun:
 
     run: RunDirectory
     config: Config
-    receipt: DatasetInfo
+    dataset_info: DatasetInfo
     step: int
 
 

@@ -57,12 +57,13 @@ def measure_perplexity(task: PerplexityTask, subject: EvalModel, progress: Progr
 def _read_held_out_batches(subject: EvalModel, batch: int) -> Iterator[MicroBatch]:
     """Read the prepared held-out sequences of the model's run."""
     origin = get_exported_run(subject)
-    if subject.context_length != origin.receipt.sequence_length:
+    if subject.context_length != origin.dataset_info.sequence_length:
         raise PlanError(
-            f"--context {subject.context_length}: what the run holds out is cut into {origin.receipt.sequence_length} "
+            f"--context {subject.context_length}: what the run holds out is cut into "
+            f"{origin.dataset_info.sequence_length} "
             "tokens; another context is for documents of --data"
         )
-    sequences = PackedDataset(origin.receipt, global_batch=1)
+    sequences = PackedDataset(origin.dataset_info, global_batch=1)
     if not sequences.eval_sequences:
         raise DataError(f"{origin.run.path}: the run has held nothing out: name documents with --data")
     return sequences.iter_eval_batches(0, 1, batch)

@@ -48,7 +48,7 @@ class TrainedRun:
 
     run: RunDirectory
     config: Config
-    receipt: DatasetInfo
+    dataset_info: DatasetInfo
 
     def get_adapter(self, checkpoint: CheckpointReader) -> AdapterSpec | None:
         """Return the run's adapters, or None for full training."""
@@ -153,9 +153,9 @@ def export_checkpoint(
     kind: ExportKind = "model" if adapter is None else "merged" if merge else "adapters"
     name = checkpoint.directory.name
     text = format_model_card(
-        trained.run, config, trained.receipt, checkpoint.manifest, kind=kind, base=trained.base_path
+        trained.run, config, trained.dataset_info, checkpoint.manifest, kind=kind, base=trained.base_path
     )
-    about = build_model_files(config, trained.receipt, text, name)
+    about = build_model_files(config, trained.dataset_info, text, name)
     say(f"writing {kind} of {name}")
     with atomic_export_dir(destination) as directory:
         if adapter is None or merge:
@@ -209,24 +209,24 @@ def check_adapter_base(trained: TrainedRun, checkpoint: CheckpointReader) -> Non
     )
 
 
-def build_model_files(config: Config, receipt: DatasetInfo, text: str, origin: str) -> ModelFiles:
+def build_model_files(config: Config, dataset_info: DatasetInfo, text: str, origin: str) -> ModelFiles:
     """Return the files to write besides a run's weights."""
     return ModelFiles(
-        tokenizer=Path(receipt.tokenizer_path),
-        stop_token_ids=find_stop_tokens(config, receipt),
-        pad=receipt.pad_id,
+        tokenizer=Path(dataset_info.tokenizer_path),
+        stop_token_ids=find_stop_tokens(config, dataset_info),
+        pad=dataset_info.pad_id,
         card=text,
         checkpoint_name=origin,
     )
 
 
-def find_stop_tokens(config: Config, receipt: DatasetInfo) -> dict[str, int]:
+def find_stop_tokens(config: Config, dataset_info: DatasetInfo) -> dict[str, int]:
     """Return the special tokens that end generation, with their ids: the end of an answer first, then the model's own.
 
     A chat-tuned model still ends its turns after training on text; its tokenizer names the token.
     """
-    family, directory = families.find_size(config.model.name).family, Path(receipt.tokenizer_path)
-    encoder = open_tokenizer(receipt.tokenizer_path)
+    family, directory = families.find_size(config.model.name).family, Path(dataset_info.tokenizer_path)
+    encoder = open_tokenizer(dataset_info.tokenizer_path)
     end_of_text = family.special_tokens.end_of_text
     own = read_special_tokens_map(directory).get("eos_token", end_of_text)
     ends = [own if encoder.has_special_token(own) else end_of_text, end_of_text]

@@ -15,7 +15,7 @@ ExportKind = Literal["model", "adapters", "merged"]  # fully trained, adapters, 
 
 
 def format_model_card(
-    run: RunDirectory, config: Config, receipt: DatasetInfo, manifest: Manifest, *, kind: ExportKind, base: str
+    run: RunDirectory, config: Config, dataset_info: DatasetInfo, manifest: Manifest, *, kind: ExportKind, base: str
 ) -> str:
     """Return the README.md of an exported directory, in Markdown."""
     library = "peft" if kind == "adapters" else "transformers"
@@ -23,7 +23,8 @@ def format_model_card(
     head += [f"base_model: {base}"] if kind == "adapters" else []
     rows = "\n".join(f"| {name} | {value} |" for name, value in _collect_facts(run, config, manifest).items())
     sources = "\n".join(
-        f"- `{source.path}`: {source.documents:,} documents, {source.tokens:,} tokens" for source in receipt.sources
+        f"- `{source.path}`: {source.documents:,} documents, {source.tokens:,} tokens"
+        for source in dataset_info.sources
     )
     parts = [
         "---\n" + "\n".join(head) + "\n---",

@@ -167,20 +167,20 @@ def _find_value_problem(key: str, value: Any, current: Any) -> str | None:  # no
 
 def _find_mismatches(family: Family, values: Mapping[str, Any]) -> list[str]:
     """Return problems of dimensions that do not divide each other."""
-    anatomy = family.read_dims(values)
-    if family.derived_head_dim and anatomy.hidden % anatomy.heads:
-        return [f"hidden size {anatomy.hidden} is not divisible by {anatomy.heads} attention heads"]
-    return _find_head_mismatches(anatomy)
+    dims = family.read_dims(values)
+    if family.derived_head_dim and dims.hidden % dims.heads:
+        return [f"hidden size {dims.hidden} is not divisible by {dims.heads} attention heads"]
+    return _find_head_mismatches(dims)
 
 
-def _find_head_mismatches(anatomy: ModelDims) -> list[str]:
+def _find_head_mismatches(dims: ModelDims) -> list[str]:
     problems = []
-    if anatomy.heads % anatomy.kv_heads:
-        problems.append(f"{anatomy.heads} attention heads are not divisible by {anatomy.kv_heads} key-value heads")
-    if anatomy.experts_per_token > anatomy.experts:
-        problems.append(f"a token cannot pass {anatomy.experts_per_token} of {anatomy.experts} experts")
-    if anatomy.head_dim % 2 and not anatomy.positions:
-        problems.append(f"head_dim {anatomy.head_dim} is odd: rotary positions turn pairs, so it must be even")
+    if dims.heads % dims.kv_heads:
+        problems.append(f"{dims.heads} attention heads are not divisible by {dims.kv_heads} key-value heads")
+    if dims.experts_per_token > dims.experts:
+        problems.append(f"a token cannot pass {dims.experts_per_token} of {dims.experts} experts")
+    if dims.head_dim % 2 and not dims.positions:
+        problems.append(f"head_dim {dims.head_dim} is odd: rotary positions turn pairs, so it must be even")
     return problems
 
 

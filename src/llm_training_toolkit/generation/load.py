@@ -46,8 +46,10 @@ def open_checkpoint(run: RunDirectory, step: int | None, device: str) -> tuple[T
         model = build_model(hf_config, precision=precision, attention="sdpa", path=trained.base_path)
         add_adapters(model, adapter, seed=0, dtype=DTYPES[precision])
     load_stored_weights(model, checkpoint)
-    ends = find_stop_tokens(trained.config, trained.receipt)
-    model.generation_config = GenerationConfig(eos_token_id=list(ends.values()), pad_token_id=trained.receipt.pad_id)
+    ends = find_stop_tokens(trained.config, trained.dataset_info)
+    model.generation_config = GenerationConfig(
+        eos_token_id=list(ends.values()), pad_token_id=trained.dataset_info.pad_id
+    )
     model.config.use_cache = True
-    opened = TextGenerator(move_to_device(model.eval(), device), Path(trained.receipt.tokenizer_path))
+    opened = TextGenerator(move_to_device(model.eval(), device), Path(trained.dataset_info.tokenizer_path))
     return opened, find_storage(checkpoint.directory).get_uri(checkpoint.directory)

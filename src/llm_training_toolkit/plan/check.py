@@ -88,10 +88,10 @@ def _find_lora_problems(config: Config, size: ModelSize, hf: HfValues) -> Iterat
         family.lora_targets,
         size,
     )
-    anatomy = family.read_dims(hf)
-    whole = tuple(get_fully_trainable_modules(family, anatomy))
+    dims = family.read_dims(hf)
+    whole = tuple(get_fully_trainable_modules(family, dims))
     yield from _find_unknown_names("model.lora.modules_to_save", lora.modules_to_save, whole, size)
-    if anatomy.tied and set(lora.modules_to_save) & set(whole):
+    if dims.tied and set(lora.modules_to_save) & set(whole):
         what = f"embedding and output layer of {size.name} are one matrix, which training one of them would part"
         yield Problem("model.lora.modules_to_save", what, "Remove it, or train the whole model without lora")
     if lora.quantize is not None and config.engine.zero_stage == 3:

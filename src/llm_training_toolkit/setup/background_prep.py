@@ -94,24 +94,24 @@ def _watch_process(
 
 def prepare_remaining_epochs(run: RunDirectory) -> None:
     """Prepare epoch after epoch until the run has all it needs. Raises DataError if that is impossible."""
-    standing = read_resume_state(run)
-    config, receipt = standing.config, standing.receipt
-    if config is None or receipt is None:
+    resume_state = read_resume_state(run)
+    config, dataset_info = resume_state.config, resume_state.dataset_info
+    if config is None or dataset_info is None:
         raise DataError(f"{run.path}: is no run that has begun")
     work = DatasetBuilder(config, get_tokenization_spec(config), lambda _stage, _done, _total: None, render_in_process)
-    if work.fingerprint != receipt.fingerprint:
+    if work.fingerprint != dataset_info.fingerprint:
         raise DataError(
             "the documents have changed since the run began (paths, sizes or times of modification differ). Bring them "
             "back and start the run again: it goes on from its newest checkpoint."
         )
-    while not is_prepared(config, build_data_facts(receipt, standing.step, standing.sequences)):
-        receipt = work.build_epochs(_plan_next_epoch(config, receipt, standing)).dataset_info
-        write_atomically(run.dataset_info_path, receipt.to_json())
+    while not is_prepared(config, build_data_facts(dataset_info, resume_state.step, resume_state.sequences)):
+        dataset_info = work.build_epochs(_plan_next_epoch(config, dataset_info, resume_state)).dataset_info
+        write_atomically(run.dataset_info_path, dataset_info.to_json())
 
 
-def _plan_next_epoch(config: Config, receipt: DatasetInfo, standing: ResumeState) -> list[int]:
+def _plan_next_epoch(config: Config, dataset_info: DatasetInfo, resume_state: ResumeState) -> list[int]:
     """Return the epochs of each stream, with one more for the stream that runs out first."""
-    facts = build_data_facts(receipt, standing.step, standing.sequences)
+    facts = build_data_facts(dataset_info, resume_state.step, resume_state.sequences)
     plan = make_plan(config, facts)
     assert plan.steps is not None  # runs with train.epochs are prepared completely at the start
     needed = facts.count_needed_sequences(plan.steps, plan.global_batch)
@@ -120,7 +120,7 @@ def _plan_next_epoch(config: Config, receipt: DatasetInfo, standing: ResumeState
         for stream, count in zip(facts.streams, needed, strict=True)
     ]
     first = reach.index(min(reach))
-    return [len(stream.epochs) + (number == first) for number, stream in enumerate(receipt.streams)]
+    return [len(stream.epochs) + (number == first) for number, stream in enumerate(dataset_info.streams)]
 
 
 def _exit_with_driver() -> None:

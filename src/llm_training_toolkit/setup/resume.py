@@ -27,7 +27,7 @@ class ResumeState:
     manifest: Manifest | None
     """Manifest of the newest readable checkpoint."""
     config: Config | None
-    receipt: DatasetInfo | None
+    dataset_info: DatasetInfo | None
 
     @property
     def step(self) -> int:
@@ -41,9 +41,9 @@ class ResumeState:
 
     def build_data_facts(self, config: Config) -> DataFacts | None:
         """Return the data facts known before preparation, or None if the sources are mixed differently."""
-        if self.receipt is None or len(self.receipt.streams) != max(len(config.data.source_weights), 1):
+        if self.dataset_info is None or len(self.dataset_info.streams) != max(len(config.data.source_weights), 1):
             return None
-        return build_data_facts(self.receipt, self.step, self.sequences)
+        return build_data_facts(self.dataset_info, self.step, self.sequences)
 
     def is_finished(self, plan: Plan) -> bool:
         """Return whether the run has completed all its steps."""
@@ -59,13 +59,13 @@ class ResumeState:
     def find_reusable_dataset(self, config: Config, accept: Sequence[str]) -> DatasetInfo | None:
         """Return the dataset info if its tokens exist and last to the end of the run: no document is read again."""
         facts = self.build_data_facts(config)
-        if self.manifest is None or self.receipt is None or facts is None or _accepts_changed_data(accept):
+        if self.manifest is None or self.dataset_info is None or facts is None or _accepts_changed_data(accept):
             return None
         try:
-            PreparedDataset.from_info(self.receipt)
+            PreparedDataset.from_info(self.dataset_info)
         except DataError:
             return None
-        return self.receipt if is_prepared(config, facts) else None
+        return self.dataset_info if is_prepared(config, facts) else None
 
 
 def read_resume_state(run: RunDirectory) -> ResumeState:
@@ -75,34 +75,36 @@ def read_resume_state(run: RunDirectory) -> ResumeState:
         if run.resolved_config_path.is_file()
         else None
     )
-    receipt = DatasetInfo.from_json(run.dataset_info_path.read_text()) if run.dataset_info_path.is_file() else None
+    dataset_info = DatasetInfo.from_json(run.dataset_info_path.read_text()) if run.dataset_info_path.is_file() else None
     for directory in reversed(list_complete_checkpoints(run.checkpoints_dir)):
         try:
-            return ResumeState(CheckpointReader(directory).manifest, config, receipt)
+            return ResumeState(CheckpointReader(directory).manifest, config, dataset_info)
         except UnknownFormatError:
             raise
         except CheckpointError:
             continue  # damaged: the workers quarantine and report it
-    return ResumeState(None, config, receipt)
+    return ResumeState(None, config, dataset_info)
 
 
-def check_run_unchanged(standing: ResumeState, config: Config, accept: Sequence[str], *, extend: bool) -> None:
+def check_run_unchanged(resume_state: ResumeState, config: Config, accept: Sequence[str], *, extend: bool) -> None:
     """Raise ConfigError with the difference if the identity of the run changes without being accepted."""
-    if standing.manifest is not None and standing.config is not None:
-        if standing.config.data.source_weights != config.data.source_weights:
+    if resume_state.manifest is not None and resume_state.config is not None:
+        if resume_state.config.data.source_weights != config.data.source_weights:
             raise ConfigError(
                 "data.sources: the weights of a run that has begun cannot change, because its place in every source "
                 "follows from them: change them back, or start another run with model.init_from"
             )
         fields = [key for key in accept if key != DOCUMENTS]
-        check_config_changes(standing.config, standing.keep_saved_precision(config), accept=fields, extend=extend)
+        check_config_changes(
+            resume_state.config, resume_state.keep_saved_precision(config), accept=fields, extend=extend
+        )
 
 
-def check_checkpoint_size(standing: ResumeState, plan: Plan) -> None:
+def check_checkpoint_size(resume_state: ResumeState, plan: Plan) -> None:
     """Raise PlanError, before any write, if the model's size differs from the checkpoint's."""
-    if standing.manifest is None:
+    if resume_state.manifest is None:
         return
-    saved = sum(math.prod(shape) for shape in standing.manifest.shapes.values())
+    saved = sum(math.prod(shape) for shape in resume_state.manifest.shapes.values())
     if saved != plan.trainable_parameters:
         raise PlanError(
             f"the run's checkpoint holds {saved:,} parameters, the configuration now describes a model of "
@@ -111,11 +113,11 @@ def check_checkpoint_size(standing: ResumeState, plan: Plan) -> None:
 
 
 def check_documents_unchanged(
-    standing: ResumeState, config: Config, work: DatasetBuilder, accept: Sequence[str]
+    resume_state: ResumeState, config: Config, work: DatasetBuilder, accept: Sequence[str]
 ) -> None:
     """Raise ConfigError if the documents changed since the run began, unless they or their fields are accepted."""
-    before = standing.receipt
-    if standing.manifest is None or before is None or before.fingerprint == work.fingerprint:
+    before = resume_state.dataset_info
+    if resume_state.manifest is None or before is None or before.fingerprint == work.fingerprint:
         return
     if config.tokenizer.train is not None and before.tokenizer_path != str(work.tokenizer_path):
         raise ConfigError(

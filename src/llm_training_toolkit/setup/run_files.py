@@ -10,9 +10,9 @@ from llm_training_toolkit.plan import Plan
 from llm_training_toolkit.runs.directory import RunDirectory, collect_environment, write_atomically
 
 
-def write_run_files(run: RunDirectory, config: Config, plan: Plan, receipt: DatasetInfo) -> None:
+def write_run_files(run: RunDirectory, config: Config, plan: Plan, dataset_info: DatasetInfo) -> None:
     """Write all files that the workers read, after every check has passed."""
     write_atomically(run.resolved_config_path, dump_config_json(config))
     write_atomically(run.plan_path, json.dumps(plan.to_json(), indent=1))
     write_atomically(run.environment_path, json.dumps(collect_environment(), indent=1))
-    write_atomically(run.dataset_info_path, receipt.to_json())
+    write_atomically(run.dataset_info_path, dataset_info.to_json())

@@ -13,14 +13,14 @@ from llm_training_toolkit.setup.machine import is_local
 from llm_training_toolkit.setup.resume import ResumeState
 
 
-def check_initial_weights(config: Config, plan: Plan, standing: ResumeState) -> None:
+def check_initial_weights(config: Config, plan: Plan, resume_state: ResumeState) -> None:
     """Raise PlanError or CheckpointError if the weights at model.path are missing or do not match.
 
     Every worker checks again, because its machine may have other files. A run that has begun needs these weights only
     for adapters.
     """
     path = config.model.path
-    if path is None or (standing.manifest is not None and config.model.lora is None):
+    if path is None or (resume_state.manifest is not None and config.model.lora is None):
         return
     if not is_directory_or_hub_id(path):
         raise PlanError(

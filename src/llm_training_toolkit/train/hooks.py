@@ -32,7 +32,7 @@ def wait_for_data(parts: TrainerComponents, progress: TrainState) -> LoopStatus 
 
     Collective. Raises DataError on every rank when the data will never arrive.
     """
-    context, feed = parts.context, parts.dataloader
+    context, dataloader = parts.context, parts.dataloader
     parts.checkpoint_manager.finalize_save()  # the wait may be long, and the processes may be killed in it
     context.heartbeat.set_phase("waiting for data that is being prepared", NO_TIMEOUT)
     parts.goodput_tracker.enter_part("data")
@@ -42,18 +42,18 @@ def wait_for_data(parts: TrainerComponents, progress: TrainState) -> LoopStatus 
     while True:
         failure = ""
         try:
-            if not feed.has_step(progress.step):
-                feed.refresh_epochs()
+            if not dataloader.has_step(progress.step):
+                dataloader.refresh_epochs()
         except DataError as error:
             failure = str(error)
-        wish = context.read_stop_request() if context.is_rank_zero else StopRequest.NONE
-        answers = context.all_gather_object((feed.has_step(progress.step), failure, wish))
+        stop_request = context.read_stop_request() if context.is_rank_zero else StopRequest.NONE
+        answers = context.all_gather_object((dataloader.has_step(progress.step), failure, stop_request))
         if failures := [failure for _, failure, _ in answers if failure]:
             raise DataError(failures[0])
-        if (wish := answers[0][2]) is not StopRequest.NONE:
+        if (stop_request := answers[0][2]) is not StopRequest.NONE:
             if progress != parts.initial_state:  # the initial state is saved already, or is that of step 0
                 parts.checkpoint_manager.begin_save(progress)
-            return "stopped" if wish is StopRequest.STOP else "drained"
+            return "stopped" if stop_request is StopRequest.STOP else "drained"
         if all(has for has, _, _ in answers):
             return None
         time.sleep(_POLL_SECONDS)
@@ -68,10 +68,10 @@ def run_tasks_if_due(parts: TrainerComponents, progress: TrainState) -> LoopStat
         return None
     parts.checkpoint_manager.finalize_save()
     parts.goodput_tracker.enter_step(progress.step)
-    wish = parts.in_training_tasks.run_due_tasks(progress.step)
-    if wish is StopRequest.NONE:
+    stop_request = parts.in_training_tasks.run_due_tasks(progress.step)
+    if stop_request is StopRequest.NONE:
         return None
-    return "stopped" if wish is StopRequest.STOP else "drained"
+    return "stopped" if stop_request is StopRequest.STOP else "drained"
 
 
 def await_rung_decision(parts: TrainerComponents, progress: TrainState) -> LoopStatus | None:
@@ -80,19 +80,21 @@ def await_rung_decision(parts: TrainerComponents, progress: TrainState) -> LoopS
     if progress.step not in context.rungs:
         return None
     context.heartbeat.set_phase(f"waiting at the rung after step {progress.step}", NO_TIMEOUT)
-    wish = context.broadcast_object(context.await_rung(progress.step) if context.is_rank_zero else StopRequest.NONE)
-    return "stopped" if wish is StopRequest.STOP else None
+    stop_request = context.broadcast_object(
+        context.await_rung(progress.step) if context.is_rank_zero else StopRequest.NONE
+    )
+    return "stopped" if stop_request is StopRequest.STOP else None
 
 
 def evaluate_held_out(parts: TrainerComponents, progress: TrainState) -> EvalLoss | None:
     """Measure the held-out loss now; return None if no data is held out. Collective."""
-    context, feed = parts.context, parts.dataloader
-    if feed.eval_loss_tokens == 0:
+    context, dataloader = parts.context, parts.dataloader
+    if dataloader.eval_loss_tokens == 0:
         return None
     batches = _iter_with_heartbeat(
-        feed.get_eval_batches(context.rank, context.world_size, parts.plan.micro_batch), context.heartbeat
+        dataloader.get_eval_batches(context.rank, context.world_size, parts.plan.micro_batch), context.heartbeat
     )
-    result = compute_eval_loss(parts.engine, batches, feed.eval_loss_tokens, feed.eval_bytes, context)
+    result = compute_eval_loss(parts.engine, batches, dataloader.eval_loss_tokens, dataloader.eval_bytes, context)
     parts.metrics.write(progress.step, result.to_metrics())
     parts.checkpoint_manager.record_eval_loss(progress.step, result.loss)
     if context.is_rank_zero:
@@ -100,9 +102,9 @@ def evaluate_held_out(parts: TrainerComponents, progress: TrainState) -> EvalLos
     return result
 
 
-def _iter_with_heartbeat(batches: Sequence[MicroBatch], pulse: Heartbeat) -> Iterator[MicroBatch]:
+def _iter_with_heartbeat(batches: Sequence[MicroBatch], heartbeat: Heartbeat) -> Iterator[MicroBatch]:
     """Yield the batches of an evaluation, with a heartbeat phase for each."""
     for number, batch in enumerate(batches, start=1):
-        pulse.set_phase(f"evaluating, batch {number} of {len(batches)}")
+        heartbeat.set_phase(f"evaluating, batch {number} of {len(batches)}")
         yield batch
-    pulse.set_phase("evaluating, adding up the losses")
+    heartbeat.set_phase("evaluating, adding up the losses")

@@ -135,18 +135,20 @@ def train_step(parts: TrainerComponents, progress: TrainState) -> tuple[TrainSta
         raise TrainingError(_format_non_finite_error(parts, step, positions, loss_sum, f"the loss is {loss}"))
     lr = parts.schedule.compute_lr(step)
     context.heartbeat.set_phase(f"step {step + 1}, updating the weights", patience)
-    judge = SpikeGuard(parts.on_spike, context, progress, loss, loss_tokens)
-    norm = parts.engine.optim_step(lr, judge.allow_update)
+    spike_guard = SpikeGuard(parts.on_spike, context, progress, loss, loss_tokens)
+    norm = parts.engine.optim_step(lr, spike_guard.allow_update)
     if not math.isfinite(norm):
         raise TrainingError(_format_non_finite_error(parts, step, positions, math.nan, "the gradient is not finite"))
-    if judge.spike:
-        judge.handle_spike(parts.checkpoint_manager, loss_sum, parts.dataloader.format_document_names(step, positions))
+    if spike_guard.spike:
+        spike_guard.handle_spike(
+            parts.checkpoint_manager, loss_sum, parts.dataloader.format_document_names(step, positions)
+        )
     values = {"train/loss": loss, "optim/lr": lr, "optim/grad_norm": norm, "perf/data_seconds": data_seconds}
     if slow is not None:
         values |= {"perf/slowest_rank": float(slow.rank), "perf/slowest_ratio": slow.ratio}
         _report_straggler(parts, slow)
-    _record_step(parts, progress, started, values | ({"optim/skipped": 1.0} if judge.spike else {}))
-    return _advance_state(parts, progress, StepStats(loss, norm), skipped=bool(judge.spike)), flags
+    _record_step(parts, progress, started, values | ({"optim/skipped": 1.0} if spike_guard.spike else {}))
+    return _advance_state(parts, progress, StepStats(loss, norm), skipped=bool(spike_guard.spike)), flags
 
 
 def _advance_state(parts: TrainerComponents, before: TrainState, taken: StepStats, *, skipped: bool) -> TrainState:
@@ -174,13 +176,13 @@ def _all_reduce_step_results(
 ) -> tuple[float, StepDecision, Straggler | None]:
     """Return the loss summed over ranks, rank 0's decisions and the slowest rank, from one all-reduce."""
     context = parts.context
-    wish = context.read_stop_request() if context.is_rank_zero else StopRequest.NONE
+    stop_request = context.read_stop_request() if context.is_rank_zero else StopRequest.NONE
     save = context.is_rank_zero and (
         parts.checkpoint_manager.is_due(completed) or parts.in_training_tasks.has_due_tasks(completed)
     )
     lacks = completed < parts.schedule.steps and not parts.dataloader.has_step(completed)
     own = [own_seconds if rank == context.rank else 0.0 for rank in range(context.world_size)]
-    mine = (loss_sum, wish, save, parts.checkpoint_manager.is_writing, lacks)
+    mine = (loss_sum, stop_request, save, parts.checkpoint_manager.is_writing, lacks)
     total, wishes, saves, writing, lacking, *seconds = context.all_reduce_sum(*mine, *own)
     written = parts.checkpoint_manager.has_pending_checkpoint and not writing
     return (

@@ -58,7 +58,7 @@ def _write_random_weights(place: WorkerSpec, plan: Plan) -> None:
             directory,
             hf_config=plan.hf_config,
             precision=plan.precision,
-            beside=build_model_files(config, place.receipt, card, origin),
+            beside=build_model_files(config, place.dataset_info, card, origin),
         )
 
 
@@ -76,5 +76,5 @@ def _write_weights_from_run(place: WorkerSpec, init_from: str) -> None:
             directory,
             hf_config=hf_config,
             precision=config.train.precision,
-            beside=build_model_files(config, place.receipt, card, f"{init_from} {found.name}"),
+            beside=build_model_files(config, place.dataset_info, card, f"{init_from} {found.name}"),
         )

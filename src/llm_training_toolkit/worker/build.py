@@ -141,7 +141,7 @@ def _load_state(
     if checkpoint is not None:
         if base is not None:
             check_base_matches(BaseWeights.from_json(checkpoint.manifest.extra["base"]), base)
-        restore_engine(engine, checkpoint, pulse=context.heartbeat)
+        restore_engine(engine, checkpoint, heartbeat=context.heartbeat)
         context.report(NoteEvent(f"resuming from {checkpoint.directory.name}"))
     elif origin is not None:
         _load_initial_weights(engine, origin, context)
@@ -169,7 +169,7 @@ def _find_initial_checkpoint(config: Config, plan: Plan, context: RunContext) ->
 
 def _load_initial_weights(engine: Engine, origin: CheckpointReader, context: RunContext) -> None:
     try:
-        restore_engine(engine, origin, optimizer=False, pulse=context.heartbeat)
+        restore_engine(engine, origin, optimizer=False, heartbeat=context.heartbeat)
     except FileNotFoundError as error:
         raise CheckpointError(
             f"model.init_from: {origin.directory} has gone while it was read: that run still trains, and has deleted "

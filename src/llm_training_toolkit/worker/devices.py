@@ -53,15 +53,15 @@ def check_placement(place: WorkerSpec, context: RunContext) -> list[RankPlacemen
 
     Raises LaunchError on every rank if two ranks share a device, or the device type is not the one asked for.
     """
-    seats = context.all_gather_object(_find_own_placement(place, context.device))
-    wrong = find_placement_problem(seats, place.config.cluster.gpus_per_worker)
+    placements = context.all_gather_object(_find_own_placement(place, context.device))
+    wrong = find_placement_problem(placements, place.config.cluster.gpus_per_worker)
     if wrong:
         raise LaunchError(wrong)
     if context.is_rank_zero and context.world_size > 1:
-        context.report(NoteEvent(format_placement(seats)))
-        for message in find_placement_warnings(seats, place.config):
+        context.report(NoteEvent(format_placement(placements)))
+        for message in find_placement_warnings(placements, place.config):
             context.report(WarningEvent(message))
-    return seats
+    return placements
 
 
 def _find_own_placement(place: WorkerSpec, device: torch.device) -> RankPlacement:
@@ -75,12 +75,13 @@ def _find_own_placement(place: WorkerSpec, device: torch.device) -> RankPlacemen
     return RankPlacement(place.node, place.machine, local_rank, str(device), model, unit, len(os.sched_getaffinity(0)))
 
 
-def find_placement_problem(seats: Sequence[RankPlacement], gpus_per_worker: int | str) -> str:
+def find_placement_problem(placements: Sequence[RankPlacement], gpus_per_worker: int | str) -> str:
     """Return the reason why ranks must not use these devices, with the remedy; empty if they may."""
-    kinds: Mapping[str, Sequence[int]] = _group_ranks([seat.device_type for seat in seats])
+    kinds: Mapping[str, Sequence[int]] = _group_ranks([placement.device_type for placement in placements])
     if len(kinds) > 1:
         on = "; ".join(
-            f"{_format_ranks(ranks)} on {kind} (node {_format_nodes(seats, ranks)})" for kind, ranks in kinds.items()
+            f"{_format_ranks(ranks)} on {kind} (node {_format_nodes(placements, ranks)})"
+            for kind, ranks in kinds.items()
         )
         return (
             f"the ranks compute on devices of different kinds: {on}. Where it is cpu, torch finds no GPU: `nvidia-smi` "
@@ -90,32 +91,32 @@ def find_placement_problem(seats: Sequence[RankPlacement], gpus_per_worker: int 
     if asked is not None and asked not in kinds:
         return f"cluster.gpus_per_worker = {gpus_per_worker}, but the ranks compute on {next(iter(kinds))}"
     remedy = "let Ray or torchrun alone set CUDA_VISIBLE_DEVICES and LOCAL_RANK (cluster.env must not)"
-    for unit, ranks in _group_ranks([seat.unit for seat in seats]).items():
+    for unit, ranks in _group_ranks([placement.unit for placement in placements]).items():
         if unit and len(ranks) > 1:
-            one = seats[ranks[0]]
+            one = placements[ranks[0]]
             return (
                 f"{_format_ranks(ranks)} share one GPU, {one.model} {unit} of node {one.node}: start no more "
                 "ranks there than "
                 f"it has GPUs, and {remedy}"
             )
-    numbers = _group_ranks([(seat.machine, seat.node, seat.local_rank) for seat in seats])
+    numbers = _group_ranks([(placement.machine, placement.node, placement.local_rank) for placement in placements])
     for (_, node, local_rank), ranks in numbers.items():
         if len(ranks) > 1:
             return f"{_format_ranks(ranks)} all have LOCAL_RANK = {local_rank} on node {node}: {remedy}"
     return ""
 
 
-def find_placement_warnings(seats: Sequence[RankPlacement], config: Config) -> list[str]:
+def find_placement_warnings(placements: Sequence[RankPlacement], config: Config) -> list[str]:
     """Return warnings about placements that are valid but slow."""
     said = []
-    models = _group_ranks([seat.model for seat in seats])
+    models = _group_ranks([placement.model for placement in placements])
     if len(models) > 1:
         on = ", ".join(f"{_format_ranks(ranks)} on {model}" for model, ranks in models.items())
         said.append(f"GPUs of several models: {on}. Every step takes as long as on the slowest, with equal shares")
     each = config.cluster.cpus_per_worker
-    for node, ranks in _group_ranks([seat.node for seat in seats]).items():
-        cores = max(seats[rank].cores for rank in ranks)
-        if seats[ranks[0]].device_type == "cpu" and len(ranks) * each > cores:
+    for node, ranks in _group_ranks([placement.node for placement in placements]).items():
+        cores = max(placements[rank].cores for rank in ranks)
+        if placements[ranks[0]].device_type == "cpu" and len(ranks) * each > cores:
             said.append(
                 f"node {node} has {cores} cores for {len(ranks)} ranks with {each} threads each, which take turns: "
                 "Ray was told of more (`ray start --num-cpus`)"
@@ -123,28 +124,31 @@ def find_placement_warnings(seats: Sequence[RankPlacement], config: Config) -> l
     return said
 
 
-def format_placement(seats: Sequence[RankPlacement]) -> str:
+def format_placement(placements: Sequence[RankPlacement]) -> str:
     """Format as `ranks 0 to 7 on node a (cuda:0 to cuda:7), ranks 8 to 15 on node b (…), each NVIDIA H100`."""
-    nodes = _group_ranks([seat.node for seat in seats])
-    models = sorted({seat.model for seat in seats} - {""})
+    nodes = _group_ranks([placement.node for placement in placements])
+    models = sorted({placement.model for placement in placements} - {""})
     each = f", each {models[0]}" if len(models) == 1 else ""
     if len(nodes) > _NODES_NAMED:
         sizes = Counter(len(ranks) for ranks in nodes.values())
         many = ", ".join(f"{number} nodes with {size} each" for size, number in sorted(sizes.items(), reverse=True))
-        return f"{len(seats)} ranks: {many}, on {seats[0].device_type}{each}; which is where is in the attempt's file"
+        return (
+            f"{len(placements)} ranks: {many}, on {placements[0].device_type}{each}; which is where is in the "
+            "attempt's file"
+        )
     placed = [
-        f"{_format_ranks(ranks)} on node {node} ({_format_devices(seats, ranks)})" for node, ranks in nodes.items()
+        f"{_format_ranks(ranks)} on node {node} ({_format_devices(placements, ranks)})" for node, ranks in nodes.items()
     ]
     return f"{', '.join(placed)}{each}"
 
 
-def _format_devices(seats: Sequence[RankPlacement], ranks: Sequence[int]) -> str:
-    found = list(dict.fromkeys(seats[rank].device for rank in ranks))
+def _format_devices(placements: Sequence[RankPlacement], ranks: Sequence[int]) -> str:
+    found = list(dict.fromkeys(placements[rank].device for rank in ranks))
     return found[0] if len(found) == 1 else f"{found[0]} to {found[-1]}"
 
 
-def _format_nodes(seats: Sequence[RankPlacement], ranks: Sequence[int]) -> str:
-    return ", ".join(dict.fromkeys(seats[rank].node for rank in ranks))
+def _format_nodes(placements: Sequence[RankPlacement], ranks: Sequence[int]) -> str:
+    return ", ".join(dict.fromkeys(placements[rank].node for rank in ranks))
 
 
 def _format_ranks(ranks: Sequence[int]) -> str:

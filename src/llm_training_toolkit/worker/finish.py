@@ -61,7 +61,7 @@ def finish_run(trained: TrainedRun, *, metrics: Metrics, context: RunContext) ->
         trained, CheckpointReader(directory), run.export_dir, merge=False, say=lambda _text: None
     )
     try:
-        for sample in generate_samples(run.export_dir, trained.config, trained.receipt, str(context.device)):
+        for sample in generate_samples(run.export_dir, trained.config, trained.dataset_info, str(context.device)):
             metrics.add_text(exported.step, f"samples/{sample.title}", format_sample_markdown(sample))
             context.report(sample)
     except Exception as error:  # noqa: BLE001 - the run and its export are whole; samples are a courtesy
@@ -93,9 +93,9 @@ def complete_interrupted_finish(run: RunDirectory, config: Config, report: Event
     metrics.close()
 
 
-def generate_samples(exported: Path, config: Config, receipt: DatasetInfo, device: str) -> Iterator[SampleEvent]:
+def generate_samples(exported: Path, config: Config, dataset_info: DatasetInfo, device: str) -> Iterator[SampleEvent]:
     """Yield two completions of held-out documents, and one infilling if the run was trained on FIM."""
-    texts = list(read_held_out_texts(receipt, limit=_COMPLETIONS + 1, characters=_CHARACTERS))
+    texts = list(read_held_out_texts(dataset_info, limit=_COMPLETIONS + 1, characters=_CHARACTERS))
     if not texts:
         return
     generator, room = TextGenerator.from_directory(exported, device), config.data.sequence_length

@@ -56,10 +56,10 @@ def run_worker(place: WorkerSpec, context: RunContext) -> dict[str, Any]:
 
     Raises SmallerMicroBatch if memory ran out and the next attempt will use less.
     """
-    seats = check_placement(place, context)
+    placements = check_placement(place, context)
     asked, precision_note = resolve_precision(place, context)
     place, memory_notes = resolve_memory_settings(asked, context)
-    attempt, account = _begin_attempt(place, context, asked.config, seats)
+    attempt, account = _begin_attempt(place, context, asked.config, placements)
     try:
         parts = _build_components(place, context, attempt, account, (*precision_note, *memory_notes))
         status, step = _train_and_finish(parts, place, asked.config)
@@ -87,14 +87,14 @@ def _train_and_finish(parts: TrainerComponents, place: WorkerSpec, asked: Config
     if status == "finished" and place.config.export.at_end and context.is_rank_zero:
         context.heartbeat.set_phase("exporting", NO_TIMEOUT)
         parts.goodput_tracker.enter_part("checkpoint")
-        finish_run(TrainedRun(place.run, place.config, place.receipt), metrics=parts.metrics, context=context)
+        finish_run(TrainedRun(place.run, place.config, place.dataset_info), metrics=parts.metrics, context=context)
     parts.metrics.write(progress.step, parts.goodput_tracker.compute_metrics())
     parts.metrics.close()
     return status, progress.step
 
 
 def _begin_attempt(
-    place: WorkerSpec, context: RunContext, asked: Config, seats: Sequence[RankPlacement]
+    place: WorkerSpec, context: RunContext, asked: Config, placements: Sequence[RankPlacement]
 ) -> tuple[int, GoodputTracker]:
     """Agree on the attempt's number, redirect library output to its log and set up torch."""
     config = place.config
@@ -104,7 +104,7 @@ def _begin_attempt(
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "processes": processes,
-        "seats": [seat.to_json() for seat in seats],
+        "ranks": [placement.to_json() for placement in placements],
         "workers": context.world_size,
         "micro_batch": config.train.micro_batch_size,
         "asked": asked.train.micro_batch_size,
@@ -132,7 +132,7 @@ def _build_components(
     done = _get_train_state(checkpoint)
     if context.is_rank_zero:
         update_attempt(run, attempt, resumed=checkpoint.directory.name if checkpoint else None)
-    facts = build_data_facts(place.receipt, done.step, done.sequences)
+    facts = build_data_facts(place.dataset_info, done.step, done.sequences)
     plan = check_plan(make_plan(config, facts, replicas=context.world_size)).with_notes(resolved)
     if context.is_rank_zero:
         write_atomically(run.plan_path, json.dumps(plan.to_json(), indent=1))  # with `auto` resolved
@@ -145,7 +145,7 @@ def _build_components(
         zero=plan.zero,
         threads=torch.get_num_threads(),
         config_fingerprint=fingerprint(config),
-        data_fingerprint=place.receipt.fingerprint,
+        data_fingerprint=place.dataset_info.fingerprint,
         versions=collect_environment()["versions"],
         extra=_build_manifest_extra(built, plan),
     )
@@ -162,8 +162,8 @@ def _build_components(
     metrics = Metrics(run, attempt, done.step, context)
     metrics.add_text(done.step, "configuration", f"```json\n{run.resolved_config_path.read_text()}\n```")
     origin = (done.step, done.sequences)
-    feed = DataLoader(
-        place.receipt,
+    dataloader = DataLoader(
+        place.dataset_info,
         global_batch=plan.global_batch,
         epochs=config.train.epochs,
         origin=origin,
@@ -176,13 +176,15 @@ def _build_components(
         config.run.seed,
         context,
         built.engine,
-        feed,
+        dataloader,
         saver,
         metrics,
         attempt=attempt,
         goodput_tracker=account,
         initial_state=done,
-        in_training_tasks=InTrainingEvaluator(TrainedRun(run, config, place.receipt), metrics=metrics, context=context),
+        in_training_tasks=InTrainingEvaluator(
+            TrainedRun(run, config, place.dataset_info), metrics=metrics, context=context
+        ),
         on_spike=config.failures.on_loss_spike,
     )
 

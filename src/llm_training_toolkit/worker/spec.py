@@ -29,7 +29,7 @@ class WorkerSpec:
 
     run: RunDirectory
     config: Config
-    receipt: DatasetInfo
+    dataset_info: DatasetInfo
     began: float = field(default_factory=time.time)
     """Time of the request for these ranks, in seconds since 1970; the first ones are requested by the command."""
     group_began: float = field(default_factory=time.time)

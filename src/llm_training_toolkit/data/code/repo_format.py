@@ -52,7 +52,7 @@ class RepoFormat:
         if not tokens.repository or not tokens.file or (form.needs_path and not source.metadata):
             raise DataError(
                 "data.sources: this model family has no special tokens for repositories, or none for files without "
-                "metadata. Remove per and metadata from the source, or choose a model of a family that has them."
+                "metadata. Remove group_by and metadata from the source, or choose a model of a family that has them."
             )
         return cls(
             encoder.get_special_token_id(tokens.file),

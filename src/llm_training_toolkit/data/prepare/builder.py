@@ -64,13 +64,13 @@ class PreparedDataset:
     directory: Path
 
     @classmethod
-    def from_info(cls, receipt: DatasetInfo) -> PreparedDataset:
+    def from_info(cls, dataset_info: DatasetInfo) -> PreparedDataset:
         """Reopen prepared data from its DatasetInfo. Raises DataError if its files are missing."""
-        directory, tokenizer = Path(receipt.directory), Path(receipt.tokenizer_path)
-        epochs = [epoch for stream in receipt.streams for epoch in stream.epochs]
+        directory, tokenizer = Path(dataset_info.directory), Path(dataset_info.tokenizer_path)
+        epochs = [epoch for stream in dataset_info.streams for epoch in stream.epochs]
         parts = [
-            receipt.held_out,
-            receipt.held_out_plan,
+            dataset_info.held_out,
+            dataset_info.held_out_plan,
             *(name for epoch in epochs for name in (epoch.tokens, epoch.plan)),
         ]
         for path in [tokenizer, *(directory / part for part in parts)]:
@@ -79,7 +79,7 @@ class PreparedDataset:
                     f"{path}: the prepared data is not there. Run `ltt prepare` again; on a cluster, data.cache must "
                     "be a directory that every node sees."
                 )
-        return cls(receipt, tokenizer, directory)
+        return cls(dataset_info, tokenizer, directory)
 
 
 def prepare_dataset(

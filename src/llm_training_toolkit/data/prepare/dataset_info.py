@@ -103,4 +103,4 @@ class DatasetInfo:
             )
             return cls(**values)
         except (json.JSONDecodeError, TypeError, KeyError) as error:
-            raise DataError(f"data receipt: cannot be read ({error}). Run `ltt prepare` again.") from error
+            raise DataError(f"data/dataset_info.json cannot be read ({error}). Run `ltt prepare` again.") from error

@@ -35,12 +35,12 @@ def read_latest_dataset_info(run: RunDirectory, known: DatasetInfo) -> DatasetIn
     """Read the current DatasetInfo. Raises DataError if it equals `known` and preparation has failed or finished."""
     find_storage(run.path).refresh_directory(run.dataset_info_path.parent)
     state, why = read_preparation_state(run)  # read first: the DatasetInfo is written before the state becomes done
-    receipt = DatasetInfo.from_json(run.dataset_info_path.read_text(encoding="utf-8"))
-    if receipt == known and state == "failed":
+    dataset_info = DatasetInfo.from_json(run.dataset_info_path.read_text(encoding="utf-8"))
+    if dataset_info == known and state == "failed":
         raise DataError(f"later epochs could not be prepared: {why}")
-    if receipt == known and state == "done":
+    if dataset_info == known and state == "done":
         raise DataError("more epochs are needed than were prepared: give the same command again, which prepares them")
-    return receipt
+    return dataset_info
 
 
 def get_tokenization_spec(config: Config) -> TokenizationSpec:
@@ -101,28 +101,28 @@ def _count_missing_epochs(work: DatasetBuilder, config: Config, facts: DataFacts
     ]
 
 
-def build_data_facts(receipt: DatasetInfo, step: int = 0, sequences: int = 0) -> DataFacts:
+def build_data_facts(dataset_info: DatasetInfo, step: int = 0, sequences: int = 0) -> DataFacts:
     """Build the plan's facts about the data and the run's progress in it."""
-    streams = tuple(StreamFacts(stream.sequences_per_epoch, stream.share) for stream in receipt.streams)
-    return DataFacts(streams, receipt.vocab_size, step, sequences)
+    streams = tuple(StreamFacts(stream.sequences_per_epoch, stream.share) for stream in dataset_info.streams)
+    return DataFacts(streams, dataset_info.vocab_size, step, sequences)
 
 
-def build_dataset_info_json(receipt: DatasetInfo) -> dict[str, Any]:
+def build_dataset_info_json(dataset_info: DatasetInfo) -> dict[str, Any]:
     """Return the contract of `ltt prepare --json`."""
     return {
-        "sources": [asdict(source) for source in receipt.sources],
-        "sequences": receipt.total_sequences,
-        "padding": receipt.padding,
-        "tokens_lost": receipt.tokens_lost,
-        "eval_sequences": receipt.eval_sequences,
-        "tokenizer": receipt.tokenizer_path,
+        "sources": [asdict(source) for source in dataset_info.sources],
+        "sequences": dataset_info.total_sequences,
+        "padding": dataset_info.padding,
+        "tokens_lost": dataset_info.tokens_lost,
+        "eval_sequences": dataset_info.eval_sequences,
+        "tokenizer": dataset_info.tokenizer_path,
     }
 
 
-def format_dataset_info(receipt: DatasetInfo) -> list[str]:
+def format_dataset_info(dataset_info: DatasetInfo) -> list[str]:
     """Format a DatasetInfo as text: the outcome of every source."""
     rows = []
-    for source in receipt.sources:
+    for source in dataset_info.sources:
         dropped = ", ".join(f"{count:,} {reason}" for reason, count in source.dropped.items()) or "none"
         too_long = f" ({source.truncated:.2%} of the tokens left out as too long)" if source.truncated else ""
         rows += [
@@ -131,10 +131,10 @@ def format_dataset_info(receipt: DatasetInfo) -> list[str]:
             f"  {source.tokens:,} tokens, {source.loss_tokens:,} with loss; "
             f"the longest document has {source.longest:,}: {source.longest_document}",
         ]
-    epochs = " + ".join(f"{len(stream.epochs)}" for stream in receipt.streams)
+    epochs = " + ".join(f"{len(stream.epochs)}" for stream in dataset_info.streams)
     rows.append(
-        f"{receipt.total_sequences:,} sequences of {receipt.sequence_length:,} tokens in {epochs} "
+        f"{dataset_info.total_sequences:,} sequences of {dataset_info.sequence_length:,} tokens in {epochs} "
         f"{'epoch' if epochs == '1' else 'epochs'}, "
-        f"{receipt.padding:.2%} padding, {receipt.tokens_lost} tokens lost"
+        f"{dataset_info.padding:.2%} padding, {dataset_info.tokens_lost} tokens lost"
     )
     return rows

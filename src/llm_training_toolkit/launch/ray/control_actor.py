@@ -47,18 +47,18 @@ class _ControlActor:
         now = time.monotonic()
         return taken, {rank: (beat, now - came) for rank, (beat, came) in self._beats.items()}
 
-    def request_stop(self, wish: StopRequest) -> None:
+    def request_stop(self, stop_request: StopRequest) -> None:
         """Store the driver's stop request; a weaker one does not replace a stronger one."""
-        self._stop_request = max(self._stop_request, wish)
+        self._stop_request = max(self._stop_request, stop_request)
 
     def cancel_drain(self) -> None:
         """Withdraw DRAIN_AFTER_CHECKPOINT, but no stronger request."""
         if self._stop_request is StopRequest.DRAIN_AFTER_CHECKPOINT:
             self._stop_request = StopRequest.NONE
 
-    def resolve_rung(self, step: int, wish: StopRequest) -> None:
+    def resolve_rung(self, step: int, stop_request: StopRequest) -> None:
         """Store the driver's decision on a trial after a rung."""
-        self._rung_decisions[step] = wish
+        self._rung_decisions[step] = stop_request
 
     def get_rung_decision(self, step: int) -> StopRequest | None:
         """Return the driver's decision on a rung, None if pending."""
@@ -100,14 +100,14 @@ def build_rung_waiter(line: Any) -> Callable[[int], StopRequest]:  # noqa: ANN40
 
     def await_rung(step: int) -> StopRequest:
         line.send_event.remote(RungEvent(step))
-        while (wish := ray.get(line.get_rung_decision.remote(step))) is None:
+        while (stop_request := ray.get(line.get_rung_decision.remote(step))) is None:
             time.sleep(_RUNG_POLL_SECONDS)
-        return StopRequest(wish)
+        return StopRequest(stop_request)
 
     return await_rung
 
 
-def start_heartbeat(line: Any, rank: int, pulse: Heartbeat) -> Callable[[], StopRequest]:  # noqa: ANN401
+def start_heartbeat(line: Any, rank: int, heartbeat: Heartbeat) -> Callable[[], StopRequest]:  # noqa: ANN401
     """Send heartbeats from a thread; return a function that reads the stop request in the newest reply."""
     wanted = [StopRequest.NONE]
     every = OTHER_RANKS_HEARTBEAT_SECONDS if rank else _RANK0_HEARTBEAT_SECONDS
@@ -116,7 +116,7 @@ def start_heartbeat(line: Any, rank: int, pulse: Heartbeat) -> Callable[[], Stop
         wait = threading.Event()
         while True:
             try:
-                wanted[0] = ray.get(line.receive_heartbeat.remote(rank, pulse.get_snapshot()))
+                wanted[0] = ray.get(line.receive_heartbeat.remote(rank, heartbeat.get_snapshot()))
             except ray.exceptions.ActorDiedError:
                 return  # the driver is gone; Ray kills this worker
             except ray.exceptions.RayError:

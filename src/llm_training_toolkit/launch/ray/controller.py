@@ -62,10 +62,10 @@ class TrainController:
         if self._group is not None:
             self._group.request_stop(StopRequest.STOP)
 
-    def resolve_rung(self, step: int, wish: StopRequest) -> None:
+    def resolve_rung(self, step: int, stop_request: StopRequest) -> None:
         """Send the decision on a trial that waits after `step`."""
         if self._group is not None:
-            self._group.resolve_rung(step, wish)
+            self._group.resolve_rung(step, stop_request)
 
     def run_training(self) -> dict[str, Any]:
         """Train to the end or a stop; return `{"status", "step"}`. Raises ToolkitError, LaunchError with the cause."""

@@ -36,17 +36,17 @@ def worker_main(assignment: Mapping[str, Any]) -> dict[str, Any]:
     """Run one rank of `assignment["run"]` (path or URI), with the control actor `assignment["line"]`."""
     faulthandler.register(STACK_SIGNAL, file=2, all_threads=True)  # 2 becomes the rank's log once that exists
     ranks = ray.train.get_context()
-    rank, pulse = ranks.get_world_rank(), Heartbeat()
+    rank, heartbeat = ranks.get_world_rank(), Heartbeat()
     report = build_reporter(assignment["line"])
     report_with_retry(assignment["line"], _build_started_event(rank))
-    wish = start_heartbeat(assignment["line"], rank, pulse)
+    stop_request = start_heartbeat(assignment["line"], rank, heartbeat)
     if rank == 0:
         report(StageEvent("starting workers", 1, 1))
     try:
         context = partial(
             RunContext,
-            read_stop_request=wish,
-            heartbeat=pulse,
+            read_stop_request=stop_request,
+            heartbeat=heartbeat,
             rungs=assignment["rungs"],
             await_rung=build_rung_waiter(assignment["line"]),
         )
@@ -55,7 +55,7 @@ def worker_main(assignment: Mapping[str, Any]) -> dict[str, Any]:
         traceback.print_exc()
         report_with_retry(
             assignment["line"],
-            _build_error_event(error, rank, pulse.get_snapshot().phase),
+            _build_error_event(error, rank, heartbeat.get_snapshot().phase),
         )
         raise
 
@@ -69,12 +69,12 @@ def _run_worker(
         report(NoteEvent(text))
 
     with join_run(assignment["run"], send_note) as run:
-        config, receipt = (
+        config, dataset_info = (
             parse_config_json(run.resolved_config_path.read_text()),
             DatasetInfo.from_json(run.dataset_info_path.read_text()),
         )
         began, node = (assignment["began"], assignment["group_began"]), ray.util.get_node_ip_address()
-        place = WorkerSpec(run, config, receipt, *began, node=node)
+        place = WorkerSpec(run, config, dataset_info, *began, node=node)
         device = get_device()
         if device.type == "cuda":
             # DeepSpeed takes its device from LOCAL_RANK, which differs from Ray's order on nodes with over ten GPUs.

@@ -126,13 +126,13 @@ class WorkerGroup:
         self._fit_outcome: list[Any] = []
         self._kill_times: list[float] = []
 
-    def request_stop(self, wish: StopRequest) -> None:
+    def request_stop(self, stop_request: StopRequest) -> None:
         """Send a stop request to the ranks. Any thread, any time."""
-        self._control.request_stop.remote(wish)
+        self._control.request_stop.remote(stop_request)
 
-    def resolve_rung(self, step: int, wish: StopRequest) -> None:
+    def resolve_rung(self, step: int, stop_request: StopRequest) -> None:
         """Send the decision on the trial to rank 0, which waits after `step`. Any thread, any time."""
-        self._control.resolve_rung.remote(step, wish)
+        self._control.resolve_rung.remote(step, stop_request)
 
     def run_workers(self) -> WorkerGroupResult:
         """Start the workers and follow them to their end. Raises the first ToolkitError that a rank reported."""
@@ -207,14 +207,14 @@ class WorkerGroup:
             own = Counter(worker.node for worker in self._workers.values())
             living = nodes.alive_nodes()
             self._job.autoscaler.request_capacity(compute_usage_by_others(living, self._job.resource_request, own))
-            wish = self._scaling_policy.decide_drain(nodes.reachable_nodes(living), own, now)
-            if wish > self._stop_request:
-                self._stop_request = wish
-                when = "now" if wish is StopRequest.DRAIN else "after the next checkpoint"
+            stop_request = self._scaling_policy.decide_drain(nodes.reachable_nodes(living), own, now)
+            if stop_request > self._stop_request:
+                self._stop_request = stop_request
+                when = "now" if stop_request is StopRequest.DRAIN else "after the next checkpoint"
                 self._console.print_line(f"there is room for more than {self._spec.size} workers: making way {when}")
-                self.request_stop(wish)
-            elif wish is StopRequest.NONE and self._stop_request is StopRequest.DRAIN_AFTER_CHECKPOINT:
-                self._stop_request = wish
+                self.request_stop(stop_request)
+            elif stop_request is StopRequest.NONE and self._stop_request is StopRequest.DRAIN_AFTER_CHECKPOINT:
+                self._stop_request = stop_request
                 self._console.print_line("that room is gone: staying")
                 self._control.cancel_drain.remote()
 

@@ -140,11 +140,11 @@ class _TrialRunner:
             if self._groups is not None:
                 self._groups.request_stop()
 
-    def resolve_rung(self, wish: StopRequest) -> None:
+    def resolve_rung(self, stop_request: StopRequest) -> None:
         """Send the decision for the rung that the run waits at, if any."""
         step, self._waits_at = self._waits_at, None
         if step is not None:
-            self._groups.resolve_rung(step, wish)
+            self._groups.resolve_rung(step, stop_request)
 
     def handle_event(self, event: Event) -> None:
         """Handle an event of the workers; at a rung they wait for Tune's decision."""
@@ -181,21 +181,21 @@ class _TrialRunner:
 
     def _prepare_run(self, run: RunDirectory, config: Config, console: Console) -> Plan | None:
         """Prepare the data and write the run files. Return None if the run is already trained to its end."""
-        standing = read_resume_state(run)
-        config = standing.keep_saved_precision(config)
-        prepared = standing.find_reusable_dataset(config, ())
+        resume_state = read_resume_state(run)
+        config = resume_state.keep_saved_precision(config)
+        prepared = resume_state.find_reusable_dataset(config, ())
         if prepared is None:
             work = DatasetBuilder(config, get_tokenization_spec(config), console.update_stage, render_in_process)
             prepared = prepare_epochs(
-                work, config, standing.step, standing.sequences, until=standing.step + 1
+                work, config, resume_state.step, resume_state.sequences, until=resume_state.step + 1
             ).dataset_info
-        facts = build_data_facts(prepared, standing.step, standing.sequences)
+        facts = build_data_facts(prepared, resume_state.step, resume_state.sequences)
         plan = check_plan(make_plan(config, facts)).with_notes(read_precision_notes(run, config))
         assert plan.steps is not None, "the data is prepared"
         scheduler = SchedulerConfig.model_validate_json(self._order.scheduler)
         self._steps = compute_rung_steps(scheduler, plan.steps, plan.tokens_per_step)
         self._bracket = get_bracket(scheduler, self._order.number, len(self._steps))
-        if standing.is_finished(plan):
+        if resume_state.is_finished(plan):
             return None
         write_run_files(run, config, plan, prepared)
         write_atomically(run.config_path, "# A trial of a search: resolved.json has the whole configuration.\n")

@@ -156,10 +156,10 @@ def _prepare_shared_data(asked: SearchSpec, console: Console) -> None:
     """
     some = asked.trials.build_config(_find_trainable_point(asked))
     check_cluster_nodes(asked.directory.driver_run, some, console)
-    receipt = prepare_epochs(create_dataset_builder(some, console), some, until=1).dataset_info
-    for row in format_dataset_info(receipt):
+    dataset_info = prepare_epochs(create_dataset_builder(some, console), some, until=1).dataset_info
+    for row in format_dataset_info(dataset_info):
         console.print_line(row)
-    if asked.search.metric.startswith("eval/") and not receipt.eval_sequences:
+    if asked.search.metric.startswith("eval/") and not dataset_info.eval_sequences:
         raise DataError(
             f"metric = {asked.search.metric}: no document is held out, so it is never reported; give a larger "
             "data.eval.fraction, or data.eval.sources, in the base or under overrides"
