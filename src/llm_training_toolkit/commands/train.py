@@ -12,6 +12,7 @@ from llm_training_toolkit.data.prepare.epochs import build_data_facts, format_da
 from llm_training_toolkit.launch.backend import check_cluster_nodes, create_dataset_builder, launch_training
 from llm_training_toolkit.launch.request import TrainRequest, TrainResult
 from llm_training_toolkit.monitoring.console import Console
+from llm_training_toolkit.monitoring.logs import log_driver
 from llm_training_toolkit.plan import check_plan, format_mixture, format_plan, make_plan
 from llm_training_toolkit.runs.directory import RunDirectory
 from llm_training_toolkit.runs.goodput import format_goodput, record_command_end
@@ -41,7 +42,7 @@ def start_run(request: TrainRequest, console: Console) -> TrainResult:
     if config.cluster.workers == 0 and not is_first_rank():
         with join_run(get_run_location(config), console.print_line) as run:
             return _join_training(run, config, console)
-    with lock_run(get_run_location(config), console.print_line) as run:
+    with lock_run(get_run_location(config), console.print_line) as run, log_driver(run):
         resume_state = read_resume_state(run)
         config, resolved = resolve_local_precision(resume_state.keep_saved_precision(config))
         resolved = resolved or read_precision_notes(run, config)

@@ -26,6 +26,7 @@ from llm_training_toolkit.distributed.events import (
     WarningEvent,
     WorkerStartedEvent,
 )
+from llm_training_toolkit.monitoring.logs import DRIVER_LOGGER
 from llm_training_toolkit.runs.table import format_duration
 
 _LINE_EVERY = 10.0  # seconds between step lines without a terminal (a log file, a pipe)
@@ -72,8 +73,15 @@ class Console:
         self._last_line = 0.0
 
     def print_line(self, text: str = "", style: str = "") -> None:
-        """Print a line that stays on the screen."""
+        """Print a line that stays on the screen, and log it."""
         self.terminal.print(text, style=style or None, markup=False)
+        if text:
+            DRIVER_LOGGER.info("%s", text)
+
+    def print_warning(self, message: str) -> None:
+        """Print a warning, and log it as one."""
+        self.terminal.print(f"warning: {message}", style="yellow", markup=False)
+        DRIVER_LOGGER.warning("%s", message)
 
     def show_event(self, event: Event) -> None:
         """Show an event. Errors and rungs of a search have no line: the driver reports what follows from them."""
@@ -81,7 +89,7 @@ class Console:
             case NoteEvent():
                 self.print_line(event.message)
             case WarningEvent():
-                self.print_line(f"warning: {event.message}", style="yellow")
+                self.print_warning(event.message)
             case StageEvent():
                 self._show_stage(event)
             case StepEvent():
@@ -138,18 +146,21 @@ class Console:
         if self._remaining.steps == _FORECAST_AFTER and left is not None and left > _LINE_EVERY:
             self.print_line(f"about {format_duration(left)} left on this machine, by its first {_FORECAST_AFTER} steps")
         note = format_step_line(event, left)
+        is_line_due = event.step == event.steps or time.monotonic() - self._last_line > _LINE_EVERY
+        if is_line_due:
+            self._last_line = time.monotonic()
         if self.terminal.is_terminal:
             self._update_progress_bar("training", event.step, event.steps, note)
-        elif event.step == event.steps or time.monotonic() - self._last_line > _LINE_EVERY:
+            if is_line_due:
+                DRIVER_LOGGER.info("%s", note)
+        elif is_line_due:
             self.print_line(note)
-            self._last_line = time.monotonic()
 
     def _show_straggler(self, event: StragglerEvent) -> None:
         where = f" on node {event.address}" if event.address else ""
-        self.print_line(
-            f"warning: rank {event.rank}{where} takes {event.ratio:.1f} times as long for its own work as the "
-            "other ranks, which wait for it in every step",
-            style="yellow",
+        self.print_warning(
+            f"rank {event.rank}{where} takes {event.ratio:.1f} times as long for its own work as the other ranks, "
+            "which wait for it in every step"
         )
 
     def _show_sample(self, event: SampleEvent) -> None:

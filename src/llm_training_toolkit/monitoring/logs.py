@@ -1,11 +1,63 @@
-"""Redirection of library output to a log file, below Python, so that the screen shows only our own output."""
+"""Log files of a run: messages of the driver and of each rank, with time and level, and the output of libraries.
+
+Output of libraries is redirected below Python, so that the screen shows only our own.
+"""
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
+
+from llm_training_toolkit.runs.directory import RunDirectory
+
+DRIVER_LOGGER = logging.getLogger("llm_training_toolkit.driver")
+RANK_LOGGER = logging.getLogger("llm_training_toolkit.rank")
+for _logger in (DRIVER_LOGGER, RANK_LOGGER):
+    _logger.addHandler(logging.NullHandler())  # without a run nothing is printed
+    _logger.setLevel(logging.INFO)
+    _logger.propagate = False  # handlers of the root logger belong to libraries
+
+
+class _RunLogHandler(logging.FileHandler):
+    """Handler that drops messages a full disk refuses: the metrics warn of it, and training continues."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
+        """Drop the record."""
+
+
+@contextmanager
+def log_to_file(logger: logging.Logger, path: Path, origin: str) -> Iterator[None]:
+    """Append the logger's messages to a file: time, level, origin (such as `attempt 1 rank 0`), text.
+
+    Raises OSError if the file cannot be opened.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = _RunLogHandler(path, encoding="utf-8", errors="replace")
+    handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s {origin}: %(message)s"))
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        with suppress(OSError):
+            handler.close()
+
+
+@contextmanager
+def log_driver(run: RunDirectory) -> Iterator[None]:
+    """Log what the driver prints about a run to its logs/driver.log, and the error that ends it."""
+    with log_to_file(DRIVER_LOGGER, run.driver_log_path, "driver"):
+        DRIVER_LOGGER.info("command: %s", " ".join(sys.argv))
+        try:
+            yield
+        except Exception as error:
+            DRIVER_LOGGER.error("%s: %s", type(error).__name__, error)
+            raise
 
 
 def open_terminal_copy(descriptor: int) -> IO[str]:

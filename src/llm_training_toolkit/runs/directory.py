@@ -140,6 +140,15 @@ class RunDirectory:
         """Sample log of each rank of each attempt, if `failures.log_samples` is set."""
         return self.path / "samples"
 
+    @property
+    def driver_log_path(self) -> Path:
+        """Log of the driver, and of Ray's output on it."""
+        return self.path / "logs" / "driver.log"
+
+    def get_rank_log_path(self, attempt: int, rank: int) -> Path:
+        """Return a rank's log: our messages, and the output of libraries."""
+        return self.get_log_dir(attempt) / f"rank_{rank}.log"
+
     def get_log_dir(self, attempt: int) -> Path:
         """Return the directory with one log file a rank."""
         return self.path / "logs" / f"attempt_{attempt}"

@@ -10,6 +10,7 @@ import os
 import socket
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -25,12 +26,12 @@ from llm_training_toolkit.data.dataloader import DataLoader
 from llm_training_toolkit.data.prepare.epochs import build_data_facts, read_latest_dataset_info
 from llm_training_toolkit.data.sample_log import SampleLog
 from llm_training_toolkit.distributed.context import RunContext
-from llm_training_toolkit.distributed.events import NoteEvent
+from llm_training_toolkit.distributed.events import CheckpointEvent, EvalEvent, Event, NoteEvent, WarningEvent
 from llm_training_toolkit.distributed.heartbeat import NO_TIMEOUT
 from llm_training_toolkit.evaluation.in_training import InTrainingEvaluator
 from llm_training_toolkit.export.export_run import TrainedRun
 from llm_training_toolkit.models.memory import is_out_of_memory
-from llm_training_toolkit.monitoring.logs import redirect_output
+from llm_training_toolkit.monitoring.logs import RANK_LOGGER, log_to_file, redirect_output
 from llm_training_toolkit.monitoring.metrics import Metrics
 from llm_training_toolkit.plan import Plan, check_plan, make_plan
 from llm_training_toolkit.runs.attempts import end_attempt, fail_attempt, mark_out_of_memory, update_attempt
@@ -60,10 +61,27 @@ def run_worker(place: WorkerSpec, context: RunContext) -> dict[str, Any]:
     asked, precision_note = resolve_precision(place, context)
     place, memory_notes = resolve_memory_settings(asked, context)
     attempt, account = _begin_attempt(place, context, asked.config, placements)
+    log = place.run.get_rank_log_path(attempt, context.rank)
+    with log_to_file(RANK_LOGGER, log, f"attempt {attempt} rank {context.rank}"):
+        RANK_LOGGER.info("started on %s, one of %d ranks", context.device, context.world_size)
+        notes = (*precision_note, *memory_notes)
+        return _run_attempt(place, _log_events(context), asked.config, attempt=attempt, account=account, notes=notes)
+
+
+def _run_attempt(
+    place: WorkerSpec,
+    context: RunContext,
+    asked: Config,
+    *,
+    attempt: int,
+    account: GoodputTracker,
+    notes: Sequence[str],
+) -> dict[str, Any]:
     try:
-        parts = _build_components(place, context, attempt, account, (*precision_note, *memory_notes))
-        status, step = _train_and_finish(parts, place, asked.config)
+        parts = _build_components(place, context, attempt, account, notes)
+        status, step = _train_and_finish(parts, place, asked)
     except Exception as error:  # outermost handler of a rank: records every failure
+        RANK_LOGGER.error("failed: %s: %s", type(error).__name__, error)
         # A full disk must not hide the original error.
         with suppress(OSError, ValueError):
             find_storage(place.run.path).refresh_directory(place.run.attempts_dir)
@@ -72,7 +90,24 @@ def run_worker(place: WorkerSpec, context: RunContext) -> dict[str, Any]:
     if context.is_rank_zero:
         end_attempt(place.run, attempt, status, step=step)
     context.heartbeat.mark_done()
+    RANK_LOGGER.info("%s at step %d", status, step)
     return {"status": status, "step": step}
+
+
+def _log_events(context: RunContext) -> RunContext:
+    """Log notes, warnings, evaluations and checkpoints that this rank reports."""
+
+    def report_event(event: Event) -> None:
+        match event:
+            case NoteEvent():
+                RANK_LOGGER.info("%s", event.message)
+            case WarningEvent():
+                RANK_LOGGER.warning("%s", event.message)
+            case EvalEvent() | CheckpointEvent():
+                RANK_LOGGER.info("%s", event)
+        context.report(event)
+
+    return replace(context, report=report_event)
 
 
 def _train_and_finish(parts: TrainerComponents, place: WorkerSpec, asked: Config) -> tuple[str, int]:
@@ -115,7 +150,7 @@ def _begin_attempt(
         "reached": so_far.last_completed_step,
     }
     attempt = context.broadcast_object(find_storage(place.run.path).begin_attempt(facts) if context.is_rank_zero else 0)
-    redirect_output(place.run.get_log_dir(attempt) / f"rank_{context.rank}.log")
+    redirect_output(place.run.get_rank_log_path(attempt, context.rank))
     torch.set_num_threads(config.cluster.cpus_per_worker)
     if config.run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

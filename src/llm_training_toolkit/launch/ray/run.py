@@ -27,7 +27,7 @@ from llm_training_toolkit.runs.directory import RunDirectory
 
 def run_on_ray(run: RunDirectory, config: Config, console: Console) -> dict[str, Any]:
     """Train on Ray workers; return the result of `run_worker` on rank 0. Raises ToolkitError."""
-    redirect_output(run.path / "logs" / "driver.log")
+    redirect_output(run.driver_log_path)
     with connect_to_cluster(console):
         wanted = build_resource_request(config, ray.cluster_resources().get("GPU", 0.0), console)
         console.update_stage("starting workers", 0, 1)

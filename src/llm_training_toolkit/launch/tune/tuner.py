@@ -118,7 +118,7 @@ def _run_trials(asked: SearchSpec, ledger: EventLog, console: Console) -> TrainR
     prepare_environment()  # before the first import of Ray
     for name, value in _TUNE_ENV.items():
         os.environ[name] = value
-    redirect_output(asked.directory.driver_run.path / "logs" / "driver.log")
+    redirect_output(asked.directory.driver_run.driver_log_path)
     import ray
 
     from llm_training_toolkit.launch.ray.cluster import connect_to_cluster, watch_head
