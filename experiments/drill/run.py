@@ -31,7 +31,7 @@ SMALL = [
     "cluster.gpus_per_worker=0",
     "failures.on_loss_spike=ignore",  # steps of a thousand tokens vary as much as spikes do
 ]
-KINDS = "worker,driver,stop,saving,truncated,storage,hang,node,notice,head"
+KINDS = "worker,driver,stop,during_checkpoint,corrupt_checkpoint,storage,hang,node,preemption,head"
 ON_RAY, ALONE = "every kind, two workers on Ray", "kills while saving, one process"
 
 
@@ -45,7 +45,7 @@ def drill(kills: int, kinds: str, seed: int, settings: list[str]) -> dict[str, A
     """One drill on the quickstart, made small."""
     config = str(ROOT / "configs" / "quickstart.yaml")
     command = [sys.executable, "-m", "llm_training_toolkit", "drill", config, *SMALL, *settings, "--json"]
-    command += ["--kills", str(kills), "--kinds", kinds, "--seed", str(seed)]
+    command += ["--kills", str(kills), "--faults", kinds, "--seed", str(seed)]
     found = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True).stdout
     result: dict[str, Any] = json.loads(found)  # also where something was lost: that is to be seen in the table
     return result | {"run": Path(result["run"]).parent.name}
@@ -72,7 +72,9 @@ def table(drills: dict[str, dict[str, Any]]) -> str:
 
 def counted(found: dict[str, Any]) -> dict[str, str]:
     """What a drill counted, by title."""
-    killed = [each["seconds_to_recover"] for each in found["failures"] if each["kind"] in {"worker", "saving"}]
+    killed = [
+        each["seconds_to_recover"] for each in found["failures"] if each["kind"] in {"worker", "during_checkpoint"}
+    ]
     shares = [f"{sum(found[f'goodput{of}'].values()) / found[f'wall_seconds{of}']:.2%}" for of in ("", "_undisturbed")]
     split = found["goodput"]
     return {
@@ -145,7 +147,7 @@ def main() -> None:
     asked = parser.parse_args()
     orders = {
         ON_RAY: (asked.failures, KINDS, ["cluster.workers=2", "checkpoint.interval=10"], 40),
-        ALONE: (asked.saving, "saving", ["cluster.workers=0", "checkpoint.interval=10"], 40),
+        ALONE: (asked.saving, "during_checkpoint", ["cluster.workers=0", "checkpoint.interval=10"], 40),
     }
     for name, (kills, kinds, settings, each) in orders.items():
         if kills and not asked.plot_only and name not in results():

@@ -75,7 +75,10 @@ def test_the_lineage_takes_of_each_attempt_the_steps_that_others_went_on_from(tm
 def test_a_failure_that_the_run_cannot_have_is_refused(launch_config: Callable[..., Path]) -> None:
     config = launch_config("refused", cluster={"workers": 0})
     for kinds in (["worker", "flood"], ["hang"], ["head"], [""], []):
-        with pytest.raises(ConfigError, match=r"this run can have worker, driver, stop, saving, truncated, storage \("):
+        with pytest.raises(
+            ConfigError,
+            match=r"this run can have worker, driver, stop, during_checkpoint, corrupt_checkpoint, storage \(",
+        ):
             DrillRunner(DrillSpec(config, (), 1, kinds, 0, "20s"), print)
     with pytest.raises(PlanError, match="this machine has"):
         DrillRunner(
@@ -120,7 +123,7 @@ def sections(steps: int, batch: int, workers: int) -> dict[str, Any]:
 def drill(config: Path, *kinds: str, seed: int = 1, hang: str = "20s") -> dict[str, Any]:
     """A drill with one failure of each kind: its report, once nothing was lost."""
     command = [sys.executable, "-m", "llm_training_toolkit", "drill", str(config), "--json", "--seed", str(seed)]
-    command += ["--kills", str(len(kinds)), "--kinds", ",".join(kinds), "--hang", hang]
+    command += ["--kills", str(len(kinds)), "--faults", ",".join(kinds), "--hang", hang]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     environment[RAY_HEAD_TIMEOUT_VARIABLE] = "6"
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
@@ -138,7 +141,7 @@ def drill(config: Path, *kinds: str, seed: int = 1, hang: str = "20s") -> dict[s
 def test_one_process_survives_kills_damage_and_storage_that_takes_no_more(
     launch_config: Callable[..., Path],
 ) -> None:
-    kinds = ("worker", "driver", "stop", "saving", "truncated", "storage")
+    kinds = ("worker", "driver", "stop", "during_checkpoint", "corrupt_checkpoint", "storage")
     found = drill(launch_config("drilled", **sections(200, 4, 0)), *kinds)
     for of in ("", "_undisturbed"):
         split: dict[str, float] = found[f"goodput{of}"]
@@ -152,4 +155,4 @@ def test_one_process_survives_kills_damage_and_storage_that_takes_no_more(
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_cluster_of_several_nodes_survives_what_only_a_cluster_can_have(launch_config: Callable[..., Path]) -> None:
-    drill(launch_config("drilled-on-ray", **sections(400, 4, 2)), "hang", "node", "notice", "head", hang="5s")
+    drill(launch_config("drilled-on-ray", **sections(400, 4, 2)), "hang", "node", "preemption", "head", hang="5s")

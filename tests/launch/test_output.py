@@ -29,10 +29,15 @@ def test_the_last_lines_of_a_long_log(tmp_path: Path) -> None:
 def test_the_driver_logs_what_it_prints_and_the_error_that_ends_it(tmp_path: Path) -> None:
     run, screen = RunDirectory(tmp_path / "run"), io.StringIO()
     console = Console(screen)
-    with pytest.raises(LaunchError), log_driver(run):
-        console.show_event(NoteEvent("resuming"))
-        console.show_event(WarningEvent("disk nearly full"))
-        raise LaunchError("no room")
+
+    def drive() -> None:
+        with log_driver(run):
+            console.show_event(NoteEvent("resuming"))
+            console.show_event(WarningEvent("disk nearly full"))
+            raise LaunchError("no room")
+
+    with pytest.raises(LaunchError):
+        drive()
     console.print_line("after the run")
     lines = run.driver_log_path.read_text().splitlines()
     assert [re.sub(_TIME, "TIME", line) for line in lines[1:]] == [

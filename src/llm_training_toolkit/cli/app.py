@@ -27,7 +27,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-ConfigFile = Annotated[Path, typer.Argument(help="The YAML file that describes the run.", show_default=False)]
+ConfigFile = Annotated[Path, typer.Argument(help="YAML file of the run.", show_default=False)]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Single fields, as key=value: train.steps=100", show_default=False)
 ]
@@ -56,11 +56,13 @@ def plan(
     *,
     cluster: Annotated[
         Path | None,
-        typer.Option(help="A cluster file (cluster/*.yaml, cluster/slurm.sh): does it fit there, time and cost."),
+        typer.Option(
+            help="Cluster file (cluster/*.yaml, cluster/slurm.sh): check that it fits, estimate time and cost."
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """What would happen: derived numbers, memory, the DeepSpeed JSON, and every problem found. Takes no hardware."""
+    """Show what a run would do: steps, batch, memory, DeepSpeed JSON, every problem. Takes no hardware."""
     from llm_training_toolkit.config import load_config
     from llm_training_toolkit.plan import estimate_on_cluster, format_plan, make_plan, resolve_for_hardware
 
@@ -91,12 +93,10 @@ def prepare(
     config: ConfigFile,
     overrides: Overrides = None,
     *,
-    verify: Annotated[
-        bool, typer.Option("--verify", help="Read the documents again and compare their content.")
-    ] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Reread the documents and compare their content.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Documents to packed tokens on disk, with dataset_info.json. `train` does it when it has not been done."""
+    """Tokenize and pack the documents into a cache; `train` does it where needed."""
     from llm_training_toolkit.config import load_config
 
     read = load_config(config, overrides or ())  # reports configuration errors before torch is imported
@@ -133,10 +133,10 @@ def show_batch(
     config: ConfigFile,
     overrides: Overrides = None,
     *,
-    step: Annotated[int, typer.Option(min=1, help="The step, as in metrics.jsonl: the first is 1.")] = 1,
+    step: Annotated[int, typer.Option(min=1, help="Step, as in metrics.jsonl: the first is 1.")] = 1,
     as_json: AsJson = False,
 ) -> None:
-    """The exact sequences a step trains on, as text with the loss mask in colour, and the document of each piece."""
+    """Show the sequences of a step as text: loss mask in colour, the document of each part."""
     from rich.console import Console as Terminal
 
     from llm_training_toolkit.commands.show_batch import build_batch_json, print_batch
@@ -167,16 +167,14 @@ def train(
     *,
     accept: Annotated[
         list[str] | None,
-        typer.Option(
-            help="Take a change of an identity field (data.sources), or of the documents themselves (documents)."
-        ),
+        typer.Option(help="Accept a changed identity field (data.sources), or changed documents (documents)."),
     ] = None,
     extend: Annotated[
-        bool, typer.Option("--extend", help="Take another length; the schedule stretches to it.")
+        bool, typer.Option("--extend", help="Accept another length; the learning-rate schedule stretches to it.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train. The same command again resumes; a finished run is left alone. Ctrl-C stops with a checkpoint."""
+    """Train. The same command resumes; a finished run is skipped. Ctrl-C saves a checkpoint and stops."""
     from llm_training_toolkit.config import load_config
     from llm_training_toolkit.launch.request import EXIT_CODES, TrainRequest, build_failure_json, format_next_steps
     from llm_training_toolkit.monitoring.console import Console
@@ -219,13 +217,11 @@ def train(
 
 @app.command()
 def runs(
-    directory: Annotated[
-        str, typer.Argument(help="The directory that holds the runs, or its address (s3://bucket/runs).")
-    ] = "runs",
-    watch: Annotated[bool, typer.Option("--watch", help="Keep the table up to date until Ctrl-C.")] = False,
+    directory: Annotated[str, typer.Argument(help="Directory of runs, or its URI (s3://bucket/runs).")] = "runs",
+    watch: Annotated[bool, typer.Option("--watch", help="Refresh the table until Ctrl-C.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Every run in a directory: state, step, time left, newest checkpoint, last error."""
+    """List the runs of a directory: state, step, time left, newest checkpoint, last error."""
     from llm_training_toolkit.runs.status import read_run_statuses
     from llm_training_toolkit.runs.storage import open_runs_directory
 
@@ -252,15 +248,13 @@ def runs(
 def tensorboard(
     run: Annotated[
         str,
-        typer.Argument(
-            help="A run, a directory of runs, or the address of one (s3://bucket/runs).", show_default=False
-        ),
+        typer.Argument(help="A run, a directory of runs, or its URI (s3://bucket/runs).", show_default=False),
     ],
     *,
-    host: Annotated[str, typer.Option(help="Who may connect: localhost = this machine alone.")] = "localhost",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 = any that is free.")] = 6006,
+    host: Annotated[str, typer.Option(help="Interface to listen on; localhost = this machine only.")] = "localhost",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 = any free port.")] = 6006,
 ) -> None:
-    """Show a run, or several, in TensorBoard until Ctrl-C."""
+    """Open a run, or a directory of runs, in TensorBoard until Ctrl-C."""
     from llm_training_toolkit.cli.tensorboard import show_in_tensorboard
 
     show_in_tensorboard(run, host, port)
@@ -271,24 +265,24 @@ def drill(
     config: ConfigFile,
     overrides: Overrides = None,
     *,
-    kills: Annotated[int, typer.Option(min=1, help="How many failures.")] = 5,
-    kinds: Annotated[
+    kills: Annotated[int, typer.Option(min=1, help="Number of faults.")] = 5,
+    faults: Annotated[
         str,
         typer.Option(
-            help="Which, separated by commas: worker, driver, stop, saving, truncated, storage; on Ray also hang; on a "
-            "cluster that the drill starts here also node, notice, head."
+            help="Faults to inject, separated by commas; with Ray also hang; with a cluster of the drill's own also "
+            "node, preemption, head."
         ),
-    ] = "worker,driver,stop,saving,truncated,storage",
-    seed: Annotated[int, typer.Option(help="Draws kinds and moments.")] = 0,
+    ] = "worker,driver,stop,during_checkpoint,corrupt_checkpoint,storage",
+    seed: Annotated[int, typer.Option(help="Seed of the faults and their times.")] = 0,
     hang: Annotated[str, typer.Option(help="failures.hang_timeout of both runs.")] = "20s",
     as_json: AsJson = False,
 ) -> None:
-    """Run a configuration undisturbed and with real failures, on this machine, and say what was lost."""
+    """Inject faults into a run (fault-injection drill) and compare it with an undisturbed one."""
     from llm_training_toolkit.launch.drill.drill import DrillRunner, DrillSpec
     from llm_training_toolkit.launch.drill.report import format_report
 
     signal.signal(signal.SIGTERM, _raise_keyboard_interrupt)
-    order = DrillSpec(config, overrides or (), kills, [kind.strip() for kind in kinds.split(",")], seed, hang)
+    order = DrillSpec(config, overrides or (), kills, [kind.strip() for kind in faults.split(",")], seed, hang)
     report = DrillRunner(order, lambda text: typer.echo(text, err=True)).run_drill()
     typer.echo(json.dumps(report.to_json()) if as_json else "\n".join(format_report(report)))
     if not report.is_lossless:
@@ -297,20 +291,16 @@ def drill(
 
 @app.command()
 def export(
-    run: Annotated[
-        str, typer.Argument(help="The directory of a run, such as runs/NAME, or its address.", show_default=False)
-    ],
+    run: Annotated[str, typer.Argument(help="Run directory, such as runs/NAME, or its URI.", show_default=False)],
     *,
     step: Annotated[
-        int | None, typer.Option(min=0, help="The checkpoint of this step.", show_default="the newest complete one")
+        int | None, typer.Option(min=0, help="Step of the checkpoint.", show_default="the newest complete one")
     ] = None,
-    merge: Annotated[
-        bool, typer.Option("--merge", help="Merge adapters (LoRA) into the model they belong to.")
-    ] = False,
+    merge: Annotated[bool, typer.Option("--merge", help="Merge LoRA adapters into the base model.")] = False,
     out: Annotated[Path | None, typer.Option(help="Directory to write.", show_default="RUN/export")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """A run's checkpoint as a Hugging Face directory, loaded again and compared on its logits before it is there."""
+    """Export a checkpoint as a Hugging Face directory, reloaded and compared by its logits."""
     from llm_training_toolkit.export.export_run import export_run
     from llm_training_toolkit.runs.directory import find_run
     from llm_training_toolkit.runs.storage import open_path

@@ -36,13 +36,13 @@ def evaluate(
         list[str] | None,
         typer.Argument(
             metavar="MODEL",
-            help="A run that has an export, or an exported directory; a path, or the address of a run.",
+            help="An exported run, or an exported directory; a path or the URI of a run.",
             show_default=False,
         ),
     ] = None,
     *,
-    task: Annotated[TaskName | None, typer.Option(help="What to measure.", show_default=False)] = None,
-    compare: Annotated[bool, typer.Option("--compare", help="Show what the runs given were evaluated at.")] = False,
+    task: Annotated[TaskName | None, typer.Option(help="Task.", show_default=False)] = None,
+    compare: Annotated[bool, typer.Option("--compare", help="Compare the stored results of the given runs.")] = False,
     data: Annotated[
         str | None,
         _build_task_option(
@@ -77,19 +77,21 @@ def evaluate(
         int | None, _build_task_option("jobs", "humaneval: programs at a time. Default: the cores.", min=1)
     ] = None,
     unsafe: Annotated[
-        bool, typer.Option("--unsafe", help="humaneval: run programs where this machine cannot contain them.")
+        bool, typer.Option("--unsafe", help="humaneval: run programs without a sandbox where this machine has none.")
     ] = False,
     context: Annotated[
         int | None,
-        typer.Option(min=2, help="Tokens the model sees. Default: those of its run, or its own.", show_default=False),
+        typer.Option(
+            min=2, help="Context length in tokens. Default: that of its run, or the model's.", show_default=False
+        ),
     ] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto = a GPU where there is one.")] = "auto",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto = a GPU if present.")] = "auto",
     details: Annotated[
-        Path | None, typer.Option(help="Write every gap or completion here, as JSON lines.", show_default=False)
+        Path | None, typer.Option(help="File for every gap or completion, as JSON lines.", show_default=False)
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
 ) -> None:
-    """Measure a model: perplexity of documents, infilling of code, HumanEval. Figures are kept in the model's run."""
+    """Evaluate a model: perplexity, infilling of code, HumanEval. Results are stored in the model's run."""
     if compare:
         _compare_runs(models or [], as_json=as_json)
         return

@@ -21,31 +21,31 @@ def generate(
     model: Annotated[
         str,
         typer.Argument(
-            help="A run, or an exported directory, merged or with adapters; a path, or the address of a run.",
+            help="A run or an exported directory, merged or with adapters; a path or the URI of a run.",
             show_default=False,
         ),
     ],
     *,
     prompt: Annotated[
         str | None,
-        typer.Option(help="Text to continue; with --suffix, the text before the gap; with --chat, what is asked."),
+        typer.Option(help="Text to continue; with --suffix, the text before the gap; with --chat, the user's turn."),
     ] = None,
     suffix: Annotated[str | None, typer.Option(help="Text after the gap: fill in the middle.")] = None,
     chat: Annotated[
-        bool, typer.Option("--chat", help="A conversation; without --prompt each line of standard input is a turn.")
+        bool, typer.Option("--chat", help="Chat; without --prompt each line of standard input is a turn.")
     ] = False,
-    system: Annotated[str | None, typer.Option(help="With --chat: what stands before the conversation.")] = None,
+    system: Annotated[str | None, typer.Option(help="System prompt, with --chat.")] = None,
     step: Annotated[
         int | None,
-        typer.Option(min=0, help="Take a run's checkpoint of this step.", show_default="its export, or the newest one"),
+        typer.Option(min=0, help="Step of the run's checkpoint.", show_default="its export, or the newest one"),
     ] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="Most tokens to write.")] = 64,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 = always the likeliest token.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="For temperatures above 0.")] = 0,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto = a GPU where there is one.")] = "auto",
+    tokens: Annotated[int, typer.Option(min=1, help="Maximum number of new tokens.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0 = greedy.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto = a GPU if present.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")] = False,
 ) -> None:
-    """Let a model continue a prompt, fill the gap between a prompt and a suffix, or hold a conversation."""
+    """Generate text: continue a prompt, fill the gap before a suffix, or chat."""
     _check_generate_options(prompt, suffix, system, chat=chat, as_json=as_json)
     with open_path(model, export=step is None) as path:
         _check_model_path(path, step)  # before the heavy imports

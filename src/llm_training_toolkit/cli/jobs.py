@@ -11,31 +11,31 @@ import typer
 
 Address = Annotated[
     str,
-    typer.Option(envvar="RAY_API_SERVER_ADDRESS", help="The cluster's dashboard: http://HOST:8265", show_default=False),
+    typer.Option(envvar="RAY_API_SERVER_ADDRESS", help="Ray dashboard: http://HOST:8265", show_default=False),
 ]
-Name = Annotated[str, typer.Argument(help="The run's name, or the id of its job.", show_default=False)]
+Name = Annotated[str, typer.Argument(help="Name of the run, or id of its job.", show_default=False)]
 
 jobs = typer.Typer(
-    help="Runs that are jobs of a cluster: list them, follow, stop with a checkpoint, resume.",
+    help="List, follow, stop and resume runs that are Ray jobs.",
     invoke_without_command=True,
     rich_markup_mode=None,
 )
 
 
 def submit(
-    config: Annotated[Path, typer.Argument(help="The YAML file that describes the run.", show_default=False)],
+    config: Annotated[Path, typer.Argument(help="YAML file of the run.", show_default=False)],
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Single fields, as key=value: train.steps=100", show_default=False)
     ] = None,
     *,
     address: Address,
     cluster: Annotated[
-        Path | None, typer.Option(help="The cluster's file: refuse a run that its largest size does not hold.")
+        Path | None, typer.Option(help="Cluster file: refuse a run that its largest size cannot hold.")
     ] = None,
     accept: Annotated[list[str] | None, typer.Option(help="As for `ltt train`.")] = None,
     extend: Annotated[bool, typer.Option("--extend", help="As for `ltt train`.")] = False,
 ) -> None:
-    """Train as a Ray job on a cluster: follow it; Ctrl-C stops it with a checkpoint or leaves it; the same resumes."""
+    """Train as a Ray job: follow it; Ctrl-C stops it with a checkpoint or detaches; the same command resumes."""
     from llm_training_toolkit.launch.jobs.submit import submit_job
     from llm_training_toolkit.launch.request import TrainRequest
     from llm_training_toolkit.monitoring.console import Console
@@ -51,11 +51,11 @@ def _list_jobs(
     context: typer.Context,
     address: Annotated[
         str | None,
-        typer.Option(envvar="RAY_API_SERVER_ADDRESS", help="The cluster's dashboard: http://HOST:8265"),
+        typer.Option(envvar="RAY_API_SERVER_ADDRESS", help="Ray dashboard: http://HOST:8265"),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
 ) -> None:
-    """List the runs that are jobs of a cluster."""
+    """List the runs that are Ray jobs of a cluster."""
     _enable_keyboard_interrupt()
     if context.invoked_subcommand is not None:
         return
@@ -84,7 +84,7 @@ def _list_jobs(
 
 @jobs.command()
 def logs(name: Name, *, address: Address) -> None:
-    """Show what a run prints, from its beginning, and follow it while it goes on; Ctrl-C leaves it alone."""
+    """Print and follow the output of a run; Ctrl-C detaches."""
     from llm_training_toolkit.launch.jobs.client import connect_job_client, find_job
     from llm_training_toolkit.launch.jobs.logs import JobHandle
     from llm_training_toolkit.monitoring.console import Console
@@ -99,7 +99,7 @@ def logs(name: Name, *, address: Address) -> None:
 
 @jobs.command()
 def stop(name: Name, *, address: Address) -> None:
-    """Stop a run with a checkpoint at its current step, and wait until it has."""
+    """Stop a run with a checkpoint at its current step, and wait for it."""
     from llm_training_toolkit.launch.jobs.client import connect_job_client, find_job
     from llm_training_toolkit.launch.jobs.logs import JobHandle
     from llm_training_toolkit.launch.jobs.submit import stop_job
@@ -120,7 +120,7 @@ def stop(name: Name, *, address: Address) -> None:
 
 @jobs.command()
 def resume(name: Name, *, address: Address) -> None:
-    """Submit a run once more, with the command of its newest job, from the folder it was submitted from."""
+    """Resubmit a run with the command of its newest job, from the folder it was submitted from."""
     from llm_training_toolkit.launch.jobs.submit import resume_job
     from llm_training_toolkit.monitoring.console import Console
 

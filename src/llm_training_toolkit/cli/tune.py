@@ -11,7 +11,7 @@ import typer
 
 from llm_training_toolkit.errors import ToolkitError
 
-SearchFile = Annotated[Path, typer.Argument(help="The YAML file that describes the search.", show_default=False)]
+SearchFile = Annotated[Path, typer.Argument(help="YAML file of the search.", show_default=False)]
 
 
 def _raise_keyboard_interrupt(_number: int, _frame: object) -> None:
@@ -28,7 +28,7 @@ def tune(
     *,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")] = False,
 ) -> None:
-    """Search for hyperparameters: trials on Ray Tune. The same command again goes on; finished trials stay."""
+    """Search hyperparameters with Ray Tune. The same command resumes; finished trials stay."""
     from llm_training_toolkit.launch.request import EXIT_CODES
     from llm_training_toolkit.launch.tune.tuner import read_search
     from llm_training_toolkit.launch.tune.tuner import run_search as carry_out

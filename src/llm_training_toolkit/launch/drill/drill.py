@@ -187,8 +187,8 @@ def _check_fault_kinds(config: Config, kinds: Sequence[str]) -> None:
         raise ConfigError(f"run.dir = {config.run.dir}: a drill damages files of its runs: name a path")
     fitting = [name for name, kind in FAULT_KINDS.items() if config.cluster.workers != 0 or not kind.needs]
     if not kinds or set(kinds) - set(fitting):
-        why = "" if config.cluster.workers else " (hang, node, notice and head need Ray: cluster.workers)"
-        raise ConfigError(f"--kinds {','.join(kinds)}: this run can have {', '.join(fitting)}{why}")
+        why = "" if config.cluster.workers else " (hang, node, preemption and head need Ray: cluster.workers)"
+        raise ConfigError(f"--faults {','.join(kinds)}: this run can have {', '.join(fitting)}{why}")
     if any(FAULT_KINDS[kind].needs == "nodes" for kind in kinds):
         check_cpu_count(config)
 

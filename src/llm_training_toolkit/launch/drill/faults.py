@@ -144,12 +144,14 @@ FAULT_KINDS = {
     "worker": FaultKind(_kill_worker, "SIGKILL to the process of a rank"),
     "driver": FaultKind(_kill_driver, "SIGKILL to the command; it is given again"),
     "stop": FaultKind(_stop_driver, "SIGTERM to the command, which saves and ends; it is given again"),
-    "saving": FaultKind(_kill_during_checkpoint, "SIGKILL to a rank while a checkpoint is written, or just after"),
-    "truncated": FaultKind(_truncate_checkpoint, "the newest checkpoint loses its end, and a rank is killed"),
+    "during_checkpoint": FaultKind(
+        _kill_during_checkpoint, "SIGKILL to a rank while a checkpoint is written, or just after"
+    ),
+    "corrupt_checkpoint": FaultKind(_truncate_checkpoint, "the newest checkpoint loses its end, and a rank is killed"),
     "storage": FaultKind(_limit_file_size, "half-way through the next checkpoint a rank's files may grow no more"),
     "hang": FaultKind(_hang_worker, "SIGSTOP to a rank", "ray"),
     "node": FaultKind(_kill_node, "a node is lost; another one comes", "nodes"),
-    "notice": FaultKind(
+    "preemption": FaultKind(
         _preempt_node, "a node is drained, another one comes, and the node goes when its ranks have left", "nodes"
     ),
     "head": FaultKind(
