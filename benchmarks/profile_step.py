@@ -75,7 +75,7 @@ def build(size: str, precision: str, stage: int, parts: Parts) -> Any:
     parts.watch(engine, "_forward", "forward")
     parts.watch(engine.deepspeed, "backward", "backward")
     parts.watch(engine.optimizer, "step", "step: AdamW")
-    replica = engine._replica  # noqa: SLF001 - its parts are what is asked for
+    replica = engine._master_weights  # noqa: SLF001 - its parts are what is asked for
     if replica is not None:
         parts.watch(replica, "reduce", "backward: reduction")
         for name in ("norm", "refresh"):

@@ -156,11 +156,11 @@ def test_what_was_done_before_a_failure_is_not_done_again(
 _KILLED = """
 import sys
 from llm_training_toolkit.config import parse_config_json
-from llm_training_toolkit.data import survey
+from llm_training_toolkit.data.prepare import document_index
 from llm_training_toolkit.data.prepare.builder import prepare_dataset
 sys.path.insert(0, sys.argv[2])
 from conftest import MARKERS
-survey._CHARACTERS_PER_SHARD = 3000
+document_index._CHARACTERS_PER_SHARD = 3000
 prepare_dataset(parse_config_json(open(sys.argv[1]).read()), MARKERS)
 """
 

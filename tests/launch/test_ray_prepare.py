@@ -19,13 +19,13 @@ from io import StringIO
 from pathlib import Path
 from llm_training_toolkit.config import load_config
 from llm_training_toolkit.monitoring.console import Console
-from llm_training_toolkit.data import survey
+from llm_training_toolkit.data.prepare import document_index
 from llm_training_toolkit.data.dataset import PackedDataset
 from llm_training_toolkit.data.prepare.builder import DatasetBuilder
 from llm_training_toolkit.errors import ToolkitError
 from llm_training_toolkit.data.prepare.epochs import get_tokenization_spec, prepare_epochs
 from llm_training_toolkit.launch.backend import build_shard_runner
-survey._CHARACTERS_PER_SHARD = 1500
+document_index._CHARACTERS_PER_SHARD = 1500
 config = load_config(Path(sys.argv[1]), sys.argv[2:])
 said = StringIO()
 done = []

@@ -105,7 +105,7 @@ def restore_engine(
             f"{checkpoint.directory}: not a checkpoint of this model: {first} is {stored.get(first, 'absent')} "
             f"there and {wanted.get(first, 'absent')} here ({len(differing)} parameters differ)"
         )
-    engine.create_optimizer_state(updates=checkpoint.manifest.update_count if optimizer else 0)
+    engine.create_optimizer_state(num_updates=checkpoint.manifest.update_count if optimizer else 0)
     for piece in engine.local_fragments():
         if heartbeat is not None:
             heartbeat.keepalive(f"loading {piece.name}")

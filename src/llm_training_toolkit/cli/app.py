@@ -191,7 +191,7 @@ def train(
 
             outcome = start_run(request, console)
         except KeyboardInterrupt:
-            console.print_line("interrupted: the same command goes on from the newest checkpoint")
+            console.print_line("interrupted: the same command resumes from the latest checkpoint")
             raise typer.Exit(EXIT_CODES["stopped"]) from None
         except ToolkitError as error:
             console.close()

@@ -44,9 +44,11 @@ def start_run(request: TrainRequest, console: Console) -> TrainResult:
             return _join_training(run, config, console)
     with lock_run(get_run_location(config), console.print_line) as run, log_driver(run):
         resume_state = read_resume_state(run)
-        config, resolved = resolve_local_precision(resume_state.keep_saved_precision(config))
-        resolved = resolved or read_precision_notes(run, config)
-        plan = check_plan(make_plan(config, resume_state.build_data_facts(config), replicas)).with_notes(resolved)
+        config, precision_notes = resolve_local_precision(resume_state.keep_saved_precision(config))
+        precision_notes = precision_notes or read_precision_notes(run, config)
+        plan = check_plan(make_plan(config, resume_state.build_data_facts(config), replicas)).with_notes(
+            precision_notes
+        )
         check_run_unchanged(resume_state, config, request.accept, extend=request.extend)
         check_checkpoint_size(resume_state, plan)
         if resume_state.is_finished(plan):
@@ -59,13 +61,13 @@ def start_run(request: TrainRequest, console: Console) -> TrainResult:
             check_machine(config)
             check_cluster_nodes(run, config, console)
         dataset_info = _prepare_data(config, resume_state, request, console)
-        facts = build_data_facts(dataset_info, resume_state.step, resume_state.sequences)
-        plan = check_plan(make_plan(config, facts, replicas)).with_notes(resolved)
+        data_facts = build_data_facts(dataset_info, resume_state.step, resume_state.sequences)
+        plan = check_plan(make_plan(config, data_facts, replicas)).with_notes(precision_notes)
         shutil.copyfile(request.config, run.config_path)
         write_run_files(run, config, plan, dataset_info)
         for line in format_mixture(plan):
             console.print_line(line)
-        with prepare_in_background(run, config, facts, console):
+        with prepare_in_background(run, config, data_facts, console):
             result = launch_training(run, config, console)
         record_command_end(run)
         console.print_line(format_goodput(read_goodput(run)))
@@ -85,10 +87,10 @@ def _prepare_data(config: Config, resume_state: ResumeState, request: TrainReque
     """Return the dataset info: reuse it if its epochs last to the end of the run, otherwise prepare now."""
     dataset_info = resume_state.find_reusable_dataset(config, request.accept)
     if dataset_info is None:
-        work = create_dataset_builder(config, console)
-        check_documents_unchanged(resume_state, config, work, request.accept)
+        builder = create_dataset_builder(config, console)
+        check_documents_unchanged(resume_state, config, builder, request.accept)
         dataset_info = prepare_epochs(
-            work, config, resume_state.step, resume_state.sequences, until=resume_state.step + 1
+            builder, config, resume_state.step, resume_state.sequences, until=resume_state.step + 1
         ).dataset_info
     for row in format_dataset_info(dataset_info):
         console.print_line(row)

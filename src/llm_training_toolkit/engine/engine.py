@@ -44,7 +44,7 @@ class Engine:
         if device.type == "cpu":
             keep_freed_memory()
         self.device = device
-        self._draws = module.batch_position
+        self._batch_position = module.batch_position
         self.stage = int(deepspeed_config["zero_optimization"]["stage"])
         self._names = {
             id(parameter): name.removeprefix("lm.")
@@ -58,30 +58,33 @@ class Engine:
         }
         """Shape of each trainable parameter."""
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        self._clip = optim.max_grad_norm
-        self._replica: MasterWeights | None = None
+        self._max_grad_norm = optim.max_grad_norm
+        self._master_weights: MasterWeights | None = None
         if self.stage == 0:
             module.to(device)  # DeepSpeed would move it only after the fp32 copies are made
-            self._replica = MasterWeights(trained)
-        self.optimizer = _build_adamw(module, self._names, optim, device, self._replica)
+            self._master_weights = MasterWeights(trained)
+        self.optimizer = _build_adamw(module, self._names, optim, device, self._master_weights)
         deepspeed.init_distributed(dist_init_required=False)  # reuses the existing process group
-        self.deepspeed, self._wrapped, _, _ = deepspeed.initialize(
+        self.deepspeed, self._zero_optimizer, _, _ = deepspeed.initialize(
             model=module, optimizer=self.optimizer, config=dict(deepspeed_config), dist_init_required=False
         )
-        if self._replica is not None:
+        if self._master_weights is not None:
             self.deepspeed.enable_backward_allreduce = False
-            self._replica.load_from_low_precision()  # DeepSpeed has broadcast rank 0's weights
+            self._master_weights.load_from_low_precision()  # DeepSpeed has broadcast rank 0's weights
         self.world_size = dist.get_world_size() if dist.is_initialized() else 1
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.forward_seconds = 0.0
         """Seconds of this rank's forward passes in the last `forward_backward`: its own work, before it waits for the
         others. Under ZeRO 3 the wait for their weights is included.
         """
-        self._gate = SkippableOptimizer(self.optimizer)
-        self.create_optimizer_state(updates=0)
+        self._skippable_optimizer = SkippableOptimizer(self.optimizer)
+        self.create_optimizer_state(num_updates=0)
 
     def forward_backward(
-        self, micro_batches: Sequence[MicroBatch], loss_tokens: int, begin: Callable[[int], None] = _ignore_index
+        self,
+        micro_batches: Sequence[MicroBatch],
+        loss_tokens: int,
+        on_micro_batch_start: Callable[[int], None] = _ignore_index,
     ) -> float:
         """Accumulate the gradients of this rank's micro-batches and return the sum of its token losses.
 
@@ -93,17 +96,17 @@ class Engine:
         self.deepspeed.train()
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         stopwatch = DeviceTimer(self.device)
-        scale = (1 if self._replica is not None else self.world_size) / max(loss_tokens, 1)
+        scale = (1 if self._master_weights is not None else self.world_size) / max(loss_tokens, 1)
         for index, batch in enumerate(micro_batches):
-            begin(index)
+            on_micro_batch_start(index)
             self.deepspeed.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
-            self._draws.step, self._draws.first = batch.step, batch.first
+            self._batch_position.step, self._batch_position.first = batch.step, batch.first
             with stopwatch:
                 loss = self._run_forward(batch)
             total += loss.detach()
             self.deepspeed.backward(loss * scale, scale_wrt_gas=False)
-        if self._replica is not None:
-            self._replica.all_reduce_gradients()
+        if self._master_weights is not None:
+            self._master_weights.all_reduce_gradients()
         summed = float(total)  # waits for the device, so that the timer's events are complete
         self.forward_seconds = stopwatch.total_seconds()
         return summed
@@ -120,7 +123,7 @@ class Engine:
         self.deepspeed.eval()
         return float(self._run_forward(batch))
 
-    def optim_step(self, lr: float, allow: Callable[[float], bool] = _allow_update) -> float:
+    def optim_step(self, lr: float, should_update: Callable[[float], bool] = _allow_update) -> float:
         """Update the weights with the accumulated gradients and return the gradient norm before clipping.
 
         Every rank calls `allow` once with that norm, in the same order. If it returns False, weights and moments stay
@@ -129,59 +132,61 @@ class Engine:
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        own_norm: float | None = None
-        if self._replica is not None:
-            own_norm = self._replica.compute_grad_norm()
-            self._replica.clip_gradients(self.optimizer, own_norm, self._clip)
+        master_grad_norm: float | None = None
+        if self._master_weights is not None:
+            master_grad_norm = self._master_weights.compute_grad_norm()
+            self._master_weights.clip_gradients(self.optimizer, master_grad_norm, self._max_grad_norm)
 
         def get_grad_norm() -> float:
-            return float(own_norm if own_norm is not None else self._wrapped._global_grad_norm)  # noqa: SLF001
+            return float(master_grad_norm if master_grad_norm is not None else self._zero_optimizer._global_grad_norm)  # noqa: SLF001
 
-        self._gate.set_update_condition(lambda: math.isfinite(get_grad_norm()) and allow(get_grad_norm()))
+        self._skippable_optimizer.set_update_condition(
+            lambda: math.isfinite(get_grad_norm()) and should_update(get_grad_norm())
+        )
         self.deepspeed.step()
-        if self._replica is not None:
-            self._replica.sync_low_precision()
+        if self._master_weights is not None:
+            self._master_weights.sync_low_precision()
         return get_grad_norm() if self.deepspeed.was_step_applied() else float("nan")
 
     def get_full_gradient(self, parameter: nn.Parameter) -> Tensor | None:
         """Return the fp32 gradient after `forward_backward` at ZeRO 0, else None: there DeepSpeed has it."""
-        return None if self._replica is None else self._replica.get_gradient(parameter)
+        return None if self._master_weights is None else self._master_weights.get_gradient(parameter)
 
     def local_fragments(self) -> list[Fragment]:
         """Return the fragments on this rank; under ZeRO 0 every parameter, whole."""
-        if self._replica is not None:
-            named = [(self._names[id(parameter)], own) for parameter, own in self._replica.pairs]
+        if self._master_weights is not None:
+            named = [(self._names[id(parameter)], own) for parameter, own in self._master_weights.pairs]
             return [Fragment(name, 0, own.numel(), own, 0) for name, own in named]
-        return list(locate_fragments(self._wrapped, self._names, self.stage, self.rank))
+        return list(locate_fragments(self._zero_optimizer, self._names, self.stage, self.rank))
 
     def owned_fragments(self) -> list[Fragment]:
         """Return the fragments that this rank saves; over all ranks each weight occurs exactly once."""
         pieces = self.local_fragments()
         return pieces[self.rank :: self.world_size] if self.stage == 0 else pieces
 
-    def create_optimizer_state(self, updates: int) -> None:
+    def create_optimizer_state(self, num_updates: int) -> None:
         """Create the optimizer state to load into, as after `updates` updates; the previous state is dropped.
 
         Each flat tensor gets its own step counter. A shared one would advance once per tensor, which silently wrecks
         Adam's bias correction (DeepSpeed's universal loading does this).
         """
         self.optimizer.state.clear()
-        flats = list({id(piece.flat): piece.flat for piece in self.local_fragments()}.values())
-        shapes = [flat.shape for flat in flats]
+        flat_parameters = list({id(piece.flat): piece.flat for piece in self.local_fragments()}.values())
+        shapes = [flat.shape for flat in flat_parameters]
         moments = {key: allocate_zeros(shapes, torch.float32, self.device)[1] for key in MOMENTS}
-        for index, flat in enumerate(flats):
+        for index, flat in enumerate(flat_parameters):
             place = flat.device if self.optimizer.defaults["fused"] else torch.device("cpu")
             self.optimizer.state[flat] = {
-                "step": torch.tensor(float(updates), dtype=torch.float32, device=place),
+                "step": torch.tensor(float(num_updates), dtype=torch.float32, device=place),
                 **{key: moments[key][index] for key in MOMENTS},
             }
 
     def sync_low_precision(self) -> None:
         """Update the forward pass's weights after writes to fragments. Collective."""
-        if self._replica is not None:
-            self._replica.sync_low_precision()
+        if self._master_weights is not None:
+            self._master_weights.sync_low_precision()
         else:
-            sync_low_precision_weights(self._wrapped, self.stage)
+            sync_low_precision_weights(self._zero_optimizer, self.stage)
 
     def peak_memory_gb(self) -> float:
         """Return the peak device memory so far in GB; on CPU the peak resident size of this process."""
@@ -193,8 +198,8 @@ class Engine:
 
     def close(self) -> None:
         """Release the hooks and buffers of DeepSpeed and of ZeRO 0."""
-        if self._replica is not None:
-            self._replica.close()
+        if self._master_weights is not None:
+            self._master_weights.close()
         self.deepspeed.destroy()
 
 
@@ -203,13 +208,13 @@ def _build_adamw(
 ) -> torch.optim.AdamW:
     """Build AdamW; weight decay applies to matrices, but not to norms, biases and learned positions."""
     decay: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
+    no_decay: list[nn.Parameter] = []
     for parameter in module.parameters():
         if parameter.requires_grad:
-            matrix = len(getattr(parameter, "ds_shape", parameter.shape)) >= 2
+            is_matrix = len(getattr(parameter, "ds_shape", parameter.shape)) >= 2
             updated = parameter if replica is None else replica.get_master_weight(parameter)
-            (decay if matrix and ".wpe." not in names[id(parameter)] else plain).append(updated)
-    groups = [{"params": decay, "weight_decay": optim.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+            (decay if is_matrix and ".wpe." not in names[id(parameter)] else no_decay).append(updated)
+    groups = [{"params": decay, "weight_decay": optim.weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
     # The fused kernel reads and writes each value once: torch's fastest on CPU and GPU.
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],
@@ -230,8 +235,8 @@ class DeviceTimer:
 
     def __enter__(self) -> Self:
         if self._on_gpu:
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-            self._spans.append((begin, end))
+            on_micro_batch_start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+            self._spans.append((on_micro_batch_start, end))
             self._spans[-1][0].record()
         else:
             self._began = time.perf_counter()
@@ -247,5 +252,5 @@ class DeviceTimer:
 
     def total_seconds(self) -> float:
         """Return the sum so far."""
-        milliseconds = sum(float(begin.elapsed_time(end)) for begin, end in self._spans)
+        milliseconds = sum(float(on_micro_batch_start.elapsed_time(end)) for on_micro_batch_start, end in self._spans)
         return self._total + milliseconds / 1e3

@@ -102,7 +102,7 @@ def prepare_remaining_epochs(run: RunDirectory) -> None:
     if work.fingerprint != dataset_info.fingerprint:
         raise DataError(
             "the documents have changed since the run began (paths, sizes or times of modification differ). Bring them "
-            "back and start the run again: it goes on from its newest checkpoint."
+            "back and start the run again: it resumes from its latest checkpoint."
         )
     while not is_prepared(config, build_data_facts(dataset_info, resume_state.step, resume_state.sequences)):
         dataset_info = work.build_epochs(_plan_next_epoch(config, dataset_info, resume_state)).dataset_info

@@ -34,7 +34,7 @@ from llm_training_toolkit.train.stragglers import Straggler, find_slowest_rank
 
 @dataclass(frozen=True)
 class StepDecision:
-    """Rank 0's decisions after a step, the same on every rank."""
+    """Decisions after a step, agreed between the ranks: a stop and a save by rank 0, the others over all ranks."""
 
     stop_request: StopRequest
     save_due: bool
@@ -48,10 +48,10 @@ class StepDecision:
         """Status that ends the loop after this step and its checkpoint; otherwise None."""
         if self.stop_request is StopRequest.STOP:
             return "stopped"
-        leave = self.stop_request is StopRequest.DRAIN or (
+        should_drain = self.stop_request is StopRequest.DRAIN or (
             self.stop_request is StopRequest.DRAIN_AFTER_CHECKPOINT and self.save_due
         )
-        return "drained" if leave else None
+        return "drained" if should_drain else None
 
 
 def run_training_loop(parts: TrainerComponents) -> tuple[LoopStatus, TrainState]:
@@ -59,96 +59,98 @@ def run_training_loop(parts: TrainerComponents) -> tuple[LoopStatus, TrainState]
 
     Raises TrainingError when the loss or the gradient is not finite, or at a spike that ends the run.
     """
-    progress = parts.initial_state
-    if progress.step == 0:
+    state = parts.initial_state
+    if state.step == 0:
         parts.goodput_tracker.enter_part("step")
-        evaluate_held_out(parts, progress)
+        evaluate_held_out(parts, state)
     try:
-        status, progress = _run_steps(parts, progress)
+        status, state = _run_steps(parts, state)
     except (TrainingError, DataError):
         parts.checkpoint_manager.finalize_save()  # raised on all ranks; the pending checkpoint is of an earlier step
         raise
     parts.context.heartbeat.set_phase("completing the last checkpoint")
     parts.goodput_tracker.enter_part("checkpoint")
     parts.checkpoint_manager.finalize_save()
-    return status, progress
+    return status, state
 
 
-def _run_steps(parts: TrainerComponents, progress: TrainState) -> tuple[LoopStatus, TrainState]:
+def _run_steps(parts: TrainerComponents, state: TrainState) -> tuple[LoopStatus, TrainState]:
     """Run step after step, each with the work due after it, to the end of the plan or a stop request."""
     steps = parts.schedule.steps
     # A worker group may start where the data ends: the previous one drained or died while waiting for more.
-    if (status := wait_if_data_missing(parts, progress) or run_tasks_if_due(parts, progress)) is not None:
-        return status, progress
-    while progress.step < steps:
-        progress, flags = train_step(parts, progress)
-        ended = progress.step == steps
+    if (status := wait_if_data_missing(parts, state) or run_tasks_if_due(parts, state)) is not None:
+        return status, state
+    while state.step < steps:
+        state, decision = train_step(parts, state)
+        ended = state.step == steps
         parts.goodput_tracker.enter_part("checkpoint")
-        if flags.write_finished:
+        if decision.write_finished:
             parts.checkpoint_manager.finalize_save()
-        if ended or flags.loop_status or flags.save_due:
-            parts.context.heartbeat.set_phase(f"saving a checkpoint of step {progress.step}")
-            seconds = parts.checkpoint_manager.begin_save(progress)
-            parts.metrics.write(progress.step, {"perf/checkpoint_seconds": seconds})
-        if flags.loop_status and not ended:
+        if ended or decision.loop_status or decision.save_due:
+            parts.context.heartbeat.set_phase(f"saving a checkpoint of step {state.step}")
+            seconds = parts.checkpoint_manager.begin_save(state)
+            parts.metrics.write(state.step, {"perf/checkpoint_seconds": seconds})
+        if decision.loop_status and not ended:
             parts.checkpoint_manager.finalize_save()  # first, since a stop may leave no time for an evaluation
-        if ended or progress.step % parts.plan.eval_every == 0 or progress.step in parts.context.rungs:
-            parts.goodput_tracker.enter_step(progress.step)
-            evaluate_held_out(parts, progress)
+        if ended or state.step % parts.plan.eval_every == 0 or state.step in parts.context.rungs:
+            parts.goodput_tracker.enter_step(state.step)
+            evaluate_held_out(parts, state)
         if ended:
             break
-        status = flags.loop_status or (wait_for_data(parts, progress) if flags.data_missing else None)
-        # Ask at the rung even before a stop: the checkpoint is of this step, so a resumed trial would never ask.
-        if status := await_rung_decision(parts, progress) or status or run_tasks_if_due(parts, progress):
-            return status, progress
-    return "finished", progress
+        status = decision.loop_status or (wait_for_data(parts, state) if decision.data_missing else None)
+        # Wait at the rung even if a stop is pending: a resumed trial starts after this step and would never ask.
+        if status := await_rung_decision(parts, state) or status or run_tasks_if_due(parts, state):
+            return status, state
+    return "finished", state
 
 
-def train_step(parts: TrainerComponents, progress: TrainState) -> tuple[TrainState, StepDecision]:
-    """Run one step: gradients of this rank's share, one all-reduce between ranks, the update, the metrics."""
+def train_step(parts: TrainerComponents, state: TrainState) -> tuple[TrainState, StepDecision]:
+    """Run one step: gradients of this rank's share, one all-reduce of scalars, the update, the metrics."""
     started = time.perf_counter()
-    context, plan, step = parts.context, parts.plan, progress.step
+    context, plan, step = parts.context, parts.plan, state.step
     # The first step of an attempt compiles.
-    patience = NON_STEP_TIMEOUT_FACTOR if progress == parts.initial_state else STEP_TIMEOUT_FACTOR
-    context.heartbeat.set_phase(f"step {step + 1}, reading its sequences", patience)
+    timeout_factor = NON_STEP_TIMEOUT_FACTOR if state == parts.initial_state else STEP_TIMEOUT_FACTOR
+    context.heartbeat.set_phase(f"step {step + 1}, reading its sequences", timeout_factor)
     parts.goodput_tracker.enter_part("data")
-    positions = compute_replica_slice(parts.dataloader.count_sequences(step), context.world_size, context.rank)
+    sample_indices = compute_replica_slice(parts.dataloader.count_sequences(step), context.world_size, context.rank)
     micro_batches = parts.dataloader.get_micro_batches(
-        step, positions, plan.micro_batch, plan.get_accumulation_steps(context.world_size)
+        step, sample_indices, plan.micro_batch, plan.get_accumulation_steps(context.world_size)
     )
     loss_tokens = parts.dataloader.count_loss_tokens(step)
-    # Remaining randomness (dropout of loaded weights) is seeded by the step, so that a resume repeats it.
+    # Seeded by the step in case a kernel draws from the global generator: LoRA dropout has its own, others are 0.
     torch.manual_seed(hash((parts.seed, step, context.rank)))
     data_seconds = time.perf_counter() - started
     parts.goodput_tracker.enter_step(step + 1)
 
     def set_micro_batch_phase(index: int) -> None:
-        context.heartbeat.set_phase(f"step {step + 1}, micro-batch {index + 1} of {len(micro_batches)}", patience)
+        context.heartbeat.set_phase(f"step {step + 1}, micro-batch {index + 1} of {len(micro_batches)}", timeout_factor)
 
     loss_sum = parts.engine.forward_backward(micro_batches, loss_tokens, set_micro_batch_phase)
-    context.heartbeat.set_phase(f"step {step + 1}, adding up the losses", patience)
+    context.heartbeat.set_phase(f"step {step + 1}, adding up the losses", timeout_factor)
     # Under ZeRO 3 a forward pass waits for other ranks' weights, so its time does not measure this rank.
     own_seconds = data_seconds + parts.engine.forward_seconds if parts.engine.stage < 3 else 0.0
-    total, flags, slow = _all_reduce_step_results(parts, loss_sum, step + 1, own_seconds)
+    total, decision, slow = _all_reduce_step_results(parts, loss_sum, step + 1, own_seconds)
     loss = total / max(loss_tokens, 1)
     if not math.isfinite(loss):
-        raise TrainingError(_format_non_finite_error(parts, step, positions, loss_sum, f"the loss is {loss}"))
+        raise TrainingError(_format_non_finite_error(parts, step, sample_indices, loss_sum, f"the loss is {loss}"))
     lr = parts.schedule.compute_lr(step)
-    context.heartbeat.set_phase(f"step {step + 1}, updating the weights", patience)
-    spike_guard = SpikeGuard(parts.on_spike, context, progress, loss, loss_tokens)
+    context.heartbeat.set_phase(f"step {step + 1}, updating the weights", timeout_factor)
+    spike_guard = SpikeGuard(parts.on_spike, context, state, loss, loss_tokens)
     norm = parts.engine.optim_step(lr, spike_guard.allow_update)
     if not math.isfinite(norm):
-        raise TrainingError(_format_non_finite_error(parts, step, positions, math.nan, "the gradient is not finite"))
+        raise TrainingError(
+            _format_non_finite_error(parts, step, sample_indices, math.nan, "the gradient is not finite")
+        )
     if spike_guard.spike:
         spike_guard.handle_spike(
-            parts.checkpoint_manager, loss_sum, parts.dataloader.format_document_names(step, positions)
+            parts.checkpoint_manager, loss_sum, parts.dataloader.format_document_names(step, sample_indices)
         )
     values = {"train/loss": loss, "optim/lr": lr, "optim/grad_norm": norm, "perf/data_seconds": data_seconds}
     if slow is not None:
         values |= {"perf/slowest_rank": float(slow.rank), "perf/slowest_ratio": slow.ratio}
         _report_straggler(parts, slow)
-    _record_step(parts, progress, started, values | ({"optim/skipped": 1.0} if spike_guard.spike else {}))
-    return _advance_state(parts, progress, StepStats(loss, norm), skipped=bool(spike_guard.spike)), flags
+    _record_step(parts, state, started, values | ({"optim/skipped": 1.0} if spike_guard.spike else {}))
+    return _advance_state(parts, state, StepStats(loss, norm), skipped=bool(spike_guard.spike)), decision
 
 
 def _advance_state(parts: TrainerComponents, before: TrainState, taken: StepStats, *, skipped: bool) -> TrainState:
@@ -166,38 +168,42 @@ def _advance_state(parts: TrainerComponents, before: TrainState, taken: StepStat
 
 def _report_straggler(parts: TrainerComponents, step: Straggler) -> None:
     """Report a rank that slows down the others, once per rank."""
-    lasting = parts.straggler_detector.observe_step(step)
-    if lasting is not None and parts.context.is_rank_zero:
-        parts.context.report(StragglerEvent(lasting.rank, lasting.ratio))
+    persistent = parts.straggler_detector.observe_step(step)
+    if persistent is not None and parts.context.is_rank_zero:
+        parts.context.report(StragglerEvent(persistent.rank, persistent.ratio))
 
 
 def _all_reduce_step_results(
     parts: TrainerComponents, loss_sum: float, completed: int, own_seconds: float
 ) -> tuple[float, StepDecision, Straggler | None]:
-    """Return the loss summed over ranks, rank 0's decisions and the slowest rank, from one all-reduce."""
+    """Return the loss summed over ranks, the common decision and the slowest rank, from one all-reduce."""
     context = parts.context
     stop_request = context.read_stop_request() if context.is_rank_zero else StopRequest.NONE
     save = context.is_rank_zero and (
         parts.checkpoint_manager.is_due(completed) or parts.in_training_tasks.has_due_tasks(completed)
     )
-    lacks = completed < parts.schedule.steps and not parts.dataloader.has_step(completed)
-    own = [own_seconds if rank == context.rank else 0.0 for rank in range(context.world_size)]
-    mine = (loss_sum, stop_request, save, parts.checkpoint_manager.is_writing, lacks)
-    total, wishes, saves, writing, lacking, *seconds = context.all_reduce_sum(*mine, *own)
+    missing_codes = completed < parts.schedule.steps and not parts.dataloader.has_step(completed)
+    local_seconds = [own_seconds if rank == context.rank else 0.0 for rank in range(context.world_size)]
+    mine = (loss_sum, stop_request, save, parts.checkpoint_manager.is_writing, missing_codes)
+    total, stop_codes, save_codes, writing, lacking, *seconds = context.all_reduce_sum(*mine, *local_seconds)
     written = parts.checkpoint_manager.has_pending_checkpoint and not writing
     return (
         total,
-        StepDecision(StopRequest(round(wishes)), save_due=saves > 0, write_finished=written, data_missing=lacking > 0),
+        StepDecision(
+            StopRequest(round(stop_codes)), save_due=save_codes > 0, write_finished=written, data_missing=lacking > 0
+        ),
         find_slowest_rank(seconds),
     )
 
 
-def _format_non_finite_error(parts: TrainerComponents, step: int, positions: range, loss_sum: float, what: str) -> str:
+def _format_non_finite_error(
+    parts: TrainerComponents, step: int, sample_indices: range, loss_sum: float, what: str
+) -> str:
     """Build the message with the step and the sequences of ranks whose own loss is not finite. Collective."""
-    mine = "" if math.isfinite(loss_sum) else parts.dataloader.format_document_names(step, positions)
-    named = "; ".join(text for text in parts.context.all_gather_object(mine) if text)
+    mine = "" if math.isfinite(loss_sum) else parts.dataloader.format_document_names(step, sample_indices)
+    document_names = "; ".join(text for text in parts.context.all_gather_object(mine) if text)
     return (
-        f"step {step + 1}: {what}; training stopped and nothing of this step was saved. It holds: {named}. "
+        f"step {step + 1}: {what}; training stopped and nothing of this step was saved. It holds: {document_names}. "
         "Look at these documents, or lower optim.lr (it needs --accept optim.lr) and go on from the last checkpoint"
     )
 

@@ -20,61 +20,61 @@ from llm_training_toolkit.runs.directory import find_run
 from llm_training_toolkit.worker.spec import WorkerSpec
 
 
-def ensure_base_weights(place: WorkerSpec, plan: Plan, context: RunContext) -> str:
+def ensure_base_weights(spec: WorkerSpec, plan: Plan, context: RunContext) -> str:
     """Return the path of the base weights of the run's adapters; write them first if needed. Collective."""
-    if place.config.model.path is not None:
-        return place.config.model.path
+    if spec.config.model.path is not None:
+        return spec.config.model.path
     # Rank 0 alone writes; its error must reach the ranks that wait.
     failed = ""
-    if context.is_rank_zero and read_source_checkpoint_name(place.run.base_weights_dir) is None:
+    if context.is_rank_zero and read_source_checkpoint_name(spec.run.base_weights_dir) is None:
         try:
-            _write_base_weights(place, plan)
+            _write_base_weights(spec, plan)
         except ToolkitError as error:
             failed = str(error)
     failed = context.broadcast_object(failed)
     if failed:
         raise CheckpointError(failed)
-    return str(place.run.base_weights_dir)
+    return str(spec.run.base_weights_dir)
 
 
-def _write_base_weights(place: WorkerSpec, plan: Plan) -> None:
-    if place.config.model.init_from is None:
-        _write_random_weights(place, plan)
+def _write_base_weights(spec: WorkerSpec, plan: Plan) -> None:
+    if spec.config.model.init_from is None:
+        _write_random_weights(spec, plan)
     else:
-        _write_weights_from_run(place, place.config.model.init_from)
+        _write_weights_from_run(spec, spec.config.model.init_from)
 
 
-def _write_random_weights(place: WorkerSpec, plan: Plan) -> None:
-    config = place.config
+def _write_random_weights(spec: WorkerSpec, plan: Plan) -> None:
+    config = spec.config
     model = build_model(plan.hf_config, precision=plan.precision, attention=config.model.attn_implementation)
     initialize_weights(model, config.run.seed, lambda _parameter: nullcontext())
     origin = f"seed {config.run.seed}"
     card = (
         f"# {config.run.name}, base\n\nRandom weights of {config.model.name} ({origin}), beside which adapters stand.\n"
     )
-    with atomic_export_dir(place.run.base_weights_dir) as directory:
+    with atomic_export_dir(spec.run.base_weights_dir) as directory:
         write_model(
             ModelWeights(model),
             directory,
             hf_config=plan.hf_config,
             precision=plan.precision,
-            beside=build_model_files(config, place.dataset_info, card, origin),
+            beside=build_model_files(config, spec.dataset_info, card, origin),
         )
 
 
-def _write_weights_from_run(place: WorkerSpec, init_from: str) -> None:
+def _write_weights_from_run(spec: WorkerSpec, init_from: str) -> None:
     source = read_run(find_run(Path(init_from).expanduser()))
     found = find_latest_checkpoint(source.run.checkpoints_dir)
     if found is None:
         raise CheckpointError(f"model.init_from = {init_from}: that run has no complete checkpoint")
-    config = place.config
+    config = spec.config
     card = f"# {config.run.name}, base\n\nThe weights of `{init_from}`, {found.name}, beside which adapters stand.\n"
     weights, hf_config = build_full_weights(source, CheckpointReader(found))
-    with atomic_export_dir(place.run.base_weights_dir) as directory:
+    with atomic_export_dir(spec.run.base_weights_dir) as directory:
         write_model(
             weights,
             directory,
             hf_config=hf_config,
             precision=config.train.precision,
-            beside=build_model_files(config, place.dataset_info, card, f"{init_from} {found.name}"),
+            beside=build_model_files(config, spec.dataset_info, card, f"{init_from} {found.name}"),
         )

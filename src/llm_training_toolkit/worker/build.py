@@ -55,21 +55,21 @@ class BuiltModel:
 
 
 def build_run_model(
-    place: WorkerSpec, plan: Plan, context: RunContext, checkpoint: CheckpointReader | None
+    spec: WorkerSpec, plan: Plan, context: RunContext, checkpoint: CheckpointReader | None
 ) -> BuiltModel:
     """Build the run's model at `checkpoint` or its initial state. Collective. Raises PlanError and CheckpointError."""
-    _check_device(place.config, context)
+    _check_device(spec.config, context)
     prepare_deepspeed(context.device.type)
     path = (
-        ensure_base_weights(place, plan, context)
+        ensure_base_weights(spec, plan, context)
         if plan.adapter
-        else place.config.model.path
+        else spec.config.model.path
         if checkpoint is None
         else None
     )
-    origin = checkpoint or _find_initial_checkpoint(place.config, plan, context)
-    directory = ensure_local_weights(path, place, context) if path is not None else None
-    engine, hf_config = _build_engine(place.config, plan, context, directory, origin)
+    origin = checkpoint or _find_initial_checkpoint(spec.config, plan, context)
+    directory = ensure_local_weights(path, spec, context) if path is not None else None
+    engine, hf_config = _build_engine(spec.config, plan, context, directory, origin)
     # Record the hub id, not the local directory, which other machines do not have.
     if path is not None:
         hf_config = {**hf_config, "_name_or_path": path}

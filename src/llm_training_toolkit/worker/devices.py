@@ -48,23 +48,23 @@ class RankPlacement:
         return asdict(self)
 
 
-def check_placement(place: WorkerSpec, context: RunContext) -> list[RankPlacement]:
+def check_placement(spec: WorkerSpec, context: RunContext) -> list[RankPlacement]:
     """Return the placement of every rank, by rank; rank 0 reports a summary. Collective.
 
     Raises LaunchError on every rank if two ranks share a device, or the device type is not the one asked for.
     """
-    placements = context.all_gather_object(_find_own_placement(place, context.device))
-    wrong = find_placement_problem(placements, place.config.cluster.gpus_per_worker)
+    placements = context.all_gather_object(_find_own_placement(spec, context.device))
+    wrong = find_placement_problem(placements, spec.config.cluster.gpus_per_worker)
     if wrong:
         raise LaunchError(wrong)
     if context.is_rank_zero and context.world_size > 1:
         context.report(NoteEvent(format_placement(placements)))
-        for message in find_placement_warnings(placements, place.config):
+        for message in find_placement_warnings(placements, spec.config):
             context.report(WarningEvent(message))
     return placements
 
 
-def _find_own_placement(place: WorkerSpec, device: torch.device) -> RankPlacement:
+def _find_own_placement(spec: WorkerSpec, device: torch.device) -> RankPlacement:
     model = unit = ""
     if device.type == "cuda":
         facts = torch.cuda.get_device_properties(device)
@@ -72,7 +72,7 @@ def _find_own_placement(place: WorkerSpec, device: torch.device) -> RankPlacemen
         named = visible[device.index or 0] if len(visible) > (device.index or 0) else ""
         model, unit = facts.name, named if named.startswith(_MIG_PREFIX) else str(facts.uuid)
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    return RankPlacement(place.node, place.machine, local_rank, str(device), model, unit, len(os.sched_getaffinity(0)))
+    return RankPlacement(spec.node, spec.machine, local_rank, str(device), model, unit, len(os.sched_getaffinity(0)))
 
 
 def find_placement_problem(placements: Sequence[RankPlacement], gpus_per_worker: int | str) -> str:

@@ -25,13 +25,13 @@ _FILES = ["config.json", "generation_config.json", "model*.safetensors", "model.
 _LOOK_EVERY = 0.5  # seconds between all-gathers while ranks wait: torch would time out a single long one
 
 
-def ensure_local_weights(path: str, place: WorkerSpec, context: RunContext) -> str:
+def ensure_local_weights(path: str, spec: WorkerSpec, context: RunContext) -> str:
     """Return the directory on this node with the weights of a path or hub id; download if needed. Collective.
 
     Raises CheckpointError on every rank if a node cannot have them.
     """
     local = Path(path).expanduser()
-    sights = context.all_gather_object((place.machine, place.node, local.is_dir()))
+    sights = context.all_gather_object((spec.machine, spec.node, local.is_dir()))
     if all(there for _, _, there in sights):
         return str(local)
     if any(there for _, _, there in sights):
@@ -43,15 +43,15 @@ def ensure_local_weights(path: str, place: WorkerSpec, context: RunContext) -> s
     nodes = [(machine, node) for machine, node, _ in sights]
     fetches = nodes.index(nodes[context.rank]) == context.rank
     revision = _run_on_all_ranks(
-        lambda: _find_cached_revision(path) or _download_weights(path) if fetches else "", path, place, context
+        lambda: _find_cached_revision(path) or _download_weights(path) if fetches else "", path, spec, context
     )[0]
     _run_on_all_ranks(
         lambda: _find_cached_revision(path, revision) or _download_weights(path, revision) if fetches else "",
         path,
-        place,
+        spec,
         context,
     )
-    seen = context.all_gather_object((place.node, bool(_find_cached_revision(path, revision))))
+    seen = context.all_gather_object((spec.node, bool(_find_cached_revision(path, revision))))
     if not all(there for _, there in seen):
         raise CheckpointError(
             f"model.path = {path}: some ranks of node "
@@ -65,7 +65,7 @@ def _join_node_names(nodes: Iterable[str]) -> str:
     return ", ".join(dict.fromkeys(nodes))
 
 
-def _run_on_all_ranks(work: Callable[[], str], path: str, place: WorkerSpec, context: RunContext) -> list[str]:
+def _run_on_all_ranks(work: Callable[[], str], path: str, spec: WorkerSpec, context: RunContext) -> list[str]:
     """Run the work on every rank and return all results; an error of one rank is raised on all."""
     done: list[tuple[str, str]] = []
 
@@ -74,7 +74,7 @@ def _run_on_all_ranks(work: Callable[[], str], path: str, place: WorkerSpec, con
             done.append((work(), ""))
         except Exception as error:  # noqa: BLE001 - the edge of a thread: every rank raises it
             said = str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
-            done.append(("", f"{said} (rank {context.rank} on node {place.node})"))
+            done.append(("", f"{said} (rank {context.rank} on node {spec.node})"))
 
     began, told = time.monotonic(), False
     threading.Thread(

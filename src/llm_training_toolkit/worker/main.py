@@ -52,43 +52,45 @@ from llm_training_toolkit.worker.precision import resolve_precision
 from llm_training_toolkit.worker.spec import WorkerSpec
 
 
-def run_worker(place: WorkerSpec, context: RunContext) -> dict[str, Any]:
+def run_worker(spec: WorkerSpec, context: RunContext) -> dict[str, Any]:
     """Run the rank until the run finishes or stops, and return `{"status", "step"}` on every rank.
 
     Raises SmallerMicroBatch if memory ran out and the next attempt will use less.
     """
-    placements = check_placement(place, context)
-    asked, precision_note = resolve_precision(place, context)
-    place, memory_notes = resolve_memory_settings(asked, context)
-    attempt, account = _begin_attempt(place, context, asked.config, placements)
-    log = place.run.get_rank_log_path(attempt, context.rank)
+    placements = check_placement(spec, context)
+    requested, precision_note = resolve_precision(spec, context)
+    spec, memory_notes = resolve_memory_settings(requested, context)
+    attempt, goodput_tracker = _begin_attempt(spec, context, requested.config, placements)
+    log = spec.run.get_rank_log_path(attempt, context.rank)
     with log_to_file(RANK_LOGGER, log, f"attempt {attempt} rank {context.rank}"):
         RANK_LOGGER.info("started on %s, one of %d ranks", context.device, context.world_size)
         notes = (*precision_note, *memory_notes)
-        return _run_attempt(place, _log_events(context), asked.config, attempt=attempt, account=account, notes=notes)
+        return _run_attempt(
+            spec, _log_events(context), requested.config, attempt=attempt, goodput_tracker=goodput_tracker, notes=notes
+        )
 
 
 def _run_attempt(
-    place: WorkerSpec,
+    spec: WorkerSpec,
     context: RunContext,
-    asked: Config,
+    requested: Config,
     *,
     attempt: int,
-    account: GoodputTracker,
+    goodput_tracker: GoodputTracker,
     notes: Sequence[str],
 ) -> dict[str, Any]:
     try:
-        parts = _build_components(place, context, attempt, account, notes)
-        status, step = _train_and_finish(parts, place, asked)
+        parts = _build_components(spec, context, attempt, goodput_tracker, notes)
+        status, step = _train_and_finish(parts, spec, requested)
     except Exception as error:  # outermost handler of a rank: records every failure
         RANK_LOGGER.error("failed: %s: %s", type(error).__name__, error)
         # A full disk must not hide the original error.
         with suppress(OSError, ValueError):
-            find_storage(place.run.path).refresh_directory(place.run.attempts_dir)
-            fail_attempt(place.run, attempt, f"rank {context.rank}: {type(error).__name__}: {error}")
+            find_storage(spec.run.path).refresh_directory(spec.run.attempts_dir)
+            fail_attempt(spec.run, attempt, f"rank {context.rank}: {type(error).__name__}: {error}")
         raise
     if context.is_rank_zero:
-        end_attempt(place.run, attempt, status, step=step)
+        end_attempt(spec.run, attempt, status, step=step)
     context.heartbeat.mark_done()
     RANK_LOGGER.info("%s at step %d", status, step)
     return {"status": status, "step": step}
@@ -110,69 +112,69 @@ def _log_events(context: RunContext) -> RunContext:
     return replace(context, report=report_event)
 
 
-def _train_and_finish(parts: TrainerComponents, place: WorkerSpec, asked: Config) -> tuple[str, int]:
+def _train_and_finish(parts: TrainerComponents, spec: WorkerSpec, requested: Config) -> tuple[str, int]:
     context = parts.context
     try:
         status, progress = run_training_loop(parts)
     except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
-            mark_out_of_memory(place.run, parts.attempt)
-            raise build_out_of_memory_error(asked, place.config, context.world_size) from error
+            mark_out_of_memory(spec.run, parts.attempt)
+            raise build_out_of_memory_error(requested, spec.config, context.world_size) from error
         raise
-    if status == "finished" and place.config.export.at_end and context.is_rank_zero:
+    if status == "finished" and spec.config.export.at_end and context.is_rank_zero:
         context.heartbeat.set_phase("exporting", NO_TIMEOUT)
         parts.goodput_tracker.enter_part("checkpoint")
-        finish_run(TrainedRun(place.run, place.config, place.dataset_info), metrics=parts.metrics, context=context)
+        finish_run(TrainedRun(spec.run, spec.config, spec.dataset_info), metrics=parts.metrics, context=context)
     parts.metrics.write(progress.step, parts.goodput_tracker.compute_metrics())
     parts.metrics.close()
     return status, progress.step
 
 
 def _begin_attempt(
-    place: WorkerSpec, context: RunContext, asked: Config, placements: Sequence[RankPlacement]
+    spec: WorkerSpec, context: RunContext, requested: Config, placements: Sequence[RankPlacement]
 ) -> tuple[int, GoodputTracker]:
     """Agree on the attempt's number, redirect library output to its log and set up torch."""
-    config = place.config
-    so_far = load_goodput_state(place.run, place.began) if context.is_rank_zero else GoodputState({}, 0)
-    processes = context.all_gather_object(os.getpid())
+    config = spec.config
+    goodput_state = load_goodput_state(spec.run, spec.began) if context.is_rank_zero else GoodputState({}, 0)
+    rank_pids = context.all_gather_object(os.getpid())
     facts = {
         "host": socket.gethostname(),
         "pid": os.getpid(),
-        "processes": processes,
+        "processes": rank_pids,
         "ranks": [placement.to_json() for placement in placements],
         "workers": context.world_size,
         "micro_batch": config.train.micro_batch_size,
-        "asked": asked.train.micro_batch_size,
+        "asked": requested.train.micro_batch_size,
         "zero": config.engine.zero_stage,
-        "load": describe_memory_load(asked, context),
-        "began": place.began,
-        "group_began": place.group_began,
-        "reached": so_far.last_completed_step,
+        "load": describe_memory_load(requested, context),
+        "began": spec.began,
+        "group_began": spec.group_began,
+        "reached": goodput_state.last_completed_step,
     }
-    attempt = context.broadcast_object(find_storage(place.run.path).begin_attempt(facts) if context.is_rank_zero else 0)
-    redirect_output(place.run.get_rank_log_path(attempt, context.rank))
+    attempt = context.broadcast_object(find_storage(spec.run.path).begin_attempt(facts) if context.is_rank_zero else 0)
+    redirect_output(spec.run.get_rank_log_path(attempt, context.rank))
     torch.set_num_threads(config.cluster.cpus_per_worker)
     if config.run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(mode=True)
-    return attempt, so_far.start_tracker(place.began)
+    return attempt, goodput_state.start_tracker(spec.began)
 
 
 def _build_components(
-    place: WorkerSpec, context: RunContext, attempt: int, account: GoodputTracker, resolved: Sequence[str]
+    spec: WorkerSpec, context: RunContext, attempt: int, goodput_tracker: GoodputTracker, resolved: Sequence[str]
 ) -> TrainerComponents:
-    run, config = place.run, place.config
+    run, config = spec.run, spec.config
     context.heartbeat.set_phase("looking for a checkpoint")
     checkpoint = find_latest_valid_checkpoint(run, context)
-    done = _get_train_state(checkpoint)
+    train_state = _get_train_state(checkpoint)
     if context.is_rank_zero:
         update_attempt(run, attempt, resumed=checkpoint.directory.name if checkpoint else None)
-    facts = build_data_facts(place.dataset_info, done.step, done.sequences)
+    facts = build_data_facts(spec.dataset_info, train_state.step, train_state.sequences)
     plan = check_plan(make_plan(config, facts, replicas=context.world_size)).with_notes(resolved)
     if context.is_rank_zero:
         write_atomically(run.plan_path, json.dumps(plan.to_json(), indent=1))  # with `auto` resolved
     context.heartbeat.set_phase("building the model and loading its state")
-    built = build_run_model(place, plan, context, checkpoint)
+    built = build_run_model(spec, plan, context, checkpoint)
     context.heartbeat.set_phase("opening the data")
     lineage = CheckpointLineage(
         attempt=attempt,
@@ -180,12 +182,12 @@ def _build_components(
         zero=plan.zero,
         threads=torch.get_num_threads(),
         config_fingerprint=fingerprint(config),
-        data_fingerprint=place.dataset_info.fingerprint,
+        data_fingerprint=spec.dataset_info.fingerprint,
         versions=collect_environment()["versions"],
         extra=_build_manifest_extra(built, plan),
     )
     _warn_of_rounding_changes(checkpoint, lineage, context)
-    saver = CheckpointManager(
+    checkpoint_manager = CheckpointManager(
         run,
         context,
         built.engine,
@@ -194,14 +196,14 @@ def _build_components(
         every_seconds=plan.save_every_seconds,
         rule=RetentionPolicy(config.checkpoint.keep_latest, config.checkpoint.keep_every, config.checkpoint.keep_best),
     )
-    metrics = Metrics(run, attempt, done.step, context)
-    metrics.add_text(done.step, "configuration", f"```json\n{run.resolved_config_path.read_text()}\n```")
-    origin = (done.step, done.sequences)
+    metrics = Metrics(run, attempt, train_state.step, context)
+    metrics.add_text(train_state.step, "configuration", f"```json\n{run.resolved_config_path.read_text()}\n```")
+    start_position = (train_state.step, train_state.sequences)
     dataloader = DataLoader(
-        place.dataset_info,
+        spec.dataset_info,
         global_batch=plan.global_batch,
         epochs=config.train.epochs,
-        origin=origin,
+        origin=start_position,
         newest=partial(read_latest_dataset_info, run),
         ledger=SampleLog(run.sample_log_dir, attempt, context.rank) if config.failures.log_samples else None,
     )
@@ -212,13 +214,13 @@ def _build_components(
         context,
         built.engine,
         dataloader,
-        saver,
+        checkpoint_manager,
         metrics,
         attempt=attempt,
-        goodput_tracker=account,
-        initial_state=done,
+        goodput_tracker=goodput_tracker,
+        initial_state=train_state,
         in_training_tasks=InTrainingEvaluator(
-            TrainedRun(run, config, place.dataset_info), metrics=metrics, context=context
+            TrainedRun(run, config, spec.dataset_info), metrics=metrics, context=context
         ),
         on_spike=config.failures.on_loss_spike,
     )

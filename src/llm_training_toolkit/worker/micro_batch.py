@@ -69,18 +69,18 @@ def describe_memory_load(config: Config, context: RunContext) -> dict[str, Any]:
     }
 
 
-def resolve_memory_settings(place: WorkerSpec, context: RunContext) -> tuple[WorkerSpec, tuple[str, ...]]:
+def resolve_memory_settings(spec: WorkerSpec, context: RunContext) -> tuple[WorkerSpec, tuple[str, ...]]:
     """Choose `engine.zero_stage` and `train.micro_batch_size` for all ranks, with notes for the plan. Collective."""
-    config = place.config
+    config = spec.config
     if config.train.micro_batch_size != "auto" and config.engine.zero_stage != "auto":
-        return place, ()
+        return spec, ()
     free = min(context.all_gather_object(_measure_free_memory(context)))
     found = context.broadcast_object(
-        _choose_settings(place.run, config, context, free) if context.is_rank_zero else None
+        _choose_settings(spec.run, config, context, free) if context.is_rank_zero else None
     )
     assert found is not None, "rank 0 chooses"
     settings, said = found
-    return replace(place, config=settings.apply_to_config(config)), said
+    return replace(spec, config=settings.apply_to_config(config)), said
 
 
 def _choose_settings(

@@ -21,14 +21,14 @@ from llm_training_toolkit.setup.machine import is_local
 from llm_training_toolkit.worker.spec import WorkerSpec, get_torchrun_world_size
 
 
-def resolve_precision(place: WorkerSpec, context: RunContext) -> tuple[WorkerSpec, tuple[str, ...]]:
+def resolve_precision(spec: WorkerSpec, context: RunContext) -> tuple[WorkerSpec, tuple[str, ...]]:
     """Return the spec with the run's precision, measured if it is `auto`, and notes for the plan. Collective.
 
     Rank 0 records it in resolved.json, so that later attempts and all readers of the run keep it.
     """
-    precision = context.broadcast_object(place.config.train.precision)  # each torchrun rank has read its own file
+    precision = context.broadcast_object(spec.config.train.precision)  # each torchrun rank has read its own file
     if precision == "fp32" or (precision == "bf16" and context.device.type != "cpu"):
-        return _apply_given_precision(place, precision)
+        return _apply_given_precision(spec, precision)
     from llm_training_toolkit.distributed.matmul_speed import measure_bf16_slowdown
 
     slowdowns = context.all_gather_object(measure_bf16_slowdown(context.device))
@@ -36,17 +36,17 @@ def resolve_precision(place: WorkerSpec, context: RunContext) -> tuple[WorkerSpe
         slow = format_slow_precision(precision, slowdowns)
         if slow is not None and context.is_rank_zero:
             context.report(WarningEvent(slow))
-        return _apply_given_precision(place, precision)
+        return _apply_given_precision(spec, precision)
     chosen = choose_precision(slowdowns, context.device.type)
-    config = _apply_chosen_precision(place.config, chosen)
+    config = _apply_chosen_precision(spec.config, chosen)
     if context.is_rank_zero:
-        write_atomically(place.run.resolved_config_path, dump_config_json(config))
+        write_atomically(spec.run.resolved_config_path, dump_config_json(config))
         context.report(NoteEvent(str(chosen)))
-    return replace(place, config=config), (str(chosen),)
+    return replace(spec, config=config), (str(chosen),)
 
 
-def _apply_given_precision(place: WorkerSpec, precision: Precision) -> tuple[WorkerSpec, tuple[str, ...]]:
-    kept = replace(place, config=with_precision(place.config, precision))
+def _apply_given_precision(spec: WorkerSpec, precision: Precision) -> tuple[WorkerSpec, tuple[str, ...]]:
+    kept = replace(spec, config=with_precision(spec.config, precision))
     return kept, read_precision_notes(kept.run, kept.config)
 
 

@@ -86,14 +86,14 @@ class JobHandle:
                 if _UNKNOWN_JOB_TEXT in str(error):
                     raise LaunchError(
                         f"{self._address} knows no job {self._job} any more: its head has started anew. "
-                        "The same `ltt submit` goes on from the newest checkpoint"
+                        "The same `ltt submit` resumes from the latest checkpoint"
                     ) from error
                 if lost and time.monotonic() - lost > _RECONNECT_TIMEOUT_SECONDS:
                     raise LaunchError(
                         f"{self._address} has not answered for {_RECONNECT_TIMEOUT_SECONDS / 60:g} minutes. If "
                         "the cluster lives, "
                         f"the job goes on: `ltt jobs logs {self._job} --address {self._address}` follows it again. If "
-                        "not, the same `ltt submit` on a new one goes on from the newest checkpoint"
+                        "not, the same `ltt submit` on a new one resumes from the latest checkpoint"
                     ) from error
                 if not lost:
                     lost = time.monotonic()

@@ -46,13 +46,18 @@ _MAX_REMEDIED_FAILURES = 20  # uncounted, since the next attempt differs; more t
 
 
 class TrainController:
-    """Controller of the worker groups of one start of a run."""
+    """Controller of one start of a run: one `TorchTrainer.fit()` after another, none of which Ray restarts."""
 
-    def __init__(self, job: RunSpec, console: Console) -> None:
-        self._job, self._run, self._wanted, self._console = job, job.run, job.resource_request, console
+    def __init__(self, run_spec: RunSpec, console: Console) -> None:
+        self._run_spec, self._run, self._resource_request, self._console = (
+            run_spec,
+            run_spec.run,
+            run_spec.resource_request,
+            console,
+        )
         self._stop = False
         self._group: WorkerGroup | None = None
-        self._last_previous_attempt = find_last_attempt(job.run)
+        self._last_previous_attempt = find_last_attempt(run_spec.run)
         self._reported_nodes: set[str] = set()
         self._remedied_count = 0
 
@@ -72,31 +77,33 @@ class TrainController:
         try:
             return self._run_worker_groups()
         finally:
-            self._job.autoscaler.cancel_request()
+            self._run_spec.autoscaler.cancel_request()
 
     def _run_worker_groups(self) -> dict[str, Any]:
         size, began = 0, get_process_start_time()
         while True:
-            found = self._wait_for_capacity()
-            if found is None:
+            capacity = self._wait_for_capacity()
+            if capacity is None:
                 return self._build_stopped_result()
             began = began or time.time()  # the first group is requested by the command
-            before, (size, avoid) = size, found
-            left_out = self._excluded_nodes()
-            self._report_scaling(before, size, {node.address: left_out.get(node.address, "") for node in avoid})
-            before_attempt = find_last_attempt(self._run)
+            previous_size, (size, unschedulable) = size, capacity
+            excluded = self._excluded_nodes()
+            self._report_scaling(
+                previous_size, size, {node.address: excluded.get(node.address, "") for node in unschedulable}
+            )
+            previous_attempt = find_last_attempt(self._run)
             self._group = WorkerGroup(
-                WorkerGroupSpec(self._job, size, avoid, frozenset(left_out), began), self._console
+                WorkerGroupSpec(self._run_spec, size, unschedulable, frozenset(excluded), began), self._console
             )
             if self._stop:  # requested while the group was being created
                 self.request_stop()
-            ended = self._group.run_workers()
+            group_result = self._group.run_workers()
             began = 0.0
             self._refresh_run_files()
-            if ended.result is None:
-                self._handle_failure(ended, before_attempt, size)
-            elif ended.result["status"] != "drained":
-                return ended.result
+            if group_result.result is None:
+                self._handle_failure(group_result, previous_attempt, size)
+            elif group_result.result["status"] != "drained":
+                return group_result.result
             if self._stop:
                 return self._build_stopped_result()
 
@@ -112,39 +119,46 @@ class TrainController:
 
         Raises LaunchError if the fewest workers do not fit within `cluster.resource_timeout`, or never can.
         """
-        is_first, left_out = self._group is None, self._excluded_nodes()
-        waiting = CapacityWaiter(self._job.config, self._wanted, self._job.autoscaler, self._console)
+        is_first_group, excluded = self._group is None, self._excluded_nodes()
+        waiting = CapacityWaiter(
+            self._run_spec.config, self._resource_request, self._run_spec.autoscaler, self._console
+        )
         while not self._stop:
-            living = nodes.alive_nodes()
-            good = schedulable_nodes(nodes.reachable_nodes(living), self._wanted, left_out)
-            now = self._wanted.count_fitting_workers(node.free for node in good)
-            settled = is_first or waiting.elapsed_seconds > _RELEASE_TIMEOUT_SECONDS
-            if now >= self._wanted.fewest and (
-                settled or now >= self._wanted.count_fitting_workers(node.total for node in good)
+            alive = nodes.alive_nodes()
+            schedulable = schedulable_nodes(nodes.reachable_nodes(alive), self._resource_request, excluded)
+            fitting = self._resource_request.count_fitting_workers(node.free for node in schedulable)
+            are_resources_released = is_first_group or waiting.elapsed_seconds > _RELEASE_TIMEOUT_SECONDS
+            if fitting >= self._resource_request.fewest and (
+                are_resources_released
+                or fitting >= self._resource_request.count_fitting_workers(node.total for node in schedulable)
             ):
-                return now, tuple(node for node in living if node not in good)
+                return fitting, tuple(node for node in alive if node not in schedulable)
             # Nodes that a run lost may return; the missing nodes of a new run can only come from an autoscaler.
-            waiting.poll_autoscaler(living, good, quietly=not settled, nodes_may_return=not is_first)
+            waiting.poll_autoscaler(
+                alive, schedulable, quietly=not are_resources_released, nodes_may_return=not is_first_group
+            )
             time.sleep(_POLL_SECONDS)
         return None
 
-    def _report_scaling(self, before: int, size: int, avoided: Mapping[str, str]) -> None:
+    def _report_scaling(self, previous_size: int, size: int, excluded_causes: Mapping[str, str]) -> None:
         """Print the number of workers if it is news, and newly excluded nodes (`avoided`: causes by address)."""
-        for address, cause in avoided.items():
+        for address, cause in excluded_causes.items():
             if cause and address not in self._reported_nodes:
                 self._reported_nodes.add(address)
-                self._show_warning(f"node {address} has failed twice and is left out from now on; last: {cause}")
-        if before not in {0, size}:
-            self._console.print_line(f"going on with {size} workers instead of {before}")
-        elif not before and self._wanted.fewest < self._wanted.most:
-            self._console.print_line(f"starting with {size} workers of {self._wanted.fewest} to {self._wanted.most}")
+                self._show_warning(f"node {address} is excluded after two failures; the last: {cause}")
+        if previous_size not in {0, size}:
+            self._console.print_line(f"restarting with {size} workers instead of {previous_size}")
+        elif not previous_size and self._resource_request.fewest < self._resource_request.most:
+            self._console.print_line(
+                f"starting with {size} workers of {self._resource_request.fewest} to {self._resource_request.most}"
+            )
 
-    def _handle_failure(self, ended: WorkerGroupResult, before_attempt: int, size: int) -> None:
+    def _handle_failure(self, group_result: WorkerGroupResult, previous_attempt: int, size: int) -> None:
         """Record and report the failure. Raises LaunchError if no other group may follow."""
         attempt = find_last_attempt(self._run)
-        began = attempt > before_attempt
+        began = attempt > previous_attempt
         step = self._find_failed_step(attempt) if began else 1 + self._get_latest_checkpoint_step()
-        failure = replace(diagnose_failure(ended.evidence, step), starting=not ended.evidence.has_stepped)
+        failure = replace(diagnose_failure(group_result.evidence, step), starting=not group_result.evidence.has_stepped)
         try:
             if not began:  # the group failed before it began an attempt
                 facts = {"host": socket.gethostname(), "pid": os.getpid(), "workers": size}
@@ -152,7 +166,7 @@ class TrainController:
             end_attempt(self._run, attempt, "failed", error=failure.cause, failure=failure.to_json())
         except OSError as error:
             raise LaunchError(
-                self._format_final_error(f"{failure.cause}; it could not be written down ({error})")
+                self._format_final_error(f"{failure.cause}; the attempt record could not be written ({error})")
             ) from error
         self._show_log_tail(failure, attempt)
         if self._stop:
@@ -179,20 +193,23 @@ class TrainController:
         self._show_warning(failure.cause)
 
     def _handle_counted_failure(self, failure: AttemptFailure) -> None:
-        failures, saved_by = self._read_failures(), self._find_saving_attempt()
-        end = find_abort_reason(failures, saved_by, self._job.config.failures, self._avoidable_nodes())
-        if end:
-            raise LaunchError(self._format_final_error(end))
+        failures, last_saving_attempt = self._read_failures(), self._find_saving_attempt()
+        abort_reason = find_abort_reason(
+            failures, last_saving_attempt, self._run_spec.config.failures, self._avoidable_nodes()
+        )
+        if abort_reason:
+            raise LaunchError(self._format_final_error(abort_reason))
         count = (
-            f"failure {failure_count(failures, saved_by)} of {self._job.config.failures.max_failures} without a "
+            f"failure {failure_count(failures, last_saving_attempt)} of "
+            f"{self._run_spec.config.failures.max_failures} without a "
             "checkpoint in "
             "between"
         )
-        self._show_warning(f"{failure.cause}. New workers go on from the newest checkpoint ({count})")
+        self._show_warning(f"{failure.cause}. Restarting from the latest checkpoint ({count})")
 
     def _format_final_error(self, why: str) -> str:
         logs = find_storage(self._run.path).get_uri(self._run.path / "logs")
-        return f"{why}; the same command goes on from the newest checkpoint. Logs: {logs}"
+        return f"{why}; the same command resumes from the latest checkpoint. Logs: {logs}"
 
     def _read_failures(self) -> dict[int, AttemptFailure]:
         numbers = range(1, find_last_attempt(self._run) + 1)
@@ -203,17 +220,19 @@ class TrainController:
 
     def _avoidable_nodes(self) -> set[str]:
         """Return the excluded addresses that the next workers can do without."""
-        left_out = self._excluded_nodes()
-        taken = (
-            schedulable_nodes(nodes.reachable_nodes(nodes.alive_nodes()), self._wanted, left_out) if left_out else []
+        excluded = self._excluded_nodes()
+        usable = (
+            schedulable_nodes(nodes.reachable_nodes(nodes.alive_nodes()), self._resource_request, excluded)
+            if excluded
+            else []
         )
-        return left_out.keys() - {node.address for node in taken}
+        return excluded.keys() - {node.address for node in usable}
 
     def _find_saving_attempt(self) -> int:
         """Return the attempt that wrote the newest complete checkpoint, 0 if there is none."""
         directory = find_latest_checkpoint(self._run.checkpoints_dir)
-        place = parse_checkpoint_name(directory) if directory else None
-        return place[1] if place else 0
+        step_and_attempt = parse_checkpoint_name(directory) if directory else None
+        return step_and_attempt[1] if step_and_attempt else 0
 
     def _find_failed_step(self, attempt: int) -> int:
         """Return the failed step of an attempt: the one after its last recorded step, else after the checkpoint."""
@@ -226,8 +245,8 @@ class TrainController:
 
     def _get_latest_checkpoint_step(self) -> int:
         directory = find_latest_checkpoint(self._run.checkpoints_dir)
-        place = parse_checkpoint_name(directory) if directory else None
-        return place[0] if place else 0
+        step_and_attempt = parse_checkpoint_name(directory) if directory else None
+        return step_and_attempt[0] if step_and_attempt else 0
 
     def _build_stopped_result(self) -> dict[str, Any]:
         return {"status": "stopped", "step": self._get_latest_checkpoint_step()}

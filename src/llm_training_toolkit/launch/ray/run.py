@@ -47,7 +47,7 @@ def run_on_ray(run: RunDirectory, config: Config, console: Console) -> dict[str,
         def handle_lost_head(why: str) -> None:
             with suppress(OSError, ValueError):
                 fail_attempt(run, find_last_attempt(run), why)
-            said = f"error: {why}. The same command goes on from the newest checkpoint once there is a cluster again"
+            said = f"error: {why}. The same command resumes from the latest checkpoint once there is a cluster again"
             _exit_immediately(console, said, LaunchError.exit_code)
 
         def show_warning(message: str) -> None:
@@ -62,7 +62,7 @@ def run_on_ray(run: RunDirectory, config: Config, console: Console) -> dict[str,
         except FitStuckError as error:
             _exit_immediately(console, f"error: {error}", error.exit_code)
         except KeyboardInterrupt:
-            said = "stopped without a checkpoint: the same command goes on from the newest one"
+            said = "stopped without a checkpoint: the same command resumes from the latest one"
             _exit_immediately(console, said, EXIT_CODES["stopped"])
 
 
