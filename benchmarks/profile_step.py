@@ -72,17 +72,17 @@ def build(size: str, precision: str, stage: int, parts: Parts) -> Any:
     with zero3_init(config):
         module = LossModule(model(dtype, SHAPES[SIZES[size][0]]), "auto")
     engine = Engine(module, OptimConfig(lr=1e-4), config, torch.device("cpu"))
-    parts.watch(engine, "_forward", "forward")
+    parts.watch(engine, "_run_forward", "forward")
     parts.watch(engine.deepspeed, "backward", "backward")
     parts.watch(engine.optimizer, "step", "step: AdamW")
     replica = engine._master_weights  # noqa: SLF001 - its parts are what is asked for
     if replica is not None:
-        parts.watch(replica, "reduce", "backward: reduction")
-        for name in ("norm", "refresh"):
-            parts.watch(replica, name, f"step: {name}")
+        parts.watch(replica, "all_reduce_gradients", "backward: reduction")
+        parts.watch(replica, "compute_grad_norm", "step: norm")
+        parts.watch(replica, "sync_low_precision", "step: refresh")
     else:
         parts.watch(engine.deepspeed, "allreduce_gradients", "backward: reduction")
-    parts.watch(engine, "step", "step")
+    parts.watch(engine, "optim_step", "step")
     return engine
 
 
@@ -109,7 +109,7 @@ def one_step(engine: Any, size: str, micro_batches: int, parts: Parts) -> dict[s
     parts.seconds.clear()
     faults, began = resource.getrusage(resource.RUSAGE_SELF).ru_minflt, time.process_time()
     engine.forward_backward(batches, tokens)
-    engine.step(1e-4)
+    engine.optim_step(1e-4)
     whole = time.process_time() - began
     faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
     return {**parts.seconds, "whole": whole, "faults": float(faults)}
@@ -129,7 +129,7 @@ def profile(arguments: argparse.Namespace) -> dict[int, dict[str, float]]:
 
     parts = Parts()
     parts.watch(qwen3, "create_causal_mask", "forward: mask")
-    parts.watch(loss, "token_loss_sum", "forward: loss")
+    parts.watch(loss, "compute_token_loss_sum", "forward: loss")
     engines = {stage: build(arguments.size, arguments.precision, stage, parts) for stage in arguments.zero}
     found: dict[int, list[dict[str, float]]] = {stage: [] for stage in engines}
     for _ in range(WARM_UP + arguments.steps):

@@ -45,7 +45,7 @@ def context(report: Any = None, stop_request: Any = None) -> RunContext:
     if report is not None:
         options["report"] = report
     if stop_request is not None:
-        options["stop_request"] = stop_request
+        options["read_stop_request"] = stop_request
     return RunContext(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), **options)
 
 

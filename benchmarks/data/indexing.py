@@ -3,7 +3,7 @@
     python indexing.py DOCUMENTS
 
 The documents are lines of a few words in one file. They are surveyed as by `ltt prepare`: read, hashed, compared. Then
-lengths are made up for them, cut as by `too_long: continue`, indexed in shards of ten million tokens (without writing
+lengths are made up for them, cut as by `overlong: split`, indexed in shards of ten million tokens (without writing
 tokens), joined to one index, and packed from it in windows into a plan on disk. Prints what each part took, and the
 most memory of the whole process, as JSON.
 """

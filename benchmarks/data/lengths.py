@@ -20,7 +20,7 @@ def lengths_of(documents: int) -> Integers:
 
 
 def chunks_of(lengths: Integers) -> tuple[Integers, Integers]:
-    """Document and length of every chunk, as `too_long: continue` cuts them."""
+    """Document and length of every chunk, as `overlong: split` cuts them."""
     counts = -(-lengths // LENGTH)
     document = np.repeat(np.arange(len(lengths)), counts)
     chunks = np.full(len(document), LENGTH)

@@ -49,7 +49,7 @@ class Check:
 
     name: str
     tasks: Sequence[str]
-    spike_guard: Judge
+    judge: Judge
     optional: bool = False
     """A task that fails means that this machine does not have it."""
 
@@ -65,7 +65,7 @@ class Check:
             if isinstance(result, Skipped):
                 return Row(self.name, "skipped", result.reason)
         stages = {task: result.stages for task, result in found.items() if isinstance(result, Done)}
-        return Row(self.name, *self.spike_guard(stages, bench, machine))
+        return Row(self.name, *self.judge(stages, bench, machine))
 
 
 def _verdict(*conditions: bool) -> Verdict:
@@ -115,7 +115,7 @@ def _precision(stages: Stages, _bench: Bench, _machine: Values) -> Found:
 
 
 def _attention(kind: str) -> Judge:
-    def spike_guard(stages: Stages, _bench: Bench, _machine: Values) -> Found:
+    def judge(stages: Stages, _bench: Bench, _machine: Values) -> Found:
         found = stages[kind][0]
         faults = [f"{name} in {precision}" for precision in found for name in attention_faults(found[precision])]
         if "fp32" in found and found["fp32"]["error"] > _FP32_ATTENTION:
@@ -131,7 +131,7 @@ def _attention(kind: str) -> Judge:
             "as near to eager in fp32 as eager in bf16 is; documents do not see each other",
         )
 
-    return spike_guard
+    return judge
 
 
 def attention_faults(found: Values) -> list[str]:
@@ -149,13 +149,13 @@ def attention_faults(found: Values) -> list[str]:
 
 
 def _zero(stage: int) -> Judge:
-    def spike_guard(stages: Stages, _bench: Bench, _machine: Values) -> Found:
+    def judge(stages: Stages, _bench: Bench, _machine: Values) -> Found:
         losses = stages[f"zero{stage}"][0]["losses"]
         away = _apart(losses, stages["zero2"][0]["losses"])
         value = f"loss {losses[0]:.3f} to {losses[-1]:.3f}, at most {away:.2%} from ZeRO 2"
         return _verdict(_falls(losses), away <= _LOSS), value, f"finite, falls, within {_LOSS:.0%} of ZeRO 2"
 
-    return spike_guard
+    return judge
 
 
 def _two_ranks(stages: Stages, _bench: Bench, _machine: Values) -> Found:

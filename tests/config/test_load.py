@@ -178,7 +178,7 @@ def test_all_problems_are_reported_at_once_in_the_order_of_the_file(tmp_path: Pa
     text = SMALL.replace(
         "train: {steps: 10}", "train: {steps: 10, epochs: 1}\noptim:\n  lr: '0.1'\n  lr: .inf\n  eps: 0"
     )
-    lines = problems(tmp_path, text + "\nengine: {zero: 5}\n", "nonsense", "optim.weight_deca=0")
+    lines = problems(tmp_path, text + "\nengine: {zero_stage: 5}\n", "nonsense", "optim.weight_deca=0")
     assert [line.split(": ")[0] for line in lines] == [
         "a.yaml:8",
         "a.yaml:11",

@@ -36,11 +36,11 @@ try:
 except ToolkitError as error:
     print("error", type(error).__name__, error)
     raise SystemExit
-sequences = PackedDataset(prepared.receipt, global_batch=1, epochs=1)
+sequences = PackedDataset(prepared.dataset_info, global_batch=1, epochs=1)
 print("shards", len(list((prepared.directory / "tokens").glob("tokens-*"))))
 print("progress", [event for event in done if event[0] == "tokens"][-1])
-for step in range(sequences.steps):
-    print(step, sequences.ledger(step), sequences.text_of(step, 0).encode())
+for step in range(sequences.total_steps):
+    print(step, sequences.get_document_spans(step), sequences.decode_sequence(step, 0).encode())
 print(said.getvalue(), file=sys.stderr)
 """
 

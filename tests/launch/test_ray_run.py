@@ -163,7 +163,7 @@ def without_a_restart_left_the_cause_is_said(config: Path, start: Start) -> None
         _, err = process.communicate(timeout=240)
     assert process.returncode == 1
     assert "rank 0 failed" in err
-    assert "All restarts (failures.max_failures = 0) are used up; the same command goes on" in err
+    assert "All restarts (failures.max_failures = 0) are used up; the same command resumes" in err
     assert "Traceback" not in err
 
 

@@ -144,7 +144,7 @@ def test_a_toolkit_that_is_killed_leaves_nothing_behind() -> None:
     code = (
         "import sys\nfrom llm_training_toolkit.evaluation.sandbox.run import SandboxLimits, run_program\n"
         "program = 'import ctypes, time; ctypes.CDLL(None).prctl(1, 0); time.sleep(99)'\n"
-        f"run_program(program, {kind!r}, SandboxLimits(seconds=99.0, file={MARK}))"
+        f"run_program(program, {kind!r}, SandboxLimits(seconds=99.0, max_file_bytes={MARK}))"
     )
     process = subprocess.Popen([sys.executable, "-c", code])
     end = time.monotonic() + 30

@@ -39,7 +39,7 @@ class Engine:
     def __init__(
         self, module: LossModule, optim: OptimConfig, deepspeed_config: Mapping[str, Any], device: torch.device
     ) -> None:
-        import deepspeed  # noqa: PLC0415 - heavy, and only after prepare_process
+        import deepspeed  # noqa: PLC0415 - heavy, and only after prepare_deepspeed
 
         if device.type == "cpu":
             keep_freed_memory()
@@ -88,10 +88,10 @@ class Engine:
     ) -> float:
         """Accumulate the gradients of this rank's micro-batches and return the sum of its token losses.
 
-        `loss_tokens` counts the loss tokens of the global batch; `begin` is called with the index of each micro-batch
-        before it runs. Every rank must pass the same number of micro-batches. From ZeRO 1 on DeepSpeed averages
-        gradients over ranks: the factor `world_size` undoes that, and `scale_wrt_gas=False` prevents division by the
-        accumulation steps. Forgetting either raises no error.
+        `loss_tokens` counts the loss tokens of the global batch; `on_micro_batch_start` is called with the index of
+        each micro-batch before it runs. Every rank must pass the same number of micro-batches. From ZeRO 1 on
+        DeepSpeed averages gradients over ranks: the factor `world_size` undoes that, and `scale_wrt_gas=False`
+        prevents division by the accumulation steps. Forgetting either raises no error.
         """
         self.deepspeed.train()
         total = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -126,9 +126,9 @@ class Engine:
     def optim_step(self, lr: float, should_update: Callable[[float], bool] = _allow_update) -> float:
         """Update the weights with the accumulated gradients and return the gradient norm before clipping.
 
-        Every rank calls `allow` once with that norm, in the same order. If it returns False, weights and moments stay
-        unchanged, bit for bit. Non-finite gradients skip the update, possibly without a call of `allow`, and make the
-        returned norm non-finite.
+        Every rank calls `should_update` once with that norm, in the same order. If it returns False, weights and
+        moments stay unchanged, bit for bit. Non-finite gradients skip the update, possibly without a call of
+        `should_update`, and make the returned norm non-finite.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -165,7 +165,7 @@ class Engine:
         return pieces[self.rank :: self.world_size] if self.stage == 0 else pieces
 
     def create_optimizer_state(self, num_updates: int) -> None:
-        """Create the optimizer state to load into, as after `updates` updates; the previous state is dropped.
+        """Create the optimizer state to load into, as after `num_updates` updates; the previous state is dropped.
 
         Each flat tensor gets its own step counter. A shared one would advance once per tensor, which silently wrecks
         Adam's bias correction (DeepSpeed's universal loading does this).
@@ -235,8 +235,8 @@ class DeviceTimer:
 
     def __enter__(self) -> Self:
         if self._on_gpu:
-            on_micro_batch_start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-            self._spans.append((on_micro_batch_start, end))
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+            self._spans.append((begin, end))
             self._spans[-1][0].record()
         else:
             self._began = time.perf_counter()
@@ -252,5 +252,5 @@ class DeviceTimer:
 
     def total_seconds(self) -> float:
         """Return the sum so far."""
-        milliseconds = sum(float(on_micro_batch_start.elapsed_time(end)) for on_micro_batch_start, end in self._spans)
+        milliseconds = sum(float(begin.elapsed_time(end)) for begin, end in self._spans)
         return self._total + milliseconds / 1e3

@@ -53,7 +53,7 @@ def _close_attempt(run: RunDirectory, attempt: int) -> bool:
 
 
 def end_attempt(run: RunDirectory, attempt: int, state: str, **facts: object) -> None:
-    """Record the end state of an attempt: `finished`, `stopped`, `failed` or `lost` (killed)."""
+    """Record the end state of an attempt: `finished`, `stopped`, `drained`, `failed` or `lost` (killed)."""
     path = run.attempts_dir / f"{attempt:04d}.json"
     # A record truncated by a kill or a full disk at its start provides only the number.
     record = {"attempt": attempt} | read_attempt_record(run, attempt) | {"state": state, "ended": time.time(), **facts}

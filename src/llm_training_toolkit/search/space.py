@@ -140,7 +140,7 @@ def check_search_space(trials: TrialConfigBuilder) -> list[str]:
     if search.metric.startswith("eval/") and not base.data.eval.fraction and not base.data.eval.sources:
         raise PlanError(
             f"metric = {search.metric}: nothing is held out (data.eval.fraction = 0), so it is never reported; give "
-            "data.eval.fraction in the base or under set, or take metric: train/loss"
+            "data.eval.fraction in the base or under overrides, or take metric: train/loss"
         )
     if search.metric != "eval/bits_per_byte" and any(key.startswith("tokenizer.") for key in search.search):
         raise PlanError(

@@ -125,7 +125,7 @@ def build_report(
 def format_report(report: DrillReport) -> list[str]:
     """Format the report for people."""
     several = [
-        f"  {each.kind:<10} step {each.step:>7}  {each.seconds_to_recover:6.1f} s  {each.went_on_from or 'the start'}"
+        f"  {each.kind:<18} step {each.step:>7}  {each.seconds_to_recover:6.1f} s  {each.went_on_from or 'the start'}"
         for each in report.failures
     ]
     return [

@@ -162,7 +162,7 @@ class WorkerGroup:
     def _run_trainer(self) -> None:
         try:
             self._fit_outcome.append(_build_trainer(self._spec, self._control).fit().return_value)
-        except Exception as error:  # noqa: BLE001 - the edge of a thread: `run` looks at it in the main one
+        except Exception as error:  # noqa: BLE001 - the edge of a thread: `run_workers` looks at it in the main one
             self._fit_outcome.append(error)
 
     def _receive_events(self) -> HeartbeatsByRank | None:

@@ -107,7 +107,7 @@ def _check_best_configs(asked: SearchSpec) -> None:
     for point in boundary_points(asked.search):
         if not asked.trials.find_problem(point):
             replace_config_values(
-                asked.base_config, point, f"best.yaml (the base without set) with {format_point(point)}"
+                asked.base_config, point, f"best.yaml (the base without overrides) with {format_point(point)}"
             )
 
 
