@@ -36,7 +36,7 @@ class RankPool:
             self._processes.append(process)
         self._collect(120)
 
-    def run(self, task: Task, *, timeout: float = 120, **arguments: Any) -> list[Any]:
+    def run(self, task: Task, *, timeout: float = 600, **arguments: Any) -> list[Any]:
         """Run a task on every rank; what each returned, in the order of ranks."""
         for pipe in self._pipes:
             pipe.send((task, arguments))

@@ -57,7 +57,7 @@ def shown(where: str, environment: Mapping[str, str], seconds: float) -> bytes:
                 break
             time.sleep(0.5)
         process.terminate()  # not Ctrl-C: who runs in the background may be told to ignore it
-        process.communicate(timeout=30)
+        process.communicate(timeout=120)
     return found
 
 

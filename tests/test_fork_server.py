@@ -58,7 +58,7 @@ def test_signals_reach_it_and_its_end_is_told(number: signal.Signals) -> None:
         with pytest.raises(subprocess.TimeoutExpired):
             process.wait(0.1)
         process.send_signal(number)
-        _, err = process.communicate(timeout=120)
+        _, err = process.communicate(timeout=600)
     assert process.returncode == process.poll()
     if number is signal.SIGINT:
         assert process.returncode != 0

@@ -75,7 +75,7 @@ def executed(name: str, run: RunDirectory, folder: Path, *, more: str = "") -> l
     """Outputs of a notebook on a run, in order; `more` is a last cell of the test's own."""
     notebook = nbformat.read(FOLDER / name, as_version=4)
     notebook.cells.append(nbformat.v4.new_code_cell(more))
-    client = NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(FOLDER)}})
+    client = NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(FOLDER)}})
     changed = {"LTT_RUN": str(run.path), "IPYTHONDIR": str(folder / "ipython")}
     # A backend set for scripts, as CI machines do, would draw the pictures nowhere.
     client.execute(env={name: value for name, value in os.environ.items() if name != "MPLBACKEND"} | changed)

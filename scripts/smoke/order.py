@@ -26,7 +26,7 @@ class Times:
 
 
 _GPU = Times(small=20.0, large=60.0, limit=180.0)
-_CPU = Times(small=4.0, large=5.0, limit=120.0)
+_CPU = Times(small=4.0, large=5.0, limit=600.0)
 
 
 @dataclass

@@ -142,7 +142,7 @@ def test_the_job_has_a_token_of_its_own(tmp_path: Path) -> None:
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         job = start(tmp_path / name, "run.yaml", CODE="0")
-        job.process.wait(timeout=30)
+        job.process.wait(timeout=120)
         environment = json.loads(job.trace("ltt") or "")["env"]
         assert environment["RAY_AUTH_MODE"] == "token"
         assert re.fullmatch("[0-9a-f]{64}", environment["RAY_AUTH_TOKEN"])

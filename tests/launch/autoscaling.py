@@ -47,7 +47,7 @@ def autoscaling_cluster(most: int) -> Iterator[Mapping[str, str]]:
         yield environment | {"RAY_ADDRESS": address}
     finally:
         process.terminate()
-        process.wait(timeout=60)
+        process.wait(timeout=300)
         for left in [found for found in psutil.process_iter() if _works_in(found, folder)]:  # nodes it has added
             left.kill()
         shutil.rmtree(folder, ignore_errors=True)
@@ -67,7 +67,7 @@ def _works_in(process: psutil.Process, folder: Path) -> bool:
 
 
 def _wait_for(address: str, environment: Mapping[str, str], process: subprocess.Popen[bytes], log: Path) -> None:
-    end = time.monotonic() + 60
+    end = time.monotonic() + 300
     ask = [_RAY, "health-check", "--address", address]
     while subprocess.run(ask, env=environment, capture_output=True, check=False).returncode:
         assert process.poll() is None, log.read_text()

@@ -59,7 +59,7 @@ def command(config: Path, *arguments: str) -> list[str]:
     return [sys.executable, "-m", "llm_training_toolkit", "train", str(config), *arguments]
 
 
-def wait_for_step(run: RunDirectory, step: int, process: subprocess.Popen[str], seconds: float = 240) -> None:
+def wait_for_step(run: RunDirectory, step: int, process: subprocess.Popen[str], seconds: float = 900) -> None:
     """Wait until the run has completed `step` steps."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:

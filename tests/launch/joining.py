@@ -10,7 +10,7 @@ import fork_server
 _WAIT = """
 import sys, time, ray
 ray.init(address=sys.argv[1], logging_level="error", log_to_driver=False)
-end = time.monotonic() + 60
+end = time.monotonic() + 300
 while not set(sys.argv[2:]) <= {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}:
     assert time.monotonic() < end, ray.nodes()
     time.sleep(0.2)

@@ -29,7 +29,7 @@ INLINE: dict[str, dict[str, Any]] = {
 
 def ltt(verb: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     whole = [sys.executable, "-m", "llm_training_toolkit", verb, *arguments]
-    return fork_server.run(whole, capture_output=True, timeout=240)
+    return fork_server.run(whole, capture_output=True, timeout=900)
 
 
 def adapted(base: Path, **lora: Any) -> dict[str, dict[str, Any]]:

@@ -19,7 +19,7 @@ WITHOUT_CLUSTER = {name: value for name, value in os.environ.items() if name != 
 
 def refused(config: Path, *arguments: str) -> tuple[int, str]:
     """Exit code and standard error of a start that is meant to be refused."""
-    done = fork_server.run(command(config, *arguments), capture_output=True, env=WITHOUT_CLUSTER, timeout=240)
+    done = fork_server.run(command(config, *arguments), capture_output=True, env=WITHOUT_CLUSTER, timeout=900)
     assert "Traceback" not in done.stderr
     return done.returncode, done.stderr
 
@@ -79,7 +79,7 @@ def test_a_second_start_of_a_running_run_is_refused(launch_config: Callable[...,
         wait_for_step(run_of(config), 2, process)
         code, said = refused(config, "train.steps=2000")
         process.send_signal(signal.SIGINT)
-        process.communicate(timeout=240)
+        process.communicate(timeout=900)
     assert code == 1
     assert f"already running (process {process.pid}" in said
     assert process.returncode == 75

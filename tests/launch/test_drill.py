@@ -137,7 +137,7 @@ def drill(config: Path, *kinds: str, seed: int = 1, hang: str = "20s") -> dict[s
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(2400)
 def test_one_process_survives_kills_damage_and_storage_that_takes_no_more(
     launch_config: Callable[..., Path],
 ) -> None:
@@ -153,6 +153,7 @@ def test_one_process_survives_kills_damage_and_storage_that_takes_no_more(
 
 @pytest.mark.cluster
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(2400)
 def test_a_cluster_of_several_nodes_survives_what_only_a_cluster_can_have(launch_config: Callable[..., Path]) -> None:
-    drill(launch_config("drilled-on-ray", **sections(400, 4, 2)), "hang", "node", "preemption", "head", hang="5s")
+    """A hang and a preempted node, in test_elastic_run too, are left to `make drill`: two minutes each."""
+    drill(launch_config("drilled-on-ray", **sections(200, 4, 2)), "node", "head", hang="5s")

@@ -20,7 +20,7 @@ from launch.conftest import Environment, command, run_of, wait_for_step
 from llm_training_toolkit.runs.attempts import find_last_attempt, read_attempt_record
 from llm_training_toolkit.runs.directory import RunDirectory
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(2400)]
 STEPS, EVERY = 300, 25
 SECTIONS = {
     "train": {"steps": STEPS, "global_batch_size": 12, "micro_batch_size": 2, "precision": "fp32"},
@@ -75,7 +75,7 @@ def attempts(run: RunDirectory) -> list[dict[str, Any]]:
     return [read_attempt_record(run, number) for number in range(1, find_last_attempt(run) + 1)]
 
 
-def until(condition: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 240) -> None:
+def until(condition: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 900) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None
@@ -111,7 +111,7 @@ def test_a_run_shrinks_and_grows_with_its_cluster_and_comes_out_the_same(
         nodes.lose("127.0.1.3")
         nodes.add("127.0.1.4")
         nodes.add("127.0.1.5")
-        out, _ = process.communicate(timeout=240)
+        out, _ = process.communicate(timeout=900)
     assert process.returncode == 0, out
     first, shrunk, left, grown = attempts(run)
     assert [each["workers"] for each in (first, shrunk, left, grown)] == [3, 2, 1, 3]
@@ -149,7 +149,7 @@ def test_a_rank_that_hangs_is_named_and_a_step_that_fails_twice_ends_the_run(
         assert works(run, 2, process, steps=at) == at, "no checkpoint: it began at the first step again"
         assert not stopped.is_running(), "a stopped process would keep its GPU's memory"
         os.kill(read_attempt_record(run, 2)["pid"], signal.SIGKILL)
-        out, err = process.communicate(timeout=240)
+        out, err = process.communicate(timeout=900)
     assert process.returncode == 1
     hung, killed = (each["failure"] for each in attempts(run))
     assert (hung["kind"], hung["rank"], hung["step"]) == ("hang", 1, at + 1)

@@ -12,7 +12,7 @@ import fork_server
 from launch.conftest import Environment, command, run_of
 from llm_training_toolkit.runs.attempts import read_attempt_record
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(2400)]
 TRAIN = {"steps": 10, "global_batch_size": 4, "micro_batch_size": 2, "precision": "bf16"}
 
 

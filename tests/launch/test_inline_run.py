@@ -39,7 +39,7 @@ def test_one_process_stops_with_a_checkpoint_and_goes_on(launch_config: Callable
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         wait_for_step(run_of(config), 5, process)
         process.send_signal(signal.SIGTERM)
-        out, err = process.communicate(timeout=240)
+        out, err = process.communicate(timeout=900)
     assert process.returncode == 75, err
     stopped = json.loads(out)["step"]
     last_row, first_ended = rows(run_of(config))[-1]["time"], read_attempt_record(run_of(config), 1)["command_ended"]

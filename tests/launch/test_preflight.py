@@ -17,7 +17,7 @@ from launch.conftest import Environment, command, run_of
 from launch.joining import wait_for_nodes
 from models.test_loading import QWEN3, published
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(2400)]
 RAY = str(Path(sys.executable).parent / "ray")
 
 

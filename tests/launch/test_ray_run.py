@@ -21,7 +21,7 @@ from llm_training_toolkit.checkpoint import find_latest_checkpoint
 from llm_training_toolkit.runs.attempts import find_last_attempt, read_attempt_record
 from llm_training_toolkit.runs.directory import RunDirectory
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(2400)]
 Start = Callable[[list[str]], subprocess.Popen[str]]
 STEPS = 80
 SECTIONS = {
@@ -137,7 +137,7 @@ def a_stop_saves_and_exits_75(config: Path, start: Start) -> None:
     with start(command(config, "--json")) as process:
         wait_for_step(run_of(config), 5, process)
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=240)
+        out, err = process.communicate(timeout=900)
     assert process.returncode == 75, err
     answer = json.loads(out)
     assert answer["status"] == "stopped"
@@ -152,7 +152,7 @@ def a_second_interrupt_leaves_at_once(config: Path, start: Start) -> None:
         wait_for_step(run_of(config), 25, process)
         process.send_signal(signal.SIGINT)
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=240)
+        out, err = process.communicate(timeout=900)
     assert process.returncode == 75, err
     assert f"resuming from {before.name}" in out
 
@@ -160,7 +160,7 @@ def a_second_interrupt_leaves_at_once(config: Path, start: Start) -> None:
 def without_a_restart_left_the_cause_is_said(config: Path, start: Start) -> None:
     with start(command(config, "failures.max_failures=0")) as process:
         kill_rank_0(config, 45, process)
-        _, err = process.communicate(timeout=240)
+        _, err = process.communicate(timeout=900)
     assert process.returncode == 1
     assert "rank 0 failed" in err
     assert "All restarts (failures.max_failures = 0) are used up; the same command resumes" in err
@@ -171,7 +171,7 @@ def a_killed_worker_is_replaced(config: Path, start: Start) -> None:
     run = run_of(config)
     with start(command(config, "--json")) as process:
         kill_rank_0(config, 65, process)
-        out, err = process.communicate(timeout=240)
+        out, err = process.communicate(timeout=900)
     assert process.returncode == 0, err
     assert json.loads(out)["status"] == "finished"
     states = [read_attempt_record(run, number)["state"] for number in range(1, find_last_attempt(run) + 1)]

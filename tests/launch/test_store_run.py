@@ -17,7 +17,7 @@ from launch.conftest import Environment, command, run_of
 from launch.test_inline_run import losses
 from s3_server import client, keys, s3_server
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 STEPS = 32
 SECTIONS: dict[str, dict[str, Any]] = {
     "train": {"steps": STEPS, "global_batch_size": 4, "micro_batch_size": 2},
@@ -103,7 +103,7 @@ def test_workers_with_directories_of_their_own_lose_one_and_go_on(
         wait_for_checkpoint("stored_on_ray", 4, s3, process)
         body = client(s3).get_object(Bucket="bucket", Key="stored_on_ray/attempts/0001.json")["Body"]
         os.kill(json.loads(body.read())["processes"][1], signal.SIGKILL)
-        out, err = process.communicate(timeout=240)
+        out, err = process.communicate(timeout=900)
     assert process.returncode == 0, err
     assert json.loads(out)["step"] == STEPS
     assert [entry["name"] for entry in manifest("stored_on_ray", s3)["files"]] == [

@@ -26,7 +26,7 @@ from llm_training_toolkit.runs.attempts import read_attempt_record
 from llm_training_toolkit.runs.directory import RunDirectory
 from llm_training_toolkit.search.event_log import EventLog, SearchDirectory
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(2400)]
 TRIALS = 4
 _LEFT = """
 import json, ray
@@ -103,7 +103,7 @@ def file(launch_config: Callable[..., Path]) -> Path:
     return path
 
 
-def wait_for(what: Callable[[], object], process: subprocess.Popen[str], seconds: float = 240) -> None:
+def wait_for(what: Callable[[], object], process: subprocess.Popen[str], seconds: float = 900) -> None:
     end = time.monotonic() + seconds
     while not what():
         assert process.poll() is None, process.communicate()
@@ -161,7 +161,7 @@ def test_a_search_survives_its_workers_and_its_driver(file: Path, ray_environmen
     rows = {number: found.get_trial_run(number).metrics_path.read_text() for number in ended}
     assert ended
 
-    done = fork_server.run(command(file, "--json"), env=ray_environment, capture_output=True, timeout=240)
+    done = fork_server.run(command(file, "--json"), env=ray_environment, capture_output=True, timeout=900)
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout)
     assert len(answer["trials"]) == TRIALS

@@ -13,7 +13,7 @@ import fork_server
 from launch.autoscaling import autoscaling_cluster
 from launch.conftest import Environment, command, run_of
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(2400)]
 HOLD = """
 import sys, ray
 from ray.util.placement_group import placement_group

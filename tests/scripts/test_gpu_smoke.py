@@ -63,12 +63,13 @@ def test_without_a_gpu_it_says_so_and_ends_well(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2700)
 def test_everything_is_rehearsed_on_cpu_without_ray_and_yaml(
     tmp_path: Path, without_ray_and_yaml: Mapping[str, str]
 ) -> None:
     for module in ("ray", "ruamel.yaml"):
         assert python(f"import {module}", without_ray_and_yaml).returncode == 1
-    done, report = smoke(tmp_path / "report.json", "--device", "cpu", "--minutes", "10", **without_ray_and_yaml)
+    done, report = smoke(tmp_path / "report.json", "--device", "cpu", "--minutes", "40", **without_ray_and_yaml)
     assert done.returncode == 0, done.stdout + done.stderr
     assert report["status"] == "ok"
     rows = {row["name"]: row for row in report["rows"]}
