@@ -208,8 +208,8 @@ def test_a_steps_data_is_shown_to_the_token(sequences: PackedDataset, data_outpu
     encoder = open_tokenizer(sequences.dataset_info.tokenizer_path)
     special = [encoder.get_special_token_id(marker) for marker in TOKENS.all]
     batch = sequences.get_micro_batches(0, range(GLOBAL_BATCH), GLOBAL_BATCH)[0]
-    ledger = sequences.get_document_spans(0)
-    assert len(shown.sequences) == len(ledger) == GLOBAL_BATCH
+    event_log = sequences.get_document_spans(0)
+    assert len(shown.sequences) == len(event_log) == GLOBAL_BATCH
     for i, tokens in enumerate(shown.sequences):
         assert "".join(text for text, _ in tokens) == sequences.decode_sequence(0, i)
         ids = batch.input_ids[i, : len(tokens)].tolist()
@@ -218,7 +218,7 @@ def test_a_steps_data_is_shown_to_the_token(sequences: PackedDataset, data_outpu
         assert ["loss" in classes for _, classes in tokens] == predicted
         names = [
             f"{sequences.get_document_name(piece.source, piece.document)} · {piece.tokens} tokens"
-            for piece in ledger[i]
+            for piece in event_log[i]
         ]
         padding = 64 - len(tokens)
         assert all(name in origin for name, origin in zip(names, shown.origins[i], strict=False))

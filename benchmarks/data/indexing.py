@@ -38,7 +38,7 @@ def write_lines(documents: int, folder: Path) -> None:
         file.writelines(f'{{"text": "document {number}"}}\n' for number in range(documents))
 
 
-def survey(documents: int, folder: Path) -> None:
+def document_index(documents: int, folder: Path) -> None:
     """Read, hash and compare them."""
     place = folder / "documents"
     source = {"path": str(folder / "documents.jsonl"), "format": "text"}
@@ -95,7 +95,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_lines(documents, folder)
-        found = {"documents": documents, "survey": seconds(survey, documents, folder)}
+        found = {"documents": documents, "survey": seconds(document_index, documents, folder)}
         found |= {"index": seconds(index, documents, folder), "pack": seconds(packed, folder)}
         found["peak_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
         plan, lengths = PackingPlan.read(folder / "plan"), ExampleStore(folder / "tokens").length

@@ -223,9 +223,9 @@ def measure(runs: Path) -> dict[str, Any]:
             again = _search(command, cluster, _nothing, found)
             again["left"] = _left(cluster, found)
             again["repeated"] = sum(_ended(found)[number] != rows for number, rows in before.items())
-            ledger = EventLog(found.event_log_path)
-            winner = find_best_trial(ledger, "min")
-            states = [trial.state for trial in ledger.trials.values()]
+            event_log = EventLog(found.event_log_path)
+            winner = find_best_trial(event_log, "min")
+            states = [trial.state for trial in event_log.trials.values()]
             value = winner.last_rung.value if winner and winner.last_rung else None
             endings[words] = {
                 "first": first,

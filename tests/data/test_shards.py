@@ -87,11 +87,11 @@ def test_a_shard_begins_anywhere(tmp_path: Path, kind: str, edges: list[float]) 
     path = a_source(folder, kind)
     data = DataConfig.model_validate({"sequence_length": 64, "sources": [{"path": str(path), "format": "text"}]})
     build_document_index(data, place, lambda _done: None)
-    survey = DocumentIndex.read(place)
-    rows = len(survey.get_source_rows(0))
+    document_index = DocumentIndex.read(place)
+    rows = len(document_index.get_source_rows(0))
     assert rows == 47  # of fifty different texts three are empty in both rounds
     cuts = sorted({0, rows, *(int(edge * rows) for edge in edges)})
-    rereader = DocumentReader(data, survey)
+    rereader = DocumentReader(data, document_index)
     pieces = [
         (number, document.name, document.text)
         for first, stop in pairwise(cuts)
@@ -99,7 +99,7 @@ def test_a_shard_begins_anywhere(tmp_path: Path, kind: str, edges: list[float]) 
         for number, document in rereader.read_documents(DocumentShard(0, first, stop), held=held)
     ]
     assert sorted(number for number, _, _ in pieces) == list(range(rows))
-    assert {name for _, name, _ in pieces} == set(survey.names.to_pylist())
+    assert {name for _, name, _ in pieces} == set(document_index.names.to_pylist())
     assert len({text for _, _, text in pieces}) == rows
 
 
@@ -107,13 +107,13 @@ def test_what_a_shard_does_not_need_is_not_read(configure: Configure, corpus: Pa
     data, place = configure().data, corpus.parent / "survey"
     place.mkdir()
     build_document_index(data, place, lambda _done: None)
-    survey = DocumentIndex.read(place)
+    document_index = DocumentIndex.read(place)
     for number in (0, 1, 30):
         (corpus / f"file{number:02}.py").write_bytes(b"\xff no text any more")
-    found = list(DocumentReader(data, survey).read_documents(DocumentShard(0, 5, 20), held=False))
+    found = list(DocumentReader(data, document_index).read_documents(DocumentShard(0, 5, 20), held=False))
     assert found
     with pytest.raises(DataError, match=r"file30\.py.*not UTF-8"):
-        list(DocumentReader(data, survey).read_documents(DocumentShard(0, 25, 35), held=False))
+        list(DocumentReader(data, document_index).read_documents(DocumentShard(0, 25, 35), held=False))
 
 
 def test_a_document_that_is_gone_is_named(configure: Configure, corpus: Path) -> None:
@@ -148,8 +148,8 @@ def test_what_was_done_before_a_failure_is_not_done_again(
     before = list(written)
     prepared = prepare_dataset(configure(), markers)
     assert not (prepared.directory / ".tokens.shards").exists()
-    survey = DocumentIndex.read(prepared.directory / "documents")
-    everything = split_into_shards(configure().data, survey, [0], held=False)
+    document_index = DocumentIndex.read(prepared.directory / "documents")
+    everything = split_into_shards(configure().data, document_index, [0], held=False)
     assert written[len(before) :] == everything[4:]
 
 

@@ -34,16 +34,16 @@ def data(*paths: Path, form: str = "code", **more: Any) -> DataConfig:
     return DataConfig.model_validate({"sequence_length": 64, "sources": sources, **more})
 
 
-def survey(of: DataConfig, folder: Path) -> DocumentIndex:
+def document_index(of: DataConfig, folder: Path) -> DocumentIndex:
     folder.mkdir(exist_ok=True)
     build_document_index(of, folder, lambda _done: None)
     return DocumentIndex.read(folder)
 
 
-def texts(of: DataConfig, survey: DocumentIndex, *, held: bool) -> list[str]:
+def texts(of: DataConfig, document_index: DocumentIndex, *, held: bool) -> list[str]:
     numbers = range(len(list_all_sources(of)))
     order = [*numbers[len(of.sources) :], *numbers[: len(of.sources)]]  # the evaluation's own come first
-    chosen, rereader = split_into_shards(of, survey, order, held=held), DocumentReader(of, survey)
+    chosen, rereader = split_into_shards(of, document_index, order, held=held), DocumentReader(of, document_index)
     return [document.text for shard in chosen for _, document in rereader.read_documents(shard, held=held)]
 
 
@@ -65,7 +65,7 @@ def test_a_survey_reads_back_what_was_taken(tmp_path: Path, monkeypatch: pytest.
     lines = [json.dumps({"text": f"number {i}" if i % 5 else ""}) for i in range(40)]
     (tmp_path / "a.jsonl").write_text("\n".join(lines), encoding="utf-8")
     of = data(tmp_path / "a.jsonl", form="text", eval={"fraction": 0.2})
-    taken = survey(of, tmp_path / "out")
+    taken = document_index(of, tmp_path / "out")
     assert taken.hashes.shape == (32, 16)
     assert taken.count_documents(held=True) + taken.count_documents(held=False) == 32
     assert taken.count_documents(held=True, source=0) == taken.held.sum() > 0
@@ -86,25 +86,25 @@ def repositories(folder: Path, count: int) -> Path:
 
 def test_by_repository_no_file_of_a_held_out_one_is_trained_on(tmp_path: Path) -> None:
     of = data(repositories(tmp_path / "all", 20), eval={"fraction": 0.2, "split_by": "repository"})
-    taken = survey(of, tmp_path / "out")
+    taken = document_index(of, tmp_path / "out")
     held, trained = ({text.split()[-1] for text in texts(of, taken, held=side)} for side in (True, False))
     assert held
     assert trained
     assert held.isdisjoint(trained)
     assert taken.count_documents(held=True) == 5 * len(held)
-    by_document = survey(data(tmp_path / "all", eval={"fraction": 0.2}), tmp_path / "by_document")
+    by_document = document_index(data(tmp_path / "all", eval={"fraction": 0.2}), tmp_path / "by_document")
     assert by_document.count_documents(held=True) % 5
     # The name decides, not the content: a repository keeps its side when its files change.
     for path in (tmp_path / "all").rglob("*.py"):
         path.write_text("changed: " + path.read_text(encoding="utf-8"), encoding="utf-8")
-    again = survey(of, tmp_path / "again")
+    again = document_index(of, tmp_path / "again")
     assert {text.split()[-1] for text in texts(of, again, held=True)} == held
 
 
 def test_one_repository_cannot_be_held_out_of_itself(tmp_path: Path) -> None:
     of = data(repositories(tmp_path / "all", 1), eval={"split_by": "repository"})
     with pytest.raises(DataError, match="all documents are of one repository"):
-        survey(of, tmp_path / "out")
+        document_index(of, tmp_path / "out")
 
 
 def own(path: Path, **more: Any) -> dict[str, Any]:
@@ -118,7 +118,7 @@ def test_files_of_ones_own_are_held_out_and_never_trained_on(tmp_path: Path) -> 
             (tmp_path / folder / f"{folder}_{name}.py").write_text(f"{name}\n", encoding="utf-8")
     (tmp_path / "eval" / "again.py").write_text("x\n", encoding="utf-8")
     of = data(tmp_path / "train", **own(tmp_path / "eval"))
-    taken = survey(of, tmp_path / "out")
+    taken = document_index(of, tmp_path / "out")
     assert texts(of, taken, held=True) == ["x\n", "c\n"]
     assert texts(of, taken, held=False) == ["a\n", "b\n", "d\n"]
     assert taken.dropped == [{"in_eval": 1}, {"duplicate": 1}]
@@ -142,7 +142,7 @@ def test_no_file_of_the_evaluation_is_trained_on_in_a_repository_either(
         sources=[{"path": str(tmp_path / "train"), "format": "code", "group_by": trained}],
         **own(tmp_path / "eval", group_by=evaluated),
     )
-    taken = survey(of, tmp_path / "out")
+    taken = document_index(of, tmp_path / "out")
     together = "".join(texts(of, taken, held=False))
     assert "of 0" not in together
     assert together.count("of 1") == together.count("of 2") == 5
@@ -153,9 +153,9 @@ def test_an_evaluation_of_nothing_is_an_error(tmp_path: Path) -> None:
     repositories(tmp_path / "train", 1)
     (tmp_path / "empty.py").write_text(" \n", encoding="utf-8")
     with pytest.raises(DataError, match=r"data\.eval\.sources: no document is left .*empty\.py"):
-        survey(data(tmp_path / "train", **own(tmp_path / "empty.py")), tmp_path / "out")
+        document_index(data(tmp_path / "train", **own(tmp_path / "empty.py")), tmp_path / "out")
     with pytest.raises(DataError, match=r"data\.sources: no document is left"):
-        survey(data(tmp_path / "train", **own(tmp_path / "train")), tmp_path / "out2")
+        document_index(data(tmp_path / "train", **own(tmp_path / "train")), tmp_path / "out2")
 
 
 def held_out_text(prepared: PreparedDataset, encoder: TextEncoder) -> str:
@@ -198,7 +198,7 @@ def test_verifying_reads_the_content(tmp_path: Path) -> None:
         (folder / f"f{i:02}.py").write_text(f"x = {i:02}\n", encoding="utf-8")
     (folder / "empty.py").write_text("      \n", encoding="utf-8")
     of = data(folder, eval={"fraction": 0.2})
-    survey(of, tmp_path / "out")
+    document_index(of, tmp_path / "out")
     seen = list[int]()
     verify_document_index(of, tmp_path / "out", seen.append)
     assert seen[-1] == 20

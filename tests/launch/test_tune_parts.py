@@ -53,12 +53,12 @@ class Begun:
 
 def work(asked: SearchConfig, path: Path, at_once: int = 4, events: int | None = None) -> EventLog:
     """Carry a search out as Tune does, or go on with it; `events` in, the driver dies."""
-    ledger = EventLog(path / "ledger.jsonl")
-    ledger.record_start()
-    state = SearchBudget(asked, ledger)
+    event_log = EventLog(path / "events.jsonl")
+    event_log.record_start()
+    state = SearchBudget(asked, event_log)
     learner = propose_optuna_point if asked.searcher.name == "optuna" else None
     source = EventLogSearcher(
-        state, TrialSampler(trials(asked, path), ledger, learner), lambda trial: {"number": trial.number}
+        state, TrialSampler(trials(asked, path), event_log, learner), lambda trial: {"number": trial.number}
     )
     gate, at_work, more = RungScheduler(state), list[Begun](), True
     while more or at_work:
@@ -67,7 +67,7 @@ def work(asked: SearchConfig, path: Path, at_once: int = 4, events: int | None =
         events = events and events - 1
         order = source.suggest("") if more and len(at_work) < at_once else "wait"
         if isinstance(order, dict):
-            at_work.append(Begun(asked, ledger.trials[order["number"]]))
+            at_work.append(Begun(asked, event_log.trials[order["number"]]))
             continue
         more = more and order != EventLogSearcher.FINISHED
         if not at_work:
@@ -78,27 +78,27 @@ def work(asked: SearchConfig, path: Path, at_once: int = 4, events: int | None =
             gate.on_trial_complete(None, None, said)
         elif gate.on_trial_result(None, None, said) == RungScheduler.CONTINUE:
             at_work.append(one)
-    return EventLog(path / "ledger.jsonl")
+    return EventLog(path / "events.jsonl")
 
 
-def tokens(ledger: EventLog) -> int:
-    return sum(trial.last_rung.tokens for trial in ledger.trials.values() if trial.last_rung)
+def tokens(event_log: EventLog) -> int:
+    return sum(trial.last_rung.tokens for trial in event_log.trials.values() if trial.last_rung)
 
 
 @pytest.mark.parametrize(("scheduler", "share"), [("fifo", 1.0), ("asha", 0.4), ("median", 0.8), ("hyperband", 0.75)])
 def test_each_scheduler_keeps_the_best_and_saves_what_it_can(scheduler: str, share: float, tmp_path: Path) -> None:
     asked = search(RATE, trials=16, scheduler={"name": scheduler})
-    ledger = work(asked, tmp_path)
-    assert len(ledger.trials) == 16
-    assert {trial.state for trial in ledger.trials.values()} <= {"finished", "stopped"}
-    found = find_best_trial(ledger, "min")
+    event_log = work(asked, tmp_path)
+    assert len(event_log.trials) == 16
+    assert {trial.state for trial in event_log.trials.values()} <= {"finished", "stopped"}
+    found = find_best_trial(event_log, "min")
     assert found is not None
     assert found.state == "finished"
     whole = work(search(RATE, trials=16, scheduler={"name": "fifo"}), tmp_path / "whole")
     assert found.number == min(whole.trials.values(), key=lambda trial: value(trial, STEPS)).number
-    assert tokens(ledger) <= share * tokens(whole)
+    assert tokens(event_log) <= share * tokens(whole)
     if scheduler == "hyperband":
-        assert {rung.bracket for _, rung in ledger.passed_rungs} == {0, 1, 2}
+        assert {rung.bracket for _, rung in event_log.passed_rungs} == {0, 1, 2}
 
 
 @pytest.mark.parametrize("searcher", ["random", "optuna"])
@@ -120,42 +120,42 @@ def test_a_driver_that_dies_anywhere_changes_no_decision(searcher: str, tmp_path
 def test_a_budget_in_tokens_ends_optunas_search_at_the_next_rungs(tmp_path: Path) -> None:
     budget = 3 * STEPS * TOKENS
     asked = search(RATE, trials=None, budget={"tokens": budget}, searcher={"name": "optuna", "n_startup_trials": 4})
-    ledger = work(asked, tmp_path)
-    assert budget <= tokens(ledger) < budget + 4 * STEPS * TOKENS
-    assert ledger.unfinished_trials == []
-    assert len(ledger.trials) > 4
-    assert SearchBudget(asked, ledger).is_search_finished
+    event_log = work(asked, tmp_path)
+    assert budget <= tokens(event_log) < budget + 4 * STEPS * TOKENS
+    assert event_log.unfinished_trials == []
+    assert len(event_log.trials) > 4
+    assert SearchBudget(asked, event_log).is_search_finished
 
 
 def test_a_budget_in_time_lets_nothing_begin_once_it_is_over(tmp_path: Path) -> None:
     asked = search(RATE, trials=None, budget={"time": "1s"})
-    (tmp_path / "ledger.jsonl").write_text('{"time": 10, "event": "start"}\n{"time": 12, "event": "beat"}\n')
+    (tmp_path / "events.jsonl").write_text('{"time": 10, "event": "start"}\n{"time": 12, "event": "beat"}\n')
     assert work(asked, tmp_path).trials == {}
 
 
 def test_failures_are_counted_and_the_last_one_is_written_down(tmp_path: Path) -> None:
-    ledger = EventLog(tmp_path / "ledger.jsonl")
-    ledger.record_begin(TrialRecord(0, {"optim.lr": 0.01}, 0))
+    event_log = EventLog(tmp_path / "events.jsonl")
+    event_log.record_begin(TrialRecord(0, {"optim.lr": 0.01}, 0))
     (tmp_path / "error.txt").write_text("Traceback\n  somewhere\nLaunchError: node 10.0.0.1 was lost\n\n")
     told = SimpleNamespace(config={"number": 0, "run": str(tmp_path)}, error_file=str(tmp_path / "error.txt"))
-    watcher = EventLogCallback(SearchBudget(search(RATE), ledger), lambda: None)
+    watcher = EventLogCallback(SearchBudget(search(RATE), event_log), lambda: None)
     watcher.on_trial_recover(0, [], told)
-    assert (ledger.trials[0].state, ledger.trials[0].failures) == ("begun", 1)
+    assert (event_log.trials[0].state, event_log.trials[0].failures) == ("begun", 1)
     row = {"perf/tokens_per_second": 50.0, "perf/step_seconds": 2.0}
     (tmp_path / "metrics.jsonl").write_text(f"{json.dumps(row)}\n" * 3)
     watcher.on_trial_error(0, [], told)
-    known = EventLog(tmp_path / "ledger.jsonl").trials[0]
+    known = EventLog(tmp_path / "events.jsonl").trials[0]
     assert (known.state, known.error) == ("failed", "LaunchError: node 10.0.0.1 was lost")
     assert known.trained_tokens == 300
 
 
 def test_a_run_that_fails_by_itself_says_what_it_had_trained(tmp_path: Path) -> None:
-    ledger = EventLog(tmp_path / "ledger.jsonl")
-    ledger.record_begin(TrialRecord(0, {"optim.lr": 0.01}, 0))
+    event_log = EventLog(tmp_path / "events.jsonl")
+    event_log.record_begin(TrialRecord(0, {"optim.lr": 0.01}, 0))
     asked = search(RATE, trials=None, budget={"tokens": 500})
     said = {"trial": 0, "kind": "end", "state": "failed", "error": "the loss is nan", "trained": 500}
-    RungScheduler(SearchBudget(asked, ledger)).on_trial_complete(None, None, said)
-    assert SearchBudget(asked, EventLog(tmp_path / "ledger.jsonl")).is_exhausted
+    RungScheduler(SearchBudget(asked, event_log)).on_trial_complete(None, None, said)
+    assert SearchBudget(asked, EventLog(tmp_path / "events.jsonl")).is_exhausted
 
 
 def test_a_line_that_comes_late_from_another_node_is_waited_for(tmp_path: Path) -> None:

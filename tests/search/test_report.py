@@ -24,22 +24,24 @@ from search.test_space import CHOICES, RATE, search
 def searched(path: Path) -> tuple[SearchConfig, EventLog]:
     """A search of sixteen trials on a bowl, one of which failed."""
     asked = search(RATE | CHOICES, trials=16)
-    ledger = EventLog(path)
-    ledger.record_start()
+    event_log = EventLog(path)
+    event_log.record_start()
     for number in range(16):
         point = draw_random_point(asked, number)
-        ledger.record_begin(TrialRecord(number, point, number))
+        event_log.record_begin(TrialRecord(number, point, number))
         worth = (math.log10(point["optim.lr"]) + 2.3) ** 2 + 0.2 * (point["optim.lr_scheduler"] != "wsd")
         for rung, step in enumerate((4, 16, 64)):
             value = worth + 6.0 / (rung + 1)
-            good = rung < 2 and should_continue(asked.scheduler, "min", value, ledger.get_rung_values(rung, 0, number))
-            ledger.record_rung(number, RungResult(rung, step, step * 512, value, go_on=good, last=rung == 2))
+            good = rung < 2 and should_continue(
+                asked.scheduler, "min", value, event_log.get_rung_values(rung, 0, number)
+            )
+            event_log.record_rung(number, RungResult(rung, step, step * 512, value, go_on=good, last=rung == 2))
             if not good:
                 break
-        ledger.record_end(number, "finished" if rung == 2 else "stopped")
-    ledger.record_begin(TrialRecord(16, draw_random_point(asked, 16), 16))
-    ledger.record_end(16, "failed", "step 3: the loss is <nan> & more")
-    return asked, ledger
+        event_log.record_end(number, "finished" if rung == 2 else "stopped")
+    event_log.record_begin(TrialRecord(16, draw_random_point(asked, 16), 16))
+    event_log.record_end(16, "failed", "step 3: the loss is <nan> & more")
+    return asked, event_log
 
 
 class _Balance(HTMLParser):
@@ -57,7 +59,7 @@ class _Balance(HTMLParser):
 
 
 def test_the_page_is_whole_and_fetches_nothing(tmp_path: Path) -> None:
-    text = render_report_page(*searched(tmp_path / "ledger.jsonl"), "bowl", 123_456)
+    text = render_report_page(*searched(tmp_path / "events.jsonl"), "bowl", 123_456)
     balance = _Balance()
     balance.feed(text)
     assert balance.open == []
@@ -67,18 +69,18 @@ def test_the_page_is_whole_and_fetches_nothing(tmp_path: Path) -> None:
 
 
 def test_a_search_in_which_all_failed_still_has_a_page(tmp_path: Path) -> None:
-    ledger = EventLog(tmp_path / "ledger.jsonl")
-    ledger.record_begin(TrialRecord(0, {"optim.lr": 0.01}, 0))
-    ledger.record_rung(0, RungResult(0, 4, 400, math.nan, go_on=False))
-    ledger.record_end(0, "failed", "gone")
-    assert "No trial" in render_report_page(search(RATE), ledger, "none", 0)
+    event_log = EventLog(tmp_path / "events.jsonl")
+    event_log.record_begin(TrialRecord(0, {"optim.lr": 0.01}, 0))
+    event_log.record_rung(0, RungResult(0, 4, 400, math.nan, go_on=False))
+    event_log.record_end(0, "failed", "gone")
+    assert "No trial" in render_report_page(search(RATE), event_log, "none", 0)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(browser() is None, reason="no Chromium on this machine")
 def test_a_browser_draws_every_plot(tmp_path: Path) -> None:
     report = tmp_path / "report.html"
-    report.write_text(render_report_page(*searched(tmp_path / "ledger.jsonl"), "bowl", 123_456))
+    report.write_text(render_report_page(*searched(tmp_path / "events.jsonl"), "bowl", 123_456))
     drawn = (
         "const sizes = [...document.querySelectorAll('.plot')].map(plot => plot.getBoundingClientRect());"
         "if (sizes.length < 16 || !sizes.some(size => size.width > 100 && size.height > 20)) throw Error('no plots')"
@@ -88,10 +90,10 @@ def test_a_browser_draws_every_plot(tmp_path: Path) -> None:
 
 
 def test_the_screen_shows_a_few_trials_the_best_first_and_all_at_work(tmp_path: Path) -> None:
-    asked, ledger = searched(tmp_path / "ledger.jsonl")
-    ledger.record_begin(TrialRecord(17, draw_random_point(asked, 17), 17))
+    asked, event_log = searched(tmp_path / "events.jsonl")
+    event_log.record_begin(TrialRecord(17, draw_random_point(asked, 17), 17))
     console = Console(width=140, record=True, file=StringIO())
-    console.print(build_trials_table(asked, ledger, console.width))
+    console.print(build_trials_table(asked, event_log, console.width))
     lines = console.export_text().splitlines()
     assert lines[1].startswith("t0000")
     assert sum(line.startswith("t00") for line in lines) == 12
@@ -100,11 +102,11 @@ def test_the_screen_shows_a_few_trials_the_best_first_and_all_at_work(tmp_path: 
 
 
 def test_on_a_narrow_screen_titles_are_folded_and_no_value_is(tmp_path: Path) -> None:
-    asked, ledger = searched(tmp_path / "ledger.jsonl")
+    asked, event_log = searched(tmp_path / "events.jsonl")
     found = {}
     for width in (70, 60):
         console = Console(width=width, record=True, file=StringIO())
-        console.print(build_trials_table(asked, ledger, width))
+        console.print(build_trials_table(asked, event_log, width))
         found[width] = next(line for line in console.export_text().splitlines() if line.startswith("t0000")).split()
     assert found[70][:5] == ["t0000", "finished", "2.0029", "64", "32,768"]
     assert found[60][:4] == ["t0000", "finished", "2.0029", "64"], "tokens are left out first"

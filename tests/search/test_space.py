@@ -97,23 +97,23 @@ def test_impossible_points_are_left_out_when_asked_and_count_as_no_trial(tmp_pat
     base = tiny_config(Path("corpus"), tmp_path, cluster={"workers": 6})
     made = trials(asked, tmp_path, base)
     assert len(check_search_space(made)) == 1
-    ledger = EventLog(tmp_path / "ledger.jsonl")
-    suggestions = TrialSampler(made, ledger, None)
+    event_log = EventLog(tmp_path / "events.jsonl")
+    suggestions = TrialSampler(made, event_log, None)
     found = []
     while (trial := suggestions.begin_next_trial()) is not None:
         found.append(trial.parameters["train.global_batch_size"])
     assert sorted(found) == [8, 16]
-    assert len(ledger.invalid_points) == 1
+    assert len(event_log.invalid_points) == 1
 
 
 def test_points_known_as_impossible_are_not_written_down_again(tmp_path: Path) -> None:
     asked = search({"train.global_batch_size": {"choice": [4, 8, 16]}}, invalid="skip", trials=10)
     made = trials(asked, tmp_path, tiny_config(Path("corpus"), tmp_path, cluster={"workers": 6}))
-    ledger = EventLog(tmp_path / "ledger.jsonl")
-    while TrialSampler(made, ledger, None).begin_next_trial() is not None:
+    event_log = EventLog(tmp_path / "events.jsonl")
+    while TrialSampler(made, event_log, None).begin_next_trial() is not None:
         pass
-    assert len(ledger.trials) == 2
-    assert list(ledger.invalid_points.values()) == [{"train.global_batch_size": 4}]
+    assert len(event_log.trials) == 2
+    assert list(event_log.invalid_points.values()) == [{"train.global_batch_size": 4}]
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_trials_have_a_fixed_number_of_workers(tmp_path: Path, workers: Any) -> 
 def test_points_to_try_first_come_first_and_no_point_comes_twice(tmp_path: Path) -> None:
     point = {"optim.weight_decay": 0.1, "optim.lr_scheduler": "wsd"}
     asked = search(CHOICES, points_to_evaluate=[point], trials=20)
-    made, path = trials(asked, tmp_path), tmp_path / "ledger.jsonl"
+    made, path = trials(asked, tmp_path), tmp_path / "events.jsonl"
     first = TrialSampler(made, EventLog(path), None).begin_next_trial()
     assert first is not None
     assert first.parameters == point

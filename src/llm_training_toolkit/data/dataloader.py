@@ -22,10 +22,10 @@ class DataLoader:
         epochs: int | None,
         origin: tuple[int, int] = (0, 0),
         newest: Callable[[DatasetInfo], DatasetInfo] | None = None,
-        ledger: SampleLog | None = None,
+        event_log: SampleLog | None = None,
     ) -> None:
         """Open the data; `newest` reads a DatasetInfo with more epochs while later ones are still being prepared."""
-        self._sample_log = ledger
+        self._sample_log = event_log
         self._dataset = PackedDataset(dataset_info, global_batch=global_batch, epochs=epochs, origin=origin)
         self._newest = newest
         self._dataset_info = dataset_info

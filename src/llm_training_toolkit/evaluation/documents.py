@@ -35,10 +35,10 @@ def read_held_out_documents(origin: ExportedRun) -> Iterator[Document]:
     Raises DataError if they are missing or have changed.
     """
     data = origin.config.data
-    survey = DocumentIndex.read(PreparedDataset.from_info(origin.dataset_info).directory / "documents")
+    document_index = DocumentIndex.read(PreparedDataset.from_info(origin.dataset_info).directory / "documents")
     written = [index for index, source in enumerate(list_all_sources(data)) if source.format != "chat"]
-    rereader = DocumentReader(data, survey)
-    for shard in split_into_shards(data, survey, written, held=True):
+    rereader = DocumentReader(data, document_index)
+    for shard in split_into_shards(data, document_index, written, held=True):
         for _, document in rereader.read_documents(shard, held=True):
             yield document
 

@@ -14,8 +14,8 @@ _MAX_EARLY_FAILURES = 8  # trials in a row that fail before their first rung: a 
 class SearchBudget:
     """State of a search against its limits."""
 
-    def __init__(self, search: SearchConfig, ledger: EventLog) -> None:
-        self.search, self.ledger = search, ledger
+    def __init__(self, search: SearchConfig, event_log: EventLog) -> None:
+        self.search, self.event_log = search, event_log
         self.stop_requested = False
         """Set when a person asks the search to stop."""
         self._before = {trial.number for trial in self._ended_trials}
@@ -27,14 +27,14 @@ class SearchBudget:
         if budget is None:
             return False
         seconds = parse_duration_seconds(budget.time) if budget.time else None
-        tokens = sum(map(get_trial_tokens, self.ledger.trials.values()))
+        tokens = sum(map(get_trial_tokens, self.event_log.trials.values()))
         return (budget.tokens is not None and tokens >= budget.tokens) or (
-            seconds is not None and self.ledger.compute_active_seconds() >= seconds
+            seconds is not None and self.event_log.compute_active_seconds() >= seconds
         )
 
     @property
     def _ended_trials(self) -> list[TrialRecord]:
-        return [trial for trial in self.ledger.trials.values() if trial.state != "begun"]
+        return [trial for trial in self.event_log.trials.values() if trial.state != "begun"]
 
     @property
     def repeated_error(self) -> str:
@@ -47,13 +47,13 @@ class SearchBudget:
     @property
     def is_search_finished(self) -> bool:
         """Return whether the search is done: budget used up, or all trials ended and no other to begin."""
-        count, search = len(self.ledger.trials), self.search
+        count, search = len(self.event_log.trials), self.search
         if self.is_exhausted:
             return True
-        if self.ledger.unfinished_trials:
+        if self.event_log.unfinished_trials:
             return False
         if search.trials is not None and count >= search.trials:
             return True
         every = count_combinations(search)
-        left_out = {point_key(point) for point in self.ledger.invalid_points.values()}
+        left_out = {point_key(point) for point in self.event_log.invalid_points.values()}
         return every is not None and count + len(left_out) >= every

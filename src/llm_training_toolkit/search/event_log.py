@@ -35,7 +35,7 @@ class SearchDirectory:
     @property
     def event_log_path(self) -> Path:
         """Event log: one event per line, append only."""
-        return self.path / "ledger.jsonl"
+        return self.path / "events.jsonl"
 
     @property
     def trials_dir(self) -> Path:

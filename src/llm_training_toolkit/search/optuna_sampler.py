@@ -26,7 +26,7 @@ _OPTUNA_STATES = {
 }
 
 
-def propose_optuna_point(search: SearchConfig, ledger: EventLog, number: int) -> Parameters:
+def propose_optuna_point(search: SearchConfig, event_log: EventLog, number: int) -> Parameters:
     """Return the sampler's proposal for point `number`."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     with warnings.catch_warnings():
@@ -37,7 +37,7 @@ def propose_optuna_point(search: SearchConfig, ledger: EventLog, number: int) ->
             constant_liar=True,  # running trials count as bad, so that concurrent ones get different points
         )
     study = optuna.create_study(sampler=sampler, direction="minimize" if search.mode == "min" else "maximize")
-    for trial in ledger.trials.values():
+    for trial in event_log.trials.values():
         study.add_trial(_build_frozen_trial(search, trial))
     asked = study.ask({key: _build_distribution(values) for key, values in search.search.items()})
     return {key: _from_optuna_value(search.search[key], value) for key, value in asked.params.items()}

@@ -21,19 +21,19 @@ from llm_training_toolkit.search.results import build_trial_row, find_best_trial
 from llm_training_toolkit.search.space import format_point
 
 
-def write_outputs(search: SearchConfig, whole: Config, ledger: EventLog, directory: SearchDirectory) -> None:
+def write_outputs(search: SearchConfig, whole: Config, event_log: EventLog, directory: SearchDirectory) -> None:
     """Write all outputs; `whole` is the base at full length, without `overrides`."""
     tokens = {
         trial.name: read_trained_tokens(directory.get_trial_run(trial.number).metrics_path)
-        for trial in ledger.trials.values()
+        for trial in event_log.trials.values()
     }
-    winner = find_best_trial(ledger, search.mode)
+    winner = find_best_trial(event_log, search.mode)
     assert winner is not None, "asked for only where some trial came to a rung"
     write_atomically(
-        directory.path / "report.html", render_report_page(search, ledger, directory.path.name, sum(tokens.values()))
+        directory.path / "report.html", render_report_page(search, event_log, directory.path.name, sum(tokens.values()))
     )
-    _write_table(directory.path / "results.parquet", search, ledger, tokens)
-    _write_tensorboard(directory.path / "tb", search, ledger)
+    _write_table(directory.path / "results.parquet", search, event_log, tokens)
+    _write_tensorboard(directory.path / "tb", search, event_log)
     write_atomically(directory.path / "best.yaml", format_best_config(search, whole, winner, directory))
 
 
@@ -52,9 +52,9 @@ def format_best_config(search: SearchConfig, whole: Config, winner: TrialRecord,
     return head + text.getvalue()
 
 
-def _write_table(path: Path, search: SearchConfig, ledger: EventLog, tokens: dict[str, int]) -> None:
+def _write_table(path: Path, search: SearchConfig, event_log: EventLog, tokens: dict[str, int]) -> None:
     """Write one row per trial, the best first, with one column per parameter, as JSON if not numeric."""
-    rows = [build_trial_row(trial) for trial in rank_trials(ledger, search.mode)]
+    rows = [build_trial_row(trial) for trial in rank_trials(event_log, search.mode)]
     columns: dict[str, list[object]] = {
         name: [found[name] for found in rows]
         for name in ("trial", "state", "value", "rung", "step", "tokens", "failures", "error")
@@ -74,12 +74,12 @@ def _build_column(values: list[object]) -> list[object]:
     return [json.dumps(value) for value in values]
 
 
-def _write_tensorboard(directory: Path, search: SearchConfig, ledger: EventLog) -> None:
+def _write_tensorboard(directory: Path, search: SearchConfig, event_log: EventLog) -> None:
     """Write one HParams session per trial, anew at each end of the search."""
     from torch.utils.tensorboard import SummaryWriter
 
     shutil.rmtree(directory, ignore_errors=True)
-    for trial in ledger.trials.values():
+    for trial in event_log.trials.values():
         if trial.last_rung is None or not math.isfinite(trial.last_rung.value):
             continue
         values = {key: _convert_hparam(value) for key, value in trial.parameters.items()}

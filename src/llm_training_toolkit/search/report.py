@@ -33,10 +33,10 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 70, 20, 28, 44
 Tick = tuple[float, str]  # position from 0 to 1, label
 
 
-def render_report_page(search: SearchConfig, ledger: EventLog, name: str, tokens: int) -> str:
+def render_report_page(search: SearchConfig, event_log: EventLog, name: str, tokens: int) -> str:
     """Render the page of a search; `tokens` is the total of all its trials."""
-    winner = find_best_trial(ledger, search.mode)
-    told = f"{len(ledger.trials)} trials, {tokens:,} tokens"
+    winner = find_best_trial(event_log, search.mode)
+    told = f"{len(event_log.trials)} trials, {tokens:,} tokens"
     won = ""
     if winner is not None and winner.last_rung is not None:
         won = (
@@ -50,15 +50,17 @@ def render_report_page(search: SearchConfig, ledger: EventLog, name: str, tokens
         _format_section(
             "Best so far",
             "The best value that any trial has come to, against the tokens of all trials.",
-            _plot_best_so_far(search, ledger),
+            _plot_best_so_far(search, event_log),
         ),
-        _format_section("Trials", "A line each; the better, the stronger.", _plot_parallel_coordinates(search, ledger)),
+        _format_section(
+            "Trials", "A line each; the better, the stronger.", _plot_parallel_coordinates(search, event_log)
+        ),
         _format_section(
             "Importance",
             "How much of the variance between trials a key explains alone, at the rung that most trials came to.",
-            _plot_importance(search, ledger),
+            _plot_importance(search, event_log),
         ),
-        f"<h2>Table</h2><div class=scroll>{_format_trials_table(search, ledger)}</div>",
+        f"<h2>Table</h2><div class=scroll>{_format_trials_table(search, event_log)}</div>",
     ]
     return (
         f'<!doctype html>\n<html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width">'
@@ -74,16 +76,18 @@ def _format_section(title: str, what: str, content: str) -> str:
     return f"<h2>{title}</h2><p class=dim>{what}</p>{content}"
 
 
-def _plot_best_so_far(search: SearchConfig, ledger: EventLog) -> str:
-    points = compute_best_so_far(ledger, search.mode)
+def _plot_best_so_far(search: SearchConfig, event_log: EventLog) -> str:
+    points = compute_best_so_far(event_log, search.mode)
     if not points:
         return "<p>No trial has come to a rung with a finite value.</p>"
     return draw_step_curve(points, across="tokens of all trials", up=search.metric)
 
 
-def _plot_parallel_coordinates(search: SearchConfig, ledger: EventLog) -> str:
+def _plot_parallel_coordinates(search: SearchConfig, event_log: EventLog) -> str:
     order = [
-        trial for trial in rank_trials(ledger, search.mode) if trial.last_rung and math.isfinite(trial.last_rung.value)
+        trial
+        for trial in rank_trials(event_log, search.mode)
+        if trial.last_rung and math.isfinite(trial.last_rung.value)
     ]
     if not order:
         return "<p>No trial has come to a rung with a finite value.</p>"
@@ -116,17 +120,17 @@ def _build_axis(name: str, values: ParameterDistribution, trials: Sequence[Trial
     return ParallelAxis(name, at, ((0.0, f"{low:g}"), (1.0, f"{high:g}")))
 
 
-def _plot_importance(search: SearchConfig, ledger: EventLog) -> str:
-    found = compute_importance(search, ledger)
+def _plot_importance(search: SearchConfig, event_log: EventLog) -> str:
+    found = compute_importance(search, event_log)
     if not found:
         return "<p>Too few trials differ at one rung to tell.</p>"
     return draw_bar_chart(sorted(found.items(), key=lambda item: -item[1]))
 
 
-def _format_trials_table(search: SearchConfig, ledger: EventLog) -> str:
+def _format_trials_table(search: SearchConfig, event_log: EventLog) -> str:
     heads = ["trial", "state", search.metric, "step", "tokens", *search.search, "error"]
-    winner = find_best_trial(ledger, search.mode)
-    rows = [_format_trial_row(search, trial, won=trial is winner) for trial in rank_trials(ledger, search.mode)]
+    winner = find_best_trial(event_log, search.mode)
+    rows = [_format_trial_row(search, trial, won=trial is winner) for trial in rank_trials(event_log, search.mode)]
     numbers = {search.metric, "step", "tokens"}
     head = "".join(f"<th{' class=number' if name in numbers else ''}>{_escape_html(name)}</th>" for name in heads)
     return f"<table><tr>{head}</tr>{''.join(rows)}</table>"

@@ -16,10 +16,10 @@ from llm_training_toolkit.search.event_log import EventLog, SearchDirectory, Tri
 from llm_training_toolkit.search.space import point_key
 
 
-def rank_trials(ledger: EventLog, mode: str) -> list[TrialRecord]:
+def rank_trials(event_log: EventLog, mode: str) -> list[TrialRecord]:
     """Return all trials, the best first: by last rung, then by value; failed ones last."""
-    reached = [trial for trial in ledger.trials.values() if trial.last_rung is not None and trial.state != "failed"]
-    others = [trial for trial in ledger.trials.values() if trial.last_rung is None or trial.state == "failed"]
+    reached = [trial for trial in event_log.trials.values() if trial.last_rung is not None and trial.state != "failed"]
+    others = [trial for trial in event_log.trials.values() if trial.last_rung is None or trial.state == "failed"]
     return [
         *sorted(reached, key=lambda trial: _get_rank_key(trial, mode)),
         *sorted(others, key=lambda trial: (trial.state == "failed", trial.number)),
@@ -36,9 +36,9 @@ def _get_rank_key(trial: TrialRecord, mode: str) -> tuple[int, int, float]:
     )
 
 
-def find_best_trial(ledger: EventLog, mode: str) -> TrialRecord | None:
+def find_best_trial(event_log: EventLog, mode: str) -> TrialRecord | None:
     """Return the best trial, or None before any has reached a rung."""
-    first = next(iter(rank_trials(ledger, mode)), None)
+    first = next(iter(rank_trials(event_log, mode)), None)
     return first if first is not None and first.last_rung is not None and first.state != "failed" else None
 
 
@@ -62,11 +62,11 @@ def read_trained_tokens(path: Path) -> int:
     return round(total)
 
 
-def compute_best_so_far(ledger: EventLog, mode: str) -> list[tuple[int, float]]:
+def compute_best_so_far(event_log: EventLog, mode: str) -> list[tuple[int, float]]:
     """Return (tokens of all trials, best value so far) at each improvement and at the end, in the order of rungs."""
     tokens, found = 0, list[tuple[int, float]]()
     before: dict[int, int] = {}
-    for number, rung in ledger.passed_rungs:
+    for number, rung in event_log.passed_rungs:
         tokens += rung.tokens - before.get(number, 0)
         before[number] = rung.tokens
         if math.isfinite(rung.value) and (not found or is_better(mode, rung.value, found[-1][1])):
@@ -74,23 +74,23 @@ def compute_best_so_far(ledger: EventLog, mode: str) -> list[tuple[int, float]]:
     return [*found, (tokens, found[-1][1])] if found else []
 
 
-def compute_importance(search: SearchConfig, ledger: EventLog) -> dict[str, float]:
+def compute_importance(search: SearchConfig, event_log: EventLog) -> dict[str, float]:
     """Return the share (0 to 1) of the values' variance that each key explains alone, at the rung most trials reached.
 
     Choices explain by group means, numbers by a parabola (of the logarithm for `loguniform`); adjusted for the number
     of groups or coefficients. Empty with fewer than four trials.
     """
-    rung, values = _get_comparable_values(ledger)
-    trials = [trial for trial in ledger.trials.values() if any(passed.rung == rung for passed in trial.rungs)]
+    rung, values = _get_comparable_values(event_log)
+    trials = [trial for trial in event_log.trials.values() if any(passed.rung == rung for passed in trial.rungs)]
     if len(values) < 4 or float(np.var(values)) == 0.0:
         return {}
     return {name: _compute_explained_variance(search, name, trials, values) for name in search.search}
 
 
-def _get_comparable_values(ledger: EventLog) -> tuple[int, np.ndarray[Any, np.dtype[np.float64]]]:
+def _get_comparable_values(event_log: EventLog) -> tuple[int, np.ndarray[Any, np.dtype[np.float64]]]:
     """Return the rung most trials reached (later on a tie) and their values, non-finite ones as the finite maximum."""
     by_rung: dict[int, list[float]] = {}
-    for trial in ledger.trials.values():
+    for trial in event_log.trials.values():
         for passed in trial.rungs:
             by_rung.setdefault(passed.rung, []).append(passed.value)
     rung = max(by_rung, key=lambda rung: (len(by_rung[rung]), rung), default=0)
@@ -140,9 +140,9 @@ def build_trial_row(trial: TrialRecord) -> dict[str, Any]:
     }
 
 
-def build_summary(search: SearchConfig, ledger: EventLog, directory: SearchDirectory) -> dict[str, Any]:
+def build_summary(search: SearchConfig, event_log: EventLog, directory: SearchDirectory) -> dict[str, Any]:
     """Return the summary of a search: the contract of `ltt tune --json`."""
-    winner = find_best_trial(ledger, search.mode)
+    winner = find_best_trial(event_log, search.mode)
     won: Mapping[str, Any] | None = None
     if winner is not None:
         found = build_trial_row(winner)
@@ -150,6 +150,6 @@ def build_summary(search: SearchConfig, ledger: EventLog, directory: SearchDirec
     return {
         "search": str(directory.path),
         "best": won,
-        "trials": [build_trial_row(trial) for trial in rank_trials(ledger, search.mode)],
-        "tokens": sum(read_trained_tokens(directory.get_trial_run(number).metrics_path) for number in ledger.trials),
+        "trials": [build_trial_row(trial) for trial in rank_trials(event_log, search.mode)],
+        "tokens": sum(read_trained_tokens(directory.get_trial_run(number).metrics_path) for number in event_log.trials),
     }

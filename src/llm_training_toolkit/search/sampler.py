@@ -22,8 +22,8 @@ _MAX_TRIES = 1000  # known or invalid points drawn in a row before the space cou
 class TrialSampler:
     """Chooses the next trial."""
 
-    def __init__(self, trials: TrialConfigBuilder, ledger: EventLog, learner: PointProposer | None) -> None:
-        self._trials, self._search, self._ledger, self._learner = trials, trials.search, ledger, learner
+    def __init__(self, trials: TrialConfigBuilder, event_log: EventLog, learner: PointProposer | None) -> None:
+        self._trials, self._search, self._ledger, self._learner = trials, trials.search, event_log, learner
         self._grid = build_grid(trials.search) if trials.search.searcher.name == "grid" else []
 
     def begin_next_trial(self) -> TrialRecord | None:

@@ -22,14 +22,14 @@ _COLUMN_GAP = 2  # between columns, as rich draws it
 _OPTIONAL_COLUMNS = ("tokens", "at step")  # dropped in this order on a narrow screen; the rest is the table's purpose
 
 
-def build_trials_table(search: SearchConfig, ledger: EventLog, width: int) -> Table:
+def build_trials_table(search: SearchConfig, event_log: EventLog, width: int) -> Table:
     """Build the trials table to fit a screen of `width` columns as well as possible."""
-    order = rank_trials(ledger, search.mode)
+    order = rank_trials(event_log, search.mode)
     at_work = [trial for trial in order if trial.state == "begun"]
     kept = [trial for trial in order if trial.state != "begun"][: max(_MAX_ROWS - len(at_work), 1)]
     rows = [trial for trial in order if trial in kept or trial in at_work]
     found = Table(
-        box=None, pad_edge=False, header_style="bold", caption=format_footer(search, ledger, len(order) - len(rows))
+        box=None, pad_edge=False, header_style="bold", caption=format_footer(search, event_log, len(order) - len(rows))
     )
     errors = ["error"] if any(trial.state == "failed" for trial in rows) else []
     titles = ["trial", "state", search.metric, "at step", "tokens", *search.search, *errors]
@@ -64,19 +64,21 @@ def _format_cells(trial: TrialRecord) -> tuple[str, ...]:
     )
 
 
-def format_footer(search: SearchConfig, ledger: EventLog, hidden: int = 0) -> str:
+def format_footer(search: SearchConfig, event_log: EventLog, hidden: int = 0) -> str:
     """Format the footer of the table: progress of the search and its remaining budget."""
-    done = sum(trial.state != "begun" for trial in ledger.trials.values())
+    done = sum(trial.state != "begun" for trial in event_log.trials.values())
     parts = [f"and {hidden} more"] if hidden else []
     parts.append(f"{done} of {search.trials} trials ended" if search.trials else f"{done} trials ended")
-    tokens = sum(map(get_trial_tokens, ledger.trials.values()))
+    tokens = sum(map(get_trial_tokens, event_log.trials.values()))
     budget = search.budget
     parts.append(f"{tokens:,} tokens" + (f" of {budget.tokens:,}" if budget and budget.tokens else ""))
     seconds = parse_duration_seconds(budget.time) if budget and budget.time else None
     left = (
-        f", {format_duration(max(seconds - ledger.compute_active_seconds(), 0.0))} left" if seconds is not None else ""
+        f", {format_duration(max(seconds - event_log.compute_active_seconds(), 0.0))} left"
+        if seconds is not None
+        else ""
     )
-    parts.append(format_duration(ledger.compute_active_seconds()) + left)
+    parts.append(format_duration(event_log.compute_active_seconds()) + left)
     return "; ".join(parts)
 
 

@@ -205,7 +205,7 @@ def _build_components(
         epochs=config.train.epochs,
         origin=start_position,
         newest=partial(read_latest_dataset_info, run),
-        ledger=SampleLog(run.sample_log_dir, attempt, context.rank) if config.failures.log_samples else None,
+        event_log=SampleLog(run.sample_log_dir, attempt, context.rank) if config.failures.log_samples else None,
     )
     return TrainerComponents(
         plan,

@@ -82,7 +82,7 @@ class DocumentShard(NamedTuple):
 
 
 def split_into_shards(
-    data: DataConfig, survey: DocumentIndex, sources: Iterable[int], *, held: bool
+    data: DataConfig, document_index: DocumentIndex, sources: Iterable[int], *, held: bool
 ) -> list[DocumentShard]:
     """Split the documents of some sources into shards; shards without any document on the side `held` are omitted.
 
@@ -90,13 +90,13 @@ def split_into_shards(
     """
     found: list[DocumentShard] = []
     for source in sources:
-        rows = survey.get_source_rows(source)
-        filled = np.cumsum(survey.characters[rows.start : rows.stop]) // _CHARACTERS_PER_SHARD
+        rows = document_index.get_source_rows(source)
+        filled = np.cumsum(document_index.characters[rows.start : rows.stop]) // _CHARACTERS_PER_SHARD
         cuts = (
             (np.flatnonzero(np.diff(filled)) + 1).tolist() if list_all_sources(data)[source].group_by == "file" else []
         )
         for first, stop in pairwise([0, *cuts, len(rows)]):
-            if (survey.held[rows.start + first : rows.start + stop] == held).any():
+            if (document_index.held[rows.start + first : rows.start + stop] == held).any():
                 found.append(DocumentShard(source, first, stop))
     return found
 
@@ -182,8 +182,8 @@ def select_held_out(places: NDArray[np.uint64], fraction: float) -> NDArray[np.b
 class DocumentReader:
     """Reads indexed documents again, from the start of any shard."""
 
-    def __init__(self, data: DataConfig, survey: DocumentIndex) -> None:
-        self._data, self._document_index, self._sources = data, survey, list_all_sources(data)
+    def __init__(self, data: DataConfig, document_index: DocumentIndex) -> None:
+        self._data, self._document_index, self._sources = data, document_index, list_all_sources(data)
         self._files = cache(lambda source: list_source_files(self._sources[source]))
         # End of the last shard: the next one often begins there and then skips re-reading its file.
         self._reached: tuple[tuple[int, int], Iterator[Document]] | None = None

@@ -192,7 +192,7 @@ class _RenderedDataset(NamedTuple):
 
 
 def build_source_infos(
-    paths: Sequence[str], survey: DocumentIndex, first: Sequence[Path], held_out: Path
+    paths: Sequence[str], document_index: DocumentIndex, first: Sequence[Path], held_out: Path
 ) -> tuple[SourceInfo, ...]:
     """Build all SourceInfos from the renderings of each stream's first epoch and of the held-out documents.
 
@@ -203,25 +203,25 @@ def build_source_infos(
         [_RenderedDataset.open_directory(directory) for directory in first],
     )
     return tuple(
-        _build_source_info(path, index, survey, streams[index if index < len(streams) else 0], held)
+        _build_source_info(path, index, document_index, streams[index if index < len(streams) else 0], held)
         for index, path in enumerate(paths)
     )
 
 
 def _build_source_info(
-    path: str, index: int, survey: DocumentIndex, trained: _RenderedDataset, held: _RenderedDataset
+    path: str, index: int, document_index: DocumentIndex, trained: _RenderedDataset, held: _RenderedDataset
 ) -> SourceInfo:
     lengths = LengthStats()
     for side in (trained, held):
         lengths.merge_stats(side.facts.lengths[index])
-    held_out = survey.count_documents(held=True, source=index) - held.facts.lengths[index].too_long
-    kept = survey.count_documents(held=False, source=index) - trained.facts.lengths[index].too_long
+    held_out = document_index.count_documents(held=True, source=index) - held.facts.lengths[index].too_long
+    kept = document_index.count_documents(held=False, source=index) - trained.facts.lengths[index].too_long
     tokens = trained.count_tokens(index)
     return SourceInfo(
         path=path,
         documents=kept + held_out,
         held_out=held_out,
-        dropped=survey.dropped[index] | ({"too_long": lengths.too_long} if lengths.too_long else {}),
+        dropped=document_index.dropped[index] | ({"too_long": lengths.too_long} if lengths.too_long else {}),
         tokens=tokens,
         loss_tokens=trained.count_loss_tokens(index),
         longest=lengths.longest,

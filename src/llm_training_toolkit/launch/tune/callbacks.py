@@ -35,7 +35,7 @@ class EventLogSearcher(_Stateless, Searcher):
     def __init__(self, state: SearchBudget, suggestions: TrialSampler, start: TrialSpecBuilder) -> None:
         super().__init__()
         self._state, self._suggestions, self._start = state, suggestions, start
-        self._left = list(state.ledger.unfinished_trials)
+        self._left = list(state.event_log.unfinished_trials)
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str:  # noqa: ARG002 - trials have names of their own
         """Return the next trial's spec, or FINISHED."""
@@ -63,26 +63,26 @@ class RungScheduler(_Stateless, FIFOScheduler):
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:  # noqa: ANN401, ARG002
         """Decide whether the trial that waits at a rung continues."""
-        ledger, search, number = self._state.ledger, self._state.search, result["trial"]
-        passed = {rung.rung: rung for rung in ledger.trials[number].rungs}.get(result["rung"])
+        event_log, search, number = self._state.event_log, self._state.search, result["trial"]
+        passed = {rung.rung: rung for rung in event_log.trials[number].rungs}.get(result["rung"])
         if passed is not None and passed.go_on:  # passed before the trial failed and was retried
             return str(TrialScheduler.CONTINUE)
-        others = ledger.get_rung_values(result["rung"], result["bracket"], but=number)
+        others = event_log.get_rung_values(result["rung"], result["bracket"], but=number)
         good = not self._state.is_exhausted and should_continue(search.scheduler, search.mode, result["value"], others)
-        ledger.record_rung(number, _build_rung_result(result, go_on=good))
+        event_log.record_rung(number, _build_rung_result(result, go_on=good))
         if good:
             return str(TrialScheduler.CONTINUE)
-        ledger.record_end(number, "stopped")
+        event_log.record_end(number, "stopped")
         return str(TrialScheduler.STOP)
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:  # noqa: ANN401, ARG002
         """Record the end of a trial, unless `on_trial_result` stopped it and recorded that."""
-        ledger, number = self._state.ledger, result.get("trial")
+        event_log, number = self._state.event_log, result.get("trial")
         if result.get("kind") != "end" or number is None:
             return
         if result["state"] == "finished":
-            ledger.record_rung(number, _build_rung_result(result, go_on=False))
-        ledger.record_end(number, result["state"], result.get("error"), result.get("trained", 0))
+            event_log.record_rung(number, _build_rung_result(result, go_on=False))
+        event_log.record_end(number, result["state"], result.get("error"), result.get("trained", 0))
 
 
 def _build_rung_result(result: dict[str, Any], *, go_on: bool) -> RungResult:
@@ -101,17 +101,17 @@ class EventLogCallback(_Stateless, Callback):
         """Refresh the display, and record a heartbeat if one is due, after each iteration of Tune."""
         if time.monotonic() - self._beat > _HEARTBEAT_SECONDS:
             self._beat = time.monotonic()
-            self._state.ledger.record_heartbeat()
+            self._state.event_log.record_heartbeat()
         self._screen()
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ANN401, ARG002
         """Record a failure that Tune retries."""
-        self._state.ledger.record_failure(trial.config["number"], _read_failure_cause(trial))
+        self._state.event_log.record_failure(trial.config["number"], _read_failure_cause(trial))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ANN401, ARG002
         """Record the end of a trial without retries left."""
         trained = read_trained_tokens(RunDirectory(Path(trial.config["run"])).metrics_path)
-        self._state.ledger.record_end(trial.config["number"], "failed", _read_failure_cause(trial), trained)
+        self._state.event_log.record_end(trial.config["number"], "failed", _read_failure_cause(trial), trained)
 
 
 def _read_failure_cause(trial: Any) -> str:  # noqa: ANN401 - Tune's trials have no types

@@ -18,10 +18,10 @@ _REDRAW_SECONDS = 1.0
 class SearchProgressDisplay:
     """Progress display of a search, called by `EventLogCallback` after each iteration of Tune."""
 
-    def __init__(self, search: SearchConfig, ledger: EventLog, console: Console) -> None:
-        self._search, self._ledger, self._console = search, ledger, console
+    def __init__(self, search: SearchConfig, event_log: EventLog, console: Console) -> None:
+        self._search, self._ledger, self._console = search, event_log, console
         self._drawn = 0.0
-        self._said = {trial.number: trial.state for trial in ledger.trials.values()}
+        self._said = {trial.number: trial.state for trial in event_log.trials.values()}
         self._live: Live | None = None
         console.close()
         if console.terminal.is_terminal:

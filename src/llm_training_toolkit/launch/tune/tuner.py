@@ -82,24 +82,24 @@ def run_search(asked: SearchSpec, console: Console) -> tuple[TrainResultStatus, 
     check_machine(asked.trial_config)
     check_quantization(asked.trial_config)
     with lock_run_directory(directory.driver_run):
-        ledger = EventLog(directory.event_log_path)
-        if ledger.trials:
+        event_log = EventLog(directory.event_log_path)
+        if event_log.trials:
             _check_unchanged(asked)
         _write_search_identity(asked)
-        ledger.record_start()
+        event_log.record_start()
         directory.stop_marker_path.unlink(missing_ok=True)
-        done = len(ledger.trials) - len(ledger.unfinished_trials)
+        done = len(event_log.trials) - len(event_log.unfinished_trials)
         if done:
             console.print_line(
                 f"search {directory.path.name} goes on: {done} trials have ended, "
-                f"{len(ledger.unfinished_trials)} had begun"
+                f"{len(event_log.unfinished_trials)} had begun"
             )
-        status = _run_trials(asked, ledger, console)
-        if find_best_trial(ledger, search.mode) is not None:
+        status = _run_trials(asked, event_log, console)
+        if find_best_trial(event_log, search.mode) is not None:
             from llm_training_toolkit.search.outputs import write_outputs
 
-            write_outputs(asked.search, asked.base_config, ledger, directory)
-        return status, build_summary(search, ledger, directory)
+            write_outputs(asked.search, asked.base_config, event_log, directory)
+        return status, build_summary(search, event_log, directory)
 
 
 def _check_best_configs(asked: SearchSpec) -> None:
@@ -111,8 +111,8 @@ def _check_best_configs(asked: SearchSpec) -> None:
             )
 
 
-def _run_trials(asked: SearchSpec, ledger: EventLog, console: Console) -> TrainResultStatus:
-    if SearchBudget(asked.search, ledger).is_search_finished:
+def _run_trials(asked: SearchSpec, event_log: EventLog, console: Console) -> TrainResultStatus:
+    if SearchBudget(asked.search, event_log).is_search_finished:
         console.print_line(f"search {asked.directory.path.name} is finished, in {asked.directory.path}")
         return "finished"
     prepare_environment()  # before the first import of Ray
@@ -126,8 +126,8 @@ def _run_trials(asked: SearchSpec, ledger: EventLog, console: Console) -> TrainR
     with connect_to_cluster(console):
         concurrent = _compute_max_concurrent(asked, console)  # first: preparing data is in vain if no trial fits
         _prepare_shared_data(asked, console)
-        suggestions = _build_trial_sampler(asked, ledger)
-        screen = SearchProgressDisplay(asked.search, ledger, console)
+        suggestions = _build_trial_sampler(asked, event_log)
+        screen = SearchProgressDisplay(asked.search, event_log, console)
 
         def exit_with_message(said: str, code: int) -> NoReturn:
             screen.close()
@@ -140,7 +140,7 @@ def _run_trials(asked: SearchSpec, ledger: EventLog, console: Console) -> TrainR
 
         try:
             with watch_head(ray.get_runtime_context().gcs_address, console.print_line, exit_on_ray_loss):
-                return _run_tuner(asked, ledger, suggestions, concurrent=concurrent, screen=screen, console=console)
+                return _run_tuner(asked, event_log, suggestions, concurrent=concurrent, screen=screen, console=console)
         except KeyboardInterrupt:
             exit_with_message(
                 "stopped at once: the same command goes on with the trials that had begun", EXIT_CODES["stopped"]
@@ -168,7 +168,7 @@ def _prepare_shared_data(asked: SearchSpec, console: Console) -> None:
 
 def _run_tuner(
     asked: SearchSpec,
-    ledger: EventLog,
+    event_log: EventLog,
     suggestions: TrialSampler,
     *,
     concurrent: int,
@@ -181,7 +181,7 @@ def _run_tuner(
     from llm_training_toolkit.launch.tune.callbacks import EventLogCallback, EventLogSearcher, RungScheduler
     from llm_training_toolkit.launch.tune.trainable import TrialTrainable
 
-    state = SearchBudget(asked.search, ledger)
+    state = SearchBudget(asked.search, event_log)
 
     def request_stop() -> None:
         console.print_line("stopping: trials end after their step, with a checkpoint (Ctrl-C again: at once, without)")
@@ -212,9 +212,11 @@ def _run_tuner(
     except ray.exceptions.RayError as error:
         raise LaunchError(f"{_RAY_LOST_MESSAGE} ({error})") from error
     except ray_tune.TuneError as error:
-        raise LaunchError(ledger.write_error or f"Ray Tune has failed; the same command goes on ({error})") from error
-    if ledger.write_error:
-        raise LaunchError(ledger.write_error)
+        raise LaunchError(
+            event_log.write_error or f"Ray Tune has failed; the same command goes on ({error})"
+        ) from error
+    if event_log.write_error:
+        raise LaunchError(event_log.write_error)
     if state.repeated_error:
         raise LaunchError(
             "trial after trial has failed before its first rung, so no other is begun; the same command tries again. "
@@ -238,13 +240,13 @@ def _build_trial_spec(asked: SearchSpec, trial: TrialRecord) -> dict[str, Any]:
     ).to_tune_config()
 
 
-def _build_trial_sampler(asked: SearchSpec, ledger: EventLog) -> TrialSampler:
+def _build_trial_sampler(asked: SearchSpec, event_log: EventLog) -> TrialSampler:
     learner = None
     if asked.search.searcher.name == "optuna":
         from llm_training_toolkit.search.optuna_sampler import propose_optuna_point
 
         learner = propose_optuna_point
-    return TrialSampler(asked.trials, ledger, learner)
+    return TrialSampler(asked.trials, event_log, learner)
 
 
 def _find_trainable_point(asked: SearchSpec) -> dict[str, Any]:
