@@ -83,7 +83,7 @@ def test_a_ledger_that_cannot_be_written_says_so_and_takes_nothing(tmp_path: Pat
     event_log = filled(tmp_path / "events.jsonl")
     (tmp_path / "events.jsonl").unlink()
     (tmp_path / "events.jsonl").symlink_to("/dev/full")  # every write: no space left on device
-    with pytest.raises(LaunchError, match=r"ledger\.jsonl cannot be written .*No space left"):
+    with pytest.raises(LaunchError, match=r"events\.jsonl cannot be written .*No space left"):
         event_log.record_end(4, "stopped")
     assert "No space left" in event_log.write_error
     assert event_log.trials[4].state == "begun"
