@@ -20,6 +20,7 @@ from llm_training_toolkit.plan.batch import (
 from llm_training_toolkit.plan.deepspeed import build_deepspeed_config, find_deepspeed_problems
 from llm_training_toolkit.plan.estimate import ClusterEstimate, estimate_on_cluster, resolve_for_hardware
 from llm_training_toolkit.plan.hardware import ClusterHardware
+from llm_training_toolkit.plan.horizon import DataFacts, StreamFacts
 from llm_training_toolkit.plan.lr_schedule import LRSchedule
 from llm_training_toolkit.plan.memory import (
     DeviceWorkload,
@@ -35,7 +36,7 @@ from llm_training_toolkit.plan.micro_batch import (
     with_micro_batch,
 )
 from llm_training_toolkit.plan.mixture import StreamPosition, compute_integer_shares, count_per_stream, merge_streams
-from llm_training_toolkit.plan.plan import DataFacts, Plan, StreamFacts, check_plan, make_plan
+from llm_training_toolkit.plan.plan import Plan, check_plan, make_plan
 from llm_training_toolkit.plan.problem import Problem
 from llm_training_toolkit.plan.text import format_mixture, format_plan
 

@@ -1,9 +1,73 @@
-"""Horizon of a run: the epochs of each stream that its steps need."""
+"""Horizon of a run: its length, and the epochs of each stream that its steps need."""
 
 from __future__ import annotations
 
-from llm_training_toolkit.config import Config
-from llm_training_toolkit.plan import DataFacts, make_plan
+from dataclasses import dataclass
+
+from llm_training_toolkit.config.schema import Config
+from llm_training_toolkit.plan import mixture
+
+
+@dataclass(frozen=True)
+class StreamFacts:
+    """Stream of sequences: all sources together, or one source if sources have weights."""
+
+    sequences_per_epoch: tuple[int, ...]
+    """Packed training sequences of each prepared epoch, in order."""
+    share: int = 1
+    """Share of the mixture, relative to the other streams."""
+
+    def compute_epochs(self, sequences: int) -> float | None:
+        """Return `sequences` in passes over the stream, by the mean of its prepared epochs, or None if empty."""
+        prepared = sum(self.sequences_per_epoch)
+        return sequences * len(self.sequences_per_epoch) / prepared if prepared else None
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """Results of data preparation that a plan needs."""
+
+    streams: tuple[StreamFacts, ...]
+    """One stream, or one per source, in their order, if sources have weights."""
+    vocab_size: int | None = None
+    """Entries of the tokenizer, or None if unknown."""
+    steps_done: int = 0
+    """Steps of the run's newest checkpoint."""
+    sequences_done: int = 0
+    """Sequences seen in those steps: fewer than steps x global batch if an epoch ended in a short step."""
+
+    def count_needed_sequences(self, steps: int, global_batch: int) -> tuple[int, ...]:
+        """Return the number of sequences of each stream that the run has seen after `steps` steps."""
+        total = self.sequences_done + (steps - self.steps_done) * global_batch
+        return mixture.count_per_stream([stream.share for stream in self.streams], total)
+
+
+@dataclass(frozen=True)
+class MixtureSource:
+    """Source with a weight: its share of the tokens, and its epochs in the run (None = not known yet)."""
+
+    path: str
+    share: float
+    epochs: float | None
+
+
+@dataclass(frozen=True)
+class Horizon:
+    """Length of a run. It depends on the prepared data where `train.tokens` or `train.epochs` gives it."""
+
+    steps: int | None
+    """Optimizer steps in all, or None if no epoch is prepared."""
+    steps_estimated: bool
+    epochs: float | None
+    """Passes over the data by the mean of the prepared epochs, or None if unknown or if sources have weights."""
+    mixture: tuple[MixtureSource, ...]
+    """Sources with weights; empty without weights."""
+
+
+def compute_horizon(config: Config, facts: DataFacts | None = None) -> Horizon:
+    """Return the length of the run as known from the configuration and the prepared data."""
+    steps, estimated = _compute_run_steps(config, facts)
+    return Horizon(steps, estimated, _compute_epochs(config, steps, facts), _build_mixture(config, steps, facts))
 
 
 def is_prepared(config: Config, facts: DataFacts) -> bool:
@@ -15,11 +79,78 @@ def missing_epochs(config: Config, facts: DataFacts, until: int | None = None) -
     """Return the minimum number of epochs to add per stream, by the size of its largest prepared epoch."""
     if config.train.epochs is not None:
         return [max(config.train.epochs - len(facts.streams[0].sequences_per_epoch), 0)]
-    plan = make_plan(config, facts)
-    assert plan.steps is not None
-    needed = facts.count_needed_sequences(plan.steps if until is None else min(until, plan.steps), plan.global_batch)
+    needed = _count_needed_sequences(config, facts, until)
     missing = [count - sum(stream.sequences_per_epoch) for stream, count in zip(facts.streams, needed, strict=True)]
     return [
         max(1, count // max(stream.sequences_per_epoch)) if count > 0 else 0
         for stream, count in zip(facts.streams, missing, strict=True)
     ]
+
+
+def find_shortest_stream(config: Config, facts: DataFacts) -> int:
+    """Return the stream that runs out first. For runs over tokens or steps."""
+    needed = _count_needed_sequences(config, facts)
+    covered = [
+        sum(stream.sequences_per_epoch) / count if count else 1.0
+        for stream, count in zip(facts.streams, needed, strict=True)
+    ]
+    return covered.index(min(covered))
+
+
+def _count_needed_sequences(config: Config, facts: DataFacts, until: int | None = None) -> tuple[int, ...]:
+    steps = compute_horizon(config, facts).steps
+    assert steps is not None, "runs over epochs are prepared completely at the start"
+    return facts.count_needed_sequences(steps if until is None else min(until, steps), config.train.global_batch_size)
+
+
+def _compute_run_steps(config: Config, facts: DataFacts | None) -> tuple[int | None, bool]:
+    """Return the length of the run in steps, and whether it is inexact.
+
+    Tokens and epochs are converted to sequences. The part not seen in the completed steps is divided by the global
+    batch and rounded up, as the stream is continuous. An unprepared epoch counts as the mean of the prepared ones;
+    without any of those the length is None.
+    """
+    train = config.train
+    if train.steps is not None:
+        return train.steps, False
+    done, seen = (facts.steps_done, facts.sequences_done) if facts else (0, 0)
+    if train.tokens is not None:
+        return _compute_total_steps(
+            -(-train.tokens // config.data.sequence_length), train.global_batch_size, done, seen
+        ), False
+    assert train.epochs is not None  # the schema requires exactly one length
+    if facts is None or not facts.streams[0].sequences_per_epoch:
+        return None, True
+    known = facts.streams[0].sequences_per_epoch[: train.epochs]
+    missing = train.epochs - len(known)
+    sequences = sum(known) + round(missing * sum(known) / len(known))
+    return _compute_total_steps(sequences, train.global_batch_size, done, seen), missing > 0
+
+
+def _compute_total_steps(sequences: int, global_batch: int, done: int, seen: int) -> int:
+    """Return the steps after which a run has seen `sequences`, if `done` steps have seen `seen` of them."""
+    return done + -(-max(sequences - seen, 0) // global_batch)
+
+
+def _compute_epochs(config: Config, steps: int | None, facts: DataFacts | None) -> float | None:
+    """Return the passes over the data, by the mean length of the prepared epochs."""
+    if config.train.epochs is not None:
+        return float(config.train.epochs)
+    if steps is None or facts is None or config.data.source_weights:
+        return None
+    return facts.streams[0].compute_epochs(steps * config.train.global_batch_size)
+
+
+def _build_mixture(config: Config, steps: int | None, facts: DataFacts | None) -> tuple[MixtureSource, ...]:
+    """Return the share and the epochs of each source with a weight."""
+    weights = config.data.source_weights
+    if not weights:
+        return ()
+    epochs: list[float | None] = [None] * len(weights)
+    if steps is not None and facts is not None:
+        seen = mixture.count_per_stream(
+            [stream.share for stream in facts.streams], steps * config.train.global_batch_size
+        )
+        epochs = [stream.compute_epochs(count) for stream, count in zip(facts.streams, seen, strict=True)]
+    sources = zip(config.data.sources, weights, epochs, strict=True)
+    return tuple(MixtureSource(source.path, weight / sum(weights), passes) for source, weight, passes in sources)

@@ -9,53 +9,11 @@ from typing import Any
 from llm_training_toolkit import families
 from llm_training_toolkit.config.schema import Config, parse_duration_seconds
 from llm_training_toolkit.errors import PlanError
-from llm_training_toolkit.plan import auto, batch, check, lr_schedule, memory, mixture
+from llm_training_toolkit.plan import auto, batch, check, lr_schedule, memory
 from llm_training_toolkit.plan.deepspeed import build_base_config, build_deepspeed_config, find_deepspeed_problems
+from llm_training_toolkit.plan.horizon import DataFacts, MixtureSource, compute_horizon
 from llm_training_toolkit.plan.lr_schedule import LRSchedule, ScheduleKind
 from llm_training_toolkit.plan.problem import Problem
-
-
-@dataclass(frozen=True)
-class StreamFacts:
-    """Stream of sequences: all sources together, or one source if sources have weights."""
-
-    sequences_per_epoch: tuple[int, ...]
-    """Packed training sequences of each prepared epoch, in order."""
-    share: int = 1
-    """Share of the mixture, relative to the other streams."""
-
-    def compute_epochs(self, sequences: int) -> float | None:
-        """Return `sequences` in passes over the stream, by the mean of its prepared epochs, or None if empty."""
-        prepared = sum(self.sequences_per_epoch)
-        return sequences * len(self.sequences_per_epoch) / prepared if prepared else None
-
-
-@dataclass(frozen=True)
-class DataFacts:
-    """Results of data preparation that a plan needs."""
-
-    streams: tuple[StreamFacts, ...]
-    """One stream, or one per source, in their order, if sources have weights."""
-    vocab_size: int | None = None
-    """Entries of the tokenizer, or None if unknown."""
-    steps_done: int = 0
-    """Steps of the run's newest checkpoint."""
-    sequences_done: int = 0
-    """Sequences seen in those steps: fewer than steps x global batch if an epoch ended in a short step."""
-
-    def count_needed_sequences(self, steps: int, global_batch: int) -> tuple[int, ...]:
-        """Return the number of sequences of each stream that the run has seen after `steps` steps."""
-        total = self.sequences_done + (steps - self.steps_done) * global_batch
-        return mixture.count_per_stream([stream.share for stream in self.streams], total)
-
-
-@dataclass(frozen=True)
-class MixtureSource:
-    """Source with a weight: its share of the tokens, and its epochs in the run (None = not known yet)."""
-
-    path: str
-    share: float
-    epochs: float | None
 
 
 @dataclass(frozen=True)
@@ -171,7 +129,8 @@ def make_plan(config: Config, facts: DataFacts | None = None, replicas: int | No
     world = replicas or max(config.cluster.max_workers, 1)
     smallest = replicas or max(config.cluster.min_workers, 1)
     given, config = config, auto.with_assumed_values(config)
-    steps, steps_estimated = compute_run_steps(config, facts)
+    horizon = compute_horizon(config, facts)
+    steps = horizon.steps
     warmup, decay = lr_schedule.compute_warmup_steps(config, steps), lr_schedule.compute_decay_steps(config, steps)
     lr = lr_schedule.choose_learning_rate(config, total)
     deepspeed = _choose_deepspeed_config(config, trained)
@@ -189,9 +148,9 @@ def make_plan(config: Config, facts: DataFacts | None = None, replicas: int | No
         precision=str(config.train.precision),
         zero=int(config.engine.zero_stage),
         steps=steps,
-        steps_estimated=steps_estimated,
-        epochs=_compute_epochs(config, steps, facts),
-        mixture=_build_mixture(config, steps, facts),
+        steps_estimated=horizon.steps_estimated,
+        epochs=horizon.epochs,
+        mixture=horizon.mixture,
         global_batch=config.train.global_batch_size,
         micro_batch=batch.get_micro_batch(config),
         workers=config.cluster.max_workers,
@@ -215,7 +174,7 @@ def make_plan(config: Config, facts: DataFacts | None = None, replicas: int | No
             *check.find_length_problems(steps, warmup, decay),
             *check.find_vocabulary_problems(config, facts.vocab_size if facts else None, hf),
         ),
-        estimated=_list_estimated_values(given, steps_estimated=steps_estimated),
+        estimated=_list_estimated_values(given, steps_estimated=horizon.steps_estimated),
         notes=check.collect_notes(config, size, hf, (smallest, world)),
     )
 
@@ -227,35 +186,6 @@ def check_plan(plan: Plan) -> Plan:
     return plan
 
 
-def compute_run_steps(config: Config, facts: DataFacts | None) -> tuple[int | None, bool]:
-    """Return the length of the run in steps, and whether it is inexact.
-
-    Tokens and epochs are converted to sequences. The part not seen in the completed steps is divided by the global
-    batch and rounded up, as the stream is continuous. An unprepared epoch counts as the mean of the prepared ones;
-    without any of those the length is None.
-    """
-    train = config.train
-    if train.steps is not None:
-        return train.steps, False
-    done, seen = (facts.steps_done, facts.sequences_done) if facts else (0, 0)
-    if train.tokens is not None:
-        return _compute_total_steps(
-            -(-train.tokens // config.data.sequence_length), train.global_batch_size, done, seen
-        ), False
-    assert train.epochs is not None  # the schema requires exactly one length
-    if facts is None or not facts.streams[0].sequences_per_epoch:
-        return None, True
-    known = facts.streams[0].sequences_per_epoch[: train.epochs]
-    missing = train.epochs - len(known)
-    sequences = sum(known) + round(missing * sum(known) / len(known))
-    return _compute_total_steps(sequences, train.global_batch_size, done, seen), missing > 0
-
-
-def _compute_total_steps(sequences: int, global_batch: int, done: int, seen: int) -> int:
-    """Return the steps after which a run has seen `sequences`, if `done` steps have seen `seen` of them."""
-    return done + -(-max(sequences - seen, 0) // global_batch)
-
-
 def _list_estimated_values(config: Config, *, steps_estimated: bool) -> tuple[str, ...]:
     """Return the names of inexact values; an `auto` micro-batch is planned as 1, the minimum."""
     return (
@@ -265,30 +195,6 @@ def _list_estimated_values(config: Config, *, steps_estimated: bool) -> tuple[st
         *(("micro_batch", "accumulation") if config.train.micro_batch_size == "auto" else ()),
         "memory_gb_per_device",
     )
-
-
-def _compute_epochs(config: Config, steps: int | None, facts: DataFacts | None) -> float | None:
-    """Return the passes over the data, by the mean length of the prepared epochs."""
-    if config.train.epochs is not None:
-        return float(config.train.epochs)
-    if steps is None or facts is None or config.data.source_weights:
-        return None
-    return facts.streams[0].compute_epochs(steps * config.train.global_batch_size)
-
-
-def _build_mixture(config: Config, steps: int | None, facts: DataFacts | None) -> tuple[MixtureSource, ...]:
-    """Return the share and the epochs of each source with a weight."""
-    weights = config.data.source_weights
-    if not weights:
-        return ()
-    epochs: list[float | None] = [None] * len(weights)
-    if steps is not None and facts is not None:
-        seen = mixture.count_per_stream(
-            [stream.share for stream in facts.streams], steps * config.train.global_batch_size
-        )
-        epochs = [stream.compute_epochs(count) for stream, count in zip(facts.streams, seen, strict=True)]
-    sources = zip(config.data.sources, weights, epochs, strict=True)
-    return tuple(MixtureSource(source.path, weight / sum(weights), passes) for source, weight, passes in sources)
 
 
 def _choose_deepspeed_config(config: Config, parameters: int) -> dict[str, Any]:

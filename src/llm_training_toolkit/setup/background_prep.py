@@ -30,8 +30,8 @@ from llm_training_toolkit.data.prepare.shards import render_in_process
 from llm_training_toolkit.distributed.events import WarningEvent
 from llm_training_toolkit.errors import DataError, ToolkitError
 from llm_training_toolkit.monitoring.console import Console
-from llm_training_toolkit.plan import DataFacts, make_plan
-from llm_training_toolkit.plan.horizon import is_prepared
+from llm_training_toolkit.plan import DataFacts
+from llm_training_toolkit.plan.horizon import find_shortest_stream, is_prepared
 from llm_training_toolkit.runs.directory import RunDirectory, write_atomically
 from llm_training_toolkit.setup.resume import ResumeState, read_resume_state
 
@@ -112,14 +112,7 @@ def prepare_remaining_epochs(run: RunDirectory) -> None:
 def _plan_next_epoch(config: Config, dataset_info: DatasetInfo, resume_state: ResumeState) -> list[int]:
     """Return the epochs of each stream, with one more for the stream that runs out first."""
     facts = build_data_facts(dataset_info, resume_state.step, resume_state.sequences)
-    plan = make_plan(config, facts)
-    assert plan.steps is not None  # runs with train.epochs are prepared completely at the start
-    needed = facts.count_needed_sequences(plan.steps, plan.global_batch)
-    reach = [
-        sum(stream.sequences_per_epoch) / count if count else 1.0
-        for stream, count in zip(facts.streams, needed, strict=True)
-    ]
-    first = reach.index(min(reach))
+    first = find_shortest_stream(config, facts)
     return [len(stream.epochs) + (number == first) for number, stream in enumerate(dataset_info.streams)]
 
 
