@@ -114,6 +114,14 @@ def test_what_an_actor_imports_while_the_workers_start_is_light() -> None:
     assert done.stdout == "\n"
 
 
+@pytest.mark.parametrize("module", ["commands.train", "launch.backend", "launch.drill.drill", "launch.tune.tuner"])
+def test_what_prepares_the_environment_of_ray_does_not_import_it(module: str) -> None:
+    """Ray reads RAY_AUTH_MODE when it is imported; set later, a cluster of ours refuses this process."""
+    code = f"import sys, llm_training_toolkit.{module}; print('ray' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True)
+    assert done.stdout == "False\n"
+
+
 def test_help_names_every_verb_with_what_it_does() -> None:
     done = ltt("--help")
     assert done.returncode == 0

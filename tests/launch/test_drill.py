@@ -27,9 +27,9 @@ from llm_training_toolkit.launch.drill.data_audit import (
 from llm_training_toolkit.launch.drill.drill import DrillRunner, DrillSpec, schedule_faults
 from llm_training_toolkit.launch.drill.faults import FAULT_KINDS
 from llm_training_toolkit.launch.drill.report import InjectedFault
-from llm_training_toolkit.launch.ray.cluster import RAY_HEAD_TIMEOUT_VARIABLE
 from llm_training_toolkit.runs.attempts import begin_attempt
 from llm_training_toolkit.runs.directory import RunDirectory
+from llm_training_toolkit.setup.machine import RAY_HEAD_TIMEOUT_VARIABLE
 
 EPOCHS = [[4, 4]]
 WHOLE = [FetchedSequence(0, epoch, sequence, 10 * epoch + sequence) for epoch in range(2) for sequence in range(4)]

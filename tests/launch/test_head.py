@@ -7,7 +7,8 @@ import threading
 
 import pytest
 
-from llm_training_toolkit.launch.ray.cluster import RAY_HEAD_TIMEOUT_VARIABLE, watch_head
+from llm_training_toolkit.launch.ray.cluster import watch_head
+from llm_training_toolkit.setup.machine import RAY_HEAD_TIMEOUT_VARIABLE
 
 
 def test_a_head_that_is_gone_ends_the_run_in_words_after_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,8 @@ import os
 from llm_training_toolkit.config import Config
 from llm_training_toolkit.errors import PlanError
 
+RAY_HEAD_TIMEOUT_VARIABLE = "RAY_gcs_rpc_server_reconnect_timeout_s"
+
 
 def is_local() -> bool:
     """Return whether Ray starts on this machine alone: RAY_ADDRESS is not set."""

@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 
 from llm_training_toolkit.launch.backend import prepare_environment
-from llm_training_toolkit.launch.ray.cluster import RAY_HEAD_TIMEOUT_VARIABLE
+from llm_training_toolkit.setup.machine import RAY_HEAD_TIMEOUT_VARIABLE
 
 _ADDRESS_PREFIX = "127.0.1."  # loopback: this machine alone
 _ADDRESS_COUNT = 250

@@ -17,12 +17,11 @@ import ray.exceptions
 
 from llm_training_toolkit.errors import LaunchError
 from llm_training_toolkit.monitoring.console import Console
-from llm_training_toolkit.setup.machine import is_local
+from llm_training_toolkit.setup.machine import RAY_HEAD_TIMEOUT_VARIABLE, is_local
 
 _POLL_SECONDS = 1.0
 _CONNECT_TIMEOUT_SECONDS = 2.0
 _DEFAULT_HEAD_TIMEOUT_SECONDS = 60.0  # Ray's default: its core then kills a process without a head
-RAY_HEAD_TIMEOUT_VARIABLE = "RAY_gcs_rpc_server_reconnect_timeout_s"
 # Shares of the head timeout: a head that restarts within it, with its state in Redis, finds the run intact.
 _SHARE_TO_WARN, _SHARE_TO_END = 0.2, 0.8
 
