@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import importlib.util
 import json
-import time
 from collections.abc import Iterable
 from itertools import combinations
 from pathlib import Path
@@ -64,9 +63,7 @@ def test_pass_at_k_of_many_samples_stays_exact() -> None:
 @pytest.mark.slow
 def test_the_published_solutions_all_pass(tmp_path: Path) -> None:
     rows = [{"task_id": row["task_id"], "completion": row["canonical_solution"]} for row in published()]
-    started = time.monotonic()
     found = measured(completions=write(tmp_path / "right.jsonl", rows))
-    assert time.monotonic() - started < 60
     assert found.figures["pass@1"] == 1.0
     assert (found.figures["problems"], found.figures["passed"]) == (164, 164)
 

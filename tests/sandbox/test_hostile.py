@@ -78,9 +78,7 @@ def report(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         }
         head = "".join(f"{name} = {value}\n" for name, value in given.items())
         programs = [head + text.replace("ltt-test-PARENT", f"ltt-test-{os.getpid()}") for text in PROGRAMS.values()]
-        started = time.monotonic()
         ends = run_programs(programs, kind, LIMITS, at_a_time=6)
-        assert time.monotonic() - started < 60
     del os.environ["LTT_TEST_SECRET"]
     assert left_over() == []
     assert [path.name for path in outside.iterdir()] == ["file"]

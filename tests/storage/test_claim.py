@@ -62,7 +62,7 @@ def test_a_living_holder_is_told_from_a_dead_one(bucket: str) -> None:
         holder.wait()
     began = time.monotonic()
     with hold_lease(S3Client(bucket), silent):
-        assert time.monotonic() - began < 5, "its process is known to be gone"
+        assert time.monotonic() - began < 30, "its process is known to be gone"
 
 
 def test_a_holder_on_another_machine_is_dead_when_its_claim_expires(
