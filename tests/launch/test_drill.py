@@ -156,4 +156,4 @@ def test_one_process_survives_kills_damage_and_storage_that_takes_no_more(
 @pytest.mark.timeout(2400)
 def test_a_cluster_of_several_nodes_survives_what_only_a_cluster_can_have(launch_config: Callable[..., Path]) -> None:
     """A hang and a preempted node, in test_elastic_run too, are left to `make drill`: two minutes each."""
-    drill(launch_config("drilled-on-ray", **sections(200, 4, 2)), "node", "head", hang="5s")
+    drill(launch_config("drilled-on-ray", **sections(600, 4, 2)), "node", "head", hang="5s")
