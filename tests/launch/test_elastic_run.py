@@ -137,18 +137,22 @@ def test_a_run_shrinks_and_grows_with_its_cluster_and_comes_out_the_same(
 def test_a_rank_that_hangs_is_named_and_a_step_that_fails_twice_ends_the_run(
     launch_config: Callable[..., Path], ray_environment: Environment
 ) -> None:
-    sections = {"train": {"steps": 40, "global_batch_size": 400, "micro_batch_size": 2}}
+    sections = {"train": {"steps": 40, "global_batch_size": 800, "micro_batch_size": 2}}  # seconds a step
     config = launch_config("hung", **sections, failures={"hang_timeout": "5s"})
     run = run_of(config)
     with fork_server.popen(
         command(config), env=ray_environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as process:
-        at = works(run, 1, process, steps=1)
+        works(run, 1, process, steps=1)
         stopped = other_rank(run, 1)
         stopped.send_signal(signal.SIGSTOP)
+        until(lambda: "failure" in read_attempt_record(run, 1), process)
+        at = read_attempt_record(run, 1)["failure"]["step"] - 1
+        works(run, 2, process, steps=1)
+        rank_zero = read_attempt_record(run, 2)["pid"]
         assert works(run, 2, process, steps=at) == at, "no checkpoint: it began at the first step again"
+        os.kill(rank_zero, signal.SIGKILL)
         assert not stopped.is_running(), "a stopped process would keep its GPU's memory"
-        os.kill(read_attempt_record(run, 2)["pid"], signal.SIGKILL)
         out, err = process.communicate(timeout=900)
     assert process.returncode == 1
     hung, killed = (each["failure"] for each in attempts(run))
