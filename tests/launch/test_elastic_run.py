@@ -137,7 +137,7 @@ def test_a_run_shrinks_and_grows_with_its_cluster_and_comes_out_the_same(
 def test_a_rank_that_hangs_is_named_and_a_step_that_fails_twice_ends_the_run(
     launch_config: Callable[..., Path], ray_environment: Environment
 ) -> None:
-    sections = {"train": {"steps": 40, "global_batch_size": 800, "micro_batch_size": 2}}  # seconds a step
+    sections = {"train": {"steps": 40, "global_batch_size": 400, "micro_batch_size": 2}}
     config = launch_config("hung", **sections, failures={"hang_timeout": "5s"})
     run = run_of(config)
     with fork_server.popen(
