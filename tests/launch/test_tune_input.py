@@ -38,6 +38,8 @@ def test_a_winner_that_the_base_could_not_take_is_refused_before_the_trials(tmp_
     for name, content in (("base", base), ("find", search)):
         with (tmp_path / f"{name}.yaml").open("w") as file:
             YAML().dump(content, file)
-    with pytest.raises(ConfigError, match=r"best\.yaml \(the base without overrides\) with data\.sources\.0\.weight = 1"):
+    with pytest.raises(
+        ConfigError, match=r"best\.yaml \(the base without overrides\) with data\.sources\.0\.weight = 1"
+    ):
         run_search(read_search(tmp_path / "find.yaml", []), Console(io.StringIO()))
     assert not (tmp_path / "runs").exists()
