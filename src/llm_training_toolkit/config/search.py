@@ -17,7 +17,6 @@ from llm_training_toolkit.config.schema import Config, ConfigSection, Count, Dur
 from llm_training_toolkit.errors import ConfigError
 
 Value = bool | int | float | str | None
-METRICS = ("eval/loss", "eval/perplexity", "eval/bits_per_byte", "train/loss")
 # Keys and sections that are not hyperparameters, with the reason shown to users.
 _UNSEARCHABLE_KEYS = {
     "run.name": "every trial has its own",

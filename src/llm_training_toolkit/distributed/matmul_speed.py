@@ -9,7 +9,7 @@ import torch
 
 _SMALL, _LARGE = 64, 256  # rows and columns; forward and backward at 256 are 0.1 GFLOP, 40 ms at AVX2's 2.7 GFLOP/s
 _SECONDS = 0.05  # for the products of one size, warm-up excluded
-_MAX_PRODUCT_SECONDS = 0.5  # for one large product in bf16; an emulated processor may take several seconds
+_MAX_PRODUCT_SECONDS = 0.5  # for one large product in bf16, foreseen from a small one: bounds the measurement
 
 
 def measure_bf16_slowdown(device: torch.device) -> float:

@@ -18,15 +18,16 @@ import tokenizers
 from llm_training_toolkit.config.schema import Config, DataConfig
 from llm_training_toolkit.config.uri import is_uri
 from llm_training_toolkit.data.chat.template import ChatTemplate
-from llm_training_toolkit.data.prepare import document_index as surveys
 from llm_training_toolkit.data.prepare.arrow_store import ExampleStore
 from llm_training_toolkit.data.prepare.atomic_dir import build_atomic_dir, remove_stale_builds
 from llm_training_toolkit.data.prepare.dataset_info import DatasetInfo, EpochInfo, StreamInfo
 from llm_training_toolkit.data.prepare.document_index import (
     DocumentIndex,
     DocumentReader,
+    build_document_index,
     list_all_sources,
     split_into_shards,
+    verify_document_index,
 )
 from llm_training_toolkit.data.prepare.packing import PackingPlan, pack_in_windows
 from llm_training_toolkit.data.prepare.renderer import DocumentRenderer, extract_plain_text
@@ -173,7 +174,7 @@ class DatasetBuilder:
     def verify_documents(self) -> None:
         """Read all documents again and compare them with the index. Raises DataError for the first difference."""
         total = len(self.document_index.sources)
-        surveys.verify_document_index(
+        verify_document_index(
             self.data, self.directory / "documents", lambda done: self.progress("comparing", done, total)
         )
 
@@ -220,7 +221,7 @@ class DatasetBuilder:
         return self.cache / f"tokenizer-{self.tokenizer_key[:16]}"
 
     def _build_document_index(self, directory: Path) -> None:
-        surveys.build_document_index(self.data, directory, lambda done: self.progress("reading", done, 0))
+        build_document_index(self.data, directory, lambda done: self.progress("reading", done, 0))
         if fingerprint_sources(self.sources) != self.sources_fingerprint:
             raise DataError(
                 "data.sources: files changed while they were being read. Let nothing write into the sources, and "
