@@ -8,12 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from durations import Durations, slowness
 from llm_training_toolkit.config import Config, dump_config_json, parse_config
 from llm_training_toolkit.data.prepare.epochs import prepare_run_data
 from llm_training_toolkit.runs.directory import RunDirectory
 from rank_pool import RankPool
+
+# The seconds of an example or of its data depend on the machine, and on what else it does.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 LIMIT = 20.0  # seconds for a test without a marker, on a processor as fast as that of `durations.slowness`
 

@@ -7,17 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import settings
 
 from llm_training_toolkit.config.schema import Config
 from llm_training_toolkit.data.tokenizer import TextEncoder, TokenizationSpec, open_tokenizer, train_tokenizer
 from llm_training_toolkit.families import CodeLayout, SpecialTokens
 
 Configure = Callable[..., Config]
-
-# How long an example takes says nothing on a machine that others use, too.
-settings.register_profile("data", deadline=None)
-settings.load_profile("data")
 
 # StarCoder's ids: the end of text is 0, which no code may take for "none".
 MARKERS = TokenizationSpec(
