@@ -30,7 +30,8 @@ from llm_training_toolkit.models import LossModule, build_model, check_pretraine
 from llm_training_toolkit.models.build import DTYPES
 from llm_training_toolkit.models.init_weights import build_generator
 from llm_training_toolkit.plan import Plan, compute_replica_slice, make_plan
-from llm_training_toolkit.runs.directory import RunDirectory, write_atomically
+from llm_training_toolkit.runs.atomic_write import write_atomically
+from llm_training_toolkit.runs.directory import RunDirectory
 from llm_training_toolkit.worker.build import build_run_model
 from llm_training_toolkit.worker.hub_download import ensure_local_weights
 from llm_training_toolkit.worker.main import run_worker

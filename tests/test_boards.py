@@ -16,7 +16,7 @@ import pytest
 from llm_training_toolkit.cli.tensorboard import find_log_directory
 from llm_training_toolkit.errors import ConfigError
 from llm_training_toolkit.monitoring.metrics import TensorBoard
-from llm_training_toolkit.runs.storage import find_storage, open_worker
+from llm_training_toolkit.runs.storage.open import open_worker
 from s3_server import keys, s3_server
 
 
@@ -75,7 +75,7 @@ def test_tensorboard_shows_a_run_in_a_bucket(monkeypatch: pytest.MonkeyPatch) ->
             board = TensorBoard(run.tensorboard_dir, None)
             for step in (1, 2):
                 board.write(step, {"train/loss": 2.0})
-                find_storage(run.path).flush()
+                run.storage.flush()
             board.close()
         assert len(keys("runs/one/tb/")) == 2, "segments, each an event file"
         assert shown("s3://bucket/runs", os.environ, seconds=30) == b'["one/tb"]'

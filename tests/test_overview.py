@@ -14,7 +14,8 @@ from rich.console import Console
 
 from llm_training_toolkit.runs.attempts import begin_attempt, end_attempt
 from llm_training_toolkit.runs.directory import RunDirectory, lock_run_directory
-from llm_training_toolkit.runs.status import read_run_status, read_run_statuses
+from llm_training_toolkit.runs.status import RunStatus, read_run_status, read_run_statuses
+from llm_training_toolkit.runs.storage.open import open_runs_directory
 from llm_training_toolkit.runs.table import build_runs_table, format_duration
 
 _HOLD = """
@@ -94,14 +95,19 @@ def test_a_failed_run_shows_its_error(run: RunDirectory) -> None:
         assert part in shown
 
 
+def list_statuses(directory: Path) -> list[RunStatus]:
+    with open_runs_directory(str(directory)) as list_runs:
+        return read_run_statuses(list_runs())
+
+
 def test_only_runs_are_listed_by_name(run: RunDirectory) -> None:
     runs = run.path.parent
     (runs / ".cache").mkdir()
     (runs / "notes.txt").write_text("no run")
     (runs / "another").mkdir()
     (runs / "another" / "lock").touch()
-    assert [found.name for found in read_run_statuses(runs)] == ["another", "one"]
-    assert read_run_statuses(runs / "nowhere") == []
+    assert [found.name for found in list_statuses(runs)] == ["another", "one"]
+    assert list_statuses(runs / "nowhere") == []
 
 
 def test_the_command_prints_json_and_needs_no_torch(run: RunDirectory) -> None:

@@ -20,14 +20,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llm_training_toolkit.errors import CheckpointError, LaunchError
+from llm_training_toolkit.runs.atomic_write import write_atomically
 from llm_training_toolkit.runs.attempts import begin_attempt, end_attempt
 from llm_training_toolkit.runs.directory import (
     RunDirectory,
+    check_run,
     collect_environment,
-    find_run,
     lock_run_directory,
     parse_checkpoint_name,
-    write_atomically,
 )
 
 _IMPORTS = """
@@ -212,13 +212,13 @@ def test_other_names_are_no_checkpoints(name: str) -> None:
 
 def test_a_run_is_known_by_its_resolved_configuration(tmp_path: Path) -> None:
     (tmp_path / "resolved.json").write_text("{}")
-    assert find_run(str(tmp_path)) == RunDirectory(tmp_path)
+    assert check_run(RunDirectory(tmp_path)) == RunDirectory(tmp_path)
 
 
 def test_a_path_without_a_run_is_an_error_that_says_what_to_name(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "absent"):
         with pytest.raises(CheckpointError, match=f"^{path}: no run there .*name a run's directory"):
-            find_run(path)
+            check_run(RunDirectory(path))
 
 
 def test_the_environment_names_versions_and_machine_and_is_json() -> None:

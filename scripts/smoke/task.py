@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from llm_training_toolkit.runs.directory import write_atomically
+from llm_training_toolkit.runs.atomic_write import write_atomically
 
 Values = dict[str, Any]
 

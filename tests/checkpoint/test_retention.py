@@ -83,21 +83,21 @@ def run(tmp_path: Path) -> RunDirectory:
 def test_clean_deletes_the_oldest_and_keeps_the_multiples(run: RunDirectory) -> None:
     for step in (10, 20, 30, 40, 50):
         checkpoint(run, step, 1)
-    apply_retention_policy(run.checkpoints_dir, RetentionPolicy(2, 20), attempt=9, losses={})
+    apply_retention_policy(run, RetentionPolicy(2, 20), attempt=9, losses={})
     assert names(run) == ["step_000000020_a1", "step_000000040_a1", "step_000000050_a1"]
 
 
 def test_clean_goes_by_the_number_of_steps_not_by_the_attempt(run: RunDirectory) -> None:
     for step, attempt in ((10, 9), (20, 10), (30, 2)):
         checkpoint(run, step, attempt)
-    apply_retention_policy(run.checkpoints_dir, RetentionPolicy(1, 0), attempt=9, losses={})
+    apply_retention_policy(run, RetentionPolicy(1, 0), attempt=9, losses={})
     assert names(run) == ["step_000000030_a2"]
 
 
 def test_clean_deletes_partial_checkpoints_even_newer_ones(run: RunDirectory) -> None:
     checkpoint(run, 10, 1)
     checkpoint(run, 20, 1, whole=False)
-    apply_retention_policy(run.checkpoints_dir, RetentionPolicy(1, 0), attempt=9, losses={})
+    apply_retention_policy(run, RetentionPolicy(1, 0), attempt=9, losses={})
     assert names(run) == ["step_000000010_a1"]
 
 
@@ -105,7 +105,7 @@ def test_partial_checkpoints_take_no_place_among_the_kept(run: RunDirectory) -> 
     checkpoint(run, 10, 1)
     checkpoint(run, 20, 1)
     checkpoint(run, 30, 1, whole=False)
-    apply_retention_policy(run.checkpoints_dir, RetentionPolicy(2, 0), attempt=9, losses={})
+    apply_retention_policy(run, RetentionPolicy(2, 0), attempt=9, losses={})
     assert names(run) == ["step_000000010_a1", "step_000000020_a1"]
 
 
@@ -117,12 +117,12 @@ def test_clean_leaves_directories_of_other_names_alone(run: RunDirectory) -> Non
         (run.checkpoints_dir / name).mkdir()
         (run.checkpoints_dir / name / "fragments_00000.safetensors").write_bytes(b"x")
     (run.checkpoints_dir / "step_000000010_a1.copy" / "manifest.json").write_text("{}")
-    apply_retention_policy(run.checkpoints_dir, RetentionPolicy(1, 0), attempt=9, losses={})
+    apply_retention_policy(run, RetentionPolicy(1, 0), attempt=9, losses={})
     assert names(run) == sorted([*others, "step_000000020_a1"])
 
 
 def test_clean_where_there_is_nothing(tmp_path: Path) -> None:
-    apply_retention_policy(tmp_path / "absent", RetentionPolicy(1, 0), attempt=9, losses={})
+    apply_retention_policy(RunDirectory(tmp_path / "absent"), RetentionPolicy(1, 0), attempt=9, losses={})
     assert not (tmp_path / "absent").exists()
 
 
@@ -130,7 +130,7 @@ def test_clean_keeps_the_best_however_old_it_is(run: RunDirectory) -> None:
     for step in (10, 20, 30, 40):
         checkpoint(run, step, 1)
     apply_retention_policy(
-        run.checkpoints_dir, RetentionPolicy(1, keep_best_k=1), attempt=9, losses={10: 3.0, 20: 2.0, 25: 1.0, 40: 2.5}
+        run, RetentionPolicy(1, keep_best_k=1), attempt=9, losses={10: 3.0, 20: 2.0, 25: 1.0, 40: 2.5}
     )
     assert names(run) == ["step_000000020_a1", "step_000000040_a1"]
 
@@ -139,5 +139,5 @@ def test_what_an_earlier_attempt_left_unfinished_goes_and_nothing_else(run: RunD
     checkpoint(run, 10, 1)
     checkpoint(run, 20, 1, whole=False)
     checkpoint(run, 20, 2, whole=False)
-    delete_incomplete_checkpoints(run.checkpoints_dir, attempt=1)
+    delete_incomplete_checkpoints(run, attempt=1)
     assert names(run) == ["step_000000010_a1", "step_000000020_a2"]

@@ -36,7 +36,6 @@ from llm_training_toolkit.checkpoint import (
     commit_checkpoint,
     find_latest_checkpoint,
     list_complete_checkpoints,
-    quarantine_checkpoint,
 )
 from llm_training_toolkit.checkpoint.host_buffer import _build_header, compute_serialized_size
 from llm_training_toolkit.checkpoint.manifest import read_manifest
@@ -441,7 +440,10 @@ def test_a_manifest_of_another_format_says_which_version_reads_it(tmp_path: Path
 def test_a_checkpoint_set_aside_is_not_found_and_loses_nothing(run: RunDirectory) -> None:
     write(run.get_checkpoint_dir(1, 1), 1)
     values = write(run.get_checkpoint_dir(2, 1), 2)
-    assert quarantine_checkpoint(run.get_checkpoint_dir(2, 1)) == "it lies in quarantine_1_step_000000002_a1 now"
+    assert (
+        run.storage.quarantine_checkpoint(run.get_checkpoint_dir(2, 1))
+        == "it lies in quarantine_1_step_000000002_a1 now"
+    )
     aside = run.checkpoints_dir / "quarantine_1_step_000000002_a1"
     assert find_latest_checkpoint(run.checkpoints_dir) == run.get_checkpoint_dir(1, 1)
     assert np.array_equal(CheckpointReader(aside).read("scale", "weights", 0, 1), values["scale"]["weights"].numpy())
@@ -451,7 +453,7 @@ def test_setting_aside_twice_overwrites_nothing(run: RunDirectory) -> None:
     for number in (1, 2, 3):
         write(run.get_checkpoint_dir(2, 1), number)
         assert (
-            quarantine_checkpoint(run.get_checkpoint_dir(2, 1))
+            run.storage.quarantine_checkpoint(run.get_checkpoint_dir(2, 1))
             == f"it lies in quarantine_{number}_step_000000002_a1 now"
         )
     assert [CheckpointReader(path).manifest.step for path in sorted(run.checkpoints_dir.iterdir())] == [1, 2, 3]

@@ -62,7 +62,7 @@ def test_runs_are_shown_side_by_side(run: RunDirectory) -> None:
     write_eval_record(other, evaluation("infill", 1200, run="second", exact_match=0.625), [])
     write_eval_record(other, evaluation("perplexity", 1200, run="second", loss=2.0, perplexity=7.389), [])
     screen = io.StringIO()
-    Terminal(file=screen, width=100).print(*build_eval_tables(collect_eval_records([run.path, other.path])), sep="\n")
+    Terminal(file=screen, width=100).print(*build_eval_tables(collect_eval_records([run, other])), sep="\n")
     lines = [line.split() for line in screen.getvalue().splitlines()]
     assert lines[:4] == [
         ["infill"],
@@ -75,9 +75,9 @@ def test_runs_are_shown_side_by_side(run: RunDirectory) -> None:
 
 def test_nothing_to_compare_is_said(run: RunDirectory) -> None:
     with pytest.raises(PlanError, match="none of these runs has been evaluated"):
-        collect_eval_records([run.path])
+        collect_eval_records([run])
     with pytest.raises(CheckpointError, match="no run there"):
-        collect_eval_records([run.path.parent])
+        collect_eval_records([RunDirectory(run.path.parent)])
 
 
 def test_a_setting_of_another_task_is_refused() -> None:

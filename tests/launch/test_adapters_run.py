@@ -61,7 +61,7 @@ def test_from_a_saved_model_over_a_resume_to_text(launch_config: Callable[..., P
         "training.json",
     ]
     text = TextGenerator.from_directory(find_model_directory(run.path)).complete_prompt("def ", SamplingParams(4)).text
-    from_checkpoint, _ = open_model(run.path, step=4, device="cpu")
+    from_checkpoint, _ = open_model(run, step=4, device="cpu")
     assert from_checkpoint.complete_prompt("def ", SamplingParams(4)).text == text
 
     merged = ltt("export", str(run.path), "--merge", "--json")

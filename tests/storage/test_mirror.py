@@ -18,14 +18,13 @@ from llm_training_toolkit.checkpoint.restore import find_latest_valid_checkpoint
 from llm_training_toolkit.checkpoint.state import TrainState
 from llm_training_toolkit.distributed.context import RunContext
 from llm_training_toolkit.errors import CheckpointError, LaunchError
-from llm_training_toolkit.runs.attempts import find_last_attempt
+from llm_training_toolkit.runs.attempts import begin_attempt, find_last_attempt
 from llm_training_toolkit.runs.directory import RunDirectory
 from llm_training_toolkit.runs.status import read_run_statuses
 from llm_training_toolkit.runs.storage import append_log as growing
-from llm_training_toolkit.runs.storage import find_storage, open_path, open_runs_directory, open_worker
 from llm_training_toolkit.runs.storage import s3_client as buckets
 from llm_training_toolkit.runs.storage import s3_storage as mirror
-from llm_training_toolkit.runs.storage.open import get_staging_root
+from llm_training_toolkit.runs.storage.open import get_staging_root, open_path, open_runs_directory, open_worker
 from s3_server import client, keys
 from test_saving import Model
 
@@ -66,7 +65,7 @@ def test_what_one_process_writes_is_there_for_the_next_on_an_empty_machine(bucke
     with open_worker(bucket, silent) as run:
         run.resolved_config_path.write_text("{}")
         run.metrics_path.write_text('{"step": 1}\n')
-        assert find_storage(run.path).begin_attempt({"host": "a"}) == 1
+        assert begin_attempt(run, {"host": "a"}) == 1
         save(saver(run), 1)
         assert (
             run.metrics_path.read_bytes()
@@ -78,13 +77,13 @@ def test_what_one_process_writes_is_there_for_the_next_on_an_empty_machine(bucke
     with open_worker(bucket, silent) as run:
         assert run.path != first
         assert run.resolved_config_path.read_text() == "{}"
-        assert find_storage(run.path).begin_attempt({"host": "b"}) == 2
+        assert begin_attempt(run, {"host": "b"}) == 2
         with run.metrics_path.open("a") as file:
             file.write('{"step": 2}\n')
         found = find_latest_valid_checkpoint(run, context())
         assert found is not None
         assert found.read("w", "weights", 0, 100).tolist() == [0.0] * 100
-        find_storage(run.path).evict_checkpoint(found.directory)
+        run.storage.evict_checkpoint(found.directory)
         assert not list(run.checkpoints_dir.rglob("*.safetensors"))
     with open_worker(bucket, silent) as run:
         assert [json.loads(line)["step"] for line in run.metrics_path.read_text().splitlines()] == [1, 2]
@@ -93,7 +92,7 @@ def test_what_one_process_writes_is_there_for_the_next_on_an_empty_machine(bucke
 
 def test_two_processes_that_begin_at_once_take_two_attempts(bucket: str) -> None:
     with open_worker(bucket, silent) as one, open_worker(bucket, silent) as other:
-        taken = [find_storage(run.path).begin_attempt({"run": number}) for number, run in enumerate((one, other, one))]
+        taken = [begin_attempt(run, {"run": number}) for number, run in enumerate((one, other, one))]
     assert taken == [1, 2, 3]
 
 
@@ -150,14 +149,14 @@ def test_the_only_checkpoint_is_never_put_aside(bucket: str) -> None:
 
 def test_ranks_that_outlived_their_driver_save_nothing(bucket: str) -> None:
     with open_worker(bucket, silent) as old, open_worker(bucket, silent) as new:
-        find_storage(old.path).begin_attempt({})
+        begin_attempt(old, {})
         saving = saver(old)
         save(saving, 1)
-        find_storage(new.path).begin_attempt({})
+        begin_attempt(new, {})
         with pytest.raises(CheckpointError, match="attempt 2 has taken over this run"):
             save(saving, 2)
         assert find_latest_checkpoint(new.checkpoints_dir) is None
-        find_storage(new.path).refresh_directory(new.path)
+        new.storage.refresh_directory(new.path)
         assert names(new) == ["step_000000001_a1"]
 
 
@@ -213,10 +212,10 @@ def test_growing_files_become_few_segments_and_their_end_is_read(bucket: str, mo
         for line in lines:
             with run.metrics_path.open("a") as file:
                 file.write(line)
-            find_storage(run.path).flush()
+            run.storage.flush()
         with run.metrics_path.open("a") as file:
             file.write("half a li")
-        find_storage(run.path).flush()
+        run.storage.flush()
         assert len(keys(f"{below(bucket)}metrics.jsonl")) == 4
     with open_worker(bucket, silent) as run:
         assert run.metrics_path.read_text() == "".join(lines[-2:]) + "half a li"
@@ -240,24 +239,24 @@ def test_an_export_takes_the_place_of_the_one_before_and_is_told_of_last(bucket:
         )
         export(run, "model")
     assert keys(f"{below(bucket)}export/") == ["model", "training.json"]
-    with open_path(bucket, export=True) as path:
-        assert (path / "export" / "model").read_text() == "model"
-    with open_path(f"{bucket}/export", export=True) as path:
-        assert (path / "model").read_text() == "model"
+    with open_path(bucket, export=True) as opened:
+        assert (opened.path / "export" / "model").read_text() == "model"
+    with open_path(f"{bucket}/export", export=True) as opened:
+        assert (opened.path / "model").read_text() == "model"
 
 
 def test_runs_in_a_bucket_are_listed_as_they_stand(bucket: str) -> None:
     with open_worker(bucket, silent) as run:
         run.resolved_config_path.write_text("{}")
         run.metrics_path.write_text('{"step": 3, "attempt": 1, "train/loss": 2.5}\n')
-        find_storage(run.path).begin_attempt({})
-        find_storage(run.path).flush()
+        begin_attempt(run, {})
+        run.storage.flush()
         with open_runs_directory(bucket.rpartition("/")[0]) as look:
             [found] = read_run_statuses(look())
             assert (found.name, found.path, found.state, found.step) == ("run", bucket, "lost", 3)
             with run.metrics_path.open("a") as file:
                 file.write('{"step": 4, "attempt": 1, "train/loss": 2.4}\n')
-            find_storage(run.path).flush()
+            run.storage.flush()
             assert read_run_statuses(look())[0].step == 4
 
 

@@ -11,7 +11,6 @@ from llm_training_toolkit.checkpoint.reader import (
     CheckpointReader,
     find_latest_checkpoint,
     list_complete_checkpoints,
-    quarantine_checkpoint,
 )
 from llm_training_toolkit.checkpoint.retention import (
     RetentionPolicy,
@@ -40,7 +39,6 @@ __all__ = [
     "find_weight_files",
     "held_out_losses",
     "list_complete_checkpoints",
-    "quarantine_checkpoint",
     "read_base_weights",
     "read_manifest",
     "select_kept_steps",

@@ -31,7 +31,7 @@ from llm_training_toolkit.engine import Engine
 from llm_training_toolkit.errors import CheckpointError
 from llm_training_toolkit.runs.attempts import find_last_attempt
 from llm_training_toolkit.runs.directory import RunDirectory, parse_checkpoint_name
-from llm_training_toolkit.runs.storage import StorageError, find_storage
+from llm_training_toolkit.runs.storage.s3_client import StorageError
 
 _MAX_POLL_SECONDS = 0.5  # longest pause between two polls of all ranks for the end of their writes
 
@@ -74,10 +74,9 @@ class CheckpointManager:
         self._run, self._context, self._engine, self._lineage = run, context, engine, lineage
         self._every_steps, self._every_seconds = every_steps, every_seconds
         self._rule = rule
-        self._where = find_storage(run.path).get_uri(run.path)
         self._losses: dict[int, float] = {}
         if context.is_rank_zero:
-            delete_incomplete_checkpoints(run.checkpoints_dir, attempt=lineage.attempt - 1)
+            delete_incomplete_checkpoints(run, attempt=lineage.attempt - 1)
             self._losses = held_out_losses(run.checkpoints_dir)
         with self._translate_memory_error(pieces := engine.owned_fragments()):
             self._memory = allocate_host_buffer(pieces)
@@ -122,7 +121,9 @@ class CheckpointManager:
         directory = self._run.get_checkpoint_dir(progress.step, self._lineage.attempt)
         pieces = self._engine.owned_fragments()
         with self._translate_memory_error(pieces):
-            writing = AsyncWrite(self._context.rank, directory, pieces, self._engine.optimizer, self._memory)
+            writing = AsyncWrite(
+                self._context.rank, directory, pieces, self._engine.optimizer, self._memory, storage=self._run.storage
+            )
         self._begun = _PendingCheckpoint(writing, progress)
         self._last = time.monotonic()
         return self._last - started
@@ -141,7 +142,7 @@ class CheckpointManager:
         commit_checkpoint(self._context, begun.writing, self._make_manifest_builder(begun.progress))
         if self._context.is_rank_zero:
             self._apply_retention_policy()
-            where = find_storage(begun.writing.directory).get_uri(begun.writing.directory)
+            where = self._run.storage.get_uri(begun.writing.directory)
             self._context.report(CheckpointEvent(begun.progress.step, where))
 
     @contextmanager
@@ -177,23 +178,21 @@ class CheckpointManager:
         newest_attempt = self._context.broadcast_object(self._read_last_attempt() if self._context.is_rank_zero else 0)
         if newest_attempt > self._lineage.attempt:
             raise CheckpointError(
-                f"{self._where}: attempt {newest_attempt} has taken over this run; attempt {self._lineage.attempt} "
+                f"{self._run.uri}: attempt {newest_attempt} has taken over this run; attempt {self._lineage.attempt} "
                 "ends without saving. Nothing is lost: the run goes on there"
             )
 
     def _read_last_attempt(self) -> int:
         with suppress(StorageError):  # the next write retries a store that does not answer now
-            find_storage(self._run.path).refresh_directory(self._run.attempts_dir)
+            self._run.storage.refresh_directory(self._run.attempts_dir)
         return find_last_attempt(self._run)
 
     def _apply_retention_policy(self) -> None:
         """Apply the retention policy. A failure is only a warning, since the new checkpoint is written."""
         try:
-            apply_retention_policy(
-                self._run.checkpoints_dir, self._rule, attempt=self._lineage.attempt, losses=self._losses
-            )
+            apply_retention_policy(self._run, self._rule, attempt=self._lineage.attempt, losses=self._losses)
         except OSError as error:
-            message = f"old checkpoints of {self._where} cannot be deleted ({error}); training goes on"
+            message = f"old checkpoints of {self._run.uri} cannot be deleted ({error}); training goes on"
             self._context.report(WarningEvent(message))
 
     def _make_manifest_builder(self, progress: TrainState) -> Any:  # noqa: ANN401 - checkpoint.Describe

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from llm_training_toolkit.checkpoint.manifest import MANIFEST_NAME, Manifest, compute_sha256, read_manifest
 from llm_training_toolkit.errors import CheckpointError
 from llm_training_toolkit.runs.directory import parse_checkpoint_name
-from llm_training_toolkit.runs.storage import find_storage
+from llm_training_toolkit.runs.storage.storage import LocalStorage, Storage
 
 Array = NDArray[np.float32]
 
@@ -31,16 +31,11 @@ def find_latest_checkpoint(checkpoints: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def quarantine_checkpoint(directory: Path) -> str:
-    """Quarantine a checkpoint: its files are kept, but no longer found. Return a text that names the place."""
-    return find_storage(directory).quarantine_checkpoint(directory)
-
-
 class CheckpointReader:
     """Complete checkpoint, open for reading."""
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
+    def __init__(self, directory: Path, storage: Storage | None = None) -> None:
+        self.directory, self.storage = directory, storage or LocalStorage()
         self.manifest: Manifest = read_manifest(directory)
         self._open: dict[int, Any] = {}
 
@@ -52,7 +47,7 @@ class CheckpointReader:
         """Return one file's damage: missing, wrong size or wrong checksum; empty if intact."""
         entry = self.manifest.files[number]
         path = self.directory / entry.name
-        find_storage(path).fetch_file(path)
+        self.storage.fetch_file(path)
         if not path.is_file():
             return f"{path}: missing"
         if path.stat().st_size != entry.size:
@@ -89,7 +84,7 @@ class CheckpointReader:
     def _open_file(self, index: int) -> Any:  # noqa: ANN401 - safetensors has no types
         if index not in self._open:
             path = self.directory / self.manifest.files[index].name
-            find_storage(path).fetch_file(path)
+            self.storage.fetch_file(path)
             self._open[index] = safe_open(path, framework="numpy")
         return self._open[index]
 

@@ -12,7 +12,7 @@ from llm_training_toolkit.checkpoint import (
     UnknownFormatError,
     find_latest_checkpoint,
     list_complete_checkpoints,
-    quarantine_checkpoint,
+    read_manifest,
 )
 from llm_training_toolkit.distributed.context import RunContext
 from llm_training_toolkit.distributed.events import WarningEvent
@@ -20,7 +20,6 @@ from llm_training_toolkit.distributed.heartbeat import Heartbeat
 from llm_training_toolkit.engine import Engine
 from llm_training_toolkit.errors import CheckpointError
 from llm_training_toolkit.runs.directory import RunDirectory
-from llm_training_toolkit.runs.storage import find_storage
 
 
 def find_latest_valid_checkpoint(run: RunDirectory, context: RunContext) -> CheckpointReader | None:
@@ -35,25 +34,25 @@ def find_latest_valid_checkpoint(run: RunDirectory, context: RunContext) -> Chec
         if name is None:
             return None
         directory = run.checkpoints_dir / name
-        faults = _find_damage(directory, context)
+        faults = _find_damage(run, directory, context)
         if not faults:
-            return CheckpointReader(directory)
+            return CheckpointReader(directory, run.storage)
         if (
             context.broadcast_object(len(list_complete_checkpoints(run.checkpoints_dir)) if context.is_rank_zero else 0)
             < 2
         ):
             raise CheckpointError(
                 f"{faults[0]}: the only checkpoint of this run is damaged, and there is none before it. "
-                f"Bring the file back, or delete {find_storage(run.path).get_uri(run.path)} to start again from step 0"
+                f"Bring the file back, or delete {run.uri} to start again from step 0"
             )
         if context.is_rank_zero:
-            where = quarantine_checkpoint(directory)
+            where = run.storage.quarantine_checkpoint(directory)
             message = f"checkpoint {directory.name} is damaged ({faults[0]}); {where}"
             context.report(WarningEvent(f"{message}, and the one before it is used"))
         context.barrier()
 
 
-def _find_damage(directory: Path, context: RunContext) -> list[str]:
+def _find_damage(run: RunDirectory, directory: Path, context: RunContext) -> list[str]:
     """Return a checkpoint's damage; each file is read by one rank, and again by rank 0 if that rank finds damage.
 
     Only damage that rank 0 confirms counts. An OSError propagates on the rank that meets it: new workers are the remedy
@@ -62,7 +61,7 @@ def _find_damage(directory: Path, context: RunContext) -> list[str]:
     unreadable = context.broadcast_object(_find_manifest_error(directory) if context.is_rank_zero else "")
     if unreadable:
         return [unreadable]
-    checkpoint = CheckpointReader(directory)
+    checkpoint = CheckpointReader(directory, run.storage)
     mine = {}
     for number in range(context.rank, len(checkpoint.manifest.files), context.world_size):
         context.heartbeat.keepalive(f"checking file {number} of {directory.name}")
@@ -81,7 +80,7 @@ def _find_damage(directory: Path, context: RunContext) -> list[str]:
 def _find_manifest_error(directory: Path) -> str:
     """Return the manifest's error; empty if it parses, and if all ranks are to refuse its format."""
     try:
-        CheckpointReader(directory)
+        read_manifest(directory)
     except UnknownFormatError:
         return ""
     except CheckpointError as error:
@@ -113,5 +112,5 @@ def restore_engine(
             if optimizer or key == "weights":
                 values = checkpoint.read(piece.name, key, piece.start, piece.count)
                 tensor.copy_(torch.from_numpy(np.ascontiguousarray(values)))
-    find_storage(checkpoint.directory).evict_checkpoint(checkpoint.directory)
+    checkpoint.storage.evict_checkpoint(checkpoint.directory)
     engine.sync_low_precision()

@@ -9,8 +9,7 @@ from pathlib import Path
 from llm_training_toolkit.checkpoint.manifest import MANIFEST_NAME, read_manifest
 from llm_training_toolkit.checkpoint.reader import list_complete_checkpoints
 from llm_training_toolkit.errors import CheckpointError
-from llm_training_toolkit.runs.directory import parse_checkpoint_name
-from llm_training_toolkit.runs.storage import find_storage
+from llm_training_toolkit.runs.directory import RunDirectory, parse_checkpoint_name
 
 
 @dataclass(frozen=True)
@@ -37,28 +36,30 @@ def select_kept_steps(steps: Sequence[int], rule: RetentionPolicy, losses: Mappi
 
 
 def apply_retention_policy(
-    checkpoints: Path, rule: RetentionPolicy, *, attempt: int, losses: Mapping[int, float]
+    run: RunDirectory, rule: RetentionPolicy, *, attempt: int, losses: Mapping[int, float]
 ) -> None:
     """Delete checkpoints that are not kept, and incomplete ones of attempts up to `attempt`.
 
     Ranks of those attempts must not be writing.
     """
-    delete_incomplete_checkpoints(checkpoints, attempt=attempt)
+    delete_incomplete_checkpoints(run, attempt=attempt)
     found = [
-        (place[0], path) for path in list_complete_checkpoints(checkpoints) if (place := parse_checkpoint_name(path))
+        (place[0], path)
+        for path in list_complete_checkpoints(run.checkpoints_dir)
+        if (place := parse_checkpoint_name(path))
     ]
     stay = select_kept_steps([step for step, _ in found], rule, losses)
     for step, path in found:
         if step not in stay:
-            find_storage(path).delete_checkpoint(path)
+            run.storage.delete_checkpoint(path)
 
 
-def delete_incomplete_checkpoints(checkpoints: Path, *, attempt: int) -> None:
+def delete_incomplete_checkpoints(run: RunDirectory, *, attempt: int) -> None:
     """Delete incomplete checkpoints of attempts up to `attempt`, whose ranks must not be writing."""
-    for path in checkpoints.glob("step_*"):
+    for path in run.checkpoints_dir.glob("step_*"):
         place = parse_checkpoint_name(path)
         if place and place[1] <= attempt and not (path / MANIFEST_NAME).exists():
-            find_storage(path).delete_checkpoint(path)
+            run.storage.delete_checkpoint(path)
 
 
 def held_out_losses(checkpoints: Path) -> dict[int, float]:

@@ -26,7 +26,7 @@ from llm_training_toolkit.checkpoint.host_buffer import HostBuffer, compute_seri
 from llm_training_toolkit.checkpoint.manifest import MANIFEST_NAME, FileEntry, Manifest
 from llm_training_toolkit.distributed.context import RunContext
 from llm_training_toolkit.errors import CheckpointError
-from llm_training_toolkit.runs.storage import find_storage
+from llm_training_toolkit.runs.storage.storage import LocalStorage, Storage
 
 if TYPE_CHECKING:
     import torch
@@ -78,9 +78,11 @@ class AsyncWrite:
         pieces: Sequence[ParameterShard],
         optimizer: torch.optim.Optimizer,
         memory: HostBuffer,
+        *,
+        storage: Storage | None = None,
     ) -> None:
         """Copy the fragments into `memory`, which is in use until the result is known. Raises MemoryError."""
-        self.directory = directory
+        self.directory, self.storage = directory, storage or LocalStorage()
         self._sent = 0
         self._path = directory / _get_file_name(rank)
         index = [(piece.name, piece.start, piece.count) for piece in pieces]
@@ -112,7 +114,7 @@ class AsyncWrite:
     def _run_write(self, rank: int, image: memoryview, index: list[tuple[str, int, int]]) -> None:
         try:
             entry = _write_file(self._path, image)
-            find_storage(self._path).upload_checkpoint_file(self._path, self._add_sent_bytes)
+            self.storage.upload_checkpoint_file(self._path, self._add_sent_bytes)
             self._outcome.set_result(WriteResult(entry, index))
         except MemoryError:
             self._outcome.set_result(WriteResult(None, [], f"rank {rank}: the memory of its machine is full"))
@@ -130,25 +132,25 @@ def commit_checkpoint(context: RunContext, writing: AsyncWrite, describe: Manife
 
     Raises CheckpointError on every rank when any rank could not write (a full disk, for example).
     """
-    directory = writing.directory
+    directory, storage = writing.directory, writing.storage
     outcomes = context.all_gather_object(writing.wait_for_result())
     failures = [outcome.failure for outcome in outcomes if outcome.failure]
     if not failures:
-        failures = context.broadcast_object(_commit_manifest(context, directory, outcomes, describe))
+        failures = context.broadcast_object(_commit_manifest(context, writing, outcomes, describe))
     if failures:
         if context.is_rank_zero:
-            _delete_incomplete(directory)
+            _delete_incomplete(directory, storage)
         raise CheckpointError(
-            f"checkpoint {find_storage(directory).get_uri(directory)} could not be written: {'; '.join(failures)}. "
+            f"checkpoint {storage.get_uri(directory)} could not be written: {'; '.join(failures)}. "
             "The checkpoints before it are whole: remove the cause (free some space on a full disk), "
             "then give the same command again"
         )
 
 
-def _delete_incomplete(directory: Path) -> None:
+def _delete_incomplete(directory: Path, storage: Storage) -> None:
     if not (directory / MANIFEST_NAME).exists():
         with suppress(OSError):  # a store that refuses writes also refuses deletes; the next start deletes
-            find_storage(directory).delete_checkpoint(directory)
+            storage.delete_checkpoint(directory)
 
 
 def _get_file_name(rank: int) -> str:
@@ -200,7 +202,7 @@ def _set_direct_io(file: int, *, on: bool) -> None:
 
 
 def _commit_manifest(
-    context: RunContext, directory: Path, outcomes: Sequence[WriteResult], describe: ManifestBuilder
+    context: RunContext, writing: AsyncWrite, outcomes: Sequence[WriteResult], describe: ManifestBuilder
 ) -> list[str]:
     """Check on rank 0 that the fragments cover every parameter, commit the manifest, and return the failures."""
     if not context.is_rank_zero:
@@ -216,7 +218,7 @@ def _commit_manifest(
     ]
     if wrong:
         return [f"the pieces of {', '.join(wrong[:3])} do not add up ({len(wrong)} parameters)"]
-    storage = find_storage(directory)
+    directory, storage = writing.directory, writing.storage
     try:
         sizes = storage.read_file_sizes(directory)
         for entry in files:  # every file must be visible to rank 0

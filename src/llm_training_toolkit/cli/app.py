@@ -223,10 +223,10 @@ def runs(
 ) -> None:
     """List the runs of a directory: state, step, time left, newest checkpoint, last error."""
     from llm_training_toolkit.runs.status import read_run_statuses
-    from llm_training_toolkit.runs.storage import open_runs_directory
+    from llm_training_toolkit.runs.storage.open import open_runs_directory
 
-    with open_runs_directory(directory) as look:
-        found = read_run_statuses(look())
+    with open_runs_directory(directory) as list_runs:
+        found = read_run_statuses(list_runs())
         if as_json:
             typer.echo(json.dumps([status.to_json() for status in found]))
             return
@@ -239,7 +239,7 @@ def runs(
 
         if watch:
             with suppress(KeyboardInterrupt):
-                watch_runs(look)
+                watch_runs(list_runs)
         else:
             Terminal(highlight=False).print(build_runs_table(found))
 
@@ -302,11 +302,13 @@ def export(
 ) -> None:
     """Export a checkpoint as a Hugging Face directory, reloaded and compared by its logits."""
     from llm_training_toolkit.export.export_run import export_run
-    from llm_training_toolkit.runs.directory import find_run
-    from llm_training_toolkit.runs.storage import open_path
+    from llm_training_toolkit.runs.directory import check_run
+    from llm_training_toolkit.runs.storage.open import open_path
 
-    with open_path(run) as path:
-        done = export_run(find_run(path), step=step, merge=merge, out=out, say=lambda text: typer.echo(text, err=True))
+    with open_path(run) as opened:
+        done = export_run(
+            check_run(opened), step=step, merge=merge, out=out, say=lambda text: typer.echo(text, err=True)
+        )
     typer.echo(json.dumps(done.to_json()) if as_json else str(done))
 
 

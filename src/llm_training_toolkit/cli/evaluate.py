@@ -20,8 +20,8 @@ from llm_training_toolkit.evaluation.task import (
     format_setting_default,
     make_task,
 )
-from llm_training_toolkit.runs.directory import find_model_directory
-from llm_training_toolkit.runs.storage import open_path
+from llm_training_toolkit.runs.directory import RunDirectory, find_model_directory
+from llm_training_toolkit.runs.storage.open import open_path
 
 TaskName = Literal["perplexity", "infill", "humaneval"]
 
@@ -129,11 +129,11 @@ def evaluate(
     typer.echo(json.dumps(evaluation.to_json()) if as_json else "\n".join(format_evaluation(evaluation)))
 
 
-def _check_evaluate_options(task: TaskName, settings: Mapping[str, Any], model: Path | None) -> None:
+def _check_evaluate_options(task: TaskName, settings: Mapping[str, Any], model: RunDirectory | None) -> None:
     """Check the options before the heavy imports."""
     wanted = make_task(task, settings)
     if model is not None:
-        find_model_directory(model)
+        find_model_directory(model.path)
     elif not isinstance(wanted, HumanEvalTask) or wanted.completions is None:
         raise PlanError(f"--task {task}: name a model, an exported directory or a run")
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llm_training_toolkit.runs.directory import RunDirectory, find_model_directory, find_run
-from llm_training_toolkit.runs.storage import open_path
+from llm_training_toolkit.runs.directory import RunDirectory, check_run, find_model_directory
+from llm_training_toolkit.runs.storage.open import open_path
 
 if TYPE_CHECKING:
     from llm_training_toolkit.generation.generator import ChatSession, SamplingParams
@@ -47,12 +46,12 @@ def generate(
 ) -> None:
     """Generate text: continue a prompt, fill the gap before a suffix, or chat."""
     _check_generate_options(prompt, suffix, system, chat=chat, as_json=as_json)
-    with open_path(model, export=step is None) as path:
-        _check_model_path(path, step)  # before the heavy imports
+    with open_path(model, export=step is None) as opened:
+        _check_model_path(opened, step)  # before the heavy imports
         from llm_training_toolkit.generation.generator import SamplingParams
         from llm_training_toolkit.generation.load import open_model
 
-        generator, where = open_model(path, step=step, device=device)
+        generator, where = open_model(opened, step=step, device=device)
     how = SamplingParams(tokens, temperature, seed)
     if prompt is None:
         _run_conversation(generator.start_chat(system), how)
@@ -118,8 +117,8 @@ def _check_generate_options(
         raise typer.BadParameter("--json prints one answer: give a --prompt, too")
 
 
-def _check_model_path(model: Path, step: int | None) -> None:
+def _check_model_path(model: RunDirectory, step: int | None) -> None:
     if step is not None:
-        find_run(model)
-    elif not RunDirectory(model).resolved_config_path.is_file():
-        find_model_directory(model)
+        check_run(model)
+    elif not model.resolved_config_path.is_file():
+        find_model_directory(model.path)

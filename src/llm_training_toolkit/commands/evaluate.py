@@ -14,15 +14,15 @@ from llm_training_toolkit.evaluation.table import format_metric_value
 from llm_training_toolkit.evaluation.task import EvalResult, make_task
 from llm_training_toolkit.monitoring.console import Console
 from llm_training_toolkit.monitoring.metrics import TensorBoard
-from llm_training_toolkit.runs.directory import RunDirectory, write_atomically
-from llm_training_toolkit.runs.storage import find_storage
+from llm_training_toolkit.runs.atomic_write import write_atomically
+from llm_training_toolkit.runs.directory import RunDirectory
 
 
 @dataclass(frozen=True)
 class EvaluateRequest:
     """Arguments of `ltt evaluate`; `settings` holds only the given ones."""
 
-    model: Path | None
+    model: RunDirectory | None
     task: str
     settings: Mapping[str, Any]
     device: str = "auto"
@@ -35,7 +35,9 @@ def run_evaluation(request: EvaluateRequest, console: Console) -> EvalRecord:
     task = make_task(request.task, request.settings)
     subject = None
     if request.model is not None:
-        subject = EvalModel(request.model, device=request.device, context=request.context)
+        subject = EvalModel(
+            request.model.path, storage=request.model.storage, device=request.device, context=request.context
+        )
     measured = run_task(task, subject, console.update_stage)
     for note in measured.notes:
         console.print_line(f"note: {note}", style="yellow")
@@ -52,7 +54,7 @@ def record_evaluation(task: str, measured: EvalResult, subject: EvalModel | None
         return EvalRecord.from_result(task, measured, where, None, None)
     evaluation = EvalRecord.from_result(task, measured, where, origin.run.name, origin.step)
     written = write_eval_record(origin.run, evaluation, measured.items)
-    console.print_line(f"kept in {find_storage(written).get_uri(written)}", style="dim")
+    console.print_line(f"kept in {origin.run.storage.get_uri(written)}", style="dim")
     _write_tensorboard_points(origin.run, evaluation)
     return evaluation
 

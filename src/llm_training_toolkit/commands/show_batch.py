@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console as Terminal
 from rich.text import Text
 
-from llm_training_toolkit.checkpoint import CheckpointReader, list_complete_checkpoints
+from llm_training_toolkit.checkpoint import list_complete_checkpoints, read_manifest
 from llm_training_toolkit.config import Config
 from llm_training_toolkit.data.dataset import PackedDataset
 from llm_training_toolkit.data.prepare.dataset_info import DatasetInfo
@@ -18,8 +18,7 @@ from llm_training_toolkit.launch.backend import create_dataset_builder
 from llm_training_toolkit.monitoring.console import Console
 from llm_training_toolkit.plan import check_plan, make_plan
 from llm_training_toolkit.runs.directory import RunDirectory
-from llm_training_toolkit.runs.storage import open_path
-from llm_training_toolkit.runs.storage.open import get_run_location
+from llm_training_toolkit.runs.storage.open import get_run_location, open_path
 from llm_training_toolkit.setup.resume import check_run_unchanged, read_resume_state
 
 _LOSS, _PLAIN, _SPECIAL = "black on bright_green", "dim", "bold"
@@ -30,8 +29,8 @@ def load_batch_sequences(config: Config, step: int, console: Console) -> list[Se
 
     Raises PlanError for a step outside the run.
     """
-    with open_path(get_run_location(config)) as path:
-        return _load_run_batch(RunDirectory(path), config, step, console)
+    with open_path(get_run_location(config)) as run:
+        return _load_run_batch(run, config, step, console)
 
 
 def _load_run_batch(run: RunDirectory, config: Config, step: int, console: Console) -> list[SequencePreview]:
@@ -59,7 +58,7 @@ def _find_checkpoint_before(
     A short last step of an epoch or a new batch size breaks sequences = steps x global batch. Raises PlanError if that
     happened at an unknown step between two remaining checkpoints.
     """
-    manifests = (CheckpointReader(directory).manifest for directory in list_complete_checkpoints(run.checkpoints_dir))
+    manifests = (read_manifest(directory) for directory in list_complete_checkpoints(run.checkpoints_dir))
     places = sorted(
         (each.step, each.sequences) for each in manifests if each.data_fingerprint == dataset_info.fingerprint
     )

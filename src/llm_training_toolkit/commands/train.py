@@ -17,7 +17,6 @@ from llm_training_toolkit.plan import check_plan, format_mixture, format_plan, m
 from llm_training_toolkit.runs.directory import RunDirectory
 from llm_training_toolkit.runs.goodput import format_goodput, record_command_end
 from llm_training_toolkit.runs.status import read_goodput
-from llm_training_toolkit.runs.storage import find_storage
 from llm_training_toolkit.runs.storage.open import get_run_location, join_run, lock_run
 from llm_training_toolkit.setup.background_prep import prepare_in_background
 from llm_training_toolkit.setup.machine import check_machine, check_quantization
@@ -98,18 +97,14 @@ def _prepare_data(config: Config, resume_state: ResumeState, request: TrainReque
 
 
 def _build_result(run: RunDirectory, result: dict[str, Any]) -> TrainResult:
-    directory, storage = find_latest_checkpoint(run.checkpoints_dir), find_storage(run.path)
-    checkpoint = storage.get_uri(directory) if directory else None
-    return TrainResult(
-        run=storage.get_uri(run.path), step=result["step"], status=result["status"], checkpoint=checkpoint
-    )
+    directory = find_latest_checkpoint(run.checkpoints_dir)
+    checkpoint = run.storage.get_uri(directory) if directory else None
+    return TrainResult(run=run.uri, step=result["step"], status=result["status"], checkpoint=checkpoint)
 
 
 def _skip_finished_run(run: RunDirectory, config: Config, resume_state: ResumeState, console: Console) -> TrainResult:
     """Leave a finished run unchanged, except for an export that is missing or of an earlier end."""
-    console.print_line(
-        f"run {run.name} is finished: {resume_state.step:,} steps, in {find_storage(run.path).get_uri(run.path)}"
-    )
+    console.print_line(f"run {run.name} is finished: {resume_state.step:,} steps, in {run.uri}")
     if config.export.at_end:
         from llm_training_toolkit.worker.finish import complete_interrupted_finish, is_run_finished
 

@@ -111,7 +111,7 @@ class InTrainingEvaluator:
             self._send_keepalive()
             export_checkpoint(
                 self._trained,
-                CheckpointReader(directory),
+                CheckpointReader(directory, run.storage),
                 run.task_export_dir,
                 merge=False,
                 say=lambda _text: self._send_keepalive(),

@@ -17,6 +17,7 @@ from llm_training_toolkit.errors import PlanError
 from llm_training_toolkit.export import read_source_checkpoint_name
 from llm_training_toolkit.models.load_exported import load_exported_model, move_to_device, resolve_device
 from llm_training_toolkit.runs.directory import RunDirectory, find_model_directory, parse_checkpoint_name
+from llm_training_toolkit.runs.storage.storage import LocalStorage, Storage
 
 # Tokens, for a model without a run. A published model may allow 262,144, and attention over that many needs more memory
 # than most machines have.
@@ -36,10 +37,12 @@ class ExportedRun:
 class EvalModel:
     """Model to evaluate. Weights and tokenizer are loaded on first access."""
 
-    def __init__(self, path: Path, *, device: str = "auto", context: int | None = None) -> None:
+    def __init__(
+        self, path: Path, *, storage: Storage | None = None, device: str = "auto", context: int | None = None
+    ) -> None:
         self.directory, self._requested_context = find_model_directory(path), context
         self.device = torch.device(resolve_device(device))
-        self.origin = _find_exported_run(RunDirectory(self.directory.parent), self.directory)
+        self.origin = _find_exported_run(RunDirectory(self.directory.parent, storage or LocalStorage()), self.directory)
 
     @cached_property
     def text_encoder(self) -> TextEncoder:

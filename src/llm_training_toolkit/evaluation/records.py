@@ -12,7 +12,8 @@ from typing import Any
 
 from llm_training_toolkit.errors import CheckpointError
 from llm_training_toolkit.evaluation.task import EvalResult
-from llm_training_toolkit.runs.directory import RunDirectory, write_atomically
+from llm_training_toolkit.runs.atomic_write import write_atomically
+from llm_training_toolkit.runs.directory import RunDirectory
 
 _METADATA_FIELDS = ("task", "data", "settings", "model", "run", "step", "date")
 

@@ -36,8 +36,8 @@ from llm_training_toolkit.export import read_source_checkpoint_name
 from llm_training_toolkit.export.export_run import TrainedRun
 from llm_training_toolkit.models.memory import is_out_of_memory
 from llm_training_toolkit.monitoring.metrics import Metrics
-from llm_training_toolkit.runs.directory import RunDirectory, write_atomically
-from llm_training_toolkit.runs.storage import find_storage
+from llm_training_toolkit.runs.atomic_write import write_atomically
+from llm_training_toolkit.runs.directory import RunDirectory
 
 _ATTEMPT_LINE = "\nbegun"
 _MAX_ATTEMPTS = 2  # one more than a single lost node requires, one less than `failures.max_failures` allows.
@@ -196,7 +196,7 @@ class _TaskProgress:
 
 
 def _report_failure(asked: EvalTaskConfig, why: str, trained: TrainedRun, context: RunContext) -> None:
-    again = f"ltt evaluate {find_storage(trained.run.path).get_uri(trained.run.path)} --task {asked.task}"
+    again = f"ltt evaluate {trained.run.uri} --task {asked.task}"
     message = f"eval.tasks: {asked.task} was not evaluated: {why}. The run itself is whole; later: {again}"
     context.report(WarningEvent(message))
 

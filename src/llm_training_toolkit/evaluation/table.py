@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import groupby
-from pathlib import Path
 
 from rich.markup import escape
 from rich.table import Table
 
 from llm_training_toolkit.errors import PlanError
 from llm_training_toolkit.evaluation.records import EvalRecord, read_eval_records
-from llm_training_toolkit.runs.directory import find_run
+from llm_training_toolkit.runs.directory import RunDirectory, check_run
 
 # Columns, in this order, if a record of the task has the figure.
 _METRIC_COLUMNS = (
@@ -21,11 +20,11 @@ _METRIC_COLUMNS = (
 _COUNT_COLUMNS = ("problems", "documents")  # sample counts of the metrics that are not means over tokens
 
 
-def collect_eval_records(runs: Sequence[Path]) -> list[EvalRecord]:
+def collect_eval_records(runs: Sequence[RunDirectory]) -> list[EvalRecord]:
     """Read the records of several runs, sorted by task and data. Raises PlanError if there are none."""
     if not runs:
         raise PlanError("--compare: name the directories of runs")
-    found = [evaluation for run in map(find_run, runs) for evaluation in read_eval_records(run)]
+    found = [evaluation for run in runs for evaluation in read_eval_records(check_run(run))]
     if not found:
         raise PlanError("--compare: none of these runs has been evaluated: ltt evaluate RUN --task … does it")
     return sorted(found, key=lambda each: (each.task, each.data))

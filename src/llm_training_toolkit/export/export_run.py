@@ -39,7 +39,6 @@ from llm_training_toolkit.export.model_card import ExportKind, format_model_card
 from llm_training_toolkit.families import AdapterSpec
 from llm_training_toolkit.models import build_model
 from llm_training_toolkit.runs.directory import RunDirectory, parse_checkpoint_name
-from llm_training_toolkit.runs.storage import find_storage
 
 
 @dataclass(frozen=True)
@@ -122,7 +121,7 @@ def _check_destination(destination: Path, run: RunDirectory) -> None:
 
 def select_checkpoint(run: RunDirectory, step: int | None) -> CheckpointReader:
     """Return the newest complete checkpoint, or that of `step`. Raises CheckpointError if missing or damaged."""
-    checkpoint = CheckpointReader(_select_checkpoint_path(run, step))
+    checkpoint = CheckpointReader(_select_checkpoint_path(run, step), run.storage)
     faults = checkpoint.verify_files()
     if faults:
         raise CheckpointError(f"{checkpoint.directory} is damaged: {faults[0]}. Take another one: --step")
@@ -169,9 +168,7 @@ def export_checkpoint(
             write_adapters(checkpoint, directory, adapter, base=trained.base_path, precision=precision, beside=about)
         say("comparing logits")
         difference = _check_export(trained, checkpoint, directory, adapter, kind)
-    return ExportResult(
-        find_storage(destination).get_uri(destination), kind, name, checkpoint.manifest.step, difference
-    )
+    return ExportResult(trained.run.storage.get_uri(destination), kind, name, checkpoint.manifest.step, difference)
 
 
 def _check_export(

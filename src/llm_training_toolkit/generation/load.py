@@ -13,21 +13,19 @@ from llm_training_toolkit.generation.generator import TextGenerator
 from llm_training_toolkit.models import build_model
 from llm_training_toolkit.models.build import DTYPES
 from llm_training_toolkit.models.load_exported import move_to_device, resolve_device
-from llm_training_toolkit.runs.directory import RunDirectory, find_model_directory, find_run
-from llm_training_toolkit.runs.storage import find_storage
+from llm_training_toolkit.runs.directory import RunDirectory, check_run, find_model_directory
 
 
-def open_model(path: Path, *, step: int | None, device: str) -> tuple[TextGenerator, str]:
-    """Return the model at `path` and the URI it was read from.
+def open_model(run: RunDirectory, *, step: int | None, device: str) -> tuple[TextGenerator, str]:
+    """Return the model of a run or exported directory, and the URI it was read from.
 
     For a run: its export if there is one and `step` is None, else a checkpoint. Raises CheckpointError without either,
     and for adapters without their base.
     """
-    run = RunDirectory(path)
     if step is not None or (run.resolved_config_path.is_file() and not run.export_dir.is_dir()):
-        return open_checkpoint(find_run(path), step, resolve_device(device))
-    directory = find_model_directory(path)
-    return TextGenerator.from_directory(directory, resolve_device(device)), find_storage(directory).get_uri(directory)
+        return open_checkpoint(check_run(run), step, resolve_device(device))
+    directory = find_model_directory(run.path)
+    return TextGenerator.from_directory(directory, resolve_device(device)), run.storage.get_uri(directory)
 
 
 def open_checkpoint(run: RunDirectory, step: int | None, device: str) -> tuple[TextGenerator, str]:
@@ -52,4 +50,4 @@ def open_checkpoint(run: RunDirectory, step: int | None, device: str) -> tuple[T
     )
     model.config.use_cache = True
     opened = TextGenerator(move_to_device(model.eval(), device), Path(trained.dataset_info.tokenizer_path))
-    return opened, find_storage(checkpoint.directory).get_uri(checkpoint.directory)
+    return opened, run.storage.get_uri(checkpoint.directory)

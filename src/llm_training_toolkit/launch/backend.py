@@ -19,7 +19,7 @@ from llm_training_toolkit.data.prepare.shards import (
 )
 from llm_training_toolkit.monitoring.console import Console
 from llm_training_toolkit.runs.directory import RunDirectory
-from llm_training_toolkit.runs.storage import find_storage, storage_errors
+from llm_training_toolkit.runs.storage.open import storage_errors
 from llm_training_toolkit.setup.machine import is_local
 
 # Ray Train copies these variables from the driver to its controller and workers.
@@ -82,7 +82,7 @@ def check_cluster_nodes(run: RunDirectory, config: Config, console: Console) -> 
 def launch_training(run: RunDirectory, config: Config, console: Console) -> dict[str, Any]:
     """Train a run whose files are written, with or without Ray; return `{"status", "step"}`."""
     with storage_errors():
-        find_storage(run.path).flush()  # ranks on other machines read the run's files
+        run.storage.flush()  # ranks on other machines read the run's files
     if config.cluster.workers == 0:
         from llm_training_toolkit.launch.torchrun import run_without_ray
 

@@ -25,7 +25,6 @@ from llm_training_toolkit.monitoring.console import Console
 from llm_training_toolkit.monitoring.logs import restore_output
 from llm_training_toolkit.runs.directory import RunDirectory, parse_checkpoint_name
 from llm_training_toolkit.runs.goodput import get_process_start_time
-from llm_training_toolkit.runs.storage import find_storage
 from llm_training_toolkit.worker.main import run_worker
 from llm_training_toolkit.worker.micro_batch import SmallerMicroBatch
 from llm_training_toolkit.worker.spec import WorkerSpec, get_torchrun_world_size, is_first_rank
@@ -76,7 +75,7 @@ def run_without_ray(run: RunDirectory, config: Config, console: Console) -> dict
             read_stop_request=lambda: StopRequest.STOP if stop.is_set() else StopRequest.NONE,
         )
         if not is_first_rank():
-            find_storage(run.path).refresh_directory(run.path)  # the first rank has written files meanwhile
+            run.storage.refresh_directory(run.path)  # the first rank has written files meanwhile
         place = WorkerSpec(
             run, config, DatasetInfo.from_json(run.dataset_info_path.read_text()), get_process_start_time()
         )
@@ -85,7 +84,7 @@ def run_without_ray(run: RunDirectory, config: Config, console: Console) -> dict
         except SmallerMicroBatch as after:
             if stop.is_set() and context.world_size == 1:
                 return _build_stopped_result(run)
-            find_storage(run.path).flush(last=True)
+            run.storage.flush(last=True)
             _restart_process(after, context, console)
 
 

@@ -8,11 +8,23 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
-from llm_training_toolkit.runs.directory import RunDirectory, write_atomically
+from llm_training_toolkit.runs.atomic_write import write_atomically
+from llm_training_toolkit.runs.directory import RunDirectory
 
 
 def begin_attempt(run: RunDirectory, facts: Mapping[str, Any]) -> int:
-    """Take the next attempt number with an exclusive create, so that no two starts share one."""
+    """Take the next attempt number with an exclusive create, so that no two starts share one. Raises OSError."""
+    while True:
+        run.storage.refresh_directory(run.attempts_dir)
+        number = _create_attempt_record(run, facts)
+        path = run.attempts_dir / f"{number:04d}.json"
+        if run.storage.claim_file(path):
+            return number
+        path.unlink()
+
+
+def _create_attempt_record(run: RunDirectory, facts: Mapping[str, Any]) -> int:
+    """Write the record of the next attempt into the directory and return its number."""
     run.attempts_dir.mkdir(parents=True, exist_ok=True)
     number = 1 + find_last_attempt(run)
     for before in range(number - 1, 0, -1):

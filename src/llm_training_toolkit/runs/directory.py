@@ -12,15 +12,15 @@ import platform
 import re
 import socket
 import sys
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from llm_training_toolkit.errors import CheckpointError, LaunchError
+from llm_training_toolkit.runs.storage.storage import LocalStorage, Storage
 
 _CHECKPOINT = re.compile(r"step_(\d{9})_a(\d+)")
 _PACKAGES = (
@@ -29,41 +29,22 @@ _PACKAGES = (
 )
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file so that a reader, or a crash, leaves the old or the new content, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Not the process id: ranks in identical containers share it and may write at the same time.
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        with temporary.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)  # exists only after a failure
-    _sync_directory(path.parent)
-
-
-def _sync_directory(directory: Path) -> None:
-    """Make a rename survive a power loss, before anything older is deleted."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 @dataclass(frozen=True)
 class RunDirectory:
-    """Paths of one run."""
+    """Paths of one run, and the storage behind them."""
 
     path: Path
+    storage: Storage = field(default_factory=LocalStorage, compare=False, repr=False)
 
     @property
     def name(self) -> str:
         """Name of the run."""
         return self.path.name
+
+    @property
+    def uri(self) -> str:
+        """Location of the run, valid on every machine."""
+        return self.storage.get_uri(self.path)
 
     @property
     def config_path(self) -> Path:
@@ -231,9 +212,10 @@ def find_model_directory(path: Path) -> Path:
     return path
 
 
-def find_run(path: str | Path) -> RunDirectory:
-    """Return the run at `path`. Raises CheckpointError if there is none."""
-    run = RunDirectory(Path(path))
+def check_run(run: RunDirectory) -> RunDirectory:
+    """Return the run. Raises CheckpointError if there is none in its directory."""
     if not run.resolved_config_path.is_file():
-        raise CheckpointError(f"{path}: no run there (no resolved.json): name a run's directory, such as runs/my-run")
+        raise CheckpointError(
+            f"{run.path}: no run there (no resolved.json): name a run's directory, such as runs/my-run"
+        )
     return run

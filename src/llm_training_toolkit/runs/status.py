@@ -16,7 +16,6 @@ from llm_training_toolkit.runs.attempts import find_last_attempt, read_attempt_r
 from llm_training_toolkit.runs.directory import RunDirectory, parse_checkpoint_name
 from llm_training_toolkit.runs.goodput import SecondsByPart, read_seconds_by_part
 from llm_training_toolkit.runs.metrics_log import read_newest_rows
-from llm_training_toolkit.runs.storage import find_storage
 
 RunState = Literal["starting", "running", "finished", "stopped", "failed", "lost"]
 # final states of an attempt; after any other state another attempt should have followed
@@ -49,29 +48,23 @@ class RunStatus:
         return asdict(self)
 
 
-def read_run_statuses(directory: Path) -> list[RunStatus]:
-    """Return the status of every run in a directory, by name; a run has a `resolved.json` or a `lock`."""
-    return [read_run_status(run) for run in _find_runs(directory)]
-
-
-def _find_runs(directory: Path) -> Iterator[RunDirectory]:
-    for path in sorted(directory.iterdir()) if directory.is_dir() else []:
-        if path.is_dir() and ((path / "resolved.json").is_file() or (path / "lock").is_file()):
-            yield RunDirectory(path)
+def read_run_statuses(runs: Iterable[RunDirectory]) -> list[RunStatus]:
+    """Return the status of every run, by name."""
+    return [read_run_status(run) for run in sorted(runs, key=lambda run: run.name)]
 
 
 def read_run_status(run: RunDirectory) -> RunStatus:
     """Return the current status of one run."""
-    storage, attempt = find_storage(run.path), read_attempt_record(run, find_last_attempt(run))
+    attempt = read_attempt_record(run, find_last_attempt(run))
     rows = list(_select_newest_attempt(read_newest_rows(run.metrics_path)))
     checkpoint = _find_newest_checkpoint(run)
-    state = _derive_run_state(attempt, held=storage.is_held())
+    state = _derive_run_state(attempt, held=run.storage.is_held(run.path))
     step = max([int(row["step"]) for row in rows] + [place[0] for place in [checkpoint] if place], default=0)
     steps = _read_json(run.plan_path).get("steps")
     losses = [float(row["train/loss"]) for row in rows if "train/loss" in row]
     return RunStatus(
         name=run.name,
-        path=storage.get_uri(run.path),
+        path=run.uri,
         state=state,
         step=step,
         steps=steps,

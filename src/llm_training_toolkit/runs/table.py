@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
+from llm_training_toolkit.runs.directory import RunDirectory
 from llm_training_toolkit.runs.status import RunStatus, read_run_statuses
 
 _COLOURS = {
@@ -41,12 +41,12 @@ def build_runs_table(found: Iterable[RunStatus]) -> Table:
     return table
 
 
-def watch_runs(directory: Callable[[], Path], seconds: float = 2.0) -> None:
-    """Show the table of a directory of runs until Ctrl-C; `directory` is called for each update."""
-    with Live(build_runs_table(read_run_statuses(directory())), auto_refresh=False) as live:
+def watch_runs(list_runs: Callable[[], Iterable[RunDirectory]], seconds: float = 2.0) -> None:
+    """Show the table of runs until Ctrl-C; `list_runs` is called for each update."""
+    with Live(build_runs_table(read_run_statuses(list_runs())), auto_refresh=False) as live:
         while True:
             time.sleep(seconds)
-            live.update(build_runs_table(read_run_statuses(directory())), refresh=True)
+            live.update(build_runs_table(read_run_statuses(list_runs())), refresh=True)
 
 
 def format_duration(seconds: float) -> str:

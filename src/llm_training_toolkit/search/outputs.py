@@ -14,7 +14,7 @@ from ruamel.yaml import YAML
 
 from llm_training_toolkit.config import Config
 from llm_training_toolkit.config.search import SearchConfig, replace_config_values
-from llm_training_toolkit.runs.directory import write_atomically
+from llm_training_toolkit.runs.atomic_write import write_atomically
 from llm_training_toolkit.search.event_log import EventLog, SearchDirectory, TrialRecord
 from llm_training_toolkit.search.report import render_report_page
 from llm_training_toolkit.search.results import build_trial_row, find_best_trial, rank_trials, read_trained_tokens

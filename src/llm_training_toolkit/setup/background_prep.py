@@ -32,7 +32,8 @@ from llm_training_toolkit.errors import DataError, ToolkitError
 from llm_training_toolkit.monitoring.console import Console
 from llm_training_toolkit.plan import DataFacts
 from llm_training_toolkit.plan.horizon import find_shortest_stream, is_prepared
-from llm_training_toolkit.runs.directory import RunDirectory, write_atomically
+from llm_training_toolkit.runs.atomic_write import write_atomically
+from llm_training_toolkit.runs.directory import RunDirectory
 from llm_training_toolkit.setup.resume import ResumeState, read_resume_state
 
 _LEAVE_SECONDS = 10

@@ -78,7 +78,7 @@ def read_resume_state(run: RunDirectory) -> ResumeState:
     dataset_info = DatasetInfo.from_json(run.dataset_info_path.read_text()) if run.dataset_info_path.is_file() else None
     for directory in reversed(list_complete_checkpoints(run.checkpoints_dir)):
         try:
-            return ResumeState(CheckpointReader(directory).manifest, config, dataset_info)
+            return ResumeState(CheckpointReader(directory, run.storage).manifest, config, dataset_info)
         except UnknownFormatError:
             raise
         except CheckpointError:

@@ -7,7 +7,8 @@ import json
 from llm_training_toolkit.config import Config, dump_config_json
 from llm_training_toolkit.data.prepare.dataset_info import DatasetInfo
 from llm_training_toolkit.plan import Plan
-from llm_training_toolkit.runs.directory import RunDirectory, collect_environment, write_atomically
+from llm_training_toolkit.runs.atomic_write import write_atomically
+from llm_training_toolkit.runs.directory import RunDirectory, collect_environment
 
 
 def write_run_files(run: RunDirectory, config: Config, plan: Plan, dataset_info: DatasetInfo) -> None:

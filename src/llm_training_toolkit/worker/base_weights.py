@@ -16,7 +16,7 @@ from llm_training_toolkit.export import ModelWeights, atomic_export_dir, read_so
 from llm_training_toolkit.export.export_run import build_full_weights, build_model_files, read_run
 from llm_training_toolkit.models import build_model, initialize_weights
 from llm_training_toolkit.plan import Plan
-from llm_training_toolkit.runs.directory import find_run
+from llm_training_toolkit.runs.directory import RunDirectory, check_run
 from llm_training_toolkit.worker.spec import WorkerSpec
 
 
@@ -63,13 +63,13 @@ def _write_random_weights(spec: WorkerSpec, plan: Plan) -> None:
 
 
 def _write_weights_from_run(spec: WorkerSpec, init_from: str) -> None:
-    source = read_run(find_run(Path(init_from).expanduser()))
+    source = read_run(check_run(RunDirectory(Path(init_from).expanduser())))
     found = find_latest_checkpoint(source.run.checkpoints_dir)
     if found is None:
         raise CheckpointError(f"model.init_from = {init_from}: that run has no complete checkpoint")
     config = spec.config
     card = f"# {config.run.name}, base\n\nThe weights of `{init_from}`, {found.name}, beside which adapters stand.\n"
-    weights, hf_config = build_full_weights(source, CheckpointReader(found))
+    weights, hf_config = build_full_weights(source, CheckpointReader(found, source.run.storage))
     with atomic_export_dir(spec.run.base_weights_dir) as directory:
         write_model(
             weights,

@@ -36,7 +36,7 @@ from llm_training_toolkit.models import (
 )
 from llm_training_toolkit.models.build import DTYPES
 from llm_training_toolkit.plan import Plan
-from llm_training_toolkit.runs.directory import RunDirectory, find_run
+from llm_training_toolkit.runs.directory import RunDirectory, check_run
 from llm_training_toolkit.setup.machine import find_quantization_problem
 from llm_training_toolkit.worker.base_weights import ensure_base_weights
 from llm_training_toolkit.worker.hub_download import ensure_local_weights
@@ -179,7 +179,7 @@ def _load_initial_weights(engine: Engine, origin: CheckpointReader, context: Run
 
 def _find_source_checkpoint(init_from: str, context: RunContext) -> CheckpointReader:
     """Return the newest checkpoint of another run without adapters, as rank 0 sees it: that run may still train."""
-    run = find_run(Path(init_from).expanduser())
+    run = check_run(RunDirectory(Path(init_from).expanduser()))
     if _has_trained_adapters(run):
         raise CheckpointError(
             f"model.init_from = {init_from}: that run trained adapters. Train adapters here, too (model.lora), or "
@@ -188,7 +188,7 @@ def _find_source_checkpoint(init_from: str, context: RunContext) -> CheckpointRe
     source = context.broadcast_object(find_latest_checkpoint(run.checkpoints_dir) if context.is_rank_zero else None)
     if source is None:
         raise CheckpointError(f"model.init_from = {init_from}: that run has no complete checkpoint")
-    return CheckpointReader(source)
+    return CheckpointReader(source, run.storage)
 
 
 def _has_trained_adapters(run: RunDirectory) -> bool:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from llm_training_toolkit.checkpoint import CheckpointReader, find_latest_checkpoint
+from llm_training_toolkit.checkpoint import CheckpointReader, find_latest_checkpoint, read_manifest
 from llm_training_toolkit.config import Config
 from llm_training_toolkit.data.dataloader import read_held_out_texts
 from llm_training_toolkit.data.prepare.dataset_info import DatasetInfo
@@ -58,7 +58,7 @@ def finish_run(trained: TrainedRun, *, metrics: Metrics, context: RunContext) ->
     if directory is None:
         raise CheckpointError(f"{run.path}: nothing to export: the run has no complete checkpoint")
     exported = export_checkpoint(
-        trained, CheckpointReader(directory), run.export_dir, merge=False, say=lambda _text: None
+        trained, CheckpointReader(directory, run.storage), run.export_dir, merge=False, say=lambda _text: None
     )
     try:
         for sample in generate_samples(run.export_dir, trained.config, trained.dataset_info, str(context.device)):
@@ -84,7 +84,7 @@ def complete_interrupted_finish(run: RunDirectory, config: Config, report: Event
     """Complete a `finish_run` that was interrupted, in a single process without workers."""
     directory = find_latest_checkpoint(run.checkpoints_dir)
     assert directory is not None
-    manifest = CheckpointReader(directory).manifest
+    manifest = read_manifest(directory)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     context = RunContext(rank=0, world_size=1, device=device, report=report)
     metrics = Metrics(run, manifest.attempt, manifest.step, context)

@@ -34,10 +34,16 @@ from llm_training_toolkit.models.memory import is_out_of_memory
 from llm_training_toolkit.monitoring.logs import RANK_LOGGER, log_to_file, redirect_output
 from llm_training_toolkit.monitoring.metrics import Metrics
 from llm_training_toolkit.plan import Plan, check_plan, make_plan
-from llm_training_toolkit.runs.attempts import end_attempt, fail_attempt, mark_out_of_memory, update_attempt
-from llm_training_toolkit.runs.directory import collect_environment, write_atomically
+from llm_training_toolkit.runs.atomic_write import write_atomically
+from llm_training_toolkit.runs.attempts import (
+    begin_attempt,
+    end_attempt,
+    fail_attempt,
+    mark_out_of_memory,
+    update_attempt,
+)
+from llm_training_toolkit.runs.directory import collect_environment
 from llm_training_toolkit.runs.goodput import GoodputState, GoodputTracker, load_goodput_state
-from llm_training_toolkit.runs.storage import find_storage
 from llm_training_toolkit.train.components import TrainerComponents
 from llm_training_toolkit.train.loop import run_training_loop
 from llm_training_toolkit.worker.build import BuiltModel, build_run_model
@@ -86,7 +92,7 @@ def _run_attempt(
         RANK_LOGGER.error("failed: %s: %s", type(error).__name__, error)
         # A full disk must not hide the original error.
         with suppress(OSError, ValueError):
-            find_storage(spec.run.path).refresh_directory(spec.run.attempts_dir)
+            spec.run.storage.refresh_directory(spec.run.attempts_dir)
             fail_attempt(spec.run, attempt, f"rank {context.rank}: {type(error).__name__}: {error}")
         raise
     if context.is_rank_zero:
@@ -151,7 +157,7 @@ def _begin_attempt(
         "group_began": spec.group_began,
         "reached": goodput_state.last_completed_step,
     }
-    attempt = context.broadcast_object(find_storage(spec.run.path).begin_attempt(facts) if context.is_rank_zero else 0)
+    attempt = context.broadcast_object(begin_attempt(spec.run, facts) if context.is_rank_zero else 0)
     redirect_output(spec.run.get_rank_log_path(attempt, context.rank))
     torch.set_num_threads(config.cluster.cpus_per_worker)
     if config.run.deterministic:

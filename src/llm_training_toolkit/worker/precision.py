@@ -16,7 +16,8 @@ from llm_training_toolkit.plan import (
     format_slow_precision,
     with_precision,
 )
-from llm_training_toolkit.runs.directory import RunDirectory, write_atomically
+from llm_training_toolkit.runs.atomic_write import write_atomically
+from llm_training_toolkit.runs.directory import RunDirectory
 from llm_training_toolkit.setup.machine import is_local
 from llm_training_toolkit.worker.spec import WorkerSpec, get_torchrun_world_size
 

@@ -16,8 +16,8 @@ from llm_training_toolkit.errors import DataError, PlanError
 from llm_training_toolkit.plan import DataFacts, StreamFacts
 from llm_training_toolkit.plan.check import find_vocabulary_problems
 from llm_training_toolkit.plan.horizon import missing_epochs
-from llm_training_toolkit.runs.directory import RunDirectory, write_atomically
-from llm_training_toolkit.runs.storage import find_storage
+from llm_training_toolkit.runs.atomic_write import write_atomically
+from llm_training_toolkit.runs.directory import RunDirectory
 
 
 def write_preparation_state(run: RunDirectory, state: str, why: str = "") -> None:
@@ -33,7 +33,7 @@ def read_preparation_state(run: RunDirectory) -> tuple[str, str]:
 
 def read_latest_dataset_info(run: RunDirectory, known: DatasetInfo) -> DatasetInfo:
     """Read the current DatasetInfo. Raises DataError if it equals `known` and preparation has failed or finished."""
-    find_storage(run.path).refresh_directory(run.dataset_info_path.parent)
+    run.storage.refresh_directory(run.dataset_info_path.parent)
     state, why = read_preparation_state(run)  # read first: the DatasetInfo is written before the state becomes done
     dataset_info = DatasetInfo.from_json(run.dataset_info_path.read_text(encoding="utf-8"))
     if dataset_info == known and state == "failed":

@@ -32,11 +32,12 @@ from llm_training_toolkit.launch.ray.resources import ClusterNode, schedulable_n
 from llm_training_toolkit.launch.ray.worker_group import RunSpec, WorkerGroup, WorkerGroupResult, WorkerGroupSpec
 from llm_training_toolkit.monitoring.console import Console
 from llm_training_toolkit.monitoring.logs import read_last_lines
-from llm_training_toolkit.runs.attempts import end_attempt, find_last_attempt, read_attempt_record
+from llm_training_toolkit.runs.attempts import begin_attempt, end_attempt, find_last_attempt, read_attempt_record
 from llm_training_toolkit.runs.directory import parse_checkpoint_name
 from llm_training_toolkit.runs.goodput import get_process_start_time
 from llm_training_toolkit.runs.metrics_log import read_newest_rows
-from llm_training_toolkit.runs.storage import StorageError, find_storage, storage_errors
+from llm_training_toolkit.runs.storage.open import storage_errors
+from llm_training_toolkit.runs.storage.s3_client import StorageError
 
 _POLL_SECONDS = 0.5
 _RELEASE_TIMEOUT_SECONDS = 10.0  # for ended workers' resources to be freed, before a group smaller than possible starts
@@ -109,7 +110,7 @@ class TrainController:
 
     def _refresh_run_files(self) -> None:
         """Fetch the files that the ranks of a run in a store wrote. Raises LaunchError if the store does not answer."""
-        storage = find_storage(self._run.path)
+        storage = self._run.storage
         with storage_errors():
             storage.refresh_directory(self._run.path)
             storage.fetch_file(self._run.metrics_path)
@@ -162,7 +163,7 @@ class TrainController:
         try:
             if not began:  # the group failed before it began an attempt
                 facts = {"host": socket.gethostname(), "pid": os.getpid(), "workers": size}
-                attempt = find_storage(self._run.path).begin_attempt(facts)
+                attempt = begin_attempt(self._run, facts)
             end_attempt(self._run, attempt, "failed", error=failure.cause, failure=failure.to_json())
         except OSError as error:
             raise LaunchError(
@@ -182,7 +183,7 @@ class TrainController:
             return
         log = self._run.get_log_dir(attempt) / f"rank_{failure.rank}.log"
         with suppress(StorageError):
-            find_storage(log).fetch_file(log)
+            self._run.storage.fetch_file(log)
         for line in read_last_lines(log, _LOG_TAIL_LINES):
             self._console.print_line(f"  {log.name}: {line}")
 
@@ -208,7 +209,7 @@ class TrainController:
         self._show_warning(f"{failure.cause}. Restarting from the latest checkpoint ({count})")
 
     def _format_final_error(self, why: str) -> str:
-        logs = find_storage(self._run.path).get_uri(self._run.path / "logs")
+        logs = self._run.storage.get_uri(self._run.path / "logs")
         return f"{why}; the same command resumes from the latest checkpoint. Logs: {logs}"
 
     def _read_failures(self) -> dict[int, AttemptFailure]:

@@ -25,7 +25,7 @@ from llm_training_toolkit.launch.ray.cluster import connect_to_cluster
 from llm_training_toolkit.launch.ray.resources import ClusterNode, build_resource_request, has_room_for_worker
 from llm_training_toolkit.monitoring.console import Console
 from llm_training_toolkit.runs.directory import RunDirectory
-from llm_training_toolkit.runs.storage import find_storage, find_store_problem
+from llm_training_toolkit.runs.storage.open import find_store_problem
 
 _NODE_TIMEOUT_SECONDS = 60.0  # includes the start of a process; slower nodes are skipped, later stages see them
 _STAGE = "looking at the nodes"
@@ -36,7 +36,7 @@ def check_nodes(run: RunDirectory, config: Config, console: Console) -> None:
 
     Raises LaunchError if the run can never be placed, or with everything that would fail on the nodes later.
     """
-    address = find_storage(run.path).get_uri(run.path)
+    address = run.uri
     store = address if is_uri(address) else ""
     folders = ({} if store else {"run.dir": run.path}) | {"data.cache": get_cache_directory(config)}
     with connect_to_cluster(console):

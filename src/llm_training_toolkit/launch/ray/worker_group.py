@@ -55,7 +55,6 @@ from llm_training_toolkit.launch.ray.train_fn import worker_main
 from llm_training_toolkit.monitoring.console import Console
 from llm_training_toolkit.runs.attempts import find_last_attempt
 from llm_training_toolkit.runs.directory import RunDirectory
-from llm_training_toolkit.runs.storage import find_storage
 
 _EVENT_POLL_SECONDS = 0.2
 _HEALTH_POLL_SECONDS = 1.0  # nodes and heartbeats
@@ -319,7 +318,7 @@ def _build_trainer(the: WorkerGroupSpec, line: Any) -> TorchTrainer:  # noqa: AN
     return TorchTrainer(
         worker_main,
         train_loop_config={
-            "run": find_storage(job.run.path).get_uri(job.run.path),
+            "run": job.run.uri,
             "line": line,
             "began": the.requested_at,
             "group_began": time.time(),
@@ -346,7 +345,7 @@ def _build_trainer(the: WorkerGroupSpec, line: Any) -> TorchTrainer:  # noqa: AN
 
 def get_ray_directory(run: RunDirectory) -> Path:
     """Return Ray Train's storage path: in the run's logs, or a temporary folder for a run in a store."""
-    is_here = find_storage(run.path).get_uri(run.path) == str(run.path)
+    is_here = run.uri == str(run.path)
     return run.path / "logs" / "ray" if is_here else Path(tempfile.gettempdir()) / "llm-training-toolkit-ray"
 
 

@@ -34,7 +34,8 @@ from llm_training_toolkit.launch.ray import nodes
 from llm_training_toolkit.launch.ray.resources import build_resource_request
 from llm_training_toolkit.monitoring.console import Console
 from llm_training_toolkit.plan import Plan, check_plan, make_plan
-from llm_training_toolkit.runs.directory import RunDirectory, lock_run_directory, write_atomically
+from llm_training_toolkit.runs.atomic_write import write_atomically
+from llm_training_toolkit.runs.directory import RunDirectory, lock_run_directory
 from llm_training_toolkit.runs.metrics_log import read_newest_rows
 from llm_training_toolkit.search.early_stopping import compute_rung_steps, get_bracket
 from llm_training_toolkit.search.results import read_trained_tokens

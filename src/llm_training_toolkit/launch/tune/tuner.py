@@ -28,7 +28,8 @@ from llm_training_toolkit.launch.signals import on_stop_signal
 from llm_training_toolkit.launch.tune.progress import SearchProgressDisplay
 from llm_training_toolkit.monitoring.console import Console
 from llm_training_toolkit.monitoring.logs import redirect_output
-from llm_training_toolkit.runs.directory import lock_run_directory, write_atomically
+from llm_training_toolkit.runs.atomic_write import write_atomically
+from llm_training_toolkit.runs.directory import lock_run_directory
 from llm_training_toolkit.search.budget import SearchBudget
 from llm_training_toolkit.search.event_log import EventLog, SearchDirectory, TrialRecord
 from llm_training_toolkit.search.results import build_summary, find_best_trial

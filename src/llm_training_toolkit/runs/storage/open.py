@@ -19,7 +19,7 @@ from llm_training_toolkit.runs.directory import RunDirectory, lock_run_directory
 from llm_training_toolkit.runs.storage.lease import CLAIMS, hold_lease
 from llm_training_toolkit.runs.storage.s3_client import S3Client, StorageError
 from llm_training_toolkit.runs.storage.s3_storage import S3Storage
-from llm_training_toolkit.runs.storage.storage import open_s3_storages
+from llm_training_toolkit.runs.storage.storage import Storage
 
 _SEND_EVERY = 10.0  # seconds between two flushes: a lost machine loses this much of its logs
 Say = Callable[[str], None]
@@ -42,19 +42,20 @@ def open_worker(address: str, say: Say) -> Iterator[RunDirectory]:
     Raises LaunchError if the store refuses, at the beginning or at the end.
     """
     with open_readonly(address) as run:
-        mirror = open_s3_storages[-1]
         ending = threading.Event()
-        courier = threading.Thread(target=_flush_periodically, args=(mirror, ending, say), daemon=True, name="courier")
+        courier = threading.Thread(
+            target=_flush_periodically, args=(run.storage, ending, say), daemon=True, name="courier"
+        )
         courier.start()
         try:
             yield run
         except BaseException:
             with suppress(StorageError):  # must not hide the original error
-                mirror.flush(last=True)
+                run.storage.flush(last=True)
             raise
         else:
             with storage_errors():
-                mirror.flush(last=True)
+                run.storage.flush(last=True)
         finally:
             ending.set()
             courier.join()
@@ -65,73 +66,78 @@ def open_readonly(address: str) -> Iterator[RunDirectory]:
     """Open the run at an address for reading. Raises LaunchError if the store refuses."""
     with storage_errors():
         bucket = S3Client(address)
-    with create_staging_directory() as directory, _open_s3_storage(bucket, directory) as mirror:
-        yield mirror.run
+    with create_staging_directory() as directory:
+        yield _open_s3_storage(bucket, directory).run
 
 
-@contextmanager
-def _open_s3_storage(bucket: S3Client, directory: Path) -> Iterator[S3Storage]:
+def _open_s3_storage(bucket: S3Client, directory: Path) -> S3Storage:
     """Open a run in a store, with its files below a staging directory."""
     with storage_errors():
         mirror = S3Storage(bucket, directory / bucket.address.rpartition("/")[2])
         mirror.refresh_directory(mirror.run.path)
         mirror.fetch_file(mirror.run.metrics_path)
-    open_s3_storages.append(mirror)
-    try:
-        yield mirror
-    finally:
-        open_s3_storages.remove(mirror)
+    return mirror
 
 
 @contextmanager
-def open_path(place: str, *, export: bool = False) -> Iterator[Path]:
-    """Open a run or exported directory at a path or address as a local path; changes are flushed at the end.
+def open_path(place: str, *, export: bool = False) -> Iterator[RunDirectory]:
+    """Open a run or exported directory at a path or address; changes are flushed at the end.
 
     With `export`, exported files are fetched. Raises LaunchError if a store refuses.
     """
     if not is_uri(place):
-        yield Path(place)
+        yield RunDirectory(Path(place))
         return
     with storage_errors():
         bucket, inner = S3Client(place), ""
         if bucket.get_object("resolved.json") is None:  # RUN/export, as allowed for runs on a disk
             address, _, inner = place.rstrip("/").rpartition("/")
             bucket = S3Client(address)
-    with create_staging_directory() as directory, _open_s3_storage(bucket, directory) as mirror:
+    with create_staging_directory() as directory:
+        mirror = _open_s3_storage(bucket, directory)
         path = mirror.run.path / inner
         with storage_errors():
             if export and (inner or mirror.run.export_dir.is_dir()):
                 mirror.fetch_directory(path if inner else mirror.run.export_dir)
-        yield path
+        yield RunDirectory(path, mirror)
         with storage_errors():
             mirror.flush(last=True)
 
 
 @contextmanager
-def open_runs_directory(place: str) -> Iterator[Callable[[], Path]]:
-    """Open the directory of runs at a path or address; yield a function that refreshes and returns it.
+def open_runs_directory(place: str) -> Iterator[Callable[[], list[RunDirectory]]]:
+    """Open the directory of runs at a path or address; yield a function that returns them as they are now.
+
+    A run has a `resolved.json` or a `lock`.
 
     Raises LaunchError if a store refuses.
     """
     if not is_uri(place):
-        yield lambda: Path(place)
+        yield lambda: _list_local_runs(Path(place))
         return
-    with create_staging_directory() as directory, ExitStack() as stack:
+    with create_staging_directory() as directory:
         known: dict[str, S3Storage] = {}
 
-        def refresh_runs() -> Path:
+        def refresh_runs() -> list[RunDirectory]:
             with storage_errors():
                 for name in S3Client(place).list_directories():
                     if name not in known:
-                        known[name] = stack.enter_context(
-                            _open_s3_storage(S3Client(f"{place.rstrip('/')}/{name}"), directory)
-                        )
+                        known[name] = _open_s3_storage(S3Client(f"{place.rstrip('/')}/{name}"), directory)
                     else:
                         known[name].refresh_directory(known[name].run.path)
                         known[name].fetch_file(known[name].run.metrics_path)
-            return directory
+            return [storage.run for storage in known.values() if _looks_like_run(storage.run.path)]
 
         yield refresh_runs
+
+
+def _list_local_runs(directory: Path) -> list[RunDirectory]:
+    found = directory.iterdir() if directory.is_dir() else []
+    return [RunDirectory(path) for path in found if _looks_like_run(path)]
+
+
+def _looks_like_run(path: Path) -> bool:
+    return path.is_dir() and ((path / "resolved.json").is_file() or (path / "lock").is_file())
 
 
 def find_store_problem(address: str) -> str:
@@ -152,7 +158,7 @@ def storage_errors() -> Iterator[None]:
         raise LaunchError(str(error)) from error
 
 
-def _flush_periodically(mirror: S3Storage, ending: threading.Event, say: Say) -> None:
+def _flush_periodically(mirror: Storage, ending: threading.Event, say: Say) -> None:
     """Flush every few seconds without blocking training; retry if the store fails."""
     since = 0.0
     while not ending.wait(_SEND_EVERY):

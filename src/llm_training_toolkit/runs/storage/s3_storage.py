@@ -17,10 +17,9 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
-from llm_training_toolkit.runs.attempts import begin_attempt
-from llm_training_toolkit.runs.directory import RunDirectory, parse_checkpoint_name, write_atomically
+from llm_training_toolkit.runs.atomic_write import write_atomically
+from llm_training_toolkit.runs.directory import RunDirectory, parse_checkpoint_name
 from llm_training_toolkit.runs.storage import append_log as segments
 from llm_training_toolkit.runs.storage.append_log import AppendLogWriter
 from llm_training_toolkit.runs.storage.lease import CLAIMS, is_lease_held
@@ -41,7 +40,7 @@ class S3Storage:
     """Storage of one run in an object store (protocol `Storage`). Thread-safe."""
 
     def __init__(self, bucket: S3Client, path: Path) -> None:
-        self.run, self.bucket = RunDirectory(path), bucket
+        self.run, self.bucket = RunDirectory(path, self), bucket
         self._lock = threading.RLock()
         self._etags: dict[str, str] = {}
         self._file_states: dict[str, tuple[int, int]] = {}
@@ -54,7 +53,7 @@ class S3Storage:
         relative = self._get_object_key(path)
         return self.bucket.address if relative == "." else f"{self.bucket.address}/{relative}"
 
-    def is_held(self) -> bool:
+    def is_held(self, run: Path) -> bool:  # noqa: ARG002 - this storage holds one run
         """Return whether a process holds the run's lease."""
         return is_lease_held(self.bucket)
 
@@ -194,21 +193,15 @@ class S3Storage:
         there = self.bucket.list_objects(f"{prefix}/")
         self.bucket.delete_objects(there.keys() - {self._get_object_key(path) for path in sent})
 
-    def begin_attempt(self, facts: Mapping[str, Any]) -> int:
-        """Take the next attempt number; simultaneous starts get different numbers."""
+    def claim_file(self, path: Path) -> bool:
+        """Upload a new file by a conditional create; False if the store has one of that name. Raises StorageError."""
+        key = self._get_object_key(path)
         with self._lock:
-            while True:
-                self.refresh_directory(self.run.attempts_dir)
-                number = begin_attempt(self.run, facts)
-                path = self.run.attempts_dir / f"{number:04d}.json"
-                mark = self.bucket.put_object_if_absent(self._get_object_key(path), path.read_bytes())
-                if mark is not None:
-                    self._etags[self._get_object_key(path)], self._file_states[self._get_object_key(path)] = (
-                        mark,
-                        _read_file_state(path),
-                    )
-                    return number
-                path.unlink()
+            etag = self.bucket.put_object_if_absent(key, path.read_bytes())
+            if etag is None:
+                return False
+            self._etags[key], self._file_states[key] = etag, _read_file_state(path)
+            return True
 
     def upload_checkpoint_file(self, path: Path, told: Callable[[int], None]) -> None:
         """Upload a checkpoint file and delete it here. Raises StorageError if the store does not take it in time.

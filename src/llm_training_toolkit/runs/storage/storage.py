@@ -9,11 +9,9 @@ import fcntl
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-from llm_training_toolkit.runs.attempts import begin_attempt
-from llm_training_toolkit.runs.directory import RunDirectory, write_atomically
-from llm_training_toolkit.runs.storage.s3_storage import S3Storage
+from llm_training_toolkit.runs.atomic_write import write_atomically
 
 
 class Storage(Protocol):
@@ -22,8 +20,8 @@ class Storage(Protocol):
     def get_uri(self, path: Path) -> str:
         """Return the location of a file or directory of the run, valid on every machine."""
 
-    def is_held(self) -> bool:
-        """Return whether a process holds the run's lock or lease."""
+    def is_held(self, run: Path) -> bool:
+        """Return whether a process holds the lock or lease of the run in a directory."""
 
     def refresh_directory(self, below: Path) -> None:
         """Fetch what other processes have written below a directory."""
@@ -34,8 +32,8 @@ class Storage(Protocol):
     def flush(self, *, last: bool = False) -> None:
         """Upload everything written here."""
 
-    def begin_attempt(self, facts: Mapping[str, Any]) -> int:
-        """Take the next attempt number."""
+    def claim_file(self, path: Path) -> bool:
+        """Publish a new file; False if another process has published one of that name."""
 
     def upload_checkpoint_file(self, path: Path, told: Callable[[int], None]) -> None:
         """Upload a checkpoint file written here; `told` receives the bytes sent."""
@@ -59,17 +57,14 @@ class Storage(Protocol):
 class LocalStorage:
     """Run directory on a file system that every process shares."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
     def get_uri(self, path: Path) -> str:
         """Return the path."""
         return str(path)
 
-    def is_held(self) -> bool:
+    def is_held(self, run: Path) -> bool:
         """Return whether the lock is held; it ends with its process."""
         try:
-            with (self._path / "lock").open() as lock:
+            with (run / "lock").open() as lock:
                 fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
                 return False
         except BlockingIOError:
@@ -86,9 +81,9 @@ class LocalStorage:
     def flush(self, *, last: bool = False) -> None:
         """Do nothing: the file system is shared."""
 
-    def begin_attempt(self, facts: Mapping[str, Any]) -> int:
-        """Take the number by an exclusive create."""
-        return begin_attempt(RunDirectory(self._path), facts)
+    def claim_file(self, path: Path) -> bool:  # noqa: ARG002 - nothing is left to do
+        """Return True: the file system has refused a second exclusive create."""
+        return True
 
     def upload_checkpoint_file(self, path: Path, told: Callable[[int], None]) -> None:
         """Do nothing: the file system is shared."""
@@ -116,12 +111,3 @@ class LocalStorage:
 
     def evict_checkpoint(self, directory: Path) -> None:
         """Do nothing: no file was fetched."""
-
-
-open_s3_storages: list[S3Storage] = []  # all that this process has open (`storage.open`)
-
-
-def find_storage(path: Path) -> Storage:
-    """Return the storage of the run at a path, or of the run that the path is in."""
-    found = next((mirror for mirror in open_s3_storages if path.is_relative_to(mirror.run.path)), None)
-    return found or LocalStorage(path)
