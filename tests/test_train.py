@@ -12,6 +12,7 @@ import torch
 
 from llm_training_toolkit.checkpoint import RetentionPolicy
 from llm_training_toolkit.checkpoint.manager import CheckpointLineage, CheckpointManager
+from llm_training_toolkit.checkpoint.run import Run
 from llm_training_toolkit.checkpoint.state import TrainState
 from llm_training_toolkit.config import EvalTaskConfig, parse_config_json
 from llm_training_toolkit.data.dataloader import DataLoader
@@ -20,7 +21,6 @@ from llm_training_toolkit.data.prepare.epochs import build_data_facts
 from llm_training_toolkit.distributed.context import RunContext, StopRequest
 from llm_training_toolkit.errors import DataError
 from llm_training_toolkit.evaluation.in_training import InTrainingEvaluator
-from llm_training_toolkit.export.export_run import TrainedRun
 from llm_training_toolkit.plan import make_plan
 from llm_training_toolkit.runs.directory import RunDirectory
 from llm_training_toolkit.runs.goodput import GoodputTracker
@@ -45,7 +45,7 @@ def parts(prepared_run: RunDirectory, run: RunDirectory, stop_request: StopReque
     more = no_more if stop_request is StopRequest.NONE else lambda dataset_info: dataset_info
     dataloader = DataLoader(dataset_info, global_batch=plan.global_batch, epochs=None, newest=more)
     absent: Any = SimpleNamespace(owned_fragments=list)
-    midway = InTrainingEvaluator(TrainedRun(run, config, dataset_info), metrics=absent, context=context)
+    midway = InTrainingEvaluator(Run(run, config, dataset_info), metrics=absent, context=context)
     lineage = CheckpointLineage(2, "step", 0, 1, "c", "d", {}, {})
     saver = CheckpointManager(run, context, absent, lineage, every_steps=1, every_seconds=None, rule=RetentionPolicy(1))
     origin = TrainState(FAR, FAR, FAR * plan.global_batch)
@@ -78,7 +78,7 @@ def test_tasks_between_steps_are_not_carried_out_after_the_last_one(
     ready = parts(prepared_run, run, StopRequest.STOP)
     config = parse_config_json(prepared_run.resolved_config_path.read_text())
     tasks = config.eval.model_copy(update={"tasks": (EvalTaskConfig(task="perplexity", interval=1),)})
-    trained = TrainedRun(
+    trained = Run(
         run,
         config.model_copy(update={"eval": tasks}),
         DatasetInfo.from_json(prepared_run.dataset_info_path.read_text()),

@@ -22,7 +22,6 @@ from llm_training_toolkit.evaluation.run_tasks import (
     has_finished_tasks,
     run_final_tasks,
 )
-from llm_training_toolkit.export.export_run import TrainedRun
 from llm_training_toolkit.monitoring.metrics import Metrics
 from llm_training_toolkit.runs.directory import RunDirectory
 
@@ -37,7 +36,7 @@ def test_a_task_that_fails_in_a_way_nobody_foresaw_is_reported(fresh_run: Callab
     said: list[str] = []
     context = RunContext(0, 1, torch.device("cpu"), report=lambda event: said.append(getattr(event, "message", "")))
     metrics = Metrics(run, 1, 0, context)
-    run_final_tasks(TrainedRun(run, place.config, place.dataset_info), metrics=metrics, context=context)
+    run_final_tasks(place, metrics=metrics, context=context)
     metrics.close()
     assert any("infill was not evaluated: OSError" in text and "ltt evaluate" in text for text in said)
     assert has_finished_tasks(run, place.config)
@@ -53,7 +52,7 @@ def test_an_export_knows_its_run_from_within(
     monkeypatch.chdir(run.export_dir)
     origin = EvalModel(Path(), device="cpu").origin
     assert origin is not None
-    assert (origin.run.path, origin.step) == (run.path, 9)
+    assert (origin.directory.path, origin.step) == (run.path, 9)
 
 
 def test_why_something_was_not_done(capsys: pytest.CaptureFixture[str]) -> None:
@@ -87,9 +86,7 @@ def midway_of(run: RunDirectory, context: RunContext) -> InTrainingEvaluator:
     checkpoint = run.get_checkpoint_dir(4, 1)
     checkpoint.mkdir(parents=True, exist_ok=True)
     (checkpoint / "manifest.json").touch()
-    return InTrainingEvaluator(
-        TrainedRun(run, place.config, place.dataset_info), metrics=Metrics(run, 1, 0, context), context=context
-    )
+    return InTrainingEvaluator(place, metrics=Metrics(run, 1, 0, context), context=context)
 
 
 def test_ranks_that_are_gone_are_no_failure_of_a_task(fresh_run: Callable[[str], RunDirectory]) -> None:

@@ -52,10 +52,10 @@ def record_evaluation(task: str, measured: EvalResult, subject: EvalModel | None
     where = subject.directory if subject is not None else None
     if origin is None:
         return EvalRecord.from_result(task, measured, where, None, None)
-    evaluation = EvalRecord.from_result(task, measured, where, origin.run.name, origin.step)
-    written = write_eval_record(origin.run, evaluation, measured.items)
-    console.print_line(f"kept in {origin.run.storage.get_uri(written)}", style="dim")
-    _write_tensorboard_points(origin.run, evaluation)
+    evaluation = EvalRecord.from_result(task, measured, where, origin.directory.name, origin.step)
+    written = write_eval_record(origin.directory, evaluation, measured.items)
+    console.print_line(f"kept in {origin.directory.storage.get_uri(written)}", style="dim")
+    _write_tensorboard_points(origin.directory, evaluation)
     return evaluation
 
 

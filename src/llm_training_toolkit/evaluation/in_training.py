@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 from llm_training_toolkit.checkpoint import CheckpointReader, find_latest_checkpoint
+from llm_training_toolkit.checkpoint.run import Run
 from llm_training_toolkit.config import EvalTaskConfig
 from llm_training_toolkit.distributed.context import RunContext, StopRequest
 from llm_training_toolkit.distributed.events import WarningEvent
@@ -26,7 +27,7 @@ from llm_training_toolkit.evaluation.run_tasks import (
     run_tasks,
 )
 from llm_training_toolkit.export import remove_export
-from llm_training_toolkit.export.export_run import TrainedRun, export_checkpoint
+from llm_training_toolkit.export.export_run import export_checkpoint
 from llm_training_toolkit.monitoring.metrics import Metrics
 
 _KEEPALIVE_SECONDS = 1.0  # minimum between two broadcasts of rank 0
@@ -50,7 +51,7 @@ class _StopRequestedError(Exception):
 class InTrainingEvaluator:
     """Runs the tasks that are due between two steps."""
 
-    def __init__(self, trained: TrainedRun, *, metrics: Metrics, context: RunContext) -> None:
+    def __init__(self, trained: Run, *, metrics: Metrics, context: RunContext) -> None:
         self._trained, self._metrics, self._context = trained, metrics, context
         self._last_keepalive = -math.inf
         self._broadcast_error: Exception | None = None  # other ranks are gone, so no task failed
@@ -97,7 +98,7 @@ class InTrainingEvaluator:
 
     def _evaluate_latest_checkpoint(self, step: int) -> None:
         """Evaluate the newest checkpoint, which is that of `step`: the loop saves before it calls."""
-        run, tasks = self._trained.run, self._find_due_tasks(step)
+        run, tasks = self._trained.directory, self._find_due_tasks(step)
         directory = find_latest_checkpoint(run.checkpoints_dir)
         assert directory is not None
         mark = DoneMarker(run.evaluations_dir / f"at_step_{step}", build_task_key(directory.name, tasks))
@@ -147,7 +148,7 @@ class InTrainingEvaluator:
             raise _StopRequestedError(stop_request)
 
     def _remove_export(self) -> None:
-        remove_export(self._trained.run.task_export_dir)
+        remove_export(self._trained.directory.task_export_dir)
 
     def _free_memory(self) -> None:
         """Free the memory of the evaluated model for the engine."""

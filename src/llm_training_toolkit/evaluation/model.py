@@ -10,8 +10,7 @@ from typing import Any
 import torch
 
 from llm_training_toolkit import families
-from llm_training_toolkit.config import Config, parse_config_json
-from llm_training_toolkit.data.prepare.dataset_info import DatasetInfo
+from llm_training_toolkit.checkpoint.run import Run
 from llm_training_toolkit.data.tokenizer import TextEncoder, TokenizationSpec, open_tokenizer
 from llm_training_toolkit.errors import PlanError
 from llm_training_toolkit.export import read_source_checkpoint_name
@@ -25,12 +24,9 @@ _MAX_DEFAULT_CONTEXT = 4096
 
 
 @dataclass(frozen=True)
-class ExportedRun:
-    """Run that a model was exported from."""
+class ExportedRun(Run):
+    """A run that a model was exported from, and the model's step."""
 
-    run: RunDirectory
-    config: Config
-    dataset_info: DatasetInfo
     step: int
 
 
@@ -91,5 +87,5 @@ def _find_exported_run(run: RunDirectory, exported: Path) -> ExportedRun | None:
     place = parse_checkpoint_name(Path(checkpoint)) if checkpoint is not None else None
     if place is None or not (run.resolved_config_path.is_file() and run.dataset_info_path.is_file()):
         return None
-    config = parse_config_json(run.resolved_config_path.read_text(), where=str(run.resolved_config_path))
-    return ExportedRun(run, config, DatasetInfo.from_json(run.dataset_info_path.read_text()), place[0])
+    found = Run.read(run)
+    return ExportedRun(run, found.config, found.dataset_info, place[0])

@@ -65,7 +65,7 @@ def _read_held_out_batches(subject: EvalModel, batch: int) -> Iterator[MicroBatc
         )
     sequences = PackedDataset(origin.dataset_info, global_batch=1)
     if not sequences.eval_sequences:
-        raise DataError(f"{origin.run.path}: the run has held nothing out: name documents with --data")
+        raise DataError(f"{origin.directory.path}: the run has held nothing out: name documents with --data")
     return sequences.iter_eval_batches(0, 1, batch)
 
 

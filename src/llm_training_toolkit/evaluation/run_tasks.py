@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from llm_training_toolkit.checkpoint.run import Run
 from llm_training_toolkit.config import Config, EvalTaskConfig
 from llm_training_toolkit.distributed.context import RunContext
 from llm_training_toolkit.distributed.events import NoteEvent, StageEvent, WarningEvent
@@ -33,7 +34,6 @@ from llm_training_toolkit.evaluation.task import (
     make_task,
 )
 from llm_training_toolkit.export import read_source_checkpoint_name
-from llm_training_toolkit.export.export_run import TrainedRun
 from llm_training_toolkit.models.memory import is_out_of_memory
 from llm_training_toolkit.monitoring.metrics import Metrics
 from llm_training_toolkit.runs.atomic_write import write_atomically
@@ -86,14 +86,14 @@ class DoneMarker:
         return self.path.read_text() if self.path.is_file() else ""
 
 
-def run_final_tasks(trained: TrainedRun, *, metrics: Metrics, context: RunContext) -> None:
+def run_final_tasks(trained: Run, *, metrics: Metrics, context: RunContext) -> None:
     """Run the tasks on the final export. Results go to the run's records, its metrics and the console."""
     tasks = trained.config.eval.tasks
     if not tasks:
         return
-    mark = _build_done_marker(trained.run, trained.config)
+    mark = _build_done_marker(trained.directory, trained.config)
     if mark.record_attempt():
-        run_tasks(tasks, trained.run.export_dir, trained, metrics=metrics, context=context, word=_skip_keepalive)
+        run_tasks(tasks, trained.directory.export_dir, trained, metrics=metrics, context=context, word=_skip_keepalive)
     else:
         context.report(WarningEvent(f"eval.tasks {TASKS_SKIPPED_MESSAGE}"))
     mark.mark_done()
@@ -106,7 +106,7 @@ def _skip_keepalive() -> None:
 def run_tasks(
     tasks: Sequence[EvalTaskConfig],
     model: Path,
-    trained: TrainedRun,
+    trained: Run,
     *,
     metrics: Metrics,
     context: RunContext,
@@ -161,7 +161,7 @@ def build_task_key(checkpoint: str | None, tasks: Sequence[EvalTaskConfig]) -> s
 
 
 def _run_and_record(
-    asked: EvalTaskConfig, model: Path, trained: TrainedRun, context: RunContext, progress: ProgressCallback
+    asked: EvalTaskConfig, model: Path, trained: Run, context: RunContext, progress: ProgressCallback
 ) -> EvalRecord:
     task = make_task(asked.task, asked.get_task_options())
     subject = EvalModel(model, device=str(context.device))
@@ -169,8 +169,10 @@ def _run_and_record(
     measured = run_task(task, subject, progress)
     for note in measured.notes:
         context.report(NoteEvent(f"{asked.task}: {note}"))
-    evaluation = EvalRecord.from_result(task.name, measured, subject.directory, trained.run.name, subject.origin.step)
-    write_eval_record(trained.run, evaluation, measured.items)
+    evaluation = EvalRecord.from_result(
+        task.name, measured, subject.directory, trained.directory.name, subject.origin.step
+    )
+    write_eval_record(trained.directory, evaluation, measured.items)
     return evaluation
 
 
@@ -195,8 +197,8 @@ class _TaskProgress:
             self._context.report(StageEvent(f"{self._task}: {stage}", done, total))
 
 
-def _report_failure(asked: EvalTaskConfig, why: str, trained: TrainedRun, context: RunContext) -> None:
-    again = f"ltt evaluate {trained.run.uri} --task {asked.task}"
+def _report_failure(asked: EvalTaskConfig, why: str, trained: Run, context: RunContext) -> None:
+    again = f"ltt evaluate {trained.directory.uri} --task {asked.task}"
     message = f"eval.tasks: {asked.task} was not evaluated: {why}. The run itself is whole; later: {again}"
     context.report(WarningEvent(message))
 

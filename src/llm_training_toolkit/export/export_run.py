@@ -21,7 +21,8 @@ from llm_training_toolkit.checkpoint import (
     list_complete_checkpoints,
     read_base_weights,
 )
-from llm_training_toolkit.config import Config, parse_config_json
+from llm_training_toolkit.checkpoint.run import Run
+from llm_training_toolkit.config import Config
 from llm_training_toolkit.data.chat.template import ChatTemplate, read_special_tokens_map
 from llm_training_toolkit.data.prepare.dataset_info import DatasetInfo
 from llm_training_toolkit.data.tokenizer import open_tokenizer
@@ -39,24 +40,6 @@ from llm_training_toolkit.export.model_card import ExportKind, format_model_card
 from llm_training_toolkit.families import AdapterSpec
 from llm_training_toolkit.models import build_model
 from llm_training_toolkit.runs.directory import RunDirectory, parse_checkpoint_name
-
-
-@dataclass(frozen=True)
-class TrainedRun:
-    """Run on disk."""
-
-    run: RunDirectory
-    config: Config
-    dataset_info: DatasetInfo
-
-    def get_adapter(self, checkpoint: CheckpointReader) -> AdapterSpec | None:
-        """Return the run's adapters, or None for full training."""
-        return families.resolve_adapter(self.config, checkpoint.manifest.extra["hf_config"])
-
-    @property
-    def base_path(self) -> str:
-        """Location of the base weights that the adapters belong to."""
-        return self.config.model.path or str(self.run.base_weights_dir)
 
 
 @dataclass(frozen=True)
@@ -80,14 +63,6 @@ class ExportResult:
         return asdict(self)
 
 
-def read_run(run: RunDirectory) -> TrainedRun:
-    """Read a run's configuration and dataset info. Raises CheckpointError if nothing was trained."""
-    if not run.dataset_info_path.is_file():
-        raise CheckpointError(f"{run.path}: nothing was trained there yet (no data/dataset_info.json)")
-    config = parse_config_json(run.resolved_config_path.read_text(), where=str(run.resolved_config_path))
-    return TrainedRun(run, config, DatasetInfo.from_json(run.dataset_info_path.read_text()))
-
-
 def export_run(
     run: RunDirectory, *, step: int | None, merge: bool, out: Path | None, say: Callable[[str], None]
 ) -> ExportResult:
@@ -96,7 +71,7 @@ def export_run(
     Raises CheckpointError for a missing or damaged checkpoint, and for adapters without their base.
     """
     disable_progress_bar()
-    trained = read_run(run)
+    trained = Run.read(run)
     if merge and trained.config.model.lora is None:
         raise CheckpointError(
             f"{run.path}: there is nothing to merge, the run trained the model itself: leave out --merge"
@@ -144,7 +119,7 @@ def _select_checkpoint_path(run: RunDirectory, step: int | None) -> Path:
 
 
 def export_checkpoint(
-    trained: TrainedRun, checkpoint: CheckpointReader, destination: Path, *, merge: bool, say: Callable[[str], None]
+    trained: Run, checkpoint: CheckpointReader, destination: Path, *, merge: bool, say: Callable[[str], None]
 ) -> ExportResult:
     """Write a checkpoint to `destination`, and compare the result with it."""
     adapter = trained.get_adapter(checkpoint)
@@ -152,7 +127,7 @@ def export_checkpoint(
     kind: ExportKind = "model" if adapter is None else "merged" if merge else "adapters"
     name = checkpoint.directory.name
     text = format_model_card(
-        trained.run, config, trained.dataset_info, checkpoint.manifest, kind=kind, base=trained.base_path
+        trained.directory, config, trained.dataset_info, checkpoint.manifest, kind=kind, base=trained.base_path
     )
     about = build_model_files(config, trained.dataset_info, text, name)
     say(f"writing {kind} of {name}")
@@ -168,11 +143,13 @@ def export_checkpoint(
             write_adapters(checkpoint, directory, adapter, base=trained.base_path, precision=precision, beside=about)
         say("comparing logits")
         difference = _check_export(trained, checkpoint, directory, adapter, kind)
-    return ExportResult(trained.run.storage.get_uri(destination), kind, name, checkpoint.manifest.step, difference)
+    return ExportResult(
+        trained.directory.storage.get_uri(destination), kind, name, checkpoint.manifest.step, difference
+    )
 
 
 def _check_export(
-    trained: TrainedRun, checkpoint: CheckpointReader, directory: Path, adapter: AdapterSpec | None, kind: ExportKind
+    trained: Run, checkpoint: CheckpointReader, directory: Path, adapter: AdapterSpec | None, kind: ExportKind
 ) -> float:
     precision = trained.config.train.precision
     if adapter is None:
@@ -185,7 +162,7 @@ def _check_export(
     return check_adapters(directory, checkpoint, adapter, **how)
 
 
-def build_full_weights(trained: TrainedRun, checkpoint: CheckpointReader) -> tuple[WeightSource, Mapping[str, Any]]:
+def build_full_weights(trained: Run, checkpoint: CheckpointReader) -> tuple[WeightSource, Mapping[str, Any]]:
     """Return all weights of the trained model, adapters merged, and its Hugging Face configuration."""
     hf_config: Mapping[str, Any] = checkpoint.manifest.extra["hf_config"]
     adapter = trained.get_adapter(checkpoint)
@@ -198,7 +175,7 @@ def build_full_weights(trained: TrainedRun, checkpoint: CheckpointReader) -> tup
     return MergedWeights(base, checkpoint, adapter), hf_config
 
 
-def check_adapter_base(trained: TrainedRun, checkpoint: CheckpointReader) -> None:
+def check_adapter_base(trained: Run, checkpoint: CheckpointReader) -> None:
     """Raise CheckpointError unless the base of a checkpoint's adapters is present and unchanged."""
     alone = RunContext(0, 1, torch.device("cpu"))
     check_base_matches(

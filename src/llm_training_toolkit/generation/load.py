@@ -7,7 +7,8 @@ from typing import Any
 
 from transformers import GenerationConfig
 
-from llm_training_toolkit.export.export_run import check_adapter_base, find_stop_tokens, read_run, select_checkpoint
+from llm_training_toolkit.checkpoint.run import Run
+from llm_training_toolkit.export.export_run import check_adapter_base, find_stop_tokens, select_checkpoint
 from llm_training_toolkit.export.weights import load_stored_weights
 from llm_training_toolkit.generation.generator import TextGenerator
 from llm_training_toolkit.models import build_model
@@ -30,7 +31,7 @@ def open_model(run: RunDirectory, *, step: int | None, device: str) -> tuple[Tex
 
 def open_checkpoint(run: RunDirectory, step: int | None, device: str) -> tuple[TextGenerator, str]:
     """Open the checkpoint of `step`, by default the newest complete one, in the run's precision."""
-    trained = read_run(run)
+    trained = Run.read(run)
     checkpoint = select_checkpoint(run, step)
     adapter, precision = trained.get_adapter(checkpoint), trained.config.train.precision
     hf_config = checkpoint.manifest.extra["hf_config"]

@@ -9,11 +9,11 @@ from __future__ import annotations
 from contextlib import nullcontext
 from pathlib import Path
 
-from llm_training_toolkit.checkpoint import CheckpointReader, find_latest_checkpoint
+from llm_training_toolkit.checkpoint.run import Run
 from llm_training_toolkit.distributed.context import RunContext
 from llm_training_toolkit.errors import CheckpointError, ToolkitError
 from llm_training_toolkit.export import ModelWeights, atomic_export_dir, read_source_checkpoint_name, write_model
-from llm_training_toolkit.export.export_run import build_full_weights, build_model_files, read_run
+from llm_training_toolkit.export.export_run import build_full_weights, build_model_files
 from llm_training_toolkit.models import build_model, initialize_weights
 from llm_training_toolkit.plan import Plan
 from llm_training_toolkit.runs.directory import RunDirectory, check_run
@@ -26,7 +26,7 @@ def ensure_base_weights(spec: WorkerSpec, plan: Plan, context: RunContext) -> st
         return spec.config.model.path
     # Rank 0 alone writes; its error must reach the ranks that wait.
     failed = ""
-    if context.is_rank_zero and read_source_checkpoint_name(spec.run.base_weights_dir) is None:
+    if context.is_rank_zero and read_source_checkpoint_name(spec.directory.base_weights_dir) is None:
         try:
             _write_base_weights(spec, plan)
         except ToolkitError as error:
@@ -34,7 +34,7 @@ def ensure_base_weights(spec: WorkerSpec, plan: Plan, context: RunContext) -> st
     failed = context.broadcast_object(failed)
     if failed:
         raise CheckpointError(failed)
-    return str(spec.run.base_weights_dir)
+    return str(spec.directory.base_weights_dir)
 
 
 def _write_base_weights(spec: WorkerSpec, plan: Plan) -> None:
@@ -52,7 +52,7 @@ def _write_random_weights(spec: WorkerSpec, plan: Plan) -> None:
     card = (
         f"# {config.run.name}, base\n\nRandom weights of {config.model.name} ({origin}), beside which adapters stand.\n"
     )
-    with atomic_export_dir(spec.run.base_weights_dir) as directory:
+    with atomic_export_dir(spec.directory.base_weights_dir) as directory:
         write_model(
             ModelWeights(model),
             directory,
@@ -63,18 +63,18 @@ def _write_random_weights(spec: WorkerSpec, plan: Plan) -> None:
 
 
 def _write_weights_from_run(spec: WorkerSpec, init_from: str) -> None:
-    source = read_run(check_run(RunDirectory(Path(init_from).expanduser())))
-    found = find_latest_checkpoint(source.run.checkpoints_dir)
-    if found is None:
+    source = Run.read(check_run(RunDirectory(Path(init_from).expanduser())))
+    checkpoint = source.open_latest_checkpoint()
+    if checkpoint is None:
         raise CheckpointError(f"model.init_from = {init_from}: that run has no complete checkpoint")
-    config = spec.config
-    card = f"# {config.run.name}, base\n\nThe weights of `{init_from}`, {found.name}, beside which adapters stand.\n"
-    weights, hf_config = build_full_weights(source, CheckpointReader(found, source.run.storage))
-    with atomic_export_dir(spec.run.base_weights_dir) as directory:
+    config, name = spec.config, checkpoint.directory.name
+    card = f"# {config.run.name}, base\n\nThe weights of `{init_from}`, {name}, beside which adapters stand.\n"
+    weights, hf_config = build_full_weights(source, checkpoint)
+    with atomic_export_dir(spec.directory.base_weights_dir) as directory:
         write_model(
             weights,
             directory,
             hf_config=hf_config,
             precision=config.train.precision,
-            beside=build_model_files(config, spec.dataset_info, card, f"{init_from} {found.name}"),
+            beside=build_model_files(config, spec.dataset_info, card, f"{init_from} {name}"),
         )

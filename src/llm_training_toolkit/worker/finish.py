@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from llm_training_toolkit.checkpoint import CheckpointReader, find_latest_checkpoint, read_manifest
+from llm_training_toolkit.checkpoint import find_latest_checkpoint, read_manifest
+from llm_training_toolkit.checkpoint.run import Run
 from llm_training_toolkit.config import Config
 from llm_training_toolkit.data.dataloader import read_held_out_texts
 from llm_training_toolkit.data.prepare.dataset_info import DatasetInfo
@@ -20,7 +21,7 @@ from llm_training_toolkit.distributed.events import Event, SampleEvent, WarningE
 from llm_training_toolkit.errors import CheckpointError
 from llm_training_toolkit.evaluation.run_tasks import format_failure_reason, has_finished_tasks, run_final_tasks
 from llm_training_toolkit.export import read_source_checkpoint_name
-from llm_training_toolkit.export.export_run import TrainedRun, export_checkpoint
+from llm_training_toolkit.export.export_run import export_checkpoint
 from llm_training_toolkit.generation.generator import SamplingParams, TextGenerator
 from llm_training_toolkit.monitoring.metrics import Metrics
 from llm_training_toolkit.runs.directory import RunDirectory
@@ -48,18 +49,15 @@ def _format_code_block(text: str) -> str:
     return f"```\n{text}\n```"
 
 
-def finish_run(trained: TrainedRun, *, metrics: Metrics, context: RunContext) -> None:
+def finish_run(trained: Run, *, metrics: Metrics, context: RunContext) -> None:
     """Export the newest checkpoint, generate samples from the export and run the tasks of `eval.tasks`.
 
     Raises CheckpointError if the export fails.
     """
-    run = trained.run
-    directory = find_latest_checkpoint(run.checkpoints_dir)
-    if directory is None:
+    run, checkpoint = trained.directory, trained.open_latest_checkpoint()
+    if checkpoint is None:
         raise CheckpointError(f"{run.path}: nothing to export: the run has no complete checkpoint")
-    exported = export_checkpoint(
-        trained, CheckpointReader(directory, run.storage), run.export_dir, merge=False, say=lambda _text: None
-    )
+    exported = export_checkpoint(trained, checkpoint, run.export_dir, merge=False, say=lambda _text: None)
     try:
         for sample in generate_samples(run.export_dir, trained.config, trained.dataset_info, str(context.device)):
             metrics.add_text(exported.step, f"samples/{sample.title}", format_sample_markdown(sample))
@@ -88,7 +86,7 @@ def complete_interrupted_finish(run: RunDirectory, config: Config, report: Event
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     context = RunContext(rank=0, world_size=1, device=device, report=report)
     metrics = Metrics(run, manifest.attempt, manifest.step, context)
-    trained = TrainedRun(run, config, DatasetInfo.from_json(run.dataset_info_path.read_text()))
+    trained = Run(run, config, DatasetInfo.from_json(run.dataset_info_path.read_text()))
     (run_final_tasks if is_exported(run) else finish_run)(trained, metrics=metrics, context=context)
     metrics.close()
 

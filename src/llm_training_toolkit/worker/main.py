@@ -29,7 +29,6 @@ from llm_training_toolkit.distributed.context import RunContext
 from llm_training_toolkit.distributed.events import CheckpointEvent, EvalEvent, Event, NoteEvent, WarningEvent
 from llm_training_toolkit.distributed.heartbeat import NO_TIMEOUT
 from llm_training_toolkit.evaluation.in_training import InTrainingEvaluator
-from llm_training_toolkit.export.export_run import TrainedRun
 from llm_training_toolkit.models.memory import is_out_of_memory
 from llm_training_toolkit.monitoring.logs import RANK_LOGGER, log_to_file, redirect_output
 from llm_training_toolkit.monitoring.metrics import Metrics
@@ -67,7 +66,7 @@ def run_worker(spec: WorkerSpec, context: RunContext) -> dict[str, Any]:
     requested, precision_note = resolve_precision(spec, context)
     spec, memory_notes = resolve_memory_settings(requested, context)
     attempt, goodput_tracker = _begin_attempt(spec, context, requested.config, placements)
-    log = spec.run.get_rank_log_path(attempt, context.rank)
+    log = spec.directory.get_rank_log_path(attempt, context.rank)
     with log_to_file(RANK_LOGGER, log, f"attempt {attempt} rank {context.rank}"):
         RANK_LOGGER.info("started on %s, one of %d ranks", context.device, context.world_size)
         notes = (*precision_note, *memory_notes)
@@ -92,11 +91,11 @@ def _run_attempt(
         RANK_LOGGER.error("failed: %s: %s", type(error).__name__, error)
         # A full disk must not hide the original error.
         with suppress(OSError, ValueError):
-            spec.run.storage.refresh_directory(spec.run.attempts_dir)
-            fail_attempt(spec.run, attempt, f"rank {context.rank}: {type(error).__name__}: {error}")
+            spec.directory.storage.refresh_directory(spec.directory.attempts_dir)
+            fail_attempt(spec.directory, attempt, f"rank {context.rank}: {type(error).__name__}: {error}")
         raise
     if context.is_rank_zero:
-        end_attempt(spec.run, attempt, status, step=step)
+        end_attempt(spec.directory, attempt, status, step=step)
     context.heartbeat.mark_done()
     RANK_LOGGER.info("%s at step %d", status, step)
     return {"status": status, "step": step}
@@ -124,13 +123,13 @@ def _train_and_finish(parts: TrainerComponents, spec: WorkerSpec, requested: Con
         status, progress = run_training_loop(parts)
     except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
-            mark_out_of_memory(spec.run, parts.attempt)
+            mark_out_of_memory(spec.directory, parts.attempt)
             raise build_out_of_memory_error(requested, spec.config, context.world_size) from error
         raise
     if status == "finished" and spec.config.export.at_end and context.is_rank_zero:
         context.heartbeat.set_phase("exporting", NO_TIMEOUT)
         parts.goodput_tracker.enter_part("checkpoint")
-        finish_run(TrainedRun(spec.run, spec.config, spec.dataset_info), metrics=parts.metrics, context=context)
+        finish_run(spec, metrics=parts.metrics, context=context)
     parts.metrics.write(progress.step, parts.goodput_tracker.compute_metrics())
     parts.metrics.close()
     return status, progress.step
@@ -141,7 +140,7 @@ def _begin_attempt(
 ) -> tuple[int, GoodputTracker]:
     """Agree on the attempt's number, redirect library output to its log and set up torch."""
     config = spec.config
-    goodput_state = load_goodput_state(spec.run, spec.began) if context.is_rank_zero else GoodputState({}, 0)
+    goodput_state = load_goodput_state(spec.directory, spec.began) if context.is_rank_zero else GoodputState({}, 0)
     rank_pids = context.all_gather_object(os.getpid())
     facts = {
         "host": socket.gethostname(),
@@ -157,8 +156,8 @@ def _begin_attempt(
         "group_began": spec.group_began,
         "reached": goodput_state.last_completed_step,
     }
-    attempt = context.broadcast_object(begin_attempt(spec.run, facts) if context.is_rank_zero else 0)
-    redirect_output(spec.run.get_rank_log_path(attempt, context.rank))
+    attempt = context.broadcast_object(begin_attempt(spec.directory, facts) if context.is_rank_zero else 0)
+    redirect_output(spec.directory.get_rank_log_path(attempt, context.rank))
     torch.set_num_threads(config.cluster.cpus_per_worker)
     if config.run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -169,7 +168,7 @@ def _begin_attempt(
 def _build_components(
     spec: WorkerSpec, context: RunContext, attempt: int, goodput_tracker: GoodputTracker, resolved: Sequence[str]
 ) -> TrainerComponents:
-    run, config = spec.run, spec.config
+    run, config = spec.directory, spec.config
     context.heartbeat.set_phase("looking for a checkpoint")
     checkpoint = find_latest_valid_checkpoint(run, context)
     train_state = _get_train_state(checkpoint)
@@ -225,9 +224,7 @@ def _build_components(
         attempt=attempt,
         goodput_tracker=goodput_tracker,
         initial_state=train_state,
-        in_training_tasks=InTrainingEvaluator(
-            TrainedRun(run, config, spec.dataset_info), metrics=metrics, context=context
-        ),
+        in_training_tasks=InTrainingEvaluator(spec, metrics=metrics, context=context),
         on_spike=config.failures.on_loss_spike,
     )
 

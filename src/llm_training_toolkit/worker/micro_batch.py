@@ -76,7 +76,7 @@ def resolve_memory_settings(spec: WorkerSpec, context: RunContext) -> tuple[Work
         return spec, ()
     free = min(context.all_gather_object(_measure_free_memory(context)))
     found = context.broadcast_object(
-        _choose_settings(spec.run, config, context, free) if context.is_rank_zero else None
+        _choose_settings(spec.directory, config, context, free) if context.is_rank_zero else None
     )
     assert found is not None, "rank 0 chooses"
     settings, said = found

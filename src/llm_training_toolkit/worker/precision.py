@@ -41,14 +41,14 @@ def resolve_precision(spec: WorkerSpec, context: RunContext) -> tuple[WorkerSpec
     chosen = choose_precision(slowdowns, context.device.type)
     config = _apply_chosen_precision(spec.config, chosen)
     if context.is_rank_zero:
-        write_atomically(spec.run.resolved_config_path, dump_config_json(config))
+        write_atomically(spec.directory.resolved_config_path, dump_config_json(config))
         context.report(NoteEvent(str(chosen)))
     return replace(spec, config=config), (str(chosen),)
 
 
 def _apply_given_precision(spec: WorkerSpec, precision: Precision) -> tuple[WorkerSpec, tuple[str, ...]]:
     kept = replace(spec, config=with_precision(spec.config, precision))
-    return kept, read_precision_notes(kept.run, kept.config)
+    return kept, read_precision_notes(kept.directory, kept.config)
 
 
 def read_precision_notes(run: RunDirectory, config: Config) -> tuple[str, ...]:

@@ -9,9 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from llm_training_toolkit.config import Config
-from llm_training_toolkit.data.prepare.dataset_info import DatasetInfo
-from llm_training_toolkit.runs.directory import RunDirectory
+from llm_training_toolkit.checkpoint.run import Run
 
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 
@@ -24,12 +22,9 @@ def _read_boot_id() -> str:
 
 
 @dataclass(frozen=True)
-class WorkerSpec:
-    """Everything a rank needs to find the run."""
+class WorkerSpec(Run):
+    """A run as one rank sees it: on its node, in its worker group."""
 
-    run: RunDirectory
-    config: Config
-    dataset_info: DatasetInfo
     began: float = field(default_factory=time.time)
     """Time of the request for these ranks, in seconds since 1970; the first ones are requested by the command."""
     group_began: float = field(default_factory=time.time)
