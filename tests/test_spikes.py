@@ -30,7 +30,7 @@ def history(seed: int, count: int = SPIKE_WINDOW_STEPS, scale: float = 1.0) -> l
 @given(st.integers(0, 10**6), st.floats(1e-3, 1e3))
 def test_usual_steps_are_no_spikes_at_any_scale(seed: int, scale: float) -> None:
     recent = history(seed, SPIKE_WINDOW_STEPS + 1, scale)
-    assert detect_spike(recent[-1], MANY, recent[:-1]) == ""
+    assert detect_spike(recent[-1], MANY, recent[:-1]) is None
 
 
 @given(st.integers(0, 10**6), st.floats(1e-3, 1e3), st.integers(0, SPIKE_WINDOW_STEPS // 4))
@@ -38,31 +38,31 @@ def test_a_loss_half_as_high_again_is_one_whatever_spikes_came_before(seed: int,
     recent = history(seed, scale=scale)
     for index in range(earlier):
         recent[3 * index] = StepStats(scale * 50.0, scale * 500.0)
-    assert "the loss is" in detect_spike(StepStats(scale * 4.5, scale), MANY, recent)
-    assert "the gradient's norm is" in detect_spike(StepStats(scale * 3.0, scale * 60.0), MANY, recent)
+    assert "the loss is" in str(detect_spike(StepStats(scale * 4.5, scale), MANY, recent))
+    assert "the gradient's norm is" in str(detect_spike(StepStats(scale * 3.0, scale * 60.0), MANY, recent))
 
 
 @given(st.integers(0, 10**6))
 def test_a_gradient_below_ten_times_the_usual_one_is_none(seed: int) -> None:
-    assert detect_spike(StepStats(3.0, 9.0 * 0.85), MANY, history(seed)) == ""
+    assert detect_spike(StepStats(3.0, 9.0 * 0.85), MANY, history(seed)) is None
 
 
 def test_losses_that_fall_are_no_spikes_and_equal_ones_leave_room_for_a_tenth() -> None:
     falling = [StepStats(10.0 - index / 20, 1.0) for index in range(SPIKE_WINDOW_STEPS)]
-    assert detect_spike(StepStats(10.0, 1.0), MANY, falling) == ""
+    assert detect_spike(StepStats(10.0, 1.0), MANY, falling) is None
     equal = [StepStats(2.0, 0.0)] * SPIKE_WINDOW_STEPS
-    assert detect_spike(StepStats(2.2, 0.0), MANY, equal) == ""
-    assert "above its median of 2" in detect_spike(StepStats(2.3, 0.0), MANY, equal)
+    assert detect_spike(StepStats(2.2, 0.0), MANY, equal) is None
+    assert "above its median of 2" in str(detect_spike(StepStats(2.3, 0.0), MANY, equal))
 
 
 def test_what_chance_makes_of_few_tokens_is_none() -> None:
     recent = [StepStats(0.96 + 0.05 * (-1) ** index, 1.0) for index in range(SPIKE_WINDOW_STEPS)]
-    assert detect_spike(StepStats(2.97, 1.0), 256, recent) == ""  # of a healthy run
-    assert "the loss is" in detect_spike(StepStats(2.97, 1.0), 2048, recent)
+    assert detect_spike(StepStats(2.97, 1.0), 256, recent) is None  # of a healthy run
+    assert "the loss is" in str(detect_spike(StepStats(2.97, 1.0), 2048, recent))
 
 
 def test_nothing_is_judged_before_enough_is_known() -> None:
-    assert detect_spike(StepStats(1e9, 1e9), MANY, history(1, MIN_SPIKE_STEPS - 1)) == ""
+    assert detect_spike(StepStats(1e9, 1e9), MANY, history(1, MIN_SPIKE_STEPS - 1)) is None
     assert detect_spike(StepStats(1e9, 1e9), MANY, history(1, MIN_SPIKE_STEPS))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from conftest import tiny_config
@@ -30,8 +32,8 @@ TWO_NODES = [gpu(node, number) for node in ("a", "b") for number in range(8)]
     "placements", [TWO_NODES, [cpu("a", 0), cpu("a", 1), cpu("b", 0)], [gpu("a", 0)], [cpu("a", 0)]]
 )
 def test_ranks_with_a_device_each_may_work(placements: list[RankPlacement]) -> None:
-    assert find_placement_problem(placements, "auto") == ""
-    assert find_placement_problem(placements, 0 if placements[0].device_type == "cpu" else 1) == ""
+    assert find_placement_problem(placements, "auto") is None
+    assert find_placement_problem(placements, 0 if placements[0].device_type == "cpu" else 1) is None
 
 
 @pytest.mark.parametrize(
@@ -49,15 +51,15 @@ def test_ranks_with_a_device_each_may_work(placements: list[RankPlacement]) -> N
     ],
 )
 def test_what_cannot_be_right_is_named(placements: list[RankPlacement], asked: int | str, words: str) -> None:
-    import re
-
-    assert re.search(words, find_placement_problem(placements, asked)), find_placement_problem(placements, asked)
+    found = find_placement_problem(placements, asked)
+    assert found is not None
+    assert re.search(words, found), found
 
 
 def test_two_machines_of_one_name_are_two() -> None:
     assert (
         find_placement_problem([cpu("localhost", 0), RankPlacement("localhost", "other", 0, "cpu", "", "", 8)], "auto")
-        == ""
+        is None
     )
 
 

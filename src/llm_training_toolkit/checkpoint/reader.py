@@ -43,8 +43,8 @@ class CheckpointReader:
         """Return the damage found. A rank checks every `of`-th file, so that each file is read once."""
         return [found for number in range(share, len(self.manifest.files), of) if (found := self.verify_file(number))]
 
-    def verify_file(self, number: int) -> str:
-        """Return one file's damage: missing, wrong size or wrong checksum; empty if intact."""
+    def verify_file(self, number: int) -> str | None:
+        """Return one file's damage: missing, wrong size or wrong checksum; None if intact."""
         entry = self.manifest.files[number]
         path = self.directory / entry.name
         self.storage.fetch_file(path)
@@ -52,7 +52,9 @@ class CheckpointReader:
             return f"{path}: missing"
         if path.stat().st_size != entry.size:
             return f"{path}: {path.stat().st_size} bytes, {entry.size} were written"
-        return "" if compute_sha256(path) == entry.sha256 else f"{path}: the checksum differs from what was written"
+        if compute_sha256(path) != entry.sha256:
+            return f"{path}: the checksum differs from what was written"
+        return None
 
     @cached_property
     def _fragments_by_parameter(self) -> Mapping[str, list[tuple[int, int, int]]]:

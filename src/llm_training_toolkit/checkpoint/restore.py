@@ -58,7 +58,7 @@ def _find_damage(run: RunDirectory, directory: Path, context: RunContext) -> lis
     Only damage that rank 0 confirms counts. An OSError propagates on the rank that meets it: new workers are the remedy
     for storage that fails for a moment, or that does not yet show a node the writes of another.
     """
-    unreadable = context.broadcast_object(_find_manifest_error(directory) if context.is_rank_zero else "")
+    unreadable = context.broadcast_object(_find_manifest_error(directory) if context.is_rank_zero else None)
     if unreadable:
         return [unreadable]
     checkpoint = CheckpointReader(directory, run.storage)
@@ -77,15 +77,15 @@ def _find_damage(run: RunDirectory, directory: Path, context: RunContext) -> lis
     return damage
 
 
-def _find_manifest_error(directory: Path) -> str:
-    """Return the manifest's error; empty if it parses, and if all ranks are to refuse its format."""
+def _find_manifest_error(directory: Path) -> str | None:
+    """Return the manifest's error; None if it parses, and if all ranks are to refuse its format."""
     try:
         read_manifest(directory)
     except UnknownFormatError:
-        return ""
+        return None
     except CheckpointError as error:
         return str(error)
-    return ""
+    return None
 
 
 def restore_engine(

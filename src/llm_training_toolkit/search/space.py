@@ -117,13 +117,13 @@ class TrialConfigBuilder:
             "eval.tasks": [],
         }
 
-    def find_problem(self, parameters: Parameters) -> str:
-        """Return the reason a point cannot be trained; empty if it can."""
+    def find_problem(self, parameters: Parameters) -> str | None:
+        """Return the reason a point cannot be trained; None if it can."""
         try:
             check_plan(make_plan(self.build_config(parameters)))
         except ToolkitError as error:
             return str(error)
-        return ""
+        return None
 
 
 def check_search_space(trials: TrialConfigBuilder) -> list[str]:

@@ -44,13 +44,13 @@ def check_quantization(config: Config) -> None:
             raise PlanError(f"model.lora.quantize = {lora.quantize}: {missing}")
 
 
-def find_quantization_problem(*, gpu: bool) -> str:
-    """Return the missing requirement of 4-bit weights and its remedy; empty if they work here."""
+def find_quantization_problem(*, gpu: bool) -> str | None:
+    """Return the missing requirement of 4-bit weights and its remedy; None if they work here."""
     if not gpu:
         return "4-bit weights need a GPU, and there is none here: remove it (LoRA works without), or train elsewhere"
     if importlib.util.find_spec("bitsandbytes") is None:
         return "4-bit weights need bitsandbytes, which is not installed: pip install 'llm-training-toolkit[qlora]'"
-    return ""
+    return None
 
 
 def format_cpu_shortage(config: Config, found: str) -> str:

@@ -41,13 +41,13 @@ def append_recent_step(recent: Sequence[StepStats], step: StepStats) -> tuple[St
     return (*recent[-(SPIKE_WINDOW_STEPS - 1) :], step)
 
 
-def detect_spike(step: StepStats, loss_tokens: int, recent: Sequence[StepStats]) -> str:
-    """Return a text that describes a step's spike; empty if there is none, or too few steps are known.
+def detect_spike(step: StepStats, loss_tokens: int, recent: Sequence[StepStats]) -> str | None:
+    """Return a text that describes a step's spike; None if there is none, or too few steps are known.
 
     The step's loss is the mean over `loss_tokens` tokens.
     """
     if len(recent) < MIN_SPIKE_STEPS:
-        return ""
+        return None
     chance = _TOKEN_FLOOR / math.sqrt(max(loss_tokens, 1))
     losses = [each.loss for each in recent]
     deviations, usual = _compute_deviations(step.loss, losses, floor=chance, relative_floor=_LOSS_FLOOR)
@@ -58,7 +58,7 @@ def detect_spike(step: StepStats, loss_tokens: int, recent: Sequence[StepStats])
     if deviations > _MAX_DEVIATIONS:
         times = math.exp(_compute_log_norm(step.norm) - usual)
         return f"the gradient's norm is {step.norm:.4g}, {times:.0f} times its median of {math.exp(usual):.4g}"
-    return ""
+    return None
 
 
 def count_consecutive_skips(skips: Sequence[SkippedStep], step: int) -> int:
@@ -93,8 +93,8 @@ class SpikeGuard:
     ) -> None:
         self._policy, self._context, self._progress = policy, context, progress
         self._loss, self._loss_tokens = loss, loss_tokens
-        self.spike = ""
-        """Text that describes the spike; empty if the update was allowed."""
+        self.spike: str | None = None
+        """Text that describes the spike; None if the update was allowed."""
 
     def allow_update(self, norm: float) -> bool:
         """Return whether to apply the update; the engine calls it with the gradient norm. Rank 0 decides for all.
@@ -106,7 +106,7 @@ class SpikeGuard:
             return True
         found = detect_spike(StepStats(self._loss, norm), self._loss_tokens, recent)
         [agreed] = self._context.all_reduce_sum(float(bool(found) and self._context.is_rank_zero))
-        self.spike = (found or "rank 0 finds that it stands out") if agreed else ""
+        self.spike = (found or "rank 0 finds that it stands out") if agreed else None
         return not agreed
 
     def handle_spike(self, saver: CheckpointManager, loss_sum: float, documents: str) -> None:

@@ -75,8 +75,8 @@ def _find_own_placement(spec: WorkerSpec, device: torch.device) -> RankPlacement
     return RankPlacement(spec.node, spec.machine, local_rank, str(device), model, unit, len(os.sched_getaffinity(0)))
 
 
-def find_placement_problem(placements: Sequence[RankPlacement], gpus_per_worker: int | str) -> str:
-    """Return the reason why ranks must not use these devices, with the remedy; empty if they may."""
+def find_placement_problem(placements: Sequence[RankPlacement], gpus_per_worker: int | str) -> str | None:
+    """Return the reason why ranks must not use these devices, with the remedy; None if they may."""
     kinds: Mapping[str, Sequence[int]] = _group_ranks([placement.device_type for placement in placements])
     if len(kinds) > 1:
         on = "; ".join(
@@ -103,7 +103,7 @@ def find_placement_problem(placements: Sequence[RankPlacement], gpus_per_worker:
     for (_, node, local_rank), ranks in numbers.items():
         if len(ranks) > 1:
             return f"{_format_ranks(ranks)} all have LOCAL_RANK = {local_rank} on node {node}: {remedy}"
-    return ""
+    return None
 
 
 def find_placement_warnings(placements: Sequence[RankPlacement], config: Config) -> list[str]:

@@ -131,18 +131,18 @@ def _find_node_problems(living: Sequence[ClusterNode], folders: Mapping[str, Pat
 
 def inspect_node(
     folders: Sequence[str], mark: str, read: Sequence[str], store: str
-) -> tuple[str, list[str], list[str], str]:
-    """Return this node's version, each folder's problem ("" if fine), the missing paths, and the store's problem.
+) -> tuple[str, list[str | None], list[str], str | None]:
+    """Return this node's version, each folder's problem (None if fine), the missing paths, and the store's problem.
 
     `folders` are written to, `read` is only read; `store` is the URI of a run, "" for one in a folder.
     """
     wrong = [_find_folder_problem(Path(folder), mark) for folder in folders]
     # An unmounted disk leaves an empty folder.
     blind = [path for path in read if next(Path(path).glob("*"), None) is None]
-    return __version__, wrong, blind, find_store_problem(store) if store else ""
+    return __version__, wrong, blind, find_store_problem(store) if store else None
 
 
-def _find_folder_problem(folder: Path, mark: str) -> str:
+def _find_folder_problem(folder: Path, mark: str) -> str | None:
     if not (folder / mark).is_file():
         return "does not see what was just written"
     own = folder / f"{mark}-{secrets.token_hex(8)}"
@@ -151,4 +151,4 @@ def _find_folder_problem(folder: Path, mark: str) -> str:
         own.unlink()
     except OSError as error:
         return f"cannot write: {error.strerror}"
-    return ""
+    return None

@@ -140,13 +140,13 @@ def _looks_like_run(path: Path) -> bool:
     return path.is_dir() and ((path / "resolved.json").is_file() or (path / "lock").is_file())
 
 
-def find_store_problem(address: str) -> str:
-    """Return the reason why this machine cannot use the run at an address; empty if it can."""
+def find_store_problem(address: str) -> str | None:
+    """Return the reason why this machine cannot use the run at an address; None if it can."""
     try:
         S3Client(address).list_objects(CLAIMS)
     except StorageError as error:
         return str(error)
-    return ""
+    return None
 
 
 @contextmanager
