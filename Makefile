@@ -15,7 +15,7 @@ test: $(VENV)/.installed-dev  ## every test
 	$(MAKE) test-slow
 
 FAST := -m "not slow and not cluster and not ranks"
-HALF := tests/cluster tests/data tests/evaluation tests/launch tests/scripts
+HALF := tests/e2e tests/unit/cli tests/unit/commands tests/unit/data tests/unit/evaluation tests/unit/scripts
 
 test-fast: $(VENV)/.installed-dev  ## the tests of `make check`
 	$(MAKE) --jobs=2 test-fast-one test-fast-other
@@ -25,17 +25,17 @@ test-fast-one:
 	set -o pipefail; $(BIN)/python -m pytest $(FAST) $(HALF) 2>&1 | sed --unbuffered ''
 
 test-fast-other:
-	set -o pipefail; $(BIN)/python -m pytest $(FAST) $(HALF:%=--ignore=%) 2>&1 | sed --unbuffered ''
+	set -o pipefail; $(BIN)/python -m pytest $(FAST) $(HALF:%=--ignore=%) --ignore=tests/cluster --ignore=tests/ranks 2>&1 | sed --unbuffered ''
 
 # Two lanes: tests on Ray clusters mostly wait, and the others have the processors meanwhile. sed keeps lines whole.
 test-slow: $(VENV)/.installed-dev  ## the tests that `make check` leaves out
 	$(MAKE) --jobs=2 test-cluster test-ranks
 
 test-cluster:
-	set -o pipefail; $(BIN)/python -m pytest -m cluster 2>&1 | sed --unbuffered ''
+	set -o pipefail; $(BIN)/python -m pytest tests/cluster 2>&1 | sed --unbuffered ''
 
 test-ranks:
-	set -o pipefail; $(BIN)/python -m pytest -m "(slow or ranks) and not cluster" 2>&1 | sed --unbuffered ''
+	set -o pipefail; $(BIN)/python -m pytest -m "slow or ranks" --ignore=tests/cluster 2>&1 | sed --unbuffered ''
 
 check: $(VENV)/.installed-dev  ## format, lint, types, import contract, fast tests: three minutes at most
 	$(MAKE) --jobs=2 lint test-fast-one test-fast-other

@@ -1,7 +1,9 @@
-"""Fixtures that tests share: a small prepared run, and pools of real ranks."""
+"""Fixtures that tests share, and marks that follow from the folder."""
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,28 +11,23 @@ from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
+from ruamel.yaml import YAML
 
 from durations import Durations, slowness
-from llm_training_toolkit.config import Config, dump_config_json, parse_config
+from launching import Environment
+from llm_training_toolkit.config import dump_config_json
 from llm_training_toolkit.data.prepare.epochs import prepare_run_data
 from llm_training_toolkit.runs.directory import RunDirectory
 from rank_pool import RankPool
+from tiny_runs import tiny_config, write_corpus
 
 # The seconds of an example or of its data depend on the machine, and on what else it does.
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
 
+FOLDER = Path(__file__).parent
+FOLDER_MARKS = ("ranks", "cluster")
 LIMIT = 20.0  # seconds for a test without a marker, on a processor as fast as that of `durations.slowness`
-
-SHAPE = {
-    "num_hidden_layers": 2,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-}
-"""A Qwen3 of 0.1 million parameters."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -38,43 +35,16 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(Durations(config.rootpath, LIMIT * slowness()))
 
 
-def tiny_config(corpus: Path, runs: Path, **sections: dict[str, Any]) -> Config:
-    """A run of a tiny model on a small corpus; sections are merged into it.
-
-    In fp32: a processor without instructions for bf16 takes twenty times as long for it.
-    """
-    data: dict[str, Any] = {
-        "run": {"name": "tiny", "dir": str(runs)},
-        "model": {"name": "qwen3-0.6b", "config_overrides": dict(SHAPE), "loss_chunk_size": 64},
-        "tokenizer": {"train": {"vocab_size": 512}},
-        "data": {
-            "sequence_length": 64,
-            "sources": [{"path": str(corpus), "format": "code", "fim": {"rate": 0.5, "loss": "middle"}}],
-            "eval": {"fraction": 0.1},
-        },
-        "train": {"steps": 9, "global_batch_size": 11, "micro_batch_size": 2, "precision": "fp32"},
-        "optim": {"lr": 1e-3, "warmup": 2},
-        "checkpoint": {"interval": 100, "keep_latest": 100},
-        "eval": {"interval": 100},
-        "export": {"at_end": False},
-        "cluster": {"workers": 2},
-        "failures": {"on_loss_spike": "ignore"},  # a few hundred tokens a step vary as much as spikes do
-    }
-    for name, values in sections.items():
-        data[name] = data.get(name, {}) | values
-    return parse_config(data, "test")
-
-
-def write_corpus(directory: Path, documents: int = 60) -> Path:
-    """Small files of code of ragged lengths, each different."""
-    directory.mkdir(parents=True, exist_ok=True)
-    for number in range(documents):
-        lines = [
-            f"def function_{number}_{line}(a, b={line}):\n    return a * {number} + b\n"
-            for line in range(1 + number % 7)
-        ]
-        (directory / f"module_{number:03d}.py").write_text("\n".join(lines))
-    return directory
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark tests by their folder, and those that need the known model: learning by heart takes seconds."""
+    for item in items:
+        folder = item.path.relative_to(FOLDER).parts[0] if item.path.is_relative_to(FOLDER) else ""
+        if folder in FOLDER_MARKS:
+            item.add_marker(folder)
+        if folder == "cluster":
+            item.add_marker(pytest.mark.timeout(2400))  # a mark at the test itself counts before it
+        if "known_model" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session")
@@ -123,3 +93,52 @@ def pools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int], 
     yield pool
     for each in started.values():
         each.close()
+
+
+@pytest.fixture(scope="session")
+def ray_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Environment]:
+    """The environment of a command that joins the tests' own Ray cluster."""
+    os.environ["RAY_AUTH_MODE"] = "disabled"  # read when ray is imported
+    os.environ.update(RAY_worker_niceness="0")  # Ray's 15 starves its workers beside another lane of tests
+    os.environ["RAY_TMPDIR"] = str(tmp_path_factory.mktemp("ray"))
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 8, "include_dashboard": False})
+    yield {**os.environ, "RAY_ADDRESS": cluster.address}
+    cluster.shutdown()
+
+
+@pytest.fixture(scope="session")
+def launch_config(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Writes the YAML file of a small run; runs share one cache, so only the first one prepares."""
+    runs = tmp_path_factory.mktemp("launch")
+
+    def write(name: str, **sections: dict[str, Any]) -> Path:
+        config = tiny_config(corpus, runs, **{"run": {"name": name}, **sections})
+        path = runs / f"{name}.yaml"
+        data = json.loads(config.model_dump_json(exclude_unset=True))
+        with path.open("w") as file:
+            YAML().dump(data, file)
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def known_document(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file that `known_model` knows by heart."""
+    from known_model import KNOWN
+
+    path = tmp_path_factory.mktemp("known") / "area.py"
+    path.write_text(KNOWN)
+    return path
+
+
+@pytest.fixture(scope="session")
+def known_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory that plain transformers loads, in fp32: a small model that knows three texts by heart."""
+    from known_model import export_known_model
+
+    directory = tmp_path_factory.mktemp("known_model")
+    export_known_model(directory)
+    return directory

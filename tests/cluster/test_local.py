@@ -1,9 +1,8 @@
-"""cluster/start.py and cluster/local.yaml: what cannot start here is refused, the rest really starts a cluster."""
+"""cluster/start.py and cluster/local.yaml start a cluster of this machine, as docs/cluster.md says."""
 
 from __future__ import annotations
 
 import os
-import re
 import shlex
 import shutil
 import socket
@@ -20,27 +19,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-ROOT = Path(__file__).parents[2]
-CLUSTER = ROOT / "cluster"
-START = [sys.executable, str(CLUSTER / "start.py")]
-
-
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        ("cluster_name: x\nprovider: {type: local, head_ip: 10.0.0.1, worker_ips: [10.0.0.2]}", "names other machines"),
-        ("cluster_name: x\nprovider: {type: local, head_ip: 127.0.0.1, worker_ips: []}\nnodes: 1", "'nodes'"),
-        ("cluster_name: x\nprovider: {type: local, head_ip: 127.0.0.1, worker_ips: []}", "head_start_ray_commands"),
-        ("provider: {", "is no cluster file"),
-    ],
-)
-def test_a_file_that_cannot_start_here_is_refused_in_words(tmp_path: Path, content: str, words: str) -> None:
-    path = tmp_path / "cluster.yaml"
-    path.write_text(content)
-    done = subprocess.run([*START, str(path)], capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert words in done.stderr
-    assert "Traceback" not in done.stderr
+from unit.cluster.test_local import CLUSTER, ROOT, START, read_walk
 
 
 @dataclass(frozen=True)
@@ -117,29 +96,13 @@ def _wait_for_jobs(cluster: Started) -> str:
     return kept.read_text()
 
 
-def _walk() -> tuple[str, list[str]]:
-    """What docs/cluster.md says to type in the one terminal, and in the other."""
-    section = (ROOT / "docs" / "cluster.md").read_text().split("## This machine")[1].split("\n## ")[0]
-    first, second = re.findall(r"```\n(.*?)\n```", section, re.DOTALL)
-    return first.split("#")[0].strip(), [line.split("  #")[0] for line in second.splitlines()]
-
-
-def test_the_first_line_of_the_walk_starts_the_file() -> None:
-    first, _ = _walk()
-    assert first == "make cluster"
-    recipe = subprocess.run(["make", "-n", "cluster"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert "/python cluster/start.py\n" in recipe
-
-
-@pytest.mark.cluster
-@pytest.mark.slow
 def test_the_walk_works_as_written_and_the_cluster_leaves_nothing_behind(
     started: Started, corpus: Path, tmp_path: Path
 ) -> None:
     """Typed as written, but for the port, the place of the environment, and a smaller run."""
     token = _wait_for_jobs(started)
     assert _answer(started.address, "0" * len(token)) in {401, 403}
-    _, lines = _walk()
+    _, lines = read_walk()
     smaller = [
         f"data.sources=[{{path: {corpus}, format: code}}]",
         "model.config_overrides.hidden_size=64",

@@ -155,8 +155,8 @@ def estimate_layer_bytes_per_token(load: DeviceWorkload) -> int:
     Two norms: a LayerNorm keeps input and output, 2 h w; an RMSNorm fp32 input, normalized value and output, h (2 w +
     4). Norms of queries and keys keep the same but the output. Attention: queries, keys, values and output; keys and
     values are repeated for every query head unless there is only one key-value head. Packed documents need a mask, T w.
-    Eager attention keeps scores as probabilities instead, in fp32 and again in bf16. tests/models/test_activations.py
-    compares the estimate with autograd.
+    Eager attention keeps scores as probabilities instead, in fp32 and again in bf16.
+    tests/unit/models/test_activations.py compares the estimate with autograd.
     """
     model, w = load.model, load.bytes_per_value
     if load.adapter is not None:

@@ -1,0 +1,68 @@
+"""Shards rendered by processes of a Ray cluster are those of one process; what goes wrong there is said here."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from tiny_runs import write_corpus
+
+_PREPARE = """
+import sys
+from io import StringIO
+from pathlib import Path
+from llm_training_toolkit.config import load_config
+from llm_training_toolkit.monitoring.console import Console
+from llm_training_toolkit.data.prepare import document_index
+from llm_training_toolkit.data.dataset import PackedDataset
+from llm_training_toolkit.data.prepare.builder import DatasetBuilder
+from llm_training_toolkit.errors import ToolkitError
+from llm_training_toolkit.data.prepare.epochs import get_tokenization_spec, prepare_epochs
+from llm_training_toolkit.launch.backend import build_shard_runner
+document_index._CHARACTERS_PER_SHARD = 1500
+config = load_config(Path(sys.argv[1]), sys.argv[2:])
+said = StringIO()
+done = []
+try:
+    spec, runner = get_tokenization_spec(config), build_shard_runner(config, Console(said))
+    work = DatasetBuilder(config, spec, lambda *event: done.append(event), runner)
+    prepared = prepare_epochs(work, config)
+except ToolkitError as error:
+    print("error", type(error).__name__, error)
+    raise SystemExit
+sequences = PackedDataset(prepared.dataset_info, global_batch=1, epochs=1)
+print("shards", len(list((prepared.directory / "tokens").glob("tokens-*"))))
+print("progress", [event for event in done if event[0] == "tokens"][-1])
+for step in range(sequences.total_steps):
+    print(step, sequences.get_document_spans(step), sequences.decode_sequence(step, 0).encode())
+print(said.getvalue(), file=sys.stderr)
+"""
+
+
+def prepared(config: Path, environment: Mapping[str, str], *overrides: str) -> tuple[str, str]:
+    arguments = [sys.executable, "-c", _PREPARE, str(config), *overrides]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False, env=dict(environment))
+    assert done.returncode == 0, done.stderr
+    return done.stdout, done.stderr
+
+
+def test_a_cluster_renders_what_one_process_renders(
+    ray_environment: Mapping[str, str], launch_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    corpus = write_corpus(tmp_path / "code", documents=40)
+    source = [{"path": str(corpus), "format": "code"}]
+    data = {"sources": source, "sequence_length": 64, "eval": {"fraction": 0.1}, "cache": str(tmp_path / "a")}
+    config = launch_config("spread", data=data, cluster={"workers": 2})
+    spread, said = prepared(config, ray_environment)
+    alone, _ = prepared(config, ray_environment, "cluster.workers=0", f"data.cache={tmp_path / 'b'}")
+    assert spread == alone
+    assert int(spread.split()[1]) > 3
+    assert "this machine alone" not in said
+    assert "ray.data" not in said
+    assert "Progress bars" not in said
+    (corpus / sorted(corpus.iterdir())[-1].name).write_bytes(b"\xff")
+    broken, _ = prepared(config, ray_environment)
+    assert broken.startswith("error DataError")
+    assert "not UTF-8" in broken

@@ -1,0 +1,176 @@
+"""A run whose nodes come and go, whose workers die or hang: what happens, what is said, what comes out."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+import fork_server
+from launching import Environment, command, run_of, wait_for_step
+from llm_training_toolkit.runs.attempts import find_last_attempt, read_attempt_record
+from llm_training_toolkit.runs.directory import RunDirectory
+
+STEPS, EVERY = 300, 25
+SECTIONS = {
+    "train": {"steps": STEPS, "global_batch_size": 12, "micro_batch_size": 2, "precision": "fp32"},
+    "checkpoint": {"interval": EVERY, "keep_latest": 2},
+}
+
+
+class Nodes:
+    """A Ray cluster whose head has no CPU, with a worker node of one CPU per address."""
+
+    def __init__(self, *addresses: str) -> None:
+        from ray.cluster_utils import Cluster
+
+        self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+        self._nodes: dict[str, Any] = {}
+        for address in addresses:
+            self.add(address)
+
+    def add(self, address: str) -> None:
+        self._nodes[address] = self.cluster.add_node(num_cpus=1, node_ip_address=address)
+
+    def lose(self, address: str) -> None:
+        """Kill the node's Ray process, and with it its workers."""
+        self.cluster.remove_node(self._nodes.pop(address), allow_graceful=False)
+
+    def announce_end(self, address: str, seconds: int) -> None:
+        """What a cloud's notice of preemption leads to: Ray drains the node."""
+        from ray._raylet import GcsClient  # type: ignore[attr-defined]
+        from ray.core.generated.autoscaler_pb2 import DrainNodeReason
+
+        client = GcsClient(address=self.cluster.address)
+        reason = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+        deadline = int((time.time() + seconds) * 1e3)
+        accepted, why = client.drain_node(self._nodes[address].node_id, reason, "preempted", deadline)
+        assert accepted, why
+
+
+@pytest.fixture
+def nodes(ray_environment: Environment) -> Iterator[Nodes]:
+    several = Nodes("127.0.1.1", "127.0.1.2", "127.0.1.3")
+    yield several
+    several.cluster.shutdown()
+
+
+def rows(run: RunDirectory) -> list[dict[str, Any]]:
+    """What was recorded of the steps, the last attempt of each alone."""
+    found = [json.loads(line) for line in run.metrics_path.read_text().splitlines()]
+    return list({row["step"]: row for row in found if "train/loss" in row}.values())
+
+
+def attempts(run: RunDirectory) -> list[dict[str, Any]]:
+    return [read_attempt_record(run, number) for number in range(1, find_last_attempt(run) + 1)]
+
+
+def until(condition: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 900) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def works(run: RunDirectory, attempt: int, process: subprocess.Popen[str], steps: int = 5) -> int:
+    """Wait until an attempt has done some steps; the step it is at."""
+
+    def done() -> list[int]:
+        lines = run.metrics_path.read_text().splitlines() if run.metrics_path.exists() else []
+        found = [json.loads(line) for line in lines if line.endswith("}")]
+        return [row["step"] for row in found if row["attempt"] == attempt and "train/loss" in row]
+
+    until(lambda: len(done()) >= steps, process)
+    return done()[-1]
+
+
+def test_a_run_shrinks_and_grows_with_its_cluster_and_comes_out_the_same(
+    nodes: Nodes, launch_config: Callable[..., Path], ray_environment: Environment
+) -> None:
+    config = launch_config("elastic", **SECTIONS, cluster={"workers": [1, 3]})
+    run, environment = run_of(config), {**ray_environment, "RAY_ADDRESS": nodes.cluster.address}
+    with fork_server.popen(command(config), env=environment, stdout=subprocess.PIPE) as process:
+        wait_for_step(run, EVERY + 5, process)
+        nodes.lose("127.0.1.2")
+        lost = time.monotonic()
+        works(run, 2, process)
+        recovered = time.monotonic() - lost
+        nodes.announce_end("127.0.1.3", seconds=60)
+        until(lambda: find_last_attempt(run) == 3, process)
+        nodes.lose("127.0.1.3")
+        nodes.add("127.0.1.4")
+        nodes.add("127.0.1.5")
+        out, _ = process.communicate(timeout=900)
+    assert process.returncode == 0, out
+    first, shrunk, left, grown = attempts(run)
+    assert [each["workers"] for each in (first, shrunk, left, grown)] == [3, 2, 1, 3]
+    assert [each["state"] for each in (first, shrunk, left, grown)] == ["failed", "drained", "drained", "finished"]
+    assert first["failure"]["kind"] == "node_lost"
+    assert "node 127.0.1.2 with rank" in out
+    assert recovered < 60
+    assert "node 127.0.1.3 will be taken away in" in out
+    assert f"resuming from {run.get_checkpoint_dir(shrunk['step'], 2).name}" in out
+    assert "there is room for more than 1 workers: making way after the next checkpoint" in out
+    assert left["step"] % EVERY == 0
+
+    alone = launch_config("undisturbed-elastic", **SECTIONS, cluster={"workers": 0})
+    done = fork_server.run(command(alone), env=ray_environment, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    found, wanted = rows(run), rows(run_of(alone))
+    assert [row["step"] for row in found] == list(range(1, STEPS + 1))
+    assert [row["train/tokens"] for row in found] == [row["train/tokens"] for row in wanted]
+    apart = [abs(mine["train/loss"] / other["train/loss"] - 1) for mine, other in zip(found, wanted, strict=True)]
+    assert max(apart) < 1e-5
+
+
+def test_a_rank_that_hangs_is_named_and_a_step_that_fails_twice_ends_the_run(
+    launch_config: Callable[..., Path], ray_environment: Environment
+) -> None:
+    sections = {"train": {"steps": 40, "global_batch_size": 400, "micro_batch_size": 2}}
+    config = launch_config("hung", **sections, failures={"hang_timeout": "5s"})
+    run = run_of(config)
+    with fork_server.popen(
+        command(config), env=ray_environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        works(run, 1, process, steps=1)
+        stopped = other_rank(run, 1)
+        stopped.send_signal(signal.SIGSTOP)
+        until(lambda: "failure" in read_attempt_record(run, 1), process)
+        at = read_attempt_record(run, 1)["failure"]["step"] - 1
+        works(run, 2, process, steps=1)
+        rank_zero = read_attempt_record(run, 2)["pid"]
+        assert works(run, 2, process, steps=at) == at, "no checkpoint: it began at the first step again"
+        os.kill(rank_zero, signal.SIGKILL)
+        assert not stopped.is_running(), "a stopped process would keep its GPU's memory"
+        out, err = process.communicate(timeout=900)
+    assert process.returncode == 1
+    hung, killed = (each["failure"] for each in attempts(run))
+    assert (hung["kind"], hung["rank"], hung["step"]) == ("hang", 1, at + 1)
+    assert f"rank 1 (process {stopped.pid}" in out
+    assert "its process had been stopped (SIGSTOP); it stands in " in out
+    assert re.search(r"the others wait in \w+ \(distributed_c10d\.py:\d+\), called by \w+ \(\w+\.py:\d+\)", out)
+    assert (killed["kind"], killed["step"]) == ("killed", at + 1)
+    assert f"step {at + 1} failed twice in a row" in err
+    assert "Traceback" not in out + err
+
+
+def other_rank(run: RunDirectory, attempt: int) -> psutil.Process:
+    """The process of rank 1, a sibling of rank 0 under the node's Ray process."""
+    first = psutil.Process(read_attempt_record(run, attempt)["pid"])
+    log = run.get_log_dir(attempt) / "rank_1.log"
+    [found] = [each for each in first.parent().children() if each != first and writes(each, log)]
+    return found
+
+
+def writes(process: psutil.Process, path: Path) -> bool:
+    return any(Path(entry).resolve() == path for entry in Path(f"/proc/{process.pid}/fd").iterdir())

@@ -1,0 +1,110 @@
+"""Adapters under DeepSpeed have the gradients of plain torch, whatever the split, the stage and the dropout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import rank_tasks
+from llm_training_toolkit.data.dataloader import DataLoader
+from llm_training_toolkit.models import LossModule, build_model
+from llm_training_toolkit.models.lora import add_adapters
+from llm_training_toolkit.plan import make_plan
+from llm_training_toolkit.runs.directory import RunDirectory
+from llm_training_toolkit.worker.base_weights import ensure_base_weights
+from rank_pool import RankPool
+
+Pools = Callable[[int], RankPool]
+
+LORA = {"rank": 4, "dropout": 0.2}
+SPLITS = [(1, 11), (1, 3), (2, 6), (2, 2)]
+"""(workers, micro-batch) of 11 sequences, as for full training."""
+
+
+def changes(lora: dict[str, Any], zero: int, **model: Any) -> dict[str, Any]:
+    return {"train": {"precision": "fp32"}, "engine": {"zero_stage": zero}, "model": {"lora": lora, **model}}
+
+
+def plain(run: str, lora: dict[str, Any]) -> tuple[float, dict[str, Any]]:
+    """Loss and gradients of the first step in plain torch: all rows at once, no DeepSpeed."""
+    place = rank_tasks.place_of(run, changes(lora, 0))
+    plan = make_plan(place.config)
+    assert plan.adapter is not None
+    base = ensure_base_weights(place, plan, rank_tasks.alone())
+    model = build_model(plan.hf_config, precision="fp32", attention="sdpa", path=base)
+    module = LossModule(model, 64)
+    add_adapters(model, plan.adapter, seed=place.config.run.seed, dtype=torch.float32, draws=module.batch_position)
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            parameter.copy_(rank_tasks.drawn(name, parameter.shape))
+    dataloader = DataLoader(place.dataset_info, global_batch=plan.global_batch, epochs=None)
+    [batch] = dataloader.get_micro_batches(0, range(plan.global_batch), plan.global_batch, 1)
+    module.train()
+    loss = module(batch.input_ids, batch.position_ids, batch.labels) / dataloader.count_loss_tokens(0)
+    loss.backward()
+    return float(loss.detach()), {f"lm.{name}": parameter.grad.numpy() for name, parameter in trained.items()}  # type: ignore[union-attr]
+
+
+def distance(found: dict[str, Any], reference: dict[str, Any]) -> float:
+    """Largest error of a gradient relative to the largest gradient."""
+    assert found.keys() == reference.keys()
+    largest = max(float(np.abs(values).max()) for values in reference.values())
+    return max(float(np.abs(found[name] - reference[name]).max()) for name in reference) / largest
+
+
+@pytest.fixture(scope="module")
+def run(prepared_run: RunDirectory, tmp_path_factory: pytest.TempPathFactory) -> str:
+    import shutil
+
+    target = tmp_path_factory.mktemp("adapters") / "run"
+    shutil.copytree(prepared_run.path, target)
+    return str(target)
+
+
+@pytest.fixture(scope="module")
+def reference(run: str) -> tuple[float, dict[str, Any]]:
+    return plain(run, LORA)
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+@pytest.mark.parametrize(("workers", "micro_batch"), SPLITS)
+def test_gradients_are_those_of_plain_torch(
+    pools: Pools, run: str, reference: Any, workers: int, micro_batch: int, zero: int
+) -> None:
+    answers = pools(workers).run(
+        rank_tasks.gradients, run=run, changes=changes(LORA, zero), micro_batch=micro_batch, stirred=True
+    )
+    loss, norm, found = answers[0]
+    assert distance(found, reference[1]) < 1e-5
+    assert loss == pytest.approx(reference[0], rel=1e-6)
+    total = float(np.sqrt(sum(np.square(values, dtype=np.float64).sum() for values in reference[1].values())))
+    assert norm == pytest.approx(total, rel=1e-5)
+
+
+@pytest.mark.parametrize("zero", [2, 3])
+@pytest.mark.parametrize(
+    "lora", [{"rank": 4, "use_dora": True}, {"rank": 4, "use_rslora": True, "target_modules": ["q_proj"]}]
+)
+def test_variants_have_the_gradients_of_plain_torch(pools: Pools, run: str, lora: dict[str, Any], zero: int) -> None:
+    answers = pools(2).run(rank_tasks.gradients, run=run, changes=changes(lora, zero), micro_batch=2, stirred=True)
+    loss, _, found = answers[0]
+    wanted = plain(run, lora)
+    assert distance(found, wanted[1]) < 1e-5
+    assert loss == pytest.approx(wanted[0], rel=1e-6)
+
+
+@pytest.mark.parametrize("zero", [2, 3])
+def test_recomputing_activations_changes_no_gradient(pools: Pools, run: str, reference: Any, zero: int) -> None:
+    given = changes(LORA, zero, activation_checkpointing=True)
+    loss, _, found = pools(2).run(rank_tasks.gradients, run=run, changes=given, micro_batch=2, stirred=True)[0]
+    assert distance(found, reference[1]) < 1e-5
+    assert loss == pytest.approx(reference[0], rel=1e-6)
+
+
+def test_dropout_leaves_something_out(run: str, reference: Any) -> None:
+    assert abs(plain(run, {"rank": 4})[0] - reference[0]) > 1e-4

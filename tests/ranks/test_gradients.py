@@ -1,0 +1,116 @@
+"""The gradient of a global batch does not depend on how it is split, nor on the ZeRO stage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+import rank_tasks
+from llm_training_toolkit.runs.directory import RunDirectory
+from rank_pool import RankPool
+
+Pools = Callable[[int], RankPool]
+
+SPLITS = [(1, 11), (1, 3), (2, 6), (2, 2)]
+"""(workers, micro-batch) of 11 sequences: 1 x 1, 1 x 4, 2 x 1, and 2 x 3 with shares of 6 and 5."""
+
+
+@pytest.fixture(scope="module")
+def reference(pools: Pools, prepared_run: RunDirectory) -> tuple[float, float, dict[str, Any]]:
+    """One worker, one micro-batch, no ZeRO, fp32."""
+    changes = {"train": {"precision": "fp32"}, "engine": {"zero_stage": 0}}
+    [found] = pools(1).run(rank_tasks.gradients, run=str(prepared_run.path), changes=changes, micro_batch=11)
+    return found  # type: ignore[no-any-return]
+
+
+def distance(found: dict[str, Any], reference: dict[str, Any]) -> float:
+    """Largest error of a gradient relative to the largest gradient."""
+    assert found.keys() == reference.keys()
+    largest = max(float(np.abs(values).max()) for values in reference.values())
+    return max(float(np.abs(found[name] - reference[name]).max()) for name in reference) / largest
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+@pytest.mark.parametrize(("workers", "micro_batch"), SPLITS)
+def test_gradients_agree_between_splits_and_stages(
+    pools: Pools, prepared_run: RunDirectory, reference: Any, workers: int, micro_batch: int, zero: int
+) -> None:
+    changes = {"train": {"precision": "fp32"}, "engine": {"zero_stage": zero}}
+    answers = pools(workers).run(
+        rank_tasks.gradients, run=str(prepared_run.path), changes=changes, micro_batch=micro_batch
+    )
+    loss, norm, found = answers[0]
+    assert distance(found, reference[2]) < 1e-5
+    assert loss == pytest.approx(reference[0], rel=1e-6)
+    assert norm == pytest.approx(reference[1], rel=1e-5)
+
+
+MIXTURE = {
+    "name": "qwen3-30b-a3b",
+    "config_overrides": {
+        "num_hidden_layers": 2,
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+    },
+}
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+@pytest.mark.parametrize(("workers", "micro_batch"), [(1, 3), (2, 2)])
+def test_gradients_of_a_mixture_agree_between_splits_and_stages(
+    pools: Pools, prepared_run: RunDirectory, workers: int, micro_batch: int, zero: int
+) -> None:
+    changes = {"train": {"precision": "fp32"}, "engine": {"zero_stage": 0}, "model": MIXTURE}
+    [(loss, norm, whole)] = pools(1).run(
+        rank_tasks.gradients, run=str(prepared_run.path), changes=changes, micro_batch=11
+    )
+    changes["engine"] = {"zero_stage": zero}
+    answers = pools(workers).run(
+        rank_tasks.gradients, run=str(prepared_run.path), changes=changes, micro_batch=micro_batch
+    )
+    assert distance(answers[0][2], whole) < 1e-5
+    assert answers[0][0] == pytest.approx(loss, rel=1e-6)
+    assert answers[0][1] == pytest.approx(norm, rel=1e-5)
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_a_rank_with_nothing_but_empty_micro_batches_adds_nothing(
+    pools: Pools, prepared_run: RunDirectory, zero: int
+) -> None:
+    changes = {"train": {"precision": "fp32", "global_batch_size": 1}, "engine": {"zero_stage": zero}}
+    [(loss, _, alone)] = pools(1).run(
+        rank_tasks.gradients, run=str(prepared_run.path), changes=changes, micro_batch=1, step=3
+    )
+    answers = pools(2).run(rank_tasks.gradients, run=str(prepared_run.path), changes=changes, micro_batch=1, step=3)
+    assert distance(answers[0][2], alone) < 1e-5
+    assert answers[0][0] == pytest.approx(loss, rel=1e-6)
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_first_loss_in_bf16_is_the_same_for_every_stage(
+    pools: Pools, prepared_run: RunDirectory, reference: Any, zero: int
+) -> None:
+    changes = {"train": {"precision": "bf16"}, "engine": {"zero_stage": zero}}
+    loss, norm, found = pools(2).run(rank_tasks.gradients, run=str(prepared_run.path), changes=changes, micro_batch=2)[
+        0
+    ]
+    assert loss == pytest.approx(reference[0], rel=1e-3)
+    assert norm == pytest.approx(reference[1], rel=2e-2)
+    assert distance(found, reference[2]) < 5e-2
+
+
+def test_the_norm_in_bf16_does_not_depend_on_the_number_of_workers(pools: Pools, prepared_run: RunDirectory) -> None:
+    changes = {"train": {"precision": "bf16"}, "engine": {"zero_stage": 2}}
+    norms = [
+        pools(workers).run(rank_tasks.gradients, run=str(prepared_run.path), changes=changes, micro_batch=1)[0][1]
+        for workers in (1, 2, 3)
+    ]
+    assert max(norms) / min(norms) < 1 + 5e-4

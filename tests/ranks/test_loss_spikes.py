@@ -1,0 +1,129 @@
+"""Steps whose loss stands out: stopped before the update, or left out on every rank, bit for bit after a resume too."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import rank_tasks
+from llm_training_toolkit.checkpoint import CheckpointReader, find_latest_checkpoint
+from llm_training_toolkit.checkpoint.state import SkippedStep
+from llm_training_toolkit.data.prepare.epochs import prepare_run_data
+from llm_training_toolkit.distributed.events import WarningEvent
+from llm_training_toolkit.errors import TrainingError
+from llm_training_toolkit.runs.directory import RunDirectory
+from llm_training_toolkit.train.loss_spikes import MAX_CONSECUTIVE_SKIPS, MIN_SPIKE_STEPS
+from rank_pool import RankPool
+
+Pools = Callable[[int], RankPool]
+Fresh = Callable[[str], RunDirectory]
+BATCH = 4
+SPOILT = MIN_SPIKE_STEPS + 3
+STEPS = MIN_SPIKE_STEPS + 8
+
+
+def changes(**sections: dict[str, Any]) -> dict[str, Any]:
+    train = {"steps": STEPS, "global_batch_size": BATCH}
+    # Fast enough that tokens drawn by chance stand out from what was learnt by then.
+    optim = {"lr": 1e-2}
+    found: dict[str, Any] = {
+        "train": train,
+        "optim": optim,
+        "checkpoint": {"interval": 1000},
+        "failures": {"on_loss_spike": "skip"},
+    }
+    for name, values in sections.items():
+        found[name] = found.get(name, {}) | values
+    return found
+
+
+@pytest.fixture
+def prepared(fresh_run: Fresh) -> Fresh:
+    """Runs whose data is prepared as far as the longest of these tests goes."""
+
+    def make(name: str) -> RunDirectory:
+        run = fresh_run(name)
+        config = rank_tasks.place_of(str(run.path), changes(train={"steps": STEPS + 40})).config
+        run.dataset_info_path.write_text(
+            prepare_run_data(config, lambda _stage, _done, _total: None).dataset_info.to_json()
+        )
+        return run
+
+    return make
+
+
+def final(run: RunDirectory) -> Path:
+    directory = find_latest_checkpoint(run.checkpoints_dir)
+    assert directory is not None
+    return directory
+
+
+def rows(run: RunDirectory) -> dict[int, dict[str, float]]:
+    found = [json.loads(line) for line in run.metrics_path.read_text().splitlines()]
+    return {row["step"]: row for row in found if "train/loss" in row}
+
+
+def assert_same_state(found: Path, wanted: Path) -> None:
+    mine, other = rank_tasks.read_state(found), rank_tasks.read_state(wanted)
+    for name, values in other.items():
+        assert np.array_equal(mine[name], values), name
+
+
+@pytest.mark.parametrize(("zero", "precision"), [(0, "fp32"), (0, "bf16"), (3, "fp32")])
+def test_an_update_is_left_out_and_the_run_goes_on_bit_for_bit_wherever_it_was_stopped(
+    pools: Pools, prepared: Fresh, zero: int, precision: str
+) -> None:
+    setting = changes(engine={"zero_stage": zero}, train={"precision": precision})
+    whole, before, after = prepared("whole"), prepared("before"), prepared("after")
+    options: dict[str, Any] = {"spoilt": [SPOILT], "changes": setting}
+    answers = pools(2).run(rank_tasks.work_on_spoilt_data, run=str(whole.path), **options)
+    assert [answer["status"] for answer in answers] == ["finished"] * 2
+    manifest = CheckpointReader(final(whole)).manifest
+    assert manifest.skips == (SkippedStep(SPOILT + 1, SPOILT * BATCH, BATCH),)
+    assert manifest.update_count == STEPS - 1
+    assert [step for step, row in rows(whole).items() if "optim/skipped" in row] == [SPOILT + 1]
+    [warning] = [
+        event.message
+        for event in answers[0]["events"]
+        if isinstance(event, WarningEvent) and "left out" in event.message
+    ]
+    for words in (f"step {SPOILT + 1}: the loss is", "this update is left out", "module_"):
+        assert words in warning
+    for run, stop in ((before, SPOILT - 1), (after, SPOILT + 2)):
+        pools(2).run(rank_tasks.work_on_spoilt_data, run=str(run.path), stop_after=stop, **options)
+        assert CheckpointReader(final(run)).manifest.step == stop
+        pools(2).run(rank_tasks.work_on_spoilt_data, run=str(run.path), **options)
+        losses = {step: row["train/loss"] for step, row in rows(run).items()}
+        assert losses == {step: row["train/loss"] for step, row in rows(whole).items()}
+        assert CheckpointReader(final(run)).manifest.skips == manifest.skips
+        assert_same_state(final(run), final(whole))
+
+
+def test_by_default_the_run_stops_as_it_was_before_and_goes_on_as_it_is_told(pools: Pools, prepared: Fresh) -> None:
+    run, whole = prepared("stops"), prepared("skips")
+    stop = changes(failures={"on_loss_spike": "stop"})
+    words = (
+        rf"step {SPOILT + 1}: the loss is .* deviations above its median.*checkpoint of step {SPOILT} is saved.*module_"
+    )
+    for _ in range(2):
+        with pytest.raises(TrainingError, match=words):
+            pools(2).run(rank_tasks.work_on_spoilt_data, run=str(run.path), spoilt=[SPOILT], changes=stop)
+        assert CheckpointReader(final(run)).manifest.step == SPOILT
+    for each in (run, whole):
+        pools(2).run(rank_tasks.work_on_spoilt_data, run=str(each.path), spoilt=[SPOILT], changes=changes())
+    assert_same_state(final(run), final(whole))
+
+
+def test_a_loss_that_stays_high_is_no_spike_for_ever(pools: Pools, prepared: Fresh) -> None:
+    run = prepared("shifts")
+    longer = changes(train={"steps": STEPS + 40})
+    spoilt = list(range(SPOILT, STEPS + 40))
+    with pytest.raises(TrainingError, match=f"after {MAX_CONSECUTIVE_SKIPS} updates in a row that were left out"):
+        pools(2).run(rank_tasks.work_on_spoilt_data, run=str(run.path), spoilt=spoilt, changes=longer)
+    manifest = CheckpointReader(final(run)).manifest
+    assert (manifest.step, manifest.update_count) == (SPOILT + MAX_CONSECUTIVE_SKIPS, SPOILT)

@@ -1,0 +1,116 @@
+"""What a family's tokens cannot say of a source, and weights that cannot be loaded, are problems before a start."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llm_training_toolkit.config.schema import Config
+from llm_training_toolkit.plan import Plan, make_plan
+from tiny_runs import tiny_config
+
+
+def problems(model: str, source: dict[str, Any], *, held_out: bool = False) -> list[str]:
+    given = {"path": "x", "format": "code", **source}
+    plain = {"path": "y", "format": "code"}
+    data = {"sources": [plain], "eval": {"sources": [given]}} if held_out else {"sources": [plain, given]}
+    config = Config.model_validate(
+        {
+            "run": {"name": "x"},
+            "model": {"name": model},
+            "tokenizer": {"path": "t"},
+            "data": {"sequence_length": 128, **data},
+            "train": {"steps": 1},
+        }
+    )
+    return [problem.where for problem in make_plan(config).problems]
+
+
+FOUND = [
+    ("qwen2-0.5b", {"metadata": True}, ["data.sources[1].metadata"]),
+    ("qwen2-0.5b", {"group_by": "repository"}, ["data.sources[1].group_by"]),
+    ("qwen2-0.5b", {"metadata": True, "fim": {}}, ["data.sources[1].fim", "data.sources[1].metadata"]),
+    ("starcoderbase-1b", {"group_by": "repository"}, ["data.sources[1].group_by"]),
+    ("starcoderbase-1b", {"group_by": "repository", "metadata": True, "fim": {}}, []),
+    ("starcoder2-3b", {"group_by": "repository"}, []),
+    ("qwen3-0.6b", {"group_by": "repository", "metadata": True, "fim": {}}, []),
+]
+
+
+@pytest.mark.parametrize(("model", "source", "where"), FOUND)
+def test_sources_that_the_family_cannot_write(model: str, source: dict[str, Any], where: list[str]) -> None:
+    assert problems(model, source) == where
+
+
+def test_held_out_sources_are_checked_too() -> None:
+    assert problems("qwen2-0.5b", {"metadata": True}, held_out=True) == ["data.eval.sources[0].metadata"]
+
+
+def plan_from(path: str, name: str = "qwen2.5-0.5b") -> Plan:
+    return make_plan(
+        Config.model_validate(
+            {
+                "run": {"name": "x"},
+                "model": {"name": name, "path": path},
+                "tokenizer": {"path": "t"},
+                "data": {"sequence_length": 128, "sources": [{"path": "x", "format": "code"}]},
+                "train": {"steps": 1},
+            }
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ((), "holds no model"),
+        (("adapter_config.json", "adapter_model.safetensors"), "holds adapters, and no model"),
+        (("config.json", "pytorch_model.bin"), "pickled ones are not opened"),
+        (("config.json", "model-00001-of-00002.safetensors"), None),
+    ],
+)
+def test_a_directory_without_weights_that_can_be_loaded(
+    tmp_path: Path, files: tuple[str, ...], message: str | None
+) -> None:
+    for name in files:
+        (tmp_path / name).write_text(json.dumps({"model_type": "qwen2"}))
+    found = plan_from(str(tmp_path)).problems
+    assert [problem.where for problem in found] == ([] if message is None else ["model.path"])
+    assert message is None or message in str(found[0])
+
+
+@pytest.mark.parametrize(("path", "missing"), [("no/such/directory", True), ("Qwen/Qwen2.5-0.5B", False)])
+def test_weights_that_are_not_on_this_machine_are_noted(path: str, *, missing: bool) -> None:
+    assert any(note.startswith(f"There is no directory {path}") for note in plan_from(path).notes) == missing
+
+
+def test_dropout_of_published_weights_is_in_the_plan(tmp_path: Path) -> None:
+    def noted(plan: Plan) -> list[str]:
+        return [note for note in plan.notes if "dropout" in note]
+
+    assert noted(plan_from("Qwen/Qwen2.5-0.5B")) == []
+    for name in ("bigcode/starcoderbase-1b", "bigcode/starcoder2-3b"):
+        assert "a dropout of 0.1, which is set to 0" in noted(plan_from(name, name.partition("/")[2]))[0]
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "starcoder2", "residual_dropout": 0.3}))
+    (tmp_path / "model.safetensors").touch()
+    plan = plan_from(str(tmp_path), "starcoder2-3b")
+    assert "a dropout of 0.3, which is set to 0" in noted(plan)[0]
+    assert plan.hf_config["residual_dropout"] == 0.0
+
+
+def test_numbers_are_those_of_weights_that_are_here(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").touch()
+    for values, noted in (({}, []), ({"num_hidden_layers": 12}, ["qwen2.5-0.5b has 494,032,768 parameters; numbers"])):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2", **values}))
+        found = [note for note in plan_from(str(tmp_path)).notes if "umbers are those" in note]
+        assert [note.partition(" are those")[0] for note in found] == noted
+
+
+def test_a_secret_in_the_configuration_is_noted(tmp_path: Path) -> None:
+    environment = {"HF_TOKEN": "x", "NCCL_DEBUG": "WARN", "TOKENIZERS_PARALLELISM": "true"}
+    config = tiny_config(tmp_path, tmp_path, cluster={"env": environment})
+    [said] = [note for note in make_plan(config).notes if "cluster.env" in note]
+    assert said.startswith("cluster.env.HF_TOKEN can be read in the run's directory")

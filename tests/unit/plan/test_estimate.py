@@ -1,0 +1,293 @@
+"""A plan on a cluster: time and money by hand, what fits and what does not, and where the numbers are shown."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from llm_training_toolkit.cli.app import app
+from llm_training_toolkit.config.schema import Config
+from llm_training_toolkit.plan import ClusterEstimate, ClusterHardware, estimate_on_cluster, format_plan, make_plan
+
+CLUSTER = Path(__file__).parents[3] / "cluster"
+
+RECOMPUTED: dict[str, Any] = {"model": {"activation_checkpointing": True}}
+FEW = {"num_hidden_layers": 1}
+
+
+def hardware(**changes: Any) -> ClusterHardware:
+    """Two nodes with eight H100 each, round prices."""
+    facts: dict[str, Any] = {
+        "nodes": 2,
+        "device": "H100",
+        "devices_per_node": 8,
+        "memory_gb": 80,
+        "cpus": 192,
+        "tflops": {"bf16": 989, "fp32": 67},
+        "bandwidth_gb_per_s": {"within_node": 450, "between_nodes": 400, "storage": 2},
+        "price_per_hour": {"node": 50, "head": 1, "date": "2026-11-22"},
+        "spot": False,
+        "shared_storage": "/shared",
+    }
+    return ClusterHardware.model_validate({**facts, **changes}, strict=True)
+
+
+def cores(number: int, **changes: Any) -> ClusterHardware:
+    """One machine with cores and no GPU."""
+    facts = {"nodes": 1, "device": "cpu", "devices_per_node": number, "cpus": number, "memory_gb": 4}
+    return hardware(**{**facts, "tflops": {"bf16": 1.0, "fp32": 0.1}, **changes})
+
+
+def config(**sections: Any) -> Config:
+    """Qwen3 8B on two billion tokens, 16 workers, ZeRO 3 with activation checkpointing off."""
+    raw: dict[str, Any] = {
+        "run": {"name": "test"},
+        "model": {"name": "qwen3-8b"},
+        "tokenizer": {"path": "tokenizer"},
+        "data": {"sequence_length": 4096, "sources": [{"path": "x", "format": "code"}]},
+        "train": {"tokens": 2_000_000_000, "global_batch_size": 64, "micro_batch_size": 1},
+        "engine": {"zero_stage": 3},
+        "cluster": {"workers": 16},
+    }
+    for name, section in sections.items():
+        raw[name] = {**raw.get(name, {}), **section}
+    return Config.model_validate_json(json.dumps(raw), strict=True)
+
+
+def seen(facts: ClusterHardware, **sections: Any) -> ClusterEstimate:
+    read = config(**sections)
+    return estimate_on_cluster(read, make_plan(read), facts)
+
+
+def where(forecast: ClusterEstimate) -> list[str]:
+    return [problem.where for problem in forecast.problems]
+
+
+def test_time_and_cost_by_hand() -> None:
+    # Matrices of a layer 2 x 4096 x (4096 + 1024) + 3 x 4096 x 12288, 36 of them, the output layer 151936 x 4096:
+    # 7,568,097,280; attention 12 x 36 x 4096 x 4096. Steps: 488,282 sequences in batches of 64.
+    flops = 6 * 7_568_097_280 + 12 * 36 * 4096 * 4096
+    tokens = 7_630 * 64 * 4096
+    hours = flops * tokens / (16 * 0.34 * 989e12) / 3600
+    assert hours == pytest.approx(5.438, abs=1e-3)
+    forecast = seen(hardware())
+    assert not forecast.problems
+    assert forecast.nodes == 2
+    assert forecast.hours == pytest.approx(hours)
+    assert forecast.cost_usd == pytest.approx(hours * (2 * 50 + 1))
+    assert forecast.compute_seconds == pytest.approx(hours * 3600 / 7_630)
+
+
+def test_precision_and_recomputation_take_longer() -> None:
+    usual = seen(hardware()).hours
+    assert usual is not None
+    assert seen(hardware(memory_gb=999), train={"precision": "fp32"}).hours == pytest.approx(usual * 989 / 67)
+    assert seen(hardware(), model={"activation_checkpointing": True}).hours == pytest.approx(usual * 4 / 3)
+    assert seen(hardware(utilisation=0.17)).hours == pytest.approx(usual * 2)
+
+
+@given(st.sampled_from([1, 2, 4, 8, 16]))
+def test_more_workers_take_less_time_and_as_many_device_hours(workers: int) -> None:
+    forecast = seen(hardware(memory_gb=999), cluster={"workers": workers})
+    one = seen(hardware(memory_gb=999), cluster={"workers": 1})
+    assert forecast.hours is not None
+    assert one.hours is not None
+    assert forecast.hours * workers == pytest.approx(one.hours)
+    assert forecast.nodes == (2 if workers == 16 else 1)
+
+
+def test_only_nodes_that_are_taken_are_paid() -> None:
+    assert seen(hardware(memory_gb=999), cluster={"workers": 8}).usd_per_hour == 51
+    assert seen(hardware(memory_gb=999), cluster={"workers": 9}).usd_per_hour == 101
+    assert seen(hardware(memory_gb=999), cluster={"workers": 2, "placement_strategy": "spread"}).usd_per_hour == 101
+
+
+def test_an_unknown_length_has_neither_time_nor_cost() -> None:
+    forecast = seen(hardware(), train={"tokens": None, "epochs": 1})
+    assert (forecast.hours, forecast.cost_usd) == (None, None)
+    assert forecast.compute_seconds > 0
+
+
+def test_what_is_sent_by_hand() -> None:
+    read = config()
+    parameters = make_plan(read).parameters
+    # Rings enter and leave a node once: its 400 GB/s are slower than a device's 450. Four micro-batches of a sequence.
+    share, link = 15 / 16, 400e9
+    sent = {0: 8 * parameters, 1: 6 * parameters, 2: (4 * 4 + 2) * parameters, 3: 4 * (4 + 4) * parameters}
+    for zero, size in sent.items():
+        found = seen(hardware(memory_gb=999), engine={"zero_stage": zero}).communication_seconds
+        assert found == pytest.approx(size * share / link)
+    within = seen(hardware(memory_gb=999), cluster={"workers": 8}).communication_seconds
+    assert within == pytest.approx(8 * (4 + 4) * parameters * (7 / 8) / 450e9)
+    assert seen(hardware(memory_gb=999), cluster={"workers": 1}).communication_seconds == 0
+    slow = {"bandwidth_gb_per_s": {"within_node": 32, "between_nodes": 50, "storage": 2}}
+    assert seen(hardware(**slow, memory_gb=999)).communication_seconds == pytest.approx(32 * parameters * share / 32e9)
+    apart = {"workers": 2, "placement_strategy": "spread"}
+    found = seen(hardware(**slow, memory_gb=999), cluster=apart).communication_seconds
+    assert found == pytest.approx(32 * 8 * parameters / 2 / 50e9)
+
+
+def test_adapters_take_less_work_and_send_less() -> None:
+    lora: dict[str, Any] = {"model": {"path": "weights", "lora": {"rank": 16}}, "engine": {"zero_stage": 2}}
+    plan = make_plan(config(**lora))
+    full, beside = seen(hardware(memory_gb=999)), seen(hardware(memory_gb=999), **lora)
+    assert full.hours is not None
+    assert beside.hours is not None
+    assert 4 / 6 < beside.hours / full.hours < 0.8
+    assert beside.communication_seconds == pytest.approx((4 * 4 + 2) * plan.trainable_parameters * 15 / 16 / 400e9)
+    recomputed = seen(hardware(memory_gb=999), **{**lora, "model": {**lora["model"], **RECOMPUTED["model"]}}).hours
+    assert recomputed == pytest.approx(beside.hours + full.hours / 3)  # the forward pass of the whole model once more
+    assert beside.checkpoint_gb == pytest.approx(12 * plan.trainable_parameters / 1e9)
+
+
+def test_links_that_decide_are_said() -> None:
+    slow = {"bandwidth_gb_per_s": {"within_node": 450, "between_nodes": 10, "storage": 2}}
+    assert any("longer than computing" in note for note in seen(hardware(**slow)).notes)
+    assert not any("longer than computing" in note for note in seen(hardware()).notes)
+
+
+def test_a_checkpoint_by_hand() -> None:
+    forecast = seen(hardware())
+    assert forecast.checkpoint_gb == pytest.approx(12 * make_plan(config()).parameters / 1e9)
+    assert forecast.checkpoint_seconds == pytest.approx(forecast.checkpoint_gb / 2)
+
+
+@pytest.mark.parametrize(
+    ("facts", "sections", "key", "words"),
+    [
+        (
+            hardware(),
+            {"cluster": {"workers": 17}},
+            "cluster.workers",
+            "17 workers .* 16 workers on 2 nodes with 8 H100",
+        ),
+        (hardware(cpus=16), {"cluster": {"cpus_per_worker": 4}}, "cluster.workers", "holds, which is 8 workers"),
+        (hardware(cpus=2), {"cluster": {"cpus_per_worker": 4}}, "cluster.cpus_per_worker", "fits into no node"),
+        (hardware(), {"cluster": {"placement_strategy": "strict_pack"}}, "cluster.workers", "all on one node"),
+        (
+            hardware(),
+            {"cluster": {"placement_strategy": "strict_spread"}},
+            "cluster.workers",
+            "each on a node of its own",
+        ),
+        (hardware(), {"cluster": {"gpus_per_worker": 0}}, "cluster.gpus_per_worker", "trains on the cores"),
+        (
+            hardware(memory_gb=24),
+            {},
+            "model.activation_checkpointing",
+            "H100 has 24 GB; the largest part is activations",
+        ),
+        (hardware(), {"train": {"micro_batch_size": 4}}, "train.micro_batch_size", "the largest part is activations"),
+        (hardware(memory_gb=16), RECOMPUTED, "cluster.workers", "H100 has 16 GB; the largest part is optimizer"),
+        (hardware(), {**RECOMPUTED, "engine": {"zero_stage": 0}}, "engine.zero_stage", "the largest part is optimizer"),
+        (
+            hardware(),
+            {
+                "model": {"activation_checkpointing": True, "config_overrides": FEW},
+                "data": {"sequence_length": 2_000_000},
+            },
+            "data.sequence_length",
+            "the largest part is activations",
+        ),
+        (
+            hardware(memory_gb=12),
+            {"model": {"loss_chunk_size": 0, "config_overrides": FEW}, "data": {"sequence_length": 16_384}},
+            "model.loss_chunk_size",
+            "the largest part is logits",
+        ),
+        (hardware(), {"cluster": {"workers": 0}}, "cluster.workers", "without Ray"),
+        (cores(64, memory_gb=99), {"cluster": {"gpus_per_worker": 1}}, "cluster.gpus_per_worker", "no GPUs"),
+    ],
+)
+def test_what_does_not_fit_is_said_in_words(
+    facts: ClusterHardware, sections: dict[str, Any], key: str, words: str
+) -> None:
+    forecast = seen(facts, **sections)
+    assert where(forecast) == [key]
+    assert re.search(words, str(forecast.problems[0]))
+    assert forecast.problems[0].fix
+    assert (forecast.hours, forecast.cost_usd) == (None, None)
+
+
+def test_on_cpu_every_core_is_a_device() -> None:
+    small: dict[str, Any] = {"model": {"name": "qwen3-0.6b"}, "data": {"sequence_length": 1024}}
+    eight = seen(cores(8), **small, cluster={"workers": 2, "cpus_per_worker": 4})
+    assert not eight.problems
+    assert eight.hours is not None
+    assert seen(cores(8, memory_gb=8), **small, cluster={"workers": 2, "cpus_per_worker": 2}).hours == pytest.approx(
+        2 * eight.hours
+    )
+    assert where(seen(cores(7), **small, cluster={"workers": 2, "cpus_per_worker": 4})) == ["cluster.workers"]
+    short = seen(cores(8, memory_gb=2), **small, cluster={"workers": 2, "cpus_per_worker": 4})
+    assert "GB a worker, and cpu has 8 GB" in short.problems[0].what
+
+
+def test_notes() -> None:
+    auto = " ".join(seen(hardware(spot=True), train={"micro_batch_size": "auto"}).notes)
+    assert "micro_batch_size: auto takes about 1 there" in auto
+    assert "spot" in auto
+    needed = sum(make_plan(config()).memory_gb_per_device.values())
+    assert any("is tight" in note for note in seen(hardware(memory_gb=needed * 1.05)).notes)
+    assert not any("is tight" in note for note in seen(hardware(memory_gb=needed * 1.2)).notes)
+    assert "evaluation, copies for checkpoints" in seen(hardware()).notes[-1]
+
+
+def test_the_text_shows_the_cluster_the_time_and_the_cost() -> None:
+    read = config()
+    forecast = estimate_on_cluster(read, make_plan(read), hardware())
+    text = "\n".join(format_plan(forecast.add_to_plan(make_plan(read)), forecast))
+    assert "2 of 2 nodes, each with 8 H100 (80 GB), on demand" in text
+    assert "about 5.44 hours, if devices reach 34% of their peak" in text
+    assert "about $549 at $101.00 an hour: 2 nodes at $50.00, the head at $1.00; prices of 2026-11-22" in text
+    small = seen(hardware(nodes=1))
+    shown = "\n".join(format_plan(small.add_to_plan(make_plan(read)), small))
+    assert shown.count("it does not fit there") == 2
+    assert "PROBLEM" in shown
+
+
+def run_plan(file: Path, *arguments: str) -> Any:
+    """`ltt plan FILE ARGUMENTS`."""
+    return CliRunner().invoke(app, ["plan", str(file), *arguments])
+
+
+def test_the_command_line(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    raw = config(
+        train={"global_batch_size": 8, "micro_batch_size": 4}, cluster={"workers": 2}, model={"name": "qwen3-0.6b"}
+    )
+    file.write_text(json.dumps(raw.model_dump(mode="json", exclude_unset=True)))
+    alone = json.loads(run_plan(file, "--json").stdout)
+    assert (alone["hours"], alone["cost"]) == (None, None)
+    assert "hours" not in alone["estimated"]
+
+    cluster = ["--cluster", str(CLUSTER / "local.yaml")]
+    done = run_plan(
+        file, *cluster, "--json", "model.config_overrides={num_hidden_layers: 2}", "data.sequence_length=256"
+    )
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert found["hours"] > 0
+    assert found["cost"] == 0
+    assert {"hours", "cost"} <= set(found["estimated"])
+    assert found["cluster"]["hardware"]["device"] == "cpu"
+
+    done = run_plan(file, *cluster, "--json", "cluster.workers=8")
+    assert done.exit_code == 2
+    found = json.loads(done.stdout)
+    assert "cluster.workers" in [problem["where"] for problem in found["problems"]]
+    assert (found["hours"], found["cost"]) == (None, None)
+
+
+def test_an_elastic_run_takes_what_fits_and_only_its_fewest_workers_must() -> None:
+    elastic, fixed = (
+        seen(hardware(nodes=1), cluster={"workers": [4, 64]}),
+        seen(hardware(nodes=1), cluster={"workers": 8}),
+    )
+    assert not [problem for problem in elastic.problems if problem.where == "cluster.workers"]
+    assert (elastic.nodes, elastic.compute_seconds) == (fixed.nodes, fixed.compute_seconds)
+    assert where(seen(hardware(nodes=1), cluster={"workers": [9, 64]})) == ["cluster.workers"]

@@ -1,0 +1,119 @@
+"""`train.micro_batch_size: auto`: free memory, and the micro-batch that follows from the attempt before."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import cast
+
+import pytest
+import torch
+
+from llm_training_toolkit.config import Config
+from llm_training_toolkit.data.prepare.dataset_info import DatasetInfo
+from llm_training_toolkit.distributed.context import RunContext
+from llm_training_toolkit.errors import TrainingError
+from llm_training_toolkit.models.memory import is_out_of_memory
+from llm_training_toolkit.runs.attempts import (
+    begin_attempt,
+    end_attempt,
+    fail_attempt,
+    mark_out_of_memory,
+    read_attempt_record,
+)
+from llm_training_toolkit.runs.directory import RunDirectory
+from llm_training_toolkit.worker.micro_batch import (
+    MemorySettings,
+    SmallerMicroBatch,
+    _find_previous_settings,
+    build_out_of_memory_error,
+    describe_memory_load,
+    read_container_free_memory,
+    resolve_memory_settings,
+)
+from llm_training_toolkit.worker.spec import WorkerSpec
+from tiny_runs import tiny_config
+
+
+def write_group(group: Path, limit: str, used: int, cached: int) -> None:
+    group.mkdir(parents=True, exist_ok=True)
+    (group / "memory.max").write_text(f"{limit}\n")
+    (group / "memory.current").write_text(f"{used}\n")
+    (group / "memory.stat").write_text(f"anon 1\ninactive_file {cached}\n")
+
+
+def test_the_tightest_group_counts(tmp_path: Path) -> None:
+    assert read_container_free_memory("0::/\n", tmp_path) == float("inf")
+    write_group(tmp_path, "1000", 700, 250)
+    assert read_container_free_memory("0::/\n", tmp_path) == 550
+    write_group(tmp_path / "job", "400", 350, 0)
+    write_group(tmp_path / "job" / "step", "max", 10, 0)
+    assert read_container_free_memory("0::/job/step\n", tmp_path) == 50
+
+
+def test_older_systems_have_a_folder_for_memory(tmp_path: Path) -> None:
+    group = tmp_path / "memory" / "job"
+    group.mkdir(parents=True)
+    (group / "memory.limit_in_bytes").write_text("900\n")
+    (group / "memory.usage_in_bytes").write_text("500\n")
+    (group / "memory.stat").write_text("total_inactive_file 100\n")
+    assert read_container_free_memory("5:cpu,cpuacct:/job\n4:memory:/job\n", tmp_path) == 500
+
+
+def chosen(run: RunDirectory, config: Config) -> int:
+    place, _ = resolve_memory_settings(
+        WorkerSpec(run, config, cast("DatasetInfo", None)), RunContext(0, 1, torch.device("cpu"))
+    )
+    rows = place.config.train.micro_batch_size
+    assert rows != "auto"
+    return rows
+
+
+def test_an_attempt_learns_from_the_one_before(corpus: Path, tmp_path: Path) -> None:
+    config = tiny_config(corpus, tmp_path, train={"steps": 3, "global_batch_size": 8, "micro_batch_size": "auto"})
+    run = RunDirectory(tmp_path / "run")
+    context = RunContext(0, 1, torch.device("cpu"))
+
+    def attempt(rows: int, asked: int | str = "auto") -> int:
+        facts = {"load": describe_memory_load(config, context), "micro_batch": rows, "asked": asked, "zero": 0}
+        return begin_attempt(run, facts)
+
+    assert chosen(run, config) == 8, "nothing is known: by the estimate"
+    end_attempt(run, attempt(4), "stopped")
+    assert chosen(run, config) == 4, "as before, so that a resume repeats every bit"
+    end_attempt(run, attempt(1, asked=1), "stopped")
+    assert chosen(run, config) == 4, "a number somebody asked for is not kept"
+    number = attempt(4)
+    mark_out_of_memory(run, number)
+    fail_attempt(run, number, "rank 1: out of memory")
+    fail_attempt(run, number, "rank 0: connection closed by peer")
+    assert chosen(run, config) == 2, "another rank's failure does not take the mark back"
+    assert read_attempt_record(run, number)["error"] == "rank 1: out of memory"
+    attempt(2)
+    assert chosen(run, config) == 1, "killed before its first step"
+    longer = tiny_config(
+        corpus, tmp_path, train={"global_batch_size": 8, "micro_batch_size": "auto"}, data={"sequence_length": 32}
+    )
+    assert chosen(run, longer) == 8, "another load"
+
+
+def test_an_allocation_that_fails_is_told_from_other_errors() -> None:
+    with pytest.raises(RuntimeError) as raised:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert is_out_of_memory(raised.value)
+    assert is_out_of_memory(MemoryError())
+    assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+
+
+def test_after_the_smallest_micro_batch_several_workers_take_the_next_zero_stage(corpus: Path, tmp_path: Path) -> None:
+    asked = tiny_config(corpus, tmp_path, train={"steps": 3, "global_batch_size": 8, "micro_batch_size": "auto"})
+    run, context = RunDirectory(tmp_path / "run"), RunContext(0, 2, torch.device("cpu"))
+    taken = MemorySettings(zero=0, micro_batch=1).apply_to_config(asked)
+    after = build_out_of_memory_error(asked, taken, 2)
+    assert isinstance(after, SmallerMicroBatch)
+    assert "ZeRO 2" in str(after)
+    facts = {"load": describe_memory_load(asked, context), "micro_batch": 1, "asked": "auto", "zero": 0}
+    mark_out_of_memory(run, begin_attempt(run, facts))
+    assert _find_previous_settings(run, asked, context) == MemorySettings(zero=2, micro_batch=1)
+    highest = MemorySettings(zero=3, micro_batch=1).apply_to_config(asked)
+    assert isinstance(build_out_of_memory_error(asked, highest, 2), TrainingError)
+    assert isinstance(build_out_of_memory_error(asked, taken, 1), TrainingError), "one worker has nothing to spread"
