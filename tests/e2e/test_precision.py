@@ -63,6 +63,8 @@ def test_the_measurement_decides_and_is_recorded(launch_config: Callable[..., Pa
     said = train(command(config))
     slowdown = measured()
     wanted = "bf16" if slowdown < 1 else "fp32"
+    if 0.8 < slowdown < 1.25:
+        wanted = recorded(config)[0]  # too close for two measurements to agree
     assert recorded(config) == (wanted, wanted), f"bf16 takes {slowdown} times as long"
     assert f"train.precision = {wanted} (auto): bf16 is " in said
 
@@ -72,6 +74,8 @@ def test_a_resume_on_a_faster_machine_keeps_fp32(launch_config: Callable[..., Pa
     said = train(command(config), **WITHOUT_BF16)
     assert "train.precision = fp32 (auto): bf16 is " in said
     assert any("train.precision = fp32" in note for note in json.loads(run_of(config).plan_path.read_text())["notes"])
+    planned = json.loads(train([sys.executable, "-m", "llm_training_toolkit", "plan", str(config), "--json"]))
+    assert planned["precision"] == "fp32"
     train(command(config, "train.steps=3", "--extend"))
     assert recorded(config) == ("fp32", "fp32")
 

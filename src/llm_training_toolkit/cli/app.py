@@ -68,9 +68,9 @@ def plan(
 
     read, there = load_config(config, overrides or ()), None
     if cluster is None:
-        from llm_training_toolkit.worker.precision import resolve_local_precision
+        from llm_training_toolkit.worker.precision import keep_begun_precision, resolve_local_precision
 
-        read, resolved = resolve_local_precision(read)
+        read, resolved = resolve_local_precision(keep_begun_precision(read))
         made = make_plan(read).with_notes(resolved)
     else:
         from llm_training_toolkit.plan.cluster_file import read_hardware

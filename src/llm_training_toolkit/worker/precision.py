@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 from llm_training_toolkit.config import Config, dump_config_json
+from llm_training_toolkit.config.uri import is_uri
 from llm_training_toolkit.distributed.context import RunContext
 from llm_training_toolkit.distributed.events import NoteEvent, WarningEvent
 from llm_training_toolkit.plan import (
@@ -18,6 +20,7 @@ from llm_training_toolkit.plan import (
 )
 from llm_training_toolkit.runs.atomic_write import write_atomically
 from llm_training_toolkit.runs.directory import RunDirectory
+from llm_training_toolkit.runs.storage.open import get_run_location
 from llm_training_toolkit.setup.machine import is_local
 from llm_training_toolkit.worker.spec import WorkerSpec, get_torchrun_world_size
 
@@ -57,6 +60,16 @@ def read_precision_notes(run: RunDirectory, config: Config) -> tuple[str, ...]:
         return ()
     reason = f"{PRECISION_KEY} = {config.train.precision} (auto)"
     return tuple(note for note in json.loads(run.plan_path.read_text())["notes"] if note.startswith(reason))
+
+
+def keep_begun_precision(config: Config) -> Config:
+    """Return the configuration with the precision that its run began with, if the run is on this machine's disk."""
+    directory = RunDirectory(Path(get_run_location(config)))
+    if is_uri(config.run.dir) or not directory.resolved_config_path.is_file():
+        return config
+    from llm_training_toolkit.setup.resume import read_resume_state  # takes a second, spent only on a begun run
+
+    return read_resume_state(directory).keep_saved_precision(config)
 
 
 def resolve_local_precision(config: Config) -> tuple[Config, tuple[str, ...]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import subprocess
@@ -68,6 +69,7 @@ class DrillRunner:
         self._directory = parent / f"{self._config.run.name}-drill-{time.strftime('%Y%m%d-%H%M%S')}"
         self._cluster: LocalCluster | None = None
         self._driver: subprocess.Popen[str] | None = None
+        self._resolved: tuple[str, ...] = ()
 
     def run_drill(self) -> DrillReport:
         """Run both and compare them. Raises LaunchError if one of them does not finish."""
@@ -77,6 +79,7 @@ class DrillRunner:
             began = time.time()
             self._start_driver(calm)
             self._wait_for_finish(calm)
+            self._resolved = _read_resolved_values(calm)
             steps, cold = read_step_rows(calm)[-1]["step"], read_step_rows(calm)[0]["time"] - began
             self._say(f"{steps} steps, first after {cold:.1f} s; now with {self._order.kills} failures")
             again = time.time()
@@ -132,7 +135,11 @@ class DrillRunner:
         run.path.parent.mkdir(parents=True, exist_ok=True)
         with _get_log_path(run).open("a") as log:
             self._driver = subprocess.Popen(
-                [*command, *self._given, *place], env=environment, stdout=log, stderr=subprocess.STDOUT, text=True
+                [*command, *self._given, *self._resolved, *place],
+                env=environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                text=True,
             )
         return self._driver
 
@@ -196,3 +203,17 @@ def _check_fault_kinds(config: Config, kinds: Sequence[str]) -> None:
 def _get_log_path(run: RunDirectory) -> Path:
     """Return the file with the output of the run's commands."""
     return run.path.parent / f"{run.name}.log"
+
+
+def _read_resolved_values(run: RunDirectory) -> tuple[str, ...]:
+    """Return what `auto` became in a run, as overrides.
+
+    Free memory and a measurement decide it, so a second run could differ from the first by rounding.
+    """
+    precision = json.loads(run.resolved_config_path.read_text())["train"]["precision"]
+    record = read_attempt_record(run, find_last_attempt(run))
+    return (
+        f"train.precision={precision}",
+        f"train.micro_batch_size={record['micro_batch']}",
+        f"engine.zero_stage={record['zero']}",
+    )
