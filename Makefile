@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 SHELL := bash
 
-.PHONY: quickstart test test-fast test-fast-one test-fast-other test-slow test-cluster test-ranks lint check bench-step bench-start bench-data bench-memory bench-loading bench-checkpoint bench-tune drill gpu-smoke cluster format install requirements structure docs clean
+.PHONY: quickstart test test-fast test-fast-one test-fast-other test-slow test-cluster test-ranks lint check bench-step bench-start bench-data bench-memory bench-loading bench-checkpoint bench-tune drill gpu-smoke cluster format install requirements structure docs site clean
 
 quickstart: $(VENV)/.installed  ## install, train a small model on this machine, export it, let it write
 	@$(BIN)/ltt train configs/quickstart.yaml
@@ -82,6 +82,9 @@ format: $(VENV)/.installed-dev  ## write the format
 
 structure:  ## every file of the package with what it does; FIGURES=--figures: figures of its layout
 	@$(PYTHON) scripts/structure.py $(FIGURES)
+
+site: $(VENV)/.installed-dev  ## the documentation as a site, in site/ (strict: a broken link fails)
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 docs: $(VENV)/.installed  ## write docs/configuration.md from the schema
 	$(BIN)/python -m llm_training_toolkit.config.reference docs/configuration.md
