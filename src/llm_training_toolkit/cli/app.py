@@ -312,6 +312,21 @@ def export(
     typer.echo(json.dumps(done.to_json()) if as_json else str(done))
 
 
+@app.command()
+def doctor(
+    runs: Annotated[Path, typer.Option("--runs", help="Directory that runs are written to.")] = Path("runs"),
+    *,
+    as_json: AsJson = False,
+) -> None:
+    """Check this machine: versions, devices, limits, disk, cluster and hub; say what to do. Exit code 1 = a failure."""
+    from llm_training_toolkit.commands.doctor import check_whole_machine, format_checks
+
+    checks = list(check_whole_machine(runs))
+    typer.echo(json.dumps([check.to_json() for check in checks]) if as_json else "\n".join(format_checks(checks)))
+    if any(check.state == "failed" for check in checks):
+        raise typer.Exit(1)
+
+
 app.command()(submit)
 app.add_typer(jobs, name="jobs")
 app.command()(generate)
