@@ -7,7 +7,7 @@ import signal
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -22,11 +22,11 @@ app = typer.Typer(
     name="ltt",
     help="Train and tune Qwen and StarCoder on any Ray cluster, and lose nothing when machines die.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
 
+StarterKind = Literal["chat", "code", "text", "scratch", "search"]
 ConfigFile = Annotated[Path, typer.Argument(help="YAML file of the run.", show_default=False)]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Single fields, as key=value: train.steps=100", show_default=False)
@@ -310,6 +310,33 @@ def export(
             check_run(opened), step=step, merge=merge, out=out, say=lambda text: typer.echo(text, err=True)
         )
     typer.echo(json.dumps(done.to_json()) if as_json else str(done))
+
+
+@app.command()
+def init(
+    kind: Annotated[StarterKind, typer.Argument(help="What to train on, or `search`.", show_default=False)],
+    model: Annotated[str, typer.Option(help="Hub id, directory or known size.")] = "Qwen/Qwen3-0.6B",
+    data: Annotated[
+        str | None, typer.Option(help="File or folder of documents.", show_default="the standard library of Python")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the run.", show_default="by model and kind")] = None,
+    base: Annotated[str, typer.Option(help="Run file of a search.")] = "run.yaml",
+) -> None:
+    """Print a commented configuration that fits this machine: ltt init chat --data chats.jsonl > run.yaml."""
+    from llm_training_toolkit.commands.init import (
+        StarterRequest,
+        detect_machine,
+        format_starter_config,
+        format_starter_search,
+    )
+
+    if kind == "search":
+        typer.echo(format_starter_search(base), nl=False)
+        return
+    if data is None and kind == "chat":
+        raise typer.BadParameter("give your conversations: --data chats.jsonl")
+    request = StarterRequest(kind, model, data or "python:stdlib", name)
+    typer.echo(format_starter_config(request, detect_machine()), nl=False)
 
 
 @app.command()

@@ -1,0 +1,198 @@
+"""`ltt init`: a commented configuration that fits this machine, checked before it is printed."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from llm_training_toolkit.config import Config
+from llm_training_toolkit.config.load import parse_config
+from llm_training_toolkit.errors import PlanError
+from llm_training_toolkit.families import ModelSize, find_size
+from llm_training_toolkit.plan import make_plan
+
+StarterKind = Literal["chat", "code", "text", "scratch", "search"]
+DocumentKind = Literal["chat", "code", "text"]
+_SMALL_MODEL = {  # of the quickstart: learns something in minutes on two cores
+    "num_hidden_layers": 4,
+    "hidden_size": 256,
+    "intermediate_size": 768,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+}
+_LINE_WIDTH = 110
+
+
+@dataclass(frozen=True)
+class TrainingMachine:
+    """What the starter configuration has to fit."""
+
+    gpus: int
+    memory_gb: float
+    """Memory of one GPU, or of the machine without one."""
+
+    @property
+    def description(self) -> str:
+        """Text for a comment."""
+        if not self.gpus:
+            return f"no GPU, {self.memory_gb:.0f} GB of memory"
+        return f"{self.gpus} GPU{'s' if self.gpus > 1 else ''} of {self.memory_gb:.0f} GB"
+
+
+@dataclass(frozen=True)
+class StarterRequest:
+    """Arguments of `ltt init`."""
+
+    kind: StarterKind
+    model: str
+    """Hub id, directory or known size."""
+    data: str
+    name: str | None = None
+
+
+def detect_machine() -> TrainingMachine:
+    """Return this machine's GPUs, or its memory. Asks nvidia-smi, because importing torch takes seconds."""
+    command = shutil.which("nvidia-smi")
+    if command is not None:
+        query = [command, "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+        done = subprocess.run(query, capture_output=True, text=True, check=False, timeout=20)
+        sizes = [float(line) for line in done.stdout.split("\n") if re.fullmatch(r"\s*\d+\s*", line)]
+        if done.returncode == 0 and sizes:
+            return TrainingMachine(len(sizes), min(sizes) * 2**20 / 1e9)
+    return TrainingMachine(0, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9)
+
+
+def format_starter_config(request: StarterRequest, machine: TrainingMachine) -> str:
+    """Return the YAML text of a run that plans without problems, except for weights that are not here yet.
+
+    Raises PlanError for an unknown model, and with the plan's problems.
+    """
+    size = find_size(request.model.rstrip("/").rsplit("/", 1)[-1].lower())
+    if request.kind == "scratch":
+        return _format_scratch(request, size, machine)
+    kind: DocumentKind = "chat" if request.kind == "chat" else "code" if request.kind == "code" else "text"
+    return _format_finetuning(request, kind, size, machine)
+
+
+def _format_finetuning(request: StarterRequest, kind: DocumentKind, size: ModelSize, machine: TrainingMachine) -> str:
+    length = 512 if not machine.gpus else 2048 if kind == "chat" else 4096
+    source: dict[str, Any] = {"path": request.data, "format": kind}
+    if kind == "code" and size.family.special_tokens.has_fim:
+        source["fim"] = {"rate": 0.5}
+    data: dict[str, Any] = {
+        "run": {"name": request.name or f"{size.name}-{kind}"},
+        "model": {"name": size.name, "path": request.model},
+        "tokenizer": {"path": request.model},
+        "data": {"sequence_length": length, "sources": [source]},
+        "train": {"epochs": 2, "global_batch_size": 16},
+        "cluster": {"workers": max(machine.gpus, 1)},
+    }
+    needed = _estimate_memory_gb(data)
+    method = f"Full training: about {needed:.2g} GB of memory a worker, by the plan"
+    if needed > machine.memory_gb:
+        data["model"]["lora"] = {"rank": 32, "alpha": 32}
+        taken = _estimate_memory_gb(data)
+        method = f"LoRA takes about {taken:.2g} GB of memory a worker, full training {needed:.3g}, by the plan"
+    notes = {
+        "run": "The directory below runs/. The same command resumes it.",
+        "model": f"{method}.",
+        "tokenizer": "The tokenizer that the weights were trained with.",
+        "data": _describe_source(source),
+        "train": "One step learns from global_batch_size sequences, on any number of workers.",
+        "cluster": f"One worker for each GPU, or one without. Made for this machine: {machine.description}.",
+    }
+    return _render(data, notes)
+
+
+def _format_scratch(request: StarterRequest, size: ModelSize, machine: TrainingMachine) -> str:
+    overrides = dict(_SMALL_MODEL) if size.family.name.startswith("qwen3") else {"num_hidden_layers": 4}
+    data: dict[str, Any] = {
+        "run": {"name": request.name or f"{size.name}-scratch"},
+        "model": {"name": size.name} if machine.gpus else {"name": size.name, "config_overrides": overrides},
+        "tokenizer": {"train": {"vocab_size": 4096 if not machine.gpus else 32_768}},
+        "data": {
+            "sequence_length": 256 if not machine.gpus else 2048,
+            "sources": [{"path": request.data, "format": "code" if request.data == "python:stdlib" else "text"}],
+        },
+        "train": {"tokens": 500_000 if not machine.gpus else 1_000_000_000, "global_batch_size": 8},
+        "cluster": {"workers": max(machine.gpus, 1)},
+    }
+    notes = {
+        "run": "The directory below runs/. The same command resumes it.",
+        "model": "From random weights. config_overrides changes the size; without it: the published one.",
+        "tokenizer": "Trained on the documents below.",
+        "data": _describe_source(data["data"]["sources"][0]),
+        "train": "The length in tokens; `steps` or `epochs` in its place are possible.",
+        "cluster": f"One worker for each GPU, or one without. Made for this machine: {machine.description}.",
+    }
+    return _render(data, notes)
+
+
+def format_starter_search(base: str) -> str:
+    """Return the YAML text of a search over the learning rate of a run's configuration."""
+    name = Path(base).stem
+    return (
+        "# Learning rate by ASHA: weak trials end early. `ltt tune FILE` starts it, and resumes it.\n"
+        f"base: {base}\n"
+        f"name: {name}-search\n"
+        "overrides: {cluster.workers: 1}  # of every trial\n"
+        "search:\n"
+        "  optim.lr: {loguniform: [1e-5, 1e-2]}\n"
+        "metric: eval/loss\n"
+        "trials: 12\n"
+        "scheduler: {name: asha, reduction_factor: 4}\n"
+    )
+
+
+def _describe_source(source: dict[str, Any]) -> str:
+    what = {
+        "chat": "Conversations: one JSON object a line, with messages of role and content",
+        "code": "A folder of code, or files of records",
+        "text": "Text: files, or records with a field `text`",
+    }[source["format"]]
+    middle = "; half of the documents as fill-in-the-middle" if "fim" in source else ""
+    return f"{what}{middle}. One in a hundred is held out."
+
+
+def _estimate_memory_gb(data: dict[str, Any]) -> float:
+    return sum(make_plan(_parse(data)).memory_gb_per_device.values())
+
+
+def _parse(data: dict[str, Any]) -> Config:
+    return parse_config(data, "ltt init")
+
+
+def _render(data: dict[str, Any], notes: dict[str, str]) -> str:
+    """Return YAML with a comment above each section. Raises PlanError with the plan's problems."""
+    problems = [problem for problem in make_plan(_parse(data)).problems if problem.where != "model.path"]
+    if problems:
+        raise PlanError("\n".join(str(problem) for problem in problems))
+    lines = []
+    for section, values in data.items():
+        lines += [f"# {notes[section]}", *_render_section(section, values)]
+    return "\n".join(lines) + "\n"
+
+
+def _render_section(section: str, values: dict[str, Any]) -> list[str]:
+    line = f"{section}: {_render_flow(values)}"
+    if len(line) <= _LINE_WIDTH:
+        return [line]
+    return [f"{section}:", *(f"  {key}: {_render_flow(value)}" for key, value in values.items())]
+
+
+def _render_flow(value: Any) -> str:  # noqa: ANN401 - any value of a configuration
+    """Return a value as YAML on one line; text is quoted where YAML would read it otherwise."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {_render_flow(each)}" for key, each in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_render_flow, value)) + "]"
+    if isinstance(value, str):
+        is_plain = re.fullmatch(r"[A-Za-z/~.][\w./~-]*", value) and value.lower() not in {"true", "false", "null", "~"}
+        return value if is_plain else '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    return str(value)
