@@ -92,6 +92,7 @@ def micro_batch(size: str) -> Any:
 
     from common import SIZES
     from llm_training_toolkit.data.dataset import MicroBatch
+    from llm_training_toolkit.models.attention import compute_cu_seqlens
     from loop import rows
 
     ids = rows(SIZES[size][1])
@@ -99,7 +100,7 @@ def micro_batch(size: str) -> Any:
     positions[:, 100:] -= 100
     labels = torch.roll(ids, -1, 1)
     labels[:, -1] = -100
-    return MicroBatch(ids, positions, labels)
+    return MicroBatch(ids, positions, labels, *compute_cu_seqlens(positions))
 
 
 def one_step(engine: Any, size: str, micro_batches: int, parts: Parts) -> dict[str, float]:

@@ -232,6 +232,7 @@ CHECKS = (
     Check("all-reduce", ["ranks"], _all_reduce),
     Check("bf16", ["zero2", "fp32"], _precision),
     Check("sdpa", ["sdpa"], _attention("sdpa")),
+    Check("varlen", ["varlen"], _attention("varlen")),
     Check("flash_attention_2", ["flash_attention_2"], _attention("flash_attention_2")),
     Check("flex_attention", ["flex_attention"], _attention("flex_attention"), optional=True),
     *(Check(f"ZeRO {stage}", [f"zero{stage}", "zero2"], _zero(stage)) for stage in range(4)),

@@ -86,7 +86,12 @@ def _add_runs(order: Order, bench: Bench, times: Times) -> None:
 
 def _add_attention(order: Order, bench: Bench, packages: Values, times: Times) -> None:
     """Every kind of attention that this machine may have; flash attention has no fp32, flex compiles for a while."""
-    kinds = {"sdpa": ["bf16", "fp32"], "flash_attention_2": ["bf16"], "flex_attention": ["bf16"]}
+    kinds = {
+        "sdpa": ["bf16", "fp32"],
+        "varlen": ["bf16"] if bench.on_gpu else ["bf16", "fp32"],
+        "flash_attention_2": ["bf16"],
+        "flex_attention": ["bf16"],
+    }
     if not bench.on_gpu:
         order.left_out["flash_attention_2"] = order.left_out["flex_attention"] = Skipped("needs a GPU")
     elif packages["flash_attn"] is None:

@@ -33,8 +33,7 @@ def attention(arguments: Values) -> Values:
 
 def compare(config: Config, kind: str, precision: str, device: torch.device) -> Values:
     """Errors as relative root mean squares, and the largest change that one document makes in the others."""
-    # flash attention tells packed documents apart in rows of one sequence only.
-    ids, positions = (tensor.to(device) for tensor in rows(1 if kind == "flash_attention_2" else 2))
+    ids, positions = (tensor.to(device) for tensor in rows(2))
     model = _model(config, kind, precision, device)
     plain = _model(config, "eager", precision, device)
     reference = _model(config, "eager", "fp32", device)

@@ -17,6 +17,7 @@ from llm_training_toolkit.distributed.context import RunContext
 from llm_training_toolkit.engine import Engine, prepare_deepspeed
 from llm_training_toolkit.launch.torchrun import open_process_group
 from llm_training_toolkit.models import LossModule, build_model
+from llm_training_toolkit.models.attention import compute_cu_seqlens
 from llm_training_toolkit.plan import check_plan, make_plan
 from llm_training_toolkit.worker.spec import get_torchrun_world_size
 from smoke.task import Values, run
@@ -48,11 +49,13 @@ def ranks(arguments: Values) -> Values:
 def _binding(config: Config, context: RunContext) -> Values:
     """Which device this rank was given, which one torch takes unasked, and where everything of the engine lies."""
     plan = check_plan(make_plan(config, replicas=context.world_size))
-    model = build_model(plan.hf_config, precision=plan.precision, attention=config.model.attn_implementation)
+    model = build_model(plan.hf_config, precision=plan.precision, attention="sdpa")
     module = LossModule(model, config.model.loss_chunk_size)
     engine = Engine(module, config.optim, plan.deepspeed, context.device)
     ids = torch.arange(_TOKENS)[None] % 100
-    engine.forward_backward([MicroBatch(ids, torch.arange(_TOKENS)[None], ids)], _TOKENS * context.world_size)
+    positions = torch.arange(_TOKENS)[None]
+    batch = MicroBatch(ids, positions, ids, *compute_cu_seqlens(positions))
+    engine.forward_backward([batch], _TOKENS * context.world_size)
     engine.optim_step(1e-3)
     tensors = [parameter.data for parameter in module.parameters()]
     for piece in engine.local_fragments():

@@ -15,7 +15,7 @@ from unit.models.test_document_isolation import MODELS
 Pools = Callable[[int], RankPool]
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "varlen"])
 @pytest.mark.parametrize("model", MODELS)
 def test_changing_a_held_out_document_changes_no_loss_and_no_logit_of_another(
     pools: Pools, prepared_run: RunDirectory, model: str, attention: str

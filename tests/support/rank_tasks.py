@@ -27,6 +27,7 @@ from llm_training_toolkit.distributed.events import Event, NoteEvent, StepEvent,
 from llm_training_toolkit.engine import Engine, gathered_parameter, zero3_init
 from llm_training_toolkit.evaluation.validation import compute_eval_loss
 from llm_training_toolkit.models import LossModule, build_model, check_pretrained_weights, resize_embeddings
+from llm_training_toolkit.models.attention import compute_cu_seqlens
 from llm_training_toolkit.models.build import DTYPES
 from llm_training_toolkit.models.init_weights import build_generator
 from llm_training_toolkit.plan import Plan, compute_replica_slice, make_plan
@@ -337,7 +338,7 @@ def evaluation_of_packed_documents(run: str, model: dict[str, Any], attention: s
         for document in documents:
             labels = torch.full_like(batch.labels, -100)
             labels[row, document] = batch.labels[row, document]
-            found.append(compute_eval_loss(engine, [MicroBatch(ids, positions, labels)], 1, 1, context()).loss)
+            found.append(compute_eval_loss(engine, [batch_of(ids, positions, labels)], 1, 1, context()).loss)
         return found
 
     def logits(ids: torch.Tensor) -> torch.Tensor:
@@ -358,6 +359,11 @@ def evaluation_of_packed_documents(run: str, model: dict[str, Any], attention: s
     assert not engine.deepspeed.module.training
     engine.close()
     return {"loss": loss, "changed": changed, "same_logits": same_logits, "leaking": leaking}
+
+
+def batch_of(ids: torch.Tensor, positions: torch.Tensor, labels: torch.Tensor) -> MicroBatch:
+    """A micro-batch with the bounds of its documents."""
+    return MicroBatch(ids, positions, labels, *compute_cu_seqlens(positions))
 
 
 def _fullest_row(batch: MicroBatch) -> tuple[int, list[slice]]:

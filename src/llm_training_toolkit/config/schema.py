@@ -150,10 +150,13 @@ class ModelConfig(ConfigSection):
     resize_vocab_to: Annotated[Annotated[int, Field(gt=0, multiple_of=64)] | None, FieldTag.IDENTITY] = None
     """Number of embedding rows, if the tokenizer has more entries than the weights of `path`: a multiple of 64, such as
     49216. New rows start as the mean of the old ones. Absent = as in the weights; rows are never removed."""
-    attn_implementation: Annotated[Literal["eager", "sdpa", "flash_attention_2", "flex_attention"], FieldTag.FREE] = (
-        "sdpa"
-    )
-    """Implementation of attention; the last two need a GPU. Packed documents do not attend to each other."""
+    attn_implementation: Annotated[
+        Literal["auto", "varlen", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"],
+        FieldTag.FREE,
+    ] = "auto"
+    """Implementation of attention. Packed documents attend to themselves alone with each of them. `varlen` and the
+    flash packages compute document by document, without a mask; the flash packages and flex_attention need a GPU.
+    `auto` = varlen on GPUs in bf16, else sdpa."""
     activation_checkpointing: Annotated[bool, FieldTag.FREE] = False
     """Recompute activations in the backward pass: about a third more time for much less memory."""
     loss_chunk_size: Annotated[Annotated[int, Field(ge=0)] | Literal["auto"], FieldTag.IDENTITY] = "auto"

@@ -27,7 +27,7 @@ IGNORE_INDEX = -100  # label of a position without a target
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Input of one forward pass, each tensor (rows, T) int64.
+    """Input of one forward pass: ids, positions and labels are (rows, T) int64.
 
     In position_ids every piece of a row starts at 0, padding included: only that keeps the documents of a row apart.
     Labels are already shifted: labels[t] is the token at t + 1 of the same piece, or -100.
@@ -37,6 +37,10 @@ class MicroBatch:
     input_ids: torch.Tensor
     position_ids: torch.Tensor
     labels: torch.Tensor
+    cu_seqlens: torch.Tensor
+    """Bounds of the pieces of all rows, one row after another, padding included: (pieces + 1,) int32, from 0."""
+    max_seqlen: int
+    """Tokens of the longest piece."""
     step: int = 0
     first: int = 0
 
@@ -271,12 +275,20 @@ def collate_rows(rows: Sequence[Sequence[Example]], sequence_length: int, pad_id
     """Concatenate the pieces of each row and pad it to the sequence length. A row may be empty."""
     arrays = [_collate_row(pieces, sequence_length, pad_id) for pieces in rows]
     ids, positions, labels = (torch.from_numpy(np.stack(part)) for part in zip(*arrays, strict=True))
-    return MicroBatch(ids, positions, labels)
+    lengths = [length for pieces in rows for length in _list_piece_lengths(pieces, sequence_length)]
+    bounds = np.cumsum([0, *lengths], dtype=np.int32)
+    return MicroBatch(ids, positions, labels, torch.from_numpy(bounds), max(lengths))
 
 
 def build_padding_batch(rows: int, sequence_length: int, pad_id: int) -> MicroBatch:
     """Return `rows` rows of padding, every label -100: they cost a pass and leave the loss unchanged."""
     return collate_rows([[]] * rows, sequence_length, pad_id)
+
+
+def _list_piece_lengths(pieces: Sequence[Example], sequence_length: int) -> list[int]:
+    """Return the lengths of a row's pieces, with the padding as the last one; none is 0."""
+    lengths = [len(piece.tokens) for piece in pieces]
+    return [length for length in (*lengths, sequence_length - sum(lengths)) if length]
 
 
 def _collate_row(pieces: Sequence[Example], length: int, pad_id: int) -> tuple[NDArray[np.int64], ...]:

@@ -112,9 +112,8 @@ class Engine:
         return summed
 
     def _run_forward(self, batch: MicroBatch) -> Tensor:
-        loss: Tensor = self.deepspeed(
-            batch.input_ids.to(self.device), batch.position_ids.to(self.device), batch.labels.to(self.device)
-        )
+        tensors = (batch.input_ids, batch.position_ids, batch.labels, batch.cu_seqlens)
+        loss: Tensor = self.deepspeed(*(tensor.to(self.device) for tensor in tensors), batch.max_seqlen)
         return loss
 
     @torch.no_grad()

@@ -17,6 +17,7 @@ from llm_training_toolkit.evaluation.model import EvalModel
 from llm_training_toolkit.evaluation.task import ProgressCallback
 from llm_training_toolkit.evaluation.validation import EvalLoss
 from llm_training_toolkit.models import LossModule
+from llm_training_toolkit.models.attention import choose_loss_attention, using_attention
 
 _LOSS_CHUNK = 1024
 
@@ -27,6 +28,7 @@ class LossAccumulator:
     def __init__(self, subject: EvalModel, progress: ProgressCallback) -> None:
         self._device, self._progress = subject.device, progress
         self._module = LossModule(subject.language_model, _LOSS_CHUNK)
+        self._attention = choose_loss_attention(self._module.lm, self._device)
         self._sizes = subject.text_encoder.count_bytes_per_token()
         self._losses: list[float] = []
         self._tokens = self._bytes = 0
@@ -35,8 +37,10 @@ class LossAccumulator:
     def add_batches(self, batches: Iterable[MicroBatch]) -> None:
         """Add the losses of batches."""
         for batch in batches:
-            parts = (batch.input_ids, batch.position_ids, batch.labels)
-            self._losses.append(float(self._module(*(part.to(self._device) for part in parts))))
+            tensors = (batch.input_ids, batch.position_ids, batch.labels, batch.cu_seqlens)
+            with using_attention(self._module.lm, self._attention):
+                loss = self._module(*(tensor.to(self._device) for tensor in tensors), batch.max_seqlen)
+            self._losses.append(float(loss))
             labels = batch.labels.numpy()
             targets = labels[labels >= 0]
             self._tokens += len(targets)

@@ -186,6 +186,8 @@ class Family:
     """Configuration key of the maximum position."""
     absolute_positions: bool = False
     """Positions are learned row by row: a longer sequence is impossible, not only untrained."""
+    flex_attention: bool = True
+    """True if the model class of transformers supports flex_attention."""
     derived_head_dim: bool = False
     """True if head_dim is hidden size / heads and not in the configuration."""
     code_layout: CodeLayout = CodeLayout()

@@ -179,6 +179,7 @@ STARCODER = Family(
     embedding_name="wte",
     position_key="n_positions",
     absolute_positions=True,
+    flex_attention=False,
     derived_head_dim=True,
     code_layout=CodeLayout(stars="<gh_stars>", needs_path=True),
     aliases={

@@ -16,10 +16,11 @@ from llm_training_toolkit.models.init_weights import derive_seed
 
 @dataclass
 class BatchPosition:
-    """Sequences of the current forward pass: row r is position `first` + r of the step's global batch."""
+    """Sequences of the current forward pass: row r of `rows` is position `first` + r of the step's global batch."""
 
     step: int = 0
     first: int = 0
+    rows: int = 1
 
 
 class SequenceDropout(nn.Module):
@@ -30,11 +31,15 @@ class SequenceDropout(nn.Module):
         self._rate, self._seed, self._name, self._draws = rate, seed, name, draws
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Return `inputs` (rows, …) with a separate mask for each row, scaled so that the mean stays."""
+        """Return `inputs` (…, H) with a separate mask for each row, scaled so that the mean stays.
+
+        The rows may stand one after another in a single one, as variable-length attention has them.
+        """
         if not self.training:
             return inputs
-        kept = torch.stack([self._draw_mask(inputs[0], row) for row in range(len(inputs))])
-        return inputs * kept / (1.0 - self._rate)
+        rows = inputs.reshape(self._draws.rows, -1, inputs.shape[-1])
+        kept = torch.stack([self._draw_mask(rows[0], row) for row in range(len(rows))])
+        return inputs * kept.view(inputs.shape) / (1.0 - self._rate)
 
     def _draw_mask(self, like: Tensor, row: int) -> Tensor:
         name = f"{self._draws.step}/{self._draws.first + row}/{self._name}"

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llm_training_toolkit.models.attention import build_attention_arguments, compute_cu_seqlens, takes_cu_seqlens
 from llm_training_toolkit.models.dropout import BatchPosition
 from llm_training_toolkit.plan import compute_loss_chunk_size
 
@@ -151,8 +152,8 @@ class LossHead(nn.Linear):
 class LossModule(nn.Module):
     """Causal language model whose forward pass is the objective.
 
-    Documents in a row are isolated by `position_ids` that restart at 0 for each. Isolation needs `use_cache=False` and
-    no attention mask, in training and in evaluation alike.
+    Documents in a row are isolated by `position_ids` that restart at 0 for each, or by `cu_seqlens` where the attention
+    takes them. Isolation needs `use_cache=False` and no attention mask, in training and in evaluation alike.
     """
 
     def __init__(self, model: nn.Module, loss_chunk: int | Literal["auto"]) -> None:
@@ -170,15 +171,43 @@ class LossModule(nn.Module):
             head.__class__ = LossHead
             head.loss_chunk = chunk
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor, labels: Tensor) -> Tensor:
-        """Return the summed loss of (B, T) tokens; `labels` (B, T) are already shifted, -100 = no loss."""
-        decoder = self.lm.get_decoder()  # type: ignore[operator]
-        hidden = decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
-        loss: Tensor = self.lm.get_output_embeddings()(hidden, labels)  # type: ignore[operator]
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        labels: Tensor,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+    ) -> Tensor:
+        """Return the summed loss of (B, T) tokens; `labels` (B, T) are already shifted, -100 = no loss.
+
+        `cu_seqlens` (documents + 1,) int32 bounds the documents of all rows, one row after another, and `max_seqlen`
+        is the longest of them. Without them they are read from `position_ids`, which waits for the device.
+        """
+        self.batch_position.rows = len(input_ids)
+        given = self._build_inputs(input_ids, position_ids, cu_seqlens, max_seqlen)
+        hidden = self.lm.get_decoder()(**given).last_hidden_state  # type: ignore[operator]
+        loss: Tensor = self.lm.get_output_embeddings()(hidden, labels.reshape(given["input_ids"].shape))  # type: ignore[operator]
         return loss
 
     def compute_logits(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         """Return the whole logits (B, T, V) of (B, T) tokens, for checks and tests."""
-        out = self.lm(input_ids=input_ids, position_ids=position_ids, use_cache=False)
-        logits: Tensor = out.logits
-        return logits
+        self.batch_position.rows = len(input_ids)
+        logits: Tensor = self.lm(**self._build_inputs(input_ids, position_ids, None, None)).logits
+        return logits.reshape(*input_ids.shape, -1)
+
+    def _build_inputs(
+        self, input_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None
+    ) -> dict[str, Any]:
+        """Return the arguments of the model, with all rows as one if its attention takes the documents' bounds."""
+        if not takes_cu_seqlens(self.lm):
+            return {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False}
+        if cu_seqlens is None or max_seqlen is None:
+            bounds, max_seqlen = compute_cu_seqlens(position_ids)
+            cu_seqlens = bounds.to(input_ids.device)
+        return {
+            "input_ids": input_ids.reshape(1, -1),
+            "position_ids": position_ids.reshape(1, -1),
+            "use_cache": False,
+            **build_attention_arguments(cu_seqlens, max_seqlen),
+        }

@@ -1,6 +1,7 @@
-"""Resolution of `train.precision: auto` and `engine.zero_stage: auto`, with the reason. Pure.
+"""Resolution of `train.precision`, `model.attn_implementation` and `engine.zero_stage`: `auto`, with the reason. Pure.
 
 measured on every worker -> choose_precision -> recorded in resolved.json, fixed for the run
+precision, device -> choose_attention -> chosen again by each attempt
 precision, workers, memory -> get_candidate_zero_stages, find_fitting_zero_stage -> chosen again by each attempt
 """
 
@@ -15,6 +16,7 @@ from llm_training_toolkit.config.schema import Config
 
 Precision = Literal["bf16", "fp32"]
 PRECISION_KEY = "train.precision"
+GPU_ATTENTION = frozenset({"flash_attention_2", "flash_attention_3", "flex_attention"})
 _SLOW = 1.2  # slowdown of bf16 from which a resume warns; below it, measurement noise decides
 
 
@@ -66,6 +68,35 @@ def with_precision(config: Config, precision: Precision) -> Config:
     """Return the configuration with this precision."""
     train = config.train.model_copy(update={"precision": precision})
     return config.model_copy(update={"train": train})
+
+
+def choose_attention(
+    precision: str, head_dim: int, device_type: str, *, has_flash: bool, deterministic: bool
+) -> ResolvedValue:
+    """Choose the implementation of attention; `has_flash` = the GPU has torch's flash kernels.
+
+    Head sizes are those of FlashAttention-2 (Dao 2023): multiples of 8 up to 256. Measured on CPU (docs/objective.md),
+    documents one by one are no faster than a mask in rows of 256 tokens.
+    """
+    key = "model.attn_implementation"
+    if device_type == "cpu":
+        return ResolvedValue(key, "sdpa", "on CPUs one masked product is no slower than one for each document")
+    reasons = {
+        "flash kernels compute in bf16, and this run is in fp32": precision != "bf16",
+        f"flash kernels have no heads of size {head_dim}": head_dim % 8 != 0 or head_dim > 256,
+        "the GPU has no flash kernels (before compute capability 8.0)": not has_flash,
+        "run.deterministic: variable-length attention is not known to repeat every bit": deterministic,
+    }
+    against = next((reason for reason, holds in reasons.items() if holds), None)
+    if against is not None:
+        return ResolvedValue(key, "sdpa", against)
+    return ResolvedValue(key, "varlen", "it computes each document by itself, without a mask")
+
+
+def with_attention(config: Config, implementation: str) -> Config:
+    """Return the configuration with this implementation of attention."""
+    model = config.model.model_copy(update={"attn_implementation": implementation})
+    return config.model_copy(update={"model": model})
 
 
 def with_zero_stage(config: Config, stage: int) -> Config:

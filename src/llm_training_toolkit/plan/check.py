@@ -12,6 +12,7 @@ from llm_training_toolkit.config.schema import Config, SourceConfig
 from llm_training_toolkit.config.uri import is_uri
 from llm_training_toolkit.families import Family, HfValues, ModelSize, read_saved_dropout
 from llm_training_toolkit.families.lora import get_fully_trainable_modules
+from llm_training_toolkit.plan.auto import GPU_ATTENTION
 from llm_training_toolkit.plan.batch import get_micro_batch, split_global_batch
 from llm_training_toolkit.plan.deepspeed import find_deepspeed_problems
 from llm_training_toolkit.plan.problem import Problem
@@ -28,7 +29,7 @@ def find_problems(config: Config, size: ModelSize, hf: HfValues, replicas: int) 
         *_find_tokenizer_problems(config),
         *_find_data_problems(config, size, hf),
         *_find_batch_problems(config, replicas),
-        *_find_attention_problems(config),
+        *_find_attention_problems(config, size.family),
         *_find_weights_problems(config),
         *_find_lora_problems(config, size, hf),
         *_find_evaluation_problems(config, size.family),
@@ -51,15 +52,18 @@ def find_length_problems(steps: int | None, warmup: int | None, decay: int | Non
     return ()
 
 
-def _find_attention_problems(config: Config) -> Iterator[Problem]:
-    """Find what flash attention does not support: transformers detects packed documents in batches of one row only."""
-    if config.model.attn_implementation != "flash_attention_2":
-        return
-    if get_micro_batch(config) > 1:
-        what = f"flash_attention_2 with {config.train.micro_batch_size} rows would let packed documents see each other"
-        yield Problem("train.micro_batch_size", what, "Use micro_batch 1 with a longer sequence, or attention sdpa")
-    if config.train.precision == "fp32":
-        yield Problem("model.attn_implementation", "flash_attention_2 has no fp32", "Use sdpa, or train.precision bf16")
+def _find_attention_problems(config: Config, family: Family) -> Iterator[Problem]:
+    """Find what the implementation of attention cannot do, as far as the configuration shows."""
+    kind, where = config.model.attn_implementation, "model.attn_implementation"
+    on_gpu = config.cluster.gpus_per_worker == 1
+    if config.train.precision == "fp32" and (
+        kind in {"flash_attention_2", "flash_attention_3"} or (on_gpu and kind == "varlen")
+    ):
+        yield Problem(where, f"{kind} has no fp32 on GPUs", "Use sdpa, or train.precision bf16")
+    if config.cluster.gpus_per_worker == 0 and kind in GPU_ATTENTION:
+        yield Problem(where, f"{kind} needs a GPU, and cluster.gpus_per_worker is 0", "Use auto, varlen, sdpa or eager")
+    if kind == "flex_attention" and not family.flex_attention:
+        yield Problem(where, f"{family.name} has no flex_attention in transformers", "Use auto, varlen, sdpa or eager")
 
 
 def _find_weights_problems(config: Config) -> Iterator[Problem]:

@@ -17,12 +17,7 @@ def with_micro_batch(config: Config, micro_batch: int) -> Config:
 
 
 def find_fitting_micro_batch(config: Config, replicas: int, free_bytes: float) -> int:
-    """Return the micro-batch with the fewest passes whose estimate fits into `free_bytes` of every device; at least 1.
-
-    With flash_attention_2 it is 1: transformers detects packed documents only in batches of one row.
-    """
-    if config.model.attn_implementation == "flash_attention_2":
-        return 1
+    """Return the micro-batch with the fewest passes whose estimate fits into `free_bytes` of a device; at least 1."""
     share = split_global_batch(config.train.global_batch_size, replicas)[0]
     fits = [
         rows

@@ -11,7 +11,13 @@ import os
 
 from llm_training_toolkit.config import Config
 from llm_training_toolkit.errors import PlanError
+from llm_training_toolkit.plan.auto import GPU_ATTENTION
 
+_ATTENTION_PACKAGES = {
+    "flash_attention_2": ("flash_attn", "flash-attn"),
+    "flash_attention_3": ("flash_attn_interface", "flash-attn-3"),
+}
+"""Module and package of each implementation of attention that torch does not bring."""
 RAY_HEAD_TIMEOUT_VARIABLE = "RAY_gcs_rpc_server_reconnect_timeout_s"
 
 
@@ -50,6 +56,31 @@ def find_quantization_problem(*, gpu: bool) -> str | None:
         return "4-bit weights need a GPU, and there is none here: remove it (LoRA works without), or train elsewhere"
     if importlib.util.find_spec("bitsandbytes") is None:
         return "4-bit weights need bitsandbytes, which is not installed: pip install 'llm-training-toolkit[qlora]'"
+    return None
+
+
+def check_attention(config: Config) -> None:
+    """Raise PlanError if the run trains on this machine, and it cannot compute `model.attn_implementation`."""
+    kind = config.model.attn_implementation
+    if kind not in GPU_ATTENTION or not (config.cluster.workers == 0 or is_local()):
+        return
+    import torch
+
+    problem = find_attention_problem(kind, gpu=torch.cuda.is_available())
+    if problem:
+        raise PlanError(f"model.attn_implementation = {kind}: {problem}")
+
+
+def find_attention_problem(kind: str, *, gpu: bool) -> str | None:
+    """Return the missing requirement of an implementation of attention and its remedy; None if it works here.
+
+    transformers takes flash attention from its package, or builds for this GPU from the hub by the package `kernels`.
+    """
+    if kind in GPU_ATTENTION and not gpu:
+        return "it needs a GPU, and there is none here: use auto, varlen, sdpa or eager"
+    module, package = _ATTENTION_PACKAGES.get(kind, ("", ""))
+    if module and not any(importlib.util.find_spec(name) for name in (module, "kernels")):
+        return f"it needs the package {package}, which is not installed: install it, or use auto, which needs none"
     return None
 
 

@@ -46,7 +46,7 @@ def _write_base_weights(spec: WorkerSpec, plan: Plan) -> None:
 
 def _write_random_weights(spec: WorkerSpec, plan: Plan) -> None:
     config = spec.config
-    model = build_model(plan.hf_config, precision=plan.precision, attention=config.model.attn_implementation)
+    model = build_model(plan.hf_config, precision=plan.precision, attention="sdpa")
     initialize_weights(model, config.run.seed, lambda _parameter: nullcontext())
     origin = f"seed {config.run.seed}"
     card = (

@@ -37,7 +37,8 @@ from llm_training_toolkit.models import (
 from llm_training_toolkit.models.build import DTYPES
 from llm_training_toolkit.plan import Plan
 from llm_training_toolkit.runs.directory import RunDirectory, check_run
-from llm_training_toolkit.setup.machine import find_quantization_problem
+from llm_training_toolkit.setup.machine import find_attention_problem, find_quantization_problem
+from llm_training_toolkit.worker.attention import resolve_attention
 from llm_training_toolkit.worker.base_weights import ensure_base_weights
 from llm_training_toolkit.worker.hub_download import ensure_local_weights
 from llm_training_toolkit.worker.spec import WorkerSpec
@@ -58,6 +59,7 @@ def build_run_model(
     spec: WorkerSpec, plan: Plan, context: RunContext, checkpoint: CheckpointReader | None
 ) -> BuiltModel:
     """Build the run's model at `checkpoint` or its initial state. Collective. Raises PlanError and CheckpointError."""
+    spec, _ = resolve_attention(spec, context)
     _check_device(spec.config, context)
     prepare_deepspeed(context.device.type)
     path = (
@@ -80,11 +82,12 @@ def build_run_model(
 
 def _check_device(config: Config, context: RunContext) -> None:
     """Raise PlanError for features that this device lacks; flex_attention on CPU would abort the process."""
-    gpu = context.device.type != "cpu"
-    if not gpu and config.model.attn_implementation in {"flash_attention_2", "flex_attention"}:
-        raise PlanError(
-            f"model.attn_implementation = {config.model.attn_implementation} needs a GPU: use sdpa or eager here"
-        )
+    gpu, kind = context.device.type != "cpu", config.model.attn_implementation
+    problem = find_attention_problem(kind, gpu=gpu)
+    if gpu and kind == "varlen" and config.train.precision == "fp32":
+        problem = "its kernels have no fp32 on GPUs: use sdpa, or train.precision bf16"
+    if problem:
+        raise PlanError(f"model.attn_implementation = {kind}: {problem}")
     if config.model.lora is not None and config.model.lora.quantize is not None:
         missing = find_quantization_problem(gpu=gpu)
         if missing:

@@ -45,6 +45,7 @@ from llm_training_toolkit.runs.directory import collect_environment
 from llm_training_toolkit.runs.goodput import GoodputState, GoodputTracker, load_goodput_state
 from llm_training_toolkit.train.components import TrainerComponents
 from llm_training_toolkit.train.loop import run_training_loop
+from llm_training_toolkit.worker.attention import resolve_attention
 from llm_training_toolkit.worker.build import BuiltModel, build_run_model
 from llm_training_toolkit.worker.devices import RankPlacement, check_placement
 from llm_training_toolkit.worker.finish import finish_run
@@ -64,12 +65,13 @@ def run_worker(spec: WorkerSpec, context: RunContext) -> dict[str, Any]:
     """
     placements = check_placement(spec, context)
     requested, precision_note = resolve_precision(spec, context)
+    requested, attention_note = resolve_attention(requested, context)
     spec, memory_notes = resolve_memory_settings(requested, context)
     attempt, goodput_tracker = _begin_attempt(spec, context, requested.config, placements)
     log = spec.directory.get_rank_log_path(attempt, context.rank)
     with log_to_file(RANK_LOGGER, log, f"attempt {attempt} rank {context.rank}"):
         RANK_LOGGER.info("started on %s, one of %d ranks", context.device, context.world_size)
-        notes = (*precision_note, *memory_notes)
+        notes = (*precision_note, *attention_note, *memory_notes)
         return _run_attempt(
             spec, _log_events(context), requested.config, attempt=attempt, goodput_tracker=goodput_tracker, notes=notes
         )

@@ -18,6 +18,7 @@ from llm_training_toolkit.plan import (
     format_slow_precision,
     with_precision,
 )
+from llm_training_toolkit.plan.auto import GPU_ATTENTION
 from llm_training_toolkit.runs.atomic_write import write_atomically
 from llm_training_toolkit.runs.directory import RunDirectory
 from llm_training_toolkit.runs.storage.open import get_run_location
@@ -93,7 +94,7 @@ def resolve_local_precision(config: Config) -> tuple[Config, tuple[str, ...]]:
 def _needs_gpu(config: Config) -> bool:
     """Return whether the configuration runs on GPUs only, here or elsewhere."""
     quantized = config.model.lora is not None and config.model.lora.quantize is not None
-    return quantized or config.cluster.gpus_per_worker == 1 or config.model.attn_implementation not in {"sdpa", "eager"}
+    return quantized or config.cluster.gpus_per_worker == 1 or config.model.attn_implementation in GPU_ATTENTION
 
 
 def _apply_chosen_precision(config: Config, chosen: ResolvedValue) -> Config:

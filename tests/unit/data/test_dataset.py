@@ -24,6 +24,7 @@ from llm_training_toolkit.data.prepare.packing import pack_in_windows
 from llm_training_toolkit.data.tokenizer import TokenizationSpec
 from llm_training_toolkit.data.types import Example
 from llm_training_toolkit.errors import DataError
+from llm_training_toolkit.models.attention import compute_cu_seqlens
 from llm_training_toolkit.plan import compute_replica_slice
 
 Configure = Callable[..., Config]
@@ -46,14 +47,26 @@ def test_a_row_written_out_by_hand() -> None:
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 0, 0, 1, 0, 1, 2], list(range(10))]
     assert batch.labels.tolist() == [[8, N, 0, N, N, 0, N, N, N, N], [N] * 10]
     assert {tensor.dtype for tensor in (batch.input_ids, batch.position_ids, batch.labels)} == {torch.int64}
+    assert (batch.cu_seqlens.tolist(), batch.cu_seqlens.dtype) == ([0, 4, 5, 7, 10, 20], torch.int32)
+    assert batch.max_seqlen == 10
 
 
 def test_a_full_row_has_no_padding_and_a_dummy_nothing_else() -> None:
     batch = collate_rows([[example([1, 2], [1, 1]), example([3, 4], [1, 1])]], 4, pad_id=0)
     assert batch.position_ids.tolist() == [[0, 1, 0, 1]]
     assert batch.labels.tolist() == [[2, N, 4, N]]
+    assert (batch.cu_seqlens.tolist(), batch.max_seqlen) == ([0, 2, 4], 2)
     assert build_padding_batch(2, 4, 9).input_ids.tolist() == [[9] * 4] * 2
     assert (build_padding_batch(2, 4, 9).labels == N).all()
+
+
+@given(st.lists(st.lists(st.integers(1, 9), max_size=3), min_size=1, max_size=4))
+def test_the_bounds_of_the_documents_are_those_that_the_positions_show(rows: list[list[int]]) -> None:
+    pieces = [[example(list(range(length)), [1] * length) for length in row] for row in rows]
+    batch = collate_rows(pieces, 27, pad_id=0)
+    bounds, longest = compute_cu_seqlens(batch.position_ids)
+    assert torch.equal(bounds, batch.cu_seqlens)
+    assert longest == batch.max_seqlen
 
 
 def stacked(batches: list[MicroBatch]) -> list[tuple[list[int], list[int], list[int]]]:

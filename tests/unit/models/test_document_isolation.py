@@ -1,4 +1,4 @@
-"""Documents packed into one row do not see each other: positions that restart are all it takes."""
+"""Documents packed into one row do not see each other, with any attention, in training and in evaluation."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def config(request: pytest.FixtureRequest) -> dict[str, Any]:
     return MODELS[request.param]
 
 
-@pytest.fixture(params=["eager", "sdpa"])
+@pytest.fixture(params=["eager", "sdpa", "varlen"])
 def attention(request: pytest.FixtureRequest) -> str:
     assert isinstance(request.param, str)
     return request.param

@@ -118,16 +118,17 @@ def test_packed_documents_stay_apart(*, recompute: bool, dropout: float) -> None
 
 
 def test_the_mask_of_a_sequence_is_its_own_whatever_the_split() -> None:
-    draws = BatchPosition(step=7, first=0)
+    draws = BatchPosition(step=7, first=0, rows=5)
     drop = SequenceDropout(0.25, 1, "layer", draws).train()
     inputs = torch.ones(5, 40, 30)
     whole = drop(inputs)
-    draws.first = 2
+    assert torch.equal(drop(inputs.reshape(1, 200, 30)).reshape(5, 40, 30), whole), "rows as one row"
+    draws.first, draws.rows = 2, 3
     assert torch.equal(drop(inputs[:3]), whole[2:])
     assert len({tuple(row.flatten().tolist()) for row in whole}) == 5
     assert whole.unique().tolist() == [0.0, pytest.approx(4 / 3)]
     assert float((whole == 0).float().mean()) == pytest.approx(0.25, abs=0.02)
-    draws.first, draws.step = 0, 8
+    draws.first, draws.step, draws.rows = 0, 8, 5
     assert not torch.equal(drop(inputs), whole)
-    assert not torch.equal(SequenceDropout(0.25, 1, "other", BatchPosition(7)).train()(inputs), whole)
+    assert not torch.equal(SequenceDropout(0.25, 1, "other", BatchPosition(7, rows=5)).train()(inputs), whole)
     assert torch.equal(drop.eval()(inputs), inputs)

@@ -60,10 +60,6 @@ def test_the_next_one_is_at_most_half_and_the_last_one_is_one(global_batch: int,
     assert tried[-1] == 1
 
 
-def test_flash_attention_takes_one_row() -> None:
-    assert find_fitting_micro_batch(config(attn_implementation="flash_attention_2"), 1, 1e15) == 1
-
-
 def test_a_plan_without_a_device_says_that_the_micro_batch_is_open() -> None:
     made = make_plan(config())
     assert made.micro_batch == 1

@@ -87,9 +87,28 @@ def test_passes_over_the_data() -> None:
         (
             {
                 "model": {"name": "qwen3-0.6b", "attn_implementation": "flash_attention_2"},
-                "train": {"steps": 10, "global_batch_size": 8, "micro_batch_size": 2},
+                "train": {"steps": 10, "global_batch_size": 8, "precision": "fp32"},
             },
-            "train.micro_batch_size",
+            "model.attn_implementation",
+        ),
+        (
+            {
+                "model": {"name": "qwen3-0.6b", "attn_implementation": "varlen"},
+                "train": {"steps": 10, "global_batch_size": 8, "precision": "fp32"},
+                "cluster": {"gpus_per_worker": 1},
+            },
+            "model.attn_implementation",
+        ),
+        (
+            {
+                "model": {"name": "qwen3-0.6b", "attn_implementation": "flash_attention_3"},
+                "cluster": {"gpus_per_worker": 0},
+            },
+            "model.attn_implementation",
+        ),
+        (
+            {"model": {"name": "starcoderbase-1b", "attn_implementation": "flex_attention"}},
+            "model.attn_implementation",
         ),
         ({"model": {"name": "qwen3-0.6b", "path": "Qwen/Qwen3-0.6B"}}, "tokenizer.train"),
         ({"cluster": {"workers": 17}}, "cluster.workers"),

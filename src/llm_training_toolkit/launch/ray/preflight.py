@@ -26,9 +26,11 @@ from llm_training_toolkit.launch.ray.resources import ClusterNode, build_resourc
 from llm_training_toolkit.monitoring.console import Console
 from llm_training_toolkit.runs.directory import RunDirectory
 from llm_training_toolkit.runs.storage.open import find_store_problem
+from llm_training_toolkit.setup.machine import find_attention_problem
 
 _NODE_TIMEOUT_SECONDS = 60.0  # includes the start of a process; slower nodes are skipped, later stages see them
 _STAGE = "looking at the nodes"
+NodeAnswer = tuple[str, list[str | None], list[str], str | None, str | None]  # of `inspect_node`
 
 
 def check_nodes(run: RunDirectory, config: Config, console: Console) -> None:
@@ -49,7 +51,15 @@ def check_nodes(run: RunDirectory, config: Config, console: Console) -> None:
         with _create_marker_files(folders.values()) as mark:
             problems = list(
                 _find_node_problems(
-                    living, folders, NodeCheck(store, config.cluster.env, mark, _list_read_directories(config))
+                    living,
+                    folders,
+                    NodeCheck(
+                        store,
+                        config.cluster.env,
+                        mark,
+                        _list_read_directories(config),
+                        config.model.attn_implementation,
+                    ),
                 )
             )
         console.update_stage(_STAGE, 1, 1)
@@ -93,6 +103,8 @@ class NodeCheck:
     """Name of the marker file in every folder."""
     read: Mapping[str, str]
     """Read-only directories, by field."""
+    attention: str
+    """`model.attn_implementation`, which may need a package on every node."""
 
 
 def _find_node_problems(living: Sequence[ClusterNode], folders: Mapping[str, Path], the: NodeCheck) -> Iterator[str]:
@@ -102,7 +114,7 @@ def _find_node_problems(living: Sequence[ClusterNode], folders: Mapping[str, Pat
     environment = {"runtime_env": {"env_vars": dict(the.environment)}} if the.store and the.environment else {}
     asked = {
         look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False), **environment).remote(
-            [str(folder) for folder in folders.values()], the.mark, list(the.read.values()), the.store
+            [str(folder) for folder in folders.values()], the.mark, list(the.read.values()), the.store, the.attention
         ): node.address
         for node in living
     }
@@ -110,36 +122,46 @@ def _find_node_problems(living: Sequence[ClusterNode], folders: Mapping[str, Pat
     for answer in answered:
         address = asked[answer]
         try:
-            version, found, blind, refused = ray.get(answer)
+            found = ray.get(answer)
         except ray.exceptions.RayTaskError as error:
             cause = f"{type(error.cause).__name__}: {error.cause}"
             yield f"node {address} cannot run the toolkit ({cause}): install the same version there"
-            continue
         except ray.exceptions.RayError:
             continue  # the node was lost meanwhile; the start of the workers sees that too
-        if version != __version__:
-            yield f"node {address} has version {version} of the toolkit, this machine {__version__}: install the same"
-        if refused:
-            yield f"node {address} does not reach run.dir: {refused}"
-        for (field, folder), problem in zip(folders.items(), found, strict=True):
-            if problem:
-                yield f"node {address} {problem} ({field} = {folder}): it must be storage that every node shares"
-        for field, path in the.read.items():
-            if path in blind:
-                yield f"node {address} does not see {field} = {path}: put it where every node reads it"
+        else:
+            yield from _iter_answer_problems(address, found, folders, the)
 
 
-def inspect_node(
-    folders: Sequence[str], mark: str, read: Sequence[str], store: str
-) -> tuple[str, list[str | None], list[str], str | None]:
-    """Return this node's version, each folder's problem (None if fine), the missing paths, and the store's problem.
+def _iter_answer_problems(
+    address: str, answer: NodeAnswer, folders: Mapping[str, Path], the: NodeCheck
+) -> Iterator[str]:
+    """Yield the problems in what `inspect_node` returned from one node."""
+    version, found, blind, refused, lacking = answer
+    if version != __version__:
+        yield f"node {address} has version {version} of the toolkit, this machine {__version__}: install the same"
+    if lacking:
+        yield f"node {address} cannot compute model.attn_implementation = {the.attention}: {lacking}"
+    if refused:
+        yield f"node {address} does not reach run.dir: {refused}"
+    for (field, folder), problem in zip(folders.items(), found, strict=True):
+        if problem:
+            yield f"node {address} {problem} ({field} = {folder}): it must be storage that every node shares"
+    for field, path in the.read.items():
+        if path in blind:
+            yield f"node {address} does not see {field} = {path}: put it where every node reads it"
 
-    `folders` are written to, `read` is only read; `store` is the URI of a run, "" for one in a folder.
+
+def inspect_node(folders: Sequence[str], mark: str, read: Sequence[str], store: str, attention: str) -> NodeAnswer:
+    """Return this node's version, and problems, None if there is none: of each folder, of the store and of attention.
+
+    The third are the missing paths. `folders` are written to, `read` is only read; `store` is the URI of a run, "" for
+    one in a folder. A node that has no GPU yet is left to the workers: only packages are looked for.
     """
     wrong = [_find_folder_problem(Path(folder), mark) for folder in folders]
     # An unmounted disk leaves an empty folder.
     blind = [path for path in read if next(Path(path).glob("*"), None) is None]
-    return __version__, wrong, blind, find_store_problem(store) if store else None
+    lacking = find_attention_problem(attention, gpu=True)
+    return __version__, wrong, blind, find_store_problem(store) if store else None, lacking
 
 
 def _find_folder_problem(folder: Path, mark: str) -> str | None:

@@ -35,7 +35,7 @@ from llm_training_toolkit.search.event_log import EventLog, SearchDirectory, Tri
 from llm_training_toolkit.search.results import build_summary, find_best_trial
 from llm_training_toolkit.search.sampler import TrialSampler
 from llm_training_toolkit.search.space import TrialConfigBuilder, boundary_points, check_search_space, format_point
-from llm_training_toolkit.setup.machine import check_machine, check_quantization
+from llm_training_toolkit.setup.machine import check_attention, check_machine, check_quantization
 
 _TUNE_ENV = {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C is handled here: trials stop with a checkpoint
@@ -82,6 +82,7 @@ def run_search(asked: SearchSpec, console: Console) -> tuple[TrainResultStatus, 
     _check_best_configs(asked)
     check_machine(asked.trial_config)
     check_quantization(asked.trial_config)
+    check_attention(asked.trial_config)
     with lock_run_directory(directory.driver_run):
         event_log = EventLog(directory.event_log_path)
         if event_log.trials:
