@@ -20,6 +20,21 @@ DROPOUTS = (
 )
 
 
+# Classes of transformers whose packed documents keep apart: each has passed tests/models/test_isolation.py.
+ISOLATED_MODEL_TYPES = frozenset(
+    {
+        "gpt_bigcode",
+        "qwen2",
+        "qwen3",
+        "qwen3_5_moe_text",
+        "qwen3_5_text",
+        "qwen3_moe",
+        "qwen3_next",
+        "starcoder2",
+    }
+)
+
+
 @dataclass(frozen=True)
 class SpecialTokens:
     """Special tokens of a family, as text. Empty = the family has no such token."""

@@ -6,7 +6,7 @@ square of the sequence length in memory and in work, however short the documents
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby, pairwise
 from typing import Any
@@ -142,19 +142,28 @@ def _attend_on_gpu(
 def _attend_on_cpu(
     tokens: tuple[Tensor, Tensor, Tensor], cu_seqlens: Tensor, scaling: float | None, window: int | None
 ) -> Tensor:
-    """Attend in runs of documents of one length, which form a batch: packed code has many that fill a row."""
+    runs = zip(*(split_documents(tensor[0].transpose(0, 1), cu_seqlens) for tensor in tokens), strict=True)
+    attended = []
+    for run in runs:
+        query, key, value = (tensor.transpose(1, 2) for tensor in run)
+        attended.append(_attend_causally(query, key, value, scaling, window).transpose(1, 2))
+    return join_documents(attended).unsqueeze(0)
+
+
+def split_documents(tokens: Tensor, cu_seqlens: Tensor) -> list[Tensor]:
+    """Split (T, …) into batches (N, L, …), one for each run of documents of one length: N of L tokens.
+
+    Packed code has many documents that fill a row, and these are computed at once.
+    """
     lengths = [stop - start for start, stop in pairwise(cu_seqlens.tolist())]
-    attended, start = [], 0
-    for length, run in groupby(lengths):
-        documents = len(list(run))
-        stop = start + documents * length
-        query, key, value = (
-            tensor[0, :, start:stop].reshape(-1, documents, length, tensor.shape[-1]).transpose(0, 1)
-            for tensor in tokens
-        )
-        attended.append(_attend_causally(query, key, value, scaling, window).transpose(1, 2).flatten(0, 1))
-        start = stop
-    return torch.cat(attended).unsqueeze(0)
+    runs = [(len(list(run)), length) for length, run in groupby(lengths)]
+    parts = torch.split(tokens, [documents * length for documents, length in runs])
+    return [part.reshape(*run, *part.shape[1:]) for part, run in zip(parts, runs, strict=True)]
+
+
+def join_documents(runs: Sequence[Tensor]) -> Tensor:
+    """Return the tokens (T, …) of all batches (N, L, …), in order."""
+    return torch.cat([run.flatten(0, 1) for run in runs])
 
 
 def _attend_causally(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None) -> Tensor:

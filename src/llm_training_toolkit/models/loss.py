@@ -15,6 +15,11 @@ from torch import Tensor, nn
 
 from llm_training_toolkit.models.attention import build_attention_arguments, compute_cu_seqlens, takes_cu_seqlens
 from llm_training_toolkit.models.dropout import BatchPosition
+from llm_training_toolkit.models.linear_attention import (
+    build_sequence_index,
+    has_linear_attention,
+    isolate_linear_attention,
+)
 from llm_training_toolkit.plan import compute_loss_chunk_size
 
 IGNORE_INDEX = -100  # label of a position without loss
@@ -161,6 +166,8 @@ class LossModule(nn.Module):
         self.lm = model
         self.batch_position = BatchPosition()
         """Sequences of the forward pass, set by its caller; dropout draws from them."""
+        self._has_linear_attention = has_linear_attention(model)
+        isolate_linear_attention(model)
         # If the head was trained whole beside adapters, peft keeps two: the original and the trained copy.
         given = model.get_output_embeddings().modules()  # type: ignore[operator]
         heads: list[Any] = [module for module in given if isinstance(module, nn.Linear)]
@@ -200,14 +207,15 @@ class LossModule(nn.Module):
         self, input_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None
     ) -> dict[str, Any]:
         """Return the arguments of the model, with all rows as one if its attention takes the documents' bounds."""
-        if not takes_cu_seqlens(self.lm):
-            return {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False}
+        flat = takes_cu_seqlens(self.lm)
+        given = {"input_ids": input_ids, "position_ids": position_ids}
+        if flat:
+            given = {name: tensor.reshape(1, -1) for name, tensor in given.items()}
+        if not flat and not self._has_linear_attention:
+            return {**given, "use_cache": False}
         if cu_seqlens is None or max_seqlen is None:
             bounds, max_seqlen = compute_cu_seqlens(position_ids)
             cu_seqlens = bounds.to(input_ids.device)
-        return {
-            "input_ids": input_ids.reshape(1, -1),
-            "position_ids": position_ids.reshape(1, -1),
-            "use_cache": False,
-            **build_attention_arguments(cu_seqlens, max_seqlen),
-        }
+        if self._has_linear_attention:
+            given["seq_idx"] = build_sequence_index(cu_seqlens, input_ids.numel())
+        return {**given, "use_cache": False, **build_attention_arguments(cu_seqlens, max_seqlen)}

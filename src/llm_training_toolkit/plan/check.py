@@ -11,6 +11,7 @@ from pathlib import Path
 from llm_training_toolkit.config.schema import Config, SourceConfig
 from llm_training_toolkit.config.uri import is_uri
 from llm_training_toolkit.families import Family, HfValues, ModelSize, read_saved_dropout
+from llm_training_toolkit.families.family import ISOLATED_MODEL_TYPES
 from llm_training_toolkit.families.lora import get_fully_trainable_modules
 from llm_training_toolkit.plan.auto import GPU_ATTENTION
 from llm_training_toolkit.plan.batch import get_micro_batch, split_global_batch
@@ -29,6 +30,7 @@ def find_problems(config: Config, size: ModelSize, hf: HfValues, replicas: int) 
         *_find_tokenizer_problems(config),
         *_find_data_problems(config, size, hf),
         *_find_batch_problems(config, replicas),
+        *_find_isolation_problems(size.family),
         *_find_attention_problems(config, size.family),
         *_find_weights_problems(config),
         *_find_lora_problems(config, size, hf),
@@ -50,6 +52,14 @@ def find_length_problems(steps: int | None, warmup: int | None, decay: int | Non
         what = f"a warm-up of {warmup} steps and a decay of {decay} do not fit into {steps} steps"
         return (Problem("optim.decay", what, "Lower optim.decay or optim.warmup"),)
     return ()
+
+
+def _find_isolation_problems(family: Family) -> Iterator[Problem]:
+    """Find a class that is not known to keep packed documents apart: sequences are always packed."""
+    if family.model_type not in ISOLATED_MODEL_TYPES:
+        what = f"documents packed into one sequence could see each other in {family.architecture}"
+        fix = "Use a family whose isolation is tested (docs/objective.md)"
+        yield Problem("model.name", what, fix)
 
 
 def _find_attention_problems(config: Config, family: Family) -> Iterator[Problem]:

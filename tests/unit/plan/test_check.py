@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from llm_training_toolkit import families
 from llm_training_toolkit.config.schema import Config
 from llm_training_toolkit.plan import Plan, make_plan
+from llm_training_toolkit.plan.check import find_problems
 from tiny_runs import tiny_config
 
 
@@ -114,3 +117,13 @@ def test_a_secret_in_the_configuration_is_noted(tmp_path: Path) -> None:
     config = tiny_config(tmp_path, tmp_path, cluster={"env": environment})
     [said] = [note for note in make_plan(config).notes if "cluster.env" in note]
     assert said.startswith("cluster.env.HF_TOKEN can be read in the run's directory")
+
+
+def test_a_class_whose_isolation_is_not_tested_cannot_be_packed(tmp_path: Path) -> None:
+    config, size = tiny_config(tmp_path, tmp_path), families.find_size("qwen3-0.6b")
+    other = replace(size, family=replace(size.family, model_type="qwen4_exp", architecture="Qwen4ExpForCausalLM"))
+    hf = families.resolve_hf_config(config)
+    assert not find_problems(config, size, hf, 1)
+    [problem] = find_problems(config, other, hf, 1)
+    assert problem.where == "model.name"
+    assert "could see each other in Qwen4ExpForCausalLM" in problem.what
