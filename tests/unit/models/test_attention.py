@@ -254,10 +254,10 @@ def test_auto_takes_the_kernel_that_the_device_has(
 
 def test_a_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
-    assert "the package flash-attn," in find_attention_problem("flash_attention_2", gpu=True)
-    assert "the package flash-attn-3," in find_attention_problem("flash_attention_3", gpu=True)
-    assert "needs a GPU" in find_attention_problem("flash_attention_2", gpu=False)
-    assert "needs a GPU" in find_attention_problem("flex_attention", gpu=False)
+    assert "the package flash-attn," in str(find_attention_problem("flash_attention_2", gpu=True))
+    assert "the package flash-attn-3," in str(find_attention_problem("flash_attention_3", gpu=True))
+    assert "needs a GPU" in str(find_attention_problem("flash_attention_2", gpu=False))
+    assert "needs a GPU" in str(find_attention_problem("flex_attention", gpu=False))
     for kind in ("auto", "varlen", "sdpa", "eager"):
         assert not find_attention_problem(kind, gpu=False)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name == "flash_attn")
