@@ -39,7 +39,7 @@ def propose_optuna_point(search: SearchConfig, event_log: EventLog, number: int)
     study = optuna.create_study(sampler=sampler, direction="minimize" if search.mode == "min" else "maximize")
     for trial in event_log.trials.values():
         study.add_trial(_build_frozen_trial(search, trial))
-    asked = study.ask({key: _build_distribution(values) for key, values in search.search.items()})
+    asked = study.ask({key: build_distribution(values) for key, values in search.search.items()})
     return {key: _from_optuna_value(search.search[key], value) for key, value in asked.params.items()}
 
 
@@ -56,14 +56,15 @@ def _build_frozen_trial(search: SearchConfig, trial: TrialRecord) -> FrozenTrial
         datetime_start=datetime.now(UTC),
         datetime_complete=datetime.now(UTC) if ended else None,
         params={key: _to_optuna_value(search.search[key], value) for key, value in trial.parameters.items()},
-        distributions={key: _build_distribution(search.search[key]) for key in trial.parameters},
+        distributions={key: build_distribution(search.search[key]) for key in trial.parameters},
         user_attrs={},
         system_attrs={},
         intermediate_values={rung.rung: rung.value for rung in trial.rungs},
     )
 
 
-def _build_distribution(values: ParameterDistribution) -> BaseDistribution:
+def build_distribution(values: ParameterDistribution) -> BaseDistribution:
+    """Return Optuna's distribution of a key; choices are indices."""
     if values.choice is not None:
         return CategoricalDistribution(range(len(values.boundary_values)))
     if values.randint is not None:

@@ -1,19 +1,16 @@
-"""Results of a search: ranking of trials, best so far, importance of keys. Pure, except for reading files."""
+"""Results of a search: ranking of trials, best so far, values to compare. Pure, except for reading files."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from llm_training_toolkit.config.search import SearchConfig
 from llm_training_toolkit.search.early_stopping import get_sort_key, is_better
 from llm_training_toolkit.search.event_log import EventLog, SearchDirectory, TrialRecord
-from llm_training_toolkit.search.space import point_key
 
 
 def rank_trials(event_log: EventLog, mode: str) -> list[TrialRecord]:
@@ -74,53 +71,22 @@ def compute_best_so_far(event_log: EventLog, mode: str) -> list[tuple[int, float
     return [*found, (tokens, found[-1][1])] if found else []
 
 
-def compute_importance(search: SearchConfig, event_log: EventLog) -> dict[str, float]:
-    """Return the share (0 to 1) of the values' variance that each key explains alone, at the rung most trials reached.
+def find_comparable_values(event_log: EventLog, mode: str) -> list[tuple[TrialRecord, float]]:
+    """Return the trials at the rung most of them reached (later on a tie), with their values there.
 
-    Choices explain by group means, numbers by a parabola (of the logarithm for `loguniform`); adjusted for the number
-    of groups or coefficients. Empty with fewer than four trials.
+    A value that is not finite counts as the worst finite one; without any the list is empty.
     """
-    rung, values = _get_comparable_values(event_log)
-    trials = [trial for trial in event_log.trials.values() if any(passed.rung == rung for passed in trial.rungs)]
-    if len(values) < 4 or float(np.var(values)) == 0.0:
-        return {}
-    return {name: _compute_explained_variance(search, name, trials, values) for name in search.search}
-
-
-def _get_comparable_values(event_log: EventLog) -> tuple[int, np.ndarray[Any, np.dtype[np.float64]]]:
-    """Return the rung most trials reached (later on a tie) and their values, non-finite ones as the finite maximum."""
-    by_rung: dict[int, list[float]] = {}
+    by_rung: dict[int, list[tuple[TrialRecord, float]]] = {}
     for trial in event_log.trials.values():
         for passed in trial.rungs:
-            by_rung.setdefault(passed.rung, []).append(passed.value)
+            by_rung.setdefault(passed.rung, []).append((trial, passed.value))
     rung = max(by_rung, key=lambda rung: (len(by_rung[rung]), rung), default=0)
-    values = np.array(by_rung.get(rung, []), dtype=float)
-    finite = values[np.isfinite(values)]
-    return rung, np.where(np.isfinite(values), values, finite.max() if finite.size else 0.0)
-
-
-def _compute_explained_variance(search: SearchConfig, name: str, trials: Sequence[TrialRecord], values: Any) -> float:  # noqa: ANN401 - an array
-    ranges = search.search[name]
-    settings = [trial.parameters[name] for trial in trials]
-    numeric = all(isinstance(value, int | float) and not isinstance(value, bool) for value in settings)
-    if ranges.choice is None and numeric:
-        at = np.array(settings, dtype=float)
-        at = np.log(at) if ranges.loguniform is not None else at
-        degree = min(2, len(set(settings)) - 1)
-        predicted = np.polyval(np.polyfit(at - at.mean(), values, degree), at - at.mean()) if degree else values.mean()
-        used = degree
-    else:
-        groups: dict[str, list[int]] = {}
-        for index, value in enumerate(settings):
-            groups.setdefault(point_key({"": value}), []).append(index)
-        predicted = np.empty_like(values)
-        for members in groups.values():
-            predicted[members] = values[members].mean()
-        used = len(groups) - 1
-    left, whole = float(np.sum((values - predicted) ** 2)), float(np.sum((values - values.mean()) ** 2))
-    free = len(values) - used - 1
-    adjusted = 1.0 - (left / free) / (whole / (len(values) - 1)) if free > 0 else 0.0
-    return min(max(adjusted, 0.0), 1.0)
+    found = by_rung.get(rung, [])
+    finite = [value for _, value in found if math.isfinite(value)]
+    if not finite:
+        return []
+    worst = max(finite) if mode == "min" else min(finite)
+    return [(trial, value if math.isfinite(value) else worst) for trial, value in found]
 
 
 def build_trial_row(trial: TrialRecord) -> dict[str, Any]:

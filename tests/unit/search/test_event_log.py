@@ -13,8 +13,8 @@ from llm_training_toolkit.errors import LaunchError
 from llm_training_toolkit.search.event_log import EventLog, RungResult, TrialRecord
 from llm_training_toolkit.search.results import (
     compute_best_so_far,
-    compute_importance,
     find_best_trial,
+    find_comparable_values,
     get_trial_tokens,
     rank_trials,
 )
@@ -124,22 +124,14 @@ def test_best_so_far_counts_the_tokens_of_all(tmp_path: Path) -> None:
     ]
 
 
-def test_what_matters_is_told_from_what_does_not(tmp_path: Path) -> None:
+def test_values_are_compared_at_the_rung_most_trials_reached(tmp_path: Path) -> None:
     event_log = EventLog(tmp_path / "events.jsonl")
-    for number in range(24):
-        lr, kind = 10 ** (-4 + 3 * number / 23), ["cosine", "wsd", "constant"][number % 3]
-        point = {"optim.lr": lr, "optim.lr_scheduler": kind, "optim.weight_decay": [0.0, 0.1][number // 3 % 2]}
-        event_log.record_begin(TrialRecord(number, point, number))
-        event_log.record_rung(
-            number, RungResult(0, 4, 400, (math.log10(lr) + 2.5) ** 2 + 0.01 * (number % 5), go_on=False)
-        )
-    found = compute_importance(search(RATE | CHOICES), event_log)
-    assert found["optim.lr"] > 0.95
-    assert max(found["optim.lr_scheduler"], found["optim.weight_decay"]) < 0.2
-
-
-def test_of_a_few_trials_nothing_is_said(tmp_path: Path) -> None:
-    assert compute_importance(search(RATE), filled(tmp_path / "events.jsonl")) == {}
+    for number, values in enumerate([[3.0], [math.nan], [2.0, 1.0]]):
+        event_log.record_begin(TrialRecord(number, {}, number))
+        for rung, value in enumerate(values):
+            event_log.record_rung(number, RungResult(rung, 4, 400, value, go_on=False))
+    found = {mode: [value for _, value in find_comparable_values(event_log, mode)] for mode in ("min", "max")}
+    assert found == {"min": [3.0, 3.0, 2.0], "max": [3.0, 2.0, 2.0]}
 
 
 @pytest.mark.slow
