@@ -81,7 +81,8 @@ def held_out_losses(run: Path) -> list[float]:
 def answers(run: Path, file: Path) -> dict[str, Any]:
     """How held-out questions are answered, beside the docstring that was wanted and that of another function."""
     from llm_training_toolkit.evaluation.infill import compute_edit_similarity
-    from llm_training_toolkit.generation.generator import SamplingParams, TextGenerator
+    from llm_training_toolkit.generation.generator import TextGenerator
+    from llm_training_toolkit.models.sampling import SamplingParams
 
     asked = [json.loads(line) for line in file.read_text().splitlines()]
     asked = sorted(asked, key=lambda pair: hashlib.sha256(pair["prompt"].encode()).hexdigest())[:ASKED]

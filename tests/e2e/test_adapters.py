@@ -16,8 +16,9 @@ import torch
 import fork_server
 from launching import command, run_of
 from llm_training_toolkit.errors import CheckpointError
-from llm_training_toolkit.generation.generator import SamplingParams, TextGenerator
+from llm_training_toolkit.generation.generator import TextGenerator
 from llm_training_toolkit.generation.load import open_model
+from llm_training_toolkit.models.sampling import SamplingParams
 from llm_training_toolkit.runs.directory import find_model_directory
 
 INLINE: dict[str, dict[str, Any]] = {

@@ -10,7 +10,8 @@ import fork_server
 from known_model import ANSWER, KNOWN, QUESTION
 from llm_training_toolkit.data.sources import Document
 from llm_training_toolkit.evaluation.infill import draw_gap
-from llm_training_toolkit.generation.generator import SamplingParams, TextGenerator
+from llm_training_toolkit.generation.generator import TextGenerator
+from llm_training_toolkit.models.sampling import SamplingParams
 
 
 def ltt(*arguments: object, typed: str = "") -> str:

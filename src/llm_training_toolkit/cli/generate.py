@@ -13,7 +13,8 @@ from llm_training_toolkit.runs.directory import RunDirectory, check_run, find_mo
 from llm_training_toolkit.runs.storage.open import open_path
 
 if TYPE_CHECKING:
-    from llm_training_toolkit.generation.generator import ChatSession, SamplingParams
+    from llm_training_toolkit.generation.generator import ChatSession
+    from llm_training_toolkit.models.sampling import SamplingParams
 
 
 def generate(
@@ -48,8 +49,8 @@ def generate(
     _check_generate_options(prompt, suffix, system, chat=chat, as_json=as_json)
     with open_path(model, export=step is None) as opened:
         _check_model_path(opened, step)  # before the heavy imports
-        from llm_training_toolkit.generation.generator import SamplingParams
         from llm_training_toolkit.generation.load import open_model
+        from llm_training_toolkit.models.sampling import SamplingParams
 
         generator, where = open_model(opened, step=step, device=device)
     how = SamplingParams(tokens, temperature, seed)

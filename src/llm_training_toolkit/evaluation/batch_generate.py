@@ -3,58 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, StoppingCriteria
+from transformers import StoppingCriteria
 
 from llm_training_toolkit.data.code.fim import draw_uniform_numbers
 from llm_training_toolkit.data.tokenizer import TextEncoder
 from llm_training_toolkit.evaluation.model import EvalModel
-
-_TOP_P = 0.95  # nucleus sampling if temperature > 0; as in Codex, StarCoder and Qwen2.5-Coder
-
-
-@dataclass(frozen=True)
-class BatchSamplingParams:
-    """Sampling parameters.
-
-    max_new_tokens: capped by the context. stops: texts that end a completion and are cut off. temperature 0: greedy.
-    """
-
-    max_new_tokens: int
-    stops: Sequence[str] = ()
-    temperature: float = 0.0
-    seed: int = 0
-    batch_size: int = 8
-
-
-@dataclass(frozen=True)
-class BatchCompletion:
-    """Generated text. `ended`: the model ended it by a special token or a stop text."""
-
-    text: str
-    ended: bool
+from llm_training_toolkit.models.sampling import Completion, SamplingParams, set_generation_config
 
 
 def generate_completions(
     subject: EvalModel,
     prompts: Sequence[list[int]],
-    how: BatchSamplingParams,
-    done: Callable[[int], None] = lambda _: None,
-) -> list[BatchCompletion]:
-    """Complete each prompt, given as 1 to context - 1 token ids. Any special token ends a completion.
+    how: SamplingParams,
+    *,
+    stops: Sequence[str],
+    batch_size: int,
+    done: Callable[[int], None],
+) -> list[Completion]:
+    """Complete each prompt, given as 1 to context - 1 token ids; `done` receives the number completed so far.
 
-    Prompts of similar length share a batch, because the longest one limits the new tokens of all. With a temperature,
-    completions depend on the seed and the batch.
+    Any special token ends a completion, and so does a text of `stops`, which is cut off. Prompts of similar length
+    share a batch, because the longest one limits the new tokens of all. With a temperature, completions depend on the
+    seed and the batch.
     """
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    answers: dict[int, BatchCompletion] = {}
-    for start in range(0, len(order), how.batch_size):
-        together = order[start : start + how.batch_size]
+    answers: dict[int, Completion] = {}
+    for start in range(0, len(order), batch_size):
+        together = order[start : start + batch_size]
         torch.manual_seed(int(draw_uniform_numbers(how.seed, 0, 0, start, "answers").first * 2**53))
-        found = _generate_batch(subject, [prompts[index] for index in together], how)
+        found = _generate_batch(subject, [prompts[index] for index in together], how, stops)
         answers |= dict(zip(together, found, strict=True))
         done(len(answers))
     return [answers[index] for index in range(len(prompts))]
@@ -62,8 +42,8 @@ def generate_completions(
 
 @torch.no_grad()
 def _generate_batch(
-    subject: EvalModel, prompts: Sequence[list[int]], how: BatchSamplingParams
-) -> list[BatchCompletion]:
+    subject: EvalModel, prompts: Sequence[list[int]], how: SamplingParams, stops: Sequence[str]
+) -> list[Completion]:
     longest = max(map(len, prompts))
     pad = subject.text_encoder.get_special_token_id(subject.tokenization_spec.tokens.pad)
     ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts], device=subject.device)
@@ -71,17 +51,11 @@ def _generate_batch(
         [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=subject.device
     )
     ends = _get_eos_ids(subject)
-    # Replaces the model's own generation_config.json, whose sampling defaults were not requested.
-    subject.language_model.generation_config = GenerationConfig(
-        max_new_tokens=min(how.max_new_tokens, subject.context_length - longest),
-        eos_token_id=ends,
-        pad_token_id=pad,
-        use_cache=True,
-        **({"do_sample": True, "temperature": how.temperature, "top_p": _TOP_P, "top_k": 0} if how.temperature else {}),
-    )
-    criteria = [_StopTextCriteria(subject.text_encoder, longest, how.stops)] if how.stops else []
+    room = subject.context_length - longest
+    set_generation_config(subject.language_model, how, room=room, eos_ids=ends, pad_id=pad)
+    criteria = [_StopTextCriteria(subject.text_encoder, longest, stops)] if stops else []
     out = subject.language_model.generate(ids, attention_mask=seen, stopping_criteria=criteria)
-    return [_build_completion(row[longest:], subject.text_encoder, frozenset(ends), how.stops) for row in out.tolist()]
+    return [_build_completion(row[longest:], subject.text_encoder, frozenset(ends), stops) for row in out.tolist()]
 
 
 def _get_eos_ids(subject: EvalModel) -> list[int]:
@@ -95,11 +69,11 @@ def _get_eos_ids(subject: EvalModel) -> list[int]:
 
 def _build_completion(
     ids: Sequence[int], encoder: TextEncoder, ends: frozenset[int], stops: Sequence[str]
-) -> BatchCompletion:
+) -> Completion:
     length = next((place for place, token in enumerate(ids) if token in ends), None)
     text = encoder.decode(ids[:length])
     cut = find_first_stop(text, stops)
-    return BatchCompletion(text[:cut], ended=length is not None or cut is not None)
+    return Completion(text[:cut], ended=length is not None or cut is not None)
 
 
 def find_first_stop(text: str, stops: Sequence[str]) -> int | None:
@@ -108,7 +82,10 @@ def find_first_stop(text: str, stops: Sequence[str]) -> int | None:
 
 
 class _StopTextCriteria(StoppingCriteria):  # type: ignore[misc]  # transformers has no types
-    """Stops a row once it contains a stop text."""
+    """Stops a row once its completion contains a stop text.
+
+    transformers' `stop_strings` look at the prompt, too: a line break at its end begins a match (experiments/LOG.md).
+    """
 
     def __init__(self, encoder: TextEncoder, start: int, stops: Sequence[str]) -> None:
         self._encoder, self._start, self._stops = encoder, start, stops

@@ -21,7 +21,7 @@ from llm_training_toolkit.data.sources.files import FileFormat as FileKind
 from llm_training_toolkit.data.sources.files import SourceFile, SourceRoot
 from llm_training_toolkit.data.sources.records import SourceRecord, read_source_records
 from llm_training_toolkit.errors import DataError, PlanError
-from llm_training_toolkit.evaluation.batch_generate import BatchSamplingParams, generate_completions
+from llm_training_toolkit.evaluation.batch_generate import generate_completions
 from llm_training_toolkit.evaluation.documents import resolve_data_path
 from llm_training_toolkit.evaluation.model import EvalModel
 from llm_training_toolkit.evaluation.sandbox.isolation import find_sandbox_kind, format_sandbox_kind
@@ -33,8 +33,10 @@ from llm_training_toolkit.evaluation.sandbox.run import (
     run_programs,
 )
 from llm_training_toolkit.evaluation.task import EvalResult, HumanEvalTask, ProgressCallback
+from llm_training_toolkit.models.sampling import SamplingParams
 
 STOP_TEXTS = ("\nclass", "\ndef", "\n#", "\n@", "\nprint", "\nif", "\n```")
+_TOP_P = 0.95  # nucleus sampling with a temperature; as in Codex, StarCoder and Qwen2.5-Coder
 _K_VALUES = (1, 10, 100)
 _PROMPT_TOO_LONG = "no room"  # outcome of a completion that was not generated, because its prompt fills the context
 
@@ -100,8 +102,17 @@ def _complete_problems(
     """Generate `task.samples` completions for each problem."""
     prompts = [subject.text_encoder.encode(problem.prompt) for problem in problems]
     asked = [prompt for prompt in prompts if len(prompt) < subject.context_length for _ in range(task.samples)]
-    how = BatchSamplingParams(task.tokens, STOP_TEXTS, task.temperature, task.seed, task.batch)
-    answers = iter(generate_completions(subject, asked, how, lambda done: progress("completions", done, len(asked))))
+    how = SamplingParams(task.tokens, task.temperature, task.seed, _TOP_P)
+    answers = iter(
+        generate_completions(
+            subject,
+            asked,
+            how,
+            stops=STOP_TEXTS,
+            batch_size=task.batch,
+            done=lambda done: progress("completions", done, len(asked)),
+        )
+    )
     return [
         [next(answers).text if len(prompt) < subject.context_length else None for _ in range(task.samples)]
         for prompt in prompts

@@ -15,11 +15,12 @@ from llm_training_toolkit.data.code.fim import UniformDraw, draw_uniform_numbers
 from llm_training_toolkit.data.sources import Document
 from llm_training_toolkit.data.types import Example
 from llm_training_toolkit.errors import DataError, PlanError
-from llm_training_toolkit.evaluation.batch_generate import BatchCompletion, BatchSamplingParams, generate_completions
+from llm_training_toolkit.evaluation.batch_generate import generate_completions
 from llm_training_toolkit.evaluation.documents import format_data_description, read_eval_documents
 from llm_training_toolkit.evaluation.losses import LossAccumulator, pack_into_batches
 from llm_training_toolkit.evaluation.model import EvalModel
 from llm_training_toolkit.evaluation.task import EvalResult, GapKind, InfillTask, ProgressCallback
+from llm_training_toolkit.models.sampling import Completion, SamplingParams
 
 _LINE = re.compile(r"[^\n]+")
 _MAX_LINE_CHARACTERS = 200  # longer lines are data rather than code
@@ -37,9 +38,13 @@ def measure_infill(task: InfillTask, subject: EvalModel, progress: ProgressCallb
     room = min(task.tokens, subject.context_length // 4)
     prompts = [view.build_prompt(gap, subject.context_length - room) for gap in gaps]
     stops = (view.stop_text,) if view.stop_text else ()
-    how = BatchSamplingParams(max_new_tokens=room, stops=stops, batch_size=task.batch)
     written = generate_completions(
-        subject, [ids for ids, _ in prompts], how, lambda done: progress("gaps filled", done, len(gaps))
+        subject,
+        [ids for ids, _ in prompts],
+        SamplingParams(max_new_tokens=room),
+        stops=stops,
+        batch_size=task.batch,
+        done=lambda done: progress("gaps filled", done, len(gaps)),
     )
     items = [_build_item(gap, answer) for gap, answer in zip(gaps, written, strict=True)]
     shortened = sum(was_cut for _, was_cut in prompts)
@@ -140,7 +145,7 @@ def _is_suitable_middle(text: str) -> bool:
     return len(text) <= _MAX_LINE_CHARACTERS and len("".join(text.split())) >= _MIN_MIDDLE_CHARACTERS
 
 
-def _build_item(gap: InfillGap, answer: BatchCompletion) -> dict[str, Any]:
+def _build_item(gap: InfillGap, answer: Completion) -> dict[str, Any]:
     """Compare an answer with the middle, ignoring white space at both ends."""
     wanted, given = gap.middle.strip(), answer.text.strip()
     return {

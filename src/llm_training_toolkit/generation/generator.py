@@ -18,6 +18,7 @@ from llm_training_toolkit.data.tokenizer import TextEncoder, open_tokenizer
 from llm_training_toolkit.errors import DataError, PlanError
 from llm_training_toolkit.families import FAMILIES
 from llm_training_toolkit.models.load_exported import load_exported_model, move_to_device
+from llm_training_toolkit.models.sampling import Completion, SamplingParams, set_generation_config
 
 # Decoded from the bytes of a character until all of them are generated.
 _INCOMPLETE_CHARACTER = "\N{REPLACEMENT CHARACTER}"
@@ -34,33 +35,14 @@ class FimSentinels:
     middle: str
 
 
-@dataclass(frozen=True)
-class SamplingParams:
-    """Sampling parameters. max_new_tokens: capped by the context. temperature 0: greedy."""
-
-    max_new_tokens: int = 64
-    temperature: float = 0.0
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class Completion:
-    """Generated text. `ended`: the model stopped by itself, rather than at max_new_tokens."""
-
-    text: str
-    ended: bool
-
-
-def _ignore_text(_piece: str) -> None:
-    """Discard the text."""
-
-
 class TextGenerator:
     """Model for generation, with the tokenizer from a directory."""
 
     def __init__(self, model: Any, tokenizer: Path) -> None:  # noqa: ANN401 - transformers has no types
-        """`model` stops at the `eos_token_id` of its generation configuration."""
+        """`model` stops at the `eos_token_id` of its generation configuration, of which nothing else is used."""
         self._model, self._directory = model, tokenizer
+        ends, self._pad_id = model.generation_config.eos_token_id, model.generation_config.pad_token_id
+        self._eos_ids: list[int] = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
         self._encoder: TextEncoder = open_tokenizer(str(tokenizer))
 
     @classmethod
@@ -69,13 +51,11 @@ class TextGenerator:
         disable_progress_bar()
         return cls(move_to_device(load_exported_model(directory), device), directory)
 
-    def complete_prompt(self, prompt: str, how: SamplingParams, say: TextCallback = _ignore_text) -> Completion:
+    def complete_prompt(self, prompt: str, how: SamplingParams, say: TextCallback | None = None) -> Completion:
         """Generate a continuation of `prompt`. Special-token text in it is encoded as plain text."""
-        return self._generate_completion(self._encoder.encode(prompt), how, self._get_eos_ids(), say)
+        return self._generate_completion(self._encoder.encode(prompt), how, self._eos_ids, say)
 
-    def fill_middle(
-        self, prefix: str, suffix: str, how: SamplingParams, say: TextCallback = _ignore_text
-    ) -> Completion:
+    def fill_middle(self, prefix: str, suffix: str, how: SamplingParams, say: TextCallback | None = None) -> Completion:
         """Generate the middle, prompting in prefix-suffix-middle order, up to any special token.
 
         Raises PlanError if the tokenizer has no sentinels.
@@ -86,7 +66,7 @@ class TextGenerator:
         ]
         before, after = self._encoder.encode(prefix), self._encoder.encode(suffix)
         ids = [marks[0], *before, marks[1], *after, marks[2]]
-        return self._generate_completion(ids, how, [*self._get_eos_ids(), *self._get_special_token_ids()], say)
+        return self._generate_completion(ids, how, [*self._eos_ids, *self._get_special_token_ids()], say)
 
     def start_chat(self, system: str | None = None) -> ChatSession:
         """Start a conversation with the tokenizer's chat template. Raises PlanError without a template."""
@@ -98,14 +78,14 @@ class TextGenerator:
         return ChatSession(self, ChatTemplate.from_tokenizer(self._directory, ""), system)
 
     def generate_reply(
-        self, conversation: Conversation, template: ChatTemplate, how: SamplingParams, say: TextCallback
+        self, conversation: Conversation, template: ChatTemplate, how: SamplingParams, say: TextCallback | None
     ) -> Completion:
         """Generate the next message. Raises PlanError if the template cannot render the conversation."""
         try:
             ids = encode_prompt(conversation, template, self._encoder)
         except DataError as error:
             raise PlanError(f"{self._directory}: the chat template {error}") from error
-        return self._generate_completion(ids, how, self._get_eos_ids(), say)
+        return self._generate_completion(ids, how, self._eos_ids, say)
 
     def _find_fim_sentinels(self) -> FimSentinels:
         for family in FAMILIES.values():
@@ -127,14 +107,9 @@ class TextGenerator:
             if self._encoder.has_special_token(token)
         ]
 
-    def _get_eos_ids(self) -> list[int]:
-        """Return the stop ids of the model's generation configuration."""
-        ends = self._model.generation_config.eos_token_id
-        return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-
     @torch.no_grad()
     def _generate_completion(
-        self, ids: Sequence[int], how: SamplingParams, ends: Sequence[int], say: TextCallback
+        self, ids: Sequence[int], how: SamplingParams, ends: Sequence[int], say: TextCallback | None
     ) -> Completion:
         limit = int(self._model.config.max_position_embeddings)
         if not ids:
@@ -145,17 +120,10 @@ class TextGenerator:
                 "one: shorten it"
             )
         torch.manual_seed(how.seed)
-        sampling = {"do_sample": True, "temperature": how.temperature} if how.temperature > 0 else {"do_sample": False}
+        set_generation_config(self._model, how, room=limit - len(ids), eos_ids=ends, pad_id=self._pad_id)
         prompt = torch.tensor([list(ids)], device=self._model.device)
         pieces = _CallbackStreamer(self._encoder, frozenset(ends), say)
-        out = self._model.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            max_new_tokens=min(how.max_new_tokens, limit - len(ids)),
-            eos_token_id=list(ends) or None,
-            streamer=pieces,
-            **sampling,
-        )
+        out = self._model.generate(prompt, attention_mask=torch.ones_like(prompt), streamer=pieces)
         return Completion(pieces.text, int(out[0, -1]) in ends)
 
 
@@ -167,7 +135,7 @@ class ChatSession:
         self.messages: tuple[ChatMessage, ...] = (ChatMessage("system", system),) if system is not None else ()
         """Messages so far."""
 
-    def send_message(self, text: str, how: SamplingParams, say: TextCallback = _ignore_text) -> Completion:
+    def send_message(self, text: str, how: SamplingParams, say: TextCallback | None = None) -> Completion:
         """Generate the reply to `text`, up to the end of the turn. Raises PlanError once the context is full."""
         asked = (*self.messages, ChatMessage("user", text))
         written = self._generator.generate_reply(Conversation(asked), self._template, how, say)
@@ -178,7 +146,7 @@ class ChatSession:
 class _CallbackStreamer(BaseStreamer):  # type: ignore[misc]  # transformers has no types
     """Passes text to a callback as soon as its characters are complete; special tokens are skipped."""
 
-    def __init__(self, encoder: TextEncoder, ends: frozenset[int], say: TextCallback) -> None:
+    def __init__(self, encoder: TextEncoder, ends: frozenset[int], say: TextCallback | None) -> None:
         self._encoder, self._ends, self._say = encoder, ends, say
         self._pending_ids: list[int] = []
         self._prompt_seen = False
@@ -205,4 +173,5 @@ class _CallbackStreamer(BaseStreamer):  # type: ignore[misc]  # transformers has
         self._pending_ids.clear()
         if piece:
             self.text += piece
-            self._say(piece)
+            if self._say is not None:
+                self._say(piece)

@@ -18,8 +18,9 @@ from llm_training_toolkit.data.chat.render import encode_prompt
 from llm_training_toolkit.data.chat.template import ChatTemplate
 from llm_training_toolkit.data.tokenizer import TextEncoder, TokenizationSpec, open_tokenizer, train_tokenizer
 from llm_training_toolkit.errors import PlanError
-from llm_training_toolkit.generation.generator import SamplingParams, TextGenerator, _CallbackStreamer
+from llm_training_toolkit.generation.generator import TextGenerator, _CallbackStreamer
 from llm_training_toolkit.models import build_model
+from llm_training_toolkit.models.sampling import SamplingParams
 
 CONTEXT = 64
 SHAPE: dict[str, Any] = {
@@ -68,6 +69,16 @@ def test_what_is_said_piece_by_piece_is_what_was_written(model: Any, directory: 
     out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False)
     assert written.text == "".join(pieces) == encoder.decode(out[0, ids.shape[1] :].tolist(), skip_special_tokens=True)
     assert len(pieces) > 1
+
+
+def test_what_is_not_asked_for_is_off(model: Any, directory: Path) -> None:
+    how = SamplingParams(max_new_tokens=24, temperature=1.0, seed=3)
+    plain = TextGenerator(model, directory).complete_prompt("def ", how).text
+    model.generation_config = GenerationConfig(
+        eos_token_id=0, pad_token_id=0, do_sample=True, top_k=1, top_p=0.1, repetition_penalty=5.0, temperature=0.1
+    )
+    assert TextGenerator(model, directory).complete_prompt("def ", how).text == plain
+    assert TextGenerator(model, directory).complete_prompt("def ", SamplingParams(24)).text != plain
 
 
 @given(st.text(alphabet="aé漢😀\n", max_size=20), st.integers(0, 3))
