@@ -45,9 +45,9 @@ def context(report: Any = None, stop_request: Any = None) -> RunContext:
     """This rank's place in the pool."""
     options: dict[str, Any] = {}
     if report is not None:
-        options["report"] = report
+        options["event_listener"] = report
     if stop_request is not None:
-        options["read_stop_request"] = stop_request
+        options["stop_request_reader"] = stop_request
     return RunContext(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), **options)
 
 
@@ -299,7 +299,7 @@ def work_to_a_rung(
         return StopRequest.STOP if step == stop_at else StopRequest.NONE
 
     return run_worker(
-        place_of(run), replace(context(stop_request=lambda: stop_request), rungs=rungs, await_rung=ask)
+        place_of(run), replace(context(stop_request=lambda: stop_request), rungs=rungs, rung_waiter=ask)
     ), asked
 
 

@@ -32,18 +32,6 @@ class StopRequest(enum.IntEnum):
     """Save now and end."""
 
 
-def _request_nothing() -> StopRequest:
-    return StopRequest.NONE
-
-
-def _continue_after_rung(_step: int) -> StopRequest:
-    return StopRequest.NONE
-
-
-def _discard_event(event: Event) -> None:
-    """Do nothing, as the default of `report`."""
-
-
 @dataclass(frozen=True)
 class RunContext:
     """One rank among the ranks of a run; a process group exists if there are several."""
@@ -51,14 +39,14 @@ class RunContext:
     rank: int
     world_size: int
     device: torch.device
-    report: Callable[[Event], None] = _discard_event
-    """Reports an event to the user; called on rank 0 only."""
-    read_stop_request: Callable[[], StopRequest] = _request_nothing
-    """Returns the current stop request; called on rank 0 only, and the loop shares it with all ranks."""
+    event_listener: Callable[[Event], None] | None = None
+    """Shows events to the user; set on rank 0 only."""
+    stop_request_reader: Callable[[], StopRequest] | None = None
+    """Returns the current stop request; asked on rank 0 only."""
     rungs: tuple[int, ...] = ()
     """Steps after which a trial of a search is compared with others, and continues or ends."""
-    await_rung: Callable[[int], StopRequest] = _continue_after_rung
-    """Waits for the decision on a trial after a rung; called on rank 0 only."""
+    rung_waiter: Callable[[int], StopRequest] | None = None
+    """Waits for the decision on a trial after a rung; asked on rank 0 only."""
     heartbeat: Heartbeat = field(default_factory=Heartbeat)
     """Current phase of this rank, set by the rank and read by hang detection."""
 
@@ -66,6 +54,23 @@ class RunContext:
     def is_rank_zero(self) -> bool:
         """True on rank 0, the only writer of shared output."""
         return self.rank == 0
+
+    def report(self, event: Event) -> None:
+        """Pass an event to the listener, if this rank has one."""
+        if self.event_listener is not None:
+            self.event_listener(event)
+
+    def read_stop_request(self) -> StopRequest:
+        """Return the current stop request, NONE on ranks other than 0: the loop shares it with all."""
+        if self.stop_request_reader is None or not self.is_rank_zero:
+            return StopRequest.NONE
+        return self.stop_request_reader()
+
+    def await_rung(self, step: int) -> StopRequest:
+        """Wait on rank 0 for the decision on a trial after a rung; the others get NONE and share it."""
+        if self.rung_waiter is None or not self.is_rank_zero:
+            return StopRequest.NONE
+        return self.rung_waiter(step)
 
     def barrier(self) -> None:
         """Wait for all ranks."""

@@ -25,14 +25,6 @@ from llm_training_toolkit.engine.skip_step import SkippableOptimizer
 from llm_training_toolkit.models import LossModule
 
 
-def _ignore_index(_index: int) -> None:
-    """Do nothing, as the default callback before each micro-batch."""
-
-
-def _allow_update(_norm: float) -> bool:
-    return True
-
-
 class Engine:
     """Model under DeepSpeed, with AdamW in fp32 and gradients that do not depend on how a batch is split."""
 
@@ -84,7 +76,7 @@ class Engine:
         self,
         micro_batches: Sequence[MicroBatch],
         loss_tokens: int,
-        on_micro_batch_start: Callable[[int], None] = _ignore_index,
+        on_micro_batch_start: Callable[[int], None] | None = None,
     ) -> float:
         """Accumulate the gradients of this rank's micro-batches and return the sum of its token losses.
 
@@ -98,7 +90,8 @@ class Engine:
         stopwatch = DeviceTimer(self.device)
         scale = (1 if self._master_weights is not None else self.world_size) / max(loss_tokens, 1)
         for index, batch in enumerate(micro_batches):
-            on_micro_batch_start(index)
+            if on_micro_batch_start is not None:
+                on_micro_batch_start(index)
             self.deepspeed.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
             self._batch_position.step, self._batch_position.first = batch.step, batch.first
             with stopwatch:
@@ -122,7 +115,7 @@ class Engine:
         self.deepspeed.eval()
         return float(self._run_forward(batch))
 
-    def optim_step(self, lr: float, should_update: Callable[[float], bool] = _allow_update) -> float:
+    def optim_step(self, lr: float, should_update: Callable[[float], bool] | None = None) -> float:
         """Update the weights with the accumulated gradients and return the gradient norm before clipping.
 
         Every rank calls `should_update` once with that norm, in the same order. If it returns False, weights and
@@ -140,7 +133,7 @@ class Engine:
             return float(master_grad_norm if master_grad_norm is not None else self._zero_optimizer._global_grad_norm)  # noqa: SLF001
 
         self._skippable_optimizer.set_update_condition(
-            lambda: math.isfinite(get_grad_norm()) and should_update(get_grad_norm())
+            lambda: math.isfinite(get_grad_norm()) and (should_update is None or should_update(get_grad_norm()))
         )
         self.deepspeed.step()
         if self._master_weights is not None:

@@ -18,7 +18,7 @@ class SkippableOptimizer:
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._update = optimizer.step
-        self._decide: Callable[[], bool] = _always_update
+        self._decide: Callable[[], bool] | None = None
         self._decided: bool | None = None
         # Patched on the instance, because ZeRO checks the exact class of an optimizer and would reject a subclass.
         optimizer.step = self._step_if_allowed  # type: ignore[method-assign]
@@ -29,9 +29,5 @@ class SkippableOptimizer:
 
     def _step_if_allowed(self, *arguments: Any, **options: Any) -> Any:  # noqa: ANN401 - the optimizer's own signature
         if self._decided is None:
-            self._decided = self._decide()
+            self._decided = self._decide is None or self._decide()
         return self._update(*arguments, **options) if self._decided else None
-
-
-def _always_update() -> bool:
-    return True

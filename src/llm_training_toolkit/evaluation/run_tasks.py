@@ -93,14 +93,10 @@ def run_final_tasks(trained: Run, *, metrics: Metrics, context: RunContext) -> N
         return
     mark = _build_done_marker(trained.directory, trained.config)
     if mark.record_attempt():
-        run_tasks(tasks, trained.directory.export_dir, trained, metrics=metrics, context=context, word=_skip_keepalive)
+        run_tasks(tasks, trained.directory.export_dir, trained, metrics=metrics, context=context)
     else:
         context.report(WarningEvent(f"eval.tasks {TASKS_SKIPPED_MESSAGE}"))
     mark.mark_done()
-
-
-def _skip_keepalive() -> None:
-    """Do nothing: the other ranks have finished."""
 
 
 def run_tasks(
@@ -110,15 +106,16 @@ def run_tasks(
     *,
     metrics: Metrics,
     context: RunContext,
-    word: Callable[[], None],
+    word: Callable[[], None] | None = None,
 ) -> None:
     """Run each task on an exported model of the run. Exceptions of a task are reported.
 
-    `word` is the keepalive, called on progress; its exceptions propagate.
+    `word` is the keepalive for ranks that wait, called on progress; its exceptions propagate.
     """
     for asked in tasks:
         context.report(NoteEvent(f"evaluating {asked.task}"))
-        word()
+        if word is not None:
+            word()
         measuring = _TaskProgress(asked.task, context, word)
         try:
             evaluation = _run_and_record(asked, model, trained, context, measuring)
@@ -179,7 +176,7 @@ def _run_and_record(
 class _TaskProgress:
     """Progress callback of a task: sends the keepalive, and reports once a second, since events cross the network."""
 
-    def __init__(self, task: str, context: RunContext, word: Callable[[], None]) -> None:
+    def __init__(self, task: str, context: RunContext, word: Callable[[], None] | None) -> None:
         self._task, self._context, self._send_keepalive = task, context, word
         self._last = -math.inf
         self.keepalive_error: Exception | None = None
@@ -188,7 +185,8 @@ class _TaskProgress:
     def __call__(self, stage: str, done: int, total: int) -> None:
         """Implement `ProgressCallback`."""
         try:
-            self._send_keepalive()
+            if self._send_keepalive is not None:
+                self._send_keepalive()
         except Exception as error:
             self.keepalive_error = error
             raise

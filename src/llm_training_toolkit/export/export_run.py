@@ -119,7 +119,12 @@ def _select_checkpoint_path(run: RunDirectory, step: int | None) -> Path:
 
 
 def export_checkpoint(
-    trained: Run, checkpoint: CheckpointReader, destination: Path, *, merge: bool, say: Callable[[str], None]
+    trained: Run,
+    checkpoint: CheckpointReader,
+    destination: Path,
+    *,
+    merge: bool,
+    say: Callable[[str], None] | None = None,
 ) -> ExportResult:
     """Write a checkpoint to `destination`, and compare the result with it."""
     adapter = trained.get_adapter(checkpoint)
@@ -130,7 +135,8 @@ def export_checkpoint(
         trained.directory, config, trained.dataset_info, checkpoint.manifest, kind=kind, base=trained.base_path
     )
     about = build_model_files(config, trained.dataset_info, text, name)
-    say(f"writing {kind} of {name}")
+    if say is not None:
+        say(f"writing {kind} of {name}")
     with atomic_export_dir(destination) as directory:
         if adapter is None or merge:
             weights, hf_config = build_full_weights(trained, checkpoint)
@@ -141,7 +147,8 @@ def export_checkpoint(
 
             check_adapter_base(trained, checkpoint)
             write_adapters(checkpoint, directory, adapter, base=trained.base_path, precision=precision, beside=about)
-        say("comparing logits")
+        if say is not None:
+            say("comparing logits")
         difference = _check_export(trained, checkpoint, directory, adapter, kind)
     return ExportResult(
         trained.directory.storage.get_uri(destination), kind, name, checkpoint.manifest.step, difference

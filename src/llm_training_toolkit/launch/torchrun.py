@@ -71,8 +71,8 @@ def run_without_ray(run: RunDirectory, config: Config, console: Console) -> dict
             rank=int(os.environ.get("RANK", "0")),
             world_size=get_torchrun_world_size(),
             device=device,
-            report=console.show_event if is_first_rank() else _ignore_event,
-            read_stop_request=lambda: StopRequest.STOP if stop.is_set() else StopRequest.NONE,
+            event_listener=console.show_event if is_first_rank() else None,
+            stop_request_reader=lambda: StopRequest.STOP if stop.is_set() else StopRequest.NONE,
         )
         if not is_first_rank():
             run.storage.refresh_directory(run.path)  # the first rank has written files meanwhile
@@ -110,7 +110,3 @@ def _build_stopped_result(run: RunDirectory) -> dict[str, Any]:
     newest_one = find_latest_checkpoint(run.checkpoints_dir)
     place = parse_checkpoint_name(newest_one) if newest_one else None
     return {"status": "stopped", "step": place[0] if place else 0}
-
-
-def _ignore_event(_event: object) -> None:
-    """Discard the event: only the first rank reports."""

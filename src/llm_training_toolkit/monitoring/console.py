@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import IO
 
 from rich.console import Console as Terminal
@@ -65,7 +66,9 @@ class RemainingTimeEstimator:
 class Console:
     """Terminal output of one command."""
 
-    def __init__(self, file: IO[str] | None = None) -> None:
+    def __init__(self, file: IO[str] | None = None, listener: Callable[[Event], None] | None = None) -> None:
+        """Open the terminal, or write to `file`; `listener` receives each event before it is shown."""
+        self._listener = listener
         self.terminal = Terminal(file=file, highlight=False, soft_wrap=True)
         self._progress: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
@@ -84,7 +87,13 @@ class Console:
         DRIVER_LOGGER.warning("%s", message)
 
     def show_event(self, event: Event) -> None:
-        """Show an event. Errors and rungs of a search have no line: the driver reports what follows from them."""
+        """Pass an event to the listener and show it."""
+        if self._listener is not None:
+            self._listener(event)
+        self._print_event(event)
+
+    def _print_event(self, event: Event) -> None:
+        """Print an event. Errors and rungs of a search have no line: the driver reports what follows from them."""
         match event:
             case NoteEvent():
                 self.print_line(event.message)

@@ -99,7 +99,7 @@ def prepare_remaining_epochs(run: RunDirectory) -> None:
     config, dataset_info = resume_state.config, resume_state.dataset_info
     if config is None or dataset_info is None:
         raise DataError(f"{run.path}: is no run that has begun")
-    work = DatasetBuilder(config, get_tokenization_spec(config), lambda _stage, _done, _total: None, render_in_process)
+    work = DatasetBuilder(config, get_tokenization_spec(config), None, render_in_process)
     if work.fingerprint != dataset_info.fingerprint:
         raise DataError(
             "the documents have changed since the run began (paths, sizes or times of modification differ). Bring them "

@@ -46,7 +46,7 @@ def wait_for_data(parts: TrainerComponents, progress: TrainState) -> LoopStatus 
                 dataloader.refresh_epochs()
         except DataError as error:
             failure = str(error)
-        stop_request = context.read_stop_request() if context.is_rank_zero else StopRequest.NONE
+        stop_request = context.read_stop_request()
         answers = context.all_gather_object((dataloader.has_step(progress.step), failure, stop_request))
         if failures := [failure for _, failure, _ in answers if failure]:
             raise DataError(failures[0])
@@ -80,9 +80,7 @@ def await_rung_decision(parts: TrainerComponents, progress: TrainState) -> LoopS
     if progress.step not in context.rungs:
         return None
     context.heartbeat.set_phase(f"waiting at the rung after step {progress.step}", NO_TIMEOUT)
-    stop_request = context.broadcast_object(
-        context.await_rung(progress.step) if context.is_rank_zero else StopRequest.NONE
-    )
+    stop_request = context.broadcast_object(context.await_rung(progress.step))
     return "stopped" if stop_request is StopRequest.STOP else None
 
 

@@ -19,6 +19,7 @@ from llm_training_toolkit.distributed.context import StopRequest
 from llm_training_toolkit.distributed.events import StepEvent, StragglerEvent
 from llm_training_toolkit.distributed.heartbeat import NON_STEP_TIMEOUT_FACTOR, STEP_TIMEOUT_FACTOR
 from llm_training_toolkit.errors import DataError, TrainingError
+from llm_training_toolkit.models.init_weights import derive_seed
 from llm_training_toolkit.plan import compute_replica_slice
 from llm_training_toolkit.train.components import LoopStatus, TrainerComponents
 from llm_training_toolkit.train.hooks import (
@@ -118,7 +119,7 @@ def train_step(parts: TrainerComponents, state: TrainState) -> tuple[TrainState,
     )
     loss_tokens = parts.dataloader.count_loss_tokens(step)
     # Seeded by the step in case a kernel draws from the global generator: LoRA dropout has its own, others are 0.
-    torch.manual_seed(hash((parts.seed, step, context.rank)))
+    torch.manual_seed(derive_seed(parts.seed, f"step {step}, rank {context.rank}"))
     data_seconds = time.perf_counter() - started
     parts.goodput_tracker.enter_step(step + 1)
 
@@ -178,7 +179,7 @@ def _all_reduce_step_results(
 ) -> tuple[float, StepDecision, Straggler | None]:
     """Return the loss summed over ranks, the common decision and the slowest rank, from one all-reduce."""
     context = parts.context
-    stop_request = context.read_stop_request() if context.is_rank_zero else StopRequest.NONE
+    stop_request = context.read_stop_request()
     save = context.is_rank_zero and (
         parts.checkpoint_manager.is_due(completed) or parts.in_training_tasks.has_due_tasks(completed)
     )

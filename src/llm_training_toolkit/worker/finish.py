@@ -22,7 +22,8 @@ from llm_training_toolkit.errors import CheckpointError
 from llm_training_toolkit.evaluation.run_tasks import format_failure_reason, has_finished_tasks, run_final_tasks
 from llm_training_toolkit.export import read_source_checkpoint_name
 from llm_training_toolkit.export.export_run import export_checkpoint
-from llm_training_toolkit.generation.generator import SamplingParams, TextGenerator
+from llm_training_toolkit.generation.generator import TextGenerator
+from llm_training_toolkit.models.sampling import SamplingParams
 from llm_training_toolkit.monitoring.metrics import Metrics
 from llm_training_toolkit.runs.directory import RunDirectory
 
@@ -57,7 +58,7 @@ def finish_run(trained: Run, *, metrics: Metrics, context: RunContext) -> None:
     run, checkpoint = trained.directory, trained.open_latest_checkpoint()
     if checkpoint is None:
         raise CheckpointError(f"{run.path}: nothing to export: the run has no complete checkpoint")
-    exported = export_checkpoint(trained, checkpoint, run.export_dir, merge=False, say=lambda _text: None)
+    exported = export_checkpoint(trained, checkpoint, run.export_dir, merge=False)
     try:
         for sample in generate_samples(run.export_dir, trained.config, trained.dataset_info, str(context.device)):
             metrics.add_text(exported.step, f"samples/{sample.title}", format_sample_markdown(sample))
@@ -84,7 +85,7 @@ def complete_interrupted_finish(run: RunDirectory, config: Config, report: Event
     assert directory is not None
     manifest = read_manifest(directory)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    context = RunContext(rank=0, world_size=1, device=device, report=report)
+    context = RunContext(rank=0, world_size=1, device=device, event_listener=report)
     metrics = Metrics(run, manifest.attempt, manifest.step, context)
     trained = Run(run, config, DatasetInfo.from_json(run.dataset_info_path.read_text()))
     (run_final_tasks if is_exported(run) else finish_run)(trained, metrics=metrics, context=context)

@@ -116,7 +116,7 @@ def _log_events(context: RunContext) -> RunContext:
                 RANK_LOGGER.info("%s", event)
         context.report(event)
 
-    return replace(context, report=report_event)
+    return replace(context, event_listener=report_event)
 
 
 def _train_and_finish(parts: TrainerComponents, spec: WorkerSpec, requested: Config) -> tuple[str, int]:

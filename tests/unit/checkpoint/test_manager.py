@@ -58,7 +58,7 @@ class Rank:
 
     @property
     def context(self) -> RunContext:
-        return RunContext(0, 1, torch.device("cpu"), report=self.events.append)
+        return RunContext(0, 1, torch.device("cpu"), event_listener=self.events.append)
 
     def write(self, step: int) -> Path:
         def describe(files: tuple[FileEntry, ...], fragments: tuple[tuple[str, int, int, int], ...]) -> Manifest:

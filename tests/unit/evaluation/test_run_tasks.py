@@ -34,7 +34,9 @@ def test_a_task_that_fails_in_a_way_nobody_foresaw_is_reported(fresh_run: Callab
     (run.export_dir / "config.json").write_text("{")  # transformers raises OSError
     place = rank_tasks.place_of(str(run.path), {"eval": {"tasks": [{"task": "infill", "limit": 1}]}})
     said: list[str] = []
-    context = RunContext(0, 1, torch.device("cpu"), report=lambda event: said.append(getattr(event, "message", "")))
+    context = RunContext(
+        0, 1, torch.device("cpu"), event_listener=lambda event: said.append(getattr(event, "message", ""))
+    )
     metrics = Metrics(run, 1, 0, context)
     run_final_tasks(place, metrics=metrics, context=context)
     metrics.close()
@@ -93,11 +95,11 @@ def test_ranks_that_are_gone_are_no_failure_of_a_task(fresh_run: Callable[[str],
     run = fresh_run("alone")
     said: list[Any] = []
     for _ in range(2):
-        context = RunContext(0, 2, torch.device("cpu"), report=said.append)  # of a group that does not exist
+        context = RunContext(0, 2, torch.device("cpu"), event_listener=said.append)  # of a group that does not exist
         with pytest.raises(ValueError, match="process group"):
             midway_of(run, context).run_due_tasks(4)
     assert said == []
-    alone = RunContext(0, 1, torch.device("cpu"), report=said.append)
+    alone = RunContext(0, 1, torch.device("cpu"), event_listener=said.append)
     assert midway_of(run, alone).run_due_tasks(4) is StopRequest.NONE
     assert "2 times the process that began them was gone" in said[0].message
     assert midway_of(run, alone).run_due_tasks(4) is StopRequest.NONE
@@ -109,7 +111,7 @@ def test_every_wish_to_end_breaks_the_tasks_off(
     stop_request: StopRequest, fresh_run: Callable[[str], RunDirectory]
 ) -> None:
     run = fresh_run("not-now")
-    context = RunContext(0, 1, torch.device("cpu"), read_stop_request=lambda: stop_request)
+    context = RunContext(0, 1, torch.device("cpu"), stop_request_reader=lambda: stop_request)
     half = run.task_export_dir.with_name(".export_for_tasks.writing")
     half.mkdir()
     for _ in range(3):

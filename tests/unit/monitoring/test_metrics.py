@@ -36,7 +36,7 @@ def events() -> list[Any]:
 
 @pytest.fixture
 def context(events: list[Any]) -> RunContext:
-    return RunContext(0, 1, torch.device("cpu"), report=events.append)
+    return RunContext(0, 1, torch.device("cpu"), event_listener=events.append)
 
 
 @contextmanager
@@ -225,7 +225,7 @@ def test_a_disk_that_is_full_when_metrics_are_closed_does_not_fail_a_finished_ru
 
 
 def test_nothing_is_written_on_other_ranks(run: RunDirectory, events: list[Any]) -> None:
-    context = RunContext(1, 2, torch.device("cpu"), report=events.append)
+    context = RunContext(1, 2, torch.device("cpu"), event_listener=events.append)
     with metrics(run, context) as opened:
         opened.write(1, {"train/loss": 1.0})
         opened.add_text(1, "note", "text")

@@ -92,7 +92,7 @@ def prepare_dataset(
     runner: ShardRunner = render_in_process,
 ) -> PreparedDataset:
     """Prepare the first epochs, or reuse them: `DatasetBuilder` for a single call."""
-    work = DatasetBuilder(config, markers, progress or (lambda _stage, _done, _total: None), runner)
+    work = DatasetBuilder(config, markers, progress, runner)
     return work.build_epochs(epochs or [1] * len(work.streams))
 
 
@@ -124,10 +124,10 @@ class DatasetBuilder:
     """
 
     def __init__(
-        self, config: Config, markers: TokenizationSpec, progress: StageProgressCallback, runner: ShardRunner
+        self, config: Config, markers: TokenizationSpec, progress: StageProgressCallback | None, runner: ShardRunner
     ) -> None:
         self.data, self.tokenizer, self.seed = config.data, config.tokenizer, config.run.seed
-        self.markers, self.progress, self.runner = markers, progress, runner
+        self.markers, self._progress, self.runner = markers, progress, runner
         self.cache = get_cache_directory(config)
         self.sources = list_all_sources(self.data)
         self.streams = _build_streams(self.data)
@@ -138,6 +138,10 @@ class DatasetBuilder:
             self._build_documents_identity(), self.tokenizer_key, asdict(markers), self.data.sequence_length
         )
         self.directory = self.cache / self.fingerprint[:16]
+
+    def _report_progress(self, stage: str, done: int, total: int) -> None:
+        if self._progress is not None:
+            self._progress(stage, done, total)
 
     def build_epochs(self, epochs: Sequence[int]) -> PreparedDataset:
         """Prepare the first epochs, a number for each stream, or reuse them."""
@@ -175,7 +179,7 @@ class DatasetBuilder:
         """Read all documents again and compare them with the index. Raises DataError for the first difference."""
         total = len(self.document_index.sources)
         verify_document_index(
-            self.data, self.directory / "documents", lambda done: self.progress("comparing", done, total)
+            self.data, self.directory / "documents", lambda done: self._report_progress("comparing", done, total)
         )
 
     def _build_documents_identity(self) -> list[Any]:
@@ -221,7 +225,7 @@ class DatasetBuilder:
         return self.cache / f"tokenizer-{self.tokenizer_key[:16]}"
 
     def _build_document_index(self, directory: Path) -> None:
-        build_document_index(self.data, directory, lambda done: self.progress("reading", done, 0))
+        build_document_index(self.data, directory, lambda done: self._report_progress("reading", done, 0))
         if fingerprint_sources(self.sources) != self.sources_fingerprint:
             raise DataError(
                 "data.sources: files changed while they were being read. Let nothing write into the sources, and "
@@ -253,10 +257,10 @@ class DatasetBuilder:
         for shard in split_into_shards(self.data, self.document_index, range(len(self.data.sources)), held=False):
             for _, document in rereader.read_documents(shard, held=False):
                 if done % _PROGRESS_EVERY == 0:
-                    self.progress("tokenizer", done, total)
+                    self._report_progress("tokenizer", done, total)
                 done += 1
                 yield extract_plain_text(document, self.sources[document.source])
-        self.progress("tokenizer", total, total)
+        self._report_progress("tokenizer", total, total)
 
     def _build_epoch(self, stream: SourceStream, epoch: int) -> EpochInfo:
         """Build the tokens and the plan of an epoch; without FIM all epochs share their tokens."""
@@ -303,23 +307,23 @@ class DatasetBuilder:
         documents = self.directory / "documents"
         job = RenderJob(self.data, self.markers, self.seed, epoch, held, documents, self.tokenizer_path, place)
         try:
-            self.runner(job, chosen, _build_progress_counter(self.progress, stage, total))
+            self.runner(job, chosen, _build_progress_counter(self._report_progress, stage, total))
             build_atomic_dir(target, lambda directory: join_shards(job, chosen, directory, len(self.sources)))
         except (OSError, ToolkitError):  # another process finished first and removed the shards
             if not target.is_dir():
                 raise
         shutil.rmtree(place, ignore_errors=True)
-        self.progress(stage, total, total)
+        self._report_progress(stage, total, total)
         return target
 
     def _build_packing_plan(self, tokens: Path, *, seed: int, epoch: int) -> PackingPlan:
         examples = ExampleStore(tokens)
-        self.progress("packing", 0, len(examples))
+        self._report_progress("packing", 0, len(examples))
         length = self.data.sequence_length
         plan = pack_in_windows(
             examples.batch, examples.length, length, targets=examples.targets, seed=seed, epoch=epoch
         )
-        self.progress("packing", len(examples), len(examples))
+        self._report_progress("packing", len(examples), len(examples))
         return plan
 
     def _build_dataset_info(self, tokenizer: Path, prepared: list[list[EpochInfo]]) -> DatasetInfo:

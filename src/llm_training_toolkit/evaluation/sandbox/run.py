@@ -75,7 +75,7 @@ def run_programs(
     kind: SandboxKind,
     limits: SandboxLimits,
     at_a_time: int,
-    done: Callable[[int], None] = lambda _: None,
+    done: Callable[[int], None] | None = None,
 ) -> list[ProgramResult]:
     """Run programs, `at_a_time` in parallel. `done` receives the number finished so far."""
     ends: list[ProgramResult] = []
@@ -83,7 +83,8 @@ def run_programs(
         try:
             for ended in threads.map(partial(run_program, kind=kind, limits=limits), programs):
                 ends.append(ended)
-                done(len(ends))
+                if done is not None:
+                    done(len(ends))
         except BaseException:
             threads.shutdown(wait=False, cancel_futures=True)
             raise

@@ -45,12 +45,12 @@ def worker_main(assignment: Mapping[str, Any]) -> dict[str, Any]:
     try:
         context = partial(
             RunContext,
-            read_stop_request=stop_request,
+            stop_request_reader=stop_request,
             heartbeat=heartbeat,
             rungs=assignment["rungs"],
-            await_rung=build_rung_waiter(assignment["line"]),
+            rung_waiter=build_rung_waiter(assignment["line"]),
         )
-        return _run_worker(assignment, rank, report if rank == 0 else _ignore_event, context)
+        return _run_worker(assignment, rank, report if rank == 0 else None, context)
     except Exception as error:  # boundary of the worker's process: report before Ray kills it
         traceback.print_exc()
         report_with_retry(
@@ -61,12 +61,13 @@ def worker_main(assignment: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _run_worker(
-    assignment: Mapping[str, Any], rank: int, report: Callable[[Event], None], context: Callable[..., RunContext]
+    assignment: Mapping[str, Any], rank: int, report: Callable[[Event], None] | None, context: Callable[..., RunContext]
 ) -> dict[str, Any]:
     from llm_training_toolkit.worker.main import run_worker  # imports torch, transformers, DeepSpeed
 
     def send_note(text: str) -> None:
-        report(NoteEvent(text))
+        if report is not None:
+            report(NoteEvent(text))
 
     with join_run(assignment["run"], send_note) as run:
         config, dataset_info = (
@@ -106,7 +107,3 @@ def _build_error_event(error: Exception, rank: int, phase: str) -> WorkerErrorEv
     last = traceback.extract_tb(error.__traceback__)[-1]
     text = f"{type(error).__name__}: {error} ({Path(last.filename).name}:{last.lineno}, in {last.name})"
     return WorkerErrorEvent(rank, phase, type(error).__name__, text, final=False, helped=False)
-
-
-def _ignore_event(_event: Event) -> None:
-    """Discard the event: only rank 0 reports."""

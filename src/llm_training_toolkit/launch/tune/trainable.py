@@ -169,7 +169,7 @@ class _TrialRunner:
         run, config = self._run_directory, parse_config_json(self._order.config)
         self._release_placement_groups()
         with _wait_for_run_lock(run), (run.path / "trial.log").open("a") as log:
-            console = _TrialConsole(log, self)
+            console = Console(log, listener=self.handle_event)
             plan = self._prepare_run(run, config, console)
             if plan is None:
                 result = {"status": "finished", "step": self._steps[-1]}
@@ -249,19 +249,6 @@ def wait_for_metrics(metrics: Path, step: int, metric: str, within: float = _MET
         if time.monotonic() > end:
             raise LaunchError(f"{metric} after step {step} was not in {metrics} within {within:g} s")
         time.sleep(_POLL_SECONDS)
-
-
-class _TrialConsole(Console):
-    """Console that writes to the trial's log and passes the workers' events to the runner."""
-
-    def __init__(self, log: Any, work: _TrialRunner) -> None:  # noqa: ANN401 - a text file
-        super().__init__(log)
-        self._work = work
-
-    def show_event(self, event: Event) -> None:
-        """Pass the event to the runner and log it."""
-        self._work.handle_event(event)
-        super().show_event(event)
 
 
 @contextmanager

@@ -36,7 +36,7 @@ def silent(_text: str) -> None:
 
 
 def context(events: list[Any] | None = None) -> RunContext:
-    return RunContext(0, 1, torch.device("cpu"), report=(events if events is not None else []).append)
+    return RunContext(0, 1, torch.device("cpu"), event_listener=(events if events is not None else []).append)
 
 
 def saver(run: RunDirectory, attempt: int = 1) -> CheckpointManager:
