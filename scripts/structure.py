@@ -18,7 +18,7 @@ WALKS = {
     "step": """train/loop.py train/hooks.py train/components.py train/loss_spikes.py train/stragglers.py
         data/dataloader.py data/dataset.py engine/engine.py models/loss.py""",
     "restart": """launch/ray/controller.py launch/ray/worker_group.py launch/ray/train_fn.py launch/ray/control_actor.py
-        launch/ray/hang_detector.py launch/ray/failure_cause.py launch/ray/failure_policy.py launch/ray/resources.py
+        launch/ray/hang_detector.py launch/ray/failure_policy.py launch/ray/resources.py
         launch/ray/capacity.py worker/main.py checkpoint/restore.py""",
     "trial": """launch/tune/tuner.py launch/tune/trainable.py launch/tune/callbacks.py search/space.py search/sampler.py
         search/early_stopping.py search/event_log.py search/budget.py launch/ray/controller.py train/hooks.py

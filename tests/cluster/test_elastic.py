@@ -47,14 +47,9 @@ class Nodes:
 
     def announce_end(self, address: str, seconds: int) -> None:
         """What a cloud's notice of preemption leads to: Ray drains the node."""
-        from ray._raylet import GcsClient  # type: ignore[attr-defined]
-        from ray.core.generated.autoscaler_pb2 import DrainNodeReason
+        from llm_training_toolkit.launch.ray.private_api import drain_node
 
-        client = GcsClient(address=self.cluster.address)
-        reason = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
-        deadline = int((time.time() + seconds) * 1e3)
-        accepted, why = client.drain_node(self._nodes[address].node_id, reason, "preempted", deadline)
-        assert accepted, why
+        drain_node(self.cluster.address, self._nodes[address].node_id, int((time.time() + seconds) * 1e3))
 
 
 @pytest.fixture

@@ -137,8 +137,8 @@ def test_a_search_whose_trials_do_not_fit_is_refused_before_data_is_prepared(
         yaml.dump({**search, "overrides": {"cluster.workers": 4, "cluster.cpus_per_worker": 3}}, out)
     done = fork_server.run(command(file), env=ray_environment, capture_output=True)
     assert done.returncode == 1
-    assert "needs 4 workers of 3 CPU; the cluster has room for 2" in done.stderr
-    assert "no autoscaler adds nodes to it: set cluster.workers to 2" in done.stderr
+    assert "needs 4 workers; the cluster has room for 2" in done.stderr
+    assert "no autoscaler (version 2) adds nodes to it: set cluster.workers to 2" in done.stderr
     assert not directory_of(file).trials_dir.exists()
 
 

@@ -50,14 +50,11 @@ class LocalCluster:
 
     def drain_rank_node(self, process: int) -> RayNode:
         """Drain the node of a rank's process, as after a cloud's preemption notice. Add a new one, return the old."""
-        from ray._raylet import GcsClient  # type: ignore[attr-defined]
-        from ray.core.generated.autoscaler_pb2 import DrainNodeReason
+        from llm_training_toolkit.launch.ray.private_api import drain_node
 
         node = self._find_rank_node(process)
         self._add_worker_node()
-        reason = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
-        deadline = int((time.time() + _PREEMPTION_NOTICE_SECONDS) * 1e3)
-        GcsClient(address=self._cluster.address).drain_node(node.node_id, reason, "preempted", deadline)
+        drain_node(self._cluster.address, node.node_id, int((time.time() + _PREEMPTION_NOTICE_SECONDS) * 1e3))
         return node
 
     def kill_node(self, node: RayNode) -> None:
@@ -93,8 +90,10 @@ class LocalCluster:
 
     def _find_rank_node(self, process: int) -> RayNode:
         """Return the node whose raylet has started a rank's process."""
+        from llm_training_toolkit.launch.ray.private_api import get_raylet_pid
+
         above = {parent.pid for parent in psutil.Process(process).parents()}
-        [node] = [node for node in self._cluster.worker_nodes if _get_raylet_pid(node) in above]
+        [node] = [node for node in self._cluster.worker_nodes if get_raylet_pid(node) in above]
         return node
 
 
@@ -106,8 +105,3 @@ def _keep_sigterm_handler() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _get_raylet_pid(node: RayNode) -> int:
-    [raylet] = node.all_processes["raylet"]
-    return int(raylet.process.pid)

@@ -16,10 +16,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from llm_training_toolkit.errors import LaunchError
+from llm_training_toolkit.launch.ray.private_api import JOB_CLIENT_LOGGERS, get_server_ray_version
 from llm_training_toolkit.runs.table import format_duration
 
-# Modules of Ray that log how they connect and upload, and what they exclude.
-_NOISY_LOGGERS = ["dashboard.modules.job.sdk", "dashboard.modules.dashboard_sdk", "_private.runtime_env"]
 RUN_NAME_METADATA = "ltt_run"  # metadata key of the run's name, by which a run is resumed
 _STATUS_COLOURS = {
     "pending": "cyan",
@@ -68,8 +67,8 @@ def translate_connection_errors(address: str) -> Iterator[None]:
 
 def silence_ray_loggers() -> None:
     """Silence Ray's messages about connecting and packing, except errors."""
-    for chatty in _NOISY_LOGGERS:
-        logging.getLogger(f"ray.{chatty}").setLevel(logging.ERROR)
+    for name in JOB_CLIENT_LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def connect_job_client(address: str) -> Any:  # noqa: ANN401 - Ray has no types
@@ -79,7 +78,7 @@ def connect_job_client(address: str) -> Any:  # noqa: ANN401 - Ray has no types
     silence_ray_loggers()
     with translate_connection_errors(address):
         client = JobSubmissionClient(address)
-    version = client._server_ray_version  # noqa: SLF001 - read when the client checks the connection
+    version = get_server_ray_version(client)
     if version != ray.__version__:
         raise LaunchError(
             f"{address} runs Ray {version}, here is Ray {ray.__version__}: install ray=={version} here, or the "

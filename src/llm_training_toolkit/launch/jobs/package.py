@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-from ray._private.ray_constants import DASHBOARD_CLIENT_MAX_SIZE
-from ray._private.runtime_env.packaging import _dir_travel, _get_excludes
-
 from llm_training_toolkit.config import Config
 from llm_training_toolkit.config.uri import is_uri
 from llm_training_toolkit.data.prepare.builder import get_cache_directory
 from llm_training_toolkit.data.sources.files import COMPRESSION_SUFFIXES, RECORD_FILE_FORMATS
 from llm_training_toolkit.errors import PlanError
+from llm_training_toolkit.launch.ray.private_api import MAX_PACKAGE_BYTES, visit_packaged_paths
 
 # Runs and weights are on storage that the cluster sees.
 _ALWAYS_EXCLUDED = ["/runs/", ".venv/", "venv/", ".git/", "__pycache__/", "*.safetensors", "*.egg-info/"]
@@ -58,18 +56,16 @@ def check_package_size(folder: Path, left_out: list[str]) -> str:
             files += 1
             sizes[inside.parts[0]] += path.stat().st_size
 
-    # Ray's own walk counts exactly the files that it will pack.
-    _dir_travel(folder, [_get_excludes(folder, left_out)], add_file_size, include_gitignore=True)
+    visit_packaged_paths(folder, left_out, add_file_size)
     total = sum(sizes.values())
     packed += total
     carried = f"{files:,} {'file' if files == 1 else 'files'}, {_format_bytes(total)}"
-    if packed >= DASHBOARD_CLIENT_MAX_SIZE:
+    if packed >= MAX_PACKAGE_BYTES:
         largest = ", ".join(f"{name} {_format_bytes(size)}" for name, size in sizes.most_common(_MAX_LISTED))
         raise PlanError(
             f"the current folder holds {carried}, a job carries less than "
-            f"{_format_bytes(DASHBOARD_CLIENT_MAX_SIZE)} of code. Largest: {largest}. Keep data where the "
-            "cluster reads "
-            "it, or name what stays here in .rayignore (written like .gitignore)"
+            f"{_format_bytes(MAX_PACKAGE_BYTES)} of code. Largest: {largest}. Keep data where the cluster reads it, or "
+            "name what stays here in .rayignore (written like .gitignore)"
         )
     return carried
 

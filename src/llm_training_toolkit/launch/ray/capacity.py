@@ -1,25 +1,79 @@
-"""Wait for cluster capacity: the shortage is reported at once and every 30 s; a hopeless wait raises LaunchError."""
+"""Capacity of the cluster for a run: requests to its autoscaler, and the wait for resources.
+
+The shortage is reported at once and every 30 s. A hopeless wait raises LaunchError. Of Ray's two autoscalers version 2
+counts alone (`RAY_enable_autoscaler_v2=1`; KubeRay and `ray up` use it): version 1 never reports what is infeasible.
+"""
 
 from __future__ import annotations
 
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+import ray.exceptions
+from ray.autoscaler.sdk import request_resources
 
 from llm_training_toolkit.config import Config
 from llm_training_toolkit.config.schema import parse_duration_seconds
 from llm_training_toolkit.errors import LaunchError
-from llm_training_toolkit.launch.ray import nodes
-from llm_training_toolkit.launch.ray.autoscaler import AutoscalerClient, AutoscalerStatus
+from llm_training_toolkit.launch.ray import nodes, private_api
 from llm_training_toolkit.launch.ray.resources import ClusterNode, ResourceRequest, Resources, compute_usage_by_others
 from llm_training_toolkit.monitoring.console import Console
 
 _REPORT_INTERVAL_SECONDS = 30.0
+_DETECTION_TIMEOUT_SECONDS = 10.0  # autoscalers report every 5 s; without a report by then there is none
 # For the autoscaler to report infeasibility: it reports every 5 s, and two requests for fewer workers may follow.
 _FEASIBILITY_TIMEOUT_SECONDS = 20.0
 _POLL_SECONDS = 0.5
-_RESOURCE_ORDER = ("GPU", "CPU")  # in messages; the others follow by name
-_PLACEMENT_PHRASES = {"strict_pack": " on one node", "strict_spread": " on as many nodes"}
+
+
+@dataclass(frozen=True)
+class AutoscalerStatus:
+    """Report of the autoscaler."""
+
+    adding: Mapping[str, int]
+    """Number of pending nodes, by type."""
+    failed: tuple[str, ...] = ()
+    """Failed node launches, in the autoscaler's words."""
+    is_infeasible: bool = False
+    """True if it can never provide the run's fewest workers."""
+
+
+class AutoscalerClient:
+    """Capacity requests of one run to the autoscaler."""
+
+    def __init__(self, wanted: ResourceRequest) -> None:
+        self._wanted, self._count = wanted, wanted.most
+        self._requested: list[dict[str, float]] = []
+        self._start_time = time.monotonic()
+
+    def request_capacity(self, used: Iterable[Resources]) -> AutoscalerStatus | None:
+        """Request the run's workers on top of the resources `used` by others. Return None without an autoscaler.
+
+        Repeat the call: Ray Train's own request replaces this one every 20 s. A request is met whole or not at all, so
+        an infeasible one is followed by one for an eighth fewer workers, down to the fewest.
+        """
+        if not private_api.has_autoscaler_v2():
+            return None
+        report = private_api.read_autoscaler_report()
+        if report is None:  # the autoscaler of a new cluster may not have reported yet
+            is_detectable = time.monotonic() - self._start_time <= _DETECTION_TIMEOUT_SECONDS
+            return AutoscalerStatus({}) if is_detectable else None
+        is_refused = bool(self._requested) and private_api.count_bundles(self._requested) in report.infeasible
+        is_infeasible = is_refused and self._count <= self._wanted.fewest
+        if is_refused and not is_infeasible:
+            self._count = max(self._wanted.fewest, self._count - max(1, self._count // 8))
+        self._requested = [dict(self._wanted.worker_resources)] * self._count + [dict(amount) for amount in used]
+        request_resources(bundles=self._requested)
+        return AutoscalerStatus(report.pending, report.failed, is_infeasible)
+
+    def cancel_request(self) -> None:
+        """Withdraw the request, if there was one: the cluster has a single request for all jobs."""
+        if self._requested:
+            with suppress(ray.exceptions.RayError):  # busy or dead head: the error that ended the run matters more
+                request_resources(bundles=[])
 
 
 class CapacityWaiter:
@@ -27,14 +81,14 @@ class CapacityWaiter:
 
     def __init__(self, config: Config, wanted: ResourceRequest, autoscaler: AutoscalerClient, console: Console) -> None:
         self._wanted, self._autoscaler, self._console = wanted, autoscaler, console
-        self._wait = config.cluster.resource_timeout
-        self._began = time.monotonic()
-        self._said = float("-inf")
+        self._timeout = config.cluster.resource_timeout
+        self._start_time = time.monotonic()
+        self._last_report = float("-inf")
 
     @property
     def elapsed_seconds(self) -> float:
         """Seconds since the wait began."""
-        return time.monotonic() - self._began
+        return time.monotonic() - self._start_time
 
     def check_feasibility(self) -> None:
         """Check before data preparation that the run can ever be placed. Raises LaunchError if it cannot.
@@ -43,121 +97,97 @@ class CapacityWaiter:
         """
         try:
             while self.elapsed_seconds < _FEASIBILITY_TIMEOUT_SECONDS:
-                living = nodes.alive_nodes()
-                if self._wanted.count_fitting_workers(node.total for node in living) >= self._wanted.fewest:
+                alive = nodes.alive_nodes()
+                if self._wanted.count_fitting_workers(node.total for node in alive) >= self._wanted.fewest:
                     return
-                answer = self._autoscaler.request_capacity(compute_usage_by_others(living, self._wanted, {}))
-                self._raise_if_infeasible(living, answer)
-                self._report_waiting(living, answer)
+                status = self._autoscaler.request_capacity(compute_usage_by_others(alive, self._wanted, {}))
+                self._raise_if_infeasible(alive, status)
+                self._report_waiting(alive, status)
                 time.sleep(_POLL_SECONDS)
         finally:
             self._autoscaler.cancel_request()
 
     def poll_autoscaler(
-        self, living: Sequence[ClusterNode], good: Sequence[ClusterNode], *, quietly: bool, nodes_may_return: bool
+        self, alive: Sequence[ClusterNode], schedulable: Sequence[ClusterNode], *, quietly: bool, nodes_may_return: bool
     ) -> None:
-        """Request nodes and report the shortage; `good` are the living nodes that the run may use.
+        """Request nodes and report the shortage; `schedulable` are the living nodes that the run may use.
 
         Raises LaunchError if the run can never be placed, or not within `cluster.resource_timeout`.
         """
-        answer = self._autoscaler.request_capacity(compute_usage_by_others(living, self._wanted, {}))
+        status = self._autoscaler.request_capacity(compute_usage_by_others(alive, self._wanted, {}))
         if not nodes_may_return:
-            self._raise_if_infeasible(good, answer)
-        if self.elapsed_seconds > (parse_duration_seconds(self._wait) or 0.0):
+            self._raise_if_infeasible(schedulable, status)
+        if self.elapsed_seconds > (parse_duration_seconds(self._timeout) or 0.0):
             ending = (
-                f"none came within cluster.resource_timeout = {self._wait}; the same command goes on once there is room"
+                f"none came within cluster.resource_timeout = {self._timeout}; "
+                "the same command goes on once there is room"
             )
-            raise LaunchError(f"{self._format_shortage(good)}; {ending}")
+            raise LaunchError(self._format_shortage(schedulable, f"; {ending}"))
         if not quietly:
-            self._report_waiting(good, answer)
+            self._report_waiting(schedulable, status)
 
-    def _report_waiting(self, good: Sequence[ClusterNode], answer: AutoscalerStatus | None) -> None:
-        if time.monotonic() - self._said < _REPORT_INTERVAL_SECONDS:
+    def _report_waiting(self, schedulable: Sequence[ClusterNode], status: AutoscalerStatus | None) -> None:
+        if time.monotonic() - self._last_report < _REPORT_INTERVAL_SECONDS:
             return
-        self._said = time.monotonic()
-        adding = f"; {format_pending_nodes(answer.adding, answer.failed)}" if answer else ""
-        self._console.print_line(
-            f"waiting for room: {self._format_shortage(good)}{adding} (cluster.resource_timeout = {self._wait})"
-        )
+        self._last_report = time.monotonic()
+        shortage = self._format_shortage(schedulable, f" (cluster.resource_timeout = {self._timeout})")
+        self._console.print_line("\n".join([f"waiting for room: {shortage}", *format_autoscaler_status(status)]))
 
-    def _format_shortage(self, good: Sequence[ClusterNode]) -> str:
-        return format_shortage(self._wanted, good, nodes.resource_usage_by_job())
+    def _raise_if_infeasible(self, schedulable: Sequence[ClusterNode], status: AutoscalerStatus | None) -> None:
+        reason = self._find_infeasible_reason(schedulable, status)
+        if reason:
+            raise LaunchError(self._format_shortage(schedulable, f", and {reason}"))
 
-    def _raise_if_infeasible(self, good: Sequence[ClusterNode], answer: AutoscalerStatus | None) -> None:
-        never = self._find_infeasible_reason(good, answer)
-        if never:
-            raise LaunchError(f"{self._format_shortage(good)}, and {never}")
-
-    def _find_infeasible_reason(self, good: Sequence[ClusterNode], answer: AutoscalerStatus | None) -> str:
+    def _find_infeasible_reason(self, schedulable: Sequence[ClusterNode], status: AutoscalerStatus | None) -> str:
         """Return why waiting is in vain and what to do, "" if waiting may help."""
-        could = self._wanted.count_fitting_workers(node.total for node in good)
-        if could >= self._wanted.fewest or (answer is not None and not answer.is_infeasible):
+        most = self._wanted.count_fitting_workers(node.total for node in schedulable)
+        if most >= self._wanted.fewest or (status is not None and not status.is_infeasible):
             return ""
-        why = "its autoscaler can never add enough" if answer else "no autoscaler adds nodes to it"
-        lower = f"set cluster.workers to {could} (workers change the speed, not the result), " if could else ""
-        return f"{why}: {lower}ask for less of each worker, or make the cluster larger"
+        why = "its autoscaler can never add enough" if status else "no autoscaler (version 2) adds nodes to it"
+        fewer = f"set cluster.workers to {most} (workers change the speed, not the result), " if most else ""
+        return f"{why}: {fewer}ask for less of each worker, or make the cluster larger"
+
+    def _format_shortage(self, schedulable: Sequence[ClusterNode], conclusion: str) -> str:
+        """Format need and room in one line with `conclusion`, and the table below it."""
+        room = self._wanted.count_fitting_workers(node.free for node in schedulable)
+        fewest = f"{self._wanted.fewest} {'worker' if self._wanted.fewest == 1 else 'workers'}"
+        headline = f"the run needs {fewest}; the cluster has room for {room}{conclusion}"
+        table = format_capacity_table(self._wanted, schedulable, nodes.resource_usage_by_job())
+        return "\n".join([headline, *table])
 
 
-def format_shortage(wanted: ResourceRequest, usable: Sequence[ClusterNode], uses: Mapping[str, Resources]) -> str:
-    """Format the run's need, the cluster's capacity and its use by job (`uses`, as far as known)."""
-    now = wanted.count_fitting_workers(node.free for node in usable)
-    needs = (
-        f"{format_plural(wanted.fewest, 'worker')} of "
-        f"{format_resources(wanted.worker_resources)}{_PLACEMENT_PHRASES.get(wanted.placement, '')}"
-    )
-    there = (
-        f"{_format_node_resources(usable, wanted.worker_resources)}, "
-        f"{_format_usage_by_job(_sum_used_resources(usable, wanted.worker_resources), uses)}"
-    )
-    return f"the run needs {needs}; the cluster has room for {now}: {there}"
+def format_capacity_table(
+    wanted: ResourceRequest, usable: Sequence[ClusterNode], usage_by_job: Mapping[str, Resources]
+) -> list[str]:
+    """Format need, nodes and use as a table with a column for each resource of a worker.
+
+    `usage_by_job` holds the known part of the use.
+    """
+    names = sorted(wanted.worker_resources, reverse=True)  # GPU before CPU
+    kinds = Counter(tuple(node.total.get(name, 0.0) for name in names) for node in usable)
+    used = {name: sum(node.total.get(name, 0.0) - node.free.get(name, 0.0) for node in usable) for name in names}
+    rows = [
+        ["", "count", *names],
+        [f"each worker ({wanted.placement})", str(wanted.fewest), *_format_amounts(wanted.worker_resources, names)],
+        *(["each node", str(count), *(f"{amount:g}" for amount in kind)] for kind, count in kinds.most_common()),
+        ["in use together", "", *_format_amounts(used, names)],
+        *([f"  by {job}", "", *_format_amounts(usage, names)] for job, usage in usage_by_job.items()),
+    ]
+    first, *widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        f"  {title:{first}}" + "".join(f"  {cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
+        for title, *cells in rows
+    ]
 
 
-def format_pending_nodes(adding: Mapping[str, int], failed: Sequence[str]) -> str:
-    """Format the autoscaler's pending and failed nodes."""
-    coming = [f"{format_plural(number, 'node')} of type {kind}" for kind, number in sorted(adding.items()) if number]
-    said = f"its autoscaler is adding {_join_with_and(coming)}" if coming else "its autoscaler adds no node yet"
-    return f"{said}; it failed to start {failed[-1]}" if failed else said
+def _format_amounts(resources: Resources, names: Iterable[str]) -> list[str]:
+    return [f"{round(resources.get(name, 0.0), 4):g}" for name in names]
 
 
-def format_resources(resources: Resources) -> str:
-    """Format resources as `1 GPU and 8 CPU`, omitting zero amounts."""
-    parts = [f"{resources[name]:g} {name}" for name in _sort_resource_names(resources) if resources[name]]
-    return _join_with_and(parts) or "nothing"
-
-
-def format_plural(number: int, what: str) -> str:
-    """Format a count: `1 node`, `3 nodes`."""
-    return f"{number} {what}{'' if number == 1 else 's'}"
-
-
-def _sum_used_resources(nodes: Sequence[ClusterNode], names: Iterable[str]) -> dict[str, float]:
-    """Return the used amounts of the named resources, summed over the nodes."""
-    used = {name: sum(node.total.get(name, 0.0) - node.free.get(name, 0.0) for node in nodes) for name in names}
-    return {name: round(amount, 4) for name, amount in used.items() if round(amount, 4) > 0}
-
-
-def _format_node_resources(nodes: Sequence[ClusterNode], names: Iterable[str]) -> str:
-    names = list(names)
-    kinds = Counter(format_resources({name: node.total.get(name, 0.0) for name in names}) for node in nodes)
-    having = [(kind, number) for kind, number in kinds.most_common() if kind != "nothing"]
-    if not having:
-        return f"no node has {_join_with_and(_sort_resource_names(names))}"
-    return _join_with_and([f"{format_plural(number, 'node')} with {kind}" for kind, number in having])
-
-
-def _format_usage_by_job(used: Resources, uses: Mapping[str, Resources]) -> str:
-    """Format as `2 GPU in use (2 GPU by ltt train a.yaml)`."""
-    if not used:
-        return "none of it in use"
-    by = [f"{format_resources({name: use.get(name, 0.0) for name in used})} by {job}" for job, use in uses.items()]
-    return f"{format_resources(used)} in use" + (f" ({_join_with_and(by)})" if by else "")
-
-
-def _sort_resource_names(names: Iterable[str]) -> list[str]:
-    return sorted(
-        names, key=lambda name: (_RESOURCE_ORDER.index(name) if name in _RESOURCE_ORDER else len(_RESOURCE_ORDER), name)
-    )
-
-
-def _join_with_and(parts: Sequence[str]) -> str:
-    return " and ".join([", ".join(parts[:-1]), parts[-1]]) if len(parts) > 1 else "".join(parts)
+def format_autoscaler_status(status: AutoscalerStatus | None) -> list[str]:
+    """Format the nodes that the autoscaler adds, and its newest failure; nothing without an autoscaler."""
+    if status is None:
+        return []
+    adding = ", ".join(f"{count} {kind}" for kind, count in sorted(status.adding.items()) if count)
+    failures = [f"  autoscaler failed to start {status.failed[-1]}"] if status.failed else []
+    return [f"  autoscaler is adding: {adding or 'nothing yet'}", *failures]

@@ -20,9 +20,9 @@ from llm_training_toolkit.distributed.events import WarningEvent
 from llm_training_toolkit.errors import LaunchError
 from llm_training_toolkit.launch.ray import nodes
 from llm_training_toolkit.launch.ray.capacity import CapacityWaiter
-from llm_training_toolkit.launch.ray.failure_cause import diagnose_failure
 from llm_training_toolkit.launch.ray.failure_policy import (
     AttemptFailure,
+    diagnose_failure,
     failure_count,
     find_abort_reason,
     find_counted_failures,

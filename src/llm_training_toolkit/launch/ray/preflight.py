@@ -19,8 +19,7 @@ from llm_training_toolkit.config.uri import is_uri
 from llm_training_toolkit.data.prepare.builder import get_cache_directory
 from llm_training_toolkit.errors import LaunchError
 from llm_training_toolkit.launch.ray import nodes
-from llm_training_toolkit.launch.ray.autoscaler import AutoscalerClient
-from llm_training_toolkit.launch.ray.capacity import CapacityWaiter
+from llm_training_toolkit.launch.ray.capacity import AutoscalerClient, CapacityWaiter
 from llm_training_toolkit.launch.ray.cluster import connect_to_cluster
 from llm_training_toolkit.launch.ray.resources import ClusterNode, build_resource_request, has_room_for_worker
 from llm_training_toolkit.monitoring.console import Console

@@ -31,7 +31,7 @@ def run_on_ray(run: RunDirectory, config: Config, console: Console) -> dict[str,
     with connect_to_cluster(console):
         wanted = build_resource_request(config, ray.cluster_resources().get("GPU", 0.0), console)
         console.update_stage("starting workers", 0, 1)
-        from llm_training_toolkit.launch.ray.autoscaler import AutoscalerClient
+        from llm_training_toolkit.launch.ray.capacity import AutoscalerClient
         from llm_training_toolkit.launch.ray.controller import TrainController
         from llm_training_toolkit.launch.ray.worker_group import (  # imports Ray Train, and with it torch
             FitStuckError,

@@ -35,13 +35,13 @@ from llm_training_toolkit.distributed.events import (
 )
 from llm_training_toolkit.errors import LaunchError, ToolkitError
 from llm_training_toolkit.launch.ray import nodes, worker_processes
-from llm_training_toolkit.launch.ray.autoscaler import AutoscalerClient
+from llm_training_toolkit.launch.ray.capacity import AutoscalerClient
 from llm_training_toolkit.launch.ray.control_actor import (
     OTHER_RANKS_HEARTBEAT_SECONDS,
     HeartbeatsByRank,
     start_control_actor,
 )
-from llm_training_toolkit.launch.ray.failure_cause import FailureEvidence
+from llm_training_toolkit.launch.ray.failure_policy import FailureEvidence
 from llm_training_toolkit.launch.ray.hang_detector import (
     HangDetector,
     HangReport,

@@ -204,7 +204,7 @@ class _TrialRunner:
         return plan
 
     def _run_worker_groups(self, run: RunDirectory, config: Config, console: Console) -> dict[str, Any]:
-        from llm_training_toolkit.launch.ray.autoscaler import AutoscalerClient
+        from llm_training_toolkit.launch.ray.capacity import AutoscalerClient
         from llm_training_toolkit.launch.ray.controller import TrainController
         from llm_training_toolkit.launch.ray.worker_group import RunSpec  # imports Ray Train
 

@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from llm_training_toolkit.config import Config, dump_config_json
 from llm_training_toolkit.config.run_identity import flatten_config
@@ -37,6 +37,9 @@ from llm_training_toolkit.search.sampler import TrialSampler
 from llm_training_toolkit.search.space import TrialConfigBuilder, boundary_points, check_search_space, format_point
 from llm_training_toolkit.setup.machine import check_attention, check_machine, check_quantization
 
+if TYPE_CHECKING:
+    from ray.tune import Tuner
+
 _TUNE_ENV = {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C is handled here: trials stop with a checkpoint
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the event log and the trials' runs hold all of it
@@ -44,7 +47,7 @@ _TUNE_ENV = {
     "TUNE_FORCE_TRIAL_CLEANUP_S": "150",
     "RAY_AIR_NEW_OUTPUT": "0",
 }
-_TRIAL_ACTOR_RESOURCES = {"node:__internal_head__": 0.0001}  # the CPUs are for workers; Tune refuses an empty request
+_TRIAL_ACTOR_SHARE = 0.0001  # of the head's resource: the CPUs are for workers, and Tune refuses an empty request
 _RAY_LOST_MESSAGE = "Ray was lost while the search worked; the same command goes on"
 
 
@@ -74,20 +77,20 @@ def read_search(path: Path, overrides: list[str]) -> SearchSpec:
     )
 
 
-def run_search(asked: SearchSpec, console: Console) -> tuple[TrainResultStatus, dict[str, Any]]:
+def run_search(spec: SearchSpec, console: Console) -> tuple[TrainResultStatus, dict[str, Any]]:
     """Run or resume a search. Return its status and summary. Raises ToolkitError."""
-    search, directory = asked.search, asked.directory
-    for words in check_search_space(asked.trials):
+    search, directory = spec.search, spec.directory
+    for words in check_search_space(spec.trials):
         console.print_line(f"left out: {words}")
-    _check_best_configs(asked)
-    check_machine(asked.trial_config)
-    check_quantization(asked.trial_config)
-    check_attention(asked.trial_config)
+    _check_best_configs(spec)
+    check_machine(spec.trial_config)
+    check_quantization(spec.trial_config)
+    check_attention(spec.trial_config)
     with lock_run_directory(directory.driver_run):
         event_log = EventLog(directory.event_log_path)
         if event_log.trials:
-            _check_unchanged(asked)
-        _write_search_identity(asked)
+            _check_unchanged(spec)
+        _write_search_identity(spec)
         event_log.record_start()
         directory.stop_marker_path.unlink(missing_ok=True)
         done = len(event_log.trials) - len(event_log.unfinished_trials)
@@ -96,40 +99,40 @@ def run_search(asked: SearchSpec, console: Console) -> tuple[TrainResultStatus, 
                 f"search {directory.path.name} goes on: {done} trials have ended, "
                 f"{len(event_log.unfinished_trials)} had begun"
             )
-        status = _run_trials(asked, event_log, console)
+        status = _run_trials(spec, event_log, console)
         if find_best_trial(event_log, search.mode) is not None:
             from llm_training_toolkit.search.outputs import write_outputs
 
-            write_outputs(asked.search, asked.base_config, event_log, directory)
+            write_outputs(spec.search, spec.base_config, event_log, directory)
         return status, build_summary(search, event_log, directory)
 
 
-def _check_best_configs(asked: SearchSpec) -> None:
+def _check_best_configs(spec: SearchSpec) -> None:
     """Check before the trials that `best.yaml` can be written for every boundary point. Raises ConfigError."""
-    for point in boundary_points(asked.search):
-        if not asked.trials.find_problem(point):
+    for point in boundary_points(spec.search):
+        if not spec.trials.find_problem(point):
             replace_config_values(
-                asked.base_config, point, f"best.yaml (the base without overrides) with {format_point(point)}"
+                spec.base_config, point, f"best.yaml (the base without overrides) with {format_point(point)}"
             )
 
 
-def _run_trials(asked: SearchSpec, event_log: EventLog, console: Console) -> TrainResultStatus:
-    if SearchBudget(asked.search, event_log).is_search_finished:
-        console.print_line(f"search {asked.directory.path.name} is finished, in {asked.directory.path}")
+def _run_trials(spec: SearchSpec, event_log: EventLog, console: Console) -> TrainResultStatus:
+    if SearchBudget(spec.search, event_log).is_search_finished:
+        console.print_line(f"search {spec.directory.path.name} is finished, in {spec.directory.path}")
         return "finished"
     prepare_environment()  # before the first import of Ray
     for name, value in _TUNE_ENV.items():
         os.environ[name] = value
-    redirect_output(asked.directory.driver_run.driver_log_path)
+    redirect_output(spec.directory.driver_run.driver_log_path)
     import ray
 
     from llm_training_toolkit.launch.ray.cluster import connect_to_cluster, watch_head
 
     with connect_to_cluster(console):
-        concurrent = _compute_max_concurrent(asked, console)  # first: preparing data is in vain if no trial fits
-        _prepare_shared_data(asked, console)
-        suggestions = _build_trial_sampler(asked, event_log)
-        screen = SearchProgressDisplay(asked.search, event_log, console)
+        concurrent = _compute_max_concurrent(spec, console)  # first: preparing data is in vain if no trial fits
+        _prepare_shared_data(spec, console)
+        suggestions = _build_trial_sampler(spec, event_log)
+        screen = SearchProgressDisplay(spec.search, event_log, console)
 
         def exit_with_message(said: str, code: int) -> NoReturn:
             screen.close()
@@ -142,7 +145,7 @@ def _run_trials(asked: SearchSpec, event_log: EventLog, console: Console) -> Tra
 
         try:
             with watch_head(ray.get_runtime_context().gcs_address, console.print_line, exit_on_ray_loss):
-                return _run_tuner(asked, event_log, suggestions, concurrent=concurrent, screen=screen, console=console)
+                return _run_tuner(spec, event_log, suggestions, concurrent=concurrent, screen=screen, console=console)
         except KeyboardInterrupt:
             exit_with_message(
                 "stopped at once: the same command goes on with the trials that had begun", EXIT_CODES["stopped"]
@@ -151,25 +154,25 @@ def _run_trials(asked: SearchSpec, event_log: EventLog, console: Console) -> Tra
             screen.close()
 
 
-def _prepare_shared_data(asked: SearchSpec, console: Console) -> None:
+def _prepare_shared_data(spec: SearchSpec, console: Console) -> None:
     """Check the nodes, then prepare the data, once for all trials with the same data settings.
 
     Raises DataError if too few documents leave the held-out set empty: the metric would never be reported.
     """
-    some = asked.trials.build_config(_find_trainable_point(asked))
-    check_cluster_nodes(asked.directory.driver_run, some, console)
+    some = spec.trials.build_config(_find_trainable_point(spec))
+    check_cluster_nodes(spec.directory.driver_run, some, console)
     dataset_info = prepare_epochs(create_dataset_builder(some, console), some, until=1).dataset_info
     for row in format_dataset_info(dataset_info):
         console.print_line(row)
-    if asked.search.metric.startswith("eval/") and not dataset_info.eval_sequences:
+    if spec.search.metric.startswith("eval/") and not dataset_info.eval_sequences:
         raise DataError(
-            f"metric = {asked.search.metric}: no document is held out, so it is never reported; give a larger "
+            f"metric = {spec.search.metric}: no document is held out, so it is never reported; give a larger "
             "data.eval.fraction, or data.eval.sources, in the base or under overrides"
         )
 
 
 def _run_tuner(
-    asked: SearchSpec,
+    spec: SearchSpec,
     event_log: EventLog,
     suggestions: TrialSampler,
     *,
@@ -177,98 +180,111 @@ def _run_tuner(
     screen: Callable[[], None],
     console: Console,
 ) -> TrainResultStatus:
-    import ray.exceptions
-    from ray import tune as ray_tune
-
-    from llm_training_toolkit.launch.tune.callbacks import EventLogCallback, EventLogSearcher, RungScheduler
-    from llm_training_toolkit.launch.tune.trainable import TrialTrainable
-
-    state = SearchBudget(asked.search, event_log)
+    budget = SearchBudget(spec.search, event_log)
 
     def request_stop() -> None:
         console.print_line("stopping: trials end after their step, with a checkpoint (Ctrl-C again: at once, without)")
-        state.stop_requested = True
-        asked.directory.stop_marker_path.touch()
+        budget.stop_requested = True
+        spec.directory.stop_marker_path.touch()
 
-    tuner = ray_tune.Tuner(
-        ray_tune.with_resources(TrialTrainable, ray_tune.PlacementGroupFactory([_TRIAL_ACTOR_RESOURCES])),
-        tune_config=ray_tune.TuneConfig(
-            search_alg=EventLogSearcher(state, suggestions, lambda trial: _build_trial_spec(asked, trial)),
-            scheduler=RungScheduler(state),
+    tuner = _build_tuner(spec, budget, suggestions, concurrent, screen)
+    with on_stop_signal(request_stop):
+        _fit_tuner(tuner, event_log)
+    if budget.repeated_error:
+        raise LaunchError(
+            "trial after trial has failed before its first rung, so no other is begun; the same command tries again. "
+            f"The newest error: {budget.repeated_error}"
+        )
+    return "stopped" if budget.stop_requested else "finished"
+
+
+def _build_tuner(
+    spec: SearchSpec, budget: SearchBudget, suggestions: TrialSampler, concurrent: int, screen: Callable[[], None]
+) -> Tuner:
+    from ray import tune
+
+    from llm_training_toolkit.launch.ray.private_api import HEAD_RESOURCE
+    from llm_training_toolkit.launch.tune.callbacks import EventLogCallback, EventLogSearcher, RungScheduler
+    from llm_training_toolkit.launch.tune.trainable import TrialTrainable
+
+    return tune.Tuner(
+        tune.with_resources(TrialTrainable, tune.PlacementGroupFactory([{HEAD_RESOURCE: _TRIAL_ACTOR_SHARE}])),
+        tune_config=tune.TuneConfig(
+            search_alg=EventLogSearcher(budget, suggestions, lambda trial: _build_trial_spec(spec, trial)),
+            scheduler=RungScheduler(budget),
             num_samples=-1,  # `EventLogSearcher` ends the search
             max_concurrent_trials=concurrent,
             trial_dirname_creator=lambda trial: f"{Path(trial.config['run']).name}_{trial.trial_id}",
         ),
-        run_config=ray_tune.RunConfig(
+        run_config=tune.RunConfig(
             name="tune",
-            storage_path=str(asked.directory.driver_run.path),
-            checkpoint_config=ray_tune.CheckpointConfig(checkpoint_at_end=False),  # the runs write their own
-            failure_config=ray_tune.FailureConfig(max_failures=asked.search.max_failures),
-            callbacks=[EventLogCallback(state, screen)],
+            storage_path=str(spec.directory.driver_run.path),
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # the runs write their own
+            failure_config=tune.FailureConfig(max_failures=spec.search.max_failures),
+            callbacks=[EventLogCallback(budget, screen)],
             verbose=0,
         ),
     )
+
+
+def _fit_tuner(tuner: Tuner, event_log: EventLog) -> None:
+    """Run the trials. Raises LaunchError if Ray or Tune fails, or the event log cannot be written."""
+    import ray.exceptions
+    from ray.tune import TuneError
+
     try:
-        with on_stop_signal(request_stop):
-            tuner.fit()
+        tuner.fit()
     except ray.exceptions.RayError as error:
         raise LaunchError(f"{_RAY_LOST_MESSAGE} ({error})") from error
-    except ray_tune.TuneError as error:
+    except TuneError as error:
         raise LaunchError(
             event_log.write_error or f"Ray Tune has failed; the same command goes on ({error})"
         ) from error
     if event_log.write_error:
         raise LaunchError(event_log.write_error)
-    if state.repeated_error:
-        raise LaunchError(
-            "trial after trial has failed before its first rung, so no other is begun; the same command tries again. "
-            f"The newest error: {state.repeated_error}"
-        )
-    return "stopped" if state.stop_requested else "finished"
 
 
-def _build_trial_spec(asked: SearchSpec, trial: TrialRecord) -> dict[str, Any]:
+def _build_trial_spec(spec: SearchSpec, trial: TrialRecord) -> dict[str, Any]:
     """Return the `TrialSpec` of a trial as plain data."""
     from llm_training_toolkit.launch.tune.trainable import TrialSpec
 
     return TrialSpec(
         number=trial.number,
-        config=dump_config_json(asked.trials.build_config(trial.parameters, trial.name)),
-        run=str(asked.directory.get_trial_run(trial.number).path),
-        metric=asked.search.metric,
-        scheduler=asked.search.scheduler.model_dump_json(),
+        config=dump_config_json(spec.trials.build_config(trial.parameters, trial.name)),
+        run=str(spec.directory.get_trial_run(trial.number).path),
+        metric=spec.search.metric,
+        scheduler=spec.search.scheduler.model_dump_json(),
         here=str(Path.cwd()),
-        stopping=str(asked.directory.stop_marker_path),
+        stopping=str(spec.directory.stop_marker_path),
     ).to_tune_config()
 
 
-def _build_trial_sampler(asked: SearchSpec, event_log: EventLog) -> TrialSampler:
+def _build_trial_sampler(spec: SearchSpec, event_log: EventLog) -> TrialSampler:
     learner = None
-    if asked.search.searcher.name == "optuna":
+    if spec.search.searcher.name == "optuna":
         from llm_training_toolkit.search.optuna_sampler import propose_optuna_point
 
         learner = propose_optuna_point
-    return TrialSampler(asked.trials, event_log, learner)
+    return TrialSampler(spec.trials, event_log, learner)
 
 
-def _find_trainable_point(asked: SearchSpec) -> dict[str, Any]:
+def _find_trainable_point(spec: SearchSpec) -> dict[str, Any]:
     """Return a boundary point that can be trained; the shared data is prepared with it."""
-    return dict(next(point for point in boundary_points(asked.search) if not asked.trials.find_problem(point)))
+    return dict(next(point for point in boundary_points(spec.search) if not spec.trials.find_problem(point)))
 
 
-def _compute_max_concurrent(asked: SearchSpec, console: Console) -> int:
+def _compute_max_concurrent(spec: SearchSpec, console: Console) -> int:
     """Return the number of concurrent trials that the cluster has room for. Raises LaunchError if none ever fits."""
     import ray
 
-    from llm_training_toolkit.launch.ray.autoscaler import AutoscalerClient
-    from llm_training_toolkit.launch.ray.capacity import CapacityWaiter
+    from llm_training_toolkit.launch.ray.capacity import AutoscalerClient, CapacityWaiter
     from llm_training_toolkit.launch.ray.nodes import alive_nodes
     from llm_training_toolkit.launch.ray.resources import build_resource_request, count_concurrent_runs
 
-    wanted = build_resource_request(asked.trial_config, ray.cluster_resources().get("GPU", 0.0), console)
-    CapacityWaiter(asked.trial_config, wanted, AutoscalerClient(wanted), console).check_feasibility()
+    wanted = build_resource_request(spec.trial_config, ray.cluster_resources().get("GPU", 0.0), console)
+    CapacityWaiter(spec.trial_config, wanted, AutoscalerClient(wanted), console).check_feasibility()
     room = max(1, count_concurrent_runs([node.total for node in alive_nodes()], wanted))  # 1: nodes may be added later
-    want = asked.search.max_concurrent_trials
+    want = spec.search.max_concurrent_trials
     if want is not None and want > room:
         console.print_line(
             f"note: max_concurrent_trials = {want}, but the cluster has room for {room} trials at a time"
@@ -278,35 +294,33 @@ def _compute_max_concurrent(asked: SearchSpec, console: Console) -> int:
     return taken
 
 
-def _build_search_identity(asked: SearchSpec) -> dict[str, Any]:
+def _build_search_identity(spec: SearchSpec) -> dict[str, Any]:
     """Return the settings that must stay the same when a search is resumed."""
-    fields = {
-        key: value for key, (tag, value) in flatten_config(asked.trial_config).items() if tag is not FieldTag.FREE
-    }
-    own = asked.search.model_dump(mode="json", include={"metric", "mode", "scheduler", "searcher"})
-    space = {key: values.model_dump(mode="json", exclude_none=True) for key, values in asked.search.search.items()}
+    fields = {key: value for key, (tag, value) in flatten_config(spec.trial_config).items() if tag is not FieldTag.FREE}
+    own = spec.search.model_dump(mode="json", include={"metric", "mode", "scheduler", "searcher"})
+    space = {key: values.model_dump(mode="json", exclude_none=True) for key, values in spec.search.search.items()}
     found: dict[str, Any] = json.loads(json.dumps({**own, "search": space, "base": fields}))
     return found
 
 
-def _write_search_identity(asked: SearchSpec) -> None:
-    write_atomically(asked.directory.identity_path, json.dumps(_build_search_identity(asked), indent=1))
+def _write_search_identity(spec: SearchSpec) -> None:
+    write_atomically(spec.directory.identity_path, json.dumps(_build_search_identity(spec), indent=1))
 
 
-def _check_unchanged(asked: SearchSpec) -> None:
+def _check_unchanged(spec: SearchSpec) -> None:
     """Check that a resumed search is unchanged. Raises ConfigError with every difference."""
-    before, now = (
-        _flatten_identity(json.loads(asked.directory.identity_path.read_text())),
-        _flatten_identity(_build_search_identity(asked)),
+    previous_identity, now = (
+        _flatten_identity(json.loads(spec.directory.identity_path.read_text())),
+        _flatten_identity(_build_search_identity(spec)),
     )
     lines = [
-        f"  {key}: {json.dumps(before.get(key))} -> {json.dumps(now.get(key))}"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key)
+        f"  {key}: {json.dumps(previous_identity.get(key))} -> {json.dumps(now.get(key))}"
+        for key in sorted(previous_identity.keys() | now.keys())
+        if previous_identity.get(key) != now.get(key)
     ]
     if lines:
         raise ConfigError(
-            f"the search in {asked.directory.path} has begun with another space or base; change it back, or give this "
+            f"the search in {spec.directory.path} has begun with another space or base; change it back, or give this "
             "one another name:\n" + "\n".join(lines)
         )
 

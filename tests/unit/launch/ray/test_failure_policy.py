@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from llm_training_toolkit.config.schema import FailuresConfig
 from llm_training_toolkit.distributed.events import WorkerErrorEvent, WorkerStartedEvent
-from llm_training_toolkit.launch.ray.failure_cause import FailureEvidence, diagnose_failure
 from llm_training_toolkit.launch.ray.failure_policy import (
     AttemptFailure,
+    FailureEvidence,
+    diagnose_failure,
     failure_count,
     find_abort_reason,
     find_counted_failures,
