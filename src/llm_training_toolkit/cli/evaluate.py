@@ -31,73 +31,69 @@ def _build_task_option(name: str, text: str, **limits: Any) -> Any:  # noqa: ANN
     return typer.Option(f"--{name}", help=text, show_default=format_setting_default(name) or False, **limits)
 
 
+Models = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="MODEL",
+        help="An exported run, or an exported directory; a path or the URI of a run.",
+        show_default=False,
+    ),
+]
+Data = Annotated[
+    str | None,
+    _build_task_option(
+        "data", "Documents or problems: a file, directory, glob. Default: held-out documents; HumanEval."
+    ),
+]
+Stride = Annotated[int | None, _build_task_option("stride", "perplexity: tokens between overlapping windows.", min=1)]
+Given = Annotated[GapContext | None, _build_task_option("given", "infill: what the model sees of the document.")]
+Limit = Annotated[int | None, _build_task_option("limit", "infill, humaneval: documents, problems.", min=1)]
+Tokens = Annotated[int | None, _build_task_option("tokens", "Most new tokens of an answer.", min=1)]
+Batch = Annotated[int | None, _build_task_option("batch", "Sequences or answers at a time.", min=1)]
+Samples = Annotated[int | None, _build_task_option("samples", "humaneval: completions of each problem.", min=1)]
+Temperature = Annotated[float | None, _build_task_option("temperature", "humaneval: 0 = the likeliest.", min=0.0)]
+Completions = Annotated[str | None, _build_task_option("completions", "humaneval: a file to score without a model.")]
+Timeout = Annotated[float | None, _build_task_option("timeout", "humaneval: seconds a program may take.", min=0.1)]
+Jobs = Annotated[int | None, _build_task_option("jobs", "humaneval: programs at a time. Default: the cores.", min=1)]
+Unsafe = Annotated[
+    bool, typer.Option("--unsafe", help="humaneval: run programs without a sandbox where this machine has none.")
+]
+ContextLength = Annotated[
+    int | None,
+    typer.Option(min=2, help="Context length in tokens. Default: that of its run, or the model's.", show_default=False),
+]
+Details = Annotated[
+    Path | None, typer.Option(help="File for every gap or completion, as JSON lines.", show_default=False)
+]
+
+
 def evaluate(
-    models: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="MODEL",
-            help="An exported run, or an exported directory; a path or the URI of a run.",
-            show_default=False,
-        ),
-    ] = None,
+    models: Models = None,
     *,
     task: Annotated[TaskName | None, typer.Option(help="Task.", show_default=False)] = None,
     compare: Annotated[bool, typer.Option("--compare", help="Compare the stored results of the given runs.")] = False,
-    data: Annotated[
-        str | None,
-        _build_task_option(
-            "data", "Documents or problems: a file, directory, glob. Default: held-out documents; HumanEval."
-        ),
-    ] = None,
+    data: Data = None,
     form: Annotated[DocumentFormat | None, _build_task_option("format", "Of the documents.")] = None,
-    stride: Annotated[
-        int | None, _build_task_option("stride", "perplexity: tokens between overlapping windows.", min=1)
-    ] = None,
+    stride: Stride = None,
     middle: Annotated[GapKind | None, _build_task_option("middle", "infill: what is cut out.")] = None,
-    given: Annotated[
-        GapContext | None, _build_task_option("given", "infill: what the model sees of the document.")
-    ] = None,
-    limit: Annotated[int | None, _build_task_option("limit", "infill, humaneval: documents, problems.", min=1)] = None,
-    tokens: Annotated[int | None, _build_task_option("tokens", "Most new tokens of an answer.", min=1)] = None,
-    batch: Annotated[int | None, _build_task_option("batch", "Sequences or answers at a time.", min=1)] = None,
+    given: Given = None,
+    limit: Limit = None,
+    tokens: Tokens = None,
+    batch: Batch = None,
     seed: Annotated[int | None, _build_task_option("seed", "Of gaps and samples.")] = None,
-    samples: Annotated[
-        int | None, _build_task_option("samples", "humaneval: completions of each problem.", min=1)
-    ] = None,
-    temperature: Annotated[
-        float | None, _build_task_option("temperature", "humaneval: 0 = the likeliest.", min=0.0)
-    ] = None,
-    completions: Annotated[
-        str | None, _build_task_option("completions", "humaneval: a file to score without a model.")
-    ] = None,
-    timeout: Annotated[
-        float | None, _build_task_option("timeout", "humaneval: seconds a program may take.", min=0.1)
-    ] = None,
-    jobs: Annotated[
-        int | None, _build_task_option("jobs", "humaneval: programs at a time. Default: the cores.", min=1)
-    ] = None,
-    unsafe: Annotated[
-        bool, typer.Option("--unsafe", help="humaneval: run programs without a sandbox where this machine has none.")
-    ] = False,
-    context: Annotated[
-        int | None,
-        typer.Option(
-            min=2, help="Context length in tokens. Default: that of its run, or the model's.", show_default=False
-        ),
-    ] = None,
+    samples: Samples = None,
+    temperature: Temperature = None,
+    completions: Completions = None,
+    timeout: Timeout = None,
+    jobs: Jobs = None,
+    unsafe: Unsafe = False,
+    context: ContextLength = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto = a GPU if present.")] = "auto",
-    details: Annotated[
-        Path | None, typer.Option(help="File for every gap or completion, as JSON lines.", show_default=False)
-    ] = None,
+    details: Details = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
 ) -> None:
     """Evaluate a model: perplexity, infilling of code, HumanEval. Results are stored in the model's run."""
-    if compare:
-        _compare_runs(models or [], as_json=as_json)
-        return
-    if task is None or len(models or []) > 1:
-        raise typer.BadParameter("give one MODEL and a --task, or several runs with --compare")
-    asked = {
+    options: dict[str, Any] = {
         "data": data,
         "format": form,
         "stride": stride,
@@ -114,16 +110,34 @@ def evaluate(
         "jobs": jobs,
         "unsafe": unsafe or None,
     }
-    settings = {name: value for name, value in asked.items() if value is not None}
+    if compare:
+        _compare_runs(models or [], as_json=as_json)
+    elif task is None or len(models or []) > 1:
+        raise typer.BadParameter("give one MODEL and a --task, or several runs with --compare")
+    else:
+        settings = {name: value for name, value in options.items() if value is not None}
+        _evaluate_model(models, task, settings, device=device, context=context, details=details, as_json=as_json)
+
+
+def _evaluate_model(
+    models: list[str] | None,
+    task: TaskName,
+    settings: Mapping[str, Any],
+    *,
+    device: str,
+    context: int | None,
+    details: Path | None,
+    as_json: bool,
+) -> None:
+    """Run the task on the model, if one is given, and print the result."""
     with open_path(models[0], export=True) if models else nullcontext(None) as model:
         _check_evaluate_options(task, settings, model)
-        from llm_training_toolkit.commands.evaluate import EvaluateRequest, format_evaluation
-        from llm_training_toolkit.commands.evaluate import run_evaluation as carry_out
+        from llm_training_toolkit.commands.evaluate import EvaluateRequest, format_evaluation, run_evaluation
         from llm_training_toolkit.monitoring.console import Console
 
         console = Console(sys.stderr)
         try:
-            evaluation = carry_out(EvaluateRequest(model, task, settings, device, context, details), console)
+            evaluation = run_evaluation(EvaluateRequest(model, task, settings, device, context, details), console)
         finally:
             console.close()
     typer.echo(json.dumps(evaluation.to_json()) if as_json else "\n".join(format_evaluation(evaluation)))

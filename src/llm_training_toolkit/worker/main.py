@@ -176,51 +176,20 @@ def _build_components(
     train_state = _get_train_state(checkpoint)
     if context.is_rank_zero:
         update_attempt(run, attempt, resumed=checkpoint.directory.name if checkpoint else None)
-    facts = build_data_facts(spec.dataset_info, train_state.step, train_state.sequences)
-    plan = check_plan(make_plan(config, facts, replicas=context.world_size)).with_notes(resolved)
-    if context.is_rank_zero:
-        write_atomically(run.plan_path, json.dumps(plan.to_json(), indent=1))  # with `auto` resolved
+    plan = _make_attempt_plan(spec, context, train_state, resolved)
     context.heartbeat.set_phase("building the model and loading its state")
     built = build_run_model(spec, plan, context, checkpoint)
     context.heartbeat.set_phase("opening the data")
-    lineage = CheckpointLineage(
-        attempt=attempt,
-        parent=checkpoint.directory.name if checkpoint else None,
-        zero=plan.zero,
-        threads=torch.get_num_threads(),
-        config_fingerprint=fingerprint(config),
-        data_fingerprint=spec.dataset_info.fingerprint,
-        versions=collect_environment()["versions"],
-        extra=_build_manifest_extra(built, plan),
-    )
-    _warn_of_rounding_changes(checkpoint, lineage, context)
-    checkpoint_manager = CheckpointManager(
-        run,
-        context,
-        built.engine,
-        lineage,
-        every_steps=plan.save_every_steps,
-        every_seconds=plan.save_every_seconds,
-        rule=RetentionPolicy(config.checkpoint.keep_latest, config.checkpoint.keep_every, config.checkpoint.keep_best),
-    )
+    checkpoint_manager = _build_checkpoint_manager(spec, context, plan, built, checkpoint, attempt=attempt)
     metrics = Metrics(run, attempt, train_state.step, context)
     metrics.add_text(train_state.step, "configuration", f"```json\n{run.resolved_config_path.read_text()}\n```")
-    start_position = (train_state.step, train_state.sequences)
-    dataloader = DataLoader(
-        spec.dataset_info,
-        global_batch=plan.global_batch,
-        epochs=config.train.epochs,
-        origin=start_position,
-        newest=partial(read_latest_dataset_info, run),
-        event_log=SampleLog(run.sample_log_dir, attempt, context.rank) if config.failures.log_samples else None,
-    )
     return TrainerComponents(
         plan,
         plan.build_lr_schedule(),
         config.run.seed,
         context,
         built.engine,
-        dataloader,
+        _build_dataloader(spec, context, plan, train_state, attempt),
         checkpoint_manager,
         metrics,
         attempt=attempt,
@@ -228,6 +197,60 @@ def _build_components(
         initial_state=train_state,
         in_training_tasks=InTrainingEvaluator(spec, metrics=metrics, context=context),
         on_spike=config.failures.on_loss_spike,
+    )
+
+
+def _make_attempt_plan(spec: WorkerSpec, context: RunContext, state: TrainState, resolved: Sequence[str]) -> Plan:
+    """Return the plan at this number of workers, from `state` on; rank 0 writes it, with `auto` resolved."""
+    data_facts = build_data_facts(spec.dataset_info, state.step, state.sequences)
+    plan = check_plan(make_plan(spec.config, data_facts, replicas=context.world_size)).with_notes(resolved)
+    if context.is_rank_zero:
+        write_atomically(spec.directory.plan_path, json.dumps(plan.to_json(), indent=1))
+    return plan
+
+
+def _build_checkpoint_manager(
+    spec: WorkerSpec,
+    context: RunContext,
+    plan: Plan,
+    built: BuiltModel,
+    checkpoint: CheckpointReader | None,
+    *,
+    attempt: int,
+) -> CheckpointManager:
+    """Return the manager; its checkpoints name `checkpoint`, from which this attempt resumes, as their parent."""
+    lineage = CheckpointLineage(
+        attempt=attempt,
+        parent=checkpoint.directory.name if checkpoint else None,
+        zero=plan.zero,
+        threads=torch.get_num_threads(),
+        config_fingerprint=fingerprint(spec.config),
+        data_fingerprint=spec.dataset_info.fingerprint,
+        versions=collect_environment()["versions"],
+        extra=_build_manifest_extra(built, plan),
+    )
+    _warn_of_rounding_changes(checkpoint, lineage, context)
+    policy = spec.config.checkpoint
+    return CheckpointManager(
+        spec.directory,
+        context,
+        built.engine,
+        lineage,
+        every_steps=plan.save_every_steps,
+        every_seconds=plan.save_every_seconds,
+        rule=RetentionPolicy(policy.keep_latest, policy.keep_every, policy.keep_best),
+    )
+
+
+def _build_dataloader(spec: WorkerSpec, context: RunContext, plan: Plan, state: TrainState, attempt: int) -> DataLoader:
+    run, config = spec.directory, spec.config
+    return DataLoader(
+        spec.dataset_info,
+        global_batch=plan.global_batch,
+        epochs=config.train.epochs,
+        origin=(state.step, state.sequences),
+        newest=partial(read_latest_dataset_info, run),
+        event_log=SampleLog(run.sample_log_dir, attempt, context.rank) if config.failures.log_samples else None,
     )
 
 
