@@ -1,6 +1,6 @@
 """Every private name of Ray that the toolkit uses, each behind one function. Written for Ray 2.60.
 
-An update of Ray may change private names without notice: `tests/launch/test_private_api.py` checks each of them against
+An update of Ray may change private names without notice: `tests/unit/launch/ray/test_private_api.py` checks each of them against
 the installed Ray and names what has changed. Each docstring says why the public interface does not suffice.
 """
 
