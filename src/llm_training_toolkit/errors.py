@@ -12,6 +12,19 @@ A message states the place, the problem, the value and the remedy. The construct
 exceptions survive pickling by Ray.
 """
 
+import errno
+import os
+
+_OS_ERROR_REMEDIES = {
+    errno.ENOSPC: "the disk is full: free some space, or name another place (run.dir, data.cache)",
+    errno.EDQUOT: "the quota is used up: free some space, or name another place (run.dir, data.cache)",
+    errno.EFBIG: "the file may not grow further: raise the limit (ulimit -f)",
+    errno.EIO: "the disk or the connection to it fails: the system's log (dmesg) may say more",
+    errno.EROFS: "the file system is mounted read-only: remount it, or name another place (run.dir, data.cache)",
+    errno.EACCES: "change its permissions, or name another place (run.dir, data.cache)",
+    errno.ESTALE: "the connection to the file server was lost: mount it again",
+}
+
 
 class ToolkitError(Exception):
     """Base class of expected errors; the user sees the message."""
@@ -45,3 +58,12 @@ class TrainingError(ToolkitError):
 
 class LaunchError(ToolkitError):
     """The machines, Ray or a worker process failed."""
+
+
+def format_os_error(error: OSError) -> str:
+    """Format an error of the operating system as one sentence: file, problem, remedy."""
+    if error.errno is None:  # made by a library, with a text of its own
+        return str(error).strip().rpartition("\n")[2] or type(error).__name__
+    where = f"{error.filename}: " if error.filename else ""
+    remedy = _OS_ERROR_REMEDIES.get(error.errno, "remove the cause")
+    return f"{where}{os.strerror(error.errno)}: {remedy}, then give the same command again"

@@ -90,12 +90,13 @@ class _Forked(subprocess.Popen[str]):
     def _execute_child(self, *given: Any) -> None:
         _self, *names = inspect.signature(subprocess.Popen._execute_child).parameters  # type: ignore[attr-defined]
         asked = dict(zip(names, given, strict=True))
-        left_out = {"executable", "preexec_fn", "pass_fds", "shell", "start_new_session"} & {*filter(asked.get, asked)}
+        left_out = {"executable", "preexec_fn", "pass_fds", "shell"} & {*filter(asked.get, asked)}
         assert not left_out, f"not for a forked command: {left_out}"
         order: Order = {
             "arguments": [str(each) for each in asked["args"]],
             "environment": dict(os.environ if asked["env"] is None else asked["env"]),
             "folder": str(Path(asked["cwd"] or "").absolute()),
+            "session": asked["start_new_session"],
         }
         streams = [asked[name] for name in ("p2cread", "c2pwrite", "errwrite")]
         self._report, theirs = os.pipe()
@@ -222,6 +223,8 @@ def _tell(report: int, number: int) -> None:
 
 def _become(order: Order) -> None:
     """Make this process what the order would have started."""
+    if order["session"]:
+        os.setsid()
     os.environ.clear()
     os.environ.update(order["environment"])
     os.chdir(order["folder"])
@@ -256,6 +259,7 @@ def main() -> None:
     if order is not None:
         control.detach()
         signal.signal(signal.SIGINT, interrupt)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whatever the shell of the tests ignores
         _become(order)
 
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import signal
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -16,7 +15,11 @@ from llm_training_toolkit.cli.evaluate import evaluate
 from llm_training_toolkit.cli.generate import generate
 from llm_training_toolkit.cli.jobs import jobs, submit
 from llm_training_toolkit.cli.tune import tune
-from llm_training_toolkit.errors import ToolkitError
+from llm_training_toolkit.errors import ToolkitError, format_os_error
+
+if TYPE_CHECKING:
+    from llm_training_toolkit.launch.request import TrainRequest
+    from llm_training_toolkit.monitoring.terminal import TerminalStream
 
 app = typer.Typer(
     name="ltt",
@@ -108,16 +111,18 @@ def prepare(
     )
     from llm_training_toolkit.launch.backend import create_dataset_builder
     from llm_training_toolkit.monitoring.console import Console
+    from llm_training_toolkit.monitoring.terminal import open_terminal_copy
     from llm_training_toolkit.plan import format_mixture, make_plan
 
-    console = Console(sys.stderr if as_json else sys.stdout)
-    try:
-        work = create_dataset_builder(read, console)
-        dataset_info = prepare_epochs(work, read).dataset_info
-        if verify:
-            work.verify_documents()
-    finally:
-        console.close()
+    with open_terminal_copy(2 if as_json else 1) as screen:
+        console = Console(screen)
+        try:
+            work = create_dataset_builder(read, console)
+            dataset_info = prepare_epochs(work, read).dataset_info
+            if verify:
+                work.verify_documents()
+        finally:
+            console.close()
     if as_json:
         typer.echo(json.dumps(build_dataset_info_json(dataset_info)))
     else:
@@ -155,11 +160,6 @@ def show_batch(
         print_batch(step, shown, Terminal(highlight=False))
 
 
-def _raise_keyboard_interrupt(_number: int, _frame: object) -> None:
-    """Treat SIGTERM as Ctrl-C before training; the training itself turns both into a graceful stop."""
-    raise KeyboardInterrupt
-
-
 @app.command()
 def train(
     config: ConfigFile,
@@ -175,44 +175,53 @@ def train(
     as_json: AsJson = False,
 ) -> None:
     """Train. The same command resumes; a finished run is skipped. Ctrl-C saves a checkpoint and stops."""
-    from llm_training_toolkit.config import load_config
-    from llm_training_toolkit.launch.request import EXIT_CODES, TrainRequest, build_failure_json, format_next_steps
-    from llm_training_toolkit.monitoring.console import Console
-    from llm_training_toolkit.monitoring.logs import open_terminal_copy
+    from llm_training_toolkit.launch.request import TrainRequest
+    from llm_training_toolkit.launch.signals import interrupt_on_stop_signals
+    from llm_training_toolkit.monitoring.terminal import open_terminal_copy
 
-    signal.signal(signal.SIGTERM, _raise_keyboard_interrupt)
     request = TrainRequest(config, overrides or (), accept or (), extend)
-    with open_terminal_copy(1) as out, open_terminal_copy(2) as err:
-        console = Console(err if as_json else out)
-        try:
-            load_config(config, overrides or ())  # reports configuration errors before torch is imported
-            from llm_training_toolkit.commands.train import start_run
-            from llm_training_toolkit.worker.spec import is_first_rank
+    with interrupt_on_stop_signals(), open_terminal_copy(1) as out, open_terminal_copy(2) as err:
+        code = _train(request, out, err, as_json=as_json)
+    raise typer.Exit(code)
 
-            outcome = start_run(request, console)
-        except KeyboardInterrupt:
-            console.print_line("interrupted: the same command resumes from the latest checkpoint")
-            raise typer.Exit(EXIT_CODES["stopped"]) from None
-        except ToolkitError as error:
-            console.close()
-            err.write(f"error: {error}\n")
-            if as_json:
-                out.write(json.dumps(build_failure_json(error)) + "\n")
-            raise typer.Exit(error.exit_code) from None
-        except Exception as error:  # outermost handler: Python prints the traceback, this the summary line
-            console.close()
-            err.write(f"error: {type(error).__name__}: {error} (the traceback is in the newest file under logs/)\n")
-            raise
-        finally:
-            console.close()
-        if not is_first_rank():
-            pass  # under torchrun only rank 0 prints
-        elif as_json:
-            out.write(json.dumps(outcome.to_json()) + "\n")
-        else:
-            for line in format_next_steps(outcome, request):
-                console.print_line(line)
-    raise typer.Exit(EXIT_CODES[outcome.status])
+
+def _train(request: TrainRequest, out: TerminalStream, err: TerminalStream, *, as_json: bool) -> int:
+    """Train, print the result or the error, and return the exit code."""
+    from llm_training_toolkit.config import load_config
+    from llm_training_toolkit.launch.request import EXIT_CODES, build_failure_json, format_next_steps
+    from llm_training_toolkit.monitoring.console import Console
+
+    console = Console(err if as_json else out)
+    try:
+        load_config(request.config, request.overrides)  # reports configuration errors before torch is imported
+        from llm_training_toolkit.commands.train import start_run
+        from llm_training_toolkit.worker.spec import is_first_rank
+
+        outcome = start_run(request, console)
+    except KeyboardInterrupt:
+        console.print_line("interrupted: the same command resumes from the latest checkpoint")
+        return EXIT_CODES["stopped"]
+    except (ToolkitError, OSError) as error:
+        console.close()
+        message = format_os_error(error) if isinstance(error, OSError) else str(error)
+        err.write(f"error: {message}\n")
+        if as_json:
+            out.write(json.dumps(build_failure_json(message)) + "\n")
+        return error.exit_code if isinstance(error, ToolkitError) else ToolkitError.exit_code
+    except Exception as error:  # outermost handler: Python prints the traceback, this the summary line
+        console.close()
+        err.write(f"error: {type(error).__name__}: {error} (the traceback is in the newest file under logs/)\n")
+        raise
+    finally:
+        console.close()
+    if not is_first_rank():
+        pass  # under torchrun only rank 0 prints
+    elif as_json:
+        out.write(json.dumps(outcome.to_json()) + "\n")
+    else:
+        for line in format_next_steps(outcome, request):
+            console.print_line(line)
+    return EXIT_CODES[outcome.status]
 
 
 @app.command()
@@ -280,11 +289,20 @@ def drill(
     """Inject faults into a run (fault-injection drill) and compare it with an undisturbed one."""
     from llm_training_toolkit.launch.drill.drill import DrillRunner, DrillSpec
     from llm_training_toolkit.launch.drill.report import format_report
+    from llm_training_toolkit.launch.request import EXIT_CODES
+    from llm_training_toolkit.launch.signals import interrupt_on_stop_signals
+    from llm_training_toolkit.monitoring.terminal import open_terminal_copy
 
-    signal.signal(signal.SIGTERM, _raise_keyboard_interrupt)
     order = DrillSpec(config, overrides or (), kills, [kind.strip() for kind in faults.split(",")], seed, hang)
-    report = DrillRunner(order, lambda text: typer.echo(text, err=True)).run_drill()
-    typer.echo(json.dumps(report.to_json()) if as_json else "\n".join(format_report(report)))
+    with interrupt_on_stop_signals(), open_terminal_copy(1) as out, open_terminal_copy(2) as err:
+        try:
+            report = DrillRunner(order, lambda text: print(text, file=err)).run_drill()
+        except KeyboardInterrupt:
+            err.write(
+                "stopped: the run that was under way has saved a checkpoint; the same command begins a new drill\n"
+            )
+            raise typer.Exit(EXIT_CODES["stopped"]) from None
+        out.write((json.dumps(report.to_json()) if as_json else "\n".join(format_report(report))) + "\n")
     if not report.is_lossless:
         raise typer.Exit(1)
 
@@ -362,9 +380,15 @@ app.command()(tune)
 
 
 def main() -> None:
-    """Run a command; report a ToolkitError as one line and exit with its `exit_code`."""
+    """Run a command; report errors of the toolkit and of the operating system as one line, and exit with their code."""
+    from llm_training_toolkit.monitoring.terminal import open_missing_descriptors
+
+    open_missing_descriptors()
     try:
         app()
     except ToolkitError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
+    except OSError as error:
+        typer.echo(f"error: {format_os_error(error)}", err=True)
+        sys.exit(ToolkitError.exit_code)

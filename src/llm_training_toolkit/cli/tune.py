@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import json
-import signal
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from llm_training_toolkit.errors import ToolkitError
+from llm_training_toolkit.errors import ToolkitError, format_os_error
 
 SearchFile = Annotated[Path, typer.Argument(help="YAML file of the search.", show_default=False)]
-
-
-def _raise_keyboard_interrupt(_number: int, _frame: object) -> None:
-    """Treat SIGTERM as Ctrl-C before the trials; a running search turns both into a graceful stop."""
-    raise KeyboardInterrupt
 
 
 def tune(
@@ -30,23 +24,23 @@ def tune(
 ) -> None:
     """Search hyperparameters with Ray Tune. The same command resumes; finished trials stay."""
     from llm_training_toolkit.launch.request import EXIT_CODES
+    from llm_training_toolkit.launch.signals import interrupt_on_stop_signals
     from llm_training_toolkit.launch.tune.tuner import read_search
     from llm_training_toolkit.launch.tune.tuner import run_search as carry_out
     from llm_training_toolkit.monitoring.console import Console
-    from llm_training_toolkit.monitoring.logs import open_terminal_copy
+    from llm_training_toolkit.monitoring.terminal import open_terminal_copy
 
-    signal.signal(signal.SIGTERM, _raise_keyboard_interrupt)
-    with open_terminal_copy(1) as out, open_terminal_copy(2) as err:
+    with interrupt_on_stop_signals(), open_terminal_copy(1) as out, open_terminal_copy(2) as err:
         console = Console(err if as_json else out)
         try:
             status, found = carry_out(read_search(search, overrides or []), console)
         except KeyboardInterrupt:
             console.print_line("interrupted: the same command goes on")
             raise typer.Exit(EXIT_CODES["stopped"]) from None
-        except ToolkitError as error:
+        except (ToolkitError, OSError) as error:
             console.close()
-            err.write(f"error: {error}\n")
-            raise typer.Exit(error.exit_code) from None
+            err.write(f"error: {format_os_error(error) if isinstance(error, OSError) else error}\n")
+            raise typer.Exit(getattr(error, "exit_code", ToolkitError.exit_code)) from None
         finally:
             console.close()
         if as_json:

@@ -63,7 +63,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, markers: Tokenization
     )
     tokenizer.train_from_iterator(texts, trainer)
     path.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(path / "tokenizer.json"))
+    # Not `tokenizer.save`, which turns a full disk into an exception without a class or an errno.
+    (path / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     config = json.dumps(_build_transformers_config(markers), indent=2, ensure_ascii=False)
     (path / "tokenizer_config.json").write_text(config + "\n", encoding="utf-8")
 

@@ -45,9 +45,9 @@ class TrainResult:
         return asdict(self)
 
 
-def build_failure_json(error: Exception) -> dict[str, Any]:
+def build_failure_json(error: str) -> dict[str, Any]:
     """Return the output of `ltt train --json` for a failed run, a public contract."""
-    return {"run": None, "step": None, "status": "failed", "checkpoint": None, "error": str(error)}
+    return {"run": None, "step": None, "status": "failed", "checkpoint": None, "error": error}
 
 
 def format_next_steps(outcome: TrainResult, request: TrainRequest) -> list[str]:

@@ -1,28 +1,105 @@
-"""Ctrl-C and SIGTERM as stop requests: the run stops after the current step, with a checkpoint."""
+"""Stop signals (Ctrl-C, SIGTERM, SIGHUP) as stop requests: the run stops after the current step, with a checkpoint.
+
+Handlers set flags and queue the signal; threads print and call Ray. A handler that prints may interrupt a print.
+"""
 
 from __future__ import annotations
 
+import queue
 import signal
+import subprocess
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
+
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_INTERRUPT_PAUSE_SECONDS = 1.0  # a storm of signals interrupts once, so that the clean-up of the first is not cut short
+
+
+class _Interrupter:
+    """Handler that raises KeyboardInterrupt, at most once a second."""
+
+    def __init__(self) -> None:
+        self._last = float("-inf")
+
+    def interrupt(self, _number: int = 0, _frame: FrameType | None = None) -> None:
+        """Raise KeyboardInterrupt, unless the previous one is still being handled."""
+        now = time.monotonic()
+        if now - self._last > _INTERRUPT_PAUSE_SECONDS:
+            self._last = now
+            raise KeyboardInterrupt
+
+
+@contextmanager
+def interrupt_on_stop_signals() -> Iterator[None]:
+    """Turn stop signals into KeyboardInterrupt, until the command is over; ignore them afterwards.
+
+    Python resets handlers while it exits, so a late signal would replace the command's exit code. Ignored hang-ups
+    (nohup) stay ignored. Main thread only.
+    """
+    interrupter = _Interrupter()
+    for number in _find_stop_signals():
+        signal.signal(number, interrupter.interrupt)
+    try:
+        yield
+    finally:
+        for number in _STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
 
 
 @contextmanager
 def on_stop_signal(ask: Callable[[], None]) -> Iterator[None]:
-    """Call `ask` at SIGINT or SIGTERM; a SIGINT after the first signal interrupts at once. Main thread only."""
-    asked = 0
+    """Call `ask` once, from a thread, after the first stop signal; a SIGINT after it interrupts at once.
+
+    After a requested stop, SIGTERM and SIGHUP stay ignored: the command is about to end. Main thread only.
+    """
+    received: queue.SimpleQueue[int] = queue.SimpleQueue()  # its `put` may interrupt itself
+    interrupter, asked = _Interrupter(), False
 
     def handle_signal(number: int, _frame: FrameType | None) -> None:
         nonlocal asked
-        asked += 1
-        if asked > 1 and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        ask()
+        if not asked:
+            asked = True
+            received.put(number)
+        elif number == signal.SIGINT:
+            interrupter.interrupt()
 
-    before = {number: signal.signal(number, handle_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    def wait_for_signal() -> None:
+        if received.get():
+            ask()
+
+    threading.Thread(target=wait_for_signal, daemon=True, name="stop-signals").start()
+    before = {number: signal.signal(number, handle_signal) for number in _find_stop_signals()}
     try:
         yield
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if asked and number != signal.SIGINT else handler)
+        received.put(0)  # ends the thread
+
+
+def _find_stop_signals() -> list[signal.Signals]:
+    """Return the stop signals without a hang-up that is ignored, as `nohup` and `disown` ask for."""
+    return [each for each in _STOP_SIGNALS if each != signal.SIGHUP or signal.getsignal(each) != signal.SIG_IGN]
+
+
+@contextmanager
+def start_processes_in_own_session() -> Iterator[None]:
+    """Start every child process of this block in a session of its own.
+
+    Signals to the command's process group or terminal then reach the command alone. `timeout`, systemd and a closed
+    terminal send such signals; Ray has no option for it.
+    """
+    plain = subprocess.Popen.__init__
+
+    def start_process(self: subprocess.Popen[Any], *args: Any, **options: Any) -> None:  # noqa: ANN401 - as in Popen
+        plain(self, *args, **options | {"start_new_session": True})
+
+    subprocess.Popen.__init__ = start_process  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        subprocess.Popen.__init__ = plain  # type: ignore[method-assign]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import IO
+from typing import IO, cast
 
 from rich.console import Console as Terminal
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
@@ -28,6 +28,7 @@ from llm_training_toolkit.distributed.events import (
     WorkerStartedEvent,
 )
 from llm_training_toolkit.monitoring.logs import DRIVER_LOGGER
+from llm_training_toolkit.monitoring.terminal import TerminalStream
 from llm_training_toolkit.runs.table import format_duration
 
 _LINE_EVERY = 10.0  # seconds between step lines without a terminal (a log file, a pipe)
@@ -64,12 +65,14 @@ class RemainingTimeEstimator:
 
 
 class Console:
-    """Terminal output of one command."""
+    """Terminal output of one command. With a `TerminalStream` as its file it neither delays nor ends the command."""
 
-    def __init__(self, file: IO[str] | None = None, listener: Callable[[Event], None] | None = None) -> None:
+    def __init__(
+        self, file: IO[str] | TerminalStream | None = None, listener: Callable[[Event], None] | None = None
+    ) -> None:
         """Open the terminal, or write to `file`; `listener` receives each event before it is shown."""
         self._listener = listener
-        self.terminal = Terminal(file=file, highlight=False, soft_wrap=True)
+        self.terminal = Terminal(file=cast("IO[str] | None", file), highlight=False, soft_wrap=True)
         self._progress: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
         self._remaining = RemainingTimeEstimator()
@@ -124,6 +127,8 @@ class Console:
         if self._progress is not None:
             self._progress.stop()
             self._progress, self._tasks = None, {}
+        if isinstance(self.terminal.file, TerminalStream):
+            self.terminal.file.drain()  # the process may exit without further clean-up
 
     def _get_progress_bars(self) -> Progress:
         if self._progress is None:

@@ -11,8 +11,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
 
+from llm_training_toolkit.errors import ToolkitError
 from llm_training_toolkit.runs.directory import RunDirectory
 
 DRIVER_LOGGER = logging.getLogger("llm_training_toolkit.driver")
@@ -56,13 +56,9 @@ def log_driver(run: RunDirectory) -> Iterator[None]:
         try:
             yield
         except Exception as error:
-            DRIVER_LOGGER.error("%s: %s", type(error).__name__, error)
+            unexpected = None if isinstance(error, ToolkitError) else error  # with its traceback
+            DRIVER_LOGGER.error("%s: %s", type(error).__name__, error, exc_info=unexpected)
             raise
-
-
-def open_terminal_copy(descriptor: int) -> IO[str]:
-    """Return a file on the current standard output (1) or error (2) that survives `redirect_output`."""
-    return os.fdopen(os.dup(descriptor), "w", buffering=1, encoding="utf-8", errors="replace")
 
 
 _END = 16_384  # bytes read from the end of a log

@@ -18,13 +18,16 @@ def write_atomically(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a failed write alone does not name its file
+        raise
     finally:
         temporary.unlink(missing_ok=True)  # exists only after a failure
     sync_directory(path.parent)
 
 
 def sync_directory(directory: Path) -> None:
-    """Make a rename survive a power loss, before anything older is deleted."""
+    """Make the names in a directory survive a power loss: new files, new directories and renames."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)

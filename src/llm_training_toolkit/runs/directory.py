@@ -13,7 +13,7 @@ import re
 import socket
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -153,7 +153,7 @@ def lock_run_directory(run: RunDirectory) -> Iterator[None]:
     """
     try:
         run.path.mkdir(parents=True, exist_ok=True)
-        lock = (run.path / "lock").open("a+")
+        lock = (run.path / "lock").open("a+b", buffering=0)
     except OSError as error:
         raise LaunchError(f"run directory {run.path}: cannot be written: {error.strerror}") from error
     with lock:
@@ -162,7 +162,7 @@ def lock_run_directory(run: RunDirectory) -> Iterator[None]:
         except BlockingIOError:
             lock.seek(0)
             raise LaunchError(
-                f"run {run.path} is already running ({lock.read().strip() or 'holder unknown'}): "
+                f"run {run.path} is already running ({lock.read().decode().strip() or 'holder unknown'}): "
                 "wait for it or stop it, or give this one another run.name"
             ) from None
         except OSError as error:
@@ -170,9 +170,9 @@ def lock_run_directory(run: RunDirectory) -> Iterator[None]:
                 f"run directory {run.path}: its file system keeps no locks ({error.strerror}), so nothing would keep "
                 "two processes out of one run. Mount it with them (Lustre: -o flock), or set run.dir elsewhere"
             ) from error
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        lock.flush()
+        with suppress(OSError):  # the note is a courtesy, and a full disk may have room again in a moment
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         yield
 
 

@@ -36,8 +36,9 @@ def build_atomic_dir(target: Path, build: Callable[[Path], None]) -> Path:
             claim.unlink()
             _fsync_directory(temporary)
             temporary.rename(target)
-    except OSError:  # another process finished first and may have removed this build's inputs
+    except OSError as error:  # another process finished first and may have removed this build's inputs
         if not target.is_dir():
+            error.filename = error.filename or str(target)  # a failed write alone does not name its file
             raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

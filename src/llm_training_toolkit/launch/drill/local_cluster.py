@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 
 from llm_training_toolkit.launch.backend import prepare_environment
+from llm_training_toolkit.launch.signals import start_processes_in_own_session
 from llm_training_toolkit.setup.machine import RAY_HEAD_TIMEOUT_VARIABLE
 
 _ADDRESS_PREFIX = "127.0.1."  # loopback: this machine alone
@@ -72,7 +73,7 @@ class LocalCluster:
         self._place = tempfile.mkdtemp(prefix="ltt-drill-")  # not nested: Ray's sockets need a short path
         os.environ["RAY_TMPDIR"] = self._place  # also names the cluster that a command without an address joins
         head = {"num_cpus": 0, "include_dashboard": False}
-        with _keep_sigterm_handler():
+        with _start_ray_processes():
             self._cluster = Cluster(initialize_head=True, head_node_args=head)
         for _ in range(self._nodes):
             self._add_worker_node()
@@ -85,7 +86,7 @@ class LocalCluster:
     def _add_worker_node(self) -> None:
         address = f"{_ADDRESS_PREFIX}{1 + self._added % _ADDRESS_COUNT}"
         self._added += 1
-        with _keep_sigterm_handler():
+        with _start_ray_processes():
             self._cluster.add_node(num_cpus=self._cpus, node_ip_address=address)
 
     def _find_rank_node(self, process: int) -> RayNode:
@@ -98,10 +99,14 @@ class LocalCluster:
 
 
 @contextmanager
-def _keep_sigterm_handler() -> Iterator[None]:
-    """Restore the SIGTERM handler that a Ray node replaces: with Ray's, this process takes half a minute to end."""
+def _start_ray_processes() -> Iterator[None]:
+    """Keep signals to the drill away from Ray's processes, and restore the SIGTERM handler that a Ray node replaces.
+
+    With Ray's handler this process takes half a minute to end.
+    """
     before = signal.getsignal(signal.SIGTERM)
     try:
-        yield
+        with start_processes_in_own_session():
+            yield
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -1,4 +1,7 @@
-"""Connection to the Ray cluster, and a watch on its head: without a head, Ray kills this process silently."""
+"""Connection to the Ray cluster, and watches on its head and on the raylet of this node.
+
+Without either, Ray kills this process silently.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +19,14 @@ import ray
 import ray.exceptions
 
 from llm_training_toolkit.errors import LaunchError
+from llm_training_toolkit.launch.signals import start_processes_in_own_session
 from llm_training_toolkit.monitoring.console import Console
 from llm_training_toolkit.setup.machine import RAY_HEAD_TIMEOUT_VARIABLE, is_local
 
 _POLL_SECONDS = 1.0
 _CONNECT_TIMEOUT_SECONDS = 2.0
 _DEFAULT_HEAD_TIMEOUT_SECONDS = 60.0  # Ray's default: its core then kills a process without a head
+_REFUSALS_TO_END = 2  # in a row, before the raylet counts as gone
 # Shares of the head timeout: a head that restarts within it, with its state in Redis, finds the run intact.
 _SHARE_TO_WARN, _SHARE_TO_END = 0.2, 0.8
 
@@ -61,12 +66,51 @@ def _poll_head(address: str, warn: Callable[[str], None], end: Callable[[str], N
 
 
 def _is_head_reachable(address: str) -> bool:
-    host, _, port = address.rpartition(":")
     try:
-        with socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_TIMEOUT_SECONDS):
-            return True
+        _open_connection(address)
     except OSError:
         return False
+    return True
+
+
+def get_raylet_address() -> str:
+    """Return the address (host:port) of Ray's process on this node, the raylet, which a driver cannot outlive."""
+    own = ray.get_runtime_context().get_node_id()
+    [node] = [node for node in ray.nodes() if node["NodeID"] == own]
+    return f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}"
+
+
+@contextmanager
+def watch_raylet(address: str, end: Callable[[str], None]) -> Iterator[None]:
+    """Poll the raylet at `address`; call `end` from a thread, once, if it is gone: Ray then kills this process."""
+    over = threading.Event()
+    threading.Thread(target=_poll_raylet, args=(address, end, over), daemon=True, name="watch-raylet").start()
+    try:
+        yield
+    finally:
+        over.set()
+
+
+def _poll_raylet(address: str, end: Callable[[str], None], over: threading.Event) -> None:
+    refusals = 0
+    while not over.wait(_POLL_SECONDS):
+        try:
+            _open_connection(address)
+        except ConnectionRefusedError:  # nothing listens there; a busy raylet would time out instead
+            refusals += 1
+        except OSError:
+            continue
+        else:
+            refusals = 0
+        if refusals == _REFUSALS_TO_END:
+            end(f"Ray's process on this node (raylet, {address}) is gone: killed from outside, or crashed")
+            return
+
+
+def _open_connection(address: str) -> None:
+    host, _, port = address.rpartition(":")
+    with socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_TIMEOUT_SECONDS):
+        pass
 
 
 @contextmanager
@@ -87,7 +131,8 @@ def connect_to_cluster(console: Console) -> Iterator[None]:
     threading.Thread(target=importlib.import_module, args=("torch",), daemon=True, name="import-torch").start()
     terminates = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(**options)
+        with start_processes_in_own_session():
+            ray.init(**options)
         signal.signal(signal.SIGTERM, terminates)  # Ray's handler exits with an uninformative status
     except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
         where = "on this machine" if local else f"at RAY_ADDRESS={os.environ['RAY_ADDRESS']}"

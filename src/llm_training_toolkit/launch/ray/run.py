@@ -15,7 +15,7 @@ import ray.exceptions
 from llm_training_toolkit.config import Config
 from llm_training_toolkit.distributed.events import WarningEvent
 from llm_training_toolkit.errors import LaunchError
-from llm_training_toolkit.launch.ray.cluster import connect_to_cluster, watch_head
+from llm_training_toolkit.launch.ray.cluster import connect_to_cluster, get_raylet_address, watch_head, watch_raylet
 from llm_training_toolkit.launch.ray.resources import build_resource_request
 from llm_training_toolkit.launch.request import EXIT_CODES
 from llm_training_toolkit.launch.signals import on_stop_signal
@@ -44,7 +44,7 @@ def run_on_ray(run: RunDirectory, config: Config, console: Console) -> dict[str,
             console.print_line("stopping after this step, with a checkpoint (Ctrl-C again: at once, without)")
             groups.request_stop()
 
-        def handle_lost_head(why: str) -> None:
+        def handle_lost_cluster(why: str) -> None:
             with suppress(OSError, ValueError):
                 fail_attempt(run, find_last_attempt(run), why)
             said = f"error: {why}. The same command resumes from the latest checkpoint once there is a cluster again"
@@ -56,7 +56,8 @@ def run_on_ray(run: RunDirectory, config: Config, console: Console) -> dict[str,
         try:
             with (
                 on_stop_signal(request_stop),
-                watch_head(ray.get_runtime_context().gcs_address, show_warning, handle_lost_head),
+                watch_head(ray.get_runtime_context().gcs_address, show_warning, handle_lost_cluster),
+                watch_raylet(get_raylet_address(), handle_lost_cluster),
             ):
                 return groups.run_training()
         except FitStuckError as error:

@@ -33,6 +33,7 @@ from llm_training_toolkit.launch.backend import prepare_environment
 from llm_training_toolkit.launch.ray import nodes
 from llm_training_toolkit.launch.ray.resources import build_resource_request
 from llm_training_toolkit.monitoring.console import Console
+from llm_training_toolkit.monitoring.terminal import TerminalStream
 from llm_training_toolkit.plan import Plan, check_plan, make_plan
 from llm_training_toolkit.runs.atomic_write import write_atomically
 from llm_training_toolkit.runs.directory import RunDirectory, lock_run_directory
@@ -168,8 +169,12 @@ class _TrialRunner:
     def _train_to_end(self) -> dict[str, Any]:
         run, config = self._run_directory, parse_config_json(self._order.config)
         self._release_placement_groups()
-        with _wait_for_run_lock(run), (run.path / "trial.log").open("a") as log:
-            console = Console(log, listener=self.handle_event)
+        with (
+            _wait_for_run_lock(run),
+            (run.path / "trial.log").open("a") as log,
+            TerminalStream(log.fileno()) as stream,  # a full disk must not end the trial
+        ):
+            console = Console(stream, listener=self.handle_event)
             plan = self._prepare_run(run, config, console)
             if plan is None:
                 result = {"status": "finished", "step": self._steps[-1]}

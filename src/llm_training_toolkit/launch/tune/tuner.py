@@ -126,7 +126,12 @@ def _run_trials(spec: SearchSpec, event_log: EventLog, console: Console) -> Trai
     redirect_output(spec.directory.driver_run.driver_log_path)
     import ray
 
-    from llm_training_toolkit.launch.ray.cluster import connect_to_cluster, watch_head
+    from llm_training_toolkit.launch.ray.cluster import (
+        connect_to_cluster,
+        get_raylet_address,
+        watch_head,
+        watch_raylet,
+    )
 
     with connect_to_cluster(console):
         concurrent = _compute_max_concurrent(spec, console)  # first: preparing data is in vain if no trial fits
@@ -144,7 +149,10 @@ def _run_trials(spec: SearchSpec, event_log: EventLog, console: Console) -> Trai
             exit_with_message(f"error: {_RAY_LOST_MESSAGE} ({why})", LaunchError.exit_code)
 
         try:
-            with watch_head(ray.get_runtime_context().gcs_address, console.print_line, exit_on_ray_loss):
+            with (
+                watch_head(ray.get_runtime_context().gcs_address, console.print_line, exit_on_ray_loss),
+                watch_raylet(get_raylet_address(), exit_on_ray_loss),
+            ):
                 return _run_tuner(spec, event_log, suggestions, concurrent=concurrent, screen=screen, console=console)
         except KeyboardInterrupt:
             exit_with_message(
