@@ -97,7 +97,9 @@ def load_goodput_state(run: RunDirectory, began: float) -> GoodputState:
     if not previous:
         return GoodputState({}, 0)
     rows = list(read_newest_rows(run.metrics_path))
-    accounts = [(read_seconds_by_part(row), float(row["time"])) for row in rows if read_seconds_by_part(row)]
+    accounts = [
+        (read_seconds_by_part(row), float(row["time"])) for row in rows if read_seconds_by_part(row) and "time" in row
+    ]
     before, until = accounts[-1] if accounts else ({}, float(read_attempt_record(run, 1).get("began", began)))
     waited_to = float(previous.get("command_ended", until if previous.get("state") in _INTENDED_ENDS else began))
     before["idle"] = before.get("idle", 0.0) + max(0.0, waited_to - until)

@@ -11,7 +11,7 @@ _TAIL = 131_072  # bytes read from the end, about two hundred steps
 
 
 def read_newest_rows(metrics: Path) -> Iterator[dict[str, Any]]:
-    """Yield the last complete lines of metrics.jsonl."""
+    """Yield the last complete lines of metrics.jsonl; skip lines that are no row of metrics."""
     if not metrics.is_file():
         return
     with metrics.open("rb") as file:
@@ -21,6 +21,16 @@ def read_newest_rows(metrics: Path) -> Iterator[dict[str, Any]]:
     for line in lines[1:] if size > _TAIL else lines:
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
-        yield row
+        if _is_metrics_row(row):
+            yield row
+
+
+def _is_metrics_row(row: object) -> bool:
+    """Return whether a parsed line has a step, and numbers as values."""
+    return (
+        isinstance(row, dict)
+        and isinstance(row.get("step"), int)
+        and all(isinstance(value, int | float) for value in row.values())
+    )

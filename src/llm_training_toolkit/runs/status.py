@@ -17,7 +17,7 @@ from llm_training_toolkit.runs.directory import RunDirectory, parse_checkpoint_n
 from llm_training_toolkit.runs.goodput import SecondsByPart, read_seconds_by_part
 from llm_training_toolkit.runs.metrics_log import read_newest_rows
 
-RunState = Literal["starting", "running", "finished", "stopped", "failed", "lost"]
+RunState = Literal["starting", "running", "finished", "stopped", "failed", "lost", "unreadable"]
 # final states of an attempt; after any other state another attempt should have followed
 _ENDS: tuple[RunState, ...] = ("finished", "stopped", "failed")
 _RECENT = 20  # steps used to estimate the time left
@@ -49,8 +49,29 @@ class RunStatus:
 
 
 def read_run_statuses(runs: Iterable[RunDirectory]) -> list[RunStatus]:
-    """Return the status of every run, by name."""
-    return [read_run_status(run) for run in sorted(runs, key=lambda run: run.name)]
+    """Return the status of every run, by name.
+
+    A run with files that cannot be read, or hold something else, is `unreadable` and hides no other.
+    """
+    return [_read_status_or_problem(run) for run in sorted(runs, key=lambda run: run.name)]
+
+
+def _read_status_or_problem(run: RunDirectory) -> RunStatus:
+    try:
+        return read_run_status(run)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
+        return RunStatus(
+            name=run.name,
+            path=run.uri,
+            state="unreadable",
+            step=0,
+            steps=None,
+            seconds_left=None,
+            loss=None,
+            checkpoint=None,
+            error=f"{type(error).__name__}: {error}",
+            goodput={},
+        )
 
 
 def read_run_status(run: RunDirectory) -> RunStatus:
@@ -60,7 +81,8 @@ def read_run_status(run: RunDirectory) -> RunStatus:
     checkpoint = _find_newest_checkpoint(run)
     state = _derive_run_state(attempt, held=run.storage.is_held(run.path))
     step = max([int(row["step"]) for row in rows] + [place[0] for place in [checkpoint] if place], default=0)
-    steps = _read_json(run.plan_path).get("steps")
+    planned = _read_json(run.plan_path).get("steps")
+    steps = planned if isinstance(planned, int) else None
     losses = [float(row["train/loss"]) for row in rows if "train/loss" in row]
     return RunStatus(
         name=run.name,
@@ -71,7 +93,7 @@ def read_run_status(run: RunDirectory) -> RunStatus:
         seconds_left=_estimate_seconds_left(rows, step, steps) if state == "running" else None,
         loss=losses[-1] if losses else None,
         checkpoint=run.get_checkpoint_dir(*checkpoint).name if checkpoint else None,
-        error=attempt.get("error") if state == "failed" else None,
+        error=str(attempt.get("error", "")) if state == "failed" else None,
         goodput=read_goodput(run),
     )
 
@@ -82,7 +104,7 @@ def read_goodput(run: RunDirectory) -> SecondsByPart:
     Time from the last row to the end of the command is idle.
     """
     for row in reversed(list(read_newest_rows(run.metrics_path))):
-        if split := read_seconds_by_part(row):
+        if "time" in row and (split := read_seconds_by_part(row)):
             ended = float(read_attempt_record(run, find_last_attempt(run)).get("command_ended", 0.0))
             split["idle"] += max(0.0, ended - float(row["time"]))
             return split

@@ -19,6 +19,7 @@ _COLOURS = {
     "stopped": "yellow",
     "failed": "red",
     "lost": "red",
+    "unreadable": "red",
 }
 
 

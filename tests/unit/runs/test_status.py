@@ -110,6 +110,39 @@ def test_only_runs_are_listed_by_name(run: RunDirectory) -> None:
     assert list_statuses(runs / "nowhere") == []
 
 
+ODD_LINES = ["7", "[]", "null", '{"step": "x"}', '{"attempt": 1}', '{"step": 3, "train/loss": "low"}', '{"step": [1]}']
+
+
+@pytest.mark.parametrize("line", ODD_LINES)
+def test_an_odd_line_in_the_metrics_is_skipped(run: RunDirectory, line: str) -> None:
+    with run.metrics_path.open("a") as file:
+        file.write(f"\n{line}\n")
+    assert (read_run_status(run).state, read_run_status(run).step) == ("lost", 4)
+
+
+@pytest.mark.parametrize("text", ["7", "[]", '{"state": ["x"]}', '{"state": "failed", "error": 3}', "\x00"])
+def test_an_odd_attempt_or_plan_breaks_no_list_of_runs(run: RunDirectory, text: str) -> None:
+    run.attempts_dir.mkdir()
+    (run.attempts_dir / "0001.json").write_text(text)
+    (run.attempts_dir / "1.copy.json").write_text(text)
+    run.plan_path.write_text(text.replace("state", "steps"))
+    other = run.path.with_name("two")
+    other.mkdir()
+    (other / "lock").touch()
+    assert [found.name for found in list_statuses(run.path.parent)] == ["one", "two"]
+
+
+def test_a_run_that_cannot_be_read_is_named_and_hides_no_other(run: RunDirectory) -> None:
+    other = run.path.with_name("two")
+    other.mkdir()
+    (other / "lock").touch()
+    (run.path / "metrics.jsonl").unlink()
+    (run.path / "metrics.jsonl").write_text(json.dumps({"step": 1, "goodput/step_seconds": 1, "time": 10**400}) + "\n")
+    (other / "plan.json").write_text(json.dumps({"steps": 10}))
+    states = {found.name: found.state for found in list_statuses(run.path.parent)}
+    assert states == {"one": "unreadable", "two": "lost"}
+
+
 def test_the_command_prints_json_and_needs_no_torch(run: RunDirectory) -> None:
     code = (
         "import sys; sys.argv = ['ltt', 'runs', sys.argv[1], '--json']\n"

@@ -27,6 +27,7 @@ from llm_training_toolkit.launch.ray.failure_policy import (
     find_abort_reason,
     find_counted_failures,
     find_excluded_nodes,
+    find_restart_pause,
 )
 from llm_training_toolkit.launch.ray.resources import ClusterNode, schedulable_nodes
 from llm_training_toolkit.launch.ray.worker_group import RunSpec, WorkerGroup, WorkerGroupResult, WorkerGroupSpec
@@ -206,7 +207,12 @@ class TrainController:
             "checkpoint in "
             "between"
         )
-        self._show_warning(f"{failure.cause}. Restarting from the latest checkpoint ({count})")
+        pause = find_restart_pause(failures)
+        when = f"in {pause:.0f} s " if pause else ""
+        self._show_warning(f"{failure.cause}. Restarting {when}from the latest checkpoint ({count})")
+        until = time.monotonic() + pause
+        while time.monotonic() < until and not self._stop:
+            time.sleep(_POLL_SECONDS)
 
     def _format_final_error(self, why: str) -> str:
         logs = self._run.storage.get_uri(self._run.path / "logs")

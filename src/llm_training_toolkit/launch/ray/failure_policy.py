@@ -16,6 +16,7 @@ from llm_training_toolkit.distributed.events import WorkerErrorEvent, WorkerStar
 
 FailureKind = Literal["raised", "killed", "oom", "hang", "node_lost", "preempted", "not_started"]
 _STEP_UNRELATED_KINDS: tuple[FailureKind, ...] = ("node_lost", "not_started")
+_RESTART_PAUSES = (0.0, 5.0, 15.0, 60.0)  # seconds, by the number of consecutive failures without a step
 _EXCLUDE_AFTER_FAILURES = 2  # of a node within one start of a run
 
 
@@ -205,6 +206,16 @@ def _find_same_step_failures(failures: Sequence[AttemptFailure]) -> list[Attempt
         return []
     counted = [failure for failure in reversed(failures) if failure.is_step_related]
     return list(takewhile(lambda failure: failure.step == newest.step, counted))
+
+
+def find_restart_pause(failures: Mapping[int, AttemptFailure]) -> float:
+    """Return the seconds to wait before the next group: 5, 15, then 60 after consecutive failures without a step.
+
+    Storage or a network that is away for a minute must not use up the retries. A group that had stepped is replaced at
+    once.
+    """
+    without_step = len(list(takewhile(lambda failure: failure.starting, reversed(list(failures.values())))))
+    return _RESTART_PAUSES[min(without_step, len(_RESTART_PAUSES) - 1)]
 
 
 def find_excluded_nodes(failures: Mapping[int, AttemptFailure], since: int) -> dict[str, str]:

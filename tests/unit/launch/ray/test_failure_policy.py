@@ -19,6 +19,7 @@ from llm_training_toolkit.launch.ray.failure_policy import (
     find_abort_reason,
     find_counted_failures,
     find_excluded_nodes,
+    find_restart_pause,
 )
 
 WORKERS = {
@@ -55,6 +56,13 @@ def test_connections_that_the_others_lost_are_not_the_cause() -> None:
     assert lost.cause == "node 10.0.0.1 with ranks 2, 3 is lost"
     told = diagnose_failure(FailureEvidence(WORKERS, [replace(CLOSED, rank=3, text="ValueError: bad"), CLOSED]), 7)
     assert (told.kind, told.rank, told.cause) == ("raised", 3, "rank 3 failed: ValueError: bad")
+
+
+def test_failures_without_a_step_are_answered_with_growing_pauses() -> None:
+    starting = replace(killed(1), starting=True)
+    pauses = [find_restart_pause(kept(killed(9), *[starting] * count)) for count in range(5)]
+    assert pauses == [0, 5, 15, 60, 60]
+    assert find_restart_pause(kept(starting, starting, killed(9))) == 0, "it had stepped in between"
 
 
 def test_memory_is_named_with_its_numbers_before_other_deaths() -> None:
