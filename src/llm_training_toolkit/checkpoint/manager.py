@@ -6,7 +6,7 @@ The worker restores with `find_latest_valid_checkpoint` and `restore_engine` of 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +29,7 @@ from llm_training_toolkit.distributed.context import RunContext
 from llm_training_toolkit.distributed.events import CheckpointEvent, WarningEvent
 from llm_training_toolkit.engine import Engine
 from llm_training_toolkit.errors import CheckpointError
-from llm_training_toolkit.runs.attempts import find_last_attempt
+from llm_training_toolkit.runs.attempts import find_takeover
 from llm_training_toolkit.runs.directory import RunDirectory, parse_checkpoint_name
 from llm_training_toolkit.runs.storage.s3_client import StorageError
 
@@ -48,6 +48,11 @@ class CheckpointLineage:
     data_fingerprint: str
     versions: Mapping[str, str]
     extra: Mapping[str, Any]
+    run_id: str = ""
+
+
+def _sync_nothing() -> None:
+    """Do nothing, as the default of `sync_metrics`."""
 
 
 class _PendingCheckpoint(NamedTuple):
@@ -70,7 +75,10 @@ class CheckpointManager:
         every_steps: int | None,
         every_seconds: float | None,
         rule: RetentionPolicy,
+        sync_metrics: Callable[[], None] = _sync_nothing,
     ) -> None:
+        """Delete incomplete checkpoints of earlier attempts. `sync_metrics` is called before each commit."""
+        self._sync_metrics = sync_metrics
         self._run, self._context, self._engine, self._lineage = run, context, engine, lineage
         self._every_steps, self._every_seconds = every_steps, every_seconds
         self._rule = rule
@@ -139,6 +147,7 @@ class CheckpointManager:
         self._wait_for_writes(self._begun.writing)
         begun, self._begun = self._begun, None
         self._check_not_superseded()
+        self._sync_metrics()
         commit_checkpoint(self._context, begun.writing, self._make_manifest_builder(begun.progress))
         if self._context.is_rank_zero:
             self._apply_retention_policy()
@@ -171,21 +180,21 @@ class CheckpointManager:
             pause = min(2 * pause, _MAX_POLL_SECONDS)
 
     def _check_not_superseded(self) -> None:
-        """Raise CheckpointError if a newer attempt owns the run. Collective.
+        """Raise CheckpointError if a newer attempt or a new run owns the directory. Collective.
 
-        Ranks that outlived their driver must not write beside those of the attempt that replaced them.
+        Ranks that outlived their driver must not write beside those that replaced them.
         """
-        newest_attempt = self._context.broadcast_object(self._read_last_attempt() if self._context.is_rank_zero else 0)
-        if newest_attempt > self._lineage.attempt:
+        takeover = self._context.broadcast_object(self._find_takeover() if self._context.is_rank_zero else "")
+        if takeover:
             raise CheckpointError(
-                f"{self._run.uri}: attempt {newest_attempt} has taken over this run; attempt {self._lineage.attempt} "
-                "ends without saving. Nothing is lost: the run goes on there"
+                f"{self._run.uri}: {takeover}; attempt {self._lineage.attempt} ends without saving, and the directory "
+                "stays as it is"
             )
 
-    def _read_last_attempt(self) -> int:
+    def _find_takeover(self) -> str:
         with suppress(StorageError):  # the next write retries a store that does not answer now
             self._run.storage.refresh_directory(self._run.attempts_dir)
-        return find_last_attempt(self._run)
+        return find_takeover(self._run, self._lineage.attempt, self._lineage.run_id)
 
     def _apply_retention_policy(self) -> None:
         """Apply the retention policy. A failure is only a warning, since the new checkpoint is written."""
@@ -218,6 +227,7 @@ class CheckpointManager:
                 recent=progress.recent,
                 eval_loss=self._losses.get(progress.step),
                 extra=lineage.extra,
+                run_id=lineage.run_id,
             )
 
         return build_manifest

@@ -64,6 +64,8 @@ class Manifest:
     eval_loss: float | None = None
     """Held-out loss of exactly this step, or None if it was not measured."""
     extra: Mapping[str, Any] = field(default_factory=dict)
+    run_id: str = ""
+    """Random id of the run, as in its attempts."""
 
     @property
     def update_count(self) -> int:

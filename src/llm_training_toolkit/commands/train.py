@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from typing import Any
 
 from llm_training_toolkit.checkpoint import find_latest_checkpoint
@@ -14,6 +13,7 @@ from llm_training_toolkit.launch.request import TrainRequest, TrainResult
 from llm_training_toolkit.monitoring.console import Console
 from llm_training_toolkit.monitoring.logs import log_driver
 from llm_training_toolkit.plan import check_plan, format_mixture, format_plan, make_plan
+from llm_training_toolkit.runs.atomic_write import write_atomically
 from llm_training_toolkit.runs.directory import RunDirectory
 from llm_training_toolkit.runs.goodput import format_goodput, record_command_end
 from llm_training_toolkit.runs.status import read_goodput
@@ -63,7 +63,7 @@ def start_run(request: TrainRequest, console: Console) -> TrainResult:
         dataset_info = _prepare_data(config, resume_state, request, console)
         data_facts = build_data_facts(dataset_info, resume_state.step, resume_state.sequences)
         plan = check_plan(make_plan(config, data_facts, replicas)).with_notes(precision_notes)
-        shutil.copyfile(request.config, run.config_path)
+        write_atomically(run.config_path, request.config.read_text(encoding="utf-8"))
         write_run_files(run, config, plan, dataset_info)
         for line in format_mixture(plan):
             console.print_line(line)

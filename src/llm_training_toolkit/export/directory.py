@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +15,8 @@ from transformers import GenerationConfig
 
 from llm_training_toolkit.data.tokenizer import TOKENIZER_FILES
 from llm_training_toolkit.errors import CheckpointError
+from llm_training_toolkit.runs.atomic_write import sync_directory
+from llm_training_toolkit.runs.directory import RunDirectory
 
 _ORIGIN_FILE = "training.json"
 
@@ -36,22 +39,21 @@ class ModelFiles:
 
 @contextmanager
 def atomic_export_dir(destination: Path) -> Iterator[Path]:
-    """Yield a temporary directory that replaces `destination` once it is complete.
+    """Yield a temporary directory that replaces `destination` once it is complete and synced.
 
     Raises CheckpointError on a failed write, and for a destination that holds anything other than an export.
     """
     if destination.exists() and not destination.is_dir():
         raise CheckpointError(f"{destination} is a file: name a directory (--out)")
-    if destination.exists() and read_source_checkpoint_name(destination) is None and any(destination.iterdir()):
+    if not _is_replaceable(destination):
         raise CheckpointError(f"{destination} is not empty and no earlier export: name another directory (--out)")
     temporary = _get_temporary_dir(destination)
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
         yield temporary
-        if destination.exists():
-            shutil.rmtree(destination)
-        temporary.rename(destination)
+        _sync_tree(temporary)
+        _replace_directory(temporary, destination)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"export to {destination} failed: {error}. The checkpoint is untouched: free some space and start again"
@@ -60,13 +62,50 @@ def atomic_export_dir(destination: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def _is_replaceable(destination: Path) -> bool:
+    """Return whether a directory is absent, empty, an export, or the run's own (and may be damaged)."""
+    run = RunDirectory(destination.parent)
+    is_own = run.resolved_config_path.is_file() and destination in {run.export_dir, run.task_export_dir}
+    return (
+        is_own
+        or not destination.exists()
+        or read_source_checkpoint_name(destination) is not None
+        or not any(destination.iterdir())
+    )
+
+
+def _sync_tree(directory: Path) -> None:
+    """Make the files below a directory survive a power loss, before a name says that they are complete."""
+    for path in (*directory.rglob("*"), directory):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _replace_directory(source: Path, destination: Path) -> None:
+    """Rename a directory over another one; a kill leaves the old or the new one, or the old one under `replaced`."""
+    replaced = _get_replaced_dir(destination)
+    shutil.rmtree(replaced, ignore_errors=True)
+    if destination.exists():
+        destination.rename(replaced)
+    source.rename(destination)
+    sync_directory(destination.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
 def _get_temporary_dir(destination: Path) -> Path:
     return destination.with_name(f".{destination.name}.writing")
 
 
+def _get_replaced_dir(destination: Path) -> Path:
+    return destination.with_name(f".{destination.name}.replaced")
+
+
 def remove_export(destination: Path) -> None:
     """Delete an export, and the partial one of a killed process."""
-    for directory in (destination, _get_temporary_dir(destination)):
+    for directory in (destination, _get_temporary_dir(destination), _get_replaced_dir(destination)):
         shutil.rmtree(directory, ignore_errors=True)
 
 

@@ -1,26 +1,30 @@
 """Metrics: one writer on rank 0, several sinks, stable names.
 
 Always `metrics.jsonl`, with TensorBoard beside it. A sink that cannot start fails the run at once. A later failure of a
-sink is reported once, and training continues.
+sink is reported once; training continues, and every later write tries again.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from llm_training_toolkit.distributed.context import RunContext
-from llm_training_toolkit.distributed.events import WarningEvent
+from llm_training_toolkit.distributed.events import NoteEvent, WarningEvent
+from llm_training_toolkit.runs.atomic_write import sync_directory
 from llm_training_toolkit.runs.directory import RunDirectory
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 ScalarValues = Mapping[str, float]
+_MAX_PENDING_BYTES = 1 << 24  # rows kept for a disk that takes none: some twenty thousand
+_REOPEN_SECONDS = 30.0  # each try on a full disk may leave an empty event file
 
 
 class MetricSink(Protocol):
@@ -32,30 +36,53 @@ class MetricSink(Protocol):
     def add_text(self, step: int, name: str, content: str) -> None:
         """Write a text in Markdown."""
 
+    def sync(self) -> None:
+        """Make everything written so far survive a power loss."""
+
     def close(self) -> None:
         """Write everything to disk."""
 
 
 class JsonLines:
-    """Sink `metrics.jsonl`: one object a line with step, attempt and time; a step's last attempt counts."""
+    """Sink `metrics.jsonl`: one object a line with step, attempt and time; a step's last attempt counts.
+
+    Rows that the disk does not take are kept and written with a later one, without gaps or doubles.
+    """
 
     def __init__(self, path: Path, attempt: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._attempt = attempt
         _terminate_last_line(path)
-        self._file = path.open("a", buffering=1)
+        self._file = path.open("ab", buffering=0)
+        self._pending = b""
+        sync_directory(path.parent)
 
     def write(self, step: int, values: ScalarValues) -> None:
         """Append a line."""
         row = {"step": step, "attempt": self._attempt, "time": round(time.time(), 3), **values}
-        self._file.write(json.dumps(row) + "\n")
+        if len(self._pending) < _MAX_PENDING_BYTES:
+            self._pending += json.dumps(row).encode() + b"\n"
+        self._write_pending()
 
     def add_text(self, step: int, name: str, content: str) -> None:
         """Ignore texts, which are for TensorBoard."""
 
+    def sync(self) -> None:
+        """Write pending rows and sync the file."""
+        self._write_pending()
+        os.fsync(self._file.fileno())
+
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Write pending rows and close the file."""
+        try:
+            self._write_pending()
+        finally:
+            self._file.close()
+
+    def _write_pending(self) -> None:
+        while self._pending:
+            written = self._file.write(self._pending)
+            self._pending = self._pending[written:]
 
 
 def _terminate_last_line(path: Path) -> None:
@@ -68,31 +95,61 @@ def _terminate_last_line(path: Path) -> None:
 
 
 class TensorBoard:
-    """Sink of event files in a directory; hides points beyond `resumed_step`, unless that is None."""
+    """Sink of event files in a directory; hides points beyond `resumed_step`, unless that is None.
+
+    A writer of events does not recover from a failed write: half a minute later the next one opens a new file.
+    """
 
     def __init__(self, directory: Path, resumed_step: int | None) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - slow to import, rank 0 alone needs it
-
         directory.mkdir(parents=True, exist_ok=True)
         _backdate_event_files(directory)
         # Also from step 0: an attempt that died before its first checkpoint has left points.
-        purge = resumed_step + 1 if resumed_step else resumed_step
-        self._writer: SummaryWriter = SummaryWriter(str(directory), purge_step=purge)
+        self._directory, self._purge_step = directory, resumed_step + 1 if resumed_step else resumed_step
+        self._failure: OSError | None = None
+        self._reopen_at = 0.0
+        self._writer: SummaryWriter | None = self._open_writer()
 
     def write(self, step: int, values: ScalarValues) -> None:
         """Write one point per name."""
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
-        self._writer.flush()
+        with self._reopen_after_failure() as writer:
+            for name, value in values.items():
+                writer.add_scalar(name, value, step)
+            writer.flush()
 
     def add_text(self, step: int, name: str, content: str) -> None:
         """Write a text panel."""
-        self._writer.add_text(name, content, step)
-        self._writer.flush()
+        with self._reopen_after_failure() as writer:
+            writer.add_text(name, content, step)
+            writer.flush()
+
+    def sync(self) -> None:
+        """Do nothing: curves are drawn from event files, and `metrics.jsonl` holds the same numbers."""
 
     def close(self) -> None:
         """Flush and close."""
-        self._writer.close()
+        if self._writer is not None:
+            self._writer.close()
+
+    def _open_writer(self) -> SummaryWriter:
+        from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - slow to import, rank 0 alone needs it
+
+        return SummaryWriter(str(self._directory), purge_step=self._purge_step)
+
+    @contextmanager
+    def _reopen_after_failure(self) -> Iterator[SummaryWriter]:
+        if self._failure is not None and time.monotonic() < self._reopen_at:
+            raise self._failure
+        writer, self._writer = self._writer, None
+        try:
+            writer = writer or self._open_writer()
+            yield writer
+        except OSError as error:
+            self._failure, self._reopen_at, self._purge_step = error, time.monotonic() + _REOPEN_SECONDS, None
+            with suppress(OSError):
+                if writer is not None:
+                    writer.close()
+            raise
+        self._writer, self._failure = writer, None
 
 
 def _backdate_event_files(directory: Path) -> None:
@@ -113,36 +170,47 @@ class Metrics:
     def __init__(self, run: RunDirectory, attempt: int, resumed_step: int, context: RunContext) -> None:
         self._context = context
         self._sinks: list[MetricSink] = []
+        self._failing: set[MetricSink] = set()
         if context.is_rank_zero:
             self._sinks = [JsonLines(run.metrics_path, attempt), TensorBoard(run.tensorboard_dir, resumed_step)]
 
     def write(self, step: int, values: ScalarValues) -> None:
         """Record the scalars of a step."""
-        for sink in list(self._sinks):
-            try:
+        for sink in self._sinks:
+            with self._report_failure(sink):
                 sink.write(step, values)
-            except OSError as error:
-                self._disable_sink(sink, error)
+                self._report_recovery(sink)
 
     def add_text(self, step: int, name: str, content: str) -> None:
         """Record a text."""
-        for sink in list(self._sinks):
-            try:
+        for sink in self._sinks:
+            with self._report_failure(sink):
                 sink.add_text(step, name, content)
-            except OSError as error:
-                self._disable_sink(sink, error)
 
-    def _disable_sink(self, sink: MetricSink, error: OSError) -> None:
-        self._sinks.remove(sink)
-        with suppress(OSError):
-            sink.close()
-        message = f"{type(sink).__name__} cannot be written any more ({error}); training goes on without it"
-        self._context.report(WarningEvent(message))
+    def sync(self) -> None:
+        """Make the metrics so far survive a power loss, as a checkpoint of these steps does."""
+        for sink in self._sinks:
+            with self._report_failure(sink):
+                sink.sync()
 
     def close(self) -> None:
         """Close every sink."""
-        for sink in list(self._sinks):
-            try:
+        for sink in self._sinks:
+            with self._report_failure(sink):
                 sink.close()
-            except OSError as error:
-                self._disable_sink(sink, error)
+
+    @contextmanager
+    def _report_failure(self, sink: MetricSink) -> Iterator[None]:
+        """Report the first of several failures in a row."""
+        try:
+            yield
+        except OSError as error:
+            if sink not in self._failing:
+                self._failing.add(sink)
+                message = f"{type(sink).__name__} cannot be written ({error}); training goes on, later steps try again"
+                self._context.report(WarningEvent(message))
+
+    def _report_recovery(self, sink: MetricSink) -> None:
+        if sink in self._failing:
+            self._failing.remove(sink)
+            self._context.report(NoteEvent(f"{type(sink).__name__} is written again"))

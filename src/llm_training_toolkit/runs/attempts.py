@@ -1,9 +1,14 @@
-"""Attempts of a run: one record for each start of its workers."""
+"""Attempts of a run: one record for each start of its workers.
+
+The first attempt draws the run's id, which the others and the checkpoints carry. A process whose run was removed and
+begun anew recognizes by it that the directory is no longer its own.
+"""
 
 from __future__ import annotations
 
 import json
 import time
+import uuid
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
@@ -35,23 +40,44 @@ def _create_attempt_record(run: RunDirectory, facts: Mapping[str, Any]) -> int:
         with suppress(FileExistsError), path.open("x"):
             break
         number += 1
-    record = {"attempt": number, "state": "running", "started": time.time(), **facts}
+    run_id = _find_run_id(run, before=number) or uuid.uuid4().hex
+    record = {"attempt": number, "run_id": run_id, "state": "running", "started": time.time(), **facts}
     write_atomically(path, json.dumps(record, indent=1))
     return number
 
 
 def find_last_attempt(run: RunDirectory) -> int:
-    """Return the highest attempt number, 0 before the first."""
-    return max((int(path.stem) for path in run.attempts_dir.glob("[0-9]*.json")), default=0)
+    """Return the highest attempt number, 0 before the first. Other files are ignored."""
+    numbers = (int(path.stem) for path in run.attempts_dir.glob("[0-9]*.json") if path.stem.isdecimal())
+    return max(numbers, default=0)
 
 
 def read_attempt_record(run: RunDirectory, attempt: int) -> dict[str, Any]:
     """Return the record of an attempt; empty if it is missing or truncated."""
     try:
-        record: dict[str, Any] = json.loads((run.attempts_dir / f"{attempt:04d}.json").read_text())
+        record = json.loads((run.attempts_dir / f"{attempt:04d}.json").read_text())
     except (OSError, ValueError):
         return {}
-    return record
+    return record if isinstance(record, dict) else {}
+
+
+def _find_run_id(run: RunDirectory, before: int) -> str:
+    """Return the id of the run from the newest record that has one, "" for a new run."""
+    records = (read_attempt_record(run, number) for number in range(before - 1, 0, -1))
+    return next((str(record["run_id"]) for record in records if record.get("run_id")), "")
+
+
+def find_takeover(run: RunDirectory, attempt: int, run_id: str) -> str:
+    """Return how the run was taken from an attempt with this id (newer attempt, begun anew, removed), "" if it was not.
+
+    Without an id only a newer attempt is found.
+    """
+    newest, found = find_last_attempt(run), read_attempt_record(run, attempt).get("run_id", "")
+    if newest > attempt:
+        return f"attempt {newest} has taken over this run"
+    if not run_id or found == run_id:
+        return ""
+    return "the run was removed and begun anew" if found else "the run was removed while it was at work"
 
 
 def _close_attempt(run: RunDirectory, attempt: int) -> bool:

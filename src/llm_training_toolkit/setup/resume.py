@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from llm_training_toolkit.checkpoint import CheckpointReader, Manifest, UnknownFormatError, list_complete_checkpoints
 from llm_training_toolkit.config import Config, parse_config_json
-from llm_training_toolkit.config.run_identity import check_config_changes
+from llm_training_toolkit.config.run_identity import check_config_changes, fingerprint
 from llm_training_toolkit.data.prepare.builder import DatasetBuilder, PreparedDataset
 from llm_training_toolkit.data.prepare.dataset_info import DatasetInfo
 from llm_training_toolkit.data.prepare.epochs import build_data_facts
@@ -88,6 +88,8 @@ def read_resume_state(run: RunDirectory) -> ResumeState:
 
 def check_run_unchanged(resume_state: ResumeState, config: Config, accept: Sequence[str], *, extend: bool) -> None:
     """Raise ConfigError with the difference if the identity of the run changes without being accepted."""
+    if resume_state.manifest is not None and resume_state.config is None:
+        _check_fingerprint(resume_state.manifest, config)
     if resume_state.manifest is not None and resume_state.config is not None:
         if resume_state.config.data.source_weights != config.data.source_weights:
             raise ConfigError(
@@ -97,6 +99,17 @@ def check_run_unchanged(resume_state: ResumeState, config: Config, accept: Seque
         fields = [key for key in accept if key != DOCUMENTS]
         check_config_changes(
             resume_state.config, resume_state.keep_saved_precision(config), accept=fields, extend=extend
+        )
+
+
+def _check_fingerprint(manifest: Manifest, config: Config) -> None:
+    """Raise ConfigError if the identity differs from the checkpoint's, for a run that has lost its resolved.json."""
+    candidates = [config, *(with_precision(config, precision) for precision in ("bf16", "fp32"))]
+    if manifest.config_fingerprint not in {fingerprint(candidate) for candidate in candidates}:
+        raise ConfigError(
+            "the run has begun with another configuration, and its resolved.json, which says what differs, is missing "
+            f"(fingerprint {manifest.config_fingerprint[:12]} in the checkpoint of step {manifest.step}): bring the "
+            "file or the configuration back, or take another run.name"
         )
 
 

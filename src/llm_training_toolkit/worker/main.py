@@ -38,7 +38,9 @@ from llm_training_toolkit.runs.attempts import (
     begin_attempt,
     end_attempt,
     fail_attempt,
+    find_takeover,
     mark_out_of_memory,
+    read_attempt_record,
     update_attempt,
 )
 from llm_training_toolkit.runs.directory import collect_environment
@@ -86,15 +88,17 @@ def _run_attempt(
     goodput_tracker: GoodputTracker,
     notes: Sequence[str],
 ) -> dict[str, Any]:
+    run_id = read_attempt_record(spec.directory, attempt).get("run_id", "") if context.is_rank_zero else ""
     try:
-        parts = _build_components(spec, context, attempt, goodput_tracker, notes)
+        parts = _build_components(spec, context, attempt, goodput_tracker, notes, run_id=run_id)
         status, step = _train_and_finish(parts, spec, requested)
     except Exception as error:  # outermost handler of a rank: records every failure
         RANK_LOGGER.error("failed: %s: %s", type(error).__name__, error)
         # A full disk must not hide the original error.
         with suppress(OSError, ValueError):
             spec.directory.storage.refresh_directory(spec.directory.attempts_dir)
-            fail_attempt(spec.directory, attempt, f"rank {context.rank}: {type(error).__name__}: {error}")
+            if not find_takeover(spec.directory, attempt, run_id):  # the record may be a new run's by now
+                fail_attempt(spec.directory, attempt, f"rank {context.rank}: {type(error).__name__}: {error}")
         raise
     if context.is_rank_zero:
         end_attempt(spec.directory, attempt, status, step=step)
@@ -168,7 +172,13 @@ def _begin_attempt(
 
 
 def _build_components(
-    spec: WorkerSpec, context: RunContext, attempt: int, goodput_tracker: GoodputTracker, resolved: Sequence[str]
+    spec: WorkerSpec,
+    context: RunContext,
+    attempt: int,
+    goodput_tracker: GoodputTracker,
+    resolved: Sequence[str],
+    *,
+    run_id: str,
 ) -> TrainerComponents:
     run, config = spec.directory, spec.config
     context.heartbeat.set_phase("looking for a checkpoint")
@@ -180,8 +190,10 @@ def _build_components(
     context.heartbeat.set_phase("building the model and loading its state")
     built = build_run_model(spec, plan, context, checkpoint)
     context.heartbeat.set_phase("opening the data")
-    checkpoint_manager = _build_checkpoint_manager(spec, context, plan, built, checkpoint, attempt=attempt)
     metrics = Metrics(run, attempt, train_state.step, context)
+    checkpoint_manager = _build_checkpoint_manager(
+        spec, context, plan, built, checkpoint, attempt=attempt, run_id=run_id, metrics=metrics
+    )
     metrics.add_text(train_state.step, "configuration", f"```json\n{run.resolved_config_path.read_text()}\n```")
     return TrainerComponents(
         plan,
@@ -217,6 +229,8 @@ def _build_checkpoint_manager(
     checkpoint: CheckpointReader | None,
     *,
     attempt: int,
+    run_id: str,
+    metrics: Metrics,
 ) -> CheckpointManager:
     """Return the manager; its checkpoints name `checkpoint`, from which this attempt resumes, as their parent."""
     lineage = CheckpointLineage(
@@ -228,6 +242,7 @@ def _build_checkpoint_manager(
         data_fingerprint=spec.dataset_info.fingerprint,
         versions=collect_environment()["versions"],
         extra=_build_manifest_extra(built, plan),
+        run_id=run_id,
     )
     _warn_of_rounding_changes(checkpoint, lineage, context)
     policy = spec.config.checkpoint
@@ -239,6 +254,7 @@ def _build_checkpoint_manager(
         every_steps=plan.save_every_steps,
         every_seconds=plan.save_every_seconds,
         rule=RetentionPolicy(policy.keep_latest, policy.keep_every, policy.keep_best),
+        sync_metrics=metrics.sync,
     )
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from llm_training_toolkit.checkpoint.state import TrainState
 from llm_training_toolkit.distributed.context import RunContext
 from llm_training_toolkit.distributed.events import WarningEvent
 from llm_training_toolkit.errors import CheckpointError
+from llm_training_toolkit.runs.attempts import begin_attempt, read_attempt_record
 from llm_training_toolkit.runs.directory import RunDirectory
 
 OPTIMIZER = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
@@ -173,11 +176,19 @@ class Model:
         return [Part(torch.zeros(100))]
 
 
-def saver(rank: Rank) -> CheckpointManager:
-    lineage = CheckpointLineage(1, None, 0, 1, "c", "d", {}, {})
+def saver(rank: Rank, run_id: str = "", sync_metrics: Callable[[], None] = lambda: None) -> CheckpointManager:
+    lineage = CheckpointLineage(1, None, 0, 1, "c", "d", {}, {}, run_id)
     engine: Any = Model()
+    rule = RetentionPolicy(3)
     return CheckpointManager(
-        rank.run, rank.context, engine, lineage, every_steps=1, every_seconds=None, rule=RetentionPolicy(3)
+        rank.run,
+        rank.context,
+        engine,
+        lineage,
+        every_steps=1,
+        every_seconds=None,
+        rule=rule,
+        sync_metrics=sync_metrics,
     )
 
 
@@ -190,6 +201,59 @@ def test_a_step_is_saved_once(rank: Rank) -> None:
     assert saving.begin_save(TrainState(5, 5, 5)) == 0.0
     assert not saving.has_pending_checkpoint
     assert manifest.stat().st_mtime_ns == written
+
+
+PLACE = pytest.mark.parametrize(("begun_anew", "said"), [(True, "begun anew"), (False, "removed while")])
+
+
+@PLACE
+def test_a_process_whose_run_was_removed_writes_no_checkpoint_into_the_new_one(
+    rank: Rank, begun_anew: bool, said: str
+) -> None:
+    number = begin_attempt(rank.run, {})
+    run_id = read_attempt_record(rank.run, number)["run_id"]
+    saving = saver(rank, run_id)
+    saving.begin_save(TrainState(5, 5, 5))
+    saving.finalize_save()
+    manifest = json.loads((rank.run.get_checkpoint_dir(5, 1) / "manifest.json").read_text())
+    assert manifest["run_id"] == run_id
+    saving.begin_save(TrainState(6, 6, 6))
+    for directory in (rank.run.attempts_dir, rank.run.checkpoints_dir):
+        shutil.rmtree(directory)
+    if begun_anew:
+        assert begin_attempt(rank.run, {}) == number
+        assert read_attempt_record(rank.run, number)["run_id"] != run_id
+    with pytest.raises(CheckpointError, match=said):
+        saving.finalize_save()
+    assert find_latest_checkpoint(rank.run.checkpoints_dir) is None
+
+
+def test_attempts_of_a_run_share_its_id(rank: Rank) -> None:
+    numbers = [begin_attempt(rank.run, {}) for _ in range(3)]
+    (rank.run.attempts_dir / "0002.json").write_text("")
+    numbers.append(begin_attempt(rank.run, {}))
+    ids = {read_attempt_record(rank.run, number).get("run_id") for number in numbers}
+    assert len(ids - {None}) == 1
+
+
+def test_metrics_and_directories_are_synced_before_a_manifest_says_that_they_are_there(
+    rank: Rank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    plain = os.fsync
+
+    def record_sync(descriptor: int) -> None:
+        order.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+        plain(descriptor)
+
+    saving = saver(rank, sync_metrics=lambda: order.append("metrics"))
+    monkeypatch.setattr(os, "fsync", record_sync)
+    saving.begin_save(TrainState(5, 5, 5))
+    saving.finalize_save()
+    *before, manifest, last = order
+    directory = rank.run.get_checkpoint_dir(5, 1)
+    assert set(before) == {"fragments_00000.safetensors", "metrics", directory.name, "checkpoints", rank.run.path.name}
+    assert (manifest.startswith(".manifest.json."), last) == (True, directory.name)
 
 
 @pytest.mark.parametrize("name", ["fragments_00000.safetensors", "manifest.json"])

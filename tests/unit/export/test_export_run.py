@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -35,6 +36,7 @@ from llm_training_toolkit.export import (
 )
 from llm_training_toolkit.families.lora import build_adapter
 from llm_training_toolkit.models import build_model
+from llm_training_toolkit.runs.directory import RunDirectory
 
 QWEN3: dict[str, Any] = {
     "model_type": "qwen3",
@@ -290,6 +292,35 @@ def test_the_tokenizer_and_the_card_go_along_and_nothing_else(case: Case) -> Non
     ]
     assert (directory / "README.md").read_text() == "# größer\n"
     assert (directory / "tokenizer.json").read_text() == (case.tokenizer / "tokenizer.json").read_text()
+
+
+def test_an_export_is_synced_before_its_name_says_that_it_is_whole(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it a loss of power left the directory, and every file in it empty."""
+    synced: set[tuple[str, int]] = set()
+    plain = os.fsync
+
+    def record_sync(descriptor: int) -> None:
+        assert (
+            not case.destination.exists() or Path(f"/proc/self/fd/{descriptor}").readlink() == case.destination.parent
+        )
+        synced.add((Path(f"/proc/self/fd/{descriptor}").readlink().name, os.fstat(descriptor).st_size))
+        plain(descriptor)
+
+    monkeypatch.setattr(os, "fsync", record_sync)
+    files = list(case.export().iterdir())
+    assert {(path.name, path.stat().st_size) for path in files} <= synced
+    assert {".export.writing", case.destination.parent.name} <= {name for name, _ in synced}
+
+
+def test_a_run_replaces_its_own_export_also_a_damaged_one(case: Case) -> None:
+    case.export()
+    for path in case.destination.iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(CheckpointError, match="no earlier export"):
+        case.export()
+    RunDirectory(case.destination.parent).resolved_config_path.write_text("{}")
+    reloaded(case.export())
+    assert sorted(path.name for path in case.destination.parent.iterdir()) == ["export", "resolved.json"]
 
 
 def test_a_second_export_replaces_the_first_whole(case: Case) -> None:

@@ -19,7 +19,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from llm_training_toolkit.distributed.context import RunContext
-from llm_training_toolkit.distributed.events import WarningEvent
+from llm_training_toolkit.distributed.events import NoteEvent, WarningEvent
 from llm_training_toolkit.monitoring.metrics import Metrics
 from llm_training_toolkit.runs.directory import RunDirectory
 
@@ -167,7 +167,7 @@ def test_a_full_disk_is_reported_once_and_the_other_sink_goes_on(
             opened.write(step, {"train/loss": float(step)})
     [event] = events
     assert isinstance(event, WarningEvent)
-    assert "JsonLines cannot be written any more" in event.message
+    assert "JsonLines cannot be written" in event.message
     assert "No space left on device" in event.message
     assert "training goes on" in event.message
     assert points(run, "train/loss") == [(1, 1.0), (2, 2.0), (3, 3.0)]
@@ -222,6 +222,57 @@ def test_a_disk_that_is_full_when_metrics_are_closed_does_not_fail_a_finished_ru
                 break
         opened.close()
     assert [event.message.split()[0] for event in events] == ["TensorBoard"]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_rows_that_a_full_disk_refused_are_written_when_it_has_room_again(
+    run: RunDirectory, context: RunContext, events: list[Any], threads_before: set[threading.Thread]
+) -> None:
+    """One failed write, half of it done, used to end the curve of the whole attempt."""
+    with metrics(run, context) as opened:
+        opened.write(1, {"train/loss": 1.0})
+        with no_file_beyond(run.metrics_path.stat().st_size + 10, threads_before):
+            opened.write(2, {"train/loss": 2.0})
+            opened.write(3, {"train/loss": 3.0})
+        opened.write(4, {"train/loss": 4.0})
+    assert [(row["step"], row["train/loss"]) for row in lines(run)] == [(step, float(step)) for step in range(1, 5)]
+    mine = [type(event) for event in events if event.message.startswith("JsonLines")]
+    assert mine == [WarningEvent, NoteEvent]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_tensorboard_goes_on_after_a_failed_write(
+    run: RunDirectory, context: RunContext, threads_before: set[threading.Thread], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llm_training_toolkit.monitoring.metrics._REOPEN_SECONDS", 0.0)
+    with metrics(run, context) as opened:
+        opened.write(1, {"train/loss": 1.0})
+        [events_file] = run.tensorboard_dir.iterdir()
+        with no_file_beyond(events_file.stat().st_size, threads_before):
+            for step in range(2, 100):
+                opened.write(step, {"train/loss": float(step)})
+        time.sleep(1.1)  # event files are ordered by the second in their names
+        opened.write(100, {"train/loss": 100.0})
+        opened.write(101, {"train/loss": 101.0})
+    assert {(1, 1.0), (101, 101.0)} <= set(points(run, "train/loss"))
+
+
+def test_metrics_are_synced_on_request(run: RunDirectory, context: RunContext, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[tuple[int, int]] = []
+    plain = os.fsync
+
+    def record_sync(descriptor: int) -> None:
+        found = os.fstat(descriptor)
+        synced.append((found.st_ino, found.st_size))
+        plain(descriptor)
+
+    with metrics(run, context) as opened:
+        monkeypatch.setattr(os, "fsync", record_sync)
+        opened.write(1, {"train/loss": 1.0})
+        assert not synced
+        opened.sync()
+        there = run.metrics_path.stat()
+    assert synced == [(there.st_ino, there.st_size)]
 
 
 def test_nothing_is_written_on_other_ranks(run: RunDirectory, events: list[Any]) -> None:

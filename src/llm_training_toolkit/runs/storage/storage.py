@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
 
-from llm_training_toolkit.runs.atomic_write import write_atomically
+from llm_training_toolkit.runs.atomic_write import sync_directory, write_atomically
 
 
 class Storage(Protocol):
@@ -89,7 +89,9 @@ class LocalStorage:
         """Do nothing: the file system is shared."""
 
     def commit_manifest(self, path: Path, text: str) -> None:
-        """Write under a temporary name, then rename."""
+        """Sync the names of the checkpoint's files and directories, write under a temporary name, then rename."""
+        for directory in path.parents[:3]:  # checkpoint, checkpoints, run
+            sync_directory(directory)
         write_atomically(path, text)
 
     def read_file_sizes(self, directory: Path) -> Mapping[str, int]:
