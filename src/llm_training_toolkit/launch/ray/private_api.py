@@ -1,7 +1,7 @@
 """Every private name of Ray that the toolkit uses, each behind one function. Written for Ray 2.60.
 
-An update of Ray may change private names without notice: `tests/unit/launch/ray/test_private_api.py` checks each of them against
-the installed Ray and names what has changed. Each docstring says why the public interface does not suffice.
+An update of Ray may change private names without notice: `tests/unit/launch/ray/test_private_api.py` checks each
+against the installed Ray and names what has changed. Each docstring says why the public interface does not suffice.
 """
 
 from __future__ import annotations
