@@ -218,6 +218,74 @@ class FimConfig(ConfigSection):
     transform the whole document, or file of a repository, then split."""
 
 
+PROMPT_TEMPLATES = ("alpaca", "starchat", "starcoder")
+_PLACEHOLDER = re.compile(r"\{(\w*)\}")
+
+
+def find_prompt_template_problem(template: str) -> str | None:
+    """Return the fault of a prompt template given by name or as text, None if it can be used."""
+    names = _PLACEHOLDER.findall(template)
+    if template in PROMPT_TEMPLATES:
+        return None
+    if not names:
+        return (
+            f"{template!r} is neither one of {', '.join(PROMPT_TEMPLATES)} nor a text with {{prompt}}, {{completion}}"
+        )
+    strange = [name for name in names if name not in {"prompt", "context", "completion"}]
+    if strange:
+        return f"has {{{strange[0]}}}; known are {{prompt}}, {{context}} and {{completion}}"
+    if sorted(set(names)) != sorted(names) or not {"prompt", "completion"} <= set(names):
+        return "must have {prompt} and {completion} once, and may have {context} once"
+    return None if names[-1] == "completion" else "must have {completion} last"
+
+
+class FieldsConfig(ConfigSection):
+    """Columns of a source's records. An absent one is found by its usual names (docs/data.md, Records)."""
+
+    prompt: Annotated[str | None, FieldTag.IDENTITY] = None
+    """Chat: column of the question or instruction."""
+    context: Annotated[str | None, FieldTag.IDENTITY] = None
+    """Chat: column of an input that belongs to the prompt, such as Alpaca's `input`."""
+    completion: Annotated[str | None, FieldTag.IDENTITY] = None
+    """Chat: column of the answer."""
+    system: Annotated[str | None, FieldTag.IDENTITY] = None
+    """Chat: column of the system text."""
+    messages: Annotated[str | None, FieldTag.IDENTITY] = None
+    """Chat: column of a list of messages. Not together with `prompt`, `context` and `completion`."""
+    text: Annotated[str | None, FieldTag.IDENTITY] = None
+    """Text: column of the document."""
+    content: Annotated[str | None, FieldTag.IDENTITY] = None
+    """Code: column of the document."""
+    path: Annotated[str | None, FieldTag.IDENTITY] = None
+    """Code: column of the file's path."""
+    repository: Annotated[str | None, FieldTag.IDENTITY] = None
+    """Code: column of the repository's name."""
+    stars: Annotated[str | None, FieldTag.IDENTITY] = None
+    """Code: column of the repository's number of stars."""
+    language: Annotated[str | None, FieldTag.IDENTITY] = None
+    """Column that a filter by `language` reads."""
+
+    @property
+    def given(self) -> dict[str, str]:
+        """The columns that were named, by field."""
+        return self.model_dump(exclude_none=True)
+
+
+FIELDS_BY_FORMAT = {
+    "chat": frozenset({"prompt", "context", "completion", "system", "messages", "language"}),
+    "text": frozenset({"text", "language"}),
+    "code": frozenset({"content", "path", "repository", "stars", "language"}),
+}
+FilterValue = str | int | float | bool
+
+
+def _convert_filter_values(value: object) -> object:
+    """Convert a single value, as in `{language: Python}`, to a list of one."""
+    if not isinstance(value, dict):
+        return value
+    return {name: tuple(each) if isinstance(each, list) else (each,) for name, each in value.items()}
+
+
 class SourceConfig(ConfigSection):
     """Source of documents."""
 
@@ -228,6 +296,23 @@ class SourceConfig(ConfigSection):
     """Format of the documents. `code`: one document per file, or per record with `content`. `text`: the same with
     `text`. `chat`: one conversation per record. Records are lines of .jsonl files, or rows of .parquet and .arrow
     files."""
+    fields: FieldsConfig | None = None
+    """Columns of the records. Absent = found by their usual names."""
+    subset: Annotated[Annotated[str, Field(min_length=1)] | None, FieldTag.IDENTITY] = None
+    """Subset of a data set of several: a configuration of its README, or a directory."""
+    split: Annotated[Annotated[str, Field(min_length=1)] | None, FieldTag.IDENTITY] = None
+    """Split, such as `train`: the files named after it, or in a directory of its name. Absent = all files."""
+    filter: Annotated[
+        dict[str, Annotated[tuple[FilterValue, ...], Field(min_length=1)]] | None,
+        BeforeValidator(_convert_filter_values),
+        FieldTag.IDENTITY,
+    ] = None
+    """Records to keep: column and the values it may have, such as `{language: [Python, Rust]}`."""
+    limit: Annotated[Annotated[int, Field(ge=1)] | None, FieldTag.IDENTITY] = None
+    """Maximum number of documents, the first ones in reading order. The rest of the source is not read."""
+    prompt_template: Annotated[Annotated[str, Field(min_length=1)] | None, FieldTag.IDENTITY] = None
+    """Chat: write conversations by this template instead of the tokenizer's. `alpaca`, `starchat`, `starcoder`, or a
+    text with `{prompt}`, `{completion}` and perhaps `{context}`. The same for every chat source of a run."""
     fim: FimConfig | None = None
     """Fill-in-the-middle for this source. Absent = off. Not for chat."""
     group_by: Annotated[Literal["file", "repository"], FieldTag.IDENTITY] = "file"
@@ -266,6 +351,26 @@ class SourceConfig(ConfigSection):
                 f"loss is for format chat: format {self.format} trains on every token (fim.loss is for "
                 "fill-in-the-middle); remove it"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_fields(self) -> SourceConfig:
+        given = set(self.fields.given) if self.fields else set()
+        if strange := sorted(given - FIELDS_BY_FORMAT[self.format]):
+            known = ", ".join(sorted(FIELDS_BY_FORMAT[self.format]))
+            raise ValueError(f"fields has {' and '.join(strange)}: format {self.format} has {known}")
+        if "messages" in given and given & {"prompt", "context", "completion"}:
+            raise ValueError("fields has messages and a prompt or completion: a conversation is one or the other")
+        return self
+
+    @model_validator(mode="after")
+    def _check_prompt_template(self) -> SourceConfig:
+        if self.prompt_template is None:
+            return self
+        if self.format != "chat":
+            raise ValueError(f"prompt_template is for format chat, not for {self.format}; remove it")
+        if problem := find_prompt_template_problem(self.prompt_template):
+            raise ValueError(f"prompt_template {problem}")
         return self
 
     @model_serializer(mode="wrap")
@@ -322,6 +427,24 @@ class DataConfig(ConfigSection):
     def source_weights(self) -> tuple[float, ...]:
         """Weights of the sources; empty if they have none."""
         return tuple(source.weight for source in self.sources if source.weight is not None)
+
+    @property
+    def prompt_template(self) -> str | None:
+        """Prompt template of every chat source, None for the tokenizer's own."""
+        return next((source.prompt_template for source in self._chat_sources), None)
+
+    @property
+    def _chat_sources(self) -> list[SourceConfig]:
+        return [source for source in (*self.sources, *self.eval.sources) if source.format == "chat"]
+
+    @model_validator(mode="after")
+    def _check_one_prompt_template(self) -> DataConfig:
+        if len({source.prompt_template for source in self._chat_sources}) > 1:
+            raise ValueError(
+                "sources: a model has one chat template: give every chat source, held-out ones included, the same "
+                "prompt_template, or none"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_source_weights(self) -> DataConfig:

@@ -36,6 +36,7 @@ class ToolCall:
 class ChatMessage:
     """Chat message. `thinking` is the assistant's reasoning before its answer.
 
+    `context` is the input that belongs to a user's prompt, kept apart for prompt templates with a place for it.
     `loss` turns the loss of an assistant message on or off, overriding the source's setting (None: no override).
     """
 
@@ -45,6 +46,7 @@ class ChatMessage:
     tool_calls: tuple[ToolCall, ...] = ()
     name: str | None = None
     loss: bool | None = None
+    context: str | None = None
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ class Conversation:
 def _message_to_dict(message: ChatMessage) -> dict[str, Any]:
     """Return the fields of a message that are set."""
     values: dict[str, Any] = {"role": message.role, "content": message.content}
-    for key in ("thinking", "name", "loss"):
+    for key in ("thinking", "name", "loss", "context"):
         if getattr(message, key) is not None:
             values[key] = getattr(message, key)
     if message.tool_calls:

@@ -6,15 +6,17 @@
     Instruction (Alpaca, StarCoder2 self-align): `instruction`, `input` with `output` or `response`; `history`.
     Question and answer (GSM8K, OpenOrca): `question` with `answer` or `response`.
 
-All shapes may have `system` (or `system_prompt`), `tools`, and Qwen2.5-Coder's `only_last_turn_loss`. Other fields and
-null fields are ignored. The first and the last role are unrestricted here; a chat template may reject them.
+`ConversationFields` names other columns, and chooses where a record has several shapes. All shapes may have `system`
+(or `system_prompt`), `tools`, and Qwen2.5-Coder's `only_last_turn_loss`. Other fields and null fields are ignored.
+The first and the last role are unrestricted here; a chat template may reject them.
 """
 
 from __future__ import annotations
 
+import difflib
 import json
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from llm_training_toolkit.data.chat.messages import ChatMessage, Conversation, InvalidRecord, Role, ToolCall
@@ -43,7 +45,28 @@ _ROLES: dict[str, Role] = {
 _MAX_REPR_LENGTH = 60
 
 
-def parse_conversation(record: Mapping[str, Any]) -> Conversation:
+@dataclass(frozen=True)
+class ConversationFields:
+    """Columns of a conversation as far as they are named, and whether a prompt's context stays apart from it."""
+
+    prompt: str | None = None
+    context: str | None = None
+    completion: str | None = None
+    system: str | None = None
+    messages: str | None = None
+    keeps_context: bool = False
+
+    @property
+    def given(self) -> dict[str, str]:
+        """The columns that were named, by field."""
+        named = {key: getattr(self, key) for key in ("prompt", "context", "completion", "system", "messages")}
+        return {key: name for key, name in named.items() if name is not None}
+
+
+_USUAL_FIELDS = ConversationFields()
+
+
+def parse_conversation(record: Mapping[str, Any], fields: ConversationFields = _USUAL_FIELDS) -> Conversation:
     """Return the conversation of a record.
 
     Raises InvalidRecord for zero or several conversations, an unknown role, a missing or empty text (system texts and
@@ -51,30 +74,68 @@ def parse_conversation(record: Mapping[str, Any]) -> Conversation:
     """
     if not isinstance(record, Mapping):
         raise InvalidRecord(f"is {type(record).__name__}, not an object", "not_an_object")
-    keys = _find_conversation_fields(record)
-    messages = _parse_message_list(record, keys[0]) if len(keys) == 1 else _parse_prompt_and_answer(record, *keys)
-    messages = _prepend_system_message(record, messages)
+    for name in fields.given.values():
+        if name not in record:
+            raise InvalidRecord(format_missing_column(name, record), "no_field")
+    keys = _find_conversation_fields(record, fields)
+    messages = (
+        _parse_message_list(record, keys[0]) if len(keys) == 1 else _parse_prompt_and_answer(record, fields, *keys)
+    )
+    messages = _prepend_system_message(record, fields, messages)
     if not any(message.role == "assistant" for message in messages):
         raise InvalidRecord(f"{keys[0]}: no message is the assistant's, so there is nothing to learn", "no_assistant")
     return Conversation(tuple(_apply_last_turn_loss(record, messages)), parse_tool_schemas(record.get("tools")))
 
 
-def _find_conversation_fields(record: Mapping[str, Any]) -> tuple[str, ...]:
+def format_missing_column(name: str, columns: Iterable[Any]) -> str:
+    """Say that a record has no such column, with the nearest of those it has."""
+    there = sorted(map(str, columns))
+    near = difflib.get_close_matches(name, there, n=1)
+    meant = f"did you mean {near[0]!r}? " if near else ""
+    return f"has no column {name!r} ({meant}its columns are {', '.join(there[:12]) or 'none'})"
+
+
+def _find_conversation_fields(record: Mapping[str, Any], fields: ConversationFields) -> tuple[str, ...]:
     """Return the fields that hold the conversation: one with a list, or a question and its answer."""
-    shapes: list[tuple[str, ...]] = [(key,) for key in _MESSAGE_LIST_FIELDS if record.get(key) is not None]
-    for asks, answers in _PROMPT_ANSWER_FIELDS.items():
-        if record.get(asks) is not None:
-            shapes += [(asks, answer) for answer in answers if record.get(answer) is not None]
+    if fields.messages:
+        return (fields.messages,)
+    shapes: list[tuple[str, ...]] = (
+        []
+        if fields.given.keys() & {"prompt", "context", "completion"}
+        else [(key,) for key in _MESSAGE_LIST_FIELDS if record.get(key) is not None]
+    )
+    shapes += _find_prompt_shapes(record, fields)
     if len(shapes) == 1:
         return shapes[0]
     if shapes:
         found = " and ".join("/".join(shape) for shape in shapes)
-        raise InvalidRecord(f"holds more than one conversation ({found}); leave one of them", "ambiguous")
+        lines = " or ".join(dict.fromkeys(_format_fields_line(shape) for shape in shapes))
+        raise InvalidRecord(
+            f"holds more than one conversation ({found}); say which one in the source: {lines}", "ambiguous"
+        )
     usual = [*_MESSAGE_LIST_FIELDS, *("/".join((asks, answers[0])) for asks, answers in _PROMPT_ANSWER_FIELDS.items())]
     raise InvalidRecord(
-        f"holds no conversation: its fields are {sorted(map(str, record))[:8]}, needed is one of {', '.join(usual)}",
+        f"holds no conversation: its fields are {sorted(map(str, record))[:8]}, needed is one of {', '.join(usual)}, "
+        "or name them in the source: fields: {prompt: …, completion: …}",
         "unknown_shape",
     )
+
+
+def _find_prompt_shapes(record: Mapping[str, Any], fields: ConversationFields) -> list[tuple[str, ...]]:
+    """Return the pairs of a question and its answer that the named columns leave. A named column may be null."""
+    asked = [fields.prompt] if fields.prompt else [key for key in _PROMPT_ANSWER_FIELDS if record.get(key) is not None]
+    every_answer = tuple(dict.fromkeys(answer for answers in _PROMPT_ANSWER_FIELDS.values() for answer in answers))
+    shapes: list[tuple[str, ...]] = []
+    for asks in asked:
+        answers = _PROMPT_ANSWER_FIELDS.get(asks, every_answer)
+        named = [fields.completion] if fields.completion else [key for key in answers if record.get(key) is not None]
+        shapes += [(asks, answer) for answer in named]
+    return shapes
+
+
+def _format_fields_line(shape: tuple[str, ...]) -> str:
+    named = {"messages": shape[0]} if len(shape) == 1 else {"prompt": shape[0], "completion": shape[1]}
+    return "fields: {" + ", ".join(f"{key}: {name}" for key, name in named.items()) + "}"
 
 
 def _parse_message_list(record: Mapping[str, Any], key: str) -> list[ChatMessage]:
@@ -86,24 +147,29 @@ def _parse_message_list(record: Mapping[str, Any], key: str) -> list[ChatMessage
     return [_parse_message(item, f"{key}[{number}]") for number, item in enumerate(items)]
 
 
-def _parse_prompt_and_answer(record: Mapping[str, Any], asks: str, answers: str) -> list[ChatMessage]:
+def _parse_prompt_and_answer(
+    record: Mapping[str, Any], fields: ConversationFields, asks: str, answers: str
+) -> list[ChatMessage]:
     """Parse a question and its answer, each a text or a list of messages, after any `history`."""
     messages = _parse_history(record.get("history")) if asks == "instruction" else []
-    if isinstance(record[asks], str):
-        messages.append(_build_text_message("user", _build_prompt_text(record, asks), asks))
+    if isinstance(record[asks], str | None):  # a named column may be null
+        messages.append(_build_prompt_message(record, fields, asks))
     else:  # assistant messages in a prompt are context, without loss by default
         given = _parse_message_list(record, asks)
         messages += [replace(m, loss=bool(m.loss)) if m.role == "assistant" else m for m in given]
-    if isinstance(record[answers], str):
+    if isinstance(record[answers], str | None):
         return [*messages, _build_text_message("assistant", record[answers], answers)]
     return messages + _parse_message_list(record, answers)
 
 
-def _build_prompt_text(record: Mapping[str, Any], asks: str) -> str:
-    if asks != "instruction" or record.get("input") is None:
-        return str(record[asks])
-    texts = (record[asks], check_text(record["input"], "input"))
-    return "\n".join(text for text in texts if text)
+def _build_prompt_message(record: Mapping[str, Any], fields: ConversationFields, asks: str) -> ChatMessage:
+    """Build the user's message from a question and the context that belongs to it."""
+    column = fields.context or ("input" if asks == "instruction" else None)
+    context = None if column is None or record.get(column) is None else check_text(record[column], column)
+    if context is None or fields.keeps_context:
+        return replace(_build_text_message("user", record[asks], asks), context=context or None)
+    question = "" if record[asks] is None else check_text(record[asks], asks)
+    return _build_text_message("user", "\n".join(text for text in (question, context) if text), asks)
 
 
 def _parse_history(pairs: Any) -> list[ChatMessage]:  # noqa: ANN401 - whatever the record holds
@@ -119,7 +185,7 @@ def _parse_history(pairs: Any) -> list[ChatMessage]:  # noqa: ANN401 - whatever 
 
 
 def _build_text_message(role: Role, text: Any, where: str) -> ChatMessage:  # noqa: ANN401 - whatever the record holds
-    return _check_not_empty(ChatMessage(role, check_text(text, where)), where)
+    return _check_not_empty(ChatMessage(role, "" if text is None else check_text(text, where)), where)
 
 
 def _parse_message(item: Any, where: str) -> ChatMessage:  # noqa: ANN401 - whatever the record holds
@@ -154,8 +220,10 @@ def _check_not_empty(message: ChatMessage, where: str) -> ChatMessage:
     raise InvalidRecord(f"{where}: the {message.role}'s text is empty", "empty_message")
 
 
-def _prepend_system_message(record: Mapping[str, Any], messages: list[ChatMessage]) -> list[ChatMessage]:
-    system = read_aliased_field(record, _SYSTEM_FIELDS, "the record")
+def _prepend_system_message(
+    record: Mapping[str, Any], fields: ConversationFields, messages: list[ChatMessage]
+) -> list[ChatMessage]:
+    system = read_aliased_field(record, (fields.system,) if fields.system else _SYSTEM_FIELDS, "the record")
     if system is None or system == "":
         return messages
     if messages[0].role == "system":

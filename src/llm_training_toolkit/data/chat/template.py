@@ -71,13 +71,15 @@ class ChatTemplate:
         self._delimiters = _probe_delimiters(self._template)
 
     @classmethod
-    def from_tokenizer(cls, tokenizer_directory: Path, family_template: str) -> ChatTemplate:
-        """Return the tokenizer's own template, or the family's if it has none.
+    def from_tokenizer(
+        cls, tokenizer_directory: Path, family_template: str, override: str | None = None
+    ) -> ChatTemplate:
+        """Return the tokenizer's own template, or the family's if it has none; `override` replaces both.
 
         The file chat_template.jinja takes precedence over tokenizer_config.json, as in transformers. Of several named
         templates, `default` is used. Raises DataError for an unusable template.
         """
-        own = _read_own_template(tokenizer_directory)
+        own = override or _read_own_template(tokenizer_directory)
         markers = [
             token["content"]
             for token in _read_json_object(tokenizer_directory / "tokenizer.json").get("added_tokens", ())
@@ -237,6 +239,11 @@ def _check_complete(conversation: Conversation, tools: Sequence[Mapping[str, Any
         # Templates may reformat tool results, and reasoning within a text.
         if message.role != "tool" and "</think>" not in message.content and message.content.strip() not in text
     ]
+    lost += [
+        f"the context of message {number}"
+        for number, message in enumerate(conversation.messages)
+        if message.context is not None and message.context.strip() not in text
+    ]
     calls = [call.name for message in conversation.messages for call in message.tool_calls]
     lost += [f"the call of {name}" for name in calls if name not in text]
     names = [tool.get("function", tool).get("name", "") for tool in tools]
@@ -250,6 +257,8 @@ def _build_template_message(message: ChatMessage) -> dict[str, Any]:
     values: dict[str, Any] = {"role": message.role, "content": message.content}
     if message.name is not None:
         values["name"] = message.name
+    if message.context is not None:
+        values["context"] = message.context
     if message.thinking is not None:
         # Both names, as in transformers: gpt-oss reads the second.
         values |= {"reasoning_content": message.thinking, "thinking": message.thinking}

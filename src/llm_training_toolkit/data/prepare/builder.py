@@ -17,6 +17,7 @@ import tokenizers
 
 from llm_training_toolkit.config.schema import Config, DataConfig
 from llm_training_toolkit.config.uri import is_uri
+from llm_training_toolkit.data.chat.prompt_templates import build_jinja_template
 from llm_training_toolkit.data.chat.template import ChatTemplate
 from llm_training_toolkit.data.prepare.arrow_store import ExampleStore
 from llm_training_toolkit.data.prepare.atomic_dir import build_atomic_dir, remove_stale_builds
@@ -198,12 +199,27 @@ class DatasetBuilder:
     def _compute_tokenizer_key(self) -> str:
         """Hash the training inputs and settings of a trained tokenizer, or the content of a given one."""
         if self.tokenizer.train is not None:
-            files = [[source.path, source.format, source.group_by] for source in self.sources]
+            files = [
+                source.model_dump(mode="json", exclude={"weight", "fim", "loss", "overlong"}) for source in self.sources
+            ]
             held_out = [self.data.eval.fraction, self.data.eval.split_by, len(self.data.eval.sources)]
-            how = [tokenizers.__version__, self.tokenizer.train.vocab_size, asdict(self.markers)]
+            how = [
+                tokenizers.__version__,
+                self.tokenizer.train.vocab_size,
+                asdict(self.markers),
+                self._written_template,
+            ]
             return _compute_key(_FORMAT_VERSION, self.sources_fingerprint, files, self.data.on_error, held_out, how)
         files = [[name, hashlib.sha256(path.read_bytes()).hexdigest()] for name, path in self._given_tokenizer_files]
-        return _compute_key(_FORMAT_VERSION, files, self.markers.chat_template if self._has_chat_sources else "")
+        template = self._written_template or self.markers.chat_template
+        return _compute_key(_FORMAT_VERSION, files, template if self._has_chat_sources else "")
+
+    @property
+    def _written_template(self) -> str | None:
+        """Chat template that replaces the tokenizer's own, as Jinja."""
+        if self.data.prompt_template is None:
+            return None
+        return build_jinja_template(self.data.prompt_template, self.markers.tokens.end_of_text)
 
     @property
     def _has_chat_sources(self) -> bool:
@@ -238,7 +254,12 @@ class DatasetBuilder:
             directory = resolve_tokenizer_directory(self.tokenizer.path)
             encoder = open_tokenizer(str(directory))
             DocumentRenderer(
-                self.data.sources, self.markers, encoder, directory, self.data.sequence_length
+                self.data.sources,
+                self.markers,
+                encoder,
+                directory,
+                self.data.sequence_length,
+                prompt_template=self.data.prompt_template,
             ).check_special_tokens()
 
     def _build_tokenizer(self, directory: Path) -> None:
@@ -247,7 +268,7 @@ class DatasetBuilder:
         for name, path in self._given_tokenizer_files:  # copied, so that workers elsewhere and later use this very one
             shutil.copyfile(path, directory / name)
         if self._has_chat_sources:  # users of the trained model must render chats as in training
-            template = ChatTemplate.from_tokenizer(directory, self.markers.chat_template)
+            template = ChatTemplate.from_tokenizer(directory, self.markers.chat_template, self._written_template)
             (directory / "chat_template.jinja").write_text(template.source, encoding="utf-8")
 
     def _iter_training_texts(self) -> Iterator[str]:

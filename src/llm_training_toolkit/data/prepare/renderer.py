@@ -8,6 +8,7 @@ from typing import Literal
 
 from llm_training_toolkit.config.schema import SourceConfig
 from llm_training_toolkit.data.chat.messages import Conversation
+from llm_training_toolkit.data.chat.prompt_templates import build_jinja_template, get_required_markers
 from llm_training_toolkit.data.chat.render import ChatRules, render_chat
 from llm_training_toolkit.data.chat.template import ChatTemplate
 from llm_training_toolkit.data.code.render import render_code
@@ -30,11 +31,16 @@ class DocumentRenderer:
         encoder: TextEncoder,
         tokenizer: Path,
         sequence_length: int,
+        *,
+        prompt_template: str | None = None,
     ) -> None:
+        """`prompt_template` replaces the tokenizer's template, unless `tokenizer` holds it already."""
         self._sources, self._markers, self._encoder = sources, markers, encoder
         self._length = sequence_length
+        self._required = get_required_markers(prompt_template)
+        written = build_jinja_template(prompt_template, markers.tokens.end_of_text) if prompt_template else None
         chat = any(source.format == "chat" for source in sources)
-        self._template = ChatTemplate.from_tokenizer(tokenizer, markers.chat_template) if chat else None
+        self._template = ChatTemplate.from_tokenizer(tokenizer, markers.chat_template, written) if chat else None
 
     def render_documents(
         self, source: int, documents: Sequence[tuple[int, Document]], *, seed: int, epoch: int, plain: bool
@@ -51,6 +57,8 @@ class DocumentRenderer:
 
     def check_special_tokens(self) -> None:
         """Raise DataError if the tokenizer lacks a special token that a source needs; reads no document."""
+        for marker in self._required:
+            self._encoder.get_special_token_id(marker)
         for source in self._sources:
             if source.format == "chat":
                 self._build_chat_rules(source)
@@ -71,4 +79,5 @@ def extract_plain_text(document: Document, source: SourceConfig) -> str:
     """Return a document's text for tokenizer training; of a conversation the message contents, without its JSON."""
     if source.format != "chat":
         return document.text
-    return "\n".join(message.content for message in Conversation.from_text(document.text).messages)
+    messages = Conversation.from_text(document.text).messages
+    return "\n".join(text for message in messages for text in (message.content, message.context) if text is not None)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from llm_training_toolkit.errors import DataError
+
+_MAX_FILTER_VALUES = 1000  # distinct values remembered per column, to name some if a filter leaves nothing
 
 
 @dataclass
@@ -21,6 +24,20 @@ class DocumentStats:
     dropped: Counter[str] = field(default_factory=Counter)
     skipped: Counter[str] = field(default_factory=Counter)
     first_skipped: str = ""
+    filter_values: dict[str, Counter[str]] = field(default_factory=dict)
+    """Values that the filter refused, by column; up to a thousand distinct ones."""
+    filtered_columns: tuple[str, ...] = ()
+    """Columns of the first record that the filter refused."""
+
+    def add_filtered(self, record: Any, values: Mapping[str, Any]) -> None:  # noqa: ANN401 - whatever JSON can say
+        """Count a record that the filter refused, with the values that it was refused for."""
+        self.dropped["filtered"] += 1
+        if not self.filtered_columns and isinstance(record, Mapping):
+            self.filtered_columns = tuple(map(str, record))
+        for column, value in values.items():
+            seen = self.filter_values.setdefault(column, Counter())
+            if len(seen) < _MAX_FILTER_VALUES:
+                seen[str(value)[:40]] += 1
 
 
 class UnreadableDocument(Exception):  # noqa: N818 - a finding that becomes a DataError only where the run is to stop

@@ -9,7 +9,14 @@ from pathlib import Path
 from llm_training_toolkit.config.schema import SourceConfig
 from llm_training_toolkit.config.uri import is_uri
 from llm_training_toolkit.data.sources import local, remote
-from llm_training_toolkit.data.sources.files import SourceFile, format_searched_suffixes, select_readable_files
+from llm_training_toolkit.data.sources.files import (
+    FileFormat,
+    SourceFile,
+    detect_file_format,
+    format_searched_suffixes,
+    select_readable_files,
+)
+from llm_training_toolkit.data.sources.splits import select_split_files
 from llm_training_toolkit.errors import DataError
 
 
@@ -18,10 +25,11 @@ def list_source_files(source: SourceConfig) -> list[SourceFile]:
 
     A file named by path or matched by a glob may have any suffix. A directory is searched for the format's suffixes
     (`select_readable_files`), without hidden files, `node_modules`, installed packages and virtual environments.
-    Both hold for addresses, too.
+    With `fields` or `filter` only record files are searched for. Both hold for addresses, too. `subset` and `split`
+    choose among the files.
     """
     try:
-        found = sorted(_find_source_files(source), key=lambda file: file.name)
+        found = sorted(select_split_files(list(_find_source_files(source)), source), key=lambda file: file.name)
     except OSError as error:
         raise DataError(
             f"data.sources: {error.filename or source.path} cannot be listed ({error.strerror or error}). Make it "
@@ -72,10 +80,17 @@ def _find_source_files(source: SourceConfig) -> Iterable[SourceFile]:
         return local.find_standard_library_files()
     if is_uri(source.path) and not source.path.startswith("file://"):
         found, is_directory = remote.find_remote_files(source.path)
-        return select_readable_files(found, source.format) if is_directory else found
+        return _select_readable_files(found, source) if is_directory else found
     path = Path(source.path.removeprefix("file://")).expanduser()
     return (
-        select_readable_files(local.find_directory_files(path), source.format)
+        _select_readable_files(local.find_directory_files(path), source)
         if path.is_dir()
         else local.find_matching_files(path)
     )
+
+
+def _select_readable_files(found: Iterable[SourceFile], source: SourceConfig) -> list[SourceFile]:
+    files = select_readable_files(found, source.format)
+    if source.fields is None and source.filter is None:
+        return files
+    return [file for file in files if detect_file_format(file.relative, source.format) is not FileFormat.WHOLE]

@@ -5,17 +5,18 @@ from __future__ import annotations
 import sqlite3
 import tempfile
 from bisect import bisect_left
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import closing
 from itertools import groupby
 from pathlib import Path
 from typing import Literal
 
 from llm_training_toolkit.config.schema import SourceConfig
+from llm_training_toolkit.data.chat.parse import format_missing_column
 from llm_training_toolkit.data.sources.decompress import open_decompressed
 from llm_training_toolkit.data.sources.document import DocumentStats, UnreadableDocument
-from llm_training_toolkit.data.sources.fields import build_column_selector, build_document
-from llm_training_toolkit.data.sources.files import FileFormat, SourceFile, SourceFormat, detect_file_format
+from llm_training_toolkit.data.sources.fields import RecordReader
+from llm_training_toolkit.data.sources.files import FileFormat, SourceFile, detect_file_format
 from llm_training_toolkit.data.sources.find import list_source_files
 from llm_training_toolkit.data.sources.records import decode_utf8, read_source_records
 from llm_training_toolkit.data.types import Document, RepositoryFile, content_hash
@@ -41,7 +42,7 @@ def read_source_documents(
     Drops files and records that are white space or have a content hash in `evaluation`, and documents with a hash in
     `seen`. Counts them in `tally`. Raises DataError for a path without files and for an unresponsive store.
     Unreadable documents are counted with `on_error="skip"`. With "stop", the first one raises DataError naming file and
-    line or row.
+    line or row. Stops after `source.limit` documents. Raises DataError for a filter that leaves nothing.
     """
     tally = DocumentStats() if tally is None else tally
     seen = set() if seen is None else seen
@@ -54,6 +55,23 @@ def read_source_documents(
         seen.add(document.content_digest)
         tally.kept += 1
         yield document
+        if tally.kept == source.limit:
+            return
+    if tally.dropped["filtered"] and not tally.kept:
+        raise _build_filter_error(source, tally)
+
+
+def _build_filter_error(source: SourceConfig, tally: DocumentStats) -> DataError:
+    wanted = ", ".join(f"{column}: {list(values)}" for column, values in (source.filter or {}).items())
+    seen = "; ".join(
+        f"{column} is {', '.join(f'{value} ({count:,})' for value, count in values.most_common(8))}"
+        for column, values in tally.filter_values.items()
+    )
+    return DataError(
+        f"data.sources: {source.path!r}: the filter {{{wanted}}} leaves none of {tally.dropped['filtered']:,} records "
+        f"({seen or format_missing_column(next(iter(source.filter or {})), tally.filtered_columns)}). Correct the "
+        "filter, or name its column under fields."
+    )
 
 
 def keep_duplicates(
@@ -100,11 +118,11 @@ def _iter_readable_documents(
     """Yield every readable file and record in order; raise DataError for unreadable ones or count them."""
     if source.group_by == "repository":
         found = sorted(found, key=lambda file: (file.repository, file.path))
-        pieces = (_check_repository(piece, source.path) for piece in _read_files(found, source.format, index))
+        pieces = (_check_repository(piece, source.path) for piece in _read_files(found, source, index, tally))
         yield from (sort_by_repository if _has_records(found) else iter)(_handle_unreadable(pieces, on_error, tally))
         return
     place, record = _locate_document(found, begin)
-    yield from _handle_unreadable(_read_files(found[place:], source.format, index, record), on_error, tally)
+    yield from _handle_unreadable(_read_files(found[place:], source, index, tally, record), on_error, tally)
 
 
 def _locate_document(found: list[SourceFile], name: str) -> tuple[int, int]:
@@ -152,41 +170,52 @@ def _check_repository(piece: Document | UnreadableDocument, path: str) -> Docume
 
 
 def _read_files(
-    found: Iterable[SourceFile], form: SourceFormat, index: int, first_record: int = 1
+    found: Iterable[SourceFile], source: SourceConfig, index: int, tally: DocumentStats, first_record: int = 1
 ) -> Iterator[Document | UnreadableDocument]:
+    reader = RecordReader.from_config(source)
     for number, file in enumerate(found):
         try:
-            yield from _read_file(file, form, index, 1 if number else first_record)
+            yield from _read_file(file, reader, index, tally, 1 if number else first_record)
         except UnreadableDocument as error:
             error.ends_file = (
-                detect_file_format(file.relative, form) is not FileFormat.WHOLE and error.reason in _WHOLE_FILE_REASONS
+                detect_file_format(file.relative, source.format) is not FileFormat.WHOLE
+                and error.reason in _WHOLE_FILE_REASONS
             )
             yield error
 
 
-def _read_file(file: SourceFile, form: SourceFormat, index: int, first: int) -> Iterator[Document | UnreadableDocument]:
-    kind = detect_file_format(file.relative, form)
+def _read_file(
+    file: SourceFile, reader: RecordReader, index: int, tally: DocumentStats, first: int
+) -> Iterator[Document | UnreadableDocument]:
+    kind = detect_file_format(file.relative, reader.form)
     if kind is FileFormat.WHOLE:
-        yield _read_whole_file(file, form, index)
+        yield _read_whole_file(file, reader, index)
         return
-    for record in read_source_records(file, kind, build_column_selector(form, file.display_path), first):
+
+    def select_columns(names: Sequence[str]) -> list[str]:
+        return reader.select_columns(names, file.display_path)
+
+    for record in read_source_records(file, kind, select_columns, first):
         if isinstance(record, UnreadableDocument):
             yield record
             continue
+        if not reader.is_wanted(record):
+            tally.add_filtered(record.value, reader.get_filter_values(record))
+            continue
         try:
-            yield build_document(record, form, index, f"{file.name}:{record.number}")
+            yield reader.build_document(record, index, f"{file.name}:{record.number}")
         except UnreadableDocument as error:
             yield error
 
 
-def _read_whole_file(file: SourceFile, form: SourceFormat, index: int) -> Document:
-    if form == "chat":
+def _read_whole_file(file: SourceFile, reader: RecordReader, index: int) -> Document:
+    if reader.form == "chat" or reader.named or reader.filter:
         raise UnreadableDocument(
             file.display_path, "holds no records (.jsonl, .json, .parquet, .arrow, .feather)", "no_records"
         )
     with open_decompressed(file) as stream:
         text = decode_utf8(stream.read(), file.display_path)
-    if form == "text":
+    if reader.form == "text":
         return Document(index, file.name, text)
     return Document(index, file.name, text, file.repository, file.path)
 
