@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from llm_training_toolkit.launch.request import TrainRequest
     from llm_training_toolkit.monitoring.terminal import TerminalStream
 
+if TYPE_CHECKING:
+    from llm_training_toolkit.config import Config
+
 app = typer.Typer(
     name="ltt",
     help="Train and tune Qwen and StarCoder on any Ray cluster, and lose nothing when machines die.",
@@ -97,12 +100,16 @@ def prepare(
     overrides: Overrides = None,
     *,
     verify: Annotated[bool, typer.Option("--verify", help="Reread the documents and compare their content.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Only read and render a sample of every source.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Tokenize and pack the documents into a cache; `train` does it where needed."""
     from llm_training_toolkit.config import load_config
 
     read = load_config(config, overrides or ())  # reports configuration errors before torch is imported
+    if check:
+        _check_sample(read, as_json=as_json)
+        return
     from llm_training_toolkit.data.prepare.epochs import (
         build_data_facts,
         build_dataset_info_json,
@@ -131,6 +138,20 @@ def prepare(
                 [*format_dataset_info(dataset_info), *format_mixture(make_plan(read, build_data_facts(dataset_info)))]
             )
         )
+
+
+def _check_sample(config: Config, *, as_json: bool) -> None:
+    """Print what a sample of every source holds; exit 1 if it has faults."""
+    from llm_training_toolkit.data.prepare.epochs import get_tokenization_spec
+    from llm_training_toolkit.data.prepare.source_check import check_sources
+
+    samples = list(check_sources(config, get_tokenization_spec(config)))
+    if as_json:
+        typer.echo(json.dumps({"sources": [sample.to_json() for sample in samples]}))
+    else:
+        typer.echo("\n".join(line for sample in samples for line in sample.format_lines()))
+    if any(sample.faults for sample in samples):
+        raise typer.Exit(1)
 
 
 @app.command(name="show-batch")

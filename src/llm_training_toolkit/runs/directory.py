@@ -82,6 +82,11 @@ class RunDirectory:
         return self.path / "data" / "dataset_info.json"
 
     @property
+    def fault_report_path(self) -> Path:
+        """Documents that the preparation skipped, by kind, with their places. Absent if there are none."""
+        return self.path / "data" / "faults.json"
+
+    @property
     def preparation_state_path(self) -> Path:
         """State of the background preparation of later epochs: working, done, or failed with the reason."""
         return self.path / "data" / "preparation.json"

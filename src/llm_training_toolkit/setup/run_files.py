@@ -17,3 +17,5 @@ def write_run_files(run: RunDirectory, config: Config, plan: Plan, dataset_info:
     write_atomically(run.plan_path, json.dumps(plan.to_json(), indent=1))
     write_atomically(run.environment_path, json.dumps(collect_environment(), indent=1))
     write_atomically(run.dataset_info_path, dataset_info.to_json())
+    if dataset_info.fault_report is not None:
+        write_atomically(run.fault_report_path, dataset_info.fault_report.read_text(encoding="utf-8"))

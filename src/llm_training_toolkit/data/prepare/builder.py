@@ -21,7 +21,7 @@ from llm_training_toolkit.data.chat.prompt_templates import build_jinja_template
 from llm_training_toolkit.data.chat.template import ChatTemplate
 from llm_training_toolkit.data.prepare.arrow_store import ExampleStore
 from llm_training_toolkit.data.prepare.atomic_dir import build_atomic_dir, remove_stale_builds
-from llm_training_toolkit.data.prepare.dataset_info import DatasetInfo, EpochInfo, StreamInfo
+from llm_training_toolkit.data.prepare.dataset_info import FAULT_REPORT_NAME, DatasetInfo, EpochInfo, StreamInfo
 from llm_training_toolkit.data.prepare.document_index import (
     DocumentIndex,
     DocumentReader,
@@ -241,7 +241,12 @@ class DatasetBuilder:
         return self.cache / f"tokenizer-{self.tokenizer_key[:16]}"
 
     def _build_document_index(self, directory: Path) -> None:
-        build_document_index(self.data, directory, lambda done: self._report_progress("reading", done, 0))
+        build_document_index(
+            self.data,
+            directory,
+            lambda done: self._report_progress("reading", done, 0),
+            report=self.directory / FAULT_REPORT_NAME,
+        )
         if fingerprint_sources(self.sources) != self.sources_fingerprint:
             raise DataError(
                 "data.sources: files changed while they were being read. Let nothing write into the sources, and "

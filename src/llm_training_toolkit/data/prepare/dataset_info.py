@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from llm_training_toolkit.errors import DataError
+
+FAULT_REPORT_NAME = "faults.json"  # beside the documents' index, and beside dataset_info.json in the run
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,12 @@ class DatasetInfo:
     def total_sequences(self) -> int:
         """Sequences of all prepared epochs."""
         return sum(sum(stream.sequences_per_epoch) for stream in self.streams)
+
+    @property
+    def fault_report(self) -> Path | None:
+        """The list of documents that were skipped, None if there are none."""
+        file = Path(self.directory, FAULT_REPORT_NAME)
+        return file if file.is_file() else None
 
     def to_json(self) -> str:
         """Return the JSON text that `from_json` reads."""

@@ -21,12 +21,13 @@ from llm_training_toolkit.data.prepare.arrow_store import read_array, read_colum
 from llm_training_toolkit.data.sources import (
     Document,
     DocumentStats,
-    check_skipped,
+    check_faults,
     content_hash,
     iter_content_hashes,
     keep_duplicates,
     list_source_files,
     read_source_documents,
+    write_fault_report,
 )
 from llm_training_toolkit.errors import DataError
 
@@ -132,12 +133,16 @@ def list_all_sources(data: DataConfig) -> tuple[SourceConfig, ...]:
     return (*data.sources, *data.eval.sources)
 
 
-def build_document_index(data: DataConfig, directory: Path, progress: Callable[[int], None]) -> None:
+def build_document_index(
+    data: DataConfig, directory: Path, progress: Callable[[int], None], *, report: Path | None = None
+) -> None:
     """Read every document once and write the index into an existing directory.
 
     A document found in two sources counts for the first; one found in the evaluation counts for it alone. Takes about
-    130 bytes of memory per document. Raises DataError as `read_source_documents` does, if data.max_skipped is exceeded,
-    and if no document is left for training or evaluation.
+    130 bytes of memory per document. The file `report` lists unreadable documents.
+
+    Raises DataError for all of them at once, unless data.on_error and data.max_skipped allow them; for a path without
+    files; for a store that does not answer; and if no document is left for training or evaluation.
     """
     tallies = [DocumentStats() for _ in list_all_sources(data)]
     places = array("Q")
@@ -151,7 +156,9 @@ def build_document_index(data: DataConfig, directory: Path, progress: Callable[[
 
     write_rows(directory / "documents.arrow", _SCHEMA, iter_rows())
     progress(len(places))
-    check_skipped(tallies, data.max_skipped)
+    if report is not None:
+        write_fault_report(report, [source.path for source in list_all_sources(data)], tallies)
+    check_faults(tallies, skips=data.on_error == "skip", max_skipped=data.max_skipped, report=report)
     given = sum(tally.kept for tally in tallies[len(data.sources) :])
     _check_documents_left(data.sources, len(places) - given, "sources")
     _check_documents_left(data.eval.sources, given, "eval.sources")
@@ -241,7 +248,7 @@ def _read_all_documents(data: DataConfig, tallies: list[DocumentStats]) -> Itera
         found = read_source_documents(
             sources[index],
             index,
-            on_error=data.on_error,
+            on_error="collect",
             tally=tallies[index],
             seen=seen,
             evaluation=evaluation if is_training else (),

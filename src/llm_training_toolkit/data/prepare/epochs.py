@@ -131,6 +131,8 @@ def format_dataset_info(dataset_info: DatasetInfo) -> list[str]:
             f"  {source.tokens:,} tokens, {source.loss_tokens:,} with loss; "
             f"the longest document has {source.longest:,}: {source.longest_document}",
         ]
+    if dataset_info.fault_report is not None:
+        rows.append(f"skipped documents: {dataset_info.fault_report}")
     epochs = " + ".join(f"{len(stream.epochs)}" for stream in dataset_info.streams)
     rows.append(
         f"{dataset_info.total_sequences:,} sequences of {dataset_info.sequence_length:,} tokens in {epochs} "

@@ -1,15 +1,42 @@
-"""Document counts of a source, and the error for an unreadable document."""
+"""Document counts of a source, its faults by kind, and the error for an unreadable document."""
 
 from __future__ import annotations
 
+import json
+import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from llm_training_toolkit.errors import DataError
 
 _MAX_FILTER_VALUES = 1000  # distinct values remembered per column, to name some if a filter leaves nothing
+_MAX_KINDS = 40  # kinds of faults told apart per source; the others are counted by reason
+_MAX_PLACES = 1000  # places in the report of each kind
+_PLACES_SHOWN, _KINDS_SHOWN = 5, 12
+_PLACE = re.compile(r"(?P<file>.*?)(?::|, row |, record )(?P<number>\d+)", re.DOTALL)
+
+
+class UnreadableDocument(Exception):  # noqa: N818 - a finding that becomes a DataError only where the run is to stop
+    """Error for an unreadable document: location, cause, `reason` to count it under, `count` of documents lost."""
+
+    def __init__(self, where: str, why: str, reason: str, count: int = 1) -> None:
+        super().__init__(f"{where}: {why}")
+        self.where, self.why, self.reason = where, why, reason
+        self.count = count
+        self.ends_file = False  # True: the rest of a record file is lost, an unknown number of records
+
+
+@dataclass
+class Fault:
+    """Faults of one kind: `why` of the first, the `reason` they are counted under, documents, and first places."""
+
+    why: str
+    reason: str
+    count: int = 0
+    places: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -23,7 +50,10 @@ class DocumentStats:
     kept: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     skipped: Counter[str] = field(default_factory=Counter)
-    first_skipped: str = ""
+    faults: dict[str, Fault] = field(default_factory=dict)
+    """Unreadable documents by kind: their cause without positions and numbers."""
+    lost_files: list[str] = field(default_factory=list)
+    """Record files that are damaged, so that the number of lost records is unknown."""
     filter_values: dict[str, Counter[str]] = field(default_factory=dict)
     """Values that the filter refused, by column; up to a thousand distinct ones."""
     filtered_columns: tuple[str, ...] = ()
@@ -39,26 +69,82 @@ class DocumentStats:
             if len(seen) < _MAX_FILTER_VALUES:
                 seen[str(value)[:40]] += 1
 
+    def add_fault(self, error: UnreadableDocument) -> None:
+        """Count an unreadable document under its kind."""
+        self.read += error.count
+        self.skipped[error.reason] += error.count
+        kind = re.sub(r"(0x[0-9a-f]+|\d+)", "…", error.why)
+        if kind not in self.faults and len(self.faults) >= _MAX_KINDS:
+            kind = error.reason
+        fault = self.faults.setdefault(kind, Fault(error.why, error.reason))
+        fault.count += error.count
+        if len(fault.places) < _MAX_PLACES:
+            fault.places.append(error.where)
+        if error.ends_file:
+            self.lost_files.append(error.where)
 
-class UnreadableDocument(Exception):  # noqa: N818 - a finding that becomes a DataError only where the run is to stop
-    """Error for an unreadable document: location, cause, `reason` to count it under, `count` of documents lost."""
 
-    def __init__(self, where: str, why: str, reason: str, count: int = 1) -> None:
-        super().__init__(f"{where}: {why}")
-        self.reason = reason
-        self.count = count
-        self.ends_file = False  # True: the rest of a record file is lost, an unknown number of records
-
-
-def check_skipped(tallies: Iterable[DocumentStats], max_skipped: float) -> None:
-    """Raise DataError if the unreadable share of the documents read exceeds `max_skipped`."""
-    tallies = list(tallies)
-    reasons: Counter[str] = sum((tally.skipped for tally in tallies), Counter())
-    skipped, total = reasons.total(), sum(tally.read for tally in tallies)
-    if skipped and skipped > max_skipped * total:
-        first = next(tally.first_skipped for tally in tallies if tally.first_skipped)
-        listed = ", ".join(f"{reason} {count}" for reason, count in sorted(reasons.items()))
-        raise DataError(
-            f"data.max_skipped: {skipped} of {total} documents could not be read ({listed}), more than the "
-            f"share of {max_skipped:g} that may be skipped. The first: {first}. Repair them, or raise data.max_skipped."
+def check_faults(
+    tallies: Sequence[DocumentStats], *, skips: bool, max_skipped: float, report: Path | None = None
+) -> None:
+    """Raise DataError with every kind of fault if one may not be skipped, or their share exceeds `max_skipped`."""
+    skipped, total = (sum(counts) for counts in zip(*((t.skipped.total(), t.read) for t in tallies), strict=True))
+    lost = [file for tally in tallies for file in tally.lost_files]
+    if not skipped or (skips and not lost and skipped <= max_skipped * total):
+        return
+    head = f"data.sources: {skipped:,} of {total:,} documents cannot be read"
+    advice = "Repair or remove them, or set data.on_error: skip."
+    if lost:
+        advice = (
+            f"What comes after it in {lost[0]} is lost, and how much that is is not known: repair or remove the file; "
+            "data.on_error: skip is for single documents."
         )
+    elif skips:
+        head = f"data.max_skipped: {skipped:,} of {total:,} documents cannot be read, more than the share of "
+        head += f"{max_skipped:g} that may be skipped"
+        advice = "Repair or remove them, or raise data.max_skipped."
+    where = "" if report is None else f"\nAll places: {report}"
+    raise DataError("\n".join([f"{head}:", *(f"  {line}" for line in format_faults(tallies)), advice]) + where)
+
+
+def format_faults(tallies: Iterable[DocumentStats]) -> list[str]:
+    """Format the faults by kind, the commonest first: number, cause, and first places."""
+    found = [(fault, tally) for tally in tallies for fault in tally.faults.values()]
+    found.sort(key=lambda each: -each[0].count)
+    lines = [_format_fault(fault, tally) for fault, tally in found[:_KINDS_SHOWN]]
+    more = len(found) - len(lines)
+    return [*lines, f"and {more} more kinds"] if more else lines
+
+
+def _format_fault(fault: Fault, tally: DocumentStats) -> str:
+    if fault.count == 1:
+        return f"{fault.places[0]}: {fault.why}"
+    shown = [match for match in map(_PLACE.fullmatch, fault.places[:_PLACES_SHOWN]) if match]
+    more = ", …" if len(fault.places) > _PLACES_SHOWN else ""
+    if len(shown) < min(fault.count, _PLACES_SHOWN):  # whole files, or a table that lacks a column
+        listed = ", ".join(fault.places[:_PLACES_SHOWN])
+        return f"{fault.count:,} of {tally.read:,} documents: {fault.why} ({listed}{more})"
+    numbers = "; ".join(f"{file}: {', '.join(found)}" for file, found in _group_by_file(shown))
+    return f"{fault.count:,} of {tally.read:,} records: {fault.why} ({numbers}{more})"
+
+
+def _group_by_file(places: Sequence[re.Match[str]]) -> Iterator[tuple[str, list[str]]]:
+    files = dict.fromkeys(match["file"] for match in places)
+    for file in files:
+        yield file, [f"{int(match['number']):,}" for match in places if match["file"] == file]
+
+
+def write_fault_report(file: Path, paths: Sequence[str], tallies: Sequence[DocumentStats]) -> None:
+    """Write the faults of every source as JSON; no file if there are none."""
+    found = [
+        {
+            "path": path,
+            "read": tally.read,
+            "faults": [vars(fault) for fault in tally.faults.values()],
+            "lost_files": tally.lost_files,
+        }
+        for path, tally in zip(paths, tallies, strict=True)
+        if tally.faults
+    ]
+    if found:
+        file.write_text(json.dumps({"sources": found}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

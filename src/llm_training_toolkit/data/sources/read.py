@@ -7,7 +7,7 @@ import tempfile
 from bisect import bisect_left
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import closing
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Literal
 
@@ -22,7 +22,9 @@ from llm_training_toolkit.data.sources.records import decode_utf8, read_source_r
 from llm_training_toolkit.data.types import Document, RepositoryFile, content_hash
 from llm_training_toolkit.errors import DataError
 
-OnError = Literal["stop", "skip"]
+OnError = Literal["stop", "skip", "collect"]  # collect: skip, and count damaged files instead of raising
+
+_SAMPLE_RECORDS = 300
 
 # Reasons that make a whole record file unreadable, not a single record.
 _WHOLE_FILE_REASONS = frozenset({"damaged", "unreadable", "invalid_json", "invalid_utf8"})
@@ -41,8 +43,9 @@ def read_source_documents(
 
     Drops files and records that are white space or have a content hash in `evaluation`, and documents with a hash in
     `seen`. Counts them in `tally`. Raises DataError for a path without files and for an unresponsive store.
-    Unreadable documents are counted with `on_error="skip"`. With "stop", the first one raises DataError naming file and
-    line or row. Stops after `source.limit` documents. Raises DataError for a filter that leaves nothing.
+    Unreadable documents are counted with `on_error="skip"`, damaged record files too with "collect". With "stop", the
+    first one raises DataError naming file and line or row.
+    Stops after `source.limit` documents. Raises DataError for a filter that leaves nothing.
     """
     tally = DocumentStats() if tally is None else tally
     seen = set() if seen is None else seen
@@ -94,6 +97,18 @@ def keep_duplicates(
     yield from pieces if source.group_by == "file" else group_by_repository(pieces)
 
 
+def read_sample(source: SourceConfig, index: int, found: list[SourceFile], tally: DocumentStats) -> Iterator[Document]:
+    """Yield the documents of the first records of some files, at most `_SAMPLE_RECORDS`; count faults in `tally`.
+
+    Files of a repository come one by one. A damaged file is counted. Raises DataError for an unresponsive store.
+    """
+    reader = RecordReader.from_config(source)
+    share = -(-_SAMPLE_RECORDS // max(len(found), 1))
+    for file in found:
+        pieces = _read_files([file], reader, index, tally, most=share)
+        yield from _drop_unusable(_handle_unreadable(pieces, "collect", tally), (), tally)
+
+
 def iter_content_hashes(document: Document) -> Iterator[bytes]:
     """Yield the content hashes of a document and its files, for excluding it from training."""
     yield document.content_digest
@@ -118,11 +133,15 @@ def _iter_readable_documents(
     """Yield every readable file and record in order; raise DataError for unreadable ones or count them."""
     if source.group_by == "repository":
         found = sorted(found, key=lambda file: (file.repository, file.path))
-        pieces = (_check_repository(piece, source.path) for piece in _read_files(found, source, index, tally))
+        pieces = (
+            _check_repository(piece, source.path)
+            for piece in _read_files(found, RecordReader.from_config(source), index, tally)
+        )
         yield from (sort_by_repository if _has_records(found) else iter)(_handle_unreadable(pieces, on_error, tally))
         return
     place, record = _locate_document(found, begin)
-    yield from _handle_unreadable(_read_files(found[place:], source, index, tally, record), on_error, tally)
+    pieces = _read_files(found[place:], RecordReader.from_config(source), index, tally, first_record=record)
+    yield from _handle_unreadable(pieces, on_error, tally)
 
 
 def _locate_document(found: list[SourceFile], name: str) -> tuple[int, int]:
@@ -150,16 +169,14 @@ def _handle_unreadable(
             tally.read += 1
             yield piece
             continue
-        if piece.ends_file:
+        if piece.ends_file and on_error != "collect":
             raise DataError(
                 f"{piece}. What comes after it in this file is lost, and how much that is is not known: repair or "
                 "remove the file; data.on_error: skip is for single documents."
             ) from piece
         if on_error == "stop":
             raise DataError(f"{piece}. Repair or remove it, or set data.on_error: skip.") from piece
-        tally.read += piece.count
-        tally.skipped[piece.reason] += piece.count
-        tally.first_skipped = tally.first_skipped or str(piece)
+        tally.add_fault(piece)
 
 
 def _check_repository(piece: Document | UnreadableDocument, path: str) -> Document | UnreadableDocument:
@@ -170,24 +187,31 @@ def _check_repository(piece: Document | UnreadableDocument, path: str) -> Docume
 
 
 def _read_files(
-    found: Iterable[SourceFile], source: SourceConfig, index: int, tally: DocumentStats, first_record: int = 1
+    found: Iterable[SourceFile],
+    reader: RecordReader,
+    index: int,
+    tally: DocumentStats,
+    *,
+    first_record: int = 1,
+    most: int | None = None,
 ) -> Iterator[Document | UnreadableDocument]:
-    reader = RecordReader.from_config(source)
+    """Yield the documents of some files, of each the first `most` records; the first file from `first_record` on."""
     for number, file in enumerate(found):
         try:
-            yield from _read_file(file, reader, index, tally, 1 if number else first_record)
+            yield from _read_file(file, reader, index, tally, (1 if number else first_record, most))
         except UnreadableDocument as error:
             error.ends_file = (
-                detect_file_format(file.relative, source.format) is not FileFormat.WHOLE
+                detect_file_format(file.relative, reader.form) is not FileFormat.WHOLE
                 and error.reason in _WHOLE_FILE_REASONS
             )
             yield error
 
 
 def _read_file(
-    file: SourceFile, reader: RecordReader, index: int, tally: DocumentStats, first: int
+    file: SourceFile, reader: RecordReader, index: int, tally: DocumentStats, records: tuple[int, int | None]
 ) -> Iterator[Document | UnreadableDocument]:
-    kind = detect_file_format(file.relative, reader.form)
+    """Yield the documents of a file: of `records` = (first, number of them or None for all)."""
+    kind, (first, most) = detect_file_format(file.relative, reader.form), records
     if kind is FileFormat.WHOLE:
         yield _read_whole_file(file, reader, index)
         return
@@ -195,7 +219,7 @@ def _read_file(
     def select_columns(names: Sequence[str]) -> list[str]:
         return reader.select_columns(names, file.display_path)
 
-    for record in read_source_records(file, kind, select_columns, first):
+    for record in islice(read_source_records(file, kind, select_columns, first), most):
         if isinstance(record, UnreadableDocument):
             yield record
             continue

@@ -12,7 +12,7 @@ import pytest
 from llm_training_toolkit.config.schema import SourceConfig
 from llm_training_toolkit.data.sources import (
     DocumentStats,
-    check_skipped,
+    check_faults,
     fingerprint_sources,
     list_source_files,
     read_source_documents,
@@ -119,9 +119,11 @@ def test_too_many_skipped_documents_stop_with_the_first_one_named(tmp_path: Path
     path = write(tmp_path / "x.jsonl", '{"text": "a"}\nbroken\n{"text": "b"}\n{"text": "c"}\n')
     tally = DocumentStats()
     list(read_source_documents(source(path, "text"), 0, on_error="skip", tally=tally))
-    check_skipped([tally], 0.25)
-    with pytest.raises(DataError, match=r"(?s)1 of 4 documents.*invalid_json 1.*x\.jsonl:2"):
-        check_skipped([tally], 0.2)
+    check_faults([tally], skips=True, max_skipped=0.25)
+    with pytest.raises(DataError, match=r"(?s)max_skipped: 1 of 4 documents.*x\.jsonl:2: is not JSON"):
+        check_faults([tally], skips=True, max_skipped=0.2)
+    with pytest.raises(DataError, match=r"(?s)1 of 4 documents.*x\.jsonl:2: is not JSON.*on_error: skip"):
+        check_faults([tally], skips=False, max_skipped=1.0)
 
 
 @pytest.mark.parametrize("path", ["nothing-here", "*.nothing", "file:///nothing/here"])
