@@ -310,6 +310,9 @@ class SourceConfig(ConfigSection):
     """Records to keep: column and the values it may have, such as `{language: [Python, Rust]}`."""
     limit: Annotated[Annotated[int, Field(ge=1)] | None, FieldTag.IDENTITY] = None
     """Maximum number of documents, the first ones in reading order. The rest of the source is not read."""
+    max_document_mb: Annotated[float, Field(gt=0.0, le=1024.0), FieldTag.IDENTITY] = 32.0
+    """Maximum size of a document in MiB of UTF-8, which bounds the memory of a preparation. Larger files are cut at
+    line ends into documents of at most this size, repositories between files. Larger records are unreadable."""
     prompt_template: Annotated[Annotated[str, Field(min_length=1)] | None, FieldTag.IDENTITY] = None
     """Chat: write conversations by this template instead of the tokenizer's. `alpaca`, `starchat`, `starcoder`, or a
     text with `{prompt}`, `{completion}` and perhaps `{context}`. The same for every chat source of a run."""
@@ -327,6 +330,11 @@ class SourceConfig(ConfigSection):
     weight: Annotated[Annotated[float, Field(gt=0.0)] | None, FieldTag.IDENTITY] = None
     """Mixture weight: share of the tokens, relative to the weights of the other sources. Set for all sources or for
     none. Without weights every source is seen once per epoch."""
+
+    @property
+    def max_document_bytes(self) -> int:
+        """Maximum size of a document in bytes."""
+        return max(int(self.max_document_mb * (1 << 20)), 1)
 
     @model_validator(mode="after")
     def _check_no_credentials(self) -> SourceConfig:

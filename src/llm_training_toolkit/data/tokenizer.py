@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,11 @@ TOKENIZER_FILES = [
     "merges.txt",
 ]
 _BYTES = 256
+LONG_TEXT = 1 << 20  # characters; longer texts are encoded in pieces
+_CHARACTERS_PER_CALL = 1 << 20
+_SEARCHED_CHARACTERS = 1 << 12
+_LINE_START = re.compile(r"\S\n(?=\S)")
+_SPACED_WORD = re.compile(r"\S(?= \S)")
 Ids = NDArray[np.uint32]
 Spans = NDArray[np.int64]
 
@@ -157,12 +164,31 @@ class TextEncoder:
         return ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[EncodedText]:
-        """Encode many texts on all cores."""
-        found = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        return [
-            EncodedText(text, np.array(encoding.ids, dtype=np.uint32), self._compute_char_spans)
-            for text, encoding in zip(texts, found, strict=True)
-        ]
+        """Encode many texts on all cores. Texts of over a million characters are cut first (`split_long_text`)."""
+        if max(map(len, texts), default=0) <= LONG_TEXT:
+            return self._encode_short_batch(texts)
+        short = iter(self._encode_short_batch([text for text in texts if len(text) <= LONG_TEXT]))
+        return [next(short) if len(text) <= LONG_TEXT else self._encode_long_text(text) for text in texts]
+
+    def _encode_short_batch(self, texts: Sequence[str]) -> list[EncodedText]:
+        """Encode some million characters per call: until it ends, the library takes some hundred bytes per token."""
+        encoded: list[EncodedText] = []
+        for batch in _group_by_size(texts):
+            found = self._tokenizer.encode_batch_fast(batch, add_special_tokens=False)
+            encoded += [
+                EncodedText(text, np.array(encoding.ids, dtype=np.uint32), self._compute_char_spans)
+                for text, encoding in zip(batch, found, strict=True)
+            ]
+        return encoded
+
+    def _encode_long_text(self, text: str) -> EncodedText:
+        pieces = self._encode_short_batch(list(split_long_text(text)))
+
+        def join_spans(_text: str, _ids: Ids) -> Spans:
+            starts = accumulate((piece.length for piece in pieces), initial=0)
+            return np.concatenate([piece.char_spans + start for piece, start in zip(pieces, starts, strict=False)])
+
+        return EncodedText(text, np.concatenate([piece.ids for piece in pieces]), join_spans)
 
     def _compute_char_spans(self, text: str, ids: NDArray[np.uint32]) -> NDArray[np.int64]:
         """Return the characters [start, stop) that each token overlaps, (tokens, 2)."""
@@ -223,7 +249,7 @@ class EncodedText:
     """
 
     def __init__(self, text: str, ids: Ids, spans_of: Callable[[str, Ids], Spans]) -> None:
-        self.ids = ids
+        self.ids, self.length = ids, len(text)
         self._text, self._compute_char_spans = text, spans_of
 
     @cached_property
@@ -235,6 +261,45 @@ class EncodedText:
     def starts_character(self) -> NDArray[np.bool_]:
         """Mask of the tokens that begin at a character boundary, (tokens,) bool."""
         return np.concatenate([[True], self.char_spans[:-1, 1] <= self.char_spans[1:, 0]])[: len(self.ids)]
+
+
+def _group_by_size(texts: Sequence[str]) -> Iterator[list[str]]:
+    """Group texts, in their order, until a group has `_CHARACTERS_PER_CALL` characters."""
+    group: list[str] = []
+    size = 0
+    for text in texts:
+        group.append(text)
+        size += len(text)
+        if size >= _CHARACTERS_PER_CALL:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
+def split_long_text(text: str, longest: int = LONG_TEXT) -> Iterator[str]:
+    """Cut a text into pieces of at most `longest` characters, whose tokens together are those of the text.
+
+    The pre-tokenizers of Qwen and StarCoder begin a word behind a lone line break, and before a lone space. A text
+    without either in half a piece is cut anywhere, which may give other tokens there.
+    """
+    start = 0
+    while len(text) - start > longest:
+        end = _find_word_start(text, start + longest // 2, start + longest)
+        yield text[start:end]
+        start = end
+    yield text[start:]
+
+
+def _find_word_start(text: str, first: int, last: int) -> int:
+    """Return the last position in (first, last] at which pre-tokenizers begin a word, or `last`."""
+    for pattern, behind in ((_LINE_START, 2), (_SPACED_WORD, 1)):
+        for end in range(last, first, -_SEARCHED_CHARACTERS):
+            begin = max(end - _SEARCHED_CHARACTERS, first)
+            found = [match.start() + behind for match in pattern.finditer(text, begin, min(end + 2, len(text)))]
+            if usable := [at for at in found if at <= last]:
+                return usable[-1]
+    return last
 
 
 def compute_char_spans(text: str, sizes: NDArray[np.int64]) -> Spans | None:

@@ -46,6 +46,7 @@ from llm_training_toolkit.data.tokenizer import (
     TokenizationSpec,
     open_tokenizer,
     resolve_tokenizer_directory,
+    split_long_text,
     train_tokenizer,
 )
 from llm_training_toolkit.errors import DataError, ToolkitError
@@ -285,7 +286,7 @@ class DatasetBuilder:
                 if done % _PROGRESS_EVERY == 0:
                     self._report_progress("tokenizer", done, total)
                 done += 1
-                yield extract_plain_text(document, self.sources[document.source])
+                yield from split_long_text(extract_plain_text(document, self.sources[document.source]))
         self._report_progress("tokenizer", total, total)
 
     def _build_epoch(self, stream: SourceStream, epoch: int) -> EpochInfo:

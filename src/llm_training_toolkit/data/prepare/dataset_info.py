@@ -19,6 +19,7 @@ class SourceInfo:
     Training examples of the first epoch: tokens, loss_tokens (labels other than -100).
     Longest document: longest (tokens before splitting), longest_document (name).
     Documents dropped as too long: truncated (share of all tokens), 0 unless `overlong` drops them; others are complete.
+    Files and repositories cut into several documents because of their size: cut.
     """
 
     path: str
@@ -30,6 +31,7 @@ class SourceInfo:
     longest: int
     longest_document: str
     truncated: float
+    cut: int = 0
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ _SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class DocumentIndex:
-    """The documents in reading order, and what each source dropped, by reason.
+    """The documents in reading order; what each source dropped, by reason, and how many files it cut.
 
     sources (documents,) int32: source number, as in `list_all_sources`; documents of one source are contiguous.
     hashes (documents, 16) uint8: content hash. characters (documents,) int64: length.
@@ -53,15 +53,16 @@ class DocumentIndex:
     held: NDArray[np.bool_]
     names: Any
     dropped: list[dict[str, int]]
+    cut: list[int]
 
     @classmethod
     def read(cls, directory: Path) -> DocumentIndex:
         """Open a written index."""
         file = directory / "documents.arrow"
-        dropped = json.loads((directory / "dropped.json").read_text(encoding="utf-8"))
+        stats = json.loads((directory / "stats.json").read_text(encoding="utf-8"))
         held = read_array(directory / "held.arrow", "held").astype(np.bool_)
         sources, content, characters = (read_array(file, name) for name in ("source", "hash", "characters"))
-        return cls(sources, content, characters, held, read_column(file, "name"), dropped)
+        return cls(sources, content, characters, held, read_column(file, "name"), **stats)
 
     def get_source_rows(self, source: int) -> range:
         """Return the rows of a source's documents."""
@@ -169,8 +170,11 @@ def build_document_index(
             "document, or data.eval.fraction to 0."
         )
     write_columns(directory / "held.arrow", {"held": np.concatenate([np.ones(given, dtype=np.bool_), chosen])})
-    dropped = json.dumps([dict(tally.dropped + tally.skipped) for tally in tallies])
-    (directory / "dropped.json").write_text(dropped, encoding="utf-8")
+    stats = {
+        "dropped": [dict(tally.dropped + tally.skipped) for tally in tallies],
+        "cut": [tally.cut for tally in tallies],
+    }
+    (directory / "stats.json").write_text(json.dumps(stats), encoding="utf-8")
 
 
 def select_held_out(places: NDArray[np.uint64], fraction: float) -> NDArray[np.bool_]:

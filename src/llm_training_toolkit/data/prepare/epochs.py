@@ -125,6 +125,8 @@ def format_dataset_info(dataset_info: DatasetInfo) -> list[str]:
     for source in dataset_info.sources:
         dropped = ", ".join(f"{count:,} {reason}" for reason, count in source.dropped.items()) or "none"
         too_long = f" ({source.truncated:.2%} of the tokens left out as too long)" if source.truncated else ""
+        if source.cut:
+            too_long += f", {source.cut:,} cut because of their size"
         rows += [
             f"{source.path}: {source.documents:,} documents ({source.held_out:,} held out), "
             f"dropped: {dropped}{too_long}",

@@ -227,4 +227,5 @@ def _build_source_info(
         longest=lengths.longest,
         longest_document=lengths.name,
         truncated=lengths.left_out / max(tokens + held.count_tokens(index) + lengths.left_out, 1),
+        cut=document_index.cut[index],
     )

@@ -18,6 +18,10 @@ from llm_training_toolkit.data.sources.document import UnreadableDocument
 from llm_training_toolkit.data.sources.files import SourceFile, get_compression_suffix
 from llm_training_toolkit.data.sources.remote import translate_remote_errors
 
+# A file that grows beyond both is taken for a decompression bomb: text compresses ten-fold, logs a hundred-fold.
+_MAX_EXPANSION = 200
+_WATCHED_FROM = 1 << 30  # bytes
+_DECOMPRESSED_BLOCK = 1 << 18  # bytes decompressed at a time
 _REMOTE_BLOCK = 8 << 20  # bytes per request to a store: with less, latency exceeds the transfer time
 
 
@@ -40,9 +44,18 @@ READ_ERRORS = (EOFError, OSError, zlib.error, lzma.LZMAError, pa.ArrowException)
 
 @contextmanager
 def open_decompressed(file: SourceFile) -> Iterator[io.BufferedIOBase]:
-    """Open a file, decompressed according to its suffix. Raises the errors of `open_raw_file`."""
-    with open_raw_file(file) as stream, _wrap_in_decompressor(stream, get_compression_suffix(file.relative)) as content:
-        yield content
+    """Open a file, decompressed according to its suffix.
+
+    Raises the errors of `open_raw_file`, and UnreadableDocument while reading what expands like a decompression bomb.
+    """
+    how = get_compression_suffix(file.relative)
+    with open_raw_file(file) as stream:
+        if how is None:
+            yield stream
+            return
+        watched = _WatchedStream(_wrap_in_decompressor(stream, how), stream, file.display_path)
+        with io.BufferedReader(watched, _DECOMPRESSED_BLOCK) as content:
+            yield content
 
 
 def wrap_read_error(where: str, error: Exception) -> UnreadableDocument:
@@ -62,8 +75,8 @@ def _open_raw_stream(file: SourceFile) -> io.BufferedReader:
     return io.BufferedReader(_RemoteStream(inner, file.display_path), _REMOTE_BLOCK)
 
 
-def _wrap_in_decompressor(stream: io.BufferedReader, how: str | None) -> io.BufferedIOBase:
-    if how and not stream.peek(1):  # an interrupted copy, which gzip reads as an empty text
+def _wrap_in_decompressor(stream: io.BufferedReader, how: str) -> Any:  # noqa: ANN401 - pyarrow is untyped
+    if not stream.peek(1):  # an interrupted copy, which gzip reads as an empty text
         raise EOFError("Nothing is in it, not even the mark of a compressed file")
     match how:
         case ".gz":
@@ -74,8 +87,33 @@ def _wrap_in_decompressor(stream: io.BufferedReader, how: str | None) -> io.Buff
             return lzma.LZMAFile(stream)
         case ".zst":
             # Arrow's decompressor: Python has zstd only since 3.14.
-            return io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(stream), "zstd"))
-    return stream
+            return pa.CompressedInputStream(pa.PythonFile(stream), "zstd")
+    raise AssertionError(how)
+
+
+class _WatchedStream(io.RawIOBase):
+    """Decompressed content, which raises UnreadableDocument if it grows out of proportion to what was compressed."""
+
+    def __init__(self, content: Any, packed: io.BufferedReader, address: str) -> None:  # noqa: ANN401 - pyarrow is untyped
+        self._content, self._packed, self._address = content, packed, address
+        self._size = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:  # noqa: ANN401 - anything with a buffer
+        data = self._content.read(len(buffer))
+        buffer[: len(data)] = data
+        self._size += len(data)
+        if self._size > max(_WATCHED_FROM, _MAX_EXPANSION * self._packed.tell()):
+            why = f"expands more than {_MAX_EXPANSION}-fold, to over {self._size >> 20:,} MiB: decompress it yourself"
+            raise UnreadableDocument(self._address, f"{why} if that is meant", "damaged")
+        return len(data)
+
+    def close(self) -> None:
+        if not self.closed:
+            self._content.close()
+        super().close()
 
 
 class _RemoteStream(io.RawIOBase):

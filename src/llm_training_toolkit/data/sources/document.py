@@ -50,6 +50,8 @@ class DocumentStats:
     kept: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     skipped: Counter[str] = field(default_factory=Counter)
+    cut: int = 0
+    """Files and repositories cut into several documents because of their size."""
     faults: dict[str, Fault] = field(default_factory=dict)
     """Unreadable documents by kind: their cause without positions and numbers."""
     lost_files: list[str] = field(default_factory=list)

@@ -38,7 +38,7 @@ _MAX_STARS = 2**53  # above it, a table's floating-point number is not an exact 
 class RecordReader:
     """Reads the records of one source: columns of each field (the first present counts), and the filter.
 
-    named: columns that the configuration names, which every record must have.
+    named: columns that the configuration names, which every record must have. max_bytes: maximum size of a document.
     """
 
     form: SourceFormat
@@ -49,6 +49,7 @@ class RecordReader:
     conversation: ConversationFields
     named: tuple[str, ...]
     filter: Mapping[Sequence[str], tuple[FilterValue, ...]]
+    max_bytes: int
 
     @classmethod
     def from_config(cls, source: SourceConfig) -> RecordReader:
@@ -72,6 +73,7 @@ class RecordReader:
             ConversationFields(**chat, keeps_context=has_context(source.prompt_template)),
             tuple(given.values()),
             wanted,
+            source.max_document_bytes,
         )
 
     def select_columns(self, names: Sequence[str], address: str) -> list[str]:

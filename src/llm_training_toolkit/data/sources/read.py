@@ -18,7 +18,8 @@ from llm_training_toolkit.data.sources.document import DocumentStats, Unreadable
 from llm_training_toolkit.data.sources.fields import RecordReader
 from llm_training_toolkit.data.sources.files import FileFormat, SourceFile, detect_file_format
 from llm_training_toolkit.data.sources.find import list_source_files
-from llm_training_toolkit.data.sources.records import decode_utf8, read_source_records
+from llm_training_toolkit.data.sources.records import read_source_records
+from llm_training_toolkit.data.sources.text import decode_utf8, iter_file_pieces
 from llm_training_toolkit.data.types import Document, RepositoryFile, content_hash
 from llm_training_toolkit.errors import DataError
 
@@ -94,7 +95,7 @@ def keep_duplicates(
     pieces = _drop_unusable(
         _iter_readable_documents(source, index, found, on_error=on_error, tally=tally, begin=begin), evaluation, tally
     )
-    yield from pieces if source.group_by == "file" else group_by_repository(pieces)
+    yield from pieces if source.group_by == "file" else group_by_repository(pieces, source.max_document_bytes, tally)
 
 
 def read_sample(source: SourceConfig, index: int, found: list[SourceFile], tally: DocumentStats) -> Iterator[Document]:
@@ -213,13 +214,13 @@ def _read_file(
     """Yield the documents of a file: of `records` = (first, number of them or None for all)."""
     kind, (first, most) = detect_file_format(file.relative, reader.form), records
     if kind is FileFormat.WHOLE:
-        yield _read_whole_file(file, reader, index)
+        yield from islice(_read_whole_file(file, reader, index, tally, first), most)
         return
 
     def select_columns(names: Sequence[str]) -> list[str]:
         return reader.select_columns(names, file.display_path)
 
-    for record in islice(read_source_records(file, kind, select_columns, first), most):
+    for record in islice(read_source_records(file, kind, select_columns, first, max_bytes=reader.max_bytes), most):
         if isinstance(record, UnreadableDocument):
             yield record
             continue
@@ -232,31 +233,57 @@ def _read_file(
             yield error
 
 
-def _read_whole_file(file: SourceFile, reader: RecordReader, index: int) -> Document:
+def _read_whole_file(
+    file: SourceFile, reader: RecordReader, index: int, tally: DocumentStats, first: int
+) -> Iterator[Document | UnreadableDocument]:
+    """Yield a file as one document, or, if it is too large, cut into several, which are numbered like records."""
     if reader.form == "chat" or reader.named or reader.filter:
         raise UnreadableDocument(
             file.display_path, "holds no records (.jsonl, .json, .parquet, .arrow, .feather)", "no_records"
         )
+    labels = ("", "") if reader.form == "text" else (file.repository, file.path)
     with open_decompressed(file) as stream:
-        text = decode_utf8(stream.read(), file.display_path)
-    if reader.form == "text":
-        return Document(index, file.name, text)
-    return Document(index, file.name, text, file.repository, file.path)
+        for number, piece in enumerate(iter_file_pieces(stream, reader.max_bytes), start=1):
+            tally.cut += number == 2
+            if number < first:
+                continue
+            try:
+                text = decode_utf8(piece.content, file.display_path, piece.first_line, piece.first_byte)
+            except UnreadableDocument as error:
+                yield error
+            else:
+                yield Document(index, file.name if piece.is_whole else f"{file.name}:{number}", text, *labels)
 
 
-def group_by_repository(pieces: Iterable[Document]) -> Iterator[Document]:
-    """Merge consecutive pieces of a repository, already in path order, into one document."""
+def group_by_repository(pieces: Iterable[Document], max_characters: int, tally: DocumentStats) -> Iterator[Document]:
+    """Merge consecutive pieces of a repository, already in path order, into documents: one, or several of a large one.
+
+    A document has at most `max_characters` characters, or one file. The second one is called `repository:2`.
+    """
     for repository, group in groupby(pieces, key=lambda piece: piece.repository):
-        files = list(group)
-        yield Document(
-            files[0].source,
-            repository,
-            "".join(file.text for file in files),
-            repository,
-            "",
-            next((file.stars for file in files if file.stars is not None), None),
-            tuple(RepositoryFile(file.path, file.text) for file in files),
-        )
+        files: list[Document] = []
+        number, size, stars = 1, 0, None
+        for piece in group:
+            stars = piece.stars if stars is None else stars
+            if files and size + len(piece.text) > max_characters:
+                tally.cut += number == 1
+                yield _merge_files(files, repository, number, stars)
+                number, files, size = number + 1, [], 0
+            files.append(piece)
+            size += len(piece.text)
+        yield _merge_files(files, repository, number, stars)
+
+
+def _merge_files(files: Sequence[Document], repository: str, number: int, stars: int | None) -> Document:
+    return Document(
+        files[0].source,
+        repository if number == 1 else f"{repository}:{number}",
+        "".join(file.text for file in files),
+        repository,
+        "",
+        stars,
+        tuple(RepositoryFile(file.path, file.text) for file in files),
+    )
 
 
 def sort_by_repository(pieces: Iterable[Document]) -> Iterator[Document]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
@@ -14,9 +15,14 @@ import pyarrow.parquet as pq
 from llm_training_toolkit.data.sources.decompress import READ_ERRORS, open_decompressed, open_raw_file, wrap_read_error
 from llm_training_toolkit.data.sources.document import UnreadableDocument
 from llm_training_toolkit.data.sources.files import FileFormat, SourceFile, get_compression_suffix
+from llm_training_toolkit.data.sources.json_list import BYTE_ORDER_MARK, iter_json_list, starts_json_list
+from llm_training_toolkit.data.sources.text import decode_utf8
 
 _BATCH_ROWS = 128  # rows held as Python objects at a time
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_NO_LIMIT = 1 << 60
+_PASSED_BYTES = 1 << 20  # read at a time of a line that is too long
+_WHOLE_GROUP_BYTES = 1 << 28  # row groups of a store that are read as a whole
+_PIECE_BYTES = 8 << 20  # of a table, decompressed at a time
 _ARROW_FILE_MAGIC = b"ARROW1"  # first bytes of the file format; the stream format begins with a length
 
 ColumnSelector = Callable[[Sequence[str]], list[str]]  # selects columns; raises UnreadableDocument if one is missing
@@ -31,30 +37,54 @@ class SourceRecord(NamedTuple):
 
 
 def read_source_records(
-    file: SourceFile, kind: FileFormat, columns: ColumnSelector, first: int = 1
+    file: SourceFile, kind: FileFormat, columns: ColumnSelector, first: int = 1, *, max_bytes: int = _NO_LIMIT
 ) -> Iterator[SourceRecord | UnreadableDocument]:
     """Yield the records of a file in order from number `first`; unreadable ones as UnreadableDocument.
 
+    Records larger than `max_bytes` are unreadable, and never in memory as a whole if the file has lines.
     Raises UnreadableDocument if the rest of the file is unreadable.
     """
     if kind is FileFormat.PARQUET or kind is FileFormat.ARROW:
-        return _read_table_rows(file, kind, columns, first)
-    return _read_json_records(file, kind, first)
+        return _read_table_rows(file, kind, columns, first, max_bytes)
+    return _read_json_records(file, kind, first, max_bytes)
 
 
-def _read_json_records(file: SourceFile, kind: FileFormat, first: int) -> Iterator[SourceRecord | UnreadableDocument]:
+def build_size_error(where: str, size: int, max_bytes: int) -> UnreadableDocument:
+    """Build the error for a record that is too large."""
+    why = f"has {size / (1 << 20):,.1f} MiB, more than the {max_bytes / (1 << 20):,.1f} of max_document_mb"
+    return UnreadableDocument(where, why, "too_large")
+
+
+def _read_json_records(
+    file: SourceFile, kind: FileFormat, first: int, max_bytes: int
+) -> Iterator[SourceRecord | UnreadableDocument]:
     number = 0
     with open_decompressed(file) as stream:
         try:
-            for number, raw in enumerate(stream, start=1):
-                line = raw.removeprefix(_BYTE_ORDER_MARK) if number == 1 else raw
-                if number == 1 and kind is FileFormat.JSON and line.lstrip().startswith(b"["):
-                    yield from _parse_json_list(file, line + stream.read(), first)
-                    return
-                if number >= first:  # earlier lines are skipped unparsed
+            if kind is FileFormat.JSON and starts_json_list(stream):
+                for number, value in iter_json_list(stream, file.display_path, max_bytes):
+                    if number >= first:
+                        yield SourceRecord(number, f"{file.display_path}, record {number}", value)
+                return
+            for number, (raw, size) in enumerate(_iter_lines(stream, max_bytes), start=1):
+                line = raw.removeprefix(BYTE_ORDER_MARK) if number == 1 else raw
+                if number < first:  # earlier lines are skipped unparsed
+                    continue
+                if size > max_bytes:
+                    yield build_size_error(f"{file.display_path}:{number}", size, max_bytes)
+                else:
                     yield from _parse_json_line(file, number, line)
         except READ_ERRORS as error:
             raise wrap_read_error(f"{file.display_path}:{number + 1}", error) from error
+
+
+def _iter_lines(stream: io.BufferedIOBase, max_bytes: int) -> Iterator[tuple[bytes, int]]:
+    """Yield every line and its size; of a line above `max_bytes` only the beginning, the rest is read past."""
+    while line := stream.readline(max_bytes + 1):
+        size, more = len(line), line
+        while size > max_bytes and not more.endswith(b"\n") and (more := stream.readline(_PASSED_BYTES)):
+            size += len(more)
+        yield line, size - line.endswith(b"\n") if size == max_bytes + 1 else size
 
 
 def _parse_json_line(file: SourceFile, number: int, line: bytes) -> Iterator[SourceRecord | UnreadableDocument]:
@@ -67,12 +97,6 @@ def _parse_json_line(file: SourceFile, number: int, line: bytes) -> Iterator[Sou
         yield error
 
 
-def _parse_json_list(file: SourceFile, content: bytes, first: int) -> Iterator[SourceRecord]:
-    values = _parse_json(decode_utf8(content, file.display_path), file.display_path)
-    for number, value in enumerate(values[first - 1 :], start=first):
-        yield SourceRecord(number, f"{file.display_path}, record {number}", value)
-
-
 def _parse_json(text: str, where: str) -> Any:  # noqa: ANN401 - whatever JSON can say
     try:
         return json.loads(text)
@@ -80,18 +104,8 @@ def _parse_json(text: str, where: str) -> Any:  # noqa: ANN401 - whatever JSON c
         raise UnreadableDocument(where, f"is not JSON ({error})", "invalid_json") from error
 
 
-def decode_utf8(raw: bytes, address: str, first_line: int = 1) -> str:
-    """Decode UTF-8. Raises UnreadableDocument naming the line of an invalid byte."""
-    try:
-        return raw.decode()
-    except UnicodeDecodeError as error:
-        line = first_line + raw.count(b"\n", 0, error.start)
-        why = f"is not UTF-8 (byte 0x{raw[error.start]:02x} at byte {error.start})"
-        raise UnreadableDocument(f"{address}:{line}", why, "invalid_utf8") from error
-
-
 def _read_table_rows(
-    file: SourceFile, kind: FileFormat, columns: ColumnSelector, first: int
+    file: SourceFile, kind: FileFormat, columns: ColumnSelector, first: int, max_bytes: int
 ) -> Iterator[SourceRecord | UnreadableDocument]:
     if packed := get_compression_suffix(file.relative):
         raise UnreadableDocument(
@@ -100,16 +114,18 @@ def _read_table_rows(
     with open_raw_file(file) as stream:
         # Memory-mapped if local: a table of one batch may be larger than the memory.
         content = pa.memory_map(file.filesystem_path) if file.root.filesystem is None else stream
-        table = pq.ParquetFile(content) if kind is FileFormat.PARQUET else None
+        table = _open_parquet_file(content, in_memory=content is not stream) if kind is FileFormat.PARQUET else None
         groups, number = _select_row_groups(table.metadata, first) if table else ([], 0)
         for batch in _read_parquet_batches(table, groups, columns) if table else _read_arrow_batches(content, columns):
             skipped = min(max(first - 1 - number, 0), batch.num_rows)
             number += skipped
             for start in range(skipped, batch.num_rows, _BATCH_ROWS):
-                for row in _convert_rows(batch.slice(start, _BATCH_ROWS)):
+                for row in _convert_rows(batch.slice(start, _BATCH_ROWS), max_bytes):
                     number += 1
                     where = f"{file.display_path}, row {number}"
-                    if isinstance(row, UnicodeDecodeError):
+                    if isinstance(row, _OversizedRow):
+                        yield build_size_error(where, row.size, max_bytes)
+                    elif isinstance(row, UnicodeDecodeError):
                         yield UnreadableDocument(
                             where, f"is not UTF-8 (byte 0x{row.object[row.start]:02x})", "invalid_utf8"
                         )
@@ -117,16 +133,35 @@ def _read_table_rows(
                         yield SourceRecord(number, where, row)
 
 
-def _convert_rows(rows: Any) -> Iterator[Any]:  # noqa: ANN401 - pyarrow is untyped
-    """Yield rows as Python values, or the UnicodeDecodeError of invalid text, which Parquet does not check."""
+class _OversizedRow(NamedTuple):
+    """Row of a table that is too large, and its bytes."""
+
+    size: int
+
+
+def _convert_rows(rows: Any, max_bytes: int) -> Iterator[Any]:  # noqa: ANN401 - pyarrow is untyped
+    """Yield rows as Python values, an _OversizedRow, or the UnicodeDecodeError of text that Parquet did not check."""
+    if _count_bytes(rows) > max_bytes:
+        yield from (_convert_row(rows.slice(number, 1), max_bytes) for number in range(rows.num_rows))
+        return
     try:
         yield from rows.to_pylist()
     except UnicodeDecodeError:
-        for number in range(rows.num_rows):
-            try:
-                yield rows.slice(number, 1).to_pylist()[0]
-            except UnicodeDecodeError as error:
-                yield error
+        yield from (_convert_row(rows.slice(number, 1), max_bytes) for number in range(rows.num_rows))
+
+
+def _convert_row(row: Any, max_bytes: int) -> Any:  # noqa: ANN401 - pyarrow is untyped
+    if (size := _count_bytes(row)) > max_bytes:
+        return _OversizedRow(size)
+    try:
+        return row.to_pylist()[0]
+    except UnicodeDecodeError as error:
+        return error
+
+
+def _count_bytes(rows: Any) -> int:  # noqa: ANN401 - pyarrow is untyped
+    """Count the bytes of rows. A dictionary belongs to the whole table, so encoded columns count nothing."""
+    return sum(column.nbytes for column in rows.columns if not pa.types.is_dictionary(column.type))
 
 
 def _select_row_groups(metadata: Any, first: int) -> tuple[list[int], int]:  # noqa: ANN401 - pyarrow is untyped
@@ -136,10 +171,23 @@ def _select_row_groups(metadata: Any, first: int) -> tuple[list[int], int]:  # n
     return list(range(begin, len(ends))), ends[begin - 1] if begin else 0
 
 
+def _open_parquet_file(content: Any, *, in_memory: bool) -> Any:  # noqa: ANN401 - pyarrow is untyped
+    """Open a Parquet file. Large column chunks of a store are read in pieces, which takes more requests."""
+    table = pq.ParquetFile(content)
+    groups = range(table.metadata.num_row_groups)
+    largest = max((table.metadata.row_group(group).total_byte_size for group in groups), default=0)
+    return table if in_memory or largest <= _WHOLE_GROUP_BYTES else pq.ParquetFile(content, buffer_size=_PIECE_BYTES)
+
+
 def _read_parquet_batches(table: Any, groups: list[int], columns: ColumnSelector) -> Iterator[Any]:  # noqa: ANN401 - pyarrow is untyped
-    """Yield the needed columns in batches within a row group."""
+    """Yield the needed columns in batches within a row group, of fewer rows if these are large on average."""
     needed = _select_columns(columns, table.schema_arrow.names, lambda: table.metadata.num_rows)
-    yield from table.iter_batches(_BATCH_ROWS, columns=needed, row_groups=groups)
+    for group in groups:
+        metadata = table.metadata.row_group(group)
+        chunks = map(metadata.column, range(metadata.num_columns))
+        size = sum(c.total_uncompressed_size for c in chunks if c.path_in_schema.partition(".")[0] in needed)
+        rows = _PIECE_BYTES * metadata.num_rows // max(size, 1)
+        yield from table.iter_batches(min(max(rows, 1), _BATCH_ROWS), columns=needed, row_groups=[group])
 
 
 def _read_arrow_batches(content: Any, columns: ColumnSelector) -> Iterator[Any]:  # noqa: ANN401 - pyarrow is untyped
