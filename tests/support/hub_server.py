@@ -22,6 +22,7 @@ class _Handler(BaseHTTPRequestHandler):
     files: Mapping[str, bytes]
     kind: str
     sent: list[str]
+    token: str
 
     def log_message(self, *_: Any) -> None:
         """Say nothing."""
@@ -38,14 +39,18 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
     def do_GET(self) -> None:
+        if self.token and self.headers.get("Authorization") != f"Bearer {self.token}":
+            self._answer(401, {"error": "gated"}, "GatedRepo")
+            return
         address = urlparse(self.path)
         path = unquote(address.path)
         recursive = parse_qs(address.query).get("recursive") == ["true"]
         if re.fullmatch(rf"/api/{self.kind}/{self.repository}(/revision/\w+)?", path):
-            self._answer(200, {"id": self.repository, "sha": _COMMIT, "siblings": []})
+            siblings = [{"rfilename": name} for name in self.files]
+            self._answer(200, {"id": self.repository, "sha": _COMMIT, "siblings": siblings})
         elif match := re.fullmatch(rf"/api/{self.kind}/{self.repository}/tree/\w+/?(.*)", path):
             entries = _tree(self.files, match[1], recursive=recursive)
-            self._answer(200 if entries else 404, entries or {"error": "no such entry"}, "EntryNotFound")
+            self._answer(*((200, entries) if entries else (404, {"error": "no such entry"}, "EntryNotFound")))
         elif match := re.fullmatch(rf"{self._folder()}/{self.repository}/resolve/\w+/(.*)", path):
             self.sent.append(match[1])
             self._send(self.files[match[1]])
@@ -54,7 +59,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, code: int, said: object, error: str = "") -> None:
         self.send_response(code)
-        if code == 404:
+        if error:
             self.send_header("X-Error-Code", error)
         self._finish(json.dumps(said).encode())
 
@@ -77,13 +82,25 @@ class _Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def hub(
-    repository: str, files: Mapping[str, bytes], kind: str = "datasets", asked: list[str] | None = None
+    repository: str,
+    files: Mapping[str, bytes],
+    kind: str = "datasets",
+    asked: list[str] | None = None,
+    *,
+    token: str = "",
 ) -> Iterator[str]:
     """Serve one repository on a free port of this machine; gives the endpoint.
 
-    `kind` is `datasets` or `models`; the names of files that were sent are added to `asked`.
+    `kind` is `datasets` or `models`; the names of files that were sent are added to `asked`. With a `token` the
+    repository is gated, and the token is needed.
     """
-    answers = {"repository": repository, "files": files, "kind": kind, "sent": [] if asked is None else asked}
+    answers = {
+        "repository": repository,
+        "files": files,
+        "kind": kind,
+        "sent": [] if asked is None else asked,
+        "token": token,
+    }
     handler = type("Handler", (_Handler,), answers)
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever, daemon=True)

@@ -42,7 +42,7 @@ class SourceFile:
     """File of a source. Kept small, because a source may have millions.
 
     `relative`: path below the root, with slashes. `checkout`: git checkout below the root that contains the file, empty
-    for the root itself. `stamp`: size and version tag of a remote file.
+    for the root itself. `stamp`: size and version tag of a remote or downloaded file.
     """
 
     root: SourceRoot
@@ -82,7 +82,7 @@ class SourceFile:
     @property
     def version_stamp(self) -> str:
         """Size and modification time, or the store's version tag. Raises OSError for a missing local file."""
-        if self.root.filesystem is not None:
+        if self.root.filesystem is not None or self.stamp:
             return self.stamp
         status = Path(self.filesystem_path).stat()
         return f"{status.st_size}\0{status.st_mtime_ns}"

@@ -16,6 +16,7 @@ from llm_training_toolkit.data.sources.files import (
     format_searched_suffixes,
     select_readable_files,
 )
+from llm_training_toolkit.data.sources.hub import find_hub_files, is_hub_id
 from llm_training_toolkit.data.sources.splits import select_split_files
 from llm_training_toolkit.errors import DataError
 
@@ -26,10 +27,10 @@ def list_source_files(source: SourceConfig) -> list[SourceFile]:
     A file named by path or matched by a glob may have any suffix. A directory is searched for the format's suffixes
     (`select_readable_files`), without hidden files, `node_modules`, installed packages and virtual environments.
     With `fields` or `filter` only record files are searched for. Both hold for addresses, too. `subset` and `split`
-    choose among the files.
+    choose among the files. A path `owner/name` that does not exist here is a data set on the hub (`find_hub_files`).
     """
     try:
-        found = sorted(select_split_files(list(_find_source_files(source)), source), key=lambda file: file.name)
+        found = sorted(_find_source_files(source), key=lambda file: file.name)
     except OSError as error:
         raise DataError(
             f"data.sources: {error.filename or source.path} cannot be listed ({error.strerror or error}). Make it "
@@ -76,6 +77,13 @@ def _read_version_stamp(file: SourceFile) -> str:
 
 
 def _find_source_files(source: SourceConfig) -> Iterable[SourceFile]:
+    """Yield the files before their order is fixed. Of a data set on the hub, subset and split are chosen here."""
+    if is_hub_id(source.path):
+        return find_hub_files(source.path, source.subset, source.split)
+    return select_split_files(list(_find_path_files(source)), source)
+
+
+def _find_path_files(source: SourceConfig) -> Iterable[SourceFile]:
     if source.path == local.STANDARD_LIBRARY:
         return local.find_standard_library_files()
     if is_uri(source.path) and not source.path.startswith("file://"):
