@@ -392,7 +392,8 @@ class EvalSplitConfig(ConfigSection):
     """Held-out documents: a fraction of the training documents, or separate sources."""
 
     fraction: Annotated[float, Field(ge=0.0, lt=1.0), FieldTag.IDENTITY] = 0.01
-    """Fraction of the documents held out of training, chosen by hash. Must not be set with `sources`, and is then 0."""
+    """Fraction of the documents held out of training, chosen by hash, and of their text within limits (docs/data.md).
+    Must not be set with `sources`, and is then 0."""
     split_by: Annotated[Literal["document", "repository"], FieldTag.IDENTITY] = "document"
     """Unit of the fraction: documents, by the hash of their content, or repositories, by the hash of their name. With
     `repository` no file of a held-out repository is trained on."""
@@ -580,11 +581,18 @@ class EvalTaskConfig(ConfigSection):
         return self.model_dump(exclude={"task", "interval"}, exclude_none=True)
 
 
+_EVAL_SHARE = 0.02  # of the sequences trained between two evaluations, the default of eval.max_sequences
+_MIN_EVAL_TOKENS = 1 << 16
+
+
 class EvalConfig(ConfigSection):
     """Evaluation of the held-out loss and of tasks."""
 
     interval: Annotated[int, Field(ge=1), FieldTag.FREE] = 200
     """Steps between evaluations; step 0 and the last step are always evaluated."""
+    max_sequences: Annotated[Annotated[int, Field(ge=1, le=_MAX_COUNT)] | Literal["auto"], FieldTag.IDENTITY] = "auto"
+    """Maximum number of held-out sequences per evaluation, a fixed random sample of all. `auto` = 2 % of the sequences
+    trained between two evaluations, but at least 65,536 tokens."""
     tasks: tuple[EvalTaskConfig, ...] = ()
     """Tasks run on the exported model at the end, and during training at their `interval`. Failed tasks are only
     reported."""
@@ -674,6 +682,15 @@ class Config(ConfigSection):
     """Workers, their resources and placement."""
     failures: FailuresConfig = FailuresConfig()
     """Handling of failures."""
+
+    @property
+    def max_eval_sequences(self) -> int:
+        """Maximum number of held-out sequences per evaluation."""
+        if self.eval.max_sequences != "auto":
+            return self.eval.max_sequences
+        steps = min(self.eval.interval, self.train.steps or self.eval.interval)
+        trained = steps * self.train.global_batch_size
+        return max(int(_EVAL_SHARE * trained), -(-_MIN_EVAL_TOKENS // self.data.sequence_length))
 
     @model_validator(mode="after")
     def _check_no_epochs_with_weights(self) -> Config:

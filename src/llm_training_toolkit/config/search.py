@@ -23,6 +23,7 @@ _UNSEARCHABLE_KEYS = {
     "run.dir": "trials lie in the search's directory",
     "data.cache": "all trials share one",
     "data.eval": "trials measured on other documents cannot be compared; give it in overrides",
+    "eval.max_sequences": "trials measured on other documents cannot be compared; give it in overrides",
     "train.tokens": "trials of different lengths cannot be compared; give the length of all in overrides",
     "train.steps": "trials of different lengths cannot be compared; give the length of all in overrides",
     "train.epochs": "trials of different lengths cannot be compared; give the length of all in overrides",

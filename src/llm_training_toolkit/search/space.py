@@ -115,6 +115,8 @@ class TrialConfigBuilder:
             "checkpoint.keep_latest": 1,
             "export.at_end": False,
             "eval.tasks": [],
+            # Its default depends on the batch, and trials must be measured on the same sequences.
+            "eval.max_sequences": self.base.max_eval_sequences,
         }
 
     def find_problem(self, parameters: Parameters) -> str | None:

@@ -145,4 +145,4 @@ def check_documents_unchanged(
 
 
 def _accepts_changed_data(accept: Sequence[str]) -> bool:
-    return any(key.split(".")[0] in {"data", "tokenizer", "run", DOCUMENTS} for key in accept)
+    return any(key.split(".")[0] in {"data", "eval", "tokenizer", "run", DOCUMENTS} for key in accept)

@@ -130,6 +130,7 @@ class DatasetBuilder:
     ) -> None:
         self.data, self.tokenizer, self.seed = config.data, config.tokenizer, config.run.seed
         self.markers, self._progress, self.runner = markers, progress, runner
+        self.max_eval_sequences = config.max_eval_sequences
         self.cache = get_cache_directory(config)
         self.sources = list_all_sources(self.data)
         self.streams = _build_streams(self.data)
@@ -155,15 +156,13 @@ class DatasetBuilder:
         held_out = self._render_documents(
             "held_out", range(len(self.sources)), epoch=0, held=True, stage="held-out tokens"
         )
-        build_atomic_dir(
-            self.directory / "plan-held_out",
-            lambda path: self._build_packing_plan(held_out, seed=0, epoch=0).write(path),
-        )
+        held_out_plan = self._build_held_out_plan(held_out)
         prepared = [
             [self._build_epoch(stream, epoch) for epoch in range(count)]
             for stream, count in zip(self.streams, epochs, strict=True)
         ]
-        return PreparedDataset(self._build_dataset_info(tokenizer, prepared), tokenizer, self.directory)
+        dataset_info = self._build_dataset_info(tokenizer, prepared, held_out_plan)
+        return PreparedDataset(dataset_info, tokenizer, self.directory)
 
     @property
     def is_rendered(self) -> bool:
@@ -353,7 +352,20 @@ class DatasetBuilder:
         self._report_progress("packing", len(examples), len(examples))
         return plan
 
-    def _build_dataset_info(self, tokenizer: Path, prepared: list[list[EpochInfo]]) -> DatasetInfo:
+    def _build_held_out_plan(self, held_out: Path) -> str:
+        """Pack the held-out documents, and return the directory of the plan of those sequences that are evaluated."""
+        whole = build_atomic_dir(
+            self.directory / "plan-held_out",
+            lambda path: self._build_packing_plan(held_out, seed=0, epoch=0).write(path),
+        )
+        plan, most = PackingPlan.read(whole), self.max_eval_sequences
+        if len(plan) <= most:
+            return whole.name
+        sample = f"{whole.name}-first{most}"
+        build_atomic_dir(self.directory / sample, lambda path: plan.take_first(most).write(path))
+        return sample
+
+    def _build_dataset_info(self, tokenizer: Path, prepared: list[list[EpochInfo]], held_out_plan: str) -> DatasetInfo:
         facts = read_rendering_facts(self.directory / "held_out")
         epochs = [epoch for of_stream in prepared for epoch in of_stream]
         space = sum(epoch.sequences for epoch in epochs) * self.data.sequence_length
@@ -373,8 +385,9 @@ class DatasetBuilder:
             ),
             streams=self._build_stream_infos(prepared),
             held_out="held_out",
-            held_out_plan="plan-held_out",
-            eval_sequences=len(PackingPlan.read(self.directory / "plan-held_out")),
+            held_out_plan=held_out_plan,
+            eval_sequences=len(PackingPlan.read(self.directory / held_out_plan)),
+            held_out_sequences=len(PackingPlan.read(self.directory / "plan-held_out")),
             padding=1.0 - sum(epoch.filled for epoch in epochs) / space,
             tokens_lost=sum(epoch.lost for epoch in epochs),
         )

@@ -70,6 +70,7 @@ class DatasetInfo:
 
     streams: one, or, if sources have weights, one per training source, in their order.
     padding: share in the sequences of all prepared epochs. tokens_lost: rendered tokens outside all sequences; 0.
+    eval_sequences: held-out sequences of an evaluation, of all `held_out_sequences`.
     """
 
     fingerprint: str
@@ -86,6 +87,7 @@ class DatasetInfo:
     eval_sequences: int
     padding: float
     tokens_lost: int
+    held_out_sequences: int = 0
 
     @property
     def total_sequences(self) -> int:

@@ -146,11 +146,12 @@ def build_document_index(
     files; for a store that does not answer; and if no document is left for training or evaluation.
     """
     tallies = [DocumentStats() for _ in list_all_sources(data)]
-    places = array("Q")
+    places, sizes = array("Q"), array("q")
 
     def iter_rows() -> Iterator[tuple[int, str, bytes, int]]:
         for document in _read_all_documents(data, tallies):
             places.append(_compute_split_hash(document, data.eval.split_by))
+            sizes.append(len(document.text))
             if len(places) % _PROGRESS_EVERY == 0:
                 progress(len(places))
             yield document.source, document.name, document.content_digest, len(document.text)
@@ -163,7 +164,9 @@ def build_document_index(
     given = sum(tally.kept for tally in tallies[len(data.sources) :])
     _check_documents_left(data.sources, len(places) - given, "sources")
     _check_documents_left(data.eval.sources, given, "eval.sources")
-    chosen = select_held_out(np.array(places[given:], dtype=np.uint64), data.eval.fraction)
+    chosen = select_held_out(
+        np.array(places[given:], dtype=np.uint64), np.array(sizes[given:], dtype=np.int64), data.eval.fraction
+    )
     if data.eval.split_by == "repository" and data.eval.fraction > 0.0 and not chosen.any():
         raise DataError(
             "data.eval.split_by: repository holds out nothing, because all documents are of one repository. Set it to "
@@ -177,17 +180,31 @@ def build_document_index(
     (directory / "stats.json").write_text(json.dumps(stats), encoding="utf-8")
 
 
-def select_held_out(places: NDArray[np.uint64], fraction: float) -> NDArray[np.bool_]:
+def select_held_out(places: NDArray[np.uint64], sizes: NDArray[np.int64], fraction: float) -> NDArray[np.bool_]:
     """Return the mask of held-out documents: those with a place, read as a number in [0, 1), below the fraction.
 
     `places` (documents,) are hashes, so a document keeps its side when others are added or removed. Equal places stay
-    together. With a fraction above 0 and two or more distinct places, at least one is held out and at least one stays.
+    together, as one unit. `sizes` (documents,) in characters make the fraction one of the text, too, within limits:
+
+    1. A unit larger than the whole share, and than four typical (median) units, stays in training.
+    2. Units are held out in the order of their places until they exceed twice the share and eight typical units.
+
+    With a fraction above 0 and two or more distinct places, at least one is held out and at least one stays.
     """
     if fraction == 0.0 or len(places) == 0 or places.min() == places.max():
         return np.zeros(len(places), dtype=np.bool_)
-    below = places.astype(np.float64) * 2.0**-64 < fraction
-    held: NDArray[np.bool_] = (below | (places == places.min())) & (places != places.max())
-    return held
+    units, unit_of = np.unique(places, return_inverse=True)
+    lengths = np.bincount(unit_of, weights=sizes)
+    share, typical = fraction * lengths.sum(), np.median(lengths)
+    fitting = lengths <= max(share, 4 * typical)
+    candidates = (units.astype(np.float64) * 2.0**-64 < fraction) & fitting
+    if not candidates.any():
+        candidates[np.argmax(fitting)] = True
+    limit = max(2 * share + 8 * typical, lengths[np.argmax(candidates)])
+    held = candidates & (np.cumsum(lengths * candidates) <= limit)
+    held[-1] &= not held.all()
+    chosen: NDArray[np.bool_] = held[unit_of]
+    return chosen
 
 
 class DocumentReader:

@@ -115,6 +115,7 @@ def build_dataset_info_json(dataset_info: DatasetInfo) -> dict[str, Any]:
         "padding": dataset_info.padding,
         "tokens_lost": dataset_info.tokens_lost,
         "eval_sequences": dataset_info.eval_sequences,
+        "held_out_sequences": dataset_info.held_out_sequences,
         "tokenizer": dataset_info.tokenizer_path,
     }
 
@@ -133,6 +134,11 @@ def format_dataset_info(dataset_info: DatasetInfo) -> list[str]:
             f"  {source.tokens:,} tokens, {source.loss_tokens:,} with loss; "
             f"the longest document has {source.longest:,}: {source.longest_document}",
         ]
+    if dataset_info.eval_sequences < dataset_info.held_out_sequences:
+        rows.append(
+            f"{dataset_info.eval_sequences:,} of {dataset_info.held_out_sequences:,} held-out sequences are evaluated "
+            "(eval.max_sequences)"
+        )
     if dataset_info.fault_report is not None:
         rows.append(f"skipped documents: {dataset_info.fault_report}")
     epochs = " + ".join(f"{len(stream.epochs)}" for stream in dataset_info.streams)

@@ -41,6 +41,11 @@ class PackingPlan:
         """Return the numbers of the examples in a sequence."""
         return self.order[self.offsets[sequence] : self.offsets[sequence + 1]]
 
+    def take_first(self, sequences: int) -> PackingPlan:
+        """Return the plan of the first sequences; they are in random order, so that it is a sample."""
+        ends = self.offsets[: sequences + 1]
+        return PackingPlan(self.order[: ends[-1]], ends, self.targets[:sequences])
+
     def write(self, directory: Path) -> None:
         """Write the plan as two Arrow files into an existing directory."""
         write_columns(directory / "order.arrow", {"example": self.order})

@@ -9,8 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from llm_training_toolkit.config.schema import Config, DataConfig
+from llm_training_toolkit.data.dataset import PackedDataset
 from llm_training_toolkit.data.prepare.arrow_store import ExampleStore, read_column
 from llm_training_toolkit.data.prepare.builder import PreparedDataset, prepare_dataset
 from llm_training_toolkit.data.prepare.document_index import (
@@ -47,17 +51,80 @@ def texts(of: DataConfig, document_index: DocumentIndex, *, held: bool) -> list[
     return [document.text for shard in chosen for _, document in rereader.read_documents(shard, held=held)]
 
 
+def held_out(places: NDArray[np.uint64], fraction: float) -> NDArray[np.bool_]:
+    return select_held_out(places, np.full(len(places), 100), fraction)
+
+
 def test_held_out_places_lie_below_the_fraction_and_are_never_none_or_all() -> None:
     places = np.random.default_rng(0).integers(0, 1 << 64, 2000, dtype=np.uint64)
-    held = select_held_out(places, 0.1)
+    held = held_out(places, 0.1)
     assert 150 < held.sum() < 250
-    assert (select_held_out(places[:1000], 0.1) == held[:1000]).all()
-    assert select_held_out(places[:3], 1e-9).sum() == 1
-    assert select_held_out(places[:3], 1 - 1e-9).sum() == 2
-    assert select_held_out(np.repeat(places[:3], 4), 1e-9).sum() == 4  # equal places stay together
-    assert not select_held_out(places[:1], 0.5).any()
-    assert not select_held_out(places, 0.0).any()
-    assert len(select_held_out(places[:0], 0.5)) == 0
+    assert (held_out(places[:1000], 0.1) == held[:1000]).all()
+    assert held_out(places[:3], 1e-9).sum() == 1
+    assert held_out(places[:3], 1 - 1e-9).sum() == 2
+    assert held_out(np.repeat(places[:3], 4), 1e-9).sum() == 4  # equal places stay together
+    assert not held_out(places[:1], 0.5).any()
+    assert not held_out(places, 0.0).any()
+    assert len(held_out(places[:0], 0.5)) == 0
+
+
+@given(st.integers(0, 2**32), st.sampled_from([0.01, 0.1, 0.5]))
+def test_the_fraction_is_one_of_the_text_whatever_the_lengths(seed: int, fraction: float) -> None:
+    random = np.random.default_rng(seed)
+    sizes = (random.pareto(0.7, 400) * 100).astype(np.int64) + 1  # a few documents hold most of the text
+    held = select_held_out(random.integers(0, 1 << 64, 400, dtype=np.uint64), sizes, fraction)
+    share, typical = fraction * sizes.sum(), float(np.median(sizes))
+    assert 0 < held.sum() < 400
+    assert sizes[held].max() <= max(share, 4 * typical)
+    assert sizes[held].sum() <= 2 * share + 8 * typical
+
+
+@pytest.mark.parametrize("place", range(8))
+def test_one_huge_document_beside_seven_is_trained_on(place: int) -> None:
+    places = np.arange(1, 9, dtype=np.uint64) << np.uint64(60)
+    sizes = np.full(8, 500)
+    sizes[place] = 3_000_000
+    held = select_held_out(places, sizes, 0.01)
+    assert held.sum() == 1
+    assert not held[place]
+
+
+def test_an_evaluation_takes_a_fixed_sample_of_the_held_out_sequences(
+    configure: Configure, markers: TokenizationSpec, corpus: Path
+) -> None:
+    data = configure(**own(corpus / "long.py"))
+    whole = prepare_dataset(data, markers).dataset_info
+    assert whole.eval_sequences == whole.held_out_sequences > 8
+    few = data.model_copy(update={"eval": data.eval.model_copy(update={"max_sequences": 5})})
+    fewer = data.model_copy(update={"eval": data.eval.model_copy(update={"max_sequences": 3})})
+    infos = [prepare_dataset(each, markers).dataset_info for each in (few, fewer)]
+    assert [(info.eval_sequences, info.held_out_sequences) for info in infos] == [
+        (5, whole.held_out_sequences),
+        (3, whole.held_out_sequences),
+    ]
+    assert {info.fingerprint for info in infos} == {whole.fingerprint}
+    batches = [
+        next(PackedDataset(info, global_batch=1).iter_eval_batches(0, 1, 64)).input_ids for info in (whole, *infos)
+    ]
+    assert [len(batch) for batch in batches[1:]] == [5, 3]
+    assert (batches[0][:5] == batches[1]).all()
+    assert (batches[1][:3] == batches[2]).all()
+
+
+@pytest.mark.parametrize(
+    ("train", "interval", "expected"),
+    [
+        ({"steps": 1000, "global_batch_size": 64}, 200, 256),
+        ({"epochs": 1, "global_batch_size": 512}, 100, 1024),
+        ({"steps": 10, "global_batch_size": 64}, 200, 16),  # 65,536 tokens
+    ],
+)
+def test_the_default_is_two_percent_of_what_is_trained_meanwhile(
+    configure: Configure, train: dict[str, int], interval: int, expected: int
+) -> None:
+    values = configure(sequence_length=4096).model_dump(mode="json")
+    config = Config.model_validate_json(json.dumps({**values, "train": train, "eval": {"interval": interval}}))
+    assert config.max_eval_sequences == expected
 
 
 def test_a_survey_reads_back_what_was_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
