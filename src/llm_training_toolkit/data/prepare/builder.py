@@ -210,9 +210,9 @@ class DatasetBuilder:
                 self._written_template,
             ]
             return _compute_key(_FORMAT_VERSION, self.sources_fingerprint, files, self.data.on_error, held_out, how)
-        files = [[name, hashlib.sha256(path.read_bytes()).hexdigest()] for name, path in self._given_tokenizer_files]
+        given = [[name, hashlib.sha256(path.read_bytes()).hexdigest()] for name, path in self._given_tokenizer_files]
         template = self._written_template or self.markers.chat_template
-        return _compute_key(_FORMAT_VERSION, files, template if self._has_chat_sources else "")
+        return _compute_key(_FORMAT_VERSION, given, template if self._has_chat_sources else "")
 
     @property
     def _written_template(self) -> str | None:

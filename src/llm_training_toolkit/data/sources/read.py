@@ -141,8 +141,8 @@ def _iter_readable_documents(
         yield from (sort_by_repository if _has_records(found) else iter)(_handle_unreadable(pieces, on_error, tally))
         return
     place, record = _locate_document(found, begin)
-    pieces = _read_files(found[place:], RecordReader.from_config(source), index, tally, first_record=record)
-    yield from _handle_unreadable(pieces, on_error, tally)
+    begun = _read_files(found[place:], RecordReader.from_config(source), index, tally, first_record=record)
+    yield from _handle_unreadable(begun, on_error, tally)
 
 
 def _locate_document(found: list[SourceFile], name: str) -> tuple[int, int]:
