@@ -11,6 +11,7 @@ from typing import Any
 
 from llm_training_toolkit.checkpoint.state import SkippedStep, StepStats
 from llm_training_toolkit.errors import CheckpointError
+from llm_training_toolkit.runs.storage.object_keys import find_name_problem
 
 MANIFEST_FORMAT = 2
 
@@ -24,12 +25,16 @@ MANIFEST_NAME = "manifest.json"
 
 @dataclass(frozen=True)
 class FileEntry:
-    """File of a checkpoint."""
+    """File of a checkpoint. Raises ValueError for a name that would lead out of its directory."""
 
     name: str
     size: int
     """Bytes."""
     sha256: str
+
+    def __post_init__(self) -> None:
+        if problem := find_name_problem(self.name):
+            raise ValueError(f"{self.name!r} is no file of a checkpoint: {problem}")
 
 
 @dataclass(frozen=True)

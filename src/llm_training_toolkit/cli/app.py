@@ -255,7 +255,7 @@ def runs(
     from llm_training_toolkit.runs.status import read_run_statuses
     from llm_training_toolkit.runs.storage.open import open_runs_directory
 
-    with open_runs_directory(directory) as list_runs:
+    with open_runs_directory(directory, lambda text: typer.echo(text, err=True)) as list_runs:
         found = read_run_statuses(list_runs())
         if as_json:
             typer.echo(json.dumps([status.to_json() for status in found]))

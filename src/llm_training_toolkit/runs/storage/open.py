@@ -17,7 +17,8 @@ from llm_training_toolkit.config.uri import is_uri
 from llm_training_toolkit.errors import LaunchError
 from llm_training_toolkit.runs.directory import RunDirectory, lock_run_directory
 from llm_training_toolkit.runs.storage.lease import CLAIMS, hold_lease
-from llm_training_toolkit.runs.storage.s3_client import S3Client, StorageError
+from llm_training_toolkit.runs.storage.object_keys import find_name_problem
+from llm_training_toolkit.runs.storage.s3_client import S3Client, StorageError, UnsafeKeyError
 from llm_training_toolkit.runs.storage.s3_storage import S3Storage
 from llm_training_toolkit.runs.storage.storage import Storage
 
@@ -67,15 +68,16 @@ def open_readonly(address: str) -> Iterator[RunDirectory]:
     with storage_errors():
         bucket = S3Client(address)
     with create_staging_directory() as directory:
-        yield _open_s3_storage(bucket, directory).run
+        with storage_errors():
+            mirror = _open_s3_storage(bucket, directory)
+        yield mirror.run
 
 
 def _open_s3_storage(bucket: S3Client, directory: Path) -> S3Storage:
-    """Open a run in a store, with its files below a staging directory."""
-    with storage_errors():
-        mirror = S3Storage(bucket, directory / bucket.address.rpartition("/")[2])
-        mirror.refresh_directory(mirror.run.path)
-        mirror.fetch_file(mirror.run.metrics_path)
+    """Open a run in a store, with its files below a staging directory. Raises StorageError."""
+    mirror = S3Storage(bucket, directory / bucket.address.rpartition("/")[2])
+    mirror.refresh_directory(mirror.run.path)
+    mirror.fetch_file(mirror.run.metrics_path)
     return mirror
 
 
@@ -94,7 +96,8 @@ def open_path(place: str, *, export: bool = False) -> Iterator[RunDirectory]:
             address, _, inner = place.rstrip("/").rpartition("/")
             bucket = S3Client(address)
     with create_staging_directory() as directory:
-        mirror = _open_s3_storage(bucket, directory)
+        with storage_errors():
+            mirror = _open_s3_storage(bucket, directory)
         path = mirror.run.path / inner
         with storage_errors():
             if export and (inner or mirror.run.export_dir.is_dir()):
@@ -105,27 +108,39 @@ def open_path(place: str, *, export: bool = False) -> Iterator[RunDirectory]:
 
 
 @contextmanager
-def open_runs_directory(place: str) -> Iterator[Callable[[], list[RunDirectory]]]:
+def open_runs_directory(place: str, say: Say) -> Iterator[Callable[[], list[RunDirectory]]]:
     """Open the directory of runs at a path or address; yield a function that returns them as they are now.
 
     A run has a `resolved.json` or a `lock`.
 
-    Raises LaunchError if a store refuses.
+    `say` is told of each run that is left out for its object keys. Raises LaunchError if a store refuses.
     """
     if not is_uri(place):
         yield lambda: _list_local_runs(Path(place))
         return
     with create_staging_directory() as directory:
         known: dict[str, S3Storage] = {}
+        refused: set[str] = set()
+
+        def refresh_run(name: str) -> None:
+            if name in known:
+                known[name].refresh_directory(known[name].run.path)
+                known[name].fetch_file(known[name].run.metrics_path)
+                return
+            if problem := find_name_problem(name):
+                raise UnsafeKeyError(f"{place}: it holds a run with a name that no run has, {name!r} ({problem})")
+            bucket = S3Client(f"{place.rstrip('/')}/{name}")
+            known[name] = _open_s3_storage(bucket, directory)
 
         def refresh_runs() -> list[RunDirectory]:
             with storage_errors():
                 for name in S3Client(place).list_directories():
-                    if name not in known:
-                        known[name] = _open_s3_storage(S3Client(f"{place.rstrip('/')}/{name}"), directory)
-                    else:
-                        known[name].refresh_directory(known[name].run.path)
-                        known[name].fetch_file(known[name].run.metrics_path)
+                    try:
+                        refresh_run(name)
+                    except UnsafeKeyError as error:
+                        if name not in refused:
+                            refused.add(name)
+                            say(f"left out: {error}")
             return [storage.run for storage in known.values() if _looks_like_run(storage.run.path)]
 
         yield refresh_runs

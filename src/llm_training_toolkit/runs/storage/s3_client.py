@@ -15,6 +15,8 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any, NamedTuple
 
+from llm_training_toolkit.runs.storage.object_keys import find_key_problem, is_directory_marker
+
 _ADDRESS = re.compile(r"s3://([^/?#]+)(?:/(.*))?")
 _LONGEST_CAUSE = 300
 _ATTEMPTS = 5  # tries of a request, within about ten seconds if no server answers
@@ -30,6 +32,10 @@ HINT = (
 
 class StorageError(OSError):
     """Failure of an object store that refuses or does not answer."""
+
+
+class UnsafeKeyError(StorageError):
+    """Object whose key cannot be a path below the directory of its run."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,8 @@ class S3Client:
             raise StorageError(f"{address}: not an address in an S3 bucket, such as s3://bucket/runs")
         self.address = address.rstrip("/")
         self._name, self._prefix = match[1], (match[2] or "").strip("/")
+        if self._prefix and (problem := find_key_problem(self._prefix)):
+            raise UnsafeKeyError(f"{address!r}: not an address of a run or its directory: {problem}")
         self._boto_errors: tuple[type[Exception], ...] = (Boto3Error, BotoCoreError, ClientError)
         self._client_error: Any = ClientError
         self._transfer = TransferConfig(
@@ -117,7 +125,10 @@ class S3Client:
             return ObjectContent(answer["Body"].read(), str(answer["ETag"]))
 
     def list_objects(self, below: str = "") -> dict[str, ObjectInfo]:
-        """Return every object with a key that begins with `below`, by key, in key order."""
+        """Return every object with a key that begins with `below`, by key, in key order.
+
+        Raises UnsafeKeyError for a key that is no path below a directory, except directory markers, which are skipped.
+        """
         found: dict[str, ObjectInfo] = {}
         with self._translate_errors():
             pages = self._boto_client.get_paginator("list_objects_v2")
@@ -125,17 +136,20 @@ class S3Client:
                 now = parsedate_to_datetime(page["ResponseMetadata"]["HTTPHeaders"]["date"])
                 for entry in page.get("Contents", ()):
                     key = entry["Key"][len(self._build_full_key("")) :]
+                    if not key or is_directory_marker(key):
+                        continue
+                    self._check_key(key)
                     age = (now - entry["LastModified"]).total_seconds()
                     found[key] = ObjectInfo(entry["Size"], entry["ETag"], age)
         return found
 
     def list_directories(self) -> list[str]:
-        """Return the names of the non-empty prefixes directly below the address."""
+        """Return the names of the non-empty prefixes directly below the address, unchecked."""
         with self._translate_errors():
             pages = self._boto_client.get_paginator("list_objects_v2")
             listed = pages.paginate(Bucket=self._name, Prefix=self._build_full_key(""), Delimiter="/")
             found = [entry["Prefix"] for page in listed for entry in page.get("CommonPrefixes", ())]
-        return [prefix[len(self._build_full_key("")) :].rstrip("/") for prefix in found]
+        return [prefix[len(self._build_full_key("")) :].removesuffix("/") for prefix in found]
 
     def upload_file(self, path: Path, key: str, told: Callable[[int], None] | None = None) -> str:
         """Upload a file and return its ETag; large files go in parts, with checksums that the store compares.
@@ -182,6 +196,13 @@ class S3Client:
                 self._boto_client.abort_multipart_upload(
                     Bucket=self._name, Key=upload["Key"], UploadId=upload["UploadId"]
                 )
+
+    def _check_key(self, key: str) -> None:
+        if problem := find_key_problem(key):
+            raise UnsafeKeyError(
+                f"{self.address}: it holds an object that no run has, {key!r} ({problem}). Nothing of the run was "
+                "read. Find out who can write into the bucket, and delete the object"
+            )
 
     def _build_full_key(self, below: str) -> str:
         return f"{self._prefix}/{below}" if self._prefix else below

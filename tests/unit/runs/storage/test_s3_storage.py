@@ -251,7 +251,7 @@ def test_runs_in_a_bucket_are_listed_as_they_stand(bucket: str) -> None:
         run.metrics_path.write_text('{"step": 3, "attempt": 1, "train/loss": 2.5}\n')
         begin_attempt(run, {})
         run.storage.flush()
-        with open_runs_directory(bucket.rpartition("/")[0]) as look:
+        with open_runs_directory(bucket.rpartition("/")[0], silent) as look:
             [found] = read_run_statuses(look())
             assert (found.name, found.path, found.state, found.step) == ("run", bucket, "lost", 3)
             with run.metrics_path.open("a") as file:
@@ -261,7 +261,7 @@ def test_runs_in_a_bucket_are_listed_as_they_stand(bucket: str) -> None:
 
 
 def test_what_the_dead_left_is_removed(bucket: str) -> None:
-    get_staging_root().mkdir()
+    get_staging_root().mkdir(mode=0o700)
     (get_staging_root() / "dead").mkdir()
     (get_staging_root() / "dead" / ".lock").touch()
     with open_worker(bucket, silent) as run:
