@@ -7,6 +7,7 @@ and an output layer that differs from the embedding it is tied to. On a mismatch
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ def read_hf_config(path: str, model_type: str | None) -> Any:  # noqa: ANN401 - 
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except LOAD_ERRORS as error:
         raise CheckpointError(
-            f"model.path = {path}: no weights can be loaded from there: {_format_load_error(error)}"
+            f"model.path = {path}: no weights can be loaded from there: {format_load_error(error)}"
         ) from error
     if model_type is not None and config.model_type != model_type:
         raise PlanError(f"model.path = {path} holds a {config.model_type} model, model.name is of {model_type}")
@@ -61,17 +62,26 @@ def check_pretrained_weights(path: str, model_type: str) -> None:
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # `info` has their names, which transformers' own error lacks
         )
-        wrong = {kind: sorted(map(str, names)) for kind, names in info.items() if names}
+        wrong = {kind: list(names) for kind, names in info.items() if names}
         apart = model.get_output_embeddings().weight is not model.get_input_embeddings().weight
         if model.config.tie_word_embeddings and apart:  # both are in the files: compare their values
             wrong |= _find_untied_weights(path, model)
     except LOAD_ERRORS as error:
         raise CheckpointError(
-            f"model.path = {path}: no weights can be loaded from there: {_format_load_error(error)}"
+            f"model.path = {path}: no weights can be loaded from there: {format_load_error(error)}"
         ) from error
-    if wrong:
-        found = "; ".join(f"{kind}: {', '.join(names[:3])} ({len(names)} in all)" for kind, names in wrong.items())
-        raise CheckpointError(f"model.path = {path}: the weights do not fit the model: {found}")
+    if misfit := format_weight_misfit(wrong):
+        raise CheckpointError(f"model.path = {path}: the weights do not fit the model: {misfit}")
+
+
+def format_weight_misfit(loading_info: Mapping[str, Iterable[Any]]) -> str | None:
+    """Return the weights that are missing, surplus or of another shape, by name, or None if all fit.
+
+    `loading_info`: names by kind, as `from_pretrained` returns them with `output_loading_info`.
+    """
+    wrong = {kind: sorted(map(str, names)) for kind, names in loading_info.items() if names}
+    listed = (f"{kind}: {', '.join(names[:3])} ({len(names)} in all)" for kind, names in wrong.items())
+    return "; ".join(listed) or None
 
 
 def _find_untied_weights(path: str, model: Any) -> dict[str, list[str]]:  # noqa: ANN401 - transformers has no types
@@ -93,7 +103,8 @@ def _read_tensor(path: str, name: str) -> torch.Tensor:
     return tensor
 
 
-def _format_load_error(error: Exception) -> str:
+def format_load_error(error: Exception) -> str:
+    """Return the cause for a person: code that came with weights is named, and never run."""
     if "trust_remote_code" in str(error):
         return (
             "its classes are code in its own repository, which is never run here: use weights that transformers knows"

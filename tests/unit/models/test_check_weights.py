@@ -162,7 +162,7 @@ def test_two_different_matrices_that_should_be_one_are_refused(tmp_path: Path) -
     assert model.lm_head.weight is model.get_input_embeddings().weight
     save_file(other, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(
-        CheckpointError, match=r"tied by config\.json, but different: model\.embed_tokens\.weight, lm_head\.weight"
+        CheckpointError, match=r"tied by config\.json, but different: lm_head\.weight, model\.embed_tokens\.weight"
     ):
         loaded(QWEN3, tmp_path)
 

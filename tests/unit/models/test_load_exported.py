@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 
 from llm_training_toolkit.errors import CheckpointError
 from llm_training_toolkit.models import LossModule, build_model
@@ -114,3 +117,88 @@ def test_adapters_of_another_model_are_refused(
 def test_a_directory_without_a_model(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"neither config\.json nor adapter_config\.json"):
         load_exported_model(tmp_path)
+
+
+def edit_tensors(file: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = load_file(file)
+    edit(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def edit_json(file: Path, **change: Any) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+
+
+@pytest.fixture
+def exported(tmp_path: Path) -> Path:
+    model: Any = build_model(CONFIG, precision="fp32", attention="sdpa")
+    model.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_missing_and_surplus_weights_are_refused_by_name(exported: Path) -> None:
+    edit_tensors(exported / "model.safetensors", lambda all_: all_.pop("model.layers.0.mlp.up_proj.weight"))
+    with pytest.raises(CheckpointError, match=r"missing_keys: model\.layers\.0\.mlp\.up_proj\.weight"):
+        load_exported_model(exported)
+
+
+def test_a_layer_more_than_stored_or_fewer_is_refused(exported: Path) -> None:
+    edit_json(exported / "config.json", num_hidden_layers=2, layer_types=["full_attention"] * 2)
+    with pytest.raises(CheckpointError, match=r"missing_keys: model\.layers\.1\..*11 in all"):
+        load_exported_model(exported)
+    edit_tensors(exported / "model.safetensors", lambda all_: all_.update(stranger=torch.ones(1)))
+    edit_json(exported / "config.json", num_hidden_layers=1, layer_types=["full_attention"])
+    with pytest.raises(CheckpointError, match="unexpected_keys: stranger"):
+        load_exported_model(exported)
+
+
+@pytest.mark.parametrize("kind", ["unknown type", "known type"])
+def test_code_of_a_strangers_directory_is_never_run(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    (exported / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass C: pass\n")
+    change: dict[str, Any] = {"auto_map": dict.fromkeys(("AutoConfig", "AutoModelForCausalLM"), "evil.C")}
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\ny\n"))
+    if kind == "known type":
+        edit_json(exported / "config.json", **change)
+        load_exported_model(exported)
+    else:
+        edit_json(exported / "config.json", **change, model_type="strange")
+        with pytest.raises(CheckpointError, match="never run here"):
+            load_exported_model(exported)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_adapters_of_a_base_with_code_are_refused(adapters: tuple[Path, torch.Tensor], tmp_path: Path) -> None:
+    directory, _ = adapters
+    (tmp_path / "base" / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass C: pass\n")
+    edit_json(tmp_path / "base" / "config.json", auto_map={"AutoConfig": "evil.C"}, model_type="strange")
+    with pytest.raises(CheckpointError, match="never run here"):
+        load_exported_model(directory)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_pickled_weights_are_not_opened(exported: Path, adapters: tuple[Path, torch.Tensor]) -> None:
+    for file, pickled in (
+        (exported / "model.safetensors", "pytorch_model.bin"),
+        (adapters[0] / "adapter_model.safetensors", "adapter_model.bin"),
+    ):
+        torch.save(load_file(file), file.with_name(pickled))
+        file.unlink()
+        with pytest.raises(CheckpointError, match=r"\.safetensors|safetensors"):
+            load_exported_model(file.parent)
+
+
+def test_missing_and_surplus_adapters_are_refused_by_name(adapters: tuple[Path, torch.Tensor]) -> None:
+    directory, _ = adapters
+    file = directory / "adapter_model.safetensors"
+    edit_tensors(file, lambda all_: all_.update({f"{name}x": all_.pop(name) for name in sorted(all_)[:1]}))
+    with pytest.raises(CheckpointError, match=r"missing_keys: .*unexpected_keys: "):
+        load_exported_model(directory)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_damaged_file_is_said_in_a_sentence(exported: Path, name: str) -> None:
+    (exported / name).write_bytes((exported / name).read_bytes()[:50])
+    with pytest.raises(CheckpointError, match=str(exported)):
+        load_exported_model(exported)
