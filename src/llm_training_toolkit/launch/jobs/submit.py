@@ -26,7 +26,12 @@ from llm_training_toolkit.launch.jobs.client import (
     translate_connection_errors,
 )
 from llm_training_toolkit.launch.jobs.logs import JobHandle
-from llm_training_toolkit.launch.jobs.package import check_package_size, get_exclude_patterns
+from llm_training_toolkit.launch.jobs.package import (
+    check_no_shadowing_modules,
+    check_package_size,
+    find_excluded_secrets,
+    get_exclude_patterns,
+)
 from llm_training_toolkit.launch.request import EXIT_CODES, TrainRequest
 from llm_training_toolkit.monitoring.console import Console
 from llm_training_toolkit.plan import (
@@ -40,6 +45,7 @@ from llm_training_toolkit.plan import (
 from llm_training_toolkit.plan.cluster_file import read_hardware
 
 _STOP_TIMEOUT_SECONDS = "600"  # from SIGTERM to SIGKILL; Ray's default of 3 s leaves no time for a checkpoint
+_MAX_LISTED = 8  # files that stay here and are named
 _TRAIN_COMMAND = ["exec", "ltt", "train"]  # `exec`: no shell process between the stop signal and the driver
 
 
@@ -58,7 +64,13 @@ def submit_job(request: TrainRequest, address: str, cluster: Path | None, consol
         console.print_line(line)
     silence_ray_loggers()
     left_out = get_exclude_patterns(config, Path.cwd())
+    check_no_shadowing_modules(Path.cwd(), left_out)
     carried = check_package_size(Path.cwd(), left_out)
+    if secret := find_excluded_secrets(Path.cwd(), left_out):
+        console.print_line(
+            f"left out of the job, as hidden or named like a key: {', '.join(secret[:_MAX_LISTED])}"
+            + (f" and {len(secret) - _MAX_LISTED} more" if len(secret) > _MAX_LISTED else "")
+        )
     client = connect_job_client(address)
     with translate_connection_errors(address):
         _check_not_running(client, config.run.name)

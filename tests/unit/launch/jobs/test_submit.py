@@ -15,7 +15,12 @@ import pytest
 from llm_training_toolkit.config import Config, load_config
 from llm_training_toolkit.errors import LaunchError, PlanError
 from llm_training_toolkit.launch.jobs.client import RayJob, connect_job_client
-from llm_training_toolkit.launch.jobs.package import check_package_size, get_exclude_patterns
+from llm_training_toolkit.launch.jobs.package import (
+    check_no_shadowing_modules,
+    check_package_size,
+    find_excluded_secrets,
+    get_exclude_patterns,
+)
 from llm_training_toolkit.launch.jobs.submit import parse_train_request, submit_job
 from llm_training_toolkit.launch.request import TrainRequest
 from llm_training_toolkit.monitoring.console import Console
@@ -71,7 +76,36 @@ def test_only_code_travels(tmp_path: Path) -> None:
     )
     (tmp_path / ".gitignore").write_text("/data/\n")
     left_out = get_exclude_patterns(config_of(tmp_path, "/elsewhere/d.jsonl"), tmp_path)
-    assert check_package_size(tmp_path, left_out).startswith("3 files, ")
+    assert check_package_size(tmp_path, left_out).startswith("2 files, ")
+
+
+def test_hidden_files_and_keys_stay_here_and_are_named(tmp_path: Path) -> None:
+    secrets = [
+        ".aws/credentials",
+        ".env",
+        ".netrc",
+        ".ssh/id_ed25519",
+        "id_rsa",
+        "kubeconfig",
+        "sub/.env",
+        "server.pem",
+    ]
+    fill(tmp_path, "src/b.py", *secrets, ".venv/lib/c.pem", "runs/one/x.pem")
+    for source in (".", "/elsewhere/d.jsonl"):
+        left_out = get_exclude_patterns(config_of(tmp_path, source), tmp_path)
+        assert check_package_size(tmp_path, left_out).startswith("2 files, "), "the code and its YAML file"
+        named = [".aws/", ".env", ".netrc", ".ssh/", "id_rsa", "kubeconfig", "server.pem", "sub/.env"]
+        assert find_excluded_secrets(tmp_path, left_out) == named
+
+
+def test_modules_that_would_hide_pythons_own_are_refused(tmp_path: Path) -> None:
+    fill(tmp_path, "sub/queue.py", "test/__init__.py", "types/data.txt", "sys.py", "my.py")
+    left_out = get_exclude_patterns(config_of(tmp_path, "/elsewhere/d.jsonl"), tmp_path)
+    check_no_shadowing_modules(tmp_path, left_out)
+    fill(tmp_path, "html/__init__.py", "queue.py")
+    with pytest.raises(PlanError, match=r"html/__init__\.py, queue\.py in the current folder"):
+        check_no_shadowing_modules(tmp_path, left_out)
+    check_no_shadowing_modules(tmp_path, [*left_out, "/html/", "queue.py"])
 
 
 @pytest.mark.parametrize(("source", "count"), [("more/d.jsonl", 3), ("more", 4), (".", 5), ("hf://some/set", 2)])
