@@ -20,7 +20,8 @@ def show_in_tensorboard(where: str, host: str, port: int) -> NoReturn:
         options += ["--load_fast", "false"]  # the fast loader reads local files only
         if endpoint := os.environ.get("AWS_ENDPOINT_URL"):
             os.environ.setdefault("S3_ENDPOINT", endpoint)  # TensorBoard's variable for a store that is not Amazon's
-    command = [sys.executable, "-m", "tensorboard.main", *options]
+    # -P: a module of the current folder, such as html.py, is not imported in place of Python's own.
+    command = [sys.executable, "-P", "-m", "tensorboard.main", *options]
     os.execv(command[0], command)  # noqa: S606 - Ctrl-C and its exit code are TensorBoard's own
 
 

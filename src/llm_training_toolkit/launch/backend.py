@@ -31,6 +31,7 @@ _RAY_ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # otherwise every line arrives twice
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # keeps relative paths valid
     "RAY_DATA_LOG_LEVEL": "ERROR",  # it would warn about its progress bars, disabled on purpose
+    "PYTHONSAFEPATH": "1",  # Ray's own processes do not import modules of the current folder
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # keeps the environment of workers without a GPU
 }
 

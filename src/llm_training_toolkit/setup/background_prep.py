@@ -50,7 +50,8 @@ def prepare_in_background(run: RunDirectory, config: Config, facts: DataFacts, c
     write_preparation_state(run, "working")
     log = run.path / "logs" / "preparation.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "llm_training_toolkit.setup.background_prep", str(run.path)]
+    # -P: a module of the current folder, such as bz2.py, is not imported in place of Python's own.
+    command = [sys.executable, "-P", "-m", "llm_training_toolkit.setup.background_prep", str(run.path)]
     with log.open("a") as output:
         # Own session: Ctrl-C must reach the driver alone, which ends this process after saving.
         process = subprocess.Popen(

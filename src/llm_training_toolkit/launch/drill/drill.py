@@ -130,7 +130,7 @@ class DrillRunner:
 
     def _start_driver(self, run: RunDirectory) -> subprocess.Popen[str]:
         place = (f"run.dir={run.path.parent}", f"run.name={run.name}")
-        command = [sys.executable, "-m", "llm_training_toolkit", "train", str(self._order.config)]
+        command = [sys.executable, "-P", "-m", "llm_training_toolkit", "train", str(self._order.config)]
         environment = os.environ | self._cluster.environment_variables if self._cluster else os.environ
         run.path.parent.mkdir(parents=True, exist_ok=True)
         with _get_log_path(run).open("a") as log:

@@ -17,6 +17,7 @@ from typing import Any
 
 import ray
 import ray.exceptions
+from ray.job_config import JobConfig
 
 from llm_training_toolkit.errors import LaunchError
 from llm_training_toolkit.launch.signals import start_processes_in_own_session
@@ -113,6 +114,18 @@ def _open_connection(address: str) -> None:
         pass
 
 
+class _InstalledCodeConfig(JobConfig):  # type: ignore[misc]
+    """Job whose workers import installed modules alone.
+
+    Ray puts the driver's current folder before everything else on the workers' path, and so a file such as queue.py,
+    in a folder of code to train on, would be imported in place of Python's own.
+    """
+
+    def _runtime_env_has_working_dir(self) -> bool:
+        """Return True, which makes Ray add no folder of the driver to the path."""
+        return True
+
+
 @contextmanager
 def connect_to_cluster(console: Console) -> Iterator[None]:
     """Connect to the Ray cluster of RAY_ADDRESS or of this job; otherwise start one on this machine.
@@ -124,7 +137,12 @@ def connect_to_cluster(console: Console) -> Iterator[None]:
         return
     local = is_local()
     console.update_stage("starting Ray", 0, 1)
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "error", "configure_logging": True}
+    options: dict[str, Any] = {
+        "job_config": _InstalledCodeConfig(),
+        "log_to_driver": False,
+        "logging_level": "error",
+        "configure_logging": True,
+    }
     if local:
         options |= {"address": "local", "num_cpus": len(os.sched_getaffinity(0)), "include_dashboard": False}
     # TorchTrainer needs torch: the second its import takes overlaps with the start of Ray's servers.
