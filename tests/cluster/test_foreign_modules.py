@@ -52,17 +52,29 @@ def test_tensorboard_is_the_installed_one(folder: Path, tmp_path: Path) -> None:
     assert done.returncode not in {0, 9}, "TensorBoard itself ends: it cannot listen there"
 
 
+@pytest.mark.slow
 def test_the_preparation_of_later_epochs_imports_none_of_them(folder: Path) -> None:
     start = """
+import time
 from pathlib import Path
-from unittest.mock import Mock  # of a run that is not there: only the start of the child is of interest
-from llm_training_toolkit.setup import background_prep
-background_prep.is_prepared = lambda config, facts: False
+from llm_training_toolkit.config import parse_config
+from llm_training_toolkit.monitoring.console import Console
 from llm_training_toolkit.runs.directory import RunDirectory
-with background_prep.prepare_in_background(RunDirectory(Path("../run")), Mock(), Mock(), Mock()):
-    import time; time.sleep(0.1)
+from llm_training_toolkit.setup import background_prep
+
+background_prep.is_prepared = lambda config, facts: False
+config = parse_config({
+    "run": {"name": "one"},
+    "model": {"name": "qwen3-0.6b"},
+    "tokenizer": {"path": "/t"},
+    "data": {"sequence_length": 64, "sources": [{"path": "/d", "format": "text"}]},
+    "train": {"steps": 1, "global_batch_size": 1},
+}, "test")
+with background_prep.prepare_in_background(RunDirectory(Path("../run")), config, None, Console()):
+    time.sleep(1)
 """
     run_in(folder, "-P", "-c", start)
+    assert "is no run that has begun" in (folder.parent / "run" / "logs" / "preparation.log").read_text()
 
 
 @pytest.mark.cluster

@@ -6,6 +6,7 @@ from typing import Any
 
 from llm_training_toolkit.checkpoint import find_latest_checkpoint
 from llm_training_toolkit.config import Config, load_config
+from llm_training_toolkit.config.uri import redact_text
 from llm_training_toolkit.data.prepare.dataset_info import DatasetInfo
 from llm_training_toolkit.data.prepare.epochs import build_data_facts, format_dataset_info, prepare_epochs
 from llm_training_toolkit.launch.backend import check_cluster_nodes, create_dataset_builder, launch_training
@@ -63,7 +64,7 @@ def start_run(request: TrainRequest, console: Console) -> TrainResult:
         dataset_info = _prepare_data(config, resume_state, request, console)
         data_facts = build_data_facts(dataset_info, resume_state.step, resume_state.sequences)
         plan = check_plan(make_plan(config, data_facts, replicas)).with_notes(precision_notes)
-        write_atomically(run.config_path, request.config.read_text(encoding="utf-8"))
+        write_atomically(run.config_path, redact_text(request.config.read_text(encoding="utf-8-sig")))
         write_run_files(run, config, plan, dataset_info)
         for line in format_mixture(plan):
             console.print_line(line)

@@ -1,6 +1,7 @@
 """Configuration of a run: schema, strict loading, and run identity."""
 
 from llm_training_toolkit.config.load import dump_config_json, load_config, parse_config, parse_config_json
+from llm_training_toolkit.config.redaction import redact_config, redact_data
 from llm_training_toolkit.config.run_identity import (
     ConfigChange,
     check_config_changes,
@@ -63,4 +64,6 @@ __all__ = [
     "parse_config",
     "parse_config_json",
     "parse_duration_seconds",
+    "redact_config",
+    "redact_data",
 ]

@@ -30,7 +30,7 @@ from llm_training_toolkit.config.fields import (
     resolve_key,
 )
 from llm_training_toolkit.config.renamed_keys import find_renamed_key
-from llm_training_toolkit.config.schema import Config, ConfigSection
+from llm_training_toolkit.config.schema import SECRET_ERROR, Config, ConfigSection
 from llm_training_toolkit.errors import ConfigError
 
 S = TypeVar("S", bound=ConfigSection)
@@ -134,7 +134,7 @@ def _report_validation_errors(error: ValidationError, document: ConfigDocument, 
             continue
         seen.add(path)
         what = _format_error(detail, path, annotation, metadata, root)
-        hidden = detail["type"] in {"missing", "json_invalid"} or _is_section(detail["input"], annotation)
+        hidden = detail["type"] in {"missing", "json_invalid", SECRET_ERROR} or _is_section(detail["input"], annotation)
         document.report_problem(path, what, None if hidden else _format_value(detail["input"]))
 
 
@@ -155,6 +155,8 @@ def _format_error(
         return format_unknown_key(path, root)
     if detail["type"] == "value_error":
         return str(detail["ctx"]["error"])
+    if detail["type"] == SECRET_ERROR:
+        return detail["msg"]
     if detail["type"] == "json_invalid":
         return f"cannot be written as JSON: {detail['ctx']['error']}"
     expected = f"expected {format_type(annotation, metadata)}"

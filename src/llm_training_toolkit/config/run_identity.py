@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic.fields import FieldInfo
 
+from llm_training_toolkit.config.redaction import redact_config
 from llm_training_toolkit.config.schema import Config, ConfigSection, FieldTag
 from llm_training_toolkit.errors import ConfigError
 
@@ -48,7 +49,7 @@ def _iter_leaf_fields(held: ConfigSection, prefix: str) -> Iterator[tuple[str, F
 
 def diff_configs(old: Config, new: Config) -> list[ConfigChange]:
     """Return every changed field; fields that exist only in the new configuration come last."""
-    before, after = flatten_config(old), flatten_config(new)
+    before, after = flatten_config(redact_config(old)), flatten_config(redact_config(new))
     found = [
         ConfigChange(key, tag, before.get(key, (tag, None))[1], after.get(key, (tag, None))[1])
         for key, (tag, _) in (before | after).items()
@@ -61,7 +62,7 @@ def fingerprint(config: Config) -> str:
     # Null counts as absent, so that a field added to the schema later does not change the fingerprint of old runs.
     identity = {
         key: value
-        for key, (tag, value) in flatten_config(config).items()
+        for key, (tag, value) in flatten_config(redact_config(config)).items()
         if tag is FieldTag.IDENTITY and value is not None
     }
     return hashlib.sha256(_to_canonical_json(identity).encode()).hexdigest()

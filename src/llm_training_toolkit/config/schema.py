@@ -12,6 +12,7 @@ import re
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -20,6 +21,11 @@ from pydantic import (
     model_serializer,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
+
+from llm_training_toolkit.config.uri import has_userinfo
+
+SECRET_ERROR = "secret"  # noqa: S105 - type of pydantic's error whose value must not be shown
 
 
 class FieldTag(enum.Enum):
@@ -89,6 +95,19 @@ def _check_worker_range(value: object) -> object:
     return ends if pair else value
 
 
+def _check_no_userinfo(value: str) -> str:
+    if has_userinfo(value):
+        raise PydanticCustomError(
+            SECRET_ERROR,
+            "the address holds a user, key or token, which the run directory and logs would repeat: give keys by "
+            "environment variables (docs/data.md, Addresses)",
+        )
+    return value
+
+
+Location = Annotated[str, AfterValidator(_check_no_userinfo)]  # path, URI or hub id
+
+
 Workers = Annotated[int | tuple[int, int], BeforeValidator(_check_worker_range)]
 
 
@@ -105,7 +124,7 @@ class RunConfig(ConfigSection):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$"), FieldTag.FREE]
     """Name of the run and of its directory. Starting the same name again resumes the run."""
-    dir: Annotated[str, Field(min_length=1), FieldTag.FREE] = "runs"
+    dir: Annotated[Location, Field(min_length=1), FieldTag.FREE] = "runs"
     """Directory of all runs. On a cluster a path shared by all nodes, or `s3://bucket/path` (docs/checkpoints.md)."""
     seed: Annotated[int, Field(ge=0), FieldTag.IDENTITY] = 42
     """Random seed for initial weights, data order, fill-in-the-middle and dropout."""
@@ -141,9 +160,9 @@ class ModelConfig(ConfigSection):
 
     name: Annotated[str, FieldTag.IDENTITY]
     """Size of a known family, such as `qwen3-0.6b`. For an unknown name `ltt plan` lists the nearest ones."""
-    path: Annotated[str | None, FieldTag.IDENTITY] = None
+    path: Annotated[Location | None, FieldTag.IDENTITY] = None
     """Pretrained weights: a directory or a hub id. Without `path` and `init_from` the weights are random."""
-    init_from: Annotated[str | None, FieldTag.IDENTITY] = None
+    init_from: Annotated[Location | None, FieldTag.IDENTITY] = None
     """Directory of another run. Starts from the weights of its newest checkpoint at step 0, with a new optimizer."""
     config_overrides: Annotated[dict[str, int | float | bool], FieldTag.IDENTITY] = {}
     """Changes to the size's architecture, by the names of its Hugging Face configuration. From scratch only."""
@@ -192,7 +211,7 @@ class TrainTokenizerConfig(ConfigSection):
 class TokenizerConfig(ConfigSection):
     """Tokenizer of the run: exactly one of the two fields."""
 
-    path: Annotated[str | None, FieldTag.IDENTITY] = None
+    path: Annotated[Location | None, FieldTag.IDENTITY] = None
     """Directory with a tokenizer.json, or a hub id."""
     train: TrainTokenizerConfig | None = None
     """Train a tokenizer on the run's own documents."""
@@ -289,7 +308,7 @@ def _convert_filter_values(value: object) -> object:
 class SourceConfig(ConfigSection):
     """Source of documents."""
 
-    path: Annotated[str, Field(min_length=1), FieldTag.IDENTITY]
+    path: Annotated[Location, Field(min_length=1), FieldTag.IDENTITY]
     """File, directory, glob, URI (`s3://`, `gs://`, `hf://`) or `python:stdlib` (the standard library of the running
     Python). Files may be compressed (.gz, .bz2, .xz, .zst)."""
     format: Annotated[Literal["code", "text", "chat"], FieldTag.IDENTITY]
@@ -335,15 +354,6 @@ class SourceConfig(ConfigSection):
     def max_document_bytes(self) -> int:
         """Maximum size of a document in bytes."""
         return max(int(self.max_document_mb * (1 << 20)), 1)
-
-    @model_validator(mode="after")
-    def _check_no_credentials(self) -> SourceConfig:
-        if re.match(r"[A-Za-z0-9+.-]+://[^/@]*:[^/@]*@", self.path):
-            raise ValueError(
-                "path holds a key, which dataset info and logs would repeat: give keys by environment variables "
-                "(docs/data.md, Addresses)"
-            )
-        return self
 
     @model_validator(mode="after")
     def _check_format_options(self) -> SourceConfig:
@@ -428,7 +438,7 @@ class DataConfig(ConfigSection):
     """Unreadable documents: stop and name the document, or skip and count it."""
     max_skipped: Annotated[Share, FieldTag.IDENTITY] = 0.001
     """Maximum share of documents that `on_error: skip` may skip."""
-    cache: Annotated[str, Field(min_length=1), FieldTag.FREE] = "auto"
+    cache: Annotated[Location, Field(min_length=1), FieldTag.FREE] = "auto"
     """Directory for tokenized data, shared by runs. `auto` = `.cache` in `run.dir`, or `~/.cache/llm-training-toolkit`
     if `run.dir` is an object store."""
 
@@ -551,7 +561,7 @@ class EvalTaskConfig(ConfigSection):
     """Loss of documents, infilling of gaps in code, or functions with unit tests (docs/evaluation.md)."""
     interval: Annotated[Annotated[int, Field(ge=1)] | None, FieldTag.FREE] = None
     """Steps between evaluations of checkpoints during training; all workers wait. Absent = only at the end."""
-    data: Annotated[str | None, FieldTag.FREE] = None
+    data: Annotated[Location | None, FieldTag.FREE] = None
     """Documents, or a file of problems. Absent = the held-out documents; for humaneval its package's 164 problems."""
     format: Annotated[Literal["code", "text", "chat"] | None, FieldTag.FREE] = None
     """Format of the documents."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 from llm_training_toolkit.checkpoint import Manifest
@@ -23,7 +24,7 @@ def format_model_card(
     head += [f"base_model: {base}"] if kind == "adapters" else []
     rows = "\n".join(f"| {name} | {value} |" for name, value in _collect_facts(run, config, manifest).items())
     sources = "\n".join(
-        f"- `{source.path}`: {source.documents:,} documents, {source.tokens:,} tokens"
+        f"- `{_hide_home(source.path)}`: {source.documents:,} documents, {source.tokens:,} tokens"
         for source in dataset_info.sources
     )
     parts = [
@@ -35,6 +36,11 @@ def format_model_card(
         f"```python\n{_format_loading_code(config, kind, base)}\n```",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _hide_home(path: str) -> str:
+    """Return a path below the home directory with `~` for it: cards are published."""
+    return f"~/{Path(path).relative_to(Path.home())}" if Path(path).is_relative_to(Path.home()) else path
 
 
 def _format_description(config: Config, kind: ExportKind, base: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from llm_training_toolkit.config.schema import Config
+from llm_training_toolkit.config.uri import redact_uri
 from llm_training_toolkit.plan import mixture
 
 
@@ -153,4 +154,6 @@ def _build_mixture(config: Config, steps: int | None, facts: DataFacts | None) -
         )
         epochs = [stream.compute_epochs(count) for stream, count in zip(facts.streams, seen, strict=True)]
     sources = zip(config.data.sources, weights, epochs, strict=True)
-    return tuple(MixtureSource(source.path, weight / sum(weights), passes) for source, weight, passes in sources)
+    return tuple(
+        MixtureSource(redact_uri(source.path), weight / sum(weights), passes) for source, weight, passes in sources
+    )

@@ -19,6 +19,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from llm_training_toolkit.config.uri import redact_text
 from llm_training_toolkit.errors import CheckpointError, LaunchError
 from llm_training_toolkit.runs.storage.storage import LocalStorage, Storage
 
@@ -195,7 +196,7 @@ def collect_environment() -> dict[str, Any]:
         "machine": platform.machine(),
         "cpus": os.cpu_count(),
         "host": socket.gethostname(),
-        "command": sys.argv,
+        "command": [redact_text(word) for word in sys.argv],
         "versions": versions,
     }
 

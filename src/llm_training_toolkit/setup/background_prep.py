@@ -1,23 +1,25 @@
 """Prepares later epochs in a child process while earlier ones train, one epoch after the other.
 
-    driver ── starts ──> this module, with the run directory ── rewrites ──> data/dataset_info.json
+    driver ── starts ──> this module, with run and configuration ── rewrites ──> data/dataset_info.json
     ranks, at a step without its epoch ── wait for ──> data/dataset_info.json
 
-The process reads a pipe that the driver holds open, and exits when it closes.
+The process reads a pipe: first the configuration, with the addresses that the run directory does not store whole.
+The driver holds it open, and the process exits when it closes.
 """
 
 from __future__ import annotations
 
 import _thread
+import json
 import os
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from llm_training_toolkit.config import Config
+from llm_training_toolkit.config import Config, dump_config_json, parse_config_json
 from llm_training_toolkit.data.prepare.builder import DatasetBuilder
 from llm_training_toolkit.data.prepare.dataset_info import DatasetInfo
 from llm_training_toolkit.data.prepare.epochs import (
@@ -57,6 +59,10 @@ def prepare_in_background(run: RunDirectory, config: Config, facts: DataFacts, c
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
         )
+    assert process.stdin is not None
+    with suppress(BrokenPipeError):  # it has died: `_watch_process` says so
+        process.stdin.write(json.dumps(json.loads(dump_config_json(config))).encode() + b"\n")
+        process.stdin.flush()
     ending = threading.Event()
     watch = threading.Thread(
         target=_watch_process, args=(process, run, log, console, ending), daemon=True, name="preparation"
@@ -94,11 +100,11 @@ def _watch_process(
     console.show_event(WarningEvent(f"later epochs cannot be prepared, the run ends before them: {why}"))
 
 
-def prepare_remaining_epochs(run: RunDirectory) -> None:
+def prepare_remaining_epochs(run: RunDirectory, config: Config) -> None:
     """Prepare epoch after epoch until the run has all it needs. Raises DataError if that is impossible."""
     resume_state = read_resume_state(run)
-    config, dataset_info = resume_state.config, resume_state.dataset_info
-    if config is None or dataset_info is None:
+    dataset_info = resume_state.dataset_info
+    if dataset_info is None:
         raise DataError(f"{run.path}: is no run that has begun")
     work = DatasetBuilder(config, get_tokenization_spec(config), None, render_in_process)
     if work.fingerprint != dataset_info.fingerprint:
@@ -126,10 +132,12 @@ def _exit_with_driver() -> None:
 def main() -> None:
     """Prepare the missing epochs of the run in argv; record a failure for its ranks."""
     run = RunDirectory(Path(sys.argv[1]))
+    with open(0, "rb", buffering=0, closefd=False) as driver:
+        config = parse_config_json(driver.readline().decode(), where="the driver's configuration")
     threading.Thread(target=_exit_with_driver, daemon=True, name="driver").start()
     os.nice(_NICENESS)
     try:
-        prepare_remaining_epochs(run)
+        prepare_remaining_epochs(run, config)
     except KeyboardInterrupt:
         return
     except (ToolkitError, OSError, MemoryError) as error:

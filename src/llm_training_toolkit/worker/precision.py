@@ -6,7 +6,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from llm_training_toolkit.config import Config, dump_config_json
+from llm_training_toolkit.config import Config, dump_config_json, redact_config
 from llm_training_toolkit.config.uri import is_uri
 from llm_training_toolkit.distributed.context import RunContext
 from llm_training_toolkit.distributed.events import NoteEvent, WarningEvent
@@ -45,7 +45,7 @@ def resolve_precision(spec: WorkerSpec, context: RunContext) -> tuple[WorkerSpec
     chosen = choose_precision(slowdowns, context.device.type)
     config = _apply_chosen_precision(spec.config, chosen)
     if context.is_rank_zero:
-        write_atomically(spec.directory.resolved_config_path, dump_config_json(config))
+        write_atomically(spec.directory.resolved_config_path, dump_config_json(redact_config(config)))
         context.report(NoteEvent(str(chosen)))
     return replace(spec, config=config), (str(chosen),)
 

@@ -34,7 +34,7 @@ REFUSED = [
     ({"loss": "all"}, "data.sources.0: loss is for format chat"),
     ({"loss": "assistant"}, "data.sources.0: loss is for format chat"),
     ({"format": "text", "loss": "last_turn"}, "data.sources.0: loss is for format chat"),
-    ({"path": "s3://key:secret@bucket/a"}, "data.sources.0: path holds a key"),
+    ({"path": "s3://key:secret@bucket/a"}, "data.sources.0.path: the address holds a user, key or token"),
 ]
 
 

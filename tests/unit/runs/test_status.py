@@ -96,7 +96,7 @@ def test_a_failed_run_shows_its_error(run: RunDirectory) -> None:
 
 
 def list_statuses(directory: Path) -> list[RunStatus]:
-    with open_runs_directory(str(directory)) as list_runs:
+    with open_runs_directory(str(directory), print) as list_runs:
         return read_run_statuses(list_runs())
 
 

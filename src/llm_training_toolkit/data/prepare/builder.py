@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import tokenizers
 
+from llm_training_toolkit.config.redaction import redact_data
 from llm_training_toolkit.config.schema import Config, DataConfig
-from llm_training_toolkit.config.uri import is_uri
+from llm_training_toolkit.config.uri import is_uri, redact_uri
 from llm_training_toolkit.data.chat.prompt_templates import build_jinja_template
 from llm_training_toolkit.data.chat.template import ChatTemplate
 from llm_training_toolkit.data.prepare.arrow_store import ExampleStore
@@ -184,7 +185,7 @@ class DatasetBuilder:
         )
 
     def _build_documents_identity(self) -> list[Any]:
-        data = self.data
+        data = redact_data(self.data)
         # Weights change the order of finished sequences, but not their content.
         sources = [source.model_dump(mode="json", exclude={"weight"}) for source in data.sources]
         return [
@@ -200,7 +201,8 @@ class DatasetBuilder:
         """Hash the training inputs and settings of a trained tokenizer, or the content of a given one."""
         if self.tokenizer.train is not None:
             files = [
-                source.model_dump(mode="json", exclude={"weight", "fim", "loss", "overlong"}) for source in self.sources
+                redact_data(source.model_dump(mode="json", exclude={"weight", "fim", "loss", "overlong"}))
+                for source in self.sources
             ]
             held_out = [self.data.eval.fraction, self.data.eval.split_by, len(self.data.eval.sources)]
             how = [
@@ -378,7 +380,7 @@ class DatasetBuilder:
             sequence_length=self.data.sequence_length,
             seed=self.seed,
             sources=build_source_infos(
-                [source.path for source in self.sources],
+                [redact_uri(source.path) for source in self.sources],
                 self.document_index,
                 [self.directory / of_stream[0].tokens for of_stream in prepared],
                 self.directory / "held_out",

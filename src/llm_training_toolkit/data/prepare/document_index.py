@@ -17,6 +17,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from llm_training_toolkit.config.schema import DataConfig, SourceConfig
+from llm_training_toolkit.config.uri import redact_uri
 from llm_training_toolkit.data.prepare.arrow_store import read_array, read_column, write_columns, write_rows
 from llm_training_toolkit.data.sources import (
     Document,
@@ -288,8 +289,9 @@ def _compute_split_hash(document: Document, by: Literal["document", "repository"
 
 def _check_documents_left(sources: tuple[SourceConfig, ...], documents_left: int, key: str) -> None:
     if sources and not documents_left:
+        paths = ", ".join(redact_uri(source.path) for source in sources)
         raise DataError(
-            f"data.{key}: no document is left ({', '.join(source.path for source in sources)} hold only empty, doubled "
+            f"data.{key}: no document is left ({paths} hold only empty, doubled "
             "or unreadable ones). Give files with text in them."
         )
 

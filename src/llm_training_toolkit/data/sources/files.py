@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from llm_training_toolkit.config.uri import redact_uri
+
 SourceFormat = Literal["code", "text", "chat"]
 _CODE_EXTENSIONS = """
 py pyi js jsx mjs ts tsx java c h cc cpp cxx hh hpp cu go rs rb php cs swift kt scala sh bash sql lua pl r jl
@@ -52,8 +54,13 @@ class SourceFile:
 
     @property
     def name(self) -> str:
-        """`relative` with undecodable bytes escaped."""
-        return _escape_undecodable(self.relative)
+        """`relative` without a query, with undecodable bytes escaped."""
+        return _escape_undecodable(self._relative_without_query)
+
+    @property
+    def _relative_without_query(self) -> str:
+        """`relative` without the query of a web address, which may hold a signature."""
+        return redact_uri(self.root.scheme + self.relative).removeprefix(self.root.scheme)
 
     @property
     def repository(self) -> str:
@@ -65,7 +72,9 @@ class SourceFile:
     @property
     def path(self) -> str:
         """Path within the repository."""
-        return _escape_undecodable(self.relative[len(self.checkout) + 1 :] if self.checkout else self.relative)
+        return _escape_undecodable(
+            self.relative[len(self.checkout) + 1 :] if self.checkout else self._relative_without_query
+        )
 
     @property
     def filesystem_path(self) -> str:
@@ -77,7 +86,8 @@ class SourceFile:
         """Path or address for messages."""
         if self.root.filesystem is None:
             return _escape_undecodable(str(Path(self.root.path, self.relative)))
-        return self.root.scheme + self.filesystem_path
+        path = self.filesystem_path  # of fsspec's web server with its scheme
+        return redact_uri(path if path.startswith(self.root.scheme) else self.root.scheme + path)
 
     @property
     def version_stamp(self) -> str:

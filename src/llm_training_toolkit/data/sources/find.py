@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from llm_training_toolkit.config.schema import SourceConfig
-from llm_training_toolkit.config.uri import is_uri
+from llm_training_toolkit.config.uri import is_uri, redact_uri
 from llm_training_toolkit.data.sources import local, remote
 from llm_training_toolkit.data.sources.files import (
     FileFormat,
@@ -32,9 +32,10 @@ def list_source_files(source: SourceConfig) -> list[SourceFile]:
     try:
         found = sorted(_find_source_files(source), key=lambda file: file.name)
     except OSError as error:
+        where = error.filename or redact_uri(source.path)
         raise DataError(
-            f"data.sources: {error.filename or source.path} cannot be listed ({error.strerror or error}). Make it "
-            "readable, or name the files to read by a glob."
+            f"data.sources: {where} cannot be listed ({error.strerror or error}). Make it readable, or name the files "
+            "to read by a glob."
         ) from error
     if not found:
         where, advice = (
@@ -44,7 +45,7 @@ def list_source_files(source: SourceConfig) -> list[SourceFile]:
         if is_uri(source.path):
             where, advice = "", remote.get_access_hint(source.path)
         raise DataError(
-            f"data.sources: {source.path!r} matches no file ({where}a directory is searched for "
+            f"data.sources: {redact_uri(source.path)!r} matches no file ({where}a directory is searched for "
             f"{format_searched_suffixes(source.format)}). {advice}"
         )
     return found

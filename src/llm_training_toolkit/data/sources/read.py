@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from llm_training_toolkit.config.schema import SourceConfig
+from llm_training_toolkit.config.uri import redact_uri
 from llm_training_toolkit.data.chat.parse import format_missing_column
 from llm_training_toolkit.data.sources.decompress import open_decompressed
 from llm_training_toolkit.data.sources.document import DocumentStats, UnreadableDocument
@@ -135,7 +136,7 @@ def _iter_readable_documents(
     if source.group_by == "repository":
         found = sorted(found, key=lambda file: (file.repository, file.path))
         pieces = (
-            _check_repository(piece, source.path)
+            _check_repository(piece, redact_uri(source.path))
             for piece in _read_files(found, RecordReader.from_config(source), index, tally)
         )
         yield from (sort_by_repository if _has_records(found) else iter)(_handle_unreadable(pieces, on_error, tally))

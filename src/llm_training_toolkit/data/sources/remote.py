@@ -18,6 +18,7 @@ from fsspec.utils import glob_translate  # type: ignore[import-untyped]
 from huggingface_hub import HfFileSystem
 from huggingface_hub.errors import EntryNotFoundError
 
+from llm_training_toolkit.config.uri import redact_text, redact_uri
 from llm_training_toolkit.data.sources.files import (
     HIDDEN_PREFIX,
     SourceFile,
@@ -72,8 +73,10 @@ def translate_remote_errors(address: str) -> Iterator[None]:
     try:
         yield
     except _get_library_errors() as error:
-        said = shorten(str(error), _MAX_CAUSE_LENGTH) or type(error).__name__
-        raise DataError(f"data.sources: {address} cannot be read ({said}). {get_access_hint(address)}") from error
+        said = shorten(redact_text(str(error)), _MAX_CAUSE_LENGTH) or type(error).__name__
+        raise DataError(
+            f"data.sources: {redact_uri(address)} cannot be read ({said}). {get_access_hint(address)}"
+        ) from error
 
 
 def _get_library_errors() -> tuple[type[Exception], ...]:

@@ -114,7 +114,7 @@ def _open_connection(address: str) -> None:
         pass
 
 
-class _InstalledCodeConfig(JobConfig):  # type: ignore[misc]
+class _InstalledCodeConfig(JobConfig):
     """Job whose workers import installed modules alone.
 
     Ray puts the driver's current folder before everything else on the workers' path, and so a file such as queue.py,

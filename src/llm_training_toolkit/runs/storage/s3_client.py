@@ -15,6 +15,7 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any, NamedTuple
 
+from llm_training_toolkit.config.uri import has_userinfo, redact_uri
 from llm_training_toolkit.runs.storage.object_keys import find_key_problem, is_directory_marker
 
 _ADDRESS = re.compile(r"s3://([^/?#]+)(?:/(.*))?")
@@ -71,6 +72,8 @@ class S3Client:
         match = _ADDRESS.fullmatch(address)
         if match is None:
             raise StorageError(f"{address}: not an address in an S3 bucket, such as s3://bucket/runs")
+        if has_userinfo(address):
+            raise StorageError(f"{redact_uri(address)}: keys in an address would be stored and shown with it. {HINT}")
         self.address = address.rstrip("/")
         self._name, self._prefix = match[1], (match[2] or "").strip("/")
         if self._prefix and (problem := find_key_problem(self._prefix)):
