@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from llm_training_toolkit.config import Config
@@ -20,6 +22,7 @@ from llm_training_toolkit.data.prepare.shards import (
 from llm_training_toolkit.monitoring.console import Console
 from llm_training_toolkit.runs.directory import RunDirectory
 from llm_training_toolkit.runs.storage.open import storage_errors
+from llm_training_toolkit.runs.user_directory import create_user_directory
 from llm_training_toolkit.setup.machine import is_local
 
 # Ray Train copies these variables from the driver to its controller and workers.
@@ -42,8 +45,23 @@ def prepare_environment() -> None:
         os.environ.setdefault(name, value)
     if is_local():
         os.environ.setdefault("RAY_AUTH_MODE", "token")
+        if "RAY_TMPDIR" not in os.environ:  # Ray makes its session directories writable for everybody
+            os.environ["RAY_TMPDIR"] = str(create_user_directory("ltt-ray"))
+        protect_ray_token()
     else:
         os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")  # the dashboard's Train view
+
+
+def protect_ray_token() -> None:
+    """Make the token of Ray's clusters readable for this user alone, before Ray writes it with mode 644.
+
+    Whoever reads it can run code on every cluster that uses it.
+    """
+    folder = Path.home() / ".ray"
+    with suppress(OSError):  # no home, or of another user: then Ray says that it cannot write its token
+        folder.mkdir(mode=0o700, exist_ok=True)
+        folder.chmod(0o700)
+        (folder / "auth_token").chmod(0o600)
 
 
 def build_shard_runner(config: Config, console: Console) -> ShardRunner:

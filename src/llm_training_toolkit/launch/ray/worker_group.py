@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import sys
-import tempfile
 import threading
 import time
 from collections import Counter
@@ -55,6 +54,7 @@ from llm_training_toolkit.launch.ray.train_fn import worker_main
 from llm_training_toolkit.monitoring.console import Console
 from llm_training_toolkit.runs.attempts import find_last_attempt
 from llm_training_toolkit.runs.directory import RunDirectory
+from llm_training_toolkit.runs.user_directory import create_user_directory
 
 _EVENT_POLL_SECONDS = 0.2
 _HEALTH_POLL_SECONDS = 1.0  # nodes and heartbeats
@@ -346,7 +346,7 @@ def _build_trainer(the: WorkerGroupSpec, line: Any) -> TorchTrainer:  # noqa: AN
 def get_ray_directory(run: RunDirectory) -> Path:
     """Return Ray Train's storage path: in the run's logs, or a temporary folder for a run in a store."""
     is_here = run.uri == str(run.path)
-    return run.path / "logs" / "ray" if is_here else Path(tempfile.gettempdir()) / "llm-training-toolkit-ray"
+    return run.path / "logs" / "ray" if is_here else create_user_directory("llm-training-toolkit-ray")
 
 
 def _build_worker_environment(config: Config) -> dict[str, str]:

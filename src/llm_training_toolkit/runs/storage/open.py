@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import os
 import shutil
 import tempfile
 import threading
@@ -21,6 +20,7 @@ from llm_training_toolkit.runs.storage.object_keys import find_name_problem
 from llm_training_toolkit.runs.storage.s3_client import S3Client, StorageError, UnsafeKeyError
 from llm_training_toolkit.runs.storage.s3_storage import S3Storage
 from llm_training_toolkit.runs.storage.storage import Storage
+from llm_training_toolkit.runs.user_directory import create_user_directory
 
 _SEND_EVERY = 10.0  # seconds between two flushes: a lost machine loses this much of its logs
 Say = Callable[[str], None]
@@ -218,16 +218,15 @@ def join_run(place: str, say: Callable[[str], None]) -> Iterator[RunDirectory]:
         yield RunDirectory(Path(place))
 
 
-def get_staging_root() -> Path:
-    """Return the parent of this user's staging directories on this machine."""
-    return Path(tempfile.gettempdir()) / f"llm-training-toolkit-{os.getuid()}"
+def create_staging_root() -> Path:
+    """Return the parent of this user's staging directories on this machine. Raises LaunchError if it is another's."""
+    return create_user_directory("llm-training-toolkit")
 
 
 @contextmanager
 def create_staging_directory() -> Iterator[Path]:
     """Create an empty directory for this process and remove it at the end."""
-    root = get_staging_root()
-    root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    root = create_staging_root()
     _remove_stale_directories(root)
     path = Path(tempfile.mkdtemp(dir=root))
     try:

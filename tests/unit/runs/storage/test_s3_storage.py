@@ -24,7 +24,7 @@ from llm_training_toolkit.runs.status import read_run_statuses
 from llm_training_toolkit.runs.storage import append_log as growing
 from llm_training_toolkit.runs.storage import s3_client as buckets
 from llm_training_toolkit.runs.storage import s3_storage as mirror
-from llm_training_toolkit.runs.storage.open import get_staging_root, open_path, open_runs_directory, open_worker
+from llm_training_toolkit.runs.storage.open import create_staging_root, open_path, open_runs_directory, open_worker
 from s3_server import client, keys
 from unit.checkpoint.test_manager import Model
 
@@ -261,12 +261,11 @@ def test_runs_in_a_bucket_are_listed_as_they_stand(bucket: str) -> None:
 
 
 def test_what_the_dead_left_is_removed(bucket: str) -> None:
-    get_staging_root().mkdir(mode=0o700)
-    (get_staging_root() / "dead").mkdir()
-    (get_staging_root() / "dead" / ".lock").touch()
+    (create_staging_root() / "dead").mkdir()
+    (create_staging_root() / "dead" / ".lock").touch()
     with open_worker(bucket, silent) as run:
-        assert list(get_staging_root().iterdir()) == [run.path.parent]
-    assert not list(get_staging_root().iterdir())
+        assert list(create_staging_root().iterdir()) == [run.path.parent]
+    assert not list(create_staging_root().iterdir())
 
 
 def test_an_address_below_no_run_is_said(bucket: str) -> None:
