@@ -33,7 +33,10 @@ def apply_override(override: str, number: int, document: ConfigDocument) -> None
         del document.locations[known]
     document.locations[path] = place
     document.reported_keys = {known for known in document.reported_keys if known[: len(path)] != path}
-    holder[path[-1]] = YamlNodeReader(document, fixed_location=place).read_node(node, path)
+    try:
+        holder[path[-1]] = YamlNodeReader(document, fixed_location=place).read_node(node, path)
+    except YAMLError as error:  # aliases that multiply
+        document.report_problem(path, str(error), place=place)
 
 
 def _parse_override_value(text: str) -> tuple[str, Node | None]:

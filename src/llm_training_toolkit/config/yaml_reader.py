@@ -11,6 +11,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.events import CollectionEndEvent, CollectionStartEvent
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from llm_training_toolkit.config.document import ConfigDocument, ConfigLocation
@@ -22,8 +23,24 @@ _AS_TEXT = {f"tag:yaml.org,2002:{name}" for name in ("timestamp", "value", "merg
 _COLLECTIONS = {f"tag:yaml.org,2002:{name}" for name in ("map", "seq")}
 
 
+# Far above any file that a person writes; below what takes seconds, or Python's own depth of recursion.
+_MAX_CHARACTERS, _MAX_DEPTH, _MAX_VALUES = 1_000_000, 50, 10_000
+
+
+def check_yaml_limits(text: str) -> None:
+    """Raise YAMLError for a text that is too long or too deeply nested to be parsed safely."""
+    if len(text) > _MAX_CHARACTERS:
+        raise YAMLError(f"{len(text):,} characters, {_MAX_CHARACTERS:,} are read")
+    depth = 0
+    for event in YAML(typ="safe", pure=True).parse(text):
+        depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
+        if depth > _MAX_DEPTH:
+            raise MarkedYAMLError(problem=f"nested more than {_MAX_DEPTH} deep", problem_mark=event.start_mark)
+
+
 def compose_yaml(text: str) -> Node | None:
     """Parse a YAML text to nodes, or to None if it is empty. Raises YAMLError."""
+    check_yaml_limits(text)
     node: Node | None = YAML(typ="safe", pure=True).compose(text)
     return node
 
@@ -31,7 +48,10 @@ def compose_yaml(text: str) -> Node | None:
 def read_yaml_file(path: Path, document: ConfigDocument) -> None:
     """Read a YAML file into the document. Raises ConfigError for unreadable files and invalid YAML."""
     try:
-        node = compose_yaml(path.read_text(encoding="utf-8-sig"))
+        with path.open(encoding="utf-8-sig") as file:
+            node = compose_yaml(file.read(_MAX_CHARACTERS + 1))
+        if node is not None:
+            document.data = YamlNodeReader(document).read_node(node, ())
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: no such file; check the path and the working directory") from error
     except OSError as error:
@@ -41,8 +61,6 @@ def read_yaml_file(path: Path, document: ConfigDocument) -> None:
     except YAMLError as error:
         line, what = format_yaml_error(error)
         raise ConfigError(f"{path}{line}: not valid YAML: {what}") from error
-    if node is not None:
-        document.data = YamlNodeReader(document).read_node(node, ())
 
 
 def format_yaml_error(error: YAMLError) -> tuple[str, str]:
@@ -64,8 +82,15 @@ class YamlNodeReader:
     """Location of everything read, for text that is not in the file (overrides)."""
     open_nodes: list[Node] = field(default_factory=list)
 
+    values_read: int = 0
+
     def read_node(self, node: Node, path: KeyPath) -> object:
-        """Return the value of a node; `path` is its key."""
+        """Return the value of a node; `path` is its key. Raises YAMLError if aliases multiply the values."""
+        self.values_read += 1
+        if self.values_read > _MAX_VALUES:
+            raise YAMLError(f"its aliases stand for more than {_MAX_VALUES:,} values; write them out")
+        if len(self.open_nodes) > _MAX_DEPTH:
+            raise YAMLError(f"its aliases are nested more than {_MAX_DEPTH} deep; write them out")
         if any(node is parent for parent in self.open_nodes):
             return self._report_invalid_value(path, "refers to itself; write the value out")
         if isinstance(node, ScalarNode):

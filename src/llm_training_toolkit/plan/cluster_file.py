@@ -20,7 +20,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from llm_training_toolkit.config.schema import ConfigSection
-from llm_training_toolkit.config.yaml_reader import format_yaml_error
+from llm_training_toolkit.config.yaml_reader import check_yaml_limits, format_yaml_error
 from llm_training_toolkit.errors import ConfigError
 from llm_training_toolkit.plan.hardware import ClusterHardware
 
@@ -82,6 +82,7 @@ def _find_hardware_comments(text: str) -> Iterator[str]:
 def _parse_yaml(where: Path | str, text: str) -> list[Any]:
     """Return the documents of a YAML text."""
     try:
+        check_yaml_limits(text)
         return list(YAML(typ="safe", pure=True).load_all(text))
     except YAMLError as error:
         line, what = format_yaml_error(error)

@@ -26,7 +26,7 @@ def create_user_directory(name: str) -> Path:
         raise LaunchError(f"{path}: no directory can be made there ({error.strerror}): set TMPDIR elsewhere") from error
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & _GROUP_OTHER_WRITE:
         raise LaunchError(
-            f"{path}: belongs to user {found.st_uid}, mode {stat.S_IMODE(found.st_mode):o}, so others could exchange its "
+            f"{path}: belongs to user {found.st_uid}, mode {stat.S_IMODE(found.st_mode):o}: others could exchange its "
             "content. Remove it, or set TMPDIR to a directory of your own"
         )
     return path

@@ -14,12 +14,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from jinja2 import Environment, Template, TemplateError, nodes
+from jinja2 import Template, TemplateError, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
+from llm_training_toolkit.data.chat.bounded_environment import BoundedEnvironment
 from llm_training_toolkit.errors import DataError
 
 # Signs are surrogates: UTF-8 cannot encode them, so they are absent from records.
@@ -121,6 +121,8 @@ class TracedTemplate:
         variables: dict[str, Any] = dict(self._variables)
         if template is self._traced:
             variables = {**self._replaced_variables, MESSAGE_SIGN_FUNCTION: lambda each: numbers.get(id(each), "")}
+        assert isinstance(template.environment, BoundedEnvironment)
+        template.environment.reset_steps(len(messages))
         try:
             return template.render(
                 messages=list(messages),
@@ -269,12 +271,12 @@ class _GenerationExtension(Extension):
         return [begin, nodes.Scope(body, lineno=line), end]
 
 
-def build_jinja_environment() -> Environment:
-    """Return the environment in which Hugging Face renders templates, without `strftime_now`.
+def build_jinja_environment() -> BoundedEnvironment:
+    """Return the environment in which Hugging Face renders templates, bounded, without `strftime_now`.
 
     Tokens that depend on the current date are not reproducible. Templates with a fallback (Llama 3) use a fixed date.
     """
-    environment = ImmutableSandboxedEnvironment(
+    environment = BoundedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationExtension, loopcontrols]
     )
     environment.filters["tojson"] = _to_json
