@@ -335,6 +335,8 @@ class SourceConfig(ConfigSection):
     prompt_template: Annotated[Annotated[str, Field(min_length=1)] | None, FieldTag.IDENTITY] = None
     """Chat: write conversations by this template instead of the tokenizer's. `alpaca`, `starchat`, `starcoder`, or a
     text with `{prompt}`, `{completion}` and perhaps `{context}`. The same for every chat source of a run."""
+    follow_symlinks: Annotated[bool, FieldTag.IDENTITY] = False
+    """Read files that are reached through a symbolic link out of a directory or glob, such as to a home directory."""
     fim: FimConfig | None = None
     """Fill-in-the-middle for this source. Absent = off. Not for chat."""
     group_by: Annotated[Literal["file", "repository"], FieldTag.IDENTITY] = "file"

@@ -17,9 +17,13 @@ _WEB_QUERY = re.compile(r"[?#].*", re.DOTALL)
 _OPTIONS = re.compile(r"\?\w+=[^?]*$")
 
 
+# Schemes with a container or repository before the `@`.
+_NO_USER_SCHEMES = frozenset({"abfs", "abfss", "adl", "az", "github", "wasb", "wasbs"})
+
+
 def has_userinfo(path: str) -> bool:
     """Return whether a URI names a user, key or token (`s3://KEY:SECRET@bucket`). `gs://anonymous@` names nobody."""
-    if not is_uri(path):
+    if not is_uri(path) or path.partition("://")[0].lower() in _NO_USER_SCHEMES:
         return False
     user, found, _ = path.partition("://")[2].partition("/")[0].rpartition("@")
     return bool(found) and not (user == "anonymous" and path.startswith("gs://"))

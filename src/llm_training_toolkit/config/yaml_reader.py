@@ -48,8 +48,7 @@ def compose_yaml(text: str) -> Node | None:
 def read_yaml_file(path: Path, document: ConfigDocument) -> None:
     """Read a YAML file into the document. Raises ConfigError for unreadable files and invalid YAML."""
     try:
-        with path.open(encoding="utf-8-sig") as file:
-            node = compose_yaml(file.read(_MAX_CHARACTERS + 1))
+        node = compose_yaml(path.read_text(encoding="utf-8-sig"))
         if node is not None:
             document.data = YamlNodeReader(document).read_node(node, ())
     except FileNotFoundError as error:

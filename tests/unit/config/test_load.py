@@ -235,8 +235,8 @@ def test_errors_inside_a_list_do_not_call_the_list_short(tmp_path: Path) -> None
     ]
     assert problems(tmp_path, SMALL, "data.sources=[]") == [
         "override data.sources=[]: expected a list of at least 1, each a section (path, format, fields, "
-        "subset, split, filter, limit, max_document_mb, prompt_template, fim, group_by, metadata, loss, "
-        "overlong, weight)"
+        "subset, split, filter, limit, max_document_mb, prompt_template, follow_symlinks, fim, group_by, metadata, "
+        "loss, overlong, weight)"
     ]
 
 

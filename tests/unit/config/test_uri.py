@@ -74,6 +74,7 @@ def test_userinfo_is_refused_wherever_an_address_may_stand(tmp_path: Path, key: 
 
 def test_public_buckets_may_be_read_anonymously() -> None:
     assert not has_userinfo("gs://anonymous@bucket/a")
+    assert not has_userinfo("abfs://container@account.dfs.core.windows.net/a")
     assert has_userinfo("s3://anonymous@bucket/a")
 
 

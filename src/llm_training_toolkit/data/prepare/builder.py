@@ -201,8 +201,8 @@ class DatasetBuilder:
         """Hash the training inputs and settings of a trained tokenizer, or the content of a given one."""
         if self.tokenizer.train is not None:
             files = [
-                redact_data(source.model_dump(mode="json", exclude={"weight", "fim", "loss", "overlong"}))
-                for source in self.sources
+                source.model_dump(mode="json", exclude={"weight", "fim", "loss", "overlong"})
+                for source in list_all_sources(redact_data(self.data))
             ]
             held_out = [self.data.eval.fraction, self.data.eval.split_by, len(self.data.eval.sources)]
             how = [

@@ -88,14 +88,15 @@ def _find_path_files(source: SourceConfig) -> Iterable[SourceFile]:
     if source.path == local.STANDARD_LIBRARY:
         return local.find_standard_library_files()
     if is_uri(source.path) and not source.path.startswith("file://"):
-        found, is_directory = remote.find_remote_files(source.path)
-        return _select_readable_files(found, source) if is_directory else found
+        stored, is_directory = remote.find_remote_files(source.path)
+        return _select_readable_files(stored, source) if is_directory else stored
     path = Path(source.path.removeprefix("file://")).expanduser()
-    return (
-        _select_readable_files(local.find_directory_files(path), source)
-        if path.is_dir()
-        else local.find_matching_files(path)
-    )
+    if not path.is_dir() and path.exists():
+        return local.find_matching_files(path)  # named by the user, whatever it links to
+    found = local.find_directory_files(path) if path.is_dir() else local.find_matching_files(path)
+    if not source.follow_symlinks:
+        found = local.select_files_inside(found)
+    return _select_readable_files(found, source) if path.is_dir() else found
 
 
 def _select_readable_files(found: Iterable[SourceFile], source: SourceConfig) -> list[SourceFile]:

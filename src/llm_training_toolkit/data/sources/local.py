@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from llm_training_toolkit.data.sources.files import (
@@ -15,6 +15,7 @@ from llm_training_toolkit.data.sources.files import (
     is_wanted_directory,
     split_pattern,
 )
+from llm_training_toolkit.monitoring.logs import DRIVER_LOGGER
 
 STANDARD_LIBRARY = "python:stdlib"
 _EXCLUDED_DIRECTORIES = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"})
@@ -37,6 +38,27 @@ def find_matching_files(path: Path) -> Iterator[SourceFile]:
         yield SourceFile(SourceRoot(str(path.parent)), path.name)
     elif has_wildcards(str(path)):
         yield from _match_glob(path)
+
+
+def select_files_inside(files: Iterable[SourceFile]) -> Iterator[SourceFile]:
+    """Yield the files that lie below the root of their source, symbolic links resolved; log how many do not."""
+    inside: dict[str, bool] = {}  # by directory
+    left_out = 0
+    for file in files:
+        path, top = Path(file.filesystem_path), os.path.realpath(file.root.path)
+        parent = str(path.parent)
+        if parent not in inside:
+            inside[parent] = Path(os.path.realpath(parent)).is_relative_to(top)
+        if inside[parent] and (not path.is_symlink() or Path(os.path.realpath(path)).is_relative_to(top)):
+            yield file
+        else:
+            left_out += 1
+    if left_out:
+        DRIVER_LOGGER.warning(
+            "data.sources: %d links to files outside of %s are left out; follow_symlinks: true reads them",
+            left_out,
+            top,
+        )
 
 
 def _walk_files(top: Path, without: frozenset[str] = frozenset()) -> Iterator[SourceFile]:
