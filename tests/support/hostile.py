@@ -129,6 +129,18 @@ libc = ctypes.CDLL(None, use_errno=True)
 if libc.unshare(0x10020000) or libc.mount(b"none", b"/", None, 0x44000, None): raise OSError(ctypes.get_errno())
 """,
     "a device of its own": "import os\nos.mknod('/tmp/disk', 0o60600, os.makedev(254, 0))\nopen('/tmp/disk').read(1)",
+    "the kernel's settings": """
+import os
+for name in ("kernel/core_pattern", "kernel/modprobe", "fs/lease-break-time", "vm/overcommit_memory", "kernel/panic"):
+    try: open("/proc/sys/" + name, "r+")
+    except OSError: continue
+    break
+else: raise PermissionError
+""",
+    "memory in attributes of files": "import os\nos.setxattr('/tmp', 'user.x', b'x')",
+    "memory in empty files": "for n in range(50_000): open(f'/tmp/{n}', 'w').close()",
+    "the hypervisor": "import socket\nsocket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)",
+    "the kernel's ciphers": "import socket\nsocket.socket(socket.AF_ALG, socket.SOCK_SEQPACKET)",
     "not Python": "def f(:",
     "bytes that are no text": "x = '\udc80'\nraise ValueError(x)",
 }

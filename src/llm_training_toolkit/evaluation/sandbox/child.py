@@ -29,6 +29,10 @@ _UNACCOUNTED_MEMORY_CALLS = {
     "memfd_create": (319, 279),
     "memfd_secret": (447, 447),
     "io_uring_setup": (425, 425),
+    "setxattr": (188, 5),
+    "lsetxattr": (189, 6),
+    "fsetxattr": (190, 7),
+    "setxattrat": (463, 463),
 }
 # System calls with a history of kernel exploits that no such program needs.
 _ATTACK_SURFACE_CALLS = {
@@ -44,8 +48,9 @@ _ATTACK_SURFACE_CALLS = {
     "request_key": (249, 218),
     "keyctl": (250, 219),
 }
-_CLONE, _PRCTL = (56, 220), (157, 167)
+_CLONE, _PRCTL, _SOCKET = (56, 220), (157, 167), (41, 198)
 _CLONE3, _NEW_NAMESPACES, _OTHER_CALLS = 435, 0x7E020000, 0x40000000
+_AF_ALG, _AF_VSOCK = 38, 40  # the kernel's ciphers; the hypervisor, which network namespaces do not hide
 _PDEATHSIG, _SECCOMP, _FILTER, _NO_NEW_PRIVS = 1, 22, 2, 38
 _LOAD, _EQUAL, _ABOVE, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 _ALLOW, _REFUSE = 0x7FFF0000, 0x00050000
@@ -102,8 +107,14 @@ def _build_seccomp_filter(column: int, machine: int) -> list[tuple[int, int, int
     # A filter cannot read clone3's flags, which are in memory. After ENOSYS the C library falls back to clone.
     found += [(_EQUAL, 0, 1, _CLONE3), (_RETURN, 0, 0, _REFUSE | errno.ENOSYS)]
     # A program that resets PDEATHSIG would outlive a killed toolkit.
-    for call, test, what in ((_CLONE, _ANY_BIT, _NEW_NAMESPACES), (_PRCTL, _EQUAL, _PDEATHSIG)):
-        found += [(_EQUAL, 0, 4, call[column]), (_LOAD, 0, 0, first_argument), (test, 0, 1, what), refuse, allow]
+    for call, test, refused in (
+        (_CLONE, _ANY_BIT, (_NEW_NAMESPACES,)),
+        (_PRCTL, _EQUAL, (_PDEATHSIG,)),
+        (_SOCKET, _EQUAL, (_AF_ALG, _AF_VSOCK)),
+    ):
+        tests = [part for value in refused for part in ((test, 0, 1, value), refuse)]
+        body = [(_LOAD, 0, 0, first_argument), *tests, allow]
+        found += [(_EQUAL, 0, len(body), call[column]), *body]
     return [*found, allow]
 
 

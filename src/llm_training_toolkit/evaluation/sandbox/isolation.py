@@ -1,4 +1,4 @@
-"""Selects the containment by a self-check on this machine: bubblewrap, kernel namespaces, or none."""
+"""Selects the containment by a self-check on this machine: kernel namespaces, bubblewrap, or none."""
 
 from __future__ import annotations
 
@@ -31,6 +31,32 @@ for folder in ("/", "/usr", "/etc", "/dev", "/dev/shm", {prefix!r}):
     except OSError:
         continue
     raise RuntimeError(f"it can write into {{folder}}")
+for setting in ("kernel/core_pattern", "kernel/modprobe", "fs/lease-break-time", "vm/overcommit_memory"):
+    try:
+        open("/proc/sys/" + setting, "r+")
+    except OSError:
+        continue
+    raise RuntimeError(f"it can change the kernel's setting {{setting}}")
+try:
+    os.setxattr("/tmp", "user.ltt", b"x")
+except OSError:
+    pass
+else:
+    raise RuntimeError("it can keep data in attributes of files, which no limit counts")
+try:
+    socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
+except OSError:
+    pass
+else:
+    raise RuntimeError("it reaches the hypervisor (AF_VSOCK)")
+try:
+    for number in range({files}):
+        with open(f"/tmp/{{number}}", "wb") as file:
+            file.write(bytes({file_bytes}))
+except OSError:
+    pass
+else:
+    raise RuntimeError("it can fill more than the room of /tmp")
 try:
     socket.create_connection(("127.0.0.1", port), timeout=2)
 except OSError:
@@ -60,6 +86,11 @@ finally:
         os.kill(child, 9)
 """
 
+_MANY_FILES = """
+for number in range(30_000):
+    open(f"/tmp/{number}", "w").close()
+"""
+
 
 def format_sandbox_kind(kind: SandboxKind) -> str:
     """Return the containment's name for users."""
@@ -73,7 +104,8 @@ def find_sandbox_kind(*, unsafe: bool = False) -> SandboxKind:
     """
     remove_stale_workdirs()
     found: dict[str, str] = {}
-    kinds: tuple[SandboxKind, ...] = ("bubblewrap", "namespaces")
+    # bubblewrap second: its program is, to the kernel, the user who started it, and its /tmp has no limit of files.
+    kinds: tuple[SandboxKind, ...] = ("namespaces", "bubblewrap")
     for kind in kinds:
         problem = find_sandbox_problem(kind)
         if not problem:
@@ -102,11 +134,14 @@ def find_sandbox_problem(kind: SandboxKind) -> str:
             processes=_LIMITS.processes,
             prefix=sys.prefix,
             parent=os.getpid(),
+            files=_LIMITS.tmp_bytes // _LIMITS.max_file_bytes + 2,
+            file_bytes=_LIMITS.max_file_bytes,
         )
         try:
             ended = run_program(program, kind, _LIMITS)
+            many = run_program(_MANY_FILES, kind, _LIMITS)
         except LaunchError as error:
             return f"it cannot be built here ({error})"
     if ended.end == "passed":
-        return ""
+        return "it may make any number of files" if many.end == "passed" else ""
     return ended.error.removeprefix("RuntimeError: ") or f"its check {ended.end}"

@@ -48,6 +48,8 @@ class SandboxLimits:
     """Maximum files open at a time."""
     tmp_bytes: int = 64 * MEGABYTE
     """Maximum bytes of all files together."""
+    tmp_files: int = 4096
+    """Maximum files and directories together: each takes memory of the kernel, even an empty one."""
 
     def to_rlimits(self) -> dict[str, int]:
         """Return the limits by the constant names of Python's `resource` module."""
@@ -171,7 +173,8 @@ def _build_orders(kind: SandboxKind, limits: SandboxLimits) -> dict[str, object]
         "seconds": limits.seconds,
         "memory": limits.memory,
         "processes": limits.processes,
-        "room": limits.tmp_bytes,
+        "tmp_bytes": limits.tmp_bytes,
+        "tmp_files": limits.tmp_files,
         "visible": find_visible_paths(),
         "command": [*_build_bwrap_arguments(limits), *command] if kind == "bubblewrap" else command,
     }
@@ -200,7 +203,9 @@ def _find_bwrap_command() -> tuple[str, ...]:
 def _build_bwrap_arguments(limits: SandboxLimits) -> Iterator[str]:
     yield from _find_bwrap_command()
     yield from ("--unshare-all", "--unshare-user", "--die-with-parent", "--new-session", "--cap-drop", "ALL")
-    yield from ("--uid", "65534", "--gid", "65534", "--proc", "/proc", "--dev", "/dev")
+    # To the kernel, nobody here is the user who started bwrap. Of root's processes it allows every setting.
+    yield from ("--uid", "65534", "--gid", "65534", "--proc", "/proc", "--ro-bind", "/proc/sys", "/proc/sys")
+    yield from ("--dev", "/dev")
     yield from ("--remount-ro", "/dev")  # a tmpfs without a size limit, /dev/shm included
     yield from ("--size", str(limits.tmp_bytes), "--tmpfs", "/tmp", "--chdir", "/tmp", "--setenv", "HOME", "/tmp")
     for path in find_visible_paths():  # after the /tmp mount, which would hide a Python below /tmp

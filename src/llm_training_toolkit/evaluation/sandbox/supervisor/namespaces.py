@@ -23,6 +23,7 @@ _NAMESPACES = (
     | syscalls.CLONE_NEWCGROUP
 )
 _NOBODY = 65534
+_KERNEL_SETTINGS = ("sys", "sysrq-trigger", "irq", "bus")
 _DEVICES = ("null", "zero", "full", "random", "urandom")
 
 
@@ -46,8 +47,8 @@ def map_users(process: int) -> None:
         _write_kernel_file(f"/proc/{process}/gid_map", f"{_NOBODY} {os.getegid()} 1\n")
 
 
-def enter_new_root(root: str, visible: Sequence[str], room: int) -> None:
-    """Build the program's root in an empty directory, pivot into it and become nobody. `room`: bytes of /tmp."""
+def enter_new_root(root: str, visible: Sequence[str], tmp_bytes: int, tmp_files: int) -> None:
+    """Build the program's root in an empty directory, pivot into it and become nobody."""
     plain = syscalls.MS_NOSUID | syscalls.MS_NODEV
     syscalls.mount("none", "/", "", syscalls.MS_REC | syscalls.MS_PRIVATE)
     syscalls.mount("tmpfs", root, "tmpfs", syscalls.MS_NOSUID, "size=1m,mode=755")
@@ -55,7 +56,8 @@ def enter_new_root(root: str, visible: Sequence[str], room: int) -> None:
         Path(root, name).mkdir()
     with suppress(PermissionError):  # refused inside a container with a partly masked /proc
         syscalls.mount("proc", f"{root}/proc", "proc", plain | syscalls.MS_NOEXEC)
-    syscalls.mount("tmpfs", f"{root}/tmp", "tmpfs", plain, f"size={room},nr_inodes=4096,mode=1777")
+    bounds = f"size={tmp_bytes},nr_inodes={tmp_files},mode=1777"
+    syscalls.mount("tmpfs", f"{root}/tmp", "tmpfs", plain, bounds)
     for name in _DEVICES:
         Path(root, "dev", name).touch()
         syscalls.mount(f"/dev/{name}", f"{root}/dev/{name}", "", syscalls.MS_BIND)
@@ -64,9 +66,22 @@ def enter_new_root(root: str, visible: Sequence[str], room: int) -> None:
     syscalls.pivot_root(root)
     with suppress(OSError):  # nested namespaces are of no use to programs and widen the kernel's attack surface
         _write_kernel_file("/proc/sys/user/max_user_namespaces", "0")
+    _cover_kernel_settings()
     syscalls.make_read_only("/", recursive=False)
     os.chdir("/tmp")
     _become_nobody()
+
+
+def _cover_kernel_settings() -> None:
+    """Make the files of /proc read-only that act on the whole machine, even for a user that the kernel takes for root.
+
+    Some are absent, and a container may have masked them all.
+    """
+    for name in _KERNEL_SETTINGS:
+        path = f"/proc/{name}"
+        if os.path.exists(path):  # noqa: PTH110 - pathlib would raise for a masked one
+            syscalls.mount(path, path, "", syscalls.MS_BIND | syscalls.MS_REC)
+            syscalls.make_read_only(path, recursive=True)
 
 
 def _bind_mount_read_only(path: str, root: str) -> None:

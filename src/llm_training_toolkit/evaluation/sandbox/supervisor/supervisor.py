@@ -26,6 +26,7 @@ from llm_training_toolkit.evaluation.sandbox.supervisor.cgroup import ControlGro
 # Exit codes, beside 0. BROKEN: the containment could not be built, and standard error has the reason.
 TIMED_OUT, BROKEN = 3, 4
 _KILL_SECONDS = 5.0
+_POLL_SECONDS = 0.02  # between two counts of files: some thousand can be made meanwhile
 
 
 def main() -> None:
@@ -40,7 +41,9 @@ def main() -> None:
     home = workdir.create_workdir()
     try:
         child = _fork_child(lambda: _STARTERS[orders["kind"]](orders, group, home))
-        status = _wait_for_child(child, deadline)
+        # bubblewrap's /tmp takes no limit of files: they are counted from outside.
+        limit = orders["tmp_files"] if orders["kind"] == "bubblewrap" else None
+        status = _wait_for_child(child, deadline, limit)
         _kill_descendants()
     finally:
         group.remove_group()
@@ -99,7 +102,7 @@ def _fork_mapper(process: int, left: tuple[int, int], mapped: tuple[int, int]) -
 
 
 def _run_first_process(orders: dict[str, Any], home: str) -> None:
-    namespaces.enter_new_root(home, orders["visible"], orders["room"])
+    namespaces.enter_new_root(home, orders["visible"], orders["tmp_bytes"], orders["tmp_files"])
     syscalls.die_with_parent()  # reset by the change to nobody
     _exec_command(orders["command"], "/tmp")
 
@@ -130,16 +133,39 @@ def _exec_command(command: list[str], home: str) -> NoReturn:
     os.execve(command[0], command, environment)  # noqa: S606 - no shell is wanted
 
 
-def _wait_for_child(child: int, deadline: float) -> int | None:
-    """Wait for a child and return its status, or None if it was killed at the deadline."""
+def _wait_for_child(child: int, deadline: float, tmp_files: int | None) -> int | None:
+    """Wait for a child and return its status, or None if it was killed at the deadline.
+
+    With `tmp_files` the child is killed when the /tmp of its descendants holds more files.
+    """
     watched = os.pidfd_open(child)
-    ready, _, _ = select.select([watched], [], [], max(deadline - time.monotonic(), 0.0))
+    is_over = False
+    while not (is_over or time.monotonic() > deadline):
+        left = max(deadline - time.monotonic(), 0.0)
+        is_over = bool(select.select([watched], [], [], left if tmp_files is None else min(left, _POLL_SECONDS))[0])
+        if not is_over and tmp_files is not None and _count_tmp_files(child) > tmp_files:
+            os.kill(child, signal.SIGKILL)
+            is_over = True
     os.close(watched)
-    if not ready:
+    if not is_over:
         with suppress(ProcessLookupError):
             os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
-    return status if ready else None
+    return status if is_over else None
+
+
+def _count_tmp_files(child: int) -> int:
+    """Return the number of files in the /tmp of a child's descendants; 0 before it is mounted."""
+    processes, own = [child], os.stat("/tmp").st_dev  # noqa: PTH116 - pathlib would be another import
+    for process in processes:
+        processes += _list_children(process)
+    for process in processes:
+        with suppress(OSError):
+            place = f"/proc/{process}/root/tmp"
+            if os.stat(place).st_dev != own:  # noqa: PTH116
+                found = os.statvfs(place)
+                return found.f_files - found.f_ffree
+    return 0
 
 
 def _kill_descendants() -> None:
@@ -151,12 +177,16 @@ def _kill_descendants() -> None:
                 pass
         except ChildProcessError:
             return
-        for child in _list_children():
+        for child in _list_children(os.getpid()):
             with suppress(ProcessLookupError):
                 os.kill(child, signal.SIGKILL)
         time.sleep(0.005)
 
 
-def _list_children() -> list[int]:
-    with open(f"/proc/self/task/{os.getpid()}/children") as file:  # noqa: PTH123 - pathlib would be another import
-        return [int(word) for word in file.read().split()]
+def _list_children(process: int) -> list[int]:
+    """Return the children of a process; none if it is gone."""
+    try:
+        with open(f"/proc/{process}/task/{process}/children") as file:  # noqa: PTH123 - pathlib would be another import
+            return [int(word) for word in file.read().split()]
+    except OSError:
+        return []
