@@ -63,7 +63,7 @@ def test_each_containment_holds_for_root_and_for_a_user_and_keeps_the_kernels_se
         pytest.skip(f"no {_PYTHON_FOR_ALL}, which every user may run")
     setting = Path("/proc/sys/fs/lease-break-time")
     before = setting.read_text()
-    source = str(Path(__file__).parents[2] / "src")
+    source = str(Path(__file__).parents[4] / "src")
     done = subprocess.run(
         [_PYTHON_FOR_ALL, "-B", "-c", _CHECK_EACH],
         user=STRANGER if user != "root" else None,
