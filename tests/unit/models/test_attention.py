@@ -119,6 +119,34 @@ def test_no_operation_of_a_step_makes_a_tensor_of_t_x_t(config: dict[str, Any], 
     assert (largest.elements < rows * length * length) == small, largest.operation
 
 
+class HostWaits(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Operations that make the host wait for a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.operations: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func.overloadpacket.__name__ in {"_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "equal"}:
+            self.operations.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_micro_batch_waits_for_the_gpu_once_at_most(config: dict[str, Any], *, checkpointing: bool) -> None:
+    """The one is the choice of the tokens that have a label; neither layers nor masks search for documents."""
+    module = module_of(config, "varlen", checkpointing=checkpointing)
+    inputs, bounds = batch(), compute_cu_seqlens(batch()[1])
+    loss = module(*inputs, *bounds)  # what is made once
+    loss.backward()
+    with HostWaits() as waits:
+        loss = module(*inputs, *bounds)
+        loss.backward()
+    assert len(waits.operations) <= 1, waits.operations
+
+
 def attend_by_bounds(
     query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, longest: int, window: int | None
 ) -> Tensor:

@@ -39,7 +39,7 @@ POSITIONS = torch.arange(24).expand_as(IDS)
 def module_of(adapter: AdapterSpec | None = ADAPTER, *, seed: int = 3, learnt: bool = False, **how: Any) -> LossModule:
     """A frozen model with adapters; `learnt`: their second matrices are not zero any more."""
     torch.manual_seed(0)
-    model = build_model(CONFIG, precision="fp32", attention="sdpa", **how)
+    model = build_model(CONFIG, **{"precision": "fp32", "attention": "sdpa", **how})
     module = LossModule(model, 5)
     if adapter is not None:
         add_adapters(model, adapter, seed=seed, dtype=torch.float32, draws=module.batch_position)
@@ -132,3 +132,12 @@ def test_the_mask_of_a_sequence_is_its_own_whatever_the_split() -> None:
     assert not torch.equal(drop(inputs), whole)
     assert not torch.equal(SequenceDropout(0.25, 1, "other", BatchPosition(7, rows=5)).train()(inputs), whole)
     assert torch.equal(drop.eval()(inputs), inputs)
+
+
+def test_dropout_is_the_same_with_rows_one_by_one_and_as_one() -> None:
+    adapter = replace(ADAPTER, dropout=0.5)
+    positions = torch.cat([torch.arange(9), torch.arange(15)]).expand_as(IDS)
+    rows, flat = (module_of(adapter, learnt=True, attention=kind).train() for kind in ("sdpa", "varlen"))
+    loss = rows(IDS, positions, IDS)
+    torch.testing.assert_close(flat(IDS, positions, IDS), loss, rtol=1e-6, atol=0)
+    assert not torch.isclose(rows.eval()(IDS, positions, IDS), loss)

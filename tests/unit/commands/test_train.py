@@ -1,0 +1,39 @@
+"""What this machine cannot compute is refused before data is prepared."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from llm_training_toolkit.commands.train import start_run
+from llm_training_toolkit.errors import PlanError
+from llm_training_toolkit.launch.request import TrainRequest
+from llm_training_toolkit.monitoring.console import Console
+from llm_training_toolkit.setup.machine import find_attention_problem
+from tiny_runs import tiny_config, write_corpus
+
+
+@pytest.mark.parametrize("attention", ["flash_attention_2", "flash_attention_3", "flex_attention"])
+def test_attention_that_this_machine_lacks_is_refused_before_data_is_prepared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, attention: str
+) -> None:
+    if find_attention_problem(attention, gpu=torch.cuda.is_available()) is None:
+        pytest.skip(f"this machine computes {attention}")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    config = tiny_config(
+        write_corpus(tmp_path / "corpus", 3),
+        tmp_path / "runs",
+        model={"attn_implementation": attention},
+        data={"cache": str(tmp_path / "cache")},
+        train={"precision": "bf16"},
+        cluster={"workers": 0},
+    )
+    file = tmp_path / "run.yaml"
+    file.write_text(json.dumps(json.loads(config.model_dump_json(exclude_unset=True))))
+    with pytest.raises(PlanError, match=f"model.attn_implementation = {attention}: it needs"):
+        start_run(TrainRequest(file), Console(io.StringIO()))
+    assert not (tmp_path / "cache").exists()
