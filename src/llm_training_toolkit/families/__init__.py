@@ -92,15 +92,18 @@ def resolve_adapter(config: Config, hf: HfValues) -> AdapterSpec | None:
 def compute_flops_per_token(hf: HfValues, sequence_length: int, beside: AdapterSpec | None = None) -> int:
     """Return the floating-point operations of one token's forward and backward pass: 6 N + 12 L Q T.
 
-    N = parameters that multiply a token: matrices and output layer, no embedding lookup, no unused experts. L = layers,
-    Q = heads x head_dim and T = attended tokens (the sequence, or the sliding window if shorter). Source: PaLM
-    (Chowdhery et al. 2022), appendix B. Attention is not halved for the causal mask, recomputation is excluded, and
-    documents packed into one sequence attend to less. With adapters the model has no weight gradients: 4 N for it, 6
-    per adapter parameter, 2 more per parameter of a module trained in full.
+    N = parameters that multiply a token: matrices and output layer, no embedding lookup, no unused experts. L = layers
+    with attention, Q = heads x head_dim and T = attended tokens (the sequence, or the sliding window if shorter).
+    Source: PaLM (Chowdhery et al. 2022), appendix B. Attention is not halved for the causal mask, recomputation is
+    excluded, and documents packed into one sequence attend to less. With adapters the model has no weight gradients:
+    4 N for it, 6 per adapter parameter, 2 more per parameter of a module trained in full. A layer of linear attention
+    reads its state (key x value head) twice and updates it once: 6 forward, 18 in all, per element and value head.
     """
     model = read_model_dims(hf)
     attended = min(sequence_length, model.window or sequence_length)
-    attention = 12 * model.layers * model.query_width * attended
+    attention = 12 * model.attention_layers * model.query_width * attended
+    if (linear := model.linear_attention) is not None:
+        attention += 18 * linear.layers * linear.value_width * linear.key_head_dim
     if beside is None:
         return 6 * model.matmul_parameters + attention
     return 4 * model.matmul_parameters + 6 * beside.matrices + 2 * beside.whole + attention

@@ -77,6 +77,44 @@ class CodeLayout:
 
 
 @dataclass(frozen=True)
+class LinearAttentionDims:
+    """Dimensions of the Gated DeltaNet layers of a hybrid model (Yang et al. 2024)."""
+
+    layers: int
+    """Decoder layers that have it instead of attention."""
+    key_heads: int
+    value_heads: int
+    key_head_dim: int
+    value_head_dim: int
+    kernel: int
+    """Tokens that the convolution sees."""
+
+    @property
+    def key_width(self) -> int:
+        """Width of all query heads, and of all key heads."""
+        return self.key_heads * self.key_head_dim
+
+    @property
+    def value_width(self) -> int:
+        """Width of all value heads, and of the output gate."""
+        return self.value_heads * self.value_head_dim
+
+    @property
+    def input_width(self) -> int:
+        """Width of queries, keys, values and output gate together."""
+        return 2 * (self.key_width + self.value_width)
+
+    def count_matrices(self, hidden: int) -> int:
+        """Parameters in the matrices of one layer: two input projections and the output projection."""
+        return hidden * (self.input_width + 2 * self.value_heads + self.value_width)
+
+    @property
+    def vectors(self) -> int:
+        """Other parameters of one layer: the convolution, decay and time step of each head, the norm."""
+        return (2 * self.key_width + self.value_width) * self.kernel + 2 * self.value_heads + self.value_head_dim
+
+
+@dataclass(frozen=True)
 class ModelDims:
     """Dimensions of a decoder in terms common to all families; all counts derive from them."""
 
@@ -94,7 +132,7 @@ class ModelDims:
     vectors_per_layer: int
     """Parameters of a layer outside its matrices: biases and norms."""
     vectors_outside: int
-    """Parameters of the final norm."""
+    """Parameters of the final norm, and of what only some layers have outside their matrices."""
     positions: int = 0
     """Rows of the learned position table; 0 = rotary."""
     rms_norms: bool = False
@@ -107,6 +145,12 @@ class ModelDims:
     """Experts per layer, of width `intermediate`; a router picks some. 0 = one feed-forward layer, no router."""
     experts_per_token: int = 0
     """Experts that the router picks for a token."""
+    shared_expert: int = 0
+    """Width of an expert that every token passes, behind a gate of its own; 0 = none."""
+    output_gate: bool = False
+    """The query projection also makes a gate for the output of the heads."""
+    linear_attention: LinearAttentionDims | None = None
+    """Layers of linear attention in a hybrid model; its other layers have attention."""
 
     @property
     def query_width(self) -> int:
@@ -119,9 +163,15 @@ class ModelDims:
         return self.kv_heads * self.head_dim
 
     @property
+    def attention_layers(self) -> int:
+        """Layers with attention between all tokens: all but those of linear attention."""
+        return self.layers - (self.linear_attention.layers if self.linear_attention else 0)
+
+    @property
     def attention_matrices(self) -> int:
-        """Parameters of a layer in q and o, k and v."""
-        return 2 * self.hidden * (self.query_width + self.kv_width)
+        """Parameters of a layer in q and o, k and v, and the output gate."""
+        gate = self.hidden * self.query_width if self.output_gate else 0
+        return 2 * self.hidden * (self.query_width + self.kv_width) + gate
 
     @property
     def feed_forward_parameters(self) -> int:
@@ -129,11 +179,22 @@ class ModelDims:
         return (3 if self.gated else 2) * self.hidden * self.intermediate
 
     @property
+    def feed_forward_matrices(self) -> int:
+        """Parameters in the matrices after attention: feed-forward, or all experts, router and shared expert."""
+        shared = 3 * self.hidden * self.shared_expert + self.hidden if self.shared_expert else 0
+        return max(self.experts, 1) * self.feed_forward_parameters + self.experts * self.hidden + shared
+
+    @property
     def matrices_per_layer(self) -> int:
-        """Parameters in the matrices of a layer: attention, feed-forward or all experts, router."""
-        return (
-            self.attention_matrices + max(self.experts, 1) * self.feed_forward_parameters + self.experts * self.hidden
-        )
+        """Parameters in the matrices of a layer with attention."""
+        return self.attention_matrices + self.feed_forward_matrices
+
+    @property
+    def all_matrices(self) -> int:
+        """Parameters in the matrices of all layers."""
+        linear = self.linear_attention
+        mixing = linear.layers * linear.count_matrices(self.hidden) if linear else 0
+        return self.layers * self.feed_forward_matrices + self.attention_layers * self.attention_matrices + mixing
 
     @property
     def linear_matrices(self) -> int:
@@ -149,7 +210,7 @@ class ModelDims:
     def total_parameters(self) -> int:
         """All parameters; tied embeddings count once."""
         embeddings = (1 if self.tied else 2) * self.vocab * self.hidden + self.positions * self.hidden
-        return embeddings + self.layers * (self.matrices_per_layer + self.vectors_per_layer) + self.vectors_outside
+        return embeddings + self.all_matrices + self.layers * self.vectors_per_layer + self.vectors_outside
 
     @property
     def active_parameters(self) -> int:
@@ -159,14 +220,16 @@ class ModelDims:
     @property
     def matmul_parameters(self) -> int:
         """Parameters that multiply a token: matrices and output layer, without the embedding lookup."""
-        return self.layers * self.matrices_per_layer + self.vocab * self.hidden - self.idle_parameters
+        return self.all_matrices + self.vocab * self.hidden - self.idle_parameters
 
     @property
     def largest_tensor(self) -> int:
         """Elements of the largest single parameter; transformers 5 fuses all experts of a layer into one."""
         one = self.hidden * self.intermediate
         feed_forward = (2 if self.gated else 1) * self.experts * one if self.experts else one
-        return max(self.vocab * self.hidden, self.hidden * self.query_width, feed_forward)
+        queries = self.hidden * self.query_width * (2 if self.output_gate else 1)
+        inputs = self.hidden * self.linear_attention.input_width if self.linear_attention else 0
+        return max(self.vocab * self.hidden, queries, inputs, feed_forward)
 
     @property
     def largest_module(self) -> int:
@@ -194,7 +257,8 @@ class Family:
     """Reader of a Hugging Face configuration of this family."""
     lora_targets: tuple[str, ...]
     """Names of the linear layers that get adapters: attention and feed-forward; in a mixture of experts attention only.
-    Its experts are one fused tensor per layer, not linear layers. Its router is named `gate`, a suffix of no target."""
+    Its experts are one fused tensor per layer, not linear layers. Its router is named `gate`, a suffix of no target.
+    A shared expert has no adapters: peft 0.21 takes the names of its layers for those of the fused experts."""
     embedding_name: str = "embed_tokens"
     """Module name of the embedding; the output layer is `lm_head` in all families."""
     position_key: str = "max_position_embeddings"

@@ -177,6 +177,10 @@ def _find_head_mismatches(dims: ModelDims) -> list[str]:
     problems = []
     if dims.heads % dims.kv_heads:
         problems.append(f"{dims.heads} attention heads are not divisible by {dims.kv_heads} key-value heads")
+    linear = dims.linear_attention
+    if linear is not None and linear.value_heads % linear.key_heads:
+        what = f"{linear.value_heads} value heads of linear attention are not divisible by {linear.key_heads} key heads"
+        problems.append(what)
     if dims.experts_per_token > dims.experts:
         problems.append(f"a token cannot pass {dims.experts_per_token} of {dims.experts} experts")
     if dims.head_dim % 2 and not dims.positions:

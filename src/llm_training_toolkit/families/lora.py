@@ -20,6 +20,8 @@ class LinearLayer(NamedTuple):
     reads: Reads
     inputs: int
     outputs: int
+    layers: int
+    """Decoder layers that have it."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class AdapterSpec:
     """Modules trained in full."""
     quantize: str | None
     layers: tuple[LinearLayer, ...]
-    """Linear layers with adapters in one decoder layer."""
+    """Linear layers with adapters in one decoder layer; in a hybrid model those of both kinds of layers."""
     matrices: int
     """Parameters of all adapters."""
     whole: int
@@ -56,24 +58,39 @@ def list_linear_layers(name: str, family: Family, model: ModelDims) -> tuple[Lin
     """Return the linear layers of this name in one decoder layer; empty if the family has none."""
     if name not in family.lora_targets:
         return ()
-    heads = LinearLayer("heads", model.query_width, model.hidden)
-    product = LinearLayer("product", model.intermediate, model.hidden)
-    keys_or_values = LinearLayer("attention", model.hidden, model.kv_width)
-    into = LinearLayer("feed_forward", model.hidden, model.intermediate)
+    full, hidden = model.attention_layers, model.hidden
+    heads = LinearLayer("heads", model.query_width, hidden, full)
+    product = LinearLayer("product", model.intermediate, hidden, model.layers)
+    keys_or_values = LinearLayer("attention", hidden, model.kv_width, full)
+    into = LinearLayer("feed_forward", hidden, model.intermediate, model.layers)
+    queries = model.query_width * (2 if model.output_gate else 1)
     found: dict[str, tuple[LinearLayer, ...]] = {
-        "q_proj": (LinearLayer("attention", model.hidden, model.query_width),),
+        **_list_linear_attention_layers(model),
+        "q_proj": (LinearLayer("attention", hidden, queries, full),),
         "k_proj": (keys_or_values,),
         "v_proj": (keys_or_values,),
         "o_proj": (heads,),
         "gate_proj": (into,),
         "up_proj": (into,),
         "down_proj": (product,),
-        "c_attn": (LinearLayer("attention", model.hidden, model.query_width + 2 * model.kv_width),),
+        "c_attn": (LinearLayer("attention", hidden, model.query_width + 2 * model.kv_width, full),),
         "c_fc": (into,),
         # StarCoder 1 also uses this name for the output layer of attention.
         "c_proj": (heads, product) if "c_attn" in family.lora_targets else (product,),
     }
     return found[name]
+
+
+def _list_linear_attention_layers(model: ModelDims) -> dict[str, tuple[LinearLayer, ...]]:
+    """Return the linear layers of linear attention by name."""
+    linear = model.linear_attention
+    if linear is None:
+        return {}
+    return {
+        "in_proj_qkvz": (LinearLayer("attention", model.hidden, linear.input_width, linear.layers),),
+        "in_proj_ba": (LinearLayer("attention", model.hidden, 2 * linear.value_heads, linear.layers),),
+        "out_proj": (LinearLayer("heads", linear.value_width, model.hidden, linear.layers),),
+    }
 
 
 def get_fully_trainable_modules(family: Family, model: ModelDims) -> dict[str, int]:
@@ -85,7 +102,10 @@ def build_adapter(lora: LoraConfig, family: Family, model: ModelDims) -> Adapter
     """Build the adapters of a configuration; names that the family does not have add nothing."""
     targets = family.lora_targets if lora.target_modules == "auto" else tuple(dict.fromkeys(lora.target_modules))
     layers = tuple(layer for name in targets for layer in list_linear_layers(name, family, model))
-    each = sum(lora.rank * (inputs + outputs) + (outputs if lora.use_dora else 0) for _, inputs, outputs in layers)
+    matrices = sum(
+        layer.layers * (lora.rank * (layer.inputs + layer.outputs) + (layer.outputs if lora.use_dora else 0))
+        for layer in layers
+    )
     modules, known = tuple(dict.fromkeys(lora.modules_to_save)), get_fully_trainable_modules(family, model)
     return AdapterSpec(
         rank=lora.rank,
@@ -98,6 +118,6 @@ def build_adapter(lora: LoraConfig, family: Family, model: ModelDims) -> Adapter
         modules_to_save=modules,
         quantize=lora.quantize,
         layers=layers,
-        matrices=model.layers * each,
+        matrices=matrices,
         whole=sum(known.get(name, 0) for name in modules),
     )

@@ -13,6 +13,7 @@ from llm_training_toolkit.families.family import (
     CodeLayout,
     Family,
     HfValues,
+    LinearAttentionDims,
     ModelDims,
     ModelSize,
     SpecialTokens,
@@ -101,6 +102,29 @@ def read_qwen3_moe_dims(hf: HfValues) -> ModelDims:
     )
 
 
+def read_qwen3_next_dims(hf: HfValues) -> ModelDims:
+    """Read dimensions of Qwen3-Next: of four layers three have linear attention; experts and a shared one in each."""
+    types = hf.get("layer_types") or ()
+    full = types.count("full_attention") if types else hf["num_hidden_layers"] // 4
+    linear = LinearAttentionDims(
+        layers=hf["num_hidden_layers"] - full,
+        key_heads=hf["linear_num_key_heads"],
+        value_heads=hf["linear_num_value_heads"],
+        key_head_dim=hf["linear_key_head_dim"],
+        value_head_dim=hf["linear_value_head_dim"],
+        kernel=hf["linear_conv_kernel_dim"],
+    )
+    dims = read_qwen3_moe_dims(hf)
+    return replace(
+        dims,
+        vectors_per_layer=2 * dims.hidden,
+        vectors_outside=dims.hidden + full * 2 * dims.head_dim + linear.layers * linear.vectors,
+        shared_expert=hf["shared_expert_intermediate_size"],
+        output_gate=True,
+        linear_attention=linear,
+    )
+
+
 def _build_qwen2_family(name: str, tokens: SpecialTokens, chat_template: str) -> Family:
     return Family(
         name=name,
@@ -154,6 +178,29 @@ QWEN3_MOE = replace(
     lora_targets=_ATTENTION,
 )
 
+QWEN3_NEXT = replace(
+    QWEN3_MOE,
+    name="qwen3-next",
+    model_type="qwen3_next",
+    architecture="Qwen3NextForCausalLM",
+    defaults={
+        **{key: value for key, value in QWEN3_MOE.defaults.items() if key != "use_sliding_window"},
+        "max_position_embeddings": 262_144,
+        "rope_parameters": {**build_rope_parameters(10_000_000.0), "partial_rotary_factor": 0.25},
+        "head_dim": 256,
+        "num_experts_per_tok": 10,
+        "linear_conv_kernel_dim": 4,
+        "linear_key_head_dim": 128,
+        "linear_value_head_dim": 128,
+        "linear_num_key_heads": 16,
+        "linear_num_value_heads": 32,
+    },
+    read_dims=read_qwen3_next_dims,
+    saved_as={},
+    flex_attention=False,
+    lora_targets=(*_ATTENTION, "in_proj_qkvz", "in_proj_ba", "out_proj"),
+)
+
 
 def _build_shape(layers: int, hidden: int, heads: tuple[int, int], inter: int, vocab: int, *, tied: bool) -> HfValues:
     """Build one row of the published tables; `heads` = attention heads and key-value heads."""
@@ -192,6 +239,13 @@ _A22B = {
     "moe_intermediate_size": 1536,
 }
 _A35B = {**_build_shape(62, 6144, (96, 8), 8192, 151936, tied=False), "num_experts": 160, "moe_intermediate_size": 2560}
+# Default of transformers' Qwen3NextConfig; THUDM/slime scripts/models/qwen3-next-80B-A3B.sh has the same.
+_NEXT_A3B = {
+    **_build_shape(48, 2048, (16, 2), 5120, 151936, tied=False),
+    "num_experts": 512,
+    "moe_intermediate_size": 512,
+    "shared_expert_intermediate_size": 512,
+}
 # Weights of July 2025 have 262,144 positions and a larger rotary base.
 _LONG = {"max_position_embeddings": 262_144, "rope_parameters": build_rope_parameters(5_000_000.0)}
 _LONG_CODER = {"max_position_embeddings": 262_144, "rope_parameters": build_rope_parameters(10_000_000.0)}
@@ -224,5 +278,11 @@ SIZES = (
     _build_2507_size("qwen3-30b-a3b", QWEN3_MOE, _A3B),
     _build_2507_size("qwen3-235b-a22b", QWEN3_MOE, _A22B),
     ModelSize("qwen3-coder-30b-a3b-instruct", QWEN3_MOE, {**_A3B, **_LONG_CODER}),
+    ModelSize(
+        "qwen3-next-80b-a3b-instruct",
+        QWEN3_NEXT,
+        _NEXT_A3B,
+        other_names=("qwen3-next-80b-a3b-thinking", "qwen3-coder-next", "qwen3-coder-next-base"),
+    ),
     ModelSize("qwen3-coder-480b-a35b-instruct", QWEN3_MOE, {**_A35B, **_LONG_CODER}),
 )

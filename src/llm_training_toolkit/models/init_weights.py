@@ -19,8 +19,15 @@ from torch import nn
 ParameterGatherer = Callable[[nn.Parameter], AbstractContextManager[None]]
 
 
+_ZERO_CENTERED_NORMS = {"Qwen3NextRMSNorm", "Qwen3_5RMSNorm", "Qwen3_5MoeRMSNorm"}  # they scale by 1 + weight
+
+
 def initialize_weights(model: nn.Module, seed: int, whole: ParameterGatherer) -> None:
-    """Write every parameter of `model` in place: matrices normal, norms one, biases zero."""
+    """Write every parameter of `model` in place: matrices normal, norms one, biases zero.
+
+    Norms that multiply by 1 + weight begin at zero. The decay of linear attention begins at log A, A uniform from 0.01
+    to 16, its time step at one, as in transformers.
+    """
     config: Any = model.config
     std = float(config.initializer_range)
     residual_std = std / math.sqrt(2 * config.num_hidden_layers)
@@ -34,9 +41,14 @@ def initialize_weights(model: nn.Module, seed: int, whole: ParameterGatherer) ->
 
 
 def _init_parameter(data: torch.Tensor, module: nn.Module, name: str, seed: int, std: float) -> None:
-    if name.endswith("bias"):
+    kind = type(module).__name__
+    if name.endswith(".A_log"):
+        data.copy_(torch.empty(data.shape).uniform_(0.01, 16.0, generator=build_generator(seed, name)).log_())
+    elif name.endswith(".dt_bias"):
+        data.fill_(1.0)
+    elif name.endswith("bias") or kind in _ZERO_CENTERED_NORMS:
         data.zero_()
-    elif "norm" in type(module).__name__.lower():
+    elif "norm" in kind.lower():
         data.fill_(1.0)
     else:
         values = torch.empty(data.shape, dtype=torch.float32).normal_(0.0, std, generator=build_generator(seed, name))

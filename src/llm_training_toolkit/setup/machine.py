@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Mapping
 
+from llm_training_toolkit import families
 from llm_training_toolkit.config import Config
 from llm_training_toolkit.errors import PlanError
 from llm_training_toolkit.plan.auto import GPU_ATTENTION
 
-_ATTENTION_PACKAGES = {
-    "flash_attention_2": ("flash_attn", "flash-attn"),
-    "flash_attention_3": ("flash_attn_interface", "flash-attn-3"),
+LINEAR_ATTENTION = "linear_attention"
+_ATTENTION_PACKAGES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "flash_attention_2": {"flash-attn": ("flash_attn", "kernels")},
+    "flash_attention_3": {"flash-attn-3": ("flash_attn_interface", "kernels")},
+    LINEAR_ATTENTION: {"flash-linear-attention": ("fla",), "causal-conv1d": ("causal_conv1d",)},
 }
-"""Module and package of each implementation of attention that torch does not bring."""
+"""Packages of each implementation of attention that torch does not bring, each with the modules that will do."""
 RAY_HEAD_TIMEOUT_VARIABLE = "RAY_gcs_rpc_server_reconnect_timeout_s"
 
 
@@ -60,15 +64,22 @@ def find_quantization_problem(*, gpu: bool) -> str | None:
 
 
 def check_attention(config: Config) -> None:
-    """Raise PlanError if the run trains on this machine, and it cannot compute `model.attn_implementation`."""
-    kind = config.model.attn_implementation
-    if kind not in GPU_ATTENTION or not (config.cluster.workers == 0 or is_local()):
+    """Raise PlanError if the run trains on this machine, and it cannot compute the model's attention."""
+    kinds = [kind for kind in list_attention_kinds(config) if kind in GPU_ATTENTION | {LINEAR_ATTENTION}]
+    if not kinds or not (config.cluster.workers == 0 or is_local()):
         return
     import torch
 
-    problem = find_attention_problem(kind, gpu=torch.cuda.is_available())
-    if problem:
-        raise PlanError(f"model.attn_implementation = {kind}: {problem}")
+    for kind in kinds:
+        problem = find_attention_problem(kind, gpu=torch.cuda.is_available() and config.cluster.gpus_per_worker != 0)
+        if problem:
+            raise PlanError(f"model.attn_implementation = {kind}: {problem}")
+
+
+def list_attention_kinds(config: Config) -> tuple[str, ...]:
+    """Return `model.attn_implementation`, and `linear_attention` for a hybrid model."""
+    hybrid = families.read_model_dims(families.resolve_hf_config(config)).linear_attention is not None
+    return (config.model.attn_implementation, *((LINEAR_ATTENTION,) if hybrid else ()))
 
 
 def find_attention_problem(kind: str, *, gpu: bool) -> str | None:
@@ -78,10 +89,16 @@ def find_attention_problem(kind: str, *, gpu: bool) -> str | None:
     """
     if kind in GPU_ATTENTION and not gpu:
         return "it needs a GPU, and there is none here: use auto, varlen, sdpa or eager"
-    module, package = _ATTENTION_PACKAGES.get(kind, ("", ""))
-    if module and not any(importlib.util.find_spec(name) for name in (module, "kernels")):
-        return f"it needs the package {package}, which is not installed: install it, or use auto, which needs none"
-    return None
+    packages = _ATTENTION_PACKAGES.get(kind, {}) if gpu else {}
+    missing = [
+        package for package, modules in packages.items() if not any(importlib.util.find_spec(name) for name in modules)
+    ]
+    if not missing:
+        return None
+    remedy = (
+        "pip install 'llm-training-toolkit[hybrid]'" if kind == LINEAR_ATTENTION else "or use auto, which needs none"
+    )
+    return f"it needs {' and '.join(missing)} on GPUs, which is not installed: install it, {remedy}"
 
 
 def format_cpu_shortage(config: Config, found: str) -> str:

@@ -37,7 +37,7 @@ from llm_training_toolkit.models import (
 from llm_training_toolkit.models.build import DTYPES
 from llm_training_toolkit.plan import Plan
 from llm_training_toolkit.runs.directory import RunDirectory, check_run
-from llm_training_toolkit.setup.machine import find_attention_problem, find_quantization_problem
+from llm_training_toolkit.setup.machine import find_attention_problem, find_quantization_problem, list_attention_kinds
 from llm_training_toolkit.worker.attention import resolve_attention
 from llm_training_toolkit.worker.base_weights import ensure_base_weights
 from llm_training_toolkit.worker.hub_download import ensure_local_weights
@@ -82,12 +82,13 @@ def build_run_model(
 
 def _check_device(config: Config, context: RunContext) -> None:
     """Raise PlanError for features that this device lacks; flex_attention on CPU would abort the process."""
-    gpu, kind = context.device.type != "cpu", config.model.attn_implementation
-    problem = find_attention_problem(kind, gpu=gpu)
-    if gpu and kind == "varlen" and config.train.precision == "fp32":
-        problem = "its kernels have no fp32 on GPUs: use sdpa, or train.precision bf16"
-    if problem:
-        raise PlanError(f"model.attn_implementation = {kind}: {problem}")
+    gpu = context.device.type != "cpu"
+    if gpu and config.model.attn_implementation == "varlen" and config.train.precision == "fp32":
+        raise PlanError("model.attn_implementation = varlen: it has no fp32 on GPUs: use sdpa, or train.precision bf16")
+    for kind in list_attention_kinds(config):
+        problem = find_attention_problem(kind, gpu=gpu)
+        if problem:
+            raise PlanError(f"model.attn_implementation = {kind}: {problem}")
     if config.model.lora is not None and config.model.lora.quantize is not None:
         missing = find_quantization_problem(gpu=gpu)
         if missing:

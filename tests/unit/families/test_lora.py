@@ -20,6 +20,14 @@ BIGCODE = {"n_layer": 2, "n_embd": 64, "n_inner": 96, "n_head": 4, "vocab_size":
 SHAPES: dict[str, dict[str, Any]] = {
     "qwen2.5-0.5b": GROUPED,
     "qwen3-0.6b": GROUPED | {"head_dim": 24},
+    "qwen3-next-80b-a3b-instruct": {key: GROUPED[key] for key in GROUPED if key != "intermediate_size"}
+    | {
+        "num_hidden_layers": 4,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 40,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+    },
     "starcoder2-3b": GROUPED,
     "starcoderbase-1b": BIGCODE,
 }
@@ -59,7 +67,7 @@ def test_the_count_is_that_of_peft(name: str, lora: dict[str, Any]) -> None:
     add_adapters(model, adapter, seed=0, dtype=torch.float32)
     assert adapter.trainable_parameters == sum(each.numel() for each in model.parameters() if each.requires_grad)
     layers = find_lora_layers(model)
-    assert len(layers) == 2 * len(adapter.layers)
+    assert len(layers) == sum(layer.layers for layer in adapter.layers)
     assert {layer.split(".")[-1] for layer in layers} == set(adapter.targets)
     expected = {layer.scaling["default"] for layer in layers.values()}
     assert expected == {adapter.scaling}
@@ -69,7 +77,11 @@ def test_the_count_is_that_of_peft(name: str, lora: dict[str, Any]) -> None:
 def test_auto_means_every_linear_layer_of_a_decoder_layer(name: str) -> None:
     family, hf = families.find_size(name).family, hf_config(name)
     model = build_model(hf, precision="fp32", attention="sdpa")
-    linear = {path.split(".")[-1] for path, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    linear = {
+        path.split(".")[-1]
+        for path, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and ".shared_expert" not in path
+    }
     assert set(family.lora_targets) == linear - {"lm_head"}
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from llm_training_toolkit import families
 from llm_training_toolkit.config.schema import Config
+from llm_training_toolkit.errors import PlanError
 
 TOTALS = {
     494_032_768: ("qwen2-0.5b", "qwen2.5-0.5b", "qwen2.5-coder-0.5b"),
@@ -24,6 +25,7 @@ TOTALS = {
     32_762_123_264: ("qwen3-32b",),
     30_532_122_624: ("qwen3-30b-a3b", "qwen3-30b-a3b-instruct-2507", "qwen3-coder-30b-a3b-instruct"),
     235_093_634_560: ("qwen3-235b-a22b", "qwen3-235b-a22b-instruct-2507"),
+    79_674_391_296: ("qwen3-next-80b-a3b-instruct",),
     480_154_875_392: ("qwen3-coder-480b-a35b-instruct",),
     1_137_207_296: ("starcoderbase-1b",),
     3_043_311_104: ("starcoderbase-3b",),
@@ -84,7 +86,11 @@ def test_adapters_go_to_every_linear_layer_but_the_output(family: families.Famil
 
     name = next(size.name for size in families.SIZES.values() if size.family is family)
     modules = built(families.resolve_hf_config(config(name))).named_modules()
-    linear = {path.rsplit(".")[-1] for path, module in modules if isinstance(module, torch.nn.Linear)}
+    linear = {
+        path.rsplit(".")[-1]
+        for path, module in modules
+        if isinstance(module, torch.nn.Linear) and ".shared_expert" not in path
+    }
     assert set(family.lora_targets) == linear - {"lm_head"}
 
 
@@ -102,6 +108,21 @@ def test_adapters_go_to_every_linear_layer_but_the_output(family: families.Famil
         ("qwen3-1.7b", {"num_key_value_heads": 1, "tie_word_embeddings": False, "rope_theta": 10000}),
         ("starcoder2-3b", {"num_key_value_heads": 2}),
         ("starcoder2-15b", {"num_key_value_heads": 3, "use_bias": False}),
+        (
+            "qwen3-next-80b-a3b-instruct",
+            {
+                "num_hidden_layers": 4,
+                "num_key_value_heads": 2,
+                "moe_intermediate_size": 24,
+                "shared_expert_intermediate_size": 40,
+                "num_experts": 5,
+                "num_experts_per_tok": 2,
+                "linear_num_key_heads": 2,
+                "linear_num_value_heads": 6,
+                "linear_key_head_dim": 12,
+                "linear_conv_kernel_dim": 3,
+            },
+        ),
         ("starcoderbase-1b", {}),
         ("starcoder", {"multi_query": False, "n_positions": 100}),
     ],
@@ -161,3 +182,16 @@ def test_a_configuration_that_transformers_wrote_counts_as_ours() -> None:
     written = Qwen3MoeConfig(**ours).to_dict()
     assert "num_experts" not in written  # otherwise this test proves nothing
     assert families.count_parameters(written) == families.count_parameters(ours)
+
+
+def test_flops_of_a_hybrid_count_attention_in_its_layers_alone() -> None:
+    hf = families.resolve_hf_config(config("qwen3-coder-next"))
+    model = families.read_model_dims(hf)
+    assert (model.attention_layers, model.layers) == (12, 48)
+    attention, state = 12 * 12 * 16 * 256 * 2048, 18 * 36 * 32 * 128 * 128
+    assert families.compute_flops_per_token(hf, 2048) == 6 * model.matmul_parameters + attention + state
+
+
+def test_heads_of_linear_attention_that_do_not_divide_are_refused() -> None:
+    with pytest.raises(PlanError, match="9 value heads of linear attention are not divisible by 4 key heads"):
+        families.resolve_hf_config(config("qwen3-coder-next", linear_num_value_heads=9, linear_num_key_heads=4))

@@ -281,13 +281,16 @@ def test_auto_takes_the_kernel_that_the_device_has(
 
 
 def test_a_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
-    assert "the package flash-attn," in str(find_attention_problem("flash_attention_2", gpu=True))
-    assert "the package flash-attn-3," in str(find_attention_problem("flash_attention_3", gpu=True))
+    installed: set[str] = set()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name if name in installed else None)
+    assert "needs flash-attn on GPUs" in str(find_attention_problem("flash_attention_2", gpu=True))
+    assert "needs flash-attn-3 on GPUs" in str(find_attention_problem("flash_attention_3", gpu=True))
+    assert "flash-linear-attention and causal-conv1d" in str(find_attention_problem("linear_attention", gpu=True))
     assert "needs a GPU" in str(find_attention_problem("flash_attention_2", gpu=False))
     assert "needs a GPU" in str(find_attention_problem("flex_attention", gpu=False))
-    for kind in ("auto", "varlen", "sdpa", "eager"):
-        assert not find_attention_problem(kind, gpu=False)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: name == "flash_attn")
-    assert not find_attention_problem("flash_attention_2", gpu=True)
-    assert find_attention_problem("flash_attention_3", gpu=True)
+    for kind in ("auto", "varlen", "sdpa", "eager", "linear_attention"):
+        assert find_attention_problem(kind, gpu=False) is None
+    installed |= {"flash_attn", "fla"}
+    assert find_attention_problem("flash_attention_2", gpu=True) is None
+    assert find_attention_problem("flash_attention_3", gpu=True) is not None
+    assert "needs causal-conv1d on GPUs" in str(find_attention_problem("linear_attention", gpu=True))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from llm_training_toolkit.models import build_model, initialize_weights
+from unit.models.test_document_isolation import HYBRIDS
 
 QWEN3: dict[str, Any] = {
     "model_type": "qwen3",
@@ -160,3 +161,17 @@ def test_tied_weights_stay_tied() -> None:
     model: Any = build_model(QWEN3, precision="fp32", attention="eager")
     initialize_weights(model, 1, lambda _: nullcontext())
     assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("config", HYBRIDS.values(), ids=HYBRIDS)
+def test_a_hybrid_model_begins_as_in_transformers(config: dict[str, Any]) -> None:
+    found = weights(config)
+    torch.manual_seed(0)
+    theirs = dict(build_model(config, precision="fp32", attention="eager").named_parameters())
+    for name, tensor in found.items():
+        if name.endswith("A_log"):
+            assert (tensor >= math.log(0.01)).all()
+            assert (tensor <= math.log(16)).all()
+            assert len(set(tensor.tolist())) == len(tensor)
+        elif tensor.dim() == 1:
+            assert torch.equal(tensor, theirs[name]), name

@@ -25,7 +25,7 @@ from llm_training_toolkit.launch.ray.resources import ClusterNode, build_resourc
 from llm_training_toolkit.monitoring.console import Console
 from llm_training_toolkit.runs.directory import RunDirectory
 from llm_training_toolkit.runs.storage.open import find_store_problem
-from llm_training_toolkit.setup.machine import find_attention_problem
+from llm_training_toolkit.setup.machine import find_attention_problem, list_attention_kinds
 
 _NODE_TIMEOUT_SECONDS = 60.0  # includes the start of a process; slower nodes are skipped, later stages see them
 _STAGE = "looking at the nodes"
@@ -47,18 +47,13 @@ def check_nodes(run: RunDirectory, config: Config, console: Console) -> None:
         )  # silent: the note is printed at the start
         CapacityWaiter(config, wanted, AutoscalerClient(wanted), console).check_feasibility()
         living = [node for node in nodes.alive_nodes() if has_room_for_worker(node.total, wanted.worker_resources)]
+        attention = list_attention_kinds(config) if "GPU" in wanted.worker_resources else ()  # CPUs need no package
         with _create_marker_files(folders.values()) as mark:
             problems = list(
                 _find_node_problems(
                     living,
                     folders,
-                    NodeCheck(
-                        store,
-                        config.cluster.env,
-                        mark,
-                        _list_read_directories(config),
-                        config.model.attn_implementation,
-                    ),
+                    NodeCheck(store, config.cluster.env, mark, _list_read_directories(config), attention),
                 )
             )
         console.update_stage(_STAGE, 1, 1)
@@ -102,8 +97,8 @@ class NodeCheck:
     """Name of the marker file in every folder."""
     read: Mapping[str, str]
     """Read-only directories, by field."""
-    attention: str
-    """`model.attn_implementation`, which may need a package on every node."""
+    attention: tuple[str, ...]
+    """Kinds of attention, which may need packages on every node."""
 
 
 def _find_node_problems(living: Sequence[ClusterNode], folders: Mapping[str, Path], the: NodeCheck) -> Iterator[str]:
@@ -139,7 +134,7 @@ def _iter_answer_problems(
     if version != __version__:
         yield f"node {address} has version {version} of the toolkit, this machine {__version__}: install the same"
     if lacking:
-        yield f"node {address} cannot compute model.attn_implementation = {the.attention}: {lacking}"
+        yield f"node {address} cannot compute {lacking}"
     if refused:
         yield f"node {address} does not reach run.dir: {refused}"
     for (field, folder), problem in zip(folders.items(), found, strict=True):
@@ -150,7 +145,9 @@ def _iter_answer_problems(
             yield f"node {address} does not see {field} = {path}: put it where every node reads it"
 
 
-def inspect_node(folders: Sequence[str], mark: str, read: Sequence[str], store: str, attention: str) -> NodeAnswer:
+def inspect_node(
+    folders: Sequence[str], mark: str, read: Sequence[str], store: str, attention: Sequence[str]
+) -> NodeAnswer:
     """Return this node's version, and problems, None if there is none: of each folder, of the store and of attention.
 
     The third are the missing paths. `folders` are written to, `read` is only read; `store` is the URI of a run, "" for
@@ -159,8 +156,9 @@ def inspect_node(folders: Sequence[str], mark: str, read: Sequence[str], store: 
     wrong = [_find_folder_problem(Path(folder), mark) for folder in folders]
     # An unmounted disk leaves an empty folder.
     blind = [path for path in read if next(Path(path).glob("*"), None) is None]
-    lacking = find_attention_problem(attention, gpu=True)
-    return __version__, wrong, blind, find_store_problem(store) if store else None, lacking
+    found = {kind: find_attention_problem(kind, gpu=True) for kind in attention}
+    lacking = "; ".join(f"model.attn_implementation = {kind}: {problem}" for kind, problem in found.items() if problem)
+    return __version__, wrong, blind, find_store_problem(store) if store else None, lacking or None
 
 
 def _find_folder_problem(folder: Path, mark: str) -> str | None:
