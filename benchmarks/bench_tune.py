@@ -32,7 +32,7 @@ from llm_training_toolkit.launch import torchrun  # noqa: F401 - torch and DeepS
 from llm_training_toolkit.launch.request import TrainRequest
 from llm_training_toolkit.monitoring.console import Console
 from llm_training_toolkit.runs.directory import RunDirectory
-from llm_training_toolkit.runs.metrics_log import read_newest_rows
+from llm_training_toolkit.runs.json_lines import read_newest_rows
 from llm_training_toolkit.search.results import read_trained_tokens
 from llm_training_toolkit.search.space import build_grid
 

@@ -17,7 +17,7 @@ import fork_server
 from launching import command, run_of, wait_for_step
 from llm_training_toolkit.checkpoint import find_latest_checkpoint
 from llm_training_toolkit.runs.attempts import read_attempt_record
-from llm_training_toolkit.runs.metrics_log import read_newest_rows
+from llm_training_toolkit.runs.json_lines import read_newest_rows
 
 pytestmark = [pytest.mark.slow]
 SECTIONS = {

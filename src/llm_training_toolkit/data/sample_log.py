@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from llm_training_toolkit.runs.json_lines import read_json_lines
+
 if TYPE_CHECKING:
     from llm_training_toolkit.data.dataset import MicroBatch, SequenceRef
 
@@ -39,9 +41,5 @@ class SampleLog:
 def read_sample_log(directory: Path, attempt: int) -> Iterator[tuple[int, list[FetchedSequence]]]:
     """Yield (step, sequences) of every rank of an attempt; a partial line of a killed process is skipped."""
     for path in sorted(directory.glob(f"attempt_{attempt}_rank_*.jsonl")):
-        for line in path.read_text().splitlines():
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue
+        for row in read_json_lines(path):
             yield int(row["step"]), [FetchedSequence(*each) for each in row["fetched"]]

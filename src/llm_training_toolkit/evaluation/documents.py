@@ -19,16 +19,6 @@ from llm_training_toolkit.evaluation.model import EvalModel, ExportedRun
 from llm_training_toolkit.evaluation.task import DocumentFormat
 
 
-def build_document_source(path: str, form: DocumentFormat) -> SourceConfig:
-    """Return the user's documents as a source. `path`: a file, directory, glob or URI."""
-    return SourceConfig(path=path, format=form)
-
-
-def read_user_documents(source: SourceConfig) -> Iterator[Document]:
-    """Read every document of a source, without duplicates. Raises DataError at the first unreadable one."""
-    return read_source_documents(source, 0)
-
-
 def read_held_out_documents(origin: ExportedRun) -> Iterator[Document]:
     """Read a run's held-out documents, except conversations, again from its sources.
 
@@ -46,7 +36,7 @@ def read_held_out_documents(origin: ExportedRun) -> Iterator[Document]:
 def read_eval_documents(subject: EvalModel, path: str | None, form: DocumentFormat) -> Iterator[Document]:
     """Read the documents at `path`, by default the held-out documents of the model's run."""
     return (
-        read_user_documents(build_document_source(path, form))
+        read_source_documents(SourceConfig(path=path, format=form), 0)
         if path is not None
         else read_held_out_documents(get_exported_run(subject))
     )

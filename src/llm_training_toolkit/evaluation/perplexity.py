@@ -9,16 +9,15 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
 
+from llm_training_toolkit.config import SourceConfig
 from llm_training_toolkit.data.dataset import MicroBatch, PackedDataset
 from llm_training_toolkit.data.prepare.renderer import DocumentRenderer
-from llm_training_toolkit.data.sources import Document
+from llm_training_toolkit.data.sources import Document, read_source_documents
 from llm_training_toolkit.data.types import Example
 from llm_training_toolkit.errors import DataError, PlanError
 from llm_training_toolkit.evaluation.documents import (
-    build_document_source,
     format_data_description,
     get_exported_run,
-    read_user_documents,
 )
 from llm_training_toolkit.evaluation.losses import LossAccumulator, pack_into_batches
 from llm_training_toolkit.evaluation.model import EvalModel
@@ -75,7 +74,7 @@ class _RenderedDocuments:
     def __init__(self, task: PerplexityTask, subject: EvalModel) -> None:
         assert task.data is not None
         self._source, self._context, self._stride = (
-            build_document_source(task.data, task.format),
+            SourceConfig(path=task.data, format=task.format),
             subject.context_length,
             task.stride,
         )
@@ -87,7 +86,7 @@ class _RenderedDocuments:
 
     def iter_example_batches(self) -> Iterator[list[Example]]:
         """Yield the examples of all documents, each at most as long as the context."""
-        numbered = enumerate(read_user_documents(self._source))
+        numbered = enumerate(read_source_documents(self._source, 0))
         while some := list(islice(numbered, _DOCUMENTS_PER_BATCH)):
             yield list(self._render_examples(some))
 

@@ -10,7 +10,7 @@ from llm_training_toolkit.config import Config
 from llm_training_toolkit.data.prepare.dataset_info import DatasetInfo
 from llm_training_toolkit.plan import make_plan
 from llm_training_toolkit.runs.directory import RunDirectory
-from llm_training_toolkit.runs.metrics_log import read_newest_rows
+from llm_training_toolkit.runs.json_lines import read_newest_rows
 
 ExportKind = Literal["model", "adapters", "merged"]  # fully trained, adapters, or adapters merged into their base
 

@@ -18,6 +18,7 @@ from llm_training_toolkit.distributed.context import RunContext
 from llm_training_toolkit.distributed.events import NoteEvent, WarningEvent
 from llm_training_toolkit.runs.atomic_write import sync_directory
 from llm_training_toolkit.runs.directory import RunDirectory
+from llm_training_toolkit.runs.json_lines import terminate_last_line
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -52,7 +53,7 @@ class JsonLines:
     def __init__(self, path: Path, attempt: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._attempt = attempt
-        _terminate_last_line(path)
+        terminate_last_line(path)
         self._file = path.open("ab", buffering=0)
         self._pending = b""
         sync_directory(path.parent)
@@ -83,15 +84,6 @@ class JsonLines:
         while self._pending:
             written = self._file.write(self._pending)
             self._pending = self._pending[written:]
-
-
-def _terminate_last_line(path: Path) -> None:
-    """End the partial line of a killed writer, so that the next one is not appended to it."""
-    if path.exists() and path.stat().st_size:
-        with path.open("rb+") as file:
-            file.seek(-1, 2)
-            if file.read(1) != b"\n":
-                file.write(b"\n")
 
 
 class TensorBoard:

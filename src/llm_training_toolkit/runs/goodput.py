@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple, get_args
 
 from llm_training_toolkit.runs.attempts import find_last_attempt, read_attempt_record, update_attempt
 from llm_training_toolkit.runs.directory import RunDirectory
-from llm_training_toolkit.runs.metrics_log import read_newest_rows
+from llm_training_toolkit.runs.json_lines import read_newest_rows
 
 # startup: from the command, or from the request for new workers, to the first step.
 # data: looking up sequences, and waiting for data in preparation.

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from llm_training_toolkit.runs.attempts import find_last_attempt, read_attempt_record
 from llm_training_toolkit.runs.directory import RunDirectory, parse_checkpoint_name
 from llm_training_toolkit.runs.goodput import SecondsByPart, read_seconds_by_part
-from llm_training_toolkit.runs.metrics_log import read_newest_rows
+from llm_training_toolkit.runs.json_lines import read_newest_rows
 
 RunState = Literal["starting", "running", "finished", "stopped", "failed", "lost", "unreadable"]
 # final states of an attempt; after any other state another attempt should have followed

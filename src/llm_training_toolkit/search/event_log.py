@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from llm_training_toolkit.errors import LaunchError
 from llm_training_toolkit.runs.directory import RunDirectory
+from llm_training_toolkit.runs.json_lines import read_json_lines, terminate_last_line
 from llm_training_toolkit.search.space import Parameters
 
 TrialStatus = Literal["begun", "finished", "stopped", "failed"]
@@ -116,7 +116,7 @@ class EventLog:
         self.write_error = ""
         """Message of a failed write, after which the search must not continue."""
         self._spans: list[list[float]] = []
-        for event in _read_events(path):
+        for event in read_json_lines(path):
             self._apply_event(event)
         path.parent.mkdir(parents=True, exist_ok=True)
 
@@ -191,9 +191,8 @@ class EventLog:
         self._apply_event(line)
 
     def _append_line(self, line: bytes) -> None:
-        with self._path.open("a+b") as file:
-            if file.tell() and not _ends_with_newline(file):
-                file.write(b"\n")  # a killed driver or a full disk may have left half a line
+        terminate_last_line(self._path)  # a killed driver or a full disk may have left half a line
+        with self._path.open("ab") as file:
             file.write(line)
             file.flush()
             os.fsync(file.fileno())
@@ -226,19 +225,3 @@ class EventLog:
     def _take_end(self, event: dict[str, Any]) -> None:
         trial = self.trials[event["trial"]]
         trial.state, trial.error, trial.trained_tokens = event["state"], event["error"], event["trained"]
-
-
-def _ends_with_newline(file: Any) -> bool:  # noqa: ANN401 - a binary file
-    file.seek(-1, 2)
-    ends: bool = file.read(1) == b"\n"
-    return ends
-
-
-def _read_events(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the events of complete lines."""
-    for line in path.read_text().splitlines() if path.is_file() else ():
-        try:
-            event = json.loads(line)
-        except ValueError:
-            continue
-        yield event

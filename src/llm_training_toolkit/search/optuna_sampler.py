@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from datetime import UTC, datetime
 from typing import Any
 
 import optuna
@@ -47,18 +46,11 @@ def _build_frozen_trial(search: SearchConfig, trial: TrialRecord) -> FrozenTrial
     state = _OPTUNA_STATES[trial.state]
     if state is TrialState.COMPLETE and not (trial.last_rung and math.isfinite(trial.last_rung.value)):
         state = TrialState.FAIL
-    ended = state.is_finished()
-    return FrozenTrial(
-        number=trial.number,
-        trial_id=trial.number,
+    return optuna.create_trial(
         state=state,
         value=trial.last_rung.value if state is TrialState.COMPLETE and trial.last_rung else None,
-        datetime_start=datetime.now(UTC),
-        datetime_complete=datetime.now(UTC) if ended else None,
         params={key: _to_optuna_value(search.search[key], value) for key, value in trial.parameters.items()},
         distributions={key: build_distribution(search.search[key]) for key in trial.parameters},
-        user_attrs={},
-        system_attrs={},
         intermediate_values={rung.rung: rung.value for rung in trial.rungs},
     )
 

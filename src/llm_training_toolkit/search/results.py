@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from llm_training_toolkit.config.search import SearchConfig
+from llm_training_toolkit.runs.json_lines import read_json_lines
 from llm_training_toolkit.search.early_stopping import get_sort_key, is_better
 from llm_training_toolkit.search.event_log import EventLog, SearchDirectory, TrialRecord
 
@@ -50,11 +50,7 @@ def get_trial_tokens(trial: TrialRecord) -> int:
 def read_trained_tokens(path: Path) -> int:
     """Return the tokens that a run actually trained on, including steps repeated after a failure."""
     total = 0.0
-    for line in path.read_text().splitlines() if path.is_file() else ():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
+    for row in read_json_lines(path):
         total += row.get("perf/tokens_per_second", 0.0) * row.get("perf/step_seconds", 0.0)
     return round(total)
 

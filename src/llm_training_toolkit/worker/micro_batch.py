@@ -34,7 +34,7 @@ from llm_training_toolkit.plan import (
 )
 from llm_training_toolkit.runs.attempts import find_last_attempt, has_run_out_of_memory, read_attempt_record
 from llm_training_toolkit.runs.directory import RunDirectory
-from llm_training_toolkit.runs.metrics_log import read_newest_rows
+from llm_training_toolkit.runs.json_lines import read_newest_rows
 from llm_training_toolkit.worker.spec import WorkerSpec
 
 _CGROUPS = Path("/sys/fs/cgroup")

@@ -103,10 +103,7 @@ class ChatTemplate:
         Raises DataError with the template's fault if it rejects the conversation, omits content, or leaves the
         assistant's turns ambiguous.
         """
-        messages = [_build_template_message(message) for message in conversation.messages]
-        tools = [json.loads(tool) for tool in conversation.tools]
-        written = self._template.render_messages(messages, tools)
-        _check_complete(conversation, tools, written.text)
+        written = self._render_completely(conversation, prompt=False)
         spoken = [number for number, message in enumerate(conversation.messages) if message.role == "assistant"]
         turns = [turn for number in spoken for turn in self._find_assistant_spans(conversation, written, number)]
         return self._trim_after_last_turn(conversation, written, tuple(turns))
@@ -116,11 +113,16 @@ class ChatTemplate:
 
         Raises DataError with the template's fault if it rejects the conversation or omits content.
         """
+        written = self._render_completely(conversation, prompt=True)
+        return RenderedChat(written.text, written.markers, turns=(), missing_end_of_turn=None)
+
+    def _render_completely(self, conversation: Conversation, *, prompt: bool) -> TracedText:
+        """Render a conversation. Raises DataError for content that the template omits."""
         messages = [_build_template_message(message) for message in conversation.messages]
         tools = [json.loads(tool) for tool in conversation.tools]
-        written = self._template.render_messages(messages, tools, prompt=True)
+        written = self._template.render_messages(messages, tools, prompt=prompt)
         _check_complete(conversation, tools, written.text)
-        return RenderedChat(written.text, written.markers, turns=(), missing_end_of_turn=None)
+        return written
 
     def _find_assistant_spans(
         self, conversation: Conversation, written: TracedText, number: int

@@ -16,7 +16,7 @@ from llm_training_toolkit.checkpoint import list_complete_checkpoints
 from llm_training_toolkit.launch.drill.local_cluster import LocalCluster
 from llm_training_toolkit.runs.attempts import find_last_attempt, read_attempt_record
 from llm_training_toolkit.runs.directory import RunDirectory
-from llm_training_toolkit.runs.metrics_log import read_newest_rows
+from llm_training_toolkit.runs.json_lines import read_newest_rows
 
 _POLL_SECONDS = 0.002  # writing a checkpoint may take only ten of these
 _WAIT_TIMEOUT_SECONDS = 300.0  # for what a fault needs or causes: a second checkpoint, the end of an attempt

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from llm_training_toolkit.launch.drill.data_audit import audit_sequences, read_a
 from llm_training_toolkit.runs.attempts import read_attempt_record
 from llm_training_toolkit.runs.directory import RunDirectory, parse_checkpoint_name
 from llm_training_toolkit.runs.goodput import SecondsByPart, format_goodput
+from llm_training_toolkit.runs.json_lines import read_json_lines
 from llm_training_toolkit.runs.status import read_goodput
 
 
@@ -155,10 +155,7 @@ def find_undamaged_checkpoint(run: RunDirectory, damaged: str | None) -> str | N
 
 def read_step_rows(run: RunDirectory) -> list[dict[str, Any]]:
     """Return every step row, in order."""
-    if not run.metrics_path.exists():
-        return []
-    lines = [line for line in run.metrics_path.read_text().splitlines() if line.endswith("}")]
-    return [row for row in map(json.loads, lines) if "train/loss" in row]
+    return [row for row in read_json_lines(run.metrics_path) if "train/loss" in row]
 
 
 def _get_latest_checkpoint(run: RunDirectory) -> Path:

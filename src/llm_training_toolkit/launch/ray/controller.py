@@ -36,7 +36,7 @@ from llm_training_toolkit.monitoring.logs import read_last_lines
 from llm_training_toolkit.runs.attempts import begin_attempt, end_attempt, find_last_attempt, read_attempt_record
 from llm_training_toolkit.runs.directory import parse_checkpoint_name
 from llm_training_toolkit.runs.goodput import get_process_start_time
-from llm_training_toolkit.runs.metrics_log import read_newest_rows
+from llm_training_toolkit.runs.json_lines import read_newest_rows
 from llm_training_toolkit.runs.storage.open import storage_errors
 from llm_training_toolkit.runs.storage.s3_client import StorageError
 

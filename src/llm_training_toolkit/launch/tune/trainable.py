@@ -37,7 +37,7 @@ from llm_training_toolkit.monitoring.terminal import TerminalStream
 from llm_training_toolkit.plan import Plan, check_plan, make_plan
 from llm_training_toolkit.runs.atomic_write import write_atomically
 from llm_training_toolkit.runs.directory import RunDirectory, lock_run_directory
-from llm_training_toolkit.runs.metrics_log import read_newest_rows
+from llm_training_toolkit.runs.json_lines import read_newest_rows
 from llm_training_toolkit.search.early_stopping import compute_rung_steps, get_bracket
 from llm_training_toolkit.search.results import read_trained_tokens
 from llm_training_toolkit.setup.background_prep import prepare_in_background
