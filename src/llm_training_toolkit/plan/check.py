@@ -44,13 +44,20 @@ def find_length_problems(steps: int | None, warmup: int | None, decay: int | Non
     if steps is None or warmup is None or decay is None:
         return ()
     if steps == 0:
-        return (Problem("data.sources", "there is no training sequence", "Check the paths and data.eval.fraction"),)
+        return (
+            Problem(
+                "no-training-sequences",
+                "data.sources",
+                "there is no training sequence",
+                "Check the paths and data.eval.fraction",
+            ),
+        )
     if warmup > steps:
         what = f"a warm-up of {warmup} steps is longer than the run of {steps}"
-        return (Problem("optim.warmup", what, "Use a share such as 0.01, or a longer run"),)
+        return (Problem("warmup-too-long", "optim.warmup", what, "Use a share such as 0.01, or a longer run"),)
     if warmup + decay > steps:
         what = f"a warm-up of {warmup} steps and a decay of {decay} do not fit into {steps} steps"
-        return (Problem("optim.decay", what, "Lower optim.decay or optim.warmup"),)
+        return (Problem("decay-too-long", "optim.decay", what, "Lower optim.decay or optim.warmup"),)
     return ()
 
 
@@ -59,7 +66,7 @@ def _find_isolation_problems(family: Family) -> Iterator[Problem]:
     if family.model_type not in ISOLATED_MODEL_TYPES:
         what = f"documents packed into one sequence could see each other in {family.architecture}"
         fix = "Use a family whose isolation is tested (docs/objective.md)"
-        yield Problem("model.name", what, fix)
+        yield Problem("packing-not-isolated", "model.name", what, fix)
 
 
 def _find_attention_problems(config: Config, family: Family) -> Iterator[Problem]:
@@ -69,11 +76,23 @@ def _find_attention_problems(config: Config, family: Family) -> Iterator[Problem
     if config.train.precision == "fp32" and (
         kind in {"flash_attention_2", "flash_attention_3"} or (on_gpu and kind == "varlen")
     ):
-        yield Problem(where, f"{kind} has no fp32 on GPUs", "Use sdpa, or train.precision bf16")
+        yield Problem(
+            "attention-without-fp32", where, f"{kind} has no fp32 on GPUs", "Use sdpa, or train.precision bf16"
+        )
     if config.cluster.gpus_per_worker == 0 and kind in GPU_ATTENTION:
-        yield Problem(where, f"{kind} needs a GPU, and cluster.gpus_per_worker is 0", "Use auto, varlen, sdpa or eager")
+        yield Problem(
+            "attention-needs-gpu",
+            where,
+            f"{kind} needs a GPU, and cluster.gpus_per_worker is 0",
+            "Use auto, varlen, sdpa or eager",
+        )
     if kind == "flex_attention" and not family.flex_attention:
-        yield Problem(where, f"{family.name} has no flex_attention in transformers", "Use auto, varlen, sdpa or eager")
+        yield Problem(
+            "no-flex-attention",
+            where,
+            f"{family.name} has no flex_attention in transformers",
+            "Use auto, varlen, sdpa or eager",
+        )
 
 
 def _find_weights_problems(config: Config) -> Iterator[Problem]:
@@ -82,13 +101,18 @@ def _find_weights_problems(config: Config) -> Iterator[Problem]:
         return
     if not (directory / "config.json").is_file() and (directory / "adapter_config.json").is_file():
         fix = "Merge them (ltt export RUN --merge) and give the result, or start from their run with model.init_from"
-        yield Problem("model.path", f"{config.model.path} holds adapters, and no model", fix)
+        yield Problem("adapters-without-model", "model.path", f"{config.model.path} holds adapters, and no model", fix)
     elif not (directory / "config.json").is_file():
         what = f"{config.model.path} holds no model (no config.json)"
-        yield Problem("model.path", what, "Give the directory that holds it")
+        yield Problem("no-model-config", "model.path", what, "Give the directory that holds it")
     elif not any(directory.glob("*.safetensors")):
         what = f"{config.model.path} has no weights in safetensors, and pickled ones are not opened"
-        yield Problem("model.path", what, "Save them anew with transformers, save_pretrained, where you trust them")
+        yield Problem(
+            "no-safetensors",
+            "model.path",
+            what,
+            "Save them anew with transformers, save_pretrained, where you trust them",
+        )
 
 
 def _find_lora_problems(config: Config, size: ModelSize, hf: HfValues) -> Iterator[Problem]:
@@ -107,15 +131,25 @@ def _find_lora_problems(config: Config, size: ModelSize, hf: HfValues) -> Iterat
     yield from _find_unknown_names("model.lora.modules_to_save", lora.modules_to_save, whole, size)
     if dims.tied and set(lora.modules_to_save) & set(whole):
         what = f"embedding and output layer of {size.name} are one matrix, which training one of them would part"
-        yield Problem("model.lora.modules_to_save", what, "Remove it, or train the whole model without lora")
+        yield Problem(
+            "tied-modules-to-save",
+            "model.lora.modules_to_save",
+            what,
+            "Remove it, or train the whole model without lora",
+        )
     if lora.quantize is not None and config.engine.zero_stage == 3:
         what = "ZeRO 3 would cut 4-bit weights, whose blocks belong together"
         yield Problem(
-            "engine.zero_stage", what, "Use 2: the weights in 4 bits are small, and only adapters have gradients"
+            "quantized-zero-3",
+            "engine.zero_stage",
+            what,
+            "Use 2: the weights in 4 bits are small, and only adapters have gradients",
         )
     if lora.quantize is not None and config.cluster.gpus_per_worker == 0:
         what = "4-bit weights need a GPU, and cluster.gpus_per_worker is 0"
-        yield Problem("model.lora.quantize", what, "Remove quantize, or train where there are GPUs")
+        yield Problem(
+            "quantized-without-gpu", "model.lora.quantize", what, "Remove quantize, or train where there are GPUs"
+        )
 
 
 def _find_unknown_names(where: str, given: Sequence[str], known: Sequence[str], size: ModelSize) -> Iterator[Problem]:
@@ -124,7 +158,9 @@ def _find_unknown_names(where: str, given: Sequence[str], known: Sequence[str], 
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             meant = f"Did you mean {near[0]}? " if near else ""
-            yield Problem(where, f"{size.name} has no {name!r}", f"{meant}There are: {', '.join(known)}")
+            yield Problem(
+                "unknown-lora-module", where, f"{size.name} has no {name!r}", f"{meant}There are: {', '.join(known)}"
+            )
 
 
 def _find_evaluation_problems(config: Config, family: Family) -> Iterator[Problem]:
@@ -133,12 +169,24 @@ def _find_evaluation_problems(config: Config, family: Family) -> Iterator[Proble
         where = f"eval.tasks[{index}]"
         if asked.task == "infill" and not family.special_tokens.has_fim:
             what = f"{family.name} has no tokens for fill-in-the-middle"
-            yield Problem(where, what, "Remove the task, or use a family that has: qwen2.5, starcoder2")
+            yield Problem(
+                "task-without-fim-tokens", where, what, "Remove the task, or use a family that has: qwen2.5, starcoder2"
+            )
         if asked.task == "infill" and asked.format == "chat":
-            yield Problem(f"{where}.format", "a conversation has no middle to fill in", "Use code or text")
+            yield Problem(
+                "infill-of-conversations",
+                f"{where}.format",
+                "a conversation has no middle to fill in",
+                "Use code or text",
+            )
     if config.eval.tasks and not config.export.at_end:
         what = "tasks are carried out on the exported model, and export.at_end is false"
-        yield Problem("eval.tasks", what, "Set export.at_end to true, or evaluate later: ltt export, ltt evaluate")
+        yield Problem(
+            "tasks-without-export",
+            "eval.tasks",
+            what,
+            "Set export.at_end to true, or evaluate later: ltt export, ltt evaluate",
+        )
 
 
 def _find_object_store_problems(config: Config) -> Iterator[Problem]:
@@ -146,15 +194,19 @@ def _find_object_store_problems(config: Config) -> Iterator[Problem]:
     model = config.model
     if model.init_from is not None and is_uri(model.init_from):
         what = f"{model.init_from} is an address: another run's weights are read from a directory"
-        yield Problem("model.init_from", what, "Export it to a path (ltt export RUN --out) and give model.path")
+        yield Problem(
+            "init-from-uri", "model.init_from", what, "Export it to a path (ltt export RUN --out) and give model.path"
+        )
     if not is_uri(config.run.dir):
         return
     if not config.run.dir.startswith("s3://"):
         what = f"{config.run.dir}: of object stores, runs can lie in S3 and what speaks its protocol (s3://)"
-        yield Problem("run.dir", what, "Use s3://bucket/path, or a path that every node sees")
+        yield Problem("unsupported-store", "run.dir", what, "Use s3://bucket/path, or a path that every node sees")
     if model.lora is not None and model.path is None:
         what = "without model.path the weights that adapters stand beside would be written into an object store"
-        yield Problem("model.path", what, "Give their directory or hub id, or a run.dir that is a path")
+        yield Problem(
+            "adapter-base-in-store", "model.path", what, "Give their directory or hub id, or a run.dir that is a path"
+        )
 
 
 def find_memory_problems(memory_gb: Mapping[str, float]) -> tuple[Problem, ...]:
@@ -167,6 +219,7 @@ def find_memory_problems(memory_gb: Mapping[str, float]) -> tuple[Problem, ...]:
     what = f"about {needed:.3g} GB a device, most of it {largest} ({memory_gb[largest]:.3g} GB): this can never fit"
     return (
         Problem(
+            "impossible-memory",
             where,
             what,
             "Check the number of zeros in model.config_overrides, data.sequence_length, train.micro_batch_size",
@@ -185,14 +238,19 @@ def find_vocabulary_problems(config: Config, vocab_size: int | None, hf: HfValue
     what = f"the tokenizer has {vocab_size:,} entries, the model's embedding {hf['vocab_size']:,} rows"
     key = "model.resize_vocab_to" if config.model.path is not None else "model.config_overrides.vocab_size"
     fix = f"Give the tokenizer of this model, or let the embedding have more: {key}={-(-vocab_size // 64) * 64}"
-    return (Problem("tokenizer.path", what, fix),)
+    return (Problem("tokenizer-too-large", "tokenizer.path", what, fix),)
 
 
 def _find_tokenizer_problems(config: Config) -> Iterator[Problem]:
     origin = "path" if config.model.path is not None else "init_from" if config.model.init_from is not None else None
     if config.tokenizer.train is not None and origin is not None:
         what = f"a new tokenizer does not fit the weights of model.{origin}, which know their own tokens"
-        yield Problem("tokenizer.train", what, "Give tokenizer.path, the tokenizer these weights were trained with")
+        yield Problem(
+            "new-tokenizer-for-weights",
+            "tokenizer.train",
+            what,
+            "Give tokenizer.path, the tokenizer these weights were trained with",
+        )
 
 
 def _find_data_problems(config: Config, size: ModelSize, hf: HfValues) -> Iterator[Problem]:
@@ -205,7 +263,7 @@ def _find_data_problems(config: Config, size: ModelSize, hf: HfValues) -> Iterat
             if config.model.path is not None
             else f", or raise model.config_overrides.{family.position_key} (from scratch)"
         )
-        yield Problem("data.sequence_length", what, f"Use at most {positions}{more}")
+        yield Problem("sequence-too-long", "data.sequence_length", what, f"Use at most {positions}{more}")
     for index, source in enumerate(config.data.sources):
         yield from _find_source_problems(f"data.sources[{index}]", source, family)
     for index, source in enumerate(config.data.eval.sources):
@@ -217,14 +275,19 @@ def _find_source_problems(where: str, source: SourceConfig, family: Family) -> I
     tokens = family.special_tokens
     if source.fim is not None and not tokens.has_fim:
         what = f"{family.name} has no tokens for fill-in-the-middle"
-        yield Problem(f"{where}.fim", what, "Remove it, or use a family that has: qwen2.5, starcoder2")
+        yield Problem("no-fim-tokens", f"{where}.fim", what, "Remove it, or use a family that has: qwen2.5, starcoder2")
     if source.group_by == "repository" and not source.metadata and family.code_layout.needs_path:
         what = f"{family.name} tells the files of a repository apart by their paths alone"
-        yield Problem(f"{where}.group_by", what, "Set metadata: true, or group_by: file")
+        yield Problem("repository-needs-metadata", f"{where}.group_by", what, "Set metadata: true, or group_by: file")
     if (source.group_by == "repository" or source.metadata) and not tokens.repository:
         key = "metadata" if source.metadata else "group_by"
         what = f"{family.name} has no tokens for repositories and files"
-        yield Problem(f"{where}.{key}", what, "Remove it, or use a family that has: qwen2.5, qwen3, starcoder2")
+        yield Problem(
+            "no-repository-tokens",
+            f"{where}.{key}",
+            what,
+            "Remove it, or use a family that has: qwen2.5, qwen3, starcoder2",
+        )
 
 
 def _find_batch_problems(config: Config, replicas: int) -> Iterator[Problem]:
@@ -232,7 +295,12 @@ def _find_batch_problems(config: Config, replicas: int) -> Iterator[Problem]:
     if replicas > batch:
         sequences, workers = _format_plural(batch, "sequence"), _format_plural(batch, "worker")
         what = f"{replicas:,} workers share {sequences}, so {replicas - batch:,} would have none"
-        yield Problem("cluster.workers", what, f"Use at most {workers}, or a larger train.global_batch_size")
+        yield Problem(
+            "more-workers-than-sequences",
+            "cluster.workers",
+            what,
+            f"Use at most {workers}, or a larger train.global_batch_size",
+        )
 
 
 def is_directory_or_hub_id(path: str) -> bool:

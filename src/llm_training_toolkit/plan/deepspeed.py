@@ -135,15 +135,27 @@ def find_deepspeed_problems(given: Mapping[str, Any]) -> tuple[Problem, ...]:
     """Return the keys of `engine.deepspeed` that the toolkit owns or DeepSpeed removed; empty if it can be merged."""
     zero = given.get("zero_optimization", {})
     if not isinstance(zero, Mapping):
-        return (Problem("engine.deepspeed.zero_optimization", f"{zero!r} is not a block of keys", "Write a mapping"),)
+        return (
+            Problem(
+                "deepspeed-block",
+                "engine.deepspeed.zero_optimization",
+                f"{zero!r} is not a block of keys",
+                "Write a mapping",
+            ),
+        )
     keys = [*given, *(f"zero_optimization.{key}" for key in zero)]
     owned = (
-        Problem(f"engine.deepspeed.{key}", "the toolkit owns this key", OWNED_KEYS[key])
+        Problem("deepspeed-owned-key", f"engine.deepspeed.{key}", "the toolkit owns this key", OWNED_KEYS[key])
         for key in keys
         if key in OWNED_KEYS
     )
     gone = (
-        Problem(f"engine.deepspeed.{key}", "DeepSpeed 0.19 has removed this and refuses it", "Remove the key")
+        Problem(
+            "deepspeed-removed-key",
+            f"engine.deepspeed.{key}",
+            "DeepSpeed 0.19 has removed this and refuses it",
+            "Remove the key",
+        )
         for key in keys
         if key in REMOVED_KEYS
     )

@@ -141,14 +141,26 @@ def _count_nodes(config: Config, workers: int, per_node: int, available: int) ->
 def _find_problems(config: Config, plan: Plan, hardware: ClusterHardware, per_node: int) -> Iterator[Problem]:
     """Find reasons why the run cannot start on this cluster."""
     if config.cluster.workers == 0:
-        yield Problem("cluster.workers", "0 means without Ray, on one machine", "Give the number of workers")
+        yield Problem(
+            "no-workers-on-cluster",
+            "cluster.workers",
+            "0 means without Ray, on one machine",
+            "Give the number of workers",
+        )
         return
     wanted, device = config.cluster.gpus_per_worker, hardware.device
     if wanted == 0 and not hardware.is_cpu:
         what = f"0 trains on the cores of nodes with {device}, and the estimate is for {device}"
-        yield Problem("cluster.gpus_per_worker", what, "Remove it: auto takes one for each worker")
+        yield Problem(
+            "cpu-workers-on-gpu-nodes", "cluster.gpus_per_worker", what, "Remove it: auto takes one for each worker"
+        )
     if wanted == 1 and hardware.is_cpu:
-        yield Problem("cluster.gpus_per_worker", "the cluster has no GPUs", "Remove it: auto takes none")
+        yield Problem(
+            "gpu-workers-on-cpu-nodes",
+            "cluster.gpus_per_worker",
+            "the cluster has no GPUs",
+            "Remove it: auto takes none",
+        )
     yield from _find_placement_problems(config, plan.fewest_workers, hardware, per_node)
     yield from _find_memory_problems(config, plan, hardware)
 
@@ -160,7 +172,7 @@ def _find_placement_problems(
     cpus, placement = config.cluster.cpus_per_worker, config.cluster.placement_strategy
     if per_node == 0:
         what = f"a worker of {cpus} CPUs fits into no node, which has {hardware.cpus}"
-        yield Problem("cluster.cpus_per_worker", what, f"Use at most {hardware.cpus}")
+        yield Problem("too-many-cpus-per-worker", "cluster.cpus_per_worker", what, f"Use at most {hardware.cpus}")
         return
     most = _compute_max_workers(config, hardware, per_node)
     if workers <= most:
@@ -175,7 +187,12 @@ def _find_placement_problems(
         "the file holds, "
         f"which is {_format_plural(most, 'worker')} on {cluster}"
     )
-    yield Problem("cluster.workers", what, f"Use at most {most} workers, or raise the nodes of the cluster file")
+    yield Problem(
+        "too-many-workers",
+        "cluster.workers",
+        what,
+        f"Use at most {most} workers, or raise the nodes of the cluster file",
+    )
 
 
 def _compute_max_workers(config: Config, hardware: ClusterHardware, per_node: int) -> int:
@@ -196,7 +213,7 @@ def _find_memory_problems(config: Config, plan: Plan, hardware: ClusterHardware)
         f"with {parts[largest]:.3g} GB"
     )
     where, fix = _suggest_memory_fix(config, plan, largest)
-    yield Problem(where, what, fix)
+    yield Problem("out-of-memory", where, what, fix)
 
 
 def _suggest_memory_fix(config: Config, plan: Plan, largest: str) -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""Problem of a plan: key, description and fix."""
+"""Problem of a plan: code, key, description and fix."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from dataclasses import dataclass
 class Problem:
     """Reason why a run cannot start as configured."""
 
+    code: str
+    """Stable name, for scripts and tests; the words may change."""
     where: str
     """Dotted key of the configuration."""
     what: str

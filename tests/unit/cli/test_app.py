@@ -179,7 +179,7 @@ def test_a_plan_with_problems_is_shown_and_refused() -> None:
     assert done.returncode == 2
     [problem] = json.loads(done.stdout)["problems"]
     assert problem["where"] == "cluster.workers"
-    assert problem.keys() == {"where", "what", "fix"}
+    assert problem.keys() == {"code", "where", "what", "fix"}
 
 
 def test_an_override_changes_the_plan() -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import llm_training_toolkit.plan
 from llm_training_toolkit import families
 from llm_training_toolkit.config.schema import Config
 from llm_training_toolkit.plan import Plan, make_plan
@@ -30,6 +33,18 @@ def problems(model: str, source: dict[str, Any], *, held_out: bool = False) -> l
         }
     )
     return [problem.where for problem in make_plan(config).problems]
+
+
+def test_every_problem_has_a_code_of_its_own() -> None:
+    codes = []
+    for path in Path(llm_training_toolkit.plan.__file__).parent.glob("*.py"):
+        for call in ast.walk(ast.parse(path.read_text())):
+            if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "Problem":
+                assert isinstance(call.args[0], ast.Constant), ast.unparse(call)
+                codes.append(str(call.args[0].value))
+    assert len(codes) >= 37
+    assert len(set(codes)) == len(codes)
+    assert all(re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)+", code) for code in codes)
 
 
 FOUND = [
@@ -67,22 +82,21 @@ def plan_from(path: str, name: str = "qwen2.5-0.5b") -> Plan:
 
 
 @pytest.mark.parametrize(
-    ("files", "message"),
+    ("files", "code"),
     [
-        ((), "holds no model"),
-        (("adapter_config.json", "adapter_model.safetensors"), "holds adapters, and no model"),
-        (("config.json", "pytorch_model.bin"), "pickled ones are not opened"),
+        ((), "no-model-config"),
+        (("adapter_config.json", "adapter_model.safetensors"), "adapters-without-model"),
+        (("config.json", "pytorch_model.bin"), "no-safetensors"),
         (("config.json", "model-00001-of-00002.safetensors"), None),
     ],
 )
 def test_a_directory_without_weights_that_can_be_loaded(
-    tmp_path: Path, files: tuple[str, ...], message: str | None
+    tmp_path: Path, files: tuple[str, ...], code: str | None
 ) -> None:
     for name in files:
         (tmp_path / name).write_text(json.dumps({"model_type": "qwen2"}))
     found = plan_from(str(tmp_path)).problems
-    assert [problem.where for problem in found] == ([] if message is None else ["model.path"])
-    assert message is None or message in str(found[0])
+    assert [(problem.code, problem.where) for problem in found] == ([] if code is None else [(code, "model.path")])
 
 
 @pytest.mark.parametrize(("path", "missing"), [("no/such/directory", True), ("Qwen/Qwen2.5-0.5B", False)])

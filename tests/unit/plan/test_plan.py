@@ -181,7 +181,7 @@ def test_json_has_the_contract() -> None:
     assert printed["accumulation"] == {
         "1": 16, "2": 8, "3": 6, "4": 4, "5": 4, "6": 3, "7": 3, "8": 2, "12": 2,
     }  # fmt: skip
-    assert set(printed["problems"][0]) == {"where", "what", "fix"}
+    assert set(printed["problems"][0]) == {"code", "where", "what", "fix"}
     assert set(printed["memory_gb_per_device"]) == {"weights", "gradients", "optimizer", "activations", "logits"}
 
 
