@@ -123,19 +123,18 @@ def rows() -> tuple[Tensor, Tensor]:
     return ids, torch.cat([torch.arange(length) for length in LENGTHS]).repeat(2, 1)
 
 
-@pytest.mark.parametrize("changed", range(len(LENGTHS)))
-def test_changing_a_document_changes_no_logit_of_another(model: LossModule, changed: int, *, training: bool) -> None:
+def test_changing_a_document_changes_no_logit_of_another(model: LossModule, *, training: bool) -> None:
     ids, positions = rows()
-    other = ids.clone()
-    other[0, SPANS[changed]] += 7
     with mode(model, training=training):
-        before, after = (model.compute_logits(each, positions).detach() for each in (ids, other))
-    for document, span in enumerate(SPANS):
-        assert torch.equal(before[1, span], after[1, span]), "the other row"
-        if document == changed:
-            assert not torch.isclose(before[0, span], after[0, span]).all(dim=-1).any()
-        else:
-            assert torch.equal(before[0, span], after[0, span]), f"document {document}"
+        before = model.compute_logits(ids, positions).detach()
+        for changed, place in enumerate(SPANS):
+            other = ids.clone()
+            other[0, place] += 7
+            after = model.compute_logits(other, positions).detach()
+            assert torch.equal(before[1], after[1]), "the other row"
+            assert not torch.isclose(before[0, place], after[0, place]).all(dim=-1).any()
+            for document, span in enumerate(SPANS):
+                assert document == changed or torch.equal(before[0, span], after[0, span]), f"document {document}"
 
 
 def test_a_packed_document_has_the_logits_it_has_alone(model: LossModule, *, training: bool) -> None:
