@@ -73,7 +73,7 @@ def format_starter_config(request: StarterRequest, machine: TrainingMachine) -> 
 
     Raises PlanError for an unknown model, and with the plan's problems.
     """
-    size = find_size(request.model.rstrip("/").rsplit("/", 1)[-1].lower())
+    size = find_size(request.model)
     if request.kind == "scratch":
         return _format_scratch(request, size, machine)
     kind: DocumentKind = "chat" if request.kind == "chat" else "code" if request.kind == "code" else "text"
@@ -87,8 +87,7 @@ def _format_finetuning(request: StarterRequest, kind: DocumentKind, size: ModelS
         source["fim"] = {"rate": 0.5}
     data: dict[str, Any] = {
         "run": {"name": request.name or f"{size.name}-{kind}"},
-        "model": {"name": size.name, "path": request.model},
-        "tokenizer": {"path": request.model},
+        "model": {"path": request.model},
         "data": {"sequence_length": length, "sources": [source]},
         "train": {"epochs": 2, "global_batch_size": 16},
         "cluster": {"workers": max(machine.gpus, 1)},
@@ -102,7 +101,6 @@ def _format_finetuning(request: StarterRequest, kind: DocumentKind, size: ModelS
     notes = {
         "run": "The directory below runs/. The same command resumes it.",
         "model": f"{method}.",
-        "tokenizer": "The tokenizer that the weights were trained with.",
         "data": _describe_source(source),
         "train": "One step learns from global_batch_size sequences, on any number of workers.",
         "cluster": f"One worker for each GPU, or one without. Made for this machine: {machine.description}.",

@@ -13,7 +13,7 @@ import difflib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, TypeVar, get_origin
 
 from pydantic import ValidationError
@@ -90,6 +90,8 @@ def validate_document(document: ConfigDocument, root: type[S]) -> S:
         )
         document.raise_problems()
     data = _convert_to_json_data(document.data, (), document)
+    if root is Config:
+        data = _complete_model(data)
     try:
         config = root.model_validate_json(json.dumps(data), strict=True)
     except ValidationError as error:
@@ -98,6 +100,15 @@ def validate_document(document: ConfigDocument, root: type[S]) -> S:
         raise
     document.raise_problems()
     return config
+
+
+def _complete_model(data: Any) -> Any:  # noqa: ANN401 - not validated yet
+    """Return the data with the model's name and the tokenizer that follow from `model.path`, where they are absent."""
+    model = data.get("model")
+    path = model.get("path") if isinstance(model, dict) else None
+    if not isinstance(path, str):
+        return data
+    return {"tokenizer": {"path": path}} | data | {"model": {"name": PurePath(path).name} | model}
 
 
 def _convert_to_json_data(value: object, path: KeyPath, document: ConfigDocument) -> object:

@@ -159,7 +159,8 @@ class ModelConfig(ConfigSection):
     """Model architecture, initial weights and adapters."""
 
     name: Annotated[str, FieldTag.IDENTITY]
-    """Size of a known family, such as `qwen3-0.6b`. For an unknown name `ltt plan` lists the nearest ones."""
+    """Size of a known family, such as `qwen3-0.6b`, in any case, with or without its organization. May be left out
+    where `path` ends with it (`Qwen/Qwen3-0.6B`). For an unknown name `ltt plan` lists the nearest ones."""
     path: Annotated[Location | None, FieldTag.IDENTITY] = None
     """Pretrained weights: a directory or a hub id. Without `path` and `init_from` the weights are random."""
     init_from: Annotated[Location | None, FieldTag.IDENTITY] = None
@@ -675,7 +676,7 @@ class Config(ConfigSection):
     model: ModelConfig
     """Model architecture, initial weights and adapters."""
     tokenizer: TokenizerConfig
-    """Tokenizer of the run."""
+    """Tokenizer of the run. May be left out where `model.path` is given, which then has it."""
     data: DataConfig
     """Training data and held-out documents."""
     optim: OptimConfig = OptimConfig()

@@ -45,16 +45,18 @@ SIZES: dict[str, ModelSize] = {size.name: size for size in (*qwen.SIZES, *starco
 _BY_NAME: dict[str, ModelSize] = {name: size for size in SIZES.values() for name in (size.name, *size.other_names)}
 FAMILIES: dict[str, Family] = {size.family.name: size.family for size in SIZES.values()}  # all families by name
 _BY_TYPE: dict[str, Family] = {family.model_type: family for family in FAMILIES.values()}
+_TUNED_SUFFIXES = ("-instruct", "-chat", "-base")  # of weights that have the shape of the ones without
 
 
 def find_size(name: str) -> ModelSize:
-    """Return the size with this name: the hub name of its weights, in lower case.
+    """Return the size with this name: the hub name of its weights, in any case, with or without organization.
 
     Raises PlanError with the nearest names if there is none.
     """
-    if name in _BY_NAME:
-        return _BY_NAME[name]
-    wanted = name.rsplit("/", maxsplit=1)[-1].lower()
+    wanted = name.rstrip("/").rsplit("/", maxsplit=1)[-1].lower()
+    for known in (wanted, *(wanted.removesuffix(suffix) for suffix in _TUNED_SUFFIXES)):
+        if known in _BY_NAME:
+            return _BY_NAME[known]
     near = difflib.get_close_matches(wanted, _BY_NAME, n=4, cutoff=0.5)
     hint = f"Did you mean {', '.join(near)}?" if near else f"Known: {', '.join(SIZES)}."
     raise PlanError(f"model.name = {name}: no known size has this name. {hint}")

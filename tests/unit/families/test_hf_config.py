@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from llm_training_toolkit import families
+from llm_training_toolkit.config import parse_config
 from llm_training_toolkit.config.schema import Config
 from llm_training_toolkit.errors import PlanError
 
@@ -25,11 +26,55 @@ def config(
 
 
 @pytest.mark.parametrize(
-    ("wrong", "right"), [("qwen3-06b", "qwen3-0.6b"), ("Qwen/Qwen3-8B", "qwen3-8b"), ("starcoder2-3", "starcoder2-3b")]
+    ("wrong", "right"),
+    [
+        ("qwen3-06b", "qwen3-0.6b"),
+        ("Qwen/Qwen3-8", "qwen3-8b"),
+        ("starcoder2-3", "starcoder2-3b"),
+        ("Qwen3 4B", "qwen3-4b"),
+    ],
 )
 def test_an_unknown_size_names_the_nearest(wrong: str, right: str) -> None:
     with pytest.raises(PlanError, match=f"Did you mean .*{right}"):
         families.find_size(wrong)
+
+
+TYPED = {
+    "qwen3-0.6b": "Qwen/Qwen3-0.6B Qwen3-0.6B QWEN3-0.6B Qwen/Qwen3-0.6B-Base qwen3-0.6b/",
+    "qwen3-4b": "Qwen/Qwen3-4B Qwen/Qwen3-4B-Base",
+    "qwen3-8b": "Qwen/Qwen3-8B Qwen/Qwen3-8B-Base",
+    "qwen3-32b": "Qwen/Qwen3-32B",
+    "qwen3-30b-a3b": "Qwen/Qwen3-30B-A3B Qwen/Qwen3-30B-A3B-Base",
+    "qwen2.5-0.5b": "Qwen/Qwen2.5-0.5B Qwen/Qwen2.5-0.5B-Instruct",
+    "qwen2.5-7b": "Qwen/Qwen2.5-7B Qwen2.5-7B-Instruct weights/Qwen2.5-7B",
+    "qwen2.5-coder-7b": "Qwen/Qwen2.5-Coder-7B Qwen/Qwen2.5-Coder-7B-Instruct Qwen2.5-Coder-7B-Instruct",
+    "qwen2.5-coder-32b": "Qwen/Qwen2.5-Coder-32B-Instruct",
+    "qwen2-7b": "Qwen/Qwen2-7B Qwen/Qwen2-7B-Instruct",
+    "starcoder2-3b": "bigcode/starcoder2-3b StarCoder2-3B",
+    "starcoder2-7b": "bigcode/starcoder2-7b",
+    "starcoder2-15b": "bigcode/starcoder2-15b bigcode/starcoder2-15b-instruct-v0.1",
+    "starcoderbase-1b": "bigcode/starcoderbase-1b",
+    "starcoder": "bigcode/starcoder bigcode/starcoderbase bigcode/starcoderplus",
+}
+
+
+@pytest.mark.parametrize(("size", "typed"), TYPED.items())
+def test_names_as_people_type_them(size: str, typed: str) -> None:
+    assert {families.find_size(name).name for name in typed.split()} == {size}
+
+
+def test_path_alone_names_model_and_tokenizer() -> None:
+    raw = {
+        "run": {"name": "test"},
+        "model": {"path": "Qwen/Qwen2.5-Coder-7B-Instruct"},
+        "data": {"sequence_length": 64, "sources": [{"path": "x", "format": "text"}]},
+        "train": {"steps": 10},
+    }
+    given = parse_config(raw, "test")
+    assert families.find_size(given.model.name).name == "qwen2.5-coder-7b"
+    assert given.tokenizer.path == "Qwen/Qwen2.5-Coder-7B-Instruct"
+    with pytest.raises(PlanError, match="no known size"):
+        families.resolve_hf_config(parse_config(raw | {"model": {"path": "weights/mine"}}, "test"))
 
 
 @pytest.mark.parametrize(
