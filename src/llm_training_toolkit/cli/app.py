@@ -18,11 +18,9 @@ from llm_training_toolkit.cli.tune import tune
 from llm_training_toolkit.errors import ToolkitError, format_os_error
 
 if TYPE_CHECKING:
+    from llm_training_toolkit.config import Config
     from llm_training_toolkit.launch.request import TrainRequest
     from llm_training_toolkit.monitoring.terminal import TerminalStream
-
-if TYPE_CHECKING:
-    from llm_training_toolkit.config import Config
 
 app = typer.Typer(
     name="ltt",

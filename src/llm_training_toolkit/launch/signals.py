@@ -10,7 +10,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -87,19 +87,46 @@ def _find_stop_signals() -> list[signal.Signals]:
 
 
 @contextmanager
-def start_processes_in_own_session() -> Iterator[None]:
-    """Start every child process of this block in a session of its own.
+def start_processes_in_own_session() -> Iterator[list[int]]:
+    """Start every child process of this block in a session of its own; yield a list that gets the session ids.
 
     Signals to the command's process group or terminal then reach the command alone. `timeout`, systemd and a closed
     terminal send such signals; Ray has no option for it.
     """
     plain = subprocess.Popen.__init__
+    sessions: list[int] = []
 
     def start_process(self: subprocess.Popen[Any], *args: Any, **options: Any) -> None:  # noqa: ANN401 - as in Popen
         plain(self, *args, **options | {"start_new_session": True})
+        sessions.append(self.pid)
 
     subprocess.Popen.__init__ = start_process  # type: ignore[method-assign]
     try:
-        yield
+        yield sessions
     finally:
         subprocess.Popen.__init__ = plain  # type: ignore[method-assign]
+
+
+@contextmanager
+def kill_sessions_after_death(sessions: Sequence[int]) -> Iterator[None]:
+    """Kill the process groups of these sessions if this process dies in this block, also by SIGKILL.
+
+    Ray's servers end with their parent, but the agents of its raylet outlive them. A shell waits for the death, because
+    it starts at once.
+    """
+    if not sessions:
+        yield
+        return
+    script = 'read -r _; for group do kill -s KILL -- "-$group"; done'
+    reaper = subprocess.Popen(
+        ["sh", "-c", script, "ray-reaper", *map(str, sessions)],
+        stdin=subprocess.PIPE,  # ends with this process, which never writes
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        yield
+    finally:
+        reaper.kill()
+        reaper.communicate()

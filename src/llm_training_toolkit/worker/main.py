@@ -88,7 +88,8 @@ def _run_attempt(
     goodput_tracker: GoodputTracker,
     notes: Sequence[str],
 ) -> dict[str, Any]:
-    run_id = read_attempt_record(spec.directory, attempt).get("run_id", "") if context.is_rank_zero else ""
+    record = read_attempt_record(spec.directory, attempt) if context.is_rank_zero else {}
+    run_id = context.broadcast_object(str(record.get("run_id", "")))
     try:
         parts = _build_components(spec, context, attempt, goodput_tracker, notes, run_id=run_id)
         status, step = _train_and_finish(parts, spec, requested)

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 _COMMAND = """
@@ -101,3 +102,27 @@ def test_a_hang_up_that_the_shell_ignores_stays_ignored() -> None:
 def test_processes_in_a_session_of_their_own_and_later_ones_in_the_commands(tmp_path: Path) -> None:
     assert subprocess.run([sys.executable, "-c", _SESSION], cwd=tmp_path, check=False).returncode == 0
     assert os.getsid(0) != 0
+
+
+_REAPED = """
+import subprocess, time
+from llm_training_toolkit.launch.signals import kill_sessions_after_death, start_processes_in_own_session
+with start_processes_in_own_session() as sessions:
+    away = subprocess.Popen(["sleep", "60"])
+assert sessions == [away.pid]
+with kill_sessions_after_death(sessions):
+    pass
+print("ready", flush=True)
+assert away.poll() is None, "an orderly end kills nothing"
+with kill_sessions_after_death(sessions):
+    print(away.pid, flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_killed_command_takes_its_sessions_along() -> None:
+    with start(_REAPED) as process:
+        assert process.stdout is not None
+        away = psutil.Process(int(process.stdout.readline()))
+        process.kill()
+    assert psutil.wait_procs([away], timeout=10)[1] == []

@@ -20,7 +20,7 @@ import ray.exceptions
 from ray.job_config import JobConfig
 
 from llm_training_toolkit.errors import LaunchError
-from llm_training_toolkit.launch.signals import start_processes_in_own_session
+from llm_training_toolkit.launch.signals import kill_sessions_after_death, start_processes_in_own_session
 from llm_training_toolkit.monitoring.console import Console
 from llm_training_toolkit.setup.machine import RAY_HEAD_TIMEOUT_VARIABLE, is_local
 
@@ -149,15 +149,16 @@ def connect_to_cluster(console: Console) -> Iterator[None]:
     threading.Thread(target=importlib.import_module, args=("torch",), daemon=True, name="import-torch").start()
     terminates = signal.getsignal(signal.SIGTERM)
     try:
-        with start_processes_in_own_session():
+        with start_processes_in_own_session() as sessions:
             ray.init(**options)
         signal.signal(signal.SIGTERM, terminates)  # Ray's handler exits with an uninformative status
     except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
         where = "on this machine" if local else f"at RAY_ADDRESS={os.environ['RAY_ADDRESS']}"
         raise LaunchError(f"Ray cannot be reached {where}: {error}. `ray status` shows whether it runs") from error
     console.update_stage("starting Ray", 1, 1)
-    try:
-        yield
-    finally:
-        if local:
-            ray.shutdown()
+    with kill_sessions_after_death(sessions):
+        try:
+            yield
+        finally:
+            if local:
+                ray.shutdown()
