@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -89,8 +89,3 @@ class CheckpointReader:
             self.storage.fetch_file(path)
             self._open[index] = safe_open(path, framework="numpy")
         return self._open[index]
-
-    def iter_parameters(self) -> Iterator[tuple[str, Array]]:
-        """Yield the name and values of every trainable parameter, one at a time, as fp32 in its shape."""
-        for name, shape in self.manifest.shapes.items():
-            yield name, self.read(name, "weights", 0, int(np.prod(shape))).reshape(shape)

