@@ -103,3 +103,38 @@ train: {{epochs: 1}}
     done = CliRunner().invoke(app, ["prepare", str(config), "--check", "data.sources.0.fields={}"])
     assert done.exit_code == 1
     assert "20 of 20 records: holds more than one conversation" in done.stdout
+
+
+SETS = {
+    "two empty answers": (build_code_instructions(), "prompt_template: starcoder", "on_error: skip"),
+    "two columns of answers": (build_two_answers(), "fields: {completion: response}, prompt_template: alpaca", ""),
+}
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_eight_lines_prepare_a_set_as_people_have_it(tmp_path: Path, tokenizer_path: Path, name: str) -> None:
+    records, choice, more = SETS[name]
+    path = write_json_lines(tmp_path / "set.jsonl", records)
+    config = tmp_path / "run.yaml"
+    text = f"""\
+run: {{name: set, dir: {tmp_path}/runs}}
+model: {{name: starcoder2-3b}}
+tokenizer: {{path: {tokenizer_path}}}
+data:
+  sequence_length: 512
+  sources: [{{path: {path}, format: chat, {choice}}}]
+  {more}
+train: {{epochs: 1}}
+"""
+    config.write_text(text, encoding="utf-8")
+    assert len(text.splitlines()) <= 8
+    done = CliRunner().invoke(app, ["show-batch", str(config), "--json"])
+    assert done.exit_code == 0, done.output
+    shown = json.loads(done.stdout)["sequences"][0]["text"].split("<|endoftext|>")[0]
+    asked, _, answer = shown.partition("\n\nAnswer: " if "starcoder" in choice else "\n\n### Response:")
+    if "starcoder" in choice:
+        assert asked.startswith("Question: Write a function that adds ")
+        assert answer.startswith("def add(x):\n    return x + ")
+    else:
+        assert asked.startswith("Below is an instruction that describes a task. Write a response")
+        assert answer.startswith("It is ")
