@@ -182,13 +182,16 @@ class TextEncoder:
         return encoded
 
     def _encode_long_text(self, text: str) -> EncodedText:
-        pieces = self._encode_short_batch(list(split_long_text(text)))
+        pieces = list(split_long_text(text))
+        found = [each.ids for each in self._encode_short_batch(pieces)]
+        stops = np.cumsum([len(ids) for ids in found])[:-1]
 
-        def join_spans(_text: str, _ids: Ids) -> Spans:
-            starts = accumulate((piece.length for piece in pieces), initial=0)
-            return np.concatenate([piece.char_spans + start for piece, start in zip(pieces, starts, strict=False)])
+        def compute_spans(_text: str, ids: Ids) -> Spans:
+            starts = accumulate(map(len, pieces), initial=0)
+            each = zip(pieces, np.split(ids, stops), starts, strict=False)
+            return np.concatenate([self._compute_char_spans(piece, part) + start for piece, part, start in each])
 
-        return EncodedText(text, np.concatenate([piece.ids for piece in pieces]), join_spans)
+        return EncodedText(text, np.concatenate(found), compute_spans)
 
     def _compute_char_spans(self, text: str, ids: NDArray[np.uint32]) -> NDArray[np.int64]:
         """Return the characters [start, stop) that each token overlaps, (tokens, 2)."""
@@ -249,7 +252,7 @@ class EncodedText:
     """
 
     def __init__(self, text: str, ids: Ids, spans_of: Callable[[str, Ids], Spans]) -> None:
-        self.ids, self.length = ids, len(text)
+        self.ids = ids
         self._text, self._compute_char_spans = text, spans_of
 
     @cached_property
