@@ -20,6 +20,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llm_training_toolkit import families
 from llm_training_toolkit.config.schema import Config, SourceConfig
 from llm_training_toolkit.data import tokenizer as tokenizer_module
 from llm_training_toolkit.data.prepare.builder import prepare_dataset
@@ -173,6 +174,17 @@ def test_pieces_of_a_text_have_its_tokens(
     assert short.ids.tolist() == encoder.encode("short")
     assert found.ids.tolist() == expected.ids.tolist()
     assert found.char_spans.tolist() == expected.char_spans.tolist()
+
+
+@pytest.mark.parametrize("model", ["starcoder2-3b", "qwen2.5-coder-0.5b"])
+def test_pieces_have_the_tokens_of_both_families(tmp_path: Path, model: str) -> None:
+    text = (CODE + "\r\n".join("wörd  漢字 x1 = 22 'é'\t\t y" for _ in range(5)) + "\n\n\n  z = 1\n") * 40
+    spec = TokenizationSpec.from_family(families.find_size(model).family)
+    tokenizer_module.train_tokenizer([text], 600, spec, tmp_path)
+    encoder = tokenizer_module.open_tokenizer(str(tmp_path))
+    pieces = list(split_long_text(text, 500))
+    assert len(pieces) > 10
+    assert [token for piece in pieces for token in encoder.encode(piece)] == encoder.encode(text)
 
 
 _MEASURE = """\
