@@ -17,9 +17,9 @@ from typing import Any
 
 import ray
 import ray.exceptions
-from ray.job_config import JobConfig
 
 from llm_training_toolkit.errors import LaunchError
+from llm_training_toolkit.launch.ray.private_api import InstalledCodeConfig
 from llm_training_toolkit.launch.signals import kill_sessions_after_death, start_processes_in_own_session
 from llm_training_toolkit.monitoring.console import Console
 from llm_training_toolkit.setup.machine import RAY_HEAD_TIMEOUT_VARIABLE, is_local
@@ -114,18 +114,6 @@ def _open_connection(address: str) -> None:
         pass
 
 
-class _InstalledCodeConfig(JobConfig):
-    """Job whose workers import installed modules alone.
-
-    Ray puts the driver's current folder before everything else on the workers' path, and so a file such as queue.py,
-    in a folder of code to train on, would be imported in place of Python's own.
-    """
-
-    def _runtime_env_has_working_dir(self) -> bool:
-        """Return True, which makes Ray add no folder of the driver to the path."""
-        return True
-
-
 @contextmanager
 def connect_to_cluster(console: Console) -> Iterator[None]:
     """Connect to the Ray cluster of RAY_ADDRESS or of this job; otherwise start one on this machine.
@@ -138,7 +126,7 @@ def connect_to_cluster(console: Console) -> Iterator[None]:
     local = is_local()
     console.update_stage("starting Ray", 0, 1)
     options: dict[str, Any] = {
-        "job_config": _InstalledCodeConfig(),
+        "job_config": InstalledCodeConfig(),
         "log_to_driver": False,
         "logging_level": "error",
         "configure_logging": True,

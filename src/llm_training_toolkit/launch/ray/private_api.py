@@ -20,6 +20,7 @@ from ray._raylet import GcsClient  # type: ignore[attr-defined]
 from ray.autoscaler.v2.utils import is_autoscaler_v2
 from ray.core.generated.autoscaler_pb2 import DrainNodeReason, GetClusterStatusReply
 from ray.core.generated.gcs_pb2 import PlacementGroupTableData
+from ray.job_config import JobConfig
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from llm_training_toolkit.errors import LaunchError
@@ -57,6 +58,18 @@ class AutoscalerReport(NamedTuple):
     """Failed node launches, as `type: reason`."""
     infeasible: set[BundleCounts]
     """Requests that it can never meet."""
+
+
+class InstalledCodeConfig(JobConfig):
+    """Job whose workers import installed modules alone.
+
+    Ray puts the driver's current folder before everything else on the workers' path, without an option against it. A
+    file such as queue.py, in a folder of code to train on, would be imported in place of Python's own.
+    """
+
+    def _runtime_env_has_working_dir(self) -> bool:
+        """Return True, which makes Ray add no folder of the driver to the path."""
+        return True
 
 
 def read_free_resources() -> dict[str, dict[str, float]]:

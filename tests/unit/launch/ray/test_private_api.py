@@ -32,6 +32,7 @@ PARAMETERS = {
         "self", "node_id", "reason", "reason_message", "deadline_timestamp_ms", "timeout"
     ],
     "ray.autoscaler.v2.utils.is_autoscaler_v2": ["fetch_from_server", "gcs_client"],
+    "ray.job_config.JobConfig._runtime_env_has_working_dir": ["self"],
     "ray.util.placement_group.PlacementGroup.__init__": ["self", "id", "bundle_cache"],
 }  # fmt: skip
 # Fields of Ray's messages that private_api.py reads.
