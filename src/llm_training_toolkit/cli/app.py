@@ -15,6 +15,7 @@ from llm_training_toolkit.cli.evaluate import evaluate
 from llm_training_toolkit.cli.generate import generate
 from llm_training_toolkit.cli.jobs import jobs, submit
 from llm_training_toolkit.cli.tune import tune
+from llm_training_toolkit.config.printable import escape_control_characters
 from llm_training_toolkit.errors import ToolkitError, format_os_error
 
 if TYPE_CHECKING:
@@ -147,7 +148,7 @@ def _check_sample(config: Config, *, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps({"sources": [sample.to_json() for sample in samples]}))
     else:
-        typer.echo("\n".join(line for sample in samples for line in sample.format_lines()))
+        typer.echo(escape_control_characters("\n".join(line for sample in samples for line in sample.format_lines())))
     if any(sample.faults for sample in samples):
         raise typer.Exit(1)
 
@@ -223,13 +224,14 @@ def _train(request: TrainRequest, out: TerminalStream, err: TerminalStream, *, a
     except (ToolkitError, OSError) as error:
         console.close()
         message = format_os_error(error) if isinstance(error, OSError) else str(error)
-        err.write(f"error: {message}\n")
+        err.write(f"error: {escape_control_characters(message)}\n")
         if as_json:
             out.write(json.dumps(build_failure_json(message)) + "\n")
         return error.exit_code if isinstance(error, ToolkitError) else ToolkitError.exit_code
     except Exception as error:  # outermost handler: Python prints the traceback, this the summary line
         console.close()
-        err.write(f"error: {type(error).__name__}: {error} (the traceback is in the newest file under logs/)\n")
+        said = escape_control_characters(f"{type(error).__name__}: {error}")
+        err.write(f"error: {said} (the traceback is in the newest file under logs/)\n")
         raise
     finally:
         console.close()
@@ -253,7 +255,9 @@ def runs(
     from llm_training_toolkit.runs.status import read_run_statuses
     from llm_training_toolkit.runs.storage.open import open_runs_directory
 
-    with open_runs_directory(directory, lambda text: typer.echo(text, err=True)) as list_runs:
+    with open_runs_directory(
+        directory, lambda text: typer.echo(escape_control_characters(text), err=True)
+    ) as list_runs:
         found = read_run_statuses(list_runs())
         if as_json:
             typer.echo(json.dumps([status.to_json() for status in found]))
@@ -406,8 +410,8 @@ def main() -> None:
     try:
         app()
     except ToolkitError as error:
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(f"error: {escape_control_characters(str(error))}", err=True)
         sys.exit(error.exit_code)
     except OSError as error:
-        typer.echo(f"error: {format_os_error(error)}", err=True)
+        typer.echo(f"error: {escape_control_characters(format_os_error(error))}", err=True)
         sys.exit(ToolkitError.exit_code)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from llm_training_toolkit.config.printable import escape_control_characters
 from llm_training_toolkit.runs.directory import RunDirectory, check_run, find_model_directory
 from llm_training_toolkit.runs.storage.open import open_path
 
@@ -80,7 +81,8 @@ class _StreamedOutput:
     def write_piece(self, piece: str) -> None:
         """Print a piece and flush."""
         if not self._silent:
-            typer.echo(self._before + piece, nl=False)
+            text = self._before + piece  # into a file or pipe exactly as the model wrote it
+            typer.echo(escape_control_characters(text) if sys.stdout.isatty() else text, nl=False)
             sys.stdout.flush()
         self._before = ""
 

@@ -9,6 +9,7 @@ from rich.text import Text
 
 from llm_training_toolkit.checkpoint import list_complete_checkpoints, read_manifest
 from llm_training_toolkit.config import Config
+from llm_training_toolkit.config.printable import escape_control_characters
 from llm_training_toolkit.data.dataset import PackedDataset
 from llm_training_toolkit.data.prepare.dataset_info import DatasetInfo
 from llm_training_toolkit.data.prepare.epochs import build_data_facts, prepare_epochs
@@ -91,12 +92,12 @@ def print_batch(step: int, shown: list[SequencePreview], terminal: Terminal) -> 
 
 def _format_heading(piece: DocumentPreview) -> Text:
     numbers = f"{piece.tokens:,} tokens, {piece.loss_tokens:,} to be predicted"
-    return Text(f"{piece.source}: {piece.document} ({numbers})", style="cyan")
+    return Text(escape_control_characters(f"{piece.source}: {piece.document} ({numbers})"), style="cyan")
 
 
 def _format_piece(piece: DocumentPreview) -> Text:
     parts = []
     for stretch in piece.spans:
         style = _LOSS if stretch.loss else _PLAIN
-        parts.append((stretch.text, f"{style} {_SPECIAL}" if stretch.special else style))
+        parts.append((escape_control_characters(stretch.text), f"{style} {_SPECIAL}" if stretch.special else style))
     return Text.assemble(*parts)

@@ -15,6 +15,7 @@ from rich.console import Console as Terminal
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
+from llm_training_toolkit.config.printable import escape_control_characters
 from llm_training_toolkit.distributed.events import (
     CheckpointEvent,
     EvalEvent,
@@ -80,13 +81,13 @@ class Console:
 
     def print_line(self, text: str = "", style: str = "") -> None:
         """Print a line that stays on the screen, and log it."""
-        self.terminal.print(text, style=style or None, markup=False)
+        self.terminal.print(escape_control_characters(text), style=style or None, markup=False)
         if text:
             DRIVER_LOGGER.info("%s", text)
 
     def print_warning(self, message: str) -> None:
         """Print a warning, and log it as one."""
-        self.terminal.print(f"warning: {message}", style="yellow", markup=False)
+        self.terminal.print(f"warning: {escape_control_characters(message)}", style="yellow", markup=False)
         DRIVER_LOGGER.warning("%s", message)
 
     def show_event(self, event: Event) -> None:
@@ -185,7 +186,8 @@ class Console:
 
 def format_sample(event: SampleEvent) -> list[Text]:
     """Format a sample, with generated text in another colour than the prompt."""
-    return [Text(event.before, style="dim"), Text(event.written, style="green"), Text(event.after, style="dim")]
+    parts = ((event.before, "dim"), (event.written, "green"), (event.after, "dim"))
+    return [Text(escape_control_characters(text), style=style) for text, style in parts]
 
 
 def format_step_line(event: StepEvent, seconds_left: float | None) -> str:

@@ -9,6 +9,7 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
+from llm_training_toolkit.config.printable import escape_control_characters
 from llm_training_toolkit.runs.directory import RunDirectory
 from llm_training_toolkit.runs.status import RunStatus, read_run_statuses
 
@@ -30,16 +31,21 @@ def build_runs_table(found: Iterable[RunStatus]) -> Table:
         table.add_column(title, overflow="fold")
     for run in found:
         table.add_row(
-            run.name,
+            _escape_cell(run.name),
             f"[{_COLOURS[run.state]}]{run.state}[/]",
             f"{run.step:,}" + (f"/{run.steps:,}" if run.steps is not None else ""),
             "" if run.seconds_left is None else format_duration(run.seconds_left),
             "" if run.loss is None else f"{run.loss:.4f}",
             f"{run.goodput['step'] / sum(run.goodput.values()):.0%}" if sum(run.goodput.values()) else "",
-            run.checkpoint or "",
-            escape(run.error or ""),
+            _escape_cell(run.checkpoint or ""),
+            _escape_cell(run.error or ""),
         )
     return table
+
+
+def _escape_cell(text: str) -> str:
+    """Return a text from a run's files without a meaning for the terminal or for rich."""
+    return escape(escape_control_characters(text))
 
 
 def watch_runs(list_runs: Callable[[], Iterable[RunDirectory]], seconds: float = 2.0) -> None:
