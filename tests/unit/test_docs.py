@@ -13,7 +13,10 @@ import typer
 from llm_training_toolkit.cli.app import app
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = [ROOT / "README.md", ROOT / "PROJECT_STRUCTURE.md", *sorted((ROOT / "docs").rglob("*.md"))]
+DOCUMENTS = [
+    *(ROOT / name for name in ("README.md", "PROJECT_STRUCTURE.md", "SECURITY.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
 MAX_SENTENCE_WORDS = 35
 MAX_CELL_WORDS = 25
 _FENCED = re.compile(r"^( *)(```+|~~~+)([^\n]*)\n(.*?)^ *\2", re.DOTALL | re.MULTILINE)
@@ -129,3 +132,19 @@ make = [ltt](broken)
 def test_links_and_commands_are_told_from_what_only_looks_like_them() -> None:
     assert list(links(SAMPLE)) == ["src/a.py", "docs/a b.png", "x.svg", "docs/later.md"]
     assert list(commands(SAMPLE)) == [("make", "quickstart"), ("ltt", "train"), ("ltt", "runs"), ("ltt", "submit")]
+
+
+def test_every_promise_of_security_names_a_test_that_is_there() -> None:
+    rows = re.findall(r"^\|[^|]+\|[^|]+\|([^|]+)\|$", (ROOT / "SECURITY.md").read_text(), re.MULTILINE)
+    named = [name for row in rows for name in re.findall(r"`([^`]+)`", row)]
+    there = {path.name for path in (ROOT / "tests").rglob("test_*.py")}
+    assert len(named) >= 10
+    assert [name for name in named if name not in there and not (ROOT / "tests" / name).is_dir()] == []
+
+
+def test_the_workflow_has_no_rights_and_no_action_that_can_move() -> None:
+    workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
+    assert re.search(r"^permissions:\n  contents: read\n", workflow, re.MULTILINE)
+    actions = re.findall(r"uses: (\S+)", workflow)
+    assert actions
+    assert all(re.fullmatch(r"[\w./-]+@[0-9a-f]{40}", action) for action in actions)
