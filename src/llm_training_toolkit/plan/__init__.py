@@ -25,6 +25,7 @@ from llm_training_toolkit.plan.hardware import ClusterHardware
 from llm_training_toolkit.plan.horizon import DataFacts, StreamFacts
 from llm_training_toolkit.plan.lr_schedule import LRSchedule
 from llm_training_toolkit.plan.memory import (
+    CUDA_LIBRARY_BYTES,
     DeviceWorkload,
     MemoryEstimate,
     compute_checkpoint_copy_bytes,
@@ -43,6 +44,7 @@ from llm_training_toolkit.plan.problem import Problem
 from llm_training_toolkit.plan.text import format_mixture, format_plan
 
 __all__ = [
+    "CUDA_LIBRARY_BYTES",
     "PRECISION_KEY",
     "ClusterEstimate",
     "ClusterHardware",

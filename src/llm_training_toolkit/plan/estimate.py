@@ -11,8 +11,8 @@ from llm_training_toolkit.config.schema import Config
 from llm_training_toolkit.plan.auto import Precision, with_precision, with_zero_stage
 from llm_training_toolkit.plan.batch import compute_accumulation_steps
 from llm_training_toolkit.plan.hardware import ClusterHardware
-from llm_training_toolkit.plan.memory import compute_checkpoint_copy_bytes
-from llm_training_toolkit.plan.micro_batch import find_fitting_micro_batch, find_fitting_zero_stage
+from llm_training_toolkit.plan.memory import CUDA_RUNTIME_BYTES, compute_checkpoint_copy_bytes
+from llm_training_toolkit.plan.micro_batch import MEMORY_FILL, find_fitting_micro_batch, find_fitting_zero_stage
 from llm_training_toolkit.plan.plan import Plan
 from llm_training_toolkit.plan.problem import Problem
 
@@ -20,7 +20,6 @@ EXCLUDED_TIME_NOTE = (
     "Time and cost are of computing the steps alone: starting up, preparing data, evaluation, copies for checkpoints, "
     "waiting for links and restarts come on top."
 )
-_TIGHT = 0.9  # share of a device's memory above which the estimate leaves too little for what it omits
 
 
 @dataclass(frozen=True)
@@ -209,8 +208,8 @@ def _find_memory_problems(config: Config, plan: Plan, hardware: ClusterHardware)
         return
     largest = max(parts, key=lambda part: parts[part])
     what = (
-        f"about {needed:.3g} GB a worker, and {hardware.device} has {there:.3g} GB; the largest part is {largest} "
-        f"with {parts[largest]:.3g} GB"
+        f"about {needed:.3g} GB a worker, and {hardware.device} has {there:.3g} GB for it; the largest part is "
+        f"{largest} with {parts[largest]:.3g} GB"
     )
     where, fix = _suggest_memory_fix(config, plan, largest)
     yield Problem("out-of-memory", where, what, fix)
@@ -232,8 +231,9 @@ def _suggest_memory_fix(config: Config, plan: Plan, largest: str) -> tuple[str, 
 
 
 def _get_worker_memory_gb(config: Config, hardware: ClusterHardware) -> float:
-    """Return the memory of a worker's devices, in 10^9 bytes."""
-    return hardware.memory_gb * hardware.get_devices_per_worker(config.cluster.cpus_per_worker)
+    """Return the memory of a worker's devices, in 10^9 bytes, without what CUDA and its libraries take of a GPU."""
+    memory = hardware.memory_gb * hardware.get_devices_per_worker(config.cluster.cpus_per_worker)
+    return memory if hardware.is_cpu else max(memory - CUDA_RUNTIME_BYTES / 1e9, 0.0)
 
 
 def _estimate_micro_batch(config: Config, plan: Plan, hardware: ClusterHardware) -> int:
@@ -279,7 +279,7 @@ def _collect_notes(config: Config, plan: Plan, hardware: ClusterHardware, micro_
     needed = sum(plan.memory_gb_per_device.values())
     if config.train.micro_batch_size == "auto":
         yield f"train.micro_batch_size: auto takes about {micro_batch} there, by the estimate."
-    elif _TIGHT * there < needed <= there:
+    elif MEMORY_FILL * there < needed <= there:
         yield f"About {needed:.3g} of {there:.3g} GB is tight: what allocators and kernels add is not counted."
     if hardware.spot:
         yield "Nodes may be taken away (spot): what is lost then is at most the work since the last checkpoint."

@@ -1,28 +1,53 @@
-"""Closed-form estimate of device memory by part. Overhead of allocators and kernels is not included."""
+"""Closed-form estimate of device memory by part, at the moment of a step that needs the most.
+
+Forward, backward, reduction and update hold different things: what stands side by side is added, and the largest sum is
+the estimate. What allocators round up is not included; CUDA_RUNTIME_BYTES is apart, because CPUs have none.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from llm_training_toolkit.families import AdapterSpec, ModelDims
+from llm_training_toolkit.plan.activations import (
+    ActivationCheckpointing,
+    AttentionMemory,
+    PassShape,
+    estimate_backward_bytes,
+    estimate_final_norm_bytes,
+    estimate_forward_bytes,
+    estimate_kept_bytes,
+)
 
 # Bytes of a 4-bit weight with double-quantized constants of 0.127 bits (Dettmers et al. 2023, section 3).
 _NF4_BYTES = 0.5 + 0.127 / 8
 REDUCTION_CHUNK_SIZE = 2**26  # fp32 gradients that stage 0 copies into one buffer per reduction: 0.27 GB
 _MAX_LIVE = 1_000_000_000  # DeepSpeed's default of stage3_max_live_parameters: gathered weights that are kept
+_SUB_GROUP = 1_000_000_000  # DeepSpeed's default of sub_group_size: parameters that stage 3 updates at once
+
+# Outside torch's allocator: a context with loaded kernels, workspaces of cuBLAS and buffers of NCCL. Assumptions within
+# the 1 to 2 GB that trainers report beyond what their tensors take; not measured here.
+CUDA_CONTEXT_BYTES = 600_000_000
+CUDA_LIBRARY_BYTES = 900_000_000
+CUDA_RUNTIME_BYTES = CUDA_CONTEXT_BYTES + CUDA_LIBRARY_BYTES
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes per device by part."""
+    """Bytes per device by part, at the moment that needs the most."""
 
     weights: int
     gradients: int
     optimizer: int
     activations: int
     logits: int
+
+    @property
+    def total(self) -> int:
+        """Return the sum of the parts."""
+        return sum(vars(self).values())
 
     def to_gigabytes(self) -> dict[str, float]:
         """Return the parts in units of 10^9 bytes."""
@@ -41,9 +66,9 @@ class DeviceWorkload:
     sequence_length: int
     adapter: AdapterSpec | None = None
     """Adapters trained on a frozen model, or None if the model itself is trained."""
-    activation_checkpointing: bool = False
+    checkpointing: ActivationCheckpointing = "none"
     loss_chunk: int = 0
-    eager_attention: bool = False
+    attention: AttentionMemory = "masked"
     bucket: int = 500_000_000
     """DeepSpeed's reduce_bucket_size, in elements."""
     max_live: int = _MAX_LIVE
@@ -64,20 +89,89 @@ class DeviceWorkload:
         """Number of trained parameters."""
         return self.adapter.trainable_parameters if self.adapter else self.model.total_parameters
 
+    @property
+    def bucket_elements(self) -> int:
+        """Gradients that pass to the other workers at once; a tensor larger than the bucket passes alone."""
+        return min(self.trainable_parameters, max(self.bucket, self.model.largest_tensor))
+
+    @property
+    def head_gradient_bytes(self) -> int:
+        """Bytes of the output layer's gradient; 0 beside a frozen one."""
+        frozen = self.adapter is not None and "lm_head" not in self.adapter.modules_to_save
+        return 0 if frozen else self.model.vocab * self.model.hidden * self.bytes_per_value
+
     def compute_partition_size(self, size: int, *, spread: bool) -> int:
         """Return a size, or one worker's share of it if `spread`."""
         return -(-size // self.workers) if spread else size
 
+    def build_pass_shape(self) -> PassShape:
+        """Return what activations depend on."""
+        return PassShape(
+            model=self.model,
+            adapter=self.adapter,
+            width=self.bytes_per_value,
+            sequence_length=self.sequence_length,
+            tokens=self.micro_batch_tokens,
+            checkpointing=self.checkpointing,
+            attention=self.attention,
+        )
+
 
 def estimate_memory(load: DeviceWorkload) -> MemoryEstimate:
     """Estimate the peak memory of one device within a step, in bytes."""
-    return MemoryEstimate(
+    standing = MemoryEstimate(
         weights=estimate_weight_bytes(load),
         gradients=estimate_gradient_bytes(load),
         optimizer=estimate_optimizer_bytes(load),
-        activations=estimate_activation_bytes(load),
-        logits=estimate_logit_bytes(load),
+        activations=0,
+        logits=0,
     )
+    moments = [
+        replace(standing, gradients=standing.gradients + passing, activations=activations, logits=logits)
+        for passing, activations, logits in _iter_moments(load)
+    ]
+    return max(moments, key=lambda moment: moment.total)
+
+
+def estimate_pass_bytes(load: DeviceWorkload) -> int:
+    """Estimate the peak of forward and backward beside weights and gradients that stand, in bytes."""
+    return max(activations + logits for activations, logits in _iter_pass_moments(load))
+
+
+def _iter_moments(load: DeviceWorkload) -> Iterator[tuple[int, int, int]]:
+    """Yield what a moment holds beside what stands between micro-batches: (gradients, activations, logits), in bytes.
+
+    When the first bucket of gradients is full, the activations of its layers are gone.
+    """
+    buffer = load.bytes_per_value * load.bucket_elements if load.zero in {2, 3} else 0
+    last = 4 * load.bucket_elements if load.zero == 3 else 0  # the bucket reduced last is kept until the next
+    for activations, logits in _iter_pass_moments(load):
+        yield last + buffer, activations, logits
+    shape, left = load.build_pass_shape(), 1 - load.bucket_elements / max(load.trainable_parameters, 1)
+    remaining = round(left * estimate_kept_bytes(shape)) + (estimate_backward_bytes(shape) if left else 0)
+    yield _estimate_reduction_bytes(load), remaining, 0
+    yield _estimate_update_bytes(load), 0, 0
+
+
+def _iter_pass_moments(load: DeviceWorkload) -> Iterator[tuple[int, int]]:
+    """Yield what a moment of forward and backward holds: (activations, logits), in bytes.
+
+    The loss follows the last layer's forward pass, beside all activations. The backward pass starts with all of them,
+    too, and with one layer's gradients; a tied output layer waits there for the embedding's gradient, which comes last.
+    """
+    shape, head = load.build_pass_shape(), load.head_gradient_bytes
+    kept, dequantized = estimate_kept_bytes(shape), _estimate_dequantized_bytes(load)
+    yield kept + estimate_final_norm_bytes(shape), estimate_logit_bytes(load)
+    yield kept + estimate_forward_bytes(shape) + dequantized, 0
+    yield kept + estimate_backward_bytes(shape) + dequantized, head if load.model.tied else 0
+    yield 0, (2 if load.model.tied else 1) * head
+
+
+def _estimate_dequantized_bytes(load: DeviceWorkload) -> int:
+    """Return the bytes of the one 4-bit matrix that is in 16 bits while it multiplies."""
+    if load.adapter is None or load.adapter.quantize is None:
+        return 0
+    return load.bytes_per_value * load.model.hidden * max(load.model.intermediate, load.model.query_width)
 
 
 def estimate_weight_bytes(load: DeviceWorkload) -> int:
@@ -92,7 +186,7 @@ def estimate_weight_bytes(load: DeviceWorkload) -> int:
     if load.adapter is not None and load.adapter.quantize is not None:
         matrices = load.model.layers * load.model.linear_matrices
         return round(_NF4_BYTES * matrices) + load.bytes_per_value * (total - matrices)
-    if load.zero < 3 or load.workers == 1:
+    if load.zero < 3:
         return load.bytes_per_value * total
     return load.bytes_per_value * (
         load.compute_partition_size(total, spread=True) + min(total, max(load.max_live, load.model.largest_module))
@@ -100,23 +194,47 @@ def estimate_weight_bytes(load: DeviceWorkload) -> int:
 
 
 def estimate_gradient_bytes(load: DeviceWorkload) -> int:
-    """Estimate accumulated gradients, their copy for the optimizer and the reduction bucket, in bytes.
+    """Estimate the gradients that stand between micro-batches, in bytes.
 
-    Stage 0 accumulates all gradients in fp32 (`engine/replica.py`). In bf16 the largest gradient that backward has just
-    produced is added, in fp32 a chunk that is being reduced. Stage 1 accumulates all in the precision of the forward
-    pass, and the step needs an fp32 copy of the partition. Stages 2 and 3 accumulate only the partition, in fp32. From
-    stage 1 on gradients pass through a bucket, which in bf16 is also copied to fp32 for the reduction. A tensor larger
-    than the bucket (an embedding, the fused experts of a layer) passes alone. Source: DeepSpeed 0.19.8,
-    runtime/zero/stage_1_and_2.py and stage3.py.
+    Stage 0 accumulates all gradients in fp32 (`engine/replica.py`), stage 1 all in the precision of the forward pass,
+    stages 2 and 3 only the partition, in fp32.
     """
-    total = load.trainable_parameters
     if load.zero == 0:
-        reduced = 4 * min(total, max(REDUCTION_CHUNK_SIZE, load.model.largest_tensor)) if load.workers > 1 else 0
-        made = 2 * min(total, load.model.largest_tensor)
-        return 4 * total + (made if load.precision == "bf16" else reduced)
-    bucket = min(total, max(load.bucket, load.model.largest_tensor)) * (2 + 4 if load.precision == "bf16" else 4)
-    partition = 4 * load.compute_partition_size(total, spread=True)
-    return partition + bucket + (load.bytes_per_value * total if load.zero == 1 else 0)
+        return 4 * load.trainable_parameters
+    if load.zero == 1:
+        return load.bytes_per_value * load.trainable_parameters
+    return 4 * load.compute_partition_size(load.trainable_parameters, spread=True)
+
+
+def _estimate_reduction_bytes(load: DeviceWorkload) -> int:
+    """Estimate the copies of gradients on their way to the other workers, in bytes.
+
+    Stage 0 reduces in place in bf16, in fp32 by chunks. At stages 1 and 2 a bucket is flattened, and in bf16 copied to
+    fp32; at stage 1 the gradients themselves fill it. Stage 3 keeps the bucket, its fp32 copy and the concatenation by
+    rank. Counted on DeepSpeed 0.19.8 (`allreduce_bucket` of runtime/zero/stage_1_and_2.py, `__avg_scatter_grads` of
+    stage3.py) with one and two ranks on a CPU.
+    """
+    bf16, bucket = load.precision == "bf16", load.bucket_elements
+    if load.zero == 0:
+        chunk = max(REDUCTION_CHUNK_SIZE, load.model.largest_tensor)
+        return 0 if bf16 or load.workers == 1 else 4 * min(load.trainable_parameters, chunk)
+    if load.zero == 1:
+        return (6 if bf16 else 4) * bucket
+    return (10 if bf16 and load.zero == 3 else 8) * bucket
+
+
+def _estimate_update_bytes(load: DeviceWorkload) -> int:
+    """Estimate the copies of gradients for the optimizer beyond those that stand before it, in bytes.
+
+    Stage 1 gathers its partition in one tensor and copies that to fp32, when the other gradients are gone. Stage 3
+    concatenates a sub-group, beside the bucket reduced last.
+    """
+    partition = load.compute_partition_size(load.trainable_parameters, spread=True)
+    if load.zero == 1:
+        return max(0, 8 * partition - estimate_gradient_bytes(load))
+    if load.zero == 3:
+        return 4 * min(partition, _SUB_GROUP) + 4 * load.bucket_elements
+    return 4 * partition if load.zero == 2 and load.precision == "fp32" else 0
 
 
 def estimate_optimizer_bytes(load: DeviceWorkload) -> int:
@@ -138,99 +256,19 @@ def compute_checkpoint_copy_bytes(parameters: int, workers: int) -> int:
     return -(-12 * parameters // workers)
 
 
-def estimate_activation_bytes(load: DeviceWorkload) -> int:
-    """Estimate activations kept for the backward pass, and the gradients of one layer at a time, in bytes.
-
-    With checkpointing a layer keeps only its input, and one layer at a time keeps everything.
-    """
-    model, layer = load.model, estimate_layer_bytes_per_token(load)
-    kept = model.layers * (model.hidden * load.bytes_per_value if load.activation_checkpointing else layer)
-    borrowed = layer * (2 if load.activation_checkpointing else 1)
-    return load.micro_batch_tokens * (kept + borrowed)
-
-
-def estimate_layer_bytes_per_token(load: DeviceWorkload) -> int:
-    """Estimate what autograd keeps of one layer per token for the models of transformers 5 (w = `bytes_per_value`).
-
-    Two norms: a LayerNorm keeps input and output, 2 h w; an RMSNorm fp32 input, normalized value and output, h (2 w +
-    4). Norms of queries and keys keep the same but the output. Attention: queries, keys, values and output; keys and
-    values are repeated for every query head unless there is only one key-value head. Packed documents need a mask, T w.
-    Eager attention keeps scores as probabilities instead, in fp32 and again in bf16.
-    tests/unit/models/test_activations.py compares the estimate with autograd.
-    """
-    model, w = load.model, load.bytes_per_value
-    if load.adapter is not None:
-        return _estimate_frozen_layer_bytes(load, load.adapter)
-    norms = 2 * model.hidden * (2 * w + (4 if model.rms_norms else 0))
-    if model.head_norms:
-        norms += (model.query_width + model.kv_width) * (4 + w)
-    attention = w * _count_attention_values(model)
-    return (
-        norms
-        + attention
-        + _estimate_feed_forward_bytes(model, w, trained=True)
-        + load.sequence_length * _get_mask_bytes(load)
-    )
-
-
-def _estimate_feed_forward_bytes(model: ModelDims, w: int, *, trained: bool) -> int:
-    """Estimate the feed-forward layer per token: 4 i w gated (gate, activation, up, product), or 2 i w.
-
-    A frozen layer does not keep its product. An expert also keeps its output before weighting and, if trained, a copy
-    of its input, h w each. Routing a token there and back keeps four indices of 8 bytes and a probability, in 4 bytes
-    and in w. The router keeps its softmax in fp32.
-    """
-    one = w * ((4 if model.gated else 2) - (not trained)) * model.intermediate
-    if not model.experts:
-        return one
-    return model.experts_per_token * (one + (1 + trained) * w * model.hidden + 36 + w) + 4 * model.experts
-
-
-def _count_attention_values(model: ModelDims) -> int:
-    """Return queries, keys, values and output per token; a single key-value head is not repeated per query head."""
-    return 2 * model.query_width + 2 * (model.kv_width if model.kv_heads == 1 else model.query_width)
-
-
-def _estimate_frozen_layer_bytes(load: DeviceWorkload, adapter: AdapterSpec) -> int:
-    """Estimate what one frozen layer and its adapters keep per token.
-
-    Without weight gradients a linear layer keeps no input, and an RMSNorm no normalized value. Adapters that read the
-    same input keep it once; each keeps the output of its first matrix. With dropout each keeps its own input and the
-    mask. DoRA keeps the outputs of layer and adapter.
-    """
-    model, w = load.model, load.bytes_per_value
-    norms = 2 * model.hidden * (4 if model.rms_norms else w)
-    if model.head_norms:
-        norms += (model.query_width + model.kv_width) * 4
-    attention = w * _count_attention_values(model)
-    feed_forward = _estimate_feed_forward_bytes(model, w, trained=False)
-    if adapter.dropout:
-        inputs = sum((w + 1) * layer.inputs for layer in adapter.layers)
-    else:
-        # Attention already keeps the output of the heads.
-        inputs = w * sum({layer.reads: layer.inputs for layer in adapter.layers if layer.reads != "heads"}.values())
-    inner = w * adapter.rank * len(adapter.layers)
-    results = 2 * w * sum(layer.outputs for layer in adapter.layers) if adapter.dora else 0
-    return norms + attention + feed_forward + inputs + inner + results + load.sequence_length * _get_mask_bytes(load)
-
-
-def _get_mask_bytes(load: DeviceWorkload) -> int:
-    """Return the bytes kept per pair of tokens."""
-    if load.eager_attention:
-        return load.model.heads * (4 if load.precision == "fp32" else 6)
-    return load.bytes_per_value
-
-
 def estimate_logit_bytes(load: DeviceWorkload) -> int:
-    """Estimate one chunk of the loss and the output layer's gradient, in bytes.
+    """Estimate what the loss holds: logits of a chunk, the gradients of its input and of the output layer, in bytes.
 
     Logits are in fp32, replaced in place by their gradient, and in bf16 before and after: tokens x vocabulary x 6, or x
-    4 in fp32. The gradient of the head, vocabulary x hidden, is added unless the head is frozen.
+    4 in fp32. With several chunks the output layer's gradient follows them, by blocks of a quarter of a chunk's logits
+    (models/loss.py).
     """
     tokens = min(load.loss_chunk or load.micro_batch_tokens, load.micro_batch_tokens)
-    logit = 4 if load.precision == "fp32" else 6
-    frozen = load.adapter is not None and "lm_head" not in load.adapter.modules_to_save
-    return load.model.vocab * (tokens * logit + (0 if frozen else load.model.hidden * load.bytes_per_value))
+    logits = load.model.vocab * tokens * (4 if load.precision == "fp32" else 6)
+    inputs, head = load.micro_batch_tokens * load.model.hidden * load.bytes_per_value, load.head_gradient_bytes
+    if tokens == load.micro_batch_tokens or not head:
+        return inputs + head + logits
+    return inputs + max(logits, head + logits // 4)
 
 
 def read_deepspeed_limits(deepspeed: Mapping[str, Any]) -> dict[str, int]:

@@ -7,7 +7,8 @@ from llm_training_toolkit.plan.auto import ResolvedValue, get_candidate_zero_sta
 from llm_training_toolkit.plan.batch import get_micro_batch, split_global_batch
 from llm_training_toolkit.plan.plan import make_plan
 
-_FILL = 0.9  # share of free memory for the estimate, which omits allocator rounding and kernel workspaces
+# Share of free memory for the estimate: 5 % for its error, the rest for what allocators round up and split.
+MEMORY_FILL = 0.9
 
 
 def with_micro_batch(config: Config, micro_batch: int) -> Config:
@@ -22,7 +23,7 @@ def find_fitting_micro_batch(config: Config, replicas: int, free_bytes: float) -
     fits = [
         rows
         for rows in _list_even_micro_batches(share)
-        if _estimate_bytes(config, replicas, rows) <= _FILL * free_bytes
+        if _estimate_bytes(config, replicas, rows) <= MEMORY_FILL * free_bytes
     ]
     return max(fits, default=1)
 
@@ -42,8 +43,10 @@ def find_fitting_zero_stage(config: Config, replicas: int, free_bytes: float) ->
     if replicas == 1:
         return ResolvedValue("engine.zero_stage", stages[0], "it costs least for one worker")
     needed = {stage: _estimate_bytes_at_stage(config, replicas, stage) for stage in stages}
-    stage = next((stage for stage in stages if needed[stage] <= _FILL * free_bytes), stages[-1])
-    fits = "the lowest stage that fits" if needed[stage] <= _FILL * free_bytes else "the stage with the least memory"
+    stage = next((stage for stage in stages if needed[stage] <= MEMORY_FILL * free_bytes), stages[-1])
+    fits = (
+        "the lowest stage that fits" if needed[stage] <= MEMORY_FILL * free_bytes else "the stage with the least memory"
+    )
     why = f"{fits}, {needed[stage] / 1e9:.3g} GB of the {free_bytes / 1e9:.3g} GB a worker has free"
     return ResolvedValue("engine.zero_stage", stage, why)
 

@@ -10,6 +10,7 @@ from llm_training_toolkit import families
 from llm_training_toolkit.config.schema import Config, parse_duration_seconds
 from llm_training_toolkit.errors import PlanError
 from llm_training_toolkit.plan import auto, batch, check, lr_schedule, memory
+from llm_training_toolkit.plan.activations import get_attention_memory
 from llm_training_toolkit.plan.deepspeed import build_base_config, build_deepspeed_config, find_deepspeed_problems
 from llm_training_toolkit.plan.horizon import DataFacts, MixtureSource, compute_horizon
 from llm_training_toolkit.plan.lr_schedule import LRSchedule, ScheduleKind
@@ -224,9 +225,9 @@ def _estimate_memory_gb(
         workers=replicas,
         micro_batch=batch.get_micro_batch(config),
         sequence_length=config.data.sequence_length,
-        activation_checkpointing=config.model.activation_checkpointing,
+        checkpointing="full" if config.model.activation_checkpointing else "none",
         loss_chunk=batch.compute_loss_chunk_size(config.model.loss_chunk_size, hf["vocab_size"]),
-        eager_attention=config.model.attn_implementation == "eager",
+        attention=get_attention_memory(config.model.attn_implementation),
         **memory.read_deepspeed_limits(deepspeed),
     )
     return memory.estimate_memory(load).to_gigabytes()

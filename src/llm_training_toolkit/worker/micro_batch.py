@@ -23,6 +23,7 @@ from llm_training_toolkit.distributed.context import RunContext
 from llm_training_toolkit.distributed.events import NoteEvent
 from llm_training_toolkit.errors import TrainingError
 from llm_training_toolkit.plan import (
+    CUDA_LIBRARY_BYTES,
     compute_checkpoint_copy_bytes,
     find_fitting_micro_batch,
     find_fitting_zero_stage,
@@ -162,7 +163,8 @@ def _died_before_first_step(run: RunDirectory, record: Mapping[str, Any]) -> boo
 def _measure_free_memory(context: RunContext) -> float:
     """Return the bytes this rank may use: free GPU memory, or its share of the machine's or container's free memory."""
     if context.device.type == "cuda":
-        return float(torch.cuda.mem_get_info(context.device)[0])
+        # The context is there already; cuBLAS and NCCL allocate when they are first used.
+        return max(float(torch.cuda.mem_get_info(context.device)[0]) - CUDA_LIBRARY_BYTES, 0.0)
     hosts = Counter(context.all_gather_object(socket.gethostname()))
     own = Path("/proc/self/cgroup")
     left = read_container_free_memory(own.read_text(), _CGROUPS) if own.exists() else math.inf

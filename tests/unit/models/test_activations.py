@@ -16,7 +16,8 @@ from llm_training_toolkit.models import build_model
 from llm_training_toolkit.models.build import DTYPES
 from llm_training_toolkit.models.dropout import BatchPosition
 from llm_training_toolkit.models.lora import add_adapters
-from llm_training_toolkit.plan.memory import DeviceWorkload, estimate_layer_bytes_per_token
+from llm_training_toolkit.plan.activations import estimate_layer_bytes, get_attention_memory
+from llm_training_toolkit.plan.memory import DeviceWorkload
 
 TOKENS = 256
 QWEN = {"hidden_size": 256, "intermediate_size": 768, "num_attention_heads": 8, "vocab_size": 256}
@@ -91,11 +92,11 @@ def test_a_layer_keeps_what_the_plan_counts(name: str, precision: Literal["bf16"
         workers=1,
         micro_batch=1,
         sequence_length=TOKENS,
-        eager_attention=attention == "eager",
+        attention=get_attention_memory(attention),
     )
     # The difference of two depths leaves out what lies outside the layers.
     layer = (kept_bytes(name, 3, precision, attention) - kept_bytes(name, 1, precision, attention)) / 2
-    assert TOKENS * estimate_layer_bytes_per_token(load) == pytest.approx(layer, rel=0.02)
+    assert TOKENS * estimate_layer_bytes(load.build_pass_shape()) == pytest.approx(layer, rel=0.02)
 
 
 ADAPTERS = [
@@ -129,4 +130,4 @@ def test_a_frozen_layer_and_its_adapters_keep_what_the_plan_counts(
     )
     # The first layer keeps less: nothing before it is trained, so its norm and projections have nobody to tell.
     layer = (kept_bytes(name, 4, precision, "sdpa", lora) - kept_bytes(name, 2, precision, "sdpa", lora)) / 2
-    assert TOKENS * estimate_layer_bytes_per_token(load) == pytest.approx(layer, rel=0.03)
+    assert TOKENS * estimate_layer_bytes(load.build_pass_shape()) == pytest.approx(layer, rel=0.03)

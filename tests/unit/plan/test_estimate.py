@@ -180,10 +180,15 @@ def test_a_checkpoint_by_hand() -> None:
             hardware(memory_gb=24),
             {},
             "model.activation_checkpointing",
-            "H100 has 24 GB; the largest part is activations",
+            "H100 has 22.5 GB for it; the largest part is activations",
         ),
         (hardware(), {"train": {"micro_batch_size": 4}}, "train.micro_batch_size", "the largest part is activations"),
-        (hardware(memory_gb=16), RECOMPUTED, "cluster.workers", "H100 has 16 GB; the largest part is optimizer"),
+        (
+            hardware(memory_gb=16),
+            RECOMPUTED,
+            "cluster.workers",
+            "H100 has 14.5 GB for it; the largest part is gradients",
+        ),
         (hardware(), {**RECOMPUTED, "engine": {"zero_stage": 0}}, "engine.zero_stage", "the largest part is optimizer"),
         (
             hardware(),
