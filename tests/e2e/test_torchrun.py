@@ -18,7 +18,7 @@ import fork_server
 from launching import command, run_of, wait_for_step
 from llm_training_toolkit.runs.attempts import read_attempt_record
 from llm_training_toolkit.runs.directory import RunDirectory
-from llm_training_toolkit.runs.goodput import read_seconds_by_part
+from llm_training_toolkit.runs.goodput import read_seconds_by_category
 
 pytestmark = [pytest.mark.slow]
 SECTIONS = {"train": {"steps": 40, "global_batch_size": 4, "micro_batch_size": 2}, "cluster": {"workers": 0}}
@@ -51,9 +51,9 @@ def test_one_process_stops_with_a_checkpoint_and_goes_on(launch_config: Callable
     assert "goodput " in done.stdout
     last = rows(run_of(config))[-1]
     took = first_ended - first_began + last["time"] - second_began
-    assert sum(read_seconds_by_part(last).values()) == pytest.approx(took, rel=0.01)
+    assert sum(read_seconds_by_category(last).values()) == pytest.approx(took, rel=0.01)
     to_its_end = first_ended - last_row
-    assert read_seconds_by_part(last)["idle"] == pytest.approx(to_its_end, abs=0.01), (
+    assert read_seconds_by_category(last)["idle"] == pytest.approx(to_its_end, abs=0.01), (
         "what follows a stop is none of the run's"
     )
 

@@ -25,7 +25,7 @@ from llm_training_toolkit.errors import CheckpointError, TrainingError
 from llm_training_toolkit.plan import make_plan
 from llm_training_toolkit.runs.attempts import find_last_attempt, read_attempt_record
 from llm_training_toolkit.runs.directory import RunDirectory
-from llm_training_toolkit.runs.goodput import read_seconds_by_part
+from llm_training_toolkit.runs.goodput import read_seconds_by_category
 from rank_pool import RankPool
 
 Pools = Callable[[int], RankPool]
@@ -149,7 +149,7 @@ def test_another_host_and_a_clock_that_went_back_a_day_change_nothing(
     assert fetched(run) == fetched(whole)
     assert_same_state(rank_tasks.read_state(final(run)), rank_tasks.read_state(final(whole)))
     assert [CheckpointReader(path).manifest.step for path in list_complete_checkpoints(run.checkpoints_dir)] == [8, 9]
-    split = read_seconds_by_part(json.loads(run.metrics_path.read_text().splitlines()[-1]))
+    split = read_seconds_by_category(json.loads(run.metrics_path.read_text().splitlines()[-1]))
     assert all(0 <= seconds < 1000 for seconds in split.values())
     curve = EventAccumulator(str(run.tensorboard_dir), size_guidance={"scalars": 0})
     curve.Reload()

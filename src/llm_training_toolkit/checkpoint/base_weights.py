@@ -76,12 +76,22 @@ def find_weight_files(path: str) -> list[Path]:
 
 def check_base_matches(saved: BaseWeights, now: BaseWeights) -> None:
     """Raise CheckpointError if the base weights differ from those the adapters were trained with."""
-    before, found = ({entry.name: entry.sha256 for entry in base.files} for base in (saved, now))
-    if before == found:
+    saved_hashes, current_hashes = ({entry.name: entry.sha256 for entry in base.files} for base in (saved, now))
+    if saved_hashes == current_hashes:
         return
-    differing = sorted(name for name in before.keys() | found.keys() if before.get(name) != found.get(name))
+    differing = sorted(
+        name
+        for name in saved_hashes.keys() | current_hashes.keys()
+        if saved_hashes.get(name) != current_hashes.get(name)
+    )
     name = differing[0]
-    what = "is not there" if name not in found else "was not there" if name not in before else "has other content"
+    what = (
+        "is not there"
+        if name not in current_hashes
+        else "was not there"
+        if name not in saved_hashes
+        else "has other content"
+    )
     raise CheckpointError(
         f"{now.path}: not the weights these adapters were trained beside ({saved.path}): {name} {what}. Adapters "
         "belong to one base: bring its files back, or start a new run under another run.name"

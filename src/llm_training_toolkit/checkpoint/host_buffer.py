@@ -42,16 +42,16 @@ def serialize_to_buffer(tensors: Mapping[str, Tensor], memory: HostBuffer) -> me
     """Serialize flat fp32 tensors as a safetensors file, copied from their device. Raises MemoryError."""
     import torch  # noqa: PLC0415 - whoever reads checkpoints needs no torch
 
-    places, end = {}, 0
+    offsets, end = {}, 0
     for name, tensor in tensors.items():
         assert tensor.dtype == torch.float32
-        places[name] = (end, end + 4 * tensor.numel())
+        offsets[name] = (end, end + 4 * tensor.numel())
         end += 4 * tensor.numel()
-    header = _build_header(places)
+    header = _build_header(offsets)
     image = memory.get_view(len(header) + end)
     image[: len(header)] = header
     for name, tensor in tensors.items():
-        at = len(header) + places[name][0]
+        at = len(header) + offsets[name][0]
         torch.frombuffer(image, dtype=torch.float32, count=tensor.numel(), offset=at).copy_(tensor.detach())
     return image
 
@@ -62,11 +62,11 @@ def compute_serialized_size(names: Mapping[str, int]) -> int:
     return len(_build_header(dict.fromkeys(names, largest))) + 4 * sum(names.values())
 
 
-def _build_header(places: Mapping[str, tuple[int, int]]) -> bytes:
+def _build_header(offsets: Mapping[str, tuple[int, int]]) -> bytes:
     """Build the beginning of the file, padded so that values begin at a multiple of eight bytes."""
     entries = {
         name: {"dtype": "F32", "shape": [(end - start) // 4], "data_offsets": [start, end]}
-        for name, (start, end) in places.items()
+        for name, (start, end) in offsets.items()
     }
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)

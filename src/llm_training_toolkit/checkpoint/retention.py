@@ -44,9 +44,9 @@ def apply_retention_policy(
     """
     delete_incomplete_checkpoints(run, attempt=attempt)
     found = [
-        (place[0], path)
+        (step_and_attempt[0], path)
         for path in list_complete_checkpoints(run.checkpoints_dir)
-        if (place := parse_checkpoint_name(path))
+        if (step_and_attempt := parse_checkpoint_name(path))
     ]
     stay = select_kept_steps([step for step, _ in found], rule, losses)
     for step, path in found:
@@ -57,8 +57,8 @@ def apply_retention_policy(
 def delete_incomplete_checkpoints(run: RunDirectory, *, attempt: int) -> None:
     """Delete incomplete checkpoints of attempts up to `attempt`, whose ranks must not be writing."""
     for path in run.checkpoints_dir.glob("step_*"):
-        place = parse_checkpoint_name(path)
-        if place and place[1] <= attempt and not (path / MANIFEST_NAME).exists():
+        step_and_attempt = parse_checkpoint_name(path)
+        if step_and_attempt and step_and_attempt[1] <= attempt and not (path / MANIFEST_NAME).exists():
             run.storage.delete_checkpoint(path)
 
 

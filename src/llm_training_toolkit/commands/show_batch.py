@@ -60,11 +60,11 @@ def _find_checkpoint_before(
     happened at an unknown step between two remaining checkpoints.
     """
     manifests = (read_manifest(directory) for directory in list_complete_checkpoints(run.checkpoints_dir))
-    places = sorted(
+    positions = sorted(
         (each.step, each.sequences) for each in manifests if each.data_fingerprint == dataset_info.fingerprint
     )
-    origin = max((place for place in places if place[0] < step), default=(0, 0))
-    later = next((place for place in places if place[0] >= step), None)
+    origin = max((position for position in positions if position[0] < step), default=(0, 0))
+    later = next((position for position in positions if position[0] >= step), None)
     if later and later[1] - origin[1] != (later[0] - origin[0]) * global_batch and later[0] > step:
         raise PlanError(
             f"--step {step}: between the steps {origin[0]} and {later[0]} the run had a short step or another "
@@ -96,8 +96,8 @@ def _format_heading(piece: DocumentPreview) -> Text:
 
 
 def _format_piece(piece: DocumentPreview) -> Text:
-    parts = []
+    segments = []
     for stretch in piece.spans:
         style = _LOSS if stretch.loss else _PLAIN
-        parts.append((escape_control_characters(stretch.text), f"{style} {_SPECIAL}" if stretch.special else style))
-    return Text.assemble(*parts)
+        segments.append((escape_control_characters(stretch.text), f"{style} {_SPECIAL}" if stretch.special else style))
+    return Text.assemble(*segments)

@@ -38,15 +38,15 @@ class ConfigDocument:
         return next(known, ConfigLocation((0, 0), self.where))
 
     def report_problem(
-        self, path: KeyPath, what: str, shown: str | None = None, place: ConfigLocation | None = None
+        self, path: KeyPath, what: str, shown: str | None = None, location: ConfigLocation | None = None
     ) -> None:
-        """Record a problem of a key. `shown` is its value; `place` overrides the key's own location."""
-        place = place or self.locate_key(path)
+        """Record a problem of a key. `shown` is its value; `location` overrides the key's own location."""
+        location = location or self.locate_key(path)
         key = format_key(path)
         subject = f"{key} = {shown}: " if shown is not None else f"{key}: " if path else ""
-        if place.text.startswith(f"override {key}="):
+        if location.text.startswith(f"override {key}="):
             subject = ""  # the override already shows key and value
-        self.problems.append((place, f"{place.text}: {subject}{what}"))
+        self.problems.append((location, f"{location.text}: {subject}{what}"))
 
     def raise_problems(self) -> None:
         """Raise ConfigError with one line per problem, if there are any."""

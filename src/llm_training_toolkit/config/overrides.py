@@ -15,28 +15,28 @@ from llm_training_toolkit.config.yaml_reader import YamlNodeReader, compose_yaml
 
 def apply_override(override: str, number: int, document: ConfigDocument) -> None:
     """Set one value in the document; `number` is the position among all overrides."""
-    place = ConfigLocation((1, number), f"override {override}")
+    location = ConfigLocation((1, number), f"override {override}")
     key, equals, text = override.partition("=")
-    parts = key.strip().split(".")
-    if not equals or not all(parts):
-        document.report_problem((), "write key=value, for example train.steps=100", place=place)
+    segments = key.strip().split(".")
+    if not equals or not all(segments):
+        document.report_problem((), "write key=value, for example train.steps=100", location=location)
         return
     problem, node = _parse_override_value(text)
     if problem or node is None:
-        document.report_problem((), problem, place=place)
+        document.report_problem((), problem, location=location)
         return
-    reached = _resolve_parent(parts, document, place)
+    reached = _resolve_parent(segments, document, location)
     if reached is None:
         return
     path, holder = reached
     for known in [known for known in document.locations if known[: len(path)] == path]:
         del document.locations[known]
-    document.locations[path] = place
+    document.locations[path] = location
     document.reported_keys = {known for known in document.reported_keys if known[: len(path)] != path}
     try:
-        holder[path[-1]] = YamlNodeReader(document, fixed_location=place).read_node(node, path)
+        holder[path[-1]] = YamlNodeReader(document, fixed_location=location).read_node(node, path)
     except YAMLError as error:  # aliases that multiply
-        document.report_problem(path, str(error), place=place)
+        document.report_problem(path, str(error), location=location)
 
 
 def _parse_override_value(text: str) -> tuple[str, Node | None]:
@@ -53,23 +53,23 @@ def _parse_override_value(text: str) -> tuple[str, Node | None]:
 
 
 def _resolve_parent(
-    parts: Sequence[str], document: ConfigDocument, place: ConfigLocation
+    segments: Sequence[str], document: ConfigDocument, location: ConfigLocation
 ) -> tuple[KeyPath, Any] | None:
     """Return the path of an override's key and the container that holds it, or None after reporting a problem."""
     if not isinstance(document.data, dict):
         return None  # reported by `validate_document`
     path: KeyPath = ()
     holder: Any = document.data
-    for position, part in enumerate(parts, start=1):
+    for position, part in enumerate(segments, start=1):
         step = _resolve_step(holder, part)
         if isinstance(step, _InvalidStep):
-            document.report_problem((), f"{format_key(path)} {step.what}", place=place)
+            document.report_problem((), f"{format_key(path)} {step.what}", location=location)
             return None
         path = (*path, step)
-        if position < len(parts):
+        if position < len(segments):
             if holder[step] is None:
                 holder[step] = {}
-                document.locations[path] = place
+                document.locations[path] = location
             holder = holder[step]
     return path, holder
 

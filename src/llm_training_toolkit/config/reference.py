@@ -34,9 +34,9 @@ What happens when a field changes in a run that has begun:
 
 def render_reference() -> str:
     """Return the reference as Markdown: one list per section."""
-    parts = [_HEAD]
-    parts += [_format_section(key, section) for key, section in iter_sections() if key]
-    return "\n".join(parts)
+    page = [_HEAD]
+    page += [_format_section(key, section) for key, section in iter_sections() if key]
+    return "\n".join(page)
 
 
 def _format_section(key: str, section: type[ConfigSection]) -> str:

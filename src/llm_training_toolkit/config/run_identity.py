@@ -49,10 +49,10 @@ def _iter_leaf_fields(held: ConfigSection, prefix: str) -> Iterator[tuple[str, F
 
 def diff_configs(old: Config, new: Config) -> list[ConfigChange]:
     """Return every changed field; fields that exist only in the new configuration come last."""
-    before, after = flatten_config(redact_config(old)), flatten_config(redact_config(new))
+    old_values, new_values = flatten_config(redact_config(old)), flatten_config(redact_config(new))
     found = [
-        ConfigChange(key, tag, before.get(key, (tag, None))[1], after.get(key, (tag, None))[1])
-        for key, (tag, _) in (before | after).items()
+        ConfigChange(key, tag, old_values.get(key, (tag, None))[1], new_values.get(key, (tag, None))[1])
+        for key, (tag, _) in (old_values | new_values).items()
     ]
     return [change for change in found if _to_canonical_json(change.old) != _to_canonical_json(change.new)]
 

@@ -77,9 +77,9 @@ class SampleEvent:
     """Generated text and the prompt around it."""
 
     title: str
-    before: str
+    prefix: str
     written: str
-    after: str = ""
+    suffix: str = ""
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class WorkerStartedEvent:
     """Start time of the process in seconds since 1970, because process ids are reused."""
     actor: str
     """Actor id."""
-    places: str
+    placement_group: str
     """Id of the placement group of all ranks."""
 
 

@@ -58,9 +58,9 @@ def _build_operands(side: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.
 
 
 def _time_matmul(one: torch.Tensor, other: torch.Tensor) -> float:
-    began = time.perf_counter()
+    start = time.perf_counter()
     product = one @ other
     torch.autograd.backward(product, product.detach())
-    seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - start
     one.grad = other.grad = None
     return seconds

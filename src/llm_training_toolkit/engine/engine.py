@@ -167,9 +167,9 @@ class Engine:
         shapes = [flat.shape for flat in flat_parameters]
         moments = {key: allocate_zeros(shapes, torch.float32, self.device)[1] for key in MOMENTS}
         for index, flat in enumerate(flat_parameters):
-            place = flat.device if self.optimizer.defaults["fused"] else torch.device("cpu")
+            step_device = flat.device if self.optimizer.defaults["fused"] else torch.device("cpu")
             self.optimizer.state[flat] = {
-                "step": torch.tensor(float(num_updates), dtype=torch.float32, device=place),
+                "step": torch.tensor(float(num_updates), dtype=torch.float32, device=step_device),
                 **{key: moments[key][index] for key in MOMENTS},
             }
 
@@ -223,7 +223,7 @@ class DeviceTimer:
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
         self._spans: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-        self._began = self._total = 0.0
+        self._started_at = self._total = 0.0
 
     def __enter__(self) -> Self:
         if self._on_gpu:
@@ -231,7 +231,7 @@ class DeviceTimer:
             self._spans.append((begin, end))
             self._spans[-1][0].record()
         else:
-            self._began = time.perf_counter()
+            self._started_at = time.perf_counter()
         return self
 
     def __exit__(
@@ -240,7 +240,7 @@ class DeviceTimer:
         if self._on_gpu:
             self._spans[-1][1].record()
         else:
-            self._total += time.perf_counter() - self._began
+            self._total += time.perf_counter() - self._started_at
 
     def total_seconds(self) -> float:
         """Return the sum so far."""

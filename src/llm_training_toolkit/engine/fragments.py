@@ -61,9 +61,9 @@ def _locate_zero12_fragments(wrapped: Any, names: Mapping[int, str]) -> Iterator
             mapping = parameter._hp_mapping  # noqa: SLF001 - None where no piece lies on this rank
             if mapping is None:
                 continue
-            piece, place = mapping.lp_fragment_address, mapping.hp_fragment_address
+            piece, master_address = mapping.lp_fragment_address, mapping.hp_fragment_address
             flat = wrapped.single_partition_of_fp32_groups[mapping.param_group_index]
-            yield Fragment(names[id(parameter)], piece.start, piece.numel, flat, place.start)
+            yield Fragment(names[id(parameter)], piece.start, piece.numel, flat, master_address.start)
 
 
 def _locate_zero3_fragments(wrapped: Any, names: Mapping[int, str], rank: int) -> Iterator[Fragment]:  # noqa: ANN401

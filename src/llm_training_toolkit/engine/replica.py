@@ -127,8 +127,8 @@ def _flatten_parameters(parameters: Sequence[nn.Parameter], device: torch.device
     """Move the parameters of each dtype into one contiguous buffer with huge pages."""
     for dtype in sorted({parameter.dtype for parameter in parameters}, key=str):
         same = [parameter for parameter in parameters if parameter.dtype == dtype]
-        for parameter, place in zip(same, allocate_zeros([p.shape for p in same], dtype, device)[1], strict=True):
-            parameter.data = place.copy_(parameter.detach())
+        for parameter, buffer_view in zip(same, allocate_zeros([p.shape for p in same], dtype, device)[1], strict=True):
+            parameter.data = buffer_view.copy_(parameter.detach())
 
 
 def _iter_buckets(tensors: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:

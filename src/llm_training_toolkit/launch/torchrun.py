@@ -76,11 +76,11 @@ def run_without_ray(run: RunDirectory, config: Config, console: Console) -> dict
         )
         if not is_first_rank():
             run.storage.refresh_directory(run.path)  # the first rank has written files meanwhile
-        place = WorkerSpec(
+        worker_spec = WorkerSpec(
             run, config, DatasetInfo.from_json(run.dataset_info_path.read_text()), get_process_start_time()
         )
         try:
-            return run_worker(place, context)
+            return run_worker(worker_spec, context)
         except SmallerMicroBatch as after:
             if stop.is_set() and context.world_size == 1:
                 return _build_stopped_result(run)
@@ -108,5 +108,5 @@ def _restart_process(after: SmallerMicroBatch, context: RunContext, console: Con
 def _build_stopped_result(run: RunDirectory) -> dict[str, Any]:
     """Return the result of a run that failed after a stop request: stopped at its newest checkpoint."""
     newest_one = find_latest_checkpoint(run.checkpoints_dir)
-    place = parse_checkpoint_name(newest_one) if newest_one else None
-    return {"status": "stopped", "step": place[0] if place else 0}
+    step_and_attempt = parse_checkpoint_name(newest_one) if newest_one else None
+    return {"status": "stopped", "step": step_and_attempt[0] if step_and_attempt else 0}

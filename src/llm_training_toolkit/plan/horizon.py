@@ -65,46 +65,52 @@ class Horizon:
     """Sources with weights; empty without weights."""
 
 
-def compute_horizon(config: Config, facts: DataFacts | None = None) -> Horizon:
+def compute_horizon(config: Config, data_facts: DataFacts | None = None) -> Horizon:
     """Return the length of the run as known from the configuration and the prepared data."""
-    steps, estimated = _compute_run_steps(config, facts)
-    return Horizon(steps, estimated, _compute_epochs(config, steps, facts), _build_mixture(config, steps, facts))
+    steps, estimated = _compute_run_steps(config, data_facts)
+    return Horizon(
+        steps, estimated, _compute_epochs(config, steps, data_facts), _build_mixture(config, steps, data_facts)
+    )
 
 
-def is_prepared(config: Config, facts: DataFacts) -> bool:
+def is_prepared(config: Config, data_facts: DataFacts) -> bool:
     """Return whether the prepared epochs hold every sequence that the run still needs."""
-    return not any(missing_epochs(config, facts))
+    return not any(missing_epochs(config, data_facts))
 
 
-def missing_epochs(config: Config, facts: DataFacts, until: int | None = None) -> list[int]:
+def missing_epochs(config: Config, data_facts: DataFacts, until: int | None = None) -> list[int]:
     """Return the minimum number of epochs to add per stream, by the size of its largest prepared epoch."""
     if config.train.epochs is not None:
-        return [max(config.train.epochs - len(facts.streams[0].sequences_per_epoch), 0)]
-    needed = _count_needed_sequences(config, facts, until)
-    missing = [count - sum(stream.sequences_per_epoch) for stream, count in zip(facts.streams, needed, strict=True)]
+        return [max(config.train.epochs - len(data_facts.streams[0].sequences_per_epoch), 0)]
+    needed = _count_needed_sequences(config, data_facts, until)
+    missing = [
+        count - sum(stream.sequences_per_epoch) for stream, count in zip(data_facts.streams, needed, strict=True)
+    ]
     return [
         max(1, count // max(stream.sequences_per_epoch)) if count > 0 else 0
-        for stream, count in zip(facts.streams, missing, strict=True)
+        for stream, count in zip(data_facts.streams, missing, strict=True)
     ]
 
 
-def find_shortest_stream(config: Config, facts: DataFacts) -> int:
+def find_shortest_stream(config: Config, data_facts: DataFacts) -> int:
     """Return the stream that runs out first. For runs over tokens or steps."""
-    needed = _count_needed_sequences(config, facts)
+    needed = _count_needed_sequences(config, data_facts)
     covered = [
         sum(stream.sequences_per_epoch) / count if count else 1.0
-        for stream, count in zip(facts.streams, needed, strict=True)
+        for stream, count in zip(data_facts.streams, needed, strict=True)
     ]
     return covered.index(min(covered))
 
 
-def _count_needed_sequences(config: Config, facts: DataFacts, until: int | None = None) -> tuple[int, ...]:
-    steps = compute_horizon(config, facts).steps
+def _count_needed_sequences(config: Config, data_facts: DataFacts, until: int | None = None) -> tuple[int, ...]:
+    steps = compute_horizon(config, data_facts).steps
     assert steps is not None, "runs over epochs are prepared completely at the start"
-    return facts.count_needed_sequences(steps if until is None else min(until, steps), config.train.global_batch_size)
+    return data_facts.count_needed_sequences(
+        steps if until is None else min(until, steps), config.train.global_batch_size
+    )
 
 
-def _compute_run_steps(config: Config, facts: DataFacts | None) -> tuple[int | None, bool]:
+def _compute_run_steps(config: Config, data_facts: DataFacts | None) -> tuple[int | None, bool]:
     """Return the length of the run in steps, and whether it is inexact.
 
     Tokens and epochs are converted to sequences. The part not seen in the completed steps is divided by the global
@@ -114,15 +120,15 @@ def _compute_run_steps(config: Config, facts: DataFacts | None) -> tuple[int | N
     train = config.train
     if train.steps is not None:
         return train.steps, False
-    done, seen = (facts.steps_done, facts.sequences_done) if facts else (0, 0)
+    done, seen = (data_facts.steps_done, data_facts.sequences_done) if data_facts else (0, 0)
     if train.tokens is not None:
         return _compute_total_steps(
             -(-train.tokens // config.data.sequence_length), train.global_batch_size, done, seen
         ), False
     assert train.epochs is not None  # the schema requires exactly one length
-    if facts is None or not facts.streams[0].sequences_per_epoch:
+    if data_facts is None or not data_facts.streams[0].sequences_per_epoch:
         return None, True
-    known = facts.streams[0].sequences_per_epoch[: train.epochs]
+    known = data_facts.streams[0].sequences_per_epoch[: train.epochs]
     missing = train.epochs - len(known)
     sequences = sum(known) + round(missing * sum(known) / len(known))
     return _compute_total_steps(sequences, train.global_batch_size, done, seen), missing > 0
@@ -133,26 +139,26 @@ def _compute_total_steps(sequences: int, global_batch: int, done: int, seen: int
     return done + -(-max(sequences - seen, 0) // global_batch)
 
 
-def _compute_epochs(config: Config, steps: int | None, facts: DataFacts | None) -> float | None:
+def _compute_epochs(config: Config, steps: int | None, data_facts: DataFacts | None) -> float | None:
     """Return the passes over the data, by the mean length of the prepared epochs."""
     if config.train.epochs is not None:
         return float(config.train.epochs)
-    if steps is None or facts is None or config.data.source_weights:
+    if steps is None or data_facts is None or config.data.source_weights:
         return None
-    return facts.streams[0].compute_epochs(steps * config.train.global_batch_size)
+    return data_facts.streams[0].compute_epochs(steps * config.train.global_batch_size)
 
 
-def _build_mixture(config: Config, steps: int | None, facts: DataFacts | None) -> tuple[MixtureSource, ...]:
+def _build_mixture(config: Config, steps: int | None, data_facts: DataFacts | None) -> tuple[MixtureSource, ...]:
     """Return the share and the epochs of each source with a weight."""
     weights = config.data.source_weights
     if not weights:
         return ()
     epochs: list[float | None] = [None] * len(weights)
-    if steps is not None and facts is not None:
+    if steps is not None and data_facts is not None:
         seen = mixture.count_per_stream(
-            [stream.share for stream in facts.streams], steps * config.train.global_batch_size
+            [stream.share for stream in data_facts.streams], steps * config.train.global_batch_size
         )
-        epochs = [stream.compute_epochs(count) for stream, count in zip(facts.streams, seen, strict=True)]
+        epochs = [stream.compute_epochs(count) for stream, count in zip(data_facts.streams, seen, strict=True)]
     sources = zip(config.data.sources, weights, epochs, strict=True)
     return tuple(
         MixtureSource(redact_uri(source.path), weight / sum(weights), passes) for source, weight, passes in sources

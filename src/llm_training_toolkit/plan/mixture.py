@@ -30,10 +30,10 @@ def compute_integer_shares(weights: Sequence[float]) -> tuple[int, ...]:
 def merge_streams(shares: Sequence[int], first: int, stop: int) -> list[StreamPosition]:
     """Return the sequences at positions [first, stop) of the mixture; the cost does not grow with `first`."""
     found = [
-        (place, StreamPosition(stream, number))
+        (position, StreamPosition(stream, number))
         for stream in range(len(shares))
         for number in _find_candidates(shares, stream, first, stop)
-        if first <= (place := _compute_position(shares, stream, number)) < stop
+        if first <= (position := _compute_position(shares, stream, number)) < stop
     ]
     return [due for _, due in sorted(found)]
 

@@ -117,7 +117,7 @@ class Plan:
         }
 
 
-def make_plan(config: Config, facts: DataFacts | None = None, replicas: int | None = None) -> Plan:
+def make_plan(config: Config, data_facts: DataFacts | None = None, replicas: int | None = None) -> Plan:
     """Plan a run and collect all problems; `replicas` = ranks that were started, else the most workers.
 
     Raises PlanError only if nothing can be planned: an unknown size or an impossible shape.
@@ -130,7 +130,7 @@ def make_plan(config: Config, facts: DataFacts | None = None, replicas: int | No
     world = replicas or max(config.cluster.max_workers, 1)
     smallest = replicas or max(config.cluster.min_workers, 1)
     given, config = config, auto.with_assumed_values(config)
-    horizon = compute_horizon(config, facts)
+    horizon = compute_horizon(config, data_facts)
     steps = horizon.steps
     warmup, decay = lr_schedule.compute_warmup_steps(config, steps), lr_schedule.compute_decay_steps(config, steps)
     lr = lr_schedule.choose_learning_rate(config, total)
@@ -173,7 +173,7 @@ def make_plan(config: Config, facts: DataFacts | None = None, replicas: int | No
             *check.find_problems(config, size, hf, world),
             *check.find_memory_problems(memory_gb),
             *check.find_length_problems(steps, warmup, decay),
-            *check.find_vocabulary_problems(config, facts.vocab_size if facts else None, hf),
+            *check.find_vocabulary_problems(config, data_facts.vocab_size if data_facts else None, hf),
         ),
         estimated=_list_estimated_values(given, steps_estimated=horizon.steps_estimated),
         notes=check.collect_notes(config, size, hf, (smallest, world)),

@@ -85,10 +85,10 @@ def format_mixture(plan: Plan) -> list[str]:
 
 def _format_adapters(plan: Plan, adapter: AdapterSpec) -> str:
     kind = ("QLoRA" if adapter.quantize else "LoRA") + (" with DoRA" if adapter.dora else "")
-    places = ", ".join((*adapter.targets, *(f"all of {name}" for name in adapter.modules_to_save)))
+    target_names = ", ".join((*adapter.targets, *(f"all of {name}" for name in adapter.modules_to_save)))
     trained = plan.trainable_parameters
     share = f"{trained:,}, {trained / plan.parameters:.2%} of the model"
-    what = f"{kind} rank {adapter.rank}, scaled by {adapter.scaling:.3g}, on {places}"
+    what = f"{kind} rank {adapter.rank}, scaled by {adapter.scaling:.3g}, on {target_names}"
     return f"{what}; {format_large_number(trained)} parameters trained ({share})"
 
 
@@ -175,11 +175,11 @@ def _format_lr_schedule(plan: Plan) -> str:
 
 
 def _format_memory(plan: Plan) -> str:
-    parts = plan.memory_gb_per_device
-    by_part = ", ".join(f"{part} {size:.3g}" for part, size in parts.items())
+    memory_gb = plan.memory_gb_per_device
+    listed = ", ".join(f"{part} {size:.3g}" for part, size in memory_gb.items())
     least = " at least" if "micro_batch" in plan.estimated else ""
     smallest = f" with {_format_plural(plan.fewest_workers, 'worker')}" if plan.is_elastic else ""
-    return f"about {sum(parts.values()):.3g} GB a device{least}{smallest}: {by_part}"
+    return f"about {sum(memory_gb.values()):.3g} GB a device{least}{smallest}: {listed}"
 
 
 def _format_save_interval(plan: Plan) -> str:

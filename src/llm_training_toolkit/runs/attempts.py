@@ -17,31 +17,31 @@ from llm_training_toolkit.runs.atomic_write import write_atomically
 from llm_training_toolkit.runs.directory import RunDirectory
 
 
-def begin_attempt(run: RunDirectory, facts: Mapping[str, Any]) -> int:
+def begin_attempt(run: RunDirectory, fields: Mapping[str, Any]) -> int:
     """Take the next attempt number with an exclusive create, so that no two starts share one. Raises OSError."""
     while True:
         run.storage.refresh_directory(run.attempts_dir)
-        number = _create_attempt_record(run, facts)
+        number = _create_attempt_record(run, fields)
         path = run.attempts_dir / f"{number:04d}.json"
         if run.storage.claim_file(path):
             return number
         path.unlink()
 
 
-def _create_attempt_record(run: RunDirectory, facts: Mapping[str, Any]) -> int:
+def _create_attempt_record(run: RunDirectory, fields: Mapping[str, Any]) -> int:
     """Write the record of the next attempt into the directory and return its number."""
     run.attempts_dir.mkdir(parents=True, exist_ok=True)
     number = 1 + find_last_attempt(run)
-    for before in range(number - 1, 0, -1):
-        if not _close_attempt(run, before):
+    for earlier_number in range(number - 1, 0, -1):
+        if not _close_attempt(run, earlier_number):
             break  # earlier ones were closed when this one began
     while True:
         path = run.attempts_dir / f"{number:04d}.json"
         with suppress(FileExistsError), path.open("x"):
             break
         number += 1
-    run_id = _find_run_id(run, before=number) or uuid.uuid4().hex
-    record = {"attempt": number, "run_id": run_id, "state": "running", "started": time.time(), **facts}
+    run_id = _find_run_id(run, before_attempt=number) or uuid.uuid4().hex
+    record = {"attempt": number, "run_id": run_id, "state": "running", "started": time.time(), **fields}
     write_atomically(path, json.dumps(record, indent=1))
     return number
 
@@ -61,9 +61,9 @@ def read_attempt_record(run: RunDirectory, attempt: int) -> dict[str, Any]:
     return record if isinstance(record, dict) else {}
 
 
-def _find_run_id(run: RunDirectory, before: int) -> str:
+def _find_run_id(run: RunDirectory, before_attempt: int) -> str:
     """Return the id of the run from the newest record that has one, "" for a new run."""
-    records = (read_attempt_record(run, number) for number in range(before - 1, 0, -1))
+    records = (read_attempt_record(run, number) for number in range(before_attempt - 1, 0, -1))
     return next((str(record["run_id"]) for record in records if record.get("run_id")), "")
 
 
@@ -90,18 +90,18 @@ def _close_attempt(run: RunDirectory, attempt: int) -> bool:
     return True
 
 
-def end_attempt(run: RunDirectory, attempt: int, state: str, **facts: object) -> None:
+def end_attempt(run: RunDirectory, attempt: int, state: str, **fields: object) -> None:
     """Record the end state of an attempt: `finished`, `stopped`, `drained`, `failed` or `lost` (killed)."""
     path = run.attempts_dir / f"{attempt:04d}.json"
     # A record truncated by a kill or a full disk at its start provides only the number.
-    record = {"attempt": attempt} | read_attempt_record(run, attempt) | {"state": state, "ended": time.time(), **facts}
+    record = {"attempt": attempt} | read_attempt_record(run, attempt) | {"state": state, "ended": time.time(), **fields}
     write_atomically(path, json.dumps(record, indent=1))
 
 
-def update_attempt(run: RunDirectory, attempt: int, **facts: object) -> None:
+def update_attempt(run: RunDirectory, attempt: int, **fields: object) -> None:
     """Add facts to the record of an attempt."""
     path = run.attempts_dir / f"{attempt:04d}.json"
-    write_atomically(path, json.dumps(json.loads(path.read_text()) | facts, indent=1))
+    write_atomically(path, json.dumps(json.loads(path.read_text()) | fields, indent=1))
 
 
 def fail_attempt(run: RunDirectory, attempt: int, error: str) -> None:

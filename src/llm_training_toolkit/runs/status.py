@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from llm_training_toolkit.runs.attempts import find_last_attempt, read_attempt_record
 from llm_training_toolkit.runs.directory import RunDirectory, parse_checkpoint_name
-from llm_training_toolkit.runs.goodput import SecondsByPart, read_seconds_by_part
+from llm_training_toolkit.runs.goodput import SecondsByCategory, read_seconds_by_category
 from llm_training_toolkit.runs.json_lines import read_newest_rows
 
 RunState = Literal["starting", "running", "finished", "stopped", "failed", "lost", "unreadable"]
@@ -40,8 +40,8 @@ class RunStatus:
     """Name of the newest complete checkpoint."""
     error: str | None
     """Error that the newest attempt failed with."""
-    goodput: SecondsByPart
-    """Seconds by `GoodputPart` over all attempts; empty before the first step."""
+    goodput: SecondsByCategory
+    """Seconds by `GoodputCategory` over all attempts; empty before the first step."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the object for `ltt runs --json`."""
@@ -80,7 +80,7 @@ def read_run_status(run: RunDirectory) -> RunStatus:
     rows = list(_select_newest_attempt(read_newest_rows(run.metrics_path)))
     checkpoint = _find_newest_checkpoint(run)
     state = _derive_run_state(attempt, held=run.storage.is_held(run.path))
-    step = max([int(row["step"]) for row in rows] + [place[0] for place in [checkpoint] if place], default=0)
+    step = max([int(row["step"]) for row in rows] + [each[0] for each in [checkpoint] if each], default=0)
     planned = _read_json(run.plan_path).get("steps")
     steps = planned if isinstance(planned, int) else None
     losses = [float(row["train/loss"]) for row in rows if "train/loss" in row]
@@ -98,13 +98,13 @@ def read_run_status(run: RunDirectory) -> RunStatus:
     )
 
 
-def read_goodput(run: RunDirectory) -> SecondsByPart:
-    """Return the seconds by part of all attempts so far; empty before the first step.
+def read_goodput(run: RunDirectory) -> SecondsByCategory:
+    """Return the seconds by category of all attempts so far; empty before the first step.
 
     Time from the last row to the end of the command is idle.
     """
     for row in reversed(list(read_newest_rows(run.metrics_path))):
-        if "time" in row and (split := read_seconds_by_part(row)):
+        if "time" in row and (split := read_seconds_by_category(row)):
             ended = float(read_attempt_record(run, find_last_attempt(run)).get("command_ended", 0.0))
             split["idle"] += max(0.0, ended - float(row["time"]))
             return split
@@ -122,8 +122,8 @@ def _derive_run_state(attempt: dict[str, Any], *, held: bool) -> RunState:
 
 
 def _find_newest_checkpoint(run: RunDirectory) -> tuple[int, int] | None:
-    places = [parse_checkpoint_name(path.parent) for path in run.checkpoints_dir.glob("*/manifest.json")]
-    return max((place for place in places if place), default=None)
+    found_checkpoints = [parse_checkpoint_name(path.parent) for path in run.checkpoints_dir.glob("*/manifest.json")]
+    return max((checkpoint for checkpoint in found_checkpoints if checkpoint), default=None)
 
 
 def _select_newest_attempt(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:

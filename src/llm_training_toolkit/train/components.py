@@ -46,7 +46,7 @@ class TrainerComponents:
     metrics: Metrics
     attempt: int
     goodput_tracker: GoodputTracker
-    """Account of the run's time."""
+    """Seconds of the run by category."""
     initial_state: TrainState
     """State that this attempt starts from."""
     in_training_tasks: InTrainingTasks

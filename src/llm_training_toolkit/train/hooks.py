@@ -20,22 +20,22 @@ from llm_training_toolkit.train.components import LoopStatus, TrainerComponents
 _POLL_SECONDS = 0.5  # between polls for data that is being prepared
 
 
-def wait_if_data_missing(parts: TrainerComponents, progress: TrainState) -> LoopStatus | None:
+def wait_if_data_missing(components: TrainerComponents, progress: TrainState) -> LoopStatus | None:
     """Call `wait_for_data` if some rank lacks the next step's data. Collective."""
-    lacks = progress.step < parts.schedule.steps and not parts.dataloader.has_step(progress.step)
-    [lacking] = parts.context.all_reduce_sum(lacks)
-    return wait_for_data(parts, progress) if lacking else None
+    lacks = progress.step < components.schedule.steps and not components.dataloader.has_step(progress.step)
+    [lacking] = components.context.all_reduce_sum(lacks)
+    return wait_for_data(components, progress) if lacking else None
 
 
-def wait_for_data(parts: TrainerComponents, progress: TrainState) -> LoopStatus | None:
+def wait_for_data(components: TrainerComponents, progress: TrainState) -> LoopStatus | None:
     """Wait until every rank has the next step's data. A stop request ends the wait and the loop, after a save.
 
     Collective. Raises DataError on every rank when the data will never arrive.
     """
-    context, dataloader = parts.context, parts.dataloader
-    parts.checkpoint_manager.finalize_save()  # the wait may be long, and the processes may be killed in it
+    context, dataloader = components.context, components.dataloader
+    components.checkpoint_manager.finalize_save()  # the wait may be long, and the processes may be killed in it
     context.heartbeat.set_phase("waiting for data that is being prepared", NO_TIMEOUT)
-    parts.goodput_tracker.enter_part("data")
+    components.goodput_tracker.enter_category("data")
     if context.is_rank_zero:
         message = f"step {progress.step + 1} waits for data of the next epoch, which is being prepared"
         context.report(NoteEvent(message))
@@ -51,32 +51,34 @@ def wait_for_data(parts: TrainerComponents, progress: TrainState) -> LoopStatus 
         if failures := [failure for _, failure, _ in answers if failure]:
             raise DataError(failures[0])
         if (stop_request := answers[0][2]) is not StopRequest.NONE:
-            if progress != parts.initial_state:  # the initial state is saved already, or is that of step 0
-                parts.checkpoint_manager.begin_save(progress)
+            if progress != components.initial_state:  # the initial state is saved already, or is that of step 0
+                components.checkpoint_manager.begin_save(progress)
             return "stopped" if stop_request is StopRequest.STOP else "drained"
         if all(has for has, _, _ in answers):
             return None
         time.sleep(_POLL_SECONDS)
 
 
-def run_tasks_if_due(parts: TrainerComponents, progress: TrainState) -> LoopStatus | None:
+def run_tasks_if_due(components: TrainerComponents, progress: TrainState) -> LoopStatus | None:
     """Run the tasks due after this step, on its checkpoint; a stop request ends the loop. Collective.
 
     After the last step no task is due: all tasks measure its export when the run finishes.
     """
-    if not 0 < progress.step < parts.schedule.steps or not parts.in_training_tasks.has_due_tasks(progress.step):
+    if not 0 < progress.step < components.schedule.steps or not components.in_training_tasks.has_due_tasks(
+        progress.step
+    ):
         return None
-    parts.checkpoint_manager.finalize_save()
-    parts.goodput_tracker.enter_step(progress.step)
-    stop_request = parts.in_training_tasks.run_due_tasks(progress.step)
+    components.checkpoint_manager.finalize_save()
+    components.goodput_tracker.enter_step(progress.step)
+    stop_request = components.in_training_tasks.run_due_tasks(progress.step)
     if stop_request is StopRequest.NONE:
         return None
     return "stopped" if stop_request is StopRequest.STOP else "drained"
 
 
-def await_rung_decision(parts: TrainerComponents, progress: TrainState) -> LoopStatus | None:
+def await_rung_decision(components: TrainerComponents, progress: TrainState) -> LoopStatus | None:
     """Wait for the search to decide if this trial continues; a stopped one needs no checkpoint. Collective."""
-    context = parts.context
+    context = components.context
     if progress.step not in context.rungs:
         return None
     context.heartbeat.set_phase(f"waiting at the rung after step {progress.step}", NO_TIMEOUT)
@@ -84,17 +86,17 @@ def await_rung_decision(parts: TrainerComponents, progress: TrainState) -> LoopS
     return "stopped" if stop_request is StopRequest.STOP else None
 
 
-def evaluate_held_out(parts: TrainerComponents, progress: TrainState) -> EvalLoss | None:
+def evaluate_held_out(components: TrainerComponents, progress: TrainState) -> EvalLoss | None:
     """Measure the held-out loss now; return None if no data is held out. Collective."""
-    context, dataloader = parts.context, parts.dataloader
+    context, dataloader = components.context, components.dataloader
     if dataloader.eval_loss_tokens == 0:
         return None
     batches = _iter_with_heartbeat(
-        dataloader.get_eval_batches(context.rank, context.world_size, parts.plan.micro_batch), context.heartbeat
+        dataloader.get_eval_batches(context.rank, context.world_size, components.plan.micro_batch), context.heartbeat
     )
-    result = compute_eval_loss(parts.engine, batches, dataloader.eval_loss_tokens, dataloader.eval_bytes, context)
-    parts.metrics.write(progress.step, result.to_metrics())
-    parts.checkpoint_manager.record_eval_loss(progress.step, result.loss)
+    result = compute_eval_loss(components.engine, batches, dataloader.eval_loss_tokens, dataloader.eval_bytes, context)
+    components.metrics.write(progress.step, result.to_metrics())
+    components.checkpoint_manager.record_eval_loss(progress.step, result.loss)
     if context.is_rank_zero:
         context.report(EvalEvent(progress.step, result.loss, result.bits_per_byte))
     return result

@@ -55,139 +55,141 @@ class StepDecision:
         return "drained" if should_drain else None
 
 
-def run_training_loop(parts: TrainerComponents) -> tuple[LoopStatus, TrainState]:
+def run_training_loop(components: TrainerComponents) -> tuple[LoopStatus, TrainState]:
     """Run from the initial state to the end of the plan, or until a stop or drain request.
 
     Raises TrainingError when the loss or the gradient is not finite, or at a spike that ends the run.
     """
-    state = parts.initial_state
+    state = components.initial_state
     if state.step == 0:
-        parts.goodput_tracker.enter_part("step")
-        evaluate_held_out(parts, state)
+        components.goodput_tracker.enter_category("step")
+        evaluate_held_out(components, state)
     try:
-        status, state = _run_steps(parts, state)
+        status, state = _run_steps(components, state)
     except (TrainingError, DataError):
-        parts.checkpoint_manager.finalize_save()  # raised on all ranks; the pending checkpoint is of an earlier step
+        components.checkpoint_manager.finalize_save()  # raised on all ranks; an earlier step is pending
         raise
-    parts.context.heartbeat.set_phase("completing the last checkpoint")
-    parts.goodput_tracker.enter_part("checkpoint")
-    parts.checkpoint_manager.finalize_save()
+    components.context.heartbeat.set_phase("completing the last checkpoint")
+    components.goodput_tracker.enter_category("checkpoint")
+    components.checkpoint_manager.finalize_save()
     return status, state
 
 
-def _run_steps(parts: TrainerComponents, state: TrainState) -> tuple[LoopStatus, TrainState]:
+def _run_steps(components: TrainerComponents, state: TrainState) -> tuple[LoopStatus, TrainState]:
     """Run step after step, each with the work due after it, to the end of the plan or a stop request."""
-    steps = parts.schedule.steps
+    steps = components.schedule.steps
     # A worker group may start where the data ends: the previous one drained or died while waiting for more.
-    if (status := wait_if_data_missing(parts, state) or run_tasks_if_due(parts, state)) is not None:
+    if (status := wait_if_data_missing(components, state) or run_tasks_if_due(components, state)) is not None:
         return status, state
     while state.step < steps:
-        state, decision = train_step(parts, state)
+        state, decision = train_step(components, state)
         ended = state.step == steps
-        parts.goodput_tracker.enter_part("checkpoint")
+        components.goodput_tracker.enter_category("checkpoint")
         if decision.write_finished:
-            parts.checkpoint_manager.finalize_save()
+            components.checkpoint_manager.finalize_save()
         if ended or decision.loop_status or decision.save_due:
-            parts.context.heartbeat.set_phase(f"saving a checkpoint of step {state.step}")
-            seconds = parts.checkpoint_manager.begin_save(state)
-            parts.metrics.write(state.step, {"perf/checkpoint_seconds": seconds})
+            components.context.heartbeat.set_phase(f"saving a checkpoint of step {state.step}")
+            seconds = components.checkpoint_manager.begin_save(state)
+            components.metrics.write(state.step, {"perf/checkpoint_seconds": seconds})
         if decision.loop_status and not ended:
-            parts.checkpoint_manager.finalize_save()  # first, since a stop may leave no time for an evaluation
-        if ended or state.step % parts.plan.eval_every == 0 or state.step in parts.context.rungs:
-            parts.goodput_tracker.enter_step(state.step)
-            evaluate_held_out(parts, state)
+            components.checkpoint_manager.finalize_save()  # first, since a stop may leave no time for an evaluation
+        if ended or state.step % components.plan.eval_every == 0 or state.step in components.context.rungs:
+            components.goodput_tracker.enter_step(state.step)
+            evaluate_held_out(components, state)
         if ended:
             break
-        status = decision.loop_status or (wait_for_data(parts, state) if decision.data_missing else None)
+        status = decision.loop_status or (wait_for_data(components, state) if decision.data_missing else None)
         # Wait at the rung even if a stop is pending: a resumed trial starts after this step and would never ask.
-        if status := await_rung_decision(parts, state) or status or run_tasks_if_due(parts, state):
+        if status := await_rung_decision(components, state) or status or run_tasks_if_due(components, state):
             return status, state
     return "finished", state
 
 
-def train_step(parts: TrainerComponents, state: TrainState) -> tuple[TrainState, StepDecision]:
+def train_step(components: TrainerComponents, state: TrainState) -> tuple[TrainState, StepDecision]:
     """Run one step: gradients of this rank's share, one all-reduce of scalars, the update, the metrics."""
     started = time.perf_counter()
-    context, plan, step = parts.context, parts.plan, state.step
+    context, plan, step = components.context, components.plan, state.step
     # The first step of an attempt compiles.
-    timeout_factor = NON_STEP_TIMEOUT_FACTOR if state == parts.initial_state else STEP_TIMEOUT_FACTOR
+    timeout_factor = NON_STEP_TIMEOUT_FACTOR if state == components.initial_state else STEP_TIMEOUT_FACTOR
     context.heartbeat.set_phase(f"step {step + 1}, reading its sequences", timeout_factor)
-    parts.goodput_tracker.enter_part("data")
-    sample_indices = compute_replica_slice(parts.dataloader.count_sequences(step), context.world_size, context.rank)
-    micro_batches = parts.dataloader.get_micro_batches(
+    components.goodput_tracker.enter_category("data")
+    sample_indices = compute_replica_slice(
+        components.dataloader.count_sequences(step), context.world_size, context.rank
+    )
+    micro_batches = components.dataloader.get_micro_batches(
         step, sample_indices, plan.micro_batch, plan.get_accumulation_steps(context.world_size)
     )
-    loss_tokens = parts.dataloader.count_loss_tokens(step)
+    loss_tokens = components.dataloader.count_loss_tokens(step)
     # Seeded by the step in case a kernel draws from the global generator: LoRA dropout has its own, others are 0.
-    torch.manual_seed(derive_seed(parts.seed, f"step {step}, rank {context.rank}"))
+    torch.manual_seed(derive_seed(components.seed, f"step {step}, rank {context.rank}"))
     data_seconds = time.perf_counter() - started
-    parts.goodput_tracker.enter_step(step + 1)
+    components.goodput_tracker.enter_step(step + 1)
 
     def set_micro_batch_phase(index: int) -> None:
         context.heartbeat.set_phase(f"step {step + 1}, micro-batch {index + 1} of {len(micro_batches)}", timeout_factor)
 
-    loss_sum = parts.engine.forward_backward(micro_batches, loss_tokens, set_micro_batch_phase)
+    loss_sum = components.engine.forward_backward(micro_batches, loss_tokens, set_micro_batch_phase)
     context.heartbeat.set_phase(f"step {step + 1}, adding up the losses", timeout_factor)
     # Under ZeRO 3 a forward pass waits for other ranks' weights, so its time does not measure this rank.
-    own_seconds = data_seconds + parts.engine.forward_seconds if parts.engine.stage < 3 else 0.0
-    total, decision, slow = _all_reduce_step_results(parts, loss_sum, step + 1, own_seconds)
+    own_seconds = data_seconds + components.engine.forward_seconds if components.engine.stage < 3 else 0.0
+    total, decision, slow = _all_reduce_step_results(components, loss_sum, step + 1, own_seconds)
     loss = total / max(loss_tokens, 1)
     if not math.isfinite(loss):
-        raise TrainingError(_format_non_finite_error(parts, step, sample_indices, loss_sum, f"the loss is {loss}"))
-    lr = parts.schedule.compute_lr(step)
+        raise TrainingError(_format_non_finite_error(components, step, sample_indices, loss_sum, f"the loss is {loss}"))
+    lr = components.schedule.compute_lr(step)
     context.heartbeat.set_phase(f"step {step + 1}, updating the weights", timeout_factor)
-    spike_guard = SpikeGuard(parts.on_spike, context, state, loss, loss_tokens)
-    norm = parts.engine.optim_step(lr, spike_guard.allow_update)
+    spike_guard = SpikeGuard(components.on_spike, context, state, loss, loss_tokens)
+    norm = components.engine.optim_step(lr, spike_guard.allow_update)
     if not math.isfinite(norm):
         raise TrainingError(
-            _format_non_finite_error(parts, step, sample_indices, math.nan, "the gradient is not finite")
+            _format_non_finite_error(components, step, sample_indices, math.nan, "the gradient is not finite")
         )
     if spike_guard.spike:
         spike_guard.handle_spike(
-            parts.checkpoint_manager, loss_sum, parts.dataloader.format_document_names(step, sample_indices)
+            components.checkpoint_manager, loss_sum, components.dataloader.format_document_names(step, sample_indices)
         )
     values = {"train/loss": loss, "optim/lr": lr, "optim/grad_norm": norm, "perf/data_seconds": data_seconds}
     if slow is not None:
         values |= {"perf/slowest_rank": float(slow.rank), "perf/slowest_ratio": slow.ratio}
-        _report_straggler(parts, slow)
-    _record_step(parts, state, started, values | ({"optim/skipped": 1.0} if spike_guard.spike else {}))
-    return _advance_state(parts, state, StepStats(loss, norm), skipped=bool(spike_guard.spike)), decision
+        _report_straggler(components, slow)
+    _record_step(components, state, started, values | ({"optim/skipped": 1.0} if spike_guard.spike else {}))
+    return _advance_state(components, state, StepStats(loss, norm), skipped=bool(spike_guard.spike)), decision
 
 
-def _advance_state(parts: TrainerComponents, before: TrainState, taken: StepStats, *, skipped: bool) -> TrainState:
+def _advance_state(components: TrainerComponents, state: TrainState, taken: StepStats, *, skipped: bool) -> TrainState:
     """Return the state after one more step."""
-    seen = parts.dataloader.count_sequences(before.step)
-    skip = (SkippedStep(before.step + 1, before.sequences, seen),) if skipped else ()
+    seen = components.dataloader.count_sequences(state.step)
+    skip = (SkippedStep(state.step + 1, state.sequences, seen),) if skipped else ()
     return TrainState(
-        before.step + 1,
-        before.tokens + seen * parts.plan.sequence_length,
-        before.sequences + seen,
-        before.skips + skip,
-        append_recent_step(before.recent, taken),
+        state.step + 1,
+        state.tokens + seen * components.plan.sequence_length,
+        state.sequences + seen,
+        state.skips + skip,
+        append_recent_step(state.recent, taken),
     )
 
 
-def _report_straggler(parts: TrainerComponents, step: Straggler) -> None:
+def _report_straggler(components: TrainerComponents, step: Straggler) -> None:
     """Report a rank that slows down the others, once per rank."""
-    persistent = parts.straggler_detector.observe_step(step)
-    if persistent is not None and parts.context.is_rank_zero:
-        parts.context.report(StragglerEvent(persistent.rank, persistent.ratio))
+    persistent = components.straggler_detector.observe_step(step)
+    if persistent is not None and components.context.is_rank_zero:
+        components.context.report(StragglerEvent(persistent.rank, persistent.ratio))
 
 
 def _all_reduce_step_results(
-    parts: TrainerComponents, loss_sum: float, completed: int, own_seconds: float
+    components: TrainerComponents, loss_sum: float, completed: int, own_seconds: float
 ) -> tuple[float, StepDecision, Straggler | None]:
     """Return the loss summed over ranks, the common decision and the slowest rank, from one all-reduce."""
-    context = parts.context
+    context = components.context
     stop_request = context.read_stop_request()
     save = context.is_rank_zero and (
-        parts.checkpoint_manager.is_due(completed) or parts.in_training_tasks.has_due_tasks(completed)
+        components.checkpoint_manager.is_due(completed) or components.in_training_tasks.has_due_tasks(completed)
     )
-    missing_codes = completed < parts.schedule.steps and not parts.dataloader.has_step(completed)
+    missing_codes = completed < components.schedule.steps and not components.dataloader.has_step(completed)
     local_seconds = [own_seconds if rank == context.rank else 0.0 for rank in range(context.world_size)]
-    mine = (loss_sum, stop_request, save, parts.checkpoint_manager.is_writing, missing_codes)
+    mine = (loss_sum, stop_request, save, components.checkpoint_manager.is_writing, missing_codes)
     total, stop_codes, save_codes, writing, lacking, *seconds = context.all_reduce_sum(*mine, *local_seconds)
-    written = parts.checkpoint_manager.has_pending_checkpoint and not writing
+    written = components.checkpoint_manager.has_pending_checkpoint and not writing
     return (
         total,
         StepDecision(
@@ -198,34 +200,34 @@ def _all_reduce_step_results(
 
 
 def _format_non_finite_error(
-    parts: TrainerComponents, step: int, sample_indices: range, loss_sum: float, what: str
+    components: TrainerComponents, step: int, sample_indices: range, loss_sum: float, what: str
 ) -> str:
     """Build the message with the step and the sequences of ranks whose own loss is not finite. Collective."""
-    mine = "" if math.isfinite(loss_sum) else parts.dataloader.format_document_names(step, sample_indices)
-    document_names = "; ".join(text for text in parts.context.all_gather_object(mine) if text)
+    mine = "" if math.isfinite(loss_sum) else components.dataloader.format_document_names(step, sample_indices)
+    document_names = "; ".join(text for text in components.context.all_gather_object(mine) if text)
     return (
         f"step {step + 1}: {what}; training stopped and nothing of this step was saved. It holds: {document_names}. "
         "Look at these documents, or lower optim.lr (it needs --accept optim.lr) and go on from the last checkpoint"
     )
 
 
-def _record_step(parts: TrainerComponents, before: TrainState, started: float, values: dict[str, float]) -> None:
+def _record_step(components: TrainerComponents, state: TrainState, started: float, values: dict[str, float]) -> None:
     """Write a step's metrics, and report them to the user from rank 0."""
     seconds = time.perf_counter() - started
-    completed = before.step + 1
-    tokens = parts.dataloader.count_sequences(before.step) * parts.plan.sequence_length
+    completed = state.step + 1
+    tokens = components.dataloader.count_sequences(state.step) * components.plan.sequence_length
     values |= {
-        "train/tokens": float(before.tokens + tokens),
+        "train/tokens": float(state.tokens + tokens),
         "perf/tokens_per_second": tokens / seconds,
         "perf/step_seconds": seconds,
-        "perf/memory_gb": parts.engine.peak_memory_gb(),
+        "perf/memory_gb": components.engine.peak_memory_gb(),
     }
-    parts.metrics.write(completed, values | parts.goodput_tracker.compute_metrics())
-    if parts.context.is_rank_zero:
-        parts.context.report(
+    components.metrics.write(completed, values | components.goodput_tracker.compute_metrics())
+    if components.context.is_rank_zero:
+        components.context.report(
             StepEvent(
                 step=completed,
-                steps=parts.schedule.steps,
+                steps=components.schedule.steps,
                 loss=values["train/loss"],
                 lr=values["optim/lr"],
                 tokens_per_second=values["perf/tokens_per_second"],

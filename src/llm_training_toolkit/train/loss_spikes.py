@@ -118,8 +118,8 @@ class SpikeGuard:
         _, highest = max(self._context.all_gather_object((loss_sum, documents)))
         what = f"step {step}: {self.spike} in the last {len(self._progress.recent)} steps"
         holds = f"The rank with the highest loss had: {highest}"
-        before = count_consecutive_skips(self._progress.skips, self._progress.step)
-        if self._policy == "skip" and before < MAX_CONSECUTIVE_SKIPS:
+        consecutive_skips = count_consecutive_skips(self._progress.skips, self._progress.step)
+        if self._policy == "skip" and consecutive_skips < MAX_CONSECUTIVE_SKIPS:
             if self._context.is_rank_zero:
                 message = f"{what}; this update is left out. {holds}"
                 self._context.report(WarningEvent(message))
@@ -128,10 +128,9 @@ class SpikeGuard:
         saved = f"a checkpoint of step {self._progress.step} is saved. {holds}"
         if self._policy == "skip":
             raise TrainingError(
-                f"{what}, after {before} updates in a row that were left out: that is no spike any more; {saved}. "
-                "failures.on_loss_spike=ignore takes the updates; an earlier checkpoint with a lower optim.lr "
-                "(--accept "
-                "optim.lr) may be what it needs"
+                f"{what}, after {consecutive_skips} updates in a row that were left out: that is no spike any more; "
+                f"{saved}. failures.on_loss_spike=ignore takes the updates; an earlier checkpoint with a lower "
+                "optim.lr (--accept optim.lr) may be what it needs"
             )
         raise TrainingError(
             f"{what}; stopped before this update, {saved}. "

@@ -67,10 +67,10 @@ def check_placement(spec: WorkerSpec, context: RunContext) -> list[RankPlacement
 def _find_own_placement(spec: WorkerSpec, device: torch.device) -> RankPlacement:
     model = unit = ""
     if device.type == "cuda":
-        facts = torch.cuda.get_device_properties(device)
+        properties = torch.cuda.get_device_properties(device)
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
         named = visible[device.index or 0] if len(visible) > (device.index or 0) else ""
-        model, unit = facts.name, named if named.startswith(_MIG_PREFIX) else str(facts.uuid)
+        model, unit = properties.name, named if named.startswith(_MIG_PREFIX) else str(properties.uuid)
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     return RankPlacement(spec.node, spec.machine, local_rank, str(device), model, unit, len(os.sched_getaffinity(0)))
 
@@ -87,8 +87,8 @@ def find_placement_problem(placements: Sequence[RankPlacement], gpus_per_worker:
             f"the ranks compute on devices of different kinds: {on}. Where it is cpu, torch finds no GPU: `nvidia-smi` "
             "there says whether the driver sees one. Or train on CPU everywhere: cluster.gpus_per_worker=0"
         )
-    asked = {0: "cpu", 1: "cuda"}.get(gpus_per_worker if isinstance(gpus_per_worker, int) else -1)
-    if asked is not None and asked not in kinds:
+    required_type = {0: "cpu", 1: "cuda"}.get(gpus_per_worker if isinstance(gpus_per_worker, int) else -1)
+    if required_type is not None and required_type not in kinds:
         return f"cluster.gpus_per_worker = {gpus_per_worker}, but the ranks compute on {next(iter(kinds))}"
     remedy = "let Ray or torchrun alone set CUDA_VISIBLE_DEVICES and LOCAL_RANK (cluster.env must not)"
     for unit, ranks in _group_ranks([placement.unit for placement in placements]).items():

@@ -36,14 +36,14 @@ _SHOWN = 240  # characters of a prompt: enough to see what the model was given, 
 
 def format_sample_markdown(sample: SampleEvent) -> str:
     """Return Markdown for TensorBoard, with prompt and generated text apart."""
-    parts = [
+    sections = [
         f"**{sample.title}**",
         "given",
-        _format_code_block(sample.before),
+        _format_code_block(sample.prefix),
         "written",
         _format_code_block(sample.written),
     ]
-    return "\n\n".join([*parts, "given", _format_code_block(sample.after)] if sample.after else parts)
+    return "\n\n".join([*sections, "given", _format_code_block(sample.suffix)] if sample.suffix else sections)
 
 
 def _format_code_block(text: str) -> str:
@@ -99,13 +99,13 @@ def generate_samples(exported: Path, config: Config, dataset_info: DatasetInfo, 
         return
     generator, room = TextGenerator.from_directory(exported, device), config.data.sequence_length
     for number, text in enumerate(texts[:_COMPLETIONS], start=1):
-        before = _trim_to_whole_lines(text[: min(len(text) // 2, _SHOWN)])
-        written = generator.complete_prompt(before, SamplingParams(min(48, room // 4), _TEMPERATURE))
-        yield SampleEvent(f"completion {number}", before, written.text)
+        prefix = _trim_to_whole_lines(text[: min(len(text) // 2, _SHOWN)])
+        written = generator.complete_prompt(prefix, SamplingParams(min(48, room // 4), _TEMPERATURE))
+        yield SampleEvent(f"completion {number}", prefix, written.text)
     if any(source.fim is not None for source in config.data.sources):
-        before, after = _split_around_middle_line(texts[-1][: 2 * _SHOWN])
-        written = generator.fill_middle(before, after, SamplingParams(min(32, room // 8), _TEMPERATURE))
-        yield SampleEvent("infilling", before, written.text, after)
+        prefix, suffix = _split_around_middle_line(texts[-1][: 2 * _SHOWN])
+        written = generator.fill_middle(prefix, suffix, SamplingParams(min(32, room // 8), _TEMPERATURE))
+        yield SampleEvent("infilling", prefix, written.text, suffix)
 
 
 def _trim_to_whole_lines(text: str) -> str:

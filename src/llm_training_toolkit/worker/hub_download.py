@@ -76,7 +76,7 @@ def _run_on_all_ranks(work: Callable[[], str], path: str, spec: WorkerSpec, cont
             said = str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
             done.append(("", f"{said} (rank {context.rank} on node {spec.node})"))
 
-    began, told = time.monotonic(), False
+    start_time, told = time.monotonic(), False
     threading.Thread(
         target=run_and_record, daemon=True, name="fetch-weights"
     ).start()  # not joined if another rank fails
@@ -87,10 +87,10 @@ def _run_on_all_ranks(work: Callable[[], str], path: str, spec: WorkerSpec, cont
             raise CheckpointError(failed)
         if None not in answers:
             return [answer[0] for answer in answers if answer]
-        if context.is_rank_zero and not told and time.monotonic() - began > _LOOK_EVERY:
+        if context.is_rank_zero and not told and time.monotonic() - start_time > _LOOK_EVERY:
             told = True
             context.report(NoteEvent(f"fetching {path} from the hub, once a node"))
-        context.heartbeat.keepalive(f"fetching the weights, {time.monotonic() - began:.0f} s")
+        context.heartbeat.keepalive(f"fetching the weights, {time.monotonic() - start_time:.0f} s")
         time.sleep(_LOOK_EVERY)
 
 

@@ -91,8 +91,8 @@ def _run_attempt(
     record = read_attempt_record(spec.directory, attempt) if context.is_rank_zero else {}
     run_id = context.broadcast_object(str(record.get("run_id", "")))
     try:
-        parts = _build_components(spec, context, attempt, goodput_tracker, notes, run_id=run_id)
-        status, step = _train_and_finish(parts, spec, requested)
+        components = _build_components(spec, context, attempt, goodput_tracker, notes, run_id=run_id)
+        status, step = _train_and_finish(components, spec, requested)
     except Exception as error:  # outermost handler of a rank: records every failure
         RANK_LOGGER.error("failed: %s: %s", type(error).__name__, error)
         # A full disk must not hide the original error.
@@ -124,21 +124,21 @@ def _log_events(context: RunContext) -> RunContext:
     return replace(context, event_listener=report_event)
 
 
-def _train_and_finish(parts: TrainerComponents, spec: WorkerSpec, requested: Config) -> tuple[str, int]:
-    context = parts.context
+def _train_and_finish(components: TrainerComponents, spec: WorkerSpec, requested: Config) -> tuple[str, int]:
+    context = components.context
     try:
-        status, progress = run_training_loop(parts)
+        status, progress = run_training_loop(components)
     except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
-            mark_out_of_memory(spec.directory, parts.attempt)
+            mark_out_of_memory(spec.directory, components.attempt)
             raise build_out_of_memory_error(requested, spec.config, context.world_size) from error
         raise
     if status == "finished" and spec.config.export.at_end and context.is_rank_zero:
         context.heartbeat.set_phase("exporting", NO_TIMEOUT)
-        parts.goodput_tracker.enter_part("checkpoint")
-        finish_run(spec, metrics=parts.metrics, context=context)
-    parts.metrics.write(progress.step, parts.goodput_tracker.compute_metrics())
-    parts.metrics.close()
+        components.goodput_tracker.enter_category("checkpoint")
+        finish_run(spec, metrics=components.metrics, context=context)
+    components.metrics.write(progress.step, components.goodput_tracker.compute_metrics())
+    components.metrics.close()
     return status, progress.step
 
 
@@ -149,7 +149,7 @@ def _begin_attempt(
     config = spec.config
     goodput_state = load_goodput_state(spec.directory, spec.began) if context.is_rank_zero else GoodputState({}, 0)
     rank_pids = context.all_gather_object(os.getpid())
-    facts = {
+    record = {
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "processes": rank_pids,
@@ -163,7 +163,7 @@ def _begin_attempt(
         "group_began": spec.group_began,
         "reached": goodput_state.last_completed_step,
     }
-    attempt = context.broadcast_object(begin_attempt(spec.directory, facts) if context.is_rank_zero else 0)
+    attempt = context.broadcast_object(begin_attempt(spec.directory, record) if context.is_rank_zero else 0)
     redirect_output(spec.directory.get_rank_log_path(attempt, context.rank))
     torch.set_num_threads(config.cluster.cpus_per_worker)
     if config.run.deterministic:
@@ -292,10 +292,10 @@ def _warn_of_rounding_changes(
     if checkpoint is None or not context.is_rank_zero:
         return
     manifest = checkpoint.manifest
-    before = (manifest.world_size, manifest.threads, manifest.extra["micro_batch"], manifest.zero)
+    previous = (manifest.world_size, manifest.threads, manifest.extra["micro_batch"], manifest.zero)
     now = (context.world_size, lineage.threads, lineage.extra["micro_batch"], lineage.zero)
-    if before != now:
-        said = "went on {} workers with {} threads each in micro-batches of {} under ZeRO {}".format(*before)
+    if previous != now:
+        said = "went on {} workers with {} threads each in micro-batches of {} under ZeRO {}".format(*previous)
         here = "goes on {} with {} in micro-batches of {} under ZeRO {}".format(*now)
         message = f"the run {said} and now {here}: the same sequences, losses equal up to rounding"
         context.report(NoteEvent(message))

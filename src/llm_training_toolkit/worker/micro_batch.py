@@ -87,10 +87,10 @@ def resolve_memory_settings(spec: WorkerSpec, context: RunContext) -> tuple[Work
 def _choose_settings(
     run: RunDirectory, config: Config, context: RunContext, free: float
 ) -> tuple[MemorySettings, tuple[str, ...]]:
-    before = _find_previous_settings(run, config, context)
-    if before is not None:
-        said = (*_format_kept_stage(config, before), *_format_kept_micro_batch(config, before))
-        settings = before
+    previous = _find_previous_settings(run, config, context)
+    if previous is not None:
+        said = (*_format_kept_stage(config, previous), *_format_kept_micro_batch(config, previous))
+        settings = previous
     else:
         if context.device.type == "cpu":  # also holds the copy of a checkpoint during its write
             free -= compute_checkpoint_copy_bytes(make_plan(config).trainable_parameters, context.world_size)
@@ -113,12 +113,12 @@ def _estimate_settings(config: Config, workers: int, free: float) -> tuple[Memor
     return MemorySettings(int(config.engine.zero_stage), rows), tuple(said)
 
 
-def _format_kept_stage(config: Config, before: MemorySettings) -> tuple[str, ...]:
-    return (f"engine.zero_stage = {before.zero} (auto): as before",) if config.engine.zero_stage == "auto" else ()
+def _format_kept_stage(config: Config, previous: MemorySettings) -> tuple[str, ...]:
+    return (f"engine.zero_stage = {previous.zero} (auto): as before",) if config.engine.zero_stage == "auto" else ()
 
 
-def _format_kept_micro_batch(config: Config, before: MemorySettings) -> tuple[str, ...]:
-    return (f"micro-batches of {before.micro_batch}: as before",) if config.train.micro_batch_size == "auto" else ()
+def _format_kept_micro_batch(config: Config, previous: MemorySettings) -> tuple[str, ...]:
+    return (f"micro-batches of {previous.micro_batch}: as before",) if config.train.micro_batch_size == "auto" else ()
 
 
 def _find_previous_settings(run: RunDirectory, config: Config, context: RunContext) -> MemorySettings | None:
@@ -142,13 +142,15 @@ def _find_previous_settings(run: RunDirectory, config: Config, context: RunConte
     return None
 
 
-def _find_smaller_settings(asked: Config, tried: MemorySettings, workers: int) -> MemorySettings | None:
+def _find_smaller_settings(requested: Config, tried: MemorySettings, workers: int) -> MemorySettings | None:
     """Return the settings to try after `tried` ran out of memory, changing only `auto` ones, or None."""
-    taken = tried.apply_to_config(asked)
-    rows = find_smaller_micro_batch(taken, workers, tried.micro_batch) if asked.train.micro_batch_size == "auto" else 0
+    taken = tried.apply_to_config(requested)
+    rows = (
+        find_smaller_micro_batch(taken, workers, tried.micro_batch) if requested.train.micro_batch_size == "auto" else 0
+    )
     if rows:
         return MemorySettings(tried.zero, rows)
-    stage = find_higher_zero_stage(taken, workers) if asked.engine.zero_stage == "auto" else None
+    stage = find_higher_zero_stage(taken, workers) if requested.engine.zero_stage == "auto" else None
     return None if stage is None else MemorySettings(stage, tried.micro_batch)
 
 
@@ -209,13 +211,13 @@ def _read_cgroup_free_memory(group: Path, version: str) -> float:
     return math.inf if limit == "max" else float(int(limit) - used + int(statistics.get(cached_name, 0)))
 
 
-def build_out_of_memory_error(asked: Config, taken: Config, workers: int) -> SmallerMicroBatch | TrainingError:
+def build_out_of_memory_error(requested: Config, taken: Config, workers: int) -> SmallerMicroBatch | TrainingError:
     """Return the exception for an out-of-memory with `taken`: retry with less memory, or fail the run."""
     rows, stage = taken.train.micro_batch_size, taken.engine.zero_stage
     assert rows != "auto"
     assert stage != "auto"
     tried = MemorySettings(stage, rows)
-    less = _find_smaller_settings(asked, tried, workers)
+    less = _find_smaller_settings(requested, tried, workers)
     if less is not None:
         what = f"{less.micro_batch}" if less.zero == stage else f"ZeRO {less.zero}"
         return SmallerMicroBatch(f"out of memory with micro-batches of {rows}; the next attempt takes {what}")

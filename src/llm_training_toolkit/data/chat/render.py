@@ -78,8 +78,8 @@ def render_chat(
     rendered = []
     for (number, document), (conversation, script), cut in zip(documents, read, pieces, strict=True):
         mask = _build_loss_mask(conversation, script, rules.loss)
-        parts = [_encode_span(piece, script, mask, encoder, encoded) for piece in cut]
-        tokens = _concatenate_tokens(parts + _build_closing_tokens(conversation, script, mask, rules, encoder))
+        spans = [_encode_span(piece, script, mask, encoder, encoded) for piece in cut]
+        tokens = _concatenate_tokens(spans + _build_closing_tokens(conversation, script, mask, rules, encoder))
         rendered.append(
             RenderedDocument(number, len(tokens.ids), _split_into_examples(number, document, tokens, rules))
         )
@@ -149,9 +149,9 @@ def _encode_span(
         )
     text = next(encoded)
     # Prefix sums of the mask: a token has loss if they differ between its beginning and its end.
-    before = np.concatenate([[0], np.cumsum(with_loss)])
+    loss_counts = np.concatenate([[0], np.cumsum(with_loss)])
     return _RenderedTokens(
-        text.ids, before[text.char_spans[:, 1]] > before[text.char_spans[:, 0]], text.starts_character
+        text.ids, loss_counts[text.char_spans[:, 1]] > loss_counts[text.char_spans[:, 0]], text.starts_character
     )
 
 
@@ -173,8 +173,8 @@ def _build_single_token(token: int, *, loss: bool) -> _RenderedTokens:
     return _RenderedTokens(np.array([token], dtype=np.uint32), np.array([loss]), np.array([True]))
 
 
-def _concatenate_tokens(parts: Sequence[_RenderedTokens]) -> _RenderedTokens:
-    return _RenderedTokens(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+def _concatenate_tokens(spans: Sequence[_RenderedTokens]) -> _RenderedTokens:
+    return _RenderedTokens(*(np.concatenate(arrays) for arrays in zip(*spans, strict=True)))
 
 
 def _split_into_examples(number: int, document: Document, tokens: _RenderedTokens, rules: ChatRules) -> list[Example]:

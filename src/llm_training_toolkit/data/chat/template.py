@@ -148,9 +148,9 @@ class ChatTemplate:
     def _get_header_length(self, part: str, number: int, *, may_be_missing: bool) -> int:
         """Return the length of the header. A template may omit the header after another assistant message."""
         for head in self._delimiters.heads:
-            before, found, _ = part.partition(head)
-            if found and not before.strip():
-                return len(before) + len(head)
+            leading, found, _ = part.partition(head)
+            if found and not leading.strip():
+                return len(leading) + len(head)
         if may_be_missing or not self._delimiters.heads:
             return 0
         raise DataError(
@@ -186,7 +186,7 @@ class ChatTemplate:
 
 
 def _probe_delimiters(template: TracedTemplate) -> _TurnDelimiters:
-    probe, asked, prompted = (
+    probe, question, prompted = (
         template.render_messages(_PROBE),
         template.render_messages([_USER]),
         template.render_messages([_USER], prompt=True),
@@ -194,26 +194,26 @@ def _probe_delimiters(template: TracedTemplate) -> _TurnDelimiters:
     if any(number not in probe.message_spans or _ANSWER not in _get_message_text(probe, number) for number in (1, 3)):
         raise DataError("does not write the messages in a loop over them")
     first, last = (_get_message_text(probe, number).partition(_ANSWER) for number in (1, 3))
-    prompt = prompted.text[len(asked.text) :] if prompted.text.startswith(asked.text) else ""
+    prompt = prompted.text[len(question.text) :] if prompted.text.startswith(question.text) else ""
     # Templates that write the prompt never or always still share a header between answers.
-    heads = {_find_common_header(prompt or last[0], before) for before in (first[0], last[0])}
+    heads = {_find_common_header(prompt or last[0], header) for header in (first[0], last[0])}
     longest_first = tuple(sorted(filter(None, heads), key=len, reverse=True))
     return _TurnDelimiters(longest_first, (first[2], last[2]), _find_end_of_turn(probe))
 
 
-def _find_common_header(prompt: str, before: str) -> str:
-    """Return the header common to a prompt and the text before an answer: all of `before`, or the end of the prompt.
+def _find_common_header(prompt: str, header: str) -> str:
+    """Return the header common to a prompt and the text before an answer: all of `header`, or the end of the prompt.
 
     The prompt may begin earlier (with the end of the user's turn), and either may continue (with thinking).
     """
-    before = before.lstrip() or before
+    header = header.lstrip() or header
     for at in range(len(prompt)):
-        if prompt.startswith(before, at):
-            return before
-        if before.startswith(prompt[at:]):
+        if prompt.startswith(header, at):
+            return header
+        if header.startswith(prompt[at:]):
             return prompt[at:]
-    if before.strip():
-        raise DataError(f"writes {before!r} before an answer, and not so where it prompts for one")
+    if header.strip():
+        raise DataError(f"writes {header!r} before an answer, and not so where it prompts for one")
     return ""
 
 

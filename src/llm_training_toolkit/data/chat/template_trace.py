@@ -187,13 +187,13 @@ class _TraceReader:
 
     def build_traced_text(self) -> TracedText:
         text = "".join(self.texts)
-        parts: dict[int, tuple[int, int]] = {}
+        spans_by_message: dict[int, tuple[int, int]] = {}
         stops = [start for start, _ in self.message_starts[1:]] + [self.length]
         for (start, message), stop in zip(self.message_starts, stops, strict=False):
             # Of several loops over the messages, the last one with output writes the turns.
-            if message not in parts or text[start:stop].strip():
-                parts[message] = (start, stop)
-        return TracedText(text, tuple(self.markers), parts, tuple(self.generation_spans))
+            if message not in spans_by_message or text[start:stop].strip():
+                spans_by_message[message] = (start, stop)
+        return TracedText(text, tuple(self.markers), spans_by_message, tuple(self.generation_spans))
 
 
 def compile_traced_template(source: str, replaced: Callable[[str], str]) -> Template:

@@ -117,8 +117,8 @@ def _compute_max_chunk_tokens(work: TokenizedDocument, start: int, added: int, r
     if rules.fim is None:
         return rules.sequence_length
     longest, needs_end = rules.sequence_length, False
-    for place, named in work.iter_part_starts(start):
-        if place >= start + longest:
+    for offset, named in work.iter_part_starts(start):
+        if offset >= start + longest:
             break
         needs_end = work.draw_fim_for_part(named, rules) is not None
         longest -= added * needs_end
@@ -159,12 +159,12 @@ def build_part_key(file: int, character: int) -> str:
 
 def find_file_spans(passages: Sequence[FileSegment], runs: Sequence[TokenRun]) -> list[FileSpan]:
     """Locate the files of a document in its tokens."""
-    found, place, following = [], 0, iter(runs)
+    found, offset, following = [], 0, iter(runs)
     for passage in passages:
-        text = place + sum(len(next(following).ids) for _ in passage.head)
+        text = offset + sum(len(next(following).ids) for _ in passage.head)
         end = text + len(next(following).ids)
-        found.append(FileSpan(place, text, end))
-        place = end
+        found.append(FileSpan(offset, text, end))
+        offset = end
     return found
 
 

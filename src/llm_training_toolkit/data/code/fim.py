@@ -69,8 +69,8 @@ def draw_uniform_numbers(seed: int, epoch: int, source: int, document: int, part
 
 def apply_fim(lead: str, body: str, chance: UniformDraw, fim: FimRules) -> list[Segment]:
     """Split a file's body in three and return its segments, the middle last; the lead (metadata) stays whole."""
-    places = len(body) + 1  # before the first character … after the last
-    first, second = sorted((int(chance.first * places), int(chance.second * places)))
+    cut_positions = len(body) + 1  # before the first character … after the last
+    first, second = sorted((int(chance.first * cut_positions), int(chance.second * cut_positions)))
     in_front = [] if fim.path_in_prefix or not lead else [TextSegment(lead, len(lead))]
     inside = lead if fim.path_in_prefix else ""
     prefix, middle, suffix = (

@@ -152,14 +152,14 @@ def _render_fim_chunk(chunk: Chunk, pieces: list[tuple[ChunkSpan, _RenderedSpan]
     if not pieces:
         return _render_plain_chunk(chunk)
     room = _compute_free_tokens(chunk, rules)
-    shown, place = [], 0
+    shown, offset = [], 0
     for fragment, piece in pieces:
         growth = _compute_added_tokens(chunk, fragment, piece)
         if growth <= room:
             room -= growth
-            shown += [_RenderedSpan(chunk.tokens[place : fragment.start]), piece]
-            place = fragment.stop
-    shown.append(_RenderedSpan(chunk.tokens[place:]))
+            shown += [_RenderedSpan(chunk.tokens[offset : fragment.start]), piece]
+            offset = fragment.stop
+    shown.append(_RenderedSpan(chunk.tokens[offset:]))
     shown = [piece for piece in shown if len(piece.tokens)]
     return _build_example(
         shown, chunk.tokenized.number, rules, has_end=chunk.is_last or shown[-1].middle_length is not None
@@ -203,10 +203,10 @@ def _build_example(pieces: list[_RenderedSpan], document: int, rules: RenderRule
     tokens = np.concatenate([*(piece.tokens for piece in pieces), end])
     loss = np.ones(len(tokens), dtype=np.bool_)
     if rules.fim is not None and rules.fim.middle_only:
-        place, after_middle = 0, False
+        offset, after_middle = 0, False
         for piece in pieces:
             if piece.middle_length is not None:
-                loss[place : place + len(piece.tokens) - piece.middle_length] = False
-                loss[place] = after_middle  # the next file's marker ends the previous middle, so it bears loss
-            place, after_middle = place + len(piece.tokens), piece.middle_length is not None
+                loss[offset : offset + len(piece.tokens) - piece.middle_length] = False
+                loss[offset] = after_middle  # the next file's marker ends the previous middle, so it bears loss
+            offset, after_middle = offset + len(piece.tokens), piece.middle_length is not None
     return Example(tokens, loss, document)

@@ -55,11 +55,11 @@ def read_array(path: Path, column: str) -> NDArray[Any]:
     if not pa.types.is_fixed_size_binary(kind):
         values: NDArray[Any] = column_of_rows.to_numpy()
         return values
-    parts = [
+    blocks = [
         np.frombuffer(chunk.buffers()[1], np.uint8).reshape(-1, kind.byte_width)[chunk.offset :][: len(chunk)]
         for chunk in column_of_rows.chunks
     ]
-    return np.concatenate([np.empty((0, kind.byte_width), np.uint8), *parts])
+    return np.concatenate([np.empty((0, kind.byte_width), np.uint8), *blocks])
 
 
 def _open_arrow_file(path: Path) -> Any:  # noqa: ANN401 - pyarrow carries no types
@@ -105,13 +105,13 @@ def write_examples(directory: Path, rendered: Iterable[SourceExample]) -> None:
     write_columns(directory / "examples.arrow", {name: table[:, i].copy() for i, name in enumerate(_INDEX_COLUMNS)})
 
 
-def join_examples(parts: Sequence[Path], target: Path, transfer: Callable[[Path, Path], None]) -> None:
+def join_examples(directories: Sequence[Path], target: Path, transfer: Callable[[Path, Path], None]) -> None:
     """Join the examples of several directories, in their order, in the directory `target`.
 
     `transfer(file, new file)` links or copies the tokens; the index is rewritten with record batches renumbered.
     """
     tables, counts, total = [], [], 0
-    for number, part in enumerate(parts):
+    for number, part in enumerate(directories):
         columns = read_columns(part / "examples.arrow")
         tables.append({**columns, "batch": columns["batch"] + total})
         counts.append(_open_arrow_file(part / "tokens.arrow").num_record_batches)

@@ -38,7 +38,7 @@ from llm_training_toolkit.data.prepare.shards import (
     ShardRunner,
     build_source_infos,
     join_shards,
-    read_rendering_facts,
+    read_rendering_stats,
     render_in_process,
 )
 from llm_training_toolkit.data.sources import fingerprint_sources
@@ -72,12 +72,12 @@ class PreparedDataset:
         """Reopen prepared data from its DatasetInfo. Raises DataError if its files are missing."""
         directory, tokenizer = Path(dataset_info.directory), Path(dataset_info.tokenizer_path)
         epochs = [epoch for stream in dataset_info.streams for epoch in stream.epochs]
-        parts = [
+        file_names = [
             dataset_info.held_out,
             dataset_info.held_out_plan,
             *(name for epoch in epochs for name in (epoch.tokens, epoch.plan)),
         ]
-        for path in [tokenizer, *(directory / part for part in parts)]:
+        for path in [tokenizer, *(directory / name for name in file_names)]:
             if not path.is_dir():
                 raise DataError(
                     f"{path}: the prepared data is not there. Run `ltt prepare` again; on a cluster, data.cache must "
@@ -323,9 +323,9 @@ class DatasetBuilder:
 
     def _render_documents(self, name: str, sources: Iterable[int], *, epoch: int, held: bool, stage: str) -> Path:
         """Render shard by shard unless the rendering exists, and return its directory."""
-        target, place = self.directory / name, self.directory / f".{name}.shards"
+        target, shards_dir = self.directory / name, self.directory / f".{name}.shards"
         if target.is_dir():
-            shutil.rmtree(place, ignore_errors=True)  # left by a process killed before this line
+            shutil.rmtree(shards_dir, ignore_errors=True)  # left by a process killed before this line
             return target
         chosen = split_into_shards(self.data, self.document_index, sources, held=held)
         total = sum(
@@ -333,14 +333,14 @@ class DatasetBuilder:
             for source in {shard.source for shard in chosen}
         )
         documents = self.directory / "documents"
-        job = RenderJob(self.data, self.markers, self.seed, epoch, held, documents, self.tokenizer_path, place)
+        job = RenderJob(self.data, self.markers, self.seed, epoch, held, documents, self.tokenizer_path, shards_dir)
         try:
             self.runner(job, chosen, _build_progress_counter(self._report_progress, stage, total))
             build_atomic_dir(target, lambda directory: join_shards(job, chosen, directory, len(self.sources)))
         except (OSError, ToolkitError):  # another process finished first and removed the shards
             if not target.is_dir():
                 raise
-        shutil.rmtree(place, ignore_errors=True)
+        shutil.rmtree(shards_dir, ignore_errors=True)
         self._report_progress(stage, total, total)
         return target
 
@@ -368,15 +368,15 @@ class DatasetBuilder:
         return sample
 
     def _build_dataset_info(self, tokenizer: Path, prepared: list[list[EpochInfo]], held_out_plan: str) -> DatasetInfo:
-        facts = read_rendering_facts(self.directory / "held_out")
+        stats = read_rendering_stats(self.directory / "held_out")
         epochs = [epoch for of_stream in prepared for epoch in of_stream]
         space = sum(epoch.sequences for epoch in epochs) * self.data.sequence_length
         return DatasetInfo(
             fingerprint=self.fingerprint,
             directory=str(self.directory),
             tokenizer_path=str(tokenizer),
-            vocab_size=facts.vocab_size,
-            pad_id=facts.pad,
+            vocab_size=stats.vocab_size,
+            pad_id=stats.pad,
             sequence_length=self.data.sequence_length,
             seed=self.seed,
             sources=build_source_infos(
@@ -422,5 +422,5 @@ def _build_progress_counter(progress: StageProgressCallback, stage: str, total: 
     return report_done
 
 
-def _compute_key(*parts: Any) -> str:  # noqa: ANN401 - whatever JSON can say
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+def _compute_key(*values: Any) -> str:  # noqa: ANN401 - whatever JSON can say
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

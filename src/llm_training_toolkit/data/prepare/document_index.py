@@ -110,21 +110,21 @@ def verify_document_index(data: DataConfig, directory: Path, progress: Callable[
 
     The index lies in the prepared data's directory, which the error names: only its removal triggers a rebuild.
     """
-    before = DocumentIndex.read(directory)
+    previous = DocumentIndex.read(directory)
     with tempfile.TemporaryDirectory(prefix="ltt-") as folder:
         build_document_index(data, Path(folder), progress)
         now = DocumentIndex.read(Path(folder))
-    shorter = min(len(before.sources), len(now.sources))
-    same = (before.hashes[:shorter] == now.hashes[:shorter]).all(axis=1) & (
-        before.sources[:shorter] == now.sources[:shorter]
+    shorter = min(len(previous.sources), len(now.sources))
+    same = (previous.hashes[:shorter] == now.hashes[:shorter]).all(axis=1) & (
+        previous.sources[:shorter] == now.sources[:shorter]
     )
     different = int(np.argmin(same)) if not same.all() else shorter
-    if different == len(before.sources) == len(now.sources):
+    if different == len(previous.sources) == len(now.sources):
         return
-    one = now if different < len(now.sources) else before
+    one = now if different < len(now.sources) else previous
     path = list_all_sources(data)[one.sources[different]].path
     raise DataError(
-        f"{path}: {one.names[different]} is not what was prepared ({len(before.sources):,} documents then, "
+        f"{path}: {one.names[different]} is not what was prepared ({len(previous.sources):,} documents then, "
         f"{len(now.sources):,} now). Remove {directory.parent} and prepare again; a run that has begun on it needs the "
         "documents as they were."
     )
@@ -147,26 +147,26 @@ def build_document_index(
     files; for a store that does not answer; and if no document is left for training or evaluation.
     """
     tallies = [DocumentStats() for _ in list_all_sources(data)]
-    places, sizes = array("Q"), array("q")
+    split_hashes, sizes = array("Q"), array("q")
 
     def iter_rows() -> Iterator[tuple[int, str, bytes, int]]:
         for document in _read_all_documents(data, tallies):
-            places.append(_compute_split_hash(document, data.eval.split_by))
+            split_hashes.append(_compute_split_hash(document, data.eval.split_by))
             sizes.append(len(document.text))
-            if len(places) % _PROGRESS_EVERY == 0:
-                progress(len(places))
+            if len(split_hashes) % _PROGRESS_EVERY == 0:
+                progress(len(split_hashes))
             yield document.source, document.name, document.content_digest, len(document.text)
 
     write_rows(directory / "documents.arrow", _SCHEMA, iter_rows())
-    progress(len(places))
+    progress(len(split_hashes))
     if report is not None:
         write_fault_report(report, [source.path for source in list_all_sources(data)], tallies)
     check_faults(tallies, skips=data.on_error == "skip", max_skipped=data.max_skipped, report=report)
     given = sum(tally.kept for tally in tallies[len(data.sources) :])
-    _check_documents_left(data.sources, len(places) - given, "sources")
+    _check_documents_left(data.sources, len(split_hashes) - given, "sources")
     _check_documents_left(data.eval.sources, given, "eval.sources")
     chosen = select_held_out(
-        np.array(places[given:], dtype=np.uint64), np.array(sizes[given:], dtype=np.int64), data.eval.fraction
+        np.array(split_hashes[given:], dtype=np.uint64), np.array(sizes[given:], dtype=np.int64), data.eval.fraction
     )
     if data.eval.split_by == "repository" and data.eval.fraction > 0.0 and not chosen.any():
         raise DataError(
@@ -181,20 +181,20 @@ def build_document_index(
     (directory / "stats.json").write_text(json.dumps(stats), encoding="utf-8")
 
 
-def select_held_out(places: NDArray[np.uint64], sizes: NDArray[np.int64], fraction: float) -> NDArray[np.bool_]:
-    """Return the mask of held-out documents: those with a place, read as a number in [0, 1), below the fraction.
+def select_held_out(split_hashes: NDArray[np.uint64], sizes: NDArray[np.int64], fraction: float) -> NDArray[np.bool_]:
+    """Return the mask of held-out documents: those with a hash, read as a number in [0, 1), below the fraction.
 
-    `places` (documents,) are hashes, so a document keeps its side when others are added or removed. Equal places stay
+    `split_hashes` (documents,) keep a document on its side when others are added or removed. Equal hashes stay
     together, as one unit. `sizes` (documents,) in characters make the fraction one of the text, too, within limits:
 
     1. A unit larger than the whole share, and than four typical (median) units, stays in training.
-    2. Units are held out in the order of their places until they exceed twice the share and eight typical units.
+    2. Units are held out in the order of their hashes until they exceed twice the share and eight typical units.
 
-    With a fraction above 0 and two or more distinct places, at least one is held out and at least one stays.
+    With a fraction above 0 and two or more distinct hashes, at least one is held out and at least one stays.
     """
-    if fraction == 0.0 or len(places) == 0 or places.min() == places.max():
-        return np.zeros(len(places), dtype=np.bool_)
-    units, unit_of = np.unique(places, return_inverse=True)
+    if fraction == 0.0 or len(split_hashes) == 0 or split_hashes.min() == split_hashes.max():
+        return np.zeros(len(split_hashes), dtype=np.bool_)
+    units, unit_of = np.unique(split_hashes, return_inverse=True)
     lengths = np.bincount(unit_of, weights=sizes)
     share, typical = fraction * lengths.sum(), np.median(lengths)
     fitting = lengths <= max(share, 4 * typical)

@@ -90,10 +90,10 @@ def _check_loss_tokens(prepared: PreparedDataset) -> PreparedDataset:
     return prepared
 
 
-def _count_missing_epochs(work: DatasetBuilder, config: Config, facts: DataFacts, until: int | None) -> list[int]:
+def _count_missing_epochs(work: DatasetBuilder, config: Config, data_facts: DataFacts, until: int | None) -> list[int]:
     """Count the epochs to add to each stream."""
-    at_the_end, now = missing_epochs(config, facts), missing_epochs(config, facts, until)
-    there = [len(stream.sequences_per_epoch) for stream in facts.streams]
+    at_the_end, now = missing_epochs(config, data_facts), missing_epochs(config, data_facts, until)
+    there = [len(stream.sequences_per_epoch) for stream in data_facts.streams]
     found = [count - known for count, known in zip(work.count_prepared_epochs(), there, strict=True)]
     return [
         max(needed, min(more, missing)) if stream.is_drawn else missing

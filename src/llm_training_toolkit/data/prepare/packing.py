@@ -214,10 +214,10 @@ def _assemble_plan(
 ) -> PackingPlan:
     """Build the plan: sequences in the order `shuffled`, `examples` sorted by falling length."""
     sequence, first, count = placed.rows.T
-    place = np.empty(placed.sequences, np.int64)
-    place[shuffled] = np.arange(placed.sequences)
-    by_place = np.argsort(place[sequence], kind="stable")
-    sequence, first, count = place[sequence[by_place]], first[by_place], count[by_place]
+    position = np.empty(placed.sequences, np.int64)
+    position[shuffled] = np.arange(placed.sequences)
+    by_position = np.argsort(position[sequence], kind="stable")
+    sequence, first, count = position[sequence[by_position]], first[by_position], count[by_position]
     # Expand each row into first, first + 1, ...
     ends = np.cumsum(count)
     order = examples[np.repeat(first - (ends - count), count) + np.arange(len(examples))]

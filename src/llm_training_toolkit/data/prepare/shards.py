@@ -114,8 +114,8 @@ class ShardWriter:
                 done(len(batch))
 
         write_examples(directory, iter_examples())
-        facts = {"source": shard.source, "lengths": asdict(lengths)}
-        (directory / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
+        stats = {"source": shard.source, "lengths": asdict(lengths)}
+        (directory / "facts.json").write_text(json.dumps(stats), encoding="utf-8")
 
 
 def get_shard_directory(job: RenderJob, shard: DocumentShard) -> Path:
@@ -128,20 +128,20 @@ def join_shards(job: RenderJob, shards: Sequence[DocumentShard], target: Path, s
     directories = [get_shard_directory(job, shard) for shard in shards]
     lengths = [LengthStats() for _ in range(sources)]
     for directory in directories:
-        facts = json.loads((directory / "facts.json").read_text(encoding="utf-8"))
-        lengths[facts["source"]].merge_stats(LengthStats(**facts["lengths"]))
+        stats = json.loads((directory / "facts.json").read_text(encoding="utf-8"))
+        lengths[stats["source"]].merge_stats(LengthStats(**stats["lengths"]))
     join_examples(directories, target, _link_or_copy)
     encoder = open_tokenizer(str(job.tokenizer))
-    facts = {
+    stats = {
         "pad": encoder.get_special_token_id(job.markers.tokens.pad),
         "vocab_size": encoder.vocab_size,
         "lengths": [asdict(each) for each in lengths],
     }
-    (target / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
+    (target / "facts.json").write_text(json.dumps(stats), encoding="utf-8")
 
 
 @dataclass(frozen=True)
-class RenderingFacts:
+class RenderingStats:
     """Facts that `join_shards` writes: id of the padding token, vocabulary size, and lengths per source."""
 
     pad: int
@@ -149,10 +149,10 @@ class RenderingFacts:
     lengths: tuple[LengthStats, ...]
 
 
-def read_rendering_facts(directory: Path) -> RenderingFacts:
+def read_rendering_stats(directory: Path) -> RenderingStats:
     """Read the facts of a rendering."""
-    facts = json.loads((directory / "facts.json").read_text(encoding="utf-8"))
-    return RenderingFacts(facts["pad"], facts["vocab_size"], tuple(LengthStats(**each) for each in facts["lengths"]))
+    stats = json.loads((directory / "facts.json").read_text(encoding="utf-8"))
+    return RenderingStats(stats["pad"], stats["vocab_size"], tuple(LengthStats(**each) for each in stats["lengths"]))
 
 
 def _link_or_copy(source: Path, target: Path) -> None:
@@ -178,11 +178,11 @@ def _batch_documents(numbered: Iterable[tuple[int, Document]]) -> Iterator[list[
 
 class _RenderedDataset(NamedTuple):
     examples: ExampleStore
-    facts: RenderingFacts
+    stats: RenderingStats
 
     @classmethod
     def open_directory(cls, directory: Path) -> _RenderedDataset:
-        return cls(ExampleStore(directory), read_rendering_facts(directory))
+        return cls(ExampleStore(directory), read_rendering_stats(directory))
 
     def count_tokens(self, source: int) -> int:
         return int(self.examples.length[self.examples.source == source].sum())
@@ -213,9 +213,9 @@ def _build_source_info(
 ) -> SourceInfo:
     lengths = LengthStats()
     for side in (trained, held):
-        lengths.merge_stats(side.facts.lengths[index])
-    held_out = document_index.count_documents(held=True, source=index) - held.facts.lengths[index].too_long
-    kept = document_index.count_documents(held=False, source=index) - trained.facts.lengths[index].too_long
+        lengths.merge_stats(side.stats.lengths[index])
+    held_out = document_index.count_documents(held=True, source=index) - held.stats.lengths[index].too_long
+    kept = document_index.count_documents(held=False, source=index) - trained.stats.lengths[index].too_long
     tokens = trained.count_tokens(index)
     return SourceInfo(
         path=path,

@@ -136,12 +136,12 @@ class _RemoteStream(io.RawIOBase):
 
     def seek(self, offset: int, whence: int = 0) -> int:
         with translate_remote_errors(self._address):
-            place: int = self._inner.seek(offset, whence)
-        return place
+            position: int = self._inner.seek(offset, whence)
+        return position
 
     def tell(self) -> int:
-        place: int = self._inner.tell()
-        return place
+        position: int = self._inner.tell()
+        return position
 
     def close(self) -> None:
         if not self.closed:

@@ -141,8 +141,8 @@ def _iter_readable_documents(
         )
         yield from (sort_by_repository if _has_records(found) else iter)(_handle_unreadable(pieces, on_error, tally))
         return
-    place, record = _locate_document(found, begin)
-    begun = _read_files(found[place:], RecordReader.from_config(source), index, tally, first_record=record)
+    file_index, record = _locate_document(found, begin)
+    begun = _read_files(found[file_index:], RecordReader.from_config(source), index, tally, first_record=record)
     yield from _handle_unreadable(begun, on_error, tally)
 
 
@@ -153,9 +153,9 @@ def _locate_document(found: list[SourceFile], name: str) -> tuple[int, int]:
     """
     file, _, record = name.rpartition(":")
     for candidate, number in ((name, "1"), (file, record)):
-        place = bisect_left(found, candidate, key=lambda each: each.name)
-        if number.isdecimal() and place < len(found) and found[place].name == candidate:
-            return place, int(number)
+        file_index = bisect_left(found, candidate, key=lambda each: each.name)
+        if number.isdecimal() and file_index < len(found) and found[file_index].name == candidate:
+            return file_index, int(number)
     return 0, 1
 
 

@@ -33,13 +33,13 @@ def read_attempt_spans(run: RunDirectory, checkpoint: str) -> list[AttemptSpan]:
     found: list[AttemptSpan] = []
     name: str | None = checkpoint
     while name is not None:
-        place = parse_checkpoint_name(run.checkpoints_dir / name)
-        record = read_attempt_record(run, place[1]) if place else {}
-        if place is None or "resumed" not in record:
+        step_and_attempt = parse_checkpoint_name(run.checkpoints_dir / name)
+        record = read_attempt_record(run, step_and_attempt[1]) if step_and_attempt else {}
+        if step_and_attempt is None or "resumed" not in record:
             raise CheckpointError(f"{run.path}: nothing is known of the attempt that wrote {name}")
         name = record["resumed"]
-        before = parse_checkpoint_name(run.checkpoints_dir / name) if name else None
-        found.append(AttemptSpan(place[1], before[0] if before else 0, place[0]))
+        resumed_from = parse_checkpoint_name(run.checkpoints_dir / name) if name else None
+        found.append(AttemptSpan(step_and_attempt[1], resumed_from[0] if resumed_from else 0, step_and_attempt[0]))
     return found[::-1]
 
 
@@ -74,5 +74,5 @@ def audit_sequences(
         for sequence in range(epochs[stream][epoch])
     }
     missing = {each[:3] for each in expected - counted.keys()} | (whole - present)
-    places = Counter((each.stream, each.epoch, each.sequence) for each in counted.elements())
-    return AuditResult(len(missing), sum(count - 1 for count in places.values()))
+    occurrences = Counter((each.stream, each.epoch, each.sequence) for each in counted.elements())
+    return AuditResult(len(missing), sum(count - 1 for count in occurrences.values()))

@@ -76,26 +76,26 @@ class DrillRunner:
         calm, hurt = (RunDirectory(self._directory / name) for name in ("undisturbed", "disturbed"))
         with self._manage_processes():
             self._say(f"the undisturbed run, in {calm.path}")
-            began = time.time()
+            started_at = time.time()
             self._start_driver(calm)
             self._wait_for_finish(calm)
             self._resolved = _read_resolved_values(calm)
-            steps, cold = read_step_rows(calm)[-1]["step"], read_step_rows(calm)[0]["time"] - began
+            steps, cold = read_step_rows(calm)[-1]["step"], read_step_rows(calm)[0]["time"] - started_at
             self._say(f"{steps} steps, first after {cold:.1f} s; now with {self._order.kills} failures")
             again = time.time()
             failures = self._run_with_faults(
                 hurt, schedule_faults(steps, self._order.kills, self._order.kinds, self._draw)
             )
-            clock = DrillTimings(cold, again - began, time.time() - again)
+            clock = DrillTimings(cold, again - started_at, time.time() - again)
         return build_report(self._order.seed, calm, hurt, failures, clock)
 
     @contextmanager
     def _manage_processes(self) -> Iterator[None]:
         """Start a local cluster if a fault needs one. Stop it and the driver at the drill's end, errors included."""
         if any(FAULT_KINDS[kind].needs == "nodes" for kind in self._order.kinds):
-            asked = self._config.cluster
-            there = len(os.sched_getaffinity(0)) // asked.cpus_per_worker
-            self._cluster = LocalCluster(min(asked.max_workers, there), asked.cpus_per_worker)
+            cluster_config = self._config.cluster
+            there = len(os.sched_getaffinity(0)) // cluster_config.cpus_per_worker
+            self._cluster = LocalCluster(min(cluster_config.max_workers, there), cluster_config.cpus_per_worker)
         try:
             yield
         finally:
@@ -129,13 +129,13 @@ class DrillRunner:
         return found
 
     def _start_driver(self, run: RunDirectory) -> subprocess.Popen[str]:
-        place = (f"run.dir={run.path.parent}", f"run.name={run.name}")
+        run_overrides = (f"run.dir={run.path.parent}", f"run.name={run.name}")
         command = [sys.executable, "-P", "-m", "llm_training_toolkit", "train", str(self._order.config)]
         environment = os.environ | self._cluster.environment_variables if self._cluster else os.environ
         run.path.parent.mkdir(parents=True, exist_ok=True)
         with _get_log_path(run).open("a") as log:
             self._driver = subprocess.Popen(
-                [*command, *self._given, *self._resolved, *place],
+                [*command, *self._given, *self._resolved, *run_overrides],
                 env=environment,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -151,10 +151,10 @@ class DrillRunner:
         Raises LaunchError after too many restarts without a step, or at `until`, in seconds since 1970.
         """
         assert self._driver is not None
-        starts, before = 0, read_latest_step(run)
+        starts, last_progress = 0, read_latest_step(run)
         while not reached(now := read_latest_step(run)):
-            if now != before:
-                starts, before = 0, now
+            if now != last_progress:
+                starts, last_progress = 0, now
             if self._driver.poll() == 0:
                 break
             if self._driver.poll() is not None:

@@ -81,9 +81,9 @@ def _hang_worker(victim: FaultTarget) -> None:
 def _kill_during_checkpoint(victim: FaultTarget) -> None:
     """Measure the duration of one checkpoint, then kill a rank during the next one or shortly after it."""
     victim.wait_until(lambda: is_writing_checkpoint(victim.run))
-    began = time.monotonic()
+    write_start = time.monotonic()
     victim.wait_until(lambda: not is_writing_checkpoint(victim.run))
-    takes = time.monotonic() - began
+    takes = time.monotonic() - write_start
     victim.wait_until(lambda: is_writing_checkpoint(victim.run))
     time.sleep(victim.rng.uniform(0.0, 1.1 * takes))
     _kill_process(victim.pick_rank_process())

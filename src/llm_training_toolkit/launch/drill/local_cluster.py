@@ -70,8 +70,8 @@ class LocalCluster:
         """Start the cluster at an address that was never used before."""
         from ray.cluster_utils import Cluster
 
-        self._place = tempfile.mkdtemp(prefix="ltt-drill-")  # not nested: Ray's sockets need a short path
-        os.environ["RAY_TMPDIR"] = self._place  # also names the cluster that a command without an address joins
+        self._temp_dir = tempfile.mkdtemp(prefix="ltt-drill-")  # not nested: Ray's sockets need a short path
+        os.environ["RAY_TMPDIR"] = self._temp_dir  # also names the cluster that a command without an address joins
         head = {"num_cpus": 0, "include_dashboard": False}
         with _start_ray_processes():
             self._cluster = Cluster(initialize_head=True, head_node_args=head)
@@ -81,7 +81,7 @@ class LocalCluster:
     def close(self) -> None:
         """End all processes of the cluster."""
         self._cluster.shutdown()
-        shutil.rmtree(self._place, ignore_errors=True)
+        shutil.rmtree(self._temp_dir, ignore_errors=True)
 
     def _add_worker_node(self) -> None:
         address = f"{_ADDRESS_PREFIX}{1 + self._added % _ADDRESS_COUNT}"
@@ -104,9 +104,9 @@ def _start_ray_processes() -> Iterator[None]:
 
     With Ray's handler this process takes half a minute to end.
     """
-    before = signal.getsignal(signal.SIGTERM)
+    previous_handler = signal.getsignal(signal.SIGTERM)
     try:
         with start_processes_in_own_session():
             yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, previous_handler)

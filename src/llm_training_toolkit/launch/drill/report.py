@@ -13,7 +13,7 @@ from llm_training_toolkit.errors import LaunchError
 from llm_training_toolkit.launch.drill.data_audit import audit_sequences, read_attempt_spans, read_fetched_sequences
 from llm_training_toolkit.runs.attempts import read_attempt_record
 from llm_training_toolkit.runs.directory import RunDirectory, parse_checkpoint_name
-from llm_training_toolkit.runs.goodput import SecondsByPart, format_goodput
+from llm_training_toolkit.runs.goodput import SecondsByCategory, format_goodput
 from llm_training_toolkit.runs.json_lines import read_json_lines
 from llm_training_toolkit.runs.status import read_goodput
 
@@ -66,8 +66,8 @@ class DrillReport:
     wall_seconds: float
     """Seconds of the disturbed run from its first command to the end of its last one, by the drill's clock."""
     wall_seconds_undisturbed: float
-    goodput: SecondsByPart
-    goodput_undisturbed: SecondsByPart
+    goodput: SecondsByCategory
+    goodput_undisturbed: SecondsByCategory
 
     @property
     def is_lossless(self) -> bool:
@@ -143,7 +143,7 @@ def format_report(report: DrillReport) -> list[str]:
     ]
 
 
-def _format_drill_goodput(split: SecondsByPart, wall: float) -> str:
+def _format_drill_goodput(split: SecondsByCategory, wall: float) -> str:
     return f"{format_goodput(split)}: {sum(split.values()) / wall:.1%} of the {wall:.1f} s by the drill's clock"
 
 

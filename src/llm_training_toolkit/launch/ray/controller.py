@@ -82,12 +82,12 @@ class TrainController:
             self._run_spec.autoscaler.cancel_request()
 
     def _run_worker_groups(self) -> dict[str, Any]:
-        size, began = 0, get_process_start_time()
+        size, requested_at = 0, get_process_start_time()
         while True:
             capacity = self._wait_for_capacity()
             if capacity is None:
                 return self._build_stopped_result()
-            began = began or time.time()  # the first group is requested by the command
+            requested_at = requested_at or time.time()  # the first group is requested by the command
             previous_size, (size, unschedulable) = size, capacity
             excluded = self._excluded_nodes()
             self._report_scaling(
@@ -95,12 +95,12 @@ class TrainController:
             )
             previous_attempt = find_last_attempt(self._run)
             self._group = WorkerGroup(
-                WorkerGroupSpec(self._run_spec, size, unschedulable, frozenset(excluded), began), self._console
+                WorkerGroupSpec(self._run_spec, size, unschedulable, frozenset(excluded), requested_at), self._console
             )
             if self._stop:  # requested while the group was being created
                 self.request_stop()
             group_result = self._group.run_workers()
-            began = 0.0
+            requested_at = 0.0
             self._refresh_run_files()
             if group_result.result is None:
                 self._handle_failure(group_result, previous_attempt, size)
@@ -158,13 +158,13 @@ class TrainController:
     def _handle_failure(self, group_result: WorkerGroupResult, previous_attempt: int, size: int) -> None:
         """Record and report the failure. Raises LaunchError if no other group may follow."""
         attempt = find_last_attempt(self._run)
-        began = attempt > previous_attempt
-        step = self._find_failed_step(attempt) if began else 1 + self._get_latest_checkpoint_step()
+        has_begun = attempt > previous_attempt
+        step = self._find_failed_step(attempt) if has_begun else 1 + self._get_latest_checkpoint_step()
         failure = replace(diagnose_failure(group_result.evidence, step), starting=not group_result.evidence.has_stepped)
         try:
-            if not began:  # the group failed before it began an attempt
-                facts = {"host": socket.gethostname(), "pid": os.getpid(), "workers": size}
-                attempt = begin_attempt(self._run, facts)
+            if not has_begun:  # the group failed before it began an attempt
+                record = {"host": socket.gethostname(), "pid": os.getpid(), "workers": size}
+                attempt = begin_attempt(self._run, record)
             end_attempt(self._run, attempt, "failed", error=failure.cause, failure=failure.to_json())
         except OSError as error:
             raise LaunchError(

@@ -84,12 +84,12 @@ def _format_nodes_missing_paths(job: RenderJob) -> str:
     needed = [str(job.document_index), str(job.tokenizer), *_list_local_paths(job)]
     look = ray.remote(num_cpus=0)(_find_missing_paths)
     nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
-    asked = [
+    refs = [
         look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(needed)
         for node in nodes
     ]
     try:
-        answers = ray.get(asked, timeout=_CHECK_TIMEOUT_SECONDS)
+        answers = ray.get(refs, timeout=_CHECK_TIMEOUT_SECONDS)
     except ray.exceptions.RayError as error:
         return f"a node does not answer ({type(error).__name__})"
     return "; ".join(f"{host} does not see {', '.join(paths)}" for host, paths in answers if paths)

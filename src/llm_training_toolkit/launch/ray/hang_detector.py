@@ -57,9 +57,10 @@ class HangDetector:
             return None
         silent = self._find_silent_ranks(working)
         # The last phase of a silent rank may be outdated, so the ranks that still report set the timeout.
-        asked = [rank for rank in working if rank not in silent] or silent
+        timeout_ranks = [rank for rank in working if rank not in silent] or silent
         patience = max(
-            self._beats[rank].timeout_factor if rank in self._beats else NON_STEP_TIMEOUT_FACTOR for rank in asked
+            self._beats[rank].timeout_factor if rank in self._beats else NON_STEP_TIMEOUT_FACTOR
+            for rank in timeout_ranks
         )
         if now - self._last_advance <= patience * self.timeout_seconds:
             return None

@@ -106,15 +106,15 @@ def _find_node_problems(living: Sequence[ClusterNode], folders: Mapping[str, Pat
     look = ray.remote(num_cpus=0, max_retries=0)(inspect_node)
     # A process with its own environment takes a second, so only for a store, which may need the keys in it.
     environment = {"runtime_env": {"env_vars": dict(the.environment)}} if the.store and the.environment else {}
-    asked = {
+    pending_checks = {
         look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False), **environment).remote(
             [str(folder) for folder in folders.values()], the.mark, list(the.read.values()), the.store, the.attention
         ): node.address
         for node in living
     }
-    answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=_NODE_TIMEOUT_SECONDS)
+    answered, _ = ray.wait(list(pending_checks), num_returns=len(pending_checks), timeout=_NODE_TIMEOUT_SECONDS)
     for answer in answered:
-        address = asked[answer]
+        address = pending_checks[answer]
         try:
             found = ray.get(answer)
         except ray.exceptions.RayTaskError as error:

@@ -11,15 +11,18 @@ from llm_training_toolkit.monitoring.console import Console
 
 def build_resource_request(config: Config, gpus_there: float, console: Console) -> ResourceRequest:
     """Return the workers to request on a cluster with `gpus_there` GPUs; print a note if those stay unused."""
-    asked = config.cluster
-    if asked.gpus_per_worker == "auto" and 0 < gpus_there < asked.min_workers:
+    cluster_config = config.cluster
+    if cluster_config.gpus_per_worker == "auto" and 0 < gpus_there < cluster_config.min_workers:
         console.print_line(
-            f"note: {gpus_there:g} GPUs for {asked.min_workers} workers: training on CPU; "
+            f"note: {gpus_there:g} GPUs for {cluster_config.min_workers} workers: training on CPU; "
             f"cluster.workers={gpus_there:g} "
             "uses them, cluster.gpus_per_worker=1 waits for more"
         )
     return ResourceRequest(
-        asked.min_workers, asked.max_workers, compute_worker_resources(config, gpus_there), asked.placement_strategy
+        cluster_config.min_workers,
+        cluster_config.max_workers,
+        compute_worker_resources(config, gpus_there),
+        cluster_config.placement_strategy,
     )
 
 

@@ -74,13 +74,13 @@ def _run_worker(
             parse_config_json(run.resolved_config_path.read_text()),
             DatasetInfo.from_json(run.dataset_info_path.read_text()),
         )
-        began, node = (assignment["began"], assignment["group_began"]), ray.util.get_node_ip_address()
-        place = WorkerSpec(run, config, dataset_info, *began, node=node)
+        request_times, node = (assignment["began"], assignment["group_began"]), ray.util.get_node_ip_address()
+        worker_spec = WorkerSpec(run, config, dataset_info, *request_times, node=node)
         device = get_device()
         if device.type == "cuda":
             # DeepSpeed takes its device from LOCAL_RANK, which differs from Ray's order on nodes with over ten GPUs.
             os.environ["LOCAL_RANK"] = str(device.index)
-        return run_worker(place, context(rank, ray.train.get_context().get_world_size(), device, report))
+        return run_worker(worker_spec, context(rank, ray.train.get_context().get_world_size(), device, report))
 
 
 def _build_started_event(rank: int) -> WorkerStartedEvent:
@@ -93,7 +93,7 @@ def _build_started_event(rank: int) -> WorkerStartedEvent:
         pid=own.pid,
         started=own.create_time(),
         actor=here.get_actor_id(),
-        places=here.get_placement_group_id(),
+        placement_group=here.get_placement_group_id(),
     )
 
 

@@ -137,7 +137,7 @@ class WorkerGroup:
         """Start the workers and follow them to their end. Raises the first ToolkitError that a rank reported."""
         thread = threading.Thread(target=self._run_trainer, daemon=True, name="ray-train")
         thread.start()
-        began = looked = time.monotonic()
+        start_time = looked = time.monotonic()
         while thread.is_alive():
             time.sleep(_EVENT_POLL_SECONDS)
             heard = self._receive_events()
@@ -147,7 +147,7 @@ class WorkerGroup:
                 self._check_health(heard, now)
             if self._kill_times and now - self._kill_times[-1] > _KILL_RETRY_SECONDS:
                 self._kill_workers()
-            if not self._workers and now - began > _START_TIMEOUT_SECONDS:
+            if not self._workers and now - start_time > _START_TIMEOUT_SECONDS:
                 raise FitStuckError(
                     f"no worker has started within {_START_TIMEOUT_SECONDS / 60:g} minutes: see `ray status`"
                 )
@@ -231,13 +231,13 @@ class WorkerGroup:
         """Describe the blocking ranks and their current calls, then kill all ranks; `fit` returns as a result."""
         logs = self._job.run.get_log_dir(find_last_attempt(self._job.run))
         paths = {rank: logs / f"rank_{rank}.log" for rank in self._workers}
-        before = {rank: get_log_size(path) for rank, path in paths.items()}
+        log_offsets = {rank: get_log_size(path) for rank, path in paths.items()}
         states = worker_processes.dump_worker_stacks(self._workers.values())
         if len(hang.blocking_ranks) == 1:
             self._hung_worker = self._workers.get(next(iter(hang.blocking_ranks)))
         told = [
             _format_hung_rank(
-                self._workers[rank], doing, states.get(rank), find_current_call(paths[rank], before[rank])
+                self._workers[rank], doing, states.get(rank), find_current_call(paths[rank], log_offsets[rank])
             )
             if rank in self._workers
             else f"rank {rank} has not started"
@@ -245,7 +245,9 @@ class WorkerGroup:
         ]
         waiting = "; every rank waits for another" if len(told) == self._spec.size > 1 else ""
         others = self._workers.keys() - hang.blocking_ranks.keys()
-        exchange = next(filter(None, (find_collective_call(paths[rank], before[rank]) for rank in sorted(others))), "")
+        exchange = next(
+            filter(None, (find_collective_call(paths[rank], log_offsets[rank]) for rank in sorted(others))), ""
+        )
         waiting += f"; the others wait in {exchange}" if exchange else ""
         self._hang = (
             f"no rank has advanced for {hang.seconds:.0f} s (failures.hang_timeout = "
@@ -266,14 +268,14 @@ class WorkerGroup:
         with suppress(ray.exceptions.RayError):  # an unresponsive node or head: tried again later
             worker_processes.kill_workers(self._workers.values())
             if self._kill_times:
-                nodes.release_placement_groups({worker.places for worker in self._workers.values()})
+                nodes.release_placement_groups({worker.placement_group for worker in self._workers.values()})
         self._kill_times.append(time.monotonic())
 
     def _collect_evidence(self, ended: object) -> FailureEvidence:
         """Collect the evidence for `diagnose_failure`, once `fit` has ended."""
         if isinstance(ended, dict):
             return FailureEvidence(self._workers)
-        nodes.release_placement_groups({worker.places for worker in self._workers.values()})
+        nodes.release_placement_groups({worker.placement_group for worker in self._workers.values()})
         living = {node.id for node in nodes.reachable_nodes(nodes.alive_nodes())}
         return FailureEvidence(
             workers=self._workers,

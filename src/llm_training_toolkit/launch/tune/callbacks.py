@@ -86,8 +86,8 @@ class RungScheduler(_Stateless, FIFOScheduler):
 
 
 def _build_rung_result(result: dict[str, Any], *, go_on: bool) -> RungResult:
-    facts = {name: result[name] for name in ("rung", "step", "tokens", "value", "bracket")}
-    return RungResult(**facts, go_on=go_on, last=result["kind"] == "end")
+    fields = {name: result[name] for name in ("rung", "step", "tokens", "value", "bracket")}
+    return RungResult(**fields, go_on=go_on, last=result["kind"] == "end")
 
 
 class EventLogCallback(_Stateless, Callback):

@@ -152,7 +152,7 @@ class _TrialRunner:
         """Handle an event of the workers; at a rung they wait for Tune's decision."""
         match event:
             case WorkerStartedEvent():
-                write_atomically(self._placement_group_path, json.dumps([event.places]))
+                write_atomically(self._placement_group_path, json.dumps([event.placement_group]))
             case RungEvent():
                 self._waits_at = event.step
                 self._told.put({"kind": "rung", **self._read_rung_metrics(event.step)})
@@ -195,8 +195,8 @@ class _TrialRunner:
             prepared = prepare_epochs(
                 work, config, resume_state.step, resume_state.sequences, until=resume_state.step + 1
             ).dataset_info
-        facts = build_data_facts(prepared, resume_state.step, resume_state.sequences)
-        plan = check_plan(make_plan(config, facts)).with_notes(read_precision_notes(run, config))
+        data_facts = build_data_facts(prepared, resume_state.step, resume_state.sequences)
+        plan = check_plan(make_plan(config, data_facts)).with_notes(read_precision_notes(run, config))
         assert plan.steps is not None, "the data is prepared"
         scheduler = SchedulerConfig.model_validate_json(self._order.scheduler)
         self._steps = compute_rung_steps(scheduler, plan.steps, plan.tokens_per_step)
@@ -205,7 +205,7 @@ class _TrialRunner:
             return None
         write_run_files(run, config, plan, prepared)
         write_atomically(run.config_path, "# A trial of a search: resolved.json has the whole configuration.\n")
-        self._facts = facts
+        self._data_facts = data_facts
         return plan
 
     def _run_worker_groups(self, run: RunDirectory, config: Config, console: Console) -> dict[str, Any]:
@@ -215,7 +215,7 @@ class _TrialRunner:
 
         wanted = build_resource_request(config, ray.cluster_resources().get("GPU", 0.0), console)
         job = RunSpec(run, config, wanted, AutoscalerClient(wanted), self._steps[self._bracket : -1])
-        with prepare_in_background(run, config, self._facts, console):
+        with prepare_in_background(run, config, self._data_facts, console):
             self._groups = TrainController(job, console)
             if self._stop:
                 self._groups.request_stop()
