@@ -77,7 +77,7 @@ def test_a_cluster_that_is_too_small_without_an_autoscaler_ends_the_run_at_once(
 def test_a_busy_cluster_is_waited_for_and_who_uses_it_is_named(
     launch_config: Callable[..., Path], ray_environment: Environment
 ) -> None:
-    config = launch_config("patient", train={"steps": 3}, cluster={"workers": 4})
+    config = launch_config("patient", train={"steps": 3}, cluster={"workers": 3})
     with fork_server.popen(
         [sys.executable, "-c", HOLD], env=ray_environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as other:

@@ -10,7 +10,7 @@ import fork_server
 from launching import Environment, command, run_of
 from llm_training_toolkit.runs.attempts import read_attempt_record
 
-TRAIN = {"steps": 10, "global_batch_size": 4, "micro_batch_size": 2, "precision": "bf16"}
+TRAIN = {"steps": 10, "global_batch_size": 4, "micro_batch_size": 2, "precision": "fp32"}
 
 
 def test_the_error_of_a_rank_is_what_a_person_sees(

@@ -17,7 +17,7 @@ from llm_training_toolkit.runs.attempts import (
 from llm_training_toolkit.runs.directory import RunDirectory
 
 LIMIT_ON_RAY = 2400
-"""Megabytes beside what a Ray worker holds when its attempt begins: 32 need 2,910, 16 need 1,810 (measured)."""
+"""Megabytes beside what a Ray worker holds when its attempt begins: too few for 32 sequences, enough for 16."""
 
 
 def test_on_ray_the_next_attempt_takes_less_and_no_restart_is_spent(

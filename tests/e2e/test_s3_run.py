@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,7 @@ def rows(name: str, s3: Mapping[str, str]) -> list[dict[str, Any]]:
 def wait_for_checkpoint(name: str, step: int, s3: Mapping[str, str], process: subprocess.Popen[str]) -> None:
     while not any(f"step_{step:09d}" in key and "manifest" in key for key in keys(f"{name}/checkpoints/", s3)):
         assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
 
 
 def test_a_run_in_a_bucket_is_killed_and_goes_on_elsewhere_bit_for_bit(
