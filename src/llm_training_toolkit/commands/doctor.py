@@ -107,7 +107,10 @@ def _check_processors() -> Iterator[MachineCheck]:
 
 
 def _check_gpus() -> Iterator[MachineCheck]:
-    import torch
+    try:
+        import torch
+    except (ImportError, OSError):
+        return  # reported with the processors
 
     driver = _read_driver_version()
     if torch.cuda.is_available():
@@ -190,10 +193,10 @@ def _check_ray_address() -> MachineCheck:
     address = os.environ.get("RAY_ADDRESS")
     if address is None:
         return MachineCheck("Ray", "ok", "RAY_ADDRESS is not set: runs start Ray on this machine")
-    parts = urlsplit(address if "://" in address else f"ray://{address}")
-    if parts.hostname is None or parts.port is None:
+    host, port = _split_address(address if "://" in address else f"ray://{address}")
+    if not host or not port:
         return MachineCheck("Ray", "ok", f"RAY_ADDRESS = {address}")
-    problem = _find_connection_problem(parts.hostname, parts.port)
+    problem = _find_connection_problem(host, port)
     if problem is None:
         return MachineCheck("Ray", "ok", f"{address} answers")
     return MachineCheck("Ray", "failed", f"{address}: {problem}", "start the cluster, or unset RAY_ADDRESS")
@@ -202,15 +205,26 @@ def _check_ray_address() -> MachineCheck:
 def _check_hub() -> MachineCheck:
     if os.environ.get("HF_HUB_OFFLINE", "0") not in {"", "0"}:
         return MachineCheck("hub", "ok", "HF_HUB_OFFLINE is set: models come from the cache and from directories")
-    endpoint = urlsplit(os.environ.get("HF_ENDPOINT", f"https://{_HUB_ADDRESS}"))
-    host, port = endpoint.hostname or _HUB_ADDRESS, endpoint.port or (80 if endpoint.scheme == "http" else 443)
-    if endpoint.scheme in getproxies() and not proxy_bypass(host):
+    endpoint = os.environ.get("HF_ENDPOINT", f"https://{_HUB_ADDRESS}")
+    scheme = urlsplit(endpoint).scheme
+    host, port = _split_address(endpoint)
+    host, port = host or _HUB_ADDRESS, port or (80 if scheme == "http" else 443)
+    if scheme in getproxies() and not proxy_bypass(host):
         return MachineCheck("hub", "ok", f"{host} through a proxy, which is not checked")
     problem = _find_connection_problem(host, port)
     if problem is None:
         return MachineCheck("hub", "ok", f"{host} answers")
     fix = "give directories as model.path and tokenizer.path, or set HF_ENDPOINT to a mirror"
     return MachineCheck("hub", "warning", f"{host}: {problem}", fix)
+
+
+def _split_address(address: str) -> tuple[str, int]:
+    """Return host and port of an address; "" and 0 for what it does not have, or has wrong."""
+    parts = urlsplit(address)
+    try:
+        return parts.hostname or "", parts.port or 0
+    except ValueError:  # a port that is no number
+        return parts.hostname or "", 0
 
 
 def _find_connection_problem(host: str, port: int) -> str | None:

@@ -74,6 +74,11 @@ def format_starter_config(request: StarterRequest, machine: TrainingMachine) -> 
     Raises PlanError for an unknown model, and with the plan's problems.
     """
     size = find_size(request.model)
+    if request.kind != "scratch" and "/" not in request.model and not Path(request.model).is_dir():
+        raise PlanError(
+            f"--model {request.model}: no directory here and no hub id: give OWNER/{request.model}, such as "
+            "Qwen/Qwen3-0.6B, or the directory of the weights"
+        )
     if request.kind == "scratch":
         return _format_scratch(request, size, machine)
     kind: DocumentKind = "chat" if request.kind == "chat" else "code" if request.kind == "code" else "text"

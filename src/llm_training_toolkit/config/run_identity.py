@@ -54,7 +54,14 @@ def diff_configs(old: Config, new: Config) -> list[ConfigChange]:
         ConfigChange(key, tag, old_values.get(key, (tag, None))[1], new_values.get(key, (tag, None))[1])
         for key, (tag, _) in (old_values | new_values).items()
     ]
-    return [change for change in found if _to_canonical_json(change.old) != _to_canonical_json(change.new)]
+    return [change for change in found if _normalize(change.key, change.old) != _normalize(change.key, change.new)]
+
+
+def _normalize(key: str, value: Any) -> str:  # noqa: ANN401 - value of any field
+    """Return a value as it is compared: the name of a model in any case, with or without its organization."""
+    if key == "model.name" and isinstance(value, str):
+        value = value.rstrip("/").rsplit("/", 1)[-1].lower()
+    return _to_canonical_json(value)
 
 
 def fingerprint(config: Config) -> str:

@@ -87,7 +87,7 @@ class YamlNodeReader:
         """Return the value of a node; `path` is its key. Raises YAMLError if aliases multiply the values."""
         self.values_read += 1
         if self.values_read > _MAX_VALUES:
-            raise YAMLError(f"its aliases stand for more than {_MAX_VALUES:,} values; write them out")
+            raise YAMLError(f"more than {_MAX_VALUES:,} values, those that aliases repeat counted; shorten it")
         if len(self.open_nodes) > _MAX_DEPTH:
             raise YAMLError(f"its aliases are nested more than {_MAX_DEPTH} deep; write them out")
         if any(node is parent for parent in self.open_nodes):

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from llm_training_toolkit.config import SourceConfig
+from llm_training_toolkit.config.uri import redact_uri
 from llm_training_toolkit.data.prepare.builder import PreparedDataset
 from llm_training_toolkit.data.prepare.document_index import (
     DocumentIndex,
@@ -51,7 +52,11 @@ def get_exported_run(subject: EvalModel) -> ExportedRun:
 
 def format_data_description(subject: EvalModel, path: str | None) -> str:
     """Return the `data` field of a result: the resolved path, or the run that held the documents out."""
-    return resolve_data_path(path) if path is not None else f"held out by {get_exported_run(subject).config.run.name}"
+    return (
+        redact_uri(resolve_data_path(path))
+        if path is not None
+        else f"held out by {get_exported_run(subject).config.run.name}"
+    )
 
 
 def resolve_data_path(path: str) -> str:

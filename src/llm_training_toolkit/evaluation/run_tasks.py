@@ -11,11 +11,12 @@ import math
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from llm_training_toolkit.checkpoint.run import Run
 from llm_training_toolkit.config import Config, EvalTaskConfig
+from llm_training_toolkit.config.uri import redact_uri
 from llm_training_toolkit.distributed.context import RunContext
 from llm_training_toolkit.distributed.events import NoteEvent, StageEvent, WarningEvent
 from llm_training_toolkit.errors import PlanError, ToolkitError
@@ -154,7 +155,8 @@ def _build_done_marker(run: RunDirectory, config: Config) -> DoneMarker:
 
 def build_task_key(checkpoint: str | None, tasks: Sequence[EvalTaskConfig]) -> str:
     """Return a key of the checkpoint and its tasks, regardless of their `interval`."""
-    return json.dumps([checkpoint, [task.model_dump(mode="json", exclude={"interval"}) for task in tasks]])
+    plain = [task.model_copy(update={"data": redact_uri(task.data)}) if task.data else task for task in tasks]
+    return json.dumps([checkpoint, [task.model_dump(mode="json", exclude={"interval"}) for task in plain]])
 
 
 def _run_and_record(
@@ -163,6 +165,7 @@ def _run_and_record(
     task = make_task(asked.task, asked.get_task_options())
     subject = EvalModel(model, device=str(context.device))
     assert subject.origin is not None
+    subject.origin = replace(subject.origin, config=trained.config)  # the file has no signatures of addresses
     measured = run_task(task, subject, progress)
     for note in measured.notes:
         context.report(NoteEvent(f"{asked.task}: {note}"))

@@ -26,6 +26,8 @@ from llm_training_toolkit.runs.user_directory import create_user_directory
 from llm_training_toolkit.setup.machine import is_local
 
 # Ray Train copies these variables from the driver to its controller and workers.
+# Ray adds up to 68 characters (/ray/session_<date>_<pid>/sockets/plasma_store) to a socket's 107.
+_MAX_RAY_TMPDIR = 38
 _RAY_ENVIRONMENT = {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",  # covers placement only; capacity was checked just before
     "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": "1800",
@@ -46,7 +48,7 @@ def prepare_environment() -> None:
     if is_local():
         os.environ.setdefault("RAY_AUTH_MODE", "token")
         if "RAY_TMPDIR" not in os.environ:  # Ray makes its session directories writable for everybody
-            os.environ["RAY_TMPDIR"] = str(create_user_directory("ltt-ray"))
+            os.environ["RAY_TMPDIR"] = str(create_user_directory("ltt-ray", max_length=_MAX_RAY_TMPDIR))
         protect_ray_token()
     else:
         os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")  # the dashboard's Train view

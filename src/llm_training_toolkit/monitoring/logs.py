@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from llm_training_toolkit.config.uri import redact_text
 from llm_training_toolkit.errors import ToolkitError
 from llm_training_toolkit.runs.directory import RunDirectory
 
@@ -52,7 +53,7 @@ def log_to_file(logger: logging.Logger, path: Path, origin: str) -> Iterator[Non
 def log_driver(run: RunDirectory) -> Iterator[None]:
     """Log what the driver prints about a run to its logs/driver.log, and the error that ends it."""
     with log_to_file(DRIVER_LOGGER, run.driver_log_path, "driver"):
-        DRIVER_LOGGER.info("command: %s", " ".join(sys.argv))
+        DRIVER_LOGGER.info("command: %s", redact_text(" ".join(sys.argv)))
         try:
             yield
         except Exception as error:

@@ -106,9 +106,12 @@ def with_zero_stage(config: Config, stage: int) -> Config:
 
 
 def with_assumed_values(config: Config) -> Config:
-    """Replace `auto` by what is planned before the hardware is known: bf16, the cheapest ZeRO stage."""
+    """Replace `auto` by what is planned before the hardware is known: bf16, the cheapest ZeRO stage, varlen on GPUs."""
     if config.train.precision == "auto":
         config = with_precision(config, "bf16")
+    if config.model.attn_implementation == "auto":
+        on_gpu = config.cluster.gpus_per_worker != 0 and config.train.precision == "bf16"
+        config = with_attention(config, "varlen" if on_gpu else "sdpa")
     return (
         with_zero_stage(config, get_candidate_zero_stages(config)[0]) if config.engine.zero_stage == "auto" else config
     )

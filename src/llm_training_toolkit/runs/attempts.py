@@ -77,7 +77,11 @@ def find_takeover(run: RunDirectory, attempt: int, run_id: str) -> str:
         return f"attempt {newest} has taken over this run"
     if not run_id or found == run_id:
         return ""
-    return "the run was removed and begun anew" if found else "the run was removed while it was at work"
+    if found:
+        return "the run was removed and begun anew"
+    # A record that is there but cannot be read now says nothing of the run.
+    is_there = (run.attempts_dir / f"{attempt:04d}.json").exists()
+    return "" if is_there else "the run was removed while it was at work"
 
 
 def _close_attempt(run: RunDirectory, attempt: int) -> bool:

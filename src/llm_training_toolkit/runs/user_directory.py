@@ -12,13 +12,15 @@ from llm_training_toolkit.errors import LaunchError
 _GROUP_OTHER_WRITE = 0o022  # write permission of group and others
 
 
-def create_user_directory(name: str) -> Path:
-    """Create `NAME-UID` in the temporary directory, if it is absent, and return it.
+def create_user_directory(name: str, max_length: int | None = None) -> Path:
+    """Create `NAME-UID` in the temporary directory, or in /tmp if its path would exceed `max_length`, and return it.
 
     Raises LaunchError if it belongs to another user, is a link, or is writable by others: whoever owns a directory can
     exchange what lies in it.
     """
     path = Path(tempfile.gettempdir()) / f"{name}-{os.getuid()}"
+    if max_length is not None and len(str(path)) > max_length:
+        path = Path("/tmp") / path.name  # noqa: S108 - checked below
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = path.lstat()

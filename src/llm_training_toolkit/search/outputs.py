@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from ruamel.yaml import YAML
 
 from llm_training_toolkit.config import Config
+from llm_training_toolkit.config.redaction import redact_config
 from llm_training_toolkit.config.search import SearchConfig, replace_config_values
 from llm_training_toolkit.runs.atomic_write import write_atomically
 from llm_training_toolkit.search.event_log import EventLog, SearchDirectory, TrialRecord
@@ -41,7 +42,7 @@ def format_best_config(search: SearchConfig, whole: Config, winner: TrialRecord,
     """Format the run file that trains the winner at the base's full length."""
     assert winner.last_rung is not None, "a winner has come to a rung"
     name = {"run.name": f"{directory.path.name}-best"}
-    config = replace_config_values(whole, {**winner.parameters, **name}, "the winner")
+    config = redact_config(replace_config_values(whole, {**winner.parameters, **name}, "the winner"))
     text = io.StringIO()
     YAML().dump(json.loads(config.model_dump_json(exclude_unset=True)), text)
     head = (

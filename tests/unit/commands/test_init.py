@@ -28,7 +28,9 @@ def written(folder: Path, request: StarterRequest, machine: TrainingMachine) -> 
 
 
 @pytest.mark.parametrize("machine", [LAPTOP, NODE], ids=["laptop", "node"])
-@pytest.mark.parametrize("model", ["Qwen/Qwen3-0.6B", "bigcode/starcoder2-3b", "Qwen/Qwen2.5-Coder-7B", "qwen2-0.5b"])
+@pytest.mark.parametrize(
+    "model", ["Qwen/Qwen3-0.6B", "bigcode/starcoder2-3b", "Qwen/Qwen2.5-Coder-7B", "Qwen/Qwen2-0.5B"]
+)
 @pytest.mark.parametrize("kind", ["chat", "code", "text", "scratch"])
 def test_every_kind_loads_and_plans(tmp_path: Path, kind: StarterKind, model: str, machine: TrainingMachine) -> None:
     config = written(tmp_path, StarterRequest(kind, model, 'my "data"/*.jsonl'), machine)
@@ -45,6 +47,11 @@ def test_method_follows_from_memory(tmp_path: Path) -> None:
     request = StarterRequest("chat", "Qwen/Qwen2.5-7B", "chats.jsonl")
     assert written(tmp_path, request, TrainingMachine(1, 24.0)).model.lora is not None
     assert written(tmp_path, request, TrainingMachine(1, 300.0)).model.lora is None
+
+
+def test_size_without_weights_is_refused() -> None:
+    with pytest.raises(PlanError, match="no hub id"):
+        format_starter_config(StarterRequest("chat", "qwen3-0.6b", "x"), LAPTOP)
 
 
 def test_unknown_model_names_the_nearest() -> None:

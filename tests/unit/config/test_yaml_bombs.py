@@ -19,7 +19,7 @@ def billion_laughs() -> str:
 
 
 BOMBS = {
-    "aliases": (billion_laughs(), "aliases stand for more than"),
+    "aliases": (billion_laughs(), "values, those that aliases repeat counted"),
     "chain of aliases": ("\n".join(["x0: &x0 []", *(f"x{n}: &x{n} [*x{n - 1}]" for n in range(1, 200))]), "nested"),
     "deep list": ("run: " + "[" * 5000 + "]" * 5000, "nested more than 50 deep"),
     "deep mapping": ("run: " + "{a: " * 3000 + "1" + "}" * 3000, "nested more than 50 deep"),

@@ -60,9 +60,13 @@ def test_rays_sessions_and_token_are_this_users_alone(shared: Path, monkeypatch:
     token.write_text("secret")
     token.chmod(0o644)
     prepare_environment()
-    assert os.environ["RAY_TMPDIR"] == str(shared / f"ltt-ray-{os.getuid()}")
+    assert os.environ["RAY_TMPDIR"] == f"/tmp/ltt-ray-{os.getuid()}", "Ray's sockets have no room below a long path"
     assert os.environ["PYTHONSAFEPATH"] == "1"
     assert (token.stat().st_mode & 0o777, token.parent.stat().st_mode & 0o777) == (0o600, 0o700)
+
+
+def test_a_short_temporary_directory_is_kept(shared: Path) -> None:
+    assert create_user_directory("x", max_length=500) == shared / f"x-{os.getuid()}"
 
 
 def test_two_users_have_two_directories_for_rays_files(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -160,7 +160,7 @@ def build_document_index(
     write_rows(directory / "documents.arrow", _SCHEMA, iter_rows())
     progress(len(split_hashes))
     if report is not None:
-        write_fault_report(report, [source.path for source in list_all_sources(data)], tallies)
+        write_fault_report(report, [redact_uri(source.path) for source in list_all_sources(data)], tallies)
     check_faults(tallies, skips=data.on_error == "skip", max_skipped=data.max_skipped, report=report)
     given = sum(tally.kept for tally in tallies[len(data.sources) :])
     _check_documents_left(data.sources, len(split_hashes) - given, "sources")

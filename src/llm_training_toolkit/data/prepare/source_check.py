@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_training_toolkit.config.schema import Config, SourceConfig
+from llm_training_toolkit.config.uri import redact_uri
 from llm_training_toolkit.data.prepare.document_index import list_all_sources
 from llm_training_toolkit.data.prepare.renderer import DocumentRenderer, extract_plain_text
 from llm_training_toolkit.data.sources import Document, DocumentStats, format_faults, list_source_files, read_sample
@@ -68,7 +69,7 @@ def check_sources(config: Config, markers: TokenizationSpec) -> Iterator[SourceS
         documents = list(read_sample(source, index, [files[number] for number in chosen], tally))
         tokens, overlong, refused = _render(documents, index, renderer, config.data.sequence_length)
         yield SourceSample(
-            source.path,
+            redact_uri(source.path),
             len(files),
             len(documents),
             dict(tally.dropped),

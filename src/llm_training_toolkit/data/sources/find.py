@@ -44,6 +44,8 @@ def list_source_files(source: SourceConfig) -> list[SourceFile]:
         )
         if is_uri(source.path):
             where, advice = "", remote.get_access_hint(source.path)
+        elif not source.follow_symlinks:
+            advice += " Symbolic links that lead out of it are read with follow_symlinks: true."
         raise DataError(
             f"data.sources: {redact_uri(source.path)!r} matches no file ({where}a directory is searched for "
             f"{format_searched_suffixes(source.format)}). {advice}"

@@ -73,7 +73,8 @@ def _build_filter_error(source: SourceConfig, tally: DocumentStats) -> DataError
         for column, values in tally.filter_values.items()
     )
     return DataError(
-        f"data.sources: {source.path!r}: the filter {{{wanted}}} leaves none of {tally.dropped['filtered']:,} records "
+        f"data.sources: {redact_uri(source.path)!r}: the filter {{{wanted}}} leaves none of "
+        f"{tally.dropped['filtered']:,} records "
         f"({seen or format_missing_column(next(iter(source.filter or {})), tally.filtered_columns)}). Correct the "
         "filter, or name its column under fields."
     )

@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 
 from llm_training_toolkit.config.schema import SourceConfig
+from llm_training_toolkit.config.uri import redact_uri
 from llm_training_toolkit.data.sources.files import SourceFile
 from llm_training_toolkit.errors import DataError
 
@@ -27,12 +28,14 @@ def select_split_files(found: Sequence[SourceFile], source: SourceConfig) -> lis
         files = [file for file in files if source.subset in file.name.split("/")[:-1]]
         if not files:
             folders = {folder for file in found for folder in file.name.split("/")[:-1]}
-            raise build_choice_error(source.path, "subset", source.subset, sorted(folders))
+            raise build_choice_error(redact_uri(source.path), "subset", source.subset, sorted(folders))
     if source.split is not None:
         of_subset, split = files, source.split
         files = [file for file in of_subset if is_of_split(file.name, split)]
         if not files:
-            raise build_choice_error(source.path, "split", split, find_splits([file.name for file in of_subset]))
+            raise build_choice_error(
+                redact_uri(source.path), "split", split, find_splits([file.name for file in of_subset])
+            )
     return files
 
 

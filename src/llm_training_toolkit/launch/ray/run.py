@@ -38,6 +38,7 @@ def run_on_ray(run: RunDirectory, config: Config, console: Console) -> dict[str,
             RunSpec,
         )
 
+        previous_attempt = find_last_attempt(run)
         groups = TrainController(RunSpec(run, config, wanted, AutoscalerClient(wanted)), console)
 
         def request_stop() -> None:
@@ -46,7 +47,8 @@ def run_on_ray(run: RunDirectory, config: Config, console: Console) -> dict[str,
 
         def handle_lost_cluster(why: str) -> None:
             with suppress(OSError, ValueError):
-                fail_attempt(run, find_last_attempt(run), why)
+                if (attempt := find_last_attempt(run)) > previous_attempt:
+                    fail_attempt(run, attempt, why)
             said = f"error: {why}. The same command resumes from the latest checkpoint once there is a cluster again"
             _exit_immediately(console, said, LaunchError.exit_code)
 

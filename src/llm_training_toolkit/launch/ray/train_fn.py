@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import json
 import os
 import traceback
 from collections.abc import Callable, Mapping
@@ -15,7 +16,7 @@ import ray
 import ray.train
 from ray.train.torch import get_device
 
-from llm_training_toolkit.config import parse_config_json
+from llm_training_toolkit.config import parse_config
 from llm_training_toolkit.data.prepare.dataset_info import DatasetInfo
 from llm_training_toolkit.distributed.context import RunContext
 from llm_training_toolkit.distributed.events import Event, NoteEvent, StageEvent, WorkerErrorEvent, WorkerStartedEvent
@@ -70,10 +71,9 @@ def _run_worker(
             report(NoteEvent(text))
 
     with join_run(assignment["run"], send_note) as run:
-        config, dataset_info = (
-            parse_config_json(run.resolved_config_path.read_text()),
-            DatasetInfo.from_json(run.dataset_info_path.read_text()),
-        )
+        resolved = json.loads(run.resolved_config_path.read_text())
+        config = parse_config(resolved | {name: assignment[name] for name in ("data", "eval")}, "resolved.json")
+        dataset_info = DatasetInfo.from_json(run.dataset_info_path.read_text())
         request_times, node = (assignment["began"], assignment["group_began"]), ray.util.get_node_ip_address()
         worker_spec = WorkerSpec(run, config, dataset_info, *request_times, node=node)
         device = get_device()

@@ -321,6 +321,9 @@ def _build_trainer(the: WorkerGroupSpec, line: Any) -> TorchTrainer:  # noqa: AN
         worker_main,
         train_loop_config={
             "run": job.run.uri,
+            # Their addresses are redacted in resolved.json, and these sections are as the command has them.
+            "data": job.config.data.model_dump(mode="json"),
+            "eval": job.config.eval.model_dump(mode="json"),
             "line": line,
             "began": the.requested_at,
             "group_began": time.time(),

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from llm_training_toolkit.config import Config, dump_config_json
+from llm_training_toolkit.config.redaction import redact_config
 from llm_training_toolkit.config.run_identity import flatten_config
 from llm_training_toolkit.config.schema import FieldTag
 from llm_training_toolkit.config.search import SearchConfig, load_search, replace_config_values
@@ -304,7 +305,11 @@ def _compute_max_concurrent(spec: SearchSpec, console: Console) -> int:
 
 def _build_search_identity(spec: SearchSpec) -> dict[str, Any]:
     """Return the settings that must stay the same when a search is resumed."""
-    fields = {key: value for key, (tag, value) in flatten_config(spec.trial_config).items() if tag is not FieldTag.FREE}
+    fields = {
+        key: value
+        for key, (tag, value) in flatten_config(redact_config(spec.trial_config)).items()
+        if tag is not FieldTag.FREE
+    }
     own = spec.search.model_dump(mode="json", include={"metric", "mode", "scheduler", "searcher"})
     space = {key: values.model_dump(mode="json", exclude_none=True) for key, values in spec.search.search.items()}
     found: dict[str, Any] = json.loads(json.dumps({**own, "search": space, "base": fields}))

@@ -49,7 +49,9 @@ class S3Storage:
         path.mkdir(parents=True, exist_ok=True)
 
     def get_uri(self, path: Path) -> str:
-        """Return the address, which is valid on every machine."""
+        """Return the address, which is valid on every machine; of a path outside of the run the path."""
+        if not path.is_relative_to(self.run.path):
+            return str(path)
         relative = self._get_object_key(path)
         return self.bucket.address if relative == "." else f"{self.bucket.address}/{relative}"
 
