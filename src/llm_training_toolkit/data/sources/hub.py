@@ -18,8 +18,6 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 
 from llm_training_toolkit.data.sources.files import (
     CODE_SUFFIXES,
@@ -153,8 +151,15 @@ class _HubSubset:
 
 def _read_subsets(readme: str) -> list[_HubSubset]:
     """Return the subsets that the README's metadata defines; none if it has no such metadata."""
+    # Imported here, because data is also prepared where ruamel.yaml is absent (plain CUDA images).
+    from ruamel.yaml import YAML  # noqa: PLC0415
+    from ruamel.yaml.error import YAMLError  # noqa: PLC0415
+
+    from llm_training_toolkit.config.yaml_reader import check_yaml_limits  # noqa: PLC0415
+
     match = _FRONT_MATTER.match(readme)
     try:
+        check_yaml_limits(match[1] if match else "")
         metadata = YAML(typ="safe", pure=True).load(match[1]) if match else None
     except YAMLError:
         return []
