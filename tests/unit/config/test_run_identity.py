@@ -60,6 +60,11 @@ def test_no_change() -> None:
     assert check_config_changes(config(), config()) == []
 
 
+@pytest.mark.parametrize("name", ["Qwen/Qwen3-0.6B", "QWEN3-0.6B", "qwen3-0.6b"])
+def test_a_name_typed_in_another_way_is_no_change(name: str) -> None:
+    assert diff_configs(config(), config(model={"name": name})) == []
+
+
 def test_changes_name_old_and_new() -> None:
     assert diff_configs(config(), config(run={"seed": 7}, cluster={"workers": 2})) == [
         ConfigChange("run.seed", FieldTag.IDENTITY, 42, 7),

@@ -12,12 +12,14 @@ import pytest
 import torch
 
 import rank_tasks
+from llm_training_toolkit.config.schema import EvalTaskConfig
 from llm_training_toolkit.distributed.context import RunContext, StopRequest
 from llm_training_toolkit.errors import CheckpointError
 from llm_training_toolkit.evaluation.in_training import InTrainingEvaluator
 from llm_training_toolkit.evaluation.model import EvalModel
 from llm_training_toolkit.evaluation.run_tasks import (
     DoneMarker,
+    build_task_key,
     format_failure_reason,
     has_finished_tasks,
     run_final_tasks,
@@ -122,3 +124,12 @@ def test_every_wish_to_end_breaks_the_tasks_off(
         assert midway_of(run, context).run_due_tasks(4) is stop_request
     assert not half.exists(), "of an attempt that was killed"
     assert not (run.evaluations_dir / "at_step_4").exists()
+
+
+def test_a_new_signature_makes_no_new_task() -> None:
+    def key(signature: str) -> str:
+        data = f"https://bucket.example/held-out.jsonl?X-Amz-Signature={signature}"
+        return build_task_key("step_000000009_a1", [EvalTaskConfig(task="perplexity", data=data, format="text")])
+
+    assert key("one") == key("two")
+    assert "one" not in key("one")

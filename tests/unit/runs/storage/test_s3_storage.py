@@ -90,6 +90,12 @@ def test_what_one_process_writes_is_there_for_the_next_on_an_empty_machine(bucke
         assert find_last_attempt(run) == 2
 
 
+def test_paths_outside_of_a_stored_run_keep_their_names(bucket: str, tmp_path: Path) -> None:
+    with open_worker(bucket, silent) as run:
+        assert run.storage.get_uri(run.export_dir) == f"{bucket}/export"
+        assert run.storage.get_uri(tmp_path / "export") == str(tmp_path / "export")
+
+
 def test_two_processes_that_begin_at_once_take_two_attempts(bucket: str) -> None:
     with open_worker(bucket, silent) as one, open_worker(bucket, silent) as other:
         taken = [begin_attempt(run, {"run": number}) for number, run in enumerate((one, other, one))]
