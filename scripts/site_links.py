@@ -27,14 +27,12 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: object) -> str:
-    """Rewrite links to files outside docs/; a link to a folder becomes its name."""
+    """Rewrite links to files outside docs/. A link to a folder fails the strict build."""
     if page.file.src_uri.startswith(f"{COPIES}/"):
         return markdown
 
     def rewrite(match: re.Match[str]) -> str:
         source = (ROOT / "docs" / page.file.src_uri).parent.joinpath(match[1]).resolve()
-        if not source.is_file():
-            return f'](index.md "{match[1].removeprefix("../")}")'
         start = posixpath.dirname(page.file.src_uri)
         return f"]({posixpath.relpath(_get_copy_uri(source), start or '.')}{match[2] or ''})"
 

@@ -51,10 +51,6 @@ class CheckpointLineage:
     run_id: str = ""
 
 
-def _sync_nothing() -> None:
-    """Do nothing, as the default of `sync_metrics`."""
-
-
 class _PendingCheckpoint(NamedTuple):
     """Checkpoint being written, with the training state it is of."""
 
@@ -75,7 +71,7 @@ class CheckpointManager:
         every_steps: int | None,
         every_seconds: float | None,
         rule: RetentionPolicy,
-        sync_metrics: Callable[[], None] = _sync_nothing,
+        sync_metrics: Callable[[], None] | None = None,
     ) -> None:
         """Delete incomplete checkpoints of earlier attempts. `sync_metrics` is called before each commit."""
         self._sync_metrics = sync_metrics
@@ -147,7 +143,8 @@ class CheckpointManager:
         self._wait_for_writes(self._begun.writing)
         begun, self._begun = self._begun, None
         self._check_not_superseded()
-        self._sync_metrics()
+        if self._sync_metrics is not None:
+            self._sync_metrics()
         commit_checkpoint(self._context, begun.writing, self._make_manifest_builder(begun.progress))
         if self._context.is_rank_zero:
             self._apply_retention_policy()
@@ -184,14 +181,14 @@ class CheckpointManager:
 
         Ranks that outlived their driver must not write beside those that replaced them.
         """
-        takeover = self._context.broadcast_object(self._find_takeover() if self._context.is_rank_zero else "")
+        takeover = self._context.broadcast_object(self._find_takeover() if self._context.is_rank_zero else None)
         if takeover:
             raise CheckpointError(
                 f"{self._run.uri}: {takeover}; attempt {self._lineage.attempt} ends without saving, and the directory "
                 "stays as it is"
             )
 
-    def _find_takeover(self) -> str:
+    def _find_takeover(self) -> str | None:
         with suppress(StorageError):  # the next write retries a store that does not answer now
             self._run.storage.refresh_directory(self._run.attempts_dir)
         return find_takeover(self._run, self._lineage.attempt, self._lineage.run_id)

@@ -31,7 +31,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-StarterKind = Literal["chat", "code", "text", "scratch", "search"]
+InitKind = Literal["chat", "code", "text", "scratch", "search"]
 ConfigFile = Annotated[Path, typer.Argument(help="YAML file of the run.", show_default=False)]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Single fields, as key=value: train.steps=100", show_default=False)
@@ -355,7 +355,7 @@ def export(
 
 @app.command()
 def init(
-    kind: Annotated[StarterKind, typer.Argument(help="What to train on, or `search`.", show_default=False)],
+    kind: Annotated[InitKind, typer.Argument(help="What to train on, or `search`.", show_default=False)],
     model: Annotated[str, typer.Option(help="Hub id, directory or known size.")] = "Qwen/Qwen3-0.6B",
     data: Annotated[
         str | None, typer.Option(help="File or folder of documents.", show_default="the standard library of Python")

@@ -37,9 +37,9 @@ class MachineCheck:
     name: str
     state: CheckState
     found: str
-    """What was found, in one line."""
+    """Finding, in one line."""
     fix: str = ""
-    """What to do; empty if nothing is to be done."""
+    """Remedy; empty if none is needed."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the object for `ltt doctor --json`."""

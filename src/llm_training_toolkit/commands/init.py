@@ -16,7 +16,7 @@ from llm_training_toolkit.errors import PlanError
 from llm_training_toolkit.families import ModelSize, find_size
 from llm_training_toolkit.plan import make_plan
 
-StarterKind = Literal["chat", "code", "text", "scratch", "search"]
+StarterKind = Literal["chat", "code", "text", "scratch"]
 DocumentKind = Literal["chat", "code", "text"]
 _SMALL_MODEL = {  # of the quickstart: learns something in minutes on two cores
     "num_hidden_layers": 4,
@@ -31,7 +31,7 @@ _LINE_WIDTH = 110
 
 @dataclass(frozen=True)
 class TrainingMachine:
-    """What the starter configuration has to fit."""
+    """GPUs and memory that the starter configuration has to fit."""
 
     gpus: int
     memory_gb: float
@@ -81,8 +81,7 @@ def format_starter_config(request: StarterRequest, machine: TrainingMachine) -> 
         )
     if request.kind == "scratch":
         return _format_scratch(request, size, machine)
-    kind: DocumentKind = "chat" if request.kind == "chat" else "code" if request.kind == "code" else "text"
-    return _format_finetuning(request, kind, size, machine)
+    return _format_finetuning(request, request.kind, size, machine)
 
 
 def _format_finetuning(request: StarterRequest, kind: DocumentKind, size: ModelSize, machine: TrainingMachine) -> str:

@@ -54,21 +54,28 @@ def diff_configs(old: Config, new: Config) -> list[ConfigChange]:
         ConfigChange(key, tag, old_values.get(key, (tag, None))[1], new_values.get(key, (tag, None))[1])
         for key, (tag, _) in (old_values | new_values).items()
     ]
-    return [change for change in found if _normalize(change.key, change.old) != _normalize(change.key, change.new)]
+    return [
+        change
+        for change in found
+        if _to_canonical_json(_normalize(change.key, change.old))
+        != _to_canonical_json(_normalize(change.key, change.new))
+    ]
 
 
-def _normalize(key: str, value: Any) -> str:  # noqa: ANN401 - value of any field
-    """Return a value as it is compared: the name of a model in any case, with or without its organization."""
-    if key == "model.name" and isinstance(value, str):
-        value = value.rstrip("/").rsplit("/", 1)[-1].lower()
-    return _to_canonical_json(value)
+def normalize_model_name(name: str) -> str:
+    """Return the name of a size without its organization, in lower case: `Qwen/Qwen3-0.6B` is `qwen3-0.6b`."""
+    return name.rstrip("/").rsplit("/", maxsplit=1)[-1].lower()
+
+
+def _normalize(key: str, value: Any) -> Any:  # noqa: ANN401 - value of any field
+    return normalize_model_name(value) if key == "model.name" and isinstance(value, str) else value
 
 
 def fingerprint(config: Config) -> str:
     """Return the SHA-256 of the identity fields: equal if and only if no identity field differs."""
     # Null counts as absent, so that a field added to the schema later does not change the fingerprint of old runs.
     identity = {
-        key: value
+        key: _normalize(key, value)
         for key, (tag, value) in flatten_config(redact_config(config)).items()
         if tag is FieldTag.IDENTITY and value is not None
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
+from llm_training_toolkit.config.run_identity import normalize_model_name
 from llm_training_toolkit.config.schema import Config
 from llm_training_toolkit.errors import PlanError
 from llm_training_toolkit.families import qwen, starcoder
@@ -53,7 +54,7 @@ def find_size(name: str) -> ModelSize:
 
     Raises PlanError with the nearest names if there is none.
     """
-    wanted = name.rstrip("/").rsplit("/", maxsplit=1)[-1].lower()
+    wanted = normalize_model_name(name)
     for known in (wanted, *(wanted.removesuffix(suffix) for suffix in _TUNED_SUFFIXES)):
         if known in _BY_NAME:
             return _BY_NAME[known]

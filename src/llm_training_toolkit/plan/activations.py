@@ -17,7 +17,7 @@ AttentionMemory = Literal["varlen", "masked", "eager"]
 
 @dataclass(frozen=True)
 class PassShape:
-    """What the memory of a forward and backward pass depends on."""
+    """Model, batch and options that the memory of a forward and backward pass depends on."""
 
     model: ModelDims
     adapter: AdapterSpec | None

@@ -16,7 +16,7 @@ from llm_training_toolkit.families.lora import get_fully_trainable_modules
 from llm_training_toolkit.plan.auto import GPU_ATTENTION
 from llm_training_toolkit.plan.batch import get_micro_batch, split_global_batch
 from llm_training_toolkit.plan.deepspeed import find_deepspeed_problems
-from llm_training_toolkit.plan.problem import Problem
+from llm_training_toolkit.plan.problem import Problem, format_plural
 
 _MOST_MEMORY_GB = 1e6  # a petabyte on one device: larger estimates are typos
 # names of environment variables with secrets
@@ -227,10 +227,6 @@ def find_memory_problems(memory_gb: Mapping[str, float]) -> tuple[Problem, ...]:
     )
 
 
-def _format_plural(value: int, noun: str) -> str:
-    return f"{value:,} {noun}{'' if value == 1 else 's'}"
-
-
 def find_vocabulary_problems(config: Config, vocab_size: int | None, hf: HfValues) -> tuple[Problem, ...]:
     """Return a problem if the tokenizer has more entries (None = not known yet) than the embedding has rows."""
     if vocab_size is None or vocab_size <= hf["vocab_size"]:
@@ -293,7 +289,7 @@ def _find_source_problems(where: str, source: SourceConfig, family: Family) -> I
 def _find_batch_problems(config: Config, replicas: int) -> Iterator[Problem]:
     batch = config.train.global_batch_size
     if replicas > batch:
-        sequences, workers = _format_plural(batch, "sequence"), _format_plural(batch, "worker")
+        sequences, workers = format_plural(batch, "sequence"), format_plural(batch, "worker")
         what = f"{replicas:,} workers share {sequences}, so {replicas - batch:,} would have none"
         yield Problem(
             "more-workers-than-sequences",

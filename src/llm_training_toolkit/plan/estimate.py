@@ -14,7 +14,7 @@ from llm_training_toolkit.plan.hardware import ClusterHardware
 from llm_training_toolkit.plan.memory import CUDA_RUNTIME_BYTES, compute_checkpoint_copy_bytes
 from llm_training_toolkit.plan.micro_batch import MEMORY_FILL, find_fitting_micro_batch, find_fitting_zero_stage
 from llm_training_toolkit.plan.plan import Plan
-from llm_training_toolkit.plan.problem import Problem
+from llm_training_toolkit.plan.problem import Problem, format_plural
 
 EXCLUDED_TIME_NOTE = (
     "Time and cost are of computing the steps alone: starting up, preparing data, evaluation, copies for checkpoints, "
@@ -179,12 +179,12 @@ def _find_placement_problems(
     limit = {"strict_pack": ", all on one node", "strict_spread": ", each on a node of its own"}.get(placement, "")
     devices = "cores" if hardware.is_cpu else hardware.device
     cluster = (
-        f"{_format_plural(hardware.nodes, 'node')} with {hardware.devices_per_node} {devices} and {hardware.cpus} CPUs"
+        f"{format_plural(hardware.nodes, 'node')} with {hardware.devices_per_node} {devices} and {hardware.cpus} CPUs"
     )
     what = (
-        f"{workers} workers of {_format_plural(cpus, 'CPU')} each{limit} are more than the largest cluster of "
+        f"{workers} workers of {format_plural(cpus, 'CPU')} each{limit} are more than the largest cluster of "
         "the file holds, "
-        f"which is {_format_plural(most, 'worker')} on {cluster}"
+        f"which is {format_plural(most, 'worker')} on {cluster}"
     )
     yield Problem(
         "too-many-workers",
@@ -294,7 +294,3 @@ def _collect_communication_notes(sending: float, computing: float) -> Iterator[s
             "engine.zero_stage 1 or "
             "fewer nodes send less."
         )
-
-
-def _format_plural(value: int, noun: str) -> str:
-    return f"{value:,} {noun}{'' if value == 1 else 's'}"

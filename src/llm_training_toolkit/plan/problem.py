@@ -1,4 +1,4 @@
-"""Problem of a plan: code, key, description and fix."""
+"""Problem of a plan (code, key, description, fix), and counts in its words."""
 
 from __future__ import annotations
 
@@ -20,3 +20,8 @@ class Problem:
 
     def __str__(self) -> str:
         return f"{self.where}: {self.what}. {self.fix}"
+
+
+def format_plural(value: int, noun: str, plural: str = "s") -> str:
+    """Return a count with its noun: `1 worker`, `2,000 workers`."""
+    return f"{value:,} {noun}{'' if value == 1 else plural}"

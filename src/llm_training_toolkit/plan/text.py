@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from llm_training_toolkit.families import AdapterSpec
 from llm_training_toolkit.plan.estimate import ClusterEstimate
 from llm_training_toolkit.plan.plan import Plan
+from llm_training_toolkit.plan.problem import format_plural
 
 _SPREAD = (
     "spreads nothing",
@@ -50,7 +51,7 @@ def _iter_rows(plan: Plan) -> Iterator[tuple[str, str]]:
     )
     yield (
         "checkpoints",
-        f"every {_format_save_interval(plan)}; evaluation every {_format_plural(plan.eval_every, 'step')}",
+        f"every {_format_save_interval(plan)}; evaluation every {format_plural(plan.eval_every, 'step')}",
     )
 
 
@@ -95,12 +96,12 @@ def _format_adapters(plan: Plan, adapter: AdapterSpec) -> str:
 def _iter_cluster_rows(forecast: ClusterEstimate) -> Iterator[tuple[str, str]]:
     hardware, price = forecast.hardware, forecast.hardware.price_per_hour
     devices = "cores" if hardware.is_cpu else f"{hardware.device} ({hardware.memory_gb:g} GB)"
-    nodes, terms = _format_plural(hardware.nodes, "node"), "spot" if hardware.spot else "on demand"
+    nodes, terms = format_plural(hardware.nodes, "node"), "spot" if hardware.spot else "on demand"
     yield "cluster", f"{forecast.nodes} of {nodes}, each with {hardware.devices_per_node} {devices}, {terms}"
     hours, cost, usual = forecast.hours, forecast.cost_usd, f"devices reach {hardware.utilisation:.0%} of their peak"
     head = f", the head at ${price.head:,.2f}" if price.head else ""
     hourly = (
-        f"${forecast.usd_per_hour:,.2f} an hour: {_format_plural(forecast.nodes, 'node')} at ${price.node:,.2f}{head}"
+        f"${forecast.usd_per_hour:,.2f} an hour: {format_plural(forecast.nodes, 'node')} at ${price.node:,.2f}{head}"
     )
     unknown = "it does not fit there" if forecast.problems else "known when the data is prepared"
     yield "time", unknown if hours is None else f"about {_format_hours(hours)}, if {usual}"
@@ -130,10 +131,10 @@ def _format_batch(plan: Plan) -> str:
         return f"global batch {plan.global_batch} cannot be divided among {plan.replicas} replicas"
     shares = plan.split_batch()
     share = f"{shares[0]}" if shares[0] == shares[-1] else f"({shares[-1]} or {shares[0]})"
-    replicas = _format_plural(plan.replicas, "replica")
+    replicas = format_plural(plan.replicas, "replica")
     if "micro_batch" in plan.estimated:
         return f"global batch {plan.global_batch} = {replicas} x {share}, in micro-batches as large as memory allows"
-    passes = _format_plural(plan.get_accumulation_steps(), "micro-batch", "es")
+    passes = format_plural(plan.get_accumulation_steps(), "micro-batch", "es")
     return f"global batch {plan.global_batch} = {replicas} x {share}, in {passes} of {plan.micro_batch}"
 
 
@@ -144,16 +145,16 @@ def _iter_elastic_rows(plan: Plan) -> Iterator[tuple[str, str]]:
         worlds = list(same)
         low, high = plan.split_batch(worlds[-1])[-1], plan.split_batch(worlds[0])[0]
         share = f"{low}" if low == high else f"{low} to {high}"
-        passes = _format_plural(plan.get_accumulation_steps(worlds[0]), "micro-batch", "es")
+        passes = format_plural(plan.get_accumulation_steps(worlds[0]), "micro-batch", "es")
         settled = "" if "micro_batch" in plan.estimated else f", in {passes} of {plan.micro_batch}"
-        ends = _format_plural(worlds[0], "worker") if len(worlds) == 1 else f"{worlds[0]} to {worlds[-1]} workers"
+        ends = format_plural(worlds[0], "worker") if len(worlds) == 1 else f"{worlds[0]} to {worlds[-1]} workers"
         yield "", f"with {ends}: {share} each{settled}"
 
 
 def _format_workers(plan: Plan) -> str:
     if plan.is_elastic:
         return f"{plan.fewest_workers} to {plan.workers} workers"
-    return _format_plural(plan.replicas, "worker")
+    return format_plural(plan.replicas, "worker")
 
 
 def _format_length(plan: Plan) -> str:
@@ -162,15 +163,15 @@ def _format_length(plan: Plan) -> str:
     about = "about " if plan.steps_estimated else ""
     total = plan.steps * plan.tokens_per_step
     return (
-        f"{about}{_format_plural(plan.steps, 'step')} x {plan.tokens_per_step:,} tokens = "
+        f"{about}{format_plural(plan.steps, 'step')} x {plan.tokens_per_step:,} tokens = "
         f"{about}{format_large_number(total)} tokens"
     )
 
 
 def _format_lr_schedule(plan: Plan) -> str:
-    warmup = "a share of the run" if plan.warmup_steps is None else _format_plural(plan.warmup_steps, "step")
+    warmup = "a share of the run" if plan.warmup_steps is None else format_plural(plan.warmup_steps, "step")
     shape = "" if plan.schedule_kind == "constant" else f" to {plan.lr_floor:.3g}"
-    decay = f" over the last {_format_plural(plan.decay_steps, 'step')}" if plan.decay_steps else ""
+    decay = f" over the last {format_plural(plan.decay_steps, 'step')}" if plan.decay_steps else ""
     return f"{plan.lr:.3g}, {plan.schedule_kind}{shape}{decay}, warm-up {warmup}"
 
 
@@ -178,19 +179,15 @@ def _format_memory(plan: Plan) -> str:
     memory_gb = plan.memory_gb_per_device
     listed = ", ".join(f"{part} {size:.3g}" for part, size in memory_gb.items())
     least = " at least" if "micro_batch" in plan.estimated else ""
-    smallest = f" with {_format_plural(plan.fewest_workers, 'worker')}" if plan.is_elastic else ""
+    smallest = f" with {format_plural(plan.fewest_workers, 'worker')}" if plan.is_elastic else ""
     return f"about {sum(memory_gb.values()):.3g} GB a device{least}{smallest}: {listed}"
 
 
 def _format_save_interval(plan: Plan) -> str:
     if plan.save_every_steps is not None:
-        return _format_plural(plan.save_every_steps, "step")
+        return format_plural(plan.save_every_steps, "step")
     seconds = plan.save_every_seconds or 0.0
     return f"{seconds / 60:g} min" if seconds >= 60 else f"{seconds:g} s"
-
-
-def _format_plural(value: int, noun: str, plural: str = "s") -> str:
-    return f"{value:,} {noun}{'' if value == 1 else plural}"
 
 
 def format_large_number(value: float) -> str:

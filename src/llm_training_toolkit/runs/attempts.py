@@ -67,8 +67,8 @@ def _find_run_id(run: RunDirectory, before_attempt: int) -> str:
     return next((str(record["run_id"]) for record in records if record.get("run_id")), "")
 
 
-def find_takeover(run: RunDirectory, attempt: int, run_id: str) -> str:
-    """Return how the run was taken from an attempt with this id (newer attempt, begun anew, removed), "" if it was not.
+def find_takeover(run: RunDirectory, attempt: int, run_id: str) -> str | None:
+    """Return how a run was taken from the attempt with this id (newer attempt, begun anew, removed), else None.
 
     Without an id only a newer attempt is found.
     """
@@ -76,12 +76,12 @@ def find_takeover(run: RunDirectory, attempt: int, run_id: str) -> str:
     if newest > attempt:
         return f"attempt {newest} has taken over this run"
     if not run_id or found == run_id:
-        return ""
+        return None
     if found:
         return "the run was removed and begun anew"
     # A record that is there but cannot be read now says nothing of the run.
     is_there = (run.attempts_dir / f"{attempt:04d}.json").exists()
-    return "" if is_there else "the run was removed while it was at work"
+    return None if is_there else "the run was removed while it was at work"
 
 
 def _close_attempt(run: RunDirectory, attempt: int) -> bool:
