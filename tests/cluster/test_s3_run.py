@@ -37,7 +37,7 @@ def test_workers_with_directories_of_their_own_lose_one_and_go_on(
         out, err = process.communicate(timeout=900)
     assert process.returncode == 0, err
     assert json.loads(out)["step"] == STEPS
-    assert [entry["name"] for entry in manifest("stored_on_ray", s3)["files"]] == [
+    assert [entry[0] for entry in manifest("stored_on_ray", s3)["files"]] == [
         "fragments_00000.safetensors",
         "fragments_00001.safetensors",
     ]

@@ -7,8 +7,13 @@ from pathlib import Path
 
 import torch
 
-from llm_training_toolkit.checkpoint import AsyncWrite, ParameterShard, allocate_host_buffer, commit_checkpoint
-from llm_training_toolkit.checkpoint.writer import ManifestBuilder
+from llm_training_toolkit.checkpoint import (
+    AsyncWrite,
+    Manifest,
+    ParameterShard,
+    allocate_host_buffer,
+    commit_checkpoint,
+)
 from llm_training_toolkit.distributed.context import RunContext
 
 
@@ -17,9 +22,9 @@ def save(
     directory: Path,
     pieces: Sequence[ParameterShard],
     optimizer: torch.optim.Optimizer,
-    describe: ManifestBuilder,
+    manifest: Manifest,
 ) -> None:
     """Write the pieces of all ranks into `directory` and complete it. Collective."""
     commit_checkpoint(
-        context, AsyncWrite(context.rank, directory, pieces, optimizer, allocate_host_buffer(pieces)), describe
+        context, AsyncWrite(context.rank, directory, pieces, optimizer, allocate_host_buffer(pieces)), manifest
     )

@@ -138,25 +138,21 @@ def whole_state(engine: Engine, directory: str) -> Arrays:
     """Every weight and moment, gathered by writing and reading a checkpoint of the engine."""
     shapes = engine.shapes
 
-    def describe(files: Any, fragments: Any) -> Manifest:
-        return Manifest(
-            step=0,
-            tokens=0,
-            sequences=0,
-            attempt=1,
-            parent=None,
-            world_size=dist.get_world_size(),
-            zero=engine.stage,
-            threads=1,
-            config_fingerprint="",
-            data_fingerprint="",
-            versions={},
-            shapes=shapes,
-            files=files,
-            fragments=fragments,
-        )
-
-    save(context(), Path(directory), engine.owned_fragments(), engine.optimizer, describe)
+    manifest = Manifest(
+        step=0,
+        tokens=0,
+        sequences=0,
+        attempt=1,
+        parent=None,
+        world_size=dist.get_world_size(),
+        zero=engine.stage,
+        threads=1,
+        config_fingerprint="",
+        data_fingerprint="",
+        versions={},
+        shapes=shapes,
+    )
+    save(context(), Path(directory), engine.owned_fragments(), engine.optimizer, manifest)
     return read_state(Path(directory))
 
 

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 from llm_training_toolkit.checkpoint import (
     AsyncWrite,
-    FileEntry,
     Manifest,
     ParameterShard,
     RetentionPolicy,
@@ -145,7 +144,7 @@ class CheckpointManager:
         self._check_not_superseded()
         if self._sync_metrics is not None:
             self._sync_metrics()
-        commit_checkpoint(self._context, begun.writing, self._make_manifest_builder(begun.progress))
+        commit_checkpoint(self._context, begun.writing, self._describe_checkpoint(begun.progress))
         if self._context.is_rank_zero:
             self._apply_retention_policy()
             where = self._run.storage.get_uri(begun.writing.directory)
@@ -201,30 +200,25 @@ class CheckpointManager:
             message = f"old checkpoints of {self._run.uri} cannot be deleted ({error}); training goes on"
             self._context.report(WarningEvent(message))
 
-    def _make_manifest_builder(self, progress: TrainState) -> Any:  # noqa: ANN401 - checkpoint.Describe
+    def _describe_checkpoint(self, progress: TrainState) -> Manifest:
+        """Return the manifest without files."""
         lineage = self._lineage
-
-        def build_manifest(files: tuple[FileEntry, ...], fragments: tuple[tuple[str, int, int, int], ...]) -> Manifest:
-            return Manifest(
-                step=progress.step,
-                tokens=progress.tokens,
-                sequences=progress.sequences,
-                attempt=lineage.attempt,
-                parent=lineage.parent,
-                world_size=self._context.world_size,
-                zero=lineage.zero,
-                threads=lineage.threads,
-                config_fingerprint=lineage.config_fingerprint,
-                data_fingerprint=lineage.data_fingerprint,
-                versions=lineage.versions,
-                shapes=self._engine.shapes,
-                files=files,
-                fragments=fragments,
-                skips=progress.skips,
-                recent=progress.recent,
-                eval_loss=self._losses.get(progress.step),
-                extra=lineage.extra,
-                run_id=lineage.run_id,
-            )
-
-        return build_manifest
+        return Manifest(
+            step=progress.step,
+            tokens=progress.tokens,
+            sequences=progress.sequences,
+            attempt=lineage.attempt,
+            parent=lineage.parent,
+            world_size=self._context.world_size,
+            zero=lineage.zero,
+            threads=lineage.threads,
+            config_fingerprint=lineage.config_fingerprint,
+            data_fingerprint=lineage.data_fingerprint,
+            versions=lineage.versions,
+            shapes=self._engine.shapes,
+            skips=progress.skips,
+            recent=progress.recent,
+            eval_loss=self._losses.get(progress.step),
+            extra=lineage.extra,
+            run_id=lineage.run_id,
+        )

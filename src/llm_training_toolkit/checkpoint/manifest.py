@@ -5,15 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from llm_training_toolkit.checkpoint.layout import FragmentRun, Layout
 from llm_training_toolkit.checkpoint.state import SkippedStep, StepStats
 from llm_training_toolkit.errors import CheckpointError
 from llm_training_toolkit.runs.storage.object_keys import find_name_problem
 
-MANIFEST_FORMAT = 2
+MANIFEST_FORMAT = 3
 
 
 class UnknownFormatError(CheckpointError):
@@ -59,9 +60,9 @@ class Manifest:
     versions: Mapping[str, str]
     shapes: Mapping[str, tuple[int, ...]]
     """Shape of each trainable parameter."""
-    files: tuple[FileEntry, ...]
-    fragments: tuple[tuple[str, int, int, int], ...]
-    """(parameter, start, count, index into `files`) of every fragment."""
+    files: tuple[FileEntry, ...] = ()
+    layout: Layout = field(default_factory=dict)
+    """Fragments of each parameter, sorted; file numbers count in `files`."""
     skips: tuple[SkippedStep, ...] = ()
     """Skipped updates along the lineage, with their sequences."""
     recent: tuple[StepStats, ...] = ()
@@ -78,8 +79,15 @@ class Manifest:
         return self.step - len(self.skips)
 
     def to_json(self) -> str:
-        """Return the stored form."""
-        return json.dumps({"format": MANIFEST_FORMAT, **asdict(self)}, indent=1)
+        """Return the stored form: a line a field, a parameter's layout and a file as lists, 0.7 MB at 4,096 ranks."""
+        files = [[entry.name, entry.size, entry.sha256] for entry in self.files]
+        layout = {
+            name: [[run.start, run.length, run.count, run.first_file] for run in runs]
+            for name, runs in self.layout.items()
+        }
+        small = asdict(replace(self, files=(), layout={}))
+        fields = {"format": MANIFEST_FORMAT, **small, "files": files, "layout": layout}
+        return "{\n" + ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in fields.items()) + "\n}\n"
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -95,8 +103,10 @@ def read_manifest(directory: Path) -> Manifest:
             raise UnknownFormatError(
                 f"{path}: format {found}, this version reads {MANIFEST_FORMAT}: use the version that wrote it"
             )
-        data["files"] = tuple(FileEntry(**entry) for entry in data["files"])
-        data["fragments"] = tuple(tuple(piece) for piece in data["fragments"])
+        data["files"] = tuple(FileEntry(*entry) for entry in data["files"])
+        data["layout"] = {
+            name: tuple(FragmentRun(*numbers) for numbers in runs) for name, runs in data["layout"].items()
+        }
         data["shapes"] = {name: tuple(shape) for name, shape in data["shapes"].items()}
         data["skips"] = tuple(SkippedStep(*skip) for skip in data["skips"])
         data["recent"] = tuple(StepStats(*step) for step in data["recent"])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -56,13 +54,6 @@ class CheckpointReader:
             return f"{path}: the checksum differs from what was written"
         return None
 
-    @cached_property
-    def _fragments_by_parameter(self) -> Mapping[str, list[tuple[int, int, int]]]:
-        pieces: dict[str, list[tuple[int, int, int]]] = {}
-        for name, start, count, file in self.manifest.fragments:
-            pieces.setdefault(name, []).append((start, count, file))
-        return {name: sorted(found) for name, found in pieces.items()}
-
     def read(self, name: str, key: str, start: int, count: int) -> Array:
         """Return values [start, start + count) of a flattened parameter; `key` is weights, exp_avg or exp_avg_sq.
 
@@ -70,12 +61,13 @@ class CheckpointReader:
         """
         out = np.empty(count, dtype=np.float32)
         filled = 0
-        for piece_start, piece_count, file in self._fragments_by_parameter.get(name, []):
-            low, high = max(start, piece_start), min(start + count, piece_start + piece_count)
-            if low < high and low == start + filled:  # contiguous: an overlap must not make up for a gap
-                stored = self._open_file(file).get_slice(f"{name}@{piece_start}/{key}")
-                out[low - start : high - start] = stored[low - piece_start : high - piece_start]
-                filled += high - low
+        for run in self.manifest.layout.get(name, ()):
+            for piece_start, file in run.find_fragments(start, start + count):
+                low, high = max(start, piece_start), min(start + count, piece_start + run.length)
+                if low < high and low == start + filled:  # contiguous: an overlap must not make up for a gap
+                    stored = self._open_file(file).get_slice(f"{name}@{piece_start}/{key}")
+                    out[low - start : high - start] = stored[low - piece_start : high - piece_start]
+                    filled += high - low
         if filled != count:
             raise CheckpointError(
                 f"{self.directory}: {name} holds {filled} of the {count} values from {start} on: "

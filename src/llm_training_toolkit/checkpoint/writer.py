@@ -12,17 +12,23 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
-import math
 import mmap
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from llm_training_toolkit.checkpoint.host_buffer import HostBuffer, compute_serialized_size, serialize_to_buffer
+from llm_training_toolkit.checkpoint.layout import (
+    FragmentIndex,
+    build_layout,
+    find_incomplete_parameters,
+    index_fragments,
+)
 from llm_training_toolkit.checkpoint.manifest import MANIFEST_NAME, FileEntry, Manifest
 from llm_training_toolkit.distributed.context import RunContext
 from llm_training_toolkit.errors import CheckpointError
@@ -48,15 +54,10 @@ class ParameterShard(Protocol):
     def get_tensors(self, optimizer: torch.optim.Optimizer) -> Mapping[str, Tensor]: ...
 
 
-# Builds the manifest from files and fragments.
-ManifestBuilder = Callable[[tuple[FileEntry, ...], tuple[tuple[str, int, int, int], ...]], Manifest]
-
-
 class WriteResult(NamedTuple):
-    """Result of a rank's write: its file and fragments, or the failure."""
+    """Result of a rank's write: its file, or the failure."""
 
     entry: FileEntry | None
-    pieces: list[tuple[str, int, int]]
     failure: str = ""
 
 
@@ -85,14 +86,15 @@ class AsyncWrite:
         self.directory, self.storage = directory, storage or LocalStorage()
         self._sent = 0
         self._path = directory / _get_file_name(rank)
-        index = [(piece.name, piece.start, piece.count) for piece in pieces]
+        self.fragments = [(piece.name, piece.start, piece.count) for piece in pieces]
+        """Parameter, first index and length of each fragment."""
         tensors = {
             _get_tensor_name(piece, key): each for piece in pieces for key, each in piece.get_tensors(optimizer).items()
         }
         image = serialize_to_buffer(tensors, memory)
         self._outcome: Future[WriteResult] = Future()
         # Daemon: a process that must end does not wait for a checkpoint that stays incomplete.
-        Thread(target=self._run_write, args=(rank, image, index), daemon=True, name="checkpoint").start()
+        Thread(target=self._run_write, args=(rank, image), daemon=True, name="checkpoint").start()
 
     @property
     def is_done(self) -> bool:
@@ -111,15 +113,15 @@ class AsyncWrite:
         """Wait for the end of the write and return its result."""
         return self._outcome.result()
 
-    def _run_write(self, rank: int, image: memoryview, index: list[tuple[str, int, int]]) -> None:
+    def _run_write(self, rank: int, image: memoryview) -> None:
         try:
             entry = _write_file(self._path, image)
             self.storage.upload_checkpoint_file(self._path, self._add_sent_bytes)
-            self._outcome.set_result(WriteResult(entry, index))
+            self._outcome.set_result(WriteResult(entry))
         except MemoryError:
-            self._outcome.set_result(WriteResult(None, [], f"rank {rank}: the memory of its machine is full"))
+            self._outcome.set_result(WriteResult(None, f"rank {rank}: the memory of its machine is full"))
         except OSError as error:
-            self._outcome.set_result(WriteResult(None, [], f"rank {rank}: {error}"))
+            self._outcome.set_result(WriteResult(None, f"rank {rank}: {error}"))
         except Exception as error:  # noqa: BLE001 - the edge of a thread: raised again where the outcome is asked for
             self._outcome.set_exception(error)
 
@@ -127,16 +129,15 @@ class AsyncWrite:
         self._sent += count
 
 
-def commit_checkpoint(context: RunContext, writing: AsyncWrite, describe: ManifestBuilder) -> None:
-    """Wait for every rank's part and commit the checkpoint with the manifest. Collective.
+def commit_checkpoint(context: RunContext, writing: AsyncWrite, manifest: Manifest) -> None:
+    """Wait for every rank's part and commit the checkpoint with the manifest, given without files. Collective.
 
     Raises CheckpointError on every rank when any rank could not write (a full disk, for example).
     """
     directory, storage = writing.directory, writing.storage
-    outcomes = context.all_gather_object(writing.wait_for_result())
-    failures = [outcome.failure for outcome in outcomes if outcome.failure]
-    if not failures:
-        failures = context.broadcast_object(_commit_manifest(context, writing, outcomes, describe))
+    mine = (writing.wait_for_result(), index_fragments(writing.fragments, manifest.shapes))
+    written = context.gather_object(mine)
+    failures = context.broadcast_object(_commit_manifest(writing, manifest, written) if written else [])
     if failures:
         if context.is_rank_zero:
             _delete_incomplete(directory, storage)
@@ -202,21 +203,14 @@ def _set_direct_io(file: int, *, on: bool) -> None:
 
 
 def _commit_manifest(
-    context: RunContext, writing: AsyncWrite, outcomes: Sequence[WriteResult], describe: ManifestBuilder
+    writing: AsyncWrite, manifest: Manifest, written: Sequence[tuple[WriteResult, FragmentIndex]]
 ) -> list[str]:
     """Check on rank 0 that the fragments cover every parameter, commit the manifest, and return the failures."""
-    if not context.is_rank_zero:
-        return []
-    files = tuple(outcome.entry for outcome in outcomes if outcome.entry is not None)
-    fragments = tuple((*piece, number) for number, outcome in enumerate(outcomes) for piece in outcome.pieces)
-    manifest = describe(files, fragments)
-    held: dict[str, list[tuple[int, int]]] = {}
-    for name, start, count, _ in fragments:
-        held.setdefault(name, []).append((start, count))
-    wrong = [
-        name for name, shape in manifest.shapes.items() if not _is_exact_cover(held.get(name, []), math.prod(shape))
-    ]
-    if wrong:
+    if failures := [result.failure for result, _ in written if result.failure]:
+        return failures
+    files = tuple(result.entry for result, _ in written if result.entry is not None)
+    manifest = replace(manifest, files=files, layout=build_layout([index for _, index in written], manifest.shapes))
+    if wrong := find_incomplete_parameters(manifest.layout, manifest.shapes):
         return [f"the pieces of {', '.join(wrong[:3])} do not add up ({len(wrong)} parameters)"]
     directory, storage = writing.directory, writing.storage
     try:
@@ -229,13 +223,3 @@ def _commit_manifest(
     except OSError as error:
         return [f"rank 0: {error}"]
     return []
-
-
-def _is_exact_cover(pieces: Sequence[tuple[int, int]], size: int) -> bool:
-    """Return whether ranges (start, count) cover 0 to `size` without gap or overlap."""
-    end = 0
-    for start, count in sorted(pieces):
-        if start != end:
-            return False
-        end += count
-    return end == size

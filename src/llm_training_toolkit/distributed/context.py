@@ -99,6 +99,19 @@ class RunContext:
         dist.all_gather_object(values, value)
         return values
 
+    def gather_object(self, value: T) -> list[T]:
+        """Return every rank's value on rank 0, in the order of ranks; the others get an empty list.
+
+        At thousands of ranks the values together are too large for every rank to hold.
+        """
+        if self.world_size == 1:
+            return [value]
+        import torch.distributed as dist  # noqa: PLC0415
+
+        values: list[T] | None = [value] * self.world_size if self.is_rank_zero else None
+        dist.gather_object(value, values, dst=0)
+        return values or []
+
     def all_reduce_sum(self, *values: float) -> list[float]:
         """Return each value summed over the ranks in double precision, from one all-reduce."""
         if self.world_size == 1:

@@ -18,7 +18,6 @@ from torch import Tensor
 from checkpoints import save
 from llm_training_toolkit.checkpoint import (
     AsyncWrite,
-    FileEntry,
     Manifest,
     RetentionPolicy,
     allocate_host_buffer,
@@ -64,18 +63,17 @@ class Rank:
         return RunContext(0, 1, torch.device("cpu"), event_listener=self.events.append)
 
     def write(self, step: int) -> Path:
-        def describe(files: tuple[FileEntry, ...], fragments: tuple[tuple[str, int, int, int], ...]) -> Manifest:
-            facts: dict[str, Any] = {
-                "config_fingerprint": "c",
-                "data_fingerprint": "d",
-                "versions": {},
-                "shapes": {"w": (100,)},
-            }
-            place: dict[str, Any] = {"step": step, "tokens": step, "sequences": step, "attempt": 1, "parent": None}
-            return Manifest(**place, **facts, world_size=1, zero=0, threads=1, files=files, fragments=fragments)
+        facts: dict[str, Any] = {
+            "config_fingerprint": "c",
+            "data_fingerprint": "d",
+            "versions": {},
+            "shapes": {"w": (100,)},
+        }
+        place: dict[str, Any] = {"step": step, "tokens": step, "sequences": step, "attempt": 1, "parent": None}
+        manifest = Manifest(**place, **facts, world_size=1, zero=0, threads=1)
 
         directory = self.run.get_checkpoint_dir(step, 1)
-        save(self.context, directory, [Part(torch.full((100,), float(step)))], OPTIMIZER, describe)
+        save(self.context, directory, [Part(torch.full((100,), float(step)))], OPTIMIZER, manifest)
         return directory
 
     def newest_step(self) -> int | None:
@@ -160,8 +158,8 @@ def test_a_checkpoint_written_again_after_the_damage_is_used(rank: Rank) -> None
 def test_a_checkpoint_of_a_newer_format_is_refused_and_left_in_its_place(rank: Rank) -> None:
     rank.write(1)
     manifest = rank.write(2) / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"format": 2', '"format": 3'))
-    with pytest.raises(CheckpointError, match="format 3, this version reads 2"):
+    manifest.write_text(manifest.read_text().replace('"format": 3', '"format": 4'))
+    with pytest.raises(CheckpointError, match="format 4, this version reads 3"):
         rank.newest_step()
     assert manifest.exists()
 

@@ -39,7 +39,6 @@ from llm_training_toolkit.checkpoint import (
 )
 from llm_training_toolkit.checkpoint.host_buffer import _build_header, compute_serialized_size
 from llm_training_toolkit.checkpoint.manifest import read_manifest
-from llm_training_toolkit.checkpoint.writer import ManifestBuilder
 from llm_training_toolkit.distributed.context import RunContext
 from llm_training_toolkit.errors import CheckpointError
 from llm_training_toolkit.runs.directory import RunDirectory
@@ -82,26 +81,21 @@ def cut(values: Values, cuts: Mapping[str, Sequence[int]]) -> list[Part]:
     return parts
 
 
-def describe(shapes: Mapping[str, tuple[int, ...]], step: int = 1) -> ManifestBuilder:
-    def make(files: tuple[FileEntry, ...], fragments: tuple[tuple[str, int, int, int], ...]) -> Manifest:
-        return Manifest(
-            step=step,
-            tokens=64 * step,
-            sequences=0,
-            attempt=1,
-            parent=None,
-            world_size=1,
-            zero=0,
-            threads=1,
-            config_fingerprint="c",
-            data_fingerprint="d",
-            versions={"torch": "1"},
-            shapes=shapes,
-            files=files,
-            fragments=fragments,
-        )
-
-    return make
+def describe(shapes: Mapping[str, tuple[int, ...]], step: int = 1) -> Manifest:
+    return Manifest(
+        step=step,
+        tokens=64 * step,
+        sequences=0,
+        attempt=1,
+        parent=None,
+        world_size=1,
+        zero=0,
+        threads=1,
+        config_fingerprint="c",
+        data_fingerprint="d",
+        versions={"torch": "1"},
+        shapes=shapes,
+    )
 
 
 SHAPES: dict[str, tuple[int, ...]] = {"embed.weight": (16, 8), "norm.weight": (8,), "scale": ()}
@@ -259,7 +253,7 @@ def test_pieces_that_do_not_add_up_are_an_error_and_leave_nothing(run: RunDirect
 def test_reading_does_not_let_an_overlap_make_up_for_a_gap(tmp_path: Path) -> None:
     parts = [part(0, 5), part(5, 5)]
     save(ONE_RANK, tmp_path / "c", parts, OPTIMIZER, describe({"w": (10,)}))
-    edit_manifest(tmp_path / "c", lambda manifest: manifest["fragments"].__setitem__(1, ["w", 0, 5, 0]))
+    edit_manifest(tmp_path / "c", lambda manifest: manifest["layout"]["w"].__setitem__(1, [0, 5, 1, 0]))
     with pytest.raises(CheckpointError, match="w holds 5 of the 10 values"):
         CheckpointReader(tmp_path / "c").read("w", "weights", 0, 10)
 
@@ -321,12 +315,9 @@ def test_fragments_the_kernel_refuses_cost_only_the_checkpoint_being_written(run
 def test_a_manifest_the_kernel_refuses_costs_only_the_checkpoint_being_written(run: RunDirectory) -> None:
     write(run.get_checkpoint_dir(1, 1), 1)
     single = [Part("w", 0, {"weights": torch.zeros(1)})]
-
-    def make(files: tuple[FileEntry, ...], fragments: tuple[tuple[str, int, int, int], ...]) -> Manifest:
-        return replace(describe({"w": (1,)}, 2)(files, fragments), versions={f"package{i}": "1" for i in range(100)})
-
+    large = replace(describe({"w": (1,)}, 2), versions={f"package{i}": "1" for i in range(100)})
     with no_file_beyond(1_000), pytest.raises(CheckpointError, match=r"rank 0: .*File too large"):
-        save(ONE_RANK, run.get_checkpoint_dir(2, 1), single, OPTIMIZER, make)
+        save(ONE_RANK, run.get_checkpoint_dir(2, 1), single, OPTIMIZER, large)
     assert list(run.checkpoints_dir.iterdir()) == [run.get_checkpoint_dir(1, 1)]
 
 
@@ -366,7 +357,7 @@ def test_the_ranks_together_check_each_file_once(files: int, ranks: int) -> None
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder)
         entries = tuple(FileEntry(f"f{i}", 1, "0") for i in range(files))
-        (directory / "manifest.json").write_text(describe({})(entries, ()).to_json())
+        (directory / "manifest.json").write_text(replace(describe({}), files=entries).to_json())
         checkpoint = CheckpointReader(directory)
         found = [fault for rank in range(ranks) for fault in checkpoint.verify_files(rank, ranks)]
     assert sorted(found) == sorted(f"{directory}/f{i}: missing" for i in range(files))
@@ -399,7 +390,7 @@ def test_a_manifest_reads_back_as_it_was_written(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"{", b"\xff\xfe", b"null", b"[]", b"3", b'"text"', b"{}", b'{"format": 2}', b'{"format": 2, "files": [1]}'],
+    [b"", b"{", b"\xff\xfe", b"null", b"[]", b"3", b'"text"', b"{}", b'{"format": 3}', b'{"format": 3, "files": [1]}'],
     ids=repr,
 )
 def test_an_unreadable_manifest_is_named(tmp_path: Path, content: bytes) -> None:
@@ -413,7 +404,7 @@ Json = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
     max_leaves=5,
 )
-FIELDS = ("format", "files", "fragments", "shapes", "skips", "step", "versions")
+FIELDS = ("format", "files", "layout", "shapes", "skips", "step", "versions")
 
 
 @settings(deadline=None)
@@ -431,8 +422,8 @@ def test_a_manifest_with_anything_in_a_field_is_read_or_refused(field: str, valu
 
 def test_a_manifest_of_another_format_says_which_version_reads_it(tmp_path: Path) -> None:
     write(tmp_path / "c")
-    edit_manifest(tmp_path / "c", lambda manifest: manifest.update(format=3))
-    with pytest.raises(CheckpointError, match="format 3, this version reads 2"):
+    edit_manifest(tmp_path / "c", lambda manifest: manifest.update(format=2))
+    with pytest.raises(CheckpointError, match="format 2, this version reads 3"):
         CheckpointReader(tmp_path / "c")
 
 

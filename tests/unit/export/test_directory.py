@@ -36,8 +36,6 @@ MANIFEST = Manifest(
     data_fingerprint="d",
     versions={"torch": "2.13.0"},
     shapes={},
-    files=(),
-    fragments=(),
 )
 
 OPTIMIZER = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
@@ -118,7 +116,7 @@ def test_an_export_takes_the_place_of_nothing_that_is_needed(
         run.checkpoints_dir / "step_000000003_a1",
         [],
         OPTIMIZER,
-        lambda *_: replace(MANIFEST, step=3),
+        replace(MANIFEST, step=3),
     )
     for taken in (run.base_weights_dir, other.base_weights_dir, other.export_dir):
         taken.mkdir()

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from checkpoints import save
 from llm_training_toolkit import families
-from llm_training_toolkit.checkpoint import CheckpointReader, FileEntry, Manifest
+from llm_training_toolkit.checkpoint import CheckpointReader, Manifest
 from llm_training_toolkit.checkpoint.reader import Array
 from llm_training_toolkit.config.schema import LoraConfig
 from llm_training_toolkit.distributed.context import RunContext
@@ -102,14 +102,12 @@ def saved(model: nn.Module, directory: Path) -> CheckpointReader:
             (0, tensor.numel() // 2), tensor.flatten().tensor_split([tensor.numel() // 2]), strict=True
         )
     ]
+    shapes = {name: tuple(tensor.shape) for name, tensor in parameters.items()}
+    facts: dict[str, Any] = {"config_fingerprint": "c", "data_fingerprint": "d", "versions": {}, "shapes": shapes}
+    place: dict[str, Any] = {"step": 3, "tokens": 3, "sequences": 3, "attempt": 1, "parent": None}
+    manifest = Manifest(**place, **facts, world_size=1, zero=0, threads=1)
 
-    def describe(files: tuple[FileEntry, ...], fragments: tuple[tuple[str, int, int, int], ...]) -> Manifest:
-        shapes = {name: tuple(tensor.shape) for name, tensor in parameters.items()}
-        facts: dict[str, Any] = {"config_fingerprint": "c", "data_fingerprint": "d", "versions": {}, "shapes": shapes}
-        place: dict[str, Any] = {"step": 3, "tokens": 3, "sequences": 3, "attempt": 1, "parent": None}
-        return Manifest(**place, **facts, world_size=1, zero=0, threads=1, files=files, fragments=fragments)
-
-    save(RunContext(0, 1, torch.device("cpu")), directory, halves, OPTIMIZER, describe)
+    save(RunContext(0, 1, torch.device("cpu")), directory, halves, OPTIMIZER, manifest)
     return CheckpointReader(directory)
 
 

@@ -28,8 +28,6 @@ def manifest(config_fingerprint: str) -> Manifest:
         data_fingerprint="d",
         versions={},
         shapes={},
-        files=(),
-        fragments=(),
     )
 
 

@@ -35,8 +35,6 @@ MANIFEST = Manifest(
     data_fingerprint="",
     versions={},
     shapes={},
-    files=(),
-    fragments=(),
 )
 
 

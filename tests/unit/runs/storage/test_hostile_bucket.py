@@ -32,7 +32,7 @@ def put(key: str, body: bytes = b"a stranger's\n") -> None:
 def make_run(bucket: str) -> None:
     with open_worker(bucket, silent) as run:
         run.resolved_config_path.write_text("{}")
-        manifest = {"format": 2, "files": [{"name": "fragments_00000.safetensors", "size": 1, "sha256": ""}]}
+        manifest = {"format": 3, "files": [["fragments_00000.safetensors", 1, ""]]}
         path = run.get_checkpoint_dir(1, 1) / "manifest.json"
         run.storage.commit_manifest(path, json.dumps(manifest))
 
@@ -69,7 +69,7 @@ def test_a_manifest_that_names_a_file_elsewhere_is_refused(bucket: str, tmp_path
     make_run(bucket)
     key = below(bucket) + f"{CHECKPOINT}/manifest.json"
     manifest = json.loads(client().get_object(Bucket="bucket", Key=key)["Body"].read())
-    manifest["files"][0]["name"] = f"{'../' * 12}{str(tmp_path)[1:]}/outside"
+    manifest["files"][0][0] = f"{'../' * 12}{str(tmp_path)[1:]}/outside"
     put(key, json.dumps(manifest).encode())
     with open_path(bucket) as run, pytest.raises(CheckpointError, match="outside"):
         CheckpointReader(run.path / CHECKPOINT)
