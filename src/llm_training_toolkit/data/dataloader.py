@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from functools import cached_property
+from threading import Thread
+from typing import NamedTuple
 
 from llm_training_toolkit.data.dataset import MicroBatch, PackedDataset
 from llm_training_toolkit.data.prepare.dataset_info import DatasetInfo
 from llm_training_toolkit.data.sample_log import SampleLog
 from llm_training_toolkit.data.tokenizer import open_tokenizer
+
+
+class _Request(NamedTuple):
+    """Micro-batches of a rank: the step, the positions in its global batch, rows in each."""
+
+    step: int
+    positions: range
+    micro_batch: int
 
 
 class DataLoader:
@@ -23,11 +34,17 @@ class DataLoader:
         origin: tuple[int, int] = (0, 0),
         newest: Callable[[DatasetInfo], DatasetInfo] | None = None,
         event_log: SampleLog | None = None,
+        pin_memory: bool = False,
     ) -> None:
-        """Open the data; `newest` reads a DatasetInfo with more epochs while later ones are still being prepared."""
+        """Open the data; `newest` reads a DatasetInfo with more epochs while later ones are still being prepared.
+
+        `pin_memory` puts micro-batches into page-locked memory, from which a GPU copies while it computes.
+        """
         self._sample_log = event_log
         self._dataset = PackedDataset(dataset_info, global_batch=global_batch, epochs=epochs, origin=origin)
         self._newest = newest
+        self._pin_memory = pin_memory
+        self._prefetched: tuple[_Request, Future[list[MicroBatch]]] | None = None
         self._dataset_info = dataset_info
 
     def has_step(self, step: int) -> bool:
@@ -41,7 +58,7 @@ class DataLoader:
 
     def count_sequences(self, step: int) -> int:
         """Count the sequences of the step: the global batch, fewer only in the last step of a run over epochs."""
-        return len(self._dataset.get_step_sequences(step))
+        return self._dataset.count_sequences(step)
 
     def count_loss_tokens(self, step: int) -> int:
         """Count the loss tokens of the whole global batch, from the index alone."""
@@ -49,16 +66,40 @@ class DataLoader:
 
     def get_micro_batches(self, step: int, positions: range, micro_batch: int, count: int) -> list[MicroBatch]:
         """Return `count` micro-batches: those of `positions`, then padding (one row each, no loss)."""
-        batches = self._dataset.get_micro_batches(step, positions, micro_batch)
+        asked = _Request(step, positions, micro_batch)
+        prefetched, self._prefetched = self._prefetched, None
+        if prefetched is not None and prefetched[0] == asked:
+            batches = prefetched[1].result()
+        else:
+            batches = self._read_micro_batches(asked)
         if self._sample_log is not None:
-            self._sample_log.log_step(
-                step + 1, self._dataset.get_step_sequences(step)[positions.start : positions.stop], batches
-            )
+            self._sample_log.log_step(step + 1, self._dataset.get_sequences_at(step, positions), batches)
         return batches + [self._dataset.get_padding_batch(1)] * (count - len(batches))
+
+    def prefetch(self, step: int, positions: range, micro_batch: int) -> None:
+        """Begin to read a step's micro-batches in a thread, for the next `get_micro_batches`; errors come out there.
+
+        Storage that takes 200 ms for a step then costs nothing beside a longer computation.
+        """
+        asked, answer = _Request(step, positions, micro_batch), Future[list[MicroBatch]]()
+
+        def read() -> None:
+            try:
+                answer.set_result(self._read_micro_batches(asked))
+            except BaseException as error:  # noqa: BLE001 - the edge of a thread: raised again by `result`
+                answer.set_exception(error)
+
+        self._prefetched = (asked, answer)
+        # Daemon: a process that must end does not wait for storage that hangs.
+        Thread(target=read, daemon=True, name="prefetch").start()
+
+    def _read_micro_batches(self, asked: _Request) -> list[MicroBatch]:
+        batches = self._dataset.get_micro_batches(asked.step, asked.positions, asked.micro_batch)
+        return [batch.pin_memory() for batch in batches] if self._pin_memory else batches
 
     def format_document_names(self, step: int, positions: range) -> str:
         """List the documents at these positions of the step, five by name."""
-        rows = self._dataset.get_document_spans(step)[positions.start : positions.stop]
+        rows = self._dataset.get_document_spans(step, positions)
         found = {(piece.source, piece.document): None for row in rows for piece in row}
         named = [self._dataset.get_document_name(*key) for key in list(found)[:5]]
         return ", ".join(named) + (f" and {len(found) - 5} more documents" if len(found) > 5 else "")

@@ -44,6 +44,13 @@ class MicroBatch:
     step: int = 0
     first: int = 0
 
+    def pin_memory(self) -> MicroBatch:
+        """Return a copy in page-locked memory. CUDA only."""
+        ids, positions, labels, bounds = (
+            tensor.pin_memory() for tensor in (self.input_ids, self.position_ids, self.labels, self.cu_seqlens)
+        )
+        return replace(self, input_ids=ids, position_ids=positions, labels=labels, cu_seqlens=bounds)
+
 
 class SequenceRef(NamedTuple):
     """Reference to a sequence: its stream, its epoch, and its number in that epoch."""
@@ -97,7 +104,6 @@ class PackedDataset:
         self._plan = lru_cache(maxsize=2 * len(dataset_info.streams))(
             lambda name: PackingPlan.read(self._directory / name)
         )
-        self._last: tuple[int, list[SequenceRef]] = (-1, [])
         self.extend_epochs(dataset_info)
 
     def extend_epochs(self, dataset_info: DatasetInfo) -> None:
@@ -128,8 +134,24 @@ class PackedDataset:
 
         Raises DataError for a step that needs an unprepared epoch, and for one after the end.
         """
-        if self._last[0] == step:
-            return self._last[1]
+        return self.get_sequences_at(step, range(self.count_sequences(step)))
+
+    def get_sequences_at(self, step: int, positions: range) -> list[SequenceRef]:
+        """Return the sequences at these positions of a step; the cost does not grow with the global batch.
+
+        Positions beyond a short last step are omitted. Raises DataError as `get_step_sequences` does.
+        """
+        first, last = self._get_prepared_range(step)
+        start, stop = (min(first + position, last) for position in (positions.start, positions.stop))
+        return [self._locate_sequence(due) for due in merge_streams(self._shares, start, stop)]
+
+    def count_sequences(self, step: int) -> int:
+        """Count the sequences of a step. Raises DataError as `get_step_sequences` does."""
+        first, last = self._get_prepared_range(step)
+        return last - first
+
+    def _get_prepared_range(self, step: int) -> tuple[int, int]:
+        """Return the range [first, stop) of a step. Raises DataError if it is empty or not prepared."""
         first, last = self._get_sequence_range(step)
         if not 0 <= first < last:
             raise DataError(
@@ -137,8 +159,7 @@ class PackedDataset:
             )
         if (stream := self._find_exhausted_stream(last)) is not None:
             raise self._build_unprepared_error(step, stream)
-        self._last = (step, [self._locate_sequence(due) for due in merge_streams(self._shares, first, last)])
-        return self._last[1]
+        return first, last
 
     def has_step(self, step: int) -> bool:
         """Return whether all sequences of a step are prepared."""
@@ -173,9 +194,7 @@ class PackedDataset:
 
         Positions beyond a short last step are omitted.
         """
-        rows = [
-            self._read_examples(placed) for placed in self.get_step_sequences(step)[positions.start : positions.stop]
-        ]
+        rows = [self._read_examples(placed) for placed in self.get_sequences_at(step, positions)]
         return [
             replace(batch, step=step, first=positions.start + number * micro_batch)
             for number, batch in enumerate(self._build_micro_batches(rows, micro_batch))
@@ -183,13 +202,25 @@ class PackedDataset:
 
     def count_loss_tokens(self, step: int) -> int:
         """Count the labels other than -100 in the whole global batch, from the index alone."""
+        first, last = (count_per_stream(self._shares, end) for end in self._get_prepared_range(step))
         return sum(
-            int(self._open_epoch(placed).plan.targets[placed.sequence]) for placed in self.get_step_sequences(step)
+            int(self._plan(self.dataset_info.streams[stream].epochs[epoch].plan).targets[part].sum())
+            for stream in range(len(self._shares))
+            for epoch, part in self._split_by_epoch(stream, first[stream], last[stream])
         )
 
-    def get_document_spans(self, step: int) -> list[list[DocumentSpan]]:
-        """Return the pieces of each sequence of the step, from the index alone."""
-        return [self._build_document_spans(placed) for placed in self.get_step_sequences(step)]
+    def _split_by_epoch(self, stream: int, first: int, stop: int) -> Iterator[tuple[int, slice]]:
+        """Yield (epoch, its sequences) for the sequences [first, stop) of a stream."""
+        starts = self._starts[stream]
+        for epoch in range(bisect_right(starts, first) - 1, len(starts) - 1):
+            if starts[epoch] >= stop:
+                return
+            yield epoch, slice(max(first - starts[epoch], 0), min(stop, starts[epoch + 1]) - starts[epoch])
+
+    def get_document_spans(self, step: int, positions: range | None = None) -> list[list[DocumentSpan]]:
+        """Return the pieces of each sequence of the step, or of those at `positions`, from the index alone."""
+        placed = self.get_step_sequences(step) if positions is None else self.get_sequences_at(step, positions)
+        return [self._build_document_spans(each) for each in placed]
 
     def get_document_name(self, source: int, document: int) -> str:
         """Return a document's name: its file within the source, and the line in a .jsonl file."""
@@ -205,7 +236,7 @@ class PackedDataset:
 
     def read_sequence_examples(self, step: int, position: int) -> list[Example]:
         """Read the pieces of one sequence, with tokens and loss flags."""
-        return self._read_examples(self.get_step_sequences(step)[position])
+        return self._read_examples(self.get_sequences_at(step, range(position, position + 1))[0])
 
     def decode_sequence(self, step: int, position: int) -> str:
         """Decode one sequence into text, with special tokens and without padding."""

@@ -106,7 +106,9 @@ class Engine:
 
     def _run_forward(self, batch: MicroBatch) -> Tensor:
         tensors = (batch.input_ids, batch.position_ids, batch.labels, batch.cu_seqlens)
-        loss: Tensor = self.deepspeed(*(tensor.to(self.device) for tensor in tensors), batch.max_seqlen)
+        # Page-locked rows are copied while the device still computes; for others the flag changes nothing.
+        moved = (tensor.to(self.device, non_blocking=True) for tensor in tensors)
+        loss: Tensor = self.deepspeed(*moved, batch.max_seqlen)
         return loss
 
     @torch.no_grad()

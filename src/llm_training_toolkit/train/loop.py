@@ -119,6 +119,7 @@ def train_step(components: TrainerComponents, state: TrainState) -> tuple[TrainS
     micro_batches = components.dataloader.get_micro_batches(
         step, sample_indices, plan.micro_batch, plan.get_accumulation_steps(context.world_size)
     )
+    _prefetch_step(components, step + 1)
     loss_tokens = components.dataloader.count_loss_tokens(step)
     # Seeded by the step in case a kernel draws from the global generator: LoRA dropout has its own, others are 0.
     torch.manual_seed(derive_seed(components.seed, f"step {step}, rank {context.rank}"))
@@ -154,6 +155,14 @@ def train_step(components: TrainerComponents, state: TrainState) -> tuple[TrainS
         _report_straggler(components, slow)
     _record_step(components, state, started, values | ({"optim/skipped": 1.0} if spike_guard.spike else {}))
     return _advance_state(components, state, StepStats(loss, norm), skipped=bool(spike_guard.spike)), decision
+
+
+def _prefetch_step(components: TrainerComponents, step: int) -> None:
+    """Begin to read this rank's part of a later step, if the run has that step and its data are prepared."""
+    context, dataloader = components.context, components.dataloader
+    if step < components.schedule.steps and dataloader.has_step(step):
+        own = compute_replica_slice(dataloader.count_sequences(step), context.world_size, context.rank)
+        dataloader.prefetch(step, own, components.plan.micro_batch)
 
 
 def _advance_state(components: TrainerComponents, state: TrainState, taken: StepStats, *, skipped: bool) -> TrainState:

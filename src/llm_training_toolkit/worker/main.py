@@ -268,6 +268,7 @@ def _build_dataloader(spec: WorkerSpec, context: RunContext, plan: Plan, state: 
         origin=(state.step, state.sequences),
         newest=partial(read_latest_dataset_info, run),
         event_log=SampleLog(run.sample_log_dir, attempt, context.rank) if config.failures.log_samples else None,
+        pin_memory=context.device.type == "cuda",
     )
 
 

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from threading import Event
 
 import numpy as np
 import pytest
@@ -161,10 +162,12 @@ def test_any_documents_any_ranks_any_restarts(
             for step in range(len(seen), min(len(seen) + until, steps)):
                 count = dataloader.count_sequences(step)
                 most = -(-len(compute_replica_slice(count, world, 0)) // micro)
-                shares = [
-                    dataloader.get_micro_batches(step, compute_replica_slice(count, world, rank), micro, most)
-                    for rank in range(world)
-                ]
+                shares = []
+                for rank in range(world):
+                    own = compute_replica_slice(count, world, rank)
+                    if rank % 2:
+                        dataloader.prefetch(step, own, micro)
+                    shares.append(dataloader.get_micro_batches(step, own, micro, most))
                 assert {len(share) for share in shares} == {most}
                 rows = [row for share in shares for row in stacked(share) if any(label != N for label in row[2])]
                 assert dataloader.count_loss_tokens(step) == sum(label != N for row in rows for label in row[2])
@@ -172,6 +175,47 @@ def test_any_documents_any_ranks_any_restarts(
         assert seen == [stacked(batches) for batches in alone]
         tokens = Counter(token for rows in seen for ids, _, _ in rows for token in ids if token)
         assert tokens == {1000 * n + at + 1: 2 for n, length in enumerate(lengths) for at in range(length)}
+
+
+class PausedDataset(PackedDataset):
+    """A dataset on storage that answers only once it is allowed to."""
+
+    def __init__(self, dataset_info: DatasetInfo, allowed: Event) -> None:
+        super().__init__(dataset_info, global_batch=4)
+        self.allowed = allowed
+
+    def get_micro_batches(self, step: int, positions: range, micro_batch: int) -> list[MicroBatch]:
+        assert self.allowed.wait(30)
+        return super().get_micro_batches(step, positions, micro_batch)
+
+
+def test_the_next_step_is_read_while_this_one_computes(prepared: PreparedDataset) -> None:
+    allowed = Event()
+    dataloader = DataLoader(prepared.dataset_info, global_batch=4, epochs=None)
+    dataloader._dataset = PausedDataset(prepared.dataset_info, allowed)
+    dataloader.prefetch(1, range(4), 2)  # returns, though the storage does not answer yet
+    allowed.set()
+    found = dataloader.get_micro_batches(1, range(4), 2, 2)
+    assert stacked(found) == stacked(
+        PackedDataset(prepared.dataset_info, global_batch=4).get_micro_batches(1, range(4), 2)
+    )
+
+
+def test_rows_read_for_another_step_are_not_given(prepared: PreparedDataset) -> None:
+    dataset = PackedDataset(prepared.dataset_info, global_batch=4)
+    dataloader = DataLoader(prepared.dataset_info, global_batch=4, epochs=None)
+    for ahead, positions, rows in [(2, range(4), 2), (1, range(1, 4), 2), (1, range(4), 1)]:
+        dataloader.prefetch(ahead, positions, rows)
+        found = dataloader.get_micro_batches(1, range(4), 2, 2)
+        assert stacked(found) == stacked(dataset.get_micro_batches(1, range(4), 2))
+
+
+def test_an_error_of_the_storage_comes_out_where_the_rows_are_needed(prepared: PreparedDataset) -> None:
+    dataloader = DataLoader(prepared.dataset_info, global_batch=4, epochs=1)
+    steps = -(-prepared.dataset_info.streams[0].sequences_per_epoch[0] // 4)
+    dataloader.prefetch(steps, range(4), 2)
+    with pytest.raises(DataError, match=f"step {steps}: lies outside the run"):
+        dataloader.get_micro_batches(steps, range(4), 2, 2)
 
 
 @pytest.mark.parametrize(("start", "stop", "micro"), [(0, 11, 4), (3, 8, 2), (5, 6, 3)])
