@@ -57,27 +57,30 @@ def build(size: str, precision: str, stage: int, parts: Parts) -> Any:
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": 1.0,
-        "zero_optimization": {"stage": stage, "overlap_comm": False, "reduce_bucket_size": 100_000_000},
+        "zero_optimization": {
+            "stage": stage if stage >= 2 else 0,
+            "overlap_comm": False,
+            "reduce_bucket_size": 100_000_000,
+        },
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "communication_data_type": "fp32",
         "steps_per_print": 2**31 - 1,
     }
-    if stage == 0:
+    if stage <= 1:
         config["gradient_clipping"] = 0.0  # the engine clips
     elif precision == "bf16":
         config["bf16"] = {"enabled": True, "check_grad_overflow": True}
-        if stage >= 2:
-            config["data_types"] = {"grad_accum_dtype": "fp32"}
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
     with zero3_init(config):
         module = LossModule(model(dtype, SHAPES[SIZES[size][0]]), "auto")
-    engine = Engine(module, OptimConfig(lr=1e-4), config, torch.device("cpu"))
+    engine = Engine(module, OptimConfig(lr=1e-4), config, torch.device("cpu"), zero_stage=stage)
     parts.watch(engine, "_run_forward", "forward")
     parts.watch(engine.deepspeed, "backward", "backward")
     parts.watch(engine.optimizer, "step", "step: AdamW")
     replica = engine._master_weights  # noqa: SLF001 - its parts are what is asked for
     if replica is not None:
-        parts.watch(replica, "all_reduce_gradients", "backward: reduction")
+        parts.watch(replica, "reduce_gradients", "backward: reduction")
         parts.watch(replica, "compute_grad_norm", "step: norm")
         parts.watch(replica, "sync_low_precision", "step: refresh")
     else:

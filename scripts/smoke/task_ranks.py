@@ -51,7 +51,7 @@ def _binding(config: Config, context: RunContext) -> Values:
     plan = check_plan(make_plan(config, replicas=context.world_size))
     model = build_model(plan.hf_config, precision=plan.precision, attention="sdpa")
     module = LossModule(model, config.model.loss_chunk_size)
-    engine = Engine(module, config.optim, plan.deepspeed, context.device)
+    engine = Engine(module, config.optim, plan.deepspeed, context.device, zero_stage=plan.zero)
     ids = torch.arange(_TOKENS)[None] % 100
     positions = torch.arange(_TOKENS)[None]
     batch = MicroBatch(ids, positions, ids, *compute_cu_seqlens(positions))

@@ -13,12 +13,15 @@ from rank_pool import RankPool
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+@pytest.mark.parametrize(
+    ("zero", "offload"),
+    [(0, "none"), (1, "none"), (1, "optimizer"), (2, "none"), (3, "none"), (3, "optimizer_and_weights")],
+)
 @pytest.mark.parametrize("workers", [1, 2, 3])
 def test_the_pieces_that_ranks_own_are_every_weight_once(
-    pools: Callable[[int], RankPool], prepared_run: RunDirectory, workers: int, zero: int, precision: str
+    pools: Callable[[int], RankPool], prepared_run: RunDirectory, workers: int, zero: int, offload: str, precision: str
 ) -> None:
-    changes = {"engine": {"zero_stage": zero}, "train": {"precision": precision}}
+    changes = {"engine": {"zero_stage": zero, "offload": offload}, "train": {"precision": precision}}
     answers = pools(workers).run(rank_tasks.fragment_table, run=str(prepared_run.path), changes=changes)
     sizes: dict[str, int] = answers[0][0]
     owned: list[tuple[str, int, int]] = [piece for _, pieces in answers for piece in pieces]

@@ -324,7 +324,9 @@ def evaluation_of_packed_documents(run: str, model: dict[str, Any], attention: s
     plan = _plan(place)
     torch.manual_seed(0)
     built = build_model(model, precision="fp32", attention=attention)
-    engine = Engine(LossModule(built, 16), place.config.optim, plan.deepspeed, torch.device("cpu"))
+    engine = Engine(
+        LossModule(built, 16), place.config.optim, plan.deepspeed, torch.device("cpu"), zero_stage=plan.zero
+    )
     dataloader = DataLoader(place.dataset_info, global_batch=plan.global_batch, epochs=None)
     [batch] = dataloader.get_eval_batches(0, 1, 1000)
     row, documents = _fullest_row(batch)

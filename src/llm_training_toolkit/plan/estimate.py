@@ -247,9 +247,10 @@ def _estimate_communication_seconds(plan: Plan, hardware: ClusterHardware, nodes
     """Return the seconds to send a step's gradients and weights over the slowest link, without overlap.
 
     In a ring every worker sends (n - 1) / n of what is reduced or gathered. NCCL's rings enter and leave a node once,
-    so all links of a node together carry as much as one device sends. Gradients are reduced in fp32. Stage 0 sends them
-    twice (all-reduce), stages 2 and 3 once with every micro-batch. Stages 1 and 2 gather the trained weights once per
-    step, stage 3 all weights twice with every micro-batch (ZeRO, Rajbhandari et al. 2020, section 7).
+    so all links of a node together carry as much as one device sends. Gradients are reduced in fp32: at stage 0
+    by an all-reduce a step, which sends them twice, at stage 1 once by a reduce-scatter a step. DeepSpeed 0.19.8 sends
+    an all-reduce with every micro-batch at stage 2, a reduce-scatter at stage 3. Stages 1 and 2 gather the trained
+    weights once per step, stage 3 all weights twice with every micro-batch (ZeRO, Rajbhandari et al. 2020, section 7).
     """
     workers = plan.replicas
     if workers == 1 or workers > plan.global_batch:
@@ -260,7 +261,7 @@ def _estimate_communication_seconds(plan: Plan, hardware: ClusterHardware, nodes
     sent = (
         2 * gradients,
         gradients + width * trained,
-        passes * gradients + width * trained,
+        2 * passes * gradients + width * trained,
         passes * (gradients + 2 * width * plan.parameters),
     )[plan.zero]
     links = hardware.bandwidth_gb_per_s

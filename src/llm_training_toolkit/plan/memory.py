@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from llm_training_toolkit.config.schema import Offload
 from llm_training_toolkit.families import AdapterSpec, ModelDims
 from llm_training_toolkit.plan.activations import (
     ActivationCheckpointing,
@@ -73,6 +74,7 @@ class DeviceWorkload:
     """DeepSpeed's reduce_bucket_size, in elements."""
     max_live: int = _MAX_LIVE
     """DeepSpeed's stage3_max_live_parameters."""
+    offload: Offload = "none"
 
     @property
     def bytes_per_value(self) -> int:
@@ -188,29 +190,28 @@ def estimate_weight_bytes(load: DeviceWorkload) -> int:
         return round(_NF4_BYTES * matrices) + load.bytes_per_value * (total - matrices)
     if load.zero < 3:
         return load.bytes_per_value * total
-    return load.bytes_per_value * (
-        load.compute_partition_size(total, spread=True) + min(total, max(load.max_live, load.model.largest_module))
-    )
+    partition = 0 if load.offload == "optimizer_and_weights" else load.compute_partition_size(total, spread=True)
+    return load.bytes_per_value * (partition + min(total, max(load.max_live, load.model.largest_module)))
 
 
 def estimate_gradient_bytes(load: DeviceWorkload) -> int:
     """Estimate the gradients that stand between micro-batches, in bytes.
 
-    Stage 0 accumulates all gradients in fp32 (`engine/replica.py`), stage 1 all in the precision of the forward pass,
-    stages 2 and 3 only the partition, in fp32.
+    Stages 0 and 1 accumulate all gradients in fp32 (`engine/replica.py`, `engine/sharded.py`), stages 2 and 3 only the
+    partition, also in fp32, which with offload is in host memory.
     """
-    if load.zero == 0:
+    if load.zero <= 1:
         return 4 * load.trainable_parameters
-    if load.zero == 1:
-        return load.bytes_per_value * load.trainable_parameters
+    if load.offload != "none":
+        return 0
     return 4 * load.compute_partition_size(load.trainable_parameters, spread=True)
 
 
 def _estimate_reduction_bytes(load: DeviceWorkload) -> int:
     """Estimate the copies of gradients on their way to the other workers, in bytes.
 
-    Stage 0 reduces in place in bf16, in fp32 by chunks. At stages 1 and 2 a bucket is flattened, and in bf16 copied to
-    fp32; at stage 1 the gradients themselves fill it. Stage 3 keeps the bucket, its fp32 copy and the concatenation by
+    Stage 0 reduces in place in bf16, in fp32 by chunks; stage 1 reduces in place. At stage 2 a bucket is flattened, and
+    in bf16 copied to fp32. Stage 3 keeps the bucket, its fp32 copy and the concatenation by
     rank. Counted on DeepSpeed 0.19.8 (`allreduce_bucket` of runtime/zero/stage_1_and_2.py, `__avg_scatter_grads` of
     stage3.py) with one and two ranks on a CPU.
     """
@@ -219,19 +220,16 @@ def _estimate_reduction_bytes(load: DeviceWorkload) -> int:
         chunk = max(REDUCTION_CHUNK_SIZE, load.model.largest_tensor)
         return 0 if bf16 or load.workers == 1 else 4 * min(load.trainable_parameters, chunk)
     if load.zero == 1:
-        return (6 if bf16 else 4) * bucket
+        return 0
     return (10 if bf16 and load.zero == 3 else 8) * bucket
 
 
 def _estimate_update_bytes(load: DeviceWorkload) -> int:
     """Estimate the copies of gradients for the optimizer beyond those that stand before it, in bytes.
 
-    Stage 1 gathers its partition in one tensor and copies that to fp32, when the other gradients are gone. Stage 3
-    concatenates a sub-group, beside the bucket reduced last.
+    Stage 3 concatenates a sub-group, beside the bucket reduced last.
     """
     partition = load.compute_partition_size(load.trainable_parameters, spread=True)
-    if load.zero == 1:
-        return max(0, 8 * partition - estimate_gradient_bytes(load))
     if load.zero == 3:
         return 4 * min(partition, _SUB_GROUP) + 4 * load.bucket_elements
     return 4 * partition if load.zero == 2 and load.precision == "fp32" else 0
@@ -240,11 +238,29 @@ def _estimate_update_bytes(load: DeviceWorkload) -> int:
 def estimate_optimizer_bytes(load: DeviceWorkload) -> int:
     """Estimate Adam's two moments (8 bytes) and the fp32 weights it updates (4 bytes); sharded from stage 1 on.
 
-    Only stage 0 in fp32 updates the weights of the forward pass in place. Source: ZeRO (Rajbhandari et al. 2020),
-    section 3.1, K = 12.
+    Only stages 0 and 1 in fp32 update the weights of the forward pass in place. With offload all of it is in host
+    memory. Source: ZeRO (Rajbhandari et al. 2020), section 3.1, K = 12.
     """
-    own_copy = load.precision == "bf16" or load.zero > 0
+    if load.offload != "none":
+        return 0
+    own_copy = load.precision == "bf16" or load.zero > 1
     return load.compute_partition_size((12 if own_copy else 8) * load.trainable_parameters, spread=load.zero > 0)
+
+
+def estimate_host_bytes(load: DeviceWorkload) -> int:
+    """Estimate the host memory that `engine.offload` takes for one worker, in bytes; 0 without it.
+
+    fp32 weights, Adam's moments and the gradients of the update are 16 bytes a trained weight of the partition. At
+    stage 3 DeepSpeed 0.19.8 keeps the gradients summed over micro-batches beside them (`grad_partitions_flat_buffer` of
+    stage3.py): 20 bytes. `optimizer_and_weights` adds the partition of all weights in the forward pass's precision.
+    """
+    if load.offload == "none":
+        return 0
+    state = (20 if load.zero == 3 else 16) * load.compute_partition_size(load.trainable_parameters, spread=True)
+    if load.offload == "optimizer":
+        return state
+    total = load.model.total_parameters + (load.adapter.trainable_parameters if load.adapter else 0)
+    return state + load.bytes_per_value * load.compute_partition_size(total, spread=True)
 
 
 def compute_checkpoint_copy_bytes(parameters: int, workers: int) -> int:

@@ -228,6 +228,7 @@ def _estimate_memory_gb(
         checkpointing="full" if config.model.activation_checkpointing else "none",
         loss_chunk=batch.compute_loss_chunk_size(config.model.loss_chunk_size, hf["vocab_size"]),
         attention=get_attention_memory(config.model.attn_implementation),
+        offload=config.engine.offload,
         **memory.read_deepspeed_limits(deepspeed),
     )
     return memory.estimate_memory(load).to_gigabytes()

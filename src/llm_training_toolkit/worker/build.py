@@ -122,7 +122,10 @@ def _build_engine(
         hf_config.pop("quantization_config", None)  # of these ranks, not of the weights
         module = LossModule(model, model_section.loss_chunk_size)
         _add_adapters(module, model, config, plan)
-    return Engine(module, config.optim, plan.deepspeed, context.device), hf_config
+    engine = Engine(
+        module, config.optim, plan.deepspeed, context.device, zero_stage=plan.zero, offload=config.engine.offload
+    )
+    return engine, hf_config
 
 
 def _add_adapters(module: LossModule, model: nn.Module, config: Config, plan: Plan) -> None:

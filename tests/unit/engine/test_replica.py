@@ -1,8 +1,9 @@
-"""ZeRO 0's own master weights: gradients summed in fp32, clipped as torch clips, untouched by what is left out."""
+"""Master weights of ZeRO 0 and 1: gradients summed in fp32, clipped as torch clips, untouched by what is left out."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from llm_training_toolkit.engine import allocation
 from llm_training_toolkit.engine.replica import MasterWeights
+from llm_training_toolkit.engine.sharded import ShardedMasterWeights
 
 SHAPES = [(8, 16), (16,), (4, 8)]
 
@@ -32,16 +34,31 @@ def backward(parameters: list[nn.Parameter], seed: int, scale: float = 1.0) -> l
     return gradients
 
 
-def adamw(replica: MasterWeights, parameters: list[nn.Parameter]) -> torch.optim.AdamW:
-    return torch.optim.AdamW([replica.get_master_weight(each) for each in parameters], lr=1e-2, fused=True)
+Build = Callable[[list[nn.Parameter]], MasterWeights | ShardedMasterWeights]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(params=["replica", "sharded", "offload"])
+def build(request: pytest.FixtureRequest) -> Build:
+    """The classes of ZeRO 0 and of ZeRO 1, the latter also with the fp32 weights in host memory."""
+    kinds: dict[str, Build] = {
+        "replica": MasterWeights,
+        "sharded": lambda parameters: ShardedMasterWeights(parameters, CPU, offload=False),
+        "offload": lambda parameters: ShardedMasterWeights(parameters, CPU, offload=True),
+    }
+    return kinds[request.param]
+
+
+def adamw(master: MasterWeights | ShardedMasterWeights, parameters: list[nn.Parameter]) -> torch.optim.AdamW:
+    return torch.optim.AdamW([w for each in parameters for w in master.get_master_weights(each)], lr=1e-2, fused=True)
 
 
 @pytest.mark.parametrize("mixed", [False, True])
-def test_micro_batches_in_bf16_are_summed_in_fp32(mixed: bool) -> None:
+def test_micro_batches_in_bf16_are_summed_in_fp32(build: Build, mixed: bool) -> None:
     parameters = model(torch.bfloat16, mixed=mixed)
-    replica = MasterWeights(parameters)
+    replica = build(parameters)
     made = [backward(parameters, seed) for seed in range(5)]
-    replica.all_reduce_gradients()
+    replica.reduce_gradients()
     for index, parameter in enumerate(parameters):
         wanted = torch.stack([gradients[index].float() for gradients in made]).sum(0)
         found = replica.get_gradient(parameter)
@@ -49,7 +66,7 @@ def test_micro_batches_in_bf16_are_summed_in_fp32(mixed: bool) -> None:
         assert found.dtype == torch.float32
         assert torch.allclose(found, wanted, rtol=1e-6, atol=1e-6)
     again = backward(parameters, 9)
-    replica.all_reduce_gradients()
+    replica.reduce_gradients()
     first = replica.get_gradient(parameters[0])
     assert first is not None
     assert torch.equal(first, again[0].float()), "nothing of the step before is left"
@@ -57,9 +74,9 @@ def test_micro_batches_in_bf16_are_summed_in_fp32(mixed: bool) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("largest", [0.0, 0.5, 1e6])
-def test_an_update_is_clipped_as_torch_clips(dtype: torch.dtype, largest: float) -> None:
+def test_an_update_is_clipped_as_torch_clips(build: Build, dtype: torch.dtype, largest: float) -> None:
     parameters, plain = model(dtype), [nn.Parameter(each.detach().float()) for each in model(dtype)]
-    replica, reference = MasterWeights(parameters), torch.optim.AdamW(plain, lr=1e-2, fused=True)
+    replica, reference = build(parameters), torch.optim.AdamW(plain, lr=1e-2, fused=True)
     optimizer = adamw(replica, parameters)
     for seed in range(3):
         made = backward(parameters, seed, scale=3.0)
@@ -69,7 +86,7 @@ def test_an_update_is_clipped_as_torch_clips(dtype: torch.dtype, largest: float)
         if largest:
             torch.nn.utils.clip_grad_norm_(plain, largest)
         reference.step()
-        replica.all_reduce_gradients()
+        replica.reduce_gradients()
         norm = replica.compute_grad_norm()
         assert norm == pytest.approx(wanted, rel=1e-6)
         replica.clip_gradients(optimizer, norm, largest)
@@ -78,41 +95,41 @@ def test_an_update_is_clipped_as_torch_clips(dtype: torch.dtype, largest: float)
         for each in parameters:
             each.grad = None
     for parameter, each in zip(parameters, plain, strict=True):
-        assert torch.allclose(replica.get_master_weight(parameter), each, rtol=1e-5, atol=1e-6)
-        assert torch.equal(parameter, replica.get_master_weight(parameter).to(dtype))
+        assert torch.allclose(replica.get_master_weights(parameter)[0], each, rtol=1e-5, atol=1e-6)
+        assert torch.equal(parameter, replica.get_master_weights(parameter)[0].to(dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_a_parameter_without_a_gradient_has_zeros(dtype: torch.dtype) -> None:
+def test_a_parameter_without_a_gradient_has_zeros(build: Build, dtype: torch.dtype) -> None:
     parameters = model(dtype)
-    replica = MasterWeights(parameters)
+    replica = build(parameters)
     backward(parameters, 1)
-    replica.all_reduce_gradients()
+    replica.reduce_gradients()
     for each in parameters:
         each.grad = None
     backward(parameters[:2], 2)
-    replica.all_reduce_gradients()
+    replica.reduce_gradients()
     last = replica.get_gradient(parameters[2])
     assert last is not None
     assert not last.any()
 
 
-def test_a_gradient_that_is_not_finite_gives_a_norm_that_is_not() -> None:
+def test_a_gradient_that_is_not_finite_gives_a_norm_that_is_not(build: Build) -> None:
     parameters = model(torch.bfloat16)
-    replica = MasterWeights(parameters)
+    replica = build(parameters)
     backward(parameters, 1, scale=math.inf)
-    replica.all_reduce_gradients()
+    replica.reduce_gradients()
     assert not math.isfinite(replica.compute_grad_norm())
 
 
-def test_without_its_hooks_nothing_is_added() -> None:
+def test_without_its_hooks_nothing_is_added(build: Build) -> None:
     parameters = model(torch.bfloat16)
-    replica = MasterWeights(parameters)
+    replica = build(parameters)
     backward(parameters, 1)
-    replica.all_reduce_gradients()
+    replica.reduce_gradients()
     replica.close()
-    before = [replica.get_master_weight(each).grad.clone() for each in parameters]  # type: ignore[union-attr]
-    after = [replica.get_master_weight(each) for each in parameters]
+    after = [replica.get_master_weights(each)[0] for each in parameters]
+    before = [each.grad.clone() for each in after if each.grad is not None]
     backward(parameters, 2)
     assert all(torch.equal(each.grad, old) for each, old in zip(after, before, strict=True))  # type: ignore[arg-type]
 

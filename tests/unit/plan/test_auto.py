@@ -85,8 +85,7 @@ def test_several_workers_take_the_lowest_stage_that_fits(free: float, workers: i
         return 1e9 * sum(make_plan(with_zero_stage(run, stage), replicas=workers).memory_gb_per_device.values())
 
     assert chosen == 3 or needed(chosen) <= 0.9 * free
-    assert chosen != 1
-    assert all(needed(stage) > 0.9 * free for stage in {0, 2} & set(range(chosen)))
+    assert all(needed(stage) > 0.9 * free for stage in range(chosen))
 
 
 def test_weights_in_four_bits_are_not_cut() -> None:

@@ -118,7 +118,7 @@ def test_what_is_sent_by_hand() -> None:
     parameters = make_plan(read).parameters
     # Rings enter and leave a node once: its 400 GB/s are slower than a device's 450. Four micro-batches of a sequence.
     share, link = 15 / 16, 400e9
-    sent = {0: 8 * parameters, 1: 6 * parameters, 2: (4 * 4 + 2) * parameters, 3: 4 * (4 + 4) * parameters}
+    sent = {0: 8 * parameters, 1: 6 * parameters, 2: (4 * 8 + 2) * parameters, 3: 4 * (4 + 4) * parameters}
     for zero, size in sent.items():
         found = seen(hardware(memory_gb=999), engine={"zero_stage": zero}).communication_seconds
         assert found == pytest.approx(size * share / link)
@@ -139,7 +139,7 @@ def test_adapters_take_less_work_and_send_less() -> None:
     assert full.hours is not None
     assert beside.hours is not None
     assert 4 / 6 < beside.hours / full.hours < 0.8
-    assert beside.communication_seconds == pytest.approx((4 * 4 + 2) * plan.trainable_parameters * 15 / 16 / 400e9)
+    assert beside.communication_seconds == pytest.approx((4 * 8 + 2) * plan.trainable_parameters * 15 / 16 / 400e9)
     recomputed = seen(hardware(memory_gb=999), **{**lora, "model": {**lora["model"], **RECOMPUTED["model"]}}).hours
     assert recomputed == pytest.approx(beside.hours + full.hours / 3)  # the forward pass of the whole model once more
     assert beside.checkpoint_gb == pytest.approx(12 * plan.trainable_parameters / 1e9)

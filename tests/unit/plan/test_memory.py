@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import pytest
 
-from llm_training_toolkit.config.schema import LoraConfig
+from llm_training_toolkit.config.schema import LoraConfig, Offload
 from llm_training_toolkit.families import ModelDims
 from llm_training_toolkit.families.lora import build_adapter
 from llm_training_toolkit.families.qwen import QWEN3
@@ -19,6 +19,7 @@ from llm_training_toolkit.plan.activations import (
 )
 from llm_training_toolkit.plan.memory import (
     estimate_gradient_bytes,
+    estimate_host_bytes,
     estimate_logit_bytes,
     estimate_pass_bytes,
     estimate_weight_bytes,
@@ -53,11 +54,11 @@ Q = SHORT.model.total_parameters
 @pytest.mark.parametrize(
     ("zero", "precision", "weights", "gradients", "optimizer"),
     [
-        (1, "bf16", 2 * Q, 2 * Q + 6 * Q, 3 * Q),
+        (1, "bf16", 2 * Q, 4 * Q, 3 * Q),
         (2, "bf16", 2 * Q, Q + 8 * Q, 3 * Q),
         (3, "bf16", Q // 2 + 2 * Q, Q + 10 * Q, 3 * Q),
         (0, "fp32", 4 * Q, 4 * Q + 4 * Q, 8 * Q),
-        (1, "fp32", 4 * Q, 4 * Q + 4 * Q, 3 * Q),
+        (1, "fp32", 4 * Q, 4 * Q, 2 * Q),
         (2, "fp32", 4 * Q, Q + 8 * Q, 3 * Q),
         (3, "fp32", Q + 4 * Q, Q + 8 * Q, 3 * Q),
     ],
@@ -79,9 +80,27 @@ def test_activations_and_logits_are_the_peak_of_long_sequences() -> None:
     assert memory.total == 18 * P + estimate_pass_bytes(long)
 
 
-@pytest.mark.parametrize(("zero", "standing"), [(0, 4 * P), (1, 2 * P), (2, P), (3, P)])
+@pytest.mark.parametrize(("zero", "standing"), [(0, 4 * P), (1, 4 * P), (2, P), (3, P)])
 def test_gradients_that_stand_between_micro_batches(zero: int, standing: int) -> None:
     assert estimate_gradient_bytes(replace(LOAD, zero=zero)) == standing
+
+
+@pytest.mark.parametrize(
+    ("zero", "offload", "weights", "gradients", "host"),
+    [
+        (1, "none", 2 * P, 4 * P, 0),
+        (1, "optimizer", 2 * P, 4 * P, 4 * P),
+        (3, "optimizer", P // 2 + 2 * P, 0, 5 * P),
+        (3, "optimizer_and_weights", 2 * P, 0, 5 * P + P // 2),
+    ],
+)
+def test_what_is_kept_in_host_memory_is_not_on_the_device(
+    zero: int, offload: Offload, weights: int, gradients: int, host: int
+) -> None:
+    load = replace(LOAD, zero=zero, offload=offload)
+    memory = estimate_memory(load)
+    assert (memory.weights, estimate_gradient_bytes(load), estimate_host_bytes(load)) == (weights, gradients, host)
+    assert memory.optimizer == (3 * P if offload == "none" else 0)
 
 
 def test_the_bucket_and_the_gathered_weights_are_bounded() -> None:
@@ -149,7 +168,7 @@ A = 2 * 8 * (64 + 64 + 64 + 32)
     ("zero", "weights", "gradients", "optimizer"),
     [
         (0, 2 * (P + A), 4 * A, 12 * A),
-        (1, 2 * (P + A), 2 * A, 3 * A),
+        (1, 2 * (P + A), 4 * A, 3 * A),
         (2, 2 * (P + A), A + 2 * A, 3 * A),
         (3, (P + A) // 2 + 2 * (P + A), A + 6 * A, 3 * A),
     ],
