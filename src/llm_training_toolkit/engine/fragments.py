@@ -1,4 +1,4 @@
-"""Location of each rank's fragments of parameters and optimizer state under DeepSpeed, ZeRO 1 to 3.
+"""Location of each rank's fragments of parameters and optimizer state under DeepSpeed, ZeRO 2 and 3.
 
 Only this module reads DeepSpeed's internal attributes, as the pinned version has them; tests/ranks/test_fragments.py
 reads them all. `Engine` passes the fragments on to checkpoints.

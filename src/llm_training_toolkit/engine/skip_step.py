@@ -1,7 +1,7 @@
 """Optimizer updates that can be skipped once the gradient norm is known.
 
-The norm is known just before the update, from DeepSpeed or, at ZeRO 0, from `MasterWeights`. DeepSpeed calls the
-optimizer it was given, under ZeRO 1 to 3 once per flat partition. A skipped call leaves fp32 weights and moments
+The norm is known just before the update, from DeepSpeed or, at ZeRO 0 and 1, from the master weights. DeepSpeed calls
+the optimizer it was given, under ZeRO 2 and 3 once per flat partition. A skipped call leaves fp32 weights and moments
 unchanged, so that the forward pass's weights are rounded to the same bits again.
 """
 
