@@ -238,6 +238,10 @@ class FimConfig(ConfigSection):
     transform the whole document, or file of a repository, then split."""
 
 
+SourceFormat = Literal["code", "text", "chat", "commits", "issues", "notebooks"]
+SourceLayout = Literal["auto", "structured", "script"]
+_LAYOUTS: dict[str, tuple[SourceLayout, ...]] = {"notebooks": ("auto", "structured", "script")}
+_FORMATS_OF_CHANGES = frozenset({"commits"})
 PROMPT_TEMPLATES = ("alpaca", "starchat", "starcoder")
 _PLACEHOLDER = re.compile(r"\{(\w*)\}")
 
@@ -275,11 +279,21 @@ class FieldsConfig(ConfigSection):
     text: Annotated[str | None, FieldTag.IDENTITY] = None
     """Text: column of the document."""
     content: Annotated[str | None, FieldTag.IDENTITY] = None
-    """Code: column of the document."""
+    """Code and notebooks: column of the document."""
     path: Annotated[str | None, FieldTag.IDENTITY] = None
-    """Code: column of the file's path."""
+    """Code, commits and notebooks: column of the file's path."""
     repository: Annotated[str | None, FieldTag.IDENTITY] = None
-    """Code: column of the repository's name."""
+    """All but text and chat: column of the repository's name."""
+    before: Annotated[str | None, FieldTag.IDENTITY] = None
+    """Commits: column of the file before the commit."""
+    message: Annotated[str | None, FieldTag.IDENTITY] = None
+    """Commits: column of the message or its first line."""
+    after: Annotated[str | None, FieldTag.IDENTITY] = None
+    """Commits: column of the file after the commit."""
+    title: Annotated[str | None, FieldTag.IDENTITY] = None
+    """Issues: column of the title."""
+    events: Annotated[str | None, FieldTag.IDENTITY] = None
+    """Issues: column of the list of events."""
     stars: Annotated[str | None, FieldTag.IDENTITY] = None
     """Code: column of the repository's number of stars."""
     language: Annotated[str | None, FieldTag.IDENTITY] = None
@@ -295,6 +309,9 @@ FIELDS_BY_FORMAT = {
     "chat": frozenset({"prompt", "context", "completion", "system", "messages", "language"}),
     "text": frozenset({"text", "language"}),
     "code": frozenset({"content", "path", "repository", "stars", "language"}),
+    "commits": frozenset({"before", "message", "after", "path", "repository", "language"}),
+    "issues": frozenset({"title", "events", "repository", "language"}),
+    "notebooks": frozenset({"content", "path", "repository", "language"}),
 }
 FilterValue = str | int | float | bool
 
@@ -312,10 +329,16 @@ class SourceConfig(ConfigSection):
     path: Annotated[Location, Field(min_length=1), FieldTag.IDENTITY]
     """File, directory, glob, URI (`s3://`, `gs://`, `hf://`) or `python:stdlib` (the standard library of the running
     Python). Files may be compressed (.gz, .bz2, .xz, .zst)."""
-    format: Annotated[Literal["code", "text", "chat"], FieldTag.IDENTITY]
+    format: Annotated[SourceFormat, FieldTag.IDENTITY]
     """Format of the documents. `code`: one document per file, or per record with `content`. `text`: the same with
-    `text`. `chat`: one conversation per record. Records are lines of .jsonl files, or rows of .parquet and .arrow
+    `text`. `chat`: one conversation per record. `commits`, `issues`: one per record, in StarCoder's special tokens.
+    `notebooks`: the same per .ipynb file or record. Records are lines of .jsonl files, or rows of .parquet and .arrow
     files."""
+    layout: Annotated[SourceLayout, FieldTag.IDENTITY] = "auto"
+    """Notebooks: `structured` = text, code and output in special tokens (`auto`), `script` = one piece of code."""
+    context: Annotated[Literal["whole", "window"], FieldTag.IDENTITY] = "whole"
+    """Commits: show whole files, or, as StarCoder's data did, a fifth of them whole and else up to 31 lines on either
+    side of the change."""
     fields: FieldsConfig | None = None
     """Columns of the records. Absent = found by their usual names."""
     subset: Annotated[Annotated[str, Field(min_length=1)] | None, FieldTag.IDENTITY] = None
@@ -365,8 +388,13 @@ class SourceConfig(ConfigSection):
         ]
         if for_code and self.format != "code":
             raise ValueError(f"{' and '.join(for_code)}: only for format code, not for {self.format}; remove")
-        if self.fim is not None and self.format == "chat":
-            raise ValueError("fim is for formats code and text: a conversation has no middle to fill in; remove it")
+        if self.fim is not None and self.format not in {"code", "text"}:
+            raise ValueError(f"fim is for formats code and text, not for {self.format}; remove it")
+        if self.layout not in _LAYOUTS.get(self.format, ("auto",)):
+            known = ", ".join(_LAYOUTS.get(self.format, ("auto",)))
+            raise ValueError(f"layout {self.layout}: format {self.format} has {known}")
+        if self.context != "whole" and self.format not in _FORMATS_OF_CHANGES:
+            raise ValueError(f"context is for formats of changes, not for {self.format}; remove it")
         if "loss" in self.model_fields_set and self.format != "chat":
             raise ValueError(
                 f"loss is for format chat: format {self.format} trains on every token (fim.loss is for "

@@ -33,6 +33,13 @@ class RenderedDocument(NamedTuple):
     examples: list[Example]
 
 
+class MarkedText(NamedTuple):
+    """Text of a document behind special tokens, which are given as text; the text may be empty."""
+
+    markers: tuple[str, ...]
+    text: str
+
+
 class RepositoryFile(NamedTuple):
     """File of a repository: path within it, and text."""
 
@@ -45,7 +52,8 @@ class Document:
     """Document: number of its source, a name that identifies its origin, and text.
 
     Code also has its repository, path within it and the repository's stars, as far as known. A whole-repository
-    document has its files as `parts`, in path order, and their concatenated texts as `text`.
+    document has its files as `parts`, in path order, and their concatenated texts as `text`. A commit, an issue and a
+    notebook have their special tokens and texts as `segments`, and the texts alone as `text`.
     """
 
     source: int
@@ -55,12 +63,15 @@ class Document:
     path: str = ""
     stars: int | None = None
     parts: tuple[RepositoryFile, ...] = ()
+    segments: tuple[MarkedText, ...] = ()
     dedup_text: str = ""
     """Text to compare for duplicates if it differs from `text`: a conversation without its loss overrides."""
 
     @cached_property
     def content_digest(self) -> bytes:
         """Hash of the content, without name and metadata."""
+        if self.segments:  # lengths keep apart what the texts alone do not
+            return content_hash("\0".join(f"{''.join(markers)}{len(text)}\0{text}" for markers, text in self.segments))
         return content_hash(self.dedup_text or self.text)
 
 

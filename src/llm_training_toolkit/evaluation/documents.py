@@ -21,13 +21,13 @@ from llm_training_toolkit.evaluation.task import DocumentFormat
 
 
 def read_held_out_documents(origin: ExportedRun) -> Iterator[Document]:
-    """Read a run's held-out documents, except conversations, again from its sources.
+    """Read a run's held-out documents of code and text again from its sources.
 
     Raises DataError if they are missing or have changed.
     """
     data = origin.config.data
     document_index = DocumentIndex.read(PreparedDataset.from_info(origin.dataset_info).directory / "documents")
-    written = [index for index, source in enumerate(list_all_sources(data)) if source.format != "chat"]
+    written = [index for index, source in enumerate(list_all_sources(data)) if source.format in {"code", "text"}]
     rereader = DocumentReader(data, document_index)
     for shard in split_into_shards(data, document_index, written, held=True):
         for _, document in rereader.read_documents(shard, held=True):

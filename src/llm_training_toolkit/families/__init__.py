@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable
 from typing import Any
 
 from llm_training_toolkit.config.run_identity import normalize_model_name
@@ -36,6 +37,7 @@ __all__ = [
     "compute_flops_per_token",
     "count_parameters",
     "find_size",
+    "list_models_with_tokens",
     "read_model_dims",
     "read_saved_dropout",
     "resolve_adapter",
@@ -47,6 +49,11 @@ _BY_NAME: dict[str, ModelSize] = {name: size for size in SIZES.values() for name
 FAMILIES: dict[str, Family] = {size.family.name: size.family for size in SIZES.values()}  # all families by name
 _BY_TYPE: dict[str, Family] = {family.model_type: family for family in FAMILIES.values()}
 _TUNED_SUFFIXES = ("-instruct", "-chat", "-base")  # of weights that have the shape of the ones without
+
+
+def list_models_with_tokens(markers: Iterable[str]) -> list[str]:
+    """Return the sizes whose family has all of some special tokens."""
+    return [name for name, size in SIZES.items() if set(markers) <= set(size.family.special_tokens.all)]
 
 
 def find_size(name: str) -> ModelSize:

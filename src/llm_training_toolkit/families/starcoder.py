@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from llm_training_toolkit.families import chat
+from llm_training_toolkit.families.document_layouts import COMMIT_MARKERS, ISSUE_MARKERS
 from llm_training_toolkit.families.family import (
     CodeLayout,
     Family,
@@ -19,7 +20,6 @@ from llm_training_toolkit.families.family import (
 PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 _FIM = ("<|endoftext|>", "<fim_prefix>", "<fim_middle>", "<fim_suffix>", "<fim_pad>")
-_ISSUES = ("<issue_start>", "<issue_comment>", "<issue_closed>")
 _JUPYTER = ("<jupyter_start>", "<jupyter_text>", "<jupyter_code>", "<jupyter_output>")
 
 
@@ -45,12 +45,10 @@ TOKENS_1 = _build_special_tokens(
         *_FIM,
         "<filename>",
         "<gh_stars>",
-        *_ISSUES,
+        *ISSUE_MARKERS,
         *_JUPYTER,
         "<empty_output>",
-        "<commit_before>",
-        "<commit_msg>",
-        "<commit_after>",
+        *COMMIT_MARKERS,
         "<reponame>",
     ),
 )
@@ -63,7 +61,7 @@ TOKENS_2 = _build_special_tokens(
         *_FIM,
         "<repo_name>",
         "<file_sep>",
-        *_ISSUES,
+        *ISSUE_MARKERS,
         *_JUPYTER,
         "<jupyter_script>",
         "<empty_output>",

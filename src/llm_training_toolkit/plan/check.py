@@ -10,7 +10,8 @@ from pathlib import Path
 
 from llm_training_toolkit.config.schema import Config, SourceConfig
 from llm_training_toolkit.config.uri import is_uri
-from llm_training_toolkit.families import Family, HfValues, ModelSize, read_saved_dropout
+from llm_training_toolkit.families import Family, HfValues, ModelSize, list_models_with_tokens, read_saved_dropout
+from llm_training_toolkit.families.document_layouts import get_required_markers
 from llm_training_toolkit.families.family import ISOLATED_MODEL_TYPES
 from llm_training_toolkit.families.lora import get_fully_trainable_modules
 from llm_training_toolkit.plan.auto import GPU_ATTENTION, OFFLOAD_STAGES
@@ -286,6 +287,11 @@ def _find_source_problems(where: str, source: SourceConfig, family: Family) -> I
     if source.fim is not None and not tokens.has_fim:
         what = f"{family.name} has no tokens for fill-in-the-middle"
         yield Problem("no-fim-tokens", f"{where}.fim", what, "Remove it, or use a family that has: qwen2.5, starcoder2")
+    required = get_required_markers(source.format, source.layout)
+    if missing := [marker for marker in required if marker not in tokens.all]:
+        what = f"{family.name} has no tokens for {source.format}, such as {missing[0]}"
+        fix = f"Use one of the models that have: {', '.join(list_models_with_tokens(required))}"
+        yield Problem("no-layout-tokens", f"{where}.format", what, fix)
     if source.group_by == "repository" and not source.metadata and family.code_layout.needs_path:
         what = f"{family.name} tells the files of a repository apart by their paths alone"
         yield Problem("repository-needs-metadata", f"{where}.group_by", what, "Set metadata: true, or group_by: file")

@@ -34,6 +34,10 @@ REFUSED = [
     ({"loss": "all"}, "data.sources.0: loss is for format chat"),
     ({"loss": "assistant"}, "data.sources.0: loss is for format chat"),
     ({"format": "text", "loss": "last_turn"}, "data.sources.0: loss is for format chat"),
+    ({"format": "issues", "fim": {}}, "data.sources.0: fim is for formats code and text, not for issues"),
+    ({"format": "issues", "layout": "script"}, "data.sources.0: layout script: format issues has auto"),
+    ({"context": "window"}, "data.sources.0: context is for formats of changes, not for code"),
+    ({"format": "commits", "fields": {"text": "a"}}, "format commits has after, before, language, message"),
     ({"path": "s3://key:secret@bucket/a"}, "data.sources.0.path: the address holds a user, key or token"),
 ]
 
@@ -50,6 +54,8 @@ ACCEPTED = [
     {"format": "text", "fim": {}},
     {"format": "chat", "loss": "last_turn"},
     {"format": "chat", "group_by": "file", "metadata": False},
+    {"format": "commits", "context": "window", "fields": {"before": "a"}},
+    {"format": "notebooks", "layout": "script"},
 ]
 
 

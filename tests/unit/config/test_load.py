@@ -8,7 +8,7 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given
@@ -24,6 +24,7 @@ from llm_training_toolkit.config import (
 )
 from llm_training_toolkit.config.fields import format_type, get_inner_section, iter_sections, resolve_key
 from llm_training_toolkit.config.load import format_unknown_key
+from llm_training_toolkit.config.schema import SourceFormat
 from llm_training_toolkit.config.search import SearchConfig
 from llm_training_toolkit.errors import ConfigError
 
@@ -231,7 +232,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 
 def test_errors_inside_a_list_do_not_call_the_list_short(tmp_path: Path) -> None:
     assert problems(tmp_path, SMALL, "data.sources.0.format=cod") == [
-        "override data.sources.0.format=cod: expected one of code, text, chat"
+        f"override data.sources.0.format=cod: expected one of {', '.join(get_args(SourceFormat))}"
     ]
     assert problems(tmp_path, SMALL, "data.sources=[]") == [
         "override data.sources=[]: expected a list of at least 1, each a section (path, format, fields, "

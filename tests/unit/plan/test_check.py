@@ -55,12 +55,28 @@ FOUND = [
     ("starcoderbase-1b", {"group_by": "repository", "metadata": True, "fim": {}}, []),
     ("starcoder2-3b", {"group_by": "repository"}, []),
     ("qwen3-0.6b", {"group_by": "repository", "metadata": True, "fim": {}}, []),
+    ("qwen3-0.6b", {"format": "issues"}, ["data.sources[1].format"]),
+    ("qwen3-0.6b", {"format": "notebooks"}, ["data.sources[1].format"]),
+    ("qwen3-0.6b", {"format": "notebooks", "layout": "script"}, []),
+    ("starcoder2-3b", {"format": "commits"}, ["data.sources[1].format"]),
+    ("starcoder2-3b", {"format": "notebooks"}, []),
+    ("starcoder2-3b", {"format": "issues"}, []),
+    ("starcoderbase-1b", {"format": "commits"}, []),
+    ("gpt_bigcode-santacoder", {"format": "commits"}, ["data.sources[1].format"]),
 ]
 
 
 @pytest.mark.parametrize(("model", "source", "where"), FOUND)
 def test_sources_that_the_family_cannot_write(model: str, source: dict[str, Any], where: list[str]) -> None:
     assert problems(model, source) == where
+
+
+def test_missing_tokens_of_a_layout_name_the_models_that_have_them() -> None:
+    config = tiny_config(Path("x"), Path("t"), data={"sources": [{"path": "x", "format": "commits"}]})
+    size = families.find_size("qwen3-0.6b")
+    (problem,) = (each for each in find_problems(config, size, size.hf_values, 1) if each.code == "no-layout-tokens")
+    assert "starcoderbase-1b, starcoderbase-3b" in problem.fix
+    assert "starcoder2" not in problem.fix
 
 
 def test_held_out_sources_are_checked_too() -> None:

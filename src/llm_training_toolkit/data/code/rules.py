@@ -7,6 +7,7 @@ from typing import Literal
 
 from llm_training_toolkit.config.schema import SourceConfig
 from llm_training_toolkit.data.code.fim import FimRules, UniformDraw, draw_uniform_numbers
+from llm_training_toolkit.data.code.marker_layout import MARKED_FORMATS, MarkerLayout
 from llm_training_toolkit.data.code.repo_format import FileSegment, RepoFormat, build_plain_segments
 from llm_training_toolkit.data.sources import Document
 from llm_training_toolkit.data.tokenizer import TextEncoder, TokenizationSpec
@@ -22,7 +23,7 @@ class RenderRules:
     fim: FimRules | None = None
     seed: int = 0
     epoch: int = 0
-    layout: RepoFormat | None = None
+    layout: RepoFormat | MarkerLayout | None = None
 
     @classmethod
     def from_config(
@@ -43,7 +44,9 @@ class RenderRules:
             None if source.fim is None else FimRules.from_config(source.fim, markers, encoder),
             seed,
             epoch,
-            RepoFormat.from_config(source, markers, encoder),
+            MarkerLayout.from_config(source, encoder)
+            if source.format in MARKED_FORMATS
+            else RepoFormat.from_config(source, markers, encoder),
         )
 
     def build_file_segments(self, document: Document) -> list[FileSegment]:

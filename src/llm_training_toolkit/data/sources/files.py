@@ -8,11 +8,11 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from llm_training_toolkit.config.schema import SourceFormat
 from llm_training_toolkit.config.uri import redact_uri
 
-SourceFormat = Literal["code", "text", "chat"]
 _CODE_EXTENSIONS = """
 py pyi js jsx mjs ts tsx java c h cc cpp cxx hh hpp cu go rs rb php cs swift kt scala sh bash sql lua pl r jl
 hs ml ex exs erl clj dart zig m mm html css scss vue svelte yaml yml toml proto tf cmake md rst"""
@@ -20,6 +20,9 @@ CODE_SUFFIXES = frozenset("." + name for name in _CODE_EXTENSIONS.split())
 COMPRESSION_SUFFIXES = frozenset({".gz", ".bz2", ".xz", ".zst"})
 _PROSE_SUFFIXES = frozenset({".md", ".rst"})
 _TEXT_SUFFIXES = frozenset({".txt", ".md"})
+_NOTEBOOK_SUFFIX = ".ipynb"
+# Formats whose documents are records, also those of .json files.
+_RECORD_FORMATS = frozenset({"chat", "commits", "issues"})
 HIDDEN_PREFIX = "."
 _WILDCARD_PATTERN = re.compile(r"[*?\[]")
 _EXCLUDED_DIRECTORIES = frozenset({"node_modules", "__pycache__", "site-packages"})
@@ -149,13 +152,16 @@ def detect_file_format(name: str, form: SourceFormat) -> FileFormat:
 def select_readable_files(found: Iterable[SourceFile], form: SourceFormat) -> list[SourceFile]:
     """Return the files of a directory that a format reads.
 
-    `chat`: record files, including .json. `text`: record files, .txt and .md. `code`: source files, or record files if
-    the only source files are .md and .rst (a data set with its README).
+    `chat`, `commits`, `issues`: record files, including .json. `notebooks`: .ipynb and record files. `text`: record
+    files, .txt and .md. `code`: source files, or record files if the only source files are .md and .rst (a data set
+    with its README).
     """
     files = list(found)
     records = [file for file in files if get_content_suffix(file.relative) in RECORD_FILE_FORMATS]
-    if form == "chat":
+    if form in _RECORD_FORMATS:
         return [file for file in files if detect_file_format(file.relative, form) is not FileFormat.WHOLE]
+    if form == "notebooks":
+        return records + [file for file in files if get_content_suffix(file.relative) == _NOTEBOOK_SUFFIX]
     if form == "text":
         return records + [file for file in files if get_content_suffix(file.relative) in _TEXT_SUFFIXES]
     code = [file for file in files if posixpath.splitext(file.relative.lower())[1] in CODE_SUFFIXES]
@@ -168,8 +174,8 @@ def format_searched_suffixes(form: SourceFormat) -> str:
     return {
         "code": f"source files, or {records} where there are none",
         "text": f"{records}/.md/.txt",
-        "chat": f"{records}/.json",
-    }[form]
+        "notebooks": f"{_NOTEBOOK_SUFFIX} and {records}",
+    }.get(form, f"{records}/.json")
 
 
 def has_wildcards(path: str) -> bool:

@@ -63,7 +63,7 @@ def fingerprint_sources(sources: Iterable[SourceConfig]) -> str:
         digest.update(b"\0source")
         for file in list_source_files(source):
             # Adding or removing a checkout changes the repository of code files, but not the files.
-            repository = file.repository if source.format == "code" else ""
+            repository = file.repository if source.format in {"code", "notebooks"} else ""
             digest.update(f"\0{file.name}\0{_read_version_stamp(file)}\0{repository}".encode())
     return digest.hexdigest()
 

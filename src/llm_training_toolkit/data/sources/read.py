@@ -19,6 +19,7 @@ from llm_training_toolkit.data.sources.document import DocumentStats, Unreadable
 from llm_training_toolkit.data.sources.fields import RecordReader
 from llm_training_toolkit.data.sources.files import FileFormat, SourceFile, detect_file_format
 from llm_training_toolkit.data.sources.find import list_source_files
+from llm_training_toolkit.data.sources.layout_records import LayoutRecordReader
 from llm_training_toolkit.data.sources.records import read_source_records
 from llm_training_toolkit.data.sources.text import decode_utf8, iter_file_pieces
 from llm_training_toolkit.data.types import Document, RepositoryFile, content_hash
@@ -239,7 +240,10 @@ def _read_whole_file(
     file: SourceFile, reader: RecordReader, index: int, tally: DocumentStats, first: int
 ) -> Iterator[Document | UnreadableDocument]:
     """Yield a file as one document, or, if it is too large, cut into several, which are numbered like records."""
-    if reader.form == "chat" or reader.named or reader.filter:
+    if reader.form == "notebooks" and reader.layout and not (reader.named or reader.filter):
+        yield _read_notebook_file(file, reader.layout, index, reader.max_bytes)
+        return
+    if reader.form not in {"code", "text"} or reader.named or reader.filter:
         raise UnreadableDocument(
             file.display_path, "holds no records (.jsonl, .json, .parquet, .arrow, .feather)", "no_records"
         )
@@ -255,6 +259,18 @@ def _read_whole_file(
                 yield error
             else:
                 yield Document(index, file.name if piece.is_whole else f"{file.name}:{number}", text, *labels)
+
+
+def _read_notebook_file(file: SourceFile, layout: LayoutRecordReader, index: int, max_bytes: int) -> Document:
+    """Read an .ipynb file, which cannot be cut. Raises UnreadableDocument if it is too large or no notebook."""
+    with open_decompressed(file) as stream:
+        content = stream.read(max_bytes + 1)
+    if len(content) > max_bytes:
+        raise UnreadableDocument(
+            file.display_path, f"has more than the {max_bytes / (1 << 20):,.1f} MiB of max_document_mb", "too_large"
+        )
+    text = decode_utf8(content, file.display_path)
+    return layout.build_notebook(text, file.display_path, index, file.name, (file.repository, file.path))
 
 
 def group_by_repository(pieces: Iterable[Document], max_characters: int, tally: DocumentStats) -> Iterator[Document]:
