@@ -23,6 +23,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from llm_training_toolkit.config.timestamps import check_timestamp
 from llm_training_toolkit.config.uri import has_userinfo
 
 SECRET_ERROR = "secret"  # noqa: S105 - type of pydantic's error whose value must not be shown
@@ -238,10 +239,13 @@ class FimConfig(ConfigSection):
     transform the whole document, or file of a repository, then split."""
 
 
-SourceFormat = Literal["code", "text", "chat", "commits", "issues", "notebooks"]
-SourceLayout = Literal["auto", "structured", "script"]
-_LAYOUTS: dict[str, tuple[SourceLayout, ...]] = {"notebooks": ("auto", "structured", "script")}
-_FORMATS_OF_CHANGES = frozenset({"commits"})
+SourceFormat = Literal["code", "text", "chat", "commits", "issues", "notebooks", "git"]
+SourceLayout = Literal["auto", "structured", "script", "commits", "diffs", "edits"]
+_LAYOUTS: dict[str, tuple[SourceLayout, ...]] = {
+    "notebooks": ("auto", "structured", "script"),
+    "git": ("auto", "commits", "diffs", "edits"),
+}
+_FORMATS_OF_CHANGES = frozenset({"commits", "git"})
 PROMPT_TEMPLATES = ("alpaca", "starchat", "starcoder")
 _PLACEHOLDER = re.compile(r"\{(\w*)\}")
 
@@ -312,6 +316,7 @@ FIELDS_BY_FORMAT = {
     "commits": frozenset({"before", "message", "after", "path", "repository", "language"}),
     "issues": frozenset({"title", "events", "repository", "language"}),
     "notebooks": frozenset({"content", "path", "repository", "language"}),
+    "git": frozenset(),
 }
 FilterValue = str | int | float | bool
 
@@ -332,13 +337,20 @@ class SourceConfig(ConfigSection):
     format: Annotated[SourceFormat, FieldTag.IDENTITY]
     """Format of the documents. `code`: one document per file, or per record with `content`. `text`: the same with
     `text`. `chat`: one conversation per record. `commits`, `issues`: one per record, in StarCoder's special tokens.
-    `notebooks`: the same per .ipynb file or record. Records are lines of .jsonl files, or rows of .parquet and .arrow
-    files."""
+    `notebooks`: the same per .ipynb file or record. `git`: the commits of a local repository. Records are lines of
+    .jsonl files, or rows of .parquet and .arrow files."""
     layout: Annotated[SourceLayout, FieldTag.IDENTITY] = "auto"
-    """Notebooks: `structured` = text, code and output in special tokens (`auto`), `script` = one piece of code."""
+    """Notebooks: `structured` = text, code and output in special tokens (`auto`), `script` = one piece of code. Git:
+    `commits` = each changed file in StarCoder's commit tokens, `diffs` = each commit as message and unified diff,
+    `edits` = each edited region before and after; `auto` = `commits` where the tokenizer has the tokens, else
+    `diffs`."""
+    before: Annotated[Annotated[str, AfterValidator(check_timestamp)] | None, FieldTag.IDENTITY] = None
+    """Git: only commits before this date or time (UTC): a commit counts from the date of its newest ancestor on."""
+    after: Annotated[Annotated[str, AfterValidator(check_timestamp)] | None, FieldTag.IDENTITY] = None
+    """Git: only commits at this date or time, or later. A held-out source has the date of the training's `before`."""
     context: Annotated[Literal["whole", "window"], FieldTag.IDENTITY] = "whole"
-    """Commits: show whole files, or, as StarCoder's data did, a fifth of them whole and else up to 31 lines on either
-    side of the change."""
+    """Commits, and git in this layout: show whole files, or, as StarCoder's data did, a fifth of them whole and else up
+    to 31 lines on either side of the change."""
     fields: FieldsConfig | None = None
     """Columns of the records. Absent = found by their usual names."""
     subset: Annotated[Annotated[str, Field(min_length=1)] | None, FieldTag.IDENTITY] = None
@@ -393,6 +405,12 @@ class SourceConfig(ConfigSection):
         if self.layout not in _LAYOUTS.get(self.format, ("auto",)):
             known = ", ".join(_LAYOUTS.get(self.format, ("auto",)))
             raise ValueError(f"layout {self.layout}: format {self.format} has {known}")
+        for_git = [name for name in ("before", "after") if getattr(self, name) is not None]
+        if for_git and self.format != "git":
+            raise ValueError(f"{' and '.join(for_git)}: only for format git, not for {self.format}; remove")
+        for_files = [name for name in ("fields", "filter", "subset", "split") if getattr(self, name) is not None]
+        if for_files and self.format == "git":
+            raise ValueError(f"{' and '.join(for_files)}: not for format git, which reads no records; remove")
         if self.context != "whole" and self.format not in _FORMATS_OF_CHANGES:
             raise ValueError(f"context is for formats of changes, not for {self.format}; remove it")
         if "loss" in self.model_fields_set and self.format != "chat":

@@ -34,10 +34,14 @@ class RenderedDocument(NamedTuple):
 
 
 class MarkedText(NamedTuple):
-    """Text of a document behind special tokens, which are given as text; the text may be empty."""
+    """Text of a document behind special tokens, which are given as text; the text may be empty.
+
+    is_trained: False for a text that is only shown, and bears no loss.
+    """
 
     markers: tuple[str, ...]
     text: str
+    is_trained: bool = True
 
 
 class RepositoryFile(NamedTuple):
@@ -71,7 +75,9 @@ class Document:
     def content_digest(self) -> bytes:
         """Hash of the content, without name and metadata."""
         if self.segments:  # lengths keep apart what the texts alone do not
-            return content_hash("\0".join(f"{''.join(markers)}{len(text)}\0{text}" for markers, text in self.segments))
+            return content_hash(
+                "\0".join(f"{''.join(each.markers)}{len(each.text)}\0{each.text}" for each in self.segments)
+            )
         return content_hash(self.dedup_text or self.text)
 
 

@@ -17,6 +17,7 @@ from llm_training_toolkit.families.lora import get_fully_trainable_modules
 from llm_training_toolkit.plan.auto import GPU_ATTENTION, OFFLOAD_STAGES
 from llm_training_toolkit.plan.batch import get_micro_batch, split_global_batch
 from llm_training_toolkit.plan.deepspeed import find_deepspeed_problems
+from llm_training_toolkit.plan.git_check import find_git_problems
 from llm_training_toolkit.plan.problem import Problem, format_plural
 
 _MOST_MEMORY_GB = 1e6  # a petabyte on one device: larger estimates are typos
@@ -275,6 +276,7 @@ def _find_data_problems(config: Config, size: ModelSize, hf: HfValues) -> Iterat
             else f", or raise model.config_overrides.{family.position_key} (from scratch)"
         )
         yield Problem("sequence-too-long", "data.sequence_length", what, f"Use at most {positions}{more}")
+    yield from find_git_problems(config.data)
     for index, source in enumerate(config.data.sources):
         yield from _find_source_problems(f"data.sources[{index}]", source, family)
     for index, source in enumerate(config.data.eval.sources):

@@ -24,7 +24,7 @@ from llm_training_toolkit.config import (
 )
 from llm_training_toolkit.config.fields import format_type, get_inner_section, iter_sections, resolve_key
 from llm_training_toolkit.config.load import format_unknown_key
-from llm_training_toolkit.config.schema import SourceFormat
+from llm_training_toolkit.config.schema import SourceConfig, SourceFormat
 from llm_training_toolkit.config.search import SearchConfig
 from llm_training_toolkit.errors import ConfigError
 
@@ -235,9 +235,8 @@ def test_errors_inside_a_list_do_not_call_the_list_short(tmp_path: Path) -> None
         f"override data.sources.0.format=cod: expected one of {', '.join(get_args(SourceFormat))}"
     ]
     assert problems(tmp_path, SMALL, "data.sources=[]") == [
-        "override data.sources=[]: expected a list of at least 1, each a section (path, format, fields, "
-        "subset, split, filter, limit, max_document_mb, prompt_template, follow_symlinks, fim, group_by, metadata, "
-        "loss, overlong, weight)"
+        "override data.sources=[]: expected a list of at least 1, each a section "
+        f"({', '.join(SourceConfig.model_fields)})"
     ]
 
 

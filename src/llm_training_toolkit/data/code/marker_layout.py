@@ -37,7 +37,9 @@ class MarkerLayout:
         """Build one segment per text; a document without special tokens is plain text."""
         if not document.segments:
             return build_plain_segments(document)
-        return [FileSegment(self._get_ids(markers), "", text, "") for markers, text in document.segments]
+        return [
+            FileSegment(self._get_ids(each.markers), "", each.text, "", each.is_trained) for each in document.segments
+        ]
 
     def _get_ids(self, markers: tuple[str, ...]) -> tuple[int, ...]:
         """Return the ids of special tokens. A tokenizer without a token for scripts reads them as plain code."""

@@ -144,7 +144,12 @@ def _compute_added_tokens(chunk: Chunk, fragment: ChunkSpan, piece: _RenderedSpa
 
 def _render_plain_chunk(chunk: Chunk) -> Example:
     tokens = chunk.tokenized.buffer.tokens[chunk.start : chunk.stop + chunk.is_last]
-    return Example(tokens, np.ones(len(tokens), dtype=np.bool_), chunk.tokenized.number)
+    loss = np.ones(len(tokens), dtype=np.bool_)
+    if chunk.tokenized.document.segments:
+        for segment, file in zip(chunk.tokenized.file_segments, chunk.tokenized.files, strict=True):
+            if not segment.is_trained:
+                loss[max(file.head_start - chunk.start, 0) : max(file.end - chunk.start, 0)] = False
+    return Example(tokens, loss, chunk.tokenized.number)
 
 
 def _render_fim_chunk(chunk: Chunk, pieces: list[tuple[ChunkSpan, _RenderedSpan]], rules: RenderRules) -> Example:

@@ -19,12 +19,14 @@ class FileSegment(NamedTuple):
 
     head: special tokens (ids) and metadata (text). lead: text between the last special token and the body.
     body: the file's own text, the only part FIM may split. tail: separator before the next file.
+    is_trained: False for a text that is only shown, and bears no loss.
     """
 
     head: tuple[int | str, ...]
     lead: str
     body: str
     tail: str
+    is_trained: bool = True
 
 
 @dataclass(frozen=True)

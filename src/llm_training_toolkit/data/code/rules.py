@@ -40,7 +40,7 @@ class RenderRules:
         return cls(
             sequence_length,
             encoder.get_special_token_id(markers.tokens.end_of_text),
-            "split" if source.overlong == "auto" else source.overlong,
+            _choose_overlong(source),
             None if source.fim is None else FimRules.from_config(source.fim, markers, encoder),
             seed,
             epoch,
@@ -59,3 +59,10 @@ class RenderRules:
             return None
         drawn = draw_uniform_numbers(self.seed, self.epoch, document.source, number, part)
         return drawn if drawn.rearrange < self.fim.rate else None
+
+
+def _choose_overlong(source: SourceConfig) -> Literal["split", "drop", "error"]:
+    """Return what happens to a long document. A next edit that is cut would show a region without its answer."""
+    if source.overlong != "auto":
+        return source.overlong
+    return "drop" if source.layout == "edits" else "split"

@@ -41,6 +41,7 @@ from llm_training_toolkit.data.prepare.shards import (
     read_rendering_stats,
     render_in_process,
 )
+from llm_training_toolkit.data.prepare.source_layouts import resolve_source_layouts
 from llm_training_toolkit.data.sources import fingerprint_sources
 from llm_training_toolkit.data.tokenizer import (
     TOKENIZER_FILES,
@@ -129,7 +130,8 @@ class DatasetBuilder:
     def __init__(
         self, config: Config, markers: TokenizationSpec, progress: StageProgressCallback | None, runner: ShardRunner
     ) -> None:
-        self.data, self.tokenizer, self.seed = config.data, config.tokenizer, config.run.seed
+        self.data = resolve_source_layouts(config.data, markers)
+        self.tokenizer, self.seed = config.tokenizer, config.run.seed
         self.markers, self._progress, self.runner = markers, progress, runner
         self.max_eval_sequences = config.max_eval_sequences
         self.cache = get_cache_directory(config)

@@ -11,6 +11,7 @@ from llm_training_toolkit.config.schema import Config, SourceConfig
 from llm_training_toolkit.config.uri import redact_uri
 from llm_training_toolkit.data.prepare.document_index import list_all_sources
 from llm_training_toolkit.data.prepare.renderer import DocumentRenderer, extract_plain_text
+from llm_training_toolkit.data.prepare.source_layouts import resolve_source_layouts
 from llm_training_toolkit.data.sources import Document, DocumentStats, format_faults, list_source_files, read_sample
 from llm_training_toolkit.data.tokenizer import (
     TokenizationSpec,
@@ -61,6 +62,7 @@ def check_sources(config: Config, markers: TokenizationSpec) -> Iterator[SourceS
     Without a tokenizer of its own (`tokenizer.train`) a configuration's documents are read only. Raises DataError for a
     source without files, a store that does not answer, or a tokenizer that cannot be used.
     """
+    config = config.model_copy(update={"data": resolve_source_layouts(config.data, markers)})
     renderer = _open_renderer(config, markers)
     for index, source in enumerate(list_all_sources(config.data)):
         files = list_source_files(source)

@@ -16,6 +16,7 @@ from llm_training_toolkit.data.sources.files import (
     format_searched_suffixes,
     select_readable_files,
 )
+from llm_training_toolkit.data.sources.git_history import find_repository_file
 from llm_training_toolkit.data.sources.hub import find_hub_files, is_hub_id
 from llm_training_toolkit.data.sources.splits import select_split_files
 from llm_training_toolkit.errors import DataError
@@ -81,6 +82,8 @@ def _read_version_stamp(file: SourceFile) -> str:
 
 def _find_source_files(source: SourceConfig) -> Iterable[SourceFile]:
     """Yield the files before their order is fixed. Of a data set on the hub, subset and split are chosen here."""
+    if source.format == "git":
+        return [find_repository_file(source)]
     if is_hub_id(source.path):
         return find_hub_files(source.path, source.subset, source.split)
     return select_split_files(list(_find_path_files(source)), source)

@@ -114,5 +114,5 @@ def _wrap_errors(parse: Callable[[], tuple[MarkedText, ...]], where: str) -> tup
 def _build_document(
     segments: tuple[MarkedText, ...], where: str, source: int, name: str, labels: tuple[str, str]
 ) -> Document:
-    text = check_encodable("\n".join(text for _, text in segments if text), where)
+    text = check_encodable("\n".join(each.text for each in segments if each.text), where)
     return Document(source, name, text, *labels, segments=segments)

@@ -19,6 +19,7 @@ from llm_training_toolkit.data.sources.document import DocumentStats, Unreadable
 from llm_training_toolkit.data.sources.fields import RecordReader
 from llm_training_toolkit.data.sources.files import FileFormat, SourceFile, detect_file_format
 from llm_training_toolkit.data.sources.find import list_source_files
+from llm_training_toolkit.data.sources.git_history import read_history
 from llm_training_toolkit.data.sources.layout_records import LayoutRecordReader
 from llm_training_toolkit.data.sources.records import read_source_records
 from llm_training_toolkit.data.sources.text import decode_utf8, iter_file_pieces
@@ -106,6 +107,10 @@ def read_sample(source: SourceConfig, index: int, found: list[SourceFile], tally
 
     Files of a repository come one by one. A damaged file is counted. Raises DataError for an unresponsive store.
     """
+    if source.format == "git":
+        commits = islice(read_history(source, index, tally), _SAMPLE_RECORDS)
+        yield from _drop_unusable(_handle_unreadable(commits, "collect", tally), (), tally)
+        return
     reader = RecordReader.from_config(source)
     share = -(-_SAMPLE_RECORDS // max(len(found), 1))
     for file in found:
@@ -135,6 +140,9 @@ def _iter_readable_documents(
     source: SourceConfig, index: int, found: list[SourceFile], *, on_error: OnError, tally: DocumentStats, begin: str
 ) -> Iterator[Document]:
     """Yield every readable file and record in order; raise DataError for unreadable ones or count them."""
+    if source.format == "git":
+        yield from _handle_unreadable(read_history(source, index, tally, begin), on_error, tally)
+        return
     if source.group_by == "repository":
         found = sorted(found, key=lambda file: (file.repository, file.path))
         pieces = (

@@ -116,7 +116,8 @@ LINES = st.lists(st.sampled_from(["a\n", "b\n", "\n", "c = 1\n"]), max_size=120)
 
 @given(LINES, LINES)
 def test_window_holds_the_change_and_at_most_31_lines_around_it(before: str, after: str) -> None:
-    (_, old), _, (_, new) = build_commit_segments(before, "m", after, "window")
+    shown, _, changed = build_commit_segments(before, "m", after, "window")
+    old, new = shown.text, changed.text
     assert old in before
     assert new in after
     if (old, new) == (before, after):

@@ -1,0 +1,1 @@
+"""Histories of git repositories as documents: commits, unified diffs, next edits."""

@@ -1,0 +1,162 @@
+"""Commits of a repository in a fixed order, read through the program git in a stream."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import IO, NamedTuple, Self
+
+from llm_training_toolkit.config.schema import SourceConfig
+from llm_training_toolkit.config.timestamps import parse_timestamp
+from llm_training_toolkit.data.git.patch import FileChange, UnusableChange, parse_patch
+from llm_training_toolkit.errors import DataError
+from llm_training_toolkit.plan.git_check import build_git_command, build_git_environment
+
+_WHOLE_FILE = 1_000_000_000  # lines of context, more than any file has
+_DIFF_CONTEXT = 3
+_END = b"end of commit\n"  # no line of a patch begins with an e
+_PATCH_OPTIONS = (
+    *("--stdin", "--root", "-r", "-p", "--no-commit-id"),
+    *("--no-ext-diff", "--no-textconv", "--no-color", "--ignore-submodules=all"),
+    # Fixed here, because defaults differ between versions of git and by configuration.
+    *("--diff-algorithm=myers", "--indent-heuristic", "--find-renames=50%", "-l1000", "--no-relative"),
+    *("--src-prefix=a/", "--dst-prefix=b/", "--inter-hunk-context=0"),
+)
+
+
+class Commit(NamedTuple):
+    """Commit with its message and the files that it changed; those that are no text are named by their reason."""
+
+    id: str
+    message: str
+    changes: list[FileChange]
+    unusable: list[str]
+
+
+class HistoryReader:
+    """Reads the commits of one source, oldest first, parents before children, merges left out.
+
+    Holds one commit at a time, of at most `max_bytes` per file. With a date it also holds some 130 bytes per commit.
+    """
+
+    def __init__(self, repository: Path, source: SourceConfig, *, whole_files: bool) -> None:
+        self._repository, self._max_bytes = repository, source.max_document_bytes
+        self._before = None if source.before is None else parse_timestamp(source.before)
+        self._after = None if source.after is None else parse_timestamp(source.after)
+        self.merges = 0
+        self._stack = contextlib.ExitStack()
+        self._context = _WHOLE_FILE if whole_files else _DIFF_CONTEXT
+
+    def __enter__(self) -> Self:
+        # A larger file counts as binary, so that git itself does not hold it either.
+        limit = ("-c", f"core.bigFileThreshold={self._max_bytes}")
+        self._patches = self._start(*limit, "diff-tree", *_PATCH_OPTIONS, f"--unified={self._context}")
+        self._objects = self._start("cat-file", "--batch")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def read_commits(self, begin: str = "") -> Iterator[Commit]:
+        """Yield the commits from the one with the id `begin` on. Raises DataError if git fails."""
+        reached = not begin
+        for commit in self._iter_commit_ids():
+            reached = reached or commit == begin
+            if reached:
+                message = self._read_message(commit)
+                parts = list(parse_patch(self._iter_patch_lines(commit), self._max_bytes))
+                changes = [part for part in parts if isinstance(part, FileChange)]
+                yield Commit(
+                    commit, message, changes, [part.reason for part in parts if isinstance(part, UnusableChange)]
+                )
+
+    def _iter_commit_ids(self) -> Iterator[str]:
+        """Yield the ids of the commits on the source's side of its dates.
+
+        A commit counts from the date of its newest ancestor on. Otherwise one with a wrong clock, or an old one that
+        was rebased, would be trained on although its files hold what came later.
+        """
+        dated = self._before is not None or self._after is not None
+        process = self._start("rev-list", "--topo-order", "--reverse", "--parents", "--timestamp", "HEAD")
+        assert process.stdout is not None
+        newest: dict[bytes, int] = {}
+        for line in process.stdout:
+            stamp, commit, *parents = line.split()
+            if dated:
+                date = max([int(stamp), *(newest[bytes.fromhex(parent.decode())] for parent in parents)])
+                newest[bytes.fromhex(commit.decode())] = date
+                if not self._is_in_period(date):
+                    continue
+            if len(parents) > 1:
+                self.merges += 1
+                continue
+            yield commit.decode()
+        if process.wait() != 0:
+            raise self._build_error("rev-list")
+
+    def _is_in_period(self, date: int) -> bool:
+        return (self._before is None or date < self._before) and (self._after is None or date >= self._after)
+
+    def _read_message(self, commit: str) -> str:
+        """Return the message as git stores it, decoded."""
+        output = _send(self._objects, f"{commit}\n".encode())
+        heading = output.readline().split()
+        if len(heading) != 3:
+            raise self._build_error("cat-file")
+        content = output.read(int(heading[2]))
+        output.read(1)
+        head, _, message = content.partition(b"\n\n")
+        named = next((line[9:].decode() for line in head.split(b"\n") if line.startswith(b"encoding ")), "utf-8")
+        try:
+            return message.decode(named, errors="replace")
+        except LookupError:  # an encoding that Python does not know
+            return message.decode(errors="replace")
+
+    def _iter_patch_lines(self, commit: str) -> Iterator[bytes]:
+        """Yield the lines of a commit's patch. git repeats a line that is no commit, which marks the end."""
+        output = _send(self._patches, f"{commit}\n".encode() + _END)
+        while (line := output.readline(self._max_bytes + 2)) != _END:
+            if not line:
+                raise self._build_error("diff-tree")
+            yield line
+
+    def _start(self, *arguments: str) -> subprocess.Popen[bytes]:
+        process = subprocess.Popen(
+            build_git_command(self._repository, *arguments),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=build_git_environment(self._repository),
+        )
+        self._stack.callback(_stop, process)
+        return process
+
+    def _build_error(self, command: str) -> DataError:
+        return DataError(
+            f"{self._repository}: git {command} ended early, so the history cannot be read. Check the repository with "
+            "`git fsck`, and let nothing write into it."
+        )
+
+
+def _send(process: subprocess.Popen[bytes], request: bytes) -> IO[bytes]:
+    """Send a request to a process that answers one at a time, and return its output."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    with contextlib.suppress(BrokenPipeError):  # its output then ends, which the caller reports
+        process.stdin.write(request)
+        process.stdin.flush()
+    return process.stdout
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    for stream in (process.stdin, process.stdout):
+        if stream is not None:
+            with contextlib.suppress(BrokenPipeError):
+                stream.close()
+    process.wait()
