@@ -321,6 +321,26 @@ FIELDS_BY_FORMAT = {
 FilterValue = str | int | float | bool
 
 
+class QualityConfig(ConfigSection):
+    """Filters of code data, as BigCode publishes them (docs/code-data.md). Absent = not applied."""
+
+    max_line_length: Annotated[Annotated[int, Field(ge=1)] | None, FieldTag.IDENTITY] = None
+    """Maximum length of the longest line in characters. StarCoder and StarCoder2 used 1000."""
+    max_mean_line_length: Annotated[Annotated[float, Field(gt=0.0)] | None, FieldTag.IDENTITY] = None
+    """Maximum mean length of the lines in characters. StarCoder and StarCoder2 used 100."""
+    max_lines: Annotated[Annotated[int, Field(ge=1)] | None, FieldTag.IDENTITY] = None
+    """Maximum number of lines. StarCoder2 used 100000."""
+    min_alphanumeric: Annotated[Share | None, FieldTag.IDENTITY] = None
+    """Minimum share of letters and digits among the characters. StarCoder used 0.25."""
+    min_alphabetic: Annotated[Share | None, FieldTag.IDENTITY] = None
+    """Minimum share of letters among the characters. StarCoder2 used 0.25."""
+    drop_generated: Annotated[bool, FieldTag.IDENTITY] = False
+    """Drop files that call themselves generated in their first five lines, by StarCoder2's phrases."""
+    licenses: Annotated[Annotated[tuple[str, ...], Field(min_length=1)] | None, FieldTag.IDENTITY] = None
+    """Licences to keep, in any case: every licence of a record must be among them. `no_license` keeps records and
+    files without one."""
+
+
 def _convert_filter_values(value: object) -> object:
     """Convert a single value, as in `{language: Python}`, to a list of one."""
     if not isinstance(value, dict):
@@ -363,6 +383,8 @@ class SourceConfig(ConfigSection):
         FieldTag.IDENTITY,
     ] = None
     """Records to keep: column and the values it may have, such as `{language: [Python, Rust]}`."""
+    quality: QualityConfig | None = None
+    """Filters of code data. Absent = none. Not for chat."""
     limit: Annotated[Annotated[int, Field(ge=1)] | None, FieldTag.IDENTITY] = None
     """Maximum number of documents, the first ones in reading order. The rest of the source is not read."""
     max_document_mb: Annotated[float, Field(gt=0.0, le=1024.0), FieldTag.IDENTITY] = 32.0
@@ -402,6 +424,10 @@ class SourceConfig(ConfigSection):
             raise ValueError(f"{' and '.join(for_code)}: only for format code, not for {self.format}; remove")
         if self.fim is not None and self.format not in {"code", "text"}:
             raise ValueError(f"fim is for formats code and text, not for {self.format}; remove it")
+        if self.quality is not None and self.format == "chat":
+            raise ValueError("quality is for code and text, not for chat; remove it")
+        if self.quality is not None and self.quality.licenses and self.format == "git":
+            raise ValueError("quality.licenses: commits have no licence; remove it")
         if self.layout not in _LAYOUTS.get(self.format, ("auto",)):
             known = ", ".join(_LAYOUTS.get(self.format, ("auto",)))
             raise ValueError(f"layout {self.layout}: format {self.format} has {known}")
@@ -474,6 +500,25 @@ class EvalSplitConfig(ConfigSection):
         return self
 
 
+class NearDuplicatesConfig(ConfigSection):
+    """Near-duplicates by MinHash over shingles of five words, as BigCode removes them. Conversations are left as they
+    are.
+    """
+
+    threshold: Annotated[float, Field(gt=0.0, le=1.0), FieldTag.IDENTITY] = 0.8
+    """Estimated Jaccard similarity with a document read before from which on a document is dropped."""
+
+
+class DecontaminationConfig(ConfigSection):
+    """Training documents that share a sequence of words with a benchmark are dropped, as for Qwen2.5-Coder."""
+
+    paths: Annotated[tuple[Annotated[Location, Field(min_length=1)], ...], Field(min_length=1), FieldTag.IDENTITY]
+    """Benchmarks: files, directories or globs. Of records, such as HumanEval's and MBPP's, every text counts; other
+    files count as a whole."""
+    ngram_words: Annotated[int, Field(ge=1, le=1000), FieldTag.IDENTITY] = 10
+    """Number of words in sequence, case and punctuation aside, that must not occur in training."""
+
+
 class DataConfig(ConfigSection):
     """Training data and held-out documents."""
 
@@ -483,6 +528,10 @@ class DataConfig(ConfigSection):
     """Sources of training documents, each seen once per epoch or by its weight."""
     eval: EvalSplitConfig = EvalSplitConfig()
     """Held-out documents."""
+    near_duplicates: NearDuplicatesConfig | None = None
+    """Drop near-duplicates, within and across sources, also of `eval.sources`. Absent = only equal documents."""
+    decontamination: DecontaminationConfig | None = None
+    """Drop training documents that share text with benchmarks. Absent = off."""
     on_error: Annotated[Literal["stop", "skip"], FieldTag.IDENTITY] = "stop"
     """Unreadable documents: stop and name the document, or skip and count it."""
     max_skipped: Annotated[Share, FieldTag.IDENTITY] = 0.001

@@ -22,6 +22,7 @@ from llm_training_toolkit.data.chat.prompt_templates import build_jinja_template
 from llm_training_toolkit.data.chat.template import ChatTemplate
 from llm_training_toolkit.data.prepare.arrow_store import ExampleStore
 from llm_training_toolkit.data.prepare.atomic_dir import build_atomic_dir, remove_stale_builds
+from llm_training_toolkit.data.prepare.cleaning import build_cleaning_identity
 from llm_training_toolkit.data.prepare.dataset_info import FAULT_REPORT_NAME, DatasetInfo, EpochInfo, StreamInfo
 from llm_training_toolkit.data.prepare.document_index import (
     DocumentIndex,
@@ -197,6 +198,7 @@ class DatasetBuilder:
             data.on_error,
             data.max_skipped,
             data.eval.model_dump(mode="json"),
+            build_cleaning_identity(data),
         ]
 
     def _compute_tokenizer_key(self) -> str:
@@ -213,7 +215,10 @@ class DatasetBuilder:
                 asdict(self.markers),
                 self._written_template,
             ]
-            return _compute_key(_FORMAT_VERSION, self.sources_fingerprint, files, self.data.on_error, held_out, how)
+            cleaning = build_cleaning_identity(self.data)
+            return _compute_key(
+                _FORMAT_VERSION, self.sources_fingerprint, files, self.data.on_error, held_out, cleaning, how
+            )
         given = [[name, hashlib.sha256(path.read_bytes()).hexdigest()] for name, path in self._given_tokenizer_files]
         template = self._written_template or self.markers.chat_template
         return _compute_key(_FORMAT_VERSION, given, template if self._has_chat_sources else "")

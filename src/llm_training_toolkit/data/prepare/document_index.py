@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from llm_training_toolkit.config.schema import DataConfig, SourceConfig
 from llm_training_toolkit.config.uri import redact_uri
 from llm_training_toolkit.data.prepare.arrow_store import read_array, read_column, write_columns, write_rows
+from llm_training_toolkit.data.prepare.cleaning import DocumentCleaner
 from llm_training_toolkit.data.sources import (
     Document,
     DocumentStats,
@@ -265,20 +266,23 @@ def _read_all_documents(data: DataConfig, tallies: list[DocumentStats]) -> Itera
     seen: set[bytes] = set()
     evaluation: set[bytes] = set()
     sources = list_all_sources(data)
-    for index in (*range(len(data.sources), len(sources)), *range(len(data.sources))):
-        is_training = index < len(data.sources)
-        found = read_source_documents(
-            sources[index],
-            index,
-            on_error="collect",
-            tally=tallies[index],
-            seen=seen,
-            evaluation=evaluation if is_training else (),
-        )
-        for document in found:
-            if not is_training:
-                evaluation.update(iter_content_hashes(document))
-            yield document
+    with DocumentCleaner(data) as cleaner:
+        for index in (*range(len(data.sources), len(sources)), *range(len(data.sources))):
+            is_training = index < len(data.sources)
+            found = read_source_documents(
+                sources[index],
+                index,
+                on_error="collect",
+                tally=tallies[index],
+                seen=seen,
+                evaluation=evaluation if is_training else (),
+                find_fault=cleaner.find_fault if is_training else None,
+            )
+            for document in found:
+                if not is_training:
+                    evaluation.update(iter_content_hashes(document))
+                    cleaner.add_document(document)
+                yield document
 
 
 def _compute_split_hash(document: Document, by: Literal["document", "repository"]) -> int:

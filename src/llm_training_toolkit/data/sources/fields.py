@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llm_training_toolkit.config.schema import FilterValue, SourceConfig, SourceFormat
+from llm_training_toolkit.config.schema import FilterValue, QualityConfig, SourceConfig, SourceFormat
 from llm_training_toolkit.data.chat.parse import (
     Conversation,
     ConversationFields,
@@ -32,6 +32,7 @@ from llm_training_toolkit.data.sources.field_values import (
     read_text_field,
 )
 from llm_training_toolkit.data.sources.layout_records import LAYOUT_FORMATS, LayoutRecordReader
+from llm_training_toolkit.data.sources.quality import LICENSE_COLUMNS, is_licensed
 from llm_training_toolkit.data.sources.records import SourceRecord
 from llm_training_toolkit.data.types import Document
 
@@ -59,6 +60,7 @@ class RecordReader:
     filter: Mapping[Sequence[str], tuple[FilterValue, ...]]
     max_bytes: int
     layout: LayoutRecordReader | None
+    quality: QualityConfig | None
 
     @classmethod
     def from_config(cls, source: SourceConfig) -> RecordReader:
@@ -84,6 +86,7 @@ class RecordReader:
             wanted,
             source.max_document_bytes,
             LayoutRecordReader.from_config(source) if source.format in LAYOUT_FORMATS else None,
+            source.quality,
         )
 
     def select_columns(self, names: Sequence[str], address: str) -> list[str]:
@@ -99,6 +102,8 @@ class RecordReader:
             raise UnreadableDocument(address, f"filter: {format_missing_column(column, names)}", "no_field")
         if self.form == "chat":
             return list(names)
+        if self.quality is not None and self.quality.licenses is not None:
+            found += [name for name in LICENSE_COLUMNS if name in names]
         if self.layout is not None:
             needed = self.layout.select_columns(names, address)
             return list(dict.fromkeys([*needed, *(name for name in found if name is not None)]))
@@ -122,6 +127,10 @@ class RecordReader:
             (name := find_field(names, values)) is not None and _is_among(values[name], wanted)
             for names, wanted in self.filter.items()
         )
+
+    def is_licensed(self, record: SourceRecord) -> bool:
+        """Return whether the licences of a record are among those to keep."""
+        return self.quality is None or is_licensed(record.value if isinstance(record.value, dict) else {}, self.quality)
 
     def get_filter_values(self, record: SourceRecord) -> dict[str, Any]:
         """Return the values that the filter looks at, by column; a missing column is absent."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 import sqlite3
 import tempfile
 from bisect import bisect_left
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import closing
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Literal
 
-from llm_training_toolkit.config.schema import SourceConfig
+from llm_training_toolkit.config.schema import QualityConfig, SourceConfig
 from llm_training_toolkit.config.uri import redact_uri
 from llm_training_toolkit.data.chat.parse import format_missing_column
 from llm_training_toolkit.data.sources.decompress import open_decompressed
@@ -21,6 +21,7 @@ from llm_training_toolkit.data.sources.files import FileFormat, SourceFile, dete
 from llm_training_toolkit.data.sources.find import list_source_files
 from llm_training_toolkit.data.sources.git_history import read_history
 from llm_training_toolkit.data.sources.layout_records import LayoutRecordReader
+from llm_training_toolkit.data.sources.quality import find_quality_fault, is_licensed
 from llm_training_toolkit.data.sources.records import read_source_records
 from llm_training_toolkit.data.sources.text import decode_utf8, iter_file_pieces
 from llm_training_toolkit.data.types import Document, RepositoryFile, content_hash
@@ -42,11 +43,13 @@ def read_source_documents(
     tally: DocumentStats | None = None,
     seen: set[bytes] | None = None,
     evaluation: Collection[bytes] = frozenset(),
+    find_fault: Callable[[Document], str | None] | None = None,
 ) -> Iterator[Document]:
     """Yield the documents of a source, sorted by file name, then by line or row; repositories by name.
 
-    Drops files and records that are white space or have a content hash in `evaluation`, and documents with a hash in
-    `seen`. Counts them in `tally`. Raises DataError for a path without files and for an unresponsive store.
+    Drops files and records that are white space or have a content hash in `evaluation`, documents with a hash in
+    `seen`, and those for which `find_fault` has a reason. Counts them in `tally`. Raises DataError for a path without
+    files and for an unresponsive store.
     Unreadable documents are counted with `on_error="skip"`, damaged record files too with "collect". With "stop", the
     first one raises DataError naming file and line or row.
     Stops after `source.limit` documents. Raises DataError for a filter that leaves nothing.
@@ -60,6 +63,9 @@ def read_source_documents(
             tally.dropped["duplicate"] += 1
             continue
         seen.add(document.content_digest)
+        if find_fault is not None and (reason := find_fault(document)):
+            tally.dropped[reason] += 1
+            continue
         tally.kept += 1
         yield document
         if tally.kept == source.limit:
@@ -97,7 +103,10 @@ def keep_duplicates(
     Repositories are always read from the first, because their files are in a different order.
     """
     pieces = _drop_unusable(
-        _iter_readable_documents(source, index, found, on_error=on_error, tally=tally, begin=begin), evaluation, tally
+        _iter_readable_documents(source, index, found, on_error=on_error, tally=tally, begin=begin),
+        source.quality,
+        evaluation,
+        tally,
     )
     yield from pieces if source.group_by == "file" else group_by_repository(pieces, source.max_document_bytes, tally)
 
@@ -109,13 +118,13 @@ def read_sample(source: SourceConfig, index: int, found: list[SourceFile], tally
     """
     if source.format == "git":
         commits = islice(read_history(source, index, tally), _SAMPLE_RECORDS)
-        yield from _drop_unusable(_handle_unreadable(commits, "collect", tally), (), tally)
+        yield from _drop_unusable(_handle_unreadable(commits, "collect", tally), source.quality, (), tally)
         return
     reader = RecordReader.from_config(source)
     share = -(-_SAMPLE_RECORDS // max(len(found), 1))
     for file in found:
         pieces = _read_files([file], reader, index, tally, most=share)
-        yield from _drop_unusable(_handle_unreadable(pieces, "collect", tally), (), tally)
+        yield from _drop_unusable(_handle_unreadable(pieces, "collect", tally), source.quality, (), tally)
 
 
 def iter_content_hashes(document: Document) -> Iterator[bytes]:
@@ -125,13 +134,15 @@ def iter_content_hashes(document: Document) -> Iterator[bytes]:
 
 
 def _drop_unusable(
-    pieces: Iterable[Document], evaluation: Collection[bytes], tally: DocumentStats
+    pieces: Iterable[Document], quality: QualityConfig | None, evaluation: Collection[bytes], tally: DocumentStats
 ) -> Iterator[Document]:
     for piece in pieces:
         if not piece.text or piece.text.isspace():
             tally.dropped["empty"] += 1
         elif evaluation and piece.content_digest in evaluation:
             tally.dropped["in_eval"] += 1
+        elif quality is not None and (reason := find_quality_fault(piece.text, quality)):
+            tally.dropped[reason] += 1
         else:
             yield piece
 
@@ -225,6 +236,9 @@ def _read_file(
     """Yield the documents of a file: of `records` = (first, number of them or None for all)."""
     kind, (first, most) = detect_file_format(file.relative, reader.form), records
     if kind is FileFormat.WHOLE:
+        if reader.quality is not None and not is_licensed({}, reader.quality):
+            tally.dropped["license"] += 1
+            return
         yield from islice(_read_whole_file(file, reader, index, tally, first), most)
         return
 
@@ -237,6 +251,9 @@ def _read_file(
             continue
         if not reader.is_wanted(record):
             tally.add_filtered(record.value, reader.get_filter_values(record))
+            continue
+        if not reader.is_licensed(record):
+            tally.dropped["license"] += 1
             continue
         try:
             yield reader.build_document(record, index, f"{file.name}:{record.number}")
