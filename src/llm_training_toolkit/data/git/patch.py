@@ -14,14 +14,24 @@ _NO_TEXT = (b"Binary files ", b"GIT binary patch")
 _ESCAPES = {"a": 7, "b": 8, "t": 9, "n": 10, "v": 11, "f": 12, "r": 13, '"': 34, "\\": 92}
 _ESCAPE = re.compile(rb"\\([0-7]{3}|.)")
 
-LineKind = Literal[" ", "-", "+"]
 
+class PatchLine(str):
+    """Line of a hunk as in a patch: its kind (unchanged, removed or added), then its text with its line end.
 
-class PatchLine(NamedTuple):
-    """Line of a hunk: unchanged, removed or added, and its text with its line end."""
+    A string rather than a pair, because a file may have millions of lines.
+    """
 
-    kind: LineKind
-    text: str
+    __slots__ = ()
+
+    @property
+    def kind(self) -> str:
+        """A blank, `-` or `+`."""
+        return self[0]
+
+    @property
+    def text(self) -> str:
+        """Text with its line end."""
+        return self[1:]
 
 
 class Hunk(NamedTuple):
@@ -63,8 +73,7 @@ def format_hunk(hunk: Hunk) -> str:
 
 
 def _format_line(line: PatchLine) -> str:
-    whole = line.text.endswith("\n")
-    return f"{line.kind}{line.text}" if whole else f"{line.kind}{line.text}\n\\ No newline at end of file\n"
+    return line if line.endswith("\n") else f"{line}\n\\ No newline at end of file\n"
 
 
 class UnusableChange(NamedTuple):
@@ -119,18 +128,13 @@ def _build_change(section: _Section, max_bytes: int) -> FileChange | UnusableCha
         return UnusableChange("binary")
     try:
         hunks = tuple(
-            Hunk(header.decode().rstrip("\n"), tuple(_build_line(line.decode()) for line in lines))
+            Hunk(header.decode().rstrip("\n"), tuple(PatchLine(line.decode()) for line in lines))
             for header, lines in section.hunks
         )
         header = tuple(line.decode().rstrip("\n") for line in section.header if not line.startswith(_HASHES))
     except UnicodeDecodeError:
         return UnusableChange("not_utf8")
     return FileChange(header, _find_path(section, b"---"), _find_path(section, b"+++"), hunks)
-
-
-def _build_line(line: str) -> PatchLine:
-    kind: LineKind = "-" if line[0] == "-" else "+" if line[0] == "+" else " "
-    return PatchLine(kind, line[1:])
 
 
 def _find_path(section: _Section, mark: bytes) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import subprocess
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -28,18 +29,17 @@ _PATCH_OPTIONS = (
 
 
 class Commit(NamedTuple):
-    """Commit with its message and the files that it changed; those that are no text are named by their reason."""
+    """Commit with its message; its files are read from git one by one, and only once."""
 
     id: str
     message: str
-    changes: list[FileChange]
-    unusable: list[str]
+    changes: Iterator[FileChange | UnusableChange]
 
 
 class HistoryReader:
     """Reads the commits of one source, oldest first, parents before children, merges left out.
 
-    Holds one commit at a time, of at most `max_bytes` per file. With a date it also holds some 130 bytes per commit.
+    Holds one file at a time, of at most `max_document_bytes`. With a date it also holds some 130 bytes per commit.
     """
 
     def __init__(self, repository: Path, source: SourceConfig, *, whole_files: bool) -> None:
@@ -69,11 +69,9 @@ class HistoryReader:
             reached = reached or commit == begin
             if reached:
                 message = self._read_message(commit)
-                parts = list(parse_patch(self._iter_patch_lines(commit), self._max_bytes))
-                changes = [part for part in parts if isinstance(part, FileChange)]
-                yield Commit(
-                    commit, message, changes, [part.reason for part in parts if isinstance(part, UnusableChange)]
-                )
+                changes = parse_patch(self._iter_patch_lines(commit), self._max_bytes)
+                yield Commit(commit, message, changes)
+                deque(changes, maxlen=0)  # what was not read stands before the next commit
 
     def _iter_commit_ids(self) -> Iterator[str]:
         """Yield the ids of the commits on the source's side of its dates.

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from llm_training_toolkit.config.schema import SourceConfig
 from llm_training_toolkit.data.git.edits import has_edit_markers, iter_edit_segments
-from llm_training_toolkit.data.git.patch import FileChange
+from llm_training_toolkit.data.git.patch import FileChange, UnusableChange
 from llm_training_toolkit.data.git.repository import Commit, HistoryReader
 from llm_training_toolkit.data.layouts.commits import build_commit_segments
 from llm_training_toolkit.data.sources.document import DocumentStats
@@ -55,7 +55,6 @@ def read_history(source: SourceConfig, index: int, tally: DocumentStats, begin: 
     place = _PLACE.search(begin)
     with HistoryReader(resolve_repository(source), source, whole_files=source.layout in _WHOLE_FILES) as reader:
         for commit in reader.read_commits(place[1] if place else ""):
-            tally.dropped.update(commit.unusable)
             for label, path, segments in build(commit, source, tally):
                 text = "\n".join(text for _, text, _ in segments)
                 name = f"{file.repository}@{commit.id}{label}"
@@ -69,26 +68,33 @@ def remove_people(message: str) -> str:
     return _ADDRESS.sub("", _PEOPLE.sub("", message)).strip()
 
 
-def _build_commits(commit: Commit, source: SourceConfig, tally: DocumentStats) -> Iterator[_Part]:  # noqa: ARG001
+def _build_commits(commit: Commit, source: SourceConfig, tally: DocumentStats) -> Iterator[_Part]:
     """Yield each changed file in StarCoder's commit tokens, with the first line of the message."""
     subject = remove_people(commit.message).partition("\n")[0]
-    for change, before, after in _iter_files(commit):
-        yield _Part(f":{change.path}", change.path, build_commit_segments(before, subject, after, source.context))
+    for change in _iter_texts(commit, tally):
+        if change.hunks:  # of a renamed file, or one with another mode, nothing is to be written
+            (whole,) = change.hunks
+            segments = build_commit_segments(whole.join_side("-"), subject, whole.join_side("+"), source.context)
+            yield _Part(f":{change.path}", change.path, segments)
 
 
 def _build_diffs(commit: Commit, source: SourceConfig, tally: DocumentStats) -> Iterator[_Part]:
     """Yield the commit as its message, an empty line and a unified diff."""
-    diff = "".join(change.format_diff() for change in commit.changes)
-    if len(diff.encode()) > source.max_document_bytes:
-        tally.dropped["too_large"] += 1
-    elif diff:
-        message = remove_people(commit.message)
-        yield _Part("", "", (MarkedText((), f"{message}\n\n{diff}"),))
+    diffs: list[str] = []
+    size = 0
+    for change in _iter_texts(commit, tally):
+        diffs.append(change.format_diff())
+        size += len(diffs[-1].encode())
+        if size > source.max_document_bytes:
+            tally.dropped["too_large"] += 1
+            return
+    if diffs:
+        yield _Part("", "", (MarkedText((), f"{remove_people(commit.message)}\n\n{''.join(diffs)}"),))
 
 
 def _build_edits(commit: Commit, source: SourceConfig, tally: DocumentStats) -> Iterator[_Part]:  # noqa: ARG001
     """Yield each edited region before and after; a file that holds the markers of a region is left out."""
-    for change in commit.changes:
+    for change in _iter_texts(commit, tally):
         if has_edit_markers(change):
             tally.dropped["edit_markers"] += 1
             continue
@@ -96,12 +102,13 @@ def _build_edits(commit: Commit, source: SourceConfig, tally: DocumentStats) -> 
             yield _Part(f":{change.path}:{number}", change.path, segments)
 
 
-def _iter_files(commit: Commit) -> Iterator[tuple[FileChange, str, str]]:
-    """Yield the files whose content changed, with their texts before and after."""
+def _iter_texts(commit: Commit, tally: DocumentStats) -> Iterator[FileChange]:
+    """Yield the files that are text, and count the others."""
     for change in commit.changes:
-        if change.hunks:
-            (hunk,) = change.hunks  # the whole file
-            yield change, hunk.join_side("-"), hunk.join_side("+")
+        if isinstance(change, UnusableChange):
+            tally.dropped[change.reason] += 1
+        else:
+            yield change
 
 
 _Builder = Callable[[Commit, SourceConfig, DocumentStats], Iterator[_Part]]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import stat
 import subprocess
+import tracemalloc
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -234,6 +236,24 @@ def test_large_files_are_left_out_and_take_no_memory(tmp_path: Path) -> None:
     assert "b.py" in document.text
     assert "a.py" not in document.text
     assert tally.dropped.total() == 1
+
+
+def test_commit_of_many_files_is_read_one_by_one(tmp_path: Path) -> None:
+    history = History(tmp_path / "app")
+    for number in range(12):
+        history.write(f"{number}.py", f"x = {number}\n".encode() * 3000)
+    history.commit("import")
+    tracemalloc.start()
+    assert len(list(read_lengths(history, layout="commits"))) == 12
+    assert not list(read_lengths(history, layout="diffs", max_document_mb=0.1))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 3 << 19  # all lines as Python strings have 2 MB and more
+
+
+def read_lengths(history: History, **fields: Any) -> Iterator[int]:
+    source = SourceConfig.model_validate({"path": str(history.path), "format": "git", **fields})
+    return (len(document.text) for document in read_source_documents(source, 0))
 
 
 def test_programs_that_a_repository_names_are_not_run(tmp_path: Path) -> None:
