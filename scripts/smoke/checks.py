@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from llm_training_toolkit.plan.device_peaks import find_device_peak
 from smoke.bench import WARM_UP, Bench
-from smoke.peaks import peak
 from smoke.runner import Done, Failed, Result, Skipped, Values
 
 _LOSS = 0.01
@@ -196,8 +196,10 @@ def _speed(stages: Stages, _bench: Bench, _machine: Values) -> Found:
 
 def _utilization(stages: Stages, bench: Bench, machine: Values) -> Found:
     run = stages["large"][0]
-    known = peak(machine["gpu"]) if bench.on_gpu else None
-    flops, source = known or (machine["matmul_flops"], "no peak known: a matrix product measured here")
+    known = find_device_peak(machine["gpu"]) if bench.on_gpu else None
+    flops, source = machine["matmul_flops"], "no peak known: a matrix product measured here"
+    if known is not None and known.bf16 is not None:
+        flops, source = 1e12 * known.bf16, known.source
     share = run["flops_per_token"] * speed_of(run)[0] / flops
     value = f"{share:.1%} of {flops / 1e12:,.3g} TFLOP/s ({source})"
     if not bench.on_gpu:

@@ -95,7 +95,15 @@ def test_tensorboard_has_the_curves_and_the_texts(undisturbed: Path) -> None:
     events = EventAccumulator(str(run_of(undisturbed).tensorboard_dir))
     events.Reload()
     tags = events.Tags()
-    wanted = {"train/loss", "optim/lr", "optim/grad_norm", "perf/tokens_per_second", "perf/memory_gb", "eval/loss"}
+    wanted = {
+        "train/loss",
+        "optim/lr",
+        "optim/grad_norm",
+        "perf/tokens_per_second",
+        "perf/memory_gb",
+        "eval/loss",
+        "perf/tflops",
+    }
     assert wanted <= set(tags["scalars"])
     assert len(events.Scalars("train/loss")) == STEPS
     texts = set(tags["tensors"])

@@ -61,7 +61,7 @@ def place_of(run: str, changes: Mapping[str, Any] | None = None) -> WorkerSpec:
     directory = RunDirectory(Path(run))
     data = json.loads(directory.resolved_config_path.read_text())
     for section, values in (changes or {}).items():
-        data[section] |= values
+        data[section] = (data[section] or {}) | values
     config = parse_config(data, "test")
     return WorkerSpec(directory, config, DatasetInfo.from_json(directory.dataset_info_path.read_text()))
 

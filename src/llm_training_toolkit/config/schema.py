@@ -770,6 +770,14 @@ class FailuresConfig(ConfigSection):
     Three times as long during startup, evaluation and saving; no limit during the export."""
 
 
+class ProfileConfig(ConfigSection):
+    """Recording of some steps by torch's profiler, into `<run>/profile`: see docs/performance.md."""
+
+    steps: Annotated[tuple[Count, Count], FieldTag.FREE]
+    """First and last step to record, counted from 1. A few are enough, such as [10, 12]: a step of a large model has
+    some hundred thousand events. The first step of a start is not typical, because it compiles and allocates."""
+
+
 class Config(ConfigSection):
     """Configuration of a run."""
 
@@ -797,6 +805,8 @@ class Config(ConfigSection):
     """Workers, their resources and placement."""
     failures: FailuresConfig = FailuresConfig()
     """Handling of failures."""
+    profile: ProfileConfig | None = None
+    """Steps to record with torch's profiler; by default none."""
 
     @property
     def max_eval_sequences(self) -> int:

@@ -311,6 +311,18 @@ def collate_rows(rows: Sequence[Sequence[Example]], sequence_length: int, pad_id
     return MicroBatch(ids, positions, labels, torch.from_numpy(bounds), max(lengths))
 
 
+def count_attended_tokens(batches: Sequence[MicroBatch], window: int | None) -> int:
+    """Return the sum over documents of n tokens of n x min(n, window), from their bounds on the CPU.
+
+    The padding of a row counts as one more document, because it is computed like one.
+    """
+    total = 0
+    for batch in batches:
+        lengths = batch.cu_seqlens.diff().to(torch.int64)
+        total += int((lengths * lengths.clamp(max=window)).sum() if window else (lengths * lengths).sum())
+    return total
+
+
 def build_padding_batch(rows: int, sequence_length: int, pad_id: int) -> MicroBatch:
     """Return `rows` rows of padding, every label -100: they cost a pass and leave the loss unchanged."""
     return collate_rows([[]] * rows, sequence_length, pad_id)

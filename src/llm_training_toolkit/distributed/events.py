@@ -42,6 +42,10 @@ class StepEvent:
     """Duration of the step."""
     time: float
     """Completion, in seconds since 1970 by the worker's clock."""
+    tflops: float
+    """FLOPs of the model per second and device, in 10^12."""
+    mfu: float | None = None
+    """Share of the device's peak, or None without a published peak."""
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from typing import Any, Self
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from llm_training_toolkit.config.schema import Offload, OptimConfig
 from llm_training_toolkit.data.dataset import MicroBatch
@@ -105,10 +106,11 @@ class Engine:
                 on_micro_batch_start(index)
             self.deepspeed.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
             self._batch_position.step, self._batch_position.first = batch.step, batch.first
-            with stopwatch:
+            with stopwatch, record_function("forward"):
                 loss = self._run_forward(batch)
             total += loss.detach()
-            self.deepspeed.backward(loss * scale, scale_wrt_gas=False)
+            with record_function("backward"):
+                self.deepspeed.backward(loss * scale, scale_wrt_gas=False)
         if self._master_weights is not None:
             self._master_weights.reduce_gradients()
         summed = float(total)  # waits for the device, so that the timer's events are complete
@@ -148,9 +150,10 @@ class Engine:
         self._skippable_optimizer.set_update_condition(
             lambda: math.isfinite(get_grad_norm()) and (should_update is None or should_update(get_grad_norm()))
         )
-        self.deepspeed.step()
-        if self._master_weights is not None:
-            self._master_weights.sync_low_precision()
+        with record_function("update weights"):
+            self.deepspeed.step()
+            if self._master_weights is not None:
+                self._master_weights.sync_low_precision()
         return get_grad_norm() if self.deepspeed.was_step_applied() else float("nan")
 
     def get_full_gradient(self, parameter: nn.Parameter) -> Tensor | None:

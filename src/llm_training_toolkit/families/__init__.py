@@ -19,6 +19,7 @@ from llm_training_toolkit.families.family import (
     ModelSize,
     SpecialTokens,
 )
+from llm_training_toolkit.families.flops import TrainingFlops, compute_training_flops
 from llm_training_toolkit.families.hf_config import build_hf_config as build_hf_config
 from llm_training_toolkit.families.hf_config import read_saved_dropout
 from llm_training_toolkit.families.lora import AdapterSpec, build_adapter
@@ -34,6 +35,7 @@ __all__ = [
     "ModelDims",
     "ModelSize",
     "SpecialTokens",
+    "TrainingFlops",
     "compute_flops_per_token",
     "count_parameters",
     "find_size",
@@ -42,6 +44,7 @@ __all__ = [
     "read_saved_dropout",
     "resolve_adapter",
     "resolve_hf_config",
+    "resolve_training_flops",
 ]
 
 SIZES: dict[str, ModelSize] = {size.name: size for size in (*qwen.SIZES, *starcoder.SIZES)}  # all known sizes by name
@@ -100,20 +103,16 @@ def resolve_adapter(config: Config, hf: HfValues) -> AdapterSpec | None:
 
 
 def compute_flops_per_token(hf: HfValues, sequence_length: int, beside: AdapterSpec | None = None) -> int:
-    """Return the floating-point operations of one token's forward and backward pass: 6 N + 12 L Q T.
+    """Return the FLOPs of one token's forward and backward pass in a whole sequence of one document: 6 N + 12 L Q T.
 
     N = parameters that multiply a token: matrices and output layer, no embedding lookup, no unused experts. L = layers
     with attention, Q = heads x head_dim and T = attended tokens (the sequence, or the sliding window if shorter).
-    Source: PaLM (Chowdhery et al. 2022), appendix B. Attention is not halved for the causal mask, recomputation is
-    excluded, and documents packed into one sequence attend to less. With adapters the model has no weight gradients:
-    4 N for it, 6 per adapter parameter, 2 more per parameter of a module trained in full. A layer of linear attention
-    reads its state (key x value head) twice and updates it once: 6 forward, 18 in all, per element and value head.
+    An upper bound: packed documents attend to less, and tokens without a loss do not reach the output layer.
     """
-    model = read_model_dims(hf)
-    attended = min(sequence_length, model.window or sequence_length)
-    attention = 12 * model.attention_layers * model.query_width * attended
-    if (linear := model.linear_attention) is not None:
-        attention += 18 * linear.layers * linear.value_width * linear.key_head_dim
-    if beside is None:
-        return 6 * model.matmul_parameters + attention
-    return 4 * model.matmul_parameters + 6 * beside.matrices + 2 * beside.whole + attention
+    flops = resolve_training_flops(hf, beside)
+    return flops.count_step_flops(1, 1, min(sequence_length, flops.window or sequence_length))
+
+
+def resolve_training_flops(hf: HfValues, beside: AdapterSpec | None = None) -> TrainingFlops:
+    """Return the FLOPs of training a model of this Hugging Face configuration, or the adapters beside it."""
+    return compute_training_flops(read_model_dims(hf), beside)

@@ -30,7 +30,7 @@ from llm_training_toolkit.distributed.events import (
 )
 from llm_training_toolkit.monitoring.logs import DRIVER_LOGGER
 from llm_training_toolkit.monitoring.terminal import TerminalStream
-from llm_training_toolkit.runs.table import format_duration
+from llm_training_toolkit.runs.table import format_device_speed, format_duration
 
 _LINE_EVERY = 10.0  # seconds between step lines without a terminal (a log file, a pipe)
 _FORECAST_AFTER = 10  # steps before the length of the run is forecast, without an attempt's first one
@@ -191,10 +191,10 @@ def format_sample(event: SampleEvent) -> list[Text]:
 
 
 def format_step_line(event: StepEvent, seconds_left: float | None) -> str:
-    """Format a step as one line: step, loss, learning rate, speed, time left."""
+    """Format a step as one line: step, loss, learning rate, speed, MFU where the peak is known, time left."""
     left = "" if seconds_left is None else f"  {format_duration(seconds_left)} left"
     width = len(str(event.steps))
     return (
         f"step {event.step:>{width}}/{event.steps}  loss {event.loss:.4f}  lr {event.lr:.2e}"
-        f"  {event.tokens_per_second:,.0f} tokens/s{left}"
+        f"  {event.tokens_per_second:,.0f} tokens/s  {format_device_speed(event.tflops, event.mfu)}{left}"
     )

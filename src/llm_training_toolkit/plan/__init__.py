@@ -20,6 +20,7 @@ from llm_training_toolkit.plan.batch import (
     split_global_batch,
 )
 from llm_training_toolkit.plan.deepspeed import build_deepspeed_config, find_deepspeed_problems
+from llm_training_toolkit.plan.device_peaks import DevicePeak, find_device_peak
 from llm_training_toolkit.plan.estimate import ClusterEstimate, estimate_on_cluster, resolve_for_hardware
 from llm_training_toolkit.plan.hardware import ClusterHardware
 from llm_training_toolkit.plan.horizon import DataFacts, StreamFacts
@@ -49,6 +50,7 @@ __all__ = [
     "ClusterEstimate",
     "ClusterHardware",
     "DataFacts",
+    "DevicePeak",
     "DeviceWorkload",
     "LRSchedule",
     "MemoryEstimate",
@@ -71,6 +73,7 @@ __all__ = [
     "estimate_memory",
     "estimate_on_cluster",
     "find_deepspeed_problems",
+    "find_device_peak",
     "find_fitting_micro_batch",
     "find_fitting_zero_stage",
     "find_higher_zero_stage",

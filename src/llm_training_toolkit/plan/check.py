@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from llm_training_toolkit.config.schema import Config, SourceConfig
+from llm_training_toolkit.config.schema import Config, ProfileConfig, SourceConfig
 from llm_training_toolkit.config.uri import is_uri
 from llm_training_toolkit.families import Family, HfValues, ModelSize, list_models_with_tokens, read_saved_dropout
 from llm_training_toolkit.families.document_layouts import get_required_markers
@@ -61,6 +61,20 @@ def find_length_problems(steps: int | None, warmup: int | None, decay: int | Non
     if warmup + decay > steps:
         what = f"a warm-up of {warmup} steps and a decay of {decay} do not fit into {steps} steps"
         return (Problem("decay-too-long", "optim.decay", what, "Lower optim.decay or optim.warmup"),)
+    return ()
+
+
+def find_profile_problems(profile: ProfileConfig | None, steps: int | None) -> tuple[Problem, ...]:
+    """Return problems with the steps to profile in a run of `steps` steps, None while that is not known."""
+    if profile is None:
+        return ()
+    first, last = profile.steps
+    if first > last:
+        what = f"the first step, {first}, comes after the last one, {last}"
+        return (Problem("profile-steps-reversed", "profile.steps", what, f"Write [{last}, {first}]"),)
+    if steps is not None and last > steps:
+        what = f"step {last} lies beyond the end of the run, which has {steps} steps"
+        return (Problem("profile-beyond-end", "profile.steps", what, f"Give steps from 1 to {steps}"),)
     return ()
 
 

@@ -173,6 +173,7 @@ def make_plan(config: Config, data_facts: DataFacts | None = None, replicas: int
             *check.find_problems(config, size, hf, world),
             *check.find_memory_problems(memory_gb),
             *check.find_length_problems(steps, warmup, decay),
+            *check.find_profile_problems(config.profile, steps),
             *check.find_vocabulary_problems(config, data_facts.vocab_size if data_facts else None, hf),
         ),
         estimated=_list_estimated_values(given, steps_estimated=horizon.steps_estimated),

@@ -127,6 +127,10 @@ class RunDirectory:
         """Sample log of each rank of each attempt, if `failures.log_samples` is set."""
         return self.path / "samples"
 
+    def get_profile_dir(self, attempt: int) -> Path:
+        """Return the directory with the profile of each rank, if `profile` is set."""
+        return self.path / "profile" / f"attempt_{attempt}"
+
     @property
     def driver_log_path(self) -> Path:
         """Log of the driver, and of Ray's output on it."""

@@ -20,7 +20,7 @@ from llm_training_toolkit.runs.json_lines import read_newest_rows
 RunState = Literal["starting", "running", "finished", "stopped", "failed", "lost", "unreadable"]
 # final states of an attempt; after any other state another attempt should have followed
 _ENDS: tuple[RunState, ...] = ("finished", "stopped", "failed")
-_RECENT = 20  # steps used to estimate the time left
+_RECENT = 20  # steps used to estimate the speed and the time left
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,10 @@ class RunStatus:
     """Error that the newest attempt failed with."""
     goodput: SecondsByCategory
     """Seconds by `GoodputCategory` over all attempts; empty before the first step."""
+    tflops: float | None = None
+    """FLOPs of the model per second and device, in 10^12: the median of the newest steps."""
+    mfu: float | None = None
+    """Share of the device's peak, by the same steps; None without a published peak."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the object for `ltt runs --json`."""
@@ -95,6 +99,8 @@ def read_run_status(run: RunDirectory) -> RunStatus:
         checkpoint=run.get_checkpoint_dir(*checkpoint).name if checkpoint else None,
         error=str(attempt.get("error", "")) if state == "failed" else None,
         goodput=read_goodput(run),
+        tflops=_compute_recent_median(rows, "perf/tflops"),
+        mfu=_compute_recent_median(rows, "perf/mfu"),
     )
 
 
@@ -133,8 +139,14 @@ def _select_newest_attempt(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str,
 
 
 def _estimate_seconds_left(rows: Iterable[dict[str, Any]], step: int, steps: int | None) -> float | None:
-    seconds = [float(row["perf/step_seconds"]) for row in rows if "perf/step_seconds" in row][-_RECENT:]
-    return statistics.median(seconds) * (steps - step) if seconds and steps is not None else None
+    seconds = _compute_recent_median(rows, "perf/step_seconds")
+    return None if seconds is None or steps is None else seconds * (steps - step)
+
+
+def _compute_recent_median(rows: Iterable[dict[str, Any]], name: str) -> float | None:
+    """Return the median of a metric over the newest steps that have it."""
+    values = [float(row[name]) for row in rows if name in row][-_RECENT:]
+    return statistics.median(values) if values else None
 
 
 def _read_json(path: Path) -> dict[str, Any]:

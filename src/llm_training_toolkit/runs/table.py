@@ -27,7 +27,7 @@ _COLOURS = {
 def build_runs_table(found: Iterable[RunStatus]) -> Table:
     """Build the table of runs."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("run", "state", "step", "left", "loss", "goodput", "newest checkpoint", "last error"):
+    for title in ("run", "state", "step", "left", "loss", "speed", "goodput", "newest checkpoint", "last error"):
         table.add_column(title, overflow="fold")
     for run in found:
         table.add_row(
@@ -36,6 +36,7 @@ def build_runs_table(found: Iterable[RunStatus]) -> Table:
             f"{run.step:,}" + (f"/{run.steps:,}" if run.steps is not None else ""),
             "" if run.seconds_left is None else format_duration(run.seconds_left),
             "" if run.loss is None else f"{run.loss:.4f}",
+            "" if run.tflops is None else format_device_speed(run.tflops, run.mfu),
             f"{run.goodput['step'] / sum(run.goodput.values()):.0%}" if sum(run.goodput.values()) else "",
             _escape_cell(run.checkpoint or ""),
             _escape_cell(run.error or ""),
@@ -54,6 +55,11 @@ def watch_runs(list_runs: Callable[[], Iterable[RunDirectory]], seconds: float =
         while True:
             time.sleep(seconds)
             live.update(build_runs_table(read_run_statuses(list_runs())), refresh=True)
+
+
+def format_device_speed(tflops: float, mfu: float | None) -> str:
+    """Format the speed of a device, with its share of the published peak where one is known."""
+    return f"{tflops:.3g} TFLOP/s" + ("" if mfu is None else f" ({mfu:.1%} MFU)")
 
 
 def format_duration(seconds: float) -> str:

@@ -13,7 +13,9 @@ from llm_training_toolkit.engine import Engine
 from llm_training_toolkit.monitoring.metrics import Metrics
 from llm_training_toolkit.plan import LRSchedule, Plan
 from llm_training_toolkit.runs.goodput import GoodputTracker
+from llm_training_toolkit.train.compute_meter import ComputeMeter
 from llm_training_toolkit.train.loss_spikes import SpikePolicy
+from llm_training_toolkit.train.profiler import StepProfiler
 from llm_training_toolkit.train.stragglers import StragglerDetector
 
 # How the loop ended; drained = other workers resume from the checkpoint just written.
@@ -50,5 +52,7 @@ class TrainerComponents:
     initial_state: TrainState
     """State that this attempt starts from."""
     in_training_tasks: InTrainingTasks
+    compute_meter: ComputeMeter
+    step_profiler: StepProfiler
     on_spike: SpikePolicy = "stop"
     straggler_detector: StragglerDetector = field(default_factory=StragglerDetector)

@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.profiler import record_function
 
 from llm_training_toolkit.checkpoint.state import SkippedStep, StepStats, TrainState
+from llm_training_toolkit.data.dataset import MicroBatch, count_attended_tokens
 from llm_training_toolkit.distributed.context import StopRequest
 from llm_training_toolkit.distributed.events import StepEvent, StragglerEvent
 from llm_training_toolkit.distributed.heartbeat import NON_STEP_TIMEOUT_FACTOR, STEP_TIMEOUT_FACTOR
@@ -55,6 +58,30 @@ class StepDecision:
         return "drained" if should_drain else None
 
 
+@dataclass(frozen=True)
+class StepData:
+    """Share of a rank in a step's data."""
+
+    sample_indices: range
+    """Positions in the step's global batch."""
+    micro_batches: Sequence[MicroBatch]
+    """As many as on every rank, the last ones of padding alone."""
+    loss_tokens: int
+    """Loss tokens of the whole global batch."""
+    attended_tokens: int
+    """As `count_attended_tokens` counts them, without padding micro-batches."""
+
+
+@dataclass(frozen=True)
+class StepResults:
+    """Results of a step, the same on every rank."""
+
+    loss_sum: float
+    attended_tokens: float
+    decision: StepDecision
+    slowest_rank: Straggler | None
+
+
 def run_training_loop(components: TrainerComponents) -> tuple[LoopStatus, TrainState]:
     """Run from the initial state to the end of the plan, or until a stop or drain request.
 
@@ -69,6 +96,8 @@ def run_training_loop(components: TrainerComponents) -> tuple[LoopStatus, TrainS
     except (TrainingError, DataError):
         components.checkpoint_manager.finalize_save()  # raised on all ranks; an earlier step is pending
         raise
+    finally:
+        components.step_profiler.close()
     components.context.heartbeat.set_phase("completing the last checkpoint")
     components.goodput_tracker.enter_category("checkpoint")
     components.checkpoint_manager.finalize_save()
@@ -82,7 +111,8 @@ def _run_steps(components: TrainerComponents, state: TrainState) -> tuple[LoopSt
     if (status := wait_if_data_missing(components, state) or run_tasks_if_due(components, state)) is not None:
         return status, state
     while state.step < steps:
-        state, decision = train_step(components, state)
+        with components.step_profiler.record_step(state.step + 1):
+            state, decision = train_step(components, state)
         ended = state.step == steps
         components.goodput_tracker.enter_category("checkpoint")
         if decision.write_finished:
@@ -108,53 +138,68 @@ def _run_steps(components: TrainerComponents, state: TrainState) -> tuple[LoopSt
 def train_step(components: TrainerComponents, state: TrainState) -> tuple[TrainState, StepDecision]:
     """Run one step: gradients of this rank's share, one all-reduce of scalars, the update, the metrics."""
     started = time.perf_counter()
-    context, plan, step = components.context, components.plan, state.step
+    context, step = components.context, state.step
     # The first step of an attempt compiles.
     timeout_factor = NON_STEP_TIMEOUT_FACTOR if state == components.initial_state else STEP_TIMEOUT_FACTOR
     context.heartbeat.set_phase(f"step {step + 1}, reading its sequences", timeout_factor)
     components.goodput_tracker.enter_category("data")
-    sample_indices = compute_replica_slice(
-        components.dataloader.count_sequences(step), context.world_size, context.rank
-    )
-    micro_batches = components.dataloader.get_micro_batches(
-        step, sample_indices, plan.micro_batch, plan.get_accumulation_steps(context.world_size)
-    )
-    _prefetch_step(components, step + 1)
-    loss_tokens = components.dataloader.count_loss_tokens(step)
+    with record_function("read data"):
+        data = _read_step_data(components, step)
+    positions = data.sample_indices
     # Seeded by the step in case a kernel draws from the global generator: LoRA dropout has its own, others are 0.
     torch.manual_seed(derive_seed(components.seed, f"step {step}, rank {context.rank}"))
     data_seconds = time.perf_counter() - started
     components.goodput_tracker.enter_step(step + 1)
 
     def set_micro_batch_phase(index: int) -> None:
-        context.heartbeat.set_phase(f"step {step + 1}, micro-batch {index + 1} of {len(micro_batches)}", timeout_factor)
+        context.heartbeat.set_phase(
+            f"step {step + 1}, micro-batch {index + 1} of {len(data.micro_batches)}", timeout_factor
+        )
 
-    loss_sum = components.engine.forward_backward(micro_batches, loss_tokens, set_micro_batch_phase)
+    loss_sum = components.engine.forward_backward(data.micro_batches, data.loss_tokens, set_micro_batch_phase)
     context.heartbeat.set_phase(f"step {step + 1}, adding up the losses", timeout_factor)
     # Under ZeRO 3 a forward pass waits for other ranks' weights, so its time does not measure this rank.
     own_seconds = data_seconds + components.engine.forward_seconds if components.engine.stage < 3 else 0.0
-    total, decision, slow = _all_reduce_step_results(components, loss_sum, step + 1, own_seconds)
-    loss = total / max(loss_tokens, 1)
+    results = _all_reduce_step_results(components, loss_sum, step + 1, own_seconds, data.attended_tokens)
+    loss, slow = results.loss_sum / max(data.loss_tokens, 1), results.slowest_rank
     if not math.isfinite(loss):
-        raise TrainingError(_format_non_finite_error(components, step, sample_indices, loss_sum, f"the loss is {loss}"))
+        raise TrainingError(_format_non_finite_error(components, step, positions, loss_sum, f"the loss is {loss}"))
     lr = components.schedule.compute_lr(step)
     context.heartbeat.set_phase(f"step {step + 1}, updating the weights", timeout_factor)
-    spike_guard = SpikeGuard(components.on_spike, context, state, loss, loss_tokens)
+    spike_guard = SpikeGuard(components.on_spike, context, state, loss, data.loss_tokens)
     norm = components.engine.optim_step(lr, spike_guard.allow_update)
     if not math.isfinite(norm):
         raise TrainingError(
-            _format_non_finite_error(components, step, sample_indices, math.nan, "the gradient is not finite")
-        )
-    if spike_guard.spike:
-        spike_guard.handle_spike(
-            components.checkpoint_manager, loss_sum, components.dataloader.format_document_names(step, sample_indices)
+            _format_non_finite_error(components, step, positions, math.nan, "the gradient is not finite")
         )
     values = {"train/loss": loss, "optim/lr": lr, "optim/grad_norm": norm, "perf/data_seconds": data_seconds}
+    if spike_guard.spike:
+        values["optim/skipped"] = 1.0
+        document_names = components.dataloader.format_document_names(step, positions)
+        spike_guard.handle_spike(components.checkpoint_manager, loss_sum, document_names)
     if slow is not None:
         values |= {"perf/slowest_rank": float(slow.rank), "perf/slowest_ratio": slow.ratio}
         _report_straggler(components, slow)
-    _record_step(components, state, started, values | ({"optim/skipped": 1.0} if spike_guard.spike else {}))
-    return _advance_state(components, state, StepStats(loss, norm), skipped=bool(spike_guard.spike)), decision
+    values |= _compute_speed_metrics(components, step, started, data.loss_tokens, results.attended_tokens)
+    _record_step(components, state, values)
+    return _advance_state(components, state, StepStats(loss, norm), skipped=bool(spike_guard.spike)), results.decision
+
+
+def _read_step_data(components: TrainerComponents, step: int) -> StepData:
+    """Read this rank's share of a step, and begin with that of the next one."""
+    context, plan, dataloader = components.context, components.plan, components.dataloader
+    sample_indices = compute_replica_slice(dataloader.count_sequences(step), context.world_size, context.rank)
+    micro_batches = dataloader.get_micro_batches(
+        step, sample_indices, plan.micro_batch, plan.get_accumulation_steps(context.world_size)
+    )
+    _prefetch_step(components, step + 1)
+    own_micro_batches = micro_batches[: -(-len(sample_indices) // plan.micro_batch)]  # padding follows them
+    return StepData(
+        sample_indices,
+        micro_batches,
+        dataloader.count_loss_tokens(step),
+        count_attended_tokens(own_micro_batches, components.compute_meter.flops.window),
+    )
 
 
 def _prefetch_step(components: TrainerComponents, step: int) -> None:
@@ -186,9 +231,9 @@ def _report_straggler(components: TrainerComponents, step: Straggler) -> None:
 
 
 def _all_reduce_step_results(
-    components: TrainerComponents, loss_sum: float, completed: int, own_seconds: float
-) -> tuple[float, StepDecision, Straggler | None]:
-    """Return the loss summed over ranks, the common decision and the slowest rank, from one all-reduce."""
+    components: TrainerComponents, loss_sum: float, completed: int, own_seconds: float, attended_tokens: int
+) -> StepResults:
+    """Return this rank's values summed over ranks, the common decision and the slowest rank, from one all-reduce."""
     context = components.context
     stop_request = context.read_stop_request()
     save = context.is_rank_zero and (
@@ -197,15 +242,14 @@ def _all_reduce_step_results(
     missing_codes = completed < components.schedule.steps and not components.dataloader.has_step(completed)
     local_seconds = [own_seconds if rank == context.rank else 0.0 for rank in range(context.world_size)]
     mine = (loss_sum, stop_request, save, components.checkpoint_manager.is_writing, missing_codes)
-    total, stop_codes, save_codes, writing, lacking, *seconds = context.all_reduce_sum(*mine, *local_seconds)
-    written = components.checkpoint_manager.has_pending_checkpoint and not writing
-    return (
-        total,
-        StepDecision(
-            StopRequest(round(stop_codes)), save_due=save_codes > 0, write_finished=written, data_missing=lacking > 0
-        ),
-        find_slowest_rank(seconds),
+    total, stop_codes, save_codes, writing, lacking, *seconds, attended = context.all_reduce_sum(
+        *mine, *local_seconds, attended_tokens
     )
+    written = components.checkpoint_manager.has_pending_checkpoint and not writing
+    decision = StepDecision(
+        StopRequest(round(stop_codes)), save_due=save_codes > 0, write_finished=written, data_missing=lacking > 0
+    )
+    return StepResults(total, attended, decision, find_slowest_rank(seconds))
 
 
 def _format_non_finite_error(
@@ -220,15 +264,27 @@ def _format_non_finite_error(
     )
 
 
-def _record_step(components: TrainerComponents, state: TrainState, started: float, values: dict[str, float]) -> None:
-    """Write a step's metrics, and report them to the user from rank 0."""
+def _compute_speed_metrics(
+    components: TrainerComponents, step: int, started: float, loss_tokens: int, attended_tokens: float
+) -> dict[str, float]:
+    """Return the speed of a step that began at `started` and ends now."""
     seconds = time.perf_counter() - started
+    tokens = components.dataloader.count_sequences(step) * components.plan.sequence_length
+    meter_metrics = components.compute_meter.compute_metrics(
+        tokens=tokens,
+        loss_tokens=loss_tokens,
+        attended_tokens=attended_tokens,
+        device_seconds=seconds * components.context.world_size,
+    )
+    return {"perf/tokens_per_second": tokens / seconds, "perf/step_seconds": seconds, **meter_metrics}
+
+
+def _record_step(components: TrainerComponents, state: TrainState, values: dict[str, float]) -> None:
+    """Write a step's metrics, and report them to the user from rank 0."""
     completed = state.step + 1
     tokens = components.dataloader.count_sequences(state.step) * components.plan.sequence_length
     values |= {
         "train/tokens": float(state.tokens + tokens),
-        "perf/tokens_per_second": tokens / seconds,
-        "perf/step_seconds": seconds,
         "perf/memory_gb": components.engine.peak_memory_gb(),
     }
     components.metrics.write(completed, values | components.goodput_tracker.compute_metrics())
@@ -240,7 +296,9 @@ def _record_step(components: TrainerComponents, state: TrainState, started: floa
                 loss=values["train/loss"],
                 lr=values["optim/lr"],
                 tokens_per_second=values["perf/tokens_per_second"],
-                seconds=seconds,
+                seconds=values["perf/step_seconds"],
                 time=time.time(),
+                tflops=values["perf/tflops"],
+                mfu=values.get("perf/mfu"),
             )
         )

@@ -46,7 +46,9 @@ from llm_training_toolkit.runs.attempts import (
 from llm_training_toolkit.runs.directory import collect_environment
 from llm_training_toolkit.runs.goodput import GoodputState, GoodputTracker, load_goodput_state
 from llm_training_toolkit.train.components import TrainerComponents
+from llm_training_toolkit.train.compute_meter import build_compute_meter
 from llm_training_toolkit.train.loop import run_training_loop
+from llm_training_toolkit.train.profiler import StepProfiler
 from llm_training_toolkit.worker.attention import resolve_attention
 from llm_training_toolkit.worker.build import BuiltModel, build_run_model
 from llm_training_toolkit.worker.devices import RankPlacement, check_placement
@@ -209,6 +211,8 @@ def _build_components(
         goodput_tracker=goodput_tracker,
         initial_state=train_state,
         in_training_tasks=InTrainingEvaluator(spec, metrics=metrics, context=context),
+        compute_meter=build_compute_meter(plan, context.device),
+        step_profiler=_build_step_profiler(spec, context, train_state, attempt),
         on_spike=config.failures.on_loss_spike,
     )
 
@@ -270,6 +274,13 @@ def _build_dataloader(spec: WorkerSpec, context: RunContext, plan: Plan, state: 
         event_log=SampleLog(run.sample_log_dir, attempt, context.rank) if config.failures.log_samples else None,
         pin_memory=context.device.type == "cuda",
     )
+
+
+def _build_step_profiler(spec: WorkerSpec, context: RunContext, state: TrainState, attempt: int) -> StepProfiler:
+    steps = None if spec.config.profile is None else spec.config.profile.steps
+    profiler = StepProfiler(steps, spec.directory.get_profile_dir(attempt), context)
+    profiler.warn_of_past_steps(state.step)
+    return profiler
 
 
 def _build_manifest_extra(built: BuiltModel, plan: Plan) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from ruamel.yaml import YAML
 from llm_training_toolkit.config import load_config
 from llm_training_toolkit.plan import estimate_on_cluster, make_plan
 from llm_training_toolkit.plan.cluster_file import read_hardware
-from smoke.peaks import peak
+from llm_training_toolkit.plan.device_peaks import find_device_peak
 
 ROOT = Path(__file__).parents[3]
 CLUSTER = ROOT / "cluster"
@@ -141,10 +141,10 @@ def test_every_efa_interface_is_a_card_of_its_own_in_the_network_of_the_head() -
 @pytest.mark.parametrize("path", EVERY, ids=lambda path: path.name)
 def test_the_peak_is_that_of_the_data_sheet(path: Path) -> None:
     hardware = read_hardware(path)
-    known = peak(f"NVIDIA {hardware.device}")
+    known = find_device_peak(f"NVIDIA {hardware.device}")
     assert hardware.is_cpu == (known is None)
     if known:
-        assert hardware.tflops.bf16 * 1e12 == known[0]
+        assert (hardware.tflops.bf16, hardware.tflops.fp32) == (known.bf16, known.fp32)
 
 
 @pytest.mark.parametrize("path", EVERY, ids=lambda path: path.name)

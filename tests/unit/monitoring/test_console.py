@@ -29,7 +29,7 @@ from llm_training_toolkit.monitoring.console import Console, RemainingTimeEstima
 
 
 def step(number: int, steps: int = 1000, **changed: Any) -> StepEvent:
-    event = StepEvent(number, steps, 2.34567, 3e-4, 12345.6, seconds=0.5, time=1e9 + 0.5 * number)
+    event = StepEvent(number, steps, 2.34567, 3e-4, 12345.6, seconds=0.5, time=1e9 + 0.5 * number, tflops=0.04567)
     return replace(event, **changed)
 
 
@@ -51,11 +51,16 @@ def written(act: Callable[[Console], None]) -> list[str]:
 
 def test_a_step_line_has_step_loss_rate_speed_and_time_left() -> None:
     line = format_step_line(step(7), 83.6)
-    assert line == "step    7/1000  loss 2.3457  lr 3.00e-04  12,346 tokens/s  1:24 left"
+    assert line == "step    7/1000  loss 2.3457  lr 3.00e-04  12,346 tokens/s  0.0457 TFLOP/s  1:24 left"
+
+
+def test_a_step_line_has_the_share_of_a_known_peak() -> None:
+    line = format_step_line(step(7, tflops=376.4, mfu=0.3806), 83.6)
+    assert line.endswith("12,346 tokens/s  376 TFLOP/s (38.1% MFU)  1:24 left")
 
 
 def test_a_step_line_without_a_known_time_left_says_nothing_of_it() -> None:
-    assert format_step_line(step(1), None).endswith("tokens/s")
+    assert format_step_line(step(1), None).endswith("tokens/s  0.0457 TFLOP/s")
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,19 @@ def test_a_killed_run_is_lost_and_a_held_one_is_running(run: RunDirectory) -> No
     assert (lost.state, lost.seconds_left) == ("lost", None)
 
 
+def test_the_speed_is_the_median_of_the_newest_steps(run: RunDirectory) -> None:
+    without = read_run_status(run)
+    assert (without.tflops, without.mfu) == (None, None)
+    rows = [{"step": step, "attempt": 2, "perf/tflops": 100.0 * step, "perf/mfu": 0.1 * step} for step in (1, 2, 5)]
+    with run.metrics_path.open("a") as file:
+        file.write("\n" + "".join(json.dumps(row) + "\n" for row in rows))
+    found = read_run_status(run)
+    assert (found.tflops, found.mfu) == (200.0, 0.2)
+    screen = Console(file=io.StringIO(), width=200)
+    screen.print(build_runs_table([found]))
+    assert "200 TFLOP/s (20.0% MFU)" in screen.file.getvalue()  # type: ignore[attr-defined]
+
+
 def test_steps_that_a_later_attempt_does_again_do_not_count(run: RunDirectory) -> None:
     with run.metrics_path.open("a") as file:
         rows = [{"step": step, "attempt": 2, "train/loss": 1.0} for step in range(1, 3)]

@@ -16,7 +16,6 @@ import pytest
 from smoke.bench import Bench
 from smoke.checks import CHECKS, Check, attention_faults
 from smoke.order import order_for
-from smoke.peaks import peak
 from smoke.runner import Done, Failed, Result, Runner, Skipped, Task
 
 ROOT = Path(__file__).parents[3]
@@ -114,33 +113,6 @@ def test_plain_data_needs_no_yaml_and_a_file_says_what_to_install(without_ray_an
     assert 'here: train.steps = "3": expected a whole number' in wrong.stderr
     file = python(reading + "load_config(Path('some.yaml'))", without_ray_and_yaml)
     assert "some.yaml: YAML cannot be read here: `pip install ruamel.yaml`" in file.stderr
-
-
-@pytest.mark.parametrize(
-    ("name", "teraflops"),
-    [
-        ("NVIDIA H100 80GB HBM3", 989),
-        ("NVIDIA H100 PCIe", 756),
-        ("NVIDIA H200", 989),
-        ("NVIDIA H200 NVL", 835),
-        ("NVIDIA A100-SXM4-80GB", 312),
-        ("NVIDIA A10G", 70),
-        ("NVIDIA L4", 121),
-        ("NVIDIA L40S", 362),
-        ("NVIDIA GeForce RTX 4090", 165),
-    ],
-)
-def test_the_peak_of_a_card_is_found_by_its_name(name: str, teraflops: int) -> None:
-    found = peak(name)
-    assert found is not None
-    assert found[0] == teraflops * 1e12
-
-
-@pytest.mark.parametrize(
-    "name", ["NVIDIA H100 80GB HBM3 MIG 1g.10gb", "Tesla T4", "NVIDIA GeForce RTX 4090 Laptop GPU"]
-)
-def test_the_peak_of_another_card_is_measured(name: str) -> None:
-    assert peak(name) is None
 
 
 def runner(folder: Path, seconds: float) -> Runner:

@@ -25,8 +25,10 @@ from llm_training_toolkit.plan import make_plan
 from llm_training_toolkit.runs.directory import RunDirectory
 from llm_training_toolkit.runs.goodput import GoodputTracker
 from llm_training_toolkit.train.components import TrainerComponents
+from llm_training_toolkit.train.compute_meter import build_compute_meter
 from llm_training_toolkit.train.hooks import run_tasks_if_due
 from llm_training_toolkit.train.loop import run_training_loop
+from llm_training_toolkit.train.profiler import StepProfiler
 
 FAR = 10_000
 """A step whose data is not prepared."""
@@ -50,8 +52,22 @@ def parts(prepared_run: RunDirectory, run: RunDirectory, stop_request: StopReque
     saver = CheckpointManager(run, context, absent, lineage, every_steps=1, every_seconds=None, rule=RetentionPolicy(1))
     origin = TrainState(FAR, FAR, FAR * plan.global_batch)
     schedule = replace(plan.build_lr_schedule(), steps=2 * FAR)
+    meter = build_compute_meter(plan, context.device)
     return TrainerComponents(
-        plan, schedule, 0, context, absent, dataloader, saver, absent, 2, GoodputTracker(0.0, {}, 0), origin, midway
+        plan,
+        schedule,
+        0,
+        context,
+        absent,
+        dataloader,
+        saver,
+        absent,
+        2,
+        GoodputTracker(0.0, {}, 0),
+        origin,
+        midway,
+        meter,
+        StepProfiler(None, run.path, context),
     )
 
 

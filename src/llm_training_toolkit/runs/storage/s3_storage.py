@@ -4,6 +4,7 @@
     Append-only files: uploaded in segments (`append_log`); their end is fetched when read.
     Checkpoints: directories with a manifest here; fragments are uploaded when written, fetched when read.
     Export and base weights: uploaded whole, `training.json` last.
+    Profiles: uploaded, not fetched.
 
 Other code uses the staging directory like any run directory; only this module accesses the store.
 """
@@ -79,7 +80,7 @@ class S3Storage:
         top, _, name = key.rpartition("/")
         if key.startswith((CLAIMS, "checkpoints/")) or segments.is_append_only(key):
             return False
-        return name == _EXPORT_INFO_FILE or not top.startswith(("export", "base"))
+        return name == _EXPORT_INFO_FILE or not top.startswith(("export", "base", "profile"))
 
     def _refresh_checkpoints(self, listed: Mapping[str, ObjectInfo]) -> None:
         """Create the directories of existing checkpoints with their manifests; delete all others."""

@@ -1,0 +1,56 @@
+"""Published peak speeds of GPUs, by the name that their driver gives them: the denominator of MFU.
+
+Speeds are of dense products: data sheets with a footnote "with sparsity" print twice as much. bf16 is meant with sums
+in fp32, and fp32 without TF32, as torch computes unless it is asked otherwise.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+
+class DevicePeak(NamedTuple):
+    """Peak of a GPU in 10^12 operations per second."""
+
+    pattern: str
+    """Regular expression of the name; the first one in the table that is found counts."""
+    bf16: float | None
+    """None for GPUs without instructions for bf16."""
+    fp32: float
+    source: str
+
+    def get_flops(self, precision: str) -> float | None:
+        """Return the operations per second in `bf16` or `fp32`, or None without such instructions."""
+        teraflops = self.bf16 if precision == "bf16" else self.fp32
+        return None if teraflops is None else 1e12 * teraflops
+
+
+_PEAKS = (
+    DevicePeak(r"GB200", 2500, 80, "NVIDIA GB200 NVL72 data sheet, a 72nd, bf16 half of the sparse figure"),
+    DevicePeak(r"B200", 2250, 75, "NVIDIA DGX and HGX B200 data sheets, an eighth, bf16 half of the sparse figure"),
+    DevicePeak(r"H[12]00 NVL", 835, 60, "NVIDIA H200 NVL and H100 NVL data sheets, bf16 half of the sparse figure"),
+    DevicePeak(r"H100 PCIe", 756, 51, "NVIDIA H100 data sheet (PCIe), bf16 half of the sparse figure"),
+    DevicePeak(r"G?H[12]00", 989, 67, "NVIDIA H100 and H200 data sheets (SXM), bf16 half of the sparse figure"),
+    DevicePeak(r"A100", 312, 19.5, "NVIDIA A100 data sheet"),
+    DevicePeak(r"L40S", 362, 91.6, "NVIDIA L40S data sheet"),
+    DevicePeak(r"L40", 181, 90.5, "NVIDIA L40 data sheet"),
+    DevicePeak(r"L4", 121, 30.3, "NVIDIA L4 data sheet, bf16 half of the sparse figure"),
+    DevicePeak(r"A10G", 70, 31.5, "NVIDIA A10G data sheet (Amazon EC2 G5)"),
+    DevicePeak(r"A10", 125, 31.2, "NVIDIA A10 data sheet"),
+    DevicePeak(r"RTX 4090", 165, 82.6, "NVIDIA Ada architecture white paper, bf16 with sums in fp32"),
+    DevicePeak(r"RTX 3090", 71, 35.6, "NVIDIA GA102 architecture white paper, bf16 with sums in fp32"),
+    DevicePeak(r"V100-(?:SXM|DGXS)\d?", None, 15.7, "NVIDIA V100 data sheet (NVLink); it has no bf16"),
+    DevicePeak(r"V100-PCIE", None, 14, "NVIDIA V100 data sheet (PCIe); it has no bf16"),
+    DevicePeak(r"T4", None, 8.1, "NVIDIA T4 data sheet; it has no bf16"),
+)
+
+
+def find_device_peak(name: str) -> DevicePeak | None:
+    """Return the peak of a GPU by the name of its driver, or None if it is not known here.
+
+    A slice of a GPU (MIG) has a part of its speed, and a laptop's GPU shares no more than the name with the card.
+    """
+    if "MIG" in name or "Laptop" in name:
+        return None
+    return next((peak for peak in _PEAKS if re.search(rf"\b(?:{peak.pattern})\b", name)), None)

@@ -1,0 +1,93 @@
+"""The FLOPs behind MFU against those that torch counts in a forward and backward pass.
+
+Eager attention, experts one after another and whole logits: torch's counter has no formula for grouped products or for
+sdpa on the CPU, and it counts recomputed logits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from llm_training_toolkit import families
+from llm_training_toolkit.config.schema import Config
+from llm_training_toolkit.models import LossModule, build_model
+from llm_training_toolkit.models.lora import add_adapters
+from tiny_models import SHAPES
+
+ROWS, LENGTH, RANK = 2, 64, 4
+VOCABULARY = {"vocab_size": 512}  # otherwise the output layer is nearly all
+HYBRID = "qwen3-next-80b-a3b-instruct"
+DENSE_ATTENTION = sorted(SHAPES.keys() - {HYBRID})
+
+
+def build_run(size: str, **model: Any) -> Config:
+    raw = {
+        "run": {"name": "test"},
+        "model": {"name": size, "config_overrides": SHAPES[size]} | model,
+        "tokenizer": {"path": "tokenizer"},
+        "data": {"sequence_length": LENGTH, "sources": [{"path": "x", "format": "text"}]},
+        "train": {"steps": 10},
+    }
+    return Config.model_validate(raw)
+
+
+def build_module(hf: dict[str, Any], adapter: families.AdapterSpec | None) -> LossModule:
+    model: Any = build_model(hf, precision="fp32", attention="eager")
+    if "num_experts" in hf:
+        model.set_experts_implementation("eager")
+    module = LossModule(model, 0)
+    if adapter is not None:
+        add_adapters(model, adapter, seed=1, dtype=torch.float32)
+    return module
+
+
+def count_flops(module: nn.Module, labels: torch.Tensor) -> int:
+    """FLOPs of a pass over whole rows of one document each, by torch."""
+    ids = torch.randint(0, VOCABULARY["vocab_size"], (ROWS, LENGTH))
+    with FlopCounterMode(display=False) as counter:
+        module(ids, torch.arange(LENGTH).repeat(ROWS, 1), labels).backward()
+    return int(counter.get_total_flops())
+
+
+def count_formula(flops: families.TrainingFlops, loss_tokens: int) -> int:
+    return flops.count_step_flops(ROWS * LENGTH, loss_tokens, ROWS * LENGTH * LENGTH)
+
+
+@pytest.mark.parametrize("size", DENSE_ATTENTION)
+def test_full_training_needs_what_torch_counts(size: str) -> None:
+    hf = families.resolve_hf_config(build_run(size)) | VOCABULARY
+    labels = torch.randint(0, VOCABULARY["vocab_size"], (ROWS, LENGTH))
+    labels[:, :20] = -100
+    counted = count_flops(build_module(hf, None), labels)
+    assert count_formula(families.resolve_training_flops(hf), ROWS * (LENGTH - 20)) == counted
+
+
+@pytest.mark.parametrize("size", DENSE_ATTENTION)
+def test_frozen_weights_have_no_gradient_of_their_own(size: str) -> None:
+    run = build_run(size, lora={"rank": RANK})
+    hf = families.resolve_hf_config(run) | VOCABULARY
+    adapter = families.resolve_adapter(run, hf)
+    counted = count_flops(build_module(hf, adapter), torch.zeros(ROWS, LENGTH, dtype=torch.long))
+    # Nothing before the first layer is trained: its input has no gradient, 1 of the 28 layers of a 7B model's q, k, v.
+    dims = families.read_model_dims(hf)
+    width = dims.query_width + 2 * dims.kv_width
+    adapted = RANK * (1 if "c_attn" in adapter.targets else 3) if adapter else 0
+    skipped = 2 * ROWS * LENGTH * dims.hidden * (width + adapted)
+    formula = count_formula(families.resolve_training_flops(hf, adapter), ROWS * LENGTH)
+    assert formula - skipped == counted
+
+
+def test_a_hybrid_model_differs_by_the_chunks_of_its_linear_attention() -> None:
+    """The formula is that of the recurrence; the reference code computes products of chunks of 64 tokens instead."""
+    hf = families.resolve_hf_config(build_run(HYBRID)) | VOCABULARY
+    counted = count_flops(build_module(hf, None), torch.zeros(ROWS, LENGTH, dtype=torch.long))
+    linear = families.read_model_dims(hf).linear_attention
+    assert linear is not None
+    flops = families.resolve_training_flops(hf)
+    recurrence = 18 * linear.layers * linear.value_width * linear.key_head_dim * ROWS * LENGTH
+    assert 0 < count_formula(flops, ROWS * LENGTH) - recurrence < counted
