@@ -48,6 +48,18 @@ def test_gradients_agree_between_splits_and_stages(
     assert norm == pytest.approx(reference[1], rel=1e-5)
 
 
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_a_trial_of_the_largest_micro_batch_changes_no_bit(pools: Pools, prepared_run: RunDirectory, zero: int) -> None:
+    changes = {"train": {"precision": "fp32"}, "engine": {"zero_stage": zero}}
+    untried, tried = (
+        pools(2).run(rank_tasks.gradients, run=str(prepared_run.path), changes=changes, micro_batch=2, tried=each)[0]
+        for each in (False, True)
+    )
+    assert tried[:2] == untried[:2]
+    for name, gradient in untried[2].items():
+        assert np.array_equal(tried[2][name], gradient), name
+
+
 MIXTURE = {
     "name": "qwen3-30b-a3b",
     "config_overrides": {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -19,11 +20,12 @@ from llm_training_toolkit.checkpoint import CheckpointReader, Manifest
 from llm_training_toolkit.checkpoint.restore import restore_engine
 from llm_training_toolkit.config import parse_config
 from llm_training_toolkit.data.dataloader import DataLoader
-from llm_training_toolkit.data.dataset import MicroBatch
+from llm_training_toolkit.data.dataset import MicroBatch, build_full_batch
 from llm_training_toolkit.data.prepare.dataset_info import DatasetInfo
 from llm_training_toolkit.data.prepare.epochs import build_data_facts
 from llm_training_toolkit.distributed.context import RunContext, StopRequest
 from llm_training_toolkit.distributed.events import Event, NoteEvent, StepEvent, WarningEvent
+from llm_training_toolkit.distributed.flight_recorder import set_flight_record_directory, write_flight_record
 from llm_training_toolkit.engine import Engine, gathered_parameter, zero3_init
 from llm_training_toolkit.evaluation.validation import compute_eval_loss
 from llm_training_toolkit.models import LossModule, build_model, check_pretrained_weights, resize_embeddings
@@ -89,7 +91,13 @@ def stir(engine: Engine) -> None:
 
 
 def gradients(
-    run: str, changes: Mapping[str, Any], micro_batch: int, step: int = 0, *, stirred: bool = False
+    run: str,
+    changes: Mapping[str, Any],
+    micro_batch: int,
+    step: int = 0,
+    *,
+    stirred: bool = False,
+    tried: bool = False,
 ) -> tuple[float, float, Arrays]:
     """Loss, gradient norm and whole fp32 gradients of one global batch, split over this pool's ranks."""
     from deepspeed.utils import safe_get_full_grad
@@ -105,6 +113,8 @@ def gradients(
     batches = dataloader.get_micro_batches(
         step, compute_replica_slice(plan.global_batch, world, rank), micro_batch, count
     )
+    if tried:
+        engine.run_trial_pass(build_full_batch(batches[0]))
     loss_sum = engine.forward_backward(batches, dataloader.count_loss_tokens(step))
     [total] = context().all_reduce_sum(loss_sum)
     found = {}
@@ -422,3 +432,16 @@ def fetched(run: str, path: str, endpoint: str, nodes: Sequence[str], homes: Seq
     finally:
         for name, value in kept.items():
             setattr(constants, name, value)
+
+
+def recorded_collectives(directory: str, variables: Mapping[str, str]) -> None:
+    """Sum once over the ranks, then write this rank's flight record."""
+    before = dict(os.environ)
+    os.environ.update(variables)
+    try:
+        set_flight_record_directory(Path(directory))
+        context().all_reduce_sum(1.0)
+        write_flight_record(dist.get_rank())
+    finally:
+        os.environ.clear()
+        os.environ.update(before)

@@ -323,6 +323,18 @@ def count_attended_tokens(batches: Sequence[MicroBatch], window: int | None) -> 
     return total
 
 
+def build_full_batch(batch: MicroBatch) -> MicroBatch:
+    """Return the micro-batch of as many rows that needs the most memory: rows of one document, a loss at each token."""
+    rows, length = batch.input_ids.shape
+    return replace(
+        batch,
+        position_ids=torch.arange(length).repeat(rows, 1),
+        labels=batch.input_ids,
+        cu_seqlens=torch.arange(0, (rows + 1) * length, length, dtype=torch.int32),
+        max_seqlen=length,
+    )
+
+
 def build_padding_batch(rows: int, sequence_length: int, pad_id: int) -> MicroBatch:
     """Return `rows` rows of padding, every label -100: they cost a pass and leave the loss unchanged."""
     return collate_rows([[]] * rows, sequence_length, pad_id)

@@ -117,6 +117,16 @@ class Engine:
         self.forward_seconds = stopwatch.total_seconds()
         return summed
 
+    def run_trial_pass(self, batch: MicroBatch) -> None:
+        """Run a micro-batch for its memory alone, before the first ones of a step. Collective.
+
+        Its loss is multiplied by 0, so that it adds nothing to the gradients of that step.
+        """
+        self.deepspeed.train()
+        self.deepspeed.set_gradient_accumulation_boundary(is_boundary=False)
+        self._batch_position.step, self._batch_position.first = batch.step, batch.first
+        self.deepspeed.backward(self._run_forward(batch) * 0.0, scale_wrt_gas=False)
+
     def _run_forward(self, batch: MicroBatch) -> Tensor:
         tensors = (batch.input_ids, batch.position_ids, batch.labels, batch.cu_seqlens)
         # Page-locked rows are copied while the device still computes; for others the flag changes nothing.

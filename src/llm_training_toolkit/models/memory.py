@@ -1,22 +1,49 @@
-"""Detection of out-of-memory errors."""
+"""Detection of out-of-memory errors, and the allocator setting that wastes less of a GPU's memory."""
 
 from __future__ import annotations
 
+import os
+import re
+
 import torch
 
-# Messages of torch, cuBLAS and NCCL that have no exception class: on CPU, and outside torch's allocator.
-_OUT_OF_MEMORY = (
-    "DefaultCPUAllocator: can't allocate memory",
-    "DefaultCPUAllocator: not enough memory",
-    "bad_alloc",
-    "CUDA error: out of memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "Cuda failure 'out of memory'",
+# Messages of torch, CUDA's libraries and NCCL that have no exception class: on CPU, and outside torch's allocator.
+# cuBLAS creates its handle at the first product, and says "not initialized" if that finds no memory. Triton's "out of
+# resource" is left out: it means the shared memory of a multiprocessor, which smaller micro-batches do not change.
+_OUT_OF_MEMORY = re.compile(
+    "|".join(
+        (
+            "DefaultCPUAllocator: can't allocate memory",
+            "DefaultCPUAllocator: not enough memory",
+            "bad_alloc",
+            "(CUDA|HIP) error: out of memory",
+            "(CUDA|HIP) out of memory",
+            "CUBLAS_STATUS_ALLOC_FAILED",
+            "CUBLAS_STATUS_NOT_INITIALIZED",
+            "CUDNN_STATUS_ALLOC_FAILED",
+            "CUDNN_STATUS_INTERNAL_ERROR_(DEVICE|HOST)_ALLOCATION_FAILED",
+            r"(Cuda|HIP) failure (\d+ )?'out of memory'",
+        )
+    )
 )
+_ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+_EXPANDABLE_SEGMENTS = "expandable_segments:True"
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an exception says that the memory of the device is full."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
+    return isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error)) is not None
+
+
+def use_expandable_segments(device: torch.device) -> None:
+    """Let the allocator of a GPU grow its segments, unless the environment sets its options.
+
+    The number of loss tokens differs from step to step. Blocks of fixed size would leave gaps that fit no other step.
+    """
+    if device.type != "cuda" or any(name in os.environ for name in _ALLOCATOR_VARIABLES):
+        return
+    os.environ[_ALLOCATOR_VARIABLES[0]] = _EXPANDABLE_SEGMENTS  # for processes started from here
+    # torch may have read the environment before: Ray Train chooses the GPU before this code runs.
+    torch._C._accelerator_setAllocatorSettings(_EXPANDABLE_SEGMENTS)  # noqa: SLF001 - its only name

@@ -9,15 +9,30 @@ import time
 from collections.abc import Iterator, Sequence
 
 from llm_training_toolkit.checkpoint.state import TrainState
-from llm_training_toolkit.data.dataset import MicroBatch
+from llm_training_toolkit.data.dataset import MicroBatch, build_full_batch
 from llm_training_toolkit.distributed.context import StopRequest
 from llm_training_toolkit.distributed.events import EvalEvent, NoteEvent
 from llm_training_toolkit.distributed.heartbeat import NO_TIMEOUT, Heartbeat
 from llm_training_toolkit.errors import DataError
 from llm_training_toolkit.evaluation.validation import EvalLoss, compute_eval_loss
+from llm_training_toolkit.plan import compute_replica_slice
 from llm_training_toolkit.train.components import LoopStatus, TrainerComponents
 
 _POLL_SECONDS = 0.5  # between polls for data that is being prepared
+
+
+def try_largest_micro_batch(components: TrainerComponents, step: int) -> None:
+    """Run a micro-batch as large as any to come, before a step whose data every rank has. Collective.
+
+    Otherwise the memory of a GPU may run out at the first step with many loss tokens, hours later.
+    """
+    context, dataloader = components.context, components.dataloader
+    context.heartbeat.set_phase("trying the largest micro-batch")
+    positions = compute_replica_slice(dataloader.count_sequences(step), context.world_size, context.rank)
+    [batch] = dataloader.get_micro_batches(
+        step, positions[: components.plan.micro_batch], components.plan.micro_batch, 1
+    )
+    components.engine.run_trial_pass(build_full_batch(batch))
 
 
 def wait_if_data_missing(components: TrainerComponents, progress: TrainState) -> LoopStatus | None:

@@ -29,6 +29,7 @@ from llm_training_toolkit.train.hooks import (
     await_rung_decision,
     evaluate_held_out,
     run_tasks_if_due,
+    try_largest_micro_batch,
     wait_for_data,
     wait_if_data_missing,
 )
@@ -110,6 +111,8 @@ def _run_steps(components: TrainerComponents, state: TrainState) -> tuple[LoopSt
     # A worker group may start where the data ends: the previous one drained or died while waiting for more.
     if (status := wait_if_data_missing(components, state) or run_tasks_if_due(components, state)) is not None:
         return status, state
+    if state.step < steps and components.context.device.type == "cuda":
+        try_largest_micro_batch(components, state.step)
     while state.step < steps:
         with components.step_profiler.record_step(state.step + 1):
             state, decision = train_step(components, state)

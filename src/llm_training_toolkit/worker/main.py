@@ -27,9 +27,10 @@ from llm_training_toolkit.data.prepare.epochs import build_data_facts, read_late
 from llm_training_toolkit.data.sample_log import SampleLog
 from llm_training_toolkit.distributed.context import RunContext
 from llm_training_toolkit.distributed.events import CheckpointEvent, EvalEvent, Event, NoteEvent, WarningEvent
+from llm_training_toolkit.distributed.flight_recorder import set_flight_record_directory
 from llm_training_toolkit.distributed.heartbeat import NO_TIMEOUT
 from llm_training_toolkit.evaluation.in_training import InTrainingEvaluator
-from llm_training_toolkit.models.memory import is_out_of_memory
+from llm_training_toolkit.models.memory import is_out_of_memory, use_expandable_segments
 from llm_training_toolkit.monitoring.logs import RANK_LOGGER, log_to_file, redirect_output
 from llm_training_toolkit.monitoring.metrics import Metrics
 from llm_training_toolkit.plan import Plan, check_plan, make_plan
@@ -56,6 +57,7 @@ from llm_training_toolkit.worker.finish import finish_run
 from llm_training_toolkit.worker.micro_batch import (
     build_out_of_memory_error,
     describe_memory_load,
+    measure_device_memory_gb,
     resolve_memory_settings,
 )
 from llm_training_toolkit.worker.precision import resolve_precision
@@ -67,6 +69,7 @@ def run_worker(spec: WorkerSpec, context: RunContext) -> dict[str, Any]:
 
     Raises SmallerMicroBatch if memory ran out and the next attempt will use less.
     """
+    use_expandable_segments(context.device)
     placements = check_placement(spec, context)
     requested, precision_note = resolve_precision(spec, context)
     requested, attention_note = resolve_attention(requested, context)
@@ -133,7 +136,8 @@ def _train_and_finish(components: TrainerComponents, spec: WorkerSpec, requested
     except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
             mark_out_of_memory(spec.directory, components.attempt)
-            raise build_out_of_memory_error(requested, spec.config, context.world_size) from error
+            device_gb = measure_device_memory_gb(context.device)
+            raise build_out_of_memory_error(requested, spec.config, context.world_size, device_gb) from error
         raise
     if status == "finished" and spec.config.export.at_end and context.is_rank_zero:
         context.heartbeat.set_phase("exporting", NO_TIMEOUT)
@@ -167,6 +171,7 @@ def _begin_attempt(
     }
     attempt = context.broadcast_object(begin_attempt(spec.directory, record) if context.is_rank_zero else 0)
     redirect_output(spec.directory.get_rank_log_path(attempt, context.rank))
+    set_flight_record_directory(spec.directory.get_log_dir(attempt))
     torch.set_num_threads(config.cluster.cpus_per_worker)
     if config.run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -211,18 +211,38 @@ def _read_cgroup_free_memory(group: Path, version: str) -> float:
     return math.inf if limit == "max" else float(int(limit) - used + int(statistics.get(cached_name, 0)))
 
 
-def build_out_of_memory_error(requested: Config, taken: Config, workers: int) -> SmallerMicroBatch | TrainingError:
+def build_out_of_memory_error(
+    requested: Config, taken: Config, workers: int, device_gb: float
+) -> SmallerMicroBatch | TrainingError:
     """Return the exception for an out-of-memory with `taken`: retry with less memory, or fail the run."""
     rows, stage = taken.train.micro_batch_size, taken.engine.zero_stage
     assert rows != "auto"
     assert stage != "auto"
-    tried = MemorySettings(stage, rows)
+    tried, counted = MemorySettings(stage, rows), _format_memory_plan(taken, workers, device_gb)
     less = _find_smaller_settings(requested, tried, workers)
     if less is not None:
         what = f"{less.micro_batch}" if less.zero == stage else f"ZeRO {less.zero}"
-        return SmallerMicroBatch(f"out of memory with micro-batches of {rows}; the next attempt takes {what}")
+        return SmallerMicroBatch(
+            f"out of memory with micro-batches of {rows}; the next attempt takes {what}. {counted}"
+        )
     ways = ["set model.activation_checkpointing: true"] if not taken.model.activation_checkpointing else []
     ways += ["raise engine.zero_stage, with more cluster.workers"] if stage < 3 else ["use more cluster.workers"]
     if find_smaller_micro_batch(taken, workers, rows):
         ways.insert(0, "lower train.micro_batch_size, or set it to auto")
-    return TrainingError(f"out of memory with micro-batches of {rows}: {'; or '.join(ways)}. The same command resumes")
+    what = f"out of memory with micro-batches of {rows}: {'; or '.join(ways)}. The same command resumes"
+    return TrainingError(f"{what}. {counted}")
+
+
+def _format_memory_plan(taken: Config, workers: int, device_gb: float) -> str:
+    """Format the memory that the plan counts, its three largest parts, and the memory of the device."""
+    memory_gb = make_plan(taken, replicas=workers).memory_gb_per_device
+    largest = sorted(memory_gb, key=lambda part: memory_gb[part], reverse=True)[:3]
+    listed = ", ".join(f"{part} {memory_gb[part]:.3g}" for part in largest)
+    return f"The plan counts {sum(memory_gb.values()):.3g} GB, of them {listed}; the device has {device_gb:.3g}"
+
+
+def measure_device_memory_gb(device: torch.device) -> float:
+    """Return the memory of the GPU, or of this machine, in 10^9 bytes."""
+    if device.type == "cuda":
+        return float(torch.cuda.get_device_properties(device).total_memory) / 1e9
+    return float(psutil.virtual_memory().total) / 1e9

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
 from typing import cast
 
@@ -12,7 +14,7 @@ from llm_training_toolkit.config import Config
 from llm_training_toolkit.data.prepare.dataset_info import DatasetInfo
 from llm_training_toolkit.distributed.context import RunContext
 from llm_training_toolkit.errors import TrainingError
-from llm_training_toolkit.models.memory import is_out_of_memory
+from llm_training_toolkit.models.memory import is_out_of_memory, use_expandable_segments
 from llm_training_toolkit.runs.attempts import (
     begin_attempt,
     end_attempt,
@@ -101,19 +103,69 @@ def test_an_allocation_that_fails_is_told_from_other_errors() -> None:
         torch.empty(2**60, dtype=torch.uint8)
     assert is_out_of_memory(raised.value)
     assert is_out_of_memory(MemoryError())
-    assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+
+
+@pytest.mark.parametrize(
+    ("message", "is_known"),
+    [
+        ("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory", True),
+        ("std::bad_alloc", True),
+        ("CUDA error: out of memory", True),
+        ("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB", True),
+        ("HIP out of memory. Tried to allocate 2.00 GiB", True),
+        ("HIP error: out of memory", True),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+        ("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`", True),
+        ("cuDNN error: CUDNN_STATUS_ALLOC_FAILED", True),
+        ("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED", True),
+        ("NCCL error in: unhandled cuda error. Last error:\nCuda failure 'out of memory'", True),
+        ("NCCL error in: unhandled cuda error. Last error:\nCuda failure 2 'out of memory'", True),
+        # Shared memory of a multiprocessor: the same with every micro-batch.
+        ("out of resource: shared memory, Required: 114688, Hardware limit: 101376.", False),
+        ("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx`", False),
+        ("NCCL error in: unhandled cuda error. Last error:\nCuda failure 'an illegal memory access'", False),
+        ("mat1 and mat2 shapes cannot be multiplied", False),
+    ],
+)
+def test_texts_of_libraries_that_have_no_exception_for_it(message: str, is_known: bool) -> None:
+    assert is_out_of_memory(RuntimeError(message)) == is_known
+    assert not is_out_of_memory(ValueError(message))
+
+
+def test_the_allocator_keeps_the_options_that_a_person_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:128")
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+    before = torch._C._accelerator_getAllocatorSettings()
+    use_expandable_segments(torch.device("cuda"))
+    assert "PYTORCH_ALLOC_CONF" not in os.environ
+    assert torch._C._accelerator_getAllocatorSettings() == before
+
+
+def test_segments_of_a_gpu_may_grow(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"):
+        monkeypatch.setenv(name, "")  # so that it is removed again afterwards
+        monkeypatch.delenv(name)
+    use_expandable_segments(torch.device("cpu"))
+    assert "PYTORCH_ALLOC_CONF" not in os.environ
+    use_expandable_segments(torch.device("cuda"))
+    assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    assert torch._C._accelerator_getAllocatorSettings() == "expandable_segments:True"
 
 
 def test_after_the_smallest_micro_batch_several_workers_take_the_next_zero_stage(corpus: Path, tmp_path: Path) -> None:
     asked = tiny_config(corpus, tmp_path, train={"steps": 3, "global_batch_size": 8, "micro_batch_size": "auto"})
     run, context = RunDirectory(tmp_path / "run"), RunContext(0, 2, torch.device("cpu"))
     taken = MemorySettings(zero=0, micro_batch=1).apply_to_config(asked)
-    after = build_out_of_memory_error(asked, taken, 2)
+    after = build_out_of_memory_error(asked, taken, 2, 80.0)
     assert isinstance(after, SmallerMicroBatch)
     assert "ZeRO 2" in str(after)
     facts = {"load": describe_memory_load(asked, context), "micro_batch": 1, "asked": "auto", "zero": 0}
     mark_out_of_memory(run, begin_attempt(run, facts))
     assert _find_previous_settings(run, asked, context) == MemorySettings(zero=2, micro_batch=1)
     highest = MemorySettings(zero=3, micro_batch=1).apply_to_config(asked)
-    assert isinstance(build_out_of_memory_error(asked, highest, 2), TrainingError)
-    assert isinstance(build_out_of_memory_error(asked, taken, 1), TrainingError), "one worker has nothing to spread"
+    final = build_out_of_memory_error(asked, highest, 2, 80.0)
+    assert isinstance(final, TrainingError)
+    assert re.search(r"The plan counts [\d.]+ GB, of them .*; the device has 80$", str(final)), final
+    assert isinstance(build_out_of_memory_error(asked, taken, 1, 80.0), TrainingError), (
+        "one worker has nothing to spread"
+    )
