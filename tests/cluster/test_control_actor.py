@@ -12,7 +12,7 @@ from launching import Environment
 from llm_training_toolkit.distributed.context import StopRequest
 from llm_training_toolkit.distributed.events import Event, NoteEvent
 from llm_training_toolkit.distributed.heartbeat import Heartbeat
-from llm_training_toolkit.launch.ray.control_actor import report_with_retry, start_heartbeat
+from llm_training_toolkit.launch.ray.control_actor import HeartbeatReply, report_with_retry, start_heartbeat
 
 
 def until(true: Callable[[], bool]) -> None:
@@ -29,11 +29,11 @@ class Unsteady:
     def __init__(self) -> None:
         self.beats, self.posts = 0, 0
 
-    def receive_heartbeat(self, _rank: int, _beat: Any) -> StopRequest:
+    def receive_heartbeat(self, _rank: int, _beat: Any) -> HeartbeatReply:
         self.beats += 1
         if self.beats < 3:
             raise ConnectionError("for a moment")
-        return StopRequest.STOP
+        return HeartbeatReply(StopRequest.STOP, is_hung=True)
 
     def send_event(self, _event: Event) -> None:
         self.posts += 1
@@ -53,12 +53,14 @@ def test_heartbeats_and_what_must_be_told_go_on_after_an_error_and_end_with_the_
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the actor's process does not find the tests
     try:
         line: Any = ray.remote(Unsteady).options(num_cpus=0).remote()
-        stop_request = start_heartbeat(line, 0, Heartbeat())
+        hangs: list[bool] = []
+        stop_request = start_heartbeat(line, 0, Heartbeat(), lambda: hangs.append(True))
         until(lambda: stop_request() is StopRequest.STOP)
         report_with_retry(line, NoteEvent("told"))
         assert ray.get(line.counted.remote()) == 3
         ray.kill(line)
         report_with_retry(line, NoteEvent("told"))
         until(lambda: not any(thread.name == "heartbeat" for thread in threading.enumerate()))
+        assert hangs == [True], "once, however many replies say so"
     finally:
         ray.shutdown()

@@ -17,6 +17,7 @@ import pytest
 
 import fork_server
 from launching import Environment, command, run_of, wait_for_step
+from llm_training_toolkit.distributed.flight_recorder import get_flight_record_path
 from llm_training_toolkit.runs.attempts import find_last_attempt, read_attempt_record
 from llm_training_toolkit.runs.directory import RunDirectory
 
@@ -152,6 +153,7 @@ def test_a_rank_that_hangs_is_named_and_a_step_that_fails_twice_ends_the_run(
     hung, killed = (each["failure"] for each in attempts(run))
     assert (hung["kind"], hung["rank"], hung["step"]) == ("hang", 1, at + 1)
     assert f"rank 1 (process {stopped.pid}" in out
+    assert get_flight_record_path(run.get_log_dir(1), 0).exists()
     assert "its process had been stopped (SIGSTOP); it stands in " in out
     assert re.search(r"the others wait in \w+ \(distributed_c10d\.py:\d+\), called by \w+ \(\w+\.py:\d+\)", out)
     assert (killed["kind"], killed["step"]) == ("killed", at + 1)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 
@@ -23,6 +23,14 @@ _REPORT_ATTEMPTS = 5  # one second apart
 HeartbeatsByRank = dict[int, tuple[HeartbeatSnapshot, float]]  # newest heartbeat, and its age in seconds
 
 
+class HeartbeatReply(NamedTuple):
+    """Reply to a heartbeat."""
+
+    stop_request: StopRequest
+    is_hung: bool
+    """The run hangs: the rank writes down its collectives, and is killed in a moment."""
+
+
 class _ControlActor:
     """Control channel of one worker group: an actor on the driver's node that ends with the driver."""
 
@@ -30,16 +38,21 @@ class _ControlActor:
         self._events: list[Event] = []
         self._beats: dict[int, tuple[HeartbeatSnapshot, float]] = {}
         self._stop_request = StopRequest.NONE
+        self._is_hung = False
         self._rung_decisions: dict[int, StopRequest] = {}
 
     def send_event(self, event: Event) -> None:
         """Queue a worker's event."""
         self._events.append(event)
 
-    def receive_heartbeat(self, rank: int, beat: HeartbeatSnapshot) -> StopRequest:
-        """Store a rank's heartbeat; return the current stop request."""
+    def receive_heartbeat(self, rank: int, beat: HeartbeatSnapshot) -> HeartbeatReply:
+        """Store a rank's heartbeat; return the driver's current requests."""
         self._beats[rank] = (beat, time.monotonic())
-        return self._stop_request
+        return HeartbeatReply(self._stop_request, self._is_hung)
+
+    def report_hang(self) -> None:
+        """Have every rank that sends heartbeats write its flight record."""
+        self._is_hung = True
 
     def drain_events(self) -> tuple[list[Event], HeartbeatsByRank]:
         """Return the events since the last call, and each rank's newest heartbeat."""
@@ -107,16 +120,28 @@ def build_rung_waiter(line: Any) -> Callable[[int], StopRequest]:  # noqa: ANN40
     return await_rung
 
 
-def start_heartbeat(line: Any, rank: int, heartbeat: Heartbeat) -> Callable[[], StopRequest]:  # noqa: ANN401
-    """Send heartbeats from a thread; return a function that reads the stop request in the newest reply."""
+def start_heartbeat(
+    line: Any,  # noqa: ANN401
+    rank: int,
+    heartbeat: Heartbeat,
+    on_hang: Callable[[], None],
+) -> Callable[[], StopRequest]:
+    """Send heartbeats from a thread; return a function that reads the stop request in the newest reply.
+
+    The thread calls `on_hang` once if the driver finds that the run hangs.
+    """
     wanted = [StopRequest.NONE]
     every = OTHER_RANKS_HEARTBEAT_SECONDS if rank else _RANK0_HEARTBEAT_SECONDS
 
     def send_heartbeats() -> None:
-        wait = threading.Event()
+        wait, is_hung = threading.Event(), False
         while True:
             try:
-                wanted[0] = ray.get(line.receive_heartbeat.remote(rank, heartbeat.get_snapshot()))
+                reply: HeartbeatReply = ray.get(line.receive_heartbeat.remote(rank, heartbeat.get_snapshot()))
+                wanted[0] = reply.stop_request
+                if reply.is_hung and not is_hung:
+                    is_hung = True
+                    on_hang()
             except ray.exceptions.ActorDiedError:
                 return  # the driver is gone; Ray kills this worker
             except ray.exceptions.RayError:

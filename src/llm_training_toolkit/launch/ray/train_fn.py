@@ -20,6 +20,7 @@ from llm_training_toolkit.config import parse_config
 from llm_training_toolkit.data.prepare.dataset_info import DatasetInfo
 from llm_training_toolkit.distributed.context import RunContext
 from llm_training_toolkit.distributed.events import Event, NoteEvent, StageEvent, WorkerErrorEvent, WorkerStartedEvent
+from llm_training_toolkit.distributed.flight_recorder import build_flight_record_writer
 from llm_training_toolkit.distributed.heartbeat import Heartbeat
 from llm_training_toolkit.errors import ToolkitError
 from llm_training_toolkit.launch.ray.control_actor import (
@@ -40,7 +41,8 @@ def worker_main(assignment: Mapping[str, Any]) -> dict[str, Any]:
     rank, heartbeat = ranks.get_world_rank(), Heartbeat()
     report = build_reporter(assignment["line"])
     report_with_retry(assignment["line"], _build_started_event(rank))
-    stop_request = start_heartbeat(assignment["line"], rank, heartbeat)
+    on_hang = build_flight_record_writer(rank, report)
+    stop_request = start_heartbeat(assignment["line"], rank, heartbeat, on_hang)
     if rank == 0:
         report(StageEvent("starting workers", 1, 1))
     try:

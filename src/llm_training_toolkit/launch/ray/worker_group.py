@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,6 +33,7 @@ from llm_training_toolkit.distributed.events import (
     WorkerErrorEvent,
     WorkerStartedEvent,
 )
+from llm_training_toolkit.distributed.flight_recorder import get_flight_record_path
 from llm_training_toolkit.errors import LaunchError, ToolkitError
 from llm_training_toolkit.launch.ray import nodes, worker_processes
 from llm_training_toolkit.launch.ray.capacity import AutoscalerClient
@@ -61,6 +63,7 @@ _HEALTH_POLL_SECONDS = 1.0  # nodes and heartbeats
 _START_TIMEOUT_SECONDS = 1200.0  # for the first worker: Ray waits forever if a node dies at that moment
 _KILL_RETRY_SECONDS = 30.0  # if `fit` still waits for killed workers
 _MAX_KILL_ATTEMPTS = 10
+_FLIGHT_RECORD_SECONDS = OTHER_RANKS_HEARTBEAT_SECONDS + 3.0  # the next heartbeat of every rank, and its file
 # torch's collective timeout / `failures.hang_timeout`: the hang detector knows more, so it must fire first.
 _COLLECTIVE_TIMEOUT_FACTOR = 4.0
 
@@ -232,7 +235,10 @@ class WorkerGroup:
         logs = self._job.run.get_log_dir(find_last_attempt(self._job.run))
         paths = {rank: logs / f"rank_{rank}.log" for rank in self._workers}
         log_offsets = {rank: get_log_size(path) for rank, path in paths.items()}
-        states = worker_processes.dump_worker_stacks(self._workers.values())
+        self._control.report_hang.remote()
+        silent = hang.blocking_ranks.keys() if hang.is_silent else set()
+        _wait_for_files([get_flight_record_path(logs, rank) for rank in self._workers.keys() - silent])
+        states = worker_processes.dump_worker_stacks(self._workers.values())  # also resumes stopped processes
         if len(hang.blocking_ranks) == 1:
             self._hung_worker = self._workers.get(next(iter(hang.blocking_ranks)))
         told = [
@@ -252,7 +258,7 @@ class WorkerGroup:
         self._hang = (
             f"no rank has advanced for {hang.seconds:.0f} s (failures.hang_timeout = "
             f"{self._job.config.failures.hang_timeout}): "
-            f"{'; '.join(told)}{waiting}. The stacks of all threads are in {logs}"
+            f"{'; '.join(told)}{waiting}. The stacks of all threads and the last collectives are in {logs}"
         )
         self._kill_workers()
 
@@ -295,6 +301,13 @@ class WorkerGroup:
 
     def _show_warning(self, message: str) -> None:
         self._console.show_event(WarningEvent(message))
+
+
+def _wait_for_files(paths: Collection[Path]) -> None:
+    """Wait until the files exist, at most as long as ranks that send heartbeats need to write them."""
+    deadline = time.monotonic() + _FLIGHT_RECORD_SECONDS
+    while time.monotonic() < deadline and not all(path.exists() for path in paths):
+        time.sleep(_EVENT_POLL_SECONDS)
 
 
 def get_hang_timeout(config: Config) -> float:

@@ -94,12 +94,12 @@ def test_leaving_after_a_checkpoint_is_taken_back_and_nothing_else_is() -> None:
     told = Heartbeat().get_snapshot()
     control.request_stop(StopRequest.DRAIN_AFTER_CHECKPOINT)
     control.cancel_drain()
-    assert control.receive_heartbeat(0, told) is StopRequest.NONE
+    assert control.receive_heartbeat(0, told).stop_request is StopRequest.NONE
     for stop_request in (StopRequest.DRAIN, StopRequest.STOP):
         control.request_stop(stop_request)
         control.cancel_drain()
         control.request_stop(StopRequest.DRAIN_AFTER_CHECKPOINT)
-        assert control.receive_heartbeat(0, told) is stop_request
+        assert control.receive_heartbeat(0, told).stop_request is stop_request
 
 
 def placed(nodes: list[int], workers: int, placement: str) -> int:
