@@ -774,8 +774,9 @@ class ProfileConfig(ConfigSection):
     """Recording of some steps by torch's profiler, into `<run>/profile`: see docs/performance.md."""
 
     steps: Annotated[tuple[Count, Count], FieldTag.FREE]
-    """First and last step to record, counted from 1. A few are enough, such as [10, 12]: a step of a large model has
-    some hundred thousand events. The first step of a start is not typical, because it compiles and allocates."""
+    """First and last step to record, counted from 1. A few are enough, such as [10, 12]: a trace has every
+    operator and kernel of every micro-batch. The first step of a start is not typical, because it compiles and
+    allocates."""
 
 
 class Config(ConfigSection):

@@ -9,10 +9,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from llm_training_toolkit.distributed.events import Event, WarningEvent
 
-FLIGHT_RECORD_PREFIX = "flight_record_rank_"  # torch appends the rank; `torchfrtrace --prefix` reads such files
+FLIGHT_RECORD_PREFIX = "flight_record_rank_"  # torch appends the rank
 # Names for where torch writes the record, the newer one first.
 _PREFIX_VARIABLES = ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE")
 
@@ -37,10 +38,11 @@ def write_flight_record(rank: int) -> None:
     prefix = next((os.environ[name] for name in _PREFIX_VARIABLES if os.environ.get(name)), "")
     if not prefix:
         return
-    from torch._C import _distributed_c10d  # noqa: PLC0415 - the driver imports this module as well
+    import torch  # noqa: PLC0415 - the driver imports this module as well
 
+    recorders: Any = torch._C._distributed_c10d  # noqa: SLF001 - its only name
     # That of NCCL's process groups exists in torch's builds for CUDA; the other one has gloo's collectives.
-    dump: Callable[[], bytes] = getattr(_distributed_c10d, "_dump_nccl_trace", _distributed_c10d._dump_fr_trace)  # noqa: SLF001
+    dump = getattr(recorders, "_dump_nccl_trace", recorders._dump_fr_trace)  # noqa: SLF001
     path = Path(f"{prefix}{rank}")
     partial = path.with_name(f".{path.name}")
     partial.write_bytes(dump())

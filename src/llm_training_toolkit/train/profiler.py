@@ -12,7 +12,7 @@ from torch.profiler import ProfilerAction, ProfilerActivity, profile
 from llm_training_toolkit.distributed.context import RunContext
 from llm_training_toolkit.distributed.events import NoteEvent, WarningEvent
 
-_MAX_MEMORY_EVENTS = 100_000  # allocations kept of a GPU's memory; a step of a 7B model has some ten thousand
+_MAX_MEMORY_EVENTS = 100_000  # newest allocations kept of a GPU's memory, as many as torchtitan keeps
 
 
 class StepProfiler:
@@ -75,7 +75,8 @@ class StepProfiler:
         recorded.export_chrome_trace(str(partial))
         partial.replace(trace)
         if self._context.device.type == "cuda":
-            torch.cuda.memory._dump_snapshot(str(self._directory / f"{name}.memory.pickle"))  # noqa: SLF001
+            snapshot = str(self._directory / f"{name}.memory.pickle")
+            torch.cuda.memory._dump_snapshot(snapshot)  # type: ignore[no-untyped-call] # noqa: SLF001
 
 
 def _start_profile(step: int, device: torch.device) -> profile:

@@ -17,7 +17,14 @@ from hypothesis import strategies as st
 
 from llm_training_toolkit.config.schema import Config
 from llm_training_toolkit.data.dataloader import DataLoader
-from llm_training_toolkit.data.dataset import MicroBatch, PackedDataset, build_padding_batch, collate_rows
+from llm_training_toolkit.data.dataset import (
+    MicroBatch,
+    PackedDataset,
+    build_full_batch,
+    build_padding_batch,
+    collate_rows,
+    count_attended_tokens,
+)
 from llm_training_toolkit.data.prepare.arrow_store import ExampleStore, SourceExample, join_examples, write_examples
 from llm_training_toolkit.data.prepare.builder import PreparedDataset, prepare_dataset
 from llm_training_toolkit.data.prepare.dataset_info import DatasetInfo, EpochInfo, StreamInfo
@@ -330,3 +337,25 @@ def test_a_sequence_as_text_and_where_it_came_from(configure: Configure, markers
         if name != "long.py":
             assert f"value_{int(name[4:6])} = {int(name[4:6]) * 7919}\n" in text
     assert sequences.get_padding_batch(1).input_ids.tolist() == [[4] * 64]
+
+
+@given(
+    lengths=st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=4), min_size=1, max_size=3),
+    window=st.none() | st.integers(1, 12),
+)
+def test_attended_tokens_are_those_of_every_document_within_the_window(
+    lengths: list[list[int]], window: int | None
+) -> None:
+    rows = [[example([1] * length, [1] * length) for length in row] for row in lengths]
+    batch = collate_rows(rows, 36, pad_id=0)
+    pieces = [length for row in lengths for length in (*row, 36 - sum(row))]
+    expected = sum(min(length, window or length) for length in pieces for _ in range(length))
+    assert count_attended_tokens([batch, batch], window) == 2 * expected
+
+
+def test_the_largest_micro_batch_has_rows_of_one_document_and_a_loss_everywhere() -> None:
+    batch = build_full_batch(collate_rows([[example([7, 8], [1, 0])], []], 4, pad_id=3))
+    assert batch.input_ids.tolist() == [[7, 8, 3, 3], [3] * 4]
+    assert batch.position_ids.tolist() == [list(range(4))] * 2
+    assert (batch.labels >= 0).all()
+    assert (batch.cu_seqlens.tolist(), batch.cu_seqlens.dtype, batch.max_seqlen) == ([0, 4, 8], torch.int32, 4)

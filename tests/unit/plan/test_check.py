@@ -157,3 +157,12 @@ def test_a_class_whose_isolation_is_not_tested_cannot_be_packed(tmp_path: Path) 
     [problem] = find_problems(config, other, hf, 1)
     assert problem.where == "model.name"
     assert "could see each other in Qwen4ExpForCausalLM" in problem.what
+
+
+@pytest.mark.parametrize(
+    ("steps", "codes"),
+    [([1, 1], []), ([2, 9], []), ([3, 2], ["profile-steps-reversed"]), ([9, 10], ["profile-beyond-end"])],
+)
+def test_steps_to_profile_lie_within_the_run_in_order(tmp_path: Path, steps: list[int], codes: list[str]) -> None:
+    config = tiny_config(tmp_path, tmp_path, profile={"steps": steps})  # of 9 steps
+    assert [problem.code for problem in make_plan(config).problems] == codes
