@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import aiohttp
 
@@ -31,6 +31,8 @@ class Page:
     """Time to draw before the scripts, and half of it after them."""
     scripts: Sequence[str] = ()
     """JavaScript that clicks or removes what is in the way."""
+    colours: Literal["light", "dark"] = "light"
+    """Scheme that the page is told the reader prefers."""
 
 
 def browser() -> str | None:
@@ -62,17 +64,25 @@ async def _drive(profile: Path, page: Page, picture: Path) -> None:
         async with session.ws_connect(target["webSocketDebuggerUrl"], max_msg_size=0) as socket:
             wire = _Wire(socket)
             await wire.ask("Runtime.enable")
+            scheme = [{"name": "prefers-color-scheme", "value": page.colours}]
+            await wire.ask("Emulation.setEmulatedMedia", features=scheme)
             await wire.ask("Page.navigate", url=page.address)
             await asyncio.sleep(page.seconds)
             for script in page.scripts:
                 done = await wire.ask("Runtime.evaluate", expression=script)
                 if "exceptionDetails" in done:
-                    raise SystemExit(f"{page.address}: {script}: {done['exceptionDetails']['text']}")
+                    raise SystemExit(f"{page.address}: {script}: {_describe_exception(done)}")
                 await asyncio.sleep(page.seconds / 2)
             shot = await wire.ask("Page.captureScreenshot", format="png")
             picture.write_bytes(base64.b64decode(shot["data"]))
             if wire.errors:
                 raise SystemExit(f"{page.address}: errors on the page: {'; '.join(wire.errors)}")
+
+
+def _describe_exception(done: dict[str, Any]) -> str:
+    """What a script threw, in words."""
+    details = done["exceptionDetails"]
+    return str(details.get("exception", {}).get("description", details["text"]))
 
 
 async def _port(profile: Path, seconds: float = 30) -> int:

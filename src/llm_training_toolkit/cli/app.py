@@ -277,6 +277,24 @@ def runs(
 
 
 @app.command()
+def report(
+    runs: Annotated[list[str], typer.Argument(help="Run directories, or their URIs.", show_default=False)],
+    *,
+    output: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("report.html"),
+    cluster: Annotated[
+        Path | None, typer.Option(help="Cluster file: set its forecast of time and cost beside what was measured.")
+    ] = None,
+) -> None:
+    """Write one HTML page of one or several runs: plan and measurements, curves, attempts, data, evaluations."""
+    from llm_training_toolkit.plan.cluster_file import read_hardware
+
+    hardware = None if cluster is None else read_hardware(cluster)
+    from llm_training_toolkit.commands.report import write_report
+
+    typer.echo(write_report(runs, output, hardware))
+
+
+@app.command()
 def tensorboard(
     run: Annotated[
         str,

@@ -23,10 +23,10 @@ def read_newest_rows(metrics: Path) -> Iterator[dict[str, Any]]:
         size = file.seek(0, 2)
         file.seek(max(0, size - _TAIL))
         lines = file.read().split(b"\n")
-    yield from filter(_is_metrics_row, _parse_lines(lines[1:] if size > _TAIL else lines))
+    yield from filter(is_metrics_row, _parse_lines(lines[1:] if size > _TAIL else lines))
 
 
-def _is_metrics_row(row: dict[str, Any]) -> bool:
+def is_metrics_row(row: dict[str, Any]) -> bool:
     """Return whether a row has a step, and numbers as values."""
     return isinstance(row.get("step"), int) and all(isinstance(value, int | float) for value in row.values())
 

@@ -1,0 +1,1 @@
+"""Report of runs: one self-contained HTML page, drawn as SVG by its template."""
