@@ -68,23 +68,11 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Show what a run would do: steps, batch, memory, DeepSpeed JSON, every problem. Takes no hardware."""
+    from llm_training_toolkit.commands.plan import plan_run
     from llm_training_toolkit.config import load_config
-    from llm_training_toolkit.plan import estimate_on_cluster, format_plan, make_plan, resolve_for_hardware
+    from llm_training_toolkit.plan import format_plan
 
-    read, there = load_config(config, overrides or ()), None
-    if cluster is None:
-        from llm_training_toolkit.worker.precision import keep_begun_precision, resolve_local_precision
-
-        read, resolved = resolve_local_precision(keep_begun_precision(read))
-        made = make_plan(read).with_notes(resolved)
-    else:
-        from llm_training_toolkit.plan.cluster_file import read_hardware
-
-        hardware = read_hardware(cluster)
-        read = resolve_for_hardware(read, hardware)
-        made = make_plan(read)
-        there = estimate_on_cluster(read, made, hardware)
-        made = there.add_to_plan(made)
+    made, there = plan_run(load_config(config, overrides or ()), cluster)
     if as_json:
         typer.echo(json.dumps(made.to_json() | (there.to_json() if there else {"hours": None, "cost": None})))
     else:
@@ -109,13 +97,12 @@ def prepare(
     if check:
         _check_sample(read, as_json=as_json)
         return
+    from llm_training_toolkit.commands.prepare import prepare_dataset
     from llm_training_toolkit.data.prepare.epochs import (
         build_data_facts,
         build_dataset_info_json,
         format_dataset_info,
-        prepare_epochs,
     )
-    from llm_training_toolkit.launch.backend import create_dataset_builder
     from llm_training_toolkit.monitoring.console import Console
     from llm_training_toolkit.monitoring.terminal import open_terminal_copy
     from llm_training_toolkit.plan import format_mixture, make_plan
@@ -123,10 +110,7 @@ def prepare(
     with open_terminal_copy(2 if as_json else 1) as screen:
         console = Console(screen)
         try:
-            work = create_dataset_builder(read, console)
-            dataset_info = prepare_epochs(work, read).dataset_info
-            if verify:
-                work.verify_documents()
+            dataset_info = prepare_dataset(read, console, verify=verify)
         finally:
             console.close()
     if as_json:
@@ -226,7 +210,7 @@ def _train(request: TrainRequest, out: TerminalStream, err: TerminalStream, *, a
         message = format_os_error(error) if isinstance(error, OSError) else str(error)
         err.write(f"error: {escape_control_characters(message)}\n")
         if as_json:
-            out.write(json.dumps(build_failure_json(message)) + "\n")
+            out.write(json.dumps(build_failure_json(error)) + "\n")
         return error.exit_code if isinstance(error, ToolkitError) else ToolkitError.exit_code
     except Exception as error:  # outermost handler: Python prints the traceback, this the summary line
         console.close()

@@ -23,7 +23,7 @@ def tune(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")] = False,
 ) -> None:
     """Search hyperparameters with Ray Tune. The same command resumes; finished trials stay."""
-    from llm_training_toolkit.launch.request import EXIT_CODES
+    from llm_training_toolkit.launch.request import EXIT_CODES, build_failure_json
     from llm_training_toolkit.launch.signals import interrupt_on_stop_signals
     from llm_training_toolkit.launch.tune.tuner import read_search
     from llm_training_toolkit.launch.tune.tuner import run_search as carry_out
@@ -40,6 +40,8 @@ def tune(
         except (ToolkitError, OSError) as error:
             console.close()
             err.write(f"error: {format_os_error(error) if isinstance(error, OSError) else error}\n")
+            if as_json:
+                out.write(json.dumps(build_failure_json(error)) + "\n")
             raise typer.Exit(getattr(error, "exit_code", ToolkitError.exit_code)) from None
         finally:
             console.close()

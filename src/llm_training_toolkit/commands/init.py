@@ -174,7 +174,7 @@ def _render(data: dict[str, Any], notes: dict[str, str]) -> str:
     """Return YAML with a comment above each section. Raises PlanError with the plan's problems."""
     problems = [problem for problem in make_plan(_parse(data)).problems if problem.where != "model.path"]
     if problems:
-        raise PlanError("\n".join(str(problem) for problem in problems))
+        raise PlanError.from_problems("\n".join(str(problem) for problem in problems), problems)
     lines = []
     for section, values in data.items():
         lines += [f"# {notes[section]}", *_render_section(section, values)]

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from llm_training_toolkit.config.fields import KeyPath, format_key
-from llm_training_toolkit.errors import ConfigError
+from llm_training_toolkit.errors import ConfigError, Problem
 
 
 class ConfigLocation(NamedTuple):
@@ -24,7 +24,8 @@ class ConfigDocument:
     where: str
     data: Any = field(default_factory=dict)
     locations: dict[KeyPath, ConfigLocation] = field(default_factory=dict)
-    problems: list[tuple[ConfigLocation, str]] = field(default_factory=list)
+    problems: list[tuple[ConfigLocation, str, Problem]] = field(default_factory=list)
+    """Location, line of the error, and the same as data."""
     reported_keys: set[KeyPath] = field(default_factory=set)
     """Keys with a reported value; pydantic's errors on them are dropped."""
 
@@ -46,10 +47,12 @@ class ConfigDocument:
         subject = f"{key} = {shown}: " if shown is not None else f"{key}: " if path else ""
         if location.text.startswith(f"override {key}="):
             subject = ""  # the override already shows key and value
-        self.problems.append((location, f"{location.text}: {subject}{what}"))
+        problem = Problem(ConfigError.code, key, what if shown is None else f"{shown}: {what}", "")
+        self.problems.append((location, f"{location.text}: {subject}{what}", problem))
 
     def raise_problems(self) -> None:
         """Raise ConfigError with one line per problem, if there are any."""
         if self.problems:
-            lines = [line for _, line in sorted(self.problems, key=lambda problem: problem[0].order)]
-            raise ConfigError("\n".join(lines))
+            found = sorted(self.problems, key=lambda problem: problem[0].order)
+            message = "\n".join(line for _, line, _ in found)
+            raise ConfigError.from_problems(message, (problem for _, _, problem in found))

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from llm_training_toolkit.config import Config, load_config
 from llm_training_toolkit.config.uri import is_uri
+from llm_training_toolkit.errors import ToolkitError, format_os_error
 
 TrainResultStatus = Literal["finished", "stopped"]
 # 75 = stopped, the same command resumes: Slurm's requeue and a Kubernetes back-off test for it.
@@ -45,9 +46,19 @@ class TrainResult:
         return asdict(self)
 
 
-def build_failure_json(error: str) -> dict[str, Any]:
+def build_failure_json(error: Exception) -> dict[str, Any]:
     """Return the output of `ltt train --json` for a failed run, a public contract."""
-    return {"run": None, "step": None, "status": "failed", "checkpoint": None, "error": error}
+    message = format_os_error(error) if isinstance(error, OSError) else str(error)
+    known = error if isinstance(error, ToolkitError) else ToolkitError(message)
+    return {
+        "run": None,
+        "step": None,
+        "status": "failed",
+        "checkpoint": None,
+        "error": message,
+        "kind": type(known).__name__,
+        "problems": [asdict(problem) for problem in known.problems],
+    }
 
 
 def format_next_steps(outcome: TrainResult, request: TrainRequest) -> list[str]:

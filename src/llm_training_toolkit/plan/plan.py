@@ -184,7 +184,7 @@ def make_plan(config: Config, data_facts: DataFacts | None = None, replicas: int
 def check_plan(plan: Plan) -> Plan:
     """Return the plan, or raise PlanError with all its problems."""
     if plan.problems:
-        raise PlanError("\n".join(str(problem) for problem in plan.problems))
+        raise PlanError.from_problems("\n".join(str(problem) for problem in plan.problems), plan.problems)
     return plan
 
 

@@ -2,24 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from llm_training_toolkit.errors import Problem
 
-
-@dataclass(frozen=True)
-class Problem:
-    """Reason why a run cannot start as configured."""
-
-    code: str
-    """Stable name, for scripts and tests; the words may change."""
-    where: str
-    """Dotted key of the configuration."""
-    what: str
-    """Description of the problem, with the value."""
-    fix: str
-    """Suggested change."""
-
-    def __str__(self) -> str:
-        return f"{self.where}: {self.what}. {self.fix}"
+__all__ = ["Problem", "format_plural"]
 
 
 def format_plural(value: int, noun: str, plural: str = "s") -> str:
