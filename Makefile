@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 SHELL := bash
 
-.PHONY: quickstart test test-fast test-fast-one test-fast-other test-slow test-cluster test-ranks lint check bench-step bench-start bench-data bench-memory bench-loading bench-checkpoint bench-tune drill gpu-smoke cluster format install requirements structure docs site clean
+.PHONY: quickstart test test-fast test-fast-one test-fast-other test-slow test-cluster test-ranks lint check bench-step bench-start bench-data bench-memory bench-loading bench-checkpoint bench-tune drill gpu-smoke cluster format install requirements structure docs site experiment clean
 
 quickstart: $(VENV)/.installed  ## install, train a small model on this machine, export it, let it write
 	@$(BIN)/ltt train configs/quickstart.yaml
@@ -69,6 +69,16 @@ bench-data: $(VENV)/.installed-bench  ## rendering, packing and resuming beside 
 
 drill: $(VENV)/.installed-dev  ## 20 failures by chance in one run, 50 kills while saving in another: table and picture (half an hour)
 	$(BIN)/python experiments/drill/run.py
+
+EXPERIMENTS := experiments
+FAMILY := qwen
+
+experiment:  ## a new experiment from a template: NAME=my-question FAMILY=qwen|starcoder
+	@[[ "$(NAME)" =~ ^[A-Za-z0-9][A-Za-z0-9_-]*$$ ]] || { echo "give NAME=my-question, of letters, digits, - and _" >&2; exit 2; }
+	@[ -d "experiments/templates/$(FAMILY)" ] || { echo "FAMILY=$(FAMILY): give qwen or starcoder" >&2; exit 2; }
+	@mkdir "$(EXPERIMENTS)/$(NAME)"  # fails if it is there
+	@cp experiments/templates/$(FAMILY)/* experiments/templates/run.py "$(EXPERIMENTS)/$(NAME)"
+	@echo "$(EXPERIMENTS)/$(NAME): edit README.md, config.yaml and experiment.yaml, then $(BIN)/python $(EXPERIMENTS)/$(NAME)/run.py"
 
 cluster: $(VENV)/.installed  ## a Ray cluster of this machine alone, with a token, until Ctrl-C (cluster/local.yaml)
 	@$(BIN)/python cluster/start.py
