@@ -9,7 +9,7 @@ from typing import Any
 from llm_training_toolkit.config.run_identity import normalize_model_name
 from llm_training_toolkit.config.schema import Config
 from llm_training_toolkit.errors import PlanError
-from llm_training_toolkit.families import qwen, starcoder
+from llm_training_toolkit.families import qwen, qwen3_5, starcoder
 from llm_training_toolkit.families.family import (
     DROPOUTS,
     CodeLayout,
@@ -47,7 +47,8 @@ __all__ = [
     "resolve_training_flops",
 ]
 
-SIZES: dict[str, ModelSize] = {size.name: size for size in (*qwen.SIZES, *starcoder.SIZES)}  # all known sizes by name
+# All known sizes by name.
+SIZES: dict[str, ModelSize] = {size.name: size for size in (*qwen.SIZES, *qwen3_5.SIZES, *starcoder.SIZES)}
 _BY_NAME: dict[str, ModelSize] = {name: size for size in SIZES.values() for name in (size.name, *size.other_names)}
 FAMILIES: dict[str, Family] = {size.family.name: size.family for size in SIZES.values()}  # all families by name
 _BY_TYPE: dict[str, Family] = {family.model_type: family for family in FAMILIES.values()}
@@ -65,10 +66,11 @@ def find_size(name: str) -> ModelSize:
     Raises PlanError with the nearest names if there is none.
     """
     wanted = normalize_model_name(name)
-    for known in (wanted, *(wanted.removesuffix(suffix) for suffix in _TUNED_SUFFIXES)):
+    bare = next((wanted.removesuffix(suffix) for suffix in _TUNED_SUFFIXES if wanted.endswith(suffix)), wanted)
+    for known in (wanted, bare):
         if known in _BY_NAME:
             return _BY_NAME[known]
-    near = difflib.get_close_matches(wanted, _BY_NAME, n=4, cutoff=0.5)
+    near = difflib.get_close_matches(bare, _BY_NAME, n=4, cutoff=0.5)
     hint = f"Did you mean {', '.join(near)}?" if near else f"Known: {', '.join(SIZES)}."
     raise PlanError(f"model.name = {name}: no known size has this name. {hint}")
 

@@ -20,11 +20,12 @@ DROPOUTS = (
 )
 
 
-# Classes of transformers whose packed documents keep apart: each has passed tests/models/test_isolation.py.
+# Classes of transformers whose packed documents keep apart, by tests/unit/models/test_document_isolation.py.
 ISOLATED_MODEL_TYPES = frozenset(
     {
         "gpt_bigcode",
         "qwen2",
+        "qwen2_moe",
         "qwen3",
         "qwen3_5_moe_text",
         "qwen3_5_text",
@@ -88,6 +89,8 @@ class LinearAttentionDims:
     value_head_dim: int
     kernel: int
     """Tokens that the convolution sees."""
+    gate_apart: bool = False
+    """Queries, keys and values are one matrix and the output gate another (Qwen3.5), instead of all in one."""
 
     @property
     def key_width(self) -> int:
@@ -104,6 +107,16 @@ class LinearAttentionDims:
         """Width of queries, keys, values and output gate together."""
         return 2 * (self.key_width + self.value_width)
 
+    @property
+    def convolved_width(self) -> int:
+        """Width of queries, keys and values, which the convolution mixes."""
+        return 2 * self.key_width + self.value_width
+
+    @property
+    def widest_input(self) -> int:
+        """Width of the largest input projection."""
+        return self.convolved_width if self.gate_apart else self.input_width
+
     def count_matrices(self, hidden: int) -> int:
         """Parameters in the matrices of one layer: two input projections and the output projection."""
         return hidden * (self.input_width + 2 * self.value_heads + self.value_width)
@@ -111,7 +124,7 @@ class LinearAttentionDims:
     @property
     def vectors(self) -> int:
         """Other parameters of one layer: the convolution, decay and time step of each head, the norm."""
-        return (2 * self.key_width + self.value_width) * self.kernel + 2 * self.value_heads + self.value_head_dim
+        return self.convolved_width * self.kernel + 2 * self.value_heads + self.value_head_dim
 
 
 @dataclass(frozen=True)
@@ -198,8 +211,9 @@ class ModelDims:
 
     @property
     def linear_matrices(self) -> int:
-        """Part of `matrices_per_layer` in linear layers: transformers 5 has experts and router as bare tensors."""
-        return self.attention_matrices if self.experts else self.matrices_per_layer
+        """Part of `all_matrices` in linear layers: transformers 5 has experts and router as bare tensors."""
+        bare = self.experts * (self.feed_forward_parameters + self.hidden)
+        return self.all_matrices - self.layers * bare
 
     @property
     def idle_parameters(self) -> int:
@@ -228,7 +242,7 @@ class ModelDims:
         one = self.hidden * self.intermediate
         feed_forward = (2 if self.gated else 1) * self.experts * one if self.experts else one
         queries = self.hidden * self.query_width * (2 if self.output_gate else 1)
-        inputs = self.hidden * self.linear_attention.input_width if self.linear_attention else 0
+        inputs = self.hidden * self.linear_attention.widest_input if self.linear_attention else 0
         return max(self.vocab * self.hidden, queries, inputs, feed_forward)
 
     @property

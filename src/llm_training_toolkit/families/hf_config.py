@@ -97,9 +97,17 @@ def read_saved_dropout(model: ModelConfig, size: ModelSize) -> float:
 
 
 def _read_saved_config(path: str) -> dict[str, Any] | None:
-    """Read the configuration of weights in a directory; for a hub id return None."""
+    """Read the configuration of the language model of weights in a directory; for a hub id return None."""
     file = Path(path).expanduser() / "config.json"
-    return _read_json(f"model.path = {path}", file) if file.is_file() else None
+    return _select_text_config(_read_json(f"model.path = {path}", file)) if file.is_file() else None
+
+
+def _select_text_config(found: dict[str, Any]) -> dict[str, Any]:
+    """Return the language model's part of a vision-language configuration, any other configuration as it is."""
+    text = found.get("text_config")
+    if not isinstance(text, dict):
+        return found
+    return {**text, "tie_word_embeddings": any(part.get("tie_word_embeddings", False) for part in (found, text))}
 
 
 def _read_json(where: str, file: Path) -> dict[str, Any]:

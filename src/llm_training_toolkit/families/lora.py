@@ -86,9 +86,16 @@ def _list_linear_attention_layers(model: ModelDims) -> dict[str, tuple[LinearLay
     linear = model.linear_attention
     if linear is None:
         return {}
+    widths = {  # Qwen3-Next has the first two, Qwen3.5 the others
+        "in_proj_qkvz": linear.input_width,
+        "in_proj_ba": 2 * linear.value_heads,
+        "in_proj_qkv": linear.convolved_width,
+        "in_proj_z": linear.value_width,
+        "in_proj_b": linear.value_heads,
+        "in_proj_a": linear.value_heads,
+    }
     return {
-        "in_proj_qkvz": (LinearLayer("attention", model.hidden, linear.input_width, linear.layers),),
-        "in_proj_ba": (LinearLayer("attention", model.hidden, 2 * linear.value_heads, linear.layers),),
+        **{name: (LinearLayer("attention", model.hidden, width, linear.layers),) for name, width in widths.items()},
         "out_proj": (LinearLayer("heads", linear.value_width, model.hidden, linear.layers),),
     }
 

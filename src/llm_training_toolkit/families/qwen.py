@@ -1,4 +1,4 @@
-"""Qwen families: Qwen2, Qwen2.5, Qwen2.5-Coder, Qwen3 and Qwen3-Coder, dense and as mixtures of experts.
+"""Qwen families: Qwen1.5 and CodeQwen1.5, Qwen2, Qwen2.5, Qwen3 and Qwen3-Next, dense and as mixtures of experts.
 
 Sizes have the hub name of their weights in lower case, without the organisation. The first Qwen (2023) is missing: its
 class is remote code, which is never run here.
@@ -42,12 +42,23 @@ TOKENS = SpecialTokens(
 )
 # Qwen2's tokenizer ends at <|im_end|>; Qwen2.5 added fill-in-the-middle.
 TOKENS_WITHOUT_FIM = SpecialTokens(end_of_text="<|endoftext|>", pad="<|endoftext|>", all=_CHAT)
+# CodeQwen1.5's tokenizer has the tokens of Qwen1.5 and, as StarCoder's, these three. What stands between the files of a
+# repository was found in no readable source.
+_CODEQWEN_FIM = ("<fim_prefix>", "<fim_middle>", "<fim_suffix>")
+CODEQWEN_TOKENS = SpecialTokens(
+    end_of_text="<|endoftext|>",
+    pad="<|endoftext|>",
+    fim_prefix=_CODEQWEN_FIM[0],
+    fim_middle=_CODEQWEN_FIM[1],
+    fim_suffix=_CODEQWEN_FIM[2],
+    all=_CHAT + _CODEQWEN_FIM,
+)
 
 # Figure 4 of the Qwen2.5-Coder report: names and paths on separate lines.
 _CODE_LAYOUT = CodeLayout(after_repository="\n", between_files="\n")
 
-_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-_LINEAR = (*_ATTENTION, "gate_proj", "up_proj", "down_proj")
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+_LINEAR = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
 
 _COMMON = {
     "hidden_act": "silu",
@@ -84,6 +95,17 @@ def read_qwen2_dims(hf: HfValues) -> ModelDims:
     return _build_dims(hf, head_dim, biases + 2 * hf["hidden_size"])
 
 
+def read_qwen2_moe_dims(hf: HfValues) -> ModelDims:
+    """Read dimensions of Qwen1.5-MoE and Qwen2-57B-A14B: experts and a shared one in every layer."""
+    return replace(
+        read_qwen2_dims(hf),
+        intermediate=hf["moe_intermediate_size"],
+        experts=hf["num_experts"],
+        experts_per_token=hf["num_experts_per_tok"],
+        shared_expert=hf["shared_expert_intermediate_size"],
+    )
+
+
 def read_qwen3_dims(hf: HfValues) -> ModelDims:
     """Read dimensions of Qwen3: biases only with `attention_bias` (also on o), q and k norms, head_dim explicit."""
     head_dim, hidden = hf["head_dim"], hf["hidden_size"]
@@ -102,8 +124,11 @@ def read_qwen3_moe_dims(hf: HfValues) -> ModelDims:
     )
 
 
-def read_qwen3_next_dims(hf: HfValues) -> ModelDims:
-    """Read dimensions of Qwen3-Next: of four layers three have linear attention; experts and a shared one in each."""
+def read_hybrid_dims(hf: HfValues, dims: ModelDims, *, gate_apart: bool) -> ModelDims:
+    """Return dimensions of a model without linear attention, with it in three layers of four and gated heads.
+
+    `gate_apart`: queries, keys and values have an input matrix of their own, without the output gate.
+    """
     types = hf.get("layer_types") or ()
     full = types.count("full_attention") if types else hf["num_hidden_layers"] // 4
     linear = LinearAttentionDims(
@@ -113,16 +138,21 @@ def read_qwen3_next_dims(hf: HfValues) -> ModelDims:
         key_head_dim=hf["linear_key_head_dim"],
         value_head_dim=hf["linear_value_head_dim"],
         kernel=hf["linear_conv_kernel_dim"],
+        gate_apart=gate_apart,
     )
-    dims = read_qwen3_moe_dims(hf)
     return replace(
         dims,
         vectors_per_layer=2 * dims.hidden,
         vectors_outside=dims.hidden + full * 2 * dims.head_dim + linear.layers * linear.vectors,
-        shared_expert=hf["shared_expert_intermediate_size"],
         output_gate=True,
         linear_attention=linear,
     )
+
+
+def read_qwen3_next_dims(hf: HfValues) -> ModelDims:
+    """Read dimensions of Qwen3-Next: of four layers three have linear attention; experts and a shared one in each."""
+    dims = read_hybrid_dims(hf, read_qwen3_moe_dims(hf), gate_apart=False)
+    return replace(dims, shared_expert=hf["shared_expert_intermediate_size"])
 
 
 def _build_qwen2_family(name: str, tokens: SpecialTokens, chat_template: str) -> Family:
@@ -143,6 +173,26 @@ def _build_qwen2_family(name: str, tokens: SpecialTokens, chat_template: str) ->
 
 QWEN2 = _build_qwen2_family("qwen2", TOKENS_WITHOUT_FIM, chat.QWEN2)
 QWEN2_5 = _build_qwen2_family("qwen2.5", TOKENS, chat.QWEN2_5)
+CODEQWEN1_5 = replace(
+    _build_qwen2_family("codeqwen1.5", CODEQWEN_TOKENS, chat.QWEN2),
+    # Ascend's MindSpeed-LLM scripts for CodeQwen1.5 have this epsilon; its model card has these positions.
+    defaults={**_COMMON, "max_position_embeddings": 65_536, "rms_norm_eps": 1e-5},
+    code_layout=CodeLayout(),
+)
+# A balance loss is not a sum over tokens: docs/objective.md.
+_ROUTER = {"decoder_sparse_step": 1, "output_router_logits": False, "router_aux_loss_coef": 0.001}
+# The first two matter only for dense layers, the others only for transformers' own balance loss; neither exists here.
+_FIXED_OF_MIXTURES = frozenset({"intermediate_size", *_ROUTER})
+QWEN2_MOE = replace(
+    QWEN2,
+    name="qwen2-moe",
+    model_type="qwen2_moe",
+    architecture="Qwen2MoeForCausalLM",
+    defaults={**QWEN2.defaults, **_ROUTER, "norm_topk_prob": False},
+    read_dims=read_qwen2_moe_dims,
+    fixed=_FIXED_OF_MIXTURES,
+    lora_targets=ATTENTION,
+)
 # head_dim is explicit: 0.6B, 4B, 32B and the mixtures have heads x 128 != hidden size.
 _QWEN3 = {**_COMMON, "max_position_embeddings": 40960, "head_dim": 128, "attention_bias": False}
 QWEN3 = Family(
@@ -164,18 +214,14 @@ QWEN3_MOE = replace(
     architecture="Qwen3MoeForCausalLM",
     defaults={
         **_QWEN3,
+        **_ROUTER,
         "num_experts_per_tok": 8,
         "norm_topk_prob": True,
-        "decoder_sparse_step": 1,
-        # A balance loss is not a sum over tokens: docs/objective.md.
-        "output_router_logits": False,
-        "router_aux_loss_coef": 0.001,
     },
     read_dims=read_qwen3_moe_dims,
     saved_as={"num_experts": "num_local_experts"},
-    # The first two matter only for dense layers, the others only for a balance loss; neither exists here.
-    fixed=frozenset({"intermediate_size", "decoder_sparse_step", "output_router_logits", "router_aux_loss_coef"}),
-    lora_targets=_ATTENTION,
+    fixed=_FIXED_OF_MIXTURES,
+    lora_targets=ATTENTION,
 )
 
 QWEN3_NEXT = replace(
@@ -198,11 +244,11 @@ QWEN3_NEXT = replace(
     read_dims=read_qwen3_next_dims,
     saved_as={},
     flex_attention=False,
-    lora_targets=(*_ATTENTION, "in_proj_qkvz", "in_proj_ba", "out_proj"),
+    lora_targets=(*ATTENTION, "in_proj_qkvz", "in_proj_ba", "out_proj"),
 )
 
 
-def _build_shape(layers: int, hidden: int, heads: tuple[int, int], inter: int, vocab: int, *, tied: bool) -> HfValues:
+def build_shape(layers: int, hidden: int, heads: tuple[int, int], inter: int, vocab: int, *, tied: bool) -> HfValues:
     """Build one row of the published tables; `heads` = attention heads and key-value heads."""
     return {
         "vocab_size": vocab,
@@ -215,33 +261,62 @@ def _build_shape(layers: int, hidden: int, heads: tuple[int, int], inter: int, v
     }
 
 
+# Values of config.json beside the weights, with as many heads for keys and values as for queries up to 14B and at 72B.
+_QWEN1_5_SHAPES = {
+    "0.5b": build_shape(24, 1024, (16, 16), 2816, 151936, tied=True),
+    "1.8b": build_shape(24, 2048, (16, 16), 5504, 151936, tied=False),
+    "4b": build_shape(40, 2560, (20, 20), 6912, 151936, tied=False),
+    "7b": build_shape(32, 4096, (32, 32), 11008, 151936, tied=False),
+    "14b": build_shape(40, 5120, (40, 40), 13696, 152064, tied=False),
+    "32b": build_shape(64, 5120, (40, 8), 27392, 152064, tied=False),
+    "72b": build_shape(80, 8192, (64, 64), 24576, 152064, tied=False),
+    "110b": build_shape(80, 8192, (64, 8), 49152, 152064, tied=False),
+}
+# Ascend's MindSpeed-LLM scripts for CodeQwen1.5.
+_CODEQWEN1_5 = build_shape(32, 4096, (32, 4), 13440, 92416, tied=False)
+# Defaults of transformers' Qwen2MoeConfig.
+_A2_7B = {
+    **build_shape(24, 2048, (16, 16), 5632, 151936, tied=False),
+    "num_experts": 60,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 1408,
+    "shared_expert_intermediate_size": 5632,
+}
+# The configuration in TensorRT-LLM's test of the class.
+_A14B = {
+    **build_shape(28, 3584, (28, 4), 18944, 151936, tied=False),
+    "num_experts": 64,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 2560,
+    "shared_expert_intermediate_size": 20480,
+}
 _QWEN2_SHAPES = {
-    "0.5b": _build_shape(24, 896, (14, 2), 4864, 151936, tied=True),
-    "1.5b": _build_shape(28, 1536, (12, 2), 8960, 151936, tied=True),
-    "3b": _build_shape(36, 2048, (16, 2), 11008, 151936, tied=True),
-    "7b": _build_shape(28, 3584, (28, 4), 18944, 152064, tied=False),
-    "14b": _build_shape(48, 5120, (40, 8), 13824, 152064, tied=False),
-    "32b": _build_shape(64, 5120, (40, 8), 27648, 152064, tied=False),
-    "72b": _build_shape(80, 8192, (64, 8), 29568, 152064, tied=False),
+    "0.5b": build_shape(24, 896, (14, 2), 4864, 151936, tied=True),
+    "1.5b": build_shape(28, 1536, (12, 2), 8960, 151936, tied=True),
+    "3b": build_shape(36, 2048, (16, 2), 11008, 151936, tied=True),
+    "7b": build_shape(28, 3584, (28, 4), 18944, 152064, tied=False),
+    "14b": build_shape(48, 5120, (40, 8), 13824, 152064, tied=False),
+    "32b": build_shape(64, 5120, (40, 8), 27648, 152064, tied=False),
+    "72b": build_shape(80, 8192, (64, 8), 29568, 152064, tied=False),
 }
 _QWEN3_SHAPES = {
-    "0.6b": _build_shape(28, 1024, (16, 8), 3072, 151936, tied=True),
-    "1.7b": _build_shape(28, 2048, (16, 8), 6144, 151936, tied=True),
-    "4b": _build_shape(36, 2560, (32, 8), 9728, 151936, tied=True),
-    "8b": _build_shape(36, 4096, (32, 8), 12288, 151936, tied=False),
-    "14b": _build_shape(40, 5120, (40, 8), 17408, 151936, tied=False),
-    "32b": _build_shape(64, 5120, (64, 8), 25600, 151936, tied=False),
+    "0.6b": build_shape(28, 1024, (16, 8), 3072, 151936, tied=True),
+    "1.7b": build_shape(28, 2048, (16, 8), 6144, 151936, tied=True),
+    "4b": build_shape(36, 2560, (32, 8), 9728, 151936, tied=True),
+    "8b": build_shape(36, 4096, (32, 8), 12288, 151936, tied=False),
+    "14b": build_shape(40, 5120, (40, 8), 17408, 151936, tied=False),
+    "32b": build_shape(64, 5120, (64, 8), 25600, 151936, tied=False),
 }
-_A3B = {**_build_shape(48, 2048, (32, 4), 6144, 151936, tied=False), "num_experts": 128, "moe_intermediate_size": 768}
+_A3B = {**build_shape(48, 2048, (32, 4), 6144, 151936, tied=False), "num_experts": 128, "moe_intermediate_size": 768}
 _A22B = {
-    **_build_shape(94, 4096, (64, 4), 12288, 151936, tied=False),
+    **build_shape(94, 4096, (64, 4), 12288, 151936, tied=False),
     "num_experts": 128,
     "moe_intermediate_size": 1536,
 }
-_A35B = {**_build_shape(62, 6144, (96, 8), 8192, 151936, tied=False), "num_experts": 160, "moe_intermediate_size": 2560}
+_A35B = {**build_shape(62, 6144, (96, 8), 8192, 151936, tied=False), "num_experts": 160, "moe_intermediate_size": 2560}
 # Default of transformers' Qwen3NextConfig; THUDM/slime scripts/models/qwen3-next-80B-A3B.sh has the same.
 _NEXT_A3B = {
-    **_build_shape(48, 2048, (16, 2), 5120, 151936, tied=False),
+    **build_shape(48, 2048, (16, 2), 5120, 151936, tied=False),
     "num_experts": 512,
     "moe_intermediate_size": 512,
     "shared_expert_intermediate_size": 512,
@@ -285,4 +360,8 @@ SIZES = (
         other_names=("qwen3-next-80b-a3b-thinking", "qwen3-coder-next", "qwen3-coder-next-base"),
     ),
     ModelSize("qwen3-coder-480b-a35b-instruct", QWEN3_MOE, {**_A35B, **_LONG_CODER}),
+    *(ModelSize(f"qwen1.5-{size}", QWEN2, shape) for size, shape in _QWEN1_5_SHAPES.items()),
+    ModelSize("codeqwen1.5-7b", CODEQWEN1_5, _CODEQWEN1_5),
+    ModelSize("qwen1.5-moe-a2.7b", QWEN2_MOE, _A2_7B),
+    ModelSize("qwen2-57b-a14b", QWEN2_MOE, _A14B),
 )

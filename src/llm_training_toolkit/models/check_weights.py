@@ -30,7 +30,10 @@ def resolve_model_path(path: str) -> str:
 
 
 def read_hf_config(path: str, model_type: str | None) -> Any:  # noqa: ANN401 - transformers has no types
-    """Read the configuration of the weights at `path`, dropouts 0. Raises PlanError for another `model_type`."""
+    """Read the configuration of the weights at `path`, dropouts 0. Raises PlanError for another `model_type`.
+
+    Of a vision-language model it is that of the language model, if that is of `model_type`.
+    """
     path = resolve_model_path(path)
     try:
         # Explicit, because without trust_remote_code transformers asks at the terminal whether to run the code.
@@ -39,12 +42,21 @@ def read_hf_config(path: str, model_type: str | None) -> Any:  # noqa: ANN401 - 
         raise CheckpointError(
             f"model.path = {path}: no weights can be loaded from there: {format_load_error(error)}"
         ) from error
+    if model_type is not None and config.get_text_config().model_type == model_type:
+        config = _select_text_config(config)
     if model_type is not None and config.model_type != model_type:
         raise PlanError(f"model.path = {path} holds a {config.model_type} model, model.name is of {model_type}")
     config.pad_token_id = None  # it would freeze its embedding row, and padding here is <|endoftext|>
     for name in set(DROPOUTS) & set(config.to_dict()):
         setattr(config, name, 0.0)
     return config
+
+
+def _select_text_config(config: Any) -> Any:  # noqa: ANN401 - transformers has no types
+    """Return the language model's configuration; beside it may stand that its matrices are tied."""
+    text = config.get_text_config()
+    text.tie_word_embeddings = text.tie_word_embeddings or config.tie_word_embeddings
+    return text
 
 
 def check_pretrained_weights(path: str, model_type: str) -> None:
@@ -94,12 +106,14 @@ def _find_untied_weights(path: str, model: Any) -> dict[str, list[str]]:  # noqa
 def _read_tensor(path: str, name: str) -> torch.Tensor:
     """Read one tensor of the weights in a directory or under a hub id."""
     file = "model.safetensors"
+    within = name.replace("model.", "model.language_model.", 1)  # its name in a vision-language model
     index = cached_file(path, f"{file}.index.json", _raise_exceptions_for_missing_entries=False)
     if index is not None:
         with open(index, encoding="utf-8") as stream:  # noqa: PTH123 - transformers gives a text
-            file = json.load(stream)["weight_map"][name]
+            files = json.load(stream)["weight_map"]
+        file = files.get(name) or files[within]
     with safe_open(cached_file(path, file), framework="pt") as opened:
-        tensor: torch.Tensor = opened.get_tensor(name)
+        tensor: torch.Tensor = opened.get_tensor(within if within in opened.keys() else name)  # noqa: SIM118
     return tensor
 
 

@@ -186,7 +186,7 @@ def estimate_weight_bytes(load: DeviceWorkload) -> int:
     """
     total = load.model.total_parameters + (load.adapter.trainable_parameters if load.adapter else 0)
     if load.adapter is not None and load.adapter.quantize is not None:
-        matrices = load.model.layers * load.model.linear_matrices
+        matrices = load.model.linear_matrices
         return round(_NF4_BYTES * matrices) + load.bytes_per_value * (total - matrices)
     if load.zero < 3:
         return load.bytes_per_value * total

@@ -32,6 +32,13 @@ def config(
         ("Qwen/Qwen3-8", "qwen3-8b"),
         ("starcoder2-3", "starcoder2-3b"),
         ("Qwen3 4B", "qwen3-4b"),
+        ("Qwen/Qwen3.5-8B", "qwen3.5-9b"),
+        ("Qwen/Qwen3.5-32B-Instruct", "qwen3.5-2b"),
+        ("qwen3_5-4b", "qwen3.5-4b"),
+        ("Qwen/CodeQwen-7B", "codeqwen1.5-7b"),
+        ("Qwen1.5-13B-Chat", "qwen1.5-14b"),
+        ("Qwen/Qwen3-Coder-Next-80B", "qwen3-coder-next"),
+        ("Qwen/Qwen-7B", "qwen2-7b"),
     ],
 )
 def test_an_unknown_size_names_the_nearest(wrong: str, right: str) -> None:
@@ -44,6 +51,21 @@ TYPED = {
     "qwen3-4b": "Qwen/Qwen3-4B Qwen/Qwen3-4B-Base",
     "qwen3-8b": "Qwen/Qwen3-8B Qwen/Qwen3-8B-Base",
     "qwen3-32b": "Qwen/Qwen3-32B",
+    "qwen3-14b": "Qwen/Qwen3-14B qwen/QWEN3-14B-base",
+    "qwen3-next-80b-a3b-instruct": "Qwen/Qwen3-Coder-Next Qwen3-Coder-Next-Base Qwen/Qwen3-Next-80B-A3B-Thinking",
+    "qwen3-coder-30b-a3b-instruct": "Qwen/Qwen3-Coder-30B-A3B-Instruct",
+    "qwen3.5-0.8b": "Qwen/Qwen3.5-0.8B Qwen3.5-0.8B-Base QWEN/qwen3.5-0.8b",
+    "qwen3.5-2b": "Qwen/Qwen3.5-2B Qwen/Qwen3.5-2B-Base",
+    "qwen3.5-4b": "Qwen/Qwen3.5-4B weights/Qwen3.5-4B/",
+    "qwen3.5-9b": "Qwen/Qwen3.5-9B Qwen/Qwen3.5-9B-Base",
+    "qwen3.5-27b": "Qwen/Qwen3.5-27B Qwen/Qwen3.6-27B Qwen/Qwen3.8-27B",
+    "qwen3.5-35b-a3b": "Qwen/Qwen3.5-35B-A3B Qwen3.5-35B-A3B-Base Qwen/Qwen3.6-35B-A3B",
+    "qwen3.5-122b-a10b": "Qwen/Qwen3.5-122B-A10B",
+    "qwen3.5-397b-a17b": "Qwen/Qwen3.5-397B-A17B",
+    "qwen1.5-7b": "Qwen/Qwen1.5-7B Qwen/Qwen1.5-7B-Chat",
+    "qwen1.5-moe-a2.7b": "Qwen/Qwen1.5-MoE-A2.7B Qwen1.5-MoE-A2.7B-Chat",
+    "qwen2-57b-a14b": "Qwen/Qwen2-57B-A14B Qwen/Qwen2-57B-A14B-Instruct",
+    "codeqwen1.5-7b": "Qwen/CodeQwen1.5-7B CodeQwen1.5-7B-Chat",
     "qwen3-30b-a3b": "Qwen/Qwen3-30B-A3B Qwen/Qwen3-30B-A3B-Base",
     "qwen2.5-0.5b": "Qwen/Qwen2.5-0.5B Qwen/Qwen2.5-0.5B-Instruct",
     "qwen2.5-7b": "Qwen/Qwen2.5-7B Qwen2.5-7B-Instruct weights/Qwen2.5-7B",
@@ -190,6 +212,18 @@ def within(runs: Path, given: Config) -> Config:
     return given.model_copy(update={"run": given.run.model_copy(update={"dir": str(runs)})})
 
 
+def test_a_vision_language_checkpoint_has_the_values_of_its_language_model(tmp_path: Path) -> None:
+    text = {"model_type": "qwen3_5_text", "hidden_size": 64, "vocab_size": 512}
+    for beside, within_text in ((True, {}), (False, {"tie_word_embeddings": True}), (False, {})):
+        saved = {"model_type": "qwen3_5", "tie_word_embeddings": beside, "vision_config": {"hidden_size": 32}}
+        (tmp_path / "config.json").write_text(json.dumps(saved | {"text_config": text | within_text}))
+        hf = families.resolve_hf_config(config("qwen3.5-9b", path=str(tmp_path)))
+        assert (hf["model_type"], hf["hidden_size"], hf["vocab_size"]) == ("qwen3_5_text", 64, 512)
+        assert hf["tie_word_embeddings"] is (beside or bool(within_text))
+    with pytest.raises(PlanError, match=r"holds a qwen3_5_text model, and model\.name = qwen3-8b is of qwen3"):
+        families.resolve_hf_config(config("qwen3-8b", path=str(tmp_path)))
+
+
 def test_a_begun_run_knows_the_weights_it_began_with_when_they_are_gone(tmp_path: Path) -> None:
     weights, run = tmp_path / "weights", tmp_path / "test"
     for directory in (weights, run):
@@ -222,8 +256,12 @@ def test_special_tokens_are_complete(family: families.Family) -> None:
     assert tokens.all[0] == tokens.end_of_text
     named = (tokens.pad, tokens.fim_prefix, tokens.fim_middle, tokens.fim_suffix, tokens.file)
     assert {token for token in named if token} <= set(tokens.all)
-    assert tokens.has_fim == (family.name != "qwen2")
-    assert bool(tokens.repository) == bool(tokens.file) == (family.name not in {"qwen2", "santacoder"})
+    assert tokens.has_fim == (family.name not in {"qwen2", "qwen2-moe"})
+    assert (
+        bool(tokens.repository)
+        == bool(tokens.file)
+        == (family.name not in {"qwen2", "qwen2-moe", "codeqwen1.5", "santacoder"})
+    )
 
 
 def test_ids_of_starcoder_1() -> None:

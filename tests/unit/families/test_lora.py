@@ -28,6 +28,9 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_experts": 4,
         "num_experts_per_tok": 2,
     },
+    "qwen2-57b-a14b": {key: GROUPED[key] for key in GROUPED if key != "intermediate_size"}
+    | {"moe_intermediate_size": 24, "shared_expert_intermediate_size": 40, "num_experts": 4, "num_experts_per_tok": 2},
+    "qwen3.5-4b": GROUPED | {"num_hidden_layers": 4, "head_dim": 24, "linear_num_value_heads": 16},
     "starcoder2-3b": GROUPED,
     "starcoderbase-1b": BIGCODE,
 }

@@ -27,6 +27,26 @@ TOTALS = {
     235_093_634_560: ("qwen3-235b-a22b", "qwen3-235b-a22b-instruct-2507"),
     79_674_391_296: ("qwen3-next-80b-a3b-instruct",),
     480_154_875_392: ("qwen3-coder-480b-a35b-instruct",),
+    463_987_712: ("qwen1.5-0.5b",),
+    1_836_828_672: ("qwen1.5-1.8b",),
+    3_950_369_280: ("qwen1.5-4b",),
+    7_721_324_544: ("qwen1.5-7b",),
+    14_167_290_880: ("qwen1.5-14b",),
+    32_512_218_112: ("qwen1.5-32b",),
+    72_287_920_128: ("qwen1.5-72b",),
+    111_209_914_368: ("qwen1.5-110b",),
+    7_250_284_544: ("codeqwen1.5-7b",),
+    14_315_784_192: ("qwen1.5-moe-a2.7b",),
+    57_408_658_944: ("qwen2-57b-a14b",),
+    # Qwen3.5 without the visual tower and the layer that predicts several tokens.
+    752_393_024: ("qwen3.5-0.8b",),
+    1_881_825_088: ("qwen3.5-2b",),
+    4_205_751_296: ("qwen3.5-4b",),
+    8_953_803_264: ("qwen3.5-9b",),
+    26_895_998_464: ("qwen3.5-27b",),
+    34_660_610_688: ("qwen3.5-35b-a3b",),
+    122_111_526_912: ("qwen3.5-122b-a10b",),
+    396_346_350_336: ("qwen3.5-397b-a17b",),
     1_137_207_296: ("starcoderbase-1b",),
     3_043_311_104: ("starcoderbase-3b",),
     7_327_263_232: ("starcoderbase-7b",),
@@ -38,7 +58,16 @@ TOTALS = {
     15_957_889_024: ("starcoder2-15b",),
 }
 PUBLISHED = {name: total for total, names in TOTALS.items() for name in names}
-ACTIVE = {"qwen3-30b-a3b": 3_353_032_704, "qwen3-235b-a22b-thinking-2507": 22_190_763_520, "qwen3-8b": 8_190_735_360}
+ACTIVE = {
+    "qwen3-30b-a3b": 3_353_032_704,
+    "qwen3-235b-a22b-thinking-2507": 22_190_763_520,
+    "qwen3-8b": 8_190_735_360,
+    "qwen1.5-moe-a2.7b": 2_689_173_504,
+    "qwen2-57b-a14b": 14_249_270_784,
+    "qwen3.5-35b-a3b": 3_454_988_928,
+    "qwen3.5-122b-a10b": 9_771_288_576,
+    "qwen3.5-397b-a17b": 17_349_040_896,
+}
 SMALL = {"num_hidden_layers": 3, "hidden_size": 96, "num_attention_heads": 6, "intermediate_size": 160}
 
 
@@ -121,6 +150,40 @@ def test_adapters_go_to_every_linear_layer_but_the_output(family: families.Famil
                 "linear_num_value_heads": 6,
                 "linear_key_head_dim": 12,
                 "linear_conv_kernel_dim": 3,
+            },
+        ),
+        (
+            "qwen2-57b-a14b",
+            {
+                "num_key_value_heads": 2,
+                "moe_intermediate_size": 24,
+                "shared_expert_intermediate_size": 40,
+                "num_experts": 9,
+            },
+        ),
+        (
+            "qwen3.5-4b",
+            {
+                "num_hidden_layers": 8,
+                "num_key_value_heads": 2,
+                "head_dim": 20,
+                "linear_num_key_heads": 3,
+                "linear_num_value_heads": 6,
+                "linear_key_head_dim": 12,
+                "linear_conv_kernel_dim": 3,
+            },
+        ),
+        (
+            "qwen3.5-35b-a3b",
+            {
+                "num_hidden_layers": 4,
+                "num_key_value_heads": 2,
+                "moe_intermediate_size": 24,
+                "shared_expert_intermediate_size": 40,
+                "num_experts": 8,
+                "linear_num_key_heads": 2,
+                "linear_num_value_heads": 6,
+                "linear_key_head_dim": 12,
             },
         ),
         ("starcoderbase-1b", {}),

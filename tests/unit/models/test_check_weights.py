@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from llm_training_toolkit.errors import CheckpointError, PlanError
 from llm_training_toolkit.models import build_model, check_pretrained_weights, resize_embeddings
+from vision_language import save_vision_language_model
 
 QWEN3: dict[str, Any] = {
     "model_type": "qwen3",
@@ -51,6 +52,22 @@ MODELS: dict[str, dict[str, Any]] = {
         "resid_pdrop": 0.1,
         "embd_pdrop": 0.1,
     },
+}
+
+LINEAR = {
+    "num_hidden_layers": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "pad_token_id": None,
+}
+LANGUAGE_MODELS = {
+    "qwen3_5 tied": QWEN3 | LINEAR | {"model_type": "qwen3_5_text"},
+    "qwen3_5_moe": {key: QWEN3[key] for key in QWEN3 if key != "intermediate_size"}
+    | MOE
+    | LINEAR
+    | {"model_type": "qwen3_5_moe_text", "shared_expert_intermediate_size": 16, "tie_word_embeddings": False},
 }
 
 
@@ -128,6 +145,52 @@ def test_experts_that_are_not_as_many_or_not_alike_are_refused(
     save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match="no weights can be loaded"):
         loaded(MODELS["qwen3_moe"], tmp_path)
+
+
+@pytest.mark.parametrize("name", LANGUAGE_MODELS)
+def test_of_a_vision_language_checkpoint_the_language_model_is_loaded(name: str, tmp_path: Path) -> None:
+    config = LANGUAGE_MODELS[name]
+    torch.manual_seed(1)
+    whole = save_vision_language_model(config, tmp_path).eval()
+    tensors = load_file(tmp_path / "model.safetensors")
+    assert {name.split(".")[1] for name in tensors if name.startswith("model.")} == {"language_model", "visual"}
+    tensors["mtp.fc.weight"] = torch.zeros(8, 8)  # the layer that predicts several tokens
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    model = loaded(config, tmp_path)
+    assert sum(each.numel() for each in model.parameters()) < sum(each.numel() for each in whole.parameters())
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == config["tie_word_embeddings"]
+    ids = torch.randint(0, 512, (2, 7))
+    with torch.no_grad():
+        assert torch.equal(model.eval()(input_ids=ids).logits, whole(input_ids=ids).logits)
+
+
+def test_fused_experts_of_a_vision_language_checkpoint_are_loaded(tmp_path: Path) -> None:
+    config = LANGUAGE_MODELS["qwen3_5_moe"]
+    whole = save_vision_language_model(config, tmp_path)
+    own = {name: each.detach().clone() for name, each in whole.named_parameters()}
+    assert any(name.endswith("experts.gate_up_proj") for name in own)
+    save_file(own, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    found = dict(loaded(config, tmp_path).named_parameters())
+    assert all(
+        torch.equal(each, own[name.replace("model.", "model.language_model.", 1)]) for name, each in found.items()
+    )
+
+
+@pytest.mark.parametrize("change", ["missing", "surplus", "apart"])
+def test_nothing_but_the_visual_tower_is_ignored(change: str, tmp_path: Path) -> None:
+    config = LANGUAGE_MODELS["qwen3_5 tied"]
+    save_vision_language_model(config, tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    if change == "missing":
+        del tensors["model.language_model.layers.2.linear_attn.A_log"]
+    elif change == "surplus":
+        tensors["model.language_model.layers.9.mlp.up_proj.weight"] = torch.zeros(64, 32)
+    else:
+        tensors["lm_head.weight"] = tensors["model.language_model.embed_tokens.weight"] + 1
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    wanted = {"missing": "missing_keys: .*A_log", "surplus": "unexpected_keys: .*layers.9", "apart": "but different"}
+    with pytest.raises(CheckpointError, match=wanted[change]):
+        loaded(config, tmp_path)
 
 
 def test_pickled_weights_are_not_opened(tmp_path: Path) -> None:

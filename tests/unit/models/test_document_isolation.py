@@ -46,6 +46,14 @@ MODELS: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 32,
         "norm_topk_prob": True,
     },
+    "qwen2-moe": QWEN2
+    | {
+        "model_type": "qwen2_moe",
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 32,
+    },
     "starcoder2": QWEN2 | {"model_type": "starcoder2", "sliding_window": None},
     "starcoder2, sliding window": QWEN2 | {"model_type": "starcoder2", "sliding_window": WINDOW},
     "starcoder 1": {
