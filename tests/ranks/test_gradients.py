@@ -80,7 +80,8 @@ MIXTURE = {
 def test_gradients_of_a_mixture_agree_between_splits_and_stages(
     pools: Pools, prepared_run: RunDirectory, workers: int, micro_batch: int, zero: int
 ) -> None:
-    changes = {"train": {"precision": "fp32"}, "engine": {"zero_stage": 0}, "model": MIXTURE}
+    train = {"precision": "fp32", "router_balance": 0.1}
+    changes: dict[str, Any] = {"train": train, "engine": {"zero_stage": 0}, "model": MIXTURE}
     [(loss, norm, whole)] = pools(1).run(
         rank_tasks.gradients, run=str(prepared_run.path), changes=changes, micro_batch=11
     )

@@ -621,6 +621,9 @@ class TrainConfig(ConfigSection):
     """Precision of the forward and backward pass. Weights are stored and updated in fp32 in either case. `auto` picks
     bf16 on GPUs that support it, and on CPUs if a measurement on every worker finds it no slower than fp32. A resume
     keeps the value."""
+    router_balance: Annotated[Annotated[float, Field(gt=0.0, le=1.0)] | None, FieldTag.IDENTITY] = None
+    """Mixtures of experts: weight of a loss that loads the experts evenly, such as 0.001. It is taken in each sequence,
+    so that the objective does not depend on micro-batches and workers (docs/objective.md). Absent = no such loss."""
 
     @model_validator(mode="after")
     def _check_run_length(self) -> TrainConfig:

@@ -46,6 +46,7 @@ class Engine:
             keep_freed_memory()
         self.device = device
         self._batch_position = module.batch_position
+        self._router_monitor = module.router_monitor
         self.stage = zero_stage
         self._names = {
             id(parameter): name.removeprefix("lm.")
@@ -92,6 +93,8 @@ class Engine:
     ) -> float:
         """Accumulate the gradients of this rank's micro-batches and return the sum of its token losses.
 
+        A balance loss adds to the gradients, but not to this sum.
+
         `loss_tokens` counts the loss tokens of the global batch; `on_micro_batch_start` is called with the index of
         each micro-batch before it runs. Every rank must pass the same number of micro-batches. From ZeRO 2 on
         DeepSpeed averages gradients over ranks: the factor `world_size` undoes that, and `scale_wrt_gas=False`
@@ -99,6 +102,8 @@ class Engine:
         """
         self.deepspeed.train()
         total = torch.zeros((), dtype=torch.float64, device=self.device)
+        if self._router_monitor is not None:
+            self._router_monitor.reset(self.device)
         stopwatch = DeviceTimer(self.device)
         scale = (1 if self._master_weights is not None else self.world_size) / max(loss_tokens, 1)
         for index, batch in enumerate(micro_batches):
@@ -113,6 +118,8 @@ class Engine:
                 self.deepspeed.backward(loss * scale, scale_wrt_gas=False)
         if self._master_weights is not None:
             self._master_weights.reduce_gradients()
+        if self._router_monitor is not None:
+            total -= self._router_monitor.get_balance_sum()
         summed = float(total)  # waits for the device, so that the timer's events are complete
         self.forward_seconds = stopwatch.total_seconds()
         return summed
@@ -126,6 +133,13 @@ class Engine:
         self.deepspeed.set_gradient_accumulation_boundary(is_boundary=False)
         self._batch_position.step, self._batch_position.first = batch.step, batch.first
         self.deepspeed.backward(self._run_forward(batch) * 0.0, scale_wrt_gas=False)
+
+    def compute_router_statistics(self, loss_tokens: int) -> dict[str, float]:
+        """Return metrics of the routers in the last `forward_backward`, over all ranks; empty for a dense model.
+
+        Collective. `loss_tokens` counts the loss tokens of the global batch.
+        """
+        return {} if self._router_monitor is None else self._router_monitor.compute_statistics(loss_tokens)
 
     def _run_forward(self, batch: MicroBatch) -> Tensor:
         tensors = (batch.input_ids, batch.position_ids, batch.labels, batch.cu_seqlens)

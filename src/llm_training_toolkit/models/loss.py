@@ -20,6 +20,7 @@ from llm_training_toolkit.models.linear_attention import (
     has_linear_attention,
     isolate_linear_attention,
 )
+from llm_training_toolkit.models.router import RouterMonitor, find_routers
 from llm_training_toolkit.plan import compute_loss_chunk_size
 
 IGNORE_INDEX = -100  # label of a position without loss
@@ -161,13 +162,18 @@ class LossModule(nn.Module):
     takes them. Isolation needs `use_cache=False` and no attention mask, in training and in evaluation alike.
     """
 
-    def __init__(self, model: nn.Module, loss_chunk: int | Literal["auto"]) -> None:
+    def __init__(
+        self, model: nn.Module, loss_chunk: int | Literal["auto"], router_balance: float | None = None
+    ) -> None:
         super().__init__()
         self.lm = model
         self.batch_position = BatchPosition()
         """Sequences of the forward pass, set by its caller; dropout draws from them."""
         self._has_linear_attention = has_linear_attention(model)
         isolate_linear_attention(model)
+        routers = find_routers(model)
+        self.router_monitor = RouterMonitor(routers, router_balance) if routers else None
+        """Observer of a mixture's routers in training, which adds the balance loss; None for a dense model."""
         # If the head was trained whole beside adapters, peft keeps two: the original and the trained copy.
         given = model.get_output_embeddings().modules()  # type: ignore[operator]
         heads: list[Any] = [module for module in given if isinstance(module, nn.Linear)]
@@ -188,14 +194,19 @@ class LossModule(nn.Module):
     ) -> Tensor:
         """Return the summed loss of (B, T) tokens; `labels` (B, T) are already shifted, -100 = no loss.
 
+        In training the balance loss of a mixture of experts is part of it, if there is one.
+
         `cu_seqlens` (documents + 1,) int32 bounds the documents of all rows, one row after another, and `max_seqlen`
         is the longest of them. Without them they are read from `position_ids`, which waits for the device.
         """
         self.batch_position.rows = len(input_ids)
         given = self._build_inputs(input_ids, position_ids, cu_seqlens, max_seqlen)
+        monitor = self.router_monitor if self.training else None
+        if monitor is not None:
+            monitor.begin_forward(labels != IGNORE_INDEX)
         hidden = self.lm.get_decoder()(**given).last_hidden_state  # type: ignore[operator]
         loss: Tensor = self.lm.get_output_embeddings()(hidden, labels.reshape(given["input_ids"].shape))  # type: ignore[operator]
-        return loss
+        return loss if monitor is None else monitor.end_forward(loss)
 
     def compute_logits(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         """Return the whole logits (B, T, V) of (B, T) tokens, for checks and tests."""

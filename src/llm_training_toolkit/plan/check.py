@@ -21,6 +21,7 @@ from llm_training_toolkit.plan.git_check import find_git_problems
 from llm_training_toolkit.plan.problem import Problem, format_plural
 
 _MOST_MEMORY_GB = 1e6  # a petabyte on one device: larger estimates are typos
+_EXPERT_MATRICES = ("gate_proj", "up_proj", "gate_up_proj", "down_proj")
 # names of environment variables with secrets
 _SECRET = re.compile(r"TOKEN$|SECRET|PASSWORD|CREDENTIAL|KEY$", re.IGNORECASE)
 
@@ -33,6 +34,7 @@ def find_problems(config: Config, size: ModelSize, hf: HfValues, replicas: int) 
         *_find_data_problems(config, size, hf),
         *_find_batch_problems(config, replicas),
         *_find_isolation_problems(size.family),
+        *_find_router_problems(config, hf),
         *_find_attention_problems(config, size.family),
         *_find_weights_problems(config),
         *_find_lora_problems(config, size, hf),
@@ -84,6 +86,19 @@ def _find_isolation_problems(family: Family) -> Iterator[Problem]:
         what = f"documents packed into one sequence could see each other in {family.architecture}"
         fix = "Use a family whose isolation is tested (docs/objective.md)"
         yield Problem("packing-not-isolated", "model.name", what, fix)
+
+
+def _find_router_problems(config: Config, hf: HfValues) -> Iterator[Problem]:
+    """Find a balance loss that would do nothing."""
+    balance, where = config.train.router_balance, "train.router_balance"
+    if balance is None:
+        return
+    if not hf.get("num_experts"):
+        what = f"a balance loss of {balance:g} needs experts, and {config.model.name} has none"
+        yield Problem("router-balance-without-experts", where, what, "Remove it")
+    elif config.model.lora is not None:
+        what = f"a balance loss of {balance:g} cannot train the routers, which are frozen beside adapters"
+        yield Problem("router-balance-with-adapters", where, what, "Remove it, or train the whole model")
 
 
 def _find_attention_problems(config: Config, family: Family) -> Iterator[Problem]:
@@ -150,13 +165,17 @@ def _find_lora_problems(config: Config, size: ModelSize, hf: HfValues) -> Iterat
     lora, family = config.model.lora, size.family
     if lora is None:
         return
-    yield from _find_unknown_names(
-        "model.lora.target_modules",
-        () if lora.target_modules == "auto" else lora.target_modules,
-        family.lora_targets,
-        size,
-    )
-    dims = family.read_dims(hf)
+    dims, targets = family.read_dims(hf), () if lora.target_modules == "auto" else lora.target_modules
+    experts = tuple(name for name in targets if dims.experts and name in _EXPERT_MATRICES)
+    if experts:
+        what = (
+            f"{', '.join(experts)}: the experts of {size.name} are one tensor a layer, not linear layers. Beside it an "
+            "adapter would be added to all experts in each pass, which takes their memory once more"
+        )
+        fix = f"Use {', '.join(family.lora_targets)}, or train the whole model without lora"
+        yield Problem("adapters-beside-experts", "model.lora.target_modules", what, fix)
+    others = tuple(name for name in targets if name not in experts)
+    yield from _find_unknown_names("model.lora.target_modules", others, family.lora_targets, size)
     whole = tuple(get_fully_trainable_modules(family, dims))
     yield from _find_unknown_names("model.lora.modules_to_save", lora.modules_to_save, whole, size)
     if dims.tied and set(lora.modules_to_save) & set(whole):
@@ -435,8 +454,8 @@ def _collect_model_notes(config: Config, size: ModelSize, hf: HfValues) -> Itera
             yield f"A sequence of {length} tokens is longer than the weights have seen."
         if dropout := read_saved_dropout(config.model, size):
             yield f"The weights' configuration has a dropout of {dropout:g}, which is set to 0 (docs/objective.md)."
-    elif "num_experts" in hf:
-        yield "Without a balance loss (docs/objective.md) some experts of a mixture from scratch may fall out of use."
+    elif "num_experts" in hf and config.train.router_balance is None:
+        yield "Without train.router_balance some experts of a mixture from scratch may fall out of use."
     window = size.family.read_dims(hf).window
     if window is not None and length > window:
         yield f"Attention reaches back {window} tokens (sliding window), a sequence has {length}."

@@ -176,6 +176,7 @@ def train_step(components: TrainerComponents, state: TrainState) -> tuple[TrainS
             _format_non_finite_error(components, step, positions, math.nan, "the gradient is not finite")
         )
     values = {"train/loss": loss, "optim/lr": lr, "optim/grad_norm": norm, "perf/data_seconds": data_seconds}
+    values |= components.engine.compute_router_statistics(data.loss_tokens)
     if spike_guard.spike:
         values["optim/skipped"] = 1.0
         document_names = components.dataloader.format_document_names(step, positions)

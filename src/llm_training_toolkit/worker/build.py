@@ -120,7 +120,7 @@ def _build_engine(
             initialize_weights(model, config.run.seed, gathered_parameter)
         hf_config = model.config.to_dict()  # type: ignore[union-attr, operator]
         hf_config.pop("quantization_config", None)  # of these ranks, not of the weights
-        module = LossModule(model, model_section.loss_chunk_size)
+        module = LossModule(model, model_section.loss_chunk_size, config.train.router_balance)
         _add_adapters(module, model, config, plan)
     engine = Engine(
         module, config.optim, plan.deepspeed, context.device, zero_stage=plan.zero, offload=config.engine.offload

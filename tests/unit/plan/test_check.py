@@ -78,6 +78,35 @@ def test_missing_tokens_of_a_layout_name_the_models_that_have_them() -> None:
     assert "starcoder2" not in problem.fix
 
 
+@pytest.mark.parametrize(
+    ("model", "lora", "balance", "codes"),
+    [
+        ("qwen3-8b", None, 0.001, ["router-balance-without-experts"]),
+        ("qwen3.5-4b", None, 0.001, ["router-balance-without-experts"]),
+        ("qwen3-30b-a3b", {}, 0.001, ["router-balance-with-adapters"]),
+        ("qwen3-30b-a3b", None, 0.001, []),
+        ("qwen2-57b-a14b", None, 0.001, []),
+        ("qwen3.5-35b-a3b", {"target_modules": ["q_proj", "up_proj", "down_proj"]}, None, ["adapters-beside-experts"]),
+        ("qwen3-30b-a3b", {"target_modules": ["gate_up_proj"]}, None, ["adapters-beside-experts"]),
+        ("qwen3.5-4b", {"target_modules": ["in_proj_z", "out_proj", "up_proj"]}, None, []),
+    ],
+)
+def test_routers_and_experts(model: str, lora: Any, balance: float | None, codes: list[str]) -> None:
+    config = Config.model_validate(
+        {
+            "run": {"name": "x"},
+            "model": {"name": model, "lora": lora},
+            "tokenizer": {"path": "t"},
+            "data": {"sequence_length": 128, "sources": [{"path": "y", "format": "code"}]},
+            "train": {"steps": 1, "router_balance": balance},
+        }
+    )
+    plan = make_plan(config)
+    assert [problem.code for problem in plan.problems] == codes
+    fall_out = any("fall out of use" in note for note in plan.notes)
+    assert fall_out == ("a3b" in model and balance is None)
+
+
 def test_held_out_sources_are_checked_too() -> None:
     assert problems("qwen2-0.5b", {"metadata": True}, held_out=True) == ["data.eval.sources[0].metadata"]
 

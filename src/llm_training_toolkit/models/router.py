@@ -1,0 +1,117 @@
+"""Routers of a mixture of experts: how evenly they load the experts, and a loss that makes them do so.
+
+The balance loss of a sequence and layer is E x sum over experts of (share of choices) x (mean probability), 1 if even
+(Fedus et al. 2021, section 2.2, by sequence as in DeepSeek-V3, section 2.1.2). A sequence is never split, so that the
+sum over sequences does not depend on micro-batches and workers. Padding and tokens without a loss do not count.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+def find_routers(model: nn.Module) -> list[nn.Module]:
+    """Return the routers of a transformers model, layer by layer."""
+    return [module for module in model.modules() if hasattr(module, "top_k") and hasattr(module, "num_experts")]
+
+
+class RouterMonitor:
+    """Observes routers in training, by hooks; what it counts stays on the device until `compute_statistics`.
+
+    With activation checkpointing the hooks run again in the backward pass. Then they compute the same, because the
+    gradients need it, and count nothing.
+    """
+
+    def __init__(self, routers: Sequence[nn.Module], balance: float | None) -> None:
+        first: Any = routers[0]
+        self._experts, self._top_k, self._layers = int(first.num_experts), int(first.top_k), len(routers)
+        self._balance = balance
+        self._bears_loss = torch.empty(0)
+        self._is_counting = False
+        self._terms: list[Tensor] = []
+        self._choices: Tensor | None = None
+        self._balance_sum: Tensor | None = None
+        for layer, router in enumerate(routers):
+            router.register_forward_hook(partial(self._observe, layer))
+
+    def reset(self, device: torch.device) -> None:
+        """Forget what was counted, at the begin of a step."""
+        self._choices = torch.zeros(self._layers, self._experts, device=device)
+        self._balance_sum = torch.zeros((), device=device)
+
+    def begin_forward(self, bears_loss: Tensor) -> None:
+        """Observe the forward pass of sequences; `bears_loss` (B, T) says of which tokens the loss is taken."""
+        self._bears_loss = bears_loss.float()
+        if self._choices is None:
+            self.reset(bears_loss.device)
+        self._is_counting, self._terms = True, []
+
+    def end_forward(self, loss: Tensor) -> Tensor:
+        """Return the loss sum of the pass with the balance loss, weighted by the tokens that bear a loss."""
+        self._is_counting, terms = False, self._terms
+        self._terms = []
+        if self._balance is None:
+            return loss
+        mean = torch.stack(terms).mean()
+        assert self._balance_sum is not None
+        self._balance_sum += mean.detach()
+        return loss + self._balance * mean
+
+    def get_balance_sum(self) -> Tensor | float:
+        """Return the part of the step's loss sums so far that is balance loss."""
+        if self._balance is None or self._balance_sum is None:
+            return 0.0
+        return self._balance * self._balance_sum
+
+    def compute_statistics(self, loss_tokens: int) -> dict[str, float]:
+        """Return the metrics of a step with so many loss tokens. Collective; waits for the device once."""
+        assert self._choices is not None
+        assert self._balance_sum is not None
+        counted = torch.cat([self._choices.flatten(), self._balance_sum[None]])
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(counted)
+        *choices, balance = counted.tolist()
+        layers = [choices[start : start + self._experts] for start in range(0, len(choices), self._experts)]
+        found = {
+            "router/max_load": max(max(layer) * self._experts / max(sum(layer), 1.0) for layer in layers),
+            "router/entropy": sum(map(_compute_entropy, layers)) / self._layers,
+            "router/dead_experts": float(choices.count(0.0)),
+        }
+        return found if self._balance is None else found | {"router/balance_loss": balance / max(loss_tokens, 1)}
+
+    def _observe(self, layer: int, router: nn.Module, _inputs: object, outputs: tuple[Tensor, ...]) -> None:
+        """Count the choices of a layer's router, and compute its balance loss summed over tokens."""
+        if not router.training:
+            return
+        logits, _, chosen = outputs
+        with torch.no_grad():
+            choices = torch.zeros_like(logits, dtype=torch.float32).scatter_(1, chosen, 1.0)
+            choices = self._sum_by_sequence(choices)
+            if self._is_counting and self._choices is not None:
+                self._choices[layer] += choices.sum(dim=0)
+        if self._balance is None or not torch.is_grad_enabled():
+            return
+        probabilities = self._sum_by_sequence(logits.softmax(dim=-1, dtype=torch.float32))
+        tokens = self._bears_loss.sum(dim=1).clamp(min=1.0)
+        term = ((choices * probabilities).sum(dim=1) * self._experts / (self._top_k * tokens)).sum()
+        if self._is_counting:
+            self._terms.append(term)
+
+    def _sum_by_sequence(self, values: Tensor) -> Tensor:
+        """Sum values (B x T, E) over the tokens of each sequence that bear a loss."""
+        rows, tokens = self._bears_loss.shape
+        return (values.view(rows, tokens, -1) * self._bears_loss[..., None]).sum(dim=1)
+
+
+def _compute_entropy(counts: Sequence[float]) -> float:
+    """Return the entropy of a distribution over its largest possible one: 1 if even, 0 if all is in one place."""
+    total = max(sum(counts), 1.0)
+    shares = [count / total for count in counts if count]
+    return -sum(share * math.log(share) for share in shares) / math.log(max(len(counts), 2))
