@@ -151,13 +151,16 @@ def _estimate_feed_forward_bytes(load: PassShape) -> int:
 
     A frozen layer does not keep its product. An expert also keeps its output before weighting and, if trained, a copy
     of its input, h w each. Routing a token there and back keeps four indices of 8 bytes and a probability, in 4 bytes
-    and in w. The router keeps its softmax in fp32.
+    and in w. The router keeps its softmax in fp32. A shared expert keeps its output, h w, for the gate behind it.
     """
     model, w, trained = load.model, load.width, load.adapter is None
-    one = w * ((4 if model.gated else 2) - (not trained)) * model.intermediate
+    per_width = w * ((4 if model.gated else 2) - (not trained))
+    one = per_width * model.intermediate
     if not model.experts:
         return one
-    return model.experts_per_token * (one + (1 + trained) * w * model.hidden + 36 + w) + 4 * model.experts
+    shared = per_width * model.shared_expert + w * (model.hidden + 1) if model.shared_expert else 0
+    routed = model.experts_per_token * (one + (1 + trained) * w * model.hidden + 36 + w)
+    return routed + shared + 4 * model.experts
 
 
 def _estimate_adapter_bytes(load: PassShape, adapter: AdapterSpec) -> int:
@@ -188,6 +191,8 @@ def _estimate_selective_bytes(load: PassShape) -> int:
     feed_forward = (2 if model.gated else 1) * model.intermediate + model.hidden
     if model.experts:
         feed_forward = model.experts_per_token * feed_forward + model.experts
+        if model.shared_expert:
+            feed_forward += 2 * model.shared_expert + model.hidden + 1
     adapters = 0
     if load.adapter is not None:
         adapters = sum(load.adapter.rank + layer.outputs for layer in load.adapter.layers)

@@ -37,6 +37,35 @@ def hardware(**changes: Any) -> ClusterHardware:
     return ClusterHardware.model_validate({**facts, **changes}, strict=True)
 
 
+@pytest.mark.parametrize(
+    ("name", "lora", "flops", "trained_share"),
+    [
+        ("qwen3.5-9b", None, 48.6e9, 1.0),
+        ("qwen3-30b-a3b", {"rank": 16}, None, 0.001),
+        ("qwen3-coder-next", {"rank": 16}, None, 0.001),
+    ],
+)
+def test_todays_models_on_a_node_of_eight_gpus_with_141_gb(
+    name: str, lora: dict[str, int] | None, flops: float | None, trained_share: float
+) -> None:
+    node = hardware(nodes=1, device="H200", memory_gb=141)
+    given = config(
+        model={"name": name, "activation_checkpointing": True, "lora": lora},
+        data={"sequence_length": 2048},
+        cluster={"workers": 8},
+    )
+    plan = make_plan(given)
+    found = estimate_on_cluster(given, plan, node)
+    assert found.problems == plan.problems == ()
+    assert sum(plan.memory_gb_per_device.values()) < 0.5 * 141
+    assert sum(plan.memory_gb_per_device.values()) > 2 * plan.parameters / 8 / 1e9, "a shard of the weights"
+    assert found.hours is not None
+    assert found.cost_usd == pytest.approx(51 * found.hours)
+    assert flops is None or plan.flops_per_token == pytest.approx(flops, rel=0.01)
+    assert found.checkpoint_gb == pytest.approx(12 * plan.trainable_parameters / 1e9)
+    assert plan.trainable_parameters <= trained_share * plan.parameters
+
+
 def cores(number: int, **changes: Any) -> ClusterHardware:
     """One machine with cores and no GPU."""
     facts = {"nodes": 1, "device": "cpu", "devices_per_node": number, "cpus": number, "memory_gb": 4}
