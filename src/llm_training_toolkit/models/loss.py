@@ -211,6 +211,8 @@ class LossModule(nn.Module):
     def compute_logits(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         """Return the whole logits (B, T, V) of (B, T) tokens, for checks and tests."""
         self.batch_position.rows = len(input_ids)
+        if self.router_monitor is not None:
+            self.router_monitor.stop()
         logits: Tensor = self.lm(**self._build_inputs(input_ids, position_ids, None, None)).logits
         return logits.reshape(*input_ids.shape, -1)
 

@@ -33,7 +33,7 @@ class RouterMonitor:
         first: Any = routers[0]
         self._experts, self._top_k, self._layers = int(first.num_experts), int(first.top_k), len(routers)
         self._balance = balance
-        self._bears_loss = torch.empty(0)
+        self._bears_loss: Tensor | None = None
         self._is_counting = False
         self._terms: list[Tensor] = []
         self._choices: Tensor | None = None
@@ -52,6 +52,10 @@ class RouterMonitor:
         if self._choices is None:
             self.reset(bears_loss.device)
         self._is_counting, self._terms = True, []
+
+    def stop(self) -> None:
+        """Observe no pass until `begin_forward`; a backward pass through the last one must be over."""
+        self._bears_loss = None
 
     def end_forward(self, loss: Tensor) -> Tensor:
         """Return the loss sum of the pass with the balance loss, weighted by the tokens that bear a loss."""
@@ -88,26 +92,27 @@ class RouterMonitor:
 
     def _observe(self, layer: int, router: nn.Module, _inputs: object, outputs: tuple[Tensor, ...]) -> None:
         """Count the choices of a layer's router, and compute its balance loss summed over tokens."""
-        if not router.training:
+        bears_loss = self._bears_loss
+        if bears_loss is None or not router.training:
             return
         logits, _, chosen = outputs
         with torch.no_grad():
             choices = torch.zeros_like(logits, dtype=torch.float32).scatter_(1, chosen, 1.0)
-            choices = self._sum_by_sequence(choices)
+            choices = _sum_by_sequence(choices, bears_loss)
             if self._is_counting and self._choices is not None:
                 self._choices[layer] += choices.sum(dim=0)
         if self._balance is None or not torch.is_grad_enabled():
             return
-        probabilities = self._sum_by_sequence(logits.softmax(dim=-1, dtype=torch.float32))
-        tokens = self._bears_loss.sum(dim=1).clamp(min=1.0)
+        probabilities = _sum_by_sequence(logits.softmax(dim=-1, dtype=torch.float32), bears_loss)
+        tokens = bears_loss.sum(dim=1).clamp(min=1.0)
         term = ((choices * probabilities).sum(dim=1) * self._experts / (self._top_k * tokens)).sum()
         if self._is_counting:
             self._terms.append(term)
 
-    def _sum_by_sequence(self, values: Tensor) -> Tensor:
-        """Sum values (B x T, E) over the tokens of each sequence that bear a loss."""
-        rows, tokens = self._bears_loss.shape
-        return (values.view(rows, tokens, -1) * self._bears_loss[..., None]).sum(dim=1)
+
+def _sum_by_sequence(values: Tensor, bears_loss: Tensor) -> Tensor:
+    """Sum values (B x T, E) over the tokens of each sequence that bear a loss."""
+    return (values.view(*bears_loss.shape, -1) * bears_loss[..., None]).sum(dim=1)
 
 
 def _compute_entropy(counts: Sequence[float]) -> float:
