@@ -83,6 +83,9 @@ def test_a_tiny_shape_of_it_trains(
     assert steps[0]["optim/lr"] == peak
     assert steps[2]["optim/lr"] == pytest.approx(peak * config.optim.min_lr_ratio)
     assert all(0 < row["optim/grad_norm"] < 100 for row in steps)
+    experts = families.resolve_hf_config(config).get("num_experts", 0)
+    assert all(("router/max_load" in row) == bool(experts) for row in steps)
+    assert all(1 <= row["router/max_load"] <= experts for row in steps if experts)
     if config.export.at_end:
         assert_answers_end(run)
 

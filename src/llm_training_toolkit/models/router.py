@@ -93,7 +93,7 @@ class RouterMonitor:
     def _observe(self, layer: int, router: nn.Module, _inputs: object, outputs: tuple[Tensor, ...]) -> None:
         """Count the choices of a layer's router, and compute its balance loss summed over tokens."""
         bears_loss = self._bears_loss
-        if bears_loss is None or not router.training:
+        if bears_loss is None or not router.training or (self._balance is None and not self._is_counting):
             return
         logits, _, chosen = outputs
         with torch.no_grad():
@@ -101,7 +101,7 @@ class RouterMonitor:
             choices = _sum_by_sequence(choices, bears_loss)
             if self._is_counting and self._choices is not None:
                 self._choices[layer] += choices.sum(dim=0)
-        if self._balance is None or not torch.is_grad_enabled():
+        if self._balance is None:
             return
         probabilities = _sum_by_sequence(logits.softmax(dim=-1, dtype=torch.float32), bears_loss)
         tokens = bears_loss.sum(dim=1).clamp(min=1.0)
