@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from llm_training_toolkit.config import dump_config_json
 from llm_training_toolkit.data.prepare.epochs import prepare_run_data
 from llm_training_toolkit.runs.directory import RunDirectory
 from rank_pool import RankPool
+from ray_workers import forked_workers
 from tiny_runs import tiny_config, write_corpus
 
 # The seconds of an example or of its data depend on the machine, and on what else it does.
@@ -96,14 +97,22 @@ def pools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int], 
 
 
 @pytest.fixture(scope="session")
-def ray_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Environment]:
-    """The environment of a command that joins the tests' own Ray cluster."""
+def worker_scripts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mapping[str, str]]:
+    """Arguments of Ray nodes that fork their workers."""
     os.environ["RAY_AUTH_MODE"] = "disabled"  # read when ray is imported
     os.environ.update(RAY_worker_niceness="0")  # Ray's 15 starves its workers beside another lane of tests
     os.environ["RAY_TMPDIR"] = str(tmp_path_factory.mktemp("ray"))
+    with forked_workers(os.environ) as scripts:
+        yield scripts
+
+
+@pytest.fixture(scope="session")
+def ray_environment(worker_scripts: Mapping[str, str]) -> Iterator[Environment]:
+    """The environment of a command that joins the tests' own Ray cluster."""
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 8, "include_dashboard": False})
+    head = {"num_cpus": 8, "include_dashboard": False, **worker_scripts}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
     yield {**os.environ, "RAY_ADDRESS": cluster.address}
     cluster.shutdown()
 

@@ -8,7 +8,7 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,16 +31,18 @@ SECTIONS = {
 class Nodes:
     """A Ray cluster whose head has no CPU, with a worker node of one CPU per address."""
 
-    def __init__(self, *addresses: str) -> None:
+    def __init__(self, scripts: Mapping[str, str], *addresses: str) -> None:
         from ray.cluster_utils import Cluster
 
-        self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+        self._scripts = scripts
+        head = {"num_cpus": 0, "include_dashboard": False, **scripts}
+        self.cluster = Cluster(initialize_head=True, head_node_args=head)
         self._nodes: dict[str, Any] = {}
         for address in addresses:
             self.add(address)
 
     def add(self, address: str) -> None:
-        self._nodes[address] = self.cluster.add_node(num_cpus=1, node_ip_address=address)
+        self._nodes[address] = self.cluster.add_node(num_cpus=1, node_ip_address=address, **self._scripts)
 
     def lose(self, address: str) -> None:
         """Kill the node's Ray process, and with it its workers."""
@@ -54,8 +56,8 @@ class Nodes:
 
 
 @pytest.fixture
-def nodes(ray_environment: Environment) -> Iterator[Nodes]:
-    several = Nodes("127.0.1.1", "127.0.1.2", "127.0.1.3")
+def nodes(worker_scripts: Mapping[str, str]) -> Iterator[Nodes]:
+    several = Nodes(worker_scripts, "127.0.1.1", "127.0.1.2", "127.0.1.3")
     yield several
     several.cluster.shutdown()
 

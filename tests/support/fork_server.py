@@ -32,7 +32,7 @@ from typing import Any
 # Prefixes of variables that no library reads while it is imported, or that say what the server knows anyway.
 _LATE = ("AWS_", "DS_ACCELERATOR", "LOCAL_RANK", "PYTEST_", "RAY_ADDRESS", "TMPDIR", "TORCHINDUCTOR_", "TRITON_")
 _SERVERS = 3  # alive at a time, 0.5 GB each
-_GPU = Path("/dev/nvidiactl")  # a process that has seen a GPU cannot be forked: with one, every start is a cold one
+GPU = Path("/dev/nvidiactl")  # a process that has seen a GPU cannot be forked: with one, every start is a cold one
 _MESSAGE = 2**20  # bytes, more than arguments and environment take
 Order = dict[str, Any]
 _TOOLKIT = """
@@ -136,7 +136,7 @@ class _Forked(subprocess.Popen[str]):
 
 def popen(args: Sequence[str], **options: Any) -> subprocess.Popen[str]:
     """Start a command, as `subprocess.Popen` does; its pipes are text."""
-    if _GPU.exists():
+    if GPU.exists():
         return subprocess.Popen(args, text=True, **options)
     return _Forked(args, **options)
 
@@ -166,7 +166,7 @@ def run(
     return done
 
 
-def _import_all() -> None:
+def import_all() -> None:
     """Import what the commands import, in the order that the toolkit keeps to."""
     from llm_training_toolkit.launch.backend import prepare_environment
 
@@ -251,7 +251,7 @@ def _become(order: Order) -> None:
 def main() -> None:
     """Serve on the socket whose number is given; in a child, run its command and leave as it does."""
     interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C at the tests is not for the server
-    _import_all()
+    import_all()
     gc.collect()
     gc.freeze()  # no collection in a child touches, and so copies, what was imported
     control = socket.socket(fileno=int(sys.argv[1]))
