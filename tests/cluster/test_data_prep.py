@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import fork_server
 from tiny_runs import write_corpus
 
 _PREPARE = """
@@ -42,10 +43,13 @@ print(said.getvalue(), file=sys.stderr)
 
 
 def prepared(config: Path, environment: Mapping[str, str], *overrides: str) -> tuple[str, str]:
-    arguments = [sys.executable, "-c", _PREPARE, str(config), *overrides]
-    done = subprocess.run(arguments, capture_output=True, text=True, check=False, env=dict(environment))
+    done = fork_server.run(asked(config, *overrides), capture_output=True, env=dict(environment))
     assert done.returncode == 0, done.stderr
     return done.stdout, done.stderr
+
+
+def asked(config: Path, *overrides: str) -> list[str]:
+    return [sys.executable, "-c", _PREPARE, str(config), *overrides]
 
 
 def test_a_cluster_renders_what_one_process_renders(
@@ -55,7 +59,10 @@ def test_a_cluster_renders_what_one_process_renders(
     source = [{"path": str(corpus), "format": "code"}]
     data = {"sources": source, "sequence_length": 64, "eval": {"fraction": 0.1}, "cache": str(tmp_path / "a")}
     config = launch_config("spread", data=data, cluster={"workers": 2})
-    spread, said = prepared(config, ray_environment)
+    # A start of its own: what imports write would be on the screen.
+    first = subprocess.run(asked(config), capture_output=True, text=True, check=False, env=dict(ray_environment))
+    assert first.returncode == 0, first.stderr
+    spread, said = first.stdout, first.stderr
     alone, _ = prepared(config, ray_environment, "cluster.workers=0", f"data.cache={tmp_path / 'b'}")
     assert spread == alone
     assert int(spread.split()[1]) > 3
