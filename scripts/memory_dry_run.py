@@ -32,14 +32,15 @@ from llm_training_toolkit.families import AdapterSpec
 from llm_training_toolkit.models import LossModule, build_model
 from llm_training_toolkit.models.build import DTYPES
 from llm_training_toolkit.plan import DeviceWorkload, compute_loss_chunk_size
-from llm_training_toolkit.plan.activations import AttentionMemory
+from llm_training_toolkit.plan.activations import ActivationCheckpointing, AttentionMemory
 from llm_training_toolkit.plan.memory import estimate_pass_bytes
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-SIZES = (
+SIZES: tuple[tuple[str, int, int, ActivationCheckpointing], ...] = (
     ("qwen2.5-1.5b", 4096, 1, "none"),
     ("qwen2.5-1.5b", 4096, 4, "full"),
     ("qwen2.5-7b", 4096, 1, "none"),
+    ("qwen2.5-7b", 4096, 4, "selective"),
     ("qwen2.5-7b", 4096, 4, "full"),
     ("qwen2.5-7b", 32768, 1, "full"),
     ("qwen2.5-7b", 131072, 1, "full"),
@@ -174,7 +175,7 @@ def measure_pass_bytes(load: DeviceWorkload, hf_config: dict[str, Any]) -> int:
             hf_config,
             precision=load.precision,
             attention=attention,
-            activation_checkpointing=load.checkpointing == "full",
+            activation_checkpointing=load.checkpointing,
         )
         module = LossModule(model, load.loss_chunk).train()
         if load.adapter is not None:
@@ -202,7 +203,9 @@ def _drop_gradient(parameter: Tensor) -> None:
     parameter.grad = None
 
 
-def build_dry_run(name: str, config: Config, attention: AttentionMemory, rows: int, checkpointing: str) -> DryRun:
+def build_dry_run(
+    name: str, config: Config, attention: AttentionMemory, rows: int, checkpointing: ActivationCheckpointing
+) -> DryRun:
     """Return the pass of a configuration in bf16. Weights in 4 bits count as adapters beside weights in 16."""
     hf = dict(families.resolve_hf_config(config))
     adapter = families.resolve_adapter(config, hf)
@@ -214,7 +217,7 @@ def build_dry_run(name: str, config: Config, attention: AttentionMemory, rows: i
         micro_batch=rows,
         sequence_length=config.data.sequence_length,
         adapter=None if adapter is None else replace(adapter, quantize=None),
-        checkpointing="full" if checkpointing == "full" else "none",
+        checkpointing=checkpointing,
         loss_chunk=compute_loss_chunk_size(config.model.loss_chunk_size, hf["vocab_size"]),
         attention=attention,
     )
@@ -222,7 +225,12 @@ def build_dry_run(name: str, config: Config, attention: AttentionMemory, rows: i
 
 
 def build_sized_run(
-    size: str, length: int, rows: int, checkpointing: str, attention: AttentionMemory = "varlen", **model: Any
+    size: str,
+    length: int,
+    rows: int,
+    checkpointing: ActivationCheckpointing,
+    attention: AttentionMemory = "varlen",
+    **model: Any,
 ) -> DryRun:
     """Return the pass of a known size with the given fields of `model`."""
     raw = {
@@ -236,18 +244,19 @@ def build_sized_run(
 
 
 def list_recipe_runs() -> list[DryRun]:
-    """Return each recipe with one row and with four, with and without masks."""
+    """Return each recipe with one row and with four, with and without masks, and with each kind of checkpointing."""
     runs = []
     for path in sorted(CONFIGS.glob("[qs]*/*.yaml")):
         if path.parent.name == "search":
             continue
         config = load_config(path, ())
-        checkpointing = "full" if config.model.activation_checkpointing else "none"
+        kinds: tuple[ActivationCheckpointing, ...] = ("none", "selective", "full")
         attentions: tuple[AttentionMemory, ...] = ("varlen", "masked")
         runs += [
             build_dry_run(path.stem, config, attention, rows, checkpointing)
             for attention in attentions
             for rows in (1, 4)
+            for checkpointing in kinds
             if not (attention == "varlen" and config.model.name.startswith("starcoderbase"))
         ]
     return runs

@@ -81,7 +81,12 @@ def _measured(place: RunDirectory, config: Values) -> Values:
     steps = {row["step"]: row for row in rows if "train/loss" in row}
     attempt = read_attempt_record(place, find_last_attempt(place))
     micro_batch = attempt["micro_batch"]
-    settled = parse_config(config | {"train": config["train"] | {"micro_batch_size": micro_batch}}, "gpu smoke")
+    settled = parse_config(
+        config
+        | {"train": config["train"] | {"micro_batch_size": micro_batch}}
+        | {"model": config["model"] | {"activation_checkpointing": attempt["activation_checkpointing"]}},
+        "gpu smoke",
+    )
     plan = make_plan(settled, replicas=attempt["workers"])
     return {
         "losses": [row["train/loss"] for _, row in sorted(steps.items())],

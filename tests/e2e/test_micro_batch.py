@@ -18,6 +18,7 @@ from llm_training_toolkit.runs.directory import RunDirectory
 TRAIN = {"steps": 3, "global_batch_size": 32, "micro_batch_size": "auto", "precision": "fp32"}
 SECTIONS = {
     "model": {
+        "activation_checkpointing": "none",
         "config_overrides": {
             "num_hidden_layers": 1,
             "hidden_size": 64,
@@ -25,7 +26,7 @@ SECTIONS = {
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
             "head_dim": 16,
-        }
+        },
     },
     "train": TRAIN,
     "engine": {"zero_stage": 2},

@@ -25,6 +25,7 @@ from llm_training_toolkit import families
 from llm_training_toolkit.checkpoint import find_latest_checkpoint
 from llm_training_toolkit.config import Config, dump_config_json, parse_config
 from llm_training_toolkit.data.prepare.epochs import prepare_run_data
+from llm_training_toolkit.plan.activations import ActivationCheckpointing
 from llm_training_toolkit.runs.directory import RunDirectory
 from rank_pool import RankPool
 from tiny_models import SHAPES
@@ -37,6 +38,9 @@ ROWS_SAVED = 512
 """Of the embedding in the weights that are loaded."""
 
 
+KINDS: tuple[ActivationCheckpointing, ...] = ("none", "selective", "full")
+
+
 @dataclass(frozen=True)
 class Case:
     """One row."""
@@ -45,7 +49,7 @@ class Case:
     zero: int
     method: Literal["full", "grown", "LoRA", "LoRA with dropout"]
     precision: Literal["bf16", "fp32"]
-    checkpointing: bool
+    checkpointing: ActivationCheckpointing
 
     @property
     def is_lora(self) -> bool:
@@ -86,7 +90,7 @@ def case(number: int, model: str, zero: int) -> Case:
         zero,
         (methods, adapters)[(number + zero) % 2][(upper + half) % 2],
         "fp32" if (number + 2 * zero + upper) % 4 else "bf16",
-        bool((zero + half) % 2),
+        KINDS[(zero + half + 2 * upper) % 3],
     )
 
 
@@ -98,7 +102,7 @@ def test_any_two_values_meet_in_a_row() -> None:
     columns = list(zip(*(astuple(row) for row in ROWS if row.model not in TWO_STAGES), strict=True))
     for one, other in combinations(columns, 2):
         assert set(zip(one, other, strict=True)) == set(product(one, other))
-    assert [len(set(column)) for column in columns] == [len(SHAPES) - 2, 4, 4, 2, 2]
+    assert [len(set(column)) for column in columns] == [len(SHAPES) - 2, 4, 4, 2, 3]
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ def plan_run(config: Config, cluster: Path | None = None) -> tuple[Plan, Cluster
     from llm_training_toolkit.plan.cluster_file import read_hardware
 
     hardware = read_hardware(cluster)
-    config = resolve_for_hardware(config, hardware)
-    plan = make_plan(config)
+    config, reasons = resolve_for_hardware(config, hardware)
+    plan = make_plan(config).with_notes(reasons)
     estimate = estimate_on_cluster(config, plan, hardware)
     return estimate.add_to_plan(plan), estimate

@@ -96,6 +96,13 @@ def _check_worker_range(value: object) -> object:
     return ends if pair else value
 
 
+def _check_checkpointing(value: object) -> object:
+    """Refuse the values of earlier versions."""
+    if isinstance(value, bool):
+        raise ValueError(f"write {'full' if value else 'none'} for what was {str(value).lower()}, or auto")
+    return value
+
+
 def _check_no_userinfo(value: str) -> str:
     if has_userinfo(value):
         raise PydanticCustomError(
@@ -178,8 +185,13 @@ class ModelConfig(ConfigSection):
     """Implementation of attention. Packed documents attend to themselves alone with each of them. `varlen` and the
     flash packages compute document by document, without a mask; the flash packages and flex_attention need a GPU.
     `auto` = varlen on GPUs in bf16, else sdpa."""
-    activation_checkpointing: Annotated[bool, FieldTag.FREE] = False
-    """Recompute activations in the backward pass: about a third more time for much less memory."""
+    activation_checkpointing: Annotated[
+        Literal["auto", "none", "selective", "full"], BeforeValidator(_check_checkpointing), FieldTag.FREE
+    ] = "auto"
+    """Activations recomputed in the backward pass, which leaves the result as it is. `full` keeps the input of each layer alone:
+    about a third more time for much less memory. `selective` also keeps the outputs of attention and of every second
+    matrix product. `auto` = the least recomputation that fits into device memory by the estimate. A resume keeps the
+    value."""
     loss_chunk_size: Annotated[Annotated[int, Field(ge=0)] | Literal["auto"], FieldTag.IDENTITY] = "auto"
     """Tokens per chunk of the cross-entropy loss, so that the full logits are never materialized. `auto` = chunks of 67
     million logits (0.4 GB in bf16): 441 tokens for Qwen's vocabulary. 0 = no chunks."""
@@ -640,7 +652,7 @@ class EngineConfig(ConfigSection):
 
     zero_stage: Annotated[Literal["auto", 0, 1, 2, 3], BeforeValidator(_check_whole_number), FieldTag.FREE] = "auto"
     """ZeRO stage. Stage 1 shards the optimizer state over the workers, 2 also gradients, 3 also weights. For one worker
-    `auto` = the cheapest. For several it is the lowest of 0, 2 and 3 that fits into device memory by the estimate."""
+    `auto` = the cheapest. For several it is chosen with the micro-batch, by the estimate of memory."""
     offload: Annotated[Offload, FieldTag.FREE] = "none"
     """What stays in host memory instead of on the device: `optimizer` (fp32 weights and Adam's moments, ZeRO 1 or 3) or
     `optimizer_and_weights` (ZeRO 3). A run may change it. Results are those of `none`: bit for bit at ZeRO 1, and at 3

@@ -15,6 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from llm_training_toolkit.errors import CheckpointError, PlanError
 from llm_training_toolkit.models.check_weights import LOAD_ERRORS, read_hf_config, resolve_model_path
+from llm_training_toolkit.models.checkpointing import enable_activation_checkpointing
+from llm_training_toolkit.plan.activations import ActivationCheckpointing
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -25,7 +27,7 @@ def build_model(
     precision: str,
     attention: str,
     path: str | None = None,
-    activation_checkpointing: bool = False,
+    activation_checkpointing: ActivationCheckpointing = "none",
     four_bits_on: torch.device | None = None,
 ) -> nn.Module:
     """Build a causal language model of the given Hugging Face configuration, with the weights at `path` if given.
@@ -42,8 +44,7 @@ def build_model(
         how = {"attn_implementation": attention} | (_build_nf4_options(dtype, four_bits_on) if four_bits_on else {})
         model = _load_pretrained(path, hf_config.get("model_type"), dtype, how)
     model.config.use_cache = False  # a cache object disables the isolation of packed documents
-    if activation_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    enable_activation_checkpointing(model, activation_checkpointing)
     assert isinstance(model, nn.Module)
     return model
 

@@ -32,11 +32,12 @@ from llm_training_toolkit.plan.memory import (
     compute_checkpoint_copy_bytes,
     estimate_memory,
 )
-from llm_training_toolkit.plan.micro_batch import (
-    find_fitting_micro_batch,
-    find_fitting_zero_stage,
-    find_higher_zero_stage,
+from llm_training_toolkit.plan.memory_settings import (
+    MemoryChoice,
+    MemorySettings,
+    choose_memory_settings,
     find_smaller_micro_batch,
+    find_smaller_settings,
     with_micro_batch,
 )
 from llm_training_toolkit.plan.mixture import StreamPosition, compute_integer_shares, count_per_stream, merge_streams
@@ -53,7 +54,9 @@ __all__ = [
     "DevicePeak",
     "DeviceWorkload",
     "LRSchedule",
+    "MemoryChoice",
     "MemoryEstimate",
+    "MemorySettings",
     "Plan",
     "Precision",
     "Problem",
@@ -63,6 +66,7 @@ __all__ = [
     "build_deepspeed_config",
     "check_plan",
     "choose_attention",
+    "choose_memory_settings",
     "choose_precision",
     "compute_accumulation_steps",
     "compute_checkpoint_copy_bytes",
@@ -74,10 +78,8 @@ __all__ = [
     "estimate_on_cluster",
     "find_deepspeed_problems",
     "find_device_peak",
-    "find_fitting_micro_batch",
-    "find_fitting_zero_stage",
-    "find_higher_zero_stage",
     "find_smaller_micro_batch",
+    "find_smaller_settings",
     "format_mixture",
     "format_plan",
     "format_slow_precision",

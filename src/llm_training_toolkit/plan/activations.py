@@ -7,9 +7,10 @@ with autograd by tests/unit/models/test_activations.py, with passes by tests/uni
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from llm_training_toolkit.families import AdapterSpec, ModelDims
+from llm_training_toolkit.families.lora import Reads
 
 ActivationCheckpointing = Literal["none", "selective", "full"]
 AttentionMemory = Literal["varlen", "masked", "eager"]
@@ -181,20 +182,70 @@ def _estimate_adapter_bytes(load: PassShape, adapter: AdapterSpec) -> int:
 
 
 def _estimate_selective_bytes(load: PassShape) -> int:
-    """Estimate what selective checkpointing keeps of one layer per token: its input and each product's output.
+    """Estimate what selective checkpointing keeps of one layer per token (models/checkpointing.py).
 
-    Products are those of matrices, adapters included, and of attention (models/checkpointing.py).
+    Its input, the output of attention with one sum per head, and the outputs of every second matrix product.
     """
     model, w = load.model, load.width
-    projections = model.query_width + 2 * model.kv_width + model.hidden
-    scores = 2 * model.heads * load.sequence_length * w // 2 if load.attention == "eager" else 4 * model.heads
-    feed_forward = (2 if model.gated else 1) * model.intermediate + model.hidden
+    scores = model.heads * load.sequence_length * w if load.attention == "eager" else 4 * model.heads
+    kept = sum(product.outputs for product in list_products(model, load.adapter)[::2])
+    return w * (model.hidden + model.query_width + kept) + scores
+
+
+class MatrixProduct(NamedTuple):
+    """Product of a layer's tokens with one matrix."""
+
+    reads: Reads | None
+    """Input of a linear layer; None of an adapter's two matrices."""
+    inputs: int
+    outputs: int
+
+
+def list_products(model: ModelDims, adapter: AdapterSpec | None) -> list[MatrixProduct]:
+    """Return a layer's matrix products with all tokens, in order of execution; adapters follow their linear layer.
+
+    Experts have none: they multiply groups of tokens, after the product that picks the experts of each.
+    """
+    waiting = [] if adapter is None else [MatrixProduct(*layer[:3]) for layer in adapter.layers]
+    products = []
+    for product in _list_layer_products(model):
+        products.append(product)
+        if adapter is not None and product in waiting:
+            waiting.remove(product)
+            products.append(MatrixProduct(None, product.inputs, adapter.rank))
+            products.append(MatrixProduct(None, adapter.rank, product.outputs))
+    return products
+
+
+def _list_layer_products(model: ModelDims) -> list[MatrixProduct]:
+    """Return a layer's own matrix products; the family with learned positions has one for queries, keys and values."""
+    hidden, queries, keys = model.hidden, model.query_width, model.kv_width
+    widths = [queries + 2 * keys] if model.positions else [queries, keys, keys]
+    attention = [MatrixProduct("attention", hidden, width) for width in widths]
+    attention.append(MatrixProduct("heads", queries, hidden))
     if model.experts:
-        feed_forward = model.experts_per_token * feed_forward + model.experts
-        if model.shared_expert:
-            feed_forward += 2 * model.shared_expert + model.hidden + 1
-    adapters = 0
-    if load.adapter is not None:
-        adapters = sum(load.adapter.rank + layer.outputs for layer in load.adapter.layers)
-    values = model.hidden + projections + model.query_width + feed_forward + adapters
-    return w * values + scores
+        shared = [
+            MatrixProduct("feed_forward", hidden, model.shared_expert),
+            MatrixProduct("feed_forward", hidden, model.shared_expert),
+            MatrixProduct(None, model.shared_expert, hidden),
+        ]
+        router = MatrixProduct("feed_forward", hidden, model.experts)
+        shared_gate = MatrixProduct("feed_forward", hidden, 1)
+        return [*attention, *shared, router, shared_gate] if model.shared_expert else [*attention, router]
+    into = [MatrixProduct("feed_forward", hidden, model.intermediate)] * (2 if model.gated else 1)
+    return [*attention, *into, MatrixProduct("product", model.intermediate, hidden)]
+
+
+def count_recomputed_flops(
+    kind: ActivationCheckpointing, model: ModelDims, adapter: AdapterSpec | None, forward: float
+) -> float:
+    """Return the operations per token that a kind of checkpointing repeats; `forward` = those of a forward pass.
+
+    Selective checkpointing repeats every second product and the experts. Recomputation ends before a layer's last
+    product, because the layer's output is there already.
+    """
+    if kind != "selective":
+        return forward if kind == "full" else 0.0
+    repeated = [each for each in list_products(model, adapter)[1::2] if each.reads != "product"]
+    experts = model.experts_per_token * model.feed_forward_parameters
+    return 2.0 * model.layers * (sum(each.inputs * each.outputs for each in repeated) + experts)

@@ -1,8 +1,8 @@
-"""Resolution of `train.precision`, `model.attn_implementation` and `engine.zero_stage`: `auto`, with the reason. Pure.
+"""Resolution of `train.precision` and `model.attn_implementation`: `auto`, with the reason. Pure.
 
 measured on every worker -> choose_precision -> recorded in resolved.json, fixed for the run
 precision, device -> choose_attention -> chosen again by each attempt
-precision, workers, memory -> get_candidate_zero_stages, find_fitting_zero_stage -> chosen again by each attempt
+precision, attention, workers, memory -> choose_memory_settings (memory_settings.py) -> chosen again by each attempt
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from llm_training_toolkit.config.schema import Config, Offload
+from llm_training_toolkit.plan.activations import ActivationCheckpointing
 
 Precision = Literal["bf16", "fp32"]
 PRECISION_KEY = "train.precision"
@@ -106,6 +107,12 @@ def with_attention(config: Config, implementation: str) -> Config:
     return config.model_copy(update={"model": model})
 
 
+def with_activation_checkpointing(config: Config, kind: ActivationCheckpointing) -> Config:
+    """Return the configuration with this kind of activation checkpointing."""
+    model = config.model.model_copy(update={"activation_checkpointing": kind})
+    return config.model_copy(update={"model": model})
+
+
 def with_zero_stage(config: Config, stage: int) -> Config:
     """Return the configuration with this ZeRO stage."""
     engine = config.engine.model_copy(update={"zero_stage": stage})
@@ -113,15 +120,20 @@ def with_zero_stage(config: Config, stage: int) -> Config:
 
 
 def with_assumed_values(config: Config) -> Config:
-    """Replace `auto` by what is planned before the hardware is known: bf16, the cheapest ZeRO stage, varlen on GPUs."""
+    """Replace `auto` by what is planned before the hardware is known.
+
+    That is bf16, varlen on GPUs, no recomputation and the cheapest ZeRO stage; the micro-batch stays open.
+    """
     if config.train.precision == "auto":
         config = with_precision(config, "bf16")
     if config.model.attn_implementation == "auto":
         on_gpu = config.cluster.gpus_per_worker != 0 and config.train.precision == "bf16"
         config = with_attention(config, "varlen" if on_gpu else "sdpa")
-    return (
-        with_zero_stage(config, get_candidate_zero_stages(config)[0]) if config.engine.zero_stage == "auto" else config
-    )
+    if config.model.activation_checkpointing == "auto":
+        config = with_activation_checkpointing(config, "none")
+    if config.engine.zero_stage == "auto":
+        config = with_zero_stage(config, get_candidate_zero_stages(config)[0])
+    return config
 
 
 def get_candidate_zero_stages(config: Config) -> tuple[int, ...]:

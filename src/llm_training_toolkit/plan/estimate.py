@@ -8,11 +8,12 @@ from typing import Any
 
 from llm_training_toolkit import families
 from llm_training_toolkit.config.schema import Config
-from llm_training_toolkit.plan.auto import Precision, with_precision, with_zero_stage
+from llm_training_toolkit.plan.activations import count_recomputed_flops
+from llm_training_toolkit.plan.auto import Precision, with_precision
 from llm_training_toolkit.plan.batch import compute_accumulation_steps
 from llm_training_toolkit.plan.hardware import ClusterHardware
 from llm_training_toolkit.plan.memory import CUDA_RUNTIME_BYTES, compute_checkpoint_copy_bytes
-from llm_training_toolkit.plan.micro_batch import MEMORY_FILL, find_fitting_micro_batch, find_fitting_zero_stage
+from llm_training_toolkit.plan.memory_settings import MEMORY_FILL, choose_memory_settings, with_micro_batch
 from llm_training_toolkit.plan.plan import Plan
 from llm_training_toolkit.plan.problem import Problem, format_plural
 
@@ -80,18 +81,24 @@ class ClusterEstimate:
         }
 
 
-def resolve_for_hardware(config: Config, hardware: ClusterHardware) -> Config:
-    """Replace `auto` by its value on a cluster: the faster precision, the lowest stage that fits."""
+def resolve_for_hardware(config: Config, hardware: ClusterHardware) -> tuple[Config, tuple[str, ...]]:
+    """Replace `auto` by its value on a cluster, with the reasons: the faster precision, the fastest that fits.
+
+    An `auto` micro-batch takes part in the choice and stays `auto`, because it depends on the number of workers.
+    """
     replicas = max(config.cluster.min_workers, 1)  # memory per device peaks with the fewest workers
     if config.train.precision == "auto":
         faster: Precision = (
             "bf16" if hardware.get_achieved_flops("bf16") >= hardware.get_achieved_flops("fp32") else "fp32"
         )
         config = with_precision(config, faster)
-    if config.engine.zero_stage == "auto" and replicas <= config.train.global_batch_size:
-        stage = find_fitting_zero_stage(config, replicas, 1e9 * _get_worker_memory_gb(config, hardware)).value
-        config = with_zero_stage(config, int(stage))
-    return config
+    if replicas > config.train.global_batch_size:
+        return config, ()
+    choice = choose_memory_settings(config, replicas, 1e9 * _get_worker_memory_gb(config, hardware))
+    reasons = tuple(str(reason) for reason in choice.reasons if reason.key != "train.micro_batch_size")
+    rows = config.train.micro_batch_size
+    config = choice.settings.apply_to_config(config)
+    return with_micro_batch(config, rows), reasons
 
 
 def estimate_on_cluster(config: Config, plan: Plan, hardware: ClusterHardware) -> ClusterEstimate:
@@ -104,7 +111,7 @@ def estimate_on_cluster(config: Config, plan: Plan, hardware: ClusterHardware) -
         )
     nodes = _count_nodes(config, plan.replicas, per_node, hardware.nodes)
     speed = plan.replicas * hardware.get_devices_per_worker(cpus) * hardware.get_achieved_flops(plan.precision)
-    compute_seconds = _compute_hardware_flops_per_token(config, plan) * plan.tokens_per_step / speed
+    compute_seconds = _compute_hardware_flops_per_token(plan) * plan.tokens_per_step / speed
     problems = tuple(_find_problems(config, plan, hardware, per_node))
     rows = _estimate_micro_batch(config, plan, hardware)
     sending = _estimate_communication_seconds(plan, hardware, nodes, rows)
@@ -124,10 +131,11 @@ def estimate_on_cluster(config: Config, plan: Plan, hardware: ClusterHardware) -
     )
 
 
-def _compute_hardware_flops_per_token(config: Config, plan: Plan) -> float:
-    """Return FLOPs per token; activation checkpointing repeats the forward pass, a third of full training."""
+def _compute_hardware_flops_per_token(plan: Plan) -> float:
+    """Return FLOPs per token, recomputation included; a forward pass is a third of training the whole model."""
     forward = families.compute_flops_per_token(plan.hf_config, plan.sequence_length) / 3
-    return plan.flops_per_token + (forward if config.model.activation_checkpointing else 0)
+    dims = families.read_model_dims(plan.hf_config)
+    return plan.flops_per_token + count_recomputed_flops(plan.activation_checkpointing, dims, plan.adapter, forward)
 
 
 def _count_nodes(config: Config, workers: int, per_node: int, available: int) -> int:
@@ -222,8 +230,11 @@ def _suggest_memory_fix(config: Config, plan: Plan, largest: str) -> tuple[str, 
     if largest == "activations":
         if plan.micro_batch > 1:
             return "train.micro_batch_size", "Lower it, or leave it to auto"
-        if not config.model.activation_checkpointing:
-            return "model.activation_checkpointing", "Set it: layers are computed twice instead of kept"
+        if plan.activation_checkpointing != "full":
+            return (
+                "model.activation_checkpointing",
+                "Set it to full: layers are computed twice instead of kept; or to auto",
+            )
         return "data.sequence_length", "Lower it"
     if plan.zero < 3:
         return "engine.zero_stage", "Raise it: 3 spreads weights, gradients and optimizer state over the workers"
@@ -240,7 +251,9 @@ def _estimate_micro_batch(config: Config, plan: Plan, hardware: ClusterHardware)
     """Return the sequences per forward pass there; for `auto` the estimated number."""
     if config.train.micro_batch_size != "auto" or plan.replicas > plan.global_batch:
         return plan.micro_batch
-    return find_fitting_micro_batch(config, plan.replicas, 1e9 * _get_worker_memory_gb(config, hardware))
+    return choose_memory_settings(
+        config, plan.replicas, 1e9 * _get_worker_memory_gb(config, hardware)
+    ).settings.micro_batch
 
 
 def _estimate_communication_seconds(plan: Plan, hardware: ClusterHardware, nodes: int, micro_batch: int) -> float:

@@ -10,7 +10,7 @@ from llm_training_toolkit import families
 from llm_training_toolkit.config.schema import Config, parse_duration_seconds
 from llm_training_toolkit.errors import PlanError
 from llm_training_toolkit.plan import auto, batch, check, lr_schedule, memory
-from llm_training_toolkit.plan.activations import get_attention_memory
+from llm_training_toolkit.plan.activations import ActivationCheckpointing, get_attention_memory
 from llm_training_toolkit.plan.deepspeed import build_base_config, build_deepspeed_config, find_deepspeed_problems
 from llm_training_toolkit.plan.horizon import DataFacts, MixtureSource, compute_horizon
 from llm_training_toolkit.plan.lr_schedule import LRSchedule, ScheduleKind
@@ -37,6 +37,7 @@ class Plan:
     flops_per_token: int
     precision: str
     zero: int
+    activation_checkpointing: ActivationCheckpointing
     steps: int | None
     """Length of the run, or None while it depends on unprepared data."""
     steps_estimated: bool
@@ -136,7 +137,8 @@ def make_plan(config: Config, data_facts: DataFacts | None = None, replicas: int
     lr = lr_schedule.choose_learning_rate(config, total)
     deepspeed = _choose_deepspeed_config(config, trained)
     length, every = config.data.sequence_length, config.checkpoint.interval
-    memory_gb = _estimate_memory_gb(config, hf, adapter, smallest, deepspeed)
+    workload = _build_workload(config, hf, adapter, smallest, deepspeed)
+    memory_gb = memory.estimate_memory(workload).to_gigabytes()
     return Plan(
         name=config.run.name,
         model=config.model.name,
@@ -147,7 +149,8 @@ def make_plan(config: Config, data_facts: DataFacts | None = None, replicas: int
         adapter=adapter,
         flops_per_token=families.compute_flops_per_token(hf, length, adapter),
         precision=str(config.train.precision),
-        zero=int(config.engine.zero_stage),
+        zero=workload.zero,
+        activation_checkpointing=workload.checkpointing,
         steps=steps,
         steps_estimated=horizon.steps_estimated,
         epochs=horizon.epochs,
@@ -189,11 +192,12 @@ def check_plan(plan: Plan) -> Plan:
 
 
 def _list_estimated_values(config: Config, *, steps_estimated: bool) -> tuple[str, ...]:
-    """Return the names of inexact values; an `auto` micro-batch is planned as 1, the minimum."""
+    """Return the names of inexact values; an `auto` micro-batch is planned as 1, checkpointing as none."""
     return (
         *(("steps",) if steps_estimated else ()),
         *(("precision",) if config.train.precision == "auto" else ()),
         *(("zero",) if config.engine.zero_stage == "auto" else ()),
+        *(("activation_checkpointing",) if config.model.activation_checkpointing == "auto" else ()),
         *(("micro_batch", "accumulation") if config.train.micro_batch_size == "auto" else ()),
         "memory_gb_per_device",
     )
@@ -211,14 +215,25 @@ def _adapter_to_json(adapter: families.AdapterSpec | None) -> dict[str, Any] | N
     return {key: value for key, value in asdict(adapter).items() if key != "layers"}
 
 
-def _estimate_memory_gb(
+def plan_workload(config: Config, replicas: int) -> memory.DeviceWorkload:
+    """Return what a device's memory depends on, with `auto` planned as by `make_plan`."""
+    config = auto.with_assumed_values(config)
+    hf = families.resolve_hf_config(config)
+    adapter = families.resolve_adapter(config, hf)
+    trained = adapter.trainable_parameters if adapter else families.count_parameters(hf)
+    return _build_workload(config, hf, adapter, replicas, _choose_deepspeed_config(config, trained))
+
+
+def _build_workload(
     config: Config,
     hf: Mapping[str, Any],
     adapter: families.AdapterSpec | None,
     replicas: int,
     deepspeed: Mapping[str, Any],
-) -> dict[str, float]:
-    load = memory.DeviceWorkload(
+) -> memory.DeviceWorkload:
+    checkpointing = config.model.activation_checkpointing
+    assert checkpointing != "auto", "a plan assumes a value"
+    return memory.DeviceWorkload(
         model=families.read_model_dims(hf),
         adapter=adapter,
         zero=int(config.engine.zero_stage),
@@ -226,10 +241,9 @@ def _estimate_memory_gb(
         workers=replicas,
         micro_batch=batch.get_micro_batch(config),
         sequence_length=config.data.sequence_length,
-        checkpointing="full" if config.model.activation_checkpointing else "none",
+        checkpointing=checkpointing,
         loss_chunk=batch.compute_loss_chunk_size(config.model.loss_chunk_size, hf["vocab_size"]),
         attention=get_attention_memory(config.model.attn_implementation),
         offload=config.engine.offload,
         **memory.read_deepspeed_limits(deepspeed),
     )
-    return memory.estimate_memory(load).to_gigabytes()

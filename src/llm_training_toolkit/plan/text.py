@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterator
 
 from llm_training_toolkit.families import AdapterSpec
+from llm_training_toolkit.plan.activations import ActivationCheckpointing
 from llm_training_toolkit.plan.estimate import ClusterEstimate
 from llm_training_toolkit.plan.plan import Plan
 from llm_training_toolkit.plan.problem import format_plural
@@ -16,6 +17,13 @@ _SPREAD = (
     "spreads optimizer state and gradients",
     "spreads optimizer state, gradients and weights",
 )
+
+
+_CHECKPOINTING: dict[ActivationCheckpointing, str] = {
+    "none": "kept for the backward pass",
+    "selective": "recomputed, except attention and every second matrix product (selective)",
+    "full": "recomputed layer by layer (full)",
+}
 
 
 def format_plan(plan: Plan, forecast: ClusterEstimate | None = None) -> list[str]:
@@ -43,6 +51,7 @@ def _iter_rows(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "length", _format_length(plan)
     yield "learning rate", _format_lr_schedule(plan)
     yield "DeepSpeed", _format_zero_stage(plan)
+    yield "activations", _format_checkpointing(plan)
     yield "memory", _format_memory(plan)
     yield (
         "compute",
@@ -68,6 +77,12 @@ def _format_zero_stage(plan: Plan) -> str:
         f"ZeRO {plan.zero} (auto) {_SPREAD[plan.zero]} over {_format_workers(plan)}; a higher stage where memory is "
         "short"
     )
+
+
+def _format_checkpointing(plan: Plan) -> str:
+    if "activation_checkpointing" in plan.estimated:
+        return "kept (activation_checkpointing auto), or recomputed as far as memory is short"
+    return _CHECKPOINTING[plan.activation_checkpointing]
 
 
 def _format_active_parameters(plan: Plan) -> str:

@@ -110,7 +110,7 @@ def _build_engine(
             precision=plan.precision,
             attention=model_section.attn_implementation,
             path=path,
-            activation_checkpointing=model_section.activation_checkpointing,
+            activation_checkpointing=plan.activation_checkpointing,
             four_bits_on=context.device if quantize else None,
         )
         if path is not None and model_section.resize_vocab_to is not None:

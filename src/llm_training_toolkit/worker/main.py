@@ -164,6 +164,7 @@ def _begin_attempt(
         "micro_batch": config.train.micro_batch_size,
         "asked": requested.train.micro_batch_size,
         "zero": config.engine.zero_stage,
+        "activation_checkpointing": config.model.activation_checkpointing,
         "load": describe_memory_load(requested, context),
         "began": spec.began,
         "group_began": spec.group_began,

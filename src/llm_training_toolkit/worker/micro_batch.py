@@ -1,8 +1,8 @@
-"""ZeRO stage and micro-batch of an attempt if they are `auto`, and recovery from out-of-memory.
+"""Activation checkpointing, micro-batch and ZeRO stage of an attempt if they are `auto`, and recovery from OOM.
 
 An attempt takes the values of the previous one, so that a resume repeats every bit. After an out-of-memory it takes
-half the micro-batch or the next ZeRO stage. Without a comparable attempt it takes the values that fit by the plan's
-estimate.
+half the micro-batch, the next ZeRO stage or more recomputation. Without a comparable attempt it takes the fastest
+values that fit by the plan's estimate.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 import socket
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +24,12 @@ from llm_training_toolkit.distributed.events import NoteEvent
 from llm_training_toolkit.errors import TrainingError
 from llm_training_toolkit.plan import (
     CUDA_LIBRARY_BYTES,
+    MemorySettings,
+    choose_memory_settings,
     compute_checkpoint_copy_bytes,
-    find_fitting_micro_batch,
-    find_fitting_zero_stage,
-    find_higher_zero_stage,
     find_smaller_micro_batch,
+    find_smaller_settings,
     make_plan,
-    with_micro_batch,
-    with_zero_stage,
 )
 from llm_training_toolkit.runs.attempts import find_last_attempt, has_run_out_of_memory, read_attempt_record
 from llm_training_toolkit.runs.directory import RunDirectory
@@ -45,20 +43,8 @@ class SmallerMicroBatch(Exception):  # noqa: N818 - what happens next, not what 
     """Memory ran out; the next attempt of this run uses less and needs no other change."""
 
 
-@dataclass(frozen=True)
-class MemorySettings:
-    """ZeRO stage and micro-batch of an attempt; numbers from the configuration are kept."""
-
-    zero: int
-    micro_batch: int
-
-    def apply_to_config(self, config: Config) -> Config:
-        """Return the configuration with these settings."""
-        return with_micro_batch(with_zero_stage(config, self.zero), self.micro_batch)
-
-
 def describe_memory_load(config: Config, context: RunContext) -> dict[str, Any]:
-    """Return what device memory depends on, except the micro-batch; `engine.zero_stage` as configured."""
+    """Return what device memory depends on, except the micro-batch; other `auto` values as configured."""
     return {
         "workers": context.world_size,
         "device": context.device.type,
@@ -71,9 +57,9 @@ def describe_memory_load(config: Config, context: RunContext) -> dict[str, Any]:
 
 
 def resolve_memory_settings(spec: WorkerSpec, context: RunContext) -> tuple[WorkerSpec, tuple[str, ...]]:
-    """Choose `engine.zero_stage` and `train.micro_batch_size` for all ranks, with notes for the plan. Collective."""
+    """Choose what the memory of the devices decides for all ranks, with notes for the plan. Collective."""
     config = spec.config
-    if config.train.micro_batch_size != "auto" and config.engine.zero_stage != "auto":
+    if "auto" not in _get_configured_settings(config):
         return spec, ()
     free = min(context.all_gather_object(_measure_free_memory(context)))
     found = context.broadcast_object(
@@ -84,41 +70,31 @@ def resolve_memory_settings(spec: WorkerSpec, context: RunContext) -> tuple[Work
     return replace(spec, config=settings.apply_to_config(config)), said
 
 
+def _get_configured_settings(config: Config) -> tuple[object, ...]:
+    return config.model.activation_checkpointing, config.train.micro_batch_size, config.engine.zero_stage
+
+
 def _choose_settings(
     run: RunDirectory, config: Config, context: RunContext, free: float
 ) -> tuple[MemorySettings, tuple[str, ...]]:
     previous = _find_previous_settings(run, config, context)
     if previous is not None:
-        said = (*_format_kept_stage(config, previous), *_format_kept_micro_batch(config, previous))
-        settings = previous
+        settings, said = previous, _format_kept_settings(config, previous)
     else:
         if context.device.type == "cpu":  # also holds the copy of a checkpoint during its write
             free -= compute_checkpoint_copy_bytes(make_plan(config).trainable_parameters, context.world_size)
-        settings, said = _estimate_settings(config, context.world_size, free)
+        choice = choose_memory_settings(config, context.world_size, free)
+        settings, said = choice.settings, tuple(str(reason) for reason in choice.reasons)
     for message in said:
         context.report(NoteEvent(message))
     return settings, said
 
 
-def _estimate_settings(config: Config, workers: int, free: float) -> tuple[MemorySettings, tuple[str, ...]]:
-    said: list[str] = []
-    if config.engine.zero_stage == "auto":
-        stage = find_fitting_zero_stage(config, workers, free)
-        config = with_zero_stage(config, int(stage.value))
-        said.append(str(stage))
-    rows = config.train.micro_batch_size
-    if rows == "auto":
-        rows = find_fitting_micro_batch(config, workers, free)
-        said.append(f"micro-batches of {rows}: by the estimate they fit into the {free / 1e9:.3g} GB a worker has free")
-    return MemorySettings(int(config.engine.zero_stage), rows), tuple(said)
-
-
-def _format_kept_stage(config: Config, previous: MemorySettings) -> tuple[str, ...]:
-    return (f"engine.zero_stage = {previous.zero} (auto): as before",) if config.engine.zero_stage == "auto" else ()
-
-
-def _format_kept_micro_batch(config: Config, previous: MemorySettings) -> tuple[str, ...]:
-    return (f"micro-batches of {previous.micro_batch}: as before",) if config.train.micro_batch_size == "auto" else ()
+def _format_kept_settings(config: Config, previous: MemorySettings) -> tuple[str, ...]:
+    keys = ("model.activation_checkpointing", "train.micro_batch_size", "engine.zero_stage")
+    values = (previous.checkpointing, previous.micro_batch, previous.zero)
+    configured = zip(keys, _get_configured_settings(config), values, strict=True)
+    return tuple(f"{key} = {value} (auto): as before" for key, given, value in configured if given == "auto")
 
 
 def _find_previous_settings(run: RunDirectory, config: Config, context: RunContext) -> MemorySettings | None:
@@ -126,32 +102,21 @@ def _find_previous_settings(run: RunDirectory, config: Config, context: RunConte
     load = describe_memory_load(config, context)
     for number in range(find_last_attempt(run), 0, -1):
         record = read_attempt_record(run, number)
-        if record.get("load") != load or "zero" not in record:
+        if record.get("load") != load or "activation_checkpointing" not in record:
             continue
-        tried, given = MemorySettings(int(record["zero"]), int(record["micro_batch"])), config.train.micro_batch_size
-        least = MemorySettings(tried.zero, 1 if given == "auto" else given)
+        tried = MemorySettings(record["activation_checkpointing"], int(record["micro_batch"]), int(record["zero"]))
+        given = config.train.micro_batch_size
+        least = replace(tried, micro_batch=1 if given == "auto" else given)
         killed = (
             number == find_last_attempt(run) and context.device.type == "cpu" and _died_before_first_step(run, record)
         )
         if killed or has_run_out_of_memory(run, number):
-            return _find_smaller_settings(config, tried, context.world_size) or least
+            return find_smaller_settings(config, tried, context.world_size) or least
         if given != "auto":
             return least
         if record["asked"] == "auto":  # a number that was configured for one attempt is not kept
             return tried
     return None
-
-
-def _find_smaller_settings(requested: Config, tried: MemorySettings, workers: int) -> MemorySettings | None:
-    """Return the settings to try after `tried` ran out of memory, changing only `auto` ones, or None."""
-    taken = tried.apply_to_config(requested)
-    rows = (
-        find_smaller_micro_batch(taken, workers, tried.micro_batch) if requested.train.micro_batch_size == "auto" else 0
-    )
-    if rows:
-        return MemorySettings(tried.zero, rows)
-    stage = find_higher_zero_stage(taken, workers) if requested.engine.zero_stage == "auto" else None
-    return None if stage is None else MemorySettings(stage, tried.micro_batch)
 
 
 def _died_before_first_step(run: RunDirectory, record: Mapping[str, Any]) -> bool:
@@ -215,17 +180,24 @@ def build_out_of_memory_error(
     requested: Config, taken: Config, workers: int, device_gb: float
 ) -> SmallerMicroBatch | TrainingError:
     """Return the exception for an out-of-memory with `taken`: retry with less memory, or fail the run."""
-    rows, stage = taken.train.micro_batch_size, taken.engine.zero_stage
+    rows, stage, kind = taken.train.micro_batch_size, taken.engine.zero_stage, taken.model.activation_checkpointing
     assert rows != "auto"
     assert stage != "auto"
-    tried, counted = MemorySettings(stage, rows), _format_memory_plan(taken, workers, device_gb)
-    less = _find_smaller_settings(requested, tried, workers)
+    counted = _format_memory_plan(taken, workers, device_gb)
+    assert kind != "auto"
+    less = find_smaller_settings(requested, MemorySettings(kind, rows, stage), workers)
     if less is not None:
-        what = f"{less.micro_batch}" if less.zero == stage else f"ZeRO {less.zero}"
+        what = (
+            f"activation checkpointing {less.checkpointing}"
+            if less.checkpointing != kind
+            else f"ZeRO {less.zero}"
+            if less.zero != stage
+            else f"{less.micro_batch}"
+        )
         return SmallerMicroBatch(
             f"out of memory with micro-batches of {rows}; the next attempt takes {what}. {counted}"
         )
-    ways = ["set model.activation_checkpointing: true"] if not taken.model.activation_checkpointing else []
+    ways = ["set model.activation_checkpointing to full or auto"] if kind != "full" else []
     ways += ["raise engine.zero_stage, with more cluster.workers"] if stage < 3 else ["use more cluster.workers"]
     if find_smaller_micro_batch(taken, workers, rows):
         ways.insert(0, "lower train.micro_batch_size, or set it to auto")

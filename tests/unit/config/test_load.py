@@ -156,6 +156,14 @@ def test_a_number_in_quotes_is_refused_once(section: str, key: str, expected: st
     assert str(caught.value) == f'test: {section}.{key} = "1": expected {expected}; remove the quotes'
 
 
+@pytest.mark.parametrize(("old", "now"), [(True, "full"), (False, "none")])
+def test_checkpointing_of_earlier_versions_names_the_value_of_today(old: bool, now: str) -> None:
+    data = small()
+    data["model"] = {**data["model"], "activation_checkpointing": old}
+    with pytest.raises(ConfigError, match=f"model.activation_checkpointing = {str(old).lower()}: .*write {now} for"):
+        parse_config(data, "test")
+
+
 def test_true_in_quotes_is_refused() -> None:
     with pytest.raises(ConfigError, match="expected true or false; remove the quotes"):
         parse_config(small(export={"at_end": "true"}), "test")

@@ -26,6 +26,7 @@ from llm_training_toolkit.models.attention import (
     using_attention,
 )
 from llm_training_toolkit.plan import choose_attention
+from llm_training_toolkit.plan.activations import ActivationCheckpointing
 from llm_training_toolkit.setup.machine import find_attention_problem
 from unit.models.test_document_isolation import MODELS, WINDOW
 
@@ -39,7 +40,7 @@ def config(request: pytest.FixtureRequest) -> dict[str, Any]:
     return SIZES[request.param]
 
 
-def module_of(config: dict[str, Any], attention: str, *, checkpointing: bool = False) -> LossModule:
+def module_of(config: dict[str, Any], attention: str, checkpointing: ActivationCheckpointing = "none") -> LossModule:
     torch.manual_seed(0)
     model = build_model(config, precision="fp32", attention=attention, activation_checkpointing=checkpointing)
     return LossModule(model, 16).train()
@@ -70,8 +71,10 @@ def far(found: Tensor, wanted: Tensor) -> float:
     return float((found - wanted).abs().max() / wanted.abs().max())
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_logits_and_gradients_are_those_of_a_mask(config: dict[str, Any], *, checkpointing: bool) -> None:
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+def test_logits_and_gradients_are_those_of_a_mask(
+    config: dict[str, Any], checkpointing: ActivationCheckpointing
+) -> None:
     masked, alone = module_of(config, "sdpa"), module_of(config, "varlen", checkpointing=checkpointing)
     ids, positions, _ = batch()
     with torch.no_grad():
@@ -134,8 +137,10 @@ class HostWaits(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_micro_batch_waits_for_the_gpu_once_at_most(config: dict[str, Any], *, checkpointing: bool) -> None:
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+def test_a_micro_batch_waits_for_the_gpu_once_at_most(
+    config: dict[str, Any], checkpointing: ActivationCheckpointing
+) -> None:
     """The one is the choice of the tokens that have a label; neither layers nor masks search for documents."""
     module = module_of(config, "varlen", checkpointing=checkpointing)
     inputs, bounds = batch(), compute_cu_seqlens(batch()[1])

@@ -102,11 +102,10 @@ def attention(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["keeping activations", "recomputing activations"])
+@pytest.fixture(scope="module", params=["none", "full"])
 def model(request: pytest.FixtureRequest, config: dict[str, Any], attention: str) -> LossModule:
     torch.manual_seed(0)
-    recompute = bool(request.param)
-    built = build_model(config, precision="fp32", attention=attention, activation_checkpointing=recompute)
+    built = build_model(config, precision="fp32", attention=attention, activation_checkpointing=request.param)
     return LossModule(built, 5)
 
 

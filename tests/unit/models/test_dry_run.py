@@ -6,13 +6,17 @@ from typing import Any
 
 import pytest
 
+from llm_training_toolkit.plan.activations import ActivationCheckpointing
 from llm_training_toolkit.plan.memory import estimate_pass_bytes
 from memory_dry_run import DryRun, build_sized_run, list_recipe_runs
 
 LORA = {"lora": {"rank": 64, "alpha": 16, "dropout": 0.05}}
 TWO_LAYERS = {"config_overrides": {"num_hidden_layers": 2}}
-SMALL: list[tuple[str, str, Any, dict[str, Any]]] = [
+SMALL: list[tuple[str, ActivationCheckpointing, Any, dict[str, Any]]] = [
     ("qwen2.5-1.5b", "none", "varlen", TWO_LAYERS),
+    ("qwen2.5-7b", "selective", "varlen", TWO_LAYERS),
+    ("qwen2.5-7b", "selective", "varlen", TWO_LAYERS | LORA),
+    ("starcoder2-3b", "selective", "varlen", TWO_LAYERS),
     ("qwen2.5-7b", "full", "varlen", TWO_LAYERS),
     ("qwen2.5-7b", "full", "masked", TWO_LAYERS | LORA),
     ("qwen3-30b-a3b", "full", "varlen", TWO_LAYERS),
@@ -26,15 +30,23 @@ def check(run: DryRun) -> None:
 
 
 @pytest.mark.parametrize(("size", "checkpointing", "attention", "model"), SMALL)
-def test_two_layers_of_full_width(size: str, checkpointing: str, attention: Any, model: dict[str, Any]) -> None:
+def test_two_layers_of_full_width(
+    size: str, checkpointing: ActivationCheckpointing, attention: Any, model: dict[str, Any]
+) -> None:
     check(build_sized_run(size, 4096, 1, checkpointing, attention, **model))
 
 
-# Three of the recipes: the script has the table of all, which takes a quarter of an hour.
+# Three of the recipes, and each kind of checkpointing: the script has the table of all, which takes half an hour.
 RECIPES = [
     run
     for run in list_recipe_runs()
-    if run.name in {"lora-7b-one-gpu", "moe-30b-two-nodes", "fim2-3b"}
+    if (run.name, run.load.checkpointing)
+    in {
+        ("lora-7b-one-gpu", "full"),
+        ("moe-30b-two-nodes", "full"),
+        ("fim2-3b", "none"),
+        ("full-7b-one-node", "selective"),
+    }
     and (run.load.micro_batch, run.load.attention) == (4, "varlen")
 ]
 

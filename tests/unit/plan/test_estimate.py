@@ -16,7 +16,7 @@ from llm_training_toolkit.plan import ClusterEstimate, ClusterHardware, estimate
 
 CLUSTER = Path(__file__).parents[3] / "cluster"
 
-RECOMPUTED: dict[str, Any] = {"model": {"activation_checkpointing": True}}
+RECOMPUTED: dict[str, Any] = {"model": {"activation_checkpointing": "full"}}
 FEW = {"num_hidden_layers": 1}
 
 
@@ -116,7 +116,7 @@ def test_precision_and_recomputation_take_longer() -> None:
     usual = seen(hardware()).hours
     assert usual is not None
     assert seen(hardware(memory_gb=999), train={"precision": "fp32"}).hours == pytest.approx(usual * 989 / 67)
-    assert seen(hardware(), model={"activation_checkpointing": True}).hours == pytest.approx(usual * 4 / 3)
+    assert seen(hardware(), model={"activation_checkpointing": "full"}).hours == pytest.approx(usual * 4 / 3)
     assert seen(hardware(utilisation=0.17)).hours == pytest.approx(usual * 2)
 
 
@@ -222,7 +222,7 @@ def test_a_checkpoint_by_hand() -> None:
         (
             hardware(),
             {
-                "model": {"activation_checkpointing": True, "config_overrides": FEW},
+                "model": {"activation_checkpointing": "full", "config_overrides": FEW},
                 "data": {"sequence_length": 2_000_000},
             },
             "data.sequence_length",

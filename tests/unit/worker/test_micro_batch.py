@@ -15,6 +15,8 @@ from llm_training_toolkit.data.prepare.dataset_info import DatasetInfo
 from llm_training_toolkit.distributed.context import RunContext
 from llm_training_toolkit.errors import TrainingError
 from llm_training_toolkit.models.memory import is_out_of_memory, use_expandable_segments
+from llm_training_toolkit.plan import MemorySettings
+from llm_training_toolkit.plan.activations import ActivationCheckpointing
 from llm_training_toolkit.runs.attempts import (
     begin_attempt,
     end_attempt,
@@ -24,7 +26,6 @@ from llm_training_toolkit.runs.attempts import (
 )
 from llm_training_toolkit.runs.directory import RunDirectory
 from llm_training_toolkit.worker.micro_batch import (
-    MemorySettings,
     SmallerMicroBatch,
     _find_previous_settings,
     build_out_of_memory_error,
@@ -76,8 +77,8 @@ def test_an_attempt_learns_from_the_one_before(corpus: Path, tmp_path: Path) -> 
     context = RunContext(0, 1, torch.device("cpu"))
 
     def attempt(rows: int, asked: int | str = "auto") -> int:
-        facts = {"load": describe_memory_load(config, context), "micro_batch": rows, "asked": asked, "zero": 0}
-        return begin_attempt(run, facts)
+        load = {"load": describe_memory_load(config, context), "zero": 0, "activation_checkpointing": "none"}
+        return begin_attempt(run, load | {"micro_batch": rows, "asked": asked})
 
     assert chosen(run, config) == 8, "nothing is known: by the estimate"
     end_attempt(run, attempt(4), "stopped")
@@ -152,20 +153,23 @@ def test_segments_of_a_gpu_may_grow(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch._C._accelerator_getAllocatorSettings() == "expandable_segments:True"
 
 
-def test_after_the_smallest_micro_batch_several_workers_take_the_next_zero_stage(corpus: Path, tmp_path: Path) -> None:
+def test_after_the_smallest_micro_batch_comes_the_next_stage_then_more_recomputation(
+    corpus: Path, tmp_path: Path
+) -> None:
     asked = tiny_config(corpus, tmp_path, train={"steps": 3, "global_batch_size": 8, "micro_batch_size": "auto"})
     run, context = RunDirectory(tmp_path / "run"), RunContext(0, 2, torch.device("cpu"))
-    taken = MemorySettings(zero=0, micro_batch=1).apply_to_config(asked)
-    after = build_out_of_memory_error(asked, taken, 2, 80.0)
-    assert isinstance(after, SmallerMicroBatch)
-    assert "ZeRO 2" in str(after)
+
+    def after(kind: ActivationCheckpointing, zero: int, workers: int) -> str:
+        taken = MemorySettings(kind, 1, zero).apply_to_config(asked)
+        error = build_out_of_memory_error(asked, taken, workers, 80.0)
+        assert isinstance(error, SmallerMicroBatch if "takes" in str(error) else TrainingError)
+        assert re.search(r"The plan counts [\d.]+ GB, of them .*; the device has 80$", str(error)), error
+        return str(error).rpartition("takes ")[2].partition(". The plan")[0]
+
+    assert after("none", 0, 2) == "ZeRO 1"
+    assert after("none", 3, 2) == "activation checkpointing selective"
+    assert after("selective", 0, 1) == "activation checkpointing full", "one worker has nothing to spread"
+    assert "use more cluster.workers" in after("full", 3, 2)
     facts = {"load": describe_memory_load(asked, context), "micro_batch": 1, "asked": "auto", "zero": 0}
-    mark_out_of_memory(run, begin_attempt(run, facts))
-    assert _find_previous_settings(run, asked, context) == MemorySettings(zero=2, micro_batch=1)
-    highest = MemorySettings(zero=3, micro_batch=1).apply_to_config(asked)
-    final = build_out_of_memory_error(asked, highest, 2, 80.0)
-    assert isinstance(final, TrainingError)
-    assert re.search(r"The plan counts [\d.]+ GB, of them .*; the device has 80$", str(final)), final
-    assert isinstance(build_out_of_memory_error(asked, taken, 1, 80.0), TrainingError), (
-        "one worker has nothing to spread"
-    )
+    mark_out_of_memory(run, begin_attempt(run, facts | {"activation_checkpointing": "none"}))
+    assert _find_previous_settings(run, asked, context) == MemorySettings("none", 1, 1)

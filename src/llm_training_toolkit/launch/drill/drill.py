@@ -216,4 +216,5 @@ def _read_resolved_values(run: RunDirectory) -> tuple[str, ...]:
         f"train.precision={precision}",
         f"train.micro_batch_size={record['micro_batch']}",
         f"engine.zero_stage={record['zero']}",
+        f"model.activation_checkpointing={record['activation_checkpointing']}",
     )

@@ -146,8 +146,8 @@ def _check_job_plan(config: Config, request: TrainRequest, cluster: Path | None)
     plan = make_plan(config)
     if cluster is not None:
         hardware = read_hardware(cluster)
-        config = resolve_for_hardware(config, hardware)
-        plan = make_plan(config)
+        config, resolved = resolve_for_hardware(config, hardware)
+        plan = make_plan(config).with_notes(resolved)
         plan = estimate_on_cluster(config, plan, hardware).add_to_plan(plan)
     check_plan(plan)
     if not is_uri(config.run.dir) and not Path(config.run.dir).expanduser().is_absolute():

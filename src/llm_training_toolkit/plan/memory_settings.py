@@ -1,0 +1,159 @@
+"""Joint resolution of activation checkpointing, micro-batch and ZeRO stage by device memory, where they are `auto`.
+
+The fastest combination whose estimate fits is taken. Pure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from llm_training_toolkit.config.schema import Config
+from llm_training_toolkit.plan.activations import ActivationCheckpointing
+from llm_training_toolkit.plan.auto import (
+    ResolvedValue,
+    get_candidate_zero_stages,
+    with_activation_checkpointing,
+    with_zero_stage,
+)
+from llm_training_toolkit.plan.batch import split_global_batch
+from llm_training_toolkit.plan.memory import DeviceWorkload, estimate_memory
+from llm_training_toolkit.plan.plan import plan_workload
+
+# Share of free memory for the estimate: 5 % for its error, the rest for what allocators round up and split.
+MEMORY_FILL = 0.9
+CHECKPOINTING_KEY = "model.activation_checkpointing"
+_CHECKPOINTING_BY_WORK: tuple[ActivationCheckpointing, ...] = ("none", "selective", "full")
+
+
+@dataclass(frozen=True)
+class MemorySettings:
+    """Settings that trade speed for memory and leave the result as it is."""
+
+    checkpointing: ActivationCheckpointing
+    micro_batch: int
+    zero: int
+
+    def apply_to_config(self, config: Config) -> Config:
+        """Return the configuration with these settings."""
+        config = with_activation_checkpointing(config, self.checkpointing)
+        return with_micro_batch(with_zero_stage(config, self.zero), self.micro_batch)
+
+    def estimate_bytes(self, load: DeviceWorkload) -> int:
+        """Return the peak bytes per device of a workload with these settings instead of its own."""
+        return estimate_memory(
+            replace(load, checkpointing=self.checkpointing, micro_batch=self.micro_batch, zero=self.zero)
+        ).total
+
+
+@dataclass(frozen=True)
+class MemoryChoice:
+    """Chosen settings, with the reason for each that was `auto`."""
+
+    settings: MemorySettings
+    reasons: tuple[ResolvedValue, ...]
+
+
+def with_micro_batch(config: Config, micro_batch: int | Literal["auto"]) -> Config:
+    """Return the configuration with this micro-batch."""
+    train = config.train.model_copy(update={"micro_batch_size": micro_batch})
+    return config.model_copy(update={"train": train})
+
+
+def choose_memory_settings(config: Config, replicas: int, free_bytes: float) -> MemoryChoice:
+    """Choose the fastest settings whose estimate fits into `free_bytes` of every device, else those with the least."""
+    load = plan_workload(config, replicas)
+    needed = {settings: settings.estimate_bytes(load) for settings in list_memory_settings(config, replicas)}
+    fitting = (settings for settings, size in needed.items() if size <= MEMORY_FILL * free_bytes)
+    chosen = next(fitting, min(needed, key=lambda settings: needed[settings]))
+    return MemoryChoice(chosen, tuple(_iter_reasons(config, replicas, free_bytes, needed, chosen)))
+
+
+def list_memory_settings(config: Config, replicas: int) -> list[MemorySettings]:
+    """Return all combinations of the settings that are `auto`, the fastest first.
+
+    Recomputation costs the most. A larger micro-batch takes fewer passes, each with its exchange of gradients from
+    stage 2 on; a lower stage exchanges less in a pass.
+    """
+    kind, rows, stage = (
+        config.model.activation_checkpointing,
+        config.train.micro_batch_size,
+        config.engine.zero_stage,
+    )
+    share = split_global_batch(config.train.global_batch_size, replicas)[0]
+    return [
+        MemorySettings(each_kind, each_rows, each_stage)
+        for each_kind in (_CHECKPOINTING_BY_WORK if kind == "auto" else (kind,))
+        for each_rows in (_list_even_micro_batches(share)[::-1] if rows == "auto" else (rows,))
+        for each_stage in (_list_zero_stages(config, replicas) if stage == "auto" else (stage,))
+    ]
+
+
+def find_smaller_settings(config: Config, tried: MemorySettings, replicas: int) -> MemorySettings | None:
+    """Return the settings to try after `tried` ran out of memory, changing only `auto` ones, or None.
+
+    The micro-batch is halved as long as that is possible, then the ZeRO stage is raised, then more is recomputed.
+    """
+    if config.train.micro_batch_size == "auto":
+        rows = find_smaller_micro_batch(config, replicas, tried.micro_batch)
+        if rows:
+            return replace(tried, micro_batch=rows)
+    if config.engine.zero_stage == "auto":
+        higher = [stage for stage in _list_zero_stages(config, replicas) if stage > tried.zero]
+        if higher:
+            return replace(tried, zero=higher[0])
+    if config.model.activation_checkpointing == "auto" and tried.checkpointing != "full":
+        at = _CHECKPOINTING_BY_WORK.index(tried.checkpointing)
+        return replace(tried, checkpointing=_CHECKPOINTING_BY_WORK[at + 1])
+    return None
+
+
+def find_smaller_micro_batch(config: Config, replicas: int, micro_batch: int) -> int:
+    """Return the next micro-batch to try after an OOM: at most half of `micro_batch`; 0 if there is none."""
+    share = split_global_batch(config.train.global_batch_size, replicas)[0]
+    return max((rows for rows in _list_even_micro_batches(share) if rows <= micro_batch // 2), default=0)
+
+
+def _list_zero_stages(config: Config, replicas: int) -> tuple[int, ...]:
+    """Return the stages of `auto`; for one worker only the first, because higher ones have nothing to shard."""
+    stages = get_candidate_zero_stages(config)
+    return stages[:1] if replicas == 1 else stages
+
+
+def _list_even_micro_batches(share: int) -> list[int]:
+    """Return the micro-batches that split a share into passes of nearly one size: 12 into 12, 6, 4, 3, 2 or 1."""
+    return sorted({-(-share // passes) for passes in range(1, share + 1)})
+
+
+def _iter_reasons(
+    config: Config, replicas: int, free_bytes: float, needed: Mapping[MemorySettings, int], chosen: MemorySettings
+) -> Iterator[ResolvedValue]:
+    """Yield the reason for each setting that was `auto`."""
+    fits = needed[chosen] <= MEMORY_FILL * free_bytes
+    there = f"{needed[chosen] / 1e9:.3g} GB of the {free_bytes / 1e9:.3g} GB a worker has free"
+    if config.model.activation_checkpointing == "auto":
+        reason = (
+            _format_checkpointing_reason(needed, chosen, there, free_bytes) if fits else f"the least memory, {there}"
+        )
+        yield ResolvedValue(CHECKPOINTING_KEY, chosen.checkpointing, reason)
+    if config.engine.zero_stage == "auto":
+        lowest = "the lowest stage that fits" if fits else "the stage with the least memory"
+        reason = "it costs least for one worker" if replicas == 1 else f"{lowest}, {there}"
+        yield ResolvedValue("engine.zero_stage", chosen.zero, reason)
+    if config.train.micro_batch_size == "auto":
+        yield ResolvedValue(
+            "train.micro_batch_size", chosen.micro_batch, f"{'fits' if fits else 'the smallest'}, {there}"
+        )
+
+
+def _format_checkpointing_reason(
+    needed: Mapping[MemorySettings, int], chosen: MemorySettings, there: str, free_bytes: float
+) -> str:
+    """Say what less recomputation would need at least."""
+    if chosen.checkpointing == "none":
+        return f"nothing has to be recomputed, {there}"
+    less = _CHECKPOINTING_BY_WORK[: _CHECKPOINTING_BY_WORK.index(chosen.checkpointing)]
+    least = {kind: min(size for each, size in needed.items() if each.checkpointing == kind) for kind in less}
+    needs = " and ".join(f"{kind} needs {size / 1e9:.3g} GB" for kind, size in least.items())
+    return f"{needs}, and a plan fills {MEMORY_FILL * free_bytes / 1e9:.3g} of {free_bytes / 1e9:.3g} GB"
