@@ -188,10 +188,10 @@ class ModelConfig(ConfigSection):
     activation_checkpointing: Annotated[
         Literal["auto", "none", "selective", "full"], BeforeValidator(_check_checkpointing), FieldTag.FREE
     ] = "auto"
-    """Activations recomputed in the backward pass, which leaves the result as it is. `full` keeps the input of each layer alone:
-    about a third more time for much less memory. `selective` also keeps the outputs of attention and of every second
-    matrix product. `auto` = the least recomputation that fits into device memory by the estimate. A resume keeps the
-    value."""
+    """Activations recomputed in the backward pass, which leaves the result as it is. `full` keeps the input of each
+    layer alone: about a third more time for much less memory. `selective` also keeps the outputs of attention and of
+    every second matrix product. `auto` = the least recomputation that fits into device memory by the estimate. A resume
+    keeps the value."""
     loss_chunk_size: Annotated[Annotated[int, Field(ge=0)] | Literal["auto"], FieldTag.IDENTITY] = "auto"
     """Tokens per chunk of the cross-entropy loss, so that the full logits are never materialized. `auto` = chunks of 67
     million logits (0.4 GB in bf16): 441 tokens for Qwen's vocabulary. 0 = no chunks."""

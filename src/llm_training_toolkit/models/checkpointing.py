@@ -45,6 +45,8 @@ def enable_activation_checkpointing(model: nn.Module, kind: ActivationCheckpoint
     if kind == "selective":
         arguments["context_fn"] = _create_contexts
     model.activation_checkpointing_enable(arguments)  # type: ignore[operator]
+    # For reentrant checkpoints alone: beside adapters it would add a gradient of the first layer's input.
+    model.disable_input_require_grads()  # type: ignore[operator]
 
 
 def _create_contexts() -> tuple[TorchDispatchMode, TorchDispatchMode]:

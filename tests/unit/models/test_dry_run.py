@@ -36,7 +36,7 @@ def test_two_layers_of_full_width(
     check(build_sized_run(size, 4096, 1, checkpointing, attention, **model))
 
 
-# Three of the recipes, and each kind of checkpointing: the script has the table of all, which takes half an hour.
+# Three of the recipes, and each kind of checkpointing: the script has the table of all, which takes long.
 RECIPES = [
     run
     for run in list_recipe_runs()
