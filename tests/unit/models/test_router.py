@@ -11,6 +11,7 @@ from torch import Tensor
 
 from llm_training_toolkit.models import LossModule, build_model
 from llm_training_toolkit.models.router import find_routers
+from llm_training_toolkit.plan.activations import ActivationCheckpointing
 from unit.models.test_document_isolation import HYBRIDS, MODELS, QWEN3, rows
 
 MIXTURES = {name: config for name, config in (MODELS | HYBRIDS).items() if "num_experts" in config}
@@ -19,7 +20,8 @@ BALANCE = 0.5
 
 def build(name: str, balance: float | None, *, attention: str = "sdpa", recompute: bool = False) -> LossModule:
     torch.manual_seed(0)
-    model = build_model(MIXTURES[name], precision="fp32", attention=attention, activation_checkpointing=recompute)
+    kind: ActivationCheckpointing = "full" if recompute else "none"
+    model = build_model(MIXTURES[name], precision="fp32", attention=attention, activation_checkpointing=kind)
     return LossModule(model, 5, balance).train()
 
 
