@@ -56,7 +56,7 @@ def read_history(source: SourceConfig, index: int, tally: DocumentStats, begin: 
     with HistoryReader(resolve_repository(source), source, whole_files=source.layout in _WHOLE_FILES) as reader:
         for commit in reader.read_commits(place[1] if place else ""):
             for label, path, segments in build(commit, source, tally):
-                text = "\n".join(text for _, text, _ in segments)
+                text = "\n".join(each.text for each in segments if each.text)
                 name = f"{file.repository}@{commit.id}{label}"
                 yield Document(index, name, text, file.repository, path, segments=segments)
         if reader.merges:
