@@ -30,6 +30,7 @@ from llm_training_toolkit.plan.memory import (
     DeviceWorkload,
     MemoryEstimate,
     compute_checkpoint_copy_bytes,
+    estimate_host_bytes,
     estimate_memory,
 )
 from llm_training_toolkit.plan.memory_settings import (
@@ -41,7 +42,7 @@ from llm_training_toolkit.plan.memory_settings import (
     with_micro_batch,
 )
 from llm_training_toolkit.plan.mixture import StreamPosition, compute_integer_shares, count_per_stream, merge_streams
-from llm_training_toolkit.plan.plan import Plan, check_plan, make_plan
+from llm_training_toolkit.plan.plan import Plan, check_plan, make_plan, plan_workload
 from llm_training_toolkit.plan.problem import Problem
 from llm_training_toolkit.plan.text import format_mixture, format_plan
 
@@ -74,6 +75,7 @@ __all__ = [
     "compute_loss_chunk_size",
     "compute_replica_slice",
     "count_per_stream",
+    "estimate_host_bytes",
     "estimate_memory",
     "estimate_on_cluster",
     "find_deepspeed_problems",
@@ -85,6 +87,7 @@ __all__ = [
     "format_slow_precision",
     "make_plan",
     "merge_streams",
+    "plan_workload",
     "resolve_for_hardware",
     "split_global_batch",
     "with_attention",

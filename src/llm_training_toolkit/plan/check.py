@@ -310,6 +310,9 @@ def _find_data_problems(config: Config, size: ModelSize, hf: HfValues) -> Iterat
         )
         yield Problem("sequence-too-long", "data.sequence_length", what, f"Use at most {positions}{more}")
     yield from find_git_problems(config.data)
+    if config.data.near_duplicates is not None and importlib.util.find_spec("rensa") is None:
+        what = "near-duplicates need the library rensa, which is not installed here"
+        yield Problem("near-duplicates-without-rensa", "data.near_duplicates", what, "pip install rensa==0.5.0")
     for index, source in enumerate(config.data.sources):
         yield from _find_source_problems(f"data.sources[{index}]", source, family)
     for index, source in enumerate(config.data.eval.sources):

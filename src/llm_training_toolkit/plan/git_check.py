@@ -58,11 +58,16 @@ def resolve_repository(source: SourceConfig) -> Path:
 
 
 def find_git_problems(data: DataConfig) -> Iterator[Problem]:
-    """Find every reason why a repository cannot be read, or its future would be trained on."""
+    """Find every reason why a repository cannot be read, or its future would be trained on.
+
+    A path that does not exist here may be one of the cluster that a run is submitted to: the preparation refuses it.
+    """
     yield from _find_future_problems(data)
     for key, sources in (("data.sources", data.sources), ("data.eval.sources", data.eval.sources)):
         for index, source in enumerate(sources):
-            if source.format == "git" and (problem := find_repository_problem(f"{key}[{index}]", source)):
+            if source.format != "git" or not (is_uri(source.path) or resolve_repository(source).exists()):
+                continue
+            if (problem := find_repository_problem(f"{key}[{index}]", source)) is not None:
                 yield problem
 
 

@@ -23,6 +23,8 @@ from llm_training_toolkit.plan.plan import plan_workload
 
 # Share of free memory for the estimate: 5 % for its error, the rest for what allocators round up and split.
 MEMORY_FILL = 0.9
+# Tokens of a pass that keep a GPU busy: below it kernels of models of some billion weights are short. An assumption.
+_BUSY_TOKENS = 4096
 CHECKPOINTING_KEY = "model.activation_checkpointing"
 _CHECKPOINTING_BY_WORK: tuple[ActivationCheckpointing, ...] = ("none", "selective", "full")
 
@@ -73,8 +75,8 @@ def choose_memory_settings(config: Config, replicas: int, free_bytes: float) -> 
 def list_memory_settings(config: Config, replicas: int) -> list[MemorySettings]:
     """Return all combinations of the settings that are `auto`, the fastest first.
 
-    Recomputation costs the most. A larger micro-batch takes fewer passes, each with its exchange of gradients from
-    stage 2 on; a lower stage exchanges less in a pass.
+    Recomputation costs the most, then passes too short to keep a device busy. Among the others a lower stage comes
+    first, because stages 2 and 3 exchange gradients with every pass, and then the larger micro-batch.
     """
     kind, rows, stage = (
         config.model.activation_checkpointing,
@@ -82,12 +84,19 @@ def list_memory_settings(config: Config, replicas: int) -> list[MemorySettings]:
         config.engine.zero_stage,
     )
     share = split_global_batch(config.train.global_batch_size, replicas)[0]
-    return [
+    combinations = [
         MemorySettings(each_kind, each_rows, each_stage)
         for each_kind in (_CHECKPOINTING_BY_WORK if kind == "auto" else (kind,))
         for each_rows in (_list_even_micro_batches(share)[::-1] if rows == "auto" else (rows,))
         for each_stage in (_list_zero_stages(config, replicas) if stage == "auto" else (stage,))
     ]
+
+    def rank_by_speed(settings: MemorySettings) -> tuple[int, int, int, int]:
+        work = _CHECKPOINTING_BY_WORK.index(settings.checkpointing)
+        filled = min(settings.micro_batch * config.data.sequence_length, _BUSY_TOKENS)
+        return work, -filled, settings.zero, -settings.micro_batch
+
+    return sorted(combinations, key=rank_by_speed)
 
 
 def find_smaller_settings(config: Config, tried: MemorySettings, replicas: int) -> MemorySettings | None:

@@ -69,6 +69,8 @@ class Plan:
     deepspeed: Mapping[str, Any]
     memory_gb_per_device: Mapping[str, float]
     """Memory with the fewest workers, where it is highest per device."""
+    host_memory_gb_per_worker: float
+    """Host memory that `engine.offload` takes, also with the fewest workers."""
     problems: tuple[Problem, ...]
     estimated: tuple[str, ...]
     """Names of the plan's values that are not exact."""
@@ -172,6 +174,7 @@ def make_plan(config: Config, data_facts: DataFacts | None = None, replicas: int
         eval_every=config.eval.interval,
         deepspeed=deepspeed,
         memory_gb_per_device=memory_gb,
+        host_memory_gb_per_worker=memory.estimate_host_bytes(workload) / 1e9,
         problems=(
             *check.find_problems(config, size, hf, world),
             *check.find_memory_problems(memory_gb),

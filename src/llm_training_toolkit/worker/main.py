@@ -56,6 +56,7 @@ from llm_training_toolkit.worker.devices import RankPlacement, check_placement
 from llm_training_toolkit.worker.finish import finish_run
 from llm_training_toolkit.worker.micro_batch import (
     build_out_of_memory_error,
+    check_host_memory,
     describe_memory_load,
     measure_device_memory_gb,
     resolve_memory_settings,
@@ -74,6 +75,7 @@ def run_worker(spec: WorkerSpec, context: RunContext) -> dict[str, Any]:
     requested, precision_note = resolve_precision(spec, context)
     requested, attention_note = resolve_attention(requested, context)
     spec, memory_notes = resolve_memory_settings(requested, context)
+    check_host_memory(spec.config, context)
     attempt, goodput_tracker = _begin_attempt(spec, context, requested.config, placements)
     log = spec.directory.get_rank_log_path(attempt, context.rank)
     with log_to_file(RANK_LOGGER, log, f"attempt {attempt} rank {context.rank}"):

@@ -21,15 +21,17 @@ import torch
 from llm_training_toolkit.config import Config
 from llm_training_toolkit.distributed.context import RunContext
 from llm_training_toolkit.distributed.events import NoteEvent
-from llm_training_toolkit.errors import TrainingError
+from llm_training_toolkit.errors import PlanError, TrainingError
 from llm_training_toolkit.plan import (
     CUDA_LIBRARY_BYTES,
     MemorySettings,
     choose_memory_settings,
     compute_checkpoint_copy_bytes,
+    estimate_host_bytes,
     find_smaller_micro_batch,
     find_smaller_settings,
     make_plan,
+    plan_workload,
 )
 from llm_training_toolkit.runs.attempts import find_last_attempt, has_run_out_of_memory, read_attempt_record
 from llm_training_toolkit.runs.directory import RunDirectory
@@ -70,6 +72,24 @@ def resolve_memory_settings(spec: WorkerSpec, context: RunContext) -> tuple[Work
     return replace(spec, config=settings.apply_to_config(config)), said
 
 
+def check_host_memory(config: Config, context: RunContext) -> None:
+    """Check that every node has the host memory that `engine.offload` takes for its ranks. Collective.
+
+    Raises PlanError on every rank: the kernel would kill a rank in the middle of its first steps.
+    """
+    needed = estimate_host_bytes(plan_workload(config, context.world_size))
+    if not needed:
+        return
+    free = context.all_gather_object(_measure_free_host_memory(context))
+    least = min(range(len(free)), key=lambda rank: free[rank])
+    if needed > free[least]:
+        raise PlanError(
+            f"engine.offload = {config.engine.offload} takes {needed / 1e9:.3g} GB of host memory for each worker, "
+            f"and rank {least} has {free[least] / 1e9:.3g} GB free. Use more workers, fewer of them on a "
+            "node, or nodes with more memory"
+        )
+
+
 def _get_configured_settings(config: Config) -> tuple[object, ...]:
     return config.model.activation_checkpointing, config.train.micro_batch_size, config.engine.zero_stage
 
@@ -82,7 +102,9 @@ def _choose_settings(
         settings, said = previous, _format_kept_settings(config, previous)
     else:
         if context.device.type == "cpu":  # also holds the copy of a checkpoint during its write
-            free -= compute_checkpoint_copy_bytes(make_plan(config).trainable_parameters, context.world_size)
+            load = plan_workload(config, context.world_size)
+            free -= compute_checkpoint_copy_bytes(load.trainable_parameters, context.world_size)
+            free -= estimate_host_bytes(load)
         choice = choose_memory_settings(config, context.world_size, free)
         settings, said = choice.settings, tuple(str(reason) for reason in choice.reasons)
     for message in said:
@@ -132,6 +154,11 @@ def _measure_free_memory(context: RunContext) -> float:
     if context.device.type == "cuda":
         # The context is there already; cuBLAS and NCCL allocate when they are first used.
         return max(float(torch.cuda.mem_get_info(context.device)[0]) - CUDA_LIBRARY_BYTES, 0.0)
+    return _measure_free_host_memory(context)
+
+
+def _measure_free_host_memory(context: RunContext) -> float:
+    """Return this rank's share of the bytes that are free on its machine or in its container. Collective."""
     hosts = Counter(context.all_gather_object(socket.gethostname()))
     own = Path("/proc/self/cgroup")
     left = read_container_free_memory(own.read_text(), _CGROUPS) if own.exists() else math.inf

@@ -92,7 +92,7 @@ def test_several_workers_take_the_lowest_stage_that_fits(free: float, workers: i
 
 def test_weights_in_four_bits_are_not_cut() -> None:
     quantized = config(model={"name": "qwen3-0.6b", "path": "x", "lora": {"quantize": "nf4"}})
-    assert choose_memory_settings(quantized, 2, 1.0).settings.zero == 2
+    assert choose_memory_settings(quantized, 2, 1.0).settings.zero < 3
 
 
 def test_a_cluster_file_decides_both() -> None:

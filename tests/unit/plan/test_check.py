@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,20 @@ def test_routers_and_experts(model: str, lora: Any, balance: float | None, codes
     assert [problem.code for problem in plan.problems] == codes
     fall_out = any("fall out of use" in note for note in plan.notes)
     assert fall_out == ("a3b" in model and balance is None)
+
+
+@pytest.mark.parametrize("is_installed", [True, False])
+def test_near_duplicates_need_their_library(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *, is_installed: bool
+) -> None:
+    (tmp_path / "rensa").mkdir()
+    (tmp_path / "rensa" / "__init__.py").touch()
+    monkeypatch.setattr(sys, "path", [str(tmp_path)] if is_installed else [])
+    monkeypatch.delitem(sys.modules, "rensa", raising=False)
+    config = tiny_config(Path("x"), Path("t"), data={"near_duplicates": {}})
+    size = families.find_size("qwen3-0.6b")
+    found = [problem.code for problem in find_problems(config, size, size.hf_values, 1)]
+    assert ("near-duplicates-without-rensa" in found) == (not is_installed)
 
 
 def test_held_out_sources_are_checked_too() -> None:

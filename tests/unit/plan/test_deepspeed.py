@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from llm_training_toolkit.config.schema import Config
-from llm_training_toolkit.plan import build_deepspeed_config, find_deepspeed_problems, make_plan
+from llm_training_toolkit.config.schema import Config, EngineConfig
+from llm_training_toolkit.plan import build_deepspeed_config, find_deepspeed_problems, format_plan, make_plan
 from llm_training_toolkit.plan.deepspeed import OWNED_KEYS, REMOVED_KEYS
 
 
@@ -39,6 +39,23 @@ def test_the_recipe(zero: int, precision: str) -> None:
         "at stages 0 and 1 the engine keeps the fp32 weights"
     )
     assert ("data_types" in made) == (precision == "bf16" and zero >= 2)
+
+
+@pytest.mark.parametrize("offload", ["none", "optimizer", "optimizer_and_weights"])
+@pytest.mark.parametrize("zero", ["auto", 0, 1, 2, 3])
+def test_offload_is_refused_at_stages_that_cannot(zero: int | str, offload: str) -> None:
+    asked = config().model_copy(
+        update={"engine": EngineConfig.model_validate({"zero_stage": zero, "offload": offload})}
+    )
+    plan = make_plan(asked, replicas=2)
+    possible = {"none": {0, 1, 2, 3}, "optimizer": {1, 3}, "optimizer_and_weights": {3}}[offload]
+    refused = zero != "auto" and zero not in possible
+    assert [problem.code for problem in plan.problems] == (["offload-stage"] if refused else [])
+    if not refused:
+        assert plan.zero in possible
+        keys = {"offload_optimizer", "offload_param"} & set(plan.deepspeed["zero_optimization"])
+        assert len(keys) == {"none": 0, "optimizer": 1, "optimizer_and_weights": 2}[offload] * (plan.zero == 3)
+        assert (plan.host_memory_gb_per_worker > 0) == ("host memory" in str(format_plan(plan))) == (offload != "none")
 
 
 def test_buckets_are_no_larger_than_the_model() -> None:

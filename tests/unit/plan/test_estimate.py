@@ -50,7 +50,7 @@ def test_todays_models_on_a_node_of_eight_gpus_with_141_gb(
 ) -> None:
     node = hardware(nodes=1, device="H200", memory_gb=141)
     given = config(
-        model={"name": name, "activation_checkpointing": True, "lora": lora},
+        model={"name": name, "activation_checkpointing": "full", "lora": lora},
         data={"sequence_length": 2048},
         cluster={"workers": 8},
     )

@@ -58,8 +58,14 @@ def test_repository_without_commits(tmp_path: Path) -> None:
 
 def test_directory_that_is_no_repository(history: History, tmp_path: Path) -> None:
     (history.path / "sub").mkdir(exist_ok=True)
-    assert codes(tmp_path) == codes(tmp_path / "none") == codes(history.path / "sub") == ["git-not-a-repository"]
+    assert codes(tmp_path) == codes(history.path / "sub") == ["git-not-a-repository"]
     assert codes("https://example.org/app.git") == ["git-not-local"]
+
+
+def test_path_that_is_not_here_is_refused_by_the_preparation_alone(tmp_path: Path) -> None:
+    assert codes(tmp_path / "none") == []
+    with pytest.raises(DataError, match="is no git repository"):
+        list_source_files(SourceConfig(path=str(tmp_path / "none"), format="git"))
 
 
 def test_shallow_and_partial_clones(history: History, tmp_path: Path) -> None:

@@ -107,8 +107,9 @@ def test_no_faster_combination_fits(name: str, gigabytes: int) -> None:
     choice = choose_memory_settings(made, workers, 1e9 * gigabytes)
     flops = _recomputed_flops(made)
 
-    def slowness(settings: MemorySettings) -> tuple[float, int, int]:
-        return flops[settings.checkpointing], -settings.micro_batch, settings.zero
+    def slowness(settings: MemorySettings) -> tuple[float, int, int, int]:
+        is_short = min(settings.micro_batch * made.data.sequence_length, 4096)
+        return flops[settings.checkpointing], -is_short, settings.zero, -settings.micro_batch
 
     needs = {
         settings: sum(make_plan(settings.apply_to_config(made), replicas=workers).memory_gb_per_device.values())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from contextlib import nullcontext
 from pathlib import Path
 from typing import cast
 
@@ -13,7 +14,7 @@ import torch
 from llm_training_toolkit.config import Config
 from llm_training_toolkit.data.prepare.dataset_info import DatasetInfo
 from llm_training_toolkit.distributed.context import RunContext
-from llm_training_toolkit.errors import TrainingError
+from llm_training_toolkit.errors import PlanError, TrainingError
 from llm_training_toolkit.models.memory import is_out_of_memory, use_expandable_segments
 from llm_training_toolkit.plan import MemorySettings
 from llm_training_toolkit.plan.activations import ActivationCheckpointing
@@ -29,6 +30,7 @@ from llm_training_toolkit.worker.micro_batch import (
     SmallerMicroBatch,
     _find_previous_settings,
     build_out_of_memory_error,
+    check_host_memory,
     describe_memory_load,
     read_container_free_memory,
     resolve_memory_settings,
@@ -140,6 +142,17 @@ def test_the_allocator_keeps_the_options_that_a_person_set(monkeypatch: pytest.M
     use_expandable_segments(torch.device("cuda"))
     assert "PYTORCH_ALLOC_CONF" not in os.environ
     assert torch._C._accelerator_getAllocatorSettings() == before
+
+
+@pytest.mark.parametrize(("name", "is_refused"), [("qwen3-32b", True), ("qwen3-0.6b", False)])
+def test_host_memory_is_checked_before_anything_starts(
+    corpus: Path, tmp_path: Path, name: str, *, is_refused: bool
+) -> None:
+    engine = {"zero_stage": 1, "offload": "optimizer"}
+    config = tiny_config(corpus, tmp_path, model={"name": name, "config_overrides": {}}, engine=engine)
+    context = RunContext(0, 1, torch.device("cpu"))
+    with pytest.raises(PlanError, match="[0-9]+ GB of host memory") if is_refused else nullcontext():
+        check_host_memory(config, context)
 
 
 def test_segments_of_a_gpu_may_grow(monkeypatch: pytest.MonkeyPatch) -> None:
