@@ -151,7 +151,7 @@ def test_host_memory_is_checked_before_anything_starts(
     engine = {"zero_stage": 1, "offload": "optimizer"}
     config = tiny_config(corpus, tmp_path, model={"name": name, "config_overrides": {}}, engine=engine)
     context = RunContext(0, 1, torch.device("cpu"))
-    with pytest.raises(PlanError, match="[0-9]+ GB of host memory") if is_refused else nullcontext():
+    with pytest.raises(PlanError, match=r"[0-9]+ GB of host memory") if is_refused else nullcontext():
         check_host_memory(config, context)
 
 
