@@ -21,7 +21,6 @@ import os
 import resource
 import runpy
 import select
-import shutil
 import signal
 import socket
 import subprocess
@@ -40,7 +39,7 @@ _MESSAGE = 2**20  # bytes, more than arguments and environment take
 _THREADS = "OMP_NUM_THREADS"  # one, as Ray and the toolkit set it for a worker with one CPU
 # Prefixes of variables that no library reads while it is imported, apart from those of `prepare_environment`.
 _LATE = (
-    *("AWS_", "PATH", "RAY_CLIENT_MODE", "RAY_JOB_", "RAY_LD_PRELOAD", "RAY_RAYLET_PID", "RAY_TRAIN_"),
+    *("AWS_", "PATH", "PYTEST_", "RAY_CLIENT_MODE", "RAY_JOB_", "RAY_LD_PRELOAD", "RAY_RAYLET_PID", "RAY_TRAIN_"),
     *("RAY_WARN_BLOCKING_", "SPT_NOENV", "TMPDIR", "TOKENIZERS_PARALLELISM", "TORCHINDUCTOR_", "TRITON_"),
 )
 Order = dict[str, Any]
@@ -52,15 +51,8 @@ def forked_workers(environment: Mapping[str, str]) -> Iterator[Mapping[str, str]
     if fork_server.GPU.exists() or os.environ.get(_OFF):
         yield {}
         return
-    from ray._private import workers
-
-    links = Path(tempfile.mkdtemp(prefix="ltt-workers-"))  # a socket's path must be short
-    [scripts] = workers.__path__
-    (links / "ray").symlink_to(scripts)
-    paths = {"worker_path": links / "default_worker.py", "setup_worker_path": links / ray_worker_shim.SETUP}
-    for path in paths.values():
-        path.symlink_to(ray_worker_shim.__file__)
     with (
+        tempfile.TemporaryDirectory(prefix="ltt-workers-") as links,  # not nested: a socket's path must be short
         socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener,
         subprocess.Popen(
             [sys.executable, __file__, str(listener.fileno())],
@@ -71,12 +63,24 @@ def forked_workers(environment: Mapping[str, str]) -> Iterator[Mapping[str, str]
             start_new_session=True,
         ) as server,
     ):
-        listener.bind(str(links / "socket"))
+        listener.bind(f"{links}/socket")
         listener.listen(64)
+        scripts = _link_scripts(Path(links))
         assert server.stdout is not None
-        assert server.stdout.readline() == b"ready\n"  # a raylet gives up a worker after a minute
-        yield {name: str(path) for name, path in paths.items()}
-    shutil.rmtree(links)
+        assert b"ready\n" in iter(server.stdout.readline, b"")  # a raylet gives up a worker after a minute
+        yield scripts
+
+
+def _link_scripts(links: Path) -> Mapping[str, str]:
+    """Link the shim under the names of Ray's two scripts, beside their folder; the arguments with which Ray runs it."""
+    from ray._private import workers
+
+    [folder] = workers.__path__
+    (links / "ray").symlink_to(folder)
+    paths = {"worker_path": links / "default_worker.py", "setup_worker_path": links / ray_worker_shim.SETUP}
+    for path in paths.values():
+        path.symlink_to(ray_worker_shim.__file__)
+    return {name: str(path) for name, path in paths.items()}
 
 
 def _get_variables_of_ray() -> dict[str, str]:
@@ -125,7 +129,7 @@ class _Server:
         message, streams, _, _ = socket.recv_fds(line, _MESSAGE, 3)
         order: Order = json.loads(message) if message else {}
         forkable = message and self._fits(order["environment"])
-        with suppress(BrokenPipeError):  # the shim has just been killed, which the line tells next
+        with suppress(ConnectionError):  # the shim has just been killed, which the line tells next
             line.send(b"forked" if forkable else b"plain")
         pid = os.fork() if forkable else -1
         if pid == 0:
@@ -160,7 +164,7 @@ class _Server:
         self._poll.unregister(pidfd)
         os.close(pidfd)
         _, status = os.waitpid(self._pids.pop(line), 0)
-        with suppress(BrokenPipeError):
+        with suppress(ConnectionError):
             self._lines[line].send(b"%d" % os.waitstatus_to_exitcode(status))
         self._hang_up(line)
 
