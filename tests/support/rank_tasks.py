@@ -39,6 +39,7 @@ from llm_training_toolkit.worker.build import build_run_model
 from llm_training_toolkit.worker.hub_download import ensure_local_weights
 from llm_training_toolkit.worker.main import run_worker
 from llm_training_toolkit.worker.spec import WorkerSpec
+from synchronizations import SynchronizationCounter
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 
@@ -437,6 +438,7 @@ def fetched(run: str, path: str, endpoint: str, nodes: Sequence[str], homes: Seq
 def recorded_collectives(directory: str, variables: Mapping[str, str]) -> None:
     """Sum once over the ranks, then write this rank's flight record."""
     before = dict(os.environ)
+    os.environ.pop("TORCH_FR_DUMP_TEMP_FILE", None)  # of a run that these ranks have worked on
     os.environ.update(variables)
     try:
         set_flight_record_directory(Path(directory))
@@ -445,3 +447,24 @@ def recorded_collectives(directory: str, variables: Mapping[str, str]) -> None:
     finally:
         os.environ.clear()
         os.environ.update(before)
+
+
+def synchronizations(run: str, changes: Mapping[str, Any]) -> dict[str, int]:
+    """Reads of the device's values by the host: in two micro-batches, in four, and in the update."""
+    place = place_of(run, changes)
+    engine = engine_of(place, _plan(place))
+    dataloader = DataLoader(place.dataset_info, global_batch=place.config.train.global_batch_size, epochs=None)
+    batches = dataloader.get_micro_batches(0, range(4), 1, 4)
+    engine.forward_backward(batches, 100)
+    engine.optim_step(1e-3)
+    counts = {}
+    for part, work in {
+        "two": lambda: engine.forward_backward(batches[:2], 100),
+        "update": lambda: engine.optim_step(1e-3),
+        "four": lambda: engine.forward_backward(batches, 100),
+    }.items():
+        with SynchronizationCounter() as counter:
+            work()
+        counts[part] = counter.count
+    engine.close()
+    return counts

@@ -127,7 +127,7 @@ def compute_token_loss_sum(hidden: Tensor, weight: Tensor, labels: Tensor, chunk
     Positions labelled -100 are dropped before the product, so padding costs nothing here. Without any label the loss is
     zero and still connected to both inputs, because every rank runs every backward.
     """
-    kept = labels != IGNORE_INDEX
+    kept = (labels != IGNORE_INDEX).nonzero().squeeze(1)  # waits for the device once; two masks would wait twice
     hidden, labels = hidden[kept], labels[kept]
     if torch.is_grad_enabled():
         loss: Tensor = _ChunkedLoss.apply(hidden, weight, labels, chunk)  # type: ignore[no-untyped-call]
