@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -458,13 +458,14 @@ def synchronizations(run: str, changes: Mapping[str, Any]) -> dict[str, int]:
     engine.forward_backward(batches, 100)
     engine.optim_step(1e-3)
     counts = {}
-    for part, work in {
+    work: dict[str, Callable[[], float]] = {
         "two": lambda: engine.forward_backward(batches[:2], 100),
         "update": lambda: engine.optim_step(1e-3),
         "four": lambda: engine.forward_backward(batches, 100),
-    }.items():
+    }
+    for part, run_part in work.items():
         with SynchronizationCounter() as counter:
-            work()
+            run_part()
         counts[part] = counter.count
     engine.close()
     return counts

@@ -19,11 +19,11 @@ _READS_VALUES = {
 _INDEXES = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"}
 
 
-class SynchronizationCounter(TorchDispatchMode):
+class SynchronizationCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Count of operators whose result, or its shape, depends on values that the host must read."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

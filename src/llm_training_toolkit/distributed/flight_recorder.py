@@ -33,16 +33,17 @@ def get_flight_record_path(directory: Path, rank: int) -> Path:
 def write_flight_record(rank: int) -> None:
     """Write the newest collectives of this process as torch's watchdog would. Raises OSError.
 
-    Nothing is written before `set_flight_record_directory`.
+    Nothing is written before `set_flight_record_directory`, or without a process group.
     """
     prefix = next((os.environ[name] for name in _PREFIX_VARIABLES if os.environ.get(name)), "")
-    if not prefix:
-        return
     import torch  # noqa: PLC0415 - the driver imports this module as well
+    import torch.distributed as dist  # noqa: PLC0415
 
+    if not prefix or not dist.is_initialized():
+        return
     recorders: Any = torch._C._distributed_c10d  # noqa: SLF001 - its only name
-    # That of NCCL's process groups exists in torch's builds for CUDA; the other one has gloo's collectives.
-    dump = getattr(recorders, "_dump_nccl_trace", recorders._dump_fr_trace)  # noqa: SLF001
+    # torch keeps two records: of NCCL's collectives (in builds for CUDA alone), and of gloo's.
+    dump = recorders._dump_nccl_trace if dist.get_backend() == "nccl" else recorders._dump_fr_trace  # noqa: SLF001
     path = Path(f"{prefix}{rank}")
     partial = path.with_name(f".{path.name}")
     partial.write_bytes(dump())
