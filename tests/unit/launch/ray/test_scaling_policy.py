@@ -102,6 +102,13 @@ def test_leaving_after_a_checkpoint_is_taken_back_and_nothing_else_is() -> None:
         assert control.receive_heartbeat(0, told).stop_request is stop_request
 
 
+def test_every_rank_hears_of_a_hang_in_the_reply_to_its_heartbeat() -> None:
+    control, told = _ControlActor(), Heartbeat().get_snapshot()
+    assert not control.receive_heartbeat(1, told).is_hung
+    control.report_hang()
+    assert all(control.receive_heartbeat(rank, told).is_hung for rank in (0, 1))
+
+
 def placed(nodes: list[int], workers: int, placement: str) -> int:
     """Runs that can be placed one after the other, by trying: the fullest nodes first."""
     free, runs = list(nodes), 0
