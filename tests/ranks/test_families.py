@@ -128,10 +128,13 @@ def prepared(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable
 
 
 def _prepare(model: str, corpus: Path, folder: Path) -> Prepared:
+    source: dict[str, Any] = {"path": str(corpus), "format": "code"}
+    if families.find_size(model).family.special_tokens.has_fim:
+        source["fim"] = {"rate": 0.5, "loss": "middle"}
     sections: dict[str, Any] = {
         "model": {"name": model, "config_overrides": SHAPES[model], "loss_chunk_size": "auto"},
         "train": {"steps": STEPS, "global_batch_size": 5, "micro_batch_size": 2},
-        "data": {"eval": {"fraction": 0.0}},
+        "data": {"eval": {"fraction": 0.0}, "sources": [source]},
         "eval": {"interval": 10},
         "checkpoint": {"interval": 1},
         "export": {"at_end": True},
