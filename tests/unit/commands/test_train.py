@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from llm_training_toolkit.commands.train import start_run
-from llm_training_toolkit.errors import PlanError
-from llm_training_toolkit.launch.request import TrainRequest
+from llm_training_toolkit.errors import PlanError, Problem, ToolkitError
+from llm_training_toolkit.launch.child import _build_error
+from llm_training_toolkit.launch.request import TrainRequest, build_failure_json
 from llm_training_toolkit.monitoring.console import Console
 from llm_training_toolkit.setup.machine import find_attention_problem
 from tiny_runs import tiny_config, write_corpus
@@ -37,3 +38,16 @@ def test_attention_that_this_machine_lacks_is_refused_before_data_is_prepared(
     with pytest.raises(PlanError, match=f"model.attn_implementation = {attention}: it needs"):
         start_run(TrainRequest(file), Console(io.StringIO()))
     assert not (tmp_path / "cache").exists()
+
+
+def test_a_failure_is_json_from_which_its_exception_is_built_again() -> None:
+    problem = Problem("too-many-workers", "cluster.workers", "9 workers share 4 sequences", "Use 4")
+    failed = build_failure_json(PlanError.from_problems(str(problem), [problem]))
+    with pytest.raises(PlanError) as caught:
+        raise _build_error(json.loads(json.dumps(failed)))
+    assert caught.value.problems == (problem,)
+    full = OSError(28, "No space left on device", "runs/a")
+    again = _build_error(build_failure_json(full))
+    assert type(again) is ToolkitError
+    assert "runs/a" in str(again)
+    assert [each.code for each in again.problems] == ["failed"]
