@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from ruamel.yaml import YAML
 
 import llm_training_toolkit as ltt
 from tiny_runs import write_corpus
@@ -33,17 +34,23 @@ def test_an_experiment_needs_a_new_name_and_a_known_family(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_configuration_of_a_template_plans_without_problems(family: str) -> None:
-    plan = ltt.plan(ROOT / "experiments" / "templates" / family / "config.yaml")
-    assert plan.problems == ()
-    assert plan.parameters < 2e6
+    folder = ROOT / "experiments" / "templates" / family
+    variants = YAML(typ="safe").load(folder / "experiment.yaml")["variants"]
+    for fields in variants.values():
+        plan = ltt.plan(folder / "config.yaml", [f"{key}={json.dumps(value)}" for key, value in fields.items()])
+        assert plan.problems == ()
+        assert plan.parameters < 2e6
+    assert len(variants) == 2
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_template_runs_in_miniature_and_draws_its_result(family: str, tmp_path: Path) -> None:
     assert make(tmp_path, "NAME=one", f"FAMILY={family}").returncode == 0
-    source = f"data.sources[0].path={write_corpus(tmp_path / 'corpus', 20)}"
-    changes = [source, "cluster.workers=0", f"train.steps={STEPS}", "eval.interval=2", "tokenizer.train.vocab_size=512"]
+    corpus = write_corpus(tmp_path / "corpus", 20)
+    for path in (tmp_path / "one").glob("*.yaml"):
+        path.write_text(path.read_text().replace("python:stdlib", str(corpus)))
+    changes = ["cluster.workers=0", f"train.steps={STEPS}", "eval.interval=2", "tokenizer.train.vocab_size=512"]
     changes += ["data.eval.fraction=0.1", f"data.cache={tmp_path / 'cache'}"]
     command = [sys.executable, str(tmp_path / "one" / "run.py"), "--seeds", "1", "--", *changes]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
