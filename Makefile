@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 SHELL := bash
 
-.PHONY: quickstart test test-fast test-fast-one test-fast-other test-slow test-cluster test-ranks lint check bench-step bench-start bench-data bench-memory bench-loading bench-checkpoint bench-tune drill gpu-smoke cluster format install requirements structure docs site experiment clean
+.PHONY: quickstart test test-fast test-fast-one test-fast-other test-slow test-cluster test-ranks lint check bench-step bench-start bench-data bench-memory bench-loading bench-checkpoint bench-tune bench-scale drill gpu-smoke cluster format install requirements structure docs site experiment clean
 
 quickstart: $(VENV)/.installed  ## install, train a small model on this machine, export it, let it write
 	@$(BIN)/ltt train configs/quickstart.yaml
@@ -63,6 +63,9 @@ bench-checkpoint: $(VENV)/.installed  ## wall time with checkpoints beside witho
 
 bench-tune: $(VENV)/.installed  ## sixteen trials with ASHA beside the full grid, three seeds (half an hour)
 	$(BIN)/python benchmarks/bench_tune.py
+
+bench-scale: $(VENV)/.installed  ## control plane for 64, 512 and 4,096 ranks, without the ranks (ten seconds)
+	$(BIN)/python benchmarks/bench_scale.py
 
 bench-data: $(VENV)/.installed-bench  ## rendering, packing and resuming beside tokenizers, TRL and HF Trainer (ten minutes, a quiet machine)
 	$(BIN)/python benchmarks/bench_data.py
