@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 
 from lengths import LENGTH, Integers, chunks_of, lengths_of
-from llm_training_toolkit.config.schema import DataConfig
+from llm_training_toolkit.config.data_config import DataConfig
 from llm_training_toolkit.data.prepare.arrow_store import ExampleStore, join_examples, write_columns
 from llm_training_toolkit.data.prepare.document_index import DocumentIndex, build_document_index
 from llm_training_toolkit.data.prepare.packing import PackingPlan, pack_in_windows

@@ -1,6 +1,8 @@
 """Configuration of a run: schema, strict loading, and run identity."""
 
+from llm_training_toolkit.config.data_config import DataConfig, EvalSplitConfig, FimConfig, SourceConfig
 from llm_training_toolkit.config.load import dump_config_json, load_config, parse_config, parse_config_json
+from llm_training_toolkit.config.model_config import ModelConfig, TokenizerConfig, TrainTokenizerConfig
 from llm_training_toolkit.config.redaction import redact_config, redact_data
 from llm_training_toolkit.config.run_identity import (
     ConfigChange,
@@ -13,25 +15,16 @@ from llm_training_toolkit.config.schema import (
     CheckpointConfig,
     ClusterConfig,
     Config,
-    ConfigSection,
-    DataConfig,
     EngineConfig,
     EvalConfig,
-    EvalSplitConfig,
     EvalTaskConfig,
     ExportConfig,
     FailuresConfig,
-    FieldTag,
-    FimConfig,
-    ModelConfig,
     OptimConfig,
     RunConfig,
-    SourceConfig,
-    TokenizerConfig,
     TrainConfig,
-    TrainTokenizerConfig,
-    parse_duration_seconds,
 )
+from llm_training_toolkit.config.section import ConfigSection, FieldTag, parse_duration_seconds
 
 __all__ = [
     "CheckpointConfig",

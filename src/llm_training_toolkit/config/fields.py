@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from llm_training_toolkit.config.schema import Config, ConfigSection, Duration, Interval, Workers
+from llm_training_toolkit.config.schema import Config
+from llm_training_toolkit.config.section import ConfigSection, Duration, Interval, Workers
 
 KeyPath = tuple[str | int, ...]  # key of the configuration, part by part
 

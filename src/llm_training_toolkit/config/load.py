@@ -30,7 +30,8 @@ from llm_training_toolkit.config.fields import (
     resolve_key,
 )
 from llm_training_toolkit.config.renamed_keys import find_renamed_key
-from llm_training_toolkit.config.schema import SECRET_ERROR, Config, ConfigSection
+from llm_training_toolkit.config.schema import Config
+from llm_training_toolkit.config.section import SECRET_ERROR, ConfigSection
 from llm_training_toolkit.errors import ConfigError
 
 S = TypeVar("S", bound=ConfigSection)

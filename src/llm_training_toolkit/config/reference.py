@@ -11,7 +11,8 @@ from pydantic.fields import FieldInfo
 
 from llm_training_toolkit.config.fields import format_type, get_inner_section, iter_sections
 from llm_training_toolkit.config.run_identity import get_field_tag
-from llm_training_toolkit.config.schema import Config, ConfigSection
+from llm_training_toolkit.config.schema import Config
+from llm_training_toolkit.config.section import ConfigSection
 
 _HEAD = """\
 # Configuration

@@ -13,7 +13,8 @@ from pydantic import Field, model_validator
 from llm_training_toolkit.config.document import ConfigDocument
 from llm_training_toolkit.config.fields import KeyPath, format_key, resolve_key
 from llm_training_toolkit.config.load import format_unknown_key, load_config, read_document, validate_document
-from llm_training_toolkit.config.schema import Config, ConfigSection, Count, Duration
+from llm_training_toolkit.config.schema import Config
+from llm_training_toolkit.config.section import ConfigSection, Count, Duration
 from llm_training_toolkit.errors import ConfigError
 
 Value = bool | int | float | str | None

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llm_training_toolkit.config.schema import Config, ModelConfig
+from llm_training_toolkit.config.model_config import ModelConfig
+from llm_training_toolkit.config.schema import Config
 from llm_training_toolkit.errors import PlanError
 from llm_training_toolkit.families.family import DROPOUTS, Family, ModelDims, ModelSize
 

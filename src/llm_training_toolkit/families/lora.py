@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from llm_training_toolkit.config.schema import LoraConfig
+from llm_training_toolkit.config.model_config import LoraConfig
 from llm_training_toolkit.families.family import Family, ModelDims
 
 # Input of a linear layer: the norm before attention, the output of the heads, the norm before the feed-forward layer,

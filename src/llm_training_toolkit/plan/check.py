@@ -8,7 +8,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from llm_training_toolkit.config.schema import Config, ProfileConfig, SourceConfig
+from llm_training_toolkit.config.data_config import SourceConfig
+from llm_training_toolkit.config.schema import Config, ProfileConfig
 from llm_training_toolkit.config.uri import is_uri
 from llm_training_toolkit.families import Family, HfValues, ModelSize, list_models_with_tokens, read_saved_dropout
 from llm_training_toolkit.families.document_layouts import get_required_markers

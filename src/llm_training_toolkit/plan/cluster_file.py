@@ -19,7 +19,7 @@ from pydantic_core import ErrorDetails
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from llm_training_toolkit.config.schema import ConfigSection
+from llm_training_toolkit.config.section import ConfigSection
 from llm_training_toolkit.config.yaml_reader import check_yaml_limits, format_yaml_error
 from llm_training_toolkit.errors import ConfigError
 from llm_training_toolkit.plan.hardware import ClusterHardware

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from llm_training_toolkit.config.schema import ConfigSection
+from llm_training_toolkit.config.section import ConfigSection
 
 Amount = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]

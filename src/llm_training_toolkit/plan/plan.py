@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from llm_training_toolkit import families
-from llm_training_toolkit.config.schema import Config, parse_duration_seconds
+from llm_training_toolkit.config.schema import Config
+from llm_training_toolkit.config.section import parse_duration_seconds
 from llm_training_toolkit.errors import PlanError
 from llm_training_toolkit.plan import auto, batch, check, lr_schedule, memory
 from llm_training_toolkit.plan.activations import ActivationCheckpointing, get_attention_memory

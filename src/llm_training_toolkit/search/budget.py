@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from llm_training_toolkit.config.schema import parse_duration_seconds
 from llm_training_toolkit.config.search import SearchConfig
+from llm_training_toolkit.config.section import parse_duration_seconds
 from llm_training_toolkit.search.event_log import EventLog, TrialRecord
 from llm_training_toolkit.search.results import get_trial_tokens
 from llm_training_toolkit.search.space import count_combinations, point_key

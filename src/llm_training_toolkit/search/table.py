@@ -8,8 +8,8 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from llm_training_toolkit.config.schema import parse_duration_seconds
 from llm_training_toolkit.config.search import SearchConfig
+from llm_training_toolkit.config.section import parse_duration_seconds
 from llm_training_toolkit.runs.table import format_duration
 from llm_training_toolkit.search.event_log import EventLog, TrialRecord
 from llm_training_toolkit.search.results import get_trial_tokens, rank_trials

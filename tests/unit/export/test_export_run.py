@@ -21,7 +21,7 @@ from checkpoints import save
 from llm_training_toolkit import families
 from llm_training_toolkit.checkpoint import CheckpointReader, Manifest
 from llm_training_toolkit.checkpoint.reader import Array
-from llm_training_toolkit.config.schema import LoraConfig
+from llm_training_toolkit.config.model_config import LoraConfig
 from llm_training_toolkit.distributed.context import RunContext
 from llm_training_toolkit.errors import CheckpointError
 from llm_training_toolkit.export import (

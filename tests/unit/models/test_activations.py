@@ -10,7 +10,7 @@ import torch
 
 from llm_training_toolkit import families
 from llm_training_toolkit.config import parse_config
-from llm_training_toolkit.config.schema import LoraConfig
+from llm_training_toolkit.config.model_config import LoraConfig
 from llm_training_toolkit.families.lora import build_adapter
 from llm_training_toolkit.models import build_model
 from llm_training_toolkit.models.build import DTYPES

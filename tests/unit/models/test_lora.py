@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llm_training_toolkit.config.schema import LoraConfig
+from llm_training_toolkit.config.model_config import LoraConfig
 from llm_training_toolkit.families import AdapterSpec, read_model_dims
 from llm_training_toolkit.families.lora import build_adapter
 from llm_training_toolkit.families.qwen import QWEN3

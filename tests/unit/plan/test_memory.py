@@ -5,7 +5,8 @@ from typing import Any, Literal
 
 import pytest
 
-from llm_training_toolkit.config.schema import LoraConfig, Offload
+from llm_training_toolkit.config.model_config import LoraConfig
+from llm_training_toolkit.config.schema import Offload
 from llm_training_toolkit.families import ModelDims
 from llm_training_toolkit.families.lora import build_adapter
 from llm_training_toolkit.families.qwen import QWEN3

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, NamedTuple, Self
 
-from llm_training_toolkit.config.schema import SourceConfig
+from llm_training_toolkit.config.data_config import SourceConfig
 from llm_training_toolkit.config.timestamps import parse_timestamp
 from llm_training_toolkit.data.git.patch import FileChange, UnusableChange, parse_patch
 from llm_training_toolkit.errors import DataError

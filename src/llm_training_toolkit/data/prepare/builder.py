@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import tokenizers
 
+from llm_training_toolkit.config.data_config import DataConfig
 from llm_training_toolkit.config.redaction import redact_data
-from llm_training_toolkit.config.schema import Config, DataConfig
+from llm_training_toolkit.config.schema import Config
 from llm_training_toolkit.config.uri import is_uri, redact_uri
 from llm_training_toolkit.data.chat.prompt_templates import build_jinja_template
 from llm_training_toolkit.data.chat.template import ChatTemplate

@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Self
 
-from llm_training_toolkit.config.schema import DataConfig
+from llm_training_toolkit.config.data_config import DataConfig
 from llm_training_toolkit.data.prepare.decontamination import BenchmarkFilter, build_benchmark_sources
 from llm_training_toolkit.data.prepare.near_duplicates import NearDuplicateIndex, load_min_hash
 from llm_training_toolkit.data.prepare.renderer import extract_plain_text

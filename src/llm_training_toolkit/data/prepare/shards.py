@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from llm_training_toolkit.config.schema import DataConfig
+from llm_training_toolkit.config.data_config import DataConfig
 from llm_training_toolkit.data.prepare.arrow_store import ExampleStore, SourceExample, join_examples, write_examples
 from llm_training_toolkit.data.prepare.atomic_dir import build_atomic_dir
 from llm_training_toolkit.data.prepare.dataset_info import SourceInfo

@@ -11,7 +11,7 @@ from itertools import groupby, islice
 from pathlib import Path
 from typing import Literal
 
-from llm_training_toolkit.config.schema import QualityConfig, SourceConfig
+from llm_training_toolkit.config.data_config import QualityConfig, SourceConfig
 from llm_training_toolkit.config.uri import redact_uri
 from llm_training_toolkit.data.chat.parse import format_missing_column
 from llm_training_toolkit.data.sources.decompress import open_decompressed

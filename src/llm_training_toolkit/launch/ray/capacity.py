@@ -16,7 +16,7 @@ import ray.exceptions
 from ray.autoscaler.sdk import request_resources
 
 from llm_training_toolkit.config import Config
-from llm_training_toolkit.config.schema import parse_duration_seconds
+from llm_training_toolkit.config.section import parse_duration_seconds
 from llm_training_toolkit.errors import LaunchError
 from llm_training_toolkit.launch.ray import nodes, private_api
 from llm_training_toolkit.launch.ray.resources import ClusterNode, ResourceRequest, Resources, compute_usage_by_others

@@ -24,7 +24,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from llm_training_toolkit import errors
 from llm_training_toolkit.config import Config
-from llm_training_toolkit.config.schema import parse_duration_seconds
+from llm_training_toolkit.config.section import parse_duration_seconds
 from llm_training_toolkit.distributed.context import StopRequest
 from llm_training_toolkit.distributed.events import (
     Event,

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from llm_training_toolkit.config import Config, dump_config_json
 from llm_training_toolkit.config.redaction import redact_config
 from llm_training_toolkit.config.run_identity import flatten_config
-from llm_training_toolkit.config.schema import FieldTag
 from llm_training_toolkit.config.search import SearchConfig, load_search, replace_config_values
+from llm_training_toolkit.config.section import FieldTag
 from llm_training_toolkit.config.uri import is_uri
 from llm_training_toolkit.data.prepare.epochs import format_dataset_info, prepare_epochs
 from llm_training_toolkit.errors import ConfigError, DataError, LaunchError

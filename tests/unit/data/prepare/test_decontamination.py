@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from llm_training_toolkit.config.schema import Config, DecontaminationConfig
+from llm_training_toolkit.config.data_config import DecontaminationConfig
+from llm_training_toolkit.config.schema import Config
 from llm_training_toolkit.data.prepare.builder import DatasetBuilder, prepare_dataset
 from llm_training_toolkit.data.prepare.decontamination import BenchmarkFilter
 from llm_training_toolkit.data.prepare.shards import render_in_process

@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from llm_training_toolkit.config.schema import Config, DataConfig
+from llm_training_toolkit.config.data_config import DataConfig
+from llm_training_toolkit.config.schema import Config
 from llm_training_toolkit.data.dataset import PackedDataset
 from llm_training_toolkit.data.prepare.arrow_store import ExampleStore, read_column
 from llm_training_toolkit.data.prepare.builder import PreparedDataset, prepare_dataset

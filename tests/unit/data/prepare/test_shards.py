@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 
 import tiny_tokenizer
 from llm_training_toolkit.config import dump_config_json
-from llm_training_toolkit.config.schema import Config, DataConfig
+from llm_training_toolkit.config.data_config import DataConfig
+from llm_training_toolkit.config.schema import Config
 from llm_training_toolkit.data.prepare import document_index as survey_module
 from llm_training_toolkit.data.prepare.arrow_store import ExampleStore
 from llm_training_toolkit.data.prepare.builder import PreparedDataset, prepare_dataset

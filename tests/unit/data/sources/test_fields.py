@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
 
-from llm_training_toolkit.config.schema import Config, DataConfig, SourceConfig
+from llm_training_toolkit.config.data_config import DataConfig, SourceConfig
+from llm_training_toolkit.config.schema import Config
 from llm_training_toolkit.data.chat.prompt_templates import build_jinja_template
 from llm_training_toolkit.data.chat.template import ChatTemplate
 from llm_training_toolkit.data.dataset import PackedDataset

@@ -17,12 +17,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from hub_server import hub
-from llm_training_toolkit.config.schema import SourceConfig
+from llm_training_toolkit.config.data_config import SourceConfig
 from llm_training_toolkit.data.sources.hub import is_hub_id
 
 _SCRIPT = """
 import json, sys
-from llm_training_toolkit.config.schema import SourceConfig
+from llm_training_toolkit.config.data_config import SourceConfig
 from llm_training_toolkit.data.sources import fingerprint_sources, read_source_documents
 from llm_training_toolkit.errors import DataError
 for values in json.loads(sys.argv[1]):

@@ -23,7 +23,8 @@ from botocore.exceptions import NoCredentialsError  # type: ignore[import-untype
 from moto.server import ThreadedMotoServer
 
 from hub_server import hub
-from llm_training_toolkit.config.schema import Config, SourceConfig
+from llm_training_toolkit.config.data_config import SourceConfig
+from llm_training_toolkit.config.schema import Config
 from llm_training_toolkit.data.prepare.builder import prepare_dataset
 from llm_training_toolkit.data.sources import Document, fingerprint_sources, list_source_files, read_source_documents
 from llm_training_toolkit.data.sources.remote import translate_remote_errors
@@ -167,7 +168,7 @@ def test_a_data_set_of_the_hub() -> None:
     content = {"README.md": b"# data", "data/a.jsonl": LINES, "data/b.parquet": parquet(text=["three"], x=[1])}
     script = """
 import json, sys
-from llm_training_toolkit.config.schema import SourceConfig
+from llm_training_toolkit.config.data_config import SourceConfig
 from llm_training_toolkit.data.sources import read_source_documents, list_source_files
 from llm_training_toolkit.data.sources.remote import translate_remote_errors
 from llm_training_toolkit.errors import DataError

@@ -21,7 +21,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llm_training_toolkit import families
-from llm_training_toolkit.config.schema import Config, SourceConfig
+from llm_training_toolkit.config.data_config import SourceConfig
+from llm_training_toolkit.config.schema import Config
 from llm_training_toolkit.data import tokenizer as tokenizer_module
 from llm_training_toolkit.data.prepare.builder import prepare_dataset
 from llm_training_toolkit.data.sources import DocumentStats, decompress, read_source_documents
@@ -240,7 +241,7 @@ def test_a_line_of_any_length_is_read_past(tmp_path: Path, tokenizer_path: Path)
     wanted = {"path": str(path), "format": "text", "max_document_mb": 1}
     script = f"""
 import resource
-from llm_training_toolkit.config.schema import SourceConfig
+from llm_training_toolkit.config.data_config import SourceConfig
 from llm_training_toolkit.data.sources import DocumentStats, read_source_documents
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

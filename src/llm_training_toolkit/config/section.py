@@ -1,0 +1,105 @@
+"""Base of configuration sections: strictness, tags of fields, and types that several sections share."""
+
+from __future__ import annotations
+
+import enum
+import math
+import re
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
+
+from llm_training_toolkit.config.uri import has_userinfo
+
+SECRET_ERROR = "secret"  # noqa: S105 - type of pydantic's error whose value must not be shown
+
+
+class FieldTag(enum.Enum):
+    """Effect of changing a field after the run has started."""
+
+    IDENTITY = "identity"
+    """Part of the run's identity: a change is refused unless accepted by name (`--accept KEY`)."""
+    HORIZON = "horizon"
+    """Length of the run: changed with `--extend`."""
+    FREE = "free"
+    """Free to change at every start."""
+
+
+def _convert_integral_float(value: object) -> object:
+    """Convert `2e9` to 2000000000; pass everything else on to pydantic."""
+    return int(value) if isinstance(value, float) and math.isfinite(value) and value.is_integer() else value
+
+
+MAX_COUNT = 10**15  # Maximum length, batch size or number of threads: beyond any cluster, and safe in 64 bits.
+
+
+Count = Annotated[int, BeforeValidator(_convert_integral_float), Field(ge=1, le=MAX_COUNT)]
+
+
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)(s|m|h)")
+
+
+_SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0}
+
+
+def parse_duration_seconds(text: str) -> float | None:
+    """Return the seconds of a duration such as `90s`, `10m` or `1.5h`, or None if the text is something else."""
+    match = _DURATION.fullmatch(text)
+    return float(match[1]) * _SECONDS[match[2]] if match else None
+
+
+def _check_interval(value: object) -> object:
+    if isinstance(value, str) and not parse_duration_seconds(value):
+        raise ValueError("write a number of steps (200) or a duration above zero (90s, 10m, 1.5h)")
+    return value
+
+
+Interval = Annotated[Annotated[int, Field(ge=1)] | str, BeforeValidator(_check_interval)]
+
+
+def _check_duration(value: object) -> object:
+    if not isinstance(value, str) or not parse_duration_seconds(value):
+        raise ValueError("write a duration above zero (90s, 10m, 1.5h)")
+    return value
+
+
+Duration = Annotated[str, BeforeValidator(_check_duration)]
+
+
+def _check_worker_range(value: object) -> object:
+    """Accept one number, or a minimum and a maximum; refuse true and 1.0."""
+    ends = tuple(value) if isinstance(value, list | tuple) else (value,)
+    numbers = [end for end in ends if isinstance(end, int) and not isinstance(end, bool)]
+    pair = isinstance(value, list | tuple)
+    right = len(numbers) == len(ends) == 1 + pair and min(numbers) >= pair and numbers == sorted(numbers)
+    if not right:
+        raise ValueError("write a number of workers (4), or the fewest (at least 1) and the most of them ([1, 8])")
+    return ends if pair else value
+
+
+def _check_no_userinfo(value: str) -> str:
+    if has_userinfo(value):
+        raise PydanticCustomError(
+            SECRET_ERROR,
+            "the address holds a user, key or token, which the run directory and logs would repeat: give keys by "
+            "environment variables (docs/data.md, Addresses)",
+        )
+    return value
+
+
+Location = Annotated[str, AfterValidator(_check_no_userinfo)]  # path, URI or hub id
+
+
+Workers = Annotated[int | tuple[int, int], BeforeValidator(_check_worker_range)]
+
+
+class ConfigSection(BaseModel):
+    """Section of the configuration: strict and frozen, unknown keys are errors."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
