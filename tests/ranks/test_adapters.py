@@ -24,7 +24,7 @@ from llm_training_toolkit.export.export_run import export_run
 from llm_training_toolkit.plan import make_plan
 from llm_training_toolkit.runs.directory import RunDirectory
 from rank_pool import RankPool
-from tiny_models import SHAPES
+from tiny_models import SHAPES, one_thread
 from tiny_runs import SHAPE, tiny_config
 
 Pools = Callable[[int], RankPool]
@@ -131,12 +131,8 @@ def assert_same_state(found: dict[str, Any], wanted: dict[str, Any]) -> None:
 @torch.no_grad()
 def logits(model: Any) -> Any:
     """With one thread, as a rank has: on AMD processors the sums of two threads differ from those of one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         return model(input_ids=torch.tensor(IDS), use_cache=False).logits.float().numpy()
-    finally:
-        torch.set_num_threads(threads)
 
 
 def reloaded(directory: Path, dtype: torch.dtype) -> Any:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+
+import torch
 
 _QWEN = {
     "num_hidden_layers": 2,
@@ -38,3 +42,14 @@ SHAPES: dict[str, dict[str, Any]] = {
     "qwen2-57b-a14b": _MIXTURE,
 }
 """By size. Heads x head_dim of Qwen3 is not its hidden size; the mixture has an output layer of its own."""
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute with one thread: on some processors several give logits whose last bits differ from run to run."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

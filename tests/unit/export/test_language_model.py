@@ -50,4 +50,6 @@ def test_an_export_reloads_with_the_logits_of_the_weights_it_began_with(name: st
     assert not any(info.values()), info
     ids = torch.randint(0, 256, (2, 9))
     with torch.no_grad():
-        assert torch.equal(reloaded.eval()(input_ids=ids).logits, model(input_ids=ids).logits)
+        found, wanted = reloaded.eval()(input_ids=ids).logits, model(input_ids=ids).logits
+    # Not bit for bit: products of a few rows round by the alignment of the weights in memory.
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
