@@ -8,6 +8,8 @@ from functools import cached_property
 from threading import Thread
 from typing import NamedTuple
 
+import torch
+
 from llm_training_toolkit.data.dataset import MicroBatch, PackedDataset
 from llm_training_toolkit.data.prepare.dataset_info import DatasetInfo
 from llm_training_toolkit.data.sample_log import SampleLog
@@ -34,16 +36,16 @@ class DataLoader:
         origin: tuple[int, int] = (0, 0),
         newest: Callable[[DatasetInfo], DatasetInfo] | None = None,
         event_log: SampleLog | None = None,
-        pin_memory: bool = False,
+        pin_for: torch.device | None = None,
     ) -> None:
         """Open the data; `newest` reads a DatasetInfo with more epochs while later ones are still being prepared.
 
-        `pin_memory` puts micro-batches into page-locked memory, from which a GPU copies while it computes.
+        Micro-batches lie in page-locked memory if `pin_for` is a GPU: it copies from there while it computes.
         """
         self._sample_log = event_log
         self._dataset = PackedDataset(dataset_info, global_batch=global_batch, epochs=epochs, origin=origin)
         self._newest = newest
-        self._pin_memory = pin_memory
+        self._pin_for = pin_for
         self._prefetched: tuple[_Request, Future[list[MicroBatch]]] | None = None
         self._dataset_info = dataset_info
 
@@ -76,6 +78,11 @@ class DataLoader:
             self._sample_log.log_step(step + 1, self._dataset.get_sequences_at(step, positions), batches)
         return batches + [self._dataset.get_padding_batch(1)] * (count - len(batches))
 
+    def read_micro_batch(self, step: int, positions: range) -> MicroBatch:
+        """Return these positions of a step as one micro-batch that is not trained on: the sample log leaves it out."""
+        batches = self._read_micro_batches(_Request(step, positions, max(len(positions), 1)))
+        return batches[0] if batches else self._dataset.get_padding_batch(1)
+
     def prefetch(self, step: int, positions: range, micro_batch: int) -> None:
         """Begin to read a step's micro-batches in a thread, for the next `get_micro_batches`; errors come out there.
 
@@ -85,6 +92,8 @@ class DataLoader:
 
         def read() -> None:
             try:
+                if self._pin_for is not None:
+                    torch.cuda.set_device(self._pin_for)  # a new thread is on the first GPU
                 answer.set_result(self._read_micro_batches(asked))
             except BaseException as error:  # noqa: BLE001 - the edge of a thread: raised again by `result`
                 answer.set_exception(error)
@@ -95,7 +104,7 @@ class DataLoader:
 
     def _read_micro_batches(self, asked: _Request) -> list[MicroBatch]:
         batches = self._dataset.get_micro_batches(asked.step, asked.positions, asked.micro_batch)
-        return [batch.pin_memory() for batch in batches] if self._pin_memory else batches
+        return [batch.pin_memory() for batch in batches] if self._pin_for is not None else batches
 
     def format_document_names(self, step: int, positions: range) -> str:
         """List the documents at these positions of the step, five by name."""

@@ -50,7 +50,7 @@ class MasterWeights:
         """Sum the gradients over the ranks; parameters without one get zeros. Collective."""
         self._buffer.finish_step()
         for parameter, own in self._low:
-            own.grad = self._buffer.get_sum(parameter)  # DeepSpeed's `step` drops it
+            own.grad = self._buffer.get_sum(parameter)
         own_gradients = [own for parameter, _, own in self.pieces if own is parameter]
         for own in own_gradients:
             if own.grad is None:

@@ -113,6 +113,10 @@ class _FlatShard:
         own_weights, own_gradients = self._weights[self._shard], self._gradients[self._shard]
         self._master = own_weights if self._shares_weights else _allocate_master(length, device, offload=offload)
         self._master_gradients = _allocate_master(length, device, offload=True) if offload else own_gradients
+        self._rounded: Tensor | None = None
+        if offload and own_weights.dtype != torch.float32:
+            # In page-locked memory: torch would convert through pageable memory, and wait for the copy.
+            self._rounded = torch.empty_like(own_weights, device="cpu", pin_memory=device.type == "cuda")
         self.pieces: list[MasterPiece] = []
         self._master_gradient_views: list[Tensor] = []
         self.gradients: list[Tensor] = []
@@ -138,7 +142,7 @@ class _FlatShard:
         if self._offload:
             self._master_gradients.copy_(own, non_blocking=True)
         for piece, gradient in zip(self.pieces, self._master_gradient_views, strict=True):
-            piece.weights.grad = gradient  # DeepSpeed's `step` drops it
+            piece.weights.grad = gradient
 
     def load_master(self) -> None:
         """Copy the shard's weights of the forward pass into the fp32 weights."""
@@ -148,7 +152,10 @@ class _FlatShard:
     def sync_weights(self) -> None:
         """Round the fp32 weights into the forward pass's weights, on all ranks."""
         own = self._weights[self._shard]
-        if not self._shares_weights:
+        if self._rounded is not None:
+            self._rounded.copy_(self._master)
+            own.copy_(self._rounded, non_blocking=True)
+        elif not self._shares_weights:
             own.copy_(self._master, non_blocking=True)
         if _count_ranks() > 1:
             dist.all_gather_single(self._weights, own)

@@ -27,7 +27,9 @@ _OUT_OF_MEMORY = re.compile(
     )
 )
 _ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
-_EXPANDABLE_SEGMENTS = "expandable_segments:True"
+# Page-locked host memory is rounded up to powers of two otherwise: 56 GB in place of 44 for Qwen3-8B's offloaded
+# optimizer on three ranks.
+_ALLOCATOR_SETTINGS = "expandable_segments:True,pinned_max_round_threshold_mb:1"
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -37,13 +39,13 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error)) is not None
 
 
-def use_expandable_segments(device: torch.device) -> None:
-    """Let the allocator of a GPU grow its segments, unless the environment sets its options.
+def set_allocator_options(device: torch.device) -> None:
+    """Let a GPU's allocator grow its segments and round up little host memory, unless the environment has options.
 
     The number of loss tokens differs from step to step. Blocks of fixed size would leave gaps that fit no other step.
     """
     if device.type != "cuda" or any(name in os.environ for name in _ALLOCATOR_VARIABLES):
         return
-    os.environ[_ALLOCATOR_VARIABLES[0]] = _EXPANDABLE_SEGMENTS  # for processes started from here
+    os.environ[_ALLOCATOR_VARIABLES[0]] = _ALLOCATOR_SETTINGS  # for processes started from here
     # torch may have read the environment before: Ray Train chooses the GPU before this code runs.
-    torch._C._accelerator_setAllocatorSettings(_EXPANDABLE_SEGMENTS)  # noqa: SLF001 - its only name
+    torch._C._accelerator_setAllocatorSettings(_ALLOCATOR_SETTINGS)  # noqa: SLF001 - its only name

@@ -150,7 +150,9 @@ def _find_weights_problems(config: Config) -> Iterator[Problem]:
 
 def _find_offload_problems(config: Config) -> Iterator[Problem]:
     """Yield a problem if the ZeRO stage cannot keep in host memory what `engine.offload` names."""
-    offload, stage = config.engine.offload, config.engine.zero_stage
+    offload, stage, lora = config.engine.offload, config.engine.zero_stage, config.model.lora
+    if offload == "optimizer_and_weights" and lora is not None and lora.quantize is not None:
+        return  # possible at no stage, and a problem of its own
     stages = OFFLOAD_STAGES[offload]
     if stage != "auto" and stage not in stages:
         yield Problem(
@@ -187,13 +189,20 @@ def _find_lora_problems(config: Config, size: ModelSize, hf: HfValues) -> Iterat
             what,
             "Remove it, or train the whole model without lora",
         )
-    if lora.quantize is not None and config.engine.zero_stage == 3:
+    if lora.quantize is not None and config.engine.offload == "optimizer_and_weights":
+        yield Problem(
+            "quantized-offload",
+            "engine.offload",
+            "4-bit weights stay on the GPU: ZeRO 3, which could move them, would cut their blocks",
+            "Set it to optimizer, at ZeRO 1, or to none",
+        )
+    elif lora.quantize is not None and config.engine.zero_stage == 3:
         what = "ZeRO 3 would cut 4-bit weights, whose blocks belong together"
         yield Problem(
             "quantized-zero-3",
             "engine.zero_stage",
             what,
-            "Use 2: the weights in 4 bits are small, and only adapters have gradients",
+            "Use 1: the weights in 4 bits are small, and only adapters have gradients",
         )
     if lora.quantize is not None and config.cluster.gpus_per_worker == 0:
         what = "4-bit weights need a GPU, and cluster.gpus_per_worker is 0"

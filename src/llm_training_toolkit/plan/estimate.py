@@ -12,9 +12,9 @@ from llm_training_toolkit.plan.activations import count_recomputed_flops
 from llm_training_toolkit.plan.auto import Precision, with_precision
 from llm_training_toolkit.plan.batch import compute_accumulation_steps
 from llm_training_toolkit.plan.hardware import ClusterHardware
-from llm_training_toolkit.plan.memory import CUDA_RUNTIME_BYTES, compute_checkpoint_copy_bytes
+from llm_training_toolkit.plan.memory import CUDA_RUNTIME_BYTES, compute_checkpoint_copy_bytes, estimate_host_bytes
 from llm_training_toolkit.plan.memory_settings import MEMORY_FILL, choose_memory_settings, with_micro_batch
-from llm_training_toolkit.plan.plan import Plan
+from llm_training_toolkit.plan.plan import Plan, plan_workload
 from llm_training_toolkit.plan.problem import Problem, format_plural
 
 EXCLUDED_TIME_NOTE = (
@@ -125,7 +125,7 @@ def estimate_on_cluster(config: Config, plan: Plan, hardware: ClusterHardware) -
         problems=problems,
         notes=(
             *_collect_notes(config, plan, hardware, rows),
-            *_collect_communication_notes(sending, compute_seconds),
+            *_collect_communication_notes(sending, compute_seconds, plan.zero),
             EXCLUDED_TIME_NOTE,
         ),
     )
@@ -244,7 +244,9 @@ def _suggest_memory_fix(config: Config, plan: Plan, largest: str) -> tuple[str, 
 def _get_worker_memory_gb(config: Config, hardware: ClusterHardware) -> float:
     """Return the memory of a worker's devices, in 10^9 bytes, without what CUDA and its libraries take of a GPU."""
     memory = hardware.memory_gb * hardware.get_devices_per_worker(config.cluster.cpus_per_worker)
-    return memory if hardware.is_cpu else max(memory - CUDA_RUNTIME_BYTES / 1e9, 0.0)
+    if hardware.is_cpu:  # an offload shares the memory of the machine with what is not offloaded
+        return memory - estimate_host_bytes(plan_workload(config, max(config.cluster.min_workers, 1))) / 1e9
+    return max(memory - CUDA_RUNTIME_BYTES / 1e9, 0.0)
 
 
 def _estimate_micro_batch(config: Config, plan: Plan, hardware: ClusterHardware) -> int:
@@ -295,16 +297,21 @@ def _collect_notes(config: Config, plan: Plan, hardware: ClusterHardware, micro_
         yield f"train.micro_batch_size: auto takes about {micro_batch} there, by the estimate."
     elif MEMORY_FILL * there < needed <= there:
         yield f"About {needed:.3g} of {there:.3g} GB is tight: what allocators and kernels add is not counted."
+    if plan.host_memory_gb_per_worker and not hardware.is_cpu:
+        on_node = min(hardware.devices_per_node, plan.replicas)
+        yield (
+            f"engine.offload takes {plan.host_memory_gb_per_worker * on_node:.3g} GB of host memory on a node with "
+            f"{format_plural(on_node, 'worker')}, which a cluster file does not state."
+        )
     if hardware.spot:
         yield "Nodes may be taken away (spot): what is lost then is at most the work since the last checkpoint."
 
 
-def _collect_communication_notes(sending: float, computing: float) -> Iterator[str]:
+def _collect_communication_notes(sending: float, computing: float, zero: int) -> Iterator[str]:
     """Warn if communication takes longer than computation."""
     if sending > computing:
+        less = "Larger micro-batches, engine.zero_stage 1 or fewer" if zero >= 2 else "Fewer"
         yield (
             f"Sending gradients and weights takes longer than computing ({sending:.3g} and {computing:.3g} s a step): "
-            f"the time may be {1 + sending / computing:.2g} times as long. Larger micro-batches, "
-            "engine.zero_stage 1 or "
-            "fewer nodes send less."
+            f"the time may be {1 + sending / computing:.2g} times as long. {less} nodes send less."
         )

@@ -173,7 +173,9 @@ def _estimate_dequantized_bytes(load: DeviceWorkload) -> int:
     """Return the bytes of the one 4-bit matrix that is in 16 bits while it multiplies."""
     if load.adapter is None or load.adapter.quantize is None:
         return 0
-    return load.bytes_per_value * load.model.hidden * max(load.model.intermediate, load.model.query_width)
+    model = load.model
+    widest = model.linear_attention.widest_input if model.linear_attention is not None else 0
+    return load.bytes_per_value * model.hidden * max(model.intermediate, model.query_width, model.shared_expert, widest)
 
 
 def estimate_weight_bytes(load: DeviceWorkload) -> int:
@@ -252,11 +254,14 @@ def estimate_host_bytes(load: DeviceWorkload) -> int:
 
     fp32 weights, Adam's moments and the gradients of the update are 16 bytes a trained weight of the partition. At
     stage 3 DeepSpeed 0.19.8 keeps the gradients summed over micro-batches beside them (`grad_partitions_flat_buffer` of
-    stage3.py): 20 bytes. `optimizer_and_weights` adds the partition of all weights in the forward pass's precision.
+    stage3.py): 20 bytes. Stage 1 rounds the weights to bf16 there, 2 bytes. A checkpoint's copy is 12 bytes more.
+    `optimizer_and_weights` adds the partition of all weights in the forward pass's precision.
     """
     if load.offload == "none":
         return 0
-    state = (20 if load.zero == 3 else 16) * load.compute_partition_size(load.trainable_parameters, spread=True)
+    each = 20 if load.zero == 3 else 18 if load.precision == "bf16" else 16
+    state = each * load.compute_partition_size(load.trainable_parameters, spread=True)
+    state += compute_checkpoint_copy_bytes(load.trainable_parameters, load.workers)
     if load.offload == "optimizer":
         return state
     total = load.model.total_parameters + (load.adapter.trainable_parameters if load.adapter else 0)

@@ -75,8 +75,8 @@ def choose_memory_settings(config: Config, replicas: int, free_bytes: float) -> 
 def list_memory_settings(config: Config, replicas: int) -> list[MemorySettings]:
     """Return all combinations of the settings that are `auto`, the fastest first.
 
-    Recomputation costs the most, then passes too short to keep a device busy. Among the others a lower stage comes
-    first, because stages 2 and 3 exchange gradients with every pass, and then the larger micro-batch.
+    Recomputation costs the most, then stages 2 and 3, which exchange gradients with every pass, then passes too short
+    to keep a device busy. Among the others a lower stage comes first, and then the larger micro-batch.
     """
     kind, rows, stage = (
         config.model.activation_checkpointing,
@@ -91,10 +91,10 @@ def list_memory_settings(config: Config, replicas: int) -> list[MemorySettings]:
         for each_stage in (_list_zero_stages(config, replicas) if stage == "auto" else (stage,))
     ]
 
-    def rank_by_speed(settings: MemorySettings) -> tuple[int, int, int, int]:
+    def rank_by_speed(settings: MemorySettings) -> tuple[int, bool, int, int, int]:
         work = _CHECKPOINTING_BY_WORK.index(settings.checkpointing)
         filled = min(settings.micro_batch * config.data.sequence_length, _BUSY_TOKENS)
-        return work, -filled, settings.zero, -settings.micro_batch
+        return work, settings.zero >= 2, -filled, settings.zero, -settings.micro_batch
 
     return sorted(combinations, key=rank_by_speed)
 
@@ -102,20 +102,23 @@ def list_memory_settings(config: Config, replicas: int) -> list[MemorySettings]:
 def find_smaller_settings(config: Config, tried: MemorySettings, replicas: int) -> MemorySettings | None:
     """Return the settings to try after `tried` ran out of memory, changing only `auto` ones, or None.
 
-    The micro-batch is halved as long as that is possible, then the ZeRO stage is raised, then more is recomputed.
+    The micro-batch is halved as long as that is possible, then the ZeRO stage is raised, then more is recomputed; each
+    only if it takes less memory by the estimate, which buffers of stage 3 can outweigh in a small model.
     """
     if config.train.micro_batch_size == "auto":
         rows = find_smaller_micro_batch(config, replicas, tried.micro_batch)
         if rows:
             return replace(tried, micro_batch=rows)
+    following: list[MemorySettings] = []
     if config.engine.zero_stage == "auto":
-        higher = [stage for stage in _list_zero_stages(config, replicas) if stage > tried.zero]
-        if higher:
-            return replace(tried, zero=higher[0])
-    if config.model.activation_checkpointing == "auto" and tried.checkpointing != "full":
-        at = _CHECKPOINTING_BY_WORK.index(tried.checkpointing)
-        return replace(tried, checkpointing=_CHECKPOINTING_BY_WORK[at + 1])
-    return None
+        higher = (stage for stage in _list_zero_stages(config, replicas) if stage > tried.zero)
+        following += [replace(tried, zero=stage) for stage in higher]
+    if config.model.activation_checkpointing == "auto":
+        more = _CHECKPOINTING_BY_WORK[_CHECKPOINTING_BY_WORK.index(tried.checkpointing) + 1 :]
+        following += [replace(tried, checkpointing=kind) for kind in more]
+    load = plan_workload(config, replicas)
+    needed = tried.estimate_bytes(load)
+    return next((settings for settings in following if settings.estimate_bytes(load) < needed), None)
 
 
 def find_smaller_micro_batch(config: Config, replicas: int, micro_batch: int) -> int:
@@ -147,8 +150,8 @@ def _iter_reasons(
         )
         yield ResolvedValue(CHECKPOINTING_KEY, chosen.checkpointing, reason)
     if config.engine.zero_stage == "auto":
-        lowest = "the lowest stage that fits" if fits else "the stage with the least memory"
-        reason = "it costs least for one worker" if replicas == 1 else f"{lowest}, {there}"
+        which = "of the fastest settings that fit" if fits else "the stage with the least memory"
+        reason = "it costs least for one worker" if replicas == 1 else f"{which}, {there}"
         yield ResolvedValue("engine.zero_stage", chosen.zero, reason)
     if config.train.micro_batch_size == "auto":
         yield ResolvedValue(

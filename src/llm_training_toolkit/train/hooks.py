@@ -29,10 +29,10 @@ def try_largest_micro_batch(components: TrainerComponents, step: int) -> None:
     context, dataloader = components.context, components.dataloader
     context.heartbeat.set_phase("trying the largest micro-batch")
     positions = compute_replica_slice(dataloader.count_sequences(step), context.world_size, context.rank)
-    [batch] = dataloader.get_micro_batches(
-        step, positions[: components.plan.micro_batch], components.plan.micro_batch, 1
-    )
-    components.engine.run_trial_pass(build_full_batch(batch))
+    batch = build_full_batch(dataloader.read_micro_batch(step, positions[: components.plan.micro_batch]))
+    # From the second micro-batch of a step on, the gradients of the first stand beside the activations.
+    for _ in range(min(components.plan.get_accumulation_steps(context.world_size), 2)):
+        components.engine.run_trial_pass(batch)
 
 
 def wait_if_data_missing(components: TrainerComponents, progress: TrainState) -> LoopStatus | None:

@@ -54,8 +54,8 @@ class StepProfiler:
         if recorded is None:
             return
         self._context.heartbeat.set_phase("writing the profile")
-        recorded.stop()
         try:
+            recorded.stop()
             self._write_files(recorded)
         except (OSError, RuntimeError) as error:  # torch's own writer in C++ raises RuntimeError
             message = f"the profile of rank {self._context.rank} cannot be written ({error}); training goes on"
@@ -63,8 +63,6 @@ class StepProfiler:
         else:
             if self._context.is_rank_zero:
                 self._context.report(NoteEvent(f"profile of the steps: {self._directory}"))
-        if self._context.device.type == "cuda":
-            torch.cuda.memory._record_memory_history(enabled=None)  # noqa: SLF001 - its only name
 
     def _write_files(self, recorded: profile) -> None:
         self._directory.mkdir(parents=True, exist_ok=True)
@@ -77,6 +75,7 @@ class StepProfiler:
         if self._context.device.type == "cuda":
             snapshot = str(self._directory / f"{name}.memory.pickle")
             torch.cuda.memory._dump_snapshot(snapshot)  # type: ignore[no-untyped-call] # noqa: SLF001
+            torch.cuda.memory._record_memory_history(enabled=None)  # noqa: SLF001 - its only name
 
 
 def _start_profile(step: int, device: torch.device) -> profile:

@@ -30,7 +30,7 @@ from llm_training_toolkit.distributed.events import CheckpointEvent, EvalEvent, 
 from llm_training_toolkit.distributed.flight_recorder import set_flight_record_directory
 from llm_training_toolkit.distributed.heartbeat import NO_TIMEOUT
 from llm_training_toolkit.evaluation.in_training import InTrainingEvaluator
-from llm_training_toolkit.models.memory import is_out_of_memory, use_expandable_segments
+from llm_training_toolkit.models.memory import is_out_of_memory, set_allocator_options
 from llm_training_toolkit.monitoring.logs import RANK_LOGGER, log_to_file, redirect_output
 from llm_training_toolkit.monitoring.metrics import Metrics
 from llm_training_toolkit.plan import Plan, check_plan, make_plan
@@ -70,7 +70,7 @@ def run_worker(spec: WorkerSpec, context: RunContext) -> dict[str, Any]:
 
     Raises SmallerMicroBatch if memory ran out and the next attempt will use less.
     """
-    use_expandable_segments(context.device)
+    set_allocator_options(context.device)
     placements = check_placement(spec, context)
     requested, precision_note = resolve_precision(spec, context)
     requested, attention_note = resolve_attention(requested, context)
@@ -280,7 +280,7 @@ def _build_dataloader(spec: WorkerSpec, context: RunContext, plan: Plan, state: 
         origin=(state.step, state.sequences),
         newest=partial(read_latest_dataset_info, run),
         event_log=SampleLog(run.sample_log_dir, attempt, context.rank) if config.failures.log_samples else None,
-        pin_memory=context.device.type == "cuda",
+        pin_for=context.device if context.device.type == "cuda" else None,
     )
 
 

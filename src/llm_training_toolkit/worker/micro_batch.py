@@ -103,8 +103,8 @@ def _choose_settings(
     else:
         if context.device.type == "cpu":  # also holds the copy of a checkpoint during its write
             load = plan_workload(config, context.world_size)
-            free -= compute_checkpoint_copy_bytes(load.trainable_parameters, context.world_size)
-            free -= estimate_host_bytes(load)
+            copy = compute_checkpoint_copy_bytes(load.trainable_parameters, context.world_size)
+            free -= estimate_host_bytes(load) or copy  # an offload counts the copy, too
         choice = choose_memory_settings(config, context.world_size, free)
         settings, said = choice.settings, tuple(str(reason) for reason in choice.reasons)
     for message in said:

@@ -29,6 +29,7 @@ from llm_training_toolkit.data.prepare.arrow_store import ExampleStore, SourceEx
 from llm_training_toolkit.data.prepare.builder import PreparedDataset, prepare_dataset
 from llm_training_toolkit.data.prepare.dataset_info import DatasetInfo, EpochInfo, StreamInfo
 from llm_training_toolkit.data.prepare.packing import pack_in_windows
+from llm_training_toolkit.data.sample_log import SampleLog, read_sample_log
 from llm_training_toolkit.data.tokenizer import TokenizationSpec
 from llm_training_toolkit.data.types import Example
 from llm_training_toolkit.errors import DataError
@@ -206,6 +207,16 @@ def test_the_next_step_is_read_while_this_one_computes(prepared: PreparedDataset
     assert stacked(found) == stacked(
         PackedDataset(prepared.dataset_info, global_batch=4).get_micro_batches(1, range(4), 2)
     )
+
+
+def test_a_micro_batch_that_is_only_tried_is_not_in_the_sample_log(prepared: PreparedDataset, tmp_path: Path) -> None:
+    log = SampleLog(tmp_path, 1, 0)
+    dataloader = DataLoader(prepared.dataset_info, global_batch=4, epochs=None, event_log=log)
+    tried = dataloader.read_micro_batch(0, range(2))
+    assert not list(read_sample_log(tmp_path, 1))
+    trained = dataloader.get_micro_batches(0, range(4), 2, 2)
+    assert stacked([tried]) == stacked(trained[:1])
+    assert [step for step, _ in read_sample_log(tmp_path, 1)] == [1]
 
 
 def test_rows_read_for_another_step_are_not_given(prepared: PreparedDataset) -> None:

@@ -90,9 +90,9 @@ def test_gradients_that_stand_between_micro_batches(zero: int, standing: int) ->
     ("zero", "offload", "weights", "gradients", "host"),
     [
         (1, "none", 2 * P, 4 * P, 0),
-        (1, "optimizer", 2 * P, 4 * P, 4 * P),
-        (3, "optimizer", P // 2 + 2 * P, 0, 5 * P),
-        (3, "optimizer_and_weights", 2 * P, 0, 5 * P + P // 2),
+        (1, "optimizer", 2 * P, 4 * P, 4 * P + P // 2 + 3 * P),
+        (3, "optimizer", P // 2 + 2 * P, 0, 8 * P),
+        (3, "optimizer_and_weights", 2 * P, 0, 8 * P + P // 2),
     ],
 )
 def test_what_is_kept_in_host_memory_is_not_on_the_device(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from llm_training_toolkit.plan import (
     find_smaller_settings,
     format_plan,
     make_plan,
+    plan_workload,
     with_micro_batch,
     with_precision,
     with_zero_stage,
@@ -107,9 +109,9 @@ def test_no_faster_combination_fits(name: str, gigabytes: int) -> None:
     choice = choose_memory_settings(made, workers, 1e9 * gigabytes)
     flops = _recomputed_flops(made)
 
-    def slowness(settings: MemorySettings) -> tuple[float, int, int, int]:
+    def slowness(settings: MemorySettings) -> tuple[float, bool, int, int, int]:
         is_short = min(settings.micro_batch * made.data.sequence_length, 4096)
-        return flops[settings.checkpointing], -is_short, settings.zero, -settings.micro_batch
+        return flops[settings.checkpointing], settings.zero > 1, -is_short, settings.zero, -settings.micro_batch
 
     needs = {
         settings: sum(make_plan(settings.apply_to_config(made), replicas=workers).memory_gb_per_device.values())
@@ -143,6 +145,14 @@ def test_given_values_are_kept_and_the_reason_names_what_less_recomputation_need
     assert [reason.key for reason in choice.reasons] == ["model.activation_checkpointing", "train.micro_batch_size"]
 
 
+def test_what_follows_an_out_of_memory_takes_less_memory() -> None:
+    small = config(2).model_copy(update={"data": config(2).data.model_copy(update={"sequence_length": 2048})})
+    tried = MemorySettings("none", 1, 2)
+    following = find_smaller_settings(small, tried, 2)
+    assert following is not None
+    assert following.estimate_bytes(plan_workload(small, 2)) < tried.estimate_bytes(plan_workload(small, 2))
+
+
 @given(kind=st.sampled_from(["none", "selective", "full"]), rows=st.integers(1, 64), workers=st.integers(1, 4))
 def test_the_settings_after_an_out_of_memory_come_to_an_end(
     kind: ActivationCheckpointing, rows: int, workers: int
@@ -151,4 +161,8 @@ def test_the_settings_after_an_out_of_memory_come_to_an_end(
     while (following := find_smaller_settings(config(), seen[-1], workers)) is not None:
         assert following not in seen
         seen.append(following)
-    assert seen[-1] == MemorySettings("full", 1, 0 if workers == 1 else 3)
+    load = plan_workload(config(), workers)
+    needs = [settings.estimate_bytes(load) for settings in seen]
+    assert needs == sorted(needs, reverse=True)
+    assert seen[-1].micro_batch == 1
+    assert needs[-1] <= replace(seen[-1], checkpointing="full").estimate_bytes(load)

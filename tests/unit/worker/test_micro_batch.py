@@ -15,7 +15,7 @@ from llm_training_toolkit.config import Config
 from llm_training_toolkit.data.prepare.dataset_info import DatasetInfo
 from llm_training_toolkit.distributed.context import RunContext
 from llm_training_toolkit.errors import PlanError, TrainingError
-from llm_training_toolkit.models.memory import is_out_of_memory, use_expandable_segments
+from llm_training_toolkit.models.memory import is_out_of_memory, set_allocator_options
 from llm_training_toolkit.plan import MemorySettings
 from llm_training_toolkit.plan.activations import ActivationCheckpointing
 from llm_training_toolkit.runs.attempts import (
@@ -139,7 +139,7 @@ def test_the_allocator_keeps_the_options_that_a_person_set(monkeypatch: pytest.M
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:128")
     monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
     before = torch._C._accelerator_getAllocatorSettings()
-    use_expandable_segments(torch.device("cuda"))
+    set_allocator_options(torch.device("cuda"))
     assert "PYTORCH_ALLOC_CONF" not in os.environ
     assert torch._C._accelerator_getAllocatorSettings() == before
 
@@ -159,11 +159,11 @@ def test_segments_of_a_gpu_may_grow(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"):
         monkeypatch.setenv(name, "")  # so that it is removed again afterwards
         monkeypatch.delenv(name)
-    use_expandable_segments(torch.device("cpu"))
+    set_allocator_options(torch.device("cpu"))
     assert "PYTORCH_ALLOC_CONF" not in os.environ
-    use_expandable_segments(torch.device("cuda"))
-    assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
-    assert torch._C._accelerator_getAllocatorSettings() == "expandable_segments:True"
+    set_allocator_options(torch.device("cuda"))
+    assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True,pinned_max_round_threshold_mb:1"
+    assert torch._C._accelerator_getAllocatorSettings() == "expandable_segments:True,pinned_max_round_threshold_mb:1"
 
 
 def test_after_the_smallest_micro_batch_comes_the_next_stage_then_more_recomputation(
