@@ -49,6 +49,6 @@ def test_one_process_survives_kills_damage_and_storage_that_takes_no_more(
     for of in ("", "_undisturbed"):
         split: dict[str, float] = found[f"goodput{of}"]
         wall = found[f"wall_seconds{of}"]
-        left = 1.0 + len(kinds)  # Python takes a second to leave
+        left = 3.0 * (1 + len(kinds))  # Python takes a second to leave, with other work beside it two or three
         assert sum(split.values()) == pytest.approx(wall, rel=0.01, abs=left)
     assert found["goodput"]["idle"] > 0
