@@ -52,6 +52,17 @@ def build_git_environment(repository: Path) -> dict[str, str]:
     return {**inherited, **_SAFE_ENVIRONMENT, "HOME": os.devnull, "GIT_CEILING_DIRECTORIES": ceiling}
 
 
+def resolve_object_directory(repository: Path) -> Path:
+    """Return the directory of a repository's objects, which the work trees of a repository share."""
+    return (repository / (_ask_git(repository, "rev-parse", "--git-path", "objects") or "objects")).resolve()
+
+
+def init_shadow_repository(directory: Path, repository: Path) -> None:
+    """Make an empty bare repository that can read a repository's objects, without its attributes and configuration."""
+    names = _ask_git(repository, "rev-parse", "--show-object-format") or "sha1"
+    _ask_git(directory, "init", "--quiet", "--bare", "--template=", f"--object-format={names}")
+
+
 def resolve_repository(source: SourceConfig) -> Path:
     """Return the directory of a source's repository."""
     return Path(source.path.removeprefix("file://")).expanduser()

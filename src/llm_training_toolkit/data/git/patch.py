@@ -93,13 +93,18 @@ class _Section:
 
 
 def parse_patch(lines: Iterable[bytes], max_bytes: int) -> Iterator[FileChange | UnusableChange]:
-    """Yield the files of a commit's patch in git's order. Of a section above `max_bytes` nothing is kept."""
+    """Yield the files of a commit's patch in git's order. Of a section above `max_bytes` nothing is kept.
+
+    A line of more than `max_bytes` may come in pieces, of which the last alone ends with a line end.
+    """
     section: _Section | None = None
+    begins_line = True
     for line in lines:
-        if line.startswith(_SECTION_START):
+        if begins_line and line.startswith(_SECTION_START):
             if section is not None:
                 yield _build_change(section, max_bytes)
             section = _Section()
+        begins_line = line.endswith(b"\n")
         if section is not None:
             _add_line(section, line, max_bytes)
     if section is not None:

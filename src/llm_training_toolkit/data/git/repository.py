@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import subprocess
+import tempfile
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,13 @@ from llm_training_toolkit.config.data_config import SourceConfig
 from llm_training_toolkit.config.timestamps import parse_timestamp
 from llm_training_toolkit.data.git.patch import FileChange, UnusableChange, parse_patch
 from llm_training_toolkit.errors import DataError
-from llm_training_toolkit.plan.git_check import build_git_command, build_git_environment
+from llm_training_toolkit.plan.git_check import (
+    build_git_command,
+    build_git_environment,
+    init_shadow_repository,
+    read_head_commit,
+    resolve_object_directory,
+)
 
 _WHOLE_FILE = 1_000_000_000  # lines of context, more than any file has
 _DIFF_CONTEXT = 3
@@ -39,7 +46,9 @@ class Commit(NamedTuple):
 class HistoryReader:
     """Reads the commits of one source, oldest first, parents before children, merges left out.
 
-    Holds one file at a time, of at most `max_document_bytes`. With a date it also holds some 130 bytes per commit.
+    The current commit alone decides what it reads: git runs in an empty repository that borrows the objects, because
+    attributes and configuration of a clone change its patches. Holds one file at a time, of at most
+    `max_document_bytes`. With a date it also holds some 130 bytes per commit.
     """
 
     def __init__(self, repository: Path, source: SourceConfig, *, whole_files: bool) -> None:
@@ -51,6 +60,11 @@ class HistoryReader:
         self._context = _WHOLE_FILE if whole_files else _DIFF_CONTEXT
 
     def __enter__(self) -> Self:
+        shadow = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="ltt-")))
+        init_shadow_repository(shadow, self._repository)
+        self._shadow, self._head = shadow, read_head_commit(self._repository)
+        objects = str(resolve_object_directory(self._repository))
+        self._environment = {**build_git_environment(shadow), "GIT_OBJECT_DIRECTORY": objects}
         # A larger file counts as binary, so that git itself does not hold it either.
         limit = ("-c", f"core.bigFileThreshold={self._max_bytes}")
         self._patches = self._start(*limit, "diff-tree", *_PATCH_OPTIONS, f"--unified={self._context}")
@@ -80,7 +94,7 @@ class HistoryReader:
         was rebased, would be trained on although its files hold what came later.
         """
         dated = self._before is not None or self._after is not None
-        process = self._start("rev-list", "--topo-order", "--reverse", "--parents", "--timestamp", "HEAD")
+        process = self._start("rev-list", "--topo-order", "--reverse", "--parents", "--timestamp", self._head)
         assert process.stdout is not None
         newest: dict[bytes, int] = {}
         for line in process.stdout:
@@ -109,27 +123,27 @@ class HistoryReader:
         content = output.read(int(heading[2]))
         output.read(1)
         head, _, message = content.partition(b"\n\n")
-        named = next((line[9:].decode() for line in head.split(b"\n") if line.startswith(b"encoding ")), "utf-8")
-        try:
-            return message.decode(named, errors="replace")
-        except LookupError:  # an encoding that Python does not know
-            return message.decode(errors="replace")
+        named = next((line[9:] for line in head.split(b"\n") if line.startswith(b"encoding ")), b"utf-8")
+        return _decode_message(message, named)
 
     def _iter_patch_lines(self, commit: str) -> Iterator[bytes]:
         """Yield the lines of a commit's patch. git repeats a line that is no commit, which marks the end."""
         output = _send(self._patches, f"{commit}\n".encode() + _END)
-        while (line := output.readline(self._max_bytes + 2)) != _END:
+        piece_bytes = max(self._max_bytes + 2, len(_END))
+        begins_line = True  # a longer line comes in pieces, and a piece is no mark
+        while (line := output.readline(piece_bytes)) != _END or not begins_line:
             if not line:
                 raise self._build_error("diff-tree")
+            begins_line = line.endswith(b"\n")
             yield line
 
     def _start(self, *arguments: str) -> subprocess.Popen[bytes]:
         process = subprocess.Popen(
-            build_git_command(self._repository, *arguments),
+            build_git_command(self._shadow, *arguments),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            env=build_git_environment(self._repository),
+            env=self._environment,
         )
         self._stack.callback(_stop, process)
         return process
@@ -139,6 +153,16 @@ class HistoryReader:
             f"{self._repository}: git {command} ended early, so the history cannot be read. Check the repository with "
             "`git fsck`, and let nothing write into it."
         )
+
+
+def _decode_message(message: bytes, encoding: bytes) -> str:
+    """Return a message in the encoding that its commit names, or in UTF-8 if Python has no text in that one."""
+    try:
+        text = message.decode(encoding.decode(), errors="replace")
+        text.encode()  # utf-7, among others, gives surrogates, which no tokenizer takes
+    except (LookupError, ValueError):  # unknown, such as `none`, or of no text, such as `undefined` and `idna`
+        return message.decode(errors="replace")
+    return text
 
 
 def _send(process: subprocess.Popen[bytes], request: bytes) -> IO[bytes]:

@@ -294,3 +294,76 @@ def test_repository_that_cannot_be_read_stops_the_preparation(tmp_path: Path) ->
     (history.path / ".git" / "objects" / blob[:2] / blob[2:]).unlink()
     with pytest.raises(DataError, match="git fsck"):
         read(history)
+
+
+@pytest.mark.parametrize("place", [".gitattributes", ".git/info/attributes"])
+@pytest.mark.parametrize("attribute", ["-diff", "diff=python", "diff"])
+def test_current_commit_alone_decides_the_documents(tmp_path: Path, place: str, attribute: str) -> None:
+    """Attributes and configuration of a clone are in no key of a preparation."""
+    history = History(tmp_path / "app")
+    lines = [f"def f{number}():\n    return {number}\n" for number in range(20)]
+    history.commit("one", a__py="".join(lines).encode(), b__py=b"x = 1\n" * 400)
+    history.commit("two", a__py="".join([*lines[:-1], "    pass\n"]).encode())
+    fields: dict[str, Any] = {"max_document_mb": 0.002}
+    plain_tally, tally = DocumentStats(), DocumentStats()
+    plain = read(history, plain_tally, **fields)
+    (history.path / place).parent.mkdir(exist_ok=True)
+    history.write(place, f"*.py {attribute}\n".encode())
+    history.git("config", "diff.python.xfuncname", "^(.*)$")
+    history.git("config", "diff.orderFile", "/dev/null")
+    assert [each.text for each in read(history, tally, **fields)] == [each.text for each in plain]
+    assert tally.dropped == plain_tally.dropped
+
+
+def test_work_tree_reads_the_objects_of_its_repository(history: History, tmp_path: Path) -> None:
+    history.git("worktree", "add", "-q", "--detach", str(tmp_path / "tree"))
+    source = SourceConfig(path=str(tmp_path / "tree"), format="git", layout="diffs")
+    assert [each.text for each in read_source_documents(source, 0)] == [each.text for each in read(history)]
+
+
+def test_history_with_longer_ids_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "app"
+    subprocess.run(["git", "init", "-q", "--object-format=sha256", str(path)], check=True, capture_output=True)
+    history = History(path)
+    history.commit("one", a__py=b"1\n")
+    assert len(read(history)) == 1
+
+
+@pytest.mark.parametrize("mark", ["end of commit", "diff --git y"])
+def test_mark_within_a_long_line_is_none(tmp_path: Path, mark: str) -> None:
+    """A line of more than the maximum comes in pieces, and a piece may look like the end of a commit."""
+    history = History(tmp_path / "app")
+    name = "x" * 20 + mark
+    history.write(name, b"1\n")
+    history.commit("long", z__py=b"z = 1\n")
+    history.commit("next", z__py=b"z = 2\n")
+    piece = f"diff --git a/{name} b/{name}".rindex(mark)
+    tally = DocumentStats()
+    documents = read(history, tally, layout="edits", max_document_mb=(piece - 1.5) / (1 << 20))
+    assert not documents
+    assert tally.dropped == {"too_large": 3}
+
+
+@pytest.mark.parametrize(
+    ("encoding", "message", "expected"),
+    [
+        ("latin-1", b"caf\xe9", "caf\u00e9"),
+        ("undefined", b"a", "a"),
+        ("idna", b"a", "a"),
+        ("hex", b"a", "a"),
+        ("utf-7", b"a +2AA- b", "a +2AA- b"),
+        ("\u00fctf", b"a", "a"),
+        ("none", b"a\xff", "a\ufffd"),
+    ],
+)
+def test_message_is_text_whatever_encoding_its_commit_names(
+    tmp_path: Path, encoding: str, message: bytes, expected: str
+) -> None:
+    history = History(tmp_path / "app")
+    history.commit("one", a__py=b"1\n")
+    head, _, _ = history.git("cat-file", "commit", "HEAD").partition("\n\n")
+    raw = f"{head}\nencoding {encoding}\n\n".encode() + message
+    history.git("update-ref", "HEAD", history.git("hash-object", "-t", "commit", "-w", "--stdin", stdin=raw))
+    (document,) = read(history)
+    assert document.text.startswith(f"{expected}\n\n")
+    assert document.text.encode()
