@@ -18,25 +18,22 @@ from llm_training_toolkit.families.document_layouts import ISSUE_CLOSED, ISSUE_C
 
 
 class IssueEvent(NamedTuple):
-    """Event of an issue: a comment of an author, or, without an author, that the issue is closed."""
+    """Event of an issue: a comment of an author, or the closing of the issue."""
 
     author: str
     text: str
-
-    @property
-    def is_closing(self) -> bool:
-        """True if the issue is closed, False for a comment."""
-        return not self.author
+    is_closing: bool = False
 
 
-_CLOSED = IssueEvent("", "")
+_CLOSED = IssueEvent("", "", is_closing=True)
+_UNKNOWN = "unknown"  # author of a deleted account; no name, so the word stays in the texts
 
 
 def build_issue_segments(title: str, events: Sequence[IssueEvent]) -> tuple[MarkedText, ...]:
     """Build the segments of an issue, its authors as `username_0`, `username_1` in order of appearance."""
     authors = dict.fromkeys(event.author for event in events if not event.is_closing)
     numbered = {author: f"username_{number}" for number, author in enumerate(authors)}
-    names = _compile_names(list(numbered))
+    names = _compile_names([author for author in numbered if author != _UNKNOWN])
     hide = (lambda text: names.sub(lambda match: numbered[match[0]], text)) if names else (lambda text: text)
     segments, marker, lead = [], ISSUE_START, f"Title: {hide(title)}\n" if title else ""
     for event in events:
@@ -77,20 +74,24 @@ def parse_issue(values: Mapping[str, Any], title_field: str, events_field: str) 
 def _parse_event(event: Mapping[str, Any], field: str) -> Iterator[IssueEvent]:
     """Yield the event as a comment or a closing; edits, deletions and reopenings say nothing new and are left out."""
     action = event.get("action") or "created"
+    if not isinstance(action, str):
+        raise InvalidLayoutRecord(f"the action of an item of {field!r} is no string", "wrong_type")
     if action == "closed":
         yield _CLOSED
     if action not in {"created", "opened"}:
         return
-    author = event.get("masked_author") or event.get("author")
+    author = event.get("masked_author") or event.get("author") or _UNKNOWN
     text = next((event[key] for key in ("text", "comment", "description") if event.get(key)), "")
     if not isinstance(author, str) or not isinstance(text, str):
-        raise InvalidLayoutRecord(f"an item of {field!r} has no author, or a text that is no string", "wrong_type")
+        raise InvalidLayoutRecord(f"an item of {field!r} has an author or a text that is no string", "wrong_type")
     if text.strip():
         yield IssueEvent(author, text)
 
 
 def _parse_github_issue(values: Mapping[str, Any]) -> Iterator[IssueEvent]:
-    for part in (values, *(_read_list(values, "comments") if values.get("comments") else ())):
+    given = values.get("comments")  # a number in GitHub's REST API, which has the comments at another address
+    comments = _read_list(values, "comments") if given and not isinstance(given, int) else ()
+    for part in (values, *comments):
         if text := _read_text(part, "body"):
             yield IssueEvent(_read_login(part), text)
     if str(values.get("state") or "").lower() == "closed" or values.get("closed") is True:
@@ -100,7 +101,7 @@ def _parse_github_issue(values: Mapping[str, Any]) -> Iterator[IssueEvent]:
 def _read_login(values: Mapping[str, Any]) -> str:
     author = values.get("author") or values.get("user") or ""
     login = author.get("login") if isinstance(author, Mapping) else author
-    return login if isinstance(login, str) and login else "unknown"  # GitHub has null for deleted accounts
+    return login if isinstance(login, str) and login else _UNKNOWN  # GitHub has null for deleted accounts
 
 
 def _read_text(values: Mapping[str, Any], field: str) -> str:

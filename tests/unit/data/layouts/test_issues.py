@@ -85,6 +85,26 @@ def test_issue_of_github_is_read(tmp_path: Path, layout_tokenizers: dict[str, Pa
     assert decode_source(layout_tokenizers["starcoder2-3b"], path, format="issues") == [written]
 
 
+@pytest.mark.parametrize("author", [None, ""])
+def test_comment_without_an_author_is_a_comment(
+    tmp_path: Path, layout_tokenizers: dict[str, Path], author: str | None
+) -> None:
+    events = [
+        event("opened", "ann", title="T", text="unknown to ann"),
+        {"action": "created", "author": author, "comment": "b"},
+    ]
+    path = write_json_lines(tmp_path / "a.jsonl", [{"events": events}])
+    written = "<issue_start>Title: T\nusername_0: unknown to username_0<issue_comment>username_1: b<|endoftext|>"
+    assert decode_source(layout_tokenizers["starcoder2-3b"], path, format="issues") == [written]
+
+
+def test_number_of_comments_is_no_list_of_them(tmp_path: Path, layout_tokenizers: dict[str, Path]) -> None:
+    row = {"title": "T", "body": "a", "user": {"login": "ann"}, "comments": 3, "state": "open"}
+    path = write_json_lines(tmp_path / "a.jsonl", [row])
+    written = ["<issue_start>Title: T\nusername_0: a<|endoftext|>"]
+    assert decode_source(layout_tokenizers["starcoder2-3b"], path, format="issues") == written
+
+
 def test_content_of_starcoderdata_gets_tokens_for_its_markers(
     tmp_path: Path, layout_tokenizers: dict[str, Path]
 ) -> None:
@@ -104,7 +124,9 @@ def test_tokenizer_without_issue_tokens_is_refused(tmp_path: Path, layout_tokeni
         ({"title": "T"}, "no_text"),
         ({"events": "x"}, "wrong_type"),
         ({"events": [{"action": "created", "author": 3, "comment": "a"}]}, "wrong_type"),
+        ({"events": [{"action": ["created"], "author": "ann", "comment": "a"}]}, "wrong_type"),
         ({"title": 3, "body": "a"}, "wrong_type"),
+        ({"title": "T", "body": "a", "comments": "b"}, "wrong_type"),
         ([1], "no_text"),
     ],
 )
