@@ -3,6 +3,8 @@
 Source: bigcode-dataset, near_deduplication/minhash_deduplication.py: shingles of five words, split at everything but
 letters, digits and `_`, and 256 permutations. There a match in one band is enough, and clusters are merged; here a
 candidate is a duplicate if the signatures agree in about the share `threshold`, and the document read first is kept.
+There the letters are those of ASCII; here they are those of any script, because a text in another one would be compared
+by its few ASCII words alone. In a script without blanks each character is a word.
 """
 
 from __future__ import annotations
@@ -25,7 +27,11 @@ from numpy.typing import NDArray
 
 from llm_training_toolkit.errors import DataError
 
-_WORD = re.compile(r"[A-Za-z_0-9]+")
+# Thai to Lao, Myanmar, Khmer, kana, and Chinese characters.
+_WITHOUT_BLANKS = (
+    r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+)
+_WORD = re.compile(rf"[{_WITHOUT_BLANKS}]|[^\W{_WITHOUT_BLANKS}]+")
 _SHINGLE_WORDS = 5
 _PERMUTATIONS = 256
 # Rows of a band. With b bands of r rows a pair of similarity s becomes a candidate with probability 1 - (1 - s^r)^b:

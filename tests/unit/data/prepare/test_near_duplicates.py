@@ -82,6 +82,18 @@ def test_short_documents_are_near_nothing() -> None:
         assert [index.add_document("a b c d e") for _ in range(2)] == [True, False]
 
 
+CYRILLIC = ["красный дом стоит на высоком берегу реки", "другой текст говорит совсем не о том же самом"]
+CHINESE = ["这个函数返回列表中所有小于给定上限的数字", "数据库连接失败时程序会自动重试三次然后退出"]
+
+
+@pytest.mark.parametrize("texts", [CYRILLIC, CHINESE])
+def test_texts_of_other_scripts_are_compared_by_their_own_words(texts: list[str]) -> None:
+    head = "Copyright 2026 by the authors "
+    with NearDuplicateIndex(0.8) as index:
+        assert [index.add_document(head + text) for text in (*texts, *texts)] == [True, True, False, False]
+        assert [index.add_document(text) for text in (*texts, *texts)] == [True, True, False, False]
+
+
 def test_long_document_takes_little_memory() -> None:
     text = " ".join(f"word{number}" for number in range(100_000))
     with NearDuplicateIndex(0.8) as index:
