@@ -82,7 +82,7 @@ def test_short_documents_are_near_nothing() -> None:
         assert [index.add_document("a b c d e") for _ in range(2)] == [True, False]
 
 
-CYRILLIC = ["красный дом стоит на высоком берегу реки", "другой текст говорит совсем не о том же самом"]
+CYRILLIC = ["красный дом стоит на высоком берегу реки", "другой текст говорит совсем не о том же самом"]  # noqa: RUF001
 CHINESE = ["这个函数返回列表中所有小于给定上限的数字", "数据库连接失败时程序会自动重试三次然后退出"]
 
 
