@@ -146,17 +146,33 @@ def _has_commit(path: Path, date: str, *options: str, is_before: bool) -> bool:
 
 def _find_future_problems(data: DataConfig) -> Iterator[Problem]:
     """Find training sources that go on behind the date from which the same repository is held out."""
-    held_out = {
-        resolve_repository(source).resolve(): source.after
-        for source in data.eval.sources
-        if source.format == "git" and source.after is not None
-    }
+    held_out = _find_held_out_dates(data)
     for index, source in enumerate(data.sources):
-        if source.format != "git" or (after := held_out.get(resolve_repository(source).resolve())) is None:
+        path = resolve_repository(source).resolve()
+        if source.format != "git" or path not in held_out:
             continue
-        if source.before is None or parse_timestamp(source.before) > parse_timestamp(after):
+        after = held_out[path]
+        if after is None:
+            what = f"{source.path} is held out from its first commit on, and trained on as well"
+            fix = "Give the held-out source a date in after, and this one the same date in before"
+            yield Problem("git-trains-on-future", f"data.sources[{index}].before", what, fix)
+        elif source.before is None or parse_timestamp(source.before) > parse_timestamp(after):
             what = f"{source.path} is held out from {after} on, and trained on beyond that date"
             yield Problem("git-trains-on-future", f"data.sources[{index}].before", what, f"Set before: {after}")
+
+
+def _find_held_out_dates(data: DataConfig) -> dict[Path, str | None]:
+    """Return the earliest date from which each repository is held out, None for its first commit."""
+    dates: dict[Path, str | None] = {}
+    for source in data.eval.sources:
+        if source.format == "git":
+            path = resolve_repository(source).resolve()
+            dates[path] = _choose_earlier(dates.get(path, source.after), source.after)
+    return dates
+
+
+def _choose_earlier(one: str | None, other: str | None) -> str | None:
+    return None if one is None or other is None else min(one, other, key=parse_timestamp)
 
 
 def _ask_git(path: Path, *arguments: str) -> str | None:

@@ -23,10 +23,11 @@ def history(tmp_path_factory: pytest.TempPathFactory) -> History:
     return history
 
 
-def codes(path: Path | str, held_out: dict[str, Any] | None = None, **source: Any) -> list[str]:
+def codes(path: Path | str, held_out: dict[str, Any] | list[dict[str, Any]] | None = None, **source: Any) -> list[str]:
     data: dict[str, Any] = {"sequence_length": 128, "sources": [{"path": str(path), "format": "git", **source}]}
     if held_out is not None:
-        data["eval"] = {"sources": [{"path": str(path), "format": "git", **held_out}]}
+        each = held_out if isinstance(held_out, list) else [held_out]
+        data["eval"] = {"sources": [{"path": str(path), "format": "git", **fields} for fields in each]}
     config = Config.model_validate(
         {
             "run": {"name": "x"},
@@ -87,6 +88,18 @@ def test_date_without_a_commit(history: History) -> None:
 @pytest.mark.parametrize("limit", [{}, {"before": day(3)}])
 def test_future_of_a_held_out_history_is_not_trained_on(history: History, limit: dict[str, str]) -> None:
     assert codes(history.path, held_out={"after": day(2)}, **limit) == ["git-trains-on-future"]
+
+
+@pytest.mark.parametrize(
+    "held_out",
+    [[{"after": day(1)}, {"after": day(3)}], [{"after": day(3)}, {"after": day(1)}], [{}], [{}, {"after": day(3)}]],
+)
+def test_earliest_date_from_which_a_history_is_held_out_counts(
+    history: History, held_out: list[dict[str, str]]
+) -> None:
+    assert codes(history.path, held_out=held_out, before=day(2)) == ["git-trains-on-future"]
+    if all(held_out):
+        assert codes(history.path, held_out=held_out, before=day(1)) == []
 
 
 def test_machine_without_git(history: History, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
