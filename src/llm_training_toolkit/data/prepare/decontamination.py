@@ -57,7 +57,14 @@ def _read_benchmark_texts(file: SourceFile, max_bytes: int) -> Iterator[str]:
     try:
         if kind is FileFormat.WHOLE:
             with open_decompressed(file) as stream:
-                yield decode_utf8(stream.read(max_bytes), file.display_path)
+                content = stream.read(max_bytes + 1)
+            if len(content) > max_bytes:
+                raise DataError(
+                    f"data.decontamination: {file.display_path} has more than {max_bytes >> 20} MiB, the maximum of a "
+                    "benchmark read as a whole. Split it into smaller files, or write its texts as records of a .jsonl "
+                    "file."
+                )
+            yield decode_utf8(content, file.display_path)
             return
         for record in read_source_records(file, kind, list, max_bytes=max_bytes):
             if isinstance(record, UnreadableDocument):

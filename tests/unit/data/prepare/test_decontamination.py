@@ -105,3 +105,12 @@ def test_benchmark_that_cannot_be_used_is_refused(tmp_path: Path, name: str, con
         (tmp_path / name).write_text(content)
     with pytest.raises(DataError):
         BenchmarkFilter(DecontaminationConfig(paths=(str(tmp_path / name),)))
+
+
+def test_benchmark_that_would_be_cut_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "large.txt"
+    path.write_bytes(b"one two three four five six seven eight nine ten\n")
+    with path.open("r+b") as file:
+        file.truncate((32 << 20) + 1)
+    with pytest.raises(DataError, match=r"32 MiB.*\.jsonl"):
+        BenchmarkFilter(DecontaminationConfig(paths=(str(path),)))
