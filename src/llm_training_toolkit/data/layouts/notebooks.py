@@ -56,28 +56,28 @@ def _build_chain(cells: Sequence[_Cell]) -> Iterator[MarkedText]:
     for is_code, group in groupby(cells, key=lambda cell: cell.is_code):
         joined = list(group)
         if is_code:
-            yield MarkedText((*start, JUPYTER_CODE), "\n".join(cell.source for cell in joined).strip())
+            yield MarkedText((*start, JUPYTER_CODE), "\n".join(cell.source for cell in joined).strip("\r\n"))
             yield _build_output(joined[-1].output)
         else:
-            yield MarkedText((*start, JUPYTER_TEXT), "\n\n".join(cell.source for cell in joined).strip())
+            yield MarkedText((*start, JUPYTER_TEXT), "\n\n".join(cell.source for cell in joined).strip("\r\n"))
         start = ()
 
 
 def _build_output(output: str) -> MarkedText:
     shown = output if len(output) <= _OUTPUT_CHARACTERS else output[:_OUTPUT_CHARACTERS] + "[...]"
     if shown.strip():
-        return MarkedText((JUPYTER_OUTPUT,), shown.strip())
+        return MarkedText((JUPYTER_OUTPUT,), shown.strip("\r\n"))
     return MarkedText((JUPYTER_OUTPUT, EMPTY_OUTPUT), "")
 
 
 def _build_script(cells: Sequence[_Cell], comment: str) -> tuple[MarkedText, ...]:
     """Build a script: code as it is, text as comments, an empty line between cells (jupytext's light format)."""
-    written = [cell.source.strip("\n") if cell.is_code else _comment_out(cell.source, comment) for cell in cells]
+    written = [cell.source.strip("\r\n") if cell.is_code else _comment_out(cell.source, comment) for cell in cells]
     return (MarkedText((JUPYTER_SCRIPT,), "\n\n".join(written) + "\n"),) if written else ()
 
 
 def _comment_out(text: str, comment: str) -> str:
-    return "\n".join(f"{comment} {line}".rstrip() for line in text.strip().split("\n"))
+    return "\n".join(f"{comment} {line}".rstrip() for line in text.strip("\r\n").split("\n"))
 
 
 def _read_cells(notebook: Any) -> Iterator[_Cell]:  # noqa: ANN401 - whatever JSON can say
@@ -97,8 +97,9 @@ def _read_first_output(cell: Mapping[str, Any]) -> str:
     outputs = cell.get("outputs")
     first = outputs[0] if isinstance(outputs, list) and outputs else {}
     data = first.get("data") if isinstance(first, Mapping) else None
-    shown = data.get("text/plain", "") if isinstance(data, Mapping) else ""
-    return _join_lines(first["text"] if isinstance(first, Mapping) and "text" in first else shown)
+    shown = data.get("text/plain") if isinstance(data, Mapping) else None
+    text = first["text"] if isinstance(first, Mapping) and "text" in first else shown
+    return "" if text is None else _join_lines(text)
 
 
 def _join_lines(source: Any) -> str:  # noqa: ANN401 - whatever JSON can say

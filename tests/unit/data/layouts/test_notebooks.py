@@ -93,6 +93,25 @@ def test_long_output_is_cut_as_published(tmp_path: Path, layout_tokenizers: dict
     assert [part.split("<")[0] for part in written.split("<jupyter_output>")[1:]] == ["x" * 1000, "x" * 1000 + "[...]"]
 
 
+def test_first_lines_keep_their_indentation(tmp_path: Path, layout_tokenizers: dict[str, Path]) -> None:
+    cells = [text("\n    code in text\n"), code("\n    x = 1\n    y = 2\n", stream("   a  b\n0  1  2\n"))]
+    (tmp_path / "a.ipynb").write_text(json.dumps({"cells": cells, "metadata": {}}))
+    written = [
+        "<jupyter_start><jupyter_text>    code in text<jupyter_code>    x = 1\n    y = 2"
+        "<jupyter_output>   a  b\n0  1  2<|endoftext|>"
+    ]
+    assert decode_source(layout_tokenizers["starcoder2-3b"], tmp_path, format="notebooks") == written
+
+
+@pytest.mark.parametrize("output", [stream(None), {"output_type": "display_data", "data": {"text/plain": None}}])
+def test_output_without_text_is_empty(
+    tmp_path: Path, layout_tokenizers: dict[str, Path], output: dict[str, Any]
+) -> None:
+    (tmp_path / "a.ipynb").write_text(json.dumps({"cells": [code("f()", output)], "metadata": {}}))
+    written = ["<jupyter_start><jupyter_code>f()<jupyter_output><empty_output><|endoftext|>"]
+    assert decode_source(layout_tokenizers["starcoder2-3b"], tmp_path, format="notebooks") == written
+
+
 def test_notebook_of_format_3_is_read(tmp_path: Path, layout_tokenizers: dict[str, Path]) -> None:
     cells = [{"cell_type": "code", "input": ["x = 1"], "outputs": [{"output_type": "pyout", "text": ["1"]}]}]
     (tmp_path / "a.ipynb").write_text(json.dumps({"worksheets": [{"cells": cells}], "metadata": {}}))
