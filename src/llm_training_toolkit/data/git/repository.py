@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import subprocess
 import tempfile
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -51,11 +51,12 @@ class HistoryReader:
     `max_document_bytes`. With a date it also holds some 130 bytes per commit.
     """
 
-    def __init__(self, repository: Path, source: SourceConfig, *, whole_files: bool) -> None:
+    def __init__(self, repository: Path, source: SourceConfig, dropped: Counter[str], *, whole_files: bool) -> None:
+        """Prepare to read; merges are counted in `dropped` as they are passed, since a reader may stop early."""
         self._repository, self._max_bytes = repository, source.max_document_bytes
         self._before = None if source.before is None else parse_timestamp(source.before)
         self._after = None if source.after is None else parse_timestamp(source.after)
-        self.merges = 0
+        self._dropped = dropped
         self._stack = contextlib.ExitStack()
         self._context = _WHOLE_FILE if whole_files else _DIFF_CONTEXT
 
@@ -105,7 +106,7 @@ class HistoryReader:
                 if not self._is_in_period(date):
                     continue
             if len(parents) > 1:
-                self.merges += 1
+                self._dropped["merge"] += 1
                 continue
             yield commit.decode()
         if process.wait() != 0:

@@ -17,7 +17,8 @@ from llm_training_toolkit.data.types import Document, MarkedText
 from llm_training_toolkit.errors import DataError
 from llm_training_toolkit.plan.git_check import find_repository_problem, read_head_commit, resolve_repository
 
-# Lines of a message that name people: Signed-off-by, Co-authored-by, Reviewed-by, Cc.
+# Lines of a message that name people: Signed-off-by, Co-authored-by, Reviewed-by, Cc. Not a first line such as
+# `Stand-by: …`, unless it holds an address: then the message has no subject.
 _PEOPLE = re.compile(r"^(?:[A-Za-z]+(?:-[A-Za-z]+)*-by|cc): .*(?:\n|$)", re.IGNORECASE | re.MULTILINE)
 _ADDRESS = re.compile(r"<[^<>\s@]+@[^<>\s]+>")
 _PLACE = re.compile(r"@([0-9a-f]{40,64})(?::|$)")
@@ -53,19 +54,21 @@ def read_history(source: SourceConfig, index: int, tally: DocumentStats, begin: 
     file = find_repository_file(source)
     build = _BUILDERS[source.layout]
     place = _PLACE.search(begin)
-    with HistoryReader(resolve_repository(source), source, whole_files=source.layout in _WHOLE_FILES) as reader:
+    whole_files = source.layout in _WHOLE_FILES
+    with HistoryReader(resolve_repository(source), source, tally.dropped, whole_files=whole_files) as reader:
         for commit in reader.read_commits(place[1] if place else ""):
             for label, path, segments in build(commit, source, tally):
                 text = "\n".join(each.text for each in segments if each.text)
                 name = f"{file.repository}@{commit.id}{label}"
                 yield Document(index, name, text, file.repository, path, segments=segments)
-        if reader.merges:
-            tally.dropped["merge"] += reader.merges
 
 
 def remove_people(message: str) -> str:
     """Return a commit's message without lines that name people, and without e-mail addresses."""
-    return _ADDRESS.sub("", _PEOPLE.sub("", message)).strip()
+    first, end, rest = message.lstrip().partition("\n")
+    if _ADDRESS.search(first):
+        first = _PEOPLE.sub("", first)
+    return _ADDRESS.sub("", first + end + _PEOPLE.sub("", rest)).strip()
 
 
 def _build_commits(commit: Commit, source: SourceConfig, tally: DocumentStats) -> Iterator[_Part]:

@@ -153,10 +153,18 @@ def test_what_is_left_out_is_counted(history: History) -> None:
     assert tally.dropped == {"merge": 1, "binary": 1, "not_utf8": 1}
 
 
+def test_merges_are_counted_up_to_a_limit(history: History) -> None:
+    tally = DocumentStats()
+    read(history, tally, limit=len(read(history)))
+    assert tally.dropped["merge"] == 1
+
+
 def test_people_are_left_out(history: History) -> None:
     for layout in ("diffs", "commits", "edits"):
         text = "\n".join(document.text for document in read(history, layout=layout))
         assert not [word for word in ("Ann", "Carl C", "example.org", "Signed-off", "Eve", "Reviewed") if word in text]
+    assert remove_people("Stand-by: a\n\nWhy.\n\nFly-by: me\n") == "Stand-by: a\n\nWhy."
+    assert not remove_people("\nSigned-off-by: Ann Author <ann@example.org>\n")
     assert remove_people("a\n\nWhy.\n\nCC: x\nHelped-by: me\n") == "a\n\nWhy."
 
 
