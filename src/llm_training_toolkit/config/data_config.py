@@ -47,6 +47,9 @@ _LAYOUTS: dict[str, tuple[SourceLayout, ...]] = {
 _FORMATS_OF_CHANGES = frozenset({"commits", "git"})
 
 
+_LAYOUTS_OF_HUNKS = frozenset({"diffs", "edits"})
+
+
 PROMPT_TEMPLATES = ("alpaca", "starchat", "starcoder")
 
 
@@ -174,8 +177,8 @@ class SourceConfig(ConfigSection):
     after: Annotated[Annotated[str, AfterValidator(check_timestamp)] | None, FieldTag.IDENTITY] = None
     """Git: only commits at this date or time, or later. A held-out source has the date of the training's `before`."""
     context: Annotated[Literal["whole", "window"], FieldTag.IDENTITY] = "whole"
-    """Commits, and git in this layout: show whole files, or, as StarCoder's data did, a fifth of them whole and else up
-    to 31 lines on either side of the change."""
+    """Commits, and git with `layout: commits`: show whole files, or, as StarCoder's data did, a fifth of them whole and
+    else up to 31 lines on either side of the change."""
     fields: FieldsConfig | None = None
     """Columns of the records. Absent = found by their usual names."""
     subset: Annotated[Annotated[str, Field(min_length=1)] | None, FieldTag.IDENTITY] = None
@@ -201,7 +204,7 @@ class SourceConfig(ConfigSection):
     follow_symlinks: Annotated[bool, FieldTag.IDENTITY] = False
     """Read files that are reached through a symbolic link out of a directory or glob, such as to a home directory."""
     fim: FimConfig | None = None
-    """Fill-in-the-middle for this source. Absent = off. Not for chat."""
+    """Code and text: fill-in-the-middle for this source. Absent = off."""
     group_by: Annotated[Literal["file", "repository"], FieldTag.IDENTITY] = "file"
     """Code: one document per file, or per repository, with all its files in path order."""
     metadata: Annotated[bool, FieldTag.IDENTITY] = False
@@ -209,8 +212,8 @@ class SourceConfig(ConfigSection):
     loss: Annotated[Literal["assistant", "last_turn", "all"], FieldTag.IDENTITY] = "assistant"
     """Chat: train on all assistant turns and their end tokens, on the last assistant turn only, or on every token."""
     overlong: Annotated[Literal["auto", "split", "drop", "error"], FieldTag.IDENTITY] = "auto"
-    """Documents longer than a sequence: split, drop (counted), or stop with an error. `auto` = drop for chat, else
-    split."""
+    """Documents longer than a sequence: split, drop (counted), or stop with an error. `auto` = drop for chat and next
+    edits (`layout: edits`), else split."""
     weight: Annotated[Annotated[float, Field(gt=0.0)] | None, FieldTag.IDENTITY] = None
     """Mixture weight: share of the tokens, relative to the weights of the other sources. Set for all sources or for
     none. Without weights every source is seen once per epoch."""
@@ -242,13 +245,19 @@ class SourceConfig(ConfigSection):
         for_files = [name for name in ("fields", "filter", "subset", "split") if getattr(self, name) is not None]
         if for_files and self.format == "git":
             raise ValueError(f"{' and '.join(for_files)}: not for format git, which reads no records; remove")
-        if self.context != "whole" and self.format not in _FORMATS_OF_CHANGES:
-            raise ValueError(f"context is for formats of changes, not for {self.format}; remove it")
         if "loss" in self.model_fields_set and self.format != "chat":
             raise ValueError(
                 f"loss is for format chat: format {self.format} trains on every token (fim.loss is for "
                 "fill-in-the-middle); remove it"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_context(self) -> SourceConfig:
+        if self.context != "whole" and self.format not in _FORMATS_OF_CHANGES:
+            raise ValueError(f"context is for formats of changes, not for {self.format}; remove it")
+        if self.context != "whole" and self.layout in _LAYOUTS_OF_HUNKS:
+            raise ValueError(f"context is for layout commits, not for {self.layout}, whose context is fixed; remove it")
         return self
 
     @model_validator(mode="after")

@@ -12,7 +12,7 @@ from llm_training_toolkit.config.data_config import SourceConfig
 from llm_training_toolkit.config.schema import Config, ProfileConfig
 from llm_training_toolkit.config.uri import is_uri
 from llm_training_toolkit.families import Family, HfValues, ModelSize, list_models_with_tokens, read_saved_dropout
-from llm_training_toolkit.families.document_layouts import get_required_markers
+from llm_training_toolkit.families.document_layouts import COMMIT_MARKERS, get_required_markers
 from llm_training_toolkit.families.family import ISOLATED_MODEL_TYPES
 from llm_training_toolkit.families.lora import get_fully_trainable_modules
 from llm_training_toolkit.plan.auto import GPU_ATTENTION, OFFLOAD_STAGES
@@ -23,6 +23,7 @@ from llm_training_toolkit.plan.problem import Problem, format_plural
 
 _MOST_MEMORY_GB = 1e6  # a petabyte on one device: larger estimates are typos
 _EXPERT_MATRICES = ("gate_proj", "up_proj", "gate_up_proj", "down_proj")
+_LAYOUTS_WITHOUT_TOKENS = {"git": "diffs", "notebooks": "script"}
 # names of environment variables with secrets
 _SECRET = re.compile(r"TOKEN$|SECRET|PASSWORD|CREDENTIAL|KEY$", re.IGNORECASE)
 
@@ -337,9 +338,11 @@ def _find_source_problems(where: str, source: SourceConfig, family: Family) -> I
         yield Problem("no-fim-tokens", f"{where}.fim", what, "Remove it, or use a family that has: qwen2.5, starcoder2")
     required = get_required_markers(source.format, source.layout)
     if missing := [marker for marker in required if marker not in tokens.all]:
-        what = f"{family.name} has no tokens for {source.format}, such as {missing[0]}"
-        fix = f"Use one of the models that have: {', '.join(list_models_with_tokens(required))}"
-        yield Problem("no-layout-tokens", f"{where}.format", what, fix)
+        yield _build_missing_layout_problem(where, source, family, missing[0])
+    shows_diffs = source.format == "git" and source.layout == "auto" and not set(COMMIT_MARKERS) <= set(tokens.all)
+    if shows_diffs and source.context != "whole":
+        what = f"{family.name} has no tokens for commits, so the history is written as diffs, whose context is fixed"
+        yield Problem("context-of-diffs", f"{where}.context", what, "Remove it")
     if source.group_by == "repository" and not source.metadata and family.code_layout.needs_path:
         what = f"{family.name} tells the files of a repository apart by their paths alone"
         yield Problem("repository-needs-metadata", f"{where}.group_by", what, "Set metadata: true, or group_by: file")
@@ -352,6 +355,20 @@ def _find_source_problems(where: str, source: SourceConfig, family: Family) -> I
             what,
             "Remove it, or use a family that has: qwen2.5, qwen3, starcoder2",
         )
+
+
+def _build_missing_layout_problem(where: str, source: SourceConfig, family: Family, marker: str) -> Problem:
+    """Build the problem of a layout whose tokens the family lacks, with a layout that needs none where there is one."""
+    is_history = source.format == "git"
+    models = ", ".join(list_models_with_tokens(get_required_markers(source.format, source.layout)))
+    other = _LAYOUTS_WITHOUT_TOKENS.get(source.format)
+    use = f"Set layout: {other}, or use" if other else "Use"
+    return Problem(
+        "no-layout-tokens",
+        f"{where}.layout" if is_history else f"{where}.format",
+        f"{family.name} has no tokens for {'commits' if is_history else source.format}, such as {marker}",
+        f"{use} one of the models that have: {models}",
+    )
 
 
 def _find_batch_problems(config: Config, replicas: int) -> Iterator[Problem]:

@@ -155,10 +155,12 @@ def _find_future_problems(data: DataConfig) -> Iterator[Problem]:
         if after is None:
             what = f"{source.path} is held out from its first commit on, and trained on as well"
             fix = "Give the held-out source a date in after, and this one the same date in before"
-            yield Problem("git-trains-on-future", f"data.sources[{index}].before", what, fix)
         elif source.before is None or parse_timestamp(source.before) > parse_timestamp(after):
             what = f"{source.path} is held out from {after} on, and trained on beyond that date"
-            yield Problem("git-trains-on-future", f"data.sources[{index}].before", what, f"Set before: {after}")
+            fix = f"Set before: {after}"
+        else:
+            continue
+        yield Problem("git-trains-on-future", f"data.sources[{index}].before", what, fix)
 
 
 def _find_held_out_dates(data: DataConfig) -> dict[Path, str | None]:

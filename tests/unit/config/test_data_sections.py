@@ -37,6 +37,8 @@ REFUSED = [
     ({"format": "issues", "fim": {}}, "data.sources.0: fim is for formats code and text, not for issues"),
     ({"format": "issues", "layout": "script"}, "data.sources.0: layout script: format issues has auto"),
     ({"context": "window"}, "data.sources.0: context is for formats of changes, not for code"),
+    ({"format": "git", "layout": "diffs", "context": "window"}, "context is for layout commits, not for diffs"),
+    ({"format": "git", "layout": "edits", "context": "window"}, "context is for layout commits, not for edits"),
     ({"format": "commits", "fields": {"text": "a"}}, "format commits has after, before, language, message"),
     ({"path": "s3://key:secret@bucket/a"}, "data.sources.0.path: the address holds a user, key or token"),
 ]
@@ -55,6 +57,8 @@ ACCEPTED = [
     {"format": "chat", "loss": "last_turn"},
     {"format": "chat", "group_by": "file", "metadata": False},
     {"format": "commits", "context": "window", "fields": {"before": "a"}},
+    {"format": "git", "context": "window"},
+    {"format": "git", "layout": "commits", "context": "window"},
     {"format": "notebooks", "layout": "script"},
 ]
 

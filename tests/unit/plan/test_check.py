@@ -63,6 +63,10 @@ FOUND = [
     ("starcoder2-3b", {"format": "issues"}, []),
     ("starcoderbase-1b", {"format": "commits"}, []),
     ("gpt_bigcode-santacoder", {"format": "commits"}, ["data.sources[1].format"]),
+    ("qwen3-0.6b", {"format": "git", "layout": "commits"}, ["data.sources[1].layout"]),
+    ("qwen3-0.6b", {"format": "git", "context": "window"}, ["data.sources[1].context"]),
+    ("qwen3-0.6b", {"format": "git"}, []),
+    ("starcoderbase-1b", {"format": "git", "context": "window"}, []),
 ]
 
 
@@ -71,12 +75,21 @@ def test_sources_that_the_family_cannot_write(model: str, source: dict[str, Any]
     assert problems(model, source) == where
 
 
-def test_missing_tokens_of_a_layout_name_the_models_that_have_them() -> None:
-    config = tiny_config(Path("x"), Path("t"), data={"sources": [{"path": "x", "format": "commits"}]})
+@pytest.mark.parametrize(
+    ("source", "begin"),
+    [
+        ({"format": "commits"}, "Use one of"),
+        ({"format": "git", "layout": "commits"}, "Set layout: diffs, or use one of"),
+        ({"format": "notebooks"}, "Set layout: script, or use one of"),
+    ],
+)
+def test_missing_tokens_of_a_layout_name_the_models_that_have_them(source: dict[str, str], begin: str) -> None:
+    config = tiny_config(Path("x"), Path("t"), data={"sources": [{"path": "x", **source}]})
     size = families.find_size("qwen3-0.6b")
     (problem,) = (each for each in find_problems(config, size, size.hf_values, 1) if each.code == "no-layout-tokens")
+    assert problem.fix.startswith(begin)
     assert "starcoderbase-1b, starcoderbase-3b" in problem.fix
-    assert "starcoder2" not in problem.fix
+    assert ("starcoder2" in problem.fix) == (source["format"] == "notebooks")
 
 
 @pytest.mark.parametrize(
