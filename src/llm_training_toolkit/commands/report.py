@@ -23,14 +23,16 @@ def write_report(places: Sequence[str], output: Path, hardware: ClusterHardware 
 
     Raises CheckpointError for a place without a run, PlanError for a run that is named twice.
     """
-    twice = next((place for place in places if places.count(place) > 1), None)
-    if twice is not None:
-        raise PlanError(f"{twice}: named twice: name each run once")
     with ExitStack() as stack:
         runs = [check_run(stack.enter_context(open_path(place))) for place in places]
+        uris = [run.uri for run in runs]
+        twice = next((uri for uri in uris if uris.count(uri) > 1), None)
+        if twice is not None:
+            raise PlanError(f"{twice}: named twice: name each run once")
         estimates = [None if hardware is None else _estimate_run(run, hardware) for run in runs]
         page = render_page([collect_run(run) for run in runs], estimates)
-    write_atomically(output, page)
+    # An error may name undecodable bytes of a file's name: lone surrogates, which UTF-8 cannot hold.
+    write_atomically(output, page.encode("utf-8", errors="replace").decode("utf-8"))
     return output
 
 

@@ -22,6 +22,11 @@ from llm_training_toolkit.runs.status import RunStatus, read_run_status
 
 _MAX_ITEMS = 5  # of an evaluation: examples to look at, not its data
 _MAX_CHARACTERS = 2000  # of a text
+_PLAN_KEYS = (
+    *("model", "parameters", "trainable_parameters", "precision"),
+    *("global_batch", "sequence_length", "tokens_per_step"),
+)
+"""Keys of plan.json that the page needs."""
 _SAMPLE_TAG = "samples/"  # of the texts that the end of a run writes for TensorBoard
 
 
@@ -53,7 +58,7 @@ class RunReport:
     uri: str
     status: RunStatus
     plan: Mapping[str, Any]
-    """plan.json; empty before the first start has written it."""
+    """plan.json; empty before the first start has written it, and if it cannot be used."""
     environment: Mapping[str, Any]
     history: RunHistory
     attempts: tuple[AttemptReport, ...]
@@ -84,7 +89,7 @@ def collect_run(run: RunDirectory) -> RunReport:
         name=run.name,
         uri=run.uri,
         status=read_run_status(run),
-        plan=_read_json_object(run, "plan.json", problems),
+        plan=_read_plan(run, problems),
         environment=_read_json_object(run, "env.json", problems),
         history=history,
         attempts=tuple(_iter_attempts(run, history)),
@@ -94,6 +99,15 @@ def collect_run(run: RunDirectory) -> RunReport:
         samples=tuple(_iter_samples(run)),
         problems=tuple(problems),
     )
+
+
+def _read_plan(run: RunDirectory, problems: list[str]) -> Mapping[str, Any]:
+    plan = _read_json_object(run, "plan.json", problems)
+    absent = [key for key in _PLAN_KEYS if key not in plan]
+    if plan and absent:
+        problems.append(f"plan.json: without {', '.join(absent)}")
+        return {}
+    return plan
 
 
 def _read_json_object(run: RunDirectory, name: str, problems: list[str]) -> Mapping[str, Any]:

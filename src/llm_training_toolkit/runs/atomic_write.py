@@ -13,7 +13,7 @@ def write_atomically(path: Path, text: str) -> None:
     # Not the process id: ranks in identical containers share it and may write at the same time.
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
-        with temporary.open("w") as file:
+        with temporary.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

@@ -150,12 +150,29 @@ def test_a_run_without_metrics_has_a_page_that_says_so(tmp_path: Path) -> None:
     assert read_text(write_report([str(run.path)], tmp_path / "page.html").read_text()).count("unreadable:") == 2
 
 
+def test_a_plan_without_a_key_is_listed_as_unreadable(run: RunDirectory, tmp_path: Path) -> None:
+    plan = json.loads(run.plan_path.read_text())
+    run.plan_path.write_text(json.dumps({key: value for key, value in plan.items() if key != "tokens_per_step"}))
+    text = read_text(write_report([str(run.path)], tmp_path / "page.html").read_text())
+    assert "plan.json: without tokens_per_step" in text
+
+
+def test_undecodable_bytes_in_an_error_are_replaced(run: RunDirectory, tmp_path: Path) -> None:
+    record = {"attempt": 2, "state": "failed", "error": "caf\udce9.jsonl: no such file"}
+    (run.attempts_dir / "0002.json").write_text(json.dumps(record))
+    page = write_report([str(run.path)], tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "caf?.jsonl: no such file" in page
+
+
 def test_places_without_a_run_and_runs_named_twice_are_refused(run: RunDirectory, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError):
         write_report([str(tmp_path)], tmp_path / "page.html")
     with pytest.raises(PlanError):
         write_report([str(run.path), str(run.path)], tmp_path / "page.html")
     assert not (tmp_path / "page.html").exists()
+    for same in (f"{run.path}/", f"{run.path.parent}/./{run.name}"):
+        with pytest.raises(PlanError, match="named twice"):
+            write_report([str(run.path), same], tmp_path / "page.html")
 
 
 POINTS = st.lists(st.tuples(st.integers(0, 10**6), st.floats()), max_size=900)
