@@ -192,18 +192,25 @@ def train(
 def _train(request: TrainRequest, out: TerminalStream, err: TerminalStream, *, as_json: bool) -> int:
     """Train, print the result or the error, and return the exit code."""
     from llm_training_toolkit.config import load_config
-    from llm_training_toolkit.launch.request import EXIT_CODES, build_failure_json, format_next_steps
+    from llm_training_toolkit.launch.request import (
+        EXIT_CODES,
+        build_failure_json,
+        build_interrupted_json,
+        format_next_steps,
+    )
     from llm_training_toolkit.monitoring.console import Console
 
-    console = Console(err if as_json else out)
+    console, config = Console(err if as_json else out), None
     try:
-        load_config(request.config, request.overrides)  # reports configuration errors before torch is imported
+        config = load_config(request.config, request.overrides)  # reports configuration errors before torch is imported
         from llm_training_toolkit.commands.train import start_run
         from llm_training_toolkit.worker.spec import is_first_rank
 
         outcome = start_run(request, console)
     except KeyboardInterrupt:
         console.print_line("interrupted: the same command resumes from the latest checkpoint")
+        if as_json:
+            out.write(json.dumps(build_interrupted_json(config)) + "\n")
         return EXIT_CODES["stopped"]
     except (ToolkitError, OSError) as error:
         console.close()

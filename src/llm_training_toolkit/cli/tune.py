@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from llm_training_toolkit.errors import ToolkitError, format_os_error
+
+if TYPE_CHECKING:
+    from llm_training_toolkit.launch.tune.tuner import SearchSpec
 
 SearchFile = Annotated[Path, typer.Argument(help="YAML file of the search.", show_default=False)]
 
@@ -25,17 +28,20 @@ def tune(
     """Search hyperparameters with Ray Tune. The same command resumes; finished trials stay."""
     from llm_training_toolkit.launch.request import EXIT_CODES, build_failure_json
     from llm_training_toolkit.launch.signals import interrupt_on_stop_signals
-    from llm_training_toolkit.launch.tune.tuner import read_search
-    from llm_training_toolkit.launch.tune.tuner import run_search as carry_out
     from llm_training_toolkit.monitoring.console import Console
     from llm_training_toolkit.monitoring.terminal import open_terminal_copy
 
     with interrupt_on_stop_signals(), open_terminal_copy(1) as out, open_terminal_copy(2) as err:
-        console = Console(err if as_json else out)
+        console, spec = Console(err if as_json else out), None
         try:
-            status, found = carry_out(read_search(search, overrides or []), console)
+            from llm_training_toolkit.launch.tune.tuner import read_search, run_search  # seconds: may be interrupted
+
+            spec = read_search(search, overrides or [])
+            status, found = run_search(spec, console)
         except KeyboardInterrupt:
             console.print_line("interrupted: the same command goes on")
+            if as_json:
+                out.write(json.dumps(_build_interrupted_json(spec)) + "\n")
             raise typer.Exit(EXIT_CODES["stopped"]) from None
         except (ToolkitError, OSError) as error:
             console.close()
@@ -56,3 +62,13 @@ def tune(
     if failed:
         raise typer.Exit(1)
     raise typer.Exit(EXIT_CODES[status])
+
+
+def _build_interrupted_json(spec: SearchSpec | None) -> dict[str, Any]:
+    """Return the summary of what has been done so far; without a search if it was not read yet."""
+    if spec is None:
+        return {"search": None, "best": None, "trials": [], "tokens": 0}
+    from llm_training_toolkit.search.event_log import EventLog
+    from llm_training_toolkit.search.results import build_summary
+
+    return build_summary(spec.search, EventLog(spec.directory.event_log_path), spec.directory)

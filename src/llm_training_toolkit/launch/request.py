@@ -14,6 +14,8 @@ from typing import Any, Literal
 from llm_training_toolkit.config import Config, load_config
 from llm_training_toolkit.config.uri import is_uri
 from llm_training_toolkit.errors import ToolkitError, format_os_error
+from llm_training_toolkit.runs.directory import RunDirectory
+from llm_training_toolkit.runs.storage.open import get_run_location
 
 TrainResultStatus = Literal["finished", "stopped"]
 # 75 = stopped, the same command resumes: Slurm's requeue and a Kubernetes back-off test for it.
@@ -36,7 +38,8 @@ class TrainResult:
 
     run: str
     """Path or URI of the run directory."""
-    step: int
+    step: int | None
+    """Newest step; None for a command that was interrupted before it knew the step."""
     status: TrainResultStatus
     checkpoint: str | None
     """Newest checkpoint."""
@@ -44,6 +47,21 @@ class TrainResult:
     def to_json(self) -> dict[str, Any]:
         """Return the output of `ltt train --json`, a public contract."""
         return asdict(self)
+
+
+def build_interrupted_json(config: Config | None) -> dict[str, Any]:
+    """Return the output of `ltt train --json` for a command that was interrupted outside the loop.
+
+    `config` is None if it was interrupted before the configuration was read. A store is left alone: its answer may
+    take longer than the grace period of a stop signal.
+    """
+    if config is None:
+        return {"run": None, "step": None, "status": "stopped", "checkpoint": None}
+    from llm_training_toolkit.checkpoint import find_latest_checkpoint
+
+    location = get_run_location(config)
+    latest = None if is_uri(location) else find_latest_checkpoint(RunDirectory(Path(location)).checkpoints_dir)
+    return TrainResult(location, None, "stopped", None if latest is None else str(latest)).to_json()
 
 
 def build_failure_json(error: Exception) -> dict[str, Any]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +15,9 @@ import pytest
 
 from llm_training_toolkit import __version__
 from llm_training_toolkit.cli.app import main
+from llm_training_toolkit.launch.request import build_interrupted_json
+from llm_training_toolkit.runs.directory import RunDirectory
+from tiny_runs import tiny_config
 
 ROOT = Path(__file__).parents[3]
 QUICKSTART = "configs/quickstart.yaml"
@@ -245,3 +250,35 @@ def test_given_completions_are_scored_without_a_model(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert (found["task"], found["pass@1"], found["problems"]) == ("humaneval", 1.0, 1)
+
+
+@pytest.mark.parametrize(
+    ("verb", "expected"),
+    [
+        ("train", {"run": None, "step": None, "status": "stopped", "checkpoint": None}),
+        ("tune", {"search": None, "best": None, "trials": [], "tokens": 0}),
+    ],
+)
+def test_a_command_that_is_stopped_before_its_loop_prints_its_object(
+    verb: str, expected: dict[str, object], tmp_path: Path
+) -> None:
+    file = tmp_path / "run.yaml"
+    os.mkfifo(file)  # the command waits for its configuration until the signal
+    command = [sys.executable, "-m", "llm_training_toolkit", verb, str(file), "--json"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    with process, file.open("w"):  # opens once the command has opened the other end
+        process.send_signal(signal.SIGTERM)
+        printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert json.loads(printed) == expected
+
+
+def test_the_object_of_an_interrupted_run_names_run_and_checkpoint(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path / "corpus", tmp_path / "runs")
+    run = RunDirectory(tmp_path / "runs" / config.run.name)
+    expected = {"run": str(run.path), "step": None, "status": "stopped", "checkpoint": None}
+    assert build_interrupted_json(config) == expected
+    checkpoint = run.get_checkpoint_dir(3, 1)
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "manifest.json").write_text("{}")
+    assert build_interrupted_json(config) == expected | {"checkpoint": str(checkpoint)}
