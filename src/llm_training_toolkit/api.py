@@ -17,10 +17,11 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 
@@ -64,19 +65,17 @@ __all__ = [
 ]
 ConfigSource = str | Path | Mapping[str, Any] | Config
 SearchSource = str | Path | Mapping[str, Any] | SearchConfig
-_WHERE = "configuration"  # prefix of errors in a mapping, which has no file
+_WHERE = "the mapping"  # in errors, for the file that a mapping lacks
 
 
 def load_config(config: ConfigSource, overrides: Sequence[str] = ()) -> Config:
     """Load a configuration, changed by `key=value` overrides. Raises ConfigError with every problem."""
+    _check_word_list("overrides", overrides)
     if isinstance(config, Config) and not overrides:
         return config
     if isinstance(config, str | Path):
         return load_config_file(Path(config), overrides)
-    if not overrides:
-        return parse_config(_to_plain_data(config), _WHERE)
-    with _config_file(config) as path:
-        return load_config_file(path, overrides)
+    return parse_config(_to_plain_data(config), _WHERE, overrides)
 
 
 def plan(config: ConfigSource, overrides: Sequence[str] = (), *, cluster: str | Path | None = None) -> Plan:
@@ -137,6 +136,7 @@ def train(
     KeyboardInterrupt stops the run with a checkpoint before it is raised here; a second one stops at once. Raises the
     ToolkitError of the command.
     """
+    _check_word_list("accept", accept)
     load_config(config, overrides)  # errors of a mapping or override, before a process starts
     options = [word for key in accept for word in ("--accept", key)] + (["--extend"] if extend else [])
     with _config_file(config) as path:
@@ -163,6 +163,7 @@ def tune(search: SearchSource, overrides: Sequence[str] = (), *, progress: Progr
 
     A mapping needs a `name`, and its `base` is relative to the working directory.
     """
+    _check_word_list("overrides", overrides)
     with _search_file(search) as path:
         done = run_command("tune", [str(path), *overrides], progress)
     return SearchResult(**{name: done[name] for name in ("search", "best", "trials", "tokens")})
@@ -269,16 +270,37 @@ def _search_file(search: SearchSource) -> Iterator[Path]:
 
 @contextmanager
 def _temporary_file(name: str, data: Mapping[str, Any]) -> Iterator[Path]:
-    """Yield a file for this user alone: addresses of documents may carry a signature."""
+    """Yield a file for this user alone: addresses of documents may carry a signature.
+
+    A ToolkitError names the mapping in its place, because the file is deleted.
+    """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, name)
         path.write_text(json.dumps(data, indent=1), encoding="utf-8")
-        yield path
+        try:
+            yield path
+        except ToolkitError as error:
+            raise _name_mapping(error, path) from None
+
+
+def _name_mapping(error: ToolkitError, path: Path) -> ToolkitError:
+    """Return the error with the mapping in place of its file, and without line numbers, which the mapping lacks."""
+    pattern = re.compile(rf"{re.escape(str(path))}(?::\d+)?")
+    problems = [replace(problem, what=pattern.sub(_WHERE, problem.what)) for problem in error.problems]
+    return type(error).from_problems(pattern.sub(_WHERE, str(error)), problems)
+
+
+def _check_word_list(name: str, words: object) -> None:
+    """Raise ConfigError for a text in place of a list, which would count as a list of its letters."""
+    if isinstance(words, str):
+        raise ConfigError(f"{name} = {words!r}: expected a list; write [{words!r}]")
 
 
 def _to_plain_data(config: Mapping[str, Any] | Config | SearchConfig) -> Mapping[str, Any]:
     if isinstance(config, Mapping):
         return config
+    if not isinstance(config, Config | SearchConfig):
+        raise ConfigError(f"configuration = {config!r}: expected a path, a mapping or a configuration object")
     return config.model_dump(mode="json", exclude_unset=True)
 
 

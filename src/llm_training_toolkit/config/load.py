@@ -44,16 +44,23 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
 
 def read_document(path: Path, overrides: Sequence[str] = ()) -> ConfigDocument:
     """Read a YAML file, changed by `key=value` overrides, without validation."""
+    document = ConfigDocument(str(path))
     try:
-        from llm_training_toolkit.config.overrides import apply_override
         from llm_training_toolkit.config.yaml_reader import read_yaml_file
     except ModuleNotFoundError as error:  # plain CUDA image; plain data and resolved.json still load
         raise ConfigError(f"{path}: YAML cannot be read here: `pip install ruamel.yaml`") from error
-    document = ConfigDocument(str(path))
     read_yaml_file(path, document)
+    _apply_overrides(overrides, document)
+    return document
+
+
+def _apply_overrides(overrides: Sequence[str], document: ConfigDocument) -> None:
+    if not overrides:
+        return
+    from llm_training_toolkit.config.overrides import apply_override  # needs YAML
+
     for number, override in enumerate(overrides):
         apply_override(override, number, document)
-    return document
 
 
 def parse_config_json(text: str, where: str = "resolved.json") -> Config:
@@ -78,9 +85,15 @@ def dump_config_json(config: Config) -> str:
     return json.dumps(config.model_dump(mode="json"), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def parse_config(data: Mapping[str, Any], where: str) -> Config:
-    """Parse the configuration in plain data; `where` is the prefix of every line of the error."""
-    return validate_document(ConfigDocument(where, data), Config)
+def parse_config(data: Mapping[str, Any], where: str, overrides: Sequence[str] = ()) -> Config:
+    """Parse the configuration in plain data, changed by `key=value` overrides.
+
+    `where` is the prefix of every line of the error.
+    """
+    document = ConfigDocument(where)
+    document.data = _convert_to_json_data(data, (), document)  # a copy, which the overrides may change
+    _apply_overrides(overrides, document)
+    return validate_document(document, Config)
 
 
 def validate_document(document: ConfigDocument, root: type[S]) -> S:
