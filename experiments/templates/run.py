@@ -35,12 +35,25 @@ def train(variant: str, seed: int, runs: Path, overrides: Sequence[str]) -> dict
     place = [f"run.name={variant}-{seed}", f"run.dir={runs}", f"run.seed={seed}"]
     result = ltt.train(HERE / "config.yaml", [*changes, *place, *overrides], progress=lambda _: None)
     metrics = ltt.open_run(result.run).metrics().to_pylist()
+    validation = [[row["step"], row["eval/loss"]] for row in metrics if row.get("eval/loss") is not None]
+    check_result(variant, seed, result, validation)
     speeds = [row["perf/tokens_per_second"] for row in metrics if row.get("perf/tokens_per_second") is not None]
     return {
         "training": [[row["step"], row["train/loss"]] for row in metrics if row.get("train/loss") is not None],
-        "validation": [[row["step"], row["eval/loss"]] for row in metrics if row.get("eval/loss") is not None],
+        "validation": validation,
         "tokens_per_second": statistics.median(speeds),
     }
+
+
+def check_result(variant: str, seed: int, result: ltt.TrainResult, validation: Sequence[Sequence[float]]) -> None:
+    """Raise SystemExit for a run that is not a result: it was stopped, or has no validation loss."""
+    state = f"{variant}, seed {seed}: {result.status} at step {result.step}"
+    if result.status != "finished":
+        raise SystemExit(f"{state}: run the command again")
+    if not validation:
+        raise SystemExit(
+            f"{state} without a validation loss: set data.eval and run the command again with other --runs"
+        )
 
 
 def measure(runs: Path, seeds: Sequence[int], overrides: Sequence[str]) -> dict[str, Any]:
