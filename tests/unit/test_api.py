@@ -22,7 +22,7 @@ def mapping(tmp_path: Path) -> dict[str, Any]:
 def test_a_text_in_place_of_overrides_is_one_problem(mapping: dict[str, Any]) -> None:
     for call in (ltt.load_config, ltt.plan, ltt.train, ltt.tune):
         with pytest.raises(ConfigError, match=r"overrides = 'train\.steps=3'") as caught:
-            call(mapping, "train.steps=3")  # type: ignore[operator]
+            call(mapping, "train.steps=3")
         assert len(caught.value.problems) == 1
 
 
