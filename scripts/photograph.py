@@ -11,6 +11,7 @@ import json
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,9 @@ class Page:
     seconds: float = 8.0
     """Time to draw before the scripts, and half of it after them."""
     scripts: Sequence[str] = ()
-    """JavaScript that clicks or removes what is in the way."""
+    """JavaScript that clicks or removes what is in the way. One that throws is repeated."""
+    patience: float = 30.0
+    """Seconds until a script that still throws is an error."""
     colours: Literal["light", "dark"] = "light"
     """Scheme that the page is told the reader prefers."""
 
@@ -69,9 +72,11 @@ async def _drive(profile: Path, page: Page, picture: Path) -> None:
             await wire.ask("Page.navigate", url=page.address)
             await asyncio.sleep(page.seconds)
             for script in page.scripts:
-                done = await wire.ask("Runtime.evaluate", expression=script)
-                if "exceptionDetails" in done:
-                    raise SystemExit(f"{page.address}: {script}: {_describe_exception(done)}")
+                until = time.monotonic() + page.patience
+                while "exceptionDetails" in (done := await wire.ask("Runtime.evaluate", expression=script)):
+                    if time.monotonic() > until:
+                        raise SystemExit(f"{page.address}: {script}: {_describe_exception(done)}")
+                    await asyncio.sleep(0.5)  # a busy machine draws late
                 await asyncio.sleep(page.seconds / 2)
             shot = await wire.ask("Page.captureScreenshot", format="png")
             picture.write_bytes(base64.b64decode(shot["data"]))
