@@ -72,8 +72,8 @@ async def _drive(profile: Path, page: Page, picture: Path) -> None:
             await wire.ask("Page.navigate", url=page.address)
             await asyncio.sleep(page.seconds)
             for script in page.scripts:
-                until = time.monotonic() + page.patience
-                while "exceptionDetails" in (done := await wire.ask("Runtime.evaluate", expression=script)):
+                until, block = time.monotonic() + page.patience, f"{{{script}}}"  # a block may declare its names again
+                while "exceptionDetails" in (done := await wire.ask("Runtime.evaluate", expression=block)):
                     if time.monotonic() > until:
                         raise SystemExit(f"{page.address}: {script}: {_describe_exception(done)}")
                     await asyncio.sleep(0.5)  # a busy machine draws late
