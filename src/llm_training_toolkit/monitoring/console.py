@@ -73,7 +73,16 @@ class Console:
     ) -> None:
         """Open the terminal, or write to `file`; `listener` receives each event before it is shown."""
         self._listener = listener
-        self.terminal = Terminal(file=cast("IO[str] | None", file), highlight=False, soft_wrap=True)
+        # The kernel of a notebook would show bars as HTML, and its commands, which write to a pipe, bars in place of
+        # step lines: it sets FORCE_COLOR, which rich takes for a terminal.
+        is_terminal = None if file is None else file.isatty()
+        self.terminal = Terminal(
+            file=cast("IO[str] | None", file),
+            highlight=False,
+            soft_wrap=True,
+            force_jupyter=False,
+            force_terminal=is_terminal,
+        )
         self._progress: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
         self._remaining = RemainingTimeEstimator()

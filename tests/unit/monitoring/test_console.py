@@ -209,6 +209,12 @@ def on_a_terminal(act: Callable[[Console], None], columns: int = 140) -> str:
     return re.sub(r"\x1b\[[?\d;]*[A-Za-z]", "", text)
 
 
+def test_the_kernel_of_a_notebook_gets_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as ipykernel sets it, for its commands, too
+    event = step(1, steps=1)
+    assert written(lambda console: console.show_event(event)) == [format_step_line(event, None)]
+
+
 def test_a_terminal_shows_bars_of_stages_and_of_the_training() -> None:
     def act(console: Console) -> None:
         console.update_stage("reading", 0, 0)
