@@ -17,7 +17,7 @@ class Connection:
 
     @property
     def port(self) -> int:
-        """Where to connect to."""
+        """Address to connect to."""
         return self._port
 
     def cut(self) -> None:

@@ -70,7 +70,7 @@ class RankPool:
 
 
 class _Failure:
-    """What a rank raised. All ranks raising one of the toolkit's errors together leaves the group usable."""
+    """Error that a rank raised. All ranks raising one of the toolkit's errors together leaves the group usable."""
 
     def __init__(self, error: BaseException) -> None:
         from llm_training_toolkit.errors import ToolkitError

@@ -1,4 +1,4 @@
-"""What ranks of the pool do for tests: build engines, take steps, run the worker on a run directory."""
+"""Tasks of the pool's ranks for tests: build engines, take steps, run the worker on a run directory."""
 
 from __future__ import annotations
 
@@ -325,7 +325,7 @@ def loaded_weights(hf_config: Mapping[str, Any], path: str, zero: int, rows: int
 
 
 def evaluation_of_packed_documents(run: str, model: dict[str, Any], attention: str) -> dict[str, Any]:
-    """What the evaluation says of the documents of one packed held-out row, each of them changed once.
+    """Losses by the evaluation of the documents of one packed held-out row, each of them changed once.
 
     loss (documents,) of each, `changed` (documents, documents): the same after one (the row) was changed, and
     `same_logits` (documents, documents): whether its logits stayed as they were. `leaking` is `changed` with positions
@@ -419,7 +419,7 @@ def reloaded_logits(directory: str, precision: str, ids: list[list[int]]) -> dic
 
 
 def fetched(run: str, path: str, endpoint: str, nodes: Sequence[str], homes: Sequence[str]) -> str:
-    """Where the weights of a hub id lie for this rank: `nodes` and folders of the hub's client are by rank."""
+    """Directory of a hub id's weights for this rank: `nodes` and folders of the hub's client are by rank."""
     from huggingface_hub import constants
 
     rank, kept = dist.get_rank(), {}

@@ -23,7 +23,7 @@ A run is described by one YAML 1.2 file. `key=value` on the command line changes
 `data.sources.0.fim.rate=0.3`, `model.config_overrides={num_hidden_layers: 4}`, `model.path=null`. An unknown key, a key
 given twice and a value of the wrong type are errors.
 
-What happens when a field changes in a run that has begun:
+Effect of a change to a field in a run that has begun:
 
 - **identity**: it would be another run. Refused, unless `--accept KEY` takes the change.
 - **horizon**: the length of the run. Refused, unless `--extend` takes it; the schedule stretches to the new length.

@@ -116,7 +116,7 @@ class EngineConfig(ConfigSection):
     """ZeRO stage. Stage 1 shards the optimizer state over the workers, 2 also gradients, 3 also weights. For one worker
     `auto` = the cheapest. For several it is chosen with the micro-batch, by the estimate of memory."""
     offload: Annotated[Offload, FieldTag.FREE] = "none"
-    """What stays in host memory instead of on the device: `optimizer` (fp32 weights and Adam's moments, ZeRO 1 or 3) or
+    """State kept in host memory instead of on the device: `optimizer` (fp32 weights and Adam's moments, ZeRO 1 or 3) or
     `optimizer_and_weights` (ZeRO 3). A run may change it. Results are those of `none`: bit for bit at ZeRO 1, and at 3
     but for the order in which DeepSpeed adds up the gradient norm."""
     deepspeed: Annotated[dict[str, Any], FieldTag.FREE] = {}  # noqa: RUF012 - pydantic copies it

@@ -52,10 +52,10 @@ def locate_fragments(wrapped: Any, names: Mapping[int, str], stage: int, rank: i
     if stage == 3:
         yield from _locate_zero3_fragments(wrapped, names, rank)
     else:
-        yield from _locate_zero12_fragments(wrapped, names)
+        yield from _locate_zero2_fragments(wrapped, names)
 
 
-def _locate_zero12_fragments(wrapped: Any, names: Mapping[int, str]) -> Iterator[Fragment]:  # noqa: ANN401
+def _locate_zero2_fragments(wrapped: Any, names: Mapping[int, str]) -> Iterator[Fragment]:  # noqa: ANN401
     for group in wrapped.bit16_groups:
         for parameter in group:
             mapping = parameter._hp_mapping  # noqa: SLF001 - None where no piece lies on this rank

@@ -27,8 +27,8 @@ _OUT_OF_MEMORY = re.compile(
     )
 )
 _ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
-# Page-locked host memory is rounded up to powers of two otherwise: 56 GB in place of 44 for Qwen3-8B's offloaded
-# optimizer on three ranks.
+# Page-locked host memory is rounded up to powers of two otherwise (torch 2.13, CachingHostAllocator): an offloaded
+# optimizer would take up to twice its size.
 _ALLOCATOR_SETTINGS = "expandable_segments:True,pinned_max_round_threshold_mb:1"
 
 
