@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -64,6 +64,7 @@ _START_TIMEOUT_SECONDS = 1200.0  # for the first worker: Ray waits forever if a 
 _KILL_RETRY_SECONDS = 30.0  # if `fit` still waits for killed workers
 _MAX_KILL_ATTEMPTS = 10
 _FLIGHT_RECORD_SECONDS = OTHER_RANKS_HEARTBEAT_SECONDS + 3.0  # the next heartbeat of every rank, and its file
+_STACK_SECONDS = 10.0  # until the stacks reach the logs; a resumed process on a busy machine once took over 1 s
 # torch's collective timeout / `failures.hang_timeout`: the hang detector knows more, so it must fire first.
 _COLLECTIVE_TIMEOUT_FACTOR = 4.0
 
@@ -237,8 +238,10 @@ class WorkerGroup:
         log_offsets = {rank: get_log_size(path) for rank, path in paths.items()}
         self._control.report_hang.remote()
         silent = hang.blocking_ranks.keys() if hang.is_silent else set()
-        _wait_for_files([get_flight_record_path(logs, rank) for rank in self._workers.keys() - silent])
-        states = worker_processes.dump_worker_stacks(self._workers.values())  # also resumes stopped processes
+        records = [get_flight_record_path(logs, rank) for rank in self._workers.keys() - silent]
+        _wait_until(lambda: all(path.exists() for path in records), _FLIGHT_RECORD_SECONDS)
+        states = worker_processes.request_worker_stacks(self._workers.values())  # also resumes stopped processes
+        _wait_until(lambda: all(find_current_call(paths[rank], log_offsets[rank]) for rank in states), _STACK_SECONDS)
         if len(hang.blocking_ranks) == 1:
             self._hung_worker = self._workers.get(next(iter(hang.blocking_ranks)))
         told = [
@@ -303,10 +306,10 @@ class WorkerGroup:
         self._console.show_event(WarningEvent(message))
 
 
-def _wait_for_files(paths: Collection[Path]) -> None:
-    """Wait until the files exist, at most as long as ranks that send heartbeats need to write them."""
-    deadline = time.monotonic() + _FLIGHT_RECORD_SECONDS
-    while time.monotonic() < deadline and not all(path.exists() for path in paths):
+def _wait_until(is_met: Callable[[], bool], seconds: float) -> None:
+    """Wait until a condition is met, at most for the given seconds."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and not is_met():
         time.sleep(_EVENT_POLL_SECONDS)
 
 

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import signal
-import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from typing import Any
@@ -19,14 +18,14 @@ from llm_training_toolkit.distributed.events import WorkerStartedEvent
 
 STACK_SIGNAL = signal.SIGUSR1  # faulthandler then writes all stacks to the worker's log, whoever holds the GIL
 _TASK_TIMEOUT_SECONDS = 30.0  # includes the start of the task
-_STACK_WRITE_SECONDS = 1.0  # until the stacks reach the log
 
 
-def dump_worker_stacks(workers: Iterable[WorkerStartedEvent]) -> dict[int, str]:
-    """Request each rank's stacks; return its process state, for ranks on responsive nodes only."""
-    states = _run_on_nodes(_request_stack_dumps, workers)
-    time.sleep(_STACK_WRITE_SECONDS)
-    return states
+def request_worker_stacks(workers: Iterable[WorkerStartedEvent]) -> dict[int, str]:
+    """Request each rank's stacks; return its process state, for ranks on responsive nodes only.
+
+    Processes write their stacks to their logs later, once they are scheduled.
+    """
+    return _run_on_nodes(_request_stack_dumps, workers)
 
 
 def kill_workers(workers: Iterable[WorkerStartedEvent]) -> None:
