@@ -35,6 +35,7 @@ from llm_training_toolkit.launch.jobs.logs import JobHandle
 from llm_training_toolkit.monitoring.console import Console
 from llm_training_toolkit.runs.attempts import read_attempt_record
 from llm_training_toolkit.runs.directory import RunDirectory
+from ray_workers import environment_with_forked_workers
 
 BIN = Path(sys.executable).parent
 STEPS = 1200
@@ -81,7 +82,11 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     command += ["--port", port, "--dashboard-port", dashboard, "--ray-client-server-port", _free_port()]
     command += ["--dashboard-agent-listen-port", _free_port(), "--disable-usage-stats"]
     written = tmp_path_factory.mktemp("head") / "log"
-    with ExitStack() as running, written.open("w") as out:
+    with (
+        environment_with_forked_workers(environment) as environment,
+        ExitStack() as running,
+        written.open("w") as out,
+    ):
         address = f"http://127.0.0.1:{dashboard}"
         process = _start(command, environment, out, running)
         _wait_for_jobs(Head(address, environment, []), process, written)

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,18 @@ def sections(steps: int, batch: int, workers: int) -> dict[str, Any]:
     }
 
 
-def drill(config: Path, *kinds: str, seed: int = 1, hang: str = "20s") -> dict[str, Any]:
+def get_drill_environment() -> dict[str, str]:
+    """The environment of a drill, which gives up a lost head soon."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    return environment | {RAY_HEAD_TIMEOUT_VARIABLE: "6"}
+
+
+def drill(
+    config: Path, *kinds: str, environment: Mapping[str, str], seed: int = 1, hang: str = "20s"
+) -> dict[str, Any]:
     """A drill with one failure of each kind: its report, once nothing was lost."""
     command = [sys.executable, "-m", "llm_training_toolkit", "drill", str(config), "--json", "--seed", str(seed)]
     command += ["--kills", str(len(kinds)), "--faults", ",".join(kinds), "--hang", hang]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    environment[RAY_HEAD_TIMEOUT_VARIABLE] = "6"
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr + done.stdout
     found: dict[str, Any] = json.loads(done.stdout)
@@ -45,7 +51,7 @@ def test_one_process_survives_kills_damage_and_storage_that_takes_no_more(
     launch_config: Callable[..., Path],
 ) -> None:
     kinds = ("worker", "driver", "stop", "during_checkpoint", "corrupt_checkpoint", "storage")
-    found = drill(launch_config("drilled", **sections(200, 4, 0)), *kinds)
+    found = drill(launch_config("drilled", **sections(200, 4, 0)), *kinds, environment=get_drill_environment())
     for of in ("", "_undisturbed"):
         split: dict[str, float] = found[f"goodput{of}"]
         wall = found[f"wall_seconds{of}"]

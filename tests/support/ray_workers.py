@@ -9,9 +9,9 @@ one of workers that Ray starts ahead: none, until it gets its first task.
 
 A worker starts plain if its environment has another variable that libraries may read while they are imported, if its
 runtime environment does more than set variables and a folder, on a machine with a GPU, and if PLAIN_RAY_WORKERS is set.
-The real start stays proved: all workers are plain in `test_drill`, `test_endings`, `test_jobs`, `test_local`,
-`test_memory`, `test_preflight`, `test_foreign_modules` and on the autoscaling cluster of `test_capacity`. The ranks of
-`test_micro_batch` are plain because it sets a variable of malloc.
+The real start stays proved: all workers are plain in `test_endings`, `test_local`, `test_memory`, `test_preflight`,
+`test_foreign_modules` and on the autoscaling cluster of `test_capacity`. The ranks of `test_micro_batch` and `test_jobs`
+are plain because they have a variable of their own.
 """
 
 from __future__ import annotations
@@ -37,10 +37,23 @@ import ray_worker_shim
 
 _OFF = "PLAIN_RAY_WORKERS"
 _MESSAGE = 2**20  # bytes, more than arguments and environment take
+_SCRIPTS = {"worker_path": "default_worker.py", "setup_worker_path": ray_worker_shim.SETUP}  # of Ray, by its argument
+_SITE = Path(__file__).parent / "ray_site"
 _THREADS = "OMP_NUM_THREADS"  # one, as Ray and the toolkit set it for a worker with one CPU
 # Prefixes of variables that no library reads while it is imported, apart from those of `prepare_environment`.
 _LATE = (
-    *("AWS_", "PATH", "PYTEST_", "RAY_CLIENT_MODE", "RAY_JOB_", "RAY_LD_PRELOAD", "RAY_RAYLET_PID", "RAY_TRAIN_"),
+    *(
+        "AWS_",
+        "PATH",
+        "PYTEST_",
+        "RAY_AUTH_TOKEN",
+        "RAY_CLIENT_MODE",
+        "RAY_JOB_",
+        "RAY_LD_PRELOAD",
+        "RAY_RAYLET_PID",
+        "RAY_TMPDIR",
+        "RAY_TRAIN_",
+    ),
     *("RAY_WARN_BLOCKING_", "SPT_NOENV", "TMPDIR", "TOKENIZERS_PARALLELISM", "TORCHINDUCTOR_", "TRITON_"),
 )
 Order = dict[str, Any]
@@ -49,11 +62,48 @@ Order = dict[str, Any]
 @contextmanager
 def forked_workers(environment: Mapping[str, str]) -> Iterator[Mapping[str, str]]:
     """Fork the workers of raylets with this environment; yield the arguments with which Ray starts such raylets."""
-    if fork_server.GPU.exists() or os.environ.get(_OFF):
+    if _are_plain():
         yield {}
         return
+    with _links() as links, _server(environment, links):
+        yield {name: str(links / script) for name, script in _SCRIPTS.items()}
+
+
+@contextmanager
+def environment_with_forked_workers(environment: Mapping[str, str]) -> Iterator[Mapping[str, str]]:
+    """Fork the workers of nodes that commands with the yielded environment start, by `ray start` or by themselves."""
+    if _are_plain():
+        yield environment
+        return
+    with _links() as links:
+        path = os.pathsep.join(filter(None, [str(_SITE), environment.get("PYTHONPATH")]))
+        extended = {**environment, "PYTHONPATH": path, "RAY_WORKER_SHIM_LINKS": str(links)}
+        with _server(extended, links):
+            yield extended
+
+
+def _are_plain() -> bool:
+    return fork_server.GPU.exists() or bool(os.environ.get(_OFF))
+
+
+@contextmanager
+def _links() -> Iterator[Path]:
+    """Link the shim under the names of Ray's two scripts, beside their folder."""
+    from ray._private import workers
+
+    [scripts] = workers.__path__
+    with tempfile.TemporaryDirectory(prefix="ltt-workers-") as folder:  # not nested: a socket's path must be short
+        links = Path(folder)
+        (links / "ray").symlink_to(scripts)
+        for script in _SCRIPTS.values():
+            (links / script).symlink_to(ray_worker_shim.__file__)
+        yield links
+
+
+@contextmanager
+def _server(environment: Mapping[str, str], links: Path) -> Iterator[None]:
+    """Start the server that forks workers, and end it."""
     with (
-        tempfile.TemporaryDirectory(prefix="ltt-workers-") as links,  # not nested: a socket's path must be short
         socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener,
         subprocess.Popen(
             [sys.executable, __file__, str(listener.fileno())],
@@ -66,22 +116,9 @@ def forked_workers(environment: Mapping[str, str]) -> Iterator[Mapping[str, str]
     ):
         listener.bind(f"{links}/socket")
         listener.listen(64)
-        scripts = _link_scripts(Path(links))
         assert server.stdout is not None
         assert b"ready\n" in iter(server.stdout.readline, b"")  # a raylet gives up a worker after a minute
-        yield scripts
-
-
-def _link_scripts(links: Path) -> Mapping[str, str]:
-    """Link the shim under the names of Ray's two scripts, beside their folder; the arguments with which Ray runs it."""
-    from ray._private import workers
-
-    [folder] = workers.__path__
-    (links / "ray").symlink_to(folder)
-    paths = {"worker_path": links / "default_worker.py", "setup_worker_path": links / ray_worker_shim.SETUP}
-    for path in paths.values():
-        path.symlink_to(ray_worker_shim.__file__)
-    return {name: str(path) for name, path in paths.items()}
+        yield
 
 
 def _get_variables_of_ray() -> dict[str, str]:
@@ -155,6 +192,19 @@ class _Server:
     def _fits(self, environment: Mapping[str, str]) -> bool:
         """Whether a worker with this environment would have read from it what this process has read."""
         different = dict(environment.items() ^ self._environment.items())
+        import sys as S
+
+        S.stderr.write(
+            "FIT "
+            + str(
+                {
+                    n: (v, os.environ.get(n))
+                    for n, v in different.items()
+                    if not (n == _THREADS or n.startswith(_LATE) or os.environ.get(n) == environment.get(n))
+                }
+            )
+            + "\n"
+        )
         return environment.get(_THREADS, "1") == "1" and all(
             name == _THREADS or name.startswith(_LATE) or os.environ.get(name) == environment.get(name)
             for name in different

@@ -41,6 +41,11 @@ class FaultTarget(NamedTuple):
         processes: list[int] = read_attempt_record(self.run, find_last_attempt(self.run))["processes"]
         return self.rng.choice(processes)
 
+    def pick_node(self) -> str:
+        """Return the address of the node of a randomly drawn rank."""
+        ranks: list[dict[str, str]] = read_attempt_record(self.run, find_last_attempt(self.run))["ranks"]
+        return self.rng.choice(ranks)["node"]
+
     def wait_until(self, condition: Callable[[], bool]) -> bool:
         """Wait for a condition while the driver runs. Return whether it came true."""
         end = time.monotonic() + _WAIT_TIMEOUT_SECONDS
@@ -108,11 +113,11 @@ def _limit_file_size(victim: FaultTarget) -> None:
 
 
 def _kill_node(victim: FaultTarget) -> None:
-    victim.local_cluster.kill_rank_node(victim.pick_rank_process())
+    victim.local_cluster.replace_node(victim.pick_node())
 
 
 def _preempt_node(victim: FaultTarget) -> None:
-    node = victim.local_cluster.drain_rank_node(victim.pick_rank_process())
+    node = victim.local_cluster.drain_node(victim.pick_node())
     victim.wait_for_attempt_end()
     victim.local_cluster.kill_node(node)
 

@@ -13,8 +13,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import psutil
-
 from llm_training_toolkit.launch.backend import prepare_environment
 from llm_training_toolkit.launch.signals import start_processes_in_own_session
 from llm_training_toolkit.setup.machine import RAY_HEAD_TIMEOUT_VARIABLE
@@ -44,16 +42,16 @@ class LocalCluster:
         """Environment variables with which a command joins the cluster."""
         return {"RAY_ADDRESS": self._cluster.address}
 
-    def kill_rank_node(self, process: int) -> None:
-        """Kill the node of a rank's process and add another one."""
-        self.kill_node(self._find_rank_node(process))
+    def replace_node(self, address: str) -> None:
+        """Kill the node with this address and add another one."""
+        self.kill_node(self._get_node(address))
         self._add_worker_node()
 
-    def drain_rank_node(self, process: int) -> RayNode:
-        """Drain the node of a rank's process, as after a cloud's preemption notice. Add a new one, return the old."""
+    def drain_node(self, address: str) -> RayNode:
+        """Drain the node with this address, as after a cloud's preemption notice. Add a new one, return the old."""
         from llm_training_toolkit.launch.ray.private_api import drain_node
 
-        node = self._find_rank_node(process)
+        node = self._get_node(address)
         self._add_worker_node()
         drain_node(self._cluster.address, node.node_id, int((time.time() + _PREEMPTION_NOTICE_SECONDS) * 1e3))
         return node
@@ -89,12 +87,8 @@ class LocalCluster:
         with _start_ray_processes():
             self._cluster.add_node(num_cpus=self._cpus, node_ip_address=address)
 
-    def _find_rank_node(self, process: int) -> RayNode:
-        """Return the node whose raylet has started a rank's process."""
-        from llm_training_toolkit.launch.ray.private_api import get_raylet_pid
-
-        above = {parent.pid for parent in psutil.Process(process).parents()}
-        [node] = [node for node in self._cluster.worker_nodes if get_raylet_pid(node) in above]
+    def _get_node(self, address: str) -> RayNode:
+        [node] = [node for node in self._cluster.worker_nodes if node.node_ip_address == address]
         return node
 
 

@@ -169,9 +169,3 @@ def get_server_ray_version(client: Any) -> str:  # noqa: ANN401 - Ray has no typ
 def visit_packaged_paths(folder: Path, excludes: list[str], visit: Callable[[Path], None]) -> None:
     """Call `visit` for each path of a job's package, by Ray's own walk, which counts what it packs. Nothing public."""
     _dir_travel(folder, [_get_excludes(folder, excludes)], visit, include_gitignore=True)
-
-
-def get_raylet_pid(node: Any) -> int:  # noqa: ANN401
-    """Return the process of a node of `ray.cluster_utils.Cluster`, by which a drill finds a rank's node."""
-    [raylet] = node.all_processes["raylet"]
-    return int(raylet.process.pid)

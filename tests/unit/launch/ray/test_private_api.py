@@ -65,7 +65,7 @@ VALUES = {
 }
 # Strings in Ray's source: attributes and keys that exist at run time only.
 SOURCES = {
-    "ray._private.node.Node": ["self.all_processes", "def node_id"],
+    "ray._private.node.Node": ["def node_id", "def node_ip_address"],
     "ray.dashboard.modules.dashboard_sdk.SubmissionClient": ["self._server_ray_version ="],
     "ray._private.state.GlobalState": ['"State"', '"DeathCause"', '"JobID"', '"Entrypoint"'],
 }
