@@ -28,7 +28,7 @@ from typing import IO, TYPE_CHECKING, Any, cast
 from llm_training_toolkit.config import Config, parse_config, parse_config_json
 from llm_training_toolkit.config import load_config as load_config_file
 from llm_training_toolkit.config.search import SearchConfig
-from llm_training_toolkit.errors import ConfigError, Problem, ToolkitError
+from llm_training_toolkit.errors import ConfigError, Problem, ToolkitError  # noqa: F401 - ltt.Problem
 from llm_training_toolkit.launch.child import Progress, run_command
 from llm_training_toolkit.launch.request import TrainResult
 from llm_training_toolkit.runs.directory import check_run
@@ -46,23 +46,6 @@ if TYPE_CHECKING:
     from llm_training_toolkit.generation.generator import TextGenerator
     from llm_training_toolkit.plan import ClusterEstimate, Plan
 
-__all__ = [
-    "Config",
-    "Problem",
-    "Run",
-    "SearchResult",
-    "ToolkitError",
-    "TrainResult",
-    "estimate",
-    "load_batch",
-    "load_config",
-    "load_model",
-    "open_run",
-    "plan",
-    "prepare",
-    "train",
-    "tune",
-]
 ConfigSource = str | Path | Mapping[str, Any] | Config
 SearchSource = str | Path | Mapping[str, Any] | SearchConfig
 _WHERE = "the mapping"  # in errors, for the file that a mapping lacks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from pathlib import Path
 from typing import Any
 
@@ -46,3 +47,11 @@ def test_errors_of_a_mapping_name_the_mapping(mapping: dict[str, Any], tmp_path:
     base.write_text("{}")
     with pytest.raises(ConfigError, match=r"^the mapping: trails = 3: unknown key"):
         ltt.tune({"name": "s", "base": str(base), "search": {"optim.lr": [1e-3, 1e-2]}, "trails": 3}, progress=list)
+
+
+def test_the_stub_types_exactly_the_public_names() -> None:
+    stub = ast.parse(Path(ltt.__file__).with_suffix(".pyi").read_text(encoding="utf-8"))
+    typed = [name.asname for line in stub.body if isinstance(line, ast.ImportFrom) for name in line.names]
+    public = vars(ltt)["__all__"]
+    assert sorted(filter(None, typed)) == sorted(public)
+    assert all(hasattr(ltt, name) for name in public)
