@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from llm_training_toolkit.config.data_config import DataConfig
 from llm_training_toolkit.config.model_config import ModelConfig, TokenizerConfig
@@ -29,6 +29,13 @@ def _check_whole_number(value: object) -> object:
     """Refuse true and 1.0, which a Literal of integers would accept as 1."""
     if isinstance(value, bool | float):
         raise ValueError("write a whole number")
+    return value
+
+
+def _check_no_query(value: str) -> str:
+    """Refuse a query, which may hold a key: the configuration is written into the run's files."""
+    if "?" in value:
+        raise ValueError("has a query (?...): give keys by MLFLOW_TRACKING_TOKEN or another variable of MLflow")
     return value
 
 
@@ -258,6 +265,37 @@ class ProfileConfig(ConfigSection):
     allocates."""
 
 
+class WandbConfig(ConfigSection):
+    """Weights & Biases: needs the package `wandb` where rank 0 runs, and WANDB_API_KEY unless it is offline."""
+
+    project: Annotated[str, Field(min_length=1), FieldTag.FREE]
+    """Project."""
+    entity: Annotated[Annotated[str, Field(min_length=1)] | None, FieldTag.FREE] = None
+    """Team or user. Absent = the key's default."""
+    mode: Annotated[Literal["online", "offline"], FieldTag.FREE] = "online"
+    """`offline` writes into `<run>/wandb`, which `wandb sync` uploads later."""
+
+
+class MlflowConfig(ConfigSection):
+    """MLflow: needs the package `mlflow` or `mlflow-skinny` where rank 0 runs."""
+
+    tracking_uri: Annotated[Location, Field(min_length=1), AfterValidator(_check_no_query), FieldTag.FREE]
+    """Server (`https://host`) or database (`sqlite:///path/mlflow.db`)."""
+    experiment: Annotated[str, Field(min_length=1), FieldTag.FREE]
+    """Experiment, created where it does not exist."""
+
+
+class MonitoringConfig(ConfigSection):
+    """Further receivers of the metrics. `metrics.jsonl` and TensorBoard are always written."""
+
+    wandb: WandbConfig | None = None
+    """Weights & Biases. Absent = none."""
+    mlflow: MlflowConfig | None = None
+    """MLflow. Absent = none."""
+    prometheus: Annotated[bool, FieldTag.FREE] = False
+    """Gauges of the newest step in Ray's exporter of each node, `ray_ltt_<metric>` (docs/monitoring.md)."""
+
+
 class Config(ConfigSection):
     """Configuration of a run."""
 
@@ -287,6 +325,8 @@ class Config(ConfigSection):
     """Handling of failures."""
     profile: ProfileConfig | None = None
     """Steps to record with torch's profiler; by default none."""
+    monitoring: MonitoringConfig = MonitoringConfig()
+    """Further receivers of the metrics."""
 
     @property
     def max_eval_sequences(self) -> int:
@@ -296,6 +336,12 @@ class Config(ConfigSection):
         steps = min(self.eval.interval, self.train.steps or self.eval.interval)
         trained = steps * self.train.global_batch_size
         return max(int(_EVAL_SHARE * trained), -(-_MIN_EVAL_TOKENS // self.data.sequence_length))
+
+    @model_validator(mode="after")
+    def _check_exporter(self) -> Config:
+        if self.monitoring.prometheus and self.cluster.max_workers == 0:
+            raise ValueError("monitoring.prometheus: the exporter is Ray's, so it needs cluster.workers of 1 or more")
+        return self
 
     @model_validator(mode="after")
     def _check_no_epochs_with_weights(self) -> Config:

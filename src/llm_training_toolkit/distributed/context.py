@@ -6,7 +6,7 @@ Made by `launch`, for Ray Train, torchrun or a single process; the loop does not
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
@@ -47,6 +47,8 @@ class RunContext:
     """Steps after which a trial of a search is compared with others, and continues or ends."""
     rung_waiter: Callable[[int], StopRequest] | None = None
     """Waits for the decision on a trial after a rung; asked on rank 0 only."""
+    metric_exporter: Callable[[Mapping[str, float]], None] | None = None
+    """Exports scalars by metric name as gauges; set by Ray, called on rank 0 only."""
     heartbeat: Heartbeat = field(default_factory=Heartbeat)
     """Current phase of this rank, set by the rank and read by hang detection."""
 

@@ -1,7 +1,7 @@
 """Metrics: one writer on rank 0, several sinks, stable names.
 
-Always `metrics.jsonl`, with TensorBoard beside it. A sink that cannot start fails the run at once. A later failure of a
-sink is reported once; training continues, and every later write tries again.
+Always `metrics.jsonl`, with TensorBoard beside it; further sinks are in trackers.py. A file that cannot be opened fails
+the run at once. A later failure of a sink is reported once; training continues, and every later write tries again.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -31,6 +31,9 @@ _REOPEN_SECONDS = 30.0  # each try on a full disk may leave an empty event file
 class MetricSink(Protocol):
     """Receiver of the scalars and texts of a step."""
 
+    name: str
+    """Name in messages."""
+
     def write(self, step: int, values: ScalarValues) -> None:
         """Write scalars by metric name."""
 
@@ -49,6 +52,8 @@ class JsonLines:
 
     Rows that the disk does not take are kept and written with a later one, without gaps or doubles.
     """
+
+    name = "JsonLines"
 
     def __init__(self, path: Path, attempt: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -91,6 +96,8 @@ class TensorBoard:
 
     A writer of events does not recover from a failed write: half a minute later the next one opens a new file.
     """
+
+    name = "TensorBoard"
 
     def __init__(self, directory: Path, resumed_step: int | None) -> None:
         directory.mkdir(parents=True, exist_ok=True)
@@ -159,12 +166,24 @@ def _backdate_event_files(directory: Path) -> None:
 class Metrics:
     """Writer to all sinks on rank 0; does nothing on other ranks."""
 
-    def __init__(self, run: RunDirectory, attempt: int, resumed_step: int, context: RunContext) -> None:
+    def __init__(
+        self,
+        run: RunDirectory,
+        attempt: int,
+        resumed_step: int,
+        context: RunContext,
+        trackers: Sequence[MetricSink] = (),
+    ) -> None:
+        """Open `metrics.jsonl` and TensorBoard on rank 0; `trackers` are further sinks of that rank."""
         self._context = context
         self._sinks: list[MetricSink] = []
         self._failing: set[MetricSink] = set()
         if context.is_rank_zero:
-            self._sinks = [JsonLines(run.metrics_path, attempt), TensorBoard(run.tensorboard_dir, resumed_step)]
+            files: list[MetricSink] = [
+                JsonLines(run.metrics_path, attempt),
+                TensorBoard(run.tensorboard_dir, resumed_step),
+            ]
+            self._sinks = [*files, *trackers]
 
     def write(self, step: int, values: ScalarValues) -> None:
         """Record the scalars of a step."""
@@ -199,10 +218,10 @@ class Metrics:
         except OSError as error:
             if sink not in self._failing:
                 self._failing.add(sink)
-                message = f"{type(sink).__name__} cannot be written ({error}); training goes on, later steps try again"
+                message = f"{sink.name} cannot be written ({error}); training goes on, later steps try again"
                 self._context.report(WarningEvent(message))
 
     def _report_recovery(self, sink: MetricSink) -> None:
         if sink in self._failing:
             self._failing.remove(sink)
-            self._context.report(NoteEvent(f"{type(sink).__name__} is written again"))
+            self._context.report(NoteEvent(f"{sink.name} is written again"))

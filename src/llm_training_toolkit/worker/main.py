@@ -33,6 +33,7 @@ from llm_training_toolkit.evaluation.in_training import InTrainingEvaluator
 from llm_training_toolkit.models.memory import is_out_of_memory, set_allocator_options
 from llm_training_toolkit.monitoring.logs import RANK_LOGGER, log_to_file, redirect_output
 from llm_training_toolkit.monitoring.metrics import Metrics
+from llm_training_toolkit.monitoring.trackers import open_trackers
 from llm_training_toolkit.plan import Plan, check_plan, make_plan
 from llm_training_toolkit.runs.atomic_write import write_atomically
 from llm_training_toolkit.runs.attempts import (
@@ -201,7 +202,8 @@ def _build_components(
     context.heartbeat.set_phase("building the model and loading its state")
     built = build_run_model(spec, plan, context, checkpoint)
     context.heartbeat.set_phase("opening the data")
-    metrics = Metrics(run, attempt, train_state.step, context)
+    trackers = open_trackers(spec.config, run, run_id, context.metric_exporter) if context.is_rank_zero else ()
+    metrics = Metrics(run, attempt, train_state.step, context, trackers)
     checkpoint_manager = _build_checkpoint_manager(
         spec, context, plan, built, checkpoint, attempt=attempt, run_id=run_id, metrics=metrics
     )

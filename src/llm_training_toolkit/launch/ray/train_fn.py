@@ -29,6 +29,7 @@ from llm_training_toolkit.launch.ray.control_actor import (
     report_with_retry,
     start_heartbeat,
 )
+from llm_training_toolkit.launch.ray.gauges import build_gauge_exporter
 from llm_training_toolkit.launch.ray.worker_processes import STACK_SIGNAL
 from llm_training_toolkit.runs.storage.open import join_run
 from llm_training_toolkit.worker.spec import WorkerSpec
@@ -82,6 +83,7 @@ def _run_worker(
         if device.type == "cuda":
             # DeepSpeed takes its device from LOCAL_RANK, which differs from Ray's order on nodes with over ten GPUs.
             os.environ["LOCAL_RANK"] = str(device.index)
+        context = partial(context, metric_exporter=build_gauge_exporter(run.name))
         return run_worker(worker_spec, context(rank, ray.train.get_context().get_world_size(), device, report))
 
 
