@@ -52,6 +52,8 @@ def enable_activation_checkpointing(model: nn.Module, kind: ActivationCheckpoint
 def _create_contexts() -> tuple[TorchDispatchMode, TorchDispatchMode]:
     """Return the contexts of a layer's forward pass and of its recomputation; a layer counts its own products."""
     forward, recomputation = create_selective_checkpoint_contexts(_create_policy())  # type: ignore[no-untyped-call]
+    if torch.compiler.is_compiling():
+        return forward, recomputation
     return _CostlyOperators(forward), _CostlyOperators(recomputation)
 
 
@@ -64,6 +66,8 @@ def _create_policy() -> Callable[..., CheckpointPolicy]:
 
     def decide(context: Any, operator: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:  # noqa: ANN401
         nonlocal count, tokens
+        if not _is_costly(operator):
+            return CheckpointPolicy.PREFER_RECOMPUTE
         if operator not in _PRODUCTS:
             return CheckpointPolicy.MUST_SAVE
         rows = len(context.op_output)
@@ -74,6 +78,10 @@ def _create_policy() -> Callable[..., CheckpointPolicy]:
         return CheckpointPolicy.MUST_SAVE if count % 2 else CheckpointPolicy.PREFER_RECOMPUTE
 
     return decide
+
+
+def _is_costly(operator: Any) -> bool:  # noqa: ANN401
+    return operator in _PRODUCTS or operator in _ALWAYS_KEPT or operator.namespace in _FLASH_PACKAGES
 
 
 class _CostlyOperators(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -96,6 +104,6 @@ class _CostlyOperators(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
         """Compute an operator, or take its kept output."""
-        if func in _PRODUCTS or func in _ALWAYS_KEPT or func.namespace in _FLASH_PACKAGES:
+        if _is_costly(func):
             return self._inner.__torch_dispatch__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))

@@ -6,21 +6,40 @@ resumes bit for bit, even on another number of workers.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 
 from llm_training_toolkit.models.init_weights import derive_seed
 
 
-@dataclass
 class BatchPosition:
-    """Sequences of the current forward pass: row r of `rows` is position `first` + r of the step's global batch."""
+    """Sequences of the current forward pass: row r of `rows` is position `first` + r of the step's global batch.
 
-    step: int = 0
-    first: int = 0
-    rows: int = 1
+    Step and position are in a tensor on the CPU. As plain numbers, torch.compile would make them constants of a layer's
+    graph, and compile another one for each step.
+    """
+
+    def __init__(self, step: int = 0, first: int = 0, rows: int = 1) -> None:
+        self.tensor = torch.tensor([step, first])
+        self.rows = rows
+
+    @property
+    def step(self) -> int:
+        """Step that the sequences belong to."""
+        return int(self.tensor[0])
+
+    @step.setter
+    def step(self, step: int) -> None:
+        self.tensor[0] = step
+
+    @property
+    def first(self) -> int:
+        """Position of the first row in the step's global batch."""
+        return int(self.tensor[1])
+
+    @first.setter
+    def first(self, first: int) -> None:
+        self.tensor[1] = first
 
 
 class SequenceDropout(nn.Module):
@@ -28,7 +47,8 @@ class SequenceDropout(nn.Module):
 
     def __init__(self, rate: float, seed: int, name: str, draws: BatchPosition) -> None:
         super().__init__()
-        self._rate, self._seed, self._name, self._draws = rate, seed, name, draws
+        self._rate, self._draws = rate, draws
+        self._key = torch.tensor(derive_seed(seed, name))  # no buffer: it stays on the CPU
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return `inputs` (…, H) with a separate mask for each row, scaled so that the mean stays.
@@ -38,10 +58,26 @@ class SequenceDropout(nn.Module):
         if not self.training:
             return inputs
         rows = inputs.reshape(self._draws.rows, -1, inputs.shape[-1])
-        kept = torch.stack([self._draw_mask(rows[0], row) for row in range(len(rows))])
+        kept: Tensor = _draw_masks(rows, self._draws.tensor, self._key, self._rate)
         return inputs * kept.view(inputs.shape) / (1.0 - self._rate)
 
-    def _draw_mask(self, like: Tensor, row: int) -> Tensor:
-        name = f"{self._draws.step}/{self._draws.first + row}/{self._name}"
-        source = torch.Generator(like.device).manual_seed(derive_seed(self._seed, name))
-        return torch.empty_like(like, dtype=torch.bool).bernoulli_(1.0 - self._rate, generator=source)
+
+# One operator for torch.compile, which could not look into generators.
+@torch.library.custom_op(
+    "ltt::draw_dropout_masks",
+    mutates_args=(),
+    schema="(Tensor like, Tensor position, Tensor key, float rate) -> Tensor",
+)
+def _draw_masks(like: Tensor, position: Tensor, key: Tensor, rate: float) -> Tensor:
+    """Return masks (R, T, H) of what is kept of R sequences, on the device of `like` (R, T, H)."""
+    (step, first), layer = position.tolist(), int(key)
+    masks = torch.empty_like(like, dtype=torch.bool)
+    for row, mask in enumerate(masks):
+        source = torch.Generator(like.device).manual_seed(derive_seed(layer, f"{step}/{first + row}"))
+        mask.bernoulli_(1.0 - rate, generator=source)
+    return masks
+
+
+@_draw_masks.register_fake
+def _(like: Tensor, position: Tensor, key: Tensor, rate: float) -> Tensor:
+    return torch.empty_like(like, dtype=torch.bool)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from llm_training_toolkit.models.attention import build_attention_arguments, compute_cu_seqlens, takes_cu_seqlens
 from llm_training_toolkit.models.dropout import BatchPosition
+from llm_training_toolkit.models.layer_compiler import LayerCompiler, get_decoder_layers, mark_dynamic_bounds
 from llm_training_toolkit.models.linear_attention import (
     build_sequence_index,
     has_linear_attention,
@@ -169,6 +170,7 @@ class LossModule(nn.Module):
         self.lm = model
         self.batch_position = BatchPosition()
         """Sequences of the forward pass, set by its caller; dropout draws from them."""
+        self._layer_compiler: LayerCompiler | None = None
         self._has_linear_attention = has_linear_attention(model)
         isolate_linear_attention(model)
         routers = find_routers(model)
@@ -183,6 +185,10 @@ class LossModule(nn.Module):
             assert head.bias is None, "LossHead computes the loss without a bias"
             head.__class__ = LossHead
             head.loss_chunk = chunk
+
+    def compile_layers(self, backend: str = "inductor") -> None:
+        """Compile the decoder layers for training, each when it first runs. Adapters must be there already."""
+        self._layer_compiler = LayerCompiler(get_decoder_layers(self.lm), backend)
 
     def forward(
         self,
@@ -200,7 +206,9 @@ class LossModule(nn.Module):
         is the longest of them. Without them they are read from `position_ids`, which waits for the device.
         """
         self.batch_position.rows = len(input_ids)
-        given = self._build_inputs(input_ids, position_ids, cu_seqlens, max_seqlen)
+        compiler = self._layer_compiler
+        is_compiled = compiler is not None and compiler.begin_forward(input_ids, training=self.training)
+        given = self._build_inputs(input_ids, position_ids, cu_seqlens, max_seqlen, is_compiled=is_compiled)
         monitor = self.router_monitor if self.training else None
         if monitor is not None:
             monitor.begin_forward(labels != IGNORE_INDEX)
@@ -213,11 +221,19 @@ class LossModule(nn.Module):
         self.batch_position.rows = len(input_ids)
         if self.router_monitor is not None:
             self.router_monitor.stop()
+        if self._layer_compiler is not None:
+            self._layer_compiler.stop()
         logits: Tensor = self.lm(**self._build_inputs(input_ids, position_ids, None, None)).logits
         return logits.reshape(*input_ids.shape, -1)
 
     def _build_inputs(
-        self, input_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        cu_seqlens: Tensor | None,
+        max_seqlen: int | None,
+        *,
+        is_compiled: bool = False,
     ) -> dict[str, Any]:
         """Return the arguments of the model, with all rows as one if its attention takes the documents' bounds."""
         flat = takes_cu_seqlens(self.lm)
@@ -229,6 +245,9 @@ class LossModule(nn.Module):
         if cu_seqlens is None or max_seqlen is None:
             bounds, max_seqlen = compute_cu_seqlens(position_ids)
             cu_seqlens = bounds.to(input_ids.device)
+        if is_compiled:
+            mark_dynamic_bounds(cu_seqlens)
+            max_seqlen = input_ids.shape[1]  # a bound that never changes: as a constant, each would be another graph
         if self._has_linear_attention:
             given["seq_idx"] = build_sequence_index(cu_seqlens, input_ids.numel())
         return {**given, "use_cache": False, **build_attention_arguments(cu_seqlens, max_seqlen)}

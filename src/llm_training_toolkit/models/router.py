@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,39 +31,37 @@ class RouterMonitor:
 
     def __init__(self, routers: Sequence[nn.Module], balance: float | None) -> None:
         first: Any = routers[0]
-        self._experts, self._top_k, self._layers = int(first.num_experts), int(first.top_k), len(routers)
+        self._pass = _ObservedPass(int(first.num_experts), int(first.top_k), with_balance=balance is not None)
         self._balance = balance
-        self._bears_loss: Tensor | None = None
-        self._is_counting = False
-        self._terms: list[Tensor] = []
-        self._choices: Tensor | None = None
+        self._observers = [_RouterObserver(self._pass) for _ in routers]
         self._balance_sum: Tensor | None = None
-        for layer, router in enumerate(routers):
-            router.register_forward_hook(partial(self._observe, layer))
+        for router, observer in zip(routers, self._observers, strict=True):
+            router.register_forward_hook(observer.observe)
 
     def reset(self, device: torch.device) -> None:
         """Forget what was counted, at the begin of a step."""
-        self._choices = torch.zeros(self._layers, self._experts, device=device)
+        for observer in self._observers:
+            observer.choices = torch.zeros(self._pass.experts, device=device)
         self._balance_sum = torch.zeros((), device=device)
 
     def begin_forward(self, bears_loss: Tensor) -> None:
         """Observe the forward pass of sequences; `bears_loss` (B, T) says of which tokens the loss is taken."""
-        self._bears_loss = bears_loss.float()
-        if self._choices is None:
+        self._pass.bears_loss = bears_loss.float()
+        if self._balance_sum is None:
             self.reset(bears_loss.device)
-        self._is_counting, self._terms = True, []
+        self._pass.is_counting = True
 
     def stop(self) -> None:
         """Observe no pass until `begin_forward`; a backward pass through the last one must be over."""
-        self._bears_loss = None
+        self._pass.bears_loss = None
 
     def end_forward(self, loss: Tensor) -> Tensor:
         """Return the loss sum of the pass with the balance loss, weighted by the tokens that bear a loss."""
-        self._is_counting, terms = False, self._terms
-        self._terms = []
+        self._pass.is_counting = False
+        terms = [observer.take_term() for observer in self._observers]
         if self._balance is None:
             return loss
-        mean = torch.stack(terms).mean()
+        mean = torch.stack([term for term in terms if term is not None]).mean()
         assert self._balance_sum is not None
         self._balance_sum += mean.detach()
         return loss + self._balance * mean
@@ -76,38 +74,67 @@ class RouterMonitor:
 
     def compute_statistics(self, loss_tokens: int) -> dict[str, float]:
         """Return the metrics of a step with so many loss tokens. Collective; waits for the device once."""
-        assert self._choices is not None
         assert self._balance_sum is not None
-        counted = torch.cat([self._choices.flatten(), self._balance_sum[None]])
+        counted = torch.cat([*(observer.choices for observer in self._observers), self._balance_sum[None]])
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(counted)
+        experts = self._pass.experts
         *choices, balance = counted.tolist()
-        layers = [choices[start : start + self._experts] for start in range(0, len(choices), self._experts)]
+        layers = [choices[start : start + experts] for start in range(0, len(choices), experts)]
         found = {
-            "router/max_load": max(max(layer) * self._experts / max(sum(layer), 1.0) for layer in layers),
-            "router/entropy": sum(map(_compute_entropy, layers)) / self._layers,
+            "router/max_load": max(max(layer) * experts / max(sum(layer), 1.0) for layer in layers),
+            "router/entropy": sum(map(_compute_entropy, layers)) / len(layers),
             "router/dead_experts": float(choices.count(0.0)),
         }
         return found if self._balance is None else found | {"router/balance_loss": balance / max(loss_tokens, 1)}
 
-    def _observe(self, layer: int, router: nn.Module, _inputs: object, outputs: tuple[Tensor, ...]) -> None:
-        """Count the choices of a layer's router, and compute its balance loss summed over tokens."""
-        bears_loss = self._bears_loss
-        if bears_loss is None or not router.training or (self._balance is None and not self._is_counting):
+
+@dataclass
+class _ObservedPass:
+    """The forward pass that all routers are observed in."""
+
+    experts: int
+    top_k: int
+    with_balance: bool
+    bears_loss: Tensor | None = None
+    is_counting: bool = False
+
+
+class _RouterObserver:
+    """Hook of one router, with what it counts.
+
+    It holds no number of its layer, so that all layers share a graph of torch.compile.
+    """
+
+    def __init__(self, observed: _ObservedPass) -> None:
+        self._pass = observed
+        self.choices = torch.zeros(observed.experts)
+        self._term: Tensor | None = None
+
+    def take_term(self) -> Tensor | None:
+        """Return the balance loss of the pass, summed over tokens, and forget it."""
+        term, self._term = self._term, None
+        return term
+
+    def observe(self, router: nn.Module, _inputs: object, outputs: tuple[Tensor, ...]) -> None:
+        """Count the choices of the router, and compute its balance loss summed over tokens."""
+        observed = self._pass
+        bears_loss = observed.bears_loss
+        if bears_loss is None or not router.training or not (observed.with_balance or observed.is_counting):
             return
         logits, _, chosen = outputs
         with torch.no_grad():
             choices = torch.zeros_like(logits, dtype=torch.float32).scatter_(1, chosen, 1.0)
             choices = _sum_by_sequence(choices, bears_loss)
-            if self._is_counting and self._choices is not None:
-                self._choices[layer] += choices.sum(dim=0)
-        if self._balance is None:
+            if observed.is_counting:
+                self.choices.add_(choices.sum(dim=0))
+        if not observed.with_balance:
             return
         probabilities = _sum_by_sequence(logits.softmax(dim=-1, dtype=torch.float32), bears_loss)
         tokens = bears_loss.sum(dim=1).clamp(min=1.0)
-        term = ((choices * probabilities).sum(dim=1) * self._experts / (self._top_k * tokens)).sum()
-        if self._is_counting:
-            self._terms.append(term)
+        term = ((choices * probabilities).sum(dim=1) * observed.experts / (observed.top_k * tokens)).sum()
+        if observed.is_counting:
+            self._term = term
 
 
 def _sum_by_sequence(values: Tensor, bears_loss: Tensor) -> Tensor:
