@@ -226,6 +226,21 @@ def work_on(run: str, changes: Mapping[str, Any] | None = None, stop_after: int 
     return {**result, "events": events}
 
 
+def work_on_compiled(run: str, changes: Mapping[str, Any], stop_after: int | None = None) -> dict[str, Any]:
+    """Take part in a run whose layers are compiled without generated code, which is bit for bit; and its graphs."""
+    from torch._dynamo.utils import counters
+
+    counters.clear()
+    compile_layers: Any = LossModule.compile_layers
+    usual, compile_layers.__defaults__ = compile_layers.__defaults__, ("aot_eager",)
+    try:
+        result = work_on(run, changes, stop_after)
+    finally:
+        compile_layers.__defaults__ = usual
+        torch._dynamo.reset()  # type: ignore[no-untyped-call]
+    return {**result, "graphs": counters["stats"]["unique_graphs"] + sum(counters["graph_break"].values())}
+
+
 def work_until(run: str, changes: Mapping[str, Any], said: str, seconds: float) -> dict[str, Any]:
     """Take part in a run; a stop is asked for `seconds` after rank 0 has said `said`, which waits for so long."""
     stop = [False]

@@ -20,7 +20,7 @@ from llm_training_toolkit.runs.goodput import format_goodput, record_command_end
 from llm_training_toolkit.runs.status import read_goodput
 from llm_training_toolkit.runs.storage.open import get_run_location, join_run, lock_run
 from llm_training_toolkit.setup.background_prep import prepare_in_background
-from llm_training_toolkit.setup.machine import check_attention, check_machine, check_quantization
+from llm_training_toolkit.setup.machine import check_attention, check_compilation, check_machine, check_quantization
 from llm_training_toolkit.setup.resume import (
     ResumeState,
     check_checkpoint_size,
@@ -57,6 +57,7 @@ def start_run(request: TrainRequest, console: Console) -> TrainResult:
             console.print_line(line)
         check_quantization(config)
         check_attention(config)
+        check_compilation(config)
         check_initial_weights(config, plan, resume_state)
         if config.cluster.workers != 0:
             check_machine(config)

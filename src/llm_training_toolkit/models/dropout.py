@@ -6,6 +6,8 @@ resumes bit for bit, even on another number of workers.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -79,5 +81,5 @@ def _draw_masks(like: Tensor, position: Tensor, key: Tensor, rate: float) -> Ten
 
 
 @_draw_masks.register_fake
-def _(like: Tensor, position: Tensor, key: Tensor, rate: float) -> Tensor:
+def _(like: Tensor, *_given: Any) -> Tensor:  # noqa: ANN401 - as above
     return torch.empty_like(like, dtype=torch.bool)

@@ -20,6 +20,18 @@ def get_decoder_layers(model: nn.Module) -> list[nn.Module]:
     return list(decoder.h if hasattr(decoder, "h") else decoder.layers)
 
 
+def _configure_torch() -> None:
+    """Set the options of torch.compile in this process; loading it takes a second."""
+    from torch._dynamo import config as dynamo  # noqa: PLC0415
+    from torch._inductor import config as inductor  # noqa: PLC0415
+
+    dynamo.recompile_limit = _GRAPHS
+    # What a router's hook keeps is kept by the forward pass, not once more by a recomputation.
+    dynamo.skip_fwd_side_effects_in_bwd_under_checkpoint = True
+    # Otherwise kernels are chosen by measured time, and another one may round differently.
+    inductor.deterministic = torch.are_deterministic_algorithms_enabled()
+
+
 class LayerCompiler:
     """Compiled forward passes of a model's decoder layers, in training alone.
 
@@ -29,10 +41,7 @@ class LayerCompiler:
     """
 
     def __init__(self, layers: list[nn.Module], backend: str) -> None:
-        import torch._dynamo  # noqa: PLC0415 - takes a second
-
-        torch._dynamo.config.recompile_limit = _GRAPHS
-        torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
+        _configure_torch()
         self._is_active = False
         self._shapes: list[torch.Size] = []
         for layer in layers:
@@ -62,11 +71,13 @@ class LayerCompiler:
 
 def mark_dynamic_bounds(cu_seqlens: Tensor) -> None:
     """Let one graph take any number of documents; their bounds (documents + 1,) have at least two elements."""
-    torch._dynamo.mark_dynamic(cu_seqlens, 0)
+    from torch._dynamo import mark_dynamic  # noqa: PLC0415 - is loaded where something is compiled
+
+    mark_dynamic(cu_seqlens, 0)
 
 
 def is_compile_error(error: BaseException) -> bool:
     """Return whether torch.compile failed."""
-    import torch._dynamo.exc  # noqa: PLC0415 - is loaded where something is compiled
+    from torch._dynamo.exc import TorchDynamoException  # noqa: PLC0415 - is loaded where something is compiled
 
-    return isinstance(error, torch._dynamo.exc.TorchDynamoException)
+    return isinstance(error, TorchDynamoException)

@@ -19,6 +19,7 @@ from llm_training_toolkit.plan.batch import (
     compute_replica_slice,
     split_global_batch,
 )
+from llm_training_toolkit.plan.compilation import choose_compilation, estimate_run_seconds, find_compile_problem
 from llm_training_toolkit.plan.deepspeed import build_deepspeed_config, find_deepspeed_problems
 from llm_training_toolkit.plan.device_peaks import DevicePeak, find_device_peak
 from llm_training_toolkit.plan.estimate import ClusterEstimate, estimate_on_cluster, resolve_for_hardware
@@ -67,6 +68,7 @@ __all__ = [
     "build_deepspeed_config",
     "check_plan",
     "choose_attention",
+    "choose_compilation",
     "choose_memory_settings",
     "choose_precision",
     "compute_accumulation_steps",
@@ -78,6 +80,8 @@ __all__ = [
     "estimate_host_bytes",
     "estimate_memory",
     "estimate_on_cluster",
+    "estimate_run_seconds",
+    "find_compile_problem",
     "find_deepspeed_problems",
     "find_device_peak",
     "find_smaller_micro_batch",

@@ -140,11 +140,11 @@ def get_candidate_zero_stages(config: Config) -> tuple[int, ...]:
     """Return the ZeRO stages that `auto` chooses from, cheapest first.
 
     Stages 0 and 1 reduce gradients once per step, 2 and 3 with every micro-batch; stage 3 gathers all weights for every
-    pass. It is left out for 4-bit weights, which cannot be sharded.
+    pass. It is left out for 4-bit weights, which cannot be sharded, and for compiled layers, which its hooks would cut.
     """
     lora = config.model.lora
     possible = OFFLOAD_STAGES[config.engine.offload]
-    if lora is not None and lora.quantize is not None:
+    if config.model.compile is True or (lora is not None and lora.quantize is not None):
         possible = tuple(stage for stage in possible if stage < 3)
     # Stages 0 and 1 are the engine's own, and would ignore settings of zero_optimization.
     if config.engine.deepspeed.get("zero_optimization"):

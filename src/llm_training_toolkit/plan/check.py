@@ -17,6 +17,7 @@ from llm_training_toolkit.families.family import ISOLATED_MODEL_TYPES
 from llm_training_toolkit.families.lora import get_fully_trainable_modules
 from llm_training_toolkit.plan.auto import GPU_ATTENTION, OFFLOAD_STAGES
 from llm_training_toolkit.plan.batch import get_micro_batch, split_global_batch
+from llm_training_toolkit.plan.compilation import find_compile_problem
 from llm_training_toolkit.plan.deepspeed import find_deepspeed_problems
 from llm_training_toolkit.plan.git_check import find_git_problems
 from llm_training_toolkit.plan.problem import Problem, format_plural
@@ -38,6 +39,7 @@ def find_problems(config: Config, size: ModelSize, hf: HfValues, replicas: int) 
         *_find_isolation_problems(size.family),
         *_find_router_problems(config, hf),
         *_find_attention_problems(config, size.family),
+        *_find_compile_problems(config, hf),
         *_find_weights_problems(config),
         *_find_lora_problems(config, size, hf),
         *_find_offload_problems(config),
@@ -127,6 +129,13 @@ def _find_attention_problems(config: Config, family: Family) -> Iterator[Problem
             f"{family.name} has no flex_attention in transformers",
             "Use auto, varlen, sdpa or eager",
         )
+
+
+def _find_compile_problems(config: Config, hf: HfValues) -> Iterator[Problem]:
+    """Find what keeps layers from being compiled that have to be."""
+    problem = find_compile_problem(config, hf)
+    if config.model.compile is True and problem is not None:
+        yield problem
 
 
 def _find_weights_problems(config: Config) -> Iterator[Problem]:

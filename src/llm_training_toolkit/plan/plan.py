@@ -10,7 +10,7 @@ from llm_training_toolkit import families
 from llm_training_toolkit.config.schema import Config
 from llm_training_toolkit.config.section import parse_duration_seconds
 from llm_training_toolkit.errors import PlanError
-from llm_training_toolkit.plan import auto, batch, check, lr_schedule, memory
+from llm_training_toolkit.plan import auto, batch, check, compilation, lr_schedule, memory
 from llm_training_toolkit.plan.activations import ActivationCheckpointing, get_attention_memory
 from llm_training_toolkit.plan.deepspeed import build_base_config, build_deepspeed_config, find_deepspeed_problems
 from llm_training_toolkit.plan.horizon import DataFacts, MixtureSource, compute_horizon
@@ -39,6 +39,10 @@ class Plan:
     precision: str
     zero: int
     activation_checkpointing: ActivationCheckpointing
+    compile: bool
+    """Whether decoder layers are compiled; False while `auto` is open."""
+    compile_reason: str
+    """Reason for what `auto` became; empty without `auto` and while it is open."""
     steps: int | None
     """Length of the run, or None while it depends on unprepared data."""
     steps_estimated: bool
@@ -94,6 +98,12 @@ class Plan:
         """Return the plan with more notes, before its own."""
         return replace(self, notes=(*notes, *self.notes))
 
+    def with_compilation(self, chosen: auto.ResolvedValue) -> Plan:
+        """Return the plan with `model.compile` resolved."""
+        exact = tuple(name for name in self.estimated if name != "compile")
+        resolved = replace(self, compile=chosen.value == "true", compile_reason=chosen.reason, estimated=exact)
+        return resolved.with_notes([str(chosen)])
+
     def build_lr_schedule(self) -> LRSchedule:
         """Return the learning rate schedule. Raises PlanError while the length of the run is not known."""
         if self.steps is None or self.warmup_steps is None or self.decay_steps is None:
@@ -142,6 +152,7 @@ def make_plan(config: Config, data_facts: DataFacts | None = None, replicas: int
     length, every = config.data.sequence_length, config.checkpoint.interval
     workload = _build_workload(config, hf, adapter, smallest, deepspeed)
     memory_gb = memory.estimate_memory(workload).to_gigabytes()
+    uncompiled = compilation.find_automatic_reason(config, hf) if config.model.compile == "auto" else None
     return Plan(
         name=config.run.name,
         model=config.model.name,
@@ -154,6 +165,8 @@ def make_plan(config: Config, data_facts: DataFacts | None = None, replicas: int
         precision=str(config.train.precision),
         zero=workload.zero,
         activation_checkpointing=workload.checkpointing,
+        compile=config.model.compile is True,
+        compile_reason=uncompiled or "",
         steps=steps,
         steps_estimated=horizon.steps_estimated,
         epochs=horizon.epochs,
@@ -183,7 +196,11 @@ def make_plan(config: Config, data_facts: DataFacts | None = None, replicas: int
             *check.find_profile_problems(config.profile, steps),
             *check.find_vocabulary_problems(config, data_facts.vocab_size if data_facts else None, hf),
         ),
-        estimated=_list_estimated_values(given, steps_estimated=horizon.steps_estimated),
+        estimated=_list_estimated_values(
+            given,
+            steps_estimated=horizon.steps_estimated,
+            compile_open=given.model.compile == "auto" and not uncompiled,
+        ),
         notes=check.collect_notes(config, size, hf, (smallest, world)),
     )
 
@@ -195,13 +212,14 @@ def check_plan(plan: Plan) -> Plan:
     return plan
 
 
-def _list_estimated_values(config: Config, *, steps_estimated: bool) -> tuple[str, ...]:
+def _list_estimated_values(config: Config, *, steps_estimated: bool, compile_open: bool) -> tuple[str, ...]:
     """Return the names of inexact values; an `auto` micro-batch is planned as 1, checkpointing as none."""
     return (
         *(("steps",) if steps_estimated else ()),
         *(("precision",) if config.train.precision == "auto" else ()),
         *(("zero",) if config.engine.zero_stage == "auto" else ()),
         *(("activation_checkpointing",) if config.model.activation_checkpointing == "auto" else ()),
+        *(("compile",) if compile_open else ()),
         *(("micro_batch", "accumulation") if config.train.micro_batch_size == "auto" else ()),
         "memory_gb_per_device",
     )

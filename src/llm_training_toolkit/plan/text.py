@@ -52,6 +52,7 @@ def _iter_rows(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "learning rate", _format_lr_schedule(plan)
     yield "DeepSpeed", _format_zero_stage(plan)
     yield "activations", _format_checkpointing(plan)
+    yield "compile", _format_compilation(plan)
     yield "memory", _format_memory(plan)
     yield (
         "compute",
@@ -83,6 +84,13 @@ def _format_checkpointing(plan: Plan) -> str:
     if "activation_checkpointing" in plan.estimated:
         return "kept (activation_checkpointing auto), or recomputed as far as memory is short"
     return _CHECKPOINTING[plan.activation_checkpointing]
+
+
+def _format_compilation(plan: Plan) -> str:
+    if "compile" in plan.estimated:
+        return "on GPUs, in runs of about an hour and more (auto)"
+    reason = f" (auto): {plan.compile_reason}" if plan.compile_reason else ""
+    return f"{'each decoder layer by torch.compile' if plan.compile else 'no'}{reason}"
 
 
 def _format_active_parameters(plan: Plan) -> str:

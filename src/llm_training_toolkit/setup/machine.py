@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
+import sysconfig
 from collections.abc import Mapping
+from pathlib import Path
 
 from llm_training_toolkit import families
 from llm_training_toolkit.config import Config
 from llm_training_toolkit.errors import PlanError
 from llm_training_toolkit.plan.auto import GPU_ATTENTION
+from llm_training_toolkit.plan.compilation import COMPILE_KEY
 
 LINEAR_ATTENTION = "linear_attention"
 _ATTENTION_PACKAGES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
@@ -74,6 +78,33 @@ def check_attention(config: Config) -> None:
         problem = find_attention_problem(kind, gpu=torch.cuda.is_available() and config.cluster.gpus_per_worker != 0)
         if problem:
             raise PlanError(f"model.attn_implementation = {kind}: {problem}")
+
+
+def check_compilation(config: Config) -> None:
+    """Raise PlanError if the run trains on this machine with compiled layers, and it cannot compile."""
+    if config.model.compile is not True or not (config.cluster.workers == 0 or is_local()):
+        return
+    import torch
+
+    missing = find_compiler_problem(gpu=torch.cuda.is_available() and config.cluster.gpus_per_worker != 0)
+    if missing:
+        raise PlanError(f"{COMPILE_KEY} = true: {missing}")
+
+
+def find_compiler_problem(*, gpu: bool) -> str | None:
+    """Return what this machine lacks for torch.compile and its remedy; None if nothing is missing.
+
+    Triton compiles a launcher in C for each machine, torch on CPU its kernels in C++; both need Python's headers.
+    """
+    if gpu and importlib.util.find_spec("triton") is None:
+        return "torch.compile needs Triton on GPUs, which is not installed: it comes with torch's builds for CUDA"
+    variable, names = ("CC", ("gcc", "clang", "cc")) if gpu else ("CXX", ("g++", "clang++", "c++"))
+    compilers = [os.environ[variable]] if variable in os.environ else names
+    if not any(shutil.which(name) for name in compilers):
+        return f"torch.compile needs a compiler, and there is no {' or '.join(compilers)}: install g++, or set false"
+    if not Path(sysconfig.get_paths()["include"], "Python.h").is_file():
+        return "torch.compile needs Python's headers (Python.h): install python3-dev, or set false"
+    return None
 
 
 def list_attention_kinds(config: Config) -> tuple[str, ...]:

@@ -122,6 +122,8 @@ def _build_engine(
         hf_config.pop("quantization_config", None)  # of these ranks, not of the weights
         module = LossModule(model, model_section.loss_chunk_size, config.train.router_balance)
         _add_adapters(module, model, config, plan)
+        if plan.compile:
+            module.compile_layers()
     engine = Engine(
         module, config.optim, plan.deepspeed, context.device, zero_stage=plan.zero, offload=config.engine.offload
     )

@@ -30,6 +30,7 @@ from llm_training_toolkit.distributed.events import CheckpointEvent, EvalEvent, 
 from llm_training_toolkit.distributed.flight_recorder import set_flight_record_directory
 from llm_training_toolkit.distributed.heartbeat import NO_TIMEOUT
 from llm_training_toolkit.evaluation.in_training import InTrainingEvaluator
+from llm_training_toolkit.models.layer_compiler import is_compile_error
 from llm_training_toolkit.models.memory import is_out_of_memory, set_allocator_options
 from llm_training_toolkit.monitoring.logs import RANK_LOGGER, log_to_file, redirect_output
 from llm_training_toolkit.monitoring.metrics import Metrics
@@ -53,6 +54,7 @@ from llm_training_toolkit.train.loop import run_training_loop
 from llm_training_toolkit.train.profiler import StepProfiler
 from llm_training_toolkit.worker.attention import resolve_attention
 from llm_training_toolkit.worker.build import BuiltModel, build_run_model
+from llm_training_toolkit.worker.compilation import build_compile_error, resolve_compilation
 from llm_training_toolkit.worker.devices import RankPlacement, check_placement
 from llm_training_toolkit.worker.finish import finish_run
 from llm_training_toolkit.worker.micro_batch import (
@@ -141,6 +143,8 @@ def _train_and_finish(components: TrainerComponents, spec: WorkerSpec, requested
             mark_out_of_memory(spec.directory, components.attempt)
             device_gb = measure_device_memory_gb(context.device)
             raise build_out_of_memory_error(requested, spec.config, context.world_size, device_gb) from error
+        if components.plan.compile and is_compile_error(error):
+            raise build_compile_error(error) from error
         raise
     if status == "finished" and spec.config.export.at_end and context.is_rank_zero:
         context.heartbeat.set_phase("exporting", NO_TIMEOUT)
@@ -231,6 +235,7 @@ def _make_attempt_plan(spec: WorkerSpec, context: RunContext, state: TrainState,
     """Return the plan at this number of workers, from `state` on; rank 0 writes it, with `auto` resolved."""
     data_facts = build_data_facts(spec.dataset_info, state.step, state.sequences)
     plan = check_plan(make_plan(spec.config, data_facts, replicas=context.world_size)).with_notes(resolved)
+    plan = resolve_compilation(spec.config, plan, context)
     if context.is_rank_zero:
         write_atomically(spec.directory.plan_path, json.dumps(plan.to_json(), indent=1))
     return plan
@@ -295,7 +300,7 @@ def _build_step_profiler(spec: WorkerSpec, context: RunContext, state: TrainStat
 
 def _build_manifest_extra(built: BuiltModel, plan: Plan) -> dict[str, Any]:
     """Return the facts about the model that a manifest holds beside its weights."""
-    extra = {"hf_config": built.hf_config, "micro_batch": plan.micro_batch}
+    extra = {"hf_config": built.hf_config, "micro_batch": plan.micro_batch, "compile": plan.compile}
     return extra if built.base is None else extra | {"base": built.base.to_json()}
 
 
@@ -314,10 +319,12 @@ def _warn_of_rounding_changes(
     if checkpoint is None or not context.is_rank_zero:
         return
     manifest = checkpoint.manifest
+    code = {False: "", True: ", compiled"}
     previous = (manifest.world_size, manifest.threads, manifest.extra["micro_batch"], manifest.zero)
     now = (context.world_size, lineage.threads, lineage.extra["micro_batch"], lineage.zero)
-    if previous != now:
-        said = "went on {} workers with {} threads each in micro-batches of {} under ZeRO {}".format(*previous)
-        here = "goes on {} with {} in micro-batches of {} under ZeRO {}".format(*now)
+    before, after = code[manifest.extra.get("compile", False)], code[lineage.extra["compile"]]
+    if (*previous, before) != (*now, after):
+        said = "went on {} workers with {} threads each in micro-batches of {} under ZeRO {}".format(*previous) + before
+        here = "goes on {} with {} in micro-batches of {} under ZeRO {}".format(*now) + after
         message = f"the run {said} and now {here}: the same sequences, losses equal up to rounding"
         context.report(NoteEvent(message))

@@ -36,7 +36,7 @@ from llm_training_toolkit.search.event_log import EventLog, SearchDirectory, Tri
 from llm_training_toolkit.search.results import build_summary, find_best_trial
 from llm_training_toolkit.search.sampler import TrialSampler
 from llm_training_toolkit.search.space import TrialConfigBuilder, boundary_points, check_search_space, format_point
-from llm_training_toolkit.setup.machine import check_attention, check_machine, check_quantization
+from llm_training_toolkit.setup.machine import check_attention, check_compilation, check_machine, check_quantization
 
 if TYPE_CHECKING:
     from ray.tune import Tuner
@@ -87,6 +87,7 @@ def run_search(spec: SearchSpec, console: Console) -> tuple[TrainResultStatus, d
     check_machine(spec.trial_config)
     check_quantization(spec.trial_config)
     check_attention(spec.trial_config)
+    check_compilation(spec.trial_config)
     with lock_run_directory(directory.driver_run):
         event_log = EventLog(directory.event_log_path)
         if event_log.trials:

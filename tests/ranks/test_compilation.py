@@ -1,0 +1,63 @@
+"""Runs with compiled layers: the losses and weights of eager ones, bit for bit, and a resume that changes its mind."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import rank_tasks
+from llm_training_toolkit.checkpoint import CheckpointReader, find_latest_checkpoint
+from llm_training_toolkit.distributed.events import NoteEvent
+from llm_training_toolkit.runs.directory import RunDirectory
+from llm_training_toolkit.setup.machine import find_compiler_problem
+from rank_pool import RankPool
+
+Pools = Callable[[int], RankPool]
+
+
+def _losses(run: RunDirectory) -> dict[int, float]:
+    rows = [json.loads(line) for line in run.metrics_path.read_text().splitlines()]
+    return {row["step"]: row["train/loss"] for row in rows if "train/loss" in row}
+
+
+def _final(run: RunDirectory) -> Path:
+    directory = find_latest_checkpoint(run.checkpoints_dir)
+    assert directory is not None
+    return directory
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2])
+def test_a_compiled_run_is_the_eager_one(pools: Pools, prepared_run: RunDirectory, tmp_path: Path, zero: int) -> None:
+    """Six sequences on each rank, in micro-batches of four and two; the last three steps of one run are eager."""
+    runs = {}
+    missing = find_compiler_problem(gpu=False)
+    if missing:
+        pytest.skip(missing)
+    for name in ("eager", "compiled"):
+        shutil.copytree(prepared_run.path, tmp_path / name)
+        runs[name] = RunDirectory(tmp_path / name)
+    changes = {
+        "engine": {"zero_stage": zero},
+        "train": {"steps": 4, "global_batch_size": 11, "micro_batch_size": 4},
+        "model": {"activation_checkpointing": ("none", "selective", "full")[zero]},
+    }
+    pools(2).run(rank_tasks.work_on, run=str(runs["eager"].path), changes=changes)
+    compiled = changes | {"model": changes["model"] | {"compile": True}}
+    first = pools(2).run(rank_tasks.work_on_compiled, run=str(runs["compiled"].path), changes=compiled, stop_after=2)
+    assert [answer["graphs"] for answer in first] == [2, 2], "one for each size of micro-batch, and no break"
+    assert CheckpointReader(_final(runs["compiled"])).manifest.extra["compile"] is True
+    last = pools(2).run(rank_tasks.work_on, run=str(runs["compiled"].path), changes=changes)[0]
+    assert last["status"] == "finished"
+    notes = [event.message for event in last["events"] if isinstance(event, NoteEvent)]
+    assert any(", compiled and now goes on" in note for note in notes)
+    assert _losses(runs["compiled"]) == _losses(runs["eager"])
+    assert sorted(_losses(runs["eager"])) == [1, 2, 3, 4]
+    found, wanted = (rank_tasks.read_state(_final(runs[name])) for name in ("compiled", "eager"))
+    assert found.keys() == wanted.keys()
+    assert all(np.array_equal(found[name], wanted[name]) for name in wanted)
+    assert not any("_orig_mod" in name for name in found)
