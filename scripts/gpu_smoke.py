@@ -133,7 +133,7 @@ def _bench(device: str, work: Path, machine: Values) -> Bench:
 
 def _run(bench: Bench, machine: Values, runner: Runner) -> dict[str, Result]:
     """Run every task of this machine, saying so; the results by name."""
-    order = order_for(bench, machine["packages"])
+    order = order_for(bench, machine["packages"], machine["cannot_compile"])
     results: dict[str, Result] = dict(order.left_out)
     terminal = Console(stderr=True, highlight=False, soft_wrap=True)
 

@@ -220,6 +220,17 @@ def _memory(stages: Stages, bench: Bench, _machine: Values) -> Found:
     return _verdict(low <= ratio <= high), value, expected
 
 
+def _compiled(stages: Stages, bench: Bench, _machine: Values) -> Found:
+    run, beside = stages["compiled"][0], stages["large"][0]
+    rate, without = speed_of(run)[0], speed_of(beside)[0]
+    away = _apart(run["losses"][:WARM_UP], beside["losses"][:WARM_UP])
+    value = f"{rate:,.0f} tokens/s, {rate / without:.2f} of those without"
+    if bench.on_gpu:
+        value += f"; {run['peak_gb']:.2f} GB, without {beside['peak_gb']:.2f}"
+    value += f"; first losses {away:.2%} apart"
+    return _verdict(_falls(run["losses"]), away <= _LOSS), value, f"first losses within {_LOSS:.0%}"
+
+
 def _on_ray(stages: Stages, _bench: Bench, _machine: Values) -> Found:
     run, beside = stages["ray"][0], stages["large"][0]
     rate, without = speed_of(run)[0], speed_of(beside)[0]
@@ -243,6 +254,7 @@ CHECKS = (
     Check("speed", ["large"], _speed),
     Check("MFU", ["large"], _utilization),
     Check("peak memory", ["large"], _memory),
+    Check("compiled layers", ["compiled", "large"], _compiled),
     Check("Ray Train", ["ray", "large"], _on_ray),
 )
 """Every row of the table, in its order."""

@@ -42,17 +42,22 @@ class Order:
     left_out: dict[str, Skipped] = field(default_factory=dict)
 
 
-def order_for(bench: Bench, packages: Values) -> Order:
-    """The tasks of a machine; `packages` says which optional ones can be imported."""
+def order_for(bench: Bench, packages: Values, cannot_compile: str | None = None) -> Order:
+    """The tasks of a machine; `packages` says which optional ones can be imported, `cannot_compile` what is missing."""
     order = Order()
     times = _GPU if bench.on_gpu else _CPU
     large: Values = {"config": bench.large("large"), "discard": True}
     order.first.append(Task("data", "task_prepare", [large], times.small, times.limit))
     room = _no_room(bench, large["config"])
     if room is not None:
-        order.left_out["large"] = order.left_out["ray"] = room
+        order.left_out["large"] = order.left_out["compiled"] = order.left_out["ray"] = room
     else:
         order.first.append(Task("large", "task_train", [large], times.large, times.limit))
+        if cannot_compile is None:
+            compiled = {"config": bench.large("compiled", model={"compile": True}), "discard": True}
+            order.first.append(Task("compiled", "task_train", [compiled], times.large, times.limit))
+        else:
+            order.left_out["compiled"] = Skipped(cannot_compile)
         _add_ray(order, bench, packages, times)
     _add_runs(order, bench, times)
     _add_attention(order, bench, packages, times)

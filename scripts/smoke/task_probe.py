@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from llm_training_toolkit.runs.directory import collect_environment
+from llm_training_toolkit.setup.machine import find_compiler_problem
 from smoke.task import Values, run
 
 _SIDE = {"cuda": 8192, "cpu": 512}
@@ -41,6 +42,7 @@ def probe(arguments: Values) -> Values:
             "flash_attn": _version("flash_attn"),
         },
     }
+    facts["cannot_compile"] = find_compiler_problem(gpu=arguments["device"] == "cuda")
     if arguments["device"] == "cuda" and found:
         facts |= _gpu()
     if arguments["device"] == "cpu" or found:

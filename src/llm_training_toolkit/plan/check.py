@@ -133,8 +133,7 @@ def _find_attention_problems(config: Config, family: Family) -> Iterator[Problem
 
 def _find_compile_problems(config: Config, hf: HfValues) -> Iterator[Problem]:
     """Find what keeps layers from being compiled that have to be."""
-    problem = find_compile_problem(config, hf)
-    if config.model.compile is True and problem is not None:
+    if config.model.compile is True and (problem := find_compile_problem(config, hf)) is not None:
         yield problem
 
 

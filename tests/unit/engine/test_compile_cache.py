@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from llm_training_toolkit.engine.compile_cache import set_compile_cache_dirs
+from llm_training_toolkit.setup.machine import find_compiler_problem
 
 NAMES = ("TORCH_EXTENSIONS_DIR", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
+
+TRAINING = """
+import torch
+from llm_training_toolkit.engine.compile_cache import set_compile_cache_dirs
+set_compile_cache_dirs()
+from torch._dynamo.utils import counters
+from unit.models.test_layer_compiler import module_of, packings, run
+torch.set_num_threads(1)
+run(module_of("starcoderbase-1b", checkpointing="full", backend="inductor"), next(packings(1)))
+print(counters["inductor"]["fxgraph_cache_miss"], counters["aot_autograd"]["autograd_cache_hit"])
+"""
 
 
 @pytest.fixture
@@ -51,3 +65,21 @@ def test_a_folder_that_others_may_write_to_is_left_alone(folder: Path, tmp_path:
     folder.symlink_to(tmp_path)
     set_compile_cache_dirs()
     assert not any(name in os.environ for name in NAMES)
+
+
+@pytest.mark.slow
+def test_the_next_attempt_compiles_nothing(tmp_path: Path) -> None:
+    missing = find_compiler_problem(gpu=False)
+    if missing:
+        pytest.skip(missing)
+    tests = Path(__file__).parents[2]
+    paths = os.pathsep.join([*sys.path, str(tests), str(tests / "support")])
+    own = {"TORCHINDUCTOR_CACHE_DIR", "TORCH_EXTENSIONS_DIR", "TRITON_CACHE_DIR"}
+    kept = {name: value for name, value in os.environ.items() if name not in own}
+    environment = kept | {"TMPDIR": str(tmp_path), "PYTHONPATH": paths}
+    first, second = (
+        subprocess.run([sys.executable, "-c", TRAINING], env=environment, check=True, capture_output=True, text=True)
+        for _ in range(2)
+    )
+    assert first.stdout.split() == ["2", "0"], "forward and backward pass"
+    assert second.stdout.split() == ["0", "1"]

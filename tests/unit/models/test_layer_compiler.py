@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 from unittest import mock
 
@@ -72,7 +73,7 @@ def packings(count: int, rows: int = 1) -> Iterator[Batch]:
         for _ in range(rows):
             cuts = (torch.randperm(TOKENS - 1, generator=generator)[: 1 + number % 5] + 1).sort().values.tolist()
             bounds = [0, *cuts, TOKENS]
-            positions += [torch.arange(stop - start) for start, stop in zip(bounds, bounds[1:], strict=False)]
+            positions += [torch.arange(stop - start) for start, stop in pairwise(bounds)]
         ids = torch.randint(0, 128, (rows, TOKENS), generator=generator)
         yield ids, torch.cat(positions).reshape(rows, TOKENS)
 
@@ -178,8 +179,8 @@ def test_one_graph_takes_any_number_of_documents_on_gpus(
 
 def test_a_compiler_that_fails_is_known_by_its_error() -> None:
     module = module_of("starcoderbase-1b", backend="inductor")
-    with inductor.patch({"cpp.cxx": ("/no/such/compiler",), "fx_graph_cache": False}):
-        with pytest.raises(RuntimeError) as raised:
-            run(module, next(packings(1)))
+    without = inductor.patch({"cpp.cxx": ("/no/such/compiler",), "fx_graph_cache": False})
+    with without, pytest.raises(RuntimeError) as raised:
+        run(module, next(packings(1)))
     assert is_compile_error(raised.value)
     assert not is_compile_error(RuntimeError("another"))

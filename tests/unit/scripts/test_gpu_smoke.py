@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from llm_training_toolkit.setup.machine import find_compiler_problem
 from smoke.bench import Bench
 from smoke.checks import CHECKS, Check, attention_faults
 from smoke.order import order_for
@@ -75,7 +76,8 @@ def test_everything_is_rehearsed_on_cpu_without_ray_and_yaml(
     assert list(rows) == [check.name for check in CHECKS]
     assert all(name in done.stdout for name in rows)
     skipped = {name for name, row in rows.items() if row["result"] == "skipped"}
-    assert skipped == GPU_ONLY | {"Ray Train"}
+    uncompiled = {"compiled layers"} if find_compiler_problem(gpu=False) else set()
+    assert skipped == GPU_ONLY | {"Ray Train"} | uncompiled
     assert rows["Ray Train"]["value"] == "ray is not installed"
     assert all("needs a GPU" in rows[name]["value"] for name in GPU_ONLY)
     assert report["machine"]["packages"]["ray"] is None
@@ -86,7 +88,9 @@ def test_what_has_no_time_left_is_skipped(tmp_path: Path) -> None:
     done, report = smoke(tmp_path / "report.json", "--device", "cpu", "--minutes", "0")
     assert done.returncode == 0, done.stderr
     assert report["status"] == "skipped"
-    made = [row for row in report["rows"] if row["name"] not in {"flash_attention_2", "flex_attention", "Ray Train"}]
+    elsewhere = {"flash_attention_2", "flex_attention", "Ray Train"}
+    elsewhere |= {"compiled layers"} if find_compiler_problem(gpu=False) else set()
+    made = [row for row in report["rows"] if row["name"] not in elsewhere]
     assert all(row["result"] == "skipped" and row["value"].startswith("out of time") for row in made)
 
 
@@ -187,4 +191,7 @@ def test_a_gpu_gets_the_whole_size_where_it_fits(tmp_path: Path) -> None:
         "flash_attention_2": "the package flash_attn is not installed",
     }
     assert {task.name for task in pair.together} - {task.name for task in alone.together} == {"two_ranks"}
+    assert "compiled" in {task.name for task in alone.first}
+    lacking = order_for(bench(139), packages, "no compiler").left_out
+    assert lacking["compiled"] == Skipped("no compiler")
     assert {task.ranks for task in pair.together if task.name in {"ranks", "two_ranks"}} == {2}
