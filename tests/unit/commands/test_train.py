@@ -14,7 +14,7 @@ from llm_training_toolkit.errors import PlanError, Problem, ToolkitError
 from llm_training_toolkit.launch.child import _build_error
 from llm_training_toolkit.launch.request import TrainRequest, build_failure_json
 from llm_training_toolkit.monitoring.console import Console
-from llm_training_toolkit.setup.machine import find_attention_problem
+from llm_training_toolkit.setup.machine import find_attention_problem, find_compiler_problem
 from tiny_runs import tiny_config, write_corpus
 
 
@@ -38,6 +38,27 @@ def test_attention_that_this_machine_lacks_is_refused_before_data_is_prepared(
     with pytest.raises(PlanError, match=f"model.attn_implementation = {attention}: it needs"):
         start_run(TrainRequest(file), Console(io.StringIO()))
     assert not (tmp_path / "cache").exists()
+
+
+def test_layers_that_this_machine_cannot_compile_are_refused_before_data_is_prepared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    for variable in ("CC", "CXX"):
+        monkeypatch.setenv(variable, "/no/such/compiler")
+    config = tiny_config(
+        write_corpus(tmp_path / "corpus", 3),
+        tmp_path / "runs",
+        model={"compile": True},
+        data={"cache": str(tmp_path / "cache")},
+        cluster={"workers": 0, "gpus_per_worker": 0},
+    )
+    file = tmp_path / "run.yaml"
+    file.write_text(json.dumps(json.loads(config.model_dump_json(exclude_unset=True))))
+    with pytest.raises(PlanError, match="model.compile = true: torch.compile needs a compiler, .*no/such/compiler"):
+        start_run(TrainRequest(file), Console(io.StringIO()))
+    assert not (tmp_path / "cache").exists()
+    assert find_compiler_problem(gpu=True) is not None
 
 
 def test_a_failure_is_json_from_which_its_exception_is_built_again() -> None:
