@@ -55,7 +55,7 @@ def test_layers_that_this_machine_cannot_compile_are_refused_before_data_is_prep
     )
     file = tmp_path / "run.yaml"
     file.write_text(json.dumps(json.loads(config.model_dump_json(exclude_unset=True))))
-    with pytest.raises(PlanError, match="model.compile = true: torch.compile needs a compiler, .*no/such/compiler"):
+    with pytest.raises(PlanError, match=r"model.compile = true: torch.compile needs a compiler, .*no/such/compiler"):
         start_run(TrainRequest(file), Console(io.StringIO()))
     assert not (tmp_path / "cache").exists()
     assert find_compiler_problem(gpu=True) is not None
