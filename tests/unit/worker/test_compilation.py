@@ -35,7 +35,7 @@ def test_what_a_rank_cannot_compile_is_refused(
         monkeypatch.setenv("CXX", compiler)
     attention = "varlen" if compiler is None else "sdpa"
     config = tiny_config(tmp_path, tmp_path, model={"compile": True, "attn_implementation": attention})
-    with pytest.raises(PlanError, match="model.compile = true: "):
+    with pytest.raises(PlanError, match=r"model\.compile = true: "):
         resolve_compilation(config, make_plan(config), CONTEXT)
 
 
