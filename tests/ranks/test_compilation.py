@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -41,7 +42,7 @@ def test_a_compiled_run_is_the_eager_one(pools: Pools, prepared_run: RunDirector
     for name in ("eager", "compiled"):
         shutil.copytree(prepared_run.path, tmp_path / name)
         runs[name] = RunDirectory(tmp_path / name)
-    changes = {
+    changes: dict[str, Any] = {
         "engine": {"zero_stage": zero},
         "train": {"steps": 4, "global_batch_size": 11, "micro_batch_size": 4},
         "model": {"activation_checkpointing": ("none", "selective", "full")[zero]},

@@ -237,7 +237,7 @@ def work_on_compiled(run: str, changes: Mapping[str, Any], stop_after: int | Non
         result = work_on(run, changes, stop_after)
     finally:
         compile_layers.__defaults__ = usual
-        torch._dynamo.reset()  # type: ignore[no-untyped-call]
+        torch._dynamo.reset()
     return {**result, "graphs": counters["stats"]["unique_graphs"] + sum(counters["graph_break"].values())}
 
 

@@ -34,11 +34,11 @@ Batch = tuple[Tensor, Tensor]
 @pytest.fixture(autouse=True)
 def _fresh_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(logging.getLogger("torch.__trace"), "disabled", True)  # torch would log every graph for pytest
-    torch._dynamo.reset()  # type: ignore[no-untyped-call]
+    torch._dynamo.reset()
     counters.clear()
     with one_thread():
         yield
-    torch._dynamo.reset()  # type: ignore[no-untyped-call]
+    torch._dynamo.reset()
 
 
 def module_of(
