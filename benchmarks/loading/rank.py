@@ -8,13 +8,17 @@ from __future__ import annotations
 import json
 import sys
 import threading
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from llm_training_toolkit.distributed.context import RunContext
+from llm_training_toolkit.distributed.node_group import form_node_group
 from llm_training_toolkit.engine import prepare_deepspeed, zero3_init
 from llm_training_toolkit.models import build_model, check_pretrained_weights
+from llm_training_toolkit.models.weight_stream import WeightStream
 
 PATH, STAGE = sys.argv[1], int(sys.argv[2])
 SECONDS = 0.002
@@ -55,11 +59,11 @@ def main() -> None:
         "train_micro_batch_size_per_gpu": 1,
         "bf16": {"enabled": True},
     }
-    with zero3_init(deepspeed):
-        model = build_model(config, precision="bf16", attention="sdpa", path=PATH)
-    if STAGE < 3:
-        for parameter in model.parameters():
-            parameter.data = parameter.data.clone()  # as the engine does: until then the weights are pages of files
+    context = RunContext(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
+    with form_node_group(context, "this machine") as node, zero3_init(deepspeed):
+        streamed = WeightStream(PATH, context, node) if STAGE < 3 else nullcontext()
+        with streamed as stream:
+            model = build_model(config, precision="bf16", attention="sdpa", path=PATH, stream=stream)
     watch.over.set()
     watch.join()
     count = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())

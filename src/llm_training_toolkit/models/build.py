@@ -11,11 +11,17 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from llm_training_toolkit.errors import CheckpointError, PlanError
-from llm_training_toolkit.models.check_weights import LOAD_ERRORS, read_hf_config, resolve_model_path
+from llm_training_toolkit.models.check_weights import (
+    LOAD_ERRORS,
+    format_weight_misfit,
+    read_hf_config,
+    resolve_model_path,
+)
 from llm_training_toolkit.models.checkpointing import enable_activation_checkpointing
+from llm_training_toolkit.models.weight_stream import WeightStream, load_in_order
 from llm_training_toolkit.plan.activations import ActivationCheckpointing
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -27,47 +33,83 @@ def build_model(
     precision: str,
     attention: str,
     path: str | None = None,
+    stream: WeightStream | None = None,
     activation_checkpointing: ActivationCheckpointing = "none",
-    four_bits_on: torch.device | None = None,
+    four_bits: bool = False,
 ) -> nn.Module:
     """Build a causal language model of the given Hugging Face configuration, with the weights at `path` if given.
 
-    Weights must have passed `check_pretrained_weights`. With `four_bits_on` the matrices of loaded weights are kept in
-    4 bits (NF4) on that GPU. Raises CheckpointError when weights cannot be read, PlanError when they are of another
-    family than the configuration.
+    Weights must have passed `check_pretrained_weights`. With `stream`, of the same weights, they are loaded on its
+    device by all ranks together; `four_bits` keeps their matrices in 4 bits (NF4). Raises CheckpointError when weights
+    cannot be read, PlanError when they are of another family than the configuration.
     """
     dtype = DTYPES[precision]
     if path is None:
         config = AutoConfig.for_model(**hf_config)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+    elif stream is None:
+        model = _load_pretrained(path, hf_config.get("model_type"), dtype, attention)
     else:
-        how = {"attn_implementation": attention} | (_build_nf4_options(dtype, four_bits_on) if four_bits_on else {})
-        model = _load_pretrained(path, hf_config.get("model_type"), dtype, how)
+        model = _load_streamed(stream, path, hf_config.get("model_type"), dtype, attention, four_bits=four_bits)
     model.config.use_cache = False  # a cache object disables the isolation of packed documents
     enable_activation_checkpointing(model, activation_checkpointing)
     assert isinstance(model, nn.Module)
     return model
 
 
-def _build_nf4_options(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """Return the options for NF4 with double quantization, as in QLoRA; products are computed in `dtype`."""
-    kind = BitsAndBytesConfig(
+def _load_pretrained(path: str, model_type: str | None, dtype: torch.dtype, attention: str) -> Any:  # noqa: ANN401
+    config = read_hf_config(path, model_type)
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            resolve_model_path(path), config=config, dtype=dtype, use_safetensors=True, attn_implementation=attention
+        )
+    except LOAD_ERRORS as error:
+        raise _build_load_error(path, error) from error
+
+
+def _load_streamed(
+    stream: WeightStream, path: str, model_type: str | None, dtype: torch.dtype, attention: str, *, four_bits: bool
+) -> Any:  # noqa: ANN401
+    """Load the tensors of `stream` as transformers loads those of files. Collective, with its errors."""
+    model, failure = None, None
+    config = read_hf_config(path, model_type)
+    try:
+        with load_in_order():
+            # Not through AutoModelForCausalLM, which needs a path.
+            model, info = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
+                None,
+                config=config,
+                state_dict=stream.get_state_dict(),
+                device_map={"": stream.device},
+                quantization_config=_build_nf4_config(dtype) if four_bits else None,
+                output_loading_info=True,
+                dtype=dtype,
+                attn_implementation=attention,
+            )
+        if misfit := format_weight_misfit(info):
+            failure = CheckpointError(f"model.path = {path}: the weights do not fit the model: {misfit}")
+    except LOAD_ERRORS as error:
+        failure = _build_load_error(path, error)
+        if not stream.in_step:
+            raise failure from error
+    stream.check_complete(failure)
+    assert model is not None
+    model.config.name_or_path = model.name_or_path = resolve_model_path(path)
+    return model
+
+
+def _build_load_error(path: str, error: Exception) -> CheckpointError:
+    return CheckpointError(f"model.path = {path}: the weights cannot be loaded: {error}")
+
+
+def _build_nf4_config(dtype: torch.dtype) -> BitsAndBytesConfig:
+    """Return the configuration of NF4 with double quantization, as in QLoRA; products are computed in `dtype`."""
+    return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
     )
-    return {"quantization_config": kind, "device_map": {"": device}}
-
-
-def _load_pretrained(path: str, model_type: str | None, dtype: torch.dtype, how: Mapping[str, Any]) -> Any:  # noqa: ANN401
-    config = read_hf_config(path, model_type)
-    try:
-        return AutoModelForCausalLM.from_pretrained(
-            resolve_model_path(path), config=config, dtype=dtype, use_safetensors=True, **how
-        )
-    except LOAD_ERRORS as error:
-        raise CheckpointError(f"model.path = {path}: the weights cannot be loaded: {error}") from error
 
 
 def check_parameter_count(model: nn.Module, expected: int, name: str) -> None:

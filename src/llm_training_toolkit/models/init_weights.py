@@ -80,4 +80,5 @@ def resize_embeddings(model: nn.Module, rows: int, whole: ParameterGatherer) -> 
         id(layer.weight): layer.weight for layer in (lm.get_input_embeddings(), lm.get_output_embeddings())
     }.values():
         with whole(matrix), torch.no_grad():
-            matrix.data[old_rows:] = matrix.data[:old_rows].mean(dim=0, dtype=torch.float32).to(matrix.dtype)
+            old = matrix.data[:old_rows].cpu()  # a GPU adds in another order, and every machine must get the same rows
+            matrix.data[old_rows:] = old.mean(dim=0, dtype=torch.float32).to(matrix)

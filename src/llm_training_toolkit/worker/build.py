@@ -7,6 +7,7 @@ random weights, model.path, model.init_from or the run's own checkpoint
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,17 +25,18 @@ from llm_training_toolkit.checkpoint.restore import restore_engine
 from llm_training_toolkit.config import Config, parse_config_json
 from llm_training_toolkit.distributed.context import RunContext
 from llm_training_toolkit.distributed.events import NoteEvent
+from llm_training_toolkit.distributed.node_group import NodeGroup, form_node_group
 from llm_training_toolkit.engine import Engine, gathered_parameter, prepare_deepspeed, zero3_init
 from llm_training_toolkit.errors import CheckpointError, PlanError
 from llm_training_toolkit.models import (
     LossModule,
     build_model,
     check_parameter_count,
-    check_pretrained_weights,
     initialize_weights,
     resize_embeddings,
 )
 from llm_training_toolkit.models.build import DTYPES
+from llm_training_toolkit.models.weight_stream import WeightStream, check_weights_by_readers
 from llm_training_toolkit.plan import Plan
 from llm_training_toolkit.runs.directory import RunDirectory, check_run
 from llm_training_toolkit.setup.machine import find_attention_problem, find_quantization_problem, list_attention_kinds
@@ -71,7 +73,8 @@ def build_run_model(
     )
     origin = checkpoint or _find_initial_checkpoint(spec.config, plan, context)
     directory = ensure_local_weights(path, spec, context) if path is not None else None
-    engine, hf_config = _build_engine(spec.config, plan, context, directory, origin)
+    with form_node_group(context, f"{spec.machine}/{spec.node}") as node:
+        engine, hf_config = _build_engine(spec.config, plan, context, node, path=directory, origin=origin)
     # Record the hub id, not the local directory, which other machines do not have.
     if path is not None:
         hf_config = {**hf_config, "_name_or_path": path}
@@ -96,22 +99,30 @@ def _check_device(config: Config, context: RunContext) -> None:
 
 
 def _build_engine(
-    config: Config, plan: Plan, context: RunContext, path: str | None, origin: CheckpointReader | None
+    config: Config,
+    plan: Plan,
+    context: RunContext,
+    node: NodeGroup,
+    *,
+    path: str | None,
+    origin: CheckpointReader | None,
 ) -> tuple[Engine, Mapping[str, Any]]:
     """Build the model under DeepSpeed with the weights at `path`, if given; those of `origin` are loaded later."""
     model_section = config.model
     loads = model_section.path is not None or model_section.init_from is not None
-    quantize = plan.adapter is not None and plan.adapter.quantize is not None
     if path is not None:
-        check_pretrained_weights(path, plan.hf_config["model_type"])
-    with zero3_init(plan.deepspeed):
+        check_weights_by_readers(path, plan.hf_config["model_type"], context, node)
+    # Under ZeRO-3 transformers reads on rank 0 and partitions on the way.
+    streamed = WeightStream(path, context, node) if path is not None and plan.zero < 3 else nullcontext()
+    with zero3_init(plan.deepspeed), streamed as stream:
         model = build_model(
             _get_trained_hf_config(origin, plan) if origin and loads else plan.hf_config,
             precision=plan.precision,
             attention=model_section.attn_implementation,
             path=path,
+            stream=stream,
             activation_checkpointing=plan.activation_checkpointing,
-            four_bits_on=context.device if quantize else None,
+            four_bits=plan.adapter is not None and plan.adapter.quantize is not None,
         )
         if path is not None and model_section.resize_vocab_to is not None:
             resize_embeddings(model, model_section.resize_vocab_to, gathered_parameter)
