@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from llm_training_toolkit.checkpoint.manifest import FileEntry, compute_sha256
+from llm_training_toolkit.checkpoint.checksum_cache import read_sha256
+from llm_training_toolkit.checkpoint.manifest import FileEntry
 from llm_training_toolkit.distributed.context import RunContext
 from llm_training_toolkit.errors import CheckpointError
 
@@ -36,14 +37,14 @@ class BaseWeights:
         return cls(values["path"], tuple(FileEntry(**entry) for entry in values["files"]))
 
 
-def read_base_weights(path: str, context: RunContext) -> BaseWeights:
-    """Return the weights at a path, each file read and hashed by one rank. Collective.
+def read_base_weights(path: str, context: RunContext, cache: Path) -> BaseWeights:
+    """Return the weights at a path, each file hashed by one rank unless its checksum is in `cache`. Collective.
 
-    Raises CheckpointError when there are none.
+    `cache`: directory of prepared data. Raises CheckpointError when there are no weights.
     """
     files = find_weight_files(path)
     mine = [
-        FileEntry(file.name, file.stat().st_size, compute_sha256(file))
+        FileEntry(file.name, file.stat().st_size, read_sha256(file, cache / "checksums"))
         for file in files[context.rank :: context.world_size]
     ]
     entries = sorted(

@@ -24,6 +24,7 @@ from llm_training_toolkit.checkpoint import (
 from llm_training_toolkit.checkpoint.run import Run
 from llm_training_toolkit.config import Config
 from llm_training_toolkit.data.chat.template import ChatTemplate, read_special_tokens_map
+from llm_training_toolkit.data.prepare.builder import get_cache_directory
 from llm_training_toolkit.data.prepare.dataset_info import DatasetInfo
 from llm_training_toolkit.data.tokenizer import open_tokenizer
 from llm_training_toolkit.distributed.context import RunContext
@@ -185,9 +186,8 @@ def build_full_weights(trained: Run, checkpoint: CheckpointReader) -> tuple[Weig
 def check_adapter_base(trained: Run, checkpoint: CheckpointReader) -> None:
     """Raise CheckpointError unless the base of a checkpoint's adapters is present and unchanged."""
     alone = RunContext(0, 1, torch.device("cpu"))
-    check_base_matches(
-        BaseWeights.from_json(checkpoint.manifest.extra["base"]), read_base_weights(trained.base_path, alone)
-    )
+    now = read_base_weights(trained.base_path, alone, get_cache_directory(trained.config))
+    check_base_matches(BaseWeights.from_json(checkpoint.manifest.extra["base"]), now)
 
 
 def build_model_files(config: Config, dataset_info: DatasetInfo, text: str, origin: str) -> ModelFiles:

@@ -23,6 +23,7 @@ from llm_training_toolkit.checkpoint import (
 )
 from llm_training_toolkit.checkpoint.restore import restore_engine
 from llm_training_toolkit.config import Config, parse_config_json
+from llm_training_toolkit.data.prepare.builder import get_cache_directory
 from llm_training_toolkit.distributed.context import RunContext
 from llm_training_toolkit.distributed.events import NoteEvent
 from llm_training_toolkit.distributed.node_group import NodeGroup, form_node_group
@@ -78,7 +79,9 @@ def build_run_model(
     # Record the hub id, not the local directory, which other machines do not have.
     if path is not None:
         hf_config = {**hf_config, "_name_or_path": path}
-    base = replace(read_base_weights(directory, context), path=path) if plan.adapter and directory and path else None
+    base = None
+    if plan.adapter and directory and path:
+        base = replace(read_base_weights(directory, context, get_cache_directory(spec.config)), path=path)
     _load_state(engine, checkpoint, origin, base, context)
     return BuiltModel(engine, hf_config, base)
 

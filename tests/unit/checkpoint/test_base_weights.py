@@ -37,10 +37,12 @@ def test_the_weights_are_the_files_that_transformers_reads(weights: Path) -> Non
 
 
 def test_a_base_survives_the_manifest_and_a_move(weights: Path, tmp_path: Path) -> None:
-    before = BaseWeights.from_json(json.loads(json.dumps(read_base_weights(str(weights), ALONE).to_json())))
+    before = BaseWeights.from_json(
+        json.loads(json.dumps(read_base_weights(str(weights), ALONE, tmp_path / "cache").to_json()))
+    )
     assert [entry.size for entry in before.files] == [100, 100]
     weights.rename(tmp_path / "elsewhere")
-    check_base_matches(before, read_base_weights(str(tmp_path / "elsewhere"), ALONE))
+    check_base_matches(before, read_base_weights(str(tmp_path / "elsewhere"), ALONE, tmp_path / "cache"))
 
 
 @pytest.mark.parametrize(
@@ -51,12 +53,12 @@ def test_a_base_survives_the_manifest_and_a_move(weights: Path, tmp_path: Path) 
         (lambda path: (path / "model-00003-of-00003.safetensors").write_bytes(b"more"), "was not there"),
     ],
 )
-def test_another_base_is_refused_and_the_file_named(weights: Path, change: object, said: str) -> None:
-    before = read_base_weights(str(weights), ALONE)
+def test_another_base_is_refused_and_the_file_named(weights: Path, tmp_path: Path, change: object, said: str) -> None:
+    before = read_base_weights(str(weights), ALONE, tmp_path / "cache")
     assert callable(change)
     change(weights)
     with pytest.raises(CheckpointError, match=rf"not the weights .* were trained beside .* {said}"):
-        check_base_matches(before, read_base_weights(str(weights), ALONE))
+        check_base_matches(before, read_base_weights(str(weights), ALONE, tmp_path / "cache"))
 
 
 @pytest.mark.parametrize(

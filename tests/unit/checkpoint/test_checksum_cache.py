@@ -1,0 +1,86 @@
+"""Checksums are read again only if a file was touched."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from llm_training_toolkit.checkpoint.checksum_cache import read_sha256
+
+SIZE = 1 << 20
+LONG_AGO = 1_700_000_000
+
+
+def write(file: Path, content: bytes, written: float = LONG_AGO) -> Path:
+    file.write_bytes(content)
+    os.utime(file, (written, written))
+    return file
+
+
+def sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def bytes_read(file: Path, cache: Path) -> tuple[str, int]:
+    """The checksum, and how much this process read for it."""
+
+    def count() -> int:
+        return int(Path("/proc/self/io").read_text().split()[1])
+
+    before = count()
+    found = read_sha256(file, cache)
+    return found, count() - before
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return write(tmp_path / "model.safetensors", b"a" * SIZE)
+
+
+def test_an_untouched_file_is_hashed_once(file: Path, tmp_path: Path) -> None:
+    first, read = bytes_read(file, tmp_path / "cache")
+    assert (first, read >= SIZE) == (sha256(b"a" * SIZE), True)
+    again, read = bytes_read(file, tmp_path / "cache")
+    assert again == first
+    assert read < SIZE // 10
+
+
+def overwrite(file: Path) -> None:
+    write(file, b"b" * SIZE)
+
+
+def replace(file: Path) -> None:
+    write(file.with_name("new"), b"b" * SIZE).replace(file)
+
+
+@pytest.mark.parametrize("change", [overwrite, replace])
+def test_a_change_that_keeps_size_and_time_is_noticed(
+    file: Path, tmp_path: Path, change: Callable[[Path], None]
+) -> None:
+    read_sha256(file, tmp_path / "cache")
+    change(file)
+    assert (file.stat().st_size, file.stat().st_mtime) == (SIZE, LONG_AGO)
+    assert read_sha256(file, tmp_path / "cache") == sha256(b"b" * SIZE)
+
+
+def test_a_file_that_may_still_be_written_is_not_kept(tmp_path: Path) -> None:
+    file = write(tmp_path / "model.safetensors", b"a", time.time())
+    read_sha256(file, tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", "no json"])
+def test_a_damaged_entry_is_computed_anew(file: Path, tmp_path: Path, content: str) -> None:
+    read_sha256(file, tmp_path / "cache")
+    (entry,) = (tmp_path / "cache").iterdir()
+    entry.write_text(content)
+    assert read_sha256(file, tmp_path / "cache") == sha256(b"a" * SIZE)
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(file: Path) -> None:
+    assert read_sha256(file, file / "cache") == sha256(b"a" * SIZE)
