@@ -66,7 +66,7 @@ export RAY_TRAIN_ENABLE_STATE_TRACKING=1    # shows runs in the dashboard's Trai
 # Excludes these interfaces from NCCL's bootstrap. NCCL finds InfiniBand by itself; NCCL_DEBUG=INFO prints its choice.
 export NCCL_SOCKET_IFNAME="^lo,docker,virbr"
 export NCCL_DEBUG=WARN
-export PYTORCH_ALLOC_CONF=expandable_segments:True
+export PYTORCH_ALLOC_CONF=expandable_segments:True,pinned_max_round_threshold_mb:1
 
 # Slurm runs this script on the first node of the job, which becomes the head. The port depends on the job; Ray itself
 # uses 10002 to 19999.

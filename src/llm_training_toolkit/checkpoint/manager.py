@@ -82,7 +82,7 @@ class CheckpointManager:
             delete_incomplete_checkpoints(run, attempt=lineage.attempt - 1)
             self._losses = held_out_losses(run.checkpoints_dir)
         with self._translate_memory_error(pieces := engine.owned_fragments()):
-            self._memory = allocate_host_buffer(pieces)
+            self._memory = allocate_host_buffer(pieces, context.device if context.device.type == "cuda" else None)
         self._last = time.monotonic()
         self._begun: _PendingCheckpoint | None = None
         parent = parse_checkpoint_name(Path(lineage.parent)) if lineage.parent else None

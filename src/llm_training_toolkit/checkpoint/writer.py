@@ -61,12 +61,14 @@ class WriteResult(NamedTuple):
     failure: str = ""
 
 
-def allocate_host_buffer(pieces: Sequence[ParameterShard]) -> HostBuffer:
-    """Reserve memory for copies of these fragments, used by one `AsyncWrite` after another. Raises MemoryError."""
+def allocate_host_buffer(pieces: Sequence[ParameterShard], device: torch.device | None = None) -> HostBuffer:
+    """Reserve memory for copies of these fragments, used by one `AsyncWrite` after another. Raises MemoryError.
+
+    `device`: the GPU that holds them, or None.
+    """
     keys = ("weights", "exp_avg", "exp_avg_sq")
-    return HostBuffer(
-        compute_serialized_size({_get_tensor_name(piece, key): piece.count for piece in pieces for key in keys})
-    )
+    size = compute_serialized_size({_get_tensor_name(piece, key): piece.count for piece in pieces for key in keys})
+    return HostBuffer(size, device)
 
 
 class AsyncWrite:
@@ -91,7 +93,7 @@ class AsyncWrite:
         tensors = {
             _get_tensor_name(piece, key): each for piece in pieces for key, each in piece.get_tensors(optimizer).items()
         }
-        image = serialize_to_buffer(tensors, memory)
+        image, self._memory = serialize_to_buffer(tensors, memory), memory
         self._outcome: Future[WriteResult] = Future()
         # Daemon: a process that must end does not wait for a checkpoint that stays incomplete.
         Thread(target=self._run_write, args=(rank, image), daemon=True, name="checkpoint").start()
@@ -115,6 +117,7 @@ class AsyncWrite:
 
     def _run_write(self, rank: int, image: memoryview) -> None:
         try:
+            self._memory.wait_for_copies()
             entry = _write_file(self._path, image)
             self.storage.upload_checkpoint_file(self._path, self._add_sent_bytes)
             self._outcome.set_result(WriteResult(entry))

@@ -18,14 +18,16 @@ def prepare_deepspeed(device_type: str) -> None:
 
     On CPU DeepSpeed would compile its shared-memory collectives at the first start (50 to 80 s and a C++ compiler).
     DeepSpeed uses them only when LOCAL_SIZE equals the world size, and neither Ray Train nor torchrun sets it. So
-    they are declared unavailable; gloo does the work either way.
+    they are declared unavailable; gloo does the work either way. DeepSpeed 0.19.8 fills that table at the first look,
+    by running compilers and asking GPUs for each of some twenty operators; on GPUs nothing looks into it.
     """
     if device_type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
     set_compile_cache_dirs()
     import deepspeed  # noqa: PLC0415 - the accelerator is chosen at import
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if device_type == "cpu":
+        deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
     _import_muon_uncompiled()
 
 
