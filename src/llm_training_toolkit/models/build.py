@@ -6,7 +6,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -36,17 +37,20 @@ def build_model(
     stream: WeightStream | None = None,
     activation_checkpointing: ActivationCheckpointing = "none",
     four_bits: bool = False,
+    device: torch.device | None = None,
 ) -> nn.Module:
     """Build a causal language model of the given Hugging Face configuration, with the weights at `path` if given.
 
     Weights must have passed `check_pretrained_weights`. With `stream`, of the same weights, they are loaded on its
-    device by all ranks together; `four_bits` keeps their matrices in 4 bits (NF4). Raises CheckpointError when weights
-    cannot be read, PlanError when they are of another family than the configuration.
+    device by all ranks together; `four_bits` keeps their matrices in 4 bits (NF4). Without `path` the parameters are
+    moved to `device` one by one as they are made. Raises CheckpointError when weights cannot be read, PlanError when
+    they are of another family than the configuration.
     """
     dtype = DTYPES[precision]
     if path is None:
         config = AutoConfig.for_model(**hf_config)
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+        with _parameters_on(device) if device is not None else nullcontext():
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
     elif stream is None:
         model = _load_pretrained(path, hf_config.get("model_type"), dtype, attention)
     else:
@@ -55,6 +59,26 @@ def build_model(
     enable_activation_checkpointing(model, activation_checkpointing)
     assert isinstance(model, nn.Module)
     return model
+
+
+@contextmanager
+def _parameters_on(device: torch.device) -> Iterator[None]:
+    """Move each parameter to a device when a module takes it, so that host memory holds one at a time.
+
+    Buffers stay: torch's `with device` would compute rotary frequencies there, rounded otherwise than on a CPU.
+    """
+    register = nn.Module.register_parameter
+
+    def register_on_device(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and parameter.device.type != device.type:
+            parameter = nn.Parameter(parameter.to(device), requires_grad=parameter.requires_grad)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = register_on_device  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def _load_pretrained(path: str, model_type: str | None, dtype: torch.dtype, attention: str) -> Any:  # noqa: ANN401

@@ -126,6 +126,7 @@ def _build_engine(
             stream=stream,
             activation_checkpointing=plan.activation_checkpointing,
             four_bits=plan.adapter is not None and plan.adapter.quantize is not None,
+            device=context.device if plan.zero < 3 else None,
         )
         if path is not None and model_section.resize_vocab_to is not None:
             resize_embeddings(model, model_section.resize_vocab_to, gathered_parameter)
