@@ -33,6 +33,7 @@ from llm_training_toolkit.plan.memory import (
     compute_checkpoint_copy_bytes,
     estimate_host_bytes,
     estimate_memory,
+    estimate_peak_host_bytes,
 )
 from llm_training_toolkit.plan.memory_settings import (
     MemoryChoice,
@@ -82,6 +83,7 @@ __all__ = [
     "estimate_on_cluster",
     "estimate_run_seconds",
     "find_compile_problem",
+    "estimate_peak_host_bytes",
     "find_deepspeed_problems",
     "find_device_peak",
     "find_smaller_micro_batch",

@@ -244,7 +244,7 @@ def _suggest_memory_fix(config: Config, plan: Plan, largest: str) -> tuple[str, 
 def _get_worker_memory_gb(config: Config, hardware: ClusterHardware) -> float:
     """Return the memory of a worker's devices, in 10^9 bytes, without what CUDA and its libraries take of a GPU."""
     memory = hardware.memory_gb * hardware.get_devices_per_worker(config.cluster.cpus_per_worker)
-    if hardware.is_cpu:  # an offload shares the memory of the machine with what is not offloaded
+    if hardware.is_cpu:  # an offload and a checkpoint's copy share the memory of the machine with the rest
         return memory - estimate_host_bytes(plan_workload(config, max(config.cluster.min_workers, 1))) / 1e9
     return max(memory - CUDA_RUNTIME_BYTES / 1e9, 0.0)
 
@@ -297,11 +297,12 @@ def _collect_notes(config: Config, plan: Plan, hardware: ClusterHardware, micro_
         yield f"train.micro_batch_size: auto takes about {micro_batch} there, by the estimate."
     elif MEMORY_FILL * there < needed <= there:
         yield f"About {needed:.3g} of {there:.3g} GB is tight: what allocators and kernels add is not counted."
-    if plan.host_memory_gb_per_worker and not hardware.is_cpu:
+    if not hardware.is_cpu:
         on_node = min(hardware.devices_per_node, plan.replicas)
+        offload = "" if config.engine.offload == "none" else " and engine.offload"
         yield (
-            f"engine.offload takes {plan.host_memory_gb_per_worker * on_node:.3g} GB of host memory on a node with "
-            f"{format_plural(on_node, 'worker')}, which a cluster file does not state."
+            f"Copies for checkpoints{offload} take {plan.host_memory_gb_per_worker * on_node:.3g} GB of host memory on "
+            f"a node with {format_plural(on_node, 'worker')}, which a cluster file does not state."
         )
     if hardware.spot:
         yield "Nodes may be taken away (spot): what is lost then is at most the work since the last checkpoint."

@@ -250,22 +250,39 @@ def estimate_optimizer_bytes(load: DeviceWorkload) -> int:
 
 
 def estimate_host_bytes(load: DeviceWorkload) -> int:
-    """Estimate the host memory that `engine.offload` takes for one worker, in bytes; 0 without it.
+    """Estimate the host memory that one worker takes while it trains, beside its device's, in bytes.
 
-    fp32 weights, Adam's moments and the gradients of the update are 16 bytes a trained weight of the partition. At
-    stage 3 DeepSpeed 0.19.8 keeps the gradients summed over micro-batches beside them (`grad_partitions_flat_buffer` of
-    stage3.py): 20 bytes. Stage 1 rounds the weights to bf16 there, 2 bytes. A checkpoint's copy is 12 bytes more.
-    `optimizer_and_weights` adds the partition of all weights in the forward pass's precision.
+    A checkpoint's copy takes it in every run. With `engine.offload` fp32 weights, Adam's moments and the gradients of
+    the update are 16 bytes a trained weight of the partition. At stage 3 DeepSpeed 0.19.8 keeps the gradients summed
+    over micro-batches beside them (`grad_partitions_flat_buffer` of stage3.py): 20 bytes. Stage 1 rounds the weights to
+    bf16 there, 2 bytes. `optimizer_and_weights` adds the partition of all weights in the forward pass's precision.
     """
+    copy = compute_checkpoint_copy_bytes(load.trainable_parameters, load.workers)
     if load.offload == "none":
-        return 0
+        return copy
     each = 20 if load.zero == 3 else 18 if load.precision == "bf16" else 16
-    state = each * load.compute_partition_size(load.trainable_parameters, spread=True)
-    state += compute_checkpoint_copy_bytes(load.trainable_parameters, load.workers)
+    state = copy + each * load.compute_partition_size(load.trainable_parameters, spread=True)
     if load.offload == "optimizer":
         return state
     total = load.model.total_parameters + (load.adapter.trainable_parameters if load.adapter else 0)
     return state + load.bytes_per_value * load.compute_partition_size(total, spread=True)
+
+
+def estimate_loading_bytes(load: DeviceWorkload) -> int:
+    """Estimate the host memory that one worker takes while it builds the model, beside its device's, in bytes.
+
+    Weights pass one tensor at a time: random ones are drawn in fp32. Of pretrained ones a worker on a GPU holds a chunk
+    at most, so this is an upper bound. Pages of files that rank 0 maps at stage 3 are the system's to drop.
+    """
+    return 4 * load.model.largest_tensor
+
+
+def estimate_peak_host_bytes(load: DeviceWorkload) -> int:
+    """Estimate the most host memory that one worker takes beside its device's, in bytes.
+
+    Loading ends before training begins.
+    """
+    return max(estimate_host_bytes(load), estimate_loading_bytes(load))
 
 
 def compute_checkpoint_copy_bytes(parameters: int, workers: int) -> int:

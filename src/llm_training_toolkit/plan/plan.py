@@ -75,7 +75,7 @@ class Plan:
     memory_gb_per_device: Mapping[str, float]
     """Memory with the fewest workers, where it is highest per device."""
     host_memory_gb_per_worker: float
-    """Host memory that `engine.offload` takes, also with the fewest workers."""
+    """Host memory beside the device's, with the fewest workers: a checkpoint's copy and an offload, or loading."""
     problems: tuple[Problem, ...]
     estimated: tuple[str, ...]
     """Names of the plan's values that are not exact."""
@@ -188,7 +188,7 @@ def make_plan(config: Config, data_facts: DataFacts | None = None, replicas: int
         eval_every=config.eval.interval,
         deepspeed=deepspeed,
         memory_gb_per_device=memory_gb,
-        host_memory_gb_per_worker=memory.estimate_host_bytes(workload) / 1e9,
+        host_memory_gb_per_worker=memory.estimate_peak_host_bytes(workload) / 1e9,
         problems=(
             *check.find_problems(config, size, hf, world),
             *check.find_memory_problems(memory_gb),

@@ -203,9 +203,8 @@ def _format_memory(plan: Plan) -> str:
     listed = ", ".join(f"{part} {size:.3g}" for part, size in memory_gb.items())
     least = " at least" if "micro_batch" in plan.estimated else ""
     smallest = f" with {format_plural(plan.fewest_workers, 'worker')}" if plan.is_elastic else ""
-    host = plan.host_memory_gb_per_worker
-    offloaded = f"; and {host:.3g} GB of host memory a worker" if host else ""
-    return f"about {sum(memory_gb.values()):.3g} GB a device{least}{smallest}: {listed}{offloaded}"
+    host = f"; and {plan.host_memory_gb_per_worker:.3g} GB of host memory a worker"
+    return f"about {sum(memory_gb.values()):.3g} GB a device{least}{smallest}: {listed}{host}"
 
 
 def _format_save_interval(plan: Plan) -> str:

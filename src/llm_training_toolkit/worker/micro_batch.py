@@ -26,8 +26,8 @@ from llm_training_toolkit.plan import (
     CUDA_LIBRARY_BYTES,
     MemorySettings,
     choose_memory_settings,
-    compute_checkpoint_copy_bytes,
     estimate_host_bytes,
+    estimate_peak_host_bytes,
     find_smaller_micro_batch,
     find_smaller_settings,
     make_plan,
@@ -73,20 +73,22 @@ def resolve_memory_settings(spec: WorkerSpec, context: RunContext) -> tuple[Work
 
 
 def check_host_memory(config: Config, context: RunContext) -> None:
-    """Check that every node has the host memory that `engine.offload` takes for its ranks. Collective.
+    """Check that every node has the host memory that its ranks take beside their devices'. Collective.
 
-    Raises PlanError on every rank: the kernel would kill a rank in the middle of its first steps.
+    Raises PlanError on every rank: the kernel would kill a rank in the middle of its first steps. On CPUs only
+    `engine.offload` is checked: the rest is part of what the micro-batch is chosen by.
     """
-    needed = estimate_host_bytes(plan_workload(config, context.world_size))
-    if not needed:
+    offloads = config.engine.offload != "none"
+    if context.device.type == "cpu" and not offloads:
         return
+    needed = estimate_peak_host_bytes(plan_workload(config, context.world_size))
     free = context.all_gather_object(_measure_free_host_memory(context))
     least = min(range(len(free)), key=lambda rank: free[rank])
     if needed > free[least]:
         raise PlanError(
-            f"engine.offload = {config.engine.offload} takes {needed / 1e9:.3g} GB of host memory for each worker, "
-            f"and rank {least} has {free[least] / 1e9:.3g} GB free. Use more workers, fewer of them on a "
-            "node, or nodes with more memory"
+            f"{f'engine.offload = {config.engine.offload}' if offloads else 'the copy of a checkpoint'} takes "
+            f"{needed / 1e9:.3g} GB of host memory for each worker, and rank {least} has {free[least] / 1e9:.3g} GB "
+            "free. Use more workers, fewer of them on a node, or nodes with more memory"
         )
 
 
@@ -102,9 +104,7 @@ def _choose_settings(
         settings, said = previous, _format_kept_settings(config, previous)
     else:
         if context.device.type == "cpu":  # also holds the copy of a checkpoint during its write
-            load = plan_workload(config, context.world_size)
-            copy = compute_checkpoint_copy_bytes(load.trainable_parameters, context.world_size)
-            free -= estimate_host_bytes(load) or copy  # an offload counts the copy, too
+            free -= estimate_host_bytes(plan_workload(config, context.world_size))
         choice = choose_memory_settings(config, context.world_size, free)
         settings, said = choice.settings, tuple(str(reason) for reason in choice.reasons)
     for message in said:

@@ -258,7 +258,7 @@ def test_on_cpu_every_core_is_a_device() -> None:
     )
     assert where(seen(cores(7), **small, cluster={"workers": 2, "cpus_per_worker": 4})) == ["cluster.workers"]
     short = seen(cores(8, memory_gb=2), **small, cluster={"workers": 2, "cpus_per_worker": 4})
-    assert "GB a worker, and cpu has 8 GB" in short.problems[0].what
+    assert "GB a worker, and cpu has 4.42 GB for it" in short.problems[0].what
 
 
 def test_notes() -> None:

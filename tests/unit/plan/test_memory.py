@@ -23,6 +23,7 @@ from llm_training_toolkit.plan.memory import (
     estimate_host_bytes,
     estimate_logit_bytes,
     estimate_pass_bytes,
+    estimate_peak_host_bytes,
     estimate_weight_bytes,
 )
 
@@ -89,7 +90,7 @@ def test_gradients_that_stand_between_micro_batches(zero: int, standing: int) ->
 @pytest.mark.parametrize(
     ("zero", "offload", "weights", "gradients", "host"),
     [
-        (1, "none", 2 * P, 4 * P, 0),
+        (1, "none", 2 * P, 4 * P, 3 * P),
         (1, "optimizer", 2 * P, 4 * P, 4 * P + P // 2 + 3 * P),
         (3, "optimizer", P // 2 + 2 * P, 0, 8 * P),
         (3, "optimizer_and_weights", 2 * P, 0, 8 * P + P // 2),
@@ -215,3 +216,11 @@ def test_more_work_takes_more_activations(more: dict[str, Any]) -> None:
 
 def test_gigabytes_are_of_ten_to_the_ninth() -> None:
     assert estimate_memory(LOAD).to_gigabytes()["weights"] == 2 * P / 1e9
+
+
+def test_host_memory_is_a_tensor_while_loading_or_the_copy_of_a_checkpoint() -> None:
+    adapter = build_adapter(LoraConfig(rank=1), QWEN3, MODEL)
+    assert estimate_peak_host_bytes(LOAD) == max(4 * HEAD, 3 * P)
+    assert estimate_peak_host_bytes(replace(LOAD, workers=1)) == 12 * P
+    assert 12 * adapter.trainable_parameters // 4 < 4 * HEAD
+    assert estimate_peak_host_bytes(replace(LOAD, adapter=adapter)) == 4 * HEAD

@@ -144,13 +144,21 @@ def test_the_allocator_keeps_the_options_that_a_person_set(monkeypatch: pytest.M
     assert torch._C._accelerator_getAllocatorSettings() == before
 
 
-@pytest.mark.parametrize(("name", "is_refused"), [("qwen3-32b", True), ("qwen3-0.6b", False)])
+@pytest.mark.parametrize(
+    ("name", "offload", "device", "is_refused"),
+    [
+        ("qwen3-32b", "optimizer", "cpu", True),
+        ("qwen3-0.6b", "optimizer", "cpu", False),
+        ("qwen3-32b", "none", "cuda", True),  # the copy of a checkpoint
+        ("qwen3-32b", "none", "cpu", False),  # of which the choice of the micro-batch knows
+    ],
+)
 def test_host_memory_is_checked_before_anything_starts(
-    corpus: Path, tmp_path: Path, name: str, *, is_refused: bool
+    corpus: Path, tmp_path: Path, name: str, offload: str, device: str, *, is_refused: bool
 ) -> None:
-    engine = {"zero_stage": 1, "offload": "optimizer"}
+    engine = {"zero_stage": 1, "offload": offload}
     config = tiny_config(corpus, tmp_path, model={"name": name, "config_overrides": {}}, engine=engine)
-    context = RunContext(0, 1, torch.device("cpu"))
+    context = RunContext(0, 1, torch.device(device))
     with pytest.raises(PlanError, match=r"[0-9]+ GB of host memory") if is_refused else nullcontext():
         check_host_memory(config, context)
 
