@@ -40,7 +40,7 @@ def test_streamed_weights_equal_those_transformers_loads(
 ) -> None:
     hf_config = (MODELS | LANGUAGE_MODELS)[name]
     assert publish(hf_config, tmp_path, "40KB") >= (1 if name in LANGUAGE_MODELS else 3)
-    given = {"hf_config": hf_config, "directory": str(tmp_path), "precision": precision}
+    given: dict[str, Any] = {"hf_config": hf_config, "directory": str(tmp_path), "precision": precision}
     assert pools(3).run(streaming.differences, nodes=NODES, **given) == [[], [], []]
 
 
@@ -52,7 +52,7 @@ def test_one_rank_reads_and_memory_is_the_model_and_one_tensor(pools: Pools, tmp
     largest = 2 * 8192 * 512
     reader, other = pools(2).run(streaming.memory_and_reads, hf_config=hf_config, directory=str(tmp_path))
     for peak, _ in (reader, other):
-        assert peak < size + largest + (4 << 20)
+        assert peak < 2 * size + largest + (4 << 20), "the model in fp32, and the largest tensor of the files in bf16"
     assert size <= reader[1] < 1.02 * size
     assert other[1] < 0.02 * size
 

@@ -72,13 +72,13 @@ def refusals(hf_config: HfConfig, directories: Sequence[str], nodes: Sequence[st
 
 
 def memory_and_reads(hf_config: HfConfig, directory: str) -> tuple[int, int]:
-    """Bytes that loading took of this rank's memory at its peak, and bytes that it read."""
+    """Bytes that loading in fp32 took of this rank's memory at its peak, and bytes that it read."""
     ranks = context()
-    streamed_model(hf_config, directory, "bf16", ranks, "one")  # what the first load of a process imports
+    streamed_model(hf_config, directory, "fp32", ranks, "one")  # what the first load of a process imports
     dist.barrier()
     before, read = _read_status("VmRSS"), _count_bytes_read()
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    model = streamed_model(hf_config, directory, "bf16", ranks, "one")
+    model = streamed_model(hf_config, directory, "fp32", ranks, "one")
     peak, read = _read_status("VmHWM") - before, _count_bytes_read() - read
     del model
     return peak, read

@@ -56,7 +56,7 @@ class HostBuffer:
         import torch  # noqa: PLC0415 - whoever reads checkpoints needs no torch
 
         main = torch.cuda.current_stream(self._device)
-        self._stream = self._stream or torch.cuda.Stream(self._device)
+        self._stream = self._stream or torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         self._stream.wait_stream(main)
         with torch.cuda.stream(self._stream):
             yield
@@ -128,4 +128,5 @@ def _lock_pages(pages: mmap.mmap, device: torch.device) -> None:
     import torch  # noqa: PLC0415 - as above
 
     with torch.cuda.device(device):  # a new thread would create a context on the first GPU
-        torch.cuda.cudart().cudaHostRegister(np.frombuffer(pages, dtype=np.uint8).ctypes.data, len(pages), _PORTABLE)
+        address = np.frombuffer(pages, dtype=np.uint8).ctypes.data
+        torch.cuda.cudart().cudaHostRegister(address, len(pages), _PORTABLE)  # type: ignore[no-untyped-call]

@@ -69,10 +69,10 @@ def _parameters_on(device: torch.device) -> Iterator[None]:
     """
     register = nn.Module.register_parameter
 
-    def register_on_device(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None and parameter.device.type != device.type:
-            parameter = nn.Parameter(parameter.to(device), requires_grad=parameter.requires_grad)
-        register(module, name, parameter)
+    def register_on_device(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and param.device.type != device.type:
+            param = nn.Parameter(param.to(device), requires_grad=param.requires_grad)
+        register(self, name, param)
 
     nn.Module.register_parameter = register_on_device  # type: ignore[method-assign]
     try:

@@ -25,7 +25,7 @@ from transformers.modeling_utils import str_to_torch_dtype
 from llm_training_toolkit.distributed.context import RunContext
 from llm_training_toolkit.distributed.node_group import NodeGroup
 from llm_training_toolkit.errors import CheckpointError, ToolkitError
-from llm_training_toolkit.models.check_weights import LOAD_ERRORS, check_pretrained_weights
+from llm_training_toolkit.models.check_weights import LOAD_ERRORS, check_pretrained_weights, read_hf_config
 
 _CHUNK_BYTES = 1 << 26  # 67 MB: what a rank holds in host memory on the way to a GPU
 _FILE_ERRORS = (*LOAD_ERRORS, KeyError, TypeError)  # the last two from headers and indexes of another form
@@ -57,7 +57,7 @@ class StreamedTensor:
         """Return the dtype as safetensors names it."""
         return self._entry.dtype
 
-    def __getitem__(self, index: object) -> Tensor:
+    def __getitem__(self, index: Any) -> Tensor:  # noqa: ANN401 - whatever a tensor takes
         """Return the tensor on the device, of the file's dtype. Collective among the ranks of the machine."""
         tensor = self._stream.load_tensor(self._name)
         return tensor if index is Ellipsis else tensor[index]
@@ -120,7 +120,7 @@ class WeightStream:
         _raise_first(self._failure or failure, self._context)
 
     def _open_files(self) -> dict[str, TensorEntry]:
-        entries = {}
+        entries: dict[str, TensorEntry] = {}
         for name in _list_files(self.directory):
             path = self.directory / name
             with safe_open(path, framework="pt"):  # raises if the header or the length of the file is wrong
@@ -169,13 +169,18 @@ def load_in_order() -> Iterator[None]:
 
 
 def check_weights_by_readers(path: str, model_type: str, context: RunContext, node: NodeGroup) -> None:
-    """Check the weights on one rank of each machine; every rank raises the first error of any. Collective."""
+    """Check the weights on one rank of each machine, and on all that they can read the configuration. Collective.
+
+    Every rank raises the error of the lowest one that has one.
+    """
     failure: ToolkitError | None = None
-    if node.is_reader:
-        try:
+    try:
+        if node.is_reader:
             check_pretrained_weights(path, model_type)
-        except ToolkitError as error:
-            failure = error
+        else:
+            read_hf_config(path, model_type)
+    except ToolkitError as error:
+        failure = error
     _raise_first(failure, context)
 
 
@@ -205,7 +210,7 @@ def _read_header(file: BinaryIO, name: str) -> Iterator[tuple[str, TensorEntry]]
 
 def _read_exactly(file: BinaryIO, values: Tensor, offset: int) -> None:
     """Fill `values` (bytes in host memory) from `offset` on. Raises OSError if the file ends before."""
-    view, done = memoryview(values.numpy()), 0
+    view, done = values.numpy().data, 0
     while done < len(view):
         count = os.preadv(file.fileno(), [view[done:]], offset + done)
         if count == 0:
