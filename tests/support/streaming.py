@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -75,6 +77,8 @@ def memory_and_reads(hf_config: HfConfig, directory: str) -> tuple[int, int]:
     """Bytes that loading in fp32 took of this rank's memory at its peak, and bytes that it read."""
     ranks = context()
     streamed_model(hf_config, directory, "fp32", ranks, "one")  # what the first load of a process imports
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # memory that was freed, and is used again, would not count
     dist.barrier()
     before, read = _read_status("VmRSS"), _count_bytes_read()
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
