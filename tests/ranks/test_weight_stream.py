@@ -52,9 +52,9 @@ def test_one_rank_reads_and_memory_is_the_model_and_one_tensor(pools: Pools, tmp
     largest = 2 * 8192 * 512
     reader, other = pools(2).run(streaming.memory_and_reads, hf_config=hf_config, directory=str(tmp_path))
     for peak, _ in (reader, other):
-        # The model in fp32 and the largest tensor of the files, in bf16; the rest for gaps between freed buffers. Loaded
-        # from mapped files by transformers it was 2.8 times the files' size.
-        assert peak < 2.3 * size + largest
+        # The model in fp32, and the largest tensor of the files in bf16; the rest for gaps between freed buffers.
+        # Mapped by transformers it was 2.8 times the files' size.
+        assert peak < 2.5 * size + largest
     assert size <= reader[1] < 1.02 * size
     assert other[1] < 0.02 * size
 
