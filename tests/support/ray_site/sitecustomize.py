@@ -24,7 +24,7 @@ class _Finder:
     ) -> ModuleSpec | None:
         if name != _PARAMETERS:
             return None
-        sys.meta_path.remove(self)  # type: ignore[arg-type]
+        sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
         assert spec is not None
         assert spec.loader is not None
@@ -51,4 +51,4 @@ def _set_scripts(module: ModuleType) -> None:
 
 
 _SCRIPTS = {"worker_path", "setup_worker_path"}
-sys.meta_path.insert(0, _Finder())  # type: ignore[arg-type]
+sys.meta_path.insert(0, _Finder())
