@@ -23,19 +23,22 @@ class _Handler(BaseHTTPRequestHandler):
     kind: str
     sent: list[str]
     token: str
+    commits: Mapping[str, Mapping[str, bytes]]
+    branches: Mapping[str, str]
 
     def log_message(self, *_: Any) -> None:
         """Say nothing."""
 
     def do_HEAD(self) -> None:
-        match = re.fullmatch(rf"{self._folder()}/{self.repository}/resolve/\w+/(.*)", unquote(self.path))
-        if match is None or match[1] not in self.files:
+        match = re.fullmatch(rf"{self._folder()}/{self.repository}/resolve/(\w+)/(.*)", unquote(self.path))
+        if match is None or match[2] not in self._files(match[1]):
             self._answer(404, {"error": "no such entry"}, "EntryNotFound")
             return
+        content = self._files(match[1])[match[2]]
         self.send_response(200)
-        self.send_header("X-Repo-Commit", _COMMIT)
-        self.send_header("ETag", f'"{hashlib.sha1(self.files[match[1]]).hexdigest()}"')
-        self.send_header("Content-Length", str(len(self.files[match[1]])))
+        self.send_header("X-Repo-Commit", self._commit(match[1]))
+        self.send_header("ETag", f'"{hashlib.sha1(content).hexdigest()}"')
+        self.send_header("Content-Length", str(len(content)))
         self.end_headers()
 
     def do_GET(self) -> None:
@@ -45,15 +48,19 @@ class _Handler(BaseHTTPRequestHandler):
         address = urlparse(self.path)
         path = unquote(address.path)
         recursive = parse_qs(address.query).get("recursive") == ["true"]
-        if re.fullmatch(rf"/api/{self.kind}/{self.repository}(/revision/\w+)?", path):
-            siblings = [{"rfilename": name} for name in self.files]
-            self._answer(200, {"id": self.repository, "sha": _COMMIT, "siblings": siblings})
-        elif match := re.fullmatch(rf"/api/{self.kind}/{self.repository}/tree/\w+/?(.*)", path):
-            entries = _tree(self.files, match[1], recursive=recursive)
+        if match := re.fullmatch(rf"/api/{self.kind}/{self.repository}(?:/revision/(\w+))?", path):
+            revision = match[1] or "main"
+            if not self._commit(revision):
+                self._answer(404, {"error": "no such revision"}, "RevisionNotFound")
+                return
+            siblings = [{"rfilename": name} for name in self._files(revision)]
+            self._answer(200, {"id": self.repository, "sha": self._commit(revision), "siblings": siblings})
+        elif match := re.fullmatch(rf"/api/{self.kind}/{self.repository}/tree/(\w+)/?(.*)", path):
+            entries = _tree(self._files(match[1]), match[2], recursive=recursive)
             self._answer(*((200, entries) if entries else (404, {"error": "no such entry"}, "EntryNotFound")))
-        elif match := re.fullmatch(rf"{self._folder()}/{self.repository}/resolve/\w+/(.*)", path):
-            self.sent.append(match[1])
-            self._send(self.files[match[1]])
+        elif match := re.fullmatch(rf"{self._folder()}/{self.repository}/resolve/(\w+)/(.*)", path):
+            self.sent.append(match[2])
+            self._send(self._files(match[1])[match[2]])
         else:
             self._answer(404, {"error": "no such repository"}, "RepoNotFound")
 
@@ -76,6 +83,15 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
+    def _commit(self, revision: str) -> str:
+        """The commit of a revision, "" for one that does not exist. Without `commits` every revision is the same."""
+        if not self.commits:
+            return _COMMIT
+        return revision if revision in self.commits else self.branches.get(revision, "")
+
+    def _files(self, revision: str) -> Mapping[str, bytes]:
+        return self.commits.get(self._commit(revision), {}) if self.commits else self.files
+
     def _folder(self) -> str:
         return "" if self.kind == "models" else f"/{self.kind}"
 
@@ -88,11 +104,14 @@ def hub(
     asked: list[str] | None = None,
     *,
     token: str = "",
+    commits: Mapping[str, Mapping[str, bytes]] | None = None,
+    branches: Mapping[str, str] | None = None,
 ) -> Iterator[str]:
     """Serve one repository on a free port of this machine; gives the endpoint.
 
     `kind` is `datasets` or `models`; the names of files that were sent are added to `asked`. With a `token` the
-    repository is gated, and the token is needed.
+    repository is gated, and the token is needed. `commits` are files by commit, in place of `files`, and `branches`
+    commits by name; both may change while the server runs.
     """
     answers = {
         "repository": repository,
@@ -100,6 +119,8 @@ def hub(
         "kind": kind,
         "sent": [] if asked is None else asked,
         "token": token,
+        "commits": commits or {},
+        "branches": branches or {},
     }
     handler = type("Handler", (_Handler,), answers)
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)

@@ -4,6 +4,7 @@ from llm_training_toolkit.checkpoint.base_weights import (
     BaseWeights,
     check_base_matches,
     find_weight_files,
+    find_weights_directory,
     read_base_weights,
 )
 from llm_training_toolkit.checkpoint.manifest import FileEntry, Manifest, UnknownFormatError, read_manifest
@@ -37,6 +38,7 @@ __all__ = [
     "delete_incomplete_checkpoints",
     "find_latest_checkpoint",
     "find_weight_files",
+    "find_weights_directory",
     "held_out_losses",
     "list_complete_checkpoints",
     "read_base_weights",

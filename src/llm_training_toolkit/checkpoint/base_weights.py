@@ -42,7 +42,7 @@ def read_base_weights(path: str, context: RunContext, cache: Path) -> BaseWeight
 
     `cache`: directory of prepared data. Raises CheckpointError when there are no weights.
     """
-    files = find_weight_files(path)
+    files = find_weight_files(find_weights_directory(path))
     mine = [
         FileEntry(file.name, file.stat().st_size, read_sha256(file, cache / "checksums"))
         for file in files[context.rank :: context.world_size]
@@ -53,8 +53,11 @@ def read_base_weights(path: str, context: RunContext, cache: Path) -> BaseWeight
     return BaseWeights(path, tuple(entries))
 
 
-def find_weight_files(path: str) -> list[Path]:
-    """Return the weight files of a directory, or of a hub id that is already downloaded, by name."""
+def find_weights_directory(path: str, revision: str | None = None) -> Path:
+    """Return the directory of weights: the path itself, or the local copy of a hub id at a revision (None = main).
+
+    Raises CheckpointError if there is neither.
+    """
     directory = Path(path).expanduser()
     if not directory.exists():
         # Every reader of checkpoints imports this module, and the hub client brings its own progress bars.
@@ -62,17 +65,23 @@ def find_weight_files(path: str) -> list[Path]:
         from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError  # noqa: PLC0415
 
         try:
-            directory = Path(snapshot_download(path, local_files_only=True))
+            directory = Path(snapshot_download(path, revision=revision, local_files_only=True))
         except HFValidationError as error:
             raise CheckpointError(f"{path}: there is no such directory") from error
         except (LocalEntryNotFoundError, OSError) as error:
             raise CheckpointError(
                 f"{path}: no such directory, and nothing of this name fetched from the hub"
+                f"{'' if revision is None else f' at revision {revision}'}"
             ) from error
+    return directory
+
+
+def find_weight_files(directory: Path) -> list[Path]:
+    """Return the weight files of a directory, by name. Raises CheckpointError without any."""
     for pattern in _WEIGHT_FILE_PATTERNS:
         if found := sorted(directory.glob(pattern)):
             return found
-    raise CheckpointError(f"{path}: no weights there ({' or '.join(_WEIGHT_FILE_PATTERNS)})")
+    raise CheckpointError(f"{directory}: no weights there ({' or '.join(_WEIGHT_FILE_PATTERNS)})")
 
 
 def check_base_matches(saved: BaseWeights, now: BaseWeights) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from llm_training_toolkit import families
+from llm_training_toolkit.checkpoint.base_weights import find_weights_directory
+from llm_training_toolkit.checkpoint.hub_commit import find_hub_commit
 from llm_training_toolkit.checkpoint.reader import CheckpointReader, find_latest_checkpoint
 from llm_training_toolkit.config import Config, parse_config_json
 from llm_training_toolkit.data.prepare.dataset_info import DatasetInfo
@@ -42,5 +44,10 @@ class Run:
 
     @property
     def base_path(self) -> str:
-        """Location of the base weights that the adapters belong to."""
+        """Location of the base weights that the adapters belong to, as given."""
         return self.config.model.path or str(self.directory.base_weights_dir)
+
+    def find_base_directory(self, checkpoint: CheckpointReader) -> str:
+        """Return the directory of these weights on this machine, of a hub id at the commit they were trained beside."""
+        hub = find_hub_commit(checkpoint.manifest.extra, self.config.model)
+        return str(find_weights_directory(self.base_path, hub.commit if hub else None))

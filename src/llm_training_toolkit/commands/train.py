@@ -29,7 +29,7 @@ from llm_training_toolkit.setup.resume import (
     read_resume_state,
 )
 from llm_training_toolkit.setup.run_files import write_run_files
-from llm_training_toolkit.setup.weights import check_initial_weights
+from llm_training_toolkit.setup.weights import check_initial_weights, find_moved_branch
 from llm_training_toolkit.worker.precision import read_precision_notes, resolve_local_precision
 from llm_training_toolkit.worker.spec import get_torchrun_world_size, is_first_rank
 
@@ -59,6 +59,8 @@ def start_run(request: TrainRequest, console: Console) -> TrainResult:
         check_attention(config)
         check_compilation(config)
         check_initial_weights(config, plan, resume_state)
+        if moved := find_moved_branch(config, resume_state):
+            console.print_line(moved)
         if config.cluster.workers != 0:
             check_machine(config)
             check_cluster_nodes(run, config, console)

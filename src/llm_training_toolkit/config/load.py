@@ -122,7 +122,8 @@ def _complete_model(data: Any) -> Any:  # noqa: ANN401 - not validated yet
     path = model.get("path") if isinstance(model, dict) else None
     if not isinstance(path, str):
         return data
-    return {"tokenizer": {"path": path}} | data | {"model": {"name": PurePath(path).name} | model}
+    tokenizer = {key: model[key] for key in ("path", "revision") if model.get(key) is not None}
+    return {"tokenizer": tokenizer} | data | {"model": {"name": PurePath(path).name} | model}
 
 
 def _convert_to_json_data(value: object, path: KeyPath, document: ConfigDocument) -> object:

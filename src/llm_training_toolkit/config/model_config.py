@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from llm_training_toolkit.config.section import ConfigSection, FieldTag, Location
+from llm_training_toolkit.config.section import ConfigSection, FieldTag, Location, Revision
 
 
 def _check_checkpointing(value: object) -> object:
@@ -47,6 +47,9 @@ class ModelConfig(ConfigSection):
     where `path` ends with it (`Qwen/Qwen3-0.6B`). For an unknown name `ltt plan` lists the nearest ones."""
     path: Annotated[Location | None, FieldTag.IDENTITY] = None
     """Pretrained weights: a directory or a hub id. Without `path` and `init_from` the weights are random."""
+    revision: Annotated[Revision | None, FieldTag.IDENTITY] = None
+    """Branch, tag or commit of a hub id in `path`. Absent = its `main` branch. The commit found by the first attempt is
+    recorded, and a resume uses it."""
     init_from: Annotated[Location | None, FieldTag.IDENTITY] = None
     """Directory of another run. Starts from the weights of its newest checkpoint at step 0, with a new optimizer."""
     config_overrides: Annotated[dict[str, int | float | bool], FieldTag.IDENTITY] = {}  # noqa: RUF012 - pydantic copies it
@@ -82,6 +85,8 @@ class ModelConfig(ConfigSection):
     def _check_weights_origin(self) -> ModelConfig:
         if self.path is not None and self.init_from is not None:
             raise ValueError("path and init_from both name weights to start from: keep one")
+        if self.revision is not None and self.path is None:
+            raise ValueError("revision belongs to a hub id in path: give path, or remove revision")
         if self.config_overrides and (self.path is not None or self.init_from is not None):
             raise ValueError("config_overrides changes a model from scratch: saved weights bring their own; remove it")
         if self.resize_vocab_to is not None and self.path is None:
@@ -107,6 +112,9 @@ class TokenizerConfig(ConfigSection):
 
     path: Annotated[Location | None, FieldTag.IDENTITY] = None
     """Directory with a tokenizer.json, or a hub id."""
+    revision: Annotated[Revision | None, FieldTag.IDENTITY] = None
+    """Branch, tag or commit of a hub id in `path`. Absent = its `main` branch, or `model.revision` if the tokenizer is
+    left out."""
     train: TrainTokenizerConfig | None = None
     """Train a tokenizer on the run's own documents."""
 
@@ -114,4 +122,6 @@ class TokenizerConfig(ConfigSection):
     def _check_tokenizer_origin(self) -> TokenizerConfig:
         if (self.path is None) == (self.train is None):
             raise ValueError("give exactly one of tokenizer.path and tokenizer.train")
+        if self.revision is not None and self.path is None:
+            raise ValueError("revision belongs to a hub id in path: give path, or remove revision")
         return self

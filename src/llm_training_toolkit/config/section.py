@@ -40,6 +40,10 @@ Count = Annotated[int, BeforeValidator(_convert_integral_float), Field(ge=1, le=
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
+Revision = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]*$")]
+"""Branch, tag or commit of a repository on the hub."""
+
+
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(s|m|h)")
 
 

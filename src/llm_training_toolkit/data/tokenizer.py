@@ -88,8 +88,8 @@ def _build_transformers_config(markers: TokenizationSpec) -> dict[str, Any]:
     }
 
 
-def resolve_tokenizer_directory(path: str) -> Path:
-    """Return the directory of a tokenizer: the path itself, or the local copy of a hub id.
+def resolve_tokenizer_directory(path: str, revision: str | None = None) -> Path:
+    """Return the directory of a tokenizer: the path itself, or the local copy of a hub id at a revision (None = main).
 
     Raises DataError if there is no tokenizer.json or if the hub download fails.
     """
@@ -105,7 +105,10 @@ def resolve_tokenizer_directory(path: str) -> Path:
     reason = ""
     for local_only in (True, False):
         try:
-            directory = Path(snapshot_download(path, allow_patterns=TOKENIZER_FILES, local_files_only=local_only))
+            found = snapshot_download(
+                path, revision=revision, allow_patterns=TOKENIZER_FILES, local_files_only=local_only
+            )
+            directory = Path(found)
         except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
             reason = str(error).strip().partition("\n")[0]
             continue
@@ -113,7 +116,8 @@ def resolve_tokenizer_directory(path: str) -> Path:
             return directory
         reason = "the repository has no tokenizer.json"
     raise DataError(
-        f"tokenizer.path: {path!r} is no directory here, and the Hugging Face hub did not give it ({reason}). Correct "
+        f"tokenizer.path: {path!r} is no directory here, and the Hugging Face hub did not give it"
+        f"{'' if revision is None else f' at revision {revision}'} ({reason}). Correct "
         "the path, or fetch the tokenizer where there is a network and give its directory."
     )
 

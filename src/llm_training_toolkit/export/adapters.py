@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +33,22 @@ _MERGE_ROUNDING = 2.0**-5
 _MODULES_TO_SAVE = f".modules_to_save.{ADAPTER_NAME}"
 
 
+@dataclass(frozen=True)
+class AdapterBase:
+    """Base model as exported adapters name it."""
+
+    path: str
+    """Directory or hub id."""
+    commit: str | None
+    """Commit of a hub id, or None."""
+
+
 def write_adapters(
     checkpoint: CheckpointReader,
     directory: Path,
     adapter: AdapterSpec,
     *,
-    base: str,
+    base: AdapterBase,
     precision: str,
     beside: ModelFiles,
 ) -> None:
@@ -47,7 +58,8 @@ def write_adapters(
         for name in checkpoint.manifest.shapes
     }
     save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
-    config = build_lora_config(adapter, base)
+    config = build_lora_config(adapter, base.path)
+    config.revision = base.commit
     config.inference_mode = True
     config.save_pretrained(str(directory))
     write_model_files(directory, beside)

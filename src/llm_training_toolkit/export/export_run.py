@@ -6,7 +6,7 @@ Written under a temporary name, reloaded, compared with the checkpoint, then ren
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from llm_training_toolkit.checkpoint import (
     list_complete_checkpoints,
     read_base_weights,
 )
+from llm_training_toolkit.checkpoint.hub_commit import find_hub_commit
 from llm_training_toolkit.checkpoint.run import Run
 from llm_training_toolkit.config import Config
 from llm_training_toolkit.data.chat.template import ChatTemplate, read_special_tokens_map
@@ -131,7 +132,7 @@ def export_checkpoint(
     adapter = trained.get_adapter(checkpoint)
     config, precision = trained.config, trained.config.train.precision
     kind: ExportKind = "model" if adapter is None else "merged" if merge else "adapters"
-    name = checkpoint.directory.name
+    name, hub = checkpoint.directory.name, find_hub_commit(checkpoint.manifest.extra, config.model)
     text = format_model_card(
         trained.directory, config, trained.dataset_info, checkpoint.manifest, kind=kind, base=trained.base_path
     )
@@ -144,10 +145,11 @@ def export_checkpoint(
             write_model(weights, directory, hf_config=hf_config, precision=precision, beside=about)
             del weights
         else:
-            from llm_training_toolkit.export.adapters import write_adapters
+            from llm_training_toolkit.export.adapters import AdapterBase, write_adapters
 
             check_adapter_base(trained, checkpoint)
-            write_adapters(checkpoint, directory, adapter, base=trained.base_path, precision=precision, beside=about)
+            base = AdapterBase(trained.base_path, hub.commit if hub else None)
+            write_adapters(checkpoint, directory, adapter, base=base, precision=precision, beside=about)
         if say is not None:
             say("comparing logits")
         difference = _check_export(trained, checkpoint, directory, adapter, kind)
@@ -165,7 +167,7 @@ def _check_export(
     from llm_training_toolkit.export.adapters import MERGE_TOLERANCE, check_adapters
 
     tolerance = MERGE_TOLERANCE[precision] if kind == "merged" else 0.0
-    base, hf_config = trained.base_path, checkpoint.manifest.extra["hf_config"]
+    base, hf_config = trained.find_base_directory(checkpoint), checkpoint.manifest.extra["hf_config"]
     how = {"base": base, "hf_config": hf_config, "precision": precision, "tolerance": tolerance}
     return check_adapters(directory, checkpoint, adapter, **how)
 
@@ -179,15 +181,16 @@ def build_full_weights(trained: Run, checkpoint: CheckpointReader) -> tuple[Weig
     from llm_training_toolkit.export.adapters import MergedWeights
 
     check_adapter_base(trained, checkpoint)
-    base = build_model(hf_config, precision=trained.config.train.precision, attention="sdpa", path=trained.base_path)
+    path = trained.find_base_directory(checkpoint)
+    base = build_model(hf_config, precision=trained.config.train.precision, attention="sdpa", path=path)
     return MergedWeights(base, checkpoint, adapter), hf_config
 
 
 def check_adapter_base(trained: Run, checkpoint: CheckpointReader) -> None:
     """Raise CheckpointError unless the base of a checkpoint's adapters is present and unchanged."""
     alone = RunContext(0, 1, torch.device("cpu"))
-    now = read_base_weights(trained.base_path, alone, get_cache_directory(trained.config))
-    check_base_matches(BaseWeights.from_json(checkpoint.manifest.extra["base"]), now)
+    found = read_base_weights(trained.find_base_directory(checkpoint), alone, get_cache_directory(trained.config))
+    check_base_matches(BaseWeights.from_json(checkpoint.manifest.extra["base"]), replace(found, path=trained.base_path))
 
 
 def build_model_files(config: Config, dataset_info: DatasetInfo, text: str, origin: str) -> ModelFiles:

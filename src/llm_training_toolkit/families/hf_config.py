@@ -83,7 +83,7 @@ def _read_recorded_values(config: Config) -> dict[str, Any] | None:
         resolved, plan = (json.loads((run / name).read_text()) for name in ("resolved.json", "plan.json"))
     except (OSError, ValueError):
         return None
-    keys = ("name", "path", "init_from", "resize_vocab_to")
+    keys = ("name", "path", "revision", "init_from", "resize_vocab_to")
     same = all(resolved["model"].get(key) == getattr(config.model, key) for key in keys)
     found: dict[str, Any] | None = plan.get("hf_config") if same else None
     return found

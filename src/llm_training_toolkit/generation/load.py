@@ -42,7 +42,8 @@ def open_checkpoint(run: RunDirectory, step: int | None, device: str) -> tuple[T
         from llm_training_toolkit.models.lora import add_adapters
 
         check_adapter_base(trained, checkpoint)
-        model = build_model(hf_config, precision=precision, attention="sdpa", path=trained.base_path)
+        base = trained.find_base_directory(checkpoint)
+        model = build_model(hf_config, precision=precision, attention="sdpa", path=base)
         add_adapters(model, adapter, seed=0, dtype=DTYPES[precision])
     load_stored_weights(model, checkpoint)
     ends = find_stop_tokens(trained.config, trained.dataset_info)

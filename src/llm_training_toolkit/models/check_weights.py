@@ -29,15 +29,16 @@ def resolve_model_path(path: str) -> str:
     return str(local) if local.exists() else path
 
 
-def read_hf_config(path: str, model_type: str | None) -> Any:  # noqa: ANN401 - transformers has no types
+def read_hf_config(path: str, model_type: str | None, revision: str | None = None) -> Any:  # noqa: ANN401
     """Read the configuration of the weights at `path`, dropouts 0. Raises PlanError for another `model_type`.
 
-    Of a vision-language model it is that of the language model, if that is of `model_type`.
+    `revision` is that of a hub id. Of a vision-language model the configuration is that of the language model, if that
+    is of `model_type`.
     """
     path = resolve_model_path(path)
     try:
         # Explicit, because without trust_remote_code transformers asks at the terminal whether to run the code.
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(path, revision=revision or "main", trust_remote_code=False)
     except LOAD_ERRORS as error:
         raise CheckpointError(
             f"model.path = {path}: no weights can be loaded from there: {format_load_error(error)}"

@@ -110,11 +110,12 @@ def move_to_device(model: Any, device: str | torch.device) -> Any:  # noqa: ANN4
 
 def _load_base_model(directory: Path, dtype: torch.dtype) -> Any:  # noqa: ANN401 - transformers has no types
     try:
-        given = str(json.loads((directory / _ADAPTER_CONFIG).read_text())["base_model_name_or_path"])
+        values = json.loads((directory / _ADAPTER_CONFIG).read_text())
+        given, revision = str(values["base_model_name_or_path"]), values.get("revision") or "main"
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{directory / _ADAPTER_CONFIG}: names no base model ({error!r})") from error
     try:
-        return _load_whole_model(_resolve_base_path(directory, given), dtype=dtype)
+        return _load_whole_model(_resolve_base_path(directory, given), dtype=dtype, revision=revision)
     except LOAD_ERRORS as error:
         raise CheckpointError(
             f"{directory} holds adapters, and the model they belong to is not there: {given}. Bring it back, or name "

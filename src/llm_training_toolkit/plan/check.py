@@ -41,6 +41,7 @@ def find_problems(config: Config, size: ModelSize, hf: HfValues, replicas: int) 
         *_find_attention_problems(config, size.family),
         *_find_compile_problems(config, hf),
         *_find_weights_problems(config),
+        *_find_revision_problems(config),
         *_find_lora_problems(config, size, hf),
         *_find_offload_problems(config),
         *_find_evaluation_problems(config, size.family),
@@ -155,6 +156,16 @@ def _find_weights_problems(config: Config) -> Iterator[Problem]:
             what,
             "Save them anew with transformers, save_pretrained, where you trust them",
         )
+
+
+def _find_revision_problems(config: Config) -> Iterator[Problem]:
+    """Find a revision of a directory, which has none."""
+    for where, section in (("model", config.model), ("tokenizer", config.tokenizer)):
+        path, revision = section.path, section.revision
+        if revision is not None and path is not None and Path(path).expanduser().is_dir():
+            what = f"{revision} names a revision of a repository on the hub, and {where}.path = {path} is a directory"
+            fix = f"Remove it, or give a hub id (organisation/name) as {where}.path"
+            yield Problem("revision-of-directory", f"{where}.revision", what, fix)
 
 
 def _find_offload_problems(config: Config) -> Iterator[Problem]:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 from llm_training_toolkit import families
+from llm_training_toolkit.checkpoint.hub_commit import HubCommit, find_hub_commit
 from llm_training_toolkit.config import Config
-from llm_training_toolkit.errors import CheckpointError, PlanError
+from llm_training_toolkit.data.sources.remote import translate_remote_errors
+from llm_training_toolkit.errors import CheckpointError, DataError, PlanError
 from llm_training_toolkit.plan import Plan
 from llm_training_toolkit.plan.check import is_directory_or_hub_id
 from llm_training_toolkit.setup.machine import is_local
 from llm_training_toolkit.setup.resume import ResumeState
+
+_REQUEST_SECONDS = 5.0  # the resume waits for it
 
 
 def check_initial_weights(config: Config, plan: Plan, resume_state: ResumeState) -> None:
@@ -38,7 +43,9 @@ def check_initial_weights(config: Config, plan: Plan, resume_state: ResumeState)
         check_pretrained_weights(path, model_type)
         return
     try:
-        published = read_hf_config(path, model_type).to_dict()
+        hub = _find_recorded_commit(config, resume_state)
+        revision = hub.commit if hub else config.model.revision
+        published = read_hf_config(path, model_type, revision).to_dict()
     except CheckpointError:
         if config.cluster.workers == 0 or is_local():
             raise
@@ -49,3 +56,25 @@ def check_initial_weights(config: Config, plan: Plan, resume_state: ResumeState)
             f"model.path = {path} holds a model of {found:,} parameters, {config.model.name} has {plan.parameters:,}: "
             "correct one of them"
         )
+
+
+def _find_recorded_commit(config: Config, resume_state: ResumeState) -> HubCommit | None:
+    return None if resume_state.manifest is None else find_hub_commit(resume_state.manifest.extra, config.model)
+
+
+def find_moved_branch(config: Config, resume_state: ResumeState) -> str | None:
+    """Return a note if the hub's branch no longer means the commit that the run began with; None without a network."""
+    hub = _find_recorded_commit(config, resume_state)
+    if hub is None or not hub.can_move:
+        return None
+    from huggingface_hub import HfApi  # half a second to import
+
+    now = None
+    with suppress(DataError), translate_remote_errors(f"hf://{hub.path}"):  # a resume does not depend on the hub
+        now = HfApi().model_info(hub.path, revision=hub.revision, timeout=_REQUEST_SECONDS).sha
+    if now is None or now == hub.commit:
+        return None
+    return (
+        f"model.path = {hub.path}: {hub.revision} has moved on the hub, from commit {hub.commit[:12]} to {now[:12]}. "
+        f"The run keeps {hub.commit[:12]}, which it began with"
+    )

@@ -21,6 +21,7 @@ from llm_training_toolkit.checkpoint import (
     find_latest_checkpoint,
     read_base_weights,
 )
+from llm_training_toolkit.checkpoint.hub_commit import HubCommit, get_revision
 from llm_training_toolkit.checkpoint.restore import restore_engine
 from llm_training_toolkit.config import Config, parse_config_json
 from llm_training_toolkit.data.prepare.builder import get_cache_directory
@@ -56,12 +57,21 @@ class BuiltModel:
     """Hugging Face configuration of the model, for its exports."""
     base: BaseWeights | None
     """Base weights of the adapters, or None if the model itself is trained."""
+    hub: HubCommit | None
+    """Commit of the weights that training began with, or None if they are not from the hub."""
 
 
 def build_run_model(
-    spec: WorkerSpec, plan: Plan, context: RunContext, checkpoint: CheckpointReader | None
+    spec: WorkerSpec,
+    plan: Plan,
+    context: RunContext,
+    checkpoint: CheckpointReader | None,
+    hub: HubCommit | None = None,
 ) -> BuiltModel:
-    """Build the run's model at `checkpoint` or its initial state. Collective. Raises PlanError and CheckpointError."""
+    """Build the run's model at `checkpoint` or its initial state. Collective. Raises PlanError and CheckpointError.
+
+    `hub` is the commit that an earlier attempt has found; it is used even if the branch has moved since.
+    """
     spec, _ = resolve_attention(spec, context)
     _check_device(spec.config, context)
     prepare_deepspeed(context.device.type)
@@ -73,7 +83,10 @@ def build_run_model(
         else None
     )
     origin = checkpoint or _find_initial_checkpoint(spec.config, plan, context)
-    directory = ensure_local_weights(path, spec, context) if path is not None else None
+    revision = hub.commit if hub else get_revision(spec.config.model)
+    directory = ensure_local_weights(path, spec, context, revision) if path is not None else None
+    if path is not None and directory is not None and not Path(path).expanduser().is_dir():
+        hub = HubCommit(path, get_revision(spec.config.model), Path(directory).name)
     with form_node_group(context, f"{spec.machine}/{spec.node}") as node:
         engine, hf_config = _build_engine(spec.config, plan, context, node, path=directory, origin=origin)
     # Record the hub id, not the local directory, which other machines do not have.
@@ -83,7 +96,7 @@ def build_run_model(
     if plan.adapter and directory and path:
         base = replace(read_base_weights(directory, context, get_cache_directory(spec.config)), path=path)
     _load_state(engine, checkpoint, origin, base, context)
-    return BuiltModel(engine, hf_config, base)
+    return BuiltModel(engine, hf_config, base, hub)
 
 
 def _check_device(config: Config, context: RunContext) -> None:

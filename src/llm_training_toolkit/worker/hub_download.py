@@ -1,6 +1,6 @@
 """Downloads hub weights once per node: one rank fetches them, the others wait and read the cache.
 
-Cached weights are used as they are, because a run must not change when the hub does. All nodes use the revision of rank
+Cached weights are used as they are, because a run must not change when the hub does. All nodes use the commit of rank
 0. On nodes with a shared HF_HOME the hub client locks every file, so that one node fetches it for all.
 """
 
@@ -25,10 +25,11 @@ _FILES = ["config.json", "generation_config.json", "model*.safetensors", "model.
 _LOOK_EVERY = 0.5  # seconds between all-gathers while ranks wait: torch would time out a single long one
 
 
-def ensure_local_weights(path: str, spec: WorkerSpec, context: RunContext) -> str:
+def ensure_local_weights(path: str, spec: WorkerSpec, context: RunContext, revision: str = "main") -> str:
     """Return the directory on this node with the weights of a path or hub id; download if needed. Collective.
 
-    Raises CheckpointError on every rank if a node cannot have them.
+    `revision` is the branch, tag or commit of a hub id, whose directory is named after the commit. Raises
+    CheckpointError on every rank if a node cannot have the weights.
     """
     local = Path(path).expanduser()
     sights = context.all_gather_object((spec.machine, spec.node, local.is_dir()))
@@ -42,23 +43,26 @@ def ensure_local_weights(path: str, spec: WorkerSpec, context: RunContext) -> st
         )
     nodes = [(machine, node) for machine, node, _ in sights]
     fetches = nodes.index(nodes[context.rank]) == context.rank
-    revision = _run_on_all_ranks(
-        lambda: _find_cached_revision(path) or _download_weights(path) if fetches else "", path, spec, context
+    commit = _run_on_all_ranks(
+        lambda: _find_cached_commit(path, revision) or _download_weights(path, revision) if fetches else "",
+        path,
+        spec,
+        context,
     )[0]
     _run_on_all_ranks(
-        lambda: _find_cached_revision(path, revision) or _download_weights(path, revision) if fetches else "",
+        lambda: _find_cached_commit(path, commit) or _download_weights(path, commit) if fetches else "",
         path,
         spec,
         context,
     )
-    seen = context.all_gather_object((spec.node, bool(_find_cached_revision(path, revision))))
+    seen = context.all_gather_object((spec.node, bool(_find_cached_commit(path, commit))))
     if not all(there for _, there in seen):
         raise CheckpointError(
             f"model.path = {path}: some ranks of node "
             f"{_join_node_names(node for node, there in seen if not there)} do not see "
             "what another rank there has fetched: give all of them one HF_HOME"
         )
-    return str(_find_cached_snapshot(path, revision))
+    return str(_find_cached_snapshot(path, commit))
 
 
 def _join_node_names(nodes: Iterable[str]) -> str:
@@ -94,8 +98,8 @@ def _run_on_all_ranks(work: Callable[[], str], path: str, spec: WorkerSpec, cont
         time.sleep(_LOOK_EVERY)
 
 
-def _find_cached_revision(path: str, revision: str = "main") -> str:
-    """Return the revision of a hub id that is complete in the cache; empty without one."""
+def _find_cached_commit(path: str, revision: str) -> str:
+    """Return the commit of a hub id's revision if it is complete in the cache, otherwise ""."""
     try:
         directory = _find_cached_snapshot(path, revision)
     except OSError:
@@ -111,14 +115,15 @@ def _find_cached_snapshot(path: str, revision: str) -> Path:
         raise CheckpointError(f"model.path = {path}: neither a directory here nor an id of the hub") from error
 
 
-def _download_weights(path: str, revision: str = "main") -> str:
-    """Download weights from the hub and return their revision."""
+def _download_weights(path: str, revision: str) -> str:
+    """Download weights from the hub and return their commit."""
     try:
         directory = Path(snapshot_download(path, revision=revision, allow_patterns=_FILES))
     except (HfHubHTTPError, OSError, ValueError) as error:
         said = str(error).strip().partition("\n")[0]
         raise CheckpointError(
-            f"model.path = {path}: no such directory, and the Hugging Face hub did not give it ({said}). Correct it, "
+            f"model.path = {path}: no such directory, and the Hugging Face hub did not give it"
+            f"{'' if revision == 'main' else f' at revision {revision}'} ({said}). Correct it, "
             "or log in for what is not public: `hf auth login` or HF_TOKEN on the nodes"
         ) from error
     if not _is_complete_snapshot(directory):

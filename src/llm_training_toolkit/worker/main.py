@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from llm_training_toolkit.checkpoint import CheckpointReader, RetentionPolicy
+from llm_training_toolkit.checkpoint.hub_commit import HUB_KEY, HubCommit, find_hub_commit
 from llm_training_toolkit.checkpoint.manager import CheckpointLineage, CheckpointManager
 from llm_training_toolkit.checkpoint.restore import find_latest_valid_checkpoint
 from llm_training_toolkit.checkpoint.state import TrainState
@@ -41,6 +42,7 @@ from llm_training_toolkit.runs.attempts import (
     begin_attempt,
     end_attempt,
     fail_attempt,
+    find_last_attempt,
     find_takeover,
     mark_out_of_memory,
     read_attempt_record,
@@ -204,7 +206,9 @@ def _build_components(
         update_attempt(run, attempt, resumed=checkpoint.directory.name if checkpoint else None)
     plan = _make_attempt_plan(spec, context, train_state, resolved)
     context.heartbeat.set_phase("building the model and loading its state")
-    built = build_run_model(spec, plan, context, checkpoint)
+    built = build_run_model(spec, plan, context, checkpoint, _find_recorded_commit(spec, context, checkpoint))
+    if context.is_rank_zero and built.hub is not None:
+        update_attempt(run, attempt, **{HUB_KEY: built.hub.to_json()})
     context.heartbeat.set_phase("opening the data")
     trackers = open_trackers(spec.config, run, run_id, context.metric_exporter) if context.is_rank_zero else ()
     metrics = Metrics(run, attempt, train_state.step, context, trackers)
@@ -301,7 +305,25 @@ def _build_step_profiler(spec: WorkerSpec, context: RunContext, state: TrainStat
 def _build_manifest_extra(built: BuiltModel, plan: Plan) -> dict[str, Any]:
     """Return the facts about the model that a manifest holds beside its weights."""
     extra = {"hf_config": built.hf_config, "micro_batch": plan.micro_batch, "compile": plan.compile}
-    return extra if built.base is None else extra | {"base": built.base.to_json()}
+    optional = {"base": built.base, HUB_KEY: built.hub}
+    return extra | {key: value.to_json() for key, value in optional.items() if value is not None}
+
+
+def _find_recorded_commit(
+    spec: WorkerSpec, context: RunContext, checkpoint: CheckpointReader | None
+) -> HubCommit | None:
+    """Return the commit in the checkpoint, or before the first one that of the newest attempt which had found it."""
+    model = spec.config.model
+    if model.path is None:
+        return None
+    if checkpoint is not None:
+        return find_hub_commit(checkpoint.manifest.extra, model)
+    found = None
+    if context.is_rank_zero:
+        last = find_last_attempt(spec.directory)
+        records = (read_attempt_record(spec.directory, number) for number in range(last, 0, -1))
+        found = next((commit for record in records if (commit := find_hub_commit(record, model))), None)
+    return context.broadcast_object(found)
 
 
 def _get_train_state(checkpoint: CheckpointReader | None) -> TrainState:

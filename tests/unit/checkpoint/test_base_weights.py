@@ -8,7 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from llm_training_toolkit.checkpoint import BaseWeights, check_base_matches, find_weight_files, read_base_weights
+from llm_training_toolkit.checkpoint import (
+    BaseWeights,
+    check_base_matches,
+    find_weight_files,
+    find_weights_directory,
+    read_base_weights,
+)
 from llm_training_toolkit.distributed.context import RunContext
 from llm_training_toolkit.errors import CheckpointError
 
@@ -28,12 +34,10 @@ def weights(tmp_path: Path) -> Path:
 
 
 def test_the_weights_are_the_files_that_transformers_reads(weights: Path) -> None:
-    assert [file.name for file in find_weight_files(str(weights))] == [
-        f"model-0000{n}-of-00002.safetensors" for n in (1, 2)
-    ]
+    assert [file.name for file in find_weight_files(weights)] == [f"model-0000{n}-of-00002.safetensors" for n in (1, 2)]
     for file in weights.glob("model-*"):
         file.unlink()
-    assert [file.name for file in find_weight_files(str(weights))] == ["pytorch_model.bin"]
+    assert [file.name for file in find_weight_files(weights)] == ["pytorch_model.bin"]
 
 
 def test_a_base_survives_the_manifest_and_a_move(weights: Path, tmp_path: Path) -> None:
@@ -67,9 +71,9 @@ def test_another_base_is_refused_and_the_file_named(weights: Path, tmp_path: Pat
 )
 def test_weights_that_are_nowhere(path: str, said: str) -> None:
     with pytest.raises(CheckpointError, match=said):
-        find_weight_files(path)
+        find_weights_directory(path)
 
 
 def test_a_directory_without_weights(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no weights there \(model\*\.safetensors"):
-        find_weight_files(str(tmp_path))
+        find_weight_files(tmp_path)

@@ -239,7 +239,7 @@ class DatasetBuilder:
     def _given_tokenizer_files(self) -> list[tuple[str, Path]]:
         if self.tokenizer.path is None:
             return []
-        directory = resolve_tokenizer_directory(self.tokenizer.path)
+        directory = resolve_tokenizer_directory(self.tokenizer.path, self.tokenizer.revision)
         return [(name, directory / name) for name in TOKENIZER_FILES if (directory / name).is_file()]
 
     @cached_property
@@ -266,7 +266,7 @@ class DatasetBuilder:
     def _check_tokenizer(self) -> None:
         """Reject a given tokenizer, or its chat template, before hours of reading."""
         if self.tokenizer.path is not None:
-            directory = resolve_tokenizer_directory(self.tokenizer.path)
+            directory = resolve_tokenizer_directory(self.tokenizer.path, self.tokenizer.revision)
             encoder = open_tokenizer(str(directory))
             DocumentRenderer(
                 self.data.sources,

@@ -11,7 +11,7 @@ from llm_training_toolkit.config import Config
 from llm_training_toolkit.data.prepare.builder import DatasetBuilder, PreparedDataset, StageProgressCallback
 from llm_training_toolkit.data.prepare.dataset_info import DatasetInfo
 from llm_training_toolkit.data.prepare.shards import render_in_process
-from llm_training_toolkit.data.tokenizer import TokenizationSpec, open_tokenizer
+from llm_training_toolkit.data.tokenizer import TokenizationSpec, open_tokenizer, resolve_tokenizer_directory
 from llm_training_toolkit.errors import DataError, PlanError
 from llm_training_toolkit.plan import DataFacts, StreamFacts
 from llm_training_toolkit.plan.check import find_vocabulary_problems
@@ -76,7 +76,8 @@ def _check_tokenizer_fits(work: DatasetBuilder, config: Config) -> None:
     """Raise PlanError, before any document is read, if the tokenizer has ids beyond the rows of the embedding."""
     if config.tokenizer.path is None or work.is_rendered:
         return
-    entries = open_tokenizer(config.tokenizer.path).vocab_size
+    directory = resolve_tokenizer_directory(config.tokenizer.path, config.tokenizer.revision)
+    entries = open_tokenizer(str(directory)).vocab_size
     for problem in find_vocabulary_problems(config, entries, families.resolve_hf_config(config)):
         raise PlanError(str(problem))
 

@@ -86,7 +86,7 @@ def check_sources(config: Config, markers: TokenizationSpec) -> Iterator[SourceS
 def _open_renderer(config: Config, markers: TokenizationSpec) -> DocumentRenderer | None:
     if config.tokenizer.path is None:
         return None
-    directory: Path = resolve_tokenizer_directory(config.tokenizer.path)
+    directory: Path = resolve_tokenizer_directory(config.tokenizer.path, config.tokenizer.revision)
     renderer = DocumentRenderer(
         list_all_sources(config.data),
         markers,
