@@ -84,7 +84,7 @@ def test_a_run_keeps_the_commit_that_it_began_with(
         resumed = ltt("train", str(config), *overrides, "--extend", environment=environment)
         assert resumed.returncode == 0, resumed.stdout + resumed.stderr
         moved = f"v1 has moved on the hub, from commit {FIRST[:12]} to {SECOND[:12]}"
-        assert moved in " ".join(resumed.stderr.split())
+        assert moved in " ".join(resumed.stdout.split())
         newest = find_latest_checkpoint(run.checkpoints_dir)
         assert newest is not None
         assert (read_manifest(newest).step, read_manifest(newest).extra["hub"]) == (4, recorded)

@@ -31,6 +31,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_HEAD(self) -> None:
         match = re.fullmatch(rf"{self._folder()}/{self.repository}/resolve/(\w+)/(.*)", unquote(self.path))
+        if match is not None and not self._commit(match[1]):
+            self._answer(404, {"error": "no such revision"}, "RevisionNotFound")
+            return
         if match is None or match[2] not in self._files(match[1]):
             self._answer(404, {"error": "no such entry"}, "EntryNotFound")
             return

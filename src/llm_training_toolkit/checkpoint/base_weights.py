@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_training_toolkit.checkpoint.checksum_cache import read_sha256
+from llm_training_toolkit.checkpoint.hub_commit import WEIGHT_PATTERNS
 from llm_training_toolkit.checkpoint.manifest import FileEntry
 from llm_training_toolkit.distributed.context import RunContext
 from llm_training_toolkit.errors import CheckpointError
@@ -65,7 +66,9 @@ def find_weights_directory(path: str, revision: str | None = None) -> Path:
         from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError  # noqa: PLC0415
 
         try:
-            directory = Path(snapshot_download(path, revision=revision, local_files_only=True))
+            # With the patterns, because without them the client calls a partly fetched repository absent.
+            found = snapshot_download(path, revision=revision, allow_patterns=WEIGHT_PATTERNS, local_files_only=True)
+            directory = Path(found)
         except HFValidationError as error:
             raise CheckpointError(f"{path}: there is no such directory") from error
         except (LocalEntryNotFoundError, OSError) as error:

@@ -10,6 +10,8 @@ from llm_training_toolkit.config.model_config import ModelConfig
 
 HUB_KEY = "hub"  # in the `extra` of a manifest, and in the record of an attempt
 DEFAULT_REVISION = "main"
+# Files that are fetched of a repository: skips a second copy of the weights in another format.
+WEIGHT_PATTERNS = ["config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json"]
 
 
 @dataclass(frozen=True)

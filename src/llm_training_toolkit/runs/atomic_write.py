@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import uuid
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -24,6 +25,15 @@ def write_atomically(path: Path, text: str) -> None:
     finally:
         temporary.unlink(missing_ok=True)  # exists only after a failure
     sync_directory(path.parent)
+
+
+def create_directory(directory: Path) -> None:
+    """Create a directory, with those above it, so that its name survives a power loss."""
+    created = [path for path in (directory, *directory.parents) if not path.exists()]
+    directory.mkdir(parents=True, exist_ok=True)
+    for path in created:
+        with suppress(PermissionError):  # of a directory above that may be written, and not read
+            sync_directory(path.parent)
 
 
 def sync_directory(directory: Path) -> None:

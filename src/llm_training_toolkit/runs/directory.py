@@ -21,6 +21,7 @@ from typing import Any
 
 from llm_training_toolkit.config.uri import redact_text
 from llm_training_toolkit.errors import CheckpointError, LaunchError
+from llm_training_toolkit.runs.atomic_write import create_directory
 from llm_training_toolkit.runs.storage.storage import LocalStorage, Storage
 
 _CHECKPOINT = re.compile(r"step_(\d{9})_a(\d+)")
@@ -162,7 +163,7 @@ def lock_run_directory(run: RunDirectory) -> Iterator[None]:
     Raises LaunchError if another process holds it: two writers would interleave their checkpoints.
     """
     try:
-        run.path.mkdir(parents=True, exist_ok=True)
+        create_directory(run.path)
         lock = (run.path / "lock").open("a+b", buffering=0)
     except OSError as error:
         raise LaunchError(f"run directory {run.path}: cannot be written: {error.strerror}") from error

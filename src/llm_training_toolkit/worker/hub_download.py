@@ -15,13 +15,12 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
+from llm_training_toolkit.checkpoint.hub_commit import WEIGHT_PATTERNS
 from llm_training_toolkit.distributed.context import RunContext
 from llm_training_toolkit.distributed.events import NoteEvent
 from llm_training_toolkit.errors import CheckpointError
 from llm_training_toolkit.worker.spec import WorkerSpec
 
-# Skips a second copy of the weights in another format.
-_FILES = ["config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json"]
 _LOOK_EVERY = 0.5  # seconds between all-gathers while ranks wait: torch would time out a single long one
 
 
@@ -110,7 +109,7 @@ def _find_cached_commit(path: str, revision: str) -> str:
 def _find_cached_snapshot(path: str, revision: str) -> Path:
     """Return the cached directory of a revision, complete or not. Raises OSError if it is absent."""
     try:
-        return Path(snapshot_download(path, revision=revision, allow_patterns=_FILES, local_files_only=True))
+        return Path(snapshot_download(path, revision=revision, allow_patterns=WEIGHT_PATTERNS, local_files_only=True))
     except HFValidationError as error:
         raise CheckpointError(f"model.path = {path}: neither a directory here nor an id of the hub") from error
 
@@ -118,7 +117,7 @@ def _find_cached_snapshot(path: str, revision: str) -> Path:
 def _download_weights(path: str, revision: str) -> str:
     """Download weights from the hub and return their commit."""
     try:
-        directory = Path(snapshot_download(path, revision=revision, allow_patterns=_FILES))
+        directory = Path(snapshot_download(path, revision=revision, allow_patterns=WEIGHT_PATTERNS))
     except (HfHubHTTPError, OSError, ValueError) as error:
         said = str(error).strip().partition("\n")[0]
         raise CheckpointError(

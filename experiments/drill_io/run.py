@@ -1,0 +1,94 @@
+"""Faults of input and output at every call of a short run that changes the disk: a table of what was lost.
+
+python experiments/drill_io/run.py                  # what `make drill-io` does: two faults for each call
+python experiments/drill_io/run.py --each 9         # every fault at every call
+python experiments/drill_io/run.py --minutes 5      # no longer than that; the same command goes on later
+python experiments/drill_io/run.py --table-only     # the table again, from result.jsonl
+
+A case that result.jsonl has is not done again; delete the file to begin anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE.parents[1] / "tests" / "support")]
+
+from cases import FAULTS, Sweep  # noqa: E402
+
+RESULT, TABLE = HERE / "result.jsonl", HERE / "table.md"
+
+
+def list_cases(calls: int, each: int) -> Iterator[tuple[str, int]]:
+    """Yield fault and call so that every call meets `each` faults, in turn, and every fault as many calls."""
+    kinds = list(FAULTS)
+    for turn in range(each):
+        yield from (
+            (kinds[(call + turn * (len(kinds) // each or 1)) % len(kinds)], call) for call in range(1, calls + 1)
+        )
+
+
+def read_results() -> list[dict[str, Any]]:
+    """Read the cases that are done."""
+    return [json.loads(line) for line in RESULT.read_text().splitlines()] if RESULT.is_file() else []
+
+
+def run_cases(each: int, minutes: float) -> None:
+    """Run the cases that are not done yet, until the time is over."""
+    until = time.monotonic() + 60 * minutes
+    done = {(row["fault"], row["call"]) for row in read_results()}
+    with tempfile.TemporaryDirectory() as directory:
+        sweep = Sweep(Path(directory).resolve())
+        for kind, call in list_cases(len(sweep.calls), each):
+            if time.monotonic() > until:
+                return
+            if (kind, call) in done:
+                continue
+            result = sweep.run_case(kind, call)
+            with RESULT.open("a") as file:
+                file.write(json.dumps(result._asdict()) + "\n")
+            if result.problems:
+                print(f"{kind}, call {call} ({result.what}): {'; '.join(result.problems)}", flush=True)
+
+
+def format_table(rows: list[dict[str, Any]]) -> str:
+    """Return the table: a row for each fault, with the exit codes of the run that met it."""
+    by_kind: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        by_kind[row["fault"]].append(row)
+    lines = ["| fault | cases | exit codes of the faulty run | cases with a problem |", "|---|---|---|---|"]
+    for kind in [kind for kind in FAULTS if kind in by_kind]:
+        found = by_kind[kind]
+        codes = ", ".join(f"{code}: {count}" for code, count in sorted(Counter(row["first"] for row in found).items()))
+        lines.append(f"| {kind} | {len(found)} | {codes} | {sum(bool(row['problems']) for row in found)} |")
+    wrong = sum(bool(row["problems"]) for row in rows)
+    lines.append(f"| all | {len(rows)}, at {len({row['call'] for row in rows})} calls | | {wrong} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    """Run the sweep; the exit code is 1 if a case has a problem."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--each", type=int, default=2, choices=range(1, len(FAULTS) + 1), help="faults for each call")
+    parser.add_argument("--minutes", type=float, default=24 * 60, help="longest time")
+    parser.add_argument("--table-only", action="store_true")
+    given = parser.parse_args()
+    if not given.table_only:
+        run_cases(given.each, given.minutes)
+    rows = read_results()
+    TABLE.write_text(format_table(rows))
+    print(TABLE.read_text(), end="")
+    return int(any(row["problems"] for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
