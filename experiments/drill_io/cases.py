@@ -184,7 +184,7 @@ def _read_sequences(run: RunDirectory) -> list[object]:
 def _find_first_problems(
     run: RunDirectory, fault: Fault, code: int, said: str, announced: Sequence[int]
 ) -> Iterator[str]:
-    """Find what the faulty run itself did wrong: its words, and checkpoints that it announced and that are not there."""
+    """Find what the faulty run itself did wrong: its words, and announced checkpoints that are not there."""
     if "Traceback" in said:
         yield "traceback"
     if fault.action == 5 and code not in {0, 75}:

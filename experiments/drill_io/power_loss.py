@@ -1,8 +1,8 @@
 """Loss of power, simulated on a directory: what was not synced is gone.
 
 The log of `faults.c` says which names, sizes and syncs there were. A file keeps the bytes it had at its last sync. With
-names lost, too, a directory keeps the entries that it had at its own last sync, as POSIX allows. Files that were truncated
-or begun anew are empty until the next sync.
+names lost, too, a directory keeps the entries that it had at its own last sync, as POSIX allows. Files that were
+truncated or begun anew are empty until the next sync.
 """
 
 from __future__ import annotations

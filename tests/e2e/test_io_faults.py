@@ -1,0 +1,36 @@
+"""A sample of `make drill-io`: a call fails, is half done, kills or loses power, and the next start ends bit for bit.
+
+The whole sweep over every call is experiments/drill_io/run.py.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).parents[2] / "experiments" / "drill_io"))
+from cases import FAULTS, Sweep
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler here for the library of faults"),
+]
+PLACES = ("attempts/0001.json", "metrics.jsonl", "fragments_00000.safetensors", "/manifest.json", "export.writing/")
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory: pytest.TempPathFactory) -> Sweep:
+    return Sweep(tmp_path_factory.mktemp("faults").resolve())
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_fault_costs_no_weights_no_sequences_and_no_metrics(sweep: Sweep, place: str) -> None:
+    """Every kind of fault, each at another call for the file, so that the calls are spread over kinds."""
+    calls = [number for number, call in enumerate(sweep.calls, 1) if place.lstrip("/") in call.replace("/.", "/")]
+    for turn, kind in enumerate(FAULTS):
+        result = sweep.run_case(kind, calls[turn * len(calls) // len(FAULTS)])
+        assert result.problems == (), result
