@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 SHELL := bash
 
-.PHONY: quickstart test test-fast test-fast-one test-fast-other test-slow test-cluster test-ranks lint check bench-step bench-start bench-data bench-memory bench-loading bench-checkpoint bench-tune bench-scale drill gpu-smoke cluster format install requirements structure docs site experiment clean
+.PHONY: drill-io quickstart test test-fast test-fast-one test-fast-other test-slow test-cluster test-ranks lint check bench-step bench-start bench-data bench-memory bench-loading bench-checkpoint bench-tune bench-scale drill gpu-smoke cluster format install requirements structure docs site experiment clean
 
 quickstart: $(VENV)/.installed  ## install, train a small model on this machine, export it, let it write
 	@$(BIN)/ltt train configs/quickstart.yaml
@@ -72,6 +72,9 @@ bench-data: $(VENV)/.installed-bench  ## rendering, packing and resuming beside 
 
 drill: $(VENV)/.installed-dev  ## 20 failures by chance in one run, 50 kills while saving in another: table and picture (half an hour)
 	$(BIN)/python experiments/drill/run.py
+
+drill-io: $(VENV)/.installed-dev  ## two faults at every call of a short run that changes the disk: table (half an hour)
+	$(BIN)/python experiments/drill_io/run.py
 
 EXPERIMENTS := experiments
 FAMILY := qwen

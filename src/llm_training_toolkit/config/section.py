@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import math
 import re
+from pathlib import Path
 from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
@@ -95,7 +96,18 @@ def _check_no_userinfo(value: str) -> str:
     return value
 
 
-Location = Annotated[str, AfterValidator(_check_no_userinfo)]  # path, URI or hub id
+def _check_home_directory(value: str) -> str:
+    """Refuse `~name` of a user that does not exist here, which Python meets with a RuntimeError."""
+    try:
+        Path(value).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{value.partition('/')[0]} is no home directory of this machine: give the path") from error
+    return value
+
+
+Location = Annotated[
+    str, AfterValidator(_check_no_userinfo), AfterValidator(_check_home_directory)
+]  # path, URI or hub id
 
 
 Workers = Annotated[int | tuple[int, int], BeforeValidator(_check_worker_range)]

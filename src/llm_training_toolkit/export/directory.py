@@ -52,6 +52,7 @@ def atomic_export_dir(destination: Path) -> Iterator[Path]:
     try:
         temporary.mkdir(parents=True)
         yield temporary
+        _open_to_readers(temporary)
         _sync_tree(temporary)
         _replace_directory(temporary, destination)
     except (OSError, SafetensorError) as error:
@@ -72,6 +73,13 @@ def _is_replaceable(destination: Path) -> bool:
         or read_source_checkpoint_name(destination) is not None
         or not any(destination.iterdir())
     )
+
+
+def _open_to_readers(directory: Path) -> None:
+    """Give every file the rights of a new one: safetensors writes files that the owner alone may read."""
+    for path in directory.rglob("*"):
+        if path.is_file():
+            path.chmod(directory.stat().st_mode & 0o666)  # the directory's, which follow the umask
 
 
 def _sync_tree(directory: Path) -> None:

@@ -72,6 +72,12 @@ def test_userinfo_is_refused_wherever_an_address_may_stand(tmp_path: Path, key: 
     assert "S3CR3T" not in str(caught.value)
 
 
+@pytest.mark.parametrize("key", ["run.dir", "model.path", "tokenizer.path", "data.cache"])
+def test_the_home_of_a_user_that_does_not_exist_is_named(tmp_path: Path, key: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{key}.*~nobody-of-this-name is no home directory of this machine"):
+        load(tmp_path, {key: "~nobody-of-this-name/a"})
+
+
 def test_public_buckets_may_be_read_anonymously() -> None:
     assert not has_userinfo("gs://anonymous@bucket/a")
     assert not has_userinfo("abfs://container@account.dfs.core.windows.net/a")

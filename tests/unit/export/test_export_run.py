@@ -292,6 +292,12 @@ def test_the_tokenizer_and_the_card_go_along_and_nothing_else(case: Case) -> Non
     assert (directory / "tokenizer.json").read_text() == (case.tokenizer / "tokenizer.json").read_text()
 
 
+def test_whoever_may_read_the_export_may_read_its_weights(case: Case) -> None:
+    directory = case.export()
+    rights = {path.name: path.stat().st_mode & 0o777 for path in directory.iterdir()}
+    assert set(rights.values()) == {directory.stat().st_mode & 0o666}, rights
+
+
 def test_an_export_is_synced_before_its_name_says_that_it_is_whole(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without it a loss of power left the directory, and every file in it empty."""
     synced: set[tuple[str, int]] = set()

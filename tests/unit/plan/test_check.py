@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 
 from llm_training_toolkit import families
+from llm_training_toolkit.config import parse_config
 from llm_training_toolkit.config.schema import Config
+from llm_training_toolkit.errors import ConfigError
 from llm_training_toolkit.plan import Plan, check, make_plan
 from llm_training_toolkit.plan.check import find_problems
 from tiny_runs import tiny_config
@@ -151,6 +153,31 @@ def plan_from(path: str, name: str = "qwen2.5-0.5b") -> Plan:
             }
         )
     )
+
+
+def test_a_revision_belongs_to_the_hub(tmp_path: Path) -> None:
+    directory, hub_id = str(tmp_path), "Qwen/Qwen3-0.6B"
+    with pytest.raises(ConfigError, match="revision belongs to a hub id in path"):
+        tiny_config(tmp_path, tmp_path, model={"revision": "v1"})
+    for path, codes in ((hub_id, []), (directory, ["revision-of-directory"] * 2)):
+        (tmp_path / "tokenizer.json").touch()
+        model = {"path": path, "config_overrides": {}, "revision": "v1"}
+        tokenizer = {"path": path, "train": None, "revision": "v1"}
+        found = find_problems(tiny_config(tmp_path, tmp_path, model=model, tokenizer=tokenizer))
+        assert [each.code for each in found if "revision" in each.code] == codes
+
+
+def test_a_tokenizer_that_is_left_out_has_the_revision_of_the_weights() -> None:
+    data = {
+        "run": {"name": "x"},
+        "train": {"steps": 1},
+        "data": {"sequence_length": 32, "sources": [{"path": "x", "format": "text"}]},
+    }
+    model = {"path": "Qwen/Qwen3-0.6B", "revision": "v1"}
+    config = parse_config(data | {"model": model}, "test")
+    assert (config.tokenizer.path, config.tokenizer.revision) == ("Qwen/Qwen3-0.6B", "v1")
+    given = parse_config(data | {"model": model, "tokenizer": {"path": "Qwen/Qwen3-0.6B"}}, "test")
+    assert given.tokenizer.revision is None
 
 
 @pytest.mark.parametrize(
