@@ -23,7 +23,7 @@ from typing import Any
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1] / "tests" / "support")]
 
-from cases import FAULTS, Sweep  # noqa: E402
+from fault_cases import FAULTS, Sweep  # noqa: E402
 
 RESULT, TABLE = HERE / "result.jsonl", HERE / "table.md"
 

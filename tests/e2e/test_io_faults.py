@@ -6,13 +6,9 @@ The whole sweep over every call is experiments/drill_io/run.py.
 from __future__ import annotations
 
 import shutil
-import sys
-from pathlib import Path
 
 import pytest
-
-sys.path.append(str(Path(__file__).parents[2] / "experiments" / "drill_io"))
-from cases import FAULTS, Sweep
+from fault_cases import FAULTS, Sweep
 
 pytestmark = [
     pytest.mark.slow,

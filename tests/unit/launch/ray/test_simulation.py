@@ -194,4 +194,4 @@ def test_no_step_is_lost_or_done_twice_whatever_dies() -> None:
     from hypothesis.stateful import run_state_machine_as_test
 
     how = settings(max_examples=40, stateful_step_count=30, derandomize=True, database=None, deadline=None)
-    run_state_machine_as_test(RunSimulation, settings=how)  # type: ignore[no-untyped-call]
+    run_state_machine_as_test(RunSimulation, settings=how)

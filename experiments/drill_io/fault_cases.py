@@ -17,6 +17,7 @@ from power_loss import list_entries, lose_power
 
 import fork_server
 from llm_training_toolkit.checkpoint import list_complete_checkpoints, read_manifest
+from llm_training_toolkit.data.sample_log import FetchedSequence
 from llm_training_toolkit.errors import ToolkitError
 from llm_training_toolkit.launch.drill.data_audit import audit_sequences, read_attempt_spans, read_fetched_sequences
 from llm_training_toolkit.runs.directory import RunDirectory
@@ -176,9 +177,9 @@ class Sweep:
             yield f"{missing} sequences missing, {doubled} doubled"
 
 
-def _read_sequences(run: RunDirectory) -> list[object]:
+def _read_sequences(run: RunDirectory) -> list[FetchedSequence]:
     newest = list_complete_checkpoints(run.checkpoints_dir)[-1]
-    return read_fetched_sequences(run, read_attempt_spans(run, newest.name))  # type: ignore[return-value]
+    return read_fetched_sequences(run, read_attempt_spans(run, newest.name))
 
 
 def _find_first_problems(
