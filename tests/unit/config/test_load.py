@@ -385,6 +385,7 @@ shares = st.floats(0, 1)
 positive = st.floats(min_value=0, exclude_min=True, allow_infinity=False)
 counts = st.integers(1, 10**12)
 texts = st.text(min_size=1)
+paths = texts.filter(lambda text: not text.startswith("~"))  # the home of a user that does not exist is refused
 numbers = st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.booleans()
 leaves = numbers | st.text()
 keys = st.text(max_size=80)  # YAML's keys end at 1,024 characters, of which JSON may take twelve for one
@@ -392,13 +393,13 @@ fims = st.fixed_dictionaries(
     {}, optional={"rate": shares, "spm_rate": shares, "loss": st.sampled_from(["all", "middle"])}
 )
 sources = st.fixed_dictionaries(
-    {"path": texts, "format": st.sampled_from(["code", "text"])}, optional={"fim": fims | st.none()}
+    {"path": paths, "format": st.sampled_from(["code", "text"])}, optional={"fim": fims | st.none()}
 )
 configs = st.fixed_dictionaries(
     {
         "run": st.fixed_dictionaries({"name": st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]*", fullmatch=True)}),
         "model": st.fixed_dictionaries({"name": texts}, optional={"config_overrides": st.dictionaries(keys, numbers)}),
-        "tokenizer": st.fixed_dictionaries({"path": texts})
+        "tokenizer": st.fixed_dictionaries({"path": paths})
         | st.fixed_dictionaries({"train": st.fixed_dictionaries({"vocab_size": st.integers(512, 10**6)})}),
         "data": st.fixed_dictionaries(
             {"sequence_length": st.integers(16, 10**9), "sources": st.lists(sources, min_size=1, max_size=3)}
