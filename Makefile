@@ -73,7 +73,7 @@ bench-data: $(VENV)/.installed-bench  ## rendering, packing and resuming beside 
 drill: $(VENV)/.installed-dev  ## 20 failures by chance in one run, 50 kills while saving in another: table and picture (half an hour)
 	$(BIN)/python experiments/drill/run.py
 
-drill-io: $(VENV)/.installed-dev  ## two faults at every call of a short run that changes the disk: table (half an hour)
+drill-io: $(VENV)/.installed-dev  ## two faults at every call of a short run that changes the disk: table (an hour)
 	$(BIN)/python experiments/drill_io/run.py
 
 EXPERIMENTS := experiments

@@ -25,16 +25,20 @@ sys.path[:0] = [str(HERE), str(HERE.parents[1] / "tests" / "support")]
 
 from fault_cases import FAULTS, Sweep  # noqa: E402
 
+_GOLDEN_RATIO = (5**0.5 - 1) / 2
 RESULT, TABLE = HERE / "result.jsonl", HERE / "table.md"
 
 
 def list_cases(calls: int, each: int) -> Iterator[tuple[str, int]]:
-    """Yield fault and call so that every call meets `each` faults, in turn, and every fault as many calls."""
+    """Yield fault and call so that every call meets `each` faults, in turn, and every fault as many calls.
+
+    A part of them is spread over the whole run.
+    """
     kinds = list(FAULTS)
+    spread = sorted(range(1, calls + 1), key=lambda call: call * _GOLDEN_RATIO % 1)
     for turn in range(each):
-        yield from (
-            (kinds[(call + turn * (len(kinds) // each or 1)) % len(kinds)], call) for call in range(1, calls + 1)
-        )
+        first = turn * (len(kinds) // each)
+        yield from ((kinds[(call + first) % len(kinds)], call) for call in spread)
 
 
 def read_results() -> list[dict[str, Any]]:
