@@ -29,6 +29,9 @@ class LoraConfig(ConfigSection):
         "auto"
     )
     """Linear layers with adapters, by name. `auto` = attention and feed-forward (MoE models: attention only)."""
+    target_parameters: Annotated[tuple[Literal["gate_up_proj", "down_proj"], ...], FieldTag.IDENTITY] = ()
+    """MoE models: the tensors of a layer's experts with adapters, one adapter an expert. Absent = none. Each pass of a
+    layer adds the adapters to a copy of all its experts, as peft does: docs/adapters.md has what this takes."""
     use_rslora: Annotated[bool, FieldTag.IDENTITY] = False
     """Scale by alpha / √rank instead (rsLoRA, Kalajdzievski 2023), so that higher ranks learn as fast."""
     use_dora: Annotated[bool, FieldTag.IDENTITY] = False

@@ -65,7 +65,7 @@ def _collect_facts(run: RunDirectory, config: Config, manifest: Manifest) -> dic
         "seed": str(config.run.seed),
     }
     if plan.adapter is not None:
-        places = ", ".join((*plan.adapter.targets, *plan.adapter.modules_to_save))
+        places = ", ".join((*plan.adapter.target_names, *plan.adapter.modules_to_save))
         facts["adapters"] = f"rank {plan.adapter.rank}, alpha {plan.adapter.alpha}, on {places}"
     losses = [
         float(row["eval/loss"])

@@ -88,7 +88,7 @@ def _write_weights(weights: WeightSource, directory: Path, dtype: torch.dtype) -
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         tensors: dict[str, Tensor] = {}
         for name in names:
-            tensors |= _unfuse_experts(name, weights.get_tensor(name).to(dtype))
+            tensors |= unfuse_experts(name, weights.get_tensor(name).to(dtype))
         save_file(tensors, directory / file, metadata={"format": "pt"})
         index |= dict.fromkeys(tensors, file)
     if len(shards) > 1:
@@ -97,7 +97,7 @@ def _write_weights(weights: WeightSource, directory: Path, dtype: torch.dtype) -
         (directory / "model.safetensors.index.json").write_text(json.dumps(content, indent=1))
 
 
-def _unfuse_experts(name: str, tensor: Tensor) -> dict[str, Tensor]:
+def unfuse_experts(name: str, tensor: Tensor) -> dict[str, Tensor]:
     """Return a parameter under published names, with separate matrices per expert of a mixture.
 
     transformers fuses the experts into one tensor per layer when loading; inference engines expect them separate.

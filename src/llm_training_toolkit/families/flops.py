@@ -43,7 +43,7 @@ def compute_training_flops(model: ModelDims, beside: AdapterSpec | None = None) 
         state = 18 * linear.layers * linear.value_width * linear.key_head_dim
     layers, head = 6 * matrices, 6
     if beside is not None:
-        layers = 4 * matrices + 6 * beside.matrices
+        layers = 4 * matrices + _count_adapter_flops(model, beside)
         head = 6 if "lm_head" in beside.modules_to_save else 4
     return TrainingFlops(
         per_token=layers + state,
@@ -51,3 +51,14 @@ def compute_training_flops(model: ModelDims, beside: AdapterSpec | None = None) 
         per_attended_token=12 * model.attention_layers * model.query_width,
         window=model.window,
     )
+
+
+def _count_adapter_flops(model: ModelDims, beside: AdapterSpec) -> int:
+    """Return the FLOPs of a token's adapters.
+
+    Adapters of experts are added to the weights before they multiply: what remains per token is the gradient of the
+    sum's weights. The addition itself does not depend on tokens and is left out.
+    """
+    of_experts = beside.count_expert_adapters(model.layers)
+    gradients = model.layers * beside.adapted_expert_elements * model.experts_per_token // max(model.experts, 1)
+    return 6 * (beside.matrices - of_experts) + 2 * gradients

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from llm_training_toolkit.config.model_config import LoraConfig
@@ -22,6 +22,20 @@ class LinearLayer(NamedTuple):
     outputs: int
     layers: int
     """Decoder layers that have it."""
+
+
+class ExpertParameter(NamedTuple):
+    """Tensor of all experts of a decoder layer: (experts, outputs, inputs)."""
+
+    name: str
+    experts: int
+    inputs: int
+    outputs: int
+
+    @property
+    def elements(self) -> int:
+        """Weights of the tensor."""
+        return self.experts * self.inputs * self.outputs
 
 
 @dataclass(frozen=True)
@@ -47,6 +61,22 @@ class AdapterSpec:
     """Parameters of all adapters."""
     whole: int
     """Parameters of the modules trained in full."""
+    experts: tuple[ExpertParameter, ...] = ()
+    """Tensors of experts with adapters in each decoder layer: the first is wrapped first."""
+
+    @property
+    def adapted_expert_elements(self) -> int:
+        """Weights of one layer's experts that adapters are added to."""
+        return sum(each.elements for each in self.experts)
+
+    def count_expert_adapters(self, layers: int) -> int:
+        """Return the parameters of the experts' adapters in so many decoder layers."""
+        return layers * self.rank * sum(each.experts * (each.inputs + each.outputs) for each in self.experts)
+
+    @property
+    def target_names(self) -> tuple[str, ...]:
+        """Names of layers, expert tensors and whole modules that are trained, for people."""
+        return (*self.targets, *(f"{each.name} of the experts" for each in self.experts))
 
     @property
     def trainable_parameters(self) -> int:
@@ -105,6 +135,17 @@ def get_fully_trainable_modules(family: Family, model: ModelDims) -> dict[str, i
     return dict.fromkeys((family.embedding_name, "lm_head"), model.vocab * model.hidden)
 
 
+def list_expert_parameters(model: ModelDims) -> tuple[ExpertParameter, ...]:
+    """Return the tensors of a layer's experts in the order of transformers' classes; empty for a dense model."""
+    if not model.experts:
+        return ()
+    hidden, width = model.hidden, model.intermediate
+    return (
+        ExpertParameter("gate_up_proj", model.experts, hidden, 2 * width),
+        ExpertParameter("down_proj", model.experts, width, hidden),
+    )
+
+
 def build_adapter(lora: LoraConfig, family: Family, model: ModelDims) -> AdapterSpec:
     """Build the adapters of a configuration; names that the family does not have add nothing."""
     targets = family.lora_targets if lora.target_modules == "auto" else tuple(dict.fromkeys(lora.target_modules))
@@ -114,7 +155,7 @@ def build_adapter(lora: LoraConfig, family: Family, model: ModelDims) -> Adapter
         for layer in layers
     )
     modules, known = tuple(dict.fromkeys(lora.modules_to_save)), get_fully_trainable_modules(family, model)
-    return AdapterSpec(
+    found = AdapterSpec(
         rank=lora.rank,
         alpha=lora.alpha,
         scaling=lora.alpha / (math.sqrt(lora.rank) if lora.use_rslora else lora.rank),
@@ -127,4 +168,6 @@ def build_adapter(lora: LoraConfig, family: Family, model: ModelDims) -> Adapter
         layers=layers,
         matrices=matrices,
         whole=sum(known.get(name, 0) for name in modules),
+        experts=tuple(each for each in list_expert_parameters(model) if each.name in lora.target_parameters),
     )
+    return replace(found, matrices=matrices + found.count_expert_adapters(model.layers))

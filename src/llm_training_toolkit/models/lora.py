@@ -14,12 +14,13 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from peft.utils.other import set_additional_trainable_modules
-from torch import nn
+from torch import Tensor, nn
 
 from llm_training_toolkit.families.lora import AdapterSpec
 from llm_training_toolkit.models.dropout import BatchPosition, SequenceDropout
 from llm_training_toolkit.models.init_weights import build_generator
 
+_EXPERTS = "mlp.experts"  # module of the fused experts, in all classes
 ADAPTER_NAME = "default"  # peft's name for the only adapter of a model
 
 
@@ -31,6 +32,7 @@ def build_lora_config(adapter: AdapterSpec, base: str | None = None) -> LoraConf
         lora_alpha=adapter.alpha,
         lora_dropout=adapter.dropout,
         target_modules=list(adapter.targets),
+        target_parameters=[f"{_EXPERTS}.{each.name}" for each in adapter.experts] or None,
         use_rslora=adapter.rslora,
         use_dora=adapter.dora,
         modules_to_save=list(adapter.modules_to_save) or None,
@@ -61,6 +63,27 @@ def add_adapters(
     if adapter.dropout and draws is not None:
         for name, layer in find_lora_layers(model).items():
             layer.lora_dropout[ADAPTER_NAME] = SequenceDropout(adapter.dropout, seed, name, draws)
+
+
+def name_expert_adapter(parameter: str, adapter: AdapterSpec) -> str | None:
+    """Return the module that holds the adapter of a tensor of experts, or None if it has none.
+
+    peft wraps the module of the experts once for each of its tensors, the first one innermost.
+    """
+    module, _, name = parameter.rpartition(".")
+    names = [each.name for each in adapter.experts]
+    if not module.endswith(f".{_EXPERTS}") or name not in names:
+        return None
+    return module + ".base_layer" * (len(names) - 1 - names.index(name))
+
+
+def compute_expert_delta(first: Tensor, second: Tensor, experts: int) -> Tensor:
+    """Return what adapters add to a tensor of experts (E, out, in), unscaled: A is (r E, in), B (out, r E).
+
+    The layout is peft's `ParamWrapper`: of A the experts come first, of B the ranks.
+    """
+    stacked = first.reshape(experts, -1, first.shape[-1])
+    return torch.einsum("ore,eri->eoi", second.reshape(len(second), -1, experts), stacked)
 
 
 def find_lora_layers(model: nn.Module) -> dict[str, Any]:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from llm_training_toolkit.config.data_config import SourceConfig
@@ -14,16 +13,15 @@ from llm_training_toolkit.config.uri import is_uri
 from llm_training_toolkit.families import Family, HfValues, ModelSize, list_models_with_tokens, read_saved_dropout
 from llm_training_toolkit.families.document_layouts import COMMIT_MARKERS, get_required_markers
 from llm_training_toolkit.families.family import ISOLATED_MODEL_TYPES
-from llm_training_toolkit.families.lora import get_fully_trainable_modules
 from llm_training_toolkit.plan.auto import GPU_ATTENTION, OFFLOAD_STAGES
 from llm_training_toolkit.plan.batch import get_micro_batch, split_global_batch
 from llm_training_toolkit.plan.compilation import find_compile_problem
 from llm_training_toolkit.plan.deepspeed import find_deepspeed_problems
 from llm_training_toolkit.plan.git_check import find_git_problems
+from llm_training_toolkit.plan.lora_check import find_lora_problems
 from llm_training_toolkit.plan.problem import Problem, format_plural
 
 _MOST_MEMORY_GB = 1e6  # a petabyte on one device: larger estimates are typos
-_EXPERT_MATRICES = ("gate_proj", "up_proj", "gate_up_proj", "down_proj")
 _LAYOUTS_WITHOUT_TOKENS = {"git": "diffs", "notebooks": "script"}
 # names of environment variables with secrets
 _SECRET = re.compile(r"TOKEN$|SECRET|PASSWORD|CREDENTIAL|KEY$", re.IGNORECASE)
@@ -42,7 +40,7 @@ def find_problems(config: Config, size: ModelSize, hf: HfValues, replicas: int) 
         *_find_compile_problems(config, hf),
         *_find_weights_problems(config),
         *_find_revision_problems(config),
-        *_find_lora_problems(config, size, hf),
+        *find_lora_problems(config, size, hf),
         *_find_offload_problems(config),
         *_find_evaluation_problems(config, size.family),
     )
@@ -181,65 +179,6 @@ def _find_offload_problems(config: Config) -> Iterator[Problem]:
             f"{offload} is not possible at ZeRO {stage}",
             f"Set engine.zero_stage to {' or '.join(map(str, stages))}, or to auto",
         )
-
-
-def _find_lora_problems(config: Config, size: ModelSize, hf: HfValues) -> Iterator[Problem]:
-    """Find adapters for missing layers, and settings that 4-bit weights do not support."""
-    lora, family = config.model.lora, size.family
-    if lora is None:
-        return
-    dims, targets = family.read_dims(hf), () if lora.target_modules == "auto" else lora.target_modules
-    experts = tuple(name for name in targets if dims.experts and name in _EXPERT_MATRICES)
-    if experts:
-        what = (
-            f"{', '.join(experts)}: the experts of {size.name} are one tensor a layer, not linear layers. Beside it an "
-            "adapter would be added to all experts in each pass, which takes their memory once more"
-        )
-        fix = f"Use {', '.join(family.lora_targets)}, or train the whole model without lora"
-        yield Problem("adapters-beside-experts", "model.lora.target_modules", what, fix)
-    others = tuple(name for name in targets if name not in experts)
-    yield from _find_unknown_names("model.lora.target_modules", others, family.lora_targets, size)
-    whole = tuple(get_fully_trainable_modules(family, dims))
-    yield from _find_unknown_names("model.lora.modules_to_save", lora.modules_to_save, whole, size)
-    if dims.tied and set(lora.modules_to_save) & set(whole):
-        what = f"embedding and output layer of {size.name} are one matrix, which training one of them would part"
-        yield Problem(
-            "tied-modules-to-save",
-            "model.lora.modules_to_save",
-            what,
-            "Remove it, or train the whole model without lora",
-        )
-    if lora.quantize is not None and config.engine.offload == "optimizer_and_weights":
-        yield Problem(
-            "quantized-offload",
-            "engine.offload",
-            "4-bit weights stay on the GPU: ZeRO 3, which could move them, would cut their blocks",
-            "Set it to optimizer, at ZeRO 1, or to none",
-        )
-    elif lora.quantize is not None and config.engine.zero_stage == 3:
-        what = "ZeRO 3 would cut 4-bit weights, whose blocks belong together"
-        yield Problem(
-            "quantized-zero-3",
-            "engine.zero_stage",
-            what,
-            "Use 1: the weights in 4 bits are small, and only adapters have gradients",
-        )
-    if lora.quantize is not None and config.cluster.gpus_per_worker == 0:
-        what = "4-bit weights need a GPU, and cluster.gpus_per_worker is 0"
-        yield Problem(
-            "quantized-without-gpu", "model.lora.quantize", what, "Remove quantize, or train where there are GPUs"
-        )
-
-
-def _find_unknown_names(where: str, given: Sequence[str], known: Sequence[str], size: ModelSize) -> Iterator[Problem]:
-    """Find names that the family does not have, each with the nearest valid one."""
-    for name in given:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            meant = f"Did you mean {near[0]}? " if near else ""
-            yield Problem(
-                "unknown-lora-module", where, f"{size.name} has no {name!r}", f"{meant}There are: {', '.join(known)}"
-            )
 
 
 def _find_evaluation_problems(config: Config, family: Family) -> Iterator[Problem]:

@@ -89,7 +89,10 @@ def build_base_config(config: Config, *, parameters: int = _BUCKET) -> dict[str,
         "gradient_accumulation_steps": 1,
         # DeepSpeed's default became 1.0; an explicit 0 means none. At stages 0 and 1 the engine clips.
         "gradient_clipping": config.optim.max_grad_norm if int(config.engine.zero_stage) >= 2 else 0.0,
-        "zero_optimization": _build_zero_block(config.engine, min(parameters, _BUCKET)),
+        "zero_optimization": {
+            **_build_zero_block(config.engine, min(parameters, _BUCKET)),
+            **_build_leaf_block(config),
+        },
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "communication_data_type": "fp32",
@@ -111,6 +114,17 @@ def _build_zero_block(engine: EngineConfig, bucket: int) -> dict[str, Any]:
         "reduce_bucket_size": bucket,
         "allgather_bucket_size": bucket,
     }
+
+
+def _build_leaf_block(config: Config) -> dict[str, Any]:
+    """Return the setting by which stage 3 gathers experts and their adapters before both are added up.
+
+    peft adds them outside the module of the experts, for which alone stage 3 would gather.
+    """
+    lora = config.model.lora
+    if int(config.engine.zero_stage) < 3 or lora is None or not lora.target_parameters:
+        return {}
+    return {"leaf_module": {"classes": ["peft.tuners.lora.layer.ParamWrapper"]}}
 
 
 def _build_precision_blocks(config: Config) -> dict[str, Any]:

@@ -109,7 +109,7 @@ def format_mixture(plan: Plan) -> list[str]:
 
 def _format_adapters(plan: Plan, adapter: AdapterSpec) -> str:
     kind = ("QLoRA" if adapter.quantize else "LoRA") + (" with DoRA" if adapter.dora else "")
-    target_names = ", ".join((*adapter.targets, *(f"all of {name}" for name in adapter.modules_to_save)))
+    target_names = ", ".join((*adapter.target_names, *(f"all of {name}" for name in adapter.modules_to_save)))
     trained = plan.trainable_parameters
     share = f"{trained:,}, {trained / plan.parameters:.2%} of the model"
     what = f"{kind} rank {adapter.rank}, scaled by {adapter.scaling:.3g}, on {target_names}"
