@@ -154,11 +154,12 @@ def _without_values() -> Iterator[None]:
     def same_module(module: nn.Module, *_device: Any) -> nn.Module:
         return module
 
-    move_adapter = "peft.tuners.tuners_utils.BaseTunerLayer._move_adapter_to_device_of_base_layer"
+    move_adapter = "_move_adapter_to_device_of_base_layer"
     patches = (
         mock.patch("llm_training_toolkit.models.loss.compute_token_loss_sum", sum_all),
         mock.patch("transformers.masking_utils.find_packed_sequence_indices", one_document),
-        mock.patch(move_adapter, _return_nothing),
+        mock.patch(f"peft.tuners.tuners_utils.BaseTunerLayer.{move_adapter}", _return_nothing),
+        mock.patch(f"peft.tuners.lora.layer.ParamWrapper.{move_adapter}", _return_nothing),
         mock.patch("torch.nn.Module.to", same_module),
     )
     with ExitStack() as stack:

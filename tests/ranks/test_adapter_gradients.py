@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ from llm_training_toolkit.plan import make_plan
 from llm_training_toolkit.runs.directory import RunDirectory
 from llm_training_toolkit.worker.base_weights import ensure_base_weights
 from rank_pool import RankPool
+from tiny_models import SHAPES
 
 Pools = Callable[[int], RankPool]
 
@@ -29,16 +31,16 @@ def changes(lora: dict[str, Any], zero: int, **model: Any) -> dict[str, Any]:
     return {"train": {"precision": "fp32"}, "engine": {"zero_stage": zero}, "model": {"lora": lora, **model}}
 
 
-def plain(run: str, lora: dict[str, Any]) -> tuple[float, dict[str, Any]]:
+def plain(run: str, lora: dict[str, Any], **model: Any) -> tuple[float, dict[str, Any]]:
     """Loss and gradients of the first step in plain torch: all rows at once, no DeepSpeed."""
-    place = rank_tasks.place_of(run, changes(lora, 0))
+    place = rank_tasks.place_of(run, changes(lora, 0, **model))
     plan = make_plan(place.config)
     assert plan.adapter is not None
     base = ensure_base_weights(place, plan, rank_tasks.alone())
-    model = build_model(plan.hf_config, precision="fp32", attention="sdpa", path=base)
-    module = LossModule(model, 64)
-    add_adapters(model, plan.adapter, seed=place.config.run.seed, dtype=torch.float32, draws=module.batch_position)
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    built = build_model(plan.hf_config, precision="fp32", attention="sdpa", path=base)
+    module = LossModule(built, 64)
+    add_adapters(built, plan.adapter, seed=place.config.run.seed, dtype=torch.float32, draws=module.batch_position)
+    trained = {name: parameter for name, parameter in built.named_parameters() if parameter.requires_grad}
     with torch.no_grad():
         for name, parameter in trained.items():
             parameter.copy_(rank_tasks.drawn(name, parameter.shape))
@@ -59,11 +61,23 @@ def distance(found: dict[str, Any], reference: dict[str, Any]) -> float:
 
 @pytest.fixture(scope="module")
 def run(prepared_run: RunDirectory, tmp_path_factory: pytest.TempPathFactory) -> str:
-    import shutil
-
     target = tmp_path_factory.mktemp("adapters") / "run"
     shutil.copytree(prepared_run.path, target)
     return str(target)
+
+
+@pytest.fixture(scope="module")
+def run_of_mixture(prepared_run: RunDirectory, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
+    """The run with base weights of each mixture's own."""
+    made: dict[str, str] = {}
+
+    def make(size: str) -> str:
+        if size not in made:
+            target = tmp_path_factory.mktemp("mixture") / "run"
+            made[size] = str(shutil.copytree(prepared_run.path, target))
+        return made[size]
+
+    return make
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +120,23 @@ def test_recomputing_activations_changes_no_gradient(
     loss, _, found = pools(2).run(rank_tasks.gradients, run=run, changes=given, micro_batch=2, stirred=True)[0]
     assert distance(found, reference[1]) < 1e-5
     assert loss == pytest.approx(reference[0], rel=1e-6)
+
+
+@pytest.mark.parametrize(("zero", "kind"), [(0, "none"), (2, "selective"), (3, "none"), (3, "full")])
+@pytest.mark.parametrize("size", ["qwen3-30b-a3b", "qwen3.5-35b-a3b"])
+def test_adapters_of_experts_have_the_gradients_of_plain_torch(
+    pools: Pools, run_of_mixture: Callable[[str], str], size: str, zero: int, kind: str
+) -> None:
+    """DeepSpeed knows the experts of one of the two classes, and gathers those of the other by our setting alone."""
+    lora = {"rank": 4, "target_parameters": ["gate_up_proj", "down_proj"]}
+    model = {"name": size, "config_overrides": SHAPES[size]}
+    run = run_of_mixture(size)
+    given = changes(lora, zero, activation_checkpointing=kind, **model)
+    loss, _, found = pools(2).run(rank_tasks.gradients, run=run, changes=given, micro_batch=2, stirred=True)[0]
+    wanted = plain(run, lora, **model)
+    assert any(".experts.base_layer.lora_A." in name for name in found)
+    assert distance(found, wanted[1]) < 1e-5
+    assert loss == pytest.approx(wanted[0], rel=1e-6)
 
 
 def test_dropout_leaves_something_out(run: str, reference: Any) -> None:

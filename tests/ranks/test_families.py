@@ -56,6 +56,15 @@ class Case:
         return self.method.startswith("LoRA")
 
     @property
+    def lora(self) -> dict[str, Any] | None:
+        """Adapters; those without dropout are on the experts of a mixture, too."""
+        if not self.is_lora:
+            return None
+        if self.method.endswith("dropout"):
+            return {"rank": 4, "dropout": 0.1}
+        return {"rank": 4, "target_parameters": ["gate_up_proj", "down_proj"] * ("num_experts" in SHAPES[self.model])}
+
+    @property
     def rows(self) -> int:
         """Of the embedding."""
         return ROWS_SAVED + 64 * (self.method == "grown")
@@ -68,7 +77,7 @@ class Case:
         model = {
             "path": str(weights),
             "config_overrides": {},
-            "lora": {"rank": 4, "dropout": 0.1 * self.method.endswith("dropout")} if self.is_lora else None,
+            "lora": self.lora,
             "activation_checkpointing": self.checkpointing,
             "resize_vocab_to": self.rows if self.rows > ROWS_SAVED else None,
         }

@@ -42,7 +42,8 @@ def estimate_kept_bytes(load: PassShape) -> int:
     """Estimate what all layers keep between forward and backward: everything, or what checkpoints save."""
     per_token = {"none": estimate_layer_bytes, "selective": _estimate_selective_bytes, "full": _estimate_input_bytes}
     mask = load.sequence_length if load.attention == "masked" else 0  # boolean, one for all layers
-    return load.tokens * (load.model.layers * per_token[load.checkpointing](load) + mask)
+    sums = load.model.layers * _estimate_expert_sum_bytes(load) if load.checkpointing == "none" else 0
+    return load.tokens * (load.model.layers * per_token[load.checkpointing](load) + mask) + sums
 
 
 def estimate_final_norm_bytes(load: PassShape) -> int:
@@ -69,7 +70,27 @@ def estimate_backward_bytes(load: PassShape) -> int:
             first_matrix = 2 * model.experts * first_matrix - load.tokens * model.experts_per_token * model.hidden * w
         others = max(load.tokens * wide if model.gated else 0, first_matrix)
         gradients = load.tokens * model.hidden * w + max(load.tokens * wide + others, load.tokens * routed)
-    return load.tokens * _estimate_recomputed_bytes(load) + gradients
+    return load.tokens * _estimate_recomputed_bytes(load) + gradients + _estimate_expert_backward_bytes(load)
+
+
+def _estimate_expert_sum_bytes(load: PassShape) -> int:
+    """Return the bytes of one layer's experts with their adapters added, which the backward pass multiplies by."""
+    return 0 if load.adapter is None else load.width * load.adapter.adapted_expert_elements
+
+
+def _estimate_expert_backward_bytes(load: PassShape) -> int:
+    """Return what adapters of experts add to one layer's backward pass: sums that are recomputed, and a gradient.
+
+    The gradient of a sum is as large as the experts' tensor. The last tensor comes first, and frees its sum.
+    """
+    if load.adapter is None:
+        return 0
+    most, left = 0, load.adapter.adapted_expert_elements
+    kept = left if load.checkpointing == "none" else 0
+    for each in reversed(load.adapter.experts):
+        most = max(most, left + each.elements - kept)
+        left -= each.elements
+    return load.width * most
 
 
 def estimate_forward_bytes(load: PassShape) -> int:
@@ -81,7 +102,8 @@ def estimate_forward_bytes(load: PassShape) -> int:
     model, adapter = load.model, load.adapter
     if model.experts:
         copies = (2 if adapter is None else 3) * model.experts_per_token * model.hidden
-        return load.tokens * load.width * copies
+        sums = 0 if load.checkpointing == "none" else _estimate_expert_sum_bytes(load)  # else all layers keep them
+        return load.tokens * load.width * copies + sums
     if load.checkpointing != "selective" or adapter is None:
         return 0
     wide = ((4 if model.gated else 2) + (2 if adapter.dropout else 0)) * model.intermediate
@@ -151,14 +173,16 @@ def _estimate_feed_forward_bytes(load: PassShape) -> int:
     """Estimate the feed-forward layer per token: 4 i w gated (gate, activation, up, product), or 2 i w.
 
     A frozen layer does not keep its product. An expert also keeps its output before weighting and, if trained, a copy
-    of its input, h w each. Routing a token there and back keeps four indices of 8 bytes and a probability, in 4 bytes
+    of its input, h w each; adapters of experts count as training. Routing a token there and back keeps four indices of 8 bytes and a probability, in 4 bytes
     and in w. The router keeps its softmax in fp32. A shared expert keeps its output, h w, for the gate behind it.
     """
     model, w, trained = load.model, load.width, load.adapter is None
     per_width = w * ((4 if model.gated else 2) - (not trained))
-    one = per_width * model.intermediate
     if not model.experts:
-        return one
+        return per_width * model.intermediate
+    adapted = () if load.adapter is None else [each.name for each in load.adapter.experts]
+    one = (per_width + w * ("down_proj" in adapted)) * model.intermediate
+    trained = trained or "gate_up_proj" in adapted
     shared = per_width * model.shared_expert + w * (model.hidden + 1) if model.shared_expert else 0
     routed = model.experts_per_token * (one + (1 + trained) * w * model.hidden + 36 + w)
     return routed + shared + 4 * model.experts

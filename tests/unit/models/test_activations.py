@@ -16,7 +16,7 @@ from llm_training_toolkit.models import build_model
 from llm_training_toolkit.models.build import DTYPES
 from llm_training_toolkit.models.dropout import BatchPosition
 from llm_training_toolkit.models.lora import add_adapters
-from llm_training_toolkit.plan.activations import estimate_layer_bytes, get_attention_memory
+from llm_training_toolkit.plan.activations import estimate_kept_bytes, estimate_layer_bytes, get_attention_memory
 from llm_training_toolkit.plan.memory import DeviceWorkload
 
 TOKENS = 256
@@ -107,6 +107,25 @@ def test_a_layer_keeps_what_the_plan_counts(name: str, precision: Literal["bf16"
     # The difference of two depths leaves out what lies outside the layers.
     layer = (kept_bytes(name, 3, precision, attention) - kept_bytes(name, 1, precision, attention)) / 2
     assert TOKENS * estimate_layer_bytes(load.build_pass_shape()) == pytest.approx(layer, rel=0.02)
+
+
+@pytest.mark.parametrize("experts", [("gate_up_proj", "down_proj"), ("down_proj",)], ids=str)
+@pytest.mark.parametrize("name", ["qwen3-30b-a3b", "qwen2-57b-a14b"])
+def test_a_layer_keeps_a_copy_of_experts_with_adapters(name: str, experts: tuple[Any, ...]) -> None:
+    family, model = families.find_size(name).family, families.read_model_dims(hf_config(name, 2))
+    lora = LoraConfig(rank=4, target_parameters=experts)
+    load = DeviceWorkload(
+        model=model,
+        zero=0,
+        precision="bf16",
+        workers=1,
+        micro_batch=1,
+        sequence_length=TOKENS,
+        adapter=build_adapter(lora, family, model),
+    )
+    mask = TOKENS * TOKENS  # outside the layers
+    layers = kept_bytes(name, 4, "bf16", "sdpa", lora) - kept_bytes(name, 2, "bf16", "sdpa", lora)
+    assert estimate_kept_bytes(load.build_pass_shape()) - mask == pytest.approx(layers, rel=0.03)
 
 
 ADAPTERS = [

@@ -36,6 +36,13 @@ def test_two_layers_of_full_width(
     check(build_sized_run(size, 4096, 1, checkpointing, attention, **model))
 
 
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+def test_adapters_of_experts_add_to_a_copy_of_all_experts(checkpointing: ActivationCheckpointing) -> None:
+    lora = {"lora": {"rank": 16, "target_parameters": ["gate_up_proj", "down_proj"]}}
+    run = build_sized_run("qwen3-30b-a3b", 16384, 1, checkpointing, "varlen", **TWO_LAYERS, **lora)
+    assert 1 <= estimate_pass_bytes(run.load) / run.measure() < 1.08
+
+
 # Three of the recipes, and each kind of checkpointing: the script has the table of all, which takes long.
 RECIPES = [
     run

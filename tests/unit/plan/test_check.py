@@ -104,6 +104,14 @@ def test_missing_tokens_of_a_layout_name_the_models_that_have_them(source: dict[
         ("qwen2-57b-a14b", None, 0.001, []),
         ("qwen3.5-35b-a3b", {"target_modules": ["q_proj", "up_proj", "down_proj"]}, None, ["adapters-beside-experts"]),
         ("qwen3-30b-a3b", {"target_modules": ["gate_up_proj"]}, None, ["adapters-beside-experts"]),
+        ("qwen3-30b-a3b", {"target_parameters": ["gate_up_proj", "down_proj"]}, None, []),
+        ("qwen3-8b", {"target_parameters": ["down_proj"]}, None, ["expert-adapters-without-experts"]),
+        (
+            "qwen3.5-35b-a3b",
+            {"target_parameters": ["down_proj"], "dropout": 0.1, "use_dora": True},
+            None,
+            ["expert-adapters-option"] * 2,
+        ),
         ("qwen3.5-4b", {"target_modules": ["in_proj_z", "out_proj", "up_proj"]}, None, []),
     ],
 )
