@@ -25,6 +25,7 @@ class _Handler(BaseHTTPRequestHandler):
     token: str
     commits: Mapping[str, Mapping[str, bytes]]
     branches: Mapping[str, str]
+    is_listed: bool
 
     def log_message(self, *_: Any) -> None:
         """Say nothing."""
@@ -45,11 +46,12 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
     def do_GET(self) -> None:
-        if self.token and self.headers.get("Authorization") != f"Bearer {self.token}":
-            self._answer(401, {"error": "gated"}, "GatedRepo")
-            return
         address = urlparse(self.path)
         path = unquote(address.path)
+        is_open = self.is_listed and re.fullmatch(f"/api/{self.kind}/{self.repository}", path)
+        if self.token and not is_open and self.headers.get("Authorization") != f"Bearer {self.token}":
+            self._answer(401, {"error": "gated"}, "GatedRepo")
+            return
         recursive = parse_qs(address.query).get("recursive") == ["true"]
         if match := re.fullmatch(rf"/api/{self.kind}/{self.repository}(?:/revision/(\w+))?", path):
             revision = match[1] or "main"
@@ -57,7 +59,11 @@ class _Handler(BaseHTTPRequestHandler):
                 self._answer(404, {"error": "no such revision"}, "RevisionNotFound")
                 return
             siblings = [{"rfilename": name} for name in self._files(revision)]
-            self._answer(200, {"id": self.repository, "sha": self._commit(revision), "siblings": siblings})
+            gated = "manual" if self.token else False
+            described = {"id": self.repository, "sha": self._commit(revision), "siblings": siblings, "gated": gated}
+            self._answer(200, described)
+        elif path == f"/api/{self.kind}/{self.repository}/auth-check":
+            self._answer(200, {})
         elif match := re.fullmatch(rf"/api/{self.kind}/{self.repository}/tree/(\w+)/?(.*)", path):
             entries = _tree(self._files(match[1]), match[2], recursive=recursive)
             self._answer(*((200, entries) if entries else (404, {"error": "no such entry"}, "EntryNotFound")))
@@ -109,12 +115,13 @@ def hub(
     token: str = "",
     commits: Mapping[str, Mapping[str, bytes]] | None = None,
     branches: Mapping[str, str] | None = None,
+    is_listed: bool = False,
 ) -> Iterator[str]:
     """Serve one repository on a free port of this machine; gives the endpoint.
 
     `kind` is `datasets` or `models`; the names of files that were sent are added to `asked`. With a `token` the
-    repository is gated, and the token is needed. `commits` are files by commit, in place of `files`, and `branches`
-    commits by name; both may change while the server runs.
+    repository is gated, and the token is needed, on the hub itself for files alone: `is_listed`. `commits` are files by
+    commit, in place of `files`, and `branches` commits by name; both may change while the server runs.
     """
     answers = {
         "repository": repository,
@@ -124,6 +131,7 @@ def hub(
         "token": token,
         "commits": commits or {},
         "branches": branches or {},
+        "is_listed": is_listed,
     }
     handler = type("Handler", (_Handler,), answers)
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from llm_training_toolkit.config import Config
@@ -17,11 +18,24 @@ def plan_run(config: Config, cluster: Path | None = None) -> tuple[Plan, Cluster
         from llm_training_toolkit.worker.precision import keep_begun_precision, resolve_local_precision
 
         config, notes = resolve_local_precision(keep_begun_precision(config))
-        return make_plan(config).with_notes(notes), None
+        return _with_hub_answer(config, make_plan(config).with_notes(notes)), None
     from llm_training_toolkit.plan.cluster_file import read_hardware
 
     hardware = read_hardware(cluster)
     config, reasons = resolve_for_hardware(config, hardware)
-    plan = make_plan(config).with_notes(reasons)
+    plan = _with_hub_answer(config, make_plan(config).with_notes(reasons))
     estimate = estimate_on_cluster(config, plan, hardware)
     return estimate.add_to_plan(plan), estimate
+
+
+def _with_hub_answer(config: Config, plan: Plan) -> Plan:
+    """Return the plan with the problem that the hub has with `model.path`, or the note that it could not be asked."""
+    if config.model.path is None:
+        return plan
+    from llm_training_toolkit.setup.hub_weights import ask_hub
+
+    answer = ask_hub(config.model.path)
+    if answer.unreachable:
+        note = f"The hub cannot be asked for model.path ({answer.unreachable}): it is checked when training starts."
+        plan = replace(plan, notes=(*plan.notes, note))
+    return plan if answer.problem is None else replace(plan, problems=(*plan.problems, answer.problem))

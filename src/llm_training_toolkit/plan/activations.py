@@ -173,8 +173,9 @@ def _estimate_feed_forward_bytes(load: PassShape) -> int:
     """Estimate the feed-forward layer per token: 4 i w gated (gate, activation, up, product), or 2 i w.
 
     A frozen layer does not keep its product. An expert also keeps its output before weighting and, if trained, a copy
-    of its input, h w each; adapters of experts count as training. Routing a token there and back keeps four indices of 8 bytes and a probability, in 4 bytes
-    and in w. The router keeps its softmax in fp32. A shared expert keeps its output, h w, for the gate behind it.
+    of its input, h w each; adapters of experts count as training. Routing a token there and back keeps four indices of
+    8 bytes and a probability, in 4 bytes and in w. The router keeps its softmax in fp32. A shared expert keeps its
+    output, h w, for the gate behind it.
     """
     model, w, trained = load.model, load.width, load.adapter is None
     per_width = w * ((4 if model.gated else 2) - (not trained))

@@ -12,6 +12,7 @@ from llm_training_toolkit.data.sources.remote import translate_remote_errors
 from llm_training_toolkit.errors import CheckpointError, DataError, PlanError
 from llm_training_toolkit.plan import Plan
 from llm_training_toolkit.plan.check import is_directory_or_hub_id
+from llm_training_toolkit.setup.hub_weights import ask_hub
 from llm_training_toolkit.setup.machine import is_local
 from llm_training_toolkit.setup.resume import ResumeState
 
@@ -42,12 +43,15 @@ def check_initial_weights(config: Config, plan: Plan, resume_state: ResumeState)
     if Path(path).expanduser().is_dir():
         check_pretrained_weights(path, model_type)
         return
+    starts_here = config.cluster.workers == 0 or is_local()
+    if starts_here and (problem := ask_hub(path).problem) is not None:
+        raise PlanError(str(problem))  # elsewhere the nodes may have another login
     try:
         hub = _find_recorded_commit(config, resume_state)
         revision = hub.commit if hub else config.model.revision
         published = read_hf_config(path, model_type, revision).to_dict()
     except CheckpointError:
-        if config.cluster.workers == 0 or is_local():
+        if starts_here:
             raise
         return  # the hub is unreachable here, but the workers' machines may have the weights
     found = families.count_parameters({**published, "vocab_size": plan.hf_config["vocab_size"]})

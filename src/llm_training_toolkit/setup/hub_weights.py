@@ -1,0 +1,80 @@
+"""Asks the hub for the weights of `model.path`: whether the id exists, this login may read it, and safetensors."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import HfApi, constants, try_to_load_from_cache
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+from llm_training_toolkit.data.sources.remote import translate_remote_errors
+from llm_training_toolkit.errors import DataError, Problem
+from llm_training_toolkit.plan.check import is_directory_or_hub_id
+
+_REQUEST_SECONDS = 5.0
+# For two requests and the address: looking up a name has no timeout of its own, and takes 10 to 30 s without a network.
+_PATIENCE_SECONDS = 12.0
+
+
+@dataclass(frozen=True)
+class HubAnswer:
+    """What the hub says of a model."""
+
+    problem: Problem | None = None
+    unreachable: str = ""
+    """Reason for which it could not be asked; empty if it answered, or did not need to."""
+
+
+def ask_hub(path: str) -> HubAnswer:
+    """Ask the hub for the weights at `path`, within 12 seconds.
+
+    Directories, weights in the hub's cache and its offline mode need no answer.
+    """
+    is_cached = isinstance(_find_cached_config(path), str)
+    if Path(path).expanduser().is_dir() or is_cached or constants.HF_HUB_OFFLINE or not is_directory_or_hub_id(path):
+        return HubAnswer()
+    answers: list[HubAnswer] = []
+    thread = threading.Thread(target=lambda: answers.append(_ask_for_files(path)), daemon=True, name="ask-hub")
+    thread.start()
+    thread.join(_PATIENCE_SECONDS)
+    return answers[0] if answers else HubAnswer(unreachable=f"no answer within {_PATIENCE_SECONDS:g} s")
+
+
+def _find_cached_config(path: str) -> object:
+    try:
+        return try_to_load_from_cache(path, "config.json")
+    except ValueError:  # not the form of an id
+        return None
+
+
+def _ask_for_files(path: str) -> HubAnswer:
+    try:
+        with translate_remote_errors(f"hf://{path}"):
+            found = HfApi().model_info(path, timeout=_REQUEST_SECONDS)
+            if found.gated:
+                HfApi().auth_check(path)
+    except DataError as error:
+        cause = error.__cause__ or error
+        return _explain_refusal(path, cause)
+    if any(file.rfilename.endswith(".safetensors") for file in found.siblings or ()):
+        return HubAnswer()
+    what = f"{path} has no weights in safetensors on the hub, and pickled ones are not opened"
+    fix = "Save them with transformers, save_pretrained, where you trust them, and give that directory"
+    return HubAnswer(Problem("no-safetensors", "model.path", what, fix))
+
+
+def _explain_refusal(path: str, error: BaseException) -> HubAnswer:
+    match error:
+        case GatedRepoError():
+            what = f"{path} is gated, and this login has not been let in"
+            fix = (
+                f"Accept its conditions at {constants.ENDPOINT}/{path}, then `hf auth login`, or HF_TOKEN on every node"
+            )
+            return HubAnswer(Problem("hub-model-gated", "model.path", what, fix))
+        case RepositoryNotFoundError():
+            what = f"{path} is no directory here, and the hub shows no model of this name"
+            fix = "Correct it; for a private model `hf auth login`, or HF_TOKEN on every node"
+            return HubAnswer(Problem("no-such-hub-model", "model.path", what, fix))
+    return HubAnswer(unreachable=str(error).partition("\n")[0] or type(error).__name__)
