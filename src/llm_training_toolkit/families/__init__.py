@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
+from llm_training_toolkit.config.model_config import ModelConfig
 from llm_training_toolkit.config.run_identity import normalize_model_name
 from llm_training_toolkit.config.schema import Config
 from llm_training_toolkit.errors import PlanError
@@ -21,7 +23,7 @@ from llm_training_toolkit.families.family import (
 )
 from llm_training_toolkit.families.flops import TrainingFlops, compute_training_flops
 from llm_training_toolkit.families.hf_config import build_hf_config as build_hf_config
-from llm_training_toolkit.families.hf_config import read_saved_dropout
+from llm_training_toolkit.families.hf_config import read_saved_config, read_saved_dropout
 from llm_training_toolkit.families.lora import AdapterSpec, build_adapter
 
 __all__ = [
@@ -38,6 +40,7 @@ __all__ = [
     "TrainingFlops",
     "compute_flops_per_token",
     "count_parameters",
+    "find_run_size",
     "find_size",
     "list_models_with_tokens",
     "read_model_dims",
@@ -73,6 +76,38 @@ def find_size(name: str) -> ModelSize:
     near = difflib.get_close_matches(bare, _BY_NAME, n=4, cutoff=0.5)
     hint = f"Did you mean {', '.join(near)}?" if near else f"Known: {', '.join(SIZES)}."
     raise PlanError(f"model.name = {name}: no known size has this name. {hint}")
+
+
+def find_run_size(model: ModelConfig) -> ModelSize:
+    """Return the size of a run's model by its name.
+
+    Raises PlanError for an unknown one. For weights in a directory it then names the sizes of the shape in their
+    config.json, not the nearest names: a run must know its size also where the weights are not.
+    """
+    try:
+        return find_size(model.name)
+    except PlanError:
+        fitting = _list_sizes_of_weights(model.path) if model.path is not None else []
+        if not fitting:
+            raise
+    said = " and ".join(filter(None, [", ".join(fitting[:-1]), fitting[-1]]))
+    raise PlanError(
+        f"model.name = {model.name}: no known size has this name. The weights in {model.path} have the shape "
+        f"of {said}: set model.name to {'the one they were made from' if len(fitting) > 1 else fitting[0]}"
+    )
+
+
+def _list_sizes_of_weights(path: str) -> list[str]:
+    """Return the sizes of the shape in the config.json of a directory, the number of embedding rows left out."""
+    found = read_saved_config(path)
+    if found is None or (family := _BY_TYPE.get(found.get("model_type", ""))) is None:
+        return []
+    try:
+        wanted = replace(read_model_dims({**family.defaults, **found}), vocab=0)
+    except (KeyError, TypeError):  # incomplete, which loading will say
+        return []
+    candidates = (size for size in SIZES.values() if size.family.model_type == family.model_type)
+    return [size.name for size in candidates if replace(size.family.read_dims(size.hf_values), vocab=0) == wanted]
 
 
 def resolve_hf_config(config: Config) -> dict[str, Any]:

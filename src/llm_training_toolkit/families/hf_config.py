@@ -46,7 +46,7 @@ def read_saved_values(model: ModelConfig, size: ModelSize) -> dict[str, Any] | N
     configuration cannot be read or is of another family.
     """
     if model.path is not None:
-        where, found = f"model.path = {model.path}", _read_saved_config(model.path)
+        where, found = f"model.path = {model.path}", read_saved_config(model.path)
     elif model.init_from is not None:
         where, file = f"model.init_from = {model.init_from}", Path(model.init_from).expanduser() / "plan.json"
         found = _read_json(where, file).get("hf_config", {})
@@ -91,13 +91,13 @@ def _read_recorded_values(config: Config) -> dict[str, Any] | None:
 
 def read_saved_dropout(model: ModelConfig, size: ModelSize) -> float:
     """Return the largest dropout in the configuration of the weights at `path`, as far as it is readable here."""
-    found = _read_saved_config(model.path) if model.path is not None else {}
+    found = read_saved_config(model.path) if model.path is not None else {}
     if found is None:
         return size.family.published_dropout
     return max(float(found.get(name, 0.0)) for name in DROPOUTS)
 
 
-def _read_saved_config(path: str) -> dict[str, Any] | None:
+def read_saved_config(path: str) -> dict[str, Any] | None:
     """Read the configuration of the language model of weights in a directory; for a hub id return None."""
     file = Path(path).expanduser() / "config.json"
     return _select_text_config(_read_json(f"model.path = {path}", file)) if file.is_file() else None

@@ -136,7 +136,7 @@ def make_plan(config: Config, data_facts: DataFacts | None = None, replicas: int
 
     Raises PlanError only if nothing can be planned: an unknown size or an impossible shape.
     """
-    size = families.find_size(config.model.name)
+    size = families.find_run_size(config.model)
     hf = families.resolve_hf_config(config)
     total = families.count_parameters(hf)
     adapter = families.resolve_adapter(config, hf)
