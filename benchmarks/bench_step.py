@@ -1,4 +1,4 @@
-"""Tokens per second of one optimizer step: this toolkit's loop beside three others, at two sizes.
+"""Tokens per second of one optimizer step: this toolkit's loop beside three others, at two sizes of three families.
 
 The loops take turns, so that a machine that slows down slows all of them. `make bench-step` prints a
 table for docs/benchmarks.md; `--json FILE` keeps every measurement.
@@ -28,6 +28,7 @@ LOOPS = {
     "this toolkit": "toolkit.py",
 }
 TOOLKIT = "this toolkit"
+FAMILIES = ("qwen3", "starcoder2", "starcoder1")
 STEPS = {"4.2M": 40, "99.5M": 15}
 AIM = 0.97
 
@@ -36,13 +37,14 @@ AIM = 0.97
 class Case:
     """What is measured of every loop."""
 
+    family: str
     size: str
     world_size: int
 
     @property
     def name(self) -> str:
         """For the table."""
-        return f"{self.size}, {self.world_size} process{'es' if self.world_size > 1 else ''}"
+        return f"{self.family}, {self.size}, {self.world_size} process{'es' if self.world_size > 1 else ''}"
 
 
 Results = dict[Case, dict[str, list[float]]]
@@ -52,7 +54,7 @@ def measure(script: str, case: Case, asked: dict[str, Any]) -> float:
     """Tokens per second of one loop in processes of its own."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(case.world_size)]
     command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
-    command += [str(HERE / "step" / script), json.dumps({**asked, "size": case.size})]
+    command += [str(HERE / "step" / script), json.dumps({**asked, "family": case.family, "size": case.size})]
     if case.world_size == 1 and shutil.which("taskset"):
         # A process that may move between cores shares its caches with whatever it meets there.
         command = ["taskset", "--cpu-list", str(max(os.sched_getaffinity(0))), *command]
@@ -108,16 +110,22 @@ def rounds(arguments: argparse.Namespace, cases: list[Case]) -> Iterator[tuple[C
 def main() -> None:
     """Measure, print the table, keep the numbers."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=FAMILIES[:1])
     parser.add_argument("--sizes", nargs="+", choices=STEPS, default=list(STEPS))
     parser.add_argument("--precision", choices=["bf16", "fp32"], help="default: the faster one on this machine")
     parser.add_argument("--worlds", type=int, nargs="+", default=[1, 2], help="numbers of processes")
     parser.add_argument("--micro-batches", type=int, default=1, help="of each process in a step")
-    parser.add_argument("--steps", type=int, help="default: 40 of the small model, 15 of the large one")
+    parser.add_argument("--steps", type=int, help="8 at least; default: 40 of the small model, 15 of the large one")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     arguments.precision = arguments.precision or faster_precision()
-    cases = [Case(size, world) for size in arguments.sizes for world in arguments.worlds]
+    cases = [
+        Case(family, size, world)
+        for family in arguments.families
+        for size in arguments.sizes
+        for world in arguments.worlds
+    ]
     results: Results = {case: {loop: [] for loop in LOOPS} for case in cases}
     for case, loop, speed in rounds(arguments, cases):
         results[case][loop].append(speed)

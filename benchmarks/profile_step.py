@@ -46,11 +46,10 @@ def build(size: str, precision: str, stage: int, parts: Parts) -> Any:
     """An engine whose parts are timed."""
     import torch
 
-    from common import SIZES, model
+    from common import Asked, model
     from llm_training_toolkit.config.schema import OptimConfig
     from llm_training_toolkit.engine import Engine, zero3_init
     from llm_training_toolkit.models import LossModule
-    from loop import SHAPES
 
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
     config: dict[str, Any] = {
@@ -73,7 +72,7 @@ def build(size: str, precision: str, stage: int, parts: Parts) -> Any:
         config["bf16"] = {"enabled": True, "check_grad_overflow": True}
         config["data_types"] = {"grad_accum_dtype": "fp32"}
     with zero3_init(config):
-        module = LossModule(model(dtype, SHAPES[SIZES[size][0]]), "auto")
+        module = LossModule(model(Asked("qwen3", size, precision, 0, 1), dtype), "auto")
     engine = Engine(module, OptimConfig(lr=1e-4), config, torch.device("cpu"), zero_stage=stage)
     parts.watch(engine, "_run_forward", "forward")
     parts.watch(engine.deepspeed, "backward", "backward")

@@ -14,7 +14,7 @@ def main() -> None:
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # as the toolkit has it
     deepspeed.init_distributed(dist_init_required=False)
-    net = model(asked.dtype, asked.shape)
+    net = model(asked, asked.dtype)
     optimizer = torch.optim.AdamW(net.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=WEIGHT_DECAY, fused=True)
     bucket = sum(parameter.numel() for parameter in net.parameters())
     engine, *_ = deepspeed.initialize(

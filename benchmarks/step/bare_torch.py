@@ -14,7 +14,7 @@ from common import CLIP, LR, WEIGHT_DECAY, batch, model, start, world_size
 def main() -> None:
     """Train and report."""
     asked, clock = start()
-    net = model(asked.dtype, asked.shape).train()
+    net = model(asked, asked.dtype).train()
     low = list(net.parameters())
     bf16, several = asked.dtype == torch.bfloat16, world_size() > 1
     updated = [torch.cat([p.detach().float().flatten() for p in low]).requires_grad_()] if bf16 else low

@@ -15,6 +15,13 @@ import torch.distributed as dist
 
 from loop import LENGTH, SHAPES, VOCABULARY
 
+# Class of transformers and a size of each family. With the shape of Qwen3 StarCoder is smaller, because
+# its feed-forward layer has two matrices instead of three, and keys and values of StarCoder 1 have one head.
+FAMILIES = {
+    "qwen3": ("qwen3", "qwen3-0.6b"),
+    "starcoder2": ("starcoder2", "starcoder2-3b"),
+    "starcoder1": ("gpt_bigcode", "starcoderbase-1b"),
+}
 SIZES = {"4.2M": ("tiny", 8), "99.5M": ("100m", 1)}
 """Shape in benchmarks/checkpoint/loop.py, and sequences of a micro-batch, which two processes divide; one at least."""
 WARM_UP = 3
@@ -27,6 +34,7 @@ WEIGHT_DECAY = 0.1
 class Asked:
     """What one loop is to do; a JSON object on its command line."""
 
+    family: str
     size: str
     precision: str
     steps: int
@@ -40,8 +48,11 @@ class Asked:
 
     @property
     def shape(self) -> dict[str, Any]:
-        """The model's."""
-        return SHAPES[SIZES[self.size][0]]
+        """The model's, by the names that its family has in the toolkit."""
+        missing = {"qwen3": (), "starcoder2": ("head_dim",), "starcoder1": ("head_dim", "num_key_value_heads")}
+        found = {name: value for name, value in SHAPES[SIZES[self.size][0]].items() if name not in missing[self.family]}
+        # The positions of StarCoder 1 are rows of a table.
+        return found | {"max_position_embeddings": 1024} if self.family == "starcoder1" else found
 
     @property
     def rows(self) -> int:
@@ -94,18 +105,15 @@ def start() -> tuple[Asked, Clock]:
     return asked(), Clock(asked())
 
 
-def model(dtype: torch.dtype, shape: dict[str, Any]) -> Any:
+def model(asked: Asked, dtype: torch.dtype) -> Any:
     """The model with random weights."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(
-        "qwen3",
-        **shape,
-        vocab_size=VOCABULARY,
-        tie_word_embeddings=True,
-        max_position_embeddings=4096,
-        use_cache=False,
-    )
+    kind, dropouts = FAMILIES[asked.family][0], ("attn_pdrop", "resid_pdrop", "embd_pdrop")
+    values = {"max_position_embeddings": 4096, **asked.shape}
+    if kind == "gpt_bigcode":  # this class has no common name for the width
+        values = {**values, "n_inner": values.pop("intermediate_size"), **dict.fromkeys(dropouts, 0.0)}
+    config = AutoConfig.for_model(kind, **values, vocab_size=VOCABULARY, tie_word_embeddings=True, use_cache=False)
     return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
 
 

@@ -59,7 +59,7 @@ def main() -> None:
             disable_tqdm=True,
         )
         data = Rows(asked.steps * asked.global_batch)
-        net = model(torch.float32, asked.shape)
+        net = model(asked, torch.float32)
         Trainer(model=net, args=arguments, train_dataset=data, callbacks=[Ticks(clock)]).train()
     clock.report()
 

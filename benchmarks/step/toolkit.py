@@ -9,7 +9,7 @@ import tempfile
 from itertools import pairwise
 from pathlib import Path
 
-from common import CLIP, LR, WEIGHT_DECAY, Clock, asked
+from common import CLIP, FAMILIES, LR, WEIGHT_DECAY, Clock, asked
 from llm_training_toolkit.cli.app import main as ltt
 from loop import LENGTH, VOCABULARY
 
@@ -21,7 +21,7 @@ def main() -> None:
     directory.mkdir(exist_ok=True)
     config = {
         "run": {"name": "bench", "dir": str(directory)},
-        "model": {"name": "qwen3-0.6b", "config_overrides": work.shape},
+        "model": {"name": FAMILIES[work.family][1], "config_overrides": work.shape},
         "tokenizer": {"train": {"vocab_size": VOCABULARY}},
         "data": {
             "sequence_length": LENGTH,
