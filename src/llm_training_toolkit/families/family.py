@@ -271,8 +271,9 @@ class Family:
     """Reader of a Hugging Face configuration of this family."""
     lora_targets: tuple[str, ...]
     """Names of the linear layers that get adapters: attention and feed-forward; in a mixture of experts attention only.
-    Its experts are fused tensors per layer, not linear layers: `model.lora.target_parameters`. Its router is named `gate`, a suffix of no target.
-    A shared expert has no adapters: peft 0.21 takes the names of its layers for those of the fused experts."""
+    Its experts are fused tensors of a layer (`model.lora.target_parameters`). Its router is named `gate`, a suffix of
+    no target. A shared expert has no adapters: peft 0.21 takes the names of its layers for those of the fused experts.
+    """
     embedding_name: str = "embed_tokens"
     """Module name of the embedding; the output layer is `lm_head` in all families."""
     position_key: str = "max_position_embeddings"

@@ -133,5 +133,10 @@ def test_every_mixture_has_as_many_routers_as_layers() -> None:
         assert len(find_routers(build(name, None))) == config["num_hidden_layers"]
 
 
+@pytest.mark.parametrize("name", MIXTURES)
+def test_experts_are_multiplied_together(name: str) -> None:
+    assert set(build(name, None).lm.get_experts_implementation().values()) == {"grouped_mm"}
+
+
 def test_a_dense_model_has_no_monitor() -> None:
     assert LossModule(build_model(QWEN3, precision="fp32", attention="sdpa"), 5).router_monitor is None

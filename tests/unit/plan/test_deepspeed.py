@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from llm_training_toolkit.config.model_config import LoraConfig, ModelConfig
 from llm_training_toolkit.config.schema import Config, EngineConfig
 from llm_training_toolkit.plan import build_deepspeed_config, find_deepspeed_problems, format_plan, make_plan
 from llm_training_toolkit.plan.deepspeed import OWNED_KEYS, REMOVED_KEYS
@@ -39,6 +40,15 @@ def test_the_recipe(zero: int, precision: str) -> None:
         "at stages 0 and 1 the engine keeps the fp32 weights"
     )
     assert ("data_types" in made) == (precision == "bf16" and zero >= 2)
+
+
+@pytest.mark.parametrize("zero", range(4))
+@pytest.mark.parametrize("experts", [("down_proj",), ()])
+def test_stage_3_gathers_experts_before_their_adapters_are_added(zero: int, experts: tuple[str, ...]) -> None:
+    lora = LoraConfig.model_validate({"target_parameters": experts})
+    asked = config(zero).model_copy(update={"model": ModelConfig(name="qwen3-30b-a3b", lora=lora)})
+    block = build_deepspeed_config(asked)["zero_optimization"]
+    assert ("leaf_module" in block) == (zero == 3 and bool(experts))
 
 
 @pytest.mark.parametrize("offload", ["none", "optimizer", "optimizer_and_weights"])
