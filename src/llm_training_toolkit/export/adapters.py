@@ -34,6 +34,9 @@ from llm_training_toolkit.models.lora import (
 # Largest change of a logit by merging, as a share of the largest logit. The one additional rounding of the sum to bf16
 # moved logits of small models by 0.6 to 1.5 % with 2 layers and by 3.3 % with 48; in fp32 it was 1e-6.
 MERGE_TOLERANCE = {"bf16": 0.1, "fp32": 1e-4}
+# Rounding may send a token of a mixture to another expert, which changes its logits by 13 and 30 % of the largest in
+# small models. So only gross errors show in logits; the merged weights are compared strictly by themselves.
+MIXTURE_MERGE_TOLERANCE = MERGE_TOLERANCE | {"bf16": 1.0}
 # Largest deviation of a merged weight from peft's, as a share of the sum of all magnitudes added. Both round to bf16,
 # peft also adapters and sums. Measured with 512 x 512 matrices: at most 2^-6.0 (DoRA) if merged, at least
 # 2^-2.5 if not.

@@ -377,17 +377,23 @@ def test_a_failed_export_leaves_the_one_before(case: Case) -> None:
 
 
 @pytest.mark.parametrize("learnt", [1e-3, 0.2])
-@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("kind", ["linear", "dora", "experts"])
 def test_merged_adapters_are_told_from_a_base_they_hardly_change(
-    tmp_path: Path, tokenizer: Path, dora: bool, learnt: float
+    tmp_path: Path, tokenizer: Path, kind: str, learnt: float
 ) -> None:
-    from llm_training_toolkit.export.adapters import MergedWeights, check_adapters
+    from llm_training_toolkit.export.adapters import (
+        MERGE_TOLERANCE,
+        MIXTURE_MERGE_TOLERANCE,
+        MergedWeights,
+        check_adapters,
+    )
     from llm_training_toolkit.models.lora import add_adapters
 
-    config = UNTIED | {"attention_bias": False}
-    adapter = build_adapter(
-        LoraConfig(rank=4, use_dora=dora), families.find_size("qwen3-0.6b").family, families.read_model_dims(config)
-    )
+    config = (QWEN3_MOE if kind == "experts" else UNTIED) | {"attention_bias": False}
+    tensors: Any = ("gate_up_proj", "down_proj") if kind == "experts" else ()
+    size = families.find_size("qwen3-30b-a3b" if kind == "experts" else "qwen3-0.6b")
+    lora = LoraConfig(rank=4, use_dora=kind == "dora", target_parameters=tensors)
+    adapter = build_adapter(lora, size.family, families.read_model_dims(config))
     whole: Any = trained(config).to(torch.bfloat16)
     whole.save_pretrained(tmp_path / "base")
     how: dict[str, Any] = {"precision": "bf16", "attention": "sdpa", "path": str(tmp_path / "base")}
@@ -398,13 +404,14 @@ def test_merged_adapters_are_told_from_a_base_they_hardly_change(
             torch.nn.init.normal_(parameter, std=learnt)
     checkpoint, base = saved(model, tmp_path / "step_000000003_a1"), build_model(config, **how)
     beside = ModelFiles(tokenizer, ONE_END, pad=7, card="", checkpoint_name="step_000000003_a1")
+    limit = (MIXTURE_MERGE_TOLERANCE if kind == "experts" else MERGE_TOLERANCE)["bf16"]
 
     def check(weights: WeightSource, directory: Path) -> float:
         directory.mkdir()
         write_model(weights, directory, hf_config=config, precision="bf16", beside=beside)
-        given: dict[str, Any] = {"base": how["path"], "hf_config": config, "precision": "bf16", "tolerance": 0.1}
+        given: dict[str, Any] = {"base": how["path"], "hf_config": config, "precision": "bf16", "tolerance": limit}
         return check_adapters(directory, checkpoint, adapter, **given)
 
-    assert check(MergedWeights(base, checkpoint, adapter), tmp_path / "merged") < 0.1
+    assert check(MergedWeights(base, checkpoint, adapter), tmp_path / "merged") < limit
     with pytest.raises(CheckpointError, match=r"_proj\.weight is not what its adapter makes of it"):
         check(ModelWeights(base), tmp_path / "unmerged")
