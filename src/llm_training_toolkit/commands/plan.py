@@ -34,7 +34,7 @@ def _with_hub_answer(config: Config, plan: Plan) -> Plan:
         return plan
     from llm_training_toolkit.setup.hub_weights import ask_hub
 
-    answer = ask_hub(config.model.path)
+    answer = ask_hub(config.model.path, config.model.revision)
     if answer.unreachable:
         note = f"The hub cannot be asked for model.path ({answer.unreachable}): it is checked when training starts."
         plan = replace(plan, notes=(*plan.notes, note))

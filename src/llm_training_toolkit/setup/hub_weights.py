@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, try_to_load_from_cache
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
 from llm_training_toolkit.data.sources.remote import translate_remote_errors
 from llm_training_toolkit.errors import DataError, Problem
@@ -27,37 +27,39 @@ class HubAnswer:
     """Reason for which it could not be asked; empty if it answered, or did not need to."""
 
 
-def ask_hub(path: str) -> HubAnswer:
-    """Ask the hub for the weights at `path`, within 12 seconds.
+def ask_hub(path: str, revision: str | None = None) -> HubAnswer:
+    """Ask the hub for the weights at `path` and a branch, tag or commit of it, within 12 seconds.
 
     Directories, weights in the hub's cache and its offline mode need no answer.
     """
-    is_cached = isinstance(_find_cached_config(path), str)
+    is_cached = isinstance(_find_cached_config(path, revision), str)
     if Path(path).expanduser().is_dir() or is_cached or constants.HF_HUB_OFFLINE or not is_directory_or_hub_id(path):
         return HubAnswer()
     answers: list[HubAnswer] = []
-    thread = threading.Thread(target=lambda: answers.append(_ask_for_files(path)), daemon=True, name="ask-hub")
+    thread = threading.Thread(
+        target=lambda: answers.append(_ask_for_files(path, revision)), daemon=True, name="ask-hub"
+    )
     thread.start()
     thread.join(_PATIENCE_SECONDS)
     return answers[0] if answers else HubAnswer(unreachable=f"no answer within {_PATIENCE_SECONDS:g} s")
 
 
-def _find_cached_config(path: str) -> object:
+def _find_cached_config(path: str, revision: str | None) -> object:
     try:
-        return try_to_load_from_cache(path, "config.json")
+        return try_to_load_from_cache(path, "config.json", revision=revision)
     except ValueError:  # not the form of an id
         return None
 
 
-def _ask_for_files(path: str) -> HubAnswer:
+def _ask_for_files(path: str, revision: str | None) -> HubAnswer:
     try:
         with translate_remote_errors(f"hf://{path}"):
-            found = HfApi().model_info(path, timeout=_REQUEST_SECONDS)
+            found = HfApi().model_info(path, revision=revision, timeout=_REQUEST_SECONDS)
             if found.gated:
                 HfApi().auth_check(path)
     except DataError as error:
         cause = error.__cause__ or error
-        return _explain_refusal(path, cause)
+        return _explain_refusal(path, revision, cause)
     if any(file.rfilename.endswith(".safetensors") for file in found.siblings or ()):
         return HubAnswer()
     what = f"{path} has no weights in safetensors on the hub, and pickled ones are not opened"
@@ -65,7 +67,7 @@ def _ask_for_files(path: str) -> HubAnswer:
     return HubAnswer(Problem("no-safetensors", "model.path", what, fix))
 
 
-def _explain_refusal(path: str, error: BaseException) -> HubAnswer:
+def _explain_refusal(path: str, revision: str | None, error: BaseException) -> HubAnswer:
     match error:
         case GatedRepoError():
             what = f"{path} is gated, and this login has not been let in"
@@ -73,6 +75,9 @@ def _explain_refusal(path: str, error: BaseException) -> HubAnswer:
                 f"Accept its conditions at {constants.ENDPOINT}/{path}, then `hf auth login`, or HF_TOKEN on every node"
             )
             return HubAnswer(Problem("hub-model-gated", "model.path", what, fix))
+        case RevisionNotFoundError():
+            what = f"{path} has no branch, tag or commit {revision} on the hub"
+            return HubAnswer(Problem("no-such-revision", "model.revision", what, "Correct it, or remove it for `main`"))
         case RepositoryNotFoundError():
             what = f"{path} is no directory here, and the hub shows no model of this name"
             fix = "Correct it; for a private model `hf auth login`, or HF_TOKEN on every node"

@@ -44,11 +44,11 @@ def check_initial_weights(config: Config, plan: Plan, resume_state: ResumeState)
         check_pretrained_weights(path, model_type)
         return
     starts_here = config.cluster.workers == 0 or is_local()
-    if starts_here and (problem := ask_hub(path).problem) is not None:
+    hub = _find_recorded_commit(config, resume_state)
+    revision = hub.commit if hub else config.model.revision
+    if starts_here and (problem := ask_hub(path, revision).problem) is not None:
         raise PlanError(str(problem))  # elsewhere the nodes may have another login
     try:
-        hub = _find_recorded_commit(config, resume_state)
-        revision = hub.commit if hub else config.model.revision
         published = read_hf_config(path, model_type, revision).to_dict()
     except CheckpointError:
         if starts_here:

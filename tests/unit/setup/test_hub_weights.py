@@ -57,6 +57,16 @@ def test_a_login_that_was_let_in_sees_gated_weights(monkeypatch: pytest.MonkeyPa
         assert ask_hub(NAME).problem is None
 
 
+def test_a_revision_that_does_not_exist_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    commit = "a" * 40
+    with hub(NAME, {}, "models", commits={commit: FILES}, branches={"main": commit}) as endpoint:
+        monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+        assert ask_hub(NAME, "main").problem is None
+        problem = ask_hub(NAME, "v9").problem
+    assert problem is not None
+    assert problem.code == "no-such-revision"
+
+
 @contextmanager
 def silent_server() -> Iterator[str]:
     """An address that takes connections and never answers."""
