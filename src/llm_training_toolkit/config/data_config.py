@@ -211,9 +211,13 @@ class SourceConfig(ConfigSection):
     """Code: put repository name, file path and star count before a document, in the family's special tokens."""
     loss: Annotated[Literal["assistant", "last_turn", "all"], FieldTag.IDENTITY] = "assistant"
     """Chat: train on all assistant turns and their end tokens, on the last assistant turn only, or on every token."""
-    overlong: Annotated[Literal["auto", "split", "drop", "error"], FieldTag.IDENTITY] = "auto"
-    """Documents longer than a sequence: split, drop (counted), or stop with an error. `auto` = drop for chat and next
-    edits (`layout: edits`), else split."""
+    failed_steps: Annotated[Literal["train", "mask"], FieldTag.IDENTITY] = "train"
+    """Chat: train on turns of an agent whose tool result failed, or mask their loss: they stay in the context
+    (docs/data.md, Trajectories). Only successful runs: a `filter`, such as `{resolved: true}`."""
+    overlong: Annotated[Literal["auto", "split", "window", "drop", "error"], FieldTag.IDENTITY] = "auto"
+    """Documents longer than a sequence: split, drop (counted), or stop with an error. Chat: `window` = cut between
+    turns, each window with system text, task and earlier turns. `auto` = drop for chat and next edits
+    (`layout: edits`), else split."""
     weight: Annotated[Annotated[float, Field(gt=0.0)] | None, FieldTag.IDENTITY] = None
     """Mixture weight: share of the tokens, relative to the weights of the other sources. Set for all sources or for
     none. Without weights every source is seen once per epoch."""
@@ -250,6 +254,13 @@ class SourceConfig(ConfigSection):
                 f"loss is for format chat: format {self.format} trains on every token (fim.loss is for "
                 "fill-in-the-middle); remove it"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_chat_options(self) -> SourceConfig:
+        if self.format != "chat" and (self.overlong == "window" or self.failed_steps != "train"):
+            given = "overlong: window" if self.overlong == "window" else "failed_steps"
+            raise ValueError(f"{given} is for format chat, not for {self.format}; remove it")
         return self
 
     @model_validator(mode="after")

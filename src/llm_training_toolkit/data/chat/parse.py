@@ -2,6 +2,7 @@
 
     Messages (OpenAI, Hugging Face, StarChat, Qwen1.5 and Qwen2.5-Coder): `messages` with role, content.
     Conversations (Qwen, ShareGPT): `conversations` or `conversation` with from, value.
+    Trajectories of agents: `messages` or `trajectory`, a list or its JSON text; see `trajectory`.
     Prompt and completion (TRL, OpenAI): `prompt` with `completion` or `response`, texts or lists of messages.
     Instruction (Alpaca, StarCoder2 self-align): `instruction`, `input` with `output` or `response`; `history`.
     Question and answer (GSM8K, OpenOrca): `question` with `answer` or `response`.
@@ -20,10 +21,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from llm_training_toolkit.data.chat.messages import ChatMessage, Conversation, InvalidRecord, Role, ToolCall
+from llm_training_toolkit.data.chat.trajectory import BOOKKEEPING_ROLES, check_tool_results, mask_failed_steps
 
 __all__ = ["ChatMessage", "Conversation", "InvalidRecord", "ToolCall", "parse_conversation"]
 
-_MESSAGE_LIST_FIELDS = ("messages", "conversations", "conversation")
+_MESSAGE_LIST_FIELDS = ("messages", "conversations", "conversation", "trajectory")
 _PROMPT_ANSWER_FIELDS = {
     "prompt": ("completion", "response"),
     "instruction": ("output", "response"),
@@ -47,7 +49,10 @@ _MAX_REPR_LENGTH = 60
 
 @dataclass(frozen=True)
 class ConversationFields:
-    """Columns of a conversation as far as they are named, and whether a prompt's context stays apart from it."""
+    """Columns of a conversation as far as they are named, and how it is read.
+
+    keeps_context: a prompt's context stays apart from it. masks_failed_steps: turns with a failed result bear no loss.
+    """
 
     prompt: str | None = None
     context: str | None = None
@@ -55,6 +60,7 @@ class ConversationFields:
     system: str | None = None
     messages: str | None = None
     keeps_context: bool = False
+    masks_failed_steps: bool = False
 
     @property
     def given(self) -> dict[str, str]:
@@ -79,7 +85,9 @@ def parse_conversation(record: Mapping[str, Any], fields: ConversationFields = _
             raise InvalidRecord(format_missing_column(name, record), "no_field")
     keys = _find_conversation_fields(record, fields)
     messages = (
-        _parse_message_list(record, keys[0]) if len(keys) == 1 else _parse_prompt_and_answer(record, fields, *keys)
+        _parse_trajectory(record, keys[0], fields)
+        if len(keys) == 1
+        else _parse_prompt_and_answer(record, fields, *keys)
     )
     messages = _prepend_system_message(record, fields, messages)
     if not any(message.role == "assistant" for message in messages):
@@ -136,6 +144,16 @@ def _find_prompt_shapes(record: Mapping[str, Any], fields: ConversationFields) -
 def _format_fields_line(shape: tuple[str, ...]) -> str:
     named = {"messages": shape[0]} if len(shape) == 1 else {"prompt": shape[0], "completion": shape[1]}
     return "fields: {" + ", ".join(f"{key}: {name}" for key, name in named.items()) + "}"
+
+
+def _parse_trajectory(record: Mapping[str, Any], key: str, fields: ConversationFields) -> list[ChatMessage]:
+    """Parse a list of messages, or its JSON text. Raises InvalidRecord for calls and results that do not fit."""
+    items = _parse_if_json(record[key])
+    if isinstance(items, list | tuple):
+        items = [item for item in items if not (isinstance(item, Mapping) and item.get("role") in BOOKKEEPING_ROLES)]
+    messages = _parse_message_list({key: items}, key)
+    check_tool_results(items, messages, key)
+    return mask_failed_steps(items, messages) if fields.masks_failed_steps else messages
 
 
 def _parse_message_list(record: Mapping[str, Any], key: str) -> list[ChatMessage]:

@@ -8,7 +8,8 @@
    Turns include the thinking that the template keeps, the empty thinking that it writes, tool calls and the answer.
    A token that is partly header and partly answer has loss, because the model has to generate it.
 4. Loss `last_turn` covers only the last message of the assistant. A message's own `loss` overrides both.
-5. Loss `all` covers every token but the first.
+5. Loss `all` covers every token but the first and the results of tools, which are never learnt.
+6. `overlong: window` cuts a long conversation between turns (`windows`).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from numpy.typing import NDArray
 
 from llm_training_toolkit.data.chat.messages import Conversation, InvalidRecord
 from llm_training_toolkit.data.chat.template import ChatTemplate, RenderedChat
+from llm_training_toolkit.data.chat.windows import ConversationWindow, cut_into_windows
 from llm_training_toolkit.data.sources import Document
 from llm_training_toolkit.data.tokenizer import EncodedText, TextEncoder
 from llm_training_toolkit.data.types import Example, RenderedDocument
@@ -39,7 +41,7 @@ class ChatRules:
     sequence_length: int
     end_of_text: int
     loss: Literal["assistant", "last_turn", "all"] = "assistant"
-    overlong: Literal["drop", "split", "error"] = "drop"
+    overlong: Literal["drop", "split", "window", "error"] = "drop"
 
 
 class _RenderedTokens(NamedTuple):
@@ -67,23 +69,67 @@ def render_chat(
     long with `overlong` set to `error`.
     """
     read = [_apply_template(document, template) for _, document in documents]
-    pieces = [_split_at_markers(script) for _, script in read]
+    tokens = _encode_scripts(
+        [(chat, script, _build_loss_mask(chat, script, rules.loss)) for chat, script in read], rules, encoder
+    )
+    rendered = []
+    for (number, document), (conversation, _), whole in zip(documents, read, tokens, strict=True):
+        if rules.overlong == "window" and len(whole.ids) > rules.sequence_length:
+            render = _WindowRenderer(document, template, rules, encoder)
+            windows = cut_into_windows(conversation, render.count_tokens, rules.sequence_length)
+            examples = [render.build_example(number, window) for window in windows or ()]
+            examples = [example for example in examples if example.loss.any()]
+        else:
+            examples = _split_into_examples(number, document, whole, rules)
+        rendered.append(RenderedDocument(number, len(whole.ids), examples))
+    return rendered
+
+
+def _encode_scripts(
+    scripts: Sequence[tuple[Conversation, RenderedChat, NDArray[np.bool_]]], rules: ChatRules, encoder: TextEncoder
+) -> list[_RenderedTokens]:
+    """Encode rendered conversations with their masks of characters with loss, in one batch."""
+    pieces = [_split_at_markers(script) for _, script, _ in scripts]
     texts = [
         script.text[piece.start : piece.stop]
-        for (_, script), cut in zip(read, pieces, strict=True)
+        for (_, script, _), cut in zip(scripts, pieces, strict=True)
         for piece in cut
         if not piece.is_marker
     ]
     encoded = iter(encoder.encode_batch(texts))
-    rendered = []
-    for (number, document), (conversation, script), cut in zip(documents, read, pieces, strict=True):
-        mask = _build_loss_mask(conversation, script, rules.loss)
+    tokens = []
+    for (conversation, script, mask), cut in zip(scripts, pieces, strict=True):
         spans = [_encode_span(piece, script, mask, encoder, encoded) for piece in cut]
-        tokens = _concatenate_tokens(spans + _build_closing_tokens(conversation, script, mask, rules, encoder))
-        rendered.append(
-            RenderedDocument(number, len(tokens.ids), _split_into_examples(number, document, tokens, rules))
-        )
-    return rendered
+        tokens.append(_concatenate_tokens(spans + _build_closing_tokens(conversation, script, mask, rules, encoder)))
+    return tokens
+
+
+@dataclass(frozen=True)
+class _WindowRenderer:
+    """Renders windows of one conversation, each as a conversation of its own."""
+
+    document: Document
+    template: ChatTemplate
+    rules: ChatRules
+    encoder: TextEncoder
+
+    def count_tokens(self, window: ConversationWindow) -> int:
+        return len(self._render(window).ids)
+
+    def build_example(self, number: int, window: ConversationWindow) -> Example:
+        tokens = self._render(window)
+        return _build_example(number, tokens, 0, len(tokens.ids))
+
+    def _render(self, window: ConversationWindow) -> _RenderedTokens:
+        script = _render_script(self.document, window.conversation, self.template)
+        conversation, loss = window.conversation, self.rules.loss
+        if loss == "last_turn":  # that of the whole conversation
+            conversation, loss = window.mask_turns(keep=window.is_last), "assistant"
+        mask = _build_loss_mask(conversation, script, loss)
+        if window.shown:
+            mask[: min(turn.start for turn in script.turns if turn.message >= window.shown)] = False
+        (tokens,) = _encode_scripts([(conversation, script, mask)], self.rules, self.encoder)
+        return tokens
 
 
 def encode_prompt(conversation: Conversation, template: ChatTemplate, encoder: TextEncoder) -> list[int]:
@@ -104,8 +150,12 @@ def _apply_template(document: Document, template: ChatTemplate) -> tuple[Convers
         conversation = Conversation.from_text(document.text)
     except InvalidRecord as error:
         raise DataError(f"{document.name}: {error}. Prepare the data again.") from error
+    return conversation, _render_script(document, conversation, template)
+
+
+def _render_script(document: Document, conversation: Conversation, template: ChatTemplate) -> RenderedChat:
     try:
-        return conversation, template.render_conversation(conversation)
+        return template.render_conversation(conversation)
     except DataError as error:
         raise DataError(
             f"{document.name}: the chat template {error}. Change or remove the conversation, or give a tokenizer "
@@ -126,7 +176,10 @@ def _split_at_markers(script: RenderedChat) -> list[_EncodingSpan]:
 def _build_loss_mask(conversation: Conversation, script: RenderedChat, loss: str) -> NDArray[np.bool_]:
     """Return the mask of characters with loss, (characters,) bool."""
     if loss == "all":
-        return np.ones(len(script.text), dtype=np.bool_)
+        mask = np.ones(len(script.text), dtype=np.bool_)
+        for start, stop in script.results:
+            mask[start:stop] = False
+        return mask
     mask = np.zeros(len(script.text), dtype=np.bool_)
     for turn in script.turns:
         switch = conversation.messages[turn.message].loss
@@ -186,7 +239,7 @@ def _split_into_examples(number: int, document: Document, tokens: _RenderedToken
     if rules.overlong == "error":
         raise DataError(
             f"{document.name}: {total} tokens, longer than data.sequence_length {rules.sequence_length}. Set overlong: "
-            "drop or split for this source, raise data.sequence_length, or shorten the conversation."
+            "drop, window or split for this source, raise data.sequence_length, or shorten the conversation."
         )
     cuts = [0, *_find_split_points(tokens.starts_character, rules.sequence_length), total]
     return [_build_example(number, tokens, start, stop) for start, stop in pairwise(cuts)]

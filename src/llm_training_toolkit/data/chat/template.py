@@ -37,12 +37,14 @@ class RenderedChat:
 
     `markers`: spans [start, stop) of template markers; the rest is text. `turns`: assistant spans by message.
     `missing_end_of_turn`: marker to append to the last turn, None if present or unknown to the template.
+    `results`: spans of the results of tools.
     """
 
     text: str
     markers: tuple[tuple[int, int], ...]
     turns: tuple[AssistantSpan, ...]
     missing_end_of_turn: str | None
+    results: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -182,7 +184,14 @@ class ChatTemplate:
         elif written.markers and not written.text[written.markers[-1][1] :].strip():
             stop = written.markers[-1][1]
         markers = tuple(marker for marker in written.markers if marker[1] <= stop)
-        return RenderedChat(written.text[:stop], markers, turns, closing)
+        results = (
+            written.message_spans[number]
+            for number, message in enumerate(conversation.messages)
+            if message.role == "tool" and number in written.message_spans
+        )
+        return RenderedChat(
+            written.text[:stop], markers, turns, closing, tuple((start, min(end, stop)) for start, end in results)
+        )
 
 
 def _probe_delimiters(template: TracedTemplate) -> _TurnDelimiters:

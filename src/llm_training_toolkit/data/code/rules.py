@@ -63,6 +63,8 @@ class RenderRules:
 
 def _choose_overlong(source: SourceConfig) -> Literal["split", "drop", "error"]:
     """Return what happens to a long document. A next edit that is cut would show a region without its answer."""
-    if source.overlong != "auto":
-        return source.overlong
-    return "drop" if source.layout == "edits" else "split"
+    match source.overlong:
+        case "split" | "drop" | "error" as chosen:
+            return chosen
+        case _:
+            return "drop" if source.layout == "edits" else "split"

@@ -58,7 +58,7 @@ from llm_training_toolkit.plan import compute_integer_shares
 
 StageProgressCallback = Callable[[str, int, int], None]
 
-_FORMAT_VERSION = 6  # part of every key: raise it when the same documents would give different files
+_FORMAT_VERSION = 7  # part of every key: raise it when the same documents would give different files
 _PROGRESS_EVERY = 256
 
 

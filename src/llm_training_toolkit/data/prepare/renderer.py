@@ -69,7 +69,7 @@ class DocumentRenderer:
         return RenderRules.from_config(source, self._markers, self._encoder, self._length, seed=seed, epoch=epoch)
 
     def _build_chat_rules(self, source: SourceConfig) -> ChatRules:
-        overlong: Literal["drop", "split", "error"] = "drop" if source.overlong == "auto" else source.overlong
+        overlong: Literal["drop", "split", "window", "error"] = "drop" if source.overlong == "auto" else source.overlong
         return ChatRules(
             self._length, self._encoder.get_special_token_id(self._markers.tokens.end_of_text), source.loss, overlong
         )

@@ -81,7 +81,11 @@ class RecordReader:
             columns("path", _PATH),
             columns("repository", _REPOSITORY),
             columns("stars", _STARS),
-            ConversationFields(**chat, keeps_context=has_context(source.prompt_template)),
+            ConversationFields(
+                **chat,
+                keeps_context=has_context(source.prompt_template),
+                masks_failed_steps=source.failed_steps == "mask",
+            ),
             tuple(given.values()),
             wanted,
             source.max_document_bytes,
@@ -96,7 +100,8 @@ class RecordReader:
         """
         for missing in (name for name in self.named if name not in names):
             raise UnreadableDocument(address, format_missing_column(missing, names), "no_field")
-        found = [find_field(each, names) for each in self.filter]
+        # A filter by `info.exit_status` reads the column `info`, unless a column has that name.
+        found = [find_field((*each, each[0].partition(".")[0]), names) for each in self.filter]
         if None in found:
             column = list(self.filter)[found.index(None)][0]
             raise UnreadableDocument(address, f"filter: {format_missing_column(column, names)}", "no_field")
@@ -122,7 +127,7 @@ class RecordReader:
         """Return whether a record passes the filter. A record without a column of the filter does not."""
         if not self.filter:
             return True
-        values = record.value if isinstance(record.value, dict) else {}
+        values = self._read_filter_columns(record)
         return all(
             (name := find_field(names, values)) is not None and _is_among(values[name], wanted)
             for names, wanted in self.filter.items()
@@ -134,9 +139,21 @@ class RecordReader:
 
     def get_filter_values(self, record: SourceRecord) -> dict[str, Any]:
         """Return the values that the filter looks at, by column; a missing column is absent."""
-        values = record.value if isinstance(record.value, dict) else {}
+        values = self._read_filter_columns(record)
         found = (find_field(names, values) for names in self.filter)
         return {name: values[name] for name in found if name is not None}
+
+    def _read_filter_columns(self, record: SourceRecord) -> Mapping[str, Any]:
+        """Return a record with the fields of its columns that the filter names, such as `info.exit_status`."""
+        values = record.value if isinstance(record.value, dict) else {}
+        nested = {}
+        for name in (name for names in self.filter for name in names if "." in name and name not in values):
+            value: Any = values
+            for key in name.split("."):
+                value = value.get(key) if isinstance(value, dict) else None
+            if value is not None:
+                nested[name] = value
+        return {**values, **nested} if nested else values
 
     def build_document(self, record: SourceRecord, source: int, name: str) -> Document:
         """Return the document in a record. Raises UnreadableDocument naming the invalid field."""

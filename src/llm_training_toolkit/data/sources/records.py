@@ -18,6 +18,7 @@ from llm_training_toolkit.data.sources.files import FileFormat, SourceFile, get_
 from llm_training_toolkit.data.sources.json_list import BYTE_ORDER_MARK, iter_json_list, starts_json_list
 from llm_training_toolkit.data.sources.text import decode_utf8
 
+_PEEKED_BYTES = 1 << 10
 _BATCH_ROWS = 128  # rows held as Python objects at a time
 _NO_LIMIT = 1 << 60
 _PASSED_BYTES = 1 << 20  # read at a time of a line that is too long
@@ -66,6 +67,9 @@ def _read_json_records(
                     if number >= first:
                         yield SourceRecord(number, f"{file.display_path}, record {number}", value)
                 return
+            if kind is FileFormat.JSON and _starts_indented_object(stream):
+                yield _read_whole_object(stream, file, max_bytes)
+                return
             for number, (raw, size) in enumerate(_iter_lines(stream, max_bytes), start=1):
                 line = raw.removeprefix(BYTE_ORDER_MARK) if number == 1 else raw
                 if number < first:  # earlier lines are skipped unparsed
@@ -76,6 +80,28 @@ def _read_json_records(
                     yield from _parse_json_line(file, number, line)
         except READ_ERRORS as error:
             raise wrap_read_error(f"{file.display_path}:{number + 1}", error) from error
+
+
+def _starts_indented_object(stream: io.BufferedIOBase) -> bool:
+    """Return whether the first line is `{` alone, as of a trajectory file; nothing is consumed."""
+    assert isinstance(stream, io.BufferedReader)
+    head, newline, _ = stream.peek(_PEEKED_BYTES).removeprefix(BYTE_ORDER_MARK).lstrip().partition(b"\n")
+    return bool(newline) and head.strip() == b"{"
+
+
+def _read_whole_object(
+    stream: io.BufferedIOBase, file: SourceFile, max_bytes: int
+) -> SourceRecord | UnreadableDocument:
+    """Read a file that is one object, of at most `max_bytes`."""
+    where = f"{file.display_path}, record 1"
+    content = stream.read(max_bytes + 1)
+    if len(content) > max_bytes:
+        return build_size_error(where, len(content), max_bytes)
+    try:
+        text = decode_utf8(content.removeprefix(BYTE_ORDER_MARK), file.display_path)
+        return SourceRecord(1, where, _parse_json(text, where))
+    except UnreadableDocument as error:
+        return error
 
 
 def _iter_lines(stream: io.BufferedIOBase, max_bytes: int) -> Iterator[tuple[bytes, int]]:

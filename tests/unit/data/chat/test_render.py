@@ -167,8 +167,9 @@ def test_the_tokens_are_those_of_transformers_with_tools(
     result = {"role": "tool", "content": content or ""}
     orders: list[list[dict[str, Any]]] = [
         [asked, called, result, result, answer],
-        [asked, called, result, asked, called],
-        [called, answer],
+        [asked, called, result, result, asked, called],
+        [called, result, result, answer],
+        [asked, called],
     ]
     for messages in orders:
         ours = qwen3.ids({"messages": messages, "tools": [WEATHER]})
