@@ -11,7 +11,8 @@ from transformers import GenerationConfig
 
 from llm_training_toolkit import families
 from llm_training_toolkit.data.chat.messages import ChatMessage, Conversation
-from llm_training_toolkit.data.chat.render import encode_prompt
+from llm_training_toolkit.data.chat.parse import parse_conversation
+from llm_training_toolkit.data.chat.render import ChatRules, encode_prompt, render_chat
 from llm_training_toolkit.data.chat.template import ChatTemplate
 from llm_training_toolkit.data.code.fim import FimRules, UniformDraw, apply_fim
 from llm_training_toolkit.data.code.split_points import TextSegment
@@ -34,6 +35,32 @@ PROBLEM = {
     "test": "def check(candidate):\n    assert candidate(2) == 4\n    assert candidate(-1) == -2\n",
     "entry_point": "double",
 }
+TOOL: dict[str, Any] = {
+    "type": "function",
+    "function": {
+        "name": "area",
+        "parameters": {
+            "type": "object",
+            "properties": {"width": {"type": "integer"}, "height": {"type": "integer"}},
+            "required": ["width", "height"],
+        },
+    },
+}
+CALLING: dict[str, Any] = {
+    "tools": [TOOL],
+    "messages": [
+        {"role": "user", "content": "How large is 2 by 3?"},
+        {"role": "assistant", "tool_calls": [{"name": "area", "arguments": {"width": 2, "height": 3}}]},
+    ],
+}
+TOOL_TEMPLATE = """\
+{% for tool in tools or [] %}{{ tool.function.name }}
+{% endfor %}{% for message in messages %}<|im_start|>{{ message.role }}
+{{ message.content }}{% for call in message.tool_calls or [] %}<tool_call>{"name": "{{ call.function.name }}", \
+"arguments": {{ call.function.arguments | tojson }}}</tool_call>{% endfor %}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+"""Short enough for the model's positions."""
 QUESTION = "What is the area?"
 ANSWER = "Width times height."
 SOLUTION = "    twice = number + number\n    return twice\n"
@@ -57,7 +84,7 @@ def export_known_model(directory: Path) -> None:
     encoder = open_tokenizer(str(directory))
     torch.manual_seed(1)
     model: Any = build_model(SHAPE | {"vocab_size": encoder.vocab_size}, precision="fp32", attention="sdpa")
-    _memorise(model, [_gap(encoder), _solution(encoder), _conversation(encoder, directory)])
+    _memorise(model, [_gap(encoder), _solution(encoder), _conversation(encoder, directory), _call(encoder)])
     ends = [encoder.get_special_token_id(token) for token in ("<|im_end|>", "<|endoftext|>")]
     model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=ends[1])
     model.save_pretrained(directory)
@@ -96,6 +123,16 @@ def _conversation(encoder: TextEncoder, directory: Path) -> list[int]:
         encoder.get_special_token_id(template.end_of_turn),
         *encoder.encode("\nand more"),
     ]
+
+
+def _call(encoder: TextEncoder) -> list[int]:
+    """A question that calls a tool, as `TOOL_TEMPLATE` writes it."""
+    template = ChatTemplate(TOOL_TEMPLATE, FAMILY.special_tokens.all, {})
+    document = Document(0, "calls", parse_conversation(CALLING).to_text())
+    end = encoder.get_special_token_id(FAMILY.special_tokens.end_of_text)
+    (rendered,) = render_chat([(0, document)], ChatRules(CONTEXT, end), encoder, template)
+    tokens: list[int] = rendered.examples[0].tokens.tolist()
+    return tokens
 
 
 def _memorise(model: Any, texts: Sequence[list[int]]) -> None:

@@ -23,7 +23,7 @@ from llm_training_toolkit.evaluation.task import (
 from llm_training_toolkit.runs.directory import RunDirectory, find_model_directory
 from llm_training_toolkit.runs.storage.open import open_path
 
-TaskName = Literal["perplexity", "infill", "humaneval"]
+TaskName = Literal["perplexity", "infill", "humaneval", "tool_calls"]
 
 
 def _build_task_option(name: str, text: str, **limits: Any) -> Any:  # noqa: ANN401 - as typer takes them
@@ -47,7 +47,7 @@ Data = Annotated[
 ]
 Stride = Annotated[int | None, _build_task_option("stride", "perplexity: tokens between overlapping windows.", min=1)]
 Given = Annotated[GapContext | None, _build_task_option("given", "infill: what the model sees of the document.")]
-Limit = Annotated[int | None, _build_task_option("limit", "infill, humaneval: documents, problems.", min=1)]
+Limit = Annotated[int | None, _build_task_option("limit", "All but perplexity: documents, problems.", min=1)]
 Tokens = Annotated[int | None, _build_task_option("tokens", "Most new tokens of an answer.", min=1)]
 Batch = Annotated[int | None, _build_task_option("batch", "Sequences or answers at a time.", min=1)]
 Samples = Annotated[int | None, _build_task_option("samples", "humaneval: completions of each problem.", min=1)]
@@ -92,7 +92,7 @@ def evaluate(
     details: Details = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
 ) -> None:
-    """Evaluate a model: perplexity, infilling of code, HumanEval. Results are stored in the model's run."""
+    """Evaluate a model: perplexity, infilling of code, HumanEval, calls of tools. Results are stored in the model's run."""
     options: dict[str, Any] = {
         "data": data,
         "format": form,

@@ -146,8 +146,9 @@ class CheckpointConfig(ConfigSection):
 class EvalTaskConfig(ConfigSection):
     """Evaluation task. Absent fields have the defaults of `ltt evaluate`."""
 
-    task: Annotated[Literal["perplexity", "infill", "humaneval"], FieldTag.FREE]
-    """Loss of documents, infilling of gaps in code, or functions with unit tests (docs/evaluation.md)."""
+    task: Annotated[Literal["perplexity", "infill", "humaneval", "tool_calls"], FieldTag.FREE]
+    """Loss of documents, infilling of gaps in code, functions with unit tests, or calls of tools that fit their schemas
+    (docs/evaluation.md)."""
     interval: Annotated[Annotated[int, Field(ge=1)] | None, FieldTag.FREE] = None
     """Steps between evaluations of checkpoints during training; all workers wait. Absent = only at the end."""
     data: Annotated[Location | None, FieldTag.FREE] = None
@@ -155,7 +156,7 @@ class EvalTaskConfig(ConfigSection):
     format: Annotated[Literal["code", "text", "chat"] | None, FieldTag.FREE] = None
     """Format of the documents."""
     limit: Annotated[Annotated[int, Field(ge=1)] | None, FieldTag.FREE] = None
-    """infill, humaneval: number of documents or problems."""
+    """All but perplexity: number of documents or problems."""
     samples: Annotated[Annotated[int, Field(ge=1)] | None, FieldTag.FREE] = None
     """humaneval: completions per problem, for pass@10 and pass@100."""
     temperature: Annotated[Annotated[float, Field(ge=0.0)] | None, FieldTag.FREE] = None
@@ -167,6 +168,7 @@ class EvalTaskConfig(ConfigSection):
             "perplexity": {"format"},
             "infill": {"format", "limit"},
             "humaneval": {"limit", "samples", "temperature"},
+            "tool_calls": {"limit"},
         }
         strange = [name for name in self.get_task_options() if name not in own[self.task] | {"data"}]
         if strange:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from llm_training_toolkit.config import SourceConfig
+from llm_training_toolkit.config.data_config import SourceFormat
 from llm_training_toolkit.config.uri import redact_uri
 from llm_training_toolkit.data.prepare.builder import PreparedDataset
 from llm_training_toolkit.data.prepare.document_index import (
@@ -19,15 +20,19 @@ from llm_training_toolkit.errors import PlanError
 from llm_training_toolkit.evaluation.model import EvalModel, ExportedRun
 from llm_training_toolkit.evaluation.task import DocumentFormat
 
+_WRITTEN_FORMATS = frozenset({"code", "text"})
 
-def read_held_out_documents(origin: ExportedRun) -> Iterator[Document]:
-    """Read a run's held-out documents of code and text again from its sources.
+
+def read_held_out_documents(
+    origin: ExportedRun, formats: Collection[SourceFormat] = _WRITTEN_FORMATS
+) -> Iterator[Document]:
+    """Read a run's held-out documents of some formats again from its sources.
 
     Raises DataError if they are missing or have changed.
     """
     data = origin.config.data
     document_index = DocumentIndex.read(PreparedDataset.from_info(origin.dataset_info).directory / "documents")
-    written = [index for index, source in enumerate(list_all_sources(data)) if source.format in {"code", "text"}]
+    written = [index for index, source in enumerate(list_all_sources(data)) if source.format in formats]
     rereader = DocumentReader(data, document_index)
     for shard in split_into_shards(data, document_index, written, held=True):
         for _, document in rereader.read_documents(shard, held=True):
@@ -36,11 +41,9 @@ def read_held_out_documents(origin: ExportedRun) -> Iterator[Document]:
 
 def read_eval_documents(subject: EvalModel, path: str | None, form: DocumentFormat) -> Iterator[Document]:
     """Read the documents at `path`, by default the held-out documents of the model's run."""
-    return (
-        read_source_documents(SourceConfig(path=path, format=form), 0)
-        if path is not None
-        else read_held_out_documents(get_exported_run(subject))
-    )
+    if path is not None:
+        return read_source_documents(SourceConfig(path=path, format=form), 0)
+    return read_held_out_documents(get_exported_run(subject), {"chat"} if form == "chat" else _WRITTEN_FORMATS)
 
 
 def get_exported_run(subject: EvalModel) -> ExportedRun:

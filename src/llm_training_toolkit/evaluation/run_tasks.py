@@ -32,8 +32,10 @@ from llm_training_toolkit.evaluation.task import (
     PerplexityTask,
     ProgressCallback,
     Task,
+    ToolCallsTask,
     make_task,
 )
+from llm_training_toolkit.evaluation.tool_calls import measure_tool_calls
 from llm_training_toolkit.export import read_source_checkpoint_name
 from llm_training_toolkit.models.memory import is_out_of_memory
 from llm_training_toolkit.monitoring.metrics import Metrics
@@ -212,4 +214,6 @@ def run_task(task: Task, subject: EvalModel | None, progress: ProgressCallback) 
         raise PlanError(f"--task {task.name}: name a model, an exported directory or a run")
     if isinstance(task, PerplexityTask):
         return measure_perplexity(task, subject, progress)
+    if isinstance(task, ToolCallsTask):
+        return measure_tool_calls(task, subject, progress)
     return measure_infill(task, subject, progress)

@@ -16,8 +16,9 @@ from llm_training_toolkit.runs.directory import RunDirectory, check_run
 _METRIC_COLUMNS = (
     *("pass@1", "pass@10", "pass@100", "exact_match", "edit_similarity"),
     *("loss", "perplexity", "bits_per_byte"),
+    "valid",
 )
-_COUNT_COLUMNS = ("problems", "documents")  # sample counts of the metrics that are not means over tokens
+_COUNT_COLUMNS = ("problems", "documents", "turns")  # sample counts of the metrics that are not means over tokens
 
 
 def collect_eval_records(runs: Sequence[RunDirectory]) -> list[EvalRecord]:

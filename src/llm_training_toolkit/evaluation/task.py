@@ -81,8 +81,25 @@ class HumanEvalTask:
     """Run programs even without containment."""
 
 
-Task = PerplexityTask | InfillTask | HumanEvalTask
-TASKS: dict[str, type[Task]] = {task.name: task for task in (PerplexityTask, InfillTask, HumanEvalTask)}  # by name
+@dataclass(frozen=True)
+class ToolCallsTask:
+    """Tool calls of conversations, checked against the schemas of the tools."""
+
+    name: ClassVar[str] = "tool_calls"
+    data: str | None = None
+    """Location of the conversations; default: those held out by the model's run."""
+    limit: int = 200
+    """Maximum conversations, chosen by content hash."""
+    tokens: int = 512
+    """Maximum new tokens per turn, capped at half of the context."""
+    batch: int = 8
+    """Turns per batch."""
+
+
+Task = PerplexityTask | InfillTask | HumanEvalTask | ToolCallsTask
+TASKS: dict[str, type[Task]] = {
+    task.name: task for task in (PerplexityTask, InfillTask, HumanEvalTask, ToolCallsTask)
+}  # by name
 
 
 def make_task(name: str, settings: Mapping[str, Any]) -> Task:
