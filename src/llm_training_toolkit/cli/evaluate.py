@@ -92,7 +92,7 @@ def evaluate(
     details: Details = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
 ) -> None:
-    """Evaluate a model: perplexity, infilling of code, HumanEval, calls of tools. Results are stored in the model's run."""
+    """Evaluate a model: perplexity, infilling, HumanEval, calls of tools. Results are stored in the model's run."""
     options: dict[str, Any] = {
         "data": data,
         "format": form,

@@ -197,6 +197,14 @@ def _find_evaluation_problems(config: Config, family: Family) -> Iterator[Proble
                 "a conversation has no middle to fill in",
                 "Use code or text",
             )
+        has_conversations = any(source.format == "chat" for source in (*config.data.sources, *config.data.eval.sources))
+        if task_config.task == "tool_calls" and task_config.data is None and not has_conversations:
+            yield Problem(
+                "tool-calls-without-conversations",
+                f"{where}.data",
+                "no source is of format chat, so no conversation is held out",
+                "Name conversations with tools",
+            )
     if config.eval.tasks and not config.export.at_end:
         what = "tasks are carried out on the exported model, and export.at_end is false"
         yield Problem(

@@ -36,6 +36,8 @@ REFUSED = [
     ({"format": "text", "loss": "last_turn"}, "data.sources.0: loss is for format chat"),
     ({"format": "issues", "fim": {}}, "data.sources.0: fim is for formats code and text, not for issues"),
     ({"format": "issues", "layout": "script"}, "data.sources.0: layout script: format issues has auto"),
+    ({"overlong": "window"}, "data.sources.0: overlong: window is for format chat, not for code"),
+    ({"failed_steps": "mask"}, "data.sources.0: failed_steps is for format chat, not for code"),
     ({"context": "window"}, "data.sources.0: context is for formats of changes, not for code"),
     ({"format": "git", "layout": "diffs", "context": "window"}, "context is for layout commits, not for diffs"),
     ({"format": "git", "layout": "edits", "context": "window"}, "context is for layout commits, not for edits"),

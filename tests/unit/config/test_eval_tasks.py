@@ -47,10 +47,11 @@ def test_what_is_accepted_makes_a_task_and_is_read_again() -> None:
         {"task": "perplexity", "data": "b", "format": "text"},
         {"task": "infill", "limit": 3},
         {"task": "humaneval", "samples": 10, "temperature": 0.8, "limit": 2},
+        {"task": "tool_calls", "data": "c", "limit": 4},
     ]
     read = config(given)
     made = [make_task(asked.task, asked.get_task_options()) for asked in read.eval.tasks]
-    assert [task.name for task in made] == ["perplexity", "infill", "humaneval"]
+    assert [task.name for task in made] == ["perplexity", "infill", "humaneval", "tool_calls"]
     assert parse_config_json(dump_config_json(read)) == read
 
 
@@ -58,6 +59,14 @@ def test_tasks_need_the_export() -> None:
     found = make_plan(config([{"task": "infill"}], export={"at_end": False})).problems
     assert [problem.where for problem in found] == ["eval.tasks"]
     assert not make_plan(config([{"task": "infill"}])).problems
+
+
+def test_tool_calls_need_conversations() -> None:
+    (found,) = make_plan(config([{"task": "tool_calls"}])).problems
+    assert (found.code, found.where) == ("tool-calls-without-conversations", "eval.tasks[0].data")
+    assert not make_plan(config([{"task": "tool_calls", "data": "c"}])).problems
+    chat = {"sequence_length": 128, "sources": [{"path": "x", "format": "chat"}]}
+    assert not make_plan(config([{"task": "tool_calls"}], data=chat)).problems
 
 
 def test_what_no_model_of_the_family_can_do_is_a_problem() -> None:

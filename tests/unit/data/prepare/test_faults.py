@@ -76,7 +76,8 @@ def test_a_sample_of_every_source(tmp_path: Path, configure: Configure, markers:
     assert first.tokens is not None
     assert first.tokens > 299 * 20
     assert first.overlong == 299
-    assert first.preview.startswith("Write a function that adds 1. def add(x):")
+    assert (first.examples, first.loss_tokens) == (0, 0)  # too long for the sequences
+    assert first.preview.startswith("user: Write a function that adds 1. | assistant: def add(x):")
     assert second.path == first.path
     assert not (tmp_path / "runs").exists()
 
