@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from llm_training_toolkit.data.chat.messages import Conversation, InvalidRecord
 from llm_training_toolkit.data.chat.template import ChatTemplate, RenderedChat
-from llm_training_toolkit.data.chat.windows import ConversationWindow, cut_into_windows
+from llm_training_toolkit.data.chat.windows import ConversationWindow, TokenSpan, cut_into_windows
 from llm_training_toolkit.data.sources import Document
 from llm_training_toolkit.data.tokenizer import EncodedText, TextEncoder
 from llm_training_toolkit.data.types import Example, RenderedDocument
@@ -73,10 +73,11 @@ def render_chat(
         [(chat, script, _build_loss_mask(chat, script, rules.loss)) for chat, script in read], rules, encoder
     )
     rendered = []
-    for (number, document), (conversation, _), whole in zip(documents, read, tokens, strict=True):
+    for (number, document), (conversation, script), whole in zip(documents, read, tokens, strict=True):
         if rules.overlong == "window" and len(whole.ids) > rules.sequence_length:
             render = _WindowRenderer(document, template, rules, encoder)
-            windows = cut_into_windows(conversation, render.count_tokens, rules.sequence_length)
+            answers = _find_answer_tokens(script, encoder)
+            windows = cut_into_windows(conversation, answers, render.count_tokens, rules.sequence_length)
             examples = [render.build_example(number, window) for window in windows or ()]
             examples = [example for example in examples if example.loss.any()]
         else:
@@ -102,6 +103,21 @@ def _encode_scripts(
         spans = [_encode_span(piece, script, mask, encoder, encoded) for piece in cut]
         tokens.append(_concatenate_tokens(spans + _build_closing_tokens(conversation, script, mask, rules, encoder)))
     return tokens
+
+
+def _find_answer_tokens(script: RenderedChat, encoder: TextEncoder) -> list[TokenSpan]:
+    """Return the tokens of each answer, those that the template writes after it excluded."""
+    pieces = _split_at_markers(script)
+    texts = [script.text[piece.start : piece.stop] for piece in pieces if not piece.is_marker]
+    encoded = iter(encoder.encode_batch(texts))
+    starts = np.concatenate(
+        [[piece.start] if piece.is_marker else piece.start + next(encoded).char_spans[:, 0] for piece in pieces]
+    )
+    spans = [
+        (min(turn.start for turn in turns), max(turn.stop for turn in turns))
+        for turns in (list(group) for _, group in groupby(script.turns, lambda turn: turn.message))
+    ]
+    return [TokenSpan(*np.searchsorted(starts, span).tolist()) for span in spans]
 
 
 @dataclass(frozen=True)

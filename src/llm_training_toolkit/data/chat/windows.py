@@ -7,11 +7,18 @@ with the messages after it, so that a call and its results stay together. Every 
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from llm_training_toolkit.data.chat.messages import Conversation
+
+
+class TokenSpan(NamedTuple):
+    """Tokens [start, stop)."""
+
+    start: int
+    stop: int
 
 
 @dataclass(frozen=True)
@@ -35,10 +42,16 @@ class ConversationWindow:
 
 
 def cut_into_windows(
-    conversation: Conversation, count_tokens: Callable[[ConversationWindow], int], length: int
+    conversation: Conversation,
+    answers: Sequence[TokenSpan],
+    count_tokens: Callable[[ConversationWindow], int],
+    length: int,
 ) -> list[ConversationWindow] | None:
-    """Return windows of at most `length` tokens, None if an answer with its prompt does not fit into one."""
-    answers = [number for number, message in enumerate(conversation.messages) if message.role == "assistant"]
+    """Return windows of at most `length` tokens, None if an answer with its prompt does not fit into one.
+
+    answers: tokens [start, stop) of each answer in the whole conversation. They are estimates, because a template may
+    write a message otherwise in a window; `count_tokens` decides.
+    """
     windows: list[ConversationWindow] = []
     first = 0
     while first < len(answers):
@@ -46,30 +59,40 @@ def cut_into_windows(
         if window is None:
             return None
         windows.append(window)
-        first += sum(
-            message.role == "assistant" for message in window.conversation.messages[window.shown or answers[0] :]
-        )
+        first += sum(message.role == "assistant" for message in window.conversation.messages[window.shown :])
     return windows
 
 
 def _fill_window(
     conversation: Conversation,
-    answers: Sequence[int],
+    answers: Sequence[TokenSpan],
     first: int,
     count_tokens: Callable[[ConversationWindow], int],
     length: int,
 ) -> ConversationWindow | None:
     """Return the window that learns from the answer `first` on, None if that does not fit with the one before it."""
 
-    def build(begin: int, last: int) -> ConversationWindow:
-        kept = conversation.messages[: answers[0]] + conversation.messages[answers[begin] : answers[last] + 1]
-        shown = answers[0] + answers[first] - answers[begin] if first else 0
-        return ConversationWindow(replace(conversation, messages=kept), shown, last == len(answers) - 1)
+    def estimate(begin: int, last: int) -> int:
+        return answers[0].start + answers[last].stop - answers[begin].start
 
-    # Both searches rely on lengths that grow with the number of turns.
-    shown = range(1, first + 1)  # turns before the first to learn
-    fitting = bisect_right(shown, length // 2, key=lambda count: count_tokens(build(first - count, first)))
-    begin = first - max(fitting, min(first, 1))
-    learnt = range(first, len(answers))
-    fitting = bisect_right(learnt, length, key=lambda last: count_tokens(build(begin, last)))
-    return build(begin, first + fitting - 1) if fitting else None
+    nearest = max(first - 1, 0)
+    begin = next((begin for begin in range(nearest) if estimate(begin, first) <= length // 2), nearest)
+    last = max((last for last in range(first, len(answers)) if estimate(begin, last) <= length), default=first)
+    while True:
+        window = _build_window(conversation, begin, first, last)
+        if count_tokens(window) <= length:
+            return window
+        if last > first:
+            last -= 1
+        elif begin < nearest:
+            begin += 1
+        else:
+            return None
+
+
+def _build_window(conversation: Conversation, begin: int, first: int, last: int) -> ConversationWindow:
+    """Return the window of the answers `begin` to `last`, of which those from `first` on are learnt."""
+    places = [number for number, message in enumerate(conversation.messages) if message.role == "assistant"]
+    kept = conversation.messages[: places[0]] + conversation.messages[places[begin] : places[last] + 1]
+    shown = places[0] + places[first] - places[begin] if first else 0
+    return ConversationWindow(replace(conversation, messages=kept), shown, last == len(places) - 1)
