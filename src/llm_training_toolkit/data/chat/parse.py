@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from llm_training_toolkit.data.chat.messages import ChatMessage, Conversation, InvalidRecord, Role, ToolCall
-from llm_training_toolkit.data.chat.trajectory import BOOKKEEPING_ROLES, check_tool_results, mask_failed_steps
+from llm_training_toolkit.data.chat.trajectory import BOOKKEEPING_ROLE, check_tool_results, mask_failed_steps
 
 __all__ = ["ChatMessage", "Conversation", "InvalidRecord", "ToolCall", "parse_conversation"]
 
@@ -150,7 +150,7 @@ def _parse_trajectory(record: Mapping[str, Any], key: str, fields: ConversationF
     """Parse a list of messages, or its JSON text. Raises InvalidRecord for calls and results that do not fit."""
     items = _parse_if_json(record[key])
     if isinstance(items, list | tuple):
-        items = [item for item in items if not (isinstance(item, Mapping) and item.get("role") in BOOKKEEPING_ROLES)]
+        items = [item for item in items if not (isinstance(item, Mapping) and item.get("role") == BOOKKEEPING_ROLE)]
     messages = _parse_message_list({key: items}, key)
     check_tool_results(items, messages, key)
     return mask_failed_steps(items, messages) if fields.masks_failed_steps else messages

@@ -19,12 +19,13 @@ from typing import Any
 
 from llm_training_toolkit.data.chat.messages import ChatMessage, InvalidRecord
 
-BOOKKEEPING_ROLES = frozenset({"exit"})
+BOOKKEEPING_ROLE = "exit"
 _EXIT_CODE_FIELDS = ("returncode", "exit_code")
 _EXIT_CODES_IN_TEXT = (
     re.compile(r"\A\s*<returncode>\s*(-?\d+)\s*</returncode>"),
     re.compile(r"\[(?:The command completed|Command finished) with exit code (-?\d+)\.?\]\s*\Z"),
 )
+_SUCCESS = frozenset({"0", "0.0"})  # tables may hold the code as a number with a point, or as text
 _ERROR_TEXT = re.compile(r"\A\s*ERROR:")
 
 
@@ -46,7 +47,12 @@ def check_tool_results(items: Sequence[Mapping[str, Any]], messages: Sequence[Ch
     for number, message in enumerate(messages):
         if message.tool_calls:
             results = list(takewhile(lambda at: messages[at].role == "tool", range(number + 1, len(messages))))
-            _check_results_of_turn(items, number, results, key)
+            if len(results) > len(message.tool_calls):
+                raise InvalidRecord(
+                    f"{key}[{results[len(message.tool_calls)]}] is one result more than message {number} has calls",
+                    "result_without_call",
+                )
+            _check_result_ids(items, number, results, key)
             if len(results) < len(message.tool_calls) and (number != last or number + len(results) + 1 < len(messages)):
                 raise InvalidRecord(
                     f"{key}[{number}] calls {len(message.tool_calls)} tools and {len(results)} results follow",
@@ -54,14 +60,10 @@ def check_tool_results(items: Sequence[Mapping[str, Any]], messages: Sequence[Ch
                 )
 
 
-def _check_results_of_turn(items: Sequence[Mapping[str, Any]], number: int, results: Sequence[int], key: str) -> None:
-    """Check the ids of the results of one turn, as far as both sides have ids, and their number."""
+def _check_result_ids(items: Sequence[Mapping[str, Any]], number: int, results: Sequence[int], key: str) -> None:
+    """Check the ids of the results of one turn, as far as both sides have ids."""
     calls = items[number].get("tool_calls")
     listed = calls if isinstance(calls, list | tuple) else [calls]
-    if len(results) > len(listed):
-        raise InvalidRecord(
-            f"{key}[{results[len(listed)]}] is one result more than message {number} has calls", "result_without_call"
-        )
     left = [str(call["id"]) for call in listed if isinstance(call, Mapping) and call.get("id") not in (None, "")]
     if len(left) < len(listed):
         return
@@ -102,9 +104,11 @@ def mask_failed_steps(items: Sequence[Mapping[str, Any]], messages: Sequence[Cha
 def _has_failed(item: Mapping[str, Any], text: str) -> bool:
     """Return whether a result says that it failed: by a field, an exit code other than 0, or its text."""
     extra = item.get("extra")
-    facts = {**extra, **item} if isinstance(extra, Mapping) else item
-    if facts.get("is_error") is not None:
-        return bool(facts["is_error"])
-    codes = [facts[field] for field in _EXIT_CODE_FIELDS if facts.get(field) is not None]
-    codes = codes or [int(match[1]) for pattern in _EXIT_CODES_IN_TEXT if (match := pattern.search(text))]
-    return any(code != 0 for code in codes) or (item.get("role") == "tool" and bool(_ERROR_TEXT.match(text)))
+    facts = [item, *([extra] if isinstance(extra, Mapping) else [])]
+    if item.get("is_error") is not None:
+        return bool(item["is_error"])
+    codes = [each[field] for field in _EXIT_CODE_FIELDS for each in facts if each.get(field) is not None]
+    codes = codes or [match[1] for pattern in _EXIT_CODES_IN_TEXT if (match := pattern.search(text))]
+    if any(str(code).strip() not in _SUCCESS for code in codes):
+        return True
+    return item.get("role") == "tool" and not codes and bool(_ERROR_TEXT.match(text))

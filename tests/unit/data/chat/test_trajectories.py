@@ -109,6 +109,14 @@ def test_mini_swe_agent_says_what_a_command_returned(role: str) -> None:
     assert [message.role for message in parse_conversation(record).messages][-1] == role
 
 
+def test_exit_codes_of_tables_may_be_text_or_have_a_point() -> None:
+    codes = ["0", 0.0, "1", 2.0, None]
+    messages = [TASK]
+    for number, code in enumerate(codes):
+        messages += [call(number), result(number, "ERROR: no" if code is None else "", returncode=code)]
+    assert switches({"messages": messages}) == [None, None, False, False, False]
+
+
 def test_a_message_decides_before_the_outcome_does() -> None:
     messages = [TASK, call(0, loss=True), result(0, "", is_error=True), call(1, loss=False), result(1), call(2)]
     assert switches({"messages": messages}) == [True, False, None]
