@@ -20,7 +20,8 @@ from llm_training_toolkit.errors import PlanError
 from llm_training_toolkit.evaluation.model import EvalModel, ExportedRun
 from llm_training_toolkit.evaluation.task import DocumentFormat
 
-_WRITTEN_FORMATS = frozenset({"code", "text"})
+_WRITTEN_FORMATS: frozenset[SourceFormat] = frozenset(("code", "text"))
+_CHAT_FORMATS: frozenset[SourceFormat] = frozenset(("chat",))
 
 
 def read_held_out_documents(
@@ -43,7 +44,7 @@ def read_eval_documents(subject: EvalModel, path: str | None, form: DocumentForm
     """Read the documents at `path`, by default the held-out documents of the model's run."""
     if path is not None:
         return read_source_documents(SourceConfig(path=path, format=form), 0)
-    return read_held_out_documents(get_exported_run(subject), {"chat"} if form == "chat" else _WRITTEN_FORMATS)
+    return read_held_out_documents(get_exported_run(subject), _CHAT_FORMATS if form == "chat" else _WRITTEN_FORMATS)
 
 
 def get_exported_run(subject: EvalModel) -> ExportedRun:

@@ -78,13 +78,18 @@ def check_sources(config: Config, markers: TokenizationSpec) -> Iterator[SourceS
         tally = DocumentStats()
         chosen = sorted({0, len(files) // 2, len(files) - 1})[:_FILES]
         documents = list(read_sample(source, index, [files[number] for number in chosen], tally))
-        lengths, refused = _render(documents, index, renderer, config.data.sequence_length)
+        (tokens, examples, loss_tokens, overlong), refused = _render(
+            documents, index, renderer, config.data.sequence_length
+        )
         yield SourceSample(
             redact_uri(source.path),
             len(files),
             len(documents),
             dict(tally.dropped),
-            *lengths,
+            tokens,
+            examples,
+            loss_tokens,
+            overlong,
             (*format_faults([tally]), *refused),
             _build_preview(documents, source),
         )
