@@ -135,7 +135,8 @@ def test_every_mixture_has_as_many_routers_as_layers() -> None:
 
 @pytest.mark.parametrize("name", MIXTURES)
 def test_experts_are_multiplied_together(name: str) -> None:
-    assert set(build(name, None).lm.get_experts_implementation().values()) == {"grouped_mm"}
+    model: Any = build(name, None).lm
+    assert set(model.get_experts_implementation().values()) == {"grouped_mm"}
 
 
 def test_a_dense_model_has_no_monitor() -> None:
