@@ -26,6 +26,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from linear_attention_shapes import replace_kernels
 from llm_training_toolkit import families
 from llm_training_toolkit.config import Config, load_config, parse_config
 from llm_training_toolkit.families import AdapterSpec
@@ -48,6 +49,11 @@ SIZES: tuple[tuple[str, int, int, ActivationCheckpointing], ...] = (
     ("qwen2.5-32b", 4096, 1, "full"),
     ("qwen2.5-32b", 32768, 1, "full"),
     ("qwen2.5-32b", 131072, 1, "full"),
+    ("qwen3.5-4b", 4096, 1, "none"),
+    ("qwen3.5-9b", 4096, 4, "selective"),
+    ("qwen3.5-9b", 4096, 4, "full"),
+    ("qwen3-coder-next", 4096, 4, "full"),
+    ("qwen3.5-35b-a3b", 4096, 1, "selective"),
 )
 """Size, tokens of a sequence, rows and checkpointing, with attention of variable length."""
 _VARLEN = "dry_run_varlen"
@@ -189,7 +195,8 @@ def measure_pass_bytes(load: DeviceWorkload, hf_config: dict[str, Any]) -> int:
         for parameter in module.parameters():
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(_drop_gradient)  # type: ignore[no-untyped-call]
-        with live:
+        documents = _DOCUMENTS * load.micro_batch
+        with replace_kernels(model, documents=documents), live:
             module(ids, positions, ids).backward()
     return live.peak
 

@@ -166,6 +166,11 @@ class ModelDims:
     """Layers of linear attention in a hybrid model; its other layers have attention."""
 
     @property
+    def centered_norms(self) -> bool:
+        """RMSNorms with weights around 0 that multiply in fp32, as in all hybrid models."""
+        return self.linear_attention is not None
+
+    @property
     def query_width(self) -> int:
         """Width of all query heads; differs from `hidden` if head_dim is explicit."""
         return self.heads * self.head_dim

@@ -12,6 +12,7 @@ from llm_training_toolkit.families.family import Family, ModelDims
 # Input of a linear layer: the norm before attention, the output of the heads, the norm before the feed-forward layer,
 # or the product within it.
 Reads = Literal["attention", "heads", "feed_forward", "product"]
+MixerKind = Literal["attention", "linear_attention"]
 
 
 class LinearLayer(NamedTuple):
@@ -22,6 +23,8 @@ class LinearLayer(NamedTuple):
     outputs: int
     layers: int
     """Decoder layers that have it."""
+    mixer: MixerKind | None = None
+    """Kind of decoder layer that has it; None for those of every layer."""
 
 
 class ExpertParameter(NamedTuple):
@@ -83,27 +86,31 @@ class AdapterSpec:
         """All trained parameters."""
         return self.matrices + self.whole
 
+    def restrict_to(self, mixer: MixerKind) -> AdapterSpec:
+        """Return the adapters with the linear layers of one kind of decoder layer; the counts stay those of all."""
+        return replace(self, layers=tuple(layer for layer in self.layers if layer.mixer in {None, mixer}))
+
 
 def list_linear_layers(name: str, family: Family, model: ModelDims) -> tuple[LinearLayer, ...]:
     """Return the linear layers of this name in one decoder layer; empty if the family has none."""
     if name not in family.lora_targets:
         return ()
     full, hidden = model.attention_layers, model.hidden
-    heads = LinearLayer("heads", model.query_width, hidden, full)
+    heads = LinearLayer("heads", model.query_width, hidden, full, "attention")
     product = LinearLayer("product", model.intermediate, hidden, model.layers)
-    keys_or_values = LinearLayer("attention", hidden, model.kv_width, full)
+    keys_or_values = LinearLayer("attention", hidden, model.kv_width, full, "attention")
     into = LinearLayer("feed_forward", hidden, model.intermediate, model.layers)
     queries = model.query_width * (2 if model.output_gate else 1)
     found: dict[str, tuple[LinearLayer, ...]] = {
         **_list_linear_attention_layers(model),
-        "q_proj": (LinearLayer("attention", hidden, queries, full),),
+        "q_proj": (LinearLayer("attention", hidden, queries, full, "attention"),),
         "k_proj": (keys_or_values,),
         "v_proj": (keys_or_values,),
         "o_proj": (heads,),
         "gate_proj": (into,),
         "up_proj": (into,),
         "down_proj": (product,),
-        "c_attn": (LinearLayer("attention", hidden, model.query_width + 2 * model.kv_width, full),),
+        "c_attn": (LinearLayer("attention", hidden, model.query_width + 2 * model.kv_width, full, "attention"),),
         "c_fc": (into,),
         # StarCoder 1 also uses this name for the output layer of attention.
         "c_proj": (heads, product) if "c_attn" in family.lora_targets else (product,),
@@ -125,8 +132,11 @@ def _list_linear_attention_layers(model: ModelDims) -> dict[str, tuple[LinearLay
         "in_proj_a": linear.value_heads,
     }
     return {
-        **{name: (LinearLayer("attention", model.hidden, width, linear.layers),) for name, width in widths.items()},
-        "out_proj": (LinearLayer("heads", linear.value_width, model.hidden, linear.layers),),
+        **{
+            name: (LinearLayer("attention", model.hidden, width, linear.layers, "linear_attention"),)
+            for name, width in widths.items()
+        },
+        "out_proj": (LinearLayer("heads", linear.value_width, model.hidden, linear.layers, "linear_attention"),),
     }
 
 

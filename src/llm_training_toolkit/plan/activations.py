@@ -6,11 +6,17 @@ with autograd by tests/unit/models/test_activations.py, with passes by tests/uni
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from llm_training_toolkit.families import AdapterSpec, ModelDims
-from llm_training_toolkit.families.lora import Reads
+from llm_training_toolkit.families.family import LinearAttentionDims
+from llm_training_toolkit.families.lora import MixerKind, Reads
+from llm_training_toolkit.plan.linear_attention import (
+    estimate_mixing_bytes,
+    estimate_recurrence_bytes,
+    estimate_recurrence_gradient_bytes,
+)
 
 ActivationCheckpointing = Literal["none", "selective", "full"]
 AttentionMemory = Literal["varlen", "masked", "eager"]
@@ -31,6 +37,28 @@ class PassShape:
     checkpointing: ActivationCheckpointing
     attention: AttentionMemory
     """`varlen` keeps neither masks nor repeated keys, `masked` both, `eager` all probabilities."""
+    mixer: MixerKind = "attention"
+    """Kind of layer that is meant where one is; hybrid models have two."""
+
+    @property
+    def linear(self) -> LinearAttentionDims | None:
+        """The linear attention of the layer that is meant, or None for one with attention between all tokens."""
+        return self.model.linear_attention if self.mixer == "linear_attention" else None
+
+    def list_layer_kinds(self) -> list[tuple[PassShape, int]]:
+        """Return the shape of each kind of layer, and the number of its layers."""
+        linear = self.model.linear_attention
+        if linear is None:
+            return [(self, self.model.layers)]
+        counts: tuple[tuple[MixerKind, int], ...] = (
+            ("attention", self.model.attention_layers),
+            ("linear_attention", linear.layers),
+        )
+        return [
+            (replace(self, mixer=mixer, adapter=self.adapter and self.adapter.restrict_to(mixer)), count)
+            for mixer, count in counts
+            if count
+        ]
 
 
 def get_attention_memory(implementation: str) -> AttentionMemory:
@@ -40,10 +68,10 @@ def get_attention_memory(implementation: str) -> AttentionMemory:
 
 def estimate_kept_bytes(load: PassShape) -> int:
     """Estimate what all layers keep between forward and backward: everything, or what checkpoints save."""
-    per_token = {"none": estimate_layer_bytes, "selective": _estimate_selective_bytes, "full": _estimate_input_bytes}
     mask = load.sequence_length if load.attention == "masked" else 0  # boolean, one for all layers
+    layers = sum(count * _estimate_held_bytes(kind) for kind, count in load.list_layer_kinds())
     sums = load.model.layers * _estimate_expert_sum_bytes(load) if load.checkpointing == "none" else 0
-    return load.tokens * (load.model.layers * per_token[load.checkpointing](load) + mask) + sums
+    return load.tokens * (layers + mask) + sums
 
 
 def estimate_final_norm_bytes(load: PassShape) -> int:
@@ -54,8 +82,41 @@ def estimate_final_norm_bytes(load: PassShape) -> int:
 def estimate_backward_bytes(load: PassShape) -> int:
     """Estimate what the backward pass of one layer adds: recomputed tensors and the gradients in its widest place.
 
-    That place is the feed-forward layer: the gradients of its product and of what was multiplied, or of its product
-    and its matrix. With dropout on the adapters' input there is also a scaled copy.
+    The last layer of a hybrid model has attention; when a layer of linear attention recomputes, what that one kept is
+    gone. Without recomputation the layers before the last are no peak.
+    """
+    last, *others = (kind for kind, _ in load.list_layer_kinds())
+    moments = [_estimate_feed_forward_backward_bytes(last)]
+    if load.checkpointing != "none":
+        gone = load.tokens * _estimate_held_bytes(last)
+        moments += [_estimate_feed_forward_backward_bytes(kind) - gone for kind in others]
+        moments += [_estimate_recurrence_backward_bytes(kind) - gone for kind in others]
+    return max(moments)
+
+
+def _estimate_held_bytes(load: PassShape) -> int:
+    """Estimate what one layer keeps per token between forward and backward: everything, or what checkpoints save."""
+    if load.checkpointing == "none":
+        return estimate_layer_bytes(load)
+    return _estimate_selective_bytes(load) if load.checkpointing == "selective" else _estimate_input_bytes(load)
+
+
+def _estimate_recurrence_backward_bytes(load: PassShape) -> int:
+    """Estimate what the recurrence of linear attention has beside it in the backward pass.
+
+    The tensors behind it are gone, those before it are there: the layer's first norm and the convolution.
+    """
+    assert load.linear is not None, "a layer of linear attention"
+    kept = estimate_recurrence_bytes(load.linear, load.width, trained=load.adapter is None)
+    gradients = estimate_recurrence_gradient_bytes(load.linear, load.width) + load.model.hidden * load.width
+    return load.tokens * (_estimate_norm_bytes(load, norms=1) + kept + gradients)
+
+
+def _estimate_feed_forward_backward_bytes(load: PassShape) -> int:
+    """Estimate what the backward pass of a feed-forward layer adds to the bytes that are kept.
+
+    That is the gradients of its product and of what was multiplied, or of its product and its matrix. With dropout on
+    the adapters' input there is also a scaled copy.
     """
     model, w, adapter = load.model, load.width, load.adapter
     wide = max(model.experts_per_token, 1) * model.intermediate * w
@@ -137,21 +198,44 @@ def estimate_layer_bytes(load: PassShape) -> int:
     norms = _estimate_norm_bytes(load, norms=2) + _estimate_head_norm_bytes(load)
     feed_forward = _estimate_feed_forward_bytes(load)
     adapters = 0 if load.adapter is None else _estimate_adapter_bytes(load, load.adapter)
-    return norms + _estimate_attention_bytes(load) + feed_forward + adapters
+    return norms + _estimate_mixer_bytes(load) + feed_forward + adapters
 
 
 def _estimate_norm_bytes(load: PassShape, *, norms: int) -> int:
     w, rms = load.width, load.model.rms_norms
     if load.adapter is None:
-        return norms * load.model.hidden * (2 * w + (4 if rms else 0))
+        return norms * load.model.hidden * (w + _get_normalized_width(load) + (4 if rms else 0))
     return norms * load.model.hidden * (4 if rms else w)
+
+
+def _get_normalized_width(load: PassShape) -> int:
+    """Return the bytes of a normalized number, which the gradient of the norm's weight needs."""
+    return 4 if load.model.centered_norms else load.width
+
+
+def _estimate_mixer_bytes(load: PassShape) -> int:
+    """Estimate what mixes the tokens: attention between all of them, or a recurrence along them."""
+    if load.linear is not None:
+        return estimate_mixing_bytes(load.linear, load.width, trained=load.adapter is None)
+    return _estimate_attention_bytes(load) + _estimate_output_gate_bytes(load)
+
+
+def _estimate_output_gate_bytes(load: PassShape) -> int:
+    """Estimate the gate of the heads' output after its sigmoid, and the product, which the last matrix reads.
+
+    In fp32 the norm of the queries keeps their projection as it is, with the gate's half.
+    """
+    if not load.model.output_gate:
+        return 0
+    trained, shared = load.adapter is None, load.width == 4
+    return load.width * load.model.query_width * (1 + trained + shared)
 
 
 def _estimate_head_norm_bytes(load: PassShape) -> int:
     model = load.model
-    if not model.head_norms:
+    if not model.head_norms or load.linear is not None:
         return 0
-    return (model.query_width + model.kv_width) * (4 + (load.width if load.adapter is None else 0))
+    return (model.query_width + model.kv_width) * (4 + (_get_normalized_width(load) if load.adapter is None else 0))
 
 
 def _estimate_attention_bytes(load: PassShape) -> int:
@@ -199,8 +283,8 @@ def _estimate_adapter_bytes(load: PassShape, adapter: AdapterSpec) -> int:
     if adapter.dropout:
         inputs = sum((w + 1) * layer.inputs for layer in adapter.layers)
     else:
-        # Attention already keeps the output of the heads.
-        inputs = w * sum({layer.reads: layer.inputs for layer in adapter.layers if layer.reads != "heads"}.values())
+        kept = set() if load.model.output_gate else {"heads"}  # attention keeps its output, but not a gated one
+        inputs = w * sum({each.reads: each.inputs for each in adapter.layers if each.reads not in kept}.values())
     inner = w * adapter.rank * len(adapter.layers)
     results = 2 * w * sum(layer.outputs for layer in adapter.layers) if adapter.dora else 0
     return inputs + inner + results
@@ -209,12 +293,15 @@ def _estimate_adapter_bytes(load: PassShape, adapter: AdapterSpec) -> int:
 def _estimate_selective_bytes(load: PassShape) -> int:
     """Estimate what selective checkpointing keeps of one layer per token (models/checkpointing.py).
 
-    Its input, the output of attention with one sum per head, and the outputs of every second matrix product.
+    Its input, the output of attention with one sum per head, and the outputs of every second matrix product. The
+    kernels of linear attention are none of torch's, so they run again.
     """
     model, w = load.model, load.width
+    kept = w * (model.hidden + sum(each.outputs for each in list_products(model, load.adapter, load.mixer)[::2]))
+    if load.linear is not None:
+        return kept
     scores = model.heads * load.sequence_length * w if load.attention == "eager" else 4 * model.heads
-    kept = sum(product.outputs for product in list_products(model, load.adapter)[::2])
-    return w * (model.hidden + model.query_width + kept) + scores
+    return kept + w * model.query_width + scores
 
 
 class MatrixProduct(NamedTuple):
@@ -226,14 +313,14 @@ class MatrixProduct(NamedTuple):
     outputs: int
 
 
-def list_products(model: ModelDims, adapter: AdapterSpec | None) -> list[MatrixProduct]:
+def list_products(model: ModelDims, adapter: AdapterSpec | None, mixer: MixerKind = "attention") -> list[MatrixProduct]:
     """Return a layer's matrix products with all tokens, in order of execution; adapters follow their linear layer.
 
     Experts have none: they multiply groups of tokens, after the product that picks the experts of each.
     """
-    waiting = [] if adapter is None else [MatrixProduct(*layer[:3]) for layer in adapter.layers]
+    waiting = [] if adapter is None else [MatrixProduct(*each[:3]) for each in adapter.restrict_to(mixer).layers]
     products = []
-    for product in _list_layer_products(model):
+    for product in (*_list_mixer_products(model, mixer), *_list_feed_forward_products(model)):
         products.append(product)
         if adapter is not None and product in waiting:
             waiting.remove(product)
@@ -242,12 +329,25 @@ def list_products(model: ModelDims, adapter: AdapterSpec | None) -> list[MatrixP
     return products
 
 
-def _list_layer_products(model: ModelDims) -> list[MatrixProduct]:
-    """Return a layer's own matrix products; the family with learned positions has one for queries, keys and values."""
+def _list_mixer_products(model: ModelDims, mixer: MixerKind) -> list[MatrixProduct]:
+    """Return the products of attention; the family with learned positions has one for queries, keys and values."""
     hidden, queries, keys = model.hidden, model.query_width, model.kv_width
-    widths = [queries + 2 * keys] if model.positions else [queries, keys, keys]
-    attention = [MatrixProduct("attention", hidden, width) for width in widths]
-    attention.append(MatrixProduct("heads", queries, hidden))
+    linear = model.linear_attention if mixer == "linear_attention" else None
+    if linear is not None:
+        heads = linear.value_heads
+        joint = [linear.input_width, 2 * heads]
+        widths = [linear.convolved_width, linear.value_width, heads, heads] if linear.gate_apart else joint
+        inputs = linear.value_width
+    else:
+        projected = (2 if model.output_gate else 1) * queries
+        widths = [queries + 2 * keys] if model.positions else [projected, keys, keys]
+        inputs = queries
+    return [*(MatrixProduct("attention", hidden, width) for width in widths), MatrixProduct("heads", inputs, hidden)]
+
+
+def _list_feed_forward_products(model: ModelDims) -> list[MatrixProduct]:
+    """Return the products after attention: of the feed-forward layer, or of shared expert and router."""
+    hidden = model.hidden
     if model.experts:
         shared = [
             MatrixProduct("feed_forward", hidden, model.shared_expert),
@@ -255,10 +355,9 @@ def _list_layer_products(model: ModelDims) -> list[MatrixProduct]:
             MatrixProduct(None, model.shared_expert, hidden),
         ]
         router = MatrixProduct("feed_forward", hidden, model.experts)
-        shared_gate = MatrixProduct("feed_forward", hidden, 1)
-        return [*attention, *shared, router, shared_gate] if model.shared_expert else [*attention, router]
+        return [*shared, router, MatrixProduct("feed_forward", hidden, 1)] if model.shared_expert else [router]
     into = [MatrixProduct("feed_forward", hidden, model.intermediate)] * (2 if model.gated else 1)
-    return [*attention, *into, MatrixProduct("product", model.intermediate, hidden)]
+    return [*into, MatrixProduct("product", model.intermediate, hidden)]
 
 
 def count_recomputed_flops(
@@ -266,11 +365,21 @@ def count_recomputed_flops(
 ) -> float:
     """Return the operations per token that a kind of checkpointing repeats; `forward` = those of a forward pass.
 
-    Selective checkpointing repeats every second product and the experts. Recomputation ends before a layer's last
-    product, because the layer's output is there already.
+    Selective checkpointing repeats every second product, the experts and linear attention. Recomputation ends before a
+    layer's last product, because the layer's output is there already.
     """
     if kind != "selective":
         return forward if kind == "full" else 0.0
-    repeated = [each for each in list_products(model, adapter)[1::2] if each.reads != "product"]
-    experts = model.experts_per_token * model.feed_forward_parameters
-    return 2.0 * model.layers * (sum(each.inputs * each.outputs for each in repeated) + experts)
+    linear = model.linear_attention
+    total = model.layers * model.experts_per_token * model.feed_forward_parameters
+    total += model.attention_layers * _count_repeated_weights(model, adapter, "attention")
+    if linear is not None:
+        recurrence = 3 * linear.value_width * linear.key_head_dim  # a third of its training (families/flops.py), halved
+        total += linear.layers * (_count_repeated_weights(model, adapter, "linear_attention") + recurrence)
+    return 2.0 * total
+
+
+def _count_repeated_weights(model: ModelDims, adapter: AdapterSpec | None, mixer: MixerKind) -> int:
+    """Return the weights of the products that selective checkpointing repeats in one layer."""
+    repeated = [each for each in list_products(model, adapter, mixer)[1::2] if each.reads != "product"]
+    return sum(each.inputs * each.outputs for each in repeated)

@@ -23,14 +23,20 @@ SMALL: list[tuple[str, ActivationCheckpointing, Any, dict[str, Any]]] = [
     ("starcoder2-3b", "full", "varlen", TWO_LAYERS),
     ("starcoderbase-7b", "none", "masked", {"config_overrides": {"n_layer": 2}}),
 ]
+FOUR_LAYERS = {"config_overrides": {"num_hidden_layers": 4}}  # three of linear attention, one of attention
+HYBRID: list[tuple[str, ActivationCheckpointing, Any, dict[str, Any]]] = [
+    ("qwen3.5-9b", "none", "varlen", FOUR_LAYERS),
+    ("qwen3.5-35b-a3b", "selective", "varlen", FOUR_LAYERS | LORA),
+    ("qwen3-coder-next", "full", "masked", FOUR_LAYERS),
+]
 
 
 def check(run: DryRun) -> None:
     assert estimate_pass_bytes(run.load) == pytest.approx(run.measure(), rel=0.05)
 
 
-@pytest.mark.parametrize(("size", "checkpointing", "attention", "model"), SMALL)
-def test_two_layers_of_full_width(
+@pytest.mark.parametrize(("size", "checkpointing", "attention", "model"), [*SMALL, *HYBRID])
+def test_few_layers_of_full_width(
     size: str, checkpointing: ActivationCheckpointing, attention: Any, model: dict[str, Any]
 ) -> None:
     check(build_sized_run(size, 4096, 1, checkpointing, attention, **model))
