@@ -39,6 +39,7 @@ from llm_training_toolkit.worker.build import build_run_model
 from llm_training_toolkit.worker.hub_download import ensure_local_weights
 from llm_training_toolkit.worker.main import run_worker
 from llm_training_toolkit.worker.spec import WorkerSpec
+from step_bytes import StepBytes
 from synchronizations import SynchronizationCounter
 
 Arrays = dict[str, np.ndarray[Any, Any]]
@@ -484,3 +485,22 @@ def synchronizations(run: str, changes: Mapping[str, Any]) -> dict[str, int]:
         counts[part] = counter.count
     engine.close()
     return counts
+
+
+def step_bytes(run: str, changes: Mapping[str, Any], passes: int) -> tuple[int, int]:
+    """Bytes that this rank sends in a step of some micro-batches, and those that live at its peak for the engine."""
+    place = place_of(run, changes)
+    before = StepBytes().standing
+    engine = engine_of(place, _plan(place))
+    dataloader = DataLoader(place.dataset_info, global_batch=place.config.train.global_batch_size, epochs=None)
+    rows = place.config.train.micro_batch_size
+    assert isinstance(rows, int)
+    batches = dataloader.get_micro_batches(0, range(passes * rows), rows, passes)
+    for _ in range(2):  # DeepSpeed's first step records the order of modules
+        engine.forward_backward(batches, 100)
+        engine.optim_step(1e-3)
+    with StepBytes() as counted:
+        engine.forward_backward(batches, 100)
+        engine.optim_step(1e-3)
+    engine.close()
+    return counted.sent, counted.standing - before + counted.peak

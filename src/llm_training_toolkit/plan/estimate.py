@@ -11,6 +11,12 @@ from llm_training_toolkit.config.schema import Config
 from llm_training_toolkit.plan.activations import count_recomputed_flops
 from llm_training_toolkit.plan.auto import Precision, with_precision
 from llm_training_toolkit.plan.batch import compute_accumulation_steps
+from llm_training_toolkit.plan.communication import (
+    Exchange,
+    ExchangeWorkload,
+    count_exchanged_bytes,
+    read_reuse_distance,
+)
 from llm_training_toolkit.plan.hardware import ClusterHardware
 from llm_training_toolkit.plan.memory import CUDA_RUNTIME_BYTES, compute_checkpoint_copy_bytes, estimate_host_bytes
 from llm_training_toolkit.plan.memory_settings import MEMORY_FILL, choose_memory_settings, with_micro_batch
@@ -114,7 +120,10 @@ def estimate_on_cluster(config: Config, plan: Plan, hardware: ClusterHardware) -
     compute_seconds = _compute_hardware_flops_per_token(plan) * plan.tokens_per_step / speed
     problems = tuple(_find_problems(config, plan, hardware, per_node))
     rows = _estimate_micro_batch(config, plan, hardware)
-    sending = _estimate_communication_seconds(plan, hardware, nodes, rows)
+    exchange = Exchange(0, 0)
+    if 1 < plan.replicas <= plan.global_batch:
+        exchange = count_exchanged_bytes(build_exchange_workload(plan, rows))
+    sending = exchange.total * _compute_seconds_per_byte(plan, hardware, nodes) if exchange.total else 0.0
     return ClusterEstimate(
         hardware=hardware,
         nodes=nodes,
@@ -258,35 +267,33 @@ def _estimate_micro_batch(config: Config, plan: Plan, hardware: ClusterHardware)
     ).settings.micro_batch
 
 
-def _estimate_communication_seconds(plan: Plan, hardware: ClusterHardware, nodes: int, micro_batch: int) -> float:
-    """Return the seconds to send a step's gradients and weights over the slowest link, without overlap.
+def build_exchange_workload(plan: Plan, micro_batch: int) -> ExchangeWorkload:
+    """Return what the exchange of a step depends on."""
+    return ExchangeWorkload(
+        zero=plan.zero,
+        trained=plan.trainable_parameters,
+        parameters=plan.parameters + (plan.trainable_parameters if plan.adapter else 0),
+        width=2 if plan.precision == "bf16" else 4,
+        passes=compute_accumulation_steps(plan.global_batch, plan.replicas, micro_batch),
+        checkpointing=plan.activation_checkpointing,
+        reuse_distance=read_reuse_distance(plan.deepspeed),
+    )
+
+
+def _compute_seconds_per_byte(plan: Plan, hardware: ClusterHardware, nodes: int) -> float:
+    """Return the seconds that the slowest link takes for a byte of an exchange.
 
     In a ring every worker sends (n - 1) / n of what is reduced or gathered. NCCL's rings enter and leave a node once,
-    so all links of a node together carry as much as one device sends. Gradients are reduced in fp32: at stage 0
-    by an all-reduce a step, which sends them twice, at stage 1 once by a reduce-scatter a step. DeepSpeed 0.19.8 sends
-    an all-reduce with every micro-batch at stage 2, a reduce-scatter at stage 3. Stages 1 and 2 gather the trained
-    weights once per step, stage 3 all weights twice with every micro-batch (ZeRO, Rajbhandari et al. 2020, section 7).
+    so all links of a node together carry as much as one device sends.
     """
-    workers = plan.replicas
-    if workers == 1 or workers > plan.global_batch:
-        return 0.0
-    width, trained = 2 if plan.precision == "bf16" else 4, plan.trainable_parameters
-    gradients = 4 * trained
-    passes = compute_accumulation_steps(plan.global_batch, workers, micro_batch)
-    sent = (
-        2 * gradients,
-        gradients + width * trained,
-        2 * passes * gradients + width * trained,
-        passes * (gradients + 2 * width * plan.parameters),
-    )[plan.zero]
-    links = hardware.bandwidth_gb_per_s
+    links, workers = hardware.bandwidth_gb_per_s, plan.replicas
     if nodes == 1:
         link = links.within_node
     elif workers > nodes:
         link = min(links.within_node, links.between_nodes)
     else:  # one worker per node
         link = links.between_nodes
-    return sent * (workers - 1) / workers / (1e9 * link)
+    return (workers - 1) / workers / (1e9 * link)
 
 
 def _collect_notes(config: Config, plan: Plan, hardware: ClusterHardware, micro_batch: int) -> Iterator[str]:

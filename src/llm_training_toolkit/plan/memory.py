@@ -129,8 +129,14 @@ def estimate_memory(load: DeviceWorkload) -> MemoryEstimate:
         logits=0,
     )
     moments = [
-        replace(standing, gradients=standing.gradients + passing, activations=activations, logits=logits)
-        for passing, activations, logits in _iter_moments(load)
+        replace(
+            standing,
+            weights=standing.weights - released,
+            gradients=standing.gradients + passing,
+            activations=activations,
+            logits=logits,
+        )
+        for passing, activations, logits, released in _iter_moments(load)
     ]
     return max(moments, key=lambda moment: moment.total)
 
@@ -140,19 +146,22 @@ def estimate_pass_bytes(load: DeviceWorkload) -> int:
     return max(activations + logits for activations, logits in _iter_pass_moments(load))
 
 
-def _iter_moments(load: DeviceWorkload) -> Iterator[tuple[int, int, int]]:
-    """Yield what a moment holds beside what stands between micro-batches: (gradients, activations, logits), in bytes.
+def _iter_moments(load: DeviceWorkload) -> Iterator[tuple[int, int, int, int]]:
+    """Yield the bytes of a moment: more gradients, activations, logits, and gathered weights that are gone.
 
-    When the first bucket of gradients is full, the activations of its layers are gone.
+    The gradients are those beside what stands between micro-batches. When the first bucket of gradients is full, the
+    activations and gathered weights of its layers are gone.
     """
     buffer = load.bytes_per_value * load.bucket_elements if load.zero in {2, 3} else 0
     last = 4 * load.bucket_elements if load.zero == 3 else 0  # the bucket reduced last is kept until the next
     for activations, logits in _iter_pass_moments(load):
-        yield last + buffer, activations, logits
+        yield last + buffer, activations, logits, 0
     shape, left = load.build_pass_shape(), 1 - load.bucket_elements / max(load.trainable_parameters, 1)
     remaining = round(left * estimate_kept_bytes(shape)) + (estimate_backward_bytes(shape) if left else 0)
-    yield _estimate_reduction_bytes(load), remaining, 0
-    yield _estimate_update_bytes(load), 0, 0
+    gathered = _estimate_gathered_bytes(load)
+    gone = max(gathered - round(left * load.bytes_per_value * load.model.total_parameters), 0)
+    yield _estimate_reduction_bytes(load), remaining, 0, gone
+    yield _estimate_update_bytes(load), 0, 0, gathered
 
 
 def _iter_pass_moments(load: DeviceWorkload) -> Iterator[tuple[int, int]]:
@@ -193,7 +202,15 @@ def estimate_weight_bytes(load: DeviceWorkload) -> int:
     if load.zero < 3:
         return load.bytes_per_value * total
     partition = 0 if load.offload == "optimizer_and_weights" else load.compute_partition_size(total, spread=True)
-    return load.bytes_per_value * (partition + min(total, max(load.max_live, load.model.largest_module)))
+    return load.bytes_per_value * partition + _estimate_gathered_bytes(load)
+
+
+def _estimate_gathered_bytes(load: DeviceWorkload) -> int:
+    """Estimate the weights that stage 3 has gathered for use; 0 at other stages."""
+    if load.zero < 3:
+        return 0
+    total = load.model.total_parameters + (load.adapter.trainable_parameters if load.adapter else 0)
+    return load.bytes_per_value * min(total, max(load.max_live, load.model.largest_module))
 
 
 def estimate_gradient_bytes(load: DeviceWorkload) -> int:

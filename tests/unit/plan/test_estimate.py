@@ -147,18 +147,20 @@ def test_what_is_sent_by_hand() -> None:
     parameters = make_plan(read).parameters
     # Rings enter and leave a node once: its 400 GB/s are slower than a device's 450. Four micro-batches of a sequence.
     share, link = 15 / 16, 400e9
-    sent = {0: 8 * parameters, 1: 6 * parameters, 2: (4 * 8 + 2) * parameters, 3: 4 * (4 + 4) * parameters}
+    kept = 4 * 2 * 500_000_000  # weights that stage 3 keeps from forward to backward: half of the reuse distance
+    sharded = 4 * (4 + 4) * parameters - kept
+    sent = {0: 8 * parameters, 1: 6 * parameters, 2: (4 * 8 + 2) * parameters, 3: sharded}
     for zero, size in sent.items():
         found = seen(hardware(memory_gb=999), engine={"zero_stage": zero}).communication_seconds
         assert found == pytest.approx(size * share / link)
     within = seen(hardware(memory_gb=999), cluster={"workers": 8}).communication_seconds
-    assert within == pytest.approx(8 * (4 + 4) * parameters * (7 / 8) / 450e9)
+    assert within == pytest.approx((8 * (4 + 4) * parameters - 2 * kept) * (7 / 8) / 450e9)
     assert seen(hardware(memory_gb=999), cluster={"workers": 1}).communication_seconds == 0
     slow = {"bandwidth_gb_per_s": {"within_node": 32, "between_nodes": 50, "storage": 2}}
-    assert seen(hardware(**slow, memory_gb=999)).communication_seconds == pytest.approx(32 * parameters * share / 32e9)
+    assert seen(hardware(**slow, memory_gb=999)).communication_seconds == pytest.approx(sharded * share / 32e9)
     apart = {"workers": 2, "placement_strategy": "spread"}
     found = seen(hardware(**slow, memory_gb=999), cluster=apart).communication_seconds
-    assert found == pytest.approx(32 * 8 * parameters / 2 / 50e9)
+    assert found == pytest.approx(8 * sharded / 2 / 50e9)
 
 
 def test_adapters_take_less_work_and_send_less() -> None:

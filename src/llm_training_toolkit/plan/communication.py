@@ -1,0 +1,79 @@
+"""Bytes that a worker sends in a step, by ZeRO stage: gradients and weights. Pure.
+
+Compared with the collectives of the real engine by tests/ranks/test_step_bytes.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from llm_training_toolkit.plan.activations import ActivationCheckpointing
+
+_MAX_REUSE_DISTANCE = 1_000_000_000  # DeepSpeed's default of stage3_max_reuse_distance, in parameters
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """Bytes that a ring sends in a step, without its factor (n - 1) / n."""
+
+    during_passes: int
+    """Sent within the micro-batches: gathered weights, and gradients from stage 2 on."""
+    after_passes: int
+    """Sent between the last micro-batch and the next step."""
+
+    @property
+    def total(self) -> int:
+        """Return all bytes of a step."""
+        return self.during_passes + self.after_passes
+
+
+@dataclass(frozen=True)
+class ExchangeWorkload:
+    """Inputs of the exchange of a step."""
+
+    zero: int
+    trained: int
+    """Trained parameters."""
+    parameters: int
+    """All parameters of the forward pass."""
+    width: int
+    """Bytes of a weight in the forward pass."""
+    passes: int
+    """Micro-batches of a step."""
+    checkpointing: ActivationCheckpointing = "none"
+    reuse_distance: int = _MAX_REUSE_DISTANCE
+
+
+def count_exchanged_bytes(load: ExchangeWorkload) -> Exchange:
+    """Count what a worker sends in a step; an all-reduce sends its tensor twice.
+
+    Gradients are reduced in fp32: at stage 0 by an all-reduce a step, at stage 1 by a reduce-scatter a step. DeepSpeed
+    0.19.8 sends an all-reduce with every micro-batch at stage 2, a reduce-scatter at stage 3. Stages 1 and 2 gather the
+    trained weights once a step, stage 3 gathers all weights for forward and for backward of every micro-batch (ZeRO,
+    Rajbhandari et al. 2020, section 7), except those of the last layers, which it keeps.
+    """
+    gradients, weights = 4 * load.trained, load.width * load.trained
+    if load.zero <= 1:
+        return Exchange(0, 2 * gradients if load.zero == 0 else gradients + weights)
+    if load.zero == 2:
+        return Exchange(2 * load.passes * gradients, weights)
+    gathered = load.width * (2 * load.parameters - _count_kept_weights(load))
+    return Exchange(load.passes * (gradients + gathered), 0)
+
+
+def _count_kept_weights(load: ExchangeWorkload) -> int:
+    """Return the weights that stage 3 keeps from the forward pass for the backward pass.
+
+    It keeps those that the recorded order of modules uses again within `stage3_max_reuse_distance` parameters
+    (`__params_to_release` of runtime/zero/partitioned_param_coordinator.py). Between the two uses of a layer lie all
+    layers after it twice, and with checkpoints, which run forward again, three times.
+    """
+    return min(load.parameters, load.reuse_distance // (2 if load.checkpointing == "none" else 3))
+
+
+def read_reuse_distance(deepspeed: Mapping[str, Any]) -> int:
+    """Return `stage3_max_reuse_distance` of a DeepSpeed configuration."""
+    value = deepspeed["zero_optimization"].get("stage3_max_reuse_distance")
+    return int(value) if isinstance(value, (int, float)) else _MAX_REUSE_DISTANCE

@@ -1,0 +1,77 @@
+"""The plan's bytes against those of the real engine: what ranks send, and what lives on them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+import rank_tasks
+from llm_training_toolkit.config import parse_config
+from llm_training_toolkit.plan import Plan, make_plan
+from llm_training_toolkit.plan.communication import count_exchanged_bytes
+from llm_training_toolkit.plan.estimate import build_exchange_workload
+from llm_training_toolkit.runs.directory import RunDirectory
+from rank_pool import RankPool
+
+MODEL: dict[str, Any] = {
+    "config_overrides": {
+        "num_hidden_layers": 4,
+        "hidden_size": 256,
+        "intermediate_size": 1024,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+    },
+    "attn_implementation": "sdpa",
+    "activation_checkpointing": "none",
+}
+"""A Qwen3 of 4.1 million parameters: its states outweigh a batch."""
+PASSES = 3
+SHARD_ALL = {"stage3_param_persistence_threshold": 0}  # norms and small matrices, too
+GATHER_TWICE = SHARD_ALL | {"stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
+
+
+def count_step(
+    pools: Callable[[int], RankPool],
+    run: RunDirectory,
+    workers: int,
+    zero: int,
+    zero_block: dict[str, int],
+    **model: Any,
+) -> tuple[Plan, list[tuple[int, int]]]:
+    """The plan, and the bytes that each rank sends and holds."""
+    changes: dict[str, Any] = {
+        "model": MODEL | model,
+        "train": {"precision": "bf16", "global_batch_size": 2 * PASSES * workers, "micro_batch_size": 2},
+        "engine": {"zero_stage": zero, "deepspeed": {"zero_optimization": zero_block} if zero_block else {}},
+        "cluster": {"workers": workers},
+    }
+    data = json.loads(run.resolved_config_path.read_text())
+    data |= {section: (data[section] or {}) | values for section, values in changes.items()}
+    plan = make_plan(parse_config(data, "test"), replicas=workers)
+    return plan, pools(workers).run(rank_tasks.step_bytes, run=str(run.path), changes=changes, passes=PASSES)
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+@pytest.mark.parametrize("workers", [2, 4])
+def test_ranks_send_and_hold_what_the_plan_counts(
+    pools: Callable[[int], RankPool], prepared_run: RunDirectory, workers: int, zero: int
+) -> None:
+    plan, found = count_step(pools, prepared_run, workers, zero, SHARD_ALL if zero == 3 else {})
+    sent = count_exchanged_bytes(build_exchange_workload(plan, plan.micro_batch)).total
+    assert [each[0] for each in found] == pytest.approx([sent] * workers, rel=0.01)
+    held = 1e9 * sum(plan.memory_gb_per_device.values())
+    assert [each[1] for each in found] == pytest.approx([held] * workers, rel=0.05)
+
+
+def test_a_model_larger_than_the_reuse_distance_is_gathered_twice(
+    pools: Callable[[int], RankPool], prepared_run: RunDirectory
+) -> None:
+    untied = MODEL["config_overrides"] | {"tie_word_embeddings": False}  # one matrix twice is gathered twice
+    plan, found = count_step(pools, prepared_run, 2, 3, GATHER_TWICE, config_overrides=untied)
+    sent = count_exchanged_bytes(build_exchange_workload(plan, plan.micro_batch)).total
+    assert sent == PASSES * (4 + 2 * 2) * plan.parameters
+    assert [each[0] for each in found] == pytest.approx([sent] * 2, rel=0.01)

@@ -1,0 +1,64 @@
+"""Bytes of one step on real ranks: what collectives send, and the tensors that live at once."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from typing import Any
+
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from memory_dry_run import LiveBytes
+
+# Times that a ring sends (n - 1) / n of the largest tensor. Other collectives of tensors are errors here.
+_RING = {
+    "allreduce_": 2,
+    "reduce_scatter_": 1,
+    "_reduce_scatter_base_": 1,
+    "reduce_scatter_tensor_coalesced_": 1,
+    "allgather_": 1,
+    "_allgather_base_": 1,
+    "allgather_into_tensor_coalesced_": 1,
+}
+_ONE_NUMBER = 8  # bytes: such as the norm of the gradients
+
+
+class StepBytes(LiveBytes):  # type: ignore[no-untyped-call]
+    """Bytes that live at once beside those before, and those that collectives give to a ring, without (n - 1) / n.
+
+    What gloo allocates within a collective is left out: it emulates a reduce-scatter by copies, which NCCL does not.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        gc.collect()
+        self.standing = 0
+        """Bytes of every tensor's storage in this process before."""
+        self.sent = 0
+        seen = set()
+        for each in gc.get_objects():
+            if issubclass(type(each), Tensor) and each.device.type == "cpu":
+                storage = each.untyped_storage()
+                if storage._cdata not in seen:
+                    seen.add(storage._cdata)
+                    self.standing += storage.nbytes()
+                    self.ignore(each)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace != "c10d":
+            if _is_within_collective():
+                return func(*args, **(kwargs or {}))
+            return super().__torch_dispatch__(func, types, args, kwargs)
+        tensors = [each for each in pytree.tree_leaves(args) if isinstance(each, Tensor)]
+        size = max((each.numel() * each.element_size() for each in tensors), default=0)
+        self.sent += size * _RING[func._schema.name.split("::")[1]] if size > _ONE_NUMBER else 0
+        return func(*args, **(kwargs or {}))
+
+
+def _is_within_collective() -> bool:
+    """Return whether a collective waits for its end, which is where gloo copies the results."""
+    frame = sys._getframe(2)
+    while frame.f_back is not None and frame.f_globals["__name__"] in {"torch._compile", "torch._dynamo.eval_frame"}:
+        frame = frame.f_back
+    return frame.f_globals["__name__"] == "torch.distributed.distributed_c10d" and frame.f_code.co_name != "wrapper"
