@@ -18,15 +18,15 @@ _MAX_REUSE_DISTANCE = 1_000_000_000  # DeepSpeed's default of stage3_max_reuse_d
 class Exchange:
     """Bytes that a ring sends in a step, without its factor (n - 1) / n."""
 
-    during_passes: int
-    """Sent within the micro-batches: gathered weights, and gradients from stage 2 on."""
-    after_passes: int
-    """Sent between the last micro-batch and the next step."""
+    overlapped: int
+    """Sent while the device computes: weights that stage 3 gathers ahead, and gradients with `overlap_comm`."""
+    exposed: int
+    """Sent while the device waits."""
 
     @property
     def total(self) -> int:
         """Return all bytes of a step."""
-        return self.during_passes + self.after_passes
+        return self.overlapped + self.exposed
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,8 @@ class ExchangeWorkload:
     """Micro-batches of a step."""
     checkpointing: ActivationCheckpointing = "none"
     reuse_distance: int = _MAX_REUSE_DISTANCE
+    overlaps_gradients: bool = False
+    """DeepSpeed's `overlap_comm`; stages 0 and 1 reduce after the last micro-batch in any case."""
 
 
 def count_exchanged_bytes(load: ExchangeWorkload) -> Exchange:
@@ -57,10 +59,12 @@ def count_exchanged_bytes(load: ExchangeWorkload) -> Exchange:
     gradients, weights = 4 * load.trained, load.width * load.trained
     if load.zero <= 1:
         return Exchange(0, 2 * gradients if load.zero == 0 else gradients + weights)
-    if load.zero == 2:
-        return Exchange(2 * load.passes * gradients, weights)
-    gathered = load.width * (2 * load.parameters - _count_kept_weights(load))
-    return Exchange(load.passes * (gradients + gathered), 0)
+    gathered = 0
+    if load.zero == 3:
+        gathered = load.passes * load.width * (2 * load.parameters - _count_kept_weights(load))
+    reduced = load.passes * gradients * (2 if load.zero == 2 else 1)
+    after = weights if load.zero == 2 else 0
+    return Exchange(gathered + reduced, after) if load.overlaps_gradients else Exchange(gathered, reduced + after)
 
 
 def _count_kept_weights(load: ExchangeWorkload) -> int:

@@ -15,6 +15,8 @@ class DevicePeak(NamedTuple):
 
     pattern: str
     """Regular expression of the name; the first one in the table that is found counts."""
+    bandwidth: float
+    """Memory bandwidth in 10^12 bytes per second."""
     bf16: float | None
     """None for GPUs without instructions for bf16."""
     fp32: float
@@ -27,22 +29,27 @@ class DevicePeak(NamedTuple):
 
 
 _PEAKS = (
-    DevicePeak(r"GB200", 2500, 80, "NVIDIA GB200 NVL72 data sheet, a 72nd, bf16 half of the sparse figure"),
-    DevicePeak(r"B200", 2250, 75, "NVIDIA DGX and HGX B200 data sheets, an eighth, bf16 half of the sparse figure"),
-    DevicePeak(r"H[12]00 NVL", 835, 60, "NVIDIA H200 NVL and H100 NVL data sheets, bf16 half of the sparse figure"),
-    DevicePeak(r"H100 PCIe", 756, 51, "NVIDIA H100 data sheet (PCIe), bf16 half of the sparse figure"),
-    DevicePeak(r"G?H[12]00", 989, 67, "NVIDIA H100 and H200 data sheets (SXM), bf16 half of the sparse figure"),
-    DevicePeak(r"A100", 312, 19.5, "NVIDIA A100 data sheet"),
-    DevicePeak(r"L40S", 362, 91.6, "NVIDIA L40S data sheet"),
-    DevicePeak(r"L40", 181, 90.5, "NVIDIA L40 data sheet"),
-    DevicePeak(r"L4", 121, 30.3, "NVIDIA L4 data sheet, bf16 half of the sparse figure"),
-    DevicePeak(r"A10G", 70, 31.5, "NVIDIA A10G data sheet (Amazon EC2 G5)"),
-    DevicePeak(r"A10", 125, 31.2, "NVIDIA A10 data sheet"),
-    DevicePeak(r"RTX 4090(?! D\b)", 165, 82.6, "NVIDIA Ada architecture white paper, bf16 with sums in fp32"),
-    DevicePeak(r"RTX 3090(?! Ti\b)", 71, 35.6, "NVIDIA GA102 architecture white paper, bf16 with sums in fp32"),
-    DevicePeak(r"V100-(?:SXM|DGXS)\d?", None, 15.7, "NVIDIA V100 data sheet (NVLink); it has no bf16"),
-    DevicePeak(r"V100-PCIE", None, 14, "NVIDIA V100 data sheet (PCIe); it has no bf16"),
-    DevicePeak(r"T4", None, 8.1, "NVIDIA T4 data sheet; it has no bf16"),
+    DevicePeak(r"GB200", 8.0, 2500, 80, "NVIDIA GB200 NVL72 data sheet, a 72nd, bf16 half of the sparse figure"),
+    DevicePeak(
+        r"B200", 8.0, 2250, 75, "NVIDIA DGX and HGX B200 data sheets, an eighth, bf16 half of the sparse figure"
+    ),
+    DevicePeak(
+        r"H[12]00 NVL", 3.9, 835, 60, "NVIDIA H200 NVL and H100 NVL data sheets, bf16 half of the sparse figure"
+    ),
+    DevicePeak(r"H100 PCIe", 2.0, 756, 51, "NVIDIA H100 data sheet (PCIe), bf16 half of the sparse figure"),
+    DevicePeak(r"H200", 4.8, 989, 67, "NVIDIA H200 data sheet (SXM), bf16 half of the sparse figure"),
+    DevicePeak(r"G?H[12]00", 3.35, 989, 67, "NVIDIA H100 data sheet (SXM), bf16 half of the sparse figure"),
+    DevicePeak(r"A100", 2.0, 312, 19.5, "NVIDIA A100 data sheet"),
+    DevicePeak(r"L40S", 0.864, 362, 91.6, "NVIDIA L40S data sheet"),
+    DevicePeak(r"L40", 0.864, 181, 90.5, "NVIDIA L40 data sheet"),
+    DevicePeak(r"L4", 0.3, 121, 30.3, "NVIDIA L4 data sheet, bf16 half of the sparse figure"),
+    DevicePeak(r"A10G", 0.6, 70, 31.5, "NVIDIA A10G data sheet (Amazon EC2 G5)"),
+    DevicePeak(r"A10", 0.6, 125, 31.2, "NVIDIA A10 data sheet"),
+    DevicePeak(r"RTX 4090(?! D\b)", 1.008, 165, 82.6, "NVIDIA Ada architecture white paper, bf16 with sums in fp32"),
+    DevicePeak(r"RTX 3090(?! Ti\b)", 0.936, 71, 35.6, "NVIDIA GA102 architecture white paper, bf16 with sums in fp32"),
+    DevicePeak(r"V100-(?:SXM|DGXS)\d?", 0.9, None, 15.7, "NVIDIA V100 data sheet (NVLink); it has no bf16"),
+    DevicePeak(r"V100-PCIE", 0.9, None, 14, "NVIDIA V100 data sheet (PCIe); it has no bf16"),
+    DevicePeak(r"T4", 0.32, None, 8.1, "NVIDIA T4 data sheet; it has no bf16"),
 )
 
 

@@ -22,10 +22,11 @@ from llm_training_toolkit.plan.memory import CUDA_RUNTIME_BYTES, compute_checkpo
 from llm_training_toolkit.plan.memory_settings import MEMORY_FILL, choose_memory_settings, with_micro_batch
 from llm_training_toolkit.plan.plan import Plan, plan_workload
 from llm_training_toolkit.plan.problem import Problem, format_plural
+from llm_training_toolkit.plan.utilisation import CPU_UTILISATION, ComputeWorkload, estimate_pass_seconds
 
 EXCLUDED_TIME_NOTE = (
-    "Time and cost are of computing the steps alone: starting up, preparing data, evaluation, copies for checkpoints, "
-    "waiting for links and restarts come on top."
+    "Time and cost are of the steps alone: starting up, preparing data, evaluation, copies for checkpoints and "
+    "restarts come on top."
 )
 
 
@@ -40,11 +41,25 @@ class ClusterEstimate:
     """Duration of the run. Unknown (None) while its length is, or if it does not fit."""
     compute_seconds: float
     """Computation per step."""
-    communication_seconds: float
-    """Communication per step without any overlap; 0 for one worker."""
+    utilisation: float
+    """Share of the peak that computing reaches, by FLOPs with those of recomputation."""
+    overlapped_seconds: float
+    """Communication per step beside computation; 0 for one worker."""
+    exposed_seconds: float
+    """Communication per step while devices wait."""
     checkpoint_gb: float
     problems: tuple[Problem, ...]
     notes: tuple[str, ...]
+
+    @property
+    def communication_seconds(self) -> float:
+        """All communication per step."""
+        return self.overlapped_seconds + self.exposed_seconds
+
+    @property
+    def step_seconds(self) -> float:
+        """Return the larger of computation and the communication beside it, plus what nothing hides."""
+        return max(self.compute_seconds, self.overlapped_seconds) + self.exposed_seconds
 
     @property
     def usd_per_hour(self) -> float:
@@ -79,7 +94,10 @@ class ClusterEstimate:
                 "nodes": self.nodes,
                 "usd_per_hour": self.usd_per_hour,
                 "compute_seconds_per_step": self.compute_seconds,
+                "utilisation": self.utilisation,
                 "communication_seconds_per_step": self.communication_seconds,
+                "exposed_communication_seconds_per_step": self.exposed_seconds,
+                "seconds_per_step": self.step_seconds,
                 "checkpoint_gb": self.checkpoint_gb,
                 "checkpoint_seconds": self.checkpoint_seconds,
                 "hardware": self.hardware.model_dump(mode="json"),
@@ -94,9 +112,7 @@ def resolve_for_hardware(config: Config, hardware: ClusterHardware) -> tuple[Con
     """
     replicas = max(config.cluster.min_workers, 1)  # memory per device peaks with the fewest workers
     if config.train.precision == "auto":
-        faster: Precision = (
-            "bf16" if hardware.get_achieved_flops("bf16") >= hardware.get_achieved_flops("fp32") else "fp32"
-        )
+        faster: Precision = "bf16" if hardware.get_peak_flops("bf16") >= hardware.get_peak_flops("fp32") else "fp32"
         config = with_precision(config, faster)
     if replicas > config.train.global_batch_size:
         return config, ()
@@ -116,27 +132,69 @@ def estimate_on_cluster(config: Config, plan: Plan, hardware: ClusterHardware) -
             plan, replicas=min(plan.workers, max(plan.fewest_workers, _compute_max_workers(config, hardware, per_node)))
         )
     nodes = _count_nodes(config, plan.replicas, per_node, hardware.nodes)
-    speed = plan.replicas * hardware.get_devices_per_worker(cpus) * hardware.get_achieved_flops(plan.precision)
-    compute_seconds = _compute_hardware_flops_per_token(plan) * plan.tokens_per_step / speed
     problems = tuple(_find_problems(config, plan, hardware, per_node))
     rows = _estimate_micro_batch(config, plan, hardware)
+    compute_seconds, utilisation = _estimate_compute_seconds(config, plan, hardware, rows)
     exchange = Exchange(0, 0)
     if 1 < plan.replicas <= plan.global_batch:
         exchange = count_exchanged_bytes(build_exchange_workload(plan, rows))
-    sending = exchange.total * _compute_seconds_per_byte(plan, hardware, nodes) if exchange.total else 0.0
-    return ClusterEstimate(
+    each = _compute_seconds_per_byte(plan, hardware, nodes) if exchange.total else 0.0
+    estimate = ClusterEstimate(
         hardware=hardware,
         nodes=nodes,
-        hours=None if plan.steps is None or problems else plan.steps * compute_seconds / 3600,
+        hours=None,
         compute_seconds=compute_seconds,
-        communication_seconds=sending,
+        utilisation=utilisation,
+        overlapped_seconds=exchange.overlapped * each,
+        exposed_seconds=exchange.exposed * each,
         checkpoint_gb=compute_checkpoint_copy_bytes(plan.trainable_parameters, workers=1) / 1e9,
         problems=problems,
-        notes=(
-            *_collect_notes(config, plan, hardware, rows),
-            *_collect_communication_notes(sending, compute_seconds, plan.zero),
-            EXCLUDED_TIME_NOTE,
-        ),
+        notes=(),
+    )
+    notes = (
+        *_collect_notes(config, plan, hardware, rows),
+        *_collect_communication_notes(estimate.communication_seconds, compute_seconds, plan.zero),
+        EXCLUDED_TIME_NOTE,
+    )
+    hours = None if plan.steps is None or problems else plan.steps * estimate.step_seconds / 3600
+    return replace(estimate, hours=hours, notes=notes)
+
+
+def _estimate_compute_seconds(
+    config: Config, plan: Plan, hardware: ClusterHardware, micro_batch: int
+) -> tuple[float, float]:
+    """Return the seconds of computing a step and the share of the peak that this is.
+
+    From the file's own utilisation, or by published speeds; processors have one constant.
+    """
+    devices = plan.replicas * hardware.get_devices_per_worker(config.cluster.cpus_per_worker)
+    at_peak = plan.tokens_per_step * _compute_hardware_flops_per_token(plan)
+    at_peak /= devices * hardware.get_peak_flops(plan.precision)
+    known = hardware.utilisation or (CPU_UTILISATION if hardware.is_cpu else None)
+    if known is not None:
+        return at_peak / known, known
+    load = _build_compute_workload(plan, micro_batch)
+    peak, ratio = hardware.get_peak_flops(plan.precision), hardware.get_flops_per_byte(plan.precision)
+    passes = plan.tokens_per_step / plan.replicas / load.pass_tokens
+    seconds = passes * estimate_pass_seconds(load, peak, ratio)
+    return seconds, at_peak / seconds
+
+
+def _build_compute_workload(plan: Plan, micro_batch: int) -> ComputeWorkload:
+    """Return what the time of a pass depends on; recomputation repeats attention unless it is selective."""
+    dims = families.read_model_dims(plan.hf_config)
+    flops = families.resolve_training_flops(plan.hf_config, plan.adapter)
+    attention = flops.per_attended_token * min(plan.sequence_length, flops.window or plan.sequence_length)
+    attention *= 4 / 3 if plan.activation_checkpointing == "full" else 1
+    quantized = plan.adapter is not None and plan.adapter.quantize is not None
+    return ComputeWorkload(
+        product_flops=_compute_hardware_flops_per_token(plan) - attention,
+        attention_flops=attention,
+        hidden=dims.hidden,
+        layers=dims.layers,
+        pass_tokens=micro_batch * plan.sequence_length,
+        launches="quantized" if quantized else "sharded" if plan.zero == 3 else "plain",
+        recomputes=plan.activation_checkpointing != "none",
     )
 
 
@@ -277,6 +335,7 @@ def build_exchange_workload(plan: Plan, micro_batch: int) -> ExchangeWorkload:
         passes=compute_accumulation_steps(plan.global_batch, plan.replicas, micro_batch),
         checkpointing=plan.activation_checkpointing,
         reuse_distance=read_reuse_distance(plan.deepspeed),
+        overlaps_gradients=bool(plan.deepspeed["zero_optimization"].get("overlap_comm")),
     )
 
 
@@ -320,6 +379,6 @@ def _collect_communication_notes(sending: float, computing: float, zero: int) ->
     if sending > computing:
         less = "Larger micro-batches, engine.zero_stage 1 or fewer" if zero >= 2 else "Fewer"
         yield (
-            f"Sending gradients and weights takes longer than computing ({sending:.3g} and {computing:.3g} s a step): "
-            f"the time may be {1 + sending / computing:.2g} times as long. {less} nodes send less."
+            f"Sending gradients and weights takes longer than computing ({sending:.3g} and {computing:.3g} s a step). "
+            f"{less} nodes send less."
         )

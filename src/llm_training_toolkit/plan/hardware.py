@@ -7,6 +7,8 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from llm_training_toolkit.config.section import ConfigSection
+from llm_training_toolkit.plan.device_peaks import find_device_peak
+from llm_training_toolkit.plan.utilisation import DEFAULT_FLOPS_PER_BYTE
 
 Amount = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
@@ -57,14 +59,8 @@ class ClusterHardware(ConfigSection):
     cpus: Number
     """CPUs of a node, as Ray counts them."""
     tflops: DeviceSpeed
-    utilisation: Annotated[float, Field(gt=0, le=1)] = 0.34
-    """Share of `tflops` that training reaches. A measurement of your own is better than the default.
-
-    The default is an assumption. torchtitan publishes 5,762 tokens/s per GPU for Llama 3.1 8B in sequences of 8,192,
-    with FSDP and without torch.compile on 8 H100 (benchmarks/llama3_h100_202412_torchtitan.md). At 5.79e10 FLOPs per
-    token, as `families.compute_flops_per_token` counts, this is 0.34 of 989e12. LLM Foundry publishes 0.46 for 7B on 8
-    H100 (scripts/train/benchmarking/README.md). Models below 1B, short sequences and slow links reach less.
-    """
+    utilisation: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Share of `tflops` that training reaches, if it was measured; otherwise estimated (`plan/utilisation.py`)."""
     bandwidth_gb_per_s: LinkBandwidth
     price_per_hour: HourlyPrice
     spot: bool
@@ -101,6 +97,13 @@ class ClusterHardware(ConfigSection):
         """Return 1 GPU, or the cores of a worker on `cpu`."""
         return cpus_per_worker if self.is_cpu else 1
 
-    def get_achieved_flops(self, precision: str) -> float:
-        """Return the operations per second that a device reaches in training."""
-        return 1e12 * self.utilisation * (self.tflops.bf16 if precision == "bf16" else self.tflops.fp32)
+    def get_peak_flops(self, precision: str) -> float:
+        """Return the operations per second of a device's data sheet."""
+        return 1e12 * (self.tflops.bf16 if precision == "bf16" else self.tflops.fp32)
+
+    def get_flops_per_byte(self, precision: str) -> float:
+        """Return the peak over the memory bandwidth, for numbers of two bytes."""
+        known = find_device_peak(self.device)
+        if known is None:
+            return DEFAULT_FLOPS_PER_BYTE
+        return self.get_peak_flops(precision) / (1e12 * known.bandwidth) * (1 if precision == "bf16" else 2)

@@ -121,7 +121,7 @@ def _iter_cluster_rows(forecast: ClusterEstimate) -> Iterator[tuple[str, str]]:
     devices = "cores" if hardware.is_cpu else f"{hardware.device} ({hardware.memory_gb:g} GB)"
     nodes, terms = format_plural(hardware.nodes, "node"), "spot" if hardware.spot else "on demand"
     yield "cluster", f"{forecast.nodes} of {nodes}, each with {hardware.devices_per_node} {devices}, {terms}"
-    hours, cost, usual = forecast.hours, forecast.cost_usd, f"devices reach {hardware.utilisation:.0%} of their peak"
+    hours, cost, usual = forecast.hours, forecast.cost_usd, f"devices reach {forecast.utilisation:.0%} of their peak"
     head = f", the head at ${price.head:,.2f}" if price.head else ""
     hourly = (
         f"${forecast.usd_per_hour:,.2f} an hour: {format_plural(forecast.nodes, 'node')} at ${price.node:,.2f}{head}"
@@ -134,7 +134,8 @@ def _iter_cluster_rows(forecast: ClusterEstimate) -> Iterator[tuple[str, str]]:
     )
     step = f"computing about {forecast.compute_seconds:.3g} s"
     if forecast.communication_seconds:
-        step += f"; sending {forecast.communication_seconds:.3g} s over the slowest link, in part meanwhile"
+        step += f"; sending {forecast.communication_seconds:.3g} s over the slowest link"
+        step += f", {forecast.overlapped_seconds:.3g} s of it meanwhile" if forecast.overlapped_seconds else ""
     yield "step", step
     yield "storage", f"a checkpoint of {forecast.checkpoint_gb:.3g} GB takes {forecast.checkpoint_seconds:.3g} s"
 
