@@ -12,7 +12,7 @@ import rank_tasks
 from llm_training_toolkit.config import parse_config
 from llm_training_toolkit.plan import Plan, make_plan
 from llm_training_toolkit.plan.communication import count_exchanged_bytes
-from llm_training_toolkit.plan.estimate import build_exchange_workload
+from llm_training_toolkit.plan.step_time import build_exchange_workload
 from llm_training_toolkit.runs.directory import RunDirectory
 from rank_pool import RankPool
 

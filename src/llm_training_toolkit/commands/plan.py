@@ -6,7 +6,18 @@ from dataclasses import replace
 from pathlib import Path
 
 from llm_training_toolkit.config import Config
-from llm_training_toolkit.plan import ClusterEstimate, Plan, estimate_on_cluster, make_plan, resolve_for_hardware
+from llm_training_toolkit.config.uri import is_uri
+from llm_training_toolkit.plan import (
+    ClusterEstimate,
+    MeasuredSpeed,
+    Plan,
+    estimate_on_cluster,
+    make_plan,
+    resolve_for_hardware,
+)
+from llm_training_toolkit.runs.directory import RunDirectory
+from llm_training_toolkit.runs.status import read_recent_medians
+from llm_training_toolkit.runs.storage.open import get_run_location
 
 
 def plan_run(config: Config, cluster: Path | None = None) -> tuple[Plan, ClusterEstimate | None]:
@@ -24,8 +35,20 @@ def plan_run(config: Config, cluster: Path | None = None) -> tuple[Plan, Cluster
     hardware = read_hardware(cluster)
     config, reasons = resolve_for_hardware(config, hardware)
     plan = _with_hub_answer(config, make_plan(config).with_notes(reasons))
-    estimate = estimate_on_cluster(config, plan, hardware)
+    estimate = estimate_on_cluster(config, plan, hardware, read_measured_speed(config))
     return estimate.add_to_plan(plan), estimate
+
+
+def read_measured_speed(config: Config) -> MeasuredSpeed | None:
+    """Return the speed of the run in its newest steps, or None if it has not begun on this disk or has no MFU."""
+    if is_uri(config.run.dir):
+        return None
+    run = RunDirectory(Path(get_run_location(config)))
+    found = read_recent_medians(run, ("perf/mfu", "perf/tflops"))
+    if found is None:
+        return None
+    mfu, tflops = found
+    return MeasuredSpeed(mfu, 1e12 * tflops / mfu, run.name)
 
 
 def _with_hub_answer(config: Config, plan: Plan) -> Plan:

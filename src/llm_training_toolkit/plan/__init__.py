@@ -46,6 +46,7 @@ from llm_training_toolkit.plan.memory_settings import (
 from llm_training_toolkit.plan.mixture import StreamPosition, compute_integer_shares, count_per_stream, merge_streams
 from llm_training_toolkit.plan.plan import Plan, check_plan, make_plan, plan_workload
 from llm_training_toolkit.plan.problem import Problem
+from llm_training_toolkit.plan.step_time import MeasuredSpeed
 from llm_training_toolkit.plan.text import format_mixture, format_plan
 
 __all__ = [
@@ -57,6 +58,7 @@ __all__ = [
     "DevicePeak",
     "DeviceWorkload",
     "LRSchedule",
+    "MeasuredSpeed",
     "MemoryChoice",
     "MemoryEstimate",
     "MemorySettings",

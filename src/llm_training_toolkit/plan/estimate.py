@@ -6,23 +6,22 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from llm_training_toolkit import families
 from llm_training_toolkit.config.schema import Config
-from llm_training_toolkit.plan.activations import count_recomputed_flops
 from llm_training_toolkit.plan.auto import Precision, with_precision
-from llm_training_toolkit.plan.batch import compute_accumulation_steps
-from llm_training_toolkit.plan.communication import (
-    Exchange,
-    ExchangeWorkload,
-    count_exchanged_bytes,
-    read_reuse_distance,
-)
+from llm_training_toolkit.plan.communication import Exchange, count_exchanged_bytes
 from llm_training_toolkit.plan.hardware import ClusterHardware
 from llm_training_toolkit.plan.memory import CUDA_RUNTIME_BYTES, compute_checkpoint_copy_bytes, estimate_host_bytes
 from llm_training_toolkit.plan.memory_settings import MEMORY_FILL, choose_memory_settings, with_micro_batch
 from llm_training_toolkit.plan.plan import Plan, plan_workload
 from llm_training_toolkit.plan.problem import Problem, format_plural
-from llm_training_toolkit.plan.utilisation import CPU_UTILISATION, ComputeWorkload, estimate_pass_seconds
+from llm_training_toolkit.plan.step_time import (
+    MeasuredSpeed,
+    build_exchange_workload,
+    compute_hardware_flops_per_token,
+    compute_seconds_per_byte,
+    estimate_compute_seconds,
+)
+from llm_training_toolkit.plan.utilisation import CPU_UTILISATION
 
 EXCLUDED_TIME_NOTE = (
     "Time and cost are of the steps alone: starting up, preparing data, evaluation, copies for checkpoints and "
@@ -43,6 +42,8 @@ class ClusterEstimate:
     """Computation per step."""
     utilisation: float
     """Share of the peak that computing reaches, by FLOPs with those of recomputation."""
+    measured: bool
+    """True if a run measured the time of a step, which contains the communication."""
     overlapped_seconds: float
     """Communication per step beside computation; 0 for one worker."""
     exposed_seconds: float
@@ -59,6 +60,8 @@ class ClusterEstimate:
     @property
     def step_seconds(self) -> float:
         """Return the larger of computation and the communication beside it, plus what nothing hides."""
+        if self.measured:
+            return self.compute_seconds
         return max(self.compute_seconds, self.overlapped_seconds) + self.exposed_seconds
 
     @property
@@ -123,8 +126,15 @@ def resolve_for_hardware(config: Config, hardware: ClusterHardware) -> tuple[Con
     return with_micro_batch(config, rows), reasons
 
 
-def estimate_on_cluster(config: Config, plan: Plan, hardware: ClusterHardware) -> ClusterEstimate:
-    """Estimate a plan on a cluster, with all problems there; an elastic one with as many workers as fit."""
+def estimate_on_cluster(
+    config: Config, plan: Plan, hardware: ClusterHardware, measured: MeasuredSpeed | None = None
+) -> ClusterEstimate:
+    """Estimate a plan on a cluster, with all problems there; an elastic one with as many workers as fit.
+
+    A measured speed counts in place of an estimated one if it is of the same devices.
+    """
+    if measured is not None and (hardware.utilisation is not None or not measured.is_on(hardware, plan.precision)):
+        measured = None
     cpus = config.cluster.cpus_per_worker
     per_node = hardware.get_workers_per_node(cpus)
     if plan.is_elastic:
@@ -134,17 +144,21 @@ def estimate_on_cluster(config: Config, plan: Plan, hardware: ClusterHardware) -
     nodes = _count_nodes(config, plan.replicas, per_node, hardware.nodes)
     problems = tuple(_find_problems(config, plan, hardware, per_node))
     rows = _estimate_micro_batch(config, plan, hardware)
-    compute_seconds, utilisation = _estimate_compute_seconds(config, plan, hardware, rows)
+    known = hardware.utilisation or (CPU_UTILISATION if hardware.is_cpu else None)
+    if measured is not None:
+        known = measured.mfu * compute_hardware_flops_per_token(plan) / plan.flops_per_token
+    compute_seconds, utilisation = estimate_compute_seconds(config, plan, hardware, rows, known)
     exchange = Exchange(0, 0)
     if 1 < plan.replicas <= plan.global_batch:
         exchange = count_exchanged_bytes(build_exchange_workload(plan, rows))
-    each = _compute_seconds_per_byte(plan, hardware, nodes) if exchange.total else 0.0
+    each = compute_seconds_per_byte(plan, hardware, nodes) if exchange.total else 0.0
     estimate = ClusterEstimate(
         hardware=hardware,
         nodes=nodes,
         hours=None,
         compute_seconds=compute_seconds,
         utilisation=utilisation,
+        measured=measured is not None,
         overlapped_seconds=exchange.overlapped * each,
         exposed_seconds=exchange.exposed * each,
         checkpoint_gb=compute_checkpoint_copy_bytes(plan.trainable_parameters, workers=1) / 1e9,
@@ -152,57 +166,13 @@ def estimate_on_cluster(config: Config, plan: Plan, hardware: ClusterHardware) -
         notes=(),
     )
     notes = (
+        *([f"The speed is that of {measured.run} in its newest steps, with all its waits."] if measured else []),
         *_collect_notes(config, plan, hardware, rows),
         *_collect_communication_notes(estimate.communication_seconds, compute_seconds, plan.zero),
         EXCLUDED_TIME_NOTE,
     )
     hours = None if plan.steps is None or problems else plan.steps * estimate.step_seconds / 3600
     return replace(estimate, hours=hours, notes=notes)
-
-
-def _estimate_compute_seconds(
-    config: Config, plan: Plan, hardware: ClusterHardware, micro_batch: int
-) -> tuple[float, float]:
-    """Return the seconds of computing a step and the share of the peak that this is.
-
-    From the file's own utilisation, or by published speeds; processors have one constant.
-    """
-    devices = plan.replicas * hardware.get_devices_per_worker(config.cluster.cpus_per_worker)
-    at_peak = plan.tokens_per_step * _compute_hardware_flops_per_token(plan)
-    at_peak /= devices * hardware.get_peak_flops(plan.precision)
-    known = hardware.utilisation or (CPU_UTILISATION if hardware.is_cpu else None)
-    if known is not None:
-        return at_peak / known, known
-    load = _build_compute_workload(plan, micro_batch)
-    peak, ratio = hardware.get_peak_flops(plan.precision), hardware.get_flops_per_byte(plan.precision)
-    passes = plan.tokens_per_step / plan.replicas / load.pass_tokens
-    seconds = passes * estimate_pass_seconds(load, peak, ratio)
-    return seconds, at_peak / seconds
-
-
-def _build_compute_workload(plan: Plan, micro_batch: int) -> ComputeWorkload:
-    """Return what the time of a pass depends on; recomputation repeats attention unless it is selective."""
-    dims = families.read_model_dims(plan.hf_config)
-    flops = families.resolve_training_flops(plan.hf_config, plan.adapter)
-    attention = flops.per_attended_token * min(plan.sequence_length, flops.window or plan.sequence_length)
-    attention *= 4 / 3 if plan.activation_checkpointing == "full" else 1
-    quantized = plan.adapter is not None and plan.adapter.quantize is not None
-    return ComputeWorkload(
-        product_flops=_compute_hardware_flops_per_token(plan) - attention,
-        attention_flops=attention,
-        hidden=dims.hidden,
-        layers=dims.layers,
-        pass_tokens=micro_batch * plan.sequence_length,
-        launches="quantized" if quantized else "sharded" if plan.zero == 3 else "plain",
-        recomputes=plan.activation_checkpointing != "none",
-    )
-
-
-def _compute_hardware_flops_per_token(plan: Plan) -> float:
-    """Return FLOPs per token, recomputation included; a forward pass is a third of training the whole model."""
-    forward = families.compute_flops_per_token(plan.hf_config, plan.sequence_length) / 3
-    dims = families.read_model_dims(plan.hf_config)
-    return plan.flops_per_token + count_recomputed_flops(plan.activation_checkpointing, dims, plan.adapter, forward)
 
 
 def _count_nodes(config: Config, workers: int, per_node: int, available: int) -> int:
@@ -323,36 +293,6 @@ def _estimate_micro_batch(config: Config, plan: Plan, hardware: ClusterHardware)
     return choose_memory_settings(
         config, plan.replicas, 1e9 * _get_worker_memory_gb(config, hardware)
     ).settings.micro_batch
-
-
-def build_exchange_workload(plan: Plan, micro_batch: int) -> ExchangeWorkload:
-    """Return what the exchange of a step depends on."""
-    return ExchangeWorkload(
-        zero=plan.zero,
-        trained=plan.trainable_parameters,
-        parameters=plan.parameters + (plan.trainable_parameters if plan.adapter else 0),
-        width=2 if plan.precision == "bf16" else 4,
-        passes=compute_accumulation_steps(plan.global_batch, plan.replicas, micro_batch),
-        checkpointing=plan.activation_checkpointing,
-        reuse_distance=read_reuse_distance(plan.deepspeed),
-        overlaps_gradients=bool(plan.deepspeed["zero_optimization"].get("overlap_comm")),
-    )
-
-
-def _compute_seconds_per_byte(plan: Plan, hardware: ClusterHardware, nodes: int) -> float:
-    """Return the seconds that the slowest link takes for a byte of an exchange.
-
-    In a ring every worker sends (n - 1) / n of what is reduced or gathered. NCCL's rings enter and leave a node once,
-    so all links of a node together carry as much as one device sends.
-    """
-    links, workers = hardware.bandwidth_gb_per_s, plan.replicas
-    if nodes == 1:
-        link = links.within_node
-    elif workers > nodes:
-        link = min(links.within_node, links.between_nodes)
-    else:  # one worker per node
-        link = links.between_nodes
-    return (workers - 1) / workers / (1e9 * link)
 
 
 def _collect_notes(config: Config, plan: Plan, hardware: ClusterHardware, micro_batch: int) -> Iterator[str]:

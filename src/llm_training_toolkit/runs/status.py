@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -141,6 +141,13 @@ def _select_newest_attempt(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str,
 def _estimate_seconds_left(rows: Iterable[dict[str, Any]], step: int, steps: int | None) -> float | None:
     seconds = _compute_recent_median(rows, "perf/step_seconds")
     return None if seconds is None or steps is None else seconds * (steps - step)
+
+
+def read_recent_medians(run: RunDirectory, names: Sequence[str]) -> tuple[float, ...] | None:
+    """Return the medians of metrics over a run's newest steps, or None if it lacks one of them."""
+    rows = list(read_newest_rows(run.metrics_path))
+    found = [_compute_recent_median(rows, name) for name in names]
+    return tuple(value for value in found if value is not None) if None not in found else None
 
 
 def _compute_recent_median(rows: Iterable[dict[str, Any]], name: str) -> float | None:

@@ -11,8 +11,16 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from llm_training_toolkit.cli.app import app
+from llm_training_toolkit.commands.plan import read_measured_speed
 from llm_training_toolkit.config.schema import Config
-from llm_training_toolkit.plan import ClusterEstimate, ClusterHardware, estimate_on_cluster, format_plan, make_plan
+from llm_training_toolkit.plan import (
+    ClusterEstimate,
+    ClusterHardware,
+    MeasuredSpeed,
+    estimate_on_cluster,
+    format_plan,
+    make_plan,
+)
 
 CLUSTER = Path(__file__).parents[3] / "cluster"
 
@@ -299,6 +307,25 @@ def test_notes() -> None:
     assert any("is tight" in note for note in seen(hardware(memory_gb=needed * 1.05)).notes)
     assert not any("is tight" in note for note in seen(hardware(memory_gb=needed * 1.2)).notes)
     assert "evaluation, copies for checkpoints" in seen(hardware()).notes[-1]
+
+
+def test_a_begun_run_on_the_same_gpus_gives_the_speed(tmp_path: Path) -> None:
+    given = config(run={"dir": str(tmp_path)})
+    assert read_measured_speed(given) is None
+    run = tmp_path / "test"
+    run.mkdir()
+    rows = [{"step": step, "perf/mfu": mfu, "perf/tflops": 989 * mfu} for step, mfu in enumerate((0.1, 0.3, 0.25))]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    speed = read_measured_speed(given)
+    assert speed == MeasuredSpeed(0.25, pytest.approx(989e12), "test")
+    plan, node = make_plan(given), hardware(utilisation=None)
+    found = estimate_on_cluster(given, plan, node, speed)
+    assert (found.utilisation, found.measured) == (pytest.approx(0.25), True)
+    assert found.step_seconds == pytest.approx(plan.flops_per_token * plan.tokens_per_step / (16 * 0.25 * 989e12))
+    assert "test in its newest steps" in found.notes[0]
+    other = hardware(utilisation=None, device="A100", tflops={"bf16": 312, "fp32": 19.5})
+    for facts in (other, hardware()):
+        assert estimate_on_cluster(given, plan, facts, speed) == estimate_on_cluster(given, plan, facts)
 
 
 def test_the_text_shows_the_cluster_the_time_and_the_cost() -> None:

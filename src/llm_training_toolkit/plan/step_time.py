@@ -1,0 +1,102 @@
+"""Time of a step on a cluster: computing, and what the workers send. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llm_training_toolkit import families
+from llm_training_toolkit.config.schema import Config
+from llm_training_toolkit.plan.activations import count_recomputed_flops
+from llm_training_toolkit.plan.batch import compute_accumulation_steps
+from llm_training_toolkit.plan.communication import ExchangeWorkload, read_reuse_distance
+from llm_training_toolkit.plan.hardware import ClusterHardware
+from llm_training_toolkit.plan.plan import Plan
+from llm_training_toolkit.plan.utilisation import ComputeWorkload, estimate_pass_seconds
+
+
+@dataclass(frozen=True)
+class MeasuredSpeed:
+    """Speed that a run of this plan has reached: medians of its newest steps."""
+
+    mfu: float
+    peak_flops: float
+    """Published FLOP/s of its devices, by which `mfu` was computed."""
+    run: str
+
+    def is_on(self, hardware: ClusterHardware, precision: str) -> bool:
+        """Return whether the run had such devices: with this peak, within 5 %."""
+        return abs(self.peak_flops / hardware.get_peak_flops(precision) - 1) <= 0.05
+
+
+def estimate_compute_seconds(
+    config: Config, plan: Plan, hardware: ClusterHardware, micro_batch: int, known: float | None
+) -> tuple[float, float]:
+    """Return the seconds of computing a step and the share of the peak that this is.
+
+    By a known utilisation, or by published speeds.
+    """
+    devices = plan.replicas * hardware.get_devices_per_worker(config.cluster.cpus_per_worker)
+    at_peak = plan.tokens_per_step * compute_hardware_flops_per_token(plan)
+    at_peak /= devices * hardware.get_peak_flops(plan.precision)
+    if known is not None:
+        return at_peak / known, known
+    load = _build_compute_workload(plan, micro_batch)
+    peak, ratio = hardware.get_peak_flops(plan.precision), hardware.get_flops_per_byte(plan.precision)
+    passes = plan.tokens_per_step / plan.replicas / load.pass_tokens
+    seconds = passes * estimate_pass_seconds(load, peak, ratio)
+    return seconds, at_peak / seconds
+
+
+def _build_compute_workload(plan: Plan, micro_batch: int) -> ComputeWorkload:
+    """Return what the time of a pass depends on; recomputation repeats attention unless it is selective."""
+    dims = families.read_model_dims(plan.hf_config)
+    flops = families.resolve_training_flops(plan.hf_config, plan.adapter)
+    attention = flops.per_attended_token * min(plan.sequence_length, flops.window or plan.sequence_length)
+    attention *= 4 / 3 if plan.activation_checkpointing == "full" else 1
+    quantized = plan.adapter is not None and plan.adapter.quantize is not None
+    return ComputeWorkload(
+        product_flops=compute_hardware_flops_per_token(plan) - attention,
+        attention_flops=attention,
+        hidden=dims.hidden,
+        layers=dims.layers,
+        pass_tokens=micro_batch * plan.sequence_length,
+        launches="quantized" if quantized else "sharded" if plan.zero == 3 else "plain",
+        recomputes=plan.activation_checkpointing != "none",
+    )
+
+
+def compute_hardware_flops_per_token(plan: Plan) -> float:
+    """Return FLOPs per token, recomputation included; a forward pass is a third of training the whole model."""
+    forward = families.compute_flops_per_token(plan.hf_config, plan.sequence_length) / 3
+    dims = families.read_model_dims(plan.hf_config)
+    return plan.flops_per_token + count_recomputed_flops(plan.activation_checkpointing, dims, plan.adapter, forward)
+
+
+def build_exchange_workload(plan: Plan, micro_batch: int) -> ExchangeWorkload:
+    """Return what the exchange of a step depends on."""
+    return ExchangeWorkload(
+        zero=plan.zero,
+        trained=plan.trainable_parameters,
+        parameters=plan.parameters + (plan.trainable_parameters if plan.adapter else 0),
+        width=2 if plan.precision == "bf16" else 4,
+        passes=compute_accumulation_steps(plan.global_batch, plan.replicas, micro_batch),
+        checkpointing=plan.activation_checkpointing,
+        reuse_distance=read_reuse_distance(plan.deepspeed),
+        overlaps_gradients=bool(plan.deepspeed["zero_optimization"].get("overlap_comm")),
+    )
+
+
+def compute_seconds_per_byte(plan: Plan, hardware: ClusterHardware, nodes: int) -> float:
+    """Return the seconds that the slowest link takes for a byte of an exchange.
+
+    In a ring every worker sends (n - 1) / n of what is reduced or gathered. NCCL's rings enter and leave a node once,
+    so all links of a node together carry as much as one device sends.
+    """
+    links, workers = hardware.bandwidth_gb_per_s, plan.replicas
+    if nodes == 1:
+        link = links.within_node
+    elif workers > nodes:
+        link = min(links.within_node, links.between_nodes)
+    else:  # one worker per node
+        link = links.between_nodes
+    return (workers - 1) / workers / (1e9 * link)
