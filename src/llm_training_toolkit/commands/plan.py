@@ -29,14 +29,26 @@ def plan_run(config: Config, cluster: Path | None = None) -> tuple[Plan, Cluster
         from llm_training_toolkit.worker.precision import keep_begun_precision, resolve_local_precision
 
         config, notes = resolve_local_precision(keep_begun_precision(config))
-        return _with_hub_answer(config, make_plan(config).with_notes(notes)), None
+        return _with_hub_answer(config, _make_plan(config).with_notes(notes)), None
     from llm_training_toolkit.plan.cluster_file import read_hardware
 
     hardware = read_hardware(cluster)
     config, reasons = resolve_for_hardware(config, hardware)
-    plan = _with_hub_answer(config, make_plan(config).with_notes(reasons))
+    plan = _with_hub_answer(config, _make_plan(config).with_notes(reasons))
     estimate = estimate_on_cluster(config, plan, hardware, read_measured_speed(config))
     return estimate.add_to_plan(plan), estimate
+
+
+def _make_plan(config: Config) -> Plan:
+    """Return the plan, with the length of a run over epochs estimated by the bytes of its files."""
+    if config.train.epochs is None:
+        return make_plan(config)
+    from llm_training_toolkit.commands.data_estimate import estimate_data_facts, format_estimate_note
+
+    facts = estimate_data_facts(config)
+    if facts is None:
+        return make_plan(config)
+    return make_plan(config, facts).with_notes([format_estimate_note(facts, config)])
 
 
 def read_measured_speed(config: Config) -> MeasuredSpeed | None:

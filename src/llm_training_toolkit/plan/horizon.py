@@ -36,6 +36,8 @@ class DataFacts:
     """Steps of the run's newest checkpoint."""
     sequences_done: int = 0
     """Sequences seen in those steps: fewer than steps x global batch if an epoch ended in a short step."""
+    estimated: bool = False
+    """True if nothing is prepared, and the sequences are estimated by the bytes of the files."""
 
     def count_needed_sequences(self, steps: int, global_batch: int) -> tuple[int, ...]:
         """Return the number of sequences of each stream that the run has seen after `steps` steps."""
@@ -131,7 +133,7 @@ def _compute_run_steps(config: Config, data_facts: DataFacts | None) -> tuple[in
     known = data_facts.streams[0].sequences_per_epoch[: train.epochs]
     missing = train.epochs - len(known)
     sequences = sum(known) + round(missing * sum(known) / len(known))
-    return _compute_total_steps(sequences, train.global_batch_size, done, seen), missing > 0
+    return _compute_total_steps(sequences, train.global_batch_size, done, seen), missing > 0 or data_facts.estimated
 
 
 def _compute_total_steps(sequences: int, global_batch: int, done: int, seen: int) -> int:
