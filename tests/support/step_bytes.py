@@ -31,7 +31,7 @@ class StepBytes(LiveBytes):  # type: ignore[no-untyped-call]
     """
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         gc.collect()
         self.standing = 0
         """Bytes of every tensor's storage in this process before."""

@@ -51,8 +51,9 @@ def _build_compute_workload(plan: Plan, micro_batch: int) -> ComputeWorkload:
     """Return what the time of a pass depends on; recomputation repeats attention unless it is selective."""
     dims = families.read_model_dims(plan.hf_config)
     flops = families.resolve_training_flops(plan.hf_config, plan.adapter)
-    attention = flops.per_attended_token * min(plan.sequence_length, flops.window or plan.sequence_length)
-    attention *= 4 / 3 if plan.activation_checkpointing == "full" else 1
+    repeated = 4 / 3 if plan.activation_checkpointing == "full" else 1.0
+    attended = min(plan.sequence_length, flops.window or plan.sequence_length)
+    attention = repeated * flops.per_attended_token * attended
     quantized = plan.adapter is not None and plan.adapter.quantize is not None
     return ComputeWorkload(
         product_flops=compute_hardware_flops_per_token(plan) - attention,
