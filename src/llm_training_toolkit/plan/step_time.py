@@ -63,6 +63,7 @@ def _build_compute_workload(plan: Plan, micro_batch: int) -> ComputeWorkload:
         pass_tokens=micro_batch * plan.sequence_length,
         launches="quantized" if quantized else "sharded" if plan.zero == 3 else "plain",
         recomputes=plan.activation_checkpointing != "none",
+        kernels="fused" if plan.compile else "eager",
     )
 
 
