@@ -6,7 +6,6 @@ from llm_training_toolkit import families
 from llm_training_toolkit.config.schema import Config
 from llm_training_toolkit.families import HfValues
 from llm_training_toolkit.plan.auto import ResolvedValue
-from llm_training_toolkit.plan.hardware import ClusterHardware
 from llm_training_toolkit.plan.problem import Problem
 
 COMPILE_KEY = "model.compile"
@@ -14,7 +13,7 @@ _COMPILED_ATTENTION = frozenset({"auto", "varlen", "sdpa", "eager"})
 # Compiled layers may save 10 % of a run's time (an assumption: published gains are 15 to 30 %), six minutes of an hour.
 # Compiling may take two minutes at each start whose caches are empty (also assumed; neither was measured here).
 _LEAST_SECONDS = 3600.0
-_UTILISATION: float = ClusterHardware.model_fields["utilisation"].default
+_UTILISATION = 0.4  # of the peak: between the published speeds of 1B and 7B models (docs/performance.md)
 
 
 def find_compile_problem(config: Config, hf: HfValues) -> Problem | None:
@@ -74,5 +73,5 @@ def choose_compilation(
 
 
 def estimate_run_seconds(flops: float, devices: int, peak_flops: float | None) -> float | None:
-    """Estimate the seconds that devices of a published peak compute, at the share of it that plans assume."""
+    """Estimate the seconds that devices of a published peak compute, at 0.4 of it."""
     return None if peak_flops is None else flops / (devices * peak_flops * _UTILISATION)

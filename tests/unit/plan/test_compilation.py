@@ -98,5 +98,5 @@ def test_compiled_layers_leave_zero_3_out() -> None:
 
 
 def test_the_length_of_a_run_follows_from_the_peak_of_its_gpus() -> None:
-    assert estimate_run_seconds(0.34e15 * 2 * 60, 2, 1e15) == pytest.approx(60)
+    assert estimate_run_seconds(0.4e15 * 2 * 60, 2, 1e15) == pytest.approx(60)
     assert estimate_run_seconds(1e15, 2, None) is None
