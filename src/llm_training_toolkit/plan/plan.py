@@ -15,6 +15,7 @@ from llm_training_toolkit.plan.activations import ActivationCheckpointing, get_a
 from llm_training_toolkit.plan.deepspeed import build_base_config, build_deepspeed_config, find_deepspeed_problems
 from llm_training_toolkit.plan.horizon import DataFacts, MixtureSource, compute_horizon
 from llm_training_toolkit.plan.lr_schedule import LRSchedule, ScheduleKind
+from llm_training_toolkit.plan.notes import collect_notes
 from llm_training_toolkit.plan.problem import Problem
 
 
@@ -201,7 +202,7 @@ def make_plan(config: Config, data_facts: DataFacts | None = None, replicas: int
             steps_estimated=horizon.steps_estimated,
             compile_open=given.model.compile == "auto" and not uncompiled,
         ),
-        notes=check.collect_notes(config, size, hf, (smallest, world)),
+        notes=collect_notes(config, size, hf, (smallest, world)),
     )
 
 
