@@ -35,7 +35,6 @@ from llm_training_toolkit.launch.jobs.logs import JobHandle
 from llm_training_toolkit.monitoring.console import Console
 from llm_training_toolkit.runs.attempts import read_attempt_record
 from llm_training_toolkit.runs.directory import RunDirectory
-from ray_workers import environment_with_forked_workers
 
 BIN = Path(sys.executable).parent
 STEPS = 1200
@@ -82,22 +81,18 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     command += ["--port", port, "--dashboard-port", dashboard, "--ray-client-server-port", _free_port()]
     command += ["--dashboard-agent-listen-port", _free_port(), "--disable-usage-stats"]
     written = tmp_path_factory.mktemp("head") / "log"
-    with (
-        environment_with_forked_workers(environment) as shimmed,
-        ExitStack() as running,
-        written.open("w") as out,
-    ):
+    with ExitStack() as running, written.open("w") as out:
         address = f"http://127.0.0.1:{dashboard}"
-        process = _start(command, shimmed, out, running)
-        _wait_for_jobs(Head(address, shimmed, []), process, written)
+        process = _start(command, environment, out, running)
+        _wait_for_jobs(Head(address, environment, []), process, written)
         joining = [str(BIN / "ray"), "start", "--address", f"127.0.0.1:{port}", "--block", "--num-cpus", "1"]
         nodes = []
         for node in NODES:  # one after another: Ray's start of several on one machine at once fails now and then
             own = ["--node-ip-address", node, "--dashboard-agent-listen-port", _free_port()]
             own += ["--temp-dir", f"{folder}-{node}"]  # as on machines of their own: nodes delete what they unpacked
-            nodes.append(_start([*joining, *own], shimmed, out, running))
-            wait_for_nodes(f"127.0.0.1:{port}", shimmed, node)
-        yield Head(address, shimmed, nodes)
+            nodes.append(_start([*joining, *own], environment, out, running))
+            wait_for_nodes(f"127.0.0.1:{port}", environment, node)
+        yield Head(address, environment, nodes)
         for each in [process, *nodes]:  # together: each of them takes seconds to end
             each.terminate()
     for left in [folder, *(Path(f"{folder}-{node}") for node in NODES)]:

@@ -9,9 +9,9 @@ one of workers that Ray starts ahead: none, until it gets its first task.
 
 A worker starts plain if its environment has another variable that libraries may read while they are imported, if its
 runtime environment does more than set variables and a folder, on a machine with a GPU, and if PLAIN_RAY_WORKERS is set.
-The real start stays proved: all workers are plain in `test_endings`, `test_local`, `test_memory`, `test_preflight`,
-`test_foreign_modules` and on the autoscaling cluster of `test_capacity`. The ranks of `test_micro_batch` and
-`test_jobs` are plain because they have a variable of their own.
+The real start stays proved: all workers are plain in `test_endings`, `test_jobs` (a job's runtime environment changes
+PYTHONPATH), `test_local`, `test_memory`, `test_preflight`, `test_foreign_modules` and on the autoscaling cluster of
+`test_capacity`. The ranks of `test_micro_batch` are plain because they have a variable of malloc.
 """
 
 from __future__ import annotations
