@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import struct
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -58,6 +61,7 @@ def test_two_starts_are_one_run_in_both(
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # a database takes ten seconds to make
     store = tmp_path / "mlruns"
     monitoring = {
+        "close_timeout": "10m",
         "wandb": {"project": "tiny", "mode": "offline"},
         "mlflow": {"tracking_uri": store.as_uri(), "experiment": "tiny"},
     }
@@ -81,3 +85,42 @@ def test_two_starts_are_one_run_in_both(
     assert [(point.step, point.value) for point in history] == wanted
     assert recorded.data.params["train.global_batch_size"] == "4"
     assert recorded.info.status == "FINISHED"
+
+
+GIVEN_UP = """
+import sys, time
+from pathlib import Path
+from llm_training_toolkit.config.schema import WandbConfig
+from llm_training_toolkit.monitoring.background_sink import BackgroundSink
+from llm_training_toolkit.monitoring.trackers import WandbClient
+from llm_training_toolkit.runs.directory import RunDirectory
+
+client = WandbClient(WandbConfig(project="tiny"), RunDirectory(Path(sys.argv[1])), "id", {})
+sink = BackgroundSink(client, close_seconds=1)
+sink.write(1, {"train/loss": 1.0})
+while not any(Path(sys.argv[1]).glob("wandb/*")) and sink._thread.is_alive():
+    time.sleep(0.1)
+try:
+    sink.close()
+except OSError as error:
+    print(error)
+"""
+
+
+def test_a_service_that_hangs_keeps_no_process_alive(tmp_path: Path) -> None:
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()  # and never answers
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        environment = {**os.environ, "WANDB_BASE_URL": address, "WANDB_API_KEY": "a" * 40}
+        done = subprocess.run(
+            [sys.executable, "-c", GIVEN_UP, str(tmp_path)],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=600,
+            check=False,
+        )
+    assert done.returncode == 0, done.stderr
+    assert "did not take everything within 1 s" in done.stdout
+    assert "Traceback" not in done.stderr

@@ -192,19 +192,6 @@ class _Server:
     def _fits(self, environment: Mapping[str, str]) -> bool:
         """Whether a worker with this environment would have read from it what this process has read."""
         different = dict(environment.items() ^ self._environment.items())
-        import sys as S
-
-        S.stderr.write(
-            "FIT "
-            + str(
-                {
-                    n: (v, os.environ.get(n))
-                    for n, v in different.items()
-                    if not (n == _THREADS or n.startswith(_LATE) or os.environ.get(n) == environment.get(n))
-                }
-            )
-            + "\n"
-        )
         return environment.get(_THREADS, "1") == "1" and all(
             name == _THREADS or name.startswith(_LATE) or os.environ.get(name) == environment.get(name)
             for name in different

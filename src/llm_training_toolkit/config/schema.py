@@ -296,6 +296,8 @@ class MonitoringConfig(ConfigSection):
     """MLflow. Absent = none."""
     prometheus: Annotated[bool, FieldTag.FREE] = False
     """Gauges of the newest step in Ray's exporter of each node, `ray_ltt_<metric>` (docs/monitoring.md)."""
+    close_timeout: Annotated[Duration, FieldTag.FREE] = "30s"
+    """Longest wait of an attempt's end for each server that has not taken everything."""
 
 
 class Config(ConfigSection):

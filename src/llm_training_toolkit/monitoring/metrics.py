@@ -43,8 +43,8 @@ class MetricSink(Protocol):
     def sync(self) -> None:
         """Make everything written so far survive a power loss."""
 
-    def close(self) -> None:
-        """Write everything to disk."""
+    def close(self, *, failed: bool = False) -> None:
+        """Write everything. failed: the run ended with an error."""
 
 
 class JsonLines:
@@ -78,7 +78,7 @@ class JsonLines:
         self._write_pending()
         os.fsync(self._file.fileno())
 
-    def close(self) -> None:
+    def close(self, *, failed: bool = False) -> None:  # noqa: ARG002 - for sinks that tell others of it
         """Write pending rows and close the file."""
         try:
             self._write_pending()
@@ -124,7 +124,7 @@ class TensorBoard:
     def sync(self) -> None:
         """Do nothing: curves are drawn from event files, and `metrics.jsonl` holds the same numbers."""
 
-    def close(self) -> None:
+    def close(self, *, failed: bool = False) -> None:  # noqa: ARG002 - for sinks that tell others of it
         """Flush and close."""
         if self._writer is not None:
             self._writer.close()
@@ -204,11 +204,11 @@ class Metrics:
             with self._report_failure(sink):
                 sink.sync()
 
-    def close(self) -> None:
-        """Close every sink."""
+    def close(self, *, failed: bool = False) -> None:
+        """Close every sink. failed: the run ended with an error."""
         for sink in self._sinks:
             with self._report_failure(sink):
-                sink.close()
+                sink.close(failed=failed)
 
     @contextmanager
     def _report_failure(self, sink: MetricSink) -> Iterator[None]:
@@ -218,7 +218,7 @@ class Metrics:
         except OSError as error:
             if sink not in self._failing:
                 self._failing.add(sink)
-                message = f"{sink.name} cannot be written ({error}); training goes on, later steps try again"
+                message = f"{sink.name} cannot be written ({error}); training goes on"
                 self._context.report(WarningEvent(message))
 
     def _report_recovery(self, sink: MetricSink) -> None:

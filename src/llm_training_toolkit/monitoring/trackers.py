@@ -1,19 +1,21 @@
-"""Metric sinks that teams look at: Weights & Biases, MLflow, and Ray's Prometheus exporter.
+"""Receivers of metrics that teams look at: Weights & Biases, MLflow, and the exporter for Prometheus.
 
-Each is opened in the background and asked for by a section of `monitoring`. A resumed run goes on with the same curves:
-the id that its attempts share names it in W&B and tags it in MLflow.
+Servers are written from a thread. A resumed run goes on with the same curves: the id that its attempts share names it
+in W&B and tags it in MLflow.
 """
 
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
-from llm_training_toolkit.config import Config, dump_config_json
+import psutil
+
+from llm_training_toolkit.config import Config, dump_config_json, redact_config
 from llm_training_toolkit.config.schema import MlflowConfig, WandbConfig
+from llm_training_toolkit.config.section import parse_duration_seconds
 from llm_training_toolkit.monitoring.background_sink import BackgroundSink
 from llm_training_toolkit.monitoring.metrics import MetricSink, ScalarValues
 from llm_training_toolkit.runs.directory import RunDirectory
@@ -21,29 +23,35 @@ from llm_training_toolkit.runs.directory import RunDirectory
 RUN_ID_TAG = "llm_training_toolkit.run_id"
 _MAX_PARAMETER_LENGTH = 6000  # of a value, in MLflow
 _BATCH = 100  # parameters of one request, MLflow's maximum
+_BUSY = frozenset({408, 429})  # HTTP states below 500 after which a later request may succeed
+_WANDB_SERVICE = "wandb-core"
 
 
 def open_trackers(
     config: Config, run: RunDirectory, run_id: str, export: Callable[[ScalarValues], None] | None
 ) -> list[MetricSink]:
-    """Open the sinks that `monitoring` asks for, those of servers each in a thread of its own.
+    """Open the sinks that `monitoring` asks for.
 
     export: exporter of gauges, None without Ray.
     """
     settings = flatten_config(config)
+    wait = parse_duration_seconds(config.monitoring.close_timeout)
+    assert wait is not None, "the schema takes durations alone"
     asked: list[MetricSink] = []
     if (wandb := config.monitoring.wandb) is not None:
-        asked.append(BackgroundSink(Wandb.name, partial(Wandb, wandb, run, run_id, settings)))
+        asked.append(BackgroundSink(WandbClient(wandb, run, run_id, settings), wait))
     if (mlflow := config.monitoring.mlflow) is not None:
-        asked.append(BackgroundSink(Mlflow.name, partial(Mlflow, mlflow, run, run_id, settings)))
+        asked.append(BackgroundSink(MlflowClient(mlflow, run, run_id, settings), wait))
     if export is not None and config.monitoring.prometheus:
         asked.append(Gauges(export))
     return asked
 
 
 def flatten_config(config: Config) -> dict[str, Any]:
-    """Return the values of a configuration by dotted key, with addresses and secrets redacted as in resolved.json."""
-    return dict(_flatten(json.loads(dump_config_json(config)), ""))
+    """Return the values of a configuration by dotted key, addresses redacted and without `cluster.env`."""
+    values = json.loads(dump_config_json(redact_config(config)))
+    values["cluster"].pop("env", None)  # may hold the tracker's own key
+    return dict(_flatten(values, ""))
 
 
 def _flatten(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
@@ -54,84 +62,127 @@ def _flatten(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]
             yield f"{prefix}{key}", value
 
 
-class Wandb:
-    """Sink of Weights & Biases. Steps are a metric of their own, since those of a lost attempt are logged again."""
+@dataclass(frozen=True)
+class WandbClient:
+    """Client of Weights & Biases."""
 
+    config: WandbConfig
+    run: RunDirectory
+    run_id: str
+    settings: Mapping[str, Any]
     name = "W&B"
 
-    def __init__(self, config: WandbConfig, run: RunDirectory, run_id: str, settings: Mapping[str, Any]) -> None:
+    def open(self) -> WandbTracker:
+        """Begin or resume the run. Raises what the client raises, ImportError without it."""
         import wandb  # noqa: PLC0415 - an extra package
 
-        self._run = wandb.init(
-            project=config.project,
-            entity=config.entity,
-            name=run.name,
-            id=run_id,
+        opened = wandb.init(
+            project=self.config.project,
+            entity=self.config.entity,
+            name=self.run.name,
+            id=self.run_id,
             resume="allow",
-            mode=config.mode,
-            dir=str(run.path),
-            config=dict(settings),
+            mode=self.config.mode,
+            dir=str(self.run.path),
+            config=dict(self.settings),
             settings=wandb.Settings(silent=True, console="off"),
         )
-        self._run.define_metric("*", step_metric="step")
+        opened.define_metric("*", step_metric="step")
+        return WandbTracker(opened)
 
-    def write(self, step: int, values: ScalarValues) -> None:
+    def is_temporary(self, error: Exception) -> bool:
+        """Return whether the connection failed; a missing package or key stays missing."""
+        return type(error).__name__ in {"CommError", "WandbServiceConnectionError"} or isinstance(error, OSError)
+
+    def abandon(self) -> None:
+        """End the client's service, for which a hook of the client would wait without a limit when Python exits.
+
+        The client has no public way to give up a service that hangs.
+        """
+        from wandb.sdk import wandb_setup  # noqa: PLC0415 - an extra package
+
+        connection = getattr(wandb_setup.singleton(), "_connection", None)
+        if remove_hook := getattr(connection, "_cleanup", None):
+            remove_hook()
+        for child in psutil.Process().children():
+            if child.name() == _WANDB_SERVICE:
+                child.kill()
+
+
+class WandbTracker:
+    """Run of Weights & Biases. Steps are a metric of their own, since those of a lost attempt are logged again."""
+
+    def __init__(self, opened: Any) -> None:  # noqa: ANN401 - wandb.Run
+        self._run = opened
+
+    def log(self, step: int, values: ScalarValues, moment: float) -> None:
         """Log the scalars of a step."""
-        self._run.log({"step": step, **values})
+        self._run.log({"step": step, "_timestamp": moment, **values})
 
-    def add_text(self, step: int, name: str, content: str) -> None:
-        """Ignore texts, which are for TensorBoard."""
-
-    def sync(self) -> None:
-        """Do nothing: the client writes its own log."""
-
-    def close(self) -> None:
+    def finish(self, *, failed: bool) -> None:
         """Upload the rest."""
-        self._run.finish()
+        self._run.finish(exit_code=int(failed))
 
 
-class Mlflow:
-    """Sink of an MLflow server or database."""
+@dataclass(frozen=True)
+class MlflowClient:
+    """Client of an MLflow server or database."""
 
+    config: MlflowConfig
+    run: RunDirectory
+    run_id: str
+    settings: Mapping[str, Any]
     name = "MLflow"
 
-    def __init__(self, config: MlflowConfig, run: RunDirectory, run_id: str, settings: Mapping[str, Any]) -> None:
-        from mlflow import MlflowClient  # noqa: PLC0415 - an extra package
+    def open(self) -> MlflowTracker:
+        """Begin or resume the run. Raises what the client raises, ImportError without it."""
+        from mlflow import MlflowClient as Client  # noqa: PLC0415 - an extra package
 
-        self._client = MlflowClient(tracking_uri=config.tracking_uri)
-        found = self._client.get_experiment_by_name(config.experiment)
-        experiment = found.experiment_id if found else self._client.create_experiment(config.experiment)
-        begun = self._client.search_runs([experiment], f"tags.`{RUN_ID_TAG}` = '{run_id}'", max_results=1)
-        if begun:
-            self._id = begun[0].info.run_id
-            self._client.update_run(self._id, status="RUNNING")
-        else:
-            self._id = self._client.create_run(experiment, tags={RUN_ID_TAG: run_id}, run_name=run.name).info.run_id
-            self._log_parameters(settings)
+        client = Client(tracking_uri=self.config.tracking_uri)
+        found = client.get_experiment_by_name(self.config.experiment)
+        experiment = found.experiment_id if found else client.create_experiment(self.config.experiment)
+        begun = client.search_runs([experiment], f"tags.`{RUN_ID_TAG}` = '{self.run_id}'", max_results=1)
+        known = begun[0] if begun else client.create_run(experiment, None, {RUN_ID_TAG: self.run_id}, self.run.name)
+        client.update_run(known.info.run_id, status="RUNNING")
+        if not known.data.params:  # a start before may have failed right after its first request
+            self._log_parameters(client, known.info.run_id)
+        return MlflowTracker(client, known.info.run_id)
 
-    def write(self, step: int, values: ScalarValues) -> None:
+    def is_temporary(self, error: Exception) -> bool:
+        """Return whether the server was out of reach or busy; MLflow gives lost connections the state 500."""
+        get_state = getattr(error, "get_http_status_code", None)
+        if get_state is None:
+            return isinstance(error, OSError)
+        state = get_state()
+        return state >= 500 or state in _BUSY
+
+    def abandon(self) -> None:
+        """Do nothing: the thread ends with the process."""
+
+    def _log_parameters(self, client: Any, run_id: str) -> None:  # noqa: ANN401 - mlflow.MlflowClient
+        from mlflow.entities import Param  # noqa: PLC0415 - an extra package
+
+        parameters = [Param(name, str(value)[:_MAX_PARAMETER_LENGTH]) for name, value in self.settings.items()]
+        for start in range(0, len(parameters), _BATCH):
+            client.log_batch(run_id, params=parameters[start : start + _BATCH])
+
+
+class MlflowTracker:
+    """Run of an MLflow server or database."""
+
+    def __init__(self, client: Any, run_id: str) -> None:  # noqa: ANN401 - mlflow.MlflowClient
+        self._client, self._id = client, run_id
+
+    def log(self, step: int, values: ScalarValues, moment: float) -> None:
         """Log the scalars of a step."""
         from mlflow.entities import Metric  # noqa: PLC0415 - an extra package
 
-        now = int(time.time() * 1e3)
-        self._client.log_batch(self._id, metrics=[Metric(name, value, now, step) for name, value in values.items()])
+        metrics = [Metric(name, value, int(moment * 1e3), step) for name, value in values.items()]
+        self._client.log_batch(self._id, metrics=metrics)
 
-    def add_text(self, step: int, name: str, content: str) -> None:
-        """Ignore texts, which are for TensorBoard."""
-
-    def sync(self) -> None:
-        """Do nothing: every request is complete."""
-
-    def close(self) -> None:
-        """Mark the run as finished, until it is resumed."""
-        self._client.set_terminated(self._id)
-
-    def _log_parameters(self, settings: Mapping[str, Any]) -> None:
-        from mlflow.entities import Param  # noqa: PLC0415 - an extra package
-
-        parameters = [Param(name, str(value)[:_MAX_PARAMETER_LENGTH]) for name, value in settings.items()]
-        for start in range(0, len(parameters), _BATCH):
-            self._client.log_batch(self._id, params=parameters[start : start + _BATCH])
+    def finish(self, *, failed: bool) -> None:
+        """Mark the run as ended, until it is resumed."""
+        self._client.set_terminated(self._id, status="FAILED" if failed else "FINISHED")
 
 
 class Gauges:
@@ -152,5 +203,5 @@ class Gauges:
     def sync(self) -> None:
         """Do nothing: gauges are sent every few seconds."""
 
-    def close(self) -> None:
+    def close(self, *, failed: bool = False) -> None:
         """Do nothing: gauges end with their worker."""

@@ -25,6 +25,7 @@ from llm_training_toolkit.export.export_run import export_checkpoint
 from llm_training_toolkit.generation.generator import TextGenerator
 from llm_training_toolkit.models.sampling import SamplingParams
 from llm_training_toolkit.monitoring.metrics import Metrics
+from llm_training_toolkit.monitoring.trackers import open_trackers
 from llm_training_toolkit.runs.directory import RunDirectory
 
 EventReporter = Callable[[Event], None]
@@ -86,7 +87,8 @@ def complete_interrupted_finish(run: RunDirectory, config: Config, report: Event
     manifest = read_manifest(directory)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     context = RunContext(rank=0, world_size=1, device=device, event_listener=report)
-    metrics = Metrics(run, manifest.attempt, manifest.step, context)
+    trackers = open_trackers(config, run, manifest.run_id, None)
+    metrics = Metrics(run, manifest.attempt, manifest.step, context, trackers)
     trained = Run(run, config, DatasetInfo.from_json(run.dataset_info_path.read_text()))
     (run_final_tasks if is_exported(run) else finish_run)(trained, metrics=metrics, context=context)
     metrics.close()

@@ -137,6 +137,16 @@ def _log_events(context: RunContext) -> RunContext:
 
 
 def _train_and_finish(components: TrainerComponents, spec: WorkerSpec, requested: Config) -> tuple[str, int]:
+    try:
+        status, step = _train_and_export(components, spec, requested)
+    except BaseException:
+        components.metrics.close(failed=True)
+        raise
+    components.metrics.close()
+    return status, step
+
+
+def _train_and_export(components: TrainerComponents, spec: WorkerSpec, requested: Config) -> tuple[str, int]:
     context = components.context
     try:
         status, progress = run_training_loop(components)
@@ -153,7 +163,6 @@ def _train_and_finish(components: TrainerComponents, spec: WorkerSpec, requested
         components.goodput_tracker.enter_category("checkpoint")
         finish_run(spec, metrics=components.metrics, context=context)
     components.metrics.write(progress.step, components.goodput_tracker.compute_metrics())
-    components.metrics.close()
     return status, progress.step
 
 
