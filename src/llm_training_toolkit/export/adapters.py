@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from llm_training_toolkit import families
 from llm_training_toolkit.checkpoint import CheckpointReader
 from llm_training_toolkit.errors import CheckpointError
 from llm_training_toolkit.export.directory import ModelFiles, write_model_files
@@ -33,10 +34,10 @@ from llm_training_toolkit.models.lora import (
 
 # Largest change of a logit by merging, as a share of the largest logit. The one additional rounding of the sum to bf16
 # moved logits of small models by 0.6 to 1.5 % with 2 layers and by 3.3 % with 48; in fp32 it was 1e-6.
-MERGE_TOLERANCE = {"bf16": 0.1, "fp32": 1e-4}
+_MERGE_TOLERANCE = {"bf16": 0.1, "fp32": 1e-4}
 # Rounding may send a token of a mixture to another expert, which changes its logits by 13 and 30 % of the largest in
 # small models. So only gross errors show in logits; the merged weights are compared strictly by themselves.
-MIXTURE_MERGE_TOLERANCE = MERGE_TOLERANCE | {"bf16": 1.0}
+_MIXTURE_MERGE_TOLERANCE = _MERGE_TOLERANCE | {"bf16": 1.0}
 # Largest deviation of a merged weight from peft's, as a share of the sum of all magnitudes added. Both round to bf16,
 # peft also adapters and sums. Measured with 512 x 512 matrices: at most 2^-6.0 (DoRA) if merged, at least
 # 2^-2.5 if not.
@@ -74,6 +75,15 @@ def write_adapters(
     config.inference_mode = True
     config.save_pretrained(str(directory))
     write_model_files(directory, beside)
+
+
+def get_merge_tolerance(hf_config: Mapping[str, Any], precision: str) -> float:
+    """Return the largest change of a logit by merging, as a share of the largest logit.
+
+    The configuration may be one saved by transformers, which renames the number of experts of some classes.
+    """
+    is_mixture = families.read_model_dims(hf_config).experts > 0
+    return (_MIXTURE_MERGE_TOLERANCE if is_mixture else _MERGE_TOLERANCE)[precision]
 
 
 def _get_peft_name(name: str) -> str:

@@ -164,11 +164,10 @@ def _check_export(
     precision = trained.config.train.precision
     if adapter is None:
         return check_full_model(directory, checkpoint, checkpoint.manifest.extra["hf_config"], precision)
-    from llm_training_toolkit.export.adapters import MERGE_TOLERANCE, MIXTURE_MERGE_TOLERANCE, check_adapters
+    from llm_training_toolkit.export.adapters import check_adapters, get_merge_tolerance
 
     base, hf_config = trained.find_base_directory(checkpoint), checkpoint.manifest.extra["hf_config"]
-    tolerances = MIXTURE_MERGE_TOLERANCE if hf_config.get("num_experts") else MERGE_TOLERANCE
-    tolerance = tolerances[precision] if kind == "merged" else 0.0
+    tolerance = get_merge_tolerance(hf_config, precision) if kind == "merged" else 0.0
     how = {"base": base, "hf_config": hf_config, "precision": precision, "tolerance": tolerance}
     return check_adapters(directory, checkpoint, adapter, **how)
 

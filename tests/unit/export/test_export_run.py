@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from checkpoints import save
 from llm_training_toolkit import families
@@ -376,17 +376,26 @@ def test_a_failed_export_leaves_the_one_before(case: Case) -> None:
     assert torch.equal(logits(reloaded(directory)), logits(case.model))
 
 
+@pytest.mark.parametrize(
+    "size", {each.family.name: each for each in families.SIZES.values()}.values(), ids=lambda size: size.family.name
+)
+def test_merging_into_a_mixture_may_move_tokens_to_other_experts(size: families.ModelSize) -> None:
+    """The configuration is the one of a checkpoint, in which transformers names the experts as it likes."""
+    from llm_training_toolkit.export.adapters import get_merge_tolerance
+
+    saved = AutoConfig.for_model(size.family.model_type, **size.hf_values).to_dict()
+    is_mixture = "num_experts" in size.hf_values
+    assert is_mixture == ("moe" in size.family.model_type or size.family.name == "qwen3-next")
+    assert get_merge_tolerance(saved, "bf16") == (1.0 if is_mixture else 0.1)
+    assert get_merge_tolerance(saved, "fp32") == 1e-4
+
+
 @pytest.mark.parametrize("learnt", [1e-3, 0.2])
 @pytest.mark.parametrize("kind", ["linear", "dora", "experts"])
 def test_merged_adapters_are_told_from_a_base_they_hardly_change(
     tmp_path: Path, tokenizer: Path, kind: str, learnt: float
 ) -> None:
-    from llm_training_toolkit.export.adapters import (
-        MERGE_TOLERANCE,
-        MIXTURE_MERGE_TOLERANCE,
-        MergedWeights,
-        check_adapters,
-    )
+    from llm_training_toolkit.export.adapters import MergedWeights, check_adapters, get_merge_tolerance
     from llm_training_toolkit.models.lora import add_adapters
 
     config = (QWEN3_MOE if kind == "experts" else UNTIED) | {"attention_bias": False}
@@ -404,7 +413,7 @@ def test_merged_adapters_are_told_from_a_base_they_hardly_change(
             torch.nn.init.normal_(parameter, std=learnt)
     checkpoint, base = saved(model, tmp_path / "step_000000003_a1"), build_model(config, **how)
     beside = ModelFiles(tokenizer, ONE_END, pad=7, card="", checkpoint_name="step_000000003_a1")
-    limit = (MIXTURE_MERGE_TOLERANCE if kind == "experts" else MERGE_TOLERANCE)["bf16"]
+    limit = get_merge_tolerance(config, "bf16")
 
     def check(weights: WeightSource, directory: Path) -> float:
         directory.mkdir()
