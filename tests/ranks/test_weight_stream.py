@@ -77,12 +77,19 @@ def test_a_damaged_file_of_one_reader_ends_every_rank(
         file = tmp_path / "b" / "model-00002-of-00003.safetensors"
         file.write_bytes(file.read_bytes()[:-100])
     directories = [str(tmp_path / node) for node in NODES]
-    found = pools(3).run(
-        streaming.refusals, timeout=60, hf_config=QWEN3, directories=directories, nodes=NODES, truncate=truncate
-    )
+    found = pools(3).run(streaming.refusals, hf_config=QWEN3, directories=directories, nodes=NODES, truncate=truncate)
     assert len(set(found)) == 1
     assert found[0].startswith("CheckpointError: ")
     assert said in found[0]
+
+
+def test_an_error_between_two_tensors_is_raised_at_once(pools: Pools, tmp_path: Path) -> None:
+    """Rank 0 waits for the next tensor, so a gathering of all errors would wait for ever."""
+    publish(QWEN3, tmp_path, "1GB")
+    assert pools(2).run(streaming.failed_cast, hf_config=QWEN3, directory=str(tmp_path)) == [
+        "",
+        f"CheckpointError: model.path = {tmp_path}: the weights cannot be loaded: no memory for the cast",
+    ]
 
 
 def test_a_tensor_missing_on_one_node_is_named_on_every_rank(pools: Pools, tmp_path: Path) -> None:
@@ -92,6 +99,6 @@ def test_a_tensor_missing_on_one_node_is_named_on_every_rank(pools: Pools, tmp_p
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, tmp_path / "b" / "model.safetensors", metadata={"format": "pt"})
     directories = [str(tmp_path / node) for node in NODES]
-    found = pools(3).run(streaming.refusals, timeout=60, hf_config=QWEN3, directories=directories, nodes=NODES)
+    found = pools(3).run(streaming.refusals, hf_config=QWEN3, directories=directories, nodes=NODES)
     assert len(set(found)) == 1
     assert "missing_keys: model.layers.1.mlp.up_proj.weight (1 in all)" in found[0]

@@ -8,9 +8,11 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+from transformers import core_model_loading
 
 from llm_training_toolkit.distributed.context import RunContext
 from llm_training_toolkit.distributed.node_group import form_node_group
@@ -70,6 +72,30 @@ def refusals(hf_config: HfConfig, directories: Sequence[str], nodes: Sequence[st
                 build_model(hf_config, precision="fp32", attention="sdpa", path=directory, stream=stream)
     except ToolkitError as error:
         return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def failed_cast(hf_config: HfConfig, directory: str) -> str:
+    """The error of rank 1, whose cast of the third tensor fails; it then lets rank 0 go on, which waits for it."""
+    ranks = context()
+    with form_node_group(ranks, "one") as node, WeightStream(directory, ranks, node) as stream:
+        names = sorted(stream.get_state_dict(), key=core_model_loading.dot_natural_key)
+        cast, done = core_model_loading._materialize_copy, []
+
+        def fail(tensor: Any, *given: Any) -> Any:
+            done.append(cast(tensor, *given))
+            if len(done) == 3:
+                raise RuntimeError("no memory for the cast")
+            return done[-1]
+
+        try:
+            with patch.object(core_model_loading, "_materialize_copy", fail if ranks.rank == 1 else cast):
+                build_model(hf_config, precision="bf16", attention="sdpa", path=directory, stream=stream)
+        except ToolkitError as error:
+            for name in names[len(done) :]:
+                stream.load_tensor(name)
+            stream.check_complete()
+            return f"{type(error).__name__}: {error}"
     return ""
 
 

@@ -98,8 +98,11 @@ def _load_pretrained(path: str, model_type: str | None, dtype: torch.dtype, atte
 def _load_streamed(
     stream: WeightStream, path: str, model_type: str | None, dtype: torch.dtype, attention: str, *, four_bits: bool
 ) -> Any:  # noqa: ANN401
-    """Load the tensors of `stream` as transformers loads those of files. Collective, with its errors."""
-    model, failure = None, None
+    """Load the tensors of `stream` as transformers loads those of files.
+
+    Collective. Raises CheckpointError on every rank if a tensor cannot be read or the weights do not fit; on this rank
+    alone if something else fails, because the others wait for its part of the next tensor.
+    """
     config = read_hf_config(path, model_type)
     try:
         with load_in_order():
@@ -114,14 +117,12 @@ def _load_streamed(
                 dtype=dtype,
                 attn_implementation=attention,
             )
-        if misfit := format_weight_misfit(info):
-            failure = CheckpointError(f"model.path = {path}: the weights do not fit the model: {misfit}")
     except LOAD_ERRORS as error:
-        failure = _build_load_error(path, error)
-        if not stream.in_step:
-            raise failure from error
-    stream.check_complete(failure)
-    assert model is not None
+        raise _build_load_error(path, error) from error
+    misfit = format_weight_misfit(info)
+    stream.check_complete(
+        CheckpointError(f"model.path = {path}: the weights do not fit the model: {misfit}") if misfit else None
+    )
     model.config.name_or_path = model.name_or_path = resolve_model_path(path)
     return model
 

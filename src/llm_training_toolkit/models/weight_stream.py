@@ -4,7 +4,8 @@ The other ranks of a machine receive each tensor by broadcast. A rank's host mem
 CPU, and otherwise one chunk of a tensor.
 
 A rank that cannot read goes on broadcasting, without reading, so that no other rank waits for it; afterwards every
-rank raises. Names, conversions and ties are left to transformers, which takes the tensors as a state dict.
+rank raises. After any other error a rank raises at once, and the others wait until the launcher ends them. Names,
+conversions and ties are left to transformers, which takes the tensors as a state dict.
 """
 
 from __future__ import annotations
@@ -71,8 +72,6 @@ class WeightStream:
         self.directory, self.device = Path(directory).expanduser(), context.device
         self._context, self._node = context, node
         self._failure: CheckpointError | None = None
-        self.in_step = True
-        """False after an error between two tensors' broadcasts: the other ranks wait there, not in `check_complete`."""
         self._files: dict[str, BinaryIO] = {}
         self._stack = ExitStack()
         self._staging: Tensor | None = None
@@ -101,7 +100,6 @@ class WeightStream:
     def load_tensor(self, name: str) -> Tensor:
         """Return a tensor on the device. Every rank of the machine must ask for the same ones in the same order."""
         entry = self._entries[name]
-        self.in_step = False
         self._context.heartbeat.keepalive(f"loading {name}")
         tensor = torch.empty(entry.shape, dtype=str_to_torch_dtype[entry.dtype], device=self.device)
         if self._node.is_reader and self._failure is None:
@@ -112,11 +110,13 @@ class WeightStream:
         if self._failure is not None:
             tensor.zero_()
         self._node.broadcast(tensor)
-        self.in_step = True
         return tensor
 
     def check_complete(self, failure: CheckpointError | None = None) -> None:
-        """Raise CheckpointError on every rank if a tensor could not be read, or a rank has `failure`. Collective."""
+        """Raise CheckpointError on every rank if a tensor could not be read, or a rank has `failure`.
+
+        Collective, so only for ranks that have loaded every tensor.
+        """
         _raise_first(self._failure or failure, self._context)
 
     def _open_files(self) -> dict[str, TensorEntry]:
