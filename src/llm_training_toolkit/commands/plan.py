@@ -16,7 +16,7 @@ from llm_training_toolkit.plan import (
     resolve_for_hardware,
 )
 from llm_training_toolkit.runs.directory import RunDirectory
-from llm_training_toolkit.runs.status import read_recent_medians
+from llm_training_toolkit.runs.status import read_run_speed
 from llm_training_toolkit.runs.storage.open import get_run_location
 
 
@@ -56,11 +56,10 @@ def read_measured_speed(config: Config) -> MeasuredSpeed | None:
     if is_uri(config.run.dir):
         return None
     run = RunDirectory(Path(get_run_location(config)))
-    found = read_recent_medians(run, ("perf/mfu", "perf/tflops"))
+    found = read_run_speed(run)
     if found is None:
         return None
-    mfu, tflops = found
-    return MeasuredSpeed(mfu, 1e12 * tflops / mfu, run.name)
+    return MeasuredSpeed(found.tokens_per_second, found.mfu, 1e12 * found.tflops / found.mfu, run.name)
 
 
 def _with_hub_answer(config: Config, plan: Plan) -> Plan:

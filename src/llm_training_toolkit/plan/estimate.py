@@ -17,7 +17,7 @@ from llm_training_toolkit.plan.problem import Problem, format_plural
 from llm_training_toolkit.plan.step_time import (
     MeasuredSpeed,
     build_exchange_workload,
-    compute_hardware_flops_per_token,
+    compute_measured_seconds,
     compute_seconds_per_byte,
     estimate_compute_seconds,
 )
@@ -145,9 +145,11 @@ def estimate_on_cluster(
     problems = tuple(_find_problems(config, plan, hardware, per_node))
     rows = _estimate_micro_batch(config, plan, hardware)
     known = hardware.utilisation or (CPU_UTILISATION if hardware.is_cpu else None)
-    if measured is not None:
-        known = measured.mfu * compute_hardware_flops_per_token(plan) / plan.flops_per_token
-    compute_seconds, utilisation = estimate_compute_seconds(config, plan, hardware, rows, known)
+    compute_seconds, utilisation = (
+        estimate_compute_seconds(config, plan, hardware, rows, known)
+        if measured is None
+        else compute_measured_seconds(plan, measured)
+    )
     exchange = Exchange(0, 0)
     if 1 < plan.replicas <= plan.global_batch:
         exchange = count_exchanged_bytes(build_exchange_workload(plan, rows))

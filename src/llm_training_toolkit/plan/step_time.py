@@ -18,7 +18,10 @@ from llm_training_toolkit.plan.utilisation import ComputeWorkload, estimate_pass
 class MeasuredSpeed:
     """Speed that a run of this plan has reached: medians of its newest steps."""
 
+    tokens_per_second: float
+    """Of one device, counted as the plan counts them: whole sequences."""
     mfu: float
+    """By the FLOPs of the documents, which are up to three times fewer than those that a plan counts."""
     peak_flops: float
     """Published FLOP/s of its devices, by which `mfu` was computed."""
     run: str
@@ -26,6 +29,15 @@ class MeasuredSpeed:
     def is_on(self, hardware: ClusterHardware, precision: str) -> bool:
         """Return whether the run had such devices: with this peak, within 5 %."""
         return abs(self.peak_flops / hardware.get_peak_flops(precision) - 1) <= 0.05
+
+
+def compute_measured_seconds(plan: Plan, measured: MeasuredSpeed) -> tuple[float, float]:
+    """Return the seconds of a step at a measured speed, and the share of the peak with FLOPs of recomputation.
+
+    The share does not give the time: MFU counts loss tokens and attended tokens, and a plan an upper bound of them.
+    """
+    seconds = plan.tokens_per_step / (plan.replicas * measured.tokens_per_second)
+    return seconds, measured.mfu * compute_hardware_flops_per_token(plan) / plan.flops_per_token
 
 
 def estimate_compute_seconds(

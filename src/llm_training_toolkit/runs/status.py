@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -50,6 +50,18 @@ class RunStatus:
     def to_json(self) -> dict[str, Any]:
         """Return the object for `ltt runs --json`."""
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class RunSpeed:
+    """Medians of the newest steps, per device."""
+
+    tokens_per_second: float
+    """Tokens of whole sequences, whether or not they bear a loss."""
+    tflops: float
+    """FLOPs of loss tokens and attended tokens, in 10^12 per second."""
+    mfu: float
+    """Share of the device's peak, by the same FLOPs."""
 
 
 def read_run_statuses(runs: Iterable[RunDirectory]) -> list[RunStatus]:
@@ -143,11 +155,17 @@ def _estimate_seconds_left(rows: Iterable[dict[str, Any]], step: int, steps: int
     return None if seconds is None or steps is None else seconds * (steps - step)
 
 
-def read_recent_medians(run: RunDirectory, names: Sequence[str]) -> tuple[float, ...] | None:
-    """Return the medians of metrics over a run's newest steps, or None if it lacks one of them."""
-    rows = list(read_newest_rows(run.metrics_path))
-    found = [_compute_recent_median(rows, name) for name in names]
-    return tuple(value for value in found if value is not None) if None not in found else None
+def read_run_speed(run: RunDirectory) -> RunSpeed | None:
+    """Return the speed of the newest steps of the newest attempt, or None if it has none, or no published peak."""
+    rows = list(_select_newest_attempt(read_newest_rows(run.metrics_path)))
+    if not rows:
+        return None
+    workers = read_attempt_record(run, int(rows[-1].get("attempt", 0))).get("workers")
+    names = ("perf/tokens_per_second", "perf/tflops", "perf/mfu")
+    tokens, tflops, mfu = (_compute_recent_median(rows, name) for name in names)
+    if not workers or tokens is None or tflops is None or mfu is None:
+        return None
+    return RunSpeed(tokens / int(workers), tflops, mfu)
 
 
 def _compute_recent_median(rows: Iterable[dict[str, Any]], name: str) -> float | None:

@@ -20,6 +20,8 @@ from llm_training_toolkit.plan import (
     format_plan,
     make_plan,
 )
+from llm_training_toolkit.runs.attempts import begin_attempt
+from llm_training_toolkit.runs.directory import RunDirectory
 
 CLUSTER = Path(__file__).parents[3] / "cluster"
 
@@ -314,17 +316,25 @@ def test_a_begun_run_on_the_same_gpus_gives_the_speed(tmp_path: Path) -> None:
     assert read_measured_speed(given) is None
     run = tmp_path / "test"
     run.mkdir()
-    rows = [{"step": step, "perf/mfu": mfu, "perf/tflops": 989 * mfu} for step, mfu in enumerate((0.1, 0.3, 0.25))]
+    # Short documents: a third of the FLOPs that the plan counts for as many tokens.
+    plan, node = make_plan(given), hardware(utilisation=None)
+    per_second = 0.25 * 989e12 / (plan.flops_per_token / 3)
+    begin_attempt(RunDirectory(run), {"workers": 4})
+    rows: list[dict[str, Any]] = [
+        {"step": step, "attempt": 1, "perf/tokens_per_second": 4 * per_second * mfu / 0.25}
+        | {"perf/mfu": mfu, "perf/tflops": 989 * mfu}
+        for step, mfu in enumerate((0.1, 0.3, 0.25))
+    ]
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     speed = read_measured_speed(given)
     assert speed is not None
     assert (speed.mfu, speed.run) == (0.25, "test")
     assert speed.peak_flops == pytest.approx(989e12)
-    plan, node = make_plan(given), hardware(utilisation=None)
+    assert speed.tokens_per_second == pytest.approx(per_second)
     found = estimate_on_cluster(given, plan, node, speed)
     assert found.measured
     assert found.utilisation == pytest.approx(0.25)
-    assert found.step_seconds == pytest.approx(plan.flops_per_token * plan.tokens_per_step / (16 * 0.25 * 989e12))
+    assert found.step_seconds == pytest.approx(plan.flops_per_token / 3 * plan.tokens_per_step / (16 * 0.25 * 989e12))
     assert "test in its newest steps" in found.notes[0]
     other = hardware(utilisation=None, device="A100", tflops={"bf16": 312, "fp32": 19.5})
     for facts in (other, hardware()):
