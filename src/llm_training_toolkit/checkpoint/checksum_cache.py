@@ -17,8 +17,8 @@ from typing import Any
 from llm_training_toolkit.checkpoint.manifest import compute_sha256
 from llm_training_toolkit.runs.atomic_write import write_atomically
 
-# Of a file written less than two seconds ago nothing is kept: some file systems count time in steps of that length
-# (FAT; NFS and ext3 one second), and a second write within the step would leave the same times.
+# Of a file written less than two seconds before it is read nothing is kept: some file systems count time in steps of
+# that length (FAT; NFS and ext3 one second), and a second write within the step would leave the same times.
 _MIN_AGE_SECONDS = 2.0
 
 
@@ -27,14 +27,15 @@ def read_sha256(path: Path, cache: Path) -> str:
 
     A cache that cannot be read or written costs the computation, and is no error.
     """
-    before = path.stat()
+    started, before = time.time(), path.stat()
     marks = _describe_file(path, before)
     entry = cache / f"{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:32]}.json"
     kept = _read_entry(entry)
     if kept.get("file") == marks and isinstance(kept.get("sha256"), str):
         return str(kept["sha256"])
     computed = compute_sha256(path)
-    if _describe_file(path, path.stat()) == marks and time.time() - before.st_mtime > _MIN_AGE_SECONDS:
+    is_settled = started - max(before.st_mtime, before.st_ctime) > _MIN_AGE_SECONDS
+    if is_settled and _describe_file(path, path.stat()) == marks:
         with suppress(OSError):
             write_atomically(entry, json.dumps({"file": marks, "sha256": computed}))
     return computed

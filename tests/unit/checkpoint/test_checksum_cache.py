@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from llm_training_toolkit.checkpoint import checksum_cache
 from llm_training_toolkit.checkpoint.checksum_cache import read_sha256
+from llm_training_toolkit.checkpoint.manifest import compute_sha256
 
 SIZE = 1 << 20
 LONG_AGO = 1_700_000_000
@@ -35,6 +37,23 @@ def bytes_read(file: Path, cache: Path) -> tuple[str, int]:
     before = count()
     found = read_sha256(file, cache)
     return found, count() - before
+
+
+class Clock:
+    """The clock of the cache: this machine's, and some seconds."""
+
+    ahead = 3600.0
+
+    def time(self) -> float:
+        return time.time() + self.ahead
+
+
+@pytest.fixture(autouse=True)
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """An hour later, because the time of a file's last change cannot be set."""
+    clock = Clock()
+    monkeypatch.setattr(checksum_cache, "time", clock)
+    return clock
 
 
 @pytest.fixture
@@ -68,10 +87,23 @@ def test_a_change_that_keeps_size_and_time_is_noticed(
     assert read_sha256(file, tmp_path / "cache") == sha256(b"b" * SIZE)
 
 
-def test_a_file_that_may_still_be_written_is_not_kept(tmp_path: Path) -> None:
-    file = write(tmp_path / "model.safetensors", b"a", time.time())
+@pytest.mark.parametrize("written", [None, LONG_AGO])
+def test_a_file_that_may_still_be_written_is_not_kept(
+    tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch, written: float | None
+) -> None:
+    """Neither by the time of the write nor by that of the change, however long the hashing takes."""
+
+    def hash_slowly(path: Path) -> str:
+        clock.ahead += 60
+        return compute_sha256(path)
+
+    monkeypatch.setattr(checksum_cache, "compute_sha256", hash_slowly)
+    clock.ahead = 0
+    file = write(tmp_path / "model.safetensors", b"a", written or time.time())
     read_sha256(file, tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
+    read_sha256(file, tmp_path / "cache")
+    assert (tmp_path / "cache").exists(), "a minute later"
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", "no json"])
