@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from llm_training_toolkit import families
@@ -52,14 +53,27 @@ def estimate_compute_seconds(
     at_peak /= devices * hardware.get_peak_flops(plan.precision)
     if known is not None:
         return at_peak / known, known
-    load = _build_compute_workload(plan, micro_batch)
-    peak, ratio = hardware.get_peak_flops(plan.precision), hardware.get_flops_per_byte(plan.precision)
-    passes = plan.tokens_per_step / plan.replicas / load.pass_tokens
-    seconds = passes * estimate_pass_seconds(load, peak, ratio)
+    ratio = hardware.get_flops_per_byte(plan.precision)
+    seconds = sum(
+        passes * estimate_pass_seconds(load, hardware.get_peak_flops(plan.precision), ratio)
+        for passes, load in _list_passes(plan, micro_batch)
+    )
     return seconds, at_peak / seconds
 
 
-def _build_compute_workload(plan: Plan, micro_batch: int) -> ComputeWorkload:
+def _list_passes(plan: Plan, micro_batch: int) -> Iterator[tuple[int, ComputeWorkload]]:
+    """Yield the passes of a step as the loop makes them: full ones, and a smaller last one of what is left.
+
+    They are those of the replica with the most sequences, for which the others wait.
+    """
+    full, rest = divmod(-(-plan.global_batch // plan.replicas), micro_batch)
+    if full:
+        yield full, _build_compute_workload(plan, micro_batch)
+    if rest:
+        yield 1, _build_compute_workload(plan, rest)
+
+
+def _build_compute_workload(plan: Plan, rows: int) -> ComputeWorkload:
     """Return what the time of a pass depends on; recomputation repeats attention unless it is selective."""
     dims = families.read_model_dims(plan.hf_config)
     flops = families.resolve_training_flops(plan.hf_config, plan.adapter)
@@ -72,7 +86,7 @@ def _build_compute_workload(plan: Plan, micro_batch: int) -> ComputeWorkload:
         attention_flops=attention,
         hidden=dims.hidden,
         layers=dims.layers,
-        pass_tokens=micro_batch * plan.sequence_length,
+        pass_tokens=rows * plan.sequence_length,
         launches="quantized" if quantized else "sharded" if plan.zero == 3 else "plain",
         recomputes=plan.activation_checkpointing != "none",
         kernels="fused" if plan.compile else "eager",

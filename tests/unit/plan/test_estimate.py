@@ -162,6 +162,21 @@ def test_without_a_measured_utilisation_it_is_estimated() -> None:
     assert launching.utilisation < 0.1
 
 
+@pytest.mark.parametrize(
+    ("workers", "rows", "passes"),
+    [(16, 1, 4), (16, 3, 2), (16, 4, 1), (16, 9, 1), (12, 5, 2)],
+)
+def test_a_step_has_whole_passes(workers: int, rows: int, passes: int) -> None:
+    """Of 36 layers that take as long as their kernels are launched, however few sequences a pass has."""
+    found = seen(
+        hardware(memory_gb=999, utilisation=None),
+        data={"sequence_length": 64},
+        train={"micro_batch_size": rows},
+        cluster={"workers": workers},
+    )
+    assert found.compute_seconds == pytest.approx(passes * 36 * 0.0125 * 0.75)
+
+
 @given(st.sampled_from([1, 2, 4, 8, 16]))
 def test_more_workers_take_less_time_and_as_many_device_hours(workers: int) -> None:
     forecast = seen(hardware(memory_gb=999), cluster={"workers": workers})
