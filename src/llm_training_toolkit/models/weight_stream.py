@@ -27,8 +27,8 @@ from llm_training_toolkit.distributed.context import RunContext
 from llm_training_toolkit.distributed.node_group import NodeGroup
 from llm_training_toolkit.errors import CheckpointError, ToolkitError
 from llm_training_toolkit.models.check_weights import LOAD_ERRORS, check_pretrained_weights, read_hf_config
+from llm_training_toolkit.plan.memory import LOADING_CHUNK_BYTES
 
-_CHUNK_BYTES = 1 << 26  # 67 MB: what a rank holds in host memory on the way to a GPU
 _FILE_ERRORS = (*LOAD_ERRORS, KeyError, TypeError)  # the last two from headers and indexes of another form
 
 
@@ -137,9 +137,9 @@ class WeightStream:
             return
         if self._staging is None:
             pinned = values.device.type == "cuda"
-            self._staging = torch.empty(_CHUNK_BYTES, dtype=torch.uint8, pin_memory=pinned)
-        for start in range(0, len(values), _CHUNK_BYTES):
-            part = values[start : start + _CHUNK_BYTES]
+            self._staging = torch.empty(LOADING_CHUNK_BYTES, dtype=torch.uint8, pin_memory=pinned)
+        for start in range(0, len(values), LOADING_CHUNK_BYTES):
+            part = values[start : start + LOADING_CHUNK_BYTES]
             staged = self._staging[: len(part)]
             _read_exactly(file, staged, entry.offset + start)
             part.copy_(staged)

@@ -32,8 +32,8 @@ from llm_training_toolkit.plan.memory import (
     MemoryEstimate,
     compute_checkpoint_copy_bytes,
     estimate_host_bytes,
+    estimate_loading_bytes,
     estimate_memory,
-    estimate_peak_host_bytes,
 )
 from llm_training_toolkit.plan.memory_settings import (
     MemoryChoice,
@@ -81,9 +81,9 @@ __all__ = [
     "compute_replica_slice",
     "count_per_stream",
     "estimate_host_bytes",
+    "estimate_loading_bytes",
     "estimate_memory",
     "estimate_on_cluster",
-    "estimate_peak_host_bytes",
     "estimate_run_seconds",
     "find_compile_problem",
     "find_deepspeed_problems",

@@ -34,6 +34,8 @@ CUDA_CONTEXT_BYTES = 600_000_000
 CUDA_LIBRARY_BYTES = 900_000_000
 CUDA_RUNTIME_BYTES = CUDA_CONTEXT_BYTES + CUDA_LIBRARY_BYTES
 
+LOADING_CHUNK_BYTES = 1 << 26  # 67 MB: what a rank holds in host memory of pretrained weights on the way to a GPU
+
 
 @dataclass(frozen=True)
 class MemoryEstimate:
@@ -288,9 +290,13 @@ def estimate_host_bytes(load: DeviceWorkload) -> int:
 def estimate_loading_bytes(load: DeviceWorkload) -> int:
     """Estimate the host memory that one worker takes while it builds the model, beside its device's, in bytes.
 
-    Weights pass one tensor at a time: random ones are drawn in fp32. Of pretrained ones a worker on a GPU holds a chunk
-    at most, so this is an upper bound. Pages of files that rank 0 maps at stage 3 are the system's to drop.
+    Adapters load their base at each start, below stage 3 by chunks on the way to the GPU. Other runs pass one tensor at
+    a time: a new one draws it in fp32. That is an upper bound for one that begins with weights, which takes a chunk
+    then, and a tensor in its own precision when it resumes. Pages of files that rank 0 maps at stage 3 are the
+    system's to drop.
     """
+    if load.adapter is not None and load.zero < 3:
+        return LOADING_CHUNK_BYTES
     return 4 * load.model.largest_tensor
 
 

@@ -27,7 +27,7 @@ from llm_training_toolkit.plan import (
     MemorySettings,
     choose_memory_settings,
     estimate_host_bytes,
-    estimate_peak_host_bytes,
+    estimate_loading_bytes,
     find_smaller_micro_batch,
     find_smaller_settings,
     make_plan,
@@ -81,14 +81,20 @@ def check_host_memory(config: Config, context: RunContext) -> None:
     offloads = config.engine.offload != "none"
     if context.device.type == "cpu" and not offloads:
         return
-    needed = estimate_peak_host_bytes(plan_workload(config, context.world_size))
+    load = plan_workload(config, context.world_size)
+    in_training = f"engine.offload = {config.engine.offload}" if offloads else "the copy of a checkpoint"
+    parts = {
+        in_training: estimate_host_bytes(load),
+        "the largest tensor, while the model is built,": estimate_loading_bytes(load),
+    }
+    largest = max(parts, key=lambda part: parts[part])
+    needed = parts[largest]
     free = context.all_gather_object(_measure_free_host_memory(context))
     least = min(range(len(free)), key=lambda rank: free[rank])
     if needed > free[least]:
         raise PlanError(
-            f"{f'engine.offload = {config.engine.offload}' if offloads else 'the copy of a checkpoint'} takes "
-            f"{needed / 1e9:.3g} GB of host memory for each worker, and rank {least} has {free[least] / 1e9:.3g} GB "
-            "free. Use more workers, fewer of them on a node, or nodes with more memory"
+            f"{largest} takes {needed / 1e9:.3g} GB of host memory for each worker, and rank {least} has "
+            f"{free[least] / 1e9:.3g} GB free. Use more workers, fewer of them on a node, or nodes with more memory"
         )
 
 

@@ -19,6 +19,7 @@ from llm_training_toolkit.plan.activations import (
     get_attention_memory,
 )
 from llm_training_toolkit.plan.memory import (
+    LOADING_CHUNK_BYTES,
     estimate_gradient_bytes,
     estimate_host_bytes,
     estimate_logit_bytes,
@@ -223,4 +224,5 @@ def test_host_memory_is_a_tensor_while_loading_or_the_copy_of_a_checkpoint() -> 
     assert estimate_peak_host_bytes(LOAD) == max(4 * HEAD, 3 * P)
     assert estimate_peak_host_bytes(replace(LOAD, workers=1)) == 12 * P
     assert 12 * adapter.trainable_parameters // 4 < 4 * HEAD
-    assert estimate_peak_host_bytes(replace(LOAD, adapter=adapter)) == 4 * HEAD
+    assert estimate_peak_host_bytes(replace(LOAD, adapter=adapter, zero=3)) == 4 * HEAD
+    assert estimate_peak_host_bytes(replace(LOAD, adapter=adapter)) == LOADING_CHUNK_BYTES, "its base is streamed"

@@ -6,7 +6,7 @@ import os
 import re
 from contextlib import nullcontext
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
@@ -26,6 +26,7 @@ from llm_training_toolkit.runs.attempts import (
     read_attempt_record,
 )
 from llm_training_toolkit.runs.directory import RunDirectory
+from llm_training_toolkit.worker import micro_batch
 from llm_training_toolkit.worker.micro_batch import (
     SmallerMicroBatch,
     _find_previous_settings,
@@ -145,21 +146,36 @@ def test_the_allocator_keeps_the_options_that_a_person_set(monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize(
-    ("name", "offload", "device", "is_refused"),
+    ("model", "engine", "device", "said"),
     [
-        ("qwen3-32b", "optimizer", "cpu", True),
-        ("qwen3-0.6b", "optimizer", "cpu", False),
-        ("qwen3-32b", "none", "cuda", True),  # the copy of a checkpoint
-        ("qwen3-32b", "none", "cpu", False),  # of which the choice of the micro-batch knows
+        ("qwen3-32b", {"offload": "optimizer"}, "cpu", "engine.offload = optimizer takes"),
+        ("qwen3-0.6b", {"offload": "optimizer"}, "cpu", None),
+        ("qwen3-32b", {}, "cuda", "the copy of a checkpoint takes 375 GB"),
+        ("qwen3-32b", {}, "cpu", None),  # the choice of the micro-batch knows of the copy
+        (
+            "qwen3-coder-480b-a35b-instruct lora",
+            {"zero_stage": 3},
+            "cuda",
+            "the largest tensor, while the model is built, takes",
+        ),
+        ("qwen3-coder-480b-a35b-instruct lora", {}, "cuda", None),  # its base is streamed
     ],
 )
 def test_host_memory_is_checked_before_anything_starts(
-    corpus: Path, tmp_path: Path, name: str, offload: str, device: str, *, is_refused: bool
+    corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    model: str,
+    engine: dict[str, Any],
+    device: str,
+    said: str | None,
 ) -> None:
-    engine = {"zero_stage": 1, "offload": offload}
-    config = tiny_config(corpus, tmp_path, model={"name": name, "config_overrides": {}}, engine=engine)
+    monkeypatch.setattr(micro_batch, "_measure_free_host_memory", lambda _context: 15e9)
+    name, *lora = model.split()
+    given = {"name": name, "config_overrides": {}} | ({"path": "a/b", "lora": {"rank": 1}} if lora else {})
+    config = tiny_config(corpus, tmp_path, model=given, engine={"zero_stage": 1} | engine)
     context = RunContext(0, 1, torch.device(device))
-    with pytest.raises(PlanError, match=r"[0-9]+ GB of host memory") if is_refused else nullcontext():
+    with nullcontext() if said is None else pytest.raises(PlanError, match=rf"{said}.* rank 0 has 15 GB free"):
         check_host_memory(config, context)
 
 
