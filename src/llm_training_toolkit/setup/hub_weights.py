@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
-from llm_training_toolkit.data.sources.remote import translate_remote_errors
-from llm_training_toolkit.errors import DataError, Problem
+from llm_training_toolkit.errors import Problem
 from llm_training_toolkit.plan.check import is_directory_or_hub_id
 
 _REQUEST_SECONDS = 5.0
@@ -20,11 +20,13 @@ _PATIENCE_SECONDS = 12.0
 
 @dataclass(frozen=True)
 class HubAnswer:
-    """What the hub says of a model."""
+    """Answer of the hub about a model."""
 
     problem: Problem | None = None
     unreachable: str = ""
     """Reason for which it could not be asked; empty if it answered, or did not need to."""
+    commit: str | None = None
+    """Commit that the revision means now, if that was asked."""
 
 
 def ask_hub(path: str, revision: str | None = None) -> HubAnswer:
@@ -35,10 +37,28 @@ def ask_hub(path: str, revision: str | None = None) -> HubAnswer:
     is_cached = isinstance(_find_cached_config(path, revision), str)
     if Path(path).expanduser().is_dir() or is_cached or constants.HF_HUB_OFFLINE or not is_directory_or_hub_id(path):
         return HubAnswer()
+    return _ask_in_time(lambda: _ask_for_files(path, revision), path, revision)
+
+
+def ask_hub_commit(path: str, revision: str | None) -> str | None:
+    """Return the commit that a branch or tag of a hub's model means now, or None if 12 seconds do not tell."""
+
+    def ask() -> HubAnswer:
+        return HubAnswer(commit=HfApi().model_info(path, revision=revision, timeout=_REQUEST_SECONDS).sha)
+
+    return _ask_in_time(ask, path, revision).commit
+
+
+def _ask_in_time(ask: Callable[[], HubAnswer], path: str, revision: str | None) -> HubAnswer:
     answers: list[HubAnswer] = []
-    thread = threading.Thread(
-        target=lambda: answers.append(_ask_for_files(path, revision)), daemon=True, name="ask-hub"
-    )
+
+    def keep_answer() -> None:
+        try:
+            answers.append(ask())
+        except Exception as error:  # noqa: BLE001 - edge of the thread, whose traceback would stand in the plan
+            answers.append(_explain_refusal(path, revision, error))
+
+    thread = threading.Thread(target=keep_answer, daemon=True, name="ask-hub")
     thread.start()
     thread.join(_PATIENCE_SECONDS)
     return answers[0] if answers else HubAnswer(unreachable=f"no answer within {_PATIENCE_SECONDS:g} s")
@@ -52,14 +72,9 @@ def _find_cached_config(path: str, revision: str | None) -> object:
 
 
 def _ask_for_files(path: str, revision: str | None) -> HubAnswer:
-    try:
-        with translate_remote_errors(f"hf://{path}"):
-            found = HfApi().model_info(path, revision=revision, timeout=_REQUEST_SECONDS)
-            if found.gated:
-                HfApi().auth_check(path)
-    except DataError as error:
-        cause = error.__cause__ or error
-        return _explain_refusal(path, revision, cause)
+    found = HfApi().model_info(path, revision=revision, timeout=_REQUEST_SECONDS)
+    if found.gated:
+        HfApi().auth_check(path)
     if any(file.rfilename.endswith(".safetensors") for file in found.siblings or ()):
         return HubAnswer()
     what = f"{path} has no weights in safetensors on the hub, and pickled ones are not opened"
@@ -67,7 +82,7 @@ def _ask_for_files(path: str, revision: str | None) -> HubAnswer:
     return HubAnswer(Problem("no-safetensors", "model.path", what, fix))
 
 
-def _explain_refusal(path: str, revision: str | None, error: BaseException) -> HubAnswer:
+def _explain_refusal(path: str, revision: str | None, error: Exception) -> HubAnswer:
     match error:
         case GatedRepoError():
             what = f"{path} is gated, and this login has not been let in"

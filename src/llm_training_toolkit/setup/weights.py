@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from pathlib import Path
 
 from llm_training_toolkit import families
 from llm_training_toolkit.checkpoint.hub_commit import HubCommit, find_hub_commit
 from llm_training_toolkit.config import Config
-from llm_training_toolkit.data.sources.remote import translate_remote_errors
-from llm_training_toolkit.errors import CheckpointError, DataError, PlanError
+from llm_training_toolkit.errors import CheckpointError, PlanError
 from llm_training_toolkit.plan import Plan
 from llm_training_toolkit.plan.check import is_directory_or_hub_id
-from llm_training_toolkit.setup.hub_weights import ask_hub
+from llm_training_toolkit.setup.hub_weights import ask_hub, ask_hub_commit
 from llm_training_toolkit.setup.machine import is_local
 from llm_training_toolkit.setup.resume import ResumeState
-
-_REQUEST_SECONDS = 5.0  # the resume waits for it
 
 
 def check_initial_weights(config: Config, plan: Plan, resume_state: ResumeState) -> None:
@@ -71,11 +67,7 @@ def find_moved_branch(config: Config, resume_state: ResumeState) -> str | None:
     hub = _find_recorded_commit(config, resume_state)
     if hub is None or not hub.can_move:
         return None
-    from huggingface_hub import HfApi  # half a second to import
-
-    now = None
-    with suppress(DataError), translate_remote_errors(f"hf://{hub.path}"):  # a resume does not depend on the hub
-        now = HfApi().model_info(hub.path, revision=hub.revision, timeout=_REQUEST_SECONDS).sha
+    now = ask_hub_commit(hub.path, hub.revision)  # a resume does not depend on the hub
     if now is None or now == hub.commit:
         return None
     return (

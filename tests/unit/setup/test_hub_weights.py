@@ -16,7 +16,7 @@ from hub_server import hub
 from llm_training_toolkit.commands.plan import plan_run
 from llm_training_toolkit.config import parse_config
 from llm_training_toolkit.setup import hub_weights
-from llm_training_toolkit.setup.hub_weights import ask_hub
+from llm_training_toolkit.setup.hub_weights import ask_hub, ask_hub_commit
 
 NAME = "someone/qwen3-0.6b"
 FILES = {"config.json": b"{}", "model.safetensors": b"weights"}
@@ -91,6 +91,28 @@ def test_a_hub_that_does_not_answer_is_a_note_and_nothing_waits(monkeypatch: pyt
     assert time.monotonic() - begin < 60
     assert plan.problems == ()
     assert any("no answer within 0.2 s" in note for note in plan.notes)
+
+
+def test_an_error_of_another_kind_is_a_reason_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", "http://a server:of no form")
+    unreachable = ask_hub(NAME).unreachable
+    assert unreachable
+    assert "no answer" not in unreachable
+    assert ask_hub_commit(NAME, "main") is None
+
+
+def test_a_resume_does_not_wait_for_the_commit_of_a_branch(monkeypatch: pytest.MonkeyPatch) -> None:
+    commit = "a" * 40
+    with hub(NAME, {}, "models", commits={commit: FILES}, branches={"main": commit}) as endpoint:
+        monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+        assert ask_hub_commit(NAME, "main") == commit
+    monkeypatch.setattr(hub_weights, "_PATIENCE_SECONDS", 0.2)
+    with silent_server() as endpoint:
+        monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+        monkeypatch.setattr(hub_weights, "_REQUEST_SECONDS", 60.0)
+        begin = time.monotonic()
+        assert ask_hub_commit(NAME, "main") is None
+    assert time.monotonic() - begin < 30
 
 
 def test_offline_mode_asks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
