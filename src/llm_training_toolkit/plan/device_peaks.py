@@ -14,7 +14,10 @@ class DevicePeak(NamedTuple):
     """Peak of a GPU in 10^12 operations per second."""
 
     pattern: str
-    """Regular expression of the name; the first one in the table that is found counts."""
+    """Regular expression of the name; the first one in the table that is found counts.
+
+    Where a name may mean several, the one with the lowest bandwidth comes last.
+    """
     bandwidth: float
     """Memory bandwidth in 10^12 bytes per second."""
     bf16: float | None
@@ -33,13 +36,16 @@ _PEAKS = (
     DevicePeak(
         r"B200", 8.0, 2250, 75, "NVIDIA DGX and HGX B200 data sheets, an eighth, bf16 half of the sparse figure"
     ),
-    DevicePeak(
-        r"H[12]00 NVL", 3.9, 835, 60, "NVIDIA H200 NVL and H100 NVL data sheets, bf16 half of the sparse figure"
-    ),
+    DevicePeak(r"H200 NVL", 4.8, 835, 60, "NVIDIA H200 data sheet (NVL), bf16 half of the sparse figure"),
+    DevicePeak(r"H100 NVL", 3.9, 835, 60, "NVIDIA H100 NVL data sheet, bf16 half of the sparse figure"),
     DevicePeak(r"H100 PCIe", 2.0, 756, 51, "NVIDIA H100 data sheet (PCIe), bf16 half of the sparse figure"),
     DevicePeak(r"H200", 4.8, 989, 67, "NVIDIA H200 data sheet (SXM), bf16 half of the sparse figure"),
-    DevicePeak(r"G?H[12]00", 3.35, 989, 67, "NVIDIA H100 data sheet (SXM), bf16 half of the sparse figure"),
-    DevicePeak(r"A100", 2.0, 312, 19.5, "NVIDIA A100 data sheet"),
+    DevicePeak(r"H100", 3.35, 989, 67, "NVIDIA H100 data sheet (SXM), bf16 half of the sparse figure"),
+    DevicePeak(r"GH200 144GB?", 4.9, 989, 67, "NVIDIA GH200 data sheet (HBM3e), bf16 half of the sparse figure"),
+    DevicePeak(r"GH200", 4.0, 989, 67, "NVIDIA GH200 data sheet (HBM3), bf16 half of the sparse figure"),
+    DevicePeak(r"A100[- ]SXM4?[- ]80GB", 2.039, 312, 19.5, "NVIDIA A100 data sheet (80 GB, SXM)"),
+    DevicePeak(r"A100\b.*\b80GB", 1.935, 312, 19.5, "NVIDIA A100 data sheet (80 GB, PCIe)"),
+    DevicePeak(r"A100", 1.555, 312, 19.5, "NVIDIA A100 data sheet (40 GB)"),
     DevicePeak(r"L40S", 0.864, 362, 91.6, "NVIDIA L40S data sheet"),
     DevicePeak(r"L40", 0.864, 181, 90.5, "NVIDIA L40 data sheet"),
     DevicePeak(r"L4", 0.3, 121, 30.3, "NVIDIA L4 data sheet, bf16 half of the sparse figure"),

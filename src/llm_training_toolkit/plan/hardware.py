@@ -103,7 +103,7 @@ class ClusterHardware(ConfigSection):
 
     def get_flops_per_byte(self, precision: str) -> float:
         """Return the peak over the memory bandwidth, for numbers of two bytes."""
-        known = find_device_peak(self.device)
+        known = find_device_peak(f"{self.device} {self.memory_gb:g}GB")  # as in the driver's name of an A100
         if known is None:
             return DEFAULT_FLOPS_PER_BYTE
         return self.get_peak_flops(precision) / (1e12 * known.bandwidth) * (1 if precision == "bf16" else 2)

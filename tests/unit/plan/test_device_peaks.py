@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from llm_training_toolkit.plan.device_peaks import find_device_peak
+from unit.plan.test_estimate import hardware
 
 
 @pytest.mark.parametrize(
@@ -37,6 +38,33 @@ def test_the_peak_of_a_card_is_found_by_its_name(name: str, bf16: float | None, 
     assert found.source
     assert found.get_flops("bf16") == (None if bf16 is None else bf16 * 1e12)
     assert found.get_flops("fp32") == fp32 * 1e12
+
+
+@pytest.mark.parametrize(
+    ("name", "bandwidth"),
+    [
+        ("NVIDIA H100 80GB HBM3", 3.35),
+        ("NVIDIA H100 NVL", 3.9),
+        ("NVIDIA H200", 4.8),
+        ("NVIDIA H200 NVL", 4.8),
+        ("NVIDIA GH200 480GB", 4.0),
+        ("NVIDIA GH200 144G HBM3e", 4.9),
+        ("NVIDIA A100-SXM4-40GB", 1.555),
+        ("NVIDIA A100-PCIE-40GB", 1.555),
+        ("NVIDIA A100-SXM4-80GB", 2.039),
+        ("NVIDIA A100 80GB PCIe", 1.935),
+    ],
+)
+def test_cards_with_the_same_processor_have_their_own_memory(name: str, bandwidth: float) -> None:
+    found = find_device_peak(name)
+    assert found is not None
+    assert found.bandwidth == bandwidth
+
+
+@pytest.mark.parametrize(("memory_gb", "ratio"), [(40, 312 / 1.555), (80, 312 / 1.935)])
+def test_a_cluster_file_tells_a_card_by_its_memory(memory_gb: int, ratio: float) -> None:
+    a100 = hardware(device="A100", memory_gb=memory_gb, tflops={"bf16": 312, "fp32": 19.5})
+    assert a100.get_flops_per_byte("bf16") == pytest.approx(ratio)
 
 
 @pytest.mark.parametrize(
