@@ -52,18 +52,27 @@ def find_automatic_reason(config: Config, hf: HfValues) -> str | None:
 
 
 def choose_compilation(
-    config: Config, hf: HfValues, device_type: str, seconds: float | None, missing: str | None
+    config: Config,
+    hf: HfValues,
+    device_type: str,
+    seconds: float | None,
+    missing: str | None,
+    *,
+    begun: bool | None,
 ) -> ResolvedValue:
     """Choose `true` or `false` for a run that computes for about `seconds`, None if that is unknown.
 
-    `missing` = what some worker's machine lacks to compile.
+    `missing` = what some worker's machine lacks to compile. `begun` = what the checkpoint was computed with, which
+    stays where it can, because compiled layers round differently; None without a checkpoint.
     """
     if device_type == "cpu":
         reason: str | None = "on CPUs little is gained"
     else:
         reason = find_automatic_reason(config, hf) or missing
+    if reason is None and begun is not None:
+        return ResolvedValue(COMPILE_KEY, "true" if begun else "false", "as the run has begun")
     if reason is None and seconds is None:
-        reason = "the speed of this GPU is not known, so whether it pays is not, either"
+        reason = "the speed of this GPU is unknown, and so is the gain"
     if reason is None and seconds is not None and seconds < _LEAST_SECONDS:
         reason = f"about {max(seconds / 60, 1):.0f} minutes of computing do not win back the time of compiling"
     if reason is not None:

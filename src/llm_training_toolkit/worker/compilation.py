@@ -1,9 +1,10 @@
-"""Resolution of `model.compile` on the ranks, by their devices, compilers and the length of the run."""
+"""Resolution of `model.compile` on the ranks, by the run so far, devices, compilers and the length of the run."""
 
 from __future__ import annotations
 
 import torch
 
+from llm_training_toolkit.checkpoint import Manifest
 from llm_training_toolkit.config import Config
 from llm_training_toolkit.distributed.context import RunContext
 from llm_training_toolkit.distributed.events import NoteEvent
@@ -19,11 +20,11 @@ from llm_training_toolkit.plan.compilation import COMPILE_KEY
 from llm_training_toolkit.setup.machine import find_compiler_problem
 
 
-def resolve_compilation(config: Config, plan: Plan, context: RunContext) -> Plan:
+def resolve_compilation(config: Config, plan: Plan, context: RunContext, manifest: Manifest | None) -> Plan:
     """Return the plan with `model.compile` resolved. Collective; ZeRO stage and attention must be resolved before.
 
-    The length is that of the whole run, so that a resume decides as the first start did. Raises PlanError on every rank
-    if layers have to be compiled and cannot be.
+    At a resume `auto` is what the checkpoint was computed with, if layers can be compiled here. `manifest` is the
+    checkpoint's. Raises PlanError on every rank if layers have to be compiled and cannot be.
     """
     if config.model.compile is False:
         return plan
@@ -32,8 +33,10 @@ def resolve_compilation(config: Config, plan: Plan, context: RunContext) -> Plan
     if config.model.compile is True:
         _check_compilation(config, plan, context, missing)
         return plan
+    begun = None if manifest is None else manifest.extra.get("compile")
+    seconds = _estimate_seconds(plan, context)
     chosen = context.broadcast_object(
-        choose_compilation(config, plan.hf_config, context.device.type, _estimate_seconds(plan, context), missing)
+        choose_compilation(config, plan.hf_config, context.device.type, seconds, missing, begun=begun)
     )
     if context.is_rank_zero and context.device.type != "cpu":
         context.report(NoteEvent(str(chosen)))
@@ -60,7 +63,7 @@ def build_compile_error(error: BaseException) -> TrainingError:
 
 
 def _estimate_seconds(plan: Plan, context: RunContext) -> float | None:
-    """Return the seconds that the run computes by the published peak of this rank's GPU, or None without one."""
+    """Return the seconds that the whole run computes by the published peak of this rank's GPU, or None without one."""
     if context.device.type != "cuda" or plan.steps is None:
         return None
     peak = find_device_peak(torch.cuda.get_device_name(context.device))

@@ -213,7 +213,7 @@ def _build_components(
     train_state = _get_train_state(checkpoint)
     if context.is_rank_zero:
         update_attempt(run, attempt, resumed=checkpoint.directory.name if checkpoint else None)
-    plan = _make_attempt_plan(spec, context, train_state, resolved)
+    plan = _make_attempt_plan(spec, context, checkpoint, resolved)
     context.heartbeat.set_phase("building the model and loading its state")
     built = build_run_model(spec, plan, context, checkpoint, _find_recorded_commit(spec, context, checkpoint))
     if context.is_rank_zero and built.hub is not None:
@@ -244,11 +244,14 @@ def _build_components(
     )
 
 
-def _make_attempt_plan(spec: WorkerSpec, context: RunContext, state: TrainState, resolved: Sequence[str]) -> Plan:
-    """Return the plan at this number of workers, from `state` on; rank 0 writes it, with `auto` resolved."""
+def _make_attempt_plan(
+    spec: WorkerSpec, context: RunContext, checkpoint: CheckpointReader | None, resolved: Sequence[str]
+) -> Plan:
+    """Return the plan at this number of workers, from `checkpoint` on; rank 0 writes it, with `auto` resolved."""
+    state = _get_train_state(checkpoint)
     data_facts = build_data_facts(spec.dataset_info, state.step, state.sequences)
     plan = check_plan(make_plan(spec.config, data_facts, replicas=context.world_size)).with_notes(resolved)
-    plan = resolve_compilation(spec.config, plan, context)
+    plan = resolve_compilation(spec.config, plan, context, checkpoint.manifest if checkpoint else None)
     if context.is_rank_zero:
         write_atomically(spec.directory.plan_path, json.dumps(plan.to_json(), indent=1))
     return plan

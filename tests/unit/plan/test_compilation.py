@@ -48,7 +48,7 @@ def test_what_cannot_be_compiled_is_a_problem_and_off_by_auto(case: str) -> None
     automatic, off = (config_of(**given | {"model": model | {"compile": value}}) for value in ("auto", False))
     assert not {"not-compiled"} & {each.code for each in (*make_plan(automatic).problems, *make_plan(off).problems)}
     hf = families.resolve_hf_config(automatic)
-    assert choose_compilation(automatic, hf, "cuda", DAY, None).value == "false"
+    assert choose_compilation(automatic, hf, "cuda", DAY, None, begun=None).value == "false"
     assert not make_plan(automatic).compile
     assert "compile" not in make_plan(automatic).estimated
 
@@ -58,7 +58,7 @@ def test_what_cannot_be_compiled_is_a_problem_and_off_by_auto(case: str) -> None
     [
         ({}, "cuda", DAY, None, "true", "24 hours"),
         ({}, "cuda", 600.0, None, "false", "10 minutes"),
-        ({}, "cuda", None, None, "false", "speed of this GPU is not known"),
+        ({}, "cuda", None, None, "false", "the speed of this GPU is unknown, and so is the gain"),
         ({}, "cuda", DAY, "rank 0: no compiler", "false", "rank 0: no compiler"),
         ({}, "cpu", DAY, None, "false", "on CPUs"),
         ({"run": {"deterministic": True}}, "cuda", DAY, None, "false", "run.deterministic"),
@@ -68,9 +68,33 @@ def test_auto_compiles_where_it_pays(
     changes: dict[str, Any], device: str, seconds: float | None, missing: str | None, value: str, reason: str
 ) -> None:
     config = config_of(**changes)
-    chosen = choose_compilation(config, families.resolve_hf_config(config), device, seconds, missing)
+    chosen = choose_compilation(config, families.resolve_hf_config(config), device, seconds, missing, begun=None)
     assert (chosen.key, chosen.value) == ("model.compile", value)
     assert reason in chosen.reason
+
+
+@pytest.mark.parametrize(
+    ("begun", "changes", "missing", "value", "reason"),
+    [
+        (True, {}, None, "true", "as the run has begun"),
+        (False, {}, None, "false", "as the run has begun"),
+        (True, {}, "rank 0: no compiler", "false", "rank 0: no compiler"),
+        (True, {"engine": {"zero_stage": 3}}, None, "false", "ZeRO 3"),
+    ],
+)
+def test_a_resume_keeps_the_choice_where_it_can(
+    begun: bool,
+    changes: dict[str, Any],
+    missing: str | None,
+    value: str,
+    reason: str,
+) -> None:
+    """With ten times as many workers the rest would take minutes, with one of ten a day."""
+    config = config_of(**changes)
+    for seconds in (600.0, DAY):
+        chosen = choose_compilation(config, families.resolve_hf_config(config), "cuda", seconds, missing, begun=begun)
+        assert chosen.value == value
+        assert reason in chosen.reason
 
 
 def test_the_plan_says_what_becomes_of_the_layers() -> None:
@@ -84,7 +108,7 @@ def test_the_plan_says_what_becomes_of_the_layers() -> None:
     assert row(cluster={"gpus_per_worker": 0}) == "no (auto): on CPUs little is gained"
     plan = make_plan(config_of())
     config = config_of()
-    chosen = choose_compilation(config, plan.hf_config, "cuda", DAY, None)
+    chosen = choose_compilation(config, plan.hf_config, "cuda", DAY, None, begun=None)
     resolved = plan.with_compilation(chosen)
     assert resolved.compile
     assert resolved.notes[0] == str(chosen)

@@ -20,11 +20,11 @@ def test_auto_compiles_nothing_on_a_cpu_and_says_so(tmp_path: Path) -> None:
     config = tiny_config(tmp_path, tmp_path)
     planned = make_plan(config)
     assert "compile" in planned.estimated
-    plan = resolve_compilation(config, planned, CONTEXT)
+    plan = resolve_compilation(config, planned, CONTEXT, None)
     assert (plan.compile, plan.compile_reason) == (False, "on CPUs little is gained")
     assert plan.notes[0].startswith("model.compile = false (auto): ")
     off = tiny_config(tmp_path, tmp_path, model={"compile": False})
-    assert resolve_compilation(off, make_plan(off), CONTEXT) == make_plan(off)
+    assert resolve_compilation(off, make_plan(off), CONTEXT, None) == make_plan(off)
 
 
 @pytest.mark.parametrize("compiler", [None, "/no/such/compiler"])
@@ -36,7 +36,7 @@ def test_what_a_rank_cannot_compile_is_refused(
     attention = "varlen" if compiler is None else "sdpa"
     config = tiny_config(tmp_path, tmp_path, model={"compile": True, "attn_implementation": attention})
     with pytest.raises(PlanError, match=r"model\.compile = true: "):
-        resolve_compilation(config, make_plan(config), CONTEXT)
+        resolve_compilation(config, make_plan(config), CONTEXT, None)
 
 
 def test_a_compiler_that_fails_is_an_error_with_a_way_out() -> None:
