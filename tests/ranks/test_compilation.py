@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import compiled_runs
 import rank_tasks
 from llm_training_toolkit.checkpoint import CheckpointReader, find_latest_checkpoint
 from llm_training_toolkit.distributed.events import NoteEvent
@@ -49,7 +50,7 @@ def test_a_compiled_run_is_the_eager_one(pools: Pools, prepared_run: RunDirector
     }
     pools(2).run(rank_tasks.work_on, run=str(runs["eager"].path), changes=changes)
     compiled = changes | {"model": changes["model"] | {"compile": True}}
-    first = pools(2).run(rank_tasks.work_on_compiled, run=str(runs["compiled"].path), changes=compiled, stop_after=2)
+    first = pools(2).run(compiled_runs.work_on_compiled, run=str(runs["compiled"].path), changes=compiled, stop_after=2)
     assert [answer["graphs"] for answer in first] == [2, 2], "one for each size of micro-batch, and no break"
     assert CheckpointReader(_final(runs["compiled"])).manifest.extra["compile"] is True
     last = pools(2).run(rank_tasks.work_on, run=str(runs["compiled"].path), changes=changes)[0]

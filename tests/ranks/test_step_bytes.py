@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-import rank_tasks
+import step_bytes
 from llm_training_toolkit.config import parse_config
 from llm_training_toolkit.plan import Plan, make_plan
 from llm_training_toolkit.plan.communication import count_exchanged_bytes
@@ -52,7 +52,7 @@ def count_step(
     data = json.loads(run.resolved_config_path.read_text())
     data |= {section: (data[section] or {}) | values for section, values in changes.items()}
     plan = make_plan(parse_config(data, "test"), replicas=workers)
-    return plan, pools(workers).run(rank_tasks.step_bytes, run=str(run.path), changes=changes, passes=PASSES)
+    return plan, pools(workers).run(step_bytes.count_step_bytes, run=str(run.path), changes=changes, passes=PASSES)
 
 
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])

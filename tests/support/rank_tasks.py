@@ -39,7 +39,6 @@ from llm_training_toolkit.worker.build import build_run_model
 from llm_training_toolkit.worker.hub_download import ensure_local_weights
 from llm_training_toolkit.worker.main import run_worker
 from llm_training_toolkit.worker.spec import WorkerSpec
-from step_bytes import StepBytes
 from synchronizations import SynchronizationCounter
 
 Arrays = dict[str, np.ndarray[Any, Any]]
@@ -75,7 +74,8 @@ def engine_of(place: WorkerSpec, plan: Plan) -> Engine:
     return build_run_model(place, plan, context(), None).engine
 
 
-def _plan(place: WorkerSpec) -> Plan:
+def plan_of(place: WorkerSpec) -> Plan:
+    """The plan of a run directory's configuration for this pool."""
     return make_plan(place.config, build_data_facts(place.dataset_info), replicas=dist.get_world_size())
 
 
@@ -105,7 +105,7 @@ def gradients(
     from deepspeed.utils import safe_get_full_grad
 
     place = place_of(run, changes)
-    plan = _plan(place)
+    plan = plan_of(place)
     engine = engine_of(place, plan)
     if stirred:
         stir(engine)
@@ -133,7 +133,7 @@ def gradients(
 def fragment_table(run: str, changes: Mapping[str, Any]) -> tuple[dict[str, int], list[tuple[str, int, int]]]:
     """Size of every parameter, and the pieces this rank saves; reads and writes each of them on the way."""
     place = place_of(run, changes)
-    engine = engine_of(place, _plan(place))
+    engine = engine_of(place, plan_of(place))
     for piece in engine.local_fragments():
         for tensor in piece.get_tensors(engine.optimizer).values():
             assert tensor.shape == (piece.count,)
@@ -181,7 +181,7 @@ def read_state(directory: Path) -> Arrays:
 def updated(run: str, changes: Mapping[str, Any], directory: str) -> Arrays:
     """The state after one update from the first weights."""
     place = place_of(run, changes)
-    plan = _plan(place)
+    plan = plan_of(place)
     engine = engine_of(place, plan)
     dataloader = DataLoader(place.dataset_info, global_batch=plan.global_batch, epochs=None)
     world, rank = dist.get_world_size(), dist.get_rank()
@@ -201,7 +201,7 @@ def loaded(
 ) -> tuple[Arrays, set[str], set[float]]:
     """The state right after loading a checkpoint, the groups' weight decays, and the step counters of the flats."""
     place = place_of(run, changes)
-    engine = engine_of(place, _plan(place))
+    engine = engine_of(place, plan_of(place))
     restore_engine(engine, CheckpointReader(Path(checkpoint)))
     state = whole_state(engine, directory)
     decays = {str(group["weight_decay"]) for group in engine.optimizer.param_groups}
@@ -225,21 +225,6 @@ def work_on(run: str, changes: Mapping[str, Any] | None = None, stop_after: int 
 
     result = run_worker(place_of(run, changes), context(report, stop_request))
     return {**result, "events": events}
-
-
-def work_on_compiled(run: str, changes: Mapping[str, Any], stop_after: int | None = None) -> dict[str, Any]:
-    """Take part in a run whose layers are compiled without generated code, which is bit for bit; and its graphs."""
-    from torch._dynamo.utils import counters
-
-    counters.clear()
-    compile_layers: Any = LossModule.compile_layers
-    usual, compile_layers.__defaults__ = compile_layers.__defaults__, ("aot_eager",)
-    try:
-        result = work_on(run, changes, stop_after)
-    finally:
-        compile_layers.__defaults__ = usual
-        torch._dynamo.reset()
-    return {**result, "graphs": counters["stats"]["unique_graphs"] + sum(counters["graph_break"].values())}
 
 
 def work_until(run: str, changes: Mapping[str, Any], said: str, seconds: float) -> dict[str, Any]:
@@ -348,7 +333,7 @@ def evaluation_of_packed_documents(run: str, model: dict[str, Any], attention: s
     that do not begin anew, so that documents see each other.
     """
     place = place_of(run, {"train": {"precision": "fp32"}})
-    plan = _plan(place)
+    plan = plan_of(place)
     torch.manual_seed(0)
     built = build_model(model, precision="fp32", attention=attention)
     engine = Engine(
@@ -407,7 +392,7 @@ def logits_of(
 ) -> np.ndarray[Any, Any]:
     """The engine's own logits after loading a checkpoint."""
     place = place_of(run, changes)
-    engine = engine_of(place, _plan(place))
+    engine = engine_of(place, plan_of(place))
     restore_engine(engine, CheckpointReader(Path(checkpoint)))
     tokens = torch.tensor(ids)
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)
@@ -468,7 +453,7 @@ def recorded_collectives(directory: str, variables: Mapping[str, str]) -> None:
 def synchronizations(run: str, changes: Mapping[str, Any]) -> dict[str, int]:
     """Reads of the device's values by the host: in two micro-batches, in four, and in the update."""
     place = place_of(run, changes)
-    engine = engine_of(place, _plan(place))
+    engine = engine_of(place, plan_of(place))
     dataloader = DataLoader(place.dataset_info, global_batch=place.config.train.global_batch_size, epochs=None)
     batches = dataloader.get_micro_batches(0, range(4), 1, 4)
     engine.forward_backward(batches, 100)
@@ -485,22 +470,3 @@ def synchronizations(run: str, changes: Mapping[str, Any]) -> dict[str, int]:
         counts[part] = counter.count
     engine.close()
     return counts
-
-
-def step_bytes(run: str, changes: Mapping[str, Any], passes: int) -> tuple[int, int]:
-    """Bytes that this rank sends in a step of some micro-batches, and those that live at its peak for the engine."""
-    place = place_of(run, changes)
-    before = StepBytes().standing
-    engine = engine_of(place, _plan(place))
-    dataloader = DataLoader(place.dataset_info, global_batch=place.config.train.global_batch_size, epochs=None)
-    rows = place.config.train.micro_batch_size
-    assert isinstance(rows, int)
-    batches = dataloader.get_micro_batches(0, range(passes * rows), rows, passes)
-    for _ in range(2):  # DeepSpeed's first step records the order of modules
-        engine.forward_backward(batches, 100)
-        engine.optim_step(1e-3)
-    with StepBytes() as counted:
-        engine.forward_backward(batches, 100)
-        engine.optim_step(1e-3)
-    engine.close()
-    return counted.sent, counted.standing - before + counted.peak

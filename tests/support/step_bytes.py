@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import gc
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from llm_training_toolkit.data.dataloader import DataLoader
 from memory_dry_run import LiveBytes
+from rank_tasks import engine_of, place_of, plan_of
 
 # Times that a ring sends (n - 1) / n of the largest tensor. Other collectives of tensors are errors here.
 _RING = {
@@ -62,3 +65,22 @@ def _is_within_collective() -> bool:
     while frame.f_back is not None and frame.f_globals["__name__"] in {"torch._compile", "torch._dynamo.eval_frame"}:
         frame = frame.f_back
     return frame.f_globals["__name__"] == "torch.distributed.distributed_c10d" and frame.f_code.co_name != "wrapper"
+
+
+def count_step_bytes(run: str, changes: Mapping[str, Any], passes: int) -> tuple[int, int]:
+    """Bytes that this rank sends in a step of some micro-batches, and those that live at its peak for the engine."""
+    place = place_of(run, changes)
+    before = StepBytes().standing
+    engine = engine_of(place, plan_of(place))
+    dataloader = DataLoader(place.dataset_info, global_batch=place.config.train.global_batch_size, epochs=None)
+    rows = place.config.train.micro_batch_size
+    assert isinstance(rows, int)
+    batches = dataloader.get_micro_batches(0, range(passes * rows), rows, passes)
+    for _ in range(2):  # DeepSpeed's first step records the order of modules
+        engine.forward_backward(batches, 100)
+        engine.optim_step(1e-3)
+    with StepBytes() as counted:
+        engine.forward_backward(batches, 100)
+        engine.optim_step(1e-3)
+    engine.close()
+    return counted.sent, counted.standing - before + counted.peak
