@@ -71,7 +71,7 @@ def test_a_run_keeps_the_commit_that_it_began_with(
         environment = {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "home")}
 
         refused = ltt("train", str(config), *overrides, "model.revision=v2", environment=environment)
-        assert refused.returncode == 1, refused.stdout + refused.stderr
+        assert refused.returncode == 2, refused.stdout + refused.stderr
         assert "v2" in refused.stderr
 
         first = ltt("train", str(config), *overrides, "train.steps=2", environment=environment)
