@@ -210,7 +210,8 @@ class SourceConfig(ConfigSection):
     metadata: Annotated[bool, FieldTag.IDENTITY] = False
     """Code: put repository name, file path and star count before a document, in the family's special tokens."""
     loss: Annotated[Literal["assistant", "last_turn", "all"], FieldTag.IDENTITY] = "assistant"
-    """Chat: train on all assistant turns and their end tokens, on the last assistant turn only, or on every token."""
+    """Chat: train on all assistant turns and their end tokens, on the last assistant turn only, or on `all` tokens but
+    the first, the results of tools, and turns whose own `loss` is off."""
     failed_steps: Annotated[Literal["train", "mask"], FieldTag.IDENTITY] = "train"
     """Chat: train on turns of an agent whose tool result failed, or mask their loss: they stay in the context
     (docs/data.md, Trajectories). Only successful runs: a `filter`, such as `{resolved: true}`."""

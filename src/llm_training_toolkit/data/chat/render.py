@@ -8,7 +8,7 @@
    Turns include the thinking that the template keeps, the empty thinking that it writes, tool calls and the answer.
    A token that is partly header and partly answer has loss, because the model has to generate it.
 4. Loss `last_turn` covers only the last message of the assistant. A message's own `loss` overrides both.
-5. Loss `all` covers every token but the first and the results of tools, which are never learnt.
+5. Loss `all` covers every token but the first, the results of tools and turns whose own `loss` is off.
 6. `overlong: window` cuts a long conversation between turns (`windows`).
 """
 
@@ -193,7 +193,8 @@ def _build_loss_mask(conversation: Conversation, script: RenderedChat, loss: str
     """Return the mask of characters with loss, (characters,) bool."""
     if loss == "all":
         mask = np.ones(len(script.text), dtype=np.bool_)
-        for start, stop in script.results:
+        masked = [turn for turn in script.turns if conversation.messages[turn.message].loss is False]
+        for start, stop in [*script.results, *((turn.start, turn.stop) for turn in masked)]:
             mask[start:stop] = False
         return mask
     mask = np.zeros(len(script.text), dtype=np.bool_)

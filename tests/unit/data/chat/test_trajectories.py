@@ -233,6 +233,19 @@ def test_results_of_tools_are_never_learnt(qwen: Chat) -> None:
     assert "result" not in said
 
 
+def test_a_failed_step_is_masked_with_every_loss(qwen: Chat) -> None:
+    """Also with `all`: the turn stays in the context, and its end bears no loss either."""
+    messages = [TASK, call(0), result(0, returncode=1), call(1), result(1, returncode=0), call(2), result(2)]
+    record = json.loads(parse_conversation({"messages": messages[:-1]}, MASK).to_text())
+    for loss in ("assistant", "all"):
+        (example,) = qwen.render(record, loss=loss).examples
+        said = qwen.encoder.decode(example.tokens[example.loss])
+        assert [f"Step {number}." in said for number in range(3)] == [False, True, True]
+        ends = example.loss[example.tokens == qwen.encoder.get_special_token_id("<|im_end|>")]
+        assert len(ends) - ends.sum() == {"assistant": 5, "all": 3}[loss]
+    assert "Fix it." in said
+
+
 def count_head(chat: Chat) -> int:
     """Tokens of system text, tools and task, with a short answer."""
     return len(chat.ids({"tools": [WEATHER], "messages": [SYSTEM, TASK, {"role": "assistant", "content": "!"}]}))
