@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple, get_args
 from jsonschema import SchemaError
 from jsonschema.validators import validator_for
 from referencing import Registry
+from referencing.exceptions import Unresolvable
 
 from llm_training_toolkit.data.chat.messages import Conversation, ToolCall
 from llm_training_toolkit.data.chat.render import encode_prompt
@@ -32,6 +33,8 @@ from llm_training_toolkit.models.sampling import SamplingParams
 
 CallFault = Literal["no_call", "malformed", "unknown_tool", "bad_arguments"]
 _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
+# No schema, a `$ref` to nothing or to itself, a `$schema` or an `$id` that is no address.
+_SCHEMA_ERRORS = (SchemaError, Unresolvable, RecursionError, TypeError, ValueError, AttributeError)
 
 
 class _CallingTurn(NamedTuple):
@@ -101,11 +104,11 @@ def _find_fault_of_call(text: str, schemas: Mapping[str, Mapping[str, Any]]) -> 
     if call.get("name") not in schemas:
         return "unknown_tool" if isinstance(call.get("name"), str) else "malformed"
     schema = schemas[call["name"]]
-    kind = validator_for(schema)
     try:
+        kind = validator_for(schema)
         kind.check_schema(schema)
         is_valid = kind(schema, registry=Registry()).is_valid(call["arguments"])  # the registry fetches no address
-    except SchemaError:  # a tool that describes its parameters in another way
+    except _SCHEMA_ERRORS:  # a tool that describes its parameters in another way: its name alone is checked
         return None
     return None if is_valid else "bad_arguments"
 
@@ -113,8 +116,8 @@ def _find_fault_of_call(text: str, schemas: Mapping[str, Mapping[str, Any]]) -> 
 def _read_schema(tool: str) -> tuple[str, Mapping[str, Any]]:
     """Return the name and the schema of the parameters of a tool, in OpenAI's form or without `function` around it."""
     values = json.loads(tool)
-    function = values.get("function", values)
-    return function.get("name", ""), function.get("parameters") or {}
+    function = values["function"] if isinstance(values.get("function"), dict) else values
+    return str(function.get("name", "")), function.get("parameters") or {}
 
 
 def _choose_turns(documents: Iterable[Document], limit: int) -> list[_CallingTurn]:

@@ -89,3 +89,21 @@ def test_tools_of_other_forms() -> None:
     assert find_call_fault(call, [json.dumps(TOOL["function"])]) == "bad_arguments"
     assert find_call_fault(call, ['{"name": "area"}']) is None
     assert find_call_fault(call, ['{"name": "area", "parameters": {"type": "any"}}']) is None
+
+
+UNCHECKABLE: list[Any] = [
+    {"$ref": "#/$defs/absent"},
+    {"$ref": "https://example.com/schema.json"},
+    {"$ref": "#"},
+    {"$schema": ["list"]},
+    {"$schema": 5},
+    {"$id": "http://[half", "$ref": "a"},
+]
+
+
+@pytest.mark.parametrize("schema", UNCHECKABLE, ids=json.dumps)
+def test_a_schema_that_cannot_be_checked_checks_the_name_alone(schema: Any) -> None:
+    tools = [json.dumps({"name": "area", "parameters": schema}), '{"function": 5}', '{"name": ["list"]}']
+    call = '<tool_call>{"name": "%s", "arguments": {"a": 1}}</tool_call>'
+    assert find_call_fault(call % "area", tools) is None
+    assert find_call_fault(call % "aera", tools) == "unknown_tool"
