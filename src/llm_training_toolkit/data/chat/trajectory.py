@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import takewhile
+from itertools import accumulate, takewhile
 from typing import Any
 
 from llm_training_toolkit.data.chat.messages import ChatMessage, InvalidRecord
@@ -25,7 +25,11 @@ _EXIT_CODES_IN_TEXT = (
     re.compile(r"\A\s*<returncode>\s*(-?\d+)\s*</returncode>"),
     re.compile(r"\[(?:The command completed|Command finished) with exit code (-?\d+)\.?\]\s*\Z"),
 )
-_SUCCESS = frozenset({"0", "0.0"})  # tables may hold the code as a number with a point, or as text
+# Tables may hold a code or a flag as a number with a point, or as text, and pandas writes NaN for an absent value.
+_SUCCESS = frozenset({"0", "0.0"})
+_FALSE = frozenset({"false", "no", *_SUCCESS})
+_ABSENT = frozenset({"", "none", "null", "nan"})
+_BOOLEANS = frozenset({"true", "false"})  # no exit codes: their meaning differs between agents
 _ERROR_TEXT = re.compile(r"\A\s*ERROR:")
 
 
@@ -47,15 +51,17 @@ def check_tool_results(items: Sequence[Mapping[str, Any]], messages: Sequence[Ch
     for number, message in enumerate(messages):
         if message.tool_calls:
             results = list(takewhile(lambda at: messages[at].role == "tool", range(number + 1, len(messages))))
-            if len(results) > len(message.tool_calls):
-                raise InvalidRecord(
-                    f"{key}[{results[len(message.tool_calls)]}] is one result more than message {number} has calls",
-                    "result_without_call",
-                )
+            answered = [len(_get_result_ids(items[at])) or 1 for at in results]  # one message may answer several calls
+            for at, total in zip(results, accumulate(answered), strict=True):
+                if total > len(message.tool_calls):
+                    raise InvalidRecord(
+                        f"{key}[{at}] is one result more than message {number} has calls", "result_without_call"
+                    )
             _check_result_ids(items, number, results, key)
-            if len(results) < len(message.tool_calls) and (number != last or number + len(results) + 1 < len(messages)):
+            is_end = number == last and number + len(results) + 1 == len(messages)
+            if sum(answered) < len(message.tool_calls) and not is_end:
                 raise InvalidRecord(
-                    f"{key}[{number}] calls {len(message.tool_calls)} tools and {len(results)} results follow",
+                    f"{key}[{number}] calls {len(message.tool_calls)} tools and {sum(answered)} results follow",
                     "call_without_result",
                 )
 
@@ -80,7 +86,7 @@ def _check_result_ids(items: Sequence[Mapping[str, Any]], number: int, results: 
 def _get_result_ids(item: Mapping[str, Any]) -> list[str]:
     several = item.get("tool_call_ids")
     names = several if isinstance(several, list | tuple) else [item.get("tool_call_id")]
-    return [str(name) for name in names if name not in (None, "")]
+    return [str(name) for name in names if _read_fact(name) not in _ABSENT]
 
 
 def mask_failed_steps(items: Sequence[Mapping[str, Any]], messages: Sequence[ChatMessage]) -> list[ChatMessage]:
@@ -96,19 +102,26 @@ def mask_failed_steps(items: Sequence[Mapping[str, Any]], messages: Sequence[Cha
         results = list(takewhile(lambda at: messages[at].role == "tool", after)) or [
             at for at in after[:1] if messages[at].role == "user"
         ]
-        if any(_has_failed(items[at], messages[at].content) for at in results):
+        if any(_has_failed(items[at], messages[at]) for at in results):
             found[number] = replace(message, loss=False)
     return found
 
 
-def _has_failed(item: Mapping[str, Any], text: str) -> bool:
+def _has_failed(item: Mapping[str, Any], message: ChatMessage) -> bool:
     """Return whether a result says that it failed: by a field, an exit code other than 0, or its text."""
     extra = item.get("extra")
     facts = [item, *([extra] if isinstance(extra, Mapping) else [])]
-    if item.get("is_error") is not None:
-        return bool(item["is_error"])
-    codes = [each[field] for field in _EXIT_CODE_FIELDS for each in facts if each.get(field) is not None]
-    codes = codes or [match[1] for pattern in _EXIT_CODES_IN_TEXT if (match := pattern.search(text))]
-    if any(str(code).strip() not in _SUCCESS for code in codes):
+    flag = _read_fact(item.get("is_error"))
+    if flag not in _ABSENT:
+        return flag not in _FALSE
+    codes = [_read_fact(each.get(field)) for field in _EXIT_CODE_FIELDS for each in facts]
+    codes = [code for code in codes if code not in _ABSENT | _BOOLEANS]
+    codes = codes or [match[1] for pattern in _EXIT_CODES_IN_TEXT if (match := pattern.search(message.content))]
+    if any(code not in _SUCCESS for code in codes):
         return True
-    return item.get("role") == "tool" and not codes and bool(_ERROR_TEXT.match(text))
+    return message.role == "tool" and not codes and bool(_ERROR_TEXT.match(message.content))
+
+
+def _read_fact(value: Any) -> str:  # noqa: ANN401 - whatever the record holds
+    """Return a flag or a code as lower-case text; absent values are among `_ABSENT`."""
+    return str(value).strip().lower()

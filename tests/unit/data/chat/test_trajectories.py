@@ -117,6 +117,44 @@ def test_exit_codes_of_tables_may_be_text_or_have_a_point() -> None:
     assert switches({"messages": messages}) == [None, None, False, False, False]
 
 
+@pytest.mark.parametrize(
+    ("facts", "failed"),
+    [
+        ({"returncode": float("nan")}, False),
+        ({"returncode": float("nan"), "extra": {"returncode": 1.0}}, True),
+        ({"exit_code": False}, False),
+        ({"exit_code": True}, False),
+        ({"exit_code": "false", "content": "[Command finished with exit code 2]"}, True),
+        ({"is_error": "false", "returncode": 1}, False),
+        ({"is_error": "True"}, True),
+        ({"is_error": 0.0}, False),
+        ({"is_error": float("nan"), "returncode": "1"}, True),
+    ],
+)
+def test_absent_facts_and_booleans_as_text_fail_no_step(facts: Record, failed: bool) -> None:
+    """As pandas writes them: NaN is JSON for json.loads, and a column of objects has its booleans as text."""
+    messages = [TASK, call(0), json.loads(json.dumps(result(0) | facts)), call(1)]
+    assert switches({"messages": messages}) == [False if failed else None, None]
+
+
+@pytest.mark.parametrize("names", [{"role": "function"}, {"role": "observation"}, {"from": "tool"}])
+def test_an_error_in_the_text_counts_in_every_name_of_the_role(names: Record) -> None:
+    error = {"content": "ERROR:\nNo replacement was performed", **names}
+    assert switches({"messages": [TASK, call(0), error, call(1)]}) == [False, None]
+    said = {"role": "assistant", "content": "Look."}
+    assert switches({"messages": [TASK, said, error | {"from": "user", "role": "user"}]}) == [None]
+
+
+def test_one_message_may_answer_several_calls() -> None:
+    two = call(0) | {"tool_calls": [*call(0)["tool_calls"], *call(1)["tool_calls"]]}
+    both = {"role": "tool", "content": "fine", "tool_call_ids": ["c0", "c1"]}
+    assert len(parse_conversation({"messages": [TASK, two, both, call(2)]}).messages) == 4
+    with pytest.raises(InvalidRecord, match=r"messages\[3\] is one result more than message 1 has calls"):
+        parse_conversation({"messages": [TASK, two, both, result(1), call(2)]})
+    with pytest.raises(InvalidRecord, match=r"messages\[1\] calls 2 tools and 1 results follow"):
+        parse_conversation({"messages": [TASK, two, both | {"tool_call_ids": ["c1"]}, call(2)]})
+
+
 def test_a_message_decides_before_the_outcome_does() -> None:
     messages = [TASK, call(0, loss=True), result(0, "", is_error=True), call(1, loss=False), result(1), call(2)]
     assert switches({"messages": messages}) == [True, False, None]
