@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,11 +26,15 @@ class Example:
 
 
 class RenderedDocument(NamedTuple):
-    """Examples of a document (empty: dropped as too long), and the token count of the whole document with its end."""
+    """Examples of a document (empty: dropped), and the token count of the whole document with its end.
+
+    dropped: the reason, longer than a sequence or without a token that bears loss; None for a document with examples.
+    """
 
     document: int
     tokens: int
     examples: list[Example]
+    dropped: Literal["too_long", "no_loss"] | None = None
 
 
 class MarkedText(NamedTuple):

@@ -93,7 +93,7 @@ class _RenderedDocuments:
     def _render_examples(self, numbered: list[tuple[int, Document]]) -> Iterator[Example]:
         for rendered in self._renderer.render_documents(0, numbered, seed=0, epoch=0, plain=True):
             self.count += bool(rendered.examples)
-            self.too_long += not rendered.examples
+            self.too_long += rendered.dropped == "too_long"
             for example in rendered.examples:
                 yield from split_into_windows(example, self._context, self._stride or self._context)
 

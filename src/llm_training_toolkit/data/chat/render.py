@@ -79,10 +79,13 @@ def render_chat(
             answers = _find_answer_tokens(script, encoder)
             windows = cut_into_windows(conversation, answers, render.count_tokens, rules.sequence_length)
             examples = [render.build_example(number, window) for window in windows or ()]
-            examples = [example for example in examples if example.loss.any()]
+            kept = [example for example in examples if example.loss.any()]
         else:
-            examples = _split_into_examples(number, document, whole, rules)
-        rendered.append(RenderedDocument(number, len(whole.ids), examples))
+            kept = examples = _split_into_examples(number, document, whole, rules)
+        if not any(example.loss.any() for example in examples):
+            rendered.append(RenderedDocument(number, len(whole.ids), [], "no_loss" if examples else "too_long"))
+        else:
+            rendered.append(RenderedDocument(number, len(whole.ids), kept))
     return rendered
 
 
@@ -142,8 +145,8 @@ class _WindowRenderer:
         if loss == "last_turn":  # that of the whole conversation
             conversation, loss = window.mask_turns(keep=window.is_last), "assistant"
         mask = _build_loss_mask(conversation, script, loss)
-        if window.shown:
-            mask[: min(turn.start for turn in script.turns if turn.message >= window.shown)] = False
+        if window.first_learnt:
+            mask[: min(turn.start for turn in script.turns if turn.message >= window.first_learnt)] = False
         (tokens,) = _encode_scripts([(conversation, script, mask)], self.rules, self.encoder)
         return tokens
 

@@ -25,11 +25,11 @@ class TokenSpan(NamedTuple):
 class ConversationWindow:
     """Conversation of a window that ends with an answer.
 
-    shown: number of the message from which on answers are learnt, 0 in the first window. is_last: it has the last turn.
+    first_learnt: number of the first message to learn, 0 in the first window. is_last: it has the last turn.
     """
 
     conversation: Conversation
-    shown: int
+    first_learnt: int
     is_last: bool
 
     def mask_turns(self, *, keep: bool) -> Conversation:
@@ -59,7 +59,7 @@ def cut_into_windows(
         if window is None:
             return None
         windows.append(window)
-        first += sum(message.role == "assistant" for message in window.conversation.messages[window.shown :])
+        first += sum(message.role == "assistant" for message in window.conversation.messages[window.first_learnt :])
     return windows
 
 
@@ -94,5 +94,5 @@ def _build_window(conversation: Conversation, begin: int, first: int, last: int)
     """Return the window of the answers `begin` to `last`, of which those from `first` on are learnt."""
     places = [number for number, message in enumerate(conversation.messages) if message.role == "assistant"]
     kept = conversation.messages[: places[0]] + conversation.messages[places[begin] : places[last] + 1]
-    shown = places[0] + places[first] - places[begin] if first else 0
-    return ConversationWindow(replace(conversation, messages=kept), shown, last == len(places) - 1)
+    first_learnt = places[0] + places[first] - places[begin] if first else 0
+    return ConversationWindow(replace(conversation, messages=kept), first_learnt, last == len(places) - 1)

@@ -62,7 +62,15 @@ def render_code(
     cut = [chunk for work in works if work.number not in done for chunk in split_into_chunks(work, rules)]
     for chunk, example in sorted(_render_chunks(cut, rules, encoder), key=lambda each: each[0].start):
         done.setdefault(chunk.tokenized.number, []).append(example)
-    return [RenderedDocument(work.number, len(work.buffer.tokens), done.get(work.number, [])) for work in works]
+    return [
+        RenderedDocument(
+            work.number,
+            len(work.buffer.tokens),
+            done.get(work.number, []),
+            None if work.number in done else "too_long",
+        )
+        for work in works
+    ]
 
 
 class _RenderedSpan(NamedTuple):

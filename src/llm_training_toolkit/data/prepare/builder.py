@@ -58,7 +58,7 @@ from llm_training_toolkit.plan import compute_integer_shares
 
 StageProgressCallback = Callable[[str, int, int], None]
 
-_FORMAT_VERSION = 7  # part of every key: raise it when the same documents would give different files
+_FORMAT_VERSION = 8  # part of every key: raise it when the same documents would give different files
 _PROGRESS_EVERY = 256
 
 
@@ -314,8 +314,8 @@ class DatasetBuilder:
         if not len(packed):
             raise DataError(
                 f"data.sources: no document{what} is left to train on: each is held out, or longer than "
-                f"data.sequence_length {self.data.sequence_length} and was dropped. Set overlong: split, raise "
-                "data.sequence_length, or give more documents."
+                f"data.sequence_length {self.data.sequence_length} and was dropped, or bears no loss. Set overlong: "
+                "split, raise data.sequence_length, or give more documents."
             )
         lengths = ExampleStore(rendered).length
         times = np.bincount(packed.order, minlength=len(lengths))  # measured, to reveal lost tokens

@@ -54,17 +54,26 @@ class LengthStats:
     """Lengths of rendered documents: tokens and name of the longest one.
 
     too_long: documents dropped because they are longer than a sequence; left_out: their tokens.
+    no_loss: documents dropped because none of their tokens bears loss.
     """
 
     longest: int = 0
     name: str = ""
     too_long: int = 0
     left_out: int = 0
+    no_loss: int = 0
+
+    @property
+    def dropped(self) -> dict[str, int]:
+        """Number of dropped documents by reason."""
+        counts = {"too_long": self.too_long, "no_loss": self.no_loss}
+        return {reason: count for reason, count in counts.items() if count}
 
     def add_document(self, name: str, document: RenderedDocument) -> None:
         """Count a document."""
-        dropped = not document.examples
-        self.merge_stats(LengthStats(document.tokens, name, int(dropped), document.tokens * dropped))
+        too_long = document.dropped == "too_long"
+        no_loss = document.dropped == "no_loss"
+        self.merge_stats(LengthStats(document.tokens, name, int(too_long), document.tokens * too_long, int(no_loss)))
 
     def merge_stats(self, other: LengthStats) -> None:
         """Merge other statistics; of documents of equal length the first is named."""
@@ -72,6 +81,7 @@ class LengthStats:
             self.longest, self.name = other.longest, other.name
         self.too_long += other.too_long
         self.left_out += other.left_out
+        self.no_loss += other.no_loss
 
 
 ShardRunner = Callable[[RenderJob, Sequence[DocumentShard], DoneCallback], None]  # renders missing shards of a job
@@ -187,6 +197,9 @@ class _RenderedDataset(NamedTuple):
     def count_tokens(self, source: int) -> int:
         return int(self.examples.length[self.examples.source == source].sum())
 
+    def count_dropped(self, source: int) -> int:
+        return sum(self.stats.lengths[source].dropped.values())
+
     def count_loss_tokens(self, source: int) -> int:
         return int(self.examples.targets[self.examples.source == source].sum())
 
@@ -214,14 +227,14 @@ def _build_source_info(
     lengths = LengthStats()
     for side in (trained, held):
         lengths.merge_stats(side.stats.lengths[index])
-    held_out = document_index.count_documents(held=True, source=index) - held.stats.lengths[index].too_long
-    kept = document_index.count_documents(held=False, source=index) - trained.stats.lengths[index].too_long
+    held_out = document_index.count_documents(held=True, source=index) - held.count_dropped(index)
+    kept = document_index.count_documents(held=False, source=index) - trained.count_dropped(index)
     tokens = trained.count_tokens(index)
     return SourceInfo(
         path=path,
         documents=kept + held_out,
         held_out=held_out,
-        dropped=document_index.dropped[index] | ({"too_long": lengths.too_long} if lengths.too_long else {}),
+        dropped=document_index.dropped[index] | lengths.dropped,
         tokens=tokens,
         loss_tokens=trained.count_loss_tokens(index),
         longest=lengths.longest,

@@ -117,10 +117,17 @@ def test_what_bears_loss_can_be_chosen(qwen3: Chat) -> None:
         ((first | {"loss": False}, second), "assistant", last),
         ((first, second | {"loss": False}), "assistant", "42<|im_end|>"),
         ((first | {"loss": True}, second), "last_turn", "42<|im_end|>" + last),
-        ((first, second | {"loss": False}), "last_turn", ""),
     ):
         asked, why = RECORD["messages"][0], RECORD["messages"][2]
         assert qwen3.said({"messages": [asked, switched[0], why, switched[1]]}, loss=loss) == expected
+
+
+def test_a_conversation_without_loss_is_dropped_for_that(qwen3: Chat) -> None:
+    record = {"messages": [RECORD["messages"][0], RECORD["messages"][1] | {"loss": False}]}
+    total = len(qwen3.ids(record, loss="all"))
+    assert qwen3.render(record) == (7, total, [], "no_loss")
+    assert qwen3.render(record, sequence_length=total - 1, overlong="split") == (7, total, [], "no_loss")
+    assert qwen3.render(record, sequence_length=total - 1) == (7, total, [], "too_long")
 
 
 def test_a_token_that_is_partly_header_bears_loss(qwen3: Chat) -> None:
@@ -230,7 +237,7 @@ def test_too_long_is_dropped_counted_or_refused(qwen3: Chat) -> None:
     total = len(qwen3.ids(RECORD))
     assert qwen3.render(RECORD, sequence_length=total).examples
     dropped = qwen3.render(RECORD, sequence_length=total - 1)
-    assert (dropped.document, dropped.tokens, dropped.examples) == (7, total, [])
+    assert dropped == (7, total, [], "too_long")
     with pytest.raises(DataError, match=rf"chats\.jsonl:3: {total} tokens, longer than data\.sequence_length 16"):
         qwen3.render(RECORD, sequence_length=16, overlong="error")
 

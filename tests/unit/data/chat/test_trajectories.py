@@ -336,11 +336,12 @@ def test_loss_of_windows_can_be_chosen(qwen: Chat) -> None:
         message | {"loss": False} if message["role"] == "assistant" else message for message in record["messages"]
     ]
     silent = record | {"messages": failed}
-    assert qwen.render(silent, sequence_length=length, overlong="window").examples == []
+    dropped = qwen.render(silent, sequence_length=length, overlong="window")
+    assert (dropped.examples, dropped.dropped) == ([], "no_loss")
 
 
 def test_a_turn_that_does_not_fit_with_its_prompt_costs_the_conversation(qwen: Chat) -> None:
     record, length = trajectory(2, words=900), count_head(qwen) + 300
     found = qwen.render(record, sequence_length=length, overlong="window")
-    assert found.examples == []
+    assert (found.examples, found.dropped) == ([], "too_long")
     assert found.tokens > length

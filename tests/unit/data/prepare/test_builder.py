@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -164,6 +165,18 @@ def test_dropped_documents_are_counted_by_reason(
         prepare_dataset(strict, markers)
     with pytest.raises(DataError, match=r"x\.jsonl:3"):
         prepare_dataset(configure(sources=[source]), markers)
+
+
+def test_documents_without_loss_are_counted_apart_from_long_ones(
+    configure: Configure, markers: TokenizationSpec, tmp_path: Path
+) -> None:
+    answers = [{"content": "b"}, {"content": "c", "loss": False}, {"content": "long " * 99}]
+    rows = [[{"role": "user", "content": "a"}, {"role": "assistant", **answer}] for answer in answers]
+    (tmp_path / "x.jsonl").write_text("\n".join(json.dumps({"messages": row}) for row in rows), encoding="utf-8")
+    source = {"path": str(tmp_path / "x.jsonl"), "format": "chat", "prompt_template": "starcoder"}
+    (info,) = prepare_dataset(configure(sources=[source], eval={"fraction": 0.0}), markers).dataset_info.sources
+    assert (info.documents, info.dropped) == (1, {"too_long": 1, "no_loss": 1})
+    assert info.truncated == info.longest / (info.longest + info.tokens)
 
 
 @pytest.mark.parametrize(
