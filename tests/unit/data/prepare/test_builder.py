@@ -170,7 +170,7 @@ def test_dropped_documents_are_counted_by_reason(
 def test_documents_without_loss_are_counted_apart_from_long_ones(
     configure: Configure, markers: TokenizationSpec, tmp_path: Path
 ) -> None:
-    answers = [{"content": "b"}, {"content": "c", "loss": False}, {"content": "long " * 99}]
+    answers: list[dict[str, Any]] = [{"content": "b"}, {"content": "c", "loss": False}, {"content": "long " * 99}]
     rows = [[{"role": "user", "content": "a"}, {"role": "assistant", **answer}] for answer in answers]
     (tmp_path / "x.jsonl").write_text("\n".join(json.dumps({"messages": row}) for row in rows), encoding="utf-8")
     source = {"path": str(tmp_path / "x.jsonl"), "format": "chat", "prompt_template": "starcoder"}
