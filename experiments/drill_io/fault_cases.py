@@ -6,12 +6,13 @@ import errno
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from power_loss import list_entries, lose_power
 
@@ -103,7 +104,7 @@ class Result(NamedTuple):
     fault: str
     call: int
     what: str
-    """The call, and the file's path below the directory of runs."""
+    """The call that met the fault, and the file's path below the directory of runs; empty if none did."""
     first: int
     """Exit code of the run under the fault."""
     problems: tuple[str, ...]
@@ -125,12 +126,9 @@ class Sweep:
         self._environment = {**os.environ, "LD_PRELOAD": str(build_library(directory))}
         code, output = self._train("reference", Fault(0), 0)
         assert code == 0, output
-        rows = (directory / "reference.log").read_text().splitlines()
-        root = str(directory / "reference")
-        counted = ("open", "create", "truncate", "write", "fsync", "rename", "mkdir", "remove")
-        self.calls = [
-            f"{row[0]} {row[3].removeprefix(root + '/')}" for line in rows if (row := line.split("\t"))[0] in counted
-        ]
+        numbered = read_calls(directory / "reference.log", directory / "reference", "call")
+        assert list(numbered) == list(range(1, len(numbered) + 1))
+        self.calls = list(numbered.values())
         self._run = RunDirectory(directory / "reference" / "r")
         self._reference = read_outcome(self._run)
 
@@ -155,11 +153,13 @@ class Sweep:
         before = list_entries(root)
         first, said = self._train(name, fault, call)
         announced = [int(step) for step in re.findall(r"^step (\d+): checkpoint ", said, re.MULTILINE)]
+        log, graves = (self._directory / f"{name}{suffix}" for suffix in (".log", ".graves"))
+        met = read_calls(log, root, "fault")
         if fault.loses:
-            log, graves = (self._directory / f"{name}{suffix}" for suffix in (".log", ".graves"))
             lose_power(root, log, graves, before, names=fault.loses == "names")
         run = RunDirectory(root / "r")
-        problems = list(_find_first_problems(run, fault, first, said, announced))
+        problems = [] if call in met else ["the fault was not met"]
+        problems += _find_first_problems(run, fault, first, said, announced)
         second, said = self._train(name, Fault(0), 0)
         if second != 0:
             problems.append(f"the next start ended with {second}: {said.strip().splitlines()[-1:]}")
@@ -168,13 +168,19 @@ class Sweep:
         if "Traceback" in said:
             problems.append("traceback of the next start")
         problems += _compare(read_outcome(run), self._reference) if second == 0 else []
-        return Result(kind, call, self.calls[call - 1] if call <= len(self.calls) else "", first, tuple(problems))
+        return Result(kind, call, met.get(call, ""), first, tuple(problems))
 
     def _audit(self, run: RunDirectory) -> Iterator[str]:
         found, wanted = (_read_sequences(each) for each in (run, self._run))
         missing, doubled = audit_sequences(found, wanted, [[len(wanted)] * 10])
         if missing or doubled:
             yield f"{missing} sequences missing, {doubled} doubled"
+
+
+def read_calls(log: Path, root: Path, kind: Literal["call", "fault"]) -> dict[int, str]:
+    """Read the counted calls of a log of `faults.c`, or those that met the fault: what and where, by number."""
+    rows = [line.split("\t") for line in log.read_text().splitlines()]
+    return {int(row[1]): f"{row[4]} {os.path.relpath(row[3], root)}" for row in rows if row[0] == kind}
 
 
 def _read_sequences(run: RunDirectory) -> list[FetchedSequence]:
@@ -188,6 +194,8 @@ def _find_first_problems(
     """Find what the faulty run itself did wrong: its words, and announced checkpoints that are not there."""
     if "Traceback" in said:
         yield "traceback"
+    if fault.action in {2, 3} and code != -signal.SIGKILL:
+        yield f"exit code {code} after SIGKILL"
     if fault.action == 5 and code not in {0, 75}:
         yield f"exit code {code} after SIGTERM"
     if code > 0 and code != 75 and "error: " not in said:

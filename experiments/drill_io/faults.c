@@ -1,9 +1,11 @@
 /* Faults of input and output, loaded by LD_PRELOAD: the n-th call below a directory that changes the disk fails, is half
- * done, ends the process or sends it a signal. Calls are logged for the simulation of a loss of power (power_loss.py).
+ * done, ends the process or sends it a signal. What calls did is logged for the simulation of a loss of power
+ * (power_loss.py).
  *
- * Counted are open for writing, write, fsync, rename, mkdir, unlink and rmdir. Arm it by `arm_faults`; until then, and in
- * programs that the process starts, nothing happens. What a removed name meant is kept in `graves` as a hard link, because a
- * removal that was not synced may be undone. */
+ * Counted are open for writing, write, fsync, rename, mkdir, unlink and rmdir, also those that fail: each is logged with its
+ * number before it is done (`call`), and again if it meets the fault (`fault`). Arm it by `arm_faults`; until then, and in
+ * processes that the armed one starts, nothing happens. What a removed name meant is kept in `graves` as a hard link,
+ * because a removal that was not synced may be undone. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -21,7 +23,8 @@
 enum { NOTHING, FAIL, KILL, HALF_THEN_KILL, HALF_THEN_FAIL, TERMINATE };
 
 static char prefix[PATH_MAX], graves[PATH_MAX];
-static int nth, code, action, sticky, count, fired;
+static int nth, code, action, sticky, count;
+static pid_t armed;
 static FILE *record;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 
@@ -31,14 +34,12 @@ static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 
 /* `at`: number of the call, from 1; `then`: an action; `from_then_on`: all later calls fail, too. */
 void arm_faults(const char *below, int at, int error, int then, int from_then_on, const char *log, const char *kept) {
-    nth = at, code = error, action = then, sticky = from_then_on, count = fired = 0;
+    nth = at, code = error, action = then, sticky = from_then_on, count = 0, armed = getpid();
     strncpy(graves, kept, PATH_MAX - 1);
     record = *log ? fopen(log, "w") : NULL;
     if (record) setvbuf(record, NULL, _IOLBF, 0);
     strncpy(prefix, below, PATH_MAX - 1);
 }
-
-int count_calls(void) { return count; }
 
 static int of_descriptor(int descriptor, char *path) {
     char link[64];
@@ -76,7 +77,8 @@ static void keep(const char *path) {
     char grave[PATH_MAX + 32];
     if (!graves[0] || !inode_of(path)) return;
     snprintf(grave, sizeof grave, "%s/%lu", graves, inode_of(path));
-    linkat(AT_FDCWD, path, AT_FDCWD, grave, 0); /* fails for directories, and for what is kept already */
+    /* A directory has no hard link. Left open it keeps its inode, so that no later file is taken for it. */
+    if (linkat(AT_FDCWD, path, AT_FDCWD, grave, 0) && errno != EEXIST) open(path, O_PATH | O_CLOEXEC);
 }
 
 static void note(const char *what, unsigned long inode, long size, const char *path, const char *more) {
@@ -85,11 +87,13 @@ static void note(const char *what, unsigned long inode, long size, const char *p
 }
 
 /* The action that this call meets; ends the process itself where nothing of the call is done first. */
-static int meet(int halves) {
+static int meet(int halves, const char *what, const char *path) {
+    if (getpid() != armed) return NOTHING;
     pthread_mutex_lock(&lock);
     count++;
     int met = action && (count == nth || (sticky && count > nth)) ? action : NOTHING;
-    fired += met != NOTHING;
+    note("call", count, 0, path, what);
+    if (met) note("fault", count, 0, path, what);
     pthread_mutex_unlock(&lock);
     if (met == TERMINATE) {
         kill(getpid(), SIGTERM);
@@ -104,11 +108,11 @@ static int meet(int halves) {
     return met;
 }
 
-static int opened(int descriptor, int flags, const char *path, int was_there) {
+static int opened(int descriptor, const char *path, const char *what) {
     if (descriptor >= 0 && path[0]) {
         struct stat found;
         fstat(descriptor, &found);
-        note(was_there ? (flags & O_TRUNC ? "truncate" : "open") : "create", found.st_ino, 0, path, "");
+        note(what, found.st_ino, 0, path, "");
     }
     return descriptor;
 }
@@ -124,14 +128,14 @@ static int opened(int descriptor, int flags, const char *path, int was_there) {
         } \
         REAL(NAME); \
         char path[PATH_MAX] = ""; \
-        int there = 1; \
+        const char *what = ""; \
         if ((flags & (O_WRONLY | O_RDWR | O_CREAT)) && below(FOLDER, given, path)) { \
-            if (meet(0)) return -1; \
-            there = inode_of(path) != 0; \
+            what = inode_of(path) ? (flags & O_TRUNC ? "truncate" : "open") : "create"; \
+            if (meet(0, what, path)) return -1; \
         } else { \
             path[0] = 0; \
         } \
-        return opened(CALL, flags, path, there); \
+        return opened(CALL, path, what); \
     }
 OPEN(open, (const char *given, int flags, ...), real(given, flags, mode), AT_FDCWD)
 OPEN(open64, (const char *given, int flags, ...), real(given, flags, mode), AT_FDCWD)
@@ -149,7 +153,7 @@ ssize_t write(int descriptor, const void *bytes, size_t size) {
     REAL(write);
     char path[PATH_MAX];
     if (!prefix[0] || descriptor < 3 || !of_descriptor(descriptor, path)) return real(descriptor, bytes, size);
-    int met = meet(1);
+    int met = meet(1, "write", path);
     if (met == FAIL) return -1;
     if (met) {
         if (size > 1) real(descriptor, bytes, size / 2);
@@ -170,7 +174,7 @@ ssize_t writev(int descriptor, const struct iovec *pieces, int number) {
     REAL(writev);
     char path[PATH_MAX];
     if (!prefix[0] || descriptor < 3 || !of_descriptor(descriptor, path)) return real(descriptor, pieces, number);
-    if (meet(0)) return -1;
+    if (meet(0, "write", path)) return -1;
     ssize_t done = real(descriptor, pieces, number);
     note_size("write", descriptor, path);
     return done;
@@ -181,7 +185,7 @@ ssize_t writev(int descriptor, const struct iovec *pieces, int number) {
         REAL(NAME); \
         char path[PATH_MAX]; \
         if (!prefix[0] || !of_descriptor(descriptor, path)) return real(descriptor); \
-        if (meet(0)) return -1; \
+        if (meet(0, "fsync", path)) return -1; \
         int done = real(descriptor); \
         if (!done) note_size("fsync", descriptor, path); \
         return done; \
@@ -198,7 +202,7 @@ int rename(const char *old, const char *new) {
     REAL(rename);
     char from[PATH_MAX], to[PATH_MAX];
     if (!below(AT_FDCWD, new, to) || !below(AT_FDCWD, old, from)) return real(old, new);
-    if (meet(0)) return -1;
+    if (meet(0, "rename", from)) return -1;
     keep(to);
     unsigned long inode = inode_of(from);
     return renamed(real(old, new), from, to, inode);
@@ -208,7 +212,7 @@ int renameat(int old_folder, const char *old, int new_folder, const char *new) {
     REAL(renameat);
     char from[PATH_MAX], to[PATH_MAX];
     if (!below(new_folder, new, to) || !below(old_folder, old, from)) return real(old_folder, old, new_folder, new);
-    if (meet(0)) return -1;
+    if (meet(0, "rename", from)) return -1;
     keep(to);
     unsigned long inode = inode_of(from);
     return renamed(real(old_folder, old, new_folder, new), from, to, inode);
@@ -226,7 +230,7 @@ int mkdir(const char *given, mode_t mode) {
     REAL(mkdir);
     char path[PATH_MAX];
     if (!below(AT_FDCWD, given, path)) return real(given, mode);
-    if (meet(0)) return -1;
+    if (meet(0, "mkdir", path)) return -1;
     int done = real(given, mode);
     if (!done) note("mkdir", inode_of(path), 0, path, "");
     return done;
@@ -237,7 +241,7 @@ int mkdir(const char *given, mode_t mode) {
         REAL(NAME); \
         char path[PATH_MAX]; \
         if (!below(FOLDER, given, path)) return CALL; \
-        if (meet(0)) return -1; \
+        if (meet(0, "remove", path)) return -1; \
         keep(path); \
         int done = CALL; \
         if (!done) note("remove", 0, 0, path, ""); \

@@ -13,6 +13,8 @@ from contextlib import contextmanager, suppress
 from glob import iglob
 from pathlib import Path
 
+from llm_training_toolkit.runs.atomic_write import create_directory, sync_directory
+
 _LOCK_NAME = ".building"
 # After this time a build of another machine counts as dead if its lock is free: some shared file systems keep locks
 # local to each machine.
@@ -22,12 +24,12 @@ _STALE_SECONDS = 24 * 3600.0
 def build_atomic_dir(target: Path, build: Callable[[Path], None]) -> Path:
     """Build the directory `target` with `build(temporary directory)` unless it exists, and return it.
 
-    The finished directory is renamed into place, so it is complete or absent after any crash. If two processes build
-    the same directory, the second result is discarded.
+    The finished directory is renamed into place, so it is complete or absent after any crash, and a loss of power later
+    leaves it there. If two processes build the same directory, the second result is discarded.
     """
     if target.is_dir():
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
+    create_directory(target.parent)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}")
     temporary.mkdir()
     try:
@@ -36,6 +38,7 @@ def build_atomic_dir(target: Path, build: Callable[[Path], None]) -> Path:
             claim.unlink()
             _fsync_directory(temporary)
             temporary.rename(target)
+            sync_directory(target.parent)
     except OSError as error:  # another process finished first and may have removed this build's inputs
         if not target.is_dir():
             error.filename = error.filename or str(target)  # a failed write alone does not name its file
