@@ -59,7 +59,7 @@ class JsonLines:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._attempt = attempt
         terminate_last_line(path)
-        self._file = path.open("ab", buffering=0)
+        self._file = path.open("a+b", buffering=0)
         self._pending = b""
         sync_directory(path.parent)
 
@@ -87,7 +87,13 @@ class JsonLines:
 
     def _write_pending(self) -> None:
         while self._pending:
-            written = self._file.write(self._pending)
+            end = self._file.seek(0, os.SEEK_END)
+            try:
+                written = self._file.write(self._pending)
+            except OSError:  # perhaps after a part of the bytes: the next write goes on behind them
+                taken = os.pread(self._file.fileno(), len(self._pending), end)
+                self._pending = self._pending.removeprefix(taken)
+                raise
             self._pending = self._pending[written:]
 
 
