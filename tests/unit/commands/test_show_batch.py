@@ -96,7 +96,7 @@ def test_conversations_without_any_loss_are_refused(launch_config: Callable[...,
     told = {"messages": [{"role": "user", "content": "c"}, {"role": "assistant", "content": "d", "loss": False}]}
     silent.write_text(json.dumps(said) + "\n" + json.dumps(told))
     config = launch_config("silent", data={"sources": [{"path": str(silent), "format": "chat"}]})
-    with pytest.raises(DataError, match="no token bears loss"):
+    with pytest.raises(DataError, match="or bears no loss"):
         load_batch_sequences(load_config(config), 1, Console(io.StringIO()))
 
 
