@@ -134,7 +134,8 @@ def test_a_notebook_trains_draws_and_lets_the_model_write(name: str, executed: d
     assert f"('finished', {STEPS})" in texts(outputs, "text/plain")
     (curves,) = pictures(outputs)
     left = curves[:, : curves.shape[1] // 2]
-    assert min(width_of(BLUE, left), width_of(ORANGE, left)) > 0.6
+    # Of 0.68 and 0.81; the end of one curve may lie under the other.
+    assert min(width_of(BLUE, left), width_of(ORANGE, left)) > 0.5
     printed = "".join(output.get("text", "") for output in outputs)
     written = printed.count(" -> ") if name == "qwen_finetune" else texts(outputs, "text/html")[-1].count('"loss"')
     assert written == (3 if name == "qwen_finetune" else 1)
