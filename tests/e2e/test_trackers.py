@@ -92,10 +92,9 @@ import sys, time
 from pathlib import Path
 from llm_training_toolkit.config.schema import WandbConfig
 from llm_training_toolkit.monitoring.background_sink import BackgroundSink
-from llm_training_toolkit.monitoring.trackers import WandbClient
-from llm_training_toolkit.runs.directory import RunDirectory
+from llm_training_toolkit.monitoring.trackers import TrackedRun, WandbClient
 
-client = WandbClient(WandbConfig(project="tiny"), RunDirectory(Path(sys.argv[1])), "id", {})
+client = WandbClient(WandbConfig(project="tiny"), TrackedRun("run", Path(sys.argv[1]), "id", {}))
 sink = BackgroundSink(client, close_seconds=1)
 sink.write(1, {"train/loss": 1.0})
 while not any(Path(sys.argv[1]).glob("wandb/*")) and sink._thread.is_alive():

@@ -124,7 +124,7 @@ def _touch_pages(pages: mmap.mmap) -> None:
 
 
 def _lock_pages(pages: mmap.mmap, device: torch.device) -> None:
-    """Page-lock memory for copies from a GPU. Where the system allows no more of it, copies are only slower."""
+    """Page-lock memory for copies from a GPU. Without it, if the system allows no more, copies are only slower."""
     import torch  # noqa: PLC0415 - as above
 
     with torch.cuda.device(device):  # a new thread would create a context on the first GPU

@@ -26,7 +26,7 @@ def _configure_torch() -> None:
     from torch._inductor import config as inductor  # noqa: PLC0415
 
     dynamo.recompile_limit = _GRAPHS
-    # What a router's hook keeps is kept by the forward pass, not once more by a recomputation.
+    # Hooks of routers count in the forward pass alone, not once more in its recomputation.
     dynamo.skip_fwd_side_effects_in_bwd_under_checkpoint = True
     # Otherwise kernels are chosen by measured time, and another one may round differently.
     inductor.deterministic = torch.are_deterministic_algorithms_enabled()

@@ -29,7 +29,7 @@ class Tracker(Protocol):
 
 
 class TrackerClient(Protocol):
-    """How a tracker is opened, and what its errors mean."""
+    """Client library of a tracker: opens it and classifies its errors."""
 
     name: str
 
@@ -46,7 +46,7 @@ class TrackerClient(Protocol):
 class BackgroundSink:
     """Sink that sends the scalars of every step to a tracker, in order, from a thread.
 
-    What a server does not take for now is kept and tried again each minute; what it refuses for good is left out.
+    Rows that a server does not take for now are kept and tried again each minute; refused ones are left out.
     `write` raises OSError while the last try has failed, so that `Metrics` reports a failure once, and its end.
     """
 

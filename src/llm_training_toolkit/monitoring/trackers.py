@@ -1,4 +1,4 @@
-"""Receivers of metrics that teams look at: Weights & Biases, MLflow, and the exporter for Prometheus.
+"""Receivers of metrics beside the run directory: Weights & Biases, MLflow, and the exporter for Prometheus.
 
 Servers are written from a thread. A resumed run goes on with the same curves: the id that its attempts share names it
 in W&B and tags it in MLflow.
@@ -6,14 +6,15 @@ in W&B and tags it in MLflow.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import psutil
 
-from llm_training_toolkit.config import Config, dump_config_json, redact_config
+from llm_training_toolkit.config import Config, redact_config
+from llm_training_toolkit.config.run_identity import flatten_config
 from llm_training_toolkit.config.schema import MlflowConfig, WandbConfig
 from llm_training_toolkit.config.section import parse_duration_seconds
 from llm_training_toolkit.monitoring.background_sink import BackgroundSink
@@ -34,32 +35,35 @@ def open_trackers(
 
     export: exporter of gauges, None without Ray.
     """
-    settings = flatten_config(config)
+    tracked = TrackedRun(run.name, run.path, run_id, read_settings(config))
     wait = parse_duration_seconds(config.monitoring.close_timeout)
     assert wait is not None, "the schema takes durations alone"
     asked: list[MetricSink] = []
     if (wandb := config.monitoring.wandb) is not None:
-        asked.append(BackgroundSink(WandbClient(wandb, run, run_id, settings), wait))
+        asked.append(BackgroundSink(WandbClient(wandb, tracked), wait))
     if (mlflow := config.monitoring.mlflow) is not None:
-        asked.append(BackgroundSink(MlflowClient(mlflow, run, run_id, settings), wait))
+        asked.append(BackgroundSink(MlflowClient(mlflow, tracked), wait))
     if export is not None and config.monitoring.prometheus:
         asked.append(Gauges(export))
     return asked
 
 
-def flatten_config(config: Config) -> dict[str, Any]:
-    """Return the values of a configuration by dotted key, addresses redacted and without `cluster.env`."""
-    values = json.loads(dump_config_json(redact_config(config)))
-    values["cluster"].pop("env", None)  # may hold the tracker's own key
-    return dict(_flatten(values, ""))
+def read_settings(config: Config) -> dict[str, Any]:
+    """Return the values of a configuration by dotted key, addresses redacted and without `cluster.env`.
+
+    That section may hold the tracker's own key.
+    """
+    values = flatten_config(redact_config(config))
+    return {key: value for key, (_, value) in values.items() if key != "cluster.env"}
 
 
-def _flatten(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+class TrackedRun(NamedTuple):
+    """Facts about a run that trackers keep. `id` is shared by its attempts."""
+
+    name: str
+    directory: Path
+    id: str
+    settings: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -67,9 +71,7 @@ class WandbClient:
     """Client of Weights & Biases."""
 
     config: WandbConfig
-    run: RunDirectory
-    run_id: str
-    settings: Mapping[str, Any]
+    run: TrackedRun
     name = "W&B"
 
     def open(self) -> WandbTracker:
@@ -80,11 +82,11 @@ class WandbClient:
             project=self.config.project,
             entity=self.config.entity,
             name=self.run.name,
-            id=self.run_id,
+            id=self.run.id,
             resume="allow",
             mode=self.config.mode,
-            dir=str(self.run.path),
-            config=dict(self.settings),
+            dir=str(self.run.directory),
+            config=dict(self.run.settings),
             settings=wandb.Settings(silent=True, console="off"),
         )
         opened.define_metric("*", step_metric="step")
@@ -129,9 +131,7 @@ class MlflowClient:
     """Client of an MLflow server or database."""
 
     config: MlflowConfig
-    run: RunDirectory
-    run_id: str
-    settings: Mapping[str, Any]
+    run: TrackedRun
     name = "MLflow"
 
     def open(self) -> MlflowTracker:
@@ -141,8 +141,8 @@ class MlflowClient:
         client = Client(tracking_uri=self.config.tracking_uri)
         found = client.get_experiment_by_name(self.config.experiment)
         experiment = found.experiment_id if found else client.create_experiment(self.config.experiment)
-        begun = client.search_runs([experiment], f"tags.`{RUN_ID_TAG}` = '{self.run_id}'", max_results=1)
-        known = begun[0] if begun else client.create_run(experiment, None, {RUN_ID_TAG: self.run_id}, self.run.name)
+        begun = client.search_runs([experiment], f"tags.`{RUN_ID_TAG}` = '{self.run.id}'", max_results=1)
+        known = begun[0] if begun else client.create_run(experiment, None, {RUN_ID_TAG: self.run.id}, self.run.name)
         client.update_run(known.info.run_id, status="RUNNING")
         if not known.data.params:  # a start before may have failed right after its first request
             self._log_parameters(client, known.info.run_id)
@@ -162,7 +162,7 @@ class MlflowClient:
     def _log_parameters(self, client: Any, run_id: str) -> None:  # noqa: ANN401 - mlflow.MlflowClient
         from mlflow.entities import Param  # noqa: PLC0415 - an extra package
 
-        parameters = [Param(name, str(value)[:_MAX_PARAMETER_LENGTH]) for name, value in self.settings.items()]
+        parameters = [Param(name, str(value)[:_MAX_PARAMETER_LENGTH]) for name, value in self.run.settings.items()]
         for start in range(0, len(parameters), _BATCH):
             client.log_batch(run_id, params=parameters[start : start + _BATCH])
 

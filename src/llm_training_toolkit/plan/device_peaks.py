@@ -16,7 +16,7 @@ class DevicePeak(NamedTuple):
     pattern: str
     """Regular expression of the name; the first one in the table that is found counts.
 
-    Where a name may mean several, the one with the lowest bandwidth comes last.
+    If a name may mean several, the one with the lowest bandwidth comes last.
     """
     bandwidth: float
     """Memory bandwidth in 10^12 bytes per second."""

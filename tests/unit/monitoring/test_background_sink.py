@@ -17,7 +17,7 @@ from llm_training_toolkit.distributed.context import RunContext
 from llm_training_toolkit.distributed.events import NoteEvent, WarningEvent
 from llm_training_toolkit.monitoring.background_sink import BackgroundSink, TrackerClient
 from llm_training_toolkit.monitoring.metrics import Metrics, ScalarValues
-from llm_training_toolkit.monitoring.trackers import MlflowClient, WandbClient
+from llm_training_toolkit.monitoring.trackers import MlflowClient, TrackedRun, WandbClient
 from llm_training_toolkit.runs.directory import RunDirectory
 
 
@@ -126,10 +126,10 @@ def test_a_server_that_stays_down_is_given_up_at_the_end(tmp_path: Path) -> None
 @pytest.mark.parametrize("package", ["wandb", "mlflow"])
 def test_a_package_that_is_missing_is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    run = RunDirectory(tmp_path)
+    run = TrackedRun("run", tmp_path, "id", {})
     clients: dict[str, TrackerClient] = {
-        "wandb": WandbClient(WandbConfig(project="p", mode="offline"), run, "id", {}),
-        "mlflow": MlflowClient(MlflowConfig(tracking_uri="file:nowhere", experiment="e"), run, "id", {}),
+        "wandb": WandbClient(WandbConfig(project="p", mode="offline"), run),
+        "mlflow": MlflowClient(MlflowConfig(tracking_uri="file:nowhere", experiment="e"), run),
     }
     sink = BackgroundSink(clients[package], close_seconds=300)
     metrics, events = open_metrics(tmp_path, sink)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from llm_training_toolkit.config import parse_config
-from llm_training_toolkit.monitoring.trackers import flatten_config
+from llm_training_toolkit.monitoring.trackers import read_settings
 
 
 def test_settings_have_no_key(tmp_path: Path) -> None:
@@ -20,6 +20,6 @@ def test_settings_have_no_key(tmp_path: Path) -> None:
         "train": {"steps": 1, "global_batch_size": 8},
         "cluster": {"workers": 1, "env": {"WANDB_API_KEY": "SECRET"}},
     }
-    settings = flatten_config(parse_config(raw, "test"))
+    settings = read_settings(parse_config(raw, "test"))
     assert settings["train.global_batch_size"] == 8
     assert "SECRET" not in str(settings)
