@@ -15,7 +15,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from llm_training_toolkit.plan.linear_attention import CHUNK_TOKENS
+from llm_training_toolkit.plan.memory.linear_attention import CHUNK_TOKENS
 
 
 class _Convolution(torch.autograd.Function):

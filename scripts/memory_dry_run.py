@@ -33,8 +33,8 @@ from llm_training_toolkit.families import AdapterSpec
 from llm_training_toolkit.models import LossModule, build_model
 from llm_training_toolkit.models.build import DTYPES
 from llm_training_toolkit.plan import DeviceWorkload, compute_loss_chunk_size
-from llm_training_toolkit.plan.activations import ActivationCheckpointing, AttentionMemory
-from llm_training_toolkit.plan.memory import estimate_pass_bytes
+from llm_training_toolkit.plan.memory.activations import ActivationCheckpointing, AttentionMemory
+from llm_training_toolkit.plan.memory.memory_estimate import estimate_pass_bytes
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 SIZES: tuple[tuple[str, int, int, ActivationCheckpointing], ...] = (

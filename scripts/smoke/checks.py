@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from llm_training_toolkit.plan.device_peaks import find_device_peak
+from llm_training_toolkit.plan.forecast.device_peaks import find_device_peak
 from smoke.bench import WARM_UP, Bench
 from smoke.runner import Done, Failed, Result, Skipped, Values
 

@@ -25,7 +25,7 @@ from llm_training_toolkit import families
 from llm_training_toolkit.checkpoint import find_latest_checkpoint
 from llm_training_toolkit.config import Config, dump_config_json, parse_config
 from llm_training_toolkit.data.prepare.epochs import prepare_run_data
-from llm_training_toolkit.plan.activations import ActivationCheckpointing
+from llm_training_toolkit.plan.memory.activations import ActivationCheckpointing
 from llm_training_toolkit.runs.directory import RunDirectory
 from rank_pool import RankPool
 from tiny_models import SHAPES

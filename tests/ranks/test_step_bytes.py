@@ -11,8 +11,8 @@ import pytest
 import step_bytes
 from llm_training_toolkit.config import parse_config
 from llm_training_toolkit.plan import Plan, make_plan
-from llm_training_toolkit.plan.communication import count_exchanged_bytes
-from llm_training_toolkit.plan.step_time import build_exchange_workload
+from llm_training_toolkit.plan.forecast.communication import count_exchanged_bytes
+from llm_training_toolkit.plan.forecast.step_time import build_exchange_workload
 from llm_training_toolkit.runs.directory import RunDirectory
 from rank_pool import RankPool
 

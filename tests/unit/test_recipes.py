@@ -9,8 +9,8 @@ import pytest
 
 from llm_training_toolkit.config import load_config
 from llm_training_toolkit.plan import make_plan, resolve_for_hardware
-from llm_training_toolkit.plan.cluster_file import read_hardware
-from llm_training_toolkit.plan.memory_settings import MEMORY_FILL
+from llm_training_toolkit.plan.forecast.cluster_file import read_hardware
+from llm_training_toolkit.plan.memory.memory_settings import MEMORY_FILL
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 RESOURCES = Path(__file__).parents[2] / "docs" / "external-resources.md"

@@ -277,7 +277,7 @@ def report(
     ] = None,
 ) -> None:
     """Write one HTML page of one or several runs: plan and measurements, curves, attempts, data, evaluations."""
-    from llm_training_toolkit.plan.cluster_file import read_hardware
+    from llm_training_toolkit.plan.forecast.cluster_file import read_hardware
 
     hardware = None if cluster is None else read_hardware(cluster)
     from llm_training_toolkit.commands.report import write_report

@@ -30,7 +30,7 @@ def plan_run(config: Config, cluster: Path | None = None) -> tuple[Plan, Cluster
 
         config, notes = resolve_local_precision(keep_begun_precision(config))
         return _with_hub_answer(config, _make_plan(config).with_notes(notes)), None
-    from llm_training_toolkit.plan.cluster_file import read_hardware
+    from llm_training_toolkit.plan.forecast.cluster_file import read_hardware
 
     hardware = read_hardware(cluster)
     config, reasons = resolve_for_hardware(config, hardware)

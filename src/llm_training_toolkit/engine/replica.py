@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from llm_training_toolkit.engine.allocation import allocate_zeros
 from llm_training_toolkit.engine.gradient_buffer import GradientBuffer, MasterPiece, set_clip_scale
-from llm_training_toolkit.plan.memory import REDUCTION_CHUNK_SIZE
+from llm_training_toolkit.plan.memory.memory_estimate import REDUCTION_CHUNK_SIZE
 
 
 class MasterWeights:

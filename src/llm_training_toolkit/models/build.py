@@ -23,7 +23,7 @@ from llm_training_toolkit.models.check_weights import (
 )
 from llm_training_toolkit.models.checkpointing import enable_activation_checkpointing
 from llm_training_toolkit.models.weight_stream import WeightStream, load_in_order
-from llm_training_toolkit.plan.activations import ActivationCheckpointing
+from llm_training_toolkit.plan.memory.activations import ActivationCheckpointing
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 

@@ -17,7 +17,7 @@ from torch._higher_order_ops.wrap import inductor_compiled_code
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-from llm_training_toolkit.plan.activations import ActivationCheckpointing
+from llm_training_toolkit.plan.memory.activations import ActivationCheckpointing
 
 _aten = torch.ops.aten
 _PRODUCTS = frozenset({_aten.mm.default, _aten.addmm.default})  # a linear layer without and with bias

@@ -21,12 +21,17 @@ from llm_training_toolkit.plan.batch import (
 )
 from llm_training_toolkit.plan.compilation import choose_compilation, estimate_run_seconds, find_compile_problem
 from llm_training_toolkit.plan.deepspeed import build_deepspeed_config, find_deepspeed_problems
-from llm_training_toolkit.plan.device_peaks import DevicePeak, find_device_peak
-from llm_training_toolkit.plan.estimate import ClusterEstimate, estimate_on_cluster, resolve_for_hardware
-from llm_training_toolkit.plan.hardware import ClusterHardware
+from llm_training_toolkit.plan.forecast.cluster_estimate import (
+    ClusterEstimate,
+    estimate_on_cluster,
+    resolve_for_hardware,
+)
+from llm_training_toolkit.plan.forecast.device_peaks import DevicePeak, find_device_peak
+from llm_training_toolkit.plan.forecast.hardware import ClusterHardware
+from llm_training_toolkit.plan.forecast.step_time import MeasuredSpeed
 from llm_training_toolkit.plan.horizon import DataFacts, StreamFacts
 from llm_training_toolkit.plan.lr_schedule import LRSchedule
-from llm_training_toolkit.plan.memory import (
+from llm_training_toolkit.plan.memory.memory_estimate import (
     CUDA_LIBRARY_BYTES,
     DeviceWorkload,
     MemoryEstimate,
@@ -35,7 +40,7 @@ from llm_training_toolkit.plan.memory import (
     estimate_loading_bytes,
     estimate_memory,
 )
-from llm_training_toolkit.plan.memory_settings import (
+from llm_training_toolkit.plan.memory.memory_settings import (
     MemoryChoice,
     MemorySettings,
     choose_memory_settings,
@@ -46,7 +51,6 @@ from llm_training_toolkit.plan.memory_settings import (
 from llm_training_toolkit.plan.mixture import StreamPosition, compute_integer_shares, count_per_stream, merge_streams
 from llm_training_toolkit.plan.plan import Plan, check_plan, make_plan, plan_workload
 from llm_training_toolkit.plan.problem import Problem
-from llm_training_toolkit.plan.step_time import MeasuredSpeed
 from llm_training_toolkit.plan.text import format_mixture, format_plan
 
 __all__ = [

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from llm_training_toolkit.config.schema import Config, Offload
-from llm_training_toolkit.plan.activations import ActivationCheckpointing
+from llm_training_toolkit.plan.memory.activations import ActivationCheckpointing
 
 Precision = Literal["bf16", "fp32"]
 PRECISION_KEY = "train.precision"

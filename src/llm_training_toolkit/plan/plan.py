@@ -10,12 +10,14 @@ from llm_training_toolkit import families
 from llm_training_toolkit.config.schema import Config
 from llm_training_toolkit.config.section import parse_duration_seconds
 from llm_training_toolkit.errors import PlanError
-from llm_training_toolkit.plan import auto, batch, check, compilation, lr_schedule, memory
-from llm_training_toolkit.plan.activations import ActivationCheckpointing, get_attention_memory
+from llm_training_toolkit.plan import auto, batch, compilation, lr_schedule
+from llm_training_toolkit.plan.checks import run_check
+from llm_training_toolkit.plan.checks.notes import collect_notes
 from llm_training_toolkit.plan.deepspeed import build_base_config, build_deepspeed_config, find_deepspeed_problems
 from llm_training_toolkit.plan.horizon import DataFacts, MixtureSource, compute_horizon
 from llm_training_toolkit.plan.lr_schedule import LRSchedule, ScheduleKind
-from llm_training_toolkit.plan.notes import collect_notes
+from llm_training_toolkit.plan.memory import memory_estimate
+from llm_training_toolkit.plan.memory.activations import ActivationCheckpointing, get_attention_memory
 from llm_training_toolkit.plan.problem import Problem
 
 
@@ -152,7 +154,7 @@ def make_plan(config: Config, data_facts: DataFacts | None = None, replicas: int
     deepspeed = _choose_deepspeed_config(config, trained)
     length, every = config.data.sequence_length, config.checkpoint.interval
     workload = _build_workload(config, hf, adapter, smallest, deepspeed)
-    memory_gb = memory.estimate_memory(workload).to_gigabytes()
+    memory_gb = memory_estimate.estimate_memory(workload).to_gigabytes()
     uncompiled = compilation.find_automatic_reason(config, hf) if config.model.compile == "auto" else None
     return Plan(
         name=config.run.name,
@@ -189,13 +191,13 @@ def make_plan(config: Config, data_facts: DataFacts | None = None, replicas: int
         eval_every=config.eval.interval,
         deepspeed=deepspeed,
         memory_gb_per_device=memory_gb,
-        host_memory_gb_per_worker=memory.estimate_peak_host_bytes(workload) / 1e9,
+        host_memory_gb_per_worker=memory_estimate.estimate_peak_host_bytes(workload) / 1e9,
         problems=(
-            *check.find_problems(config, size, hf, world),
-            *check.find_memory_problems(memory_gb),
-            *check.find_length_problems(steps, warmup, decay),
-            *check.find_profile_problems(config.profile, steps),
-            *check.find_vocabulary_problems(config, data_facts.vocab_size if data_facts else None, hf),
+            *run_check.find_problems(config, size, hf, world),
+            *run_check.find_memory_problems(memory_gb),
+            *run_check.find_length_problems(steps, warmup, decay),
+            *run_check.find_profile_problems(config.profile, steps),
+            *run_check.find_vocabulary_problems(config, data_facts.vocab_size if data_facts else None, hf),
         ),
         estimated=_list_estimated_values(
             given,
@@ -238,7 +240,7 @@ def _adapter_to_json(adapter: families.AdapterSpec | None) -> dict[str, Any] | N
     return {key: value for key, value in asdict(adapter).items() if key != "layers"}
 
 
-def plan_workload(config: Config, replicas: int) -> memory.DeviceWorkload:
+def plan_workload(config: Config, replicas: int) -> memory_estimate.DeviceWorkload:
     """Return what a device's memory depends on, with `auto` planned as by `make_plan`."""
     config = auto.with_assumed_values(config)
     hf = families.resolve_hf_config(config)
@@ -253,10 +255,10 @@ def _build_workload(
     adapter: families.AdapterSpec | None,
     replicas: int,
     deepspeed: Mapping[str, Any],
-) -> memory.DeviceWorkload:
+) -> memory_estimate.DeviceWorkload:
     checkpointing = config.model.activation_checkpointing
     assert checkpointing != "auto", "a plan assumes a value"
-    return memory.DeviceWorkload(
+    return memory_estimate.DeviceWorkload(
         model=families.read_model_dims(hf),
         adapter=adapter,
         zero=int(config.engine.zero_stage),
@@ -268,5 +270,5 @@ def _build_workload(
         loss_chunk=batch.compute_loss_chunk_size(config.model.loss_chunk_size, hf["vocab_size"]),
         attention=get_attention_memory(config.model.attn_implementation),
         offload=config.engine.offload,
-        **memory.read_deepspeed_limits(deepspeed),
+        **memory_estimate.read_deepspeed_limits(deepspeed),
     )

@@ -6,8 +6,8 @@ import itertools
 from collections.abc import Iterator
 
 from llm_training_toolkit.families import AdapterSpec
-from llm_training_toolkit.plan.activations import ActivationCheckpointing
-from llm_training_toolkit.plan.estimate import ClusterEstimate
+from llm_training_toolkit.plan.forecast.cluster_estimate import ClusterEstimate
+from llm_training_toolkit.plan.memory.activations import ActivationCheckpointing
 from llm_training_toolkit.plan.plan import Plan
 from llm_training_toolkit.plan.problem import format_plural
 

@@ -11,7 +11,7 @@ from huggingface_hub import HfApi, constants, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
 from llm_training_toolkit.errors import Problem
-from llm_training_toolkit.plan.check import is_directory_or_hub_id
+from llm_training_toolkit.plan.checks.run_check import is_directory_or_hub_id
 
 _REQUEST_SECONDS = 5.0
 # For two requests and the address: looking up a name has no timeout of its own, and takes 10 to 30 s without a network.

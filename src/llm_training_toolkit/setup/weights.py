@@ -9,7 +9,7 @@ from llm_training_toolkit.checkpoint.hub_commit import HubCommit, find_hub_commi
 from llm_training_toolkit.config import Config
 from llm_training_toolkit.errors import CheckpointError, PlanError
 from llm_training_toolkit.plan import Plan
-from llm_training_toolkit.plan.check import is_directory_or_hub_id
+from llm_training_toolkit.plan.checks.run_check import is_directory_or_hub_id
 from llm_training_toolkit.setup.hub_weights import ask_hub, ask_hub_commit
 from llm_training_toolkit.setup.machine import is_local
 from llm_training_toolkit.setup.resume import ResumeState

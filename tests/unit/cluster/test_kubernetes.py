@@ -12,7 +12,7 @@ from ruamel.yaml import YAML
 from kuberay_schema import RESOURCES
 from llm_training_toolkit.config import load_config
 from llm_training_toolkit.plan import check_plan, estimate_on_cluster, make_plan
-from llm_training_toolkit.plan.cluster_file import read_hardware
+from llm_training_toolkit.plan.forecast.cluster_file import read_hardware
 
 CLUSTER = Path(__file__).parents[3] / "cluster"
 VERSION = "1.34"

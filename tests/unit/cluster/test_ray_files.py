@@ -13,8 +13,8 @@ from ruamel.yaml import YAML
 
 from llm_training_toolkit.config import load_config
 from llm_training_toolkit.plan import estimate_on_cluster, make_plan
-from llm_training_toolkit.plan.cluster_file import read_hardware
-from llm_training_toolkit.plan.device_peaks import find_device_peak
+from llm_training_toolkit.plan.forecast.cluster_file import read_hardware
+from llm_training_toolkit.plan.forecast.device_peaks import find_device_peak
 
 ROOT = Path(__file__).parents[3]
 CLUSTER = ROOT / "cluster"

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from llm_training_toolkit.plan.cluster_file import read_hardware
+from llm_training_toolkit.plan.forecast.cluster_file import read_hardware
 
 BIN = Path(sys.executable).parent
 CLUSTER = Path(__file__).parents[3] / "cluster"

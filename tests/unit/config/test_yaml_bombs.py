@@ -9,7 +9,7 @@ import pytest
 
 from llm_training_toolkit.config import load_config
 from llm_training_toolkit.errors import ConfigError
-from llm_training_toolkit.plan.cluster_file import read_hardware
+from llm_training_toolkit.plan.forecast.cluster_file import read_hardware
 
 
 def billion_laughs() -> str:

@@ -16,8 +16,8 @@ from llm_training_toolkit.models import build_model
 from llm_training_toolkit.models.build import DTYPES
 from llm_training_toolkit.models.dropout import BatchPosition
 from llm_training_toolkit.models.lora import add_adapters
-from llm_training_toolkit.plan.activations import estimate_kept_bytes, estimate_layer_bytes, get_attention_memory
-from llm_training_toolkit.plan.memory import DeviceWorkload
+from llm_training_toolkit.plan.memory.activations import estimate_kept_bytes, estimate_layer_bytes, get_attention_memory
+from llm_training_toolkit.plan.memory.memory_estimate import DeviceWorkload
 
 TOKENS = 256
 QWEN = {"hidden_size": 256, "intermediate_size": 768, "num_attention_heads": 8, "vocab_size": 256}

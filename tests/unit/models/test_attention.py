@@ -26,7 +26,7 @@ from llm_training_toolkit.models.attention import (
     using_attention,
 )
 from llm_training_toolkit.plan import choose_attention
-from llm_training_toolkit.plan.activations import ActivationCheckpointing
+from llm_training_toolkit.plan.memory.activations import ActivationCheckpointing
 from llm_training_toolkit.setup.machine import find_attention_problem
 from unit.models.test_document_isolation import MODELS, WINDOW
 

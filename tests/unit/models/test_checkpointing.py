@@ -13,7 +13,7 @@ from llm_training_toolkit import families
 from llm_training_toolkit.config import Config, parse_config
 from llm_training_toolkit.models import LossModule, build_model
 from llm_training_toolkit.models.lora import add_adapters
-from llm_training_toolkit.plan.activations import ActivationCheckpointing, count_recomputed_flops
+from llm_training_toolkit.plan.memory.activations import ActivationCheckpointing, count_recomputed_flops
 from tiny_models import SHAPES
 
 KINDS: tuple[ActivationCheckpointing, ...] = ("none", "selective", "full")

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from llm_training_toolkit.plan.activations import ActivationCheckpointing
-from llm_training_toolkit.plan.memory import estimate_pass_bytes
+from llm_training_toolkit.plan.memory.activations import ActivationCheckpointing
+from llm_training_toolkit.plan.memory.memory_estimate import estimate_pass_bytes
 from memory_dry_run import DryRun, build_sized_run, list_recipe_runs
 
 LORA = {"lora": {"rank": 64, "alpha": 16, "dropout": 0.05}}

@@ -20,7 +20,7 @@ from llm_training_toolkit import families
 from llm_training_toolkit.models import LossModule, attention, build_model
 from llm_training_toolkit.models.layer_compiler import is_compile_error
 from llm_training_toolkit.models.lora import add_adapters
-from llm_training_toolkit.plan.activations import ActivationCheckpointing
+from llm_training_toolkit.plan.memory.activations import ActivationCheckpointing
 from tiny_models import SHAPES, one_thread
 from unit.models.test_checkpointing import TOKENS, config_of
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llm_training_toolkit.models import LossModule, build_model
 from llm_training_toolkit.models.router import find_routers
-from llm_training_toolkit.plan.activations import ActivationCheckpointing
+from llm_training_toolkit.plan.memory.activations import ActivationCheckpointing
 from unit.models.test_document_isolation import HYBRIDS, MODELS, QWEN3, rows
 
 MIXTURES = {name: config for name, config in (MODELS | HYBRIDS).items() if "num_experts" in config}

@@ -18,8 +18,8 @@ from llm_training_toolkit.plan import (
     make_plan,
     with_zero_stage,
 )
-from llm_training_toolkit.plan.cluster_file import read_hardware
-from llm_training_toolkit.plan.estimate import resolve_for_hardware
+from llm_training_toolkit.plan.forecast.cluster_estimate import resolve_for_hardware
+from llm_training_toolkit.plan.forecast.cluster_file import read_hardware
 
 ROOT = Path(__file__).parents[3]
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from llm_training_toolkit.commands.report import write_report
 from llm_training_toolkit.errors import CheckpointError, PlanError
-from llm_training_toolkit.plan.cluster_file import read_hardware
+from llm_training_toolkit.plan.forecast.cluster_file import read_hardware
 from llm_training_toolkit.report.charts import HEIGHT, WIDTH, build_chart, format_number, thin_out
 from llm_training_toolkit.report.collect import collect_run
 from llm_training_toolkit.report.page import build_attempt_rows, compare_plans, render_page

@@ -17,7 +17,7 @@ from llm_training_toolkit.distributed.context import RunContext
 from llm_training_toolkit.errors import PlanError, TrainingError
 from llm_training_toolkit.models.memory import is_out_of_memory, set_allocator_options
 from llm_training_toolkit.plan import MemorySettings
-from llm_training_toolkit.plan.activations import ActivationCheckpointing
+from llm_training_toolkit.plan.memory.activations import ActivationCheckpointing
 from llm_training_toolkit.runs.attempts import (
     begin_attempt,
     end_attempt,

@@ -15,7 +15,7 @@ from llm_training_toolkit.config.data_config import SourceConfig
 from llm_training_toolkit.config.timestamps import parse_timestamp
 from llm_training_toolkit.data.git.patch import FileChange, UnusableChange, parse_patch
 from llm_training_toolkit.errors import DataError
-from llm_training_toolkit.plan.git_check import (
+from llm_training_toolkit.plan.checks.git_check import (
     build_git_command,
     build_git_environment,
     init_shadow_repository,

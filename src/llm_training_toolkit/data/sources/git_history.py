@@ -15,7 +15,7 @@ from llm_training_toolkit.data.sources.document import DocumentStats
 from llm_training_toolkit.data.sources.files import SourceFile, SourceRoot
 from llm_training_toolkit.data.types import Document, MarkedText
 from llm_training_toolkit.errors import DataError
-from llm_training_toolkit.plan.git_check import find_repository_problem, read_head_commit, resolve_repository
+from llm_training_toolkit.plan.checks.git_check import find_repository_problem, read_head_commit, resolve_repository
 
 # Lines of a message that name people: Signed-off-by, Co-authored-by, Reviewed-by, Cc. Not a first line such as
 # `Stand-by: …`, unless it holds an address: then the message has no subject.

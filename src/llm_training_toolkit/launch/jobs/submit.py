@@ -42,7 +42,7 @@ from llm_training_toolkit.plan import (
     make_plan,
     resolve_for_hardware,
 )
-from llm_training_toolkit.plan.cluster_file import read_hardware
+from llm_training_toolkit.plan.forecast.cluster_file import read_hardware
 
 _STOP_TIMEOUT_SECONDS = "600"  # from SIGTERM to SIGKILL; Ray's default of 3 s leaves no time for a checkpoint
 _MAX_LISTED = 8  # files that stay here and are named

@@ -16,8 +16,9 @@ from llm_training_toolkit import families
 from llm_training_toolkit.config import parse_config
 from llm_training_toolkit.config.schema import Config
 from llm_training_toolkit.errors import ConfigError
-from llm_training_toolkit.plan import Plan, check, make_plan
-from llm_training_toolkit.plan.check import _find_revision_problems, find_problems
+from llm_training_toolkit.plan import Plan, make_plan
+from llm_training_toolkit.plan.checks import run_check
+from llm_training_toolkit.plan.checks.run_check import _find_revision_problems, find_problems
 from tiny_runs import tiny_config
 
 
@@ -39,7 +40,7 @@ def problems(model: str, source: dict[str, Any], *, held_out: bool = False) -> l
 
 def test_every_problem_has_a_code_of_its_own() -> None:
     codes = []
-    for path in Path(check.__file__).parent.glob("*.py"):
+    for path in Path(run_check.__file__).parent.glob("*.py"):
         for call in ast.walk(ast.parse(path.read_text())):
             if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "Problem":
                 assert isinstance(call.args[0], ast.Constant), ast.unparse(call)

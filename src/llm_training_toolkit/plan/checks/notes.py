@@ -10,7 +10,7 @@ from pathlib import Path
 from llm_training_toolkit.config.schema import Config
 from llm_training_toolkit.families import HfValues, ModelSize, read_saved_dropout
 from llm_training_toolkit.plan.batch import get_micro_batch, split_global_batch
-from llm_training_toolkit.plan.check import is_directory_or_hub_id
+from llm_training_toolkit.plan.checks.run_check import is_directory_or_hub_id
 
 # names of environment variables with secrets
 _SECRET = re.compile(r"TOKEN$|SECRET|PASSWORD|CREDENTIAL|KEY$", re.IGNORECASE)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from llm_training_toolkit.plan.activations import ActivationCheckpointing
+from llm_training_toolkit.plan.memory.activations import ActivationCheckpointing
 
 _MAX_REUSE_DISTANCE = 1_000_000_000  # DeepSpeed's default of stage3_max_reuse_distance, in parameters
 

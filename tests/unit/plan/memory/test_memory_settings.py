@@ -23,7 +23,7 @@ from llm_training_toolkit.plan import (
     with_precision,
     with_zero_stage,
 )
-from llm_training_toolkit.plan.activations import ActivationCheckpointing, count_recomputed_flops
+from llm_training_toolkit.plan.memory.activations import ActivationCheckpointing, count_recomputed_flops
 
 
 def config(global_batch: int = 64, **model: Any) -> Config:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from llm_training_toolkit.plan.device_peaks import find_device_peak
-from unit.plan.test_estimate import hardware
+from llm_training_toolkit.plan.forecast.device_peaks import find_device_peak
+from unit.plan.forecast.test_cluster_estimate import hardware
 
 
 @pytest.mark.parametrize(

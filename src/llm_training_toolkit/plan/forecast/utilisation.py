@@ -6,8 +6,9 @@ bytes grow with the hidden size while products grow with its square; c depends o
 `_ATTENTION` of its FLOPs, because causal kernels skip half of them, at a lower speed. A pass takes at least the time
 in which Python starts the kernels of its layers.
 
-The constants were fitted to the speeds marked as such in tests/unit/plan/test_utilisation.py, which also has the others
-and the errors. None was measured with this toolkit.
+The constants were fitted to the speeds marked as such in
+tests/unit/plan/forecast/test_utilisation.py, which also has the others and the errors. None was measured with this
+toolkit.
 """
 
 from __future__ import annotations

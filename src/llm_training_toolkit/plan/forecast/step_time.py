@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from llm_training_toolkit import families
 from llm_training_toolkit.config.schema import Config
-from llm_training_toolkit.plan.activations import count_recomputed_flops
 from llm_training_toolkit.plan.batch import compute_accumulation_steps
-from llm_training_toolkit.plan.communication import ExchangeWorkload, read_reuse_distance
-from llm_training_toolkit.plan.hardware import ClusterHardware
+from llm_training_toolkit.plan.forecast.communication import ExchangeWorkload, read_reuse_distance
+from llm_training_toolkit.plan.forecast.hardware import ClusterHardware
+from llm_training_toolkit.plan.forecast.utilisation import ComputeWorkload, estimate_pass_seconds
+from llm_training_toolkit.plan.memory.activations import count_recomputed_flops
 from llm_training_toolkit.plan.plan import Plan
-from llm_training_toolkit.plan.utilisation import ComputeWorkload, estimate_pass_seconds
 
 
 @dataclass(frozen=True)

@@ -11,14 +11,14 @@ from llm_training_toolkit.families import ModelDims
 from llm_training_toolkit.families.lora import build_adapter
 from llm_training_toolkit.families.qwen import QWEN3
 from llm_training_toolkit.plan import DeviceWorkload, estimate_memory
-from llm_training_toolkit.plan.activations import (
+from llm_training_toolkit.plan.memory.activations import (
     estimate_backward_bytes,
     estimate_final_norm_bytes,
     estimate_kept_bytes,
     estimate_layer_bytes,
     get_attention_memory,
 )
-from llm_training_toolkit.plan.memory import (
+from llm_training_toolkit.plan.memory.memory_estimate import (
     LOADING_CHUNK_BYTES,
     estimate_gradient_bytes,
     estimate_host_bytes,

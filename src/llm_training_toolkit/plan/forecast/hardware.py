@@ -7,8 +7,8 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from llm_training_toolkit.config.section import ConfigSection
-from llm_training_toolkit.plan.device_peaks import find_device_peak
-from llm_training_toolkit.plan.utilisation import DEFAULT_FLOPS_PER_BYTE
+from llm_training_toolkit.plan.forecast.device_peaks import find_device_peak
+from llm_training_toolkit.plan.forecast.utilisation import DEFAULT_FLOPS_PER_BYTE
 
 Amount = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
@@ -60,7 +60,7 @@ class ClusterHardware(ConfigSection):
     """CPUs of a node, as Ray counts them."""
     tflops: DeviceSpeed
     utilisation: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Share of `tflops` that training reaches, if it was measured; otherwise estimated (`plan/utilisation.py`)."""
+    """Share of `tflops` that training reaches, if measured; otherwise estimated (`plan/forecast/utilisation.py`)."""
     bandwidth_gb_per_s: LinkBandwidth
     price_per_hour: HourlyPrice
     spot: bool

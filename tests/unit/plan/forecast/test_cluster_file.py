@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from llm_training_toolkit.errors import ConfigError
-from llm_training_toolkit.plan.cluster_file import ANNOTATION, read_hardware
-from llm_training_toolkit.plan.hardware import ClusterHardware
+from llm_training_toolkit.plan.forecast.cluster_file import ANNOTATION, read_hardware
+from llm_training_toolkit.plan.forecast.hardware import ClusterHardware
 
 FACTS: dict[str, Any] = {
     "nodes": 2,

@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 from llm_training_toolkit.families import AdapterSpec, ModelDims
 from llm_training_toolkit.families.family import LinearAttentionDims
 from llm_training_toolkit.families.lora import MixerKind, Reads
-from llm_training_toolkit.plan.linear_attention import (
+from llm_training_toolkit.plan.memory.linear_attention import (
     estimate_mixing_bytes,
     estimate_recurrence_bytes,
     estimate_recurrence_gradient_bytes,

@@ -8,20 +8,24 @@ from typing import Any
 
 from llm_training_toolkit.config.schema import Config
 from llm_training_toolkit.plan.auto import Precision, with_precision
-from llm_training_toolkit.plan.communication import Exchange, count_exchanged_bytes
-from llm_training_toolkit.plan.hardware import ClusterHardware
-from llm_training_toolkit.plan.memory import CUDA_RUNTIME_BYTES, compute_checkpoint_copy_bytes, estimate_host_bytes
-from llm_training_toolkit.plan.memory_settings import MEMORY_FILL, choose_memory_settings, with_micro_batch
-from llm_training_toolkit.plan.plan import Plan, plan_workload
-from llm_training_toolkit.plan.problem import Problem, format_plural
-from llm_training_toolkit.plan.step_time import (
+from llm_training_toolkit.plan.forecast.communication import Exchange, count_exchanged_bytes
+from llm_training_toolkit.plan.forecast.hardware import ClusterHardware
+from llm_training_toolkit.plan.forecast.step_time import (
     MeasuredSpeed,
     build_exchange_workload,
     compute_measured_seconds,
     compute_seconds_per_byte,
     estimate_compute_seconds,
 )
-from llm_training_toolkit.plan.utilisation import CPU_UTILISATION
+from llm_training_toolkit.plan.forecast.utilisation import CPU_UTILISATION
+from llm_training_toolkit.plan.memory.memory_estimate import (
+    CUDA_RUNTIME_BYTES,
+    compute_checkpoint_copy_bytes,
+    estimate_host_bytes,
+)
+from llm_training_toolkit.plan.memory.memory_settings import MEMORY_FILL, choose_memory_settings, with_micro_batch
+from llm_training_toolkit.plan.plan import Plan, plan_workload
+from llm_training_toolkit.plan.problem import Problem, format_plural
 
 EXCLUDED_TIME_NOTE = (
     "Time and cost are of the steps alone: starting up, preparing data, evaluation, copies for checkpoints and "

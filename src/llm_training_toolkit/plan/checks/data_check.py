@@ -9,7 +9,7 @@ from llm_training_toolkit.config.data_config import SourceConfig
 from llm_training_toolkit.config.schema import Config
 from llm_training_toolkit.families import Family, HfValues, ModelSize, list_models_with_tokens
 from llm_training_toolkit.families.document_layouts import COMMIT_MARKERS, get_required_markers
-from llm_training_toolkit.plan.git_check import find_git_problems
+from llm_training_toolkit.plan.checks.git_check import find_git_problems
 from llm_training_toolkit.plan.problem import Problem
 
 _LAYOUTS_WITHOUT_TOKENS = {"git": "diffs", "notebooks": "script"}

@@ -22,7 +22,7 @@ from ruamel.yaml.error import YAMLError
 from llm_training_toolkit.config.section import ConfigSection
 from llm_training_toolkit.config.yaml_reader import check_yaml_limits, format_yaml_error
 from llm_training_toolkit.errors import ConfigError
-from llm_training_toolkit.plan.hardware import ClusterHardware
+from llm_training_toolkit.plan.forecast.hardware import ClusterHardware
 
 ANNOTATION = "llm-training-toolkit/hardware"
 _COMMENT = "# hardware:"

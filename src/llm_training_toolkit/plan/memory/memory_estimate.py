@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from llm_training_toolkit.config.schema import Offload
 from llm_training_toolkit.families import AdapterSpec, ModelDims
-from llm_training_toolkit.plan.activations import (
+from llm_training_toolkit.plan.memory.activations import (
     ActivationCheckpointing,
     AttentionMemory,
     PassShape,

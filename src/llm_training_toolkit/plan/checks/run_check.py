@@ -11,10 +11,10 @@ from llm_training_toolkit.config.uri import is_uri
 from llm_training_toolkit.families import Family, HfValues, ModelSize
 from llm_training_toolkit.families.family import ISOLATED_MODEL_TYPES
 from llm_training_toolkit.plan.auto import GPU_ATTENTION, OFFLOAD_STAGES
+from llm_training_toolkit.plan.checks.data_check import find_data_problems, find_tokenizer_problems
+from llm_training_toolkit.plan.checks.lora_check import find_lora_problems
 from llm_training_toolkit.plan.compilation import find_compile_problem
-from llm_training_toolkit.plan.data_check import find_data_problems, find_tokenizer_problems
 from llm_training_toolkit.plan.deepspeed import find_deepspeed_problems
-from llm_training_toolkit.plan.lora_check import find_lora_problems
 from llm_training_toolkit.plan.problem import Problem, format_plural
 
 _MOST_MEMORY_GB = 1e6  # a petabyte on one device: larger estimates are typos

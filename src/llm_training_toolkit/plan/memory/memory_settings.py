@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from llm_training_toolkit.config.schema import Config
-from llm_training_toolkit.plan.activations import ActivationCheckpointing
 from llm_training_toolkit.plan.auto import (
     ResolvedValue,
     get_candidate_zero_stages,
@@ -18,7 +17,8 @@ from llm_training_toolkit.plan.auto import (
     with_zero_stage,
 )
 from llm_training_toolkit.plan.batch import split_global_batch
-from llm_training_toolkit.plan.memory import DeviceWorkload, estimate_memory
+from llm_training_toolkit.plan.memory.activations import ActivationCheckpointing
+from llm_training_toolkit.plan.memory.memory_estimate import DeviceWorkload, estimate_memory
 from llm_training_toolkit.plan.plan import plan_workload
 
 # Share of free memory for the estimate: 5 % for its error, the rest for what allocators round up and split.

@@ -11,8 +11,8 @@ import pytest
 from llm_training_toolkit import families
 from llm_training_toolkit.families import ModelDims
 from llm_training_toolkit.families.flops import compute_training_flops
-from llm_training_toolkit.plan.activations import ActivationCheckpointing, count_recomputed_flops
-from llm_training_toolkit.plan.utilisation import ComputeWorkload, Kernels, Launches, estimate_pass_seconds
+from llm_training_toolkit.plan.forecast.utilisation import ComputeWorkload, Kernels, Launches, estimate_pass_seconds
+from llm_training_toolkit.plan.memory.activations import ActivationCheckpointing, count_recomputed_flops
 
 PEAKS = {"A100": (312e12, 2.04e12), "H100": (989e12, 3.35e12), "H100 HBM2e": (989e12, 2.4e12)}
 """FLOP/s in bf16 and bytes per second; the last is torchtitan's card of 500 W."""

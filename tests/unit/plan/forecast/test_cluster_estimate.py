@@ -23,7 +23,7 @@ from llm_training_toolkit.plan import (
 from llm_training_toolkit.runs.attempts import begin_attempt
 from llm_training_toolkit.runs.directory import RunDirectory
 
-CLUSTER = Path(__file__).parents[3] / "cluster"
+CLUSTER = Path(__file__).parents[4] / "cluster"
 
 RECOMPUTED: dict[str, Any] = {"model": {"activation_checkpointing": "full"}}
 FEW = {"num_hidden_layers": 1}

@@ -1,0 +1,1 @@
+"""Forecast of time, traffic and cost on a cluster, by sourced formulas."""

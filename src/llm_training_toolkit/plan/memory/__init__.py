@@ -1,0 +1,1 @@
+"""Memory of devices and hosts by part, and the settings that fit."""
