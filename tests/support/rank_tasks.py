@@ -76,7 +76,7 @@ def engine_of(place: WorkerSpec, plan: Plan) -> Engine:
 
 def plan_of(place: WorkerSpec) -> Plan:
     """The plan of a run directory's configuration for this pool."""
-    return make_plan(place.config, build_data_facts(place.dataset_info), replicas=dist.get_world_size())
+    return make_plan(place.config, replicas=dist.get_world_size()).with_data(build_data_facts(place.dataset_info))
 
 
 def drawn(name: str, shape: Any) -> torch.Tensor:

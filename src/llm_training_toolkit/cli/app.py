@@ -118,7 +118,10 @@ def prepare(
     else:
         typer.echo(
             "\n".join(
-                [*format_dataset_info(dataset_info), *format_mixture(make_plan(read, build_data_facts(dataset_info)))]
+                [
+                    *format_dataset_info(dataset_info),
+                    *format_mixture(make_plan(read).with_data(build_data_facts(dataset_info))),
+                ]
             )
         )
 

@@ -41,14 +41,15 @@ def plan_run(config: Config, cluster: Path | None = None) -> tuple[Plan, Cluster
 
 def _make_plan(config: Config) -> Plan:
     """Return the plan, with the length of a run over epochs estimated by the bytes of its files."""
+    plan = make_plan(config)
     if config.train.epochs is None:
-        return make_plan(config)
+        return plan
     from llm_training_toolkit.commands.data_estimate import estimate_data_facts, format_estimate_note
 
     facts = estimate_data_facts(config)
     if facts is None:
-        return make_plan(config)
-    return make_plan(config, facts).with_notes([format_estimate_note(facts, config)])
+        return plan
+    return plan.with_data(facts).with_notes([format_estimate_note(facts, config)])
 
 
 def read_measured_speed(config: Config) -> MeasuredSpeed | None:
@@ -72,4 +73,4 @@ def _with_hub_answer(config: Config, plan: Plan) -> Plan:
     if answer.unreachable:
         note = f"The hub cannot be asked for model.path ({answer.unreachable}): it is checked when training starts."
         plan = replace(plan, notes=(*plan.notes, note))
-    return plan if answer.problem is None else replace(plan, problems=(*plan.problems, answer.problem))
+    return plan if answer.problem is None else plan.with_problem(answer.problem)

@@ -250,7 +250,8 @@ def _make_attempt_plan(
     """Return the plan at this number of workers, from `checkpoint` on; rank 0 writes it, with `auto` resolved."""
     state = _get_train_state(checkpoint)
     data_facts = build_data_facts(spec.dataset_info, state.step, state.sequences)
-    plan = check_plan(make_plan(spec.config, data_facts, replicas=context.world_size)).with_notes(resolved)
+    plan = make_plan(spec.config, replicas=context.world_size).with_data(data_facts)
+    plan = check_plan(plan).with_notes(resolved)
     plan = resolve_compilation(spec.config, plan, context, checkpoint.manifest if checkpoint else None)
     if context.is_rank_zero:
         write_atomically(spec.directory.plan_path, json.dumps(plan.to_json(), indent=1))

@@ -42,7 +42,7 @@ def parts(prepared_run: RunDirectory, run: RunDirectory, stop_request: StopReque
 
     dataset_info = DatasetInfo.from_json(prepared_run.dataset_info_path.read_text())
     config = parse_config_json(prepared_run.resolved_config_path.read_text())
-    plan = make_plan(config, build_data_facts(dataset_info))
+    plan = make_plan(config).with_data(build_data_facts(dataset_info))
     context = RunContext(0, 1, torch.device("cpu"), stop_request_reader=lambda: stop_request)
     more = no_more if stop_request is StopRequest.NONE else lambda dataset_info: dataset_info
     dataloader = DataLoader(dataset_info, global_batch=plan.global_batch, epochs=None, newest=more)

@@ -14,7 +14,7 @@ from llm_training_toolkit.data.prepare.shards import render_in_process
 from llm_training_toolkit.data.tokenizer import TokenizationSpec, open_tokenizer, resolve_tokenizer_directory
 from llm_training_toolkit.errors import DataError, PlanError
 from llm_training_toolkit.plan import DataFacts, StreamFacts
-from llm_training_toolkit.plan.checks.run_check import find_vocabulary_problems
+from llm_training_toolkit.plan.checks.horizon_check import find_vocabulary_problems
 from llm_training_toolkit.plan.horizon import missing_epochs
 from llm_training_toolkit.runs.atomic_write import write_atomically
 from llm_training_toolkit.runs.directory import RunDirectory
@@ -78,7 +78,7 @@ def _check_tokenizer_fits(work: DatasetBuilder, config: Config) -> None:
         return
     directory = resolve_tokenizer_directory(config.tokenizer.path, config.tokenizer.revision)
     entries = open_tokenizer(str(directory)).vocab_size
-    for problem in find_vocabulary_problems(config, entries, families.resolve_hf_config(config)):
+    for problem in find_vocabulary_problems(config, entries, families.resolve_hf_config(config)["vocab_size"]):
         raise PlanError(str(problem))
 
 

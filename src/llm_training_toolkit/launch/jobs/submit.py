@@ -143,13 +143,7 @@ def _ask_interrupt_action(console: Console) -> Literal["stop", "detach", "follow
 
 def _check_job_plan(config: Config, request: TrainRequest, cluster: Path | None) -> Plan:
     """Return the plan, after checks for all that would only fail on the cluster. Raises PlanError."""
-    plan = make_plan(config)
-    if cluster is not None:
-        hardware = read_hardware(cluster)
-        config, resolved = resolve_for_hardware(config, hardware)
-        plan = make_plan(config).with_notes(resolved)
-        plan = estimate_on_cluster(config, plan, hardware).add_to_plan(plan)
-    check_plan(plan)
+    plan = check_plan(make_plan(config) if cluster is None else _plan_on_cluster(config, cluster))
     if not is_uri(config.run.dir) and not Path(config.run.dir).expanduser().is_absolute():
         raise PlanError(
             f"run.dir = {config.run.dir}: a job works in a copy of this folder that Ray deletes, so its runs would go "
@@ -160,6 +154,14 @@ def _check_job_plan(config: Config, request: TrainRequest, cluster: Path | None)
     if request.config.is_absolute() or ".." in request.config.parts:
         raise PlanError(f"{request.config}: name a file inside the current folder, which is what the job gets")
     return plan
+
+
+def _plan_on_cluster(config: Config, cluster: Path) -> Plan:
+    """Return the plan on the hardware of a cluster file, with its time and cost."""
+    hardware = read_hardware(cluster)
+    config, resolved = resolve_for_hardware(config, hardware)
+    plan = make_plan(config).with_notes(resolved)
+    return estimate_on_cluster(config, plan, hardware).add_to_plan(plan)
 
 
 def _check_not_running(client: Any, name: str) -> None:  # noqa: ANN401 - Ray has no types

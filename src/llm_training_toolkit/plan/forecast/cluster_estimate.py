@@ -87,9 +87,9 @@ class ClusterEstimate:
         """Return the plan with the problems and notes of this cluster added."""
         return replace(
             plan,
-            problems=(*plan.problems, *self.problems),
+            config_problems=(*plan.config_problems, *self.problems),
             notes=(*plan.notes, *self.notes),
-            estimated=(*plan.estimated, "hours", "cost"),
+            config_estimates=(*plan.config_estimates, "hours", "cost"),
         )
 
     def to_json(self) -> dict[str, Any]:
