@@ -9,6 +9,8 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from llm_training_toolkit.cli.options import ConfigFile, Overrides
+
 Address = Annotated[
     str,
     typer.Option(envvar="RAY_API_SERVER_ADDRESS", help="Ray dashboard: http://HOST:8265", show_default=False),
@@ -23,10 +25,8 @@ jobs = typer.Typer(
 
 
 def submit(
-    config: Annotated[Path, typer.Argument(help="YAML file of the run.", show_default=False)],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="Single fields, as key=value: train.steps=100", show_default=False)
-    ] = None,
+    config: ConfigFile,
+    overrides: Overrides = None,
     *,
     address: Address,
     cluster: Annotated[

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from llm_training_toolkit.cli.options import AsJson
 from llm_training_toolkit.errors import ToolkitError, format_os_error
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ def tune(
         typer.Argument(help="Single fields of the search file, as key=value: trials=16", show_default=False),
     ] = None,
     *,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Search hyperparameters with Ray Tune. The same command resumes; finished trials stay."""
     from llm_training_toolkit.launch.request import EXIT_CODES, build_failure_json
