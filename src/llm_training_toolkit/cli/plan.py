@@ -11,6 +11,7 @@ import typer
 
 from llm_training_toolkit.cli.options import AsJson, ConfigFile, Overrides
 from llm_training_toolkit.config.printable import escape_control_characters
+from llm_training_toolkit.errors import ConfigError
 
 if TYPE_CHECKING:
     from llm_training_toolkit.config import Config
@@ -26,6 +27,10 @@ def plan(
             help="Cluster file (cluster/*.yaml, cluster/slurm.sh): check that it fits, estimate time and cost."
         ),
     ] = None,
+    search: Annotated[
+        bool,
+        typer.Option("--search", help="With --cluster: the fastest and cheapest workers, ZeRO, offload, micro-batch."),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Show what a run would do: steps, batch, memory, DeepSpeed JSON, every problem. Takes no hardware."""
@@ -33,12 +38,31 @@ def plan(
     from llm_training_toolkit.config import load_config
     from llm_training_toolkit.plan import format_plan
 
+    if search:
+        _search_settings(load_config(config, overrides or ()), cluster, as_json=as_json)
+        return
     made, there = plan_run(load_config(config, overrides or ()), cluster)
     if as_json:
         typer.echo(json.dumps(made.to_json() | (there.to_json() if there else {"hours": None, "cost": None})))
     else:
         typer.echo("\n".join(format_plan(made, there)))
     if made.problems:
+        raise typer.Exit(2)
+
+
+def _search_settings(config: Config, cluster: Path | None, *, as_json: bool) -> None:
+    """Print the search of `ltt plan --search`. Exits with 2 if nothing fits."""
+    from llm_training_toolkit.commands.plan import search_run_settings
+    from llm_training_toolkit.plan.forecast.settings_search import format_search
+
+    if cluster is None:
+        raise ConfigError("--search compares settings on a cluster: give its file, --cluster cluster/aws-h100.yaml")
+    plan, found = search_run_settings(config, cluster)
+    if as_json:
+        typer.echo(json.dumps(plan.to_json() | {"search": found.to_json()}))
+    else:
+        typer.echo("\n".join(format_search(found)))
+    if not found.by_workers:
         raise typer.Exit(2)
 
 

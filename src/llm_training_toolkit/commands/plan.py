@@ -15,6 +15,7 @@ from llm_training_toolkit.plan import (
     make_plan,
     resolve_for_hardware,
 )
+from llm_training_toolkit.plan.forecast.settings_search import SettingsSearch, search_settings
 from llm_training_toolkit.runs.directory import RunDirectory
 from llm_training_toolkit.runs.status import read_run_speed
 from llm_training_toolkit.runs.storage.open import get_run_location
@@ -37,6 +38,17 @@ def plan_run(config: Config, cluster: Path | None = None) -> tuple[Plan, Cluster
     plan = _with_hub_answer(config, _make_plan(config).with_notes(reasons))
     estimate = estimate_on_cluster(config, plan, hardware, read_measured_speed(config))
     return estimate.add_to_plan(plan), estimate
+
+
+def search_run_settings(config: Config, cluster: Path) -> tuple[Plan, SettingsSearch]:
+    """Return the plan of a run as it is, and the search for faster and cheaper settings on the cluster of a file.
+
+    Raises PlanError for problems that no searched setting mends, ConfigError for a bad cluster file.
+    """
+    from llm_training_toolkit.plan.forecast.cluster_file import read_hardware
+
+    plan = _with_hub_answer(config, _make_plan(config))
+    return plan, search_settings(config, plan, read_hardware(cluster))
 
 
 def _make_plan(config: Config) -> Plan:

@@ -107,7 +107,7 @@ def with_attention(config: Config, implementation: str) -> Config:
     return config.model_copy(update={"model": model})
 
 
-def with_activation_checkpointing(config: Config, kind: ActivationCheckpointing) -> Config:
+def with_activation_checkpointing(config: Config, kind: ActivationCheckpointing | Literal["auto"]) -> Config:
     """Return the configuration with this kind of activation checkpointing."""
     model = config.model.model_copy(update={"activation_checkpointing": kind})
     return config.model_copy(update={"model": model})

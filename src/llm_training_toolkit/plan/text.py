@@ -136,6 +136,8 @@ def _iter_cluster_rows(forecast: ClusterEstimate) -> Iterator[tuple[str, str]]:
     if forecast.communication_seconds:
         step += f"; sending {forecast.communication_seconds:.3g} s over the slowest link"
         step += f", {forecast.overlapped_seconds:.3g} s of it meanwhile" if forecast.overlapped_seconds else ""
+    if forecast.host_seconds:
+        step += f"; updating in host memory {forecast.host_seconds:.3g} s, on a host of 64 cores"
     yield "step", step
     yield "storage", f"a checkpoint of {forecast.checkpoint_gb:.3g} GB takes {forecast.checkpoint_seconds:.3g} s"
 
