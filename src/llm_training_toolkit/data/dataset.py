@@ -14,8 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from llm_training_toolkit.data.prepare.arrow_store import ExampleStore, read_array, read_column
-from llm_training_toolkit.data.prepare.builder import PreparedDataset
-from llm_training_toolkit.data.prepare.dataset_info import DatasetInfo
+from llm_training_toolkit.data.prepare.dataset_info import DatasetInfo, PreparedDataset
 from llm_training_toolkit.data.prepare.packing import PackingPlan
 from llm_training_toolkit.data.tokenizer import open_tokenizer
 from llm_training_toolkit.data.types import Example

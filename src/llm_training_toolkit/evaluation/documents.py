@@ -8,7 +8,7 @@ from pathlib import Path
 from llm_training_toolkit.config import SourceConfig
 from llm_training_toolkit.config.data_config import SourceFormat
 from llm_training_toolkit.config.uri import redact_uri
-from llm_training_toolkit.data.prepare.builder import PreparedDataset
+from llm_training_toolkit.data.prepare.dataset_info import PreparedDataset
 from llm_training_toolkit.data.prepare.document_index import (
     DocumentIndex,
     DocumentReader,

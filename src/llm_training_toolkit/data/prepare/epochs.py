@@ -8,8 +8,9 @@ from typing import Any
 
 from llm_training_toolkit import families
 from llm_training_toolkit.config import Config
-from llm_training_toolkit.data.prepare.builder import DatasetBuilder, PreparedDataset, StageProgressCallback
-from llm_training_toolkit.data.prepare.dataset_info import DatasetInfo
+from llm_training_toolkit.data.prepare.builder import DatasetBuilder
+from llm_training_toolkit.data.prepare.dataset_info import DatasetInfo, PreparedDataset
+from llm_training_toolkit.data.prepare.dataset_tokenizer import StageProgressCallback
 from llm_training_toolkit.data.prepare.shards import render_in_process
 from llm_training_toolkit.data.tokenizer import TokenizationSpec, open_tokenizer, resolve_tokenizer_directory
 from llm_training_toolkit.errors import DataError, PlanError

@@ -14,8 +14,8 @@ import pytest
 
 from llm_training_toolkit.config.schema import Config
 from llm_training_toolkit.data.prepare.arrow_store import ExampleStore
-from llm_training_toolkit.data.prepare.builder import PreparedDataset, prepare_dataset
-from llm_training_toolkit.data.prepare.dataset_info import DatasetInfo
+from llm_training_toolkit.data.prepare.builder import prepare_dataset
+from llm_training_toolkit.data.prepare.dataset_info import DatasetInfo, PreparedDataset
 from llm_training_toolkit.data.prepare.document_index import DocumentIndex
 from llm_training_toolkit.data.prepare.packing import PackingPlan
 from llm_training_toolkit.data.tokenizer import TextEncoder, TokenizationSpec

@@ -24,7 +24,8 @@ from llm_training_toolkit.config.data_config import DataConfig
 from llm_training_toolkit.config.schema import Config
 from llm_training_toolkit.data.prepare import document_index as survey_module
 from llm_training_toolkit.data.prepare.arrow_store import ExampleStore
-from llm_training_toolkit.data.prepare.builder import PreparedDataset, prepare_dataset
+from llm_training_toolkit.data.prepare.builder import prepare_dataset
+from llm_training_toolkit.data.prepare.dataset_info import PreparedDataset
 from llm_training_toolkit.data.prepare.document_index import (
     DocumentIndex,
     DocumentReader,
