@@ -19,8 +19,8 @@ from checkpoints import save
 from llm_training_toolkit.checkpoint import CheckpointReader, Manifest
 from llm_training_toolkit.checkpoint.restore import restore_engine
 from llm_training_toolkit.config import parse_config
+from llm_training_toolkit.data.collate import MicroBatch, build_full_batch
 from llm_training_toolkit.data.dataloader import DataLoader
-from llm_training_toolkit.data.dataset import MicroBatch, build_full_batch
 from llm_training_toolkit.data.prepare.dataset_info import DatasetInfo
 from llm_training_toolkit.data.prepare.epochs import build_data_facts
 from llm_training_toolkit.distributed.context import RunContext, StopRequest

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from llm_training_toolkit.config.data_config import DataConfig, SourceConfig
+from llm_training_toolkit.config.data_config import DataConfig
 from llm_training_toolkit.config.schema import Config
+from llm_training_toolkit.config.source_config import SourceConfig
 from llm_training_toolkit.config.uri import redact_uri
 
 

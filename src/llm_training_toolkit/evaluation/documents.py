@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from llm_training_toolkit.config import SourceConfig
-from llm_training_toolkit.config.data_config import SourceFormat
+from llm_training_toolkit.config.source_config import SourceFormat
 from llm_training_toolkit.config.uri import redact_uri
 from llm_training_toolkit.data.prepare.dataset_info import PreparedDataset
 from llm_training_toolkit.data.prepare.document_index import (

@@ -17,7 +17,7 @@ import torch
 from torch.profiler import record_function
 
 from llm_training_toolkit.checkpoint.state import SkippedStep, StepStats, TrainState
-from llm_training_toolkit.data.dataset import MicroBatch, count_attended_tokens
+from llm_training_toolkit.data.collate import MicroBatch, count_attended_tokens
 from llm_training_toolkit.distributed.context import StopRequest
 from llm_training_toolkit.distributed.events import StepEvent, StragglerEvent
 from llm_training_toolkit.distributed.heartbeat import NON_STEP_TIMEOUT_FACTOR, STEP_TIMEOUT_FACTOR

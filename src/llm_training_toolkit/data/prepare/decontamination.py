@@ -11,7 +11,8 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from llm_training_toolkit.config.data_config import DecontaminationConfig, SourceConfig
+from llm_training_toolkit.config.data_config import DecontaminationConfig
+from llm_training_toolkit.config.source_config import SourceConfig
 from llm_training_toolkit.data.sources.decompress import open_decompressed
 from llm_training_toolkit.data.sources.document import UnreadableDocument
 from llm_training_toolkit.data.sources.files import FileFormat, SourceFile, detect_file_format

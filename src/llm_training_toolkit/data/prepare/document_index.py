@@ -16,7 +16,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from llm_training_toolkit.config.data_config import DataConfig, SourceConfig
+from llm_training_toolkit.config.data_config import DataConfig
+from llm_training_toolkit.config.source_config import SourceConfig
 from llm_training_toolkit.config.uri import redact_uri
 from llm_training_toolkit.data.prepare.arrow_store import read_array, read_column, write_columns, write_rows
 from llm_training_toolkit.data.prepare.cleaning import DocumentCleaner

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llm_training_toolkit.config.data_config import FilterValue, QualityConfig, SourceConfig, SourceFormat
+from llm_training_toolkit.config.source_config import FilterValue, QualityConfig, SourceConfig, SourceFormat
 from llm_training_toolkit.data.chat.parse import (
     Conversation,
     ConversationFields,

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
-from llm_training_toolkit.config.data_config import SourceConfig
+from llm_training_toolkit.config.source_config import SourceConfig
 from llm_training_toolkit.config.uri import is_uri, redact_uri
 from llm_training_toolkit.data.sources import local, remote
 from llm_training_toolkit.data.sources.files import (

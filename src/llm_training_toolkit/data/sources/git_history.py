@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
-from llm_training_toolkit.config.data_config import SourceConfig
+from llm_training_toolkit.config.source_config import SourceConfig
 from llm_training_toolkit.data.git.edits import has_edit_markers, iter_edit_segments
 from llm_training_toolkit.data.git.patch import FileChange, UnusableChange
 from llm_training_toolkit.data.git.repository import Commit, HistoryReader

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
 from typing import Any
 
-from llm_training_toolkit.config.data_config import QualityConfig
+from llm_training_toolkit.config.source_config import QualityConfig
 
 # Columns with licences in The Stack v1 and v2, CommitPack and github-code.
 LICENSE_COLUMNS = (

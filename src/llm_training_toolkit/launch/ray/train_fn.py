@@ -1,10 +1,11 @@
-"""Training function of every Ray Train worker: introduction, heartbeats, and one rank's part of the run."""
+"""Training function of every Ray Train worker: environment, introduction, heartbeats, one rank's part of the run."""
 
 from __future__ import annotations
 
 import faulthandler
 import json
 import os
+import sys
 import traceback
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -16,10 +17,17 @@ import ray
 import ray.train
 from ray.train.torch import get_device
 
-from llm_training_toolkit.config import parse_config
+from llm_training_toolkit import errors
+from llm_training_toolkit.config import Config, parse_config
 from llm_training_toolkit.data.prepare.dataset_info import DatasetInfo
 from llm_training_toolkit.distributed.context import RunContext
-from llm_training_toolkit.distributed.events import Event, NoteEvent, StageEvent, WorkerErrorEvent, WorkerStartedEvent
+from llm_training_toolkit.distributed.events import (
+    Event,
+    NoteEvent,
+    StageEvent,
+    WorkerErrorEvent,
+    WorkerStartedEvent,
+)
 from llm_training_toolkit.distributed.flight_recorder import build_flight_record_writer
 from llm_training_toolkit.distributed.heartbeat import Heartbeat
 from llm_training_toolkit.errors import ToolkitError
@@ -111,3 +119,21 @@ def _build_error_event(error: Exception, rank: int, phase: str) -> WorkerErrorEv
     last = traceback.extract_tb(error.__traceback__)[-1]
     text = f"{type(error).__name__}: {error} ({Path(last.filename).name}:{last.lineno}, in {last.name})"
     return WorkerErrorEvent(rank, phase, type(error).__name__, text, final=False, helped=False)
+
+
+def rebuild_error(event: WorkerErrorEvent) -> ToolkitError:
+    """Rebuild a worker's error in its original class."""
+    kind = getattr(errors, event.type, ToolkitError)
+    error: ToolkitError = kind(event.text)
+    return error
+
+
+def build_worker_environment(config: Config) -> dict[str, str]:
+    """Return the environment of every worker; `cluster.env` wins."""
+    tools = str(Path(sys.executable).parent)  # ninja, for operations that DeepSpeed compiles
+    return {
+        "OMP_NUM_THREADS": str(config.cluster.cpus_per_worker),
+        "TOKENIZERS_PARALLELISM": "false",
+        "PATH": f"{tools}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
+        **config.cluster.env,
+    }

@@ -8,8 +8,9 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-from llm_training_toolkit.config.data_config import DataConfig, SourceConfig
-from llm_training_toolkit.config.timestamps import parse_timestamp
+from llm_training_toolkit.config.data_config import DataConfig
+from llm_training_toolkit.config.section import parse_timestamp
+from llm_training_toolkit.config.source_config import SourceConfig
 from llm_training_toolkit.config.uri import is_uri, redact_uri
 from llm_training_toolkit.plan.problem import Problem
 

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from llm_training_toolkit.config.data_config import SourceConfig
+from llm_training_toolkit.config.source_config import SourceConfig
 from llm_training_toolkit.data.chat.messages import Conversation, InvalidRecord
 from llm_training_toolkit.data.chat.parse import ConversationFields, parse_conversation
 from llm_training_toolkit.data.sources import DocumentStats, read_source_documents

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_training_toolkit.config.data_config import SourceConfig
+from llm_training_toolkit.config.source_config import SourceConfig
 from llm_training_toolkit.data.code.fim import FimRules, draw_uniform_numbers
 from llm_training_toolkit.data.code.render import render_code
 from llm_training_toolkit.data.code.rules import RenderRules

@@ -14,8 +14,8 @@ import pytest
 
 from git_histories import History, day
 from layout_tokens import decode_source, render_source
-from llm_training_toolkit.config.data_config import SourceConfig
 from llm_training_toolkit.config.schema import Config
+from llm_training_toolkit.config.source_config import SourceConfig
 from llm_training_toolkit.data.git.edits import CURSOR, REGION_END, REGION_START
 from llm_training_toolkit.data.prepare.builder import DatasetBuilder, prepare_dataset
 from llm_training_toolkit.data.prepare.document_index import DocumentIndex, DocumentReader, DocumentShard
