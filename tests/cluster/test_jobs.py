@@ -147,7 +147,7 @@ def run_command(command: list[str], config: Path, environment: Mapping[str, str]
 
 
 @contextmanager
-def going_on(
+def running_process(
     command: list[str], config: Path, head: Head, stdin: int = subprocess.DEVNULL
 ) -> Iterator[subprocess.Popen[str]]:
     pipes = {"stdin": stdin, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
@@ -198,7 +198,7 @@ def follow_and_stop(config: Path, head: Head) -> int:
     run = run_of(config)
     connection = Connection(int(head.address.rsplit(":", maxsplit=1)[-1]))
     through = replace(head, address=f"http://127.0.0.1:{connection.port}")
-    with going_on(submit(config, through), config, head) as process:
+    with running_process(submit(config, through), config, head) as process:
         wait_for_step(run, 5, process)
         of_workers = [Path(f"/proc/{pid}/environ").read_text() for pid in read_attempt_record(run, 1)["processes"]]
         second = run_command(submit(config, head), config, head.environment)
@@ -214,7 +214,7 @@ def follow_and_stop(config: Path, head: Head) -> int:
     assert sorted(placement["node"] for placement in read_attempt_record(run, 1)["ranks"]) == sorted(NODES)
     assert all(f" on node {node} (cpu)" in out for node in NODES)
     assert second.returncode == 1
-    assert "run job is going on there as job" in second.stderr
+    assert "run job is running there as job" in second.stderr
     assert process.returncode == 75, out + err
     assert " of this folder" in out
     assert out.count("is lost; trying again") == 1
@@ -226,10 +226,10 @@ def follow_and_stop(config: Path, head: Head) -> int:
 
 
 def resume_leave_alone_and_stop(config: Path, head: Head, stopped: int) -> None:
-    """Go on from where it stopped, leave it alone at a keyboard, stop it from elsewhere."""
+    """Resume from where it stopped, leave it alone at a keyboard, stop it from elsewhere."""
     run = run_of(config)
     ours, theirs = os.openpty()
-    with going_on(jobs(head, "resume", "job"), config, head, stdin=theirs) as process:
+    with running_process(jobs(head, "resume", "job"), config, head, stdin=theirs) as process:
         wait_for_step(run, stopped + 5, process)
         time.sleep(3)  # until the log is here
         process.send_signal(signal.SIGINT)
@@ -239,12 +239,12 @@ def resume_leave_alone_and_stop(config: Path, head: Head, stopped: int) -> None:
     os.close(theirs)
     assert process.returncode == 0, err
     assert f"resuming from step_{stopped:09d}_a1" in out
-    assert "the run goes on; `ltt jobs logs job` follows it again" in out
+    assert "the run continues; `ltt jobs logs job` follows it again" in out
     [first, now] = json.loads(run_command([*jobs(head), "--json"], config, head.environment).stdout)
     assert (first["run"], first["status"], now["run"], now["status"]) == ("job", "stopped", "job", "running")
     left = run_command(jobs(head, "stop", "job"), config, head.environment)
     assert left.returncode == 0, left.stderr
-    assert "stopped; `ltt jobs resume job` goes on" in left.stdout
+    assert "stopped; `ltt jobs resume job` resumes it" in left.stdout
     assert read_attempt_record(run, 2)["workers"] == 2
     shown = run_command(jobs(head, "logs", "job"), config, head.environment)
     assert shown.returncode == 75
@@ -269,7 +269,7 @@ def test_a_cluster_that_dies_and_one_that_has_forgotten_the_job_are_said(
         JobHandle(client, "gone", address, Console()).follow_logs()
     monkeypatch.setattr(log, "_RECONNECT_TIMEOUT_SECONDS", 3.0)
     connection.cut()
-    with pytest.raises(LaunchError, match="If the cluster lives, the job goes on: `ltt jobs logs gone"):
+    with pytest.raises(LaunchError, match="If the cluster lives, the job continues: `ltt jobs logs gone"):
         JobHandle(client, "gone", address, Console()).follow_logs()
     assert "is lost; trying again" in capsys.readouterr().out
 

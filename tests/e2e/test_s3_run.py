@@ -54,7 +54,7 @@ def wait_for_checkpoint(name: str, step: int, s3: Mapping[str, str], process: su
         time.sleep(0.1)
 
 
-def test_a_run_in_a_bucket_is_killed_and_goes_on_elsewhere_bit_for_bit(
+def test_a_run_in_a_bucket_is_killed_and_resumes_elsewhere_bit_for_bit(
     launch_config: Callable[..., Path], s3: Mapping[str, str], tmp_path: Path
 ) -> None:
     config = launch_config("stored", **SECTIONS, cluster={"workers": 0}, export={"at_end": True})

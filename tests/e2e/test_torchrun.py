@@ -32,7 +32,7 @@ def losses(run: RunDirectory) -> list[float]:
     return [row["train/loss"] for row in rows(run) if "train/loss" in row]
 
 
-def test_one_process_stops_with_a_checkpoint_and_goes_on(launch_config: Callable[..., Path]) -> None:
+def test_one_process_stops_with_a_checkpoint_and_resumes(launch_config: Callable[..., Path]) -> None:
     config = launch_config("inline", **SECTIONS)
     arguments = command(config, "train.steps=400", "--json")
     first_began = time.time()  # a start from nothing, as its time counts, too

@@ -184,7 +184,7 @@ def test_every_family_trains_resumes_bitwise_and_loads_in_plain_peft(pools: Pool
 
 
 @pytest.mark.parametrize(("workers", "zero"), [(1, 3), (3, 2), (3, 0), (1, 1)])
-def test_adapters_go_on_with_other_ranks_and_stages(pools: Pools, make: Make, workers: int, zero: int) -> None:
+def test_adapters_resume_with_other_ranks_and_stages(pools: Pools, make: Make, workers: int, zero: int) -> None:
     lora = {"lora": {"rank": 4, "dropout": 0.2}}
     run, whole = (make(name, model=lora, train={"precision": "fp32"}) for name in ("moved", "whole"))
     pools(2).run(rank_tasks.work_on, run=str(whole.path))

@@ -1,4 +1,4 @@
-"""Ranks that wait for a later epoch's data go on, stop and fail together, whoever of them sees it first."""
+"""Ranks that wait for a later epoch's data continue, stop and fail together, whoever of them sees it first."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ REACHED = 7
 
 @pytest.fixture
 def views(fresh_run: Fresh) -> list[RunDirectory]:
-    """A run with one epoch prepared and another on its way, as two machines see it: each its own receipt."""
+    """A run with one epoch prepared and another on its way, as two machines see it: each its own dataset info."""
     first, second = fresh_run("first"), fresh_run("second")
     for name in ("checkpoints", "attempts"):
         (first.path / name).mkdir()
@@ -44,7 +44,7 @@ def whole(run: RunDirectory) -> DatasetInfo:
     return DatasetInfo.from_json(run.dataset_info_path.read_text())
 
 
-def test_ranks_go_on_when_the_last_of_them_sees_the_data(
+def test_ranks_continue_when_the_last_of_them_sees_the_data(
     pools: Pools, fresh_run: Fresh, prepared_run: RunDirectory, views: list[RunDirectory]
 ) -> None:
     undisturbed = fresh_run("undisturbed")

@@ -56,7 +56,7 @@ def test_a_compiled_run_is_the_eager_one(pools: Pools, prepared_run: RunDirector
     last = pools(2).run(rank_tasks.work_on, run=str(runs["compiled"].path), changes=changes)[0]
     assert last["status"] == "finished"
     notes = [event.message for event in last["events"] if isinstance(event, NoteEvent)]
-    assert any(", compiled and now goes on" in note for note in notes)
+    assert any(", compiled and now runs on" in note for note in notes)
     assert _losses(runs["compiled"]) == _losses(runs["eager"])
     assert sorted(_losses(runs["eager"])) == [1, 2, 3, 4]
     found, wanted = (rank_tasks.read_state(_final(runs[name])) for name in ("compiled", "eager"))

@@ -1,4 +1,4 @@
-"""Stop anywhere, go on anywhere: the same ranks bit for bit, other ranks and ZeRO stages from the same state."""
+"""Stop anywhere, resume anywhere: the same ranks bit for bit, other ranks and ZeRO stages from the same state."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def fetched(run: RunDirectory) -> dict[int, list[FetchedSequence]]:
     return {step: sorted(sequences) for step, sequences in found.items()}
 
 
-def assert_goes_on(run: RunDirectory, whole: RunDirectory, steps: range, precision: str) -> None:
+def assert_resumes_as(run: RunDirectory, whole: RunDirectory, steps: range, precision: str) -> None:
     """The losses of these steps are those of the undisturbed run, up to rounding."""
     found, wanted = losses(run), losses(whole)
     tolerance = 1e-6 if precision == "fp32" else 1e-3
@@ -78,7 +78,7 @@ def assert_goes_on(run: RunDirectory, whole: RunDirectory, steps: range, precisi
 def undisturbed(
     pools: Pools, prepared_run: RunDirectory, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[int, int, str], RunDirectory]:
-    """The run of so many ranks, a ZeRO stage and a precision that nothing disturbed, with its ledger; each once."""
+    """The run of so many ranks, a ZeRO stage and a precision that nothing disturbed, with its sample log; each once."""
 
     @cache
     def whole(workers: int, zero: int, precision: str) -> RunDirectory:
@@ -146,7 +146,7 @@ def test_state_in_host_memory_changes_nothing_and_may_move_at_a_resume(
         changes["engine"] = {"zero_stage": zero, "offload": offload}
         pools(2).run(rank_tasks.work_on, run=str(run.path), changes=changes, stop_after=stop)
     if zero == 3:  # there DeepSpeed adds up the norm of the gradients in another order
-        assert_goes_on(run, whole, range(1, STEPS + 1), precision)
+        assert_resumes_as(run, whole, range(1, STEPS + 1), precision)
     else:
         assert losses(run) == losses(whole)
         assert_same_state(rank_tasks.read_state(final(run)), rank_tasks.read_state(final(whole)))
@@ -208,7 +208,7 @@ def test_workers_that_go_and_come_change_neither_sequences_nor_state_nor_what_fo
         assert answers[0]["step"] == (stop or STEPS)
     whole = undisturbed(PATHS[path][0][0], zero, precision)
     assert fetched(run) == fetched(whole)
-    assert_goes_on(
+    assert_resumes_as(
         run, whole, range(1, STEPS + 1), precision
     )  # five steps after the last change, seven after the first
 
@@ -237,7 +237,7 @@ def stopped_at(
         (3, 1, "bf16"),
     ],
 )
-def test_a_checkpoint_of_two_ranks_goes_on_with_any_number_under_any_stage(
+def test_a_checkpoint_of_two_ranks_resumes_with_any_number_under_any_stage(
     pools: Pools,
     fresh_run: Fresh,
     undisturbed: Undisturbed,
@@ -262,7 +262,7 @@ def test_a_checkpoint_of_two_ranks_goes_on_with_any_number_under_any_stage(
     answers = pools(workers).run(rank_tasks.work_on, run=str(run.path), changes=changes)
     assert answers[0]["status"] == "finished"
     assert sorted(losses(run)) == list(range(STOP + 1, STEPS + 1))
-    assert_goes_on(run, undisturbed(2, 2, precision), range(STOP + 1, STEPS + 1), precision)
+    assert_resumes_as(run, undisturbed(2, 2, precision), range(STOP + 1, STEPS + 1), precision)
 
 
 def test_a_finished_run_takes_no_further_step(pools: Pools, fresh_run: Fresh) -> None:

@@ -75,7 +75,7 @@ def assert_same_state(found: Path, wanted: Path) -> None:
 
 
 @pytest.mark.parametrize(("zero", "precision"), [(0, "fp32"), (0, "bf16"), (3, "fp32")])
-def test_an_update_is_left_out_and_the_run_goes_on_bit_for_bit_wherever_it_was_stopped(
+def test_an_update_is_skipped_and_a_resume_anywhere_is_bitwise_the_same(
     pools: Pools, prepared: Fresh, zero: int, precision: str
 ) -> None:
     setting = changes(engine={"zero_stage": zero}, train={"precision": precision})
@@ -104,7 +104,7 @@ def test_an_update_is_left_out_and_the_run_goes_on_bit_for_bit_wherever_it_was_s
         assert_same_state(final(run), final(whole))
 
 
-def test_by_default_the_run_stops_as_it_was_before_and_goes_on_as_it_is_told(pools: Pools, prepared: Fresh) -> None:
+def test_by_default_the_run_stops_as_it_was_before_and_resumes_as_configured(pools: Pools, prepared: Fresh) -> None:
     run, whole = prepared("stops"), prepared("skips")
     stop = changes(failures={"on_loss_spike": "stop"})
     words = (

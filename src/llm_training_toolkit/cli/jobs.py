@@ -114,7 +114,7 @@ def stop(name: Name, *, address: Address) -> None:
     code = stop_job(JobHandle(client, job.id, address, console), console)
     stopped = code == EXIT_CODES["stopped"]
     console.print_line(
-        f"stopped; `ltt jobs resume {name}` goes on" if stopped else f"it had ended by itself: exit code {code}"
+        f"stopped; `ltt jobs resume {name}` resumes it" if stopped else f"it had ended by itself: exit code {code}"
     )
 
 

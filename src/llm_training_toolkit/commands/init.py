@@ -69,7 +69,7 @@ def detect_machine() -> TrainingMachine:
 
 
 def format_starter_config(request: StarterRequest, machine: TrainingMachine) -> str:
-    """Return the YAML text of a run that plans without problems, except for weights that are not here yet.
+    """Return the YAML text of a run that plans without problems, except for weights still to be fetched.
 
     Raises PlanError for an unknown model, and with the plan's problems.
     """

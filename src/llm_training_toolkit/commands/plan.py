@@ -65,7 +65,7 @@ def _make_plan(config: Config) -> Plan:
 
 
 def read_measured_speed(config: Config) -> MeasuredSpeed | None:
-    """Return the speed of the run in its newest steps, or None if it has not begun on this disk or has no MFU."""
+    """Return the speed of the run in its newest steps, or None unless it has begun on this disk and has an MFU."""
     if is_uri(config.run.dir):
         return None
     run = RunDirectory(Path(get_run_location(config)))

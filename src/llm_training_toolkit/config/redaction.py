@@ -18,7 +18,7 @@ def redact_config(config: Config) -> Config:
 
 
 def redact_data(data: DataConfig) -> DataConfig:
-    """Return sources whose addresses carry no query: a signed address is new each day, its documents are not."""
+    """Return sources with addresses without a query: a signed address is new each day, its documents stay the same."""
     held_out = data.eval.model_copy(update={"sources": _redact_sources(data.eval.sources)})
     return data.model_copy(update={"sources": _redact_sources(data.sources), "eval": held_out})
 

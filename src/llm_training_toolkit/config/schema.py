@@ -204,7 +204,7 @@ class ClusterConfig(ConfigSection):
     fewer after a node is lost, more when one joins. 0 = without Ray: one process, or the ranks of torchrun."""
     resource_timeout: Annotated[Duration, FieldTag.FREE] = "10m"
     """Maximum wait for the resources of the (fewest) workers, at the start and after losing workers, before the run
-    fails. At the start, resources that the cluster can never provide are refused without waiting."""
+    fails. At the start, resources that the cluster can never provide are refused at once."""
     gpus_per_worker: Annotated[Literal["auto", 0, 1], BeforeValidator(check_whole_number), FieldTag.FREE] = "auto"
     """GPUs per worker. `auto` = 1 if the cluster has one for every worker, else 0."""
     cpus_per_worker: Annotated[int, Field(ge=1, le=MAX_COUNT), FieldTag.FREE] = 1

@@ -169,7 +169,7 @@ class SourceConfig(ConfigSection):
     layout: Annotated[SourceLayout, FieldTag.IDENTITY] = "auto"
     """Notebooks: `structured` = text, code and output in special tokens (`auto`), `script` = one piece of code. Git:
     `commits` = each changed file in StarCoder's commit tokens, `diffs` = each commit as message and unified diff,
-    `edits` = each edited region before and after; `auto` = `commits` where the tokenizer has the tokens, else
+    `edits` = each edited region before and after. `auto` = `commits` where the tokenizer has the tokens, else
     `diffs`."""
     before: Annotated[Annotated[str, AfterValidator(check_timestamp)] | None, FieldTag.IDENTITY] = None
     """Git: only commits before this date or time (UTC): a commit counts from the date of its newest ancestor on."""

@@ -44,7 +44,7 @@ def choose_precision(slowdowns: Sequence[float], device_type: str) -> ResolvedVa
     """Choose bf16 or fp32 for all workers, by the slowest worker.
 
     `slowdowns` has one entry per worker: seconds of matrix products in bf16 / seconds in fp32. On GPUs it is not
-    measured but 0 with bf16 hardware and infinite without.
+    measured: 0 with bf16 hardware, otherwise infinite.
     """
     worst = max(slowdowns)
     if device_type != "cpu":
@@ -122,7 +122,7 @@ def with_zero_stage(config: Config, stage: int) -> Config:
 def with_assumed_values(config: Config) -> Config:
     """Replace `auto` by what is planned before the hardware is known.
 
-    That is bf16, varlen on GPUs, no recomputation and the cheapest ZeRO stage; the micro-batch stays open.
+    These are bf16, varlen on GPUs, no recomputation and the cheapest ZeRO stage; the micro-batch stays open.
     """
     if config.train.precision == "auto":
         config = with_precision(config, "bf16")

@@ -128,7 +128,7 @@ def _build_leaf_block(config: Config) -> dict[str, Any]:
 
 
 def _build_precision_blocks(config: Config) -> dict[str, Any]:
-    """Return the precision blocks; none for fp32, and none at stages 0 and 1, where the engine has the fp32 weights."""
+    """Return the precision blocks; empty for fp32 and at stages 0 and 1, where the engine has the fp32 weights."""
     if config.train.precision == "fp32" or int(config.engine.zero_stage) < 2:
         return {}
     # With the check DeepSpeed skips an overflowing update instead of writing NaN into the weights; the engine

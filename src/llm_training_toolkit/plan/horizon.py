@@ -108,10 +108,10 @@ def compute_horizon(config: Config, data_facts: DataFacts | None, embedding_rows
 
 def is_prepared(config: Config, data_facts: DataFacts) -> bool:
     """Return whether the prepared epochs hold every sequence that the run still needs."""
-    return not any(missing_epochs(config, data_facts))
+    return not any(count_missing_epochs(config, data_facts))
 
 
-def missing_epochs(config: Config, data_facts: DataFacts, until: int | None = None) -> list[int]:
+def count_missing_epochs(config: Config, data_facts: DataFacts, until: int | None = None) -> list[int]:
     """Return the minimum number of epochs to add per stream, by the size of its largest prepared epoch."""
     if config.train.epochs is not None:
         return [max(config.train.epochs - len(data_facts.streams[0].sequences_per_epoch), 0)]

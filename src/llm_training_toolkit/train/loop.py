@@ -264,7 +264,7 @@ def _format_non_finite_error(
     document_names = "; ".join(text for text in components.context.all_gather_object(mine) if text)
     return (
         f"step {step + 1}: {what}; training stopped and nothing of this step was saved. It holds: {document_names}. "
-        "Look at these documents, or lower optim.lr (it needs --accept optim.lr) and go on from the last checkpoint"
+        "Look at these documents, or lower optim.lr (it needs --accept optim.lr) and resume from the last checkpoint"
     )
 
 

@@ -75,7 +75,7 @@ def _warn_of_rounding_changes(
     now = (context.world_size, lineage.threads, lineage.extra["micro_batch"], lineage.zero)
     before, after = code[manifest.extra.get("compile", False)], code[lineage.extra["compile"]]
     if (*previous, before) != (*now, after):
-        said = "went on {} workers with {} threads each in micro-batches of {} under ZeRO {}".format(*previous) + before
-        here = "goes on {} with {} in micro-batches of {} under ZeRO {}".format(*now) + after
+        said = "ran on {} workers with {} threads each in micro-batches of {} under ZeRO {}".format(*previous) + before
+        here = "runs on {} with {} in micro-batches of {} under ZeRO {}".format(*now) + after
         message = f"the run {said} and now {here}: the same sequences, losses equal up to rounding"
         context.report(NoteEvent(message))

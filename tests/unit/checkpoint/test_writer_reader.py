@@ -161,7 +161,7 @@ def test_what_is_written_is_the_moment_it_began_however_slow_the_disk(
     began = time.monotonic()
     writing = AsyncWrite(0, tmp_path / "c", pieces, OPTIMIZER, allocate_host_buffer(pieces))
     assert time.monotonic() - began < 10
-    for tensors in values.values():  # the training goes on
+    for tensors in values.values():  # the training continues
         for tensor in tensors.values():
             tensor.add_(1)
     was_done = writing.is_done

@@ -157,7 +157,7 @@ def test_a_sink_that_cannot_start_fails_at_once(run: RunDirectory, context: RunC
         Metrics(run, 1, 0, context)
 
 
-def test_a_full_disk_is_reported_once_and_the_other_sink_goes_on(
+def test_a_full_disk_is_reported_once_and_the_other_sink_continues(
     run: RunDirectory, context: RunContext, events: list[Any]
 ) -> None:
     run.path.mkdir(parents=True)
@@ -169,7 +169,7 @@ def test_a_full_disk_is_reported_once_and_the_other_sink_goes_on(
     assert isinstance(event, WarningEvent)
     assert "JsonLines cannot be written" in event.message
     assert "No space left on device" in event.message
-    assert "training goes on" in event.message
+    assert "training continues" in event.message
     assert points(run, "train/loss") == [(1, 1.0), (2, 2.0), (3, 3.0)]
 
 
@@ -194,7 +194,7 @@ def no_file_beyond(size: int, threads_before: set[threading.Thread]) -> Iterator
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_when_no_sink_can_be_written_each_is_reported_once_and_training_goes_on(
+def test_when_no_sink_can_be_written_each_is_reported_once_and_training_continues(
     run: RunDirectory, context: RunContext, events: list[Any], threads_before: set[threading.Thread]
 ) -> None:
     with no_file_beyond(2_000, threads_before), metrics(run, context) as opened:
@@ -241,7 +241,7 @@ def test_rows_that_a_full_disk_refused_are_written_when_it_has_room_again(
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_tensorboard_goes_on_after_a_failed_write(
+def test_tensorboard_continues_after_a_failed_write(
     run: RunDirectory, context: RunContext, threads_before: set[threading.Thread], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("llm_training_toolkit.monitoring.metrics._REOPEN_SECONDS", 0.0)

@@ -35,9 +35,9 @@ FAR = 10_000
 
 
 def parts(prepared_run: RunDirectory, run: RunDirectory, stop_request: StopRequest) -> TrainerComponents:
-    """A run that goes on from step FAR; nothing of its engine and its metrics is reached."""
+    """A run that resumes from step FAR; nothing of its engine and its metrics is reached."""
 
-    def no_more(_receipt: DatasetInfo) -> DatasetInfo:
+    def no_more(_dataset_info: DatasetInfo) -> DatasetInfo:
         raise DataError("later epochs cannot be prepared")
 
     dataset_info = DatasetInfo.from_json(prepared_run.dataset_info_path.read_text())

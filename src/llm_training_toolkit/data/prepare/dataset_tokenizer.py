@@ -123,9 +123,9 @@ class DatasetTokenizer:
     def _iter_training_texts(self, document_index: DocumentIndex, progress: StageProgressCallback) -> Iterator[str]:
         """Yield the texts for tokenizer training: every document that is not held out."""
         total, done = document_index.count_documents(held=False), 0
-        rereader = DocumentReader(self.data, document_index)
+        reader = DocumentReader(self.data, document_index)
         for shard in split_into_shards(self.data, document_index, range(len(self.data.sources)), held=False):
-            for _, document in rereader.read_documents(shard, held=False):
+            for _, document in reader.read_documents(shard, held=False):
                 if done % _PROGRESS_EVERY == 0:
                     progress("tokenizer", done, total)
                 done += 1

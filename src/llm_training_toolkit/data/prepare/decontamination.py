@@ -28,7 +28,7 @@ class BenchmarkFilter:
     """Word sequences of the benchmarks of a configuration, all in memory: they are small beside any corpus."""
 
     def __init__(self, config: DecontaminationConfig) -> None:
-        """Read the benchmarks. Raises DataError for a path without files, and for one without a sequence of words."""
+        """Read the benchmarks. Raises DataError for a path that lacks files or a sequence of words."""
         self._words = config.ngram_words
         self._sequences: set[str] = set()
         for source in build_benchmark_sources(config):

@@ -16,7 +16,7 @@ from llm_training_toolkit.data.tokenizer import TokenizationSpec, open_tokenizer
 from llm_training_toolkit.errors import DataError, PlanError
 from llm_training_toolkit.plan import DataFacts, StreamFacts
 from llm_training_toolkit.plan.checks.horizon_check import find_vocabulary_problems
-from llm_training_toolkit.plan.horizon import missing_epochs
+from llm_training_toolkit.plan.horizon import count_missing_epochs
 from llm_training_toolkit.runs.atomic_write import write_atomically
 from llm_training_toolkit.runs.directory import RunDirectory
 
@@ -94,7 +94,7 @@ def _check_loss_tokens(prepared: PreparedDataset) -> PreparedDataset:
 
 def _count_missing_epochs(work: DatasetBuilder, config: Config, data_facts: DataFacts, until: int | None) -> list[int]:
     """Count the epochs to add to each stream."""
-    at_the_end, now = missing_epochs(config, data_facts), missing_epochs(config, data_facts, until)
+    at_the_end, now = count_missing_epochs(config, data_facts), count_missing_epochs(config, data_facts, until)
     there = [len(stream.sequences_per_epoch) for stream in data_facts.streams]
     found = [count - known for count, known in zip(work.count_prepared_epochs(), there, strict=True)]
     return [

@@ -139,7 +139,7 @@ def _group_by_file(places: Sequence[re.Match[str]]) -> Iterator[tuple[str, list[
 
 
 def write_fault_report(file: Path, paths: Sequence[str], tallies: Sequence[DocumentStats]) -> None:
-    """Write the faults of every source as JSON; no file if there are none."""
+    """Write the faults of every source as JSON, if there are any."""
     found = [
         {
             "path": path,

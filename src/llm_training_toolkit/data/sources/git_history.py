@@ -64,7 +64,7 @@ def read_history(source: SourceConfig, index: int, tally: DocumentStats, begin: 
 
 
 def remove_people(message: str) -> str:
-    """Return a commit's message without lines that name people, and without e-mail addresses."""
+    """Return a commit's message without e-mail addresses and lines that name people."""
     first, end, rest = message.lstrip().partition("\n")
     if _ADDRESS.search(first):
         first = _PEOPLE.sub("", first)

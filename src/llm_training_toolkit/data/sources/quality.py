@@ -1,4 +1,4 @@
-"""Filters of code data that BigCode publishes, and the reasons that the receipt counts.
+"""Filters of code data that BigCode publishes, and the reasons that the dataset info counts.
 
 Sources: `long_lines`, `mean_line_length`, `alphanumeric`: bigcode-dataset, preprocessing/filtering.py (basic filters).
 `many_lines`, `alphabetic`, `generated`: StarCoder2 (Lozhkov et al. 2024), section 2.1, basic filters; go-enry's own

@@ -1,4 +1,4 @@
-"""Package of a Ray job: the code of the current folder without large files and without secrets."""
+"""Package of a Ray job: the code of the current folder without large files and secrets."""
 
 from __future__ import annotations
 

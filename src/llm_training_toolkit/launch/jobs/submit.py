@@ -102,7 +102,7 @@ def follow_job(log: JobHandle, name: str, console: Console) -> int:
         except KeyboardInterrupt as interrupt:
             answer = "stop" if isinstance(interrupt, SigtermInterrupt) else _ask_interrupt_action(console)
         if answer == "detach":
-            console.print_line(f"the run goes on; `ltt jobs logs {name}` follows it again")
+            console.print_line(f"the run continues; `ltt jobs logs {name}` follows it again")
             return 0
         if answer == "stop":
             return stop_job(log, console)
@@ -133,7 +133,7 @@ def _ask_interrupt_action(console: Console) -> Literal["stop", "detach", "follow
     """Ask for the action after Ctrl-C; without a keyboard it is "stop"."""
     if not sys.stdin.isatty():
         return "stop"
-    console.print_line("[s]top the run with a checkpoint, [d]etach and let it go on, or [f]ollow further?")
+    console.print_line("[s]top the run with a checkpoint, [d]etach and let it run, or [f]ollow further?")
     try:
         answer = input().strip().lower()
     except (KeyboardInterrupt, EOFError):
@@ -169,7 +169,7 @@ def _check_not_running(client: Any, name: str) -> None:  # noqa: ANN401 - Ray ha
     for job in list_run_jobs(client):
         if job.run == name and not job.is_over:
             raise LaunchError(
-                f"run {name} is going on there as job {job.id}: follow it with `ltt jobs logs {name}`, or stop it with "
+                f"run {name} is running there as job {job.id}: follow it with `ltt jobs logs {name}`, or stop it with "
                 f"`ltt jobs stop {name}`"
             )
 

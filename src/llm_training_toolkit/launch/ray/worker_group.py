@@ -101,7 +101,7 @@ class WorkerGroupResult:
 
 
 class FitStuckError(LaunchError):
-    """Error: Ray Train's `fit` blocks in its thread on workers that never start or never end."""
+    """Error: Ray Train's `fit` blocks in its thread on workers that fail to start or to end."""
 
 
 class WorkerGroup:
@@ -225,7 +225,7 @@ class WorkerGroup:
                 self._draining_nodes.add(node)
                 left = f" in {max(0.0, deadline / 1e3 - time.time()):.0f} s" if deadline else ""
                 [address] = {worker.address for worker in self._workers.values() if worker.node == node}
-                self._show_warning(f"node {address} will be taken away{left}: saving a checkpoint, then leaving it")
+                self._show_warning(f"node {address} will be preempted{left}: saving a checkpoint, then leaving it")
                 self.request_stop(StopRequest.DRAIN)
 
     def _handle_hang(self, hang: HangReport) -> None:

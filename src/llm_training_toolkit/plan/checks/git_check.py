@@ -47,7 +47,7 @@ def build_git_command(repository: Path, *arguments: str) -> list[str]:
 
 
 def build_git_environment(repository: Path) -> dict[str, str]:
-    """Build the environment of such a command: without the caller's git variables, and never in a directory above."""
+    """Build the environment of such a command: without the caller's git variables, and only in this directory."""
     inherited = {name: os.environ[name] for name in ("PATH", "TMPDIR") if name in os.environ}
     ceiling = str(repository.resolve().parent)
     return {**inherited, **_SAFE_ENVIRONMENT, "HOME": os.devnull, "GIT_CEILING_DIRECTORIES": ceiling}
@@ -146,7 +146,7 @@ def _has_commit(path: Path, date: str, *options: str, is_before: bool) -> bool:
 
 
 def _find_future_problems(data: DataConfig) -> Iterator[Problem]:
-    """Find training sources that go on behind the date from which the same repository is held out."""
+    """Find training sources that reach beyond the date from which the same repository is held out."""
     held_out = _find_held_out_dates(data)
     for index, source in enumerate(data.sources):
         path = resolve_repository(source).resolve()

@@ -330,7 +330,7 @@ def _collect_notes(config: Config, plan: Plan, hardware: ClusterHardware, micro_
             f"a node with {format_plural(on_node, 'worker')}, which a cluster file does not state."
         )
     if hardware.spot:
-        yield "Nodes may be taken away (spot): what is lost then is at most the work since the last checkpoint."
+        yield "Nodes may be preempted (spot): what is lost then is at most the work since the last checkpoint."
 
 
 def _collect_communication_notes(sending: float, computing: float, zero: int) -> Iterator[str]:

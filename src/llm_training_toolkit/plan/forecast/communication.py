@@ -53,8 +53,8 @@ def count_exchanged_bytes(load: ExchangeWorkload) -> Exchange:
 
     Gradients are reduced in fp32: at stage 0 by an all-reduce a step, at stage 1 by a reduce-scatter a step. DeepSpeed
     0.19.8 sends an all-reduce with every micro-batch at stage 2, a reduce-scatter at stage 3. Stages 1 and 2 gather the
-    trained weights once a step, stage 3 gathers all weights for forward and for backward of every micro-batch (ZeRO,
-    Rajbhandari et al. 2020, section 7), except those of the last layers, which it keeps.
+    trained weights once a step. Stage 3 gathers all weights for forward and for backward of every micro-batch, except
+    those of the last layers, which it keeps (ZeRO, Rajbhandari et al. 2020, section 7).
     """
     gradients, weights = 4 * load.trained, load.width * load.trained
     if load.zero <= 1:

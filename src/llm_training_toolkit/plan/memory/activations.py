@@ -37,7 +37,7 @@ class PassShape:
     """Tokens of a micro-batch."""
     checkpointing: ActivationCheckpointing
     attention: AttentionMemory
-    """`varlen` keeps neither masks nor repeated keys, `masked` both, `eager` all probabilities."""
+    """`masked` keeps masks and repeated keys, `eager` all probabilities, `varlen` none of these."""
     mixer: MixerKind = "attention"
     """Kind of layer that is meant where one is; hybrid models have two."""
 
@@ -84,7 +84,7 @@ def estimate_backward_bytes(load: PassShape) -> int:
     """Estimate what the backward pass of one layer adds: recomputed tensors and the gradients in its widest place.
 
     The last layer of a hybrid model has attention; when a layer of linear attention recomputes, what that one kept is
-    gone. Without recomputation the layers before the last are no peak.
+    gone. Without recomputation the peak lies in the last layer.
     """
     last, *others = (kind for kind, _ in load.list_layer_kinds())
     moments = [_estimate_feed_forward_backward_bytes(last)]
@@ -116,8 +116,8 @@ def _estimate_recurrence_backward_bytes(load: PassShape) -> int:
 def _estimate_feed_forward_backward_bytes(load: PassShape) -> int:
     """Estimate what the backward pass of a feed-forward layer adds to the bytes that are kept.
 
-    That is the gradients of its product and of what was multiplied, or of its product and its matrix. With dropout on
-    the adapters' input there is also a scaled copy.
+    These are the gradients of its product and of its factors, or of its product and its matrix. With dropout on the
+    adapters' input there is also a scaled copy.
     """
     model, w, adapter = load.model, load.width, load.adapter
     wide = max(model.experts_per_token, 1) * model.intermediate * w
@@ -193,8 +193,8 @@ def estimate_layer_bytes(load: PassShape) -> int:
     """Estimate what autograd keeps of one layer per token for the models of transformers 5.
 
     Two norms: a LayerNorm keeps input and output, 2 h w; an RMSNorm fp32 input, normalized value and output, h (2 w +
-    4). Norms of queries and keys keep the same but the output. Without weight gradients a linear layer keeps no input,
-    and an RMSNorm no normalized value.
+    4). Norms of queries and keys keep the same but the output. Only for weight gradients does a linear layer keep its
+    input, and an RMSNorm the normalized value.
     """
     norms = _estimate_norm_bytes(load, norms=2) + _estimate_head_norm_bytes(load)
     feed_forward = _estimate_feed_forward_bytes(load)

@@ -1,7 +1,7 @@
 """Closed-form estimate of device memory by part, at the moment of a step that needs the most.
 
 Forward, backward, reduction and update hold different things: what stands side by side is added, and the largest sum is
-the estimate. What allocators round up is not included; CUDA_RUNTIME_BYTES is apart, because CPUs have none.
+the estimate. The rounding of allocators is not included; CUDA_RUNTIME_BYTES is apart, because it is for GPUs alone.
 """
 
 from __future__ import annotations
@@ -291,9 +291,9 @@ def estimate_loading_bytes(load: DeviceWorkload) -> int:
     """Estimate the host memory that one worker takes while it builds the model, beside its device's, in bytes.
 
     Adapters load their base at each start, below stage 3 by chunks on the way to the GPU. Other runs pass one tensor at
-    a time: a new one draws it in fp32. That is an upper bound for one that begins with weights, which takes a chunk
-    then, and a tensor in its own precision when it resumes. Pages of files that rank 0 maps at stage 3 are the
-    system's to drop.
+    a time: a new one draws it in fp32. It is an upper bound for one that begins with weights, which takes a chunk then,
+    and a tensor in its own precision when it resumes. Pages of files that rank 0 maps at stage 3 are the system's to
+    drop.
     """
     if load.adapter is not None and load.zero < 3:
         return LOADING_CHUNK_BYTES

@@ -71,7 +71,7 @@ def test_the_second_call_finds_everything(
     assert prepare_dataset(configure(), markers) == first
 
 
-def test_a_receipt_alone_opens_the_data(configure: Configure, markers: TokenizationSpec) -> None:
+def test_dataset_info_alone_opens_the_data(configure: Configure, markers: TokenizationSpec) -> None:
     prepared = prepare_dataset(configure(), markers)
     dataset_info = DatasetInfo.from_json(prepared.dataset_info.to_json())
     assert dataset_info == prepared.dataset_info

@@ -49,8 +49,8 @@ def document_index(of: DataConfig, folder: Path) -> DocumentIndex:
 def texts(of: DataConfig, document_index: DocumentIndex, *, held: bool) -> list[str]:
     numbers = range(len(list_all_sources(of)))
     order = [*numbers[len(of.sources) :], *numbers[: len(of.sources)]]  # the evaluation's own come first
-    chosen, rereader = split_into_shards(of, document_index, order, held=held), DocumentReader(of, document_index)
-    return [document.text for shard in chosen for _, document in rereader.read_documents(shard, held=held)]
+    chosen, reader = split_into_shards(of, document_index, order, held=held), DocumentReader(of, document_index)
+    return [document.text for shard in chosen for _, document in reader.read_documents(shard, held=held)]
 
 
 def held_out(places: NDArray[np.uint64], fraction: float) -> NDArray[np.bool_]:

@@ -94,12 +94,12 @@ def test_a_shard_begins_anywhere(tmp_path: Path, kind: str, edges: list[float]) 
     rows = len(document_index.get_source_rows(0))
     assert rows == 47  # of fifty different texts three are empty in both rounds
     cuts = sorted({0, rows, *(int(edge * rows) for edge in edges)})
-    rereader = DocumentReader(data, document_index)
+    reader = DocumentReader(data, document_index)
     pieces = [
         (number, document.name, document.text)
         for first, stop in pairwise(cuts)
         for held in (True, False)
-        for number, document in rereader.read_documents(DocumentShard(0, first, stop), held=held)
+        for number, document in reader.read_documents(DocumentShard(0, first, stop), held=held)
     ]
     assert sorted(number for number, _, _ in pieces) == list(range(rows))
     assert {name for _, name, _ in pieces} == set(document_index.names.to_pylist())
