@@ -7,7 +7,6 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -35,6 +34,7 @@ from llm_training_toolkit.launch.jobs.logs import JobHandle
 from llm_training_toolkit.monitoring.console import Console
 from llm_training_toolkit.runs.attempts import read_attempt_record
 from llm_training_toolkit.runs.directory import RunDirectory
+from machine_limits import find_free_port
 
 BIN = Path(sys.executable).parent
 STEPS = 1200
@@ -59,12 +59,6 @@ class Head:
     nodes: list[subprocess.Popen[bytes]]
 
 
-def _free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
 @pytest.fixture(scope="module")
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     """`ray start --head` with token authentication, on ports and in a folder of its own; ended by its process."""
@@ -76,10 +70,10 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
         "RAY_worker_niceness": "0",
         "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
     }
-    dashboard, port = _free_port(), _free_port()
+    dashboard, port = str(find_free_port()), str(find_free_port())
     command = [str(BIN / "ray"), "start", "--head", "--block", "--num-cpus", "0", "--temp-dir", str(folder)]
-    command += ["--port", port, "--dashboard-port", dashboard, "--ray-client-server-port", _free_port()]
-    command += ["--dashboard-agent-listen-port", _free_port(), "--disable-usage-stats"]
+    command += ["--port", port, "--dashboard-port", dashboard, "--ray-client-server-port", str(find_free_port())]
+    command += ["--dashboard-agent-listen-port", str(find_free_port()), "--disable-usage-stats"]
     written = tmp_path_factory.mktemp("head") / "log"
     with ExitStack() as running, written.open("w") as out:
         address = f"http://127.0.0.1:{dashboard}"
@@ -88,7 +82,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
         joining = [str(BIN / "ray"), "start", "--address", f"127.0.0.1:{port}", "--block", "--num-cpus", "1"]
         nodes = []
         for node in NODES:  # one after another: Ray's start of several on one machine at once fails now and then
-            own = ["--node-ip-address", node, "--dashboard-agent-listen-port", _free_port()]
+            own = ["--node-ip-address", node, "--dashboard-agent-listen-port", str(find_free_port())]
             own += ["--temp-dir", f"{folder}-{node}"]  # as on machines of their own: nodes delete what they unpacked
             nodes.append(_start([*joining, *own], environment, out, running))
             wait_for_nodes(f"127.0.0.1:{port}", environment, node)
@@ -312,7 +306,7 @@ def test_a_wrong_token_is_said(
 
 def test_a_wrong_address_and_a_lost_run_directory_are_refused(launch_config: Callable[..., Path], head: Head) -> None:
     config = launch_config("job", **SECTIONS)
-    nowhere = replace(head, address=f"http://127.0.0.1:{_free_port()}")
+    nowhere = replace(head, address=f"http://127.0.0.1:{find_free_port()}")
     for wrong, code, words in (
         (submit(config, nowhere), 1, "cannot be reached"),
         (submit(config, head, "run.dir=runs"), 2, "give a path that every node sees"),

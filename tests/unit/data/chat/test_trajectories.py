@@ -24,11 +24,6 @@ MASK = ConversationFields(masks_failed_steps=True)
 
 
 @pytest.fixture(scope="module")
-def make_chat(tmp_path_factory: pytest.TempPathFactory) -> ChatMaker:
-    return ChatMaker(tmp_path_factory)
-
-
-@pytest.fixture(scope="module")
 def qwen(make_chat: ChatMaker) -> Chat:
     return make_chat("qwen2.5")
 
