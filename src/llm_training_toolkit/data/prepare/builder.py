@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from llm_training_toolkit.config.data_config import DataConfig
-from llm_training_toolkit.config.redaction import redact_data
+from llm_training_toolkit.config.load import redact_data
 from llm_training_toolkit.config.schema import Config
 from llm_training_toolkit.config.uri import redact_uri
 from llm_training_toolkit.data.prepare.arrow_store import ExampleStore

@@ -12,8 +12,8 @@ from pathlib import Path
 import tokenizers
 
 from llm_training_toolkit.config.data_config import DataConfig
+from llm_training_toolkit.config.load import redact_data
 from llm_training_toolkit.config.model_config import TokenizerConfig
-from llm_training_toolkit.config.redaction import redact_data
 from llm_training_toolkit.config.source_config import SourceConfig
 from llm_training_toolkit.data.chat.prompt_templates import build_jinja_template
 from llm_training_toolkit.data.chat.template import ChatTemplate

@@ -14,12 +14,12 @@ from typing import Literal
 from llm_training_toolkit.config.source_config import QualityConfig, SourceConfig
 from llm_training_toolkit.config.uri import redact_uri
 from llm_training_toolkit.data.chat.parse import format_missing_column
+from llm_training_toolkit.data.git.history import read_history
 from llm_training_toolkit.data.sources.decompress import open_decompressed
 from llm_training_toolkit.data.sources.document import DocumentStats, UnreadableDocument, group_by_repository
 from llm_training_toolkit.data.sources.fields import RecordReader
 from llm_training_toolkit.data.sources.files import FileFormat, SourceFile, detect_file_format
 from llm_training_toolkit.data.sources.find import list_source_files
-from llm_training_toolkit.data.sources.git_history import read_history
 from llm_training_toolkit.data.sources.layout_records import LayoutRecordReader
 from llm_training_toolkit.data.sources.quality import find_quality_fault, is_licensed
 from llm_training_toolkit.data.sources.records import read_source_records

@@ -5,6 +5,7 @@ from __future__ import annotations
 import faulthandler
 import json
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Mapping
@@ -16,6 +17,7 @@ import psutil
 import ray
 import ray.train
 from ray.train.torch import get_device
+from ray.util.metrics import Gauge
 
 from llm_training_toolkit import errors
 from llm_training_toolkit.config import Config, parse_config
@@ -37,7 +39,6 @@ from llm_training_toolkit.launch.ray.control_actor import (
     report_with_retry,
     start_heartbeat,
 )
-from llm_training_toolkit.launch.ray.gauges import build_gauge_exporter
 from llm_training_toolkit.launch.ray.worker_processes import STACK_SIGNAL
 from llm_training_toolkit.runs.storage.open import join_run
 from llm_training_toolkit.worker.spec import WorkerSpec
@@ -137,3 +138,24 @@ def build_worker_environment(config: Config) -> dict[str, str]:
         "PATH": f"{tools}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
         **config.cluster.env,
     }
+
+
+_PREFIX = "ltt_"  # Ray puts ray_ before it
+
+
+def build_gauge_exporter(run: str) -> Callable[[Mapping[str, float]], None]:
+    """Return a function that sets gauges to scalars by metric name, with the run's name as a tag."""
+    gauges: dict[str, Gauge] = {}
+
+    def export(values: Mapping[str, float]) -> None:
+        for metric, value in values.items():
+            if metric not in gauges:
+                gauges[metric] = Gauge(get_gauge_name(metric), f"{metric} of the newest step", tag_keys=("run",))
+            gauges[metric].set(value, tags={"run": run})
+
+    return export
+
+
+def get_gauge_name(metric: str) -> str:
+    """Return the gauge's name of a metric; Prometheus allows letters, digits and underscores."""
+    return _PREFIX + re.sub(r"\W", "_", metric)

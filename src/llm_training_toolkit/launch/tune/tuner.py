@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from llm_training_toolkit.config import Config, dump_config_json
-from llm_training_toolkit.config.redaction import redact_config
+from llm_training_toolkit.config.load import redact_config
 from llm_training_toolkit.config.run_identity import flatten_config
 from llm_training_toolkit.config.search import SearchConfig, load_search, replace_config_values
 from llm_training_toolkit.config.section import FieldTag
