@@ -8,12 +8,13 @@ from typing import Any
 
 from llm_training_toolkit.config.schema import Config
 from llm_training_toolkit.plan.auto import Precision, with_precision
-from llm_training_toolkit.plan.forecast.communication import Exchange, count_exchanged_bytes
+from llm_training_toolkit.plan.forecast.communication import count_exchanged_bytes
 from llm_training_toolkit.plan.forecast.hardware import ClusterHardware
 from llm_training_toolkit.plan.forecast.offload import estimate_host_seconds
 from llm_training_toolkit.plan.forecast.step_time import (
     MeasuredSpeed,
     build_exchange_workload,
+    compute_group_seconds_per_byte,
     compute_measured_seconds,
     compute_seconds_per_byte,
     estimate_compute_seconds,
@@ -164,10 +165,7 @@ def estimate_on_cluster(
         if measured is None
         else compute_measured_seconds(plan, measured)
     )
-    exchange = Exchange(0, 0)
-    if 1 < plan.replicas <= plan.global_batch:
-        exchange = count_exchanged_bytes(build_exchange_workload(plan, rows))
-    each = compute_seconds_per_byte(plan, hardware, nodes) if exchange.total else 0.0
+    overlapped_seconds, exposed_seconds = _estimate_exchange_seconds(plan, hardware, nodes, rows)
     estimate = ClusterEstimate(
         hardware=hardware,
         nodes=nodes,
@@ -175,8 +173,8 @@ def estimate_on_cluster(
         compute_seconds=compute_seconds,
         utilisation=utilisation,
         measured=measured is not None,
-        overlapped_seconds=exchange.overlapped * each,
-        exposed_seconds=exchange.exposed * each,
+        overlapped_seconds=overlapped_seconds,
+        exposed_seconds=exposed_seconds,
         host_seconds=0.0
         if hardware.is_cpu
         else estimate_host_seconds(config.engine.offload, plan.trainable_parameters, nodes),
@@ -192,6 +190,21 @@ def estimate_on_cluster(
     )
     hours = None if plan.steps is None or problems else plan.steps * estimate.step_seconds / 3600
     return replace(estimate, hours=hours, notes=notes)
+
+
+def _estimate_exchange_seconds(
+    plan: Plan, hardware: ClusterHardware, nodes: int, micro_batch: int
+) -> tuple[float, float]:
+    """Return the seconds a step of what workers send while they compute, and while they wait."""
+    if not 1 < plan.replicas <= plan.global_batch:
+        return 0.0, 0.0
+    load = build_exchange_workload(plan, micro_batch)
+    exchange = count_exchanged_bytes(load)
+    each = compute_seconds_per_byte(plan, hardware, nodes)
+    overlapped = exchange.overlapped * each
+    if exchange.grouped:
+        overlapped += exchange.grouped * compute_group_seconds_per_byte(plan, hardware, nodes, load.second_partition)
+    return overlapped, exchange.exposed * each
 
 
 def _count_nodes(config: Config, workers: int, per_node: int, available: int) -> int:
