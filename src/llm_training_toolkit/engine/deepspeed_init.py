@@ -59,12 +59,20 @@ def zero3_init(deepspeed_config: Mapping[str, Any]) -> Iterator[None]:
         return
     from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config  # noqa: PLC0415
 
+    _forget_node_groups()
     keep_alive = HfDeepSpeedConfig(dict(deepspeed_config))
     try:
         yield
     finally:
         del keep_alive
         unset_hf_deepspeed_config()
+
+
+def _forget_node_groups() -> None:
+    """Drop the groups of an earlier engine: DeepSpeed 0.19.8 asserts that a process makes those of hpZ once."""
+    from deepspeed.utils import groups  # noqa: PLC0415
+
+    groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None  # noqa: SLF001
 
 
 @contextmanager

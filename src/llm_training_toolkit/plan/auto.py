@@ -144,6 +144,8 @@ def get_candidate_zero_stages(config: Config) -> tuple[int, ...]:
     """
     lora = config.model.lora
     possible = OFFLOAD_STAGES[config.engine.offload]
+    if config.engine.zero_hpz_partition_size > 1:
+        return (3,)
     if config.model.compile is True or (lora is not None and lora.quantize is not None):
         possible = tuple(stage for stage in possible if stage < 3)
     # Stages 0 and 1 are the engine's own, and would ignore settings of zero_optimization.

@@ -171,7 +171,7 @@ def make_plan(config: Config, replicas: int | None = None) -> Plan:
     smallest = replicas or max(config.cluster.min_workers, 1)
     given, config = config, auto.with_assumed_values(config)
     lr = choose_learning_rate(config, total)
-    deepspeed = _choose_deepspeed_config(config, trained)
+    deepspeed = _choose_deepspeed_config(config, trained, world)
     length, every = config.data.sequence_length, config.checkpoint.interval
     workload = _build_workload(config, hf, adapter, smallest, deepspeed)
     memory_gb = memory_estimate.estimate_memory(workload).to_gigabytes()
@@ -236,10 +236,10 @@ def _list_estimated_values(config: Config, *, compile_open: bool) -> tuple[str, 
     )
 
 
-def _choose_deepspeed_config(config: Config, parameters: int) -> dict[str, Any]:
+def _choose_deepspeed_config(config: Config, parameters: int, workers: int) -> dict[str, Any]:
     """Return the merged configuration, or the toolkit's own if `engine.deepspeed` cannot be merged."""
     make = build_base_config if find_deepspeed_problems(config.engine.deepspeed) else build_deepspeed_config
-    return make(config, parameters=parameters)
+    return make(config, parameters=parameters, workers=workers)
 
 
 def _adapter_to_json(adapter: families.AdapterSpec | None) -> dict[str, Any] | None:
@@ -254,7 +254,7 @@ def plan_workload(config: Config, replicas: int) -> memory_estimate.DeviceWorklo
     hf = families.resolve_hf_config(config)
     adapter = families.resolve_adapter(config, hf)
     trained = adapter.trainable_parameters if adapter else families.count_parameters(hf)
-    return _build_workload(config, hf, adapter, replicas, _choose_deepspeed_config(config, trained))
+    return _build_workload(config, hf, adapter, replicas, _choose_deepspeed_config(config, trained, replicas))
 
 
 def _build_workload(

@@ -8,12 +8,13 @@ from typing import Any
 
 from llm_training_toolkit.config.schema import Config
 from llm_training_toolkit.plan.auto import Precision, with_precision
-from llm_training_toolkit.plan.forecast.communication import Exchange, count_exchanged_bytes
+from llm_training_toolkit.plan.forecast.communication import collect_communication_notes, count_exchanged_bytes
 from llm_training_toolkit.plan.forecast.hardware import ClusterHardware
 from llm_training_toolkit.plan.forecast.offload import estimate_host_seconds
 from llm_training_toolkit.plan.forecast.step_time import (
     MeasuredSpeed,
     build_exchange_workload,
+    compute_group_seconds_per_byte,
     compute_measured_seconds,
     compute_seconds_per_byte,
     estimate_compute_seconds,
@@ -164,10 +165,7 @@ def estimate_on_cluster(
         if measured is None
         else compute_measured_seconds(plan, measured)
     )
-    exchange = Exchange(0, 0)
-    if 1 < plan.replicas <= plan.global_batch:
-        exchange = count_exchanged_bytes(build_exchange_workload(plan, rows))
-    each = compute_seconds_per_byte(plan, hardware, nodes) if exchange.total else 0.0
+    overlapped_seconds, exposed_seconds = _estimate_exchange_seconds(plan, hardware, nodes, rows)
     estimate = ClusterEstimate(
         hardware=hardware,
         nodes=nodes,
@@ -175,8 +173,8 @@ def estimate_on_cluster(
         compute_seconds=compute_seconds,
         utilisation=utilisation,
         measured=measured is not None,
-        overlapped_seconds=exchange.overlapped * each,
-        exposed_seconds=exchange.exposed * each,
+        overlapped_seconds=overlapped_seconds,
+        exposed_seconds=exposed_seconds,
         host_seconds=0.0
         if hardware.is_cpu
         else estimate_host_seconds(config.engine.offload, plan.trainable_parameters, nodes),
@@ -187,11 +185,26 @@ def estimate_on_cluster(
     notes = (
         *([f"The speed is that of {measured.run} in its newest steps, with all its waits."] if measured else []),
         *_collect_notes(config, plan, hardware, rows),
-        *_collect_communication_notes(estimate.communication_seconds, compute_seconds, plan.zero),
+        *collect_communication_notes(estimate.communication_seconds, compute_seconds, plan.zero),
         EXCLUDED_TIME_NOTE,
     )
     hours = None if plan.steps is None or problems else plan.steps * estimate.step_seconds / 3600
     return replace(estimate, hours=hours, notes=notes)
+
+
+def _estimate_exchange_seconds(
+    plan: Plan, hardware: ClusterHardware, nodes: int, micro_batch: int
+) -> tuple[float, float]:
+    """Return the seconds a step of what workers send while they compute, and while they wait."""
+    if not 1 < plan.replicas <= plan.global_batch:
+        return 0.0, 0.0
+    load = build_exchange_workload(plan, micro_batch)
+    exchange = count_exchanged_bytes(load)
+    each = compute_seconds_per_byte(plan, hardware, nodes)
+    overlapped = exchange.overlapped * each
+    if exchange.grouped:
+        overlapped += exchange.grouped * compute_group_seconds_per_byte(plan, hardware, nodes, load.second_partition)
+    return overlapped, exchange.exposed * each
 
 
 def _count_nodes(config: Config, workers: int, per_node: int, available: int) -> int:
@@ -331,13 +344,3 @@ def _collect_notes(config: Config, plan: Plan, hardware: ClusterHardware, micro_
         )
     if hardware.spot:
         yield "Nodes may be preempted (spot): what is lost then is at most the work since the last checkpoint."
-
-
-def _collect_communication_notes(sending: float, computing: float, zero: int) -> Iterator[str]:
-    """Warn if communication takes longer than computation."""
-    if sending > computing:
-        less = "Larger micro-batches, engine.zero_stage 1 or fewer" if zero >= 2 else "Fewer"
-        yield (
-            f"Sending gradients and weights takes longer than computing ({sending:.3g} and {computing:.3g} s a step). "
-            f"{less} nodes send less."
-        )

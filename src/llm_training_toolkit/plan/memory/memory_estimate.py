@@ -77,6 +77,8 @@ class DeviceWorkload:
     max_live: int = _MAX_LIVE
     """DeepSpeed's stage3_max_live_parameters."""
     offload: Offload = "none"
+    second_partition: int = 1
+    """Workers that keep a second copy of all weights among them (`engine.zero_hpz_partition_size`); 1 = none."""
 
     @property
     def bytes_per_value(self) -> int:
@@ -204,6 +206,8 @@ def estimate_weight_bytes(load: DeviceWorkload) -> int:
     if load.zero < 3:
         return load.bytes_per_value * total
     partition = 0 if load.offload == "optimizer_and_weights" else load.compute_partition_size(total, spread=True)
+    if load.second_partition > 1:
+        partition += -(-total // load.second_partition)
     return load.bytes_per_value * partition + _estimate_gathered_bytes(load)
 
 
@@ -333,11 +337,12 @@ def estimate_logit_bytes(load: DeviceWorkload) -> int:
 
 
 def read_deepspeed_limits(deepspeed: Mapping[str, Any]) -> dict[str, int]:
-    """Return the two DeepSpeed settings that memory depends on, by their names in `DeviceWorkload`."""
+    """Return the DeepSpeed settings that memory depends on, by their names in `DeviceWorkload`."""
     zero = deepspeed["zero_optimization"]
     return {
         "bucket": _int_or_default(zero.get("reduce_bucket_size"), DeviceWorkload.bucket),
         "max_live": _int_or_default(zero.get("stage3_max_live_parameters"), DeviceWorkload.max_live),
+        "second_partition": _int_or_default(zero.get("zero_hpz_partition_size"), DeviceWorkload.second_partition),
     }
 
 
