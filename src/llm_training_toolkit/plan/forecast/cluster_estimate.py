@@ -8,7 +8,7 @@ from typing import Any
 
 from llm_training_toolkit.config.schema import Config
 from llm_training_toolkit.plan.auto import Precision, with_precision
-from llm_training_toolkit.plan.forecast.communication import count_exchanged_bytes
+from llm_training_toolkit.plan.forecast.communication import collect_communication_notes, count_exchanged_bytes
 from llm_training_toolkit.plan.forecast.hardware import ClusterHardware
 from llm_training_toolkit.plan.forecast.offload import estimate_host_seconds
 from llm_training_toolkit.plan.forecast.step_time import (
@@ -185,7 +185,7 @@ def estimate_on_cluster(
     notes = (
         *([f"The speed is that of {measured.run} in its newest steps, with all its waits."] if measured else []),
         *_collect_notes(config, plan, hardware, rows),
-        *_collect_communication_notes(estimate.communication_seconds, compute_seconds, plan.zero),
+        *collect_communication_notes(estimate.communication_seconds, compute_seconds, plan.zero),
         EXCLUDED_TIME_NOTE,
     )
     hours = None if plan.steps is None or problems else plan.steps * estimate.step_seconds / 3600
@@ -344,13 +344,3 @@ def _collect_notes(config: Config, plan: Plan, hardware: ClusterHardware, micro_
         )
     if hardware.spot:
         yield "Nodes may be preempted (spot): what is lost then is at most the work since the last checkpoint."
-
-
-def _collect_communication_notes(sending: float, computing: float, zero: int) -> Iterator[str]:
-    """Warn if communication takes longer than computation."""
-    if sending > computing:
-        less = "Larger micro-batches, engine.zero_stage 1 or fewer" if zero >= 2 else "Fewer"
-        yield (
-            f"Sending gradients and weights takes longer than computing ({sending:.3g} and {computing:.3g} s a step). "
-            f"{less} nodes send less."
-        )

@@ -5,7 +5,7 @@ Compared with the collectives of the real engine by tests/ranks/test_step_bytes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,8 +58,8 @@ def count_exchanged_bytes(load: ExchangeWorkload) -> Exchange:
     Gradients are reduced in fp32: at stage 0 by an all-reduce a step, at stage 1 by a reduce-scatter a step. DeepSpeed
     0.19.8 sends an all-reduce with every micro-batch at stage 2, a reduce-scatter at stage 3. Stages 1 and 2 gather the
     trained weights once a step. Stage 3 gathers all weights for forward and for backward of every micro-batch, except
-    those of the last layers, which it keeps (ZeRO, Rajbhandari et al. 2020, section 7). With a second partition all but
-    the first gathering after an update stay within its group (ZeRO++, Wang et al. 2023, section 4.2).
+    those of the last layers, which it keeps (ZeRO, Rajbhandari et al. 2020, section 7). With a second partition all
+    but the first gathering after an update stay within its group (ZeRO++, Wang et al. 2023, section 4.2).
     """
     gradients, weights = 4 * load.trained, load.width * load.trained
     if load.zero <= 1:
@@ -90,3 +90,13 @@ def read_reuse_distance(deepspeed: Mapping[str, Any]) -> int:
     """Return `stage3_max_reuse_distance` of a DeepSpeed configuration."""
     value = deepspeed["zero_optimization"].get("stage3_max_reuse_distance")
     return int(value) if isinstance(value, (int, float)) else _MAX_REUSE_DISTANCE
+
+
+def collect_communication_notes(sending: float, computing: float, zero: int) -> Iterator[str]:
+    """Warn if communication takes longer than computation."""
+    if sending > computing:
+        less = "Larger micro-batches, engine.zero_stage 1 or fewer" if zero >= 2 else "Fewer"
+        yield (
+            f"Sending gradients and weights takes longer than computing ({sending:.3g} and {computing:.3g} s a step). "
+            f"{less} nodes send less."
+        )
