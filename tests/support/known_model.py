@@ -18,6 +18,7 @@ from llm_training_toolkit.data.code.fim import FimRules, UniformDraw, apply_fim
 from llm_training_toolkit.data.code.split_points import TextSegment
 from llm_training_toolkit.data.sources import Document
 from llm_training_toolkit.data.tokenizer import TextEncoder, TokenizationSpec, open_tokenizer, train_tokenizer
+from llm_training_toolkit.evaluation.humaneval import HumanEvalQuestion
 from llm_training_toolkit.evaluation.infill import draw_gap
 from llm_training_toolkit.models import LossModule, build_model
 
@@ -64,6 +65,7 @@ TOOL_TEMPLATE = """\
 QUESTION = "What is the area?"
 ANSWER = "Width times height."
 SOLUTION = "    twice = number + number\n    return twice\n"
+CHAT_SOLUTION = "Sure:\n\n```python\ndef double(number):\n    return number + number\n```\n\nIt adds."
 SHAPE: dict[str, Any] = {
     "model_type": "qwen3",
     "hidden_size": 64,
@@ -84,7 +86,13 @@ def export_known_model(directory: Path) -> None:
     encoder = open_tokenizer(str(directory))
     torch.manual_seed(1)
     model: Any = build_model(SHAPE | {"vocab_size": encoder.vocab_size}, precision="fp32", attention="sdpa")
-    _memorise(model, [_gap(encoder), _solution(encoder), _conversation(encoder, directory), _call(encoder)])
+    question = HumanEvalQuestion(**PROBLEM).build_prompt()
+    assert isinstance(question, Conversation)
+    conversations = [
+        _conversation(encoder, directory, Conversation((ChatMessage("user", QUESTION),)), ANSWER),
+        _conversation(encoder, directory, question, CHAT_SOLUTION),
+    ]
+    _memorise(model, [_gap(encoder), _solution(encoder), *conversations, _call(encoder)])
     ends = [encoder.get_special_token_id(token) for token in ("<|im_end|>", "<|endoftext|>")]
     model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=ends[1])
     model.save_pretrained(directory)
@@ -112,14 +120,14 @@ def _solution(encoder: TextEncoder) -> list[int]:
     return encoder.encode(PROBLEM["prompt"]) + encoder.encode(SOLUTION + "\ndef other():\n")
 
 
-def _conversation(encoder: TextEncoder, directory: Path) -> list[int]:
+def _conversation(encoder: TextEncoder, directory: Path, question: Conversation, answer: str) -> list[int]:
     """A question with its answer, as the family's template writes them, and a text after it."""
     template = ChatTemplate.from_tokenizer(directory, "")
-    asked = encode_prompt(Conversation((ChatMessage("user", QUESTION),)), template, encoder)
+    asked = encode_prompt(question, template, encoder)
     assert template.end_of_turn is not None
     return [
         *asked,
-        *encoder.encode(ANSWER),
+        *encoder.encode(answer),
         encoder.get_special_token_id(template.end_of_turn),
         *encoder.encode("\nand more"),
     ]

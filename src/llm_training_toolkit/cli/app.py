@@ -13,6 +13,7 @@ from llm_training_toolkit.cli.generate import generate
 from llm_training_toolkit.cli.jobs import jobs, submit
 from llm_training_toolkit.cli.machine import doctor, init
 from llm_training_toolkit.cli.plan import plan, prepare, show_batch
+from llm_training_toolkit.cli.publish import publish
 from llm_training_toolkit.cli.runs import export, report, runs, tensorboard
 from llm_training_toolkit.cli.train import drill, train
 from llm_training_toolkit.cli.tune import tune
@@ -59,6 +60,7 @@ app.add_typer(jobs, name="jobs")
 app.command()(generate)
 app.command()(evaluate)
 app.command()(tune)
+app.command()(publish)
 
 
 def main() -> None:

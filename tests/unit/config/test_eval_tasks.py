@@ -33,6 +33,8 @@ def config(tasks: list[dict[str, Any]], **sections: Any) -> Config:
         ({"task": "infill", "samples": 2, "temperature": 0.2}, "samples and temperature: not for task infill"),
         ({"task": "humaneval", "format": "code"}, "format: not for task humaneval"),
         ({"task": "humaneval", "samples": 10}, "samples are all the same without a temperature"),
+        ({"task": "humaneval", "shots": 1}, "shots: not for task humaneval"),
+        ({"task": "mbpp"}, "task mbpp needs `data`"),
         ({"task": "mmlu"}, "eval.tasks.0.task"),
     ],
 )
@@ -46,12 +48,13 @@ def test_what_is_accepted_makes_a_task_and_is_read_again() -> None:
     given: list[dict[str, Any]] = [
         {"task": "perplexity", "data": "b", "format": "text"},
         {"task": "infill", "limit": 3},
-        {"task": "humaneval", "samples": 10, "temperature": 0.8, "limit": 2},
+        {"task": "humaneval", "samples": 10, "temperature": 0.8, "limit": 2, "form": "chat"},
+        {"task": "mbpp", "data": "mbpp.jsonl", "shots": 0, "split": "all"},
         {"task": "tool_calls", "data": "c", "limit": 4},
     ]
     read = config(given)
     made = [make_task(asked.task, asked.get_task_options()) for asked in read.eval.tasks]
-    assert [task.name for task in made] == ["perplexity", "infill", "humaneval", "tool_calls"]
+    assert [task.name for task in made] == ["perplexity", "infill", "humaneval", "mbpp", "tool_calls"]
     assert parse_config_json(dump_config_json(read)) == read
 
 

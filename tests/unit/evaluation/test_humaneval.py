@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import importlib.util
 import json
+import shutil
 from collections.abc import Iterable
 from itertools import combinations
 from pathlib import Path
@@ -14,14 +15,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from known_model import CONTEXT, PROBLEM, SOLUTION
+from known_model import CHAT_SOLUTION, CONTEXT, PROBLEM, SOLUTION
 from llm_training_toolkit.errors import DataError, PlanError
-from llm_training_toolkit.evaluation.humaneval import (
-    estimate_pass_at_k,
-    measure_humaneval,
-    read_completions,
-    read_problems,
-)
+from llm_training_toolkit.evaluation.code_answers import extract_code
+from llm_training_toolkit.evaluation.code_tests import estimate_pass_at_k, read_completions
+from llm_training_toolkit.evaluation.humaneval import HumanEvalQuestion, measure_humaneval, read_problems
 from llm_training_toolkit.evaluation.model import EvalModel
 from llm_training_toolkit.evaluation.task import EvalResult, HumanEvalTask
 
@@ -97,6 +95,47 @@ def test_a_model_that_knows_the_function_solves_it(known_model: Path, problems: 
     assert item["completion"] == SOLUTION, "what follows the function is cut off"
 
 
+def test_a_model_that_knows_the_answer_solves_it_in_chat(known_model: Path, problems: Path, tmp_path: Path) -> None:
+    found = measured(EvalModel(known_model, device="cpu"), data=str(problems), tokens=64, form="chat")
+    assert found.figures["pass@1"] == 1.0
+    assert found.settings["form"] == "chat"
+    [item] = found.items
+    assert item["completion"] == CHAT_SOLUTION
+    without = tmp_path / "model"
+    shutil.copytree(known_model, without)
+    (without / "chat_template.jinja").unlink()
+    with pytest.raises(PlanError, match="has no chat template"):
+        measured(EvalModel(without, device="cpu"), data=str(problems), form="chat")
+
+
+BLOCK = "```python\ndef double(number):\n    return 2 * number\n```"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        BLOCK,
+        f"First:\n```\nprint(double(2))\n```\nThen:\n{BLOCK}\nDone.",
+        f"<think>\n```python\ndef double(number):\n    return 0\n```\n</think>\n{BLOCK}",
+        BLOCK.removesuffix("```"),
+        "def double(number):\n    return 2 * number\n",
+        "```\n    return 2 * number\n```",
+    ],
+    ids=["a block", "the block of the function", "after the thinking", "an open block", "no block", "the body alone"],
+)
+def test_code_is_taken_from_an_answer(answer: str) -> None:
+    program = HumanEvalQuestion(**PROBLEM).build_program(answer)
+    names: dict[str, Any] = {}
+    exec(program, names)
+    assert names["double"](7) == 14
+
+
+def test_an_answer_without_code_does_not_pass() -> None:
+    with pytest.raises(SyntaxError):
+        exec(HumanEvalQuestion(**PROBLEM).build_program("I cannot do that."), {})
+    assert extract_code("One\n```\na\n```\n```\nb\n```") == "a\n"
+
+
 def test_samples_are_drawn_and_repeat_with_their_seed(known_model: Path, problems: Path) -> None:
     subject = EvalModel(known_model, device="cpu")
     with pytest.raises(PlanError, match="--samples without --temperature"):
@@ -157,13 +196,13 @@ def test_completions_must_fit_the_problems(tmp_path: Path) -> None:
     problems = read_problems(write(tmp_path / "problems.jsonl", [PROBLEM, PROBLEM | {"task_id": "Small/1"}]))
     strange = write(tmp_path / "a.jsonl", [{"task_id": "Other/0", "completion": ""}])
     with pytest.raises(DataError, match=r"a.jsonl:1: task_id 'Other/0' is none of the 2 problems"):
-        read_completions(strange, problems)
+        read_completions(strange, problems, problems)
     few = write(tmp_path / "b.jsonl", [{"task_id": "Small/0", "completion": ""}])
     with pytest.raises(DataError, match="1 of 2 problems have no completion, the first is Small/1"):
-        read_completions(few, problems)
-    assert read_completions(few, problems, limit=1) == [[""]]
+        read_completions(few, problems, problems)
+    assert read_completions(few, problems, problems[:1]) == [[""]]
     more = write(tmp_path / "c.jsonl", [{"task_id": f"Small/{number}", "completion": ""} for number in range(2)])
-    assert read_completions(more, problems, limit=1) == [[""]]
+    assert read_completions(more, problems, problems[:1]) == [[""]]
 
 
 def test_files_below_the_home_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,4 +210,4 @@ def test_files_below_the_home_are_found(tmp_path: Path, monkeypatch: pytest.Monk
     write(tmp_path / "problems.jsonl", [PROBLEM])
     problems = read_problems("~/problems.jsonl")
     write(tmp_path / "a.jsonl", [{"task_id": "Small/0", "completion": ""}])
-    assert read_completions("~/a.jsonl", problems) == [[""]]
+    assert read_completions("~/a.jsonl", problems, problems) == [[""]]
