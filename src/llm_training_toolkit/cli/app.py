@@ -14,6 +14,7 @@ from llm_training_toolkit import __version__
 from llm_training_toolkit.cli.evaluate import evaluate
 from llm_training_toolkit.cli.generate import generate
 from llm_training_toolkit.cli.jobs import jobs, submit
+from llm_training_toolkit.cli.serve import serve
 from llm_training_toolkit.cli.tune import tune
 from llm_training_toolkit.config.printable import escape_control_characters
 from llm_training_toolkit.errors import ToolkitError, format_os_error
@@ -407,6 +408,7 @@ def doctor(
 app.command()(submit)
 app.add_typer(jobs, name="jobs")
 app.command()(generate)
+app.command()(serve)
 app.command()(evaluate)
 app.command()(tune)
 

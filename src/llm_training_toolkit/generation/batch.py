@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from transformers import LogitsProcessor, StoppingCriteria, TopPLogitsWarper
@@ -33,7 +33,7 @@ class RowListener(Protocol):
         """Return whether the rest is no longer wanted; asked after every token."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class BatchRow:
     """One prompt of a batch. `written_ids`: special tokens that are written out, such as those around a tool call."""
 
@@ -43,19 +43,17 @@ class BatchRow:
     stops: tuple[str, ...] = ()
     written_ids: frozenset[int] = frozenset()
 
-    @property
-    def length(self) -> int:
-        """Tokens of the prompt and of the longest answer."""
-        return len(self.prompt.ids) + self.how.max_new_tokens
+
+Row = TypeVar("Row", bound=BatchRow)
 
 
-def select_batch(waiting: Sequence[BatchRow], context: int, size: int) -> list[BatchRow]:
+def select_batch(waiting: Sequence[Row], context: int, size: int) -> list[Row]:
     """Select the oldest row and the next ones that can share a batch with it, `size` at most.
 
     A row that has ended goes on until the last one has: the longest prompt and the longest answer together must fit
     into the context, because learned positions (StarCoder 1) end there.
     """
-    chosen: list[BatchRow] = []
+    chosen: list[Row] = []
     for row in waiting:
         together = [*chosen, row]
         longest = max(len(each.prompt.ids) for each in together) + max(each.how.max_new_tokens for each in together)
@@ -70,7 +68,7 @@ def select_batch(waiting: Sequence[BatchRow], context: int, size: int) -> list[B
 def generate_batch(generator: TextGenerator, rows: Sequence[BatchRow]) -> None:
     """Generate until every row has ended; each listener is told at the end of its own row.
 
-    `length` of each row must fit into the context of the model (`select_batch`).
+    The longest prompt and the longest answer together must fit into the context of the model (`select_batch`).
     """
     model = generator.model
     longest = max(len(row.prompt.ids) for row in rows)

@@ -126,15 +126,26 @@ class TextGenerator:
         """Generate the next message. Raises PlanError if the template cannot render the conversation."""
         return self._generate_completion(self.tokenize_conversation(conversation, template), how, say)
 
-    def _find_fim_sentinels(self) -> FimSentinels:
+    def has_fim_sentinels(self) -> bool:
+        """Return whether the tokenizer has the fill-in-the-middle sentinels of a family."""
+        return self._search_fim_sentinels() is not None
+
+    def _search_fim_sentinels(self) -> FimSentinels | None:
         for family in FAMILIES.values():
             tokens = family.special_tokens
             names = (tokens.fim_prefix, tokens.fim_suffix, tokens.fim_middle)
             if tokens.has_fim and all(map(self.encoder.has_special_token, names)):
                 return FimSentinels(*names)
-        raise PlanError(
-            f"{self.directory}: the tokenizer has no fill-in-the-middle sentinels: this model cannot fill in the middle"
-        )
+        return None
+
+    def _find_fim_sentinels(self) -> FimSentinels:
+        found = self._search_fim_sentinels()
+        if found is None:
+            raise PlanError(
+                f"{self.directory}: the tokenizer has no fill-in-the-middle sentinels: this model cannot fill in the "
+                "middle"
+            )
+        return found
 
     def _get_special_token_ids(self) -> list[int]:
         """Return the tokenizer's special tokens of all families, none of which occur in code."""
