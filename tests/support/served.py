@@ -36,21 +36,24 @@ SHAPE: dict[str, Any] = {
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
     "head_dim": 16,
-    "tie_word_embeddings": True,
+    "tie_word_embeddings": False,
     "max_position_embeddings": CONTEXT,
 }
 TEXT = "def area(width, height):\n    return width * height\n<tool_call> # Tools You may call one or more functions\n"
 
 
 def save_tiny_model(directory: Path, size: str = "qwen3-0.6b", *, template: bool = True) -> Path:
-    """Write a model directory; the model's answers end by chance alone."""
+    """Write a model directory whose likeliest token is never special: greedy answers are as long as was asked."""
     family = families.find_size(size).family
     train_tokenizer([TEXT] * 2, 512, TokenizationSpec.from_family(family), directory)
     if template:
         (directory / "chat_template.jinja").write_text(family.chat_template)
     torch.manual_seed(0)
-    vocab_size = open_tokenizer(str(directory)).vocab_size
-    model: Any = build_model(SHAPE | {"vocab_size": vocab_size}, precision="fp32", attention="sdpa")
+    encoder = open_tokenizer(str(directory))
+    model: Any = build_model(SHAPE | {"vocab_size": encoder.vocab_size}, precision="fp32", attention="sdpa")
+    special = list(map(encoder.get_special_token_id, filter(encoder.has_special_token, family.special_tokens.all)))
+    with torch.no_grad():
+        model.lm_head.weight[special] = 0
     model.generation_config = GenerationConfig(eos_token_id=0, pad_token_id=0)
     model.save_pretrained(directory)
     return directory

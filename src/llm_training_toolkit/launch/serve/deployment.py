@@ -55,7 +55,7 @@ def build_deployment(settings: ServingSettings, *, replicas: int, cpus: int, gpu
     limits = settings.limits
     deployment = serve.deployment(
         serve.ingress()(ModelReplica),
-        name=settings.name,
+        name="model",
         num_replicas=replicas,
         ray_actor_options={"num_cpus": cpus, "num_gpus": gpus},
         max_ongoing_requests=limits.max_queued + limits.batch_size + _SPARE_REQUESTS,
