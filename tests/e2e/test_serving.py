@@ -39,7 +39,7 @@ def test_a_call_is_an_object_whole_and_streamed(served: Served) -> None:
     assert (call.function.name, json.loads(call.function.arguments)) == ("area", {"width": 2, "height": 3})
     chunks = [chunk.choices[0] for chunk in create(stream=True, **asked)]
     [streamed] = [call for chunk in chunks for call in chunk.delta.tool_calls or []]
-    assert (streamed.index, streamed.function) == (0, call.function)
+    assert (streamed.index, streamed.function.model_dump()) == (0, call.function.model_dump())
     assert chunks[-1].finish_reason == "tool_calls"
     text = create(**asked | {"tools": None}).choices[0]
     assert text.finish_reason != "tool_calls"

@@ -59,13 +59,39 @@ def save_tiny_model(directory: Path, size: str = "qwen3-0.6b", *, template: bool
     return directory
 
 
+class Gate:
+    """Holds generation before its next token, so that no test depends on the speed of the machine."""
+
+    def __init__(self) -> None:
+        self._change = threading.Condition()
+        self._is_open, self._permitted = True, 0
+        self.reached = threading.Event()
+        """Set once generation has begun."""
+
+    def close(self, permitted: int = 0) -> None:
+        """Hold generation, after so many tokens."""
+        with self._change:
+            self._is_open, self._permitted = False, permitted
+
+    def open(self) -> None:
+        with self._change:
+            self._is_open = True
+            self._change.notify_all()
+
+    def pass_through(self, *_: object) -> None:
+        with self._change:
+            self.reached.set()
+            self._change.wait_for(lambda: self._is_open or self._permitted > 0)
+            self._permitted -= 1
+
+
 @dataclass
 class Served:
-    """A running server. `gate`: generation waits while it is closed (cleared)."""
+    """A running server."""
 
     generator: TextGenerator
     url: str
-    gate: threading.Event = field(default_factory=threading.Event)
+    gate: Gate = field(default_factory=Gate)
 
     @cached_property
     def client(self) -> openai.OpenAI:
@@ -96,11 +122,10 @@ def serve_in_thread(directory: Path, limits: ServingLimits | None = None, *, key
         assert thread.is_alive()
     port = server.servers[0].sockets[0].getsockname()[1]
     served = Served(model.generator, f"http://127.0.0.1:{port}")
-    served.gate.set()
-    model.generator.model.register_forward_pre_hook(lambda *_: served.gate.wait() and None)
+    model.generator.model.register_forward_pre_hook(served.gate.pass_through)
     try:
         yield served
     finally:
-        served.gate.set()
+        served.gate.open()
         server.should_exit = True
         thread.join()

@@ -75,13 +75,13 @@ def test_a_stop_text_ends_the_answer_and_is_left_out(served: Served) -> None:
 def test_twenty_clients_at_once_get_the_answers_that_each_would_get_alone(served: Served) -> None:
     prompts = [f"{PREFIX}    # {'x' * number}\n" for number in range(20)]
     alone = [served.generator.complete_prompt(prompt, SamplingParams(max_new_tokens=12)).text for prompt in prompts]
-    served.gate.clear()  # so that all of them wait before the first is answered
+    served.gate.close()  # so that all of them wait before the first is answered
     with ThreadPoolExecutor(20) as clients:
         asked = [clients.submit(complete, served, prompt=prompt) for prompt in prompts]
         try:
             served.wait_for_requests(len(prompts))
         finally:
-            served.gate.set()
+            served.gate.open()
         assert [each.result().choices[0].text for each in asked] == alone
 
 

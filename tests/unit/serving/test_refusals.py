@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import logging
 import time
@@ -130,33 +131,31 @@ def complete(served: Served, **fields: Any) -> Any:
 
 def test_a_full_queue_is_said_at_once(restricted: Restrict) -> None:
     served = restricted(max_queued=1)
-    served.gate.clear()
+    served.gate.close()
     with ThreadPoolExecutor(2) as clients:
         try:
             first = clients.submit(complete, served)
-            while served.health()["running"] < 1:
-                time.sleep(0.01)
+            assert served.gate.reached.wait(300)
             second = clients.submit(complete, served, stream=True)
             served.wait_for_requests(2)
             with pytest.raises(openai.RateLimitError) as raised:
                 complete(served)
         finally:
-            served.gate.set()
+            served.gate.open()
         assert raised.value.code == "queue_full"
         assert first.result().usage.completion_tokens == 2
         assert list(second.result())[-1].choices[0].finish_reason == "length"
 
 
 def test_time_is_limited_in_the_queue_and_in_the_model(restricted: Restrict) -> None:
-    served = restricted(timeout=0.5)
-    served.gate.clear()
+    served = restricted(timeout=1.5)
+    served.gate.close()
     with ThreadPoolExecutor(2) as clients:
         first = clients.submit(complete, served)
-        while served.health()["running"] < 1:
-            time.sleep(0.01)
+        assert served.gate.reached.wait(300)
         second = clients.submit(complete, served, stream=True)
         found = {error.code: error.status_code for error in (first.exception(), second.exception())}  # type: ignore[union-attr]
-        served.gate.set()
+        served.gate.open()
     assert found == {"generation_timeout": 504, "queue_timeout": 503}
 
 
@@ -166,18 +165,19 @@ def test_generation_ends_when_its_client_leaves(
 ) -> None:
     caplog.set_level(logging.INFO, "llm_training_toolkit.serving")
     served = restricted(max_tokens=500)
-    long: dict[str, Any] = {"max_tokens": 500, "timeout": 1.0}
+    served.gate.close(permitted=20 if stream else 0)
+    connection = http.client.HTTPConnection(served.url.removeprefix("http://"))
+    body = {**ASKED, "max_tokens": 500, "temperature": 0, "stream": stream}
+    connection.request("POST", TEXT, json.dumps(body), {"Authorization": f"Bearer {KEY}"})
     if stream:
-        with complete(served, stream=True, **long) as chunks:
-            next(iter(chunks))
-            served.gate.clear()
+        with connection.getresponse() as response:
+            assert response.readline().startswith(b"data: {")
     else:
-        served.gate.clear()
-        with pytest.raises(openai.APITimeoutError):
-            complete(served, **long)
+        assert served.gate.reached.wait(300)
+    connection.close()
     while served.health()["running"]:  # it does not count answers that nobody waits for
         time.sleep(0.01)
-    served.gate.set()
+    served.gate.open()
     while not (ends := [text for record in caplog.records if (text := record.getMessage()).startswith("answer of")]):
         time.sleep(0.01)
     [end] = ends
