@@ -79,12 +79,14 @@ def generate_batch(generator: TextGenerator, rows: Sequence[BatchRow]) -> None:
     most = max(row.how.max_new_tokens for row in rows)
     # Without end tokens for the batch: they are the rows' own, and `_RowEnds` knows them.
     set_generation_config(model, SamplingParams(most), room=most, eos_ids=(), pad_id=pad)
+    ends = _RowEnds(generator, rows)
     model.generate(
         torch.tensor(ids, device=model.device),
         attention_mask=torch.tensor(mask, device=model.device),
         logits_processor=[_RowSampler(rows, model.device)],
-        stopping_criteria=[_RowEnds(generator, rows)],
+        stopping_criteria=[ends],
     )
+    ends.finish_rest()
 
 
 class _RowSampler(LogitsProcessor):  # type: ignore[misc]  # transformers has no types
@@ -120,6 +122,16 @@ class _RowEnds(StoppingCriteria):  # type: ignore[misc]  # transformers has no t
                 writer.write_token(token)
         return torch.tensor([writer.ended for writer in self._writers], device=input_ids.device)
 
+    def finish_rest(self) -> None:
+        """End the rows that `generate` has ended on its own, by a limit that is not the toolkit's.
+
+        Adapters without a `task_type` have one: peft passes them no generation configuration, and transformers' default
+        is 20 tokens. Their clients would wait for ever.
+        """
+        for writer in self._writers:
+            if not writer.ended:
+                writer.finish("length")
+
 
 class _RowWriter:
     """Decodes a row's tokens for its listener, up to its end."""
@@ -135,21 +147,22 @@ class _RowWriter:
         """Pass on the token's text, or end the row."""
         self._new_tokens += 1
         if token in self._row.prompt.end_ids:
-            self._finish("stop")
+            self.finish("stop")
             return
         self._say(self._filter.push_text(self._decoder.push_token(token)))
         if self._filter.stopped:
-            self._finish("stop")
+            self.finish("stop")
         elif self._row.listener.is_cancelled():
-            self._finish("cancelled")
+            self.finish("cancelled")
         elif self._new_tokens == self._row.how.max_new_tokens:
-            self._finish("length")
+            self.finish("length")
 
     def _say(self, text: str) -> None:
         if text:
             self._row.listener.on_text(text)
 
-    def _finish(self, reason: FinishReason) -> None:
+    def finish(self, reason: FinishReason) -> None:
+        """Pass on the rest of the text, and the end."""
         self._say(self._filter.push_text(self._decoder.flush()))
         self._say(self._filter.flush())
         self.ended = True
