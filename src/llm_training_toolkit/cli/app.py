@@ -15,6 +15,7 @@ from llm_training_toolkit.cli.machine import doctor, init
 from llm_training_toolkit.cli.plan import plan, prepare, show_batch
 from llm_training_toolkit.cli.publish import publish
 from llm_training_toolkit.cli.runs import export, report, runs, tensorboard
+from llm_training_toolkit.cli.serve import serve
 from llm_training_toolkit.cli.train import drill, train
 from llm_training_toolkit.cli.tune import tune
 from llm_training_toolkit.config.printable import escape_control_characters
@@ -58,6 +59,7 @@ app.command()(doctor)
 app.command()(submit)
 app.add_typer(jobs, name="jobs")
 app.command()(generate)
+app.command()(serve)
 app.command()(evaluate)
 app.command()(tune)
 app.command()(publish)

@@ -38,12 +38,14 @@ __all__ = [
     "ModelSize",
     "SpecialTokens",
     "TrainingFlops",
+    "check_model_type",
     "compute_flops_per_token",
     "count_parameters",
     "find_run_size",
     "find_size",
     "list_models_with_tokens",
     "read_model_dims",
+    "read_saved_config",
     "read_saved_dropout",
     "resolve_adapter",
     "resolve_hf_config",
@@ -76,6 +78,13 @@ def find_size(name: str) -> ModelSize:
     near = difflib.get_close_matches(bare, _BY_NAME, n=4, cutoff=0.5)
     hint = f"Did you mean {', '.join(near)}?" if near else f"Known: {', '.join(SIZES)}."
     raise PlanError(f"model.name = {name}: no known size has this name. {hint}")
+
+
+def check_model_type(model_type: str, where: str) -> None:
+    """Raise PlanError for a transformers model type (`model_type` of config.json) of another family."""
+    if model_type not in _BY_TYPE:
+        known = ", ".join(sorted(_BY_TYPE))
+        raise PlanError(f"{where}: model_type is {model_type}, which is no Qwen or StarCoder here (known: {known})")
 
 
 def find_run_size(model: ModelConfig) -> ModelSize:

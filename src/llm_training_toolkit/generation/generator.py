@@ -17,11 +17,9 @@ from llm_training_toolkit.data.chat.template import ChatTemplate, has_template
 from llm_training_toolkit.data.tokenizer import TextEncoder, open_tokenizer
 from llm_training_toolkit.errors import DataError, PlanError
 from llm_training_toolkit.families import FAMILIES
+from llm_training_toolkit.generation.text_stream import TokenDecoder
 from llm_training_toolkit.models.load_exported import load_exported_model, move_to_device
 from llm_training_toolkit.models.sampling import Completion, SamplingParams, set_generation_config
-
-# Decoded from the bytes of a character until all of them are generated.
-_INCOMPLETE_CHARACTER = "\N{REPLACEMENT CHARACTER}"
 
 TextCallback = Callable[[str], object]  # receives each piece of text once generated
 
@@ -35,15 +33,23 @@ class FimSentinels:
     middle: str
 
 
+@dataclass(frozen=True)
+class TokenizedPrompt:
+    """Prompt as token ids, and the ids that end its answer."""
+
+    ids: Sequence[int]
+    end_ids: frozenset[int]
+
+
 class TextGenerator:
     """Model for generation, with the tokenizer from a directory."""
 
     def __init__(self, model: Any, tokenizer: Path) -> None:  # noqa: ANN401 - transformers has no types
         """`model` stops at the `eos_token_id` of its generation configuration, of which nothing else is used."""
-        self._model, self._directory = model, tokenizer
-        ends, self._pad_id = model.generation_config.eos_token_id, model.generation_config.pad_token_id
-        self._eos_ids: list[int] = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-        self._encoder: TextEncoder = open_tokenizer(str(tokenizer))
+        self.model, self.directory = model, tokenizer
+        ends, self.pad_id = model.generation_config.eos_token_id, model.generation_config.pad_token_id
+        self._eos_ids = frozenset(() if ends is None else [ends] if isinstance(ends, int) else ends)
+        self.encoder: TextEncoder = open_tokenizer(str(tokenizer))
 
     @classmethod
     def from_directory(cls, directory: Path, device: str = "cpu") -> TextGenerator:
@@ -51,79 +57,114 @@ class TextGenerator:
         disable_progress_bar()
         return cls(move_to_device(load_exported_model(directory), device), directory)
 
+    @property
+    def context_length(self) -> int:
+        """Tokens of the model's context, prompt and answer together."""
+        return int(self.model.config.max_position_embeddings)
+
     def complete_prompt(self, prompt: str, how: SamplingParams, say: TextCallback | None = None) -> Completion:
         """Generate a continuation of `prompt`. Special-token text in it is encoded as plain text."""
-        return self._generate_completion(self._encoder.encode(prompt), how, self._eos_ids, say)
+        return self._generate_completion(self.tokenize_prompt(prompt), how, say)
 
     def fill_middle(self, prefix: str, suffix: str, how: SamplingParams, say: TextCallback | None = None) -> Completion:
         """Generate the middle, prompting in prefix-suffix-middle order, up to any special token.
 
         Raises PlanError if the tokenizer has no sentinels.
         """
+        return self._generate_completion(self.tokenize_gap(prefix, suffix), how, say)
+
+    def tokenize_prompt(self, prompt: str) -> TokenizedPrompt:
+        """Return the tokens of a prompt to continue."""
+        return TokenizedPrompt(self.encoder.encode(prompt), self._eos_ids)
+
+    def tokenize_gap(self, prefix: str, suffix: str) -> TokenizedPrompt:
+        """Return the tokens of a gap to fill, in prefix-suffix-middle order.
+
+        Raises PlanError if the tokenizer has no sentinels.
+        """
         sentinels = self._find_fim_sentinels()
         marks = [
-            self._encoder.get_special_token_id(name) for name in (sentinels.prefix, sentinels.suffix, sentinels.middle)
+            self.encoder.get_special_token_id(name) for name in (sentinels.prefix, sentinels.suffix, sentinels.middle)
         ]
-        before, after = self._encoder.encode(prefix), self._encoder.encode(suffix)
+        before, after = self.encoder.encode(prefix), self.encoder.encode(suffix)
         ids = [marks[0], *before, marks[1], *after, marks[2]]
-        return self._generate_completion(ids, how, [*self._eos_ids, *self._get_special_token_ids()], say)
+        return TokenizedPrompt(ids, self._eos_ids | set(self._get_special_token_ids()))
+
+    def tokenize_conversation(self, conversation: Conversation, template: ChatTemplate) -> TokenizedPrompt:
+        """Return the tokens of a conversation and the header of the next answer.
+
+        Raises PlanError if the template cannot render the conversation.
+        """
+        try:
+            ids = encode_prompt(conversation, template, self.encoder)
+        except DataError as error:
+            raise PlanError(f"{self.directory}: the chat template {error}") from error
+        return TokenizedPrompt(ids, self._eos_ids)
+
+    def check_prompt_length(self, prompt: TokenizedPrompt) -> None:
+        """Raise PlanError for an empty prompt, and for one that leaves no room in the context."""
+        if not prompt.ids:
+            raise PlanError("the prompt is empty: give at least one character")
+        if len(prompt.ids) >= self.context_length:
+            raise PlanError(
+                f"the prompt has {len(prompt.ids):,} tokens, and the model's context has room for "
+                f"{self.context_length - 1:,} and one new one: shorten it"
+            )
 
     def start_chat(self, system: str | None = None) -> ChatSession:
         """Start a conversation with the tokenizer's chat template. Raises PlanError without a template."""
-        if not has_template(self._directory):
+        if not has_template(self.directory):
             raise PlanError(
-                f"{self._directory}: the tokenizer has no chat template, so nobody trained this model for "
+                f"{self.directory}: the tokenizer has no chat template, so nobody trained this model for "
                 "conversations: leave out --chat, or train it on data of format chat"
             )
-        return ChatSession(self, ChatTemplate.from_tokenizer(self._directory, ""), system)
+        return ChatSession(self, ChatTemplate.from_tokenizer(self.directory, ""), system)
 
     def generate_reply(
         self, conversation: Conversation, template: ChatTemplate, how: SamplingParams, say: TextCallback | None
     ) -> Completion:
         """Generate the next message. Raises PlanError if the template cannot render the conversation."""
-        try:
-            ids = encode_prompt(conversation, template, self._encoder)
-        except DataError as error:
-            raise PlanError(f"{self._directory}: the chat template {error}") from error
-        return self._generate_completion(ids, how, self._eos_ids, say)
+        return self._generate_completion(self.tokenize_conversation(conversation, template), how, say)
 
-    def _find_fim_sentinels(self) -> FimSentinels:
+    def has_fim_sentinels(self) -> bool:
+        """Return whether the tokenizer has the fill-in-the-middle sentinels of a family."""
+        return self._search_fim_sentinels() is not None
+
+    def _search_fim_sentinels(self) -> FimSentinels | None:
         for family in FAMILIES.values():
             tokens = family.special_tokens
             names = (tokens.fim_prefix, tokens.fim_suffix, tokens.fim_middle)
-            if tokens.has_fim and all(map(self._encoder.has_special_token, names)):
+            if tokens.has_fim and all(map(self.encoder.has_special_token, names)):
                 return FimSentinels(*names)
-        raise PlanError(
-            f"{self._directory}: the tokenizer has no fill-in-the-middle sentinels: this model cannot fill in the "
-            "middle"
-        )
+        return None
+
+    def _find_fim_sentinels(self) -> FimSentinels:
+        found = self._search_fim_sentinels()
+        if found is None:
+            raise PlanError(
+                f"{self.directory}: the tokenizer has no fill-in-the-middle sentinels: this model cannot fill in the "
+                "middle"
+            )
+        return found
 
     def _get_special_token_ids(self) -> list[int]:
         """Return the tokenizer's special tokens of all families, none of which occur in code."""
         known = {token for family in FAMILIES.values() for token in family.special_tokens.all}
         return [
-            self._encoder.get_special_token_id(token)
-            for token in sorted(known)
-            if self._encoder.has_special_token(token)
+            self.encoder.get_special_token_id(token) for token in sorted(known) if self.encoder.has_special_token(token)
         ]
 
     @torch.no_grad()
     def _generate_completion(
-        self, ids: Sequence[int], how: SamplingParams, ends: Sequence[int], say: TextCallback | None
+        self, prompt: TokenizedPrompt, how: SamplingParams, say: TextCallback | None
     ) -> Completion:
-        limit = int(self._model.config.max_position_embeddings)
-        if not ids:
-            raise PlanError("the prompt is empty: give at least one character")
-        if len(ids) >= limit:
-            raise PlanError(
-                f"the prompt has {len(ids):,} tokens, and the model's context has room for {limit - 1:,} and one new "
-                "one: shorten it"
-            )
+        self.check_prompt_length(prompt)
         torch.manual_seed(how.seed)
-        set_generation_config(self._model, how, room=limit - len(ids), eos_ids=ends, pad_id=self._pad_id)
-        prompt = torch.tensor([list(ids)], device=self._model.device)
-        pieces = _CallbackStreamer(self._encoder, frozenset(ends), say)
-        out = self._model.generate(prompt, attention_mask=torch.ones_like(prompt), streamer=pieces)
+        room, ends = self.context_length - len(prompt.ids), prompt.end_ids
+        set_generation_config(self.model, how, room=room, eos_ids=sorted(ends), pad_id=self.pad_id)
+        ids = torch.tensor([list(prompt.ids)], device=self.model.device)
+        pieces = _CallbackStreamer(self.encoder, ends, say)
+        out = self.model.generate(ids, attention_mask=torch.ones_like(ids), streamer=pieces)
         return Completion(pieces.text, int(out[0, -1]) in ends)
 
 
@@ -147,8 +188,7 @@ class _CallbackStreamer(BaseStreamer):  # type: ignore[misc]  # transformers has
     """Passes text to a callback as soon as its characters are complete; special tokens are skipped."""
 
     def __init__(self, encoder: TextEncoder, ends: frozenset[int], say: TextCallback | None) -> None:
-        self._encoder, self._ends, self._say = encoder, ends, say
-        self._pending_ids: list[int] = []
+        self._decoder, self._ends, self._say = TokenDecoder(encoder), ends, say
         self._prompt_seen = False
         self.text = ""
 
@@ -157,20 +197,15 @@ class _CallbackStreamer(BaseStreamer):  # type: ignore[misc]  # transformers has
         if not self._prompt_seen:
             self._prompt_seen = True
             return
-        self._pending_ids += [token for token in value.flatten().tolist() if token not in self._ends]
-        if not self._decode_pending().endswith(_INCOMPLETE_CHARACTER):
-            self._flush_text()
+        for token in value.flatten().tolist():
+            if token not in self._ends:
+                self._write_text(self._decoder.push_token(token))
 
     def end(self) -> None:
         """Flush the rest, including an incomplete character."""
-        self._flush_text()
+        self._write_text(self._decoder.flush())
 
-    def _decode_pending(self) -> str:
-        return self._encoder.decode(self._pending_ids, skip_special_tokens=True)
-
-    def _flush_text(self) -> None:
-        piece = self._decode_pending()
-        self._pending_ids.clear()
+    def _write_text(self, piece: str) -> None:
         if piece:
             self.text += piece
             if self._say is not None:

@@ -92,6 +92,17 @@ def parse_conversation(record: Mapping[str, Any], fields: ConversationFields = _
     return Conversation(tuple(_apply_last_turn_loss(record, messages)), parse_tool_schemas(record.get("tools")))
 
 
+def parse_request_messages(messages: Any, tools: Any) -> Conversation:  # noqa: ANN401 - whatever the request holds
+    """Return a conversation that the assistant continues: messages and tools in the shapes of records.
+
+    Raises InvalidRecord as above, and for a last message of the assistant. No message needs to be the assistant's.
+    """
+    parsed = tuple(_parse_message_list({"messages": messages}, "messages"))
+    if parsed[-1].role == "assistant":
+        raise InvalidRecord(f"messages[{len(parsed) - 1}]: the last message is the assistant's own", "no_question")
+    return Conversation(parsed, parse_tool_schemas(tools))
+
+
 def format_missing_column(name: str, columns: Iterable[Any]) -> str:
     """Say that a record has no such column, with the nearest of those it has."""
     there = sorted(map(str, columns))
