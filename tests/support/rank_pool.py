@@ -29,8 +29,8 @@ _START_SECONDS = 120.0
 class RankPool:
     """`world_size` processes in one gloo process group, one thread each.
 
-    Ranks are forked from a process that has imported torch and DeepSpeed (`fork_server`). Three or more are started one
-    by one, as real ranks are: each has its own seed of hashes, so that an order of a set that differs is noticed.
+    Ranks are forked from a process that has imported torch and DeepSpeed (`fork_server`). The third starts by itself,
+    as real ranks do: its seed of hashes is another, so that a set with an order of its own on each rank is noticed.
     """
 
     def __init__(self, world_size: int, log: Path) -> None:
@@ -44,14 +44,10 @@ class RankPool:
             listener.settimeout(_START_SECONDS)
             for rank in range(world_size):
                 given = [":".join(sys.path), str(rank), str(world_size), str(port), f"{folder}/socket", str(log)]
-                self._processes.append(self._start([sys.executable, "-c", _START, *given]))
+                start = fork_server.popen if rank < 2 else _start
+                self._processes.append(start([sys.executable, "-c", _START, *given], stdin=subprocess.DEVNULL))
             self._pipes = self._accept(listener)
         self._collect(_START_SECONDS)
-
-    def _start(self, command: list[str]) -> subprocess.Popen[str]:
-        if self.world_size < 3:
-            return fork_server.popen(command, stdin=subprocess.DEVNULL)
-        return subprocess.Popen(command, stdin=subprocess.DEVNULL, text=True)
 
     def _accept(self, listener: socket.socket) -> list[Connection]:
         """The ranks' pipes, in the order of ranks."""
@@ -107,6 +103,10 @@ class _Failure:
         self.error = error
         self.harmless = isinstance(error, ToolkitError)
         self.text = traceback.format_exc()
+
+
+def _start(command: list[str], **options: Any) -> subprocess.Popen[str]:
+    return subprocess.Popen(command, text=True, **options)
 
 
 def _free_port() -> int:
