@@ -30,7 +30,10 @@ from pathlib import Path
 from typing import Any
 
 # Prefixes of variables that no library reads while it is imported, or that say what the server knows anyway.
-_LATE = ("AWS_", "DS_ACCELERATOR", "LOCAL_RANK", "PYTEST_", "RAY_ADDRESS", "TMPDIR", "TORCHINDUCTOR_", "TRITON_")
+_LATE = (
+    *("AWS_", "DS_ACCELERATOR", "LOCAL_RANK", "MLFLOW_", "PYTEST_", "RAY_ADDRESS", "TMPDIR"),
+    *("TORCHINDUCTOR_", "TORCH_EXTENSIONS_", "TRITON_"),
+)
 _SERVERS = 3  # alive at a time, 0.5 GB each
 GPU = Path("/dev/nvidiactl")  # a process that has seen a GPU cannot be forked: with one, every start is a cold one
 _MESSAGE = 2**20  # bytes, more than arguments and environment take
