@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+import fork_server
 from launching import command, run_of
 from llm_training_toolkit.config import parse_config_json
 
@@ -31,9 +32,8 @@ os.execv(sys.executable, [sys.executable, "-m", "llm_training_toolkit", *sys.arg
 
 
 def train(arguments: list[str], **environment: str) -> str:
-    done = subprocess.run(
-        arguments, env={**os.environ, **environment}, capture_output=True, text=True, check=False, timeout=200
-    )
+    """What a command says; there is a fork server for each environment, so that torch has read it."""
+    done = fork_server.run(arguments, env={**os.environ, **environment}, capture_output=True, timeout=200)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -86,7 +86,7 @@ def test_a_resume_on_a_slower_machine_keeps_bf16_and_says_that_it_is_slow(launch
     said = train(command(config, "train.steps=3", "--extend"), **WITHOUT_BF16)
     assert recorded(config) == ("bf16", "bf16")
     assert "warning: this run is in bf16, which is " in said
-    refused = subprocess.run(command(config, "train.precision=fp32"), capture_output=True, text=True, check=False)
+    refused = fork_server.run(command(config, "train.precision=fp32"), capture_output=True)
     assert refused.returncode == 2
     assert 'train.precision: "bf16" -> "fp32"' in refused.stderr
 
@@ -96,7 +96,9 @@ def test_ranks_with_different_answers_agree(launch_config: Callable[..., Path], 
     wrapper.write_text(LACKING_ON_RANK_1)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     rendezvous = ["--master-port", "0", "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
-    said = train([*torchrun, *rendezvous, str(wrapper), "train", str(config)], OMP_NUM_THREADS="1")
+    started = [*torchrun, *rendezvous, str(wrapper), "train", str(config)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    said = subprocess.run(started, env=environment, capture_output=True, text=True, check=True, timeout=200).stdout
     assert recorded(config) == ("fp32", "fp32")
     assert "train.precision = fp32 (auto): bf16 is " in said
     assert "on the slowest worker's CPU" in said

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from llm_training_toolkit.runs.directory import RunDirectory
 from rank_pool import RankPool
 from run_results import assert_same_state, newest_checkpoint, read_losses
 from tiny_models import SHAPES, one_thread
-from tiny_runs import SHAPE, tiny_config
+from tiny_runs import SHAPE, engine_at, tiny_config
 
 Pools = Callable[[int], RankPool]
 Make = Callable[..., RunDirectory]
@@ -107,14 +107,19 @@ def make(prepared: Callable[[str], RunDirectory], tmp_path: Path) -> Make:
     """A copy of the prepared run of a model, with changes that stay."""
 
     def copied(name: str, size: str = "qwen3", **sections: dict[str, Any]) -> RunDirectory:
-        run = RunDirectory(tmp_path / name)
-        shutil.copytree(prepared(size).path, run.path)
-        place = rank_tasks.place_of(str(run.path), sections)
-        run.resolved_config_path.write_text(dump_config_json(place.config))
-        run.plan_path.write_text(json.dumps(make_plan(place.config).to_json()))
-        return run
+        return copy_run(prepared(size), tmp_path / name, sections)
 
     return copied
+
+
+def copy_run(run: RunDirectory, target: Path, changes: Mapping[str, Any]) -> RunDirectory:
+    """A copy with these changes, and the plan that follows."""
+    copy = RunDirectory(target)
+    shutil.copytree(run.path, target)
+    place = rank_tasks.place_of(str(target), changes)
+    copy.resolved_config_path.write_text(dump_config_json(place.config))
+    copy.plan_path.write_text(json.dumps(make_plan(place.config).to_json()))
+    return copy
 
 
 @torch.no_grad()
@@ -134,20 +139,22 @@ def reloaded(directory: Path, dtype: torch.dtype) -> Any:
 def of(row: Row) -> dict[str, Any]:
     """The changes of a row."""
     model = {"lora": {"rank": 4, **row.lora}}
-    return {"engine": {"zero_stage": row.zero}, "train": {"precision": row.precision}, "model": model}
+    train = {"precision": row.precision}
+    return {"engine": engine_at(row.zero), "train": train, "model": model, "checkpoint": {"interval": STOP}}
 
 
 @pytest.mark.parametrize("row", TABLE, ids=str)
 def test_every_family_trains_resumes_bitwise_and_loads_in_plain_peft(pools: Pools, make: Make, row: Row) -> None:
-    whole, halves = make("whole", row.model, **of(row)), make("halves", row.model, **of(row))
+    whole, rest = make("whole", row.model, **of(row)), make("rest", row.model, **of(row))
     pool = pools(row.workers)
     assert pool.run(rank_tasks.work_on, run=str(whole.path))[0]["status"] == "finished"
-    stopped = pool.run(rank_tasks.work_on, run=str(halves.path), stop_after=STOP)
-    assert (stopped[0]["status"], stopped[0]["step"]) == ("stopped", STOP)
-    assert pool.run(rank_tasks.work_on, run=str(halves.path))[0]["status"] == "finished"
-    assert read_losses(halves) == read_losses(whole)
+    first = whole.get_checkpoint_dir(STOP, 1)  # what a stop leaves, too: the next test
+    shutil.copytree(first, rest.checkpoints_dir / first.name)
+    assert pool.run(rank_tasks.work_on, run=str(rest.path))[0]["status"] == "finished"
+    assert sorted(read_losses(whole)) == list(range(1, STEPS + 1))
+    assert read_losses(rest) == {step: loss for step, loss in read_losses(whole).items() if step > STOP}
     state = rank_tasks.read_final_state(whole)
-    assert_same_state(rank_tasks.read_final_state(halves), state)
+    assert_same_state(rank_tasks.read_final_state(rest), state)
     assert all("lora_" in name or "modules_to_save" in name for name in state)
     manifest = CheckpointReader(newest_checkpoint(whole)).manifest
     plan = json.loads(whole.plan_path.read_text())
@@ -168,13 +175,26 @@ def test_every_family_trains_resumes_bitwise_and_loads_in_plain_peft(pools: Pool
     assert np.abs(logits(base) - wanted).max() > 3 * difference, "what was learnt is more than what rounding changes"
 
 
+@pytest.fixture(scope="module")
+def begun_and_whole(
+    pools: Pools, prepared: Callable[[str], RunDirectory], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[RunDirectory, RunDirectory]:
+    """A run of two ranks that has been stopped, and the one that nothing disturbed."""
+    folder, changes = tmp_path_factory.mktemp("moved"), {"model": {"lora": {"rank": 4, "dropout": 0.2}}}
+    begun, whole = (copy_run(prepared("qwen3"), folder / name, changes) for name in ("begun", "whole"))
+    assert pools(2).run(rank_tasks.work_on, run=str(whole.path))[0]["status"] == "finished"
+    stopped = pools(2).run(rank_tasks.work_on, run=str(begun.path), stop_after=STOP)
+    assert (stopped[0]["status"], stopped[0]["step"]) == ("stopped", STOP)
+    return begun, whole
+
+
 @pytest.mark.parametrize(("workers", "zero"), [(1, 3), (3, 2), (3, 0), (1, 1)])
-def test_adapters_resume_with_other_ranks_and_stages(pools: Pools, make: Make, workers: int, zero: int) -> None:
-    lora = {"lora": {"rank": 4, "dropout": 0.2}}
-    run, whole = (make(name, model=lora, train={"precision": "fp32"}) for name in ("moved", "whole"))
-    pools(2).run(rank_tasks.work_on, run=str(whole.path))
-    pools(2).run(rank_tasks.work_on, run=str(run.path), stop_after=STOP)
-    pools(workers).run(rank_tasks.work_on, run=str(run.path), changes={"engine": {"zero_stage": zero}})
+def test_adapters_resume_with_other_ranks_and_stages(
+    pools: Pools, begun_and_whole: tuple[RunDirectory, RunDirectory], tmp_path: Path, workers: int, zero: int
+) -> None:
+    begun, whole = begun_and_whole
+    run = copy_run(begun, tmp_path / "moved", {"engine": {"zero_stage": zero}})
+    pools(workers).run(rank_tasks.work_on, run=str(run.path))
     found, wanted = read_losses(run), read_losses(whole)
     assert sorted(found) == list(range(1, STEPS + 1))
     assert max(abs(found[step] - wanted[step]) / wanted[step] for step in found) < 2e-6

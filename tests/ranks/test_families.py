@@ -29,7 +29,7 @@ from llm_training_toolkit.runs.directory import RunDirectory
 from rank_pool import RankPool
 from run_results import newest_checkpoint, read_losses
 from tiny_models import SHAPES
-from tiny_runs import tiny_config
+from tiny_runs import engine_at, tiny_config
 from vision_language import save_vision_language_model
 
 Pools = Callable[[int], RankPool]
@@ -84,7 +84,7 @@ class Case:
         return {
             "model": model,
             "tokenizer": {"path": tokenizer, "train": None},
-            "engine": {"zero_stage": self.zero},
+            "engine": engine_at(self.zero),
             "train": {"precision": self.precision},
         }
 

@@ -7,6 +7,7 @@ would be 0.73 of the right one, silently.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +32,31 @@ def state_after_one_update(
     return state
 
 
+@pytest.fixture(scope="module")
+def zero_2(
+    pools: Pools, prepared_run: RunDirectory, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], dict[str, Any]]:
+    """The state after one update of two ranks under ZeRO 2, by precision."""
+
+    @cache
+    def state(precision: str) -> dict[str, Any]:
+        return state_after_one_update(pools, prepared_run, tmp_path_factory.mktemp("zero_2"), 2, 2, precision)
+
+    return state
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("zero", [0, 1, 3])
 def test_one_update_is_that_of_zero_2(
-    pools: Pools, prepared_run: RunDirectory, tmp_path: Path, zero: int, precision: str
+    pools: Pools,
+    prepared_run: RunDirectory,
+    zero_2: Callable[[str], dict[str, Any]],
+    tmp_path: Path,
+    zero: int,
+    precision: str,
 ) -> None:
     found = state_after_one_update(pools, prepared_run, tmp_path, 2, zero, precision)
-    reference = state_after_one_update(pools, prepared_run, tmp_path, 2, 2, precision)
+    reference = zero_2(precision)
     assert found.keys() == reference.keys()
     for name, values in reference.items():
         kind = name.rsplit("/", 1)[1]

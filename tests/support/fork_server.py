@@ -30,7 +30,10 @@ from pathlib import Path
 from typing import Any
 
 # Prefixes of variables that no library reads while it is imported, or that say what the server knows anyway.
-_LATE = ("AWS_", "DS_ACCELERATOR", "LOCAL_RANK", "PYTEST_", "RAY_ADDRESS", "TMPDIR", "TORCHINDUCTOR_", "TRITON_")
+_LATE = (
+    *("AWS_", "DS_ACCELERATOR", "LOCAL_RANK", "MLFLOW_", "PYTEST_", "RAY_ADDRESS", "TMPDIR"),
+    *("TORCHINDUCTOR_", "TORCH_EXTENSIONS_", "TRITON_"),
+)
 _SERVERS = 3  # alive at a time, 0.5 GB each
 GPU = Path("/dev/nvidiactl")  # a process that has seen a GPU cannot be forked: with one, every start is a cold one
 _MESSAGE = 2**20  # bytes, more than arguments and environment take
@@ -60,6 +63,13 @@ class _Server:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
             )
+        self.commands: list[_Forked] = []
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a command goes on, which would end with the server."""
+        self.commands = [command for command in self.commands if command.poll() is None]
+        return bool(self.commands)
 
     def close(self) -> None:
         self.socket.close()
@@ -74,8 +84,9 @@ def _server(environment: Mapping[str, str]) -> _Server:
     early = {name: value for name, value in environment.items() if not name.startswith(_LATE)}
     key = json.dumps(early, sort_keys=True)
     server = _servers.pop(key, None) or _Server(early)
-    while len(_servers) >= _SERVERS:
-        _servers.pop(next(iter(_servers))).close()
+    idle = [other for other, each in _servers.items() if not each.is_busy]
+    for other in idle[: max(0, len(_servers) + 1 - _SERVERS)]:
+        _servers.pop(other).close()
     _servers[key] = server  # the last one used is the last one closed
     return server
 
@@ -102,7 +113,9 @@ class _Forked(subprocess.Popen[str]):
         self._report, theirs = os.pipe()
         try:
             fds = [fd if fd >= 0 else number for number, fd in enumerate(streams)]
-            socket.send_fds(_server(order["environment"]).socket, [json.dumps(order).encode()], [*fds, theirs])
+            server = _server(order["environment"])
+            socket.send_fds(server.socket, [json.dumps(order).encode()], [*fds, theirs])
+            server.commands.append(self)
         finally:
             os.close(theirs)
             ends = [name for name in names if name.startswith(("p2c", "c2p", "err"))]

@@ -45,6 +45,17 @@ def tiny_config(corpus: Path, runs: Path, **sections: dict[str, Any]) -> Config:
     return parse_config(data, "test")
 
 
+def engine_at(zero: int) -> dict[str, Any]:
+    """The section `engine` for a ZeRO stage.
+
+    Stage 3 keeps parameters as small as these whole, and yet looks for the next use of each at every module: a third of
+    a run of four layers with adapters. It does not look further than the distance that is set here.
+    """
+    if zero < 3:
+        return {"zero_stage": zero}
+    return {"zero_stage": zero, "deepspeed": {"zero_optimization": {"stage3_max_reuse_distance": 0}}}
+
+
 def write_corpus(directory: Path, documents: int = 60) -> Path:
     """Small files of code of ragged lengths, each different."""
     directory.mkdir(parents=True, exist_ok=True)

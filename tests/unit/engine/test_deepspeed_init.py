@@ -1,12 +1,14 @@
-"""Setup of DeepSpeed: its operators are probed on no device, because probing runs compilers."""
+"""Setup of DeepSpeed: it probes no operators, because probing runs compilers, and imports nothing to autotune."""
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import deepspeed
 import pytest
 
+import fork_server
 from llm_training_toolkit.engine import prepare_deepspeed
 
 
@@ -27,3 +29,13 @@ def test_no_operator_is_probed_on_a_gpu(never_probed: dict[str, Any]) -> None:
 def test_on_a_cpu_shared_memory_is_declared_unavailable_without_a_probe(never_probed: dict[str, Any]) -> None:
     prepare_deepspeed("cpu")
     assert never_probed["__compatible_ops__"] == {"deepspeed_shm_comm": False}
+
+
+@pytest.mark.slow  # the server imports for seconds
+def test_mlflow_is_left_to_the_trackers() -> None:
+    """Commands of the server find what `prepare_deepspeed` has imported."""
+    code = (
+        "import sys; print('mlflow' in sys.modules, 'deepspeed' in sys.modules); import mlflow; print(mlflow.__name__)"
+    )
+    said = fork_server.run([sys.executable, "-c", code], capture_output=True, check=True).stdout
+    assert said.split() == ["False", "True", "mlflow"]
