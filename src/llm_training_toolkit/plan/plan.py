@@ -29,6 +29,8 @@ class Plan:
     """Name of the run."""
     model: str
     """Name of the model size."""
+    family: str
+    """Name of its family, by which a resume knows a size that follows from weights alone."""
     hf_config: Mapping[str, Any]
     parameters: int
     """Parameters of the model without adapters."""
@@ -139,7 +141,7 @@ def make_plan(config: Config, data_facts: DataFacts | None = None, replicas: int
 
     Raises PlanError only if nothing can be planned: an unknown size or an impossible shape.
     """
-    size = families.find_run_size(config.model)
+    size = families.find_run_size(config)
     hf = families.resolve_hf_config(config)
     total = families.count_parameters(hf)
     adapter = families.resolve_adapter(config, hf)
@@ -159,6 +161,7 @@ def make_plan(config: Config, data_facts: DataFacts | None = None, replicas: int
     return Plan(
         name=config.run.name,
         model=config.model.name,
+        family=size.family.name,
         hf_config=hf,
         parameters=total,
         trainable_parameters=trained,
