@@ -110,6 +110,7 @@ def build_exchange_workload(plan: Plan, micro_batch: int) -> ExchangeWorkload:
         passes=compute_accumulation_steps(plan.global_batch, plan.replicas, micro_batch),
         checkpointing=plan.activation_checkpointing,
         reuse_distance=read_reuse_distance(plan.deepspeed),
+        second_partition=int(plan.deepspeed["zero_optimization"].get("zero_hpz_partition_size", 1)),
         overlaps_gradients=bool(plan.deepspeed["zero_optimization"].get("overlap_comm")),
     )
 
@@ -128,3 +129,10 @@ def compute_seconds_per_byte(plan: Plan, hardware: ClusterHardware, nodes: int) 
     else:  # one worker per node
         link = links.between_nodes
     return (workers - 1) / workers / (1e9 * link)
+
+
+def compute_group_seconds_per_byte(plan: Plan, hardware: ClusterHardware, nodes: int, group: int) -> float:
+    """Return the seconds for a byte of an exchange within groups of consecutive workers, which fill node after node."""
+    if nodes > 1 and -(-plan.replicas // nodes) % group:  # some groups lie on two nodes
+        return compute_seconds_per_byte(plan, hardware, nodes)
+    return (group - 1) / group / (1e9 * hardware.bandwidth_gb_per_s.within_node)
