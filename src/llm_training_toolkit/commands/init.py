@@ -13,7 +13,7 @@ from typing import Any, Literal
 from llm_training_toolkit.config import Config
 from llm_training_toolkit.config.load import parse_config
 from llm_training_toolkit.errors import PlanError
-from llm_training_toolkit.families import ModelSize, find_size
+from llm_training_toolkit.families import ModelSize, find_size, find_size_of_weights
 from llm_training_toolkit.plan import estimate_memory, make_plan, plan_workload
 
 StarterKind = Literal["chat", "code", "text", "scratch"]
@@ -73,7 +73,8 @@ def format_starter_config(request: StarterRequest, machine: TrainingMachine) -> 
 
     Raises PlanError for an unknown model, and with the plan's problems.
     """
-    size = find_size(request.model)
+    saved = find_size_of_weights(request.model) if request.kind != "scratch" else None
+    size = saved or find_size(request.model)
     if request.kind != "scratch" and "/" not in request.model and not Path(request.model).is_dir():
         raise PlanError(
             f"--model {request.model}: no directory here and no hub id: give OWNER/{request.model}, such as "

@@ -48,16 +48,11 @@ class EvalModel:
     @cached_property
     def tokenization_spec(self) -> TokenizationSpec:
         """Tokenization rules of the run's family, or of the family with the most special tokens in the tokenizer."""
-        if self.origin is not None:
-            return TokenizationSpec.from_family(families.find_size(self.origin.config.model.name).family)
-        known = [
-            (sum(map(self.text_encoder.has_special_token, family.special_tokens.all)), family)
-            for family in families.FAMILIES.values()
-            if self.text_encoder.has_special_token(family.special_tokens.end_of_text)
-        ]
-        if not known:
+        name = self.origin.config.model.name if self.origin is not None else ""
+        family = families.find_tokenizer_family(name, self.text_encoder.has_special_token)
+        if family is None:
             raise PlanError(f"{self.directory}: its tokenizer is of no family that is known here (no end of text)")
-        return TokenizationSpec.from_family(max(known, key=lambda pair: pair[0])[1])
+        return TokenizationSpec.from_family(family)
 
     @cached_property
     def language_model(self) -> Any:  # noqa: ANN401 - transformers has no types

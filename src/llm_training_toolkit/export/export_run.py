@@ -28,7 +28,7 @@ from llm_training_toolkit.data.chat.template import ChatTemplate, read_special_t
 from llm_training_toolkit.data.prepare.dataset_info import DatasetInfo, get_cache_directory
 from llm_training_toolkit.data.tokenizer import open_tokenizer
 from llm_training_toolkit.distributed.context import RunContext
-from llm_training_toolkit.errors import CheckpointError
+from llm_training_toolkit.errors import CheckpointError, PlanError
 from llm_training_toolkit.export import (
     CheckpointWeights,
     ModelFiles,
@@ -208,8 +208,10 @@ def find_stop_tokens(config: Config, dataset_info: DatasetInfo) -> dict[str, int
 
     A chat-tuned model still ends its turns after training on text; its tokenizer names the token.
     """
-    family, directory = families.find_size(config.model.name).family, Path(dataset_info.tokenizer_path)
-    encoder = open_tokenizer(dataset_info.tokenizer_path)
+    directory, encoder = Path(dataset_info.tokenizer_path), open_tokenizer(dataset_info.tokenizer_path)
+    family = families.find_tokenizer_family(config.model.name, encoder.has_special_token)
+    if family is None:
+        raise PlanError(f"{directory}: the tokenizer is of no known family: it has none of their ends of text")
     end_of_text = family.special_tokens.end_of_text
     own = read_special_tokens_map(directory).get("eos_token", end_of_text)
     ends = [own if encoder.has_special_token(own) else end_of_text, end_of_text]

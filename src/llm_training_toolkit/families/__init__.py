@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
 from llm_training_toolkit.config.model_config import ModelConfig
 from llm_training_toolkit.config.run_identity import normalize_model_name
@@ -23,8 +23,14 @@ from llm_training_toolkit.families.family import (
 )
 from llm_training_toolkit.families.flops import TrainingFlops, compute_training_flops
 from llm_training_toolkit.families.hf_config import build_hf_config as build_hf_config
-from llm_training_toolkit.families.hf_config import read_saved_config, read_saved_dropout
+from llm_training_toolkit.families.hf_config import (
+    read_recorded_plan,
+    read_saved_config,
+    read_saved_dropout,
+    read_source_plan,
+)
 from llm_training_toolkit.families.lora import AdapterSpec, build_adapter
+from llm_training_toolkit.families.saved_size import build_saved_size, choose_family, read_tokenizer_family
 
 __all__ = [
     "DROPOUTS",
@@ -43,6 +49,8 @@ __all__ = [
     "count_parameters",
     "find_run_size",
     "find_size",
+    "find_size_of_weights",
+    "find_tokenizer_family",
     "list_models_with_tokens",
     "read_model_dims",
     "read_saved_config",
@@ -56,7 +64,8 @@ __all__ = [
 SIZES: dict[str, ModelSize] = {size.name: size for size in (*qwen.SIZES, *qwen3_5.SIZES, *starcoder.SIZES)}
 _BY_NAME: dict[str, ModelSize] = {name: size for size in SIZES.values() for name in (size.name, *size.other_names)}
 FAMILIES: dict[str, Family] = {size.family.name: size.family for size in SIZES.values()}  # all families by name
-_BY_TYPE: dict[str, Family] = {family.model_type: family for family in FAMILIES.values()}
+# The first family of each class of transformers.
+_BY_TYPE: dict[str, Family] = {family.model_type: family for family in reversed(FAMILIES.values())}
 _TUNED_SUFFIXES = ("-instruct", "-chat", "-base")  # of weights that have the shape of the ones without
 
 
@@ -70,11 +79,10 @@ def find_size(name: str) -> ModelSize:
 
     Raises PlanError with the nearest names if there is none.
     """
-    wanted = normalize_model_name(name)
-    bare = next((wanted.removesuffix(suffix) for suffix in _TUNED_SUFFIXES if wanted.endswith(suffix)), wanted)
-    for known in (wanted, bare):
-        if known in _BY_NAME:
-            return _BY_NAME[known]
+    named = _find_named_size(name)
+    if named is not None:
+        return named
+    bare = _remove_tuned_suffix(normalize_model_name(name))
     near = difflib.get_close_matches(bare, _BY_NAME, n=4, cutoff=0.5)
     hint = f"Did you mean {', '.join(near)}?" if near else f"Known: {', '.join(SIZES)}."
     raise PlanError(f"model.name = {name}: no known size has this name. {hint}")
@@ -87,23 +95,78 @@ def check_model_type(model_type: str, where: str) -> None:
         raise PlanError(f"{where}: model_type is {model_type}, which is no Qwen or StarCoder here (known: {known})")
 
 
-def find_run_size(model: ModelConfig) -> ModelSize:
-    """Return the size of a run's model by its name.
+def _find_named_size(name: str) -> ModelSize | None:
+    wanted = normalize_model_name(name)
+    return _BY_NAME.get(wanted) or _BY_NAME.get(_remove_tuned_suffix(wanted))
 
-    Raises PlanError for an unknown one. For weights in a directory it then names the sizes of the shape in their
-    config.json instead of the nearest names: a run must know its size also on machines without the weights.
+
+def _remove_tuned_suffix(name: str) -> str:
+    return next((name.removesuffix(suffix) for suffix in _TUNED_SUFFIXES if name.endswith(suffix)), name)
+
+
+def find_run_size(config: Config) -> ModelSize:
+    """Return the size of a run's model: by its name, else by the config.json of the weights that it is named after.
+
+    Without a known name and without these weights it is the size in the plan that the run, or the run in
+    `model.init_from`, has begun with. Raises PlanError for an unknown name. Beside weights of another name, the error
+    names the sizes of their shape.
     """
-    try:
-        return find_size(model.name)
-    except PlanError:
-        fitting = _list_sizes_of_weights(model.path) if model.path is not None else []
-        if not fitting:
-            raise
-    said = " and ".join(filter(None, [", ".join(fitting[:-1]), fitting[-1]]))
+    model = config.model
+    if model.path is not None and normalize_model_name(model.name) == normalize_model_name(model.path):
+        size = find_size_of_weights(model.path, config.tokenizer.path)
+        if size is not None:
+            return size
+    size = _find_named_size(model.name) or _find_planned_size(config)
+    return size if size is not None else _raise_unknown_name(model)
+
+
+def find_size_of_weights(path: str, tokenizer: str | None = None) -> ModelSize | None:
+    """Return the size of weights in a directory: the known one of its name, else that of its config.json.
+
+    `tokenizer` is the directory of a tokenizer that is not beside the weights. None for anything but a directory with
+    a config.json. Raises PlanError for a class of model that is not known, and for a size that cannot be counted.
+    """
+    found = read_saved_config(path)
+    if found is None:
+        return None
+    model_type, name = str(found.get("model_type")), normalize_model_name(path)
+    named = _find_named_size(name)
+    if named is not None and named.family.model_type == model_type:
+        return named
+    check_model_type(model_type, f"model.path = {path}")
+    family = read_tokenizer_family(FAMILIES.values(), model_type, (tokenizer, path))
+    return build_saved_size(name, f"model.path = {path}", found, _get_example(family))
+
+
+def _find_planned_size(config: Config) -> ModelSize | None:
+    """Return the size in the plan of a run that has begun and whose weights are gone, or of `model.init_from`."""
+    model = config.model
+    plan = read_source_plan(model.init_from) if model.init_from is not None else read_recorded_plan(config)
+    family = FAMILIES.get(plan.get("family", ""))
+    if family is None or normalize_model_name(plan["model"]) != normalize_model_name(model.name):
+        return None
+    return build_saved_size(model.name, "plan.json", plan["hf_config"], _get_example(family))
+
+
+def _raise_unknown_name(model: ModelConfig) -> NoReturn:
+    fitting = _list_sizes_of_weights(model.path) if model.path is not None else []
+    if not fitting:
+        find_size(model.name)  # raises with the nearest names
+    shown = " and ".join(filter(None, [", ".join(fitting[:-1]), fitting[-1]]))
     raise PlanError(
-        f"model.name = {model.name}: no known size has this name. The weights in {model.path} have the shape "
-        f"of {said}: set model.name to {'the one they were made from' if len(fitting) > 1 else fitting[0]}"
+        f"model.name = {model.name}: no known size has this name. Remove it, and the size follows from the weights in "
+        f"{model.path}, which have the shape of {shown}"
     )
+
+
+def _get_example(family: Family) -> ModelSize:
+    return next(size for size in SIZES.values() if size.family is family)
+
+
+def find_tokenizer_family(name: str, has_token: Callable[[str], bool]) -> Family | None:
+    """Return the family of a known name, else the one with the most special tokens in the tokenizer, or None."""
+    named = _find_named_size(name)
+    return named.family if named is not None else choose_family(FAMILIES.values(), has_token)
 
 
 def _list_sizes_of_weights(path: str) -> list[str]:
@@ -127,7 +190,7 @@ def resolve_hf_config(config: Config) -> dict[str, Any]:
     1). Lists that transformers derives itself (layer_types) are left out. Raises PlanError for an unknown size or an
     impossible shape.
     """
-    return build_hf_config(config, find_size(config.model.name))
+    return build_hf_config(config, find_run_size(config))
 
 
 def read_model_dims(hf: HfValues) -> ModelDims:
@@ -145,7 +208,8 @@ def count_parameters(hf: HfValues) -> int:
 def resolve_adapter(config: Config, hf: HfValues) -> AdapterSpec | None:
     """Return the adapters that a run trains, or None if it trains the model itself."""
     lora = config.model.lora
-    return None if lora is None else build_adapter(lora, find_size(config.model.name).family, read_model_dims(hf))
+    # Families of one class of transformers have the same layers.
+    return None if lora is None else build_adapter(lora, _BY_TYPE[hf["model_type"]], read_model_dims(hf))
 
 
 def compute_flops_per_token(hf: HfValues, sequence_length: int, beside: AdapterSpec | None = None) -> int:

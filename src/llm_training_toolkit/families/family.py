@@ -297,6 +297,8 @@ class Family:
     """Names under which transformers saves values, if different."""
     fixed: frozenset[str] = frozenset()
     """Values that `model.config_overrides` must not change."""
+    tied_by_default: bool = False
+    """Value of `tie_word_embeddings` in transformers' class, which a config.json may leave out."""
     published_dropout: float = 0.0
     """Dropout in the published configurations; training sets it to 0."""
 

@@ -16,6 +16,7 @@ from llm_training_toolkit.families.family import DROPOUTS, Family, ModelDims, Mo
 _FIXED = {"rope_parameters", "use_sliding_window", *DROPOUTS}
 # Matrix products are fastest with dimensions in multiples of 64 (NVIDIA, Matrix Multiplication Background).
 _VOCABULARY_MULTIPLE = 64
+_PUBLISHED_INTERVAL = 4  # layers to one with attention in a hybrid model
 
 
 def list_shape_keys(size: ModelSize) -> tuple[str, ...]:
@@ -28,7 +29,7 @@ def list_shape_keys(size: ModelSize) -> tuple[str, ...]:
 def build_hf_config(config: Config, size: ModelSize) -> dict[str, Any]:
     """Return the complete Hugging Face configuration of a run. Raises PlanError with all its problems."""
     begun = _read_recorded_values(config)
-    saved = read_saved_values(config.model, size) if begun is None else _select_size_values(size, begun)
+    saved = read_saved_values(config.model, size) if begun is None else select_size_values(size, begun)
     values, problems = (saved, []) if saved is not None else _apply_shape(size, config.model.config_overrides)
     if not problems:
         rows = values["vocab_size"] if saved is not None else compute_vocab_size(config, size)
@@ -48,8 +49,7 @@ def read_saved_values(model: ModelConfig, size: ModelSize) -> dict[str, Any] | N
     if model.path is not None:
         where, found = f"model.path = {model.path}", read_saved_config(model.path)
     elif model.init_from is not None:
-        where, file = f"model.init_from = {model.init_from}", Path(model.init_from).expanduser() / "plan.json"
-        found = _read_json(where, file).get("hf_config", {})
+        where, found = f"model.init_from = {model.init_from}", read_source_plan(model.init_from).get("hf_config", {})
     else:
         found = None
     if found is None:
@@ -59,34 +59,74 @@ def read_saved_values(model: ModelConfig, size: ModelSize) -> dict[str, Any] | N
             f"{where} holds a {found.get('model_type')} model, and model.name = {size.name} is of "
             f"{size.family.model_type}: correct one of them"
         )
-    return _select_size_values(size, found)
+    return select_size_values(size, found)
 
 
-def _select_size_values(size: ModelSize, found: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the size's values, except dropouts, as in another configuration of its family."""
-    also = {key: found[name] for key, name in size.family.saved_as.items() if name in found}
-    return {
-        key: value if key in DROPOUTS else {**also, **found}.get(key, value) for key, value in size.hf_values.items()
-    }
+def read_source_plan(init_from: str) -> dict[str, Any]:
+    """Read the plan of the run in `model.init_from`. Raises PlanError."""
+    return _read_json(f"model.init_from = {init_from}", Path(init_from).expanduser() / "plan.json")
+
+
+def select_size_values(size: ModelSize, found: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the size's values, except dropouts, as in another configuration of its family.
+
+    The kinds of layers are added where a hybrid model has other ones than the published ones.
+    """
+    values = normalize_saved_values(size.family, found)
+    selected = {key: value if key in DROPOUTS else values.get(key, value) for key, value in size.hf_values.items()}
+    return {**selected, **_find_other_layer_types(size.family, found)}
+
+
+def normalize_saved_values(family: Family, found: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a saved configuration with the names of the family's values, also if transformers 4 saved it."""
+    renamed = {key: found[name] for key, name in family.saved_as.items() if name in found}
+    return {**_convert_rotary_values(found), **renamed, **found}
+
+
+def _convert_rotary_values(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the rotary values of a configuration by transformers 4 in the form of transformers 5."""
+    if "rope_theta" not in found:
+        return {}
+    scaling = found.get("rope_scaling") or {}
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    partial = {key: found[key] for key in ("partial_rotary_factor",) if key in found}
+    return {"rope_parameters": {**partial, **scaling, "rope_type": kind, "rope_theta": found["rope_theta"]}}
+
+
+def _find_other_layer_types(family: Family, found: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the kinds of a hybrid model's layers if attention is not, as published, in each fourth."""
+    if "linear_conv_kernel_dim" not in family.defaults:
+        return {}
+    count, every = found.get("num_hidden_layers", 0), found.get("full_attention_interval", _PUBLISHED_INTERVAL)
+    types = found.get("layer_types") or _list_layer_types(count, every)
+    return {} if types == _list_layer_types(count, _PUBLISHED_INTERVAL) else {"layer_types": types}
+
+
+def _list_layer_types(count: int, every: int) -> list[str]:
+    return ["linear_attention" if number % every else "full_attention" for number in range(1, count + 1)]
 
 
 def _read_recorded_values(config: Config) -> dict[str, Any] | None:
-    """Read the run's own record of its initial weights if these are gone; a resume can do without them.
+    found: dict[str, Any] | None = read_recorded_plan(config).get("hf_config")
+    return found
 
-    Returns None if they exist, for a run that has not started, and for one that would now start from other weights.
+
+def read_recorded_plan(config: Config) -> dict[str, Any]:
+    """Read the run's plan if its initial weights no longer exist; a resume does not need them.
+
+    Empty if they exist, for a run that has not started, and for one that would now start from other weights.
     """
     given = config.model.path or config.model.init_from
     if given is None or Path(given).expanduser().exists():
-        return None
+        return {}
     run = Path(config.run.dir).expanduser() / config.run.name
     try:
         resolved, plan = (json.loads((run / name).read_text()) for name in ("resolved.json", "plan.json"))
     except (OSError, ValueError):
-        return None
+        return {}
     keys = ("name", "path", "revision", "init_from", "resize_vocab_to")
     same = all(resolved["model"].get(key) == getattr(config.model, key) for key in keys)
-    found: dict[str, Any] | None = plan.get("hf_config") if same else None
-    return found
+    return plan if same else {}
 
 
 def read_saved_dropout(model: ModelConfig, size: ModelSize) -> float:
@@ -144,7 +184,7 @@ def _apply_shape(size: ModelSize, shape: Mapping[str, Any]) -> tuple[dict[str, A
             problems.append(f"{given} is not a key of this size. Valid: {', '.join(valid)}")
         elif key in seen:
             problems.append(f"{given} and another key both set {key}: keep one")
-        elif (wrong := _find_value_problem(given, value, _get_value(values, key))) is not None:
+        elif (wrong := find_value_problem(given, value, _get_value(values, key))) is not None:
             problems.append(wrong)
         else:
             _set_value(values, key, value)
@@ -163,7 +203,7 @@ def _set_value(values: dict[str, Any], key: str, value: Any) -> None:  # noqa: A
         values[key] = value
 
 
-def _find_value_problem(key: str, value: Any, current: Any) -> str | None:  # noqa: ANN401 - values of JSON
+def find_value_problem(key: str, value: Any, current: Any) -> str | None:  # noqa: ANN401 - values of JSON
     """Return the problem of a value, by the type of the value it replaces."""
     kind = type(current)
     number = isinstance(value, (int, float)) and not isinstance(value, bool)

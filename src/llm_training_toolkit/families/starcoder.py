@@ -149,6 +149,7 @@ STARCODER2 = Family(
     lora_targets=("q_proj", "k_proj", "v_proj", "o_proj", "c_fc", "c_proj"),
     derived_head_dim=True,
     code_layout=CodeLayout(path_in_prefix=True),
+    tied_by_default=True,
     published_dropout=0.1,
 )
 STARCODER = Family(
@@ -180,6 +181,7 @@ STARCODER = Family(
     flex_attention=False,
     derived_head_dim=True,
     code_layout=CodeLayout(stars="<gh_stars>", needs_path=True),
+    tied_by_default=True,
     aliases={
         "hidden_size": "n_embd",
         "num_hidden_layers": "n_layer",

@@ -38,6 +38,8 @@ class Plan:
     """Name of the run."""
     model: str
     """Name of the model size."""
+    family: str
+    """Name of its family, by which a resume knows a size that follows from weights alone."""
     hf_config: Mapping[str, Any]
     parameters: int
     """Parameters of the model without adapters."""
@@ -162,7 +164,7 @@ def make_plan(config: Config, replicas: int | None = None) -> Plan:
     `Plan.with_data` adds the facts about its data. Raises PlanError only if nothing can be planned: an unknown size or
     an impossible shape.
     """
-    size = families.find_run_size(config.model)
+    size = families.find_run_size(config)
     hf = families.resolve_hf_config(config)
     total = families.count_parameters(hf)
     adapter = families.resolve_adapter(config, hf)
@@ -181,6 +183,7 @@ def make_plan(config: Config, replicas: int | None = None) -> Plan:
         horizon=compute_horizon(given, None, hf["vocab_size"]),
         name=config.run.name,
         model=config.model.name,
+        family=size.family.name,
         hf_config=hf,
         parameters=total,
         trainable_parameters=trained,

@@ -8,7 +8,6 @@ import pytest
 
 from llm_training_toolkit import families
 from llm_training_toolkit.config import parse_config
-from llm_training_toolkit.config.model_config import ModelConfig
 from llm_training_toolkit.config.schema import Config
 from llm_training_toolkit.errors import PlanError
 
@@ -98,29 +97,6 @@ def test_path_alone_names_model_and_tokenizer() -> None:
     assert given.tokenizer.path == "Qwen/Qwen2.5-Coder-7B-Instruct"
     with pytest.raises(PlanError, match="no known size"):
         families.resolve_hf_config(parse_config(raw | {"model": {"path": "weights/mine"}}, "test"))
-
-
-@pytest.mark.parametrize(
-    ("origin", "changes", "named"),
-    [
-        ("qwen3-4b", {"vocab_size": 152_064}, "of qwen3-4b and qwen3-4b-instruct-2507: set model.name to the one"),
-        ("qwen3.5-9b", {}, "of qwen3.5-9b: set model.name to qwen3.5-9b"),
-        ("starcoder2-3b", {}, "of starcoder2-3b: "),
-        ("starcoderbase-1b", {}, "of starcoderbase-1b: "),
-        ("qwen3-4b", {"hidden_size": 64}, "Did you mean"),
-    ],
-)
-def test_a_directory_of_another_name_names_the_size_of_its_shape(
-    origin: str, changes: dict[str, Any], named: str, tmp_path: Path
-) -> None:
-    size = families.find_size(origin)
-    values = {**size.hf_values, **changes, "model_type": size.family.model_type}
-    (tmp_path / "qwen3-4").mkdir()
-    (tmp_path / "qwen3-4" / "config.json").write_text(json.dumps(values))
-    with pytest.raises(PlanError, match=named):
-        families.find_run_size(ModelConfig(name="qwen3-4", path=str(tmp_path / "qwen3-4")))
-    given = ModelConfig(name=origin, path=str(tmp_path / "qwen3-4"))
-    assert families.find_run_size(given) is size
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ def read_latest_dataset_info(run: RunDirectory, known: DatasetInfo) -> DatasetIn
 
 def get_tokenization_spec(config: Config) -> TokenizationSpec:
     """Return the TokenizationSpec of the run's model family."""
-    return TokenizationSpec.from_family(families.find_size(config.model.name).family)
+    return TokenizationSpec.from_family(families.find_run_size(config).family)
 
 
 def prepare_run_data(config: Config, progress: StageProgressCallback) -> PreparedDataset:

@@ -305,9 +305,26 @@ def _suggest_memory_fix(config: Config, plan: Plan, largest: str) -> tuple[str, 
                 "Set it to full: layers are computed twice instead of kept; or to auto",
             )
         return "data.sequence_length", "Lower it"
+    smaller = "; or ".join([*_list_smaller_states(config, plan), "a smaller model"])
     if plan.zero < 3:
-        return "engine.zero_stage", "Raise it: 3 spreads weights, gradients and optimizer state over the workers"
-    return "cluster.workers", "Take more: they share weights, gradients and optimizer state; or a smaller model"
+        where, spread = (
+            "engine.zero_stage",
+            "Raise it: 3 spreads weights, gradients and optimizer state over the workers",
+        )
+    else:
+        where, spread = "cluster.workers", "Take more: they share weights, gradients and optimizer state"
+    return where, f"{spread}; or {smaller}"
+
+
+def _list_smaller_states(config: Config, plan: Plan) -> Iterator[str]:
+    """Yield the settings that leave less of weights, gradients and optimizer state on a device."""
+    lora = config.model.lora
+    if lora is None:
+        yield "model.lora (gradients and optimizer state of the adapters alone)"
+    elif lora.quantize is None and "num_experts" not in plan.hf_config:  # experts are no linear layers
+        yield "model.lora.quantize: nf4 (a quarter of the weights' bytes, at ZeRO 0 to 2)"
+    if config.engine.offload == "none" and (lora is None or lora.quantize is None):
+        yield "engine.offload: optimizer_and_weights (into host memory, at ZeRO 3)"
 
 
 def get_worker_memory_gb(config: Config, hardware: ClusterHardware) -> float:

@@ -76,6 +76,26 @@ def test_todays_models_on_a_node_of_eight_gpus_with_141_gb(
     assert plan.trainable_parameters <= trained_share * plan.parameters
 
 
+@pytest.mark.parametrize(
+    ("model", "engine", "named"),
+    [
+        ({}, {}, "Take more|model.lora |engine.offload|smaller model"),
+        ({}, {"zero_stage": 1}, "Raise it|model.lora |engine.offload|smaller model"),
+        ({"lora": {"rank": 16}}, {}, "Take more|engine.offload|smaller model"),
+        ({"name": "qwen3-32b", "lora": {"rank": 16}}, {}, "Take more|quantize: nf4|engine.offload|smaller model"),
+        ({}, {"offload": "optimizer"}, "Take more|model.lora |smaller model"),
+    ],
+)
+def test_too_large_a_model_is_told_each_way_to_less_memory(
+    model: dict[str, Any], engine: dict[str, Any], named: str
+) -> None:
+    sections = {"model": {"name": "qwen3-coder-next", "activation_checkpointing": "full", **model}, "engine": engine}
+    problem = seen(hardware(nodes=1, memory_gb=10), **sections, cluster={"workers": 8}).problems[-1]
+    assert problem.code == "out-of-memory"
+    assert [part in problem.fix for part in named.split("|")] == [True] * len(named.split("|"))
+    assert len(problem.fix.split("; or ")) == len(named.split("|"))
+
+
 def cores(number: int, **changes: Any) -> ClusterHardware:
     """One machine with cores and no GPU."""
     facts = {"nodes": 1, "device": "cpu", "devices_per_node": number, "cpus": number, "memory_gb": 4}
