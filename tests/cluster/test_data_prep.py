@@ -1,4 +1,4 @@
-"""Shards rendered by processes of a Ray cluster are those of one process; what goes wrong there is said here."""
+"""Shards and signatures made by processes of a Ray cluster are those of one process, and so are their errors."""
 
 from __future__ import annotations
 
@@ -21,20 +21,22 @@ from llm_training_toolkit.data.dataset import PackedDataset
 from llm_training_toolkit.data.prepare.builder import DatasetBuilder
 from llm_training_toolkit.errors import ToolkitError
 from llm_training_toolkit.data.prepare.epochs import get_tokenization_spec, prepare_epochs
-from llm_training_toolkit.launch.backend import build_shard_runner
+from llm_training_toolkit.launch.backend import build_shard_runner, build_signature_runner
 document_index._CHARACTERS_PER_SHARD = 1500
 config = load_config(Path(sys.argv[1]), sys.argv[2:])
 said = StringIO()
 done = []
 try:
     spec, runner = get_tokenization_spec(config), build_shard_runner(config, Console(said))
-    work = DatasetBuilder(config, spec, lambda *event: done.append(event), runner)
+    signer = build_signature_runner(config, Console(said))
+    work = DatasetBuilder(config, spec, lambda *event: done.append(event), runner, signer)
     prepared = prepare_epochs(work, config)
 except ToolkitError as error:
     print("error", type(error).__name__, error)
     raise SystemExit
 sequences = PackedDataset(prepared.dataset_info, global_batch=1, epochs=1)
 print("shards", len(list((prepared.directory / "tokens").glob("tokens-*"))))
+print("dropped", [source.dropped for source in prepared.dataset_info.sources])
 print("progress", [event for event in done if event[0] == "tokens"][-1])
 for step in range(sequences.total_steps):
     print(step, sequences.get_document_spans(step), sequences.decode_sequence(step, 0).encode())
@@ -56,8 +58,11 @@ def test_a_cluster_renders_what_one_process_renders(
     ray_environment: Mapping[str, str], launch_config: Callable[..., Path], tmp_path: Path
 ) -> None:
     corpus = write_corpus(tmp_path / "code", documents=40)
+    for number, file in enumerate(sorted(corpus.iterdir())[:3]):
+        (corpus / f"near_{number}.py").write_text(f"{file.read_text()}\nlast_line()\n")
     source = [{"path": str(corpus), "format": "code"}]
     data = {"sources": source, "sequence_length": 64, "eval": {"fraction": 0.1}, "cache": str(tmp_path / "a")}
+    data["near_duplicates"] = {}
     config = launch_config("spread", data=data, cluster={"workers": 2})
     # A start of its own: what imports write would be on the screen.
     first = subprocess.run(asked(config), capture_output=True, text=True, check=False, env=dict(ray_environment))
@@ -66,6 +71,7 @@ def test_a_cluster_renders_what_one_process_renders(
     alone, _ = prepared(config, ray_environment, "cluster.workers=0", f"data.cache={tmp_path / 'b'}")
     assert spread == alone
     assert int(spread.split()[1]) > 3
+    assert "near_duplicate" in spread
     assert "this machine alone" not in said
     assert "ray.data" not in said
     assert "Progress bars" not in said

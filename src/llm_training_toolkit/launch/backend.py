@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from llm_training_toolkit.config import Config
 from llm_training_toolkit.data.prepare.builder import DatasetBuilder
 from llm_training_toolkit.data.prepare.document_index import DocumentShard
 from llm_training_toolkit.data.prepare.epochs import get_tokenization_spec
+from llm_training_toolkit.data.prepare.min_hash import Signature, SignatureRunner, sign_in_process
 from llm_training_toolkit.data.prepare.shards import (
     DoneCallback,
     RenderJob,
@@ -19,6 +20,7 @@ from llm_training_toolkit.data.prepare.shards import (
     get_shard_directory,
     render_in_process,
 )
+from llm_training_toolkit.data.types import Document
 from llm_training_toolkit.monitoring.console import Console
 from llm_training_toolkit.runs.directory import RunDirectory
 from llm_training_toolkit.runs.storage.open import storage_errors
@@ -83,10 +85,28 @@ def build_shard_runner(config: Config, console: Console) -> ShardRunner:
     return render_shards
 
 
+def build_signature_runner(config: Config, console: Console) -> SignatureRunner:
+    """Return the signer of a run's documents, for near-duplicates: its cluster if there is one, else this process."""
+    if config.cluster.workers == 0 or is_local():
+        return sign_in_process
+
+    def sign_documents(documents: Iterator[Document], rows: int) -> Iterator[tuple[Document, Signature | None]]:
+        prepare_environment()
+        from llm_training_toolkit.launch.ray.data_prep import sign_on_cluster
+
+        return sign_on_cluster(documents, rows, console)
+
+    return sign_documents
+
+
 def create_dataset_builder(config: Config, console: Console) -> DatasetBuilder:
     """Return the builder of a run's dataset: progress on the console, rendering on the cluster if there is one."""
     return DatasetBuilder(
-        config, get_tokenization_spec(config), console.update_stage, build_shard_runner(config, console)
+        config,
+        get_tokenization_spec(config),
+        console.update_stage,
+        build_shard_runner(config, console),
+        build_signature_runner(config, console),
     )
 
 

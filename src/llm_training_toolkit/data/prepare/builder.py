@@ -37,6 +37,7 @@ from llm_training_toolkit.data.prepare.document_index import (
     split_into_shards,
     verify_document_index,
 )
+from llm_training_toolkit.data.prepare.min_hash import SignatureRunner, sign_in_process
 from llm_training_toolkit.data.prepare.packing import PackingPlan, pack_in_windows
 from llm_training_toolkit.data.prepare.shards import (
     RenderJob,
@@ -86,11 +87,16 @@ class DatasetBuilder:
     """
 
     def __init__(
-        self, config: Config, markers: TokenizationSpec, progress: StageProgressCallback | None, runner: ShardRunner
+        self,
+        config: Config,
+        markers: TokenizationSpec,
+        progress: StageProgressCallback | None,
+        runner: ShardRunner,
+        signer: SignatureRunner = sign_in_process,
     ) -> None:
         self.data = resolve_source_layouts(config.data, markers)
         self.seed = config.run.seed
-        self.markers, self._progress, self.runner = markers, progress, runner
+        self.markers, self._progress, self.runner, self.signer = markers, progress, runner, signer
         self.max_eval_sequences = config.max_eval_sequences
         self.cache = get_cache_directory(config)
         self.sources = list_all_sources(self.data)
@@ -145,7 +151,10 @@ class DatasetBuilder:
         """Read all documents again and compare them with the index. Raises DataError for the first difference."""
         total = len(self.document_index.sources)
         verify_document_index(
-            self.data, self.directory / "documents", lambda done: self._report_progress("comparing", done, total)
+            self.data,
+            self.directory / "documents",
+            lambda done: self._report_progress("comparing", done, total),
+            signer=self.signer,
         )
 
     def _build_documents_identity(self) -> list[Any]:
@@ -175,6 +184,7 @@ class DatasetBuilder:
             self.data,
             directory,
             lambda done: self._report_progress("reading", done, 0),
+            signer=self.signer,
             report=self.directory / FAULT_REPORT_NAME,
         )
         if fingerprint_sources(self.sources) != self.sources_fingerprint:

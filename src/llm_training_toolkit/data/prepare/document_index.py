@@ -21,6 +21,7 @@ from llm_training_toolkit.config.source_config import SourceConfig
 from llm_training_toolkit.config.uri import redact_uri
 from llm_training_toolkit.data.prepare.arrow_store import read_array, read_column, write_columns, write_rows
 from llm_training_toolkit.data.prepare.cleaning import DocumentCleaner
+from llm_training_toolkit.data.prepare.min_hash import SignatureRunner, sign_in_process
 from llm_training_toolkit.data.sources import (
     Document,
     DocumentStats,
@@ -106,7 +107,9 @@ def split_into_shards(
     return found
 
 
-def verify_document_index(data: DataConfig, directory: Path, progress: Callable[[int], None]) -> None:
+def verify_document_index(
+    data: DataConfig, directory: Path, progress: Callable[[int], None], *, signer: SignatureRunner = sign_in_process
+) -> None:
     """Read all documents again, compare them with the index in `directory`, and raise DataError at the first
     difference.
 
@@ -114,7 +117,7 @@ def verify_document_index(data: DataConfig, directory: Path, progress: Callable[
     """
     previous = DocumentIndex.read(directory)
     with tempfile.TemporaryDirectory(prefix="ltt-") as folder:
-        build_document_index(data, Path(folder), progress)
+        build_document_index(data, Path(folder), progress, signer=signer)
         now = DocumentIndex.read(Path(folder))
     shorter = min(len(previous.sources), len(now.sources))
     same = (previous.hashes[:shorter] == now.hashes[:shorter]).all(axis=1) & (
@@ -138,12 +141,18 @@ def list_all_sources(data: DataConfig) -> tuple[SourceConfig, ...]:
 
 
 def build_document_index(
-    data: DataConfig, directory: Path, progress: Callable[[int], None], *, report: Path | None = None
+    data: DataConfig,
+    directory: Path,
+    progress: Callable[[int], None],
+    *,
+    signer: SignatureRunner = sign_in_process,
+    report: Path | None = None,
 ) -> None:
     """Read every document once and write the index into an existing directory.
 
     A document found in two sources counts for the first; one found in the evaluation counts for it alone. Takes about
-    130 bytes of memory per document. The file `report` lists unreadable documents.
+    130 bytes of memory per document. The file `report` lists unreadable documents; `signer` computes the signatures of
+    near-duplicates.
 
     Raises DataError for all of them at once, unless data.on_error and data.max_skipped allow them. Also raises it for a
     path without files, an unreachable store, and an empty training or evaluation set.
@@ -152,7 +161,7 @@ def build_document_index(
     split_hashes, sizes = array("Q"), array("q")
 
     def iter_rows() -> Iterator[tuple[int, str, bytes, int]]:
-        for document in _read_all_documents(data, tallies):
+        for document in _read_all_documents(data, tallies, signer):
             split_hashes.append(_compute_split_hash(document, data.eval.split_by))
             sizes.append(len(document.text))
             if len(split_hashes) % _PROGRESS_EVERY == 0:
@@ -177,7 +186,7 @@ def build_document_index(
         )
     write_columns(directory / "held.arrow", {"held": np.concatenate([np.ones(given, dtype=np.bool_), chosen])})
     stats = {
-        "dropped": [dict(tally.dropped + tally.skipped) for tally in tallies],
+        "dropped": [dict(sorted((tally.dropped + tally.skipped).items())) for tally in tallies],
         "cut": [tally.cut for tally in tallies],
     }
     (directory / "stats.json").write_text(json.dumps(stats), encoding="utf-8")
@@ -262,12 +271,12 @@ class DocumentReader:
         return {found for document in chain.from_iterable(read) for found in iter_content_hashes(document)}
 
 
-def _read_all_documents(data: DataConfig, tallies: list[DocumentStats]) -> Iterator[Document]:
+def _read_all_documents(data: DataConfig, tallies: list[DocumentStats], signer: SignatureRunner) -> Iterator[Document]:
     """Yield every document: those of the evaluation first, then those for training."""
     seen: set[bytes] = set()
     evaluation: set[bytes] = set()
     sources = list_all_sources(data)
-    with DocumentCleaner(data) as cleaner:
+    with DocumentCleaner(data, signer) as cleaner:
         for index in (*range(len(data.sources), len(sources)), *range(len(data.sources))):
             is_training = index < len(data.sources)
             found = read_source_documents(
@@ -277,12 +286,11 @@ def _read_all_documents(data: DataConfig, tallies: list[DocumentStats]) -> Itera
                 tally=tallies[index],
                 seen=seen,
                 evaluation=evaluation if is_training else (),
-                find_fault=cleaner.find_fault if is_training else None,
+                find_faults=cleaner.find_faults if is_training else cleaner.keep_documents,
             )
             for document in found:
                 if not is_training:
                     evaluation.update(iter_content_hashes(document))
-                    cleaner.add_document(document)
                 yield document
 
 

@@ -7,7 +7,7 @@ import tempfile
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import closing
-from itertools import islice
+from itertools import islice, repeat
 from pathlib import Path
 from typing import Literal
 
@@ -28,6 +28,8 @@ from llm_training_toolkit.data.types import Document, content_hash
 from llm_training_toolkit.errors import DataError
 
 OnError = Literal["stop", "skip", "collect"]  # collect: skip, and count damaged files instead of raising
+# Yields every document of a source with the reason to drop it, None to keep it, and stops after `source.limit` kept.
+FaultFinder = Callable[[Iterator[Document], SourceConfig], Iterator[tuple[Document, str | None]]]
 
 _SAMPLE_RECORDS = 300
 
@@ -43,12 +45,12 @@ def read_source_documents(
     tally: DocumentStats | None = None,
     seen: set[bytes] | None = None,
     evaluation: Collection[bytes] = frozenset(),
-    find_fault: Callable[[Document], str | None] | None = None,
+    find_faults: FaultFinder | None = None,
 ) -> Iterator[Document]:
     """Yield the documents of a source, sorted by file name, then by line or row; repositories by name.
 
     Drops files and records that are white space or have a content hash in `evaluation`, documents with a hash in
-    `seen`, and those for which `find_fault` has a reason. Counts them in `tally`. Raises DataError for a path without
+    `seen`, and those for which `find_faults` has a reason. Counts them in `tally`. Raises DataError for a path without
     files and for an unresponsive store.
     Unreadable documents are counted with `on_error="skip"`, damaged record files too with "collect". With "stop", the
     first one raises DataError naming file and line or row.
@@ -56,14 +58,12 @@ def read_source_documents(
     """
     tally = DocumentStats() if tally is None else tally
     seen = set() if seen is None else seen
-    for document in keep_duplicates(
+    found = keep_duplicates(
         source, index, list_source_files(source), on_error=on_error, tally=tally, evaluation=evaluation
-    ):
-        if document.content_digest in seen:
-            tally.dropped["duplicate"] += 1
-            continue
-        seen.add(document.content_digest)
-        if find_fault is not None and (reason := find_fault(document)):
+    )
+    fresh = _drop_seen(found, seen, tally)
+    for document, reason in zip(fresh, repeat(None)) if find_faults is None else find_faults(fresh, source):
+        if reason is not None:
             tally.dropped[reason] += 1
             continue
         tally.kept += 1
@@ -72,6 +72,15 @@ def read_source_documents(
             return
     if tally.dropped["filtered"] and not tally.kept:
         raise _build_filter_error(source, tally)
+
+
+def _drop_seen(found: Iterable[Document], seen: set[bytes], tally: DocumentStats) -> Iterator[Document]:
+    for document in found:
+        if document.content_digest in seen:
+            tally.dropped["duplicate"] += 1
+            continue
+        seen.add(document.content_digest)
+        yield document
 
 
 def _build_filter_error(source: SourceConfig, tally: DocumentStats) -> DataError:

@@ -1,9 +1,10 @@
-"""Document rendering on the CPUs of a Ray cluster, shard by shard, before any worker exists."""
+"""Data preparation on the CPUs of a Ray cluster, before any worker exists: signatures, then rendering by shards."""
 
 from __future__ import annotations
 
 import os
 import socket
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,19 @@ import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from llm_training_toolkit.data.prepare.document_index import DocumentShard, list_all_sources
+from llm_training_toolkit.data.prepare.min_hash import Signature, compute_signature, load_min_hash
 from llm_training_toolkit.data.prepare.shards import DoneCallback, RenderJob, ShardWriter, render_in_process
 from llm_training_toolkit.data.sources import STANDARD_LIBRARY, is_uri
-from llm_training_toolkit.errors import LaunchError, ToolkitError
+from llm_training_toolkit.data.types import Document
+from llm_training_toolkit.errors import DataError, LaunchError, ToolkitError
 from llm_training_toolkit.launch.ray.cluster import connect_to_cluster
 from llm_training_toolkit.monitoring.console import Console
 
 _CHECK_TIMEOUT_SECONDS = 60.0
+# A batch of signatures: a quarter of a second of one CPU, so that a task's own milliseconds do not count.
+_DOCUMENTS_PER_BATCH = 512
+_CHARACTERS_PER_BATCH = 2 << 20
+_BATCHES_AHEAD = 32
 
 
 def prepare_on_cluster(job: RenderJob, shards: Sequence[DocumentShard], done: DoneCallback, console: Console) -> None:
@@ -50,6 +57,60 @@ def _render_with_ray_data(job: RenderJob, shards: Sequence[DocumentShard], done:
             done(int(row["documents"]))
     except ray.exceptions.RayError as error:
         raise _find_root_error(error) from error
+
+
+def sign_on_cluster(
+    documents: Iterator[Document], rows: int, console: Console
+) -> Iterator[tuple[Document, Signature | None]]:
+    """Yield documents, in their order, with signatures that the cluster's CPUs compute; `rows` as in `get_band_rows`.
+
+    Reading waits while `_BATCHES_AHEAD` batches are under way, so memory does not grow with the documents. Raises
+    DataError for a node whose signatures would differ, LaunchError if Ray fails.
+    """
+    sign = ray.remote(num_cpus=1)(_sign_texts)
+    version = load_min_hash().ALGORITHM_VERSION
+    under_way: deque[tuple[list[Document], Any]] = deque()
+    with connect_to_cluster(console):
+        for batch in _batch_by_size(documents):
+            under_way.append((batch, sign.remote([document.text for document in batch], rows, version)))
+            if len(under_way) == _BATCHES_AHEAD:
+                yield from _collect_signatures(*under_way.popleft())
+        while under_way:
+            yield from _collect_signatures(*under_way.popleft())
+
+
+def _collect_signatures(batch: list[Document], ref: Any) -> Iterator[tuple[Document, Signature | None]]:  # noqa: ANN401 - an ObjectRef of Ray, which is untyped
+    try:
+        signatures: list[Signature | None] = ray.get(ref)
+    except ray.exceptions.RayError as error:
+        raise _find_root_error(error) from error
+    return zip(batch, signatures, strict=True)
+
+
+def _sign_texts(texts: Sequence[str], rows: int, version: Any) -> list[Signature | None]:  # noqa: ANN401 - rensa is untyped
+    """Compute signatures in a task. Raises DataError if this node's library hashes otherwise than the driver's."""
+    try:
+        if (own := load_min_hash().ALGORITHM_VERSION) != version:
+            raise DataError(
+                f"data.near_duplicates: rensa's hashes are of version {own}, and of version {version} on the machine "
+                "of the command. Install the rensa of requirements.txt on every node."
+            )
+        return [compute_signature(text, rows) for text in texts]
+    except DataError as error:
+        raise DataError(f"{socket.gethostname()}: {error}") from error
+
+
+def _batch_by_size(documents: Iterator[Document]) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    characters = 0
+    for document in documents:
+        batch.append(document)
+        characters += len(document.text)
+        if len(batch) == _DOCUMENTS_PER_BATCH or characters >= _CHARACTERS_PER_BATCH:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
 
 
 class _ShardRenderer:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import random
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -64,6 +66,24 @@ def benchmarks(tmp_path: Path) -> tuple[str, ...]:
 )
 def test_ten_words_in_sequence_are_found(benchmarks: tuple[str, ...], text: str, *, is_contaminated: bool) -> None:
     assert BenchmarkFilter(DecontaminationConfig(paths=benchmarks)).is_contaminated(text) == is_contaminated
+
+
+def test_planted_benchmarks_are_found_and_nothing_else(tmp_path: Path) -> None:
+    """200 documents, half of them with 10 to 20 words of a benchmark, in another case and punctuation."""
+    rng = random.Random(11)
+    words = ["".join(rng.choices("abcdefgh", k=4)) for _ in range(600)]
+    tasks = [rng.choices(words, k=40) for _ in range(50)]
+    path = write_json_lines(tmp_path / "benchmark.jsonl", [{"text": " ".join(task)} for task in tasks])
+    checked = BenchmarkFilter(DecontaminationConfig(paths=(str(path),)))
+    outcomes: Counter[tuple[bool, bool]] = Counter()
+    for number in range(200):
+        text, task = rng.choices(words, k=80), rng.choice(tasks)
+        span = task[(begin := rng.randrange(21)) : begin + rng.randint(10, 20)]
+        planted = span if number % 2 else span[:9]
+        at = rng.randrange(80)
+        text[at:at] = [rng.choice((word, word.upper(), f"({word})")) for word in planted]
+        outcomes[bool(number % 2), checked.is_contaminated(rng.choice((" ", ", ", "\n")).join(text))] += 1
+    assert outcomes == {(True, True): 100, (False, False): 100}  # recall and precision of 1
 
 
 def test_contaminated_documents_are_counted_and_benchmarks_part_of_the_data(

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from llm_training_toolkit.config.data_config import DataConfig
-from llm_training_toolkit.config.schema import Config
+from llm_training_toolkit.config.data_config import DataConfig, SourceConfig
+from llm_training_toolkit.config.schema import Config, EvalConfig
 from llm_training_toolkit.data.dataset import PackedDataset
 from llm_training_toolkit.data.prepare.arrow_store import ExampleStore, read_column
 from llm_training_toolkit.data.prepare.builder import prepare_dataset
@@ -31,6 +31,7 @@ from llm_training_toolkit.data.prepare.document_index import (
 from llm_training_toolkit.data.sources import read_source_documents
 from llm_training_toolkit.data.tokenizer import TextEncoder, TokenizationSpec
 from llm_training_toolkit.errors import DataError
+from record_sets import write_json_lines
 
 Configure = Callable[..., Config]
 
@@ -111,6 +112,56 @@ def test_an_evaluation_takes_a_fixed_sample_of_the_held_out_sequences(
     assert [len(batch) for batch in batches[1:]] == [5, 3]
     assert (batches[0][:5] == batches[1]).all()
     assert (batches[1][:3] == batches[2]).all()
+
+
+def build_questions(count: int, first: int = 0) -> list[dict[str, str]]:
+    return [
+        {"prompt": f"Number {number}?", "completion": f"It is {number}." * (1 + number % 3)}
+        for number in range(first, first + count)
+    ]
+
+
+def find_long_chat_in_fraction(source: dict[str, Any], folder: Path, fraction: float) -> dict[str, str]:
+    """A conversation of 20,000 characters that its hash would hold out."""
+    rows = [{"prompt": f"Long {number}?", "completion": f"It is {number}." * 1500} for number in range(64)]
+    path = write_json_lines(folder / "long.jsonl", rows)
+    found = read_source_documents(SourceConfig.model_validate({**source, "path": str(path)}), 0)
+    places = [int.from_bytes(document.content_digest[:8], "big") * 2.0**-64 for document in found]
+    return rows[int(np.argmax(np.array(places) < fraction))]
+
+
+def test_chats_are_held_out_by_hash_kept_whole_and_evaluated_up_to_the_cap(
+    configure: Configure, markers: TokenizationSpec, encoder: TextEncoder, tmp_path: Path
+) -> None:
+    source = {"format": "chat", "prompt_template": "starcoder"}
+    rows = [*build_questions(300), find_long_chat_in_fraction(source, tmp_path, 0.1)]
+
+    def prepare(path: Path, cap: int | None = None) -> PreparedDataset:
+        config = configure(sources=[{**source, "path": str(path)}], sequence_length=256, eval={"fraction": 0.1})
+        return prepare_dataset(config.model_copy(update={"eval": EvalConfig(max_sequences=cap or "auto")}), markers)
+
+    chats = write_json_lines(tmp_path / "chats.jsonl", rows)
+    prepared = prepare(chats)
+    held = DocumentIndex.read(prepared.directory / "documents").held
+    assert 15 <= held.sum() <= 60
+    assert not held[-1]  # more text than the whole share, though its hash lies in the fraction
+    info, dataset = prepared.dataset_info, PackedDataset(prepared.dataset_info, global_batch=1)
+    examples = [example for _, example in dataset.iter_held_out_examples()]
+    texts = [encoder.decode(example.tokens) for example in examples]
+    chosen = [row for row, is_held in zip(rows, held, strict=True) if is_held]
+    end = markers.tokens.end_of_text
+    assert texts == [f"Question: {row['prompt']}\n\nAnswer: {row['completion']}{end}" for row in chosen]
+    learnt = [encoder.decode(example.tokens[example.loss]) for example in examples]
+    assert learnt == [f"{row['completion']}{end}" for row in chosen]
+    assert info.held_out_sequences <= -(-sum(len(example.tokens) for example in examples) // 128)  # packed
+    longer = write_json_lines(tmp_path / "longer.jsonl", build_questions(100, first=300) + rows)
+    more = DocumentIndex.read(prepare(longer).directory / "documents")
+    assert (more.held[100:] == held).all()
+    capped = prepare(chats, cap=2).dataset_info
+    assert (capped.fingerprint, capped.eval_sequences) == (info.fingerprint, 2)
+    assert capped.held_out_sequences == info.held_out_sequences > 2
+    first = [next(PackedDataset(each, global_batch=1).iter_eval_batches(0, 1, 2)).input_ids for each in (info, capped)]
+    assert (first[0] == first[1]).all()
 
 
 @pytest.mark.parametrize(

@@ -7,20 +7,27 @@ import random
 import re
 import tracemalloc
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 
 import pytest
 
 from llm_training_toolkit.config.schema import Config
 from llm_training_toolkit.data.prepare.builder import DatasetBuilder, prepare_dataset
-from llm_training_toolkit.data.prepare.document_index import DocumentIndex
+from llm_training_toolkit.data.prepare.document_index import DocumentIndex, build_document_index
+from llm_training_toolkit.data.prepare.min_hash import Signature, compute_signature, get_band_rows, sign_in_process
 from llm_training_toolkit.data.prepare.near_duplicates import NearDuplicateIndex
 from llm_training_toolkit.data.prepare.shards import render_in_process
 from llm_training_toolkit.data.tokenizer import TokenizationSpec
+from llm_training_toolkit.data.types import Document
 from record_sets import write_json_lines
 
 pytest.importorskip("rensa", reason="pinned in requirements.txt; near-duplicates alone need it")
 Configure = Callable[..., Config]
+
+
+def sign(text: str) -> Signature | None:
+    return compute_signature(text, get_band_rows(0.8))
 
 
 def shingles(text: str) -> set[tuple[str, ...]]:
@@ -57,8 +64,8 @@ def test_planted_near_duplicates_are_found_and_others_are_kept() -> None:
     found = near = wrong = dropped = 0
     with NearDuplicateIndex(0.8) as index:
         for one, other, exact in iter_pairs(400):
-            assert index.add_document(one)
-            is_dropped = not index.add_document(other)
+            assert index.add_document(sign(one))
+            is_dropped = not index.add_document(sign(other))
             near += exact >= 0.8
             found += is_dropped and exact >= 0.8
             dropped += is_dropped
@@ -73,13 +80,13 @@ def test_common_head_makes_no_duplicate() -> None:
     rng = random.Random(3)
     head = "".join(write_code(rng, 20))  # such as a licence
     with NearDuplicateIndex(0.8) as index:
-        assert all(index.add_document(head + "".join(write_code(rng, 40))) for _ in range(50))
+        assert all(index.add_document(sign(head + "".join(write_code(rng, 40)))) for _ in range(50))
 
 
 def test_short_documents_are_near_nothing() -> None:
     with NearDuplicateIndex(0.8) as index:
-        assert [index.add_document("a b c d") for _ in range(2)] == [True, True]
-        assert [index.add_document("a b c d e") for _ in range(2)] == [True, False]
+        assert [index.add_document(sign("a b c d")) for _ in range(2)] == [True, True]
+        assert [index.add_document(sign("a b c d e")) for _ in range(2)] == [True, False]
 
 
 CYRILLIC = ["красный дом стоит на высоком берегу реки", "другой текст говорит совсем не о том же самом"]  # noqa: RUF001
@@ -90,15 +97,15 @@ CHINESE = ["这个函数返回列表中所有小于给定上限的数字", "数�
 def test_texts_of_other_scripts_are_compared_by_their_own_words(texts: list[str]) -> None:
     head = "Copyright 2026 by the authors "
     with NearDuplicateIndex(0.8) as index:
-        assert [index.add_document(head + text) for text in (*texts, *texts)] == [True, True, False, False]
-        assert [index.add_document(text) for text in (*texts, *texts)] == [True, True, False, False]
+        assert [index.add_document(sign(head + text)) for text in (*texts, *texts)] == [True, True, False, False]
+        assert [index.add_document(sign(text)) for text in (*texts, *texts)] == [True, True, False, False]
 
 
 def test_long_document_takes_little_memory() -> None:
     text = " ".join(f"word{number}" for number in range(100_000))
     with NearDuplicateIndex(0.8) as index:
         tracemalloc.start()
-        index.add_document(text)
+        index.add_document(sign(text))
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
     assert peak < 8 << 20
@@ -143,3 +150,29 @@ def test_near_duplicates_of_held_out_documents_are_not_trained_on(
     index = DocumentIndex.read(builder.directory / "documents")
     assert index.dropped == [{"near_duplicate": 3}, {}]
     assert json.loads((builder.directory / "documents" / "stats.json").read_text())["dropped"][0]
+
+
+def test_signatures_computed_ahead_keep_the_same_documents_and_read_nothing_behind_the_limit(
+    configure: Configure, tmp_path: Path
+) -> None:
+    first, second = build_corpus(tmp_path / "records")
+    with second.open("a") as file:
+        file.write("no JSON\n")
+    sources = [
+        {"path": str(second), "format": "code", "limit": 1},
+        {"path": str(first), "format": "code", "limit": 4},
+        {"path": str(second), "format": "code", "limit": 1},
+    ]
+    data = configure(sources=sources, near_duplicates={}, eval={"fraction": 0.0}).data
+    for name, signer in (("alone", sign_in_process), ("ahead", sign_in_batches)):
+        (tmp_path / name).mkdir()
+        build_document_index(data, tmp_path / name, lambda _done: None, signer=signer)
+    for name in ("documents.arrow", "held.arrow", "stats.json"):
+        assert (tmp_path / "ahead" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
+    stats = json.loads((tmp_path / "ahead" / "stats.json").read_text())
+    assert stats["dropped"] == [{}, {"near_duplicate": 1}, {"duplicate": 1, "near_duplicate": 2}]
+
+
+def sign_in_batches(documents: Iterator[Document], rows: int) -> Iterator[tuple[Document, Signature | None]]:
+    while batch := list(islice(documents, 100)):
+        yield from sign_in_process(iter(batch), rows)
