@@ -87,7 +87,7 @@ def _measured(place: RunDirectory, config: Values) -> Values:
         | {"model": config["model"] | {"activation_checkpointing": attempt["activation_checkpointing"]}},
         "gpu smoke",
     )
-    plan = make_plan(settled, replicas=attempt["workers"])
+    plan = make_plan(settled, ranks=attempt["workers"])
     return {
         "losses": [row["train/loss"] for _, row in sorted(steps.items())],
         # From line to line: the whole loop counts, the writing of metrics too.

@@ -51,7 +51,7 @@ def count_step(
     }
     data = json.loads(run.resolved_config_path.read_text())
     data |= {section: (data[section] or {}) | values for section, values in changes.items()}
-    plan = make_plan(parse_config(data, "test"), replicas=workers)
+    plan = make_plan(parse_config(data, "test"), ranks=workers)
     return plan, pools(workers).run(step_bytes.count_step_bytes, run=str(run.path), changes=changes, passes=PASSES)
 
 

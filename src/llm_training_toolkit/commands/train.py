@@ -37,8 +37,8 @@ from llm_training_toolkit.worker.spec import get_torchrun_world_size, is_first_r
 def start_run(request: TrainRequest, console: Console) -> TrainResult:
     """Start or resume the run of the request, or skip a finished one. Raises ToolkitError."""
     config = load_config(request.config, request.overrides)
-    replicas = get_torchrun_world_size() if config.cluster.workers == 0 else None
-    check_plan(make_plan(config, replicas=replicas))  # before an impossible run gets a directory
+    ranks = get_torchrun_world_size() if config.cluster.workers == 0 else None
+    check_plan(make_plan(config, ranks=ranks))  # before an impossible run gets a directory
     if config.cluster.workers == 0 and not is_first_rank():
         with join_run(get_run_location(config), console.print_line) as run:
             return _join_training(run, config, console)
@@ -46,9 +46,7 @@ def start_run(request: TrainRequest, console: Console) -> TrainResult:
         resume_state = read_resume_state(run)
         config, precision_notes = resolve_local_precision(resume_state.keep_saved_precision(config))
         precision_notes = precision_notes or read_precision_notes(run, config)
-        plan = check_plan(make_plan(config, resume_state.build_data_facts(config), replicas)).with_notes(
-            precision_notes
-        )
+        plan = check_plan(make_plan(config, resume_state.build_data_facts(config), ranks)).with_notes(precision_notes)
         check_run_unchanged(resume_state, config, request.accept, extend=request.extend)
         check_checkpoint_size(resume_state, plan)
         if resume_state.is_finished(plan):
@@ -66,7 +64,7 @@ def start_run(request: TrainRequest, console: Console) -> TrainResult:
             check_cluster_nodes(run, config, console)
         dataset_info = _prepare_data(config, resume_state, request, console)
         data_facts = build_data_facts(dataset_info, resume_state.step, resume_state.sequences)
-        plan = check_plan(make_plan(config, data_facts, replicas)).with_notes(precision_notes)
+        plan = check_plan(make_plan(config, data_facts, ranks)).with_notes(precision_notes)
         write_atomically(run.config_path, redact_text(request.config.read_text(encoding="utf-8-sig")))
         write_run_files(run, config, plan, dataset_info)
         for line in format_mixture(plan):

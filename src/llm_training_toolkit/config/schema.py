@@ -126,6 +126,10 @@ class EngineConfig(ConfigSection):
     """State kept in host memory instead of on the device: `optimizer` (fp32 weights and Adam's moments, ZeRO 1 or 3) or
     `optimizer_and_weights` (ZeRO 3). A run may change it. Results are those of `none`: bit for bit at ZeRO 1, and at 3
     but for the order in which DeepSpeed adds up the gradient norm."""
+    sequence_parallel: Annotated[int, Field(ge=1), FieldTag.FREE] = 1
+    """Workers of a replica. They hold slices of the same sequences and exchange them for heads around attention, for
+    rows that are too long for one device. It must divide the number of workers, `data.sequence_length` and the model's
+    numbers of query heads and of key-value heads. A run may change it. 1 = every worker is a replica."""
     deepspeed: Annotated[dict[str, Any], FieldTag.FREE] = {}  # noqa: RUF012 - pydantic copies it
     """Additional DeepSpeed configuration, passed on unchanged. Keys that the toolkit sets are refused."""
 

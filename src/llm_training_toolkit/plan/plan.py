@@ -13,6 +13,7 @@ from llm_training_toolkit.errors import PlanError
 from llm_training_toolkit.plan import auto, batch, compilation, lr_schedule
 from llm_training_toolkit.plan.checks import run_check
 from llm_training_toolkit.plan.checks.notes import collect_notes
+from llm_training_toolkit.plan.checks.sequence_check import find_sequence_problems
 from llm_training_toolkit.plan.deepspeed import build_base_config, build_deepspeed_config, find_deepspeed_problems
 from llm_training_toolkit.plan.horizon import DataFacts, MixtureSource, compute_horizon
 from llm_training_toolkit.plan.lr_schedule import LRSchedule, ScheduleKind
@@ -60,8 +61,10 @@ class Plan:
     """Value of `cluster.workers`, the maximum of an elastic run; 0 = without Ray."""
     fewest_workers: int
     """Minimum of an elastic run, otherwise equal to `workers`."""
-    replicas: int
-    """Number of replicas planned for: the (most) workers, or the ranks that were started."""
+    ranks: int
+    """Number of devices planned for: those of the (most) workers, or the ranks that were started."""
+    sequence_parallel: int
+    """Ranks of a replica, which hold slices of the same sequences."""
     sequence_length: int
     tokens_per_step: int
     lr: float
@@ -85,9 +88,18 @@ class Plan:
     notes: tuple[str, ...]
 
     @property
+    def replicas(self) -> int:
+        """Number of replicas, among which a batch is divided; at least 1 where the ranks make no whole one."""
+        return self.count_replicas(self.ranks)
+
+    @property
     def is_elastic(self) -> bool:
         """True if the number of workers may change during the run."""
         return self.fewest_workers < self.workers
+
+    def count_replicas(self, ranks: int) -> int:
+        """Return the number of replicas of so many ranks."""
+        return batch.count_replicas(ranks, self.sequence_parallel)
 
     def split_batch(self, replicas: int | None = None) -> tuple[int, ...]:
         """Return the sequences per step of each replica. Raises PlanError if one would have none."""
@@ -118,24 +130,26 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         """Return the plan as JSON; `accumulation` maps worker counts (1 to 8 and the run's own) to micro-batches."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        own = range(self.fewest_workers or 1, self.replicas + 1)
-        worlds = sorted({*range(1, 9), *own, self.replicas} & set(range(1, self.global_batch + 1)))
+        own = range(self.fewest_workers or 1, self.ranks + 1)
+        each = self.sequence_parallel
+        worlds = sorted({*range(1, 9), *own, self.ranks} & set(range(each, each * self.global_batch + 1, each)))
         return {
             **values,
+            "replicas": self.replicas,
             "hf_config": dict(self.hf_config),
             "deepspeed": dict(self.deepspeed),
             "adapter": _adapter_to_json(self.adapter),
             "memory_gb_per_device": dict(self.memory_gb_per_device),
             "mixture": [asdict(source) for source in self.mixture],
-            "accumulation": {str(world): self.get_accumulation_steps(world) for world in worlds},
+            "accumulation": {str(world): self.get_accumulation_steps(world // each) for world in worlds},
             "problems": [asdict(problem) for problem in self.problems],
             "estimated": list(self.estimated),
             "notes": list(self.notes),
         }
 
 
-def make_plan(config: Config, data_facts: DataFacts | None = None, replicas: int | None = None) -> Plan:
-    """Plan a run and collect all problems; `replicas` = ranks that were started, else the most workers.
+def make_plan(config: Config, data_facts: DataFacts | None = None, ranks: int | None = None) -> Plan:
+    """Plan a run and collect all problems; `ranks` = those that were started, else the most workers.
 
     Raises PlanError only if nothing can be planned: an unknown size or an impossible shape.
     """
@@ -144,8 +158,9 @@ def make_plan(config: Config, data_facts: DataFacts | None = None, replicas: int
     total = families.count_parameters(hf)
     adapter = families.resolve_adapter(config, hf)
     trained = adapter.trainable_parameters if adapter else total
-    world = replicas or max(config.cluster.max_workers, 1)
-    smallest = replicas or max(config.cluster.min_workers, 1)
+    # Without Ray nobody has said how many ranks there will be: one replica.
+    world = ranks or config.cluster.max_workers or config.engine.sequence_parallel
+    smallest = ranks or config.cluster.min_workers or config.engine.sequence_parallel
     given, config = config, auto.with_assumed_values(config)
     horizon = compute_horizon(config, data_facts)
     steps = horizon.steps
@@ -178,7 +193,8 @@ def make_plan(config: Config, data_facts: DataFacts | None = None, replicas: int
         micro_batch=batch.get_micro_batch(config),
         workers=config.cluster.max_workers,
         fewest_workers=config.cluster.min_workers,
-        replicas=world,
+        ranks=world,
+        sequence_parallel=config.engine.sequence_parallel,
         sequence_length=length,
         tokens_per_step=config.train.global_batch_size * length,
         lr=lr,
@@ -194,6 +210,7 @@ def make_plan(config: Config, data_facts: DataFacts | None = None, replicas: int
         host_memory_gb_per_worker=memory_estimate.estimate_peak_host_bytes(workload) / 1e9,
         problems=(
             *run_check.find_problems(config, size, hf, world),
+            *find_sequence_problems(config, size, hf, (smallest, world)),
             *run_check.find_memory_problems(memory_gb),
             *run_check.find_length_problems(steps, warmup, decay),
             *run_check.find_profile_problems(config.profile, steps),
@@ -240,20 +257,20 @@ def _adapter_to_json(adapter: families.AdapterSpec | None) -> dict[str, Any] | N
     return {key: value for key, value in asdict(adapter).items() if key != "layers"}
 
 
-def plan_workload(config: Config, replicas: int) -> memory_estimate.DeviceWorkload:
+def plan_workload(config: Config, ranks: int) -> memory_estimate.DeviceWorkload:
     """Return what a device's memory depends on, with `auto` planned as by `make_plan`."""
     config = auto.with_assumed_values(config)
     hf = families.resolve_hf_config(config)
     adapter = families.resolve_adapter(config, hf)
     trained = adapter.trainable_parameters if adapter else families.count_parameters(hf)
-    return _build_workload(config, hf, adapter, replicas, _choose_deepspeed_config(config, trained))
+    return _build_workload(config, hf, adapter, ranks, _choose_deepspeed_config(config, trained))
 
 
 def _build_workload(
     config: Config,
     hf: Mapping[str, Any],
     adapter: families.AdapterSpec | None,
-    replicas: int,
+    ranks: int,
     deepspeed: Mapping[str, Any],
 ) -> memory_estimate.DeviceWorkload:
     checkpointing = config.model.activation_checkpointing
@@ -263,7 +280,8 @@ def _build_workload(
         adapter=adapter,
         zero=int(config.engine.zero_stage),
         precision="bf16" if config.train.precision == "bf16" else "fp32",
-        workers=replicas,
+        workers=ranks,
+        sequence_parallel=config.engine.sequence_parallel,
         micro_batch=batch.get_micro_batch(config),
         sequence_length=config.data.sequence_length,
         checkpointing=checkpointing,

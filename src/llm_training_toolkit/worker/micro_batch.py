@@ -240,7 +240,7 @@ def build_out_of_memory_error(
 
 def _format_memory_plan(taken: Config, workers: int, device_gb: float) -> str:
     """Format the memory that the plan counts, its three largest parts, and the memory of the device."""
-    memory_gb = make_plan(taken, replicas=workers).memory_gb_per_device
+    memory_gb = make_plan(taken, ranks=workers).memory_gb_per_device
     largest = sorted(memory_gb, key=lambda part: memory_gb[part], reverse=True)[:3]
     listed = ", ".join(f"{part} {memory_gb[part]:.3g}" for part in largest)
     return f"The plan counts {sum(memory_gb.values()):.3g} GB, of them {listed}; the device has {device_gb:.3g}"

@@ -8,6 +8,7 @@ from typing import Any
 
 from llm_training_toolkit.config.schema import Config
 from llm_training_toolkit.plan.auto import Precision, with_precision
+from llm_training_toolkit.plan.batch import count_replicas
 from llm_training_toolkit.plan.forecast.communication import Exchange, count_exchanged_bytes
 from llm_training_toolkit.plan.forecast.hardware import ClusterHardware
 from llm_training_toolkit.plan.forecast.step_time import (
@@ -117,13 +118,13 @@ def resolve_for_hardware(config: Config, hardware: ClusterHardware) -> tuple[Con
 
     An `auto` micro-batch takes part in the choice and stays `auto`, because it depends on the number of workers.
     """
-    replicas = max(config.cluster.min_workers, 1)  # memory per device peaks with the fewest workers
+    ranks = config.cluster.min_workers or config.engine.sequence_parallel  # memory per device peaks with the fewest
     if config.train.precision == "auto":
         faster: Precision = "bf16" if hardware.get_peak_flops("bf16") >= hardware.get_peak_flops("fp32") else "fp32"
         config = with_precision(config, faster)
-    if replicas > config.train.global_batch_size:
+    if count_replicas(ranks, config.engine.sequence_parallel) > config.train.global_batch_size:
         return config, ()
-    choice = choose_memory_settings(config, replicas, 1e9 * _get_worker_memory_gb(config, hardware))
+    choice = choose_memory_settings(config, ranks, 1e9 * _get_worker_memory_gb(config, hardware))
     reasons = tuple(str(reason) for reason in choice.reasons if reason.key != "train.micro_batch_size")
     rows = config.train.micro_batch_size
     config = choice.settings.apply_to_config(config)
@@ -142,10 +143,9 @@ def estimate_on_cluster(
     cpus = config.cluster.cpus_per_worker
     per_node = hardware.get_workers_per_node(cpus)
     if plan.is_elastic:
-        plan = replace(
-            plan, replicas=min(plan.workers, max(plan.fewest_workers, _compute_max_workers(config, hardware, per_node)))
-        )
-    nodes = _count_nodes(config, plan.replicas, per_node, hardware.nodes)
+        most = _compute_max_workers(config, hardware, per_node)
+        plan = replace(plan, ranks=min(plan.workers, max(plan.fewest_workers, most)))
+    nodes = _count_nodes(config, plan.ranks, per_node, hardware.nodes)
     problems = tuple(_find_problems(config, plan, hardware, per_node))
     rows = _estimate_micro_batch(config, plan, hardware)
     known = hardware.utilisation or (CPU_UTILISATION if hardware.is_cpu else None)
@@ -155,7 +155,7 @@ def estimate_on_cluster(
         else compute_measured_seconds(plan, measured)
     )
     exchange = Exchange(0, 0)
-    if 1 < plan.replicas <= plan.global_batch:
+    if plan.ranks > 1 and plan.replicas <= plan.global_batch:
         exchange = count_exchanged_bytes(build_exchange_workload(plan, rows))
     each = compute_seconds_per_byte(plan, hardware, nodes) if exchange.total else 0.0
     estimate = ClusterEstimate(
@@ -248,7 +248,8 @@ def _find_placement_problems(
 def _compute_max_workers(config: Config, hardware: ClusterHardware, per_node: int) -> int:
     """Return the workers that the largest cluster of the file holds with this placement strategy."""
     limits = {"strict_pack": per_node, "strict_spread": hardware.nodes}
-    return limits.get(config.cluster.placement_strategy, hardware.nodes * per_node)
+    each = config.engine.sequence_parallel
+    return limits.get(config.cluster.placement_strategy, hardware.nodes * per_node) // each * each
 
 
 def _find_memory_problems(config: Config, plan: Plan, hardware: ClusterHardware) -> Iterator[Problem]:
@@ -288,7 +289,11 @@ def _get_worker_memory_gb(config: Config, hardware: ClusterHardware) -> float:
     """Return the memory of a worker's devices, in 10^9 bytes, without what CUDA and its libraries take of a GPU."""
     memory = hardware.memory_gb * hardware.get_devices_per_worker(config.cluster.cpus_per_worker)
     if hardware.is_cpu:  # an offload and a checkpoint's copy share the memory of the machine with the rest
-        return memory - estimate_host_bytes(plan_workload(config, max(config.cluster.min_workers, 1))) / 1e9
+        return (
+            memory
+            - estimate_host_bytes(plan_workload(config, config.cluster.min_workers or config.engine.sequence_parallel))
+            / 1e9
+        )
     return max(memory - CUDA_RUNTIME_BYTES / 1e9, 0.0)
 
 
@@ -297,7 +302,7 @@ def _estimate_micro_batch(config: Config, plan: Plan, hardware: ClusterHardware)
     if config.train.micro_batch_size != "auto" or plan.replicas > plan.global_batch:
         return plan.micro_batch
     return choose_memory_settings(
-        config, plan.replicas, 1e9 * _get_worker_memory_gb(config, hardware)
+        config, plan.ranks, 1e9 * _get_worker_memory_gb(config, hardware)
     ).settings.micro_batch
 
 
@@ -310,7 +315,7 @@ def _collect_notes(config: Config, plan: Plan, hardware: ClusterHardware, micro_
     elif MEMORY_FILL * there < needed <= there:
         yield f"About {needed:.3g} of {there:.3g} GB is tight: what allocators and kernels add is not counted."
     if not hardware.is_cpu:
-        on_node = min(hardware.devices_per_node, plan.replicas)
+        on_node = min(hardware.devices_per_node, plan.ranks)
         offload = "" if config.engine.offload == "none" else " and engine.offload"
         yield (
             f"Copies for checkpoints{offload} take {plan.host_memory_gb_per_worker * on_node:.3g} GB of host memory on "

@@ -37,7 +37,7 @@ def compute_measured_seconds(plan: Plan, measured: MeasuredSpeed) -> tuple[float
 
     The share does not give the time: MFU counts loss tokens and attended tokens, and a plan an upper bound of them.
     """
-    seconds = plan.tokens_per_step / (plan.replicas * measured.tokens_per_second)
+    seconds = plan.tokens_per_step / (plan.ranks * measured.tokens_per_second)
     return seconds, measured.mfu * compute_hardware_flops_per_token(plan) / plan.flops_per_token
 
 
@@ -48,7 +48,7 @@ def estimate_compute_seconds(
 
     By a known utilisation, or by published speeds.
     """
-    devices = plan.replicas * hardware.get_devices_per_worker(config.cluster.cpus_per_worker)
+    devices = plan.ranks * hardware.get_devices_per_worker(config.cluster.cpus_per_worker)
     at_peak = plan.tokens_per_step * compute_hardware_flops_per_token(plan)
     at_peak /= devices * hardware.get_peak_flops(plan.precision)
     if known is not None:
@@ -86,7 +86,7 @@ def _build_compute_workload(plan: Plan, rows: int) -> ComputeWorkload:
         attention_flops=attention,
         hidden=dims.hidden,
         layers=dims.layers,
-        pass_tokens=rows * plan.sequence_length,
+        pass_tokens=rows * plan.sequence_length // plan.sequence_parallel,
         launches="quantized" if quantized else "sharded" if plan.zero == 3 else "plain",
         recomputes=plan.activation_checkpointing != "none",
         kernels="fused" if plan.compile else "eager",
@@ -120,7 +120,7 @@ def compute_seconds_per_byte(plan: Plan, hardware: ClusterHardware, nodes: int) 
     In a ring every worker sends (n - 1) / n of what is reduced or gathered. NCCL's rings enter and leave a node once,
     so all links of a node together carry as much as one device sends.
     """
-    links, workers = hardware.bandwidth_gb_per_s, plan.replicas
+    links, workers = hardware.bandwidth_gb_per_s, plan.ranks
     if nodes == 1:
         link = links.within_node
     elif workers > nodes:
