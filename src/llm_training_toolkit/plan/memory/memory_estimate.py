@@ -120,6 +120,7 @@ class DeviceWorkload:
             tokens=self.micro_batch_tokens,
             checkpointing=self.checkpointing,
             attention=self.attention,
+            exchanges_tokens=self.sequence_parallel > 1,
         )
 
 
