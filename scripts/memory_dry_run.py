@@ -254,6 +254,7 @@ def build_sized_run(
     rows: int,
     checkpointing: ActivationCheckpointing,
     attention: AttentionMemory = "varlen",
+    *,
     sequence_parallel: int = 1,
     **model: Any,
 ) -> DryRun:
@@ -267,6 +268,13 @@ def build_sized_run(
         "engine": {"sequence_parallel": sequence_parallel},
     }
     return build_dry_run(size, parse_config(raw, "dry run"), attention, rows, checkpointing)
+
+
+def list_shared_runs() -> list[DryRun]:
+    """Return passes of a row that four ranks share, each as one of these ranks has it."""
+    kinds: tuple[ActivationCheckpointing, ...] = ("none", "selective", "full")
+    runs = [build_sized_run("qwen2.5-7b", 131072, 1, kind, sequence_parallel=4) for kind in kinds]
+    return [replace(run, name=f"{run.name} on 4 ranks") for run in runs]
 
 
 def list_recipe_runs() -> list[DryRun]:
@@ -284,6 +292,7 @@ def list_recipe_runs() -> list[DryRun]:
             for rows in (1, 4)
             for checkpointing in kinds
             if not (attention == "varlen" and config.model.name.startswith("starcoderbase"))
+            and not (attention == "masked" and config.engine.sequence_parallel > 1)
         ]
     return runs
 
@@ -292,7 +301,7 @@ def main() -> None:
     """Print the table."""
     print("| pass | tokens | rows | checkpointing | attention | dry run GB | plan GB | error |")
     print("|---|---|---|---|---|---|---|---|")
-    for run in (*(build_sized_run(*size) for size in SIZES), *list_recipe_runs()):
+    for run in (*(build_sized_run(*size) for size in SIZES), *list_shared_runs(), *list_recipe_runs()):
         found, planned = run.measure(), estimate_pass_bytes(run.load)
         load = run.load
         print(
