@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 
 import rank_tasks
+from llm_training_toolkit.data.sample_log import read_sample_log
+from llm_training_toolkit.runs.attempts import find_last_attempt
 from llm_training_toolkit.runs.directory import RunDirectory
+from llm_training_toolkit.runs.json_lines import read_newest_rows
 from rank_pool import RankPool
 from tiny_runs import SHAPE
 
@@ -18,6 +21,9 @@ Gradients = tuple[float, float, dict[str, Any]]
 
 MODEL: dict[str, Any] = {"config_overrides": SHAPE | {"num_attention_heads": 8, "num_key_value_heads": 4}}
 """Two query heads for each of four key-value heads, which two and four ranks divide."""
+WIDE: dict[str, Any] = {key: value for key, value in MODEL["config_overrides"].items() if key != "head_dim"}
+MIXTURE: dict[str, Any] = {key: value for key, value in MODEL["config_overrides"].items() if key != "intermediate_size"}
+MIXTURE |= {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 
 
 def compute_gradients(
@@ -26,7 +32,13 @@ def compute_gradients(
     """Loss, norm and gradients of 11 sequences on so many ranks, `each` of which are a replica."""
     changes = {"model": MODEL, "train": {"precision": "fp32"}, **sections}
     changes["engine"] = {"zero_stage": zero, "sequence_parallel": each} | changes.get("engine", {})
-    found = pools(ranks).run(rank_tasks.gradients, run=str(run.path), changes=changes, micro_batch=micro_batch)
+    found = pools(ranks).run(
+        rank_tasks.gradients,
+        run=str(run.path),
+        changes=changes,
+        micro_batch=micro_batch,
+        stirred="lora" in changes["model"],
+    )
     return found[0]  # type: ignore[no-any-return]
 
 
@@ -53,3 +65,57 @@ def test_gradients_are_those_of_one_rank(
     pools: Pools, prepared_run: RunDirectory, reference: Gradients, ranks: int, each: int, micro_batch: int, zero: int
 ) -> None:
     assert_agree(compute_gradients(pools, prepared_run, ranks, each, zero, micro_batch), reference)
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"model": MODEL | {"activation_checkpointing": "full"}},
+        {"model": MODEL | {"activation_checkpointing": "selective"}},
+        {"model": MODEL | {"lora": {"rank": 4, "alpha": 8}, "name": "qwen2.5-0.5b", "config_overrides": WIDE}},
+        {"model": {"name": "starcoder2-3b", "config_overrides": WIDE | {"sliding_window": 24}}},
+        {"model": {"name": "qwen3-30b-a3b", "config_overrides": MIXTURE}},
+        {"model": MODEL, "engine": {"offload": "optimizer_and_weights"}},
+    ],
+    ids=["full", "selective", "adapters", "window", "mixture", "offload"],
+)
+def test_gradients_of_other_models_and_settings_are_those_of_one_rank(
+    pools: Pools, fresh_run: Callable[[str], RunDirectory], sections: dict[str, Any]
+) -> None:
+    run = fresh_run("run")  # which adapters write their base weights into
+    alone = {section: values for section, values in sections.items() if section != "engine"}
+    wanted = compute_gradients(pools, run, 1, 1, 0, micro_batch=3, **alone)
+    assert_agree(compute_gradients(pools, run, 2, 2, 3, micro_batch=3, **sections), wanted)
+
+
+def read_values(run: RunDirectory, name: str) -> dict[int, float]:
+    """A metric by step."""
+    return {row["step"]: row[name] for row in read_newest_rows(run.metrics_path) if name in row}
+
+
+def read_fetched(run: RunDirectory) -> list[tuple[int, Any]]:
+    """Every sequence that was fetched, with its step."""
+    attempts = range(1, find_last_attempt(run) + 1)
+    logged = (row for attempt in attempts for row in read_sample_log(run.sample_log_dir, attempt))
+    return sorted((step, sequence) for step, sequences in logged for sequence in sequences)
+
+
+def test_runs_change_the_ranks_of_a_replica_at_a_resume(pools: Pools, fresh_run: Callable[[str], RunDirectory]) -> None:
+    def work(run: RunDirectory, ranks: int, each: int, zero: int, stop: int | None) -> None:
+        changes = {
+            "model": MODEL,
+            "engine": {"zero_stage": zero, "sequence_parallel": each},
+            "eval": {"interval": 4},
+            "failures": {"log_samples": True},
+        }
+        pools(ranks).run(rank_tasks.work_on, run=str(run.path), changes=changes, stop_after=stop)
+
+    whole, changing = fresh_run("whole"), fresh_run("changing")
+    work(whole, 1, 1, 0, None)
+    for ranks, each, zero, stop in [(2, 2, 1, 2), (4, 2, 3, 4), (4, 4, 2, 6), (2, 1, 3, None)]:
+        work(changing, ranks, each, zero, stop)
+    for name in ("train/loss", "eval/loss"):
+        wanted = read_values(whole, name)
+        assert len(wanted) >= 4
+        assert read_values(changing, name) == pytest.approx(wanted, rel=1e-6)
+    assert read_fetched(changing) == read_fetched(whole)

@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 
 import step_bytes
+from llm_training_toolkit import families
 from llm_training_toolkit.config import parse_config
 from llm_training_toolkit.plan import Plan, make_plan
-from llm_training_toolkit.plan.forecast.communication import count_exchanged_bytes
+from llm_training_toolkit.plan.forecast.communication import count_exchanged_bytes, count_token_bytes
 from llm_training_toolkit.plan.forecast.step_time import build_exchange_workload
+from llm_training_toolkit.plan.memory.activations import ActivationCheckpointing
 from llm_training_toolkit.runs.directory import RunDirectory
 from rank_pool import RankPool
 
@@ -40,13 +42,22 @@ def count_step(
     workers: int,
     zero: int,
     zero_block: dict[str, int],
+    sequence_parallel: int = 1,
     **model: Any,
 ) -> tuple[Plan, list[tuple[int, int]]]:
     """The plan, and the bytes that each rank sends and holds."""
     changes: dict[str, Any] = {
         "model": MODEL | model,
-        "train": {"precision": "bf16", "global_batch_size": 2 * PASSES * workers, "micro_batch_size": 2},
-        "engine": {"zero_stage": zero, "deepspeed": {"zero_optimization": zero_block} if zero_block else {}},
+        "train": {
+            "precision": "bf16",
+            "global_batch_size": 2 * PASSES * workers // sequence_parallel,
+            "micro_batch_size": 2,
+        },
+        "engine": {
+            "zero_stage": zero,
+            "sequence_parallel": sequence_parallel,
+            "deepspeed": {"zero_optimization": zero_block} if zero_block else {},
+        },
         "cluster": {"workers": workers},
     }
     data = json.loads(run.resolved_config_path.read_text())
@@ -65,6 +76,18 @@ def test_ranks_send_and_hold_what_the_plan_counts(
     assert [each[0] for each in found] == pytest.approx([sent] * workers, rel=0.01)
     held = 1e9 * sum(plan.memory_gb_per_device.values())
     assert [each[1] for each in found] == pytest.approx([held] * workers, rel=0.05)
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+def test_ranks_that_share_rows_send_their_tokens(
+    pools: Callable[[int], RankPool], prepared_run: RunDirectory, checkpointing: ActivationCheckpointing
+) -> None:
+    model: dict[str, Any] = {"attn_implementation": "varlen", "activation_checkpointing": checkpointing}
+    plan, found = count_step(pools, prepared_run, 2, 1, {}, sequence_parallel=2, **model)
+    sent = count_exchanged_bytes(build_exchange_workload(plan, plan.micro_batch)).total
+    dims = families.read_model_dims(plan.hf_config)
+    sent += count_token_bytes(dims, 2, plan.micro_batch * plan.sequence_length // 2, PASSES, checkpointing)
+    assert [each[0] for each in found] == pytest.approx([sent] * 2, rel=0.01)
 
 
 def test_a_model_larger_than_the_reuse_distance_is_gathered_twice(

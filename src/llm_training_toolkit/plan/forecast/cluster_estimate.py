@@ -17,6 +17,7 @@ from llm_training_toolkit.plan.forecast.step_time import (
     compute_measured_seconds,
     compute_seconds_per_byte,
     estimate_compute_seconds,
+    estimate_token_seconds,
 )
 from llm_training_toolkit.plan.forecast.utilisation import CPU_UTILISATION
 from llm_training_toolkit.plan.memory.memory_estimate import (
@@ -158,6 +159,7 @@ def estimate_on_cluster(
     if plan.ranks > 1 and plan.replicas <= plan.global_batch:
         exchange = count_exchanged_bytes(build_exchange_workload(plan, rows))
     each = compute_seconds_per_byte(plan, hardware, nodes) if exchange.total else 0.0
+    tokens = estimate_token_seconds(plan, rows, hardware, per_node) if exchange.total and not problems else 0.0
     estimate = ClusterEstimate(
         hardware=hardware,
         nodes=nodes,
@@ -166,7 +168,7 @@ def estimate_on_cluster(
         utilisation=utilisation,
         measured=measured is not None,
         overlapped_seconds=exchange.overlapped * each,
-        exposed_seconds=exchange.exposed * each,
+        exposed_seconds=exchange.exposed * each + tokens,
         checkpoint_gb=compute_checkpoint_copy_bytes(plan.trainable_parameters, workers=1) / 1e9,
         problems=problems,
         notes=(),
@@ -279,7 +281,7 @@ def _suggest_memory_fix(config: Config, plan: Plan, largest: str) -> tuple[str, 
                 "model.activation_checkpointing",
                 "Set it to full: layers are computed twice instead of kept; or to auto",
             )
-        return "data.sequence_length", "Lower it"
+        return "data.sequence_length", "Lower it, or let several workers share a row: engine.sequence_parallel"
     if plan.zero < 3:
         return "engine.zero_stage", "Raise it: 3 spreads weights, gradients and optimizer state over the workers"
     return "cluster.workers", "Take more: they share weights, gradients and optimizer state; or a smaller model"

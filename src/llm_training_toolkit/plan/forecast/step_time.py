@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from llm_training_toolkit import families
 from llm_training_toolkit.config.schema import Config
 from llm_training_toolkit.plan.batch import compute_accumulation_steps
-from llm_training_toolkit.plan.forecast.communication import ExchangeWorkload, read_reuse_distance
+from llm_training_toolkit.plan.forecast.communication import ExchangeWorkload, count_token_bytes, read_reuse_distance
 from llm_training_toolkit.plan.forecast.hardware import ClusterHardware
 from llm_training_toolkit.plan.forecast.utilisation import ComputeWorkload, estimate_pass_seconds
 from llm_training_toolkit.plan.memory.activations import count_recomputed_flops
@@ -112,6 +112,26 @@ def build_exchange_workload(plan: Plan, micro_batch: int) -> ExchangeWorkload:
         reuse_distance=read_reuse_distance(plan.deepspeed),
         overlaps_gradients=bool(plan.deepspeed["zero_optimization"].get("overlap_comm")),
     )
+
+
+def estimate_token_seconds(plan: Plan, micro_batch: int, hardware: ClusterHardware, per_node: int) -> float:
+    """Return the seconds in which a worker sends tokens of the rows that it shares; 0 without such rows.
+
+    Ranks of a replica that fill one node send within it. Otherwise all workers of a node share its link.
+    """
+    each = plan.sequence_parallel
+    if each == 1:
+        return 0.0
+    sent = count_token_bytes(
+        families.read_model_dims(plan.hf_config),
+        2 if plan.precision == "bf16" else 4,
+        micro_batch * plan.sequence_length // each,
+        compute_accumulation_steps(plan.global_batch, plan.replicas, micro_batch),
+        plan.activation_checkpointing,
+    )
+    links, sharing = hardware.bandwidth_gb_per_s, min(per_node, plan.ranks)
+    link = links.within_node if each <= per_node else links.between_nodes / max(sharing, 1)
+    return sent * (each - 1) / each / (1e9 * link)
 
 
 def compute_seconds_per_byte(plan: Plan, hardware: ClusterHardware, nodes: int) -> float:
