@@ -7,7 +7,7 @@ storage. There the steps are longer, since storage of 20 MB/s needs a minute for
 time than that is waited for, by anybody.
 
 `make bench-checkpoint` prints tables for docs/benchmarks.md. What each process measured is kept in `--json`, so that
-the same command goes on after an interruption.
+the same command resumes after an interruption.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ The search is `ltt tune` on a Ray cluster with four CPUs declared, four trials a
 points, each trained to its end as `ltt train` does without Ray: what a point comes to is the same, and sixteen groups
 of workers need not start. The model is tiny; the points are four learning rates with two warm-ups and two weight
 decays. A seed is that of the weights, of the data's order and of the order in which the points are tried. Printed: the
-best loss of each, and ASHA's share of the tokens. What was cut short, by Ctrl-C or SIGTERM, goes on with the same
+best loss of each, and ASHA's share of the tokens. What was cut short, by Ctrl-C or SIGTERM, resumes with the same
 command.
 """
 

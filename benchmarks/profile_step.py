@@ -93,7 +93,7 @@ def micro_batch(size: str) -> Any:
     import torch
 
     from common import SIZES
-    from llm_training_toolkit.data.dataset import MicroBatch
+    from llm_training_toolkit.data.collate import MicroBatch
     from llm_training_toolkit.models.attention import compute_cu_seqlens
     from loop import rows
 

@@ -58,14 +58,49 @@ def figures() -> Iterator[str]:
     names = [name for path in paths for name in definitions(path)]
     single = sum(is_one_word(name) for name in names)
     yield f"files                      {len(paths)}"
-    yield f"lines                      {sum(path.read_text().count(chr(10)) for path in paths)}"
+    yield f"lines                      {sum(map(count_lines, paths))}"
     yield f"largest folder             {count} files, {largest.relative_to(PACKAGE)}/"
     yield f"files at the root          {folders[PACKAGE]}"
+    longest = max(paths, key=count_lines)
+    yield f"longest file               {count_lines(longest)} lines, {longest.relative_to(PACKAGE)}"
+    yield f"files in import cycles     {len(find_cyclic_modules(paths))}, lazy imports counted"
     yield f"names of one word          {single / len(names):.0%} of {len(names)} functions, methods and classes"
     for walk, listed in WALKS.items():
         missing = [name for name in listed.split() if not (PACKAGE / name).is_file()]
         assert not missing, f"WALKS[{walk!r}] names files that are gone: {missing}"
         yield f"files to read for a {walk:7} {len(listed.split())}"
+
+
+def count_lines(path: Path) -> int:
+    """Return the lines of a file."""
+    return path.read_text().count("\n")
+
+
+def find_cyclic_modules(paths: list[Path]) -> set[str]:
+    """Return the modules in import cycles, or between two of them; `__init__.py` files only pass names on."""
+    graph = {get_module(path): set(list_imports(path)) for path in paths if path.name != "__init__.py"}
+    while graph:
+        imported = set().union(*graph.values())
+        rest = {name: each & graph.keys() for name, each in graph.items() if name in imported and each & graph.keys()}
+        if rest == graph:
+            break
+        graph = rest
+    return set(graph)
+
+
+def get_module(path: Path) -> str:
+    """Return the dotted name of a file's module."""
+    return ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
+
+
+def list_imports(path: Path) -> Iterator[str]:
+    """Yield the modules of the package that a file imports anywhere, and the names it takes from them."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
 def definitions(path: Path) -> Iterator[str]:

@@ -56,7 +56,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def prepared_run(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
-    """A run directory ready for workers: resolved configuration and receipt. Copied by `fresh_run`, never run."""
+    """A run directory ready for workers: resolved configuration and dataset info. Copied by `fresh_run`, never run."""
     runs = tmp_path_factory.mktemp("runs")
     config = tiny_config(corpus, runs)
     run = RunDirectory(runs / "tiny")

@@ -19,7 +19,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from llm_training_toolkit.config.data_config import SourceConfig
+from llm_training_toolkit.config.source_config import SourceConfig
 from llm_training_toolkit.data.prepare.arrow_store import SourceExample, write_examples
 from llm_training_toolkit.data.prepare.renderer import DocumentRenderer
 from llm_training_toolkit.data.sources import Document, read_source_documents

@@ -86,7 +86,7 @@ def counted(found: dict[str, Any]) -> dict[str, str]:
         "largest difference of a step's loss": f"{found['max_loss_difference']:g}",
         "final weights and moments bit for bit": "yes" if found["weights_equal"] else "no",
         "a checkpoint was half written": str(sum(each["half_written"] for each in found["failures"])),
-        "went on from a wrong checkpoint": str(found["checkpoints_wrong"]),
+        "resumed from a wrong checkpoint": str(found["checkpoints_wrong"]),
         "cold start, and its workers alone": (
             f"{found['cold_start_seconds']:.1f} s, {found['cold_group_seconds']:.1f} s"
         ),

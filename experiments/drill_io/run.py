@@ -2,7 +2,7 @@
 
 python experiments/drill_io/run.py                  # what `make drill-io` does: two faults for each call
 python experiments/drill_io/run.py --each 9         # every fault at every call
-python experiments/drill_io/run.py --minutes 5      # no longer than that; the same command goes on later
+python experiments/drill_io/run.py --minutes 5      # no longer than that; the same command resumes later
 python experiments/drill_io/run.py --table-only     # the table again, from result.jsonl
 
 A case that result.jsonl has is not done again; delete the file to begin anew.

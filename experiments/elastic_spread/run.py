@@ -3,7 +3,7 @@
     python experiments/elastic_spread/run.py               # eight minutes on two cores; what is done is kept
     python experiments/elastic_spread/run.py --table-only  # the table again, from result.json
 
-A run is killed (SIGKILL to all its ranks) as soon as a checkpoint of a certain step is whole, and goes on with others.
+A run is killed (SIGKILL to all its ranks) as soon as a checkpoint of a certain step is whole, and resumes with others.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ VIEWS = {
 
 
 def train(directory: Path, kind: str, seed: int) -> Path:
-    """Train, or go on; a run that is finished is left alone. Its directory."""
+    """Train, or resume; a run that is finished is left alone. Its directory."""
     name = f"{kind}_{seed}"
     fields = [f"run.dir={directory}", f"run.name={name}", f"run.seed={seed}", f"data.sources.0.fim={FIM[kind]}"]
     subprocess.run([sys.executable, "-m", "llm_training_toolkit", "train", str(CONFIG), *fields], check=True)

@@ -32,7 +32,7 @@ PACKAGES = ("torch", "deepspeed", "ray", "transformers")
 
 @dataclass(frozen=True)
 class Event:
-    """Something done to a run at a step it had just completed, and with how many workers it went on."""
+    """Something done to a run at a step it had just completed, and with how many workers it resumed."""
 
     step: int
     what: str

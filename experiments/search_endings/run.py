@@ -89,7 +89,7 @@ def _signals(*numbers: int) -> Disturb:
 
 
 def _fill_disk(_cluster: Cluster, _process: subprocess.Popen[str], found: SearchDirectory) -> None:
-    """Every further write to the ledger fails as on a full disk."""
+    """Every further write to the event log fails as on a full disk."""
     found.event_log_path.rename(found.event_log_path.with_suffix(".kept"))
     found.event_log_path.symlink_to("/dev/full")
 
@@ -128,7 +128,7 @@ ENDINGS: dict[str, Disturb] = {
     "Ctrl-C twice": _signals(signal.SIGINT, signal.SIGINT),
     "SIGTERM": _signals(signal.SIGTERM),
     "driver killed (SIGKILL)": _signals(signal.SIGKILL),
-    "ledger's disk full": _fill_disk,
+    "event log's disk full": _fill_disk,
     "Ray's head killed (SIGKILL)": _kill_head,
 }
 

@@ -1,6 +1,6 @@
 """Trains every variant of an experiment with every seed, and writes result.json, a table and a picture.
 
-    python run.py               # what is done is kept; the same command goes on
+    python run.py               # what is done is kept; the same command resumes
     python run.py --table-only  # table and picture again, from result.json
 
 `experiment.yaml` beside this file names the question's variants, each with the fields that it changes in `config.yaml`.

@@ -21,7 +21,7 @@ _LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADD
 """What a launcher around this process may have set: here every task says for itself how many ranks it has."""
 _POLL = 0.05
 _MOURNING = 5.0
-"""Seconds the other ranks may go on after one has failed, to say what they saw."""
+"""Seconds the other ranks may continue after one has failed, to say what they saw."""
 _TAIL = 3000
 """Characters of a log that are kept."""
 

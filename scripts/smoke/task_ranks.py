@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from llm_training_toolkit.config import Config, parse_config
-from llm_training_toolkit.data.dataset import MicroBatch
+from llm_training_toolkit.data.collate import MicroBatch
 from llm_training_toolkit.distributed.context import RunContext
 from llm_training_toolkit.engine import Engine, prepare_deepspeed
 from llm_training_toolkit.launch.torchrun import open_process_group

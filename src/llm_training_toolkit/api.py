@@ -81,7 +81,7 @@ def estimate(config: ConfigSource, cluster: str | Path, overrides: Sequence[str]
 
 
 def prepare(config: ConfigSource, overrides: Sequence[str] = (), *, progress: Progress = print) -> DatasetInfo:
-    """Prepare the data of a run in its cache and return the receipt; `progress` gets each line of the console."""
+    """Prepare the data of a run in its cache and return its description; `progress` gets each line of the console."""
     from llm_training_toolkit.commands.prepare import prepare_dataset
     from llm_training_toolkit.monitoring.console import Console
 
@@ -189,8 +189,8 @@ class Run:
         with open_path(self.place) as run:
             return tuple(read_manifest(directory) for directory in list_complete_checkpoints(run.checkpoints_dir))
 
-    def receipt(self) -> DatasetInfo:
-        """Return the receipt of the data. Raises CheckpointError if nothing was trained yet."""
+    def dataset_info(self) -> DatasetInfo:
+        """Return the description of the prepared data. Raises CheckpointError if nothing was trained yet."""
         from llm_training_toolkit.checkpoint.run import Run as TrainedRun
 
         with open_path(self.place) as run:

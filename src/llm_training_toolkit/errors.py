@@ -1,12 +1,9 @@
 """Exceptions of the toolkit with their exit codes. Raised everywhere; imports no other module.
 
-ToolkitError is the base class of:
-    ConfigError      invalid file or override, exit 2.
-    PlanError        valid file, impossible run, exit 2.
-    DataError        document, source or token cache, exit 1.
-    CheckpointError  saved state that cannot be used, or cannot be saved, exit 1.
-    TrainingError    failure of the training itself, exit 1.
-    LaunchError      machines, Ray or a process, exit 1.
+ToolkitError is the base class of: ConfigError      invalid file or override, exit 2. PlanError        valid file,
+impossible run, exit 2. DataError        document, source or token cache, exit 1. CheckpointError state that cannot be
+used or saved, exit 1. TrainingError    failure of the training itself, exit 1. LaunchError      machines, Ray or a
+process, exit 1.
 
 A message states the place, the problem, the value and the remedy. The constructors take the message alone, so that
 exceptions survive pickling by Ray. `problems` holds the same as data, with stable codes.
@@ -90,7 +87,7 @@ class DataError(ToolkitError):
 
 
 class CheckpointError(ToolkitError):
-    """A saved state cannot be used for this run, or could not be saved."""
+    """A state cannot be saved, or used for this run."""
 
     code = "unusable-checkpoint"
 

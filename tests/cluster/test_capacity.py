@@ -48,7 +48,7 @@ def test_more_than_the_autoscaler_can_add_ends_the_run_at_once(
 def test_nodes_that_an_autoscaler_adds_are_waited_for(
     launch_config: Callable[..., Path], autoscaling: Mapping[str, str]
 ) -> None:
-    """A request for all five is refused whole: it goes on with less, and the run starts with what that brings."""
+    """A request for all five is refused whole: it continues with less, and the run starts with what that brings."""
     config = launch_config("added", train={"steps": 3}, cluster={"workers": [2, 5]})
     done = train(config, autoscaling)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -44,7 +44,7 @@ class Unsteady:
         return self.posts
 
 
-def test_heartbeats_and_what_must_be_told_go_on_after_an_error_and_end_with_the_driver(
+def test_heartbeats_and_reports_continue_after_an_error_and_end_with_the_driver(
     ray_environment: Environment,
 ) -> None:
     import ray

@@ -20,6 +20,7 @@ from launching import Environment, command, run_of, wait_for_step
 from llm_training_toolkit.distributed.flight_recorder import get_flight_record_path
 from llm_training_toolkit.runs.attempts import find_last_attempt, read_attempt_record
 from llm_training_toolkit.runs.directory import RunDirectory
+from run_results import read_training_rows
 
 STEPS, EVERY = 300, 25
 SECTIONS = {
@@ -60,12 +61,6 @@ def nodes(worker_scripts: Mapping[str, str]) -> Iterator[Nodes]:
     several = Nodes(worker_scripts, "127.0.1.1", "127.0.1.2", "127.0.1.3")
     yield several
     several.cluster.shutdown()
-
-
-def rows(run: RunDirectory) -> list[dict[str, Any]]:
-    """What was recorded of the steps, the last attempt of each alone."""
-    found = [json.loads(line) for line in run.metrics_path.read_text().splitlines()]
-    return list({row["step"]: row for row in found if "train/loss" in row}.values())
 
 
 def attempts(run: RunDirectory) -> list[dict[str, Any]]:
@@ -116,7 +111,7 @@ def test_a_run_shrinks_and_grows_with_its_cluster_and_comes_out_the_same(
     assert first["failure"]["kind"] == "node_lost"
     assert "node 127.0.1.2 with rank" in out
     assert recovered < 60
-    assert "node 127.0.1.3 will be taken away in" in out
+    assert "node 127.0.1.3 will be preempted in" in out
     assert f"resuming from {run.get_checkpoint_dir(shrunk['step'], 2).name}" in out
     assert "there is room for more than 1 workers: making way after the next checkpoint" in out
     assert left["step"] % EVERY == 0
@@ -124,7 +119,7 @@ def test_a_run_shrinks_and_grows_with_its_cluster_and_comes_out_the_same(
     alone = launch_config("undisturbed-elastic", **SECTIONS, cluster={"workers": 0})
     done = fork_server.run(command(alone), env=ray_environment, capture_output=True)
     assert done.returncode == 0, done.stderr
-    found, wanted = rows(run), rows(run_of(alone))
+    found, wanted = list(read_training_rows(run).values()), list(read_training_rows(run_of(alone)).values())
     assert [row["step"] for row in found] == list(range(1, STEPS + 1))
     assert [row["train/tokens"] for row in found] == [row["train/tokens"] for row in wanted]
     apart = [abs(mine["train/loss"] / other["train/loss"] - 1) for mine, other in zip(found, wanted, strict=True)]

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import fork_server
 from launching import Environment, command, run_of, wait_for_step
-from llm_training_toolkit.launch.ray.gauges import get_gauge_name
+from llm_training_toolkit.launch.ray.train_fn import get_gauge_name
 from llm_training_toolkit.runs.directory import RunDirectory
 
 DASHBOARD = Path(__file__).parents[2] / "cluster" / "monitoring" / "grafana_dashboard.json"

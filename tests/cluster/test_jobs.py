@@ -7,7 +7,6 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -35,6 +34,7 @@ from llm_training_toolkit.launch.jobs.logs import JobHandle
 from llm_training_toolkit.monitoring.console import Console
 from llm_training_toolkit.runs.attempts import read_attempt_record
 from llm_training_toolkit.runs.directory import RunDirectory
+from machine_limits import find_free_port
 
 BIN = Path(sys.executable).parent
 STEPS = 1200
@@ -59,12 +59,6 @@ class Head:
     nodes: list[subprocess.Popen[bytes]]
 
 
-def _free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
 @pytest.fixture(scope="module")
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     """`ray start --head` with token authentication, on ports and in a folder of its own; ended by its process."""
@@ -76,10 +70,10 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
         "RAY_worker_niceness": "0",
         "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
     }
-    dashboard, port = _free_port(), _free_port()
+    dashboard, port = str(find_free_port()), str(find_free_port())
     command = [str(BIN / "ray"), "start", "--head", "--block", "--num-cpus", "0", "--temp-dir", str(folder)]
-    command += ["--port", port, "--dashboard-port", dashboard, "--ray-client-server-port", _free_port()]
-    command += ["--dashboard-agent-listen-port", _free_port(), "--disable-usage-stats"]
+    command += ["--port", port, "--dashboard-port", dashboard, "--ray-client-server-port", str(find_free_port())]
+    command += ["--dashboard-agent-listen-port", str(find_free_port()), "--disable-usage-stats"]
     written = tmp_path_factory.mktemp("head") / "log"
     with ExitStack() as running, written.open("w") as out:
         address = f"http://127.0.0.1:{dashboard}"
@@ -88,7 +82,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
         joining = [str(BIN / "ray"), "start", "--address", f"127.0.0.1:{port}", "--block", "--num-cpus", "1"]
         nodes = []
         for node in NODES:  # one after another: Ray's start of several on one machine at once fails now and then
-            own = ["--node-ip-address", node, "--dashboard-agent-listen-port", _free_port()]
+            own = ["--node-ip-address", node, "--dashboard-agent-listen-port", str(find_free_port())]
             own += ["--temp-dir", f"{folder}-{node}"]  # as on machines of their own: nodes delete what they unpacked
             nodes.append(_start([*joining, *own], environment, out, running))
             wait_for_nodes(f"127.0.0.1:{port}", environment, node)
@@ -147,7 +141,7 @@ def run_command(command: list[str], config: Path, environment: Mapping[str, str]
 
 
 @contextmanager
-def going_on(
+def running_process(
     command: list[str], config: Path, head: Head, stdin: int = subprocess.DEVNULL
 ) -> Iterator[subprocess.Popen[str]]:
     pipes = {"stdin": stdin, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
@@ -198,7 +192,7 @@ def follow_and_stop(config: Path, head: Head) -> int:
     run = run_of(config)
     connection = Connection(int(head.address.rsplit(":", maxsplit=1)[-1]))
     through = replace(head, address=f"http://127.0.0.1:{connection.port}")
-    with going_on(submit(config, through), config, head) as process:
+    with running_process(submit(config, through), config, head) as process:
         wait_for_step(run, 5, process)
         of_workers = [Path(f"/proc/{pid}/environ").read_text() for pid in read_attempt_record(run, 1)["processes"]]
         second = run_command(submit(config, head), config, head.environment)
@@ -214,7 +208,7 @@ def follow_and_stop(config: Path, head: Head) -> int:
     assert sorted(placement["node"] for placement in read_attempt_record(run, 1)["ranks"]) == sorted(NODES)
     assert all(f" on node {node} (cpu)" in out for node in NODES)
     assert second.returncode == 1
-    assert "run job is going on there as job" in second.stderr
+    assert "run job is running there as job" in second.stderr
     assert process.returncode == 75, out + err
     assert " of this folder" in out
     assert out.count("is lost; trying again") == 1
@@ -226,10 +220,10 @@ def follow_and_stop(config: Path, head: Head) -> int:
 
 
 def resume_leave_alone_and_stop(config: Path, head: Head, stopped: int) -> None:
-    """Go on from where it stopped, leave it alone at a keyboard, stop it from elsewhere."""
+    """Resume from where it stopped, leave it alone at a keyboard, stop it from elsewhere."""
     run = run_of(config)
     ours, theirs = os.openpty()
-    with going_on(jobs(head, "resume", "job"), config, head, stdin=theirs) as process:
+    with running_process(jobs(head, "resume", "job"), config, head, stdin=theirs) as process:
         wait_for_step(run, stopped + 5, process)
         time.sleep(3)  # until the log is here
         process.send_signal(signal.SIGINT)
@@ -239,12 +233,12 @@ def resume_leave_alone_and_stop(config: Path, head: Head, stopped: int) -> None:
     os.close(theirs)
     assert process.returncode == 0, err
     assert f"resuming from step_{stopped:09d}_a1" in out
-    assert "the run goes on; `ltt jobs logs job` follows it again" in out
+    assert "the run continues; `ltt jobs logs job` follows it again" in out
     [first, now] = json.loads(run_command([*jobs(head), "--json"], config, head.environment).stdout)
     assert (first["run"], first["status"], now["run"], now["status"]) == ("job", "stopped", "job", "running")
     left = run_command(jobs(head, "stop", "job"), config, head.environment)
     assert left.returncode == 0, left.stderr
-    assert "stopped; `ltt jobs resume job` goes on" in left.stdout
+    assert "stopped; `ltt jobs resume job` resumes it" in left.stdout
     assert read_attempt_record(run, 2)["workers"] == 2
     shown = run_command(jobs(head, "logs", "job"), config, head.environment)
     assert shown.returncode == 75
@@ -269,7 +263,7 @@ def test_a_cluster_that_dies_and_one_that_has_forgotten_the_job_are_said(
         JobHandle(client, "gone", address, Console()).follow_logs()
     monkeypatch.setattr(log, "_RECONNECT_TIMEOUT_SECONDS", 3.0)
     connection.cut()
-    with pytest.raises(LaunchError, match="If the cluster lives, the job goes on: `ltt jobs logs gone"):
+    with pytest.raises(LaunchError, match="If the cluster lives, the job continues: `ltt jobs logs gone"):
         JobHandle(client, "gone", address, Console()).follow_logs()
     assert "is lost; trying again" in capsys.readouterr().out
 
@@ -312,7 +306,7 @@ def test_a_wrong_token_is_said(
 
 def test_a_wrong_address_and_a_lost_run_directory_are_refused(launch_config: Callable[..., Path], head: Head) -> None:
     config = launch_config("job", **SECTIONS)
-    nowhere = replace(head, address=f"http://127.0.0.1:{_free_port()}")
+    nowhere = replace(head, address=f"http://127.0.0.1:{find_free_port()}")
     for wrong, code, words in (
         (submit(config, nowhere), 1, "cannot be reached"),
         (submit(config, head, "run.dir=runs"), 2, "give a path that every node sees"),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -19,6 +18,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from machine_limits import find_free_port
 from unit.cluster.test_local import CLUSTER, ROOT, START, read_walk
 
 
@@ -33,12 +33,6 @@ class Started:
     log: Path
 
 
-def _free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
 def _mentioning(folder: Path) -> list[psutil.Process]:
     """Processes whose command line names a folder: every server of a Ray session names its session's."""
     processes = psutil.process_iter(["cmdline"])
@@ -49,9 +43,9 @@ def _mentioning(folder: Path) -> list[psutil.Process]:
 def started(tmp_path: Path) -> Iterator[Started]:
     """The documented command, with a token that it makes itself; ended by its process."""
     folder = Path(tempfile.gettempdir()) / f"ltt-local-{os.getpid()}"  # a socket's path must be short
-    port, dashboard = _free_port(), _free_port()
-    own = f"--port {port} --temp-dir {folder} --ray-client-server-port {_free_port()}"
-    own += f" --dashboard-agent-listen-port {_free_port()} --num-cpus 2"
+    port, dashboard = str(find_free_port()), str(find_free_port())
+    own = f"--port {port} --temp-dir {folder} --ray-client-server-port {find_free_port()}"
+    own += f" --dashboard-agent-listen-port {find_free_port()} --num-cpus 2"
     text = (CLUSTER / "local.yaml").read_text()
     assert "--port 6379" in text
     assert "--dashboard-port 8265" in text

@@ -1,4 +1,4 @@
-"""A node whose memory runs out: Ray ends a process of it, the run says so and goes on."""
+"""A node whose memory runs out: Ray ends a process of it, the run says so and continues."""
 
 from __future__ import annotations
 

@@ -20,6 +20,7 @@ from launching import Environment, command, run_of, wait_for_step
 from llm_training_toolkit.checkpoint import find_latest_checkpoint
 from llm_training_toolkit.runs.attempts import find_last_attempt, read_attempt_record
 from llm_training_toolkit.runs.directory import RunDirectory
+from run_results import read_losses
 
 Start = Callable[[list[str]], subprocess.Popen[str]]
 STEPS = 80
@@ -30,13 +31,8 @@ SECTIONS = {
 }
 
 
-def losses(run: RunDirectory) -> dict[int, float]:
-    rows = [json.loads(line) for line in run.metrics_path.read_text().splitlines()]
-    return {row["step"]: row["train/loss"] for row in rows if "train/loss" in row}
-
-
 def assert_same_run(found: RunDirectory, wanted: RunDirectory) -> None:
-    assert losses(found) == losses(wanted)
+    assert read_losses(found) == read_losses(wanted)
     states = []
     for run in (found, wanted):
         directory = find_latest_checkpoint(run.checkpoints_dir)

@@ -1,4 +1,4 @@
-"""`ltt train` into an S3 bucket on Ray: workers with directories of their own lose one and go on."""
+"""`ltt train` into an S3 bucket on Ray: workers with directories of their own lose one and continue."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def s3() -> Iterator[Mapping[str, str]]:
         yield environment
 
 
-def test_workers_with_directories_of_their_own_lose_one_and_go_on(
+def test_workers_with_directories_of_their_own_lose_one_and_continue(
     launch_config: Callable[..., Path], ray_environment: Environment, s3: Mapping[str, str]
 ) -> None:
     config = launch_config("stored_on_ray", **SECTIONS, cluster={"workers": 2, "env": dict(s3)})

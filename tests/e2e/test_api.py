@@ -34,7 +34,7 @@ import json, signal, sys
 import llm_training_toolkit as ltt
 before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
 config, lines = json.loads(sys.argv[1]), []
-receipt = ltt.prepare(config, progress=lines.append)
+prepared = ltt.prepare(config, progress=lines.append)
 done = ltt.train(config, progress=lines.append)
 run = ltt.open_run(done.run)
 table, model = run.metrics(), ltt.load_model(done.run, device="cpu")
@@ -42,7 +42,7 @@ assert before == [signal.getsignal(number) for number in (signal.SIGINT, signal.
 assert "torch.distributed" not in sys.modules or not __import__("torch").distributed.is_initialized()
 from llm_training_toolkit.models.sampling import SamplingParams
 print(json.dumps({
-    "done": done.to_json(), "lines": lines, "same": receipt == run.receipt(),
+    "done": done.to_json(), "lines": lines, "same": prepared == run.dataset_info(),
     "steps": table["step"].to_pylist(), "losses": table["train/loss"].to_pylist(), "state": run.state.state,
     "checkpoints": [manifest.step for manifest in run.checkpoints()], "lr": run.config.optim.lr,
     "text": model.complete_prompt("def ", SamplingParams(max_new_tokens=2)).text,

@@ -17,6 +17,7 @@ import fork_server
 from launching import command, run_of, wait_for_step
 from llm_training_toolkit.checkpoint import find_latest_checkpoint
 from llm_training_toolkit.runs.directory import parse_checkpoint_name
+from run_results import list_losses
 from tiny_runs import write_corpus
 
 pytestmark = [pytest.mark.slow]
@@ -30,11 +31,6 @@ def sections(corpus: Path, cache: Path, steps: int) -> dict[str, Any]:
         "cluster": {"workers": 0},
         "export": {"at_end": False},
     }
-
-
-def losses(config: Path) -> list[float]:
-    rows = [json.loads(line) for line in run_of(config).metrics_path.read_text().splitlines()]
-    return [row["train/loss"] for row in rows if "train/loss" in row]
 
 
 def epochs(config: Path) -> int:
@@ -60,7 +56,7 @@ def test_the_run_is_the_one_with_every_epoch_prepared_before(
     for config in (ahead, before):
         done = fork_server.run(command(config), capture_output=True)
         assert done.returncode == 0, done.stderr
-    assert losses(ahead) == losses(before)
+    assert list_losses(run_of(ahead)) == list_losses(run_of(before))
     assert epochs(ahead) == epochs(before) > 2
     assert prepared["sequences"] >= 60 * 4
     assert not (run_of(before).path / "logs" / "preparation.log").exists()  # nothing was left to prepare
@@ -84,7 +80,7 @@ def test_documents_that_change_while_the_run_trains_stop_it_in_words(
     assert process.returncode == 1, err
     assert "later epochs cannot be prepared, the run ends before them" in out + err
     assert "changed" in err
-    assert 0 < len(losses(config)) < 5000
+    assert 0 < len(list_losses(run_of(config))) < 5000
 
 
 def test_a_stop_while_waiting_leaves_a_checkpoint(launch_config: Callable[..., Path], tmp_path: Path) -> None:
@@ -96,7 +92,7 @@ def test_a_stop_while_waiting_leaves_a_checkpoint(launch_config: Callable[..., P
         ahead.suspend()
         reached, looks = -1, 0
         while looks < 4:  # until the epochs that are there are used up: a busy machine pauses for seconds, too
-            now = len(losses(config))
+            now = len(list_losses(run_of(config)))
             reached, looks = now, looks + 1 if now == reached else 0
             time.sleep(2)
         process.send_signal(signal.SIGTERM)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 
 from launching import command, run_of
 from llm_training_toolkit.export.export_run import export_run
+from run_results import list_losses
 
 pytestmark = [
     pytest.mark.gpu,
@@ -28,11 +28,6 @@ SECTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def losses(config: Path) -> list[float]:
-    rows = [json.loads(line) for line in run_of(config).metrics_path.read_text().splitlines()]
-    return [row["train/loss"] for row in rows if "train/loss" in row]
-
-
 @pytest.mark.parametrize("zero", [0, 1, 2])
 def test_a_model_in_four_bits_trains_nearly_as_a_whole_one(launch_config: Callable[..., Path], zero: int) -> None:
     engine = {"engine": {"zero_stage": zero}}
@@ -41,9 +36,9 @@ def test_a_model_in_four_bits_trains_nearly_as_a_whole_one(launch_config: Callab
     for config in (plain, packed):
         subprocess.run(command(config, "train.steps=3"), check=True, capture_output=True)
         subprocess.run(command(config, "--extend"), check=True, capture_output=True)
-    assert len(losses(packed)) == SECTIONS["train"]["steps"]
-    assert losses(packed) == pytest.approx(losses(plain), rel=0.02)
-    assert losses(packed) != losses(plain)
+    assert len(list_losses(run_of(packed))) == SECTIONS["train"]["steps"]
+    assert list_losses(run_of(packed)) == pytest.approx(list_losses(run_of(plain)), rel=0.02)
+    assert list_losses(run_of(packed)) != list_losses(run_of(plain))
     assert (run_of(packed).export_dir / "adapter_model.safetensors").is_file()
     merged = export_run(run_of(packed), step=None, merge=True, out=None, say=print)
     assert merged.difference < 0.05

@@ -14,6 +14,7 @@ import pytest
 import fork_server
 from launching import command, run_of
 from llm_training_toolkit.runs.directory import RunDirectory
+from run_results import list_losses
 
 TRAIN = {"steps": 3, "global_batch_size": 32, "micro_batch_size": "auto", "precision": "fp32"}
 SECTIONS = {
@@ -48,11 +49,6 @@ main()
 """
 
 
-def losses(run: RunDirectory) -> list[float]:
-    rows = [json.loads(line) for line in run.metrics_path.read_text().splitlines()]
-    return [row["train/loss"] for row in rows if "train/loss" in row]
-
-
 def attempts(run: RunDirectory) -> list[dict[str, object]]:
     return [json.loads(path.read_text()) for path in sorted(run.attempts_dir.glob("*.json"))]
 
@@ -76,7 +72,7 @@ def test_out_of_memory_halves_the_micro_batch_and_changes_nothing_else(launch_co
         (32, "failed"),
         (16, "finished"),
     ]
-    assert losses(run_of(config)) == losses(run_of(halved))
+    assert list_losses(run_of(config)) == list_losses(run_of(halved))
 
 
 @pytest.mark.slow

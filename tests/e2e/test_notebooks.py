@@ -20,7 +20,8 @@ import pytest
 from nbclient import NotebookClient
 from numpy.typing import NDArray
 
-from llm_training_toolkit.data.dataset import IGNORE_INDEX, PackedDataset
+from llm_training_toolkit.data.collate import IGNORE_INDEX
+from llm_training_toolkit.data.dataset import PackedDataset
 from llm_training_toolkit.data.prepare.dataset_info import DatasetInfo
 from llm_training_toolkit.data.tokenizer import open_tokenizer
 from llm_training_toolkit.families import FAMILIES

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 import fork_server
-from e2e.test_torchrun import losses
 from launching import command, run_of
+from run_results import list_losses
 from s3_server import client, keys, s3_server
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
@@ -54,7 +54,7 @@ def wait_for_checkpoint(name: str, step: int, s3: Mapping[str, str], process: su
         time.sleep(0.1)
 
 
-def test_a_run_in_a_bucket_is_killed_and_goes_on_elsewhere_bit_for_bit(
+def test_a_run_in_a_bucket_is_killed_and_resumes_elsewhere_bit_for_bit(
     launch_config: Callable[..., Path], s3: Mapping[str, str], tmp_path: Path
 ) -> None:
     config = launch_config("stored", **SECTIONS, cluster={"workers": 0}, export={"at_end": True})
@@ -79,7 +79,7 @@ def test_a_run_in_a_bucket_is_killed_and_goes_on_elsewhere_bit_for_bit(
     [local] = run_of(config).checkpoints_dir.glob(f"step_{STEPS:09d}_a1/manifest.json")
     assert manifest("stored", s3)["files"] == json.loads(local.read_text())["files"]
     by_step = {row["step"]: row["train/loss"] for row in rows("stored", s3) if "train/loss" in row}
-    assert list(by_step.values()) == losses(run_of(config))
+    assert list(by_step.values()) == list_losses(run_of(config))
     assert "model.safetensors" in keys("stored/export/", s3)
 
     told = fork_server.run([*stored[:3], "runs", "s3://bucket", "--json"], capture_output=True, check=True, env=second)

@@ -10,29 +10,20 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 import fork_server
 from launching import command, run_of, wait_for_step
 from llm_training_toolkit.runs.attempts import read_attempt_record
-from llm_training_toolkit.runs.directory import RunDirectory
 from llm_training_toolkit.runs.goodput import read_seconds_by_category
+from run_results import list_losses, read_rows
 
 pytestmark = [pytest.mark.slow]
 SECTIONS = {"train": {"steps": 40, "global_batch_size": 4, "micro_batch_size": 2}, "cluster": {"workers": 0}}
 
 
-def rows(run: RunDirectory) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in run.metrics_path.read_text().splitlines()]
-
-
-def losses(run: RunDirectory) -> list[float]:
-    return [row["train/loss"] for row in rows(run) if "train/loss" in row]
-
-
-def test_one_process_stops_with_a_checkpoint_and_goes_on(launch_config: Callable[..., Path]) -> None:
+def test_one_process_stops_with_a_checkpoint_and_resumes(launch_config: Callable[..., Path]) -> None:
     config = launch_config("inline", **SECTIONS)
     arguments = command(config, "train.steps=400", "--json")
     first_began = time.time()  # a start from nothing, as its time counts, too
@@ -42,14 +33,15 @@ def test_one_process_stops_with_a_checkpoint_and_goes_on(launch_config: Callable
         out, err = process.communicate(timeout=900)
     assert process.returncode == 75, err
     stopped = json.loads(out)["step"]
-    last_row, first_ended = rows(run_of(config))[-1]["time"], read_attempt_record(run_of(config), 1)["command_ended"]
+    last_row = read_rows(run_of(config))[-1]["time"]
+    first_ended = read_attempt_record(run_of(config), 1)["command_ended"]
     second_began = time.time()
     shorter = command(config, f"train.steps={stopped + 5}", "--extend")
     done = subprocess.run(shorter, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert len(losses(run_of(config))) == stopped + 5
+    assert len(list_losses(run_of(config))) == stopped + 5
     assert "goodput " in done.stdout
-    last = rows(run_of(config))[-1]
+    last = read_rows(run_of(config))[-1]
     took = first_ended - first_began + last["time"] - second_began
     assert sum(read_seconds_by_category(last).values()) == pytest.approx(took, rel=0.01)
     to_its_end = first_ended - last_row
@@ -74,7 +66,7 @@ def test_torchrun_ranks_train_the_same_run_as_one_process(launch_config: Callabl
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
-    assert losses(run_of(several)) == pytest.approx(losses(run_of(alone)), rel=1e-5)
+    assert list_losses(run_of(several)) == pytest.approx(list_losses(run_of(alone)), rel=1e-5)
     assert len(list(run_of(several).get_log_dir(1).iterdir())) == 2
 
 
@@ -103,4 +95,4 @@ def test_changed_documents_are_refused_unless_accepted(launch_config: Callable[.
     accepted = command(given, *choose, *longer, "--accept", "documents")
     done = fork_server.run(accepted, capture_output=True)
     assert done.returncode == 0, done.stderr
-    assert len(losses(run_of(given))) == 200
+    assert len(list_losses(run_of(given))) == 200

@@ -18,6 +18,7 @@ from llm_training_toolkit.plan import make_plan
 from llm_training_toolkit.runs.directory import RunDirectory
 from llm_training_toolkit.worker.base_weights import ensure_base_weights
 from rank_pool import RankPool
+from run_results import largest_gradient_error
 from tiny_models import SHAPES
 
 Pools = Callable[[int], RankPool]
@@ -50,13 +51,6 @@ def plain(run: str, lora: dict[str, Any], **model: Any) -> tuple[float, dict[str
     loss = module(batch.input_ids, batch.position_ids, batch.labels) / dataloader.count_loss_tokens(0)
     loss.backward()
     return float(loss.detach()), {f"lm.{name}": parameter.grad.numpy() for name, parameter in trained.items()}  # type: ignore[union-attr]
-
-
-def distance(found: dict[str, Any], reference: dict[str, Any]) -> float:
-    """Largest error of a gradient relative to the largest gradient."""
-    assert found.keys() == reference.keys()
-    largest = max(float(np.abs(values).max()) for values in reference.values())
-    return max(float(np.abs(found[name] - reference[name]).max()) for name in reference) / largest
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +88,7 @@ def test_gradients_are_those_of_plain_torch(
         rank_tasks.gradients, run=run, changes=changes(LORA, zero), micro_batch=micro_batch, stirred=True
     )
     loss, norm, found = answers[0]
-    assert distance(found, reference[1]) < 1e-5
+    assert largest_gradient_error(found, reference[1]) < 1e-5
     assert loss == pytest.approx(reference[0], rel=1e-6)
     total = float(np.sqrt(sum(np.square(values, dtype=np.float64).sum() for values in reference[1].values())))
     assert norm == pytest.approx(total, rel=1e-5)
@@ -108,7 +102,7 @@ def test_variants_have_the_gradients_of_plain_torch(pools: Pools, run: str, lora
     answers = pools(2).run(rank_tasks.gradients, run=run, changes=changes(lora, zero), micro_batch=2, stirred=True)
     loss, _, found = answers[0]
     wanted = plain(run, lora)
-    assert distance(found, wanted[1]) < 1e-5
+    assert largest_gradient_error(found, wanted[1]) < 1e-5
     assert loss == pytest.approx(wanted[0], rel=1e-6)
 
 
@@ -118,7 +112,7 @@ def test_recomputing_activations_changes_no_gradient(
 ) -> None:
     given = changes(LORA, zero, activation_checkpointing=kind)
     loss, _, found = pools(2).run(rank_tasks.gradients, run=run, changes=given, micro_batch=2, stirred=True)[0]
-    assert distance(found, reference[1]) < 1e-5
+    assert largest_gradient_error(found, reference[1]) < 1e-5
     assert loss == pytest.approx(reference[0], rel=1e-6)
 
 
@@ -137,7 +131,7 @@ def test_adapters_of_experts_have_the_gradients_of_plain_torch(
     loss, _, found = pools(2).run(rank_tasks.gradients, run=run, changes=given, micro_batch=2, stirred=True)[0]
     wanted = plain(run, lora, **model)
     assert any(".experts.base_layer.lora_A." in name for name in found)
-    assert distance(found, wanted[1]) < 1e-5
+    assert largest_gradient_error(found, wanted[1]) < 1e-5
     assert loss == pytest.approx(wanted[0], rel=1e-6)
 
 

@@ -16,7 +16,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 import rank_tasks
-from llm_training_toolkit.checkpoint import CheckpointReader, find_latest_checkpoint
+from llm_training_toolkit.checkpoint import CheckpointReader
 from llm_training_toolkit.config import dump_config_json
 from llm_training_toolkit.data.prepare.epochs import prepare_run_data
 from llm_training_toolkit.errors import CheckpointError
@@ -24,6 +24,7 @@ from llm_training_toolkit.export.export_run import export_run
 from llm_training_toolkit.plan import make_plan
 from llm_training_toolkit.runs.directory import RunDirectory
 from rank_pool import RankPool
+from run_results import assert_same_state, newest_checkpoint, read_losses
 from tiny_models import SHAPES, one_thread
 from tiny_runs import SHAPE, tiny_config
 
@@ -116,23 +117,6 @@ def make(prepared: Callable[[str], RunDirectory], tmp_path: Path) -> Make:
     return copied
 
 
-def final(run: RunDirectory) -> Path:
-    directory = find_latest_checkpoint(run.checkpoints_dir)
-    assert directory is not None
-    return directory
-
-
-def losses(run: RunDirectory) -> dict[int, float]:
-    rows = [json.loads(line) for line in run.metrics_path.read_text().splitlines()]
-    return {row["step"]: row["train/loss"] for row in rows if "train/loss" in row}
-
-
-def assert_same_state(found: dict[str, Any], wanted: dict[str, Any]) -> None:
-    assert found.keys() == wanted.keys()
-    for name, values in wanted.items():
-        assert np.array_equal(found[name], values), name
-
-
 @torch.no_grad()
 def logits(model: Any) -> Any:
     """With one thread, as a rank has: on AMD processors the sums of two threads differ from those of one."""
@@ -161,18 +145,19 @@ def test_every_family_trains_resumes_bitwise_and_loads_in_plain_peft(pools: Pool
     stopped = pool.run(rank_tasks.work_on, run=str(halves.path), stop_after=STOP)
     assert (stopped[0]["status"], stopped[0]["step"]) == ("stopped", STOP)
     assert pool.run(rank_tasks.work_on, run=str(halves.path))[0]["status"] == "finished"
-    assert losses(halves) == losses(whole)
-    state = rank_tasks.read_state(final(whole))
-    assert_same_state(rank_tasks.read_state(final(halves)), state)
+    assert read_losses(halves) == read_losses(whole)
+    state = rank_tasks.read_final_state(whole)
+    assert_same_state(rank_tasks.read_final_state(halves), state)
     assert all("lora_" in name or "modules_to_save" in name for name in state)
-    manifest = CheckpointReader(final(whole)).manifest
+    manifest = CheckpointReader(newest_checkpoint(whole)).manifest
     plan = json.loads(whole.plan_path.read_text())
     assert sum(int(np.prod(shape)) for shape in manifest.shapes.values()) == plan["trainable_parameters"]
     assert any(np.abs(values).max() > 1e-3 for name, values in state.items() if "lora_B" in name and "weights" in name)
 
     # DoRA reads weights that ZeRO 3 gathers for the engine's own forward pass alone.
     stage = {"engine": {"zero_stage": 0}} if "use_dora" in row.lora else None
-    asked: dict[str, Any] = {"run": str(whole.path), "checkpoint": str(final(whole)), "ids": IDS, "changes": stage}
+    checkpoint = str(newest_checkpoint(whole))
+    asked: dict[str, Any] = {"run": str(whole.path), "checkpoint": checkpoint, "ids": IDS, "changes": stage}
     wanted = pool.run(rank_tasks.logits_of, **asked)[0]
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[row.precision]
     assert np.array_equal(logits(reloaded(whole.export_dir, dtype)), wanted)
@@ -184,13 +169,13 @@ def test_every_family_trains_resumes_bitwise_and_loads_in_plain_peft(pools: Pool
 
 
 @pytest.mark.parametrize(("workers", "zero"), [(1, 3), (3, 2), (3, 0), (1, 1)])
-def test_adapters_go_on_with_other_ranks_and_stages(pools: Pools, make: Make, workers: int, zero: int) -> None:
+def test_adapters_resume_with_other_ranks_and_stages(pools: Pools, make: Make, workers: int, zero: int) -> None:
     lora = {"lora": {"rank": 4, "dropout": 0.2}}
     run, whole = (make(name, model=lora, train={"precision": "fp32"}) for name in ("moved", "whole"))
     pools(2).run(rank_tasks.work_on, run=str(whole.path))
     pools(2).run(rank_tasks.work_on, run=str(run.path), stop_after=STOP)
     pools(workers).run(rank_tasks.work_on, run=str(run.path), changes={"engine": {"zero_stage": zero}})
-    found, wanted = losses(run), losses(whole)
+    found, wanted = read_losses(run), read_losses(whole)
     assert sorted(found) == list(range(1, STEPS + 1))
     assert max(abs(found[step] - wanted[step]) / wanted[step] for step in found) < 2e-6
 
@@ -215,12 +200,12 @@ def test_adapters_stand_beside_a_saved_model_and_name_it_as_given(pools: Pools, 
     tokenizer = {"path": str(full.export_dir), "train": None}
     run = make("run", model=given, tokenizer=tokenizer)
     pools(2).run(rank_tasks.work_on, run=str(run.path))
-    assert losses(run)[1] < losses(full)[1] - 0.3
+    assert read_losses(run)[1] < read_losses(full)[1] - 0.3
     assert not run.base_weights_dir.exists()
     assert json.loads((run.export_dir / "adapter_config.json").read_text())["base_model_name_or_path"] == str(
         full.export_dir
     )
-    assert CheckpointReader(final(run)).manifest.extra["base"]["path"] == str(full.export_dir)
+    assert CheckpointReader(newest_checkpoint(run)).manifest.extra["base"]["path"] == str(full.export_dir)
 
 
 def test_weights_of_another_run_become_the_base(pools: Pools, make: Make) -> None:
@@ -230,7 +215,7 @@ def test_weights_of_another_run_become_the_base(pools: Pools, make: Make) -> Non
     given = {"init_from": str(full.path), "config_overrides": {}, "lora": {"rank": 4}}
     run = make("run", model=given, tokenizer=tokenizer)
     pools(2).run(rank_tasks.work_on, run=str(run.path), stop_after=STOP)
-    assert losses(run)[1] < losses(full)[1] - 0.3
+    assert read_losses(run)[1] < read_losses(full)[1] - 0.3
     shutil.rmtree(full.checkpoints_dir)  # a resume needs that run no more
     pools(2).run(rank_tasks.work_on, run=str(run.path))
     again = AutoModelForCausalLM.from_pretrained(run.base_weights_dir)

@@ -1,4 +1,4 @@
-"""Ranks that wait for a later epoch's data go on, stop and fail together, whoever of them sees it first."""
+"""Ranks that wait for a later epoch's data continue, stop and fail together, whoever of them sees it first."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from llm_training_toolkit.data.prepare.dataset_info import DatasetInfo
 from llm_training_toolkit.errors import DataError
 from llm_training_toolkit.runs.directory import RunDirectory, parse_checkpoint_name
 from rank_pool import RankPool
-from ranks.test_elastic import assert_same_state, final, losses
+from run_results import assert_same_state, read_losses
 
 Pools = Callable[[int], RankPool]
 Fresh = Callable[[str], RunDirectory]
@@ -25,7 +25,7 @@ REACHED = 7
 
 @pytest.fixture
 def views(fresh_run: Fresh) -> list[RunDirectory]:
-    """A run with one epoch prepared and another on its way, as two machines see it: each its own receipt."""
+    """A run with one epoch prepared and another on its way, as two machines see it: each its own dataset info."""
     first, second = fresh_run("first"), fresh_run("second")
     for name in ("checkpoints", "attempts"):
         (first.path / name).mkdir()
@@ -44,7 +44,7 @@ def whole(run: RunDirectory) -> DatasetInfo:
     return DatasetInfo.from_json(run.dataset_info_path.read_text())
 
 
-def test_ranks_go_on_when_the_last_of_them_sees_the_data(
+def test_ranks_continue_when_the_last_of_them_sees_the_data(
     pools: Pools, fresh_run: Fresh, prepared_run: RunDirectory, views: list[RunDirectory]
 ) -> None:
     undisturbed = fresh_run("undisturbed")
@@ -56,8 +56,8 @@ def test_ranks_go_on_when_the_last_of_them_sees_the_data(
         comes={"dataset_info.json": {0: complete, 1: complete}},
     )
     assert [answer["status"] for answer in answers] == ["finished"] * 2
-    assert losses(views[0]) == losses(undisturbed)
-    assert_same_state(rank_tasks.read_state(final(views[0])), rank_tasks.read_state(final(undisturbed)))
+    assert read_losses(views[0]) == read_losses(undisturbed)
+    assert_same_state(rank_tasks.read_final_state(views[0]), rank_tasks.read_final_state(undisturbed))
 
 
 def test_a_stop_while_ranks_wait_is_heard_by_all(
@@ -82,5 +82,5 @@ def test_data_that_one_rank_learns_will_never_come_ends_all(pools: Pools, views:
             rank_tasks.wait_on, runs=[str(view.path) for view in views], comes={"preparation.json": {1: failed}}
         )
     assert pools(2).alive  # both ranks raised it: no rank was left waiting for the other
-    assert max(losses(views[0])) == REACHED
+    assert max(read_losses(views[0])) == REACHED
     assert "later epochs could not be prepared" in Path(views[0].attempts_dir, "0001.json").read_text()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,24 +12,14 @@ import pytest
 
 import compiled_runs
 import rank_tasks
-from llm_training_toolkit.checkpoint import CheckpointReader, find_latest_checkpoint
+from llm_training_toolkit.checkpoint import CheckpointReader
 from llm_training_toolkit.distributed.events import NoteEvent
 from llm_training_toolkit.runs.directory import RunDirectory
 from llm_training_toolkit.setup.machine import find_compiler_problem
 from rank_pool import RankPool
+from run_results import newest_checkpoint, read_losses
 
 Pools = Callable[[int], RankPool]
-
-
-def _losses(run: RunDirectory) -> dict[int, float]:
-    rows = [json.loads(line) for line in run.metrics_path.read_text().splitlines()]
-    return {row["step"]: row["train/loss"] for row in rows if "train/loss" in row}
-
-
-def _final(run: RunDirectory) -> Path:
-    directory = find_latest_checkpoint(run.checkpoints_dir)
-    assert directory is not None
-    return directory
 
 
 @pytest.mark.parametrize("zero", [0, 1, 2])
@@ -52,14 +41,14 @@ def test_a_compiled_run_is_the_eager_one(pools: Pools, prepared_run: RunDirector
     compiled = changes | {"model": changes["model"] | {"compile": True}}
     first = pools(2).run(compiled_runs.work_on_compiled, run=str(runs["compiled"].path), changes=compiled, stop_after=2)
     assert [answer["graphs"] for answer in first] == [2, 2], "one for each size of micro-batch, and no break"
-    assert CheckpointReader(_final(runs["compiled"])).manifest.extra["compile"] is True
+    assert CheckpointReader(newest_checkpoint(runs["compiled"])).manifest.extra["compile"] is True
     last = pools(2).run(rank_tasks.work_on, run=str(runs["compiled"].path), changes=changes)[0]
     assert last["status"] == "finished"
     notes = [event.message for event in last["events"] if isinstance(event, NoteEvent)]
-    assert any(", compiled and now goes on" in note for note in notes)
-    assert _losses(runs["compiled"]) == _losses(runs["eager"])
-    assert sorted(_losses(runs["eager"])) == [1, 2, 3, 4]
-    found, wanted = (rank_tasks.read_state(_final(runs[name])) for name in ("compiled", "eager"))
+    assert any(", compiled and now runs on" in note for note in notes)
+    assert read_losses(runs["compiled"]) == read_losses(runs["eager"])
+    assert sorted(read_losses(runs["eager"])) == [1, 2, 3, 4]
+    found, wanted = (rank_tasks.read_final_state(runs[name]) for name in ("compiled", "eager"))
     assert found.keys() == wanted.keys()
     assert all(np.array_equal(found[name], wanted[name]) for name in wanted)
     assert not any("_orig_mod" in name for name in found)

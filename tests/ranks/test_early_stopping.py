@@ -40,5 +40,5 @@ def test_a_stop_at_a_rung_is_still_compared_there(
         rank_tasks.work_to_a_rung, run=str(run.path), rungs=(1, 2), stop_at=5, stop_request=StopRequest.STOP
     )
     assert result == {"status": "stopped", "step": 1}
-    assert asked == [1], "a resume goes on after it and would not ask again"
+    assert asked == [1], "a resume continues after it and would not ask again"
     assert [path.name[:14] for path in list_complete_checkpoints(run.checkpoints_dir)] == ["step_000000001"]

@@ -1,4 +1,4 @@
-"""Stop anywhere, go on anywhere: the same ranks bit for bit, other ranks and ZeRO stages from the same state."""
+"""Stop anywhere, resume anywhere: the same ranks bit for bit, other ranks and ZeRO stages from the same state."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from llm_training_toolkit.runs.attempts import find_last_attempt, read_attempt_r
 from llm_training_toolkit.runs.directory import RunDirectory
 from llm_training_toolkit.runs.goodput import read_seconds_by_category
 from rank_pool import RankPool
+from run_results import assert_same_state, newest_checkpoint, read_losses
 
 Pools = Callable[[int], RankPool]
 Fresh = Callable[[str], RunDirectory]
@@ -39,25 +40,6 @@ PATHS: dict[str, tuple[tuple[int, int | None], ...]] = {
 }
 
 
-def losses(run: RunDirectory) -> dict[int, float]:
-    """Training loss by step; the last attempt of a step counts."""
-    rows = [json.loads(line) for line in run.metrics_path.read_text().splitlines()]
-    return {row["step"]: row["train/loss"] for row in rows if "train/loss" in row}
-
-
-def final(run: RunDirectory) -> Path:
-    """The newest checkpoint."""
-    directory = find_latest_checkpoint(run.checkpoints_dir)
-    assert directory is not None
-    return directory
-
-
-def assert_same_state(found: dict[str, Any], wanted: dict[str, Any]) -> None:
-    assert found.keys() == wanted.keys()
-    for name, values in wanted.items():
-        assert np.array_equal(found[name], values), name
-
-
 def fetched(run: RunDirectory) -> dict[int, list[FetchedSequence]]:
     """The sequences that all ranks of all attempts fetched, by step, each with a checksum of its tokens."""
     found: dict[int, list[FetchedSequence]] = {}
@@ -67,9 +49,9 @@ def fetched(run: RunDirectory) -> dict[int, list[FetchedSequence]]:
     return {step: sorted(sequences) for step, sequences in found.items()}
 
 
-def assert_goes_on(run: RunDirectory, whole: RunDirectory, steps: range, precision: str) -> None:
+def assert_resumes_as(run: RunDirectory, whole: RunDirectory, steps: range, precision: str) -> None:
     """The losses of these steps are those of the undisturbed run, up to rounding."""
-    found, wanted = losses(run), losses(whole)
+    found, wanted = read_losses(run), read_losses(whole)
     tolerance = 1e-6 if precision == "fp32" else 1e-3
     assert max(abs(found[step] - wanted[step]) / wanted[step] for step in steps) < tolerance
 
@@ -78,7 +60,7 @@ def assert_goes_on(run: RunDirectory, whole: RunDirectory, steps: range, precisi
 def undisturbed(
     pools: Pools, prepared_run: RunDirectory, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[int, int, str], RunDirectory]:
-    """The run of so many ranks, a ZeRO stage and a precision that nothing disturbed, with its ledger; each once."""
+    """The run of so many ranks, a ZeRO stage and a precision that nothing disturbed, with its sample log; each once."""
 
     @cache
     def whole(workers: int, zero: int, precision: str) -> RunDirectory:
@@ -119,10 +101,10 @@ def test_stop_and_resume_is_bitwise_the_undisturbed_run(
     assert [(answer["status"], answer["step"]) for answer in stopped] == [("stopped", stop)] * 2
     resumed = pools(2).run(rank_tasks.work_on, run=str(halves.path), changes=changes)
     assert resumed[0]["status"] == "finished"
-    assert losses(halves) == losses(whole)
+    assert read_losses(halves) == read_losses(whole)
     assert fetched(halves) == fetched(whole)
-    assert_same_state(rank_tasks.read_state(final(halves)), rank_tasks.read_state(final(whole)))
-    manifest = CheckpointReader(final(halves)).manifest
+    assert_same_state(rank_tasks.read_final_state(halves), rank_tasks.read_final_state(whole))
+    manifest = CheckpointReader(newest_checkpoint(halves)).manifest
     assert (manifest.step, manifest.attempt) == (STEPS, 2)
     assert manifest.parent == f"step_{stop:09d}_a1"
     assert manifest.tokens == STEPS * 11 * 64
@@ -146,10 +128,10 @@ def test_state_in_host_memory_changes_nothing_and_may_move_at_a_resume(
         changes["engine"] = {"zero_stage": zero, "offload": offload}
         pools(2).run(rank_tasks.work_on, run=str(run.path), changes=changes, stop_after=stop)
     if zero == 3:  # there DeepSpeed adds up the norm of the gradients in another order
-        assert_goes_on(run, whole, range(1, STEPS + 1), precision)
+        assert_resumes_as(run, whole, range(1, STEPS + 1), precision)
     else:
-        assert losses(run) == losses(whole)
-        assert_same_state(rank_tasks.read_state(final(run)), rank_tasks.read_state(final(whole)))
+        assert read_losses(run) == read_losses(whole)
+        assert_same_state(rank_tasks.read_final_state(run), rank_tasks.read_final_state(whole))
 
 
 def test_another_host_and_a_clock_that_went_back_a_day_change_nothing(
@@ -169,9 +151,9 @@ def test_another_host_and_a_clock_that_went_back_a_day_change_nothing(
     for path in list(run.tensorboard_dir.iterdir()):
         path.rename(path.with_name(path.name.replace(path.name.split(".")[3], f"{int(tomorrow)}")))
     pools(2).run(rank_tasks.work_on, run=str(run.path), changes=changes)
-    assert losses(run) == losses(whole)
+    assert read_losses(run) == read_losses(whole)
     assert fetched(run) == fetched(whole)
-    assert_same_state(rank_tasks.read_state(final(run)), rank_tasks.read_state(final(whole)))
+    assert_same_state(rank_tasks.read_final_state(run), rank_tasks.read_final_state(whole))
     assert [CheckpointReader(path).manifest.step for path in list_complete_checkpoints(run.checkpoints_dir)] == [8, 9]
     split = read_seconds_by_category(json.loads(run.metrics_path.read_text().splitlines()[-1]))
     assert all(0 <= seconds < 1000 for seconds in split.values())
@@ -208,7 +190,7 @@ def test_workers_that_go_and_come_change_neither_sequences_nor_state_nor_what_fo
         assert answers[0]["step"] == (stop or STEPS)
     whole = undisturbed(PATHS[path][0][0], zero, precision)
     assert fetched(run) == fetched(whole)
-    assert_goes_on(
+    assert_resumes_as(
         run, whole, range(1, STEPS + 1), precision
     )  # five steps after the last change, seven after the first
 
@@ -224,7 +206,7 @@ def stopped_at(
         run = RunDirectory(tmp_path_factory.mktemp("stopped") / precision)
         shutil.copytree(prepared_run.path, run.path)
         pools(2).run(rank_tasks.work_on, run=str(run.path), changes=changed(2, precision), stop_after=STOP)
-        return final(run)
+        return newest_checkpoint(run)
 
     return checkpoint
 
@@ -237,7 +219,7 @@ def stopped_at(
         (3, 1, "bf16"),
     ],
 )
-def test_a_checkpoint_of_two_ranks_goes_on_with_any_number_under_any_stage(
+def test_a_checkpoint_of_two_ranks_resumes_with_any_number_under_any_stage(
     pools: Pools,
     fresh_run: Fresh,
     undisturbed: Undisturbed,
@@ -261,18 +243,18 @@ def test_a_checkpoint_of_two_ranks_goes_on_with_any_number_under_any_stage(
     shutil.copytree(checkpoint, run.checkpoints_dir / checkpoint.name)
     answers = pools(workers).run(rank_tasks.work_on, run=str(run.path), changes=changes)
     assert answers[0]["status"] == "finished"
-    assert sorted(losses(run)) == list(range(STOP + 1, STEPS + 1))
-    assert_goes_on(run, undisturbed(2, 2, precision), range(STOP + 1, STEPS + 1), precision)
+    assert sorted(read_losses(run)) == list(range(STOP + 1, STEPS + 1))
+    assert_resumes_as(run, undisturbed(2, 2, precision), range(STOP + 1, STEPS + 1), precision)
 
 
 def test_a_finished_run_takes_no_further_step(pools: Pools, fresh_run: Fresh) -> None:
     run = fresh_run("done")
     pools(2).run(rank_tasks.work_on, run=str(run.path))
-    before = rank_tasks.read_state(final(run))
+    before = rank_tasks.read_final_state(run)
     answers = pools(2).run(rank_tasks.work_on, run=str(run.path))
     assert (answers[0]["status"], answers[0]["step"]) == ("finished", STEPS)
-    assert_same_state(rank_tasks.read_state(final(run)), before)
-    assert sorted(losses(run)) == list(range(1, STEPS + 1))
+    assert_same_state(rank_tasks.read_final_state(run), before)
+    assert sorted(read_losses(run)) == list(range(1, STEPS + 1))
 
 
 def test_a_damaged_newest_checkpoint_is_set_aside_and_the_one_before_is_used(pools: Pools, fresh_run: Fresh) -> None:
@@ -280,11 +262,11 @@ def test_a_damaged_newest_checkpoint_is_set_aside_and_the_one_before_is_used(poo
     changes = {"checkpoint": {"interval": 2}}
     pools(2).run(rank_tasks.work_on, run=str(whole.path), changes=changes)
     pools(2).run(rank_tasks.work_on, run=str(run.path), changes=changes, stop_after=5)
-    victim = final(run) / "fragments_00001.safetensors"
+    victim = newest_checkpoint(run) / "fragments_00001.safetensors"
     victim.write_bytes(victim.read_bytes()[:-100])
     answers = pools(2).run(rank_tasks.work_on, run=str(run.path), changes=changes)
     assert any(isinstance(event, WarningEvent) and "damaged" in event.message for event in answers[0]["events"])
-    assert_same_state(rank_tasks.read_state(final(run)), rank_tasks.read_state(final(whole)))
+    assert_same_state(rank_tasks.read_final_state(run), rank_tasks.read_final_state(whole))
 
 
 def test_the_best_by_held_out_loss_stays_also_over_a_resume(pools: Pools, fresh_run: Fresh) -> None:
@@ -319,7 +301,7 @@ def test_a_run_over_epochs_ends_with_a_short_step_and_every_sequence_once(pools:
     sequences = place.dataset_info.streams[0].sequences_per_epoch[0]
     assert sequences % 8, "the last step of this test is meant to be short"
     assert (answers[0]["status"], answers[0]["step"]) == ("finished", -(-sequences // 8))
-    assert CheckpointReader(final(run)).manifest.tokens == sequences * 64
+    assert CheckpointReader(newest_checkpoint(run)).manifest.tokens == sequences * 64
 
 
 def test_a_run_lengthened_after_a_short_step_leaves_out_nothing(pools: Pools, fresh_run: Fresh) -> None:
@@ -337,7 +319,7 @@ def test_a_run_lengthened_after_a_short_step_leaves_out_nothing(pools: Pools, fr
     )
     steps = -(-first // 8) + -(-dataset_info.streams[0].sequences_per_epoch[1] // 8)
     assert (answers[0]["status"], answers[0]["step"]) == ("finished", steps)
-    manifest = CheckpointReader(final(run)).manifest
+    manifest = CheckpointReader(newest_checkpoint(run)).manifest
     assert manifest.sequences == dataset_info.total_sequences
     dataloader = PackedDataset(dataset_info, global_batch=8, epochs=2, origin=(-(-first // 8), first))
     seen = [placed for step in range(-(-first // 8), steps) for placed in dataloader.get_step_sequences(step)]
@@ -354,8 +336,8 @@ def test_a_loss_that_is_not_finite_stops_every_rank_and_names_step_and_documents
     with pytest.raises(TrainingError, match=r"step [2-9]: the (loss|gradient) is n.*module_\d+\.py") as caught:
         pools(2).run(rank_tasks.work_on, run=str(run.path), changes=changes)
     failed_step = int(str(caught.value).split(":")[0].removeprefix("step "))
-    assert CheckpointReader(final(run)).manifest.step == failed_step - 1
-    state = rank_tasks.read_state(final(run))
+    assert CheckpointReader(newest_checkpoint(run)).manifest.step == failed_step - 1
+    state = rank_tasks.read_final_state(run)
     assert all(np.isfinite(values).all() for name, values in state.items() if name.endswith("weights"))
     assert json.loads((run.attempts_dir / "0001.json").read_text())["state"] == "failed"
 
@@ -371,8 +353,8 @@ def test_weights_of_another_run_start_a_new_one(pools: Pools, fresh_run: Fresh) 
         "tokenizer": {"path": tokenizer, "train": None},
     }
     pools(2).run(rank_tasks.work_on, run=str(second.path), changes=changes)
-    assert losses(second)[1] < losses(first)[1] - 0.3
-    assert CheckpointReader(final(second)).manifest.step == STEPS
+    assert read_losses(second)[1] < read_losses(first)[1] - 0.3
+    assert CheckpointReader(newest_checkpoint(second)).manifest.step == STEPS
 
 
 def test_weights_of_another_run_keep_the_positions_they_were_trained_with(
@@ -390,7 +372,7 @@ def test_weights_of_another_run_keep_the_positions_they_were_trained_with(
     for run, origin in ((first, {"path": str(tmp_path / "published")}), (second, {"init_from": str(first.path)})):
         changes = {"model": {"config_overrides": {}, **origin}, "tokenizer": tokenizer}
         pools(1).run(rank_tasks.work_on, run=str(run.path), changes=changes, stop_after=1)
-        found = CheckpointReader(final(run)).manifest.extra["hf_config"]
+        found = CheckpointReader(newest_checkpoint(run)).manifest.extra["hf_config"]
         assert found["rope_parameters"].items() >= yarn.items()
         assert found["rms_norm_eps"] == 1e-5
 
@@ -411,7 +393,7 @@ def test_export_gives_the_engines_logits(pools: Pools, fresh_run: Fresh) -> None
     changes = {"export": {"at_end": True}, "train": {"precision": "bf16"}}
     pools(2).run(rank_tasks.work_on, run=str(run.path), changes=changes)
     ids = [[5, 17, 300, 42, 8, 111, 7, 64], [400, 3, 3, 9, 250, 31, 77, 1]]
-    place: dict[str, Any] = {"run": str(run.path), "checkpoint": str(final(run)), "changes": changes}
+    place: dict[str, Any] = {"run": str(run.path), "checkpoint": str(newest_checkpoint(run)), "changes": changes}
     wanted = pools(2).run(rank_tasks.logits_of, ids=ids, **place)[0]
     model = AutoModelForCausalLM.from_pretrained(run.export_dir)
     assert model.dtype == torch.bfloat16
@@ -431,4 +413,4 @@ def test_training_from_an_exported_directory_starts_at_its_loss(pools: Pools, fr
         "tokenizer": {"path": str(first.export_dir), "train": None},
     }
     pools(2).run(rank_tasks.work_on, run=str(second.path), changes=changes)
-    assert losses(second)[1] < losses(first)[1] - 0.3
+    assert read_losses(second)[1] < read_losses(first)[1] - 0.3

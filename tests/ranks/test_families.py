@@ -22,12 +22,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import rank_tasks
 from llm_training_toolkit import families
-from llm_training_toolkit.checkpoint import find_latest_checkpoint
 from llm_training_toolkit.config import Config, dump_config_json, parse_config
 from llm_training_toolkit.data.prepare.epochs import prepare_run_data
 from llm_training_toolkit.plan.memory.activations import ActivationCheckpointing
 from llm_training_toolkit.runs.directory import RunDirectory
 from rank_pool import RankPool
+from run_results import newest_checkpoint, read_losses
 from tiny_models import SHAPES
 from tiny_runs import tiny_config
 from vision_language import save_vision_language_model
@@ -175,17 +175,6 @@ def _copy(run: RunDirectory, changes: Mapping[str, Any], target: Path) -> RunDir
     return copy
 
 
-def _final(run: RunDirectory) -> Path:
-    directory = find_latest_checkpoint(run.checkpoints_dir)
-    assert directory is not None
-    return directory
-
-
-def _losses(run: RunDirectory) -> dict[int, float]:
-    rows = [json.loads(line) for line in run.metrics_path.read_text().splitlines()]
-    return {row["step"]: row["train/loss"] for row in rows if "train/loss" in row}
-
-
 @pytest.mark.parametrize("case", ROWS, ids=str)
 def test_a_model_is_loaded_trained_resumed_and_exported(
     pools: Pools, prepared: Callable[[str], Prepared], tmp_path: Path, case: Case
@@ -194,12 +183,12 @@ def test_a_model_is_loaded_trained_resumed_and_exported(
     changes = case.changes(base.weights, base.tokenizer)
     whole, rest = (_copy(base.run, changes, tmp_path / name) for name in ("whole", "rest"))
     assert pools(2).run(rank_tasks.work_on, run=str(whole.path))[0]["status"] == "finished"
-    assert sorted(_losses(whole)) == [1, 2, 3]
+    assert sorted(read_losses(whole)) == [1, 2, 3]
     first = whole.get_checkpoint_dir(1, 1)  # what a stop leaves, too: tests/ranks/test_elastic.py
     shutil.copytree(first, rest.checkpoints_dir / first.name)
     assert pools(2).run(rank_tasks.work_on, run=str(rest.path))[0]["status"] == "finished"
-    assert _losses(rest) == {step: loss for step, loss in _losses(whole).items() if step > 1}
-    found, wanted = (rank_tasks.read_state(_final(run)) for run in (rest, whole))
+    assert read_losses(rest) == {step: loss for step, loss in read_losses(whole).items() if step > 1}
+    found, wanted = (rank_tasks.read_final_state(run) for run in (rest, whole))
     assert found.keys() == wanted.keys()
     assert all(np.array_equal(found[name], wanted[name]) for name in wanted)
     assert all("lora_" in name for name in wanted) == case.is_lora
@@ -213,7 +202,7 @@ def _assert_exported(pools: Pools, run: RunDirectory, case: Case) -> None:
     round to bf16 before they add a bias, torch's do it once.
     """
     ids = [[5, 17, 300, 42, 8, 111, 7, 64], [400, 3, 3, 9, 250, 31, 77, 1]]
-    wanted = pools(2).run(rank_tasks.logits_of, run=str(run.path), checkpoint=str(_final(run)), ids=ids)[0]
+    wanted = pools(2).run(rank_tasks.logits_of, run=str(run.path), checkpoint=str(newest_checkpoint(run)), ids=ids)[0]
     found = pools(2).run(rank_tasks.reloaded_logits, directory=str(run.export_dir), precision=case.precision, ids=ids)[
         0
     ]

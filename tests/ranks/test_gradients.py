@@ -11,6 +11,7 @@ import pytest
 import rank_tasks
 from llm_training_toolkit.runs.directory import RunDirectory
 from rank_pool import RankPool
+from run_results import largest_gradient_error
 
 Pools = Callable[[int], RankPool]
 
@@ -26,13 +27,6 @@ def reference(pools: Pools, prepared_run: RunDirectory) -> tuple[float, float, d
     return found  # type: ignore[no-any-return]
 
 
-def distance(found: dict[str, Any], reference: dict[str, Any]) -> float:
-    """Largest error of a gradient relative to the largest gradient."""
-    assert found.keys() == reference.keys()
-    largest = max(float(np.abs(values).max()) for values in reference.values())
-    return max(float(np.abs(found[name] - reference[name]).max()) for name in reference) / largest
-
-
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
 @pytest.mark.parametrize(("workers", "micro_batch"), SPLITS)
 def test_gradients_agree_between_splits_and_stages(
@@ -43,7 +37,7 @@ def test_gradients_agree_between_splits_and_stages(
         rank_tasks.gradients, run=str(prepared_run.path), changes=changes, micro_batch=micro_batch
     )
     loss, norm, found = answers[0]
-    assert distance(found, reference[2]) < 1e-5
+    assert largest_gradient_error(found, reference[2]) < 1e-5
     assert loss == pytest.approx(reference[0], rel=1e-6)
     assert norm == pytest.approx(reference[1], rel=1e-5)
 
@@ -89,7 +83,7 @@ def test_gradients_of_a_mixture_agree_between_splits_and_stages(
     answers = pools(workers).run(
         rank_tasks.gradients, run=str(prepared_run.path), changes=changes, micro_batch=micro_batch
     )
-    assert distance(answers[0][2], whole) < 1e-5
+    assert largest_gradient_error(answers[0][2], whole) < 1e-5
     assert answers[0][0] == pytest.approx(loss, rel=1e-6)
     assert answers[0][1] == pytest.approx(norm, rel=1e-5)
 
@@ -103,7 +97,7 @@ def test_a_rank_with_nothing_but_empty_micro_batches_adds_nothing(
         rank_tasks.gradients, run=str(prepared_run.path), changes=changes, micro_batch=1, step=3
     )
     answers = pools(2).run(rank_tasks.gradients, run=str(prepared_run.path), changes=changes, micro_batch=1, step=3)
-    assert distance(answers[0][2], alone) < 1e-5
+    assert largest_gradient_error(answers[0][2], alone) < 1e-5
     assert answers[0][0] == pytest.approx(loss, rel=1e-6)
 
 
@@ -117,7 +111,7 @@ def test_first_loss_in_bf16_is_the_same_for_every_stage(
     ]
     assert loss == pytest.approx(reference[0], rel=1e-3)
     assert norm == pytest.approx(reference[1], rel=2e-2)
-    assert distance(found, reference[2]) < 5e-2
+    assert largest_gradient_error(found, reference[2]) < 5e-2
 
 
 def test_the_norm_in_bf16_does_not_depend_on_the_number_of_workers(pools: Pools, prepared_run: RunDirectory) -> None:

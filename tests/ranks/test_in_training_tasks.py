@@ -58,7 +58,7 @@ def test_a_stop_breaks_the_tasks_off_and_the_next_start_makes_up_for_them(
     assert [step for step, name in evaluated(run) if name == FIGURES[0]] == [4, 8, 9]
 
 
-def test_what_cannot_be_exported_is_said_and_the_run_goes_on(
+def test_a_failed_export_is_reported_and_the_run_continues(
     pools: Callable[[int], RankPool], fresh_run: Callable[[str], RunDirectory]
 ) -> None:
     run = fresh_run("no-room")

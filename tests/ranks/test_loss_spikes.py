@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 import rank_tasks
-from llm_training_toolkit.checkpoint import CheckpointReader, find_latest_checkpoint
+from llm_training_toolkit.checkpoint import CheckpointReader
 from llm_training_toolkit.checkpoint.state import SkippedStep
 from llm_training_toolkit.data.prepare.epochs import prepare_run_data
 from llm_training_toolkit.distributed.events import WarningEvent
@@ -19,6 +16,7 @@ from llm_training_toolkit.errors import TrainingError
 from llm_training_toolkit.runs.directory import RunDirectory
 from llm_training_toolkit.train.loss_spikes import MAX_CONSECUTIVE_SKIPS, MIN_SPIKE_STEPS
 from rank_pool import RankPool
+from run_results import assert_same_state, newest_checkpoint, read_training_rows
 
 Pools = Callable[[int], RankPool]
 Fresh = Callable[[str], RunDirectory]
@@ -57,25 +55,8 @@ def prepared(fresh_run: Fresh) -> Fresh:
     return make
 
 
-def final(run: RunDirectory) -> Path:
-    directory = find_latest_checkpoint(run.checkpoints_dir)
-    assert directory is not None
-    return directory
-
-
-def rows(run: RunDirectory) -> dict[int, dict[str, float]]:
-    found = [json.loads(line) for line in run.metrics_path.read_text().splitlines()]
-    return {row["step"]: row for row in found if "train/loss" in row}
-
-
-def assert_same_state(found: Path, wanted: Path) -> None:
-    mine, other = rank_tasks.read_state(found), rank_tasks.read_state(wanted)
-    for name, values in other.items():
-        assert np.array_equal(mine[name], values), name
-
-
 @pytest.mark.parametrize(("zero", "precision"), [(0, "fp32"), (0, "bf16"), (3, "fp32")])
-def test_an_update_is_left_out_and_the_run_goes_on_bit_for_bit_wherever_it_was_stopped(
+def test_an_update_is_skipped_and_a_resume_anywhere_is_bitwise_the_same(
     pools: Pools, prepared: Fresh, zero: int, precision: str
 ) -> None:
     setting = changes(engine={"zero_stage": zero}, train={"precision": precision})
@@ -83,10 +64,10 @@ def test_an_update_is_left_out_and_the_run_goes_on_bit_for_bit_wherever_it_was_s
     options: dict[str, Any] = {"spoilt": [SPOILT], "changes": setting}
     answers = pools(2).run(rank_tasks.work_on_spoilt_data, run=str(whole.path), **options)
     assert [answer["status"] for answer in answers] == ["finished"] * 2
-    manifest = CheckpointReader(final(whole)).manifest
+    manifest = CheckpointReader(newest_checkpoint(whole)).manifest
     assert manifest.skips == (SkippedStep(SPOILT + 1, SPOILT * BATCH, BATCH),)
     assert manifest.update_count == STEPS - 1
-    assert [step for step, row in rows(whole).items() if "optim/skipped" in row] == [SPOILT + 1]
+    assert [step for step, row in read_training_rows(whole).items() if "optim/skipped" in row] == [SPOILT + 1]
     [warning] = [
         event.message
         for event in answers[0]["events"]
@@ -96,15 +77,15 @@ def test_an_update_is_left_out_and_the_run_goes_on_bit_for_bit_wherever_it_was_s
         assert words in warning
     for run, stop in ((before, SPOILT - 1), (after, SPOILT + 2)):
         pools(2).run(rank_tasks.work_on_spoilt_data, run=str(run.path), stop_after=stop, **options)
-        assert CheckpointReader(final(run)).manifest.step == stop
+        assert CheckpointReader(newest_checkpoint(run)).manifest.step == stop
         pools(2).run(rank_tasks.work_on_spoilt_data, run=str(run.path), **options)
-        losses = {step: row["train/loss"] for step, row in rows(run).items()}
-        assert losses == {step: row["train/loss"] for step, row in rows(whole).items()}
-        assert CheckpointReader(final(run)).manifest.skips == manifest.skips
-        assert_same_state(final(run), final(whole))
+        losses = {step: row["train/loss"] for step, row in read_training_rows(run).items()}
+        assert losses == {step: row["train/loss"] for step, row in read_training_rows(whole).items()}
+        assert CheckpointReader(newest_checkpoint(run)).manifest.skips == manifest.skips
+        assert_same_state(rank_tasks.read_final_state(run), rank_tasks.read_final_state(whole))
 
 
-def test_by_default_the_run_stops_as_it_was_before_and_goes_on_as_it_is_told(pools: Pools, prepared: Fresh) -> None:
+def test_by_default_the_run_stops_as_it_was_before_and_resumes_as_configured(pools: Pools, prepared: Fresh) -> None:
     run, whole = prepared("stops"), prepared("skips")
     stop = changes(failures={"on_loss_spike": "stop"})
     words = (
@@ -113,10 +94,10 @@ def test_by_default_the_run_stops_as_it_was_before_and_goes_on_as_it_is_told(poo
     for _ in range(2):
         with pytest.raises(TrainingError, match=words):
             pools(2).run(rank_tasks.work_on_spoilt_data, run=str(run.path), spoilt=[SPOILT], changes=stop)
-        assert CheckpointReader(final(run)).manifest.step == SPOILT
+        assert CheckpointReader(newest_checkpoint(run)).manifest.step == SPOILT
     for each in (run, whole):
         pools(2).run(rank_tasks.work_on_spoilt_data, run=str(each.path), spoilt=[SPOILT], changes=changes())
-    assert_same_state(final(run), final(whole))
+    assert_same_state(rank_tasks.read_final_state(run), rank_tasks.read_final_state(whole))
 
 
 def test_a_loss_that_stays_high_is_no_spike_for_ever(pools: Pools, prepared: Fresh) -> None:
@@ -125,5 +106,5 @@ def test_a_loss_that_stays_high_is_no_spike_for_ever(pools: Pools, prepared: Fre
     spoilt = list(range(SPOILT, STEPS + 40))
     with pytest.raises(TrainingError, match=f"after {MAX_CONSECUTIVE_SKIPS} updates in a row that were left out"):
         pools(2).run(rank_tasks.work_on_spoilt_data, run=str(run.path), spoilt=spoilt, changes=longer)
-    manifest = CheckpointReader(final(run)).manifest
+    manifest = CheckpointReader(newest_checkpoint(run)).manifest
     assert (manifest.step, manifest.update_count) == (SPOILT + MAX_CONSECUTIVE_SKIPS, SPOILT)

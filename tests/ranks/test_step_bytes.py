@@ -43,9 +43,10 @@ def count_step(
     zero: int,
     zero_block: dict[str, int],
     sequence_parallel: int = 1,
+    nodes: int = 1,
     **model: Any,
-) -> tuple[Plan, list[tuple[int, int]]]:
-    """The plan, and the bytes that each rank sends and holds."""
+) -> tuple[Plan, list[tuple[int, int, int]]]:
+    """The plan, and the bytes that each rank sends to all, sends within its node, and holds."""
     changes: dict[str, Any] = {
         "model": MODEL | model,
         "train": {
@@ -56,6 +57,7 @@ def count_step(
         "engine": {
             "zero_stage": zero,
             "sequence_parallel": sequence_parallel,
+            "zero_hpz_partition_size": 1 if nodes == 1 else workers // nodes,
             "deepspeed": {"zero_optimization": zero_block} if zero_block else {},
         },
         "cluster": {"workers": workers},
@@ -75,7 +77,23 @@ def test_ranks_send_and_hold_what_the_plan_counts(
     sent = count_exchanged_bytes(build_exchange_workload(plan, plan.micro_batch)).total
     assert [each[0] for each in found] == pytest.approx([sent] * workers, rel=0.01)
     held = 1e9 * sum(plan.memory_gb_per_device.values())
-    assert [each[1] for each in found] == pytest.approx([held] * workers, rel=0.05)
+    assert [each[2] for each in found] == pytest.approx([held] * workers, rel=0.05)
+
+
+@pytest.mark.parametrize(("zero_block", "gathered"), [(SHARD_ALL, PASSES), (GATHER_TWICE, 2 * PASSES)])
+def test_with_a_second_partition_weights_pass_between_nodes_once_a_step(
+    pools: Callable[[int], RankPool], prepared_run: RunDirectory, zero_block: dict[str, int], gathered: int
+) -> None:
+    untied = MODEL["config_overrides"] | {"tie_word_embeddings": False}
+    plan, found = count_step(pools, prepared_run, 4, 3, zero_block, nodes=2, config_overrides=untied)
+    exchange = count_exchanged_bytes(build_exchange_workload(plan, plan.micro_batch))
+    weights = 2 * plan.parameters
+    assert (exchange.overlapped, exchange.grouped) == (weights, (gathered - 1) * weights)
+    assert [each[0] for each in found] == pytest.approx([exchange.overlapped + exchange.exposed] * 4, rel=0.01)
+    assert [each[1] for each in found] == pytest.approx([exchange.grouped] * 4, rel=0.01)
+    if zero_block is SHARD_ALL:  # weights stay gathered, as the plan assumes for a small model
+        held = 1e9 * sum(plan.memory_gb_per_device.values())
+        assert [each[2] for each in found] == pytest.approx([held] * 4, rel=0.05)
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])

@@ -32,5 +32,5 @@ def test_changing_a_held_out_document_changes_no_loss_and_no_logit_of_another(
     itself = np.eye(documents, dtype=bool)
     assert (np.array(found["same_logits"]) != itself).all()
     assert ((changed == loss) != itself).all()
-    # The same with positions that go on through the row: then the later ones see the earlier ones.
+    # The same with positions that continue through the row: then the later ones see the earlier ones.
     assert (leaking[0, 1:] != leaking[-1, 1:]).all()

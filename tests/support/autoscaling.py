@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -16,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
+from machine_limits import find_free_port
 
 _HEAD = "f" * 51 + "00000"
 """The head's name for the provider of nodes below."""
@@ -28,7 +29,7 @@ _RAY = str(Path(sys.executable).parent / "ray")
 def autoscaling_cluster(most: int) -> Iterator[Mapping[str, str]]:
     """A head without CPU and up to `most` nodes of the type `cpu-worker` with one; the environment to join it with."""
     folder = Path(tempfile.mkdtemp(prefix="ltt-auto-"))  # a socket's path must be short
-    port = _free_port()
+    port = find_free_port()
     address = f"127.0.0.1:{port}"
     file = folder / "autoscaler.json"
     file.write_text(json.dumps(_configuration(address, most)))
@@ -39,7 +40,12 @@ def autoscaling_cluster(most: int) -> Iterator[Mapping[str, str]]:
     head["RAY_NODE_TYPE_NAME"] = "ray.head.default"
     command = [_RAY, "start", "--head", "--block", "--num-cpus", "0", "--port", str(port), "--temp-dir", str(folder)]
     command += ["--include-dashboard=false", f"--autoscaling-config={file}", "--disable-usage-stats"]
-    command += ["--ray-client-server-port", str(_free_port()), "--dashboard-agent-listen-port", str(_free_port())]
+    command += [
+        "--ray-client-server-port",
+        str(find_free_port()),
+        "--dashboard-agent-listen-port",
+        str(find_free_port()),
+    ]
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(command, env=environment | head, stdout=log, stderr=log)
     try:
@@ -51,12 +57,6 @@ def autoscaling_cluster(most: int) -> Iterator[Mapping[str, str]]:
         for left in [found for found in psutil.process_iter() if _works_in(found, folder)]:  # nodes it has added
             left.kill()
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def _works_in(process: psutil.Process, folder: Path) -> bool:

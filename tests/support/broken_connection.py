@@ -1,4 +1,4 @@
-"""A connection that can be cut: everything that goes through this port goes on to another, until it does not."""
+"""A connection that can be cut: everything that comes to this port is passed to another, until it does not."""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
-"""Writing a checkpoint in one go, for tests that are about something else."""
+"""Checkpoints in one go, and their manifests, for tests that are about something else."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,3 +29,20 @@ def save(
     commit_checkpoint(
         context, AsyncWrite(context.rank, directory, pieces, optimizer, allocate_host_buffer(pieces)), manifest
     )
+
+
+def build_manifest(step: int = 1, shapes: Mapping[str, tuple[int, ...]] | None = None, **changes: Any) -> Manifest:
+    """The manifest of one rank's checkpoint at a step, with one sequence of one token a step unless changed."""
+    values: dict[str, Any] = {
+        "tokens": step,
+        "sequences": step,
+        "attempt": 1,
+        "parent": None,
+        "world_size": 1,
+        "zero": 0,
+        "threads": 1,
+        "config_fingerprint": "c",
+        "data_fingerprint": "d",
+        "versions": {},
+    }
+    return Manifest(step=step, shapes=shapes or {}, **(values | changes))

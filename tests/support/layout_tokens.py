@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from llm_training_toolkit.config.data_config import SourceConfig
+from llm_training_toolkit.config.source_config import SourceConfig
 from llm_training_toolkit.data.prepare.renderer import DocumentRenderer
 from llm_training_toolkit.data.sources import read_source_documents
 from llm_training_toolkit.data.tokenizer import TokenizationSpec, open_tokenizer, train_tokenizer

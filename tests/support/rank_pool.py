@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import socket
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+from machine_limits import find_free_port
 
 Task = Callable[..., Any]
 _CONTEXT = multiprocessing.get_context("spawn")
@@ -24,7 +25,7 @@ class RankPool:
 
     def __init__(self, world_size: int, log: Path) -> None:
         self.world_size = world_size
-        port = _free_port()
+        port = find_free_port()
         self._pipes: list[Connection] = []
         self._processes = []
         for rank in range(world_size):
@@ -78,12 +79,6 @@ class _Failure:
         self.error = error
         self.harmless = isinstance(error, ToolkitError)
         self.text = traceback.format_exc()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _serve(rank: int, world_size: int, port: int, pipe: Connection, log: Path) -> None:

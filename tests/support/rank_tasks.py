@@ -15,12 +15,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from checkpoints import save
-from llm_training_toolkit.checkpoint import CheckpointReader, Manifest
+from checkpoints import build_manifest, save
+from llm_training_toolkit.checkpoint import CheckpointReader
 from llm_training_toolkit.checkpoint.restore import restore_engine
 from llm_training_toolkit.config import parse_config
+from llm_training_toolkit.data.collate import MicroBatch, build_full_batch
 from llm_training_toolkit.data.dataloader import DataLoader
-from llm_training_toolkit.data.dataset import MicroBatch, build_full_batch
 from llm_training_toolkit.data.prepare.dataset_info import DatasetInfo
 from llm_training_toolkit.data.prepare.epochs import build_data_facts
 from llm_training_toolkit.distributed.context import RunContext, StopRequest
@@ -39,6 +39,7 @@ from llm_training_toolkit.worker.build import build_run_model
 from llm_training_toolkit.worker.hub_download import ensure_local_weights
 from llm_training_toolkit.worker.main import run_worker
 from llm_training_toolkit.worker.spec import WorkerSpec
+from run_results import newest_checkpoint
 from synchronizations import SynchronizationCounter
 
 Arrays = dict[str, np.ndarray[Any, Any]]
@@ -76,7 +77,7 @@ def engine_of(place: WorkerSpec, plan: Plan) -> Engine:
 
 def plan_of(place: WorkerSpec) -> Plan:
     """The plan of a run directory's configuration for this pool."""
-    return make_plan(place.config, build_data_facts(place.dataset_info), ranks=dist.get_world_size())
+    return make_plan(place.config, ranks=dist.get_world_size()).with_data(build_data_facts(place.dataset_info))
 
 
 def share_of(plan: Plan) -> range:
@@ -153,20 +154,7 @@ def whole_state(engine: Engine, directory: str) -> Arrays:
     """Every weight and moment, gathered by writing and reading a checkpoint of the engine."""
     shapes = engine.shapes
 
-    manifest = Manifest(
-        step=0,
-        tokens=0,
-        sequences=0,
-        attempt=1,
-        parent=None,
-        world_size=dist.get_world_size(),
-        zero=engine.stage,
-        threads=1,
-        config_fingerprint="",
-        data_fingerprint="",
-        versions={},
-        shapes=shapes,
-    )
+    manifest = build_manifest(0, shapes, world_size=dist.get_world_size(), zero=engine.stage)
     save(context(), Path(directory), engine.owned_fragments(), engine.optimizer, manifest)
     return read_state(Path(directory))
 
@@ -179,6 +167,11 @@ def read_state(directory: Path) -> Arrays:
         for name, shape in checkpoint.manifest.shapes.items()
         for key in ("weights", "exp_avg", "exp_avg_sq")
     }
+
+
+def read_final_state(run: RunDirectory) -> Arrays:
+    """Every weight and moment in the newest checkpoint of a run."""
+    return read_state(newest_checkpoint(run))
 
 
 def updated(run: str, changes: Mapping[str, Any], directory: str) -> Arrays:

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -40,6 +42,8 @@ class StepBytes(LiveBytes):  # type: ignore[no-untyped-call]
         self.standing = 0
         """Bytes of every tensor's storage in this process before."""
         self.sent = 0
+        self.sent_in_groups = 0
+        """By collectives of fewer than all ranks."""
         seen = set()
         for each in gc.get_objects():
             if issubclass(type(each), Tensor) and each.device.type == "cpu":
@@ -56,8 +60,19 @@ class StepBytes(LiveBytes):  # type: ignore[no-untyped-call]
             return super().__torch_dispatch__(func, types, args, kwargs)
         tensors = [each for each in pytree.tree_leaves(args) if isinstance(each, Tensor)]
         size = max((each.numel() * each.element_size() for each in tensors), default=0)
-        self.sent += size * _RING[func._schema.name.split("::")[1]] if size > _ONE_NUMBER else 0
+        if size > _ONE_NUMBER:
+            sent = size * _RING[func._schema.name.split("::")[1]]
+            if _count_ranks(args) < dist.get_world_size():
+                self.sent_in_groups += sent
+            else:
+                self.sent += sent
         return func(*args, **(kwargs or {}))
+
+
+def _count_ranks(args: Any) -> int:
+    """Return the ranks of a collective's process group."""
+    groups = [each for each in pytree.tree_leaves(args) if isinstance(each, torch.ScriptObject)]
+    return min(dist.ProcessGroup.unbox(each).size() for each in groups if "ProcessGroup" in str(each._type()))
 
 
 def _is_within_collective() -> bool:
@@ -68,8 +83,11 @@ def _is_within_collective() -> bool:
     return frame.f_globals["__name__"] == "torch.distributed.distributed_c10d" and frame.f_code.co_name != "wrapper"
 
 
-def count_step_bytes(run: str, changes: Mapping[str, Any], passes: int) -> tuple[int, int]:
-    """Bytes that this rank sends in a step of some micro-batches, and those that live at its peak for the engine."""
+def count_step_bytes(run: str, changes: Mapping[str, Any], passes: int) -> tuple[int, int, int]:
+    """Bytes that this rank sends to all ranks in a step of some micro-batches, and within groups of ranks.
+
+    The third are those that live at its peak for the engine.
+    """
     place = place_of(run, changes)
     before = StepBytes().standing
     engine = engine_of(place, plan_of(place))
@@ -84,4 +102,4 @@ def count_step_bytes(run: str, changes: Mapping[str, Any], passes: int) -> tuple
         engine.forward_backward(batches, 100)
         engine.optim_step(1e-3)
     engine.close()
-    return counted.sent, counted.standing - before + counted.peak
+    return counted.sent, counted.sent_in_groups, counted.standing - before + counted.peak

@@ -76,7 +76,7 @@ def refusals(hf_config: HfConfig, directories: Sequence[str], nodes: Sequence[st
 
 
 def failed_cast(hf_config: HfConfig, directory: str) -> str:
-    """The error of rank 1, whose cast of the third tensor fails; it then lets rank 0 go on, which waits for it."""
+    """The error of rank 1, whose cast of the third tensor fails; it then releases rank 0, which waits for it."""
     ranks = context()
     with form_node_group(ranks, "one") as node, WeightStream(directory, ranks, node) as stream:
         names = sorted(stream.get_state_dict(), key=core_model_loading.dot_natural_key)

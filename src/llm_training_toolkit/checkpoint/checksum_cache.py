@@ -25,7 +25,7 @@ _MIN_AGE_SECONDS = 2.0
 def read_sha256(path: Path, cache: Path) -> str:
     """Return a file's SHA-256: the cached one of an untouched file, or computed and kept in `cache`.
 
-    A cache that cannot be read or written costs the computation, and is no error.
+    An unreadable or unwritable cache costs the computation alone.
     """
     started, before = time.time(), path.stat()
     marks = _describe_file(path, before)

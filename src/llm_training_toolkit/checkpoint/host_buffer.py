@@ -1,7 +1,7 @@
 """Serialization of a rank's checkpoint file into host memory, the only part of a save that a step waits for.
 
 The format is safetensors: length of the header, header in JSON, values of one tensor after another. From a GPU the
-values are copied by a stream of their own into page-locked memory: the process goes on, the GPU's next kernels wait.
+values are copied by a stream of their own into page-locked memory: the process continues, the GPU's next kernels wait.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def _touch_pages(pages: mmap.mmap) -> None:
 
 
 def _lock_pages(pages: mmap.mmap, device: torch.device) -> None:
-    """Page-lock memory for copies from a GPU. Without it, if the system allows no more, copies are only slower."""
+    """Page-lock memory for copies from a GPU. If the system refuses it, copies are only slower."""
     import torch  # noqa: PLC0415 - as above
 
     with torch.cuda.device(device):  # a new thread would create a context on the first GPU

@@ -197,7 +197,7 @@ class CheckpointManager:
         try:
             apply_retention_policy(self._run, self._rule, attempt=self._lineage.attempt, losses=self._losses)
         except OSError as error:
-            message = f"old checkpoints of {self._run.uri} cannot be deleted ({error}); training goes on"
+            message = f"old checkpoints of {self._run.uri} cannot be deleted ({error}); training continues"
             self._context.report(WarningEvent(message))
 
     def _describe_checkpoint(self, progress: TrainState) -> Manifest:

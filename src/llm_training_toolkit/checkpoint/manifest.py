@@ -1,4 +1,4 @@
-"""Checkpoint manifest: the contents of a checkpoint. Written last, so a directory without one is no checkpoint."""
+"""Checkpoint manifest: the contents of a checkpoint. Written last: it makes the directory a checkpoint."""
 
 from __future__ import annotations
 

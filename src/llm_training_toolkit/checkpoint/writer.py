@@ -3,7 +3,7 @@
     AsyncWrite           copies the fragments out of the device; a thread writes, hashes and syncs them
     commit_checkpoint    once every rank's thread is done: gathers the results, rank 0 writes the manifest
 
-Threads use no collectives, so they cannot interleave with those of training. If one rank fails, all ranks raise, the
+Threads use no collectives, which would interleave with those of training. If one rank fails, all ranks raise, the
 incomplete checkpoint is deleted, and earlier ones are untouched.
 """
 

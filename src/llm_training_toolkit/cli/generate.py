@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from llm_training_toolkit.cli.options import AsJson
 from llm_training_toolkit.config.printable import escape_control_characters
 from llm_training_toolkit.runs.directory import RunDirectory, check_run, find_model_directory
 from llm_training_toolkit.runs.storage.open import open_path
@@ -44,7 +45,7 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0 = greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto = a GPU if present.")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Generate text: continue a prompt, fill the gap before a suffix, or chat."""
     _check_generate_options(prompt, suffix, system, chat=chat, as_json=as_json)

@@ -9,6 +9,8 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from llm_training_toolkit.cli.options import ConfigFile, Overrides
+
 Address = Annotated[
     str,
     typer.Option(envvar="RAY_API_SERVER_ADDRESS", help="Ray dashboard: http://HOST:8265", show_default=False),
@@ -23,10 +25,8 @@ jobs = typer.Typer(
 
 
 def submit(
-    config: Annotated[Path, typer.Argument(help="YAML file of the run.", show_default=False)],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="Single fields, as key=value: train.steps=100", show_default=False)
-    ] = None,
+    config: ConfigFile,
+    overrides: Overrides = None,
     *,
     address: Address,
     cluster: Annotated[
@@ -114,7 +114,7 @@ def stop(name: Name, *, address: Address) -> None:
     code = stop_job(JobHandle(client, job.id, address, console), console)
     stopped = code == EXIT_CODES["stopped"]
     console.print_line(
-        f"stopped; `ltt jobs resume {name}` goes on" if stopped else f"it had ended by itself: exit code {code}"
+        f"stopped; `ltt jobs resume {name}` resumes it" if stopped else f"it had ended by itself: exit code {code}"
     )
 
 

@@ -14,7 +14,7 @@ _READERS = {"s3": "boto3", "gs": "gcsfs"}  # package with which TensorBoard read
 
 
 def show_in_tensorboard(where: str, host: str, port: int) -> NoReturn:
-    """Replace this process with TensorBoard. Raises ConfigError without runs or without the package for the URI."""
+    """Replace this process with TensorBoard. Raises ConfigError if runs or the package for the URI are missing."""
     options = ["--logdir", find_log_directory(where), "--host", host, "--port", str(port)]
     if "://" in where:
         options += ["--load_fast", "false"]  # the fast loader reads local files only

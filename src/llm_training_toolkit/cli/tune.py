@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from llm_training_toolkit.cli.options import AsJson
 from llm_training_toolkit.errors import ToolkitError, format_os_error
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ def tune(
         typer.Argument(help="Single fields of the search file, as key=value: trials=16", show_default=False),
     ] = None,
     *,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Search hyperparameters with Ray Tune. The same command resumes; finished trials stay."""
     from llm_training_toolkit.launch.request import EXIT_CODES, build_failure_json
@@ -39,7 +40,7 @@ def tune(
             spec = read_search(search, overrides or [])
             status, found = run_search(spec, console)
         except KeyboardInterrupt:
-            console.print_line("interrupted: the same command goes on")
+            console.print_line("interrupted: the same command resumes")
             if as_json:
                 out.write(json.dumps(_build_interrupted_json(spec)) + "\n")
             raise typer.Exit(EXIT_CODES["stopped"]) from None
@@ -54,7 +55,7 @@ def tune(
         if as_json:
             out.write(json.dumps(found) + "\n")
         elif status == "stopped":
-            console.print_line("stopped: the same command goes on with the trials that had begun")
+            console.print_line("stopped: the same command resumes the trials that had begun")
         elif found["best"] is not None:
             console.print_line(f"best: {found['best']['trial']}, {found['best']['value']}: {found['search']}/best.yaml")
             console.print_line(f"{found['tokens']:,} tokens in all; the report: {found['search']}/report.html")
@@ -65,7 +66,7 @@ def tune(
 
 
 def _build_interrupted_json(spec: SearchSpec | None) -> dict[str, Any]:
-    """Return the summary of what has been done so far; without a search if it was not read yet."""
+    """Return the summary of the work so far; its search is absent until it has been read."""
     if spec is None:
         return {"search": None, "best": None, "trials": [], "tokens": 0}
     from llm_training_toolkit.search.event_log import EventLog

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from llm_training_toolkit.config import Config
-from llm_training_toolkit.config.data_config import SourceConfig
+from llm_training_toolkit.config.source_config import SourceConfig
 from llm_training_toolkit.config.uri import is_uri
 from llm_training_toolkit.data.sources.files import get_compression_suffix
 from llm_training_toolkit.data.sources.find import list_source_files

@@ -1,4 +1,4 @@
-"""`ltt doctor`: checks of this machine, each with its remedy. Trains nothing and starts no Ray."""
+"""`ltt doctor`: checks of this machine, each with its remedy. It does not train, and leaves Ray alone."""
 
 from __future__ import annotations
 

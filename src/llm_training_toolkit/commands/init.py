@@ -14,7 +14,7 @@ from llm_training_toolkit.config import Config
 from llm_training_toolkit.config.load import parse_config
 from llm_training_toolkit.errors import PlanError
 from llm_training_toolkit.families import ModelSize, find_size
-from llm_training_toolkit.plan import make_plan
+from llm_training_toolkit.plan import estimate_memory, make_plan, plan_workload
 
 StarterKind = Literal["chat", "code", "text", "scratch"]
 DocumentKind = Literal["chat", "code", "text"]
@@ -69,7 +69,7 @@ def detect_machine() -> TrainingMachine:
 
 
 def format_starter_config(request: StarterRequest, machine: TrainingMachine) -> str:
-    """Return the YAML text of a run that plans without problems, except for weights that are not here yet.
+    """Return the YAML text of a run that plans without problems, except for weights still to be fetched.
 
     Raises PlanError for an unknown model, and with the plan's problems.
     """
@@ -163,7 +163,9 @@ def _describe_source(source: dict[str, Any]) -> str:
 
 
 def _estimate_memory_gb(data: dict[str, Any]) -> float:
-    return sum(make_plan(_parse(data)).memory_gb_per_device.values())
+    config = _parse(data)
+    workload = plan_workload(config, max(config.cluster.min_workers, 1))
+    return sum(estimate_memory(workload).to_gigabytes().values())
 
 
 def _parse(data: dict[str, Any]) -> Config:

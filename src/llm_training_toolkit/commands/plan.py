@@ -15,6 +15,7 @@ from llm_training_toolkit.plan import (
     make_plan,
     resolve_for_hardware,
 )
+from llm_training_toolkit.plan.forecast.settings_search import SettingsSearch, search_settings
 from llm_training_toolkit.runs.directory import RunDirectory
 from llm_training_toolkit.runs.status import read_run_speed
 from llm_training_toolkit.runs.storage.open import get_run_location
@@ -39,20 +40,32 @@ def plan_run(config: Config, cluster: Path | None = None) -> tuple[Plan, Cluster
     return estimate.add_to_plan(plan), estimate
 
 
+def search_run_settings(config: Config, cluster: Path) -> tuple[Plan, SettingsSearch]:
+    """Return the plan of a run as it is, and the search for faster and cheaper settings on the cluster of a file.
+
+    Raises PlanError for problems that no searched setting mends, ConfigError for a bad cluster file.
+    """
+    from llm_training_toolkit.plan.forecast.cluster_file import read_hardware
+
+    plan = _with_hub_answer(config, _make_plan(config))
+    return plan, search_settings(config, plan, read_hardware(cluster))
+
+
 def _make_plan(config: Config) -> Plan:
     """Return the plan, with the length of a run over epochs estimated by the bytes of its files."""
+    plan = make_plan(config)
     if config.train.epochs is None:
-        return make_plan(config)
+        return plan
     from llm_training_toolkit.commands.data_estimate import estimate_data_facts, format_estimate_note
 
     facts = estimate_data_facts(config)
     if facts is None:
-        return make_plan(config)
-    return make_plan(config, facts).with_notes([format_estimate_note(facts, config)])
+        return plan
+    return plan.with_data(facts).with_notes([format_estimate_note(facts, config)])
 
 
 def read_measured_speed(config: Config) -> MeasuredSpeed | None:
-    """Return the speed of the run in its newest steps, or None if it has not begun on this disk or has no MFU."""
+    """Return the speed of the run in its newest steps, or None unless it has begun on this disk and has an MFU."""
     if is_uri(config.run.dir):
         return None
     run = RunDirectory(Path(get_run_location(config)))
@@ -72,4 +85,4 @@ def _with_hub_answer(config: Config, plan: Plan) -> Plan:
     if answer.unreachable:
         note = f"The hub cannot be asked for model.path ({answer.unreachable}): it is checked when training starts."
         plan = replace(plan, notes=(*plan.notes, note))
-    return plan if answer.problem is None else replace(plan, problems=(*plan.problems, answer.problem))
+    return plan if answer.problem is None else plan.with_problem(answer.problem)

@@ -42,4 +42,4 @@ def _estimate_run(run: RunDirectory, hardware: ClusterHardware) -> ClusterEstima
     facts = None
     if run.dataset_info_path.is_file():
         facts = build_data_facts(DatasetInfo.from_json(run.dataset_info_path.read_text(encoding="utf-8")))
-    return estimate_on_cluster(config, make_plan(config, facts), hardware)
+    return estimate_on_cluster(config, make_plan(config).with_data(facts), hardware)

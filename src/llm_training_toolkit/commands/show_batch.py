@@ -43,7 +43,8 @@ def _load_run_batch(run: RunDirectory, config: Config, step: int, console: Conso
             create_dataset_builder(config, console), config, resume_state.step, resume_state.sequences, until=step
         ).dataset_info
     )
-    plan = check_plan(make_plan(config, build_data_facts(dataset_info, resume_state.step, resume_state.sequences)))
+    data_facts = build_data_facts(dataset_info, resume_state.step, resume_state.sequences)
+    plan = check_plan(make_plan(config).with_data(data_facts))
     if not 1 <= step <= (plan.steps or step):
         raise PlanError(f"--step {step}: the run has the steps 1 to {plan.steps}")
     origin = _find_checkpoint_before(run, dataset_info, plan.global_batch, step)

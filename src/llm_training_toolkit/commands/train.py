@@ -13,7 +13,7 @@ from llm_training_toolkit.launch.backend import check_cluster_nodes, create_data
 from llm_training_toolkit.launch.request import TrainRequest, TrainResult
 from llm_training_toolkit.monitoring.console import Console
 from llm_training_toolkit.monitoring.logs import log_driver
-from llm_training_toolkit.plan import check_plan, format_mixture, format_plan, make_plan
+from llm_training_toolkit.plan import Plan, check_plan, format_mixture, format_plan, make_plan
 from llm_training_toolkit.runs.atomic_write import write_atomically
 from llm_training_toolkit.runs.directory import RunDirectory
 from llm_training_toolkit.runs.goodput import format_goodput, record_command_end
@@ -38,15 +38,15 @@ def start_run(request: TrainRequest, console: Console) -> TrainResult:
     """Start or resume the run of the request, or skip a finished one. Raises ToolkitError."""
     config = load_config(request.config, request.overrides)
     ranks = get_torchrun_world_size() if config.cluster.workers == 0 else None
-    check_plan(make_plan(config, ranks=ranks))  # before an impossible run gets a directory
+    plan = check_plan(make_plan(config, ranks))  # before an impossible run gets a directory
     if config.cluster.workers == 0 and not is_first_rank():
         with join_run(get_run_location(config), console.print_line) as run:
-            return _join_training(run, config, console)
+            return _join_training(run, plan, console)
     with lock_run(get_run_location(config), console.print_line) as run, log_driver(run):
         resume_state = read_resume_state(run)
-        config, precision_notes = resolve_local_precision(resume_state.keep_saved_precision(config))
-        precision_notes = precision_notes or read_precision_notes(run, config)
-        plan = check_plan(make_plan(config, resume_state.build_data_facts(config), ranks)).with_notes(precision_notes)
+        plan = _resolve_precision(plan, run, resume_state, ranks)
+        config = plan.config
+        plan = check_plan(plan.with_data(resume_state.build_data_facts(config)))
         check_run_unchanged(resume_state, config, request.accept, extend=request.extend)
         check_checkpoint_size(resume_state, plan)
         if resume_state.is_finished(plan):
@@ -64,7 +64,7 @@ def start_run(request: TrainRequest, console: Console) -> TrainResult:
             check_cluster_nodes(run, config, console)
         dataset_info = _prepare_data(config, resume_state, request, console)
         data_facts = build_data_facts(dataset_info, resume_state.step, resume_state.sequences)
-        plan = check_plan(make_plan(config, data_facts, ranks)).with_notes(precision_notes)
+        plan = check_plan(plan.with_data(data_facts))
         write_atomically(run.config_path, redact_text(request.config.read_text(encoding="utf-8-sig")))
         write_run_files(run, config, plan, dataset_info)
         for line in format_mixture(plan):
@@ -76,13 +76,20 @@ def start_run(request: TrainRequest, console: Console) -> TrainResult:
         return _build_result(run, result)
 
 
-def _join_training(run: RunDirectory, config: Config, console: Console) -> TrainResult:
+def _join_training(run: RunDirectory, plan: Plan, console: Console) -> TrainResult:
     """Train as torchrun rank 1 or higher, which waits for rank 0: that one alone prepares and writes."""
     resume_state = read_resume_state(run)
-    plan = make_plan(config, resume_state.build_data_facts(config), get_torchrun_world_size())
-    if resume_state.is_finished(plan):
+    if resume_state.is_finished(plan.with_data(resume_state.build_data_facts(plan.config))):
         return _build_result(run, {"status": "finished", "step": resume_state.step})
-    return _build_result(run, launch_training(run, config, console))
+    return _build_result(run, launch_training(run, plan.config, console))
+
+
+def _resolve_precision(plan: Plan, run: RunDirectory, resume_state: ResumeState, ranks: int | None) -> Plan:
+    """Return the plan with the precision that the run began with, or that this machine measures for `auto`."""
+    config, notes = resolve_local_precision(resume_state.keep_saved_precision(plan.config))
+    if config.train.precision != plan.config.train.precision:
+        plan = make_plan(config, ranks)
+    return plan.with_notes(notes or read_precision_notes(run, config))
 
 
 def _prepare_data(config: Config, resume_state: ResumeState, request: TrainRequest, console: Console) -> DatasetInfo:

@@ -1,9 +1,15 @@
 """Configuration of a run: schema, strict loading, and run identity."""
 
-from llm_training_toolkit.config.data_config import DataConfig, EvalSplitConfig, FimConfig, SourceConfig
-from llm_training_toolkit.config.load import dump_config_json, load_config, parse_config, parse_config_json
+from llm_training_toolkit.config.data_config import DataConfig, EvalSplitConfig
+from llm_training_toolkit.config.load import (
+    dump_config_json,
+    load_config,
+    parse_config,
+    parse_config_json,
+    redact_config,
+    redact_data,
+)
 from llm_training_toolkit.config.model_config import ModelConfig, TokenizerConfig, TrainTokenizerConfig
-from llm_training_toolkit.config.redaction import redact_config, redact_data
 from llm_training_toolkit.config.run_identity import (
     ConfigChange,
     check_config_changes,
@@ -25,6 +31,7 @@ from llm_training_toolkit.config.schema import (
     TrainConfig,
 )
 from llm_training_toolkit.config.section import ConfigSection, FieldTag, parse_duration_seconds
+from llm_training_toolkit.config.source_config import FimConfig, SourceConfig
 
 __all__ = [
     "CheckpointConfig",

@@ -19,6 +19,7 @@ from typing import Any, TypeVar, get_origin
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from llm_training_toolkit.config.data_config import DataConfig
 from llm_training_toolkit.config.document import ConfigDocument
 from llm_training_toolkit.config.fields import (
     KeyPath,
@@ -32,6 +33,8 @@ from llm_training_toolkit.config.fields import (
 from llm_training_toolkit.config.renamed_keys import find_renamed_key
 from llm_training_toolkit.config.schema import Config
 from llm_training_toolkit.config.section import SECRET_ERROR, ConfigSection
+from llm_training_toolkit.config.source_config import SourceConfig
+from llm_training_toolkit.config.uri import redact_uri
 from llm_training_toolkit.errors import ConfigError
 
 S = TypeVar("S", bound=ConfigSection)
@@ -223,3 +226,22 @@ def format_unknown_key(path: KeyPath, root: type[ConfigSection]) -> str:
     ]
     meant = f"; did you mean {' or '.join(near)}?" if near else ""
     return f"unknown key{meant} (valid in {format_key(path[:-1]) or 'the file'}: {', '.join(valid)})"
+
+
+def redact_config(config: Config) -> Config:
+    """Return a configuration in which the addresses of documents are redacted. Others cannot have a query."""
+    tasks = tuple(
+        task.model_copy(update={"data": redact_uri(task.data)}) if task.data else task for task in config.eval.tasks
+    )
+    evaluation = config.eval.model_copy(update={"tasks": tasks})
+    return config.model_copy(update={"data": redact_data(config.data), "eval": evaluation})
+
+
+def redact_data(data: DataConfig) -> DataConfig:
+    """Return sources with addresses without a query: a signed address is new each day, its documents stay the same."""
+    held_out = data.eval.model_copy(update={"sources": _redact_sources(data.eval.sources)})
+    return data.model_copy(update={"sources": _redact_sources(data.sources), "eval": held_out})
+
+
+def _redact_sources(sources: tuple[SourceConfig, ...]) -> tuple[SourceConfig, ...]:
+    return tuple(source.model_copy(update={"path": redact_uri(source.path)}) for source in sources)

@@ -76,8 +76,8 @@ class ModelConfig(ConfigSection):
     keeps the value."""
     compile: Annotated[Literal["auto"] | bool, FieldTag.FREE] = "auto"
     """Compile each decoder layer by torch.compile, in training. The result differs by rounding, as between kernels.
-    Not at ZeRO 3, nor beside linear attention, DoRA, 4-bit weights, flash packages and flex_attention. `auto` = on
-    GPUs, in runs of about an hour and more. A resume keeps it where layers can be compiled."""
+    Excluded: ZeRO 3, linear attention, DoRA, 4-bit weights, flash packages and flex_attention. `auto` = on GPUs, in
+    runs of about an hour and more. A resume keeps it where layers can be compiled."""
     loss_chunk_size: Annotated[Annotated[int, Field(ge=0)] | Literal["auto"], FieldTag.IDENTITY] = "auto"
     """Tokens per chunk of the cross-entropy loss, so that the full logits are never materialized. `auto` = chunks of 67
     million logits (0.4 GB in bf16): 441 tokens for Qwen's vocabulary. 0 = no chunks."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic.fields import FieldInfo
 
-from llm_training_toolkit.config.redaction import redact_config
+from llm_training_toolkit.config.load import redact_config
 from llm_training_toolkit.config.schema import Config
 from llm_training_toolkit.config.section import ConfigSection, FieldTag
 from llm_training_toolkit.errors import ConfigError

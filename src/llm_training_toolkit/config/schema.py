@@ -22,21 +22,9 @@ from llm_training_toolkit.config.section import (
     Location,
     Share,
     Workers,
+    check_no_query,
+    check_whole_number,
 )
-
-
-def _check_whole_number(value: object) -> object:
-    """Refuse true and 1.0, which a Literal of integers would accept as 1."""
-    if isinstance(value, bool | float):
-        raise ValueError("write a whole number")
-    return value
-
-
-def _check_no_query(value: str) -> str:
-    """Refuse a query, which may hold a key: the configuration is written into the run's files."""
-    if "?" in value:
-        raise ValueError("has a query (?...): give keys by MLFLOW_TRACKING_TOKEN or another variable of MLflow")
-    return value
 
 
 class RunConfig(ConfigSection):
@@ -119,7 +107,7 @@ Offload = Literal["none", "optimizer", "optimizer_and_weights"]
 class EngineConfig(ConfigSection):
     """DeepSpeed settings."""
 
-    zero_stage: Annotated[Literal["auto", 0, 1, 2, 3], BeforeValidator(_check_whole_number), FieldTag.FREE] = "auto"
+    zero_stage: Annotated[Literal["auto", 0, 1, 2, 3], BeforeValidator(check_whole_number), FieldTag.FREE] = "auto"
     """ZeRO stage. Stage 1 shards the optimizer state over the workers, 2 also gradients, 3 also weights. For one worker
     `auto` = the cheapest. For several it is chosen with the micro-batch, by the estimate of memory."""
     offload: Annotated[Offload, FieldTag.FREE] = "none"
@@ -130,6 +118,10 @@ class EngineConfig(ConfigSection):
     """Workers of a replica. They hold slices of the same sequences and exchange them for heads around attention, for
     rows that are too long for one device. It must divide the number of workers, `data.sequence_length` and the model's
     numbers of query heads and of key-value heads. A run may change it. 1 = every worker is a replica."""
+    zero_hpz_partition_size: Annotated[int, Field(ge=1), FieldTag.FREE] = 1
+    """Workers that keep a second copy of all weights among them: those of a node (ZeRO 3; hierarchical partitioning of
+    ZeRO++). Then only the first gathering of a step passes between nodes. 1 = off. An elastic run is without it at
+    sizes that it does not divide."""
     deepspeed: Annotated[dict[str, Any], FieldTag.FREE] = {}  # noqa: RUF012 - pydantic copies it
     """Additional DeepSpeed configuration, passed on unchanged. Keys that the toolkit sets are refused."""
 
@@ -220,8 +212,8 @@ class ClusterConfig(ConfigSection):
     fewer after a node is lost, more when one joins. 0 = without Ray: one process, or the ranks of torchrun."""
     resource_timeout: Annotated[Duration, FieldTag.FREE] = "10m"
     """Maximum wait for the resources of the (fewest) workers, at the start and after losing workers, before the run
-    fails. At the start, resources that the cluster can never provide are refused without waiting."""
-    gpus_per_worker: Annotated[Literal["auto", 0, 1], BeforeValidator(_check_whole_number), FieldTag.FREE] = "auto"
+    fails. At the start, resources that the cluster can never provide are refused at once."""
+    gpus_per_worker: Annotated[Literal["auto", 0, 1], BeforeValidator(check_whole_number), FieldTag.FREE] = "auto"
     """GPUs per worker. `auto` = 1 if the cluster has one for every worker, else 0."""
     cpus_per_worker: Annotated[int, Field(ge=1, le=MAX_COUNT), FieldTag.FREE] = 1
     """CPU cores per worker, also its number of threads; another number changes rounding."""
@@ -285,7 +277,7 @@ class WandbConfig(ConfigSection):
 class MlflowConfig(ConfigSection):
     """MLflow: needs the package `mlflow` or `mlflow-skinny` where rank 0 runs."""
 
-    tracking_uri: Annotated[Location, Field(min_length=1), AfterValidator(_check_no_query), FieldTag.FREE]
+    tracking_uri: Annotated[Location, Field(min_length=1), AfterValidator(check_no_query), FieldTag.FREE]
     """Server (`https://host`) or database (`sqlite:///path/mlflow.db`)."""
     experiment: Annotated[str, Field(min_length=1), FieldTag.FREE]
     """Experiment, created where it does not exist."""

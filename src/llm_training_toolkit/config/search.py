@@ -164,7 +164,7 @@ class SearchConfig(ConfigSection):
     max_failures: Annotated[int, Field(ge=0)] = 1
     """Retries of a failed trial, from its newest checkpoint."""
     invalid: Literal["refuse", "skip"] = "refuse"
-    """Combinations that cannot be trained: `refuse` names them and starts nothing, `skip` leaves them out."""
+    """Combinations that cannot be trained: `refuse` names them and ends, `skip` leaves them out."""
 
     @model_validator(mode="after")
     def _check_search_ends(self) -> SearchConfig:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import math
 import re
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
@@ -119,3 +120,35 @@ class ConfigSection(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True, allow_inf_nan=False
     )
+
+
+def check_whole_number(value: object) -> object:
+    """Refuse true and 1.0, which a Literal of integers would accept as 1."""
+    if isinstance(value, bool | float):
+        raise ValueError("write a whole number")
+    return value
+
+
+def check_no_query(value: str) -> str:
+    """Refuse a query, which may hold a key: the configuration is written into the run's files."""
+    if "?" in value:
+        raise ValueError("has a query (?...): give keys by MLFLOW_TRACKING_TOKEN or another variable of MLflow")
+    return value
+
+
+def parse_timestamp(text: str) -> int:
+    """Return the seconds since 1970 of an ISO 8601 date or time, in UTC unless it names another zone.
+
+    Raises ValueError for any other text.
+    """
+    found = datetime.fromisoformat(text)
+    return int((found if found.tzinfo else found.replace(tzinfo=UTC)).timestamp())
+
+
+def check_timestamp(text: str) -> str:
+    """Return the text. Raises ValueError, saying what is expected, if it is no date or time."""
+    try:
+        parse_timestamp(text)
+    except (ValueError, OverflowError) as error:
+        raise ValueError(f"{text!r} is no date: write 2026-01-31 or 2026-01-31T12:00:00+00:00") from error
+    return text

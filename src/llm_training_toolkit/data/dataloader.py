@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 import torch
 
-from llm_training_toolkit.data.dataset import MicroBatch, PackedDataset
+from llm_training_toolkit.data.collate import MicroBatch
+from llm_training_toolkit.data.dataset import PackedDataset
 from llm_training_toolkit.data.prepare.dataset_info import DatasetInfo
 from llm_training_toolkit.data.sample_log import SampleLog
 from llm_training_toolkit.data.tokenizer import open_tokenizer

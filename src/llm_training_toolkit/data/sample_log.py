@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from llm_training_toolkit.runs.json_lines import read_json_lines
 
 if TYPE_CHECKING:
-    from llm_training_toolkit.data.dataset import MicroBatch, SequenceRef
+    from llm_training_toolkit.data.collate import MicroBatch
+    from llm_training_toolkit.data.dataset import SequenceRef
 
 
 class FetchedSequence(NamedTuple):

@@ -33,7 +33,7 @@ def get_flight_record_path(directory: Path, rank: int) -> Path:
 def write_flight_record(rank: int) -> None:
     """Write the newest collectives of this process as torch's watchdog would. Raises OSError.
 
-    Nothing is written before `set_flight_record_directory`, or without a process group.
+    Writes only with a process group and after `set_flight_record_directory`.
     """
     prefix = next((os.environ[name] for name in _PREFIX_VARIABLES if os.environ.get(name)), "")
     import torch  # noqa: PLC0415 - the driver imports this module as well

@@ -17,9 +17,9 @@ def prepare_deepspeed(device_type: str) -> None:
     """Choose DeepSpeed's accelerator. Must run before the first `import deepspeed`.
 
     On CPU DeepSpeed would compile its shared-memory collectives at the first start (50 to 80 s and a C++ compiler).
-    DeepSpeed uses them only when LOCAL_SIZE equals the world size, and neither Ray Train nor torchrun sets it. So
-    they are declared unavailable; gloo does the work either way. DeepSpeed 0.19.8 fills that table at the first look,
-    by running compilers and asking GPUs for each of some twenty operators; on GPUs nothing looks into it.
+    DeepSpeed uses them only when LOCAL_SIZE equals the world size; Ray Train and torchrun leave it unset. So they are
+    declared unavailable; gloo does the work either way. DeepSpeed 0.19.8 fills that table at the first look, by running
+    compilers and asking GPUs for each of some twenty operators; on GPUs nothing looks into it.
     """
     if device_type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
@@ -32,7 +32,7 @@ def prepare_deepspeed(device_type: str) -> None:
 
 
 def _import_muon_uncompiled() -> None:
-    """Import DeepSpeed's Muon, which nothing here uses, without torch.compile.
+    """Import DeepSpeed's Muon, unused here, without torch.compile.
 
     Every ZeRO optimizer imports it only to check whether it is in use (DeepSpeed 0.19.8,
     `is_zero_supported_optimizer`). Its decorators load torch's whole compiler: 0.9 s at every start of every rank.
@@ -59,12 +59,20 @@ def zero3_init(deepspeed_config: Mapping[str, Any]) -> Iterator[None]:
         return
     from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config  # noqa: PLC0415
 
+    _forget_node_groups()
     keep_alive = HfDeepSpeedConfig(dict(deepspeed_config))
     try:
         yield
     finally:
         del keep_alive
         unset_hf_deepspeed_config()
+
+
+def _forget_node_groups() -> None:
+    """Drop the groups of an earlier engine: DeepSpeed 0.19.8 asserts that a process makes those of hpZ once."""
+    from deepspeed.utils import groups  # noqa: PLC0415
+
+    groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None  # noqa: SLF001
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from llm_training_toolkit.config.schema import Offload, OptimConfig
-from llm_training_toolkit.data.dataset import MicroBatch
+from llm_training_toolkit.data.collate import MicroBatch
 from llm_training_toolkit.engine.allocation import allocate_zeros, keep_freed_memory
 from llm_training_toolkit.engine.fragments import MOMENTS, Fragment, locate_fragments, sync_low_precision_weights
 from llm_training_toolkit.engine.replica import MasterWeights

@@ -91,5 +91,8 @@ def _sync_zero3_weights(wrapped: Any) -> None:  # noqa: ANN401
         persistent[0].partition(persistent)  # type: ignore[attr-defined]
     for group in range(len(wrapped.fp16_partitioned_groups_flat)):
         wrapped._reassign_or_swap_out_partitioned_parameters(group)  # noqa: SLF001
+    # Copies within nodes (zero_hpz_partition_size) would be gathered with the weights from before a resume: DeepSpeed
+    # 0.19.8 drops them only after an update of its own.
+    wrapped.invalidate_secondary_tensor()
     if persistent:
         persistent[0].all_gather(persistent)  # type: ignore[attr-defined]

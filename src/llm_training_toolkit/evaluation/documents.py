@@ -6,9 +6,9 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from llm_training_toolkit.config import SourceConfig
-from llm_training_toolkit.config.data_config import SourceFormat
+from llm_training_toolkit.config.source_config import SourceFormat
 from llm_training_toolkit.config.uri import redact_uri
-from llm_training_toolkit.data.prepare.builder import PreparedDataset
+from llm_training_toolkit.data.prepare.dataset_info import PreparedDataset
 from llm_training_toolkit.data.prepare.document_index import (
     DocumentIndex,
     DocumentReader,
@@ -34,9 +34,9 @@ def read_held_out_documents(
     data = origin.config.data
     document_index = DocumentIndex.read(PreparedDataset.from_info(origin.dataset_info).directory / "documents")
     written = [index for index, source in enumerate(list_all_sources(data)) if source.format in formats]
-    rereader = DocumentReader(data, document_index)
+    reader = DocumentReader(data, document_index)
     for shard in split_into_shards(data, document_index, written, held=True):
-        for _, document in rereader.read_documents(shard, held=True):
+        for _, document in reader.read_documents(shard, held=True):
             yield document
 
 
@@ -48,7 +48,7 @@ def read_eval_documents(subject: EvalModel, path: str | None, form: DocumentForm
 
 
 def get_exported_run(subject: EvalModel) -> ExportedRun:
-    """Return the model's run. Raises PlanError for a model without one, hence without held-out documents."""
+    """Return the model's run. Raises PlanError for a model without one: held-out documents belong to a run."""
     if subject.origin is None:
         raise PlanError(f"{subject.directory} belongs to no run with documents held out: name some with --data")
     return subject.origin

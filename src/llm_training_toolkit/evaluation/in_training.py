@@ -90,7 +90,9 @@ class InTrainingEvaluator:
         except Exception as error:  # the other ranks wait for a broadcast, and the run itself is intact
             if error is self._broadcast_error:
                 raise
-            message = f"the tasks of step {step} were not carried out: {format_failure_reason(error)}. The run goes on"
+            message = (
+                f"the tasks of step {step} were not carried out: {format_failure_reason(error)}. The run continues"
+            )
             self._context.report(WarningEvent(message))
         finally:
             self._remove_export()

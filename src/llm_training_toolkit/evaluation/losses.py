@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from llm_training_toolkit.data.dataset import MicroBatch, collate_rows
+from llm_training_toolkit.data.collate import MicroBatch, collate_rows
 from llm_training_toolkit.data.prepare.packing import pack_examples
 from llm_training_toolkit.data.types import Example
 from llm_training_toolkit.errors import DataError

@@ -10,7 +10,8 @@ from dataclasses import replace
 from itertools import islice
 
 from llm_training_toolkit.config import SourceConfig
-from llm_training_toolkit.data.dataset import MicroBatch, PackedDataset
+from llm_training_toolkit.data.collate import MicroBatch
+from llm_training_toolkit.data.dataset import PackedDataset
 from llm_training_toolkit.data.prepare.renderer import DocumentRenderer
 from llm_training_toolkit.data.sources import Document, read_source_documents
 from llm_training_toolkit.data.types import Example

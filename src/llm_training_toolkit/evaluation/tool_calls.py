@@ -1,8 +1,8 @@
 """Task `tool_calls`: the model writes the turns of conversations that call tools, and its calls are checked.
 
-A turn is valid if it has a call and each of its calls is a JSON object between `<tool_call>` and `</tool_call>` (the
-form of Hermes, Qwen2.5 and Qwen3), names a tool of the conversation, and has arguments that fit the tool's JSON schema.
-No call is compared with the one in the data: many are right.
+A turn is valid if it has a call and all its calls are valid. A valid call is a JSON object between `<tool_call>` and
+`</tool_call>` (the form of Hermes, Qwen2.5 and Qwen3). It names a tool of the conversation, and its arguments fit the
+tool's JSON schema. No call is compared with the one in the data: many are right.
 """
 
 from __future__ import annotations

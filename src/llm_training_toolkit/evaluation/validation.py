@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from llm_training_toolkit.data.dataset import MicroBatch
+from llm_training_toolkit.data.collate import MicroBatch
 from llm_training_toolkit.distributed.context import RunContext
 
 if TYPE_CHECKING:  # DeepSpeed takes seconds to import, and only training needs it

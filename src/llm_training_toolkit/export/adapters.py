@@ -151,7 +151,7 @@ class MergedWeights:
     """Parameters of a model with a checkpoint's adapters merged into it, in fp32."""
 
     def __init__(self, model: nn.Module, checkpoint: CheckpointReader, adapter: AdapterSpec) -> None:
-        """`model` is the base without adapters, and is not modified."""
+        """`model` is the base without adapters, and stays as it is."""
         self._parameters = dict(model.named_parameters())
         self._checkpoint, self._adapter = checkpoint, adapter
         self.shapes: Mapping[str, tuple[int, ...]] = {

@@ -25,8 +25,7 @@ from llm_training_toolkit.checkpoint.hub_commit import find_hub_commit
 from llm_training_toolkit.checkpoint.run import Run
 from llm_training_toolkit.config import Config
 from llm_training_toolkit.data.chat.template import ChatTemplate, read_special_tokens_map
-from llm_training_toolkit.data.prepare.builder import get_cache_directory
-from llm_training_toolkit.data.prepare.dataset_info import DatasetInfo
+from llm_training_toolkit.data.prepare.dataset_info import DatasetInfo, get_cache_directory
 from llm_training_toolkit.data.tokenizer import open_tokenizer
 from llm_training_toolkit.distributed.context import RunContext
 from llm_training_toolkit.errors import CheckpointError

@@ -82,7 +82,7 @@ def find_run_size(model: ModelConfig) -> ModelSize:
     """Return the size of a run's model by its name.
 
     Raises PlanError for an unknown one. For weights in a directory it then names the sizes of the shape in their
-    config.json, not the nearest names: a run must know its size also where the weights are not.
+    config.json instead of the nearest names: a run must know its size also on machines without the weights.
     """
     try:
         return find_size(model.name)
@@ -142,9 +142,9 @@ def resolve_adapter(config: Config, hf: HfValues) -> AdapterSpec | None:
 def compute_flops_per_token(hf: HfValues, sequence_length: int, beside: AdapterSpec | None = None) -> int:
     """Return the FLOPs of one token's forward and backward pass in a whole sequence of one document: 6 N + 12 L Q T.
 
-    N = parameters that multiply a token: matrices and output layer, no embedding lookup, no unused experts. L = layers
-    with attention, Q = heads x head_dim and T = attended tokens (the sequence, or the sliding window if shorter).
-    An upper bound: packed documents attend to less, and tokens without a loss do not reach the output layer.
+    N = parameters that multiply a token: matrices and output layer, without embedding lookup and unused experts. L =
+    layers with attention, Q = heads x head_dim and T = attended tokens (the sequence, or the sliding window if
+    shorter). An upper bound: packed documents attend to less, and only tokens with a loss reach the output layer.
     """
     flops = resolve_training_flops(hf, beside)
     return flops.count_step_flops(1, 1, min(sequence_length, flops.window or sequence_length))

@@ -26,5 +26,5 @@ _REQUIRED: Mapping[tuple[str, str], tuple[str, ...]] = {
 
 
 def get_required_markers(form: str, layout: str) -> tuple[str, ...]:
-    """Return the special tokens that a source's format and layout cannot do without."""
+    """Return the special tokens that a source's format and layout need."""
     return _REQUIRED.get((form, layout), ())

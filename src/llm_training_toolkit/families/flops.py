@@ -20,7 +20,7 @@ class TrainingFlops:
     per_token: int
     """FLOPs of the matrices, except the output layer, that a token passes."""
     per_loss_token: int
-    """FLOPs of the output layer, which tokens without a loss do not reach."""
+    """FLOPs of the output layer, which only tokens with a loss reach."""
     per_attended_token: int
     """FLOPs of a query and one key and value that it attends to, in all layers and heads."""
     window: int | None

@@ -71,7 +71,7 @@ def _select_size_values(size: ModelSize, found: Mapping[str, Any]) -> dict[str, 
 
 
 def _read_recorded_values(config: Config) -> dict[str, Any] | None:
-    """Read the run's own record of its initial weights if they no longer exist; a resume does not need them.
+    """Read the run's own record of its initial weights if these are gone; a resume can do without them.
 
     Returns None if they exist, for a run that has not started, and for one that would now start from other weights.
     """

@@ -157,7 +157,7 @@ def list_expert_parameters(model: ModelDims) -> tuple[ExpertParameter, ...]:
 
 
 def build_adapter(lora: LoraConfig, family: Family, model: ModelDims) -> AdapterSpec:
-    """Build the adapters of a configuration; names that the family does not have add nothing."""
+    """Build the adapters of a configuration; names unknown to the family are ignored."""
     targets = family.lora_targets if lora.target_modules == "auto" else tuple(dict.fromkeys(lora.target_modules))
     layers = tuple(layer for name in targets for layer in list_linear_layers(name, family, model))
     matrices = sum(

@@ -10,15 +10,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from llm_training_toolkit.families.family import HfValues, ModelDims, ModelSize, build_rope_parameters
-from llm_training_toolkit.families.qwen import (
-    ATTENTION,
-    QWEN3,
-    QWEN3_MOE,
-    build_shape,
-    read_hybrid_dims,
-    read_qwen3_dims,
-    read_qwen3_moe_dims,
-)
+from llm_training_toolkit.families.qwen import ATTENTION, QWEN3, QWEN3_MOE, build_shape
+from llm_training_toolkit.families.qwen_dims import read_hybrid_dims, read_qwen3_dims, read_qwen3_moe_dims
 
 # `PRETOKENIZE_REGEX` of transformers' Qwen3.5 tokenizer: Qwen2's, with combining marks as parts of words.
 PATTERN = (

@@ -20,8 +20,8 @@ from llm_training_toolkit.runs.directory import RunDirectory, check_run, find_mo
 def open_model(run: RunDirectory, *, step: int | None, device: str) -> tuple[TextGenerator, str]:
     """Return the model of a run or exported directory, and the URI it was read from.
 
-    For a run: its export if there is one and `step` is None, else a checkpoint. Raises CheckpointError without either,
-    and for adapters without their base.
+    For a run: its export if there is one and `step` is None, else a checkpoint. Raises CheckpointError if both are
+    missing, and for adapters without their base.
     """
     if step is not None or (run.resolved_config_path.is_file() and not run.export_dir.is_dir()):
         return open_checkpoint(check_run(run), step, resolve_device(device))

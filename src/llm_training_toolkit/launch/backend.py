@@ -91,7 +91,7 @@ def create_dataset_builder(config: Config, console: Console) -> DatasetBuilder:
 
 
 def check_cluster_nodes(run: RunDirectory, config: Config, console: Console) -> None:
-    """Check that the cluster's nodes can work on the run; no-op without a cluster. Raises LaunchError."""
+    """Check that the nodes of a cluster, if there is one, can work on the run. Raises LaunchError."""
     if is_local():
         return
     prepare_environment()

@@ -82,7 +82,7 @@ def build_failure_json(error: Exception) -> dict[str, Any]:
 def format_next_steps(outcome: TrainResult, request: TrainRequest) -> list[str]:
     """Return suggested next commands, ready to paste."""
     if outcome.status == "stopped":
-        return [f"stopped at step {outcome.step:,} with a checkpoint: the same command goes on from there"]
+        return [f"stopped at step {outcome.step:,} with a checkpoint: the same command resumes from there"]
     config, is_here = load_config(request.config, request.overrides), not is_uri(outcome.run)
     run = os.path.relpath(outcome.run) if is_here else outcome.run
     here = Path(sys.executable).parent

@@ -100,8 +100,8 @@ def _load_streamed(
 ) -> Any:  # noqa: ANN401
     """Load the tensors of `stream` as transformers loads those of files.
 
-    Collective. Raises CheckpointError on every rank if a tensor cannot be read or the weights do not fit; on this rank
-    alone if something else fails, because the others wait for its part of the next tensor.
+    Collective. Raises CheckpointError on every rank for an unreadable tensor or weights of another shape. Any other
+    error is raised on this rank alone, while the others wait for its part of the next tensor.
     """
     config = read_hf_config(path, model_type)
     try:

@@ -1,8 +1,8 @@
 """Linear attention (Gated DeltaNet) over packed documents, for hybrid models such as Qwen3-Next and Qwen3.5.
 
-A convolution and a recurrence run along a row, and neither looks at positions: without the bounds of the documents,
-each would continue from the state of the one before. On GPUs the kernels of causal-conv1d and flash-linear-attention
-take the bounds. The reference code of transformers refuses them, so on CPU it runs here document by document.
+A convolution and a recurrence run along a row, whatever the positions: without the bounds of the documents, each would
+continue from the state of the one before. On GPUs the kernels of causal-conv1d and flash-linear-attention take the
+bounds. The reference code of transformers refuses them, so on CPU it runs here document by document.
 """
 
 from __future__ import annotations

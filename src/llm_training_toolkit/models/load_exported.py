@@ -1,6 +1,6 @@
 """Models loaded from exported directories: whole models, and adapters with their base model.
 
-Directories may come from strangers: code in them is never run, pickled weights are not opened, and weights that are
+Directories may come from strangers: code in them is never run, and pickled weights stay closed. Weights that are
 missing or surplus are refused by name, because a missing one would be random.
 """
 

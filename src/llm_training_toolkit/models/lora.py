@@ -47,7 +47,7 @@ def add_adapters(
 
     Initial weights are a pure function of (seed, parameter name): A uniform as in nn.Linear, B zero, so that the model
     is unchanged at first. A head must become a `LossHead` before this call, because peft trains a copy of a module that
-    is trained whole. Without `draws` there is no dropout.
+    is trained whole. Dropout needs `draws`.
     """
     config = build_lora_config(replace(adapter, dropout=0.0))  # peft's own dropout depends on how a batch is split
     inject_adapter_in_model(config, model)

@@ -1,8 +1,8 @@
 """Routers of a mixture of experts: how evenly they load the experts, and a loss that makes them do so.
 
-The balance loss of a sequence and layer is E x sum over experts of (share of choices) x (mean probability), 1 if even
-(Fedus et al. 2021, section 2.2, by sequence as in DeepSeek-V3, section 2.1.2). A sequence is never split, so that the
-sum over sequences does not depend on micro-batches and workers. Padding and tokens without a loss do not count.
+The balance loss of a sequence and layer is E x sum over experts of (share of choices) x (mean probability), 1 if even.
+It is that of Fedus et al. 2021, section 2.2, by sequence as in DeepSeek-V3, section 2.1.2. A sequence stays whole, so
+that the sum over sequences does not depend on micro-batches and workers. Only tokens with a loss count.
 """
 
 from __future__ import annotations

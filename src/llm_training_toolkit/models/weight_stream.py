@@ -3,8 +3,8 @@
 The other ranks of a machine receive each tensor by broadcast. A rank's host memory holds its model if the device is the
 CPU, and otherwise one chunk of a tensor.
 
-A rank that cannot read goes on broadcasting, without reading, so that no other rank waits for it; afterwards every
-rank raises. After any other error a rank raises at once, and the others wait until the launcher ends them. Names,
+A rank with a read error continues to broadcast what it has, so that no other rank waits for it; afterwards every rank
+raises. After any other error a rank raises at once, and the others wait until the launcher ends them. Names,
 conversions and ties are left to transformers, which takes the tensors as a state dict.
 """
 

@@ -1,4 +1,4 @@
-"""Metric sink in a thread of its own: a server that is slow, down or not installed delays no step."""
+"""Metric sink in a thread of its own: a server that is slow, down or missing delays no step."""
 
 from __future__ import annotations
 

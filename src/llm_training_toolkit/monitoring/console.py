@@ -66,7 +66,9 @@ class RemainingTimeEstimator:
 
 
 class Console:
-    """Terminal output of one command. With a `TerminalStream` as its file it neither delays nor ends the command."""
+    """Terminal output of one command. A `TerminalStream` as its file keeps a stalled terminal from delaying or ending
+    the command.
+    """
 
     def __init__(
         self, file: IO[str] | TerminalStream | None = None, listener: Callable[[Event], None] | None = None

@@ -66,7 +66,7 @@ _END = 16_384  # bytes read from the end of a log
 
 
 def read_last_lines(path: Path, count: int) -> list[str]:
-    """Return the last lines of a log without blank ones; empty if there is no log."""
+    """Return the last lines of a log without blank ones; empty if it is missing."""
     try:
         with path.open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - _END))

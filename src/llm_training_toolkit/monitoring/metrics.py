@@ -50,7 +50,7 @@ class MetricSink(Protocol):
 class JsonLines:
     """Sink `metrics.jsonl`: one object a line with step, attempt and time; a step's last attempt counts.
 
-    Rows that the disk does not take are kept and written with a later one, without gaps or doubles.
+    Rows that the disk refuses are kept and written with a later one, without gaps or doubles.
     """
 
     name = "JsonLines"
@@ -90,7 +90,7 @@ class JsonLines:
             end = self._file.seek(0, os.SEEK_END)
             try:
                 written = self._file.write(self._pending)
-            except OSError:  # perhaps after a part of the bytes: the next write goes on behind them
+            except OSError:  # perhaps after a part of the bytes: the next write continues behind them
                 taken = os.pread(self._file.fileno(), len(self._pending), end)
                 self._pending = self._pending.removeprefix(taken)
                 raise
@@ -224,7 +224,7 @@ class Metrics:
         except OSError as error:
             if sink not in self._failing:
                 self._failing.add(sink)
-                message = f"{sink.name} cannot be written ({error}); training goes on"
+                message = f"{sink.name} cannot be written ({error}); training continues"
                 self._context.report(WarningEvent(message))
 
     def _report_recovery(self, sink: MetricSink) -> None:

@@ -14,7 +14,7 @@ from collections import deque
 
 from llm_training_toolkit.monitoring.logs import DRIVER_LOGGER
 
-_CAPACITY_BYTES = 256 * 1024  # about three thousand lines, until a slow reader goes on
+_CAPACITY_BYTES = 256 * 1024  # about three thousand lines, until a slow reader reads again
 _CLOSE_PATIENCE_SECONDS = 2.0  # at the end, without a single byte taken by the reader
 _POLL_SECONDS = 0.05
 _CHUNK_BYTES = 4096  # PIPE_BUF: what a pipe that polls as writable takes at once

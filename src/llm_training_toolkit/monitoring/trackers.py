@@ -1,6 +1,6 @@
 """Receivers of metrics beside the run directory: Weights & Biases, MLflow, and the exporter for Prometheus.
 
-Servers are written from a thread. A resumed run goes on with the same curves: the id that its attempts share names it
+Servers are written from a thread. A resumed run continues the same curves: the id that its attempts share names it
 in W&B and tags it in MLflow.
 """
 
@@ -51,7 +51,7 @@ def open_trackers(
 def read_settings(config: Config) -> dict[str, Any]:
     """Return the values of a configuration by dotted key, addresses redacted and without `cluster.env`.
 
-    That section may hold the tracker's own key.
+    The section may hold the tracker's own key.
     """
     values = flatten_config(redact_config(config))
     return {key: value for key, (_, value) in values.items() if key != "cluster.env"}

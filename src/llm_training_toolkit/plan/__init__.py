@@ -29,7 +29,7 @@ from llm_training_toolkit.plan.forecast.cluster_estimate import (
 from llm_training_toolkit.plan.forecast.device_peaks import DevicePeak, find_device_peak
 from llm_training_toolkit.plan.forecast.hardware import ClusterHardware
 from llm_training_toolkit.plan.forecast.step_time import MeasuredSpeed
-from llm_training_toolkit.plan.horizon import DataFacts, StreamFacts
+from llm_training_toolkit.plan.horizon import DataFacts, Horizon, StreamFacts
 from llm_training_toolkit.plan.lr_schedule import LRSchedule
 from llm_training_toolkit.plan.memory.memory_estimate import (
     CUDA_LIBRARY_BYTES,
@@ -61,6 +61,7 @@ __all__ = [
     "DataFacts",
     "DevicePeak",
     "DeviceWorkload",
+    "Horizon",
     "LRSchedule",
     "MeasuredSpeed",
     "MemoryChoice",

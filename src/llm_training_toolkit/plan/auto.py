@@ -45,7 +45,7 @@ def choose_precision(slowdowns: Sequence[float], device_type: str) -> ResolvedVa
     """Choose bf16 or fp32 for all workers, by the slowest worker.
 
     `slowdowns` has one entry per worker: seconds of matrix products in bf16 / seconds in fp32. On GPUs it is not
-    measured but 0 with bf16 hardware and infinite without.
+    measured: 0 with bf16 hardware, otherwise infinite.
     """
     worst = max(slowdowns)
     if device_type != "cpu":
@@ -121,7 +121,7 @@ def with_attention(config: Config, implementation: str) -> Config:
     return config.model_copy(update={"model": model})
 
 
-def with_activation_checkpointing(config: Config, kind: ActivationCheckpointing) -> Config:
+def with_activation_checkpointing(config: Config, kind: ActivationCheckpointing | Literal["auto"]) -> Config:
     """Return the configuration with this kind of activation checkpointing."""
     model = config.model.model_copy(update={"activation_checkpointing": kind})
     return config.model_copy(update={"model": model})
@@ -136,7 +136,7 @@ def with_zero_stage(config: Config, stage: int) -> Config:
 def with_assumed_values(config: Config) -> Config:
     """Replace `auto` by what is planned before the hardware is known.
 
-    That is bf16, varlen on GPUs, no recomputation and the cheapest ZeRO stage; the micro-batch stays open.
+    These are bf16, varlen on GPUs, no recomputation and the cheapest ZeRO stage; the micro-batch stays open.
     """
     if config.train.precision == "auto":
         config = with_precision(config, "bf16")
@@ -158,6 +158,8 @@ def get_candidate_zero_stages(config: Config) -> tuple[int, ...]:
     """
     lora = config.model.lora
     possible = OFFLOAD_STAGES[config.engine.offload]
+    if config.engine.zero_hpz_partition_size > 1:
+        return (3,)
     if config.model.compile is True or (lora is not None and lora.quantize is not None):
         possible = tuple(stage for stage in possible if stage < 3)
     # Stages 0 and 1 are the engine's own, and would ignore settings of zero_optimization.

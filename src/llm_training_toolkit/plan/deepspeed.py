@@ -45,6 +45,7 @@ OWNED_KEYS: dict[str, str] = {
     "zero_optimization.stage": "Set engine.zero_stage",
     "zero_optimization.offload_optimizer": "Set engine.offload: optimizer",
     "zero_optimization.offload_param": "Set engine.offload: optimizer_and_weights",
+    "zero_optimization.zero_hpz_partition_size": "Set engine.zero_hpz_partition_size",
     "zero_optimization.elastic_checkpoint": "Remove it: any checkpoint loads at any number of workers",
     "zero_optimization.load_from_fp32_weights": "Remove it: the toolkit loads weights itself",
 }
@@ -68,17 +69,17 @@ REMOVED_KEYS: tuple[str, ...] = (
 )
 
 
-def build_deepspeed_config(config: Config, *, parameters: int = _BUCKET) -> dict[str, Any]:
+def build_deepspeed_config(config: Config, *, parameters: int = _BUCKET, workers: int = 1) -> dict[str, Any]:
     """Return the configuration for `deepspeed.initialize`, with `engine.deepspeed` merged in unchanged.
 
     `find_deepspeed_problems` reports keys that must not be in there. `parameters` is the model size, as in
     `build_base_config`.
     """
-    return merge_nested(build_base_config(config, parameters=parameters), config.engine.deepspeed)
+    return merge_nested(build_base_config(config, parameters=parameters, workers=workers), config.engine.deepspeed)
 
 
-def build_base_config(config: Config, *, parameters: int = _BUCKET) -> dict[str, Any]:
-    """Return the toolkit's own DeepSpeed configuration; independent of the number of workers.
+def build_base_config(config: Config, *, parameters: int = _BUCKET, workers: int = 1) -> dict[str, Any]:
+    """Return the toolkit's own DeepSpeed configuration; of the number of workers only hpZ's groups depend.
 
     The loop marks step boundaries itself, so one call of `step` is one optimizer step (accumulation 1 here) and
     DeepSpeed never sees the batch arithmetic. `parameters` bounds the buckets. Otherwise they would take a gigabyte
@@ -91,6 +92,7 @@ def build_base_config(config: Config, *, parameters: int = _BUCKET) -> dict[str,
         "gradient_clipping": config.optim.max_grad_norm if int(config.engine.zero_stage) >= 2 else 0.0,
         "zero_optimization": {
             **_build_zero_block(config.engine, min(parameters, _BUCKET)),
+            **_build_hierarchy_block(config.engine, workers),
             **_build_leaf_block(config),
         },
         "zero_allow_untested_optimizer": True,
@@ -116,6 +118,14 @@ def _build_zero_block(engine: EngineConfig, bucket: int) -> dict[str, Any]:
     }
 
 
+def _build_hierarchy_block(engine: EngineConfig, workers: int) -> dict[str, Any]:
+    """Return the second partition of stage 3 over the workers of a node, if such groups divide the workers."""
+    size = engine.zero_hpz_partition_size
+    if int(engine.zero_stage) < 3 or size == 1 or workers % size:
+        return {}
+    return {"zero_hpz_partition_size": size}
+
+
 def _build_leaf_block(config: Config) -> dict[str, Any]:
     """Return the setting by which stage 3 gathers a layer's experts and adapters at once, before peft adds them up.
 
@@ -128,7 +138,7 @@ def _build_leaf_block(config: Config) -> dict[str, Any]:
 
 
 def _build_precision_blocks(config: Config) -> dict[str, Any]:
-    """Return the precision blocks; none for fp32, and none at stages 0 and 1, where the engine has the fp32 weights."""
+    """Return the precision blocks; empty for fp32 and at stages 0 and 1, where the engine has the fp32 weights."""
     if config.train.precision == "fp32" or int(config.engine.zero_stage) < 2:
         return {}
     # With the check DeepSpeed skips an overflowing update instead of writing NaN into the weights; the engine

@@ -1,12 +1,15 @@
-"""Horizon of a run: its length, and the epochs of each stream that its steps need."""
+"""Horizon of a run: everything in its plan that depends on the prepared data. Pure."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from llm_training_toolkit.config.schema import Config
 from llm_training_toolkit.config.uri import redact_uri
-from llm_training_toolkit.plan import mixture
+from llm_training_toolkit.plan import lr_schedule, mixture
+from llm_training_toolkit.plan.checks import horizon_check
+from llm_training_toolkit.plan.problem import Problem
 
 
 @dataclass(frozen=True)
@@ -59,28 +62,56 @@ class Horizon:
     """Length of a run. It depends on the prepared data where `train.tokens` or `train.epochs` gives it."""
 
     steps: int | None
-    """Optimizer steps in all, or None if no epoch is prepared."""
+    """Optimizer steps in all, or None if they depend on unprepared data."""
     steps_estimated: bool
+    """True if some or all epochs are not prepared."""
     epochs: float | None
     """Passes over the data by the mean of the prepared epochs, or None if unknown or if sources have weights."""
     mixture: tuple[MixtureSource, ...]
     """Sources with weights; empty without weights."""
+    warmup_steps: int | None
+    """Steps of the warm-up, or None for a share of an unknown length."""
+    decay_steps: int | None
+    """Steps of the final decay, or None for a share of an unknown length."""
+    problems: tuple[Problem, ...]
+    """Problems with the length and with the tokenizer."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the values that `ltt plan --json` shows; the problems stand among those of the plan."""
+        values = asdict(self)
+        del values["problems"]
+        return values | {"mixture": [asdict(source) for source in self.mixture]}
 
 
-def compute_horizon(config: Config, data_facts: DataFacts | None = None) -> Horizon:
-    """Return the length of the run as known from the configuration and the prepared data."""
+def compute_horizon(config: Config, data_facts: DataFacts | None, embedding_rows: int) -> Horizon:
+    """Return the horizon as known from the configuration and the prepared data.
+
+    `embedding_rows` are those of the model, which the tokenizer must fit into.
+    """
     steps, estimated = _compute_run_steps(config, data_facts)
+    warmup, decay = lr_schedule.compute_warmup_steps(config, steps), lr_schedule.compute_decay_steps(config, steps)
+    vocab_size = None if data_facts is None else data_facts.vocab_size
     return Horizon(
-        steps, estimated, _compute_epochs(config, steps, data_facts), _build_mixture(config, steps, data_facts)
+        steps,
+        estimated,
+        _compute_epochs(config, steps, data_facts),
+        _build_mixture(config, steps, data_facts),
+        warmup,
+        decay,
+        problems=(
+            *horizon_check.find_length_problems(steps, warmup, decay),
+            *horizon_check.find_profile_problems(config.profile, steps),
+            *horizon_check.find_vocabulary_problems(config, vocab_size, embedding_rows),
+        ),
     )
 
 
 def is_prepared(config: Config, data_facts: DataFacts) -> bool:
     """Return whether the prepared epochs hold every sequence that the run still needs."""
-    return not any(missing_epochs(config, data_facts))
+    return not any(count_missing_epochs(config, data_facts))
 
 
-def missing_epochs(config: Config, data_facts: DataFacts, until: int | None = None) -> list[int]:
+def count_missing_epochs(config: Config, data_facts: DataFacts, until: int | None = None) -> list[int]:
     """Return the minimum number of epochs to add per stream, by the size of its largest prepared epoch."""
     if config.train.epochs is not None:
         return [max(config.train.epochs - len(data_facts.streams[0].sequences_per_epoch), 0)]
@@ -105,7 +136,7 @@ def find_shortest_stream(config: Config, data_facts: DataFacts) -> int:
 
 
 def _count_needed_sequences(config: Config, data_facts: DataFacts, until: int | None = None) -> tuple[int, ...]:
-    steps = compute_horizon(config, data_facts).steps
+    steps, _ = _compute_run_steps(config, data_facts)
     assert steps is not None, "runs over epochs are prepared completely at the start"
     return data_facts.count_needed_sequences(
         steps if until is None else min(until, steps), config.train.global_batch_size

@@ -1,4 +1,7 @@
-"""Plan of a run: every number and every problem that follows from its configuration. Pure."""
+"""Plan of a run: every number and every problem that follows from its configuration. Pure.
+
+`Plan.horizon` holds the part that depends on the prepared data as well: `Plan.with_data` makes it anew.
+"""
 
 from __future__ import annotations
 
@@ -10,22 +13,28 @@ from llm_training_toolkit import families
 from llm_training_toolkit.config.schema import Config
 from llm_training_toolkit.config.section import parse_duration_seconds
 from llm_training_toolkit.errors import PlanError
-from llm_training_toolkit.plan import auto, batch, compilation, lr_schedule
+from llm_training_toolkit.plan import auto, batch, compilation
 from llm_training_toolkit.plan.checks import run_check
 from llm_training_toolkit.plan.checks.notes import collect_notes
 from llm_training_toolkit.plan.checks.sequence_check import find_sequence_problems
 from llm_training_toolkit.plan.deepspeed import build_base_config, build_deepspeed_config, find_deepspeed_problems
-from llm_training_toolkit.plan.horizon import DataFacts, MixtureSource, compute_horizon
-from llm_training_toolkit.plan.lr_schedule import LRSchedule, ScheduleKind
+from llm_training_toolkit.plan.horizon import DataFacts, Horizon, compute_horizon
+from llm_training_toolkit.plan.lr_schedule import LRSchedule, ScheduleKind, choose_learning_rate
 from llm_training_toolkit.plan.memory import memory_estimate
 from llm_training_toolkit.plan.memory.activations import ActivationCheckpointing, get_attention_memory
 from llm_training_toolkit.plan.problem import Problem
+
+_NOT_IN_JSON = {"config", "horizon", "config_problems", "config_estimates"}  # shown in parts, or in resolved.json
 
 
 @dataclass(frozen=True)
 class Plan:
     """Plan of a run. Memory in 10^9 bytes, learning rates absolute, lengths in optimizer steps."""
 
+    config: Config
+    """Configuration that the plan follows from."""
+    horizon: Horizon
+    """Length and mixture, as far as the data is known."""
     name: str
     """Name of the run."""
     model: str
@@ -47,14 +56,6 @@ class Plan:
     """Whether decoder layers are compiled; False while `auto` is open."""
     compile_reason: str
     """Reason for what `auto` became; empty without `auto` and while it is open."""
-    steps: int | None
-    """Length of the run, or None while it depends on unprepared data."""
-    steps_estimated: bool
-    """True if some or all epochs are not prepared."""
-    epochs: float | None
-    """Passes over the data, or None if the data is not prepared or its sources have weights."""
-    mixture: tuple[MixtureSource, ...]
-    """Sources with weights; empty if they have none."""
     global_batch: int
     micro_batch: int
     workers: int
@@ -72,8 +73,6 @@ class Plan:
     lr_floor: float
     """Learning rate of the last step."""
     schedule_kind: ScheduleKind
-    warmup_steps: int | None
-    decay_steps: int | None
     save_every_steps: int | None
     save_every_seconds: float | None
     eval_every: int
@@ -82,15 +81,31 @@ class Plan:
     """Memory with the fewest workers, where it is highest per device."""
     host_memory_gb_per_worker: float
     """Host memory beside the device's, with the fewest workers: a checkpoint's copy and an offload, or loading."""
-    problems: tuple[Problem, ...]
-    estimated: tuple[str, ...]
-    """Names of the plan's values that are not exact."""
+    config_problems: tuple[Problem, ...]
+    """Problems of the configuration by itself."""
+    config_estimates: tuple[str, ...]
+    """Names of the inexact values that do not depend on the data."""
     notes: tuple[str, ...]
 
     @property
     def replicas(self) -> int:
         """Number of replicas, among which a batch is divided; at least 1 where the ranks make no whole one."""
         return self.count_replicas(self.ranks)
+
+    @property
+    def steps(self) -> int | None:
+        """Length of the run, or None while it depends on unprepared data."""
+        return self.horizon.steps
+
+    @property
+    def problems(self) -> tuple[Problem, ...]:
+        """Every reason that keeps the run from starting."""
+        return (*self.config_problems, *self.horizon.problems)
+
+    @property
+    def estimated(self) -> tuple[str, ...]:
+        """Names of the plan's values that are not exact."""
+        return (*(("steps",) if self.horizon.steps_estimated else ()), *self.config_estimates)
 
     @property
     def is_elastic(self) -> bool:
@@ -109,38 +124,45 @@ class Plan:
         """Return the micro-batches per step on every replica."""
         return batch.compute_accumulation_steps(self.global_batch, replicas or self.replicas, self.micro_batch)
 
+    def with_data(self, data_facts: DataFacts | None) -> Plan:
+        """Return the plan with the horizon that follows from this data; None if nothing is known of it."""
+        return replace(self, horizon=compute_horizon(self.config, data_facts, self.hf_config["vocab_size"]))
+
+    def with_problem(self, problem: Problem) -> Plan:
+        """Return the plan with one more problem."""
+        return replace(self, config_problems=(*self.config_problems, problem))
+
     def with_notes(self, notes: Sequence[str]) -> Plan:
         """Return the plan with more notes, before its own."""
         return replace(self, notes=(*notes, *self.notes))
 
     def with_compilation(self, chosen: auto.ResolvedValue) -> Plan:
         """Return the plan with `model.compile` resolved."""
-        exact = tuple(name for name in self.estimated if name != "compile")
-        resolved = replace(self, compile=chosen.value == "true", compile_reason=chosen.reason, estimated=exact)
+        inexact = tuple(name for name in self.config_estimates if name != "compile")
+        resolved = replace(self, compile=chosen.value == "true", compile_reason=chosen.reason, config_estimates=inexact)
         return resolved.with_notes([str(chosen)])
 
     def build_lr_schedule(self) -> LRSchedule:
         """Return the learning rate schedule. Raises PlanError while the length of the run is not known."""
-        if self.steps is None or self.warmup_steps is None or self.decay_steps is None:
+        steps, warmup, decay = self.horizon.steps, self.horizon.warmup_steps, self.horizon.decay_steps
+        if steps is None or warmup is None or decay is None:
             raise PlanError("train.epochs: the number of steps is not known before the data is prepared: ltt prepare")
-        return LRSchedule(
-            self.schedule_kind, self.lr, self.steps, self.warmup_steps, self.decay_steps, floor=self.lr_floor
-        )
+        return LRSchedule(self.schedule_kind, self.lr, steps, warmup, decay, floor=self.lr_floor)
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan as JSON; `accumulation` maps worker counts (1 to 8 and the run's own) to micro-batches."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in _NOT_IN_JSON}
         own = range(self.fewest_workers or 1, self.ranks + 1)
         each = self.sequence_parallel
         worlds = sorted({*range(1, 9), *own, self.ranks} & set(range(each, each * self.global_batch + 1, each)))
         return {
             **values,
+            **self.horizon.to_json(),
             "replicas": self.replicas,
             "hf_config": dict(self.hf_config),
             "deepspeed": dict(self.deepspeed),
             "adapter": _adapter_to_json(self.adapter),
             "memory_gb_per_device": dict(self.memory_gb_per_device),
-            "mixture": [asdict(source) for source in self.mixture],
             "accumulation": {str(world): self.get_accumulation_steps(world // each) for world in worlds},
             "problems": [asdict(problem) for problem in self.problems],
             "estimated": list(self.estimated),
@@ -148,10 +170,11 @@ class Plan:
         }
 
 
-def make_plan(config: Config, data_facts: DataFacts | None = None, ranks: int | None = None) -> Plan:
+def make_plan(config: Config, ranks: int | None = None) -> Plan:
     """Plan a run and collect all problems; `ranks` = those that were started, else the most workers.
 
-    Raises PlanError only if nothing can be planned: an unknown size or an impossible shape.
+    `Plan.with_data` adds the facts about its data. Raises PlanError only if nothing can be planned: an unknown size or
+    an impossible shape.
     """
     size = families.find_run_size(config.model)
     hf = families.resolve_hf_config(config)
@@ -162,16 +185,15 @@ def make_plan(config: Config, data_facts: DataFacts | None = None, ranks: int | 
     world = ranks or config.cluster.max_workers or config.engine.sequence_parallel
     smallest = ranks or config.cluster.min_workers or config.engine.sequence_parallel
     given, config = config, auto.with_assumed_values(config)
-    horizon = compute_horizon(config, data_facts)
-    steps = horizon.steps
-    warmup, decay = lr_schedule.compute_warmup_steps(config, steps), lr_schedule.compute_decay_steps(config, steps)
-    lr = lr_schedule.choose_learning_rate(config, total)
-    deepspeed = _choose_deepspeed_config(config, trained)
+    lr = choose_learning_rate(config, total)
+    deepspeed = _choose_deepspeed_config(config, trained, world)
     length, every = config.data.sequence_length, config.checkpoint.interval
     workload = _build_workload(config, hf, adapter, smallest, deepspeed)
     memory_gb = memory_estimate.estimate_memory(workload).to_gigabytes()
     uncompiled = compilation.find_automatic_reason(config, hf) if config.model.compile == "auto" else None
     return Plan(
+        config=given,
+        horizon=compute_horizon(given, None, hf["vocab_size"]),
         name=config.run.name,
         model=config.model.name,
         hf_config=hf,
@@ -185,10 +207,6 @@ def make_plan(config: Config, data_facts: DataFacts | None = None, ranks: int | 
         activation_checkpointing=workload.checkpointing,
         compile=config.model.compile is True,
         compile_reason=uncompiled or "",
-        steps=steps,
-        steps_estimated=horizon.steps_estimated,
-        epochs=horizon.epochs,
-        mixture=horizon.mixture,
         global_batch=config.train.global_batch_size,
         micro_batch=batch.get_micro_batch(config),
         workers=config.cluster.max_workers,
@@ -200,27 +218,18 @@ def make_plan(config: Config, data_facts: DataFacts | None = None, ranks: int | 
         lr=lr,
         lr_floor=lr if config.optim.lr_scheduler == "constant" else lr * config.optim.min_lr_ratio,
         schedule_kind=config.optim.lr_scheduler,
-        warmup_steps=warmup,
-        decay_steps=decay,
         save_every_steps=every if isinstance(every, int) else None,
         save_every_seconds=parse_duration_seconds(every) if isinstance(every, str) else None,
         eval_every=config.eval.interval,
         deepspeed=deepspeed,
         memory_gb_per_device=memory_gb,
         host_memory_gb_per_worker=memory_estimate.estimate_peak_host_bytes(workload) / 1e9,
-        problems=(
+        config_problems=(
             *run_check.find_problems(config, size, hf, world),
             *find_sequence_problems(config, size, hf, (smallest, world)),
             *run_check.find_memory_problems(memory_gb),
-            *run_check.find_length_problems(steps, warmup, decay),
-            *run_check.find_profile_problems(config.profile, steps),
-            *run_check.find_vocabulary_problems(config, data_facts.vocab_size if data_facts else None, hf),
         ),
-        estimated=_list_estimated_values(
-            given,
-            steps_estimated=horizon.steps_estimated,
-            compile_open=given.model.compile == "auto" and not uncompiled,
-        ),
+        config_estimates=_list_estimated_values(given, compile_open=given.model.compile == "auto" and not uncompiled),
         notes=collect_notes(config, size, hf, (smallest, world)),
     )
 
@@ -232,10 +241,9 @@ def check_plan(plan: Plan) -> Plan:
     return plan
 
 
-def _list_estimated_values(config: Config, *, steps_estimated: bool, compile_open: bool) -> tuple[str, ...]:
+def _list_estimated_values(config: Config, *, compile_open: bool) -> tuple[str, ...]:
     """Return the names of inexact values; an `auto` micro-batch is planned as 1, checkpointing as none."""
     return (
-        *(("steps",) if steps_estimated else ()),
         *(("precision",) if config.train.precision == "auto" else ()),
         *(("zero",) if config.engine.zero_stage == "auto" else ()),
         *(("activation_checkpointing",) if config.model.activation_checkpointing == "auto" else ()),
@@ -245,10 +253,10 @@ def _list_estimated_values(config: Config, *, steps_estimated: bool, compile_ope
     )
 
 
-def _choose_deepspeed_config(config: Config, parameters: int) -> dict[str, Any]:
+def _choose_deepspeed_config(config: Config, parameters: int, workers: int) -> dict[str, Any]:
     """Return the merged configuration, or the toolkit's own if `engine.deepspeed` cannot be merged."""
     make = build_base_config if find_deepspeed_problems(config.engine.deepspeed) else build_deepspeed_config
-    return make(config, parameters=parameters)
+    return make(config, parameters=parameters, workers=workers)
 
 
 def _adapter_to_json(adapter: families.AdapterSpec | None) -> dict[str, Any] | None:
@@ -263,7 +271,7 @@ def plan_workload(config: Config, ranks: int) -> memory_estimate.DeviceWorkload:
     hf = families.resolve_hf_config(config)
     adapter = families.resolve_adapter(config, hf)
     trained = adapter.trainable_parameters if adapter else families.count_parameters(hf)
-    return _build_workload(config, hf, adapter, ranks, _choose_deepspeed_config(config, trained))
+    return _build_workload(config, hf, adapter, ranks, _choose_deepspeed_config(config, trained, ranks))
 
 
 def _build_workload(

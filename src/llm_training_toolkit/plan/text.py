@@ -103,7 +103,7 @@ def format_mixture(plan: Plan) -> list[str]:
     return [
         f"{source.path}: {source.share:.1%} of the tokens"
         + ("" if source.epochs is None else f", {source.epochs:.3g} epochs")
-        for source in plan.mixture
+        for source in plan.horizon.mixture
     ]
 
 
@@ -136,6 +136,8 @@ def _iter_cluster_rows(forecast: ClusterEstimate) -> Iterator[tuple[str, str]]:
     if forecast.communication_seconds:
         step += f"; sending {forecast.communication_seconds:.3g} s over the slowest link"
         step += f", {forecast.overlapped_seconds:.3g} s of it meanwhile" if forecast.overlapped_seconds else ""
+    if forecast.host_seconds:
+        step += f"; updating in host memory {forecast.host_seconds:.3g} s, on a host of 64 cores"
     yield "step", step
     yield "storage", f"a checkpoint of {forecast.checkpoint_gb:.3g} GB takes {forecast.checkpoint_seconds:.3g} s"
 
@@ -145,9 +147,9 @@ def _format_hours(hours: float) -> str:
 
 
 def _format_passes(plan: Plan) -> str:
-    if plan.mixture:
+    if plan.horizon.mixture:
         return "mixed by weight"
-    return "not prepared yet" if plan.epochs is None else f"{plan.epochs:.3g} epochs"
+    return "not prepared yet" if plan.horizon.epochs is None else f"{plan.horizon.epochs:.3g} epochs"
 
 
 def _format_batch(plan: Plan) -> str:
@@ -193,7 +195,7 @@ def _format_workers(plan: Plan) -> str:
 def _format_length(plan: Plan) -> str:
     if plan.steps is None:
         return f"known when the data is prepared; {plan.tokens_per_step:,} tokens a step"
-    about = "about " if plan.steps_estimated else ""
+    about = "about " if plan.horizon.steps_estimated else ""
     total = plan.steps * plan.tokens_per_step
     return (
         f"{about}{format_plural(plan.steps, 'step')} x {plan.tokens_per_step:,} tokens = "
@@ -202,9 +204,10 @@ def _format_length(plan: Plan) -> str:
 
 
 def _format_lr_schedule(plan: Plan) -> str:
-    warmup = "a share of the run" if plan.warmup_steps is None else format_plural(plan.warmup_steps, "step")
+    horizon = plan.horizon
+    warmup = "a share of the run" if horizon.warmup_steps is None else format_plural(horizon.warmup_steps, "step")
     shape = "" if plan.schedule_kind == "constant" else f" to {plan.lr_floor:.3g}"
-    decay = f" over the last {format_plural(plan.decay_steps, 'step')}" if plan.decay_steps else ""
+    decay = f" over the last {format_plural(horizon.decay_steps, 'step')}" if horizon.decay_steps else ""
     return f"{plan.lr:.3g}, {plan.schedule_kind}{shape}{decay}, warm-up {warmup}"
 
 

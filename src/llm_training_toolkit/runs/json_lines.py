@@ -11,7 +11,7 @@ _TAIL = 131_072  # bytes read from the end, about two hundred steps
 
 
 def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the objects of a file's complete lines; none without a file."""
+    """Yield the objects of a file's complete lines; a missing file is empty."""
     return _parse_lines(path.read_bytes().split(b"\n") if path.is_file() else ())
 
 

@@ -1,6 +1,6 @@
 """Status of the runs in a directory, read from their files alone, for `ltt runs`.
 
-Imports neither torch nor ray, to start fast and to leave running workers undisturbed.
+Does without torch and Ray, to start fast and to leave running workers undisturbed.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class RunSpeed:
 def read_run_statuses(runs: Iterable[RunDirectory]) -> list[RunStatus]:
     """Return the status of every run, by name.
 
-    A run with files that cannot be read, or hold something else, is `unreadable` and hides no other.
+    A run with damaged or unreadable files is `unreadable` and hides no other.
     """
     return [_read_status_or_problem(run) for run in sorted(runs, key=lambda run: run.name)]
 
@@ -156,7 +156,9 @@ def _estimate_seconds_left(rows: Iterable[dict[str, Any]], step: int, steps: int
 
 
 def read_run_speed(run: RunDirectory) -> RunSpeed | None:
-    """Return the speed of the newest steps of the newest attempt, or None if it has none, or no published peak."""
+    """Return the speed of the newest steps of the newest attempt, or None unless it has both a speed and a published
+    peak.
+    """
     rows = list(_select_newest_attempt(read_newest_rows(run.metrics_path)))
     if not rows:
         return None

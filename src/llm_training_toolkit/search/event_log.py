@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from llm_training_toolkit.errors import LaunchError
+from llm_training_toolkit.errors import CheckpointError, LaunchError
 from llm_training_toolkit.runs.directory import RunDirectory
 from llm_training_toolkit.runs.json_lines import read_json_lines, terminate_last_line
 from llm_training_toolkit.search.space import Parameters
@@ -70,7 +70,7 @@ class RungResult:
     step: int
     tokens: int
     value: float
-    go_on: bool
+    promoted: bool
     bracket: int = 0
     """Rungs that the trial passes without comparison (Hyperband)."""
     last: bool = False
@@ -124,7 +124,7 @@ class EventLog:
         """Record the start of a driver, and the ends of trials that the last driver decided without recording them."""
         self._write_event({"event": "start"})
         for trial in self.unfinished_trials:
-            if trial.last_rung is not None and not trial.last_rung.go_on:
+            if trial.last_rung is not None and not trial.last_rung.promoted:
                 self.record_end(trial.number, "finished" if trial.last_rung.last else "stopped")
 
     def record_begin(self, trial: TrialRecord) -> None:
@@ -186,7 +186,7 @@ class EventLog:
         try:
             self._append_line(json.dumps(line).encode() + b"\n")
         except OSError as error:
-            self.write_error = f"{self._path} cannot be written ({error}); put that right, and the same command goes on"
+            self.write_error = f"{self._path} cannot be written ({error}); put that right, and the same command resumes"
             raise LaunchError(self.write_error) from error
         self._apply_event(line)
 
@@ -214,6 +214,10 @@ class EventLog:
         self.invalid_points[event["draw"]] = event["parameters"]
 
     def _take_rung(self, event: dict[str, Any]) -> None:
+        if "promoted" not in event:
+            raise CheckpointError(
+                f"{self._path}: the event log is of an earlier version of the toolkit: start a search of another name"
+            )
         trial = self.trials[event["trial"]]
         trial.rungs.append(RungResult(**{name: event[name] for name in RungResult.__dataclass_fields__}))
         self.passed_rungs.append((trial.number, trial.rungs[-1]))

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from ruamel.yaml import YAML
 
 from llm_training_toolkit.config import Config
-from llm_training_toolkit.config.redaction import redact_config
+from llm_training_toolkit.config.load import redact_config
 from llm_training_toolkit.config.search import SearchConfig, replace_config_values
 from llm_training_toolkit.runs.atomic_write import write_atomically
 from llm_training_toolkit.search.event_log import EventLog, SearchDirectory, TrialRecord

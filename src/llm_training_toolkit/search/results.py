@@ -70,7 +70,7 @@ def compute_best_so_far(event_log: EventLog, mode: str) -> list[tuple[int, float
 def find_comparable_values(event_log: EventLog, mode: str) -> list[tuple[TrialRecord, float]]:
     """Return the trials at the rung most of them reached (later on a tie), with their values there.
 
-    A value that is not finite counts as the worst finite one; without any the list is empty.
+    A value that is not finite counts as the worst finite one; the list is empty if all are so.
     """
     by_rung: dict[int, list[tuple[TrialRecord, float]]] = {}
     for trial in event_log.trials.values():

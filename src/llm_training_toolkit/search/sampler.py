@@ -23,24 +23,24 @@ class TrialSampler:
     """Chooses the next trial."""
 
     def __init__(self, trials: TrialConfigBuilder, event_log: EventLog, learner: PointProposer | None) -> None:
-        self._trials, self._search, self._ledger, self._learner = trials, trials.search, event_log, learner
+        self._trials, self._search, self._event_log, self._learner = trials, trials.search, event_log, learner
         self._grid = build_grid(trials.search) if trials.search.searcher.name == "grid" else []
 
     def begin_next_trial(self) -> TrialRecord | None:
         """Record a new trial as begun and return it, or None if the space or the number of trials is used up."""
-        number = len(self._ledger.trials)
+        number = len(self._event_log.trials)
         if self._search.trials is not None and number >= self._search.trials:
             return None
         found = self._find_initial_point() or self._sample_valid_point()
         if found is None:
             return None
         parameters, drawn = found
-        self._ledger.record_begin(TrialRecord(number, parameters, drawn))
-        return self._ledger.trials[number]
+        self._event_log.record_begin(TrialRecord(number, parameters, drawn))
+        return self._event_log.trials[number]
 
     def _get_known_keys(self) -> set[str]:
-        tried = (trial.parameters for trial in self._ledger.trials.values())
-        return {point_key(point) for point in (*tried, *self._ledger.invalid_points.values())}
+        tried = (trial.parameters for trial in self._event_log.trials.values())
+        return {point_key(point) for point in (*tried, *self._event_log.invalid_points.values())}
 
     def _find_initial_point(self) -> tuple[Parameters, int | None] | None:
         known = self._get_known_keys()
@@ -51,7 +51,7 @@ class TrialSampler:
 
     def _sample_valid_point(self) -> tuple[Parameters, int] | None:
         known = self._get_known_keys()
-        for number in range(self._ledger.next_draw, self._ledger.next_draw + _MAX_TRIES):
+        for number in range(self._event_log.next_draw, self._event_log.next_draw + _MAX_TRIES):
             point = self._propose_point(number)
             if point is None:
                 return None
@@ -60,7 +60,7 @@ class TrialSampler:
             problem = self._trials.find_problem(point)
             if not problem:
                 return point, number
-            self._ledger.record_invalid_point(number, point, f"{format_point(point)}: {problem}")
+            self._event_log.record_invalid_point(number, point, f"{format_point(point)}: {problem}")
             known.add(point_key(point))
         return None
 
@@ -68,5 +68,5 @@ class TrialSampler:
         if self._search.searcher.name == "grid":
             return self._grid[number] if number < len(self._grid) else None
         if self._learner is not None:
-            return self._learner(self._search, self._ledger, number)
+            return self._learner(self._search, self._event_log, number)
         return draw_random_point(self._search, number)

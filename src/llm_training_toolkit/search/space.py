@@ -11,9 +11,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from llm_training_toolkit.config.schema import Config
-from llm_training_toolkit.config.search import ParameterDistribution, SearchConfig, replace_config_values
+from llm_training_toolkit.config.search import (
+    ParameterDistribution,
+    SchedulerConfig,
+    SearchConfig,
+    replace_config_values,
+)
 from llm_training_toolkit.errors import PlanError, ToolkitError
-from llm_training_toolkit.plan import check_plan, make_plan
+from llm_training_toolkit.plan import Plan, check_plan, make_plan
 
 Parameters = Mapping[str, Any]  # a value for every searched key
 _MAX_BOUNDARY_POINTS = 2000  # checked, a few milliseconds each; in larger spaces a random sample
@@ -119,10 +124,14 @@ class TrialConfigBuilder:
             "eval.max_sequences": self.base.max_eval_sequences,
         }
 
+    def plan_trial(self, parameters: Parameters) -> Plan:
+        """Return the plan of the trial at a point. Raises ToolkitError if it cannot be trained."""
+        return check_plan(make_plan(self.build_config(parameters)))
+
     def find_problem(self, parameters: Parameters) -> str | None:
         """Return the reason a point cannot be trained; None if it can."""
         try:
-            check_plan(make_plan(self.build_config(parameters)))
+            self.plan_trial(parameters)
         except ToolkitError as error:
             return str(error)
         return None
@@ -150,19 +159,23 @@ def check_search_space(trials: TrialConfigBuilder) -> list[str]:
             "eval/bits_per_byte"
         )
     looked = {point_key(point): point for point in boundary_points(search)}
-    bad = {format_point(point): problem for point in looked.values() if (problem := trials.find_problem(point))}
-    _check_rungs(trials, (point for point in looked.values() if format_point(point) not in bad))
+    plans: dict[str, Plan] = {}
+    bad: dict[str, str] = {}
+    for point in looked.values():
+        try:
+            plans[format_point(point)] = trials.plan_trial(point)
+        except ToolkitError as error:
+            bad[format_point(point)] = str(error)
+    _check_rungs(search.scheduler, plans)
     words = [f"{point}: {_format_problem_line(problem)}" for point, problem in bad.items()]
     if words and (search.invalid == "refuse" or len(bad) == len(looked)):
         raise PlanError(_format_invalid_points(words, len(looked)))
     return words
 
 
-def _check_rungs(trials: TrialConfigBuilder, points: Iterable[Parameters]) -> None:
+def _check_rungs(scheduler: SchedulerConfig, plans: Mapping[str, Plan]) -> None:
     """Check that the first rung comes before the end of every trial and after a whole step. Raises PlanError."""
-    scheduler = trials.search.scheduler
-    for point in points:
-        plan = make_plan(trials.build_config(point))
+    for point, plan in plans.items():
         length = (plan.steps or math.inf, (plan.steps or math.inf) * plan.tokens_per_step)
         for name, first, own in (
             ("grace_period_steps", scheduler.grace_period_steps, length[0]),
@@ -170,7 +183,7 @@ def _check_rungs(trials: TrialConfigBuilder, points: Iterable[Parameters]) -> No
         ):
             if first is not None and first >= own:
                 raise PlanError(
-                    f"scheduler.{name} = {first:,.0f}, but the trial with {format_point(point)} ends after "
+                    f"scheduler.{name} = {first:,.0f}, but the trial with {point} ends after "
                     f"{own:,.0f}: trials "
                     "would never be compared before their ends; give a smaller one, or none: the default goes by the "
                     "length"
@@ -178,8 +191,7 @@ def _check_rungs(trials: TrialConfigBuilder, points: Iterable[Parameters]) -> No
         if (scheduler.grace_period_tokens or math.inf) < plan.tokens_per_step:
             raise PlanError(
                 f"scheduler.grace_period_tokens = {scheduler.grace_period_tokens:,.0f}, but a step of the trial with "
-                f"{format_point(point)} "
-                f"has {plan.tokens_per_step:,}; give at least as many"
+                f"{point} has {plan.tokens_per_step:,}; give at least as many"
             )
 
 

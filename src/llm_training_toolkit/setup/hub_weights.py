@@ -24,7 +24,7 @@ class HubAnswer:
 
     problem: Problem | None = None
     unreachable: str = ""
-    """Reason for which it could not be asked; empty if it answered, or did not need to."""
+    """Reason of a failed question; empty if it answered, or was not asked."""
     commit: str | None = None
     """Commit that the revision means now, if that was asked."""
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from llm_training_toolkit.checkpoint import CheckpointReader, Manifest, UnknownFormatError, list_complete_checkpoints
 from llm_training_toolkit.config import Config, parse_config_json
 from llm_training_toolkit.config.run_identity import check_config_changes, fingerprint
-from llm_training_toolkit.data.prepare.builder import DatasetBuilder, PreparedDataset
-from llm_training_toolkit.data.prepare.dataset_info import DatasetInfo
+from llm_training_toolkit.data.prepare.builder import DatasetBuilder
+from llm_training_toolkit.data.prepare.dataset_info import DatasetInfo, PreparedDataset
 from llm_training_toolkit.data.prepare.epochs import build_data_facts
 from llm_training_toolkit.errors import CheckpointError, ConfigError, DataError, PlanError
 from llm_training_toolkit.plan import DataFacts, Plan, with_precision

@@ -63,7 +63,7 @@ def _find_recorded_commit(config: Config, resume_state: ResumeState) -> HubCommi
 
 
 def find_moved_branch(config: Config, resume_state: ResumeState) -> str | None:
-    """Return a note if the hub's branch no longer means the commit that the run began with; None without a network."""
+    """Return a note if the hub's branch has moved from the commit that the run began with, else or offline None."""
     hub = _find_recorded_commit(config, resume_state)
     if hub is None or not hub.can_move:
         return None

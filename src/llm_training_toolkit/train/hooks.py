@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 
 from llm_training_toolkit.checkpoint.state import TrainState
-from llm_training_toolkit.data.dataset import MicroBatch, build_full_batch
+from llm_training_toolkit.data.collate import MicroBatch, build_full_batch
 from llm_training_toolkit.distributed.context import StopRequest
 from llm_training_toolkit.distributed.events import EvalEvent, NoteEvent
 from llm_training_toolkit.distributed.heartbeat import NO_TIMEOUT, Heartbeat

@@ -17,7 +17,7 @@ import torch
 from torch.profiler import record_function
 
 from llm_training_toolkit.checkpoint.state import SkippedStep, StepStats, TrainState
-from llm_training_toolkit.data.dataset import MicroBatch, count_attended_tokens
+from llm_training_toolkit.data.collate import MicroBatch, count_attended_tokens
 from llm_training_toolkit.distributed.context import StopRequest
 from llm_training_toolkit.distributed.events import StepEvent, StragglerEvent
 from llm_training_toolkit.distributed.heartbeat import NON_STEP_TIMEOUT_FACTOR, STEP_TIMEOUT_FACTOR
@@ -267,7 +267,7 @@ def _format_non_finite_error(
     document_names = "; ".join(dict.fromkeys(text for text in components.context.all_gather_object(mine) if text))
     return (
         f"step {step + 1}: {what}; training stopped and nothing of this step was saved. It holds: {document_names}. "
-        "Look at these documents, or lower optim.lr (it needs --accept optim.lr) and go on from the last checkpoint"
+        "Look at these documents, or lower optim.lr (it needs --accept optim.lr) and resume from the last checkpoint"
     )
 
 

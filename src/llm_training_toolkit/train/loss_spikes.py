@@ -134,5 +134,5 @@ class SpikeGuard:
             )
         raise TrainingError(
             f"{what}; stopped before this update, {saved}. "
-            "failures.on_loss_spike=skip goes on without it, failures.on_loss_spike=ignore takes it"
+            "failures.on_loss_spike=skip continues without it, failures.on_loss_spike=ignore takes it"
         )

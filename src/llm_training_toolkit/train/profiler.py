@@ -19,7 +19,7 @@ class StepProfiler:
     """Profiler of one attempt on one rank. A failure to write its files is reported, and training continues."""
 
     def __init__(self, steps: tuple[int, int] | None, directory: Path, context: RunContext) -> None:
-        """Profile the first to the last of `steps`, counted from 1, into `directory`; without steps do nothing."""
+        """Profile the first to the last of `steps`, counted from 1, into `directory`; None = no profile."""
         self._steps, self._directory, self._context = steps, directory, context
         self._profile: profile | None = None
 
@@ -29,7 +29,7 @@ class StepProfiler:
             first, last = self._steps
             self._context.report(
                 WarningEvent(
-                    f"profile.steps = [{first}, {last}]: the run goes on after step {completed}, so nothing is "
+                    f"profile.steps = [{first}, {last}]: the run continues after step {completed}, so nothing is "
                     "profiled. Give steps to come, or null"
                 )
             )
@@ -58,7 +58,7 @@ class StepProfiler:
             recorded.stop()
             self._write_files(recorded)
         except (OSError, RuntimeError) as error:  # torch's own writer in C++ raises RuntimeError
-            message = f"the profile of rank {self._context.rank} cannot be written ({error}); training goes on"
+            message = f"the profile of rank {self._context.rank} cannot be written ({error}); training continues"
             self._context.report(WarningEvent(message))
         else:
             if self._context.is_rank_zero:

@@ -24,7 +24,7 @@ from llm_training_toolkit.checkpoint import (
 from llm_training_toolkit.checkpoint.hub_commit import HubCommit, get_revision
 from llm_training_toolkit.checkpoint.restore import restore_engine
 from llm_training_toolkit.config import Config, parse_config_json
-from llm_training_toolkit.data.prepare.builder import get_cache_directory
+from llm_training_toolkit.data.prepare.dataset_info import get_cache_directory
 from llm_training_toolkit.distributed.context import RunContext
 from llm_training_toolkit.distributed.events import NoteEvent
 from llm_training_toolkit.distributed.node_group import NodeGroup, form_node_group

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -16,13 +16,11 @@ from typing import Any
 
 import torch
 
-from llm_training_toolkit.checkpoint import CheckpointReader, RetentionPolicy
+from llm_training_toolkit.checkpoint import CheckpointReader
 from llm_training_toolkit.checkpoint.hub_commit import HUB_KEY, HubCommit, find_hub_commit
-from llm_training_toolkit.checkpoint.manager import CheckpointLineage, CheckpointManager
 from llm_training_toolkit.checkpoint.restore import find_latest_valid_checkpoint
 from llm_training_toolkit.checkpoint.state import TrainState
 from llm_training_toolkit.config import Config
-from llm_training_toolkit.config.run_identity import fingerprint
 from llm_training_toolkit.data.dataloader import DataLoader
 from llm_training_toolkit.data.prepare.epochs import build_data_facts, read_latest_dataset_info
 from llm_training_toolkit.data.sample_log import SampleLog
@@ -48,14 +46,14 @@ from llm_training_toolkit.runs.attempts import (
     read_attempt_record,
     update_attempt,
 )
-from llm_training_toolkit.runs.directory import collect_environment
 from llm_training_toolkit.runs.goodput import GoodputState, GoodputTracker, load_goodput_state
 from llm_training_toolkit.train.components import TrainerComponents
 from llm_training_toolkit.train.compute_meter import build_compute_meter
 from llm_training_toolkit.train.loop import run_training_loop
 from llm_training_toolkit.train.profiler import StepProfiler
 from llm_training_toolkit.worker.attention import resolve_attention
-from llm_training_toolkit.worker.build import BuiltModel, build_run_model
+from llm_training_toolkit.worker.build import build_run_model
+from llm_training_toolkit.worker.checkpoints import build_checkpoint_manager
 from llm_training_toolkit.worker.compilation import build_compile_error, resolve_compilation
 from llm_training_toolkit.worker.devices import RankPlacement, check_placement
 from llm_training_toolkit.worker.finish import finish_run
@@ -221,7 +219,7 @@ def _build_components(
     context.heartbeat.set_phase("opening the data")
     trackers = open_trackers(spec.config, run, run_id, context.metric_exporter) if context.is_rank_zero else ()
     metrics = Metrics(run, attempt, train_state.step, context, trackers)
-    checkpoint_manager = _build_checkpoint_manager(
+    checkpoint_manager = build_checkpoint_manager(
         spec, context, plan, built, checkpoint, attempt=attempt, run_id=run_id, metrics=metrics
     )
     metrics.add_text(train_state.step, "configuration", f"```json\n{run.resolved_config_path.read_text()}\n```")
@@ -250,48 +248,12 @@ def _make_attempt_plan(
     """Return the plan at this number of workers, from `checkpoint` on; rank 0 writes it, with `auto` resolved."""
     state = _get_train_state(checkpoint)
     data_facts = build_data_facts(spec.dataset_info, state.step, state.sequences)
-    plan = check_plan(make_plan(spec.config, data_facts, ranks=context.world_size)).with_notes(resolved)
+    plan = make_plan(spec.config, ranks=context.world_size).with_data(data_facts)
+    plan = check_plan(plan).with_notes(resolved)
     plan = resolve_compilation(spec.config, plan, context, checkpoint.manifest if checkpoint else None)
     if context.is_rank_zero:
         write_atomically(spec.directory.plan_path, json.dumps(plan.to_json(), indent=1))
     return plan
-
-
-def _build_checkpoint_manager(
-    spec: WorkerSpec,
-    context: RunContext,
-    plan: Plan,
-    built: BuiltModel,
-    checkpoint: CheckpointReader | None,
-    *,
-    attempt: int,
-    run_id: str,
-    metrics: Metrics,
-) -> CheckpointManager:
-    """Return the manager; its checkpoints name `checkpoint`, from which this attempt resumes, as their parent."""
-    lineage = CheckpointLineage(
-        attempt=attempt,
-        parent=checkpoint.directory.name if checkpoint else None,
-        zero=plan.zero,
-        threads=torch.get_num_threads(),
-        config_fingerprint=fingerprint(spec.config),
-        data_fingerprint=spec.dataset_info.fingerprint,
-        versions=collect_environment()["versions"],
-        extra=_build_manifest_extra(built, plan),
-        run_id=run_id,
-    )
-    _warn_of_rounding_changes(checkpoint, lineage, context)
-    policy = spec.config.checkpoint
-    return CheckpointManager(
-        spec.directory,
-        context,
-        built.engine,
-        lineage,
-        every_steps=plan.save_every_steps,
-        every_seconds=plan.save_every_seconds,
-        rule=RetentionPolicy(policy.keep_latest, policy.keep_every, policy.keep_best),
-        sync_metrics=metrics.sync,
-    )
 
 
 def _build_dataloader(spec: WorkerSpec, context: RunContext, plan: Plan, state: TrainState, attempt: int) -> DataLoader:
@@ -314,18 +276,6 @@ def _build_step_profiler(spec: WorkerSpec, context: RunContext, state: TrainStat
     profiler = StepProfiler(steps, spec.directory.get_profile_dir(attempt), context)
     profiler.warn_of_past_steps(state.step)
     return profiler
-
-
-def _build_manifest_extra(built: BuiltModel, plan: Plan) -> dict[str, Any]:
-    """Return the facts about the model that a manifest holds beside its weights."""
-    extra = {
-        "hf_config": built.hf_config,
-        "micro_batch": plan.micro_batch,
-        "compile": plan.compile,
-        "sequence_parallel": plan.sequence_parallel,
-    }
-    optional = {"base": built.base, HUB_KEY: built.hub}
-    return extra | {key: value.to_json() for key, value in optional.items() if value is not None}
 
 
 def _find_recorded_commit(
@@ -351,26 +301,3 @@ def _get_train_state(checkpoint: CheckpointReader | None) -> TrainState:
         return TrainState()
     manifest = checkpoint.manifest
     return TrainState(manifest.step, manifest.tokens, manifest.sequences, manifest.skips, manifest.recent)
-
-
-def _warn_of_rounding_changes(
-    checkpoint: CheckpointReader | None, lineage: CheckpointLineage, context: RunContext
-) -> None:
-    """Report that losses will differ by rounding, which depends on ranks, threads, micro-batch and ZeRO stage."""
-    if checkpoint is None or not context.is_rank_zero:
-        return
-    manifest = checkpoint.manifest
-    previous = (manifest.world_size, manifest.threads, manifest.extra["micro_batch"], manifest.zero)
-    now = (context.world_size, lineage.threads, lineage.extra["micro_batch"], lineage.zero)
-    before, after = _format_computation(manifest.extra), _format_computation(lineage.extra)
-    if (*previous, before) != (*now, after):
-        said = "went on {} workers with {} threads each in micro-batches of {} under ZeRO {}".format(*previous) + before
-        here = "goes on {} with {} in micro-batches of {} under ZeRO {}".format(*now) + after
-        message = f"the run {said} and now {here}: the same sequences, losses equal up to rounding"
-        context.report(NoteEvent(message))
-
-
-def _format_computation(extra: Mapping[str, Any]) -> str:
-    """Format how layers are computed, by the facts beside a checkpoint's weights; empty if they are as usual."""
-    shared = extra.get("sequence_parallel", 1)
-    return (", compiled" if extra.get("compile", False) else "") + (f", {shared} to a row" if shared > 1 else "")

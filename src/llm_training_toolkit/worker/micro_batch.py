@@ -28,9 +28,9 @@ from llm_training_toolkit.plan import (
     choose_memory_settings,
     estimate_host_bytes,
     estimate_loading_bytes,
+    estimate_memory,
     find_smaller_micro_batch,
     find_smaller_settings,
-    make_plan,
     plan_workload,
 )
 from llm_training_toolkit.runs.attempts import find_last_attempt, has_run_out_of_memory, read_attempt_record
@@ -240,7 +240,7 @@ def build_out_of_memory_error(
 
 def _format_memory_plan(taken: Config, workers: int, device_gb: float) -> str:
     """Format the memory that the plan counts, its three largest parts, and the memory of the device."""
-    memory_gb = make_plan(taken, ranks=workers).memory_gb_per_device
+    memory_gb = estimate_memory(plan_workload(taken, workers)).to_gigabytes()
     largest = sorted(memory_gb, key=lambda part: memory_gb[part], reverse=True)[:3]
     listed = ", ".join(f"{part} {memory_gb[part]:.3g}" for part in largest)
     return f"The plan counts {sum(memory_gb.values()):.3g} GB, of them {listed}; the device has {device_gb:.3g}"

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_training_toolkit.checkpoint import FileEntry, Manifest, read_manifest
+from checkpoints import build_manifest
+from llm_training_toolkit.checkpoint import FileEntry, read_manifest
 from llm_training_toolkit.checkpoint.layout import (
     FragmentIndex,
     FragmentRun,
@@ -98,9 +98,7 @@ def test_the_manifest_of_four_thousand_ranks_stays_below_a_megabyte(tmp_path: Pa
     layout = build_layout(indexes, shapes)
     assert find_incomplete_parameters(layout, shapes) == []
     files = tuple(FileEntry(f"fragments_{rank:05d}.safetensors", 10**9, "a" * 64) for rank in range(ranks))
-    progress: dict[str, Any] = {"step": 1, "tokens": 1, "sequences": 1, "attempt": 1, "parent": None}
-    origin: dict[str, Any] = {"config_fingerprint": "c", "data_fingerprint": "d", "versions": {}, "shapes": shapes}
-    manifest = Manifest(**progress, **origin, world_size=ranks, zero=3, threads=1, files=files, layout=layout)
+    manifest = build_manifest(shapes=shapes, world_size=ranks, zero=3, files=files, layout=layout)
     (tmp_path / "manifest.json").write_text(manifest.to_json())
     assert (tmp_path / "manifest.json").stat().st_size < 1_000_000
     assert read_manifest(tmp_path) == manifest

@@ -15,10 +15,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from checkpoints import save
+from checkpoints import build_manifest, save
 from llm_training_toolkit.checkpoint import (
     AsyncWrite,
-    Manifest,
     RetentionPolicy,
     allocate_host_buffer,
     find_latest_checkpoint,
@@ -63,15 +62,7 @@ class Rank:
         return RunContext(0, 1, torch.device("cpu"), event_listener=self.events.append)
 
     def write(self, step: int) -> Path:
-        facts: dict[str, Any] = {
-            "config_fingerprint": "c",
-            "data_fingerprint": "d",
-            "versions": {},
-            "shapes": {"w": (100,)},
-        }
-        place: dict[str, Any] = {"step": step, "tokens": step, "sequences": step, "attempt": 1, "parent": None}
-        manifest = Manifest(**place, **facts, world_size=1, zero=0, threads=1)
-
+        manifest = build_manifest(step, {"w": (100,)})
         directory = self.run.get_checkpoint_dir(step, 1)
         save(self.context, directory, [Part(torch.full((100,), float(step)))], OPTIMIZER, manifest)
         return directory

@@ -6,12 +6,10 @@ import hashlib
 import json
 import math
 import re
-import resource
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -26,12 +24,11 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 from torch import Tensor
 
-from checkpoints import save
+from checkpoints import build_manifest, save
 from llm_training_toolkit.checkpoint import (
     AsyncWrite,
     CheckpointReader,
     FileEntry,
-    Manifest,
     allocate_host_buffer,
     commit_checkpoint,
     find_latest_checkpoint,
@@ -42,6 +39,7 @@ from llm_training_toolkit.checkpoint.manifest import read_manifest
 from llm_training_toolkit.distributed.context import RunContext
 from llm_training_toolkit.errors import CheckpointError
 from llm_training_toolkit.runs.directory import RunDirectory
+from machine_limits import no_file_beyond
 
 ONE_RANK = RunContext(0, 1, torch.device("cpu"))
 OPTIMIZER = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
@@ -81,29 +79,12 @@ def cut(values: Values, cuts: Mapping[str, Sequence[int]]) -> list[Part]:
     return parts
 
 
-def describe(shapes: Mapping[str, tuple[int, ...]], step: int = 1) -> Manifest:
-    return Manifest(
-        step=step,
-        tokens=64 * step,
-        sequences=0,
-        attempt=1,
-        parent=None,
-        world_size=1,
-        zero=0,
-        threads=1,
-        config_fingerprint="c",
-        data_fingerprint="d",
-        versions={"torch": "1"},
-        shapes=shapes,
-    )
-
-
 SHAPES: dict[str, tuple[int, ...]] = {"embed.weight": (16, 8), "norm.weight": (8,), "scale": ()}
 
 
 def write(directory: Path, step: int = 1, shapes: Mapping[str, tuple[int, ...]] = SHAPES) -> Values:
     values = values_of(shapes, seed=step)
-    save(ONE_RANK, directory, cut(values, {}), OPTIMIZER, describe(shapes, step))
+    save(ONE_RANK, directory, cut(values, {}), OPTIMIZER, build_manifest(step, shapes, tokens=64 * step))
     return values
 
 
@@ -131,7 +112,7 @@ def test_any_range_of_any_parameter_reads_back_bit_for_bit(
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder) / "step_000000001_a1"
         parts = data.draw(st.permutations(cut(values, cuts)))
-        save(ONE_RANK, directory, parts, OPTIMIZER, describe(shapes))
+        save(ONE_RANK, directory, parts, OPTIMIZER, build_manifest(shapes=shapes))
         checkpoint = CheckpointReader(directory)
         assert checkpoint.verify_files() == []
         for name, tensors in values.items():
@@ -161,7 +142,7 @@ def test_what_is_written_is_the_moment_it_began_however_slow_the_disk(
     began = time.monotonic()
     writing = AsyncWrite(0, tmp_path / "c", pieces, OPTIMIZER, allocate_host_buffer(pieces))
     assert time.monotonic() - began < 10
-    for tensors in values.values():  # the training goes on
+    for tensors in values.values():  # the training continues
         for tensor in tensors.values():
             tensor.add_(1)
     was_done = writing.is_done
@@ -169,7 +150,7 @@ def test_what_is_written_is_the_moment_it_began_however_slow_the_disk(
     may_write.set()
     writing.wait_for_result()
     monkeypatch.undo()
-    commit_checkpoint(ONE_RANK, writing, describe(SHAPES))
+    commit_checkpoint(ONE_RANK, writing, build_manifest(shapes=SHAPES))
     assert (was_done, writing.is_done) == (False, True)
     checkpoint = CheckpointReader(tmp_path / "c")
     for name, weights in before.items():
@@ -186,7 +167,7 @@ def test_an_error_of_ours_in_the_thread_comes_up_where_it_is_finished(
     pieces = cut(values_of(SHAPES), {})
     writing = AsyncWrite(0, tmp_path / "c", pieces, OPTIMIZER, allocate_host_buffer(pieces))
     with pytest.raises(ZeroDivisionError):
-        commit_checkpoint(ONE_RANK, writing, describe(SHAPES))
+        commit_checkpoint(ONE_RANK, writing, build_manifest(shapes=SHAPES))
 
 
 def test_memory_is_used_again_for_other_pieces_and_the_files_are_plain_safetensors(tmp_path: Path) -> None:
@@ -208,7 +189,7 @@ def test_memory_is_used_again_for_other_pieces_and_the_files_are_plain_safetenso
 def test_values_that_are_no_ordinary_numbers_survive(tmp_path: Path) -> None:
     odd = torch.tensor([math.nan, math.inf, -math.inf, -0.0, 1e-45, 3.4e38])
     part = Part("w", 0, dict.fromkeys(KEYS, odd))
-    save(ONE_RANK, tmp_path / "c", [part], OPTIMIZER, describe({"w": (6,)}))
+    save(ONE_RANK, tmp_path / "c", [part], OPTIMIZER, build_manifest(shapes={"w": (6,)}))
     assert CheckpointReader(tmp_path / "c").read("w", "weights", 0, 6).tobytes() == odd.numpy().tobytes()
 
 
@@ -246,13 +227,13 @@ def part(start: int, count: int) -> Part:
 def test_pieces_that_do_not_add_up_are_an_error_and_leave_nothing(run: RunDirectory, parts: list[Part]) -> None:
     write(run.get_checkpoint_dir(1, 1))
     with pytest.raises(CheckpointError, match="the pieces of w do not add up"):
-        save(ONE_RANK, run.get_checkpoint_dir(2, 1), parts, OPTIMIZER, describe({"w": (10,)}, 2))
+        save(ONE_RANK, run.get_checkpoint_dir(2, 1), parts, OPTIMIZER, build_manifest(2, {"w": (10,)}))
     assert list(run.checkpoints_dir.iterdir()) == [run.get_checkpoint_dir(1, 1)]
 
 
 def test_reading_does_not_let_an_overlap_make_up_for_a_gap(tmp_path: Path) -> None:
     parts = [part(0, 5), part(5, 5)]
-    save(ONE_RANK, tmp_path / "c", parts, OPTIMIZER, describe({"w": (10,)}))
+    save(ONE_RANK, tmp_path / "c", parts, OPTIMIZER, build_manifest(shapes={"w": (10,)}))
     edit_manifest(tmp_path / "c", lambda manifest: manifest["layout"]["w"].__setitem__(1, [0, 5, 1, 0]))
     with pytest.raises(CheckpointError, match="w holds 5 of the 10 values"):
         CheckpointReader(tmp_path / "c").read("w", "weights", 0, 10)
@@ -295,17 +276,6 @@ def test_a_full_disk_costs_only_the_checkpoint_being_written(run: RunDirectory) 
         subprocess.run(["umount", "--lazy", run.checkpoints_dir], check=True)
 
 
-@contextmanager
-def no_file_beyond(size: int) -> Iterator[None]:
-    """The kernel refuses to let a file of this process grow further, as a full disk does."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 def test_fragments_the_kernel_refuses_cost_only_the_checkpoint_being_written(run: RunDirectory) -> None:
     write(run.get_checkpoint_dir(1, 1), 1)
     with no_file_beyond(10_000):
@@ -315,7 +285,7 @@ def test_fragments_the_kernel_refuses_cost_only_the_checkpoint_being_written(run
 def test_a_manifest_the_kernel_refuses_costs_only_the_checkpoint_being_written(run: RunDirectory) -> None:
     write(run.get_checkpoint_dir(1, 1), 1)
     single = [Part("w", 0, {"weights": torch.zeros(1)})]
-    large = replace(describe({"w": (1,)}, 2), versions={f"package{i}": "1" for i in range(100)})
+    large = replace(build_manifest(2, {"w": (1,)}), versions={f"package{i}": "1" for i in range(100)})
     with no_file_beyond(1_000), pytest.raises(CheckpointError, match=r"rank 0: .*File too large"):
         save(ONE_RANK, run.get_checkpoint_dir(2, 1), single, OPTIMIZER, large)
     assert list(run.checkpoints_dir.iterdir()) == [run.get_checkpoint_dir(1, 1)]
@@ -357,7 +327,7 @@ def test_the_ranks_together_check_each_file_once(files: int, ranks: int) -> None
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder)
         entries = tuple(FileEntry(f"f{i}", 1, "0") for i in range(files))
-        (directory / "manifest.json").write_text(replace(describe({}), files=entries).to_json())
+        (directory / "manifest.json").write_text(replace(build_manifest(shapes={}), files=entries).to_json())
         checkpoint = CheckpointReader(directory)
         found = [fault for rank in range(ranks) for fault in checkpoint.verify_files(rank, ranks)]
     assert sorted(found) == sorted(f"{directory}/f{i}: missing" for i in range(files))

@@ -22,10 +22,10 @@ from llm_training_toolkit.config import (
     parse_config_json,
     renamed_keys,
 )
-from llm_training_toolkit.config.data_config import SourceConfig, SourceFormat
 from llm_training_toolkit.config.fields import format_type, get_inner_section, iter_sections, resolve_key
 from llm_training_toolkit.config.load import format_unknown_key
 from llm_training_toolkit.config.search import SearchConfig
+from llm_training_toolkit.config.source_config import SourceConfig, SourceFormat
 from llm_training_toolkit.errors import ConfigError
 
 SMALL = """\

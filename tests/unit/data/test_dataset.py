@@ -16,18 +16,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llm_training_toolkit.config.schema import Config
-from llm_training_toolkit.data.dataloader import DataLoader
-from llm_training_toolkit.data.dataset import (
+from llm_training_toolkit.data.collate import (
     MicroBatch,
-    PackedDataset,
     build_full_batch,
     build_padding_batch,
     collate_rows,
     count_attended_tokens,
 )
+from llm_training_toolkit.data.dataloader import DataLoader
+from llm_training_toolkit.data.dataset import PackedDataset
 from llm_training_toolkit.data.prepare.arrow_store import ExampleStore, SourceExample, join_examples, write_examples
-from llm_training_toolkit.data.prepare.builder import PreparedDataset, prepare_dataset
-from llm_training_toolkit.data.prepare.dataset_info import DatasetInfo, EpochInfo, StreamInfo
+from llm_training_toolkit.data.prepare.builder import prepare_dataset
+from llm_training_toolkit.data.prepare.dataset_info import DatasetInfo, EpochInfo, PreparedDataset, StreamInfo
 from llm_training_toolkit.data.prepare.packing import pack_in_windows
 from llm_training_toolkit.data.sample_log import SampleLog, read_sample_log
 from llm_training_toolkit.data.tokenizer import TokenizationSpec

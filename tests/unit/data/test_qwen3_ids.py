@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from llm_training_toolkit.config.data_config import SourceConfig
+from llm_training_toolkit.config.source_config import SourceConfig
 from llm_training_toolkit.data.chat.parse import parse_conversation
 from llm_training_toolkit.data.prepare.renderer import DocumentRenderer
 from llm_training_toolkit.data.sources import Document, RepositoryFile

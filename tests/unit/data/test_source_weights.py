@@ -13,7 +13,8 @@ from llm_training_toolkit.config.schema import Config
 from llm_training_toolkit.data.dataset import PackedDataset
 from llm_training_toolkit.data.prepare import shards as shards_module
 from llm_training_toolkit.data.prepare.arrow_store import ExampleStore
-from llm_training_toolkit.data.prepare.builder import PreparedDataset, prepare_dataset
+from llm_training_toolkit.data.prepare.builder import prepare_dataset
+from llm_training_toolkit.data.prepare.dataset_info import PreparedDataset
 from llm_training_toolkit.data.tokenizer import TokenizationSpec
 from llm_training_toolkit.errors import DataError
 

@@ -13,8 +13,7 @@ import pytest
 import torch
 
 import rank_tasks
-from checkpoints import save
-from llm_training_toolkit.checkpoint import Manifest
+from checkpoints import build_manifest, save
 from llm_training_toolkit.config import Config, parse_config
 from llm_training_toolkit.data.tokenizer import open_tokenizer
 from llm_training_toolkit.errors import CheckpointError
@@ -23,20 +22,7 @@ from llm_training_toolkit.export.export_run import build_model_files, export_run
 from llm_training_toolkit.export.model_card import ExportKind, format_model_card
 from llm_training_toolkit.runs.directory import RunDirectory
 
-MANIFEST = Manifest(
-    step=1200,
-    tokens=9_830_400,
-    sequences=153_600,
-    attempt=1,
-    parent=None,
-    world_size=2,
-    zero=2,
-    threads=1,
-    config_fingerprint="c",
-    data_fingerprint="d",
-    versions={"torch": "2.13.0"},
-    shapes={},
-)
+MANIFEST = build_manifest(1200, tokens=9_830_400, sequences=153_600, world_size=2, zero=2, versions={"torch": "2.13.0"})
 
 OPTIMIZER = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
 

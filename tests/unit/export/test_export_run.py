@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import resource
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +15,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-from checkpoints import save
+from checkpoints import build_manifest, save
 from llm_training_toolkit import families
-from llm_training_toolkit.checkpoint import CheckpointReader, Manifest
+from llm_training_toolkit.checkpoint import CheckpointReader
 from llm_training_toolkit.checkpoint.reader import Array
 from llm_training_toolkit.config.model_config import LoraConfig
 from llm_training_toolkit.distributed.context import RunContext
@@ -37,6 +35,7 @@ from llm_training_toolkit.export import (
 from llm_training_toolkit.families.lora import build_adapter
 from llm_training_toolkit.models import build_model
 from llm_training_toolkit.runs.directory import RunDirectory
+from machine_limits import no_file_beyond
 
 QWEN3: dict[str, Any] = {
     "model_type": "qwen3",
@@ -103,10 +102,7 @@ def saved(model: nn.Module, directory: Path) -> CheckpointReader:
         )
     ]
     shapes = {name: tuple(tensor.shape) for name, tensor in parameters.items()}
-    facts: dict[str, Any] = {"config_fingerprint": "c", "data_fingerprint": "d", "versions": {}, "shapes": shapes}
-    place: dict[str, Any] = {"step": 3, "tokens": 3, "sequences": 3, "attempt": 1, "parent": None}
-    manifest = Manifest(**place, **facts, world_size=1, zero=0, threads=1)
-
+    manifest = build_manifest(3, shapes)
     save(RunContext(0, 1, torch.device("cpu")), directory, halves, OPTIMIZER, manifest)
     return CheckpointReader(directory)
 
@@ -341,17 +337,6 @@ def test_what_a_killed_export_left_is_not_in_the_way(case: Case) -> None:
     (half / "model.safetensors").write_bytes(b"half")
     assert torch.equal(logits(reloaded(case.export())), logits(case.model))
     assert [path.name for path in case.destination.parent.iterdir()] == ["export"]
-
-
-@contextmanager
-def no_file_beyond(size: int) -> Iterator[None]:
-    """The kernel refuses to let a file of this process grow further, as a full disk does."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_disk_without_room_for_the_weights_leaves_no_directory(case: Case) -> None:

@@ -174,7 +174,7 @@ def test_the_prompt_of_a_conversation_is_that_of_transformers(directory: Path, e
     assert ids.count(marker) == len(messages), "what a person writes is no marker"
 
 
-def test_a_conversation_goes_on_from_what_was_said(model: Any, directory: Path) -> None:
+def test_a_conversation_continues_from_its_messages(model: Any, directory: Path) -> None:
     model.config.max_position_embeddings = 4096
     dialogue = TextGenerator(model, directory).start_chat("Be brief.")
     written = [dialogue.send_message(question, SamplingParams(max_new_tokens=3)).text for question in ("One?", "Two?")]

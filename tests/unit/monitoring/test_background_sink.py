@@ -84,7 +84,7 @@ def test_a_server_that_was_down_gets_every_row_once_and_in_order(tmp_path: Path)
     assert server.moments == sorted(server.moments)
     assert server.ended is False
     assert [type(event) for event in events] == [WarningEvent, NoteEvent]
-    assert "server cannot be written (ConnectionError: nobody answers); training goes on" in events[0].message
+    assert "server cannot be written (ConnectionError: nobody answers); training continues" in events[0].message
 
 
 def test_a_server_that_comes_back_while_the_run_ends_gets_the_rest(tmp_path: Path) -> None:
@@ -139,4 +139,4 @@ def test_a_package_that_is_missing_is_told_once(tmp_path: Path, monkeypatch: pyt
     metrics.close()
     [warning] = events
     assert f"{clients[package].name} cannot be written (ModuleNotFoundError: import of {package}" in warning.message
-    assert "training goes on" in warning.message
+    assert "training continues" in warning.message

@@ -174,7 +174,7 @@ def test_text_that_looks_like_markup_is_shown_as_it_is(text: str) -> None:
     assert text in on_a_terminal(act)
 
 
-def test_closing_twice_and_going_on_after_closing_is_fine() -> None:
+def test_closing_twice_and_printing_after_closing_is_fine() -> None:
     def act(console: Console) -> None:
         console.update_stage("reading", 1, 2)
         console.close()

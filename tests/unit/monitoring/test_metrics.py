@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import subprocess
 import sys
 import threading
@@ -22,6 +21,7 @@ from llm_training_toolkit.distributed.context import RunContext
 from llm_training_toolkit.distributed.events import NoteEvent, WarningEvent
 from llm_training_toolkit.monitoring.metrics import Metrics
 from llm_training_toolkit.runs.directory import RunDirectory
+from machine_limits import no_file_beyond
 
 
 @pytest.fixture
@@ -157,7 +157,7 @@ def test_a_sink_that_cannot_start_fails_at_once(run: RunDirectory, context: RunC
         Metrics(run, 1, 0, context)
 
 
-def test_a_full_disk_is_reported_once_and_the_other_sink_goes_on(
+def test_a_full_disk_is_reported_once_and_the_other_sink_continues(
     run: RunDirectory, context: RunContext, events: list[Any]
 ) -> None:
     run.path.mkdir(parents=True)
@@ -169,7 +169,7 @@ def test_a_full_disk_is_reported_once_and_the_other_sink_goes_on(
     assert isinstance(event, WarningEvent)
     assert "JsonLines cannot be written" in event.message
     assert "No space left on device" in event.message
-    assert "training goes on" in event.message
+    assert "training continues" in event.message
     assert points(run, "train/loss") == [(1, 1.0), (2, 2.0), (3, 3.0)]
 
 
@@ -179,25 +179,22 @@ def threads_before() -> set[threading.Thread]:
 
 
 @contextmanager
-def no_file_beyond(size: int, threads_before: set[threading.Thread]) -> Iterator[None]:
-    """The kernel refuses to let a file of this process grow further, as a full disk does."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+def full_disk(size: int, threads_before: set[threading.Thread]) -> Iterator[None]:
+    """No file grows beyond a size, until TensorBoard's threads have met it: in this test, not in a later one."""
     try:
-        yield
+        with no_file_beyond(size):
+            yield
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        # TensorBoard writes in threads of its own; what they meet must be met in this test, not in a later one.
         for thread in set(threading.enumerate()) - threads_before:
             if type(thread).__name__ == "_AsyncWriterThread":
                 thread.join(timeout=2)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_when_no_sink_can_be_written_each_is_reported_once_and_training_goes_on(
+def test_when_no_sink_can_be_written_each_is_reported_once_and_training_continues(
     run: RunDirectory, context: RunContext, events: list[Any], threads_before: set[threading.Thread]
 ) -> None:
-    with no_file_beyond(2_000, threads_before), metrics(run, context) as opened:
+    with full_disk(2_000, threads_before), metrics(run, context) as opened:
         for step in range(1, 201):
             opened.write(step, {"train/loss": float(step)})
         opened.add_text(200, "note", "x" * 5_000)
@@ -214,7 +211,7 @@ def test_a_disk_that_is_full_when_metrics_are_closed_does_not_fail_a_finished_ru
     [sink] = [sink for sink in opened._sinks if type(sink).__name__ == "TensorBoard"]
     writer = sink._writer  # type: ignore[attr-defined]
     size = os.path.getsize(next(run.tensorboard_dir.iterdir()))  # noqa: PTH202
-    with no_file_beyond(size, threads_before):
+    with full_disk(size, threads_before):
         for step in range(2, 20):
             writer.add_scalar("train/loss", 1.0, step)  # queued: nobody has noticed yet
             time.sleep(0.001)
@@ -231,7 +228,7 @@ def test_rows_that_a_full_disk_refused_are_written_when_it_has_room_again(
     """One failed write, half of it done, used to end the curve of the whole attempt."""
     with metrics(run, context) as opened:
         opened.write(1, {"train/loss": 1.0})
-        with no_file_beyond(run.metrics_path.stat().st_size + 10, threads_before):
+        with full_disk(run.metrics_path.stat().st_size + 10, threads_before):
             opened.write(2, {"train/loss": 2.0})
             opened.write(3, {"train/loss": 3.0})
         opened.write(4, {"train/loss": 4.0})
@@ -241,14 +238,14 @@ def test_rows_that_a_full_disk_refused_are_written_when_it_has_room_again(
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_tensorboard_goes_on_after_a_failed_write(
+def test_tensorboard_continues_after_a_failed_write(
     run: RunDirectory, context: RunContext, threads_before: set[threading.Thread], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("llm_training_toolkit.monitoring.metrics._REOPEN_SECONDS", 0.0)
     with metrics(run, context) as opened:
         opened.write(1, {"train/loss": 1.0})
         [events_file] = run.tensorboard_dir.iterdir()
-        with no_file_beyond(events_file.stat().st_size, threads_before):
+        with full_disk(events_file.stat().st_size, threads_before):
             for step in range(2, 100):
                 opened.write(step, {"train/loss": float(step)})
         time.sleep(1.1)  # event files are ordered by the second in their names

@@ -43,7 +43,7 @@ def run(tmp_path: Path) -> RunDirectory:
     return RunDirectory(tmp_path / "run")
 
 
-def test_a_reader_that_is_gone_silences_the_screen_and_the_log_goes_on(run: RunDirectory) -> None:
+def test_a_reader_that_is_gone_silences_the_screen_and_the_log_continues(run: RunDirectory) -> None:
     reader, writer = os.pipe()
     os.close(reader)
     say(writer, run)

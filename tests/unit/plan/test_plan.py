@@ -35,11 +35,11 @@ def where(plan: Plan) -> list[str]:
 
 def test_a_sound_run() -> None:
     plan = check_plan(make_plan(config()))
-    assert (plan.steps, plan.steps_estimated, plan.tokens_per_step) == (100, False, 16 * 128)
+    assert (plan.steps, plan.horizon.steps_estimated, plan.tokens_per_step) == (100, False, 16 * 128)
     assert (plan.split_batch(), plan.get_accumulation_steps()) == ((8, 8), 8)
     assert plan.split_batch(3) == (6, 5, 5)
     assert plan.lr == 3e-3
-    assert plan.warmup_steps == 1
+    assert plan.horizon.warmup_steps == 1
     assert plan.save_every_seconds == 600.0
     assert plan.save_every_steps is None
     schedule = plan.build_lr_schedule()
@@ -62,8 +62,8 @@ def test_a_sound_run() -> None:
 def test_the_length_of_a_run(
     train: dict[str, Any], facts: tuple[int, ...] | None, steps: int | None, *, estimated: bool
 ) -> None:
-    plan = make_plan(config(train=train), None if facts is None else DataFacts((StreamFacts(facts),)))
-    assert (plan.steps, plan.steps_estimated) == (steps, estimated)
+    plan = make_plan(config(train=train)).with_data(None if facts is None else DataFacts((StreamFacts(facts),)))
+    assert (plan.steps, plan.horizon.steps_estimated) == (steps, estimated)
     assert ("steps" in plan.estimated) == estimated
 
 
@@ -71,12 +71,12 @@ def test_a_run_of_unknown_length_has_no_schedule_yet() -> None:
     plan = make_plan(config(train={"steps": None, "epochs": 1}))
     with pytest.raises(PlanError, match="ltt prepare"):
         plan.build_lr_schedule()
-    assert plan.warmup_steps is None
-    assert make_plan(config(train={"steps": None, "epochs": 1}, optim={"warmup": 5})).warmup_steps == 5
+    assert plan.horizon.warmup_steps is None
+    assert make_plan(config(train={"steps": None, "epochs": 1}, optim={"warmup": 5})).horizon.warmup_steps == 5
 
 
 def test_passes_over_the_data() -> None:
-    assert make_plan(config(), DataFacts((StreamFacts((400, 400)),))).epochs == pytest.approx(4.0)
+    assert make_plan(config()).with_data(DataFacts((StreamFacts((400, 400)),))).horizon.epochs == pytest.approx(4.0)
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_problems_are_found(sections: dict[str, Any], expected: str) -> None:
 
 
 def test_an_empty_data_set_is_a_problem() -> None:
-    assert where(make_plan(config(train={"steps": None, "epochs": 1}), DataFacts((StreamFacts((0,)),)))) == [
+    assert where(make_plan(config(train={"steps": None, "epochs": 1})).with_data(DataFacts((StreamFacts((0,)),)))) == [
         "data.sources"
     ]
 
@@ -285,14 +285,16 @@ def test_adapters_that_are_no_mistake_but_worth_a_word() -> None:
 
 def test_a_tokenizer_larger_than_the_embedding_is_a_problem() -> None:
     facts = DataFacts((StreamFacts((100,)),), vocab_size=200_000)
-    assert [problem.where for problem in make_plan(config(), facts).problems] == ["tokenizer.path"]
+    assert [problem.where for problem in make_plan(config()).with_data(facts).problems] == ["tokenizer.path"]
 
 
 def test_a_run_that_has_begun_counts_what_it_has_seen() -> None:
     train = {"train": {"steps": None, "epochs": 2, "global_batch_size": 8}}
-    fresh = make_plan(config(**train), DataFacts((StreamFacts((20, 20)),)))
+    fresh = make_plan(config(**train)).with_data(DataFacts((StreamFacts((20, 20)),)))
     assert fresh.steps == 5
-    lengthened = make_plan(config(**train), DataFacts((StreamFacts((20, 20)),), steps_done=3, sequences_done=20))
+    lengthened = make_plan(config(**train)).with_data(
+        DataFacts((StreamFacts((20, 20)),), steps_done=3, sequences_done=20)
+    )
     assert lengthened.steps == 6
 
 
@@ -300,13 +302,13 @@ def test_a_mixture_shows_what_each_source_is_worth() -> None:
     sources = [{"path": "a", "format": "code", "weight": 3.0}, {"path": "b", "format": "code", "weight": 1.0}]
     mixed = config(data={"sources": sources}, train={"steps": 100, "global_batch_size": 8})
     before = make_plan(mixed)
-    assert [(source.path, source.share, source.epochs) for source in before.mixture] == [
+    assert [(source.path, source.share, source.epochs) for source in before.horizon.mixture] == [
         ("a", 0.75, None),
         ("b", 0.25, None),
     ]
-    plan = make_plan(mixed, DataFacts((StreamFacts((300,), share=3), StreamFacts((100, 100), share=1))))
-    assert [source.epochs for source in plan.mixture] == [pytest.approx(2.0), pytest.approx(2.0)]
-    assert plan.epochs is None
+    plan = make_plan(mixed).with_data(DataFacts((StreamFacts((300,), share=3), StreamFacts((100, 100), share=1))))
+    assert [source.epochs for source in plan.horizon.mixture] == [pytest.approx(2.0), pytest.approx(2.0)]
+    assert plan.horizon.epochs is None
     assert any(line.startswith("source") and "a: 75.0% of the tokens, 2 epochs" in line for line in format_plan(plan))
     assert plan.to_json()["mixture"][1] == {"path": "b", "share": 0.25, "epochs": pytest.approx(2.0)}
 

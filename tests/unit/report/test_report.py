@@ -29,7 +29,7 @@ HOSTILE = "<script>document.title='taken'</script>\"'&"
 
 
 def write_run(path: Path, rate: float = 1e-3) -> RunDirectory:
-    """A run of two attempts: one is lost after step 12, one goes on from step 8 to 20."""
+    """A run of two attempts: one is lost after step 12, one resumes from step 8 to 20."""
     run = RunDirectory(path)
     run.path.mkdir(parents=True)
     config = tiny_config(path, path.parent, run={"name": "report"}, cluster={"workers": 1})
@@ -55,11 +55,11 @@ def write_run(path: Path, rate: float = 1e-3) -> RunDirectory:
     for number, state in ((1, "lost"), (2, "failed")):
         record = {"attempt": number, "state": state, "started": 1e9, "workers": 2, "micro_batch": 1, "error": HOSTILE}
         (run.attempts_dir / f"{number:04d}.json").write_text(json.dumps(record))
-    _write_receipts(run)
+    _write_dataset_info(run)
     return run
 
 
-def _write_receipts(run: RunDirectory) -> None:
+def _write_dataset_info(run: RunDirectory) -> None:
     source: dict[str, Any] = {"path": HOSTILE, "documents": 9, "held_out": 1, "dropped": {HOSTILE: 2}, "tokens": 5000}
     source |= {"loss_tokens": 4000, "longest": 300, "longest_document": "a.py", "truncated": 0.0}
     epoch = {"tokens": "t", "plan": "p", "sequences": 70, "filled": 4400, "lost": 0}
@@ -86,7 +86,7 @@ def read_text(page: str) -> str:
     return " ".join(unescape(re.sub(r"<style>.*?</style>|<[^>]*>", " ", page, flags=re.DOTALL)).split())
 
 
-def test_page_is_one_file_with_plan_measurements_attempts_and_receipts(run: RunDirectory, tmp_path: Path) -> None:
+def test_page_is_one_file_with_plan_measurements_attempts_and_dataset_info(run: RunDirectory, tmp_path: Path) -> None:
     page = write_report([str(run.path)], tmp_path / "page.html").read_text()
     assert not re.search(r"<script|<link|@import|\bsrc=|\bhref=|url\(|https?://", page)
     assert page.count("<figure>") == 6

@@ -129,7 +129,7 @@ def test_attempts_count_from_one_and_record_how_they_went(run: RunDirectory) -> 
     assert ended["ended"] >= ended["started"]
 
 
-def test_attempts_beyond_four_digits_go_on_counting(run: RunDirectory) -> None:
+def test_attempts_beyond_four_digits_keep_counting(run: RunDirectory) -> None:
     run.attempts_dir.mkdir(parents=True)
     (run.attempts_dir / "9999.json").write_text("{}")
     assert [begin_attempt(run, {}) for _ in range(2)] == [10_000, 10_001]

@@ -70,7 +70,7 @@ def test_a_short_temporary_directory_is_kept(shared: Path) -> None:
 
 
 def test_two_users_have_two_directories_for_rays_files(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from llm_training_toolkit.launch.ray.worker_group import get_ray_directory
+    from llm_training_toolkit.launch.ray.cluster import get_ray_directory
 
     class Stored:
         def get_uri(self, _path: Path) -> str:

@@ -13,7 +13,7 @@ from unit.search.test_space import CHOICES, RATE, search
 def begun(event_log: EventLog, count: int, tokens: int = 100) -> None:
     for number in range(count):
         event_log.record_begin(TrialRecord(number, {"optim.lr": 0.001 + number}, number))
-        event_log.record_rung(number, RungResult(0, 4, tokens, 1.0, go_on=False))
+        event_log.record_rung(number, RungResult(0, 4, tokens, 1.0, promoted=False))
         event_log.record_end(number, "stopped")
 
 

@@ -1,4 +1,4 @@
-"""Where trials are compared, and which go on."""
+"""Steps at which trials are compared, and which trials continue."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_asha_keeps_the_best_quarter_whatever_the_direction() -> None:
 
 
 @given(values=st.lists(st.floats(0, 10), min_size=1, max_size=60), factor=st.integers(2, 5))
-def test_the_best_trial_so_far_always_goes_on_and_not_many_do(values: list[float], factor: int) -> None:
+def test_the_best_trial_so_far_is_always_promoted_and_few_are(values: list[float], factor: int) -> None:
     scheduler = SchedulerConfig(name="asha", reduction_factor=factor)
     for count, value in enumerate(values):
         if value <= min(values[:count], default=math.inf):
@@ -80,7 +80,7 @@ def test_asha_on_trials_in_any_order_spends_a_third_of_the_grid() -> None:
     assert sum(shares) / len(shares) < 0.3
 
 
-def test_no_number_never_goes_on_and_does_not_hold_up_others() -> None:
+def test_no_number_is_never_promoted_and_does_not_hold_up_others() -> None:
     assert not should_continue(ASHA, "min", math.nan, [])
     assert should_continue(ASHA, "min", 9.0, [math.nan, math.inf])
 

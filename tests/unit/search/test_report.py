@@ -34,7 +34,7 @@ def searched(path: Path) -> tuple[SearchConfig, EventLog]:
             good = rung < 2 and should_continue(
                 asked.scheduler, "min", value, event_log.get_rung_values(rung, 0, number)
             )
-            event_log.record_rung(number, RungResult(rung, step, step * 512, value, go_on=good, last=rung == 2))
+            event_log.record_rung(number, RungResult(rung, step, step * 512, value, promoted=good, last=rung == 2))
             if not good:
                 break
         event_log.record_end(number, "finished" if rung == 2 else "stopped")
@@ -53,7 +53,7 @@ def test_the_page_has_every_plot_once_and_escapes_errors(tmp_path: Path) -> None
 def test_a_search_in_which_all_failed_still_has_a_page(tmp_path: Path) -> None:
     event_log = EventLog(tmp_path / "events.jsonl")
     event_log.record_begin(TrialRecord(0, {"optim.lr": 0.01}, 0))
-    event_log.record_rung(0, RungResult(0, 4, 400, math.nan, go_on=False))
+    event_log.record_rung(0, RungResult(0, 4, 400, math.nan, promoted=False))
     event_log.record_end(0, "failed", "gone")
     text = render_report_page(search(RATE), event_log, "none", 0)
     assert "No trial" in text

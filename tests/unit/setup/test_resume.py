@@ -4,31 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from llm_training_toolkit.checkpoint import Manifest
+from checkpoints import build_manifest
 from llm_training_toolkit.config.run_identity import fingerprint
 from llm_training_toolkit.errors import ConfigError
 from llm_training_toolkit.plan import with_precision
 from llm_training_toolkit.setup.resume import ResumeState, check_run_unchanged
 from tiny_runs import tiny_config
-
-
-def manifest(config_fingerprint: str) -> Manifest:
-    place: dict[str, Any] = {"step": 3, "tokens": 3, "sequences": 3, "attempt": 1}
-    return Manifest(
-        **place,
-        parent=None,
-        world_size=1,
-        zero=0,
-        threads=1,
-        config_fingerprint=config_fingerprint,
-        data_fingerprint="d",
-        versions={},
-        shapes={},
-    )
 
 
 @pytest.mark.parametrize("precision", ["fp32", "auto"])
@@ -38,7 +22,7 @@ def test_without_the_resolved_configuration_the_fingerprint_tells_another_identi
     train = {"steps": 9, "global_batch_size": 4, "micro_batch_size": 2, "precision": precision}
     config = tiny_config(tmp_path, tmp_path, train=train)
     began_with = config if precision != "auto" else with_precision(config, "bf16")
-    state = ResumeState(manifest(fingerprint(began_with)), None, None)
+    state = ResumeState(build_manifest(3, config_fingerprint=fingerprint(began_with)), None, None)
     check_run_unchanged(state, config, (), extend=False)
     check_run_unchanged(state, tiny_config(tmp_path, tmp_path, train=train, cluster={"workers": 1}), (), extend=False)
     changed = tiny_config(tmp_path, tmp_path, train=train, optim={"lr": 0.1})

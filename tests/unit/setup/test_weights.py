@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
+from checkpoints import build_manifest
 from llm_training_toolkit import families
-from llm_training_toolkit.checkpoint import Manifest
 from llm_training_toolkit.config import Config
 from llm_training_toolkit.data.prepare.epochs import prepare_run_data
 from llm_training_toolkit.data.tokenizer import TokenizationSpec, train_tokenizer
@@ -22,20 +22,6 @@ from tiny_runs import tiny_config
 from unit.models.test_check_weights import QWEN3, published
 
 FRESH = ResumeState(None, None, None)
-MANIFEST = Manifest(
-    step=1,
-    tokens=64,
-    sequences=1,
-    attempt=1,
-    parent=None,
-    world_size=1,
-    zero=0,
-    threads=1,
-    config_fingerprint="",
-    data_fingerprint="",
-    versions={},
-    shapes={},
-)
 
 
 @pytest.fixture
@@ -112,7 +98,7 @@ def test_a_directory_that_is_not_there_is_named(corpus: Path, tmp_path: Path) ->
 
 
 def test_a_begun_run_needs_them_no_more_unless_it_has_adapters(corpus: Path, tmp_path: Path) -> None:
-    begun = ResumeState(MANIFEST, None, None)
+    begun = ResumeState(build_manifest(), None, None)
     config = starting_from(tmp_path / "w", corpus, tmp_path)
     check_initial_weights(config, make_plan(config), begun)
     config = starting_from(tmp_path / "w", corpus, tmp_path, lora={})

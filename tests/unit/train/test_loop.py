@@ -35,14 +35,14 @@ FAR = 10_000
 
 
 def parts(prepared_run: RunDirectory, run: RunDirectory, stop_request: StopRequest) -> TrainerComponents:
-    """A run that goes on from step FAR; nothing of its engine and its metrics is reached."""
+    """A run that resumes from step FAR; nothing of its engine and its metrics is reached."""
 
-    def no_more(_receipt: DatasetInfo) -> DatasetInfo:
+    def no_more(_dataset_info: DatasetInfo) -> DatasetInfo:
         raise DataError("later epochs cannot be prepared")
 
     dataset_info = DatasetInfo.from_json(prepared_run.dataset_info_path.read_text())
     config = parse_config_json(prepared_run.resolved_config_path.read_text())
-    plan = make_plan(config, build_data_facts(dataset_info))
+    plan = make_plan(config).with_data(build_data_facts(dataset_info))
     context = RunContext(0, 1, torch.device("cpu"), stop_request_reader=lambda: stop_request)
     more = no_more if stop_request is StopRequest.NONE else lambda dataset_info: dataset_info
     dataloader = DataLoader(dataset_info, global_batch=plan.global_batch, epochs=None, newest=more)

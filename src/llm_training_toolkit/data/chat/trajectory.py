@@ -6,7 +6,7 @@ Shapes of the records (messages alone; everything else is what `parse` reads any
     its shell ends a result with `[Command finished with exit code N]`, its editor begins an error with `ERROR:`.
     SWE-agent, SWE-smith (SWE-bench/SWE-smith-trajectories): messages as JSON text, results with a list `tool_call_ids`.
     mini-swe-agent (`trajectory_format: mini-swe-agent-1.1`): results, or in version 1 the user's messages, with
-    `<returncode>N</returncode>` and `extra.returncode`; a last message of the role `exit`, which the model never sees.
+    `<returncode>N</returncode>` and `extra.returncode`. A last message of the role `exit`, which the model never sees.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ _ERROR_TEXT = re.compile(r"\A\s*ERROR:")
 
 
 def check_tool_results(items: Sequence[Mapping[str, Any]], messages: Sequence[ChatMessage], key: str) -> None:
-    """Raise InvalidRecord if calls and results do not fit: one without the other, or ids that differ.
+    """Raise InvalidRecord for a call or result alone, or for ids that differ.
 
     items: the raw messages (N), for their ids; messages: the same ones parsed. Calls of the last turn may lack results,
-    because a run ends with them. Without any call in `tool_calls` nothing is checked: calls may be part of the text.
+    because a run ends with them. Checks only records with `tool_calls`: calls may also be part of the text.
     """
     if not any(message.tool_calls for message in messages):
         return

@@ -7,7 +7,7 @@ import struct
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from llm_training_toolkit.config.data_config import FimConfig
+from llm_training_toolkit.config.source_config import FimConfig
 from llm_training_toolkit.data.code.split_points import Segment, TextSegment
 from llm_training_toolkit.data.tokenizer import TextEncoder, TokenizationSpec
 from llm_training_toolkit.errors import DataError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from llm_training_toolkit.config.data_config import SourceConfig
+from llm_training_toolkit.config.source_config import SourceConfig
 from llm_training_toolkit.data.code.repo_format import FileSegment, build_plain_segments
 from llm_training_toolkit.data.sources import Document
 from llm_training_toolkit.data.tokenizer import TextEncoder

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from llm_training_toolkit.config.data_config import SourceConfig
+from llm_training_toolkit.config.source_config import SourceConfig
 from llm_training_toolkit.data.sources import Document, RepositoryFile
 from llm_training_toolkit.data.tokenizer import TextEncoder, TokenizationSpec
 from llm_training_toolkit.errors import DataError

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from llm_training_toolkit.config.data_config import SourceConfig
+from llm_training_toolkit.config.source_config import SourceConfig
 from llm_training_toolkit.data.code.fim import FimRules, UniformDraw, draw_uniform_numbers
 from llm_training_toolkit.data.code.marker_layout import MARKED_FORMATS, MarkerLayout
 from llm_training_toolkit.data.code.repo_format import FileSegment, RepoFormat, build_plain_segments

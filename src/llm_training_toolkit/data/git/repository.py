@@ -11,8 +11,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, NamedTuple, Self
 
-from llm_training_toolkit.config.data_config import SourceConfig
-from llm_training_toolkit.config.timestamps import parse_timestamp
+from llm_training_toolkit.config.section import parse_timestamp
+from llm_training_toolkit.config.source_config import SourceConfig
 from llm_training_toolkit.data.git.patch import FileChange, UnusableChange, parse_patch
 from llm_training_toolkit.errors import DataError
 from llm_training_toolkit.plan.checks.git_check import (

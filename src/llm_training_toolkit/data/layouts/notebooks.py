@@ -4,9 +4,9 @@ Source: bigcode-dataset, preprocessing/jupyter-structured, which made the data o
 5.1) and StarCoder2 (Lozhkov et al. 2024, section 5.4):
 `<jupyter_start><jupyter_text>text<jupyter_code>code<jupyter_output>output<jupyter_text>…<|endoftext|>`. Neighbouring
 cells of a kind are joined, the last one's first output is shown up to 1,000 characters, `<empty_output>` stands for
-none. That script also strips Markdown of line breaks, `#` and tags, and drops code in front of the first text and text
-behind the last code: here nothing of a cell is dropped.
-Scripts: StarCoder2, section 5.4: `<jupyter_script>code<|endoftext|>`; in StarCoder 1 the code alone.
+none. The script also strips Markdown of line breaks, `#` and tags, and drops code in front of the first text and text
+behind the last code: here nothing of a cell is dropped. Scripts: StarCoder2, section 5.4:
+`<jupyter_script>code<|endoftext|>`; in StarCoder 1 the code alone.
 """
 
 from __future__ import annotations

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import count
@@ -13,28 +11,33 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tokenizers
 
 from llm_training_toolkit.config.data_config import DataConfig
-from llm_training_toolkit.config.redaction import redact_data
+from llm_training_toolkit.config.load import redact_data
 from llm_training_toolkit.config.schema import Config
-from llm_training_toolkit.config.uri import is_uri, redact_uri
-from llm_training_toolkit.data.chat.prompt_templates import build_jinja_template
-from llm_training_toolkit.data.chat.template import ChatTemplate
+from llm_training_toolkit.config.uri import redact_uri
 from llm_training_toolkit.data.prepare.arrow_store import ExampleStore
 from llm_training_toolkit.data.prepare.atomic_dir import build_atomic_dir, remove_stale_builds
 from llm_training_toolkit.data.prepare.cleaning import build_cleaning_identity
-from llm_training_toolkit.data.prepare.dataset_info import FAULT_REPORT_NAME, DatasetInfo, EpochInfo, StreamInfo
+from llm_training_toolkit.data.prepare.dataset_info import (
+    FAULT_REPORT_NAME,
+    FORMAT_VERSION,
+    DatasetInfo,
+    EpochInfo,
+    PreparedDataset,
+    StreamInfo,
+    compute_cache_key,
+    get_cache_directory,
+)
+from llm_training_toolkit.data.prepare.dataset_tokenizer import DatasetTokenizer, StageProgressCallback
 from llm_training_toolkit.data.prepare.document_index import (
     DocumentIndex,
-    DocumentReader,
     build_document_index,
     list_all_sources,
     split_into_shards,
     verify_document_index,
 )
 from llm_training_toolkit.data.prepare.packing import PackingPlan, pack_in_windows
-from llm_training_toolkit.data.prepare.renderer import DocumentRenderer, extract_plain_text
 from llm_training_toolkit.data.prepare.shards import (
     RenderJob,
     ShardRunner,
@@ -46,47 +49,10 @@ from llm_training_toolkit.data.prepare.shards import (
 from llm_training_toolkit.data.prepare.source_layouts import resolve_source_layouts
 from llm_training_toolkit.data.sources import fingerprint_sources
 from llm_training_toolkit.data.tokenizer import (
-    TOKENIZER_FILES,
     TokenizationSpec,
-    open_tokenizer,
-    resolve_tokenizer_directory,
-    split_long_text,
-    train_tokenizer,
 )
 from llm_training_toolkit.errors import DataError, ToolkitError
 from llm_training_toolkit.plan import compute_integer_shares
-
-StageProgressCallback = Callable[[str, int, int], None]
-
-_FORMAT_VERSION = 8  # part of every key: raise it when the same documents would give different files
-_PROGRESS_EVERY = 256
-
-
-@dataclass(frozen=True)
-class PreparedDataset:
-    """Prepared data on disk: its DatasetInfo, the tokenizer's directory, and the directory of everything else."""
-
-    dataset_info: DatasetInfo
-    tokenizer_path: Path
-    directory: Path
-
-    @classmethod
-    def from_info(cls, dataset_info: DatasetInfo) -> PreparedDataset:
-        """Reopen prepared data from its DatasetInfo. Raises DataError if its files are missing."""
-        directory, tokenizer = Path(dataset_info.directory), Path(dataset_info.tokenizer_path)
-        epochs = [epoch for stream in dataset_info.streams for epoch in stream.epochs]
-        file_names = [
-            dataset_info.held_out,
-            dataset_info.held_out_plan,
-            *(name for epoch in epochs for name in (epoch.tokens, epoch.plan)),
-        ]
-        for path in [tokenizer, *(directory / name for name in file_names)]:
-            if not path.is_dir():
-                raise DataError(
-                    f"{path}: the prepared data is not there. Run `ltt prepare` again; on a cluster, data.cache must "
-                    "be a directory that every node sees."
-                )
-        return cls(dataset_info, tokenizer, directory)
 
 
 def prepare_dataset(
@@ -112,16 +78,6 @@ class SourceStream:
     """True if every epoch has its own tokens, because of FIM."""
 
 
-def get_cache_directory(config: Config) -> Path:
-    """Return the directory of prepared data, shared by runs: data.cache, or `<run.dir>/.cache`.
-
-    Prepared data is memory-mapped, so for runs in an object store each machine has its own.
-    """
-    beside = "~/.cache/llm-training-toolkit" if is_uri(config.run.dir) else f"{config.run.dir}/.cache"
-    folder = Path(beside if config.data.cache == "auto" else config.data.cache)
-    return folder.expanduser().resolve()
-
-
 class DatasetBuilder:
     """Builds the data of one configuration; every part that exists on disk is reused.
 
@@ -133,7 +89,7 @@ class DatasetBuilder:
         self, config: Config, markers: TokenizationSpec, progress: StageProgressCallback | None, runner: ShardRunner
     ) -> None:
         self.data = resolve_source_layouts(config.data, markers)
-        self.tokenizer, self.seed = config.tokenizer, config.run.seed
+        self.seed = config.run.seed
         self.markers, self._progress, self.runner = markers, progress, runner
         self.max_eval_sequences = config.max_eval_sequences
         self.cache = get_cache_directory(config)
@@ -141,8 +97,9 @@ class DatasetBuilder:
         self.streams = _build_streams(self.data)
         self._epochs: dict[tuple[str, int], EpochInfo] = {}
         self.sources_fingerprint = fingerprint_sources(self.sources)
-        self.tokenizer_key = self._compute_tokenizer_key()
-        self.fingerprint = _compute_key(
+        self._tokenizer = DatasetTokenizer(config.tokenizer, self.data, self.sources, markers)
+        self.tokenizer_key = self._tokenizer.compute_key(self.sources_fingerprint)
+        self.fingerprint = compute_cache_key(
             self._build_documents_identity(), self.tokenizer_key, asdict(markers), self.data.sequence_length
         )
         self.directory = self.cache / self.fingerprint[:16]
@@ -155,9 +112,12 @@ class DatasetBuilder:
         """Prepare the first epochs, a number for each stream, or reuse them."""
         remove_stale_builds(self.cache)
         if not (self.directory / "documents").is_dir():
-            self._check_tokenizer()
+            self._tokenizer.check()
         build_atomic_dir(self.directory / "documents", self._build_document_index)
-        tokenizer = build_atomic_dir(self.tokenizer_path, self._build_tokenizer)
+        tokenizer = build_atomic_dir(
+            self.tokenizer_path,
+            lambda path: self._tokenizer.build(path, self.document_index, self._report_progress),
+        )
         held_out = self._render_documents(
             "held_out", range(len(self.sources)), epoch=0, held=True, stage="held-out tokens"
         )
@@ -193,7 +153,7 @@ class DatasetBuilder:
         # Weights change the order of finished sequences, but not their content.
         sources = [source.model_dump(mode="json", exclude={"weight"}) for source in data.sources]
         return [
-            _FORMAT_VERSION,
+            FORMAT_VERSION,
             self.sources_fingerprint,
             sources,
             data.on_error,
@@ -201,46 +161,6 @@ class DatasetBuilder:
             data.eval.model_dump(mode="json"),
             build_cleaning_identity(data),
         ]
-
-    def _compute_tokenizer_key(self) -> str:
-        """Hash the training inputs and settings of a trained tokenizer, or the content of a given one."""
-        if self.tokenizer.train is not None:
-            files = [
-                source.model_dump(mode="json", exclude={"weight", "fim", "loss", "overlong"})
-                for source in list_all_sources(redact_data(self.data))
-            ]
-            held_out = [self.data.eval.fraction, self.data.eval.split_by, len(self.data.eval.sources)]
-            how = [
-                tokenizers.__version__,
-                self.tokenizer.train.vocab_size,
-                asdict(self.markers),
-                self._written_template,
-            ]
-            cleaning = build_cleaning_identity(self.data)
-            return _compute_key(
-                _FORMAT_VERSION, self.sources_fingerprint, files, self.data.on_error, held_out, cleaning, how
-            )
-        given = [[name, hashlib.sha256(path.read_bytes()).hexdigest()] for name, path in self._given_tokenizer_files]
-        template = self._written_template or self.markers.chat_template
-        return _compute_key(_FORMAT_VERSION, given, template if self._has_chat_sources else "")
-
-    @property
-    def _written_template(self) -> str | None:
-        """Chat template that replaces the tokenizer's own, as Jinja."""
-        if self.data.prompt_template is None:
-            return None
-        return build_jinja_template(self.data.prompt_template, self.markers.tokens.end_of_text)
-
-    @property
-    def _has_chat_sources(self) -> bool:
-        return any(source.format == "chat" for source in self.sources)
-
-    @cached_property
-    def _given_tokenizer_files(self) -> list[tuple[str, Path]]:
-        if self.tokenizer.path is None:
-            return []
-        directory = resolve_tokenizer_directory(self.tokenizer.path, self.tokenizer.revision)
-        return [(name, directory / name) for name in TOKENIZER_FILES if (directory / name).is_file()]
 
     @cached_property
     def document_index(self) -> DocumentIndex:
@@ -262,41 +182,6 @@ class DatasetBuilder:
                 "data.sources: files changed while they were being read. Let nothing write into the sources, and "
                 "prepare again."
             )
-
-    def _check_tokenizer(self) -> None:
-        """Reject a given tokenizer, or its chat template, before hours of reading."""
-        if self.tokenizer.path is not None:
-            directory = resolve_tokenizer_directory(self.tokenizer.path, self.tokenizer.revision)
-            encoder = open_tokenizer(str(directory))
-            DocumentRenderer(
-                self.data.sources,
-                self.markers,
-                encoder,
-                directory,
-                self.data.sequence_length,
-                prompt_template=self.data.prompt_template,
-            ).check_special_tokens()
-
-    def _build_tokenizer(self, directory: Path) -> None:
-        if self.tokenizer.train is not None:
-            train_tokenizer(self._iter_training_texts(), self.tokenizer.train.vocab_size, self.markers, directory)
-        for name, path in self._given_tokenizer_files:  # copied, so that workers elsewhere and later use this very one
-            shutil.copyfile(path, directory / name)
-        if self._has_chat_sources:  # users of the trained model must render chats as in training
-            template = ChatTemplate.from_tokenizer(directory, self.markers.chat_template, self._written_template)
-            (directory / "chat_template.jinja").write_text(template.source, encoding="utf-8")
-
-    def _iter_training_texts(self) -> Iterator[str]:
-        """Yield the texts for tokenizer training: every document that is not held out."""
-        total, done = self.document_index.count_documents(held=False), 0
-        rereader = DocumentReader(self.data, self.document_index)
-        for shard in split_into_shards(self.data, self.document_index, range(len(self.data.sources)), held=False):
-            for _, document in rereader.read_documents(shard, held=False):
-                if done % _PROGRESS_EVERY == 0:
-                    self._report_progress("tokenizer", done, total)
-                done += 1
-                yield from split_long_text(extract_plain_text(document, self.sources[document.source]))
-        self._report_progress("tokenizer", total, total)
 
     def _build_epoch(self, stream: SourceStream, epoch: int) -> EpochInfo:
         """Build the tokens and the plan of an epoch; without FIM all epochs share their tokens."""
@@ -428,7 +313,3 @@ def _build_progress_counter(progress: StageProgressCallback, stage: str, total: 
         progress(stage, min(seen, total), total)
 
     return report_done
-
-
-def _compute_key(*values: Any) -> str:  # noqa: ANN401 - whatever JSON can say
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

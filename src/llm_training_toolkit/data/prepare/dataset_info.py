@@ -1,14 +1,18 @@
-"""Description of prepared data: inputs, results and location."""
+"""Prepared data: its description (inputs, results, location), and its place and key in the cache."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from llm_training_toolkit.config.schema import Config
+from llm_training_toolkit.config.uri import is_uri
 from llm_training_toolkit.errors import DataError
 
+FORMAT_VERSION = 8  # part of every key: raise it when the same documents would give different files
 FAULT_REPORT_NAME = "faults.json"  # beside the documents' index, and beside dataset_info.json in the run
 
 
@@ -117,3 +121,45 @@ class DatasetInfo:
             return cls(**values)
         except (json.JSONDecodeError, TypeError, KeyError) as error:
             raise DataError(f"data/dataset_info.json cannot be read ({error}). Run `ltt prepare` again.") from error
+
+
+@dataclass(frozen=True)
+class PreparedDataset:
+    """Prepared data on disk: its DatasetInfo, the tokenizer's directory, and the directory of everything else."""
+
+    dataset_info: DatasetInfo
+    tokenizer_path: Path
+    directory: Path
+
+    @classmethod
+    def from_info(cls, dataset_info: DatasetInfo) -> PreparedDataset:
+        """Reopen prepared data from its DatasetInfo. Raises DataError if its files are missing."""
+        directory, tokenizer = Path(dataset_info.directory), Path(dataset_info.tokenizer_path)
+        epochs = [epoch for stream in dataset_info.streams for epoch in stream.epochs]
+        file_names = [
+            dataset_info.held_out,
+            dataset_info.held_out_plan,
+            *(name for epoch in epochs for name in (epoch.tokens, epoch.plan)),
+        ]
+        for path in [tokenizer, *(directory / name for name in file_names)]:
+            if not path.is_dir():
+                raise DataError(
+                    f"{path}: the prepared data is not there. Run `ltt prepare` again; on a cluster, data.cache must "
+                    "be a directory that every node sees."
+                )
+        return cls(dataset_info, tokenizer, directory)
+
+
+def get_cache_directory(config: Config) -> Path:
+    """Return the directory of prepared data, shared by runs: data.cache, or `<run.dir>/.cache`.
+
+    Prepared data is memory-mapped, so for runs in an object store each machine has its own.
+    """
+    beside = "~/.cache/llm-training-toolkit" if is_uri(config.run.dir) else f"{config.run.dir}/.cache"
+    folder = Path(beside if config.data.cache == "auto" else config.data.cache)
+    return folder.expanduser().resolve()
+
+
+def compute_cache_key(*values: Any) -> str:  # noqa: ANN401 - any JSON
+    """Return the SHA-256 of JSON values."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

@@ -11,7 +11,8 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from llm_training_toolkit.config.data_config import DecontaminationConfig, SourceConfig
+from llm_training_toolkit.config.data_config import DecontaminationConfig
+from llm_training_toolkit.config.source_config import SourceConfig
 from llm_training_toolkit.data.sources.decompress import open_decompressed
 from llm_training_toolkit.data.sources.document import UnreadableDocument
 from llm_training_toolkit.data.sources.files import FileFormat, SourceFile, detect_file_format
@@ -27,7 +28,7 @@ class BenchmarkFilter:
     """Word sequences of the benchmarks of a configuration, all in memory: they are small beside any corpus."""
 
     def __init__(self, config: DecontaminationConfig) -> None:
-        """Read the benchmarks. Raises DataError for a path without files, and for one without a sequence of words."""
+        """Read the benchmarks. Raises DataError for a path that lacks files or a sequence of words."""
         self._words = config.ngram_words
         self._sequences: set[str] = set()
         for source in build_benchmark_sources(config):

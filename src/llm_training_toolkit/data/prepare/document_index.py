@@ -16,7 +16,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from llm_training_toolkit.config.data_config import DataConfig, SourceConfig
+from llm_training_toolkit.config.data_config import DataConfig
+from llm_training_toolkit.config.source_config import SourceConfig
 from llm_training_toolkit.config.uri import redact_uri
 from llm_training_toolkit.data.prepare.arrow_store import read_array, read_column, write_columns, write_rows
 from llm_training_toolkit.data.prepare.cleaning import DocumentCleaner
@@ -144,8 +145,8 @@ def build_document_index(
     A document found in two sources counts for the first; one found in the evaluation counts for it alone. Takes about
     130 bytes of memory per document. The file `report` lists unreadable documents.
 
-    Raises DataError for all of them at once, unless data.on_error and data.max_skipped allow them; for a path without
-    files; for a store that does not answer; and if no document is left for training or evaluation.
+    Raises DataError for all of them at once, unless data.on_error and data.max_skipped allow them. Also raises it for a
+    path without files, an unreachable store, and an empty training or evaluation set.
     """
     tallies = [DocumentStats() for _ in list_all_sources(data)]
     split_hashes, sizes = array("Q"), array("q")

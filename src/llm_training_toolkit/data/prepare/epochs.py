@@ -8,14 +8,15 @@ from typing import Any
 
 from llm_training_toolkit import families
 from llm_training_toolkit.config import Config
-from llm_training_toolkit.data.prepare.builder import DatasetBuilder, PreparedDataset, StageProgressCallback
-from llm_training_toolkit.data.prepare.dataset_info import DatasetInfo
+from llm_training_toolkit.data.prepare.builder import DatasetBuilder
+from llm_training_toolkit.data.prepare.dataset_info import DatasetInfo, PreparedDataset
+from llm_training_toolkit.data.prepare.dataset_tokenizer import StageProgressCallback
 from llm_training_toolkit.data.prepare.shards import render_in_process
 from llm_training_toolkit.data.tokenizer import TokenizationSpec, open_tokenizer, resolve_tokenizer_directory
 from llm_training_toolkit.errors import DataError, PlanError
 from llm_training_toolkit.plan import DataFacts, StreamFacts
-from llm_training_toolkit.plan.checks.run_check import find_vocabulary_problems
-from llm_training_toolkit.plan.horizon import missing_epochs
+from llm_training_toolkit.plan.checks.horizon_check import find_vocabulary_problems
+from llm_training_toolkit.plan.horizon import count_missing_epochs
 from llm_training_toolkit.runs.atomic_write import write_atomically
 from llm_training_toolkit.runs.directory import RunDirectory
 
@@ -78,7 +79,7 @@ def _check_tokenizer_fits(work: DatasetBuilder, config: Config) -> None:
         return
     directory = resolve_tokenizer_directory(config.tokenizer.path, config.tokenizer.revision)
     entries = open_tokenizer(str(directory)).vocab_size
-    for problem in find_vocabulary_problems(config, entries, families.resolve_hf_config(config)):
+    for problem in find_vocabulary_problems(config, entries, families.resolve_hf_config(config)["vocab_size"]):
         raise PlanError(str(problem))
 
 
@@ -93,7 +94,7 @@ def _check_loss_tokens(prepared: PreparedDataset) -> PreparedDataset:
 
 def _count_missing_epochs(work: DatasetBuilder, config: Config, data_facts: DataFacts, until: int | None) -> list[int]:
     """Count the epochs to add to each stream."""
-    at_the_end, now = missing_epochs(config, data_facts), missing_epochs(config, data_facts, until)
+    at_the_end, now = count_missing_epochs(config, data_facts), count_missing_epochs(config, data_facts, until)
     there = [len(stream.sequences_per_epoch) for stream in data_facts.streams]
     found = [count - known for count, known in zip(work.count_prepared_epochs(), there, strict=True)]
     return [

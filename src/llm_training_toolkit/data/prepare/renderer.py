@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from llm_training_toolkit.config.data_config import SourceConfig
+from llm_training_toolkit.config.source_config import SourceConfig
 from llm_training_toolkit.data.chat.messages import Conversation
 from llm_training_toolkit.data.chat.prompt_templates import build_jinja_template, get_required_markers
 from llm_training_toolkit.data.chat.render import ChatRules, render_chat

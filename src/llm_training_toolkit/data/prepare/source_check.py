@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from llm_training_toolkit.config.data_config import SourceConfig
 from llm_training_toolkit.config.schema import Config
+from llm_training_toolkit.config.source_config import SourceConfig
 from llm_training_toolkit.config.uri import redact_uri
 from llm_training_toolkit.data.chat.messages import Conversation
 from llm_training_toolkit.data.prepare.document_index import list_all_sources
@@ -68,8 +68,8 @@ class SourceSample:
 def check_sources(config: Config, markers: TokenizationSpec) -> Iterator[SourceSample]:
     """Read the first records of three files of every source, render them, and yield what was found.
 
-    Without a tokenizer of its own (`tokenizer.train`) a configuration's documents are read only. Raises DataError for a
-    source without files, a store that does not answer, or a tokenizer that cannot be used.
+    Without a tokenizer of its own (`tokenizer.train`) a configuration's documents are read only. Raises DataError for
+    an empty source, an unreachable store or an unusable tokenizer.
     """
     config = config.model_copy(update={"data": resolve_source_layouts(config.data, markers)})
     renderer = _open_renderer(config, markers)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from llm_training_toolkit.config.data_config import DataConfig, SourceConfig
+from llm_training_toolkit.config.data_config import DataConfig
+from llm_training_toolkit.config.source_config import SourceConfig
 from llm_training_toolkit.data.tokenizer import TokenizationSpec
 from llm_training_toolkit.families.document_layouts import COMMIT_MARKERS
 

@@ -1,4 +1,4 @@
-"""Document counts of a source, its faults by kind, and the error for an unreadable document."""
+"""Documents of a source: counts, faults by kind, the error for an unreadable one, grouping by repository."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from llm_training_toolkit.data.types import Document, RepositoryFile
 from llm_training_toolkit.errors import DataError
 
 _MAX_FILTER_VALUES = 1000  # distinct values remembered per column, to name some if a filter leaves nothing
@@ -137,7 +139,7 @@ def _group_by_file(places: Sequence[re.Match[str]]) -> Iterator[tuple[str, list[
 
 
 def write_fault_report(file: Path, paths: Sequence[str], tallies: Sequence[DocumentStats]) -> None:
-    """Write the faults of every source as JSON; no file if there are none."""
+    """Write the faults of every source as JSON, if there are any."""
     found = [
         {
             "path": path,
@@ -150,3 +152,34 @@ def write_fault_report(file: Path, paths: Sequence[str], tallies: Sequence[Docum
     ]
     if found:
         file.write_text(json.dumps({"sources": found}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def group_by_repository(pieces: Iterable[Document], max_characters: int, tally: DocumentStats) -> Iterator[Document]:
+    """Merge consecutive pieces of a repository, already in path order, into documents: one, or several of a large one.
+
+    A document has at most `max_characters` characters, or one file. The second one is called `repository:2`.
+    """
+    for repository, group in groupby(pieces, key=lambda piece: piece.repository):
+        files: list[Document] = []
+        number, size, stars = 1, 0, None
+        for piece in group:
+            stars = piece.stars if stars is None else stars
+            if files and size + len(piece.text) > max_characters:
+                tally.cut += number == 1
+                yield _merge_files(files, repository, number, stars)
+                number, files, size = number + 1, [], 0
+            files.append(piece)
+            size += len(piece.text)
+        yield _merge_files(files, repository, number, stars)
+
+
+def _merge_files(files: Sequence[Document], repository: str, number: int, stars: int | None) -> Document:
+    return Document(
+        files[0].source,
+        repository if number == 1 else f"{repository}:{number}",
+        "".join(file.text for file in files),
+        repository,
+        "",
+        stars,
+        tuple(RepositoryFile(file.path, file.text) for file in files),
+    )

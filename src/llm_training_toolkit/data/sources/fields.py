@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llm_training_toolkit.config.data_config import FilterValue, QualityConfig, SourceConfig, SourceFormat
+from llm_training_toolkit.config.source_config import FilterValue, QualityConfig, SourceConfig, SourceFormat
 from llm_training_toolkit.data.chat.parse import (
     Conversation,
     ConversationFields,
@@ -124,7 +124,7 @@ class RecordReader:
         return list(dict.fromkeys([text, *known, *(name for name in found if name is not None)]))
 
     def is_wanted(self, record: SourceRecord) -> bool:
-        """Return whether a record passes the filter. A record without a column of the filter does not."""
+        """Return whether a record passes the filter. A record that lacks a column of the filter is left out."""
         if not self.filter:
             return True
         values = self._read_filter_columns(record)

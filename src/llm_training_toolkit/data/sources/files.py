@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llm_training_toolkit.config.data_config import SourceFormat
+from llm_training_toolkit.config.source_config import SourceFormat
 from llm_training_toolkit.config.uri import redact_uri
 
 _CODE_EXTENSIONS = """

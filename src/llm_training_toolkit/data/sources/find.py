@@ -6,8 +6,9 @@ import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
-from llm_training_toolkit.config.data_config import SourceConfig
+from llm_training_toolkit.config.source_config import SourceConfig
 from llm_training_toolkit.config.uri import is_uri, redact_uri
+from llm_training_toolkit.data.git.history import find_repository_file
 from llm_training_toolkit.data.sources import local, remote
 from llm_training_toolkit.data.sources.files import (
     FileFormat,
@@ -16,7 +17,6 @@ from llm_training_toolkit.data.sources.files import (
     format_searched_suffixes,
     select_readable_files,
 )
-from llm_training_toolkit.data.sources.git_history import find_repository_file
 from llm_training_toolkit.data.sources.hub import find_hub_files, is_hub_id
 from llm_training_toolkit.data.sources.splits import select_split_files
 from llm_training_toolkit.errors import DataError

@@ -53,8 +53,8 @@ def find_hub_files(path: str, subset: str | None, split: str | None) -> list[Sou
     """Return the record files of a data set on the hub, downloaded, of its chosen subset and split.
 
     `path` is `owner/name`, or `owner/name@revision`. The revision is resolved once per process. Without a network, or
-    in the hub's offline mode, its cache is read. Raises DataError if the data set does not exist, needs a login or
-    another choice of subset and split, or is not reachable.
+    in the hub's offline mode, its cache is read. Raises DataError if the data set is missing or unreachable, or needs a
+    login or another subset and split.
     """
     return list(_find_hub_files(path, subset, split, constants.ENDPOINT, constants.HF_HUB_CACHE))
 
@@ -77,7 +77,7 @@ def _find_hub_files(
 
 
 def _list_hub_files(path: str, name: str, revision: str) -> tuple[list[str], str]:
-    """Return the files of a revision and "", or no files and the reason if the hub is not reachable.
+    """Return the files of a revision and "", or an empty list and the reason if the hub is unreachable.
 
     Raises DataError if the hub has no such data set or revision.
     """
@@ -150,7 +150,7 @@ class _HubSubset:
 
 
 def _read_subsets(readme: str) -> list[_HubSubset]:
-    """Return the subsets that the README's metadata defines; none if it has no such metadata."""
+    """Return the subsets that the README's metadata defines, if any."""
     # Imported here, because data is also prepared where ruamel.yaml is absent (plain CUDA images).
     from ruamel.yaml import YAML  # noqa: PLC0415
     from ruamel.yaml.error import YAMLError  # noqa: PLC0415

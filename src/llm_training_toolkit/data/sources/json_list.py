@@ -77,7 +77,7 @@ class _TextWindow:
                 value, end = self._scan(self._text, self._at)
             except (ValueError, RecursionError) as error:
                 fault, end = error, len(self._text)
-            # A number at the end of the window may go on behind it.
+            # A number at the end of the window may continue behind it.
             if fault is None and (end < len(self._text) or self._ended):
                 self._at = end
                 return value

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llm_training_toolkit.config.data_config import SourceConfig
+from llm_training_toolkit.config.source_config import SourceConfig
 from llm_training_toolkit.data.layouts.commits import ContextKind, build_commit_segments
 from llm_training_toolkit.data.layouts.issues import parse_issue
 from llm_training_toolkit.data.layouts.marked_content import InvalidLayoutRecord, split_marked_content

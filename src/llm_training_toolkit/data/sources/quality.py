@@ -1,4 +1,4 @@
-"""Filters of code data that BigCode publishes, and the reasons that the receipt counts.
+"""Filters of code data that BigCode publishes, and the reasons that the dataset info counts.
 
 Sources: `long_lines`, `mean_line_length`, `alphanumeric`: bigcode-dataset, preprocessing/filtering.py (basic filters).
 `many_lines`, `alphabetic`, `generated`: StarCoder2 (Lozhkov et al. 2024), section 2.1, basic filters; go-enry's own
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
 from typing import Any
 
-from llm_training_toolkit.config.data_config import QualityConfig
+from llm_training_toolkit.config.source_config import QualityConfig
 
 # Columns with licences in The Stack v1 and v2, CommitPack and github-code.
 LICENSE_COLUMNS = (

@@ -7,24 +7,24 @@ import tempfile
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import closing
-from itertools import groupby, islice
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
-from llm_training_toolkit.config.data_config import QualityConfig, SourceConfig
+from llm_training_toolkit.config.source_config import QualityConfig, SourceConfig
 from llm_training_toolkit.config.uri import redact_uri
 from llm_training_toolkit.data.chat.parse import format_missing_column
+from llm_training_toolkit.data.git.history import read_history
 from llm_training_toolkit.data.sources.decompress import open_decompressed
-from llm_training_toolkit.data.sources.document import DocumentStats, UnreadableDocument
+from llm_training_toolkit.data.sources.document import DocumentStats, UnreadableDocument, group_by_repository
 from llm_training_toolkit.data.sources.fields import RecordReader
 from llm_training_toolkit.data.sources.files import FileFormat, SourceFile, detect_file_format
 from llm_training_toolkit.data.sources.find import list_source_files
-from llm_training_toolkit.data.sources.git_history import read_history
 from llm_training_toolkit.data.sources.layout_records import LayoutRecordReader
 from llm_training_toolkit.data.sources.quality import find_quality_fault, is_licensed
 from llm_training_toolkit.data.sources.records import read_source_records
 from llm_training_toolkit.data.sources.text import decode_utf8, iter_file_pieces
-from llm_training_toolkit.data.types import Document, RepositoryFile, content_hash
+from llm_training_toolkit.data.types import Document, content_hash
 from llm_training_toolkit.errors import DataError
 
 OnError = Literal["stop", "skip", "collect"]  # collect: skip, and count damaged files instead of raising
@@ -296,37 +296,6 @@ def _read_notebook_file(file: SourceFile, layout: LayoutRecordReader, index: int
         )
     text = decode_utf8(content, file.display_path)
     return layout.build_notebook(text, file.display_path, index, file.name, (file.repository, file.path))
-
-
-def group_by_repository(pieces: Iterable[Document], max_characters: int, tally: DocumentStats) -> Iterator[Document]:
-    """Merge consecutive pieces of a repository, already in path order, into documents: one, or several of a large one.
-
-    A document has at most `max_characters` characters, or one file. The second one is called `repository:2`.
-    """
-    for repository, group in groupby(pieces, key=lambda piece: piece.repository):
-        files: list[Document] = []
-        number, size, stars = 1, 0, None
-        for piece in group:
-            stars = piece.stars if stars is None else stars
-            if files and size + len(piece.text) > max_characters:
-                tally.cut += number == 1
-                yield _merge_files(files, repository, number, stars)
-                number, files, size = number + 1, [], 0
-            files.append(piece)
-            size += len(piece.text)
-        yield _merge_files(files, repository, number, stars)
-
-
-def _merge_files(files: Sequence[Document], repository: str, number: int, stars: int | None) -> Document:
-    return Document(
-        files[0].source,
-        repository if number == 1 else f"{repository}:{number}",
-        "".join(file.text for file in files),
-        repository,
-        "",
-        stars,
-        tuple(RepositoryFile(file.path, file.text) for file in files),
-    )
 
 
 def sort_by_repository(pieces: Iterable[Document]) -> Iterator[Document]:

@@ -7,7 +7,7 @@ import posixpath
 import re
 from collections.abc import Sequence
 
-from llm_training_toolkit.config.data_config import SourceConfig
+from llm_training_toolkit.config.source_config import SourceConfig
 from llm_training_toolkit.config.uri import redact_uri
 from llm_training_toolkit.data.sources.files import SourceFile
 from llm_training_toolkit.errors import DataError

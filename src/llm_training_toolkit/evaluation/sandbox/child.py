@@ -78,7 +78,7 @@ def main() -> None:
 
 
 def _install_seccomp_filter(machine: str) -> None:
-    """Install the seccomp filter. Does nothing on an architecture without a table of call numbers."""
+    """Install the seccomp filter. Acts only on architectures with a table of call numbers."""
     if machine not in _ARCHITECTURES:
         return
     code = b"".join(

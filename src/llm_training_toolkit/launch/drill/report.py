@@ -130,7 +130,7 @@ def format_report(report: DrillReport) -> list[str]:
     ]
     return [
         f"{len(report.failures)} failures in {report.steps} steps: the last one before, the seconds to the next one, "
-        "and the checkpoint it went on from",
+        "and the checkpoint it resumed from",
         *several,
         f"a cold start takes {report.cold_start_seconds:.1f} s, {report.cold_group_seconds:.1f} s of it its workers",
         f"sequences missing: {report.sequences_missing}, doubled: {report.sequences_doubled}; wrong checkpoints: "

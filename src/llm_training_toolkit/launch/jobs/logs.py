@@ -91,9 +91,8 @@ class JobHandle:
                 if lost and time.monotonic() - lost > _RECONNECT_TIMEOUT_SECONDS:
                     raise LaunchError(
                         f"{self._address} has not answered for {_RECONNECT_TIMEOUT_SECONDS / 60:g} minutes. If "
-                        "the cluster lives, "
-                        f"the job goes on: `ltt jobs logs {self._job} --address {self._address}` follows it again. If "
-                        "not, the same `ltt submit` on a new one resumes from the latest checkpoint"
+                        f"the cluster lives, the job continues: `ltt jobs logs {self._job} --address {self._address}` "
+                        "follows it. If not, the same `ltt submit` on a new one resumes from the latest checkpoint"
                     ) from error
                 if not lost:
                     lost = time.monotonic()

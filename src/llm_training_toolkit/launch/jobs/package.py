@@ -1,4 +1,4 @@
-"""Package of a Ray job: the code of the current folder without large files and without secrets."""
+"""Package of a Ray job: the code of the current folder without large files and secrets."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from llm_training_toolkit.config import Config
 from llm_training_toolkit.config.uri import is_uri
-from llm_training_toolkit.data.prepare.builder import get_cache_directory
+from llm_training_toolkit.data.prepare.dataset_info import get_cache_directory
 from llm_training_toolkit.data.sources.files import COMPRESSION_SUFFIXES, RECORD_FILE_FORMATS
 from llm_training_toolkit.errors import PlanError
 from llm_training_toolkit.launch.ray.private_api import MAX_PACKAGE_BYTES, visit_packaged_paths

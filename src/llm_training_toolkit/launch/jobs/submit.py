@@ -102,7 +102,7 @@ def follow_job(log: JobHandle, name: str, console: Console) -> int:
         except KeyboardInterrupt as interrupt:
             answer = "stop" if isinstance(interrupt, SigtermInterrupt) else _ask_interrupt_action(console)
         if answer == "detach":
-            console.print_line(f"the run goes on; `ltt jobs logs {name}` follows it again")
+            console.print_line(f"the run continues; `ltt jobs logs {name}` follows it again")
             return 0
         if answer == "stop":
             return stop_job(log, console)
@@ -133,7 +133,7 @@ def _ask_interrupt_action(console: Console) -> Literal["stop", "detach", "follow
     """Ask for the action after Ctrl-C; without a keyboard it is "stop"."""
     if not sys.stdin.isatty():
         return "stop"
-    console.print_line("[s]top the run with a checkpoint, [d]etach and let it go on, or [f]ollow further?")
+    console.print_line("[s]top the run with a checkpoint, [d]etach and let it run, or [f]ollow further?")
     try:
         answer = input().strip().lower()
     except (KeyboardInterrupt, EOFError):
@@ -143,13 +143,7 @@ def _ask_interrupt_action(console: Console) -> Literal["stop", "detach", "follow
 
 def _check_job_plan(config: Config, request: TrainRequest, cluster: Path | None) -> Plan:
     """Return the plan, after checks for all that would only fail on the cluster. Raises PlanError."""
-    plan = make_plan(config)
-    if cluster is not None:
-        hardware = read_hardware(cluster)
-        config, resolved = resolve_for_hardware(config, hardware)
-        plan = make_plan(config).with_notes(resolved)
-        plan = estimate_on_cluster(config, plan, hardware).add_to_plan(plan)
-    check_plan(plan)
+    plan = check_plan(make_plan(config) if cluster is None else _plan_on_cluster(config, cluster))
     if not is_uri(config.run.dir) and not Path(config.run.dir).expanduser().is_absolute():
         raise PlanError(
             f"run.dir = {config.run.dir}: a job works in a copy of this folder that Ray deletes, so its runs would go "
@@ -162,12 +156,20 @@ def _check_job_plan(config: Config, request: TrainRequest, cluster: Path | None)
     return plan
 
 
+def _plan_on_cluster(config: Config, cluster: Path) -> Plan:
+    """Return the plan on the hardware of a cluster file, with its time and cost."""
+    hardware = read_hardware(cluster)
+    config, resolved = resolve_for_hardware(config, hardware)
+    plan = make_plan(config).with_notes(resolved)
+    return estimate_on_cluster(config, plan, hardware).add_to_plan(plan)
+
+
 def _check_not_running(client: Any, name: str) -> None:  # noqa: ANN401 - Ray has no types
     """Check that the run is not running already: its name is the key to resume by. Raises LaunchError."""
     for job in list_run_jobs(client):
         if job.run == name and not job.is_over:
             raise LaunchError(
-                f"run {name} is going on there as job {job.id}: follow it with `ltt jobs logs {name}`, or stop it with "
+                f"run {name} is running there as job {job.id}: follow it with `ltt jobs logs {name}`, or stop it with "
                 f"`ltt jobs stop {name}`"
             )
 

@@ -113,7 +113,7 @@ class CapacityWaiter:
     ) -> None:
         """Request nodes and report the shortage; `schedulable` are the living nodes that the run may use.
 
-        Raises LaunchError if the run can never be placed, or not within `cluster.resource_timeout`.
+        Raises LaunchError unless the run can be placed within `cluster.resource_timeout`.
         """
         status = self._autoscaler.request_capacity(compute_usage_by_others(alive, self._wanted, {}))
         if not nodes_may_return:
@@ -121,7 +121,7 @@ class CapacityWaiter:
         if self.elapsed_seconds > (parse_duration_seconds(self._timeout) or 0.0):
             ending = (
                 f"none came within cluster.resource_timeout = {self._timeout}; "
-                "the same command goes on once there is room"
+                "the same command resumes once there is room"
             )
             raise LaunchError(self._format_shortage(schedulable, f"; {ending}"))
         if not quietly:
@@ -186,7 +186,7 @@ def _format_amounts(resources: Resources, names: Iterable[str]) -> list[str]:
 
 
 def format_autoscaler_status(status: AutoscalerStatus | None) -> list[str]:
-    """Format the nodes that the autoscaler adds, and its newest failure; nothing without an autoscaler."""
+    """Format the nodes that the autoscaler adds, and its newest failure; empty without an autoscaler."""
     if status is None:
         return []
     adding = ", ".join(f"{count} {kind}" for kind, count in sorted(status.adding.items()) if count)

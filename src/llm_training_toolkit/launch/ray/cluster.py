@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -22,6 +23,8 @@ from llm_training_toolkit.errors import LaunchError
 from llm_training_toolkit.launch.ray.private_api import InstalledCodeConfig
 from llm_training_toolkit.launch.signals import kill_sessions_after_death, start_processes_in_own_session
 from llm_training_toolkit.monitoring.console import Console
+from llm_training_toolkit.runs.directory import RunDirectory
+from llm_training_toolkit.runs.user_directory import create_user_directory
 from llm_training_toolkit.setup.machine import RAY_HEAD_TIMEOUT_VARIABLE, is_local
 
 _POLL_SECONDS = 1.0
@@ -150,3 +153,9 @@ def connect_to_cluster(console: Console) -> Iterator[None]:
         finally:
             if local:
                 ray.shutdown()
+
+
+def get_ray_directory(run: RunDirectory) -> Path:
+    """Return Ray Train's storage path: in the run's logs, or a temporary folder for a run in a store."""
+    is_here = run.uri == str(run.path)
+    return run.path / "logs" / "ray" if is_here else create_user_directory("llm-training-toolkit-ray")

@@ -1,6 +1,6 @@
 """Control channel between driver and workers (one Ray actor): events and heartbeats up, stop requests down.
 
-The actor's process imports this module while the workers start, so it imports neither torch nor Ray Train.
+The actor's process imports this module while the workers start, so torch and Ray Train stay out of it.
 """
 
 from __future__ import annotations

@@ -119,7 +119,7 @@ class TrainController:
     def _wait_for_capacity(self) -> tuple[int, tuple[ClusterNode, ...]] | None:
         """Return the number of workers to start and the nodes to avoid, or None after a stop request.
 
-        Raises LaunchError if the fewest workers do not fit within `cluster.resource_timeout`, or never can.
+        Raises LaunchError unless the fewest workers fit within `cluster.resource_timeout`.
         """
         is_first_group, excluded = self._group is None, self._excluded_nodes()
         waiting = CapacityWaiter(

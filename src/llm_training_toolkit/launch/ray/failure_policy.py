@@ -113,7 +113,7 @@ def _build_node_failure(gone: Sequence[WorkerStartedEvent], seen: FailureEvidenc
     announced = first.node in seen.draining_nodes
     kind: FailureKind = "preempted" if announced else "node_lost"
     return AttemptFailure(
-        kind, f"{named} {'was taken away' if announced else 'is lost'}", step, first.rank, first.address
+        kind, f"{named} {'was preempted' if announced else 'is lost'}", step, first.rank, first.address
     )
 
 
@@ -176,9 +176,9 @@ def find_abort_reason(
 ) -> str:
     """Return why the run must end after its newest failure, "" if new workers may start.
 
-    A step that failed on a single node of `avoided`, which the next workers avoid, is retried elsewhere.
-    `saved_by` is the attempt that wrote the newest complete checkpoint (0: none); earlier failures no longer count.
-    A run's only counted failure never ends it with `max_failures` above 0 and `max_same_step_failures` above 1.
+    A step that failed on a single node of `avoided`, which the next workers avoid, is retried elsewhere. `saved_by` is
+    the attempt that wrote the newest complete checkpoint (0 = no attempt); only later failures count. A run's only
+    counted failure never ends it with `max_failures` above 0 and `max_same_step_failures` above 1.
     """
     newest = list(failures.values())[-1]
     repeats = _find_same_step_failures(list(failures.values()))

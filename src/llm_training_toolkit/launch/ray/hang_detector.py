@@ -7,6 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from llm_training_toolkit.config import Config
+from llm_training_toolkit.config.section import parse_duration_seconds
+from llm_training_toolkit.distributed.events import (
+    WorkerStartedEvent,
+)
 from llm_training_toolkit.distributed.heartbeat import NON_STEP_TIMEOUT_FACTOR, HeartbeatSnapshot
 
 _SILENCE_INTERVALS = 5.0  # heartbeat intervals that a rank's last one may be older than the freshest
@@ -125,3 +130,19 @@ def _format_call_with_caller(frames: list[re.Match[str]], call: re.Match[str]) -
 
 def _format_frame(frame: re.Match[str]) -> str:
     return f"{frame['function']} ({Path(frame['file']).name}:{frame['line']})"
+
+
+def get_hang_timeout(config: Config) -> float:
+    """Return `failures.hang_timeout` in seconds."""
+    seconds = parse_duration_seconds(config.failures.hang_timeout)
+    assert seconds is not None, "the schema takes durations alone"
+    return seconds
+
+
+def format_hung_rank(worker: WorkerStartedEvent, doing: str, state: str | None, stands: str) -> str:
+    """Format the state of a rank that does not advance."""
+    named = f"rank {worker.rank} (process {worker.pid} on node {worker.address}) was last heard of at: {doing}"
+    if state is None:
+        return f"{named}; its node does not answer"
+    stopped = "; its process had been stopped (SIGSTOP)" if state == "stopped" else ""
+    return named + stopped + (f"; it stands in {stands}" if stands else f"; its process is {state}")

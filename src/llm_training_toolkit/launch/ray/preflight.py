@@ -16,7 +16,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from llm_training_toolkit import __version__
 from llm_training_toolkit.config import Config
 from llm_training_toolkit.config.uri import is_uri
-from llm_training_toolkit.data.prepare.builder import get_cache_directory
+from llm_training_toolkit.data.prepare.dataset_info import get_cache_directory
 from llm_training_toolkit.errors import LaunchError
 from llm_training_toolkit.launch.ray import nodes
 from llm_training_toolkit.launch.ray.capacity import AutoscalerClient, CapacityWaiter

@@ -95,7 +95,7 @@ def _count_worker_slots(resources: Resources, each: Resources) -> int:
 def schedulable_nodes(
     nodes: Sequence[ClusterNode], wanted: ResourceRequest, left_out: Collection[str]
 ) -> list[ClusterNode]:
-    """Return the nodes not draining, minus the addresses in `left_out` if the fewest workers fit without those."""
+    """Return the nodes in service, minus the addresses in `left_out` if the fewest workers fit without those."""
     staying = [node for node in nodes if not node.is_draining]
     trusted = [node for node in staying if node.address not in left_out]
     return trusted if wanted.count_fitting_workers(node.total for node in trusted) >= wanted.fewest else staying

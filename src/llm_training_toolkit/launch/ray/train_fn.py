@@ -1,10 +1,12 @@
-"""Training function of every Ray Train worker: introduction, heartbeats, and one rank's part of the run."""
+"""Training function of every Ray Train worker: environment, introduction, heartbeats, one rank's part of the run."""
 
 from __future__ import annotations
 
 import faulthandler
 import json
 import os
+import re
+import sys
 import traceback
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -15,11 +17,19 @@ import psutil
 import ray
 import ray.train
 from ray.train.torch import get_device
+from ray.util.metrics import Gauge
 
-from llm_training_toolkit.config import parse_config
+from llm_training_toolkit import errors
+from llm_training_toolkit.config import Config, parse_config
 from llm_training_toolkit.data.prepare.dataset_info import DatasetInfo
 from llm_training_toolkit.distributed.context import RunContext
-from llm_training_toolkit.distributed.events import Event, NoteEvent, StageEvent, WorkerErrorEvent, WorkerStartedEvent
+from llm_training_toolkit.distributed.events import (
+    Event,
+    NoteEvent,
+    StageEvent,
+    WorkerErrorEvent,
+    WorkerStartedEvent,
+)
 from llm_training_toolkit.distributed.flight_recorder import build_flight_record_writer
 from llm_training_toolkit.distributed.heartbeat import Heartbeat
 from llm_training_toolkit.errors import ToolkitError
@@ -29,7 +39,6 @@ from llm_training_toolkit.launch.ray.control_actor import (
     report_with_retry,
     start_heartbeat,
 )
-from llm_training_toolkit.launch.ray.gauges import build_gauge_exporter
 from llm_training_toolkit.launch.ray.worker_processes import STACK_SIGNAL
 from llm_training_toolkit.runs.storage.open import join_run
 from llm_training_toolkit.worker.spec import WorkerSpec
@@ -111,3 +120,42 @@ def _build_error_event(error: Exception, rank: int, phase: str) -> WorkerErrorEv
     last = traceback.extract_tb(error.__traceback__)[-1]
     text = f"{type(error).__name__}: {error} ({Path(last.filename).name}:{last.lineno}, in {last.name})"
     return WorkerErrorEvent(rank, phase, type(error).__name__, text, final=False, helped=False)
+
+
+def rebuild_error(event: WorkerErrorEvent) -> ToolkitError:
+    """Rebuild a worker's error in its original class."""
+    kind = getattr(errors, event.type, ToolkitError)
+    error: ToolkitError = kind(event.text)
+    return error
+
+
+def build_worker_environment(config: Config) -> dict[str, str]:
+    """Return the environment of every worker; `cluster.env` wins."""
+    tools = str(Path(sys.executable).parent)  # ninja, for operations that DeepSpeed compiles
+    return {
+        "OMP_NUM_THREADS": str(config.cluster.cpus_per_worker),
+        "TOKENIZERS_PARALLELISM": "false",
+        "PATH": f"{tools}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
+        **config.cluster.env,
+    }
+
+
+_PREFIX = "ltt_"  # Ray puts ray_ before it
+
+
+def build_gauge_exporter(run: str) -> Callable[[Mapping[str, float]], None]:
+    """Return a function that sets gauges to scalars by metric name, with the run's name as a tag."""
+    gauges: dict[str, Gauge] = {}
+
+    def export(values: Mapping[str, float]) -> None:
+        for metric, value in values.items():
+            if metric not in gauges:
+                gauges[metric] = Gauge(get_gauge_name(metric), f"{metric} of the newest step", tag_keys=("run",))
+            gauges[metric].set(value, tags={"run": run})
+
+    return export
+
+
+def get_gauge_name(metric: str) -> str:
+    """Return the gauge's name of a metric; Prometheus allows letters, digits and underscores."""
+    return _PREFIX + re.sub(r"\W", "_", metric)

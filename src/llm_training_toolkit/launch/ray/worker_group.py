@@ -6,15 +6,12 @@ they hang. Ray restarts no worker: `controller.py` decides on the next group.
 
 from __future__ import annotations
 
-import os
-import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -22,9 +19,7 @@ from ray.exceptions import OutOfMemoryError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from llm_training_toolkit import errors
 from llm_training_toolkit.config import Config
-from llm_training_toolkit.config.section import parse_duration_seconds
 from llm_training_toolkit.distributed.context import StopRequest
 from llm_training_toolkit.distributed.events import (
     Event,
@@ -34,9 +29,10 @@ from llm_training_toolkit.distributed.events import (
     WorkerStartedEvent,
 )
 from llm_training_toolkit.distributed.flight_recorder import get_flight_record_path
-from llm_training_toolkit.errors import LaunchError, ToolkitError
+from llm_training_toolkit.errors import LaunchError
 from llm_training_toolkit.launch.ray import nodes, worker_processes
 from llm_training_toolkit.launch.ray.capacity import AutoscalerClient
+from llm_training_toolkit.launch.ray.cluster import get_ray_directory
 from llm_training_toolkit.launch.ray.control_actor import (
     OTHER_RANKS_HEARTBEAT_SECONDS,
     HeartbeatsByRank,
@@ -48,15 +44,16 @@ from llm_training_toolkit.launch.ray.hang_detector import (
     HangReport,
     find_collective_call,
     find_current_call,
+    format_hung_rank,
+    get_hang_timeout,
     get_log_size,
 )
 from llm_training_toolkit.launch.ray.resources import ClusterNode, ResourceRequest, compute_usage_by_others
 from llm_training_toolkit.launch.ray.scaling_policy import ElasticScalingPolicy
-from llm_training_toolkit.launch.ray.train_fn import worker_main
+from llm_training_toolkit.launch.ray.train_fn import build_worker_environment, rebuild_error, worker_main
 from llm_training_toolkit.monitoring.console import Console
 from llm_training_toolkit.runs.attempts import find_last_attempt
 from llm_training_toolkit.runs.directory import RunDirectory
-from llm_training_toolkit.runs.user_directory import create_user_directory
 
 _EVENT_POLL_SECONDS = 0.2
 _HEALTH_POLL_SECONDS = 1.0  # nodes and heartbeats
@@ -104,7 +101,7 @@ class WorkerGroupResult:
 
 
 class FitStuckError(LaunchError):
-    """Error: Ray Train's `fit` blocks in its thread on workers that never start or never end."""
+    """Error: Ray Train's `fit` blocks in its thread on workers that fail to start or to end."""
 
 
 class WorkerGroup:
@@ -158,7 +155,7 @@ class WorkerGroup:
         self._receive_events()
         final = next((error for error in self._errors if error.final), None)
         if final is not None:
-            raise _rebuild_error(final)
+            raise rebuild_error(final)
         [ended] = self._fit_outcome
         return WorkerGroupResult(ended if isinstance(ended, dict) else None, self._collect_evidence(ended))
 
@@ -228,7 +225,7 @@ class WorkerGroup:
                 self._draining_nodes.add(node)
                 left = f" in {max(0.0, deadline / 1e3 - time.time()):.0f} s" if deadline else ""
                 [address] = {worker.address for worker in self._workers.values() if worker.node == node}
-                self._show_warning(f"node {address} will be taken away{left}: saving a checkpoint, then leaving it")
+                self._show_warning(f"node {address} will be preempted{left}: saving a checkpoint, then leaving it")
                 self.request_stop(StopRequest.DRAIN)
 
     def _handle_hang(self, hang: HangReport) -> None:
@@ -245,7 +242,7 @@ class WorkerGroup:
         if len(hang.blocking_ranks) == 1:
             self._hung_worker = self._workers.get(next(iter(hang.blocking_ranks)))
         told = [
-            _format_hung_rank(
+            format_hung_rank(
                 self._workers[rank], doing, states.get(rank), find_current_call(paths[rank], log_offsets[rank])
             )
             if rank in self._workers
@@ -313,22 +310,6 @@ def _wait_until(is_met: Callable[[], bool], seconds: float) -> None:
         time.sleep(_EVENT_POLL_SECONDS)
 
 
-def get_hang_timeout(config: Config) -> float:
-    """Return `failures.hang_timeout` in seconds."""
-    seconds = parse_duration_seconds(config.failures.hang_timeout)
-    assert seconds is not None, "the schema takes durations alone"
-    return seconds
-
-
-def _format_hung_rank(worker: WorkerStartedEvent, doing: str, state: str | None, stands: str) -> str:
-    """Format the state of a rank that does not advance."""
-    named = f"rank {worker.rank} (process {worker.pid} on node {worker.address}) was last heard of at: {doing}"
-    if state is None:
-        return f"{named}; its node does not answer"
-    stopped = "; its process had been stopped (SIGSTOP)" if state == "stopped" else ""
-    return named + stopped + (f"; it stands in {stands}" if stands else f"; its process is {state}")
-
-
 def _build_trainer(the: WorkerGroupSpec, line: Any) -> TorchTrainer:  # noqa: ANN401 - Ray's actor handles have no types
     job = the.job
     gpus = int(job.resource_request.worker_resources.get("GPU", 0))
@@ -359,30 +340,6 @@ def _build_trainer(the: WorkerGroupSpec, line: Any) -> TorchTrainer:  # noqa: AN
             storage_path=str(get_ray_directory(job.run)),
             # Ray's own failure count never resets and has no exceptions.
             failure_config=FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
-            worker_runtime_env={"env_vars": _build_worker_environment(job.config)},
+            worker_runtime_env={"env_vars": build_worker_environment(job.config)},
         ),
     )
-
-
-def get_ray_directory(run: RunDirectory) -> Path:
-    """Return Ray Train's storage path: in the run's logs, or a temporary folder for a run in a store."""
-    is_here = run.uri == str(run.path)
-    return run.path / "logs" / "ray" if is_here else create_user_directory("llm-training-toolkit-ray")
-
-
-def _build_worker_environment(config: Config) -> dict[str, str]:
-    """Return the environment of every worker; `cluster.env` wins."""
-    tools = str(Path(sys.executable).parent)  # ninja, for operations that DeepSpeed compiles
-    return {
-        "OMP_NUM_THREADS": str(config.cluster.cpus_per_worker),
-        "TOKENIZERS_PARALLELISM": "false",
-        "PATH": f"{tools}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
-        **config.cluster.env,
-    }
-
-
-def _rebuild_error(event: WorkerErrorEvent) -> ToolkitError:
-    """Rebuild a worker's error in its original class."""
-    kind = getattr(errors, event.type, ToolkitError)
-    error: ToolkitError = kind(event.text)
-    return error

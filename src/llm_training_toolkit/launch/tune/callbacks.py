@@ -65,11 +65,11 @@ class RungScheduler(_Stateless, FIFOScheduler):
         """Decide whether the trial that waits at a rung continues."""
         event_log, search, number = self._state.event_log, self._state.search, result["trial"]
         passed = {rung.rung: rung for rung in event_log.trials[number].rungs}.get(result["rung"])
-        if passed is not None and passed.go_on:  # passed before the trial failed and was retried
+        if passed is not None and passed.promoted:  # passed before the trial failed and was retried
             return str(TrialScheduler.CONTINUE)
         others = event_log.get_rung_values(result["rung"], result["bracket"], but=number)
         good = not self._state.is_exhausted and should_continue(search.scheduler, search.mode, result["value"], others)
-        event_log.record_rung(number, _build_rung_result(result, go_on=good))
+        event_log.record_rung(number, _build_rung_result(result, promoted=good))
         if good:
             return str(TrialScheduler.CONTINUE)
         event_log.record_end(number, "stopped")
@@ -81,13 +81,13 @@ class RungScheduler(_Stateless, FIFOScheduler):
         if result.get("kind") != "end" or number is None:
             return
         if result["state"] == "finished":
-            event_log.record_rung(number, _build_rung_result(result, go_on=False))
+            event_log.record_rung(number, _build_rung_result(result, promoted=False))
         event_log.record_end(number, result["state"], result.get("error"), result.get("trained", 0))
 
 
-def _build_rung_result(result: dict[str, Any], *, go_on: bool) -> RungResult:
+def _build_rung_result(result: dict[str, Any], *, promoted: bool) -> RungResult:
     fields = {name: result[name] for name in ("rung", "step", "tokens", "value", "bracket")}
-    return RungResult(**fields, go_on=go_on, last=result["kind"] == "end")
+    return RungResult(**fields, promoted=promoted, last=result["kind"] == "end")
 
 
 class EventLogCallback(_Stateless, Callback):

@@ -19,7 +19,7 @@ class SearchProgressDisplay:
     """Progress display of a search, called by `EventLogCallback` after each iteration of Tune."""
 
     def __init__(self, search: SearchConfig, event_log: EventLog, console: Console) -> None:
-        self._search, self._ledger, self._console = search, event_log, console
+        self._search, self._event_log, self._console = search, event_log, console
         self._drawn = 0.0
         self._said = {trial.number: trial.state for trial in event_log.trials.values()}
         self._live: Live | None = None
@@ -46,10 +46,10 @@ class SearchProgressDisplay:
         self._live = None
 
     def _build_table(self) -> Table:
-        return build_trials_table(self._search, self._ledger, self._console.terminal.width)
+        return build_trials_table(self._search, self._event_log, self._console.terminal.width)
 
     def _print_changes(self) -> None:
-        for trial in list(self._ledger.trials.values()):
+        for trial in list(self._event_log.trials.values()):
             if self._said.get(trial.number) != trial.state:
                 self._said[trial.number] = trial.state
                 self._console.print_line(format_trial_line(self._search, trial))

@@ -196,7 +196,7 @@ class _TrialRunner:
                 work, config, resume_state.step, resume_state.sequences, until=resume_state.step + 1
             ).dataset_info
         data_facts = build_data_facts(prepared, resume_state.step, resume_state.sequences)
-        plan = check_plan(make_plan(config, data_facts)).with_notes(read_precision_notes(run, config))
+        plan = check_plan(make_plan(config).with_data(data_facts)).with_notes(read_precision_notes(run, config))
         assert plan.steps is not None, "the data is prepared"
         scheduler = SchedulerConfig.model_validate_json(self._order.scheduler)
         self._steps = compute_rung_steps(scheduler, plan.steps, plan.tokens_per_step)

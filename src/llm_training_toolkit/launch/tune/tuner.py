@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from llm_training_toolkit.config import Config, dump_config_json
-from llm_training_toolkit.config.redaction import redact_config
+from llm_training_toolkit.config.load import redact_config
 from llm_training_toolkit.config.run_identity import flatten_config
 from llm_training_toolkit.config.search import SearchConfig, load_search, replace_config_values
 from llm_training_toolkit.config.section import FieldTag
@@ -49,7 +49,7 @@ _TUNE_ENV = {
     "RAY_AIR_NEW_OUTPUT": "0",
 }
 _TRIAL_ACTOR_SHARE = 0.0001  # of the head's resource: the CPUs are for workers, and Tune refuses an empty request
-_RAY_LOST_MESSAGE = "Ray was lost while the search worked; the same command goes on"
+_RAY_LOST_MESSAGE = "Ray was lost while the search worked; the same command resumes"
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def run_search(spec: SearchSpec, console: Console) -> tuple[TrainResultStatus, d
         done = len(event_log.trials) - len(event_log.unfinished_trials)
         if done:
             console.print_line(
-                f"search {directory.path.name} goes on: {done} trials have ended, "
+                f"search {directory.path.name} resumes: {done} trials have ended, "
                 f"{len(event_log.unfinished_trials)} had begun"
             )
         status = _run_trials(spec, event_log, console)
@@ -158,7 +158,7 @@ def _run_trials(spec: SearchSpec, event_log: EventLog, console: Console) -> Trai
                 return _run_tuner(spec, event_log, suggestions, concurrent=concurrent, screen=screen, console=console)
         except KeyboardInterrupt:
             exit_with_message(
-                "stopped at once: the same command goes on with the trials that had begun", EXIT_CODES["stopped"]
+                "stopped at once: the same command resumes the trials that had begun", EXIT_CODES["stopped"]
             )
         finally:
             screen.close()
@@ -248,7 +248,7 @@ def _fit_tuner(tuner: Tuner, event_log: EventLog) -> None:
         raise LaunchError(f"{_RAY_LOST_MESSAGE} ({error})") from error
     except TuneError as error:
         raise LaunchError(
-            event_log.write_error or f"Ray Tune has failed; the same command goes on ({error})"
+            event_log.write_error or f"Ray Tune has failed; the same command resumes ({error})"
         ) from error
     if event_log.write_error:
         raise LaunchError(event_log.write_error)

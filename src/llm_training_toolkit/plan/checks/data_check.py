@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator
 
-from llm_training_toolkit.config.data_config import SourceConfig
 from llm_training_toolkit.config.schema import Config
+from llm_training_toolkit.config.source_config import SourceConfig
 from llm_training_toolkit.families import Family, HfValues, ModelSize, list_models_with_tokens
 from llm_training_toolkit.families.document_layouts import COMMIT_MARKERS, get_required_markers
 from llm_training_toolkit.plan.checks.git_check import find_git_problems

@@ -8,8 +8,9 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-from llm_training_toolkit.config.data_config import DataConfig, SourceConfig
-from llm_training_toolkit.config.timestamps import parse_timestamp
+from llm_training_toolkit.config.data_config import DataConfig
+from llm_training_toolkit.config.section import parse_timestamp
+from llm_training_toolkit.config.source_config import SourceConfig
 from llm_training_toolkit.config.uri import is_uri, redact_uri
 from llm_training_toolkit.plan.problem import Problem
 
@@ -46,7 +47,7 @@ def build_git_command(repository: Path, *arguments: str) -> list[str]:
 
 
 def build_git_environment(repository: Path) -> dict[str, str]:
-    """Build the environment of such a command: without the caller's git variables, and never in a directory above."""
+    """Build the environment of such a command: without the caller's git variables, and only in this directory."""
     inherited = {name: os.environ[name] for name in ("PATH", "TMPDIR") if name in os.environ}
     ceiling = str(repository.resolve().parent)
     return {**inherited, **_SAFE_ENVIRONMENT, "HOME": os.devnull, "GIT_CEILING_DIRECTORIES": ceiling}
@@ -145,7 +146,7 @@ def _has_commit(path: Path, date: str, *options: str, is_before: bool) -> bool:
 
 
 def _find_future_problems(data: DataConfig) -> Iterator[Problem]:
-    """Find training sources that go on behind the date from which the same repository is held out."""
+    """Find training sources that reach beyond the date from which the same repository is held out."""
     held_out = _find_held_out_dates(data)
     for index, source in enumerate(data.sources):
         path = resolve_repository(source).resolve()

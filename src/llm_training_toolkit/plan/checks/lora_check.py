@@ -1,4 +1,4 @@
-"""Problems of `model.lora`: layers that the model does not have, and settings that do not go together."""
+"""Problems of `model.lora`: layers that the model lacks, and settings that contradict each other."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def _get_fused_name(matrix: str) -> str:
 
 
 def _find_expert_adapter_problems(lora: LoraConfig, size: ModelSize, dims: ModelDims) -> Iterator[Problem]:
-    """Find adapters of experts where there are none, and settings that peft's adapters of tensors do not have."""
+    """Find adapters of experts in a model without experts, and settings that peft's adapters of tensors lack."""
     if not lora.target_parameters:
         return
     if not dims.experts:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from llm_training_toolkit.config.schema import Config, ProfileConfig
+from llm_training_toolkit.config.schema import Config
 from llm_training_toolkit.config.uri import is_uri
 from llm_training_toolkit.families import Family, HfValues, ModelSize
 from llm_training_toolkit.families.family import ISOLATED_MODEL_TYPES
@@ -35,45 +35,10 @@ def find_problems(config: Config, size: ModelSize, hf: HfValues, ranks: int) -> 
         *_find_revision_problems(config),
         *find_lora_problems(config, size, hf),
         *_find_offload_problems(config),
+        *_find_hierarchy_problems(config, ranks),
         *_find_evaluation_problems(config, size.family),
     )
     return (*found, *find_deepspeed_problems(config.engine.deepspeed))
-
-
-def find_length_problems(steps: int | None, warmup: int | None, decay: int | None) -> tuple[Problem, ...]:
-    """Return problems with the length of the run, as far as it is known."""
-    if steps is None or warmup is None or decay is None:
-        return ()
-    if steps == 0:
-        return (
-            Problem(
-                "no-training-sequences",
-                "data.sources",
-                "there is no training sequence",
-                "Check the paths and data.eval.fraction",
-            ),
-        )
-    if warmup > steps:
-        what = f"a warm-up of {warmup} steps is longer than the run of {steps}"
-        return (Problem("warmup-too-long", "optim.warmup", what, "Use a share such as 0.01, or a longer run"),)
-    if warmup + decay > steps:
-        what = f"a warm-up of {warmup} steps and a decay of {decay} do not fit into {steps} steps"
-        return (Problem("decay-too-long", "optim.decay", what, "Lower optim.decay or optim.warmup"),)
-    return ()
-
-
-def find_profile_problems(profile: ProfileConfig | None, steps: int | None) -> tuple[Problem, ...]:
-    """Return problems with the steps to profile in a run of `steps` steps, None while that is not known."""
-    if profile is None:
-        return ()
-    first, last = profile.steps
-    if first > last:
-        what = f"the first step, {first}, comes after the last one, {last}"
-        return (Problem("profile-steps-reversed", "profile.steps", what, f"Write [{last}, {first}]"),)
-    if steps is not None and last > steps:
-        what = f"step {last} lies beyond the end of the run, which has {steps} steps"
-        return (Problem("profile-beyond-end", "profile.steps", what, f"Give steps from 1 to {steps}"),)
-    return ()
 
 
 def _find_isolation_problems(family: Family) -> Iterator[Problem]:
@@ -174,6 +139,23 @@ def _find_offload_problems(config: Config) -> Iterator[Problem]:
         )
 
 
+def _find_hierarchy_problems(config: Config, workers: int) -> Iterator[Problem]:
+    """Find a second partition that stage, number of workers or offload rule out."""
+    engine, where = config.engine, "engine.zero_hpz_partition_size"
+    size = engine.zero_hpz_partition_size
+    if size == 1:
+        return
+    if engine.zero_stage not in {"auto", 3}:
+        what = f"{size} gathers sharded weights, and ZeRO {engine.zero_stage} shards none"
+        yield Problem("hierarchy-stage", where, what, "Set engine.zero_stage to 3, or remove it")
+    if engine.offload == "optimizer_and_weights":
+        what = f"{size} keeps a second copy of the weights on the devices, and engine.offload moves them to the host"
+        yield Problem("hierarchy-offload", where, what, "Set engine.offload to optimizer or none, or remove it")
+    if config.cluster.min_workers == config.cluster.max_workers and workers % size:
+        what = f"{format_plural(workers, 'worker')} cannot be divided into groups of {size}"
+        yield Problem("hierarchy-workers", where, what, "Give the workers of a node, which divide cluster.workers")
+
+
 def _find_evaluation_problems(config: Config, family: Family) -> Iterator[Problem]:
     """Find tasks that cannot run, as far as the configuration shows."""
     for index, task_config in enumerate(config.eval.tasks):
@@ -244,16 +226,6 @@ def find_memory_problems(memory_gb: Mapping[str, float]) -> tuple[Problem, ...]:
             "Check the number of zeros in model.config_overrides, data.sequence_length, train.micro_batch_size",
         ),
     )
-
-
-def find_vocabulary_problems(config: Config, vocab_size: int | None, hf: HfValues) -> tuple[Problem, ...]:
-    """Return a problem if the tokenizer has more entries (None = not known yet) than the embedding has rows."""
-    if vocab_size is None or vocab_size <= hf["vocab_size"]:
-        return ()
-    what = f"the tokenizer has {vocab_size:,} entries, the model's embedding {hf['vocab_size']:,} rows"
-    key = "model.resize_vocab_to" if config.model.path is not None else "model.config_overrides.vocab_size"
-    fix = f"Give the tokenizer of this model, or let the embedding have more: {key}={-(-vocab_size // 64) * 64}"
-    return (Problem("tokenizer-too-large", "tokenizer.path", what, fix),)
 
 
 def _find_batch_problems(config: Config, ranks: int) -> Iterator[Problem]:

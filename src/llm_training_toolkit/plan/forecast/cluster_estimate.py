@@ -9,11 +9,13 @@ from typing import Any
 from llm_training_toolkit.config.schema import Config
 from llm_training_toolkit.plan.auto import Precision, with_precision
 from llm_training_toolkit.plan.batch import count_replicas
-from llm_training_toolkit.plan.forecast.communication import Exchange, count_exchanged_bytes
+from llm_training_toolkit.plan.forecast.communication import count_exchanged_bytes
 from llm_training_toolkit.plan.forecast.hardware import ClusterHardware
+from llm_training_toolkit.plan.forecast.offload import estimate_host_seconds
 from llm_training_toolkit.plan.forecast.step_time import (
     MeasuredSpeed,
     build_exchange_workload,
+    compute_group_seconds_per_byte,
     compute_measured_seconds,
     compute_seconds_per_byte,
     estimate_compute_seconds,
@@ -54,6 +56,8 @@ class ClusterEstimate:
     """Communication per step beside computation; 0 for one worker."""
     exposed_seconds: float
     """Communication per step while devices wait."""
+    host_seconds: float
+    """Update per step in host memory, while devices wait; 0 without `engine.offload`."""
     checkpoint_gb: float
     problems: tuple[Problem, ...]
     notes: tuple[str, ...]
@@ -68,7 +72,7 @@ class ClusterEstimate:
         """Return the larger of computation and the communication beside it, plus what nothing hides."""
         if self.measured:
             return self.compute_seconds
-        return max(self.compute_seconds, self.overlapped_seconds) + self.exposed_seconds
+        return max(self.compute_seconds, self.overlapped_seconds) + self.exposed_seconds + self.host_seconds
 
     @property
     def usd_per_hour(self) -> float:
@@ -89,9 +93,9 @@ class ClusterEstimate:
         """Return the plan with the problems and notes of this cluster added."""
         return replace(
             plan,
-            problems=(*plan.problems, *self.problems),
+            config_problems=(*plan.config_problems, *self.problems),
             notes=(*plan.notes, *self.notes),
-            estimated=(*plan.estimated, "hours", "cost"),
+            config_estimates=(*plan.config_estimates, "hours", "cost"),
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -106,6 +110,7 @@ class ClusterEstimate:
                 "utilisation": self.utilisation,
                 "communication_seconds_per_step": self.communication_seconds,
                 "exposed_communication_seconds_per_step": self.exposed_seconds,
+                "host_seconds_per_step": self.host_seconds,
                 "seconds_per_step": self.step_seconds,
                 "checkpoint_gb": self.checkpoint_gb,
                 "checkpoint_seconds": self.checkpoint_seconds,
@@ -120,16 +125,22 @@ def resolve_for_hardware(config: Config, hardware: ClusterHardware) -> tuple[Con
     An `auto` micro-batch takes part in the choice and stays `auto`, because it depends on the number of workers.
     """
     ranks = config.cluster.min_workers or config.engine.sequence_parallel  # memory per device peaks with the fewest
-    if config.train.precision == "auto":
-        faster: Precision = "bf16" if hardware.get_peak_flops("bf16") >= hardware.get_peak_flops("fp32") else "fp32"
-        config = with_precision(config, faster)
+    config = with_faster_precision(config, hardware)
     if count_replicas(ranks, config.engine.sequence_parallel) > config.train.global_batch_size:
         return config, ()
-    choice = choose_memory_settings(config, ranks, 1e9 * _get_worker_memory_gb(config, hardware))
+    choice = choose_memory_settings(config, ranks, 1e9 * get_worker_memory_gb(config, hardware))
     reasons = tuple(str(reason) for reason in choice.reasons if reason.key != "train.micro_batch_size")
     rows = config.train.micro_batch_size
     config = choice.settings.apply_to_config(config)
     return with_micro_batch(config, rows), reasons
+
+
+def with_faster_precision(config: Config, hardware: ClusterHardware) -> Config:
+    """Return the configuration with `train.precision: auto` replaced by the precision with the higher peak there."""
+    if config.train.precision != "auto":
+        return config
+    faster: Precision = "bf16" if hardware.get_peak_flops("bf16") >= hardware.get_peak_flops("fp32") else "fp32"
+    return with_precision(config, faster)
 
 
 def estimate_on_cluster(
@@ -144,7 +155,7 @@ def estimate_on_cluster(
     cpus = config.cluster.cpus_per_worker
     per_node = hardware.get_workers_per_node(cpus)
     if plan.is_elastic:
-        most = _compute_max_workers(config, hardware, per_node)
+        most = compute_max_workers(config, hardware, per_node)
         plan = replace(plan, ranks=min(plan.workers, max(plan.fewest_workers, most)))
     nodes = _count_nodes(config, plan.ranks, per_node, hardware.nodes)
     problems = tuple(_find_problems(config, plan, hardware, per_node))
@@ -155,11 +166,7 @@ def estimate_on_cluster(
         if measured is None
         else compute_measured_seconds(plan, measured)
     )
-    exchange = Exchange(0, 0)
-    if plan.ranks > 1 and plan.replicas <= plan.global_batch:
-        exchange = count_exchanged_bytes(build_exchange_workload(plan, rows))
-    each = compute_seconds_per_byte(plan, hardware, nodes) if exchange.total else 0.0
-    tokens = estimate_token_seconds(plan, rows, hardware, per_node) if exchange.total and not problems else 0.0
+    overlapped_seconds, exposed_seconds = _estimate_exchange_seconds(plan, hardware, nodes, rows)
     estimate = ClusterEstimate(
         hardware=hardware,
         nodes=nodes,
@@ -167,8 +174,11 @@ def estimate_on_cluster(
         compute_seconds=compute_seconds,
         utilisation=utilisation,
         measured=measured is not None,
-        overlapped_seconds=exchange.overlapped * each,
-        exposed_seconds=exchange.exposed * each + tokens,
+        overlapped_seconds=overlapped_seconds,
+        exposed_seconds=exposed_seconds,
+        host_seconds=0.0
+        if hardware.is_cpu
+        else estimate_host_seconds(config.engine.offload, plan.trainable_parameters, nodes),
         checkpoint_gb=compute_checkpoint_copy_bytes(plan.trainable_parameters, workers=1) / 1e9,
         problems=problems,
         notes=(),
@@ -181,6 +191,21 @@ def estimate_on_cluster(
     )
     hours = None if plan.steps is None or problems else plan.steps * estimate.step_seconds / 3600
     return replace(estimate, hours=hours, notes=notes)
+
+
+def _estimate_exchange_seconds(
+    plan: Plan, hardware: ClusterHardware, nodes: int, micro_batch: int
+) -> tuple[float, float]:
+    """Return the seconds a step of what workers send while they compute, and while they wait."""
+    if plan.ranks == 1 or plan.replicas > plan.global_batch:
+        return 0.0, 0.0
+    load = build_exchange_workload(plan, micro_batch)
+    exchange = count_exchanged_bytes(load)
+    each = compute_seconds_per_byte(plan, hardware, nodes)
+    overlapped = exchange.overlapped * each
+    if exchange.grouped:
+        overlapped += exchange.grouped * compute_group_seconds_per_byte(plan, hardware, nodes, load.second_partition)
+    return overlapped, exchange.exposed * each + estimate_token_seconds(plan, micro_batch, hardware, nodes)
 
 
 def _count_nodes(config: Config, workers: int, per_node: int, available: int) -> int:
@@ -226,7 +251,7 @@ def _find_placement_problems(
         what = f"a worker of {cpus} CPUs fits into no node, which has {hardware.cpus}"
         yield Problem("too-many-cpus-per-worker", "cluster.cpus_per_worker", what, f"Use at most {hardware.cpus}")
         return
-    most = _compute_max_workers(config, hardware, per_node)
+    most = compute_max_workers(config, hardware, per_node)
     if workers <= most:
         return
     limit = {"strict_pack": ", all on one node", "strict_spread": ", each on a node of its own"}.get(placement, "")
@@ -247,7 +272,7 @@ def _find_placement_problems(
     )
 
 
-def _compute_max_workers(config: Config, hardware: ClusterHardware, per_node: int) -> int:
+def compute_max_workers(config: Config, hardware: ClusterHardware, per_node: int) -> int:
     """Return the workers that the largest cluster of the file holds with this placement strategy."""
     limits = {"strict_pack": per_node, "strict_spread": hardware.nodes}
     each = config.engine.sequence_parallel
@@ -257,7 +282,7 @@ def _compute_max_workers(config: Config, hardware: ClusterHardware, per_node: in
 def _find_memory_problems(config: Config, plan: Plan, hardware: ClusterHardware) -> Iterator[Problem]:
     """Find a plan that needs more memory than a device has."""
     memory_gb = plan.memory_gb_per_device
-    needed, there = sum(memory_gb.values()), _get_worker_memory_gb(config, hardware)
+    needed, there = sum(memory_gb.values()), get_worker_memory_gb(config, hardware)
     if needed <= there:
         return
     largest = max(memory_gb, key=lambda part: memory_gb[part])
@@ -287,7 +312,7 @@ def _suggest_memory_fix(config: Config, plan: Plan, largest: str) -> tuple[str, 
     return "cluster.workers", "Take more: they share weights, gradients and optimizer state; or a smaller model"
 
 
-def _get_worker_memory_gb(config: Config, hardware: ClusterHardware) -> float:
+def get_worker_memory_gb(config: Config, hardware: ClusterHardware) -> float:
     """Return the memory of a worker's devices, in 10^9 bytes, without what CUDA and its libraries take of a GPU."""
     memory = hardware.memory_gb * hardware.get_devices_per_worker(config.cluster.cpus_per_worker)
     if hardware.is_cpu:  # an offload and a checkpoint's copy share the memory of the machine with the rest
@@ -303,14 +328,12 @@ def _estimate_micro_batch(config: Config, plan: Plan, hardware: ClusterHardware)
     """Return the sequences per forward pass there; for `auto` the estimated number."""
     if config.train.micro_batch_size != "auto" or plan.replicas > plan.global_batch:
         return plan.micro_batch
-    return choose_memory_settings(
-        config, plan.ranks, 1e9 * _get_worker_memory_gb(config, hardware)
-    ).settings.micro_batch
+    return choose_memory_settings(config, plan.ranks, 1e9 * get_worker_memory_gb(config, hardware)).settings.micro_batch
 
 
 def _collect_notes(config: Config, plan: Plan, hardware: ClusterHardware, micro_batch: int) -> Iterator[str]:
     """Yield notes on valid but noteworthy settings on this cluster."""
-    there = _get_worker_memory_gb(config, hardware)
+    there = get_worker_memory_gb(config, hardware)
     needed = sum(plan.memory_gb_per_device.values())
     if config.train.micro_batch_size == "auto":
         yield f"train.micro_batch_size: auto takes about {micro_batch} there, by the estimate."
@@ -324,7 +347,7 @@ def _collect_notes(config: Config, plan: Plan, hardware: ClusterHardware, micro_
             f"a node with {format_plural(on_node, 'worker')}, which a cluster file does not state."
         )
     if hardware.spot:
-        yield "Nodes may be taken away (spot): what is lost then is at most the work since the last checkpoint."
+        yield "Nodes may be preempted (spot): what is lost then is at most the work since the last checkpoint."
 
 
 def _collect_communication_notes(sending: float, computing: float, zero: int) -> Iterator[str]:

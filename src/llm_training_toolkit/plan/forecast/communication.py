@@ -23,11 +23,13 @@ class Exchange:
     """Sent while the device computes: weights that stage 3 gathers ahead, and gradients with `overlap_comm`."""
     exposed: int
     """Sent while the device waits."""
+    grouped: int = 0
+    """Weights that stage 3 gathers ahead within groups of `zero_hpz_partition_size` workers."""
 
     @property
     def total(self) -> int:
         """Return all bytes of a step."""
-        return self.overlapped + self.exposed
+        return self.overlapped + self.exposed + self.grouped
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,8 @@ class ExchangeWorkload:
     """Micro-batches of a step."""
     checkpointing: ActivationCheckpointing = "none"
     reuse_distance: int = _MAX_REUSE_DISTANCE
+    second_partition: int = 1
+    """Workers of a group that keeps a second copy of all weights; 1 = no groups."""
     overlaps_gradients: bool = False
     """DeepSpeed's `overlap_comm`; stages 0 and 1 reduce after the last micro-batch in any case."""
 
@@ -54,18 +58,23 @@ def count_exchanged_bytes(load: ExchangeWorkload) -> Exchange:
 
     Gradients are reduced in fp32: at stage 0 by an all-reduce a step, at stage 1 by a reduce-scatter a step. DeepSpeed
     0.19.8 sends an all-reduce with every micro-batch at stage 2, a reduce-scatter at stage 3. Stages 1 and 2 gather the
-    trained weights once a step, stage 3 gathers all weights for forward and for backward of every micro-batch (ZeRO,
-    Rajbhandari et al. 2020, section 7), except those of the last layers, which it keeps.
+    trained weights once a step. Stage 3 gathers all weights for forward and for backward of every micro-batch, except
+    those of the last layers, which it keeps (ZeRO, Rajbhandari et al. 2020, section 7). With a second partition all but
+    the first gathering after an update stay within its group (ZeRO++, Wang et al. 2023, section 4.2).
     """
     gradients, weights = 4 * load.trained, load.width * load.trained
     if load.zero <= 1:
         return Exchange(0, 2 * gradients if load.zero == 0 else gradients + weights)
-    gathered = 0
+    gathered = grouped = 0
     if load.zero == 3:
         gathered = load.passes * load.width * (2 * load.parameters - _count_kept_weights(load))
+        if load.second_partition > 1:
+            gathered, grouped = load.width * load.parameters, gathered - load.width * load.parameters
     reduced = load.passes * gradients * (2 if load.zero == 2 else 1)
     after = weights if load.zero == 2 else 0
-    return Exchange(gathered + reduced, after) if load.overlaps_gradients else Exchange(gathered, reduced + after)
+    if load.overlaps_gradients:
+        return Exchange(gathered + reduced, after, grouped)
+    return Exchange(gathered, reduced + after, grouped)
 
 
 def count_token_bytes(

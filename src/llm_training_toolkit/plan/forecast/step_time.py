@@ -110,14 +110,15 @@ def build_exchange_workload(plan: Plan, micro_batch: int) -> ExchangeWorkload:
         passes=compute_accumulation_steps(plan.global_batch, plan.replicas, micro_batch),
         checkpointing=plan.activation_checkpointing,
         reuse_distance=read_reuse_distance(plan.deepspeed),
+        second_partition=int(plan.deepspeed["zero_optimization"].get("zero_hpz_partition_size", 1)),
         overlaps_gradients=bool(plan.deepspeed["zero_optimization"].get("overlap_comm")),
     )
 
 
-def estimate_token_seconds(plan: Plan, micro_batch: int, hardware: ClusterHardware, per_node: int) -> float:
+def estimate_token_seconds(plan: Plan, micro_batch: int, hardware: ClusterHardware, nodes: int) -> float:
     """Return the seconds in which a worker sends tokens of the rows that it shares; 0 without such rows.
 
-    Ranks of a replica that fill one node send within it. Otherwise all workers of a node share its link.
+    Replicas of consecutive workers are within nodes, or some lie on two, and all workers of a node share its link.
     """
     each = plan.sequence_parallel
     if each == 1:
@@ -129,8 +130,8 @@ def estimate_token_seconds(plan: Plan, micro_batch: int, hardware: ClusterHardwa
         compute_accumulation_steps(plan.global_batch, plan.replicas, micro_batch),
         plan.activation_checkpointing,
     )
-    links, sharing = hardware.bandwidth_gb_per_s, min(per_node, plan.ranks)
-    link = links.within_node if each <= per_node else links.between_nodes / max(sharing, 1)
+    links, on_node = hardware.bandwidth_gb_per_s, -(-plan.ranks // nodes)
+    link = links.between_nodes / on_node if nodes > 1 and on_node % each else links.within_node
     return sent * (each - 1) / each / (1e9 * link)
 
 
@@ -148,3 +149,10 @@ def compute_seconds_per_byte(plan: Plan, hardware: ClusterHardware, nodes: int) 
     else:  # one worker per node
         link = links.between_nodes
     return (workers - 1) / workers / (1e9 * link)
+
+
+def compute_group_seconds_per_byte(plan: Plan, hardware: ClusterHardware, nodes: int, group: int) -> float:
+    """Return the seconds for a byte of an exchange within groups of consecutive workers, which fill node after node."""
+    if nodes > 1 and -(-plan.ranks // nodes) % group:  # some groups lie on two nodes
+        return compute_seconds_per_byte(plan, hardware, nodes)
+    return (group - 1) / group / (1e9 * hardware.bandwidth_gb_per_s.within_node)

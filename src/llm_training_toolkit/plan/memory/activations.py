@@ -7,16 +7,17 @@ with autograd by tests/unit/models/test_activations.py, with passes by tests/uni
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from llm_training_toolkit.families import AdapterSpec, ModelDims
 from llm_training_toolkit.families.family import LinearAttentionDims
-from llm_training_toolkit.families.lora import MixerKind, Reads
+from llm_training_toolkit.families.lora import MixerKind
 from llm_training_toolkit.plan.memory.linear_attention import (
     estimate_mixing_bytes,
     estimate_recurrence_bytes,
     estimate_recurrence_gradient_bytes,
 )
+from llm_training_toolkit.plan.memory.matrix_products import list_products
 
 ActivationCheckpointing = Literal["none", "selective", "full"]
 AttentionMemory = Literal["varlen", "masked", "eager"]
@@ -36,7 +37,7 @@ class PassShape:
     """Tokens of a micro-batch."""
     checkpointing: ActivationCheckpointing
     attention: AttentionMemory
-    """`varlen` keeps neither masks nor repeated keys, `masked` both, `eager` all probabilities."""
+    """`masked` keeps masks and repeated keys, `eager` all probabilities, `varlen` none of these."""
     exchanges_tokens: bool = False
     """Whether ranks share the tokens and exchange them for heads around attention."""
     mixer: MixerKind = "attention"
@@ -85,7 +86,7 @@ def estimate_backward_bytes(load: PassShape) -> int:
     """Estimate what the backward pass of one layer adds: recomputed tensors and the gradients in its widest place.
 
     The last layer of a hybrid model has attention; when a layer of linear attention recomputes, what that one kept is
-    gone. Without recomputation the layers before the last are no peak.
+    gone. Without recomputation the peak lies in the last layer.
     """
     last, *others = (kind for kind, _ in load.list_layer_kinds())
     moments = [_estimate_feed_forward_backward_bytes(last)]
@@ -117,8 +118,8 @@ def _estimate_recurrence_backward_bytes(load: PassShape) -> int:
 def _estimate_feed_forward_backward_bytes(load: PassShape) -> int:
     """Estimate what the backward pass of a feed-forward layer adds to the bytes that are kept.
 
-    That is the gradients of its product and of what was multiplied, or of its product and its matrix. With dropout on
-    the adapters' input there is also a scaled copy.
+    These are the gradients of its product and of its factors, or of its product and its matrix. With dropout on the
+    adapters' input there is also a scaled copy.
     """
     model, w, adapter = load.model, load.width, load.adapter
     wide = max(model.experts_per_token, 1) * model.intermediate * w
@@ -194,8 +195,8 @@ def estimate_layer_bytes(load: PassShape) -> int:
     """Estimate what autograd keeps of one layer per token for the models of transformers 5.
 
     Two norms: a LayerNorm keeps input and output, 2 h w; an RMSNorm fp32 input, normalized value and output, h (2 w +
-    4). Norms of queries and keys keep the same but the output. Without weight gradients a linear layer keeps no input,
-    and an RMSNorm no normalized value.
+    4). Norms of queries and keys keep the same but the output. Only for weight gradients does a linear layer keep its
+    input, and an RMSNorm the normalized value.
     """
     norms = _estimate_norm_bytes(load, norms=2) + _estimate_head_norm_bytes(load)
     feed_forward = _estimate_feed_forward_bytes(load)
@@ -308,62 +309,6 @@ def _estimate_selective_bytes(load: PassShape) -> int:
         return kept
     scores = model.heads * load.sequence_length * w if load.attention == "eager" else 4 * model.heads
     return kept + w * model.query_width + scores
-
-
-class MatrixProduct(NamedTuple):
-    """Product of a layer's tokens with one matrix."""
-
-    reads: Reads | None
-    """Input of a linear layer; None of an adapter's two matrices."""
-    inputs: int
-    outputs: int
-
-
-def list_products(model: ModelDims, adapter: AdapterSpec | None, mixer: MixerKind = "attention") -> list[MatrixProduct]:
-    """Return a layer's matrix products with all tokens, in order of execution; adapters follow their linear layer.
-
-    Experts have none: they multiply groups of tokens, after the product that picks the experts of each.
-    """
-    waiting = [] if adapter is None else [MatrixProduct(*each[:3]) for each in adapter.restrict_to(mixer).layers]
-    products = []
-    for product in (*_list_mixer_products(model, mixer), *_list_feed_forward_products(model)):
-        products.append(product)
-        if adapter is not None and product in waiting:
-            waiting.remove(product)
-            products.append(MatrixProduct(None, product.inputs, adapter.rank))
-            products.append(MatrixProduct(None, adapter.rank, product.outputs))
-    return products
-
-
-def _list_mixer_products(model: ModelDims, mixer: MixerKind) -> list[MatrixProduct]:
-    """Return the products of attention; the family with learned positions has one for queries, keys and values."""
-    hidden, queries, keys = model.hidden, model.query_width, model.kv_width
-    linear = model.linear_attention if mixer == "linear_attention" else None
-    if linear is not None:
-        heads = linear.value_heads
-        joint = [linear.input_width, 2 * heads]
-        widths = [linear.convolved_width, linear.value_width, heads, heads] if linear.gate_apart else joint
-        inputs = linear.value_width
-    else:
-        projected = (2 if model.output_gate else 1) * queries
-        widths = [queries + 2 * keys] if model.positions else [projected, keys, keys]
-        inputs = queries
-    return [*(MatrixProduct("attention", hidden, width) for width in widths), MatrixProduct("heads", inputs, hidden)]
-
-
-def _list_feed_forward_products(model: ModelDims) -> list[MatrixProduct]:
-    """Return the products after attention: of the feed-forward layer, or of shared expert and router."""
-    hidden = model.hidden
-    if model.experts:
-        shared = [
-            MatrixProduct("feed_forward", hidden, model.shared_expert),
-            MatrixProduct("feed_forward", hidden, model.shared_expert),
-            MatrixProduct(None, model.shared_expert, hidden),
-        ]
-        router = MatrixProduct("feed_forward", hidden, model.experts)
-        return [*shared, router, MatrixProduct("feed_forward", hidden, 1)] if model.shared_expert else [router]
-    into = [MatrixProduct("feed_forward", hidden, model.intermediate)] * (2 if model.gated else 1)
-    return [*into, MatrixProduct("product", model.intermediate, hidden)]
 
 
 def count_recomputed_flops(

@@ -23,9 +23,9 @@ def estimate_mixing_bytes(linear: LinearAttentionDims, width: int, *, trained: b
 def estimate_recurrence_bytes(linear: LinearAttentionDims, width: int, *, trained: bool) -> int:
     """Estimate what convolution and recurrence keep per token.
 
-    The convolution keeps its input, the recurrence normalized queries and keys with one fp32 factor per head, a copy of
-    the values, and for each value head the write strength, the sum of decays in fp32 and a row of the chunk's matrix,
-    64 w. The decay itself keeps its fp32 input, and its softplus for the trained rate.
+    The convolution keeps its input, the recurrence normalized queries and keys with one fp32 factor per head, and a
+    copy of the values. Each value head adds the write strength, the sum of decays in fp32 and a row of the chunk's
+    matrix, 64 w. The decay itself keeps its fp32 input, and its softplus for the trained rate.
     """
     convolution = width * linear.convolved_width
     operands = width * (2 * linear.key_width + linear.value_width) + 8 * linear.key_heads

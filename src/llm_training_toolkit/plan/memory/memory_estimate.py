@@ -1,7 +1,7 @@
 """Closed-form estimate of device memory by part, at the moment of a step that needs the most.
 
 Forward, backward, reduction and update hold different things: what stands side by side is added, and the largest sum is
-the estimate. What allocators round up is not included; CUDA_RUNTIME_BYTES is apart, because CPUs have none.
+the estimate. The rounding of allocators is not included; CUDA_RUNTIME_BYTES is apart, because it is for GPUs alone.
 """
 
 from __future__ import annotations
@@ -79,6 +79,8 @@ class DeviceWorkload:
     offload: Offload = "none"
     sequence_parallel: int = 1
     """Workers that hold slices of the same sequences."""
+    second_partition: int = 1
+    """Workers that keep a second copy of all weights among them (`engine.zero_hpz_partition_size`); 1 = none."""
 
     @property
     def bytes_per_value(self) -> int:
@@ -207,6 +209,8 @@ def estimate_weight_bytes(load: DeviceWorkload) -> int:
     if load.zero < 3:
         return load.bytes_per_value * total
     partition = 0 if load.offload == "optimizer_and_weights" else load.compute_partition_size(total, spread=True)
+    if load.second_partition > 1:
+        partition += -(-total // load.second_partition)
     return load.bytes_per_value * partition + _estimate_gathered_bytes(load)
 
 
@@ -294,9 +298,9 @@ def estimate_loading_bytes(load: DeviceWorkload) -> int:
     """Estimate the host memory that one worker takes while it builds the model, beside its device's, in bytes.
 
     Adapters load their base at each start, below stage 3 by chunks on the way to the GPU. Other runs pass one tensor at
-    a time: a new one draws it in fp32. That is an upper bound for one that begins with weights, which takes a chunk
-    then, and a tensor in its own precision when it resumes. Pages of files that rank 0 maps at stage 3 are the
-    system's to drop.
+    a time: a new one draws it in fp32. It is an upper bound for one that begins with weights, which takes a chunk then,
+    and a tensor in its own precision when it resumes. Pages of files that rank 0 maps at stage 3 are the system's to
+    drop.
     """
     if load.adapter is not None and load.zero < 3:
         return LOADING_CHUNK_BYTES
@@ -336,11 +340,12 @@ def estimate_logit_bytes(load: DeviceWorkload) -> int:
 
 
 def read_deepspeed_limits(deepspeed: Mapping[str, Any]) -> dict[str, int]:
-    """Return the two DeepSpeed settings that memory depends on, by their names in `DeviceWorkload`."""
+    """Return the DeepSpeed settings that memory depends on, by their names in `DeviceWorkload`."""
     zero = deepspeed["zero_optimization"]
     return {
         "bucket": _int_or_default(zero.get("reduce_bucket_size"), DeviceWorkload.bucket),
         "max_live": _int_or_default(zero.get("stage3_max_live_parameters"), DeviceWorkload.max_live),
+        "second_partition": _int_or_default(zero.get("zero_hpz_partition_size"), DeviceWorkload.second_partition),
     }
 
 

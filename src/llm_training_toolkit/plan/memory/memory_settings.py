@@ -103,8 +103,9 @@ def list_memory_settings(config: Config, ranks: int) -> list[MemorySettings]:
 def find_smaller_settings(config: Config, tried: MemorySettings, ranks: int) -> MemorySettings | None:
     """Return the settings to try after `tried` ran out of memory, changing only `auto` ones, or None.
 
-    The micro-batch is halved as long as that is possible, then the ZeRO stage is raised, then more is recomputed; each
-    only if it takes less memory by the estimate, which buffers of stage 3 can outweigh in a small model.
+    The micro-batch is halved as long as that is possible, then the ZeRO stage is raised, then more is recomputed. Each
+    is taken only if it needs less memory by the estimate: in a small model the buffers of stage 3 can outweigh their
+    gain.
     """
     if config.train.micro_batch_size == "auto":
         rows = find_smaller_micro_batch(config, ranks, tried.micro_batch)

@@ -115,7 +115,7 @@ class S3Storage:
         self._etags[key], self._file_states[key] = found.etag, _read_file_state(path)
 
     def fetch_file(self, path: Path) -> None:
-        """Fetch a file, or the end of an append-only one; do nothing if the store has none."""
+        """Fetch a file, or the end of an append-only one; the store may lack it."""
         relative = self._get_object_key(path)
         if segments.is_append_only(relative):
             self._fetch_tail(relative)

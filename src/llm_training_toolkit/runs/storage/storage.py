@@ -112,4 +112,4 @@ class LocalStorage:
         return f"it lies in {target.name} now"
 
     def evict_checkpoint(self, directory: Path) -> None:
-        """Do nothing: no file was fetched."""
+        """Do nothing: files on a disk are the originals."""

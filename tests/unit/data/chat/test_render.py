@@ -18,11 +18,6 @@ from tiny_chat import AGENT, RECORD, WEATHER, Chat, ChatMaker
 
 
 @pytest.fixture(scope="module")
-def make_chat(tmp_path_factory: pytest.TempPathFactory) -> ChatMaker:
-    return ChatMaker(tmp_path_factory)
-
-
-@pytest.fixture(scope="module")
 def qwen3(make_chat: ChatMaker) -> Chat:
     return make_chat("qwen3")
 

@@ -25,11 +25,6 @@ HOSTILE = st.lists(MARKERS | st.text(alphabet="ab漢\n<|>", max_size=8), max_siz
 )
 
 
-@pytest.fixture(scope="module")
-def make_chat(tmp_path_factory: pytest.TempPathFactory) -> ChatMaker:
-    return ChatMaker(tmp_path_factory)
-
-
 # Templates in the manner of other models: what they do around an answer is found out, not known beforehand.
 OTHERS: dict[str, tuple[str, str]] = {
     "the last turn is left open (Qwen1.5)": (

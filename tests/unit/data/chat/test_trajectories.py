@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from llm_training_toolkit.config.data_config import SourceConfig
+from llm_training_toolkit.config.source_config import SourceConfig
 from llm_training_toolkit.data.chat.messages import Conversation, InvalidRecord
 from llm_training_toolkit.data.chat.parse import ConversationFields, parse_conversation
 from llm_training_toolkit.data.sources import DocumentStats, read_source_documents
@@ -21,11 +21,6 @@ from tiny_chat import WEATHER, Chat, ChatMaker
 Record = dict[str, Any]
 SYSTEM, TASK = {"role": "system", "content": "You fix bugs."}, {"role": "user", "content": "Fix it."}
 MASK = ConversationFields(masks_failed_steps=True)
-
-
-@pytest.fixture(scope="module")
-def make_chat(tmp_path_factory: pytest.TempPathFactory) -> ChatMaker:
-    return ChatMaker(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_training_toolkit.config.data_config import SourceConfig
+from llm_training_toolkit.config.source_config import SourceConfig
 from llm_training_toolkit.data.code.fim import FimRules, draw_uniform_numbers
 from llm_training_toolkit.data.code.render import render_code
 from llm_training_toolkit.data.code.rules import RenderRules
@@ -105,7 +105,7 @@ def code_of_ragged_lengths(documents: int) -> list[tuple[int, Document]]:
 
 @pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("rate", [0.0, 0.5, 1.0])
-def test_sequences_are_full_where_documents_go_on(encoder: TextEncoder, rate: float, whole: bool) -> None:
+def test_sequences_are_full_where_documents_continue(encoder: TextEncoder, rate: float, whole: bool) -> None:
     fim = replace(ALWAYS, rate=rate, whole=whole)
     rendered = render_code(code_of_ragged_lengths(120), RenderRules(256, END, fim=fim, seed=1), encoder)
     lengths = np.array([len(example.tokens) for each in rendered for example in each.examples])

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import tokenizers
 
-from llm_training_toolkit.config.data_config import SourceConfig
+from llm_training_toolkit.config.source_config import SourceConfig
 from llm_training_toolkit.data.code.render import render_code
 from llm_training_toolkit.data.code.repo_format import get_star_bucket
 from llm_training_toolkit.data.code.rules import RenderRules

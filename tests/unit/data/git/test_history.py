@@ -14,14 +14,14 @@ import pytest
 
 from git_histories import History, day
 from layout_tokens import decode_source, render_source
-from llm_training_toolkit.config.data_config import SourceConfig
 from llm_training_toolkit.config.schema import Config
+from llm_training_toolkit.config.source_config import SourceConfig
 from llm_training_toolkit.data.git.edits import CURSOR, REGION_END, REGION_START
+from llm_training_toolkit.data.git.history import remove_people
 from llm_training_toolkit.data.prepare.builder import DatasetBuilder, prepare_dataset
 from llm_training_toolkit.data.prepare.document_index import DocumentIndex, DocumentReader, DocumentShard
 from llm_training_toolkit.data.prepare.shards import render_in_process
 from llm_training_toolkit.data.sources import Document, DocumentStats, read_source_documents
-from llm_training_toolkit.data.sources.git_history import remove_people
 from llm_training_toolkit.data.tokenizer import TokenizationSpec, open_tokenizer
 from llm_training_toolkit.errors import DataError
 from llm_training_toolkit.families import find_size

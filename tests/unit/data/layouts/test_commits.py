@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from layout_tokens import decode_source, render_source
-from llm_training_toolkit.config.data_config import SourceConfig
+from llm_training_toolkit.config.source_config import SourceConfig
 from llm_training_toolkit.data.layouts.commits import build_commit_segments
 from llm_training_toolkit.data.sources import DocumentStats, read_source_documents
 from llm_training_toolkit.data.tokenizer import open_tokenizer

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from layout_tokens import decode_source, render_source
-from llm_training_toolkit.config.data_config import SourceConfig
+from llm_training_toolkit.config.source_config import SourceConfig
 from llm_training_toolkit.data.sources import DocumentStats, read_source_documents
 from llm_training_toolkit.errors import DataError
 from record_sets import write_json_lines

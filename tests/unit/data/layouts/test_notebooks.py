@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from layout_tokens import decode_source, render_source
-from llm_training_toolkit.config.data_config import SourceConfig
+from llm_training_toolkit.config.source_config import SourceConfig
 from llm_training_toolkit.data.sources import DocumentStats, list_source_files, read_source_documents
 from llm_training_toolkit.errors import DataError
 from record_sets import write_json_lines

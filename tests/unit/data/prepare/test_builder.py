@@ -14,8 +14,8 @@ import pytest
 
 from llm_training_toolkit.config.schema import Config
 from llm_training_toolkit.data.prepare.arrow_store import ExampleStore
-from llm_training_toolkit.data.prepare.builder import PreparedDataset, prepare_dataset
-from llm_training_toolkit.data.prepare.dataset_info import DatasetInfo
+from llm_training_toolkit.data.prepare.builder import prepare_dataset
+from llm_training_toolkit.data.prepare.dataset_info import DatasetInfo, PreparedDataset
 from llm_training_toolkit.data.prepare.document_index import DocumentIndex
 from llm_training_toolkit.data.prepare.packing import PackingPlan
 from llm_training_toolkit.data.tokenizer import TextEncoder, TokenizationSpec
@@ -71,7 +71,7 @@ def test_the_second_call_finds_everything(
     assert prepare_dataset(configure(), markers) == first
 
 
-def test_a_receipt_alone_opens_the_data(configure: Configure, markers: TokenizationSpec) -> None:
+def test_dataset_info_alone_opens_the_data(configure: Configure, markers: TokenizationSpec) -> None:
     prepared = prepare_dataset(configure(), markers)
     dataset_info = DatasetInfo.from_json(prepared.dataset_info.to_json())
     assert dataset_info == prepared.dataset_info

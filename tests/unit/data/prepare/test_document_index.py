@@ -17,7 +17,8 @@ from llm_training_toolkit.config.data_config import DataConfig
 from llm_training_toolkit.config.schema import Config
 from llm_training_toolkit.data.dataset import PackedDataset
 from llm_training_toolkit.data.prepare.arrow_store import ExampleStore, read_column
-from llm_training_toolkit.data.prepare.builder import PreparedDataset, prepare_dataset
+from llm_training_toolkit.data.prepare.builder import prepare_dataset
+from llm_training_toolkit.data.prepare.dataset_info import PreparedDataset
 from llm_training_toolkit.data.prepare.document_index import (
     DocumentIndex,
     DocumentReader,
@@ -48,8 +49,8 @@ def document_index(of: DataConfig, folder: Path) -> DocumentIndex:
 def texts(of: DataConfig, document_index: DocumentIndex, *, held: bool) -> list[str]:
     numbers = range(len(list_all_sources(of)))
     order = [*numbers[len(of.sources) :], *numbers[: len(of.sources)]]  # the evaluation's own come first
-    chosen, rereader = split_into_shards(of, document_index, order, held=held), DocumentReader(of, document_index)
-    return [document.text for shard in chosen for _, document in rereader.read_documents(shard, held=held)]
+    chosen, reader = split_into_shards(of, document_index, order, held=held), DocumentReader(of, document_index)
+    return [document.text for shard in chosen for _, document in reader.read_documents(shard, held=held)]
 
 
 def held_out(places: NDArray[np.uint64], fraction: float) -> NDArray[np.bool_]:

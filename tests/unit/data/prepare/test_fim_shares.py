@@ -12,7 +12,8 @@ import pytest
 
 from llm_training_toolkit.config.schema import Config
 from llm_training_toolkit.data.prepare.arrow_store import ExampleStore
-from llm_training_toolkit.data.prepare.builder import PreparedDataset, prepare_dataset
+from llm_training_toolkit.data.prepare.builder import prepare_dataset
+from llm_training_toolkit.data.prepare.dataset_info import PreparedDataset
 from llm_training_toolkit.data.tokenizer import TokenizationSpec, open_tokenizer
 from llm_training_toolkit.families import find_size
 

@@ -1,4 +1,4 @@
-"""Near-duplicates: recall on planted ones, precision, order, memory, and what the receipt says."""
+"""Near-duplicates: recall on planted ones, precision, order, memory, and what the dataset info says."""
 
 from __future__ import annotations
 

@@ -24,7 +24,8 @@ from llm_training_toolkit.config.data_config import DataConfig
 from llm_training_toolkit.config.schema import Config
 from llm_training_toolkit.data.prepare import document_index as survey_module
 from llm_training_toolkit.data.prepare.arrow_store import ExampleStore
-from llm_training_toolkit.data.prepare.builder import PreparedDataset, prepare_dataset
+from llm_training_toolkit.data.prepare.builder import prepare_dataset
+from llm_training_toolkit.data.prepare.dataset_info import PreparedDataset
 from llm_training_toolkit.data.prepare.document_index import (
     DocumentIndex,
     DocumentReader,
@@ -93,12 +94,12 @@ def test_a_shard_begins_anywhere(tmp_path: Path, kind: str, edges: list[float]) 
     rows = len(document_index.get_source_rows(0))
     assert rows == 47  # of fifty different texts three are empty in both rounds
     cuts = sorted({0, rows, *(int(edge * rows) for edge in edges)})
-    rereader = DocumentReader(data, document_index)
+    reader = DocumentReader(data, document_index)
     pieces = [
         (number, document.name, document.text)
         for first, stop in pairwise(cuts)
         for held in (True, False)
-        for number, document in rereader.read_documents(DocumentShard(0, first, stop), held=held)
+        for number, document in reader.read_documents(DocumentShard(0, first, stop), held=held)
     ]
     assert sorted(number for number, _, _ in pieces) == list(range(rows))
     assert {name for _, name, _ in pieces} == set(document_index.names.to_pylist())

@@ -12,8 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
 
-from llm_training_toolkit.config.data_config import DataConfig, SourceConfig
+from llm_training_toolkit.config.data_config import DataConfig
 from llm_training_toolkit.config.schema import Config
+from llm_training_toolkit.config.source_config import SourceConfig
 from llm_training_toolkit.data.chat.prompt_templates import build_jinja_template
 from llm_training_toolkit.data.chat.template import ChatTemplate
 from llm_training_toolkit.data.dataset import PackedDataset

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from llm_training_toolkit.config.data_config import SourceConfig
+from llm_training_toolkit.config.source_config import SourceConfig
 from llm_training_toolkit.data.sources import (
     DocumentStats,
     check_faults,

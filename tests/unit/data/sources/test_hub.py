@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from hub_server import hub
-from llm_training_toolkit.config.data_config import SourceConfig
+from llm_training_toolkit.config.source_config import SourceConfig
 from llm_training_toolkit.data.sources.hub import is_hub_id
 
 _SCRIPT = """

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
 
-from llm_training_toolkit.config.data_config import QualityConfig, SourceConfig
+from llm_training_toolkit.config.source_config import QualityConfig, SourceConfig
 from llm_training_toolkit.data.sources import DocumentStats, read_source_documents
 from llm_training_toolkit.data.sources.quality import find_quality_fault
 from record_sets import write_json_lines

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from llm_training_toolkit.config.data_config import SourceConfig
+from llm_training_toolkit.config.source_config import SourceConfig
 from llm_training_toolkit.data.chat.parse import Conversation
 from llm_training_toolkit.data.sources import Document, DocumentStats, list_source_files, read_source_documents
 from llm_training_toolkit.errors import DataError

@@ -23,8 +23,8 @@ from botocore.exceptions import NoCredentialsError  # type: ignore[import-untype
 from moto.server import ThreadedMotoServer
 
 from hub_server import hub
-from llm_training_toolkit.config.data_config import SourceConfig
 from llm_training_toolkit.config.schema import Config
+from llm_training_toolkit.config.source_config import SourceConfig
 from llm_training_toolkit.data.prepare.builder import prepare_dataset
 from llm_training_toolkit.data.sources import Document, fingerprint_sources, list_source_files, read_source_documents
 from llm_training_toolkit.data.sources.remote import translate_remote_errors

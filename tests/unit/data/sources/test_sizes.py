@@ -21,8 +21,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llm_training_toolkit import families
-from llm_training_toolkit.config.data_config import SourceConfig
 from llm_training_toolkit.config.schema import Config
+from llm_training_toolkit.config.source_config import SourceConfig
 from llm_training_toolkit.data import tokenizer as tokenizer_module
 from llm_training_toolkit.data.prepare.builder import prepare_dataset
 from llm_training_toolkit.data.sources import DocumentStats, decompress, read_source_documents

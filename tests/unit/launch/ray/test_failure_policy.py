@@ -130,7 +130,7 @@ def test_a_node_is_left_out_after_two_failures_of_this_start() -> None:
 
 
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=12), st.integers(0, 4), st.integers(1, 4), st.integers(0, 12))
-def test_a_run_never_goes_on_for_ever_without_a_checkpoint(
+def test_a_run_never_restarts_for_ever_without_a_checkpoint(
     steps: list[int], most: int, same: int, saved_by: int
 ) -> None:
     policy = FailuresConfig(max_failures=most, max_same_step_failures=same)

@@ -52,7 +52,7 @@ class Begun:
 
 
 def work(asked: SearchConfig, path: Path, at_once: int = 4, events: int | None = None) -> EventLog:
-    """Carry a search out as Tune does, or go on with it; `events` in, the driver dies."""
+    """Carry a search out as Tune does, or resume it; `events` in, the driver dies."""
     event_log = EventLog(path / "events.jsonl")
     event_log.record_start()
     state = SearchBudget(asked, event_log)

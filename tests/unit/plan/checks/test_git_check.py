@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from git_histories import History, day
-from llm_training_toolkit.config.data_config import SourceConfig
 from llm_training_toolkit.config.schema import Config
+from llm_training_toolkit.config.source_config import SourceConfig
 from llm_training_toolkit.data.sources import list_source_files
 from llm_training_toolkit.errors import DataError
 from llm_training_toolkit.plan.checks.git_check import find_git_problems

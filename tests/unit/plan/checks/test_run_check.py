@@ -258,3 +258,29 @@ def test_a_class_whose_isolation_is_not_tested_cannot_be_packed(tmp_path: Path) 
 def test_steps_to_profile_lie_within_the_run_in_order(tmp_path: Path, steps: list[int], codes: list[str]) -> None:
     config = tiny_config(tmp_path, tmp_path, profile={"steps": steps})  # of 9 steps
     assert [problem.code for problem in make_plan(config).problems] == codes
+
+
+@pytest.mark.parametrize(
+    ("workers", "engine", "codes"),
+    [
+        (16, {"zero_hpz_partition_size": 8}, []),
+        (16, {"zero_hpz_partition_size": 8, "zero_stage": 3, "offload": "optimizer"}, []),
+        ([3, 16], {"zero_hpz_partition_size": 8}, []),
+        (12, {"zero_hpz_partition_size": 8}, ["hierarchy-workers"]),
+        (16, {"zero_hpz_partition_size": 8, "zero_stage": 2}, ["hierarchy-stage"]),
+        (16, {"zero_hpz_partition_size": 8, "offload": "optimizer_and_weights"}, ["hierarchy-offload"]),
+        (16, {"deepspeed": {"zero_optimization": {"zero_hpz_partition_size": 8}}}, ["deepspeed-owned-key"]),
+    ],
+)
+def test_a_second_partition_needs_stage_3_and_whole_groups(
+    tmp_path: Path, workers: Any, engine: dict[str, Any], codes: list[str]
+) -> None:
+    batch = {"global_batch_size": 16}
+    config = tiny_config(tmp_path, tmp_path, cluster={"workers": workers}, engine=engine, train=batch)
+    plan = make_plan(config)
+    assert [problem.code for problem in plan.problems] == codes
+    if not codes:
+        assert plan.zero == 3
+        assert plan.deepspeed["zero_optimization"]["zero_hpz_partition_size"] == 8
+        odd = make_plan(config, ranks=15)
+        assert "zero_hpz_partition_size" not in odd.deepspeed["zero_optimization"]

@@ -218,6 +218,16 @@ def test_what_is_sent_by_hand() -> None:
     assert found == pytest.approx(8 * sharded / 2 / 50e9)
 
 
+def test_a_second_partition_sends_between_nodes_once_a_step() -> None:
+    slow = hardware(bandwidth_gb_per_s={"within_node": 450, "between_nodes": 10, "storage": 2})
+    batch = {"global_batch_size": 64, "micro_batch_size": 1}
+    without = seen(slow, train=batch)
+    within = seen(slow, train=batch, engine={"zero_hpz_partition_size": 8})
+    assert within.overlapped_seconds < without.overlapped_seconds / 6, "four micro-batches gather twice each"
+    thirds = seen(slow, train=batch, cluster={"workers": 15}, engine={"zero_hpz_partition_size": 3})
+    assert thirds.overlapped_seconds > within.overlapped_seconds, "groups of three do not fill a node of eight"
+
+
 def test_adapters_take_less_work_and_send_less() -> None:
     lora: dict[str, Any] = {"model": {"path": "weights", "lora": {"rank": 16}}, "engine": {"zero_stage": 2}}
     plan = make_plan(config(**lora))

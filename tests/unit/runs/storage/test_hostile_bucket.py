@@ -11,18 +11,10 @@ from llm_training_toolkit.checkpoint.reader import CheckpointReader
 from llm_training_toolkit.errors import CheckpointError, LaunchError
 from llm_training_toolkit.runs.status import read_run_statuses
 from llm_training_toolkit.runs.storage.open import open_path, open_runs_directory, open_worker
-from s3_server import client
+from s3_server import below, client, silent
 
 pytestmark = pytest.mark.slow
 CHECKPOINT = "checkpoints/step_000000001_a1"
-
-
-def silent(_text: str) -> None:
-    """Nobody listens."""
-
-
-def below(address: str) -> str:
-    return address.removeprefix("s3://bucket/") + "/"
 
 
 def put(key: str, body: bytes = b"a stranger's\n") -> None:

@@ -15,6 +15,7 @@ from llm_training_toolkit.errors import LaunchError
 from llm_training_toolkit.runs.storage import lease as claim
 from llm_training_toolkit.runs.storage.lease import hold_lease, is_lease_held
 from llm_training_toolkit.runs.storage.s3_client import S3Client, StorageError
+from s3_server import silent
 
 pytestmark = pytest.mark.slow
 _HOLD = """
@@ -25,10 +26,6 @@ with hold_lease(S3Client(sys.argv[1]), print):
     print("held", flush=True)
     time.sleep(60)
 """
-
-
-def silent(_text: str) -> None:
-    """Nobody listens."""
 
 
 def elsewhere(bucket: S3Client, number: int) -> None:

@@ -25,14 +25,10 @@ from llm_training_toolkit.runs.storage import append_log as growing
 from llm_training_toolkit.runs.storage import s3_client as buckets
 from llm_training_toolkit.runs.storage import s3_storage as mirror
 from llm_training_toolkit.runs.storage.open import create_staging_root, open_path, open_runs_directory, open_worker
-from s3_server import client, keys
+from s3_server import below, client, keys, silent
 from unit.checkpoint.test_manager import Model
 
 pytestmark = pytest.mark.slow
-
-
-def silent(_text: str) -> None:
-    """Nobody listens."""
 
 
 def context(events: list[Any] | None = None) -> RunContext:
@@ -51,10 +47,6 @@ def save(saving: CheckpointManager, *steps: int) -> None:
     for step in steps:
         saving.begin_save(TrainState(step, step, step))
         saving.finalize_save()
-
-
-def below(address: str) -> str:
-    return address.removeprefix("s3://bucket/") + "/"
 
 
 def names(run: RunDirectory) -> list[str]:

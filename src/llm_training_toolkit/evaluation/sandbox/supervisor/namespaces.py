@@ -1,4 +1,4 @@
-"""Containment by kernel namespaces: no other files, no network, no other processes.
+"""Containment by kernel namespaces: own files, own processes, an empty network.
 
 The program sees its own root: system libraries and Python read-only, a `/tmp` in memory that disappears with it, and
 five device files. Its process is PID 1 of its own PID namespace, so the kernel kills all its descendants when it exits.
@@ -35,8 +35,8 @@ def unshare_namespaces() -> None:
 def map_users(process: int) -> None:
     """From outside, map user ids into a process that called `unshare_namespaces`: 0 and 65534, or 65534 alone.
 
-    Root maps two users. The root file system is built as root, and the program runs as nobody, because the kernel does
-    not limit root's process count. An unprivileged user can map only itself.
+    Root maps two users. The root file system is built as root, and the program runs as `nobody`, because the kernel
+    leaves root's process count unlimited. An unprivileged user can map only itself.
     """
     try:
         for name in ("uid_map", "gid_map"):

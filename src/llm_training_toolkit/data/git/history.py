@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
-from llm_training_toolkit.config.data_config import SourceConfig
+from llm_training_toolkit.config.source_config import SourceConfig
 from llm_training_toolkit.data.git.edits import has_edit_markers, iter_edit_segments
 from llm_training_toolkit.data.git.patch import FileChange, UnusableChange
 from llm_training_toolkit.data.git.repository import Commit, HistoryReader
@@ -64,7 +64,7 @@ def read_history(source: SourceConfig, index: int, tally: DocumentStats, begin: 
 
 
 def remove_people(message: str) -> str:
-    """Return a commit's message without lines that name people, and without e-mail addresses."""
+    """Return a commit's message without e-mail addresses and lines that name people."""
     first, end, rest = message.lstrip().partition("\n")
     if _ADDRESS.search(first):
         first = _PEOPLE.sub("", first)

@@ -1,0 +1,92 @@
+"""Checkpoint manager of a rank: its lineage, and a note if a resume changes rounding."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from llm_training_toolkit.checkpoint import CheckpointReader, RetentionPolicy
+from llm_training_toolkit.checkpoint.hub_commit import HUB_KEY
+from llm_training_toolkit.checkpoint.manager import CheckpointLineage, CheckpointManager
+from llm_training_toolkit.config.run_identity import fingerprint
+from llm_training_toolkit.distributed.context import RunContext
+from llm_training_toolkit.distributed.events import NoteEvent
+from llm_training_toolkit.monitoring.metrics import Metrics
+from llm_training_toolkit.plan import Plan
+from llm_training_toolkit.runs.directory import collect_environment
+from llm_training_toolkit.worker.build import BuiltModel
+from llm_training_toolkit.worker.spec import WorkerSpec
+
+
+def build_checkpoint_manager(
+    spec: WorkerSpec,
+    context: RunContext,
+    plan: Plan,
+    built: BuiltModel,
+    checkpoint: CheckpointReader | None,
+    *,
+    attempt: int,
+    run_id: str,
+    metrics: Metrics,
+) -> CheckpointManager:
+    """Return the manager; its checkpoints name `checkpoint`, from which this attempt resumes, as their parent."""
+    lineage = CheckpointLineage(
+        attempt=attempt,
+        parent=checkpoint.directory.name if checkpoint else None,
+        zero=plan.zero,
+        threads=torch.get_num_threads(),
+        config_fingerprint=fingerprint(spec.config),
+        data_fingerprint=spec.dataset_info.fingerprint,
+        versions=collect_environment()["versions"],
+        extra=_build_manifest_extra(built, plan),
+        run_id=run_id,
+    )
+    _warn_of_rounding_changes(checkpoint, lineage, context)
+    policy = spec.config.checkpoint
+    return CheckpointManager(
+        spec.directory,
+        context,
+        built.engine,
+        lineage,
+        every_steps=plan.save_every_steps,
+        every_seconds=plan.save_every_seconds,
+        rule=RetentionPolicy(policy.keep_latest, policy.keep_every, policy.keep_best),
+        sync_metrics=metrics.sync,
+    )
+
+
+def _build_manifest_extra(built: BuiltModel, plan: Plan) -> dict[str, Any]:
+    """Return the facts about the model that a manifest holds beside its weights."""
+    extra = {
+        "hf_config": built.hf_config,
+        "micro_batch": plan.micro_batch,
+        "compile": plan.compile,
+        "sequence_parallel": plan.sequence_parallel,
+    }
+    optional = {"base": built.base, HUB_KEY: built.hub}
+    return extra | {key: value.to_json() for key, value in optional.items() if value is not None}
+
+
+def _warn_of_rounding_changes(
+    checkpoint: CheckpointReader | None, lineage: CheckpointLineage, context: RunContext
+) -> None:
+    """Report that losses will differ by rounding, which depends on ranks, threads, micro-batch and ZeRO stage."""
+    if checkpoint is None or not context.is_rank_zero:
+        return
+    manifest = checkpoint.manifest
+    previous = (manifest.world_size, manifest.threads, manifest.extra["micro_batch"], manifest.zero)
+    now = (context.world_size, lineage.threads, lineage.extra["micro_batch"], lineage.zero)
+    before, after = _format_computation(manifest.extra), _format_computation(lineage.extra)
+    if (*previous, before) != (*now, after):
+        said = "ran on {} workers with {} threads each in micro-batches of {} under ZeRO {}".format(*previous) + before
+        here = "runs on {} with {} in micro-batches of {} under ZeRO {}".format(*now) + after
+        message = f"the run {said} and now {here}: the same sequences, losses equal up to rounding"
+        context.report(NoteEvent(message))
+
+
+def _format_computation(extra: Mapping[str, Any]) -> str:
+    """Format how layers are computed, by the facts beside a checkpoint's weights; empty if they are as usual."""
+    shared = extra.get("sequence_parallel", 1)
+    return (", compiled" if extra.get("compile", False) else "") + (f", {shared} to a row" if shared > 1 else "")
