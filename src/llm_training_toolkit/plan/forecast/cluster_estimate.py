@@ -9,17 +9,13 @@ from typing import Any
 from llm_training_toolkit.config.schema import Config
 from llm_training_toolkit.plan.auto import Precision, with_precision
 from llm_training_toolkit.plan.batch import count_replicas
-from llm_training_toolkit.plan.forecast.communication import count_exchanged_bytes
 from llm_training_toolkit.plan.forecast.hardware import ClusterHardware
 from llm_training_toolkit.plan.forecast.offload import estimate_host_seconds
 from llm_training_toolkit.plan.forecast.step_time import (
     MeasuredSpeed,
-    build_exchange_workload,
-    compute_group_seconds_per_byte,
     compute_measured_seconds,
-    compute_seconds_per_byte,
     estimate_compute_seconds,
-    estimate_token_seconds,
+    estimate_exchange_seconds,
 )
 from llm_training_toolkit.plan.forecast.utilisation import CPU_UTILISATION
 from llm_training_toolkit.plan.memory.memory_estimate import (
@@ -166,7 +162,7 @@ def estimate_on_cluster(
         if measured is None
         else compute_measured_seconds(plan, measured)
     )
-    overlapped_seconds, exposed_seconds = _estimate_exchange_seconds(plan, hardware, nodes, rows)
+    overlapped_seconds, exposed_seconds = estimate_exchange_seconds(plan, hardware, nodes, rows)
     estimate = ClusterEstimate(
         hardware=hardware,
         nodes=nodes,
@@ -191,21 +187,6 @@ def estimate_on_cluster(
     )
     hours = None if plan.steps is None or problems else plan.steps * estimate.step_seconds / 3600
     return replace(estimate, hours=hours, notes=notes)
-
-
-def _estimate_exchange_seconds(
-    plan: Plan, hardware: ClusterHardware, nodes: int, micro_batch: int
-) -> tuple[float, float]:
-    """Return the seconds a step of what workers send while they compute, and while they wait."""
-    if plan.ranks == 1 or plan.replicas > plan.global_batch:
-        return 0.0, 0.0
-    load = build_exchange_workload(plan, micro_batch)
-    exchange = count_exchanged_bytes(load)
-    each = compute_seconds_per_byte(plan, hardware, nodes)
-    overlapped = exchange.overlapped * each
-    if exchange.grouped:
-        overlapped += exchange.grouped * compute_group_seconds_per_byte(plan, hardware, nodes, load.second_partition)
-    return overlapped, exchange.exposed * each + estimate_token_seconds(plan, micro_batch, hardware, nodes)
 
 
 def _count_nodes(config: Config, workers: int, per_node: int, available: int) -> int:

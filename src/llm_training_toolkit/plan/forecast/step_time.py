@@ -8,7 +8,12 @@ from dataclasses import dataclass
 from llm_training_toolkit import families
 from llm_training_toolkit.config.schema import Config
 from llm_training_toolkit.plan.batch import compute_accumulation_steps
-from llm_training_toolkit.plan.forecast.communication import ExchangeWorkload, count_token_bytes, read_reuse_distance
+from llm_training_toolkit.plan.forecast.communication import (
+    ExchangeWorkload,
+    count_exchanged_bytes,
+    count_token_bytes,
+    read_reuse_distance,
+)
 from llm_training_toolkit.plan.forecast.hardware import ClusterHardware
 from llm_training_toolkit.plan.forecast.utilisation import ComputeWorkload, estimate_pass_seconds
 from llm_training_toolkit.plan.memory.activations import count_recomputed_flops
@@ -115,7 +120,22 @@ def build_exchange_workload(plan: Plan, micro_batch: int) -> ExchangeWorkload:
     )
 
 
-def estimate_token_seconds(plan: Plan, micro_batch: int, hardware: ClusterHardware, nodes: int) -> float:
+def estimate_exchange_seconds(
+    plan: Plan, hardware: ClusterHardware, nodes: int, micro_batch: int
+) -> tuple[float, float]:
+    """Return the seconds a step of what workers send while they compute, and while they wait."""
+    if plan.ranks == 1 or plan.replicas > plan.global_batch:
+        return 0.0, 0.0
+    load = build_exchange_workload(plan, micro_batch)
+    exchange = count_exchanged_bytes(load)
+    each = compute_seconds_per_byte(plan, hardware, nodes)
+    overlapped = exchange.overlapped * each
+    if exchange.grouped:
+        overlapped += exchange.grouped * compute_group_seconds_per_byte(plan, hardware, nodes, load.second_partition)
+    return overlapped, exchange.exposed * each + _estimate_token_seconds(plan, micro_batch, hardware, nodes)
+
+
+def _estimate_token_seconds(plan: Plan, micro_batch: int, hardware: ClusterHardware, nodes: int) -> float:
     """Return the seconds in which a worker sends tokens of the rows that it shares; 0 without such rows.
 
     Replicas of consecutive workers are within nodes, or some lie on two, and all workers of a node share its link.
