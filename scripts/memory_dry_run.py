@@ -29,6 +29,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from linear_attention_shapes import replace_kernels
 from llm_training_toolkit import families
 from llm_training_toolkit.config import Config, load_config, parse_config
+from llm_training_toolkit.distributed.sequence_group import SequenceGroup
 from llm_training_toolkit.families import AdapterSpec
 from llm_training_toolkit.models import LossModule, build_model
 from llm_training_toolkit.models.build import DTYPES
@@ -127,12 +128,17 @@ def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: 
     """Attend within documents of equal length, over all rows at once; tensors (B, H, T, D)."""
     rows, heads, length, width = query.shape
     flat: Any = [each.transpose(1, 2).reshape(rows * length, -1, width) for each in (query, key, value)]
+    group = given.get("sequence_group")
+    if group is not None:
+        flat = group.gather_tokens(*flat)
     starts = torch.zeros(_DOCUMENTS * rows + 1, dtype=torch.int32)
     longest = length // _DOCUMENTS
     scale, window = given.get("scaling"), (-1, 0)
     out: Any = varlen_attn(
         flat[0], flat[1], flat[2], starts, starts, longest, longest, scale=scale, window_size=window, enable_gqa=True
     )
+    if group is not None:
+        out = group.scatter_tokens(out)
     return out.reshape(rows, length, heads, width), None
 
 
@@ -160,6 +166,9 @@ def _without_values() -> Iterator[None]:
     def same_module(module: nn.Module, *_device: Any) -> nn.Module:
         return module
 
+    def receive(parts: Tensor, _group: Any) -> Tensor:
+        return torch.empty_like(parts)
+
     move_adapter = "_move_adapter_to_device_of_base_layer"
     patches = (
         mock.patch("llm_training_toolkit.models.loss.compute_token_loss_sum", sum_all),
@@ -167,6 +176,7 @@ def _without_values() -> Iterator[None]:
         mock.patch(f"peft.tuners.tuners_utils.BaseTunerLayer.{move_adapter}", _return_nothing),
         mock.patch(f"peft.tuners.lora.layer.ParamWrapper.{move_adapter}", _return_nothing),
         mock.patch("torch.nn.Module.to", same_module),
+        mock.patch("llm_training_toolkit.distributed.sequence_group._send", receive),
     )
     with ExitStack() as stack:
         for each in patches:
@@ -184,20 +194,25 @@ def measure_pass_bytes(load: DeviceWorkload, hf_config: dict[str, Any]) -> int:
             attention=attention,
             activation_checkpointing=load.checkpointing,
         )
-        module = LossModule(model, load.loss_chunk).train()
+        group = SequenceGroup(0, load.sequence_parallel) if load.sequence_parallel > 1 else None
+        module = LossModule(model, load.loss_chunk, sequence_group=group).train()
         if load.adapter is not None:
             _add_adapters(module, model, load.adapter, load.precision)
-        ids = torch.zeros((load.micro_batch, load.sequence_length), dtype=torch.int64)
-        positions = torch.arange(load.sequence_length).expand(load.micro_batch, -1).contiguous()
+        rows, length = load.micro_batch, load.sequence_length
+        if group is not None:  # all rows as one, and of it a slice
+            rows, length = 1, load.micro_batch_tokens
+        ids = torch.zeros((rows, length), dtype=torch.int64)
+        positions = torch.arange(length).expand(rows, -1).contiguous()
+        bounds = torch.zeros(2, dtype=torch.int32)
         live = FakeLiveBytes()
-        for each in (*module.parameters(), *module.buffers(), ids, positions):
+        for each in (*module.parameters(), *module.buffers(), ids, positions, bounds):
             live.ignore(each)
         for parameter in module.parameters():
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(_drop_gradient)  # type: ignore[no-untyped-call]
         documents = _DOCUMENTS * load.micro_batch
         with replace_kernels(model, documents=documents), live:
-            module(ids, positions, ids).backward()
+            module(ids, positions, ids, bounds, load.sequence_length).backward()
     return live.peak
 
 
@@ -228,6 +243,7 @@ def build_dry_run(
         checkpointing=checkpointing,
         loss_chunk=compute_loss_chunk_size(config.model.loss_chunk_size, hf["vocab_size"]),
         attention=attention,
+        sequence_parallel=config.engine.sequence_parallel,
     )
     return DryRun(name, load, hf)
 
@@ -238,6 +254,8 @@ def build_sized_run(
     rows: int,
     checkpointing: ActivationCheckpointing,
     attention: AttentionMemory = "varlen",
+    *,
+    sequence_parallel: int = 1,
     **model: Any,
 ) -> DryRun:
     """Return the pass of a known size with the given fields of `model`."""
@@ -247,8 +265,16 @@ def build_sized_run(
         "tokenizer": {"path": "none"},
         "data": {"sequence_length": length, "sources": [{"path": "none", "format": "code"}]},
         "train": {"steps": 1},
+        "engine": {"sequence_parallel": sequence_parallel},
     }
     return build_dry_run(size, parse_config(raw, "dry run"), attention, rows, checkpointing)
+
+
+def list_shared_runs() -> list[DryRun]:
+    """Return passes of a row that four ranks share, each as one of these ranks has it."""
+    kinds: tuple[ActivationCheckpointing, ...] = ("none", "selective", "full")
+    runs = [build_sized_run("qwen2.5-7b", 131072, 1, kind, sequence_parallel=4) for kind in kinds]
+    return [replace(run, name=f"{run.name} on 4 ranks") for run in runs]
 
 
 def list_recipe_runs() -> list[DryRun]:
@@ -266,6 +292,7 @@ def list_recipe_runs() -> list[DryRun]:
             for rows in (1, 4)
             for checkpointing in kinds
             if not (attention == "varlen" and config.model.name.startswith("starcoderbase"))
+            and not (attention == "masked" and config.engine.sequence_parallel > 1)
         ]
     return runs
 
@@ -274,7 +301,7 @@ def main() -> None:
     """Print the table."""
     print("| pass | tokens | rows | checkpointing | attention | dry run GB | plan GB | error |")
     print("|---|---|---|---|---|---|---|---|")
-    for run in (*(build_sized_run(*size) for size in SIZES), *list_recipe_runs()):
+    for run in (*(build_sized_run(*size) for size in SIZES), *list_shared_runs(), *list_recipe_runs()):
         found, planned = run.measure(), estimate_pass_bytes(run.load)
         load = run.load
         print(

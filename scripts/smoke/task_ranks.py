@@ -48,7 +48,7 @@ def ranks(arguments: Values) -> Values:
 
 def _binding(config: Config, context: RunContext) -> Values:
     """Which device this rank was given, which one torch takes unasked, and where everything of the engine lies."""
-    plan = check_plan(make_plan(config, replicas=context.world_size))
+    plan = check_plan(make_plan(config, ranks=context.world_size))
     model = build_model(plan.hf_config, precision=plan.precision, attention="sdpa")
     module = LossModule(model, config.model.loss_chunk_size)
     engine = Engine(module, config.optim, plan.deepspeed, context.device, zero_stage=plan.zero)

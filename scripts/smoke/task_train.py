@@ -69,9 +69,9 @@ def train(arguments: Values) -> Values:
 def _prepare(place: RunDirectory, config: Config) -> None:
     """Write what the workers read."""
     dataset_info = prepare_run_data(config, lambda _stage, _done, _total: None).dataset_info
-    replicas = get_torchrun_world_size() if config.cluster.workers == 0 else None
+    ranks = get_torchrun_world_size() if config.cluster.workers == 0 else None
     write_run_files(
-        place, config, check_plan(make_plan(config, replicas).with_data(build_data_facts(dataset_info))), dataset_info
+        place, config, check_plan(make_plan(config, ranks).with_data(build_data_facts(dataset_info))), dataset_info
     )
 
 
@@ -87,7 +87,7 @@ def _measured(place: RunDirectory, config: Values) -> Values:
         | {"model": config["model"] | {"activation_checkpointing": attempt["activation_checkpointing"]}},
         "gpu smoke",
     )
-    plan = make_plan(settled, replicas=attempt["workers"])
+    plan = make_plan(settled, ranks=attempt["workers"])
     return {
         "losses": [row["train/loss"] for _, row in sorted(steps.items())],
         # From line to line: the whole loop counts, the writing of metrics too.

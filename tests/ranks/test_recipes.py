@@ -60,6 +60,7 @@ def miniature(name: str, documents: dict[str, Path], folder: Path) -> Config:
     data["train"] |= {"steps": 3, "epochs": None, "tokens": None, "global_batch_size": 4, "micro_batch_size": 1}
     data["export"]["at_end"] = name == "qwen/full-7b-one-node.yaml"
     data["cluster"] |= {"workers": 2, "cpus_per_worker": 1}
+    data["engine"]["sequence_parallel"] = min(data["engine"]["sequence_parallel"], 2)
     return parse_config(data, name)
 
 

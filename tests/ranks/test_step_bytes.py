@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 
 import step_bytes
+from llm_training_toolkit import families
 from llm_training_toolkit.config import parse_config
 from llm_training_toolkit.plan import Plan, make_plan
-from llm_training_toolkit.plan.forecast.communication import count_exchanged_bytes
+from llm_training_toolkit.plan.forecast.communication import count_exchanged_bytes, count_token_bytes
 from llm_training_toolkit.plan.forecast.step_time import build_exchange_workload
+from llm_training_toolkit.plan.memory.activations import ActivationCheckpointing
 from llm_training_toolkit.runs.directory import RunDirectory
 from rank_pool import RankPool
 
@@ -40,15 +42,21 @@ def count_step(
     workers: int,
     zero: int,
     zero_block: dict[str, int],
+    sequence_parallel: int = 1,
     nodes: int = 1,
     **model: Any,
 ) -> tuple[Plan, list[tuple[int, int, int]]]:
     """The plan, and the bytes that each rank sends to all, sends within its node, and holds."""
     changes: dict[str, Any] = {
         "model": MODEL | model,
-        "train": {"precision": "bf16", "global_batch_size": 2 * PASSES * workers, "micro_batch_size": 2},
+        "train": {
+            "precision": "bf16",
+            "global_batch_size": 2 * PASSES * workers // sequence_parallel,
+            "micro_batch_size": 2,
+        },
         "engine": {
             "zero_stage": zero,
+            "sequence_parallel": sequence_parallel,
             "zero_hpz_partition_size": 1 if nodes == 1 else workers // nodes,
             "deepspeed": {"zero_optimization": zero_block} if zero_block else {},
         },
@@ -56,7 +64,7 @@ def count_step(
     }
     data = json.loads(run.resolved_config_path.read_text())
     data |= {section: (data[section] or {}) | values for section, values in changes.items()}
-    plan = make_plan(parse_config(data, "test"), replicas=workers)
+    plan = make_plan(parse_config(data, "test"), ranks=workers)
     return plan, pools(workers).run(step_bytes.count_step_bytes, run=str(run.path), changes=changes, passes=PASSES)
 
 
@@ -86,6 +94,18 @@ def test_with_a_second_partition_weights_pass_between_nodes_once_a_step(
     if zero_block is SHARD_ALL:  # weights stay gathered, as the plan assumes for a small model
         held = 1e9 * sum(plan.memory_gb_per_device.values())
         assert [each[2] for each in found] == pytest.approx([held] * 4, rel=0.05)
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+def test_ranks_that_share_rows_send_their_tokens(
+    pools: Callable[[int], RankPool], prepared_run: RunDirectory, checkpointing: ActivationCheckpointing
+) -> None:
+    model: dict[str, Any] = {"attn_implementation": "varlen", "activation_checkpointing": checkpointing}
+    plan, found = count_step(pools, prepared_run, 2, 1, {}, sequence_parallel=2, **model)
+    sent = count_exchanged_bytes(build_exchange_workload(plan, plan.micro_batch)).total
+    dims = families.read_model_dims(plan.hf_config)
+    sent += count_token_bytes(dims, 2, plan.micro_batch * plan.sequence_length // 2, PASSES, checkpointing)
+    assert [each[0] for each in found] == pytest.approx([sent] * 2, rel=0.01)
 
 
 def test_a_model_larger_than_the_reuse_distance_is_gathered_twice(

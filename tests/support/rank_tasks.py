@@ -77,7 +77,13 @@ def engine_of(place: WorkerSpec, plan: Plan) -> Engine:
 
 def plan_of(place: WorkerSpec) -> Plan:
     """The plan of a run directory's configuration for this pool."""
-    return make_plan(place.config, replicas=dist.get_world_size()).with_data(build_data_facts(place.dataset_info))
+    return make_plan(place.config, ranks=dist.get_world_size()).with_data(build_data_facts(place.dataset_info))
+
+
+def share_of(plan: Plan) -> range:
+    """The positions of this rank's replica in a whole global batch."""
+    each = plan.sequence_parallel
+    return compute_replica_slice(plan.global_batch, dist.get_world_size() // each, dist.get_rank() // each)
 
 
 def drawn(name: str, shape: Any) -> torch.Tensor:
@@ -111,11 +117,8 @@ def gradients(
     if stirred:
         stir(engine)
     dataloader = DataLoader(place.dataset_info, global_batch=plan.global_batch, epochs=None)
-    world, rank = dist.get_world_size(), dist.get_rank()
-    count = -(-len(compute_replica_slice(plan.global_batch, world, 0)) // micro_batch)
-    batches = dataloader.get_micro_batches(
-        step, compute_replica_slice(plan.global_batch, world, rank), micro_batch, count
-    )
+    count = -(-plan.split_batch()[0] // micro_batch)
+    batches = dataloader.get_micro_batches(step, share_of(plan), micro_batch, count)
     if tried:
         engine.run_trial_pass(build_full_batch(batches[0]))
     loss_sum = engine.forward_backward(batches, dataloader.count_loss_tokens(step))
@@ -177,11 +180,7 @@ def updated(run: str, changes: Mapping[str, Any], directory: str) -> Arrays:
     plan = plan_of(place)
     engine = engine_of(place, plan)
     dataloader = DataLoader(place.dataset_info, global_batch=plan.global_batch, epochs=None)
-    world, rank = dist.get_world_size(), dist.get_rank()
-    count = plan.get_accumulation_steps(world)
-    batches = dataloader.get_micro_batches(
-        0, compute_replica_slice(plan.global_batch, world, rank), plan.micro_batch, count
-    )
+    batches = dataloader.get_micro_batches(0, share_of(plan), plan.micro_batch, plan.get_accumulation_steps())
     engine.forward_backward(batches, dataloader.count_loss_tokens(0))
     engine.optim_step(1e-3)
     state = whole_state(engine, directory)

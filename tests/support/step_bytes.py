@@ -25,6 +25,7 @@ _RING = {
     "allgather_": 1,
     "_allgather_base_": 1,
     "allgather_into_tensor_coalesced_": 1,
+    "alltoall_base_": 1,
 }
 _ONE_NUMBER = 8  # bytes: such as the norm of the gradients
 

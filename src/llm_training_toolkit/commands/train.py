@@ -37,14 +37,14 @@ from llm_training_toolkit.worker.spec import get_torchrun_world_size, is_first_r
 def start_run(request: TrainRequest, console: Console) -> TrainResult:
     """Start or resume the run of the request, or skip a finished one. Raises ToolkitError."""
     config = load_config(request.config, request.overrides)
-    replicas = get_torchrun_world_size() if config.cluster.workers == 0 else None
-    plan = check_plan(make_plan(config, replicas))  # before an impossible run gets a directory
+    ranks = get_torchrun_world_size() if config.cluster.workers == 0 else None
+    plan = check_plan(make_plan(config, ranks))  # before an impossible run gets a directory
     if config.cluster.workers == 0 and not is_first_rank():
         with join_run(get_run_location(config), console.print_line) as run:
             return _join_training(run, plan, console)
     with lock_run(get_run_location(config), console.print_line) as run, log_driver(run):
         resume_state = read_resume_state(run)
-        plan = _resolve_precision(plan, run, resume_state, replicas)
+        plan = _resolve_precision(plan, run, resume_state, ranks)
         config = plan.config
         plan = check_plan(plan.with_data(resume_state.build_data_facts(config)))
         check_run_unchanged(resume_state, config, request.accept, extend=request.extend)
@@ -84,11 +84,11 @@ def _join_training(run: RunDirectory, plan: Plan, console: Console) -> TrainResu
     return _build_result(run, launch_training(run, plan.config, console))
 
 
-def _resolve_precision(plan: Plan, run: RunDirectory, resume_state: ResumeState, replicas: int | None) -> Plan:
+def _resolve_precision(plan: Plan, run: RunDirectory, resume_state: ResumeState, ranks: int | None) -> Plan:
     """Return the plan with the precision that the run began with, or that this machine measures for `auto`."""
     config, notes = resolve_local_precision(resume_state.keep_saved_precision(plan.config))
     if config.train.precision != plan.config.train.precision:
-        plan = make_plan(config, replicas)
+        plan = make_plan(config, ranks)
     return plan.with_notes(notes or read_precision_notes(run, config))
 
 

@@ -114,6 +114,10 @@ class EngineConfig(ConfigSection):
     """State kept in host memory instead of on the device: `optimizer` (fp32 weights and Adam's moments, ZeRO 1 or 3) or
     `optimizer_and_weights` (ZeRO 3). A run may change it. Results are those of `none`: bit for bit at ZeRO 1, and at 3
     but for the order in which DeepSpeed adds up the gradient norm."""
+    sequence_parallel: Annotated[int, Field(ge=1), FieldTag.FREE] = 1
+    """Workers of a replica. They hold slices of the same sequences and exchange them for heads around attention, for
+    rows that are too long for one device. It must divide the number of workers, `data.sequence_length` and the model's
+    numbers of query heads and of key-value heads. A run may change it. 1 = every worker is a replica."""
     zero_hpz_partition_size: Annotated[int, Field(ge=1), FieldTag.FREE] = 1
     """Workers that keep a second copy of all weights among them: those of a node (ZeRO 3; hierarchical partitioning of
     ZeRO++). Then only the first gathering of a step passes between nodes. 1 = off. An elastic run is without it at

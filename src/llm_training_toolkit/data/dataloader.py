@@ -114,9 +114,9 @@ class DataLoader:
         named = [self._dataset.get_document_name(*key) for key in list(found)[:5]]
         return ", ".join(named) + (f" and {len(found) - 5} more documents" if len(found) > 5 else "")
 
-    def get_eval_batches(self, rank: int, world_size: int, micro_batch: int) -> list[MicroBatch]:
-        """Return this rank's share of the held-out batches, equally many on every rank."""
-        return list(self._dataset.iter_eval_batches(rank, world_size, micro_batch))
+    def get_eval_batches(self, replica: int, replicas: int, micro_batch: int) -> list[MicroBatch]:
+        """Return a replica's share of the held-out batches, equally many for every replica."""
+        return list(self._dataset.iter_eval_batches(replica, replicas, micro_batch))
 
     @property
     def eval_loss_tokens(self) -> int:

@@ -234,13 +234,13 @@ class PackedDataset:
         for index in range(len(examples.length)):
             yield int(examples.source[index]), examples[index]
 
-    def iter_eval_batches(self, rank: int, world: int, micro_batch: int) -> Iterator[MicroBatch]:
-        """Yield this rank's share of the held-out sequences (every world-th one) as micro-batches.
+    def iter_eval_batches(self, replica: int, replicas: int, micro_batch: int) -> Iterator[MicroBatch]:
+        """Yield a replica's share of the held-out sequences (every replicas-th one) as micro-batches.
 
-        Every rank gets as many of the same shape, filled up with rows without labels, so each may run collectives.
+        Every one gets as many of the same shape, filled up with rows without labels, so each may run collectives.
         """
-        mine = range(rank, self.eval_sequences, world)
-        largest = -(-self.eval_sequences // world)
+        mine = range(replica, self.eval_sequences, replicas)
+        largest = -(-self.eval_sequences // replicas)
         for start in range(0, largest, micro_batch):
             rows = [self._held_out.read_examples(i) for i in mine[start : start + micro_batch]]
             rows += [[]] * (min(micro_batch, largest - start) - len(rows))

@@ -47,6 +47,7 @@ class Engine:
         self.device = device
         self._batch_position = module.batch_position
         self._router_monitor = module.router_monitor
+        self._sequence_group = module.sequence_group
         self.stage = zero_stage
         self._names = {
             id(parameter): name.removeprefix("lm.")
@@ -142,9 +143,11 @@ class Engine:
         return {} if self._router_monitor is None else self._router_monitor.compute_statistics(loss_tokens)
 
     def _run_forward(self, batch: MicroBatch) -> Tensor:
-        tensors = (batch.input_ids, batch.position_ids, batch.labels, batch.cu_seqlens)
+        tokens = [batch.input_ids, batch.position_ids, batch.labels]
+        if self._sequence_group is not None:  # labels are shifted already, so that a slice ends with its next token
+            tokens = [self._sequence_group.take_slice(tensor) for tensor in tokens]
         # Page-locked rows are copied while the device still computes; for others the flag changes nothing.
-        moved = (tensor.to(self.device, non_blocking=True) for tensor in tensors)
+        moved = (tensor.to(self.device, non_blocking=True) for tensor in (*tokens, batch.cu_seqlens))
         loss: Tensor = self.deepspeed(*moved, batch.max_seqlen)
         return loss
 

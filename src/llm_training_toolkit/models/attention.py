@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from llm_training_toolkit.distributed.sequence_group import SequenceGroup
 from llm_training_toolkit.plan import choose_attention
 
 VARLEN = "varlen"
@@ -99,19 +100,27 @@ def attend_by_document(
     sliding_window: int | None = None,
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int | None = None,
+    sequence_group: SequenceGroup | None = None,
     **_options: Any,  # noqa: ANN401 - whatever a model passes to attention in general
 ) -> tuple[Tensor, None]:
     """Compute causal attention (1, T, H, D) of queries (1, H, T, D), keys and values (1, G, T, D), by document.
 
-    Registered with transformers as `varlen`. Dropout of attention does not exist here. Raises ValueError without
-    `cu_seq_lens_q`, because the documents would see each other.
+    Registered with transformers as `varlen`. Dropout of attention does not exist here. With a `sequence_group` the
+    tensors have this rank's slice of the tokens, and `cu_seq_lens_q` still bounds the documents of all of them; it is
+    collective then. Raises ValueError without `cu_seq_lens_q`, because the documents would see each other.
     """
     if cu_seq_lens_q is None or max_length_q is None or attention_mask is not None:
         raise ValueError("attention by document needs cu_seq_lens_q and no mask; to generate text use sdpa")
-    tokens = (query, key, value)
+    query, key, value = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
+    if sequence_group is not None:
+        query, key, value = sequence_group.gather_tokens(query, key, value)
     if query.is_cuda:
-        return _attend_on_gpu(tokens, cu_seq_lens_q, max_length_q, scaling, sliding_window), None
-    return _attend_on_cpu(tokens, cu_seq_lens_q, scaling, sliding_window), None
+        attended = _attend_on_gpu((query, key, value), cu_seq_lens_q, max_length_q, scaling, sliding_window)
+    else:
+        attended = _attend_on_cpu((query, key, value), cu_seq_lens_q, scaling, sliding_window)
+    if sequence_group is not None:
+        attended = sequence_group.scatter_tokens(attended)
+    return attended.unsqueeze(0), None
 
 
 def _attend_on_gpu(
@@ -123,7 +132,7 @@ def _attend_on_gpu(
 ) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn  # noqa: PLC0415 - defines operators when imported
 
-    query, key, value = (tensor.transpose(1, 2).squeeze(0) for tensor in tokens)
+    query, key, value = tokens
     attended: Tensor = varlen_attn(  # type: ignore[assignment]
         query,
         key,
@@ -136,18 +145,18 @@ def _attend_on_gpu(
         window_size=(-1 if window is None else window - 1, 0),
         enable_gqa=query.shape[1] != key.shape[1],
     )
-    return attended.unsqueeze(0)
+    return attended
 
 
 def _attend_on_cpu(
     tokens: tuple[Tensor, Tensor, Tensor], cu_seqlens: Tensor, scaling: float | None, window: int | None
 ) -> Tensor:
-    runs = zip(*(split_documents(tensor[0].transpose(0, 1), cu_seqlens) for tensor in tokens), strict=True)
+    runs = zip(*(split_documents(tensor, cu_seqlens) for tensor in tokens), strict=True)
     attended = []
     for run in runs:
         query, key, value = (tensor.transpose(1, 2) for tensor in run)
         attended.append(_attend_causally(query, key, value, scaling, window).transpose(1, 2))
-    return join_documents(attended).unsqueeze(0)
+    return join_documents(attended)
 
 
 def split_documents(tokens: Tensor, cu_seqlens: Tensor) -> list[Tensor]:

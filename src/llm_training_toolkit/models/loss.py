@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llm_training_toolkit.distributed.sequence_group import SequenceGroup
 from llm_training_toolkit.models.attention import build_attention_arguments, compute_cu_seqlens, takes_cu_seqlens
 from llm_training_toolkit.models.dropout import BatchPosition
 from llm_training_toolkit.models.layer_compiler import LayerCompiler, get_decoder_layers, mark_dynamic_bounds
@@ -161,13 +162,20 @@ class LossModule(nn.Module):
 
     Documents in a row are isolated by `position_ids` that restart at 0 for each, or by `cu_seqlens` where the attention
     takes them. Isolation needs `use_cache=False` and no attention mask, in training and in evaluation alike.
+
+    With a `sequence_group` a forward pass takes this rank's slice of the tokens, and returns the loss of those.
     """
 
     def __init__(
-        self, model: nn.Module, loss_chunk: int | Literal["auto"], router_balance: float | None = None
+        self,
+        model: nn.Module,
+        loss_chunk: int | Literal["auto"],
+        router_balance: float | None = None,
+        sequence_group: SequenceGroup | None = None,
     ) -> None:
         super().__init__()
         self.lm = model
+        self.sequence_group = sequence_group
         self.batch_position = BatchPosition()
         """Sequences of the forward pass, set by its caller; dropout draws from them."""
         self._layer_compiler: LayerCompiler | None = None
@@ -203,12 +211,16 @@ class LossModule(nn.Module):
         In training the balance loss of a mixture of experts is part of it, if there is one.
 
         `cu_seqlens` (documents + 1,) int32 bounds the documents of all rows, one row after another, and `max_seqlen`
-        is the longest of them. Without them they are read from `position_ids`, which waits for the device.
+        is the longest of them. Without them they are read from `position_ids`, which waits for the device. With a
+        sequence group they are needed, and bound the documents of all its ranks.
         """
         self.batch_position.rows = len(input_ids)
         compiler = self._layer_compiler
         is_compiled = compiler is not None and compiler.begin_forward(input_ids, training=self.training)
         given = self._build_inputs(input_ids, position_ids, cu_seqlens, max_seqlen, is_compiled=is_compiled)
+        if self.sequence_group is not None:
+            assert cu_seqlens is not None, "a slice does not show where documents begin"
+            given["sequence_group"] = self.sequence_group
         monitor = self.router_monitor if self.training else None
         if monitor is not None:
             monitor.begin_forward(labels != IGNORE_INDEX)

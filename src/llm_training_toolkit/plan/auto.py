@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from llm_training_toolkit.config.schema import Config, Offload
+from llm_training_toolkit.errors import PlanError
 from llm_training_toolkit.plan.memory.activations import ActivationCheckpointing
 
 Precision = Literal["bf16", "fp32"]
@@ -79,14 +80,23 @@ def with_precision(config: Config, precision: Precision) -> Config:
 
 
 def choose_attention(
-    precision: str, head_dim: int, device_type: str, *, has_flash: bool, deterministic: bool
+    precision: str,
+    head_dim: int,
+    device_type: str,
+    *,
+    has_flash: bool,
+    deterministic: bool,
+    sequence_parallel: int = 1,
 ) -> ResolvedValue:
     """Choose the implementation of attention; `has_flash` = the GPU has torch's flash kernels.
 
     Head sizes are those of FlashAttention-2 (Dao 2023): multiples of 8 up to 256. Measured on CPU (docs/objective.md),
-    documents one by one are no faster than a mask in rows of 256 tokens.
+    documents one by one are no faster than a mask in rows of 256 tokens. Raises PlanError if `sequence_parallel` ranks
+    share a row on GPUs without variable-length attention.
     """
     key = "model.attn_implementation"
+    if device_type == "cpu" and sequence_parallel > 1:
+        return ResolvedValue(key, "varlen", "engine.sequence_parallel exchanges the tokens of whole documents")
     if device_type == "cpu":
         return ResolvedValue(key, "sdpa", "on CPUs one masked product is no slower than one for each document")
     reasons = {
@@ -96,6 +106,10 @@ def choose_attention(
         "run.deterministic: variable-length attention is not known to repeat every bit": deterministic,
     }
     against = next((reason for reason, holds in reasons.items() if holds), None)
+    if against is not None and sequence_parallel > 1:
+        raise PlanError(
+            f"engine.sequence_parallel = {sequence_parallel} needs variable-length attention, and {against}"
+        )
     if against is not None:
         return ResolvedValue(key, "sdpa", against)
     return ResolvedValue(key, "varlen", "it computes each document by itself, without a mask")
@@ -128,7 +142,7 @@ def with_assumed_values(config: Config) -> Config:
         config = with_precision(config, "bf16")
     if config.model.attn_implementation == "auto":
         on_gpu = config.cluster.gpus_per_worker != 0 and config.train.precision == "bf16"
-        config = with_attention(config, "varlen" if on_gpu else "sdpa")
+        config = with_attention(config, "varlen" if on_gpu or config.engine.sequence_parallel > 1 else "sdpa")
     if config.model.activation_checkpointing == "auto":
         config = with_activation_checkpointing(config, "none")
     if config.engine.zero_stage == "auto":

@@ -32,6 +32,8 @@ def find_compile_problem(config: Config, hf: HfValues) -> Problem | None:
         ("DoRA in peft cannot be compiled whole", "Use LoRA without use_dora"): lora is not None and lora.use_dora,
         ("layers with 4-bit weights were never compiled", "Leave it out"): lora is not None
         and lora.quantize is not None,
+        ("the exchange of tokens between ranks was never compiled", "Leave it out"): config.engine.sequence_parallel
+        > 1,
         (f"layers with {attention} were never compiled", "Use auto, varlen, sdpa or eager"): attention
         not in _COMPILED_ATTENTION,
         ("varlen on CPU is a loop over documents, which cannot be compiled", "Use sdpa"): on_cpu

@@ -39,7 +39,7 @@ OWNED_KEYS: dict[str, str] = {
     "dataloader_drop_last": "Remove it: the toolkit brings the batches, and drops none",
     "data_efficiency": "Remove it: the order of the data is the toolkit's",
     "tensor_parallel": "Remove it: not supported yet",
-    "sequence_parallel_size": "Remove it: not supported yet",
+    "sequence_parallel_size": "Set engine.sequence_parallel: the toolkit exchanges tokens and heads itself",
     "expert_parallel": "Remove it: not supported",
     "pipeline": "Remove it: not supported",
     "zero_optimization.stage": "Set engine.zero_stage",

@@ -16,6 +16,7 @@ from llm_training_toolkit.errors import PlanError
 from llm_training_toolkit.plan import auto, batch, compilation
 from llm_training_toolkit.plan.checks import run_check
 from llm_training_toolkit.plan.checks.notes import collect_notes
+from llm_training_toolkit.plan.checks.sequence_check import find_sequence_problems
 from llm_training_toolkit.plan.deepspeed import build_base_config, build_deepspeed_config, find_deepspeed_problems
 from llm_training_toolkit.plan.horizon import DataFacts, Horizon, compute_horizon
 from llm_training_toolkit.plan.lr_schedule import LRSchedule, ScheduleKind, choose_learning_rate
@@ -63,8 +64,10 @@ class Plan:
     """Value of `cluster.workers`, the maximum of an elastic run; 0 = without Ray."""
     fewest_workers: int
     """Minimum of an elastic run, otherwise equal to `workers`."""
-    replicas: int
-    """Number of replicas planned for: the (most) workers, or the ranks that were started."""
+    ranks: int
+    """Number of devices planned for: those of the (most) workers, or the ranks that were started."""
+    sequence_parallel: int
+    """Ranks of a replica, which hold slices of the same sequences."""
     sequence_length: int
     tokens_per_step: int
     lr: float
@@ -87,6 +90,11 @@ class Plan:
     notes: tuple[str, ...]
 
     @property
+    def replicas(self) -> int:
+        """Number of replicas, among which a batch is divided; at least 1 where the ranks make no whole one."""
+        return self.count_replicas(self.ranks)
+
+    @property
     def steps(self) -> int | None:
         """Length of the run, or None while it depends on unprepared data."""
         return self.horizon.steps
@@ -105,6 +113,10 @@ class Plan:
     def is_elastic(self) -> bool:
         """True if the number of workers may change during the run."""
         return self.fewest_workers < self.workers
+
+    def count_replicas(self, ranks: int) -> int:
+        """Return the number of replicas of so many ranks."""
+        return batch.count_replicas(ranks, self.sequence_parallel)
 
     def split_batch(self, replicas: int | None = None) -> tuple[int, ...]:
         """Return the sequences per step of each replica. Raises PlanError if one would have none."""
@@ -141,25 +153,27 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan as JSON; `accumulation` maps worker counts (1 to 8 and the run's own) to micro-batches."""
-        values = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in _NOT_IN_JSON}
-        own = range(self.fewest_workers or 1, self.replicas + 1)
-        worlds = sorted({*range(1, 9), *own, self.replicas} & set(range(1, self.global_batch + 1)))
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in _NOT_IN_JSON}
+        own = range(self.fewest_workers or 1, self.ranks + 1)
+        each = self.sequence_parallel
+        worlds = sorted({*range(1, 9), *own, self.ranks} & set(range(each, each * self.global_batch + 1, each)))
         return {
             **values,
             **self.horizon.to_json(),
+            "replicas": self.replicas,
             "hf_config": dict(self.hf_config),
             "deepspeed": dict(self.deepspeed),
             "adapter": _adapter_to_json(self.adapter),
             "memory_gb_per_device": dict(self.memory_gb_per_device),
-            "accumulation": {str(world): self.get_accumulation_steps(world) for world in worlds},
+            "accumulation": {str(world): self.get_accumulation_steps(world // each) for world in worlds},
             "problems": [asdict(problem) for problem in self.problems],
             "estimated": list(self.estimated),
             "notes": list(self.notes),
         }
 
 
-def make_plan(config: Config, replicas: int | None = None) -> Plan:
-    """Plan a run and collect all problems; `replicas` = ranks that were started, else the most workers.
+def make_plan(config: Config, ranks: int | None = None) -> Plan:
+    """Plan a run and collect all problems; `ranks` = those that were started, else the most workers.
 
     `Plan.with_data` adds the facts about its data. Raises PlanError only if nothing can be planned: an unknown size or
     an impossible shape.
@@ -169,8 +183,9 @@ def make_plan(config: Config, replicas: int | None = None) -> Plan:
     total = families.count_parameters(hf)
     adapter = families.resolve_adapter(config, hf)
     trained = adapter.trainable_parameters if adapter else total
-    world = replicas or max(config.cluster.max_workers, 1)
-    smallest = replicas or max(config.cluster.min_workers, 1)
+    # Without Ray nobody has said how many ranks there will be: one replica.
+    world = ranks or config.cluster.max_workers or config.engine.sequence_parallel
+    smallest = ranks or config.cluster.min_workers or config.engine.sequence_parallel
     given, config = config, auto.with_assumed_values(config)
     lr = choose_learning_rate(config, total)
     deepspeed = _choose_deepspeed_config(config, trained, world)
@@ -199,7 +214,8 @@ def make_plan(config: Config, replicas: int | None = None) -> Plan:
         micro_batch=batch.get_micro_batch(config),
         workers=config.cluster.max_workers,
         fewest_workers=config.cluster.min_workers,
-        replicas=world,
+        ranks=world,
+        sequence_parallel=config.engine.sequence_parallel,
         sequence_length=length,
         tokens_per_step=config.train.global_batch_size * length,
         lr=lr,
@@ -213,6 +229,7 @@ def make_plan(config: Config, replicas: int | None = None) -> Plan:
         host_memory_gb_per_worker=memory_estimate.estimate_peak_host_bytes(workload) / 1e9,
         config_problems=(
             *run_check.find_problems(config, size, hf, world),
+            *find_sequence_problems(config, size, hf, (smallest, world)),
             *run_check.find_memory_problems(memory_gb),
         ),
         config_estimates=_list_estimated_values(given, compile_open=given.model.compile == "auto" and not uncompiled),
@@ -251,20 +268,20 @@ def _adapter_to_json(adapter: families.AdapterSpec | None) -> dict[str, Any] | N
     return {key: value for key, value in asdict(adapter).items() if key != "layers"}
 
 
-def plan_workload(config: Config, replicas: int) -> memory_estimate.DeviceWorkload:
+def plan_workload(config: Config, ranks: int) -> memory_estimate.DeviceWorkload:
     """Return what a device's memory depends on, with `auto` planned as by `make_plan`."""
     config = auto.with_assumed_values(config)
     hf = families.resolve_hf_config(config)
     adapter = families.resolve_adapter(config, hf)
     trained = adapter.trainable_parameters if adapter else families.count_parameters(hf)
-    return _build_workload(config, hf, adapter, replicas, _choose_deepspeed_config(config, trained, replicas))
+    return _build_workload(config, hf, adapter, ranks, _choose_deepspeed_config(config, trained, ranks))
 
 
 def _build_workload(
     config: Config,
     hf: Mapping[str, Any],
     adapter: families.AdapterSpec | None,
-    replicas: int,
+    ranks: int,
     deepspeed: Mapping[str, Any],
 ) -> memory_estimate.DeviceWorkload:
     checkpointing = config.model.activation_checkpointing
@@ -274,7 +291,8 @@ def _build_workload(
         adapter=adapter,
         zero=int(config.engine.zero_stage),
         precision="bf16" if config.train.precision == "bf16" else "fp32",
-        workers=replicas,
+        workers=ranks,
+        sequence_parallel=config.engine.sequence_parallel,
         micro_batch=batch.get_micro_batch(config),
         sequence_length=config.data.sequence_length,
         checkpointing=checkpointing,

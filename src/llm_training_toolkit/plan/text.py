@@ -72,7 +72,7 @@ def _format_precision(plan: Plan) -> str:
 def _format_zero_stage(plan: Plan) -> str:
     if "zero" not in plan.estimated:
         return f"ZeRO {plan.zero} {_SPREAD[plan.zero]} over {_format_workers(plan)}"
-    if plan.replicas == 1:
+    if plan.ranks == 1:
         return f"ZeRO {plan.zero} (auto): one worker spreads nothing"
     return (
         f"ZeRO {plan.zero} (auto) {_SPREAD[plan.zero]} over {_format_workers(plan)}; a higher stage where memory is "
@@ -157,21 +157,30 @@ def _format_batch(plan: Plan) -> str:
         return f"global batch {plan.global_batch} cannot be divided among {plan.replicas} replicas"
     shares = plan.split_batch()
     share = f"{shares[0]}" if shares[0] == shares[-1] else f"({shares[-1]} or {shares[0]})"
-    replicas = format_plural(plan.replicas, "replica")
+    replicas = format_plural(plan.replicas, "replica") + _format_replica_ranks(plan)
     if "micro_batch" in plan.estimated:
         return f"global batch {plan.global_batch} = {replicas} x {share}, in micro-batches as large as memory allows"
     passes = format_plural(plan.get_accumulation_steps(), "micro-batch", "es")
     return f"global batch {plan.global_batch} = {replicas} x {share}, in {passes} of {plan.micro_batch}"
 
 
+def _format_replica_ranks(plan: Plan) -> str:
+    return f" of {plan.sequence_parallel} workers" if plan.sequence_parallel > 1 else ""
+
+
 def _iter_elastic_rows(plan: Plan) -> Iterator[tuple[str, str]]:
     """Yield the batch of an elastic run at every size; sizes with equal numbers of micro-batches share a line."""
-    sizes = range(plan.fewest_workers, min(plan.workers, plan.global_batch) + 1)
-    for _, same in itertools.groupby(sizes if plan.is_elastic else (), key=plan.get_accumulation_steps):
+    each = plan.sequence_parallel
+    sizes = range(max(plan.fewest_workers, each), min(plan.workers, each * plan.global_batch) + 1, each)
+
+    def count_steps(workers: int) -> int:
+        return plan.get_accumulation_steps(plan.count_replicas(workers))
+
+    for _, same in itertools.groupby(sizes if plan.is_elastic else (), key=count_steps):
         worlds = list(same)
-        low, high = plan.split_batch(worlds[-1])[-1], plan.split_batch(worlds[0])[0]
-        share = f"{low}" if low == high else f"{low} to {high}"
-        passes = format_plural(plan.get_accumulation_steps(worlds[0]), "micro-batch", "es")
+        low, high = (plan.split_batch(plan.count_replicas(world)) for world in (worlds[-1], worlds[0]))
+        share = f"{low[-1]}" if low[-1] == high[0] else f"{low[-1]} to {high[0]}"
+        passes = format_plural(count_steps(worlds[0]), "micro-batch", "es")
         settled = "" if "micro_batch" in plan.estimated else f", in {passes} of {plan.micro_batch}"
         ends = format_plural(worlds[0], "worker") if len(worlds) == 1 else f"{worlds[0]} to {worlds[-1]} workers"
         yield "", f"with {ends}: {share} each{settled}"
@@ -180,7 +189,7 @@ def _iter_elastic_rows(plan: Plan) -> Iterator[tuple[str, str]]:
 def _format_workers(plan: Plan) -> str:
     if plan.is_elastic:
         return f"{plan.fewest_workers} to {plan.workers} workers"
-    return format_plural(plan.replicas, "worker")
+    return format_plural(plan.ranks, "worker")
 
 
 def _format_length(plan: Plan) -> str:

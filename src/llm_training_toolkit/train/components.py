@@ -56,3 +56,13 @@ class TrainerComponents:
     step_profiler: StepProfiler
     on_spike: SpikePolicy = "stop"
     straggler_detector: StragglerDetector = field(default_factory=StragglerDetector)
+
+    @property
+    def replica(self) -> int:
+        """Replica of this rank: ranks of one replica work on the same sequences."""
+        return self.context.rank // self.plan.sequence_parallel
+
+    @property
+    def replicas(self) -> int:
+        """Number of replicas, among which the sequences of a step are divided."""
+        return self.context.world_size // self.plan.sequence_parallel

@@ -28,10 +28,10 @@ def try_largest_micro_batch(components: TrainerComponents, step: int) -> None:
     """
     context, dataloader = components.context, components.dataloader
     context.heartbeat.set_phase("trying the largest micro-batch")
-    positions = compute_replica_slice(dataloader.count_sequences(step), context.world_size, context.rank)
+    positions = compute_replica_slice(dataloader.count_sequences(step), components.replicas, components.replica)
     batch = build_full_batch(dataloader.read_micro_batch(step, positions[: components.plan.micro_batch]))
     # From the second micro-batch of a step on, the gradients of the first stand beside the activations.
-    for _ in range(min(components.plan.get_accumulation_steps(context.world_size), 2)):
+    for _ in range(min(components.plan.get_accumulation_steps(components.replicas), 2)):
         components.engine.run_trial_pass(batch)
 
 
@@ -107,7 +107,8 @@ def evaluate_held_out(components: TrainerComponents, progress: TrainState) -> Ev
     if dataloader.eval_loss_tokens == 0:
         return None
     batches = _iter_with_heartbeat(
-        dataloader.get_eval_batches(context.rank, context.world_size, components.plan.micro_batch), context.heartbeat
+        dataloader.get_eval_batches(components.replica, components.replicas, components.plan.micro_batch),
+        context.heartbeat,
     )
     result = compute_eval_loss(components.engine, batches, dataloader.eval_loss_tokens, dataloader.eval_bytes, context)
     components.metrics.write(progress.step, result.to_metrics())

@@ -61,7 +61,7 @@ class StepDecision:
 
 @dataclass(frozen=True)
 class StepData:
-    """Share of a rank in a step's data."""
+    """Share of a rank's replica in a step's data."""
 
     sample_indices: range
     """Positions in the step's global batch."""
@@ -70,7 +70,7 @@ class StepData:
     loss_tokens: int
     """Loss tokens of the whole global batch."""
     attended_tokens: int
-    """As `count_attended_tokens` counts them, without padding micro-batches."""
+    """As `count_attended_tokens` counts them, without padding micro-batches; 0 but on the replica's first rank."""
 
 
 @dataclass(frozen=True)
@@ -161,8 +161,9 @@ def train_step(components: TrainerComponents, state: TrainState) -> tuple[TrainS
 
     loss_sum = components.engine.forward_backward(data.micro_batches, data.loss_tokens, set_micro_batch_phase)
     context.heartbeat.set_phase(f"step {step + 1}, adding up the losses", timeout_factor)
-    # Under ZeRO 3 a forward pass waits for other ranks' weights, so its time does not measure this rank.
-    own_seconds = data_seconds + components.engine.forward_seconds if components.engine.stage < 3 else 0.0
+    # Where a forward pass waits for other ranks' weights or tokens, its time does not measure this rank.
+    waits = components.engine.stage == 3 or components.plan.sequence_parallel > 1
+    own_seconds = 0.0 if waits else data_seconds + components.engine.forward_seconds
     results = _all_reduce_step_results(components, loss_sum, step + 1, own_seconds, data.attended_tokens)
     loss, slow = results.loss_sum / max(data.loss_tokens, 1), results.slowest_rank
     if not math.isfinite(loss):
@@ -191,13 +192,15 @@ def train_step(components: TrainerComponents, state: TrainState) -> tuple[TrainS
 
 def _read_step_data(components: TrainerComponents, step: int) -> StepData:
     """Read this rank's share of a step, and begin with that of the next one."""
-    context, plan, dataloader = components.context, components.plan, components.dataloader
-    sample_indices = compute_replica_slice(dataloader.count_sequences(step), context.world_size, context.rank)
+    plan, dataloader = components.plan, components.dataloader
+    sample_indices = compute_replica_slice(dataloader.count_sequences(step), components.replicas, components.replica)
     micro_batches = dataloader.get_micro_batches(
-        step, sample_indices, plan.micro_batch, plan.get_accumulation_steps(context.world_size)
+        step, sample_indices, plan.micro_batch, plan.get_accumulation_steps(components.replicas)
     )
     _prefetch_step(components, step + 1)
     own_micro_batches = micro_batches[: -(-len(sample_indices) // plan.micro_batch)]  # padding follows them
+    if components.context.rank % plan.sequence_parallel:
+        own_micro_batches = []  # counted by the first rank of the replica
     return StepData(
         sample_indices,
         micro_batches,
@@ -208,9 +211,9 @@ def _read_step_data(components: TrainerComponents, step: int) -> StepData:
 
 def _prefetch_step(components: TrainerComponents, step: int) -> None:
     """Begin to read this rank's part of a later step, if the run has that step and its data are prepared."""
-    context, dataloader = components.context, components.dataloader
+    dataloader = components.dataloader
     if step < components.schedule.steps and dataloader.has_step(step):
-        own = compute_replica_slice(dataloader.count_sequences(step), context.world_size, context.rank)
+        own = compute_replica_slice(dataloader.count_sequences(step), components.replicas, components.replica)
         dataloader.prefetch(step, own, components.plan.micro_batch)
 
 
@@ -261,7 +264,7 @@ def _format_non_finite_error(
 ) -> str:
     """Build the message with the step and the sequences of ranks whose own loss is not finite. Collective."""
     mine = "" if math.isfinite(loss_sum) else components.dataloader.format_document_names(step, sample_indices)
-    document_names = "; ".join(text for text in components.context.all_gather_object(mine) if text)
+    document_names = "; ".join(dict.fromkeys(text for text in components.context.all_gather_object(mine) if text))
     return (
         f"step {step + 1}: {what}; training stopped and nothing of this step was saved. It holds: {document_names}. "
         "Look at these documents, or lower optim.lr (it needs --accept optim.lr) and resume from the last checkpoint"

@@ -35,4 +35,5 @@ def _choose(config: Config, context: RunContext) -> ResolvedValue:
         context.device.type,
         has_flash=has_flash_kernels(context.device),
         deterministic=config.run.deterministic,
+        sequence_parallel=config.engine.sequence_parallel,
     )

@@ -28,6 +28,7 @@ from llm_training_toolkit.data.prepare.dataset_info import get_cache_directory
 from llm_training_toolkit.distributed.context import RunContext
 from llm_training_toolkit.distributed.events import NoteEvent
 from llm_training_toolkit.distributed.node_group import NodeGroup, form_node_group
+from llm_training_toolkit.distributed.sequence_group import form_sequence_group
 from llm_training_toolkit.engine import Engine, gathered_parameter, prepare_deepspeed, zero3_init
 from llm_training_toolkit.errors import CheckpointError, PlanError
 from llm_training_toolkit.models import (
@@ -148,7 +149,8 @@ def _build_engine(
             initialize_weights(model, config.run.seed, gathered_parameter)
         hf_config = model.config.to_dict()  # type: ignore[union-attr, operator]
         hf_config.pop("quantization_config", None)  # of these ranks, not of the weights
-        module = LossModule(model, model_section.loss_chunk_size, config.train.router_balance)
+        group = form_sequence_group(context, config.engine.sequence_parallel)
+        module = LossModule(model, model_section.loss_chunk_size, config.train.router_balance, group)
         _add_adapters(module, model, config, plan)
         if plan.compile:
             module.compile_layers()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -58,7 +59,12 @@ def build_checkpoint_manager(
 
 def _build_manifest_extra(built: BuiltModel, plan: Plan) -> dict[str, Any]:
     """Return the facts about the model that a manifest holds beside its weights."""
-    extra = {"hf_config": built.hf_config, "micro_batch": plan.micro_batch, "compile": plan.compile}
+    extra = {
+        "hf_config": built.hf_config,
+        "micro_batch": plan.micro_batch,
+        "compile": plan.compile,
+        "sequence_parallel": plan.sequence_parallel,
+    }
     optional = {"base": built.base, HUB_KEY: built.hub}
     return extra | {key: value.to_json() for key, value in optional.items() if value is not None}
 
@@ -70,12 +76,17 @@ def _warn_of_rounding_changes(
     if checkpoint is None or not context.is_rank_zero:
         return
     manifest = checkpoint.manifest
-    code = {False: "", True: ", compiled"}
     previous = (manifest.world_size, manifest.threads, manifest.extra["micro_batch"], manifest.zero)
     now = (context.world_size, lineage.threads, lineage.extra["micro_batch"], lineage.zero)
-    before, after = code[manifest.extra.get("compile", False)], code[lineage.extra["compile"]]
+    before, after = _format_computation(manifest.extra), _format_computation(lineage.extra)
     if (*previous, before) != (*now, after):
         said = "ran on {} workers with {} threads each in micro-batches of {} under ZeRO {}".format(*previous) + before
         here = "runs on {} with {} in micro-batches of {} under ZeRO {}".format(*now) + after
         message = f"the run {said} and now {here}: the same sequences, losses equal up to rounding"
         context.report(NoteEvent(message))
+
+
+def _format_computation(extra: Mapping[str, Any]) -> str:
+    """Format how layers are computed, by the facts beside a checkpoint's weights; empty if they are as usual."""
+    shared = extra.get("sequence_parallel", 1)
+    return (", compiled" if extra.get("compile", False) else "") + (f", {shared} to a row" if shared > 1 else "")

@@ -113,6 +113,13 @@ def find_placement_warnings(placements: Sequence[RankPlacement], config: Config)
     if len(models) > 1:
         on = ", ".join(f"{_format_ranks(ranks)} on {model}" for model, ranks in models.items())
         said.append(f"GPUs of several models: {on}. Every step takes as long as on the slowest, with equal shares")
+    parted = find_parted_replicas([placement.node for placement in placements], config.engine.sequence_parallel)
+    if parted:
+        of = ", ".join(_format_ranks(ranks) for ranks in parted)
+        said.append(
+            f"{of} share rows (engine.sequence_parallel) on several nodes, and exchange tokens between them in every "
+            "layer: let each node have a multiple of it"
+        )
     each = config.cluster.cpus_per_worker
     for node, ranks in _group_ranks([placement.node for placement in placements]).items():
         cores = max(placements[rank].cores for rank in ranks)
@@ -122,6 +129,13 @@ def find_placement_warnings(placements: Sequence[RankPlacement], config: Config)
                 "Ray was told of more (`ray start --num-cpus`)"
             )
     return said
+
+
+def find_parted_replicas(nodes: Sequence[str], sequence_parallel: int) -> list[list[int]]:
+    """Return the ranks of each replica that is on several nodes; `nodes` are those of the ranks."""
+    starts = range(0, len(nodes), sequence_parallel)
+    replicas = [list(range(start, start + sequence_parallel)) for start in starts]
+    return [ranks for ranks in replicas if len({nodes[rank] for rank in ranks}) > 1]
 
 
 def format_placement(placements: Sequence[RankPlacement]) -> str:

@@ -248,7 +248,7 @@ def _make_attempt_plan(
     """Return the plan at this number of workers, from `checkpoint` on; rank 0 writes it, with `auto` resolved."""
     state = _get_train_state(checkpoint)
     data_facts = build_data_facts(spec.dataset_info, state.step, state.sequences)
-    plan = make_plan(spec.config, replicas=context.world_size).with_data(data_facts)
+    plan = make_plan(spec.config, ranks=context.world_size).with_data(data_facts)
     plan = check_plan(plan).with_notes(resolved)
     plan = resolve_compilation(spec.config, plan, context, checkpoint.manifest if checkpoint else None)
     if context.is_rank_zero:
@@ -258,13 +258,15 @@ def _make_attempt_plan(
 
 def _build_dataloader(spec: WorkerSpec, context: RunContext, plan: Plan, state: TrainState, attempt: int) -> DataLoader:
     run, config = spec.directory, spec.config
+    # Ranks of one replica fetch the same sequences.
+    logs_samples = config.failures.log_samples and context.rank % plan.sequence_parallel == 0
     return DataLoader(
         spec.dataset_info,
         global_batch=plan.global_batch,
         epochs=config.train.epochs,
         origin=(state.step, state.sequences),
         newest=partial(read_latest_dataset_info, run),
-        event_log=SampleLog(run.sample_log_dir, attempt, context.rank) if config.failures.log_samples else None,
+        event_log=SampleLog(run.sample_log_dir, attempt, context.rank) if logs_samples else None,
         pin_for=context.device if context.device.type == "cuda" else None,
     )
 

@@ -241,11 +241,11 @@ def test_documents_alone_have_what_a_mask_gives(window: int | None) -> None:
 @pytest.mark.parametrize("window", [None, 5])
 def test_torch_s_kernel_for_gpus_takes_the_arguments_and_gives_the_shapes(window: int | None) -> None:
     with FakeTensorMode():
-        query, key, value = (torch.empty(1, heads, 192, 16, requires_grad=True) for heads in (4, 2, 2))
+        query, key, value = (torch.empty(192, heads, 16, requires_grad=True) for heads in (4, 2, 2))
         cu_seqlens = torch.empty(8, dtype=torch.int32)
         out = _attend_on_gpu((query, key, value), cu_seqlens, 40, 0.25, window)
         out.sum().backward()  # type: ignore[no-untyped-call]
-    assert out.shape == (1, 192, 4, 16)
+    assert out.shape == (192, 4, 16)
     assert key.grad is not None
     assert key.grad.shape == key.shape
 

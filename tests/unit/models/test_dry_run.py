@@ -11,7 +11,7 @@ from llm_training_toolkit.plan.memory.memory_estimate import estimate_pass_bytes
 from memory_dry_run import DryRun, build_sized_run, list_recipe_runs
 
 LORA = {"lora": {"rank": 64, "alpha": 16, "dropout": 0.05}}
-TWO_LAYERS = {"config_overrides": {"num_hidden_layers": 2}}
+TWO_LAYERS: dict[str, Any] = {"config_overrides": {"num_hidden_layers": 2}}
 SMALL: list[tuple[str, ActivationCheckpointing, Any, dict[str, Any]]] = [
     ("qwen2.5-1.5b", "none", "varlen", TWO_LAYERS),
     ("qwen2.5-7b", "selective", "varlen", TWO_LAYERS),
@@ -44,9 +44,19 @@ def test_few_layers_of_full_width(
 
 @pytest.mark.parametrize("checkpointing", ["none", "full"])
 def test_adapters_of_experts_add_to_a_copy_of_all_experts(checkpointing: ActivationCheckpointing) -> None:
-    lora = {"lora": {"rank": 16, "target_parameters": ["gate_up_proj", "down_proj"]}}
+    lora: dict[str, Any] = {"lora": {"rank": 16, "target_parameters": ["gate_up_proj", "down_proj"]}}
     run = build_sized_run("qwen3-30b-a3b", 16384, 1, checkpointing, "varlen", **TWO_LAYERS, **lora)
     assert 1 <= estimate_pass_bytes(run.load) / run.measure() < 1.08
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+def test_a_row_of_128k_tokens_that_four_ranks_share(checkpointing: ActivationCheckpointing) -> None:
+    check(build_sized_run("qwen2.5-7b", 131072, 1, checkpointing, sequence_parallel=4, **TWO_LAYERS))
+
+
+@pytest.mark.slow
+def test_a_whole_model_at_128k_tokens() -> None:
+    check(build_sized_run("qwen2.5-7b", 131072, 1, "full", sequence_parallel=4))
 
 
 # Three of the recipes, and each kind of checkpointing: the script has the table of all, which takes long.

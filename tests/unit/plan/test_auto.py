@@ -83,7 +83,7 @@ def test_several_workers_take_the_lowest_stage_that_fits(free: float, workers: i
     chosen = choose_memory_settings(run, workers, free).settings.zero
 
     def needed(stage: int) -> float:
-        return 1e9 * sum(make_plan(with_zero_stage(run, stage), replicas=workers).memory_gb_per_device.values())
+        return 1e9 * sum(make_plan(with_zero_stage(run, stage), ranks=workers).memory_gb_per_device.values())
 
     least = min(needed(stage) for stage in range(4))
     assert needed(chosen) <= 0.9 * free or needed(chosen) == least > 0.9 * free

@@ -57,7 +57,7 @@ def test_offload_is_refused_at_stages_that_cannot(zero: int | str, offload: str)
     asked = config().model_copy(
         update={"engine": EngineConfig.model_validate({"zero_stage": zero, "offload": offload})}
     )
-    plan = make_plan(asked, replicas=2)
+    plan = make_plan(asked, ranks=2)
     possible = {"none": {0, 1, 2, 3}, "optimizer": {1, 3}, "optimizer_and_weights": {3}}[offload]
     refused = zero != "auto" and zero not in possible
     assert [problem.code for problem in plan.problems] == (["offload-stage"] if refused else [])

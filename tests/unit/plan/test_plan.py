@@ -172,7 +172,7 @@ def test_notes(sections: dict[str, Any], note: str) -> None:
 
 def test_the_ranks_that_were_started_count() -> None:
     assert make_plan(config(cluster={"workers": 0})).replicas == 1
-    assert make_plan(config(cluster={"workers": 0}), replicas=4).split_batch() == (4, 4, 4, 4)
+    assert make_plan(config(cluster={"workers": 0}), ranks=4).split_batch() == (4, 4, 4, 4)
 
 
 def test_json_has_the_contract() -> None:
@@ -336,7 +336,7 @@ def test_an_elastic_run_is_planned_at_every_size() -> None:
         config(cluster={"workers": 1}, train={"micro_batch_size": 2, "global_batch_size": 12}, engine={"zero_stage": 3})
     )
     assert plan.memory_gb_per_device == alone.memory_gb_per_device, "a device holds the most with the fewest workers"
-    at_two = make_plan(config(cluster={"workers": [1, 6]}, engine={"zero_stage": 3}), replicas=2)
+    at_two = make_plan(config(cluster={"workers": [1, 6]}, engine={"zero_stage": 3}), ranks=2)
     assert at_two.memory_gb_per_device != plan.memory_gb_per_device
 
 

@@ -86,3 +86,12 @@ def test_slow_company_is_said(tmp_path_factory: pytest.TempPathFactory) -> None:
     assert mixed.startswith("GPUs of several models: ranks 0 and 1 on NVIDIA H100 80GB HBM3, rank 2 on NVIDIA A100")
     [crowded] = find_placement_warnings([cpu("a", 0), cpu("a", 1), cpu("a", 2), cpu("b", 0)], config)
     assert crowded.startswith("node a has 8 cores for 3 ranks with 4 threads each")
+
+
+def test_replicas_on_several_nodes_are_said(tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.mktemp("seats")
+    config = tiny_config(folder, folder, engine={"sequence_parallel": 2}, cluster={"cpus_per_worker": 1})
+    apart = [cpu("a", 0), cpu("a", 1), cpu("a", 2), cpu("b", 0)]
+    [parted] = find_placement_warnings(apart, config)
+    assert parted.startswith("ranks 2 and 3 share rows")
+    assert find_placement_warnings(apart[:2], config) == []

@@ -8,7 +8,8 @@ from itertools import islice, repeat
 from types import TracebackType
 from typing import Any, Self
 
-from llm_training_toolkit.config.data_config import DataConfig, SourceConfig
+from llm_training_toolkit.config.data_config import DataConfig
+from llm_training_toolkit.config.source_config import SourceConfig
 from llm_training_toolkit.data.prepare.decontamination import BenchmarkFilter, build_benchmark_sources
 from llm_training_toolkit.data.prepare.min_hash import Signature, SignatureRunner, get_band_rows, load_min_hash
 from llm_training_toolkit.data.prepare.near_duplicates import NearDuplicateIndex

@@ -64,7 +64,8 @@ class AutoscalerClient:
         is_refused = bool(self._requested) and private_api.count_bundles(self._requested) in report.infeasible
         is_infeasible = is_refused and self._count <= self._wanted.fewest
         if is_refused and not is_infeasible:
-            self._count = max(self._wanted.fewest, self._count - max(1, self._count // 8))
+            fewer = self._wanted.round_to_replicas(self._count - max(1, self._count // 8))
+            self._count = max(self._wanted.fewest, fewer)
         self._requested = [dict(self._wanted.worker_resources)] * self._count + [dict(amount) for amount in used]
         request_resources(bundles=self._requested)
         return AutoscalerStatus(report.pending, report.failed, is_infeasible)

@@ -23,6 +23,7 @@ def build_resource_request(config: Config, gpus_there: float, console: Console) 
         cluster_config.max_workers,
         compute_worker_resources(config, gpus_there),
         cluster_config.placement_strategy,
+        config.engine.sequence_parallel,
     )
 
 
@@ -62,9 +63,15 @@ class ResourceRequest:
     """Resources of one worker."""
     placement: str
     """`cluster.placement_strategy`."""
+    multiple: int = 1
+    """Workers of a replica, `engine.sequence_parallel`: a group has whole replicas."""
+
+    def round_to_replicas(self, workers: int) -> int:
+        """Return the workers of the whole replicas among so many."""
+        return workers // self.multiple * self.multiple
 
     def count_fitting_workers(self, nodes: Iterable[Resources]) -> int:
-        """Count the workers that fit into the nodes' resources, at most `most`."""
+        """Count the workers of whole replicas that fit into the nodes' resources, at most `most`."""
         fitting = [_count_worker_slots(resources, self.worker_resources) for resources in nodes]
         if self.placement == "strict_pack":
             count = max(fitting, default=0)
@@ -72,7 +79,7 @@ class ResourceRequest:
             count = sum(map(bool, fitting))
         else:
             count = sum(fitting)
-        return min(count, self.most)
+        return self.round_to_replicas(min(count, self.most))
 
 
 def has_room_for_worker(resources: Resources, each: Resources) -> bool:

@@ -9,18 +9,18 @@ from pathlib import Path
 
 from llm_training_toolkit.config.schema import Config
 from llm_training_toolkit.families import HfValues, ModelSize, read_saved_dropout
-from llm_training_toolkit.plan.batch import get_micro_batch, split_global_batch
+from llm_training_toolkit.plan.batch import count_replicas, get_micro_batch, split_global_batch
 from llm_training_toolkit.plan.checks.run_check import is_directory_or_hub_id
 
 # names of environment variables with secrets
 _SECRET = re.compile(r"TOKEN$|SECRET|PASSWORD|CREDENTIAL|KEY$", re.IGNORECASE)
 
 
-def collect_notes(config: Config, size: ModelSize, hf: HfValues, replicas: tuple[int, int]) -> tuple[str, ...]:
-    """Return notes on valid but noteworthy settings; `replicas` = (fewest, most)."""
+def collect_notes(config: Config, size: ModelSize, hf: HfValues, ranks: tuple[int, int]) -> tuple[str, ...]:
+    """Return notes on valid but noteworthy settings; `ranks` = (fewest, most)."""
     return (
-        *_collect_precision_notes(config, replicas[1]),
-        *_collect_batch_notes(config, *replicas),
+        *_collect_precision_notes(config, ranks[1]),
+        *_collect_batch_notes(config, *(count_replicas(each, config.engine.sequence_parallel) for each in ranks)),
         *_collect_model_notes(config, size, hf),
         *_collect_evaluation_notes(config),
         *_collect_environment_notes(config),

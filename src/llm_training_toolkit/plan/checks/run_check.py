@@ -20,13 +20,13 @@ from llm_training_toolkit.plan.problem import Problem, format_plural
 _MOST_MEMORY_GB = 1e6  # a petabyte on one device: larger estimates are typos
 
 
-def find_problems(config: Config, size: ModelSize, hf: HfValues, replicas: int) -> tuple[Problem, ...]:
+def find_problems(config: Config, size: ModelSize, hf: HfValues, ranks: int) -> tuple[Problem, ...]:
     """Return every reason in the configuration itself that keeps the run from starting."""
     found = (
         *_find_object_store_problems(config),
         *find_tokenizer_problems(config),
         *find_data_problems(config, size, hf),
-        *_find_batch_problems(config, replicas),
+        *_find_batch_problems(config, ranks),
         *_find_isolation_problems(size.family),
         *_find_router_problems(config, hf),
         *_find_attention_problems(config, size.family),
@@ -35,7 +35,7 @@ def find_problems(config: Config, size: ModelSize, hf: HfValues, replicas: int) 
         *_find_revision_problems(config),
         *find_lora_problems(config, size, hf),
         *_find_offload_problems(config),
-        *_find_hierarchy_problems(config, replicas),
+        *_find_hierarchy_problems(config, ranks),
         *_find_evaluation_problems(config, size.family),
     )
     return (*found, *find_deepspeed_problems(config.engine.deepspeed))
@@ -228,11 +228,12 @@ def find_memory_problems(memory_gb: Mapping[str, float]) -> tuple[Problem, ...]:
     )
 
 
-def _find_batch_problems(config: Config, replicas: int) -> Iterator[Problem]:
+def _find_batch_problems(config: Config, ranks: int) -> Iterator[Problem]:
     batch = config.train.global_batch_size
-    if replicas > batch:
-        sequences, workers = format_plural(batch, "sequence"), format_plural(batch, "worker")
-        what = f"{replicas:,} workers share {sequences}, so {replicas - batch:,} would have none"
+    most = batch * config.engine.sequence_parallel
+    if ranks > most:
+        sequences, workers = format_plural(batch, "sequence"), format_plural(most, "worker")
+        what = f"{ranks:,} workers share {sequences}, so {ranks - most:,} would have none"
         yield Problem(
             "more-workers-than-sequences",
             "cluster.workers",

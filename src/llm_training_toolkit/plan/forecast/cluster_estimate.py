@@ -8,16 +8,15 @@ from typing import Any
 
 from llm_training_toolkit.config.schema import Config
 from llm_training_toolkit.plan.auto import Precision, with_precision
-from llm_training_toolkit.plan.forecast.communication import collect_communication_notes, count_exchanged_bytes
+from llm_training_toolkit.plan.batch import count_replicas
+from llm_training_toolkit.plan.forecast.communication import collect_communication_notes
 from llm_training_toolkit.plan.forecast.hardware import ClusterHardware
 from llm_training_toolkit.plan.forecast.offload import estimate_host_seconds
 from llm_training_toolkit.plan.forecast.step_time import (
     MeasuredSpeed,
-    build_exchange_workload,
-    compute_group_seconds_per_byte,
     compute_measured_seconds,
-    compute_seconds_per_byte,
     estimate_compute_seconds,
+    estimate_exchange_seconds,
 )
 from llm_training_toolkit.plan.forecast.utilisation import CPU_UTILISATION
 from llm_training_toolkit.plan.memory.memory_estimate import (
@@ -122,11 +121,11 @@ def resolve_for_hardware(config: Config, hardware: ClusterHardware) -> tuple[Con
 
     An `auto` micro-batch takes part in the choice and stays `auto`, because it depends on the number of workers.
     """
-    replicas = max(config.cluster.min_workers, 1)  # memory per device peaks with the fewest workers
+    ranks = config.cluster.min_workers or config.engine.sequence_parallel  # memory per device peaks with the fewest
     config = with_faster_precision(config, hardware)
-    if replicas > config.train.global_batch_size:
+    if count_replicas(ranks, config.engine.sequence_parallel) > config.train.global_batch_size:
         return config, ()
-    choice = choose_memory_settings(config, replicas, 1e9 * get_worker_memory_gb(config, hardware))
+    choice = choose_memory_settings(config, ranks, 1e9 * get_worker_memory_gb(config, hardware))
     reasons = tuple(str(reason) for reason in choice.reasons if reason.key != "train.micro_batch_size")
     rows = config.train.micro_batch_size
     config = choice.settings.apply_to_config(config)
@@ -153,10 +152,9 @@ def estimate_on_cluster(
     cpus = config.cluster.cpus_per_worker
     per_node = hardware.get_workers_per_node(cpus)
     if plan.is_elastic:
-        plan = replace(
-            plan, replicas=min(plan.workers, max(plan.fewest_workers, compute_max_workers(config, hardware, per_node)))
-        )
-    nodes = _count_nodes(config, plan.replicas, per_node, hardware.nodes)
+        most = compute_max_workers(config, hardware, per_node)
+        plan = replace(plan, ranks=min(plan.workers, max(plan.fewest_workers, most)))
+    nodes = _count_nodes(config, plan.ranks, per_node, hardware.nodes)
     problems = tuple(_find_problems(config, plan, hardware, per_node))
     rows = _estimate_micro_batch(config, plan, hardware)
     known = hardware.utilisation or (CPU_UTILISATION if hardware.is_cpu else None)
@@ -165,7 +163,7 @@ def estimate_on_cluster(
         if measured is None
         else compute_measured_seconds(plan, measured)
     )
-    overlapped_seconds, exposed_seconds = _estimate_exchange_seconds(plan, hardware, nodes, rows)
+    overlapped_seconds, exposed_seconds = estimate_exchange_seconds(plan, hardware, nodes, rows)
     estimate = ClusterEstimate(
         hardware=hardware,
         nodes=nodes,
@@ -190,21 +188,6 @@ def estimate_on_cluster(
     )
     hours = None if plan.steps is None or problems else plan.steps * estimate.step_seconds / 3600
     return replace(estimate, hours=hours, notes=notes)
-
-
-def _estimate_exchange_seconds(
-    plan: Plan, hardware: ClusterHardware, nodes: int, micro_batch: int
-) -> tuple[float, float]:
-    """Return the seconds a step of what workers send while they compute, and while they wait."""
-    if not 1 < plan.replicas <= plan.global_batch:
-        return 0.0, 0.0
-    load = build_exchange_workload(plan, micro_batch)
-    exchange = count_exchanged_bytes(load)
-    each = compute_seconds_per_byte(plan, hardware, nodes)
-    overlapped = exchange.overlapped * each
-    if exchange.grouped:
-        overlapped += exchange.grouped * compute_group_seconds_per_byte(plan, hardware, nodes, load.second_partition)
-    return overlapped, exchange.exposed * each
 
 
 def _count_nodes(config: Config, workers: int, per_node: int, available: int) -> int:
@@ -274,7 +257,8 @@ def _find_placement_problems(
 def compute_max_workers(config: Config, hardware: ClusterHardware, per_node: int) -> int:
     """Return the workers that the largest cluster of the file holds with this placement strategy."""
     limits = {"strict_pack": per_node, "strict_spread": hardware.nodes}
-    return limits.get(config.cluster.placement_strategy, hardware.nodes * per_node)
+    each = config.engine.sequence_parallel
+    return limits.get(config.cluster.placement_strategy, hardware.nodes * per_node) // each * each
 
 
 def _find_memory_problems(config: Config, plan: Plan, hardware: ClusterHardware) -> Iterator[Problem]:
@@ -304,7 +288,7 @@ def _suggest_memory_fix(config: Config, plan: Plan, largest: str) -> tuple[str, 
                 "model.activation_checkpointing",
                 "Set it to full: layers are computed twice instead of kept; or to auto",
             )
-        return "data.sequence_length", "Lower it"
+        return "data.sequence_length", "Lower it, or let several workers share a row: engine.sequence_parallel"
     smaller = "; or ".join([*_list_smaller_states(config, plan), "a smaller model"])
     if plan.zero < 3:
         where, spread = (
@@ -331,7 +315,11 @@ def get_worker_memory_gb(config: Config, hardware: ClusterHardware) -> float:
     """Return the memory of a worker's devices, in 10^9 bytes, without what CUDA and its libraries take of a GPU."""
     memory = hardware.memory_gb * hardware.get_devices_per_worker(config.cluster.cpus_per_worker)
     if hardware.is_cpu:  # an offload and a checkpoint's copy share the memory of the machine with the rest
-        return memory - estimate_host_bytes(plan_workload(config, max(config.cluster.min_workers, 1))) / 1e9
+        return (
+            memory
+            - estimate_host_bytes(plan_workload(config, config.cluster.min_workers or config.engine.sequence_parallel))
+            / 1e9
+        )
     return max(memory - CUDA_RUNTIME_BYTES / 1e9, 0.0)
 
 
@@ -339,9 +327,7 @@ def _estimate_micro_batch(config: Config, plan: Plan, hardware: ClusterHardware)
     """Return the sequences per forward pass there; for `auto` the estimated number."""
     if config.train.micro_batch_size != "auto" or plan.replicas > plan.global_batch:
         return plan.micro_batch
-    return choose_memory_settings(
-        config, plan.replicas, 1e9 * get_worker_memory_gb(config, hardware)
-    ).settings.micro_batch
+    return choose_memory_settings(config, plan.ranks, 1e9 * get_worker_memory_gb(config, hardware)).settings.micro_batch
 
 
 def _collect_notes(config: Config, plan: Plan, hardware: ClusterHardware, micro_batch: int) -> Iterator[str]:
@@ -353,7 +339,7 @@ def _collect_notes(config: Config, plan: Plan, hardware: ClusterHardware, micro_
     elif MEMORY_FILL * there < needed <= there:
         yield f"About {needed:.3g} of {there:.3g} GB is tight: what allocators and kernels add is not counted."
     if not hardware.is_cpu:
-        on_node = min(hardware.devices_per_node, plan.replicas)
+        on_node = min(hardware.devices_per_node, plan.ranks)
         offload = "" if config.engine.offload == "none" else " and engine.offload"
         yield (
             f"Copies for checkpoints{offload} take {plan.host_memory_gb_per_worker * on_node:.3g} GB of host memory on "

@@ -1,4 +1,4 @@
-"""Bytes that a worker sends in a step, by ZeRO stage: gradients and weights. Pure.
+"""Bytes that a worker sends in a step: gradients and weights by ZeRO stage, and tokens of rows that ranks share. Pure.
 
 Compared with the collectives of the real engine by tests/ranks/test_step_bytes.py.
 """
@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from llm_training_toolkit.families import ModelDims
 from llm_training_toolkit.plan.memory.activations import ActivationCheckpointing
 
 _MAX_REUSE_DISTANCE = 1_000_000_000  # DeepSpeed's default of stage3_max_reuse_distance, in parameters
@@ -74,6 +75,18 @@ def count_exchanged_bytes(load: ExchangeWorkload) -> Exchange:
     if load.overlaps_gradients:
         return Exchange(gathered + reduced, after, grouped)
     return Exchange(gathered, reduced + after, grouped)
+
+
+def count_token_bytes(
+    model: ModelDims, width: int, tokens: int, passes: int, checkpointing: ActivationCheckpointing
+) -> int:
+    """Count what a worker sends in a step where ranks share rows, without the factor (n - 1) / n of n such ranks.
+
+    `tokens` are its own of a micro-batch. Every layer exchanges queries, keys and values before attention and the
+    output behind it, their gradients in the backward pass, and both again where layers are recomputed.
+    """
+    each = width * model.layers * 2 * (model.query_width + model.kv_width)
+    return passes * tokens * each * (2 if checkpointing == "none" else 3)
 
 
 def _count_kept_weights(load: ExchangeWorkload) -> int:

@@ -146,12 +146,16 @@ def search_settings(config: Config, plan: Plan, hardware: ClusterHardware) -> Se
 
 
 def list_worker_counts(config: Config, hardware: ClusterHardware) -> list[int]:
-    """Return the numbers of workers to try: powers of two on a node, then whole nodes, up to all and to the batch."""
-    per_node = hardware.get_workers_per_node(config.cluster.cpus_per_worker)
-    most = min(compute_max_workers(config, hardware, per_node), config.train.global_batch_size)
+    """Return the numbers of workers to try: powers of two on a node, then whole nodes, up to all and to the batch.
+
+    They make whole replicas.
+    """
+    per_node, each = hardware.get_workers_per_node(config.cluster.cpus_per_worker), config.engine.sequence_parallel
+    most = min(compute_max_workers(config, hardware, per_node), each * config.train.global_batch_size)
     powers = [2**exponent for exponent in range(most.bit_length())]
     on_one = [count for count in powers if count < per_node]
-    return sorted({count for count in (*on_one, *(per_node * nodes for nodes in powers), most) if 0 < count <= most})
+    counts = {*on_one, *(per_node * nodes for nodes in powers), most}
+    return sorted(count for count in counts if 0 < count <= most and count % each == 0)
 
 
 def format_search(search: SettingsSearch) -> list[str]:
@@ -226,6 +230,6 @@ def _estimate_candidates(
         estimate = estimate_on_cluster(applied, made, hardware)
         if made.problems or estimate.problems:
             continue
-        per_node = -(-made.replicas // estimate.nodes)
+        per_node = -(-made.ranks // estimate.nodes)
         host = 0.0 if hardware.is_cpu else made.host_memory_gb_per_worker * per_node
         yield SearchCandidate(made.workers, config.engine.offload, settings, found[settings] / 1e9, host, estimate)

@@ -8,7 +8,12 @@ from dataclasses import dataclass
 from llm_training_toolkit import families
 from llm_training_toolkit.config.schema import Config
 from llm_training_toolkit.plan.batch import compute_accumulation_steps
-from llm_training_toolkit.plan.forecast.communication import ExchangeWorkload, read_reuse_distance
+from llm_training_toolkit.plan.forecast.communication import (
+    ExchangeWorkload,
+    count_exchanged_bytes,
+    count_token_bytes,
+    read_reuse_distance,
+)
 from llm_training_toolkit.plan.forecast.hardware import ClusterHardware
 from llm_training_toolkit.plan.forecast.utilisation import ComputeWorkload, estimate_pass_seconds
 from llm_training_toolkit.plan.memory.activations import count_recomputed_flops
@@ -37,7 +42,7 @@ def compute_measured_seconds(plan: Plan, measured: MeasuredSpeed) -> tuple[float
 
     The share does not give the time: MFU counts loss tokens and attended tokens, and a plan an upper bound of them.
     """
-    seconds = plan.tokens_per_step / (plan.replicas * measured.tokens_per_second)
+    seconds = plan.tokens_per_step / (plan.ranks * measured.tokens_per_second)
     return seconds, measured.mfu * compute_hardware_flops_per_token(plan) / plan.flops_per_token
 
 
@@ -48,7 +53,7 @@ def estimate_compute_seconds(
 
     By a known utilisation, or by published speeds.
     """
-    devices = plan.replicas * hardware.get_devices_per_worker(config.cluster.cpus_per_worker)
+    devices = plan.ranks * hardware.get_devices_per_worker(config.cluster.cpus_per_worker)
     at_peak = plan.tokens_per_step * compute_hardware_flops_per_token(plan)
     at_peak /= devices * hardware.get_peak_flops(plan.precision)
     if known is not None:
@@ -86,7 +91,7 @@ def _build_compute_workload(plan: Plan, rows: int) -> ComputeWorkload:
         attention_flops=attention,
         hidden=dims.hidden,
         layers=dims.layers,
-        pass_tokens=rows * plan.sequence_length,
+        pass_tokens=rows * plan.sequence_length // plan.sequence_parallel,
         launches="quantized" if quantized else "sharded" if plan.zero == 3 else "plain",
         recomputes=plan.activation_checkpointing != "none",
         kernels="fused" if plan.compile else "eager",
@@ -115,13 +120,48 @@ def build_exchange_workload(plan: Plan, micro_batch: int) -> ExchangeWorkload:
     )
 
 
+def estimate_exchange_seconds(
+    plan: Plan, hardware: ClusterHardware, nodes: int, micro_batch: int
+) -> tuple[float, float]:
+    """Return the seconds a step of what workers send while they compute, and while they wait."""
+    if plan.ranks == 1 or plan.replicas > plan.global_batch:
+        return 0.0, 0.0
+    load = build_exchange_workload(plan, micro_batch)
+    exchange = count_exchanged_bytes(load)
+    each = compute_seconds_per_byte(plan, hardware, nodes)
+    overlapped = exchange.overlapped * each
+    if exchange.grouped:
+        overlapped += exchange.grouped * compute_group_seconds_per_byte(plan, hardware, nodes, load.second_partition)
+    return overlapped, exchange.exposed * each + _estimate_token_seconds(plan, micro_batch, hardware, nodes)
+
+
+def _estimate_token_seconds(plan: Plan, micro_batch: int, hardware: ClusterHardware, nodes: int) -> float:
+    """Return the seconds in which a worker sends tokens of the rows that it shares; 0 without such rows.
+
+    Replicas of consecutive workers are within nodes, or some lie on two, and all workers of a node share its link.
+    """
+    each = plan.sequence_parallel
+    if each == 1:
+        return 0.0
+    sent = count_token_bytes(
+        families.read_model_dims(plan.hf_config),
+        2 if plan.precision == "bf16" else 4,
+        micro_batch * plan.sequence_length // each,
+        compute_accumulation_steps(plan.global_batch, plan.replicas, micro_batch),
+        plan.activation_checkpointing,
+    )
+    links, on_node = hardware.bandwidth_gb_per_s, -(-plan.ranks // nodes)
+    link = links.between_nodes / on_node if nodes > 1 and on_node % each else links.within_node
+    return sent * (each - 1) / each / (1e9 * link)
+
+
 def compute_seconds_per_byte(plan: Plan, hardware: ClusterHardware, nodes: int) -> float:
     """Return the seconds that the slowest link takes for a byte of an exchange.
 
     In a ring every worker sends (n - 1) / n of what is reduced or gathered. NCCL's rings enter and leave a node once,
     so all links of a node together carry as much as one device sends.
     """
-    links, workers = hardware.bandwidth_gb_per_s, plan.replicas
+    links, workers = hardware.bandwidth_gb_per_s, plan.ranks
     if nodes == 1:
         link = links.within_node
     elif workers > nodes:
@@ -133,6 +173,6 @@ def compute_seconds_per_byte(plan: Plan, hardware: ClusterHardware, nodes: int) 
 
 def compute_group_seconds_per_byte(plan: Plan, hardware: ClusterHardware, nodes: int, group: int) -> float:
     """Return the seconds for a byte of an exchange within groups of consecutive workers, which fill node after node."""
-    if nodes > 1 and -(-plan.replicas // nodes) % group:  # some groups lie on two nodes
+    if nodes > 1 and -(-plan.ranks // nodes) % group:  # some groups lie on two nodes
         return compute_seconds_per_byte(plan, hardware, nodes)
     return (group - 1) / group / (1e9 * hardware.bandwidth_gb_per_s.within_node)

@@ -38,6 +38,8 @@ class PassShape:
     checkpointing: ActivationCheckpointing
     attention: AttentionMemory
     """`masked` keeps masks and repeated keys, `eager` all probabilities, `varlen` none of these."""
+    exchanges_tokens: bool = False
+    """Whether ranks share the tokens and exchange them for heads around attention."""
     mixer: MixerKind = "attention"
     """Kind of layer that is meant where one is; hybrid models have two."""
 
@@ -244,11 +246,14 @@ def _estimate_attention_bytes(load: PassShape) -> int:
 
     Masked and eager attention repeat keys and values for every query head unless there is only one key-value head.
     Packed documents need a mask there, T w. Eager attention keeps scores as probabilities instead, in fp32 and again in
-    bf16; the others keep one fp32 sum per head.
+    bf16; the others keep one fp32 sum per head. Sent back to the ranks of its tokens, the output is another tensor
+    than the one that attention keeps, and the last matrix reads it.
     """
     model, w = load.model, load.width
     repeated = load.attention != "varlen" and model.kv_heads > 1
     values = 2 * model.query_width + 2 * (model.query_width if repeated else model.kv_width)
+    if load.exchanges_tokens and load.adapter is None:
+        values += model.query_width
     if load.attention == "eager":
         return w * values + load.sequence_length * model.heads * (4 if w == 4 else 6)
     return w * values + 4 * model.heads + (w * load.sequence_length if load.attention == "masked" else 0)
@@ -284,7 +289,8 @@ def _estimate_adapter_bytes(load: PassShape, adapter: AdapterSpec) -> int:
     if adapter.dropout:
         inputs = sum((w + 1) * layer.inputs for layer in adapter.layers)
     else:
-        kept = set() if load.model.output_gate else {"heads"}  # attention keeps its output, but not a gated one
+        # Attention keeps its output, but neither a gated nor an exchanged one.
+        kept = set() if load.model.output_gate or load.exchanges_tokens else {"heads"}
         inputs = w * sum({each.reads: each.inputs for each in adapter.layers if each.reads not in kept}.values())
     inner = w * adapter.rank * len(adapter.layers)
     results = 2 * w * sum(layer.outputs for layer in adapter.layers) if adapter.dora else 0

@@ -77,6 +77,8 @@ class DeviceWorkload:
     max_live: int = _MAX_LIVE
     """DeepSpeed's stage3_max_live_parameters."""
     offload: Offload = "none"
+    sequence_parallel: int = 1
+    """Workers that hold slices of the same sequences."""
     second_partition: int = 1
     """Workers that keep a second copy of all weights among them (`engine.zero_hpz_partition_size`); 1 = none."""
 
@@ -87,8 +89,8 @@ class DeviceWorkload:
 
     @property
     def micro_batch_tokens(self) -> int:
-        """Tokens per micro-batch."""
-        return self.micro_batch * self.sequence_length
+        """Tokens of a micro-batch that one worker holds."""
+        return self.micro_batch * self.sequence_length // self.sequence_parallel
 
     @property
     def trainable_parameters(self) -> int:
@@ -120,6 +122,7 @@ class DeviceWorkload:
             tokens=self.micro_batch_tokens,
             checkpointing=self.checkpointing,
             attention=self.attention,
+            exchanges_tokens=self.sequence_parallel > 1,
         )
 
 

@@ -16,7 +16,7 @@ from llm_training_toolkit.plan.auto import (
     with_activation_checkpointing,
     with_zero_stage,
 )
-from llm_training_toolkit.plan.batch import split_global_batch
+from llm_training_toolkit.plan.batch import count_replicas, split_global_batch
 from llm_training_toolkit.plan.memory.activations import ActivationCheckpointing
 from llm_training_toolkit.plan.memory.memory_estimate import DeviceWorkload, estimate_memory
 from llm_training_toolkit.plan.plan import plan_workload
@@ -63,16 +63,16 @@ def with_micro_batch(config: Config, micro_batch: int | Literal["auto"]) -> Conf
     return config.model_copy(update={"train": train})
 
 
-def choose_memory_settings(config: Config, replicas: int, free_bytes: float) -> MemoryChoice:
+def choose_memory_settings(config: Config, ranks: int, free_bytes: float) -> MemoryChoice:
     """Choose the fastest settings whose estimate fits into `free_bytes` of every device, else those with the least."""
-    load = plan_workload(config, replicas)
-    needed = {settings: settings.estimate_bytes(load) for settings in list_memory_settings(config, replicas)}
+    load = plan_workload(config, ranks)
+    needed = {settings: settings.estimate_bytes(load) for settings in list_memory_settings(config, ranks)}
     fitting = (settings for settings, size in needed.items() if size <= MEMORY_FILL * free_bytes)
     chosen = next(fitting, min(needed, key=lambda settings: needed[settings]))
-    return MemoryChoice(chosen, tuple(_iter_reasons(config, replicas, free_bytes, needed, chosen)))
+    return MemoryChoice(chosen, tuple(_iter_reasons(config, ranks, free_bytes, needed, chosen)))
 
 
-def list_memory_settings(config: Config, replicas: int) -> list[MemorySettings]:
+def list_memory_settings(config: Config, ranks: int) -> list[MemorySettings]:
     """Return all combinations of the settings that are `auto`, the fastest first.
 
     Recomputation costs the most, then stages 2 and 3, which exchange gradients with every pass, then passes too short
@@ -83,23 +83,24 @@ def list_memory_settings(config: Config, replicas: int) -> list[MemorySettings]:
         config.train.micro_batch_size,
         config.engine.zero_stage,
     )
-    share = split_global_batch(config.train.global_batch_size, replicas)[0]
+    share = _get_largest_share(config, ranks)
     combinations = [
         MemorySettings(each_kind, each_rows, each_stage)
         for each_kind in (_CHECKPOINTING_BY_WORK if kind == "auto" else (kind,))
         for each_rows in (_list_even_micro_batches(share)[::-1] if rows == "auto" else (rows,))
-        for each_stage in (_list_zero_stages(config, replicas) if stage == "auto" else (stage,))
+        for each_stage in (_list_zero_stages(config, ranks) if stage == "auto" else (stage,))
     ]
 
     def rank_by_speed(settings: MemorySettings) -> tuple[int, bool, int, int, int]:
         work = _CHECKPOINTING_BY_WORK.index(settings.checkpointing)
-        filled = min(settings.micro_batch * config.data.sequence_length, _BUSY_TOKENS)
+        tokens = settings.micro_batch * config.data.sequence_length // config.engine.sequence_parallel
+        filled = min(tokens, _BUSY_TOKENS)
         return work, settings.zero >= 2, -filled, settings.zero, -settings.micro_batch
 
     return sorted(combinations, key=rank_by_speed)
 
 
-def find_smaller_settings(config: Config, tried: MemorySettings, replicas: int) -> MemorySettings | None:
+def find_smaller_settings(config: Config, tried: MemorySettings, ranks: int) -> MemorySettings | None:
     """Return the settings to try after `tried` ran out of memory, changing only `auto` ones, or None.
 
     The micro-batch is halved as long as that is possible, then the ZeRO stage is raised, then more is recomputed. Each
@@ -107,31 +108,37 @@ def find_smaller_settings(config: Config, tried: MemorySettings, replicas: int) 
     gain.
     """
     if config.train.micro_batch_size == "auto":
-        rows = find_smaller_micro_batch(config, replicas, tried.micro_batch)
+        rows = find_smaller_micro_batch(config, ranks, tried.micro_batch)
         if rows:
             return replace(tried, micro_batch=rows)
     following: list[MemorySettings] = []
     if config.engine.zero_stage == "auto":
-        higher = (stage for stage in _list_zero_stages(config, replicas) if stage > tried.zero)
+        higher = (stage for stage in _list_zero_stages(config, ranks) if stage > tried.zero)
         following += [replace(tried, zero=stage) for stage in higher]
     if config.model.activation_checkpointing == "auto":
         more = _CHECKPOINTING_BY_WORK[_CHECKPOINTING_BY_WORK.index(tried.checkpointing) + 1 :]
         following += [replace(tried, checkpointing=kind) for kind in more]
-    load = plan_workload(config, replicas)
+    load = plan_workload(config, ranks)
     needed = tried.estimate_bytes(load)
     return next((settings for settings in following if settings.estimate_bytes(load) < needed), None)
 
 
-def find_smaller_micro_batch(config: Config, replicas: int, micro_batch: int) -> int:
+def find_smaller_micro_batch(config: Config, ranks: int, micro_batch: int) -> int:
     """Return the next micro-batch to try after an OOM: at most half of `micro_batch`; 0 if there is none."""
-    share = split_global_batch(config.train.global_batch_size, replicas)[0]
+    share = _get_largest_share(config, ranks)
     return max((rows for rows in _list_even_micro_batches(share) if rows <= micro_batch // 2), default=0)
 
 
-def _list_zero_stages(config: Config, replicas: int) -> tuple[int, ...]:
+def _get_largest_share(config: Config, ranks: int) -> int:
+    """Return the sequences of the replica with the most."""
+    replicas = count_replicas(ranks, config.engine.sequence_parallel)
+    return split_global_batch(config.train.global_batch_size, replicas)[0]
+
+
+def _list_zero_stages(config: Config, ranks: int) -> tuple[int, ...]:
     """Return the stages of `auto`; for one worker only the first, because higher ones have nothing to shard."""
     stages = get_candidate_zero_stages(config)
-    return stages[:1] if replicas == 1 else stages
+    return stages[:1] if ranks == 1 else stages
 
 
 def _list_even_micro_batches(share: int) -> list[int]:
@@ -140,7 +147,7 @@ def _list_even_micro_batches(share: int) -> list[int]:
 
 
 def _iter_reasons(
-    config: Config, replicas: int, free_bytes: float, needed: Mapping[MemorySettings, int], chosen: MemorySettings
+    config: Config, ranks: int, free_bytes: float, needed: Mapping[MemorySettings, int], chosen: MemorySettings
 ) -> Iterator[ResolvedValue]:
     """Yield the reason for each setting that was `auto`."""
     fits = needed[chosen] <= MEMORY_FILL * free_bytes
@@ -152,7 +159,7 @@ def _iter_reasons(
         yield ResolvedValue(CHECKPOINTING_KEY, chosen.checkpointing, reason)
     if config.engine.zero_stage == "auto":
         which = "of the fastest settings that fit" if fits else "the stage with the least memory"
-        reason = "it costs least for one worker" if replicas == 1 else f"{which}, {there}"
+        reason = "it costs least for one worker" if ranks == 1 else f"{which}, {there}"
         yield ResolvedValue("engine.zero_stage", chosen.zero, reason)
     if config.train.micro_batch_size == "auto":
         yield ResolvedValue(

@@ -137,3 +137,10 @@ def test_as_many_runs_at_once_as_can_be_placed(nodes: list[int], workers: int, p
     assert count_concurrent_runs([{"CPU": 2.0 * count + 1.0} for count in nodes], trial) == placed(
         nodes, workers, placement
     )
+
+
+def test_groups_have_whole_replicas() -> None:
+    wanted = ResourceRequest(2, 6, ONE, "pack", multiple=2)
+    fitting = [wanted.count_fitting_workers([{"CPU": float(cores)}]) for cores in range(9)]
+    assert fitting == [0, 0, 2, 2, 4, 4, 6, 6, 6]
+    assert wanted.count_fitting_workers([{"CPU": 3.0}, {"CPU": 2.0}]) == 4

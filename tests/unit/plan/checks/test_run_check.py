@@ -282,5 +282,5 @@ def test_a_second_partition_needs_stage_3_and_whole_groups(
     if not codes:
         assert plan.zero == 3
         assert plan.deepspeed["zero_optimization"]["zero_hpz_partition_size"] == 8
-        odd = make_plan(config, replicas=15)
+        odd = make_plan(config, ranks=15)
         assert "zero_hpz_partition_size" not in odd.deepspeed["zero_optimization"]

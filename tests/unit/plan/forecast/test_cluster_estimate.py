@@ -248,6 +248,16 @@ def test_a_second_partition_sends_between_nodes_once_a_step() -> None:
     assert thirds.overlapped_seconds > within.overlapped_seconds, "groups of three do not fill a node of eight"
 
 
+def test_tokens_of_rows_that_workers_share_pass_within_a_node_by_hand() -> None:
+    alone, shared = (
+        seen(hardware(memory_gb=999), engine={"zero_stage": 1, "sequence_parallel": each}).exposed_seconds
+        for each in (1, 8)
+    )
+    # 32 micro-batches of 512 tokens for each worker; 36 layers, forward and backward, bf16.
+    sent = 32 * 512 * 36 * 2 * 2 * (2 * 32 * 128 + 2 * 8 * 128)
+    assert shared - alone == pytest.approx(sent * (7 / 8) / 450e9)
+
+
 def test_adapters_take_less_work_and_send_less() -> None:
     lora: dict[str, Any] = {"model": {"path": "weights", "lora": {"rank": 16}}, "engine": {"zero_stage": 2}}
     plan = make_plan(config(**lora))

@@ -70,6 +70,11 @@ def test_every_candidate_fits_and_none_is_faster(
         assert found.cheapest.price_per_step <= each.price_per_step
 
 
+def test_workers_make_whole_replicas() -> None:
+    given = config(engine={"sequence_parallel": 4}, train={"global_batch_size": 2})
+    assert list_worker_counts(given, hardware(nodes=2)) == [4, 8]
+
+
 def test_the_line_of_overrides_has_the_figures_of_the_search(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text(json.dumps(config(**LARGE).model_dump(mode="json", exclude_unset=True)))

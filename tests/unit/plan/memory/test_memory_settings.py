@@ -41,7 +41,7 @@ def config(global_batch: int = 64, **model: Any) -> Config:
 
 
 def needed(made: Config, rows: int, replicas: int) -> float:
-    return 1e9 * sum(make_plan(with_micro_batch(made, rows), replicas=replicas).memory_gb_per_device.values())
+    return 1e9 * sum(make_plan(with_micro_batch(made, rows), ranks=replicas).memory_gb_per_device.values())
 
 
 @given(global_batch=st.integers(1, 64), replicas=st.integers(1, 8), gigabytes=st.floats(0.1, 200))
@@ -114,7 +114,7 @@ def test_no_faster_combination_fits(name: str, gigabytes: int) -> None:
         return flops[settings.checkpointing], settings.zero > 1, -is_short, settings.zero, -settings.micro_batch
 
     needs = {
-        settings: sum(make_plan(settings.apply_to_config(made), replicas=workers).memory_gb_per_device.values())
+        settings: sum(make_plan(settings.apply_to_config(made), ranks=workers).memory_gb_per_device.values())
         for kind in flops
         for rows in {-(-(32 // workers) // passes) for passes in range(1, 33)}
         for stage in ((0,) if workers == 1 else (0, 1, 2, 3))
