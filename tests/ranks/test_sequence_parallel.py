@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 
 import rank_tasks
+from llm_training_toolkit.data.sample_log import read_sample_log
+from llm_training_toolkit.runs.attempts import find_last_attempt
 from llm_training_toolkit.runs.directory import RunDirectory
+from llm_training_toolkit.runs.json_lines import read_newest_rows
 from rank_pool import RankPool
 from tiny_runs import SHAPE
 
@@ -83,3 +86,36 @@ def test_gradients_of_other_models_and_settings_are_those_of_one_rank(
     alone = {section: values for section, values in sections.items() if section != "engine"}
     wanted = compute_gradients(pools, run, 1, 1, 0, micro_batch=3, **alone)
     assert_agree(compute_gradients(pools, run, 2, 2, 3, micro_batch=3, **sections), wanted)
+
+
+def read_values(run: RunDirectory, name: str) -> dict[int, float]:
+    """A metric by step."""
+    return {row["step"]: row[name] for row in read_newest_rows(run.metrics_path) if name in row}
+
+
+def read_fetched(run: RunDirectory) -> list[tuple[int, Any]]:
+    """Every sequence that was fetched, with its step."""
+    attempts = range(1, find_last_attempt(run) + 1)
+    logged = (row for attempt in attempts for row in read_sample_log(run.sample_log_dir, attempt))
+    return sorted((step, sequence) for step, sequences in logged for sequence in sequences)
+
+
+def test_runs_change_the_ranks_of_a_replica_at_a_resume(pools: Pools, fresh_run: Callable[[str], RunDirectory]) -> None:
+    def work(run: RunDirectory, ranks: int, each: int, zero: int, stop: int | None) -> None:
+        changes = {
+            "model": MODEL,
+            "engine": {"zero_stage": zero, "sequence_parallel": each},
+            "eval": {"interval": 4},
+            "failures": {"log_samples": True},
+        }
+        pools(ranks).run(rank_tasks.work_on, run=str(run.path), changes=changes, stop_after=stop)
+
+    whole, changing = fresh_run("whole"), fresh_run("changing")
+    work(whole, 1, 1, 0, None)
+    for ranks, each, zero, stop in [(2, 2, 1, 2), (4, 2, 3, 4), (4, 4, 2, 6), (2, 1, 3, None)]:
+        work(changing, ranks, each, zero, stop)
+    for name in ("train/loss", "eval/loss"):
+        wanted = read_values(whole, name)
+        assert len(wanted) >= 4
+        assert read_values(changing, name) == pytest.approx(wanted, rel=1e-6)
+    assert read_fetched(changing) == read_fetched(whole)
