@@ -101,7 +101,7 @@ class StoreSimulation(RuleBasedStateMachine):
 
     def advance_process(self, process: SimulatedProcess, requests: int) -> None:
         process.advance(requests)
-        allowed = (LaunchError, RunReplacedError)
+        allowed: tuple[type[Exception], ...] = (LaunchError, RunReplacedError)
         if self.is_replaced(self.workers[process]):
             allowed += (FileExistsError,)  # its last manifest meets that of the later run
         if process.error is not None and not isinstance(process.error, allowed):
