@@ -151,13 +151,14 @@ def a_stop_saves_and_exits_75(config: Path, start: Start) -> None:
 def a_second_interrupt_leaves_at_once(config: Path, start: Start) -> None:
     before = find_latest_checkpoint(run_of(config).checkpoints_dir)
     assert before is not None
-    with start(command(config)) as process:
+    with start(command(config, "--json")) as process:
         wait_for_step(run_of(config), 25, process)
         process.send_signal(signal.SIGINT)
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=900)
     assert process.returncode == 75, err
-    assert f"resuming from {before.name}" in out
+    assert f"resuming from {before.name}" in err
+    assert json.loads(out)["status"] == "stopped"
 
 
 def without_a_restart_left_the_cause_is_said(config: Path, start: Start) -> None:

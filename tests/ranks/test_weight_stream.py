@@ -83,13 +83,16 @@ def test_a_damaged_file_of_one_reader_ends_every_rank(
     assert said in found[0]
 
 
-def test_an_error_between_two_tensors_is_raised_at_once(pools: Pools, tmp_path: Path) -> None:
-    """Rank 0 waits for the next tensor, so a gathering of all errors would wait for ever."""
+@pytest.mark.parametrize("after", [0, 3])
+def test_an_error_between_two_tensors_is_raised_on_every_rank(pools: Pools, tmp_path: Path, after: int) -> None:
+    """Rank 0, which waits for its neighbour's part of the next tensor, stops there; rank 2 is another machine's."""
     publish(QWEN3, tmp_path, "1GB")
-    assert pools(2).run(streaming.failed_cast, hf_config=QWEN3, directory=str(tmp_path)) == [
-        "",
-        f"CheckpointError: model.path = {tmp_path}: the weights cannot be loaded: no memory for the cast",
-    ]
+    given: dict[str, Any] = {"hf_config": QWEN3, "directory": str(tmp_path), "nodes": NODES, "after": after}
+    (zero, loaded_by_zero), (one, loaded_by_one), (two, loaded_by_two) = pools(3).run(streaming.failed_cast, **given)
+    assert one == f"CheckpointError: model.path = {tmp_path}: the weights cannot be loaded: no memory for the cast"
+    assert zero == two == one
+    assert (loaded_by_zero, loaded_by_one) == (after, after)
+    assert loaded_by_two == len(load_file(tmp_path / "model.safetensors"))
 
 
 def test_a_tensor_missing_on_one_node_is_named_on_every_rank(pools: Pools, tmp_path: Path) -> None:

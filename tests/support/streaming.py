@@ -75,28 +75,29 @@ def refusals(hf_config: HfConfig, directories: Sequence[str], nodes: Sequence[st
     return ""
 
 
-def failed_cast(hf_config: HfConfig, directory: str) -> str:
-    """The error of rank 1, whose cast of the third tensor fails; it then releases rank 0, which waits for it."""
-    ranks = context()
-    with form_node_group(ranks, "one") as node, WeightStream(directory, ranks, node) as stream:
-        names = sorted(stream.get_state_dict(), key=core_model_loading.dot_natural_key)
-        cast, done = core_model_loading._materialize_copy, []
+def failed_cast(hf_config: HfConfig, directory: str, nodes: Sequence[str], after: int) -> tuple[str, int]:
+    """The error of this rank, and its loaded tensors, if the cast of rank 1 fails after so many tensors."""
+    ranks, done = context(), 0
+    cast = core_model_loading._materialize_copy
 
-        def fail(tensor: Any, *given: Any) -> Any:
-            done.append(cast(tensor, *given))
-            if len(done) == 3:
-                raise RuntimeError("no memory for the cast")
-            return done[-1]
+    def fail(tensor: Any, *given: Any) -> Any:
+        nonlocal done
+        if done == after and ranks.rank == 1:
+            raise RuntimeError("no memory for the cast")
+        loaded = cast(tensor, *given)
+        done += 1
+        return loaded
 
+    with (
+        form_node_group(ranks, nodes[ranks.rank]) as node,
+        WeightStream(directory, ranks, node) as stream,
+        patch.object(core_model_loading, "_materialize_copy", fail),
+    ):
         try:
-            with patch.object(core_model_loading, "_materialize_copy", fail if ranks.rank == 1 else cast):
-                build_model(hf_config, precision="bf16", attention="sdpa", path=directory, stream=stream)
+            build_model(hf_config, precision="bf16", attention="sdpa", path=directory, stream=stream)
         except ToolkitError as error:
-            for name in names[len(done) :]:
-                stream.load_tensor(name)
-            stream.check_complete()
-            return f"{type(error).__name__}: {error}"
-    return ""
+            return f"{type(error).__name__}: {error}", done
+    return "", done
 
 
 def memory_and_reads(hf_config: HfConfig, directory: str) -> tuple[int, int]:

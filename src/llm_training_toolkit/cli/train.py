@@ -51,7 +51,7 @@ def _train(request: TrainRequest, out: TerminalStream, err: TerminalStream, *, a
     )
     from llm_training_toolkit.monitoring.console import Console
 
-    console, config = Console(err if as_json else out), None
+    console, config = Console(err if as_json else out, result_stream=out if as_json else None), None
     try:
         config = load_config(request.config, request.overrides)  # reports configuration errors before torch is imported
         from llm_training_toolkit.commands.train import start_run
@@ -60,15 +60,13 @@ def _train(request: TrainRequest, out: TerminalStream, err: TerminalStream, *, a
         outcome = start_run(request, console)
     except KeyboardInterrupt:
         console.print_line("interrupted: the same command resumes from the latest checkpoint")
-        if as_json:
-            out.write(json.dumps(build_interrupted_json(config)) + "\n")
+        console.print_result(build_interrupted_json(config))
         return EXIT_CODES["stopped"]
     except (ToolkitError, OSError) as error:
         console.close()
         message = format_os_error(error) if isinstance(error, OSError) else str(error)
         err.write(f"error: {escape_control_characters(message)}\n")
-        if as_json:
-            out.write(json.dumps(build_failure_json(error)) + "\n")
+        console.print_result(build_failure_json(error))
         return error.exit_code if isinstance(error, ToolkitError) else ToolkitError.exit_code
     except Exception as error:  # outermost handler: Python prints the traceback, this the summary line
         console.close()
@@ -80,7 +78,7 @@ def _train(request: TrainRequest, out: TerminalStream, err: TerminalStream, *, a
     if not is_first_rank():
         pass  # under torchrun only rank 0 prints
     elif as_json:
-        out.write(json.dumps(outcome.to_json()) + "\n")
+        console.print_result(outcome.to_json())
     else:
         for line in format_next_steps(outcome, request):
             console.print_line(line)

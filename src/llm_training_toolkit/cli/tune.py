@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -33,7 +32,7 @@ def tune(
     from llm_training_toolkit.monitoring.terminal import open_terminal_copy
 
     with interrupt_on_stop_signals(), open_terminal_copy(1) as out, open_terminal_copy(2) as err:
-        console, spec = Console(err if as_json else out), None
+        console, spec = Console(err if as_json else out, result_stream=out if as_json else None), None
         try:
             from llm_training_toolkit.launch.tune.tuner import read_search, run_search  # seconds: may be interrupted
 
@@ -41,19 +40,17 @@ def tune(
             status, found = run_search(spec, console)
         except KeyboardInterrupt:
             console.print_line("interrupted: the same command resumes")
-            if as_json:
-                out.write(json.dumps(_build_interrupted_json(spec)) + "\n")
+            console.print_result(_build_interrupted_json(spec))
             raise typer.Exit(EXIT_CODES["stopped"]) from None
         except (ToolkitError, OSError) as error:
             console.close()
             err.write(f"error: {format_os_error(error) if isinstance(error, OSError) else error}\n")
-            if as_json:
-                out.write(json.dumps(build_failure_json(error)) + "\n")
+            console.print_result(build_failure_json(error))
             raise typer.Exit(getattr(error, "exit_code", ToolkitError.exit_code)) from None
         finally:
             console.close()
         if as_json:
-            out.write(json.dumps(found) + "\n")
+            console.print_result(found)
         elif status == "stopped":
             console.print_line("stopped: the same command resumes the trials that had begun")
         elif found["best"] is not None:

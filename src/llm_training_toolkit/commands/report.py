@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from llm_training_toolkit.config import parse_config_json
+from llm_training_toolkit.config.uri import is_uri
 from llm_training_toolkit.data.prepare.dataset_info import DatasetInfo
 from llm_training_toolkit.data.prepare.epochs import build_data_facts
 from llm_training_toolkit.errors import PlanError
@@ -25,8 +26,8 @@ def write_report(places: Sequence[str], output: Path, hardware: ClusterHardware 
     """
     with ExitStack() as stack:
         runs = [check_run(stack.enter_context(open_path(place))) for place in places]
-        uris = [run.uri for run in runs]
-        twice = next((uri for uri in uris if uris.count(uri) > 1), None)
+        locations = [run.uri if is_uri(run.uri) else str(run.path.resolve()) for run in runs]
+        twice = next((each for each in locations if locations.count(each) > 1), None)
         if twice is not None:
             raise PlanError(f"{twice}: named twice: name each run once")
         estimates = [None if hardware is None else _estimate_run(run, hardware) for run in runs]

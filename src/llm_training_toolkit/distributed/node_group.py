@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from llm_training_toolkit.distributed.context import RunContext
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 T = TypeVar("T")
@@ -34,6 +35,17 @@ class NodeGroup:
 
         # As bytes, because not every backend knows every dtype.
         dist.broadcast(tensor.view(-1).view(torch.uint8), src=self.ranks[0], group=self.process_group)
+
+    def any_rank(self, flag: bool, device: torch.device) -> bool:
+        """Return whether a rank of the machine passes True. `device`: of the group's backend. Collective."""
+        if len(self.ranks) == 1:
+            return flag
+        import torch  # noqa: PLC0415
+        import torch.distributed as dist  # noqa: PLC0415
+
+        flags = torch.tensor([float(flag)], device=device)
+        dist.all_reduce(flags, group=self.process_group)
+        return bool(flags.item() > 0)
 
     def broadcast_object(self, value: T) -> T:
         """Return the reader's value on every rank of the machine."""

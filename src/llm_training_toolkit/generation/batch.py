@@ -50,7 +50,7 @@ Row = TypeVar("Row", bound=BatchRow)
 def select_batch(waiting: Sequence[Row], context: int, size: int) -> list[Row]:
     """Select the oldest row and the next ones that can share a batch with it, `size` at most.
 
-    A row that has ended goes on until the last one has: the longest prompt and the longest answer together must fit
+    A row that has ended continues until the last one has: the longest prompt and the longest answer together must fit
     into the context, because learned positions (StarCoder 1) end there.
     """
     chosen: list[Row] = []

@@ -100,29 +100,23 @@ def _load_streamed(
 ) -> Any:  # noqa: ANN401
     """Load the tensors of `stream` as transformers loads those of files.
 
-    Collective. Raises CheckpointError on every rank for an unreadable tensor or weights of another shape. Any other
-    error is raised on this rank alone, while the others wait for its part of the next tensor.
+    Collective. Raises CheckpointError on every rank if one of them cannot load the weights or they do not fit.
     """
     config = read_hf_config(path, model_type)
-    try:
-        with load_in_order():
-            # Not through AutoModelForCausalLM, which needs a path.
-            model, info = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
-                None,
-                config=config,
-                state_dict=stream.get_state_dict(),
-                device_map={"": stream.device},
-                quantization_config=_build_nf4_config(dtype) if four_bits else None,
-                output_loading_info=True,
-                dtype=dtype,
-                attn_implementation=attention,
-            )
-    except LOAD_ERRORS as error:
-        raise _build_load_error(path, error) from error
-    misfit = format_weight_misfit(info)
-    stream.check_complete(
-        CheckpointError(f"model.path = {path}: the weights do not fit the model: {misfit}") if misfit else None
-    )
+    with stream.raise_together(lambda error: _build_load_error(path, error)), load_in_order():
+        # Not through AutoModelForCausalLM, which needs a path.
+        model, info = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
+            None,
+            config=config,
+            state_dict=stream.get_state_dict(),
+            device_map={"": stream.device},
+            quantization_config=_build_nf4_config(dtype) if four_bits else None,
+            output_loading_info=True,
+            dtype=dtype,
+            attn_implementation=attention,
+        )
+        if misfit := format_weight_misfit(info):
+            raise CheckpointError(f"model.path = {path}: the weights do not fit the model: {misfit}")
     model.config.name_or_path = model.name_or_path = resolve_model_path(path)
     return model
 

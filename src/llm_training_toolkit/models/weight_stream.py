@@ -3,16 +3,16 @@
 The other ranks of a machine receive each tensor by broadcast. A rank's host memory holds its model if the device is the
 CPU, and otherwise one chunk of a tensor.
 
-A rank with a read error continues to broadcast what it has, so that no other rank waits for it; afterwards every rank
-raises. After any other error a rank raises at once, and the others wait until the launcher ends them. Names,
-conversions and ties are left to transformers, which takes the tensors as a state dict.
+Before each tensor the ranks of a machine tell each other whether one of them has failed. If so they stop there, and
+all ranks of the run raise its error, those of other machines after their last tensor. Names, conversions and ties are
+left to transformers, which takes the tensors as a state dict.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,6 +64,10 @@ class StreamedTensor:
         return tensor if index is Ellipsis else tensor[index]
 
 
+class _PeerError(RuntimeError):
+    """Failure of another rank of the machine, which has its cause."""
+
+
 class WeightStream:
     """Tensors of a directory of safetensors, for the ranks of one machine."""
 
@@ -71,18 +75,20 @@ class WeightStream:
         """Read the headers. Collective: raises CheckpointError on every rank if one of them cannot."""
         self.directory, self.device = Path(directory).expanduser(), context.device
         self._context, self._node = context, node
-        self._failure: CheckpointError | None = None
         self._files: dict[str, BinaryIO] = {}
         self._stack = ExitStack()
         self._staging: Tensor | None = None
+        self._failure: Exception | None = None
+        self._ranks_are_in_step = True
         entries: dict[str, TensorEntry] = {}
+        failure: CheckpointError | None = None
         if node.is_reader:
             try:
                 entries = self._open_files()
             except _FILE_ERRORS as error:
-                self._keep_failure(error)
+                failure = CheckpointError(f"{self.directory}: the weights cannot be read: {error}")
         with self._stack:
-            _raise_first(self._failure, context)
+            _raise_first(failure, context)
             self._entries = node.broadcast_object(entries)
             self._stack = self._stack.pop_all()
 
@@ -98,26 +104,66 @@ class WeightStream:
         return {name: StreamedTensor(self, name, entry) for name, entry in self._entries.items()}
 
     def load_tensor(self, name: str) -> Tensor:
-        """Return a tensor on the device. Every rank of the machine must ask for the same ones in the same order."""
+        """Return a tensor on the device. Every rank of the machine must ask for the same ones in the same order.
+
+        Raises OSError if the file cannot be read, RuntimeError if another rank of the machine has failed.
+        """
+        if self._failure is not None:
+            raise self._failure  # transformers collects some errors, and continues with the next tensor
+        try:
+            return self._load_together(name)
+        except Exception as error:
+            self._failure = error
+            raise
+
+    def _load_together(self, name: str) -> Tensor:
         entry = self._entries[name]
         self._context.heartbeat.keepalive(f"loading {name}")
         tensor = torch.empty(entry.shape, dtype=str_to_torch_dtype[entry.dtype], device=self.device)
-        if self._node.is_reader and self._failure is None:
-            try:
-                self._read_into(tensor.view(-1).view(torch.uint8), entry)
-            except OSError as error:
-                self._keep_failure(error)
-        if self._failure is not None:
-            tensor.zero_()
-        self._node.broadcast(tensor)
+        if self._node.is_reader:
+            self._read_into(tensor.view(-1).view(torch.uint8), entry)
+        self._exchange_failure(has_failed=False)
+        with self._in_collective():
+            self._node.broadcast(tensor)
         return tensor
 
-    def check_complete(self, failure: CheckpointError | None = None) -> None:
-        """Raise CheckpointError on every rank if a tensor could not be read, or a rank has `failure`.
+    @contextmanager
+    def raise_together(self, describe: Callable[[Exception], CheckpointError]) -> Iterator[None]:
+        """Raise the CheckpointError of the lowest rank that fails in this block, on every rank. Collective.
 
-        Collective, so only for ranks that have loaded every tensor.
+        In the block every rank loads all tensors. `describe` makes a CheckpointError of another error of this rank.
         """
-        _raise_first(self._failure or failure, self._context)
+        failure: CheckpointError | None = None
+        cause: Exception | None = None
+        try:
+            yield
+        except Exception as error:  # of any library: the other ranks wait for the next tensor
+            if not self._ranks_are_in_step:
+                raise  # a collective failed, so that the ranks cannot tell each other anything
+            cause = self._failure or error
+            if not isinstance(cause, _PeerError):
+                failure = cause if isinstance(cause, CheckpointError) else describe(cause)
+        if not isinstance(cause, _PeerError):
+            with suppress(_PeerError):  # its cause follows
+                self._exchange_failure(has_failed=failure is not None)
+        try:
+            _raise_first(failure, self._context)
+        except CheckpointError as first:
+            raise first from (cause if first is failure else None)
+
+    def _exchange_failure(self, *, has_failed: bool) -> None:
+        """Raise _PeerError if another rank of the machine has failed. Collective among them."""
+        with self._in_collective():
+            any_failed = self._node.any_rank(has_failed, self.device)
+        if any_failed and not has_failed:
+            raise _PeerError("another rank of this machine could not load the weights")
+
+    @contextmanager
+    def _in_collective(self) -> Iterator[None]:
+        """Remember an error in this block: after it, ranks may wait at different places."""
+        self._ranks_are_in_step = False
+        yield
+        self._ranks_are_in_step = True
 
     def _open_files(self) -> dict[str, TensorEntry]:
         entries: dict[str, TensorEntry] = {}
@@ -143,11 +189,6 @@ class WeightStream:
             staged = self._staging[: len(part)]
             _read_exactly(file, staged, entry.offset + start)
             part.copy_(staged)
-
-    def _keep_failure(self, error: Exception) -> None:
-        self._failure = CheckpointError(
-            f"{self.directory}: the weights cannot be read: {error} (rank {self._context.rank})"
-        )
 
 
 @contextmanager

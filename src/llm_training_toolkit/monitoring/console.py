@@ -6,10 +6,11 @@ libraries can go to log files.
 
 from __future__ import annotations
 
+import json
 import time
 from collections import deque
-from collections.abc import Callable
-from typing import IO, cast
+from collections.abc import Callable, Mapping
+from typing import IO, Any, cast
 
 from rich.console import Console as Terminal
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
@@ -32,6 +33,7 @@ from llm_training_toolkit.monitoring.logs import DRIVER_LOGGER
 from llm_training_toolkit.monitoring.terminal import TerminalStream
 from llm_training_toolkit.runs.table import format_device_speed, format_duration
 
+_RESULT_PIECE = 64 * 1024  # characters
 _LINE_EVERY = 10.0  # seconds between step lines without a terminal (a log file, a pipe)
 _FORECAST_AFTER = 10  # steps before the length of the run is forecast, without an attempt's first one
 
@@ -71,10 +73,16 @@ class Console:
     """
 
     def __init__(
-        self, file: IO[str] | TerminalStream | None = None, listener: Callable[[Event], None] | None = None
+        self,
+        file: IO[str] | TerminalStream | None = None,
+        listener: Callable[[Event], None] | None = None,
+        result_stream: TerminalStream | None = None,
     ) -> None:
-        """Open the terminal, or write to `file`; `listener` receives each event before it is shown."""
-        self._listener = listener
+        """Open the terminal, or write to `file`; `listener` receives each event before it is shown.
+
+        result_stream: standard output of a command with `--json`.
+        """
+        self._listener, self._result_stream = listener, result_stream
         # The kernel of a notebook would show bars as HTML, and its commands, which write to a pipe, bars in place of
         # step lines: it sets FORCE_COLOR, which rich takes for a terminal.
         is_terminal = None if file is None else file.isatty()
@@ -100,6 +108,15 @@ class Console:
         """Print a warning, and log it as one."""
         self.terminal.print(f"warning: {escape_control_characters(message)}", style="yellow", markup=False)
         DRIVER_LOGGER.warning("%s", message)
+
+    def print_result(self, result: Mapping[str, Any]) -> None:
+        """Print the result of a command with `--json`; nothing without."""
+        if self._result_stream is None:
+            return
+        text = json.dumps(result) + "\n"
+        for start in range(0, len(text), _RESULT_PIECE):  # the stream drops more than it can hold
+            self._result_stream.write(text[start : start + _RESULT_PIECE])
+            self._result_stream.drain()
 
     def show_event(self, event: Event) -> None:
         """Pass an event to the listener and show it."""
@@ -139,8 +156,9 @@ class Console:
         if self._progress is not None:
             self._progress.stop()
             self._progress, self._tasks = None, {}
-        if isinstance(self.terminal.file, TerminalStream):
-            self.terminal.file.drain()  # the process may exit without further clean-up
+        for stream in (self.terminal.file, self._result_stream):
+            if isinstance(stream, TerminalStream):
+                stream.drain()  # the process may exit without further clean-up
 
     def _get_progress_bars(self) -> Progress:
         if self._progress is None:

@@ -18,6 +18,7 @@ from llm_training_toolkit.config.run_identity import flatten_config
 from llm_training_toolkit.config.schema import MlflowConfig, WandbConfig
 from llm_training_toolkit.config.section import parse_duration_seconds
 from llm_training_toolkit.monitoring.background_sink import BackgroundSink
+from llm_training_toolkit.monitoring.logs import RANK_LOGGER
 from llm_training_toolkit.monitoring.metrics import MetricSink, ScalarValues
 from llm_training_toolkit.runs.directory import RunDirectory
 
@@ -97,18 +98,16 @@ class WandbClient:
         return type(error).__name__ in {"CommError", "WandbServiceConnectionError"} or isinstance(error, OSError)
 
     def abandon(self) -> None:
-        """End the client's service, for which a hook of the client would wait without a limit when Python exits.
+        """Kill the client's service, for which the client would wait without a limit when Python exits."""
+        import wandb  # noqa: PLC0415 - an extra package
 
-        The client has no public way to give up a service that hangs.
-        """
-        from wandb.sdk import wandb_setup  # noqa: PLC0415 - an extra package
-
-        connection = getattr(wandb_setup.singleton(), "_connection", None)
-        if remove_hook := getattr(connection, "_cleanup", None):
-            remove_hook()
         for child in psutil.Process().children():
             if child.name() == _WANDB_SERVICE:
                 child.kill()
+        try:
+            wandb.teardown()  # removes the client's exit hook
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - SystemExit has the code of the killed service
+            RANK_LOGGER.info("W&B was given up: %s: %s", type(error).__name__, error)
 
 
 class WandbTracker:

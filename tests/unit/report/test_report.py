@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from html import unescape
 from pathlib import Path
@@ -170,7 +171,9 @@ def test_places_without_a_run_and_runs_named_twice_are_refused(run: RunDirectory
     with pytest.raises(PlanError):
         write_report([str(run.path), str(run.path)], tmp_path / "page.html")
     assert not (tmp_path / "page.html").exists()
-    for same in (f"{run.path}/", f"{run.path.parent}/./{run.name}"):
+    (tmp_path / "link").symlink_to(run.path)
+    relative = os.path.relpath(run.path)
+    for same in (f"{run.path}/", f"{run.path.parent}/./{run.name}", relative, str(tmp_path / "link")):
         with pytest.raises(PlanError, match="named twice"):
             write_report([str(run.path), same], tmp_path / "page.html")
 

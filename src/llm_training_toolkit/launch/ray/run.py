@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, NoReturn
 
@@ -17,7 +18,7 @@ from llm_training_toolkit.distributed.events import WarningEvent
 from llm_training_toolkit.errors import LaunchError
 from llm_training_toolkit.launch.ray.cluster import connect_to_cluster, get_raylet_address, watch_head, watch_raylet
 from llm_training_toolkit.launch.ray.resources import build_resource_request
-from llm_training_toolkit.launch.request import EXIT_CODES
+from llm_training_toolkit.launch.request import EXIT_CODES, build_failure_json, build_interrupted_json
 from llm_training_toolkit.launch.signals import on_stop_signal
 from llm_training_toolkit.monitoring.console import Console
 from llm_training_toolkit.monitoring.logs import redirect_output
@@ -49,8 +50,11 @@ def run_on_ray(run: RunDirectory, config: Config, console: Console) -> dict[str,
             with suppress(OSError, ValueError):
                 if (attempt := find_last_attempt(run)) > previous_attempt:
                     fail_attempt(run, attempt, why)
-            said = f"error: {why}. The same command resumes from the latest checkpoint once there is a cluster again"
-            _exit_immediately(console, said, LaunchError.exit_code)
+            remedy = "The same command resumes from the latest checkpoint once there is a cluster again"
+            exit_after_error(LaunchError(f"{why}. {remedy}"))
+
+        def exit_after_error(error: LaunchError) -> NoReturn:
+            _exit_immediately(console, f"error: {error}", error.exit_code, build_failure_json(error))
 
         def show_warning(message: str) -> None:
             console.show_event(WarningEvent(message))
@@ -63,17 +67,18 @@ def run_on_ray(run: RunDirectory, config: Config, console: Console) -> dict[str,
             ):
                 return groups.run_training()
         except FitStuckError as error:
-            _exit_immediately(console, f"error: {error}", error.exit_code)
+            exit_after_error(error)
         except KeyboardInterrupt:
             said = "stopped without a checkpoint: the same command resumes from the latest one"
-            _exit_immediately(console, said, EXIT_CODES["stopped"])
+            _exit_immediately(console, said, EXIT_CODES["stopped"], build_interrupted_json(config))
 
 
-def _exit_immediately(console: Console, said: str, code: int) -> NoReturn:
+def _exit_immediately(console: Console, said: str, code: int, result: Mapping[str, Any]) -> NoReturn:
     """Exit without cleanup: Ray's processes and workers end with their driver.
 
     `ray.shutdown` occasionally ends in a segmentation fault while `fit` still runs in its thread.
     """
     console.print_line(said)
+    console.print_result(result)
     console.close()
     os._exit(code)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -24,7 +24,7 @@ from llm_training_toolkit.config.uri import is_uri
 from llm_training_toolkit.data.prepare.epochs import format_dataset_info, prepare_epochs
 from llm_training_toolkit.errors import ConfigError, DataError, LaunchError
 from llm_training_toolkit.launch.backend import check_cluster_nodes, create_dataset_builder, prepare_environment
-from llm_training_toolkit.launch.request import EXIT_CODES, TrainResultStatus
+from llm_training_toolkit.launch.request import EXIT_CODES, TrainResultStatus, build_failure_json
 from llm_training_toolkit.launch.signals import on_stop_signal
 from llm_training_toolkit.launch.tune.progress import SearchProgressDisplay
 from llm_training_toolkit.monitoring.console import Console
@@ -141,14 +141,16 @@ def _run_trials(spec: SearchSpec, event_log: EventLog, console: Console) -> Trai
         suggestions = _build_trial_sampler(spec, event_log)
         screen = SearchProgressDisplay(spec.search, event_log, console)
 
-        def exit_with_message(said: str, code: int) -> NoReturn:
+        def exit_immediately(said: str, code: int, result: Mapping[str, Any]) -> NoReturn:
             screen.close()
             console.print_line(said)
+            console.print_result(result)
             console.close()
             os._exit(code)
 
         def exit_on_ray_loss(why: str) -> None:
-            exit_with_message(f"error: {_RAY_LOST_MESSAGE} ({why})", LaunchError.exit_code)
+            error = LaunchError(f"{_RAY_LOST_MESSAGE} ({why})")
+            exit_immediately(f"error: {error}", error.exit_code, build_failure_json(error))
 
         try:
             with (
@@ -157,9 +159,8 @@ def _run_trials(spec: SearchSpec, event_log: EventLog, console: Console) -> Trai
             ):
                 return _run_tuner(spec, event_log, suggestions, concurrent=concurrent, screen=screen, console=console)
         except KeyboardInterrupt:
-            exit_with_message(
-                "stopped at once: the same command resumes the trials that had begun", EXIT_CODES["stopped"]
-            )
+            said = "stopped at once: the same command resumes the trials that had begun"
+            exit_immediately(said, EXIT_CODES["stopped"], build_summary(spec.search, event_log, spec.directory))
         finally:
             screen.close()
 

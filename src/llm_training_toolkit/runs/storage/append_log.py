@@ -24,6 +24,7 @@ _GROWING = re.compile(r"metrics\.jsonl|(?:eval/)?tb/.+|logs/.+|samples/.+")
 _EVENTS = "tfevents"
 _HEAD = struct.Struct("<Q")
 _AROUND = 16  # bytes of a record beside the event: its length and two checksums
+_MOST_COLLISIONS = 5  # segments of others at our offset; a process that was taken over writes one
 _MOST_SEGMENTS = 50  # segments that are merged: a month of ten-second steps is 5,000 objects, not 260,000
 
 
@@ -125,15 +126,22 @@ class AppendLogWriter:
             complete = len(content)
         if complete == 0:
             return
-        if (
-            self._bucket.put_object_if_absent(build_segment_key(relative, sent.stored_bytes), content[:complete])
-            is None
-        ):
-            raise StorageError(f"{self._bucket.address}: another process writes {relative}")
+        self._put_segment(relative, sent, content[:complete])
         sent.small_starts.append(sent.stored_bytes)
         sent.stored_bytes, sent.local_bytes = sent.stored_bytes + complete, sent.local_bytes + complete
         if len(sent.small_starts) >= _MOST_SEGMENTS:
             self._merge_segments(relative, sent)
+
+    def _put_segment(self, relative: str, sent: _UploadState, content: bytes) -> None:
+        """Append a segment, behind those of a process that was taken over and wrote its last rows late."""
+        for _ in range(_MOST_COLLISIONS):
+            key = build_segment_key(relative, sent.stored_bytes)
+            if self._bucket.put_object_if_absent(key, content) is not None:
+                return
+            sizes = {key: stored.size for key, stored in self._bucket.list_objects(f"{relative}.").items()}
+            sent.stored_bytes = get_end_offset(group_segments_by_file(sizes).get(relative, ()))
+            sent.small_starts.clear()
+        raise StorageError(f"{self._bucket.address}: another process writes {relative}")
 
     def _merge_segments(self, relative: str, sent: _UploadState) -> None:
         """Merge the small segments: overwrite the first with all of them, then delete the others."""

@@ -4,8 +4,8 @@
                        holder, marked as given back at the end
 
 A claim that is not renewed for a minute, by the store's own clock, belongs to a dead process: the next number takes
-over the run. On the same machine a holder is dead as soon as its process is gone. Only creates are conditional: a
-suspended holder that was taken over renews its old claim, without effect, and then sees the higher number.
+over the run. On the same machine a holder is dead as soon as its process is gone. Every write is conditional: a holder
+that was suspended while its run was taken over, or removed and begun anew, changes no claim, and learns of it.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,43 @@ RENEWED_EVERY = 5.0  # seconds
 # number then keeps the earlier process from saving.
 EXPIRES_AFTER = 60.0
 _LOOK_EVERY = 1.0
+_NO_ETAG = f'"{"0" * 32}"'  # of no object
 Say = Callable[[str], None]
+
+
+@dataclass
+class Lease:
+    """Claim of this process on a run."""
+
+    bucket: S3Client
+    number: int
+    record: dict[str, Any]
+    etag: str
+    """Version of the claim that this process wrote last."""
+    renewals: int = 0
+
+    def renew(self) -> bool:
+        """Rewrite the claim; return False if the run was taken over or removed. Raises StorageError."""
+        self.renewals += 1
+        return self._rewrite({"renewals": self.renewals}) and not self._is_superseded()
+
+    def release(self) -> None:
+        """Mark the claim as given back, if it is still this one's. Raises StorageError."""
+        self._rewrite({"given_back": True})
+
+    def _rewrite(self, fields: dict[str, Any]) -> bool:
+        """Rewrite the claim with these fields; return False if it is another's or gone."""
+        key, content = _build_lease_key(self.number), json.dumps(self.record | fields).encode()
+        while (etag := self.bucket.put_object_if_unchanged(key, content, self.etag)) is None:
+            found = self.bucket.get_object(key)
+            if found is None or json.loads(found.body).get("token") != self.record["token"]:
+                return False
+            self.etag = found.etag  # of an own write whose response was lost
+        self.etag = etag
+        return True
+
+    def _is_superseded(self) -> bool:
+        return max(self.bucket.list_objects(CLAIMS), default="") > _build_lease_key(self.number)
 
 
 @contextmanager
@@ -39,21 +76,9 @@ def hold_lease(bucket: S3Client, say: Say) -> Iterator[None]:
 
     Raises LaunchError if it is, or if the store has no conditional writes; StorageError.
     """
-    number = _wait_for_free_number(bucket, say)
-    record = {"holder": _describe_holder(), "process": _get_process_identity(), "token": secrets.token_hex(8)}
-    is_ours = bucket.put_object_if_absent(_build_lease_key(number), json.dumps(record).encode()) is not None
-    if not is_ours or max(bucket.list_objects(CLAIMS), default="") > _build_lease_key(number):
-        raise LaunchError(_format_refusal(bucket, "another process has just started on it"))
-    if bucket.put_object_if_absent(_build_lease_key(number), b'{"given_back": true}') is not None:
-        raise LaunchError(
-            f"{bucket.address}: this store ignores conditional writes (If-None-Match), so nothing would keep two "
-            "processes out of one run. Set run.dir to a store that has them, or to a path"
-        )
-    bucket.delete_objects(key for key in bucket.list_objects(CLAIMS) if key < _build_lease_key(number))
+    lease = acquire_lease(bucket, say)
     ending = threading.Event()
-    renewing = threading.Thread(
-        target=_renew_lease, args=(bucket, number, record, ending, say), daemon=True, name="claim"
-    )
+    renewing = threading.Thread(target=_renew_lease, args=(lease, ending, say), daemon=True, name="claim")
     renewing.start()
     try:
         yield
@@ -61,7 +86,23 @@ def hold_lease(bucket: S3Client, say: Say) -> Iterator[None]:
         ending.set()
         renewing.join()
         with suppress(StorageError):  # the lease expires anyway
-            bucket.put_object(_build_lease_key(number), json.dumps(record | {"given_back": True}).encode())
+            lease.release()
+
+
+def acquire_lease(bucket: S3Client, say: Say) -> Lease:
+    """Claim the run, once an earlier holder has given it back or is dead. Raises as `hold_lease` does."""
+    number = _wait_for_free_number(bucket, say)
+    record = {"holder": _describe_holder(), "process": _get_process_identity(), "token": secrets.token_hex(8)}
+    etag = bucket.put_object_if_absent(_build_lease_key(number), json.dumps(record).encode())
+    if etag is None or not (lease := Lease(bucket, number, record, etag)).renew():
+        raise LaunchError(_format_refusal(bucket, "another process has just started on it"))
+    if bucket.put_object_if_unchanged(_build_lease_key(number), b'{"given_back": true}', _NO_ETAG) is not None:
+        raise LaunchError(
+            f"{bucket.address}: this store ignores conditional writes (If-Match), so nothing would keep two "
+            "processes out of one run. Set run.dir to a store that has them, or to a path"
+        )
+    bucket.delete_objects(key for key in bucket.list_objects(CLAIMS) if key < _build_lease_key(number))
+    return lease
 
 
 def is_lease_held(bucket: S3Client) -> bool:
@@ -92,15 +133,12 @@ def _wait_for_free_number(bucket: S3Client, say: Say) -> int:
     return 1
 
 
-def _renew_lease(bucket: S3Client, number: int, record: dict[str, Any], ending: threading.Event, say: Say) -> None:
-    """Rewrite the claim with new content until `ending`; retry if the store does not answer."""
-    renewals = 0
+def _renew_lease(lease: Lease, ending: threading.Event, say: Say) -> None:
+    """Renew until `ending`, or until the run is another's; retry if the store does not answer."""
     while not ending.wait(RENEWED_EVERY):
-        renewals += 1
         with suppress(StorageError):
-            bucket.put_object(_build_lease_key(number), json.dumps(record | {"renewals": renewals}).encode())
-            if max(bucket.list_objects(CLAIMS), default="") > _build_lease_key(number):
-                say("warning: another process has taken over this run; this one ends when it next saves")
+            if not lease.renew():
+                say("warning: this run was taken over, or removed; this process ends when it next saves")
                 return
 
 

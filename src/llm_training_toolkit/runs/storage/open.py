@@ -18,7 +18,7 @@ from llm_training_toolkit.runs.directory import RunDirectory, lock_run_directory
 from llm_training_toolkit.runs.storage.lease import CLAIMS, hold_lease
 from llm_training_toolkit.runs.storage.object_keys import find_name_problem
 from llm_training_toolkit.runs.storage.s3_client import S3Client, StorageError, UnsafeKeyError
-from llm_training_toolkit.runs.storage.s3_storage import S3Storage
+from llm_training_toolkit.runs.storage.s3_storage import RunReplacedError, S3Storage
 from llm_training_toolkit.runs.storage.storage import Storage
 from llm_training_toolkit.runs.user_directory import create_user_directory
 
@@ -179,6 +179,9 @@ def _flush_periodically(mirror: Storage, ending: threading.Event, say: Say) -> N
     while not ending.wait(_SEND_EVERY):
         try:
             mirror.flush()
+        except RunReplacedError as error:
+            say(f"warning: {error}")
+            return
         except OSError as error:
             if not since:
                 since = time.monotonic()

@@ -25,6 +25,7 @@ _ATTEMPTS = 5  # tries of a request, within about ten seconds if no server answe
 _LARGE = 32 << 20
 _AT_ONCE = 4  # parts in parallel: some hundred MB/s, and training keeps its cores
 _DELETED_AT_ONCE = 1000  # S3's limit
+_CONDITION_ERRORS = frozenset({"ConditionalRequestConflict", "NoSuchKey", "PreconditionFailed"})  # of If-Match
 HINT = (
     "Check the address, the network and the keys: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE; "
     "AWS_REGION; AWS_ENDPOINT_URL for a store that is not Amazon's"
@@ -114,6 +115,22 @@ class S3Client:
                 # The response to our own write may have been lost: then the object is ours.
                 found = self.get_object(key)
                 return found.etag if found is not None and found.body == content else None
+        return str(answer["ETag"])
+
+    def put_object_if_unchanged(self, key: str, content: bytes, etag: str) -> str | None:
+        """Overwrite the version `etag` of an object and return the new ETag; None if that version is gone.
+
+        It is also gone after an own write whose response was lost.
+        """
+        with self._translate_errors():
+            try:
+                answer = self._boto_client.put_object(
+                    Bucket=self._name, Key=self._build_full_key(key), Body=content, IfMatch=etag
+                )
+            except self._client_error as error:
+                if error.response["Error"]["Code"] not in _CONDITION_ERRORS:
+                    raise
+                return None
         return str(answer["ETag"])
 
     def get_object(self, key: str) -> ObjectContent | None:

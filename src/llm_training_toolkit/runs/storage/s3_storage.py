@@ -11,7 +11,9 @@ Other code uses the staging directory like any run directory; only this module a
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shutil
 import threading
 import time
@@ -31,10 +33,16 @@ _MANIFEST = "manifest.json"
 _QUARANTINE_MARKER = "quarantine"
 # Origin of an exported directory, uploaded last: without it the export counts as absent.
 _EXPORT_INFO_FILE = "training.json"
+_FIRST_ATTEMPT = "attempts/0001.json"
+_ATTEMPT_RECORD = re.compile(r"attempts/\d+\.json")
 _TAIL = 262_144  # bytes fetched from the end of an append-only file: more than `ltt runs` and a resume read
 _LARGE = 4 << 20  # bytes from which a file is uploaded from disk, not through memory
 _RETRY_TIMEOUT = 240.0  # seconds of retries for a checkpoint file that the store does not take
 _RETRY_INTERVAL = 5.0  # seconds between two retries
+
+
+class RunReplacedError(StorageError):
+    """Removal of the run from the store while this process worked on it; perhaps it was begun anew."""
 
 
 class S3Storage:
@@ -44,6 +52,7 @@ class S3Storage:
         self.run, self.bucket = RunDirectory(path, self), bucket
         self._lock = threading.RLock()
         self._etags: dict[str, str] = {}
+        self._run_id = ""  # of the first attempt that was seen; empty before there is one
         self._file_states: dict[str, tuple[int, int]] = {}
         self._stored_segments: dict[str, list[segments.LogSegment]] = {}
         self._append_logs = AppendLogWriter(bucket, path)
@@ -71,9 +80,14 @@ class S3Storage:
                 self._append_logs.sync_stored_size(relative, segments.get_end_offset(found))
             if below in {self.run.path, self.run.checkpoints_dir}:
                 self._refresh_checkpoints(listed)
+            for key in [key for key in self._etags if key.startswith(prefix) and key not in listed]:
+                self._drop_removed_file(key)
             for key, stored in listed.items():
                 if self._is_small_file(key) and self._etags.get(key) != stored.etag:
                     self._fetch_small_file(key)
+            first = listed.get(_FIRST_ATTEMPT)
+            if first is not None and self._etags.get(_FIRST_ATTEMPT) != first.etag:
+                self.refresh_directory(below)  # begun anew since the listing, whose checkpoints are of the run before
 
     def _is_small_file(self, key: str) -> bool:
         """Return whether an object is fetched each time the run is opened."""
@@ -113,6 +127,14 @@ class S3Storage:
         arriving.write_bytes(found.body)
         arriving.replace(path)
         self._etags[key], self._file_states[key] = found.etag, _read_file_state(path)
+        self._run_id = self._run_id or _find_first_run_id(key, found.body)
+
+    def _drop_removed_file(self, key: str) -> None:
+        """Delete the copy of a small file that the store no longer has."""
+        if self._is_small_file(key):
+            (self.run.path / key).unlink(missing_ok=True)
+            del self._etags[key]
+            self._file_states.pop(key, None)
 
     def fetch_file(self, path: Path) -> None:
         """Fetch a file, or the end of an append-only one; the store may lack it."""
@@ -147,8 +169,12 @@ class S3Storage:
             self._file_states[key] = _read_file_state(self.run.path / key)
 
     def flush(self, *, last: bool = False) -> None:
-        """Upload files that changed here, in the order of their writes. Raises StorageError."""
+        """Upload files that changed here, in the order of their writes.
+
+        Raises RunReplacedError if the run was removed or begun anew, StorageError.
+        """
         with self._lock:
+            self._check_identity()
             for path in self._list_local_files():
                 relative = self._get_object_key(path)
                 if segments.is_append_only(relative):
@@ -181,10 +207,46 @@ class S3Storage:
         if path.name == _EXPORT_INFO_FILE:
             self._upload_export_files(path.parent)
         small = path.stat().st_size < _LARGE
-        self._etags[relative] = (
-            self.bucket.put_object(relative, path.read_bytes()) if small else self.bucket.upload_file(path, relative)
-        )
+        if _ATTEMPT_RECORD.fullmatch(relative):
+            self._etags[relative] = self._put_attempt_record(relative, path.read_bytes())
+        elif small:
+            self._etags[relative] = self.bucket.put_object(relative, path.read_bytes())
+        else:
+            self._etags[relative] = self.bucket.upload_file(path, relative)
         self._file_states[relative] = state
+
+    def _put_attempt_record(self, key: str, content: bytes) -> str:
+        """Write the record of an attempt over one of the same run alone, and return the ETag.
+
+        Driver and rank 0 both write it; it also identifies the run.
+        """
+        while True:
+            known = self._etags.get(key)
+            etag = (
+                self.bucket.put_object_if_absent(key, content)
+                if known is None
+                else self.bucket.put_object_if_unchanged(key, content, known)
+            )
+            if etag is not None:
+                return etag
+            found = self.bucket.get_object(key)
+            if found is None or len({_read_run_id(found.body), _read_run_id(content)} - {""}) > 1:
+                raise self._build_replaced_error()
+            self._etags[key] = found.etag
+
+    def _check_identity(self) -> None:
+        """Raise RunReplacedError if the store no longer holds the run that was opened. Raises StorageError."""
+        if not self._run_id:
+            return
+        found = self.bucket.get_object(_FIRST_ATTEMPT)
+        if found is None or _read_run_id(found.body) != self._run_id:
+            raise self._build_replaced_error()
+
+    def _build_replaced_error(self) -> RunReplacedError:
+        return RunReplacedError(
+            f"{self.bucket.address}: the run was removed while this process worked on it, and perhaps begun anew. "
+            "This process stores nothing more; stop it"
+        )
 
     def _upload_export_files(self, directory: Path) -> None:
         """Upload the other files of an exported directory, replacing an earlier export."""
@@ -200,10 +262,12 @@ class S3Storage:
         """Upload a new file by a conditional create; False if the store has one of that name. Raises StorageError."""
         key = self._get_object_key(path)
         with self._lock:
+            self._check_identity()
             etag = self.bucket.put_object_if_absent(key, path.read_bytes())
             if etag is None:
                 return False
             self._etags[key], self._file_states[key] = etag, _read_file_state(path)
+            self._run_id = self._run_id or _find_first_run_id(key, path.read_bytes())
             return True
 
     def upload_checkpoint_file(self, path: Path, told: Callable[[int], None]) -> None:
@@ -217,6 +281,8 @@ class S3Storage:
                 self.flush()
                 self.bucket.upload_file(path, self._get_object_key(path), told)
                 break
+            except RunReplacedError:
+                raise
             except StorageError:
                 if time.monotonic() > until:
                     raise
@@ -259,6 +325,20 @@ class S3Storage:
 
     def _get_object_key(self, path: Path) -> str:
         return path.relative_to(self.run.path).as_posix()
+
+
+def _find_first_run_id(key: str, content: bytes) -> str:
+    """Return the run's id if the object is the record of the first attempt, else an empty text."""
+    return _read_run_id(content) if key == _FIRST_ATTEMPT else ""
+
+
+def _read_run_id(content: bytes) -> str:
+    """Return the id in the record of an attempt; empty if there is none."""
+    try:
+        record = json.loads(content)
+    except ValueError:
+        return ""
+    return str(record.get("run_id", "")) if isinstance(record, dict) else ""
 
 
 def _read_file_state(path: Path) -> tuple[int, int]:

@@ -13,7 +13,7 @@ import pytest
 
 from llm_training_toolkit.errors import LaunchError
 from llm_training_toolkit.runs.storage import lease as claim
-from llm_training_toolkit.runs.storage.lease import hold_lease, is_lease_held
+from llm_training_toolkit.runs.storage.lease import acquire_lease, hold_lease, is_lease_held
 from llm_training_toolkit.runs.storage.s3_client import S3Client, StorageError
 from s3_server import silent
 
@@ -80,6 +80,19 @@ def test_a_holder_that_was_taken_over_learns_it(bucket: str, monkeypatch: pytest
         assert not said.wait(0.5)
         elsewhere(store, 2)
         assert said.wait(10)
+
+
+def test_a_holder_whose_run_was_removed_and_begun_anew_leaves_the_new_claim(bucket: str) -> None:
+    store = S3Client(bucket)
+    old = acquire_lease(store, silent)
+    assert old.renew()
+    store.delete_objects(store.list_objects())
+    assert not old.renew()
+    assert not store.list_objects()
+    elsewhere(store, 1)
+    assert not old.renew()
+    old.release()
+    assert is_lease_held(store)
 
 
 class _Forgetful(BaseHTTPRequestHandler):

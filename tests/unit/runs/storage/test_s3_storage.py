@@ -18,13 +18,20 @@ from llm_training_toolkit.checkpoint.restore import find_latest_valid_checkpoint
 from llm_training_toolkit.checkpoint.state import TrainState
 from llm_training_toolkit.distributed.context import RunContext
 from llm_training_toolkit.errors import CheckpointError, LaunchError
-from llm_training_toolkit.runs.attempts import begin_attempt, find_last_attempt
+from llm_training_toolkit.runs.attempts import begin_attempt, find_last_attempt, read_attempt_record
 from llm_training_toolkit.runs.directory import RunDirectory
 from llm_training_toolkit.runs.status import read_run_statuses
 from llm_training_toolkit.runs.storage import append_log as growing
 from llm_training_toolkit.runs.storage import s3_client as buckets
 from llm_training_toolkit.runs.storage import s3_storage as mirror
-from llm_training_toolkit.runs.storage.open import create_staging_root, open_path, open_runs_directory, open_worker
+from llm_training_toolkit.runs.storage.open import (
+    create_staging_root,
+    open_path,
+    open_readonly,
+    open_runs_directory,
+    open_worker,
+)
+from llm_training_toolkit.runs.storage.s3_storage import RunReplacedError
 from s3_server import below, client, keys, silent
 from unit.checkpoint.test_manager import Model
 
@@ -36,7 +43,8 @@ def context(events: list[Any] | None = None) -> RunContext:
 
 
 def saver(run: RunDirectory, attempt: int = 1) -> CheckpointManager:
-    lineage = CheckpointLineage(attempt, None, 0, 1, "c", "d", {}, {})
+    run_id = str(read_attempt_record(run, attempt).get("run_id", ""))
+    lineage = CheckpointLineage(attempt, None, 0, 1, "c", "d", {}, {}, run_id=run_id)
     engine: Any = Model()
     return CheckpointManager(
         run, context(), engine, lineage, every_steps=1, every_seconds=None, rule=RetentionPolicy(2)
@@ -156,6 +164,37 @@ def test_ranks_that_outlived_their_driver_save_nothing(bucket: str) -> None:
         assert find_latest_checkpoint(new.checkpoints_dir) is None
         new.storage.refresh_directory(new.path)
         assert names(new) == ["step_000000001_a1"]
+
+
+def test_a_run_that_was_removed_is_written_no_more(bucket: str) -> None:
+    """Also if it was begun anew, with fewer attempts than the old process knows."""
+    opened = open_worker(bucket, silent)
+    old = opened.__enter__()
+    begin_attempt(old, {})
+    begin_attempt(old, {})
+    saving = saver(old, attempt=2)
+    save(saving, 1)
+    store = buckets.S3Client(bucket)
+    store.delete_objects(store.list_objects())
+    with open_worker(bucket, silent) as new:
+        begin_attempt(new, {})
+        with pytest.raises(CheckpointError, match="was removed while it was at work"):
+            save(saving, 2)
+        old.metrics_path.write_text('{"step": 2}\n')
+        with pytest.raises(RunReplacedError):
+            old.storage.flush()
+    with pytest.raises(LaunchError, match="removed while this process worked on it"):
+        opened.__exit__(None, None, None)
+    assert set(store.list_objects()) == {"attempts/0001.json"}
+
+
+def test_rows_that_a_late_process_appends_do_not_stop_its_successor(bucket: str) -> None:
+    with open_worker(bucket, silent) as late, open_worker(bucket, silent) as run:
+        for each, row in ((late, '{"step": 1}\n'), (run, '{"step": 2}\n')):
+            each.metrics_path.write_text(row)
+            each.storage.flush()
+    with open_readonly(bucket) as found:
+        assert found.metrics_path.read_text() == '{"step": 1}\n{"step": 2}\n'
 
 
 def test_a_store_that_is_away_for_a_while_costs_nothing(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
