@@ -106,7 +106,7 @@ def test_values_of_transformers_4_and_of_other_intervals_are_read(tmp_path: Path
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "llama"}, "holds a llama model, which is not supported"),
+        ({"model_type": "llama"}, "model_type is llama, which is no Qwen or StarCoder"),
         ({"num_key_value_heads": None}, "num_key_value_heads is missing"),
         ({"hidden_size": "48"}, "hidden_size = '48' must be a whole number"),
         ({"hidden_size": 50}, "hidden size 50 is not divisible by 6 attention heads"),
