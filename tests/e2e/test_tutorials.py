@@ -14,7 +14,7 @@ from tutorials import build_script, find_missing_lines, read_steps, split_output
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("name", ["qwen-chat"])
+@pytest.mark.parametrize("name", ["qwen-chat", "starcoder-repository"])
 def test_a_tutorial_works_as_typed(name: str, tmp_path: Path) -> None:
     steps = read_steps(name)
     with tempfile.TemporaryDirectory() as short, shell_environment(Path(short), os.environ) as environment:
