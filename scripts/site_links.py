@@ -10,18 +10,21 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parent.parent
+DOCS = ROOT / "docs"
 COPIES = "repository"  # folder of the site
 _LINK = re.compile(r"\]\((\.\./[^)#\s]+)(#[^)]*)?\)")
 
 
 def on_files(files: Files, config: Any) -> Files:
     """Add a page for each file outside docs/ that a page links to."""
-    pages = [ROOT / "docs" / page.src_uri for page in files.documentation_pages()]
+    pages = [DOCS / page.src_uri for page in files.documentation_pages()]
     for page in pages:
         for target in sorted({target for target, _ in _LINK.findall(page.read_text(encoding="utf-8"))}):
             source = (page.parent / target).resolve()
+            if not source.is_file() or not _is_outside_docs(source):
+                continue
             uri = _get_copy_uri(source)
-            if source.is_file() and source.is_relative_to(ROOT) and not files.get_file_from_path(uri):
+            if not files.get_file_from_path(uri):
                 files.append(File.generated(config, uri, content=_read_copy(source)))
     return files
 
@@ -32,11 +35,17 @@ def on_page_markdown(markdown: str, page: Any, **_: object) -> str:
         return markdown
 
     def rewrite(match: re.Match[str]) -> str:
-        source = (ROOT / "docs" / page.file.src_uri).parent.joinpath(match[1]).resolve()
+        source = (DOCS / page.file.src_uri).parent.joinpath(match[1]).resolve()
+        if not _is_outside_docs(source):
+            return match[0]
         start = posixpath.dirname(page.file.src_uri)
         return f"]({posixpath.relpath(_get_copy_uri(source), start or '.')}{match[2] or ''})"
 
     return _LINK.sub(rewrite, markdown)
+
+
+def _is_outside_docs(source: Path) -> bool:
+    return source.is_relative_to(ROOT) and not source.is_relative_to(DOCS)
 
 
 def _get_copy_uri(source: Path) -> str:

@@ -37,8 +37,9 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_site_has_every_page_and_the_files_that_they_link_to(site: Path) -> None:
-    pages = {path.with_suffix(".html").name for path in (ROOT / "docs").glob("*.md")}
-    assert pages <= {path.name for path in site.glob("*.html")}
+    pages = {path.relative_to(ROOT / "docs").with_suffix(".html") for path in (ROOT / "docs").rglob("*.md")}
+    assert pages <= {path.relative_to(site) for path in site.rglob("*.html")}
+    assert '"../pictures/' in (site / "tutorials" / "qwen-chat.html").read_text()
     assert "make_plan" in (site / "api.html").read_text()
     assert "RayCluster" in (site / "repository/cluster/kuberay-cluster.yaml.html").read_text()
 
