@@ -120,8 +120,8 @@ class EngineConfig(ConfigSection):
     numbers of query heads and of key-value heads. A run may change it. 1 = every worker is a replica."""
     zero_hpz_partition_size: Annotated[int, Field(ge=1), FieldTag.FREE] = 1
     """Workers that keep a second copy of all weights among them: those of a node (ZeRO 3; hierarchical partitioning of
-    ZeRO++). Then only the first gathering of a step passes between nodes. 1 = off. An elastic run is without it at
-    sizes that it does not divide."""
+    ZeRO++). Then only the first gathering of a step passes between nodes. 1 = off. An elastic run has it at
+    multiples of it alone."""
     deepspeed: Annotated[dict[str, Any], FieldTag.FREE] = {}  # noqa: RUF012 - pydantic copies it
     """Additional DeepSpeed configuration, passed on unchanged. Keys that the toolkit sets are refused."""
 

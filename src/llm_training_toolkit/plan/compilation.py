@@ -17,7 +17,7 @@ _UTILISATION = 0.4  # of the peak: between the published speeds of 1B and 7B mod
 
 
 def find_compile_problem(config: Config, hf: HfValues) -> Problem | None:
-    """Return what keeps the layers of this run from being compiled whole, as far as the configuration shows."""
+    """Return the reason against whole compilation of this run's layers, as far as the configuration shows."""
     lora, attention = config.model.lora, config.model.attn_implementation
     on_cpu = config.cluster.gpus_per_worker == 0
     found = {

@@ -15,6 +15,7 @@ from llm_training_toolkit.config.section import parse_duration_seconds
 from llm_training_toolkit.errors import PlanError
 from llm_training_toolkit.plan import auto, batch, compilation
 from llm_training_toolkit.plan.checks import run_check
+from llm_training_toolkit.plan.checks.hierarchy_check import find_hierarchy_problems
 from llm_training_toolkit.plan.checks.notes import collect_notes
 from llm_training_toolkit.plan.checks.sequence_check import find_sequence_problems
 from llm_training_toolkit.plan.deepspeed import build_base_config, build_deepspeed_config, find_deepspeed_problems
@@ -130,6 +131,11 @@ class Plan:
         """Return the plan with the horizon that follows from this data; None if nothing is known of it."""
         return replace(self, horizon=compute_horizon(self.config, data_facts, self.hf_config["vocab_size"]))
 
+    def with_ranks(self, ranks: int) -> Plan:
+        """Return the plan of an elastic run at another size; memory stays that with the fewest workers."""
+        assumed = auto.with_assumed_values(self.config)
+        return replace(self, ranks=ranks, deepspeed=_choose_deepspeed_config(assumed, self.trainable_parameters, ranks))
+
     def with_problem(self, problem: Problem) -> Plan:
         """Return the plan with one more problem."""
         return replace(self, config_problems=(*self.config_problems, problem))
@@ -183,14 +189,14 @@ def make_plan(config: Config, ranks: int | None = None) -> Plan:
     total = families.count_parameters(hf)
     adapter = families.resolve_adapter(config, hf)
     trained = adapter.trainable_parameters if adapter else total
-    # Without Ray nobody has said how many ranks there will be: one replica.
+    # Without Ray the number of ranks is open: one replica.
     world = ranks or config.cluster.max_workers or config.engine.sequence_parallel
     smallest = ranks or config.cluster.min_workers or config.engine.sequence_parallel
     given, config = config, auto.with_assumed_values(config)
     lr = choose_learning_rate(config, total)
-    deepspeed = _choose_deepspeed_config(config, trained, world)
     length, every = config.data.sequence_length, config.checkpoint.interval
-    workload = _build_workload(config, hf, adapter, smallest, deepspeed)
+    # An elastic run has its second partition (zero_hpz_partition_size) at some sizes alone: memory is of the fewest.
+    workload = _build_workload(config, hf, adapter, smallest, _choose_deepspeed_config(config, trained, smallest))
     memory_gb = memory_estimate.estimate_memory(workload).to_gigabytes()
     uncompiled = compilation.find_automatic_reason(config, hf) if config.model.compile == "auto" else None
     return Plan(
@@ -224,12 +230,13 @@ def make_plan(config: Config, ranks: int | None = None) -> Plan:
         save_every_steps=every if isinstance(every, int) else None,
         save_every_seconds=parse_duration_seconds(every) if isinstance(every, str) else None,
         eval_every=config.eval.interval,
-        deepspeed=deepspeed,
+        deepspeed=_choose_deepspeed_config(config, trained, world),
         memory_gb_per_device=memory_gb,
         host_memory_gb_per_worker=memory_estimate.estimate_peak_host_bytes(workload) / 1e9,
         config_problems=(
             *run_check.find_problems(config, size, hf, world),
-            *find_sequence_problems(config, size, hf, (smallest, world)),
+            *find_hierarchy_problems(config, ranks),
+            *find_sequence_problems(given, size, hf, (smallest, world)),
             *run_check.find_memory_problems(memory_gb),
         ),
         config_estimates=_list_estimated_values(given, compile_open=given.model.compile == "auto" and not uncompiled),

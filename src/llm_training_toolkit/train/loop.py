@@ -161,7 +161,7 @@ def train_step(components: TrainerComponents, state: TrainState) -> tuple[TrainS
 
     loss_sum = components.engine.forward_backward(data.micro_batches, data.loss_tokens, set_micro_batch_phase)
     context.heartbeat.set_phase(f"step {step + 1}, adding up the losses", timeout_factor)
-    # Where a forward pass waits for other ranks' weights or tokens, its time does not measure this rank.
+    # A forward pass that waits for other ranks' weights or tokens measures them too.
     waits = components.engine.stage == 3 or components.plan.sequence_parallel > 1
     own_seconds = 0.0 if waits else data_seconds + components.engine.forward_seconds
     results = _all_reduce_step_results(components, loss_sum, step + 1, own_seconds, data.attended_tokens)

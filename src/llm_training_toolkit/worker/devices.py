@@ -133,7 +133,8 @@ def find_placement_warnings(placements: Sequence[RankPlacement], config: Config)
 
 def find_parted_replicas(nodes: Sequence[str], sequence_parallel: int) -> list[list[int]]:
     """Return the ranks of each replica that is on several nodes; `nodes` are those of the ranks."""
-    starts = range(0, len(nodes), sequence_parallel)
+    # Ranks that make no whole replica are refused elsewhere, by the number of workers.
+    starts = range(0, len(nodes) - sequence_parallel + 1, sequence_parallel)
     replicas = [list(range(start, start + sequence_parallel)) for start in starts]
     return [ranks for ranks in replicas if len({nodes[rank] for rank in ranks}) > 1]
 

@@ -11,6 +11,8 @@ from llm_training_toolkit.config.schema import Config
 from llm_training_toolkit.errors import PlanError
 from llm_training_toolkit.plan import DataFacts, Plan, StreamFacts, check_plan, format_plan, make_plan
 from llm_training_toolkit.plan.lr_schedule import compute_scratch_lr
+from llm_training_toolkit.plan.memory.memory_estimate import estimate_memory
+from llm_training_toolkit.plan.plan import plan_workload
 
 TINY = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
 
@@ -338,6 +340,16 @@ def test_an_elastic_run_is_planned_at_every_size() -> None:
     assert plan.memory_gb_per_device == alone.memory_gb_per_device, "a device holds the most with the fewest workers"
     at_two = make_plan(config(cluster={"workers": [1, 6]}, engine={"zero_stage": 3}), ranks=2)
     assert at_two.memory_gb_per_device != plan.memory_gb_per_device
+
+
+@pytest.mark.parametrize(("workers", "size"), [([4, 6], 4), ([2, 8], 8)])
+def test_memory_of_an_elastic_run_has_the_second_partition_of_the_fewest_workers(workers: list[int], size: int) -> None:
+    elastic = config(cluster={"workers": workers}, engine={"zero_stage": 3, "zero_hpz_partition_size": size})
+    plan = make_plan(elastic)
+    there = plan_workload(elastic, min(workers))
+    assert plan.memory_gb_per_device == estimate_memory(there).to_gigabytes()
+    assert there.second_partition == (size if min(workers) % size == 0 else 1)
+    assert ("zero_hpz_partition_size" in plan.deepspeed["zero_optimization"]) == (max(workers) % size == 0)
 
 
 def test_notes_of_an_elastic_run_are_of_the_size_they_are_true_of() -> None:

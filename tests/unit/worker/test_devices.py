@@ -8,6 +8,7 @@ import pytest
 
 from llm_training_toolkit.worker.devices import (
     RankPlacement,
+    find_parted_replicas,
     find_placement_problem,
     find_placement_warnings,
     format_placement,
@@ -95,3 +96,8 @@ def test_replicas_on_several_nodes_are_said(tmp_path_factory: pytest.TempPathFac
     [parted] = find_placement_warnings(apart, config)
     assert parted.startswith("ranks 2 and 3 share rows")
     assert find_placement_warnings(apart[:2], config) == []
+
+
+@pytest.mark.parametrize(("ranks", "parted"), [(6, [[2, 3], [4, 5]]), (5, [[2, 3]]), (1, [])])
+def test_ranks_beside_whole_replicas_are_no_parted_replica(ranks: int, parted: list[list[int]]) -> None:
+    assert find_parted_replicas(["a", "a", "a", "b", "b", "c"][:ranks], 2) == parted

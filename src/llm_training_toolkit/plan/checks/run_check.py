@@ -35,7 +35,6 @@ def find_problems(config: Config, size: ModelSize, hf: HfValues, ranks: int) -> 
         *_find_revision_problems(config),
         *find_lora_problems(config, size, hf),
         *_find_offload_problems(config),
-        *_find_hierarchy_problems(config, ranks),
         *_find_evaluation_problems(config, size.family),
     )
     return (*found, *find_deepspeed_problems(config.engine.deepspeed))
@@ -89,7 +88,7 @@ def _find_attention_problems(config: Config, family: Family) -> Iterator[Problem
 
 
 def _find_compile_problems(config: Config, hf: HfValues) -> Iterator[Problem]:
-    """Find what keeps layers from being compiled that have to be."""
+    """Find reasons against the compilation that `model.compile: true` demands."""
     if config.model.compile is True and (problem := find_compile_problem(config, hf)) is not None:
         yield problem
 
@@ -137,23 +136,6 @@ def _find_offload_problems(config: Config) -> Iterator[Problem]:
             f"{offload} is not possible at ZeRO {stage}",
             f"Set engine.zero_stage to {' or '.join(map(str, stages))}, or to auto",
         )
-
-
-def _find_hierarchy_problems(config: Config, workers: int) -> Iterator[Problem]:
-    """Find a second partition that stage, number of workers or offload rule out."""
-    engine, where = config.engine, "engine.zero_hpz_partition_size"
-    size = engine.zero_hpz_partition_size
-    if size == 1:
-        return
-    if engine.zero_stage not in {"auto", 3}:
-        what = f"{size} gathers sharded weights, and ZeRO {engine.zero_stage} shards none"
-        yield Problem("hierarchy-stage", where, what, "Set engine.zero_stage to 3, or remove it")
-    if engine.offload == "optimizer_and_weights":
-        what = f"{size} keeps a second copy of the weights on the devices, and engine.offload moves them to the host"
-        yield Problem("hierarchy-offload", where, what, "Set engine.offload to optimizer or none, or remove it")
-    if config.cluster.min_workers == config.cluster.max_workers and workers % size:
-        what = f"{format_plural(workers, 'worker')} cannot be divided into groups of {size}"
-        yield Problem("hierarchy-workers", where, what, "Give the workers of a node, which divide cluster.workers")
 
 
 def _find_evaluation_problems(config: Config, family: Family) -> Iterator[Problem]:

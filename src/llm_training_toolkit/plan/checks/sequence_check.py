@@ -1,4 +1,4 @@
-"""Problems of `engine.sequence_parallel`: what its ranks cannot divide, and what was not shown to hold with it."""
+"""Problems of `engine.sequence_parallel`: sizes that its ranks do not divide, and unproved combinations."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SEQUENCE_PARALLEL_KEY = "engine.sequence_parallel"
 
 
 def find_sequence_problems(config: Config, size: ModelSize, hf: HfValues, sizes: tuple[int, int]) -> Iterator[Problem]:
-    """Find what keeps ranks from sharing sequences; `sizes` = (fewest, most) ranks of the run."""
+    """Find reasons against ranks that share sequences; `sizes` = (fewest, most) ranks of the run."""
     each = config.engine.sequence_parallel
     if each == 1:
         return
@@ -45,7 +45,7 @@ def _find_uneven_problems(
 
 
 def _find_unsupported_problems(config: Config, size: ModelSize, dims: ModelDims) -> Iterator[Problem]:
-    """Find settings that take whole sequences on one rank."""
+    """Find settings that take whole sequences on one rank, or were not proved; `auto` ones are still open."""
     attention, lora = config.model.attn_implementation, config.model.lora
     if dims.linear_attention is not None:
         what = f"{size.name} has linear attention, which runs along the tokens of a whole sequence"
@@ -56,6 +56,10 @@ def _find_unsupported_problems(config: Config, size: ModelSize, dims: ModelDims)
         yield Problem(
             "sequence-parallel-attention", "model.attn_implementation", what, "Use varlen, or leave it to auto"
         )
+    if attention == "auto" and config.run.deterministic and config.cluster.gpus_per_worker == 1:
+        what = f"attention of {SEQUENCE_PARALLEL_KEY} is varlen, which is not known to repeat every bit on GPUs"
+        fix = "Set it to false, or set model.attn_implementation to varlen, which is then used unproved"
+        yield Problem("sequence-parallel-deterministic", "run.deterministic", what, fix)
     if config.train.router_balance is not None:
         what = "the balance loss is of whole sequences, and a worker has a slice of each"
         yield Problem("sequence-parallel-router-balance", "train.router_balance", what, "Remove it")

@@ -153,7 +153,7 @@ def estimate_on_cluster(
     per_node = hardware.get_workers_per_node(cpus)
     if plan.is_elastic:
         most = compute_max_workers(config, hardware, per_node)
-        plan = replace(plan, ranks=min(plan.workers, max(plan.fewest_workers, most)))
+        plan = plan.with_ranks(min(plan.workers, max(plan.fewest_workers, most)))
     nodes = _count_nodes(config, plan.ranks, per_node, hardware.nodes)
     problems = tuple(_find_problems(config, plan, hardware, per_node))
     rows = _estimate_micro_batch(config, plan, hardware)

@@ -146,16 +146,16 @@ def search_settings(config: Config, plan: Plan, hardware: ClusterHardware) -> Se
 
 
 def list_worker_counts(config: Config, hardware: ClusterHardware) -> list[int]:
-    """Return the numbers of workers to try: powers of two on a node, then whole nodes, up to all and to the batch.
+    """Return the numbers of workers to try: doubled replicas on a node, then whole nodes, up to all and to the batch.
 
-    They make whole replicas.
+    Each is a multiple of a replica's workers; the workers of whole nodes are rounded down to one.
     """
     per_node, each = hardware.get_workers_per_node(config.cluster.cpus_per_worker), config.engine.sequence_parallel
     most = min(compute_max_workers(config, hardware, per_node), each * config.train.global_batch_size)
     powers = [2**exponent for exponent in range(most.bit_length())]
-    on_one = [count for count in powers if count < per_node]
-    counts = {*on_one, *(per_node * nodes for nodes in powers), most}
-    return sorted(count for count in counts if 0 < count <= most and count % each == 0)
+    on_one = [each * power for power in powers if each * power < per_node]
+    counts = {*on_one, *(per_node * nodes // each * each for nodes in powers), most}
+    return sorted(count for count in counts if 0 < count <= most)
 
 
 def format_search(search: SettingsSearch) -> list[str]:

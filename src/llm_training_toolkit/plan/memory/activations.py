@@ -289,7 +289,7 @@ def _estimate_adapter_bytes(load: PassShape, adapter: AdapterSpec) -> int:
     if adapter.dropout:
         inputs = sum((w + 1) * layer.inputs for layer in adapter.layers)
     else:
-        # Attention keeps its output, but neither a gated nor an exchanged one.
+        # Attention keeps its output unless it is gated or exchanged.
         kept = set() if load.model.output_gate or load.exchanges_tokens else {"heads"}
         inputs = w * sum({each.reads: each.inputs for each in adapter.layers if each.reads not in kept}.values())
     inner = w * adapter.rank * len(adapter.layers)

@@ -266,7 +266,12 @@ def test_steps_to_profile_lie_within_the_run_in_order(tmp_path: Path, steps: lis
         (16, {"zero_hpz_partition_size": 8}, []),
         (16, {"zero_hpz_partition_size": 8, "zero_stage": 3, "offload": "optimizer"}, []),
         ([3, 16], {"zero_hpz_partition_size": 8}, []),
+        (0, {"zero_hpz_partition_size": 8}, []),
         (12, {"zero_hpz_partition_size": 8}, ["hierarchy-workers"]),
+        ([2, 3], {"zero_hpz_partition_size": 4}, ["hierarchy-workers"]),
+        ([2, 4], {"zero_hpz_partition_size": 4, "sequence_parallel": 2}, []),
+        ([2, 10], {"zero_hpz_partition_size": 6, "sequence_parallel": 2}, []),
+        ([2, 10], {"zero_hpz_partition_size": 9, "sequence_parallel": 2}, ["hierarchy-workers"]),
         (16, {"zero_hpz_partition_size": 8, "zero_stage": 2}, ["hierarchy-stage"]),
         (16, {"zero_hpz_partition_size": 8, "offload": "optimizer_and_weights"}, ["hierarchy-offload"]),
         (16, {"deepspeed": {"zero_optimization": {"zero_hpz_partition_size": 8}}}, ["deepspeed-owned-key"]),
@@ -281,6 +286,27 @@ def test_a_second_partition_needs_stage_3_and_whole_groups(
     assert [problem.code for problem in plan.problems] == codes
     if not codes:
         assert plan.zero == 3
-        assert plan.deepspeed["zero_optimization"]["zero_hpz_partition_size"] == 8
+        whole = make_plan(config, ranks=24).deepspeed["zero_optimization"]
+        assert whole["zero_hpz_partition_size"] == engine["zero_hpz_partition_size"]
         odd = make_plan(config, ranks=15)
         assert "zero_hpz_partition_size" not in odd.deepspeed["zero_optimization"]
+
+
+def test_without_ray_the_started_ranks_are_divided_into_groups(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, tmp_path, cluster={"workers": 0}, engine={"zero_hpz_partition_size": 4})
+    for ranks, codes in ((None, []), (6, ["hierarchy-workers"]), (8, [])):
+        assert [problem.code for problem in make_plan(config, ranks).problems] == codes
+
+
+@pytest.mark.parametrize(
+    ("model", "code"),
+    [({"compile": True}, "hierarchy-compile"), ({"lora": {"quantize": "nf4"}}, "hierarchy-quantize")],
+)
+def test_a_second_partition_excludes_settings_that_exclude_stage_3(
+    tmp_path: Path, model: dict[str, Any], code: str
+) -> None:
+    config = tiny_config(tmp_path, tmp_path, model=model, engine={"zero_hpz_partition_size": 2})
+    found = {problem.code: problem.where for problem in make_plan(config).problems}
+    assert found[code] == "engine.zero_hpz_partition_size"
+    without = make_plan(tiny_config(tmp_path, tmp_path, model=model))
+    assert code not in [problem.code for problem in without.problems]

@@ -51,6 +51,11 @@ REFUSED: list[tuple[dict[str, dict[str, Any]], str, str]] = [
         "sequence-parallel-router-balance",
         "train.router_balance",
     ),
+    (
+        {"run": {"deterministic": True}, "cluster": {"gpus_per_worker": 1}, "train": {"precision": "bf16"}},
+        "sequence-parallel-deterministic",
+        "run.deterministic",
+    ),
     ({"model": {"compile": True}}, "not-compiled", "model.compile"),
     ({"train": {"global_batch_size": 1}, "cluster": {"workers": 4}}, "more-workers-than-sequences", "cluster.workers"),
     (
@@ -67,6 +72,17 @@ def test_it_is_refused(sections: dict[str, dict[str, Any]], code: str, where: st
     assert codes(plan) == {code: where}
     with pytest.raises(PlanError):
         check_plan(plan)
+
+
+@pytest.mark.parametrize(("gpus", "attention"), [(0, "auto"), ("auto", "auto"), (1, "varlen")])
+def test_deterministic_kernels_are_refused_where_auto_would_take_varlen_on_gpus(gpus: Any, attention: str) -> None:
+    sections: dict[str, dict[str, Any]] = {
+        "run": {"deterministic": True},
+        "cluster": {"gpus_per_worker": gpus},
+        "train": {"precision": "bf16"},
+        "model": {"attn_implementation": attention},
+    }
+    assert codes(make_plan(config(**sections))) == {}
 
 
 def test_the_message_names_what_works_instead() -> None:

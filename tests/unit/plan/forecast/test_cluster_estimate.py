@@ -450,3 +450,12 @@ def test_an_elastic_run_takes_what_fits_and_only_its_fewest_workers_must() -> No
     assert not [problem for problem in elastic.problems if problem.where == "cluster.workers"]
     assert (elastic.nodes, elastic.compute_seconds) == (fixed.nodes, fixed.compute_seconds)
     assert where(seen(hardware(nodes=1), cluster={"workers": [9, 64]})) == ["cluster.workers"]
+
+
+def test_an_elastic_run_is_estimated_with_the_second_partition_of_its_size_there() -> None:
+    slow = hardware(bandwidth_gb_per_s={"within_node": 450, "between_nodes": 10, "storage": 2})
+    batch = {"global_batch_size": 64, "micro_batch_size": 1}
+    sizes = {"train": batch, "engine": {"zero_hpz_partition_size": 8}}
+    elastic, fixed = (seen(slow, **sizes, cluster={"workers": workers}) for workers in ([8, 20], 16))
+    assert elastic.nodes == fixed.nodes == 2
+    assert elastic.overlapped_seconds == pytest.approx(fixed.overlapped_seconds)
