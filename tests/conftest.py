@@ -82,7 +82,7 @@ def fresh_run(prepared_run: RunDirectory, tmp_path: Path) -> Callable[[str], Run
 
 @pytest.fixture(scope="session")
 def pools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int], RankPool]]:
-    """Pools of one, two or three ranks, started when first asked for."""
+    """Pools of one to four ranks, started when first asked for."""
     started: dict[int, RankPool] = {}
     log = tmp_path_factory.mktemp("ranks")
 

@@ -5,7 +5,7 @@
 Writes the installed packages' `.py` files below FOLDER, each copy of a file beginning at another of its lines, so
 that no two are equal. Then prepares them as `ltt prepare` does, on one core, in sequences of 2,048, with a tokenizer
 of 8,192 tokens trained on Python's standard library. Prints JSON: a line for each part of a stage, then the whole, with
-processor seconds and the peak beyond the imports. The same command goes on with an unfinished preparation, and then
+processor seconds and the peak beyond the imports. The same command continues an unfinished preparation, and then
 counts its own part alone.
 """
 

@@ -129,7 +129,7 @@ def train_alone(config: Path, runs: Path, lr: float) -> float:
 
 
 def leave_by_a_second_interrupt(file: Path, environment: Environment) -> None:
-    """The search goes on, and ends at once with the JSON of what has been done."""
+    """The search continues, and ends at once with the JSON of what has been done."""
     runs = [directory_of(file).get_trial_run(number) for number in range(TRIALS)]
     before = [find_last_attempt(run) for run in runs]
     with fork_server.popen(

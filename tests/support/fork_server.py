@@ -67,7 +67,7 @@ class _Server:
 
     @property
     def is_busy(self) -> bool:
-        """Whether a command goes on, which would end with the server."""
+        """Whether a command is running, which would end with the server."""
         self.commands = [command for command in self.commands if command.poll() is None]
         return bool(self.commands)
 

@@ -18,7 +18,7 @@ from llm_training_toolkit.data.code.fim import FimRules, UniformDraw, apply_fim
 from llm_training_toolkit.data.code.split_points import TextSegment
 from llm_training_toolkit.data.sources import Document
 from llm_training_toolkit.data.tokenizer import TextEncoder, TokenizationSpec, open_tokenizer, train_tokenizer
-from llm_training_toolkit.evaluation.humaneval import HumanEvalQuestion
+from llm_training_toolkit.evaluation.code_tasks.humaneval import HumanEvalQuestion
 from llm_training_toolkit.evaluation.infill import draw_gap
 from llm_training_toolkit.models import LossModule, build_model
 

@@ -18,8 +18,8 @@ from llm_training_toolkit.cli.runs import export, report, runs, tensorboard
 from llm_training_toolkit.cli.serve import serve
 from llm_training_toolkit.cli.train import drill, train
 from llm_training_toolkit.cli.tune import tune
-from llm_training_toolkit.config.printable import escape_control_characters
 from llm_training_toolkit.errors import ToolkitError, format_os_error
+from llm_training_toolkit.runs.printable import escape_control_characters
 
 app = typer.Typer(
     name="ltt",

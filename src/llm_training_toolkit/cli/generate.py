@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llm_training_toolkit.cli.options import AsJson
-from llm_training_toolkit.config.printable import escape_control_characters
 from llm_training_toolkit.runs.directory import RunDirectory, check_run, find_model_directory
+from llm_training_toolkit.runs.printable import escape_control_characters
 from llm_training_toolkit.runs.storage.open import open_path
 
 if TYPE_CHECKING:

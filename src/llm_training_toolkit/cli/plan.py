@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llm_training_toolkit.cli.options import AsJson, ConfigFile, Overrides
-from llm_training_toolkit.config.printable import escape_control_characters
 from llm_training_toolkit.errors import ConfigError
+from llm_training_toolkit.runs.printable import escape_control_characters
 
 if TYPE_CHECKING:
     from llm_training_toolkit.config import Config

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from llm_training_toolkit.cli.options import AsJson
-from llm_training_toolkit.config.printable import escape_control_characters
+from llm_training_toolkit.runs.printable import escape_control_characters
 
 
 def runs(

@@ -9,7 +9,6 @@ from rich.text import Text
 
 from llm_training_toolkit.checkpoint import list_complete_checkpoints, read_manifest
 from llm_training_toolkit.config import Config
-from llm_training_toolkit.config.printable import escape_control_characters
 from llm_training_toolkit.data.dataset import PackedDataset
 from llm_training_toolkit.data.prepare.dataset_info import DatasetInfo
 from llm_training_toolkit.data.prepare.epochs import build_data_facts, prepare_epochs
@@ -19,6 +18,7 @@ from llm_training_toolkit.launch.backend import create_dataset_builder
 from llm_training_toolkit.monitoring.console import Console
 from llm_training_toolkit.plan import check_plan, make_plan
 from llm_training_toolkit.runs.directory import RunDirectory
+from llm_training_toolkit.runs.printable import escape_control_characters
 from llm_training_toolkit.runs.storage.open import get_run_location, open_path
 from llm_training_toolkit.setup.resume import check_run_unchanged, read_resume_state
 

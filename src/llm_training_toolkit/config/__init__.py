@@ -1,6 +1,7 @@
 """Configuration of a run: schema, strict loading, and run identity."""
 
 from llm_training_toolkit.config.data_config import DataConfig, EvalSplitConfig
+from llm_training_toolkit.config.eval_config import EvalConfig, EvalTaskConfig
 from llm_training_toolkit.config.load import (
     dump_config_json,
     load_config,
@@ -22,8 +23,6 @@ from llm_training_toolkit.config.schema import (
     ClusterConfig,
     Config,
     EngineConfig,
-    EvalConfig,
-    EvalTaskConfig,
     ExportConfig,
     FailuresConfig,
     OptimConfig,

@@ -20,9 +20,9 @@ from llm_training_toolkit.config.uri import redact_uri
 from llm_training_toolkit.distributed.context import RunContext
 from llm_training_toolkit.distributed.events import NoteEvent, StageEvent, WarningEvent
 from llm_training_toolkit.errors import PlanError, ToolkitError
-from llm_training_toolkit.evaluation.humaneval import measure_humaneval
+from llm_training_toolkit.evaluation.code_tasks.humaneval import measure_humaneval
+from llm_training_toolkit.evaluation.code_tasks.mbpp import measure_mbpp
 from llm_training_toolkit.evaluation.infill import measure_infill
-from llm_training_toolkit.evaluation.mbpp import measure_mbpp
 from llm_training_toolkit.evaluation.model import EvalModel
 from llm_training_toolkit.evaluation.perplexity import measure_perplexity
 from llm_training_toolkit.evaluation.records import EvalRecord, write_eval_record

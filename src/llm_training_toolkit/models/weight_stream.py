@@ -27,7 +27,7 @@ from llm_training_toolkit.distributed.context import RunContext
 from llm_training_toolkit.distributed.node_group import NodeGroup
 from llm_training_toolkit.errors import CheckpointError, ToolkitError
 from llm_training_toolkit.models.check_weights import LOAD_ERRORS, check_pretrained_weights, read_hf_config
-from llm_training_toolkit.plan.memory.memory_estimate import LOADING_CHUNK_BYTES
+from llm_training_toolkit.plan.memory.host_memory import LOADING_CHUNK_BYTES
 
 _FILE_ERRORS = (*LOAD_ERRORS, KeyError, TypeError)  # the last two from headers and indexes of another form
 

@@ -16,7 +16,6 @@ from rich.console import Console as Terminal
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
-from llm_training_toolkit.config.printable import escape_control_characters
 from llm_training_toolkit.distributed.events import (
     CheckpointEvent,
     EvalEvent,
@@ -31,6 +30,7 @@ from llm_training_toolkit.distributed.events import (
 )
 from llm_training_toolkit.monitoring.logs import DRIVER_LOGGER
 from llm_training_toolkit.monitoring.terminal import TerminalStream
+from llm_training_toolkit.runs.printable import escape_control_characters
 from llm_training_toolkit.runs.table import format_device_speed, format_duration
 
 _RESULT_PIECE = 64 * 1024  # characters

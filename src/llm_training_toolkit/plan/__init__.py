@@ -31,13 +31,15 @@ from llm_training_toolkit.plan.forecast.hardware import ClusterHardware
 from llm_training_toolkit.plan.forecast.step_time import MeasuredSpeed
 from llm_training_toolkit.plan.horizon import DataFacts, Horizon, StreamFacts
 from llm_training_toolkit.plan.lr_schedule import LRSchedule
+from llm_training_toolkit.plan.memory.host_memory import (
+    compute_checkpoint_copy_bytes,
+    estimate_host_bytes,
+    estimate_loading_bytes,
+)
 from llm_training_toolkit.plan.memory.memory_estimate import (
     CUDA_LIBRARY_BYTES,
     DeviceWorkload,
     MemoryEstimate,
-    compute_checkpoint_copy_bytes,
-    estimate_host_bytes,
-    estimate_loading_bytes,
     estimate_memory,
 )
 from llm_training_toolkit.plan.memory.memory_settings import (

@@ -23,6 +23,7 @@ from llm_training_toolkit.plan.horizon import DataFacts, Horizon, compute_horizo
 from llm_training_toolkit.plan.lr_schedule import LRSchedule, ScheduleKind, choose_learning_rate
 from llm_training_toolkit.plan.memory import memory_estimate
 from llm_training_toolkit.plan.memory.activations import ActivationCheckpointing, get_attention_memory
+from llm_training_toolkit.plan.memory.host_memory import estimate_peak_host_bytes
 from llm_training_toolkit.plan.problem import Problem
 
 _NOT_IN_JSON = {"config", "horizon", "config_problems", "config_estimates"}  # shown in parts, or in resolved.json
@@ -232,7 +233,7 @@ def make_plan(config: Config, ranks: int | None = None) -> Plan:
         eval_every=config.eval.interval,
         deepspeed=_choose_deepspeed_config(config, trained, world),
         memory_gb_per_device=memory_gb,
-        host_memory_gb_per_worker=memory_estimate.estimate_peak_host_bytes(workload) / 1e9,
+        host_memory_gb_per_worker=estimate_peak_host_bytes(workload) / 1e9,
         config_problems=(
             *run_check.find_problems(config, size, hf, world),
             *find_hierarchy_problems(config, ranks),

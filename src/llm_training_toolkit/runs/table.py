@@ -9,8 +9,8 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from llm_training_toolkit.config.printable import escape_control_characters
 from llm_training_toolkit.runs.directory import RunDirectory
+from llm_training_toolkit.runs.printable import escape_control_characters
 from llm_training_toolkit.runs.status import RunStatus, read_run_statuses
 
 _COLOURS = {

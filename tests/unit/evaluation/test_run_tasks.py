@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import rank_tasks
-from llm_training_toolkit.config.schema import EvalTaskConfig
+from llm_training_toolkit.config.eval_config import EvalTaskConfig
 from llm_training_toolkit.distributed.context import RunContext, StopRequest
 from llm_training_toolkit.errors import CheckpointError
 from llm_training_toolkit.evaluation.in_training import InTrainingEvaluator

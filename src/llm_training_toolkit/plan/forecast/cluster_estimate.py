@@ -19,11 +19,8 @@ from llm_training_toolkit.plan.forecast.step_time import (
     estimate_exchange_seconds,
 )
 from llm_training_toolkit.plan.forecast.utilisation import CPU_UTILISATION
-from llm_training_toolkit.plan.memory.memory_estimate import (
-    CUDA_RUNTIME_BYTES,
-    compute_checkpoint_copy_bytes,
-    estimate_host_bytes,
-)
+from llm_training_toolkit.plan.memory.host_memory import compute_checkpoint_copy_bytes, estimate_host_bytes
+from llm_training_toolkit.plan.memory.memory_estimate import CUDA_RUNTIME_BYTES
 from llm_training_toolkit.plan.memory.memory_settings import MEMORY_FILL, choose_memory_settings, with_micro_batch
 from llm_training_toolkit.plan.plan import Plan, plan_workload
 from llm_training_toolkit.plan.problem import Problem, format_plural

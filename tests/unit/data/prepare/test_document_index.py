@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from llm_training_toolkit.config import Config, EvalConfig
 from llm_training_toolkit.config.data_config import DataConfig
-from llm_training_toolkit.config.schema import Config, EvalConfig
 from llm_training_toolkit.config.source_config import SourceConfig
 from llm_training_toolkit.data.dataset import PackedDataset
 from llm_training_toolkit.data.prepare.arrow_store import ExampleStore, read_column

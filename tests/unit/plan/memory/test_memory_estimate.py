@@ -18,13 +18,15 @@ from llm_training_toolkit.plan.memory.activations import (
     estimate_layer_bytes,
     get_attention_memory,
 )
-from llm_training_toolkit.plan.memory.memory_estimate import (
+from llm_training_toolkit.plan.memory.host_memory import (
     LOADING_CHUNK_BYTES,
-    estimate_gradient_bytes,
     estimate_host_bytes,
+    estimate_peak_host_bytes,
+)
+from llm_training_toolkit.plan.memory.memory_estimate import (
+    estimate_gradient_bytes,
     estimate_logit_bytes,
     estimate_pass_bytes,
-    estimate_peak_host_bytes,
     estimate_weight_bytes,
 )
 

@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console as Terminal
 
-from llm_training_toolkit.config.printable import escape_control_characters
 from llm_training_toolkit.distributed.events import SampleEvent
 from llm_training_toolkit.monitoring.console import format_sample
+from llm_training_toolkit.runs.printable import escape_control_characters
 from llm_training_toolkit.runs.status import RunStatus
 from llm_training_toolkit.runs.table import build_runs_table
 

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 
 from known_model import CHAT_SOLUTION, CONTEXT, PROBLEM, SOLUTION
 from llm_training_toolkit.errors import DataError, PlanError
-from llm_training_toolkit.evaluation.code_answers import extract_code
-from llm_training_toolkit.evaluation.code_tests import estimate_pass_at_k, read_completions
-from llm_training_toolkit.evaluation.humaneval import HumanEvalQuestion, measure_humaneval, read_problems
+from llm_training_toolkit.evaluation.code_tasks.code_answers import extract_code
+from llm_training_toolkit.evaluation.code_tasks.code_tests import estimate_pass_at_k, read_completions
+from llm_training_toolkit.evaluation.code_tasks.humaneval import HumanEvalQuestion, measure_humaneval, read_problems
 from llm_training_toolkit.evaluation.model import EvalModel
 from llm_training_toolkit.evaluation.task import EvalResult, HumanEvalTask
 

@@ -10,7 +10,7 @@ import pytest
 
 from llm_training_toolkit.data.chat.messages import Conversation
 from llm_training_toolkit.errors import DataError
-from llm_training_toolkit.evaluation.mbpp import MbppProblem, MbppQuestion, measure_mbpp, read_mbpp_problems
+from llm_training_toolkit.evaluation.code_tasks.mbpp import MbppProblem, MbppQuestion, measure_mbpp, read_mbpp_problems
 from llm_training_toolkit.evaluation.model import EvalModel
 from llm_training_toolkit.evaluation.task import EvalResult, MbppTask
 

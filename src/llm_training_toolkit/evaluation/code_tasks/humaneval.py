@@ -12,8 +12,8 @@ from pathlib import Path
 
 from llm_training_toolkit.data.chat.messages import ChatMessage, Conversation
 from llm_training_toolkit.errors import DataError
-from llm_training_toolkit.evaluation.code_answers import defines_function, extract_code
-from llm_training_toolkit.evaluation.code_tests import (
+from llm_training_toolkit.evaluation.code_tasks.code_answers import defines_function, extract_code
+from llm_training_toolkit.evaluation.code_tasks.code_tests import (
     CodeBenchmark,
     check_samples,
     measure_benchmark,

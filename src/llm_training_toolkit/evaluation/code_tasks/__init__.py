@@ -1,0 +1,1 @@
+"""Tasks that run generated programs against unit tests: HumanEval and MBPP."""
