@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_training_toolkit.errors import LaunchError
-from llm_training_toolkit.runs.storage.s3_client import S3Client, StorageError
+from llm_training_toolkit.runs.storage.s3_client import CONDITIONAL_WRITES_HINT, S3Client, StorageError
 
 CLAIMS = "claims/"
 RENEWED_EVERY = 5.0  # seconds
@@ -56,15 +56,14 @@ class Lease:
         self._rewrite({"given_back": True})
 
     def _rewrite(self, fields: dict[str, Any]) -> bool:
-        """Rewrite the claim with these fields; return False if it is another's or gone."""
+        """Rewrite the claim with these fields; return False if it is another's or gone. Raises StorageError."""
         key, content = _build_lease_key(self.number), json.dumps(self.record | fields).encode()
-        while (etag := self.bucket.put_object_if_unchanged(key, content, self.etag)) is None:
-            found = self.bucket.get_object(key)
-            if found is None or json.loads(found.body).get("token") != self.record["token"]:
-                return False
-            self.etag = found.etag  # of an own write whose response was lost
-        self.etag = etag
-        return True
+        token = self.record["token"]
+        etag = self.bucket.replace_own_object(
+            key, content, self.etag, lambda found: bool(json.loads(found).get("token") == token)
+        )
+        self.etag = etag or self.etag
+        return etag is not None
 
     def _is_superseded(self) -> bool:
         return max(self.bucket.list_objects(CLAIMS), default="") > _build_lease_key(self.number)
@@ -98,8 +97,7 @@ def acquire_lease(bucket: S3Client, say: Say) -> Lease:
         raise LaunchError(_format_refusal(bucket, "another process has just started on it"))
     if bucket.put_object_if_unchanged(_build_lease_key(number), b'{"given_back": true}', _NO_ETAG) is not None:
         raise LaunchError(
-            f"{bucket.address}: this store ignores conditional writes (If-Match), so nothing would keep two "
-            "processes out of one run. Set run.dir to a store that has them, or to a path"
+            f"{bucket.address}: this store ignores conditional writes (If-Match). {CONDITIONAL_WRITES_HINT}"
         )
     bucket.delete_objects(key for key in bucket.list_objects(CLAIMS) if key < _build_lease_key(number))
     return lease

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,10 +26,15 @@ _ATTEMPTS = 5  # tries of a request, within about ten seconds if no server answe
 _LARGE = 32 << 20
 _AT_ONCE = 4  # parts in parallel: some hundred MB/s, and training keeps its cores
 _DELETED_AT_ONCE = 1000  # S3's limit
+_CONDITIONAL_ATTEMPTS = 5  # writes over the newest version, which another writer may replace before each
+_CONDITIONAL_INTERVAL = 0.2  # seconds between two of them
 _CONDITION_ERRORS = frozenset({"ConditionalRequestConflict", "NoSuchKey", "PreconditionFailed"})  # of If-Match
 HINT = (
     "Check the address, the network and the keys: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE; "
     "AWS_REGION; AWS_ENDPOINT_URL for a store that is not Amazon's"
+)
+CONDITIONAL_WRITES_HINT = (
+    "Without them nothing would keep two processes out of one run. Set run.dir to a store that has them, or to a path"
 )
 
 
@@ -120,7 +126,7 @@ class S3Client:
     def put_object_if_unchanged(self, key: str, content: bytes, etag: str) -> str | None:
         """Overwrite the version `etag` of an object and return the new ETag; None if that version is gone.
 
-        It is also gone after an own write whose response was lost.
+        It is also gone after an own write whose response was lost. Raises StorageError if the store has no such writes.
         """
         with self._translate_errors():
             try:
@@ -128,10 +134,38 @@ class S3Client:
                     Bucket=self._name, Key=self._build_full_key(key), Body=content, IfMatch=etag
                 )
             except self._client_error as error:
+                if error.response["Error"]["Code"] == "NotImplemented":
+                    raise StorageError(
+                        f"{self.address}: this store has no conditional writes (If-Match). {CONDITIONAL_WRITES_HINT}"
+                    ) from error
                 if error.response["Error"]["Code"] not in _CONDITION_ERRORS:
                     raise
                 return None
         return str(answer["ETag"])
+
+    def replace_own_object(
+        self, key: str, content: bytes, etag: str | None, is_own: Callable[[bytes], bool]
+    ) -> str | None:
+        """Write over `etag`, or over a newer version that `is_own` accepts; return the new ETag, or None if it is gone.
+
+        Without `etag` the object is created. Raises StorageError if the store refuses each of several tries.
+        """
+        for _ in range(_CONDITIONAL_ATTEMPTS):
+            if etag is None:
+                written = self.put_object_if_absent(key, content)
+            else:
+                written = self.put_object_if_unchanged(key, content, etag)
+            if written is not None:
+                return written
+            found = self.get_object(key)
+            if found is None or not is_own(found.body):
+                return None
+            etag = found.etag  # of another own writer, or of a write whose response was lost
+            time.sleep(_CONDITIONAL_INTERVAL)
+        raise StorageError(
+            f"{self.address}/{key}: the store refuses If-Match with its own ETag, in each of {_CONDITIONAL_ATTEMPTS} "
+            f"tries. {CONDITIONAL_WRITES_HINT}"
+        )
 
     def get_object(self, key: str) -> ObjectContent | None:
         """Return an object, or None if it is absent."""

@@ -39,6 +39,7 @@ _TAIL = 262_144  # bytes fetched from the end of an append-only file: more than 
 _LARGE = 4 << 20  # bytes from which a file is uploaded from disk, not through memory
 _RETRY_TIMEOUT = 240.0  # seconds of retries for a checkpoint file that the store does not take
 _RETRY_INTERVAL = 5.0  # seconds between two retries
+_REFRESHES = 3  # listings of a run that is begun anew meanwhile; some stores list other ETags than they answer with
 
 
 class RunReplacedError(StorageError):
@@ -71,23 +72,28 @@ class S3Storage:
 
     def refresh_directory(self, below: Path) -> None:
         """Fetch what other processes have written below a directory. Raises StorageError."""
-        prefix = "" if below == self.run.path else f"{self._get_object_key(below)}/"
         with self._lock:
-            listed = self.bucket.list_objects(prefix)
-            growing = segments.group_segments_by_file({key: stored.size for key, stored in listed.items()})
-            for relative, found in growing.items():
-                self._stored_segments[relative] = found
-                self._append_logs.sync_stored_size(relative, segments.get_end_offset(found))
-            if below in {self.run.path, self.run.checkpoints_dir}:
-                self._refresh_checkpoints(listed)
-            for key in [key for key in self._etags if key.startswith(prefix) and key not in listed]:
-                self._drop_removed_file(key)
-            for key, stored in listed.items():
-                if self._is_small_file(key) and self._etags.get(key) != stored.etag:
-                    self._fetch_small_file(key)
-            first = listed.get(_FIRST_ATTEMPT)
-            if first is not None and self._etags.get(_FIRST_ATTEMPT) != first.etag:
-                self.refresh_directory(below)  # begun anew since the listing, whose checkpoints are of the run before
+            for _ in range(_REFRESHES):
+                if self._refresh_once(below):
+                    return
+
+    def _refresh_once(self, below: Path) -> bool:
+        """Fetch what changed; return False if the run was begun anew since the listing, with its old checkpoints."""
+        prefix = "" if below == self.run.path else f"{self._get_object_key(below)}/"
+        listed = self.bucket.list_objects(prefix)
+        growing = segments.group_segments_by_file({key: stored.size for key, stored in listed.items()})
+        for relative, found in growing.items():
+            self._stored_segments[relative] = found
+            self._append_logs.sync_stored_size(relative, segments.get_end_offset(found))
+        if below in {self.run.path, self.run.checkpoints_dir}:
+            self._refresh_checkpoints(listed)
+        for key in [key for key in self._etags if key.startswith(prefix) and key not in listed]:
+            self._drop_removed_file(key)
+        for key, stored in listed.items():
+            if self._is_small_file(key) and self._etags.get(key) != stored.etag:
+                self._fetch_small_file(key)
+        first = listed.get(_FIRST_ATTEMPT)
+        return first is None or self._etags.get(_FIRST_ATTEMPT) == first.etag
 
     def _is_small_file(self, key: str) -> bool:
         """Return whether an object is fetched each time the run is opened."""
@@ -218,21 +224,15 @@ class S3Storage:
     def _put_attempt_record(self, key: str, content: bytes) -> str:
         """Write the record of an attempt over one of the same run alone, and return the ETag.
 
-        Driver and rank 0 both write it; it also identifies the run.
+        Driver and rank 0 both write it; it also identifies the run. Raises RunReplacedError, StorageError.
         """
-        while True:
-            known = self._etags.get(key)
-            etag = (
-                self.bucket.put_object_if_absent(key, content)
-                if known is None
-                else self.bucket.put_object_if_unchanged(key, content, known)
-            )
-            if etag is not None:
-                return etag
-            found = self.bucket.get_object(key)
-            if found is None or len({_read_run_id(found.body), _read_run_id(content)} - {""}) > 1:
-                raise self._build_replaced_error()
-            self._etags[key] = found.etag
+        run_id = _read_run_id(content)
+        etag = self.bucket.replace_own_object(
+            key, content, self._etags.get(key), lambda found: len({_read_run_id(found), run_id} - {""}) <= 1
+        )
+        if etag is None:
+            raise self._build_replaced_error()
+        return etag
 
     def _check_identity(self) -> None:
         """Raise RunReplacedError if the store no longer holds the run that was opened. Raises StorageError."""
@@ -290,7 +290,8 @@ class S3Storage:
         path.unlink()
 
     def commit_manifest(self, path: Path, text: str) -> None:
-        """Write a checkpoint's manifest, which commits it. Raises StorageError, FileExistsError."""
+        """Write a checkpoint's manifest, which commits it. Raises RunReplacedError, StorageError, FileExistsError."""
+        self._check_identity()
         mark = self.bucket.put_object_if_absent(self._get_object_key(path), text.encode())
         if mark is None:
             raise FileExistsError(f"{self.get_uri(path)}: another process has written one")
@@ -303,7 +304,8 @@ class S3Storage:
         return {key.removeprefix(prefix): stored.size for key, stored in self.bucket.list_objects(prefix).items()}
 
     def delete_checkpoint(self, directory: Path) -> None:
-        """Delete a checkpoint, its manifest first: after an interrupted deletion it does not look complete."""
+        """Delete a checkpoint, its manifest first: if interrupted, it looks incomplete. Raises StorageError."""
+        self._check_identity()
         prefix = f"{self._get_object_key(directory)}/"
         self.bucket.delete_objects([f"{prefix}{_MANIFEST}"])
         self.bucket.delete_objects(self.bucket.list_objects(prefix))
@@ -311,7 +313,8 @@ class S3Storage:
         shutil.rmtree(directory, ignore_errors=True)
 
     def quarantine_checkpoint(self, directory: Path) -> str:
-        """Mark a checkpoint as quarantined and return a text that says where it is."""
+        """Mark a checkpoint as quarantined and return a text that says where it is. Raises StorageError."""
+        self._check_identity()
         mark = f"{self._get_object_key(directory)}/{_QUARANTINE_MARKER}"
         self.bucket.put_object(mark, b"")
         shutil.rmtree(directory)

@@ -181,8 +181,15 @@ def test_a_run_that_was_removed_is_written_no_more(bucket: str) -> None:
         with pytest.raises(CheckpointError, match="was removed while it was at work"):
             save(saving, 2)
         old.metrics_path.write_text('{"step": 2}\n')
-        with pytest.raises(RunReplacedError):
-            old.storage.flush()
+        step = old.checkpoints_dir / "step_000000001_a2"
+        for store_something in (
+            old.storage.flush,
+            lambda: old.storage.commit_manifest(step / "manifest.json", "{}"),
+            lambda: old.storage.quarantine_checkpoint(step),
+            lambda: old.storage.delete_checkpoint(step),
+        ):
+            with pytest.raises(RunReplacedError):
+                store_something()
     with pytest.raises(LaunchError, match="removed while this process worked on it"):
         opened.__exit__(None, None, None)
     assert set(store.list_objects()) == {"attempts/0001.json"}
