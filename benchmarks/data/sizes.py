@@ -1,6 +1,6 @@
-"""Memory and time of a source's index without its text, from a million documents to a hundred million.
+"""Memory and time of a source's index without its text, for numbers of documents such as a million and ten million.
 
-    python benchmarks/data/sizes.py 1000000 10000000 100000000
+    python benchmarks/data/sizes.py 1000000 10000000
 
 Lengths are made up (`lengths.py`: a mean of 740 tokens, about 3 kB of text), and each stage of a preparation that sees
 all documents at once does its work on them in a process of its own:
@@ -37,6 +37,7 @@ from llm_training_toolkit.data.prepare.packing import PackingPlan
 
 BYTES_PER_TOKEN = 4
 GLOBAL_BATCH = 1024
+PART = 1_000_000  # documents whose index is in memory at once while shards are written
 TITLES = ("held out", "join", "pack", "open", "step")
 
 
@@ -49,14 +50,15 @@ def choose_held_out(documents: int, _folder: Path) -> float:
 
 def write_shards(documents: int, folder: Path) -> float:
     """Write the shards' indexes, a part of the documents at a time; no part of a preparation's own work."""
-    for part, count in enumerate([1_000_000] * (documents // 1_000_000) or [documents]):
+    for part, begin in enumerate(range(0, documents, PART)):
+        count = min(PART, documents - begin)
         document, chunks = chunks_of(lengths_of(count))
         begins = np.cumsum(chunks) - chunks
         bounds = np.flatnonzero(np.diff(begins // SHARD_TOKENS, prepend=-1, append=-1))
         for number, (first, stop) in enumerate(zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)):
             place = folder / "shards" / f"{part:04d}-{number:04d}"
             place.parent.mkdir(exist_ok=True)
-            write_shard(place, document[first:stop] + part * count, chunks[first:stop])
+            write_shard(place, document[first:stop] + begin, chunks[first:stop])
     return 0.0
 
 
