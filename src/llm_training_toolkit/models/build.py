@@ -122,7 +122,9 @@ def _load_streamed(
 
 
 def _build_load_error(path: str, error: Exception) -> CheckpointError:
-    return CheckpointError(f"model.path = {path}: the weights cannot be loaded: {error}")
+    """Return the error of weights that cannot be loaded, with the type of an unexpected exception such as KeyError."""
+    what = str(error) if isinstance(error, LOAD_ERRORS) else f"{type(error).__name__}: {error}"
+    return CheckpointError(f"model.path = {path}: the weights cannot be loaded: {what}")
 
 
 def _build_nf4_config(dtype: torch.dtype) -> BitsAndBytesConfig:

@@ -137,6 +137,8 @@ class WeightStream:
         cause: Exception | None = None
         try:
             yield
+            if self._failure is not None:
+                raise self._failure  # transformers collected it, and returned a model
         except Exception as error:  # of any library: the other ranks wait for the next tensor
             if not self._ranks_are_in_step:
                 raise  # a collective failed, so that the ranks cannot tell each other anything
@@ -149,7 +151,8 @@ class WeightStream:
         try:
             _raise_first(failure, self._context)
         except CheckpointError as first:
-            raise first from (cause if first is failure else None)
+            # Of this rank's own failure, though the error is perhaps another rank's: a gathered one is a copy.
+            raise first from (None if isinstance(cause, _PeerError) else cause)
 
     def _exchange_failure(self, *, has_failed: bool) -> None:
         """Raise _PeerError if another rank of the machine has failed. Collective among them."""
