@@ -120,6 +120,7 @@ def serve_in_thread(directory: Path, limits: ServingLimits | None = None, *, key
     thread.start()
     while not server.started:
         assert thread.is_alive()
+        time.sleep(0.01)
     port = server.servers[0].sockets[0].getsockname()[1]
     served = Served(model.generator, f"http://127.0.0.1:{port}")
     model.generator.model.register_forward_pre_hook(served.gate.pass_through)

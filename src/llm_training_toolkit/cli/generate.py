@@ -55,13 +55,16 @@ def generate(
         from llm_training_toolkit.models.sampling import SamplingParams
 
         generator, where = open_model(opened, step=step, device=device)
+        # Reads the template, which a URI's staging directory takes with it.
+        session = generator.start_chat(system) if chat else None
     how = SamplingParams(tokens, temperature, seed)
-    if prompt is None:
-        _run_conversation(generator.start_chat(system), how)
+    if session is not None and prompt is None:
+        _run_conversation(session, how)
         return
+    assert prompt is not None, "checked above"
     screen = _StreamedOutput("" if chat else prompt, silent=as_json)
-    if chat:
-        written = generator.start_chat(system).send_message(prompt, how, screen.write_piece)
+    if session is not None:
+        written = session.send_message(prompt, how, screen.write_piece)
     elif suffix is None:
         written = generator.complete_prompt(prompt, how, screen.write_piece)
     else:

@@ -37,7 +37,7 @@ def serve(
     no_key: Annotated[bool, typer.Option("--no-key", help="Ask for no key; on loopback only.")] = False,
     max_tokens: Annotated[int, typer.Option(min=1, help="Most new tokens of a request.")] = _DEFAULTS.max_tokens,
     queue: Annotated[
-        int, typer.Option(min=1, help="Most waiting requests; further ones get status 429.")
+        int, typer.Option(min=1, help="Most waiting requests in each replica; further ones get status 429.")
     ] = _DEFAULTS.max_queued,
     batch: Annotated[int, typer.Option(min=1, help="Most requests generated together.")] = _DEFAULTS.batch_size,
     timeout: Annotated[

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,7 +22,8 @@ from huggingface_hub.errors import (
 from huggingface_hub.hf_api import ModelInfo
 
 from llm_training_toolkit.checkpoint.run import Run
-from llm_training_toolkit.commands.published_card import CARD_NAME, format_published_card
+from llm_training_toolkit.commands.published_card import CARD_NAME, find_licence, format_published_card
+from llm_training_toolkit.data.tokenizer import TOKENIZER_FILES
 from llm_training_toolkit.errors import CheckpointError, LaunchError, PlanError, Problem
 from llm_training_toolkit.evaluation.records import read_eval_records
 from llm_training_toolkit.export import read_source_checkpoint_name
@@ -29,6 +31,9 @@ from llm_training_toolkit.runs.directory import RunDirectory, check_run, find_mo
 
 _MARK = "training.json"  # every export has it, so a repository with it holds one
 _OWN_FILES = frozenset({".gitattributes", CARD_NAME})  # of a new repository on the hub
+# Files of exports: a publication deletes those of an earlier one, and nothing that a person added.
+_EXPORT_FILES = frozenset({"config.json", "generation_config.json", "adapter_config.json", _MARK, *TOKENIZER_FILES})
+_WEIGHTS = re.compile(r"(?:model|adapter_model)(?:-\d+-of-\d+)?\.safetensors(?:\.index\.json)?")
 # Looking up a name has no timeout of its own, and takes 10 to 30 s without a network.
 _PATIENCE_SECONDS = 15.0
 # Without an answer to a request, or progress of an upload; the hub's client waits for ever.
@@ -68,7 +73,7 @@ class PublishResult:
 
 
 def publish_run(request: PublishRequest, say: Callable[[str], None]) -> PublishResult:
-    """Upload the export of a run with its card; files of an earlier publication that are gone are deleted.
+    """Upload the export of a run with its card, and delete files of an earlier one that this one lacks.
 
     Raises CheckpointError for a run without a complete export, PlanError for a repository with other content, of the
     other visibility or of another owner's, and LaunchError if the hub cannot be reached or refuses.
@@ -80,23 +85,23 @@ def publish_run(request: PublishRequest, say: Callable[[str], None]) -> PublishR
     with _hub_errors(request.repository):
         found = _ask_in_time(lambda: _find_repository(api, request.repository))
         _check_repository(found, request)
-        evaluations = [record for record in read_eval_records(request.run) if record.step == checkpoint]
-        card, licence = format_published_card(
-            directory, trained, evaluations, repository=request.repository, licence=request.licence
-        )
-        files = sorted(path for path in directory.rglob("*") if path.is_file())
-        size = sum(path.stat().st_size for path in files)
-        say(f"uploading {len(files)} files, {size / 1e6:,.1f} MB, to {constants.ENDPOINT}/{request.repository}")
+        licence = find_licence(trained, request.licence)
+    evaluations = [record for record in read_eval_records(request.run) if record.step == checkpoint]
+    card = format_published_card(directory, trained, evaluations, repository=request.repository, licence=licence)
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    size = sum(path.stat().st_size for path in files)
+    address = f"{constants.ENDPOINT}/{request.repository}"
+    say(f"uploading {len(files)} files, {size / 1e6:,.1f} MB, to {address}")
+    kept = {path.relative_to(directory).as_posix() for path in files}
+    message = f"{trained.directory.name}, step {checkpoint}"
+    with _hub_errors(request.repository):
         if found is None:
             api.create_repo(request.repository, private=not request.public)
-        kept = {str(path.relative_to(directory)) for path in files}
         operations: list[CommitOperationAdd | CommitOperationDelete] = [
             *_list_additions(directory, files, card),
             *_list_deletions(found, kept),
         ]
-        message = f"{trained.directory.name}, step {checkpoint}"
         done = api.create_commit(request.repository, operations, commit_message=message)
-    address = f"{constants.ENDPOINT}/{request.repository}"
     return PublishResult(address, done.oid, request.public, licence, len(files), size)
 
 
@@ -104,7 +109,7 @@ def _find_exported_checkpoint(directory: Path) -> int:
     """Return the step of an export. Raises CheckpointError for a directory that no export has completed."""
     name = read_source_checkpoint_name(directory)
     place = parse_checkpoint_name(Path(name)) if name is not None else None
-    if place is None or not any(directory.glob("*.safetensors")):
+    if place is None or not any(directory.glob("*.safetensors")) or not (directory / CARD_NAME).is_file():
         raise CheckpointError(f"{directory}: no complete export: ltt export {directory.parent} makes one and checks it")
     return place[0]
 
@@ -142,10 +147,11 @@ def _list_additions(directory: Path, files: list[Path], card: str) -> Iterator[C
 
 
 def _list_deletions(found: ModelInfo | None, kept: set[str]) -> Iterator[CommitOperationDelete]:
-    """Yield deletions of an earlier publication's files, such as shards of another number."""
+    """Yield deletions of an earlier publication's files, such as shards of another number; others stay."""
     for file in (found.siblings or ()) if found is not None else ():
-        if file.rfilename not in kept | _OWN_FILES:
-            yield CommitOperationDelete(file.rfilename)
+        name = file.rfilename
+        if name not in kept and (name in _EXPORT_FILES or _WEIGHTS.fullmatch(name)):
+            yield CommitOperationDelete(name)
 
 
 def _ask_in_time(ask: Callable[[], ModelInfo | None]) -> ModelInfo | None:

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import ModelCard
-from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
+from yaml import YAMLError
 
 from llm_training_toolkit.checkpoint.run import Run
 from llm_training_toolkit.config import Config
-from llm_training_toolkit.errors import PlanError, Problem
+from llm_training_toolkit.errors import CheckpointError, PlanError, Problem
 from llm_training_toolkit.evaluation.records import EvalRecord
 from llm_training_toolkit.evaluation.table import format_metric_value, is_metric
 
@@ -18,25 +19,36 @@ CARD_NAME = "README.md"
 _PLACE = "PATH OF THIS DIRECTORY"  # in the card of an export, for its address
 
 
-def format_published_card(
-    directory: Path, trained: Run, evaluations: Sequence[EvalRecord], *, repository: str, licence: str | None
-) -> tuple[str, str | None]:
-    """Return the card and the licence's name, which is None for a model from random weights without one.
+def find_licence(trained: Run, given: str | None) -> str | None:
+    """Return the licence's name, which is None for a model from random weights without one; may ask the hub.
 
     Raises PlanError if weights that the run began with name no licence and none is given.
     """
     base = trained.config.model.path or trained.config.model.init_from
-    licence = licence or (_read_licence(base) if base is not None else None)
+    licence = given or (_read_licence(base) if base is not None else None)
     if base is not None and licence is None:
         what = f"the weights that the run began with, {base}, name no licence"
         fix = "Give the licence that holds for them: --license apache-2.0"
         raise PlanError.from_problems(f"--license: {what}. {fix}", [Problem("no-licence", "--license", what, fix)])
-    card = ModelCard((directory / CARD_NAME).read_text(encoding="utf-8"))
+    return licence
+
+
+def format_published_card(
+    directory: Path, trained: Run, evaluations: Sequence[EvalRecord], *, repository: str, licence: str | None
+) -> str:
+    """Return the card. Raises CheckpointError if the export's cannot be read."""
+    try:
+        card = ModelCard((directory / CARD_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError, YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(
+            f"{directory / CARD_NAME}: cannot be read ({reason}): ltt export writes it anew"
+        ) from error
     card.data["license"] = licence  # those that are None are left out when it is written
     card.data["base_model"] = _find_hub_base(trained.config)
     card.data["tags"] = ["llm-training-toolkit", *(["lora"] if trained.config.model.lora is not None else [])]
     card.text = card.text.replace(_PLACE, repository) + _format_evaluations(evaluations)
-    return str(card), licence
+    return str(card)
 
 
 def _find_hub_base(config: Config) -> str | None:
@@ -53,7 +65,7 @@ def _read_licence(base: str) -> str | None:
         return None
     try:
         found = ModelCard.load(place, ignore_metadata_errors=True).data.get("license")
-    except (EntryNotFoundError, RepositoryNotFoundError):
+    except (EntryNotFoundError, RepositoryNotFoundError, HFValidationError):  # the last: a path that is gone, a URI
         return None
     return str(found) if found else None
 

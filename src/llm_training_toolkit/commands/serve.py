@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import importlib.util
-import ipaddress
 import secrets
 import socket
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from urllib.parse import quote
 
 from llm_training_toolkit.config.uri import is_uri
 from llm_training_toolkit.errors import LaunchError, PlanError
 from llm_training_toolkit.families import check_model_type, read_saved_config
 from llm_training_toolkit.runs.directory import RunDirectory, check_run, find_model_directory
-from llm_training_toolkit.serving.settings import ServingSettings
+from llm_training_toolkit.serving.settings import (
+    ServingSettings,
+    find_key_problem,
+    get_default_name,
+    is_loopback,
+)
 
 _LINES = """\
 model     {name}
@@ -36,7 +40,7 @@ class ServerPlan:
     @property
     def url(self) -> str:
         """Address at which a browser on this machine reaches the server."""
-        shown = "127.0.0.1" if self.host == "0.0.0.0" else self.host  # noqa: S104 - compared only
+        shown = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)  # noqa: S104 - compared only
         return f"http://{f'[{shown}]' if ':' in shown else shown}:{self.port}"
 
     def to_json(self) -> dict[str, str | None]:
@@ -59,7 +63,7 @@ def prepare_server(settings: ServingSettings, *, host: str, port: int, without_k
     check_packages()
     check_model(settings.model, settings.step)
     key = resolve_key(settings.key, without=without_key, host=host)
-    name = settings.name or _get_default_name(settings.model)
+    name = settings.name or get_default_name(settings.model)
     return ServerPlan(replace(settings, name=name, key=key), host, reserve_port(host, port))
 
 
@@ -97,13 +101,13 @@ def resolve_key(key: str | None, *, without: bool, host: str) -> str | None:
     if without:
         if key is not None:
             raise PlanError("--no-key: a key is given as well (--key or LTT_SERVE_KEY): leave one out")
-        if not _is_loopback(host):
+        if not is_loopback(host):
             raise PlanError(f"--no-key --host {host}: other machines could use the model: leave out one of the two")
         return None
     if key is None:
         return secrets.token_urlsafe(24)
-    if not key.isascii() or not key.isprintable() or key != key.strip() or not key:
-        raise PlanError("--key: use printable ASCII characters without spaces at the ends")
+    if (problem := find_key_problem(key)) is not None:
+        raise PlanError(f"--key: {problem}")
     return key
 
 
@@ -120,18 +124,3 @@ def reserve_port(host: str, port: int) -> int:
             f"--host {host} --port {port}: cannot listen there ({error.strerror}): give another one; --port 0 takes a "
             "free one"
         ) from error
-
-
-def _get_default_name(model: str) -> str:
-    """Return the name of the run or directory; of RUN/export that of the run."""
-    path = PurePosixPath(model.rstrip("/")) if is_uri(model) else Path(model).expanduser().absolute()
-    return path.parent.name if path.name == "export" and path.parent.name else path.name
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

@@ -59,6 +59,8 @@ def read_saved_values(model: ModelConfig, size: ModelSize) -> dict[str, Any] | N
             f"{where} holds a {found.get('model_type')} model, and model.name = {size.name} is of "
             f"{size.family.model_type}: correct one of them"
         )
+    if (problem := find_window_problem(size, found)) is not None:
+        raise PlanError(f"{where}, config.json: {problem}")
     return select_size_values(size, found)
 
 
@@ -77,6 +79,18 @@ def select_size_values(size: ModelSize, found: Mapping[str, Any]) -> dict[str, A
     return {**selected, **_find_other_layer_types(size.family, found)}
 
 
+def find_window_problem(size: ModelSize, found: Mapping[str, Any]) -> str | None:
+    """Return the problem of a sliding window where the family's sizes have none; None without one.
+
+    Only the switch would be kept, and transformers' default window, 4096, would replace the saved one.
+    """
+    if not found.get("use_sliding_window") or "sliding_window" in size.hf_values:
+        return None
+    return (
+        f"use_sliding_window = {found['use_sliding_window']} is not supported: {size.family.name} attends to all tokens"
+    )
+
+
 def normalize_saved_values(family: Family, found: Mapping[str, Any]) -> dict[str, Any]:
     """Return a saved configuration with the names of the family's values, also if transformers 4 saved it."""
     renamed = {key: found[name] for key, name in family.saved_as.items() if name in found}
@@ -84,10 +98,12 @@ def normalize_saved_values(family: Family, found: Mapping[str, Any]) -> dict[str
 
 
 def _convert_rotary_values(found: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the rotary values of a configuration by transformers 4 in the form of transformers 5."""
+    """Return the rotary values of a configuration by transformers 4 in the form of transformers 5. Raises PlanError."""
     if "rope_theta" not in found:
         return {}
     scaling = found.get("rope_scaling") or {}
+    if not isinstance(scaling, dict):
+        raise PlanError(f'config.json: rope_scaling = {scaling!r} must be an object, such as {{"rope_type": "yarn"}}')
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     partial = {key: found[key] for key in ("partial_rotary_factor",) if key in found}
     return {"rope_parameters": {**partial, **scaling, "rope_type": kind, "rope_theta": found["rope_theta"]}}

@@ -10,6 +10,7 @@ from llm_training_toolkit.errors import PlanError
 from llm_training_toolkit.families.family import Family, HfValues, ModelSize
 from llm_training_toolkit.families.hf_config import (
     find_value_problem,
+    find_window_problem,
     normalize_saved_values,
     select_size_values,
 )
@@ -72,6 +73,8 @@ def build_saved_size(name: str, where: str, found: HfValues, example: ModelSize)
     ]
     problems = [f"{key} is missing" for key in missing] + [problem for problem in wrong if problem is not None]
     problems += _find_layers_without_experts(family, found)
+    window = find_window_problem(example, found)
+    problems += [] if window is None else [window]
     if problems:
         raise PlanError("\n".join(f"{where}, config.json: {problem}" for problem in problems))
     return ModelSize(name, family, select_size_values(example, values))

@@ -79,14 +79,12 @@ def generate_batch(generator: TextGenerator, rows: Sequence[BatchRow]) -> None:
     most = max(row.how.max_new_tokens for row in rows)
     # Without end tokens for the batch: they are the rows' own, and `_RowEnds` knows them.
     set_generation_config(model, SamplingParams(most), room=most, eos_ids=(), pad_id=pad)
-    ends = _RowEnds(generator, rows)
     model.generate(
         torch.tensor(ids, device=model.device),
         attention_mask=torch.tensor(mask, device=model.device),
         logits_processor=[_RowSampler(rows, model.device)],
-        stopping_criteria=[ends],
+        stopping_criteria=[_RowEnds(generator, rows)],
     )
-    ends.finish_rest()
 
 
 class _RowSampler(LogitsProcessor):  # type: ignore[misc]  # transformers has no types
@@ -121,16 +119,6 @@ class _RowEnds(StoppingCriteria):  # type: ignore[misc]  # transformers has no t
             if not writer.ended:
                 writer.write_token(token)
         return torch.tensor([writer.ended for writer in self._writers], device=input_ids.device)
-
-    def finish_rest(self) -> None:
-        """End the rows that `generate` has ended on its own, by a limit that is not the toolkit's.
-
-        Adapters without a `task_type` have one: peft passes them no generation configuration, and transformers' default
-        is 20 tokens. Their clients would wait for ever.
-        """
-        for writer in self._writers:
-            if not writer.ended:
-                writer.finish("length")
 
 
 class _RowWriter:

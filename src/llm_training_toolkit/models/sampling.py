@@ -35,16 +35,19 @@ def set_generation_config(
     eos_ids: Sequence[int],
     pad_id: int | None,
 ) -> None:
-    """Replace the model's generation configuration; `room` caps the new tokens.
+    """Replace the model's generation configuration, and its base's; `room` caps the new tokens.
 
     `generate` fills whatever a configuration leaves open from the model's generation_config.json and from
-    transformers' defaults (top_k 50), so top_k, top_p or a repetition penalty would apply unasked.
+    transformers' defaults (top_k 50), so top_k, top_p or a repetition penalty would apply unasked. Adapters without a
+    `task_type` generate by the configuration of their base alone.
     """
     sampling = {"do_sample": True, "temperature": how.temperature, "top_p": how.top_p, "top_k": 0}
-    model.generation_config = GenerationConfig(
+    config = GenerationConfig(
         max_new_tokens=min(how.max_new_tokens, room),
         eos_token_id=list(eos_ids) or None,
         pad_token_id=pad_id,
         use_cache=True,
         **(sampling if how.temperature > 0 else {"do_sample": False}),
     )
+    for each in (model, model.get_base_model()) if hasattr(model, "get_base_model") else (model,):
+        each.generation_config = config

@@ -7,8 +7,7 @@ import hmac
 from starlette.requests import Request
 
 from llm_training_toolkit.serving.api_error import ApiError
-
-_LOOPBACK_NAMES = ("127.0.0.1", "localhost", "::1")
+from llm_training_toolkit.serving.settings import is_loopback
 
 
 def check_access(request: Request, key: str | None) -> None:
@@ -24,7 +23,7 @@ def check_access(request: Request, key: str | None) -> None:
             what = "no key" if not given else "another key"
             raise ApiError(401, "invalid_api_key", f"{what}: send `Authorization: Bearer KEY` with the server's key")
         return
-    if request.url.hostname not in _LOOPBACK_NAMES:
+    if not is_loopback(request.url.hostname or ""):
         raise ApiError(403, "foreign_host", f"{request.url.hostname}: without a key only loopback names are served")
     if request.method == "POST" and not request.headers.get("content-type", "").startswith("application/json"):
         raise ApiError(400, "invalid_content_type", "send the header `Content-Type: application/json`")

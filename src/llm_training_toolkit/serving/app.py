@@ -113,13 +113,14 @@ class _Server:
         tokenize: Callable[[Body], ServedPrompt],
         build_parser: Callable[[Body, ServedPrompt], ReplyParser] | None,
     ) -> Response:
+        deadline = asyncio.get_running_loop().time() + self._limits.timeout
         check_access(request, self._key)
-        body = parse_body(await read_body(request, self._body_limit), kind)
+        body = parse_body(await self._read_body(request, deadline), kind)
         self._check_model_name(body.model)
         self._batcher.check_room()  # before a long prompt is tokenized
         prompt = await asyncio.to_thread(tokenize, body)
         new_tokens = self._model.compute_new_tokens(prompt, body.asked_tokens, self._limits.max_tokens)
-        stream = AnswerStream(self._limits.timeout)
+        stream = AnswerStream(self._limits.timeout, deadline)
         how = body.build_sampling_params(new_tokens)
         self._batcher.submit(QueuedRow(prompt.tokens, how, stream, body.stops, prompt.written_ids))
         parser = None if build_parser is None else build_parser(body, prompt)
@@ -129,6 +130,14 @@ class _Server:
         except BaseException:  # also a cancelled request, before anything has been read
             stream.cancel()
             raise
+
+    async def _read_body(self, request: Request, deadline: float) -> bytes:
+        try:
+            async with asyncio.timeout_at(deadline):
+                return await read_body(request, self._body_limit)
+        except TimeoutError as error:
+            message = f"the body did not arrive within the server's limit of {self._limits.timeout:g} s"
+            raise ApiError(408, "request_timeout", message) from error
 
     async def _respond(self, request: Request, answer: Answer, body: GenerationBody) -> Response:
         if not body.stream:

@@ -33,13 +33,14 @@ class AnswerEnd:
 class AnswerStream:
     """One request's answer on its way from the generating thread to the event loop that waits for it.
 
-    Made in the event loop. `timeout`: seconds until the last token, from now on.
+    Made in the event loop. `timeout`: seconds from the arrival of the request to its last token. `deadline`: their end,
+    in the loop's time.
     """
 
-    def __init__(self, timeout: float) -> None:
+    def __init__(self, timeout: float, deadline: float) -> None:
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[str | AnswerEnd] = asyncio.Queue()
-        self._timeout, self._deadline = timeout, self._loop.time() + timeout
+        self._timeout, self._deadline = timeout, deadline
         self._cancelled = threading.Event()
         self._started = False
         self.end: AnswerEnd | None = None

@@ -49,7 +49,8 @@ class ReplyParser:
         """Yield the rest, at the end of the answer; an open call is text."""
         held, self._held = self._held, ""
         if self._state == "thinking":
-            yield ReplyPart(reasoning=held)
+            if held:
+                yield ReplyPart(reasoning=held)
         else:
             yield from self._speak((CALL_OPEN if self._state == "call" else "") + held)
 
@@ -126,12 +127,17 @@ class ReplyParser:
 
 
 def parse_tool_call(body: str) -> tuple[str, str] | None:
-    """Return the name and the arguments (JSON text) of a call; None if the text is no call."""
+    """Return the name and the arguments (JSON text) of a call; None if the text is no call.
+
+    NaN, which JSON lacks, and half a surrogate pair, which UTF-8 lacks, are in no call.
+    """
     try:
         call = json.loads(body)
+        name, arguments = (call.get("name"), call.get("arguments", {})) if isinstance(call, dict) else (None, None)
+        if not isinstance(name, str) or not isinstance(arguments, dict):
+            return None
+        written = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+        (name + written).encode()
     except (ValueError, RecursionError):
         return None
-    if not isinstance(call, dict) or not isinstance(call.get("name"), str):
-        return None
-    arguments = call.get("arguments", {})
-    return (call["name"], json.dumps(arguments, ensure_ascii=False)) if isinstance(arguments, dict) else None
+    return name, written

@@ -7,7 +7,7 @@ import secrets
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from llm_training_toolkit.models.sampling import SamplingParams
 from llm_training_toolkit.serving.api_error import ApiError
@@ -60,6 +60,13 @@ class GenerationBody(BaseModel):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
+    @field_validator("stream_options")
+    @classmethod
+    def _check_stream_options(cls, value: StreamOptions | None, info: ValidationInfo) -> StreamOptions | None:
+        if value is not None and not info.data.get("stream"):
+            raise ValueError("only for a stream: add `stream: true`, or leave it out")
+        return value
+
     @property
     def stops(self) -> tuple[str, ...]:
         """Stop texts."""
@@ -105,6 +112,13 @@ class ChatBody(GenerationBody):
     tool_choice: Literal["auto", "none"] | None = None
     max_completion_tokens: int | None = Field(None, ge=1)
 
+    @field_validator("max_completion_tokens")
+    @classmethod
+    def _check_one_limit(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value is not None and info.data.get("max_tokens") is not None:
+            raise ValueError("max_tokens is the same limit by its older name: leave one out")
+        return value
+
     @property
     def asked_tokens(self) -> int | None:
         """New tokens at most; `max_completion_tokens` is OpenAI's newer name."""
@@ -133,7 +147,9 @@ def _is_fixed(key: str, value: Any) -> bool:  # noqa: ANN401 - whatever the body
     """Return whether a field has its only supported value. Raises ApiError for another value."""
     if key not in _FIXED_FIELDS:
         return False
-    if value is not None and value not in _FIXED_FIELDS[key]:
+    # Python's True equals 1.
+    fits = any(isinstance(value, bool) == isinstance(only, bool) and value == only for only in _FIXED_FIELDS[key])
+    if value is not None and not fits:
         only = json.dumps(_FIXED_FIELDS[key][0])
         raise ApiError(400, "unsupported_value", f"{key}: this server supports only {only}; leave it out", key)
     return True
@@ -147,4 +163,4 @@ def _build_field_error(error: ValidationError) -> ApiError:
     if first["type"] == "extra_forbidden":
         return ApiError(400, "unknown_parameter", f"{name}: this server does not know the field; leave it out", name)
     code = "missing_required_parameter" if first["type"] == "missing" else "invalid_value"
-    return ApiError(400, code, f"{name}: {first['msg']}", name)
+    return ApiError(400, code, f"{name}: {first['msg'].removeprefix('Value error, ')}", name)

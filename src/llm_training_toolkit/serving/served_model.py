@@ -52,8 +52,8 @@ class ServedModel:
         """Load the model. Raises ToolkitError as `ltt generate` does, and PlanError for another family."""
         with open_path(settings.model, export=settings.step is None) as opened:
             generator, where = open_model(opened, step=settings.step, device=settings.device)
-        check_model_type(generator.model.config.model_type, where)
-        return cls(generator, settings.name)
+            check_model_type(generator.model.config.model_type, where)
+            return cls(generator, settings.name)  # reads the template, which a URI's staging directory takes with it
 
     def describe_features(self) -> dict[str, Any]:
         """Return what requests the model can answer, for the list of models."""

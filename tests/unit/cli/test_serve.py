@@ -76,6 +76,7 @@ def test_a_key_is_made_and_the_name_is_that_of_the_run(model: Path) -> None:
     assert all(key is not None and len(key) == 32 for key in keys)
     assert plans[0].settings.name == "my-run"
     assert all(plan.port > 0 for plan in plans)
+    assert ServerPlan(ServingSettings(str(model), "m"), "::", 80).url == "http://[::1]:80"
     shown = ServerPlan(ServingSettings(str(model), "m", key="a/b"), "::1", 80)
     assert shown.to_json() == {"url": "http://[::1]:80/v1", "key": "a/b", "model": "m"}
     assert "page      http://[::1]:80/#key=a%2Fb" in shown.format_lines()

@@ -109,6 +109,8 @@ def test_values_of_transformers_4_and_of_other_intervals_are_read(tmp_path: Path
         ({"model_type": "llama"}, "model_type is llama, which is no Qwen or StarCoder"),
         ({"num_key_value_heads": None}, "num_key_value_heads is missing"),
         ({"hidden_size": "48"}, "hidden_size = '48' must be a whole number"),
+        ({"use_sliding_window": True, "sliding_window": 32}, "use_sliding_window = True is not supported"),
+        ({"rope_theta": 1e6, "rope_scaling": "yarn"}, "rope_scaling = 'yarn' must be an object"),
         ({"hidden_size": 50}, "hidden size 50 is not divisible by 6 attention heads"),
         (
             {"model_type": "qwen2_moe", "decoder_sparse_step": 2},
@@ -129,6 +131,13 @@ def test_a_directory_named_like_another_class_has_its_own(tmp_path: Path) -> Non
     assert families.find_run_size(path_config(weights)).family.model_type == "qwen2"
     with pytest.raises(PlanError, match=r"holds a qwen2 model, and model\.name = starcoder2-3b is of starcoder2"):
         families.resolve_hf_config(path_config(weights, name="starcoder2-3b"))
+
+
+def test_a_sliding_window_is_refused_under_the_name_of_a_known_size(tmp_path: Path) -> None:
+    known = families.find_size("qwen2.5-0.5b")
+    values = {**known.hf_values, "model_type": "qwen2", "use_sliding_window": True, "sliding_window": 32}
+    with pytest.raises(PlanError, match="use_sliding_window = True is not supported"):
+        families.resolve_hf_config(path_config(save_values(tmp_path / "mine", values), name="qwen2.5-0.5b"))
 
 
 def test_a_begun_run_knows_such_a_size_when_the_weights_are_gone(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig
 
 from llm_training_toolkit import families
@@ -89,7 +90,7 @@ def test_rows_of_a_batch_are_answered_as_if_alone(size: str, tokenizer: Path) ->
     assert [end for _, end in together] == [("length", 12), ("length", 9), ("length", 20), ("length", 3)]
 
 
-def test_a_row_ends_by_itself_while_others_go_on(tokenizer: Path) -> None:
+def test_a_row_ends_by_itself_while_others_continue(tokenizer: Path) -> None:
     generator = build_generator("qwen3-0.6b", tokenizer)
     (text, _), *_ = answers(generator, [row(5, 30)])
     leaving = row(5, 30)
@@ -102,6 +103,20 @@ def test_a_row_ends_by_itself_while_others_go_on(tokenizer: Path) -> None:
     assert found[1][0] == text[: text.index(text[6:9])]
     assert [end[0] for _, end in found] == ["length", "stop", "cancelled", "stop"]  # type: ignore[index]
     assert found[3] == ("", ("stop", 1))
+
+
+@pytest.mark.slow
+def test_adapters_without_a_task_type_are_generated_with_as_asked(tokenizer: Path) -> None:
+    generator = build_generator("qwen3-0.6b", tokenizer)
+    how = SamplingParams(30, temperature=1.0, seed=1)
+    wanted = generator.complete_prompt("def area(", how).text
+    batch = answers(generator, [row(5, 30)])
+    model: Any = get_peft_model(generator.model, LoraConfig(r=2, target_modules=["q_proj"]))  # changes no logit yet
+    model.get_base_model().generation_config = GenerationConfig(eos_token_id=list(range(VOCABULARY)))
+    adapted = TextGenerator(model, tokenizer)
+    assert answers(adapted, [row(5, 30)]) == batch
+    adapted._eos_ids = frozenset()
+    assert adapted.complete_prompt("def area(", how).text == wanted
 
 
 def test_a_batch_takes_the_oldest_row_and_those_that_fit_beside_it() -> None:

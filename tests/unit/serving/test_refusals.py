@@ -59,11 +59,15 @@ def refused(served: Served, path: str, body: object, **headers: str) -> tuple[in
         (TEXT, {**ASKED, "temperature": 3}, (400, "invalid_value", "temperature")),
         (TEXT, {**ASKED, "stop": ["a"] * 5}, (400, "invalid_value", "stop")),
         (TEXT, {**ASKED, "n": 2}, (400, "unsupported_value", "n")),
+        (TEXT, {**ASKED, "n": True}, (400, "unsupported_value", "n")),
+        (TEXT, {**ASKED, "stream_options": {}}, (400, "invalid_value", "stream_options")),
         (TEXT, {**ASKED, "logprobs": 1}, (400, "unknown_parameter", "logprobs")),
         (TEXT, {**ASKED, "top_k": 1}, (400, "unknown_parameter", "top_k")),
         (TEXT, {**ASKED, "model": "gpt"}, (404, "model_not_found", "model")),
         (TEXT, {**ASKED, "prompt": "a b " * CONTEXT}, (400, "context_length_exceeded", "max_tokens")),
         (TEXT, {**ASKED, "prompt": "x" * 2_000_000}, (413, "request_too_large", None)),
+        (CHAT, {**CHATTED, "max_tokens": 2, "max_completion_tokens": 3},
+         (400, "invalid_value", "max_completion_tokens")),
         (CHAT, {**CHATTED, "messages": []}, (400, "invalid_value", "messages")),
         (CHAT, {**CHATTED, "messages": [{"role": "robot", "content": "."}]}, (400, "invalid_messages", "messages")),
         (CHAT, {**CHATTED, "messages": [{"role": "assistant", "content": "."}]}, (400, "invalid_messages", "messages")),
@@ -99,6 +103,7 @@ def test_without_a_key_foreign_pages_are_refused(model_directory: Path) -> None:
         plain = {"Content-Type": "text/plain"}  # as a foreign page may send it unasked
         assert refused(served, TEXT, ASKED, **plain) == (400, "invalid_content_type", None)
         assert refused(served, TEXT, ASKED, Host="evil.example") == (403, "foreign_host", None)
+        assert post(served, TEXT, json.dumps(ASKED).encode(), Authorization="", Host="127.0.0.2:8000")[0] == 200
 
 
 def test_what_the_model_cannot_do_is_refused(tmp_path: Path) -> None:
@@ -148,7 +153,7 @@ def test_a_full_queue_is_said_at_once(restricted: Restrict) -> None:
 
 
 def test_time_is_limited_in_the_queue_and_in_the_model(restricted: Restrict) -> None:
-    served = restricted(timeout=1.5)
+    served = restricted(timeout=5.0)
     served.gate.close()
     with ThreadPoolExecutor(2) as clients:
         first = clients.submit(complete, served)
@@ -157,6 +162,24 @@ def test_time_is_limited_in_the_queue_and_in_the_model(restricted: Restrict) -> 
         found = {error.code: error.status_code for error in (first.exception(), second.exception())}  # type: ignore[union-attr]
         served.gate.open()
     assert found == {"generation_timeout": 504, "queue_timeout": 503}
+
+
+def test_time_is_limited_for_the_body(restricted: Restrict) -> None:
+    served = restricted(timeout=0.1)
+    connection = http.client.HTTPConnection(served.url.removeprefix("http://"))
+    connection.putrequest("POST", TEXT)
+    for name, value in {"Authorization": f"Bearer {KEY}", "Content-Length": "10"}.items():
+        connection.putheader(name, value)
+    connection.endheaders()
+    with connection.getresponse() as response:
+        assert (response.status, json.load(response)["error"]["code"]) == (408, "request_timeout")
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 300) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -175,11 +198,13 @@ def test_generation_ends_when_its_client_leaves(
     else:
         assert served.gate.reached.wait(300)
     connection.close()
-    while served.health()["running"]:  # it does not count answers that nobody waits for
-        time.sleep(0.01)
+    wait_until(lambda: not served.health()["running"])  # it does not count answers that nobody waits for
     served.gate.open()
-    while not (ends := [text for record in caplog.records if (text := record.getMessage()).startswith("answer of")]):
-        time.sleep(0.01)
-    [end] = ends
+
+    def list_ends() -> list[str]:
+        return [text for record in caplog.records if (text := record.getMessage()).startswith("answer of")]
+
+    wait_until(lambda: bool(list_ends()))
+    [end] = list_ends()
     assert end.endswith("end: cancelled")
     assert int(end.split()[2]) < 500

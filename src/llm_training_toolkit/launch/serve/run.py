@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -22,6 +22,7 @@ from llm_training_toolkit.serving.settings import ServingSettings
 from llm_training_toolkit.setup.machine import is_local
 
 _APPLICATION = "ltt"
+_SERVE_CONTROLLER = "SERVE_CONTROLLER_ACTOR"  # named by Ray Serve
 _PROXY_SPARE_SECONDS = 30.0  # the proxy gives up later than the server, whose error says more
 
 
@@ -48,7 +49,7 @@ def serve_until_stopped(request: ServeRequest, console: Console, announce: Calla
 
 @contextmanager
 def _start_ray_serve(request: ServeRequest) -> Iterator[None]:
-    if not is_local() and serve.status().proxies:
+    if not is_local() and _is_serve_running():
         raise LaunchError(
             f"Ray Serve runs on the cluster at {os.environ['RAY_ADDRESS']} already, with an address of its own: add "
             "the model to it with `serve deploy` (docs/serving.md)"
@@ -62,12 +63,21 @@ def _start_ray_serve(request: ServeRequest) -> Iterator[None]:
         serve.shutdown()
 
 
+def _is_serve_running() -> bool:
+    """Return whether the cluster has a Ray Serve, also one without an address or without applications."""
+    found = serve.status()
+    if found.proxies or found.applications:
+        return True
+    return any(actor["name"] == _SERVE_CONTROLLER for actor in ray.util.list_named_actors(all_namespaces=True))
+
+
 def _deploy(request: ServeRequest, console: Console) -> None:
     """Start the replicas, and wait until they have loaded the model. Raises LaunchError with their reason."""
     resources = ray.cluster_resources()
     gpus = int(request.settings.device != "cpu" and resources.get("GPU", 0) >= request.replicas)
     # Ray lets a replica compute with as many threads as it has CPUs.
-    cpus = 1 if gpus else max(1, int(resources.get("CPU", 1)) // request.replicas)
+    nodes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+    cpus = 1 if gpus else compute_replica_cpus(nodes, request.replicas)
     console.update_stage("loading the model", 0, 1)
     application = build_deployment(request.settings, replicas=request.replicas, cpus=cpus, gpus=gpus)
     try:
@@ -77,8 +87,14 @@ def _deploy(request: ServeRequest, console: Console) -> None:
     console.update_stage("loading the model", 1, 1)
 
 
+def compute_replica_cpus(nodes: Sequence[int], replicas: int) -> int:
+    """Return the most CPUs of each replica with which all fit on nodes of so many CPUs; at least 1."""
+    sizes = range(max(nodes, default=1), 0, -1)
+    return next((size for size in sizes if sum(cpus // size for cpus in nodes) >= replicas), 1)
+
+
 def _find_cause(message: str) -> str:
     """Return the exception at the end of a replica's traceback, without its class."""
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     causes = [line for line in lines if line.startswith("llm_training_toolkit.errors.")]
-    return causes[-1].partition(": ")[2] if causes else lines[-1]
+    return causes[-1].partition(": ")[2] if causes else (lines or ["Ray Serve gives no reason; its logs may"])[-1]

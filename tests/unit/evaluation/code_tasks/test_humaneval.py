@@ -120,8 +120,19 @@ BLOCK = "```python\ndef double(number):\n    return 2 * number\n```"
         BLOCK.removesuffix("```"),
         "def double(number):\n    return 2 * number\n",
         "```\n    return 2 * number\n```",
+        BLOCK.replace("def", "from __future__ import annotations\n\ndef", 1),
+        BLOCK.replace("\n```", "```") + "\nIt doubles.",
     ],
-    ids=["a block", "the block of the function", "after the thinking", "an open block", "no block", "the body alone"],
+    ids=[
+        "a block",
+        "the block of the function",
+        "after the thinking",
+        "an open block",
+        "no block",
+        "the body alone",
+        "a future import",
+        "a block that ends in a line",
+    ],
 )
 def test_code_is_taken_from_an_answer(answer: str) -> None:
     program = HumanEvalQuestion(**PROBLEM).build_program(answer)
@@ -133,6 +144,7 @@ def test_code_is_taken_from_an_answer(answer: str) -> None:
 def test_an_answer_without_code_does_not_pass() -> None:
     with pytest.raises(SyntaxError):
         exec(HumanEvalQuestion(**PROBLEM).build_program("I cannot do that."), {})
+    assert not extract_code(f"<think>\n{BLOCK}\nBut"), "a draft"
     assert extract_code("One\n```\na\n```\n```\nb\n```") == "a\n"
 
 
