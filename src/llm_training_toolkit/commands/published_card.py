@@ -7,7 +7,6 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
-from yaml import YAMLError
 
 from llm_training_toolkit.checkpoint.run import Run
 from llm_training_toolkit.config import Config
@@ -39,7 +38,7 @@ def format_published_card(
     """Return the card. Raises CheckpointError if the export's cannot be read."""
     try:
         card = ModelCard((directory / CARD_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError, YAMLError) as error:
+    except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(
             f"{directory / CARD_NAME}: cannot be read ({reason}): ltt export writes it anew"
