@@ -15,7 +15,7 @@ test: $(VENV)/.installed-dev  ## every test
 	$(MAKE) test-slow
 
 FAST := -m "not slow and not cluster and not ranks"
-HALF := tests/e2e tests/unit/cli tests/unit/commands tests/unit/data tests/unit/evaluation tests/unit/launch tests/unit/scripts
+HALF := tests/e2e tests/unit/cli tests/unit/commands tests/unit/config tests/unit/data tests/unit/evaluation tests/unit/export tests/unit/families tests/unit/launch tests/unit/monitoring tests/unit/scripts tests/unit/serving
 
 test-fast: $(VENV)/.installed-dev  ## the tests of `make check`
 	$(MAKE) --jobs=2 test-fast-one test-fast-other
