@@ -117,7 +117,7 @@ def gradients(
     if stirred:
         stir(engine)
     dataloader = DataLoader(place.dataset_info, global_batch=plan.global_batch, epochs=None)
-    count = -(-plan.split_batch()[0] // micro_batch)
+    count = -(-len(compute_replica_slice(plan.global_batch, plan.replicas, 0)) // micro_batch)
     batches = dataloader.get_micro_batches(step, share_of(plan), micro_batch, count)
     if tried:
         engine.run_trial_pass(build_full_batch(batches[0]))
