@@ -22,7 +22,7 @@ from launching import Environment
 from launching import command as train_command
 from llm_training_toolkit.checkpoint import find_latest_checkpoint
 from llm_training_toolkit.config import load_config
-from llm_training_toolkit.runs.attempts import find_last_attempt, read_attempt_record
+from llm_training_toolkit.runs.attempts import read_attempt_record
 from llm_training_toolkit.runs.directory import RunDirectory
 from llm_training_toolkit.search.event_log import EventLog, SearchDirectory
 
@@ -128,22 +128,6 @@ def train_alone(config: Path, runs: Path, lr: float) -> float:
     return float([row["eval/loss"] for row in map(json.loads, rows) if "eval/loss" in row][-1])
 
 
-def leave_by_a_second_interrupt(file: Path, environment: Environment) -> None:
-    """The search continues, and ends at once with the JSON of what has been done."""
-    runs = [directory_of(file).get_trial_run(number) for number in range(TRIALS)]
-    before = [find_last_attempt(run) for run in runs]
-    with fork_server.popen(
-        command(file, "--json"), env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    ) as process:
-        wait_for(lambda: [find_last_attempt(run) for run in runs] != before, process)
-        process.send_signal(signal.SIGINT)
-        time.sleep(0.5)  # a second signal beside a pending one would be lost
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=120)
-    assert process.returncode == 75, err  # at once, or after the step if that was quicker
-    assert json.loads(out)["trials"]
-
-
 def test_a_search_whose_trials_do_not_fit_is_refused_before_data_is_prepared(
     file: Path, ray_environment: Environment
 ) -> None:
@@ -176,7 +160,6 @@ def test_a_search_survives_its_workers_and_its_driver(file: Path, ray_environmen
     rows = {number: found.get_trial_run(number).metrics_path.read_text() for number in ended}
     assert ended
 
-    leave_by_a_second_interrupt(file, ray_environment)
     done = fork_server.run(command(file, "--json"), env=ray_environment, capture_output=True, timeout=900)
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout)
