@@ -37,7 +37,7 @@ test-cluster:
 test-ranks:
 	set -o pipefail; $(BIN)/python -m pytest -m "slow or ranks" --ignore=tests/cluster 2>&1 | sed --unbuffered ''
 
-check: $(VENV)/.installed-dev  ## format, lint, types, import contract, fast tests: three minutes at most
+check: $(VENV)/.installed-dev  ## format, lint, types, import contract, fast tests (3 to 6 minutes)
 	$(MAKE) --jobs=2 lint test-fast-one test-fast-other
 
 lint: $(VENV)/.installed-dev  ## format, lint, types, import contract

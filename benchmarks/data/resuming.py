@@ -26,9 +26,10 @@ from torch.utils.data import Dataset, IterableDataset
 
 from llm_training_toolkit.data.dataloader import DataLoader
 from llm_training_toolkit.data.prepare.arrow_store import ExampleStore, SourceExample, join_examples, write_examples
-from llm_training_toolkit.data.prepare.dataset_info import DatasetInfo, EpochInfo, StreamInfo
+from llm_training_toolkit.data.prepare.dataset_info import DatasetInfo, EpochInfo
 from llm_training_toolkit.data.prepare.packing import pack_in_windows
 from llm_training_toolkit.data.types import Example
+from single_stream import describe_single_stream
 
 LENGTH = 128
 BATCH = 10
@@ -75,22 +76,8 @@ def prepared(tokens: NDArray[np.uint32], folder: Path) -> DatasetInfo:
     examples = ExampleStore(folder / "tokens")
     plan = pack_in_windows(examples.batch, examples.length, LENGTH, targets=examples.targets)
     plan.write(folder / "plan")
-    return DatasetInfo(
-        fingerprint="",
-        directory=str(folder),
-        tokenizer_path=str(folder / "tokenizer"),
-        vocab_size=4096,
-        pad_id=0,
-        sequence_length=LENGTH,
-        seed=0,
-        sources=(),
-        streams=(StreamInfo(1, (EpochInfo("tokens", "plan", len(plan), filled=tokens.size, lost=0),)),),
-        held_out="tokens",
-        held_out_plan="plan",
-        eval_sequences=len(plan),
-        padding=0.0,
-        tokens_lost=0,
-    )
+    epoch = EpochInfo("tokens", "plan", len(plan), filled=tokens.size, lost=0)
+    return describe_single_stream(folder, epoch, sequence_length=LENGTH, vocab_size=4096, eval_sequences=len(plan))
 
 
 def by_toolkit(dataset_info: str, sequence: int) -> float:

@@ -31,9 +31,10 @@ from indexing import SHARD_TOKENS, packed, write_shard
 from lengths import LENGTH, chunks_of, lengths_of
 from llm_training_toolkit.data.dataset import PackedDataset
 from llm_training_toolkit.data.prepare.arrow_store import ExampleStore, join_examples
-from llm_training_toolkit.data.prepare.dataset_info import DatasetInfo, EpochInfo, StreamInfo
+from llm_training_toolkit.data.prepare.dataset_info import DatasetInfo, EpochInfo
 from llm_training_toolkit.data.prepare.document_index import select_held_out
 from llm_training_toolkit.data.prepare.packing import PackingPlan
+from single_stream import describe_single_stream
 
 BYTES_PER_TOKEN = 4
 GLOBAL_BATCH = 1024
@@ -90,24 +91,8 @@ def look_up(_documents: int, folder: Path) -> float:
 
 def build_dataset_info(folder: Path) -> DatasetInfo:
     """Describe the index as one stream of one epoch, without anything held out."""
-    (folder / "tokenizer").mkdir(exist_ok=True)
     sequences = len(PackingPlan.read(folder / "plan"))
-    return DatasetInfo(
-        fingerprint="",
-        directory=str(folder),
-        tokenizer_path=str(folder / "tokenizer"),
-        vocab_size=1,
-        pad_id=0,
-        sequence_length=LENGTH,
-        seed=0,
-        sources=(),
-        streams=(StreamInfo(1, (EpochInfo("tokens", "plan", sequences, 0, 0),)),),
-        held_out="tokens",
-        held_out_plan="plan",
-        eval_sequences=0,
-        padding=0.0,
-        tokens_lost=0,
-    )
+    return describe_single_stream(folder, EpochInfo("tokens", "plan", sequences, 0, 0), sequence_length=LENGTH)
 
 
 def measure_cpu(work: Callable[[], object]) -> float:

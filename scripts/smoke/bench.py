@@ -67,7 +67,7 @@ class Bench:
 
     @property
     def together(self) -> int:
-        """How many small runs may run at once: they check what is right, not how fast."""
+        """Number of small runs at once: they check results, and no speed."""
         return min(4, self.cores // 4 or 1, int(self.free_bytes // 6e9) or 1) if self.on_gpu else min(2, self.cores)
 
     def small(self, name: str, **sections: Values) -> Values:

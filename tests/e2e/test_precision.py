@@ -32,7 +32,7 @@ os.execv(sys.executable, [sys.executable, "-m", "llm_training_toolkit", *sys.arg
 
 
 def train(arguments: list[str], **environment: str) -> str:
-    """What a command says; there is a fork server for each environment, so that torch has read it."""
+    """Output of a command; there is a fork server for each environment, so that torch has read it."""
     done = fork_server.run(arguments, env={**os.environ, **environment}, capture_output=True, timeout=200)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

@@ -25,17 +25,11 @@ from llm_training_toolkit.models import build_model
 from llm_training_toolkit.serving.app import build_app
 from llm_training_toolkit.serving.served_model import ServedModel
 from llm_training_toolkit.serving.settings import ServingLimits, ServingSettings
+from tiny_models import DECODER
 
 CONTEXT = 512
 KEY = "key-of-a-test"
-SHAPE: dict[str, Any] = {
-    "model_type": "qwen3",
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 16,
+SHAPE: dict[str, Any] = DECODER | {
     "tie_word_embeddings": False,
     "max_position_embeddings": CONTEXT,
 }

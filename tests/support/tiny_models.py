@@ -29,6 +29,17 @@ _LINEAR = {
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
 }
+DECODER: dict[str, Any] = {
+    "model_type": "qwen3",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+}
+"""The smallest Qwen3 that writes text; its vocabulary and positions are the test's."""
+
 SHAPES: dict[str, dict[str, Any]] = {
     "qwen2.5-0.5b": _QWEN,
     "qwen3-0.6b": _QWEN | {"head_dim": 32},

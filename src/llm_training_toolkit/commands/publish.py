@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import wait
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,6 +28,7 @@ from llm_training_toolkit.errors import CheckpointError, LaunchError, PlanError,
 from llm_training_toolkit.evaluation.records import read_eval_records
 from llm_training_toolkit.export import read_source_checkpoint_name
 from llm_training_toolkit.runs.directory import RunDirectory, check_run, find_model_directory, parse_checkpoint_name
+from llm_training_toolkit.setup.daemon_call import start_daemon_call
 
 _MARK = "training.json"  # every export has it, so a repository with it holds one
 _OWN_FILES = frozenset({".gitattributes", CARD_NAME})  # of a new repository on the hub
@@ -156,22 +157,11 @@ def _list_deletions(found: ModelInfo | None, kept: set[str]) -> Iterator[CommitO
 
 def _ask_in_time(ask: Callable[[], ModelInfo | None]) -> ModelInfo | None:
     """Return the answer, or raise its error; LaunchError if 15 seconds bring none."""
-    answers: list[ModelInfo | Exception | None] = []
-
-    def keep_answer() -> None:
-        try:
-            answers.append(ask())
-        except Exception as error:  # noqa: BLE001 - edge of the thread: raised again in the caller's
-            answers.append(error)
-
-    thread = threading.Thread(target=keep_answer, daemon=True, name="ask-hub")
-    thread.start()
-    thread.join(_PATIENCE_SECONDS)
-    if not answers:
+    asked = start_daemon_call(ask, "ask-hub")
+    wait([asked], timeout=_PATIENCE_SECONDS)
+    if not asked.done():
         raise _fail("hub-unreachable", f"no answer within {_PATIENCE_SECONDS:g} s")
-    if isinstance(answers[0], Exception):
-        raise answers[0]
-    return answers[0]
+    return asked.result()
 
 
 @contextmanager

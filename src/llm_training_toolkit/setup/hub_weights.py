@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
+from concurrent.futures import wait
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, Revi
 
 from llm_training_toolkit.errors import Problem
 from llm_training_toolkit.plan.checks.run_check import is_directory_or_hub_id
+from llm_training_toolkit.setup.daemon_call import start_daemon_call
 
 _REQUEST_SECONDS = 5.0
 # For two requests and the address: looking up a name has no timeout of its own, and takes 10 to 30 s without a network.
@@ -50,18 +51,12 @@ def ask_hub_commit(path: str, revision: str | None) -> str | None:
 
 
 def _ask_in_time(ask: Callable[[], HubAnswer], path: str, revision: str | None) -> HubAnswer:
-    answers: list[HubAnswer] = []
-
-    def keep_answer() -> None:
-        try:
-            answers.append(ask())
-        except Exception as error:  # noqa: BLE001 - edge of the thread, whose traceback would stand in the plan
-            answers.append(_explain_refusal(path, revision, error))
-
-    thread = threading.Thread(target=keep_answer, daemon=True, name="ask-hub")
-    thread.start()
-    thread.join(_PATIENCE_SECONDS)
-    return answers[0] if answers else HubAnswer(unreachable=f"no answer within {_PATIENCE_SECONDS:g} s")
+    asked = start_daemon_call(ask, "ask-hub")
+    wait([asked], timeout=_PATIENCE_SECONDS)
+    if not asked.done():
+        return HubAnswer(unreachable=f"no answer within {_PATIENCE_SECONDS:g} s")
+    error = asked.exception()
+    return asked.result() if error is None else _explain_refusal(path, revision, error)
 
 
 def _find_cached_config(path: str, revision: str | None) -> object:
@@ -82,7 +77,7 @@ def _ask_for_files(path: str, revision: str | None) -> HubAnswer:
     return HubAnswer(Problem("no-safetensors", "model.path", what, fix))
 
 
-def _explain_refusal(path: str, revision: str | None, error: Exception) -> HubAnswer:
+def _explain_refusal(path: str, revision: str | None, error: BaseException) -> HubAnswer:
     match error:
         case GatedRepoError():
             what = f"{path} is gated, and this login has not been let in"

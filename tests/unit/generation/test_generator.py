@@ -21,16 +21,10 @@ from llm_training_toolkit.errors import PlanError
 from llm_training_toolkit.generation.generator import TextGenerator, _CallbackStreamer
 from llm_training_toolkit.models import build_model
 from llm_training_toolkit.models.sampling import SamplingParams
+from tiny_models import DECODER
 
 CONTEXT = 64
-SHAPE: dict[str, Any] = {
-    "model_type": "qwen3",
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 16,
+SHAPE: dict[str, Any] = DECODER | {
     "vocab_size": 512,
     "max_position_embeddings": CONTEXT,
 }

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import comb
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Protocol, get_args
+from typing import Any, Protocol, TypeVar, get_args
 
 from llm_training_toolkit.data.chat.messages import Conversation
 from llm_training_toolkit.data.chat.render import encode_prompt
@@ -52,6 +52,9 @@ class CodeProblem(Protocol):
 
     def build_program(self, completion: str) -> str:
         """Return a program that exits without an exception if and only if the completion is correct."""
+
+
+Problem = TypeVar("Problem", bound=CodeProblem)
 
 
 @dataclass(frozen=True)
@@ -218,6 +221,19 @@ def read_problem_records(file: Path) -> Iterator[SourceRecord]:
             yield record
     except UnreadableDocument as error:
         raise DataError(str(error)) from error
+
+
+def collect_problems(file: Path, read: Callable[[SourceRecord], Problem]) -> list[Problem]:
+    """Read the problems of a file. Raises DataError for a name that comes twice, with its line, and for no problem."""
+    problems: dict[str, Problem] = {}
+    for record in read_problem_records(file):
+        problem = read(record)
+        if problem.task_id in problems:
+            raise DataError(f"{record.where}: task_id {problem.task_id} comes twice; remove one")
+        problems[problem.task_id] = problem
+    if not problems:
+        raise DataError(f"{file}: holds no problem")
+    return list(problems.values())
 
 
 def read_field(record: SourceRecord, name: str, *kinds: type) -> Any:  # noqa: ANN401 - of `kinds`

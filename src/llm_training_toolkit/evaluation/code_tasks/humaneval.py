@@ -17,8 +17,8 @@ from llm_training_toolkit.evaluation.code_tasks.code_answers import defines_func
 from llm_training_toolkit.evaluation.code_tasks.code_tests import (
     CodeBenchmark,
     check_samples,
+    collect_problems,
     measure_benchmark,
-    read_problem_records,
     read_text_field,
 )
 from llm_training_toolkit.evaluation.documents import resolve_data_path
@@ -88,15 +88,8 @@ def read_problems(path: str | None, kind: type[HumanEvalProblem] = HumanEvalProb
     Raises DataError, naming the line, for a missing field or a duplicate problem.
     """
     file = Path(path).expanduser() if path is not None else _find_package_file()
-    problems: dict[str, HumanEvalProblem] = {}
-    for record in read_problem_records(file):
-        problem = kind(*(read_text_field(record, name) for name in ("task_id", "prompt", "test", "entry_point")))
-        if problem.task_id in problems:
-            raise DataError(f"{record.where}: {problem.task_id} comes twice; remove one")
-        problems[problem.task_id] = problem
-    if not problems:
-        raise DataError(f"{file}: holds no problem")
-    return list(problems.values())
+    fields = ("task_id", "prompt", "test", "entry_point")
+    return collect_problems(file, lambda record: kind(*(read_text_field(record, name) for name in fields)))
 
 
 def _find_package_file() -> Path:

@@ -17,9 +17,9 @@ from llm_training_toolkit.evaluation.code_tasks.code_answers import extract_code
 from llm_training_toolkit.evaluation.code_tasks.code_tests import (
     CodeBenchmark,
     check_samples,
+    collect_problems,
     measure_benchmark,
     read_field,
-    read_problem_records,
     read_text_field,
 )
 from llm_training_toolkit.evaluation.documents import resolve_data_path
@@ -110,15 +110,7 @@ def read_mbpp_problems(path: str, kind: type[MbppProblem] = MbppProblem) -> list
     `test_setup_code` and `test_imports` may be absent. Raises DataError, naming the line, for a missing field or a
     duplicate problem.
     """
-    problems: dict[str, MbppProblem] = {}
-    for record in read_problem_records(Path(path).expanduser()):
-        problem = _read_problem(record, kind)
-        if problem.task_id in problems:
-            raise DataError(f"{record.where}: task_id {problem.task_id} comes twice; remove one")
-        problems[problem.task_id] = problem
-    if not problems:
-        raise DataError(f"{path}: holds no problem")
-    return list(problems.values())
+    return collect_problems(Path(path).expanduser(), lambda record: _read_problem(record, kind))
 
 
 def _read_problem(record: SourceRecord, kind: type[MbppProblem]) -> MbppProblem:

@@ -178,7 +178,7 @@ def test_a_prompt_without_room_is_counted_as_not_solved(known_model: Path, tmp_p
             "problems.jsonl:2: entry_point is missing",
         ),
         (["a list"], "problems.jsonl:2: task_id is missing, or no text (it has no fields)"),
-        (PROBLEM, "problems.jsonl:2: Small/0 comes twice"),
+        (PROBLEM, "problems.jsonl:2: task_id Small/0 comes twice"),
     ],
 )
 def test_a_problem_that_is_none_is_named_by_its_line(tmp_path: Path, row: Any, said: str) -> None:

@@ -1,4 +1,4 @@
-"""What ranks cannot share is refused before anything starts, with its code and what works instead."""
+"""Rows that ranks cannot share are refused before anything starts, with a code and what works instead."""
 
 from __future__ import annotations
 
