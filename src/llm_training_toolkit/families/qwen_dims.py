@@ -38,13 +38,7 @@ def read_qwen2_dims(hf: HfValues) -> ModelDims:
 
 def read_qwen2_moe_dims(hf: HfValues) -> ModelDims:
     """Read dimensions of Qwen1.5-MoE and Qwen2-57B-A14B: experts and a shared one in every layer."""
-    return replace(
-        read_qwen2_dims(hf),
-        intermediate=hf["moe_intermediate_size"],
-        experts=hf["num_experts"],
-        experts_per_token=hf["num_experts_per_tok"],
-        shared_expert=hf["shared_expert_intermediate_size"],
-    )
+    return replace(_with_experts(read_qwen2_dims(hf), hf), shared_expert=hf["shared_expert_intermediate_size"])
 
 
 def read_qwen3_dims(hf: HfValues) -> ModelDims:
@@ -57,8 +51,12 @@ def read_qwen3_dims(hf: HfValues) -> ModelDims:
 
 def read_qwen3_moe_dims(hf: HfValues) -> ModelDims:
     """Read dimensions of Qwen3 with experts in every layer, as in all published sizes, and no shared expert."""
+    return _with_experts(read_qwen3_dims(hf), hf)
+
+
+def _with_experts(dims: ModelDims, hf: HfValues) -> ModelDims:
     return replace(
-        read_qwen3_dims(hf),
+        dims,
         intermediate=hf["moe_intermediate_size"],
         experts=hf["num_experts"],
         experts_per_token=hf["num_experts_per_tok"],
