@@ -55,8 +55,11 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def prepared_run(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
-    """A run directory ready for workers: resolved configuration and dataset info. Copied by `fresh_run`, never run."""
+def prepared_run(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunDirectory]:
+    """A run directory ready for workers: resolved configuration and dataset info. Copied by `fresh_run`, never run.
+
+    A test that writes into it changes the outcome of those after it, so that the last one fails then.
+    """
     runs = tmp_path_factory.mktemp("runs")
     config = tiny_config(corpus, runs)
     run = RunDirectory(runs / "tiny")
@@ -66,7 +69,9 @@ def prepared_run(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> RunD
     )
     run.resolved_config_path.write_text(dump_config_json(config))
     run.config_path.write_text("# a test's run\n")
-    return run
+    files = sorted(run.path.rglob("*"))
+    yield run
+    assert sorted(run.path.rglob("*")) == files
 
 
 @pytest.fixture
