@@ -87,9 +87,7 @@ def test_data_that_will_never_be_there_ends_it_in_words(prepared_run: RunDirecto
 
 
 @pytest.mark.parametrize("steps_left", [0, 1])
-def test_no_task_runs_after_last_step(
-    prepared_run: RunDirectory, tmp_path: Path, steps_left: int
-) -> None:
+def test_no_task_runs_after_last_step(prepared_run: RunDirectory, tmp_path: Path, steps_left: int) -> None:
     run = RunDirectory(tmp_path)
     ready = build_components(prepared_run, run, StopRequest.STOP)
     config = parse_config_json(prepared_run.resolved_config_path.read_text())
