@@ -39,7 +39,8 @@ print("shards", len(list((prepared.directory / "tokens").glob("tokens-*"))))
 print("dropped", [source.dropped for source in prepared.dataset_info.sources])
 print("progress", [event for event in done if event[0] == "tokens"][-1])
 for step in range(sequences.total_steps):
-    print(step, sequences.get_document_spans(step), sequences.decode_sequence(step, 0).encode())
+    tokens = [example.tokens.tolist() for example in sequences.read_sequence_examples(step, 0)]
+    print(step, sequences.get_document_spans(step), tokens)
 print(said.getvalue(), file=sys.stderr)
 """
 

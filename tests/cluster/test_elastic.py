@@ -113,7 +113,7 @@ def test_a_run_shrinks_and_grows_with_its_cluster_and_comes_out_the_same(
     assert recovered < 60
     assert "node 127.0.1.3 will be preempted in" in out
     assert f"resuming from {run.get_checkpoint_dir(shrunk['step'], 2).name}" in out
-    assert "there is room for more than 1 workers: making way after the next checkpoint" in out
+    assert "more than 1 workers fit now: draining after the next checkpoint" in out
     assert left["step"] % EVERY == 0
 
     alone = launch_config("undisturbed-elastic", **SECTIONS, cluster={"workers": 0})

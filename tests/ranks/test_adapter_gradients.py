@@ -34,18 +34,18 @@ def changes(lora: dict[str, Any], zero: int, **model: Any) -> dict[str, Any]:
 
 def plain(run: str, lora: dict[str, Any], **model: Any) -> tuple[float, dict[str, Any]]:
     """Loss and gradients of the first step in plain torch: all rows at once, no DeepSpeed."""
-    place = rank_tasks.place_of(run, changes(lora, 0, **model))
-    plan = make_plan(place.config)
+    spec = rank_tasks.build_worker_spec(run, changes(lora, 0, **model))
+    plan = make_plan(spec.config)
     assert plan.adapter is not None
-    base = ensure_base_weights(place, plan, rank_tasks.alone())
+    base = ensure_base_weights(spec, plan, rank_tasks.build_single_rank_context())
     built = build_model(plan.hf_config, precision="fp32", attention="sdpa", path=base)
     module = LossModule(built, 64)
-    add_adapters(built, plan.adapter, seed=place.config.run.seed, dtype=torch.float32, draws=module.batch_position)
+    add_adapters(built, plan.adapter, seed=spec.config.run.seed, dtype=torch.float32, draws=module.batch_position)
     trained = {name: parameter for name, parameter in built.named_parameters() if parameter.requires_grad}
     with torch.no_grad():
         for name, parameter in trained.items():
-            parameter.copy_(rank_tasks.drawn(name, parameter.shape))
-    dataloader = DataLoader(place.dataset_info, global_batch=plan.global_batch, epochs=None)
+            parameter.copy_(rank_tasks.draw_adapter_weights(name, parameter.shape))
+    dataloader = DataLoader(spec.dataset_info, global_batch=plan.global_batch, epochs=None)
     [batch] = dataloader.get_micro_batches(0, range(plan.global_batch), plan.global_batch, 1)
     module.train()
     loss = module(batch.input_ids, batch.position_ids, batch.labels) / dataloader.count_loss_tokens(0)
@@ -85,7 +85,7 @@ def test_gradients_are_those_of_plain_torch(
     pools: Pools, run: str, reference: Any, workers: int, micro_batch: int, zero: int
 ) -> None:
     answers = pools(workers).run(
-        rank_tasks.gradients, run=run, changes=changes(LORA, zero), micro_batch=micro_batch, stirred=True
+        rank_tasks.compute_gradients, run=run, changes=changes(LORA, zero), micro_batch=micro_batch, perturbed=True
     )
     loss, norm, found = answers[0]
     assert largest_gradient_error(found, reference[1]) < 1e-5
@@ -99,7 +99,9 @@ def test_gradients_are_those_of_plain_torch(
     "lora", [{"rank": 4, "use_dora": True}, {"rank": 4, "use_rslora": True, "target_modules": ["q_proj"]}]
 )
 def test_variants_have_the_gradients_of_plain_torch(pools: Pools, run: str, lora: dict[str, Any], zero: int) -> None:
-    answers = pools(2).run(rank_tasks.gradients, run=run, changes=changes(lora, zero), micro_batch=2, stirred=True)
+    answers = pools(2).run(
+        rank_tasks.compute_gradients, run=run, changes=changes(lora, zero), micro_batch=2, perturbed=True
+    )
     loss, _, found = answers[0]
     wanted = plain(run, lora)
     assert largest_gradient_error(found, wanted[1]) < 1e-5
@@ -111,7 +113,9 @@ def test_recomputing_activations_changes_no_gradient(
     pools: Pools, run: str, reference: Any, zero: int, kind: str
 ) -> None:
     given = changes(LORA, zero, activation_checkpointing=kind)
-    loss, _, found = pools(2).run(rank_tasks.gradients, run=run, changes=given, micro_batch=2, stirred=True)[0]
+    loss, _, found = pools(2).run(rank_tasks.compute_gradients, run=run, changes=given, micro_batch=2, perturbed=True)[
+        0
+    ]
     assert largest_gradient_error(found, reference[1]) < 1e-5
     assert loss == pytest.approx(reference[0], rel=1e-6)
 
@@ -128,7 +132,9 @@ def test_adapters_of_experts_have_the_gradients_of_plain_torch(
     given = changes(lora, zero, activation_checkpointing=kind, **model)
     # Parameters below a threshold stay whole at stage 3, which here would be all of them.
     given["engine"]["deepspeed"] = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
-    loss, _, found = pools(2).run(rank_tasks.gradients, run=run, changes=given, micro_batch=2, stirred=True)[0]
+    loss, _, found = pools(2).run(rank_tasks.compute_gradients, run=run, changes=given, micro_batch=2, perturbed=True)[
+        0
+    ]
     wanted = plain(run, lora, **model)
     assert any(".experts.base_layer.lora_A." in name for name in found)
     assert largest_gradient_error(found, wanted[1]) < 1e-5

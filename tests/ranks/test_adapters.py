@@ -116,9 +116,9 @@ def copy_run(run: RunDirectory, target: Path, changes: Mapping[str, Any]) -> Run
     """A copy with these changes, and the plan that follows."""
     copy = RunDirectory(target)
     shutil.copytree(run.path, target)
-    place = rank_tasks.place_of(str(target), changes)
-    copy.resolved_config_path.write_text(dump_config_json(place.config))
-    copy.plan_path.write_text(json.dumps(make_plan(place.config).to_json()))
+    spec = rank_tasks.build_worker_spec(str(target), changes)
+    copy.resolved_config_path.write_text(dump_config_json(spec.config))
+    copy.plan_path.write_text(json.dumps(make_plan(spec.config).to_json()))
     return copy
 
 
@@ -147,10 +147,10 @@ def of(row: Row) -> dict[str, Any]:
 def test_every_family_trains_resumes_bitwise_and_loads_in_plain_peft(pools: Pools, make: Make, row: Row) -> None:
     whole, rest = make("whole", row.model, **of(row)), make("rest", row.model, **of(row))
     pool = pools(row.workers)
-    assert pool.run(rank_tasks.work_on, run=str(whole.path))[0]["status"] == "finished"
+    assert pool.run(rank_tasks.train_run, run=str(whole.path))[0]["status"] == "finished"
     first = whole.get_checkpoint_dir(STOP, 1)  # what a stop leaves, too: the next test
     shutil.copytree(first, rest.checkpoints_dir / first.name)
-    assert pool.run(rank_tasks.work_on, run=str(rest.path))[0]["status"] == "finished"
+    assert pool.run(rank_tasks.train_run, run=str(rest.path))[0]["status"] == "finished"
     assert sorted(read_losses(whole)) == list(range(1, STEPS + 1))
     assert read_losses(rest) == {step: loss for step, loss in read_losses(whole).items() if step > STOP}
     state = rank_tasks.read_final_state(whole)
@@ -165,7 +165,7 @@ def test_every_family_trains_resumes_bitwise_and_loads_in_plain_peft(pools: Pool
     stage = {"engine": {"zero_stage": 0}} if "use_dora" in row.lora else None
     checkpoint = str(newest_checkpoint(whole))
     asked: dict[str, Any] = {"run": str(whole.path), "checkpoint": checkpoint, "ids": IDS, "changes": stage}
-    wanted = pool.run(rank_tasks.logits_of, **asked)[0]
+    wanted = pool.run(rank_tasks.compute_logits, **asked)[0]
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[row.precision]
     assert np.array_equal(logits(reloaded(whole.export_dir, dtype)), wanted)
     merged = AutoModelForCausalLM.from_pretrained(export_run(whole, step=None, merge=True, out=None, say=print).path)
@@ -182,8 +182,8 @@ def begun_and_whole(
     """A run of two ranks that has been stopped, and the one that nothing disturbed."""
     folder, changes = tmp_path_factory.mktemp("moved"), {"model": {"lora": {"rank": 4, "dropout": 0.2}}}
     begun, whole = (copy_run(prepared("qwen3"), folder / name, changes) for name in ("begun", "whole"))
-    assert pools(2).run(rank_tasks.work_on, run=str(whole.path))[0]["status"] == "finished"
-    stopped = pools(2).run(rank_tasks.work_on, run=str(begun.path), stop_after=STOP)
+    assert pools(2).run(rank_tasks.train_run, run=str(whole.path))[0]["status"] == "finished"
+    stopped = pools(2).run(rank_tasks.train_run, run=str(begun.path), stop_after=STOP)
     assert (stopped[0]["status"], stopped[0]["step"]) == ("stopped", STOP)
     return begun, whole
 
@@ -194,7 +194,7 @@ def test_adapters_resume_with_other_ranks_and_stages(
 ) -> None:
     begun, whole = begun_and_whole
     run = copy_run(begun, tmp_path / "moved", {"engine": {"zero_stage": zero}})
-    pools(workers).run(rank_tasks.work_on, run=str(run.path))
+    pools(workers).run(rank_tasks.train_run, run=str(run.path))
     found, wanted = read_losses(run), read_losses(whole)
     assert sorted(found) == list(range(1, STEPS + 1))
     assert max(abs(found[step] - wanted[step]) / wanted[step] for step in found) < 2e-6
@@ -202,24 +202,24 @@ def test_adapters_resume_with_other_ranks_and_stages(
 
 def test_another_base_is_refused(pools: Pools, make: Make) -> None:
     full, run = make("full"), make("run", model={"lora": {}})
-    pools(1).run(rank_tasks.work_on, run=str(full.path))
-    pools(1).run(rank_tasks.work_on, run=str(run.path), stop_after=STOP)
+    pools(1).run(rank_tasks.train_run, run=str(full.path))
+    pools(1).run(rank_tasks.train_run, run=str(run.path), stop_after=STOP)
     shutil.copy(full.export_dir / "model.safetensors", run.base_weights_dir / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"not the weights.*model\.safetensors has other content"):
-        pools(1).run(rank_tasks.work_on, run=str(run.path))
+        pools(1).run(rank_tasks.train_run, run=str(run.path))
     with pytest.raises(CheckpointError, match=r"not the weights.*model\.safetensors has other content"):
         export_run(run, step=None, merge=True, out=None, say=print)
     shutil.rmtree(run.base_weights_dir)  # from scratch it is a function of the seed
-    assert pools(1).run(rank_tasks.work_on, run=str(run.path))[0]["status"] == "finished"
+    assert pools(1).run(rank_tasks.train_run, run=str(run.path))[0]["status"] == "finished"
 
 
 def test_adapters_stand_beside_a_saved_model_and_name_it_as_given(pools: Pools, make: Make) -> None:
     full = make("full")
-    pools(1).run(rank_tasks.work_on, run=str(full.path))
+    pools(1).run(rank_tasks.train_run, run=str(full.path))
     given = {"path": str(full.export_dir), "config_overrides": {}, "lora": {"rank": 4}}
     tokenizer = {"path": str(full.export_dir), "train": None}
     run = make("run", model=given, tokenizer=tokenizer)
-    pools(2).run(rank_tasks.work_on, run=str(run.path))
+    pools(2).run(rank_tasks.train_run, run=str(run.path))
     assert read_losses(run)[1] < read_losses(full)[1] - 0.3
     assert not run.base_weights_dir.exists()
     assert json.loads((run.export_dir / "adapter_config.json").read_text())["base_model_name_or_path"] == str(
@@ -230,23 +230,23 @@ def test_adapters_stand_beside_a_saved_model_and_name_it_as_given(pools: Pools, 
 
 def test_weights_of_another_run_become_the_base(pools: Pools, make: Make) -> None:
     full = make("full")
-    pools(1).run(rank_tasks.work_on, run=str(full.path))
-    tokenizer = {"path": rank_tasks.place_of(str(full.path)).dataset_info.tokenizer_path, "train": None}
+    pools(1).run(rank_tasks.train_run, run=str(full.path))
+    tokenizer = {"path": rank_tasks.build_worker_spec(str(full.path)).dataset_info.tokenizer_path, "train": None}
     given = {"init_from": str(full.path), "config_overrides": {}, "lora": {"rank": 4}}
     run = make("run", model=given, tokenizer=tokenizer)
-    pools(2).run(rank_tasks.work_on, run=str(run.path), stop_after=STOP)
+    pools(2).run(rank_tasks.train_run, run=str(run.path), stop_after=STOP)
     assert read_losses(run)[1] < read_losses(full)[1] - 0.3
     shutil.rmtree(full.checkpoints_dir)  # a resume needs that run no more
-    pools(2).run(rank_tasks.work_on, run=str(run.path))
+    pools(2).run(rank_tasks.train_run, run=str(run.path))
     again = AutoModelForCausalLM.from_pretrained(run.base_weights_dir)
     assert np.array_equal(logits(again), logits(AutoModelForCausalLM.from_pretrained(full.export_dir)))
 
     third = make("third", model=given | {"init_from": str(run.path), "lora": {"rank": 2}}, tokenizer=tokenizer)
-    pools(1).run(rank_tasks.work_on, run=str(third.path), stop_after=1)
+    pools(1).run(rank_tasks.train_run, run=str(third.path), stop_after=1)
     merged = export_run(run, step=None, merge=True, out=None, say=print)
     base = AutoModelForCausalLM.from_pretrained(third.base_weights_dir)
     assert np.array_equal(logits(base), logits(AutoModelForCausalLM.from_pretrained(merged.path)))
 
     whole = make("whole", model=given | {"init_from": str(run.path), "lora": None}, tokenizer=tokenizer)
     with pytest.raises(CheckpointError, match=r"that run trained adapters.*--merge"):
-        pools(1).run(rank_tasks.work_on, run=str(whole.path))
+        pools(1).run(rank_tasks.train_run, run=str(whole.path))

@@ -48,12 +48,12 @@ def test_ranks_continue_when_the_last_of_them_sees_the_data(
     pools: Pools, fresh_run: Fresh, prepared_run: RunDirectory, views: list[RunDirectory]
 ) -> None:
     undisturbed = fresh_run("undisturbed")
-    pools(2).run(rank_tasks.work_on, run=str(undisturbed.path))
+    pools(2).run(rank_tasks.train_run, run=str(undisturbed.path))
     complete = prepared_run.dataset_info_path.read_text()
     answers = pools(2).run(
-        rank_tasks.wait_on,
+        rank_tasks.train_with_late_data,
         runs=[str(view.path) for view in views],
-        comes={"dataset_info.json": {0: complete, 1: complete}},
+        arrivals={"dataset_info.json": {0: complete, 1: complete}},
     )
     assert [answer["status"] for answer in answers] == ["finished"] * 2
     assert read_losses(views[0]) == read_losses(undisturbed)
@@ -65,13 +65,15 @@ def test_a_stop_while_ranks_wait_is_heard_by_all(
 ) -> None:
     runs = [str(view.path) for view in views]
     complete = prepared_run.dataset_info_path.read_text()
-    stopped = pools(2).run(rank_tasks.wait_on, runs=runs, comes={"dataset_info.json": {0: complete}}, stop_at=2)
+    stopped = pools(2).run(
+        rank_tasks.train_with_late_data, runs=runs, arrivals={"dataset_info.json": {0: complete}}, stop_at=2
+    )
     assert [(answer["status"], answer["step"]) for answer in stopped] == [("stopped", REACHED)] * 2
     saved = find_latest_checkpoint(views[0].checkpoints_dir)
     assert saved is not None
     assert parse_checkpoint_name(saved) == (REACHED, 1)
     views[1].dataset_info_path.write_text(complete)
-    resumed = pools(2).run(rank_tasks.wait_on, runs=runs, comes={})
+    resumed = pools(2).run(rank_tasks.train_with_late_data, runs=runs, arrivals={})
     assert [(answer["status"], answer["step"]) for answer in resumed] == [("finished", 9)] * 2
 
 
@@ -79,7 +81,9 @@ def test_data_that_one_rank_learns_will_never_come_ends_all(pools: Pools, views:
     failed = json.dumps({"state": "failed", "why": "the documents have changed"})
     with pytest.raises(DataError, match="later epochs could not be prepared: the documents have changed"):
         pools(2).run(
-            rank_tasks.wait_on, runs=[str(view.path) for view in views], comes={"preparation.json": {1: failed}}
+            rank_tasks.train_with_late_data,
+            runs=[str(view.path) for view in views],
+            arrivals={"preparation.json": {1: failed}},
         )
     assert pools(2).alive  # both ranks raised it: no rank was left waiting for the other
     assert max(read_losses(views[0])) == REACHED

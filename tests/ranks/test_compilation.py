@@ -37,12 +37,12 @@ def test_a_compiled_run_is_the_eager_one(pools: Pools, prepared_run: RunDirector
         "train": {"steps": 4, "global_batch_size": 11, "micro_batch_size": 4},
         "model": {"activation_checkpointing": ("none", "selective", "full")[zero]},
     }
-    pools(2).run(rank_tasks.work_on, run=str(runs["eager"].path), changes=changes)
+    pools(2).run(rank_tasks.train_run, run=str(runs["eager"].path), changes=changes)
     compiled = changes | {"model": changes["model"] | {"compile": True}}
     first = pools(2).run(compiled_runs.work_on_compiled, run=str(runs["compiled"].path), changes=compiled, stop_after=2)
     assert [answer["graphs"] for answer in first] == [2, 2], "one for each size of micro-batch, and no break"
     assert CheckpointReader(newest_checkpoint(runs["compiled"])).manifest.extra["compile"] is True
-    last = pools(2).run(rank_tasks.work_on, run=str(runs["compiled"].path), changes=changes)[0]
+    last = pools(2).run(rank_tasks.train_run, run=str(runs["compiled"].path), changes=changes)[0]
     assert last["status"] == "finished"
     notes = [event.message for event in last["events"] if isinstance(event, NoteEvent)]
     assert any(", compiled and now runs on" in note for note in notes)

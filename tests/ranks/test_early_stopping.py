@@ -20,7 +20,7 @@ def test_a_trial_stops_at_its_rung_and_costs_no_step_more(
     world_size: int, pools: Callable[[int], RankPool], fresh_run: Callable[[str], RunDirectory]
 ) -> None:
     run = fresh_run("trial")
-    ended = pools(world_size).run(rank_tasks.work_to_a_rung, run=str(run.path), rungs=(2, 5), stop_at=5)
+    ended = pools(world_size).run(rank_tasks.train_to_rung, run=str(run.path), rungs=(2, 5), stop_at=5)
     result, asked = ended[0]
     assert result == {"status": "stopped", "step": 5}
     assert asked == [2, 5]
@@ -37,7 +37,7 @@ def test_a_stop_at_a_rung_is_still_compared_there(
 ) -> None:
     run = fresh_run("trial")
     [(result, asked)] = pools(1).run(
-        rank_tasks.work_to_a_rung, run=str(run.path), rungs=(1, 2), stop_at=5, stop_request=StopRequest.STOP
+        rank_tasks.train_to_rung, run=str(run.path), rungs=(1, 2), stop_at=5, stop_request=StopRequest.STOP
     )
     assert result == {"status": "stopped", "step": 1}
     assert asked == [1], "a resume continues after it and would not ask again"

@@ -66,7 +66,7 @@ def undisturbed(
     def whole(workers: int, zero: int, precision: str) -> RunDirectory:
         run = RunDirectory(tmp_path_factory.mktemp("undisturbed") / "whole")
         shutil.copytree(prepared_run.path, run.path)
-        answers = pools(workers).run(rank_tasks.work_on, run=str(run.path), changes=changed(zero, precision))
+        answers = pools(workers).run(rank_tasks.train_run, run=str(run.path), changes=changed(zero, precision))
         assert answers[0]["status"] == "finished"
         return run
 
@@ -97,9 +97,9 @@ def test_stop_and_resume_is_bitwise_the_undisturbed_run(
 ) -> None:
     changes = changed(zero, precision)
     whole, halves = undisturbed(2, zero, precision), fresh_run("halves")
-    stopped = pools(2).run(rank_tasks.work_on, run=str(halves.path), changes=changes, stop_after=stop)
+    stopped = pools(2).run(rank_tasks.train_run, run=str(halves.path), changes=changes, stop_after=stop)
     assert [(answer["status"], answer["step"]) for answer in stopped] == [("stopped", stop)] * 2
-    resumed = pools(2).run(rank_tasks.work_on, run=str(halves.path), changes=changes)
+    resumed = pools(2).run(rank_tasks.train_run, run=str(halves.path), changes=changes)
     assert resumed[0]["status"] == "finished"
     assert read_losses(halves) == read_losses(whole)
     assert fetched(halves) == fetched(whole)
@@ -126,7 +126,7 @@ def test_state_in_host_memory_changes_nothing_and_may_move_at_a_resume(
     whole, run = undisturbed(2, zero, precision), fresh_run("moved")
     for offload, stop in zip(offloads, (4, None), strict=True):
         changes["engine"] = {"zero_stage": zero, "offload": offload}
-        pools(2).run(rank_tasks.work_on, run=str(run.path), changes=changes, stop_after=stop)
+        pools(2).run(rank_tasks.train_run, run=str(run.path), changes=changes, stop_after=stop)
     if zero == 3:  # there DeepSpeed adds up the norm of the gradients in another order
         assert_resumes_as(run, whole, range(1, STEPS + 1), precision)
     else:
@@ -139,7 +139,7 @@ def test_another_host_and_a_clock_that_went_back_a_day_change_nothing(
 ) -> None:
     changes = changed(2, "bf16") | {"checkpoint": {"interval": 2, "keep_latest": 2}}
     whole, run = undisturbed(2, 2, "bf16"), fresh_run("moved")
-    pools(2).run(rank_tasks.work_on, run=str(run.path), changes=changes, stop_after=4)
+    pools(2).run(rank_tasks.train_run, run=str(run.path), changes=changes, stop_after=4)
     tomorrow = time.time() + 86_400
     record = read_attempt_record(run, 1) | {"host": "elsewhere", "pid": os.getpid()}
     ahead = {key: record[key] + 86_400 for key in ("started", "began", "ended")}
@@ -150,7 +150,7 @@ def test_another_host_and_a_clock_that_went_back_a_day_change_nothing(
         os.utime(path, (tomorrow, tomorrow))
     for path in list(run.tensorboard_dir.iterdir()):
         path.rename(path.with_name(path.name.replace(path.name.split(".")[3], f"{int(tomorrow)}")))
-    pools(2).run(rank_tasks.work_on, run=str(run.path), changes=changes)
+    pools(2).run(rank_tasks.train_run, run=str(run.path), changes=changes)
     assert read_losses(run) == read_losses(whole)
     assert fetched(run) == fetched(whole)
     assert_same_state(rank_tasks.read_final_state(run), rank_tasks.read_final_state(whole))
@@ -183,10 +183,10 @@ def test_workers_that_go_and_come_change_neither_sequences_nor_state_nor_what_fo
     for workers, stop in PATHS[path]:
         if saved := find_latest_checkpoint(run.checkpoints_dir):
             target = tmp_path / "gathered" / saved.name
-            place: dict[str, Any] = {"run": str(run.path), "checkpoint": str(saved), "directory": str(target)}
-            state, _, _ = pools(workers).run(rank_tasks.loaded, changes=changes, **place)[0]
+            options: dict[str, Any] = {"run": str(run.path), "checkpoint": str(saved), "directory": str(target)}
+            state, _, _ = pools(workers).run(rank_tasks.load_checkpoint, changes=changes, **options)[0]
             assert_same_state(state, rank_tasks.read_state(saved))
-        answers = pools(workers).run(rank_tasks.work_on, run=str(run.path), changes=changes, stop_after=stop)
+        answers = pools(workers).run(rank_tasks.train_run, run=str(run.path), changes=changes, stop_after=stop)
         assert answers[0]["step"] == (stop or STEPS)
     whole = undisturbed(PATHS[path][0][0], zero, precision)
     assert fetched(run) == fetched(whole)
@@ -205,7 +205,7 @@ def stopped_at(
     def checkpoint(precision: str) -> Path:
         run = RunDirectory(tmp_path_factory.mktemp("stopped") / precision)
         shutil.copytree(prepared_run.path, run.path)
-        pools(2).run(rank_tasks.work_on, run=str(run.path), changes=changed(2, precision), stop_after=STOP)
+        pools(2).run(rank_tasks.train_run, run=str(run.path), changes=changed(2, precision), stop_after=STOP)
         return newest_checkpoint(run)
 
     return checkpoint
@@ -233,7 +233,7 @@ def test_a_checkpoint_of_two_ranks_resumes_with_any_number_under_any_stage(
     run = fresh_run("other")
     target = str(tmp_path / "gathered" / "step_000000004_a9")
     loaded = pools(workers).run(
-        rank_tasks.loaded, run=str(run.path), changes=changes, checkpoint=str(checkpoint), directory=target
+        rank_tasks.load_checkpoint, run=str(run.path), changes=changes, checkpoint=str(checkpoint), directory=target
     )
     state, _, counters = loaded[0]
     assert_same_state(state, rank_tasks.read_state(checkpoint))
@@ -241,7 +241,7 @@ def test_a_checkpoint_of_two_ranks_resumes_with_any_number_under_any_stage(
     assert counters == {float(STOP)}
 
     shutil.copytree(checkpoint, run.checkpoints_dir / checkpoint.name)
-    answers = pools(workers).run(rank_tasks.work_on, run=str(run.path), changes=changes)
+    answers = pools(workers).run(rank_tasks.train_run, run=str(run.path), changes=changes)
     assert answers[0]["status"] == "finished"
     assert sorted(read_losses(run)) == list(range(STOP + 1, STEPS + 1))
     assert_resumes_as(run, undisturbed(2, 2, precision), range(STOP + 1, STEPS + 1), precision)
@@ -249,9 +249,9 @@ def test_a_checkpoint_of_two_ranks_resumes_with_any_number_under_any_stage(
 
 def test_a_finished_run_takes_no_further_step(pools: Pools, fresh_run: Fresh) -> None:
     run = fresh_run("done")
-    pools(2).run(rank_tasks.work_on, run=str(run.path))
+    pools(2).run(rank_tasks.train_run, run=str(run.path))
     before = rank_tasks.read_final_state(run)
-    answers = pools(2).run(rank_tasks.work_on, run=str(run.path))
+    answers = pools(2).run(rank_tasks.train_run, run=str(run.path))
     assert (answers[0]["status"], answers[0]["step"]) == ("finished", STEPS)
     assert_same_state(rank_tasks.read_final_state(run), before)
     assert sorted(read_losses(run)) == list(range(1, STEPS + 1))
@@ -260,11 +260,11 @@ def test_a_finished_run_takes_no_further_step(pools: Pools, fresh_run: Fresh) ->
 def test_a_damaged_newest_checkpoint_is_set_aside_and_the_one_before_is_used(pools: Pools, fresh_run: Fresh) -> None:
     whole, run = fresh_run("whole"), fresh_run("damaged")
     changes = {"checkpoint": {"interval": 2}}
-    pools(2).run(rank_tasks.work_on, run=str(whole.path), changes=changes)
-    pools(2).run(rank_tasks.work_on, run=str(run.path), changes=changes, stop_after=5)
+    pools(2).run(rank_tasks.train_run, run=str(whole.path), changes=changes)
+    pools(2).run(rank_tasks.train_run, run=str(run.path), changes=changes, stop_after=5)
     victim = newest_checkpoint(run) / "fragments_00001.safetensors"
     victim.write_bytes(victim.read_bytes()[:-100])
-    answers = pools(2).run(rank_tasks.work_on, run=str(run.path), changes=changes)
+    answers = pools(2).run(rank_tasks.train_run, run=str(run.path), changes=changes)
     assert any(isinstance(event, WarningEvent) and "damaged" in event.message for event in answers[0]["events"])
     assert_same_state(rank_tasks.read_final_state(run), rank_tasks.read_final_state(whole))
 
@@ -278,11 +278,11 @@ def test_the_best_by_held_out_loss_stays_also_over_a_resume(pools: Pools, fresh_
         "eval": {"interval": 1},
         "failures": {"on_loss_spike": "ignore"},
     }
-    pools(2).run(rank_tasks.work_on, run=str(run.path), changes=changes, stop_after=2)
+    pools(2).run(rank_tasks.train_run, run=str(run.path), changes=changes, stop_after=2)
     left_over = run.get_checkpoint_dir(3, 1)
     left_over.mkdir()
     (left_over / "fragments_00000.safetensors").write_bytes(b"half")
-    pools(2).run(rank_tasks.work_on, run=str(run.path), changes=changes, stop_after=4)
+    pools(2).run(rank_tasks.train_run, run=str(run.path), changes=changes, stop_after=4)
     rows = [json.loads(line) for line in run.metrics_path.read_text().splitlines()]
     measured = {row["step"]: row["eval/loss"] for row in rows if "eval/loss" in row and row["step"] > 0}
     assert min(measured, key=lambda step: measured[step]) == 1
@@ -296,9 +296,9 @@ def test_the_best_by_held_out_loss_stays_also_over_a_resume(pools: Pools, fresh_
 def test_a_run_over_epochs_ends_with_a_short_step_and_every_sequence_once(pools: Pools, fresh_run: Fresh) -> None:
     run = fresh_run("epoch")
     train = {"steps": None, "epochs": 1, "global_batch_size": 8}
-    answers = pools(3).run(rank_tasks.work_on, run=str(run.path), changes={"train": train})
-    place = rank_tasks.place_of(str(run.path))
-    sequences = place.dataset_info.streams[0].sequences_per_epoch[0]
+    answers = pools(3).run(rank_tasks.train_run, run=str(run.path), changes={"train": train})
+    spec = rank_tasks.build_worker_spec(str(run.path))
+    sequences = spec.dataset_info.streams[0].sequences_per_epoch[0]
     assert sequences % 8, "the last step of this test is meant to be short"
     assert (answers[0]["status"], answers[0]["step"]) == ("finished", -(-sequences // 8))
     assert CheckpointReader(newest_checkpoint(run)).manifest.tokens == sequences * 64
@@ -306,16 +306,18 @@ def test_a_run_over_epochs_ends_with_a_short_step_and_every_sequence_once(pools:
 
 def test_a_run_lengthened_after_a_short_step_leaves_out_nothing(pools: Pools, fresh_run: Fresh) -> None:
     run = fresh_run("lengthened")
-    place = rank_tasks.place_of(str(run.path))
-    first = place.dataset_info.streams[0].sequences_per_epoch[0]
+    spec = rank_tasks.build_worker_spec(str(run.path))
+    first = spec.dataset_info.streams[0].sequences_per_epoch[0]
     assert first % 8, "the last step of the first epoch is meant to be short"
     one = {"train": {"steps": None, "epochs": 1, "global_batch_size": 8}}
-    pools(2).run(rank_tasks.work_on, run=str(run.path), changes=one)
-    config = rank_tasks.place_of(str(run.path), {"train": {"steps": None, "epochs": 2, "global_batch_size": 8}}).config
+    pools(2).run(rank_tasks.train_run, run=str(run.path), changes=one)
+    config = rank_tasks.build_worker_spec(
+        str(run.path), {"train": {"steps": None, "epochs": 2, "global_batch_size": 8}}
+    ).config
     dataset_info = prepare_run_data(config, lambda _stage, _done, _total: None).dataset_info
     run.dataset_info_path.write_text(dataset_info.to_json())
     answers = pools(3).run(
-        rank_tasks.work_on, run=str(run.path), changes={"train": {"steps": None, "epochs": 2, "global_batch_size": 8}}
+        rank_tasks.train_run, run=str(run.path), changes={"train": {"steps": None, "epochs": 2, "global_batch_size": 8}}
     )
     steps = -(-first // 8) + -(-dataset_info.streams[0].sequences_per_epoch[1] // 8)
     assert (answers[0]["status"], answers[0]["step"]) == ("finished", steps)
@@ -334,7 +336,7 @@ def test_a_loss_that_is_not_finite_stops_every_rank_and_names_step_and_documents
     run = fresh_run("diverges")
     changes = {"optim": {"lr": 1e20, "warmup": 0, "max_grad_norm": 0.0}, "checkpoint": {"interval": 1}}
     with pytest.raises(TrainingError, match=r"step [2-9]: the (loss|gradient) is n.*module_\d+\.py") as caught:
-        pools(2).run(rank_tasks.work_on, run=str(run.path), changes=changes)
+        pools(2).run(rank_tasks.train_run, run=str(run.path), changes=changes)
     failed_step = int(str(caught.value).split(":")[0].removeprefix("step "))
     assert CheckpointReader(newest_checkpoint(run)).manifest.step == failed_step - 1
     state = rank_tasks.read_final_state(run)
@@ -344,15 +346,15 @@ def test_a_loss_that_is_not_finite_stops_every_rank_and_names_step_and_documents
 
 def test_weights_of_another_run_start_a_new_one(pools: Pools, fresh_run: Fresh) -> None:
     first, second = fresh_run("first"), fresh_run("second")
-    plan = make_plan(rank_tasks.place_of(str(first.path)).config)
+    plan = make_plan(rank_tasks.build_worker_spec(str(first.path)).config)
     first.plan_path.write_text(json.dumps(plan.to_json()))
-    pools(2).run(rank_tasks.work_on, run=str(first.path))
-    tokenizer = rank_tasks.place_of(str(first.path)).dataset_info.tokenizer_path
+    pools(2).run(rank_tasks.train_run, run=str(first.path))
+    tokenizer = rank_tasks.build_worker_spec(str(first.path)).dataset_info.tokenizer_path
     changes = {
         "model": {"init_from": str(first.path), "config_overrides": {}},
         "tokenizer": {"path": tokenizer, "train": None},
     }
-    pools(2).run(rank_tasks.work_on, run=str(second.path), changes=changes)
+    pools(2).run(rank_tasks.train_run, run=str(second.path), changes=changes)
     assert read_losses(second)[1] < read_losses(first)[1] - 0.3
     assert CheckpointReader(newest_checkpoint(second)).manifest.step == STEPS
 
@@ -364,14 +366,14 @@ def test_weights_of_another_run_keep_the_positions_they_were_trained_with(
 
     yarn = {"rope_type": "yarn", "rope_theta": 5e6, "factor": 4.0, "original_max_position_embeddings": 64}
     first, second = fresh_run("first"), fresh_run("second")
-    place = rank_tasks.place_of(str(first.path))
-    published = {**make_plan(place.config).hf_config, "rope_parameters": yarn, "rms_norm_eps": 1e-5}
+    spec = rank_tasks.build_worker_spec(str(first.path))
+    published = {**make_plan(spec.config).hf_config, "rope_parameters": yarn, "rms_norm_eps": 1e-5}
     model: Any = build_model(published, precision="bf16", attention="sdpa")
     model.save_pretrained(tmp_path / "published")
-    tokenizer = {"path": place.dataset_info.tokenizer_path, "train": None}
+    tokenizer = {"path": spec.dataset_info.tokenizer_path, "train": None}
     for run, origin in ((first, {"path": str(tmp_path / "published")}), (second, {"init_from": str(first.path)})):
         changes = {"model": {"config_overrides": {}, **origin}, "tokenizer": tokenizer}
-        pools(1).run(rank_tasks.work_on, run=str(run.path), changes=changes, stop_after=1)
+        pools(1).run(rank_tasks.train_run, run=str(run.path), changes=changes, stop_after=1)
         found = CheckpointReader(newest_checkpoint(run)).manifest.extra["hf_config"]
         assert found["rope_parameters"].items() >= yarn.items()
         assert found["rms_norm_eps"] == 1e-5
@@ -379,10 +381,10 @@ def test_weights_of_another_run_keep_the_positions_they_were_trained_with(
 
 def test_a_checkpoint_of_another_model_is_refused_by_name(pools: Pools, fresh_run: Fresh) -> None:
     run = fresh_run("other_shape")
-    pools(2).run(rank_tasks.work_on, run=str(run.path))
-    shape = rank_tasks.place_of(str(run.path)).config.model.config_overrides | {"intermediate_size": 96}
+    pools(2).run(rank_tasks.train_run, run=str(run.path))
+    shape = rank_tasks.build_worker_spec(str(run.path)).config.model.config_overrides | {"intermediate_size": 96}
     with pytest.raises(CheckpointError, match=r"mlp.*128.*96"):
-        pools(2).run(rank_tasks.work_on, run=str(run.path), changes={"model": {"config_overrides": shape}})
+        pools(2).run(rank_tasks.train_run, run=str(run.path), changes={"model": {"config_overrides": shape}})
 
 
 def test_export_gives_the_engines_logits(pools: Pools, fresh_run: Fresh) -> None:
@@ -391,10 +393,10 @@ def test_export_gives_the_engines_logits(pools: Pools, fresh_run: Fresh) -> None
 
     run = fresh_run("exported")
     changes = {"export": {"at_end": True}, "train": {"precision": "bf16"}}
-    pools(2).run(rank_tasks.work_on, run=str(run.path), changes=changes)
+    pools(2).run(rank_tasks.train_run, run=str(run.path), changes=changes)
     ids = [[5, 17, 300, 42, 8, 111, 7, 64], [400, 3, 3, 9, 250, 31, 77, 1]]
-    place: dict[str, Any] = {"run": str(run.path), "checkpoint": str(newest_checkpoint(run)), "changes": changes}
-    wanted = pools(2).run(rank_tasks.logits_of, ids=ids, **place)[0]
+    options: dict[str, Any] = {"run": str(run.path), "checkpoint": str(newest_checkpoint(run)), "changes": changes}
+    wanted = pools(2).run(rank_tasks.compute_logits, ids=ids, **options)[0]
     model = AutoModelForCausalLM.from_pretrained(run.export_dir)
     assert model.dtype == torch.bfloat16
     with torch.no_grad():
@@ -406,11 +408,11 @@ def test_export_gives_the_engines_logits(pools: Pools, fresh_run: Fresh) -> None
 @pytest.mark.parametrize("zero", [2, 3])
 def test_training_from_an_exported_directory_starts_at_its_loss(pools: Pools, fresh_run: Fresh, zero: int) -> None:
     first, second = fresh_run("pretrained"), fresh_run("tuned")
-    pools(2).run(rank_tasks.work_on, run=str(first.path), changes={"export": {"at_end": True}})
+    pools(2).run(rank_tasks.train_run, run=str(first.path), changes={"export": {"at_end": True}})
     changes = {
         "engine": {"zero_stage": zero},
         "model": {"path": str(first.export_dir), "config_overrides": {}},
         "tokenizer": {"path": str(first.export_dir), "train": None},
     }
-    pools(2).run(rank_tasks.work_on, run=str(second.path), changes=changes)
+    pools(2).run(rank_tasks.train_run, run=str(second.path), changes=changes)
     assert read_losses(second)[1] < read_losses(first)[1] - 0.3

@@ -182,11 +182,11 @@ def test_a_model_is_loaded_trained_resumed_and_exported(
     base = prepared(case.model)
     changes = case.changes(base.weights, base.tokenizer)
     whole, rest = (_copy(base.run, changes, tmp_path / name) for name in ("whole", "rest"))
-    assert pools(2).run(rank_tasks.work_on, run=str(whole.path))[0]["status"] == "finished"
+    assert pools(2).run(rank_tasks.train_run, run=str(whole.path))[0]["status"] == "finished"
     assert sorted(read_losses(whole)) == [1, 2, 3]
     first = whole.get_checkpoint_dir(1, 1)  # what a stop leaves, too: tests/ranks/test_elastic.py
     shutil.copytree(first, rest.checkpoints_dir / first.name)
-    assert pools(2).run(rank_tasks.work_on, run=str(rest.path))[0]["status"] == "finished"
+    assert pools(2).run(rank_tasks.train_run, run=str(rest.path))[0]["status"] == "finished"
     assert read_losses(rest) == {step: loss for step, loss in read_losses(whole).items() if step > 1}
     found, wanted = (rank_tasks.read_final_state(run) for run in (rest, whole))
     assert found.keys() == wanted.keys()
@@ -202,10 +202,12 @@ def _assert_exported(pools: Pools, run: RunDirectory, case: Case) -> None:
     round to bf16 before they add a bias, torch's do it once.
     """
     ids = [[5, 17, 300, 42, 8, 111, 7, 64], [400, 3, 3, 9, 250, 31, 77, 1]]
-    wanted = pools(2).run(rank_tasks.logits_of, run=str(run.path), checkpoint=str(newest_checkpoint(run)), ids=ids)[0]
-    found = pools(2).run(rank_tasks.reloaded_logits, directory=str(run.export_dir), precision=case.precision, ids=ids)[
-        0
-    ]
+    wanted = pools(2).run(
+        rank_tasks.compute_logits, run=str(run.path), checkpoint=str(newest_checkpoint(run)), ids=ids
+    )[0]
+    found = pools(2).run(
+        rank_tasks.compute_exported_logits, directory=str(run.export_dir), precision=case.precision, ids=ids
+    )[0]
     assert wanted.shape[-1] == case.rows
     assert found["architecture"] == families.find_size(case.model).family.architecture
     assert not any(found["info"].values()), found["info"]

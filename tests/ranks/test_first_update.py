@@ -27,7 +27,7 @@ def state_after_one_update(
     changes = {"train": {"precision": precision}, "engine": {"zero_stage": zero}}
     target = str(directory / f"step_000000000_a{zero}")
     state: dict[str, Any] = pools(workers).run(
-        rank_tasks.updated, run=str(run.path), changes=changes, directory=target
+        rank_tasks.take_first_update, run=str(run.path), changes=changes, directory=target
     )[0]
     return state
 

@@ -12,7 +12,7 @@ from rank_pool import RankPool
 
 
 def test_every_rank_writes_its_last_collectives(pools: Callable[[int], RankPool], tmp_path: Path) -> None:
-    pools(2).run(rank_tasks.recorded_collectives, directory=str(tmp_path), variables={})
+    pools(2).run(rank_tasks.record_collectives, directory=str(tmp_path), variables={})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["flight_record_rank_0", "flight_record_rank_1"]
     for rank in (0, 1):
         record = pickle.loads(get_flight_record_path(tmp_path, rank).read_bytes())
@@ -24,5 +24,5 @@ def test_every_rank_writes_its_last_collectives(pools: Callable[[int], RankPool]
 def test_a_place_that_a_person_set_is_kept(pools: Callable[[int], RankPool], tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     variables = {"TORCH_NCCL_DEBUG_INFO_TEMP_FILE": str(tmp_path / "mine" / "trace_")}
-    pools(2).run(rank_tasks.recorded_collectives, directory=str(tmp_path), variables=variables)
+    pools(2).run(rank_tasks.record_collectives, directory=str(tmp_path), variables=variables)
     assert sorted(path.name for path in (tmp_path / "mine").iterdir()) == ["trace_0", "trace_1"]

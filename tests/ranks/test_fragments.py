@@ -22,7 +22,7 @@ def test_the_pieces_that_ranks_own_are_every_weight_once(
     pools: Callable[[int], RankPool], prepared_run: RunDirectory, workers: int, zero: int, offload: str, precision: str
 ) -> None:
     changes = {"engine": {"zero_stage": zero, "offload": offload}, "train": {"precision": precision}}
-    answers = pools(workers).run(rank_tasks.fragment_table, run=str(prepared_run.path), changes=changes)
+    answers = pools(workers).run(rank_tasks.list_fragments, run=str(prepared_run.path), changes=changes)
     sizes: dict[str, int] = answers[0][0]
     owned: list[tuple[str, int, int]] = [piece for _, pieces in answers for piece in pieces]
     held = Counter[str]()

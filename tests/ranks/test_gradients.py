@@ -23,7 +23,7 @@ SPLITS = [(1, 11), (1, 3), (2, 6), (2, 2)]
 def reference(pools: Pools, prepared_run: RunDirectory) -> tuple[float, float, dict[str, Any]]:
     """One worker, one micro-batch, no ZeRO, fp32."""
     changes = {"train": {"precision": "fp32"}, "engine": {"zero_stage": 0}}
-    [found] = pools(1).run(rank_tasks.gradients, run=str(prepared_run.path), changes=changes, micro_batch=11)
+    [found] = pools(1).run(rank_tasks.compute_gradients, run=str(prepared_run.path), changes=changes, micro_batch=11)
     return found  # type: ignore[no-any-return]
 
 
@@ -34,7 +34,7 @@ def test_gradients_agree_between_splits_and_stages(
 ) -> None:
     changes = {"train": {"precision": "fp32"}, "engine": {"zero_stage": zero}}
     answers = pools(workers).run(
-        rank_tasks.gradients, run=str(prepared_run.path), changes=changes, micro_batch=micro_batch
+        rank_tasks.compute_gradients, run=str(prepared_run.path), changes=changes, micro_batch=micro_batch
     )
     loss, norm, found = answers[0]
     assert largest_gradient_error(found, reference[2]) < 1e-5
@@ -45,13 +45,15 @@ def test_gradients_agree_between_splits_and_stages(
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
 def test_a_trial_of_the_largest_micro_batch_changes_no_bit(pools: Pools, prepared_run: RunDirectory, zero: int) -> None:
     changes = {"train": {"precision": "fp32"}, "engine": {"zero_stage": zero}}
-    untried, tried = (
-        pools(2).run(rank_tasks.gradients, run=str(prepared_run.path), changes=changes, micro_batch=2, tried=each)[0]
+    plain, with_trial_pass = (
+        pools(2).run(
+            rank_tasks.compute_gradients, run=str(prepared_run.path), changes=changes, micro_batch=2, trial_pass=each
+        )[0]
         for each in (False, True)
     )
-    assert tried[:2] == untried[:2]
-    for name, gradient in untried[2].items():
-        assert np.array_equal(tried[2][name], gradient), name
+    assert with_trial_pass[:2] == plain[:2]
+    for name, gradient in plain[2].items():
+        assert np.array_equal(with_trial_pass[2][name], gradient), name
 
 
 MIXTURE = {
@@ -78,7 +80,7 @@ def changes_of_mixture(zero: int) -> dict[str, Any]:
 def reference_of_mixture(pools: Pools, prepared_run: RunDirectory) -> tuple[float, float, dict[str, Any]]:
     """One worker, one micro-batch, no ZeRO, fp32."""
     changes = changes_of_mixture(zero=0)
-    [found] = pools(1).run(rank_tasks.gradients, run=str(prepared_run.path), changes=changes, micro_batch=11)
+    [found] = pools(1).run(rank_tasks.compute_gradients, run=str(prepared_run.path), changes=changes, micro_batch=11)
     return found  # type: ignore[no-any-return]
 
 
@@ -89,7 +91,10 @@ def test_gradients_of_a_mixture_agree_between_splits_and_stages(
 ) -> None:
     loss, norm, whole = reference_of_mixture
     answers = pools(workers).run(
-        rank_tasks.gradients, run=str(prepared_run.path), changes=changes_of_mixture(zero), micro_batch=micro_batch
+        rank_tasks.compute_gradients,
+        run=str(prepared_run.path),
+        changes=changes_of_mixture(zero),
+        micro_batch=micro_batch,
     )
     assert largest_gradient_error(answers[0][2], whole) < 1e-5
     assert answers[0][0] == pytest.approx(loss, rel=1e-6)
@@ -102,9 +107,11 @@ def test_a_rank_with_nothing_but_empty_micro_batches_adds_nothing(
 ) -> None:
     changes = {"train": {"precision": "fp32", "global_batch_size": 1}, "engine": {"zero_stage": zero}}
     [(loss, _, alone)] = pools(1).run(
-        rank_tasks.gradients, run=str(prepared_run.path), changes=changes, micro_batch=1, step=3
+        rank_tasks.compute_gradients, run=str(prepared_run.path), changes=changes, micro_batch=1, step=3
     )
-    answers = pools(2).run(rank_tasks.gradients, run=str(prepared_run.path), changes=changes, micro_batch=1, step=3)
+    answers = pools(2).run(
+        rank_tasks.compute_gradients, run=str(prepared_run.path), changes=changes, micro_batch=1, step=3
+    )
     assert largest_gradient_error(answers[0][2], alone) < 1e-5
     assert answers[0][0] == pytest.approx(loss, rel=1e-6)
 
@@ -114,9 +121,9 @@ def test_first_loss_in_bf16_is_the_same_for_every_stage(
     pools: Pools, prepared_run: RunDirectory, reference: Any, zero: int
 ) -> None:
     changes = {"train": {"precision": "bf16"}, "engine": {"zero_stage": zero}}
-    loss, norm, found = pools(2).run(rank_tasks.gradients, run=str(prepared_run.path), changes=changes, micro_batch=2)[
-        0
-    ]
+    loss, norm, found = pools(2).run(
+        rank_tasks.compute_gradients, run=str(prepared_run.path), changes=changes, micro_batch=2
+    )[0]
     assert loss == pytest.approx(reference[0], rel=1e-3)
     assert norm == pytest.approx(reference[1], rel=2e-2)
     assert largest_gradient_error(found, reference[2]) < 5e-2
@@ -125,7 +132,9 @@ def test_first_loss_in_bf16_is_the_same_for_every_stage(
 def test_the_norm_in_bf16_does_not_depend_on_the_number_of_workers(pools: Pools, prepared_run: RunDirectory) -> None:
     changes = {"train": {"precision": "bf16"}, "engine": {"zero_stage": 2}}
     norms = [
-        pools(workers).run(rank_tasks.gradients, run=str(prepared_run.path), changes=changes, micro_batch=1)[0][1]
+        pools(workers).run(rank_tasks.compute_gradients, run=str(prepared_run.path), changes=changes, micro_batch=1)[0][
+            1
+        ]
         for workers in (1, 2, 3)
     ]
     assert max(norms) / min(norms) < 1 + 5e-4

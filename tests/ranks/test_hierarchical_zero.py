@@ -19,16 +19,16 @@ SHARD_ALL = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
 
 def compute_losses(run: str, changes: Mapping[str, Any]) -> list[float]:
     """Losses of three steps from weights that were written into the fragments, as a resume does."""
-    place = rank_tasks.place_of(run, changes)
-    plan = rank_tasks.plan_of(place)
-    engine = rank_tasks.engine_of(place, plan)
-    rank_tasks.stir(engine)
-    dataloader = DataLoader(place.dataset_info, global_batch=plan.global_batch, epochs=None)
+    spec = rank_tasks.build_worker_spec(run, changes)
+    plan = rank_tasks.build_plan(spec)
+    engine = rank_tasks.build_engine(spec, plan)
+    rank_tasks.perturb_weights(engine)
+    dataloader = DataLoader(spec.dataset_info, global_batch=plan.global_batch, epochs=None)
     rows = compute_replica_slice(plan.global_batch, dist.get_world_size(), dist.get_rank())
     losses = []
     for step in range(3):
         batches = dataloader.get_micro_batches(step, rows, 1, plan.get_accumulation_steps(dist.get_world_size()))
-        [total] = rank_tasks.context().all_reduce_sum(
+        [total] = rank_tasks.build_context().all_reduce_sum(
             engine.forward_backward(batches, dataloader.count_loss_tokens(step))
         )
         engine.optim_step(1e-2)

@@ -35,9 +35,9 @@ def test_a_node_fetches_once_and_a_second_start_nothing(
     homes = [str(tmp_path / node) for node in NODES]
     with hub("tiny/model", FILES, "models", sent) as endpoint:
         given: dict[str, Any] = {"run": str(prepared_run.path), "path": "tiny/model", "nodes": NODES, "homes": homes}
-        first = pools(3).run(rank_tasks.fetched, endpoint=endpoint, **given)
+        first = pools(3).run(rank_tasks.download_weights, endpoint=endpoint, **given)
         assert Counter(sent) == dict.fromkeys(WANTED, 2), "once for each of two nodes"
-        again = pools(3).run(rank_tasks.fetched, endpoint="http://127.0.0.1:1", **given)
+        again = pools(3).run(rank_tasks.download_weights, endpoint="http://127.0.0.1:1", **given)
     assert again == first
     assert first[0] == first[1] != first[2]
     for home, directory in zip(homes, first, strict=True):
@@ -52,7 +52,7 @@ def test_nodes_that_share_a_home_fetch_once_together(
     with hub("tiny/model", FILES, "models", sent) as endpoint:
         homes = [str(tmp_path / "shared")] * 3
         given: dict[str, Any] = {"run": str(prepared_run.path), "path": "tiny/model", "nodes": NODES, "homes": homes}
-        found = pools(3).run(rank_tasks.fetched, endpoint=endpoint, **given)
+        found = pools(3).run(rank_tasks.download_weights, endpoint=endpoint, **given)
     assert sorted(sent) == WANTED
     assert len(set(found)) == 1
 
@@ -65,11 +65,11 @@ def test_weights_that_are_half_there_are_completed(
     homes = [str(tmp_path)] * 3
     with hub("tiny/model", FILES, "models", sent) as endpoint:
         given: dict[str, Any] = {"run": str(prepared_run.path), "path": "tiny/model", "nodes": NODES, "homes": homes}
-        [directory, *_] = pools(3).run(rank_tasks.fetched, endpoint=endpoint, **given)
+        [directory, *_] = pools(3).run(rank_tasks.download_weights, endpoint=endpoint, **given)
         Path(directory, SHARDS[1]).resolve().unlink()
         Path(directory, SHARDS[1]).unlink()
         sent.clear()
-        pools(3).run(rank_tasks.fetched, endpoint=endpoint, **given)
+        pools(3).run(rank_tasks.download_weights, endpoint=endpoint, **given)
     assert sent == [SHARDS[1]]
 
 
@@ -92,4 +92,4 @@ def test_weights_that_cannot_be_had_end_every_rank_with_the_cause(
     places = [str(tmp_path / home) for home in homes]
     given: dict[str, Any] = {"run": str(prepared_run.path), "path": path, "nodes": NODES, "homes": places}
     with hub("tiny/model", FILES, "models") as endpoint, pytest.raises(CheckpointError, match=words):
-        pools(3).run(rank_tasks.fetched, endpoint=endpoint, **given)
+        pools(3).run(rank_tasks.download_weights, endpoint=endpoint, **given)

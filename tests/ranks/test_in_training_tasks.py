@@ -29,8 +29,8 @@ def test_training_does_not_notice_the_tasks_between_its_steps(
     pools: Callable[[int], RankPool], fresh_run: Callable[[str], RunDirectory]
 ) -> None:
     measured, plain = fresh_run("measured"), fresh_run("plain")
-    results = pools(2).run(rank_tasks.work_on, run=str(measured.path), changes=CHANGES)
-    pools(2).run(rank_tasks.work_on, run=str(plain.path), changes=CHANGES | {"eval": {"tasks": []}})
+    results = pools(2).run(rank_tasks.train_run, run=str(measured.path), changes=CHANGES)
+    pools(2).run(rank_tasks.train_run, run=str(plain.path), changes=CHANGES | {"eval": {"tasks": []}})
     assert {result["step"] for result in results} == {9}
     assert evaluated(measured) == [(4, FIGURES[0]), *((step, name) for step in (8, 9) for name in FIGURES)]
     assert sorted(path.name for path in measured.checkpoints_dir.iterdir())[:2] == [
@@ -49,11 +49,11 @@ def test_a_stop_breaks_the_tasks_off_and_the_next_start_makes_up_for_them(
     pools: Callable[[int], RankPool], fresh_run: Callable[[str], RunDirectory]
 ) -> None:
     run = fresh_run("broken-off")
-    told: dict[str, Any] = {"said": "evaluating perplexity", "seconds": 1.1}
-    ended = pools(2).run(rank_tasks.work_until, run=str(run.path), changes=CHANGES, **told)
+    told: dict[str, Any] = {"message": "evaluating perplexity", "seconds": 1.1}
+    ended = pools(2).run(rank_tasks.train_until_message, run=str(run.path), changes=CHANGES, **told)
     assert ended == [{"status": "stopped", "step": 4}] * 2
     assert evaluated(run) == []
-    results = pools(2).run(rank_tasks.work_on, run=str(run.path), changes=CHANGES)
+    results = pools(2).run(rank_tasks.train_run, run=str(run.path), changes=CHANGES)
     assert {result["status"] for result in results} == {"finished"}
     assert [step for step, name in evaluated(run) if name == FIGURES[0]] == [4, 8, 9]
 
@@ -63,7 +63,7 @@ def test_a_failed_export_is_reported_and_the_run_continues(
 ) -> None:
     run = fresh_run("no-room")
     run.task_export_dir.write_text("a file, where a folder is to be")
-    results = pools(1).run(rank_tasks.work_on, run=str(run.path), changes=CHANGES)
+    results = pools(1).run(rank_tasks.train_run, run=str(run.path), changes=CHANGES)
     warnings = [event.message for event in results[0]["events"] if isinstance(event, WarningEvent)]
     assert results[0]["status"] == "finished"
     assert len(warnings) == 2

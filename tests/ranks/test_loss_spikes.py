@@ -21,7 +21,7 @@ from run_results import assert_same_state, newest_checkpoint, read_training_rows
 Pools = Callable[[int], RankPool]
 Fresh = Callable[[str], RunDirectory]
 BATCH = 4
-SPOILT = MIN_SPIKE_STEPS + 3
+CORRUPT_STEP = MIN_SPIKE_STEPS + 3
 STEPS = MIN_SPIKE_STEPS + 8
 
 
@@ -46,7 +46,7 @@ def prepared(fresh_run: Fresh) -> Fresh:
 
     def make(name: str) -> RunDirectory:
         run = fresh_run(name)
-        config = rank_tasks.place_of(str(run.path), changes(train={"steps": STEPS + 40})).config
+        config = rank_tasks.build_worker_spec(str(run.path), changes(train={"steps": STEPS + 40})).config
         run.dataset_info_path.write_text(
             prepare_run_data(config, lambda _stage, _done, _total: None).dataset_info.to_json()
         )
@@ -61,24 +61,24 @@ def test_an_update_is_skipped_and_a_resume_anywhere_is_bitwise_the_same(
 ) -> None:
     setting = changes(engine={"zero_stage": zero}, train={"precision": precision})
     whole, before, after = prepared("whole"), prepared("before"), prepared("after")
-    options: dict[str, Any] = {"spoilt": [SPOILT], "changes": setting}
-    answers = pools(2).run(rank_tasks.work_on_spoilt_data, run=str(whole.path), **options)
+    options: dict[str, Any] = {"corrupt_steps": [CORRUPT_STEP], "changes": setting}
+    answers = pools(2).run(rank_tasks.train_on_corrupt_data, run=str(whole.path), **options)
     assert [answer["status"] for answer in answers] == ["finished"] * 2
     manifest = CheckpointReader(newest_checkpoint(whole)).manifest
-    assert manifest.skips == (SkippedStep(SPOILT + 1, SPOILT * BATCH, BATCH),)
+    assert manifest.skips == (SkippedStep(CORRUPT_STEP + 1, CORRUPT_STEP * BATCH, BATCH),)
     assert manifest.update_count == STEPS - 1
-    assert [step for step, row in read_training_rows(whole).items() if "optim/skipped" in row] == [SPOILT + 1]
+    assert [step for step, row in read_training_rows(whole).items() if "optim/skipped" in row] == [CORRUPT_STEP + 1]
     [warning] = [
         event.message
         for event in answers[0]["events"]
         if isinstance(event, WarningEvent) and "left out" in event.message
     ]
-    for words in (f"step {SPOILT + 1}: the loss is", "this update is left out", "module_"):
+    for words in (f"step {CORRUPT_STEP + 1}: the loss is", "this update is left out", "module_"):
         assert words in warning
-    for run, stop in ((before, SPOILT - 1), (after, SPOILT + 2)):
-        pools(2).run(rank_tasks.work_on_spoilt_data, run=str(run.path), stop_after=stop, **options)
+    for run, stop in ((before, CORRUPT_STEP - 1), (after, CORRUPT_STEP + 2)):
+        pools(2).run(rank_tasks.train_on_corrupt_data, run=str(run.path), stop_after=stop, **options)
         assert CheckpointReader(newest_checkpoint(run)).manifest.step == stop
-        pools(2).run(rank_tasks.work_on_spoilt_data, run=str(run.path), **options)
+        pools(2).run(rank_tasks.train_on_corrupt_data, run=str(run.path), **options)
         losses = {step: row["train/loss"] for step, row in read_training_rows(run).items()}
         assert losses == {step: row["train/loss"] for step, row in read_training_rows(whole).items()}
         assert CheckpointReader(newest_checkpoint(run)).manifest.skips == manifest.skips
@@ -88,23 +88,26 @@ def test_an_update_is_skipped_and_a_resume_anywhere_is_bitwise_the_same(
 def test_by_default_the_run_stops_as_it_was_before_and_resumes_as_configured(pools: Pools, prepared: Fresh) -> None:
     run, whole = prepared("stops"), prepared("skips")
     stop = changes(failures={"on_loss_spike": "stop"})
-    words = (
-        rf"step {SPOILT + 1}: the loss is .* deviations above its median.*checkpoint of step {SPOILT} is saved.*module_"
-    )
+    spike = rf"step {CORRUPT_STEP + 1}: the loss is .* deviations above its median"
+    words = rf"{spike}.*checkpoint of step {CORRUPT_STEP} is saved.*module_"
     for _ in range(2):
         with pytest.raises(TrainingError, match=words):
-            pools(2).run(rank_tasks.work_on_spoilt_data, run=str(run.path), spoilt=[SPOILT], changes=stop)
-        assert CheckpointReader(newest_checkpoint(run)).manifest.step == SPOILT
+            pools(2).run(
+                rank_tasks.train_on_corrupt_data, run=str(run.path), corrupt_steps=[CORRUPT_STEP], changes=stop
+            )
+        assert CheckpointReader(newest_checkpoint(run)).manifest.step == CORRUPT_STEP
     for each in (run, whole):
-        pools(2).run(rank_tasks.work_on_spoilt_data, run=str(each.path), spoilt=[SPOILT], changes=changes())
+        pools(2).run(
+            rank_tasks.train_on_corrupt_data, run=str(each.path), corrupt_steps=[CORRUPT_STEP], changes=changes()
+        )
     assert_same_state(rank_tasks.read_final_state(run), rank_tasks.read_final_state(whole))
 
 
 def test_a_loss_that_stays_high_is_no_spike_for_ever(pools: Pools, prepared: Fresh) -> None:
     run = prepared("shifts")
     longer = changes(train={"steps": STEPS + 40})
-    spoilt = list(range(SPOILT, STEPS + 40))
+    corrupt_steps = list(range(CORRUPT_STEP, STEPS + 40))
     with pytest.raises(TrainingError, match=f"after {MAX_CONSECUTIVE_SKIPS} updates in a row that were left out"):
-        pools(2).run(rank_tasks.work_on_spoilt_data, run=str(run.path), spoilt=spoilt, changes=longer)
+        pools(2).run(rank_tasks.train_on_corrupt_data, run=str(run.path), corrupt_steps=corrupt_steps, changes=longer)
     manifest = CheckpointReader(newest_checkpoint(run)).manifest
-    assert (manifest.step, manifest.update_count) == (SPOILT + MAX_CONSECUTIVE_SKIPS, SPOILT)
+    assert (manifest.step, manifest.update_count) == (CORRUPT_STEP + MAX_CONSECUTIVE_SKIPS, CORRUPT_STEP)

@@ -18,7 +18,7 @@ def test_every_rank_leaves_a_trace_of_the_steps(
 ) -> None:
     run = fresh_run("profiled")
     changes = {"profile": {"steps": [2, 3]}, "train": {"steps": 4, "global_batch_size": 2}, "optim": {"warmup": 1}}
-    answers = pools(2).run(rank_tasks.work_on, run=str(run.path), changes=changes)
+    answers = pools(2).run(rank_tasks.train_run, run=str(run.path), changes=changes)
     assert [answer["status"] for answer in answers] == ["finished"] * 2
     traces = sorted(run.get_profile_dir(1).iterdir())
     assert [path.name for path in traces] == ["rank_0.pt.trace.json.gz", "rank_1.pt.trace.json.gz"]

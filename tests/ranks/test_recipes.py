@@ -76,7 +76,7 @@ def test_a_tiny_shape_of_it_trains(
     )
     run.resolved_config_path.write_text(dump_config_json(config))
     run.config_path.write_text("# a test's run\n")
-    assert pools(2).run(rank_tasks.work_on, run=str(run.path))[0]["status"] == "finished"
+    assert pools(2).run(rank_tasks.train_run, run=str(run.path))[0]["status"] == "finished"
     rows: list[dict[str, Any]] = [json.loads(line) for line in run.metrics_path.read_text().splitlines()]
     steps = [row for row in rows if "train/loss" in row]
     assert [row["step"] for row in steps] == [1, 2, 3]

@@ -33,11 +33,11 @@ def compute_gradients(
     changes = {"model": MODEL, "train": {"precision": "fp32"}, **sections}
     changes["engine"] = {"zero_stage": zero, "sequence_parallel": each} | changes.get("engine", {})
     found = pools(ranks).run(
-        rank_tasks.gradients,
+        rank_tasks.compute_gradients,
         run=str(run.path),
         changes=changes,
         micro_batch=micro_batch,
-        stirred="lora" in changes["model"],
+        perturbed="lora" in changes["model"],
     )
     return found[0]  # type: ignore[no-any-return]
 
@@ -108,7 +108,7 @@ def test_runs_change_the_ranks_of_a_replica_at_a_resume(pools: Pools, fresh_run:
             "eval": {"interval": 4},
             "failures": {"log_samples": True},
         }
-        pools(ranks).run(rank_tasks.work_on, run=str(run.path), changes=changes, stop_after=stop)
+        pools(ranks).run(rank_tasks.train_run, run=str(run.path), changes=changes, stop_after=stop)
 
     whole, changing = fresh_run("whole"), fresh_run("changing")
     work(whole, 1, 1, 0, None)

@@ -19,7 +19,7 @@ def test_the_host_waits_once_a_micro_batch(
     pools: Callable[[int], RankPool], prepared_run: RunDirectory, zero: int
 ) -> None:
     changes = {"model": {"attn_implementation": "varlen"}, "engine": {"zero_stage": zero}}
-    [counts] = pools(1).run(rank_tasks.synchronizations, run=str(prepared_run.path), changes=changes)
+    [counts] = pools(1).run(rank_tasks.count_synchronizations, run=str(prepared_run.path), changes=changes)
     assert counts["four"] - counts["two"] <= 2, "one a micro-batch: the number of loss tokens"
     assert counts["two"] <= 3, "and one a step: the sum of the losses"
     assert counts["update"] <= UPDATE[zero]

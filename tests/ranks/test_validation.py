@@ -21,7 +21,7 @@ def test_changing_a_held_out_document_changes_no_loss_and_no_logit_of_another(
     pools: Pools, prepared_run: RunDirectory, model: str, attention: str
 ) -> None:
     [found] = pools(1).run(
-        rank_tasks.evaluation_of_packed_documents,
+        rank_tasks.evaluate_packed_documents,
         run=str(prepared_run.path),
         model=MODELS[model],
         attention=attention,

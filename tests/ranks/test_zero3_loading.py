@@ -20,7 +20,7 @@ Pools = Callable[[int], RankPool]
 
 
 def loaded(pools: Pools, config: dict[str, Any], path: Path, rows: int | None = None) -> list[dict[str, Any]]:
-    return pools(2).run(rank_tasks.loaded_weights, hf_config=config, path=str(path), zero=3, rows=rows)
+    return pools(2).run(rank_tasks.load_base_weights, hf_config=config, path=str(path), zero=3, rows=rows)
 
 
 @pytest.mark.parametrize("name", MODELS)

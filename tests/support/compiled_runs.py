@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from llm_training_toolkit.models import LossModule
-from rank_tasks import work_on
+from rank_tasks import train_run
 
 
 def work_on_compiled(run: str, changes: Mapping[str, Any], stop_after: int | None = None) -> dict[str, Any]:
@@ -19,7 +19,7 @@ def work_on_compiled(run: str, changes: Mapping[str, Any], stop_after: int | Non
     compile_layers: Any = LossModule.compile_layers
     usual, compile_layers.__defaults__ = compile_layers.__defaults__, ("aot_eager",)
     try:
-        result = work_on(run, changes, stop_after)
+        result = train_run(run, changes, stop_after)
     finally:
         compile_layers.__defaults__ = usual
         torch._dynamo.reset()

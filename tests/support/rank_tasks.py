@@ -45,8 +45,8 @@ from synchronizations import SynchronizationCounter
 Arrays = dict[str, np.ndarray[Any, Any]]
 
 
-def context(report: Any = None, stop_request: Any = None) -> RunContext:
-    """This rank's place in the pool."""
+def build_context(report: Any = None, stop_request: Any = None) -> RunContext:
+    """Build the context of this rank of the pool."""
     options: dict[str, Any] = {}
     if report is not None:
         options["event_listener"] = report
@@ -55,13 +55,13 @@ def context(report: Any = None, stop_request: Any = None) -> RunContext:
     return RunContext(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), **options)
 
 
-def alone() -> RunContext:
-    """The only rank there is."""
+def build_single_rank_context() -> RunContext:
+    """Build the context of a single process."""
     return RunContext(0, 1, torch.device("cpu"))
 
 
-def place_of(run: str, changes: Mapping[str, Any] | None = None) -> WorkerSpec:
-    """The place of a run directory, its configuration changed section by section."""
+def build_worker_spec(run: str, changes: Mapping[str, Any] | None = None) -> WorkerSpec:
+    """Build the spec of a run directory, its configuration changed section by section."""
     directory = RunDirectory(Path(run))
     data = json.loads(directory.resolved_config_path.read_text())
     for section, values in (changes or {}).items():
@@ -70,59 +70,59 @@ def place_of(run: str, changes: Mapping[str, Any] | None = None) -> WorkerSpec:
     return WorkerSpec(directory, config, DatasetInfo.from_json(directory.dataset_info_path.read_text()))
 
 
-def engine_of(place: WorkerSpec, plan: Plan) -> Engine:
-    """A fresh engine with the run's first weights."""
-    return build_run_model(place, plan, context(), None).engine
+def build_engine(spec: WorkerSpec, plan: Plan) -> Engine:
+    """Build an engine with the run's initial weights."""
+    return build_run_model(spec, plan, build_context(), None).engine
 
 
-def plan_of(place: WorkerSpec) -> Plan:
-    """The plan of a run directory's configuration for this pool."""
-    return make_plan(place.config, ranks=dist.get_world_size()).with_data(build_data_facts(place.dataset_info))
+def build_plan(spec: WorkerSpec) -> Plan:
+    """Make the plan of a run for this pool's number of ranks."""
+    return make_plan(spec.config, ranks=dist.get_world_size()).with_data(build_data_facts(spec.dataset_info))
 
 
-def share_of(plan: Plan) -> range:
-    """The positions of this rank's replica in a whole global batch."""
+def compute_own_slice(plan: Plan) -> range:
+    """Return the positions of this rank's replica in a whole global batch."""
     each = plan.sequence_parallel
     return compute_replica_slice(plan.global_batch, dist.get_world_size() // each, dist.get_rank() // each)
 
 
-def drawn(name: str, shape: Any) -> torch.Tensor:
-    """Weights of adapters that have learnt something: a pure function of the name."""
+def draw_adapter_weights(name: str, shape: Any) -> torch.Tensor:
+    """Draw weights of trained adapters, a pure function of the name."""
     return torch.empty(tuple(shape)).normal_(0.0, 0.05, generator=build_generator(7, name))
 
 
-def stir(engine: Engine) -> None:
-    """Give the trained weights the values of `drawn`: beside a zero one, a factor of an adapter has no gradient."""
+def perturb_weights(engine: Engine) -> None:
+    """Replace the adapters' weights: beside a zero factor, the other factor of an adapter has no gradient."""
     for piece in engine.local_fragments():
-        whole = drawn(piece.name, engine.shapes[piece.name]).flatten()
+        whole = draw_adapter_weights(piece.name, engine.shapes[piece.name]).flatten()
         piece.get_weights().copy_(whole[piece.start : piece.start + piece.count])
     engine.sync_low_precision()
 
 
-def gradients(
+def compute_gradients(
     run: str,
     changes: Mapping[str, Any],
     micro_batch: int,
     step: int = 0,
     *,
-    stirred: bool = False,
-    tried: bool = False,
+    perturbed: bool = False,
+    trial_pass: bool = False,
 ) -> tuple[float, float, Arrays]:
     """Loss, gradient norm and whole fp32 gradients of one global batch, split over this pool's ranks."""
     from deepspeed.utils import safe_get_full_grad
 
-    place = place_of(run, changes)
-    plan = plan_of(place)
-    engine = engine_of(place, plan)
-    if stirred:
-        stir(engine)
-    dataloader = DataLoader(place.dataset_info, global_batch=plan.global_batch, epochs=None)
+    spec = build_worker_spec(run, changes)
+    plan = build_plan(spec)
+    engine = build_engine(spec, plan)
+    if perturbed:
+        perturb_weights(engine)
+    dataloader = DataLoader(spec.dataset_info, global_batch=plan.global_batch, epochs=None)
     count = -(-len(compute_replica_slice(plan.global_batch, plan.replicas, 0)) // micro_batch)
-    batches = dataloader.get_micro_batches(step, share_of(plan), micro_batch, count)
-    if tried:
+    batches = dataloader.get_micro_batches(step, compute_own_slice(plan), micro_batch, count)
+    if trial_pass:
         engine.run_trial_pass(build_full_batch(batches[0]))
     loss_sum = engine.forward_backward(batches, dataloader.count_loss_tokens(step))
-    [total] = context().all_reduce_sum(loss_sum)
+    [total] = build_context().all_reduce_sum(loss_sum)
     found = {}
     for name, parameter in engine.deepspeed.module.named_parameters():
         if not parameter.requires_grad:
@@ -134,10 +134,10 @@ def gradients(
     return total / dataloader.count_loss_tokens(step), norm, found
 
 
-def fragment_table(run: str, changes: Mapping[str, Any]) -> tuple[dict[str, int], list[tuple[str, int, int]]]:
+def list_fragments(run: str, changes: Mapping[str, Any]) -> tuple[dict[str, int], list[tuple[str, int, int]]]:
     """Size of every parameter, and the pieces this rank saves; reads and writes each of them on the way."""
-    place = place_of(run, changes)
-    engine = engine_of(place, plan_of(place))
+    spec = build_worker_spec(run, changes)
+    engine = build_engine(spec, build_plan(spec))
     for piece in engine.local_fragments():
         for tensor in piece.get_tensors(engine.optimizer).values():
             assert tensor.shape == (piece.count,)
@@ -150,12 +150,12 @@ def fragment_table(run: str, changes: Mapping[str, Any]) -> tuple[dict[str, int]
     return sizes, table
 
 
-def whole_state(engine: Engine, directory: str) -> Arrays:
+def gather_state(engine: Engine, directory: str) -> Arrays:
     """Every weight and moment, gathered by writing and reading a checkpoint of the engine."""
     shapes = engine.shapes
 
     manifest = build_manifest(0, shapes, world_size=dist.get_world_size(), zero=engine.stage)
-    save(context(), Path(directory), engine.owned_fragments(), engine.optimizer, manifest)
+    save(build_context(), Path(directory), engine.owned_fragments(), engine.optimizer, manifest)
     return read_state(Path(directory))
 
 
@@ -174,36 +174,36 @@ def read_final_state(run: RunDirectory) -> Arrays:
     return read_state(newest_checkpoint(run))
 
 
-def updated(run: str, changes: Mapping[str, Any], directory: str) -> Arrays:
+def take_first_update(run: str, changes: Mapping[str, Any], directory: str) -> Arrays:
     """The state after one update from the first weights."""
-    place = place_of(run, changes)
-    plan = plan_of(place)
-    engine = engine_of(place, plan)
-    dataloader = DataLoader(place.dataset_info, global_batch=plan.global_batch, epochs=None)
-    batches = dataloader.get_micro_batches(0, share_of(plan), plan.micro_batch, plan.get_accumulation_steps())
+    spec = build_worker_spec(run, changes)
+    plan = build_plan(spec)
+    engine = build_engine(spec, plan)
+    dataloader = DataLoader(spec.dataset_info, global_batch=plan.global_batch, epochs=None)
+    batches = dataloader.get_micro_batches(0, compute_own_slice(plan), plan.micro_batch, plan.get_accumulation_steps())
     engine.forward_backward(batches, dataloader.count_loss_tokens(0))
     engine.optim_step(1e-3)
-    state = whole_state(engine, directory)
+    state = gather_state(engine, directory)
     engine.close()
     return state
 
 
-def loaded(
+def load_checkpoint(
     run: str, changes: Mapping[str, Any], checkpoint: str, directory: str
 ) -> tuple[Arrays, set[str], set[float]]:
     """The state right after loading a checkpoint, the groups' weight decays, and the step counters of the flats."""
-    place = place_of(run, changes)
-    engine = engine_of(place, plan_of(place))
+    spec = build_worker_spec(run, changes)
+    engine = build_engine(spec, build_plan(spec))
     restore_engine(engine, CheckpointReader(Path(checkpoint)))
-    state = whole_state(engine, directory)
+    state = gather_state(engine, directory)
     decays = {str(group["weight_decay"]) for group in engine.optimizer.param_groups}
     counters = {float(engine.optimizer.state[piece.flat]["step"]) for piece in engine.local_fragments()}
     engine.close()
     return state, decays, counters
 
 
-def work_on(run: str, changes: Mapping[str, Any] | None = None, stop_after: int | None = None) -> dict[str, Any]:
-    """Take part in a run as its worker does; `stop_after` asks for a stop once that many steps are complete."""
+def train_run(run: str, changes: Mapping[str, Any] | None = None, stop_after: int | None = None) -> dict[str, Any]:
+    """Train a run as its worker does; `stop_after` requests a stop once that many steps are complete."""
     completed = [0]
     events: list[Event] = []
 
@@ -215,58 +215,60 @@ def work_on(run: str, changes: Mapping[str, Any] | None = None, stop_after: int 
     def stop_request() -> StopRequest:
         return StopRequest.STOP if stop_after is not None and completed[0] >= stop_after - 1 else StopRequest.NONE
 
-    result = run_worker(place_of(run, changes), context(report, stop_request))
+    result = run_worker(build_worker_spec(run, changes), build_context(report, stop_request))
     return {**result, "events": events}
 
 
-def work_until(run: str, changes: Mapping[str, Any], said: str, seconds: float) -> dict[str, Any]:
-    """Take part in a run; a stop is asked for `seconds` after rank 0 has said `said`, which waits for so long."""
+def train_until_message(run: str, changes: Mapping[str, Any], message: str, seconds: float) -> dict[str, Any]:
+    """Train a run; once rank 0 has reported `message`, it sleeps `seconds` and a stop is requested."""
     stop = [False]
 
     def report(event: Event) -> None:
-        if isinstance(event, NoteEvent | WarningEvent) and said in event.message:
+        if isinstance(event, NoteEvent | WarningEvent) and message in event.message:
             time.sleep(seconds)
             stop[0] = True
 
     return run_worker(
-        place_of(run, changes), context(report, lambda: StopRequest.STOP if stop[0] else StopRequest.NONE)
+        build_worker_spec(run, changes),
+        build_context(report, lambda: StopRequest.STOP if stop[0] else StopRequest.NONE),
     )
 
 
-def wait_on(runs: list[str], comes: Mapping[str, Mapping[int, str]], stop_at: int | None = None) -> dict[str, Any]:
-    """Work on a run, each rank with a view of its own, while the rest of its data comes.
+def train_with_late_data(
+    runs: list[str], arrivals: Mapping[str, Mapping[int, str]], stop_at: int | None = None
+) -> dict[str, Any]:
+    """Train a run, each rank on a directory of its own, while the rest of its data arrives.
 
-    `comes`: by file of the data directory, what each rank finds there from some look on; rank 0 brings them when it is
-    asked for wishes while it waits, those of rank r at time 2r + 1, so that one look is sure to find them at the ranks
-    before and not at r. stop_at: at which of these times it asks for a stop.
+    `arrivals` has the text of each file of the data directory by rank. Rank 0 writes them while it waits, those of
+    rank r at its read number 2r + 1 of the stop request: one poll then finds them at the ranks before r, but not at r.
+    `stop_at` is the number of the read that requests a stop.
     """
-    waiting, asked = [False], [0]
+    waiting, reads = [False], [0]
 
     def report(event: Event) -> None:
         waiting[0] |= isinstance(event, NoteEvent) and "waits for data of the next epoch" in event.message
 
     def stop_request() -> StopRequest:
         if waiting[0]:
-            asked[0] += 1
-            for name, by_rank in comes.items():
+            reads[0] += 1
+            for name, by_rank in arrivals.items():
                 for rank, text in by_rank.items():
-                    if asked[0] == 2 * rank + 1:
+                    if reads[0] == 2 * rank + 1:
                         write_atomically(Path(runs[rank], "data", name), text)
-        return StopRequest.STOP if asked[0] == stop_at else StopRequest.NONE
+        return StopRequest.STOP if reads[0] == stop_at else StopRequest.NONE
 
-    result = run_worker(place_of(runs[dist.get_rank()]), context(report, stop_request))
-    return {**result, "asked": asked[0]}
+    return run_worker(build_worker_spec(runs[dist.get_rank()]), build_context(report, stop_request))
 
 
-def work_on_spoilt_data(
-    run: str, spoilt: Sequence[int], changes: Mapping[str, Any] | None = None, stop_after: int | None = None
+def train_on_corrupt_data(
+    run: str, corrupt_steps: Sequence[int], changes: Mapping[str, Any] | None = None, stop_after: int | None = None
 ) -> dict[str, Any]:
-    """The same where the tokens of some steps (counted from 0) are drawn by chance, as damaged storage gives them."""
+    """Train a run in which the tokens of some steps (counted from 0) are random, as damaged storage returns them."""
     whole = DataLoader.get_micro_batches
 
     def batch(dataloader: DataLoader, step: int, positions: range, micro_batch: int, count: int) -> list[MicroBatch]:
         found = whole(dataloader, step, positions, micro_batch, count)
-        if step not in spoilt:
+        if step not in corrupt_steps:
             return found
         draw = torch.Generator().manual_seed(step)
         drawn_ids = [torch.randint(5, 500, each.input_ids.shape, generator=draw) for each in found]
@@ -280,17 +282,17 @@ def work_on_spoilt_data(
 
     DataLoader.get_micro_batches = batch  # type: ignore[method-assign, assignment]
     try:
-        return work_on(run, changes, stop_after)
+        return train_run(run, changes, stop_after)
     finally:
         DataLoader.get_micro_batches = whole  # type: ignore[method-assign]
 
 
-def work_to_a_rung(
+def train_to_rung(
     run: str, rungs: tuple[int, ...], stop_at: int, stop_request: StopRequest = StopRequest.NONE
 ) -> tuple[dict[str, Any], list[int]]:
-    """A trial that is stopped at a rung: how it ended, and the rungs at which rank 0 asked.
+    """Train a trial that is stopped at a rung; return its result and the rungs at which rank 0 asked.
 
-    `wish` is what a person wants of it, after every step.
+    `stop_request` is a user's request, read after every step.
     """
     asked: list[int] = []
 
@@ -299,11 +301,11 @@ def work_to_a_rung(
         return StopRequest.STOP if step == stop_at else StopRequest.NONE
 
     return run_worker(
-        place_of(run), replace(context(stop_request=lambda: stop_request), rungs=rungs, rung_waiter=ask)
+        build_worker_spec(run), replace(build_context(stop_request=lambda: stop_request), rungs=rungs, rung_waiter=ask)
     ), asked
 
 
-def loaded_weights(hf_config: Mapping[str, Any], path: str, zero: int, rows: int | None = None) -> Arrays:
+def load_base_weights(hf_config: Mapping[str, Any], path: str, zero: int, rows: int | None = None) -> Arrays:
     """The weights at `path`, loaded as a worker does under a ZeRO stage, with as many rows of the vocabulary."""
     check_pretrained_weights(path, hf_config["model_type"])
     with zero3_init({"zero_optimization": {"stage": zero}, "train_micro_batch_size_per_gpu": 1}):
@@ -317,21 +319,19 @@ def loaded_weights(hf_config: Mapping[str, Any], path: str, zero: int, rows: int
     return found
 
 
-def evaluation_of_packed_documents(run: str, model: dict[str, Any], attention: str) -> dict[str, Any]:
+def evaluate_packed_documents(run: str, model: dict[str, Any], attention: str) -> dict[str, Any]:
     """Losses by the evaluation of the documents of one packed held-out row, each of them changed once.
 
     loss (documents,) of each, `changed` (documents, documents): the same after one (the row) was changed, and
     `same_logits` (documents, documents): whether its logits stayed as they were. `leaking` is `changed` with positions
     that do not begin anew, so that documents see each other.
     """
-    place = place_of(run, {"train": {"precision": "fp32"}})
-    plan = plan_of(place)
+    spec = build_worker_spec(run, {"train": {"precision": "fp32"}})
+    plan = build_plan(spec)
     torch.manual_seed(0)
     built = build_model(model, precision="fp32", attention=attention)
-    engine = Engine(
-        LossModule(built, 16), place.config.optim, plan.deepspeed, torch.device("cpu"), zero_stage=plan.zero
-    )
-    dataloader = DataLoader(place.dataset_info, global_batch=plan.global_batch, epochs=None)
+    engine = Engine(LossModule(built, 16), spec.config.optim, plan.deepspeed, torch.device("cpu"), zero_stage=plan.zero)
+    dataloader = DataLoader(spec.dataset_info, global_batch=plan.global_batch, epochs=None)
     [batch] = dataloader.get_eval_batches(0, 1, 1000)
     row, documents = _fullest_row(batch)
 
@@ -340,7 +340,7 @@ def evaluation_of_packed_documents(run: str, model: dict[str, Any], attention: s
         for document in documents:
             labels = torch.full_like(batch.labels, -100)
             labels[row, document] = batch.labels[row, document]
-            found.append(compute_eval_loss(engine, [batch_of(ids, positions, labels)], 1, 1, context()).loss)
+            found.append(compute_eval_loss(engine, [build_batch(ids, positions, labels)], 1, 1, build_context()).loss)
         return found
 
     def logits(ids: torch.Tensor) -> torch.Tensor:
@@ -363,7 +363,7 @@ def evaluation_of_packed_documents(run: str, model: dict[str, Any], attention: s
     return {"loss": loss, "changed": changed, "same_logits": same_logits, "leaking": leaking}
 
 
-def batch_of(ids: torch.Tensor, positions: torch.Tensor, labels: torch.Tensor) -> MicroBatch:
+def build_batch(ids: torch.Tensor, positions: torch.Tensor, labels: torch.Tensor) -> MicroBatch:
     """A micro-batch with the bounds of its documents."""
     return MicroBatch(ids, positions, labels, *compute_cu_seqlens(positions))
 
@@ -379,12 +379,12 @@ def _fullest_row(batch: MicroBatch) -> tuple[int, list[slice]]:
     return row, found[row]
 
 
-def logits_of(
+def compute_logits(
     run: str, checkpoint: str, ids: list[list[int]], changes: Mapping[str, Any] | None = None
 ) -> np.ndarray[Any, Any]:
     """The engine's own logits after loading a checkpoint."""
-    place = place_of(run, changes)
-    engine = engine_of(place, plan_of(place))
+    spec = build_worker_spec(run, changes)
+    engine = build_engine(spec, build_plan(spec))
     restore_engine(engine, CheckpointReader(Path(checkpoint)))
     tokens = torch.tensor(ids)
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)
@@ -395,14 +395,14 @@ def logits_of(
     return np.asarray(logits.float().numpy())
 
 
-def reloaded_logits(directory: str, precision: str, ids: list[list[int]]) -> dict[str, Any]:
+def compute_exported_logits(directory: str, precision: str, ids: list[list[int]]) -> dict[str, Any]:
     """The logits of an exported directory as plain transformers and peft load it, its class, and what did not fit."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     adapters, dtype = Path(directory, "adapter_config.json"), DTYPES[precision]
-    place = json.loads(adapters.read_text())["base_model_name_or_path"] if adapters.is_file() else directory
-    model, info = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, output_loading_info=True)
+    base = json.loads(adapters.read_text())["base_model_name_or_path"] if adapters.is_file() else directory
+    model, info = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, output_loading_info=True)
     architecture = type(model).__name__
     if adapters.is_file():
         model = PeftModel.from_pretrained(model, directory, autocast_adapter_dtype=False)
@@ -411,7 +411,7 @@ def reloaded_logits(directory: str, precision: str, ids: list[list[int]]) -> dic
     return {"logits": logits, "architecture": architecture, "info": info}
 
 
-def fetched(run: str, path: str, endpoint: str, nodes: Sequence[str], homes: Sequence[str]) -> str:
+def download_weights(run: str, path: str, endpoint: str, nodes: Sequence[str], homes: Sequence[str]) -> str:
     """Directory of a hub id's weights for this rank: `nodes` and folders of the hub's client are by rank."""
     from huggingface_hub import constants
 
@@ -422,31 +422,31 @@ def fetched(run: str, path: str, endpoint: str, nodes: Sequence[str], homes: Seq
         kept[name] = getattr(constants, name)
         setattr(constants, name, value)
     try:
-        return ensure_local_weights(path, replace(place_of(run), node=nodes[rank]), context())
+        return ensure_local_weights(path, replace(build_worker_spec(run), node=nodes[rank]), build_context())
     finally:
         for name, value in kept.items():
             setattr(constants, name, value)
 
 
-def recorded_collectives(directory: str, variables: Mapping[str, str]) -> None:
+def record_collectives(directory: str, variables: Mapping[str, str]) -> None:
     """Sum once over the ranks, then write this rank's flight record."""
     before = dict(os.environ)
     os.environ.pop("TORCH_FR_DUMP_TEMP_FILE", None)  # of a run that these ranks have worked on
     os.environ.update(variables)
     try:
         set_flight_record_directory(Path(directory))
-        context().all_reduce_sum(1.0)
+        build_context().all_reduce_sum(1.0)
         write_flight_record(dist.get_rank())
     finally:
         os.environ.clear()
         os.environ.update(before)
 
 
-def synchronizations(run: str, changes: Mapping[str, Any]) -> dict[str, int]:
+def count_synchronizations(run: str, changes: Mapping[str, Any]) -> dict[str, int]:
     """Reads of the device's values by the host: in two micro-batches, in four, and in the update."""
-    place = place_of(run, changes)
-    engine = engine_of(place, plan_of(place))
-    dataloader = DataLoader(place.dataset_info, global_batch=place.config.train.global_batch_size, epochs=None)
+    spec = build_worker_spec(run, changes)
+    engine = build_engine(spec, build_plan(spec))
+    dataloader = DataLoader(spec.dataset_info, global_batch=spec.config.train.global_batch_size, epochs=None)
     batches = dataloader.get_micro_batches(0, range(4), 1, 4)
     engine.forward_backward(batches, 100)
     engine.optim_step(1e-3)

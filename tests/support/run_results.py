@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 
 from llm_training_toolkit.checkpoint import find_latest_checkpoint
+from llm_training_toolkit.data.dataset import PackedDataset
+from llm_training_toolkit.data.tokenizer import open_tokenizer
 from llm_training_toolkit.runs.directory import RunDirectory
 
 
@@ -52,3 +54,9 @@ def largest_gradient_error(found: Mapping[str, Any], reference: Mapping[str, Any
     assert found.keys() == reference.keys()
     largest = max(float(np.abs(values).max()) for values in reference.values())
     return max(float(np.abs(found[name] - reference[name]).max()) for name in reference) / largest
+
+
+def decode_sequence(dataset: PackedDataset, step: int, position: int) -> str:
+    """Decode a training sequence into text, with special tokens and without padding."""
+    tokens = [example.tokens for example in dataset.read_sequence_examples(step, position)]
+    return open_tokenizer(dataset.dataset_info.tokenizer_path).decode(np.concatenate(tokens))

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from llm_training_toolkit.data.dataloader import DataLoader
 from memory_dry_run import LiveBytes
-from rank_tasks import engine_of, place_of, plan_of
+from rank_tasks import build_engine, build_plan, build_worker_spec
 
 # Times that a ring sends (n - 1) / n of the largest tensor. Other collectives of tensors are errors here.
 _RING = {
@@ -88,11 +88,11 @@ def count_step_bytes(run: str, changes: Mapping[str, Any], passes: int) -> tuple
 
     The third are those that live at its peak for the engine.
     """
-    place = place_of(run, changes)
+    spec = build_worker_spec(run, changes)
     before = StepBytes().standing
-    engine = engine_of(place, plan_of(place))
-    dataloader = DataLoader(place.dataset_info, global_batch=place.config.train.global_batch_size, epochs=None)
-    rows = place.config.train.micro_batch_size
+    engine = build_engine(spec, build_plan(spec))
+    dataloader = DataLoader(spec.dataset_info, global_batch=spec.config.train.global_batch_size, epochs=None)
+    rows = spec.config.train.micro_batch_size
     assert isinstance(rows, int)
     batches = dataloader.get_micro_batches(0, range(passes * rows), rows, passes)
     for _ in range(2):  # DeepSpeed's first step records the order of modules

@@ -1,7 +1,7 @@
 """Strict loader of a run's configuration: reports every problem at once, in plain words.
 
     file ─► YAML nodes ─┐
-    overrides ──────────┼─► ConfigDocument ─► JSON ─► pydantic ─► Config
+    overrides ──────────┼─► RawConfig ─► JSON ─► pydantic ─► Config
     resolved.json ──────┘                                └─► lines of one ConfigError
 
 Only files and overrides need YAML (yaml_reader.py, overrides.py); the rest is read without ruamel.yaml, too.
@@ -20,7 +20,6 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from llm_training_toolkit.config.data_config import DataConfig
-from llm_training_toolkit.config.document import ConfigDocument
 from llm_training_toolkit.config.fields import (
     KeyPath,
     format_key,
@@ -30,6 +29,7 @@ from llm_training_toolkit.config.fields import (
     iter_sections,
     resolve_key,
 )
+from llm_training_toolkit.config.raw_config import RawConfig
 from llm_training_toolkit.config.renamed_keys import find_renamed_key
 from llm_training_toolkit.config.schema import Config
 from llm_training_toolkit.config.section import SECRET_ERROR, ConfigSection
@@ -42,45 +42,45 @@ S = TypeVar("S", bound=ConfigSection)
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """Load the configuration in a YAML file, changed by `key=value` overrides."""
-    return validate_document(read_document(path, overrides), Config)
+    return validate_raw_config(read_raw_config(path, overrides), Config)
 
 
-def read_document(path: Path, overrides: Sequence[str] = ()) -> ConfigDocument:
+def read_raw_config(path: Path, overrides: Sequence[str] = ()) -> RawConfig:
     """Read a YAML file, changed by `key=value` overrides, without validation."""
-    document = ConfigDocument(str(path))
+    raw_config = RawConfig(str(path))
     try:
         from llm_training_toolkit.config.yaml_reader import read_yaml_file
     except ModuleNotFoundError as error:  # plain CUDA image; plain data and resolved.json still load
         raise ConfigError(f"{path}: YAML cannot be read here: `pip install ruamel.yaml`") from error
-    read_yaml_file(path, document)
-    _apply_overrides(overrides, document)
-    return document
+    read_yaml_file(path, raw_config)
+    _apply_overrides(overrides, raw_config)
+    return raw_config
 
 
-def _apply_overrides(overrides: Sequence[str], document: ConfigDocument) -> None:
+def _apply_overrides(overrides: Sequence[str], raw_config: RawConfig) -> None:
     if not overrides:
         return
     from llm_training_toolkit.config.overrides import apply_override  # needs YAML
 
     for number, override in enumerate(overrides):
-        apply_override(override, number, document)
+        apply_override(override, number, raw_config)
 
 
 def parse_config_json(text: str, where: str = "resolved.json") -> Config:
     """Parse the configuration written by `dump_config_json`, as strictly as `load_config`."""
-    document = ConfigDocument(where)
+    raw_config = RawConfig(where)
 
     def report_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         counts = [key for key, _ in pairs]
         for key in sorted({key for key in counts if counts.count(key) > 1}):
-            document.report_problem((), f"duplicate key {key}; keep one")
+            raw_config.report_problem((), f"duplicate key {key}; keep one")
         return dict(pairs)
 
     try:
-        document.data = json.loads(text, object_pairs_hook=report_duplicate_keys)
+        raw_config.data = json.loads(text, object_pairs_hook=report_duplicate_keys)
     except json.JSONDecodeError as error:
         raise ConfigError(f"{where}:{error.lineno}: not valid JSON: {error.msg}") from error
-    return validate_document(document, Config)
+    return validate_raw_config(raw_config, Config)
 
 
 def dump_config_json(config: Config) -> str:
@@ -93,29 +93,29 @@ def parse_config(data: Mapping[str, Any], where: str, overrides: Sequence[str] =
 
     `where` is the prefix of every line of the error.
     """
-    document = ConfigDocument(where)
-    document.data = _convert_to_json_data(data, (), document)  # a copy, which the overrides may change
-    _apply_overrides(overrides, document)
-    return validate_document(document, Config)
+    raw_config = RawConfig(where)
+    raw_config.data = _convert_to_json_data(data, (), raw_config)  # a copy, which the overrides may change
+    _apply_overrides(overrides, raw_config)
+    return validate_raw_config(raw_config, Config)
 
 
-def validate_document(document: ConfigDocument, root: type[S]) -> S:
-    """Validate the document as `root`, the section of the whole file. Raises ConfigError with every problem."""
-    if not isinstance(document.data, Mapping):
-        document.report_problem(
-            (), f"expected sections ({', '.join(root.model_fields)}), not {_format_value(document.data)}"
+def validate_raw_config(raw_config: RawConfig, root: type[S]) -> S:
+    """Validate it as `root`, the section of the whole file. Raises ConfigError with every problem."""
+    if not isinstance(raw_config.data, Mapping):
+        raw_config.report_problem(
+            (), f"expected sections ({', '.join(root.model_fields)}), not {_format_value(raw_config.data)}"
         )
-        document.raise_problems()
-    data = _convert_to_json_data(document.data, (), document)
+        raw_config.raise_problems()
+    data = _convert_to_json_data(raw_config.data, (), raw_config)
     if root is Config:
         data = _complete_model(data)
     try:
         config = root.model_validate_json(json.dumps(data), strict=True)
     except ValidationError as error:
-        _report_validation_errors(error, document, root)
-        document.raise_problems()
+        _report_validation_errors(error, raw_config, root)
+        raw_config.raise_problems()
         raise
-    document.raise_problems()
+    raw_config.raise_problems()
     return config
 
 
@@ -129,18 +129,18 @@ def _complete_model(data: Any) -> Any:  # noqa: ANN401 - not validated yet
     return {"tokenizer": tokenizer} | data | {"model": {"name": PurePath(path).name} | model}
 
 
-def _convert_to_json_data(value: object, path: KeyPath, document: ConfigDocument) -> object:
+def _convert_to_json_data(value: object, path: KeyPath, raw_config: RawConfig) -> object:
     """Convert data from any source to JSON data; report values that JSON cannot hold."""
     if isinstance(value, Mapping):
-        return {str(key): _convert_to_json_data(item, (*path, str(key)), document) for key, item in value.items()}
+        return {str(key): _convert_to_json_data(item, (*path, str(key)), raw_config) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_convert_to_json_data(item, (*path, index), document) for index, item in enumerate(value)]
+        return [_convert_to_json_data(item, (*path, index), raw_config) for index, item in enumerate(value)]
     if isinstance(value, float) and not math.isfinite(value):
-        document.reported_keys.add(path)
-        document.report_problem(path, "expected a finite number", str(value))
+        raw_config.reported_keys.add(path)
+        raw_config.report_problem(path, "expected a finite number", str(value))
     elif not isinstance(value, str | int | float | None):
-        document.reported_keys.add(path)
-        document.report_problem(
+        raw_config.reported_keys.add(path)
+        raw_config.report_problem(
             path, f"expected text, a number, true, false or null, not {type(value).__name__}", str(value)
         )
         return None
@@ -152,9 +152,9 @@ def _format_value(value: object) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _report_validation_errors(error: ValidationError, document: ConfigDocument, root: type[ConfigSection]) -> None:
+def _report_validation_errors(error: ValidationError, raw_config: RawConfig, root: type[ConfigSection]) -> None:
     """Report one line per key: pydantic has one error per union branch, its location mixed with branch names."""
-    seen = set(document.reported_keys)
+    seen = set(raw_config.reported_keys)
     for detail in error.errors(include_url=False):
         path, annotation, metadata = resolve_key(detail["loc"], root)
         if detail["type"] == "extra_forbidden":
@@ -164,7 +164,7 @@ def _report_validation_errors(error: ValidationError, document: ConfigDocument, 
         seen.add(path)
         what = _format_error(detail, path, annotation, metadata, root)
         hidden = detail["type"] in {"missing", "json_invalid", SECRET_ERROR} or _is_section(detail["input"], annotation)
-        document.report_problem(path, what, None if hidden else _format_value(detail["input"]))
+        raw_config.report_problem(path, what, None if hidden else _format_value(detail["input"]))
 
 
 def _is_section(value: object, annotation: object) -> bool:

@@ -8,35 +8,35 @@ from typing import Any, NamedTuple
 from ruamel.yaml.error import YAMLError
 from ruamel.yaml.nodes import CollectionNode, Node
 
-from llm_training_toolkit.config.document import ConfigDocument, ConfigLocation
 from llm_training_toolkit.config.fields import KeyPath, format_key
+from llm_training_toolkit.config.raw_config import ConfigLocation, RawConfig
 from llm_training_toolkit.config.yaml_reader import YamlNodeReader, compose_yaml, format_yaml_error
 
 
-def apply_override(override: str, number: int, document: ConfigDocument) -> None:
-    """Set one value in the document; `number` is the position among all overrides."""
+def apply_override(override: str, number: int, raw_config: RawConfig) -> None:
+    """Set one value; `number` is the position among all overrides."""
     location = ConfigLocation((1, number), f"override {override}")
     key, equals, text = override.partition("=")
     segments = key.strip().split(".")
     if not equals or not all(segments):
-        document.report_problem((), "write key=value, for example train.steps=100", location=location)
+        raw_config.report_problem((), "write key=value, for example train.steps=100", location=location)
         return
     problem, node = _parse_override_value(text)
     if problem or node is None:
-        document.report_problem((), problem, location=location)
+        raw_config.report_problem((), problem, location=location)
         return
-    reached = _resolve_parent(segments, document, location)
+    reached = _resolve_parent(segments, raw_config, location)
     if reached is None:
         return
     path, holder = reached
-    for known in [known for known in document.locations if known[: len(path)] == path]:
-        del document.locations[known]
-    document.locations[path] = location
-    document.reported_keys = {known for known in document.reported_keys if known[: len(path)] != path}
+    for known in [known for known in raw_config.locations if known[: len(path)] == path]:
+        del raw_config.locations[known]
+    raw_config.locations[path] = location
+    raw_config.reported_keys = {known for known in raw_config.reported_keys if known[: len(path)] != path}
     try:
-        holder[path[-1]] = YamlNodeReader(document, fixed_location=location).read_node(node, path)
+        holder[path[-1]] = YamlNodeReader(raw_config, fixed_location=location).read_node(node, path)
     except YAMLError as error:  # aliases that multiply
-        document.report_problem(path, str(error), location=location)
+        raw_config.report_problem(path, str(error), location=location)
 
 
 def _parse_override_value(text: str) -> tuple[str, Node | None]:
@@ -53,23 +53,23 @@ def _parse_override_value(text: str) -> tuple[str, Node | None]:
 
 
 def _resolve_parent(
-    segments: Sequence[str], document: ConfigDocument, location: ConfigLocation
+    segments: Sequence[str], raw_config: RawConfig, location: ConfigLocation
 ) -> tuple[KeyPath, Any] | None:
     """Return the path of an override's key and the container that holds it, or None after reporting a problem."""
-    if not isinstance(document.data, dict):
-        return None  # reported by `validate_document`
+    if not isinstance(raw_config.data, dict):
+        return None  # reported by `validate_raw_config`
     path: KeyPath = ()
-    holder: Any = document.data
+    holder: Any = raw_config.data
     for position, part in enumerate(segments, start=1):
         step = _resolve_step(holder, part)
         if isinstance(step, _InvalidStep):
-            document.report_problem((), f"{format_key(path)} {step.what}", location=location)
+            raw_config.report_problem((), f"{format_key(path)} {step.what}", location=location)
             return None
         path = (*path, step)
         if position < len(segments):
             if holder[step] is None:
                 holder[step] = {}
-                document.locations[path] = location
+                raw_config.locations[path] = location
             holder = holder[step]
     return path, holder
 

@@ -10,9 +10,9 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
-from llm_training_toolkit.config.document import ConfigDocument
 from llm_training_toolkit.config.fields import KeyPath, format_key, resolve_key
-from llm_training_toolkit.config.load import format_unknown_key, load_config, read_document, validate_document
+from llm_training_toolkit.config.load import format_unknown_key, load_config, read_raw_config, validate_raw_config
+from llm_training_toolkit.config.raw_config import RawConfig
 from llm_training_toolkit.config.schema import Config
 from llm_training_toolkit.config.section import ConfigSection, Count, Duration
 from llm_training_toolkit.errors import ConfigError
@@ -191,25 +191,25 @@ def load_search(path: Path, overrides: Sequence[str] = ()) -> LoadedSearch:
 
     Raises ConfigError with every problem.
     """
-    document = read_document(path, overrides)
-    _expand_list_choices(document)
-    search = validate_document(document, SearchConfig)
+    raw_config = read_raw_config(path, overrides)
+    _expand_list_choices(raw_config)
+    search = validate_raw_config(raw_config, SearchConfig)
     for section, keys in (("search", search.search), ("overrides", search.overrides)):
         for key in keys:
             if what := _find_key_problem(key, owned=section == "search"):
-                document.report_problem((section, key), what)
+                raw_config.report_problem((section, key), what)
     for number, point in enumerate(search.points_to_evaluate):
-        _check_point(search, number, point, document)
-    document.raise_problems()
+        _check_point(search, number, point, raw_config)
+    raw_config.raise_problems()
     whole = load_config(path.parent / search.base)
     return LoadedSearch(
         search, whole, replace_config_values(whole, search.overrides, f"{path}: base {search.base} with overrides")
     )
 
 
-def _expand_list_choices(document: ConfigDocument) -> None:
+def _expand_list_choices(raw_config: RawConfig) -> None:
     """Expand `[a, b]` to `{choice: [a, b]}` before validation: a validator's result would not be strict JSON."""
-    space = document.data.get("search") if isinstance(document.data, dict) else None
+    space = raw_config.data.get("search") if isinstance(raw_config.data, dict) else None
     if isinstance(space, dict):
         for key, values in space.items():
             if isinstance(values, list):
@@ -236,13 +236,13 @@ def _format_missing_key(parts: KeyPath, found: KeyPath) -> str:
         return f"{format_key(found)} is a value, no section: it has no {parts[len(found)]}"
 
 
-def _check_point(search: SearchConfig, number: int, point: Mapping[str, Any], document: ConfigDocument) -> None:
+def _check_point(search: SearchConfig, number: int, point: Mapping[str, Any], raw_config: RawConfig) -> None:
     for key in sorted(set(point) ^ set(search.search)):
         what = "is not searched: remove it" if key in point else "has no value: a point has one for every key"
-        document.report_problem(("points_to_evaluate", number, key), what)
+        raw_config.report_problem(("points_to_evaluate", number, key), what)
     for key in set(point) & set(search.search):
         if not search.search[key].contains_value(point[key]):
-            document.report_problem(
+            raw_config.report_problem(
                 ("points_to_evaluate", number, key), "lies outside what search gives it", json.dumps(point[key])
             )
 
@@ -268,7 +268,7 @@ def replace_config_values(config: Config, values: Mapping[str, Any], where: str)
         for part in parts[:-1]:
             holder = _get_or_create_child(holder, part, key)
         _set_item(holder, parts[-1], value, key)
-    return validate_document(ConfigDocument(where, data), Config)
+    return validate_raw_config(RawConfig(where, data), Config)
 
 
 def _get_or_create_child(holder: Any, part: str | int, key: str) -> Any:  # noqa: ANN401 - plain data

@@ -14,8 +14,8 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.events import CollectionEndEvent, CollectionStartEvent
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
-from llm_training_toolkit.config.document import ConfigDocument, ConfigLocation
 from llm_training_toolkit.config.fields import KeyPath
+from llm_training_toolkit.config.raw_config import ConfigLocation, RawConfig
 from llm_training_toolkit.errors import ConfigError
 
 _SCALARS = {f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null")}
@@ -45,12 +45,12 @@ def compose_yaml(text: str) -> Node | None:
     return node
 
 
-def read_yaml_file(path: Path, document: ConfigDocument) -> None:
-    """Read a YAML file into the document. Raises ConfigError for unreadable files and invalid YAML."""
+def read_yaml_file(path: Path, raw_config: RawConfig) -> None:
+    """Read a YAML file into the raw_config. Raises ConfigError for unreadable files and invalid YAML."""
     try:
         node = compose_yaml(path.read_text(encoding="utf-8-sig"))
         if node is not None:
-            document.data = YamlNodeReader(document).read_node(node, ())
+            raw_config.data = YamlNodeReader(raw_config).read_node(node, ())
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: no such file; check the path and the working directory") from error
     except OSError as error:
@@ -76,7 +76,7 @@ def format_yaml_error(error: YAMLError) -> tuple[str, str]:
 class YamlNodeReader:
     """Converter of YAML nodes to plain data. Records the location of each key."""
 
-    document: ConfigDocument
+    raw_config: RawConfig
     fixed_location: ConfigLocation | None = None
     """Location of everything read, for text that is not in the file (overrides)."""
     open_nodes: list[Node] = field(default_factory=list)
@@ -126,7 +126,7 @@ class YamlNodeReader:
                 continue
             key = str(key_node.value)
             here = (*path, key)
-            first = self.document.locations.get(here) if key in found else None
+            first = self.raw_config.locations.get(here) if key in found else None
             self._record_location(here, key_node)
             value = self.read_node(value_node, here)
             if key in found:
@@ -137,14 +137,14 @@ class YamlNodeReader:
         return found
 
     def _record_location(self, path: KeyPath, node: Node) -> None:
-        self.document.locations[path] = self.fixed_location or self.document.locate_line(node.start_mark.line + 1)
+        self.raw_config.locations[path] = self.fixed_location or self.raw_config.locate_line(node.start_mark.line + 1)
 
     def _report_duplicate_key(self, path: KeyPath, first: ConfigLocation | None) -> None:
         elsewhere = f" (first at {first.text})" if first and not self.fixed_location else ""
-        self.document.report_problem(path, f"duplicate key{elsewhere}; keep one")
+        self.raw_config.report_problem(path, f"duplicate key{elsewhere}; keep one")
 
     def _report_invalid_value(self, path: KeyPath, what: str) -> object:
         """Report a value. Returns None in its place, so that reading continues."""
-        self.document.reported_keys.add(path)
-        self.document.report_problem(path, what)
+        self.raw_config.reported_keys.add(path)
+        self.raw_config.report_problem(path, what)
         return None

@@ -35,18 +35,18 @@ class DataLoader:
         global_batch: int,
         epochs: int | None,
         origin: tuple[int, int] = (0, 0),
-        newest: Callable[[DatasetInfo], DatasetInfo] | None = None,
-        event_log: SampleLog | None = None,
-        pin_for: torch.device | None = None,
+        read_newest_info: Callable[[DatasetInfo], DatasetInfo] | None = None,
+        sample_log: SampleLog | None = None,
+        pinned_for: torch.device | None = None,
     ) -> None:
-        """Open the data; `newest` reads a DatasetInfo with more epochs while later ones are still being prepared.
+        """Open the data; `read_newest_info` reads a DatasetInfo with more epochs while later ones are being prepared.
 
-        Micro-batches lie in page-locked memory if `pin_for` is a GPU: it copies from there while it computes.
+        Micro-batches lie in page-locked memory if `pinned_for` is a GPU: it copies from there while it computes.
         """
-        self._sample_log = event_log
+        self._sample_log = sample_log
         self._dataset = PackedDataset(dataset_info, global_batch=global_batch, epochs=epochs, origin=origin)
-        self._newest = newest
-        self._pin_for = pin_for
+        self._read_newest_info = read_newest_info
+        self._pinned_for = pinned_for
         self._prefetched: tuple[_Request, Future[list[MicroBatch]]] | None = None
         self._dataset_info = dataset_info
 
@@ -56,8 +56,8 @@ class DataLoader:
 
     def refresh_epochs(self) -> None:
         """Check for newly prepared epochs. Raises DataError when there will be no more."""
-        if self._newest is not None:
-            self._dataset.extend_epochs(self._newest(self._dataset.dataset_info))
+        if self._read_newest_info is not None:
+            self._dataset.extend_epochs(self._read_newest_info(self._dataset.dataset_info))
 
     def count_sequences(self, step: int) -> int:
         """Count the sequences of the step: the global batch, fewer only in the last step of a run over epochs."""
@@ -69,12 +69,12 @@ class DataLoader:
 
     def get_micro_batches(self, step: int, positions: range, micro_batch: int, count: int) -> list[MicroBatch]:
         """Return `count` micro-batches: those of `positions`, then padding (one row each, no loss)."""
-        asked = _Request(step, positions, micro_batch)
+        request = _Request(step, positions, micro_batch)
         prefetched, self._prefetched = self._prefetched, None
-        if prefetched is not None and prefetched[0] == asked:
+        if prefetched is not None and prefetched[0] == request:
             batches = prefetched[1].result()
         else:
-            batches = self._read_micro_batches(asked)
+            batches = self._read_micro_batches(request)
         if self._sample_log is not None:
             self._sample_log.log_step(step + 1, self._dataset.get_sequences_at(step, positions), batches)
         return batches + [self._dataset.get_padding_batch(1)] * (count - len(batches))
@@ -89,23 +89,23 @@ class DataLoader:
 
         Storage that takes 200 ms for a step then costs nothing beside a longer computation.
         """
-        asked, answer = _Request(step, positions, micro_batch), Future[list[MicroBatch]]()
+        request, future = _Request(step, positions, micro_batch), Future[list[MicroBatch]]()
 
         def read() -> None:
             try:
-                if self._pin_for is not None:
-                    torch.cuda.set_device(self._pin_for)  # a new thread is on the first GPU
-                answer.set_result(self._read_micro_batches(asked))
+                if self._pinned_for is not None:
+                    torch.cuda.set_device(self._pinned_for)  # a new thread is on the first GPU
+                future.set_result(self._read_micro_batches(request))
             except BaseException as error:  # noqa: BLE001 - the edge of a thread: raised again by `result`
-                answer.set_exception(error)
+                future.set_exception(error)
 
-        self._prefetched = (asked, answer)
+        self._prefetched = (request, future)
         # Daemon: a process that must end does not wait for storage that hangs.
         Thread(target=read, daemon=True, name="prefetch").start()
 
-    def _read_micro_batches(self, asked: _Request) -> list[MicroBatch]:
-        batches = self._dataset.get_micro_batches(asked.step, asked.positions, asked.micro_batch)
-        return [batch.pin_memory() for batch in batches] if self._pin_for is not None else batches
+    def _read_micro_batches(self, request: _Request) -> list[MicroBatch]:
+        batches = self._dataset.get_micro_batches(request.step, request.positions, request.micro_batch)
+        return [batch.pin_memory() for batch in batches] if self._pinned_for is not None else batches
 
     def format_document_names(self, step: int, positions: range) -> str:
         """List the documents at these positions of the step, five by name."""

@@ -15,7 +15,6 @@ from llm_training_toolkit.data.collate import MicroBatch, build_padding_batch, c
 from llm_training_toolkit.data.prepare.arrow_store import ExampleStore, read_array, read_column
 from llm_training_toolkit.data.prepare.dataset_info import DatasetInfo, PreparedDataset
 from llm_training_toolkit.data.prepare.packing import PackingPlan
-from llm_training_toolkit.data.tokenizer import open_tokenizer
 from llm_training_toolkit.data.types import Example
 from llm_training_toolkit.errors import DataError
 from llm_training_toolkit.plan import StreamPosition, count_per_stream, merge_streams
@@ -206,13 +205,6 @@ class PackedDataset:
     def read_sequence_examples(self, step: int, position: int) -> list[Example]:
         """Read the pieces of one sequence, with tokens and loss flags."""
         return self._read_examples(self.get_sequences_at(step, range(position, position + 1))[0])
-
-    def decode_sequence(self, step: int, position: int) -> str:
-        """Decode one sequence into text, with special tokens and without padding."""
-        encoder = open_tokenizer(self.dataset_info.tokenizer_path)
-        return encoder.decode(
-            np.concatenate([example.tokens for example in self.read_sequence_examples(step, position)])
-        )
 
     def get_padding_batch(self, rows: int) -> MicroBatch:
         """Return a micro-batch of padding without labels, for a rank that has fewer micro-batches than others."""

@@ -1,7 +1,8 @@
 """Engine: forward, backward and update of one optimizer step, through DeepSpeed.
 
 The loop passes micro-batches and a learning rate. DeepSpeed's loss rescaling, batch arithmetic and schedulers are kept
-out of the result, all in `forward_backward` and `optim_step`.
+out of the result, all in `forward_backward` and `optim_step`. At ZeRO 2 and 3 DeepSpeed reduces gradients and holds the
+master weights; at ZeRO 0 and 1 `MasterWeights` and `ShardedMasterWeights` do, and DeepSpeed runs the passes alone.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from llm_training_toolkit.config.schema import Offload, OptimConfig
 from llm_training_toolkit.data.collate import MicroBatch
 from llm_training_toolkit.engine.allocation import allocate_zeros, keep_freed_memory
 from llm_training_toolkit.engine.fragments import MOMENTS, Fragment, locate_fragments, sync_low_precision_weights
-from llm_training_toolkit.engine.replica import MasterWeights
-from llm_training_toolkit.engine.sharded import ShardedMasterWeights
+from llm_training_toolkit.engine.master_weights import MasterWeights
+from llm_training_toolkit.engine.sharded_master_weights import ShardedMasterWeights
 from llm_training_toolkit.engine.skip_step import SkippableOptimizer
 from llm_training_toolkit.models import LossModule
 

@@ -49,7 +49,6 @@ class SpecialTokens:
     fim_prefix: str = ""
     fim_middle: str = ""
     fim_suffix: str = ""
-    fim_pad: str = ""
     repository: str = ""
     """Token before the name of a repository."""
     file: str = ""
@@ -201,11 +200,6 @@ class ModelDims:
         """Parameters in the matrices after attention: feed-forward, or all experts, router and shared expert."""
         shared = 3 * self.hidden * self.shared_expert + self.hidden if self.shared_expert else 0
         return max(self.experts, 1) * self.feed_forward_parameters + self.experts * self.hidden + shared
-
-    @property
-    def matrices_per_layer(self) -> int:
-        """Parameters in the matrices of a layer with attention."""
-        return self.attention_matrices + self.feed_forward_matrices
 
     @property
     def all_matrices(self) -> int:

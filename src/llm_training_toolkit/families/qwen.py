@@ -40,7 +40,6 @@ TOKENS = SpecialTokens(
     fim_prefix="<|fim_prefix|>",
     fim_middle="<|fim_middle|>",
     fim_suffix="<|fim_suffix|>",
-    fim_pad="<|fim_pad|>",
     repository="<|repo_name|>",
     file="<|file_sep|>",
     all=_CHAT + _CODE,

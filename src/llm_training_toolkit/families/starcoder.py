@@ -31,7 +31,6 @@ def _build_special_tokens(repository: str, file: str, every: tuple[str, ...]) ->
         fim_prefix="<fim_prefix>",
         fim_middle="<fim_middle>",
         fim_suffix="<fim_suffix>",
-        fim_pad="<fim_pad>",
         repository=repository,
         file=file,
         all=every,
@@ -77,7 +76,6 @@ TOKENS_SANTA = SpecialTokens(
     fim_prefix="<fim-prefix>",
     fim_middle="<fim-middle>",
     fim_suffix="<fim-suffix>",
-    fim_pad="<fim-pad>",
     all=("<|endoftext|>", "<fim-prefix>", "<fim-middle>", "<fim-suffix>", "<fim-pad>"),
 )
 

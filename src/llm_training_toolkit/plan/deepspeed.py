@@ -104,7 +104,7 @@ def build_base_config(config: Config, *, parameters: int = _BUCKET, workers: int
 
 
 def _build_zero_block(engine: EngineConfig, bucket: int) -> dict[str, Any]:
-    # Stage 1 is the engine's own (engine/sharded.py): DeepSpeed runs forward and backward as at stage 0.
+    # Stage 1 is the engine's own (engine/sharded_master_weights.py): DeepSpeed runs forward and backward as at stage 0.
     # overlap_comm adds a second bucket, by default at stage 3 only; off at all stages gives one reduction order.
     stage = int(engine.zero_stage)
     host = {"device": "cpu", "pin_memory": True}

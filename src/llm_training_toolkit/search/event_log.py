@@ -163,12 +163,12 @@ class EventLog:
         """Trials begun and not ended, in order."""
         return [trial for trial in self.trials.values() if trial.state == "begun"]
 
-    def get_rung_values(self, rung: int, bracket: int, but: int) -> list[float]:
+    def get_rung_values(self, rung: int, bracket: int, excluding: int) -> list[float]:
         """Return the values of a bracket's other trials at a rung, except ends: the learning rate is low there."""
         return [
             passed.value
             for trial in self.trials.values()
-            if trial.number != but
+            if trial.number != excluding
             for passed in trial.rungs
             if passed.rung == rung and passed.bracket == bracket and not passed.last
         ]
@@ -202,18 +202,22 @@ class EventLog:
             self._spans.append([event["time"], event["time"]])
         elif self._spans:
             self._spans[-1][1] = event["time"]
-        taker = getattr(self, f"_take_{event['event']}", None)
-        if taker is not None:
-            taker(event)
+        match event["event"]:
+            case "begin":
+                number = event["trial"]
+                self.trials[number] = TrialRecord(number, event["parameters"], event["draw"])
+            case "left_out":
+                self.invalid_points[event["draw"]] = event["parameters"]
+            case "rung":
+                self._apply_rung(event)
+            case "failure":
+                self.trials[event["trial"]].failures += 1
+                self.trials[event["trial"]].error = event["error"]
+            case "end":
+                trial = self.trials[event["trial"]]
+                trial.state, trial.error, trial.trained_tokens = event["state"], event["error"], event["trained"]
 
-    def _take_begin(self, event: dict[str, Any]) -> None:
-        number = event["trial"]
-        self.trials[number] = TrialRecord(number, event["parameters"], event["draw"])
-
-    def _take_left_out(self, event: dict[str, Any]) -> None:
-        self.invalid_points[event["draw"]] = event["parameters"]
-
-    def _take_rung(self, event: dict[str, Any]) -> None:
+    def _apply_rung(self, event: dict[str, Any]) -> None:
         if "promoted" not in event:
             raise CheckpointError(
                 f"{self._path}: the event log is of an earlier version of the toolkit: start a search of another name"
@@ -221,11 +225,3 @@ class EventLog:
         trial = self.trials[event["trial"]]
         trial.rungs.append(RungResult(**{name: event[name] for name in RungResult.__dataclass_fields__}))
         self.passed_rungs.append((trial.number, trial.rungs[-1]))
-
-    def _take_failure(self, event: dict[str, Any]) -> None:
-        self.trials[event["trial"]].failures += 1
-        self.trials[event["trial"]].error = event["error"]
-
-    def _take_end(self, event: dict[str, Any]) -> None:
-        trial = self.trials[event["trial"]]
-        trial.state, trial.error, trial.trained_tokens = event["state"], event["error"], event["trained"]

@@ -39,7 +39,7 @@ class TrainerComponents:
     """Everything that the training loop uses."""
 
     plan: Plan
-    schedule: LRSchedule
+    lr_schedule: LRSchedule
     seed: int
     context: RunContext
     engine: Engine

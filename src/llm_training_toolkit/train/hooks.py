@@ -35,14 +35,14 @@ def try_largest_micro_batch(components: TrainerComponents, step: int) -> None:
         components.engine.run_trial_pass(batch)
 
 
-def wait_if_data_missing(components: TrainerComponents, progress: TrainState) -> LoopStatus | None:
+def wait_if_data_missing(components: TrainerComponents, state: TrainState) -> LoopStatus | None:
     """Call `wait_for_data` if some rank lacks the next step's data. Collective."""
-    lacks = progress.step < components.schedule.steps and not components.dataloader.has_step(progress.step)
-    [lacking] = components.context.all_reduce_sum(lacks)
-    return wait_for_data(components, progress) if lacking else None
+    is_missing = state.step < components.lr_schedule.steps and not components.dataloader.has_step(state.step)
+    [missing_count] = components.context.all_reduce_sum(is_missing)
+    return wait_for_data(components, state) if missing_count else None
 
 
-def wait_for_data(components: TrainerComponents, progress: TrainState) -> LoopStatus | None:
+def wait_for_data(components: TrainerComponents, state: TrainState) -> LoopStatus | None:
     """Wait until every rank has the next step's data. A stop request ends the wait and the loop, after a save.
 
     Collective. Raises DataError on every rank when the data will never arrive.
@@ -52,56 +52,54 @@ def wait_for_data(components: TrainerComponents, progress: TrainState) -> LoopSt
     context.heartbeat.set_phase("waiting for data that is being prepared", NO_TIMEOUT)
     components.goodput_tracker.enter_category("data")
     if context.is_rank_zero:
-        message = f"step {progress.step + 1} waits for data of the next epoch, which is being prepared"
+        message = f"step {state.step + 1} waits for data of the next epoch, which is being prepared"
         context.report(NoteEvent(message))
     while True:
         failure = ""
         try:
-            if not dataloader.has_step(progress.step):
+            if not dataloader.has_step(state.step):
                 dataloader.refresh_epochs()
         except DataError as error:
             failure = str(error)
         stop_request = context.read_stop_request()
-        answers = context.all_gather_object((dataloader.has_step(progress.step), failure, stop_request))
-        if failures := [failure for _, failure, _ in answers if failure]:
+        replies = context.all_gather_object((dataloader.has_step(state.step), failure, stop_request))
+        if failures := [failure for _, failure, _ in replies if failure]:
             raise DataError(failures[0])
-        if (stop_request := answers[0][2]) is not StopRequest.NONE:
-            if progress != components.initial_state:  # the initial state is saved already, or is that of step 0
-                components.checkpoint_manager.begin_save(progress)
+        if (stop_request := replies[0][2]) is not StopRequest.NONE:
+            if state != components.initial_state:  # the initial state is saved already, or is that of step 0
+                components.checkpoint_manager.begin_save(state)
             return "stopped" if stop_request is StopRequest.STOP else "drained"
-        if all(has for has, _, _ in answers):
+        if all(has for has, _, _ in replies):
             return None
         time.sleep(_POLL_SECONDS)
 
 
-def run_tasks_if_due(components: TrainerComponents, progress: TrainState) -> LoopStatus | None:
+def run_tasks_if_due(components: TrainerComponents, state: TrainState) -> LoopStatus | None:
     """Run the tasks due after this step, on its checkpoint; a stop request ends the loop. Collective.
 
     After the last step no task is due: all tasks measure its export when the run finishes.
     """
-    if not 0 < progress.step < components.schedule.steps or not components.in_training_tasks.has_due_tasks(
-        progress.step
-    ):
+    if not 0 < state.step < components.lr_schedule.steps or not components.in_training_tasks.has_due_tasks(state.step):
         return None
     components.checkpoint_manager.finalize_save()
-    components.goodput_tracker.enter_step(progress.step)
-    stop_request = components.in_training_tasks.run_due_tasks(progress.step)
+    components.goodput_tracker.enter_step(state.step)
+    stop_request = components.in_training_tasks.run_due_tasks(state.step)
     if stop_request is StopRequest.NONE:
         return None
     return "stopped" if stop_request is StopRequest.STOP else "drained"
 
 
-def await_rung_decision(components: TrainerComponents, progress: TrainState) -> LoopStatus | None:
+def await_rung_decision(components: TrainerComponents, state: TrainState) -> LoopStatus | None:
     """Wait for the search to decide if this trial continues; a stopped one needs no checkpoint. Collective."""
     context = components.context
-    if progress.step not in context.rungs:
+    if state.step not in context.rungs:
         return None
-    context.heartbeat.set_phase(f"waiting at the rung after step {progress.step}", NO_TIMEOUT)
-    stop_request = context.broadcast_object(context.await_rung(progress.step))
+    context.heartbeat.set_phase(f"waiting at the rung after step {state.step}", NO_TIMEOUT)
+    stop_request = context.broadcast_object(context.await_rung(state.step))
     return "stopped" if stop_request is StopRequest.STOP else None
 
 
-def evaluate_held_out(components: TrainerComponents, progress: TrainState) -> EvalLoss | None:
+def evaluate_held_out(components: TrainerComponents, state: TrainState) -> EvalLoss | None:
     """Measure the held-out loss now; return None if no data is held out. Collective."""
     context, dataloader = components.context, components.dataloader
     if dataloader.eval_loss_tokens == 0:
@@ -111,10 +109,10 @@ def evaluate_held_out(components: TrainerComponents, progress: TrainState) -> Ev
         context.heartbeat,
     )
     result = compute_eval_loss(components.engine, batches, dataloader.eval_loss_tokens, dataloader.eval_bytes, context)
-    components.metrics.write(progress.step, result.to_metrics())
-    components.checkpoint_manager.record_eval_loss(progress.step, result.loss)
+    components.metrics.write(state.step, result.to_metrics())
+    components.checkpoint_manager.record_eval_loss(state.step, result.loss)
     if context.is_rank_zero:
-        context.report(EvalEvent(progress.step, result.loss, result.bits_per_byte))
+        context.report(EvalEvent(state.step, result.loss, result.bits_per_byte))
     return result
 
 

@@ -107,7 +107,7 @@ def run_training_loop(components: TrainerComponents) -> tuple[LoopStatus, TrainS
 
 def _run_steps(components: TrainerComponents, state: TrainState) -> tuple[LoopStatus, TrainState]:
     """Run step after step, each with the work due after it, to the end of the plan or a stop request."""
-    steps = components.schedule.steps
+    steps = components.lr_schedule.steps
     # A worker group may start where the data ends: the previous one drained or died while waiting for more.
     if (status := wait_if_data_missing(components, state) or run_tasks_if_due(components, state)) is not None:
         return status, state
@@ -165,10 +165,10 @@ def train_step(components: TrainerComponents, state: TrainState) -> tuple[TrainS
     waits = components.engine.stage == 3 or components.plan.sequence_parallel > 1
     own_seconds = 0.0 if waits else data_seconds + components.engine.forward_seconds
     results = _all_reduce_step_results(components, loss_sum, step + 1, own_seconds, data.attended_tokens)
-    loss, slow = results.loss_sum / max(data.loss_tokens, 1), results.slowest_rank
+    loss, straggler = results.loss_sum / max(data.loss_tokens, 1), results.slowest_rank
     if not math.isfinite(loss):
         raise TrainingError(_format_non_finite_error(components, step, positions, loss_sum, f"the loss is {loss}"))
-    lr = components.schedule.compute_lr(step)
+    lr = components.lr_schedule.compute_lr(step)
     context.heartbeat.set_phase(f"step {step + 1}, updating the weights", timeout_factor)
     spike_guard = SpikeGuard(components.on_spike, context, state, loss, data.loss_tokens)
     norm = components.engine.optim_step(lr, spike_guard.allow_update)
@@ -182,9 +182,9 @@ def train_step(components: TrainerComponents, state: TrainState) -> tuple[TrainS
         values["optim/skipped"] = 1.0
         document_names = components.dataloader.format_document_names(step, positions)
         spike_guard.handle_spike(components.checkpoint_manager, loss_sum, document_names)
-    if slow is not None:
-        values |= {"perf/slowest_rank": float(slow.rank), "perf/slowest_ratio": slow.ratio}
-        _report_straggler(components, slow)
+    if straggler is not None:
+        values |= {"perf/slowest_rank": float(straggler.rank), "perf/slowest_ratio": straggler.ratio}
+        _report_straggler(components, straggler)
     values |= _compute_speed_metrics(components, step, started, data.loss_tokens, results.attended_tokens)
     _record_step(components, state, values)
     return _advance_state(components, state, StepStats(loss, norm), skipped=bool(spike_guard.spike)), results.decision
@@ -212,12 +212,12 @@ def _read_step_data(components: TrainerComponents, step: int) -> StepData:
 def _prefetch_step(components: TrainerComponents, step: int) -> None:
     """Begin to read this rank's part of a later step, if the run has that step and its data are prepared."""
     dataloader = components.dataloader
-    if step < components.schedule.steps and dataloader.has_step(step):
+    if step < components.lr_schedule.steps and dataloader.has_step(step):
         own = compute_replica_slice(dataloader.count_sequences(step), components.replicas, components.replica)
         dataloader.prefetch(step, own, components.plan.micro_batch)
 
 
-def _advance_state(components: TrainerComponents, state: TrainState, taken: StepStats, *, skipped: bool) -> TrainState:
+def _advance_state(components: TrainerComponents, state: TrainState, stats: StepStats, *, skipped: bool) -> TrainState:
     """Return the state after one more step."""
     seen = components.dataloader.count_sequences(state.step)
     skip = (SkippedStep(state.step + 1, state.sequences, seen),) if skipped else ()
@@ -226,13 +226,13 @@ def _advance_state(components: TrainerComponents, state: TrainState, taken: Step
         state.tokens + seen * components.plan.sequence_length,
         state.sequences + seen,
         state.skips + skip,
-        append_recent_step(state.recent, taken),
+        append_recent_step(state.recent, stats),
     )
 
 
-def _report_straggler(components: TrainerComponents, step: Straggler) -> None:
+def _report_straggler(components: TrainerComponents, straggler: Straggler) -> None:
     """Report a rank that slows down the others, once per rank."""
-    persistent = components.straggler_detector.observe_step(step)
+    persistent = components.straggler_detector.observe_step(straggler)
     if persistent is not None and components.context.is_rank_zero:
         components.context.report(StragglerEvent(persistent.rank, persistent.ratio))
 
@@ -243,18 +243,18 @@ def _all_reduce_step_results(
     """Return this rank's values summed over ranks, the common decision and the slowest rank, from one all-reduce."""
     context = components.context
     stop_request = context.read_stop_request()
-    save = context.is_rank_zero and (
+    save_due = context.is_rank_zero and (
         components.checkpoint_manager.is_due(completed) or components.in_training_tasks.has_due_tasks(completed)
     )
-    missing_codes = completed < components.schedule.steps and not components.dataloader.has_step(completed)
+    is_missing = completed < components.lr_schedule.steps and not components.dataloader.has_step(completed)
     local_seconds = [own_seconds if rank == context.rank else 0.0 for rank in range(context.world_size)]
-    mine = (loss_sum, stop_request, save, components.checkpoint_manager.is_writing, missing_codes)
-    total, stop_codes, save_codes, writing, lacking, *seconds, attended = context.all_reduce_sum(
-        *mine, *local_seconds, attended_tokens
+    own_values = (loss_sum, stop_request, save_due, components.checkpoint_manager.is_writing, is_missing)
+    total, stop_sum, save_sum, writing_count, missing_count, *seconds, attended = context.all_reduce_sum(
+        *own_values, *local_seconds, attended_tokens
     )
-    written = components.checkpoint_manager.has_pending_checkpoint and not writing
+    written = components.checkpoint_manager.has_pending_checkpoint and not writing_count
     decision = StepDecision(
-        StopRequest(round(stop_codes)), save_due=save_codes > 0, write_finished=written, data_missing=lacking > 0
+        StopRequest(round(stop_sum)), save_due=save_sum > 0, write_finished=written, data_missing=missing_count > 0
     )
     return StepResults(total, attended, decision, find_slowest_rank(seconds))
 
@@ -299,7 +299,7 @@ def _record_step(components: TrainerComponents, state: TrainState, values: dict[
         components.context.report(
             StepEvent(
                 step=completed,
-                steps=components.schedule.steps,
+                steps=components.lr_schedule.steps,
                 loss=values["train/loss"],
                 lr=values["optim/lr"],
                 tokens_per_second=values["perf/tokens_per_second"],

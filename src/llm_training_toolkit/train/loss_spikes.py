@@ -89,9 +89,9 @@ class SpikeGuard:
     """Spike check of one update, and the action after a spike."""
 
     def __init__(
-        self, policy: SpikePolicy, context: RunContext, progress: TrainState, loss: float, loss_tokens: int
+        self, policy: SpikePolicy, context: RunContext, state: TrainState, loss: float, loss_tokens: int
     ) -> None:
-        self._policy, self._context, self._progress = policy, context, progress
+        self._policy, self._context, self._state = policy, context, state
         self._loss, self._loss_tokens = loss, loss_tokens
         self.spike: str | None = None
         """Text that describes the spike; None if the update was allowed."""
@@ -101,7 +101,7 @@ class SpikeGuard:
 
         Collective once there are enough steps to compare with.
         """
-        recent = self._progress.recent
+        recent = self._state.recent
         if self._policy == "ignore" or len(recent) < MIN_SPIKE_STEPS:
             return True
         found = detect_spike(StepStats(self._loss, norm), self._loss_tokens, recent)
@@ -114,18 +114,18 @@ class SpikeGuard:
 
         Raises TrainingError if that ends the run, after saving the state before the update.
         """
-        step = self._progress.step + 1
+        step = self._state.step + 1
         _, highest = max(self._context.all_gather_object((loss_sum, documents)))
-        what = f"step {step}: {self.spike} in the last {len(self._progress.recent)} steps"
+        what = f"step {step}: {self.spike} in the last {len(self._state.recent)} steps"
         holds = f"The rank with the highest loss had: {highest}"
-        consecutive_skips = count_consecutive_skips(self._progress.skips, self._progress.step)
+        consecutive_skips = count_consecutive_skips(self._state.skips, self._state.step)
         if self._policy == "skip" and consecutive_skips < MAX_CONSECUTIVE_SKIPS:
             if self._context.is_rank_zero:
                 message = f"{what}; this update is left out. {holds}"
                 self._context.report(WarningEvent(message))
             return
-        saver.begin_save(self._progress)
-        saved = f"a checkpoint of step {self._progress.step} is saved. {holds}"
+        saver.begin_save(self._state)
+        saved = f"a checkpoint of step {self._state.step} is saved. {holds}"
         if self._policy == "skip":
             raise TrainingError(
                 f"{what}, after {consecutive_skips} updates in a row that were left out: that is no spike any more; "

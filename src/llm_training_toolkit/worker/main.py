@@ -98,6 +98,7 @@ def _run_attempt(
     goodput_tracker: GoodputTracker,
     notes: Sequence[str],
 ) -> dict[str, Any]:
+    """Train as one attempt and record its end; `requested` is the configuration before `resolve_memory_settings`."""
     record = read_attempt_record(spec.directory, attempt) if context.is_rank_zero else {}
     run_id = context.broadcast_object(str(record.get("run_id", "")))
     try:
@@ -147,7 +148,7 @@ def _train_and_finish(components: TrainerComponents, spec: WorkerSpec, requested
 def _train_and_export(components: TrainerComponents, spec: WorkerSpec, requested: Config) -> tuple[str, int]:
     context = components.context
     try:
-        status, progress = run_training_loop(components)
+        status, state = run_training_loop(components)
     except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
             mark_out_of_memory(spec.directory, components.attempt)
@@ -160,8 +161,8 @@ def _train_and_export(components: TrainerComponents, spec: WorkerSpec, requested
         context.heartbeat.set_phase("exporting", NO_TIMEOUT)
         components.goodput_tracker.enter_category("checkpoint")
         finish_run(spec, metrics=components.metrics, context=context)
-    components.metrics.write(progress.step, components.goodput_tracker.compute_metrics())
-    return status, progress.step
+    components.metrics.write(state.step, components.goodput_tracker.compute_metrics())
+    return status, state.step
 
 
 def _begin_attempt(
@@ -169,7 +170,9 @@ def _begin_attempt(
 ) -> tuple[int, GoodputTracker]:
     """Agree on the attempt's number, redirect library output to its log and set up torch."""
     config = spec.config
-    goodput_state = load_goodput_state(spec.directory, spec.began) if context.is_rank_zero else GoodputState({}, 0)
+    goodput_state = (
+        load_goodput_state(spec.directory, spec.requested_at) if context.is_rank_zero else GoodputState({}, 0)
+    )
     rank_pids = context.all_gather_object(os.getpid())
     record = {
         "host": socket.gethostname(),
@@ -182,8 +185,8 @@ def _begin_attempt(
         "zero": config.engine.zero_stage,
         "activation_checkpointing": config.model.activation_checkpointing,
         "load": describe_memory_load(requested, context),
-        "began": spec.began,
-        "group_began": spec.group_began,
+        "began": spec.requested_at,
+        "group_began": spec.group_started_at,
         "reached": goodput_state.last_completed_step,
     }
     attempt = context.broadcast_object(begin_attempt(spec.directory, record) if context.is_rank_zero else 0)
@@ -193,7 +196,7 @@ def _begin_attempt(
     if config.run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(mode=True)
-    return attempt, goodput_state.start_tracker(spec.began)
+    return attempt, goodput_state.start_tracker(spec.requested_at)
 
 
 def _build_components(
@@ -201,7 +204,7 @@ def _build_components(
     context: RunContext,
     attempt: int,
     goodput_tracker: GoodputTracker,
-    resolved: Sequence[str],
+    notes: Sequence[str],
     *,
     run_id: str,
 ) -> TrainerComponents:
@@ -211,7 +214,7 @@ def _build_components(
     train_state = _get_train_state(checkpoint)
     if context.is_rank_zero:
         update_attempt(run, attempt, resumed=checkpoint.directory.name if checkpoint else None)
-    plan = _make_attempt_plan(spec, context, checkpoint, resolved)
+    plan = _make_attempt_plan(spec, context, checkpoint, notes)
     context.heartbeat.set_phase("building the model and loading its state")
     built = build_run_model(spec, plan, context, checkpoint, _find_recorded_commit(spec, context, checkpoint))
     if context.is_rank_zero and built.hub is not None:
@@ -243,13 +246,13 @@ def _build_components(
 
 
 def _make_attempt_plan(
-    spec: WorkerSpec, context: RunContext, checkpoint: CheckpointReader | None, resolved: Sequence[str]
+    spec: WorkerSpec, context: RunContext, checkpoint: CheckpointReader | None, notes: Sequence[str]
 ) -> Plan:
     """Return the plan at this number of workers, from `checkpoint` on; rank 0 writes it, with `auto` resolved."""
     state = _get_train_state(checkpoint)
     data_facts = build_data_facts(spec.dataset_info, state.step, state.sequences)
     plan = make_plan(spec.config, ranks=context.world_size).with_data(data_facts)
-    plan = check_plan(plan).with_notes(resolved)
+    plan = check_plan(plan).with_notes(notes)
     plan = resolve_compilation(spec.config, plan, context, checkpoint.manifest if checkpoint else None)
     if context.is_rank_zero:
         write_atomically(spec.directory.plan_path, json.dumps(plan.to_json(), indent=1))
@@ -265,9 +268,9 @@ def _build_dataloader(spec: WorkerSpec, context: RunContext, plan: Plan, state: 
         global_batch=plan.global_batch,
         epochs=config.train.epochs,
         origin=(state.step, state.sequences),
-        newest=partial(read_latest_dataset_info, run),
-        event_log=SampleLog(run.sample_log_dir, attempt, context.rank) if logs_samples else None,
-        pin_for=context.device if context.device.type == "cuda" else None,
+        read_newest_info=partial(read_latest_dataset_info, run),
+        sample_log=SampleLog(run.sample_log_dir, attempt, context.rank) if logs_samples else None,
+        pinned_for=context.device if context.device.type == "cuda" else None,
     )
 
 

@@ -25,9 +25,9 @@ def _read_boot_id() -> str:
 class WorkerSpec(Run):
     """A run as one rank sees it: on its node, in its worker group."""
 
-    began: float = field(default_factory=time.time)
+    requested_at: float = field(default_factory=time.time)
     """Time of the request for these ranks, in seconds since 1970; the first ones are requested by the command."""
-    group_began: float = field(default_factory=time.time)
+    group_started_at: float = field(default_factory=time.time)
     """Time when their worker group was started, after everything before it was settled."""
     node: str = field(default_factory=socket.gethostname)
     """Node of this rank, as its cluster names it."""

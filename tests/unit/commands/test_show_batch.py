@@ -21,6 +21,7 @@ from llm_training_toolkit.data.preview import _decode_tokens
 from llm_training_toolkit.data.tokenizer import open_tokenizer
 from llm_training_toolkit.errors import DataError, PlanError
 from llm_training_toolkit.monitoring.console import Console
+from run_results import decode_sequence
 
 CHATS = [
     [("user", "What is 1 + 1? <|im_end|>"), ("assistant", "2"), ("user", "Sure?"), ("assistant", "Yes, é.")],
@@ -59,7 +60,7 @@ def test_a_step_is_shown_as_it_is_trained_on(config: Path) -> None:
         rows = found["sequences"]
         assert sum(row["loss_tokens"] for row in rows) == sequences.count_loss_tokens(step - 1)
         for position, row in enumerate(rows):
-            assert row["text"] == sequences.decode_sequence(step - 1, position)
+            assert row["text"] == decode_sequence(sequences, step - 1, position)
             assert sum(piece["tokens"] for piece in row["documents"]) + row["padding"] == made.data.sequence_length
             assert all(piece["document"] and piece["source"] for piece in row["documents"])
 

@@ -35,6 +35,7 @@ from llm_training_toolkit.data.types import Example
 from llm_training_toolkit.errors import DataError
 from llm_training_toolkit.models.attention import compute_cu_seqlens
 from llm_training_toolkit.plan import compute_replica_slice
+from run_results import decode_sequence
 
 Configure = Callable[..., Config]
 N = -100
@@ -211,7 +212,7 @@ def test_the_next_step_is_read_while_this_one_computes(prepared: PreparedDataset
 
 def test_a_micro_batch_that_is_only_tried_is_not_in_the_sample_log(prepared: PreparedDataset, tmp_path: Path) -> None:
     log = SampleLog(tmp_path, 1, 0)
-    dataloader = DataLoader(prepared.dataset_info, global_batch=4, epochs=None, event_log=log)
+    dataloader = DataLoader(prepared.dataset_info, global_batch=4, epochs=None, sample_log=log)
     tried = dataloader.read_micro_batch(0, range(2))
     assert not list(read_sample_log(tmp_path, 1))
     trained = dataloader.get_micro_batches(0, range(4), 2, 2)
@@ -342,7 +343,7 @@ def test_nothing_held_out_is_nothing_to_evaluate(configure: Configure, markers: 
 
 def test_a_sequence_as_text_and_where_it_came_from(configure: Configure, markers: TokenizationSpec) -> None:
     sequences = PackedDataset(prepare_dataset(configure(), markers).dataset_info, global_batch=4)
-    text, row = sequences.decode_sequence(2, 1), sequences.get_document_spans(2)[1]
+    text, row = decode_sequence(sequences, 2, 1), sequences.get_document_spans(2)[1]
     names = [sequences.get_document_name(piece.source, piece.document) for piece in row]
     for name in names:
         if name != "long.py":

@@ -30,24 +30,24 @@ from llm_training_toolkit.runs.directory import RunDirectory
 
 def test_a_task_that_fails_in_a_way_nobody_foresaw_is_reported(fresh_run: Callable[[str], RunDirectory]) -> None:
     run = fresh_run("unforeseen")
-    tokenizer = rank_tasks.place_of(str(run.path)).dataset_info.tokenizer_path
+    tokenizer = rank_tasks.build_worker_spec(str(run.path)).dataset_info.tokenizer_path
     shutil.copytree(tokenizer, run.export_dir)
     (run.export_dir / "training.json").write_text(json.dumps({"checkpoint": "step_000000009_a1"}))
     # Of the errors that loading foresees this one is none.
     (run.export_dir / "config.json").write_text('{"model_type": "qwen3", "num_hidden_layers": "two"}')
-    place = rank_tasks.place_of(str(run.path), {"eval": {"tasks": [{"task": "infill", "limit": 1}]}})
+    spec = rank_tasks.build_worker_spec(str(run.path), {"eval": {"tasks": [{"task": "infill", "limit": 1}]}})
     said: list[str] = []
     context = RunContext(
         0, 1, torch.device("cpu"), event_listener=lambda event: said.append(getattr(event, "message", ""))
     )
     metrics = Metrics(run, 1, 0, context)
-    run_final_tasks(place, metrics=metrics, context=context)
+    run_final_tasks(spec, metrics=metrics, context=context)
     metrics.close()
     assert any(
         "infill was not evaluated: StrictDataclassFieldValidationError" in text and "ltt evaluate" in text
         for text in said
     )
-    assert has_finished_tasks(run, place.config)
+    assert has_finished_tasks(run, spec.config)
 
 
 def test_an_export_knows_its_run_from_within(
@@ -90,11 +90,11 @@ def test_tasks_that_were_not_wanted_any_more_count_as_never_begun(tmp_path: Path
 
 def midway_of(run: RunDirectory, context: RunContext) -> InTrainingEvaluator:
     """What is due after step 4 of a run, whose checkpoint holds nothing that could be exported."""
-    place = rank_tasks.place_of(str(run.path), {"eval": {"tasks": [{"task": "perplexity", "interval": 4}]}})
+    spec = rank_tasks.build_worker_spec(str(run.path), {"eval": {"tasks": [{"task": "perplexity", "interval": 4}]}})
     checkpoint = run.get_checkpoint_dir(4, 1)
     checkpoint.mkdir(parents=True, exist_ok=True)
     (checkpoint / "manifest.json").touch()
-    return InTrainingEvaluator(place, metrics=Metrics(run, 1, 0, context), context=context)
+    return InTrainingEvaluator(spec, metrics=Metrics(run, 1, 0, context), context=context)
 
 
 def test_ranks_that_are_gone_are_no_failure_of_a_task(fresh_run: Callable[[str], RunDirectory]) -> None:

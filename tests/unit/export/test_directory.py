@@ -44,9 +44,9 @@ def with_sources(config: Config, *formats: str) -> Config:
 def test_a_model_of_conversations_stops_where_a_turn_ends(
     prepared_run: RunDirectory, formats: tuple[str, ...], ends: list[str]
 ) -> None:
-    place = rank_tasks.place_of(str(prepared_run.path))
-    found = build_model_files(with_sources(place.config, *formats), place.dataset_info, "card", "step_1")
-    encoder = open_tokenizer(place.dataset_info.tokenizer_path)
+    spec = rank_tasks.build_worker_spec(str(prepared_run.path))
+    found = build_model_files(with_sources(spec.config, *formats), spec.dataset_info, "card", "step_1")
+    encoder = open_tokenizer(spec.dataset_info.tokenizer_path)
     assert found.stop_token_ids == {token: encoder.get_special_token_id(token) for token in ends}
     assert list(found.stop_token_ids) == ends
     assert found.pad == encoder.get_special_token_id("<|endoftext|>")
@@ -56,13 +56,13 @@ def test_a_model_of_conversations_stops_where_a_turn_ends(
 def test_a_model_tuned_to_converse_still_ends_its_turns_after_code(
     prepared_run: RunDirectory, tmp_path: Path, own: object
 ) -> None:
-    place = rank_tasks.place_of(str(prepared_run.path))
-    shutil.copytree(place.dataset_info.tokenizer_path, tmp_path / "tokenizer")
+    spec = rank_tasks.build_worker_spec(str(prepared_run.path))
+    shutil.copytree(spec.dataset_info.tokenizer_path, tmp_path / "tokenizer")
     file = tmp_path / "tokenizer" / "tokenizer_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token": own}))
-    dataset_info = replace(place.dataset_info, tokenizer_path=str(tmp_path / "tokenizer"))
+    dataset_info = replace(spec.dataset_info, tokenizer_path=str(tmp_path / "tokenizer"))
     wanted = ["<|endoftext|>"] if own == "<unknown>" else ["<|im_end|>", "<|endoftext|>"]
-    assert list(build_model_files(place.config, dataset_info, "card", "step_1").stop_token_ids) == wanted
+    assert list(build_model_files(spec.config, dataset_info, "card", "step_1").stop_token_ids) == wanted
 
 
 @pytest.mark.parametrize(
@@ -86,9 +86,9 @@ def test_the_card_tells_the_facts_of_the_run(
     prepared_run: RunDirectory, kind: ExportKind, model: dict[str, Any], said: list[str]
 ) -> None:
     changes = {"model": model, "tokenizer": {"path": "x/y", "train": None}} if model else {}
-    place = rank_tasks.place_of(str(prepared_run.path), changes)
-    dataset_info = replace(place.dataset_info, sources=(replace(place.dataset_info.sources[0], documents=12_345),))
-    text = format_model_card(prepared_run, place.config, dataset_info, MANIFEST, kind=kind, base="x/y")
+    spec = rank_tasks.build_worker_spec(str(prepared_run.path), changes)
+    dataset_info = replace(spec.dataset_info, sources=(replace(spec.dataset_info.sources[0], documents=12_345),))
+    text = format_model_card(prepared_run, spec.config, dataset_info, MANIFEST, kind=kind, base="x/y")
     for part in [*said, "| step | 1,200 |", "9,830,400, padding included", "12,345 documents", "torch 2.13.0"]:
         assert part in text, text
 
@@ -98,7 +98,7 @@ def test_an_export_takes_the_place_of_nothing_that_is_needed(
 ) -> None:
     run, other = fresh_run("one"), fresh_run("other")
     save(
-        rank_tasks.alone(),
+        rank_tasks.build_single_rank_context(),
         run.checkpoints_dir / "step_000000003_a1",
         [],
         OPTIMIZER,

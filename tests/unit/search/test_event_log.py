@@ -121,7 +121,7 @@ def test_ends_are_compared_with_ends_whatever_rungs_came_before_them(tmp_path: P
         event_log.record_rung(number, RungResult(rung, 10, 100, value, promoted=False, last=True))
         event_log.record_end(number, "finished")
     assert [trial.number for trial in rank_trials(event_log, "min")] == [0, 1]
-    assert event_log.get_rung_values(2, 0, but=1) == [], "an end is no rung of others"
+    assert event_log.get_rung_values(2, 0, excluding=1) == [], "an end is no rung of others"
 
 
 def test_best_so_far_counts_the_tokens_of_all(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ FAR = 10_000
 """A step whose data is not prepared."""
 
 
-def parts(prepared_run: RunDirectory, run: RunDirectory, stop_request: StopRequest) -> TrainerComponents:
+def build_components(prepared_run: RunDirectory, run: RunDirectory, stop_request: StopRequest) -> TrainerComponents:
     """A run that resumes from step FAR; nothing of its engine and its metrics is reached."""
 
     def no_more(_dataset_info: DatasetInfo) -> DatasetInfo:
@@ -45,9 +45,9 @@ def parts(prepared_run: RunDirectory, run: RunDirectory, stop_request: StopReque
     plan = make_plan(config).with_data(build_data_facts(dataset_info))
     context = RunContext(0, 1, torch.device("cpu"), stop_request_reader=lambda: stop_request)
     more = no_more if stop_request is StopRequest.NONE else lambda dataset_info: dataset_info
-    dataloader = DataLoader(dataset_info, global_batch=plan.global_batch, epochs=None, newest=more)
+    dataloader = DataLoader(dataset_info, global_batch=plan.global_batch, epochs=None, read_newest_info=more)
     absent: Any = SimpleNamespace(owned_fragments=list)
-    midway = InTrainingEvaluator(Run(run, config, dataset_info), metrics=absent, context=context)
+    evaluator = InTrainingEvaluator(Run(run, config, dataset_info), metrics=absent, context=context)
     lineage = CheckpointLineage(2, "step", 0, 1, "c", "d", {}, {})
     saver = CheckpointManager(run, context, absent, lineage, every_steps=1, every_seconds=None, rule=RetentionPolicy(1))
     origin = TrainState(FAR, FAR, FAR * plan.global_batch)
@@ -65,33 +65,31 @@ def parts(prepared_run: RunDirectory, run: RunDirectory, stop_request: StopReque
         2,
         GoodputTracker(0.0, {}, 0),
         origin,
-        midway,
+        evaluator,
         meter,
         StepProfiler(None, run.path, context),
     )
 
 
 @pytest.mark.parametrize(("stop_request", "status"), [(StopRequest.DRAIN, "drained"), (StopRequest.STOP, "stopped")])
-def test_a_wish_while_it_waits_at_its_first_step_ends_it_without_another_checkpoint(
+def test_stop_request_during_first_wait_saves_no_checkpoint(
     prepared_run: RunDirectory, tmp_path: Path, stop_request: StopRequest, status: str
 ) -> None:
     run = RunDirectory(tmp_path)
-    ready = parts(prepared_run, run, stop_request)
+    ready = build_components(prepared_run, run, stop_request)
     assert run_training_loop(ready) == (status, ready.initial_state)
     assert not run.checkpoints_dir.exists()
 
 
 def test_data_that_will_never_be_there_ends_it_in_words(prepared_run: RunDirectory, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="later epochs cannot be prepared"):
-        run_training_loop(parts(prepared_run, RunDirectory(tmp_path), StopRequest.NONE))
+        run_training_loop(build_components(prepared_run, RunDirectory(tmp_path), StopRequest.NONE))
 
 
 @pytest.mark.parametrize("steps_left", [0, 1])
-def test_tasks_between_steps_are_not_carried_out_after_the_last_one(
-    prepared_run: RunDirectory, tmp_path: Path, steps_left: int
-) -> None:
+def test_no_task_runs_after_last_step(prepared_run: RunDirectory, tmp_path: Path, steps_left: int) -> None:
     run = RunDirectory(tmp_path)
-    ready = parts(prepared_run, run, StopRequest.STOP)
+    ready = build_components(prepared_run, run, StopRequest.STOP)
     config = parse_config_json(prepared_run.resolved_config_path.read_text())
     tasks = config.eval.model_copy(update={"tasks": (EvalTaskConfig(task="perplexity", interval=1),)})
     trained = Run(
@@ -99,7 +97,7 @@ def test_tasks_between_steps_are_not_carried_out_after_the_last_one(
         config.model_copy(update={"eval": tasks}),
         DatasetInfo.from_json(prepared_run.dataset_info_path.read_text()),
     )
-    midway = InTrainingEvaluator(trained, metrics=ready.metrics, context=ready.context)
-    ready = replace(ready, in_training_tasks=midway, schedule=replace(ready.schedule, steps=FAR + steps_left))
+    evaluator = InTrainingEvaluator(trained, metrics=ready.metrics, context=ready.context)
+    ready = replace(ready, in_training_tasks=evaluator, lr_schedule=replace(ready.lr_schedule, steps=FAR + steps_left))
     run_tasks_if_due(ready, ready.initial_state)
     assert ready.context.heartbeat.get_snapshot().phase.startswith("carrying out") == bool(steps_left)

@@ -36,7 +36,7 @@ class _ControlActor:
 
     def __init__(self) -> None:
         self._events: list[Event] = []
-        self._beats: dict[int, tuple[HeartbeatSnapshot, float]] = {}
+        self._heartbeats: dict[int, tuple[HeartbeatSnapshot, float]] = {}
         self._stop_request = StopRequest.NONE
         self._is_hung = False
         self._rung_decisions: dict[int, StopRequest] = {}
@@ -45,9 +45,9 @@ class _ControlActor:
         """Queue a worker's event."""
         self._events.append(event)
 
-    def receive_heartbeat(self, rank: int, beat: HeartbeatSnapshot) -> HeartbeatReply:
+    def receive_heartbeat(self, rank: int, snapshot: HeartbeatSnapshot) -> HeartbeatReply:
         """Store a rank's heartbeat; return the driver's current requests."""
-        self._beats[rank] = (beat, time.monotonic())
+        self._heartbeats[rank] = (snapshot, time.monotonic())
         return HeartbeatReply(self._stop_request, self._is_hung)
 
     def report_hang(self) -> None:
@@ -56,9 +56,9 @@ class _ControlActor:
 
     def drain_events(self) -> tuple[list[Event], HeartbeatsByRank]:
         """Return the events since the last call, and each rank's newest heartbeat."""
-        taken, self._events = self._events, []
+        events, self._events = self._events, []
         now = time.monotonic()
-        return taken, {rank: (beat, now - came) for rank, (beat, came) in self._beats.items()}
+        return events, {rank: (snapshot, now - came) for rank, (snapshot, came) in self._heartbeats.items()}
 
     def request_stop(self, stop_request: StopRequest) -> None:
         """Store the driver's stop request; a weaker one does not replace a stronger one."""
@@ -86,21 +86,21 @@ def start_control_actor() -> Any:  # noqa: ANN401 - Ray's actor handles have no 
     return ray.remote(_ControlActor).options(num_cpus=0, scheduling_strategy=here).remote()
 
 
-def build_reporter(line: Any) -> Callable[[Event], None]:  # noqa: ANN401
+def build_reporter(control: Any) -> Callable[[Event], None]:  # noqa: ANN401
     """Return a function that sends events without waiting."""
 
     def report_event(event: Event) -> None:
-        line.send_event.remote(event)
+        control.send_event.remote(event)
 
     return report_event
 
 
-def report_with_retry(line: Any, event: Event) -> None:  # noqa: ANN401
+def report_with_retry(control: Any, event: Event) -> None:  # noqa: ANN401
     """Send an event that must arrive, with retries after transient connection errors. Never raises a Ray error."""
     for attempt in range(_REPORT_ATTEMPTS):
         time.sleep(min(attempt, 1))
         try:
-            ray.get(line.send_event.remote(event))
+            ray.get(control.send_event.remote(event))
         except ray.exceptions.ActorDiedError:
             return  # the driver is gone
         except ray.exceptions.RayError:
@@ -108,12 +108,12 @@ def report_with_retry(line: Any, event: Event) -> None:  # noqa: ANN401
         return
 
 
-def build_rung_waiter(line: Any) -> Callable[[int], StopRequest]:  # noqa: ANN401
+def build_rung_waiter(control: Any) -> Callable[[int], StopRequest]:  # noqa: ANN401
     """Return rank 0's function that blocks until the driver decides on a trial at a rung."""
 
     def await_rung(step: int) -> StopRequest:
-        line.send_event.remote(RungEvent(step))
-        while (stop_request := ray.get(line.get_rung_decision.remote(step))) is None:
+        control.send_event.remote(RungEvent(step))
+        while (stop_request := ray.get(control.get_rung_decision.remote(step))) is None:
             time.sleep(_RUNG_POLL_SECONDS)
         return StopRequest(stop_request)
 
@@ -121,7 +121,7 @@ def build_rung_waiter(line: Any) -> Callable[[int], StopRequest]:  # noqa: ANN40
 
 
 def start_heartbeat(
-    line: Any,  # noqa: ANN401
+    control: Any,  # noqa: ANN401
     rank: int,
     heartbeat: Heartbeat,
     on_hang: Callable[[], None],
@@ -137,7 +137,7 @@ def start_heartbeat(
         wait, is_hung = threading.Event(), False
         while True:
             try:
-                reply: HeartbeatReply = ray.get(line.receive_heartbeat.remote(rank, heartbeat.get_snapshot()))
+                reply: HeartbeatReply = ray.get(control.receive_heartbeat.remote(rank, heartbeat.get_snapshot()))
                 wanted[0] = reply.stop_request
                 if reply.is_hung and not is_hung:
                     is_hung = True

@@ -51,12 +51,8 @@ class TrainController:
     """Controller of one start of a run: one `TorchTrainer.fit()` after another, none of which Ray restarts."""
 
     def __init__(self, run_spec: RunSpec, console: Console) -> None:
-        self._run_spec, self._run, self._resource_request, self._console = (
-            run_spec,
-            run_spec.run,
-            run_spec.resource_request,
-            console,
-        )
+        self._run_spec, self._console = run_spec, console
+        self._run, self._resource_request = run_spec.run, run_spec.resource_request
         self._stop = False
         self._group: WorkerGroup | None = None
         self._last_previous_attempt = find_last_attempt(run_spec.run)
@@ -143,7 +139,7 @@ class TrainController:
         return None
 
     def _report_scaling(self, previous_size: int, size: int, excluded_causes: Mapping[str, str]) -> None:
-        """Print the number of workers if it is news, and newly excluded nodes (`avoided`: causes by address)."""
+        """Print the number of workers if it is news, and newly excluded nodes (`excluded_causes` by address)."""
         for address, cause in excluded_causes.items():
             if cause and address not in self._reported_nodes:
                 self._reported_nodes.add(address)
@@ -203,9 +199,7 @@ class TrainController:
             raise LaunchError(self._format_final_error(abort_reason))
         count = (
             f"failure {failure_count(failures, last_saving_attempt)} of "
-            f"{self._run_spec.config.failures.max_failures} without a "
-            "checkpoint in "
-            "between"
+            f"{self._run_spec.config.failures.max_failures} without a checkpoint in between"
         )
         pause = find_restart_pause(failures)
         when = f"in {pause:.0f} s " if pause else ""

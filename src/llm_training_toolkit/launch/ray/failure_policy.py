@@ -84,43 +84,47 @@ class FailureEvidence:
     """True if some rank had reached a step."""
 
 
-def diagnose_failure(seen: FailureEvidence, step: int) -> AttemptFailure:
+def diagnose_failure(evidence: FailureEvidence, step: int) -> AttemptFailure:
     """Return the cause of a group's failure at `step`, which is one of many symptoms.
 
     If one rank dies, the others raise errors about closed connections, often before Ray knows of the death. Hence the
     order: a hang that the driver ended, an error with a remedy, a lost node, a process that died silently, the first
     error that a rank reported, Ray's error.
     """
-    if seen.hang:
-        rank, node = (seen.hung_worker.rank, seen.hung_worker.address) if seen.hung_worker else (None, None)
-        return AttemptFailure("hang", seen.hang, step, rank, node)
-    errors = sorted(seen.errors, key=lambda error: not error.helped)  # errors with a remedy first
+    if evidence.hang:
+        rank, node = (evidence.hung_worker.rank, evidence.hung_worker.address) if evidence.hung_worker else (None, None)
+        return AttemptFailure("hang", evidence.hang, step, rank, node)
+    errors = sorted(evidence.errors, key=lambda error: not error.helped)  # errors with a remedy first
     if errors and errors[0].helped:
-        return _build_reported_failure(errors[0], seen, step)
-    lost = {rank for rank, (kind, _) in seen.deaths.items() if kind == "node_lost"}
-    gone = [worker for rank, worker in seen.workers.items() if worker.node in seen.lost_nodes or rank in lost]
-    if gone:
-        return _build_node_failure(gone, seen, step)
-    if seen.deaths:
-        return _build_death_failure(seen, step)
-    return _build_reported_failure(errors[0], seen, step) if errors else _build_ray_failure(seen, step)
+        return _build_reported_failure(errors[0], evidence, step)
+    lost_ranks = {rank for rank, (kind, _) in evidence.deaths.items() if kind == "node_lost"}
+    lost_workers = [
+        worker for rank, worker in evidence.workers.items() if worker.node in evidence.lost_nodes or rank in lost_ranks
+    ]
+    if lost_workers:
+        return _build_node_failure(lost_workers, evidence, step)
+    if evidence.deaths:
+        return _build_death_failure(evidence, step)
+    return _build_reported_failure(errors[0], evidence, step) if errors else _build_ray_failure(evidence, step)
 
 
-def _build_node_failure(gone: Sequence[WorkerStartedEvent], seen: FailureEvidence, step: int) -> AttemptFailure:
-    first = gone[0]
-    ranks = sorted({worker.rank for worker in gone if worker.address == first.address})
+def _build_node_failure(
+    lost_workers: Sequence[WorkerStartedEvent], evidence: FailureEvidence, step: int
+) -> AttemptFailure:
+    first = lost_workers[0]
+    ranks = sorted({worker.rank for worker in lost_workers if worker.address == first.address})
     named = f"node {first.address} with {'rank' if len(ranks) == 1 else 'ranks'} {', '.join(map(str, ranks))}"
-    announced = first.node in seen.draining_nodes
+    announced = first.node in evidence.draining_nodes
     kind: FailureKind = "preempted" if announced else "node_lost"
     return AttemptFailure(
         kind, f"{named} {'was preempted' if announced else 'is lost'}", step, first.rank, first.address
     )
 
 
-def _build_death_failure(seen: FailureEvidence, step: int) -> AttemptFailure:
+def _build_death_failure(evidence: FailureEvidence, step: int) -> AttemptFailure:
     # Memory first: the system kills one process for it, and others on its node may die as a consequence.
-    rank, (kind, text) = min(seen.deaths.items(), key=lambda death: (death[1][0] != "oom", death[0]))
-    worker = seen.workers[rank]
+    rank, (kind, text) = min(evidence.deaths.items(), key=lambda death: (death[1][0] != "oom", death[0]))
+    worker = evidence.workers[rank]
     if kind == "oom":
         cause = (
             f"rank {rank} was ended because the memory of node {worker.address} ran out: {_find_memory_sentence(text)}"
@@ -133,24 +137,26 @@ def _build_death_failure(seen: FailureEvidence, step: int) -> AttemptFailure:
     return AttemptFailure(kind, cause, step, rank, worker.address)
 
 
-def _build_reported_failure(error: WorkerErrorEvent, seen: FailureEvidence, step: int) -> AttemptFailure:
-    worker = seen.workers.get(error.rank)
+def _build_reported_failure(error: WorkerErrorEvent, evidence: FailureEvidence, step: int) -> AttemptFailure:
+    worker = evidence.workers.get(error.rank)
     cause = str(error.text) if error.helped else f"rank {error.rank} failed: {error.text}"
     node = worker.address if worker else None
     return AttemptFailure("raised", cause, step, error.rank, node, helped=bool(error.helped))
 
 
-def _build_ray_failure(seen: FailureEvidence, step: int) -> AttemptFailure:
+def _build_ray_failure(evidence: FailureEvidence, step: int) -> AttemptFailure:
     """Build the failure of the driver's helpers, or of workers that never started."""
-    if seen.out_of_memory_error:
+    if evidence.out_of_memory_error:
         return AttemptFailure(
             "oom",
-            f"the memory of the driver's node ran out: {_find_memory_sentence(seen.out_of_memory_error)}",
+            f"the memory of the driver's node ran out: {_find_memory_sentence(evidence.out_of_memory_error)}",
             step,
         )
-    kind: FailureKind = "killed" if seen.workers else "not_started"
+    kind: FailureKind = "killed" if evidence.workers else "not_started"
     return AttemptFailure(
-        kind, f"the workers {'ended' if seen.workers else 'did not start'}: {_get_last_line(seen.ray_error)}", step
+        kind,
+        f"the workers {'ended' if evidence.workers else 'did not start'}: {_get_last_line(evidence.ray_error)}",
+        step,
     )
 
 
@@ -172,31 +178,31 @@ def find_counted_failures(attempts: Mapping[int, Mapping[str, Any]]) -> dict[int
 
 
 def find_abort_reason(
-    failures: Mapping[int, AttemptFailure], saved_by: int, policy: FailuresConfig, avoided: Collection[str] = ()
+    failures: Mapping[int, AttemptFailure], saving_attempt: int, policy: FailuresConfig, avoidable: Collection[str] = ()
 ) -> str:
     """Return why the run must end after its newest failure, "" if new workers may start.
 
-    A step that failed on a single node of `avoided`, which the next workers avoid, is retried elsewhere. `saved_by` is
-    the attempt that wrote the newest complete checkpoint (0 = no attempt); only later failures count. A run's only
-    counted failure never ends it with `max_failures` above 0 and `max_same_step_failures` above 1.
+    A step that failed on a single node of `avoidable`, which the next workers do without, is retried elsewhere.
+    `saving_attempt` is the attempt that wrote the newest complete checkpoint (0 = no attempt); only later failures
+    count. A run's only counted failure never ends it with `max_failures` above 0 and `max_same_step_failures` above 1.
     """
     newest = list(failures.values())[-1]
     repeats = _find_same_step_failures(list(failures.values()))
     repeated, where = len(repeats), {failure.node for failure in repeats}
-    if repeated >= policy.max_same_step_failures and not (len(where) == 1 and where <= set(avoided)):
+    if repeated >= policy.max_same_step_failures and not (len(where) == 1 and where <= set(avoidable)):
         times = {1: "once", 2: "twice"}.get(repeated, f"{repeated} times")
         return (
             f"step {newest.step} failed {times} in a row, so new workers would most likely fail there again "
             f"(failures.max_same_step_failures = {policy.max_same_step_failures}). The last time {newest.cause}"
         )
-    if failure_count(failures, saved_by) > policy.max_failures:
+    if failure_count(failures, saving_attempt) > policy.max_failures:
         return f"{newest.cause}. All restarts (failures.max_failures = {policy.max_failures}) are used up"
     return ""
 
 
-def failure_count(failures: Mapping[int, AttemptFailure], saved_by: int) -> int:
+def failure_count(failures: Mapping[int, AttemptFailure], saving_attempt: int) -> int:
     """Count the failures since the newest complete checkpoint, including the attempt that wrote it."""
-    return sum(number >= saved_by for number in failures)
+    return sum(number >= saving_attempt for number in failures)
 
 
 def _find_same_step_failures(failures: Sequence[AttemptFailure]) -> list[AttemptFailure]:

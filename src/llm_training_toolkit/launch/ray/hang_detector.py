@@ -41,33 +41,33 @@ class HangDetector:
     """`failures.hang_timeout` in seconds."""
     heartbeat_seconds: float
     """Seconds between two heartbeats of a rank."""
-    _beats: dict[int, HeartbeatSnapshot] = field(default_factory=dict)
-    _heard: dict[int, float] = field(default_factory=dict)
+    _heartbeats: dict[int, HeartbeatSnapshot] = field(default_factory=dict)
+    _received_at: dict[int, float] = field(default_factory=dict)
     _last_advance: float | None = None
     has_stepped: bool = False
     """True if some rank has reached a step."""
 
-    def observe_heartbeats(self, heard: Mapping[int, tuple[HeartbeatSnapshot, float]], now: float) -> None:
+    def observe_heartbeats(self, heartbeats: Mapping[int, tuple[HeartbeatSnapshot, float]], now: float) -> None:
         """Record each rank's newest heartbeat and its age in seconds."""
-        for rank, (beat, age) in heard.items():
-            if self._beats.get(rank) != beat:
-                self._beats[rank], self._last_advance = beat, now
-                self.has_stepped = self.has_stepped or beat.is_in_step
-            self._heard[rank] = now - age
+        for rank, (snapshot, age) in heartbeats.items():
+            if self._heartbeats.get(rank) != snapshot:
+                self._heartbeats[rank], self._last_advance = snapshot, now
+                self.has_stepped = self.has_stepped or snapshot.is_in_step
+            self._received_at[rank] = now - age
 
     def find_hang(self, now: float) -> HangReport | None:
         """Return the hang, if any; always None before the first heartbeat and after every rank is done."""
-        working = [rank for rank in range(self.size) if rank not in self._beats or not self._beats[rank].done]
+        working = [rank for rank in range(self.size) if rank not in self._heartbeats or not self._heartbeats[rank].done]
         if self._last_advance is None or not working:
             return None
         silent = self._find_silent_ranks(working)
         # The last phase of a silent rank may be outdated, so the ranks that still report set the timeout.
         timeout_ranks = [rank for rank in working if rank not in silent] or silent
-        patience = max(
-            self._beats[rank].timeout_factor if rank in self._beats else NON_STEP_TIMEOUT_FACTOR
+        timeout_factor = max(
+            self._heartbeats[rank].timeout_factor if rank in self._heartbeats else NON_STEP_TIMEOUT_FACTOR
             for rank in timeout_ranks
         )
-        if now - self._last_advance <= patience * self.timeout_seconds:
+        if now - self._last_advance <= timeout_factor * self.timeout_seconds:
             return None
         behind = silent or self._find_slowest_ranks(working)
         return HangReport(
@@ -75,19 +75,20 @@ class HangDetector:
         )
 
     def _find_silent_ranks(self, working: list[int]) -> list[int]:
-        freshest = max(self._heard.values())
+        freshest = max(self._received_at.values())
         return [
             rank
             for rank in working
-            if rank in self._heard and freshest - self._heard[rank] > _SILENCE_INTERVALS * self.heartbeat_seconds
+            if rank in self._received_at
+            and freshest - self._received_at[rank] > _SILENCE_INTERVALS * self.heartbeat_seconds
         ]
 
     def _find_slowest_ranks(self, working: list[int]) -> list[int]:
-        marks = {rank: self._beats[rank].phase_count if rank in self._beats else -1 for rank in working}
+        marks = {rank: self._heartbeats[rank].phase_count if rank in self._heartbeats else -1 for rank in working}
         return [rank for rank in working if marks[rank] == min(marks.values())]
 
     def _get_rank_phase(self, rank: int) -> str:
-        return self._beats[rank].phase if rank in self._beats else "starting its process"
+        return self._heartbeats[rank].phase if rank in self._heartbeats else "starting its process"
 
 
 def get_log_size(log: Path) -> int:

@@ -44,15 +44,15 @@ from llm_training_toolkit.runs.storage.open import join_run
 from llm_training_toolkit.worker.spec import WorkerSpec
 
 
-def worker_main(assignment: Mapping[str, Any]) -> dict[str, Any]:
-    """Run one rank of `assignment["run"]` (path or URI), with the control actor `assignment["line"]`."""
+def worker_main(train_loop_config: Mapping[str, Any]) -> dict[str, Any]:
+    """Run one rank of the run at `run` (path or URI), with the control actor `control`."""
     faulthandler.register(STACK_SIGNAL, file=2, all_threads=True)  # 2 becomes the rank's log once that exists
-    ranks = ray.train.get_context()
+    ranks, control = ray.train.get_context(), train_loop_config["control"]
     rank, heartbeat = ranks.get_world_rank(), Heartbeat()
-    report = build_reporter(assignment["line"])
-    report_with_retry(assignment["line"], _build_started_event(rank))
+    report = build_reporter(control)
+    report_with_retry(control, _build_started_event(rank))
     on_hang = build_flight_record_writer(rank, report)
-    stop_request = start_heartbeat(assignment["line"], rank, heartbeat, on_hang)
+    stop_request = start_heartbeat(control, rank, heartbeat, on_hang)
     if rank == 0:
         report(StageEvent("starting workers", 1, 1))
     try:
@@ -60,21 +60,24 @@ def worker_main(assignment: Mapping[str, Any]) -> dict[str, Any]:
             RunContext,
             stop_request_reader=stop_request,
             heartbeat=heartbeat,
-            rungs=assignment["rungs"],
-            rung_waiter=build_rung_waiter(assignment["line"]),
+            rungs=train_loop_config["rungs"],
+            rung_waiter=build_rung_waiter(control),
         )
-        return _run_worker(assignment, rank, report if rank == 0 else None, context)
+        return _run_worker(train_loop_config, rank, report if rank == 0 else None, context)
     except Exception as error:  # boundary of the worker's process: report before Ray kills it
         traceback.print_exc()
         report_with_retry(
-            assignment["line"],
+            control,
             _build_error_event(error, rank, heartbeat.get_snapshot().phase),
         )
         raise
 
 
 def _run_worker(
-    assignment: Mapping[str, Any], rank: int, report: Callable[[Event], None] | None, context: Callable[..., RunContext]
+    train_loop_config: Mapping[str, Any],
+    rank: int,
+    report: Callable[[Event], None] | None,
+    context: Callable[..., RunContext],
 ) -> dict[str, Any]:
     from llm_training_toolkit.worker.main import run_worker  # imports torch, transformers, DeepSpeed
 
@@ -82,11 +85,14 @@ def _run_worker(
         if report is not None:
             report(NoteEvent(text))
 
-    with join_run(assignment["run"], send_note) as run:
+    with join_run(train_loop_config["run"], send_note) as run:
         resolved = json.loads(run.resolved_config_path.read_text())
-        config = parse_config(resolved | {name: assignment[name] for name in ("data", "eval")}, "resolved.json")
+        config = parse_config(resolved | {name: train_loop_config[name] for name in ("data", "eval")}, "resolved.json")
         dataset_info = DatasetInfo.from_json(run.dataset_info_path.read_text())
-        request_times, node = (assignment["began"], assignment["group_began"]), ray.util.get_node_ip_address()
+        request_times, node = (
+            (train_loop_config["requested_at"], train_loop_config["group_started_at"]),
+            ray.util.get_node_ip_address(),
+        )
         worker_spec = WorkerSpec(run, config, dataset_info, *request_times, node=node)
         device = get_device()
         if device.type == "cuda":
@@ -98,15 +104,15 @@ def _run_worker(
 
 def _build_started_event(rank: int) -> WorkerStartedEvent:
     """Describe this rank's process."""
-    here, own = ray.get_runtime_context(), psutil.Process()
+    runtime_context, own = ray.get_runtime_context(), psutil.Process()
     return WorkerStartedEvent(
         rank=rank,
-        node=here.get_node_id(),
+        node=runtime_context.get_node_id(),
         address=ray.util.get_node_ip_address(),
         pid=own.pid,
         started=own.create_time(),
-        actor=here.get_actor_id(),
-        placement_group=here.get_placement_group_id(),
+        actor=runtime_context.get_actor_id(),
+        placement_group=runtime_context.get_placement_group_id(),
     )
 
 

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import ray
 from ray.exceptions import OutOfMemoryError
@@ -82,10 +82,10 @@ class RunSpec:
 class WorkerGroupSpec:
     """Specification of one worker group."""
 
-    job: RunSpec
+    run_spec: RunSpec
     size: int
-    avoided_nodes: tuple[ClusterNode, ...]
-    """Nodes that get no worker."""
+    unschedulable_nodes: tuple[ClusterNode, ...]
+    """Nodes that get no worker: draining, unreachable or excluded."""
     excluded_nodes: frozenset[str]
     """Addresses that failed too often."""
     requested_at: float
@@ -107,8 +107,8 @@ class FitStuckError(LaunchError):
 class WorkerGroup:
     """Group of training workers."""
 
-    def __init__(self, assignment: WorkerGroupSpec, console: Console) -> None:
-        self._spec, self._job, self._console = assignment, assignment.job, console
+    def __init__(self, spec: WorkerGroupSpec, console: Console) -> None:
+        self._spec, self._run_spec, self._console = spec, spec.run_spec, console
         self._control = start_control_actor()
         self._control_error: ray.exceptions.RayError | None = None
         self._workers: dict[int, WorkerStartedEvent] = {}
@@ -117,11 +117,9 @@ class WorkerGroup:
         self._hang = ""
         self._hung_worker: WorkerStartedEvent | None = None
         self._hang_detector = HangDetector(
-            assignment.size, get_hang_timeout(self._job.config), OTHER_RANKS_HEARTBEAT_SECONDS
+            spec.size, get_hang_timeout(self._run_spec.config), OTHER_RANKS_HEARTBEAT_SECONDS
         )
-        self._scaling_policy = ElasticScalingPolicy(
-            self._job.resource_request, assignment.size, assignment.excluded_nodes
-        )
+        self._scaling_policy = ElasticScalingPolicy(self._run_spec.resource_request, spec.size, spec.excluded_nodes)
         self._stop_request = StopRequest.NONE
         self._fit_outcome: list[Any] = []
         self._kill_times: list[float] = []
@@ -138,14 +136,14 @@ class WorkerGroup:
         """Start the workers and follow them to their end. Raises the first ToolkitError that a rank reported."""
         thread = threading.Thread(target=self._run_trainer, daemon=True, name="ray-train")
         thread.start()
-        start_time = looked = time.monotonic()
+        start_time = last_check = time.monotonic()
         while thread.is_alive():
             time.sleep(_EVENT_POLL_SECONDS)
-            heard = self._receive_events()
+            heartbeats = self._receive_events()
             now = time.monotonic()
-            if heard is not None and now - looked >= _HEALTH_POLL_SECONDS:
-                looked = now
-                self._check_health(heard, now)
+            if heartbeats is not None and now - last_check >= _HEALTH_POLL_SECONDS:
+                last_check = now
+                self._check_health(heartbeats, now)
             if self._kill_times and now - self._kill_times[-1] > _KILL_RETRY_SECONDS:
                 self._kill_workers()
             if not self._workers and now - start_time > _START_TIMEOUT_SECONDS:
@@ -170,14 +168,14 @@ class WorkerGroup:
         if self._control_error is not None:
             return None
         try:
-            taken: tuple[list[Event], HeartbeatsByRank] = ray.get(self._control.drain_events.remote())
+            events, heartbeats = ray.get(self._control.drain_events.remote())
         except ray.exceptions.RayError as error:  # out of memory may have killed this actor's process
             self._control_error = error
             self._kill_workers()
             return None
-        for event in taken[0]:
+        for event in events:
             self._handle_event(event)
-        return taken[1]
+        return cast(HeartbeatsByRank, heartbeats)
 
     def _handle_event(self, event: Event) -> None:
         match event:
@@ -189,9 +187,9 @@ class WorkerGroup:
                 event = replace(event, address=self._workers[event.rank].address)
         self._console.show_event(event)
 
-    def _check_health(self, heard: HeartbeatsByRank, now: float) -> None:
+    def _check_health(self, heartbeats: HeartbeatsByRank, now: float) -> None:
         """Check the ranks for a hang and the nodes for changes."""
-        self._hang_detector.observe_heartbeats(heard, now)
+        self._hang_detector.observe_heartbeats(heartbeats, now)
         if self._hang:
             return
         hang = self._hang_detector.find_hang(now)
@@ -206,16 +204,18 @@ class WorkerGroup:
         if self._scaling_policy.is_check_due(now):
             own = Counter(worker.node for worker in self._workers.values())
             living = nodes.alive_nodes()
-            self._job.autoscaler.request_capacity(compute_usage_by_others(living, self._job.resource_request, own))
+            self._run_spec.autoscaler.request_capacity(
+                compute_usage_by_others(living, self._run_spec.resource_request, own)
+            )
             stop_request = self._scaling_policy.decide_drain(nodes.reachable_nodes(living), own, now)
             if stop_request > self._stop_request:
                 self._stop_request = stop_request
                 when = "now" if stop_request is StopRequest.DRAIN else "after the next checkpoint"
-                self._console.print_line(f"there is room for more than {self._spec.size} workers: making way {when}")
+                self._console.print_line(f"more than {self._spec.size} workers fit now: draining {when}")
                 self.request_stop(stop_request)
             elif stop_request is StopRequest.NONE and self._stop_request is StopRequest.DRAIN_AFTER_CHECKPOINT:
                 self._stop_request = stop_request
-                self._console.print_line("that room is gone: staying")
+                self._console.print_line("more workers no longer fit: the drain is cancelled")
                 self._control.cancel_drain.remote()
 
     def _drain_preempted_nodes(self) -> None:
@@ -230,7 +230,7 @@ class WorkerGroup:
 
     def _handle_hang(self, hang: HangReport) -> None:
         """Describe the blocking ranks and their current calls, then kill all ranks; `fit` returns as a result."""
-        logs = self._job.run.get_log_dir(find_last_attempt(self._job.run))
+        logs = self._run_spec.run.get_log_dir(find_last_attempt(self._run_spec.run))
         paths = {rank: logs / f"rank_{rank}.log" for rank in self._workers}
         log_offsets = {rank: get_log_size(path) for rank, path in paths.items()}
         self._control.report_hang.remote()
@@ -241,7 +241,7 @@ class WorkerGroup:
         _wait_until(lambda: all(find_current_call(paths[rank], log_offsets[rank]) for rank in states), _STACK_SECONDS)
         if len(hang.blocking_ranks) == 1:
             self._hung_worker = self._workers.get(next(iter(hang.blocking_ranks)))
-        told = [
+        descriptions = [
             format_hung_rank(
                 self._workers[rank], doing, states.get(rank), find_current_call(paths[rank], log_offsets[rank])
             )
@@ -249,7 +249,7 @@ class WorkerGroup:
             else f"rank {rank} has not started"
             for rank, doing in hang.blocking_ranks.items()
         ]
-        waiting = "; every rank waits for another" if len(told) == self._spec.size > 1 else ""
+        waiting = "; every rank waits for another" if len(descriptions) == self._spec.size > 1 else ""
         others = self._workers.keys() - hang.blocking_ranks.keys()
         exchange = next(
             filter(None, (find_collective_call(paths[rank], log_offsets[rank]) for rank in sorted(others))), ""
@@ -257,8 +257,8 @@ class WorkerGroup:
         waiting += f"; the others wait in {exchange}" if exchange else ""
         self._hang = (
             f"no rank has advanced for {hang.seconds:.0f} s (failures.hang_timeout = "
-            f"{self._job.config.failures.hang_timeout}): "
-            f"{'; '.join(told)}{waiting}. The stacks of all threads and the last collectives are in {logs}"
+            f"{self._run_spec.config.failures.hang_timeout}): "
+            f"{'; '.join(descriptions)}{waiting}. The stacks of all threads and the last collectives are in {logs}"
         )
         self._kill_workers()
 
@@ -310,36 +310,36 @@ def _wait_until(is_met: Callable[[], bool], seconds: float) -> None:
         time.sleep(_EVENT_POLL_SECONDS)
 
 
-def _build_trainer(the: WorkerGroupSpec, line: Any) -> TorchTrainer:  # noqa: ANN401 - Ray's actor handles have no types
-    job = the.job
-    gpus = int(job.resource_request.worker_resources.get("GPU", 0))
-    timeout = max(900.0, _COLLECTIVE_TIMEOUT_FACTOR * get_hang_timeout(job.config))
+def _build_trainer(spec: WorkerGroupSpec, control: Any) -> TorchTrainer:  # noqa: ANN401 - Ray's actor handles have no types
+    run_spec = spec.run_spec
+    gpus = int(run_spec.resource_request.worker_resources.get("GPU", 0))
+    timeout = max(900.0, _COLLECTIVE_TIMEOUT_FACTOR * get_hang_timeout(run_spec.config))
     return TorchTrainer(
         worker_main,
         train_loop_config={
-            "run": job.run.uri,
+            "run": run_spec.run.uri,
             # Their addresses are redacted in resolved.json, and these sections are as the command has them.
-            "data": job.config.data.model_dump(mode="json"),
-            "eval": job.config.eval.model_dump(mode="json"),
-            "line": line,
-            "began": the.requested_at,
-            "group_began": time.time(),
-            "rungs": job.rungs,
+            "data": run_spec.config.data.model_dump(mode="json"),
+            "eval": run_spec.config.eval.model_dump(mode="json"),
+            "control": control,
+            "requested_at": spec.requested_at,
+            "group_started_at": time.time(),
+            "rungs": run_spec.rungs,
         },
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=int(timeout)),
         scaling_config=ScalingConfig(
-            num_workers=the.size,
+            num_workers=spec.size,
             use_gpu=bool(gpus),
-            resources_per_worker=dict(job.resource_request.worker_resources),
-            placement_strategy=job.resource_request.placement.upper(),
-            label_selector=nodes.build_exclusion_selector(the.avoided_nodes),
+            resources_per_worker=dict(run_spec.resource_request.worker_resources),
+            placement_strategy=run_spec.resource_request.placement.upper(),
+            label_selector=nodes.build_exclusion_selector(spec.unschedulable_nodes),
         ),
         run_config=RunConfig(
             # Unique per group, so that Ray finds nothing to restore: it does not hold the toolkit's checkpoints.
             name=f"start_{time.time_ns()}",
-            storage_path=str(get_ray_directory(job.run)),
+            storage_path=str(get_ray_directory(run_spec.run)),
             # Ray's own failure count never resets and has no exceptions.
             failure_config=FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
-            worker_runtime_env={"env_vars": build_worker_environment(job.config)},
+            worker_runtime_env={"env_vars": build_worker_environment(run_spec.config)},
         ),
     )

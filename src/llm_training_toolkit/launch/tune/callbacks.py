@@ -32,17 +32,17 @@ class _Stateless:
 class EventLogSearcher(_Stateless, Searcher):
     """Searcher of Tune: first the unfinished trials of the event log, then new ones."""
 
-    def __init__(self, state: SearchBudget, suggestions: TrialSampler, start: TrialSpecBuilder) -> None:
+    def __init__(self, budget: SearchBudget, sampler: TrialSampler, build_spec: TrialSpecBuilder) -> None:
         super().__init__()
-        self._state, self._suggestions, self._start = state, suggestions, start
-        self._left = list(state.event_log.unfinished_trials)
+        self._budget, self._sampler, self._build_spec = budget, sampler, build_spec
+        self._unfinished = list(budget.event_log.unfinished_trials)
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str:  # noqa: ARG002 - trials have names of their own
         """Return the next trial's spec, or FINISHED."""
-        if self._state.stop_requested or self._state.is_exhausted or self._state.repeated_error:
+        if self._budget.stop_requested or self._budget.is_exhausted or self._budget.repeated_error:
             return str(self.FINISHED)
-        trial = self._left.pop(0) if self._left else self._suggestions.begin_next_trial()
-        return str(self.FINISHED) if trial is None else self._start(trial)
+        trial = self._unfinished.pop(0) if self._unfinished else self._sampler.begin_next_trial()
+        return str(self.FINISHED) if trial is None else self._build_spec(trial)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Ignore it: `RungScheduler` and `EventLogCallback` record the end."""
@@ -57,27 +57,29 @@ class EventLogSearcher(_Stateless, Searcher):
 class RungScheduler(_Stateless, FIFOScheduler):
     """Decides at each rung whether a trial continues; records the decision before Tune learns it."""
 
-    def __init__(self, state: SearchBudget) -> None:
+    def __init__(self, budget: SearchBudget) -> None:
         super().__init__()
-        self._state = state
+        self._budget = budget
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:  # noqa: ANN401, ARG002
         """Decide whether the trial that waits at a rung continues."""
-        event_log, search, number = self._state.event_log, self._state.search, result["trial"]
+        event_log, search, number = self._budget.event_log, self._budget.search, result["trial"]
         passed = {rung.rung: rung for rung in event_log.trials[number].rungs}.get(result["rung"])
         if passed is not None and passed.promoted:  # passed before the trial failed and was retried
             return str(TrialScheduler.CONTINUE)
-        others = event_log.get_rung_values(result["rung"], result["bracket"], but=number)
-        good = not self._state.is_exhausted and should_continue(search.scheduler, search.mode, result["value"], others)
-        event_log.record_rung(number, _build_rung_result(result, promoted=good))
-        if good:
+        others = event_log.get_rung_values(result["rung"], result["bracket"], excluding=number)
+        promoted = not self._budget.is_exhausted and should_continue(
+            search.scheduler, search.mode, result["value"], others
+        )
+        event_log.record_rung(number, _build_rung_result(result, promoted=promoted))
+        if promoted:
             return str(TrialScheduler.CONTINUE)
         event_log.record_end(number, "stopped")
         return str(TrialScheduler.STOP)
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:  # noqa: ANN401, ARG002
         """Record the end of a trial, unless `on_trial_result` stopped it and recorded that."""
-        event_log, number = self._state.event_log, result.get("trial")
+        event_log, number = self._budget.event_log, result.get("trial")
         if result.get("kind") != "end" or number is None:
             return
         if result["state"] == "finished":
@@ -93,25 +95,25 @@ def _build_rung_result(result: dict[str, Any], *, promoted: bool) -> RungResult:
 class EventLogCallback(_Stateless, Callback):
     """Records heartbeats and failures, and refreshes the display."""
 
-    def __init__(self, state: SearchBudget, screen: Callable[[], None]) -> None:
-        self._state, self._screen = state, screen
-        self._beat = time.monotonic()
+    def __init__(self, budget: SearchBudget, refresh_display: Callable[[], None]) -> None:
+        self._budget, self._refresh_display = budget, refresh_display
+        self._last_heartbeat = time.monotonic()
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:  # noqa: ANN401, ARG002
         """Refresh the display, and record a heartbeat if one is due, after each iteration of Tune."""
-        if time.monotonic() - self._beat > _HEARTBEAT_SECONDS:
-            self._beat = time.monotonic()
-            self._state.event_log.record_heartbeat()
-        self._screen()
+        if time.monotonic() - self._last_heartbeat > _HEARTBEAT_SECONDS:
+            self._last_heartbeat = time.monotonic()
+            self._budget.event_log.record_heartbeat()
+        self._refresh_display()
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ANN401, ARG002
         """Record a failure that Tune retries."""
-        self._state.event_log.record_failure(trial.config["number"], _read_failure_cause(trial))
+        self._budget.event_log.record_failure(trial.config["number"], _read_failure_cause(trial))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ANN401, ARG002
         """Record the end of a trial without retries left."""
         trained = read_trained_tokens(RunDirectory(Path(trial.config["run"])).metrics_path)
-        self._state.event_log.record_end(trial.config["number"], "failed", _read_failure_cause(trial), trained)
+        self._budget.event_log.record_end(trial.config["number"], "failed", _read_failure_cause(trial), trained)
 
 
 def _read_failure_cause(trial: Any) -> str:  # noqa: ANN401 - Tune's trials have no types

@@ -20,8 +20,8 @@ class SearchProgressDisplay:
 
     def __init__(self, search: SearchConfig, event_log: EventLog, console: Console) -> None:
         self._search, self._event_log, self._console = search, event_log, console
-        self._drawn = 0.0
-        self._said = {trial.number: trial.state for trial in event_log.trials.values()}
+        self._drawn_at = 0.0
+        self._shown_states = {trial.number: trial.state for trial in event_log.trials.values()}
         self._live: Live | None = None
         console.close()
         if console.terminal.is_terminal:
@@ -32,8 +32,8 @@ class SearchProgressDisplay:
         """Redraw the table, or print the changes."""
         if self._live is None:
             self._print_changes()
-        elif time.monotonic() - self._drawn > _REDRAW_SECONDS:
-            self._drawn = time.monotonic()
+        elif time.monotonic() - self._drawn_at > _REDRAW_SECONDS:
+            self._drawn_at = time.monotonic()
             self._live.update(self._build_table(), refresh=True)
 
     def close(self) -> None:
@@ -50,6 +50,6 @@ class SearchProgressDisplay:
 
     def _print_changes(self) -> None:
         for trial in list(self._event_log.trials.values()):
-            if self._said.get(trial.number) != trial.state:
-                self._said[trial.number] = trial.state
+            if self._shown_states.get(trial.number) != trial.state:
+                self._shown_states[trial.number] = trial.state
                 self._console.print_line(format_trial_line(self._search, trial))

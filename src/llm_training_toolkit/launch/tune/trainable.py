@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray import tune
@@ -45,6 +45,9 @@ from llm_training_toolkit.setup.resume import read_resume_state
 from llm_training_toolkit.setup.run_files import write_run_files
 from llm_training_toolkit.worker.precision import read_precision_notes
 
+if TYPE_CHECKING:
+    from llm_training_toolkit.launch.ray.controller import TrainController
+
 _POLL_SECONDS = 0.2  # between checks of the stop marker, the metrics and the run's lock
 _LOCK_TIMEOUT_SECONDS = 30.0  # the processes of a killed driver may hold the run's lock this long
 _SHUTDOWN_TIMEOUT_SECONDS = 120.0  # for the workers of a stopped trial to end
@@ -62,10 +65,10 @@ class TrialSpec:
     metric: str
     scheduler: str
     """`SchedulerConfig`, as JSON."""
-    here: str
-    """Working directory of the search, the base of relative paths."""
-    stopping: str
-    """Marker file that exists once the search is being stopped."""
+    working_directory: str
+    """That of the search, the base of relative paths."""
+    stop_marker: str
+    """File that exists once the search is being stopped."""
 
     def to_tune_config(self) -> dict[str, Any]:
         """Return the spec as plain data, which Tune copies to its own files."""
@@ -78,75 +81,75 @@ class TrialTrainable(tune.Trainable):
     def setup(self, config: dict[str, Any]) -> None:
         """Create the runner; the run itself starts with the first `step`."""
         prepare_environment()
-        self._order = TrialSpec(**config)
-        if Path(self._order.here).is_dir():
-            os.chdir(self._order.here)
-        self._told: queue.Queue[dict[str, Any]] = queue.Queue()
-        self._work = _TrialRunner(self._order, self._told)
-        self._thread = threading.Thread(target=self._work.run_trial, daemon=True, name="trial")
-        self._begun = False
+        self._spec = TrialSpec(**config)
+        if Path(self._spec.working_directory).is_dir():
+            os.chdir(self._spec.working_directory)
+        self._results: queue.Queue[dict[str, Any]] = queue.Queue()
+        self._runner = _TrialRunner(self._spec, self._results)
+        self._thread = threading.Thread(target=self._runner.run_trial, daemon=True, name="trial")
+        self._started = False
 
     def step(self) -> dict[str, Any]:
         """Train to the next rung and return its result. Raises LaunchError if a retry may succeed."""
-        if self._begun:
-            self._work.resolve_rung(StopRequest.NONE)
+        if self._started:
+            self._runner.resolve_rung(StopRequest.NONE)
         else:
-            self._begun = True
+            self._started = True
             self._thread.start()
         while True:
             try:
-                told = self._told.get(timeout=_POLL_SECONDS)
+                result = self._results.get(timeout=_POLL_SECONDS)
             except queue.Empty:
-                if Path(self._order.stopping).exists():
-                    self._work.request_stop()
+                if Path(self._spec.stop_marker).exists():
+                    self._runner.request_stop()
                 continue
-            if told["kind"] == "broken":
-                raise LaunchError(told["error"])
-            return {"trial": self._order.number, **told, "done": told["kind"] != "rung"}
+            if result["kind"] == "launch_failed":
+                raise LaunchError(result["error"])
+            return {"trial": self._spec.number, **result, "done": result["kind"] != "rung"}
 
     def cleanup(self) -> None:
         """Stop the run if it has not ended, and wait for its workers to end."""
-        if self._begun:
-            self._work.resolve_rung(StopRequest.STOP)
-            self._work.request_stop()
+        if self._started:
+            self._runner.resolve_rung(StopRequest.STOP)
+            self._runner.request_stop()
             self._thread.join(_SHUTDOWN_TIMEOUT_SECONDS)
 
 
 class _TrialRunner:
     """Runs a trial in a thread beside Tune's."""
 
-    def __init__(self, order: TrialSpec, told: queue.Queue[dict[str, Any]]) -> None:
-        self._order, self._told = order, told
-        self._groups: Any = None
-        self._waits_at: int | None = None
+    def __init__(self, spec: TrialSpec, results: queue.Queue[dict[str, Any]]) -> None:
+        self._spec, self._results = spec, results
+        self._controller: TrainController | None = None
+        self._waiting_step: int | None = None
         self._stop = False
         self._steps: tuple[int, ...] = ()
 
     def run_trial(self) -> None:
         """Train, and queue the outcome for `TrialTrainable.step`."""
         try:
-            self._told.put(self._train_to_end())
+            self._results.put(self._train_to_end())
         except LaunchError as error:  # caused by the machines: a retry may succeed
-            self._told.put({"kind": "broken", "error": str(error)})
+            self._results.put({"kind": "launch_failed", "error": str(error)})
         except ToolkitError as error:  # caused by the run itself: a retry would fail again
             trained = read_trained_tokens(self._run_directory.metrics_path)
-            self._told.put({"kind": "end", "state": "failed", "error": str(error), "trained": trained})
-        except Exception as error:  # noqa: BLE001 - the edge of a thread: Tune is told, and tries again
+            self._results.put({"kind": "end", "state": "failed", "error": str(error), "trained": trained})
+        except Exception as error:  # noqa: BLE001 - the edge of a thread: Tune gets the error, and retries
             traceback.print_exc()
-            self._told.put({"kind": "broken", "error": f"{type(error).__name__}: {error}"})
+            self._results.put({"kind": "launch_failed", "error": f"{type(error).__name__}: {error}"})
 
     def request_stop(self) -> None:
         """Stop after the current step, with a checkpoint."""
         if not self._stop:
             self._stop = True
-            if self._groups is not None:
-                self._groups.request_stop()
+            if self._controller is not None:
+                self._controller.request_stop()
 
     def resolve_rung(self, stop_request: StopRequest) -> None:
         """Send the decision for the rung that the run waits at, if any."""
-        step, self._waits_at = self._waits_at, None
-        if step is not None:
-            self._groups.resolve_rung(step, stop_request)
+        step, self._waiting_step = self._waiting_step, None
+        if step is not None and self._controller is not None:
+            self._controller.resolve_rung(step, stop_request)
 
     def handle_event(self, event: Event) -> None:
         """Handle an event of the workers; at a rung they wait for Tune's decision."""
@@ -154,8 +157,8 @@ class _TrialRunner:
             case WorkerStartedEvent():
                 write_atomically(self._placement_group_path, json.dumps([event.placement_group]))
             case RungEvent():
-                self._waits_at = event.step
-                self._told.put({"kind": "rung", **self._read_rung_metrics(event.step)})
+                self._waiting_step = event.step
+                self._results.put({"kind": "rung", **self._read_rung_metrics(event.step)})
 
     @property
     def _placement_group_path(self) -> Path:
@@ -164,10 +167,10 @@ class _TrialRunner:
 
     @property
     def _run_directory(self) -> RunDirectory:
-        return RunDirectory(Path(self._order.run))
+        return RunDirectory(Path(self._spec.run))
 
     def _train_to_end(self) -> dict[str, Any]:
-        run, config = self._run_directory, parse_config_json(self._order.config)
+        run, config = self._run_directory, parse_config_json(self._spec.config)
         self._release_placement_groups()
         with (
             _wait_for_run_lock(run),
@@ -189,21 +192,21 @@ class _TrialRunner:
         """Prepare the data and write the run files. Return None if the run is already trained to its end."""
         resume_state = read_resume_state(run)
         config = resume_state.keep_saved_precision(config)
-        prepared = resume_state.find_reusable_dataset(config, ())
-        if prepared is None:
-            work = DatasetBuilder(config, get_tokenization_spec(config), console.update_stage, render_in_process)
-            prepared = prepare_epochs(
-                work, config, resume_state.step, resume_state.sequences, until=resume_state.step + 1
+        dataset_info = resume_state.find_reusable_dataset(config, ())
+        if dataset_info is None:
+            builder = DatasetBuilder(config, get_tokenization_spec(config), console.update_stage, render_in_process)
+            dataset_info = prepare_epochs(
+                builder, config, resume_state.step, resume_state.sequences, until=resume_state.step + 1
             ).dataset_info
-        data_facts = build_data_facts(prepared, resume_state.step, resume_state.sequences)
+        data_facts = build_data_facts(dataset_info, resume_state.step, resume_state.sequences)
         plan = check_plan(make_plan(config).with_data(data_facts)).with_notes(read_precision_notes(run, config))
         assert plan.steps is not None, "the data is prepared"
-        scheduler = SchedulerConfig.model_validate_json(self._order.scheduler)
+        scheduler = SchedulerConfig.model_validate_json(self._spec.scheduler)
         self._steps = compute_rung_steps(scheduler, plan.steps, plan.tokens_per_step)
-        self._bracket = get_bracket(scheduler, self._order.number, len(self._steps))
+        self._bracket = get_bracket(scheduler, self._spec.number, len(self._steps))
         if resume_state.is_finished(plan):
             return None
-        write_run_files(run, config, plan, prepared)
+        write_run_files(run, config, plan, dataset_info)
         write_atomically(run.config_path, "# A trial of a search: resolved.json has the whole configuration.\n")
         self._data_facts = data_facts
         return plan
@@ -213,24 +216,24 @@ class _TrialRunner:
         from llm_training_toolkit.launch.ray.controller import TrainController
         from llm_training_toolkit.launch.ray.worker_group import RunSpec  # imports Ray Train
 
-        wanted = build_resource_request(config, ray.cluster_resources().get("GPU", 0.0), console)
-        job = RunSpec(run, config, wanted, AutoscalerClient(wanted), self._steps[self._bracket : -1])
+        request = build_resource_request(config, ray.cluster_resources().get("GPU", 0.0), console)
+        run_spec = RunSpec(run, config, request, AutoscalerClient(request), self._steps[self._bracket : -1])
         with prepare_in_background(run, config, self._data_facts, console):
-            self._groups = TrainController(job, console)
+            self._controller = TrainController(run_spec, console)
             if self._stop:
-                self._groups.request_stop()
-            result: dict[str, Any] = self._groups.run_training()
+                self._controller.request_stop()
+            result: dict[str, Any] = self._controller.run_training()
         return result
 
     def _read_rung_metrics(self, step: int) -> dict[str, Any]:
         """Return the metric of a rung from the run's metrics log."""
-        found = wait_for_metrics(self._run_directory.metrics_path, step, self._order.metric)
+        metrics = wait_for_metrics(self._run_directory.metrics_path, step, self._spec.metric)
         return {
             "rung": self._steps.index(step),
             "bracket": self._bracket,
             "step": step,
-            "tokens": int(found["train/tokens"]),
-            "value": float(found[self._order.metric]),
+            "tokens": int(metrics["train/tokens"]),
+            "value": float(metrics[self._spec.metric]),
         }
 
     def _release_placement_groups(self) -> None:
@@ -261,9 +264,9 @@ def _wait_for_run_lock(run: RunDirectory) -> Iterator[None]:
     """Hold the run's lock, once the processes of a killed driver have released it. Raises LaunchError."""
     end = time.monotonic() + _LOCK_TIMEOUT_SECONDS
     while True:
-        holding = lock_run_directory(run)
+        lock = lock_run_directory(run)
         try:
-            holding.__enter__()
+            lock.__enter__()
             break
         except LaunchError:
             if time.monotonic() > end:
@@ -272,4 +275,4 @@ def _wait_for_run_lock(run: RunDirectory) -> Iterator[None]:
     try:
         yield
     finally:
-        holding.__exit__(None, None, None)
+        lock.__exit__(None, None, None)

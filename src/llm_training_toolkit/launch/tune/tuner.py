@@ -67,22 +67,30 @@ class SearchSpec:
 
 def read_search(path: Path, overrides: list[str]) -> SearchSpec:
     """Read a search file and resolve its directory. Raises ConfigError."""
-    search, whole, base = load_search(path, overrides)
-    if is_uri(base.run.dir):
-        raise ConfigError(f"run.dir = {base.run.dir}: a search lies on a path that every node sees; name one")
-    runs = Path(base.run.dir).expanduser().absolute()
+    search, base_config, trial_config = load_search(path, overrides)
+    if is_uri(trial_config.run.dir):
+        raise ConfigError(f"run.dir = {trial_config.run.dir}: a search lies on a path that every node sees; name one")
+    runs = Path(trial_config.run.dir).expanduser().absolute()
     directory = SearchDirectory(runs / (search.name or path.stem))
-    cache = str(runs / ".cache") if base.data.cache == "auto" else str(Path(base.data.cache).expanduser().absolute())
+    cache = (
+        str(runs / ".cache")
+        if trial_config.data.cache == "auto"
+        else str(Path(trial_config.data.cache).expanduser().absolute())
+    )
     return SearchSpec(
-        search, whole, base, directory, TrialConfigBuilder(search, base, str(directory.trials_dir), cache)
+        search,
+        base_config,
+        trial_config,
+        directory,
+        TrialConfigBuilder(search, trial_config, str(directory.trials_dir), cache),
     )
 
 
 def run_search(spec: SearchSpec, console: Console) -> tuple[TrainResultStatus, dict[str, Any]]:
     """Run or resume a search. Return its status and summary. Raises ToolkitError."""
     search, directory = spec.search, spec.directory
-    for words in check_search_space(spec.trials):
-        console.print_line(f"left out: {words}")
+    for message in check_search_space(spec.trials):
+        console.print_line(f"left out: {message}")
     _check_best_configs(spec)
     check_machine(spec.trial_config)
     check_quantization(spec.trial_config)
@@ -138,18 +146,18 @@ def _run_trials(spec: SearchSpec, event_log: EventLog, console: Console) -> Trai
     with connect_to_cluster(console):
         concurrent = _compute_max_concurrent(spec, console)  # first: preparing data is in vain if no trial fits
         _prepare_shared_data(spec, console)
-        suggestions = _build_trial_sampler(spec, event_log)
-        screen = SearchProgressDisplay(spec.search, event_log, console)
+        sampler = _build_trial_sampler(spec, event_log)
+        display = SearchProgressDisplay(spec.search, event_log, console)
 
-        def exit_immediately(said: str, code: int, result: Mapping[str, Any]) -> NoReturn:
-            screen.close()
-            console.print_line(said)
+        def exit_immediately(message: str, code: int, result: Mapping[str, Any]) -> NoReturn:
+            display.close()
+            console.print_line(message)
             console.print_result(result)
             console.close()
             os._exit(code)
 
-        def exit_on_ray_loss(why: str) -> None:
-            error = LaunchError(f"{_RAY_LOST_MESSAGE} ({why})")
+        def exit_on_ray_loss(reason: str) -> None:
+            error = LaunchError(f"{_RAY_LOST_MESSAGE} ({reason})")
             exit_immediately(f"error: {error}", error.exit_code, build_failure_json(error))
 
         try:
@@ -157,12 +165,12 @@ def _run_trials(spec: SearchSpec, event_log: EventLog, console: Console) -> Trai
                 watch_head(ray.get_runtime_context().gcs_address, console.print_line, exit_on_ray_loss),
                 watch_raylet(get_raylet_address(), exit_on_ray_loss),
             ):
-                return _run_tuner(spec, event_log, suggestions, concurrent=concurrent, screen=screen, console=console)
+                return _run_tuner(spec, event_log, sampler, concurrent=concurrent, display=display, console=console)
         except KeyboardInterrupt:
-            said = "stopped at once: the same command resumes the trials that had begun"
-            exit_immediately(said, EXIT_CODES["stopped"], build_summary(spec.search, event_log, spec.directory))
+            message = "stopped at once: the same command resumes the trials that had begun"
+            exit_immediately(message, EXIT_CODES["stopped"], build_summary(spec.search, event_log, spec.directory))
         finally:
-            screen.close()
+            display.close()
 
 
 def _prepare_shared_data(spec: SearchSpec, console: Console) -> None:
@@ -170,9 +178,9 @@ def _prepare_shared_data(spec: SearchSpec, console: Console) -> None:
 
     Raises DataError if too few documents leave the held-out set empty: the metric would never be reported.
     """
-    some = spec.trials.build_config(_find_trainable_point(spec))
-    check_cluster_nodes(spec.directory.driver_run, some, console)
-    dataset_info = prepare_epochs(create_dataset_builder(some, console), some, until=1).dataset_info
+    config = spec.trials.build_config(_find_trainable_point(spec))
+    check_cluster_nodes(spec.directory.driver_run, config, console)
+    dataset_info = prepare_epochs(create_dataset_builder(config, console), config, until=1).dataset_info
     for row in format_dataset_info(dataset_info):
         console.print_line(row)
     if spec.search.metric.startswith("eval/") and not dataset_info.eval_sequences:
@@ -185,10 +193,10 @@ def _prepare_shared_data(spec: SearchSpec, console: Console) -> None:
 def _run_tuner(
     spec: SearchSpec,
     event_log: EventLog,
-    suggestions: TrialSampler,
+    sampler: TrialSampler,
     *,
     concurrent: int,
-    screen: Callable[[], None],
+    display: Callable[[], None],
     console: Console,
 ) -> TrainResultStatus:
     budget = SearchBudget(spec.search, event_log)
@@ -198,7 +206,7 @@ def _run_tuner(
         budget.stop_requested = True
         spec.directory.stop_marker_path.touch()
 
-    tuner = _build_tuner(spec, budget, suggestions, concurrent, screen)
+    tuner = _build_tuner(spec, budget, sampler, concurrent, display)
     with on_stop_signal(request_stop):
         _fit_tuner(tuner, event_log)
     if budget.repeated_error:
@@ -210,7 +218,7 @@ def _run_tuner(
 
 
 def _build_tuner(
-    spec: SearchSpec, budget: SearchBudget, suggestions: TrialSampler, concurrent: int, screen: Callable[[], None]
+    spec: SearchSpec, budget: SearchBudget, sampler: TrialSampler, concurrent: int, display: Callable[[], None]
 ) -> Tuner:
     from ray import tune
 
@@ -221,7 +229,7 @@ def _build_tuner(
     return tune.Tuner(
         tune.with_resources(TrialTrainable, tune.PlacementGroupFactory([{HEAD_RESOURCE: _TRIAL_ACTOR_SHARE}])),
         tune_config=tune.TuneConfig(
-            search_alg=EventLogSearcher(budget, suggestions, lambda trial: _build_trial_spec(spec, trial)),
+            search_alg=EventLogSearcher(budget, sampler, lambda trial: _build_trial_spec(spec, trial)),
             scheduler=RungScheduler(budget),
             num_samples=-1,  # `EventLogSearcher` ends the search
             max_concurrent_trials=concurrent,
@@ -232,7 +240,7 @@ def _build_tuner(
             storage_path=str(spec.directory.driver_run.path),
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # the runs write their own
             failure_config=tune.FailureConfig(max_failures=spec.search.max_failures),
-            callbacks=[EventLogCallback(budget, screen)],
+            callbacks=[EventLogCallback(budget, display)],
             verbose=0,
         ),
     )
@@ -265,18 +273,18 @@ def _build_trial_spec(spec: SearchSpec, trial: TrialRecord) -> dict[str, Any]:
         run=str(spec.directory.get_trial_run(trial.number).path),
         metric=spec.search.metric,
         scheduler=spec.search.scheduler.model_dump_json(),
-        here=str(Path.cwd()),
-        stopping=str(spec.directory.stop_marker_path),
+        working_directory=str(Path.cwd()),
+        stop_marker=str(spec.directory.stop_marker_path),
     ).to_tune_config()
 
 
 def _build_trial_sampler(spec: SearchSpec, event_log: EventLog) -> TrialSampler:
-    learner = None
+    propose_point = None
     if spec.search.searcher.name == "optuna":
         from llm_training_toolkit.search.optuna_sampler import propose_optuna_point
 
-        learner = propose_optuna_point
-    return TrialSampler(spec.trials, event_log, learner)
+        propose_point = propose_optuna_point
+    return TrialSampler(spec.trials, event_log, propose_point)
 
 
 def _find_trainable_point(spec: SearchSpec) -> dict[str, Any]:
@@ -292,17 +300,18 @@ def _compute_max_concurrent(spec: SearchSpec, console: Console) -> int:
     from llm_training_toolkit.launch.ray.nodes import alive_nodes
     from llm_training_toolkit.launch.ray.resources import build_resource_request, count_concurrent_runs
 
-    wanted = build_resource_request(spec.trial_config, ray.cluster_resources().get("GPU", 0.0), console)
-    CapacityWaiter(spec.trial_config, wanted, AutoscalerClient(wanted), console).check_feasibility()
-    room = max(1, count_concurrent_runs([node.total for node in alive_nodes()], wanted))  # 1: nodes may be added later
-    want = spec.search.max_concurrent_trials
-    if want is not None and want > room:
+    request = build_resource_request(spec.trial_config, ray.cluster_resources().get("GPU", 0.0), console)
+    CapacityWaiter(spec.trial_config, request, AutoscalerClient(request), console).check_feasibility()
+    fitting = count_concurrent_runs([node.total for node in alive_nodes()], request)
+    fitting = max(1, fitting)  # nodes may be added later
+    limit = spec.search.max_concurrent_trials
+    if limit is not None and limit > fitting:
         console.print_line(
-            f"note: max_concurrent_trials = {want}, but the cluster has room for {room} trials at a time"
+            f"note: max_concurrent_trials = {limit}, but the cluster has room for {fitting} trials at a time"
         )
-    taken = min(want or room, room)
-    console.print_line(f"{taken} trials at a time, workers each: {wanted.fewest}")
-    return taken
+    concurrent = min(limit or fitting, fitting)
+    console.print_line(f"{concurrent} trials at a time, workers each: {request.fewest}")
+    return concurrent
 
 
 def _build_search_identity(spec: SearchSpec) -> dict[str, Any]:

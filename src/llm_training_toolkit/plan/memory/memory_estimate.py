@@ -223,8 +223,8 @@ def _estimate_gathered_bytes(load: DeviceWorkload) -> int:
 def estimate_gradient_bytes(load: DeviceWorkload) -> int:
     """Estimate the gradients that stand between micro-batches, in bytes.
 
-    Stages 0 and 1 accumulate all gradients in fp32 (`engine/replica.py`, `engine/sharded.py`), stages 2 and 3 only the
-    partition, also in fp32, which with offload is in host memory.
+    Stages 0 and 1 accumulate all gradients in fp32 (`engine/master_weights.py`, `engine/sharded_master_weights.py`),
+    stages 2 and 3 only the partition, also in fp32, which with offload is in host memory.
     """
     if load.zero <= 1:
         return 4 * load.trainable_parameters

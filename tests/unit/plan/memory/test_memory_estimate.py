@@ -190,7 +190,7 @@ def test_beside_adapters_a_model_has_weights_alone(zero: int, weights: int, grad
 
 
 def test_matrices_of_the_layers_in_four_bits() -> None:
-    matrices = 2 * MODEL.matrices_per_layer
+    matrices = 2 * (MODEL.attention_matrices + MODEL.feed_forward_matrices)
     memory = estimate_memory(replace(LOAD, adapter=replace(ADAPTER, quantize="nf4")))
     assert memory.weights == round((4 + 0.127) / 8 * matrices) + 2 * (P - matrices + A)
 

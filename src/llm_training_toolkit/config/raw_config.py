@@ -1,4 +1,4 @@
-"""Plain data on its way to a Config, with the location of each key and all problems found so far."""
+"""Configuration before validation: plain data, with the location of each key and all problems found so far."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class ConfigLocation(NamedTuple):
 
 
 @dataclass
-class ConfigDocument:
-    """Data read from one source, with locations and problems."""
+class RawConfig:
+    """Plain data of one file, JSON text or mapping, with locations and problems."""
 
     where: str
     data: Any = field(default_factory=dict)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from llm_training_toolkit.engine import allocation
-from llm_training_toolkit.engine.replica import MasterWeights
-from llm_training_toolkit.engine.sharded import ShardedMasterWeights
+from llm_training_toolkit.engine.master_weights import MasterWeights
+from llm_training_toolkit.engine.sharded_master_weights import ShardedMasterWeights
 
 SHAPES = [(8, 16), (16,), (4, 8)]
 
