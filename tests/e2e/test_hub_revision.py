@@ -23,16 +23,6 @@ from llm_training_toolkit.runs.directory import RunDirectory
 from unit.models.test_check_weights import QWEN3, published
 
 FIRST, SECOND = "1" * 40, "2" * 40
-# A hub id has the values of a known size: the child process knows a tiny one.
-LTT = """
-import dataclasses, json, sys
-from llm_training_toolkit import families
-values = json.loads(sys.argv.pop(1))
-size = dataclasses.replace(families.find_size("qwen3-0.6b"), name="tiny-model", config=values)
-families._BY_NAME[size.name] = size
-from llm_training_toolkit.cli.app import main
-main()
-"""
 SECTIONS = {
     "train": {"steps": 4, "global_batch_size": 4, "micro_batch_size": 2},
     "cluster": {"workers": 0},
@@ -41,10 +31,8 @@ SECTIONS = {
 
 
 def ltt(*arguments: str, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    shape = json.dumps({key: value for key, value in QWEN3.items() if key not in {"model_type", "pad_token_id"}})
-    return fork_server.run(
-        [sys.executable, "-c", LTT, shape, *arguments], env={**os.environ, **environment}, capture_output=True
-    )
+    command = [sys.executable, "-m", "llm_training_toolkit", *arguments]
+    return fork_server.run(command, env={**os.environ, **environment}, capture_output=True)
 
 
 @pytest.mark.slow
@@ -60,6 +48,7 @@ def test_a_run_keeps_the_commit_that_it_began_with(
     save_file({name: 2 * value for name, value in tensors.items()}, tmp_path / "other.safetensors", {"format": "pt"})
     commits[SECOND] = commits[FIRST] | {"model.safetensors": (tmp_path / "other.safetensors").read_bytes()}
     branches = {"main": SECOND, "v1": FIRST}
+    # Of an unknown name: size and family follow from the hub's config.json.
     model = {"path": "tiny/tiny-model", "name": "tiny-model", "revision": "v1", "config_overrides": {}}
     given = {"path": "tiny/tiny-model", "train": None, "revision": "v1"}
     config = launch_config("revision", **SECTIONS)

@@ -5,12 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import socket
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlparse
+
+import pytest
+from huggingface_hub import constants
 
 _COMMIT = "a" * 40
 
@@ -143,6 +147,22 @@ def hub(
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+def use_hub(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make this process's client of the hub ask another endpoint, as HF_ENDPOINT does from its start."""
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    files = f"{endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", files)
+
+
+@contextmanager
+def silent_server() -> Iterator[str]:
+    """Give the address of a server that takes connections and never answers."""
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
 
 
 def _tree(files: Mapping[str, bytes], base: str, *, recursive: bool) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from llm_training_toolkit.config import Config
 from llm_training_toolkit.config.load import parse_config
 from llm_training_toolkit.errors import PlanError
-from llm_training_toolkit.families import ModelSize, find_size, find_size_of_weights
+from llm_training_toolkit.families import ModelSize, find_size, find_size_of_weights, has_known_name
 from llm_training_toolkit.plan import estimate_memory, make_plan, plan_workload
 
 StarterKind = Literal["chat", "code", "text", "scratch"]
@@ -73,6 +73,10 @@ def format_starter_config(request: StarterRequest, machine: TrainingMachine) -> 
 
     Raises PlanError for an unknown model, and with the plan's problems.
     """
+    if request.kind != "scratch" and "/" in request.model and not has_known_name(request.model):
+        from llm_training_toolkit.setup.hub_weights import ask_for_size  # huggingface_hub takes over a second to import
+
+        ask_for_size(_parse(_start_config(request)))
     saved = find_size_of_weights(request.model) if request.kind != "scratch" else None
     size = saved or find_size(request.model)
     if request.kind != "scratch" and "/" not in request.model and not Path(request.model).is_dir():
@@ -90,13 +94,10 @@ def _format_finetuning(request: StarterRequest, kind: DocumentKind, size: ModelS
     source: dict[str, Any] = {"path": request.data, "format": kind}
     if kind == "code" and size.family.special_tokens.has_fim:
         source["fim"] = {"rate": 0.5}
-    data: dict[str, Any] = {
-        "run": {"name": request.name or f"{size.name}-{kind}"},
-        "model": {"path": request.model},
-        "data": {"sequence_length": length, "sources": [source]},
-        "train": {"epochs": 2, "global_batch_size": 16},
-        "cluster": {"workers": max(machine.gpus, 1)},
-    }
+    data = _start_config(request)
+    data["run"] = {"name": request.name or f"{size.name}-{kind}"}
+    data["data"] = {"sequence_length": length, "sources": [source]}
+    data["cluster"] = {"workers": max(machine.gpus, 1)}
     needed = _estimate_memory_gb(data)
     method = f"Full training: about {needed:.2g} GB of memory a worker, by the plan"
     if needed > machine.memory_gb:
@@ -111,6 +112,16 @@ def _format_finetuning(request: StarterRequest, kind: DocumentKind, size: ModelS
         "cluster": f"One worker for each GPU, or one without. Made for this machine: {machine.description}.",
     }
     return _render(data, notes)
+
+
+def _start_config(request: StarterRequest) -> dict[str, Any]:
+    """Return a run from the weights of the request, without what depends on them and on the machine."""
+    return {
+        "run": {"name": "starter"},
+        "model": {"path": request.model},
+        "data": {"sequence_length": 512, "sources": [{"path": request.data, "format": "text"}]},
+        "train": {"epochs": 2, "global_batch_size": 16},
+    }
 
 
 def _format_scratch(request: StarterRequest, size: ModelSize, machine: TrainingMachine) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llm_training_toolkit.config import Config
 from llm_training_toolkit.config.uri import is_uri
@@ -20,22 +21,26 @@ from llm_training_toolkit.runs.directory import RunDirectory
 from llm_training_toolkit.runs.status import read_run_speed
 from llm_training_toolkit.runs.storage.open import get_run_location
 
+if TYPE_CHECKING:
+    from llm_training_toolkit.setup.hub_weights import HubAnswer
+
 
 def plan_run(config: Config, cluster: Path | None = None) -> tuple[Plan, ClusterEstimate | None]:
     """Return the plan of a run with all its problems, and its estimate on the cluster of a file.
 
     Raises PlanError only if nothing can be planned, ConfigError for a bad cluster file.
     """
+    answer = _ask_for_size(config)
     if cluster is None:
         from llm_training_toolkit.worker.precision import keep_begun_precision, resolve_local_precision
 
         config, notes = resolve_local_precision(keep_begun_precision(config))
-        return _with_hub_answer(config, _make_plan(config).with_notes(notes)), None
+        return _with_hub_answer(answer, _make_plan(config).with_notes(notes)), None
     from llm_training_toolkit.plan.forecast.cluster_file import read_hardware
 
     hardware = read_hardware(cluster)
     config, reasons = resolve_for_hardware(config, hardware)
-    plan = _with_hub_answer(config, _make_plan(config).with_notes(reasons))
+    plan = _with_hub_answer(answer, _make_plan(config).with_notes(reasons))
     estimate = estimate_on_cluster(config, plan, hardware, read_measured_speed(config))
     return estimate.add_to_plan(plan), estimate
 
@@ -47,7 +52,8 @@ def search_run_settings(config: Config, cluster: Path) -> tuple[Plan, SettingsSe
     """
     from llm_training_toolkit.plan.forecast.cluster_file import read_hardware
 
-    plan = _with_hub_answer(config, _make_plan(config))
+    answer = _ask_for_size(config)
+    plan = _with_hub_answer(answer, _make_plan(config))
     return plan, search_settings(config, plan, read_hardware(cluster))
 
 
@@ -75,13 +81,19 @@ def read_measured_speed(config: Config) -> MeasuredSpeed | None:
     return MeasuredSpeed(found.tokens_per_second, found.mfu, 1e12 * found.tflops / found.mfu, run.name)
 
 
-def _with_hub_answer(config: Config, plan: Plan) -> Plan:
-    """Return the plan with the problem that the hub has with `model.path`, or the note that it could not be asked."""
+def _ask_for_size(config: Config) -> HubAnswer | None:
+    """Ask the hub for the weights of a run from a hub id, and for what the plan has to know of them."""
     if config.model.path is None:
-        return plan
-    from llm_training_toolkit.setup.hub_weights import ask_hub
+        return None
+    from llm_training_toolkit.setup.hub_weights import ask_for_size  # huggingface_hub takes over a second to import
 
-    answer = ask_hub(config.model.path, config.model.revision)
+    return ask_for_size(config)
+
+
+def _with_hub_answer(answer: HubAnswer | None, plan: Plan) -> Plan:
+    """Return the plan with the problem that the hub has with `model.path`, or the note that it could not be asked."""
+    if answer is None:
+        return plan
     if answer.unreachable:
         note = f"The hub cannot be asked for model.path ({answer.unreachable}): it is checked when training starts."
         plan = replace(plan, notes=(*plan.notes, note))

@@ -7,10 +7,12 @@ from llm_training_toolkit.data.prepare.dataset_info import DatasetInfo
 from llm_training_toolkit.data.prepare.epochs import prepare_epochs
 from llm_training_toolkit.launch.backend import create_dataset_builder
 from llm_training_toolkit.monitoring.console import Console
+from llm_training_toolkit.setup.hub_weights import ensure_known_size
 
 
 def prepare_dataset(config: Config, console: Console, *, verify: bool = False) -> DatasetInfo:
     """Prepare the data of a run unless the cache has it; `verify` rereads the documents. Raises ToolkitError."""
+    ensure_known_size(config)
     builder = create_dataset_builder(config, console)
     dataset_info = prepare_epochs(builder, config).dataset_info
     if verify:

@@ -20,6 +20,7 @@ from llm_training_toolkit.plan import check_plan, make_plan
 from llm_training_toolkit.runs.directory import RunDirectory
 from llm_training_toolkit.runs.printable import escape_control_characters
 from llm_training_toolkit.runs.storage.open import get_run_location, open_path
+from llm_training_toolkit.setup.hub_weights import ensure_known_size
 from llm_training_toolkit.setup.resume import check_run_unchanged, read_resume_state
 
 _LOSS, _PLAIN, _SPECIAL = "black on bright_green", "dim", "bold"
@@ -30,6 +31,7 @@ def load_batch_sequences(config: Config, step: int, console: Console) -> list[Se
 
     Raises PlanError for a step outside the run.
     """
+    ensure_known_size(config)
     with open_path(get_run_location(config)) as run:
         return _load_run_batch(run, config, step, console)
 

@@ -20,6 +20,7 @@ from llm_training_toolkit.runs.goodput import format_goodput, record_command_end
 from llm_training_toolkit.runs.status import read_goodput
 from llm_training_toolkit.runs.storage.open import get_run_location, join_run, lock_run
 from llm_training_toolkit.setup.background_prep import prepare_in_background
+from llm_training_toolkit.setup.hub_weights import ask_for_size
 from llm_training_toolkit.setup.machine import check_attention, check_compilation, check_machine, check_quantization
 from llm_training_toolkit.setup.resume import (
     ResumeState,
@@ -38,6 +39,7 @@ def start_run(request: TrainRequest, console: Console) -> TrainResult:
     """Start or resume the run of the request, or skip a finished one. Raises ToolkitError."""
     config = load_config(request.config, request.overrides)
     ranks = get_torchrun_world_size() if config.cluster.workers == 0 else None
+    hub_answer = ask_for_size(config)
     plan = check_plan(make_plan(config, ranks))  # before an impossible run gets a directory
     if config.cluster.workers == 0 and not is_first_rank():
         with join_run(get_run_location(config), console.print_line) as run:
@@ -56,7 +58,7 @@ def start_run(request: TrainRequest, console: Console) -> TrainResult:
         check_quantization(config)
         check_attention(config)
         check_compilation(config)
-        check_initial_weights(config, plan, resume_state)
+        check_initial_weights(config, plan, resume_state, hub_answer)
         if moved := find_moved_branch(config, resume_state):
             console.print_line(moved)
         if config.cluster.workers != 0:

@@ -47,8 +47,8 @@ class ModelConfig(ConfigSection):
 
     name: Annotated[str, FieldTag.IDENTITY]
     """Size of a known family, such as `qwen3-0.6b`, in any case, with or without its organization. May be left out
-    beside `path`: a hub id that ends with it (`Qwen/Qwen3-0.6B`), or a directory, by its config.json. For an unknown
-    name `ltt plan` lists the nearest ones."""
+    beside `path`: the size follows from the name or the config.json of the weights, in a directory or at the hub. For
+    an unknown name `ltt plan` lists the nearest ones."""
     path: Annotated[Location | None, FieldTag.IDENTITY] = None
     """Pretrained weights: a directory or a hub id. Without `path` and `init_from` the weights are random."""
     revision: Annotated[Revision | None, FieldTag.IDENTITY] = None

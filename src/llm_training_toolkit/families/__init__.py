@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any, NoReturn
 
-from llm_training_toolkit.config.model_config import ModelConfig
+from llm_training_toolkit.config.model_config import ModelConfig, TokenizerConfig
 from llm_training_toolkit.config.run_identity import normalize_model_name
 from llm_training_toolkit.config.schema import Config
 from llm_training_toolkit.errors import PlanError
@@ -23,16 +23,22 @@ from llm_training_toolkit.families.family import (
 )
 from llm_training_toolkit.families.flops import TrainingFlops, compute_training_flops
 from llm_training_toolkit.families.hf_config import build_hf_config as build_hf_config
-from llm_training_toolkit.families.hf_config import (
-    read_recorded_plan,
+from llm_training_toolkit.families.hf_config import read_recorded_plan, read_source_plan
+from llm_training_toolkit.families.lora import AdapterSpec, build_adapter
+from llm_training_toolkit.families.saved_config import (
+    CONFIG_FILE,
+    TOKENIZER_FILE,
+    find_weights_file,
+    is_hub_id,
+    read_quantization,
     read_saved_config,
     read_saved_dropout,
-    read_source_plan,
+    read_saved_dtype,
 )
-from llm_training_toolkit.families.lora import AdapterSpec, build_adapter
 from llm_training_toolkit.families.saved_size import build_saved_size, choose_family, read_tokenizer_family
 
 __all__ = [
+    "CONFIG_FILE",
     "DROPOUTS",
     "FAMILIES",
     "SIZES",
@@ -51,13 +57,21 @@ __all__ = [
     "find_size",
     "find_size_of_weights",
     "find_tokenizer_family",
+    "find_weights_file",
+    "has_known_name",
+    "has_known_size",
+    "is_hub_id",
     "list_models_with_tokens",
     "read_model_dims",
+    "read_quantization",
+    "read_recorded_plan",
     "read_saved_config",
     "read_saved_dropout",
+    "read_saved_dtype",
     "resolve_adapter",
     "resolve_hf_config",
     "resolve_training_flops",
+    "suggest_names",
 ]
 
 # All known sizes by name.
@@ -82,10 +96,20 @@ def find_size(name: str) -> ModelSize:
     named = _find_named_size(name)
     if named is not None:
         return named
+    hint = suggest_names(name) or f"Known: {', '.join(SIZES)}."
+    raise PlanError(f"model.name = {name}: no known size has this name. {hint}")
+
+
+def suggest_names(name: str) -> str:
+    """Return a question with the known names nearest to an unknown one; empty without any."""
     bare = _remove_tuned_suffix(normalize_model_name(name))
     near = difflib.get_close_matches(bare, _BY_NAME, n=4, cutoff=0.5)
-    hint = f"Did you mean {', '.join(near)}?" if near else f"Known: {', '.join(SIZES)}."
-    raise PlanError(f"model.name = {name}: no known size has this name. {hint}")
+    return f"Did you mean {', '.join(near)}?" if near else ""
+
+
+def has_known_name(name: str) -> bool:
+    """Return whether a known size has this name."""
+    return _find_named_size(name) is not None
 
 
 def check_model_type(model_type: str, where: str) -> None:
@@ -107,26 +131,37 @@ def _remove_tuned_suffix(name: str) -> str:
 def find_run_size(config: Config) -> ModelSize:
     """Return the size of a run's model: by its name, else by the config.json of the weights that it is named after.
 
-    Without a known name and without these weights it is the size in the plan that the run, or the run in
+    Without a known name and without this file it is the size in the plan that the run, or the run in
     `model.init_from`, has begun with. Raises PlanError for an unknown name. Beside weights of another name, the error
     names the sizes of their shape.
     """
+    size = _find_size_here(config)
+    return size if size is not None else _raise_unknown_name(config.model)
+
+
+def has_known_size(config: Config) -> bool:
+    """Return whether the size of a run's model follows from what is on this machine; otherwise the hub has to tell."""
+    return _find_size_here(config) is not None
+
+
+def _find_size_here(config: Config) -> ModelSize | None:
     model = config.model
     if model.path is not None and normalize_model_name(model.name) == normalize_model_name(model.path):
-        size = find_size_of_weights(model.path, config.tokenizer.path)
+        size = find_size_of_weights(model.path, model.revision, config.tokenizer)
         if size is not None:
             return size
-    size = _find_named_size(model.name) or _find_planned_size(config)
-    return size if size is not None else _raise_unknown_name(model)
+    return _find_named_size(model.name) or _find_planned_size(config)
 
 
-def find_size_of_weights(path: str, tokenizer: str | None = None) -> ModelSize | None:
-    """Return the size of weights in a directory: the known one of its name, else that of its config.json.
+def find_size_of_weights(
+    path: str, revision: str | None = None, tokenizer: TokenizerConfig | None = None
+) -> ModelSize | None:
+    """Return the size of weights in a directory or in the hub's cache: the known one of their name, or of config.json.
 
-    `tokenizer` is the directory of a tokenizer that is not beside the weights. None for anything but a directory with
-    a config.json. Raises PlanError for a class of model that is not known, and for a size that cannot be counted.
+    `tokenizer` may be another one than that beside the weights. None without a config.json on this machine. Raises
+    PlanError for a class of model that is not known, and for a size that cannot be counted.
     """
-    found = read_saved_config(path)
+    found = read_saved_config(path, revision)
     if found is None:
         return None
     model_type, name = str(found.get("model_type")), normalize_model_name(path)
@@ -134,7 +169,10 @@ def find_size_of_weights(path: str, tokenizer: str | None = None) -> ModelSize |
     if named is not None and named.family.model_type == model_type:
         return named
     check_model_type(model_type, f"model.path = {path}")
-    family = read_tokenizer_family(FAMILIES.values(), model_type, (tokenizer, path))
+    given = None if tokenizer is None or tokenizer.path is None else (tokenizer.path, tokenizer.revision)
+    places = [place for place in (given, (path, revision)) if place is not None]
+    files = (find_weights_file(place, TOKENIZER_FILE, at) for place, at in places)
+    family = read_tokenizer_family(FAMILIES.values(), model_type, files)
     return build_saved_size(name, f"model.path = {path}", found, _get_example(family))
 
 
@@ -149,7 +187,7 @@ def _find_planned_size(config: Config) -> ModelSize | None:
 
 
 def _raise_unknown_name(model: ModelConfig) -> NoReturn:
-    fitting = _list_sizes_of_weights(model.path) if model.path is not None else []
+    fitting = _list_sizes_of_weights(model)
     if not fitting:
         find_size(model.name)  # raises with the nearest names
     shown = " and ".join(filter(None, [", ".join(fitting[:-1]), fitting[-1]]))
@@ -169,9 +207,9 @@ def find_tokenizer_family(name: str, has_token: Callable[[str], bool]) -> Family
     return named.family if named is not None else choose_family(FAMILIES.values(), has_token)
 
 
-def _list_sizes_of_weights(path: str) -> list[str]:
-    """Return the sizes of the shape in the config.json of a directory, the number of embedding rows left out."""
-    found = read_saved_config(path)
+def _list_sizes_of_weights(model: ModelConfig) -> list[str]:
+    """Return the sizes of the shape in the config.json of the weights, the number of embedding rows left out."""
+    found = None if model.path is None else read_saved_config(model.path, model.revision)
     if found is None or (family := _BY_TYPE.get(found.get("model_type", ""))) is None:
         return []
     try:
@@ -185,7 +223,7 @@ def _list_sizes_of_weights(path: str) -> list[str]:
 def resolve_hf_config(config: Config) -> dict[str, Any]:
     """Return the complete Hugging Face configuration of the run's model, without a dtype.
 
-    With `model.init_from` or a local `model.path` it has the values of the saved weights, and loaded weights are
+    It has the values of saved weights (`model.init_from`, or a `model.path` that is here), and loaded weights are
     compared with it. The maximum position is at least `data.sequence_length`, except with learned positions (StarCoder
     1). Lists that transformers derives itself (layer_types) are left out. Raises PlanError for an unknown size or an
     impossible shape.

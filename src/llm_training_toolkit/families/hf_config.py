@@ -11,6 +11,7 @@ from llm_training_toolkit.config.model_config import ModelConfig
 from llm_training_toolkit.config.schema import Config
 from llm_training_toolkit.errors import PlanError
 from llm_training_toolkit.families.family import DROPOUTS, Family, ModelDims, ModelSize
+from llm_training_toolkit.families.saved_config import read_json_object, read_saved_config
 
 # Refused in `model.config_overrides`: a nested value (use rope_theta), and values that would break a guarantee.
 _FIXED = {"rope_parameters", "use_sliding_window", *DROPOUTS}
@@ -41,13 +42,13 @@ def build_hf_config(config: Config, size: ModelSize) -> dict[str, Any]:
 
 
 def read_saved_values(model: ModelConfig, size: ModelSize) -> dict[str, Any] | None:
-    """Read the size's values from saved weights: those of `path` if it is local, or of the run in `init_from`.
+    """Read the size's values from saved weights: those of `path` as far as they are here, or of a run in `init_from`.
 
-    Returns None from scratch and for a hub id, which has the values of the named size. Raises PlanError if the saved
-    configuration cannot be read or is of another family.
+    Returns None from scratch and for a hub id that is not in the cache, which has the values of the named size. Raises
+    PlanError if the saved configuration cannot be read or is of another family.
     """
     if model.path is not None:
-        where, found = f"model.path = {model.path}", read_saved_config(model.path)
+        where, found = f"model.path = {model.path}", read_saved_config(model.path, model.revision)
     elif model.init_from is not None:
         where, found = f"model.init_from = {model.init_from}", read_source_plan(model.init_from).get("hf_config", {})
     else:
@@ -66,7 +67,7 @@ def read_saved_values(model: ModelConfig, size: ModelSize) -> dict[str, Any] | N
 
 def read_source_plan(init_from: str) -> dict[str, Any]:
     """Read the plan of the run in `model.init_from`. Raises PlanError."""
-    return _read_json(f"model.init_from = {init_from}", Path(init_from).expanduser() / "plan.json")
+    return read_json_object(f"model.init_from = {init_from}", Path(init_from).expanduser() / "plan.json")
 
 
 def select_size_values(size: ModelSize, found: Mapping[str, Any]) -> dict[str, Any]:
@@ -143,40 +144,6 @@ def read_recorded_plan(config: Config) -> dict[str, Any]:
     keys = ("name", "path", "revision", "init_from", "resize_vocab_to")
     same = all(resolved["model"].get(key) == getattr(config.model, key) for key in keys)
     return plan if same else {}
-
-
-def read_saved_dropout(model: ModelConfig, size: ModelSize) -> float:
-    """Return the largest dropout in the configuration of the weights at `path`, as far as it is readable here."""
-    found = read_saved_config(model.path) if model.path is not None else {}
-    if found is None:
-        return size.family.published_dropout
-    return max(float(found.get(name, 0.0)) for name in DROPOUTS)
-
-
-def read_saved_config(path: str) -> dict[str, Any] | None:
-    """Read the configuration of the language model of weights in a directory; for a hub id return None."""
-    file = Path(path).expanduser() / "config.json"
-    return _select_text_config(_read_json(f"model.path = {path}", file)) if file.is_file() else None
-
-
-def _select_text_config(found: dict[str, Any]) -> dict[str, Any]:
-    """Return the language model's part of a vision-language configuration, any other configuration as it is."""
-    text = found.get("text_config")
-    if not isinstance(text, dict):
-        return found
-    return {**text, "tie_word_embeddings": any(part.get("tie_word_embeddings", False) for part in (found, text))}
-
-
-def _read_json(where: str, file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise PlanError(
-            f"{where}: {file} cannot be read ({error}): name a saved model, or a run's directory"
-        ) from error
-    if not isinstance(found, dict):
-        raise PlanError(f"{where}: {file} is not the description of a model")
-    return found
 
 
 def compute_vocab_size(config: Config, size: ModelSize) -> int:

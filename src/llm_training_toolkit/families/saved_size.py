@@ -42,16 +42,15 @@ def choose_family(
     return max(candidates, key=count_tokens, default=None)
 
 
-def read_tokenizer_family(families: Iterable[Family], model_type: str, directories: Iterable[str | None]) -> Family:
-    """Return the family of a known class by the first tokenizer.json in some directories.
+def read_tokenizer_family(families: Iterable[Family], model_type: str, files: Iterable[Path | None]) -> Family:
+    """Return the family of a known class by the first tokenizer.json that is on this machine.
 
     Without one, and for a tokenizer of no family, it is the family of this class with the most special tokens.
     """
     of_class = [family for family in families if family.model_type == model_type]
     fallback = max(of_class, key=lambda family: len(family.special_tokens.all))
-    for directory in directories:
-        file = Path(directory).expanduser() / "tokenizer.json" if directory is not None else None
-        if file is not None and file.is_file():
+    for file in files:
+        if file is not None:
             text = file.read_text(encoding="utf-8")
             # As text: parsing the 11 MB of Qwen's tokenizer would take longer than the rest of the plan.
             return choose_family(of_class, lambda token: json.dumps(token) in text) or fallback  # noqa: B023 - used here

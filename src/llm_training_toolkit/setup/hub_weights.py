@@ -1,21 +1,25 @@
-"""Asks the hub for the weights of `model.path`: whether the id exists, this login may read it, and safetensors."""
+"""Asks the hub for the weights of `model.path`: whether the id exists, this login may read it, and safetensors.
+
+The answer brings config.json into the hub's cache, from which `families` reads size, family and dimensions.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import wait
 from dataclasses import dataclass
-from pathlib import Path
 
-from huggingface_hub import HfApi, constants, try_to_load_from_cache
+from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
-from llm_training_toolkit.errors import Problem
-from llm_training_toolkit.plan.checks.run_check import is_directory_or_hub_id
+from llm_training_toolkit import families
+from llm_training_toolkit.config import Config
+from llm_training_toolkit.config.model_config import ModelConfig
+from llm_training_toolkit.errors import PlanError, Problem
 from llm_training_toolkit.setup.daemon_call import start_daemon_call
 
 _REQUEST_SECONDS = 5.0
-# For two requests and the address: looking up a name has no timeout of its own, and takes 10 to 30 s without a network.
+# For four requests and the address: a name's look-up has no timeout of its own, and takes 10 to 30 s without a network.
 _PATIENCE_SECONDS = 12.0
 
 
@@ -33,12 +37,52 @@ class HubAnswer:
 def ask_hub(path: str, revision: str | None = None) -> HubAnswer:
     """Ask the hub for the weights at `path` and a branch, tag or commit of it, within 12 seconds.
 
-    Directories, weights in the hub's cache and its offline mode need no answer.
+    Fetches their config.json into the hub's cache. Directories, weights in the cache and the hub's offline mode need no
+    answer.
     """
-    is_cached = isinstance(_find_cached_config(path, revision), str)
-    if Path(path).expanduser().is_dir() or is_cached or constants.HF_HUB_OFFLINE or not is_directory_or_hub_id(path):
+    if not families.is_hub_id(path) or constants.HF_HUB_OFFLINE or _is_cached(path, revision):
         return HubAnswer()
     return _ask_in_time(lambda: _ask_for_files(path, revision), path, revision)
+
+
+def ask_for_size(config: Config) -> HubAnswer | None:
+    """Ask the hub for the weights of a run, and for the tokenizer by which a family without a known name is told.
+
+    None for a run that has begun, which knows its size, and without a hub id. Raises PlanError if the size is neither
+    known here nor at the hub, and DataError for a tokenizer that cannot be had.
+    """
+    model = config.model
+    if model.path is None or not families.is_hub_id(model.path) or families.read_recorded_plan(config):
+        return None
+    answer = ask_hub(model.path, model.revision)
+    if not families.has_known_size(config):
+        if families.find_weights_file(model.path, families.CONFIG_FILE, model.revision) is not None:
+            families.find_run_size(config)  # raises: model.name is another one than that of the weights
+        raise _build_unknown_size_error(model, answer)
+    if config.tokenizer.path is not None and not families.has_known_name(model.name):
+        from llm_training_toolkit.data.tokenizer import resolve_tokenizer_directory
+
+        resolve_tokenizer_directory(config.tokenizer.path, config.tokenizer.revision)
+    return answer
+
+
+def ensure_known_size(config: Config) -> None:
+    """Ask the hub only if the model's name does not tell its size. Raises the errors of `ask_for_size`."""
+    if not families.has_known_name(config.model.name):
+        ask_for_size(config)
+
+
+def _build_unknown_size_error(model: ModelConfig, answer: HubAnswer) -> PlanError:
+    """Return the error of weights without a known size: the hub's own problem, else the missing config.json."""
+    if answer.problem is None:
+        asked = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else answer.unreachable or "it has none"
+        what = f"{model.name} is the name of no known size, and the hub gives no config.json of {model.path} ({asked})"
+        remedy = "Correct it, ask again with a network, or give the directory of the weights"
+        fix = f"{families.suggest_names(model.name)} {remedy}".strip()
+        problem = Problem("size-not-known", "model.path", what, fix)
+    else:
+        problem = answer.problem
+    return PlanError.from_problems(str(problem), [problem])
 
 
 def ask_hub_commit(path: str, revision: str | None) -> str | None:
@@ -59,18 +103,21 @@ def _ask_in_time(ask: Callable[[], HubAnswer], path: str, revision: str | None) 
     return asked.result() if error is None else _explain_refusal(path, revision, error)
 
 
-def _find_cached_config(path: str, revision: str | None) -> object:
-    try:
-        return try_to_load_from_cache(path, "config.json", revision=revision)
-    except ValueError:  # not the form of an id
-        return None
+def _is_cached(path: str, revision: str | None) -> bool:
+    """Return whether weights of the hub are on this machine, and not their configuration alone."""
+    weights = ("model.safetensors", "model.safetensors.index.json")
+    here = {name: families.find_weights_file(path, name, revision) for name in (families.CONFIG_FILE, *weights)}
+    return here[families.CONFIG_FILE] is not None and any(here[name] is not None for name in weights)
 
 
 def _ask_for_files(path: str, revision: str | None) -> HubAnswer:
     found = HfApi().model_info(path, revision=revision, timeout=_REQUEST_SECONDS)
     if found.gated:
         HfApi().auth_check(path)
-    if any(file.rfilename.endswith(".safetensors") for file in found.siblings or ()):
+    files = {file.rfilename for file in found.siblings or ()}
+    if any(name.endswith(".safetensors") for name in files):
+        if families.CONFIG_FILE in files:
+            HfApi().hf_hub_download(path, families.CONFIG_FILE, revision=revision, etag_timeout=_REQUEST_SECONDS)
         return HubAnswer()
     what = f"{path} has no weights in safetensors on the hub, and pickled ones are not opened"
     fix = "Save them with transformers, save_pretrained, where you trust them, and give that directory"

@@ -10,14 +10,17 @@ from llm_training_toolkit.config import Config
 from llm_training_toolkit.errors import CheckpointError, PlanError
 from llm_training_toolkit.plan import Plan
 from llm_training_toolkit.plan.checks.run_check import is_directory_or_hub_id
-from llm_training_toolkit.setup.hub_weights import ask_hub, ask_hub_commit
+from llm_training_toolkit.setup.hub_weights import HubAnswer, ask_hub, ask_hub_commit
 from llm_training_toolkit.setup.machine import is_local
 from llm_training_toolkit.setup.resume import ResumeState
 
 
-def check_initial_weights(config: Config, plan: Plan, resume_state: ResumeState) -> None:
+def check_initial_weights(
+    config: Config, plan: Plan, resume_state: ResumeState, answer: HubAnswer | None = None
+) -> None:
     """Raise PlanError or CheckpointError if the weights at model.path are missing or do not match.
 
+    `answer` is that of the hub for a run that has not begun; without one the hub is asked.
     Every worker checks again, because its machine may have other files. A run that has begun needs these weights only
     for adapters.
     """
@@ -42,7 +45,7 @@ def check_initial_weights(config: Config, plan: Plan, resume_state: ResumeState)
     starts_here = config.cluster.workers == 0 or is_local()
     hub = _find_recorded_commit(config, resume_state)
     revision = hub.commit if hub else config.model.revision
-    if starts_here and (problem := ask_hub(path, revision).problem) is not None:
+    if starts_here and (problem := (answer or ask_hub(path, revision)).problem) is not None:
         raise PlanError(str(problem))  # elsewhere the nodes may have another login
     try:
         published = read_hf_config(path, model_type, revision).to_dict()

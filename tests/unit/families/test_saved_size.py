@@ -8,6 +8,7 @@ import pytest
 
 from llm_training_toolkit import families
 from llm_training_toolkit.config import parse_config
+from llm_training_toolkit.config.model_config import TokenizerConfig
 from llm_training_toolkit.config.schema import Config
 from llm_training_toolkit.errors import PlanError
 from llm_training_toolkit.plan import make_plan
@@ -87,7 +88,7 @@ def test_the_tokenizer_tells_families_of_one_class_apart(name: str, model_type: 
     weights = save_values(tmp_path / "mine", values, families.FAMILIES[name].special_tokens.all)
     assert families.find_run_size(path_config(weights)).family.name == name
     elsewhere = save_values(tmp_path / "no-tokenizer", values)
-    size = families.find_size_of_weights(str(elsewhere), str(weights))
+    size = families.find_size_of_weights(str(elsewhere), tokenizer=TokenizerConfig(path=str(weights)))
     assert size is not None
     assert size.family.name == name
 

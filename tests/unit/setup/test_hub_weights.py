@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import socket
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from huggingface_hub import constants
 
-from hub_server import hub
+from hub_server import hub, silent_server, use_hub
 from llm_training_toolkit.commands.plan import plan_run
 from llm_training_toolkit.config import parse_config
 from llm_training_toolkit.setup import hub_weights
@@ -44,7 +41,7 @@ def test_what_the_hub_says_of_weights(
     path: str, files: dict[str, bytes], token: str, code: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with hub(NAME, files, "models", token=token, is_listed=True) as endpoint:
-        monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+        use_hub(endpoint, monkeypatch)
         answer = ask_hub(path)
     assert not answer.unreachable
     assert (answer.problem and answer.problem.code) == code
@@ -53,27 +50,18 @@ def test_what_the_hub_says_of_weights(
 def test_a_login_that_was_let_in_sees_gated_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "needed")
     with hub(NAME, FILES, "models", token="needed", is_listed=True) as endpoint:
-        monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+        use_hub(endpoint, monkeypatch)
         assert ask_hub(NAME).problem is None
 
 
 def test_a_revision_that_does_not_exist_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     commit = "a" * 40
     with hub(NAME, {}, "models", commits={commit: FILES}, branches={"main": commit}) as endpoint:
-        monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+        use_hub(endpoint, monkeypatch)
         assert ask_hub(NAME, "main").problem is None
         problem = ask_hub(NAME, "v9").problem
     assert problem is not None
     assert problem.code == "no-such-revision"
-
-
-@contextmanager
-def silent_server() -> Iterator[str]:
-    """An address that takes connections and never answers."""
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        listening.listen()
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
 
 
 def test_a_hub_that_does_not_answer_is_a_note_and_nothing_waits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,7 +73,7 @@ def test_a_hub_that_does_not_answer_is_a_note_and_nothing_waits(monkeypatch: pyt
         "train": {"steps": 1, "precision": "fp32"},
     }
     with silent_server() as endpoint:
-        monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+        use_hub(endpoint, monkeypatch)
         begin = time.monotonic()
         plan, _ = plan_run(parse_config(raw, "test"))
     assert time.monotonic() - begin < 60
@@ -104,11 +92,11 @@ def test_an_error_of_another_kind_is_a_reason_too(monkeypatch: pytest.MonkeyPatc
 def test_a_resume_does_not_wait_for_the_commit_of_a_branch(monkeypatch: pytest.MonkeyPatch) -> None:
     commit = "a" * 40
     with hub(NAME, {}, "models", commits={commit: FILES}, branches={"main": commit}) as endpoint:
-        monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+        use_hub(endpoint, monkeypatch)
         assert ask_hub_commit(NAME, "main") == commit
     monkeypatch.setattr(hub_weights, "_PATIENCE_SECONDS", 0.2)
     with silent_server() as endpoint:
-        monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+        use_hub(endpoint, monkeypatch)
         monkeypatch.setattr(hub_weights, "_REQUEST_SECONDS", 60.0)
         begin = time.monotonic()
         assert ask_hub_commit(NAME, "main") is None

@@ -76,19 +76,20 @@ def fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("qwen3-0.6b", r"tiny/model holds a qwen2 model, model\.name is of qwen3"),
     ],
 )
-def test_a_hub_id_of_another_size_or_family_is_refused(
+def test_a_hub_id_of_another_size_or_family_than_was_planned_is_refused(
     corpus: Path, tmp_path: Path, fetched: Path, name: str, message: str | None
 ) -> None:
     given = starting_from(Path("tiny/model"), corpus, tmp_path, name="qwen2.5-0.5b", resize_vocab_to=152_000)
+    config = given.model_copy(update={"model": given.model.model_copy(update={"name": name})})
+    plan = make_plan(config)  # while the hub cannot be asked: of the size with this name
     fetched.write_text(
         json.dumps(families.resolve_hf_config(starting_from(Path("a/b"), corpus, tmp_path, name="qwen2.5-0.5b")))
     )
-    config = given.model_copy(update={"model": given.model.model_copy(update={"name": name})})
     if message is None:
-        check_initial_weights(config, make_plan(config), FRESH)
+        check_initial_weights(config, plan, FRESH)
         return
     with pytest.raises(PlanError, match=message):
-        check_initial_weights(config, make_plan(config), FRESH)
+        check_initial_weights(config, plan, FRESH)
 
 
 def test_a_directory_that_is_not_there_is_named(corpus: Path, tmp_path: Path) -> None:

@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from llm_training_toolkit.config.schema import Config
-from llm_training_toolkit.families import HfValues, ModelSize, read_saved_dropout
+from llm_training_toolkit.families import HfValues, ModelSize, read_saved_config, read_saved_dropout
 from llm_training_toolkit.plan.batch import count_replicas, get_micro_batch, split_global_batch
 from llm_training_toolkit.plan.checks.run_check import is_directory_or_hub_id
+from llm_training_toolkit.plan.checks.saved_weights_check import collect_dtype_notes
 
 # names of environment variables with secrets
 _SECRET = re.compile(r"TOKEN$|SECRET|PASSWORD|CREDENTIAL|KEY$", re.IGNORECASE)
@@ -91,12 +92,12 @@ def _collect_lora_notes(config: Config) -> Iterator[str]:
         yield "4-bit weights need a GPU and bitsandbytes on every worker."
 
 
-def _collect_model_path_notes(path: str, size: ModelSize, hf: HfValues) -> Iterator[str]:
-    """Note the origin of the plan's numbers: local weights, else the size of `model.name`."""
+def _collect_model_path_notes(path: str, revision: str | None, size: ModelSize, hf: HfValues) -> Iterator[str]:
+    """Note the origin of the plan's numbers: the config.json of the weights, else the size of `model.name`."""
     if not is_directory_or_hub_id(path):
         yield f"There is no directory {path} on this machine: training will look for it."
     found, named = (size.family.read_dims(values).total_parameters for values in (hf, size.hf_values))
-    if not Path(path).expanduser().is_dir():
+    if read_saved_config(path, revision) is None:
         yield f"Numbers are those of {size.name}; the weights of model.path are compared with it when loaded."
     elif found != named:
         yield f"{size.name} has {named:,} parameters; numbers are those of the weights in {path}: {found:,}."
@@ -106,7 +107,8 @@ def _collect_model_notes(config: Config, size: ModelSize, hf: HfValues) -> Itera
     length = config.data.sequence_length
     yield from _collect_lora_notes(config)
     if config.model.path is not None:
-        yield from _collect_model_path_notes(config.model.path, size, hf)
+        yield from _collect_model_path_notes(config.model.path, config.model.revision, size, hf)
+        yield from collect_dtype_notes(config)
         if not size.family.absolute_positions and length > size.hf_values[size.family.position_key]:
             yield f"A sequence of {length} tokens is longer than the weights have seen."
         if dropout := read_saved_dropout(config.model, size):

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from llm_training_toolkit.config.schema import Config
 from llm_training_toolkit.config.uri import is_uri
-from llm_training_toolkit.families import Family, HfValues, ModelSize
+from llm_training_toolkit.families import Family, HfValues, ModelSize, is_hub_id
 from llm_training_toolkit.families.family import ISOLATED_MODEL_TYPES
 from llm_training_toolkit.plan.auto import GPU_ATTENTION, OFFLOAD_STAGES
 from llm_training_toolkit.plan.checks.data_check import find_data_problems, find_tokenizer_problems
 from llm_training_toolkit.plan.checks.lora_check import find_lora_problems
+from llm_training_toolkit.plan.checks.saved_weights_check import find_saved_weights_problems
 from llm_training_toolkit.plan.compilation import find_compile_problem
 from llm_training_toolkit.plan.deepspeed import find_deepspeed_problems
 from llm_training_toolkit.plan.problem import Problem, format_plural
@@ -32,6 +32,7 @@ def find_problems(config: Config, size: ModelSize, hf: HfValues, ranks: int) -> 
         *_find_attention_problems(config, size.family),
         *_find_compile_problems(config, hf),
         *_find_weights_problems(config),
+        *find_saved_weights_problems(config),
         *_find_revision_problems(config),
         *find_lora_problems(config, size, hf),
         *_find_offload_problems(config),
@@ -226,4 +227,4 @@ def _find_batch_problems(config: Config, ranks: int) -> Iterator[Problem]:
 
 def is_directory_or_hub_id(path: str) -> bool:
     """Return whether weights are on this machine or may be on the hub: an id has at most one slash."""
-    return Path(path).expanduser().is_dir() or re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) is not None
+    return Path(path).expanduser().is_dir() or is_hub_id(path)

@@ -1,0 +1,174 @@
+"""A hub id alone is enough: size, family and dimensions follow from the config.json that the hub gives at plan time."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import constants
+
+from hub_server import hub, silent_server, use_hub
+from llm_training_toolkit.commands.init import StarterRequest, TrainingMachine, format_starter_config
+from llm_training_toolkit.commands.plan import plan_run
+from llm_training_toolkit.config import Config, parse_config
+from llm_training_toolkit.errors import PlanError
+from llm_training_toolkit.families import FAMILIES, count_parameters
+from llm_training_toolkit.plan import make_plan
+from llm_training_toolkit.setup import hub_weights
+from llm_training_toolkit.setup.hub_weights import ensure_known_size
+from tiny_models import DECODER, SHAPES
+
+ID = "someone/My-Model"
+QWEN3 = DECODER | {"vocab_size": 1024, "max_position_embeddings": 128}
+QWEN3_5 = SHAPES["qwen3.5-4b"] | {"model_type": "qwen3_5_text", "vocab_size": 1024, "max_position_embeddings": 128}
+QWEN2 = {
+    "model_type": "qwen2",
+    "vocab_size": 1024,
+    "hidden_size": 48,
+    "intermediate_size": 100,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+}
+
+
+@pytest.fixture(autouse=True)
+def no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+
+
+def hub_config(path: str = ID, *, precision: str = "fp32", **model: Any) -> Config:
+    raw = {
+        "run": {"name": "test", "dir": "no-such-directory"},
+        "model": {"path": path, **model},
+        "data": {"sequence_length": 64, "sources": [{"path": "x", "format": "text"}]},
+        "train": {"steps": 10, "global_batch_size": 1, "precision": precision},
+    }
+    return parse_config(raw, "test")
+
+
+def hub_files(values: dict[str, Any], family: str) -> dict[str, bytes]:
+    tokens = [{"content": token} for token in FAMILIES[family].special_tokens.all]
+    return {
+        "config.json": json.dumps(values).encode(),
+        "tokenizer.json": json.dumps({"added_tokens": tokens}).encode(),
+        "model.safetensors": b"weights",
+    }
+
+
+@pytest.mark.parametrize(
+    ("path", "values", "family"),
+    [
+        (ID, QWEN3, "qwen3"),
+        (ID, QWEN2, "qwen2"),
+        (ID, QWEN2, "qwen2.5"),
+        (ID, QWEN2, "codeqwen1.5"),
+        ("someone/qwen3-0.6b", QWEN3, "qwen3"),  # the name of a known size, of other dimensions
+        (ID, {"model_type": "qwen3_5", "vision_config": {}, "text_config": QWEN3_5}, "qwen3.5"),
+    ],
+    ids=["qwen3", "qwen2", "qwen2.5", "codeqwen1.5", "known-name", "vision-language"],
+)
+def test_a_hub_id_alone_is_enough(
+    path: str, values: dict[str, Any], family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    with hub(path, hub_files(values, family), "models", asked) as endpoint:
+        use_hub(endpoint, monkeypatch)
+        plan, _ = plan_run(hub_config(path))
+    assert plan.problems == ()
+    assert (plan.model, plan.family) == (path.partition("/")[2], family)
+    text = values.get("text_config", values)
+    assert {key: plan.hf_config[key] for key in ("hidden_size", "vocab_size")} == {
+        key: text[key] for key in ("hidden_size", "vocab_size")
+    }
+    assert plan.parameters == count_parameters(plan.hf_config) < 10_000_000
+    assert "model.safetensors" not in asked
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert plan_run(hub_config(path))[0].parameters == plan.parameters
+
+
+@pytest.mark.parametrize(
+    ("path", "files", "token", "code"),
+    [
+        (ID, hub_files(QWEN3, "qwen3"), "needed", "hub-model-gated"),
+        ("someone/My-Modell", hub_files(QWEN3, "qwen3"), "", "no-such-hub-model"),
+        (ID, {"config.json": b"{}", "pytorch_model.bin": b"pickled"}, "", "no-safetensors"),
+        (ID, {"model.safetensors": b"weights"}, "", "size-not-known"),
+    ],
+)
+def test_a_size_that_the_hub_does_not_give_is_refused_with_its_reason(
+    path: str, files: dict[str, bytes], token: str, code: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with hub(ID, files, "models", token=token, is_listed=True) as endpoint:
+        use_hub(endpoint, monkeypatch)
+        with pytest.raises(PlanError) as refused:
+            plan_run(hub_config(path))
+    assert [problem.code for problem in refused.value.problems] == [code]
+
+
+@pytest.mark.parametrize("offline", [False, True])
+def test_without_a_network_an_unknown_name_is_refused_and_nothing_waits(
+    offline: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub_weights, "_PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+    with silent_server() as endpoint:
+        use_hub(endpoint, monkeypatch)
+        begin = time.monotonic()
+        with pytest.raises(PlanError) as refused:
+            ensure_known_size(hub_config("Qwen/Qwen3-0.6BB"))
+    assert time.monotonic() - begin < 30
+    (problem,) = refused.value.problems
+    assert problem.code == "size-not-known"
+    assert ("HF_HUB_OFFLINE" if offline else "0.2 s") in problem.what
+    assert "qwen3-0.6b" in problem.fix
+
+
+def test_a_known_name_needs_no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    ensure_known_size(hub_config("Qwen/Qwen3-0.6B"))
+
+
+def test_another_name_than_that_of_the_weights_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with hub(ID, hub_files(QWEN3, "qwen3"), "models") as endpoint:
+        use_hub(endpoint, monkeypatch)
+        with pytest.raises(PlanError, match=r"model\.name = qwen3-0\.6bb"):
+            plan_run(hub_config(name="qwen3-0.6bb"))
+
+
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+@pytest.mark.parametrize(
+    ("saved", "precision", "is_rounded"),
+    [("float16", "bf16", True), ("float32", "bf16", True), ("float16", "fp32", False), ("bfloat16", "bf16", False)],
+)
+def test_weights_that_the_precision_rounds_are_noted(
+    key: str, saved: str, precision: str, is_rounded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with hub(ID, hub_files(QWEN3 | {key: saved}, "qwen3"), "models") as endpoint:
+        use_hub(endpoint, monkeypatch)
+        plan, _ = plan_run(hub_config(precision=precision))
+    assert any(f"saved in {saved} are rounded to bfloat16" in note for note in plan.notes) == is_rounded
+
+
+def test_quantized_weights_are_refused_at_plan_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = QWEN3 | {"quantization_config": {"quant_method": "fp8"}}
+    with hub("Qwen/Qwen3-0.6B-FP8", hub_files(values, "qwen3"), "models") as endpoint:
+        use_hub(endpoint, monkeypatch)
+        plan, _ = plan_run(hub_config("Qwen/Qwen3-0.6B-FP8"))
+    assert [problem.code for problem in plan.problems] == ["quantized-weights"]
+
+
+def test_a_starter_configuration_for_a_hub_id_of_any_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with hub(ID, hub_files(QWEN3, "qwen3"), "models") as endpoint:
+        use_hub(endpoint, monkeypatch)
+        text = format_starter_config(StarterRequest("code", ID, "code/"), TrainingMachine(0, 16.0))
+    assert f"path: {ID}" in text
+    assert "fim" in text
+    assert make_plan(hub_config()).problems == ()
