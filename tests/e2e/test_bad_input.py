@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 
 import fork_server
 from launching import command, run_of, wait_for_step
+from llm_training_toolkit.checkpoint import find_latest_checkpoint
 
 INLINE = {"train": {"steps": 4, "global_batch_size": 4, "micro_batch_size": 2}, "cluster": {"workers": 0}}
 WITHOUT_CLUSTER = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
@@ -69,6 +71,66 @@ def test_a_run_directory_that_cannot_be_written_is_named(launch_config: Callable
     code, said = refused(launch_config("no_directory", **INLINE), f"run.dir={tmp_path / 'file'}")
     assert code == 1
     assert str(tmp_path / "file") in said
+
+
+_FROM_A_DELETED_DIRECTORY = """
+import os, sys, tempfile
+from llm_training_toolkit.cli.app import main
+os.chdir(folder := tempfile.mkdtemp())
+os.rmdir(folder)
+main()
+"""
+
+
+@pytest.mark.parametrize("verb", ["plan", "train", "runs", "doctor"])
+def test_a_deleted_current_directory_is_said(launch_config: Callable[..., Path], verb: str) -> None:
+    given = [str(launch_config("deleted", **INLINE))] if verb in {"plan", "train"} else []
+    done = fork_server.run([sys.executable, "-c", _FROM_A_DELETED_DIRECTORY, verb, *given], capture_output=True)
+    assert done.returncode == 1
+    assert done.stderr == (
+        "error: the current directory has been deleted: change to one that exists (cd), then give the same command "
+        "again\n"
+    )
+
+
+@pytest.mark.slow
+def test_a_run_outlives_its_configuration_file_and_current_directory(
+    launch_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    config = launch_config("outlives", **INLINE, export={"at_end": True})
+    folder = tmp_path / "checkout"
+    folder.mkdir()
+    given = command(config, "train.steps=300")
+    with fork_server.popen(given, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        wait_for_step(run_of(config), 2, process)
+        config.unlink()
+        folder.rmdir()
+        out, _ = process.communicate(timeout=900)
+    assert process.returncode == 0, out
+    assert f"ltt generate {run_of(config).path}/export" in out
+    assert "Traceback" not in out
+
+
+_WITHOUT_STREAMS = """
+import os, sys
+from llm_training_toolkit.cli.app import main
+for name in sys.argv.pop(1).split(","):
+    os.close(("stdin", "stdout", "stderr").index(name))
+    setattr(sys, name, None)  # as Python starts without it
+main()
+"""
+
+
+@pytest.mark.parametrize("closed", ["stdout", "stderr", "stdin,stdout,stderr"])
+def test_a_command_without_standard_streams_works(launch_config: Callable[..., Path], closed: str) -> None:
+    """`ltt … <&- >&- 2>&-`, as some schedulers start it."""
+    config = launch_config(closed.replace(",", "-"), **INLINE)
+    for verb in (["train", str(config)], ["runs", str(config.parent)], ["runs", str(config.parent), "--json"]):
+        done = fork_server.run([sys.executable, "-c", _WITHOUT_STREAMS, closed, *verb], capture_output=True)
+        assert done.returncode == 0, done.stderr
+        assert "Traceback" not in done.stdout + done.stderr
+        assert bool(done.stdout) == ("stdout" not in closed)
+    assert find_latest_checkpoint(run_of(config).checkpoints_dir) is not None
 
 
 @pytest.mark.slow

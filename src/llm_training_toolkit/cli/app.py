@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -18,7 +19,7 @@ from llm_training_toolkit.cli.runs import export, report, runs, tensorboard
 from llm_training_toolkit.cli.serve import serve
 from llm_training_toolkit.cli.train import drill, train
 from llm_training_toolkit.cli.tune import tune
-from llm_training_toolkit.errors import ToolkitError, format_os_error
+from llm_training_toolkit.errors import LaunchError, ToolkitError, format_os_error
 from llm_training_toolkit.runs.printable import escape_control_characters
 
 app = typer.Typer(
@@ -67,10 +68,11 @@ app.command()(publish)
 
 def main() -> None:
     """Run a command; report errors of the toolkit and of the operating system as one line, and exit with their code."""
-    from llm_training_toolkit.monitoring.terminal import open_missing_descriptors
+    from llm_training_toolkit.monitoring.terminal import open_missing_streams
 
-    open_missing_descriptors()
+    open_missing_streams()
     try:
+        _check_current_directory()
         app()
     except ToolkitError as error:
         typer.echo(f"error: {escape_control_characters(str(error))}", err=True)
@@ -78,3 +80,13 @@ def main() -> None:
     except OSError as error:
         typer.echo(f"error: {escape_control_characters(format_os_error(error))}", err=True)
         sys.exit(ToolkitError.exit_code)
+
+
+def _check_current_directory() -> None:
+    """Refuse a deleted one, in which the first use of torch aborts the process ("Intel oneMKL FATAL ERROR")."""
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        raise LaunchError(
+            "the current directory has been deleted: change to one that exists (cd), then give the same command again"
+        ) from None

@@ -80,7 +80,7 @@ def _train(request: TrainRequest, out: TerminalStream, err: TerminalStream, *, a
     elif as_json:
         console.print_result(outcome.to_json())
     else:
-        for line in format_next_steps(outcome, request):
+        for line in format_next_steps(outcome, request, config):
             console.print_line(line)
     return EXIT_CODES[outcome.status]
 

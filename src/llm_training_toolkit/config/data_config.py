@@ -9,7 +9,7 @@ from pydantic import (
     model_validator,
 )
 
-from llm_training_toolkit.config.section import ConfigSection, FieldTag, Location, Share
+from llm_training_toolkit.config.section import ConfigSection, FieldTag, Location, PlainLocation, Share
 from llm_training_toolkit.config.source_config import SourceConfig
 
 
@@ -76,7 +76,7 @@ class DataConfig(ConfigSection):
     """Unreadable documents: stop and name the document, or skip and count it."""
     max_skipped: Annotated[Share, FieldTag.IDENTITY] = 0.001
     """Maximum share of documents that `on_error: skip` may skip."""
-    cache: Annotated[Location, Field(min_length=1), FieldTag.FREE] = "auto"
+    cache: Annotated[PlainLocation, Field(min_length=1), FieldTag.FREE] = "auto"
     """Directory for tokenized data, shared by runs. `auto` = `.cache` in `run.dir`, or `~/.cache/llm-training-toolkit`
     if `run.dir` is an object store."""
 

@@ -239,8 +239,14 @@ def redact_config(config: Config) -> Config:
 
 def redact_data(data: DataConfig) -> DataConfig:
     """Return sources with addresses without a query: a signed address is new each day, its documents stay the same."""
-    held_out = data.eval.model_copy(update={"sources": _redact_sources(data.eval.sources)})
-    return data.model_copy(update={"sources": _redact_sources(data.sources), "eval": held_out})
+    changes: dict[str, Any] = {
+        "sources": _redact_sources(data.sources),
+        "eval": data.eval.model_copy(update={"sources": _redact_sources(data.eval.sources)}),
+    }
+    if data.decontamination is not None:
+        benchmarks = tuple(map(redact_uri, data.decontamination.paths))
+        changes["decontamination"] = data.decontamination.model_copy(update={"paths": benchmarks})
+    return data.model_copy(update=changes)
 
 
 def _redact_sources(sources: tuple[SourceConfig, ...]) -> tuple[SourceConfig, ...]:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from llm_training_toolkit.config.section import ConfigSection, FieldTag, Location, Revision
+from llm_training_toolkit.config.section import ConfigSection, FieldTag, PlainLocation, Revision
 
 
 def _check_checkpointing(value: object) -> object:
@@ -49,12 +49,12 @@ class ModelConfig(ConfigSection):
     """Size of a known family, such as `qwen3-0.6b`, in any case, with or without its organization. May be left out
     beside `path`: the size follows from the name or the config.json of the weights, in a directory or at the hub. For
     an unknown name `ltt plan` lists the nearest ones."""
-    path: Annotated[Location | None, FieldTag.IDENTITY] = None
+    path: Annotated[PlainLocation | None, FieldTag.IDENTITY] = None
     """Pretrained weights: a directory or a hub id. Without `path` and `init_from` the weights are random."""
     revision: Annotated[Revision | None, FieldTag.IDENTITY] = None
     """Branch, tag or commit of a hub id in `path`. Absent = its `main` branch. The commit found by the first attempt is
     recorded, and a resume uses it."""
-    init_from: Annotated[Location | None, FieldTag.IDENTITY] = None
+    init_from: Annotated[PlainLocation | None, FieldTag.IDENTITY] = None
     """Directory of another run. Starts from the weights of its newest checkpoint at step 0, with a new optimizer."""
     config_overrides: Annotated[dict[str, int | float | bool], FieldTag.IDENTITY] = {}  # noqa: RUF012 - pydantic copies it
     """Changes to the size's architecture, by the names of its Hugging Face configuration. From scratch only."""
@@ -114,7 +114,7 @@ class TrainTokenizerConfig(ConfigSection):
 class TokenizerConfig(ConfigSection):
     """Tokenizer of the run: exactly one of the two fields."""
 
-    path: Annotated[Location | None, FieldTag.IDENTITY] = None
+    path: Annotated[PlainLocation | None, FieldTag.IDENTITY] = None
     """Directory with a tokenizer.json, or a hub id."""
     revision: Annotated[Revision | None, FieldTag.IDENTITY] = None
     """Branch, tag or commit of a hub id in `path`. Absent = its `main` branch, or `model.revision` if the tokenizer is

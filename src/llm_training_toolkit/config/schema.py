@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from llm_training_toolkit.config.data_config import DataConfig
 from llm_training_toolkit.config.eval_config import EvalConfig
@@ -20,10 +20,9 @@ from llm_training_toolkit.config.section import (
     Duration,
     FieldTag,
     Interval,
-    Location,
+    PlainLocation,
     Share,
     Workers,
-    check_no_query,
     check_whole_number,
 )
 
@@ -33,7 +32,7 @@ class RunConfig(ConfigSection):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$"), FieldTag.FREE]
     """Name of the run and of its directory. Starting the same name again resumes the run."""
-    dir: Annotated[Location, Field(min_length=1), FieldTag.FREE] = "runs"
+    dir: Annotated[PlainLocation, Field(min_length=1), FieldTag.FREE] = "runs"
     """Directory of all runs. On a cluster a path shared by all nodes, or `s3://bucket/path` (docs/checkpoints.md)."""
     seed: Annotated[int, Field(ge=0), FieldTag.IDENTITY] = 42
     """Random seed for initial weights, data order, fill-in-the-middle and dropout."""
@@ -224,7 +223,7 @@ class WandbConfig(ConfigSection):
 class MlflowConfig(ConfigSection):
     """MLflow: needs the package `mlflow` or `mlflow-skinny` where rank 0 runs."""
 
-    tracking_uri: Annotated[Location, Field(min_length=1), AfterValidator(check_no_query), FieldTag.FREE]
+    tracking_uri: Annotated[PlainLocation, Field(min_length=1), FieldTag.FREE]
     """Server (`https://host`) or database (`sqlite:///path/mlflow.db`)."""
     experiment: Annotated[str, Field(min_length=1), FieldTag.FREE]
     """Experiment, created where it does not exist."""

@@ -12,7 +12,7 @@ from typing import Annotated
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
-from llm_training_toolkit.config.uri import has_userinfo
+from llm_training_toolkit.config.uri import has_userinfo, redact_uri
 
 SECRET_ERROR = "secret"  # noqa: S105 - type of pydantic's error whose value must not be shown
 
@@ -106,9 +106,20 @@ def _check_home_directory(value: str) -> str:
     return value
 
 
+def _check_no_query(value: str) -> str:
+    if redact_uri(value) != value:
+        raise PydanticCustomError(
+            SECRET_ERROR,
+            "the address has a query or fragment, which may be a key, and the run directory and logs would repeat it: "
+            "give keys by environment variables (docs/data.md, Addresses)",
+        )
+    return value
+
+
 Location = Annotated[
     str, AfterValidator(_check_no_userinfo), AfterValidator(_check_home_directory)
-]  # path, URI or hub id
+]  # path, URI or hub id; of a URI with a query `redact_config` keeps the rest
+PlainLocation = Annotated[Location, AfterValidator(_check_no_query)]  # stored and shown as it is
 
 
 Workers = Annotated[int | tuple[int, int], BeforeValidator(_check_worker_range)]
@@ -126,13 +137,6 @@ def check_whole_number(value: object) -> object:
     """Refuse true and 1.0, which a Literal of integers would accept as 1."""
     if isinstance(value, bool | float):
         raise ValueError("write a whole number")
-    return value
-
-
-def check_no_query(value: str) -> str:
-    """Refuse a query, which may hold a key: the configuration is written into the run's files."""
-    if "?" in value:
-        raise ValueError("has a query (?...): give keys by MLFLOW_TRACKING_TOKEN or another variable of MLflow")
     return value
 
 

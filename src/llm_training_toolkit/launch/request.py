@@ -7,12 +7,13 @@ import shlex
 import shutil
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from llm_training_toolkit.config import Config, load_config
-from llm_training_toolkit.config.uri import is_uri
+from llm_training_toolkit.config import Config
+from llm_training_toolkit.config.uri import is_uri, redact_text
 from llm_training_toolkit.errors import ToolkitError, format_os_error
 from llm_training_toolkit.runs.directory import RunDirectory
 from llm_training_toolkit.runs.storage.open import get_run_location
@@ -79,14 +80,15 @@ def build_failure_json(error: Exception) -> dict[str, Any]:
     }
 
 
-def format_next_steps(outcome: TrainResult, request: TrainRequest) -> list[str]:
-    """Return suggested next commands, ready to paste."""
+def format_next_steps(outcome: TrainResult, request: TrainRequest, config: Config) -> list[str]:
+    """Return suggested next commands, ready to paste apart from addresses, which are redacted.
+
+    Neither the file of the configuration nor the current directory need exist any more: training may take weeks.
+    """
     if outcome.status == "stopped":
         return [f"stopped at step {outcome.step:,} with a checkpoint: the same command resumes from there"]
-    config, is_here = load_config(request.config, request.overrides), not is_uri(outcome.run)
-    run = os.path.relpath(outcome.run) if is_here else outcome.run
-    here = Path(sys.executable).parent
-    ltt = "ltt" if shutil.which("ltt") else os.path.relpath(here / "ltt")
+    run = outcome.run if is_uri(outcome.run) else _find_relative_path(outcome.run)
+    ltt = "ltt" if shutil.which("ltt") else _find_relative_path(str(Path(sys.executable).parent / "ltt"))
     lines = ["", "next:"]
     if config.export.at_end:
         exported = shlex.quote(f"{run}/export")
@@ -104,6 +106,11 @@ def _format_longer_run(request: TrainRequest, config: Config) -> str:
     length = config.train.model_dump(include={"tokens", "steps", "epochs"})
     [(unit, count)] = [(unit, count) for unit, count in length.items() if count is not None]
     kept = [override for override in request.overrides if not override.startswith(f"train.{unit}=")]
-    return " ".join(
-        [shlex.quote(str(request.config)), *(shlex.quote(word) for word in [*kept, f"train.{unit}={2 * count}"])]
-    )
+    return shlex.join([str(request.config), *map(redact_text, kept), f"train.{unit}={2 * count}"])
+
+
+def _find_relative_path(path: str) -> str:
+    """Return a path from the current directory, or as it is if that has been deleted."""
+    with suppress(FileNotFoundError):
+        return os.path.relpath(path)
+    return path

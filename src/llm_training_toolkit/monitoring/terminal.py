@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import os
 import select
+import sys
 import threading
 import time
 from collections import deque
@@ -114,11 +115,14 @@ def open_terminal_copy(descriptor: int) -> TerminalStream:
     return TerminalStream(descriptor)
 
 
-def open_missing_descriptors() -> None:
+def open_missing_streams() -> None:
     """Open the standard streams that this process was started without, on /dev/null.
 
-    Otherwise the next file would take their number, and redirected output would replace it.
+    Otherwise the next file would take their number, and redirected output would replace it. Python has None for them.
     """
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(descriptor, True)
     os.close(descriptor)
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115 - until the end

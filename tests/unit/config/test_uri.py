@@ -72,6 +72,17 @@ def test_userinfo_is_refused_wherever_an_address_may_stand(tmp_path: Path, key: 
     assert "S3CR3T" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "key", ["run.dir", "model.path", "model.init_from", "tokenizer.path", "data.cache", "monitoring.mlflow"]
+)
+def test_a_query_is_refused_where_no_document_is_read(tmp_path: Path, key: str) -> None:
+    address = "s3://bucket/a?secret_key=S3CR3T"
+    value: Any = {"tracking_uri": address, "experiment": "one"} if key == "monitoring.mlflow" else address
+    with pytest.raises(ConfigError, match=rf"{key}.*a query or fragment, which may be a key") as caught:
+        load(tmp_path, {key: value})
+    assert "S3CR3T" not in str(caught.value)
+
+
 @pytest.mark.parametrize("key", ["run.dir", "model.path", "tokenizer.path", "data.cache"])
 def test_the_home_of_a_user_that_does_not_exist_is_named(tmp_path: Path, key: str) -> None:
     with pytest.raises(ConfigError, match=rf"{key}.*~nobody-of-this-name is no home directory of this machine"):
@@ -93,3 +104,5 @@ def test_a_new_signature_is_no_change_and_none_is_stored(tmp_path: Path) -> None
     assert one.data.sources[0].path == SIGNED, "what reads the documents needs it"
     task = load(tmp_path, {"eval.tasks": [{"task": "perplexity", "data": SIGNED}]})
     assert "S3CR3T" not in dump_config_json(redact_config(task))
+    benchmarks = load(tmp_path, {"data.decontamination": {"paths": [SIGNED, "/home/a"]}})
+    assert "S3CR3T" not in dump_config_json(redact_config(benchmarks))

@@ -132,12 +132,13 @@ def test_a_terminal_is_recognized_and_keeps_its_bars(run: RunDirectory) -> None:
 
 
 _WITHOUT_STREAMS = """
-import os
-from llm_training_toolkit.monitoring.terminal import open_missing_descriptors
-open_missing_descriptors()
+import os, sys
+from llm_training_toolkit.monitoring.terminal import open_missing_streams
+open_missing_streams()
 with open("file", "w") as file:
     number = file.fileno()
 os.write(1, b"nowhere")
+print(sys.stdin.readline(), sys.stderr.write("nowhere"), flush=True)
 raise SystemExit(0 if number > 2 and os.path.getsize("file") == 0 else 1)
 """
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from llm_training_toolkit.config.data_config import DecontaminationConfig
 from llm_training_toolkit.config.source_config import SourceConfig
+from llm_training_toolkit.config.uri import redact_uri
 from llm_training_toolkit.data.sources.decompress import open_decompressed
 from llm_training_toolkit.data.sources.document import UnreadableDocument
 from llm_training_toolkit.data.sources.files import FileFormat, SourceFile, detect_file_format
@@ -38,8 +39,8 @@ class BenchmarkFilter:
                     self._sequences.update(_iter_sequences(text, self._words))
             if len(self._sequences) == before:
                 raise DataError(
-                    f"data.decontamination: {source.path!r} holds no text of {self._words} words that is not in a path "
-                    "before it. Correct the path, or lower ngram_words."
+                    f"data.decontamination: {redact_uri(source.path)!r} holds no text of {self._words} words that "
+                    "is not in a path before it. Correct the path, or lower ngram_words."
                 )
 
     def is_contaminated(self, text: str) -> bool:

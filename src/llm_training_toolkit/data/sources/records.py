@@ -20,7 +20,6 @@ from llm_training_toolkit.data.sources.text import decode_utf8
 
 _PEEKED_BYTES = 1 << 10
 _BATCH_ROWS = 128  # rows held as Python objects at a time
-_NO_LIMIT = 1 << 60
 _PASSED_BYTES = 1 << 20  # read at a time of a line that is too long
 _WHOLE_GROUP_BYTES = 1 << 28  # row groups of a store that are read as a whole
 _PIECE_BYTES = 8 << 20  # of a table, decompressed at a time
@@ -38,7 +37,7 @@ class SourceRecord(NamedTuple):
 
 
 def read_source_records(
-    file: SourceFile, kind: FileFormat, columns: ColumnSelector, first: int = 1, *, max_bytes: int = _NO_LIMIT
+    file: SourceFile, kind: FileFormat, columns: ColumnSelector, first: int = 1, *, max_bytes: int
 ) -> Iterator[SourceRecord | UnreadableDocument]:
     """Yield the records of a file in order from number `first`; unreadable ones as UnreadableDocument.
 

@@ -37,6 +37,7 @@ from llm_training_toolkit.models.sampling import SamplingParams
 
 _TOP_P = 0.95  # nucleus sampling with a temperature; as in Codex, StarCoder and Qwen2.5-Coder
 _K_VALUES = (1, 10, 100)
+_MAX_RECORD_BYTES = 32 << 20  # of a problem or completion; a benchmark's line of 3 GB would fill the memory
 _PROMPT_TOO_LONG = "no room"  # outcome of a completion that was not generated, because its prompt fills the context
 
 
@@ -214,8 +215,13 @@ def read_problem_records(file: Path) -> Iterator[SourceRecord]:
     root = SourceRoot(str(file.parent))
     try:
         for record in read_source_records(
-            SourceFile(root, file.name), FileFormat.LINES if kind is FileFormat.WHOLE else kind, list
+            SourceFile(root, file.name),
+            FileFormat.LINES if kind is FileFormat.WHOLE else kind,
+            list,
+            max_bytes=_MAX_RECORD_BYTES,
         ):
+            if isinstance(record, UnreadableDocument) and record.reason == "too_large":
+                raise DataError(f"{record.where}: has more than {_MAX_RECORD_BYTES >> 20} MiB, the maximum of a record")
             if isinstance(record, UnreadableDocument):
                 raise DataError(f"{record}. Each line is a JSON object") from record
             yield record

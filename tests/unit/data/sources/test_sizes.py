@@ -232,28 +232,39 @@ def test_one_compressed_document_does_not_take_the_memory(tmp_path: Path, tokeni
     assert peak < 700 + 50 * 0.5
 
 
-def test_a_line_of_any_length_is_read_past(tmp_path: Path, tokenizer_path: Path) -> None:
-    path = tmp_path / "a.jsonl.gz"
-    with gzip.open(path, "wb", compresslevel=1) as stream:
-        stream.write(b'{"text": "first"}\n{"text": "')
-        for _ in range(150):
-            stream.write(b"x" * (1 << 20))
-        stream.write(b'"}\n{"text": "last"}\n')
-    wanted = {"path": str(path), "format": "text", "max_document_mb": 1}
+def test_a_line_of_any_length_is_read_past(tmp_path: Path) -> None:
+    """The second line is three times as long and takes no more memory, so one of 3 GB takes none either."""
+    for mebibytes in (50, 150):
+        with gzip.open(tmp_path / f"{mebibytes}.jsonl.gz", "wb", compresslevel=1) as stream:
+            stream.write(b'{"text": "first"}\n{"text": "')
+            for _ in range(mebibytes):
+                stream.write(b"x" * (1 << 20))
+            stream.write(b'"}\n{"text": "last"}\n')
     script = f"""
 import resource
 from llm_training_toolkit.config.data_config import SourceConfig
 from llm_training_toolkit.data.sources import DocumentStats, read_source_documents
+from llm_training_toolkit.errors import DataError
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-before, tally = peak(), DocumentStats()
-source = SourceConfig.model_validate({wanted!r})
-found = [d.text for d in read_source_documents(source, 0, on_error="skip", tally=tally)]
-print(found, dict(tally.skipped), peak() - before < 60)
+before = peak()
+for mebibytes, bound in ((50, 60), (150, 2)):
+    tally, source = DocumentStats(), SourceConfig(
+        path={str(tmp_path)!r} + f"/{{mebibytes}}.jsonl.gz", format="text", max_document_mb=1)
+    found = [d.text for d in read_source_documents(source, 0, on_error="skip", tally=tally)]
+    print(found, dict(tally.skipped), peak() - before < bound)
+    before = peak()
+try:
+    list(read_source_documents(source, 0))
+except DataError as error:
+    print(str(error), peak() - before < 2)
 """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout == "['first', 'last'] {'too_large': 1} True\n"
+    short, long, error = done.stdout.splitlines()
+    assert short == long == "['first', 'last'] {'too_large': 1} True"
+    assert error.startswith(f"{tmp_path}/150.jsonl.gz:2: has 150.0 MiB, more than the 1.0 of max_document_mb")
+    assert error.endswith(" True")
 
 
 def test_a_row_group_is_not_read_as_a_whole(tmp_path: Path) -> None:

@@ -199,6 +199,9 @@ def test_files_that_cannot_be_read_say_why(tmp_path: Path) -> None:
     cut.write_bytes(gzip.compress(json.dumps(PROBLEM).encode())[:-9])
     with pytest.raises(DataError, match="damaged or cut off"):
         read_problems(str(cut))
+    broken.write_text(json.dumps(PROBLEM | {"prompt": "x" * (33 << 20)}))
+    with pytest.raises(DataError, match=r"broken.jsonl:1: has more than 32 MiB, the maximum of a record"):
+        read_problems(str(broken))
     broken.write_text("")
     with pytest.raises(DataError, match="holds no problem"):
         read_problems(str(broken))
