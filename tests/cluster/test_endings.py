@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -22,11 +23,12 @@ from llm_training_toolkit.runs.attempts import find_last_attempt, read_attempt_r
 from llm_training_toolkit.runs.directory import RunDirectory
 from llm_training_toolkit.runs.json_lines import read_newest_rows
 from llm_training_toolkit.search.event_log import SearchDirectory
+from tiny_runs import write_corpus
 
 pytestmark = [pytest.mark.slow]
 Search = tuple[Path, SearchDirectory]
 SECTIONS = {
-    "train": {"steps": 2000, "global_batch_size": 2, "micro_batch_size": 2},  # more would prepare epochs meanwhile
+    "train": {"steps": 20_000, "global_batch_size": 2, "micro_batch_size": 2},  # minutes
     "checkpoint": {"interval": "10m", "keep_latest": 2},
     "eval": {"interval": 100_000},
     "cluster": {"workers": 1},
@@ -66,15 +68,22 @@ def without_ray() -> dict[str, str]:
     return plain | {"RAY_worker_niceness": "0"}
 
 
+@pytest.fixture(scope="module")
+def endless_config(launch_config: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Writes runs of 20 epochs. Of the shared corpus they would be 500, whose preparation takes a processor."""
+    corpus = write_corpus(tmp_path_factory.mktemp("large") / "code", 1500)
+    return partial(launch_config, **SECTIONS, data={"sources": [{"path": str(corpus), "format": "code"}]})
+
+
 @pytest.mark.parametrize(("number", "own"), [(signal.SIGTERM, True), (signal.SIGHUP, False), (signal.SIGINT, False)])
 def test_a_signal_to_the_whole_process_group_saves_and_leaves_no_process(
-    launch_config: Callable[..., Path], ray_environment: Environment, number: signal.Signals, own: bool
+    endless_config: Callable[..., Path], ray_environment: Environment, number: signal.Signals, own: bool
 ) -> None:
     """`timeout`, systemd, a closed terminal and Ctrl-C reach the whole group, in which nothing of Ray may be.
 
     One run, which each signal resumes, with a Ray of its own or on the tests' cluster.
     """
-    config = launch_config("group", **SECTIONS)
+    config = endless_config("group")
     run, environment = run_of(config), without_ray() if own else ray_environment
     before, streams = last_step(run), {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     with fork_server.popen(command(config), env=environment, start_new_session=True, **streams) as process:
@@ -90,9 +99,9 @@ def test_a_signal_to_the_whole_process_group_saves_and_leaves_no_process(
 
 
 @pytest.fixture(scope="module")
-def search(launch_config: Callable[..., Path]) -> Search:
+def search(endless_config: Callable[..., Path]) -> Search:
     """A search of two trials."""
-    base = launch_config("searched", **SECTIONS)
+    base = endless_config("searched")
     content = {
         "base": base.name,
         "search": {"optim.lr": {"choice": [1e-3, 3e-3]}},

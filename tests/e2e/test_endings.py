@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ from launching import command, run_of, wait_for_step
 from llm_training_toolkit.checkpoint import find_latest_checkpoint
 from llm_training_toolkit.runs.attempts import find_last_attempt, read_attempt_record
 from llm_training_toolkit.runs.directory import RunDirectory
+from tiny_runs import write_corpus
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 SECTIONS = {
@@ -72,6 +74,14 @@ def assert_stopped(run: RunDirectory) -> None:
     assert read_attempt_record(run, attempt)["state"] == "stopped"
 
 
+@pytest.fixture(scope="module")
+def endless_config(launch_config: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Writes runs of 100 epochs. Of the shared corpus they would be 2,400, whose preparation takes a processor."""
+    corpus = write_corpus(tmp_path_factory.mktemp("large") / "code", 1500)
+    data = {"sources": [{"path": str(corpus), "format": "code"}]}
+    return partial(launch_config, **SECTIONS, cluster={"workers": 0}, data=data)
+
+
 @pytest.mark.parametrize(
     ("screen", "number", "times"),
     [
@@ -82,10 +92,10 @@ def assert_stopped(run: RunDirectory) -> None:
     ],
 )
 def test_a_screen_that_fails_neither_ends_nor_delays_a_run(
-    launch_config: Callable[..., Path], screen: Callable[[], Screen], number: signal.Signals, times: int
+    endless_config: Callable[..., Path], screen: Callable[[], Screen], number: signal.Signals, times: int
 ) -> None:
     """One run, which each case resumes."""
-    config = launch_config("endings", **SECTIONS, cluster={"workers": 0})
+    config = endless_config("endings")
     run, shown = run_of(config), screen()
     before = int(last_row(run)["step"]) if run.metrics_path.exists() else 0
     with fork_server.popen(command(config), stdout=shown.descriptor, stderr=shown.descriptor) as process:
@@ -127,8 +137,8 @@ def test_a_disk_that_fills_while_data_is_prepared_is_said_in_one_sentence(
     assert "Traceback" not in done.stderr
 
 
-def test_a_drill_that_is_stopped_saves_the_run_under_way(launch_config: Callable[..., Path]) -> None:
-    config = launch_config("drill-stopped", **SECTIONS, cluster={"workers": 0})
+def test_a_drill_that_is_stopped_saves_the_run_under_way(endless_config: Callable[..., Path]) -> None:
+    config = endless_config("drill-stopped")
     given = [sys.executable, "-m", "llm_training_toolkit", "drill", str(config), "--kills", "1"]
     with fork_server.popen(given, stderr=subprocess.PIPE, start_new_session=True) as process:
         while not (found := list(config.parent.glob("drill-stopped-drill-*/undisturbed/metrics.jsonl"))):
